@@ -1,0 +1,12 @@
+"""The errors a user is meant to see: one line, no traceback (cli.main catches them)."""
+
+
+class ConfigError(ValueError):
+    """A setting, a file or a combination of them is wrong.
+
+    The message names the setting as typed, its value, what is allowed and what to do.
+    """
+
+
+class NonFiniteLossError(RuntimeError):
+    """The training loss became NaN or infinite; the last checkpoint is still good."""

@@ -1,0 +1,105 @@
+"""KDSchedule at its corners, by literal values, and as a property over all settings."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from salt_lightning.errors import ConfigError
+from salt_lightning.schedule import KDSchedule
+
+RAMP = {"weight": 0.8, "steps": 10, "anneal_steps": 4}  # constant up to step 6, ramp 6..10
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [  # w(6) = omega, then quarters of the ramp, w(10) = 0
+        ("linear", [0.8, 0.6, 0.4, 0.2, 0.0]),
+        # half a cosine: omega / 2 (1 + cos(pi x)) for x = 0, 1/4, 1/2, 3/4, 1
+        ("cosine", [0.8, 0.4 * (1 + math.sqrt(0.5)), 0.4, 0.4 * (1 - math.sqrt(0.5)), 0.0]),
+        # r = w / (1 - w): 4, 3, 2, 1, 0 -> w = r / (1 + r)
+        ("linear_ratio", [4 / 5, 3 / 4, 2 / 3, 1 / 2, 0.0]),
+    ],
+)
+def test_ramp_corners(shape, expected):
+    w = KDSchedule(**RAMP, shape=shape)
+    assert [w(step) for step in (0, 5)] == [0.8, 0.8]
+    assert [w(step) for step in range(6, 11)] == pytest.approx(expected, abs=1e-15)
+    assert w(6) == 0.8
+    assert (w(10), w(11), w(10**9)) == (0.0, 0.0, 0.0)
+    assert math.copysign(1, w(10)) == 1
+
+
+def test_step_shape_falls_in_one_step():
+    w = KDSchedule(0.667, 36_000)
+    assert (w(0), w(35_999), w(36_000), w(208_000)) == (0.667, 0.667, 0.0, 0.0)
+
+
+def test_no_steps_is_the_whole_run():
+    w = KDSchedule(0.5)
+    assert (w(0), w(10**12)) == (0.5, 0.5)
+    assert w.kd_steps(7) == 7
+
+
+def test_zero_steps_and_zero_weight_have_no_phase_1():
+    assert KDSchedule(0.667, 0)(0) == 0.0
+    assert KDSchedule(0.0)(0) == 0.0
+    assert KDSchedule(0.0).kd_steps(9) == 0
+    assert KDSchedule(0.667, 4).kd_steps(9) == 4
+    assert KDSchedule(0.667, 4).kd_steps(3) == 3
+
+
+def test_whole_phase_as_ramp():
+    w = KDSchedule(0.6, 3, 3, "linear")
+    assert [w(step) for step in range(4)] == pytest.approx([0.6, 0.4, 0.2, 0.0], abs=1e-15)
+    assert w(0) == 0.6
+
+
+@given(
+    weight=st.floats(0, 1),
+    steps=st.integers(1, 1000),
+    share=st.floats(0.001, 1),
+    shape=st.sampled_from(["linear", "linear_ratio", "cosine"]),
+)
+def test_never_rises_never_leaves_its_range(weight, steps, share, shape):
+    if shape == "linear_ratio" and weight == 1:
+        return
+    w = KDSchedule(weight, steps, max(1, int(share * steps)), shape)
+    values = [w(step) for step in range(steps + 2)]
+    # omega itself is reproduced only to rounding by w = r / (1 + r) with 1 - w near 0
+    assert all(0.0 <= value <= weight * (1 + 1e-12) for value in values)
+    assert all(a >= b - 1e-15 for a, b in zip(values, values[1:], strict=False))
+    assert values[steps:] == [0.0, 0.0]
+    if weight > 1e-300:
+        assert all(
+            value > 0 for value in values[:steps]
+        )  # positive until the boundary: the teacher is in use
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weight": 1.5}, r"--kd.weight 1.5 must lie in 0..1"),
+        ({"weight": -0.1}, r"--kd.weight -0.1"),
+        ({"weight": float("nan")}, r"--kd.weight nan"),
+        ({"steps": -1}, r"--kd.steps -1 must not be negative"),
+        (
+            {"steps": 5, "anneal_steps": 6, "shape": "linear"},
+            r"--kd.anneal_steps 6 is longer than --kd.steps 5",
+        ),
+        ({"anneal_steps": 6, "shape": "linear"}, r"--kd.anneal_steps 6 needs --kd.steps"),
+        ({"steps": 5, "anneal_steps": 2}, r"needs --kd.shape linear"),
+        ({"steps": 5, "shape": "cosine"}, r"--kd.shape cosine needs --kd.anneal_steps"),
+        ({"steps": 5, "anneal_steps": 2, "shape": "linear_ratio", "weight": 1.0}, r"infinite ratio"),
+        ({"shape": "sqrt"}, r"--kd.shape sqrt must be step, linear, linear_ratio or cosine"),
+    ],
+)
+def test_wrong_settings_are_named(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        KDSchedule(**settings)
+
+
+def test_all_problems_at_once():
+    with pytest.raises(ConfigError, match=r"kd.weight 2.*kd.steps -3.*kd.anneal_steps -1"):
+        KDSchedule(2, -3, -1)
