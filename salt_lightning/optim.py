@@ -1,0 +1,104 @@
+"""AdamW and the learning rate, a pure function of the optimizer step.
+
+No Lightning scheduler: it would restore the old rate over an explicit new one on resume.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from salt_lightning.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class OptimSpec:
+    """AdamW, decay on matrices only; warm-up, then cosine or WSD (warm-up, stable, decay).
+
+    Args:
+        lr: Peak learning rate.
+        weight_decay: Decoupled decay of every parameter with two or more dimensions.
+        beta1: Decay of the first moment.
+        beta2: Decay of the second moment.
+        eps: Added to the root of the second moment.
+        schedule: How the rate falls at the end: cosine, or wsd (linearly, after a stable stretch).
+        warmup_steps: Optimizer steps of linear warm-up.
+        decay_steps: The last steps, over which the rate falls. null: cosine all after the warm-up, wsd a fifth of the run.
+        min_lr_ratio: The rate at the end of the run, as a share of lr.
+
+    Raises:
+        ConfigError: listing every setting out of range.
+    """
+
+    lr: float = 3e-4
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    warmup_steps: int = 0
+    decay_steps: int | None = None
+    min_lr_ratio: float = 0.1
+
+    def __post_init__(self) -> None:
+        ranges = [
+            ("lr", self.lr > 0, "must be above 0"),
+            ("weight_decay", self.weight_decay >= 0, "must not be negative"),
+            ("beta1", 0 <= self.beta1 < 1, "must lie in 0..1, below 1"),
+            ("beta2", 0 <= self.beta2 < 1, "must lie in 0..1, below 1"),
+            ("eps", self.eps > 0, "must be above 0"),
+            ("schedule", self.schedule in ("cosine", "wsd"), "must be cosine or wsd"),
+            ("warmup_steps", self.warmup_steps >= 0, "must not be negative"),
+            ("decay_steps", self.decay_steps is None or self.decay_steps >= 0, "must not be negative"),
+            ("min_lr_ratio", 0 <= self.min_lr_ratio <= 1, "must lie in 0..1"),
+        ]
+        wrong = [f"--model.optim.{name} {getattr(self, name)} {why}" for name, ok, why in ranges if not ok]
+        if wrong:
+            raise ConfigError("; ".join(wrong))
+
+    def check(self, max_steps: int) -> None:
+        """Raises ConfigError where warm-up and decay do not fit into the run."""
+        decay_steps = self.decay_steps or 0
+        if self.warmup_steps + decay_steps > max_steps:
+            raise ConfigError(
+                f"--model.optim.warmup_steps {self.warmup_steps} and decay_steps {decay_steps} do not fit into "
+                f"--trainer.max_steps {max_steps}: for a shorter run shorten them too, e.g. "
+                f"--model.optim.warmup_steps {max_steps // 20} --model.optim.decay_steps null"
+            )
+
+    def lr_at(self, step: int, max_steps: int) -> float:
+        """The rate of optimizer step `step` (counted from 0) of a run of `max_steps`."""
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / self.warmup_steps
+        decay_steps = self.decay_steps
+        if decay_steps is None:
+            decay_steps = max_steps - self.warmup_steps if self.schedule == "cosine" else max_steps // 5
+        done = step - (max_steps - decay_steps)  # negative while the rate is stable
+        if done < 0:
+            return self.lr
+        left = max(0.0, 1.0 - done / decay_steps) if decay_steps else 0.0
+        shape = 0.5 * (1.0 - math.cos(math.pi * left)) if self.schedule == "cosine" else left
+        return self.lr * (self.min_lr_ratio + (1.0 - self.min_lr_ratio) * shape)
+
+    def settings_at(self, step: int, max_steps: int) -> dict[str, object]:
+        """What each parameter group is to hold at `step`, weight decay apart (it differs by group)."""
+        return {"lr": self.lr_at(step, max_steps), "betas": (self.beta1, self.beta2), "eps": self.eps}
+
+    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.AdamW:
+        """AdamW over every trainable parameter, each in exactly one of two groups; fused."""
+        trainable = [p for p in parameters if p.requires_grad]
+        matrices, others = [p for p in trainable if p.ndim >= 2], [p for p in trainable if p.ndim < 2]
+        groups = [{"params": matrices, "decays": True}, {"params": others, "decays": False}]
+        fused = all(p.device.type in ("cuda", "cpu") for p in trainable)
+        return torch.optim.AdamW([g for g in groups if g["params"]], lr=self.lr, fused=fused)
+
+    def write(self, optimizer: torch.optim.Optimizer, step: int, max_steps: int) -> None:
+        """Writes this spec's values for `step` into the optimizer, over what a checkpoint restored."""
+        for group in optimizer.param_groups:
+            group.update(self.settings_at(step, max_steps))
+            group["weight_decay"] = self.weight_decay if group["decays"] else 0.0

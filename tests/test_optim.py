@@ -1,0 +1,83 @@
+"""The learning rate at its corners, and which parameters decay."""
+
+import pytest
+import torch
+from torch import nn
+
+from salt_lightning.errors import ConfigError
+from salt_lightning.optim import OptimSpec
+
+
+def test_cosine_corners():
+    spec = OptimSpec(lr=1.0, warmup_steps=4, min_lr_ratio=0.1)
+    rate = [spec.lr_at(step, 14) for step in range(16)]
+    assert rate[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rate[4] == 1.0  # the cosine starts at its top ...
+    assert rate[9] == pytest.approx(0.1 + 0.9 * 0.5)  # ... is half way down in the middle of its 10 steps ...
+    assert rate[14] == rate[15] == pytest.approx(0.1)  # ... and at the floor from the end on
+
+
+def test_wsd_is_stable_then_linear():
+    spec = OptimSpec(lr=2.0, schedule="wsd", warmup_steps=2, decay_steps=4, min_lr_ratio=0.0)
+    assert [spec.lr_at(step, 10) for step in range(11)] == [1, 2, 2, 2, 2, 2, 2, 1.5, 1.0, 0.5, 0.0]
+
+
+def test_wsd_decays_over_a_fifth_by_default():
+    spec = OptimSpec(lr=1.0, schedule="wsd", min_lr_ratio=0.0)
+    assert [spec.lr_at(step, 10) for step in range(8, 11)] == [1.0, 0.5, 0.0]
+
+
+def test_cosine_may_start_late():
+    spec = OptimSpec(lr=1.0, decay_steps=2, min_lr_ratio=0.0)
+    assert [spec.lr_at(step, 10) for step in (0, 8, 9, 10)] == pytest.approx([1.0, 1.0, 0.5, 0.0])
+
+
+def test_only_matrices_decay_and_all_are_trained():
+    net = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.LayerNorm(4))
+    net[1].weight.requires_grad_(False)
+    spec = OptimSpec(weight_decay=0.3, lr=0.5, beta1=0.8, beta2=0.9, eps=1e-6)
+    optimizer = spec.build(net.parameters())
+    for group in optimizer.param_groups:  # what a checkpoint might have restored
+        group["lr"], group["weight_decay"] = 99.0, 99.0
+    spec.write(optimizer, step=0, max_steps=10)
+    decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    assert decay == {
+        id(net[0].weight): 0.3,
+        id(net[1].bias): 0.0,
+        id(net[2].weight): 0.0,
+        id(net[2].bias): 0.0,
+    }
+    assert all((g["lr"], g["betas"], g["eps"]) == (0.5, (0.8, 0.9), 1e-6) for g in optimizer.param_groups)
+
+
+def test_a_step_follows_the_formula():
+    """One AdamW step from zero moments moves by lr * sign(g), after decay by lr * weight_decay."""
+    weight = nn.Parameter(torch.tensor([[1.0, -2.0]]))
+    spec = OptimSpec(lr=0.1, weight_decay=0.5, eps=1e-12)
+    optimizer = spec.build([weight])
+    weight.grad = torch.tensor([[0.3, -0.7]])
+    spec.write(optimizer, 0, 1000)
+    optimizer.step()
+    expected = torch.tensor([[1.0, -2.0]]) * (1 - 0.1 * 0.5) - 0.1 * torch.tensor([[1.0, -1.0]])
+    assert torch.allclose(weight.data, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr": 0}, "--model.optim.lr 0 must be above 0"),
+        ({"beta2": 1.0}, "--model.optim.beta2 1.0"),
+        ({"schedule": "linear"}, "--model.optim.schedule linear must be cosine or wsd"),
+        ({"warmup_steps": -1, "min_lr_ratio": 2}, "warmup_steps -1.*min_lr_ratio 2"),
+    ],
+)
+def test_wrong_settings_are_named(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        OptimSpec(**settings)
+
+
+def test_warmup_longer_than_the_run_says_how_to_shorten():
+    with pytest.raises(
+        ConfigError, match=r"warmup_steps 300 .* --trainer.max_steps 100: .* --model.optim.warmup_steps 5"
+    ):
+        OptimSpec(warmup_steps=300).check(100)
