@@ -1,0 +1,138 @@
+"""The compute meter: FLOPs of the models by formula, of a run by its step, and the peak of known cards.
+
+One multiply-add is two FLOPs. Norms, activations, softmax and embedding lookups count nothing, as is usual.
+Backward counts twice the forward; a recomputed forward (activation checkpointing) counts nothing.
+"""
+
+import math
+import re
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+TRAIN_OVER_FORWARD = 3  # forward, gradient of the inputs, gradient of the weights
+
+
+def attention_span(block_size: int, window: int | None = None) -> float:
+    """Keys that a query sees, mean over a row of `block_size` T tokens: w - w^2 / (2 T), w = min(window, T).
+
+    Without a window that is the causal half, T / 2 (half of the diagonal counts: T^2 / 2 pairs in a row).
+    """
+    span = min(window or block_size, block_size)
+    return span - span**2 / (2 * block_size)
+
+
+def forward_flops_per_token(model: nn.Module, block_size: int) -> float:
+    """FLOPs of one token's forward, mean over a row of `block_size` tokens T.
+
+        2 * weights that multiply + sum_layers 2 * 2 * heads * head_dim * attention_span(T, window)
+
+    The weights are those of every `nn.Linear` and `Conv1D`, the head among them even where it is tied to the
+    embedding. Attention has two products, scores and values. A row counts as one document: what document
+    isolation saves is not taken off.
+
+    Args:
+        model: a causal LM of transformers, not yet sharded; the meta device will do.
+        block_size: tokens of a row.
+
+    Returns:
+        NaN for a model with weights or layers of another kind (experts, state spaces): better than too few.
+    """
+    counted: set[int] = set()
+    weights = 0
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, Conv1D)):
+            weights += module.weight.numel()
+        if isinstance(module, (nn.Linear, Conv1D, nn.Embedding)):
+            counted.add(id(module.weight))
+    if any(p.ndim > 1 and id(p) not in counted for p in model.parameters()):
+        return math.nan
+    return 2.0 * weights + _attention_flops_per_token(model.config, block_size)
+
+
+def _attention_flops_per_token(config: object, block_size: int) -> float:
+    text = config.get_text_config()  # type: ignore[attr-defined]  # that of the language model where there are several
+    num_layers, num_heads = text.num_hidden_layers, text.num_attention_heads
+    width = num_heads * (getattr(text, "head_dim", None) or text.hidden_size // num_heads)
+    window = getattr(text, "sliding_window", None)
+    default = ["full_attention" if window is None else "sliding_attention"] * num_layers
+    spans = {
+        "full_attention": attention_span(block_size),
+        "sliding_attention": attention_span(block_size, window),
+    }
+    layers = (getattr(text, "layer_types", None) or default)[:num_layers]
+    return 4.0 * width * sum(spans.get(layer, math.nan) for layer in layers)
+
+
+def student_flops(forward_per_token: float, tokens: int) -> float:
+    """FLOPs of training on `tokens` tokens: forward and twice that for backward."""
+    return TRAIN_OVER_FORWARD * forward_per_token * tokens
+
+
+def teacher_flops(forward_per_token: float, tokens: int) -> float:
+    """FLOPs of a frozen model on `tokens` tokens, as a teacher or to score: forward alone."""
+    return forward_per_token * tokens
+
+
+def train_flops(
+    steps: int, tokens_per_step: int, student_per_token: float, teacher_per_token: float, kd_steps: int | None
+) -> tuple[float, float]:
+    """FLOPs of student and teacher in the first `steps` optimizer steps, a pure function of the step.
+
+    Args:
+        steps: optimizer steps done.
+        tokens_per_step: tokens of an optimizer step, over all ranks.
+        student_per_token: `forward_flops_per_token` of the student.
+        teacher_per_token: the same of the teacher; 0 without one.
+        kd_steps: steps with a KD weight above 0; None: all of them.
+    """
+    taught = steps if kd_steps is None else min(steps, kd_steps)
+    student = student_flops(student_per_token, steps * tokens_per_step)
+    return student, teacher_flops(teacher_per_token, taught * tokens_per_step)
+
+
+def mfu(flops: float, seconds: float, peak: float | None) -> float | None:
+    """Model FLOPs utilisation, flops / seconds / peak (of all cards used); None without a known peak."""
+    return None if peak is None else flops / seconds / peak
+
+
+# Dense TFLOP/s of the vendors' data sheets at (16 bit, tf32, fp32); None where the hardware has no such unit.
+# GeForce: 16 bit with fp32 accumulation, as training uses it. MI250X: one of its two dies, each being a
+# device. fp32 on AMD is the matrix rate. Whole names match: a laptop, Ti, D or MIG part is another card.
+_PEAK_TFLOPS: tuple[tuple[str, float, float | None, float], ...] = (
+    (r"NVIDIA B200", 2250, 1125, 75),
+    (r"NVIDIA H200", 989.4, 494.7, 66.9),
+    (r"NVIDIA H100 (80|96)GB HBM3", 989.4, 494.7, 66.9),
+    (r"NVIDIA H[12]00 NVL", 835.5, 417.7, 60),
+    (r"NVIDIA H100 PCIe", 756, 378, 51.2),
+    (r"(NVIDIA )?A100-(SXM4|PCIE)-[48]0GB|NVIDIA A100 80GB PCIe", 312, 156, 19.5),
+    (r"NVIDIA L40S", 362.1, 183, 91.6),
+    (r"NVIDIA L4", 121, 60, 30.3),
+    (r"NVIDIA A10G", 70, 35, 35),
+    (r"NVIDIA GeForce RTX 5090", 209.5, 104.8, 104.8),
+    (r"NVIDIA GeForce RTX 4090", 165.2, 82.6, 82.6),
+    (r"(NVIDIA )?GeForce RTX 3090", 71, 35.6, 35.6),
+    (r"AMD Instinct MI300X.*", 1307.4, 653.7, 163.4),
+    (r"AMD Instinct MI250X.*", 191.5, None, 47.9),
+    (r"Tesla V100-SXM2-(16|32)GB.*", 125, None, 15.7),
+    (r"Tesla V100-PCIE-(16|32)GB", 112, None, 14),
+    (r"(Tesla|NVIDIA) T4", 65, None, 8.1),
+)
+_NO_BF16 = ("V100", "T4")
+
+
+def peak_flops(device_name: str, dtype: torch.dtype | Literal["tf32"]) -> float | None:
+    """The vendor's dense peak of one device in FLOP/s, or None where it is not known.
+
+    Args:
+        device_name: as `torch.cuda.get_device_name` gives it.
+        dtype: of the matrix products; "tf32" where float32 products may use it.
+    """
+    column = {torch.bfloat16: 1, torch.float16: 1, "tf32": 2, torch.float32: 3}.get(dtype)
+    row = next((row for row in _PEAK_TFLOPS if re.fullmatch(row[0], device_name.strip())), None)
+    if row is None or column is None or (dtype is torch.bfloat16 and any(c in device_name for c in _NO_BF16)):
+        return None
+    tflops = row[column]
+    return None if tflops is None else float(tflops) * 1e12
