@@ -1,0 +1,373 @@
+"""Causal language models from `transformers`: building, loading, and the split into backbone and linear head.
+
+Shapes: B rows, T tokens a row, N = B * T, D hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import pickle
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.utils import cached_file
+
+from salt_lightning.errors import ConfigError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A causal language model: pretrained from `path`, or fresh from `family` and `config`.
+
+    Args:
+        path: A checkpoint of this project (.ckpt), a Hugging Face folder (safetensors) or a hub name. null: a fresh
+            model for the student, no teacher for the teacher.
+        revision: Branch, tag or commit of a hub name.
+        family: transformers' model type of a fresh model: llama, gpt2, gpt_neox, qwen3, gemma3_text, phi, opt ...
+        config: Settings of that family's transformers config, e.g. hidden_size. vocab_size and
+            max_position_embeddings follow the tokenizer and the block size unless given.
+        dtype: Dtype of the parameters. null: float32 for the student, the student's compute dtype for the teacher.
+        attention: transformers' attention implementation: sdpa, eager, flex_attention ... null: transformers' choice.
+        trust_remote_code: Run model code that comes with `path`. Off unless you have read that code.
+    """
+
+    path: str | None = None
+    revision: str | None = None
+    family: str = "llama"
+    config: dict[str, Any] = field(default_factory=dict)
+    dtype: Literal["float32", "bfloat16"] | None = None
+    attention: str | None = None
+    trust_remote_code: bool = False
+
+    @classmethod
+    def of(cls, spec: ModelSpec | dict[str, Any]) -> ModelSpec:
+        """The spec itself, or one made of a checkpoint's plain dict."""
+        return spec if isinstance(spec, cls) else cls(**spec)  # type: ignore[arg-type]
+
+    @property
+    def is_checkpoint(self) -> bool:
+        return self.path is not None and self.path.endswith(".ckpt")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class CausalLM(nn.Module):
+    """A transformers model, called for hidden states instead of logits.
+
+    `forward(ids_BT, positions_BT)` returns `(hidden_ND, head_VD, bias_V or None)`; hidden_ND @ head_VD.T + bias_V are
+    the model's own logits (a logit scale is folded into hidden_ND). With `then`, it returns
+    then(hidden_ND, head_VD, bias_V) evaluated inside this forward, where a sharded head weight is whole.
+    Tokens attend to nothing before the last position 0 of their row: packed documents do not see each other.
+    """
+
+    def __init__(self, model: PreTrainedModel, name: str) -> None:
+        super().__init__()
+        self.model = model
+        self.name = name  # "student" or "teacher", for messages
+        self._scale = logit_scale(model.config, name)
+        self._own_mask = False
+        if "position_ids" not in inspect.signature(self.backbone.forward).parameters:
+            raise ConfigError(
+                f"--model.{name}: {type(model).__name__} takes no position_ids, which keep packed documents apart; "
+                "use a family that does, e.g. llama"
+            )
+
+    @property
+    def backbone(self) -> nn.Module:
+        return getattr(self.model, self.model.base_model_prefix)
+
+    @property
+    def head(self) -> nn.Linear:
+        return self.model.get_output_embeddings()
+
+    def forward(self, ids_BT: Tensor, positions_BT: Tensor, then: Callable[..., Any] | None = None) -> Any:
+        # transformers finds documents in position_ids by itself, given no mask and no cache: use_cache=True, its
+        # default, would let them see each other silently. `check` finds the families where it does not.
+        mask = document_mask(positions_BT, self._mask_dtype()) if self._own_mask else None
+        hidden_BTD = self.backbone(
+            input_ids=ids_BT, position_ids=positions_BT, attention_mask=mask, use_cache=False
+        ).last_hidden_state
+        hidden_ND = hidden_BTD.flatten(0, 1)
+        if self._scale != 1.0:
+            hidden_ND = hidden_ND * self._scale
+        out = (hidden_ND, self.head.weight, getattr(self.head, "bias", None))
+        return out if then is None else then(*out)
+
+    def _mask_dtype(self) -> torch.dtype:
+        # eager attention adds its mask to the scores, where a boolean one would be silently wrong
+        return torch.bool if self.model.config._attn_implementation == "sdpa" else self.model.dtype
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Proves on eight tokens that hidden x head equals the model's logits and that documents are isolated.
+
+        Raises:
+            ConfigError: naming what this family does that we cannot honour.
+        """
+        training = self.training
+        self.eval()
+        self._check_head()
+        self._own_mask = False
+        if self._leaks():
+            self._own_mask = True
+            if self._leaks():
+                raise ConfigError(
+                    f"--model.{self.name}: packed documents see each other in {type(self.model).__name__} with "
+                    f"--model.{self.name}.attention {self.model.config._attn_implementation}; use sdpa or eager"
+                )
+        self.train(training)
+
+    def _check_head(self) -> None:
+        weight = self.head.weight
+        ids_BT = (torch.arange(8, device=weight.device) * 7919 % weight.shape[0])[None]
+        positions_BT = torch.arange(8, device=weight.device)[None]
+        own_NV = self.model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False).logits[0].float()
+        ours_NV = nn.functional.linear(*self(ids_BT, positions_BT)).float()
+        off = (own_NV - ours_NV).abs().max()
+        # Both sides round a logit a few times in the model's dtype; a real mismatch is orders of magnitude larger.
+        if not off <= 32 * torch.finfo(weight.dtype).eps * own_NV.abs().max():
+            raise ConfigError(
+                f"--model.{self.name}: hidden states times head differ from {type(self.model).__name__}'s own logits "
+                f"by {off:.3g}; this family transforms its logits in a way the head loss does not know"
+            )
+
+    def _leaks(self) -> bool:
+        """Whether a change in document 1 moves the hidden states of document 2 of the same row."""
+        device = self.head.weight.device
+        positions_BT = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]], device=device)
+        ids_BT = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8]], device=device)
+        changed_BT = torch.tensor([[9, 8, 7, 6, 5, 6, 7, 8]], device=device)
+        return not torch.equal(self(ids_BT, positions_BT)[0][4:], self(changed_BT, positions_BT)[0][4:])
+
+
+def document_mask(positions_BT: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, 1, T, T]: a token attends to its own document up to itself. Boolean, or 0 / lowest to be added."""
+    document_BT = (positions_BT == 0).cumsum(1)
+    same_BTT = document_BT[:, :, None] == document_BT[:, None, :]
+    allowed_B1TT = same_BTT.tril()[:, None]
+    if dtype == torch.bool:
+        return allowed_B1TT
+    return torch.zeros_like(allowed_B1TT, dtype=dtype).masked_fill_(~allowed_B1TT, torch.finfo(dtype).min)
+
+
+def logit_scale(config: PreTrainedConfig, name: str) -> float:
+    """The factor between hidden x head and the model's logits; a soft cap is refused by name."""
+    cap = getattr(config, "final_logit_softcapping", None)
+    if cap:
+        raise ConfigError(
+            f"--model.{name}: {config.model_type} caps its logits softly (final_logit_softcapping {cap}), which the "
+            f"head loss does not compute; set --model.{name}.config.final_logit_softcapping null for a fresh model, "
+            "or choose another family"
+        )
+    if (scale := getattr(config, "logit_scale", None)) is not None:  # cohere multiplies
+        return float(scale)
+    if (divisor := getattr(config, "logits_scaling", None)) is not None:  # granite divides
+        return 1.0 / float(divisor)
+    return 1.0
+
+
+def build_fresh(spec: ModelSpec, data: Any, seed: int) -> PreTrainedModel:
+    """A model with random weights that depend on nothing but the spec, the data's sizes and the seed.
+
+    `data` (None: the config is complete) has vocab_size, block_size and tokenizer, as SALTDataModule has.
+    """
+    config = fresh_config(spec, data)
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(
+            config, dtype=DTYPES[spec.dtype or "float32"], attn_implementation=spec.attention
+        )
+
+
+def fresh_config(spec: ModelSpec, data: Any) -> PreTrainedConfig:
+    """The transformers config of a fresh model; unknown settings are refused, missing sizes follow the data."""
+    try:
+        known = AutoConfig.for_model(spec.family)
+    except ValueError:
+        raise ConfigError(
+            f"--model.student.family {spec.family}: transformers knows no such model type; e.g. llama, gpt2, qwen3"
+        ) from None
+    names = set(known.to_dict()) | set(known.attribute_map)
+    if unknown := sorted(set(spec.config) - names):
+        near = difflib.get_close_matches(unknown[0], names, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"--model.student.config.{unknown[0]}: {spec.family} has no such setting{hint}")
+    defaults: dict[str, Any] = {}
+    if data is not None:
+        end = data.tokenizer.eos_token_id
+        positions = known.attribute_map.get("max_position_embeddings", "max_position_embeddings")
+        defaults = {
+            "vocab_size": -(-data.vocab_size // 64) * 64,  # whole tiles for the head's matrix products
+            positions: data.block_size,
+            **{name: end for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
+        }
+        if "max_position_embeddings" in spec.config:
+            del defaults[positions]
+    config = AutoConfig.for_model(spec.family, **defaults | spec.config)
+    if data is not None:
+        _check_sizes(config, data)
+    return config
+
+
+def _check_sizes(config: PreTrainedConfig, data: Any) -> None:
+    if config.vocab_size < data.vocab_size:
+        raise ConfigError(
+            f"--model.student.config.vocab_size {config.vocab_size} is smaller than the tokenizer's {data.vocab_size}"
+        )
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and positions < data.block_size:
+        raise ConfigError(
+            f"--model.student.config.max_position_embeddings {positions} is smaller than --data.block_size "
+            f"{data.block_size}"
+        )
+
+
+def resolved(spec: ModelSpec, config: PreTrainedConfig) -> ModelSpec:
+    """The spec of a fresh model of exactly these sizes: what a checkpoint needs to be built again on its own."""
+    settings = {k: v for k, v in config.to_dict().items() if k not in _NOT_SETTINGS}
+    return replace(spec, path=None, revision=None, family=config.model_type, config=settings)
+
+
+_NOT_SETTINGS = (
+    "model_type",
+    "transformers_version",
+    "architectures",
+    "_name_or_path",
+    "dtype",
+    "torch_dtype",
+)
+_NOT_SHAPE = ("use_cache", "attention_dropout", "initializer_range")
+
+
+def shape_settings(spec: dict[str, Any]) -> dict[str, Any]:
+    """What must agree between a checkpoint's student and the configured one, of a spec as plain dict."""
+    settings = {k: v for k, v in spec["config"].items() if k not in _NOT_SHAPE}
+    return {"family": spec["family"]} | {f"config.{k}": v for k, v in settings.items()}
+
+
+# transformers makes an empty tokenizer up where a folder has none of these
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_QUIET = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+
+
+def check_vocabulary(spec: ModelSpec, head_size: int, name: str, data: Any) -> None:
+    """Raises ConfigError unless the pretrained model at `spec.path` gives the data's token ids the same meaning.
+
+    The tokenizer of a checkpoint is known by its fingerprint, that of a folder or hub name by the files beside the
+    model. A model without tokenizer files can only be checked for its size.
+    """
+    if data is None:
+        return
+    if head_size < data.vocab_size:
+        raise ConfigError(
+            f"--model.{name}.path {spec.path} has a vocabulary of {head_size}, --data.tokenizer {data.vocab_size}: "
+            f"use the tokenizer that this {name} was trained with"
+        )
+    if spec.is_checkpoint:
+        saved = read_checkpoint(str(spec.path), f"--model.{name}.path").get("tokenizer")
+        if saved not in (None, data.tokenizer_fingerprint):
+            raise ConfigError(
+                f"--model.{name}.path {spec.path} was trained with another tokenizer than --data.tokenizer: its token "
+                f"ids mean something else. Point --data.tokenizer to the tokenizer folder of that run"
+            )
+        return
+    files = (cached_file(spec.path, name, revision=spec.revision or "main", **_QUIET) for name in _TOKENIZER_FILES)
+    if not any(files):
+        return
+    own = AutoTokenizer.from_pretrained(spec.path, revision=spec.revision or "main").get_vocab()
+    ours = data.tokenizer.get_vocab()
+    differing = [
+        (i, token) for token, i in sorted(ours.items(), key=lambda item: item[1]) if own.get(token) != i
+    ]
+    if differing:
+        names = {i: token for token, i in own.items()}
+        shown = ", ".join(
+            f"id {i} is {token!r} here and {names.get(i)!r} there" for i, token in differing[:5]
+        )
+        raise ConfigError(
+            f"--model.{name}.path {spec.path} and --data.tokenizer name {len(differing)} token ids differently: {shown}"
+        )
+
+
+def load_pretrained(spec: ModelSpec, name: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The model at `spec.path`: our checkpoint, a Hugging Face folder or a hub name. No remote code unless asked."""
+    assert spec.path is not None
+    if spec.is_checkpoint:
+        return _load_checkpoint(spec, name, dtype)
+    check_path(spec, name)
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            spec.path,
+            revision=spec.revision or "main",
+            dtype=dtype,
+            attn_implementation=spec.attention,
+            trust_remote_code=spec.trust_remote_code,
+            use_safetensors=True,  # never unpickle a .bin
+        )
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"--model.{name}.path {spec.path} cannot be loaded: {reason}") from error
+
+
+def check_path(spec: ModelSpec, name: str) -> None:
+    """Raises ConfigError where `spec.path` is neither a file, nor a folder with a config, nor like a hub name."""
+    if spec.path is None:
+        return
+    path = Path(spec.path)
+    looks_local = path.is_absolute() or spec.path.startswith((".", "~")) or spec.path.count("/") > 1
+    if spec.is_checkpoint or (looks_local and not path.is_dir()):
+        if not path.exists():
+            raise ConfigError(
+                f"--model.{name}.path {spec.path} does not exist; give a .ckpt of this project, a Hugging Face folder "
+                "or a hub name such as owner/name"
+            )
+    elif path.is_dir() and not (path / "config.json").is_file():
+        raise ConfigError(
+            f"--model.{name}.path {spec.path} is a folder without config.json; give a Hugging Face folder, or one of "
+            "our checkpoints by its file name (.ckpt)"
+        )
+
+
+def read_checkpoint(path: str, setting: str) -> dict[str, Any]:
+    """A checkpoint of this project as plain data and tensors (mmap: what is not used stays on disk). No unpickling.
+
+    Raises:
+        ConfigError: the file is missing, cut off, or no checkpoint; the message starts with `setting`.
+    """
+    if not Path(path).is_file():
+        raise ConfigError(f"{setting} {path} does not exist")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if "state_dict" in checkpoint and "student" in checkpoint["hyper_parameters"]:
+            return checkpoint
+        reason = "other contents"
+    except (RuntimeError, EOFError, OSError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        reason = type(error).__name__
+    raise ConfigError(f"{setting} {path} is not a whole checkpoint of this project ({reason})")
+
+
+def _load_checkpoint(spec: ModelSpec, name: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The student of one of our checkpoints."""
+    checkpoint = read_checkpoint(str(spec.path), f"--model.{name}.path")
+    saved = ModelSpec.of(checkpoint["hyper_parameters"]["student"])
+    prefix = "student.model."
+    weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+    config = AutoConfig.for_model(saved.family, **saved.config)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=spec.attention)
+    model.load_state_dict(weights)
+    return model
+
+
+def freeze(lm: CausalLM) -> CausalLM:
+    """Evaluation mode, and no parameter wants a gradient."""
+    return lm.eval().requires_grad_(False)

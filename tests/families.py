@@ -1,0 +1,29 @@
+"""Tiny models of the families that the project promises, with weights large enough that a wrong formula shows."""
+
+import torch
+
+from salt_lightning.models import CausalLM, ModelSpec, build_fresh
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
+SPECIAL = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+LLAMA_LIKE = {**SIZES, **SPECIAL, "intermediate_size": 48}
+FAMILIES = {
+    "llama": LLAMA_LIKE,
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64, **SPECIAL},
+    "gpt_neox": LLAMA_LIKE,
+    "qwen3": {**LLAMA_LIKE, "num_key_value_heads": 2, "head_dim": 8},
+    "gemma3_text": {**LLAMA_LIKE, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4},
+    "phi": LLAMA_LIKE,  # a bias in the head
+    "cohere": LLAMA_LIKE,  # scales its logits
+    "opt": {**SIZES, **SPECIAL, "ffn_dim": 48, "word_embed_proj_dim": 16},  # projects before the head
+    "gemma2": {**LLAMA_LIKE, "num_key_value_heads": 2, "head_dim": 8, "final_logit_softcapping": None},
+}
+
+
+def tiny(family: str, name: str = "student", seed: int = 0, **settings: object) -> CausalLM:
+    config = {**FAMILIES[family], "max_position_embeddings": 16, **settings}
+    lm = CausalLM(build_fresh(ModelSpec(family=family, config=config), None, seed), name)
+    with torch.no_grad():
+        for parameter in lm.parameters():  # fresh weights of size 0.02 would hide a wrong mask or bias
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)))
+    return lm

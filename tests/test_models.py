@@ -1,0 +1,193 @@
+"""Families of transformers: head, isolation of documents, a KD step; loading; what is refused."""
+
+import json
+
+import pytest
+import torch
+from families import FAMILIES, tiny
+from torch.nn.functional import cross_entropy, log_softmax, softmax
+
+from salt_lightning.errors import ConfigError
+from salt_lightning.losses import salt_loss
+from salt_lightning.models import CausalLM, ModelSpec, check_path, document_mask, freeze, load_pretrained
+
+IDS = torch.tensor([[5, 9, 3, 60, 7, 7, 22, 1, 30, 2], [4, 4, 8, 1, 9, 12, 33, 2, 0, 6]])
+POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 5, 6, 0, 1, 2]])
+families = pytest.mark.parametrize("family", FAMILIES)
+
+
+@families
+def test_hidden_times_head_are_the_models_logits(family):
+    lm = tiny(family).eval()
+    lm.check()
+    hidden_ND, head_VD, bias_V = lm(IDS, torch.arange(10).expand(2, -1))
+    logits_NV = torch.nn.functional.linear(hidden_ND, head_VD, bias_V)
+    own_NV = lm.model(input_ids=IDS, use_cache=False).logits.flatten(0, 1)
+    # two ways of rounding a sum of 32 products in fp32
+    assert torch.allclose(logits_NV, own_NV, rtol=0, atol=32 * 2**-23 * own_NV.abs().max().item())
+    assert own_NV.std() > 0.05  # the premise: not all alike
+
+
+@families
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_documents_do_not_see_each_other(family, attention):
+    if (family, attention) == ("gemma2", "sdpa"):
+        pytest.skip("gemma2 has no sdpa")
+    lm = tiny(family).eval()
+    lm.model.set_attn_implementation(attention)
+    lm.check()
+    before = lm(IDS, POSITIONS)[0].view(2, 10, -1)
+    changed = IDS.clone()
+    changed[0, :3] = torch.tensor([1, 2, 3])  # document 1 of row 0
+    after = lm(changed, POSITIONS)[0].view(2, 10, -1)
+    assert torch.equal(before[0, 3:], after[0, 3:])
+    assert not torch.allclose(before[0, :3], after[0, :3])
+    # and a document reads the same as it does alone
+    alone = lm(IDS[:1, 3:], POSITIONS[:1, 3:])[0]
+    assert torch.allclose(before[0, 3:], alone, atol=1e-5 * alone.abs().max().item())
+    # while within a document the past is seen
+    changed = IDS.clone()
+    changed[0, 3] = 11
+    assert not torch.allclose(before[0, 9], lm(changed, POSITIONS)[0].view(2, 10, -1)[0, 9])
+
+
+@families
+def test_a_kd_step_has_the_gradient_of_the_full_logits(family):
+    student, teacher = tiny(family).eval(), freeze(tiny("llama", "teacher", seed=1, hidden_size=16))
+    student.check()
+    labels_N = torch.randint(0, 64, (20,), generator=torch.Generator().manual_seed(0))
+    labels_N[3] = -100
+    with torch.no_grad():
+        hidden_NE, head_VE, _ = teacher(IDS, POSITIONS)
+
+    def ours(hidden_ND, head_VD, bias_V):
+        return salt_loss(hidden_ND, head_VD, labels_N, hidden_NE, head_VE, 0.7, student_bias_V=bias_V).loss
+
+    student(IDS, POSITIONS, then=ours).backward()
+    got = {name: p.grad.clone() for name, p in student.named_parameters()}
+    assert all(p.grad is None for p in teacher.parameters())
+    student.zero_grad()
+    logits_NV = torch.nn.functional.linear(*student(IDS, POSITIONS))
+    q_NV = softmax(hidden_NE @ head_VE.T, 1)
+    valid_N = labels_N != -100
+    kd = -(q_NV * log_softmax(logits_NV, 1)).sum(1)[valid_N].mean()
+    (0.3 * cross_entropy(logits_NV, labels_N) + 0.7 * kd).backward()
+    for name, p in student.named_parameters():
+        # fp32 rounding through two small layers, relative to the largest entry of the tensor
+        assert torch.allclose(got[name], p.grad, atol=1e-5 * p.grad.abs().max().item() + 1e-7), name
+
+
+def test_soft_caps_are_refused_by_name():
+    with pytest.raises(ConfigError, match="gemma2 caps its logits softly .final_logit_softcapping 30.0."):
+        tiny("gemma2", final_logit_softcapping=30.0)
+
+
+def test_logits_changed_behind_the_head_are_noticed():
+    lm = tiny("llama")
+    lm.model.lm_head.register_forward_hook(lambda module, args, out: out * 1.01)
+    with pytest.raises(ConfigError, match="differ from LlamaForCausalLM's own logits"):
+        lm.check()
+
+
+def test_a_leak_is_noticed_where_the_own_mask_cannot_help():
+    lm = tiny("llama")
+    attend = lm.backbone.layers[0].self_attn.forward
+    lm.backbone.layers[0].self_attn.forward = lambda *a, **k: attend(*a, **{**k, "attention_mask": None})
+    with pytest.raises(ConfigError, match="packed documents see each other"):
+        lm.check()
+
+
+def test_document_mask_by_hand():
+    allowed = document_mask(torch.tensor([[0, 1, 0, 1]]), torch.bool)[0, 0]
+    assert allowed.int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+    added = document_mask(torch.tensor([[0, 1, 0, 1]]), torch.float32)[0, 0]
+    assert torch.equal(added == 0, allowed)
+    assert (added[~allowed] < -1e38).all()
+
+
+def test_fresh_weights_depend_on_the_seed_alone():
+    weights = []
+    for _ in range(2):
+        torch.rand(7)  # other consumers of the global generator
+        state = torch.random.get_rng_state()
+        weights.append(tiny("llama", seed=3).state_dict())
+        assert torch.equal(torch.random.get_rng_state(), state)  # and it leaves that generator alone
+    assert all(torch.equal(a, b) for a, b in zip(weights[0].values(), weights[1].values(), strict=True))
+    other = tiny("llama", seed=4).state_dict()
+    assert not torch.equal(weights[0]["model.lm_head.weight"], other["model.lm_head.weight"])
+
+
+def test_a_hugging_face_folder_loads_from_safetensors_alone(tmp_path):
+    lm = tiny("llama").eval()
+    lm.model.save_pretrained(tmp_path / "hf")
+    spec = ModelSpec(path=str(tmp_path / "hf"))
+    loaded = freeze(CausalLM(load_pretrained(spec, "teacher", torch.float32), "teacher"))
+    assert torch.equal(loaded(IDS, POSITIONS)[0], lm(IDS, POSITIONS)[0])
+    assert not loaded.training
+    assert not any(p.requires_grad for p in loaded.parameters())
+    half = load_pretrained(spec, "teacher", torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    # weights that only a pickle holds are not read
+    weights = lm.model.state_dict()
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    torch.save(weights, tmp_path / "hf" / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match=r"--model.teacher.path .* cannot be loaded"):
+        load_pretrained(spec, "teacher", torch.float32)
+
+
+def test_remote_code_is_not_run_unless_asked_for(tmp_path):
+    folder = tmp_path / "hf"
+    tiny("llama").model.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        load_pretrained(ModelSpec(path=str(folder)), "teacher", torch.float32)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("runs/x/checkpoints/step-00000001.ckpt", "does not exist"),
+        ("./folder", "does not exist"),
+        ("/folder/x", "does not exist"),
+        ("a/b/c", "does not exist"),
+    ],
+)
+def test_missing_paths_are_named_before_anything_is_built(path, message, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=f"--model.teacher.path {path} {message}"):
+        check_path(ModelSpec(path=path), "teacher")
+    check_path(ModelSpec(path="owner/name"), "teacher")  # may be on the hub
+
+
+def test_a_folder_without_config_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"is a folder without config.json"):
+        check_path(ModelSpec(path=str(tmp_path)), "teacher")
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (ModelSpec(family="lama"), "--model.student.family lama: transformers knows no such model type"),
+        (
+            ModelSpec(config={"hiden_size": 8}),
+            "config.hiden_size: llama has no such setting; did you mean hidden_size",
+        ),
+    ],
+)
+def test_misspelt_students_are_named(spec, message):
+    from salt_lightning.models import fresh_config
+
+    with pytest.raises(ConfigError, match=message):
+        fresh_config(spec, None)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint"])
+def test_a_broken_checkpoint_as_teacher_is_named(tmp_path, content):
+    path = tmp_path / "step-00000001.ckpt"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"is not a whole checkpoint of this project"):
+        load_pretrained(ModelSpec(path=str(path)), "teacher", torch.float32)
