@@ -1,0 +1,366 @@
+"""SALTDataModule: what the trainer sees of the data.
+
+Text becomes token files once (documents.py, tokenizer.py, prepare.py); rows.py cuts these into rows and
+orders them.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from transformers import PreTrainedTokenizerBase
+
+from salt_lightning.documents import Corpus, Hub, resolve
+from salt_lightning.errors import ConfigError
+from salt_lightning.prepare import (
+    TokenFiles,
+    prepare_tokenizer,
+    prepare_tokens,
+    token_folder,
+    tokenizer_folder,
+)
+from salt_lightning.rows import EvalBatches, Loader, PackedRows, TrainBatches
+from salt_lightning.tokenizer import load_tokenizer, tokenizer_fingerprint
+
+# What the user gave the trainer, before `setup` wrote micro-batches over it (setup may run twice).
+_CADENCE: "WeakKeyDictionary[Trainer, tuple[int, int | float | None]]" = WeakKeyDictionary()
+
+
+class SALTDataModule(LightningDataModule):
+    """Text, tokenized once, in packed rows, in an order that depends on nothing but the seed and the step."""
+
+    def __init__(  # noqa: PLR0913 (the constructor is the schema)
+        self,
+        source: str | list[str] = "",
+        val_source: str | list[str] | None = None,
+        test_source: str | list[str] | None = None,
+        split: str = "train",
+        subset: str | None = None,
+        revision: str | None = None,
+        text_column: str = "text",
+        source_column: str | None = None,
+        tokenizer: str = "train",
+        vocab_size: int = 16384,
+        block_size: int = 1024,
+        global_batch_size: int = 64,
+        micro_batch_size: int = 8,
+        val_fraction: float = 0.01,
+        val_rows: int | None = None,
+        seed: int = 0,
+        isolate_documents: bool = True,
+        cache_dir: str = "cache",
+        prepare_workers: int = 0,
+        num_workers: int = 0,
+        selection: str | None = None,
+    ) -> None:
+        """Check the settings; no file is opened yet.
+
+        Args:
+            source: Training text: a file, folder, glob (``**`` goes into folders), hub data set, or a list
+                of these. Files of .jsonl or .parquet hold a document a row, any other file is one document;
+                .gz, .xz and .zst are unpacked. Of a folder with .jsonl or .parquet in it only these are read.
+            val_source: Validation text, likewise. Without it, `val_fraction` of the documents of `source`.
+            test_source: Text for the test verb, likewise. Without it, the validation text.
+            split: Split of a hub data set, or of a folder laid out like one.
+            subset: Configuration of a hub data set.
+            revision: Branch, tag or commit of a hub data set.
+            text_column: Field of a row that holds the text.
+            source_column: Field of a row that names its source, for the validation loss by source. Without
+                it, each entry of `source` is one source.
+            tokenizer: Folder or hub name of one; "train" makes a byte-level BPE from the training text.
+            vocab_size: Size of the tokenizer to train.
+            block_size: Tokens in a row.
+            global_batch_size: Rows in an optimizer step, over all devices and accumulated micro-batches.
+            micro_batch_size: Rows that one device takes at once.
+            val_fraction: Share of documents kept for validation, drawn by a hash of their text.
+            val_rows: Validate on this many rows, evenly spaced, at most.
+            seed: Order of the training rows.
+            isolate_documents: Documents in one row do not see each other: positions start anew at each.
+            cache_dir: Folder for prepared text and trained tokenizers.
+            prepare_workers: Processes that tokenize; 0 is one per core.
+            num_workers: Processes that load training batches. 0, in the training process, is the fastest
+                unless the token files lie on a slow disk.
+            selection: Manifest of rows for phase 1 (SALT_DS).
+
+        Raises:
+            ConfigError: any setting is out of its range.
+        """
+        super().__init__()
+        self.source, self.val_source = _entries(source), _entries(val_source)
+        self.test_source = _entries(test_source)
+        self.hub = Hub(split, subset, revision)
+        self.text_column, self.source_column = text_column, source_column
+        self.tokenizer_name, self.trained_vocab_size = tokenizer, vocab_size
+        self.block_size, self.isolate_documents = block_size, isolate_documents
+        self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
+        self.val_fraction, self.val_rows, self.seed = val_fraction, val_rows, seed
+        self.cache_dir = Path(cache_dir).expanduser()
+        self.prepare_workers, self.num_workers, self.selection = prepare_workers, num_workers, selection
+        problems = self._problems()
+        if problems:
+            raise ConfigError("; ".join(problems))
+        self.accumulate = 1
+        self.num_train_rows = self.num_train_tokens = 0
+        self.source_names: list[str] = []
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._train: PackedRows | None = None
+        self._eval: PackedRows | None = None
+        self._train_loader: Loader | None = None
+
+    def _problems(self) -> list[str]:
+        """Every setting that is out of its range."""
+        train = self.tokenizer_name == "train"
+        share_fits = bool(self.val_source) or 0 < self.val_fraction < 1
+        checks = [
+            (
+                "source",
+                self.source,
+                bool(self.source),
+                "names no text; give a file, folder, glob or hub data set",
+            ),
+            (
+                "tokenizer",
+                self.tokenizer_name,
+                bool(self.tokenizer_name),
+                "must be 'train', a folder or a hub name",
+            ),
+            (
+                "vocab_size",
+                self.trained_vocab_size,
+                not train or self.trained_vocab_size >= 257,
+                "must be 257 or more",
+            ),
+            ("block_size", self.block_size, self.block_size >= 2, "must be 2 or more"),
+            (
+                "val_fraction",
+                self.val_fraction,
+                share_fits,
+                "must lie between 0 and 1, or give --data.val_source",
+            ),
+            (
+                "val_rows",
+                self.val_rows,
+                self.val_rows is None or self.val_rows >= 1,
+                "must be 1 or more, or null",
+            ),
+            ("selection", self.selection, self.selection is None, "is not available yet; leave it null"),
+        ]
+        at_least = {
+            "global_batch_size": 1,
+            "micro_batch_size": 1,
+            "seed": 0,
+            "prepare_workers": 0,
+            "num_workers": 0,
+        }
+        for name, least in at_least.items():
+            value = getattr(self, name)
+            checks.append((name, value, value >= least, f"must be {least} or more"))
+        return [f"--data.{name}: {value!r} {wanted}" for name, value, good, wanted in checks if not good]
+
+    # --- text and tokenizer (need no trainer) ---
+
+    def prepare_data(self) -> None:
+        """Tokenize what is not in the cache yet; one process per node does this."""
+        for setting in ("source", "val_source", "test_source"):
+            if getattr(self, setting):
+                corpus, fraction = self._corpus(setting)
+                if setting == "source" and self.tokenizer_name == "train":
+                    prepare_tokenizer(corpus, self.trained_vocab_size, fraction, self.cache_dir)
+                prepare_tokens(corpus, self.tokenizer, fraction, self.cache_dir, self.prepare_workers)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer; one to be trained is there after `prepare_data`."""
+        if self._tokenizer is None:
+            name = self.tokenizer_name
+            if name == "train":
+                corpus, fraction = self._corpus("source")
+                name = str(tokenizer_folder(corpus, self.trained_vocab_size, fraction, self.cache_dir))
+            self._tokenizer = load_tokenizer(name)
+        return self._tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        return len(self.tokenizer)
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        """Hash of the token -> id map."""
+        return tokenizer_fingerprint(self.tokenizer)
+
+    def _corpus(self, setting: str) -> tuple[Corpus, float]:
+        """What a source setting reads, and which share of it goes to its `val` split."""
+        groups = resolve(f"--data.{setting}", getattr(self, setting), self.hub)
+        fraction = 1.0 if setting != "source" else 0.0 if self.val_source else self.val_fraction
+        return Corpus(f"--data.{setting}", groups, self.text_column, self.source_column), fraction
+
+    def _open(self, setting: str, split: str) -> PackedRows:
+        corpus, fraction = self._corpus(setting)
+        folder = token_folder(corpus, self.tokenizer, fraction, self.cache_dir)
+        packed = PackedRows(TokenFiles(folder, split), self.block_size, self.isolate_documents)
+        tokens = packed.files.num_tokens
+        if split == "train" and tokens < self.block_size:
+            raise ConfigError(
+                f"--data.source: {tokens} training tokens do not fill one row of --data.block_size "
+                f"{self.block_size}; add text or shorten the rows"
+            )
+        if split == "val" and tokens == 0:
+            num_documents = packed.files.manifest["splits"]["train"]["documents"]
+            raise ConfigError(
+                f"--data.val_fraction: {self.val_fraction} left none of {num_documents} documents for "
+                "validation; raise it, split the text into more documents, or give --data.val_source"
+            )
+        return packed
+
+    # --- Lightning's hooks, in its order ---
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the prepared files that a stage needs; give the trainer its accumulation and cadence.
+
+        Raises:
+            ConfigError: batch sizes do not divide, the trainer's settings stand against them, or the text
+                is too short.
+        """
+        if stage in (None, "fit"):
+            self._set_trainer()
+        if stage in (None, "fit", "predict"):
+            self._train = self._open("source", "train")
+            self.num_train_rows, self.num_train_tokens = self._train.num_rows, self._train.files.num_tokens
+        if stage in (None, "fit", "validate", "test"):
+            test_apart = stage == "test" and self.test_source
+            held_out = "test_source" if test_apart else "val_source" if self.val_source else "source"
+            self._eval = self._open(held_out, "val")
+            self.source_names = self._eval.files.manifest["sources"]
+        if stage == "fit":
+            self._log()
+
+    def train_dataloader(self) -> Loader:
+        """All micro-batches of the run, as one epoch; without a trainer those of one pass over the rows."""
+        assert self._train is not None, "setup('fit') comes first"
+        sizes = (self.global_batch_size, self.micro_batch_size)
+        batches = TrainBatches(self._train, self.seed, sizes, self._place())
+        trainer = self.trainer
+        steps = trainer.max_steps if trainer else -(-self._train.num_rows // self.global_batch_size)
+        self._train_loader = self._loader(
+            batches,
+            steps * batches.accumulate,
+            lambda: trainer.global_step * batches.accumulate if trainer else 0,
+        )
+        self._train_loader.num_workers = self.num_workers
+        return self._train_loader
+
+    def val_dataloader(self) -> Loader:
+        """Validation rows in order, with bytes and sources of every label."""
+        assert self._eval is not None, "setup comes first"
+        return self._eval_loader(self._eval, self._eval_rows(self._eval))
+
+    def test_dataloader(self) -> Loader:
+        """Test rows, as `val_dataloader`."""
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> Loader:
+        """All training rows, 0 to n - 1, for scoring."""
+        assert self._train is not None, "setup('predict') comes first"
+        return self._eval_loader(self._train, np.arange(self._train.num_rows))
+
+    @property
+    def data_wait_s(self) -> float:
+        """Seconds so far that the training waited for its next batch."""
+        return self._train_loader.wait_s if self._train_loader else 0.0
+
+    # --- how that is done ---
+
+    def _eval_loader(self, packed: PackedRows, rows: np.ndarray) -> Loader:
+        batches = EvalBatches(packed, rows, self.micro_batch_size, self._place())
+        return self._loader(batches, len(batches), lambda: 0)
+
+    def _loader(self, batches: EvalBatches | TrainBatches, length: int, start: Callable[[], int]) -> Loader:
+        loader = Loader(batches, length, start)
+        loader.pin_memory = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        return loader
+
+    def _eval_rows(self, packed: PackedRows) -> np.ndarray:
+        count = min(self.val_rows or packed.num_rows, packed.num_rows)
+        return np.arange(count) * packed.num_rows // count
+
+    def _place(self) -> tuple[int, int]:
+        """(rank, number) of data-parallel replicas."""
+        kwargs = (self.trainer.distributed_sampler_kwargs if self.trainer else None) or {}
+        return int(kwargs.get("rank", 0)), int(kwargs.get("num_replicas", 1))
+
+    def _set_trainer(self) -> None:
+        world = self._place()[1]
+        self.accumulate = accumulation(self.global_batch_size, self.micro_batch_size, world)
+        trainer = self.trainer
+        if trainer is None:
+            return
+        accumulate, interval = _CADENCE.setdefault(
+            trainer, (trainer.accumulate_grad_batches, getattr(trainer, "val_check_interval", None))
+        )
+        if accumulate != 1:
+            raise ConfigError(
+                f"--trainer.accumulate_grad_batches: {accumulate} may not be set; it follows from "
+                f"--data.global_batch_size {self.global_batch_size}, here {self.accumulate}"
+            )
+        if trainer.max_steps < 1:
+            raise ConfigError(f"--trainer.max_steps: {trainer.max_steps} is no length of a run; give optimizer steps")
+        trainer.accumulate_grad_batches = self.accumulate
+        if interval is not None:
+            trainer.val_check_interval, trainer.check_val_every_n_epoch = validation_cadence(
+                interval, trainer.max_steps, self.accumulate, trainer.check_val_every_n_epoch
+            )
+
+    def _log(self) -> None:
+        assert self._train is not None
+        assert self._eval is not None
+        files, held_out = self._train.files, len(self._eval_rows(self._eval))
+        message = (
+            f"data: {self.num_train_rows} rows of {self.block_size} from {files.num_tokens} tokens in "
+            f"{files.num_documents} documents, {held_out} rows for validation, vocabulary of {self.vocab_size}"
+        )
+        if self.trainer is not None:
+            rows = self.trainer.max_steps * self.global_batch_size
+            message += f"; {self.trainer.max_steps} steps read {rows} rows: {rows / self.num_train_rows:.2f} epochs"
+        rank_zero_info(message)
+
+
+def accumulation(global_batch: int, micro_batch: int, world: int) -> int:
+    """Micro-batches that one device accumulates for an optimizer step.
+
+    Raises:
+        ConfigError: they do not divide; names the nearest sizes that do.
+    """
+    per_pass = micro_batch * world
+    if global_batch % per_pass == 0:
+        return global_batch // per_pass
+    below, above = global_batch // per_pass * per_pass, -(-global_batch // per_pass) * per_pass
+    sizes = " or ".join(str(size) for size in (below, above) if size)
+    fitting = [size for size in range(1, global_batch + 1) if global_batch % (size * world) == 0]
+    nearest = sorted(fitting, key=lambda size: (abs(size - micro_batch), size))[:2]
+    other = f", or --data.micro_batch_size {' or '.join(map(str, sorted(nearest)))}" if nearest else ""
+    raise ConfigError(
+        f"--data.global_batch_size: {global_batch} rows do not divide into micro-batches of {micro_batch} "
+        f"(--data.micro_batch_size) on {world} devices; take {sizes}{other}"
+    )
+
+
+def validation_cadence(
+    interval: int | float, max_steps: int, accumulate: int, every_n_epoch: int | None
+) -> tuple[int | float, int | None]:
+    """Lightning's (val_check_interval, check_val_every_n_epoch) for an interval in optimizer steps.
+
+    Lightning counts micro-batches, and refuses an interval longer than the run unless it counts over epochs
+    (None). A float below 1 is a share of the run.
+    """
+    if isinstance(interval, float) and interval == 1.0:
+        return interval, every_n_epoch  # at the end
+    steps = interval if isinstance(interval, int) else max(1, int(interval * max_steps))
+    return steps * accumulate, None if steps > max_steps else every_n_epoch
+
+
+def _entries(source: str | list[str] | None) -> list[str]:
+    return [source] if isinstance(source, str) and source else list(source or [])

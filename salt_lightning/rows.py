@@ -1,0 +1,229 @@
+"""Rows of tokens: their order in training, how they are cut from the stream, and the batches they form.
+
+    B rows of a micro-batch · T tokens of a row (block_size) · G rows of an optimizer step
+
+The stream of a split is all its documents, each followed by EOS. Row r reads tokens [rT, (r+1)T) and
+predicts the next token of each, but nothing after a document's EOS. Which rows step s reads is a pure
+function of (seed, s): there is no state to save, and neither ranks, nor workers, nor accumulation, nor a
+resume change it.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from salt_lightning.prepare import TokenFiles, quiet_fork
+
+Batch = dict[str, np.ndarray]  # int64
+IGNORE = -100
+NO_ROW = -1  # fills the last evaluation batch up: a row without labels
+_ROUNDS = 8
+
+# --- order ---
+
+
+def row_at(position: np.ndarray, seed: int, num_rows: int) -> np.ndarray:
+    """The row at each position of the endless training order: every pass is a new permutation of all rows.
+
+    A Feistel network over pairs (left, right) of numbers below ceil(sqrt(num_rows)) permutes a square of at
+    least num_rows cells; cells past the end are sent through again until they land inside (cycle walking).
+    So 10^9 rows cost no memory.
+
+    Args:
+        position: int64 array, counted over the whole run (pass = position // num_rows).
+        seed: another seed is another order.
+        num_rows: rows of the training split.
+    """
+    side = np.uint64(math.isqrt(num_rows - 1) + 1)
+    shape, position = np.shape(position), np.atleast_1d(position).astype(np.int64)
+    seeds = np.full(position.shape, seed, np.uint64)
+    keys = _mix(_mix(seeds) + (position // num_rows).astype(np.uint64))
+    cell = (position % num_rows).astype(np.uint64)
+    todo = np.ones(cell.shape, bool)
+    while todo.any():
+        cell[todo] = _feistel(cell[todo], keys[todo], side)
+        todo = cell >= np.uint64(num_rows)
+    return cell.astype(np.int64).reshape(shape)
+
+
+def _feistel(cell: np.ndarray, keys: np.ndarray, side: np.uint64) -> np.ndarray:
+    left, right = np.divmod(cell, side)
+    for number in range(_ROUNDS):
+        left, right = right, (left + _mix(keys + right + np.uint64(number << 56)) % side) % side
+    return left * side + right
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """splitmix64 (Steele et al. 2014): every input bit reaches every output bit; uint64 wraps around."""
+    mixed: Any = values + np.uint64(0x9E3779B97F4A7C15)
+    mixed ^= mixed >> np.uint64(30)
+    mixed *= np.uint64(0xBF58476D1CE4E5B9)
+    mixed ^= mixed >> np.uint64(27)
+    mixed *= np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))
+
+
+# --- rows ---
+
+
+class PackedRows:
+    """Rows of `block_size` tokens cut from the stream of one split."""
+
+    def __init__(self, files: TokenFiles, block_size: int, isolate_documents: bool) -> None:
+        self.files, self.block_size, self.isolate_documents = files, block_size, isolate_documents
+        # The stream's last token is an EOS, which predicts nothing: no row for it alone.
+        self.num_rows = max(0, -(-(files.num_tokens - 1) // block_size))
+
+    def label_counts(self, rows: np.ndarray) -> np.ndarray:
+        """Labels of each row, without building it: its tokens less the documents that end in it."""
+        starts, low, high = self._ends(rows)
+        return np.minimum(self.block_size, self.files.num_tokens - starts) - (high - low)
+
+    def build(self, rows: np.ndarray) -> Batch:
+        """Inputs, labels and positions of some rows, B x T; a NO_ROW is all EOS without a label."""
+        width = self.block_size
+        stream_BT1 = np.full((len(rows), width + 1), self.files.eos_id, np.int64)
+        labels_BT = np.full((len(rows), width), IGNORE, np.int64)
+        positions_BT = np.tile(np.arange(width), (len(rows), 1))
+        for b, (row, start, low, high) in enumerate(zip(rows, *self._ends(rows), strict=True)):
+            if row == NO_ROW:
+                continue
+            piece = self.files.tokens[start : start + width + 1]
+            stream_BT1[b, : len(piece)] = piece
+            labels_BT[b, : len(piece) - 1] = piece[1:]  # the one place where labels are shifted
+            ends = self.files.doc_ends[low:high] - start
+            labels_BT[b, ends - 1] = IGNORE  # after a document's EOS comes another document
+            if self.isolate_documents:
+                for end in ends[ends < width]:
+                    positions_BT[b, end:] = np.arange(width - end)
+        return {
+            "input_ids": stream_BT1[:, :-1].copy(),
+            "labels": labels_BT,
+            "positions": positions_BT,
+            "rows": rows,
+        }
+
+    def origins(self, batch: Batch) -> Batch:
+        """UTF-8 bytes of each label token (0 where ignored), and the source of its document (-1 there)."""
+        labels_BT = batch["labels"]
+        bytes_BT, sources_BT = np.zeros_like(labels_BT), np.full_like(labels_BT, -1)
+        for b, row in enumerate(batch["rows"]):
+            if row == NO_ROW:
+                continue
+            start = row * self.block_size
+            piece = self.files.token_bytes[start + 1 : start + self.block_size + 1]
+            bytes_BT[b, : len(piece)] = piece
+            documents = np.searchsorted(self.files.doc_ends, np.arange(start, start + len(piece)), side="right")
+            sources_BT[b, : len(piece)] = self.files.doc_sources[documents]
+        ignored_BT = labels_BT == IGNORE
+        bytes_BT[ignored_BT], sources_BT[ignored_BT] = 0, -1
+        return {"bytes": bytes_BT, "sources": sources_BT}
+
+    def _ends(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Start of each row, and the range of documents that end in it: after its start, up to its stop."""
+        starts = rows * self.block_size
+        low, high = np.searchsorted(self.files.doc_ends, np.stack([starts, starts + self.block_size]), side="right")
+        return starts, low, high
+
+
+# --- batches (arrays: they pass from worker processes several times faster than tensors do) ---
+
+
+class TrainBatches(Dataset):
+    """Micro-batch i of one rank, counted over the whole run: step i // accumulate, part i % accumulate."""
+
+    def __init__(self, packed: PackedRows, seed: int, sizes: tuple[int, int], place: tuple[int, int]) -> None:
+        self.packed, self.seed = packed, seed
+        self.global_batch, self.micro_batch = sizes
+        self.rank, self.world = place
+        self.accumulate = self.global_batch // (self.micro_batch * self.world)
+        self._step = (-1, np.zeros(0, np.int64), np.zeros((), np.int64))  # the last one asked for
+
+    def __getitem__(self, index: int) -> Batch:
+        step, part = divmod(index, self.accumulate)
+        if step != self._step[0]:
+            positions = step * self.global_batch + np.arange(self.global_batch)
+            rows = row_at(positions, self.seed, self.packed.num_rows)
+            self._step = (step, rows, np.array(self.packed.label_counts(rows).sum()))
+        _, rows, step_tokens = self._step
+        first = (part * self.world + self.rank) * self.micro_batch
+        return {**self.packed.build(rows[first : first + self.micro_batch]), "step_tokens": step_tokens}
+
+
+class EvalBatches(Dataset):
+    """Rows in order, every world-th for this rank; all batches and ranks are alike in shape and number."""
+
+    def __init__(self, packed: PackedRows, rows: np.ndarray, micro_batch: int, place: tuple[int, int]) -> None:
+        rank, world = place
+        self.packed = packed
+        num_batches = -(-len(rows) // (micro_batch * world))
+        filled = np.full(num_batches * micro_batch * world, NO_ROW, np.int64)
+        filled[: len(rows)] = rows
+        self.rows_NB = filled[rank::world].reshape(num_batches, micro_batch)
+
+    def __len__(self) -> int:
+        return len(self.rows_NB)
+
+    def __getitem__(self, index: int) -> Batch:
+        batch = self.packed.build(self.rows_NB[index])
+        return {**batch, **self.packed.origins(batch)} if self.packed.files.has_bytes else batch
+
+
+# --- loading ---
+
+
+class Loader:
+    """Batches from number `start()` on, as tensors; counts the seconds in which the training waited for them.
+
+    No DataLoader: Lightning re-creates those to give them samplers of its own; other iterables it leaves
+    alone, whatever trainer.use_distributed_sampler says.
+    """
+
+    def __init__(self, batches: EvalBatches | TrainBatches, length: int, start: Callable[[], int]) -> None:
+        self.batches, self.length, self.start = batches, length, start
+        self.num_workers, self.pin_memory = 0, False
+        self.wait_s = 0.0
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        began = time.perf_counter()
+        for arrays in self._arrays(range(self.start(), self.length)):
+            batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
+            if self.pin_memory:
+                batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
+            self.wait_s += time.perf_counter() - began
+            yield batch
+            began = time.perf_counter()
+
+    def _arrays(self, indices: range) -> Iterator[Batch]:
+        if not self.num_workers:
+            return map(self.batches.__getitem__, indices)
+        # An own generator: DataLoader would draw from the global one, before the model does.
+        loader = DataLoader(
+            self.batches,
+            batch_size=None,
+            sampler=indices,
+            num_workers=self.num_workers,
+            collate_fn=_as_is,
+            generator=torch.Generator(),
+        )
+        with quiet_fork():
+            return iter(loader)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the position follows from the step. Lightning warns of loaders without this method."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to restore."""
+
+
+def _as_is(batch: Any) -> Any:
+    return batch

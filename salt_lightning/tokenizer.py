@@ -1,0 +1,157 @@
+"""Tokenizers: loaded or trained here; text -> ids, and the bytes of text that each id stands for."""
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from salt_lightning.documents import (
+    Corpus,
+    Raw,
+    documents,
+    empty_error,
+    first_line,
+    lots,
+    read_raw,
+    reading_error,
+    utf8,
+)
+from salt_lightning.errors import ConfigError
+
+EOS = "<|endoftext|>"
+_TRAINING_BYTES = 256 << 20  # of files that a new tokenizer reads; of larger corpora an even sample
+
+
+def digest(data: Any) -> str:
+    """Fingerprint of plain data."""
+    return hashlib.blake2b(json.dumps(data, sort_keys=True).encode(), digest_size=10).hexdigest()
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """A tokenizer from a folder or the hub; no code of theirs is run.
+
+    Raises:
+        ConfigError: not found, without end-of-text token, or without the fast implementation that gives
+            offsets.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:
+        raise ConfigError(
+            f"--data.tokenizer: cannot load {name!r} ({first_line(error)}); give a folder, hub name or train"
+        ) from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise ConfigError(f"--data.tokenizer: {name!r} has no tokenizer.json; save it as a fast tokenizer first")
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"--data.tokenizer: {name!r} has no eos_token, which ends every document; give it one")
+    return tokenizer
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of the token -> id map: models whose tokenizers share it understand each other's ids."""
+    return digest(sorted(tokenizer.get_vocab().items()))
+
+
+def rules_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of all that decides the ids of a text: also merges, normalizer, pre-tokenizer."""
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    return digest([{**rules, "truncation": None, "padding": None}, tokenizer.eos_token_id])
+
+
+def train_tokenizer(corpus: Corpus, vocab_size: int, val_fraction: float, folder: str) -> None:
+    """Train a byte-level BPE on the training documents of a corpus; save it as transformers does."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=sys.stderr.isatty(),
+    )
+    tokenizer.train_from_iterator(_training_texts(corpus, val_fraction), trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS).save_pretrained(folder)
+
+
+def _training_texts(corpus: Corpus, val_fraction: float) -> Iterator[str]:
+    share = min(1.0, _TRAINING_BYTES / max(1, corpus.num_bytes()))
+    chars = 0
+    for raw in read_raw(corpus):
+        try:
+            texts = [text for text, _ in documents(raw, corpus.text_column, corpus.source_column)]
+        except json.JSONDecodeError as error:
+            raise reading_error(error, corpus) from error
+        for text in texts:
+            split, sample = lots(utf8(text))
+            if split >= val_fraction and sample < share:
+                chars += len(text)
+                yield utf8(text).decode()
+        if chars > 4 * _TRAINING_BYTES:  # the hub tells no sizes, and files may be compressed
+            break
+    if not chars:
+        raise empty_error(corpus)
+
+
+@dataclass
+class Block:
+    """Some documents of one split, tokenized: an entry per document."""
+
+    ids: list[np.ndarray]  # EOS included
+    sources: list[str]
+    token_bytes: list[np.ndarray] | None
+    text_bytes: int = 0
+
+
+@dataclass
+class Encoder:
+    """Turns raw rows into blocks of ids; travels to the worker processes."""
+
+    tokenizer: Tokenizer
+    eos_id: int
+    dtype: str
+    corpus: Corpus
+    val_fraction: float
+
+    def __call__(self, raw: Raw) -> dict[str, Block]:
+        # Pickling forgets this flag. A text that spells a special token out is still text.
+        self.tokenizer.encode_special_tokens = True
+        splits: dict[str, list[tuple[bytes, str]]] = {"train": [], "val": []}
+        for text, source in documents(raw, self.corpus.text_column, self.corpus.source_column):
+            data = utf8(text)
+            splits["val" if lots(data)[0] < self.val_fraction else "train"].append((data, source))
+        return {split: self._block(docs, split == "val") for split, docs in splits.items() if docs}
+
+    def _block(self, docs: list[tuple[bytes, str]], with_bytes: bool) -> Block:
+        # Offsets cost time: only where bytes per token are wanted.
+        encode = self.tokenizer.encode_batch if with_bytes else self.tokenizer.encode_batch_fast
+        texts = [data.decode() for data, _ in docs]
+        block = Block([], [], [] if with_bytes else None)
+        for text, (data, source), encoding in zip(texts, docs, encode(texts, add_special_tokens=False), strict=True):
+            if not len(encoding):  # a normalizer may drop all there is
+                continue
+            block.ids.append(np.array([*encoding.ids, self.eos_id], self.dtype))
+            block.sources.append(source)
+            block.text_bytes += len(data)
+            if block.token_bytes is not None:
+                block.token_bytes.append(np.append(token_bytes(text, encoding.offsets), np.int32(0)))
+        return block
+
+
+def token_bytes(text: str, offsets: list[tuple[int, int]]) -> np.ndarray:
+    """UTF-8 bytes of `text` that each token accounts for (int32); their sum is the text's, always.
+
+    Cumulative: a token has the bytes from the furthest end before it to its own end, the last one has the
+    rest. A character that several tokens share belongs to the first. `offsets`: (start, end) in characters.
+    """
+    code_points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    widths = 1 + (code_points >= 0x80) + (code_points >= 0x800) + (code_points >= 0x10000)
+    bytes_before = np.concatenate([[0], np.cumsum(widths)])
+    ends = bytes_before[np.maximum.accumulate([end for _, end in offsets])]
+    ends[-1] = bytes_before[-1]
+    return np.diff(ends, prepend=0).astype(np.int32)

@@ -1,0 +1,111 @@
+"""A small real run, driven by the real command line: corpus, settings, and how to read what it logged."""
+
+import json
+import os
+import random
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+torch.set_num_threads(1)  # models of a few thousand weights: threads would only wait for each other
+
+WORDS = "the a small frozen teacher helps large student reads what it wrote before and then leaves so".split()
+
+
+def write_corpus(path: Path, num_documents: int = 120, seed: int = 0) -> Path:
+    """Sentences with some structure to learn, in documents of very different lengths."""
+    rng = random.Random(seed)
+    with open(path, "w", encoding="utf-8") as out:
+        for _ in range(num_documents):
+            words, word = [], rng.randrange(len(WORDS))
+            for _ in range(rng.choice([3, 10, 40, 120])):
+                word = (word * 5 + rng.choice([1, 1, 1, 2, 7])) % len(WORDS)
+                words.append(WORDS[word])
+            out.write(json.dumps({"text": " ".join(words) + "."}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "text.jsonl")
+
+
+@pytest.fixture(scope="session")
+def settings(corpus) -> dict[str, object]:
+    """Settings of a run of a few seconds that goes through both phases."""
+    return {
+        "model.student.config": {
+            "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
+            "tie_word_embeddings": True,
+        },
+        "model.optim.lr": 3e-3,
+        "model.optim.warmup_steps": 2,
+        "data.source": str(corpus),
+        "data.vocab_size": 300,
+        "data.block_size": 32,
+        "data.global_batch_size": 8,
+        "data.micro_batch_size": 8,
+        "data.val_fraction": 0.1,
+        "data.cache_dir": str(corpus.parent / "cache"),
+        "data.num_workers": 0,
+        "data.prepare_workers": 1,
+        "trainer.max_steps": 12,
+        "trainer.val_check_interval": 6,
+        "trainer.log_every_n_steps": 1,
+        "trainer.accelerator": "cpu",
+        "trainer.enable_progress_bar": False,
+        "checkpoint.keep": None,
+    }  # fmt: skip
+
+
+def arguments(*layers: dict[str, object]) -> list[str]:
+    """Command-line arguments; later layers win."""
+    merged = {key: value for layer in layers for key, value in layer.items()}
+    return [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in merged.items()]
+
+
+@pytest.fixture(scope="session")
+def teacher(settings, tmp_path_factory) -> str:
+    """A checkpoint of a smaller model, trained by the same command."""
+    from salt_lightning.cli import main
+
+    run = tmp_path_factory.mktemp("teacher") / "run"
+    small = {**settings["model.student.config"], "hidden_size": 16}
+    own = {"run": str(run), "model.student.config": small, "kd.weight": 0.0, "trainer.max_steps": 20,
+           "trainer.val_check_interval": 20, "seed_everything": 7}  # fmt: skip
+    assert main(["fit", *arguments(settings, own)]) == 0
+    return str(run / "checkpoints" / "step-00000020.ckpt")
+
+
+class StopAt(Callback):
+    """Sends this process a signal in the middle of an optimizer step."""
+
+    def __init__(self, step: int, number: int = signal.SIGTERM) -> None:
+        self.step, self.number = step, number
+
+    def on_before_backward(self, trainer, pl_module, loss):
+        if trainer.global_step + 1 == self.step:
+            self.step = -1
+            os.kill(os.getpid(), self.number)
+
+
+def scalars(run: Path, tags: tuple[str, ...] = ("train/", "val/")) -> dict[str, dict[int, float]]:
+    """All logged values of a run by tag and step; where a step was logged twice, the later value."""
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+    from tensorboard.util.tensor_util import make_ndarray
+
+    values: dict[str, dict[int, float]] = {}
+    for file in sorted(Path(run).glob("events.*"), key=lambda path: (path.stat().st_mtime_ns, path.name)):
+        for event in EventFileLoader(str(file)).Load():
+            for value in event.summary.value:
+                if value.tag.startswith(tags):
+                    values.setdefault(value.tag, {})[event.step] = make_ndarray(value.tensor).item()
+    return values
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return torch.load(checkpoint, weights_only=True)["state_dict"]

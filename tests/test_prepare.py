@@ -1,0 +1,560 @@
+"""Documents -> tokens -> files: formats, errors, bytes per token, the cache and its accidents."""
+
+import gzip
+import json
+import lzma
+import multiprocessing
+import os
+import random
+import re
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from salt_lightning import documents, prepare
+from salt_lightning.documents import Corpus, Group, Hub, lots, read_raw, resolve, utf8
+from salt_lightning.errors import ConfigError
+from salt_lightning.prepare import (
+    TokenFiles,
+    prepare_tokenizer,
+    prepare_tokens,
+    token_folder,
+    tokenizer_folder,
+)
+from salt_lightning.tokenizer import load_tokenizer, token_bytes, tokenizer_fingerprint
+
+TEXTS = [
+    "The first document.\nIt has two lines.",
+    "Zweites Dokument: äöü ß €",
+    "third 😀😀 日本語",
+    "x = [1, 2]\n\tend",
+]
+
+
+def byte_tokenizer(vocab: int = 256) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer without merges: ids are bytes, so any text comes back; EOS is the last id."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = {letter: i for i, letter in enumerate(letters)} | {f"<unused{i}>": i for i in range(256, vocab)}
+    tokenizer = Tokenizer(models.BPE(vocab=words, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+
+
+def write_jsonl(path: Path, rows: list, opener=open) -> Path:
+    with opener(path, "wt", encoding="utf-8") as out:
+        out.writelines(json.dumps(row) + "\n" for row in rows)
+    return path
+
+
+def corpus_of(*sources: str | Path, hub: Hub | None = None, **columns: str) -> Corpus:
+    entries = [str(source) for source in sources]
+    return Corpus("--data.source", resolve("--data.source", entries, hub or Hub()), **columns)
+
+
+def stored(folder: Path, split: str, tokenizer) -> list[tuple[str, str]]:
+    """(text, source) of every document in a prepared split."""
+    files = TokenFiles(folder, split)
+    starts = [0, *files.doc_ends[:-1]]
+    found = []
+    for start, end, source in zip(starts, files.doc_ends, files.doc_sources, strict=True):
+        assert files.tokens[end - 1] == files.eos_id
+        assert (files.tokens[start : end - 1] != files.eos_id).all()
+        found.append((tokenizer.decode(files.tokens[start : end - 1].tolist()), files.manifest["sources"][source]))
+    return found
+
+
+# --- formats ---
+
+
+def texts_folder(folder: Path) -> list[str]:
+    for i, text in enumerate(TEXTS):
+        file = folder / "books" / ("part" if i % 2 else ".") / f"{i}.{['txt', 'md', 'py', 'rst'][i]}"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    (folder / "books" / ".hidden").write_text("hidden")
+    (folder / "books" / "__pycache__").mkdir()
+    (folder / "books" / "__pycache__" / "x.pyc").write_bytes(b"\xff\xfe")
+    return [str(folder / "books")]
+
+
+def texts_glob(folder: Path) -> list[str]:
+    texts_folder(folder)
+    (folder / "books" / "other.csv").write_text("not,this")
+    return [str(folder / "books" / "**" / "[0-9].*")]
+
+
+def jsonl(folder: Path) -> list[str]:
+    return [str(write_jsonl(folder / "books.jsonl", [{"id": i, "text": t} for i, t in enumerate(TEXTS)]))]
+
+
+def jsonl_with_changing_fields(folder: Path) -> list[str]:
+    rows: list[dict] = [{"text": text, f"only{i}": i} for i, text in enumerate(TEXTS)]
+    rows[1:1] = [{"text": None}, {"text": "  \n"}, {"text": ""}]
+    return [str(write_jsonl(folder / "books.jsonl", rows))]
+
+
+def jsonl_gz(folder: Path) -> list[str]:
+    return [str(write_jsonl(folder / "books.jsonl.gz", [{"text": t} for t in TEXTS], gzip.open))]
+
+
+def jsonl_xz_named_json(folder: Path) -> list[str]:
+    return [str(write_jsonl(folder / "books.json.xz", [{"text": t} for t in TEXTS], lzma.open))]
+
+
+def parquet(folder: Path) -> list[str]:
+    pq.write_table(pa.table({"id": range(len(TEXTS)), "text": TEXTS}), folder / "books.parquet", row_group_size=2)
+    return [str(folder / "books.parquet")]
+
+
+def brackets_in_a_name(folder: Path) -> list[str]:
+    (folder / "books1").mkdir()
+    write_jsonl(folder / "books1" / "a1.jsonl", [{"text": "not this one"}])
+    (folder / "books").mkdir()
+    return [str(write_jsonl(folder / "books" / "a[1].jsonl", [{"text": t} for t in TEXTS]).parent)]
+
+
+def hub_layout(folder: Path) -> list[str]:
+    (folder / "books" / "data").mkdir(parents=True)
+    for split, texts in (("train", TEXTS), ("validation", ["held out"])):
+        pq.write_table(pa.table({"text": texts}), folder / "books" / "data" / f"{split}-00000-of-00001.parquet")
+    (folder / "books" / "notes.txt").write_text("not this")
+    return [str(folder / "books")]
+
+
+FORMATS = [
+    texts_folder, texts_glob, jsonl, jsonl_with_changing_fields, jsonl_gz, jsonl_xz_named_json, parquet,
+    brackets_in_a_name, hub_layout,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+def test_every_format_gives_the_same_documents(layout, tmp_path):
+    tokenizer = byte_tokenizer()
+    folder = prepare_tokens(corpus_of(*layout(tmp_path)), tokenizer, 0.0, tmp_path / "cache", 1)
+    found = stored(folder, "train", tokenizer)
+    assert sorted(text for text, _ in found) == sorted(TEXTS)
+    assert {source for _, source in found} == {"books"}
+    assert TokenFiles(folder, "val").num_tokens == 0
+
+
+def test_list_of_sources_keeps_their_order_and_names(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    first = write_jsonl(tmp_path / "a" / "same.jsonl", [{"text": "one"}])
+    second = write_jsonl(tmp_path / "b" / "same.jsonl", [{"text": "two"}])
+    (tmp_path / "other.txt").write_text("three")
+    tokenizer = byte_tokenizer()
+    corpus = corpus_of(second, first, tmp_path / "*.txt", tmp_path / "other.txt")
+    found = stored(prepare_tokens(corpus, tokenizer, 0.0, tmp_path / "cache", 1), "train", tokenizer)
+    expected = [("two", str(second)), ("one", str(first)), ("three", tmp_path.name), ("three", "other")]
+    assert found == expected
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_source_column(kind, tmp_path):
+    rows = [{"body": text, "kind": source} for text, source in zip(TEXTS, ["web", "code", "web", None], strict=True)]
+    path = tmp_path / f"x.{kind}"
+    if kind == "jsonl":
+        write_jsonl(path, rows)
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    tokenizer = byte_tokenizer()
+    corpus = corpus_of(path, text_column="body", source_column="kind")
+    found = stored(prepare_tokens(corpus, tokenizer, 0.0, tmp_path / "cache", 1), "train", tokenizer)
+    assert found == list(zip(TEXTS, ["web", "code", "web", "None"], strict=True))
+
+
+def test_hub_data_set_is_read_by_name_and_split(tmp_path):
+    (name,) = hub_layout(tmp_path)
+    group = Group("books", "hub", hub_name=name, hub=Hub(split="validation"))
+    rows = [raw.rows for raw in read_raw(Corpus("--data.source", (group,)))]
+    assert rows == [["held out"]]
+    with pytest.raises(ConfigError, match=r"--data.text_column: no column 'body' in .*; there are: text$"):
+        list(read_raw(Corpus("--data.source", (group,), text_column="body")))
+
+
+def test_hub_name_is_tried_where_no_file_matches():
+    assert resolve("--data.source", ["owner/name"], Hub("test", "en", "abc")) == (
+        Group("name", "hub", hub_name="owner/name", hub=Hub("test", "en", "abc")),
+    )
+
+
+def test_text_that_spells_the_end_token_is_text(tmp_path):
+    text = "before <|endoftext|> after"
+    write_jsonl(tmp_path / "x.jsonl", [{"text": text}])
+    tokenizer = byte_tokenizer()
+    folder = prepare_tokens(corpus_of(tmp_path / "x.jsonl"), tokenizer, 0.0, tmp_path / "cache", 1)
+    assert stored(folder, "train", tokenizer) == [(text, "x")]
+
+
+def test_half_a_surrogate_pair_becomes_a_question_mark(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"text": "a\\ud800b"}\n')
+    tokenizer = byte_tokenizer()
+    for fraction, split in ((0.0, "train"), (1.0, "val")):
+        folder = prepare_tokens(corpus_of(tmp_path / "x.jsonl"), tokenizer, fraction, tmp_path / "cache", 1)
+        assert stored(folder, split, tokenizer) == [("a?b", "x")]
+
+
+@pytest.mark.parametrize(("vocab", "dtype"), [(65535, "uint16"), (65536, "uint32")])
+def test_ids_take_two_bytes_where_they_fit(vocab, dtype, tmp_path):
+    (tmp_path / "x.txt").write_text("abc")
+    tokenizer = byte_tokenizer(vocab)
+    assert tokenizer.eos_token_id == vocab
+    files = TokenFiles(prepare_tokens(corpus_of(tmp_path / "x.txt"), tokenizer, 0.0, tmp_path / "cache", 1), "train")
+    assert files.tokens.dtype == dtype
+    assert files.tokens[-1] == vocab
+
+
+# --- errors: one line that names the cause ---
+
+
+LATIN_1 = "gut\nschön".encode("latin-1")
+CUT_OFF = gzip.compress(b'{"text": "abc"}\n' * 9)[:-9]
+OTHER_COLUMNS = b'{"id": 1, "content": "x"}\n'
+BAD_FILES = [
+    ("x.txt", b"", r"--data.source: no document with text in the files"),
+    (
+        "x.jsonl",
+        b'{"text": " "}\n{"text": null}\n\n',
+        r"--data.source: no document with text in x; .*text_column",
+    ),
+    ("x.jsonl", OTHER_COLUMNS, r"--data.text_column: no column 'text' in x; there are: id, content$"),
+    ("x.jsonl", b'{"text": 17}\n', r"--data.text_column: 'text' of x holds int, not text$"),
+    ("x.jsonl", b'["text"]\n', r"""--data.source: x: '\["text"\]' is no JSON object"""),
+    (
+        "x.jsonl",
+        b'{"text": "a"}\n\n{"text": "b"\n',
+        r"--data.source: .*x.jsonl: line 3 is not JSON \(Expecting ','",
+    ),
+    ("x.txt", LATIN_1, r"--data.source: .*x.txt: line 2 is not UTF-8 text"),
+    ("x.jsonl.gz", CUT_OFF, r"--data.source: .*x.jsonl.gz: cannot be read"),
+    ("x.parquet", b"PAR1 no", r"--data.source: .*x.parquet: cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), BAD_FILES)
+def test_bad_input_is_one_clear_line(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=f"^{message}") as caught:
+        prepare_tokens(corpus_of(tmp_path / name), byte_tokenizer(), 0.0, tmp_path / "cache", 1)
+    assert "\n" not in str(caught.value)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.parametrize("source", ["no/such/*.txt", "no/such/folder/x", "corpus.jsonl", "text.md"])
+def test_source_that_matches_nothing(source):
+    with pytest.raises(ConfigError, match=f"^--data.source: '{re.escape(source)}' matches no file; give a file"):
+        corpus_of(source)
+
+
+def test_columns_of_parquet(tmp_path):
+    pq.write_table(pa.table({"id": [1], "content": ["x"]}), tmp_path / "x.parquet")
+    with pytest.raises(ConfigError, match=r"^--data.text_column: no column 'text' in .*; there are: id, content$"):
+        list(read_raw(corpus_of(tmp_path / "x.parquet")))
+    with pytest.raises(ConfigError, match=r"^--data.source_column: no column 'url' in .*; there are: id, content$"):
+        list(read_raw(corpus_of(tmp_path / "x.parquet", text_column="content", source_column="url")))
+
+
+def test_bad_input_is_found_while_the_tokenizer_is_trained(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"text": "a"}\n{"text"\n')
+    with pytest.raises(ConfigError, match=r"x.jsonl: line 2 is not JSON"):
+        prepare_tokenizer(corpus_of(path), 300, 0.0, tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_unknown_split_of_a_folder(tmp_path):
+    with pytest.raises(ConfigError, match=r"^--data.split: no 'dev' in '.*books'; there are: train, validation$"):
+        corpus_of(*hub_layout(tmp_path), hub=Hub(split="dev"))
+
+
+def test_hub_out_of_reach(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    expected = r"^--data.source: cannot read owner/name: .*; it is no local file, folder or glob match either$"
+    with pytest.raises(ConfigError, match=expected) as caught:
+        list(read_raw(corpus_of("owner/name")))
+    assert "\n" not in str(caught.value)
+
+
+def test_too_many_sources(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "MAX_SOURCES", 2)
+    path = write_jsonl(tmp_path / "x.jsonl", [{"text": "a", "url": i} for i in range(3)])
+    with pytest.raises(ConfigError, match=r"^--data.source_column: 'url' has more than 2 values"):
+        prepare_tokens(corpus_of(path, source_column="url"), byte_tokenizer(), 0.0, tmp_path / "cache", 1)
+
+
+# --- splits and workers ---
+
+
+def many(tmp_path: Path, count: int = 400) -> Path:
+    rng = random.Random(1)
+    words = ["alpha", "beta", "gamma", "日本", "😀", "delta\n"]
+    rows = [{"text": " ".join(rng.choices(words, k=rng.randint(1, 30))), "n": i} for i in range(count)]
+    return write_jsonl(tmp_path / "many.jsonl", rows + rows[:50])
+
+
+def test_split_is_drawn_by_the_text(tmp_path):
+    tokenizer = byte_tokenizer()
+    corpus = corpus_of(many(tmp_path))
+    folder = prepare_tokens(corpus, tokenizer, 0.2, tmp_path / "cache", 1)
+    train, val = ([text for text, _ in stored(folder, split, tokenizer)] for split in ("train", "val"))
+    assert len(train) + len(val) == 450
+    assert not set(train) & set(val)  # 50 documents are there twice
+    # 20% of 400 distinct documents: 80, spread sqrt(400 * .2 * .8) = 8
+    assert 80 - 5 * 8 < len(set(val)) < 80 + 5 * 8
+    everything = prepare_tokens(corpus, tokenizer, 1.0, tmp_path / "cache", 1)
+    assert TokenFiles(everything, "train").num_documents == 0
+    assert {lots(utf8(text))[0] < 0.2 for text in val} == {True}
+
+
+def test_number_of_processes_changes_nothing(tmp_path, monkeypatch):
+    corpus, tokenizer = corpus_of(many(tmp_path)), byte_tokenizer()
+    one = TokenFiles(prepare_tokens(corpus, tokenizer, 0.1, tmp_path / "one", 1), "val").manifest
+    monkeypatch.setattr(documents, "_RAW_CHARS", 500)
+    three = TokenFiles(prepare_tokens(corpus, tokenizer, 0.1, tmp_path / "three", 3), "val").manifest
+    assert one == three  # with checksums of all files
+    assert one["splits"]["train"]["documents"] > 300
+
+
+# --- bytes per token ---
+
+
+def reference_bytes(text: str, tokens: list[str]) -> list[int]:
+    """By the definition, for byte-level tokens: a character counts at the first token that touches it."""
+    lengths = [len(token) for token in tokens]  # byte-level: one letter a byte
+    counts = [0] * len(tokens)
+    position = 0
+    owner = [i for i, length in enumerate(lengths) for _ in range(length)]
+    for character in text:
+        size = len(character.encode())
+        counts[owner[position]] += size
+        position += size
+    assert position == sum(lengths)
+    return counts
+
+
+@given(st.text(alphabet=st.one_of(st.characters(codec="utf-8"), st.sampled_from("aé€😀 \n")), min_size=1, max_size=40))
+def test_bytes_of_tokens_against_the_definition(text):
+    tokenizer = byte_tokenizer().backend_tokenizer
+    tokenizer.encode_special_tokens = True
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    counts = token_bytes(text, encoding.offsets)
+    assert counts.tolist() == reference_bytes(text, encoding.tokens)
+    assert counts.sum() == len(text.encode())
+
+
+def test_bytes_where_a_tokenizer_drops_text():
+    # tokens "b" and "d" of "aäb cd€": what lies before a token's end counts for it, the rest for the last
+    assert token_bytes("aäb cd€", [(2, 3), (5, 6)]).tolist() == [1 + 2 + 1, 1 + 1 + 1 + 3]
+    assert token_bytes("xyz", [(0, 2), (0, 1), (2, 3)]).tolist() == [2, 0, 1]  # ends that go back
+
+
+def test_bytes_of_a_split_are_the_bytes_of_its_texts(tmp_path):
+    corpus, cache = corpus_of(many(tmp_path)), tmp_path / "cache"
+    tokenizer = load_tokenizer(str(prepare_tokenizer(corpus, 270, 1e-9, cache)))
+    files = TokenFiles(prepare_tokens(corpus, tokenizer, 1.0, cache, 2), "val")
+    sizes = np.add.reduceat(files.token_bytes, [0, *files.doc_ends[:-1]])
+    texts = [text for text, _ in stored(files.folder.parent, "val", tokenizer)]
+    assert sizes.tolist() == [len(text.encode()) for text in texts]
+    assert sizes.sum() == files.manifest["splits"]["val"]["text_bytes"]
+    assert (files.token_bytes[files.doc_ends - 1] == 0).all()  # EOS
+    # premise: an emoji is spread over several tokens somewhere
+    assert (files.token_bytes[np.setdiff1d(np.arange(files.num_tokens), files.doc_ends - 1)] == 0).any()
+
+
+# --- tokenizers ---
+
+
+def test_trained_tokenizer_is_a_folder_for_transformers(tmp_path):
+    corpus = corpus_of(many(tmp_path))
+    folder = prepare_tokenizer(corpus, 270, 0.1, tmp_path / "cache")
+    tokenizer = load_tokenizer(str(folder))
+    assert len(tokenizer) == 270
+    assert tokenizer.decode([tokenizer.eos_token_id]) == "<|endoftext|>"
+    anything = "\x00 ünï©ode 😀\n\n\t\r"
+    assert tokenizer.decode(tokenizer(anything, add_special_tokens=False)["input_ids"]) == anything
+    again = prepare_tokenizer(corpus, 270, 0.1, tmp_path / "elsewhere")
+    assert (again / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+    assert tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(load_tokenizer(str(again)))
+    assert tokenizer_fingerprint(tokenizer) != tokenizer_fingerprint(byte_tokenizer())
+
+
+def test_tokenizer_does_not_read_validation_documents(tmp_path):
+    marked = [f"zq{i} " * 30 for i in range(40)]
+    val = [text for text in marked if lots(utf8(text))[0] < 0.3]
+    assert val
+    path = write_jsonl(tmp_path / "x.jsonl", [{"text": text} for text in [*val, "plain words"]])
+    assert lots(b"plain words")[0] >= 0.3
+    for fraction, seen in ((0.3, False), (0.0, True)):
+        tokenizer = load_tokenizer(str(prepare_tokenizer(corpus_of(path), 400, fraction, tmp_path / "cache")))
+        assert any("zq" in token for token in tokenizer.get_vocab()) == seen
+
+
+def test_tokenizer_without_end_token_is_refused(tmp_path):
+    tokenizer = byte_tokenizer()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer).save_pretrained(tmp_path / "bare")
+    with pytest.raises(ConfigError, match=r"^--data.tokenizer: '.*bare' has no eos_token"):
+        load_tokenizer(str(tmp_path / "bare"))
+
+
+def test_missing_tokenizer_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match=r"^--data.tokenizer: cannot load '.*nowhere'") as caught:
+        load_tokenizer(str(tmp_path / "nowhere"))
+    assert "\n" not in str(caught.value)
+
+
+# --- the cache ---
+
+
+def stamps(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_prepared_once(tmp_path, monkeypatch):
+    corpus, cache = corpus_of(many(tmp_path)), tmp_path / "cache"
+    tokenizer = load_tokenizer(str(prepare_tokenizer(corpus, 300, 0.1, cache)))
+    prepare_tokens(corpus, tokenizer, 0.1, cache, 1)
+    before = stamps(cache)
+    monkeypatch.setattr(prepare, "ProcessPoolExecutor", None)  # a second tokenizing would call it
+    prepare_tokenizer(corpus, 300, 0.1, cache)
+    prepare_tokens(corpus, load_tokenizer(str(tokenizer_folder(corpus, 300, 0.1, cache))), 0.1, cache, 1)
+    assert stamps(cache) == before
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_fingerprint_follows_every_input(tmp_path):
+    path = many(tmp_path)
+    cache, tokenizer = tmp_path / "cache", byte_tokenizer()
+    seen = [token_folder(corpus_of(path), tokenizer, 0.1, cache)]
+    assert token_folder(corpus_of(path), byte_tokenizer(), 0.1, cache) == seen[0]
+    seen.append(token_folder(corpus_of(path), tokenizer, 0.2, cache))
+    seen.append(token_folder(corpus_of(path), byte_tokenizer(257), 0.1, cache))
+    seen.append(token_folder(corpus_of(path, text_column="n"), tokenizer, 0.1, cache))
+    seen.append(token_folder(corpus_of(path, source_column="n"), tokenizer, 0.1, cache))
+    seen.append(token_folder(corpus_of(path, path), tokenizer, 0.1, cache))
+    hubs = [Hub(), Hub("test"), Hub(subset="en"), Hub(revision="abc")]
+    groups = [Group("x", "hub", hub_name="owner/name", hub=hub) for hub in hubs]
+    seen += [token_folder(Corpus("--data.source", (group,)), tokenizer, 0.1, cache) for group in groups]
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+    seen.append(token_folder(corpus_of(path), tokenizer, 0.1, cache))
+    stamp = path.stat().st_mtime_ns
+    path.write_bytes(path.read_bytes() + b"\n")
+    os.utime(path, ns=(0, stamp))
+    seen.append(token_folder(corpus_of(path), tokenizer, 0.1, cache))
+    assert len(set(seen)) == len(seen)
+    assert tokenizer_folder(corpus_of(path), 300, 0.1, cache) != tokenizer_folder(corpus_of(path), 301, 0.1, cache)
+
+
+def test_file_that_changes_meanwhile_is_refused(tmp_path, monkeypatch):
+    path, read = many(tmp_path), prepare.read_raw
+
+    def read_and_append(corpus):
+        yield from read(corpus)
+        with open(path, "a") as out:
+            out.write('{"text": "late"}\n')
+
+    monkeypatch.setattr(prepare, "read_raw", read_and_append)
+    with pytest.raises(ConfigError, match=r"^--data.source: files changed while they were read"):
+        prepare_tokens(corpus_of(path), byte_tokenizer(), 0.1, tmp_path / "cache", 1)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def prepare_in_child(path: Path, cache: Path, barrier=None, kill_after: int | None = None, pids=None) -> None:
+    if kill_after is not None:
+        documents._RAW_CHARS = 500
+        add, calls = prepare.SplitWriter.add, []
+
+        def add_then_die(self, *block):
+            add(self, *block)
+            calls.append(1)
+            if len(calls) == kill_after:
+                pids.put([child.pid for child in multiprocessing.active_children()] + list_children())
+                time.sleep(0.2)  # the queue sends from a thread
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        prepare.SplitWriter.add = add_then_die
+    if barrier is not None:
+        barrier.wait()
+    prepare_tokens(corpus_of(path), byte_tokenizer(), 0.1, cache, 2)
+
+
+def list_children() -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_kill_leaves_nothing_that_looks_finished(tmp_path):
+    fork = multiprocessing.get_context("fork")
+    path, cache, pids = many(tmp_path), tmp_path / "cache", fork.Queue()
+    child = fork.Process(target=prepare_in_child, args=(path, cache, None, 3, pids))
+    child.start()
+    workers = pids.get(timeout=30)
+    child.join(timeout=30)
+    assert child.exitcode == -signal.SIGKILL
+    assert workers
+    leftovers = list(cache.iterdir())
+    assert [file.name[0] for file in leftovers] == ["."]
+    assert not list(cache.rglob("manifest.json"))
+    deadline = time.time() + 10
+    while any(alive(pid) for pid in workers) and time.time() < deadline:
+        time.sleep(0.05)
+    assert not [pid for pid in workers if alive(pid)]  # they end with their parent
+    folder = prepare_tokens(corpus_of(path), byte_tokenizer(), 0.1, cache, 1)
+    assert TokenFiles(folder, "train").num_documents > 300
+    old = time.time() - 2 * 24 * 3600
+    for file in [*leftovers[0].rglob("*"), leftovers[0]]:
+        os.utime(file, (old, old))
+    TokenFiles(folder, "val").folder.parent.rename(tmp_path / "away")
+    prepare_tokens(corpus_of(path), byte_tokenizer(), 0.1, cache, 1)
+    assert [file.name for file in cache.iterdir()] == [folder.name]  # a day later the remains are swept
+
+
+def test_two_processes_at_once(tmp_path):
+    fork = multiprocessing.get_context("fork")
+    path, cache, barrier = many(tmp_path), tmp_path / "cache", fork.Barrier(2)
+    children = [fork.Process(target=prepare_in_child, args=(path, cache, barrier)) for _ in range(2)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(timeout=60)
+    assert [child.exitcode for child in children] == [0, 0]
+    tokenizer = byte_tokenizer()
+    folder = token_folder(corpus_of(path), tokenizer, 0.1, cache)
+    assert list(cache.iterdir()) == [folder]
+    assert len(stored(folder, "train", tokenizer)) + len(stored(folder, "val", tokenizer)) == 450
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "doc_ends.bin", "doc_sources.bin", "token_bytes.bin"])
+def test_truncated_file_is_refused_by_name(name, tmp_path):
+    folder = prepare_tokens(corpus_of(many(tmp_path)), byte_tokenizer(), 0.5, tmp_path / "cache", 1)
+    file = folder / "val" / name
+    os.truncate(file, file.stat().st_size - 1)
+    with pytest.raises(ConfigError, match=rf"^--data.cache_dir: .*/val/{name} has \d+ bytes instead of \d+; delete"):
+        TokenFiles(folder, "val")
+    file.unlink()
+    with pytest.raises(ConfigError, match=rf"/val/{name} has 0 bytes instead of"):
+        TokenFiles(folder, "val")
+    TokenFiles(folder, "train")
+
+
+def test_unprepared_folder_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"^--data.cache_dir: .* holds no prepared text"):
+        TokenFiles(tmp_path, "train")
