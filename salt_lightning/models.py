@@ -189,6 +189,9 @@ def build_fresh(spec: ModelSpec, data: Any, seed: int) -> PreTrainedModel:
         )
 
 
+_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # every config takes them, not every one lists them
+
+
 def fresh_config(spec: ModelSpec, data: Any) -> PreTrainedConfig:
     """The transformers config of a fresh model; unknown settings are refused, missing sizes follow the data."""
     try:
@@ -197,7 +200,7 @@ def fresh_config(spec: ModelSpec, data: Any) -> PreTrainedConfig:
         raise ConfigError(
             f"--model.student.family {spec.family}: transformers knows no such model type; e.g. llama, gpt2, qwen3"
         ) from None
-    names = set(known.to_dict()) | set(known.attribute_map)
+    names = set(known.to_dict()) | set(known.attribute_map) | set(_SPECIAL_TOKENS)
     if unknown := sorted(set(spec.config) - names):
         near = difflib.get_close_matches(unknown[0], names, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
@@ -209,7 +212,7 @@ def fresh_config(spec: ModelSpec, data: Any) -> PreTrainedConfig:
         defaults = {
             "vocab_size": -(-data.vocab_size // 64) * 64,  # whole tiles for the head's matrix products
             positions: data.block_size,
-            **{name: end for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
+            **dict.fromkeys(_SPECIAL_TOKENS, end),
         }
         if "max_position_embeddings" in spec.config:
             del defaults[positions]
@@ -281,19 +284,15 @@ def check_vocabulary(spec: ModelSpec, head_size: int, name: str, data: Any) -> N
                 f"ids mean something else. Point --data.tokenizer to the tokenizer folder of that run"
             )
         return
-    files = (cached_file(spec.path, name, revision=spec.revision or "main", **_QUIET) for name in _TOKENIZER_FILES)
+    files = (cached_file(str(spec.path), name, revision=spec.revision or "main", **_QUIET) for name in _TOKENIZER_FILES)
     if not any(files):
         return
     own = AutoTokenizer.from_pretrained(spec.path, revision=spec.revision or "main").get_vocab()
     ours = data.tokenizer.get_vocab()
-    differing = [
-        (i, token) for token, i in sorted(ours.items(), key=lambda item: item[1]) if own.get(token) != i
-    ]
+    differing = [(i, token) for token, i in sorted(ours.items(), key=lambda item: item[1]) if own.get(token) != i]
     if differing:
         names = {i: token for token, i in own.items()}
-        shown = ", ".join(
-            f"id {i} is {token!r} here and {names.get(i)!r} there" for i, token in differing[:5]
-        )
+        shown = ", ".join(f"id {i} is {token!r} here and {names.get(i)!r} there" for i, token in differing[:5])
         raise ConfigError(
             f"--model.{name}.path {spec.path} and --data.tokenizer name {len(differing)} token ids differently: {shown}"
         )

@@ -1,0 +1,157 @@
+"""When a run is saved, how a file gets onto the disk, and which one `last` is.
+
+A checkpoint is always the state right after an optimizer step whose validation, if one was due, is done.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_info
+
+from salt_lightning.errors import ConfigError
+from salt_lightning.schedule import KDScheduleCallback
+
+_NAME = re.compile(r"step-(\d+)\.ckpt")
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside the target, syncs, renames: under the final name there is a whole file or none. Never unpickles."""
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        return torch.load(path, map_location=map_location or "cpu", weights_only=True)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        try:
+            with open(temporary, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+        folder = os.open(target.parent, os.O_RDONLY)  # the rename itself has to reach the disk
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def newest(folder: Path) -> Path | None:
+    """The checkpoint of the highest optimizer step in `folder`."""
+    found = [(int(match[1]), path) for path in folder.glob("*.ckpt") if (match := _NAME.fullmatch(path.name))]
+    return max(found)[1] if found else None
+
+
+class RunCheckpoint(Checkpoint):
+    """Saves the run into its folder: every so many steps, at the phase boundary, at the end, and when told to stop.
+
+    Ctrl-C and SIGTERM finish the running optimizer step, save, and end the run; a second one ends it at once.
+
+    Args:
+        every_n_steps: Optimizer steps between two checkpoints; null saves at the boundary and the end alone.
+        keep: How many of those to keep, newest first; null keeps all. The boundary, `at_steps` and the end stay.
+        at_steps: Optimizer steps after which a checkpoint is kept for good, e.g. an early teacher for SALT_DS.
+        folder: Where to; null is `checkpoints` in the run's folder.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int | None = 1000,
+        keep: int | None = 1,
+        at_steps: list[int] | None = None,
+        folder: str | None = None,
+    ) -> None:
+        wrong = [
+            f"--checkpoint.{name} {value} must be at least 1, or null"
+            for name, value in (("every_n_steps", every_n_steps), ("keep", keep))
+            if value is not None and value < 1
+        ]
+        if wrong:
+            raise ConfigError("; ".join(wrong))
+        self.every_n_steps, self.keep, self.at_steps = every_n_steps, keep, tuple(at_steps or ())
+        self.folder = folder
+        self.stopped_by: signal.Signals | None = None
+        self._due = False  # a save that waits for the validation of its step
+        self._handlers: dict[signal.Signals, Any] = {}
+
+    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        self._dir = Path(self.folder or Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints")
+        boundary = [c.schedule.steps for c in trainer.callbacks if isinstance(c, KDScheduleCallback)]  # type: ignore[attr-defined]
+        self._for_good = {*self.at_steps, *boundary, trainer.max_steps}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number in (
+                signal.SIGINT,
+                signal.SIGTERM,
+            ):  # over Lightning's, which stop in the middle of a step
+                self._handlers[number] = signal.signal(number, self._stop_after_step)
+
+    def _stop_after_step(self, number: int, frame: Any) -> None:
+        if self.stopped_by is not None:
+            raise KeyboardInterrupt
+        self.stopped_by = signal.Signals(number)
+        rank_zero_info(f"{self.stopped_by.name}: saving after this step; once more to stop at once")
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        step = trainer.global_step
+        regular = self.every_n_steps is not None and step % self.every_n_steps == 0
+        if not (regular or step in self._for_good or self.stopped_by is not None):
+            return
+        self._due = True
+        follows = _validation_follows(trainer, batch_idx)
+        if not follows:
+            self._save(trainer, pl_module)
+        if self.stopped_by is not None:
+            trainer.should_stop = True
+            if not follows:  # Lightning validates once more before it stops, whatever the interval: no time for that
+                trainer.limit_val_batches = 0
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if self._due:  # Lightning takes the validation of a saved step as done on resume
+            self._save(trainer, pl_module)
+
+    def _save(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._due = False
+        pl_module.require_finite()
+        for logger in trainer.loggers:  # a kill right after the save must not lose what was logged before it
+            getattr(getattr(logger, "experiment", None), "flush", lambda: None)()
+        trainer.save_checkpoint(self._dir / f"step-{trainer.global_step:08d}.ckpt", weights_only=False)
+        if trainer.is_global_zero:
+            self._forget(trainer.global_step)
+
+    def _forget(self, step: int) -> None:
+        """Removes the oldest regular checkpoints, after the newest is safely there."""
+        if self.keep is None:
+            return
+        steps = sorted(int(m[1]) for path in self._dir.glob("*.ckpt") if (m := _NAME.fullmatch(path.name)))
+        for old in [s for s in steps if s not in self._for_good and s <= step][: -self.keep]:
+            (self._dir / f"step-{old:08d}.ckpt").unlink()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers.clear()
+
+
+def _validation_follows(trainer: pl.Trainer, batch_idx: int) -> bool:
+    every = trainer.val_check_batch
+    has_validation = trainer.enable_validation and trainer.limit_val_batches != 0
+    return has_validation and every != float("inf") and (batch_idx + 1) % int(every) == 0  # type: ignore[arg-type]

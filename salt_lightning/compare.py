@@ -1,0 +1,282 @@
+"""The verb `compare`: several runs' logs -> one table, one JSON file and one figure (report.py draws them).
+
+NaN stands for "not known" in every number here; it shows as '-' and is null in the JSON file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from salt_lightning import report
+from salt_lightning.errors import ConfigError
+from salt_lightning.runlog import AXES, Run, read_run
+
+
+@dataclass(frozen=True)
+class Goal:
+    """The reference's final validation CE, and the steps and FLOPs (student and teacher) that it took."""
+
+    ce: float
+    steps: float
+    flops: float
+
+
+@dataclass
+class Row:
+    """What the table says of one run. Shares are of the reference's steps and FLOPs (student and teacher)."""
+
+    run: str
+    method: str
+    seed: int | None
+    running: bool
+    steps: int
+    max_steps: int | None
+    val_step: float
+    val_ce: float
+    difference: float  # to the reference's mean
+    accuracy: float
+    bits_per_byte: float
+    reached_step: float  # where validation CE first falls to the reference's
+    reached_steps_share: float
+    reached_flops_share: float
+    reached_flops_share_with_teacher_training: float
+    seconds: float
+    student_flops: float
+    teacher_flops: float
+    teacher_training_flops: float
+    last: dict[str, float] = field(default_factory=dict)  # every val/ and test/ tag
+
+
+@dataclass
+class Group:
+    """The seeds of one experiment. The numbers are of the `n` finished runs; std divides by n - 1."""
+
+    label: str
+    runs: list[str]
+    n: int
+    val_ce: list[float]
+    mean: float
+    std: float
+    difference: float
+    paired_differences: dict[str, float]  # seed -> difference to the reference's run of that seed
+    reached_steps_share: list[float]
+    changed: dict[str, tuple[Any, Any]]  # setting -> (the reference's, this one's)
+
+
+@dataclass
+class Comparison:
+    """All that `compare` found; `runs` keeps the curves for the figure."""
+
+    reference: str
+    reference_val_ce: float
+    rows: list[Row]
+    groups: list[Group]
+    equal: dict[str, tuple[float, dict[str, float]]]  # axis -> (where, run -> validation CE there)
+    notes: list[str]
+    runs: list[Run]
+
+
+def first_reach(steps: np.ndarray, values: np.ndarray, level: float) -> float:
+    """The first step at which `values`, linear between its points, is at or below `level`; NaN if never."""
+    for i in np.flatnonzero(values <= level)[:1]:
+        if i == 0 or not values[i - 1] > level:
+            return float(steps[i])
+        share = (values[i - 1] - level) / (values[i - 1] - values[i])
+        return float(steps[i - 1] + share * (steps[i] - steps[i - 1]))
+    return math.nan
+
+
+def compare(runs: list[Path], out: Path, baseline: str | None = None) -> Comparison:
+    """Compares runs and writes compare.md, compare.json and compare.png into `out`.
+
+    Args:
+        runs: the runs' folders.
+        out: folder of the three files; made if it is not there.
+        baseline: name or path of the reference run; default: the first run that is BASELINE.
+
+    Raises:
+        ConfigError: a folder that is no run, or a baseline that is not among the runs.
+    """
+    folders = list(dict.fromkeys(Path(os.path.normpath(path)) for path in runs))
+    loaded = [read_run(path, name) for path, name in zip(folders, _names(folders), strict=True)]
+    comparison = evaluate(loaded, baseline)
+    out.mkdir(parents=True, exist_ok=True)
+    link = "\n![Validation CE over steps and over FLOPs](compare.png)\n"
+    (out / "compare.md").write_text(report.markdown(comparison) + link)
+    (out / "compare.json").write_text(report.json_text(comparison))
+    report.figure(comparison).savefig(out / "compare.png", dpi=160)
+    return comparison
+
+
+def _names(folders: list[Path]) -> list[str]:
+    """The shortest ends of the paths that tell the runs apart."""
+    parts = [folder.absolute().parts for folder in folders]
+    depth = next(d for d in range(1, 99) if len({p[-d:] for p in parts}) == len(parts))
+    return ["/".join(p[-depth:]) for p in parts]
+
+
+def evaluate(runs: list[Run], baseline: str | None = None) -> Comparison:
+    """The numbers of `compare`. The reference's are means over the finished runs of its settings."""
+    teacher_of = {run.name: _teacher_run(run, runs) for run in runs}
+    teachers = {teacher.name for teacher in teacher_of.values() if teacher is not None}
+    students = [run for run in runs if run.name not in teachers] or runs
+    reference, notes = _reference(runs, students, baseline)
+    seeds = [run for run in students if run.variant == reference.variant] or [reference]
+    seeds = [run for run in seeds if run.finished] or [reference]
+    steps = float(np.mean([run.val_ce.steps[-1] if len(run.val_ce.steps) else math.nan for run in seeds]))
+    goal = Goal(float(np.mean([run.last("val/ce") for run in seeds])), steps, _mean_flops(seeds, steps))
+    rows = [
+        _row(run, "TEACHER" if run.name in teachers else run.method, teacher_of[run.name], goal)
+        for run in runs
+    ]
+    notes += [f"{row.run} is at step {row.steps} of {row.max_steps}" for row in rows if row.running]
+    notes += [f"{row.run} has no validation yet" for row in rows if math.isnan(row.val_ce)]
+    notes += [f"{run.name} has no config.yaml: its method is not known" for run in runs if not run.config]
+    groups = _groups(students, {row.run: row for row in rows}, reference.variant, seeds)
+    return Comparison(reference.name, goal.ce, rows, groups, _equal_points(students), notes, runs)
+
+
+def _mean_flops(runs: list[Run], steps: float) -> float:
+    return float(np.mean([run.flops(steps) for run in runs]))
+
+
+def _teacher_run(run: Run, runs: list[Run]) -> Run | None:
+    """The given run in whose folder the teacher lies; a relative path may count from any parent."""
+    path = run.config.get("model.teacher.path")
+    if not path:
+        return None
+    places = [Path(os.path.normpath(base / str(path))) for base in (Path.cwd(), *run.path.absolute().parents)]
+    others = [other for other in runs if other is not run]
+    return next((o for o in others if any(p.is_relative_to(o.path.absolute()) for p in places)), None)
+
+
+def _reference(runs: list[Run], students: list[Run], baseline: str | None) -> tuple[Run, list[str]]:
+    if baseline is not None:
+        wanted = Path(baseline).absolute()
+        for run in runs:
+            if baseline == run.name or wanted == run.path.absolute():
+                return run, []
+        names = ", ".join(run.name for run in runs)
+        raise ConfigError(f"compare: --baseline {baseline} is not among the runs; choose one of {names}")
+    for run in students:
+        if run.method == "BASELINE":
+            return run, []
+    return students[0], [f"no BASELINE among the runs: {students[0].name}, the first, is the reference"]
+
+
+def _row(run: Run, method: str, teacher: Run | None, goal: Goal) -> Row:
+    ce, done = run.val_ce, run.steps_done
+    reached = first_reach(ce.steps, ce.values, goal.ce)
+    reached_flops = math.nan if math.isnan(reached) else run.flops(reached)
+    teacher_training = math.nan if teacher is None else teacher.flops(teacher.steps_done)
+    return Row(
+        run=run.name,
+        method=method,
+        seed=run.seed,
+        running=run.running,
+        steps=done,
+        max_steps=run.max_steps,
+        val_step=float(ce.steps[-1]) if len(ce.steps) else math.nan,
+        val_ce=run.last("val/ce"),
+        difference=math.nan if run.running else run.last("val/ce") - goal.ce,
+        accuracy=run.last("val/accuracy"),
+        bits_per_byte=run.last("val/bits_per_byte"),
+        reached_step=reached,
+        reached_steps_share=reached / goal.steps,
+        reached_flops_share=reached_flops / goal.flops,
+        reached_flops_share_with_teacher_training=(reached_flops + teacher_training) / goal.flops,
+        seconds=run.total("train/time_s", done),
+        student_flops=run.total("train/flops_student_total", done),
+        teacher_flops=run.total("train/flops_teacher_total", done),
+        teacher_training_flops=teacher_training,
+        last={tag: run.last(tag) for tag in sorted(run.curves) if not tag.startswith("train/")},
+    )
+
+
+def _groups(
+    students: list[Run], rows: dict[str, Row], there: dict[str, Any], seeds: list[Run]
+) -> list[Group]:
+    variants: list[list[Run]] = []
+    for run in students:
+        same = next((group for group in variants if group[0].variant == run.variant), None)
+        variants.append([run]) if same is None else same.append(run)
+    methods = [group[0].method for group in variants]
+    by_seed = {run.seed: run.last("val/ce") for run in seeds}
+    groups = []
+    for members in variants:
+        method, here = members[0].method, members[0].variant
+        done = [run for run in members if run.finished]
+        ce = [run.last("val/ce") for run in done]
+        paired = [run for run in done if run.seed in by_seed and run not in seeds]
+        groups.append(
+            Group(
+                label=method if methods.count(method) == 1 else f"{method} ({members[0].name})",
+                runs=[run.name for run in members],
+                n=len(done),
+                val_ce=ce,
+                mean=float(np.mean(ce)) if ce else math.nan,
+                std=float(np.std(ce, ddof=1)) if len(ce) > 1 else math.nan,
+                difference=float(np.mean([rows[run.name].difference for run in done])) if ce else math.nan,
+                paired_differences={str(run.seed): run.last("val/ce") - by_seed[run.seed] for run in paired},
+                reached_steps_share=[rows[run.name].reached_steps_share for run in done],
+                changed={
+                    key: (there.get(key), here.get(key))
+                    for key in sorted(here.keys() | there.keys())
+                    if here.get(key) != there.get(key)
+                },
+            )
+        )
+    return groups
+
+
+def _equal_points(students: list[Run]) -> dict[str, tuple[float, dict[str, float]]]:
+    """Validation CE of each run at the furthest point that all of them have reached, along each of AXES."""
+    equal = {}
+    for axis in AXES:
+        lines = {run.name: (run.axis(axis, run.val_ce.steps), run.val_ce.values) for run in students}
+        lines = {name: line for name, line in lines.items() if len(line[0]) and np.isfinite(line[0]).all()}
+        if lines:
+            end = float(min(x[-1] for x, _ in lines.values()))
+            equal[axis] = (
+                end,
+                {name: float(np.interp(end, x, y, left=math.nan)) for name, (x, y) in lines.items()},
+            )
+    return equal
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"compare: {message}")
+
+
+def main(argv: list[str]) -> int:
+    """`compare RUN RUN ... [--out DIR] [--baseline RUN]`: prints the table, writes the files."""
+    parser = _Parser(
+        prog="cli.py compare", description="Table and figure of several runs, finished or running."
+    )
+    parser.add_argument(
+        "runs", metavar="RUN", nargs="+", type=Path, help="a run's folder, e.g. runs/demo/salt"
+    )
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        help="folder of compare.md, .json and .png (default: where the runs lie)",
+    )
+    parser.add_argument(
+        "--baseline", metavar="RUN", help="the run to compare with (default: the first that is BASELINE)"
+    )
+    args = parser.parse_args(argv)
+    common = os.path.commonpath([path.absolute().parent for path in args.runs])
+    out = args.out if args.out is not None else Path(os.path.relpath(common))
+    comparison = compare(args.runs, out, args.baseline)
+    print(report.markdown(comparison))
+    print(f"written: {out / 'compare.md'}, {out / 'compare.json'}, {out / 'compare.png'}")
+    return 0

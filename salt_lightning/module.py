@@ -1,0 +1,419 @@
+"""SALTModule: the trainable student, the frozen teacher beside it, and the glue to Lightning.
+
+One batch: input_ids_BT, labels_BT, positions_BT -> student hidden_ND, teacher hidden_NE (only while w > 0) -> salt_loss
+-> sums -> one division by the tokens of the whole optimizer step. B rows, T tokens a row, N = B * T, D and E widths.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from functools import partial
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_info
+from torch import Tensor, nn
+
+from salt_lightning import flops, models
+from salt_lightning.errors import ConfigError, NonFiniteLossError
+from salt_lightning.losses import salt_loss, token_stats
+from salt_lightning.meter import SUMS, Meter, loss_values
+from salt_lightning.metrics import TokenMetrics
+from salt_lightning.models import CausalLM, ModelSpec
+from salt_lightning.optim import OptimSpec
+from salt_lightning.schedule import KDScheduleCallback
+
+Batch = dict[str, Tensor]
+
+
+class SALTModule(pl.LightningModule):
+    """Trains a student, with the help of a teacher for as long as the KD weight is above 0.
+
+    The teacher is no submodule: it is in no checkpoint, not in parameters(), out of reach of train(), and validation
+    does not need it. KDScheduleCallback loads it, sets the weight and lets it go.
+
+    Args:
+        student: The model to train.
+        teacher: The model to learn from; path null is BASELINE.
+        teacher_temperature: T of the teacher's softmax; the student stays at 1 and there is no factor T^2.
+        optim: Optimizer and learning rate.
+        compile: Compile student and teacher with torch.compile, in place.
+        accuracy: How the head loss stores logits: accurate, or fast (bf16).
+        logits_budget_gib: Memory that the head loss may use for logits, GiB.
+        seed: Of the student's initial weights and of dropout. The command line sets it by --seed_everything.
+
+    Raises:
+        ConfigError: for a setting out of range, a teacher that does not fit, a checkpoint of another student.
+    """
+
+    teacher: CausalLM | None
+
+    def __init__(  # noqa: PLR0913 - the constructor is the command line
+        self,
+        student: ModelSpec,
+        teacher: ModelSpec = ModelSpec(),  # noqa: B008 - frozen
+        teacher_temperature: float = 1.0,
+        optim: OptimSpec = OptimSpec(),  # noqa: B008 - frozen
+        compile: bool = False,
+        accuracy: Literal["accurate", "fast"] = "accurate",
+        logits_budget_gib: float = 2.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.student_spec = ModelSpec.of(student)
+        self.teacher_spec = ModelSpec.of(teacher)
+        self.optim_spec = optim if isinstance(optim, OptimSpec) else OptimSpec(**optim)
+        if teacher_temperature <= 0:
+            raise ConfigError(f"--model.teacher_temperature {teacher_temperature} must be above 0")
+        if logits_budget_gib <= 0:
+            raise ConfigError(f"--model.logits_budget_gib {logits_budget_gib} must be above 0")
+        self._loss = partial(
+            salt_loss,
+            teacher_temperature=teacher_temperature,
+            accuracy=accuracy,
+            logits_budget_gib=logits_budget_gib,
+        )
+        self._token_stats = partial(token_stats, logits_budget_gib=logits_budget_gib)
+        # Plain data only: such checkpoints load with weights_only=True.
+        self.save_hyperparameters(
+            {
+                "student": self.student_spec.to_dict(),
+                "teacher": self.teacher_spec.to_dict(),
+                "teacher_temperature": teacher_temperature,
+                "optim": vars(self.optim_spec).copy(),
+                "compile": compile,
+                "accuracy": accuracy,
+                "logits_budget_gib": logits_budget_gib,
+                "seed": seed,
+            },
+            logger=False,
+        )
+        self.__dict__["teacher"] = None  # past nn.Module's registration, here and in load_teacher
+        self.kd_weight = torch.zeros(())  # the weight of the running step; KDScheduleCallback writes it
+        self.progress: dict[str, str] = {}  # what the progress bar shows, as of the last logged step
+        self._grad_norm = torch.zeros(())
+        self._finite = torch.ones((), dtype=torch.bool)
+        self.meter = Meter()
+
+    # ---------------------------------------------------------------- models
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether a teacher is configured, loaded or not."""
+        return self.teacher_spec.path is not None
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit":
+            self.optim_spec.check(self.trainer.max_steps)
+            self._check_callback()
+            if (algorithm := self.trainer.gradient_clip_algorithm) == GradClipAlgorithmType.VALUE:
+                raise ConfigError(f"--trainer.gradient_clip_algorithm {algorithm.value} is not supported; use norm")
+            models.check_path(self.student_spec, "student")
+        data = self._data
+        sources = data.source_names if data is not None else ("all",)
+        self.eval_metrics = TokenMetrics(sources or ("all",))
+
+    def _check_callback(self) -> None:
+        if self.has_teacher and self._schedule is None:
+            raise ConfigError(
+                f"SALTModule has a teacher ({self.teacher_spec.path}) and the Trainer no KDScheduleCallback: it would "
+                "silently train BASELINE. Add Trainer(callbacks=[KDScheduleCallback(steps=...)])"
+            )
+
+    def configure_model(self) -> None:
+        if hasattr(self, "student"):
+            return
+        spec, data = self.student_spec, self._data
+        if spec.path is not None:
+            model = models.load_pretrained(spec, "student", models.DTYPES[spec.dtype or "float32"])
+            models.check_vocabulary(spec, model.config.vocab_size, "student", data)
+        else:
+            model = models.build_fresh(spec, data, self.hparams["seed"])
+        lm = CausalLM(model, "student")
+        lm.check()
+        self.meter.forward_flops["student"] = self._count_flops(lm)
+        # What a checkpoint needs to be loaded on its own: no path, every size.
+        self.hparams["student"] = models.resolved(spec, model.config).to_dict()
+        self.student = lm.train().requires_grad_(True)
+        self._maybe_compile(lm)
+
+    def _maybe_compile(self, lm: CausalLM) -> None:
+        if self.hparams["compile"]:
+            lm.backbone.compile(dynamic=False)  # in place: no _orig_mod in the checkpoint's keys
+
+    def _count_flops(self, lm: CausalLM) -> float:
+        return flops.forward_flops_per_token(lm.model, self._data.block_size) if self._data is not None else 0.0
+
+    def load_teacher(self) -> None:
+        """Loads, freezes, casts and places the teacher; checks that it speaks the student's vocabulary."""
+        spec, start_s = self.teacher_spec, time.perf_counter()
+        dtype = models.DTYPES[spec.dtype] if spec.dtype else self._compute_dtype
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            model = models.load_pretrained(spec, "teacher", dtype)
+        models.check_vocabulary(spec, model.config.vocab_size, "teacher", self._data)
+        lm = models.freeze(CausalLM(model, "teacher")).to(self.device)
+        lm.check()
+        self.meter.forward_flops["teacher"] = self._count_flops(lm)
+        self._maybe_compile(lm)
+        self.__dict__["teacher"] = lm
+        rank_zero_info(
+            f"teacher: {spec.path}, {_num_parameters(lm) / 1e6:.1f}M parameters in {dtype}, "
+            f"loaded in {time.perf_counter() - start_s:.1f} s"
+        )
+
+    def release_teacher(self) -> int:
+        """Drops the teacher and returns its memory to the device. Returns the bytes that its weights took."""
+        held_bytes = sum(p.numel() * p.element_size() for p in self.teacher.parameters()) if self.teacher else 0
+        self.__dict__["teacher"] = None
+        gc.collect()  # compiled modules sit in reference cycles
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.meter.teacher_left()
+        return held_bytes
+
+    @property
+    def _compute_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if "bf16" in str(self.trainer.precision) else torch.float32
+
+    # -------------------------------------------------------------- training
+
+    def on_fit_start(self) -> None:
+        self.kd_weight = self.kd_weight.to(self.device)
+        self._finite = self._finite.to(self.device)
+        self._sums = torch.zeros(len(SUMS), device=self.device)
+
+    def on_train_start(self) -> None:
+        self.meter.start(self.global_step, self._wait_s)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        # Lightning restores no RNG state: dropout after a resume equals the run never stopped only so.
+        micro = batch_idx % self.trainer.accumulate_grad_batches
+        torch.manual_seed(hash((self.hparams["seed"], self.global_step, micro, self.global_rank)) % 2**63)
+        if micro == 0:
+            self._sums.zero_()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        ids_BT, positions_BT = batch["input_ids"], batch["positions"]
+        teacher_out = None
+        if self.teacher is not None:
+            with torch.no_grad():
+                teacher_out = self.teacher(ids_BT, positions_BT)
+        # Lightning divides by the accumulated micro-batches and DDP by the ranks: what is left is one division
+        # by the tokens of the whole optimizer step.
+        shares = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        loss = partial(self._step_loss, batch["labels"].flatten(), teacher_out, batch["step_tokens"] / shares)
+        out = self.student(ids_BT, positions_BT, then=loss)
+        with torch.no_grad():
+            self._sums += torch.stack([getattr(out, name).float() for name in SUMS])
+            self._finite &= out.loss.isfinite()
+        return out.loss
+
+    def _step_loss(
+        self,
+        labels_N: Tensor,
+        teacher_out: tuple[Tensor, Tensor, Tensor | None] | None,
+        num_tokens: Tensor,
+        hidden_ND: Tensor,
+        head_VD: Tensor,
+        bias_V: Tensor | None,
+    ) -> Any:
+        if teacher_out is None:
+            return self._loss(hidden_ND, head_VD, labels_N, num_tokens=num_tokens, student_bias_V=bias_V)
+        teacher_hidden_NE, teacher_head_VE, teacher_bias_V = teacher_out
+        # Heads of one family may be padded to different sizes: both are cut, no logit is ever made up.
+        size = min(len(head_VD), len(teacher_head_VE))
+        return self._loss(
+            hidden_ND,
+            head_VD[:size],
+            labels_N,
+            teacher_hidden_NE,
+            teacher_head_VE[:size],
+            self.kd_weight,
+            num_tokens=num_tokens,
+            student_bias_V=None if bias_V is None else bias_V[:size],
+            teacher_bias_V=None if teacher_bias_V is None else teacher_bias_V[:size],
+        )
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.optim_spec.build(self.student.parameters())
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optim_spec.write(optimizer, self.global_step, self.trainer.max_steps)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        gradients = [p.grad for p in self.student.parameters() if p.grad is not None]
+        self._grad_norm = torch.nn.utils.get_total_norm(gradients)
+        if gradient_clip_val:
+            torch.nn.utils.clip_grads_with_norm_(self.student.parameters(), gradient_clip_val, self._grad_norm)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        # Here, not in on_train_batch_end: callbacks come before that, and a save must not precede its step's log.
+        step, every = self.global_step + 1, self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if step == 1 or step % every == 0 or step == self.trainer.max_steps:
+            self._log_step(step)
+
+    # --------------------------------------------------------------- logging
+
+    def _log_step(self, step: int) -> None:
+        """Reads the device, once, and logs optimizer step `step`, just done; its weight is still in kd_weight."""
+        sums = self._sums
+        if self.trainer.world_size > 1:
+            sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
+        others = torch.stack([self.kd_weight, self._grad_norm.float(), self._finite.float()])
+        *read, weight, grad_norm, finite = torch.cat([sums, others]).tolist()
+        if not finite:
+            self.require_finite()
+        values = loss_values(read, weight) | {"grad_norm": grad_norm}
+        values["lr"] = self.optim_spec.lr_at(step - 1, self.trainer.max_steps)
+        if self.device.type == "cuda":
+            values["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+            torch.cuda.reset_peak_memory_stats(self.device)
+        kd_steps = self._schedule.kd_steps if self._schedule is not None else int  # without a schedule: BASELINE
+        values |= self.meter.read(step, self._step_tokens, kd_steps, self._wait_s, self._peak_flops)
+        if weight == 0 and (brought := self.meter.what_it_brought()):
+            rank_zero_info(f"step {step}: {brought}")
+        self._write({f"train/{name}": value for name, value in values.items()}, step)
+        self.progress["loss"] = f"{values['loss']:.3f}"
+        self.progress["kd_weight"] = f"{weight:.3g}"
+        self.progress["tok/s"] = f"{values['tokens_per_s']:,.0f}"
+
+    @property
+    def _wait_s(self) -> float:
+        return getattr(self._data, "data_wait_s", 0.0)
+
+    @property
+    def _step_tokens(self) -> int:
+        return self._data.global_batch_size * self._data.block_size if self._data is not None else 0
+
+    @property
+    def _peak_flops(self) -> float | None:
+        if self.device.type != "cuda":
+            return None
+        peak = flops.peak_flops(torch.cuda.get_device_name(self.device), self._compute_dtype)
+        return peak and peak * self.trainer.world_size
+
+    def require_finite(self) -> None:
+        """Raises NonFiniteLossError if any loss so far was not finite. Reads the device: called before each save."""
+        if not bool(self._finite):
+            raise NonFiniteLossError(
+                f"train/loss stopped being finite at or before step {self.global_step}; nothing was saved since. "
+                "Go on from the last checkpoint with a lower --model.optim.lr or a --trainer.gradient_clip_val"
+            )
+
+    def _write(self, values: dict[str, float], step: int) -> None:
+        for logger in self.trainer.loggers:  # self.log would count steps from 0 and read the device every step
+            logger.log_metrics(values, step=step)
+
+    # ------------------------------------------------------------ evaluation
+
+    def _eval_step(self, batch: Batch) -> None:
+        stats = partial(self._label_stats, batch["labels"].flatten())
+        nll_N, rank_N = self.student(batch["input_ids"], batch["positions"], then=stats)
+        self.eval_metrics.update(nll_N, rank_N, batch["sources"].flatten(), batch["bytes"].flatten())
+
+    def _label_stats(
+        self, labels_N: Tensor, hidden_ND: Tensor, head_VD: Tensor, bias_V: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return self._token_stats(hidden_ND, head_VD, labels_N, bias_V)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._eval_step(batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._eval_step(batch)
+
+    def on_validation_start(self) -> None:
+        self.meter.pause()
+
+    def on_validation_end(self) -> None:
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+            self.meter.go_on()
+
+    def on_validation_epoch_end(self) -> None:
+        self._end_eval("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._end_eval("test")
+
+    def _end_eval(self, prefix: str) -> None:
+        values = {f"{prefix}/{name}": float(value) for name, value in self.eval_metrics.compute().items()}
+        self.eval_metrics.reset()
+        if self.trainer.sanity_checking:
+            return
+        fitting = self.trainer.state.fn == TrainerFn.FITTING
+        self._write(values, self.global_step if fitting else self._loaded_step)
+        self.log_dict(values, logger=False, sync_dist=True)
+        if fitting and f"{prefix}/ce" in values:
+            self.progress["val_ce"] = f"{values[f'{prefix}/ce']:.3f}"
+
+    # ----------------------------------------------------------- checkpoints
+
+    _loaded_step = 0  # optimizer steps behind the weights that validate and test look at
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["tokenizer"] = self._data.tokenizer_fingerprint if self._data is not None else None
+        checkpoint["data"] = self._data_identity()
+        checkpoint["time_s"] = self.meter.time_s
+        checkpoint["forward_flops"] = dict(self.meter.forward_flops)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        saved, now = (models.shape_settings(hp["student"]) for hp in (checkpoint["hyper_parameters"], self.hparams))
+        changed = [f"{k} {now.get(k)} (checkpoint: {saved.get(k)})" for k in saved if saved[k] != now.get(k)]
+        if changed:
+            raise ConfigError("the checkpoint holds another student: " + ", ".join(changed[:5]))
+        self._loaded_step = checkpoint["global_step"]
+        self.meter.time_s = checkpoint["time_s"]
+        self.meter.forward_flops["teacher"] = checkpoint["forward_flops"]["teacher"]
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            _rewind_loops(checkpoint, self.trainer.accumulate_grad_batches)
+            now = self._data_identity()
+            other = [f"{k} {now[k]} (checkpoint: {v})" for k, v in checkpoint["data"].items() if now[k] != v]
+            if other:
+                rank_zero_info(f"going on with other data than the checkpoint's: {', '.join(other)}")
+
+    # --------------------------------------------------------------- helpers
+
+    def _data_identity(self) -> dict[str, int]:
+        """What decides which rows a step reads."""
+        names = ("seed", "global_batch_size", "block_size", "num_train_rows")
+        return {f"--data.{name}": getattr(self._data, name, 0) for name in names}
+
+    @property
+    def _data(self) -> Any:
+        """The run's SALTDataModule, where there is one."""
+        return self.trainer.datamodule if self._trainer is not None else None  # type: ignore[attr-defined]
+
+    @property
+    def _schedule(self) -> Any:
+        found = [c.schedule for c in self.trainer.callbacks if isinstance(c, KDScheduleCallback)]  # type: ignore[attr-defined]
+        return found[0] if found else None
+
+
+def _rewind_loops(checkpoint: dict[str, Any], accumulate: int) -> None:
+    """Sets Lightning's batch counters to what they are right after optimizer step `global_step`.
+
+    A checkpoint may come from inside an accumulation window, from the end of a validation, or from a run with
+    another accumulation; the position in the data depends on the step alone.
+    """
+    done = checkpoint["global_step"] * accumulate
+    counts = {"ready": done, "started": done, "processed": done, "completed": max(done - 1, 0)}
+    loop = checkpoint["loops"]["fit_loop"]
+    loop["epoch_loop.batch_progress"] |= {
+        "total": dict(counts),
+        "current": dict(counts),
+        "is_last_batch": False,
+    }
+    loop["epoch_loop.state_dict"]["_batches_that_stepped"] = max(checkpoint["global_step"] - 1, 0)
+
+
+def _num_parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())

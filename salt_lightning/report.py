@@ -1,0 +1,238 @@
+"""How a comparison of runs looks: Markdown that reads as text, JSON, a figure. No result is computed here."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from salt_lightning.compare import Comparison, Group, Row
+    from salt_lightning.runlog import Run
+
+UNITS = ((1e21, "ZFLOP"), (1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"))
+# Okabe and Ito's palette without black and yellow: told apart with any kind of colour vision.
+REFERENCE_COLOUR = "#444444"
+COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+FIRST_SHOWN = 0.25  # the figure cuts off the fall of this share of the steps, which would flatten the rest
+
+
+def flop_unit(flops: float) -> tuple[float, str]:
+    """The largest unit of which `flops` holds at least one."""
+    return next((unit for unit in UNITS if flops >= unit[0]), (1.0, "FLOP"))
+
+
+def number(value: float | None, form: str) -> str:
+    """`value` in a format; '-' where it is not known."""
+    return "-" if value is None or math.isnan(value) else format(value, form)
+
+
+def table(columns: dict[str, list[str]], text: tuple[str, ...] = ()) -> str:
+    """A Markdown table, padded to read as text; columns named in `text` to the left, numbers to the right."""
+    lines = [list(columns), *map(list, zip(*columns.values(), strict=True))]
+    widths = [max(len(cells[i]) for cells in lines) for i in range(len(columns))]
+
+    def line(cells: list[str]) -> str:
+        padded = (
+            cell.ljust(width) if name in text else cell.rjust(width)
+            for cell, width, name in zip(cells, widths, columns, strict=True)
+        )
+        return f"| {' | '.join(padded)} |"
+
+    rule = (
+        f"{'-' * (width + 1)}{'-' if name in text else ':'}"
+        for width, name in zip(widths, columns, strict=True)
+    )
+    return "\n".join([line(lines[0]), f"|{'|'.join(rule)}|", *map(line, lines[1:])])
+
+
+def markdown(comparison: Comparison) -> str:
+    """The whole report: runs, seeds, equal points, changed settings."""
+    final = number(comparison.reference_val_ce, ".4f")
+    reference = f"Reference: {comparison.reference}, final validation CE {final}."
+    parts = [
+        "# Comparison",
+        "\n".join([reference, *(f"Note: {note}." for note in comparison.notes)]),
+        _runs_table(comparison),
+        _seeds_table(comparison.groups),
+        _equal_table(comparison),
+        _changes(comparison.groups),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _runs_table(comparison: Comparison) -> str:
+    rows = comparison.rows
+    scale, unit = flop_unit(
+        max((r.student_flops for r in rows if not math.isnan(r.student_flops)), default=0.0)
+    )
+
+    def cells(form: str, value: Callable[[Row], float]) -> list[str]:
+        return [number(value(row), form) for row in rows]
+
+    reached = zip(
+        cells(".0f", lambda r: r.reached_step), cells(".1%", lambda r: r.reached_steps_share), strict=True
+    )
+    columns = {
+        "run": [row.run for row in rows],
+        "method": [row.method for row in rows],
+        "step": [f"{row.steps} of {row.max_steps}" if row.running else f"{row.steps}" for row in rows],
+        "val CE": cells(".4f", lambda r: r.val_ce),
+        "to ref.": cells("+.4f", lambda r: r.difference),
+        "accuracy": cells(".2%", lambda r: r.accuracy),
+        "bits/byte": cells(".4f", lambda r: r.bits_per_byte),
+        "test CE": cells(".4f", lambda r: r.last.get("test/ce", math.nan)),
+        "reaches ref. at": [step if step == "-" else f"{step} ({share})" for step, share in reached],
+        "of its FLOPs": cells(".1%", lambda r: r.reached_flops_share),
+        "seconds": cells(".0f", lambda r: r.seconds),
+        f"student {unit}": cells(".3f", lambda r: r.student_flops / scale),
+        f"teacher {unit}": cells(".3f", lambda r: r.teacher_flops / scale),
+    }
+    if set(columns["test CE"]) == {"-"}:
+        del columns["test CE"]
+    apart = [
+        f"- {row.run}: apart from these its teacher's own training took "
+        f"{number(row.teacher_training_flops / scale, '.3f')} {unit}"
+        + ("." if math.isnan(share) else f"; with it the reference is reached at {share:.1%} of its FLOPs.")
+        for row in rows
+        if not math.isnan(row.teacher_training_flops)
+        for share in [row.reached_flops_share_with_teacher_training]
+    ]
+    return "\n".join([table(columns, text=("run", "method")), *(["", *apart] if apart else [])])
+
+
+def _seeds_table(groups: list[Group]) -> str:
+    if all(group.n <= 1 for group in groups):
+        return "One seed for each experiment (n = 1): nothing is known of the spread between seeds."
+
+    def each(form: str, values: Callable[[Group], Iterable[float]]) -> list[str]:
+        return [", ".join(number(value, form) for value in values(group)) or "-" for group in groups]
+
+    columns = {
+        "experiment": [g.label for g in groups],
+        "n": [f"{g.n} (no spread)" if g.n == 1 else f"{g.n}" for g in groups],
+        "mean CE": [number(g.mean, ".4f") for g in groups],
+        "std": [number(g.std, ".4f") for g in groups],
+        "min to max": [f"{min(g.val_ce):.4f} to {max(g.val_ce):.4f}" if g.n > 1 else "-" for g in groups],
+        "to ref.": [number(g.difference, "+.4f") for g in groups],
+        "CE of each": each(".4f", lambda g: g.val_ce),
+        "to ref. of its seed": each("+.4f", lambda g: g.paired_differences.values()),
+        "reaches ref. at": each(".1%", lambda g: g.reached_steps_share),
+    }
+    return "## Seeds\n\n" + table(columns, text=("experiment",))
+
+
+def _equal_table(comparison: Comparison) -> str:
+    names = [row.run for row in comparison.rows if any(row.run in ce for _, ce in comparison.equal.values())]
+    columns = {"run": names}
+    for axis, (end, ce) in comparison.equal.items():
+        scale, unit = flop_unit(end) if axis == "FLOPs" else (1.0, axis)
+        form = ",.3f" if axis == "FLOPs" else ",.0f"
+        columns[f"at {end / scale:{form}} {unit}"] = [number(ce.get(name), ".4f") for name in names]
+    if not names:
+        return ""
+    return "## Validation CE at the last point that all have reached\n\n" + table(columns, text=("run",))
+
+
+def _changes(groups: list[Group]) -> str:
+    lines = [
+        f"- {group.label}: "
+        + ", ".join(
+            f"`{key}` {json.dumps(before)} -> {json.dumps(now)}"
+            for key, (before, now) in group.changed.items()
+        )
+        for group in groups
+        if group.changed
+    ]
+    return "\n".join(["## Settings that differ from the reference", "", *lines]) if lines else ""
+
+
+def json_text(comparison: Comparison) -> str:
+    """The comparison without its curves; null where a number is not known."""
+    tree = {name: value for name, value in vars(comparison).items() if name != "runs"}
+    tree["rows"], tree["groups"] = ([asdict(item) for item in tree[name]] for name in ("rows", "groups"))
+    return json.dumps(_null_for_nan(tree), indent=2, allow_nan=False) + "\n"
+
+
+def _null_for_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _null_for_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_null_for_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def figure(comparison: Comparison) -> Figure:
+    """Validation CE over steps and over FLOPs of student and teacher, one colour for each experiment.
+
+    A dashed line of its colour marks where a teacher leaves, a dot where a run reaches the reference.
+    """
+    fig = Figure(figsize=(10, 4.2), layout="constrained")
+    axes = fig.subplots(1, 2, sharey=True)
+    runs = [run for run in comparison.runs if any(run.name in group.runs for group in comparison.groups)]
+    validated = [run for run in runs if len(run.val_ce.steps)]
+    most = max((run.flops(run.val_ce.steps[-1]) for run in validated), default=0.0)
+    scale, unit = flop_unit(most)
+    for ax, axis, divisor, label in (
+        (axes[0], "steps", 1.0, "optimizer steps"),
+        (axes[1], "FLOPs", scale, f"{unit} of student and teacher"),
+    ):
+        _panel(ax, comparison, axis, divisor)
+        ax.set_xlabel(label)
+    axes[0].set_ylabel("validation CE (nats per token)")
+    if validated:
+        axes[0].set_ylim(*_shown_range(validated))
+        axes[0].legend(frameon=False, loc="upper right", title="final validation CE", alignment="left")
+    return fig
+
+
+def _panel(ax: Axes, comparison: Comparison, axis: str, divisor: float) -> None:
+    def x_of(run: Run, steps: Sequence[float] | np.ndarray) -> np.ndarray:
+        return run.axis(axis, np.asarray(steps)) / divisor
+
+    runs = {run.name: run for run in comparison.runs}
+    rows = {row.run: row for row in comparison.rows}
+    level = comparison.reference_val_ce
+    ax.axhline(level, color=REFERENCE_COLOUR, lw=0.6)
+    colours = iter(COLOURS * len(comparison.groups))
+    for group in comparison.groups:
+        is_reference = comparison.reference in group.runs
+        colour = REFERENCE_COLOUR if is_reference else next(colours)
+        label = f"{group.label}  {number(group.mean, '.3f')}" + (f"  (n = {group.n})" if group.n > 1 else "")
+        for run in (runs[name] for name in group.runs):
+            width = 2.0 if len(group.runs) == 1 else 0.9
+            ax.plot(x_of(run, run.val_ce.steps), run.val_ce.values, color=colour, lw=width, label=label)
+            label = "_"  # one entry of the legend for all seeds
+            row = rows[run.name]
+            if not is_reference and not math.isnan(row.reached_step):
+                (x,) = x_of(run, [row.reached_step])
+                share = row.reached_steps_share if axis == "steps" else row.reached_flops_share
+                ax.plot(x, level, "o", color=colour, ms=5)
+                if len(group.runs) == 1:
+                    _note(ax, f"{share:.0%}", (x, level), colour, xycoords="data", rotation=0, va="top")
+        first = runs[group.runs[0]]
+        if 0 < first.kd_steps < (first.max_steps or math.inf):
+            (x,) = x_of(first, [first.kd_steps])
+            ax.axvline(x, color=colour, lw=0.8, ls=(0, (4, 3)))
+            across = ax.get_xaxis_transform()  # x in data, y as a share of the panel
+            _note(ax, "teacher leaves", (x, 0.3), colour, xycoords=across, rotation=90, va="bottom")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.set_xlim(left=0)
+
+
+def _note(ax: Axes, text: str, at: tuple[float, float], colour: str, **style: Any) -> None:
+    ax.annotate(text, at, (-4, -4), textcoords="offset points", ha="right", color=colour, fontsize=9, **style)
+
+
+def _shown_range(runs: list[Run]) -> tuple[float, float]:
+    values = np.concatenate([run.val_ce.values for run in runs])
+    cut = FIRST_SHOWN * max(run.val_ce.steps[-1] for run in runs)
+    top = max(float(np.interp(cut, run.val_ce.steps, run.val_ce.values)) for run in runs)
+    bottom = float(np.nanmin(values))
+    return bottom - 0.05 * (top - bottom), max(top, bottom + 1e-3)

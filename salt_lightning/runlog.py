@@ -1,0 +1,183 @@
+"""A run's folder read back: its settings and the curves it logged. NaN stands for "not known"."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+from salt_lightning.errors import ConfigError
+
+CUMULATIVE = ("train/tokens", "train/time_s", "train/flops_student_total", "train/flops_teacher_total")
+AXES = ("steps", "tokens", "FLOPs", "seconds")
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """A logged scalar over optimizer steps, in order."""
+
+    steps: np.ndarray
+    values: np.ndarray
+
+    def total_at(self, step: float, end: float = math.inf) -> float:
+        """A cumulative scalar: 0 at step 0, linear between points, then on at its mean rate until `end`."""
+        steps, values = np.append(0, self.steps), np.append(0.0, self.values)
+        beyond = max(0.0, min(step, end) - steps[-1])
+        rate = values[-1] / steps[-1] if steps[-1] > 0 else 0.0
+        return float(np.interp(step, steps, values) + beyond * rate)
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One run's folder: its settings with dotted names, and what it logged."""
+
+    name: str
+    path: Path
+    config: dict[str, Any]
+    curves: dict[str, Curve]
+
+    @property
+    def seed(self) -> int | None:
+        return self.config.get("seed_everything")
+
+    @property
+    def max_steps(self) -> int | None:
+        steps = self.config.get("trainer.max_steps")
+        return steps if steps and steps > 0 else None  # Lightning's -1 is "no limit"
+
+    @property
+    def selected(self) -> bool:
+        return any(self.config.get(f"data.selection{key}") for key in ("", ".path", ".manifest"))
+
+    @property
+    def kd_steps(self) -> float:
+        """n_KD: steps with a teacher; 0 without one, infinite where it stays."""
+        if not self.config.get("model.teacher.path") or not self.config.get("kd.weight"):
+            return 0
+        steps = self.config.get("kd.steps")
+        return math.inf if steps is None else steps
+
+    @property
+    def method(self) -> str:
+        """The name that design and README give to these settings."""
+        if not self.config:
+            return "unknown"
+        shape = str(self.config.get("kd.shape", "step")).replace("_", "-")
+        if self.kd_steps == 0:
+            return "selection without KD" if self.selected else "BASELINE"
+        if self.kd_steps >= (self.max_steps or math.inf) and shape == "step":
+            return "RKD on selection" if self.selected else "RKD"
+        return f"SALT_DS {shape}" if self.selected else f"SALT {shape}"
+
+    @property
+    def steps_done(self) -> int:
+        return max(
+            (int(c.steps[-1]) for tag, c in self.curves.items() if not tag.startswith("test/")), default=0
+        )
+
+    @property
+    def running(self) -> bool:
+        return self.max_steps is not None and 0 < self.steps_done < self.max_steps
+
+    @property
+    def finished(self) -> bool:
+        """At its last step as far as is known, and validated."""
+        return not self.running and "val/ce" in self.curves
+
+    @property
+    def val_ce(self) -> Curve:
+        return self.curves.get("val/ce", Curve(np.array([], dtype=int), np.array([])))
+
+    def last(self, tag: str) -> float:
+        return float(self.curves[tag].values[-1]) if tag in self.curves else math.nan
+
+    def total(self, tag: str, step: float) -> float:
+        """One of CUMULATIVE after `step` optimizer steps, also between and after the logged ones."""
+        if tag not in self.curves:
+            return 0.0 if tag == "train/flops_teacher_total" and self.kd_steps == 0 else math.nan
+        curve, end = self.curves[tag], math.inf
+        if tag == "train/flops_teacher_total":
+            student = self.curves.get("train/flops_student_total", curve).steps
+            after = student[student > curve.steps[-1]]  # the teacher had left when these were logged
+            end = min(self.kd_steps, after[0] if len(after) else math.inf)
+        return curve.total_at(step, end)
+
+    def flops(self, step: float) -> float:
+        return self.total("train/flops_student_total", step) + self.total("train/flops_teacher_total", step)
+
+    def axis(self, axis: str, steps: np.ndarray) -> np.ndarray:
+        """Optimizer steps -> one of AXES."""
+        tags = {"tokens": "train/tokens", "seconds": "train/time_s"}
+        if axis == "steps":
+            return steps.astype(float)
+        return np.array([self.flops(s) if axis == "FLOPs" else self.total(tags[axis], s) for s in steps])
+
+    @cached_property
+    def variant(self) -> dict[str, Any]:
+        """The settings without seeds and names of run folders: equal for all seeds of an experiment."""
+        seed = re.compile(rf"(?<![A-Za-z0-9])(seed|s)[-_=]?{self.seed}(?![0-9])")
+        folder = self.path.absolute()
+        folders = {folder.parent.name: "RUNS", folder.name: "RUN"}
+
+        def anonymous(value: Any) -> Any:
+            if not isinstance(value, str):
+                return value
+            return seed.sub("SEED", "/".join(folders.get(part, part) for part in value.split("/")))
+
+        own = ("seed_everything", "run", "ckpt_path", "trainer.default_root_dir")
+        keys = (k for k in self.config if k not in own and k.rsplit(".", 1)[-1] != "seed")
+        return {key: anonymous(self.config[key]) for key in keys}
+
+
+def read_run(path: Path, name: str) -> Run:
+    """Reads config.yaml and every TensorBoard event file of a run's folder, finished or not.
+
+    Raises:
+        ConfigError: no such folder, no event file in it, or an unreadable config.yaml.
+    """
+    files = sorted(path.glob("*tfevents*"))
+    if not files:
+        what = "holds no TensorBoard event files" if path.is_dir() else "is no folder"
+        raise ConfigError(f"compare: RUN {path} {what}; give a run's own folder, e.g. runs/demo/salt")
+    config: Any = {}
+    if (path / "config.yaml").is_file():
+        try:
+            config = yaml.safe_load((path / "config.yaml").read_text())
+        except yaml.YAMLError as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"compare: {path / 'config.yaml'} is not YAML: {reason}") from error
+    return Run(name, path, _flat(config or {}), _read_curves(files))
+
+
+def _flat(tree: dict[str, Any] | list[Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+        if isinstance(value, (dict, list)) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _read_curves(files: list[Path]) -> dict[str, Curve]:
+    # TensorBoard's raw loader: its EventAccumulator keeps a sample of the points alone.
+    events = [Event.FromString(raw) for file in files for raw in RawEventFileLoader(str(file)).Load()]
+    points: dict[str, dict[int, float]] = {}
+    for event in sorted(events, key=lambda e: e.wall_time):  # of a step logged twice the later one wins
+        if event.session_log.status == SessionLog.START:  # a resume: what came after its checkpoint is void
+            for curve in points.values():
+                for step in [s for s in curve if s >= event.step]:
+                    del curve[step]
+        for value in event.summary.value:
+            if value.tag in CUMULATIVE or value.tag.startswith(("val/", "test/")):
+                points.setdefault(value.tag, {})[event.step] = value.simple_value
+    ordered = {tag: sorted(curve.items()) for tag, curve in points.items() if curve}
+    return {tag: Curve(*map(np.array, zip(*curve, strict=True))) for tag, curve in ordered.items()}

@@ -1,0 +1,173 @@
+"""The command line as a user meets it: help, configs, and every error of the main road in one line."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import arguments, write_corpus
+
+from salt_lightning import cli
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted(ROOT.glob("configs/**/*.yaml"))
+NAMES = [str(path.relative_to(ROOT)) for path in CONFIGS]
+
+
+def one_line(capsys) -> str:
+    err = capsys.readouterr().err
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, err
+    assert "Traceback" not in err
+    assert "usage:" not in err
+    return lines[0]
+
+
+def run(args: list[str]) -> int:
+    try:
+        return cli.main(args)
+    except SystemExit as stop:  # jsonargparse's own way out
+        return stop.code
+
+
+MISSING = "runs/x/step-00000001.ckpt"
+NARROW = {"hidden_size": 32, "num_attention_heads": 4}
+SHORT = {"model.student.config": {**NARROW, "max_position_embeddings": 8}}
+SMALL = {"model.student.config": {**NARROW, "vocab_size": 99}}
+ERRORS = {
+    "unknown key": ({"kd.wieght": 0.5}, r"kd.wieght"),
+    "unknown key in a spec": ({"model.student.famly": "llama"}, r"famly"),
+    "unknown size": ({"model.student.config": {"hiden_size": 32}}, r"config.hiden_size: llama has no such setting"),
+    "wrong type": ({"kd.steps": "many"}, r"kd.steps"),
+    "weight outside 0..1": ({"kd.weight": 1.5}, r"--kd.weight 1.5 must lie in 0..1"),
+    "two at once": ({"kd.weight": 1.5, "kd.anneal_steps": -2}, r"--kd.weight 1.5 .*--kd.anneal_steps -2"),
+    "phase longer than the run": (
+        {"kd.steps": 99, "model.teacher.path": "{teacher}"},
+        r"shorten both, e.g. --trainer.max_steps 12 --kd.steps 2",
+    ),
+    "no teacher": (
+        {"kd.weight": 0.5, "model.teacher.path": "null"},
+        r"--kd.weight 0.5 needs a teacher: set --model.teacher.path",
+    ),
+    "missing teacher": (
+        {"kd.steps": 6, "model.teacher.path": MISSING},
+        rf"--model.teacher.path {MISSING} does not exist",
+    ),
+    "a source that matches nothing": ({"data.source": "no/*.jsonl"}, r"--data.source.*no/\*.jsonl.* matches no file"),
+    "an empty corpus": ({"data.source": "{empty}"}, r"--data.source"),
+    "another column": ({"data.text_column": "body"}, r"--data.text_column"),
+    "batches that do not divide": ({"data.micro_batch_size": 3}, r"--data.global_batch_size"),
+    "accumulation by hand": (
+        {"trainer.accumulate_grad_batches": 2},
+        r"--trainer.accumulate_grad_batches 2 follows from",
+    ),
+    "clipping by value": (
+        {"trainer.gradient_clip_algorithm": "value"},
+        r"--trainer.gradient_clip_algorithm value is not supported; use norm",
+    ),
+    "warm-up longer than the run": ({"model.optim.warmup_steps": 50}, r"--model.optim.warmup_steps 50"),
+    "rate of zero": ({"model.optim.lr": 0}, r"--model.optim.lr 0.* must be above 0"),
+    "temperature of zero": ({"model.teacher_temperature": 0}, r"--model.teacher_temperature 0.* must be above 0"),
+    "missing checkpoint": ({"ckpt_path": "gone.ckpt"}, r"--ckpt_path gone.ckpt does not exist"),
+    "interval of zero": ({"checkpoint.every_n_steps": 0}, r"--checkpoint.every_n_steps 0 must be at least 1"),
+    "a short position table": (SHORT, r"max_position_embeddings 8 is smaller than --data.block_size 32"),
+    "a small vocabulary": (SMALL, r"vocab_size 99 is smaller than the tokenizer's 300"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_are_one_line_and_name_the_setting(case, settings, teacher, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.jsonl").write_text("")
+    fill = {"{teacher}": teacher, "{empty}": str(tmp_path / "empty.jsonl")}
+    overrides, message = ERRORS[case]
+    overrides = {k: fill.get(v, v) if isinstance(v, str) else v for k, v in overrides.items()}
+    base = {"run": str(tmp_path / "run"), "kd.weight": 0.0}
+    if "kd.steps" in overrides or "kd.anneal_steps" in overrides:
+        base["kd.weight"] = 0.5
+    assert run(["fit", *arguments(settings, base, overrides)]) == 2
+    line = one_line(capsys)
+    assert re.search(message, line), line
+    assert not list(tmp_path.glob("run/checkpoints/*"))
+
+
+def test_help_shows_every_setting_and_verb(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    text = capsys.readouterr().out
+    for verb in ("fit", "validate", "test", "predict", "compare"):
+        assert verb in text
+    with pytest.raises(SystemExit):
+        cli.main(["fit", "--help"])
+    text = capsys.readouterr().out
+    for key in (
+        "--run", "--kd.weight", "--kd.steps", "--kd.anneal_steps", "--kd.shape", "--kd.allow_change", "--ckpt_path",
+        "--model.student.path", "--model.student.config", "--model.teacher.revision", "--model.teacher_temperature",
+        "--model.optim.warmup_steps", "--model.compile", "--data.source", "--data.tokenizer", "--data.val_fraction",
+        "--checkpoint.every_n_steps", "--checkpoint.at_steps",
+    ):  # fmt: skip
+        assert key in text, key
+    assert "Optimizer steps with a teacher" in text  # the docstrings are the help
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
+def test_every_config_parses_and_builds(path, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    built = cli.SALTCLI(
+        cli.SALTModule, cli.SALTDataModule, run=False, parser_class=cli.Parser, trainer_defaults=cli.TRAINER_DEFAULTS,
+        seed_everything_default=0, auto_configure_optimizers=False, save_config_callback=None,
+        args=[f"--config={path}", "--trainer.accelerator=cpu", f"--run={tmp_path}"],
+    )  # fmt: skip
+    built.model.optim_spec.check(built.trainer.max_steps)
+    schedule = next(c.schedule for c in built.trainer.callbacks if isinstance(c, cli.KDScheduleCallback))
+    assert (schedule.weight > 0) == built.model.has_teacher
+    assert built.trainer.max_steps % built.trainer.val_check_interval == 0  # the last step is validated
+    assert (schedule.steps or 0) < built.trainer.max_steps
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
+def test_every_config_opens_with_a_header(path):
+    lines = path.read_text().splitlines()
+    for line, key in zip(lines, ("Trains", "Command", "Hardware", "Expected"), strict=False):
+        assert line.startswith(f"# {key}:"), line
+
+
+@pytest.mark.parametrize("folder", ["configs", "configs/demo"])
+def test_the_methods_differ_in_nothing_but_the_method(folder):
+    configs = {m: yaml.safe_load((ROOT / folder / f"{m}.yaml").read_text()) for m in ("baseline", "salt", "rkd")}
+    for config in configs.values():
+        del config["run"], config["kd"]
+        config["model"].pop("teacher", None)
+    assert configs["baseline"] == configs["salt"] == configs["rkd"]
+
+
+def test_the_installed_command_is_the_same(tmp_path):
+    for command in ([sys.executable, str(ROOT / "cli.py")], [str(Path(sys.executable).parent / "salt-lightning")]):
+        if not Path(command[-1]).exists():
+            pytest.skip("the package is not installed")
+        done = subprocess.run([*command, "fit", "--kd.wieght", "1"], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 2
+        assert done.stderr.strip().count("\n") == 0, done.stderr
+
+
+def test_a_folder_of_text_files_and_a_pretrained_student(settings, tmp_path, capsys):
+    """The other road: txt files, a Hugging Face folder as teacher and as student to go on from, another tokenizer."""
+    from families import tiny
+
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number, line in enumerate(write_corpus(tmp_path / "c.jsonl").read_text().splitlines()):
+        (texts / f"{number}.txt").write_text(yaml.safe_load(line)["text"])
+    tiny("qwen3", vocab_size=320, max_position_embeddings=64).model.save_pretrained(tmp_path / "student")
+    tiny("gpt2", seed=1, vocab_size=320, max_position_embeddings=64).model.save_pretrained(tmp_path / "teacher")
+    own = {
+        "run": str(tmp_path / "run"), "data.source": str(texts), "model.student.path": str(tmp_path / "student"),
+        "model.teacher.path": str(tmp_path / "teacher"), "kd.steps": 6,
+    }  # fmt: skip
+    fewer = {k: v for k, v in settings.items() if k != "model.student.config"}
+    assert cli.main(["fit", *arguments(fewer, own)]) == 0
+    assert cli.main(["fit", *arguments(fewer, own, {"ckpt_path": "last"})]) == 0  # a finished run: nothing to do
+    assert cli.main(["validate", *arguments({k: v for k, v in fewer.items() if not k.startswith("checkpoint")},
+                                            {"run": own["run"], "ckpt_path": "last"})]) == 0  # fmt: skip

@@ -1,0 +1,396 @@
+"""`compare` on synthetic runs, whose every number is worked out by hand."""
+
+import json
+import math
+import statistics
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import yaml
+from torch.utils.tensorboard import SummaryWriter
+
+from salt_lightning import report
+from salt_lightning.compare import compare, evaluate, first_reach, main
+from salt_lightning.errors import ConfigError
+from salt_lightning.runlog import Curve, read_run
+
+STEPS = 300
+# A step is 2 tokens, 0.5 s, 10 student and 5 teacher FLOPs (while it teaches). All CEs are exact in float32.
+BASELINE = {100: 5.0, 200: 4.5, 300: 4.0}
+SALT = {100: 4.75, 200: 4.25, 300: 3.75}
+RKD = {100: 4.75, 200: 4.5, 300: 4.25}
+
+
+def settings(path, teacher=None, weight=0.0, kd_steps=None, **overrides):
+    flat = {
+        "seed_everything": 0,
+        "run": str(path),
+        "trainer.max_steps": STEPS,
+        "trainer.callbacks": [{"init_args": {"dirpath": f"{path}/checkpoints"}}],
+        "model.teacher.path": teacher,
+        "kd.weight": weight,
+        "kd.steps": kd_steps,
+        "kd.shape": "step",
+        "data.selection": None,
+    } | overrides
+    tree = {}
+    for key, value in flat.items():
+        *parents, leaf = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    return tree
+
+
+def write_run(path, ce, steps=STEPS, log_every=10, student=10, **config):
+    path.mkdir(parents=True)
+    tree = settings(path, **config)
+    (path / "config.yaml").write_text(yaml.safe_dump(tree))
+    taught = 0 if not tree["model"]["teacher"]["path"] else tree["kd"]["steps"] or STEPS
+    with SummaryWriter(str(path)) as writer:
+        for step in range(log_every, steps + 1, log_every):
+            writer.add_scalar("train/tokens", 2 * step, step)
+            writer.add_scalar("train/time_s", 0.5 * step, step)
+            writer.add_scalar("train/flops_student_total", student * step, step)
+            if step <= taught:
+                writer.add_scalar("train/flops_teacher_total", 5 * step, step)
+        for step, value in ce.items():
+            writer.add_scalar("val/ce", value, step)
+            writer.add_scalar("val/accuracy", 1 / value, step)
+            writer.add_scalar("val/bits_per_byte", value / 2, step)
+    return path
+
+
+@pytest.fixture
+def three(tmp_path):
+    teacher = "elsewhere/teacher"
+    return [
+        write_run(tmp_path / "baseline", BASELINE),
+        write_run(tmp_path / "salt", SALT, teacher=teacher, weight=0.5, kd_steps=60),
+        write_run(tmp_path / "rkd", RKD, teacher=teacher, weight=0.5),
+    ]
+
+
+def load(paths):
+    return [read_run(Path(path), Path(path).name) for path in paths]
+
+
+def test_every_number_of_three_runs(three):
+    comparison = evaluate(load(three))
+    assert (comparison.reference, comparison.reference_val_ce, comparison.notes) == ("baseline", 4.0, [])
+    baseline, salt, rkd = comparison.rows
+    assert [row.method for row in comparison.rows] == ["BASELINE", "SALT step", "RKD"]
+    assert [row.val_ce for row in comparison.rows] == [4.0, 3.75, 4.25]
+    assert [row.difference for row in comparison.rows] == [0.0, -0.25, 0.25]
+    assert [row.bits_per_byte for row in comparison.rows] == [2.0, 1.875, 2.125]
+    assert baseline.accuracy == 0.25
+    assert (baseline.reached_step, baseline.reached_steps_share, baseline.reached_flops_share) == (300, 1, 1)
+    assert salt.reached_step == 250  # half way from 4.25 at 200 to 3.75 at 300
+    assert salt.reached_steps_share == 250 / 300
+    assert salt.reached_flops_share == (250 * 10 + 60 * 5) / (300 * 10)
+    assert math.isnan(rkd.reached_step)
+    assert math.isnan(rkd.reached_flops_share)
+    assert [row.seconds for row in comparison.rows] == [150, 150, 150]
+    assert [row.student_flops for row in comparison.rows] == [3000, 3000, 3000]
+    assert [row.teacher_flops for row in comparison.rows] == [0, 300, 1500]
+    assert not any(row.running for row in comparison.rows)
+
+
+def test_equal_points_are_at_the_smallest_common_end(three):
+    longer = write_run(three[0].parent / "long", {150: 5.0, 450: 3.0}, 450, **{"trainer.max_steps": 450})
+    comparison = evaluate(load([*three, longer]))
+    equal = comparison.equal
+    assert equal["steps"] == (300, {"baseline": 4.0, "salt": 3.75, "rkd": 4.25, "long": 4.0})
+    assert equal["tokens"] == (600, equal["steps"][1])
+    assert equal["seconds"] == (150, equal["steps"][1])
+    assert comparison.rows[3].reached_steps_share == 1  # of the reference's steps, not of its own
+    # 3000 FLOPs: salt is at step 270 (2700 + 300) and rkd at 200 (200 * 15)
+    assert equal["FLOPs"] == (3000, {"baseline": 4.0, "salt": pytest.approx(3.9), "rkd": 4.5, "long": 4.0})
+
+
+def test_an_equal_point_before_a_runs_first_validation_is_not_made_up(three):
+    early = write_run(three[0].parent / "early", {50: 6.0}, 50, **{"trainer.max_steps": 50})
+    where, ce = evaluate(load([three[0], early])).equal["steps"]
+    assert (where, ce["early"]) == (50, 6.0)
+    assert math.isnan(ce["baseline"])
+
+
+@pytest.mark.parametrize(
+    ("values", "level", "step"),
+    [
+        ([5, 4, 3], 3.5, 25),
+        ([5, 4, 3], 4, 20),
+        ([5, 4, 3], 5, 10),
+        ([5, 4, 3], 6, 10),
+        ([5, 4, 3], 2, math.nan),
+        ([5, 3, 4], 3.5, 17.5),  # the first time counts
+        ([math.nan, 3, 2], 3.5, 20),
+        ([5, math.nan, 3], math.nan, math.nan),
+    ],
+)
+def test_first_reach(values, level, step):
+    got = first_reach(np.array([10, 20, 30]), np.array(values, dtype=float), level)
+    assert got == pytest.approx(step, nan_ok=True)
+
+
+def test_a_total_between_and_after_the_logged_steps():
+    curve = Curve(np.array([10, 20]), np.array([100.0, 200.0]))
+    assert [curve.total_at(s) for s in (0, 5, 10, 15, 20, 26)] == [0, 50, 100, 150, 200, 260]
+    assert curve.total_at(26, end=23) == 230
+
+
+def test_the_teacher_stops_costing_between_two_logged_steps(tmp_path):
+    run = read_run(write_run(tmp_path / "r", SALT, teacher="t", weight=0.5, kd_steps=65), "r")
+    assert run.curves["train/flops_teacher_total"].steps[-1] == 60
+    assert run.total("train/flops_teacher_total", 300) == 65 * 5
+    # gone before the schedule says so, at a boundary that the run chose: at most until the next logged step
+    run.config["kd.steps"] = 200
+    assert run.total("train/flops_teacher_total", 300) == 70 * 5
+
+
+def test_of_a_step_logged_twice_the_later_wins(tmp_path):
+    path = write_run(tmp_path / "r", {})
+    for walltime, value in ((2e9, 4.0), (1e9, 9.0)):  # the file written last is the older one
+        with SummaryWriter(str(path)) as writer:
+            for step in (100, 200):
+                writer.add_scalar("val/ce", value + step, step, walltime=walltime)
+    ce = read_run(path, "r").val_ce
+    assert (ce.steps.tolist(), ce.values.tolist()) == ([100, 200], [104.0, 204.0])
+
+
+def test_a_resume_voids_what_came_after_its_checkpoint(tmp_path):
+    path = write_run(tmp_path / "r", {100: 5.0, 200: 4.5, 250: 9.0})
+    with SummaryWriter(str(path), purge_step=151) as writer:
+        writer.add_scalar("val/ce", 4.25, 200)
+    run = read_run(path, "r")
+    assert dict(zip(run.val_ce.steps, run.val_ce.values, strict=True)) == {100: 5.0, 200: 4.25}
+    assert run.curves["train/tokens"].steps[-1] == 150
+
+
+def test_a_running_run_with_a_half_written_record(three):
+    path = write_run(three[0].parent / "more", {100: 4.75}, 150, teacher="t", weight=0.5, kd_steps=30)
+    (events,) = path.glob("*tfevents*")
+    events.write_bytes(events.read_bytes() + events.read_bytes()[:20])
+    comparison = evaluate(load([*three, path]))
+    row, group = comparison.rows[-1], comparison.groups[-1]
+    assert (row.running, row.steps, row.val_ce, row.student_flops, row.teacher_flops) == (
+        True,
+        150,
+        4.75,
+        1500,
+        150,
+    )
+    assert math.isnan(row.difference)  # a loss under way is no result
+    assert group.n == 0
+    assert math.isnan(group.mean)
+    assert comparison.equal["steps"] == (100, {"baseline": 5.0, "salt": 4.75, "rkd": 4.75, "more": 4.75})
+    assert comparison.notes == ["more is at step 150 of 300"]
+    assert "| 150 of 300 |" in report.markdown(comparison)
+
+
+def test_seeds_of_one_experiment_are_a_group(tmp_path):
+    paths = []
+    for seed in range(3):
+        folder = tmp_path / f"seed{seed}"
+        add = {"seed_everything": seed, "data.seed": seed}
+        shift = seed / 8
+        paths += [
+            write_run(folder / f"baseline-s{seed}", {s: c + shift for s, c in BASELINE.items()}, **add),
+            write_run(
+                folder / f"salt-s{seed}",
+                {s: c + shift * shift for s, c in SALT.items()},
+                teacher=f"teachers/small-seed{seed}/last.ckpt",
+                weight=0.5,
+                kd_steps=60,
+                **add,
+            ),
+        ]
+    other = write_run(tmp_path / "seed0" / "other", SALT, teacher="t", weight=0.25, kd_steps=60)
+    comparison = evaluate(load([*paths, other]))
+    baseline, salt, single = comparison.groups
+    assert baseline.label == "BASELINE"
+    assert baseline.val_ce == [4.0, 4.125, 4.25]
+    assert (baseline.n, baseline.mean, baseline.std) == (3, 4.125, 0.125)
+    assert baseline.paired_differences == {}
+    assert comparison.reference_val_ce == 4.125
+    assert (salt.label, salt.n, salt.runs) == ("SALT step (salt-s0)", 3, ["salt-s0", "salt-s1", "salt-s2"])
+    assert salt.val_ce == [3.75, 3.765625, 3.8125]
+    assert salt.std == pytest.approx(statistics.stdev(salt.val_ce))
+    assert salt.difference == pytest.approx(statistics.mean(salt.val_ce) - 4.125)
+    assert salt.paired_differences == {"0": -0.25, "1": -0.359375, "2": -0.4375}
+    # 4.125 is reached after 200 at (4.25 + shift^2 - 4.125) / 0.5 of 100 steps
+    assert salt.reached_steps_share == pytest.approx([225 / 300, 228.125 / 300, 237.5 / 300])
+    assert (single.n, single.runs) == (1, ["other"])
+    assert math.isnan(single.std)
+    assert single.changed["kd.weight"] == (0.0, 0.25)
+    assert set(salt.changed) == {"kd.weight", "kd.steps", "model.teacher.path"}
+    text = report.markdown(comparison)
+    assert "1 (no spread)" in text
+    assert "4.0000 to 4.2500" in text
+    assert "4.0000, 4.1250, 4.2500" in text
+
+
+def test_the_reference_is_the_mean_of_its_finished_seeds(tmp_path):
+    done = write_run(tmp_path / "seed0", BASELINE)
+    running = write_run(tmp_path / "seed1", {100: 5.0}, steps=100, seed_everything=1)
+    assert evaluate(load([running, done])).reference_val_ce == 4.0
+    assert evaluate(load([running])).reference_val_ce == 5.0  # nothing better yet
+
+
+def test_one_seed_is_said_to_have_no_spread(three):
+    assert "One seed for each experiment (n = 1)" in report.markdown(evaluate(load(three)))
+
+
+def test_the_teachers_own_training_stands_apart(tmp_path, monkeypatch):
+    teacher = write_run(tmp_path / "runs" / "teacher", {300: 5.0}, student=4)
+    salt = write_run(
+        tmp_path / "runs" / "salt",
+        SALT,
+        teacher="runs/teacher/checkpoints/last.ckpt",
+        weight=0.5,
+        kd_steps=60,
+    )
+    baseline = write_run(tmp_path / "runs" / "baseline", BASELINE)
+    monkeypatch.chdir("/")  # not where the runs were started: the path still tells which run it was
+    comparison = evaluate(load([teacher, baseline, salt]))
+    rows = {row.run: row for row in comparison.rows}
+    assert (
+        comparison.reference == "baseline"
+    )  # the teacher comes first and has no teacher, and is no baseline
+    assert rows["teacher"].method == "TEACHER"
+    assert rows["salt"].teacher_training_flops == 1200
+    assert rows["salt"].reached_flops_share_with_teacher_training == (2500 + 300 + 1200) / 3000
+    assert [group.label for group in comparison.groups] == ["BASELINE", "SALT step"]
+    assert "teacher" not in comparison.equal["steps"][1]
+    assert "with it the reference is reached at 133.3% of its FLOPs" in report.markdown(comparison)
+
+
+@pytest.mark.parametrize(
+    ("config", "method"),
+    [
+        ({}, "BASELINE"),
+        ({"teacher": "t", "weight": 0.0, "kd_steps": 60}, "BASELINE"),
+        ({"teacher": "t", "weight": 0.5}, "RKD"),
+        ({"teacher": "t", "weight": 0.5, "kd_steps": 300}, "RKD"),
+        ({"teacher": "t", "weight": 0.5, "kd_steps": 299}, "SALT step"),
+        ({"teacher": "t", "weight": 0.5, "kd_steps": 60, "trainer.max_steps": -1}, "SALT step"),
+        ({"teacher": "t", "weight": 0.5, "kd_steps": 300, "kd.shape": "cosine"}, "SALT cosine"),
+        ({"teacher": "t", "weight": 0.5, "kd_steps": 60, "kd.shape": "linear_ratio"}, "SALT linear-ratio"),
+        ({"teacher": "t", "weight": 0.5, "kd_steps": 60, "data.selection": "scores"}, "SALT_DS step"),
+        ({"teacher": "t", "weight": 0.5, "data.selection": "scores"}, "RKD on selection"),
+        ({"data.selection": "scores"}, "selection without KD"),
+        ({"data.selection": {"path": None, "keep": 0.5}}, "BASELINE"),
+        ({"data.selection": {"path": "scores", "keep": 0.5}}, "selection without KD"),
+    ],
+)
+def test_the_method_follows_from_the_config(tmp_path, config, method):
+    assert read_run(write_run(tmp_path / "r", BASELINE, **config), "r").method == method
+
+
+def test_without_a_baseline_the_first_run_is_the_reference(three):
+    comparison = evaluate(load(three[1:]))
+    assert comparison.reference == "salt"
+    assert comparison.notes == ["no BASELINE among the runs: salt, the first, is the reference"]
+    assert "Note: no BASELINE among the runs" in report.markdown(comparison)
+
+
+def test_a_named_baseline(three):
+    for name in ("rkd", str(three[2])):
+        assert evaluate(load(three), baseline=name).reference_val_ce == 4.25
+    with pytest.raises(
+        ConfigError, match="--baseline other is not among the runs; choose one of baseline, salt, rkd"
+    ):
+        evaluate(load(three), baseline="other")
+
+
+def test_runs_without_a_validation_show_a_dash(three, tmp_path):
+    silent = write_run(tmp_path / "silent", {}, steps=20)
+    comparison = compare([*three, silent], tmp_path / "out")
+    assert comparison.notes == ["silent is at step 20 of 300", "silent has no validation yet"]
+    row = next(line for line in report.markdown(comparison).splitlines() if line.startswith("| silent"))
+    assert [cell.strip() for cell in row.split("|")[4:10]] == ["-"] * 6
+    assert json.loads((tmp_path / "out" / "compare.json").read_text())["rows"][3]["val_ce"] is None
+    alone = compare([silent], tmp_path / "alone")  # nothing to compare, and no failure
+    assert math.isnan(alone.reference_val_ce)
+
+
+def test_folders_that_are_no_runs(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="empty holds no TensorBoard event files; give a run's own folder"):
+        compare([tmp_path / "empty"], tmp_path)
+    with pytest.raises(ConfigError, match="gone is no folder"):
+        compare([tmp_path / "gone"], tmp_path)
+    path = write_run(tmp_path / "broken", BASELINE)
+    (path / "config.yaml").write_text("kd: [")
+    with pytest.raises(ConfigError, match=r"config\.yaml is not YAML") as error:
+        compare([path], tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_run_without_config_is_of_unknown_method(three):
+    (three[1] / "config.yaml").unlink()
+    comparison = evaluate(load(three))
+    assert comparison.rows[1].method == "unknown"
+    assert "salt has no config.yaml: its method is not known" in comparison.notes
+
+
+def test_main_prints_the_table_and_writes_three_files(three, tmp_path, capsys):
+    assert main([*map(str, three), "--baseline", "salt"]) == 0
+    printed = capsys.readouterr().out
+    saved_table, figure = (tmp_path / "compare.md").read_text().rsplit("\n\n", 1)  # where the runs lie
+    assert saved_table in printed
+    assert figure == "![Validation CE over steps and over FLOPs](compare.png)\n"
+    assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
+    saved = json.loads((tmp_path / "compare.json").read_text())
+    assert saved["reference"] == "salt"
+    assert saved["rows"][2]["reached_step"] is None
+    assert saved["equal"]["FLOPs"][0] == 3000
+    for block in printed.split("\n\n"):
+        lines = [line for line in block.splitlines() if line.startswith("|")]
+        assert len({len(line) for line in lines}) <= 1, block
+    assert plt.get_fignums() == []
+    with pytest.raises(ConfigError, match="required: RUN"):
+        main([])
+    with pytest.raises(ConfigError, match="unrecognized arguments: --basline"):
+        main([str(three[0]), "--basline=x"])
+
+
+def test_names_are_the_ends_of_paths_that_differ(tmp_path):
+    paths = [write_run(tmp_path / s / "salt", SALT) for s in ("seed0", "seed1")]
+    assert [run.name for run in compare([*paths, paths[0]], tmp_path).runs] == ["seed0/salt", "seed1/salt"]
+
+
+def test_a_test_result_gets_a_column(three):
+    assert "test CE" not in report.markdown(evaluate(load(three)))
+    with SummaryWriter(str(three[1])) as writer:
+        writer.add_scalar("test/ce", 3.5, 999)
+    comparison = evaluate(load(three))
+    assert (comparison.rows[1].last["test/ce"], comparison.rows[1].steps) == (3.5, 300)
+    assert "test CE" in report.markdown(comparison)
+    assert "3.5000" in report.markdown(comparison)
+
+
+def test_the_figure_shows_curves_boundary_and_the_point_of_reach(three):
+    by_steps, by_flops = report.figure(evaluate(load(three))).axes
+    curves = {line.get_label(): line.get_xydata() for line in by_steps.lines}
+    assert curves["SALT step  3.750"].tolist() == [[s, ce] for s, ce in SALT.items()]
+    points = {line.get_label(): line.get_xydata() for line in by_flops.lines}
+    assert points["RKD  4.250"].tolist() == [[1500, 4.75], [3000, 4.5], [4500, 4.25]]
+    for ax, boundary, reached in ((by_steps, 60, 250), (by_flops, 900, 2800)):
+        xs = [line.get_xdata() for line in ax.lines]
+        assert [boundary, boundary] in [list(x) for x in xs if len(x) == 2]
+        assert [reached] in [list(x) for x in xs if len(x) == 1]
+        assert "teacher leaves" in {text.get_text() for text in ax.texts}
+    assert {text.get_text() for text in by_steps.texts} == {"teacher leaves", "83%"}
+    assert {text.get_text() for text in by_flops.texts} == {"teacher leaves", "93%"}
+
+
+@pytest.mark.parametrize(
+    ("flops", "unit"),
+    [(2e21, "ZFLOP"), (1e18, "EFLOP"), (9e17, "PFLOP"), (1e6, "MFLOP"), (10, "FLOP"), (0, "FLOP")],
+)
+def test_flop_unit(flops, unit):
+    assert report.flop_unit(flops)[1] == unit

@@ -1,0 +1,281 @@
+"""SALTModule in a real Trainer: the teacher's life, one division, what is logged, what is refused."""
+
+import gc
+import weakref
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from conftest import arguments, scalars, weights
+from lightning.pytorch.callbacks import Callback
+from reference import salt_reference
+
+from salt_lightning import KDScheduleCallback, ModelSpec, OptimSpec, SALTDataModule, SALTModule, cli
+from salt_lightning.errors import ConfigError, NonFiniteLossError
+from salt_lightning.models import read_checkpoint
+
+CONFIG = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+
+
+class Spy(Callback):
+    """Looks at each micro-batch and each optimizer step."""
+
+    def __init__(self):
+        self.rows, self.gradients, self.weights_of_kd, self.teachers = [], [], [], []
+        self.initial, self.batches = None, []
+
+    def on_train_start(self, trainer, pl_module):
+        self.initial = {k: v.clone() for k, v in pl_module.student.state_dict().items()}
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.rows.append(batch["rows"].tolist())
+        self.batches.append({key: value.clone() for key, value in batch.items()})
+        self.weights_of_kd.append(pl_module.kd_weight.item())
+        teacher = pl_module.teacher
+        if teacher is not None:
+            assert not teacher.training
+            assert not any(module.training for module in teacher.modules())
+            if not self.teachers:
+                self.teachers = [weakref.ref(teacher), *map(weakref.ref, teacher.parameters())]
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        assert pl_module.teacher is None or all(p.grad is None for p in pl_module.teacher.parameters())
+        self.gradients.append({k: p.grad.clone() for k, p in pl_module.student.named_parameters()})
+
+
+@pytest.fixture
+def train(settings, tmp_path):
+    """train(teacher path, steps, spy, module settings ..., data settings ...) -> module, by the Python interface."""
+
+    def run(teacher=None, kd=None, steps=4, spy=None, data=None, **module_settings):
+        module = SALTModule(
+            ModelSpec(config=module_settings.pop("config", CONFIG)),
+            ModelSpec(path=teacher),
+            optim=OptimSpec(lr=1e-2),
+            **module_settings,
+        )
+        own = {key.removeprefix("data."): value for key, value in settings.items() if key.startswith("data.")}
+        callbacks = [c for c in (kd, spy) if c is not None]
+        trainer = pl.Trainer(
+            max_steps=steps, callbacks=callbacks, accelerator="cpu", logger=False, enable_checkpointing=False,
+            use_distributed_sampler=False, enable_progress_bar=False, enable_model_summary=False,
+            val_check_interval=steps, num_sanity_val_steps=0,
+        )  # fmt: skip
+        trainer.fit(module, SALTDataModule(**{**own, **(data or {})}))
+        return module
+
+    return run
+
+
+def test_the_teacher_lives_for_phase_1_alone(train, teacher):
+    spy = Spy()
+    module = train(teacher, KDScheduleCallback(0.5, steps=2), 4, spy)
+    assert spy.weights_of_kd == [0.5, 0.5, 0.0, 0.0]
+    assert len(spy.teachers) > 5
+    gc.collect()
+    assert [ref() for ref in spy.teachers if ref() is not None] == []
+    assert module.teacher is None
+
+
+def test_accumulation_does_not_change_the_weight(train, teacher):
+    spy = Spy()
+    train(teacher, KDScheduleCallback(0.8, 4, 2, "linear"), 4, spy, data={"micro_batch_size": 4})
+    assert spy.weights_of_kd == pytest.approx([0.8, 0.8, 0.8, 0.8, 0.8, 0.8, 0.4, 0.4])
+
+
+def test_the_teacher_is_in_no_parameter_and_no_checkpoint(train, teacher, tmp_path):
+    spy = Spy()
+    module = train(teacher, KDScheduleCallback(0.5), 2, spy)
+    assert module.teacher is not None
+    own = {id(p) for p in module.teacher.parameters()}
+    assert own
+    assert not own & {id(p) for p in module.parameters()}
+    module.trainer.save_checkpoint(tmp_path / "x.ckpt", weights_only=False)
+    assert all(key.startswith("student.") for key in weights(tmp_path / "x.ckpt"))
+    optimizer = read_checkpoint(str(tmp_path / "x.ckpt"), "x")["optimizer_states"][0]
+    assert sum(len(g["params"]) for g in optimizer["param_groups"]) == len(list(module.student.parameters()))
+
+
+def test_a_lost_student_key_is_not_accepted(train, tmp_path):
+    module = train()
+    module.trainer.save_checkpoint(tmp_path / "x.ckpt", weights_only=False)
+    checkpoint = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    del checkpoint["state_dict"]["student.model.model.norm.weight"]
+    torch.save(checkpoint, tmp_path / "x.ckpt")
+    with pytest.raises(RuntimeError, match=r"student.model.model.norm.weight"):
+        SALTModule.load_from_checkpoint(tmp_path / "x.ckpt")
+
+
+def test_a_checkpoint_loads_on_its_own(train, teacher, tmp_path):
+    module = train(teacher, KDScheduleCallback(0.5, 1), 2)
+    module.trainer.save_checkpoint(tmp_path / "x.ckpt", weights_only=False)
+    loaded = SALTModule.load_from_checkpoint(tmp_path / "x.ckpt", weights_only=True)
+    for key, tensor in module.student.state_dict().items():
+        assert torch.equal(tensor, loaded.student.state_dict()[key])
+    assert loaded.teacher is None
+
+
+def test_a_teacher_changes_neither_initial_weights_nor_data(train, teacher):
+    without, with_teacher = Spy(), Spy()
+    train(None, None, 3, without)
+    train(teacher, KDScheduleCallback(0.5), 3, with_teacher)
+    assert without.rows == with_teacher.rows
+    assert without.initial.keys() == with_teacher.initial.keys()
+    assert all(torch.equal(t, with_teacher.initial[k]) for k, t in without.initial.items())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("micro", [8, 2, 1])
+def test_one_division_whatever_the_micro_batch(train, teacher, micro, tied):
+    """The gradient of one step against the formula in float64, for 1x8, 4x2 and 8x1 rows with uneven label counts."""
+    spy = Spy()
+    module = train(
+        teacher, KDScheduleCallback(0.7), 1, spy, data={"micro_batch_size": micro},
+        config={**CONFIG, "tie_word_embeddings": tied}, teacher_temperature=1.5,
+    )  # fmt: skip
+    assert len(spy.batches) == 8 // micro
+    counts = [(batch["labels"] != -100).sum().item() for batch in spy.batches]
+    assert len(set(counts)) > 1 or micro == 8  # the premise: uneven masks
+    assert sum(counts) == spy.batches[0]["step_tokens"].item()
+    student, teacher = module.student.double(), module.teacher.double()
+    student.load_state_dict(spy.initial)
+    student.zero_grad()
+    ids, positions, labels = (torch.cat([b[k] for b in spy.batches]) for k in ("input_ids", "positions", "labels"))
+    hidden, head, _ = student(ids, positions)
+    teacher_hidden, teacher_head, _ = teacher(ids, positions)
+    salt_reference(hidden, head, labels.flatten(), teacher_hidden, teacher_head, 0.7, 1.5)["loss"].backward()
+    for key, parameter in student.named_parameters():
+        # fp32 forward and backward of a two-layer model against float64
+        gradient, atol = spy.gradients[0][key].double(), 2e-5 * parameter.grad.abs().max().item()
+        assert torch.allclose(gradient, parameter.grad, atol=atol), key
+
+
+def test_a_teacher_without_callback_is_refused(train, teacher):
+    with pytest.raises(ConfigError, match="no KDScheduleCallback: it would silently train BASELINE"):
+        train(teacher)
+
+
+def test_a_weight_without_teacher_is_refused(train):
+    with pytest.raises(ConfigError, match=r"--kd.weight 0.667 needs a teacher: set --model.teacher.path"):
+        train(None, KDScheduleCallback(steps=2))
+
+
+def test_a_phase_longer_than_the_run_says_how_to_shorten_both(train, teacher):
+    with pytest.raises(ConfigError, match=r"--kd.steps 50 .*--trainer.max_steps 10: .* 10 --kd.steps 2;"):
+        train(teacher, KDScheduleCallback(steps=50), 10)
+
+
+def test_another_tokenizer_is_noticed_by_its_token_ids(train, teacher, settings, corpus):
+    """Same size, other ids: sizes alone would let it pass."""
+    data = {"source": str(corpus), "val_fraction": 0.5}  # another training text: other merges
+    with pytest.raises(ConfigError, match="trained with another tokenizer than --data.tokenizer"):
+        train(teacher, KDScheduleCallback(steps=1), 2, data=data)
+
+
+def test_a_smaller_vocabulary_is_named_with_both_sizes(train, teacher):
+    with pytest.raises(ConfigError, match=r"has a vocabulary of 320, --data.tokenizer 329"):
+        train(teacher, KDScheduleCallback(steps=1), 2, data={"vocab_size": 400})
+
+
+def test_a_padded_teacher_head_is_cut(train, teacher):
+    """The student's head has 384 rows, the teacher's 320; the tokenizer has 300."""
+    module = train(teacher, KDScheduleCallback(0.5), 2, config={**CONFIG, "vocab_size": 384})
+    assert len(module.student.head.weight) == 384
+    assert len(module.teacher.head.weight) == 320
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(train, tmp_path):
+    class Break(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 2:
+                pl_module.student.head.weight.data.fill_(float("nan"))
+
+    with pytest.raises(NonFiniteLossError, match="stopped being finite at or before step 3"):
+        train(steps=4, spy=Break())
+
+
+def test_what_is_logged(settings, teacher, tmp_path):
+    """Every tag of the design, on the optimizer-step axis, and the relations between them."""
+    own = {"run": str(tmp_path / "run"), "model.teacher.path": teacher, "kd.weight": 0.6, "kd.steps": 6,
+           "model.teacher_temperature": 2.0, "data.micro_batch_size": 4}  # fmt: skip
+    assert cli.main(["fit", *arguments(settings, own)]) == 0
+    values = scalars(tmp_path / "run")
+    always = "loss ce kd_weight grad_norm lr tokens tokens_per_s data_wait_s time_s flops_student_total"
+    always += " flops_teacher_total"
+    while_taught = "kd kl teacher_ce teacher_entropy agreement gap"
+    assert {f"train/{name}" for name in (always + " " + while_taught).split()} == {t for t in values if "train/" in t}
+    for name in always.split():
+        assert sorted(values[f"train/{name}"]) == list(range(1, 13)), name
+    for name in while_taught.split():
+        assert sorted(values[f"train/{name}"]) == list(range(1, 7)), name
+    assert {t for t in values if "val/" in t} == {"val/ce", "val/accuracy", "val/bits_per_byte"}
+    v = {tag.removeprefix("train/"): steps for tag, steps in values.items()}
+    for step in range(1, 7):
+        assert v["loss"][step] == pytest.approx(0.4 * v["ce"][step] + 0.6 * v["kd"][step], rel=1e-6)
+        # TensorBoard keeps fp32
+        assert v["kl"][step] == pytest.approx(v["kd"][step] - v["teacher_entropy"][step], abs=2e-6)
+        assert v["gap"][step] == pytest.approx(v["ce"][step] - v["teacher_ce"][step], abs=1e-6)
+        assert v["kl"][step] > 0
+        assert 0 <= v["agreement"][step] <= 1
+    for step in range(7, 13):
+        assert v["loss"][step] == v["ce"][step]
+    assert [v["tokens"][step] for step in (1, 12)] == [8 * 32, 12 * 8 * 32]
+    assert v["flops_teacher_total"][12] == v["flops_teacher_total"][6] > 0
+    assert v["flops_student_total"][12] == pytest.approx(2 * v["flops_student_total"][6])
+    assert v["ce"][1] == pytest.approx(torch.log(torch.tensor(320.0)).item(), abs=0.1)  # knows nothing yet
+
+
+def test_validate_and_test_agree_with_the_formula(settings, teacher, tmp_path, capsys):
+    """val/ce, accuracy and bits per byte of a checkpoint, recomputed from its weights and the text."""
+    run = tmp_path / "run"
+    own = {"run": str(run), "model.teacher.path": teacher, "kd.steps": 6}
+    assert cli.main(["fit", *arguments(settings, own)]) == 0
+    for verb in ("validate", "test"):
+        fewer = {k: v for k, v in settings.items() if not k.startswith(("checkpoint.", "model."))}
+        assert cli.main([verb, *arguments(fewer, {"run": str(run), "ckpt_path": "last"})]) == 0
+    values = scalars(run, ("val/", "test/"))
+    module = SALTModule.load_from_checkpoint(run / "checkpoints/step-00000012.ckpt", weights_only=True).double()
+    data = SALTDataModule(**{k.removeprefix("data."): v for k, v in settings.items() if k.startswith("data.")})
+    data.prepare_data()
+    data.setup("validate")
+    nats = tokens = right = num_bytes = 0
+    for batch in data.val_dataloader():
+        with torch.no_grad():
+            hidden, head, _ = module.student.eval()(batch["input_ids"], batch["positions"])
+        labels = batch["labels"].flatten()
+        valid = labels != -100
+        log_p = torch.log_softmax((hidden @ head.T)[valid], 1)
+        nats -= log_p.gather(1, labels[valid][:, None]).sum().item()
+        right += (log_p.argmax(1) == labels[valid]).sum().item()
+        tokens += valid.sum().item()
+        num_bytes += batch["bytes"].sum().item()
+    for prefix in ("val", "test"):
+        assert values[f"{prefix}/ce"][12] == pytest.approx(nats / tokens, rel=1e-5)
+        assert values[f"{prefix}/accuracy"][12] == pytest.approx(right / tokens, abs=2 / tokens)
+        expected = nats / 0.6931471805599453 / num_bytes
+        assert values[f"{prefix}/bits_per_byte"][12] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # inside torch's compiler
+def test_compiled_models_train_the_same(settings, teacher, tmp_path):
+    losses = {}
+    for compiled in (False, True):
+        run = tmp_path / str(compiled)
+        own = {"run": str(run), "model.teacher.path": teacher, "kd.steps": 2, "trainer.max_steps": 3,
+               "trainer.val_check_interval": 3, "model.compile": compiled}  # fmt: skip
+        assert cli.main(["fit", *arguments(settings, own)]) == 0
+        losses[compiled] = scalars(run)["train/loss"]
+        assert all("_orig_mod" not in key for key in weights(run / "checkpoints/step-00000003.ckpt"))
+    assert losses[True] == pytest.approx(losses[False], abs=1e-4)  # fp32, fused and unfused
+
+
+def test_bf16_mixed_on_cpu_trains_towards_the_same(settings, teacher, tmp_path):
+    losses = {}
+    for precision in ("32-true", "bf16-mixed"):
+        own = {"run": str(tmp_path / precision), "model.teacher.path": teacher, "kd.steps": 4,
+               "trainer.precision": precision}  # fmt: skip
+        assert cli.main(["fit", *arguments(settings, own)]) == 0
+        losses[precision] = scalars(tmp_path / precision)["train/loss"]
+    # bf16 rounds to 2^-9; the losses are near 5 and the models drift apart over 12 steps
+    assert losses["bf16-mixed"] == pytest.approx(losses["32-true"], abs=0.05)
+    assert losses["bf16-mixed"] != losses["32-true"]

@@ -1,0 +1,216 @@
+"""A run stopped anywhere and started again equals the run never stopped, bit for bit: weights and logged values."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import StopAt, arguments, scalars, weights
+
+from salt_lightning import cli
+
+CLOCK = {"train/time_s", "train/tokens_per_s", "train/data_wait_s"}  # what may differ between two equal runs
+RAMP = {"kd.weight": 0.667, "kd.steps": 8, "kd.anneal_steps": 4, "kd.shape": "linear"}  # phase 1 ends at 8 of 12
+
+
+@pytest.fixture
+def fit(settings, teacher, monkeypatch):
+    """fit(run, stop_at=None, **overrides) -> exit code; stops by a real SIGTERM in the middle of step `stop_at`."""
+
+    def run_fit(run: Path, stop_at: int | None = None, **overrides) -> int:
+        extra = [StopAt(stop_at)] if stop_at else []
+        original = cli.SALTCLI.instantiate_trainer
+
+        def with_stop(self, **kwargs):
+            trainer = original(self, **kwargs)
+            trainer.callbacks.extend(extra)
+            return trainer
+
+        own = {"run": str(run), "model.teacher.path": teacher, **RAMP}
+        with monkeypatch.context() as patch:
+            patch.setattr(cli.SALTCLI, "instantiate_trainer", with_stop)
+            return cli.main(["fit", *arguments(settings, own, overrides)])
+
+    return run_fit
+
+
+def assert_same(run: Path, other: Path, step: int = 12) -> None:
+    name = f"checkpoints/step-{step:08d}.ckpt"
+    for key, tensor in weights(run / name).items():
+        assert torch.equal(tensor, weights(other / name)[key]), key
+    ours, theirs = scalars(run), scalars(other)
+    assert ours.keys() == theirs.keys()
+    for tag in ours.keys() - CLOCK:
+        assert ours[tag] == theirs[tag], tag
+
+
+VARIANTS = {
+    "plain": {},
+    "accumulation": {"data.micro_batch_size": 2},
+    "two workers": {"data.num_workers": 2},
+    "dropout": {
+        "model.student.family": "gpt2",
+        "model.student.config": {"n_embd": 32, "n_layer": 2, "n_head": 4},
+        "data.micro_batch_size": 4,
+    },
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_stopped_in_each_phase_equals_never_stopped(fit, tmp_path, variant):
+    overrides = VARIANTS[variant]
+    assert fit(tmp_path / "whole", **overrides) == 0
+    stops = [2, 6, 10] if variant != "two workers" else [6]  # in the constant part, in the ramp, after the teacher
+    for number, stop in enumerate(stops):
+        resumed = {"ckpt_path": "last"} if number else {}
+        assert fit(tmp_path / "broken", stop_at=stop, **overrides, **resumed) == 128 + signal.SIGTERM
+        assert (tmp_path / f"broken/checkpoints/step-{stop:08d}.ckpt").exists()
+    assert fit(tmp_path / "broken", ckpt_path="last", **overrides) == 0
+    assert_same(tmp_path / "broken", tmp_path / "whole")
+    values = scalars(tmp_path / "whole")
+    assert sorted(values["train/loss"]) == list(range(1, 13))  # the premise: every step is compared
+    assert sorted(values["val/ce"]) == [6, 12]
+    assert sorted(values["train/kd"]) == list(range(1, 9))  # the teacher's only while w > 0
+
+
+def test_stopped_where_a_validation_is_due(fit, tmp_path):
+    """The save waits for the validation of its step: after the resume it is neither repeated nor missing."""
+    assert fit(tmp_path / "whole") == 0
+    assert fit(tmp_path / "broken", stop_at=6) == 128 + signal.SIGTERM
+    assert sorted(scalars(tmp_path / "broken")["val/ce"]) == [6]
+    assert fit(tmp_path / "broken", ckpt_path="last") == 0
+    assert_same(tmp_path / "broken", tmp_path / "whole")
+
+
+def test_across_an_epoch_of_the_data(fit, tmp_path, caplog):
+    small = {"data.global_batch_size": 64, "data.micro_batch_size": 64, "trainer.max_steps": 8, "kd.steps": 6}
+    assert fit(tmp_path / "whole", **small) == 0
+    rows = int(re.search(r"data: (\d+) rows", caplog.text)[1])
+    assert 64 * 3 < rows < 64 * 7  # the premise: the resumed part wraps around
+    assert fit(tmp_path / "broken", stop_at=3, **small) == 128 + signal.SIGTERM
+    assert fit(tmp_path / "broken", ckpt_path="last", **small) == 0
+    assert_same(tmp_path / "broken", tmp_path / "whole", step=8)
+
+
+def test_phase_2_resumes_without_the_teacher(fit, tmp_path, teacher):
+    """Nothing of the teacher is needed any more: not even its file."""
+    gone = tmp_path / "teacher.ckpt"
+    shutil.copy(teacher, gone)
+    with_copy = {"model.teacher.path": str(gone)}
+    assert fit(tmp_path / "whole", **with_copy) == 0
+    assert fit(tmp_path / "broken", stop_at=9, **with_copy) == 128 + signal.SIGTERM
+    gone.unlink()
+    assert fit(tmp_path / "broken", ckpt_path="last", **with_copy) == 0
+    assert_same(tmp_path / "broken", tmp_path / "whole")
+
+
+def test_another_accumulation_goes_on_at_the_same_step(fit, tmp_path):
+    assert fit(tmp_path / "whole") == 0
+    assert fit(tmp_path / "broken", stop_at=5) == 128 + signal.SIGTERM
+    assert fit(tmp_path / "broken", ckpt_path="last", **{"data.micro_batch_size": 2}) == 0
+    ours, theirs = scalars(tmp_path / "broken"), scalars(tmp_path / "whole")
+    assert sorted(ours["train/loss"]) == list(range(1, 13))
+    # the same gradient up to fp32 rounding of the sum, through 7 steps of a rate of 3e-3
+    assert ours["train/loss"] == pytest.approx(theirs["train/loss"], abs=2e-4)
+
+
+def test_kill_9_then_last(settings, teacher, tmp_path):
+    """A real process, a real SIGKILL at a moment of nobody's choosing."""
+    own = {"model.teacher.path": teacher, **RAMP, "checkpoint.every_n_steps": 1, "trainer.max_steps": 40,
+           "trainer.val_check_interval": 20, "kd.steps": 30}  # fmt: skip
+    assert cli.main(["fit", *arguments(settings, own, {"run": str(tmp_path / "whole")})]) == 0
+    command = ["fit", *arguments(settings, own)]
+    command = [*command, f"--run={tmp_path / 'broken'}", "--ckpt_path=last"]
+    folder = tmp_path / "broken/checkpoints"
+    for wanted in (3, 17):
+        process = subprocess.Popen(
+            [sys.executable, "-c", "import sys; from salt_lightning.cli import main; sys.exit(main())", *command],
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        deadline = time.monotonic() + 120
+        while not list(folder.glob(f"step-{wanted:08d}.ckpt")):
+            assert process.poll() is None, "the run ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    assert cli.main(["fit", *arguments(settings, own, {"run": str(tmp_path / "broken"), "ckpt_path": "last"})]) == 0
+    assert_same(tmp_path / "broken", tmp_path / "whole", step=40)
+
+
+def test_another_schedule_is_refused_unless_allowed(fit, tmp_path, capsys):
+    assert fit(tmp_path / "run", stop_at=3) == 128 + signal.SIGTERM
+    assert fit(tmp_path / "run", ckpt_path="last", **{"kd.steps": 10}) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("error: the KD schedule differs from the checkpoint's: --kd.steps 10 (checkpoint: 8)")
+    assert "--kd.allow_change true" in message
+    changed = {"kd.steps": 10, "kd.allow_change": True, "ckpt_path": "last"}
+    assert fit(tmp_path / "run", **changed) == 0
+    assert sorted(scalars(tmp_path / "run")["train/kd"])[-1] == 10
+
+
+def test_explicit_values_win_over_the_checkpoint_and_say_so(fit, tmp_path, capsys):
+    assert fit(tmp_path / "run", stop_at=3) == 128 + signal.SIGTERM
+    assert fit(tmp_path / "run", ckpt_path="last", **{"model.optim.lr": 1e-4}) == 0
+    assert "--model.optim.lr 0.0001 (checkpoint: 0.003): the given value is used" in capsys.readouterr().err
+    assert max(v for step, v in scalars(tmp_path / "run")["train/lr"].items() if step > 3) <= 1e-4
+
+
+def test_values_not_given_come_from_the_checkpoint(fit, settings, teacher, tmp_path):
+    """lr is not in the second command at all."""
+    assert fit(tmp_path / "run", stop_at=3) == 128 + signal.SIGTERM
+    fewer = {key: value for key, value in settings.items() if not key.startswith("model.")}
+    again = {**RAMP, "run": str(tmp_path / "run"), "model.teacher.path": teacher, "ckpt_path": "last"}
+    assert cli.main(["fit", *arguments(fewer, again)]) == 0
+    assert fit(tmp_path / "whole") == 0
+    assert_same(tmp_path / "run", tmp_path / "whole")
+
+
+def test_another_student_is_refused_by_its_settings(fit, settings, tmp_path, capsys):
+    assert fit(tmp_path / "run", stop_at=3) == 128 + signal.SIGTERM
+    wider = {**settings["model.student.config"], "intermediate_size": 128}
+    assert fit(tmp_path / "run", ckpt_path="last", **{"model.student.config": wider}) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "the checkpoint holds another student: config.intermediate_size 128 (checkpoint: 64)" in message
+
+
+def test_a_run_is_not_started_twice_in_one_folder(fit, tmp_path, capsys):
+    assert fit(tmp_path / "run", stop_at=3) == 128 + signal.SIGTERM
+    assert fit(tmp_path / "run") == 2
+    assert "holds a run already: go on with it by --ckpt_path last" in capsys.readouterr().err
+
+
+def test_last_without_a_checkpoint_starts_and_says_so(fit, tmp_path, capsys):
+    assert fit(tmp_path / "new", ckpt_path="last", **{"trainer.max_steps": 8, "trainer.val_check_interval": 8}) == 0
+    assert "starting at step 0" in capsys.readouterr().err
+
+
+def test_a_truncated_checkpoint_is_named(fit, tmp_path, capsys):
+    assert fit(tmp_path / "run", stop_at=3) == 128 + signal.SIGTERM
+    path = tmp_path / "run/checkpoints/step-00000003.ckpt"
+    path.write_bytes(path.read_bytes()[:5000])
+    assert fit(tmp_path / "run", ckpt_path="last") == 2
+    assert f"{path} is not a whole checkpoint" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path, settings, capsys):
+    import pickle
+
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "ran",))
+
+    (tmp_path / "evil.ckpt").write_bytes(pickle.dumps(Evil()))
+    torch.save({"state_dict": Evil()}, tmp_path / "evil2.ckpt")
+    for name in ("evil.ckpt", "evil2.ckpt"):
+        code = cli.main(["fit", *arguments(settings, {"run": str(tmp_path / "r"), "kd.weight": 0.0,
+                                                       "ckpt_path": str(tmp_path / name)})])  # fmt: skip
+        assert code == 2
+        assert "is not a whole checkpoint" in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()
