@@ -132,10 +132,7 @@ def evaluate(runs: list[Run], baseline: str | None = None) -> Comparison:
     seeds = [run for run in seeds if run.finished] or [reference]
     steps = float(np.mean([run.val_ce.steps[-1] if len(run.val_ce.steps) else math.nan for run in seeds]))
     goal = Goal(float(np.mean([run.last("val/ce") for run in seeds])), steps, _mean_flops(seeds, steps))
-    rows = [
-        _row(run, "TEACHER" if run.name in teachers else run.method, teacher_of[run.name], goal)
-        for run in runs
-    ]
+    rows = [_row(run, "TEACHER" if run.name in teachers else run.method, teacher_of[run.name], goal) for run in runs]
     notes += [f"{row.run} is at step {row.steps} of {row.max_steps}" for row in rows if row.running]
     notes += [f"{row.run} has no validation yet" for row in rows if math.isnan(row.val_ce)]
     notes += [f"{run.name} has no config.yaml: its method is not known" for run in runs if not run.config]
@@ -200,9 +197,7 @@ def _row(run: Run, method: str, teacher: Run | None, goal: Goal) -> Row:
     )
 
 
-def _groups(
-    students: list[Run], rows: dict[str, Row], there: dict[str, Any], seeds: list[Run]
-) -> list[Group]:
+def _groups(students: list[Run], rows: dict[str, Row], there: dict[str, Any], seeds: list[Run]) -> list[Group]:
     variants: list[list[Run]] = []
     for run in students:
         same = next((group for group in variants if group[0].variant == run.variant), None)
@@ -258,12 +253,8 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: list[str]) -> int:
     """`compare RUN RUN ... [--out DIR] [--baseline RUN]`: prints the table, writes the files."""
-    parser = _Parser(
-        prog="cli.py compare", description="Table and figure of several runs, finished or running."
-    )
-    parser.add_argument(
-        "runs", metavar="RUN", nargs="+", type=Path, help="a run's folder, e.g. runs/demo/salt"
-    )
+    parser = _Parser(prog="cli.py compare", description="Table and figure of several runs, finished or running.")
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run's folder, e.g. runs/demo/salt")
     parser.add_argument(
         "--out",
         metavar="DIR",

@@ -28,7 +28,8 @@ class OptimSpec:
         eps: Added to the root of the second moment.
         schedule: How the rate falls at the end: cosine, or wsd (linearly, after a stable stretch).
         warmup_steps: Optimizer steps of linear warm-up.
-        decay_steps: The last steps, over which the rate falls. null: cosine all after the warm-up, wsd a fifth of the run.
+        decay_steps: The last steps, over which the rate falls. null: for cosine all after the warm-up, for wsd a fifth
+            of the run.
         min_lr_ratio: The rate at the end of the run, as a share of lr.
 
     Raises:

@@ -45,10 +45,7 @@ def table(columns: dict[str, list[str]], text: tuple[str, ...] = ()) -> str:
         )
         return f"| {' | '.join(padded)} |"
 
-    rule = (
-        f"{'-' * (width + 1)}{'-' if name in text else ':'}"
-        for width, name in zip(widths, columns, strict=True)
-    )
+    rule = (f"{'-' * (width + 1)}{'-' if name in text else ':'}" for width, name in zip(widths, columns, strict=True))
     return "\n".join([line(lines[0]), f"|{'|'.join(rule)}|", *map(line, lines[1:])])
 
 
@@ -69,16 +66,12 @@ def markdown(comparison: Comparison) -> str:
 
 def _runs_table(comparison: Comparison) -> str:
     rows = comparison.rows
-    scale, unit = flop_unit(
-        max((r.student_flops for r in rows if not math.isnan(r.student_flops)), default=0.0)
-    )
+    scale, unit = flop_unit(max((r.student_flops for r in rows if not math.isnan(r.student_flops)), default=0.0))
 
     def cells(form: str, value: Callable[[Row], float]) -> list[str]:
         return [number(value(row), form) for row in rows]
 
-    reached = zip(
-        cells(".0f", lambda r: r.reached_step), cells(".1%", lambda r: r.reached_steps_share), strict=True
-    )
+    reached = zip(cells(".0f", lambda r: r.reached_step), cells(".1%", lambda r: r.reached_steps_share), strict=True)
     columns = {
         "run": [row.run for row in rows],
         "method": [row.method for row in rows],
@@ -144,8 +137,7 @@ def _changes(groups: list[Group]) -> str:
     lines = [
         f"- {group.label}: "
         + ", ".join(
-            f"`{key}` {json.dumps(before)} -> {json.dumps(now)}"
-            for key, (before, now) in group.changed.items()
+            f"`{key}` {json.dumps(before)} -> {json.dumps(now)}" for key, (before, now) in group.changed.items()
         )
         for group in groups
         if group.changed

@@ -9,6 +9,7 @@ resume change it.
 """
 
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -212,6 +213,7 @@ class Loader:
             sampler=indices,
             num_workers=self.num_workers,
             collate_fn=_as_is,
+            worker_init_fn=_leave_signals_to_the_parent,
             generator=torch.Generator(),
         )
         with quiet_fork():
@@ -223,6 +225,12 @@ class Loader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing to restore."""
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """Ctrl-C and SIGTERM reach the whole process group, and the parent still needs the batches of its step."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_is(batch: Any) -> Any:

@@ -79,9 +79,7 @@ class Run:
 
     @property
     def steps_done(self) -> int:
-        return max(
-            (int(c.steps[-1]) for tag, c in self.curves.items() if not tag.startswith("test/")), default=0
-        )
+        return max((int(c.steps[-1]) for tag, c in self.curves.items() if not tag.startswith("test/")), default=0)
 
     @property
     def running(self) -> bool:

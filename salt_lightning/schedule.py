@@ -59,9 +59,7 @@ class KDSchedule:
         elif self.steps is not None and self.anneal_steps > self.steps:
             wrong.append(f"--kd.anneal_steps {self.anneal_steps} is longer than --kd.steps {self.steps}")
         if self.shape == "linear_ratio" and self.weight == 1.0:
-            wrong.append(
-                "--kd.weight 1.0 has an infinite ratio w / (1 - w): --kd.shape linear_ratio needs less"
-            )
+            wrong.append("--kd.weight 1.0 has an infinite ratio w / (1 - w): --kd.shape linear_ratio needs less")
         if wrong:
             raise ConfigError("; ".join(wrong))
 
@@ -100,7 +98,7 @@ class KDScheduleCallback(pl.Callback):
         allow_change: Go on from a checkpoint that was trained under another schedule.
     """
 
-    def __init__(  # noqa: PLR0913 - the constructor is the command line
+    def __init__(
         self,
         weight: float = 0.667,
         steps: int | None = None,
@@ -137,14 +135,10 @@ class KDScheduleCallback(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         pl_module.kd_weight.fill_(self.schedule(trainer.global_step))  # in place: a new float would recompile
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if pl_module.teacher is not None and self.schedule(trainer.global_step) == 0.0:
             held_bytes = pl_module.release_teacher()
-            rank_zero_info(
-                f"step {trainer.global_step}: the teacher has left, {held_bytes / 2**30:.3g} GiB returned"
-            )
+            rank_zero_info(f"step {trainer.global_step}: the teacher has left, {held_bytes / 2**30:.3g} GiB returned")
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         checkpoint["kd_schedule"] = asdict(self.schedule)
@@ -153,9 +147,7 @@ class KDScheduleCallback(pl.Callback):
         saved, now = checkpoint.get("kd_schedule"), asdict(self.schedule)
         if trainer.state.fn != TrainerFn.FITTING or saved is None or saved == now:
             return
-        changed = ", ".join(
-            f"--kd.{k} {now[k]} (checkpoint: {saved.get(k)})" for k in now if now[k] != saved.get(k)
-        )
+        changed = ", ".join(f"--kd.{k} {now[k]} (checkpoint: {saved.get(k)})" for k in now if now[k] != saved.get(k))
         if not self.allow_change:
             raise ConfigError(
                 f"the KD schedule differs from the checkpoint's: {changed}. Use the checkpoint's, "

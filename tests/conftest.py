@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 torch.set_num_threads(1)  # models of a few thousand weights: threads would only wait for each other
 
-WORDS = "the a small frozen teacher helps large student reads what it wrote before and then leaves so".split()
+WORDS = "the a small frozen teacher helps large student reads what it wrote before and then leaves so".split()  # noqa: SIM905
 
 
 def write_corpus(path: Path, num_documents: int = 120, seed: int = 0) -> Path:

@@ -171,3 +171,11 @@ def test_a_folder_of_text_files_and_a_pretrained_student(settings, tmp_path, cap
     assert cli.main(["fit", *arguments(fewer, own, {"ckpt_path": "last"})]) == 0  # a finished run: nothing to do
     assert cli.main(["validate", *arguments({k: v for k, v in fewer.items() if not k.startswith("checkpoint")},
                                             {"run": own["run"], "ckpt_path": "last"})]) == 0  # fmt: skip
+
+
+def test_the_progress_bar_shows_loss_weight_and_speed(settings, teacher, tmp_path, capsys):
+    own = {"run": str(tmp_path / "run"), "model.teacher.path": teacher, "kd.steps": 6, "kd.weight": 0.5}
+    assert cli.main(["fit", *arguments(settings, own, {"trainer.enable_progress_bar": True})]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"loss=\d\.\d{3}, kd_weight=0\.5, tok/s=[\d,]+", out)
+    assert "val_ce=" in out

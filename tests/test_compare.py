@@ -257,9 +257,7 @@ def test_the_teachers_own_training_stands_apart(tmp_path, monkeypatch):
     monkeypatch.chdir("/")  # not where the runs were started: the path still tells which run it was
     comparison = evaluate(load([teacher, baseline, salt]))
     rows = {row.run: row for row in comparison.rows}
-    assert (
-        comparison.reference == "baseline"
-    )  # the teacher comes first and has no teacher, and is no baseline
+    assert comparison.reference == "baseline"  # the teacher comes first and has no teacher, and is no baseline
     assert rows["teacher"].method == "TEACHER"
     assert rows["salt"].teacher_training_flops == 1200
     assert rows["salt"].reached_flops_share_with_teacher_training == (2500 + 300 + 1200) / 3000
@@ -300,9 +298,7 @@ def test_without_a_baseline_the_first_run_is_the_reference(three):
 def test_a_named_baseline(three):
     for name in ("rkd", str(three[2])):
         assert evaluate(load(three), baseline=name).reference_val_ce == 4.25
-    with pytest.raises(
-        ConfigError, match="--baseline other is not among the runs; choose one of baseline, salt, rkd"
-    ):
+    with pytest.raises(ConfigError, match="--baseline other is not among the runs; choose one of baseline, salt, rkd"):
         evaluate(load(three), baseline="other")
 
 

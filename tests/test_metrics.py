@@ -15,9 +15,7 @@ SOURCES = ("wiki", "code", "speech")
 
 # nll, rank (-1: ignored), source, bytes
 TOKENS = st.lists(
-    st.tuples(
-        st.floats(0, 50, width=32), st.integers(-1, 5), st.integers(0, len(SOURCES) - 1), st.integers(0, 12)
-    ),
+    st.tuples(st.floats(0, 50, width=32), st.integers(-1, 5), st.integers(0, len(SOURCES) - 1), st.integers(0, 12)),
     max_size=40,
 )
 

@@ -1,6 +1,10 @@
 """Families of transformers: head, isolation of documents, a KD step; loading; what is refused."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +17,7 @@ from salt_lightning.models import CausalLM, ModelSpec, check_path, document_mask
 
 IDS = torch.tensor([[5, 9, 3, 60, 7, 7, 22, 1, 30, 2], [4, 4, 8, 1, 9, 12, 33, 2, 0, 6]])
 POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 5, 6, 0, 1, 2]])
+ROOT = Path(__file__).parents[1]
 families = pytest.mark.parametrize("family", FAMILIES)
 
 
@@ -191,3 +196,26 @@ def test_a_broken_checkpoint_as_teacher_is_named(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=r"is not a whole checkpoint of this project"):
         load_pretrained(ModelSpec(path=str(path)), "teacher", torch.float32)
+
+
+def test_a_hub_name_with_a_revision(tmp_path):
+    """The hub's own cache layout, offline: `v1` and `main` are different commits of one repository."""
+    repository = tmp_path / "models--owner--small"
+    for seed, (ref, commit) in enumerate({"main": "a" * 40, "v1": "b" * 40}.items()):
+        tiny("llama", seed=seed).model.save_pretrained(repository / "snapshots" / commit)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / ref).write_text(commit)
+    code = """
+import sys, torch
+from salt_lightning.models import ModelSpec, check_path, load_pretrained
+spec = ModelSpec(path="owner/small", revision=sys.argv[1] or None)
+check_path(spec, "teacher")
+print(load_pretrained(spec, "teacher", torch.float32).lm_head.weight.double().sum().item())
+"""
+    env = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    for revision, seed in (("", 0), ("main", 0), ("v1", 1)):
+        done = subprocess.run([sys.executable, "-c", code, revision], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert float(done.stdout) == tiny("llama", seed=seed).model.lm_head.weight.double().sum().item()
+    done = subprocess.run([sys.executable, "-c", code, "v2"], env=env, capture_output=True, text=True)
+    assert "ConfigError: --model.teacher.path owner/small cannot be loaded" in done.stderr

@@ -279,3 +279,21 @@ def test_bf16_mixed_on_cpu_trains_towards_the_same(settings, teacher, tmp_path):
     # bf16 rounds to 2^-9; the losses are near 5 and the models drift apart over 12 steps
     assert losses["bf16-mixed"] == pytest.approx(losses["32-true"], abs=0.05)
     assert losses["bf16-mixed"] != losses["32-true"]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # inside torch's compiler
+def test_a_compiled_teacher_leaves_as_well(train, teacher):
+    spy = Spy()
+    train(teacher, KDScheduleCallback(0.5, steps=1), 2, spy, compile=True)
+    assert len(spy.teachers) > 5
+    gc.collect()
+    assert [ref() for ref in spy.teachers if ref() is not None] == []
+
+
+def test_the_callback_holds_no_state(train, teacher):
+    kd = KDScheduleCallback(0.5, 2, 1, "linear")
+    before = dict(vars(kd))
+    train(teacher, kd, 3)
+    assert {key: value for key, value in vars(kd).items() if key in before} == before
+    assert set(vars(kd)) - set(before) <= {"log", "log_dict"}  # put there by Lightning
+    assert kd.state_dict() == {}

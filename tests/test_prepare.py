@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from salt_lightning import documents, prepare
@@ -441,6 +441,10 @@ def test_fingerprint_follows_every_input(tmp_path):
     assert token_folder(corpus_of(path), byte_tokenizer(), 0.1, cache) == seen[0]
     seen.append(token_folder(corpus_of(path), tokenizer, 0.2, cache))
     seen.append(token_folder(corpus_of(path), byte_tokenizer(257), 0.1, cache))
+    lower = byte_tokenizer()  # same vocabulary, other ids for the same text
+    lower.backend_tokenizer.normalizer = normalizers.Lowercase()
+    assert tokenizer_fingerprint(lower) == tokenizer_fingerprint(tokenizer)
+    seen.append(token_folder(corpus_of(path), lower, 0.1, cache))
     seen.append(token_folder(corpus_of(path, text_column="n"), tokenizer, 0.1, cache))
     seen.append(token_folder(corpus_of(path, source_column="n"), tokenizer, 0.1, cache))
     seen.append(token_folder(corpus_of(path, path), tokenizer, 0.1, cache))

@@ -144,6 +144,28 @@ def test_kill_9_then_last(settings, teacher, tmp_path):
     assert_same(tmp_path / "broken", tmp_path / "whole", step=40)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_whole_process_group(settings, tmp_path, number):
+    """What a terminal does on Ctrl-C and a cluster on SIGTERM: loader workers get it too."""
+    own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, "data.num_workers": 2, "trainer.max_steps": 100_000,
+           "data.micro_batch_size": 2, "trainer.val_check_interval": 100_000}  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-c", "import sys; from salt_lightning.cli import main; sys.exit(main())", "fit",
+         *arguments(settings, own)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not len(scalars(tmp_path / "run").get("train/loss", {})) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    os.killpg(process.pid, number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, err
+    step = int(re.search(rf"stopped by {number.name} at step (\d+), saved", out)[1])
+    assert (tmp_path / f"run/checkpoints/step-{step:08d}.ckpt").exists()
+    assert "Traceback" not in err
+
+
 def test_another_schedule_is_refused_unless_allowed(fit, tmp_path, capsys):
     assert fit(tmp_path / "run", stop_at=3) == 128 + signal.SIGTERM
     assert fit(tmp_path / "run", ckpt_path="last", **{"kd.steps": 10}) == 2

@@ -1,5 +1,6 @@
 """KDSchedule at its corners, by literal values, and as a property over all settings."""
 
+import itertools
 import math
 
 import pytest
@@ -69,12 +70,10 @@ def test_never_rises_never_leaves_its_range(weight, steps, share, shape):
     values = [w(step) for step in range(steps + 2)]
     # omega itself is reproduced only to rounding by w = r / (1 + r) with 1 - w near 0
     assert all(0.0 <= value <= weight * (1 + 1e-12) for value in values)
-    assert all(a >= b - 1e-15 for a, b in zip(values, values[1:], strict=False))
+    assert all(a >= b - 1e-15 for a, b in itertools.pairwise(values))
     assert values[steps:] == [0.0, 0.0]
     if weight > 1e-300:
-        assert all(
-            value > 0 for value in values[:steps]
-        )  # positive until the boundary: the teacher is in use
+        assert all(value > 0 for value in values[:steps])  # positive until the boundary: the teacher is in use
 
 
 @pytest.mark.parametrize(

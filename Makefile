@@ -1,0 +1,37 @@
+# `make demo` and `make test`: each alone, on a fresh machine with Python 3.11 or newer, installs what it needs.
+PYTHON ?= python3
+BIN := .venv/bin
+SEED ?= 0
+DEMO := runs/demo/seed$(SEED)
+# One process owns the machine; the tokenizer's own threads would fight the workers.
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test check
+.DELETE_ON_ERROR:
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -e '.[dev]'
+	touch $@
+
+cache/demo/corpus.jsonl: configs/demo/corpus.py | .venv/installed
+	$(BIN)/python $< $@
+
+demo: .venv/installed cache/demo/corpus.jsonl
+	rm -rf $(DEMO)
+	for run in teacher baseline salt rkd; do \
+		echo "--- $$run"; \
+		teacher=; [ $$run = teacher ] || [ $$run = baseline ] || teacher="--model.teacher.path $(DEMO)/teacher/checkpoints/step-00000300.ckpt"; \
+		$(BIN)/python cli.py fit --config configs/demo/$$run.yaml --seed_everything $(SEED) --run $(DEMO)/$$run $$teacher || exit 1; \
+	done
+	$(BIN)/python cli.py compare $(DEMO)/baseline $(DEMO)/salt $(DEMO)/rkd $(DEMO)/teacher --out $(DEMO)
+	@echo "TensorBoard: $(BIN)/tensorboard --logdir runs"
+
+check: .venv/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: check
+	$(BIN)/python -m pytest -q

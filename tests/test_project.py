@@ -1,0 +1,69 @@
+"""Rules of the house that a machine can check."""
+
+import ast
+import io
+import tokenize
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / "salt_lightning").glob("*.py"))
+NAMES = [path.name for path in FILES]
+LAYERS = [  # a file imports from files of earlier layers alone
+    {"errors"},
+    {"documents", "flops", "metrics", "models", "optim", "row_pass", "runlog", "schedule"},
+    {"checkpoint", "meter", "report", "tokenizer", "triton_rows"},
+    {"chunked_head", "compare", "prepare"},
+    {"losses", "rows"},
+    {"data", "module"},
+    {"cli", "__init__"},
+]
+
+
+def code_lines(path: Path) -> int:
+    """Lines with code on them: neither blank, nor comment, nor docstring."""
+    source = path.read_text()
+    lines: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT):
+            lines.update(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            lines.difference_update(range(node.lineno, (node.end_lineno or 0) + 1))
+    return len(lines)
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_files_and_functions_stay_small(path):
+    assert code_lines(path) <= 330
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef) and "triton.jit" not in map(ast.unparse, node.decorator_list):
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            length = (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
+            assert length <= 60, f"{node.name}: {length} lines"
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_imports_point_one_way(path):
+    layer = next(i for i, names in enumerate(LAYERS) if path.stem in names)
+    allowed = set().union(*LAYERS[:layer])
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            node.body.clear()
+    tree = ast.parse(path.read_text())
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("salt_lightning"):
+            stems = [node.module.partition(".")[2]] if "." in node.module else [a.name for a in node.names]
+            assert set(stems) <= allowed, f"{path.name} imports {stems}"
+
+
+def test_every_file_is_in_the_readme():
+    readme = (ROOT / "README.md").read_text()
+    assert [name for name in NAMES if name != "__init__.py" and name not in readme] == []
+
+
+def test_the_readme_is_short_and_starts_with_a_command():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 200
+    assert next(i for i, line in enumerate(lines) if line.startswith("```")) < 25

@@ -1,0 +1,70 @@
+"""What the README says is run, shortened; commands for a GPU are parsed and built."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from conftest import arguments, write_corpus
+
+from salt_lightning import cli
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.S)
+COMMANDS = [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines()]
+
+
+def test_the_python_example_runs(settings, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_text").mkdir()
+    write_corpus(tmp_path / "my_text" / "a.jsonl", 400)
+    code = next(text for kind, text in BLOCKS if kind == "python")
+    assert len([line for line in code.splitlines() if line.strip() and "import" not in line]) <= 10
+    small = {"max_steps=300": "max_steps=4, accelerator='cpu', logger=False", "steps=60": "steps=2",
+             "block_size=256": "block_size=32, num_workers=0, prepare_workers=1",
+             "vocab_size=4096": "vocab_size=300"}  # fmt: skip
+    for long, short in small.items():
+        assert long in code
+        code = code.replace(long, short)
+    teacher = {"data.source": "my_text/*.jsonl", "data.val_fraction": 0.01, "data.cache_dir": "cache", "run": "teacher",
+               "kd.weight": 0.0, "trainer.max_steps": 1, "trainer.val_check_interval": 1,
+               "model.optim.warmup_steps": 0}  # fmt: skip
+    assert cli.main(["fit", *arguments(settings, teacher)]) == 0
+    Path("teacher/checkpoints/step-00000001.ckpt").rename("teacher.ckpt")
+    scope: dict[str, object] = {}
+    exec(code, scope)
+    assert scope["trainer"].global_step == 4
+    assert scope["module"].teacher is None  # came and went
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python cli.py") and "compare" not in c])
+def test_commands_for_a_gpu_parse_and_build(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    verb, *args = shlex.split(command)[2:]
+    assert verb in ("fit", "validate", "test")
+    args = [a for a in args if a not in ("--ckpt_path", "last")]
+    cli.SALTCLI(
+        cli.SALTModule, cli.SALTDataModule, run=False, parser_class=cli.Parser, trainer_defaults=cli.TRAINER_DEFAULTS,
+        seed_everything_default=0, auto_configure_optimizers=False, save_config_callback=None,
+        args=[*args, "--trainer.accelerator=cpu", f"--run={tmp_path}"],
+    )  # fmt: skip
+
+
+def test_the_shorter_try_is_consistent(tmp_path, monkeypatch, capsys):
+    """Its settings are accepted together, up to the text that is not there."""
+    monkeypatch.chdir(ROOT)
+    options = re.search(r"\*\*A shorter try\*\*: `([^`]*)`", README)[1]
+    args = ["--config=configs/salt.yaml", *shlex.split(options), "--trainer.accelerator=cpu", "--data.source=no/*.txt"]
+    teacher = tmp_path / "teacher.ckpt"
+    teacher.touch()
+    assert cli.main(["fit", *args, f"--run={tmp_path}/run", f"--model.teacher.path={teacher}"]) == 2
+    assert "matches no file" in capsys.readouterr().err
+
+
+def test_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for line in COMMANDS:
+        if line.startswith("make "):
+            assert re.search(rf"^{line.split()[1]}:", makefile, re.M)
+    assert "make test" in (ROOT / ".ci" / "run").read_text()

@@ -1,0 +1,249 @@
+"""The Triton row pass against the plain one: on a GPU, or under Triton's interpreter on a CPU."""
+
+import importlib
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_losses import gradients, make_case, relative_error
+
+from salt_lightning.losses import salt_loss
+from salt_lightning.row_pass import Mix, label_stats, row_pass
+
+CUDA = torch.cuda.is_available()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if CUDA else "cpu"
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs a GPU")]
+triton = pytest.importorskip("triton")
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """The kernels in blocks of 32, so that small rows take several."""
+    if not CUDA and not INTERPRETED:
+        pytest.skip("runs in the interpreter's process")
+    module = importlib.import_module("salt_lightning.triton_rows")
+    monkeypatch.setattr(module, "BLOCK", 32)
+    return module
+
+
+@pytest.mark.skipif(CUDA or INTERPRETED, reason="the tests run here")
+def test_under_the_interpreter():
+    """Triton decides at its import whether it interprets, so these tests get a process of their own."""
+    its_numpy_warnings = ["-W", "ignore::RuntimeWarning", "-W", "ignore::DeprecationWarning"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *its_numpy_warnings, __file__]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("logits", ["bf16", "fp32"])
+@pytest.mark.parametrize("flags", [(True, False, True), (True, True, True), (False, False, True), (True, True, False)])
+def test_kernels_compile_for_a_gpu(logits, flags, monkeypatch, tmp_path):
+    """The interpreter accepts what the compiler does not (a variable that changes its type), and needs no GPU."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernels = importlib.import_module("salt_lightning.triton_rows")
+    integers = ("vocab", "student_stride", "teacher_stride", "grad_stride", "sums_stride", "stride")
+    pointers = {"student": logits, "teacher": logits, "logits": logits, "grad": "bf16", "labels": "i64", "rank": "i64"}
+    constants = dict(zip(("TEACHER", "SOFTENED", "GRADIENT"), flags, strict=True)) | {"BLOCK": kernels.BLOCK}
+    for kernel in (kernels._row_kernel, kernels._label_kernel, kernels._scale_kernel):
+        signature = {}
+        for name in kernel.arg_names:
+            pointer = f"*{pointers.get(name, 'fp32')}"
+            signature[name] = "i32" if name in integers else "i64" if name == "num_elements" else pointer
+            if name == "inverse_temperature":
+                signature[name] = "fp32"
+            if name in constants:
+                signature[name] = "constexpr"
+        values = {(kernel.arg_names.index(k),): v for k, v in constants.items() if k in kernel.arg_names}
+        source = triton.compiler.ASTSource(kernel, signature, constexprs=values)
+        target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
+        assert triton.compile(source, target=target, options={"num_warps": kernels.WARPS}).asm["ptx"]
+
+
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # ten units in the last place (1e-6) of the logits near 10 that sums are made of
+
+
+def make_rows(dtype, vocab=101, num_rows=9, padded=128, seed=0):
+    """Logits of both models as rows of a wider buffer, its rest NaN (but in row 3); labels with ignored rows."""
+    gen = torch.Generator().manual_seed(seed)
+    rows = []
+    for _ in range(2):
+        buffer = torch.full((num_rows, padded), math.nan, dtype=dtype, device=DEVICE)
+        buffer[3] = 0
+        buffer[:, :vocab] = (torch.randn(num_rows, vocab, generator=gen) * 3).to(DEVICE, dtype)
+        rows.append(buffer[:, :vocab])
+    labels_C = torch.randint(0, vocab, (num_rows,), generator=gen)
+    labels_C[[0, 4]] = -100
+    labels_C[1] = int(rows[0][1].argmax())  # one correct token
+    rows[1][1, labels_C[1]] = 50  # which is the teacher's too
+    return *rows, labels_C.to(DEVICE)
+
+
+def make_mix(kd_weight, temperature):
+    return Mix(torch.tensor(kd_weight, device=DEVICE), torch.tensor(0.2, device=DEVICE), temperature)
+
+
+def run(kernels, logits, labels_C, mix, grad_CV):
+    sums_7C = torch.full((7, len(labels_C)), math.nan, device=DEVICE)
+    kernels.fill_rows(logits, labels_C, mix, sums_7C, grad_CV)
+    return sums_7C
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("kd_weight", [0.0, 0.4, 1.0])
+def test_fp32_rows_are_the_plain_ones(kernels, temperature, kd_weight):
+    student_CV, teacher_CV, labels_C = make_rows(torch.float32)
+    mix = make_mix(kd_weight, temperature)
+    sums_7C, grad_CV = row_pass(student_CV, teacher_CV, labels_C, mix, True)
+    buffer = torch.full((9, 128), math.nan, device=DEVICE)
+    ours_CV = buffer[:, :101]
+    ours_7C = run(kernels, [student_CV, teacher_CV], labels_C, mix, ours_CV)
+    assert buffer[:, 101:].isnan().all()  # rows may touch: nothing is written behind them
+    assert relative_error(ours_CV, grad_CV) <= 1e-6  # fp32, exponents of up to 40 in base 2
+    assert torch.allclose(ours_7C, sums_7C, **CLOSE)
+    assert sums_7C[4].sum() > 0  # the two models agree somewhere: both ways of finding it are tested
+
+
+@pytest.mark.parametrize("accuracy", ["bf16 logits in place", "fp32 logits"])
+@pytest.mark.parametrize("with_teacher", [True, False])
+def test_bf16_gradient(kernels, accuracy, with_teacher):
+    dtype = torch.bfloat16 if accuracy == "bf16 logits in place" else torch.float32
+    student_CV, teacher_CV, labels_C = make_rows(dtype)
+    mix = make_mix(0.4 if with_teacher else 0.0, 1.0)
+    logits = [student_CV, teacher_CV] if with_teacher else [student_CV]
+    expected_7C, expected_CV = row_pass(student_CV, teacher_CV if with_teacher else None, labels_C, mix, True)
+    grad_CV = student_CV if dtype == torch.bfloat16 else torch.full_like(student_CV, math.nan, dtype=torch.bfloat16)
+    sums_7C = run(kernels, logits, labels_C, mix, grad_CV)
+    # Half a unit in the last place of bf16 is 2^-9 of the value; the interpreter truncates, which doubles it.
+    assert relative_error(grad_CV, expected_CV) <= (2**-9 if CUDA else 2**-8)
+    assert torch.allclose(sums_7C, expected_7C, **CLOSE)
+
+
+def test_no_gradient_gives_the_same_sums(kernels):
+    student_CV, teacher_CV, labels_C = make_rows(torch.float32)
+    mix = make_mix(0.4, 2.0)
+    before = student_CV.clone()
+    sums_7C = run(kernels, [student_CV, teacher_CV], labels_C, mix, None)
+    assert torch.allclose(sums_7C, row_pass(student_CV, teacher_CV, labels_C, mix, False)[0], **CLOSE)
+    assert torch.equal(student_CV, before)
+
+
+def test_masked_vocabulary_and_broken_rows(kernels):
+    student_CV, teacher_CV, labels_C = make_rows(torch.float32)
+    labels_C[labels_C >= 90] = 3
+    student_CV[:, 90:] = -math.inf
+    teacher_CV[:, 90:] = -math.inf
+    mix = make_mix(0.4, 1.0)
+    cut = row_pass(student_CV[:, :90], teacher_CV[:, :90], labels_C, mix, True)
+    student_CV[2, 5] = math.nan  # must show, not vanish
+    labels_C[3] = 101  # outside of the vocabulary: must neither be read nor pass unseen
+    grad_CV = torch.full_like(student_CV, 7.0)
+    sums_7C = run(kernels, [student_CV, teacher_CV], labels_C, mix, grad_CV)
+    good = [0, 1, 4, 5, 6, 7, 8]
+    assert torch.allclose(sums_7C[:, good], cut[0][:, good], **CLOSE)
+    assert torch.allclose(grad_CV[good][:, :90], cut[1][good], rtol=1e-5, atol=1e-7)
+    assert (grad_CV[good][:, 90:] == 0).all()
+    assert sums_7C[0, 2].isnan()
+    assert sums_7C[0, 3].isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_label_stats_are_the_plain_ones(kernels, dtype):
+    logits_CV, _, labels_C = make_rows(dtype)
+    nll_C, rank_C = kernels.label_stats(logits_CV, labels_C)
+    expected_nll_C, expected_rank_C = label_stats(logits_CV.float(), labels_C)
+    assert torch.allclose(nll_C, expected_nll_C, **CLOSE)
+    assert torch.equal(rank_C, expected_rank_C)
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.25])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scale_in_place(kernels, factor, dtype):
+    grad = torch.randn(3, 45, device=DEVICE).to(dtype)
+    expected = grad * factor
+    assert kernels.scale_in_place(grad, torch.tensor(factor, device=DEVICE)) is grad
+    assert torch.equal(grad, expected)
+
+
+@pytest.mark.parametrize("case", [pytest.param(None, marks=gpu)])
+def test_offsets_beyond_31_bits(case):
+    student_CV = torch.zeros(8400, 256_000, dtype=torch.bfloat16, device="cuda")  # 2^31 = 8388 rows
+    student_CV[-1, 7] = 10.0
+    labels_C = torch.full((8400,), 7, device="cuda")
+    sums_7C = torch.full((7, 8400), math.nan, device="cuda")
+    importlib.import_module("salt_lightning.triton_rows").fill_rows(
+        [student_CV], labels_C, make_mix(0.0, 1.0), sums_7C, student_CV
+    )
+    assert sums_7C[0, 0].item() == pytest.approx(math.log(256_000), rel=1e-5)
+    assert sums_7C[0, -1].item() == pytest.approx(math.log(255_999 + math.exp(10)) - 10, rel=1e-5)
+    assert student_CV[-1, 7].item() < 0 < student_CV[-1, 8].item()
+
+
+def gpu_case():
+    case = make_case(torch.bfloat16, "cuda", num_tokens=300, vocab=1000, widths=(64, 32))
+    return case, torch.tensor(0.4, device="cuda")
+
+
+@pytest.mark.parametrize("accuracy", [pytest.param(a, marks=gpu) for a in ("accurate", "fast")])
+def test_nothing_waits_for_the_device(accuracy):
+    case, weight = gpu_case()
+    salt_loss(**case, kd_weight=weight, accuracy=accuracy).loss.backward()  # compiles the kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        salt_loss(**case, kd_weight=weight, accuracy=accuracy, chunk_tokens=128).loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("accuracy", [pytest.param(a, marks=gpu) for a in ("accurate", "fast")])
+def test_replays_from_a_cuda_graph_with_a_new_weight(accuracy):
+    case, weight = gpu_case()
+
+    def step():
+        out = salt_loss(**case, kd_weight=weight, accuracy=accuracy, chunk_tokens=128)
+        return out.loss, *gradients(out.loss, case).values()
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    weight.fill_(0.9)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
+
+
+@pytest.mark.parametrize("accuracy", [pytest.param(a, marks=gpu) for a in ("accurate", "fast")])
+def test_the_kernels_and_the_plain_row_pass_give_the_same_loss(accuracy, monkeypatch):
+    case, weight = gpu_case()
+    ours = salt_loss(**case, kd_weight=weight, accuracy=accuracy, teacher_temperature=2.0)
+    our_grads = gradients(ours.loss, case)
+    monkeypatch.setattr("salt_lightning.chunked_head._triton_rows", lambda: None)
+    plain = salt_loss(**case, kd_weight=weight, accuracy=accuracy, teacher_temperature=2.0)
+    assert all(relative_error(a, b) <= 1e-5 for a, b in zip(ours, plain, strict=True))
+    for name, grad in gradients(plain.loss, case).items():
+        assert relative_error(our_grads[name], grad) <= 2**-9
+
+
+@pytest.mark.parametrize("mode", [pytest.param(m, marks=gpu) for m in ("default", "reduce-overhead")])
+def test_beside_a_compiled_model(mode):
+    case, weight = gpu_case()
+    model = torch.nn.Linear(64, 64, device="cuda", dtype=torch.bfloat16)
+    x = case.pop("student_hidden_ND").detach()
+
+    def step(forward):
+        out = salt_loss(forward(x), **case, kd_weight=weight)
+        return torch.autograd.grad(out.loss, [model.weight, case["student_head_VD"]])
+
+    compiled = torch.compile(model, mode=mode)
+    eager = step(model)
+    for _ in range(3):  # records a graph on the second call, replays it on the third
+        assert all(relative_error(c, e) <= 2**-7 for c, e in zip(step(compiled), eager, strict=True))
