@@ -90,7 +90,7 @@ class RunCheckpoint(Checkpoint):
         self._handlers: dict[signal.Signals, Any] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
-        self._dir = Path(self.folder or Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints")
+        self._dir = Path(self.folder or Path(trainer.default_root_dir) / "checkpoints")
         boundary = [c.schedule.steps for c in trainer.callbacks if isinstance(c, KDScheduleCallback)]  # type: ignore[attr-defined]
         self._for_good = {*self.at_steps, *boundary, trainer.max_steps}
 
@@ -128,12 +128,20 @@ class RunCheckpoint(Checkpoint):
         if self._due:  # Lightning takes the validation of a saved step as done on resume
             self._save(trainer, pl_module)
 
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """A run that ends early (max_time, another callback's should_stop) loses nothing."""
+        if not self._path(trainer).exists() and trainer.global_step > 0:
+            self._save(trainer, pl_module)
+
+    def _path(self, trainer: pl.Trainer) -> Path:
+        return self._dir / f"step-{trainer.global_step:08d}.ckpt"
+
     def _save(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._due = False
         pl_module.require_finite()
         for logger in trainer.loggers:  # a kill right after the save must not lose what was logged before it
             getattr(getattr(logger, "experiment", None), "flush", lambda: None)()
-        trainer.save_checkpoint(self._dir / f"step-{trainer.global_step:08d}.ckpt", weights_only=False)
+        trainer.save_checkpoint(self._path(trainer), weights_only=False)
         if trainer.is_global_zero:
             self._forget(trainer.global_step)
 

@@ -1,4 +1,4 @@
-"""The command line: LightningCLI with fit, validate, test and predict, and the verbs that need no trainer."""
+"""The command line: LightningCLI with fit, validate and test, and the verbs that need no trainer."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from salt_lightning import compare
 from salt_lightning.checkpoint import AtomicCheckpointIO, RunCheckpoint, newest
@@ -38,8 +39,15 @@ VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {
 class Parser(LightningArgumentParser):
     """Errors are one line: the usage text of some 70 lines would bury them."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # No abbreviations: --trainer.max_step would be taken for max_steps.
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
     def error(self, message: str, ex: Exception | None = None) -> Any:
-        sys.stderr.write(f"error: {' '.join(message.split())}\n")
+        line = " ".join(message.split())
+        if (at := line.find(" Does not validate against any of the Union")) > 0:  # every type that did not match
+            line = f"{line[:at]} {line.rpartition('Given value: ')[2]} is none of the values allowed here (see --help)"
+        sys.stderr.write(f"error: {line}\n")
         raise SystemExit(2)
 
 
@@ -49,13 +57,24 @@ class ProgressBar(TQDMProgressBar):
     def get_metrics(self, trainer: pl.Trainer, pl_module: Any) -> dict[str, Any]:
         return pl_module.progress
 
+    def on_train_epoch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        super().on_train_epoch_start(trainer, *args)
+        self.train_progress_bar.set_description("Training")  # the run is one epoch of Lightning's
+
 
 class SaveRunConfig(SaveConfigCallback):
-    """Writes the whole config into the run's folder, for `fit` alone."""
+    """Writes config and tokenizer into the run's folder once a fit has begun: a refused resume changes nothing."""
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
-        if stage == "fit":
-            super().setup(trainer, pl_module, stage)
+        """Too early: the checkpoint may still be refused."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if trainer.is_global_zero:
+            run = Path(trainer.default_root_dir)
+            run.mkdir(parents=True, exist_ok=True)
+            self.parser.save(self.config, run / ".config.tmp", skip_none=False, overwrite=True, multifile=False)
+            os.replace(run / ".config.tmp", run / "config.yaml")
+            trainer.datamodule.tokenizer.save_pretrained(run / "tokenizer")  # type: ignore[attr-defined]
 
 
 class SALTCLI(LightningCLI):
@@ -67,6 +86,11 @@ class SALTCLI(LightningCLI):
         parser.add_argument(
             "--run", type=str, default="runs/default", help="Folder of the run: config, logs, checkpoints."
         )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        verbs = LightningCLI.subcommands()
+        return {verb: verbs[verb] for verb in ("fit", "validate", "test")}
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         super()._add_subcommands(parser, **kwargs)
@@ -103,6 +127,8 @@ class SALTCLI(LightningCLI):
             if before is not _MISSING and now != before and not isinstance(now, dict) and key != "student.path":
                 print(f"--model.{key} {now} (checkpoint: {before}): the given value is used", file=sys.stderr)
         saved.pop("seed", None)  # follows --seed_everything
+        if subcommand != "fit" and given:
+            given.pop("student", None)  # what is looked at is what the checkpoint holds
         merged = self.parser.parse_object({subcommand: {"model": saved}}, self.config)
         if given:
             merged = self.parser.parse_object({subcommand: {"model": given.as_dict()}}, merged)
@@ -113,35 +139,65 @@ class SALTCLI(LightningCLI):
         for part in ("model", "data"):  # one seed for all, unless given apart
             if (given.get(part) or Namespace()).get("seed") is None:
                 config[part]["seed"] = config.seed_everything
-        if config.trainer.get("accumulate_grad_batches") not in (None, 1):
-            raise ConfigError(
-                f"--trainer.accumulate_grad_batches {config.trainer.accumulate_grad_batches} follows from "
-                "--data.global_batch_size, --data.micro_batch_size and the number of ranks; leave it out"
-            )
-        if self.subcommand == "fit" and not config.get("ckpt_path") and newest(Path(config.run) / "checkpoints"):
-            raise ConfigError(
+        wrong = _wrong_trainer_settings(config.trainer)
+        has_checkpoint = bool(config.get("ckpt_path"))
+        if self.subcommand == "fit" and not has_checkpoint and newest(Path(config.run) / "checkpoints"):
+            wrong.append(
                 f"--run {config.run} holds a run already: go on with it by --ckpt_path last, or choose another folder"
             )
+        if self.subcommand in ("validate", "test") and not has_checkpoint and not config.model.student.path:
+            wrong.append(f"{self.subcommand} needs --ckpt_path (a .ckpt file, or last): a fresh student knows nothing")
+        if wrong:
+            raise ConfigError("; ".join(wrong))
 
     def before_fit(self) -> None:
         config = self._settings(self.config)
         if config.kd.weight > 0 and not config.get("ckpt_path"):  # phase 2 goes on where the teacher is gone
             check_path(self.model.teacher_spec, "teacher")
+            if self.model.teacher_spec.is_checkpoint:  # a damaged one is named before the text is prepared
+                read_checkpoint(self.model.teacher_spec.path, "--model.teacher.path")
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        config, run = self._settings(self.config), Path(self._settings(self.config).run)
-        if config.trainer.get("logger") in (None, True):
-            purge_step = _step_of(config.get("ckpt_path")) + 1 if self.subcommand == "fit" else None
-            # version "": the run's folder itself, so that a resumed run goes on in it; what a killed start had logged
-            # after the checkpoint is purged from the TensorBoard page
-            kwargs["logger"] = TensorBoardLogger(run.parent, name=run.name, version="", purge_step=purge_step)
-        kwargs["plugins"] = [*(config.trainer.get("plugins") or []), AtomicCheckpointIO()]
-        if config.trainer.get("enable_progress_bar") is not False and not config.trainer.get("barebones"):
-            kwargs["callbacks"] = [
-                *(self._get(self.config_init, "trainer").get("callbacks") or []),
-                ProgressBar(),
-            ]
-        return super().instantiate_trainer(**kwargs)
+        config = self._settings(self.config)
+        run, given = Path(config.run), config.trainer
+        if given.get("logger") in (None, True) and not given.get("barebones"):
+            if self.subcommand in ("validate", "test"):  # beside the run's own curve, not in it
+                kwargs["logger"] = TensorBoardLogger(run, name=self.subcommand, version="")
+            else:
+                # version "": the run's folder itself, so that a resumed run goes on in it; what a killed start had
+                # logged after the checkpoint is purged from the TensorBoard page
+                purge_step = _step_of(config.get("ckpt_path")) + 1
+                kwargs["logger"] = TensorBoardLogger(run.parent, name=run.name, version="", purge_step=purge_step)
+        kwargs["default_root_dir"] = str(run)
+        kwargs["plugins"] = [*(given.get("plugins") or []), AtomicCheckpointIO()]
+        if given.get("enable_progress_bar") is not False and not given.get("barebones"):
+            kwargs["callbacks"] = [*(self._get(self.config_init, "trainer").get("callbacks") or []), ProgressBar()]
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError, TypeError) as error:
+            raise ConfigError(f"--trainer: {' '.join(str(error).split())}") from error
+
+
+def _wrong_trainer_settings(trainer: Namespace) -> list[str]:
+    """Settings of Lightning's that would break a run late, or change what a step is."""
+    interval, every = trainer.get("val_check_interval"), trainer.get("log_every_n_steps")
+    wrong = []
+    if trainer.get("accumulate_grad_batches") not in (None, 1):
+        wrong.append(
+            f"--trainer.accumulate_grad_batches {trainer.accumulate_grad_batches} follows from "
+            "--data.global_batch_size, --data.micro_batch_size and the number of ranks; leave it out"
+        )
+    if interval is not None and not (interval >= 1 if isinstance(interval, int) else 0 < interval <= 1):
+        wrong.append(
+            f"--trainer.val_check_interval {interval} must be optimizer steps (1 or more), or a share of the run (0..1)"
+        )
+    if every is not None and every < 1:
+        wrong.append(f"--trainer.log_every_n_steps {every} must be at least 1")
+    if trainer.get("limit_train_batches") not in (None, 1.0):
+        wrong.append(f"--trainer.limit_train_batches {trainer.limit_train_batches}: use --trainer.max_steps")
+    if trainer.get("overfit_batches"):
+        wrong.append(f"--trainer.overfit_batches {trainer.overfit_batches}: give a small --data.source instead")
+    return wrong
 
 
 def _resolve(path: str, run: Path, subcommand: str) -> Path | None:
@@ -181,12 +237,24 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 }
 
 
-_CHATTER = ("GPU available", "TPU available", "HPU available", "💡 Tip", "Seed set to", "Using default `Model")
+_CHATTER = (
+    "Restoring states",
+    "Restored all states",
+    "GPU available",
+    "TPU available",
+    "HPU available",
+    "💡 Tip",
+    "Seed set to",
+    "Using default `Model",
+)
 
 
 def _silence_libraries() -> None:
     """Keeps out what is not about this run: advertising, and deprecations inside the libraries."""
     warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*", FutureWarning)  # lightning with torch 2.13
+    # not so here: the first and the last step are always logged
+    warnings.filterwarnings("ignore", ".*is smaller than the logging interval.*")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line for each retry without a network
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).addFilter(_is_about_the_run)
 
@@ -212,13 +280,14 @@ def main(args: list[str] | None = None) -> int:
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=0,
             auto_configure_optimizers=False,
+            parser_kwargs={"description": "Pretrain a student with SALT; see README.md."},
         )
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except NonFiniteLossError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except (ConfigError, NonFiniteLossError, OSError) as error:
+        message = str(error)
+        if isinstance(error, OSError) and error.filename is not None:
+            message = f"{error.filename}: {error.strerror}"
+        print(f"\nerror: {message}", file=sys.stderr)  # on a line of its own, after a progress bar
+        return 2 if isinstance(error, ConfigError) else 1
     stopped = [c.stopped_by for c in cli.trainer.callbacks if isinstance(c, RunCheckpoint)]  # type: ignore[attr-defined]
     if stopped and stopped[0] is not None:
         print(f"stopped by {stopped[0].name} at step {cli.trainer.global_step}, saved; go on with --ckpt_path last")

@@ -15,6 +15,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import datasets
 import fsspec
 import numpy as np
 import pyarrow.parquet as pq
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from salt_lightning.errors import ConfigError
 
@@ -147,7 +149,18 @@ def _folder_files(setting: str, folder: str, hub: Hub) -> list[str]:
         raise ConfigError(f"{setting}: cannot read the folder {folder!r}: {first_line(error)}") from error
     if hub.split not in splits:
         raise ConfigError(f"--data.split: no {hub.split!r} in {folder!r}; there are: {', '.join(map(str, splits))}")
-    return sorted(splits[hub.split])
+    read = sorted(splits[hub.split])
+    if left := sorted(set(found) - set(map(os.path.abspath, read))):
+        _say_once(
+            f"{setting}: of {folder} split {hub.split}, {len(read)} of {len(found)} files are read; left out: "
+            f"{', '.join(os.path.relpath(file, folder) for file in left[:3])}{' ...' if len(left) > 3 else ''}"
+        )
+    return read
+
+
+@cache
+def _say_once(message: str) -> None:
+    rank_zero_info(message)
 
 
 def _kind(file: str) -> str:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import difflib
 import inspect
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
@@ -48,8 +50,10 @@ class ModelSpec:
     trust_remote_code: bool = False
 
     @classmethod
-    def of(cls, spec: ModelSpec | dict[str, Any]) -> ModelSpec:
-        """The spec itself, or one made of a checkpoint's plain dict."""
+    def of(cls, spec: ModelSpec | dict[str, Any] | str) -> ModelSpec:
+        """The spec itself, or one made of a checkpoint's plain dict, or of a path."""
+        if isinstance(spec, str):
+            return cls(path=spec)
         return spec if isinstance(spec, cls) else cls(**spec)  # type: ignore[arg-type]
 
     @property
@@ -182,11 +186,23 @@ def build_fresh(spec: ModelSpec, data: Any, seed: int) -> PreTrainedModel:
     """
     config = fresh_config(spec, data)
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), _as_config_error("--model.student.config"):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(
             config, dtype=DTYPES[spec.dtype or "float32"], attn_implementation=spec.attention
         )
+
+
+@contextmanager
+def _as_config_error(setting: str) -> Iterator[None]:
+    """transformers checks settings in many places and ways; all that it says of them is the user's business."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError(f"{setting}: {reason[:400]}") from error
 
 
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # every config takes them, not every one lists them
@@ -216,23 +232,22 @@ def fresh_config(spec: ModelSpec, data: Any) -> PreTrainedConfig:
         }
         if "max_position_embeddings" in spec.config:
             del defaults[positions]
-    config = AutoConfig.for_model(spec.family, **defaults | spec.config)
+    with _as_config_error("--model.student.config"):
+        config = AutoConfig.for_model(spec.family, **defaults | spec.config)
     if data is not None:
-        _check_sizes(config, data)
+        if config.vocab_size < data.vocab_size:
+            raise ConfigError(
+                f"--model.student.config.vocab_size {config.vocab_size} is smaller than the tokenizer's "
+                f"{data.vocab_size}"
+            )
+        _check_positions(config, "--model.student.config.max_position_embeddings", data)
     return config
 
 
-def _check_sizes(config: PreTrainedConfig, data: Any) -> None:
-    if config.vocab_size < data.vocab_size:
-        raise ConfigError(
-            f"--model.student.config.vocab_size {config.vocab_size} is smaller than the tokenizer's {data.vocab_size}"
-        )
+def _check_positions(config: PreTrainedConfig, setting: str, data: Any) -> None:
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and positions < data.block_size:
-        raise ConfigError(
-            f"--model.student.config.max_position_embeddings {positions} is smaller than --data.block_size "
-            f"{data.block_size}"
-        )
+        raise ConfigError(f"{setting} {positions} is smaller than --data.block_size {data.block_size}")
 
 
 def resolved(spec: ModelSpec, config: PreTrainedConfig) -> ModelSpec:
@@ -263,29 +278,31 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.tx
 _QUIET = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
 
 
-def check_vocabulary(spec: ModelSpec, head_size: int, name: str, data: Any) -> None:
-    """Raises ConfigError unless the pretrained model at `spec.path` gives the data's token ids the same meaning.
+def check_fit(spec: ModelSpec, config: PreTrainedConfig, name: str, data: Any) -> None:
+    """Raises ConfigError unless the pretrained model at `spec.path` can read the data's rows and means the same ids.
 
     The tokenizer of a checkpoint is known by its fingerprint, that of a folder or hub name by the files beside the
     model. A model without tokenizer files can only be checked for its size.
     """
     if data is None:
         return
-    if head_size < data.vocab_size:
+    _check_positions(config, f"--model.{name}.path {spec.path} has max_position_embeddings", data)
+    if config.vocab_size < data.vocab_size:
         raise ConfigError(
-            f"--model.{name}.path {spec.path} has a vocabulary of {head_size}, --data.tokenizer {data.vocab_size}: "
-            f"use the tokenizer that this {name} was trained with"
+            f"--model.{name}.path {spec.path} has a vocabulary of {config.vocab_size}, --data.tokenizer "
+            f"{data.vocab_size}: use the tokenizer that this {name} was trained with"
         )
     if spec.is_checkpoint:
         saved = read_checkpoint(str(spec.path), f"--model.{name}.path").get("tokenizer")
         if saved not in (None, data.tokenizer_fingerprint):
             raise ConfigError(
                 f"--model.{name}.path {spec.path} was trained with another tokenizer than --data.tokenizer: its token "
-                f"ids mean something else. Point --data.tokenizer to the tokenizer folder of that run"
+                f"ids mean something else. Point --data.tokenizer to that run's own, RUN/tokenizer"
             )
         return
     files = (cached_file(str(spec.path), name, revision=spec.revision or "main", **_QUIET) for name in _TOKENIZER_FILES)
     if not any(files):
+        rank_zero_info(f"{name}: {spec.path} has no tokenizer files; that it means the same token ids is not checked")
         return
     own = AutoTokenizer.from_pretrained(spec.path, revision=spec.revision or "main").get_vocab()
     ours = data.tokenizer.get_vocab()
@@ -304,7 +321,7 @@ def load_pretrained(spec: ModelSpec, name: str, dtype: torch.dtype) -> PreTraine
     if spec.is_checkpoint:
         return _load_checkpoint(spec, name, dtype)
     check_path(spec, name)
-    try:
+    with _as_config_error(f"--model.{name}.path {spec.path} cannot be loaded"):
         return AutoModelForCausalLM.from_pretrained(
             spec.path,
             revision=spec.revision or "main",
@@ -313,9 +330,6 @@ def load_pretrained(spec: ModelSpec, name: str, dtype: torch.dtype) -> PreTraine
             trust_remote_code=spec.trust_remote_code,
             use_safetensors=True,  # never unpickle a .bin
         )
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"--model.{name}.path {spec.path} cannot be loaded: {reason}") from error
 
 
 def check_path(spec: ModelSpec, name: str) -> None:

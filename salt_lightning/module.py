@@ -7,6 +7,7 @@ One batch: input_ids_BT, labels_BT, positions_BT -> student hidden_ND, teacher h
 from __future__ import annotations
 
 import gc
+import math
 import time
 from functools import partial
 from typing import Any, Literal
@@ -112,9 +113,19 @@ class SALTModule(pl.LightningModule):
             if (algorithm := self.trainer.gradient_clip_algorithm) == GradClipAlgorithmType.VALUE:
                 raise ConfigError(f"--trainer.gradient_clip_algorithm {algorithm.value} is not supported; use norm")
             models.check_path(self.student_spec, "student")
+            self._plan_validation()
         data = self._data
         sources = data.source_names if data is not None else ("all",)
         self.eval_metrics = TokenMetrics(sources or ("all",))
+
+    def _plan_validation(self) -> None:
+        """An interval longer than the run becomes the run; the data module has made it micro-batches by now."""
+        trainer, interval = self.trainer, getattr(self.trainer, "val_check_interval", None)
+        steps = trainer.max_steps * trainer.accumulate_grad_batches
+        if isinstance(interval, int) and interval > steps > 0:
+            trainer.val_check_interval = steps
+        elif isinstance(interval, int) and steps % interval:
+            rank_zero_info(f"validation every {interval * trainer.max_steps // steps} steps leaves out the last step")
 
     def _check_callback(self) -> None:
         if self.has_teacher and self._schedule is None:
@@ -129,7 +140,7 @@ class SALTModule(pl.LightningModule):
         spec, data = self.student_spec, self._data
         if spec.path is not None:
             model = models.load_pretrained(spec, "student", models.DTYPES[spec.dtype or "float32"])
-            models.check_vocabulary(spec, model.config.vocab_size, "student", data)
+            models.check_fit(spec, model.config, "student", data)
         else:
             model = models.build_fresh(spec, data, self.hparams["seed"])
         lm = CausalLM(model, "student")
@@ -153,7 +164,7 @@ class SALTModule(pl.LightningModule):
         dtype = models.DTYPES[spec.dtype] if spec.dtype else self._compute_dtype
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             model = models.load_pretrained(spec, "teacher", dtype)
-        models.check_vocabulary(spec, model.config.vocab_size, "teacher", self._data)
+        models.check_fit(spec, model.config, "teacher", self._data)
         lm = models.freeze(CausalLM(model, "teacher")).to(self.device)
         lm.check()
         self.meter.forward_flops["teacher"] = self._count_flops(lm)
@@ -349,11 +360,12 @@ class SALTModule(pl.LightningModule):
         self.eval_metrics.reset()
         if self.trainer.sanity_checking:
             return
-        fitting = self.trainer.state.fn == TrainerFn.FITTING
-        self._write(values, self.global_step if fitting else self._loaded_step)
-        self.log_dict(values, logger=False, sync_dist=True)
-        if fitting and f"{prefix}/ce" in values:
-            self.progress["val_ce"] = f"{values[f'{prefix}/ce']:.3f}"
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self._write(values, self.global_step)
+            self.progress["val_ce"] = f"{values.get('val/ce', math.nan):.3f}"
+            self.log_dict(values, logger=False, sync_dist=True)
+        else:  # by Lightning, which also prints and returns them
+            self.log_dict({**values, "step": float(self._loaded_step)}, sync_dist=True)
 
     # ----------------------------------------------------------- checkpoints
 
@@ -366,6 +378,12 @@ class SALTModule(pl.LightningModule):
         checkpoint["forward_flops"] = dict(self.meter.forward_flops)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self._data is not None and checkpoint["tokenizer"] not in (None, self._data.tokenizer_fingerprint):
+            raise ConfigError(
+                "the checkpoint was trained with another tokenizer than --data.tokenizer gives: its token ids mean "
+                "something else (one that is trained changes with the text). Point --data.tokenizer to the run's own, "
+                "RUN/tokenizer"
+            )
         saved, now = (models.shape_settings(hp["student"]) for hp in (checkpoint["hyper_parameters"], self.hparams))
         changed = [f"{k} {now.get(k)} (checkpoint: {saved.get(k)})" for k in saved if saved[k] != now.get(k)]
         if changed:
@@ -374,6 +392,11 @@ class SALTModule(pl.LightningModule):
         self.meter.time_s = checkpoint["time_s"]
         self.meter.forward_flops["teacher"] = checkpoint["forward_flops"]["teacher"]
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            if checkpoint["global_step"] > self.trainer.max_steps:
+                raise ConfigError(
+                    f"--trainer.max_steps {self.trainer.max_steps}: the checkpoint is at step "
+                    f"{checkpoint['global_step']} already"
+                )
             _rewind_loops(checkpoint, self.trainer.accumulate_grad_batches)
             now = self._data_identity()
             other = [f"{k} {now[k]} (checkpoint: {v})" for k, v in checkpoint["data"].items() if now[k] != v]
@@ -384,7 +407,7 @@ class SALTModule(pl.LightningModule):
 
     def _data_identity(self) -> dict[str, int]:
         """What decides which rows a step reads."""
-        names = ("seed", "global_batch_size", "block_size", "num_train_rows")
+        names = ("seed", "global_batch_size", "block_size", "num_train_tokens")
         return {f"--data.{name}": getattr(self._data, name, 0) for name in names}
 
     @property

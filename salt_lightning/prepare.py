@@ -21,12 +21,14 @@ import time
 import uuid
 import warnings
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from functools import cached_property
 from importlib.metadata import version
 from multiprocessing import get_all_start_methods, get_context, parent_process
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +67,7 @@ def prepare_tokenizer(corpus: Corpus, vocab_size: int, val_fraction: float, cach
     if not folder.exists():
         with _new_folder(folder) as partial:
             # In a child: once the Rust library has started threads here, it would object to every later fork.
-            with ProcessPoolExecutor(1, _processes(), _start_worker) as pool, quiet_fork():
-                task = pool.submit(train_tokenizer, corpus, vocab_size, val_fraction, str(partial))
-            task.result()
+            _in_child(train_tokenizer, corpus, vocab_size, val_fraction, str(partial))
     return folder
 
 
@@ -200,6 +200,11 @@ def _encode_all(encoder: Encoder, workers: int) -> Generator[tuple[str, Block], 
                     yield split, block
         except json.JSONDecodeError as error:
             raise reading_error(error, encoder.corpus) from error
+        except BrokenProcessPool as error:
+            raise ConfigError(
+                f"--data.prepare_workers: one of {workers} tokenizing processes was killed, as it happens for want of "
+                "memory; take fewer"
+            ) from error
 
 
 def _in_order(pool: ProcessPoolExecutor, raws: Iterator[Raw], depth: int) -> Iterator[dict[str, Block]]:
@@ -223,11 +228,11 @@ _ENCODER: Encoder | None = None  # one per worker process
 def _start_worker(encoder: Encoder | None = None) -> None:
     global _ENCODER
     _ENCODER = encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends the workers
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: die in silence, the parent has something to say
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     parent = parent_process()
     assert parent is not None
     parent.join()
@@ -237,6 +242,34 @@ def _end_with_parent() -> None:
 def _encode(raw: Raw) -> dict[str, Block]:
     assert _ENCODER is not None
     return _ENCODER(raw)
+
+
+def _in_child(function: Callable[..., None], *args: Any) -> None:
+    """Call a function in a process of its own; what it raises is raised here."""
+    receiver, sender = _processes().Pipe(duplex=False)
+    child = _processes().Process(target=_call, args=(sender, function, args))
+    with quiet_fork():
+        child.start()
+    sender.close()
+    try:
+        error = receiver.recv()
+    except EOFError:
+        error = ConfigError("--data.tokenizer: the process that trained it was killed; is there enough memory?")
+    finally:
+        child.kill()
+        child.join()
+        receiver.close()
+    if error is not None:
+        raise error
+
+
+def _call(sender: Connection, function: Callable[..., None], args: tuple[Any, ...]) -> None:
+    _start_worker()
+    try:
+        function(*args)
+        sender.send(None)
+    except Exception as error:
+        sender.send(error)
 
 
 def _processes() -> Any:

@@ -10,6 +10,7 @@ resume change it.
 
 import math
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from salt_lightning.prepare import TokenFiles, quiet_fork
+from salt_lightning.prepare import TokenFiles, end_with_parent, quiet_fork
 
 Batch = dict[str, np.ndarray]  # int64
 IGNORE = -100
@@ -231,6 +232,7 @@ def _leave_signals_to_the_parent(worker: int) -> None:
     """Ctrl-C and SIGTERM reach the whole process group, and the parent still needs the batches of its step."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()  # a killed parent can no longer end us
 
 
 def _as_is(batch: Any) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import arguments, write_corpus
+from conftest import arguments, scalars, write_corpus
 
 from salt_lightning import cli
 
@@ -71,6 +71,17 @@ ERRORS = {
     "rate of zero": ({"model.optim.lr": 0}, r"--model.optim.lr 0.* must be above 0"),
     "temperature of zero": ({"model.teacher_temperature": 0}, r"--model.teacher_temperature 0.* must be above 0"),
     "missing checkpoint": ({"ckpt_path": "gone.ckpt"}, r"--ckpt_path gone.ckpt does not exist"),
+    "an abbreviation": ({"trainer.max_step": 3}, r"max_step"),
+    "validation interval of zero": ({"trainer.val_check_interval": 0}, r"--trainer.val_check_interval 0 must be"),
+    "log interval of zero": ({"trainer.log_every_n_steps": 0}, r"--trainer.log_every_n_steps 0 must be at least 1"),
+    "limited batches": ({"trainer.limit_train_batches": 5}, r"limit_train_batches 5: use --trainer.max_steps"),
+    "heads that do not divide": (
+        {"model.student.config": {"hidden_size": 33, "num_attention_heads": 2}},
+        r"--model.student.config: .*hidden",
+    ),
+    "no such attention": ({"model.student.attention": "nope"}, r"--model.student.config: .*nope"),
+    "no GPU": ({"trainer.accelerator": "gpu"}, r"--trainer: .*(gpu|GPU|CUDA)"),
+    "a precision that is none": ({"trainer.precision": "fp17"}, r"^error: .{0,300}fp17.{0,300}$"),
     "interval of zero": ({"checkpoint.every_n_steps": 0}, r"--checkpoint.every_n_steps 0 must be at least 1"),
     "a short position table": (SHORT, r"max_position_embeddings 8 is smaller than --data.block_size 32"),
     "a small vocabulary": (SMALL, r"vocab_size 99 is smaller than the tokenizer's 300"),
@@ -97,7 +108,7 @@ def test_help_shows_every_setting_and_verb(capsys):
     with pytest.raises(SystemExit):
         cli.main(["--help"])
     text = capsys.readouterr().out
-    for verb in ("fit", "validate", "test", "predict", "compare"):
+    for verb in ("fit", "validate", "test", "compare"):
         assert verb in text
     with pytest.raises(SystemExit):
         cli.main(["fit", "--help"])
@@ -179,3 +190,36 @@ def test_the_progress_bar_shows_loss_weight_and_speed(settings, teacher, tmp_pat
     out = capsys.readouterr().out
     assert re.search(r"loss=\d\.\d{3}, kd_weight=0\.5, tok/s=[\d,]+", out)
     assert "val_ce=" in out
+
+
+def test_an_interval_longer_than_the_run_validates_at_its_end(settings, tmp_path):
+    own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, "trainer.val_check_interval": 1000}
+    assert cli.main(["fit", *arguments(settings, own)]) == 0
+    assert sorted(scalars(tmp_path / "run")["val/ce"]) == [12]
+
+
+def test_validate_needs_a_checkpoint_and_takes_its_sizes(settings, teacher, tmp_path, capsys):
+    fewer = {k: v for k, v in settings.items() if not k.startswith("checkpoint")}
+    own = {"run": str(tmp_path / "run")}
+    assert cli.main(["validate", *arguments(fewer, own)]) == 2
+    assert "validate needs --ckpt_path" in one_line(capsys)
+    assert cli.main(["validate", *arguments(fewer, own, {"ckpt_path": teacher})]) == 0  # half as wide as `settings`
+    assert "val/ce" in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(settings, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert cli.main(["fit", *arguments(settings, {"run": str(tmp_path / "file" / "run"), "kd.weight": 0.0})]) == 1
+    assert "Not a directory" in one_line(capsys)
+
+
+def test_files_of_a_folder_that_are_left_out_are_named(settings, tmp_path, caplog):
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    write_corpus(folder / "train_a.jsonl")
+    write_corpus(folder / "other.jsonl", 5)
+    (folder / "a.txt").write_text("text")
+    own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, "data.source": str(folder), "trainer.max_steps": 6}
+    assert cli.main(["fit", *arguments(settings, own)]) == 0
+    assert "left out" in caplog.text
+    assert "a.txt" in caplog.text

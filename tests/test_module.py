@@ -233,7 +233,9 @@ def test_validate_and_test_agree_with_the_formula(settings, teacher, tmp_path, c
     for verb in ("validate", "test"):
         fewer = {k: v for k, v in settings.items() if not k.startswith(("checkpoint.", "model."))}
         assert cli.main([verb, *arguments(fewer, {"run": str(run), "ckpt_path": "last"})]) == 0
-    values = scalars(run, ("val/", "test/"))
+        assert {"validate": "val/ce", "test": "test/ce"}[verb] in capsys.readouterr().out
+    assert not any(step not in (6, 12) for step in scalars(run)["val/ce"])  # the run's own curve is left alone
+    values = {**scalars(run / "validate"), **scalars(run / "test", ("test/",))}
     module = SALTModule.load_from_checkpoint(run / "checkpoints/step-00000012.ckpt", weights_only=True).double()
     data = SALTDataModule(**{k.removeprefix("data."): v for k, v in settings.items() if k.startswith("data.")})
     data.prepare_data()

@@ -546,6 +546,53 @@ def test_two_processes_at_once(tmp_path):
     assert len(stored(folder, "train", tokenizer)) + len(stored(folder, "val", tokenizer)) == 450
 
 
+@pytest.mark.parametrize("train", [True, False])
+def test_killed_child_is_one_line(train, tmp_path, monkeypatch):
+    def die(*args):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(prepare, "train_tokenizer", die)
+    monkeypatch.setattr(prepare.Encoder, "__call__", die)
+    with pytest.raises(ConfigError, match="^--data.(tokenizer: the process|prepare_workers: one of 2) .* was killed"):
+        train_or_encode(train, many(tmp_path), tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def train_or_encode(train: bool, path: Path, cache: Path) -> None:
+    if train:
+        prepare_tokenizer(corpus_of(path), 300, 0.1, cache)
+    else:
+        prepare_tokens(corpus_of(path), byte_tokenizer(), 0.1, cache, 2)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_interrupt_ends_at_once_and_leaves_nothing(train, tmp_path):
+    fork = multiprocessing.get_context("fork")
+    started = fork.Event()
+
+    def endless(*args):
+        started.set()
+        time.sleep(60)
+
+    def run():
+        os.setsid()
+        prepare.train_tokenizer = prepare.Encoder.__call__ = endless
+        try:
+            train_or_encode(train, path, cache)
+        except KeyboardInterrupt:
+            os._exit(77)
+
+    path, cache = many(tmp_path), tmp_path / "cache"
+    child = fork.Process(target=run)
+    child.start()
+    assert started.wait(timeout=30)
+    time.sleep(0.3)
+    (os.kill if train else os.killpg)(child.pid, signal.SIGINT)  # Ctrl-C in a terminal reaches the whole group
+    child.join(timeout=20)
+    assert child.exitcode == 77
+    assert list(cache.iterdir()) == []
+
+
 @pytest.mark.parametrize("name", ["tokens.bin", "doc_ends.bin", "doc_sources.bin", "token_bytes.bin"])
 def test_truncated_file_is_refused_by_name(name, tmp_path):
     folder = prepare_tokens(corpus_of(many(tmp_path)), byte_tokenizer(), 0.5, tmp_path / "cache", 1)

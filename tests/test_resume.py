@@ -236,3 +236,78 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path, settings, capsys)
         assert code == 2
         assert "is not a whole checkpoint" in capsys.readouterr().err
     assert not (tmp_path / "ran").exists()
+
+
+def test_another_tokenizer_is_refused_on_resume(fit, settings, tmp_path, capsys):
+    """The text changed, so the tokenizer that is trained on it changed: same size, other ids."""
+    text = tmp_path / "text.jsonl"
+    shutil.copy(settings["data.source"], text)
+    baseline = {"kd.weight": 0.0, "kd.steps": "null", "kd.anneal_steps": 0, "kd.shape": "step"}
+    assert fit(tmp_path / "run", stop_at=3, **baseline, **{"data.source": str(text)}) == 128 + signal.SIGTERM
+    with open(text, "a") as out:
+        out.write('{"text": "' + "zebra quagga " * 400 + '"}\n')
+    assert fit(tmp_path / "run", ckpt_path="last", **baseline, **{"data.source": str(text)}) == 2
+    assert "trained with another tokenizer than --data.tokenizer gives" in capsys.readouterr().err
+    # what the message says helps: the run's own tokenizer; that the text is another is said
+    own = {"data.source": str(text), "data.tokenizer": str(tmp_path / "run/tokenizer"), "ckpt_path": "last"}
+    assert fit(tmp_path / "run", **baseline, **own) == 0
+
+
+def test_a_refused_resume_leaves_the_runs_config_alone(fit, tmp_path):
+    assert fit(tmp_path / "run", stop_at=3) == 128 + signal.SIGTERM
+    before = (tmp_path / "run/config.yaml").read_text()
+    assert fit(tmp_path / "run", ckpt_path="last", **{"kd.steps": 10}) == 2
+    assert (tmp_path / "run/config.yaml").read_text() == before
+
+
+def test_a_shorter_run_than_the_checkpoint_is_refused(fit, tmp_path, capsys):
+    assert fit(tmp_path / "run", stop_at=10) == 128 + signal.SIGTERM
+    assert fit(tmp_path / "run", ckpt_path="last", **{"trainer.max_steps": 9}) == 2
+    assert "--trainer.max_steps 9: the checkpoint is at step 10 already" in capsys.readouterr().err
+
+
+def test_a_run_that_ends_early_is_saved(fit, tmp_path, monkeypatch):
+    """Whoever sets should_stop: a time limit, another callback."""
+    monkeypatch.setattr(StopAt, "on_before_backward", stop_softly)
+    assert fit(tmp_path / "run", stop_at=5) == 0
+    assert (tmp_path / "run/checkpoints/step-00000005.ckpt").exists()
+
+
+def stop_softly(self, trainer, pl_module, loss):
+    trainer.should_stop = trainer.global_step + 1 >= self.step
+
+
+def test_without_a_logger_a_run_still_lives_in_its_folder(fit, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    quiet = {"trainer.logger": False}
+    assert fit(tmp_path / "run", stop_at=3, **quiet) == 128 + signal.SIGTERM
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["checkpoints", "config.yaml", "tokenizer"]
+    assert fit(tmp_path / "run", ckpt_path="last", **quiet) == 0
+
+
+def test_killed_runs_leave_no_loader_workers(settings, tmp_path):
+    own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, "data.num_workers": 2, "trainer.max_steps": 100_000,
+           "trainer.val_check_interval": 100_000, "checkpoint.every_n_steps": 5}  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-c", "import sys; from salt_lightning.cli import main; sys.exit(main())", "fit",
+         *arguments(settings, own)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "run/checkpoints").glob("*.ckpt")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(workers) >= 2
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 20
+    while any(alive(pid) for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert [pid for pid in workers if alive(pid)] == []
+
+
+def alive(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
