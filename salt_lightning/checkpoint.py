@@ -163,3 +163,20 @@ def _validation_follows(trainer: pl.Trainer, batch_idx: int) -> bool:
     every = trainer.val_check_batch
     has_validation = trainer.enable_validation and trainer.limit_val_batches != 0
     return has_validation and every != float("inf") and (batch_idx + 1) % int(every) == 0  # type: ignore[arg-type]
+
+
+def rewind_loops(checkpoint: dict[str, Any], accumulate: int) -> None:
+    """Sets Lightning's batch counters to what they are right after optimizer step `global_step`.
+
+    A checkpoint may come from inside an accumulation window, from the end of a validation, or from a run with
+    another accumulation; the position in the data depends on the step alone.
+    """
+    done = checkpoint["global_step"] * accumulate
+    counts = {"ready": done, "started": done, "processed": done, "completed": max(done - 1, 0)}
+    loop = checkpoint["loops"]["fit_loop"]
+    loop["epoch_loop.batch_progress"] |= {
+        "total": dict(counts),
+        "current": dict(counts),
+        "is_last_batch": False,
+    }
+    loop["epoch_loop.state_dict"]["_batches_that_stepped"] = max(checkpoint["global_step"] - 1, 0)

@@ -19,6 +19,7 @@ from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_info
 from torch import Tensor, nn
 
 from salt_lightning import flops, models
+from salt_lightning.checkpoint import rewind_loops
 from salt_lightning.errors import ConfigError, NonFiniteLossError
 from salt_lightning.losses import salt_loss, token_stats
 from salt_lightning.meter import SUMS, Meter, loss_values
@@ -397,7 +398,7 @@ class SALTModule(pl.LightningModule):
                     f"--trainer.max_steps {self.trainer.max_steps}: the checkpoint is at step "
                     f"{checkpoint['global_step']} already"
                 )
-            _rewind_loops(checkpoint, self.trainer.accumulate_grad_batches)
+            rewind_loops(checkpoint, self.trainer.accumulate_grad_batches)
             now = self._data_identity()
             other = [f"{k} {now[k]} (checkpoint: {v})" for k, v in checkpoint["data"].items() if now[k] != v]
             if other:
@@ -419,23 +420,6 @@ class SALTModule(pl.LightningModule):
     def _schedule(self) -> Any:
         found = [c.schedule for c in self.trainer.callbacks if isinstance(c, KDScheduleCallback)]  # type: ignore[attr-defined]
         return found[0] if found else None
-
-
-def _rewind_loops(checkpoint: dict[str, Any], accumulate: int) -> None:
-    """Sets Lightning's batch counters to what they are right after optimizer step `global_step`.
-
-    A checkpoint may come from inside an accumulation window, from the end of a validation, or from a run with
-    another accumulation; the position in the data depends on the step alone.
-    """
-    done = checkpoint["global_step"] * accumulate
-    counts = {"ready": done, "started": done, "processed": done, "completed": max(done - 1, 0)}
-    loop = checkpoint["loops"]["fit_loop"]
-    loop["epoch_loop.batch_progress"] |= {
-        "total": dict(counts),
-        "current": dict(counts),
-        "is_last_batch": False,
-    }
-    loop["epoch_loop.state_dict"]["_batches_that_stepped"] = max(checkpoint["global_step"] - 1, 0)
 
 
 def _num_parameters(module: nn.Module) -> int:

@@ -51,13 +51,11 @@ def test_commands_for_a_gpu_parse_and_build(command, tmp_path, monkeypatch):
     )  # fmt: skip
 
 
-def test_the_shorter_try_is_consistent(tmp_path, monkeypatch, capsys):
+def test_the_shorter_try_is_consistent(teacher, tmp_path, monkeypatch, capsys):
     """Its settings are accepted together, up to the text that is not there."""
     monkeypatch.chdir(ROOT)
     options = re.search(r"\*\*A shorter try\*\*: `([^`]*)`", README)[1]
     args = ["--config=configs/salt.yaml", *shlex.split(options), "--trainer.accelerator=cpu", "--data.source=no/*.txt"]
-    teacher = tmp_path / "teacher.ckpt"
-    teacher.touch()
     assert cli.main(["fit", *args, f"--run={tmp_path}/run", f"--model.teacher.path={teacher}"]) == 2
     assert "matches no file" in capsys.readouterr().err
 
