@@ -1,6 +1,7 @@
 """SALTModule in a real Trainer: the teacher's life, one division, what is logged, what is refused."""
 
 import gc
+import math
 import weakref
 
 import lightning.pytorch as pl
@@ -299,3 +300,40 @@ def test_the_callback_holds_no_state(train, teacher):
     assert {key: value for key, value in vars(kd).items() if key in before} == before
     assert set(vars(kd)) - set(before) <= {"log", "log_dict"}  # put there by Lightning
     assert kd.state_dict() == {}
+
+
+def test_the_optimizer_steps_at_the_scheduled_rate(train):
+    rates = []
+
+    class Rates(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            rates.append([group["lr"] for group in trainer.optimizers[0].param_groups])
+            assert {group["weight_decay"] for group in trainer.optimizers[0].param_groups} == {0.1, 0.0}
+
+    train(spy=Rates())  # lr 1e-2, no warm-up: a cosine from its top over 4 steps to a tenth
+    expected = [1e-2 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / 4))) for step in range(4)]
+    assert rates == [[pytest.approx(rate)] * 2 for rate in expected]
+
+
+def test_the_teacher_builds_no_graph_and_stays_in_eval(train, teacher):
+    """Whatever happens to the module around it."""
+    seen = []
+
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            pl_module.train()
+            if not seen:
+                pl_module.teacher.register_forward_hook(
+                    lambda module, args, out: seen.append((torch.is_grad_enabled(), module.training))
+                )
+                pl_module.teacher.requires_grad_(True)  # even so
+
+    module = train(teacher, KDScheduleCallback(0.5), 2, Watch())
+    assert seen == [(False, False)] * 2
+    assert all(p.grad is None for p in module.teacher.parameters())
+
+
+def test_the_first_and_the_last_step_are_logged_as_well(settings, tmp_path):
+    own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, "trainer.log_every_n_steps": 5}
+    assert cli.main(["fit", *arguments(settings, own)]) == 0
+    assert sorted(scalars(tmp_path / "run")["train/loss"]) == [1, 5, 10, 12]
