@@ -2,6 +2,7 @@
 
 import gc
 import math
+import re
 import weakref
 
 import lightning.pytorch as pl
@@ -337,3 +338,22 @@ def test_the_first_and_the_last_step_are_logged_as_well(settings, tmp_path):
     own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, "trainer.log_every_n_steps": 5}
     assert cli.main(["fit", *arguments(settings, own)]) == 0
     assert sorted(scalars(tmp_path / "run")["train/loss"]) == [1, 5, 10, 12]
+
+
+def test_a_hugging_face_teacher_of_other_token_ids_is_refused(train, settings, tmp_path):
+    """Same size, two tokens exchanged: the tokenizer files beside the model tell."""
+    from families import tiny
+
+    own = {key.removeprefix("data."): value for key, value in settings.items() if key.startswith("data.")}
+    data = SALTDataModule(**own)
+    data.prepare_data()
+    folder = tmp_path / "teacher"
+    tiny("llama", vocab_size=320, max_position_embeddings=32).model.save_pretrained(folder)
+    data.tokenizer.save_pretrained(folder)
+    train(str(folder), KDScheduleCallback(0.5, 1), 2)  # its own tokenizer: accepted
+    files = (folder / "tokenizer.json").read_text()
+    swapped = re.sub(r'"(\w)": (\d+)', lambda m: f'"{m[1]}": {({65: 66, 66: 65}).get(int(m[2]), int(m[2]))}', files)
+    assert swapped != files
+    (folder / "tokenizer.json").write_text(swapped)
+    with pytest.raises(ConfigError, match=r"name 2 token ids differently: id 65 is '\w' here and '\w' there"):
+        train(str(folder), KDScheduleCallback(0.5, 1), 2)

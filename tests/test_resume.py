@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import StopAt, arguments, scalars, weights
+from lightning.pytorch.callbacks import Callback
 
 from salt_lightning import cli
 
@@ -311,3 +312,82 @@ def alive(pid: str) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_death_in_a_validation_loses_no_validation(settings, teacher, tmp_path):
+    """A checkpoint says that the validation of its step is done: so there is none before it is."""
+
+    class Die(Callback):
+        def on_validation_start(self, trainer, pl_module):
+            raise RuntimeError("died")
+
+    own = {"model.teacher.path": teacher, **RAMP, "checkpoint.every_n_steps": 3}
+    assert cli.main(["fit", *arguments(settings, own, {"run": str(tmp_path / "whole")})]) == 0
+    args = arguments(settings, own, {"run": str(tmp_path / "broken")})
+    original = cli.SALTCLI.instantiate_trainer
+
+    def with_death(self, **kwargs):
+        trainer = original(self, **kwargs)
+        trainer.callbacks.append(Die())
+        return trainer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli.SALTCLI, "instantiate_trainer", with_death)
+        with pytest.raises(RuntimeError, match="died"):
+            cli.main(["fit", *args])
+    assert [p.name for p in (tmp_path / "broken/checkpoints").iterdir()] == ["step-00000003.ckpt"]
+    assert cli.main(["fit", *args, "--ckpt_path=last"]) == 0
+    assert_same(tmp_path / "broken", tmp_path / "whole")
+
+
+DIE_AFTER_SAVE = """
+import os, sys
+from pathlib import Path
+from lightning.pytorch.callbacks import Callback
+from salt_lightning import cli
+
+class Die(Callback):
+    def on_train_batch_end(self, trainer, *args):  # after RunCheckpoint's
+        if Path(trainer.default_root_dir, "checkpoints/step-00000003.ckpt").exists():
+            os._exit(9)
+
+original = cli.SALTCLI.instantiate_trainer
+
+def with_death(self, **kwargs):
+    trainer = original(self, **kwargs)
+    trainer.callbacks.append(Die())
+    return trainer
+
+cli.SALTCLI.instantiate_trainer = with_death
+sys.exit(cli.main())
+"""
+
+
+def test_what_was_logged_before_a_save_survives_a_kill_right_after_it(settings, tmp_path):
+    own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, "checkpoint.every_n_steps": 3}
+    done = subprocess.run([sys.executable, "-c", DIE_AFTER_SAVE, "fit", *arguments(settings, own)], capture_output=True)
+    assert done.returncode == 9
+    assert sorted(scalars(tmp_path / "run")["train/loss"]) == [1, 2, 3]
+
+
+def test_a_bad_state_is_never_saved(settings, tmp_path, monkeypatch, capsys):
+    """Nothing is logged, so nothing is read, between the step that goes wrong and the save."""
+
+    class Break(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 4:
+                pl_module.student.head.weight.data.fill_(float("nan"))
+
+    original = cli.SALTCLI.instantiate_trainer
+
+    def breaking(self, **kwargs):
+        trainer = original(self, **kwargs)
+        trainer.callbacks.insert(0, Break())
+        return trainer
+
+    monkeypatch.setattr(cli.SALTCLI, "instantiate_trainer", breaking)
+    own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, "checkpoint.every_n_steps": 3, "trainer.max_steps": 100,
+           "trainer.log_every_n_steps": 50, "trainer.val_check_interval": 50}  # fmt: skip
+    assert cli.main(["fit", *arguments(settings, own)]) == 1
+    assert "train/loss stopped being finite at or before step 6" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000003.ckpt"]

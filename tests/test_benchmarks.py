@@ -1,0 +1,34 @@
+"""The benchmarks run from end to end at tiny sizes; their figures mean nothing here."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(name: str) -> str:
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / name, "--tiny"], capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_head_loss():
+    out = run("head_loss.py")
+    times = re.findall(r"^\| (.+?) \| +([\d.]+) \(", out, re.M)
+    assert [name for name, _ in times[:6]] == [
+        "floor", "ours, accurate", "ours, fast", "ours, accurate, 0.5 GiB", "ours, fast, 0.5 GiB", "naive fp32",
+    ]  # fmt: skip
+    errors = re.findall(r"^\| ours, accurate \| (far|near) \|.*\| ([\d.]+) \|$", out, re.M)
+    assert [teacher for teacher, _ in errors] == ["far", "near"]
+    assert all(float(ratio) <= 1.2 for _, ratio in errors)
+
+
+def test_step():
+    row = next(line for line in run("step.py").splitlines() if line.startswith("| tiny"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert len(cells) == 11
+    assert float(cells[4]) > 1  # the teacher's forward costs FLOPs
