@@ -221,6 +221,11 @@ def fresh_config(spec: ModelSpec, data: Any) -> PreTrainedConfig:
         near = difflib.get_close_matches(unknown[0], names, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(f"--model.student.config.{unknown[0]}: {spec.family} has no such setting{hint}")
+    if not spec.config:
+        raise ConfigError(
+            f"--model.student.config is empty: {spec.family}'s own defaults are a model of billions of weights. Give "
+            "sizes, e.g. hidden_size and num_hidden_layers, or --model.student.path to go on from pretrained weights"
+        )
     defaults: dict[str, Any] = {}
     if data is not None:
         end = data.tokenizer.eos_token_id

@@ -404,7 +404,7 @@ class SALTModule(pl.LightningModule):
             if other:
                 rank_zero_info(f"going on with other data than the checkpoint's: {', '.join(other)}")
 
-    # --------------------------------------------------------------- helpers
+    # ------------------------------------------------------ what the run is made of
 
     def _data_identity(self) -> dict[str, int]:
         """What decides which rows a step reads."""

@@ -79,6 +79,7 @@ ERRORS = {
         {"model.student.config": {"hidden_size": 33, "num_attention_heads": 2}},
         r"--model.student.config: .*hidden",
     ),
+    "no sizes": ({"model.student.config": {}}, r"--model.student.config is empty: .* Give sizes, e.g. hidden_size"),
     "no such attention": ({"model.student.attention": "nope"}, r"--model.student.config: .*nope"),
     "no GPU": ({"trainer.accelerator": "gpu"}, r"--trainer: .*(gpu|GPU|CUDA)"),
     "a precision that is none": ({"trainer.precision": "fp17"}, r"^error: .{0,300}fp17.{0,300}$"),

@@ -576,6 +576,7 @@ def test_interrupt_ends_at_once_and_leaves_nothing(train, tmp_path):
 
     def run():
         os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell starts its jobs with it ignored
         prepare.train_tokenizer = prepare.Encoder.__call__ = endless
         try:
             train_or_encode(train, path, cache)

@@ -301,7 +301,7 @@ def test_killed_runs_leave_no_loader_workers(settings, tmp_path):
     assert len(workers) >= 2
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 3  # torch's own look at the parent comes every 5 s, if at all
     while any(alive(pid) for pid in workers) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert [pid for pid in workers if alive(pid)] == []
@@ -391,3 +391,35 @@ def test_a_bad_state_is_never_saved(settings, tmp_path, monkeypatch, capsys):
     assert cli.main(["fit", *arguments(settings, own)]) == 1
     assert "train/loss stopped being finite at or before step 6" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000003.ckpt"]
+
+
+def test_the_tensorboard_page_shows_each_step_once(settings, tmp_path):
+    """Steps 4 and 5 were logged after the checkpoint of step 3, by a start that died: the later values count."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    class Die(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 5:
+                raise RuntimeError("died")
+
+    original = cli.SALTCLI.instantiate_trainer
+
+    def with_death(self, **kwargs):
+        trainer = original(self, **kwargs)
+        trainer.callbacks.append(Die())
+        return trainer
+
+    args = [
+        "fit",
+        *arguments(settings, {"run": str(tmp_path / "run"), "kd.weight": 0.0, "checkpoint.every_n_steps": 3}),
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli.SALTCLI, "instantiate_trainer", with_death)
+        with pytest.raises(RuntimeError, match="died"):
+            cli.main(args)
+    time.sleep(1.1)  # event files are named by the second
+    assert cli.main([*args, "--ckpt_path=last", "--model.optim.lr=1e-4"]) == 0
+    page = EventAccumulator(str(tmp_path / "run"))
+    page.Reload()
+    assert [event.step for event in page.Scalars("train/lr")] == list(range(1, 13))
+    assert all(event.value <= 1e-4 for event in page.Scalars("train/lr") if event.step > 3)
