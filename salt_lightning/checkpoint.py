@@ -87,7 +87,6 @@ class RunCheckpoint(Checkpoint):
         self.folder = folder
         self.stopped_by: signal.Signals | None = None
         self._due = False  # a save that waits for the validation of its step
-        self._handlers: dict[signal.Signals, Any] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         self._dir = Path(self.folder or Path(trainer.default_root_dir) / "checkpoints")
@@ -96,11 +95,9 @@ class RunCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if threading.current_thread() is threading.main_thread():
-            for number in (
-                signal.SIGINT,
-                signal.SIGTERM,
-            ):  # over Lightning's, which stop in the middle of a step
-                self._handlers[number] = signal.signal(number, self._stop_after_step)
+            # Over Lightning's, which stop in the middle of a step; at the end it puts back what was there before.
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self._stop_after_step)
 
     def _stop_after_step(self, number: int, frame: Any) -> None:
         if self.stopped_by is not None:
@@ -152,11 +149,6 @@ class RunCheckpoint(Checkpoint):
         steps = sorted(int(m[1]) for path in self._dir.glob("*.ckpt") if (m := _NAME.fullmatch(path.name)))
         for old in [s for s in steps if s not in self._for_good and s <= step][: -self.keep]:
             (self._dir / f"step-{old:08d}.ckpt").unlink()
-
-    def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        self._handlers.clear()
 
 
 def _validation_follows(trainer: pl.Trainer, batch_idx: int) -> bool:

@@ -169,13 +169,18 @@ class SALTCLI(LightningCLI):
                 purge_step = _step_of(config.get("ckpt_path")) + 1
                 kwargs["logger"] = TensorBoardLogger(run.parent, name=run.name, version="", purge_step=purge_step)
         kwargs["default_root_dir"] = str(run)
-        kwargs["plugins"] = [*(given.get("plugins") or []), AtomicCheckpointIO()]
+        kwargs["plugins"] = [*self._instances("plugins"), AtomicCheckpointIO()]
         if given.get("enable_progress_bar") is not False and not given.get("barebones"):
-            kwargs["callbacks"] = [*(self._get(self.config_init, "trainer").get("callbacks") or []), ProgressBar()]
+            kwargs["callbacks"] = [*self._instances("callbacks"), ProgressBar()]
         try:
             return super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError, TypeError) as error:
             raise ConfigError(f"--trainer: {' '.join(str(error).split())}") from error
+
+    def _instances(self, name: str) -> list[Any]:
+        """What the user gave for a --trainer setting that takes one object or a list of them."""
+        found = self._get(self.config_init, "trainer").get(name) or []
+        return found if isinstance(found, list) else [found]
 
 
 def _wrong_trainer_settings(trainer: Namespace) -> list[str]:

@@ -109,3 +109,23 @@ def scalars(run: Path, tags: tuple[str, ...] = ("train/", "val/")) -> dict[str, 
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     return torch.load(checkpoint, weights_only=True)["state_dict"]
+
+
+@pytest.fixture
+def fit_with(settings, monkeypatch):
+    """fit_with(run, *callbacks, **overrides) -> exit code of the real command, with these callbacks besides."""
+    from salt_lightning import cli
+
+    def run_fit(run: Path, *callbacks: Callback, **overrides: object) -> int:
+        original = cli.SALTCLI.instantiate_trainer
+
+        def with_callbacks(self, **kwargs):
+            trainer = original(self, **kwargs)
+            trainer.callbacks.extend(callbacks)
+            return trainer
+
+        with monkeypatch.context() as patch:
+            patch.setattr(cli.SALTCLI, "instantiate_trainer", with_callbacks)
+            return cli.main(["fit", *arguments(settings, {"run": str(run), "kd.weight": 0.0}, overrides)])
+
+    return run_fit

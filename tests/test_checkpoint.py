@@ -1,5 +1,7 @@
 """Files on disk: which one is `last`, what a failed write leaves, which are kept."""
 
+import signal
+
 import pytest
 import torch
 from conftest import arguments
@@ -43,3 +45,48 @@ def test_newest_boundary_and_chosen_steps_are_kept(settings, teacher, tmp_path):
 def test_settings_below_one_are_refused(setting):
     with pytest.raises(ConfigError, match=f"--checkpoint.{setting} 0 must be at least 1"):
         RunCheckpoint(**{setting: 0})
+
+
+def test_a_second_signal_ends_the_run_at_once(fit_with, tmp_path):
+    import signal
+
+    from conftest import StopAt
+
+    handler = signal.getsignal(signal.SIGINT)  # Lightning ignores Ctrl-C from here on
+    try:
+        with pytest.raises(SystemExit):
+            fit_with(tmp_path / "run", StopAt(3), StopAt(3))
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert not list(tmp_path.glob("run/checkpoints/*"))
+
+
+def test_loading_runs_no_code_even_when_asked_to(tmp_path):
+    import pickle
+
+    class Evil:
+        def __reduce__(self):
+            return ((tmp_path / "ran").touch, ())
+
+    torch.save({"state_dict": Evil()}, tmp_path / "evil.ckpt")
+    with pytest.raises(pickle.UnpicklingError):
+        AtomicCheckpointIO().load_checkpoint(tmp_path / "evil.ckpt", weights_only=False)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_command_saves_and_loads_by_it(fit_with, tmp_path):
+    from lightning.pytorch.callbacks import Callback
+
+    class Look(Callback):
+        def on_train_start(self, trainer, pl_module):
+            used.append(type(trainer.strategy.checkpoint_io))
+
+    used = []
+    assert fit_with(tmp_path / "run", Look(), **{"trainer.max_steps": 2, "trainer.val_check_interval": 2}) == 0
+    assert used == [AtomicCheckpointIO]
+
+
+def test_a_fit_leaves_the_signal_handlers_as_they_were(fit_with, tmp_path):
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    assert fit_with(tmp_path / "run", **{"trainer.max_steps": 2, "trainer.val_check_interval": 2}) == 0
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before

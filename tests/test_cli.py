@@ -224,3 +224,91 @@ def test_files_of_a_folder_that_are_left_out_are_named(settings, tmp_path, caplo
     assert cli.main(["fit", *arguments(settings, own)]) == 0
     assert "left out" in caplog.text
     assert "a.txt" in caplog.text
+
+
+def build(*args):
+    return cli.SALTCLI(
+        cli.SALTModule, cli.SALTDataModule, run=False, parser_class=cli.Parser, trainer_defaults=cli.TRAINER_DEFAULTS,
+        seed_everything_default=0, auto_configure_optimizers=False, save_config_callback=None,
+        args=[f"--config={ROOT / 'configs/baseline.yaml'}", "--trainer.accelerator=cpu", *args],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("args", "model_seed", "data_seed"),
+    [
+        (["--seed_everything=5"], 5, 5),
+        (["--seed_everything=5", "--data.seed=7"], 5, 7),
+        (["--seed_everything=5", "--model.seed=7"], 7, 5),
+    ],
+)
+def test_one_seed_for_all_unless_given_apart(args, model_seed, data_seed, tmp_path):
+    built = build(*args, f"--run={tmp_path}")
+    assert (built.model.hparams["seed"], built.datamodule.seed) == (model_seed, data_seed)
+
+
+def test_callbacks_of_the_user_come_beside_ours(tmp_path):
+    timer = '[{"class_path": "lightning.pytorch.callbacks.Timer"}]'
+    built = build(f"--run={tmp_path}", f"--trainer.callbacks={timer}", "--trainer.enable_progress_bar=true")
+    names = [type(callback).__name__ for callback in built.trainer.callbacks]
+    assert sorted(names) == ["KDScheduleCallback", "ProgressBar", "RunCheckpoint", "Timer"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("t.ckpt", None, "does not exist"),
+        ("t.ckpt", b"half", "is not a whole checkpoint"),
+        ("folder", None, "does not exist"),
+    ],
+)
+def test_a_missing_or_broken_teacher_is_named_before_the_text_is_read(
+    settings, tmp_path, capsys, name, content, message
+):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    own = {"run": str(tmp_path / "run"), "data.cache_dir": str(tmp_path / "cache"), "kd.steps": 6,
+           "model.teacher.path": str(tmp_path / name)}  # fmt: skip
+    assert run(["fit", *arguments(settings, own)]) == 2
+    assert f"{name} {message}" in one_line(capsys)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_overfitting_on_a_few_batches_is_refused(settings, tmp_path, capsys):
+    own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, "trainer.overfit_batches": 2}
+    assert run(["fit", *arguments(settings, own)]) == 2
+    assert "--trainer.overfit_batches 2" in one_line(capsys)
+
+
+def test_nothing_is_validated_without_a_checkpoint(settings, tmp_path, capsys):
+    own = {k: v for k, v in settings.items() if not k.startswith("checkpoint.")}
+    assert run(["validate", *arguments(own, {"run": str(tmp_path / "typo"), "ckpt_path": "last"})]) == 2
+    assert re.search(r"no checkpoint in .*typo/checkpoints; is --run .*typo right\?", one_line(capsys))
+
+
+def test_validate_needs_no_teacher_and_leaves_the_runs_config_as_it_is(settings, tmp_path):
+    own = {"run": str(tmp_path / "run"), "trainer.max_steps": 2, "trainer.val_check_interval": 2}
+    assert cli.main(["fit", *arguments(settings, own, {"kd.weight": 0.0})]) == 0
+    config = (tmp_path / "run/config.yaml").read_text()
+    fewer = {k: v for k, v in settings.items() if not k.startswith(("checkpoint.", "model."))}
+    assert cli.main(["validate", *arguments(fewer, own, {"ckpt_path": "last"})]) == 0
+    assert (tmp_path / "run/config.yaml").read_text() == config
+
+
+def built_with(tmp_path, *args):
+    return cli.SALTCLI(
+        cli.SALTModule, cli.SALTDataModule, run=False, parser_class=cli.Parser, trainer_defaults=cli.TRAINER_DEFAULTS,
+        seed_everything_default=0, auto_configure_optimizers=False, save_config_callback=None,
+        args=[f"--config={ROOT / 'configs/baseline.yaml'}", "--trainer.accelerator=cpu", f"--run={tmp_path}", *args],
+    )  # fmt: skip
+
+
+def test_one_callback_without_a_list_is_taken_as_lightning_takes_it(tmp_path):
+    built = built_with(tmp_path, "--trainer.callbacks=lightning.pytorch.callbacks.Timer")
+    assert "Timer" in [type(callback).__name__ for callback in built.trainer.callbacks]
+
+
+@pytest.mark.parametrize("form", ["{}", '[{{"class_path": "{}"}}]'])
+def test_a_plugin_of_the_user_is_used(tmp_path, form):
+    plugin = form.format("lightning.pytorch.plugins.environments.LightningEnvironment")
+    built_with(tmp_path, f"--trainer.plugins={plugin}")

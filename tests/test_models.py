@@ -219,3 +219,32 @@ print(load_pretrained(spec, "teacher", torch.float32).lm_head.weight.double().su
         assert float(done.stdout) == tiny("llama", seed=seed).model.lm_head.weight.double().sum().item()
     done = subprocess.run([sys.executable, "-c", code, "v2"], env=env, capture_output=True, text=True)
     assert "ConfigError: --model.teacher.path owner/small cannot be loaded" in done.stderr
+
+
+def test_a_family_that_divides_its_logits_is_honoured():
+    from salt_lightning.models import build_fresh
+
+    sizes = {**FAMILIES["llama"], "max_position_embeddings": 16, "logits_scaling": 4.0}
+    lm = CausalLM(build_fresh(ModelSpec(family="granite", config=sizes), None, 0), "student")
+    lm.check()
+
+
+def test_a_teacher_checkpoint_that_lacks_a_weight_is_refused(teacher, tmp_path):
+    """Loaded without it, that weight would be random, and nobody would know."""
+    checkpoint = torch.load(teacher, weights_only=True)
+    del checkpoint["state_dict"]["student.model.model.norm.weight"]
+    torch.save(checkpoint, tmp_path / "x.ckpt")
+    with pytest.raises(RuntimeError, match=r"Missing key.*norm.weight"):
+        load_pretrained(ModelSpec(path=str(tmp_path / "x.ckpt")), "teacher", torch.float32)
+
+
+def test_the_attention_asked_for_is_the_one_used(teacher, tmp_path):
+    from salt_lightning.models import build_fresh
+
+    lm = tiny("llama")
+    lm.model.save_pretrained(tmp_path / "hf")
+    fresh = build_fresh(ModelSpec(config=FAMILIES["llama"], attention="eager"), None, 0)
+    paths = (str(tmp_path / "hf"), teacher)
+    loaded = [load_pretrained(ModelSpec(path=path, attention="eager"), "teacher", torch.float32) for path in paths]
+    assert [model.config._attn_implementation for model in (fresh, *loaded)] == ["eager"] * 3
+    assert lm.model.config._attn_implementation == "sdpa"  # the premise: not what they would take anyway

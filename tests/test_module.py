@@ -357,3 +357,204 @@ def test_a_hugging_face_teacher_of_other_token_ids_is_refused(train, settings, t
     (folder / "tokenizer.json").write_text(swapped)
     with pytest.raises(ConfigError, match=r"name 2 token ids differently: id 65 is '\w' here and '\w' there"):
         train(str(folder), KDScheduleCallback(0.5, 1), 2)
+
+
+def test_a_plain_step_has_no_teacher(train, teacher):
+    """Already the first step of weight 0 runs without it."""
+
+    class Look(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            seen.append((pl_module.kd_weight.item(), pl_module.teacher is not None))
+
+    seen = []
+    train(teacher, KDScheduleCallback(0.5, steps=2), 4, Look(), data={"micro_batch_size": 4})
+    assert seen == [(0.5, True)] * 4 + [(0.0, False)] * 4
+
+
+def test_a_baseline_ignores_a_phase_longer_than_the_run(train):
+    train(None, KDScheduleCallback(0.0, steps=99), 2)
+
+
+def test_the_logged_rate_is_that_of_the_step(fit_with, tmp_path):
+    assert fit_with(tmp_path / "run") == 0
+    cosine = [3e-3 * (0.1 + 0.45 * (1 + math.cos(math.pi * i / 10))) for i in range(10)]
+    logged = scalars(tmp_path / "run")["train/lr"]
+    assert [logged[step] for step in range(1, 13)] == pytest.approx([1.5e-3, 3e-3, *cosine])  # TensorBoard keeps fp32
+
+
+@pytest.mark.parametrize(("own", "limit"), [({}, 1.0), ({"trainer.gradient_clip_val": 0.01}, 0.01)])
+def test_gradients_are_clipped_and_their_norm_before_that_is_logged(fit_with, tmp_path, own, limit):
+    class Norms(Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            before.append(torch.nn.utils.get_total_norm([p.grad for p in pl_module.parameters()]).item())
+
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            after.append(torch.nn.utils.get_total_norm([p.grad for p in pl_module.parameters()]).item())
+
+    before, after = [], []
+    assert fit_with(tmp_path / "run", Norms(), **own) == 0
+    assert max(before) > limit  # the premise
+    assert after == pytest.approx([min(norm, limit) for norm in before], rel=1e-3)
+    logged = scalars(tmp_path / "run")["train/grad_norm"]
+    assert [logged[step] for step in range(1, 13)] == pytest.approx(before, rel=1e-5)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_logged_losses_are_the_formula(fit_with, teacher, tmp_path, with_bias):
+    """A taught step, a plain one and a validation, recomputed in float64 from the weights and batches of the run."""
+    import copy
+
+    from families import tiny
+
+    class Keep(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx % 2 == 0:
+                students.append(copy.deepcopy(pl_module.student).double())
+                teachers.append(copy.deepcopy(pl_module.teacher))
+            batches.append(batch)
+
+        def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 0:
+                students.append(copy.deepcopy(pl_module.student).eval().double())
+            val_batches.append(batch)
+
+    def formula(student, batches, taught_by=None):
+        ids, positions, labels = (torch.cat([b[k] for b in batches]) for k in ("input_ids", "positions", "labels"))
+        with torch.no_grad():
+            hidden, head, bias = student(ids, positions)
+            if taught_by is None:
+                return salt_reference(hidden, head, labels.flatten(), student_bias_V=bias)
+            t_hidden, t_head, t_bias = taught_by.double()(ids, positions)
+            return salt_reference(hidden, head, labels.flatten(), t_hidden, t_head, 0.6, 2.0, None, bias, t_bias)
+
+    students, teachers, batches, val_batches = [], [], [], []
+    own = {"kd.weight": 0.6, "kd.steps": 1, "model.teacher.path": teacher, "model.teacher_temperature": 2.0,
+           "data.micro_batch_size": 4, "trainer.max_steps": 2, "trainer.val_check_interval": 2}  # fmt: skip
+    if with_bias:  # and biases large enough to show
+        for seed, role in enumerate(("student", "teacher")):
+            tiny("phi", seed=seed, vocab_size=320, max_position_embeddings=64).model.save_pretrained(tmp_path / role)
+            own[f"model.{role}.path"] = str(tmp_path / role)
+    assert fit_with(tmp_path / "run", Keep(), **own) == 0
+    v = {tag.removeprefix("train/"): steps for tag, steps in scalars(tmp_path / "run").items()}
+    taught, plain = formula(students[0], batches[:2], teachers[0]), formula(students[1], batches[2:])
+    means = {name.removesuffix("_sum"): (total / taught["tokens"]).item() for name, total in taught.items()}
+    expected = {"loss": taught["loss"].item(), "ce": means["ce"], "kd": means["kd"], "agreement": means["agree"]}
+    expected |= {"teacher_ce": means["teacher_ce"], "teacher_entropy": means["teacher_entropy"]}
+    expected |= {"kl": means["kd"] - means["teacher_entropy"], "gap": means["ce"] - means["teacher_ce"]}
+    assert {name: v[name][1] for name in expected} == pytest.approx(expected, rel=1e-4)  # fp32 models
+    assert v["loss"][2] == v["ce"][2] == pytest.approx(plain["loss"].item(), rel=1e-5)
+    assert v["val/ce"][2] == pytest.approx(formula(students[2], val_batches)["loss"].item(), rel=1e-5)
+
+
+def test_a_student_with_fewer_rows_than_the_teacher_cuts_the_teachers(train, teacher):
+    """300 rows, exactly the tokenizer's, beside the teacher's 320."""
+    module = train(teacher, KDScheduleCallback(0.5), 2, config={**CONFIG, "vocab_size": 300})
+    assert len(module.student.head.weight) == 300
+    assert len(module.teacher.head.weight) == 320
+
+
+def test_a_pretrained_student_of_other_token_ids_is_refused(fit_with, settings, tmp_path, capsys):
+    """Same size, other ids; with the data's own tokenizer beside it the same model is taken."""
+    from families import tiny
+
+    data = {key.removeprefix("data."): value for key, value in settings.items() if key.startswith("data.")}
+    own = {"model.student.path": str(tmp_path / "hf"), "trainer.max_steps": 2, "trainer.val_check_interval": 2}
+    tiny("llama", vocab_size=300, max_position_embeddings=64).model.save_pretrained(tmp_path / "hf")
+    codes = []
+    for val_fraction in (0.5, settings["data.val_fraction"]):  # another training text: other merges
+        module = SALTDataModule(**{**data, "val_fraction": val_fraction})
+        module.prepare_data()
+        module.setup("validate")
+        module.tokenizer.save_pretrained(tmp_path / "hf")
+        codes.append(fit_with(tmp_path / "run", **own))
+    assert codes == [2, 0]
+    assert re.search(r"error: --model.student.path .* token ids differently: id \d+ is", capsys.readouterr().err)
+
+
+def test_a_teacher_of_shorter_rows_is_refused(train, teacher):
+    with pytest.raises(ConfigError, match=r"max_position_embeddings 32 is smaller than --data.block_size 64"):
+        train(teacher, KDScheduleCallback(steps=1), 2, data={"block_size": 64})
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_both_models_are_proved_before_they_are_used(train, teacher, role, monkeypatch):
+    monkeypatch.setattr("salt_lightning.models.logit_scale", lambda config, name: 2.0 if name == role else 1.0)
+    with pytest.raises(ConfigError, match=f"--model.{role}: hidden states times head differ"):
+        train(teacher, KDScheduleCallback(0.5), 2)
+
+
+@pytest.mark.parametrize(
+    ("own", "dtype"),
+    [
+        ({}, torch.float32),
+        ({"trainer.precision": "bf16-mixed"}, torch.bfloat16),
+        ({"trainer.precision": "bf16-mixed", "model.teacher.dtype": "float32"}, torch.float32),
+    ],
+)
+def test_the_teacher_has_the_students_compute_dtype_unless_told_another(fit_with, teacher, tmp_path, own, dtype):
+    class Look(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            seen.update(p.dtype for p in pl_module.teacher.parameters())
+
+    seen = set()
+    own = {**own, "kd.weight": 0.5, "kd.steps": 2, "model.teacher.path": teacher, "trainer.max_steps": 2,
+           "trainer.val_check_interval": 2}  # fmt: skip
+    assert fit_with(tmp_path / "run", Look(), **own) == 0
+    assert seen == {dtype}
+
+
+def test_a_pretrained_student_trains_and_its_checkpoint_needs_the_folder_no_more(fit_with, tmp_path):
+    import shutil
+
+    from families import tiny
+
+    class Look(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            assert all(module.training for module in pl_module.student.modules())  # dropout, where it has some
+
+    tiny("llama", vocab_size=320, max_position_embeddings=64).model.save_pretrained(tmp_path / "hf")
+    own = {"model.student.path": str(tmp_path / "hf"), "trainer.max_steps": 2, "trainer.val_check_interval": 1}
+    assert fit_with(tmp_path / "run", Look(), **own) == 0
+    shutil.rmtree(tmp_path / "hf")
+    path = tmp_path / "run/checkpoints/step-00000002.ckpt"
+    loaded = SALTModule.load_from_checkpoint(path, weights_only=True)
+    assert all(torch.equal(t, weights(path)[f"student.{k}"]) for k, t in loaded.student.state_dict().items())
+
+
+def test_every_micro_batch_has_random_numbers_of_its_own(train):
+    class Seeds(Callback):
+        def on_before_backward(self, trainer, pl_module, loss):
+            seeds.append(torch.initial_seed())
+
+    seeds = []
+    for seed in (0, 1):
+        train(None, None, 3, Seeds(), data={"micro_batch_size": 4}, seed=seed)
+    assert len(set(seeds)) == 2 * 3 * 2
+
+
+def test_the_log_says_that_the_teacher_left_and_once_what_it_brought(fit_with, teacher, tmp_path, caplog):
+    own = {"kd.weight": 0.5, "kd.steps": 6, "model.teacher.path": teacher}
+    assert fit_with(tmp_path / "run", **own) == 0
+    said = [record.getMessage() for record in caplog.records]
+    assert len([line for line in said if line.startswith("step 6: the teacher has left, ")]) == 1
+    assert len([line for line in said if "tokens/s without the teacher" in line]) == 1
+
+
+def test_the_time_of_a_run_leaves_validation_out_and_goes_on_after_a_resume(fit_with, tmp_path):
+    import time
+
+    class Slow(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            time.sleep(0.5 if batch_idx == 0 else 0)
+
+        def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx):
+            time.sleep(2)
+
+    short = {"trainer.limit_val_batches": 1, "trainer.val_check_interval": 2}
+    assert fit_with(tmp_path / "run", Slow(), **short, **{"trainer.max_steps": 4}) == 0
+    assert fit_with(tmp_path / "run", **short, **{"trainer.max_steps": 6, "ckpt_path": "last"}) == 0
+    time_s = [seconds for _, seconds in sorted(scalars(tmp_path / "run")["train/time_s"].items())]
+    assert len(time_s) == 6
+    assert time_s[0] >= 0.5
+    assert 0 < time_s[2] - time_s[1] < 2  # the validation of step 2 lies between
+    assert time_s == sorted(time_s)

@@ -81,3 +81,14 @@ def test_warmup_longer_than_the_run_says_how_to_shorten():
         ConfigError, match=r"warmup_steps 300 .* --trainer.max_steps 100: .* --model.optim.warmup_steps 5"
     ):
         OptimSpec(warmup_steps=300).check(100)
+
+
+def test_warmup_and_decay_must_fit_together():
+    OptimSpec(schedule="wsd", warmup_steps=50, decay_steps=50).check(100)
+    with pytest.raises(ConfigError, match=r"warmup_steps 51 and decay_steps 50 do not fit into"):
+        OptimSpec(schedule="wsd", warmup_steps=51, decay_steps=50).check(100)
+
+
+def test_a_run_of_fewer_than_five_steps_has_no_decay_by_default():
+    spec = OptimSpec(lr=1.0, schedule="wsd", min_lr_ratio=0.1)
+    assert [spec.lr_at(step, 4) for step in range(5)] == [1.0, 1.0, 1.0, 1.0, 0.1]

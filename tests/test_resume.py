@@ -423,3 +423,11 @@ def test_the_tensorboard_page_shows_each_step_once(settings, tmp_path):
     page.Reload()
     assert [event.step for event in page.Scalars("train/lr")] == list(range(1, 13))
     assert all(event.value <= 1e-4 for event in page.Scalars("train/lr") if event.step > 3)
+
+
+def test_other_data_than_the_checkpoints_is_said(fit, tmp_path, caplog):
+    assert fit(tmp_path / "run", stop_at=3) == 128 + signal.SIGTERM
+    assert fit(tmp_path / "run", stop_at=5, ckpt_path="last") == 128 + signal.SIGTERM
+    assert "other data than the checkpoint's" not in caplog.text
+    assert fit(tmp_path / "run", ckpt_path="last", **{"data.seed": 5}) == 0
+    assert "going on with other data than the checkpoint's: --data.seed 5 (checkpoint: 0)" in caplog.text

@@ -1,0 +1,78 @@
+"""The meter by a clock of our own: every time and rate that a logged step says, by literal values."""
+
+import pytest
+
+from salt_lightning.meter import Meter
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """clock(seconds) lets that much time pass."""
+    now = [1000.0]
+    monkeypatch.setattr("salt_lightning.meter.time.perf_counter", lambda: now[0])
+
+    def pass_by(seconds):
+        now[0] += seconds
+
+    return pass_by
+
+
+def taught(steps):
+    return min(steps, 4)
+
+
+def test_a_logged_step_speaks_of_the_time_since_the_one_before(clock):
+    meter = Meter()
+    meter.start(0, wait_s=5.0)
+    clock(10.0)
+    first = meter.read(2, 100, taught, wait_s=6.0, peak=None)
+    assert (first["time_s"], first["tokens"], first["tokens_per_s"], first["data_wait_s"]) == (10.0, 200.0, 20.0, 1.0)
+    clock(4.0)
+    second = meter.read(4, 100, taught, wait_s=6.5, peak=None)
+    assert (second["time_s"], second["tokens"], second["tokens_per_s"], second["data_wait_s"]) == (14.0, 400, 50.0, 0.5)
+
+
+def test_a_resumed_run_counts_its_own_steps_and_adds_to_the_time(clock):
+    meter = Meter()
+    meter.time_s = 60.0  # of the starts before
+    meter.start(8, wait_s=0.0)
+    clock(2.0)
+    values = meter.read(10, 100, taught, wait_s=0.0, peak=None)
+    assert (values["time_s"], values["tokens"], values["tokens_per_s"]) == (62.0, 1000.0, 100.0)
+
+
+def test_validation_is_not_counted(clock):
+    meter = Meter()
+    meter.start(0, wait_s=0.0)
+    clock(3.0)
+    meter.pause()
+    clock(50.0)
+    meter.go_on()
+    clock(1.0)
+    assert meter.read(2, 100, taught, wait_s=0.0, peak=None)["tokens_per_s"] == 50.0
+    assert meter.time_s == 4.0
+
+
+def test_mfu_is_that_of_the_stretch_and_the_totals_are_of_the_run(clock):
+    meter = Meter()
+    meter.forward_flops = {"student": 2.0, "teacher": 1.0}
+    meter.start(3, wait_s=0.0)
+    clock(10.0)
+    values = meter.read(5, 100, taught, wait_s=0.0, peak=200.0)
+    assert values["flops_student_total"] == 5 * 100 * 3 * 2.0
+    assert values["flops_teacher_total"] == 4 * 100 * 1.0
+    # two steps of the student, one of the teacher, in 10 s of 200 FLOP/s
+    assert values["mfu"] == pytest.approx((2 * 100 * 6.0 + 1 * 100 * 1.0) / 10 / 200)
+
+
+def test_what_the_leaving_brought_is_said_once(clock):
+    meter = Meter()
+    meter.start(0, wait_s=0.0)
+    clock(1.0)
+    meter.read(1, 1000, taught, wait_s=0.0, peak=None)
+    assert meter.what_it_brought() is None
+    meter.teacher_left()
+    clock(0.5)
+    meter.read(2, 1000, taught, wait_s=0.0, peak=None)
+    assert meter.what_it_brought() == "2,000 tokens/s without the teacher, 1,000 with it"
+    assert meter.what_it_brought() is None
