@@ -1,29 +1,36 @@
 """The head loss against its floor and its rivals: time, memory, and error to float64, all in one process.
 
-    python benchmarks/head_loss.py             one GPU, under 9 minutes
+    python benchmarks/head_loss.py             one GPU, under 9 minutes; more rows if liger-kernel is installed
     python benchmarks/head_loss.py --tiny      any CPU, seconds: shows that it runs
 
 The floor is the matrix products alone (four with a teacher, three without). Times are medians of rounds in which
-all variants take turns, so that drift of the card cancels; ratios to the floor are the claim.
+all variants take turns, so that drift of the card cancels; ratios to the floor are the claim. "Without the row
+pass" is our own products in our own chunks: what a row lies above it is the row pass, what it lies above the floor
+is chunking. Errors are measured in memory that was filled with NaN before.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.metadata
 import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax, softmax
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from salt_lightning import chunked_head
 from salt_lightning.losses import salt_loss
 
 WEIGHT = 0.667
@@ -37,38 +44,110 @@ class Case:
     labels_N: Tensor
     teacher_hidden_NE: Tensor
     teacher_head_VE: Tensor
+    kd_weight: float
 
     @classmethod
-    def make(cls, num_rows: int, sizes: tuple[int, int, int], device: str, dtype: torch.dtype, near: bool) -> Case:
-        """Logits of standard deviation 3. near: a teacher that is the student but for 3% of noise."""
+    def make(cls, num_rows: int, sizes: tuple[int, int, int], device: str, dtype: torch.dtype) -> Case:
+        """Unrelated models, logits of standard deviation 3, every label valid."""
         d, e, vocab = sizes
-        make = partial(torch.randn, generator=torch.Generator(device).manual_seed(0), device=device)
-        hidden, head = make(num_rows, d), make(vocab, d) * 3 / math.sqrt(d)
-        teacher_hidden, teacher_head = make(num_rows, e), make(vocab, e) * 3 / math.sqrt(e)
-        if near:
-            teacher_hidden, teacher_head = hidden + 0.03 * make(num_rows, d), head + 0.03 * head.std() * make(vocab, d)
-        labels = torch.randint(vocab, (num_rows,), device=device, generator=torch.Generator(device).manual_seed(1))
-        cast = (t.to(dtype) for t in (hidden, head, teacher_hidden, teacher_head))
-        hidden, head, teacher_hidden, teacher_head = cast
-        return cls(hidden.requires_grad_(), head.requires_grad_(), labels, teacher_hidden, teacher_head)
+        draw = partial(torch.randn, generator=torch.Generator(device).manual_seed(0), device=device)
+        hidden_ND, head_VD = draw(num_rows, d).to(dtype), (draw(vocab, d) * 3 / math.sqrt(d)).to(dtype)
+        taught = draw(num_rows, e).to(dtype), (draw(vocab, e) * 3 / math.sqrt(e)).to(dtype)
+        labels_N = torch.randint(vocab, (num_rows,), generator=torch.Generator().manual_seed(1)).to(device)
+        return cls(hidden_ND.requires_grad_(), head_VD.requires_grad_(), labels_N, *taught, WEIGHT)
+
+    def masked(self) -> Case:
+        """Every tenth label ignored."""
+        self.labels_N[::10] = -100
+        return self
+
+    def near(self) -> Case:
+        """A teacher that is the student but for 3% of noise, and nothing else to learn from."""
+
+        def shaken(t: Tensor) -> Tensor:
+            noise = torch.randn(t.shape, generator=torch.Generator().manual_seed(2)).to(t.device)
+            return (t.detach().float() + 0.03 * t.detach().float().std() * noise).to(t.dtype)
+
+        self.teacher_hidden_NE, self.teacher_head_VE = shaken(self.hidden_ND), shaken(self.head_VD)
+        self.kd_weight = 1.0
+        return self
 
 
-def ours(case: Case, teacher: bool = True, **options: object) -> Tensor:
-    taught = (case.teacher_hidden_NE, case.teacher_head_VE, WEIGHT) if teacher else ()
+Loss = Callable[[Case], Tensor]
+
+
+# ---- the variants
+
+
+def ours(case: Case, teacher: bool = True, **options: Any) -> Tensor:
+    taught = (case.teacher_hidden_NE, case.teacher_head_VE, case.kd_weight) if teacher else ()
     return salt_loss(case.hidden_ND, case.head_VD, case.labels_N, *taught, **options).loss
 
 
-def naive(case: Case, teacher: bool = True) -> Tensor:
-    """Hugging Face style: all logits, in fp32."""
-    logits_NV = (case.hidden_ND @ case.head_VD.T).float()
+def with_plain_rows(case: Case, compiled: bool = False, **options: Any) -> Tensor:
+    """The same walk without the Triton kernels: eager, or one compiled graph for all rows of a strip."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(patch.object(chunked_head, "_triton_rows", lambda: None))
+        if compiled:
+            stack.enter_context(patch.object(chunked_head, "row_pass", COMPILED_ROWS))
+            stack.enter_context(patch.object(chunked_head, "GPU_BLOCK_ELEMENTS", 2**40))
+        return ours(case, **options)
+
+
+def without_rows(case: Case, **options: Any) -> Tensor:
+    with patch.object(chunked_head, "_fill_rows", lambda *_: None):
+        return ours(case, **options)
+
+
+COMPILED_ROWS = torch.compile(chunked_head.row_pass, dynamic=False)
+
+
+class Fp32Logits(torch.autograd.Function):
+    """16-bit inputs, fp32 logits; their gradient is rounded for the products, as in any 16-bit training."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: Tensor, head_VD: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden_ND, head_VD)
+        if hidden_ND.dtype == torch.float32:
+            return hidden_ND @ head_VD.T
+        return torch.mm(hidden_ND, head_VD.T, out_dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, grad_NV: Tensor) -> tuple[Tensor, Tensor]:
+        hidden_ND, head_VD = ctx.saved_tensors
+        grad_NV = grad_NV.to(hidden_ND.dtype)
+        return grad_NV @ head_VD, grad_NV.T @ hidden_ND
+
+
+def full_loss(logits_NV: Tensor, teacher_NV: Tensor | None, case: Case) -> Tensor:
     ce = cross_entropy(logits_NV, case.labels_N)
-    if not teacher:
+    if teacher_NV is None:
         return ce
-    q_NV = softmax((case.teacher_hidden_NE @ case.teacher_head_VE.T).float(), -1)
-    return (1 - WEIGHT) * ce - WEIGHT * (q_NV * log_softmax(logits_NV, -1)).sum(-1).mean()
+    q_NV = softmax(teacher_NV, -1)
+    kd_N = -(q_NV * log_softmax(logits_NV, -1)).sum(-1)
+    valid_N = case.labels_N != -100
+    return (1 - case.kd_weight) * ce + case.kd_weight * (kd_N * valid_N).sum() / valid_N.sum()
 
 
-def liger() -> Callable[[Case], Tensor] | None:
+def naive(case: Case, teacher: bool = True) -> Tensor:
+    """Hugging Face style: all logits in the model's dtype, then upcast."""
+    teacher_NV = (case.teacher_hidden_NE @ case.teacher_head_VE.T).float() if teacher else None
+    return full_loss((case.hidden_ND @ case.head_VD.T).float(), teacher_NV, case)
+
+
+def naive_fp32_logits(case: Case) -> Tensor:
+    """All logits in fp32 from the product on: what "accurate" is measured against."""
+    teacher_NV = Fp32Logits.apply(case.teacher_hidden_NE, case.teacher_head_VE)
+    return full_loss(Fp32Logits.apply(case.hidden_ND, case.head_VD), teacher_NV, case)
+
+
+def truth(case: Case) -> Tensor:
+    teacher_NV = case.teacher_hidden_NE.double() @ case.teacher_head_VE.double().T
+    return full_loss(case.hidden_ND.double() @ case.head_VD.double().T, teacher_NV, case)
+
+
+def liger() -> Loss | None:
+    """The library loss with the hard and soft mix in one call; its soft term is the KL: the same gradient."""
     try:
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
     except ImportError:
@@ -82,24 +161,33 @@ def floor(case: Case, teacher: bool = True) -> None:
     with torch.no_grad():
         logits_NV = case.hidden_ND @ case.head_VD.T
         if teacher:
-            case.teacher_hidden_NE @ case.teacher_head_VE.T
-        logits_NV @ case.head_VD
-        logits_NV.T @ case.hidden_ND
+            _ = case.teacher_hidden_NE @ case.teacher_head_VE.T
+        _ = logits_NV @ case.head_VD
+        _ = logits_NV.T @ case.hidden_ND
 
 
-def variants(on_gpu: bool, teacher: bool) -> dict[str, Callable[[Case], Tensor]]:
-    found: dict[str, Callable[[Case], Tensor]] = {
-        "ours, accurate": partial(ours, teacher=teacher),
-        "ours, fast": partial(ours, teacher=teacher, accuracy="fast"),
-        "ours, accurate, 0.5 GiB": partial(ours, teacher=teacher, logits_budget_gib=0.5),
-        "ours, fast, 0.5 GiB": partial(ours, teacher=teacher, accuracy="fast", logits_budget_gib=0.5),
+def variants(on_gpu: bool, teacher: bool) -> dict[str, Loss]:
+    accurate, fast = {"teacher": teacher}, {"teacher": teacher, "accuracy": "fast"}
+    found: dict[str, Loss] = {
+        "ours, accurate": partial(ours, **accurate),
+        "ours, fast": partial(ours, **fast),
+        "ours, accurate, 0.5 GiB": partial(ours, **accurate, logits_budget_gib=0.5),
+        "ours, fast, 0.5 GiB": partial(ours, **fast, logits_budget_gib=0.5),
         "naive fp32": partial(naive, teacher=teacher),
+        "ours, accurate, without the row pass": partial(without_rows, **accurate),
+        "ours, fast, without the row pass": partial(without_rows, **fast),
     }
     if on_gpu:
-        found["naive, torch.compile"] = torch.compile(partial(naive, teacher=teacher))
+        found["ours, accurate, eager row pass"] = partial(with_plain_rows, **accurate)
+        found["ours, accurate, compiled row pass"] = partial(with_plain_rows, **accurate, compiled=True)
+        found["ours, fast, compiled row pass"] = partial(with_plain_rows, **fast, compiled=True)
+        found["naive, torch.compile"] = torch.compile(partial(naive, teacher=teacher), dynamic=False)
         if teacher and (rival := liger()) is not None:
             found["Liger FusedLinearJSD"] = rival
     return found
+
+
+# ---- measuring
 
 
 def timed(call: Callable[[], object], on_gpu: bool) -> float:
@@ -107,15 +195,15 @@ def timed(call: Callable[[], object], on_gpu: bool) -> float:
         start = time.perf_counter()
         call()
         return 1e3 * (time.perf_counter() - start)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
     call()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end)
+    return begin.elapsed_time(end)
 
 
-def forward_backward(loss: Callable[[Case], Tensor], case: Case) -> None:
+def forward_backward(loss: Loss, case: Case) -> None:
     case.hidden_ND.grad = case.head_VD.grad = None
     loss(case).backward()
 
@@ -132,10 +220,12 @@ def peak_gib(call: Callable[[], object], on_gpu: bool) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**30
 
 
-def speed_table(case: Case, teacher: bool, rounds: int, on_gpu: bool) -> list[str]:
-    calls = {"floor": partial(floor, case, teacher)}
+def speed_table(case: Case, teacher: bool, rounds: int, on_gpu: bool) -> Iterator[str]:
+    torch.compiler.reset()  # else the second size counts as a dynamic shape and gets another, slower graph
+    calls: dict[str, Callable[[], object]] = {"floor": partial(floor, case, teacher)}
     calls |= {name: partial(forward_backward, v, case) for name, v in variants(on_gpu, teacher).items()}
-    peaks, rows = {}, []
+    peaks = {}
+    yield "| variant | ms, median (10% to 90%) | x floor | GiB |\n|---|---:|---:|---:|"
     for name in list(calls):
         try:
             calls[name]()  # compiles, fills caches
@@ -143,7 +233,10 @@ def speed_table(case: Case, teacher: bool, rounds: int, on_gpu: bool) -> list[st
             peaks[name] = peak_gib(calls[name], on_gpu)
         except torch.OutOfMemoryError:
             del calls[name]
-            rows.append(f"| {name} | out of memory | | |")
+            yield f"| {name} | out of memory | | |"
+        case.hidden_ND.grad = case.head_VD.grad = None
+        if on_gpu:
+            torch.cuda.empty_cache()  # a rival's leftovers are not ours
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
@@ -151,41 +244,37 @@ def speed_table(case: Case, teacher: bool, rounds: int, on_gpu: bool) -> list[st
     base = statistics.median(times["floor"])
     for name, values in times.items():
         low, middle, high = (statistics.quantiles(values, n=10, method="inclusive")[i] for i in (0, 4, 8))
-        rows.append(f"| {name} | {middle:.2f} ({low:.2f} to {high:.2f}) | {middle / base:.2f} | {peaks[name]:.2f} |")
-    return ["| variant | ms, median (10% to 90%) | x floor | GiB |", "|---|---:|---:|---:|", *rows]
+        yield f"| {name} | {middle:.2f} ({low:.2f} to {high:.2f}) | {middle / base:.2f} | {peaks[name]:.2f} |"
 
 
-def error_table(device: str, dtype: torch.dtype, tiny: bool) -> list[str]:
-    """Relative errors of loss, hidden gradient and head gradient to float64, and to the naive loss's own errors."""
-    rows = ["| variant | teacher | loss | d hidden | d head | d head / naive fp32's |", "|---|---|---:|---:|---:|---:|"]
-    for near in (False, True):
-        sizes = (64, 48, 500) if tiny else (256, 192, 8000)
-        case = Case.make(512, sizes, device, dtype, near)
-        truth = results(naive_with(torch.float64), case)
-        reference = errors(results(naive, case), truth)
+def error_table(device: str, dtype: torch.dtype, tiny: bool) -> Iterator[str]:
+    yield (
+        "| variant | teacher | loss | d hidden | d head | larger gradient error / naive fp32 logits |\n"
+        "|---|---|---:|---:|---:|---:|"
+    )
+    sizes = (64, 48, 500) if tiny else (256, 192, 8000)
+    for teacher in ("far", "near"):
+        case = Case.make(512, sizes, device, dtype).masked()
+        if teacher == "near":
+            case = case.near()
+        exact = results(truth, case)
+        reference = errors(results(naive_fp32_logits, case), exact)
         for name, loss in {
-            "naive fp32": naive,
+            "naive fp32 logits": naive_fp32_logits,
+            "naive, upcast": naive,
             "ours, accurate": partial(ours, chunk_tokens=128),
             "ours, fast": partial(ours, chunk_tokens=128, accuracy="fast"),
         }.items():
-            got = errors(results(loss, case), truth)
+            got = errors(results(loss, case), exact)
             shown = " | ".join(f"{value:.1e}" for value in got)
-            rows.append(f"| {name} | {'near' if near else 'far'} | {shown} | {got[2] / reference[2]:.2f} |")
-    return rows
+            ratio = max(g / r for g, r in zip(got[1:], reference[1:], strict=True))
+            yield f"| {name} | {teacher} | {shown} | {ratio:.2f} |"
 
 
-def naive_with(dtype: torch.dtype) -> Callable[[Case], Tensor]:
-    def loss(case: Case) -> Tensor:
-        logits_NV = case.hidden_ND.to(dtype) @ case.head_VD.to(dtype).T
-        q_NV = softmax(case.teacher_hidden_NE.to(dtype) @ case.teacher_head_VE.to(dtype).T, -1)
-        soft = -(q_NV * log_softmax(logits_NV, -1)).sum(-1).mean()
-        return (1 - WEIGHT) * cross_entropy(logits_NV, case.labels_N) + WEIGHT * soft
-
-    return loss
-
-
-def results(loss: Callable[[Case], Tensor], case: Case) -> list[Tensor]:
+def results(loss: Loss, case: Case) -> list[Tensor]:
     case.hidden_ND.grad = case.head_VD.grad = None
+    leftover = torch.full((2**25,), math.nan, device=case.hidden_ND.device)
+    del leftover  # what is allocated next, and not written, is NaN
     value = loss(case)
     value.backward()
     assert case.hidden_ND.grad is not None
@@ -193,30 +282,47 @@ def results(loss: Callable[[Case], Tensor], case: Case) -> list[Tensor]:
     return [value.detach().double(), case.hidden_ND.grad.double(), case.head_VD.grad.double()]
 
 
-def errors(got: list[Tensor], truth: list[Tensor]) -> list[float]:
-    found = [((a - b).norm() / b.norm()).item() for a, b in zip(got, truth, strict=True)]
-    assert all(math.isfinite(value) for value in found[1:])
+def errors(got: list[Tensor], exact: list[Tensor]) -> list[float]:
+    found = [((a - b).norm() / b.norm()).item() for a, b in zip(got, exact, strict=True)]
+    assert all(math.isfinite(value) for value in found)
     return found
 
 
+def versions() -> str:
+    named = []
+    for package in ("torch", "triton", "liger-kernel"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            named.append(f"{package} {importlib.metadata.version(package)}")
+    return ", ".join(named)
+
+
 def main() -> None:
+    start = time.perf_counter()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--rows", type=int, default=8192)
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--deadline", type=float, default=480, help="seconds after which no further table is begun")
     args = parser.parse_args()
     on_gpu = torch.cuda.is_available() and not args.tiny
     device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
     sizes = SIZES if on_gpu else ((64, 48, 1000),)
     rows, rounds = (args.rows, args.rounds) if on_gpu else (256, 3)
-    print(f"{torch.cuda.get_device_name() if on_gpu else 'CPU'}, torch {torch.__version__}, {rows} rows, {dtype}\n")
-    for size in sizes:
-        for teacher in (True, False):
-            case = Case.make(rows, size, device, dtype, near=False)
-            print(f"Student width, teacher width, vocabulary {size}; {'KD' if teacher else 'plain phase'}\n")
-            print("\n".join(speed_table(case, teacher, rounds, on_gpu)), "\n", flush=True)
+    card = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}" if on_gpu else "CPU"
+    print(f"{card}, {versions()}; {rows} rows, {dtype}, {rounds} rounds\n\nErrors to float64\n")
+    for line in error_table(device, dtype, args.tiny):
+        print(line, flush=True)
+    for teacher in (True, False):
+        for size in sizes:
+            print(f"\nStudent width, teacher width, vocabulary {size}; {'KD' if teacher else 'plain phase'}\n")
+            if time.perf_counter() - start > args.deadline:
+                print("left out: the deadline has passed")
+                continue
+            case = Case.make(rows, size, device, dtype)
+            for line in speed_table(case, teacher, rounds, on_gpu):
+                print(line, flush=True)
             del case
-    print("Errors to float64\n\n" + "\n".join(error_table(device, dtype, args.tiny)))
+    print(f"\n{time.perf_counter() - start:.0f} s in all")
 
 
 if __name__ == "__main__":
