@@ -6,6 +6,7 @@ Shapes: B rows, T tokens a row, N = B * T, D hidden width, V vocabulary.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import inspect
 import pickle
 from collections.abc import Callable, Iterator
@@ -137,6 +138,11 @@ class CausalLM(nn.Module):
         own_NV = self.model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False).logits[0].float()
         ours_NV = nn.functional.linear(*self(ids_BT, positions_BT)).float()
         off = (own_NV - ours_NV).abs().max()
+        if not own_NV.isfinite().all():
+            raise ConfigError(
+                f"--model.{self.name}.path: the {self.name}'s logits are not finite: its weights are damaged, or too "
+                f"large for --model.{self.name}.dtype {str(weight.dtype).removeprefix('torch.')}"
+            )
         # Both sides round a logit a few times in the model's dtype; a real mismatch is orders of magnitude larger.
         if not off <= 32 * torch.finfo(weight.dtype).eps * own_NV.abs().max():
             raise ConfigError(
@@ -384,6 +390,15 @@ def _load_checkpoint(spec: ModelSpec, name: str, dtype: torch.dtype) -> PreTrain
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=spec.attention)
     model.load_state_dict(weights)
     return model
+
+
+def weights_fingerprint(module: nn.Module) -> str:
+    """Hash of all weights by name, dtype and bits: where they came from does not count."""
+    hashed = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(module.state_dict().items()):
+        hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        hashed.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return hashed.hexdigest()
 
 
 def freeze(lm: CausalLM) -> CausalLM:

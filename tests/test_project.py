@@ -14,9 +14,11 @@ LAYERS = [  # a file imports from files of earlier layers alone
     {"errors"},
     {"documents", "flops", "metrics", "models", "optim", "row_pass", "runlog", "schedule"},
     {"checkpoint", "meter", "report", "tokenizer", "triton_rows"},
-    {"chunked_head", "compare", "prepare"},
+    {"chunked_head", "compare", "prepare", "scores"},
     {"losses", "rows"},
-    {"data", "module"},
+    {"selection"},
+    {"data", "module", "score_report"},
+    {"scoring"},
     {"cli", "__init__"},
 ]
 
