@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
@@ -173,7 +174,8 @@ class SALTDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Tokenize what is not in the cache yet, and score rows by their tokens; one process per node does this."""
-        scores = Scores(Path(self.selection), "--data.selection") if self.selection else None
+        fits = self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING
+        scores = Scores(Path(self.selection), "--data.selection") if self.selection and fits else None
         for setting in ("source", "val_source", "test_source"):
             if getattr(self, setting):
                 corpus, fraction = self._corpus(setting)

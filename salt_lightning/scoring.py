@@ -58,11 +58,12 @@ class ScoreWriter(pl.Callback):
         scored = data.scored(
             teacher=weights_fingerprint(teacher), precision=f"{teacher.head.weight.dtype}, {trainer.precision}"
         )
+        if (run / "scores.json").exists():
+            Scores(run, "--run").require(scored)  # on every rank: all stop alike
         if trainer.is_global_zero:
             Scores.create(run, scored, self._origin(pl_module, scored.num_rows * scored.block_size))
         trainer.strategy.barrier("scores are there")
         self.scores = Scores(run, "--run")
-        self.scores.require(scored)
         missing = self.scores.missing()
         trainer.strategy.barrier("all ranks have looked")
         self._shards = missing[trainer.global_rank :: trainer.world_size]
