@@ -1,5 +1,6 @@
 """The benchmarks run from end to end at tiny sizes; their figures mean nothing here."""
 
+import os
 import re
 import subprocess
 import sys
@@ -9,9 +10,9 @@ ROOT = Path(__file__).parents[1]
 
 
 def run(name: str) -> str:
-    done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / name, "--tiny"], capture_output=True, text=True, timeout=240
-    )
+    command = [sys.executable, ROOT / "benchmarks" / name, "--tiny"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}  # several threads of one process would wait for each other
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
@@ -32,3 +33,10 @@ def test_step():
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert len(cells) == 11
     assert float(cells[4]) > 1  # the teacher's forward costs FLOPs
+
+
+def test_scoring():
+    out = run("scoring.py")
+    assert re.search(r"^\| tiny \| [\d.]+ \(.*\| [\d.]+% \|$", out, re.M)
+    assert re.search(r"^\| tiny, `cli.py predict` \|", out, re.M)
+    assert re.search(r"^\| tiny, sdpa \| [\d.]+ \(.*\| [+-][\d.]+% \|$", out, re.M)
