@@ -12,8 +12,8 @@ FILES = sorted((ROOT / "salt_lightning").glob("*.py"))
 NAMES = [path.name for path in FILES]
 LAYERS = [  # a file imports from files of earlier layers alone
     {"errors"},
-    {"documents", "flops", "metrics", "models", "optim", "row_pass", "runlog", "schedule"},
-    {"checkpoint", "meter", "report", "tokenizer", "triton_rows"},
+    {"documents", "flops", "metrics", "optim", "row_pass", "runlog", "schedule", "sharded"},
+    {"checkpoint", "meter", "models", "report", "tokenizer", "triton_rows"},
     {"chunked_head", "compare", "prepare"},
     {"losses", "rows"},
     {"data", "module"},
