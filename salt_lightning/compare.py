@@ -5,17 +5,16 @@ NaN stands for "not known" in every number here; it shows as '-' and is null in 
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
 from salt_lightning import report
-from salt_lightning.errors import ConfigError
+from salt_lightning.errors import ConfigError, VerbParser
 from salt_lightning.runlog import AXES, Run, read_run
 
 
@@ -246,14 +245,9 @@ def _equal_points(students: list[Run]) -> dict[str, tuple[float, dict[str, float
     return equal
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"compare: {message}")
-
-
 def main(argv: list[str]) -> int:
     """`compare RUN RUN ... [--out DIR] [--baseline RUN]`: prints the table, writes the files."""
-    parser = _Parser(prog="cli.py compare", description="Table and figure of several runs, finished or running.")
+    parser = VerbParser(prog="cli.py compare", description="Table and figure of several runs, finished or running.")
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run's folder, e.g. runs/demo/salt")
     parser.add_argument(
         "--out",

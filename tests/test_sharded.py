@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch.distributed.checkpoint.metadata import MetadataIndex
+from transformers import AutoModelForCausalLM
 
+from salt_lightning import cli
 from salt_lightning.errors import ConfigError
 from salt_lightning.models import ModelSpec, load_pretrained, read_checkpoint
 from salt_lightning.sharded import read_table
@@ -55,6 +58,27 @@ def test_a_sharded_checkpoint_is_a_teacher(saved):
     teacher = load_pretrained(spec, "teacher", torch.float32)
     whole = torch.load(saved / "whole.pt", weights_only=True)
     assert all(torch.equal(tensor, whole[name]) for name, tensor in teacher.state_dict().items())
+
+
+def test_it_is_exported_by_one_process(saved, tmp_path):
+    assert cli.main(["export", str(saved / "step-00000001.ckpt"), str(tmp_path / "out")]) == 0
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values()), info
+    whole = torch.load(saved / "whole.pt", weights_only=True)
+    own = AutoModelForCausalLM.from_config(model.config)
+    own.load_state_dict(whole)
+    ids_BT = torch.arange(8)[None]
+    assert torch.equal(model.eval()(ids_BT).logits, own.eval()(ids_BT).logits)
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        assert len(file.keys()) == len(whole) - 1  # tied: once
+
+
+def test_an_export_of_half_a_checkpoint_is_one_line(copy, tmp_path, capsys):
+    (copy / "__1_0.distcp").unlink()
+    assert cli.main(["export", str(copy), str(tmp_path / "out")]) == 2
+    said = f"error: export: CKPT {copy} is not a whole checkpoint: __1_0.distcp is missing; copy the folder again"
+    assert capsys.readouterr().err.split("\n") == ["", said, ""]
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["meta.pt", ".metadata", "__0_0.distcp", "__1_0.distcp"])
