@@ -28,7 +28,7 @@ from salt_lightning.runlog import read_run
 from salt_lightning.sharded import ShardedTensors
 from salt_lightning.tokenizer import load_tokenizer, tokenizer_fingerprint
 
-MAX_FILE_BYTES = 4 << 30
+MAX_FILE_BYTES = 2 << 30
 _PREFIX = "student.model."  # of the student's weights in our checkpoints
 
 
@@ -48,7 +48,7 @@ def export(
         dtype: of the weights; None: as they were trained.
         tokenizer: folder or hub name; None: the run's own.
         run: the run's folder, for tokenizer and model card; None: the one that the checkpoint lies in.
-        max_file_bytes: of a file of weights, and so about the memory that writing it takes.
+        max_file_bytes: of a file of weights; the memory taken is up to three times that.
 
     Raises:
         ConfigError: the target exists, the checkpoint is damaged or holds another model than it says, or the
@@ -63,8 +63,9 @@ def export(
     run = run or checkpoint.absolute().parent.parent
     words = _tokenizer(saved, model, tokenizer or (run / "tokenizer" if (run / "tokenizer").is_dir() else None))
 
-    def read(name: str) -> Tensor:
-        return saved["state_dict"][_PREFIX + name].to(weights[name].dtype)
+    def read(names: list[str]) -> dict[str, Tensor]:
+        state = read_checkpoint(str(checkpoint), "export: CKPT")["state_dict"]  # anew: what was mapped before is let go
+        return {name: state[_PREFIX + name].to(weights[name].dtype) for name in names}
 
     with _whole_folder(target) as folder:
         num_files = _write_weights(model, weights, read, folder, max_file_bytes)
@@ -75,8 +76,8 @@ def export(
         (folder / "README.md").write_text(card, encoding="utf-8")
         verify(folder)
     return (
-        f"{target}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters in {model.config.dtype}, "
-        f"{num_files} file{'s' * (num_files > 1)} of weights, model card, "
+        f"{target}: {sum(p.numel() for p in model.parameters()):,} parameters in "
+        f"{str(model.config.dtype).removeprefix('torch.')}, {num_files} file{'s' * (num_files > 1)} of weights, model card, "
         + ("tokenizer" if words else f"no tokenizer (none in {run}; name one by --tokenizer)")
     )
 
@@ -169,46 +170,42 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _as_saved(model: PreTrainedModel, name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """The names, and of some families the parts, that `save_pretrained` gives a weight; a tied copy has none."""
-    return {} if name in model.all_tied_weights_keys else revert_weight_conversion(model, {name: tensor})
-
-
 def _write_weights(
     model: PreTrainedModel,
     weights: dict[str, Tensor],
-    read: Callable[[str], Tensor],
+    read: Callable[[list[str]], dict[str, Tensor]],
     folder: Path,
     max_file_bytes: int,
 ) -> int:
-    """Writes safetensors files, with an index where there are several; returns how many."""
+    """Writes safetensors files, with an index where there are several; returns how many. Tied weights stand once."""
     plan: list[list[str]] = [[]]
     size = total = 0
-    for name in weights:
-        num_bytes = sum(tensor.nbytes for tensor in _as_saved(model, name, weights[name]).values())
-        if plan[-1] and size + num_bytes > max_file_bytes:
+    for name, tensor in weights.items():
+        if name in model.all_tied_weights_keys:
+            continue
+        if plan[-1] and size + tensor.nbytes > max_file_bytes:
             plan.append([])
             size = 0
         plan[-1].append(name)
-        size, total = size + num_bytes, total + num_bytes
+        size, total = size + tensor.nbytes, total + tensor.nbytes
     place: dict[str, str] = {}
     for number, names in enumerate(plan, 1):
         file = "model.safetensors" if len(plan) == 1 else f"model-{number:05d}-of-{len(plan):05d}.safetensors"
-        place |= dict.fromkeys(_write_file(model, names, read, folder / file), file)
+        place |= dict.fromkeys(_write_file(model, read(names), folder / file), file)
     if len(plan) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": place}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))
     return len(plan)
 
 
-def _write_file(model: PreTrainedModel, names: list[str], read: Callable[[str], Tensor], path: Path) -> list[str]:
-    """Returns the names that are in the file. What it holds is let go before the next one is read."""
-    tensors = {key: part.contiguous() for name in names for key, part in _as_saved(model, name, read(name)).items()}
+def _write_file(model: PreTrainedModel, weights: dict[str, Tensor], path: Path) -> list[str]:
+    """Writes weights under the names, and of some families in the parts, that the hub has; returns those names."""
+    parts = {name: part.contiguous() for name, part in revert_weight_conversion(model, weights).items()}
     try:
-        save_file(tensors, path, metadata={"format": "pt"})
+        save_file(parts, path, metadata={"format": "pt"})
     except SafetensorError as error:  # a full disk, say
         raise OSError(f"{path}: {error}") from error
-    return list(tensors)
+    return list(parts)
 
 
 def _write_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
