@@ -48,7 +48,8 @@ def export(
         dtype: of the weights; None: as they were trained.
         tokenizer: folder or hub name; None: the run's own.
         run: the run's folder, for tokenizer and model card; None: the one that the checkpoint lies in.
-        max_file_bytes: of a file of weights; the memory taken is up to three times that.
+        max_file_bytes: of a file of weights. The memory taken is up to three times that, and of a sharded checkpoint
+            three times its largest tensor besides.
 
     Raises:
         ConfigError: the target exists, the checkpoint is damaged or holds another model than it says, or the
@@ -75,10 +76,10 @@ def export(
         card = model_card(target.name, saved, model, logged, words is not None)
         (folder / "README.md").write_text(card, encoding="utf-8")
         verify(folder)
+    num_parameters, kind = sum(p.numel() for p in model.parameters()), str(model.config.dtype).removeprefix("torch.")
     return (
-        f"{target}: {sum(p.numel() for p in model.parameters()):,} parameters in "
-        f"{str(model.config.dtype).removeprefix('torch.')}, {num_files} file{'s' * (num_files > 1)} of weights, model card, "
-        + ("tokenizer" if words else f"no tokenizer (none in {run}; name one by --tokenizer)")
+        f"{target}: {num_parameters:,} parameters in {kind}, {num_files} file{'s' * (num_files > 1)} of weights, "
+        f"model card, {'tokenizer' if words else f'no tokenizer (none in {run}; name one by --tokenizer)'}"
     )
 
 
