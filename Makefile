@@ -6,7 +6,7 @@ DEMO := runs/demo/seed$(SEED)
 # One process owns the machine; the tokenizer's own threads would fight the workers.
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check
+.PHONY: demo demo-ds test check
 .DELETE_ON_ERROR:
 
 .venv/installed: pyproject.toml
@@ -27,6 +27,16 @@ demo: .venv/installed cache/demo/corpus.jsonl
 	done
 	$(BIN)/python cli.py compare $(DEMO)/baseline $(DEMO)/salt $(DEMO)/rkd $(DEMO)/teacher --out $(DEMO)
 	@echo "TensorBoard: $(BIN)/tensorboard --logdir runs"
+
+$(DEMO)/compare.json:
+	$(MAKE) demo
+
+demo-ds: .venv/installed $(DEMO)/compare.json
+	rm -rf $(DEMO)/score $(DEMO)/salt_ds
+	$(BIN)/python cli.py predict --config configs/demo/score.yaml --run $(DEMO)/score --model.teacher.path $(DEMO)/teacher/checkpoints/step-00000150.ckpt
+	$(BIN)/python cli.py fit --config configs/demo/salt_ds.yaml --seed_everything $(SEED) --run $(DEMO)/salt_ds \
+		--data.selection $(DEMO)/score --model.teacher.path $(DEMO)/teacher/checkpoints/step-00000300.ckpt
+	$(BIN)/python cli.py compare $(DEMO)/baseline $(DEMO)/salt $(DEMO)/salt_ds $(DEMO)/rkd $(DEMO)/teacher --out $(DEMO)
 
 check: .venv/installed
 	$(BIN)/ruff format --check .

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
@@ -14,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from salt_lightning import flops, report
+from salt_lightning.compare import scoring_flops
 from salt_lightning.runlog import Run
 from salt_lightning.schedule import KDSchedule
 
@@ -134,7 +134,7 @@ def _cost(checkpoint: dict[str, Any], run: Run) -> dict[str, str]:
     by_student, by_teacher = flops.train_flops(step, step_tokens, student, teacher if taught else 0.0, taught)
     planned = f" of {run.max_steps:,}" if run.max_steps else ""
     passes = f" ({tokens / text_tokens:.2f} times the text)" if text_tokens else ""
-    scoring = _scoring_flops(str(run.config.get("data.selection"))) if run.selected else 0.0
+    scoring = scoring_flops(run) if run.selected else 0.0
     return {
         "steps": f"{step:,}{planned}" + (f", {taught:,} of them with the teacher" if taught else ""),
         "tokens": f"{tokens:,}{passes}",
@@ -152,16 +152,6 @@ def _data(checkpoint: dict[str, Any], name: str) -> int:
 def _flops(value: float) -> str:
     scale, unit = report.flop_unit(value)
     return "not known" if math.isnan(value) else f"{value / scale:.4g} {unit}"
-
-
-def _scoring_flops(selection: str) -> float:
-    """Of the manifest beside the selected rows; NaN where there is none."""
-    path = Path(selection)
-    try:
-        scores = json.loads(((path if path.is_dir() else path.parent) / "scores.json").read_text())
-        return float(scores["scoring_flops"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return math.nan
 
 
 def _versions() -> str:

@@ -1,4 +1,4 @@
-"""The command line: LightningCLI with fit, validate and test, and the verbs that need no trainer."""
+"""The command line: LightningCLI with fit, validate, test and predict, and the verbs that need no trainer."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from salt_lightning import compare, export
 from salt_lightning.checkpoint import AtomicCheckpointIO, RunCheckpoint, newest
 from salt_lightning.data import SALTDataModule
-from salt_lightning.errors import ConfigError, NonFiniteLossError
+from salt_lightning.errors import ConfigError, NonFiniteLossError, Stopped
 from salt_lightning.models import check_path, read_checkpoint
 from salt_lightning.module import SALTModule
 from salt_lightning.schedule import KDScheduleCallback
+from salt_lightning.scoring import ScoreWriter
 
 # Lightning 2.6 calls jsonargparse by names that it deprecates: nothing a user of ours could mend.
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
@@ -62,6 +63,12 @@ class ProgressBar(TQDMProgressBar):
         super().on_train_epoch_start(trainer, *args)
         self.train_progress_bar.set_description("Training")  # the run is one epoch of Lightning's
 
+    def on_predict_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, *args: Any) -> None:
+        super().on_predict_batch_start(trainer, pl_module, batch, *args)
+        bar = self.predict_progress_bar
+        bar.set_description("Scoring", refresh=False)
+        bar.unit, bar.unit_scale = " tokens", batch["labels"].numel()  # of this rank
+
 
 class SaveRunConfig(SaveConfigCallback):
     """Writes config and tokenizer into the run's folder once a fit has begun: a refused resume changes nothing."""
@@ -91,7 +98,7 @@ class SALTCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         verbs = LightningCLI.subcommands()
-        return {verb: verbs[verb] for verb in ("fit", "validate", "test")}
+        return {verb: verbs[verb] for verb in ("fit", "validate", "test", "predict")}
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         super()._add_subcommands(parser, **kwargs)
@@ -160,11 +167,20 @@ class SALTCLI(LightningCLI):
             if self.model.teacher_spec.is_checkpoint:  # a damaged one is named before the text is prepared
                 read_checkpoint(self.model.teacher_spec.path, "--model.teacher.path")
 
+    def before_predict(self) -> None:
+        check_path(self.model.teacher_spec, "teacher")
+
+    def predict(self, **kwargs: Any) -> None:
+        """Scores: what Lightning would return for every batch is in files already."""
+        self.trainer.predict(**{**kwargs, "return_predictions": False})
+
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         config = self._settings(self.config)
         run, given = Path(config.run), config.trainer
         if given.get("logger") in (None, True) and not given.get("barebones"):
-            if self.subcommand in ("validate", "test"):  # beside the run's own curve, not in it
+            if self.subcommand == "predict":
+                kwargs["logger"] = False
+            elif self.subcommand in ("validate", "test"):  # beside the run's own curve, not in it
                 kwargs["logger"] = TensorBoardLogger(run, name=self.subcommand, version="")
             else:
                 # version "": the run's folder itself, so that a resumed run goes on in it; what a killed start had
@@ -173,8 +189,11 @@ class SALTCLI(LightningCLI):
                 kwargs["logger"] = TensorBoardLogger(run.parent, name=run.name, version="", purge_step=purge_step)
         kwargs["default_root_dir"] = str(run)
         kwargs["plugins"] = [*self._instances("plugins"), AtomicCheckpointIO()]
+        own: list[pl.Callback] = [ScoreWriter()] if self.subcommand == "predict" else []
         if given.get("enable_progress_bar") is not False and not given.get("barebones"):
-            kwargs["callbacks"] = [*self._instances("callbacks"), ProgressBar()]
+            own.append(ProgressBar())
+        if own:
+            kwargs["callbacks"] = [*self._instances("callbacks"), *own]
         try:
             return super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError, TypeError) as error:
@@ -260,6 +279,7 @@ _CHATTER = (
 def _silence_libraries() -> None:
     """Keeps out what is not about this run: advertising, and deprecations inside the libraries."""
     warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*", FutureWarning)  # lightning with torch 2.13
+    warnings.filterwarnings("ignore", ".*Total length of `Loader` across ranks is zero.*")  # all rows are scored
     # not so here: the first and the last step are always logged
     warnings.filterwarnings("ignore", ".*is smaller than the logging interval.*")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line for each retry without a network
@@ -290,14 +310,17 @@ def main(args: list[str] | None = None) -> int:
             auto_configure_optimizers=False,
             parser_kwargs={"description": "Pretrain a student with SALT; see README.md."},
         )
+    except Stopped as stopped:
+        print(f"\n{stopped}")
+        return 128 + stopped.number
     except (ConfigError, NonFiniteLossError, OSError) as error:
         message = str(error)
         if isinstance(error, OSError) and error.filename is not None:
             message = f"{error.filename}: {error.strerror}"
         print(f"\nerror: {message}", file=sys.stderr)  # on a line of its own, after a progress bar
         return 2 if isinstance(error, ConfigError) else 1
-    stopped = [c.stopped_by for c in cli.trainer.callbacks if isinstance(c, RunCheckpoint)]  # type: ignore[attr-defined]
-    if stopped and stopped[0] is not None:
-        print(f"stopped by {stopped[0].name} at step {cli.trainer.global_step}, saved; go on with --ckpt_path last")
-        return 128 + stopped[0]
+    signals = [c.stopped_by for c in cli.trainer.callbacks if isinstance(c, RunCheckpoint)]  # type: ignore[attr-defined]
+    if signals and signals[0] is not None:
+        print(f"stopped by {signals[0].name} at step {cli.trainer.global_step}, saved; go on with --ckpt_path last")
+        return 128 + signals[0]
     return 0

@@ -5,8 +5,10 @@ NaN stands for "not known" in every number here; it shows as '-' and is null in 
 
 from __future__ import annotations
 
+import json
 import math
 import os
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,11 +47,12 @@ class Row:
     reached_step: float  # where validation CE first falls to the reference's
     reached_steps_share: float
     reached_flops_share: float
-    reached_flops_share_with_teacher_training: float
+    reached_flops_share_with_teacher_training: float  # and with the scoring of a selection
     seconds: float
     student_flops: float
     teacher_flops: float
     teacher_training_flops: float
+    scoring_flops: float  # of the rows that a selection was made of
     last: dict[str, float] = field(default_factory=dict)  # every val/ and test/ tag
 
 
@@ -144,13 +147,28 @@ def _mean_flops(runs: list[Run], steps: float) -> float:
 
 
 def _teacher_run(run: Run, runs: list[Run]) -> Run | None:
-    """The given run in whose folder the teacher lies; a relative path may count from any parent."""
+    """The given run in whose folder the teacher lies."""
     path = run.config.get("model.teacher.path")
     if not path:
         return None
-    places = [Path(os.path.normpath(base / str(path))) for base in (Path.cwd(), *run.path.absolute().parents)]
+    places = _places(run, str(path))
     others = [other for other in runs if other is not run]
     return next((o for o in others if any(p.is_relative_to(o.path.absolute()) for p in places)), None)
+
+
+def _places(run: Run, path: str) -> list[Path]:
+    """Where a path of a run's settings may lie: a relative one may count from any parent."""
+    return [Path(os.path.normpath(base / path)) for base in (Path.cwd(), *run.path.absolute().parents)]
+
+
+def scoring_flops(run: Run) -> float:
+    """FLOPs of the predict run that `data.selection` names; NaN without a selection, or where it is gone."""
+    for place in _places(run, str(run.config.get("data.selection") or "")):
+        manifest = place / "scores.json" if place.is_dir() else place
+        if run.selected and manifest.is_file() and manifest.name == "scores.json":
+            with suppress(json.JSONDecodeError):
+                return float(json.loads(manifest.read_text()).get("scoring_flops", math.nan))
+    return math.nan
 
 
 def _reference(runs: list[Run], students: list[Run], baseline: str | None) -> tuple[Run, list[str]]:
@@ -172,6 +190,8 @@ def _row(run: Run, method: str, teacher: Run | None, goal: Goal) -> Row:
     reached = first_reach(ce.steps, ce.values, goal.ce)
     reached_flops = math.nan if math.isnan(reached) else run.flops(reached)
     teacher_training = math.nan if teacher is None else teacher.flops(teacher.steps_done)
+    scoring = scoring_flops(run)
+    apart = math.nan if math.isnan(teacher_training) and math.isnan(scoring) else np.nansum([teacher_training, scoring])
     return Row(
         run=run.name,
         method=method,
@@ -187,11 +207,12 @@ def _row(run: Run, method: str, teacher: Run | None, goal: Goal) -> Row:
         reached_step=reached,
         reached_steps_share=reached / goal.steps,
         reached_flops_share=reached_flops / goal.flops,
-        reached_flops_share_with_teacher_training=(reached_flops + teacher_training) / goal.flops,
+        reached_flops_share_with_teacher_training=float(reached_flops + apart) / goal.flops,
         seconds=run.total("train/time_s", done),
         student_flops=run.total("train/flops_student_total", done),
         teacher_flops=run.total("train/flops_teacher_total", done),
         teacher_training_flops=teacher_training,
+        scoring_flops=scoring,
         last={tag: run.last(tag) for tag in sorted(run.curves) if not tag.startswith("train/")},
     )
 

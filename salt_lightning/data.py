@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
@@ -23,7 +24,10 @@ from salt_lightning.prepare import (
     token_folder,
     tokenizer_folder,
 )
-from salt_lightning.rows import EvalBatches, Loader, PackedRows, TrainBatches
+from salt_lightning.rows import Batches, EvalBatches, Loader, Order, PackedRows, ShardBatches, TrainBatches
+from salt_lightning.schedule import KDScheduleCallback
+from salt_lightning.scores import Scored, Scores
+from salt_lightning.selection import KeepRule, plan, row_scores
 from salt_lightning.tokenizer import load_tokenizer, tokenizer_fingerprint
 
 # What the user gave the trainer, before `setup` wrote micro-batches over it (setup may run twice).
@@ -56,6 +60,7 @@ class SALTDataModule(LightningDataModule):
         prepare_workers: int = 0,
         num_workers: int = 0,
         selection: str | None = None,
+        keep: KeepRule = KeepRule(),  # noqa: B008 (frozen)
     ) -> None:
         """Check the settings; no file is opened yet.
 
@@ -84,7 +89,9 @@ class SALTDataModule(LightningDataModule):
             prepare_workers: Processes that tokenize; 0 is one per core.
             num_workers: Processes that load training batches. 0, in the training process, is the fastest
                 unless the token files lie on a slow disk.
-            selection: Manifest of rows for phase 1 (SALT_DS).
+            selection: Folder of a run of predict (or its scores.json): phase 1, the steps before --kd.steps,
+                reads the rows that `keep` takes by their scores, phase 2 all rows (SALT_DS).
+            keep: Which of the scored rows phase 1 reads.
 
         Raises:
             ConfigError: any setting is out of its range.
@@ -99,7 +106,8 @@ class SALTDataModule(LightningDataModule):
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.val_fraction, self.val_rows, self.seed = val_fraction, val_rows, seed
         self.cache_dir = Path(cache_dir).expanduser()
-        self.prepare_workers, self.num_workers, self.selection = prepare_workers, num_workers, selection
+        self.prepare_workers, self.num_workers = prepare_workers, num_workers
+        self.selection, self.keep = selection, keep
         problems = self._problems()
         if problems:
             raise ConfigError("; ".join(problems))
@@ -109,6 +117,8 @@ class SALTDataModule(LightningDataModule):
         self.text: dict[str, Any] = {}  # what the training text is, for checkpoints
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._train: PackedRows | None = None
+        self._order: Order | None = None
+        self._shards: tuple[list[int], int] | None = None
         self._eval: PackedRows | None = None
         self._train_loader: Loader | None = None
 
@@ -148,7 +158,7 @@ class SALTDataModule(LightningDataModule):
                 self.val_rows is None or self.val_rows >= 1,
                 "must be 1 or more, or null",
             ),
-            ("selection", self.selection, self.selection is None, "is not available yet; leave it null"),
+            ("keep", self.keep.name, bool(self.selection) or self.keep == KeepRule(), "needs --data.selection"),
         ]
         at_least = {
             "global_batch_size": 1,
@@ -165,13 +175,17 @@ class SALTDataModule(LightningDataModule):
     # --- text and tokenizer (need no trainer) ---
 
     def prepare_data(self) -> None:
-        """Tokenize what is not in the cache yet; one process per node does this."""
+        """Tokenize what is not in the cache yet, and score rows by their tokens; one process per node does this."""
+        fits = self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING
+        scores = Scores(Path(self.selection), "--data.selection") if self.selection and fits else None
         for setting in ("source", "val_source", "test_source"):
             if getattr(self, setting):
                 corpus, fraction = self._corpus(setting)
                 if setting == "source" and self.tokenizer_name == "train":
                     prepare_tokenizer(corpus, self.trained_vocab_size, fraction, self.cache_dir)
                 prepare_tokens(corpus, self.tokenizer, fraction, self.cache_dir, self.prepare_workers)
+        if scores is not None:
+            row_scores(scores, self.keep.k, self.keep.masked)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -188,6 +202,11 @@ class SALTDataModule(LightningDataModule):
     def vocab_size(self) -> int:
         """Number of token ids."""
         return len(self.tokenizer)
+
+    @property
+    def selection_fingerprint(self) -> str:
+        """Hash of the rows that phase 1 reads; "none" where it reads all."""
+        return self._order.fingerprint if self._order else "none"
 
     @property
     def tokenizer_fingerprint(self) -> str:
@@ -239,14 +258,17 @@ class SALTDataModule(LightningDataModule):
             held_out = "test_source" if test_apart else "val_source" if self.val_source else "source"
             self._eval = self._open(held_out, "val")
             self.source_names = self._eval.files.manifest["sources"]
+        if stage in (None, "fit"):
+            self._order = self._plan_order()
         if stage == "fit":
             self._log()
 
     def train_dataloader(self) -> Loader:
         """All micro-batches of the run, as one epoch; without a trainer those of one pass over the rows."""
         assert self._train is not None, "setup('fit') comes first"
+        assert self._order is not None
         sizes = (self.global_batch_size, self.micro_batch_size)
-        batches = TrainBatches(self._train, self.seed, sizes, self._place())
+        batches = TrainBatches(self._train, self._order, sizes, self._place())
         trainer = self.trainer
         steps = trainer.max_steps if trainer else -(-self._train.num_rows // self.global_batch_size)
         self._train_loader = self._loader(
@@ -267,9 +289,36 @@ class SALTDataModule(LightningDataModule):
         return self.val_dataloader()
 
     def predict_dataloader(self) -> Loader:
-        """All training rows, 0 to n - 1, for scoring."""
+        """All training rows in order, shard by shard, or the shards that `score_only` names."""
         assert self._train is not None, "setup('predict') comes first"
-        return self._eval_loader(self._train, np.arange(self._train.num_rows))
+        scored, (rank, world) = self.scored(), self._place()
+        every = list(range(scored.num_shards))
+        shards, most = self._shards or (every[rank::world], len(every[::world]))
+        batches = ShardBatches(self._train, shards, scored.shard_rows, (self.micro_batch_size, most))
+        return self._loader(batches, len(batches), lambda: 0)
+
+    def score_only(self, shards: list[int], most: int) -> None:
+        """Shards that this rank's predict_dataloader reads; `most`: how many the rank with most has."""
+        self._shards = shards, most
+
+    def scored(self, teacher: str = "", precision: str = "") -> Scored:
+        """What scores of the training rows are of; without a teacher those two are left open."""
+        assert self._train is not None, "setup comes first"
+        return Scored(
+            rows=self._train.files.fingerprint,
+            tokenizer=self.tokenizer_fingerprint,
+            num_rows=self._train.num_rows,
+            block_size=self.block_size,
+            isolate_documents=self.isolate_documents,
+            teacher=teacher,
+            precision=precision,
+        )
+
+    def decode_row(self, row: int) -> str:
+        """The text of a training row."""
+        assert self._train is not None, "setup comes first"
+        start = row * self.block_size
+        return str(self.tokenizer.decode(self._train.files.tokens[start : start + self.block_size].tolist()))
 
     @property
     def data_wait_s(self) -> float:
@@ -282,7 +331,7 @@ class SALTDataModule(LightningDataModule):
         batches = EvalBatches(packed, rows, self.micro_batch_size, self._place())
         return self._loader(batches, len(batches), lambda: 0)
 
-    def _loader(self, batches: EvalBatches | TrainBatches, length: int, start: Callable[[], int]) -> Loader:
+    def _loader(self, batches: Batches, length: int, start: Callable[[], int]) -> Loader:
         loader = Loader(batches, length, start)
         loader.pin_memory = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         return loader
@@ -290,6 +339,18 @@ class SALTDataModule(LightningDataModule):
     def _eval_rows(self, packed: PackedRows) -> np.ndarray:
         count = min(self.val_rows or packed.num_rows, packed.num_rows)
         return np.arange(count) * packed.num_rows // count
+
+    def _plan_order(self) -> Order:
+        """The order of the training rows, with those of phase 1 where there is a selection."""
+        assert self._train is not None
+        if not self.selection:
+            return Order(self.seed, self._train.num_rows)
+        scores = Scores(Path(self.selection), "--data.selection")
+        scores.require(self.scored())
+        steps = _phase1_steps(self.trainer) if self.trainer else 0
+        order, message = plan(scores, self.keep, self.seed, steps * self.global_batch_size)
+        rank_zero_info(message)
+        return order
 
     def _place(self) -> tuple[int, int]:
         """(rank, number) of data-parallel replicas."""
@@ -330,6 +391,13 @@ class SALTDataModule(LightningDataModule):
             rows = self.trainer.max_steps * self.global_batch_size
             message += f"; {self.trainer.max_steps} steps read {rows} rows: {rows / self.num_train_rows:.2f} epochs"
         rank_zero_info(message)
+
+
+def _phase1_steps(trainer: Trainer) -> int:
+    """The steps before --kd.steps, also where --kd.weight is 0 (selection without KD); all of them where it is null."""
+    schedules = [c.schedule for c in trainer.callbacks if isinstance(c, KDScheduleCallback)]  # type: ignore[attr-defined]
+    steps = schedules[0].steps if schedules else None
+    return trainer.max_steps if steps is None else min(steps, trainer.max_steps)
 
 
 def accumulation(global_batch: int, micro_batch: int, world: int) -> int:

@@ -1,6 +1,7 @@
 """The errors a user is meant to see: one line, no traceback (cli.main catches them)."""
 
 import argparse
+import signal
 from typing import NoReturn
 
 
@@ -13,6 +14,14 @@ class ConfigError(ValueError):
 
 class NonFiniteLossError(RuntimeError):
     """The training loss became NaN or infinite; the last checkpoint is still good."""
+
+
+class Stopped(RuntimeError):
+    """A signal ended the work; what was done is kept, and the same command goes on with the rest."""
+
+    def __init__(self, number: signal.Signals, message: str) -> None:
+        super().__init__(message)
+        self.number = number
 
 
 class VerbParser(argparse.ArgumentParser):

@@ -6,6 +6,7 @@ Shapes: B rows, T tokens a row, N = B * T, D hidden width, V vocabulary.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import inspect
 import pickle
 from collections.abc import Callable, Iterator
@@ -80,6 +81,9 @@ class CausalLM(nn.Module):
         self.name = name  # "student" or "teacher", for messages
         self._scale = logit_scale(model.config, name)
         self._own_mask = False
+        # transformers' flash attention keeps documents apart in a batch of one row alone; every row of ours starts
+        # at position 0, so they can be laid end to end.
+        self._one_row = "flash" in str(model.config._attn_implementation)
         if "position_ids" not in inspect.signature(self.backbone.forward).parameters:
             raise ConfigError(
                 f"--model.{name}: {type(model).__name__} takes no position_ids, which keep packed documents apart; "
@@ -97,6 +101,8 @@ class CausalLM(nn.Module):
     def forward(self, ids_BT: Tensor, positions_BT: Tensor, then: Callable[..., Any] | None = None) -> Any:
         # transformers finds documents in position_ids by itself, given no mask and no cache: use_cache=True, its
         # default, would let them see each other silently. `check` finds the families where it does not.
+        if self._one_row:
+            ids_BT, positions_BT = ids_BT.reshape(1, -1), positions_BT.reshape(1, -1)
         mask = document_mask(positions_BT, self._mask_dtype()) if self._own_mask else None
         hidden_BTD = self.backbone(
             input_ids=ids_BT, position_ids=positions_BT, attention_mask=mask, use_cache=False
@@ -138,6 +144,11 @@ class CausalLM(nn.Module):
         own_NV = self.model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False).logits[0].float()
         ours_NV = nn.functional.linear(*self(ids_BT, positions_BT)).float()
         off = (own_NV - ours_NV).abs().max()
+        if not own_NV.isfinite().all():
+            raise ConfigError(
+                f"--model.{self.name}.path: the {self.name}'s logits are not finite: its weights are damaged, or too "
+                f"large for --model.{self.name}.dtype {str(weight.dtype).removeprefix('torch.')}"
+            )
         # Both sides round a logit a few times in the model's dtype; a real mismatch is orders of magnitude larger.
         if not off <= 32 * torch.finfo(weight.dtype).eps * own_NV.abs().max():
             raise ConfigError(
@@ -146,12 +157,18 @@ class CausalLM(nn.Module):
             )
 
     def _leaks(self) -> bool:
-        """Whether a change in document 1 moves the hidden states of document 2 of the same row."""
+        """Whether a change in document 1 of a row moves the hidden states of its document 2, or of another row.
+
+        Two rows: kernels take one row by another way than a batch.
+        """
         device = self.head.weight.device
-        positions_BT = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]], device=device)
-        ids_BT = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8]], device=device)
-        changed_BT = torch.tensor([[9, 8, 7, 6, 5, 6, 7, 8]], device=device)
-        return not torch.equal(self(ids_BT, positions_BT)[0][4:], self(changed_BT, positions_BT)[0][4:])
+        positions_BT = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]] * 2, device=device)
+        ids_BT = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8], [2, 3, 4, 5, 6, 7, 8, 9]], device=device)
+        changed_BT = torch.tensor([[9, 8, 7, 6, 5, 6, 7, 8], [9, 8, 7, 6, 6, 7, 8, 9]], device=device)
+        before_ND, after_ND = (self(ids, positions_BT)[0] for ids in (ids_BT, changed_BT))
+        kept_N = (ids_BT == changed_BT).flatten()
+        kept_N[:4] = kept_N[8:12] = False  # document 1 of each row, where an id may be the same by chance
+        return not torch.equal(before_ND[kept_N], after_ND[kept_N])
 
 
 def document_mask(positions_BT: Tensor, dtype: torch.dtype) -> Tensor:
@@ -390,6 +407,15 @@ def _load_checkpoint(spec: ModelSpec, name: str, dtype: torch.dtype) -> PreTrain
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=spec.attention)
     model.load_state_dict(weights)
     return model
+
+
+def weights_fingerprint(module: nn.Module) -> str:
+    """Hash of all weights by name, dtype and bits: where they came from does not count."""
+    hashed = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(module.state_dict().items()):
+        hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        hashed.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return hashed.hexdigest()
 
 
 def freeze(lm: CausalLM) -> CausalLM:

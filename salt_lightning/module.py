@@ -136,8 +136,8 @@ class SALTModule(pl.LightningModule):
             )
 
     def configure_model(self) -> None:
-        if hasattr(self, "student"):
-            return
+        if hasattr(self, "student") or (self._trainer and self._trainer.state.fn == TrainerFn.PREDICTING):
+            return  # the teacher alone scores
         spec, data = self.student_spec, self._data
         if spec.path is not None:
             model = models.load_pretrained(spec, "student", models.DTYPES[spec.dtype or "float32"])
@@ -163,10 +163,11 @@ class SALTModule(pl.LightningModule):
         """Loads, freezes, casts and places the teacher; checks that it speaks the student's vocabulary."""
         spec, start_s = self.teacher_spec, time.perf_counter()
         dtype = models.DTYPES[spec.dtype] if spec.dtype else self._compute_dtype
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+        device = self.trainer.strategy.root_device  # self.device is still the CPU in setup
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             model = models.load_pretrained(spec, "teacher", dtype)
         models.check_fit(spec, model.config, "teacher", self._data)
-        lm = models.freeze(CausalLM(model, "teacher")).to(self.device)
+        lm = models.freeze(CausalLM(model, "teacher")).to(device)
         lm.check()
         self.meter.forward_flops["teacher"] = self._count_flops(lm)
         self._maybe_compile(lm)
@@ -343,6 +344,15 @@ class SALTModule(pl.LightningModule):
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         self._eval_step(batch)
 
+    def predict_step(self, batch: Batch, batch_idx: int) -> Batch:
+        """The teacher's loss and rank of every label, B x T; -1 is the rank of a position without label."""
+        if self.teacher is None:
+            raise ConfigError("predict scores with the teacher: add Trainer(callbacks=[ScoreWriter()])")
+        labels_BT = batch["labels"]
+        stats = partial(self._label_stats, labels_BT.flatten())
+        nll_N, rank_N = self.teacher(batch["input_ids"], batch["positions"], then=stats)
+        return {"rows": batch["rows"], "nll": nll_N.view_as(labels_BT), "rank": rank_N.view_as(labels_BT)}
+
     def on_validation_start(self) -> None:
         self.meter.pause()
 
@@ -407,9 +417,9 @@ class SALTModule(pl.LightningModule):
 
     # ------------------------------------------------------ what the run is made of
 
-    def _data_identity(self) -> dict[str, int]:
+    def _data_identity(self) -> dict[str, int | str]:
         """What decides which rows a step reads."""
-        names = ("seed", "global_batch_size", "block_size", "num_train_tokens")
+        names = ("seed", "global_batch_size", "block_size", "num_train_tokens", "selection_fingerprint")
         return {f"--data.{name}": getattr(self._data, name, 0) for name in names}
 
     @property

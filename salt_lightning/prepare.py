@@ -353,6 +353,7 @@ class TokenFiles:
         self.num_documents: int = entry["documents"]
         self.eos_id: int = self.manifest["tokenizer"]["eos_id"]
         self.has_bytes = "token_bytes.bin" in entry["files"]
+        self.fingerprint: str = digest([entry["files"][name] for name in ("tokens.bin", "doc_ends.bin")])  # of contents
 
     @cached_property
     def tokens(self) -> np.ndarray:

@@ -89,15 +89,19 @@ def _runs_table(comparison: Comparison) -> str:
     }
     if set(columns["test CE"]) == {"-"}:
         del columns["test CE"]
-    apart = [
-        f"- {row.run}: apart from these its teacher's own training took "
-        f"{number(row.teacher_training_flops / scale, '.3f')} {unit}"
-        + ("." if math.isnan(share) else f"; with it the reference is reached at {share:.1%} of its FLOPs.")
-        for row in rows
-        if not math.isnan(row.teacher_training_flops)
-        for share in [row.reached_flops_share_with_teacher_training]
-    ]
+    apart = [line for row in rows if (line := _apart(row, scale, unit))]
     return "\n".join([table(columns, text=("run", "method")), *(["", *apart] if apart else [])])
+
+
+def _apart(row: Row, scale: float, unit: str) -> str:
+    """What a run needed besides its own FLOPs, and what it comes to with that."""
+    costs = {"its teacher's own training": row.teacher_training_flops, "the scoring of its rows": row.scoring_flops}
+    known = [f"{name} {number(flops / scale, '.3f')} {unit}" for name, flops in costs.items() if not math.isnan(flops)]
+    if not known:
+        return ""
+    share = row.reached_flops_share_with_teacher_training
+    reached = "" if math.isnan(share) else f"; with it the reference is reached at {share:.1%} of its FLOPs"
+    return f"- {row.run}: apart from these took {' and '.join(known)}{reached}."
 
 
 def _seeds_table(groups: list[Group]) -> str:

@@ -4,15 +4,18 @@
 
 The stream of a split is all its documents, each followed by EOS. Row r reads tokens [rT, (r+1)T) and
 predicts the next token of each, but nothing after a document's EOS. Which rows step s reads is a pure
-function of (seed, s): there is no state to save, and neither ranks, nor workers, nor accumulation, nor a
-resume change it.
+function of (seed, selection, s): there is no state to save, and neither ranks, nor workers, nor accumulation,
+nor a resume change it.
 """
 
+import hashlib
 import math
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -68,6 +71,75 @@ def _mix(values: np.ndarray) -> np.ndarray:
     mixed ^= mixed >> np.uint64(27)
     mixed *= np.uint64(0x94D049BB133111EB)
     return mixed ^ (mixed >> np.uint64(31))
+
+
+def outside(rows: np.ndarray, number: np.ndarray) -> np.ndarray:
+    """The `number`-th (from 0) of all row numbers that are not among the sorted `rows`."""
+    return number + np.searchsorted(rows - np.arange(len(rows)), number, side="right")
+
+
+@dataclass(frozen=True, eq=False)
+class Order:
+    """The row at each position of the run: a pure function, whatever was read before.
+
+    Without `kept` every pass is a permutation of all rows. With it (SALT_DS, arXiv 2410.18779) the first
+    `phase1` positions read passes over `kept` alone, the later ones all rows. `unread_first`: what phase 1 has
+    read comes back only after all the rest; else phase 2 reads at each position what a run without selection
+    reads there.
+
+    Args:
+        seed: another seed is another order.
+        num_rows: rows of the training split.
+        kept: sorted int64 row numbers; costs 8 bytes each, and as many again for `unread_first`.
+        phase1: positions (rows read) in phase 1.
+        unread_first: see above.
+    """
+
+    seed: int
+    num_rows: int
+    kept: np.ndarray | None = None
+    phase1: int = 0
+    unread_first: bool = True
+
+    def __call__(self, position: np.ndarray) -> np.ndarray:
+        rows = np.empty_like(position)
+        selected = position < self.phase1 if self.kept is not None else np.zeros(position.shape, bool)
+        if self.kept is not None and selected.any():
+            rows[selected] = self.kept[row_at(position[selected], self.seed, len(self.kept))]
+        rows[~selected] = self._of_all(position[~selected])
+        return rows
+
+    def _of_all(self, position: np.ndarray) -> np.ndarray:
+        if self.kept is None or not self.unread_first:
+            return row_at(position, self.seed, self.num_rows)
+        position, num_unread = position - self.phase1, self.num_rows - len(self.read)
+        rows, unread = np.empty_like(position), position < num_unread
+        if unread.any():
+            rows[unread] = outside(self.read, row_at(position[unread], self.seed, num_unread))
+        rows[~unread] = row_at(position[~unread] - num_unread, self.seed, self.num_rows)
+        return rows
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of what phase 1 reads and how it goes on; "none" without a selection."""
+        if self.kept is None:
+            return "none"
+        hashed = hashlib.blake2b(self.kept.astype(np.int64).tobytes(), digest_size=10)
+        hashed.update(f"{self.phase1} {self.unread_first}".encode())
+        return hashed.hexdigest()
+
+    @cached_property
+    def read(self) -> np.ndarray:
+        """Sorted numbers of the rows that phase 1 reads."""
+        assert self.kept is not None
+        if self.phase1 >= len(self.kept):
+            return self.kept
+        return np.sort(self.kept[row_at(np.arange(self.phase1), self.seed, len(self.kept))])
+
+
+def scatter(numbers: np.ndarray) -> np.ndarray:
+    """A fixed random uint64 for each number, no two alike."""
+    return _mix(numbers.astype(np.uint64))
 
 
 # --- rows ---
@@ -139,8 +211,8 @@ class PackedRows:
 class TrainBatches(Dataset):
     """Micro-batch i of one rank, counted over the whole run: step i // accumulate, part i % accumulate."""
 
-    def __init__(self, packed: PackedRows, seed: int, sizes: tuple[int, int], place: tuple[int, int]) -> None:
-        self.packed, self.seed = packed, seed
+    def __init__(self, packed: PackedRows, order: Order, sizes: tuple[int, int], place: tuple[int, int]) -> None:
+        self.packed, self.order = packed, order
         self.global_batch, self.micro_batch = sizes
         self.rank, self.world = place
         self.accumulate = self.global_batch // (self.micro_batch * self.world)
@@ -150,7 +222,7 @@ class TrainBatches(Dataset):
         step, part = divmod(index, self.accumulate)
         if step != self._step[0]:
             positions = step * self.global_batch + np.arange(self.global_batch)
-            rows = row_at(positions, self.seed, self.packed.num_rows)
+            rows = self.order(positions)
             self._step = (step, rows, np.array(self.packed.label_counts(rows).sum()))
         _, rows, step_tokens = self._step
         first = (part * self.world + self.rank) * self.micro_batch
@@ -176,6 +248,33 @@ class EvalBatches(Dataset):
         return {**batch, **self.packed.origins(batch)} if self.packed.files.has_bytes else batch
 
 
+class ShardBatches(Dataset):
+    """Rows of whole shards in order, for scoring: shard s holds rows [s * size, (s + 1) * size).
+
+    No batch lies across two shards, and all ranks have as many batches: a rank with fewer shards, and the end
+    of the last shard, get NO_ROW.
+    """
+
+    def __init__(self, packed: PackedRows, shards: list[int], shard_rows: int, sizes: tuple[int, int]) -> None:
+        self.packed, self.shards, self.shard_rows = packed, shards, shard_rows
+        self.micro_batch, num_shards = sizes  # num_shards: of the rank that has most
+        self.batches_per_shard = -(-shard_rows // self.micro_batch)
+        self._length = num_shards * self.batches_per_shard
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Batch:
+        number, part = divmod(index, self.batches_per_shard)
+        within = part * self.micro_batch + np.arange(self.micro_batch)
+        rows = (self.shards[number] if number < len(self.shards) else 0) * self.shard_rows + within
+        real = (within < self.shard_rows) & (rows < self.packed.num_rows) & (number < len(self.shards))
+        return self.packed.build(np.where(real, rows, NO_ROW))
+
+
+Batches = TrainBatches | EvalBatches | ShardBatches
+
+
 # --- loading ---
 
 
@@ -186,7 +285,7 @@ class Loader:
     alone, whatever trainer.use_distributed_sampler says.
     """
 
-    def __init__(self, batches: EvalBatches | TrainBatches, length: int, start: Callable[[], int]) -> None:
+    def __init__(self, batches: Batches, length: int, start: Callable[[], int]) -> None:
         self.batches, self.length, self.start = batches, length, start
         self.num_workers, self.pin_memory = 0, False
         self.wait_s = 0.0

@@ -55,7 +55,7 @@ class Run:
 
     @property
     def selected(self) -> bool:
-        return any(self.config.get(f"data.selection{key}") for key in ("", ".path", ".manifest"))
+        return bool(self.config.get("data.selection"))
 
     @property
     def kd_steps(self) -> float:
@@ -71,11 +71,13 @@ class Run:
         if not self.config:
             return "unknown"
         shape = str(self.config.get("kd.shape", "step")).replace("_", "-")
+        order = self.config.get("data.keep.order", "highest")
+        which = f", {order} rows" if self.selected and order != "highest" else ""
         if self.kd_steps == 0:
-            return "selection without KD" if self.selected else "BASELINE"
+            return f"selection without KD{which}" if self.selected else "BASELINE"
         if self.kd_steps >= (self.max_steps or math.inf) and shape == "step":
-            return "RKD on selection" if self.selected else "RKD"
-        return f"SALT_DS {shape}" if self.selected else f"SALT {shape}"
+            return f"RKD on selection{which}" if self.selected else "RKD"
+        return f"SALT_DS {shape}{which}" if self.selected else f"SALT {shape}"
 
     @property
     def steps_done(self) -> int:

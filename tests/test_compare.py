@@ -266,6 +266,27 @@ def test_the_teachers_own_training_stands_apart(tmp_path, monkeypatch):
     assert "with it the reference is reached at 133.3% of its FLOPs" in report.markdown(comparison)
 
 
+def test_the_scoring_of_a_selection_stands_apart(tmp_path):
+    runs = tmp_path / "runs"
+    (runs / "score").mkdir(parents=True)
+    (runs / "score" / "scores.json").write_text('{"scoring_flops": 400.0}')
+    shared = {"teacher": "runs/teacher/checkpoints/last.ckpt", "weight": 0.5, "kd_steps": 60}
+    paths = [write_run(runs / "baseline", BASELINE), write_run(runs / "teacher", {300: 5.0}, student=4)]
+    for name, selection in (("ds", "runs/score"), ("same", "runs/score/scores.json"), ("gone", "runs/lost")):
+        paths.append(write_run(runs / name, SALT, **shared, **{"data.selection": selection}))
+    for with_teacher in (True, False):
+        comparison = evaluate(load([path for path in paths if with_teacher or path.name != "teacher"]))
+        rows = {row.run: row for row in comparison.rows}
+        assert rows["ds"].scoring_flops == rows["same"].scoring_flops == 400
+        assert math.isnan(rows["gone"].scoring_flops)
+        assert math.isnan(rows["baseline"].scoring_flops)
+        training = 1200 if with_teacher else 0
+        assert rows["ds"].reached_flops_share_with_teacher_training == (2500 + 300 + training + 400) / 3000
+        text = report.markdown(comparison)
+        assert "the scoring of its rows 400.000 FLOP; with it" in text
+        assert ("- gone: apart" in text) == with_teacher
+
+
 @pytest.mark.parametrize(
     ("config", "method"),
     [
@@ -280,8 +301,12 @@ def test_the_teachers_own_training_stands_apart(tmp_path, monkeypatch):
         ({"teacher": "t", "weight": 0.5, "kd_steps": 60, "data.selection": "scores"}, "SALT_DS step"),
         ({"teacher": "t", "weight": 0.5, "data.selection": "scores"}, "RKD on selection"),
         ({"data.selection": "scores"}, "selection without KD"),
-        ({"data.selection": {"path": None, "keep": 0.5}}, "BASELINE"),
-        ({"data.selection": {"path": "scores", "keep": 0.5}}, "selection without KD"),
+        ({"data.selection": None, "data.keep.order": "random"}, "BASELINE"),
+        ({"data.selection": "scores", "data.keep.order": "random"}, "selection without KD, random rows"),
+        (
+            {"teacher": "t", "weight": 0.5, "kd_steps": 60, "data.selection": "scores", "data.keep.order": "lowest"},
+            "SALT_DS step, lowest rows",
+        ),
     ],
 )
 def test_the_method_follows_from_the_config(tmp_path, config, method):

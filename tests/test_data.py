@@ -17,7 +17,8 @@ from lightning.pytorch.callbacks import Callback
 from salt_lightning.data import SALTDataModule, accumulation, validation_cadence
 from salt_lightning.errors import ConfigError
 from salt_lightning.prepare import SplitWriter, TokenFiles
-from salt_lightning.rows import IGNORE, NO_ROW, EvalBatches, Loader, PackedRows, TrainBatches, row_at
+from salt_lightning.rows import IGNORE, NO_ROW, EvalBatches, Loader, Order, PackedRows, TrainBatches, row_at
+from salt_lightning.selection import KeepRule
 from salt_lightning.tokenizer import Block
 
 EOS = 0
@@ -154,9 +155,9 @@ def some_rows(folder: Path, num_rows: int = 37, width: int = 8) -> PackedRows:
 @pytest.mark.parametrize(("world", "accumulate"), [(w, a) for w in (1, 2, 4) for a in (1, 2, 4)])
 def test_a_step_reads_the_same_rows_for_any_ranks_and_accumulation(world, accumulate, tmp_path):
     packed, size = some_rows(tmp_path), 16
-    whole = TrainBatches(packed, 5, (size, size), (0, 1))
+    whole = TrainBatches(packed, Order(5, packed.num_rows), (size, size), (0, 1))
     micro = size // (world * accumulate)
-    ranks = [TrainBatches(packed, 5, (size, micro), (rank, world)) for rank in range(world)]
+    ranks = [TrainBatches(packed, Order(5, packed.num_rows), (size, micro), (rank, world)) for rank in range(world)]
     assert {rank.accumulate for rank in ranks} == {accumulate}
     for step in range(6):  # 96 positions: two epochs and a half
         parts = [rank[step * accumulate + m] for m in range(accumulate) for rank in ranks]
@@ -236,16 +237,16 @@ def ready(data: SALTDataModule, stage: str = "fit") -> SALTDataModule:
 def test_all_wrong_settings_are_named_at_once():
     with pytest.raises(ConfigError) as caught:
         SALTDataModule(
-            vocab_size=10, block_size=1, val_fraction=1.0, val_rows=0, selection="x", global_batch_size=0,
+            vocab_size=10, block_size=1, val_fraction=1.0, val_rows=0, keep=KeepRule(k=5), global_batch_size=0,
             micro_batch_size=0, seed=-1, prepare_workers=-1, num_workers=-1, tokenizer="train",
         )  # fmt: skip
     message = str(caught.value)
-    names = "source vocab_size block_size val_fraction val_rows selection global_batch_size micro_batch_size seed"
+    names = "source vocab_size block_size val_fraction val_rows keep global_batch_size micro_batch_size seed"
     assert [part.split(":")[0] for part in message.split("; --")] == [
         ("--data." if i == 0 else "data.") + name
         for i, name in enumerate([*names.split(), "prepare_workers", "num_workers"])
     ]
-    assert "--data.selection: 'x' is not available yet" in message
+    assert "--data.keep: 'highest, k 5, masked zero' needs --data.selection" in message
     assert "\n" not in message
     SALTDataModule(source="a/file/that/is/not/there", val_source="x", val_fraction=0.0, tokenizer="y", vocab_size=0)
 
@@ -403,7 +404,7 @@ def test_data_imports_no_training_code():
         tree = ast.parse((Path(__file__).parents[1] / "salt_lightning" / f"{name}.py").read_text())
         modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
         ours = {module.split(".")[1] for module in modules if module.startswith("salt_lightning")}
-        assert ours <= {"errors", "documents", "tokenizer", "prepare", "rows"}
+        assert ours <= {"errors", "documents", "tokenizer", "prepare", "rows", "schedule", "scores", "selection"}
 
 
 # --- with a trainer ---

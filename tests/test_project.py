@@ -14,10 +14,12 @@ LAYERS = [  # a file imports from files of earlier layers alone
     {"errors"},
     {"documents", "flops", "metrics", "optim", "row_pass", "runlog", "schedule", "sharded"},
     {"meter", "models", "report", "tokenizer", "triton_rows"},
-    {"card", "chunked_head", "compare", "prepare"},
-    {"export", "losses", "rows"},
-    {"checkpoint"},
+    {"chunked_head", "compare", "prepare", "scores"},
+    {"card", "losses", "rows"},
+    {"export", "selection"},
+    {"checkpoint", "score_report"},
     {"data", "module"},
+    {"scoring"},
     {"cli", "__init__"},
 ]
 

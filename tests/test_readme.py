@@ -44,7 +44,7 @@ def test_the_python_example_runs(settings, tmp_path, monkeypatch):
 def test_commands_for_a_gpu_parse_and_build(command, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     verb, *args = shlex.split(command)[2:]
-    assert verb in ("fit", "validate", "test")
+    assert verb in ("fit", "validate", "test", "predict")
     args = [a for a in args if a not in ("--ckpt_path", "last")]
     cli.SALTCLI(
         cli.SALTModule, cli.SALTDataModule, run=False, parser_class=cli.Parser, trainer_defaults=cli.TRAINER_DEFAULTS,

@@ -1,0 +1,188 @@
+"""SALT_DS: which rows phase 1 reads, from the scores of an early teacher (arXiv 2410.18779, section 4).
+
+    S(x) = median_i  1{rank_i < k} * nll_i          challenging (large) yet learnable (not zero), k = 10
+
+A row x is one of block_size tokens; only positions with a label count. Where more than half of them lie outside
+the top k, S is 0. Pure functions of arrays, but for `row_scores`, which reads shards and keeps what it found.
+Shapes: R rows, T tokens a row.
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from salt_lightning.errors import ConfigError
+from salt_lightning.rows import Order, scatter
+from salt_lightning.scores import NO_LABEL, RANK_CAP, Scores, write_table
+
+Masked = Literal["zero", "drop"]
+Which = Literal["highest", "lowest", "middle", "random"]
+
+
+@dataclass(frozen=True)
+class KeepRule:
+    """Which of the scored rows phase 1 reads.
+
+    Args:
+        fraction: Share of the rows to keep, 0..1.
+        rows: Number of rows to keep, instead of a share.
+        order: highest (SALT_DS), or a control: lowest, middle, random.
+        k: A token counts if fewer than k tokens are more likely by the teacher.
+        masked: Tokens outside the top k: zero counts them as 0, drop leaves them out.
+        drop_top: Share of the rows, those of the highest scores, never to be kept: the tail of noise.
+        unread_first: Phase 2 begins with all that phase 1 has not read. false: it goes on in the order of a run
+            without selection.
+        max_repeats: How often phase 1 may read a kept row, on average.
+
+    Raises:
+        ConfigError: listing every setting that is out of range.
+    """
+
+    fraction: float = 0.5
+    rows: int | None = None
+    order: Which = "highest"
+    k: int = 10
+    masked: Masked = "zero"
+    drop_top: float = 0.0
+    unread_first: bool = True
+    max_repeats: float = 4.0
+
+    def __post_init__(self) -> None:
+        checks = (
+            ("fraction", 0.0 < self.fraction <= 1.0, "must lie above 0 and at most at 1"),
+            ("rows", self.rows is None or self.rows >= 1, "must be 1 or more, or null"),
+            ("order", self.order in get_args(Which), f"must be one of {', '.join(get_args(Which))}"),
+            ("k", 1 <= self.k <= RANK_CAP, f"must lie in 1..{RANK_CAP}"),
+            ("masked", self.masked in ("zero", "drop"), "must be zero or drop"),
+            ("drop_top", 0.0 <= self.drop_top < 1.0, "must lie at 0 or above, and below 1"),
+            ("max_repeats", self.max_repeats > 0, "must be above 0"),
+        )  # fmt: skip
+        wrong = [f"--data.keep.{name} {getattr(self, name)} {wanted}" for name, good, wanted in checks if not good]
+        if wrong:
+            raise ConfigError("; ".join(wrong))
+
+    @property
+    def name(self) -> str:
+        """For logs."""
+        rule = "" if self.order == "random" else f", k {self.k}, masked {self.masked}"
+        tail = f", without the top {self.drop_top:.3%}" if self.drop_top else ""
+        return f"{self.order}{rule}{tail}"
+
+
+def score_rows(nll_RT: np.ndarray, rank_RT: np.ndarray, k: int, masked: Masked) -> np.ndarray:
+    """S(x) of each row, float64; the median of an even count is the mean of the two middle values.
+
+    Args:
+        nll_RT: -log p(label), nats.
+        rank_RT: number of logits strictly above the label's; NO_LABEL: no label there.
+        k: the top k have ranks below k.
+        masked: "zero": tokens outside the top k count as 0; "drop": they do not count. Nothing left scores 0.
+    """
+    within_RT = rank_RT < k
+    if masked == "drop":
+        counts_R, values_RT = within_RT.sum(1), np.where(within_RT, nll_RT, np.inf)
+    else:
+        labelled_RT = rank_RT != NO_LABEL
+        counts_R = labelled_RT.sum(1)
+        values_RT = np.where(labelled_RT, np.where(within_RT, nll_RT, 0), np.inf)
+    values_RT = np.sort(values_RT.astype(np.float32, copy=False), axis=1)
+    middle_R2 = np.maximum(np.stack([counts_R - 1, counts_R], axis=1) // 2, 0)
+    medians_R = np.take_along_axis(values_RT, middle_R2, axis=1).mean(axis=1, dtype=np.float64)
+    return np.where(counts_R > 0, medians_R, 0.0)
+
+
+def kept_rows(scores_R: np.ndarray, rule: KeepRule) -> np.ndarray:
+    """Sorted numbers of the rows that a rule keeps. Rows of equal score are taken in a fixed random order.
+
+    Raises:
+        ConfigError: more rows are wanted than there are.
+    """
+    num_rows = len(scores_R)
+    dropped = int(rule.drop_top * num_rows)
+    wanted = rule.rows or max(1, round(rule.fraction * num_rows))
+    if wanted > num_rows - dropped:
+        setting = f"rows {rule.rows}" if rule.rows else f"fraction {rule.fraction}"
+        tail = f" less the {dropped} of --data.keep.drop_top {rule.drop_top}" if dropped else ""
+        raise ConfigError(f"--data.keep.{setting}: {wanted} rows are wanted, there are {num_rows}{tail}; keep fewer")
+    lot_R = scatter(np.arange(num_rows))
+    best_R = _first(scores_R, lot_R, dropped)
+    if rule.order == "random":
+        return np.flatnonzero(~best_R)[np.sort(np.argsort(lot_R[~best_R])[:wanted])]
+    # From the highest score down, rows [begin, begin + wanted) are kept.
+    begin = {"highest": dropped, "middle": dropped + (num_rows - dropped - wanted) // 2, "lowest": num_rows - wanted}
+    start = begin[rule.order]
+    return np.flatnonzero(_first(scores_R, lot_R, start + wanted) & ~_first(scores_R, lot_R, start))
+
+
+def _first(scores_R: np.ndarray, lot_R: np.ndarray, count: int) -> np.ndarray:
+    """The `count` rows of the highest scores, as a mask; among equals those of the lowest lots. O(R), no sort."""
+    if count == 0:
+        return np.zeros(len(scores_R), bool)
+    level = np.partition(scores_R, len(scores_R) - count)[len(scores_R) - count]
+    mask_R = scores_R > level
+    ties = np.flatnonzero(scores_R == level)
+    lots = lot_R[ties]
+    need = count - int(mask_R.sum())
+    mask_R[ties[np.argpartition(lots, need - 1)[:need]]] = True
+    return mask_R
+
+
+def plan(scores: Scores, rule: KeepRule, seed: int, phase1_rows: int) -> tuple[Order, str]:
+    """The order of a run whose first `phase1_rows` rows come from what `rule` keeps, and a line that says so.
+
+    Raises:
+        ConfigError: scores are incomplete or damaged, too few rows, or a kept row would be read too often.
+    """
+    score_R = row_scores(scores, rule.k, rule.masked)
+    kept = kept_rows(score_R, rule)
+    repeats = phase1_rows / len(kept)
+    if repeats > rule.max_repeats:
+        raise ConfigError(
+            f"--data.keep: phase 1 takes {phase1_rows} rows and {len(kept)} are kept, so each is read "
+            f"{repeats:.1f} times; keep more (--data.keep.fraction), shorten --kd.steps, or allow it by "
+            f"--data.keep.max_repeats {repeats:.1f}"
+        )
+    order = Order(seed, len(score_R), kept, phase1_rows, rule.unread_first)
+    zeros = np.mean(score_R[kept] == 0)
+    chance = f", {zeros:.1%} of them score 0: a random choice" if zeros and rule.order != "random" else ""
+    then = f"begins with the {len(score_R) - len(order.read)} unread rows"
+    then = then if rule.unread_first else "reads all, read before or not (--data.keep.unread_first false)"
+    message = (
+        f"selection: {len(kept)} of {len(score_R)} rows ({rule.name}; S {score_R[kept].min():.3f} to "
+        f"{score_R[kept].max():.3f}{chance}); phase 1 takes {phase1_rows}, {repeats:.2f} times each; phase 2 {then}"
+    )
+    return order, message
+
+
+def row_scores(scores: Scores, k: int, masked: Masked) -> np.ndarray:
+    """S of all rows, float64, from a file beside the shards; computed from these the first time.
+
+    Raises:
+        ConfigError: shards are missing or damaged.
+    """
+    path = scores.run / "scores" / f"S-k{k}-{masked}.parquet"
+    try:
+        found = pq.read_table(path, page_checksum_verification=True)["S"].to_numpy()
+        if len(found) == scores.scored.num_rows:
+            return found
+    except (OSError, pa.ArrowException, KeyError):
+        pass  # not there, or damaged
+    if missing := scores.missing():
+        raise ConfigError(
+            f"{scores.setting}: {scores.run} has {len(missing)} of {scores.scored.num_shards} shards of scores still "
+            "to be made; run the same `cli.py predict` again, it goes on where it stopped"
+        )
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        parts = pool.map(lambda shard: score_rows(*scores.read(shard), k, masked), range(scores.scored.num_shards))
+        found = np.concatenate(list(parts))
+    with suppress(OSError):  # a folder that may only be read: computed again the next time
+        write_table(path, pa.table({"S": found}))
+    return found

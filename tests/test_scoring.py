@@ -1,0 +1,383 @@
+"""The verb predict, and what a fit makes of its scores: real runs of the real command."""
+
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import StopAt, arguments, scalars, weights
+
+from salt_lightning import cli
+from salt_lightning.flops import forward_flops_per_token
+from salt_lightning.models import CausalLM, ModelSpec, load_pretrained, weights_fingerprint
+from salt_lightning.scores import NO_LABEL, Scores
+from salt_lightning.selection import KeepRule, kept_rows, row_scores
+
+ROOT = Path(__file__).parents[1]
+SHARD_TOKENS = 512  # 16 rows of 32
+_CALL = f"""
+import sys
+import salt_lightning.scores
+salt_lightning.scores._SHARD_TOKENS = {SHARD_TOKENS}
+from salt_lightning.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    monkeypatch.setattr("salt_lightning.scores._SHARD_TOKENS", SHARD_TOKENS)
+
+
+@pytest.fixture(scope="module")
+def of_data(settings):
+    """What a predict run shares with the fits of conftest."""
+    names = ("source", "vocab_size", "block_size", "val_fraction", "cache_dir", "prepare_workers")
+    shared = {f"data.{name}": settings[f"data.{name}"] for name in names}
+    return {**shared, "data.micro_batch_size": 8, "trainer.accelerator": "cpu", "trainer.enable_progress_bar": False}
+
+
+@pytest.fixture(scope="module")
+def scored(of_data, teacher, tmp_path_factory):
+    """A run of predict, never interrupted."""
+    run = tmp_path_factory.mktemp("score") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("salt_lightning.scores._SHARD_TOKENS", SHARD_TOKENS)
+        assert cli.main(["predict", *arguments(of_data, {"run": str(run), "model.teacher.path": teacher})]) == 0
+    return run
+
+
+@pytest.fixture
+def with_callback(monkeypatch):
+    """A context in which the command's trainer has one callback more, before its own."""
+
+    @contextmanager
+    def context(callback):
+        original = cli.SALTCLI.instantiate_trainer
+
+        def with_it(self, **kwargs):
+            trainer = original(self, **kwargs)
+            trainer.callbacks.insert(0, callback)
+            return trainer
+
+        with monkeypatch.context() as patch:
+            patch.setattr(cli.SALTCLI, "instantiate_trainer", with_it)
+            yield
+
+    return context
+
+
+def read_all(run):
+    scores = Scores(run, "--run")
+    assert scores.missing() == []
+    assert scores.scored.num_shards > 4
+    return [np.concatenate(parts) for parts in zip(*map(scores.read, range(scores.scored.num_shards)), strict=True)]
+
+
+# --- what is written ---
+
+
+def test_scores_are_those_of_a_float64_reference(scored, settings, teacher):
+    """Each document on its own through transformers' own logits, in float64; no line of ours but the reading."""
+    cache = Path(settings["data.cache_dir"])
+    manifest_path = next(p for p in cache.glob("*/manifest.json") if json.loads(p.read_text())["splits"]["train"])
+    manifest = json.loads(manifest_path.read_text())
+    tokens = np.fromfile(manifest_path.parent / "train" / "tokens.bin", manifest["dtype"]).astype(np.int64)
+    ends = np.fromfile(manifest_path.parent / "train" / "doc_ends.bin", "int64")
+    model = load_pretrained(ModelSpec(path=teacher), "teacher", torch.float64).eval()
+    nll_RT, rank_RT = read_all(scored)
+    width, num_documents = settings["data.block_size"], []
+    for row in range(0, len(nll_RT), 7):
+        start, stop = row * width, min((row + 1) * width, len(tokens))
+        cuts = [start, *[int(e) for e in ends if start < e < stop], stop]
+        num_documents.append(len(cuts) - 1)
+        nll, rank = np.zeros(width), np.full(width, NO_LABEL)
+        for begin, end in itertools.pairwise(cuts):
+            ids = torch.from_numpy(tokens[begin:end])[None]
+            logits = model(input_ids=ids).logits[0].detach().numpy()
+            for i, position in enumerate(range(begin, end)):
+                if position + 1 >= len(tokens) or position + 1 in ends:  # nothing follows a document's EOS
+                    continue
+                label = tokens[position + 1]
+                top = logits[i].max()
+                nll[position - start] = np.log(np.exp(logits[i] - top).sum()) + top - logits[i][label]
+                rank[position - start] = (logits[i] > logits[i][label]).sum()
+        assert np.array_equal(rank_RT[row] == NO_LABEL, rank == NO_LABEL)
+        # fp32 logits of size 10 carry some 1e-6 of rounding; a rank may change where two logits are as close
+        np.testing.assert_allclose(nll_RT[row], nll, rtol=0, atol=2e-5)
+        assert (rank_RT[row] != rank).mean() <= 0.02
+    assert max(num_documents) >= 3
+
+
+def test_the_manifest_says_what_was_scored(scored, teacher):
+    manifest = json.loads((scored / "scores.json").read_text())
+    lm = CausalLM(load_pretrained(ModelSpec(path=teacher), "teacher", torch.float32), "teacher")
+    assert manifest["scored"]["teacher"] == weights_fingerprint(lm)
+    assert manifest["scored"]["precision"] == "torch.float32, 32-true"
+    assert manifest["teacher"] == {"path": teacher, "revision": None}
+    assert manifest["scoring_flops"] == forward_flops_per_token(lm.model, 32) * manifest["scored"]["num_rows"] * 32
+    assert set(manifest["versions"]) == {"torch", "transformers", "lightning", "pyarrow"}
+
+
+def test_the_fingerprint_follows_any_bit_of_the_weights(teacher):
+    def lm():
+        return CausalLM(load_pretrained(ModelSpec(path=teacher), "teacher", torch.float32), "teacher")
+
+    first, other = lm(), lm()
+    assert weights_fingerprint(first) == weights_fingerprint(other)
+    weight = other.head.weight.data
+    weight[-1, -1] = torch.nextafter(weight[-1, -1], torch.tensor(9.0))
+    assert weights_fingerprint(first) != weights_fingerprint(other)
+    assert weights_fingerprint(first) != weights_fingerprint(first.bfloat16())
+
+
+def test_the_report(scored):
+    text = (scored / "report.md").read_text()
+    score_R = row_scores(Scores(scored, "--run"), 10, "zero")
+    assert f"- {len(score_R)} rows of 32 tokens, scored by " in text
+    assert f"Share of rows that score 0: {np.mean(score_R == 0):.1%}." in text
+    assert all(f"| k = {k} " in text for k in (5, 10, 20, 50))
+    for heading in ("### Highest scores", "### Middle scores", "### Lowest scores"):
+        assert heading in text
+    best = int(np.argmax(score_R))
+    assert f"Row {best}: S {score_R[best]:.4f}" in text
+    assert " teacher" in text.split("### Highest scores")[1]  # words of the corpus: decoded text
+    assert (scored / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+# --- interrupted, resumed, with other sizes ---
+
+
+def test_killed_and_run_again_gives_the_same_bits(scored, of_data, teacher, tmp_path):
+    run = tmp_path / "run"
+    args = arguments(of_data, {"run": str(run), "model.teacher.path": teacher})
+    process = subprocess.Popen([sys.executable, "-c", _CALL, "predict", *args], cwd=ROOT)
+    end = time.monotonic() + 120
+    while len(list((run / "scores").glob("*.parquet"))) < 2 and time.monotonic() < end and process.poll() is None:
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    done = {path: path.stat().st_mtime_ns for path in (run / "scores").glob("0*.parquet")}
+    total = Scores(run, "--run").scored.num_shards
+    assert 2 <= len(done) < total  # else it was not killed in time
+    assert not (run / "report.md").exists()
+    assert cli.main(["predict", *args]) == 0
+    assert {path: path.stat().st_mtime_ns for path in done} == done  # kept, not scored again
+    for whole, again in zip(read_all(scored), read_all(run), strict=True):
+        assert np.array_equal(whole, again)
+    assert (run / "report.md").read_text() == (scored / "report.md").read_text()
+
+
+class StopScoring(StopAt):
+    def on_predict_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_keeps_what_is_done_and_says_how_to_go_on(of_data, teacher, tmp_path, capsys, with_callback, number):
+    before = signal.getsignal(number)
+    args = arguments(of_data, {"run": str(tmp_path), "model.teacher.path": teacher})
+    with with_callback(StopScoring(5, number)):  # 2 batches a shard: the last of the third
+        assert cli.main(["predict", *args]) == 128 + number
+    total = Scores(tmp_path, "--run").scored.num_shards
+    expected = f"stopped by {number.name}; {total - 3} of {total} shards are left, the same command goes on with them"
+    assert expected in capsys.readouterr().out
+    assert signal.getsignal(number) == before
+    assert cli.main(["predict", *args]) == 0
+    assert Scores(tmp_path, "--run").missing() == []
+
+
+def test_other_batch_sizes_and_ranks_agree(scored, of_data, teacher, tmp_path):
+    """Three rows at once, on two ranks (gloo): 16 rows of a shard in 6 batches, the last one short."""
+    run = tmp_path / "run"
+    own = {"run": str(run), "model.teacher.path": teacher, "data.micro_batch_size": 3, "trainer.devices": 2,
+           "trainer.strategy": "ddp"}  # fmt: skip
+    script = tmp_path / "call.py"
+    script.write_text(_CALL)
+    command = [sys.executable, str(script), "predict", *arguments(of_data, own)]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode == 0, done.stderr
+    (nll_RT, rank_RT), (other_RT, other_rank_RT) = read_all(scored), read_all(run)
+    np.testing.assert_allclose(other_RT, nll_RT, rtol=1e-5, atol=1e-6)
+    assert (rank_RT != other_rank_RT).mean() < 1e-3
+    mine, theirs = (row_scores(Scores(r, "--run"), 10, "drop") for r in (scored, run))
+    differing = np.setxor1d(*(kept_rows(s, KeepRule(masked="drop")) for s in (mine, theirs)))
+    level = np.median(mine)
+    np.testing.assert_allclose(mine[differing], level, rtol=1e-5)  # only rows at the cut may change
+
+
+def test_a_complete_folder_is_left_as_it_is(scored, of_data, teacher, capsys):
+    before = {path: path.stat().st_mtime_ns for path in (scored / "scores").glob("0*.parquet")}
+    args = arguments(of_data, {"run": str(scored), "model.teacher.path": teacher, "data.micro_batch_size": 5})
+    assert cli.main(["predict", *args]) == 0
+    assert {path: path.stat().st_mtime_ns for path in (scored / "scores").glob("0*.parquet")} == before
+
+
+# --- bad input ---
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"data.block_size": 16}, "--data.block_size"),
+        ({"data.val_fraction": 0.2, "data.tokenizer": "RUN/tokenizer"}, "--data.source"),
+        ({"data.isolate_documents": False}, "--data.isolate_documents"),
+        ({"model.teacher.dtype": "bfloat16"}, "--model.teacher.path (other weights) and --model.teacher.dtype"),
+        ({"model.teacher.path": None}, "--model.teacher.path is null: predict scores with the teacher"),
+        ({"model.teacher.path": "/no/such.ckpt"}, "--model.teacher.path /no/such.ckpt does not exist"),
+    ],
+)
+def test_scores_of_something_else_are_refused(scored, of_data, teacher, capsys, change, named):
+    before = (scored / "scores.json").read_bytes()
+    if "data.tokenizer" in change:
+        change = {**change, "data.tokenizer": str(Path(teacher).parents[1] / "tokenizer")}
+    layers = of_data, {"run": str(scored), "model.teacher.path": teacher}, change
+    assert cli.main(["predict", *arguments(*layers)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert named in error
+    assert (scored / "scores.json").read_bytes() == before
+
+
+def test_another_teacher_is_refused(scored, of_data, teacher, fit_with, tmp_path, capsys):
+    assert fit_with(tmp_path / "other", **{"trainer.max_steps": 1, "model.optim.warmup_steps": 0,
+                                           "trainer.val_check_interval": 1}) == 0  # fmt: skip
+    path = str(tmp_path / "other" / "checkpoints" / "step-00000001.ckpt")
+    assert cli.main(["predict", *arguments(of_data, {"run": str(scored), "model.teacher.path": path})]) == 2
+    assert "do not fit --model.teacher.path (other weights); choose another --run" in capsys.readouterr().err
+
+
+def test_a_teacher_that_is_not_finite_is_named(of_data, teacher, tmp_path, capsys):
+    checkpoint = torch.load(teacher, weights_only=True)
+    norm = next(name for name in checkpoint["state_dict"] if name.endswith("model.norm.weight"))
+    checkpoint["state_dict"][norm].fill_(float("nan"))
+    torch.save(checkpoint, tmp_path / "nan.ckpt")
+    layers = of_data, {"run": str(tmp_path / "run"), "model.teacher.path": str(tmp_path / "nan.ckpt")}
+    assert cli.main(["predict", *arguments(*layers)]) == 2
+    assert "--model.teacher.path: the teacher's logits are not finite" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+class Poison(cli.pl.Callback):
+    def on_predict_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx == 3:  # the second batch of shard 1: rows 24 to 31
+            outputs["nll"][2, 5] = float("inf")
+
+
+def test_a_row_whose_loss_is_not_finite_is_named(of_data, teacher, tmp_path, capsys, with_callback):
+    layers = of_data, {"run": str(tmp_path), "model.teacher.path": teacher}
+    with with_callback(Poison()):
+        assert cli.main(["predict", *arguments(*layers)]) == 2
+    assert "--model.teacher.path: the teacher's loss is not finite in row 26; is it" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "scores").iterdir()] == ["00000000.parquet"]
+
+
+# --- a fit with a selection ---
+
+
+@pytest.fixture
+def ds(scored, teacher):
+    """SALT_DS in twelve steps: six of phase 1, a ramp in them."""
+    return {"data.selection": str(scored), "data.keep.fraction": 0.4, "data.keep.masked": "drop", "kd.weight": 0.5,
+            "kd.steps": 6, "kd.anneal_steps": 2, "kd.shape": "linear", "model.teacher.path": teacher}  # fmt: skip
+
+
+class Reads(cli.pl.Callback):
+    def __init__(self):
+        self.rows: dict[int, list[int]] = {}
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.rows.setdefault(trainer.global_step, []).extend(batch["rows"].tolist())
+
+
+def test_phase_1_reads_the_kept_rows_and_phase_2_the_rest_first(fit_with, ds, scored, tmp_path, caplog):
+    reads = Reads()
+    assert fit_with(tmp_path / "run", reads, **ds, **{"data.micro_batch_size": 4}) == 0
+    kept = set(
+        kept_rows(row_scores(Scores(scored, "--run"), 10, "drop"), KeepRule(fraction=0.4, masked="drop")).tolist()
+    )
+    phase1 = [row for step in range(6) for row in reads.rows[step]]
+    phase2 = [row for step in range(6, 12) for row in reads.rows[step]]
+    assert len(phase1) == len(phase2) == 48
+    assert set(phase1) <= kept
+    assert not set(phase2) & set(phase1)
+    assert len(set(phase2)) == 48
+    assert set(phase2) - kept
+    assert "127 of 317 rows (highest, k 10, masked drop; S " in caplog.text
+    assert "phase 1 takes 48, 0.38 times each; phase 2 begins with the 269 unread rows" in caplog.text
+
+
+@pytest.mark.parametrize("stop", [3, 6, 9])
+def test_stopped_and_resumed_with_a_selection(fit_with, ds, tmp_path, stop):
+    """In phase 1, at the boundary, in phase 2; another accumulation on the way does not matter for the rows."""
+    whole, cut, reads = tmp_path / "whole", tmp_path / "cut", Reads()
+    assert fit_with(whole, Reads(), **ds) == 0
+    assert fit_with(cut, StopAt(stop), reads, **ds) == 128 + signal.SIGTERM
+    assert fit_with(cut, reads, ckpt_path="last", **ds) == 0
+    straight = Reads()
+    assert fit_with(tmp_path / "rows", straight, **ds) == 0
+    assert reads.rows == straight.rows
+    last = "checkpoints/step-00000012.ckpt"
+    one, other = weights(whole / last), weights(cut / last)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    timing = ("time_s", "tokens_per_s", "data_wait_s")
+    logged = [{k: v for k, v in scalars(run).items() if not k.endswith(timing)} for run in (whole, cut)]
+    assert logged[0] == logged[1]
+
+
+def test_the_control_without_kd_reads_the_same_rows(fit_with, ds, tmp_path):
+    with_kd, without = Reads(), Reads()
+    assert fit_with(tmp_path / "a", with_kd, **ds) == 0
+    assert fit_with(tmp_path / "b", without, **{**ds, "kd.weight": 0.0, "model.teacher.path": None}) == 0
+    assert with_kd.rows == without.rows
+    assert not any(tag.startswith("train/teacher") for tag in scalars(tmp_path / "b"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"data.block_size": 16},
+            "--data.selection .* holds scores that do not fit --data.block_size; score this data",
+        ),
+        ({"data.val_fraction": 0.3}, "do not fit --data.source"),
+        ({"data.vocab_size": 290}, "do not fit --data.source .* and --data.tokenizer"),
+        ({"data.keep.fraction": 1.5}, "--data.keep.fraction 1.5 must lie above 0 and at most at 1"),
+        ({"data.selection": "/nowhere"}, "--data.selection: /nowhere/scores.json does not exist; give the folder"),
+        ({"data.selection": None}, "--data.keep: .* needs --data.selection"),
+        ({"data.keep.rows": 5}, "so each is read 9.6 times; keep more"),
+        ({"data.keep.rows": 10**6}, "--data.keep.rows 1000000: 1000000 rows are wanted, there are"),
+    ],
+)
+def test_selections_that_do_not_fit(fit_with, ds, tmp_path, capsys, change, message):
+    assert fit_with(tmp_path / "run", **{**ds, **change}) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.match(f"error: .*{message}", error), error
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_corrupt_or_missing_shard_is_named(fit_with, ds, scored, tmp_path, capsys):
+    copy = tmp_path / "scores"
+    shutil.copytree(scored, copy)
+    for path in (copy / "scores").glob("S-*"):
+        path.unlink()
+    shard = copy / "scores" / "00000002.parquet"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    assert fit_with(tmp_path / "run", **{**ds, "data.selection": str(copy)}) == 2
+    assert "00000002.parquet is damaged" in capsys.readouterr().err
+    shard.unlink()
+    assert fit_with(tmp_path / "run", **{**ds, "data.selection": str(copy / "scores.json")}) == 2
+    assert re.search(r"1 of \d+ shards of scores still to be made", capsys.readouterr().err)

@@ -1,0 +1,276 @@
+"""S(x), what a rule keeps, and the order of a run that reads it first."""
+
+import statistics
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from salt_lightning.errors import ConfigError
+from salt_lightning.rows import Order, outside, row_at, scatter
+from salt_lightning.scores import NO_LABEL, RANK_CAP, Scored, Scores
+from salt_lightning.selection import KeepRule, kept_rows, plan, row_scores, score_rows
+
+# --- S(x) ---
+
+
+def by_definition(nll_T, rank_T, k, masked):
+    """The median of the formula in design, written with the standard library."""
+    tokens = [(x, r) for x, r in zip(nll_T, rank_T, strict=True) if r != NO_LABEL]
+    values = [float(x) if r < k else 0.0 for x, r in tokens if masked == "zero" or r < k]
+    return statistics.median(values) if values else 0.0
+
+
+def test_by_hand():
+    """Five tokens: losses 1 2 3 4 5, ranks 0 9 10 11 3. Within the top ten: 1, 2, 5."""
+    nll = np.array([[1, 2, 3, 4, 5]], np.float32)
+    rank = np.array([[0, 9, 10, 11, 3]], np.uint16)
+    assert score_rows(nll, rank, 10, "zero") == [1.0]  # 0 0 1 2 5
+    assert score_rows(nll, rank, 10, "drop") == [2.0]  # 1 2 5
+    assert score_rows(nll, rank, 11, "zero") == [2.0]  # 0 1 2 3 5
+    assert score_rows(nll, rank, 1, "zero") == [0.0]  # 1 and four zeros
+    assert score_rows(nll, rank, 1, "drop") == [1.0]
+    assert score_rows(nll, rank, 12, "zero") == [3.0]
+
+
+def test_even_counts_take_the_mean_of_the_middle():
+    nll = np.array([[1, 2, 4, 8]], np.float32)
+    assert score_rows(nll, np.zeros((1, 4), np.uint16), 10, "zero") == [3.0]
+    assert score_rows(nll, np.array([[0, 0, 0, 50]], np.uint16), 10, "drop") == [2.0]
+    assert score_rows(nll, np.array([[0, 0, 50, 50]], np.uint16), 10, "zero") == [0.5]  # 0 0 1 2
+
+
+def test_positions_without_label_do_not_count():
+    nll = np.array([[5, 0, 7, 0, 0]], np.float32)
+    rank = np.array([[0, NO_LABEL, 0, NO_LABEL, NO_LABEL]], np.uint16)
+    assert score_rows(nll, rank, 10, "zero") == [6.0]  # as zeros they would make it 0
+    assert score_rows(nll, rank, 10, "drop") == [6.0]
+
+
+def test_rows_without_any_label_score_zero():
+    nll, rank = np.zeros((2, 3), np.float32), np.full((2, 3), NO_LABEL, np.uint16)
+    for masked in ("zero", "drop"):
+        assert score_rows(nll, rank, RANK_CAP, masked).tolist() == [0.0, 0.0]
+    rank[:, 0] = RANK_CAP  # a label, but far from the top
+    for masked in ("zero", "drop"):
+        assert score_rows(nll + 3, rank, 10, masked).tolist() == [0.0, 0.0]
+
+
+ranks = st.sampled_from([0, 1, 4, 5, 9, 10, 19, 20, 300, RANK_CAP, NO_LABEL])
+
+
+@given(
+    st.integers(1, 9).flatmap(
+        lambda t: st.lists(
+            st.lists(st.tuples(st.integers(0, 12), ranks), min_size=t, max_size=t), min_size=1, max_size=5
+        )
+    ),
+    st.sampled_from([1, 5, 10, 20, RANK_CAP]),
+    st.sampled_from(["zero", "drop"]),
+)
+def test_the_score_is_the_median_of_the_formula(rows, k, masked):
+    nll = np.array([[t[0] / 4 for t in row] for row in rows], np.float32)  # quarters: no rounding in either
+    rank = np.array([[t[1] for t in row] for row in rows], np.uint16)
+    expected = [by_definition(x, r, k, masked) for x, r in zip(nll, rank, strict=True)]
+    assert score_rows(nll, rank, k, masked).tolist() == expected
+
+
+# --- what is kept ---
+
+SCORES = np.array([0.3, 0.0, 2.0, 0.5, 0.0, 1.0, 0.0, 0.1, 9.0, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("rule", "rows"),
+    [
+        (KeepRule(rows=3), [2, 5, 8]),
+        (KeepRule(fraction=0.3), [2, 5, 8]),
+        (KeepRule(rows=3, drop_top=0.1), [2, 3, 5]),
+        (KeepRule(rows=2, drop_top=0.2), [3, 5]),
+        (KeepRule(rows=2, order="middle"), [0, 7]),  # ranks 5 and 6 of ten
+        (KeepRule(rows=4, order="middle", drop_top=0.2), [0, 7, "two of the zeros"]),  # ranks 5 to 8
+        (KeepRule(fraction=1.0), list(range(10))),
+        (KeepRule(rows=9, drop_top=0.1), [0, 1, 2, 3, 4, 5, 6, 7, 9]),
+        (KeepRule(fraction=1e-9), [8]),  # at least one
+    ],
+)
+def test_which_rows_a_rule_keeps(rule, rows):
+    kept = kept_rows(SCORES, rule)
+    if rows[-1] == "two of the zeros":
+        rows = sorted([0, 7, *sorted([1, 4, 6, 9], key=lambda row: scatter(np.array([row]))[0])[:2]])
+    assert kept.tolist() == rows
+
+
+def test_lowest_rows_are_drawn_among_the_zeros():
+    kept = kept_rows(SCORES, KeepRule(rows=2, order="lowest"))
+    assert set(kept.tolist()) < {1, 4, 6, 9}
+    assert kept_rows(SCORES, KeepRule(rows=5, order="lowest")).tolist() == [1, 4, 6, 7, 9]
+
+
+def test_equal_scores_are_drawn_alike_for_all_counts_and_over_the_whole_corpus():
+    zeros = np.zeros(10_000)
+    few, more = (kept_rows(zeros, KeepRule(rows=n)) for n in (1000, 2000))
+    assert set(few) < set(more)
+    assert abs(few.mean() - 5000) < 4 * 10_000 / np.sqrt(12 * 1000)  # four standard errors of a uniform draw
+    together = np.concatenate([kept_rows(zeros, KeepRule(rows=3000, order=o)) for o in ("highest", "middle", "lowest")])
+    assert len(np.unique(together)) == 9000
+
+
+def test_random_rows_do_not_follow_the_scores():
+    scores = np.arange(10_000.0)
+    kept = kept_rows(scores, KeepRule(rows=5000, order="random"))
+    assert len(kept) == len(np.unique(kept)) == 5000
+    assert abs(scores[kept].mean() - 5000) < 4 * 10_000 / np.sqrt(12 * 5000)
+    tail = kept_rows(scores, KeepRule(rows=9000, order="random", drop_top=0.1))
+    assert tail.tolist() == list(range(9000))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"fraction": 1.5}, "--data.keep.fraction 1.5 must lie above 0 and at most at 1"),
+        ({"fraction": 0.0}, "--data.keep.fraction 0.0 must"),
+        ({"fraction": -0.1}, "--data.keep.fraction -0.1 must"),
+        ({"rows": 0}, "--data.keep.rows 0 must be 1 or more"),
+        ({"k": 0}, "--data.keep.k 0 must lie in 1..65534"),
+        ({"k": 65535}, "--data.keep.k 65535"),
+        ({"masked": "x"}, "--data.keep.masked x must be zero or drop"),
+        ({"order": "best"}, "--data.keep.order best must be one of highest, lowest, middle, random"),
+        ({"drop_top": 1.0}, "--data.keep.drop_top 1.0"),
+        ({"max_repeats": 0}, "--data.keep.max_repeats 0"),
+    ],
+)
+def test_settings_out_of_range(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        KeepRule(**settings)
+
+
+def test_all_wrong_settings_at_once():
+    with pytest.raises(ConfigError, match="fraction 2.*; --data.keep.k 0"):
+        KeepRule(fraction=2, k=0)
+
+
+def test_more_rows_than_there_are():
+    with pytest.raises(ConfigError, match=r"--data.keep.rows 11: 11 rows are wanted, there are 10; keep fewer"):
+        kept_rows(SCORES, KeepRule(rows=11))
+    with pytest.raises(ConfigError, match=r"fraction 0.95: 10 rows .* less the 1 of --data.keep.drop_top 0.1"):
+        kept_rows(SCORES, KeepRule(fraction=0.95, drop_top=0.1))
+
+
+# --- the order of a run ---
+
+
+@given(st.sets(st.integers(0, 60), max_size=61), st.integers(0, 80))
+def test_outside_counts_the_others(rows, number):
+    others = [row for row in range(200) if row not in rows]
+    rows = np.array(sorted(rows), np.int64)
+    assert outside(rows, np.array([number])) == [others[number]]
+
+
+def test_without_a_selection_nothing_changes():
+    positions = np.arange(500)
+    assert np.array_equal(Order(7, 100)(positions), row_at(positions, 7, 100))
+
+
+KEPT = np.sort(np.random.default_rng(0).choice(1000, 400, replace=False))
+
+
+def test_phase_1_reads_the_kept_rows_once_each_before_any_twice():
+    order = Order(3, 1000, KEPT, phase1=900)
+    rows = order(np.arange(900))
+    assert sorted(rows[:400]) == sorted(rows[400:800]) == KEPT.tolist()
+    assert rows[:400].tolist() != rows[400:800].tolist()
+    assert set(rows[800:]) < set(KEPT)
+
+
+@pytest.mark.parametrize("phase1", [0, 1, 250, 399, 400, 900])
+def test_phase_2_begins_with_all_that_phase_1_has_not_read(phase1):
+    order = Order(3, 1000, KEPT, phase1)
+    first = set(order(np.arange(phase1)).tolist())
+    unread = 1000 - len(first)
+    assert len(first) == min(phase1, 400)
+    fresh = order(phase1 + np.arange(unread))
+    assert sorted(fresh) == sorted(set(range(1000)) - first)
+    assert fresh.tolist() != sorted(fresh)
+    again = order(phase1 + unread + np.arange(2000))
+    assert sorted(again[:1000]) == sorted(again[1000:]) == list(range(1000))
+
+
+def test_phase_2_may_go_on_as_a_run_without_selection():
+    order = Order(3, 1000, KEPT, 250, unread_first=False)
+    assert np.array_equal(order(250 + np.arange(3000)), row_at(250 + np.arange(3000), 3, 1000))
+
+
+@given(st.integers(0, 3000), st.integers(1, 300), st.sampled_from([True, False]))
+def test_the_order_has_no_memory(start, count, unread_first):
+    whole = Order(5, 1000, KEPT, 777, unread_first)(np.arange(4000))
+    piece = Order(5, 1000, KEPT, 777, unread_first)(start + np.arange(count))
+    assert np.array_equal(piece, whole[start : start + count])
+
+
+def test_all_rows_kept_and_read():
+    everything = np.arange(50)
+    rows = Order(1, 50, everything, 75)(np.arange(175))
+    assert sorted(rows[:50]) == sorted(rows[75:125]) == sorted(rows[125:]) == list(range(50))
+
+
+def test_a_fingerprint_of_what_decides_the_order():
+    orders = [Order(1, 1000), Order(1, 1000, KEPT, 10), Order(1, 1000, KEPT, 20), Order(1, 1000, KEPT[1:], 10)]
+    prints = [order.fingerprint for order in [*orders, Order(1, 1000, KEPT, 10, False)]]
+    assert prints[0] == "none"
+    assert len(set(prints)) == 5
+    assert Order(2, 1000, KEPT.copy(), 10).fingerprint == prints[1]  # the seed is compared apart
+
+
+# --- from a folder of scores ---
+
+SCORED = Scored("rows", "tokens", num_rows=10, block_size=4, isolate_documents=True, teacher="t", precision="p")
+
+
+@pytest.fixture
+def scores(tmp_path, monkeypatch):
+    monkeypatch.setattr("salt_lightning.scores._SHARD_TOKENS", 16)  # 4 rows a shard: 4 + 4 + 2
+    scores = Scores.create(tmp_path / "run", SCORED, {"scoring_flops": 1.0})
+    rng = np.random.default_rng(1)
+    for shard in scores.missing():
+        size = (len(scores.rows(shard)), 4)
+        scores.write(shard, rng.random(size, np.float32) * 9, rng.integers(-1, 20, size))
+    scores.setting = "--data.selection"
+    return scores
+
+
+def test_row_scores_of_all_shards_are_kept_beside_them(scores):
+    expected = [
+        by_definition(nll, rank, 10, "zero")
+        for shard in range(3)
+        for nll, rank in zip(*scores.read(shard), strict=True)
+    ]
+    found = row_scores(scores, 10, "zero")
+    assert found.tolist() == pytest.approx(expected, rel=1e-7)  # one float32 rounding in the mean of two
+    scores.path(1).unlink()
+    assert row_scores(scores, 10, "zero").tolist() == found.tolist()  # from the file
+    with pytest.raises(ConfigError, match="has 1 of 3 shards of scores still to be made"):
+        row_scores(scores, 5, "zero")
+    (scores.run / "scores" / "S-k10-zero.parquet").write_bytes(b"damaged")
+    with pytest.raises(ConfigError, match="still to be made"):
+        row_scores(scores, 10, "zero")
+
+
+def test_the_plan_says_what_it_does(scores):
+    order, message = plan(scores, KeepRule(rows=4), 0, 6)
+    assert order.phase1 == 6
+    assert len(order.kept) == 4
+    assert "4 of 10 rows (highest, k 10, masked zero; S " in message
+    assert "phase 1 takes 6, 1.50 times each; phase 2 begins with the 6 unread rows" in message
+    message = plan(scores, KeepRule(rows=4, unread_first=False), 0, 6)[1]
+    assert "phase 2 reads all, read before or not (--data.keep.unread_first false)" in message
+    message = plan(scores, KeepRule(rows=10, k=1), 0, 6)[1]
+    zero = np.mean(row_scores(scores, 1, "zero") == 0)
+    assert f", {zero:.1%} of them score 0: a random choice)" in message
+
+
+def test_reading_the_kept_rows_too_often_is_refused(scores):
+    with pytest.raises(ConfigError, match="takes 40 rows and 4 are kept, so each is read 10.0 times; keep more"):
+        plan(scores, KeepRule(rows=4), 0, 40)
+    assert plan(scores, KeepRule(rows=4, max_repeats=10.0), 0, 40)[0].phase1 == 40
