@@ -1,4 +1,4 @@
-"""`python cli.py {fit,validate,test,compare} --help`; the installed command `salt-lightning` is the same."""
+"""`python cli.py {fit,validate,test,compare,export} --help`; the installed command `salt-lightning` is the same."""
 
 from salt_lightning.cli import main
 

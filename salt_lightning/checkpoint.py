@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 from salt_lightning.errors import ConfigError
+from salt_lightning.export import export
 from salt_lightning.schedule import KDScheduleCallback
 
 _NAME = re.compile(r"step-(\d+)\.ckpt")
@@ -67,6 +68,7 @@ class RunCheckpoint(Checkpoint):
         keep: How many of those to keep, newest first; null keeps all. The boundary, `at_steps` and the end stay.
         at_steps: Optimizer steps after which a checkpoint is kept for good, e.g. an early teacher for SALT_DS.
         folder: Where to; null is `checkpoints` in the run's folder.
+        export: A new folder for the student of the finished run, as a Hugging Face model; null writes none.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class RunCheckpoint(Checkpoint):
         keep: int | None = 1,
         at_steps: list[int] | None = None,
         folder: str | None = None,
+        export: str | None = None,
     ) -> None:
         wrong = [
             f"--checkpoint.{name} {value} must be at least 1, or null"
@@ -84,7 +87,7 @@ class RunCheckpoint(Checkpoint):
         if wrong:
             raise ConfigError("; ".join(wrong))
         self.every_n_steps, self.keep, self.at_steps = every_n_steps, keep, tuple(at_steps or ())
-        self.folder = folder
+        self.folder, self.export = folder, export
         self.stopped_by: signal.Signals | None = None
         self._due = False  # a save that waits for the validation of its step
 
@@ -129,6 +132,9 @@ class RunCheckpoint(Checkpoint):
         """A run that ends early (max_time, another callback's should_stop) loses nothing."""
         if not self._path(trainer).exists() and trainer.global_step > 0:
             self._save(trainer, pl_module)
+        if self.export and self.stopped_by is None and trainer.is_global_zero:
+            written = export(self._path(trainer), Path(self.export), run=Path(trainer.default_root_dir))
+            rank_zero_info(f"exported to {written}")
 
     def _path(self, trainer: pl.Trainer) -> Path:
         return self._dir / f"step-{trainer.global_step:08d}.ckpt"

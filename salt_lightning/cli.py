@@ -17,7 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from salt_lightning import compare
+from salt_lightning import compare, export
 from salt_lightning.checkpoint import AtomicCheckpointIO, RunCheckpoint, newest
 from salt_lightning.data import SALTDataModule
 from salt_lightning.errors import ConfigError, NonFiniteLossError, Stopped
@@ -34,6 +34,7 @@ VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {
         compare.main,
         "Table and plot of several runs: where each reaches the baseline's loss, and its cost.",
     ),
+    "export": (export.main, "The student of a checkpoint as a Hugging Face folder, with tokenizer and model card."),
 }
 
 
@@ -159,6 +160,8 @@ class SALTCLI(LightningCLI):
 
     def before_fit(self) -> None:
         config = self._settings(self.config)
+        if config.checkpoint.export:
+            export.check_target(Path(config.checkpoint.export), "--checkpoint.export")
         if config.kd.weight > 0 and not config.get("ckpt_path"):  # phase 2 goes on where the teacher is gone
             check_path(self.model.teacher_spec, "teacher")
             if self.model.teacher_spec.is_checkpoint:  # a damaged one is named before the text is prepared

@@ -5,18 +5,18 @@ NaN stands for "not known" in every number here; it shows as '-' and is null in 
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
 from salt_lightning import report
-from salt_lightning.errors import ConfigError
+from salt_lightning.errors import ConfigError, VerbParser
 from salt_lightning.runlog import AXES, Run, read_run
 
 
@@ -161,12 +161,13 @@ def _places(run: Run, path: str) -> list[Path]:
     return [Path(os.path.normpath(base / path)) for base in (Path.cwd(), *run.path.absolute().parents)]
 
 
-def _scoring_flops(run: Run) -> float:
+def scoring_flops(run: Run) -> float:
     """FLOPs of the predict run that `data.selection` names; NaN without a selection, or where it is gone."""
     for place in _places(run, str(run.config.get("data.selection") or "")):
         manifest = place / "scores.json" if place.is_dir() else place
         if run.selected and manifest.is_file() and manifest.name == "scores.json":
-            return float(json.loads(manifest.read_text()).get("scoring_flops", math.nan))
+            with suppress(json.JSONDecodeError):
+                return float(json.loads(manifest.read_text()).get("scoring_flops", math.nan))
     return math.nan
 
 
@@ -189,7 +190,7 @@ def _row(run: Run, method: str, teacher: Run | None, goal: Goal) -> Row:
     reached = first_reach(ce.steps, ce.values, goal.ce)
     reached_flops = math.nan if math.isnan(reached) else run.flops(reached)
     teacher_training = math.nan if teacher is None else teacher.flops(teacher.steps_done)
-    scoring = _scoring_flops(run)
+    scoring = scoring_flops(run)
     apart = math.nan if math.isnan(teacher_training) and math.isnan(scoring) else np.nansum([teacher_training, scoring])
     return Row(
         run=run.name,
@@ -265,14 +266,9 @@ def _equal_points(students: list[Run]) -> dict[str, tuple[float, dict[str, float
     return equal
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"compare: {message}")
-
-
 def main(argv: list[str]) -> int:
     """`compare RUN RUN ... [--out DIR] [--baseline RUN]`: prints the table, writes the files."""
-    parser = _Parser(prog="cli.py compare", description="Table and figure of several runs, finished or running.")
+    parser = VerbParser(prog="cli.py compare", description="Table and figure of several runs, finished or running.")
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run's folder, e.g. runs/demo/salt")
     parser.add_argument(
         "--out",

@@ -6,6 +6,7 @@ orders them.
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -113,6 +114,7 @@ class SALTDataModule(LightningDataModule):
         self.accumulate = 1
         self.num_train_rows = self.num_train_tokens = 0
         self.source_names: list[str] = []
+        self.text: dict[str, Any] = {}  # what the training text is, for checkpoints
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._train: PackedRows | None = None
         self._order: Order | None = None
@@ -249,6 +251,8 @@ class SALTDataModule(LightningDataModule):
         if stage in (None, "fit", "predict"):
             self._train = self._open("source", "train")
             self.num_train_rows, self.num_train_tokens = self._train.num_rows, self._train.files.num_tokens
+            hub = [group.hub_name for group in self._corpus("source")[0].groups if group.hub_name]
+            self.text = {"source": self.source, "hub": hub, "documents": self._train.files.num_documents}
         if stage in (None, "fit", "validate", "test"):
             test_apart = stage == "test" and self.test_source
             held_out = "test_source" if test_apart else "val_source" if self.val_source else "source"

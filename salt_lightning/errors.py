@@ -1,6 +1,8 @@
 """The errors a user is meant to see: one line, no traceback (cli.main catches them)."""
 
+import argparse
 import signal
+from typing import NoReturn
 
 
 class ConfigError(ValueError):
@@ -20,3 +22,10 @@ class Stopped(RuntimeError):
     def __init__(self, number: signal.Signals, message: str) -> None:
         super().__init__(message)
         self.number = number
+
+
+class VerbParser(argparse.ArgumentParser):
+    """Arguments of a verb that needs no trainer: what is wrong with them is one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{self.prog.split()[-1]}: {message}")

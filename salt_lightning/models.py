@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import cached_file
 
 from salt_lightning.errors import ConfigError
+from salt_lightning.sharded import read_sharded
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -374,15 +375,20 @@ def check_path(spec: ModelSpec, name: str) -> None:
 
 
 def read_checkpoint(path: str, setting: str) -> dict[str, Any]:
-    """A checkpoint of this project as plain data and tensors (mmap: what is not used stays on disk). No unpickling.
+    """A checkpoint of this project, file or folder, as plain data and tensors. No unpickling.
+
+    What is not used stays on disk: a file is mapped into memory, of a folder a tensor is read when it is asked for.
 
     Raises:
         ConfigError: the file is missing, cut off, or no checkpoint; the message starts with `setting`.
     """
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise ConfigError(f"{setting} {path} does not exist")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if Path(path).is_dir():
+            checkpoint = read_sharded(path, setting)
+        else:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if "state_dict" in checkpoint and "student" in checkpoint["hyper_parameters"]:
             return checkpoint
         reason = "other contents"

@@ -385,6 +385,7 @@ class SALTModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["tokenizer"] = self._data.tokenizer_fingerprint if self._data is not None else None
         checkpoint["data"] = self._data_identity()
+        checkpoint["text"] = getattr(self._data, "text", {})  # for the model card
         checkpoint["time_s"] = self.meter.time_s
         checkpoint["forward_flops"] = dict(self.meter.forward_flops)
 

@@ -132,7 +132,7 @@ class Run:
                 return value
             return seed.sub("SEED", "/".join(folders.get(part, part) for part in value.split("/")))
 
-        own = ("seed_everything", "run", "ckpt_path", "trainer.default_root_dir")
+        own = ("seed_everything", "run", "ckpt_path", "checkpoint.export", "trainer.default_root_dir")
         keys = (k for k in self.config if k not in own and k.rsplit(".", 1)[-1] != "seed")
         return {key: anonymous(self.config[key]) for key in keys}
 

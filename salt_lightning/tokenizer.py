@@ -33,7 +33,7 @@ def digest(data: Any) -> str:
     return hashlib.blake2b(json.dumps(data, sort_keys=True).encode(), digest_size=10).hexdigest()
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, setting: str = "--data.tokenizer") -> PreTrainedTokenizerBase:
     """A tokenizer from a folder or the hub; no code of theirs is run.
 
     Raises:
@@ -44,12 +44,12 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
         raise ConfigError(
-            f"--data.tokenizer: cannot load {name!r} ({first_line(error)}); give a folder, hub name or train"
+            f"{setting}: cannot load {name!r} ({first_line(error)}); give a folder, hub name or train"
         ) from error
     if not getattr(tokenizer, "is_fast", False):
-        raise ConfigError(f"--data.tokenizer: {name!r} has no tokenizer.json; save it as a fast tokenizer first")
+        raise ConfigError(f"{setting}: {name!r} has no tokenizer.json; save it as a fast tokenizer first")
     if tokenizer.eos_token_id is None:
-        raise ConfigError(f"--data.tokenizer: {name!r} has no eos_token, which ends every document; give it one")
+        raise ConfigError(f"{setting}: {name!r} has no eos_token, which ends every document; give it one")
     return tokenizer
 
 

@@ -110,7 +110,7 @@ def test_help_shows_every_setting_and_verb(capsys):
     with pytest.raises(SystemExit):
         cli.main(["--help"])
     text = capsys.readouterr().out
-    for verb in ("fit", "validate", "test", "compare"):
+    for verb in ("fit", "validate", "test", "compare", "export"):
         assert verb in text
     with pytest.raises(SystemExit):
         cli.main(["fit", "--help"])

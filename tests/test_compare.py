@@ -240,6 +240,14 @@ def test_the_reference_is_the_mean_of_its_finished_seeds(tmp_path):
     assert evaluate(load([running])).reference_val_ce == 5.0  # nothing better yet
 
 
+def test_an_exported_seed_is_a_seed_like_the_others(tmp_path):
+    runs = [
+        write_run(tmp_path / f"seed{seed}", BASELINE, seed_everything=seed, **export)
+        for seed, export in ((0, {}), (1, {"checkpoint.export": None}), (2, {"checkpoint.export": "models/best"}))
+    ]
+    assert [group.n for group in evaluate(load(runs)).groups] == [3]
+
+
 def test_one_seed_is_said_to_have_no_spread(three):
     assert "One seed for each experiment (n = 1)" in report.markdown(evaluate(load(three)))
 

@@ -12,12 +12,13 @@ FILES = sorted((ROOT / "salt_lightning").glob("*.py"))
 NAMES = [path.name for path in FILES]
 LAYERS = [  # a file imports from files of earlier layers alone
     {"errors"},
-    {"documents", "flops", "metrics", "models", "optim", "row_pass", "runlog", "schedule"},
-    {"checkpoint", "meter", "report", "tokenizer", "triton_rows"},
+    {"documents", "flops", "metrics", "optim", "row_pass", "runlog", "schedule", "sharded"},
+    {"meter", "models", "report", "tokenizer", "triton_rows"},
     {"chunked_head", "compare", "prepare", "scores"},
-    {"losses", "rows"},
-    {"selection"},
-    {"data", "module", "score_report"},
+    {"card", "losses", "rows"},
+    {"export", "selection"},
+    {"checkpoint", "score_report"},
+    {"data", "module"},
     {"scoring"},
     {"cli", "__init__"},
 ]

@@ -1,0 +1,189 @@
+"""The model card of an exported student: what was trained on what, how long, and at which cost."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import PreTrainedModel
+from transformers.utils import cached_file
+
+from salt_lightning import flops, report
+from salt_lightning.compare import scoring_flops
+from salt_lightning.runlog import Run
+from salt_lightning.schedule import KDSchedule
+
+_SIZES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "vocab_size",
+    "max_position_embeddings",
+    "tie_word_embeddings",
+)
+_PACKAGES = ("salt-lightning", "torch", "lightning", "transformers", "tokenizers")
+
+
+def model_card(
+    name: str, checkpoint: dict[str, Any], model: PreTrainedModel, run: Run | None, has_tokenizer: bool
+) -> str:
+    """README.md of an exported folder: front matter as the hub reads it, then what is known of the training.
+
+    Args:
+        name: of the folder.
+        checkpoint: without need of its tensors.
+        model: the student, on any device.
+        run: the folder that the checkpoint lies in; None: not known.
+        has_tokenizer: whether one lies beside the card.
+    """
+    run = _as_trained(checkpoint, run)
+    taught = run.kd_steps > 0
+    text = checkpoint.get("text") or {}
+    front: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["salt-lightning", *(["knowledge-distillation"] if taught else [])],
+    }
+    if text.get("hub"):
+        front["datasets"] = text["hub"]
+    if started := _hub_name(run.config.get("model.student.path")):
+        front["base_model"] = started
+    rows = {**_student(model, run), **_training(checkpoint, run), **_cost(checkpoint, run)}
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
+        f"# {name}",
+        f"A causal language model pretrained {'with the help of a teacher ' if taught else ''}by salt_lightning"
+        + (" (SALT: [arXiv 2410.18779](https://arxiv.org/abs/2410.18779))." if taught else "."),
+        _how_to_load(name, has_tokenizer),
+        "## Training",
+        _list(rows),
+        _validation(checkpoint["global_step"], run),
+        "Licence: not stated.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _how_to_load(name: str, has_tokenizer: bool) -> str:
+    parts = {"model": "AutoModelForCausalLM"} | ({"tokenizer": "AutoTokenizer"} if has_tokenizer else {})
+    lines = [f'{part} = {cls}.from_pretrained("{name}")' for part, cls in parts.items()]
+    return "\n".join(["```python", f"from transformers import {', '.join(parts.values())}", "", *lines, "```"])
+
+
+def _as_trained(checkpoint: dict[str, Any], run: Run | None) -> Run:
+    """The run as the checkpoint knows it: config.yaml may be of a later start."""
+    spec = checkpoint["hyper_parameters"]
+    schedule = checkpoint.get("kd_schedule") or {"weight": 0.0}
+    known = {"model.teacher.path": (spec.get("teacher") or {}).get("path")}
+    known |= {f"kd.{key}": value for key, value in schedule.items()}
+    if run is None:
+        return Run("", Path(), known, {})
+    return replace(run, config=run.config | known)
+
+
+def _student(model: PreTrainedModel, run: Run) -> dict[str, str]:
+    config = model.config
+    sizes = {size: getattr(config, size, None) for size in _SIZES}
+    return {
+        "student": f"{config.model_type}, {sum(p.numel() for p in model.parameters()):,} parameters",
+        "sizes": ", ".join(f"{size} {value}" for size, value in sizes.items() if value is not None),
+        "started from": run.config.get("model.student.path") or "",
+        "weights": str(config.dtype).removeprefix("torch."),
+    }
+
+
+def _training(checkpoint: dict[str, Any], run: Run) -> dict[str, str]:
+    settings, spec, text = run.config, checkpoint["hyper_parameters"], checkpoint.get("text") or {}
+    teacher, taught = spec.get("teacher") or {}, run.kd_steps > 0
+    counts = [(text.get("documents"), "documents"), (_data(checkpoint, "num_train_tokens"), "tokens")]
+    return {
+        "method": run.method,
+        "teacher": " at revision ".join(filter(None, (teacher["path"], teacher.get("revision")))) if taught else "",
+        "KD": f"{_schedule(run)}; teacher's temperature {spec.get('teacher_temperature', 1.0):g}" if taught else "",
+        "training text": ", ".join(text.get("source") or []),
+        "its size": ", ".join(f"{count:,} {unit}" for count, unit in counts if count),
+        "selected by": str(settings.get("data.selection") or "") if run.selected else "",
+        "rows": f"{_data(checkpoint, 'global_batch_size')} of {_data(checkpoint, 'block_size')} tokens a step",
+        "AdamW": ", ".join(f"{key} {v}" for key, v in (spec.get("optim") or {}).items() if v is not None),
+        "precision": str(settings.get("trainer.precision") or ""),
+        "seed": str(spec.get("seed", "")),
+    }
+
+
+def _schedule(run: Run) -> str:
+    weight, steps, anneal = (run.config.get(f"kd.{key}") for key in ("weight", "steps", "anneal_steps"))
+    if steps is None:
+        return f"weight {weight} in every step"
+    ramp = f", falling ({run.config['kd.shape']}) in the last {anneal} of them" if anneal else ""
+    return f"weight {weight} in the first {steps} steps{ramp}, then 0"
+
+
+def _cost(checkpoint: dict[str, Any], run: Run) -> dict[str, str]:
+    step, per_token = checkpoint["global_step"], checkpoint.get("forward_flops") or {}
+    step_tokens = _data(checkpoint, "global_batch_size") * _data(checkpoint, "block_size")
+    tokens, text_tokens = step * step_tokens, _data(checkpoint, "num_train_tokens")
+    schedule = KDSchedule(**checkpoint["kd_schedule"]) if run.kd_steps > 0 else KDSchedule(weight=0.0)
+    taught = schedule.kd_steps(step)
+    # a checkpoint's 0 stands for "not counted yet"
+    student, teacher = (per_token.get(who) or math.nan for who in ("student", "teacher"))
+    by_student, by_teacher = flops.train_flops(step, step_tokens, student, teacher if taught else 0.0, taught)
+    planned = f" of {run.max_steps:,}" if run.max_steps else ""
+    passes = f" ({tokens / text_tokens:.2f} times the text)" if text_tokens else ""
+    scoring = scoring_flops(run) if run.selected else 0.0
+    return {
+        "steps": f"{step:,}{planned}" + (f", {taught:,} of them with the teacher" if taught else ""),
+        "tokens": f"{tokens:,}{passes}",
+        "FLOPs of the student": _flops(by_student),
+        "FLOPs of the teacher": _flops(by_teacher) + (", its own training apart" if taught else ""),
+        "FLOPs of scoring": _flops(scoring),
+        "versions": _versions(),
+    }
+
+
+def _data(checkpoint: dict[str, Any], name: str) -> int:
+    return (checkpoint.get("data") or {}).get(f"--data.{name}") or 0
+
+
+def _flops(value: float) -> str:
+    scale, unit = report.flop_unit(value)
+    return "not known" if math.isnan(value) else f"{value / scale:.4g} {unit}"
+
+
+def _versions() -> str:
+    found = []
+    for package in _PACKAGES:
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:  # run from its folder without being installed
+            continue
+    return ", ".join(found)
+
+
+def _validation(step: int, run: Run) -> str:
+    """The last figures up to the checkpoint's step."""
+    curves = {tag.removeprefix("val/"): curve for tag, curve in run.curves.items() if tag.startswith("val/")}
+    at = max((int(s) for curve in curves.values() for s in curve.steps if s <= step), default=None)
+    if at is None:
+        return ""
+    found = {tag: curve.values[curve.steps == at] for tag, curve in sorted(curves.items())}
+    figures = {tag: f"{value[0]:.4f}" for tag, value in found.items() if len(value)}
+    return f"## Validation after step {at:,}\n\n" + _list(figures)
+
+
+def _list(rows: dict[str, str]) -> str:
+    return "\n".join(f"- {name}: {value}" for name, value in rows.items() if value)
+
+
+def _hub_name(path: str | None) -> str | None:
+    """`path` where it is a name on the hub, which the hub's cache on this machine tells from a folder not here."""
+    if path is None or path.endswith(".ckpt") or Path(path).exists():
+        return None
+    try:
+        return path if cached_file(path, "config.json", local_files_only=True) else None
+    except OSError:
+        return None

@@ -1,0 +1,250 @@
+"""The verb `export`: the student of a checkpoint -> a folder as `transformers` writes it, with a model card.
+
+Weights are read and written one file at a time, each of a few gigabytes at most: the memory that takes does not grow
+with the model. No GPU, no teacher and no process group is needed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
+
+from salt_lightning.card import model_card
+from salt_lightning.errors import ConfigError, VerbParser
+from salt_lightning.models import DTYPES, ModelSpec, read_checkpoint
+from salt_lightning.runlog import read_run
+from salt_lightning.sharded import ShardedTensors
+from salt_lightning.tokenizer import load_tokenizer, tokenizer_fingerprint
+
+MAX_FILE_BYTES = 2 << 30
+_PREFIX = "student.model."  # of the student's weights in our checkpoints
+
+
+def export(
+    checkpoint: Path,
+    target: Path,
+    dtype: torch.dtype | None = None,
+    tokenizer: str | None = None,
+    run: Path | None = None,
+    max_file_bytes: int = MAX_FILE_BYTES,
+) -> str:
+    """Writes the student of `checkpoint` into the new folder `target`; returns a line that says what is there.
+
+    Args:
+        checkpoint: one of ours, a file or a folder.
+        target: under this name there will be a whole export or nothing.
+        dtype: of the weights; None: as they were trained.
+        tokenizer: folder or hub name; None: the run's own.
+        run: the run's folder, for tokenizer and model card; None: the one that the checkpoint lies in.
+        max_file_bytes: of a file of weights. The memory taken is up to three times that, and of a sharded checkpoint
+            three times its largest tensor besides.
+
+    Raises:
+        ConfigError: the target exists, the checkpoint is damaged or holds another model than it says, or the
+            tokenizer is not the one that it was trained with.
+    """
+    setting = f"export: CKPT {checkpoint}"
+    check_target(target, "export: DIR")
+    saved = read_checkpoint(str(checkpoint), "export: CKPT")
+    model = _on_meta(saved, setting)
+    weights = _described(saved["state_dict"], dtype)
+    _check_weights(model, weights, setting)
+    run = run or checkpoint.absolute().parent.parent
+    words = _tokenizer(saved, model, tokenizer or (run / "tokenizer" if (run / "tokenizer").is_dir() else None))
+
+    def read(names: list[str]) -> dict[str, Tensor]:
+        state = read_checkpoint(str(checkpoint), "export: CKPT")["state_dict"]  # anew: what was mapped before is let go
+        return {name: state[_PREFIX + name].to(weights[name].dtype) for name in names}
+
+    with _whole_folder(target) as folder:
+        num_files = _write_weights(model, weights, read, folder, max_file_bytes)
+        model.config.dtype = next(tensor.dtype for tensor in weights.values() if tensor.is_floating_point())
+        _write_settings(model, words, folder)
+        logged = read_run(run, run.name) if any(run.glob("*tfevents*")) else None
+        card = model_card(target.name, saved, model, logged, words is not None)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        verify(folder)
+    num_parameters, kind = sum(p.numel() for p in model.parameters()), str(model.config.dtype).removeprefix("torch.")
+    return (
+        f"{target}: {num_parameters:,} parameters in {kind}, {num_files} file{'s' * (num_files > 1)} of weights, "
+        f"model card, {'tokenizer' if words else f'no tokenizer (none in {run}; name one by --tokenizer)'}"
+    )
+
+
+def check_target(target: Path, setting: str) -> None:
+    """Raises ConfigError where `target` exists: nothing is ever overwritten."""
+    if target.exists() or target.is_symlink():
+        raise ConfigError(f"{setting} {target} exists already; choose another name or remove it")
+
+
+# --- what is in a checkpoint ---
+
+
+def _on_meta(saved: dict[str, Any], setting: str) -> PreTrainedModel:
+    """The student without its weights."""
+    spec = ModelSpec.of(saved["hyper_parameters"]["student"])
+    try:
+        config = AutoConfig.for_model(spec.family, **spec.config)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # transformers checks settings in many places and ways
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
+        raise ConfigError(f"{setting}: transformers cannot build its {spec.family} ({reason})") from error
+    config.architectures = [type(model).__name__]
+    return model
+
+
+def _described(state: Any, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Name -> tensor on the meta device, as it is to be written."""
+    found = {}
+    for name in state:
+        if name.startswith(_PREFIX):
+            tensor = state.on_meta(name) if isinstance(state, ShardedTensors) else state[name].to("meta")
+            found[name.removeprefix(_PREFIX)] = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+    return found
+
+
+def _check_weights(model: PreTrainedModel, weights: dict[str, Tensor], setting: str) -> None:
+    """Raises ConfigError unless the weights are those of the model that the checkpoint names."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    if wrong := [name for name in wanted | found if wanted.get(name) != found.get(name)]:
+        shown = ", ".join(f"{n} is {found.get(n, 'missing')}, not {wanted.get(n, 'known')}" for n in wrong[:3])
+        raise ConfigError(
+            f"{setting} holds another model than its settings say ({len(wrong)} weights differ): {shown}; was it "
+            "written by this project?"
+        )
+
+
+def _tokenizer(
+    saved: dict[str, Any], model: PreTrainedModel, name: str | Path | None
+) -> PreTrainedTokenizerBase | None:
+    """The tokenizer `name`, if it is the one that the student was trained with."""
+    if name is None:
+        return None
+    tokenizer = load_tokenizer(str(name), "export: --tokenizer")
+    trained_with = saved.get("tokenizer")
+    if len(tokenizer) > model.config.vocab_size or trained_with not in (None, tokenizer_fingerprint(tokenizer)):
+        raise ConfigError(
+            f"export: --tokenizer {name} is not the one that this student was trained with: its {len(tokenizer)} token "
+            "ids mean something else. Name the run's own, RUN/tokenizer"
+        )
+    return tokenizer
+
+
+# --- what is written ---
+
+
+@contextmanager
+def _whole_folder(target: Path) -> Iterator[Path]:
+    """A folder beside `target`, which gets its name when all that is in it has reached the disk."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    partial.mkdir()
+    try:
+        yield partial
+        for path in (*partial.iterdir(), partial):
+            _sync(path)
+        partial.rename(target)
+        _sync(target.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_weights(
+    model: PreTrainedModel,
+    weights: dict[str, Tensor],
+    read: Callable[[list[str]], dict[str, Tensor]],
+    folder: Path,
+    max_file_bytes: int,
+) -> int:
+    """Writes safetensors files, with an index where there are several; returns how many. Tied weights stand once."""
+    plan: list[list[str]] = [[]]
+    size = total = 0
+    for name, tensor in weights.items():
+        if name in model.all_tied_weights_keys:
+            continue
+        if plan[-1] and size + tensor.nbytes > max_file_bytes:
+            plan.append([])
+            size = 0
+        plan[-1].append(name)
+        size, total = size + tensor.nbytes, total + tensor.nbytes
+    place: dict[str, str] = {}
+    for number, names in enumerate(plan, 1):
+        file = "model.safetensors" if len(plan) == 1 else f"model-{number:05d}-of-{len(plan):05d}.safetensors"
+        place |= dict.fromkeys(_write_file(model, read(names), folder / file), file)
+    if len(plan) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": place}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))
+    return len(plan)
+
+
+def _write_file(model: PreTrainedModel, weights: dict[str, Tensor], path: Path) -> list[str]:
+    """Writes weights under the names, and of some families in the parts, that the hub has; returns those names."""
+    parts = {name: part.contiguous() for name, part in revert_weight_conversion(model, weights).items()}
+    try:
+        save_file(parts, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk, say
+        raise OSError(f"{path}: {error}") from error
+    return list(parts)
+
+
+def _write_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+    """config.json, the tokenizer, and generation_config.json, which goes by the tokenizer's special tokens."""
+    model.config.save_pretrained(folder)
+    special = {name: getattr(model.config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+        special |= {name: token for name in special if (token := getattr(tokenizer, name)) is not None}
+    GenerationConfig(**special).save_pretrained(folder)
+    for path in folder.glob("*.safetensors"):  # safetensors lets nobody else read them
+        path.chmod((folder / "config.json").stat().st_mode)
+
+
+def verify(folder: Path) -> None:
+    """Asserts from the files alone that they hold just the weights, in name and shape, that config.json asks for."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    # of all weights at once, as save_pretrained does it: a family whose parts need each other would show here
+    once = {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
+    wanted = {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, once).items()}
+    found: dict[str, tuple[int, ...]] = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    assert found == wanted, f"{folder}: {sorted(found.items() ^ wanted.items())[:3]}"
+
+
+def main(argv: list[str]) -> int:
+    """`export CKPT DIR [--dtype D] [--tokenizer T]`: writes the folder, says what is in it."""
+    parser = VerbParser(prog="cli.py export", description="The student of a checkpoint as a Hugging Face folder.")
+    parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="runs/NAME/checkpoints/step-XXXXXXXX.ckpt")
+    parser.add_argument("target", metavar="DIR", type=Path, help="folder to write; it must not exist")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="of the weights (default: as they were trained)")
+    parser.add_argument(
+        "--tokenizer", metavar="T", help="folder or hub name (default: the run's own, runs/NAME/tokenizer)"
+    )
+    args = parser.parse_args(argv)
+    dtype = DTYPES[args.dtype] if args.dtype else None
+    print(f"written: {export(args.checkpoint, args.target, dtype, args.tokenizer)}")
+    return 0

@@ -1,0 +1,419 @@
+"""Exports: what transformers loads from them, the card, the chain of teachers, the memory, what is refused."""
+
+import json
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import StopAt, arguments, scalars
+from families import FAMILIES, tiny
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from salt_lightning import cli
+from salt_lightning.card import model_card
+from salt_lightning.export import export
+from salt_lightning.models import ModelSpec, load_pretrained, resolved
+from salt_lightning.runlog import read_run
+
+ROOT = Path(__file__).parents[1]
+IDS = torch.tensor([[5, 9, 3, 60, 7, 7, 22, 1, 30, 2]])
+
+
+def save(model, path: Path, **extra: object) -> Path:
+    """A checkpoint of `model` as a run writes it."""
+    state = {f"student.model.{name}": tensor for name, tensor in model.state_dict().items()}
+    spec = resolved(ModelSpec(), model.config).to_dict()
+    torch.save({"state_dict": state, "hyper_parameters": {"student": spec}, "global_step": 3, **extra}, path)
+    return path
+
+
+def load(folder: Path):
+    """The exported model; whatever the loading had to make up or to leave out fails."""
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    return model.eval()
+
+
+def files(folder: Path) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return tensors
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_logits_are_the_students_bit_for_bit(family, tied, tmp_path):
+    own = tiny(family, tie_word_embeddings=tied).model.eval()
+    export(save(own, tmp_path / "x.ckpt"), tmp_path / "out")
+    model = load(tmp_path / "out")
+    assert type(model) is type(own)
+    assert torch.equal(model(IDS).logits, own(IDS).logits)
+    own.save_pretrained(tmp_path / "theirs")  # names, tied weights once, values: as transformers writes them
+    ours, theirs = files(tmp_path / "out"), files(tmp_path / "theirs")
+    assert ours.keys() == theirs.keys()
+    assert len(ours) == len(own.state_dict()) - tied
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    config, other = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("out", "theirs"))
+    assert config == other
+
+
+def test_experts_are_stored_one_by_one_as_the_hub_has_them(tmp_path):
+    sizes = {**FAMILIES["qwen3"], "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    own = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_moe", **sizes)).eval()
+    export(save(own, tmp_path / "x.ckpt"), tmp_path / "out")
+    own.save_pretrained(tmp_path / "theirs")
+    assert files(tmp_path / "out").keys() == files(tmp_path / "theirs").keys()
+    assert len(files(tmp_path / "out")) > len(own.state_dict())
+    assert torch.equal(load(tmp_path / "out")(IDS).logits, own(IDS).logits)
+
+
+@pytest.fixture(scope="module")
+def salt(settings, teacher, tmp_path_factory) -> Path:
+    """A run with a teacher in its first 4 of 12 steps, exported at its end; the export is in salt/out."""
+    run = tmp_path_factory.mktemp("export") / "salt"
+    own = {"run": str(run), "model.teacher.path": teacher, "kd.steps": 4, "checkpoint.export": str(run / "out"),
+           "checkpoint.every_n_steps": 6}  # fmt: skip
+    assert cli.main(["fit", *arguments(settings, own)]) == 0
+    return run
+
+
+def checkpoints(run: Path) -> list[Path]:
+    return sorted((run / "checkpoints").iterdir())
+
+
+def test_a_finished_run_is_exported(salt):
+    last = checkpoints(salt)[-1]
+    own = load_pretrained(ModelSpec(path=str(last)), "student", torch.float32).eval()
+    assert torch.equal(load(salt / "out")(IDS).logits, own(IDS).logits)
+    assert {path.name for path in (salt / "out").iterdir()} == {
+        "README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+        "tokenizer_config.json",
+    }  # fmt: skip
+    assert not list(salt.glob(".*"))
+    modes = {path.stat().st_mode for path in (salt / "out").iterdir()}
+    assert len(modes) == 1  # whoever may read one file may read all
+    tokenizer = AutoTokenizer.from_pretrained(salt / "out")
+    assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(salt / "tokenizer").get_vocab()
+    ids = tokenizer("the small teacher", return_tensors="pt")
+    generated = load(salt / "out").generate(**ids, max_new_tokens=3, do_sample=False)
+    assert generated.shape[1] == ids["input_ids"].shape[1] + 3 or generated[0, -1] == tokenizer.eos_token_id
+    generation = GenerationConfig.from_pretrained(salt / "out")
+    assert [generation.eos_token_id, generation.bos_token_id] == [tokenizer.eos_token_id] * 2
+
+
+def test_generation_ends_where_the_tokenizer_says(salt, tmp_path):
+    checkpoint = torch.load(checkpoints(salt)[-1], weights_only=True)
+    checkpoint["hyper_parameters"]["student"]["config"] |= {"eos_token_id": 7, "pad_token_id": 9}
+    torch.save(checkpoint, tmp_path / "x.ckpt")
+    for name, tokenizer, expected in (("with", str(salt / "tokenizer"), (0, 9)), ("without", None, (7, 9))):
+        export(tmp_path / "x.ckpt", tmp_path / name, tokenizer=tokenizer)
+        generation = GenerationConfig.from_pretrained(tmp_path / name)
+        assert (generation.eos_token_id, generation.pad_token_id) == expected  # this tokenizer has no pad token
+
+
+def test_the_verb_exports_any_checkpoint(salt, tmp_path, capsys):
+    middle = checkpoints(salt)[1]
+    assert middle.name == "step-00000006.ckpt"
+    assert cli.main(["export", str(middle), str(tmp_path / "new" / "six"), "--dtype", "bfloat16"]) == 0
+    out = capsys.readouterr().out
+    assert (
+        out == f"written: {tmp_path}/new/six: 30,880 parameters in bfloat16, 1 file of weights, model card, tokenizer\n"
+    )
+    own = load_pretrained(ModelSpec(path=str(middle)), "student", torch.bfloat16).eval()
+    model = load(tmp_path / "new" / "six")
+    assert model.dtype == torch.bfloat16
+    assert torch.equal(model(IDS).logits, own(IDS).logits)
+
+
+def test_the_card_says_what_was_trained_on_what(salt, teacher, corpus):
+    text = (salt / "out" / "README.md").read_text()
+    front = yaml.safe_load(text.split("---")[1])
+    assert front == {"library_name": "transformers", "pipeline_tag": "text-generation",
+                     "tags": ["salt-lightning", "knowledge-distillation"]}  # fmt: skip
+    logged = scalars(salt)
+    student, taught = (logged[f"train/flops_{who}_total"] for who in ("student", "teacher"))
+    lines = text.splitlines()
+    for line in (
+        "# out",
+        "- student: llama, 30,880 parameters",
+        "- weights: float32",
+        "- method: SALT step",
+        f"- teacher: {teacher}",
+        "- KD: weight 0.667 in the first 4 steps, then 0; teacher's temperature 1",
+        f"- training text: {corpus}",
+        "- its size: 108 documents, 10,126 tokens",
+        "- rows: 8 of 32 tokens a step",
+        "- steps: 12 of 12, 4 of them with the teacher",
+        "- tokens: 3,072 (0.30 times the text)",
+        f"- FLOPs of the student: {student[12] / 1e6:.4g} MFLOP",
+        f"- FLOPs of the teacher: {taught[4] / 1e6:.4g} MFLOP, its own training apart",
+        "- FLOPs of scoring: 0 FLOP",
+        "## Validation after step 12",
+        f"- ce: {logged['val/ce'][12]:.4f}",
+        "Licence: not stated.",
+    ):
+        assert line in lines, line
+
+
+def test_the_card_of_a_step_in_the_middle(salt, tmp_path):
+    export(checkpoints(salt)[0], tmp_path / "four")
+    lines = (tmp_path / "four" / "README.md").read_text().splitlines()
+    assert "- steps: 4 of 12, 4 of them with the teacher" in lines
+    assert "## Validation after step" not in "".join(lines)  # the first one was after step 6
+
+
+def test_a_checkpoint_without_its_run(salt, tmp_path, capsys):
+    bare = Path(shutil.copy(checkpoints(salt)[-1], tmp_path / "a.ckpt"))
+    assert "no tokenizer (none in" in export(bare, tmp_path / "bare")
+    assert not list((tmp_path / "bare").glob("token*"))
+    card = (tmp_path / "bare" / "README.md").read_text()
+    assert "AutoTokenizer" not in card
+    assert "- method: SALT step" in card
+    assert "- steps: 12, 4 of them with the teacher" in card
+    export(bare, tmp_path / "with", tokenizer=str(salt / "tokenizer"))
+    assert (tmp_path / "with" / "tokenizer.json").read_bytes() == (salt / "out" / "tokenizer.json").read_bytes()
+
+
+def card_lines(salt: Path, config: dict[str, object], **changed: object) -> list[str]:
+    """The card of salt's last checkpoint and run with some entries changed."""
+    run = read_run(salt, "salt")
+    checkpoint = torch.load(checkpoints(salt)[-1], weights_only=True) | changed
+    model = AutoModelForCausalLM.from_pretrained(salt / "out")
+    return model_card("x", checkpoint, model, replace(run, config=run.config | config), False).splitlines()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "lines"),
+    [
+        ({"weight": 0.0}, ["- method: BASELINE", "- steps: 12 of 12", "- FLOPs of the teacher: 0 FLOP"]),
+        ({"steps": None}, ["- method: RKD", "- steps: 12 of 12, 12 of them with the teacher",
+                           "- KD: weight 0.667 in every step; teacher's temperature 1"]),
+        ({"anneal_steps": 2, "shape": "linear"},
+         ["- method: SALT linear", "- KD: weight 0.667 in the first 4 steps, falling (linear) in the last 2 of them, "
+          "then 0; teacher's temperature 1"]),
+    ],
+)  # fmt: skip
+def test_the_card_names_the_method(schedule, lines, salt):
+    found = card_lines(
+        salt, {}, kd_schedule={"weight": 0.667, "steps": 4, "anneal_steps": 0, "shape": "step"} | schedule
+    )
+    assert [line for line in lines if line not in found] == []
+    assert any("teacher" in line for line in found[:20]) == (schedule != {"weight": 0.0})
+
+
+def test_only_names_of_the_hub_are_given_to_the_hub(salt, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--owner--small"
+    for name, text in (("refs/main", "a" * 40), (f"snapshots/{'a' * 40}/config.json", "{}")):
+        (repository / name).parent.mkdir(parents=True)
+        (repository / name).write_text(text)
+    for path, found in (("owner/small", "owner/small"), ("my/folder", None), ("/no/such/folder", None), (None, None)):
+        text = {"source": ["owner/texts", "my/texts"], "hub": ["owner/texts"]}
+        lines = card_lines(salt, {"model.student.path": path}, text=text)
+        front = yaml.safe_load("\n".join(lines).split("---")[1])
+        assert front.get("base_model") == found
+        assert front["datasets"] == ["owner/texts"]
+
+
+@pytest.mark.parametrize(
+    ("manifest", "said"),
+    [(None, "not known"), ("{", "not known"), ("{}", "not known"), ('{"scoring_flops": 2.5e12}', "2.5 TFLOP")],
+)
+def test_scoring_is_counted_where_its_manifest_says_so(manifest, said, salt, tmp_path):
+    if manifest:
+        (tmp_path / "scores.json").write_text(manifest)
+    lines = card_lines(salt, {"data.selection": str(tmp_path)})
+    assert "- method: SALT_DS step" in lines
+    assert f"- selected by: {tmp_path}" in lines
+    assert f"- FLOPs of scoring: {said}" in lines
+
+
+def test_a_student_is_the_next_teacher_and_the_next_start(salt, settings, tmp_path):
+    """Two generations on: what was exported teaches a third model, and is where a fourth one starts."""
+    out = str(salt / "out")
+    grown = {**settings["model.student.config"], "hidden_size": 48}
+    third = {"run": str(tmp_path / "third"), "model.teacher.path": out, "kd.steps": 3, "trainer.max_steps": 4,
+             "model.student.config": grown, "data.tokenizer": out, "trainer.val_check_interval": 4,
+             "checkpoint.export": str(tmp_path / "third" / "out")}  # fmt: skip
+    assert cli.main(["fit", *arguments(settings, third)]) == 0
+    assert load(tmp_path / "third" / "out").config.hidden_size == 48
+    assert f"- teacher: {out}" in (tmp_path / "third" / "out" / "README.md").read_text()
+
+    start = {"model.student.path": out, "model.student.config": {}, "kd.weight": 0.0, "data.tokenizer": out}
+    fourth = {**start, "run": str(tmp_path / "fourth"), "trainer.max_steps": 2, "trainer.val_check_interval": 2}
+    assert cli.main(["fit", *arguments(settings, fourth)]) == 0
+    export(checkpoints(tmp_path / "fourth")[-1], tmp_path / "fourth" / "out")
+    assert f"- started from: {out}" in (tmp_path / "fourth" / "out" / "README.md").read_text()
+
+    # What teaches the third and what the fourth starts from is one model: the same loss on the same first rows,
+    teaches, starts = scalars(tmp_path / "third")["train/teacher_ce"][1], scalars(tmp_path / "fourth")["train/ce"][1]
+    assert teaches == starts
+    # and it is the one that was trained.
+    assert cli.main(["validate", *arguments(settings, start, {"run": str(tmp_path / "fifth")})]) == 0
+    assert set(scalars(tmp_path / "fifth" / "validate")["val/ce"].values()) == {scalars(salt)["val/ce"][12]}
+
+
+def test_an_interrupted_run_is_not_exported(fit_with, tmp_path):
+    code = fit_with(tmp_path / "run", StopAt(3), **{"checkpoint.export": str(tmp_path / "out")})
+    assert code == 128 + signal.SIGTERM
+    assert not (tmp_path / "out").exists()
+
+
+# --- memory ---
+
+MEMORY = """
+import sys, threading, time
+from pathlib import Path
+import torch
+from salt_lightning.export import export
+
+def resident_mb():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmRSS")) / 1024
+
+folder = Path(sys.argv[1])
+export(folder / "tiny.ckpt", folder / "tiny")  # loads what is loaded once
+for name, dtype in (("one.ckpt", None), ("one.ckpt", torch.bfloat16), ("sharded.ckpt", None)):
+    peak, done = [resident_mb()] * 2, threading.Event()
+    def watch():
+        while not done.is_set():
+            peak[1] = max(peak[1], resident_mb())
+            time.sleep(0.0005)
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    export(folder / name, folder / f"{name}.{dtype}", dtype, max_file_bytes=40 << 20)
+    done.set()
+    watcher.join()
+    print(peak[1] - peak[0])
+"""
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # saved by one process, as is wanted here
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_memory_does_not_grow_with_the_model(tmp_path):
+    """300 MB of weights in files of 40 MB."""
+    import torch.distributed.checkpoint as dcp
+
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 14, "num_attention_heads": 8}
+    config = AutoConfig.for_model("llama", **sizes, vocab_size=16384, max_position_embeddings=64)
+    model = AutoModelForCausalLM.from_config(config)
+    save(model, tmp_path / "one.ckpt")
+    assert (tmp_path / "one.ckpt").stat().st_size > 300e6
+    whole = torch.load(tmp_path / "one.ckpt", weights_only=True, mmap=True)
+    dcp.save({"state_dict": whole.pop("state_dict")}, checkpoint_id=tmp_path / "sharded.ckpt", no_dist=True)
+    torch.save(whole, tmp_path / "sharded.ckpt" / "meta.pt")
+    save(tiny("llama").model, tmp_path / "tiny.ckpt")
+    done = subprocess.run([sys.executable, "-c", MEMORY, tmp_path], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    one, cast, sharded = map(float, done.stdout.split())
+    # A file's worth of the mapped checkpoint; to cast it, twice that and the file's worth of copies; a sharded one is
+    # put together, with a tensor (34 MB) thrice. The 20 are for Python's own.
+    assert one < 20 + 42
+    assert cast < 20 + 3 * 42
+    assert sharded < 20 + 42 + 3 * 34
+    index = json.loads((tmp_path / "one.ckpt.None" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 4 * sum(p.numel() for p in model.parameters())
+    for name in ("one.ckpt.None", "sharded.ckpt.None"):
+        sizes = [path.stat().st_size for path in (tmp_path / name).glob("*.safetensors")]
+        assert len(sizes) > 7
+        assert max(sizes) < (40 << 20) + 100_000
+        loaded = load(tmp_path / name).state_dict()
+        assert all(torch.equal(loaded[key], tensor) for key, tensor in model.state_dict().items())
+
+
+# --- what is refused ---
+
+
+def refused(capsys, *args: object) -> str:
+    """The one line that `export` ends with."""
+    assert cli.main(["export", *map(str, args)]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert len(lines) == 1
+    assert lines[0].startswith("error: export: ")
+    return lines[0]
+
+
+def test_a_target_that_exists_is_refused(salt, settings, capsys, tmp_path):
+    before = {path: path.read_bytes() for path in (salt / "out").iterdir()}
+    said = refused(capsys, checkpoints(salt)[-1], salt / "out")
+    assert f"export: DIR {salt}/out exists already; choose another name or remove it" in said
+    assert {path: path.read_bytes() for path in (salt / "out").iterdir()} == before
+    own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, "checkpoint.export": str(salt / "out")}
+    assert cli.main(["fit", *arguments(settings, own)]) == 2  # before anything is trained
+    assert f"--checkpoint.export {salt}/out exists already" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_of_another_model_is_refused(salt, tmp_path, capsys):
+    whole = torch.load(checkpoints(salt)[-1], weights_only=True)
+    state, norm = whole["state_dict"], "student.model.model.norm.weight"
+    cases = {
+        "norm.weight is missing, not (32,)": {k: v for k, v in state.items() if k != norm},
+        "norm.weight is (31,), not (32,)": {**state, norm: state[norm][1:]},
+        "extra.weight is (32,), not known": {**state, "student.model.extra.weight": state[norm]},
+    }
+    for message, changed in cases.items():
+        torch.save({**whole, "state_dict": changed}, tmp_path / "x.ckpt")
+        said = refused(capsys, tmp_path / "x.ckpt", tmp_path / "out")
+        assert f"export: CKPT {tmp_path}/x.ckpt holds another model than its settings say (1 weights differ)" in said
+        assert message in said
+    whole["hyper_parameters"]["student"]["family"] = "nope"
+    torch.save(whole, tmp_path / "x.ckpt")
+    said = refused(capsys, tmp_path / "x.ckpt", tmp_path / "out")
+    assert "transformers cannot build its nope" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["x.ckpt"]
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused(salt, tmp_path, capsys):
+    shutil.copytree(salt / "tokenizer", tmp_path / "other")
+    rules = json.loads((tmp_path / "other" / "tokenizer.json").read_text())
+    vocab = rules["model"]["vocab"]
+    a, b = list(vocab)[-2:]
+    vocab[a], vocab[b] = vocab[b], vocab[a]
+    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(rules))
+    said = refused(capsys, checkpoints(salt)[-1], tmp_path / "out", "--tokenizer", tmp_path / "other")
+    assert f"--tokenizer {tmp_path}/other is not the one that this student was trained with" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["gone.ckpt", "out"], "CKPT gone.ckpt does not exist"),
+        (["{run}", "out"], "is not a whole checkpoint of this project"),
+        (["{run}/config.yaml", "out"], "is not a whole checkpoint of this project"),
+        (["{last}", "out", "--dtype", "int4"], "--dtype: invalid choice: 'int4'"),
+        (["{last}", "out", "--tokenizer", "./none"], "export: --tokenizer: cannot load './none'"),
+        (["{last}"], "the following arguments are required: DIR"),
+    ],
+)
+def test_what_is_typed_wrong_is_named(salt, args, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = [arg.format(run=salt, last=checkpoints(salt)[-1]) for arg in args]
+    assert message in refused(capsys, *args)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_leaves_nothing(salt, tmp_path, capsys):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))  # the weights take 125 KB
+    try:
+        assert cli.main(["export", str(checkpoints(salt)[-1]), str(tmp_path / "out")]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    err = capsys.readouterr().err
+    assert re.search(r"^error: .*model.safetensors: .*File too large", err, re.M), err
+    assert not list(tmp_path.iterdir())

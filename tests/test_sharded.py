@@ -1,0 +1,145 @@
+"""Sharded checkpoints of real FSDP2, read by one process; what is refused."""
+
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from transformers import AutoModelForCausalLM
+
+from salt_lightning import cli
+from salt_lightning.errors import ConfigError
+from salt_lightning.models import ModelSpec, load_pretrained, read_checkpoint
+from salt_lightning.sharded import read_table
+
+SCRIPT = Path(__file__).parent / "sharded_run.py"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """Folder with step-00000001.ckpt/, written by two processes, and whole.pt, the same weights gathered."""
+    out = tmp_path_factory.mktemp("sharded")
+    done = subprocess.run([sys.executable, SCRIPT, out], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture
+def copy(saved, tmp_path) -> Path:
+    return Path(shutil.copytree(saved / "step-00000001.ckpt", tmp_path / "step-00000001.ckpt"))
+
+
+def test_every_tensor_is_the_one_that_was_gathered(saved):
+    path = saved / "step-00000001.ckpt"
+    assert (path / "__0_0.distcp").exists()  # the premises: two ranks, and pieces of different sizes
+    assert (path / "__1_0.distcp").exists()
+    table = read_table(path, "CKPT")
+    chunks = table.state_dict_metadata["state_dict.student.model.model.embed_tokens.weight"].chunks
+    assert [tuple(chunk.sizes) for chunk in chunks] == [(33, 32), (32, 32)]
+    checkpoint = read_checkpoint(str(path), "CKPT")
+    assert checkpoint["global_step"] == 1
+    read, whole = checkpoint["state_dict"], torch.load(saved / "whole.pt", weights_only=True)
+    assert [name.removeprefix("student.model.") for name in read] == list(whole)
+    for name, tensor in whole.items():
+        found = read[f"student.model.{name}"]
+        assert torch.equal(found, tensor)
+        assert found.dtype == tensor.dtype
+        assert read.on_meta(f"student.model.{name}").shape == tensor.shape
+
+
+def test_a_sharded_checkpoint_is_a_teacher(saved):
+    spec = ModelSpec(path=str(saved / "step-00000001.ckpt"))
+    teacher = load_pretrained(spec, "teacher", torch.float32)
+    whole = torch.load(saved / "whole.pt", weights_only=True)
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in teacher.state_dict().items())
+
+
+def test_it_is_exported_by_one_process(saved, tmp_path):
+    assert cli.main(["export", str(saved / "step-00000001.ckpt"), str(tmp_path / "out")]) == 0
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values()), info
+    whole = torch.load(saved / "whole.pt", weights_only=True)
+    own = AutoModelForCausalLM.from_config(model.config)
+    own.load_state_dict(whole)
+    ids_BT = torch.arange(8)[None]
+    assert torch.equal(model.eval()(ids_BT).logits, own.eval()(ids_BT).logits)
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        assert len(file.keys()) == len(whole) - 1  # tied: once
+
+
+def test_an_export_of_half_a_checkpoint_is_one_line(copy, tmp_path, capsys):
+    (copy / "__1_0.distcp").unlink()
+    assert cli.main(["export", str(copy), str(tmp_path / "out")]) == 2
+    said = f"error: export: CKPT {copy} is not a whole checkpoint: __1_0.distcp is missing; copy the folder again"
+    assert capsys.readouterr().err.split("\n") == ["", said, ""]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["meta.pt", ".metadata", "__0_0.distcp", "__1_0.distcp"])
+@pytest.mark.parametrize("how", ["missing", "empty"])
+def test_a_file_that_is_not_whole_is_named(copy, name, how):
+    (copy / name).unlink()
+    if how == "empty":
+        (copy / name).touch()
+    with pytest.raises(ConfigError) as caught:
+        read_checkpoint(str(copy), "--ckpt_path")
+    message = str(caught.value)
+    assert message.startswith(f"--ckpt_path {copy}")
+    assert name in message
+    assert "\n" not in message
+
+
+def test_a_folder_of_something_else_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"CKPT .* is not a whole checkpoint of this project \(meta.pt is missing\)"):
+        read_checkpoint(str(tmp_path), "CKPT")
+
+
+def test_a_damaged_piece_is_named(copy):
+    table = read_table(copy, "CKPT")
+    name = "student.model.model.norm.weight"
+    info = table.storage_data[MetadataIndex(f"state_dict.{name}", [0])]
+    data = bytearray((copy / info.relative_path).read_bytes())
+    data[info.offset : info.offset + 4] = b"junk"
+    (copy / info.relative_path).write_bytes(data)
+    tensors = read_checkpoint(str(copy), "CKPT")["state_dict"]
+    with pytest.raises(ConfigError, match=rf"CKPT {copy} is damaged: {name} cannot be read"):
+        tensors[name]
+
+
+def test_a_table_that_leaves_elements_out_is_refused(copy):
+    name = "student.model.model.embed_tokens.weight"
+    table = read_table(copy, "CKPT")
+    table.state_dict_metadata[f"state_dict.{name}"].chunks.pop()
+    (copy / ".metadata").write_bytes(pickle.dumps(table))
+    tensors = read_checkpoint(str(copy), "CKPT")["state_dict"]
+    with pytest.raises(ConfigError, match=rf"{name} cannot be read \(1056 of 2080 elements\)"):
+        tensors[name]
+
+
+class Call:
+    """Pickled, it is a call of `function`."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("function", [os.system, exec, torch.load, getattr])
+def test_a_table_that_is_a_program_does_not_run(copy, function, tmp_path):
+    marker = tmp_path / "ran"
+    args = {os.system: [f"touch {marker}"], exec: [f"open({str(marker)!r}, 'w')"], torch.load: [str(copy / "meta.pt")],
+            getattr: [torch.Size, "numel"]}[function]  # fmt: skip
+    table = read_table(copy, "CKPT")
+    table.planner_data = Call(function, *args)
+    (copy / ".metadata").write_bytes(pickle.dumps(table))
+    with pytest.raises(ConfigError, match=r".metadata is no table of a checkpoint: it asks for [\w.]+"):
+        read_checkpoint(str(copy), "CKPT")
+    assert not marker.exists()
