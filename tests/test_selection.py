@@ -3,13 +3,14 @@
 import statistics
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from salt_lightning.errors import ConfigError
 from salt_lightning.rows import Order, outside, row_at, scatter
-from salt_lightning.scores import NO_LABEL, RANK_CAP, Scored, Scores
+from salt_lightning.scores import NO_LABEL, RANK_CAP, Scored, Scores, write_table
 from salt_lightning.selection import KeepRule, kept_rows, plan, row_scores, score_rows
 
 # --- S(x) ---
@@ -248,6 +249,9 @@ def test_row_scores_of_all_shards_are_kept_beside_them(scores):
     ]
     found = row_scores(scores, 10, "zero")
     assert found.tolist() == pytest.approx(expected, rel=1e-7)  # one float32 rounding in the mean of two
+    cut = pa.table({"S": found[:-1]})
+    write_table(scores.run / "scores" / "S-k10-zero.parquet", cut)  # of another number of rows
+    assert row_scores(scores, 10, "zero").tolist() == found.tolist()
     scores.path(1).unlink()
     assert row_scores(scores, 10, "zero").tolist() == found.tolist()  # from the file
     with pytest.raises(ConfigError, match="has 1 of 3 shards of scores still to be made"):
@@ -268,6 +272,7 @@ def test_the_plan_says_what_it_does(scores):
     message = plan(scores, KeepRule(rows=10, k=1), 0, 6)[1]
     zero = np.mean(row_scores(scores, 1, "zero") == 0)
     assert f", {zero:.1%} of them score 0: a random choice)" in message
+    assert "score 0" not in plan(scores, KeepRule(rows=10, k=1, order="random"), 0, 6)[1]
 
 
 def test_reading_the_kept_rows_too_often_is_refused(scores):
