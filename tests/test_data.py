@@ -17,7 +17,17 @@ from lightning.pytorch.callbacks import Callback
 from salt_lightning.data import SALTDataModule, accumulation, validation_cadence
 from salt_lightning.errors import ConfigError
 from salt_lightning.prepare import SplitWriter, TokenFiles
-from salt_lightning.rows import IGNORE, NO_ROW, EvalBatches, Loader, Order, PackedRows, TrainBatches, row_at
+from salt_lightning.rows import (
+    IGNORE,
+    NO_ROW,
+    EvalBatches,
+    Loader,
+    Order,
+    PackedRows,
+    ShardBatches,
+    TrainBatches,
+    row_at,
+)
 from salt_lightning.selection import KeepRule
 from salt_lightning.tokenizer import Block
 
@@ -181,6 +191,20 @@ def test_evaluation_reads_every_row_once_in_batches_of_one_shape(world, tmp_path
     for batch in batches:
         assert (batch["labels"][batch["rows"] == NO_ROW] == IGNORE).all()
         assert (batch["bytes"][batch["labels"] == IGNORE] == 0).all()
+
+
+@pytest.mark.parametrize("micro", [1, 4, 5, 11])
+def test_shards_are_read_whole_whatever_the_batch(micro, tmp_path):
+    """37 rows in shards of 10: the last has 7. One rank has shards 3 and 1, another as many batches and shard 2."""
+    packed = some_rows(tmp_path)
+    packed.num_rows = 37
+    for shards, rows in (([3, 1], [*range(30, 37), *range(10, 20)]), ([2], list(range(20, 30)))):
+        batches = ShardBatches(packed, shards, 10, (micro, 2))
+        assert len(batches) == 2 * -(-10 // micro)
+        seen = [batches[i]["rows"] for i in range(len(batches))]
+        assert {len(batch) for batch in seen} == {micro}
+        assert [row for batch in seen for row in batch if row != NO_ROW] == rows
+        assert seen[-(-10 // micro)][0] == (10 if len(shards) == 2 else NO_ROW)  # no batch lies across two shards
 
 
 def test_token_files_travel_closed(tmp_path):
