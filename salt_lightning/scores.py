@@ -118,9 +118,8 @@ class Scores:
             ConfigError: names each setting by which they differ.
         """
         before, here = asdict(self.scored), asdict(now)
-        other = [_MEANING[key] for key, value in here.items() if value != "" and before[key] != value]
-        if "--data.source" in " ".join(other):  # the number of rows says nothing more
-            other = [name for name in other if "number of rows" not in name] or other
+        keys = [key for key, value in here.items() if value != "" and before[key] != value]
+        other = [_MEANING[key] for key in keys if key != "num_rows" or keys == ["num_rows"]]  # it follows from the rest
         if other:
             raise ConfigError(
                 f"{self.setting} {self.run} holds scores that do not fit {' and '.join(other)}; "
