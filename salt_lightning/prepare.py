@@ -37,7 +37,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from salt_lightning.documents import Corpus, Raw, empty_error, read_raw, reading_error
+from salt_lightning.documents import Corpus, Raw, empty_error, read_raw
 from salt_lightning.errors import ConfigError
 from salt_lightning.tokenizer import (
     Block,
@@ -198,8 +198,6 @@ def _encode_all(encoder: Encoder, workers: int) -> Generator[tuple[str, Block], 
                     )
                     bar.update(block.text_bytes)
                     yield split, block
-        except json.JSONDecodeError as error:
-            raise reading_error(error, encoder.corpus) from error
         except BrokenProcessPool as error:
             raise ConfigError(
                 f"--data.prepare_workers: one of {workers} tokenizing processes was killed, as it happens for want of "

@@ -19,7 +19,6 @@ from salt_lightning.documents import (
     first_line,
     lots,
     read_raw,
-    reading_error,
     utf8,
 )
 from salt_lightning.errors import ConfigError
@@ -83,11 +82,7 @@ def _training_texts(corpus: Corpus, val_fraction: float) -> Iterator[str]:
     share = min(1.0, _TRAINING_BYTES / max(1, corpus.num_bytes()))
     chars = 0
     for raw in read_raw(corpus):
-        try:
-            texts = [text for text, _ in documents(raw, corpus.text_column, corpus.source_column)]
-        except json.JSONDecodeError as error:
-            raise reading_error(error, corpus) from error
-        for text in texts:
+        for text, _ in documents(raw, corpus):
             split, sample = lots(utf8(text))
             if split >= val_fraction and sample < share:
                 chars += len(text)
@@ -122,7 +117,7 @@ class Encoder:
         # Pickling forgets this flag. A text that spells a special token out is still text.
         self.tokenizer.encode_special_tokens = True
         splits: dict[str, list[tuple[bytes, str]]] = {"train": [], "val": []}
-        for text, source in documents(raw, self.corpus.text_column, self.corpus.source_column):
+        for text, source in documents(raw, self.corpus):
             data = utf8(text)
             splits["val" if lots(data)[0] < self.val_fraction else "train"].append((data, source))
         return {split: self._block(docs, split == "val") for split, docs in splits.items() if docs}

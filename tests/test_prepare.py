@@ -111,6 +111,13 @@ def jsonl_xz_named_json(folder: Path) -> list[str]:
     return [str(write_jsonl(folder / "books.json.xz", [{"text": t} for t in TEXTS], lzma.open))]
 
 
+def texts_of_windows(folder: Path) -> list[str]:
+    for i, text in enumerate(TEXTS):
+        (folder / "books").mkdir(exist_ok=True)
+        (folder / "books" / f"{i}.txt.gz").write_bytes(gzip.compress(text.replace("\n", "\r\n").encode()))
+    return [str(folder / "books")]
+
+
 def parquet(folder: Path) -> list[str]:
     pq.write_table(pa.table({"id": range(len(TEXTS)), "text": TEXTS}), folder / "books.parquet", row_group_size=2)
     return [str(folder / "books.parquet")]
@@ -132,8 +139,8 @@ def hub_layout(folder: Path) -> list[str]:
 
 
 FORMATS = [
-    texts_folder, texts_glob, jsonl, jsonl_with_changing_fields, jsonl_gz, jsonl_xz_named_json, parquet,
-    brackets_in_a_name, hub_layout,
+    texts_folder, texts_glob, texts_of_windows, jsonl, jsonl_with_changing_fields, jsonl_gz, jsonl_xz_named_json,
+    parquet, brackets_in_a_name, hub_layout,
 ]  # fmt: skip
 
 
@@ -230,7 +237,9 @@ BAD_FILES = [
     ),
     ("x.jsonl", OTHER_COLUMNS, r"--data.text_column: no column 'text' in x; there are: id, content$"),
     ("x.jsonl", b'{"text": 17}\n', r"--data.text_column: 'text' of x holds int, not text$"),
-    ("x.jsonl", b'["text"]\n', r"""--data.source: x: '\["text"\]' is no JSON object"""),
+    ("x.jsonl", b'["text"]\n', r"""--data.source: .*x.jsonl: line 1 is no JSON object but '\["text"\]"""),
+    ("x.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"--data.source: .*x.jsonl: line 2 is not UTF-8 text"),
+    ("x.jsonl", b"[" * 200_000, r"--data.source: .*x.jsonl: line 1 is not JSON \(.*recursion"),
     (
         "x.jsonl",
         b'{"text": "a"}\n\n{"text": "b"\n',
@@ -249,6 +258,16 @@ def test_bad_input_is_one_clear_line(name, content, message, tmp_path):
         prepare_tokens(corpus_of(tmp_path / name), byte_tokenizer(), 0.0, tmp_path / "cache", 1)
     assert "\n" not in str(caught.value)
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
+def test_bad_line_is_found_behind_other_files_and_tasks(suffix, tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "_RAW_CHARS", 200)
+    good, bad = b'{"text": "abc"}\n', b'{"text": "ab\xff"}\n'
+    for i in range(20):  # 16 bytes a line: several files in one task, and several tasks in one file
+        (tmp_path / f"{i:02}.{suffix}").write_bytes(good * i + (bad if i == 17 else good))
+    with pytest.raises(ConfigError, match=rf"^--data.source: .*/17.{suffix}: line 18 is not UTF-8 text"):
+        prepare_tokens(corpus_of(tmp_path), byte_tokenizer(), 0.0, tmp_path / "cache", 1)
 
 
 @pytest.mark.parametrize("source", ["no/such/*.txt", "no/such/folder/x", "corpus.jsonl", "text.md"])
