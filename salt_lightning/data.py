@@ -16,13 +16,13 @@ from transformers import PreTrainedTokenizerBase
 from salt_lightning.documents import Corpus, Hub, resolve
 from salt_lightning.errors import ConfigError
 from salt_lightning.prepare import (
-    TokenFiles,
     prepare_tokenizer,
     prepare_tokens,
     token_folder,
     tokenizer_folder,
 )
 from salt_lightning.rows import EvalBatches, Loader, PackedRows, TrainBatches
+from salt_lightning.token_files import TokenFiles
 from salt_lightning.tokenizer import load_tokenizer, tokenizer_fingerprint
 
 # What the user gave the trainer, before `setup` wrote micro-batches over it (setup may run twice).

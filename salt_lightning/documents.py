@@ -65,10 +65,6 @@ class Group:
         stats = [(file, os.stat(file)) for file in self.files]
         return [self.name, self.kind, [[file, stat.st_size, stat.st_mtime_ns] for file, stat in stats]]
 
-    def num_bytes(self) -> int:
-        """Size on disk; the hub counts 0."""
-        return sum(map(os.path.getsize, self.files))
-
 
 @dataclass(frozen=True)
 class Corpus:
@@ -85,7 +81,15 @@ class Corpus:
 
     def num_bytes(self) -> int:
         """Size on disk; the hub counts 0."""
-        return sum(group.num_bytes() for group in self.groups)
+        return sum(os.path.getsize(file) for group in self.groups for file in group.files)
+
+    def stamps(self) -> dict[str, tuple[int, int] | None]:
+        """File -> its size and time of change, None if it is gone: another stamp, another content."""
+        found = {}
+        for file in (file for group in self.groups for file in group.files):
+            stat = os.stat(file) if os.path.exists(file) else None
+            found[file] = (stat.st_size, stat.st_mtime_ns) if stat else None
+        return found
 
     def columns(self) -> list[str]:
         """The columns that are read of a table."""
@@ -220,18 +224,18 @@ def read_raw(corpus: Corpus) -> Iterator[Raw]:
     Raises:
         ConfigError: unreadable file (named), unknown column, hub out of reach.
     """
-    bytes_before = 0
+    bytes_before = read_bytes = 0
     for group in corpus.groups:
         raw = Raw(group.name, group.kind)
         for piece in _read_hub(group, corpus) if group.kind == "hub" else _read_files(group, corpus):
-            piece.read_bytes += bytes_before
+            piece.read_bytes = read_bytes = bytes_before + piece.read_bytes
             raw.extend(piece)
             if raw.size >= _RAW_CHARS:
                 yield raw
                 raw = Raw(group.name, group.kind)
         if raw.rows:
             yield raw
-        bytes_before += group.num_bytes()
+        bytes_before = read_bytes
 
 
 def _read_files(group: Group, corpus: Corpus) -> Iterator[Raw]:
@@ -242,12 +246,12 @@ def _read_files(group: Group, corpus: Corpus) -> Iterator[Raw]:
             for piece in read(file, group, corpus.columns()):
                 piece.read_bytes += bytes_before
                 yield piece
+            bytes_before += os.path.getsize(file)
         except ConfigError:
             raise
         except Exception as error:
             hint = "; pip install zstandard" if "zstd" in str(error) else ""
             raise ConfigError(f"{corpus.setting}: {file}: cannot be read ({first_line(error)}){hint}") from error
-        bytes_before += os.path.getsize(file)
 
 
 def _read_text(file: str, group: Group, columns: list[str]) -> Iterator[Raw]:
