@@ -146,18 +146,18 @@ def _accidents(cache_dir: Path) -> Iterator[None]:
 class _Written:
     """How far the files are written: the content of the journal."""
 
-    origin: dict[str, Any]
+    origin: str  # digest of what the manifest says of the files' making
     num_raws: int = 0
     raws_hash: str = ""
     read_bytes: int = 0
     sources: dict[str, int] = field(default_factory=dict)  # name -> index
     counts: dict[str, dict[str, int]] = field(default_factory=lambda: {split: no_counts() for split in SPLITS})
 
-    def follow(self, raw: Raw) -> None:
-        """One more."""
+    def follow(self, raw_hash: bytes, read_bytes: int) -> None:
+        """One raw more."""
         self.num_raws += 1
-        self.raws_hash = hashlib.blake2b(self.raws_hash.encode() + raw.digest(), digest_size=16).hexdigest()
-        self.read_bytes = raw.read_bytes
+        self.raws_hash = hashlib.blake2b(self.raws_hash.encode() + raw_hash, digest_size=16).hexdigest()
+        self.read_bytes = read_bytes
 
     def done(self) -> Done:
         documents, tokens, text_bytes = (
@@ -166,7 +166,7 @@ class _Written:
         return Done(time.monotonic(), documents, tokens, text_bytes, self.read_bytes)
 
 
-def _resume(unfinished: Unfinished, origin: dict[str, Any], corpus: Corpus) -> tuple[_Written, Iterator[Raw]]:
+def _resume(unfinished: Unfinished, origin: str, encoder: Encoder) -> tuple[_Written, Iterator[Raw]]:
     """What is written and what is still to be read. All is, unless a journal of the same origin fits files and text."""
     journal = unfinished.journal()
     if journal.get("origin") == origin:
@@ -174,20 +174,20 @@ def _resume(unfinished: Unfinished, origin: dict[str, Any], corpus: Corpus) -> t
         least = {
             unfinished.path / split / name: size
             for split, counts in written.counts.items()
-            for name, size in sizes(split, origin["dtype"], counts).items()
+            for name, size in sizes(split, encoder.dtype, counts).items()
         }
         if all(path.exists() and path.stat().st_size >= size for path, size in least.items()):
-            raws = read_raw(corpus)
+            raws = read_raw(encoder.corpus)
             for raw in islice(raws, written.num_raws):  # reading takes a hundredth of the time of tokenizing
-                read.follow(raw)
+                read.follow(raw.digest(), raw.read_bytes)
             if read.raws_hash == written.raws_hash:
                 return written, raws
-    return _Written(origin), read_raw(corpus)
+    return _Written(origin), read_raw(encoder.corpus)
 
 
 def _write(encoder: Encoder, origin: dict[str, Any], unfinished: Unfinished, workers: int) -> dict[str, Any]:
     """Fill the folder from where its journal ends; what the manifest says of the files."""
-    written, raws = _resume(unfinished, origin, encoder.corpus)
+    written, raws = _resume(unfinished, digest(origin), encoder)
     writers = {
         split: SplitWriter(unfinished.path / split, encoder.dtype, counts) for split, counts in written.counts.items()
     }
@@ -195,10 +195,10 @@ def _write(encoder: Encoder, origin: dict[str, Any], unfinished: Unfinished, wor
     progress, journaled_s = Progress(encoder.corpus.num_bytes(), start), start.time_s
     try:
         with _serial_tokenizers(), closing(ordered_map(encoder, raws, workers, workers * _CHARS_PER_WORKER)) as encoded:
-            for raw, blocks in encoded:
+            for raw, (raw_hash, blocks) in encoded:
                 for split, block in blocks.items():
                     writers[split].add(block, _source_ids(block, written.sources, encoder.corpus))
-                written.follow(raw)
+                written.follow(raw_hash, raw.read_bytes)
                 done = written.done()
                 progress.update(done)
                 if done.time_s - journaled_s >= _JOURNAL_S:

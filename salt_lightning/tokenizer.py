@@ -92,7 +92,7 @@ def _training_texts(corpus: Corpus, val_fraction: float) -> Iterator[str]:
 
 @dataclass
 class Encoder:
-    """Turns raw rows into blocks of ids; travels to the worker processes."""
+    """Turns raw rows into blocks of ids by split, and their hash; travels to the worker processes."""
 
     tokenizer: Tokenizer
     eos_id: int
@@ -100,14 +100,14 @@ class Encoder:
     corpus: Corpus
     val_fraction: float
 
-    def __call__(self, raw: Raw) -> dict[str, Block]:
+    def __call__(self, raw: Raw) -> tuple[bytes, dict[str, Block]]:
         # Pickling forgets this flag. A text that spells a special token out is still text.
         self.tokenizer.encode_special_tokens = True
         splits: dict[str, list[tuple[bytes, str]]] = {"train": [], "val": []}
         for text, source in documents(raw, self.corpus):
             data = utf8(text)
             splits["val" if lots(data)[0] < self.val_fraction else "train"].append((data, source))
-        return {split: self._block(docs, split == "val") for split, docs in splits.items() if docs}
+        return raw.digest(), {split: self._block(docs, split == "val") for split, docs in splits.items() if docs}
 
     def _block(self, docs: list[tuple[bytes, str]], with_bytes: bool) -> Block:
         ids, counts, lengths = [np.zeros(0, self.dtype)], [np.zeros(0, np.int32)], np.zeros(len(docs), np.int64)

@@ -701,17 +701,15 @@ def stop_after(adds: int, monkeypatch) -> None:
     monkeypatch.setattr(SplitWriter, "add", stop)
 
 
-def other_version(partial: Path) -> None:
-    journal = json.loads((partial / "journal.json").read_text())
-    journal["origin"]["versions"]["tokenizers"] = "0"
-    (partial / "journal.json").write_text(json.dumps(journal))
+def other_version(partial: Path, monkeypatch) -> None:
+    monkeypatch.setattr(prepare, "version", lambda name: "0")
 
 
-def shorter_file(partial: Path) -> None:
+def shorter_file(partial: Path, monkeypatch) -> None:
     os.truncate(partial / "train" / "tokens.bin", 10)
 
 
-def other_text(partial: Path) -> None:
+def other_text(partial: Path, monkeypatch) -> None:
     file = partial.parents[1] / "hub" / "data" / "train.parquet"
     pq.write_table(pa.table({"text": ["other"] * 3 + pq.read_table(file)["text"].to_pylist()[3:]}), file)
 
@@ -731,7 +729,7 @@ def test_a_journal_that_does_not_fit_is_not_followed(accident, goes_on, tmp_path
             prepare_tokens(corpus, byte_tokenizer(), 0.1, cache, 1)
     (partial,) = cache.iterdir()
     if accident:
-        accident(partial)
+        accident(partial, monkeypatch)
     with caplog.at_level(logging.INFO):
         folder = prepare_tokens(corpus, byte_tokenizer(), 0.1, cache, 1)
     assert ("going on from" in caplog.text) == goes_on
