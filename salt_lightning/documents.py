@@ -81,7 +81,11 @@ class Corpus:
 
     def num_bytes(self) -> int:
         """Size on disk; the hub counts 0."""
-        return sum(os.path.getsize(file) for group in self.groups for file in group.files)
+        return sum(stamp[0] for stamp in self.stamps().values() if stamp)
+
+    def reads_hub(self) -> bool:
+        """Some of it may change, or be out of reach, without a trace in `inputs`."""
+        return any(group.kind == "hub" for group in self.groups)
 
     def stamps(self) -> dict[str, tuple[int, int] | None]:
         """File -> its size and time of change, None if it is gone: another stamp, another content."""

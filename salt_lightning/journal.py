@@ -14,13 +14,12 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from errno import ENOLCK
 from pathlib import Path
 from typing import IO, Any
 from uuid import uuid4
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-
-from salt_lightning.errors import ConfigError
 
 _JOURNAL = "journal.json"
 
@@ -50,20 +49,20 @@ class Unfinished:
 
     def write_journal(self, state: dict[str, Any]) -> None:
         """Say what is on the disk. It must be there already."""
-        self.check_owner()
+        self.check_owned()
         write_json(self.path / _JOURNAL, state)
 
     def forget(self) -> None:
         """There is nothing to go on from."""
         (self.path / _JOURNAL).unlink(missing_ok=True)
 
-    def check_owner(self) -> None:
-        """Raises: ConfigError: the lock did not hold another process off, as on some network file systems."""
-        if not self.lock.exists() or self.lock.read_text() != self.owner:
-            raise ConfigError(
-                f"--data.cache_dir: {self.path.parent} has no file locks between machines, and "
-                f"{_who(self.lock)} writes the same text there; give each machine a folder of its own"
-            )
+    def is_owned(self) -> bool:
+        """The lock held other processes off. On some network file systems it does so within one machine alone."""
+        return self.lock.exists() and self.lock.read_text() == self.owner
+
+    def check_owned(self) -> None:
+        if not self.is_owned():
+            raise OSError(ENOLCK, f"no file locks between machines, and {_who(self.lock)} writes there, too")
 
 
 @contextmanager
@@ -71,6 +70,9 @@ def making(folder: Path) -> Iterator[Unfinished | None]:
     """Make `folder`: the block fills the unfinished one, which takes its name at the end. None: it is there.
 
     Where the block raises, the unfinished folder stays if it has a journal. Waits while another process makes it.
+
+    Raises:
+        OSError: nothing can be written there, or another machine's process writes there in spite of the lock.
     """
     partial, lock = folder.parent / f".{folder.name}.partial", folder.parent / f".{folder.name}.lock"
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -84,11 +86,11 @@ def making(folder: Path) -> Iterator[Unfinished | None]:
         try:
             partial.mkdir(exist_ok=True)
             yield unfinished
-            unfinished.check_owner()
+            unfinished.check_owned()
             os.replace(partial, folder)
             (folder / _JOURNAL).unlink(missing_ok=True)  # only now: a kill before it costs nothing
         finally:
-            if not (partial / _JOURNAL).exists():
+            if unfinished.is_owned() and not (partial / _JOURNAL).exists():
                 shutil.rmtree(partial, ignore_errors=True)
 
 
@@ -101,7 +103,8 @@ def _locked(path: Path) -> Iterator[str]:
         path.write_text(owner)
         yield owner
     finally:
-        path.unlink(missing_ok=True)
+        if path.exists() and path.read_text() == owner:
+            path.unlink()
         fcntl.flock(file, fcntl.LOCK_UN)  # closing would not do while a forked child has it open, too
         file.close()
 

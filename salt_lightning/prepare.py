@@ -96,9 +96,10 @@ def prepare_tokens(
             try:
                 contents = _write(encoder, origin, unfinished, workers or num_cores())
                 _check_unchanged(corpus, stamps)
-            except ConfigError:
-                if not any(group.kind == "hub" for group in corpus.groups):
-                    unfinished.forget()  # once mended, the files have another fingerprint
+            except ConfigError as error:
+                # Wrong text gets another fingerprint when it is mended. A disk or a hub that failed may answer again.
+                if not (corpus.reads_hub() or getattr(error.__cause__, "errno", None)):
+                    unfinished.forget()
                 raise
             write_json(unfinished.path / "manifest.json", sealed({**origin, **contents}))
     return folder
@@ -177,11 +178,13 @@ def _resume(unfinished: Unfinished, origin: str, encoder: Encoder) -> tuple[_Wri
             for name, size in sizes(split, encoder.dtype, counts).items()
         }
         if all(path.exists() and path.stat().st_size >= size for path, size in least.items()):
+            rank_zero_info(f"tokenizing: going on in {unfinished.path}")
             raws = read_raw(encoder.corpus)
             for raw in islice(raws, written.num_raws):  # reading takes a hundredth of the time of tokenizing
                 read.follow(raw.digest(), raw.read_bytes)
             if read.raws_hash == written.raws_hash:
                 return written, raws
+    unfinished.forget()
     return _Written(origin), read_raw(encoder.corpus)
 
 

@@ -26,7 +26,8 @@ R = TypeVar("R")
 def ordered_map(
     function: Callable[[T], R], tasks: Iterator[T], workers: int, max_size: int
 ) -> Generator[tuple[T, R], None, None]:
-    """(task, result) in the order of the tasks, of which those under way have about `max_size` in all.
+    """(task, result) in the order of the tasks, of which those under way have about `max_size` in all, or are no more
+    than the workers.
 
     Raises:
         BrokenProcessPool: a worker was killed.
@@ -39,7 +40,7 @@ def ordered_map(
                 with quiet_fork():
                     pending.append((task, pool.submit(_work, task)))
                 size += task.size
-                while size >= max_size:
+                while size >= max_size and len(pending) > workers:
                     size -= pending[0][0].size
                     yield _first(pending)
             while pending:

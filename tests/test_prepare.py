@@ -12,6 +12,7 @@ import resource
 import signal
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -604,8 +605,9 @@ def in_fork(function, *args) -> multiprocessing.Process:
 
 
 def small_steps(monkeypatch) -> None:
-    """About 40 tasks, and the journal is written behind each."""
+    """About 40 tasks, two or three under way, and the journal is written behind each."""
     monkeypatch.setattr(documents, "_RAW_CHARS", 500)
+    monkeypatch.setattr(prepare, "_CHARS_PER_WORKER", 500)
     monkeypatch.setattr(prepare, "_JOURNAL_S", 0.0)
 
 
@@ -736,6 +738,52 @@ def test_a_journal_that_does_not_fit_is_not_followed(accident, goes_on, tmp_path
     assert contents(folder) == contents(prepare_tokens(corpus, byte_tokenizer(), 0.1, tmp_path / "other", 1))
 
 
+@pytest.mark.parametrize("hub", [False, True])
+@pytest.mark.parametrize("problem", [ValueError("bad data"), OSError(5, "Input/output error")])
+def test_what_is_done_is_kept_where_the_same_text_may_still_be_read(hub, problem, tmp_path, monkeypatch, caplog):
+    (tmp_path / "x" / "data").mkdir(parents=True)
+    file = tmp_path / "x" / "data" / "train.parquet"
+    pq.write_table(pa.table({"text": [f"{i} " * 20 for i in range(900)]}), file)
+    group = Group("x", "hub", hub_name=str(tmp_path / "x")) if hub else Group("x", "parquet", (str(file),))
+    corpus, cache, of_table, calls = Corpus("--data.source", (group,)), tmp_path / "cache", documents._of_table, []
+
+    def fail(*args):
+        calls.append(1)
+        if len(calls) > 7:
+            raise problem
+        return of_table(*args)
+
+    small_steps(monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(documents, "_of_table", fail)
+        with pytest.raises(ConfigError, match=f"^--data.source: .*{re.escape(str(problem))}") as caught:
+            prepare_tokens(corpus, byte_tokenizer(), 0.1, cache, 1)
+        assert "\n" not in str(caught.value)
+    is_kept = hub or isinstance(problem, OSError)
+    assert [file.suffix for file in cache.iterdir()] == [".partial"] * is_kept
+    with caplog.at_level(logging.INFO):
+        prepare_tokens(corpus, byte_tokenizer(), 0.1, cache, 1)
+    assert ("going on from" in caplog.text) == is_kept
+
+
+def test_what_is_done_is_kept_when_a_worker_is_killed(tmp_path, monkeypatch, caplog):
+    path, cache, encode = many(tmp_path), tmp_path / "cache", prepare.Encoder.__call__
+
+    def die(self, raw):
+        if raw.place(0)[1] > 300:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return encode(self, raw)
+
+    small_steps(monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare.Encoder, "__call__", die)
+        with pytest.raises(ConfigError, match="^--data.prepare_workers: a tokenizing process was killed"):
+            prepare_many(path, cache)
+    with caplog.at_level(logging.INFO):
+        prepare_many(path, cache)
+    assert "going on from" in caplog.text
+
+
 @pytest.mark.parametrize("first_dies", [False, True])
 def test_second_process_waits_for_the_first_or_takes_over(first_dies, tmp_path, monkeypatch, caplog):
     path, cache = many(tmp_path), tmp_path / "cache"
@@ -802,13 +850,13 @@ def test_a_lock_that_does_not_reach_another_machine_is_noticed(tmp_path):
             unfinished.lock.write_text("process 7 on node2 (abc)")
             yield unfinished
 
-    expected = r"^--data.cache_dir: \S+ has no file locks between machines, and process 7 on node2 writes the same text"
+    expected = "no file locks between machines, and process 7 on node2 writes there, too"
     generator = other_machine()
-    with pytest.raises(ConfigError, match=expected):
+    with pytest.raises(OSError, match=expected):
         next(generator).write_journal({})
-    with pytest.raises(ConfigError, match=expected):
+    with pytest.raises(OSError, match=expected):
         list(generator)  # nor does the folder get its name
-    assert not (tmp_path / "x").exists()
+    assert {file.name for file in tmp_path.iterdir()} == {".x.lock", ".x.partial"}  # the other's, left alone
 
 
 @pytest.mark.parametrize("train", [True, False])
@@ -853,6 +901,31 @@ def test_full_disk_is_one_line_and_what_is_done_is_kept(tmp_path, monkeypatch, c
     with caplog.at_level(logging.INFO):
         assert contents(prepare_many(path, cache)) == expected
     assert "going on from" in caplog.text
+
+
+@dataclass
+class Sized:
+    number: int
+    size: int
+
+
+def negative(task: Sized) -> int:
+    time.sleep(0.01 * (task.number % 3 == 0))  # others overtake it
+    return -task.number
+
+
+@pytest.mark.parametrize(("size", "most"), [(1, 10), (4, 3), (100, 3)])
+def test_tasks_under_way_are_bounded_and_their_results_in_order(size, most, tmp_path):
+    taken = []
+
+    def tasks():
+        for number in range(40):
+            taken.append(number)
+            yield Sized(number, size)
+
+    for count, (task, result) in enumerate(processes.ordered_map(negative, tasks(), 2, max_size=10)):
+        assert (task.number, result) == (count, -count)
+        assert len(taken) - count == min(most, 40 - count)  # this one is still held
 
 
 def test_spawned_workers(tmp_path, monkeypatch):
