@@ -12,6 +12,7 @@ import resource
 import signal
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,10 +22,10 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from salt_lightning import documents, prepare, processes, progress
+from salt_lightning import documents, journal, prepare, processes, progress
 from salt_lightning import tokenizer as tokenizer_module
 from salt_lightning.documents import Corpus, Group, Hub, lots, read_raw, resolve, utf8
 from salt_lightning.errors import ConfigError
@@ -32,7 +33,7 @@ from salt_lightning.journal import making
 from salt_lightning.prepare import prepare_tokenizer, prepare_tokens, token_folder, tokenizer_folder
 from salt_lightning.progress import Done, progress_line, summary_line
 from salt_lightning.token_files import Block, SplitWriter, TokenFiles, no_counts, sealed, verify
-from salt_lightning.tokenizer import load_tokenizer, pieces, token_bytes, tokenizer_fingerprint
+from salt_lightning.tokenizer import load_tokenizer, pieces, rules_fingerprint, token_bytes, tokenizer_fingerprint
 
 TEXTS = [
     "The first document.\nIt has two lines.",
@@ -448,15 +449,32 @@ def test_parts_of_an_enormous_document_are_the_document(text):
     assert all(0 < len(part) <= 40 for part in parts) or parts == [""]
 
 
+CL100K = (  # of GPT-4, Llama 3 and Qwen: punctuation takes the line breaks behind it along
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def bpe(texts: list[str], split: pre_tokenizers.PreTokenizer | None) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, words] if split else [words])
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=["<|endoftext|>"])
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+
+
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_an_enormous_document_has_the_ids_of_the_whole(split, tmp_path, monkeypatch):
+@pytest.mark.parametrize("rules", [None, pre_tokenizers.Split(Regex(CL100K), "isolated")], ids=["gpt2", "cl100k"])
+def test_an_enormous_document_has_the_ids_of_the_whole(rules, split, tmp_path, monkeypatch):
     rng = random.Random(0)
-    words = [" alpha", " beta", ", gamma", "\n\n\n", " 日本", "😀", "\tdelta();", "'s", "  12", " 345"]
+    words = [" alpha", " beta", ", gamma", "\n\n\n", " 日本", "😀", "\tdelta();", "'s", "  12", " 345", "}\n", ");\n\n"]
     texts = ["".join(rng.choices(words, k=9000)), "short one", "".join(rng.choices(words, k=4000)), "a" * 3000]
     corpus = corpus_of(write_jsonl(tmp_path / "x.jsonl", [{"text": text} for text in texts]))
-    fraction, cache = float(split == "val"), tmp_path / "cache"
-    tokenizer = load_tokenizer(str(prepare_tokenizer(corpus, 400, 0.0, cache)))
-    whole = TokenFiles(prepare_tokens(corpus, tokenizer, fraction, cache, 1), split)
+    tokenizer, fraction = bpe(texts, rules), float(split == "val")
+    whole = TokenFiles(prepare_tokens(corpus, tokenizer, fraction, tmp_path / "cache", 1), split)
     monkeypatch.setattr(tokenizer_module, "_PIECE_CHARS", 1000)
     assert len(list(pieces(texts[0]))) > 30
     parts = TokenFiles(prepare_tokens(corpus, tokenizer, fraction, tmp_path / "other", 1), split)
@@ -510,8 +528,9 @@ def test_progress_reaches_the_end_of_what_is_read(suffix, tmp_path, monkeypatch,
             write_jsonl(file, [{"text": text} for text in rows], lzma.open if suffix.endswith("xz") else open)
     monkeypatch.setattr(progress, "_LOG_S", 0.0)
     monkeypatch.setattr(documents, "_RAW_CHARS", 5000)
+    corpus = corpus_of(folder / f"0.{suffix}", folder / f"[12].{suffix}")
     with caplog.at_level(logging.INFO):
-        folder = prepare_tokens(corpus_of(folder), byte_tokenizer(), 0.1, tmp_path / "cache", 1)
+        folder = prepare_tokens(corpus, byte_tokenizer(), 0.1, tmp_path / "cache", 1)
     *lines, last = [record.message for record in caplog.records]
     shares = [int(re.match(r"tokenizing: (\d+)%, .* tokens .* left$", line)[1]) for line in lines]
     assert shares == sorted(shares)
@@ -660,7 +679,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_files(tmp_path, monkeypatch, cap
 
     # in the text, twice; when all is written, before the checksums; behind them
     raws = [killed(*point)["num_raws"] for point in (("add", 9), ("add", 12), ("entry", 2), ("write_json", 1))]
-    assert 3 < raws[0] < raws[1] < raws[2] == raws[3]
+    assert 3 < raws[0] < 12 < raws[1] < raws[2] == raws[3]  # the second had 12 calls, so went on from the first
     with caplog.at_level(logging.INFO):
         folder = prepare_many(path, cache)
     assert contents(folder) == expected
@@ -799,7 +818,7 @@ def test_second_process_waits_for_the_first_or_takes_over(first_dies, tmp_path, 
             calls.append(1)
             if len(calls) == 10:
                 written.set()
-                go.wait()
+                go.wait(timeout=30)
             add(self, *block)
 
         SplitWriter.add = pause
@@ -842,6 +861,21 @@ def test_two_processes_at_once(tmp_path):
     folder = token_folder(corpus_of(path), tokenizer, 0.1, cache)
     assert list(cache.iterdir()) == [folder]
     assert len(stored(folder, "train", tokenizer)) + len(stored(folder, "val", tokenizer)) == 450
+
+
+def test_who_waited_for_a_lock_file_that_was_removed_waits_for_the_new_one(tmp_path):
+    path = tmp_path / ".x.lock"
+    old = journal._lock(path)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(journal._lock, path)
+        time.sleep(0.3)
+        path.unlink()  # as its owner does in the end
+        new = journal._lock(path)  # a third process was faster
+        old.close()
+        with pytest.raises(TimeoutError):
+            waiting.result(timeout=0.5)
+        new.close()
+        waiting.result(timeout=30).close()
 
 
 def test_a_lock_that_does_not_reach_another_machine_is_noticed(tmp_path):
@@ -1061,6 +1095,7 @@ def test_manifest_says_where_the_tokens_come_from(tmp_path):
     manifest = TokenFiles(folder, "val").manifest
     assert manifest["inputs"][2][0][2] == [[str(path), path.stat().st_size, path.stat().st_mtime_ns]]
     assert manifest["tokenizer"]["fingerprint"] == tokenizer_fingerprint(tokenizer)
+    assert manifest["tokenizer"]["rules"] == rules_fingerprint(tokenizer)
     assert set(manifest["versions"]) == {"tokenizers", "transformers", "datasets", "numpy"}
 
 
