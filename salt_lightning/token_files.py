@@ -104,9 +104,8 @@ class SplitWriter:
             os.fsync(file.fileno())
 
     def close(self) -> None:
-        """To be called behind `sync`, or where the rest may be lost."""
         for file in self._files.values():
-            with suppress(OSError):  # the disk is full: that was said when it happened
+            with suppress(OSError):  # what `sync` would not have said is lost with good reason
                 file.close()
 
     def entry(self) -> dict[str, Any]:

@@ -72,7 +72,10 @@ def train_tokenizer(corpus: Corpus, vocab_size: int, val_fraction: float, folder
         show_progress=sys.stderr.isatty(),
     )
     tokenizer.train_from_iterator(_training_texts(corpus, val_fraction), trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS).save_pretrained(folder)
+    try:
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS).save_pretrained(folder)
+    except Exception as error:  # the Rust library has nothing more special for a full disk
+        raise OSError(first_line(error)) from error
 
 
 def _training_texts(corpus: Corpus, val_fraction: float) -> Iterator[str]:

@@ -79,7 +79,6 @@ def token_files(folder: Path, docs: list[list[int]], byte_counts=None, sources=N
     counts = [np.array([*count, 0], np.int32) for count in byte_counts]
     lengths = np.array([len(doc) for doc in ids])
     writer.add(Block(np.concatenate(ids), lengths, [], np.concatenate(counts)), sources or [0] * len(docs))
-    writer.sync()
     writer.close()
     manifest = {"dtype": "uint16", "tokenizer": {"eos_id": EOS}, "sources": ["a", "b", "c"]}
     (folder / "manifest.json").write_text(json.dumps(sealed({**manifest, "splits": {"val": writer.entry()}})))

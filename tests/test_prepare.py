@@ -937,6 +937,19 @@ def test_full_disk_is_one_line_and_what_is_done_is_kept(tmp_path, monkeypatch, c
     assert "going on from" in caplog.text
 
 
+def test_full_disk_while_a_trained_tokenizer_is_saved(tmp_path):
+    def run():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+        with pytest.raises(ConfigError, match=r"^--data.cache_dir: \S+ cannot be written \(File too large"):
+            train_or_encode(True, path, tmp_path / "cache")
+
+    path = many(tmp_path)
+    child = in_fork(run)
+    child.join(timeout=30)
+    assert child.exitcode == 0
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
 @dataclass
 class Sized:
     number: int
