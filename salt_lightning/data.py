@@ -18,7 +18,6 @@ from transformers import PreTrainedTokenizerBase
 from salt_lightning.documents import Corpus, Hub, resolve
 from salt_lightning.errors import ConfigError
 from salt_lightning.prepare import (
-    TokenFiles,
     prepare_tokenizer,
     prepare_tokens,
     token_folder,
@@ -28,6 +27,7 @@ from salt_lightning.rows import Batches, EvalBatches, Loader, Order, PackedRows,
 from salt_lightning.schedule import KDScheduleCallback
 from salt_lightning.scores import Scored, Scores
 from salt_lightning.selection import KeepRule, plan, row_scores
+from salt_lightning.token_files import TokenFiles
 from salt_lightning.tokenizer import load_tokenizer, tokenizer_fingerprint
 
 # What the user gave the trainer, before `setup` wrote micro-batches over it (setup may run twice).

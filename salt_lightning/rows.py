@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from salt_lightning.prepare import TokenFiles, end_with_parent, quiet_fork
+from salt_lightning.processes import end_with_parent, quiet_fork
+from salt_lightning.token_files import TokenFiles
 
 Batch = dict[str, np.ndarray]  # int64
 IGNORE = -100

@@ -1,11 +1,10 @@
 """Tokenizers: loaded or trained here; text -> ids, and the bytes of text that each id stands for."""
 
-import hashlib
 import json
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -19,18 +18,15 @@ from salt_lightning.documents import (
     first_line,
     lots,
     read_raw,
-    reading_error,
     utf8,
 )
 from salt_lightning.errors import ConfigError
+from salt_lightning.token_files import Block, digest
 
 EOS = "<|endoftext|>"
 _TRAINING_BYTES = 256 << 20  # of files that a new tokenizer reads; of larger corpora an even sample
-
-
-def digest(data: Any) -> str:
-    """Fingerprint of plain data."""
-    return hashlib.blake2b(json.dumps(data, sort_keys=True).encode(), digest_size=10).hexdigest()
+_PIECE_CHARS = 1 << 20  # encoded at once: an encoding takes about 100 bytes of memory a character
+_WORD_END = re.compile(r"\S(?= [^\W\d_])")
 
 
 def load_tokenizer(name: str, setting: str = "--data.tokenizer") -> PreTrainedTokenizerBase:
@@ -76,22 +72,21 @@ def train_tokenizer(corpus: Corpus, vocab_size: int, val_fraction: float, folder
         show_progress=sys.stderr.isatty(),
     )
     tokenizer.train_from_iterator(_training_texts(corpus, val_fraction), trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS).save_pretrained(folder)
+    try:
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS).save_pretrained(folder)
+    except Exception as error:  # the Rust library has nothing more special for a full disk
+        raise OSError(first_line(error)) from error
 
 
 def _training_texts(corpus: Corpus, val_fraction: float) -> Iterator[str]:
     share = min(1.0, _TRAINING_BYTES / max(1, corpus.num_bytes()))
     chars = 0
     for raw in read_raw(corpus):
-        try:
-            texts = [text for text, _ in documents(raw, corpus.text_column, corpus.source_column)]
-        except json.JSONDecodeError as error:
-            raise reading_error(error, corpus) from error
-        for text in texts:
+        for text, _ in documents(raw, corpus):
             split, sample = lots(utf8(text))
             if split >= val_fraction and sample < share:
                 chars += len(text)
-                yield utf8(text).decode()
+                yield from pieces(utf8(text).decode())
         if chars > 4 * _TRAINING_BYTES:  # the hub tells no sizes, and files may be compressed
             break
     if not chars:
@@ -99,18 +94,8 @@ def _training_texts(corpus: Corpus, val_fraction: float) -> Iterator[str]:
 
 
 @dataclass
-class Block:
-    """Some documents of one split, tokenized: an entry per document."""
-
-    ids: list[np.ndarray]  # EOS included
-    sources: list[str]
-    token_bytes: list[np.ndarray] | None
-    text_bytes: int = 0
-
-
-@dataclass
 class Encoder:
-    """Turns raw rows into blocks of ids; travels to the worker processes."""
+    """Turns raw rows into blocks of ids by split, and their hash; travels to the worker processes."""
 
     tokenizer: Tokenizer
     eos_id: int
@@ -118,29 +103,66 @@ class Encoder:
     corpus: Corpus
     val_fraction: float
 
-    def __call__(self, raw: Raw) -> dict[str, Block]:
+    def __call__(self, raw: Raw) -> tuple[bytes, dict[str, Block]]:
         # Pickling forgets this flag. A text that spells a special token out is still text.
         self.tokenizer.encode_special_tokens = True
         splits: dict[str, list[tuple[bytes, str]]] = {"train": [], "val": []}
-        for text, source in documents(raw, self.corpus.text_column, self.corpus.source_column):
+        for text, source in documents(raw, self.corpus):
             data = utf8(text)
             splits["val" if lots(data)[0] < self.val_fraction else "train"].append((data, source))
-        return {split: self._block(docs, split == "val") for split, docs in splits.items() if docs}
+        return raw.digest(), {split: self._block(docs, split == "val") for split, docs in splits.items() if docs}
 
     def _block(self, docs: list[tuple[bytes, str]], with_bytes: bool) -> Block:
+        ids, counts, lengths = [np.zeros(0, self.dtype)], [np.zeros(0, np.int32)], np.zeros(len(docs), np.int64)
         # Offsets cost time: only where bytes per token are wanted.
         encode = self.tokenizer.encode_batch if with_bytes else self.tokenizer.encode_batch_fast
-        texts = [data.decode() for data, _ in docs]
-        block = Block([], [], [] if with_bytes else None)
-        for text, (data, source), encoding in zip(texts, docs, encode(texts, add_special_tokens=False), strict=True):
-            if not len(encoding):  # a normalizer may drop all there is
-                continue
-            block.ids.append(np.array([*encoding.ids, self.eos_id], self.dtype))
-            block.sources.append(source)
-            block.text_bytes += len(data)
-            if block.token_bytes is not None:
-                block.token_bytes.append(np.append(token_bytes(text, encoding.offsets), np.int32(0)))
-        return block
+        for batch in _batches(docs):
+            batch_ids: list[int] = []
+            encodings = encode([part for _, part in batch], add_special_tokens=False)
+            for (number, part), encoding in zip(batch, encodings, strict=True):
+                lengths[number] += len(encoding)
+                batch_ids += encoding.ids
+                if with_bytes and len(encoding):
+                    counts.append(token_bytes(part, encoding.offsets))
+            ids.append(np.array(batch_ids, self.dtype))
+        kept = lengths > 0  # a normalizer may drop all there is
+        ends = np.cumsum(lengths[kept])
+        return Block(
+            np.insert(np.concatenate(ids), ends, self.eos_id),
+            lengths[kept] + 1,
+            [source for (_, source), is_kept in zip(docs, kept, strict=True) if is_kept],
+            np.insert(np.concatenate(counts), ends, 0) if with_bytes else None,
+            sum(len(data) for (data, _), is_kept in zip(docs, kept, strict=True) if is_kept),
+        )
+
+
+def _batches(docs: list[tuple[bytes, str]]) -> Iterator[list[tuple[int, str]]]:
+    """(document's number, text), so much at a time as an encoding in memory may be of."""
+    batch, chars = [], 0
+    for number, (data, _) in enumerate(docs):
+        for part in pieces(data.decode()):
+            batch.append((number, part))
+            chars += len(part)
+            if chars >= _PIECE_CHARS:
+                yield batch
+                batch, chars = [], 0
+    yield batch
+
+
+def pieces(text: str) -> Iterator[str]:
+    """The text itself, or if it is enormous its parts, which take memory one after the other.
+
+    Cut where a space follows no space and a letter follows it: there the usual tokenizers begin a word, so the ids are
+    those of the whole text. Where there is no such place it is cut anyway.
+    """
+    start = 0
+    while len(text) - start > _PIECE_CHARS:
+        end = start + _PIECE_CHARS
+        places = [match.end() for match in _WORD_END.finditer(text, max(start, end - _PIECE_CHARS // 8), end)]
+        end = places[-1] if places else end
+        yield text[start:end]
+        start = end
+    yield text[start:]
 
 
 def token_bytes(text: str, offsets: list[tuple[int, int]]) -> np.ndarray:

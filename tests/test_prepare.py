@@ -2,13 +2,18 @@
 
 import gzip
 import json
+import logging
 import lzma
 import multiprocessing
 import os
 import random
 import re
+import resource
 import signal
+import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,20 +22,18 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from salt_lightning import documents, prepare
+from salt_lightning import documents, journal, prepare, processes, progress
+from salt_lightning import tokenizer as tokenizer_module
 from salt_lightning.documents import Corpus, Group, Hub, lots, read_raw, resolve, utf8
 from salt_lightning.errors import ConfigError
-from salt_lightning.prepare import (
-    TokenFiles,
-    prepare_tokenizer,
-    prepare_tokens,
-    token_folder,
-    tokenizer_folder,
-)
-from salt_lightning.tokenizer import load_tokenizer, token_bytes, tokenizer_fingerprint
+from salt_lightning.journal import making
+from salt_lightning.prepare import prepare_tokenizer, prepare_tokens, token_folder, tokenizer_folder
+from salt_lightning.progress import Done, progress_line, summary_line
+from salt_lightning.token_files import Block, SplitWriter, TokenFiles, no_counts, sealed, verify
+from salt_lightning.tokenizer import load_tokenizer, pieces, rules_fingerprint, token_bytes, tokenizer_fingerprint
 
 TEXTS = [
     "The first document.\nIt has two lines.",
@@ -111,6 +114,13 @@ def jsonl_xz_named_json(folder: Path) -> list[str]:
     return [str(write_jsonl(folder / "books.json.xz", [{"text": t} for t in TEXTS], lzma.open))]
 
 
+def texts_of_windows(folder: Path) -> list[str]:
+    for i, text in enumerate(TEXTS):
+        (folder / "books").mkdir(exist_ok=True)
+        (folder / "books" / f"{i}.txt.gz").write_bytes(gzip.compress(text.replace("\n", "\r\n").encode()))
+    return [str(folder / "books")]
+
+
 def parquet(folder: Path) -> list[str]:
     pq.write_table(pa.table({"id": range(len(TEXTS)), "text": TEXTS}), folder / "books.parquet", row_group_size=2)
     return [str(folder / "books.parquet")]
@@ -132,8 +142,8 @@ def hub_layout(folder: Path) -> list[str]:
 
 
 FORMATS = [
-    texts_folder, texts_glob, jsonl, jsonl_with_changing_fields, jsonl_gz, jsonl_xz_named_json, parquet,
-    brackets_in_a_name, hub_layout,
+    texts_folder, texts_glob, texts_of_windows, jsonl, jsonl_with_changing_fields, jsonl_gz, jsonl_xz_named_json,
+    parquet, brackets_in_a_name, hub_layout,
 ]  # fmt: skip
 
 
@@ -230,7 +240,9 @@ BAD_FILES = [
     ),
     ("x.jsonl", OTHER_COLUMNS, r"--data.text_column: no column 'text' in x; there are: id, content$"),
     ("x.jsonl", b'{"text": 17}\n', r"--data.text_column: 'text' of x holds int, not text$"),
-    ("x.jsonl", b'["text"]\n', r"""--data.source: x: '\["text"\]' is no JSON object"""),
+    ("x.jsonl", b'["text"]\n', r"""--data.source: .*x.jsonl: line 1 is no JSON object but '\["text"\]"""),
+    ("x.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"--data.source: .*x.jsonl: line 2 is not UTF-8 text"),
+    ("x.jsonl", b"[" * 200_000, r"--data.source: .*x.jsonl: line 1 is not JSON \(.*recursion"),
     (
         "x.jsonl",
         b'{"text": "a"}\n\n{"text": "b"\n',
@@ -249,6 +261,16 @@ def test_bad_input_is_one_clear_line(name, content, message, tmp_path):
         prepare_tokens(corpus_of(tmp_path / name), byte_tokenizer(), 0.0, tmp_path / "cache", 1)
     assert "\n" not in str(caught.value)
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
+def test_bad_line_is_found_behind_other_files_and_tasks(suffix, tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "_RAW_CHARS", 200)
+    good, bad = b'{"text": "abc"}\n', b'{"text": "ab\xff"}\n'
+    for i in range(20):  # 16 bytes a line: several files in one task, and several tasks in one file
+        (tmp_path / f"{i:02}.{suffix}").write_bytes(good * i + (bad if i == 17 else good))
+    with pytest.raises(ConfigError, match=rf"^--data.source: .*/17.{suffix}: line 18 is not UTF-8 text"):
+        prepare_tokens(corpus_of(tmp_path), byte_tokenizer(), 0.0, tmp_path / "cache", 1)
 
 
 @pytest.mark.parametrize("source", ["no/such/*.txt", "no/such/folder/x", "corpus.jsonl", "text.md"])
@@ -415,6 +437,110 @@ def test_missing_tokenizer_is_one_line(tmp_path, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
+# --- sizes of documents ---
+
+
+@given(st.text(alphabet=st.sampled_from("ab .\n\tä日😀1'"), max_size=400))
+def test_parts_of_an_enormous_document_are_the_document(text):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer_module, "_PIECE_CHARS", 40)
+        parts = list(pieces(text))
+    assert "".join(parts) == text
+    assert all(0 < len(part) <= 40 for part in parts) or parts == [""]
+
+
+CL100K = (  # of GPT-4, Llama 3 and Qwen: punctuation takes the line breaks behind it along
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def bpe(texts: list[str], split: pre_tokenizers.PreTokenizer | None) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, words] if split else [words])
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=["<|endoftext|>"])
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("rules", [None, pre_tokenizers.Split(Regex(CL100K), "isolated")], ids=["gpt2", "cl100k"])
+def test_an_enormous_document_has_the_ids_of_the_whole(rules, split, tmp_path, monkeypatch):
+    rng = random.Random(0)
+    words = [" alpha", " beta", ", gamma", "\n\n\n", " 日本", "😀", "\tdelta();", "'s", "  12", " 345", "}\n", ");\n\n"]
+    texts = ["".join(rng.choices(words, k=9000)), "short one", "".join(rng.choices(words, k=4000)), "a" * 3000]
+    corpus = corpus_of(write_jsonl(tmp_path / "x.jsonl", [{"text": text} for text in texts]))
+    tokenizer, fraction = bpe(texts, rules), float(split == "val")
+    whole = TokenFiles(prepare_tokens(corpus, tokenizer, fraction, tmp_path / "cache", 1), split)
+    monkeypatch.setattr(tokenizer_module, "_PIECE_CHARS", 1000)
+    assert len(list(pieces(texts[0]))) > 30
+    parts = TokenFiles(prepare_tokens(corpus, tokenizer, fraction, tmp_path / "other", 1), split)
+    np.testing.assert_array_equal(parts.doc_ends[:3], whole.doc_ends[:3])
+    np.testing.assert_array_equal(parts.tokens[: whole.doc_ends[2]], whole.tokens[: whole.doc_ends[2]])
+    # without a space it is cut anyway, and stays one document with the same text
+    assert [text for text, _ in stored(parts.folder.parent, split, tokenizer)] == texts
+    if split == "val":
+        np.testing.assert_array_equal(parts.token_bytes[: whole.doc_ends[2]], whole.token_bytes[: whole.doc_ends[2]])
+
+
+def test_many_tiny_documents_and_blank_lines_make_no_larger_tasks(tmp_path):
+    lines = [b'{"text": "%d"}\n' % (i % 7) if i % 2 else b"\n" for i in range(200_000)]
+    (tmp_path / "x.jsonl").write_bytes(b"".join(lines))
+    (tmp_path / "blank.txt").write_bytes(b" \n" * 100)
+    corpus = corpus_of(tmp_path / "x.jsonl", tmp_path / "blank.txt")
+    assert max(raw.size for raw in read_raw(corpus)) < 2 * documents._RAW_CHARS
+    files = TokenFiles(prepare_tokens(corpus, byte_tokenizer(), 0.0, tmp_path / "cache", 1), "train")
+    assert files.num_documents == 100_000
+    assert files.num_tokens == 200_000
+    assert (np.diff(files.doc_ends) == 2).all()
+
+
+# --- how far it is ---
+
+
+def test_line_of_progress_by_hand():
+    start = Done(100.0, documents=10, tokens=1000, text_bytes=4_000_000, read_bytes=1_000)
+    now = Done(110.0, documents=1_510, tokens=2_501_000, text_bytes=24_000_000, read_bytes=3_000)
+    line = "tokenizing: 30%, 1.51k documents (150/s), 2.50M tokens (250k/s), 2.0 MB/s, 00:35 left"
+    assert progress_line(start, now, 10_000) == line  # 2000 of 9000 bytes in 10 s
+    assert progress_line(start, now, 0) == line.replace(" 30%,", "").replace(", 00:35 left", "")  # a hub tells no size
+    assert summary_line(start, now) == (
+        "tokenized 1510 documents, 2501000 tokens, 24.0 MB of text in 10.0 s (2.0 MB/s), "
+        "going on from 10 documents of a stopped preparation"
+    )
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.xz", "parquet", "txt"])
+def test_progress_reaches_the_end_of_what_is_read(suffix, tmp_path, monkeypatch, caplog):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    texts = [f"{i} {random.Random(i).random()} " * 40 for i in range(300)]
+    for part in range(3):
+        rows, file = texts[part::3], folder / f"{part}.{suffix}"
+        if suffix == "parquet":
+            pq.write_table(pa.table({"text": rows}), file)
+        elif suffix == "txt":
+            file.write_text("".join(rows))
+        else:
+            write_jsonl(file, [{"text": text} for text in rows], lzma.open if suffix.endswith("xz") else open)
+    monkeypatch.setattr(progress, "_LOG_S", 0.0)
+    monkeypatch.setattr(documents, "_RAW_CHARS", 5000)
+    corpus = corpus_of(folder / f"0.{suffix}", folder / f"[12].{suffix}")
+    with caplog.at_level(logging.INFO):
+        folder = prepare_tokens(corpus, byte_tokenizer(), 0.1, tmp_path / "cache", 1)
+    *lines, last = [record.message for record in caplog.records]
+    shares = [int(re.match(r"tokenizing: (\d+)%, .* tokens .* left$", line)[1]) for line in lines]
+    assert shares == sorted(shares)
+    assert shares[0] <= 34
+    assert shares[-1] == 100
+    splits = TokenFiles(folder, "val").manifest["splits"]
+    totals = [splits["train"][name] + splits["val"][name] for name in ("documents", "tokens")]
+    assert last.startswith("tokenized {} documents, {} tokens, ".format(*totals))
+
+
 # --- the cache ---
 
 
@@ -427,7 +553,7 @@ def test_prepared_once(tmp_path, monkeypatch):
     tokenizer = load_tokenizer(str(prepare_tokenizer(corpus, 300, 0.1, cache)))
     prepare_tokens(corpus, tokenizer, 0.1, cache, 1)
     before = stamps(cache)
-    monkeypatch.setattr(prepare, "ProcessPoolExecutor", None)  # a second tokenizing would call it
+    monkeypatch.setattr(processes, "ProcessPoolExecutor", None)  # a second tokenizing would call it
     prepare_tokenizer(corpus, 300, 0.1, cache)
     prepare_tokens(corpus, load_tokenizer(str(tokenizer_folder(corpus, 300, 0.1, cache))), 0.1, cache, 1)
     assert stamps(cache) == before
@@ -461,37 +587,67 @@ def test_fingerprint_follows_every_input(tmp_path):
     assert tokenizer_folder(corpus_of(path), 300, 0.1, cache) != tokenizer_folder(corpus_of(path), 301, 0.1, cache)
 
 
-def test_file_that_changes_meanwhile_is_refused(tmp_path, monkeypatch):
-    path, read = many(tmp_path), prepare.read_raw
+@pytest.mark.parametrize("gone", [False, True])
+def test_file_that_changes_meanwhile_is_refused(gone, tmp_path, monkeypatch):
+    path, other, read = many(tmp_path), write_jsonl(tmp_path / "other.jsonl", [{"text": "abc"}]), prepare.read_raw
 
-    def read_and_append(corpus):
+    def read_and_change(corpus):
         yield from read(corpus)
-        with open(path, "a") as out:
-            out.write('{"text": "late"}\n')
+        if gone:
+            path.unlink()
+        else:
+            with open(path, "a") as out:
+                out.write('{"text": "late"}\n')
 
-    monkeypatch.setattr(prepare, "read_raw", read_and_append)
-    with pytest.raises(ConfigError, match=r"^--data.source: files changed while they were read"):
-        prepare_tokens(corpus_of(path), byte_tokenizer(), 0.1, tmp_path / "cache", 1)
+    monkeypatch.setattr(prepare, "read_raw", read_and_change)
+    monkeypatch.setattr(prepare, "_JOURNAL_S", 0.0)
+    with pytest.raises(ConfigError, match=r"^--data.source: files changed while they were read: \S*/many.jsonl; start"):
+        prepare_tokens(corpus_of(other, path), byte_tokenizer(), 0.1, tmp_path / "cache", 1)
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def prepare_in_child(path: Path, cache: Path, barrier=None, kill_after: int | None = None, pids=None) -> None:
-    if kill_after is not None:
-        documents._RAW_CHARS = 500
-        add, calls = prepare.SplitWriter.add, []
+# --- killed, and started again ---
 
-        def add_then_die(self, *block):
-            add(self, *block)
-            calls.append(1)
-            if len(calls) == kill_after:
-                pids.put([child.pid for child in multiprocessing.active_children()] + list_children())
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def prepare_many(path: Path, cache: Path, workers: int = 2) -> Path:
+    return prepare_tokens(corpus_of(path), byte_tokenizer(), 0.1, cache, workers)
+
+
+def in_fork(function, *args) -> multiprocessing.Process:
+    child = multiprocessing.get_context("fork").Process(target=function, args=args)
+    child.start()
+    return child
+
+
+def small_steps(monkeypatch) -> None:
+    """About 40 tasks, two or three under way, and the journal is written behind each."""
+    monkeypatch.setattr(documents, "_RAW_CHARS", 500)
+    monkeypatch.setattr(prepare, "_CHARS_PER_WORKER", 500)
+    monkeypatch.setattr(prepare, "_JOURNAL_S", 0.0)
+
+
+def die_at(function: str, call: int, pids=None) -> None:
+    """In a child: SIGKILL at the n-th call, its block written though no journal says so."""
+    owner = {"add": SplitWriter, "entry": SplitWriter, "write_json": prepare}[function]
+    original, calls = getattr(owner, function), []
+
+    def wrapped(self, *args):
+        calls.append(1)
+        if len(calls) == call:
+            if function == "add":
+                original(self, *args)
+                self.sync()
+            if pids is not None:
+                pids.put(list_children())
                 time.sleep(0.2)  # the queue sends from a thread
-                os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, *args)
 
-        prepare.SplitWriter.add = add_then_die
-    if barrier is not None:
-        barrier.wait()
-    prepare_tokens(corpus_of(path), byte_tokenizer(), 0.1, cache, 2)
+    setattr(owner, function, wrapped)
 
 
 def list_children() -> list[int]:
@@ -505,38 +661,199 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_kill_leaves_nothing_that_looks_finished(tmp_path):
-    fork = multiprocessing.get_context("fork")
-    path, cache, pids = many(tmp_path), tmp_path / "cache", fork.Queue()
-    child = fork.Process(target=prepare_in_child, args=(path, cache, None, 3, pids))
-    child.start()
+def test_killed_anywhere_it_goes_on_to_the_same_files(tmp_path, monkeypatch, caplog):
+    path, cache = many(tmp_path), tmp_path / "cache"
+    expected = contents(prepare_many(path, tmp_path / "other"))  # in large steps
+    small_steps(monkeypatch)
+
+    def killed(function: str, call: int) -> dict:
+        def run():
+            die_at(function, call)
+            prepare_many(path, cache)
+
+        child = in_fork(run)
+        child.join(timeout=30)
+        assert child.exitcode == -signal.SIGKILL
+        assert not [file.name for file in cache.iterdir() if file.name[0] != "."]  # nothing looks finished
+        return json.loads(next(cache.glob(".*.partial/journal.json")).read_text())
+
+    # in the text, twice; when all is written, before the checksums; behind them
+    raws = [killed(*point)["num_raws"] for point in (("add", 9), ("add", 12), ("entry", 2), ("write_json", 1))]
+    assert 3 < raws[0] < 12 < raws[1] < raws[2] == raws[3]  # the second had 12 calls, so went on from the first
+    with caplog.at_level(logging.INFO):
+        folder = prepare_many(path, cache)
+    assert contents(folder) == expected
+    assert list(cache.iterdir()) == [folder]
+    assert re.search(r"tokenized 450 documents, .* going on from 450 documents of a stopped preparation", caplog.text)
+
+
+def test_kill_before_the_first_journal_and_no_worker_stays(tmp_path):
+    path, cache = many(tmp_path), tmp_path / "cache"
+    pids = multiprocessing.get_context("fork").Queue()
+
+    def run():
+        documents._RAW_CHARS = 500
+        die_at("add", 3, pids)
+        prepare_many(path, cache)
+
+    child = in_fork(run)
     workers = pids.get(timeout=30)
     child.join(timeout=30)
     assert child.exitcode == -signal.SIGKILL
-    assert workers
-    leftovers = list(cache.iterdir())
-    assert [file.name[0] for file in leftovers] == ["."]
-    assert not list(cache.rglob("manifest.json"))
+    assert len(workers) == 2
     deadline = time.time() + 10
     while any(alive(pid) for pid in workers) and time.time() < deadline:
         time.sleep(0.05)
     assert not [pid for pid in workers if alive(pid)]  # they end with their parent
-    folder = prepare_tokens(corpus_of(path), byte_tokenizer(), 0.1, cache, 1)
+    folder = prepare_many(path, cache)
+    assert list(cache.iterdir()) == [folder]
     assert TokenFiles(folder, "train").num_documents > 300
-    old = time.time() - 2 * 24 * 3600
-    for file in [*leftovers[0].rglob("*"), leftovers[0]]:
-        os.utime(file, (old, old))
-    TokenFiles(folder, "val").folder.parent.rename(tmp_path / "away")
-    prepare_tokens(corpus_of(path), byte_tokenizer(), 0.1, cache, 1)
-    assert [file.name for file in cache.iterdir()] == [folder.name]  # a day later the remains are swept
+
+
+def stop_after(adds: int, monkeypatch) -> None:
+    add, calls = SplitWriter.add, []
+
+    def stop(self, *block):
+        calls.append(1)
+        if len(calls) > adds:
+            raise KeyboardInterrupt
+        add(self, *block)
+
+    monkeypatch.setattr(SplitWriter, "add", stop)
+
+
+def other_version(partial: Path, monkeypatch) -> None:
+    monkeypatch.setattr(prepare, "version", lambda name: "0")
+
+
+def shorter_file(partial: Path, monkeypatch) -> None:
+    os.truncate(partial / "train" / "tokens.bin", 10)
+
+
+def other_text(partial: Path, monkeypatch) -> None:
+    file = partial.parents[1] / "hub" / "data" / "train.parquet"
+    pq.write_table(pa.table({"text": ["other"] * 3 + pq.read_table(file)["text"].to_pylist()[3:]}), file)
+
+
+@pytest.mark.parametrize(
+    ("accident", "goes_on"), [(None, True), (other_version, False), (shorter_file, False), (other_text, False)]
+)
+def test_a_journal_that_does_not_fit_is_not_followed(accident, goes_on, tmp_path, monkeypatch, caplog):
+    (tmp_path / "hub" / "data").mkdir(parents=True)
+    pq.write_table(pa.table({"text": [f"{i} " * 20 for i in range(900)]}), tmp_path / "hub" / "data" / "train.parquet")
+    group = Group("x", "hub", hub_name=str(tmp_path / "hub"))  # its text may change and its fingerprint does not
+    corpus, cache = Corpus("--data.source", (group,)), tmp_path / "cache"
+    small_steps(monkeypatch)
+    with monkeypatch.context() as patch:
+        stop_after(5, patch)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_tokens(corpus, byte_tokenizer(), 0.1, cache, 1)
+    (partial,) = cache.iterdir()
+    if accident:
+        accident(partial, monkeypatch)
+    with caplog.at_level(logging.INFO):
+        folder = prepare_tokens(corpus, byte_tokenizer(), 0.1, cache, 1)
+    assert ("going on from" in caplog.text) == goes_on
+    assert contents(folder) == contents(prepare_tokens(corpus, byte_tokenizer(), 0.1, tmp_path / "other", 1))
+
+
+@pytest.mark.parametrize("hub", [False, True])
+@pytest.mark.parametrize("problem", [ValueError("bad data"), OSError(5, "Input/output error")])
+def test_what_is_done_is_kept_where_the_same_text_may_still_be_read(hub, problem, tmp_path, monkeypatch, caplog):
+    (tmp_path / "x" / "data").mkdir(parents=True)
+    file = tmp_path / "x" / "data" / "train.parquet"
+    pq.write_table(pa.table({"text": [f"{i} " * 20 for i in range(900)]}), file)
+    group = Group("x", "hub", hub_name=str(tmp_path / "x")) if hub else Group("x", "parquet", (str(file),))
+    corpus, cache, of_table, calls = Corpus("--data.source", (group,)), tmp_path / "cache", documents._of_table, []
+
+    def fail(*args):
+        calls.append(1)
+        if len(calls) > 7:
+            raise problem
+        return of_table(*args)
+
+    small_steps(monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(documents, "_of_table", fail)
+        with pytest.raises(ConfigError, match=f"^--data.source: .*{re.escape(str(problem))}") as caught:
+            prepare_tokens(corpus, byte_tokenizer(), 0.1, cache, 1)
+        assert "\n" not in str(caught.value)
+    is_kept = hub or isinstance(problem, OSError)
+    assert [file.suffix for file in cache.iterdir()] == [".partial"] * is_kept
+    with caplog.at_level(logging.INFO):
+        prepare_tokens(corpus, byte_tokenizer(), 0.1, cache, 1)
+    assert ("going on from" in caplog.text) == is_kept
+
+
+def test_what_is_done_is_kept_when_a_worker_is_killed(tmp_path, monkeypatch, caplog):
+    path, cache, encode = many(tmp_path), tmp_path / "cache", prepare.Encoder.__call__
+
+    def die(self, raw):
+        if raw.place(0)[1] > 300:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return encode(self, raw)
+
+    small_steps(monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare.Encoder, "__call__", die)
+        with pytest.raises(ConfigError, match="^--data.prepare_workers: a tokenizing process was killed"):
+            prepare_many(path, cache)
+    with caplog.at_level(logging.INFO):
+        prepare_many(path, cache)
+    assert "going on from" in caplog.text
+
+
+@pytest.mark.parametrize("first_dies", [False, True])
+def test_second_process_waits_for_the_first_or_takes_over(first_dies, tmp_path, monkeypatch, caplog):
+    path, cache = many(tmp_path), tmp_path / "cache"
+    expected = contents(prepare_many(path, tmp_path / "other"))
+    small_steps(monkeypatch)
+    fork = multiprocessing.get_context("fork")
+    written, go = fork.Event(), fork.Event()
+
+    def first():
+        add, calls = SplitWriter.add, []
+
+        def pause(self, *block):
+            calls.append(1)
+            if len(calls) == 10:
+                written.set()
+                go.wait(timeout=30)
+            add(self, *block)
+
+        SplitWriter.add = pause
+        prepare_many(path, cache)
+
+    child = in_fork(first)
+    assert written.wait(timeout=30)
+    messages = []
+
+    def proceed(message):  # once this process waits
+        messages.append(message)
+        if first_dies:
+            child.kill()
+        else:
+            go.set()
+
+    monkeypatch.setattr("salt_lightning.journal.rank_zero_info", proceed)
+    with caplog.at_level(logging.INFO):
+        folder = prepare_many(path, cache)
+    child.join(timeout=30)
+    assert child.exitcode == (-signal.SIGKILL if first_dies else 0)
+    assert re.match(rf"waiting for process {child.pid} on \S+, which prepares the same in .*cache$", messages[0])
+    assert ("going on from" in caplog.text) == first_dies
+    assert contents(folder) == expected
+    assert list(cache.iterdir()) == [folder]
 
 
 def test_two_processes_at_once(tmp_path):
-    fork = multiprocessing.get_context("fork")
-    path, cache, barrier = many(tmp_path), tmp_path / "cache", fork.Barrier(2)
-    children = [fork.Process(target=prepare_in_child, args=(path, cache, barrier)) for _ in range(2)]
-    for child in children:
-        child.start()
+    path, cache, barrier = many(tmp_path), tmp_path / "cache", multiprocessing.get_context("fork").Barrier(2)
+
+    def run():
+        barrier.wait()
+        prepare_many(path, cache)
+
+    children = [in_fork(run) for _ in range(2)]
     for child in children:
         child.join(timeout=60)
     assert [child.exitcode for child in children] == [0, 0]
@@ -546,6 +863,125 @@ def test_two_processes_at_once(tmp_path):
     assert len(stored(folder, "train", tokenizer)) + len(stored(folder, "val", tokenizer)) == 450
 
 
+def test_who_waited_for_a_lock_file_that_was_removed_waits_for_the_new_one(tmp_path):
+    path = tmp_path / ".x.lock"
+    old = journal._lock(path)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(journal._lock, path)
+        time.sleep(0.3)
+        path.unlink()  # as its owner does in the end
+        new = journal._lock(path)  # a third process was faster
+        old.close()
+        with pytest.raises(TimeoutError):
+            waiting.result(timeout=0.5)
+        new.close()
+        waiting.result(timeout=30).close()
+
+
+def test_a_lock_that_does_not_reach_another_machine_is_noticed(tmp_path):
+    def other_machine():
+        with making(tmp_path / "x") as unfinished:
+            unfinished.lock.write_text("process 7 on node2 (abc)")
+            yield unfinished
+
+    expected = "no file locks between machines, and process 7 on node2 writes there, too"
+    generator = other_machine()
+    with pytest.raises(OSError, match=expected):
+        next(generator).write_journal({})
+    with pytest.raises(OSError, match=expected):
+        list(generator)  # nor does the folder get its name
+    assert {file.name for file in tmp_path.iterdir()} == {".x.lock", ".x.partial"}  # the other's, left alone
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_cache_folder_that_cannot_be_written(train, tmp_path):
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    with pytest.raises(ConfigError, match=r"^--data.cache_dir: \S*/cache cannot be written \(File exists\)"):
+        train_or_encode(train, many(tmp_path), tmp_path / "cache")
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are closed to other users
+        Path(folder).chmod(0o755)
+        path, cache = many(Path(folder)), Path(folder) / "cache"
+        prepare_tokens(corpus_of(path), byte_tokenizer(), 0.5, cache, 1)
+        for name in [*cache.rglob("*"), cache]:
+            name.chmod(0o555)
+        child = in_fork(write_protected, train, path, cache)
+        child.join(timeout=30)
+        assert child.exitcode == 0
+        cache.chmod(0o755)
+
+
+def write_protected(train: bool, path: Path, cache: Path) -> None:
+    if os.getuid() == 0:
+        os.setuid(65534)  # permissions do not hold root off
+    prepare_tokens(corpus_of(path), byte_tokenizer(), 0.5, cache, 1)  # what is prepared needs no writing
+    with pytest.raises(ConfigError, match=r"^--data.cache_dir: \S+ cannot be written \(Permission denied\)"):
+        train_or_encode(train, path, cache)
+
+
+def test_full_disk_is_one_line_and_what_is_done_is_kept(tmp_path, monkeypatch, caplog):
+    path, cache = many(tmp_path), tmp_path / "cache"
+    expected = contents(prepare_many(path, tmp_path / "other"))
+    small_steps(monkeypatch)
+
+    def run():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(expected["train/tokens.bin"]) // 2,) * 2)
+        message = r"^--data.cache_dir: \S+ cannot be written \(File too large\); .* what is done is kept$"
+        with pytest.raises(ConfigError, match=message):
+            prepare_many(path, cache)
+
+    child = in_fork(run)
+    child.join(timeout=30)
+    assert child.exitcode == 0
+    with caplog.at_level(logging.INFO):
+        assert contents(prepare_many(path, cache)) == expected
+    assert "going on from" in caplog.text
+
+
+def test_full_disk_while_a_trained_tokenizer_is_saved(tmp_path):
+    def run():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+        with pytest.raises(ConfigError, match=r"^--data.cache_dir: \S+ cannot be written \(File too large"):
+            train_or_encode(True, path, tmp_path / "cache")
+
+    path = many(tmp_path)
+    child = in_fork(run)
+    child.join(timeout=30)
+    assert child.exitcode == 0
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+@dataclass
+class Sized:
+    number: int
+    size: int
+
+
+def negative(task: Sized) -> int:
+    time.sleep(0.01 * (task.number % 3 == 0))  # others overtake it
+    return -task.number
+
+
+@pytest.mark.parametrize(("size", "most"), [(1, 10), (4, 3), (100, 3)])
+def test_tasks_under_way_are_bounded_and_their_results_in_order(size, most, tmp_path):
+    taken = []
+
+    def tasks():
+        for number in range(40):
+            taken.append(number)
+            yield Sized(number, size)
+
+    for count, (task, result) in enumerate(processes.ordered_map(negative, tasks(), 2, max_size=10)):
+        assert (task.number, result) == (count, -count)
+        assert len(taken) - count == min(most, 40 - count)  # this one is still held
+
+
+def test_spawned_workers(tmp_path, monkeypatch):
+    path = many(tmp_path)
+    expected = contents(prepare_many(path, tmp_path / "other"))
+    monkeypatch.setattr(processes, "get_all_start_methods", lambda: ["spawn"])
+    assert contents(prepare_many(path, tmp_path / "cache", 1)) == expected
+
+
 @pytest.mark.parametrize("train", [True, False])
 def test_killed_child_is_one_line(train, tmp_path, monkeypatch):
     def die(*args):
@@ -553,7 +989,9 @@ def test_killed_child_is_one_line(train, tmp_path, monkeypatch):
 
     monkeypatch.setattr(prepare, "train_tokenizer", die)
     monkeypatch.setattr(prepare.Encoder, "__call__", die)
-    with pytest.raises(ConfigError, match="^--data.(tokenizer: the process|prepare_workers: one of 2) .* was killed"):
+    with pytest.raises(
+        ConfigError, match="^--data.(tokenizer: the|prepare_workers: a tokenizing) process .*was killed"
+    ):
         train_or_encode(train, many(tmp_path), tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
 
@@ -594,10 +1032,23 @@ def test_interrupt_ends_at_once_and_leaves_nothing(train, tmp_path):
     assert list(cache.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["tokens.bin", "doc_ends.bin", "doc_sources.bin", "token_bytes.bin"])
-def test_truncated_file_is_refused_by_name(name, tmp_path):
+# --- checks ---
+
+
+FILES = ["tokens.bin", "doc_ends.bin", "doc_sources.bin", "token_bytes.bin"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_truncated_or_foreign_file_is_refused_by_name(name, tmp_path):
     folder = prepare_tokens(corpus_of(many(tmp_path)), byte_tokenizer(), 0.5, tmp_path / "cache", 1)
     file = folder / "val" / name
+    verify(folder)
+    file.write_bytes(bytes(byte ^ 1 for byte in file.read_bytes()))
+    for check in (lambda: TokenFiles(folder, "val"), lambda: verify(folder)):
+        with pytest.raises(
+            ConfigError, match=rf"^--data.cache_dir: .*/val/{name} is not what was written there, .* del"
+        ):
+            check()
     os.truncate(file, file.stat().st_size - 1)
     with pytest.raises(ConfigError, match=rf"^--data.cache_dir: .*/val/{name} has \d+ bytes instead of \d+; delete"):
         TokenFiles(folder, "val")
@@ -605,6 +1056,60 @@ def test_truncated_file_is_refused_by_name(name, tmp_path):
     with pytest.raises(ConfigError, match=rf"/val/{name} has 0 bytes instead of"):
         TokenFiles(folder, "val")
     TokenFiles(folder, "train")
+
+
+def large_split(folder: Path) -> None:
+    """A prepared folder of 5 MB."""
+    folder.mkdir()
+    ids = np.arange(2_500_000).astype(np.uint16)
+    writer = SplitWriter(folder / "train", "uint16", no_counts())
+    writer.add(Block(ids, np.array([len(ids)]), ["x"], None, len(ids)), [0])
+    writer.sync()
+    writer.close()
+    manifest = {"dtype": "uint16", "tokenizer": {"eos_id": 0}, "splits": {"train": writer.entry()}}
+    (folder / "manifest.json").write_text(json.dumps(sealed(manifest)))
+
+
+@pytest.mark.parametrize("start", [0.0, 0.33, 0.9])
+def test_part_of_a_large_file_that_is_missing_is_found_at_opening(start, tmp_path):
+    large_split(tmp_path / "x")
+    TokenFiles(tmp_path / "x", "train")
+    with open(tmp_path / "x" / "train" / "tokens.bin", "r+b") as file:
+        file.seek(int(start * 5_000_000))
+        file.write(bytes(400_000))  # pages lie 329 KB apart
+    with pytest.raises(ConfigError, match=r"/train/tokens.bin is not what was written there, though of the right size"):
+        TokenFiles(tmp_path / "x", "train")
+
+
+def test_one_wrong_byte_of_a_large_file_is_found_by_reading_it_all(tmp_path):
+    large_split(tmp_path / "x")
+    verify(tmp_path / "x")
+    with open(tmp_path / "x" / "train" / "tokens.bin", "r+b") as file:
+        file.seek(100_000)  # behind the first page of 65536 bytes, before the second
+        file.write(b"!")
+    TokenFiles(tmp_path / "x", "train")
+    with pytest.raises(ConfigError, match=r"^--data.cache_dir: .*/train/tokens.bin is not as it was written; delete"):
+        verify(tmp_path / "x")
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"splits": {}}', None])
+def test_manifest_that_was_changed_is_refused(content, tmp_path):
+    folder = prepare_tokens(corpus_of(many(tmp_path)), byte_tokenizer(), 0.5, tmp_path / "cache", 1)
+    file = folder / "manifest.json"
+    file.write_bytes(file.read_bytes().replace(b'"eos_id": 256', b'"eos_id": 255') if content is None else content)
+    for check in (lambda: TokenFiles(folder, "val"), lambda: verify(folder)):
+        with pytest.raises(ConfigError, match=r"^--data.cache_dir: .*/manifest.json is not as it was written; delete"):
+            check()
+
+
+def test_manifest_says_where_the_tokens_come_from(tmp_path):
+    path, tokenizer = many(tmp_path), byte_tokenizer()
+    folder = prepare_tokens(corpus_of(path), tokenizer, 0.5, tmp_path / "cache", 1)
+    manifest = TokenFiles(folder, "val").manifest
+    assert manifest["inputs"][2][0][2] == [[str(path), path.stat().st_size, path.stat().st_mtime_ns]]
+    assert manifest["tokenizer"]["fingerprint"] == tokenizer_fingerprint(tokenizer)
+    assert manifest["tokenizer"]["rules"] == rules_fingerprint(tokenizer)
+    assert set(manifest["versions"]) == {"tokenizers", "transformers", "datasets", "numpy"}
 
 
 def test_unprepared_folder_is_refused(tmp_path):

@@ -1,0 +1,122 @@
+"""Worker processes that end with their parent, in silence."""
+
+import os
+import signal
+import threading
+import warnings
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_all_start_methods, get_context, parent_process
+from multiprocessing.connection import Connection
+from typing import Any, Protocol, TypeVar
+
+from salt_lightning.errors import ConfigError
+
+
+class Task(Protocol):
+    size: int  # of what it holds in memory
+
+
+T = TypeVar("T", bound=Task)
+R = TypeVar("R")
+
+
+def ordered_map(
+    function: Callable[[T], R], tasks: Iterator[T], workers: int, max_size: int
+) -> Generator[tuple[T, R], None, None]:
+    """(task, result) in the order of the tasks, of which those under way have about `max_size` in all, or are no more
+    than the workers.
+
+    Raises:
+        BrokenProcessPool: a worker was killed.
+    """
+    pending: deque[tuple[T, Future]] = deque()
+    size = 0
+    with ProcessPoolExecutor(workers, _context(), _start_worker, (function,)) as pool:
+        try:
+            for task in tasks:
+                with quiet_fork():
+                    pending.append((task, pool.submit(_work, task)))
+                size += task.size
+                while size >= max_size and len(pending) > workers:
+                    size -= pending[0][0].size
+                    yield _first(pending)
+            while pending:
+                yield _first(pending)
+        finally:
+            for _, future in pending:
+                future.cancel()
+
+
+def _first(pending: deque[tuple[T, Future]]) -> tuple[T, R]:
+    task, future = pending.popleft()
+    return task, future.result()
+
+
+_FUNCTION: Callable[[Any], Any] | None = None  # one per worker process
+
+
+def _start_worker(function: Callable[[Any], Any] | None = None) -> None:
+    global _FUNCTION
+    _FUNCTION = function
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: die in silence, the parent has something to say
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)  # a killed parent would leave its workers waiting for ever
+
+
+def _work(task: Any) -> Any:
+    assert _FUNCTION is not None
+    return _FUNCTION(task)
+
+
+def in_child(function: Callable[..., None], *args: Any) -> None:
+    """Call a function in a process of its own; what it raises is raised here."""
+    receiver, sender = _context().Pipe(duplex=False)
+    child = _context().Process(target=_call, args=(sender, function, args))
+    with quiet_fork():
+        child.start()
+    sender.close()
+    try:
+        error = receiver.recv()
+    except EOFError:
+        error = ConfigError("--data.tokenizer: the process that trained it was killed; is there enough memory?")
+    finally:
+        child.kill()
+        child.join()
+        receiver.close()
+    if error is not None:
+        raise error
+
+
+def _call(sender: Connection, function: Callable[..., None], args: tuple[Any, ...]) -> None:
+    _start_worker()
+    try:
+        function(*args)
+        sender.send(None)
+    except Exception as error:
+        sender.send(error)
+
+
+def num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _context() -> Any:
+    """Fork where there is fork: spawned workers would run the user's script again."""
+    return get_context("fork" if "fork" in get_all_start_methods() else "spawn")
+
+
+@contextmanager
+def quiet_fork() -> Iterator[None]:
+    """Python 3.12 warns of forks beside threads. Our children compute with tokenizers and numpy alone."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
+        yield

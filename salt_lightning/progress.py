@@ -1,0 +1,72 @@
+"""How far the preparation is: one line, redrawn on a terminal, logged now and then elsewhere."""
+
+import sys
+from dataclasses import dataclass
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from tqdm import tqdm
+
+_TERMINAL_S, _LOG_S = 0.5, 30.0
+
+
+@dataclass(frozen=True)
+class Done:
+    """What is prepared at some time."""
+
+    time_s: float
+    documents: int
+    tokens: int
+    text_bytes: int
+    read_bytes: int  # of the input files, packed as they are
+
+
+def progress_line(start: Done, now: Done, total_bytes: int) -> str:
+    """Counts, rates since `start`, and the time left if the input's size is known (0: it is not)."""
+    seconds = max(now.time_s - start.time_s, 1e-9)
+    text_rate = (now.text_bytes - start.text_bytes) / seconds
+    line = (
+        f"{_short(now.documents)} documents ({_short((now.documents - start.documents) / seconds)}/s), "
+        f"{_short(now.tokens)} tokens ({_short((now.tokens - start.tokens) / seconds)}/s), {text_rate / 1e6:.1f} MB/s"
+    )
+    if total_bytes:
+        share = min(1.0, now.read_bytes / total_bytes)
+        left_s = seconds * (total_bytes - now.read_bytes) / max(1, now.read_bytes - start.read_bytes)
+        line = f"{share:.0%}, {line}, {tqdm.format_interval(max(0.0, left_s))} left"
+    return f"tokenizing: {line}"
+
+
+def summary_line(start: Done, now: Done) -> str:
+    """What was done, and at which rate since `start`."""
+    seconds = max(now.time_s - start.time_s, 1e-9)
+    text_rate = (now.text_bytes - start.text_bytes) / seconds
+    resumed = f", going on from {start.documents} documents of a stopped preparation" if start.documents else ""
+    return (
+        f"tokenized {now.documents} documents, {now.tokens} tokens, {now.text_bytes / 1e6:.1f} MB of text "
+        f"in {seconds:.1f} s ({text_rate / 1e6:.1f} MB/s){resumed}"
+    )
+
+
+def _short(number: float) -> str:
+    return tqdm.format_sizeof(number) if number >= 1000 else f"{number:.0f}"
+
+
+class Progress:
+    """Says it."""
+
+    def __init__(self, total_bytes: int, start: Done) -> None:
+        self._start, self._total_bytes = start, total_bytes
+        self._on_terminal = sys.stderr.isatty()
+        self._said_s = start.time_s
+        self._bar = tqdm(bar_format="{desc}", disable=not self._on_terminal, leave=False)
+
+    def update(self, now: Done) -> None:
+        if now.time_s - self._said_s >= (_TERMINAL_S if self._on_terminal else _LOG_S):
+            self._said_s = now.time_s
+            line = progress_line(self._start, now, self._total_bytes)
+            if self._on_terminal:
+                self._bar.set_description_str(line)
+            else:
+                rank_zero_info(line)
+
+    def close(self) -> None:
+        self._bar.close()

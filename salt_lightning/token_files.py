@@ -1,0 +1,218 @@
+"""Token files: written in order, opened as memory maps, checked.
+
+    FOLDER/manifest.json     inputs, versions, counts, names of the sources; sizes and checksums of files, and its own
+    FOLDER/{train,val}/
+        tokens.bin           uint16 or uint32   all documents one after the other, each followed by EOS
+        doc_ends.bin         int64              exclusive end of each document in tokens.bin
+        doc_sources.bin      int32              each document's index into the manifest's names of sources
+        token_bytes.bin      int32              val only: UTF-8 bytes of text that each token stands for (EOS: 0)
+
+What is checked when:
+
+    opening   the manifest's own checksum, the size of each file, and a checksum of 16 pages of 64 KiB spread evenly
+              over it (all of a file up to 1 MiB): what is truncated, foreign or copied in part is refused by name,
+              within milliseconds; a few bytes changed in a large file are not found
+    verify()  every byte of every file, about 1 GB a second
+"""
+
+import hashlib
+import json
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from salt_lightning.errors import ConfigError
+
+FORMAT = 2
+SPLITS = ("train", "val")
+_PAGE_BYTES, _NUM_PAGES = 1 << 16, 16
+
+
+def digest(data: Any) -> str:
+    """Fingerprint of plain data."""
+    return hashlib.blake2b(json.dumps(data, sort_keys=True).encode(), digest_size=10).hexdigest()
+
+
+def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """A manifest with its own checksum."""
+    return {**manifest, "checksum": digest(manifest)}
+
+
+def no_counts() -> dict[str, int]:
+    return {"documents": 0, "tokens": 0, "text_bytes": 0}
+
+
+@dataclass
+class Block:
+    """Some documents of one split, tokenized."""
+
+    ids: np.ndarray  # of all documents, each with its EOS
+    lengths: np.ndarray  # ids of each document
+    sources: list[str]  # of each document
+    token_bytes: np.ndarray | None  # of each id
+    text_bytes: int = 0
+
+
+def columns(split: str, dtype: str) -> dict[str, tuple[str, str]]:
+    """File name -> (its dtype, which of a split's counts it has an entry for)."""
+    files = {
+        "tokens.bin": (dtype, "tokens"),
+        "doc_ends.bin": ("int64", "documents"),
+        "doc_sources.bin": ("int32", "documents"),
+    }
+    return {**files, "token_bytes.bin": ("int32", "tokens")} if split == "val" else files
+
+
+def sizes(split: str, dtype: str, counts: dict[str, int]) -> dict[str, int]:
+    """File name -> bytes."""
+    return {name: np.dtype(kind).itemsize * counts[of] for name, (kind, of) in columns(split, dtype).items()}
+
+
+class SplitWriter:
+    """Appends blocks to the files of one split, behind the entries that `counts` counts; others are cut off.
+
+    `counts` grows with each block.
+    """
+
+    def __init__(self, folder: Path, dtype: str, counts: dict[str, int]) -> None:
+        self.counts, self._folder = counts, folder
+        folder.mkdir(exist_ok=True)
+        self._files = {}
+        for name, size in sizes(folder.name, dtype, self.counts).items():
+            self._files[name] = file = open(folder / name, "ab")  # noqa: SIM115 (`close` closes them)
+            file.truncate(size)
+
+    def add(self, block: Block, source_ids: list[int]) -> None:
+        self._files["tokens.bin"].write(block.ids.data)
+        self._files["doc_ends.bin"].write((self.counts["tokens"] + np.cumsum(block.lengths, dtype=np.int64)).data)
+        self._files["doc_sources.bin"].write(np.array(source_ids, np.int32).data)
+        if block.token_bytes is not None:
+            self._files["token_bytes.bin"].write(block.token_bytes.data)
+        self.counts["tokens"] += len(block.ids)
+        self.counts["documents"] += len(block.lengths)
+        self.counts["text_bytes"] += block.text_bytes
+
+    def sync(self) -> None:
+        """Have all that was added on the disk."""
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+
+    def close(self) -> None:
+        for file in self._files.values():
+            with suppress(OSError):  # what `sync` would not have said is lost with good reason
+                file.close()
+
+    def entry(self) -> dict[str, Any]:
+        """The split's entry in the manifest, of the files as they are on the disk."""
+        files = {name: self._folder / name for name in self._files}
+        checked = {
+            name: {"bytes": path.stat().st_size, "blake2b": _full_checksum(path), "pages": _page_checksum(path)}
+            for name, path in files.items()
+        }
+        return {**self.counts, "files": checked}
+
+
+def _full_checksum(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _page_checksum(path: Path) -> str:
+    size = path.stat().st_size
+    if size <= _PAGE_BYTES * _NUM_PAGES:
+        return _full_checksum(path)
+    hashed = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        for i in range(_NUM_PAGES):
+            file.seek((size - _PAGE_BYTES) * i // (_NUM_PAGES - 1))
+            hashed.update(file.read(_PAGE_BYTES))
+    return hashed.hexdigest()
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / "manifest.json"
+    if not path.exists():
+        raise ConfigError(
+            f"--data.cache_dir: {folder} holds no prepared text: prepare_data() has not run, the sources "
+            "changed after it, or the folder is damaged; delete it and start again"
+        )
+    try:
+        manifest = json.loads(path.read_bytes())
+        good = manifest.pop("checksum") == digest(manifest)
+    except (ValueError, LookupError, AttributeError, TypeError):  # no JSON, or JSON of another kind
+        good = False
+    if not good:
+        raise _damage(path, "is not as it was written", folder)
+    return manifest
+
+
+def _damage(path: Path, problem: str, folder: Path) -> ConfigError:
+    return ConfigError(f"--data.cache_dir: {path} {problem}; delete {folder} to prepare it again")
+
+
+def verify(folder: Path) -> None:
+    """Read every byte of a prepared folder against its checksums.
+
+    Raises:
+        ConfigError: names the first file that is not as it was written.
+    """
+    for split, entry in _read_manifest(folder)["splits"].items():
+        TokenFiles(folder, split)
+        for name, file in entry["files"].items():
+            if _full_checksum(folder / split / name) != file["blake2b"]:
+                raise _damage(folder / split / name, "is not as it was written", folder)
+
+
+class TokenFiles:
+    """One split of a prepared folder. The memory maps are opened on first use, in each process anew.
+
+    Raises:
+        ConfigError: not prepared, or a file is missing, has another size, or is not what was written (by its pages).
+    """
+
+    def __init__(self, folder: Path, split: str) -> None:
+        self.manifest = _read_manifest(folder)
+        self.folder = folder / split
+        entry = self.manifest["splits"][split]
+        for name, file in entry["files"].items():
+            path = self.folder / name
+            size = path.stat().st_size if path.exists() else 0
+            if size != file["bytes"]:
+                raise _damage(path, f"has {size} bytes instead of {file['bytes']}", folder)
+            if file["bytes"] and _page_checksum(path) != file["pages"]:
+                raise _damage(path, "is not what was written there, though of the right size", folder)
+        self.num_tokens: int = entry["tokens"]
+        self.num_documents: int = entry["documents"]
+        self.eos_id: int = self.manifest["tokenizer"]["eos_id"]
+        self.has_bytes = "token_bytes.bin" in entry["files"]
+        self.fingerprint = digest([entry["files"][name]["blake2b"] for name in ("tokens.bin", "doc_ends.bin")])
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        return self._map("tokens.bin")
+
+    @cached_property
+    def doc_ends(self) -> np.ndarray:
+        return self._map("doc_ends.bin")
+
+    @cached_property
+    def doc_sources(self) -> np.ndarray:
+        return self._map("doc_sources.bin")
+
+    @cached_property
+    def token_bytes(self) -> np.ndarray:
+        return self._map("token_bytes.bin")
+
+    def _map(self, name: str) -> np.ndarray:
+        path, (dtype, _) = self.folder / name, columns(self.folder.name, self.manifest["dtype"])[name]
+        # As a plain array: slices of np.memmap's own class are slow. An empty file cannot be mapped.
+        return np.asarray(np.memmap(path, dtype, mode="r")) if path.stat().st_size else np.zeros(0, dtype)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if not isinstance(value, np.ndarray)}
