@@ -18,6 +18,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 
+from salt_lightning import shards
 from salt_lightning.errors import ConfigError
 from salt_lightning.schedule import KDScheduleCallback
 
@@ -30,7 +31,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        return torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        if not Path(path).is_dir():
+            return torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        checkpoint = shards.read(Path(path))
+        return checkpoint | {"optimizer_states": shards.optimizer_states(checkpoint)}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         target = Path(path)
@@ -44,11 +48,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
-        folder = os.open(target.parent, os.O_RDONLY)  # the rename itself has to reach the disk
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        shards.sync_folder(target.parent)  # the rename itself has to reach the disk
 
 
 def newest(folder: Path) -> Path | None:
@@ -148,7 +148,7 @@ class RunCheckpoint(Checkpoint):
             return
         steps = sorted(int(m[1]) for path in self._dir.glob("*.ckpt") if (m := _NAME.fullmatch(path.name)))
         for old in [s for s in steps if s not in self._for_good and s <= step][: -self.keep]:
-            (self._dir / f"step-{old:08d}.ckpt").unlink()
+            shards.remove(self._dir / f"step-{old:08d}.ckpt")
 
 
 def _validation_follows(trainer: pl.Trainer, batch_idx: int) -> bool:

@@ -11,9 +11,9 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "salt_lightning").glob("*.py"))
 NAMES = [path.name for path in FILES]
 LAYERS = [  # a file imports from files of earlier layers alone
-    {"errors"},
+    {"errors", "shards"},
     {"documents", "flops", "metrics", "models", "optim", "row_pass", "runlog", "schedule"},
-    {"checkpoint", "meter", "report", "tokenizer", "triton_rows"},
+    {"checkpoint", "meter", "parallel", "report", "tokenizer", "triton_rows"},
     {"chunked_head", "compare", "prepare"},
     {"losses", "rows"},
     {"data", "module"},
