@@ -52,15 +52,23 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def newest(folder: Path) -> Path | None:
-    """The checkpoint of the highest optimizer step in `folder`."""
+    """The checkpoint of the highest optimizer step in `folder`; one that is not whole is passed over, by name."""
+    for unfinished in sorted(folder.glob(".step-*.tmp")):
+        rank_zero_info(f"{unfinished} was never finished and is passed over")
     found = [(int(match[1]), path) for path in folder.glob("*.ckpt") if (match := _NAME.fullmatch(path.name))]
-    return max(found)[1] if found else None
+    for _, path in sorted(found, reverse=True):
+        reason = shards.missing(path) if path.is_dir() else None
+        if reason is None:
+            return path
+        rank_zero_info(f"{path} is passed over: {reason}")
+    return None
 
 
 class RunCheckpoint(Checkpoint):
     """Saves the run into its folder: every so many steps, at the phase boundary, at the end, and when told to stop.
 
-    Ctrl-C and SIGTERM finish the running optimizer step, save, and end the run; a second one ends it at once.
+    Ctrl-C and SIGTERM finish the running optimizer step, save, and end the run; a second one ends it at once. With
+    several processes it is enough that one gets the signal: all stop after the same step, the next that is logged.
 
     Args:
         every_n_steps: Optimizer steps between two checkpoints; null saves at the boundary and the end alone.
@@ -98,25 +106,40 @@ class RunCheckpoint(Checkpoint):
             # Over Lightning's, which stop in the middle of a step; at the end it puts back what was there before.
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, self._stop_after_step)
+        # Lightning's own agreement on SIGTERM makes the host wait for the device at every micro-batch.
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
     def _stop_after_step(self, number: int, frame: Any) -> None:
         if self.stopped_by is not None:
             raise KeyboardInterrupt
         self.stopped_by = signal.Signals(number)
-        rank_zero_info(f"{self.stopped_by.name}: saving after this step; once more to stop at once")
+        rank_zero_info(
+            f"{self.stopped_by.name}: saving after this step (with several processes: after the next logged "
+            "one); once more to stop at once"
+        )
+
+    def _is_told_to_stop(self, trainer: pl.Trainer) -> bool:
+        """Whether any rank is; ranks agree at logged steps, where the host waits for the device anyway."""
+        if trainer.world_size > 1:
+            if trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+                return False
+            number = torch.tensor(self.stopped_by or 0, device=trainer.strategy.root_device)
+            if highest := int(trainer.strategy.reduce(number, reduce_op="max")):
+                self.stopped_by = signal.Signals(highest)
+        return self.stopped_by is not None
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        step = trainer.global_step
+        step, stop = trainer.global_step, self._is_told_to_stop(trainer)
         regular = self.every_n_steps is not None and step % self.every_n_steps == 0
-        if not (regular or step in self._for_good or self.stopped_by is not None):
+        if not (regular or step in self._for_good or stop):
             return
         self._due = True
         follows = _validation_follows(trainer, batch_idx)
         if not follows:
             self._save(trainer, pl_module)
-        if self.stopped_by is not None:
+        if stop:
             trainer.should_stop = True
             if not follows:  # Lightning validates once more before it stops, whatever the interval: no time for that
                 trainer.limit_val_batches = 0
@@ -127,8 +150,13 @@ class RunCheckpoint(Checkpoint):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """A run that ends early (max_time, another callback's should_stop) loses nothing."""
-        if not self._path(trainer).exists() and trainer.global_step > 0:
+        if not trainer.strategy.broadcast(self._path(trainer).exists()) and trainer.global_step > 0:
             self._save(trainer, pl_module)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
+        """The processes that this one has started would wait for it, some of them for ever."""
+        for process in getattr(trainer.strategy.launcher, "procs", ()):
+            process.kill()
 
     def _path(self, trainer: pl.Trainer) -> Path:
         return self._dir / f"step-{trainer.global_step:08d}.ckpt"

@@ -153,12 +153,7 @@ class SALTModule(pl.LightningModule):
         self._matrices = {f"student.{name}" for name, p in lm.named_parameters() if p.ndim >= 2}
         if self.hparams["activation_checkpointing"]:
             parallel.recompute_activations(lm)
-        self._maybe_compile(lm)
-        self.student = parallel.distribute(lm, strategy)
-
-    def _maybe_compile(self, lm: CausalLM) -> None:
-        if self.hparams["compile"]:
-            parallel.compile_in_place(lm, self._strategy)
+        self.student = parallel.distribute(lm, strategy, self.hparams["compile"])
 
     def _count_flops(self, lm: CausalLM) -> float:
         return flops.forward_flops_per_token(lm.model, self._data.block_size) if self._data is not None else 0.0
@@ -171,9 +166,8 @@ class SALTModule(pl.LightningModule):
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             lm = models.freeze(models.build(spec, "teacher", self._data, dtype, empty=empty))
         self.meter.forward_flops["teacher"] = self._count_flops(lm)
-        self._maybe_compile(lm)
         size = sum(p.numel() for p in lm.parameters())
-        self.__dict__["teacher"] = parallel.distribute_teacher(lm, self._strategy)
+        self.__dict__["teacher"] = parallel.distribute_teacher(lm, self._strategy, self.hparams["compile"])
         rank_zero_info(
             f"teacher: {spec.path}, {size / 1e6:.1f}M parameters in {dtype}, "
             f"loaded in {time.perf_counter() - start_s:.1f} s"
@@ -265,7 +259,7 @@ class SALTModule(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        self._grad_norm = parallel.clip_gradients(self.student, gradient_clip_val)
+        self._grad_norm = parallel.clip_gradients(self.student, gradient_clip_val).float()
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
@@ -278,12 +272,13 @@ class SALTModule(pl.LightningModule):
 
     def _log_step(self, step: int) -> None:
         """Reads the device, once, and logs optimizer step `step`, just done; its weight is still in kd_weight."""
-        sums = self._sums
+        sums = torch.cat([self._sums, (~self._finite).float()[None]])
         if self.trainer.world_size > 1:
             sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
-        others = torch.stack([self.kd_weight, self._grad_norm.float(), self._finite.float()])
-        *read, weight, grad_norm, finite = torch.cat([sums, others]).tolist()
-        if not finite:
+        *read, not_finite, weight, grad_norm = torch.cat(
+            [sums, torch.stack([self.kd_weight, self._grad_norm])]
+        ).tolist()
+        if not_finite:
             self.require_finite()
         values = loss_values(read, weight) | {"grad_norm": grad_norm}
         values["lr"] = self.optim_spec.lr_at(step - 1, self.trainer.max_steps)
@@ -315,8 +310,11 @@ class SALTModule(pl.LightningModule):
         return peak and peak * self.trainer.world_size
 
     def require_finite(self) -> None:
-        """Raises NonFiniteLossError if any loss so far was not finite. Reads the device: called before each save."""
-        if not bool(self._finite):
+        """Raises NonFiniteLossError if any rank's loss so far was not finite. Reads the device: before each save."""
+        finite = self._finite.int()
+        if self.trainer.world_size > 1:
+            finite = self.trainer.strategy.reduce(finite, reduce_op="min")
+        if not bool(finite):
             raise NonFiniteLossError(
                 f"train/loss stopped being finite at or before step {self.global_step}; nothing was saved since. "
                 "Go on from the last checkpoint with a lower --model.optim.lr or a --trainer.gradient_clip_val"

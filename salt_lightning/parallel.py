@@ -200,8 +200,10 @@ def is_empty_here(strategy: Strategy | None) -> bool:
     return isinstance(strategy, FSDP2) and not strategy.is_global_zero
 
 
-def distribute(lm: CausalLM, strategy: Strategy | None) -> nn.Module:
+def distribute(lm: CausalLM, strategy: Strategy | None, compile: bool) -> nn.Module:
     """The student as the strategy wants it: in shards, or as it is. Collective."""
+    if compile:
+        _compile(lm, in_blocks=isinstance(strategy, FSDP2 | FSDPStrategy))
     if isinstance(strategy, FSDP2):
         strategy.shard(lm, POLICIES[strategy.precision_plugin.precision])
     elif isinstance(strategy, FSDPStrategy):
@@ -215,14 +217,17 @@ def distribute(lm: CausalLM, strategy: Strategy | None) -> nn.Module:
     return lm
 
 
-def distribute_teacher(lm: CausalLM, strategy: Strategy) -> CausalLM:
+def distribute_teacher(lm: CausalLM, strategy: Strategy, compile: bool) -> CausalLM:
     """The frozen teacher on this rank's device: sharded on its own under FSDP2, else whole. Collective.
 
     Its root group stays whole after a forward, so that the student's forward can use the head weight that the
     teacher's has returned.
     """
+    in_shards = isinstance(strategy, FSDP2) and strategy.shard_teacher
+    if compile:
+        _compile(lm, in_blocks=in_shards)
     if isinstance(strategy, FSDP2):
-        if strategy.shard_teacher:
+        if in_shards:
             strategy.shard(lm, MixedPrecisionPolicy())
             return lm
         lm._own_mask = strategy.broadcast(lm._own_mask)
@@ -261,9 +266,9 @@ def recompute_activations(lm: CausalLM) -> None:
         block.forward = partial(recompute, block.forward, use_reentrant=False)
 
 
-def compile_in_place(lm: CausalLM, strategy: Strategy | None) -> None:
-    """torch.compile without new names in the state dict; per block where gathering must stay between blocks."""
-    if isinstance(strategy, FSDP2 | FSDPStrategy):
+def _compile(lm: CausalLM, in_blocks: bool) -> None:
+    """torch.compile without new names in the state dict; in blocks where shards are gathered between them."""
+    if in_blocks:
         for block in blocks(lm):
             block.forward = torch.compile(block.forward, dynamic=False)
     else:

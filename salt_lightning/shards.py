@@ -168,16 +168,16 @@ class Tensors(Mapping[str, Tensor]):
     """The tensors of a folder under a prefix, each read from disk when it is asked for, whole, on the CPU."""
 
     def __init__(self, folder: Path, metadata: Metadata, prefix: str) -> None:
-        self._folder, self._metadata, self._prefix = folder, metadata, prefix
+        self._folder, self._where, self._prefix = folder, metadata, prefix
         tensors: dict[str, Any] = metadata.state_dict_metadata
         self.shapes = {k.removeprefix(prefix): info.size for k, info in tensors.items() if k.startswith(prefix)}
 
     def __getitem__(self, name: str) -> Tensor:
         key = self._prefix + name
-        info: Any = self._metadata.state_dict_metadata[key]
+        info: Any = self._where.state_dict_metadata[key]
         whole = torch.empty(info.size, dtype=info.properties.dtype)
         for chunk in info.chunks:
-            place = self._metadata.storage_data[MetadataIndex(key, chunk.offsets)]
+            place = self._where.storage_data[MetadataIndex(key, chunk.offsets)]
             with open(self._folder / place.relative_path, "rb") as file:
                 file.seek(place.offset)
                 piece = torch.load(io.BytesIO(file.read(place.length)), weights_only=True)
