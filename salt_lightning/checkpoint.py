@@ -18,6 +18,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 
+from salt_lightning import shards
 from salt_lightning.errors import ConfigError
 from salt_lightning.export import export
 from salt_lightning.schedule import KDScheduleCallback
@@ -31,7 +32,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        return torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        if not Path(path).is_dir():
+            return torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        checkpoint = shards.read(Path(path))
+        return checkpoint | {"optimizer_states": shards.optimizer_states(checkpoint)}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         target = Path(path)
@@ -45,23 +49,27 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
-        folder = os.open(target.parent, os.O_RDONLY)  # the rename itself has to reach the disk
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        shards.sync_folder(target.parent)  # the rename itself has to reach the disk
 
 
 def newest(folder: Path) -> Path | None:
-    """The checkpoint of the highest optimizer step in `folder`."""
+    """The checkpoint of the highest optimizer step in `folder`; one that is not whole is passed over, by name."""
+    for unfinished in sorted(folder.glob(".step-*.tmp")):
+        rank_zero_info(f"{unfinished} was never finished and is passed over")
     found = [(int(match[1]), path) for path in folder.glob("*.ckpt") if (match := _NAME.fullmatch(path.name))]
-    return max(found)[1] if found else None
+    for _, path in sorted(found, reverse=True):
+        reason = shards.missing(path) if path.is_dir() else None
+        if reason is None:
+            return path
+        rank_zero_info(f"{path} is passed over: {reason}")
+    return None
 
 
 class RunCheckpoint(Checkpoint):
     """Saves the run into its folder: every so many steps, at the phase boundary, at the end, and when told to stop.
 
-    Ctrl-C and SIGTERM finish the running optimizer step, save, and end the run; a second one ends it at once.
+    Ctrl-C and SIGTERM finish the running optimizer step, save, and end the run; a second one ends it at once. With
+    several processes it is enough that one gets the signal: all stop after the same step, the next that is logged.
 
     Args:
         every_n_steps: Optimizer steps between two checkpoints; null saves at the boundary and the end alone.
@@ -101,25 +109,40 @@ class RunCheckpoint(Checkpoint):
             # Over Lightning's, which stop in the middle of a step; at the end it puts back what was there before.
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, self._stop_after_step)
+        # Lightning's own agreement on SIGTERM makes the host wait for the device at every micro-batch.
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
     def _stop_after_step(self, number: int, frame: Any) -> None:
         if self.stopped_by is not None:
             raise KeyboardInterrupt
         self.stopped_by = signal.Signals(number)
-        rank_zero_info(f"{self.stopped_by.name}: saving after this step; once more to stop at once")
+        rank_zero_info(
+            f"{self.stopped_by.name}: saving after this step (with several processes: after the next logged "
+            "one); once more to stop at once"
+        )
+
+    def _is_told_to_stop(self, trainer: pl.Trainer) -> bool:
+        """Whether any rank is; ranks agree at logged steps, where the host waits for the device anyway."""
+        if trainer.world_size > 1:
+            if trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+                return False
+            number = torch.tensor(self.stopped_by or 0, device=trainer.strategy.root_device)
+            if highest := int(trainer.strategy.reduce(number, reduce_op="max")):
+                self.stopped_by = signal.Signals(highest)
+        return self.stopped_by is not None
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        step = trainer.global_step
+        step, stop = trainer.global_step, self._is_told_to_stop(trainer)
         regular = self.every_n_steps is not None and step % self.every_n_steps == 0
-        if not (regular or step in self._for_good or self.stopped_by is not None):
+        if not (regular or step in self._for_good or stop):
             return
         self._due = True
         follows = _validation_follows(trainer, batch_idx)
         if not follows:
             self._save(trainer, pl_module)
-        if self.stopped_by is not None:
+        if stop:
             trainer.should_stop = True
             if not follows:  # Lightning validates once more before it stops, whatever the interval: no time for that
                 trainer.limit_val_batches = 0
@@ -130,11 +153,16 @@ class RunCheckpoint(Checkpoint):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """A run that ends early (max_time, another callback's should_stop) loses nothing."""
-        if not self._path(trainer).exists() and trainer.global_step > 0:
+        if not trainer.strategy.broadcast(self._path(trainer).exists()) and trainer.global_step > 0:
             self._save(trainer, pl_module)
         if self.export and self.stopped_by is None and trainer.is_global_zero:
             written = export(self._path(trainer), Path(self.export), run=Path(trainer.default_root_dir))
             rank_zero_info(f"exported to {written}")
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
+        """The processes that this one has started would wait for it, some of them for ever."""
+        for process in getattr(trainer.strategy.launcher, "procs", ()):
+            process.kill()
 
     def _path(self, trainer: pl.Trainer) -> Path:
         return self._dir / f"step-{trainer.global_step:08d}.ckpt"
@@ -154,7 +182,7 @@ class RunCheckpoint(Checkpoint):
             return
         steps = sorted(int(m[1]) for path in self._dir.glob("*.ckpt") if (m := _NAME.fullmatch(path.name)))
         for old in [s for s in steps if s not in self._for_good and s <= step][: -self.keep]:
-            (self._dir / f"step-{old:08d}.ckpt").unlink()
+            shards.remove(self._dir / f"step-{old:08d}.ckpt")
 
 
 def _validation_follows(trainer: pl.Trainer, batch_idx: int) -> bool:
@@ -163,13 +191,19 @@ def _validation_follows(trainer: pl.Trainer, batch_idx: int) -> bool:
     return has_validation and every != float("inf") and (batch_idx + 1) % int(every) == 0  # type: ignore[arg-type]
 
 
-def rewind_loops(checkpoint: dict[str, Any], accumulate: int) -> None:
-    """Sets Lightning's batch counters to what they are right after optimizer step `global_step`.
+def go_on_from(checkpoint: dict[str, Any], max_steps: int, accumulate: int, data: dict[str, int | str]) -> None:
+    """Makes a fit go on right after the checkpoint's optimizer step; says so if it will read other rows.
 
     A checkpoint may come from inside an accumulation window, from the end of a validation, or from a run with
-    another accumulation; the position in the data depends on the step alone.
+    another accumulation; the position in the data depends on the step alone, and so do Lightning's counters here.
+
+    Raises:
+        ConfigError: the run is to end before that step.
     """
-    done = checkpoint["global_step"] * accumulate
+    step = checkpoint["global_step"]
+    if step > max_steps:
+        raise ConfigError(f"--trainer.max_steps {max_steps}: the checkpoint is at step {step} already")
+    done = step * accumulate
     counts = {"ready": done, "started": done, "processed": done, "completed": max(done - 1, 0)}
     loop = checkpoint["loops"]["fit_loop"]
     loop["epoch_loop.batch_progress"] |= {
@@ -177,4 +211,7 @@ def rewind_loops(checkpoint: dict[str, Any], accumulate: int) -> None:
         "current": dict(counts),
         "is_last_batch": False,
     }
-    loop["epoch_loop.state_dict"]["_batches_that_stepped"] = max(checkpoint["global_step"] - 1, 0)
+    loop["epoch_loop.state_dict"]["_batches_that_stepped"] = max(step - 1, 0)
+    other = [f"{key} {data[key]} (checkpoint: {was})" for key, was in checkpoint["data"].items() if data[key] != was]
+    if other:
+        rank_zero_info(f"going on with other data than the checkpoint's: {', '.join(other)}")

@@ -5,19 +5,22 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from salt_lightning import compare, export
+from salt_lightning import compare, export, parallel
 from salt_lightning.checkpoint import AtomicCheckpointIO, RunCheckpoint, newest
 from salt_lightning.data import SALTDataModule
 from salt_lightning.errors import ConfigError, NonFiniteLossError, Stopped
@@ -133,7 +136,7 @@ class SALTCLI(LightningCLI):
         for key, now in sorted(vars(given.as_flat()).items() if given else []):
             before = _lookup(saved, key)
             if before is not _MISSING and now != before and not isinstance(now, dict) and key != "student.path":
-                print(f"--model.{key} {now} (checkpoint: {before}): the given value is used", file=sys.stderr)
+                _say(f"--model.{key} {now} (checkpoint: {before}): the given value is used")
         saved.pop("seed", None)  # follows --seed_everything
         if subcommand != "fit" and given:
             given.pop("student", None)  # what is looked at is what the checkpoint holds
@@ -195,7 +198,11 @@ class SALTCLI(LightningCLI):
         if own:
             kwargs["callbacks"] = [*self._instances("callbacks"), *own]
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
+            parallel.check(trainer, config.get("ckpt_path"))
+            return trainer
+        except ConfigError:
+            raise
         except (MisconfigurationException, ValueError, TypeError) as error:
             raise ConfigError(f"--trainer: {' '.join(str(error).split())}") from error
 
@@ -213,6 +220,11 @@ def _wrong_trainer_settings(trainer: Namespace) -> list[str]:
         wrong.append(
             f"--trainer.accumulate_grad_batches {trainer.accumulate_grad_batches} follows from "
             "--data.global_batch_size, --data.micro_batch_size and the number of ranks; leave it out"
+        )
+    if str(trainer.get("strategy")).startswith("fsdp") and not torch.cuda.is_available():
+        wrong.append(
+            f"--trainer.strategy {trainer.strategy} (FSDP1) needs GPUs; --config configs/fsdp.yaml (FSDP2) also runs "
+            "on CPUs"
         )
     if interval is not None and not (interval >= 1 if isinstance(interval, int) else 0 < interval <= 1):
         wrong.append(
@@ -234,8 +246,17 @@ def _resolve(path: str, run: Path, subcommand: str) -> Path | None:
     found = newest(run / "checkpoints")
     if found is None and subcommand != "fit":
         raise ConfigError(f"--ckpt_path last: no checkpoint in {run / 'checkpoints'}; is --run {run} right?")
-    print(f"--ckpt_path last: {found or f'no checkpoint in {run}, starting at step 0'}", file=sys.stderr)
+    _say(f"--ckpt_path last: {found or f'no checkpoint in {run}, starting at step 0'}")
     return found
+
+
+def _rank() -> int:
+    return getattr(rank_zero_only, "rank", 0)
+
+
+def _say(message: str) -> None:
+    if _rank() == 0:
+        print(message, file=sys.stderr)
 
 
 _MISSING = object()
@@ -291,6 +312,9 @@ def _is_about_the_run(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith(_CHATTER)
 
 
+_FIRST_RANK_S = 10.0
+
+
 def main(args: list[str] | None = None) -> int:
     """Runs one command line; returns its exit code: 0, 1 for an error of the run, 2 for one of the settings."""
     first = (sys.argv[1:] if args is None else args)[:1]
@@ -314,13 +338,15 @@ def main(args: list[str] | None = None) -> int:
         print(f"\n{stopped}")
         return 128 + stopped.number
     except (ConfigError, NonFiniteLossError, OSError) as error:
+        if _rank():  # the first rank says the same, and its end is ours; else we speak
+            time.sleep(_FIRST_RANK_S)
         message = str(error)
         if isinstance(error, OSError) and error.filename is not None:
             message = f"{error.filename}: {error.strerror}"
         print(f"\nerror: {message}", file=sys.stderr)  # on a line of its own, after a progress bar
         return 2 if isinstance(error, ConfigError) else 1
     signals = [c.stopped_by for c in cli.trainer.callbacks if isinstance(c, RunCheckpoint)]  # type: ignore[attr-defined]
-    if signals and signals[0] is not None:
+    if signals and signals[0] is not None and cli.trainer.is_global_zero:  # the others: a code would look like a crash
         print(f"stopped by {signals[0].name} at step {cli.trainer.global_step}, saved; go on with --ckpt_path last")
         return 128 + signals[0]
     return 0

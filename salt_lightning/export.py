@@ -25,7 +25,7 @@ from salt_lightning.card import model_card
 from salt_lightning.errors import ConfigError, VerbParser
 from salt_lightning.models import DTYPES, ModelSpec, read_checkpoint
 from salt_lightning.runlog import read_run
-from salt_lightning.sharded import ShardedTensors
+from salt_lightning.shards import Tensors, sync_folder
 from salt_lightning.tokenizer import load_tokenizer, tokenizer_fingerprint
 
 MAX_FILE_BYTES = 2 << 30
@@ -111,7 +111,7 @@ def _described(state: Any, dtype: torch.dtype | None) -> dict[str, Tensor]:
     found = {}
     for name in state:
         if name.startswith(_PREFIX):
-            tensor = state.on_meta(name) if isinstance(state, ShardedTensors) else state[name].to("meta")
+            tensor = state.on_meta(name) if isinstance(state, Tensors) else state[name].to("meta")
             found[name.removeprefix(_PREFIX)] = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
     return found
 
@@ -156,19 +156,11 @@ def _whole_folder(target: Path) -> Iterator[Path]:
     try:
         yield partial
         for path in (*partial.iterdir(), partial):
-            _sync(path)
+            sync_folder(path)
         partial.rename(target)
-        _sync(target.parent)
+        sync_folder(target.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _write_weights(

@@ -10,7 +10,7 @@ import hashlib
 import inspect
 import pickle
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
+from salt_lightning import shards
 from salt_lightning.errors import ConfigError
-from salt_lightning.sharded import read_sharded
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -197,6 +197,24 @@ def logit_scale(config: PreTrainedConfig, name: str) -> float:
     return 1.0
 
 
+def build(spec: ModelSpec, name: str, data: Any, dtype: torch.dtype, device: torch.device, seed: int = 0) -> CausalLM:
+    """The model of a spec on a device, proved to fit the data (None: not looked at) and the head loss.
+
+    On the meta device it has no weights, and is proved where it gets them from.
+    """
+    empty = device.type == "meta"
+    if spec.path is not None:
+        model = load_pretrained(spec, name, dtype, empty)
+        check_fit(spec, model.config, name, data)
+    else:
+        with device if empty else nullcontext():
+            model = build_fresh(spec, data, seed)
+    lm = CausalLM(model, name)
+    if not empty:
+        lm.to(device).check()
+    return lm
+
+
 def build_fresh(spec: ModelSpec, data: Any, seed: int) -> PreTrainedModel:
     """A model with random weights that depend on nothing but the spec, the data's sizes and the seed.
 
@@ -338,21 +356,24 @@ def check_fit(spec: ModelSpec, config: PreTrainedConfig, name: str, data: Any) -
         )
 
 
-def load_pretrained(spec: ModelSpec, name: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The model at `spec.path`: our checkpoint, a Hugging Face folder or a hub name. No remote code unless asked."""
+def load_pretrained(spec: ModelSpec, name: str, dtype: torch.dtype, empty: bool = False) -> PreTrainedModel:
+    """The model at `spec.path`: our checkpoint, a Hugging Face folder or a hub name. No remote code unless asked.
+
+    `empty`: without weights, on the meta device.
+    """
     assert spec.path is not None
     if spec.is_checkpoint:
-        return _load_checkpoint(spec, name, dtype)
+        return _load_checkpoint(spec, name, dtype, empty)
     check_path(spec, name)
+    source = {"revision": spec.revision or "main", "trust_remote_code": spec.trust_remote_code}
+    kwargs = {"dtype": dtype, "attn_implementation": spec.attention}
     with _as_config_error(f"--model.{name}.path {spec.path} cannot be loaded"):
-        return AutoModelForCausalLM.from_pretrained(
-            spec.path,
-            revision=spec.revision or "main",
-            dtype=dtype,
-            attn_implementation=spec.attention,
-            trust_remote_code=spec.trust_remote_code,
-            use_safetensors=True,  # never unpickle a .bin
-        )
+        if empty:
+            config = AutoConfig.from_pretrained(spec.path, **source)
+            with torch.device("meta"):
+                return AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code, **kwargs)
+        # safetensors: never unpickle a .bin
+        return AutoModelForCausalLM.from_pretrained(spec.path, use_safetensors=True, **source, **kwargs)
 
 
 def check_path(spec: ModelSpec, name: str) -> None:
@@ -377,16 +398,19 @@ def check_path(spec: ModelSpec, name: str) -> None:
 def read_checkpoint(path: str, setting: str) -> dict[str, Any]:
     """A checkpoint of this project, file or folder, as plain data and tensors. No unpickling.
 
-    What is not used stays on disk: a file is mapped into memory, of a folder a tensor is read when it is asked for.
+    What is not used stays on disk: a file is mapped, a folder's `state_dict` reads a tensor when it is asked for.
 
     Raises:
-        ConfigError: the file is missing, cut off, or no checkpoint; the message starts with `setting`.
+        ConfigError: it is missing, cut off, lacks a file, or is no checkpoint; the message starts with `setting`.
     """
     if not Path(path).exists():
         raise ConfigError(f"{setting} {path} does not exist")
+    is_folder = Path(path).is_dir()
+    if is_folder and (reason := shards.missing(Path(path))):
+        raise ConfigError(f"{setting} {path} is not a whole checkpoint of this project ({reason})")
     try:
-        if Path(path).is_dir():
-            checkpoint = read_sharded(path, setting)
+        if is_folder:
+            checkpoint = shards.read(Path(path))
         else:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if "state_dict" in checkpoint and "student" in checkpoint["hyper_parameters"]:
@@ -397,15 +421,17 @@ def read_checkpoint(path: str, setting: str) -> dict[str, Any]:
     raise ConfigError(f"{setting} {path} is not a whole checkpoint of this project ({reason})")
 
 
-def _load_checkpoint(spec: ModelSpec, name: str, dtype: torch.dtype) -> PreTrainedModel:
+def _load_checkpoint(spec: ModelSpec, name: str, dtype: torch.dtype, empty: bool) -> PreTrainedModel:
     """The student of one of our checkpoints."""
     checkpoint = read_checkpoint(str(spec.path), f"--model.{name}.path")
     saved = ModelSpec.of(checkpoint["hyper_parameters"]["student"])
     prefix = "student.model."
-    weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
     config = AutoConfig.for_model(saved.family, **saved.config)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=spec.attention)
-    model.load_state_dict(weights)
+    with torch.device("meta") if empty else nullcontext():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=spec.attention)
+    if not empty:
+        weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+        model.load_state_dict(weights)
     return model
 
 

@@ -16,16 +16,16 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_info
-from torch import Tensor, nn
+from torch import Tensor
 
-from salt_lightning import flops, models
-from salt_lightning.checkpoint import rewind_loops
+from salt_lightning import flops, models, parallel
+from salt_lightning.checkpoint import go_on_from
 from salt_lightning.errors import ConfigError, NonFiniteLossError
 from salt_lightning.losses import salt_loss, token_stats
 from salt_lightning.meter import SUMS, Meter, loss_values
 from salt_lightning.metrics import TokenMetrics
 from salt_lightning.models import CausalLM, ModelSpec
-from salt_lightning.optim import OptimSpec
+from salt_lightning.optim import OptimSpec, by_name
 from salt_lightning.schedule import KDScheduleCallback
 
 Batch = dict[str, Tensor]
@@ -43,6 +43,8 @@ class SALTModule(pl.LightningModule):
         teacher_temperature: T of the teacher's softmax; the student stays at 1 and there is no factor T^2.
         optim: Optimizer and learning rate.
         compile: Compile student and teacher with torch.compile, in place.
+        activation_checkpointing: Keep each block's input alone and compute the block again in backward: a third more
+            of the student's forward for most of its memory.
         accuracy: How the head loss stores logits: accurate, or fast (bf16).
         logits_budget_gib: Memory that the head loss may use for logits, GiB.
         seed: Of the student's initial weights and of dropout. The command line sets it by --seed_everything.
@@ -60,6 +62,7 @@ class SALTModule(pl.LightningModule):
         teacher_temperature: float = 1.0,
         optim: OptimSpec = OptimSpec(),  # noqa: B008 - frozen
         compile: bool = False,
+        activation_checkpointing: bool = False,
         accuracy: Literal["accurate", "fast"] = "accurate",
         logits_budget_gib: float = 2.0,
         seed: int = 0,
@@ -87,6 +90,7 @@ class SALTModule(pl.LightningModule):
                 "teacher_temperature": teacher_temperature,
                 "optim": vars(self.optim_spec).copy(),
                 "compile": compile,
+                "activation_checkpointing": activation_checkpointing,
                 "accuracy": accuracy,
                 "logits_budget_gib": logits_budget_gib,
                 "seed": seed,
@@ -111,6 +115,7 @@ class SALTModule(pl.LightningModule):
         if stage == "fit":
             self.optim_spec.check(self.trainer.max_steps)
             self._check_callback()
+            parallel.check(self.trainer)
             if (algorithm := self.trainer.gradient_clip_algorithm) == GradClipAlgorithmType.VALUE:
                 raise ConfigError(f"--trainer.gradient_clip_algorithm {algorithm.value} is not supported; use norm")
             models.check_path(self.student_spec, "student")
@@ -138,23 +143,17 @@ class SALTModule(pl.LightningModule):
     def configure_model(self) -> None:
         if hasattr(self, "student") or (self._trainer and self._trainer.state.fn == TrainerFn.PREDICTING):
             return  # the teacher alone scores
-        spec, data = self.student_spec, self._data
-        if spec.path is not None:
-            model = models.load_pretrained(spec, "student", models.DTYPES[spec.dtype or "float32"])
-            models.check_fit(spec, model.config, "student", data)
-        else:
-            model = models.build_fresh(spec, data, self.hparams["seed"])
-        lm = CausalLM(model, "student")
-        lm.check()
+        spec, strategy = self.student_spec, self._strategy
+        dtype, device = models.DTYPES[spec.dtype or "float32"], parallel.build_device(strategy, torch.device("cpu"))
+        lm = models.build(spec, "student", self._data, dtype, device, self.hparams["seed"])
         self.meter.forward_flops["student"] = self._count_flops(lm)
         # What a checkpoint needs to be loaded on its own: no path, every size.
-        self.hparams["student"] = models.resolved(spec, model.config).to_dict()
-        self.student = lm.train().requires_grad_(True)
-        self._maybe_compile(lm)
-
-    def _maybe_compile(self, lm: CausalLM) -> None:
-        if self.hparams["compile"]:
-            lm.backbone.compile(dynamic=False)  # in place: no _orig_mod in the checkpoint's keys
+        self.hparams["student"] = models.resolved(spec, lm.model.config).to_dict()
+        lm.train().requires_grad_(True)
+        self._matrices = {f"student.{name}" for name, p in lm.named_parameters() if p.ndim >= 2}
+        if self.hparams["activation_checkpointing"]:
+            parallel.recompute_activations(lm)
+        self.student = parallel.distribute(lm, strategy, self.hparams["compile"])
 
     def _count_flops(self, lm: CausalLM) -> float:
         return flops.forward_flops_per_token(lm.model, self._data.block_size) if self._data is not None else 0.0
@@ -163,23 +162,21 @@ class SALTModule(pl.LightningModule):
         """Loads, freezes, casts and places the teacher; checks that it speaks the student's vocabulary."""
         spec, start_s = self.teacher_spec, time.perf_counter()
         dtype = models.DTYPES[spec.dtype] if spec.dtype else self._compute_dtype
-        device = self.trainer.strategy.root_device  # self.device is still the CPU in setup
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            model = models.load_pretrained(spec, "teacher", dtype)
-        models.check_fit(spec, model.config, "teacher", self._data)
-        lm = models.freeze(CausalLM(model, "teacher")).to(device)
-        lm.check()
+        root = self.trainer.strategy.root_device  # self.device is still the CPU in setup
+        device = parallel.build_device(self._strategy, root)
+        with torch.random.fork_rng(devices=[root] if root.type == "cuda" else []):
+            lm = models.freeze(models.build(spec, "teacher", self._data, dtype, device))
         self.meter.forward_flops["teacher"] = self._count_flops(lm)
-        self._maybe_compile(lm)
-        self.__dict__["teacher"] = lm
+        size = sum(p.numel() for p in lm.parameters())
+        self.__dict__["teacher"] = parallel.distribute_teacher(lm, self._strategy, self.hparams["compile"])
         rank_zero_info(
-            f"teacher: {spec.path}, {_num_parameters(lm) / 1e6:.1f}M parameters in {dtype}, "
+            f"teacher: {spec.path}, {size / 1e6:.1f}M parameters in {dtype}, "
             f"loaded in {time.perf_counter() - start_s:.1f} s"
         )
 
     def release_teacher(self) -> int:
-        """Drops the teacher and returns its memory to the device. Returns the bytes that its weights took."""
-        held_bytes = sum(p.numel() * p.element_size() for p in self.teacher.parameters()) if self.teacher else 0
+        """Drops the teacher and returns its memory to the device. Returns what its weights took here, bytes."""
+        held_bytes = parallel.local_bytes(self.teacher) if self.teacher else 0
         self.__dict__["teacher"] = None
         gc.collect()  # compiled modules sit in reference cycles
         if self.device.type == "cuda":
@@ -251,7 +248,8 @@ class SALTModule(pl.LightningModule):
         )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return self.optim_spec.build(self.student.parameters())
+        named = ((parallel.plain_name(name), p) for name, p in self.named_parameters())
+        return self.optim_spec.build(named, self._matrices)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.optim_spec.write(optimizer, self.global_step, self.trainer.max_steps)
@@ -262,10 +260,7 @@ class SALTModule(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        gradients = [p.grad for p in self.student.parameters() if p.grad is not None]
-        self._grad_norm = torch.nn.utils.get_total_norm(gradients)
-        if gradient_clip_val:
-            torch.nn.utils.clip_grads_with_norm_(self.student.parameters(), gradient_clip_val, self._grad_norm)
+        self._grad_norm = parallel.clip_gradients(self.student, gradient_clip_val).float()
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
@@ -278,12 +273,13 @@ class SALTModule(pl.LightningModule):
 
     def _log_step(self, step: int) -> None:
         """Reads the device, once, and logs optimizer step `step`, just done; its weight is still in kd_weight."""
-        sums = self._sums
+        sums = torch.cat([self._sums, (~self._finite).float()[None]])
         if self.trainer.world_size > 1:
             sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
-        others = torch.stack([self.kd_weight, self._grad_norm.float(), self._finite.float()])
-        *read, weight, grad_norm, finite = torch.cat([sums, others]).tolist()
-        if not finite:
+        *read, not_finite, weight, grad_norm = torch.cat(
+            [sums, torch.stack([self.kd_weight, self._grad_norm])]
+        ).tolist()
+        if not_finite:
             self.require_finite()
         values = loss_values(read, weight) | {"grad_norm": grad_norm}
         values["lr"] = self.optim_spec.lr_at(step - 1, self.trainer.max_steps)
@@ -315,8 +311,11 @@ class SALTModule(pl.LightningModule):
         return peak and peak * self.trainer.world_size
 
     def require_finite(self) -> None:
-        """Raises NonFiniteLossError if any loss so far was not finite. Reads the device: called before each save."""
-        if not bool(self._finite):
+        """Raises NonFiniteLossError if any rank's loss so far was not finite. Reads the device: before each save."""
+        finite = self._finite.int()
+        if self.trainer.world_size > 1:
+            finite = self.trainer.strategy.reduce(finite, reduce_op="min")
+        if not bool(finite):
             raise NonFiniteLossError(
                 f"train/loss stopped being finite at or before step {self.global_step}; nothing was saved since. "
                 "Go on from the last checkpoint with a lower --model.optim.lr or a --trainer.gradient_clip_val"
@@ -383,6 +382,8 @@ class SALTModule(pl.LightningModule):
     _loaded_step = 0  # optimizer steps behind the weights that validate and test look at
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if states := checkpoint.get("optimizer_states"):
+            checkpoint["optimizer_states"] = [by_name(state) if state else state for state in states]
         checkpoint["tokenizer"] = self._data.tokenizer_fingerprint if self._data is not None else None
         checkpoint["data"] = self._data_identity()
         checkpoint["text"] = getattr(self._data, "text", {})  # for the model card
@@ -404,16 +405,7 @@ class SALTModule(pl.LightningModule):
         self.meter.time_s = checkpoint["time_s"]
         self.meter.forward_flops["teacher"] = checkpoint["forward_flops"]["teacher"]
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            if checkpoint["global_step"] > self.trainer.max_steps:
-                raise ConfigError(
-                    f"--trainer.max_steps {self.trainer.max_steps}: the checkpoint is at step "
-                    f"{checkpoint['global_step']} already"
-                )
-            rewind_loops(checkpoint, self.trainer.accumulate_grad_batches)
-            now = self._data_identity()
-            other = [f"{k} {now[k]} (checkpoint: {v})" for k, v in checkpoint["data"].items() if now[k] != v]
-            if other:
-                rank_zero_info(f"going on with other data than the checkpoint's: {', '.join(other)}")
+            go_on_from(checkpoint, self.trainer.max_steps, self.trainer.accumulate_grad_batches, self._data_identity())
 
     # ------------------------------------------------------ what the run is made of
 
@@ -428,10 +420,10 @@ class SALTModule(pl.LightningModule):
         return self.trainer.datamodule if self._trainer is not None else None  # type: ignore[attr-defined]
 
     @property
+    def _strategy(self) -> Any:
+        return self.trainer.strategy if self._trainer is not None else None
+
+    @property
     def _schedule(self) -> Any:
         found = [c.schedule for c in self.trainer.callbacks if isinstance(c, KDScheduleCallback)]  # type: ignore[attr-defined]
         return found[0] if found else None
-
-
-def _num_parameters(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())

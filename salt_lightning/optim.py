@@ -6,9 +6,9 @@ No Lightning scheduler: it would restore the old rate over an explicit new one o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -90,16 +90,34 @@ class OptimSpec:
         """What each parameter group is to hold at `step`, weight decay apart (it differs by group)."""
         return {"lr": self.lr_at(step, max_steps), "betas": (self.beta1, self.beta2), "eps": self.eps}
 
-    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.AdamW:
-        """AdamW over every trainable parameter, each in exactly one of two groups; fused."""
-        trainable = [p for p in parameters if p.requires_grad]
-        matrices, others = [p for p in trainable if p.ndim >= 2], [p for p in trainable if p.ndim < 2]
-        groups = [{"params": matrices, "decays": True}, {"params": others, "decays": False}]
-        fused = all(p.device.type in ("cuda", "cpu") for p in trainable)
-        return torch.optim.AdamW([g for g in groups if g["params"]], lr=self.lr, fused=fused)
+    def build(
+        self, named: Iterable[tuple[str, nn.Parameter]], matrices: Collection[str] | None = None
+    ) -> torch.optim.AdamW:
+        """AdamW over every trainable parameter, each in exactly one of two groups; fused.
+
+        Args:
+            named: parameters with their names, which the state keeps: sharding changes torch's numbers for them.
+            matrices: names of those that decay. None: those with two or more dimensions.
+        """
+        groups: dict[bool, list[tuple[str, nn.Parameter]]] = {True: [], False: []}
+        for name, p in named:
+            if p.requires_grad:
+                groups[p.ndim >= 2 if matrices is None else name in matrices].append((name, p))
+        fused = all(p.device.type in ("cuda", "cpu") for group in groups.values() for _, p in group)
+        filled = [{"params": group, "decays": decays} for decays, group in groups.items() if group]
+        return torch.optim.AdamW(filled, lr=self.lr, fused=fused)
 
     def write(self, optimizer: torch.optim.Optimizer, step: int, max_steps: int) -> None:
         """Writes this spec's values for `step` into the optimizer, over what a checkpoint restored."""
         for group in optimizer.param_groups:
             group.update(self.settings_at(step, max_steps))
             group["weight_decay"] = self.weight_decay if group["decays"] else 0.0
+
+
+def by_name(state: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's state with names for torch's numbers, which depend on how the parameters are sharded."""
+    names = {n: name for g in state["param_groups"] for n, name in zip(g["params"], g["param_names"], strict=True)}
+    return {
+        "state": {names[number]: values for number, values in state["state"].items()},
+        "param_groups": [{**group, "params": list(group["param_names"])} for group in state["param_groups"]],
+    }

@@ -36,7 +36,7 @@ def test_only_matrices_decay_and_all_are_trained():
     net = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.LayerNorm(4))
     net[1].weight.requires_grad_(False)
     spec = OptimSpec(weight_decay=0.3, lr=0.5, beta1=0.8, beta2=0.9, eps=1e-6)
-    optimizer = spec.build(net.parameters())
+    optimizer = spec.build(net.named_parameters())
     for group in optimizer.param_groups:  # what a checkpoint might have restored
         group["lr"], group["weight_decay"] = 99.0, 99.0
     spec.write(optimizer, step=0, max_steps=10)
@@ -54,7 +54,7 @@ def test_a_step_follows_the_formula():
     """One AdamW step from zero moments moves by lr * sign(g), after decay by lr * weight_decay."""
     weight = nn.Parameter(torch.tensor([[1.0, -2.0]]))
     spec = OptimSpec(lr=0.1, weight_decay=0.5, eps=1e-12)
-    optimizer = spec.build([weight])
+    optimizer = spec.build([("weight", weight)])
     weight.grad = torch.tensor([[0.3, -0.7]])
     spec.write(optimizer, 0, 1000)
     optimizer.step()

@@ -12,10 +12,10 @@ FILES = sorted((ROOT / "salt_lightning").glob("*.py"))
 NAMES = [path.name for path in FILES]
 LAYERS = [  # a file imports from files of earlier layers alone
     {"errors"},
-    {"journal", "processes", "progress", "token_files"},
-    {"documents", "flops", "metrics", "optim", "row_pass", "runlog", "schedule", "sharded"},
+    {"journal", "processes", "progress", "shards", "token_files"},
+    {"documents", "flops", "metrics", "optim", "row_pass", "runlog", "schedule"},
     {"meter", "models", "report", "tokenizer", "triton_rows"},
-    {"chunked_head", "compare", "prepare", "scores"},
+    {"chunked_head", "compare", "parallel", "prepare", "scores"},
     {"card", "losses", "rows"},
     {"export", "selection"},
     {"checkpoint", "score_report"},

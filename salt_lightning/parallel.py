@@ -1,0 +1,332 @@
+"""What is sharded, and how: FSDP2 over all devices, FSDP1, DDP and one device train the same module.
+
+Each transformer block is a group of its own. Embedding, final norm and head are the root's, whose forward evaluates
+the loss: there the head weight is whole, tied or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp.wrap import wrap
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint as recompute
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from salt_lightning import shards
+from salt_lightning.errors import ConfigError
+from salt_lightning.models import CausalLM, read_checkpoint
+
+# Weights travel and compute in bf16 and gradients are reduced in fp32. What enters a forward is not cast: the loss
+# gets its KD weight and its number of tokens that way, and bf16 has 8 bits for them.
+POLICIES = {
+    "32-true": MixedPrecisionPolicy(),
+    "bf16-mixed": MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False),
+    "bf16-true": MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False),
+}
+# FSDP1 likewise; Lightning's own choice reduces in bf16 and rounds the frequencies of rotary embeddings.
+_FSDP1_POLICIES = {
+    "32-true": None,
+    "bf16-mixed": MixedPrecision(torch.bfloat16, torch.float32, torch.float32, cast_root_forward_inputs=False),
+    "bf16-true": MixedPrecision(reduce_dtype=torch.float32, cast_root_forward_inputs=False),
+}
+
+
+class FSDP2(ModelParallelStrategy):
+    """FSDP2 over all devices: weights, gradients and optimizer lie in shards, whole block by block while in use.
+
+    The first rank reads or makes a model, the others get their shards from it: no other process ever holds it whole.
+
+    Args:
+        replicas: Copies of the model (hybrid sharding), each sharded over world size / replicas neighbouring devices.
+            1: one copy over all devices; the number of nodes: shards stay within a node, gradients go across.
+        shard_teacher: Shard the teacher too, on its own. false: a whole copy on each device, with nothing to gather.
+        save_distributed_checkpoint: A checkpoint is a folder with a file per rank. false: one file, which the first
+            rank gathers.
+        timeout_minutes: How long a rank waits for the others before it gives up.
+    """
+
+    def __init__(
+        self,
+        replicas: int = 1,
+        shard_teacher: bool = True,
+        save_distributed_checkpoint: bool = True,
+        timeout_minutes: float = 30.0,
+    ) -> None:
+        timeout = timedelta(minutes=timeout_minutes)
+        super().__init__(save_distributed_checkpoint=save_distributed_checkpoint, timeout=timeout)
+        self.replicas, self.shard_teacher = replicas, shard_teacher
+
+    def setup_environment(self) -> None:
+        # Lightning's default shards across nodes and splits tensors within one; "over all" cannot be said in YAML.
+        self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
+        super().setup_environment()
+        sizes = (self.replicas, self.world_size // self.replicas)
+        self._mesh = self.device_mesh["data_parallel"]
+        if self.replicas > 1:
+            self._mesh = init_device_mesh(self.root_device.type, sizes, mesh_dim_names=("replicate", "shard"))
+
+    def shard(self, lm: CausalLM, policy: MixedPrecisionPolicy) -> None:
+        """Spreads the first rank's model over all ranks, group by group, in place."""
+        lm._own_mask = self.broadcast(lm._own_mask)
+        for group in (*blocks(lm), lm):
+            _receive(group, self)
+            fully_shard(group, mesh=self._mesh, mp_policy=policy)
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        return self._for_saving(self.lightning_module.state_dict())
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The state by names of weights, as `optim.by_name` makes it of any other optimizer's."""
+        optimizer = getattr(optimizer, "_optimizer", optimizer)
+        state, groups = {}, []
+        for group in optimizer.param_groups:
+            groups.append({**group, "params": list(group["param_names"])})
+            for name, parameter in zip(group["param_names"], group["params"], strict=True):
+                state[name] = self._for_saving(optimizer.state[parameter])
+        return {"state": state, "param_groups": groups}
+
+    def _for_saving(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self._save_distributed_checkpoint:
+            return tensors
+        kept = {}
+        for name, tensor in tensors.items():  # one after the other: all ranks gather, the first keeps
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if self.is_global_zero:
+                kept[name] = whole.cpu()
+        return kept
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        path = Path(self.broadcast(filepath))
+        if self._save_distributed_checkpoint:
+            shards.write(checkpoint, path)
+        else:
+            Strategy.save_checkpoint(self, checkpoint, path)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Fills module and optimizer, each rank its shards, from what any strategy has written; returns the rest."""
+        assert self.lightning_module is not None
+        path = Path(self.broadcast(checkpoint_path))
+        checkpoint = read_checkpoint(str(path), "--ckpt_path")
+        weights = self.lightning_module.state_dict()
+        check_same_model(weights, checkpoint["state_dict"], path)
+        states = [_empty_state(optimizer) for optimizer in self.optimizers]  # none but in a fit
+        if path.is_dir():
+            shards.load_into({"state_dict": weights, "optimizer_states": states}, path)
+        else:
+            for name, tensor in weights.items():
+                _copy(tensor, checkpoint["state_dict"][name])
+            for ours, saved in zip(states, checkpoint["optimizer_states"], strict=False):
+                for name, tensors in ours["state"].items():
+                    for key, tensor in tensors.items():
+                        _copy(tensor, saved["state"][name][key])
+        return {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
+
+
+def _empty_state(optimizer: Optimizer) -> dict[str, Any]:
+    """AdamW's state before its first step, put into the optimizer and named: loading fills it in place."""
+    state: dict[str, dict[str, Tensor]] = {}
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["param_names"], group["params"], strict=True):
+            state[name] = {
+                "step": torch.zeros((), device=parameter.device if group["fused"] else "cpu"),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+            optimizer.state[parameter] = state[name]
+    return {"state": state, "param_groups": []}
+
+
+@torch.no_grad()
+def _copy(target: Tensor, whole: Tensor) -> None:
+    """Copies into `target` what it holds of `whole`, which may lie on disk, mapped."""
+    if isinstance(target, DTensor):
+        whole = distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None).to_local()
+        target = target.to_local()
+    target.copy_(whole)
+
+
+def check_same_model(ours: Mapping[str, Tensor], saved: Mapping[str, Tensor], path: Path) -> None:
+    """Raises ConfigError with the first weights that a checkpoint and the configured student do not share."""
+    shapes = getattr(saved, "shapes", None) or {name: tensor.shape for name, tensor in saved.items()}
+    here = {name: tensor.shape for name, tensor in ours.items()}
+    differing = [name for name in sorted({*here, *shapes}) if here.get(name) != shapes.get(name)]
+    if differing:
+        shown = (f"{name} {_size(here.get(name))} (checkpoint: {_size(shapes.get(name))})" for name in differing[:5])
+        raise ConfigError(
+            f"--ckpt_path {path} holds another student, {len(differing)} of its weights differ: {', '.join(shown)}"
+        )
+
+
+def _size(shape: torch.Size | None) -> str:
+    return "none" if shape is None else " x ".join(map(str, shape))
+
+
+# ------------------------------------------------------- from a model to its shards
+
+
+def blocks(lm: CausalLM) -> list[nn.Module]:
+    """The transformer blocks, in order."""
+    found: list[nn.Module] = [module for module in lm.model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not found:
+        raise ConfigError(
+            f"--model.{lm.name}: {type(lm.model).__name__} has no blocks of transformers' kind (GradientCheckpointing"
+            "Layer), which sharding and --model.activation_checkpointing need; train it with --trainer.strategy ddp"
+        )
+    return found
+
+
+def build_device(strategy: Strategy | None, whole: torch.device) -> torch.device:
+    """Where a model is built before it is distributed: `whole`, or, to be sharded, on the first rank's CPU alone."""
+    if isinstance(strategy, FSDP2):
+        return torch.device("cpu" if strategy.is_global_zero else "meta")
+    return whole
+
+
+def distribute(lm: CausalLM, strategy: Strategy | None, compile: bool) -> nn.Module:
+    """The student as the strategy wants it: in shards, or as it is. Collective."""
+    if compile:
+        _compile(lm, in_blocks=isinstance(strategy, FSDP2 | FSDPStrategy))
+    if isinstance(strategy, FSDP2):
+        strategy.shard(lm, POLICIES[strategy.precision_plugin.precision])
+    elif isinstance(strategy, FSDPStrategy):
+        policy = _FSDP1_POLICIES[strategy.precision_plugin.precision]
+        own = {"mixed_precision": policy, "device_id": strategy.root_device}
+        inside = {id(block) for block in blocks(lm)}
+        for parent in list(lm.model.modules()):
+            for name, child in list(parent.named_children()):
+                if id(child) in inside:
+                    setattr(parent, name, wrap(child, **own))  # `wrap` knows the strategy's settings
+        return wrap(lm, **own)
+    return lm
+
+
+def distribute_teacher(lm: CausalLM, strategy: Strategy, compile: bool) -> CausalLM:
+    """The frozen teacher on this rank's device: sharded on its own under FSDP2, else whole. Collective.
+
+    Its root group stays whole after a forward, so that the student's forward can use the head weight that the
+    teacher's has returned.
+    """
+    in_shards = isinstance(strategy, FSDP2) and strategy.shard_teacher
+    if compile:
+        _compile(lm, in_blocks=in_shards)
+    if isinstance(strategy, FSDP2):
+        if in_shards:
+            strategy.shard(lm, MixedPrecisionPolicy())
+            return lm
+        lm._own_mask = strategy.broadcast(lm._own_mask)
+        _receive(lm, strategy)
+    return lm.to(strategy.root_device)
+
+
+@torch.no_grad()
+def _receive(group: nn.Module, strategy: FSDP2) -> None:
+    """Gives every whole tensor of `group` the first rank's values, on this rank's device. Ties stay tied."""
+    whole = {id(t): t for t in (*group.parameters(), *group.buffers()) if not isinstance(t, DTensor)}
+    layout = strategy.broadcast([(t.shape, t.dtype) for t in whole.values()])
+    received: dict[int, Any] = {}
+    for (key, old), (shape, dtype) in zip(whole.items(), layout, strict=True):
+        if strategy.is_global_zero:
+            new = old.detach().to(strategy.root_device).contiguous()
+        else:
+            new = torch.empty(shape, dtype=dtype, device=strategy.root_device)
+        dist.broadcast(new, 0)
+        received[key] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+    for module in group.modules():
+        owned: list[dict[str, Any]] = [module._parameters, module._buffers]
+        for tensors in owned:
+            tensors.update({name: received[id(old)] for name, old in tensors.items() if id(old) in received})
+
+
+def local_bytes(module: nn.Module) -> int:
+    """What the weights take on this rank."""
+    locals_ = (p.to_local() if isinstance(p, DTensor) else p for p in module.parameters())
+    return sum(p.numel() * p.element_size() for p in locals_)
+
+
+def recompute_activations(lm: CausalLM) -> None:
+    """Each block keeps its input alone and is computed again in backward. Hooks of the block stay outside."""
+    for block in blocks(lm):
+        block.forward = partial(recompute, block.forward, use_reentrant=False)
+
+
+def _compile(lm: CausalLM, in_blocks: bool) -> None:
+    """torch.compile without new names in the state dict; in blocks where shards are gathered between them."""
+    if in_blocks:
+        for block in blocks(lm):
+            block.forward = torch.compile(block.forward, dynamic=False)
+    else:
+        lm.backbone.compile(dynamic=False)
+
+
+# ------------------------------------------------------------------- gradients
+
+
+def clip_gradients(student: nn.Module, limit: float | None) -> Tensor:
+    """Scales the gradients down to a total norm of `limit` (None or 0: not at all); the norm before, over all ranks."""
+    if isinstance(student, FullyShardedDataParallel):
+        return student.clip_grad_norm_(limit or float("inf"))
+    gradients = [p.grad for p in student.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    if limit:
+        nn.utils.clip_grads_with_norm_(student.parameters(), limit, norm)
+    return norm
+
+
+def plain_name(name: str) -> str:
+    """The name of a weight without what FSDP1's wrappers add to it."""
+    return name.replace("_fsdp_wrapped_module.", "")
+
+
+# -------------------------------------------------------------------- refusals
+
+
+def check(trainer: pl.Trainer, ckpt_path: str | None = None) -> None:
+    """Raises ConfigError for a strategy that cannot train this project's module, or not here, or not from there."""
+    strategy, world = trainer.strategy, trainer.world_size
+    name = f"--trainer.strategy {type(strategy).__name__}"
+    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | FSDPStrategy | FSDP2):
+        raise ConfigError(
+            f"{name} is not supported; use ddp, fsdp (FSDP1), or --config configs/fsdp.yaml (FSDP2 over all devices)"
+        )
+    if isinstance(strategy, FSDP2) and (strategy.replicas < 1 or world % strategy.replicas):
+        fitting = ", ".join(str(n) for n in range(1, world + 1) if world % n == 0)
+        raise ConfigError(
+            f"--trainer.strategy.replicas {strategy.replicas} does not fit {world} devices (--trainer.devices times "
+            f"--trainer.num_nodes); use one of {fitting}"
+        )
+    if isinstance(strategy, FSDP2 | FSDPStrategy) and trainer.precision not in POLICIES:
+        raise ConfigError(f"--trainer.precision {trainer.precision}: {name} has {', '.join(POLICIES)}")
+    if isinstance(strategy, FSDPStrategy) and strategy._state_dict_type == "sharded":
+        raise ConfigError(
+            f"{name} with state_dict_type sharded is not supported: its folders are not written whole or not at all. "
+            "Use full, or --config configs/fsdp.yaml, which writes a file per rank"
+        )
+    if isinstance(strategy, FSDPStrategy) and ckpt_path is not None and Path(ckpt_path).is_dir():
+        raise ConfigError(
+            f"--ckpt_path {ckpt_path} is a folder of shards, which {name} (FSDP1) does not read; go on from it with "
+            "--config configs/fsdp.yaml, ddp, or one device"
+        )
+    if world > 1 and strategy.root_device.type == "cuda" and not dist.is_nccl_available():
+        raise ConfigError(f"{name} on {world} GPUs needs NCCL, which this torch {torch.__version__} was built without")

@@ -1,0 +1,241 @@
+"""A checkpoint as a folder, one file of tensors per rank, written by all ranks and readable by one process.
+
+    step-00000100.ckpt/
+        meta.pt            what is no tensor: settings, counters, names; loads with weights_only
+        .metadata          which piece of which tensor lies where (torch.distributed.checkpoint)
+        __R_0.distcp       the pieces of rank R
+    state_dict.NAME        a weight
+    optimizer.NAME.KEY     the optimizer's KEY (exp_avg, ...) of that weight
+
+It is written under a temporary name and renamed at the end: what has its final name is complete.
+torch stores `.metadata` as a pickle. It is read with an unpickler that knows the few classes it is made of and refuses
+all others, so nothing in a folder can run code.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
+
+from salt_lightning.errors import ConfigError
+
+META, METADATA = "meta.pt", ".metadata"
+_WEIGHTS, _OPTIMIZER = "state_dict.", "optimizer."
+
+_KNOWN = {
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("pathlib", "PosixPath"),
+    ("pathlib._local", "PosixPath"),
+    *(
+        ("torch.distributed.checkpoint.metadata", name)
+        for name in (
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        )
+    ),
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _KNOWN or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} does not belong into {METADATA}")
+
+
+class _Reader(dcp.FileSystemReader):
+    """torch's reader, without its pickle.load."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        metadata = _metadata(Path(self.path))
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+def _metadata(folder: Path) -> Metadata:
+    with open(folder / METADATA, "rb") as file:
+        return _Unpickler(file).load()
+
+
+def missing(folder: Path) -> str | None:
+    """What a folder lacks to be a whole checkpoint, in a few words; None if it is one. Opens no tensor."""
+    for name in (META, METADATA):
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+    sizes: dict[str, int] = {}
+    try:
+        for info in _metadata(folder).storage_data.values():
+            sizes[info.relative_path] = max(sizes.get(info.relative_path, 0), info.offset + info.length)
+    except (pickle.UnpicklingError, EOFError, AttributeError, ValueError, TypeError, IndexError) as error:
+        return f"{METADATA} cannot be read: {error}"
+    for name, size in sorted(sizes.items()):
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if (folder / name).stat().st_size < size:
+            return f"{name} is cut off"
+    return None
+
+
+def write(checkpoint: dict[str, Any], path: Path) -> None:
+    """Writes a checkpoint whose tensors may be sharded; all ranks call it together.
+
+    Args:
+        checkpoint: Lightning's, with `state_dict` and, in `optimizer_states`, one optimizer's state by names.
+        path: the folder; one that is there already gives way once the new one is complete.
+    """
+    tensors, meta = _split(checkpoint)
+    temporary, first = path.with_name(f".{path.name}.tmp"), dist.get_rank() == 0
+    if first:
+        shutil.rmtree(temporary, ignore_errors=True)  # what a killed save left
+        temporary.mkdir(parents=True)
+    dist.barrier()
+    # Returns on the first rank when all ranks have written and synced their files.
+    dcp.save(tensors, storage_writer=dcp.FileSystemWriter(temporary))
+    if first:
+        with open(temporary / META, "wb") as file:
+            torch.save(meta, file)
+            file.flush()
+            os.fsync(file.fileno())
+        sync_folder(temporary)
+        before = _retire(path) if path.exists() else None
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+        if before is not None:
+            _delete(before)
+
+
+def remove(path: Path) -> None:
+    """Removes a checkpoint, file or folder. It loses its name first: there is never half a folder under it."""
+    _delete(_retire(path))
+
+
+def _retire(path: Path) -> Path:
+    retired = path.with_name(f".{path.name}.old")
+    if retired.exists():
+        _delete(retired)
+    os.replace(path, retired)
+    return retired
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def sync_folder(folder: Path) -> None:
+    """A rename reaches the disk with its folder."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _split(checkpoint: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    meta = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
+    tensors = {f"{_WEIGHTS}{name}": tensor for name, tensor in checkpoint["state_dict"].items()}
+    for optimizer in checkpoint.get("optimizer_states", []):  # there is one
+        meta["param_groups"] = optimizer["param_groups"]
+        for name, state in optimizer["state"].items():
+            tensors |= {f"{_OPTIMIZER}{name}.{key}": tensor for key, tensor in state.items()}
+    return tensors, meta
+
+
+class Tensors(Mapping[str, Tensor]):
+    """The tensors of a folder under a prefix, each read from disk when it is asked for, whole, on the CPU."""
+
+    def __init__(self, folder: Path, metadata: Metadata, prefix: str) -> None:
+        self._folder, self._where, self._prefix = folder, metadata, prefix
+        tensors: dict[str, Any] = metadata.state_dict_metadata
+        of_tensors = {k.removeprefix(prefix): info for k, info in tensors.items() if k.startswith(prefix)}
+        self.shapes = {name: info.size for name, info in of_tensors.items() if hasattr(info, "size")}
+
+    def on_meta(self, name: str) -> Tensor:
+        """Shape and dtype alone: nothing is read."""
+        info: Any = self._where.state_dict_metadata[self._prefix + name]
+        return torch.empty(info.size, dtype=info.properties.dtype, device="meta")
+
+    def __getitem__(self, name: str) -> Tensor:
+        key = self._prefix + name
+        info: Any = self._where.state_dict_metadata[key]
+        whole = torch.empty(info.size, dtype=info.properties.dtype)
+        filled = 0
+        for chunk in info.chunks:
+            piece = self._piece(key, chunk.offsets)
+            if piece.shape != chunk.sizes or piece.dtype != whole.dtype:
+                raise self._damaged(key, f"{tuple(piece.shape)} {piece.dtype} instead of {tuple(chunk.sizes)}")
+            whole[tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))] = piece
+            filled += piece.numel()
+        if filled != whole.numel():  # the rest would be whatever was in memory
+            raise self._damaged(key, f"{filled} of {whole.numel()} elements")
+        return whole
+
+    def _piece(self, key: str, offsets: torch.Size) -> Tensor:
+        try:
+            place = self._where.storage_data[MetadataIndex(key, offsets)]
+            with open(self._folder / place.relative_path, "rb") as file:
+                file.seek(place.offset)
+                return torch.load(io.BytesIO(file.read(place.length)), map_location="cpu", weights_only=True)
+        except (KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise self._damaged(key, type(error).__name__) from error
+
+    def _damaged(self, key: str, reason: str) -> ConfigError:
+        return ConfigError(f"{self._folder} is damaged: {key} cannot be read ({reason})")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """A folder as the dict that a single-file checkpoint holds; `state_dict` reads a tensor when it is asked for.
+
+    `optimizer` has the optimizer's tensors likewise, as NAME.KEY; `optimizer_states` makes them whole.
+    """
+    metadata = _metadata(folder)
+    checkpoint = torch.load(folder / META, map_location="cpu", weights_only=True)
+    checkpoint["state_dict"] = Tensors(folder, metadata, _WEIGHTS)
+    checkpoint["optimizer"] = Tensors(folder, metadata, _OPTIMIZER)
+    return checkpoint
+
+
+def optimizer_states(checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
+    """The one optimizer of what `read` returned, whole, as torch's optimizers load it."""
+    state: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in checkpoint["optimizer"].items():
+        name, _, entry = key.rpartition(".")
+        state.setdefault(name, {})[entry] = tensor
+    return [{"state": state, "param_groups": checkpoint["param_groups"]}]
+
+
+def load_into(checkpoint: dict[str, Any], folder: Path) -> None:
+    """Fills the tensors of a checkpoint-like dict, sharded in any way, from a folder; all ranks together.
+
+    Each rank reads what its shards need.
+    """
+    tensors, _ = _split(checkpoint)
+    dcp.load(tensors, storage_reader=_Reader(folder))
