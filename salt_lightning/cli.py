@@ -177,7 +177,7 @@ class SALTCLI(LightningCLI):
             kwargs["callbacks"] = [*self._instances("callbacks"), ProgressBar()]
         try:
             trainer = super().instantiate_trainer(**kwargs)
-            parallel.check(trainer)
+            parallel.check(trainer, config.get("ckpt_path"))
             return trainer
         except ConfigError:
             raise

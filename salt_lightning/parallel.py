@@ -207,7 +207,8 @@ def distribute(lm: CausalLM, strategy: Strategy | None, compile: bool) -> nn.Mod
     if isinstance(strategy, FSDP2):
         strategy.shard(lm, POLICIES[strategy.precision_plugin.precision])
     elif isinstance(strategy, FSDPStrategy):
-        own = {"mixed_precision": _FSDP1_POLICIES[strategy.precision_plugin.precision]}
+        policy = _FSDP1_POLICIES[strategy.precision_plugin.precision]
+        own = {"mixed_precision": policy, "device_id": strategy.root_device}
         inside = {id(block) for block in blocks(lm)}
         for parent in list(lm.model.modules()):
             for name, child in list(parent.named_children()):
@@ -299,8 +300,8 @@ def plain_name(name: str) -> str:
 # -------------------------------------------------------------------- refusals
 
 
-def check(trainer: pl.Trainer) -> None:
-    """Raises ConfigError for a strategy that cannot train this project's module, or not in this world."""
+def check(trainer: pl.Trainer, ckpt_path: str | None = None) -> None:
+    """Raises ConfigError for a strategy that cannot train this project's module, or not here, or not from there."""
     strategy, world = trainer.strategy, trainer.world_size
     name = f"--trainer.strategy {type(strategy).__name__}"
     if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | FSDPStrategy | FSDP2):
@@ -319,6 +320,11 @@ def check(trainer: pl.Trainer) -> None:
         raise ConfigError(
             f"{name} with state_dict_type sharded is not supported: its folders are not written whole or not at all. "
             "Use full, or --config configs/fsdp.yaml, which writes a file per rank"
+        )
+    if isinstance(strategy, FSDPStrategy) and ckpt_path is not None and Path(ckpt_path).is_dir():
+        raise ConfigError(
+            f"--ckpt_path {ckpt_path} is a folder of shards, which {name} (FSDP1) does not read; go on from it with "
+            "--config configs/fsdp.yaml, ddp, or one device"
         )
     if world > 1 and strategy.root_device.type == "cuda" and not dist.is_nccl_available():
         raise ConfigError(f"{name} on {world} GPUs needs NCCL, which this torch {torch.__version__} was built without")

@@ -101,15 +101,13 @@ def write(checkpoint: dict[str, Any], path: Path) -> None:
         path: the folder; one that is there already gives way once the new one is complete.
     """
     tensors, meta = _split(checkpoint)
-    temporary, parallel = path.with_name(f".{path.name}.tmp"), dist.is_initialized()
-    first = not parallel or dist.get_rank() == 0
+    temporary, first = path.with_name(f".{path.name}.tmp"), dist.get_rank() == 0
     if first:
         shutil.rmtree(temporary, ignore_errors=True)  # what a killed save left
         temporary.mkdir(parents=True)
-    if parallel:
-        dist.barrier()
+    dist.barrier()
     # Returns on the first rank when all ranks have written and synced their files.
-    dcp.save(tensors, storage_writer=dcp.FileSystemWriter(temporary), no_dist=not parallel)
+    dcp.save(tensors, storage_writer=dcp.FileSystemWriter(temporary))
     if first:
         with open(temporary / META, "wb") as file:
             torch.save(meta, file)
@@ -121,8 +119,6 @@ def write(checkpoint: dict[str, Any], path: Path) -> None:
         sync_folder(path.parent)
         if before is not None:
             _delete(before)
-    if parallel:
-        dist.barrier()
 
 
 def remove(path: Path) -> None:

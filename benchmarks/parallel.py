@@ -1,0 +1,190 @@
+"""One device = DDP = FSDP2 = FSDP1, in real processes, by `cli.py fit`: losses, gradient norms, validation, resume.
+
+    python benchmarks/parallel.py --processes 4       CPUs (gloo), some minutes
+    python benchmarks/parallel.py --gpu               one card: FSDP2 and FSDP1 with one process, and memory
+
+Prints a Markdown table of the largest differences to one device over the run. Times mean nothing here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.strategies import fsdp as fabric_fsdp
+from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import fsdp as pytorch_fsdp
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tensorboard.util.tensor_util import make_ndarray
+from torch.distributed.fsdp import (
+    FullOptimStateDictConfig,
+    FullStateDictConfig,
+    FullyShardedDataParallel,
+    StateDictType,
+)
+
+ROOT = Path(__file__).parents[1]
+STEPS, BOUNDARY, SAVED = 20, 12, 5
+SIZES = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128}
+FSDP2 = [f"--config={ROOT}/configs/fsdp.yaml"]
+DDP = [f"--config={ROOT}/configs/ddp.yaml"]
+
+
+def resume(run: str) -> str:
+    return f"--ckpt_path=FOLDER/{run}/checkpoints/step-{SAVED:08d}.ckpt"
+
+
+UNTIED = [f"--model.student.config={json.dumps({**SIZES, 'tie_word_embeddings': False})}"]
+
+
+class FSDP1OnCPU(FSDPStrategy):
+    """FSDP1 for this check alone: Lightning refuses its own class on CPUs, by its type."""
+
+
+@contextmanager
+def _full_state(module: Any, world_size: int, rank0_only: bool = True) -> Iterator[None]:
+    """Lightning's, without the offload to the CPU, which crashes where the weights are there already."""
+    kind = StateDictType.FULL_STATE_DICT
+    weights = FullStateDictConfig(offload_to_cpu=False, rank0_only=rank0_only)
+    optimizer = FullOptimStateDictConfig(offload_to_cpu=False, rank0_only=rank0_only)
+    with FullyShardedDataParallel.state_dict_type(module, kind, weights, optimizer):
+        yield
+
+
+if not torch.cuda.is_available():
+    fabric_fsdp._get_full_state_dict_context = pytorch_fsdp._get_full_state_dict_context = _full_state
+
+
+def write_text(path: Path) -> None:
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 6))) for _ in range(60)]
+    with open(path, "w", encoding="utf-8") as out:
+        for _ in range(300):
+            out.write(json.dumps({"text": " ".join(rng.choices(words, k=rng.choice([3, 10, 40, 120])))}) + "\n")
+
+
+def command(folder: Path, run: str, own: list[str]) -> list[str]:
+    on_gpu = torch.cuda.is_available()
+    return [
+        "fit", f"--run={folder / run}", f"--data.source={folder}/text.jsonl", f"--data.cache_dir={folder}/cache",
+        "--data.vocab_size=400", "--data.block_size=32", "--data.global_batch_size=16", "--data.micro_batch_size=2",
+        "--data.val_fraction=0.1", f"--model.student.config={json.dumps({**SIZES, 'tie_word_embeddings': True})}",
+        "--model.optim.lr=3e-3", "--model.optim.warmup_steps=2", f"--trainer.max_steps={STEPS}",
+        "--trainer.val_check_interval=10", "--trainer.log_every_n_steps=1", "--trainer.gradient_clip_val=0.5",
+        f"--trainer.accelerator={'gpu' if on_gpu else 'cpu'}", "--trainer.enable_progress_bar=false",
+        f"--checkpoint.at_steps=[{SAVED}]", *own,
+    ]  # fmt: skip
+
+
+def execute(folder: Path, run: str, own: list[str], nodes: int = 1, processes: int = 1) -> str | None:
+    """One run, by Lightning's launcher, or by torchrun as so many nodes. Returns the last lines of a failure."""
+    args = [a.replace("FOLDER", str(folder)) for a in command(folder, run, own)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "benchmarks")}
+    starts = [[sys.executable, str(ROOT / "cli.py"), *args, f"--trainer.devices={processes}"]]
+    if nodes > 1:
+        starts = [
+            [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--node_rank={node}",
+             f"--nproc_per_node={processes}", "--master_addr=127.0.0.1", "--master_port=29731", str(ROOT / "cli.py"),
+             *args, f"--trainer.num_nodes={nodes}", f"--trainer.devices={processes}"]
+            for node in range(nodes)
+        ]  # fmt: skip
+    started = [
+        subprocess.Popen(s, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for s in starts
+    ]
+    outputs = [process.communicate(timeout=500)[0] for process in started]
+    return None if not any(p.returncode for p in started) else "\n".join(outputs)[-1500:]
+
+
+def logged(run: Path) -> dict[str, dict[int, float]]:
+    values: dict[str, dict[int, float]] = {}
+    for file in sorted(run.glob("events.*")):
+        for event in EventFileLoader(str(file)).Load():
+            for value in event.summary.value:
+                values.setdefault(value.tag, {})[event.step] = make_ndarray(value.tensor).item()
+    return values
+
+
+def row(folder: Path, run: str, reference: str) -> str:
+    ours, theirs = logged(folder / run), logged(folder / reference)
+    cells = []
+    for tag in ("train/loss", "train/kd", "train/grad_norm", "val/ce"):
+        shared = ours.get(tag, {}).keys() & theirs[tag].keys()
+        cells.append(f"{max(abs(ours[tag][s] - theirs[tag][s]) for s in shared):.1e}" if shared else "-")
+    steps = sorted(ours["train/loss"])
+    memory = [ours.get("train/peak_memory_gib", {}).get(step) for step in (2, STEPS)]
+    shown = " / ".join("-" if m is None else f"{m:.3f}" for m in memory)
+    return f"| {run} | {steps[0]} to {steps[-1]} | {' | '.join(cells)} | {shown} |"
+
+
+def variants(n: int) -> list[tuple[str, str, list[str], int, int]]:
+    """Name, what it is compared with, its settings, nodes, processes of a node."""
+    fsdp = [*FSDP2, "--trainer.precision=32-true"]
+    resumed = [*fsdp, resume(f"FSDP2 {n}")]
+    replicas, whole = "--trainer.strategy.replicas=2", "--trainer.strategy.shard_teacher=false"
+    single = "--trainer.strategy.save_distributed_checkpoint=false"
+    fsdp1 = ["--trainer.strategy=parallel.FSDP1OnCPU"]
+    return [
+        (f"DDP {n}", "one device", DDP, 1, n),
+        (f"FSDP2 {n}", "one device", fsdp, 1, n),
+        ("FSDP2 1", "one device", fsdp, 1, 1),
+        (f"FSDP2 {n}, 2 replicas (hybrid)", "one device", [*fsdp, replicas], 1, n),
+        (f"FSDP2 {n}, teacher whole on each, single file", "one device", [*fsdp, whole, single], 1, n),
+        (f"FSDP2 {n}, activations recomputed", "one device", [*fsdp, "--model.activation_checkpointing=true"], 1, n),
+        (f"FSDP2 {n}, compiled", "one device", [*fsdp, "--model.compile=true"], 1, n),
+        (f"FSDP2 {n}, untied head", "one device, untied head", [*fsdp, *UNTIED], 1, n),
+        (f"FSDP2 2 nodes x {n // 2} (torchrun)", "one device", fsdp, 2, n // 2),
+        (f"FSDP2 {n} resumed on one device", "one device", [resume(f"FSDP2 {n}")], 1, 1),
+        (f"FSDP2 {n} resumed on {n // 2}", "one device", resumed, 1, n // 2),
+        (f"FSDP2 {n} resumed on {n}", f"FSDP2 {n}", resumed, 1, n),
+        (f"one device resumed on FSDP2 {n}", "one device", [*fsdp, resume("one device")], 1, n),
+        (f"FSDP1 {n}", "one device", fsdp1, 1, n),
+        (f"one device resumed on FSDP1 {n}", "one device", [*fsdp1, resume("one device")], 1, n),
+    ]
+
+
+def gpu_variants() -> list[tuple[str, str, list[str], int, int]]:
+    mixed = "--trainer.precision=bf16-mixed"
+    return [
+        ("one device, bf16-mixed", "one device", [mixed], 1, 1),
+        ("FSDP2 1", "one device", [*FSDP2, "--trainer.precision=32-true"], 1, 1),
+        ("FSDP2 1, bf16-mixed", "one device, bf16-mixed", FSDP2, 1, 1),
+        ("FSDP1 1", "one device", ["--trainer.strategy=fsdp"], 1, 1),
+        ("FSDP1 1, bf16-mixed", "one device, bf16-mixed", ["--trainer.strategy=fsdp", mixed], 1, 1),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--processes", type=int, default=4, help="even")
+    parser.add_argument("--gpu", action="store_true", help="one card instead of several CPU processes")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_text(folder / "text.jsonl")
+        small = json.dumps({**SIZES, "hidden_size": 32, "tie_word_embeddings": True})
+        failed = execute(folder, "teacher", ["--kd.weight=0", f"--model.student.config={small}", "--seed_everything=7"])
+        teacher = f"--model.teacher.path={folder}/teacher/checkpoints/step-{STEPS:08d}.ckpt"
+        salt = [teacher, f"--kd.steps={BOUNDARY}", "--kd.anneal_steps=4", "--kd.shape=linear"]
+        failed = failed or execute(folder, "one device", salt)
+        failed = failed or execute(folder, "one device, untied head", [*salt, *UNTIED])
+        if failed:
+            sys.exit(failed)
+        print("| run | steps | loss | KD | gradient norm | val CE | peak GiB with / without teacher |")
+        print("|---|---|--:|--:|--:|--:|--:|")
+        for run, reference, own, nodes, processes in gpu_variants() if args.gpu else variants(args.processes):
+            failed = execute(folder, run, [*salt, *own], nodes, processes)
+            print(f"| {run} | FAILED |\n{failed}" if failed else row(folder, run, reference), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""One of several processes that run the real command, once for each job in a file; test_parallel.py starts them.
+
+LOCAL_RANK=... WORLD_SIZE=... python tests/ranks.py JOBS.json
+"""
+
+import gc
+import json
+import os
+import socket
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import Callback
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from salt_lightning import cli
+
+
+class Spy(Callback):
+    """Gradients of every optimizer step, labels of every micro-batch, and whether the teacher really goes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.gradients: list[dict[str, torch.Tensor]] = []
+        self.labels: list[int] = []
+        self.teacher: list[Any] = []
+        self.teacher_bytes, self.teacher_has_left = 0, False
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.labels.append(int((batch["labels"] != -100).sum()))
+        if pl_module.teacher is not None and not self.teacher:
+            teacher = pl_module.teacher
+            self.teacher = [weakref.ref(teacher), *map(weakref.ref, teacher.parameters())]
+            self.teacher_bytes = sum(getattr(p, "_local_tensor", p).nbytes for p in teacher.parameters())
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        named = pl_module.named_parameters()
+        whole = {n: p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for n, p in named}
+        self.gradients.append({name: gradient.clone() for name, gradient in whole.items()})
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if self.teacher and pl_module.teacher is None:
+            gc.collect()
+            assert [ref() for ref in self.teacher if ref() is not None] == []
+            self.teacher, self.teacher_has_left = [], True
+
+    def on_train_end(self, trainer, pl_module):
+        seen = {"gradients": self.gradients, "labels": self.labels, "teacher_has_left": self.teacher_has_left,
+                "teacher_bytes": self.teacher_bytes}  # fmt: skip
+        torch.save(seen, f"{self.path}.{trainer.global_rank}")
+
+
+def run(args: list[str], *callbacks: Callback) -> int:
+    """The command `args` in this process, with callbacks besides its own."""
+    original = cli.SALTCLI.instantiate_trainer
+
+    def with_callbacks(self, **kwargs):
+        trainer = original(self, **kwargs)
+        trainer.callbacks.extend(callbacks)
+        return trainer
+
+    cli.SALTCLI.instantiate_trainer = with_callbacks
+    try:
+        return cli.main(args)
+    finally:
+        cli.SALTCLI.instantiate_trainer = original
+
+
+def launch(jobs: list[dict[str, Any]], folder: Path, world: int = 2, timeout_s: float = 240.0) -> None:
+    """Runs the jobs one after the other in `world` processes; raises with the output of the first that failed."""
+    file = folder / "jobs.json"
+    file.write_text(json.dumps(jobs))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world),
+           "NODE_RANK": "0", "OMP_NUM_THREADS": "1"}  # fmt: skip
+    outputs = [folder / f"out.{rank}" for rank in range(world)]
+    processes = []
+    for rank, output in enumerate(outputs):
+        with open(output, "w") as out:
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, __file__, str(file)], env={**env, "LOCAL_RANK": str(rank)}, stdout=out, stderr=out
+                )
+            )
+    try:
+        codes = [process.wait(timeout_s) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert codes == [0] * world, "\n".join(output.read_text()[-4000:] for output in outputs)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        code = run(job["args"], *([Spy(Path(job["spy"]))] if "spy" in job else []))
+        expected = job.get("code", 0)
+        if code != expected and not (code == 0 and int(os.environ["LOCAL_RANK"])):
+            sys.exit(f"exit code {code} instead of {expected}: {job['args']}")
