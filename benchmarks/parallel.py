@@ -79,7 +79,7 @@ def command(folder: Path, run: str, own: list[str]) -> list[str]:
         "fit", f"--run={folder / run}", f"--data.source={folder}/text.jsonl", f"--data.cache_dir={folder}/cache",
         "--data.vocab_size=400", "--data.block_size=32", "--data.global_batch_size=16", "--data.micro_batch_size=2",
         "--data.val_fraction=0.1", f"--model.student.config={json.dumps({**SIZES, 'tie_word_embeddings': True})}",
-        "--model.optim.lr=3e-3", "--model.optim.warmup_steps=2", f"--trainer.max_steps={STEPS}",
+        "--model.optim.lr=1e-3", "--model.optim.warmup_steps=2", f"--trainer.max_steps={STEPS}",
         "--trainer.val_check_interval=10", "--trainer.log_every_n_steps=1", "--trainer.gradient_clip_val=0.5",
         f"--trainer.accelerator={'gpu' if on_gpu else 'cpu'}", "--trainer.enable_progress_bar=false",
         f"--checkpoint.at_steps=[{SAVED}]", *own,
@@ -94,8 +94,8 @@ def execute(folder: Path, run: str, own: list[str], nodes: int = 1, processes: i
     if nodes > 1:
         starts = [
             [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--node_rank={node}",
-             f"--nproc_per_node={processes}", "--master_addr=127.0.0.1", "--master_port=29731", str(ROOT / "cli.py"),
-             *args, f"--trainer.num_nodes={nodes}", f"--trainer.devices={processes}"]
+             f"--nproc_per_node={processes}", "--master_addr=127.0.0.1", "--master_port=29731", "--",
+             str(ROOT / "cli.py"), *args, f"--trainer.num_nodes={nodes}", f"--trainer.devices={processes}"]
             for node in range(nodes)
         ]  # fmt: skip
     started = [
@@ -132,7 +132,7 @@ def variants(n: int) -> list[tuple[str, str, list[str], int, int]]:
     resumed = [*fsdp, resume(f"FSDP2 {n}")]
     replicas, whole = "--trainer.strategy.replicas=2", "--trainer.strategy.shard_teacher=false"
     single = "--trainer.strategy.save_distributed_checkpoint=false"
-    fsdp1 = ["--trainer.strategy=parallel.FSDP1OnCPU"]
+    fsdp1 = ["--config=FOLDER/fsdp1.yaml"]  # a class is named in YAML alone
     return [
         (f"DDP {n}", "one device", DDP, 1, n),
         (f"FSDP2 {n}", "one device", fsdp, 1, n),
@@ -167,10 +167,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--processes", type=int, default=4, help="even")
     parser.add_argument("--gpu", action="store_true", help="one card instead of several CPU processes")
+    parser.add_argument("--only", default="", help="the runs whose names begin so, e.g. FSDP1")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_text(folder / "text.jsonl")
+        (folder / "fsdp1.yaml").write_text("trainer: {strategy: {class_path: parallel.FSDP1OnCPU}}")
         small = json.dumps({**SIZES, "hidden_size": 32, "tie_word_embeddings": True})
         failed = execute(folder, "teacher", ["--kd.weight=0", f"--model.student.config={small}", "--seed_everything=7"])
         teacher = f"--model.teacher.path={folder}/teacher/checkpoints/step-{STEPS:08d}.ckpt"
@@ -182,6 +184,8 @@ def main() -> None:
         print("| run | steps | loss | KD | gradient norm | val CE | peak GiB with / without teacher |")
         print("|---|---|--:|--:|--:|--:|--:|")
         for run, reference, own, nodes, processes in gpu_variants() if args.gpu else variants(args.processes):
+            if not run.startswith(args.only):
+                continue
             failed = execute(folder, run, [*salt, *own], nodes, processes)
             print(f"| {run} | FAILED |\n{failed}" if failed else row(folder, run, reference), flush=True)
 
