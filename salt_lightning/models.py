@@ -180,20 +180,21 @@ def logit_scale(config: PreTrainedConfig, name: str) -> float:
     return 1.0
 
 
-def build(spec: ModelSpec, name: str, data: Any, dtype: torch.dtype, seed: int = 0, *, empty: bool = False) -> CausalLM:
-    """The model of a spec, proved to do what the head loss needs, and to fit the data (None: not looked at).
+def build(spec: ModelSpec, name: str, data: Any, dtype: torch.dtype, device: torch.device, seed: int = 0) -> CausalLM:
+    """The model of a spec on a device, proved to fit the data (None: not looked at) and the head loss.
 
-    `empty`: without weights, on the meta device, and proved elsewhere.
+    On the meta device it has no weights, and is proved where it gets them from.
     """
+    empty = device.type == "meta"
     if spec.path is not None:
         model = load_pretrained(spec, name, dtype, empty)
         check_fit(spec, model.config, name, data)
     else:
-        with torch.device("meta") if empty else nullcontext():
+        with device if empty else nullcontext():
             model = build_fresh(spec, data, seed)
     lm = CausalLM(model, name)
     if not empty:
-        lm.check()
+        lm.to(device).check()
     return lm
 
 

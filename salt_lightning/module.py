@@ -144,8 +144,8 @@ class SALTModule(pl.LightningModule):
         if hasattr(self, "student"):
             return
         spec, strategy = self.student_spec, self._strategy
-        dtype, empty = models.DTYPES[spec.dtype or "float32"], parallel.is_empty_here(strategy)
-        lm = models.build(spec, "student", self._data, dtype, self.hparams["seed"], empty=empty)
+        dtype, device = models.DTYPES[spec.dtype or "float32"], parallel.build_device(strategy, torch.device("cpu"))
+        lm = models.build(spec, "student", self._data, dtype, device, self.hparams["seed"])
         self.meter.forward_flops["student"] = self._count_flops(lm)
         # What a checkpoint needs to be loaded on its own: no path, every size.
         self.hparams["student"] = models.resolved(spec, lm.model.config).to_dict()
@@ -162,9 +162,9 @@ class SALTModule(pl.LightningModule):
         """Loads, freezes, casts and places the teacher; checks that it speaks the student's vocabulary."""
         spec, start_s = self.teacher_spec, time.perf_counter()
         dtype = models.DTYPES[spec.dtype] if spec.dtype else self._compute_dtype
-        empty = parallel.is_empty_here(self._strategy)
+        device = parallel.build_device(self._strategy, self.device)
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            lm = models.freeze(models.build(spec, "teacher", self._data, dtype, empty=empty))
+            lm = models.freeze(models.build(spec, "teacher", self._data, dtype, device))
         self.meter.forward_flops["teacher"] = self._count_flops(lm)
         size = sum(p.numel() for p in lm.parameters())
         self.__dict__["teacher"] = parallel.distribute_teacher(lm, self._strategy, self.hparams["compile"])

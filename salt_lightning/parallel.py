@@ -195,9 +195,11 @@ def blocks(lm: CausalLM) -> list[nn.Module]:
     return found
 
 
-def is_empty_here(strategy: Strategy | None) -> bool:
-    """Whether this process builds a model without weights: `distribute` sends it those of the first rank."""
-    return isinstance(strategy, FSDP2) and not strategy.is_global_zero
+def build_device(strategy: Strategy | None, whole: torch.device) -> torch.device:
+    """Where a model is built before it is distributed: `whole`, or, to be sharded, on the first rank's CPU alone."""
+    if isinstance(strategy, FSDP2):
+        return torch.device("cpu" if strategy.is_global_zero else "meta")
+    return whole
 
 
 def distribute(lm: CausalLM, strategy: Strategy | None, compile: bool) -> nn.Module:
