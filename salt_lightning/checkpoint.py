@@ -109,6 +109,7 @@ class RunCheckpoint(Checkpoint):
             # Over Lightning's, which stop in the middle of a step; at the end it puts back what was there before.
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, self._stop_after_step)
+        self._stop_step = "this step" if trainer.world_size == 1 else "the next logged step"
         # Lightning's own agreement on SIGTERM makes the host wait for the device at every micro-batch.
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
@@ -116,10 +117,7 @@ class RunCheckpoint(Checkpoint):
         if self.stopped_by is not None:
             raise KeyboardInterrupt
         self.stopped_by = signal.Signals(number)
-        rank_zero_info(
-            f"{self.stopped_by.name}: saving after this step (with several processes: after the next logged "
-            "one); once more to stop at once"
-        )
+        rank_zero_info(f"{self.stopped_by.name}: saving after {self._stop_step}; once more to stop at once")
 
     def _is_told_to_stop(self, trainer: pl.Trainer) -> bool:
         """Whether any rank is; ranks agree at logged steps, where the host waits for the device anyway."""

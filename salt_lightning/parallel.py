@@ -15,6 +15,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import (
     DDPStrategy,
     FSDPStrategy,
@@ -309,6 +310,13 @@ def check(trainer: pl.Trainer, ckpt_path: str | None = None) -> None:
     if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | FSDPStrategy | FSDP2):
         raise ConfigError(
             f"{name} is not supported; use ddp, fsdp (FSDP1), or --config configs/fsdp.yaml (FSDP2 over all devices)"
+        )
+    # With one device Lightning overlooks that torchrun has started several processes: each would train alone.
+    started = TorchElasticEnvironment().world_size() if TorchElasticEnvironment.detect() else world
+    if started != trainer.num_devices * trainer.num_nodes:
+        raise ConfigError(
+            f"--trainer.devices {trainer.num_devices} times --trainer.num_nodes {trainer.num_nodes} is not the number "
+            f"of processes that torchrun, srun or the like has started, {started}"
         )
     if isinstance(strategy, FSDP2) and (strategy.replicas < 1 or world % strategy.replicas):
         fitting = ", ".join(str(n) for n in range(1, world + 1) if world % n == 0)

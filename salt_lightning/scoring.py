@@ -17,6 +17,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
@@ -41,7 +42,9 @@ class ScoreWriter(pl.Callback):
     def __init__(self, folder: str | None = None) -> None:
         self.folder = folder
         self._num_tokens, self._seconds = 0, 0.0
+        self._pool: ThreadPoolExecutor | None = None
         self._written: Future | None = None
+        self._handlers: dict[signal.Signals, Any] = {}
         self._stopped_by: signal.Signals | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
@@ -51,6 +54,11 @@ class ScoreWriter(pl.Callback):
             raise ConfigError(
                 "--model.teacher.path is null: predict scores with the teacher. Give an early checkpoint of it, a "
                 "Hugging Face folder or a hub name"
+            )
+        if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+            raise ConfigError(
+                f"--trainer.strategy {type(trainer.strategy).__name__} shards models, and each device scores with a "
+                "whole teacher: use --trainer.strategy ddp"
             )
         data = trainer.datamodule  # type: ignore[attr-defined]
         pl_module.load_teacher()
@@ -88,7 +96,6 @@ class ScoreWriter(pl.Callback):
         shape = (self.scores.scored.shard_rows, self.scores.scored.block_size)
         self._nll_RT = torch.empty(shape, device=trainer.strategy.root_device)
         self._rank_RT = torch.empty(shape, dtype=torch.int32, device=trainer.strategy.root_device)
-        self._handlers = {}
         if threading.current_thread() is threading.main_thread():
             self._handlers = {n: signal.signal(n, self._stop) for n in (signal.SIGINT, signal.SIGTERM)}
 
@@ -127,6 +134,7 @@ class ScoreWriter(pl.Callback):
             )
         self._wait()
         self._num_tokens += nll_RT.size
+        assert self._pool is not None
         self._written = self._pool.submit(self.scores.write, shard, nll_RT, rank_RT)
 
     def _wait(self) -> None:
@@ -135,12 +143,15 @@ class ScoreWriter(pl.Callback):
 
     def _finish(self) -> None:
         self._wait()
-        self._pool.shutdown()
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        self._close()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
-        for number, handler in getattr(self, "_handlers", {}).items():
+        self._close()
+
+    def _close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()  # the shard under way is whole, and kept
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: Any) -> None:

@@ -327,6 +327,18 @@ def test_what_does_not_fit_is_refused_in_one_line(case, settings, tmp_path, caps
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("own", [{**DDP, "trainer.devices": 4}, {"trainer.devices": 1}], ids=["four", "one"])
+def test_another_number_of_processes_than_asked_for_is_refused(own, settings, tmp_path, capsys, monkeypatch):
+    started = {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "2", "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2",
+               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "TORCHELASTIC_RUN_ID": "x"}  # fmt: skip
+    for name, value in started.items():  # what torchrun sets
+        monkeypatch.setenv(name, value)
+    assert cli.main(["fit", *arguments(settings, {"kd.weight": 0.0, "run": str(tmp_path / "run")}, own)]) == 2
+    error = capsys.readouterr().err
+    assert f"--trainer.devices {own['trainer.devices']} times --trainer.num_nodes 1 is not the number of proc" in error
+    assert "has started, 2" in error
+
+
 def test_other_strategies_are_refused_by_name(monkeypatch):
     import lightning.pytorch as pl
     from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
