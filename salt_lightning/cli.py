@@ -27,7 +27,7 @@ from salt_lightning.errors import ConfigError, NonFiniteLossError, Stopped
 from salt_lightning.models import check_path, read_checkpoint
 from salt_lightning.module import SALTModule
 from salt_lightning.schedule import KDScheduleCallback
-from salt_lightning.scoring import ScoreWriter
+from salt_lightning.scoring import ScoreWriter, check_strategy
 
 # Lightning 2.6 calls jsonargparse by names that it deprecates: nothing a user of ours could mend.
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
@@ -171,6 +171,7 @@ class SALTCLI(LightningCLI):
                 read_checkpoint(self.model.teacher_spec.path, "--model.teacher.path")
 
     def before_predict(self) -> None:
+        check_strategy(self.trainer)
         check_path(self.model.teacher_spec, "teacher")
 
     def predict(self, **kwargs: Any) -> None:

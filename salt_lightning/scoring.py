@@ -27,6 +27,15 @@ from salt_lightning.models import weights_fingerprint
 from salt_lightning.scores import Scores
 
 
+def check_strategy(trainer: pl.Trainer) -> None:
+    """Raises ConfigError for a strategy that shards models."""
+    if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+        raise ConfigError(
+            f"--trainer.strategy {type(trainer.strategy).__name__} shards models, and each device scores with a whole "
+            "teacher: use --trainer.strategy ddp"
+        )
+
+
 class ScoreWriter(pl.Callback):
     """Writes loss and rank of every label of the training rows, as the teacher sees them, and a report.
 
@@ -55,11 +64,7 @@ class ScoreWriter(pl.Callback):
                 "--model.teacher.path is null: predict scores with the teacher. Give an early checkpoint of it, a "
                 "Hugging Face folder or a hub name"
             )
-        if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
-            raise ConfigError(
-                f"--trainer.strategy {type(trainer.strategy).__name__} shards models, and each device scores with a "
-                "whole teacher: use --trainer.strategy ddp"
-            )
+        check_strategy(trainer)
         data = trainer.datamodule  # type: ignore[attr-defined]
         pl_module.load_teacher()
         teacher, run = pl_module.teacher, Path(self.folder or trainer.default_root_dir)

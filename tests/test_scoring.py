@@ -236,7 +236,10 @@ def test_a_complete_folder_is_left_as_it_is(scored, of_data, teacher, capsys):
         ({"data.val_fraction": 0.2, "data.tokenizer": "RUN/tokenizer"}, "--data.source"),
         ({"data.isolate_documents": False}, "--data.isolate_documents"),
         ({"model.teacher.dtype": "bfloat16"}, "--model.teacher.path (other weights) and --model.teacher.dtype"),
-        ({"trainer.strategy": "salt_lightning.parallel.FSDP2"}, "FSDP2 shards models, and each device scores with a"),
+        (
+            {"trainer.strategy": {"class_path": "salt_lightning.parallel.FSDP2"}},
+            "FSDP2 shards models, and each device scores with a",
+        ),
         ({"model.teacher.path": None}, "--model.teacher.path is null: predict scores with the teacher"),
         ({"model.teacher.path": "/no/such.ckpt"}, "--model.teacher.path /no/such.ckpt does not exist"),
     ],
