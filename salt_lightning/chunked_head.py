@@ -86,6 +86,8 @@ def chunked_label_stats(
     num_rows, vocab = labels_N.numel(), side.head_VD.shape[0]
     logits_dtype = math_dtype(side.hidden_ND.dtype)
     strip_rows = chunk_and_strip_rows(num_rows, 0, vocab * logits_dtype.itemsize, budget_gib, chunk_tokens).strip
+    if labels_N.device.type == "cpu" and chunk_tokens is None:  # a strip's logits stay in the cache
+        strip_rows = min(strip_rows, max(64, CPU_BLOCK_ELEMENTS // vocab))
     buffer_CV = _buffer(strip_rows, vocab, logits_dtype, labels_N.device)
     nll_N = torch.empty(num_rows, dtype=torch.float32, device=labels_N.device)
     rank_N = torch.empty(num_rows, dtype=torch.int64, device=labels_N.device)

