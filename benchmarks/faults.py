@@ -191,6 +191,7 @@ def scenarios(shared: Path) -> dict[str, Scenario]:
         "trainer.max_steps": 24, "trainer.val_check_interval": 8, "trainer.log_every_n_steps": 1,
     }  # fmt: skip
     at = {"save": "run/checkpoints/.*.tmp", "boundary": "the teacher has left"}
+    ddp = {"trainer.strategy": "lightning.pytorch.strategies.DDPStrategy", "trainer.strategy.timeout": "0:00:30"}
     fsdp = {"trainer.strategy": "salt_lightning.parallel.FSDP2", "trainer.strategy.timeout_minutes": 0.5}
     prepared = {**fit, "data.source": str(shared / "long.jsonl"), "data.cache_dir": "CASE/cache",
                 "data.vocab_size": 400, "data.prepare_workers": 2, "trainer.max_steps": 1,
@@ -200,7 +201,7 @@ def scenarios(shared: Path) -> dict[str, Scenario]:
     shards, cache = files_of("run/scores/*"), files_of("cache/**/*")
     found = [
         Scenario("fit, one process", "fit", fit, fit_result, 1, 90, at),
-        Scenario("fit, DDP, 2 ranks", "fit", {**fit, **PER_RANK, "trainer.strategy": "ddp"}, fit_result, 2, 25, at),
+        Scenario("fit, DDP, 2 ranks", "fit", {**fit, **PER_RANK, **ddp}, fit_result, 2, 25, at),
         Scenario("fit, FSDP2, 2 ranks", "fit", {**fit, **PER_RANK, **fsdp}, fit_result, 2, 25, at),
         Scenario("preparation", "fit", prepared, cache, 1, 40, {"tokenizing": "cache/.*.partial"}),
         Scenario("scoring", "predict", scored, shards, 1, 40, {"shard": "run/scores/.*.tmp"}),
@@ -281,10 +282,12 @@ class Campaign:
         """One line or not; None after a signal."""
         if code in (-signal.SIGTERM, 128 + signal.SIGTERM):
             return None
-        lines = [line for line in text.splitlines() if line.startswith("error: ")]
+        lines = {line for line in text.splitlines() if line.startswith("error: ")}  # of several ranks the same
+        if len(lines) > 1:  # the cause, which one has met
+            lines = {line for line in lines if "has lost the others" not in line}
         if "Traceback" in text or len(lines) != 1:
             return "no clear error", text[-300:]
-        return "one clear error", lines[0]
+        return "one clear error", lines.pop()
 
     def kill(self, number: int, scenario: Scenario, kind: str) -> Outcome:
         """One kill, its kind "WHICH SIGNAL at MOMENT", and the starts after it."""
@@ -403,7 +406,7 @@ class Campaign:
         if verdict is None or verdict[0] != "one clear error":
             return verdict or ("no clear error", "")
         after, detail = self.go_on(scenario, folder)
-        return (verdict if after == "same result" else (after, detail))
+        return verdict if after == "same result" else (after, detail)
 
     def _teacher_leaves_early(
         self, scenario: Scenario, folder: Path, rng: random.Random, teacher: Path
@@ -432,7 +435,9 @@ class Campaign:
 def cases(scenarios: dict[str, Scenario], share: float) -> Iterator[tuple[str, str]]:
     """(scenario, kind) of every case, in the order of their numbers."""
     for scenario in scenarios.values():
-        which = ("one", "all") if scenario.ranks > 1 else ("worker", "one") if scenario.name == "preparation" else ("one",)
+        which = (
+            ("one", "all") if scenario.ranks > 1 else ("worker", "one") if scenario.name == "preparation" else ("one",)
+        )
         kinds = [
             f"{who} {number} at {moment}"
             for moment in ("any time", *scenario.moments)
@@ -442,7 +447,7 @@ def cases(scenarios: dict[str, Scenario], share: float) -> Iterator[tuple[str, s
         for i in range(max(1, round(scenario.kills * share))):
             yield scenario.name, kinds[i % len(kinds)]
     fits = [name for name in scenarios if name.startswith("fit")]
-    repeats = max(1, round(6 * share))
+    repeats = max(1, round(4 * share))
     for kind in ("newest checkpoint cut off", "byte of the newest checkpoint flipped"):
         yield from ((name, kind) for name in fits for _ in range(repeats))
     yield from ((name, "disk full") for name in scenarios for _ in range(max(1, repeats // 2)))
@@ -451,7 +456,10 @@ def cases(scenarios: dict[str, Scenario], share: float) -> Iterator[tuple[str, s
 
 
 def table(outcomes: list[Outcome]) -> str:
-    lines = ["| run | fault | cases | same result | one clear error | wrong | slowest end, s |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| run | fault | cases | same result | one clear error | wrong | slowest end, s |",
+        "|---|---|---|---|---|---|---|",
+    ]
     groups = Counter((o.scenario, o.kind) for o in outcomes if o.verdict != "not hit")
     for (scenario, kind), count in groups.items():
         own = [o for o in outcomes if (o.scenario, o.kind) == (scenario, kind) and o.verdict != "not hit"]
@@ -462,7 +470,11 @@ def table(outcomes: list[Outcome]) -> str:
         lines.append(f"| {scenario} | {kind} | {count} | {good[0]} | {good[1]} | {wrong} | {slowest:.1f} |")
     kills = [o for o in outcomes if " at " in o.kind and "SIG" in o.kind and o.verdict != "not hit"]
     same = sum(o.verdict == "same result" for o in kills)
-    lines.append(f"\n{len(kills)} kills, {same} with the uninterrupted result; {len(outcomes)} cases in all")
+    done, traces = sum(o.verdict != "not hit" for o in outcomes), sum("traceback" in o.detail for o in kills)
+    lines.append(
+        f"\n{len(kills)} kills, {same} with the uninterrupted result ({traces} left a traceback of a survivor); "
+        f"{done} cases in all; {len(outcomes) - done} more had ended before their moment came"
+    )
     return "\n".join(lines)
 
 

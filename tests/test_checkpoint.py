@@ -20,8 +20,24 @@ def test_last_is_the_highest_step(tmp_path):
         ".step-00000999.ckpt.1.tmp",
         "x.ckpt",
     ):
-        (tmp_path / name).touch()
+        torch.save({"x": torch.ones(3)}, tmp_path / name)
     assert newest(tmp_path) == tmp_path / "step-00000120.ckpt"
+
+
+@pytest.mark.parametrize("how", ["cut off", "a byte flipped"])
+def test_a_damaged_file_is_passed_over_by_name(tmp_path, how, caplog):
+    files = [tmp_path / f"step-{step:08d}.ckpt" for step in (1, 2)]
+    for file in files:
+        torch.save({"x": torch.arange(1000)}, file)
+    content = bytearray(files[1].read_bytes())
+    place = content.index(torch.arange(1000).numpy().tobytes()) + 4321
+    if how == "cut off":
+        del content[place:]
+    else:
+        content[place] ^= 1
+    files[1].write_bytes(content)
+    assert newest(tmp_path) == files[0]
+    assert f"{files[1]} is passed over: " in caplog.text
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
