@@ -1,6 +1,7 @@
 """Files on disk: which one is `last`, what a failed write leaves, which are kept."""
 
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,6 +39,18 @@ def test_a_damaged_file_is_passed_over_by_name(tmp_path, how, caplog):
     files[1].write_bytes(content)
     assert newest(tmp_path) == files[0]
     assert f"{files[1]} is passed over: " in caplog.text
+
+
+def test_a_damaged_file_that_was_chosen_is_refused(settings, teacher, tmp_path, capsys):
+    content = bytearray(Path(teacher).read_bytes())
+    weight = torch.load(teacher, weights_only=True)["state_dict"]["student.model.model.norm.weight"]
+    content[content.index(weight.numpy().tobytes()) + 5] ^= 1
+    (tmp_path / "chosen.ckpt").write_bytes(content)
+    own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, "ckpt_path": str(tmp_path / "chosen.ckpt")}
+    assert cli.main(["fit", *arguments(settings, own)]) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith(f"error: --ckpt_path {tmp_path / 'chosen.ckpt'} is damaged (")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
