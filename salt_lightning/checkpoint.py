@@ -126,8 +126,12 @@ class RunCheckpoint(Checkpoint):
             if trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
                 return False
             number = torch.tensor(self.stopped_by or 0, device=trainer.strategy.root_device)
-            if highest := int(trainer.strategy.reduce(number, reduce_op="max")):
-                self.stopped_by = signal.Signals(highest)
+            highest = int(trainer.strategy.reduce(number, reduce_op="max"))
+            if (
+                not highest
+            ):  # a signal that came while the ranks agreed waits for the next agreement: no rank stops alone
+                return False
+            self.stopped_by = signal.Signals(highest)
         return self.stopped_by is not None
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
