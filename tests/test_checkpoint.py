@@ -2,6 +2,7 @@
 
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -119,3 +120,16 @@ def test_a_fit_leaves_the_signal_handlers_as_they_were(fit_with, tmp_path):
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     assert fit_with(tmp_path / "run", **{"trainer.max_steps": 2, "trainer.val_check_interval": 2}) == 0
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_signal_that_comes_while_the_ranks_agree_stops_no_rank_alone():
+    """The others have been told 0: this rank would save with nobody, until the time-out."""
+    checkpoint = RunCheckpoint()
+
+    def reduce(number, reduce_op):
+        checkpoint.stopped_by = signal.SIGTERM  # the handler runs as soon as the reduction returns
+        return number
+
+    strategy = SimpleNamespace(root_device="cpu", reduce=reduce)
+    trainer = SimpleNamespace(world_size=2, global_step=4, log_every_n_steps=1, strategy=strategy)
+    assert [checkpoint._is_told_to_stop(trainer) for _ in range(2)] == [False, True]
