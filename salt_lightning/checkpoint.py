@@ -42,23 +42,24 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         try:
-            with open(temporary, "wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
+            with shards.writing(target):
+                with open(temporary, "wb") as file:
+                    torch.save(checkpoint, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
         shards.sync_folder(target.parent)  # the rename itself has to reach the disk
 
 
 def newest(folder: Path) -> Path | None:
-    """The checkpoint of the highest optimizer step in `folder`; one that is not whole is passed over, by name."""
+    """The checkpoint of the highest optimizer step in `folder`; one that is damaged is passed over, by name."""
     for unfinished in sorted(folder.glob(".step-*.tmp")):
         rank_zero_info(f"{unfinished} was never finished and is passed over")
     found = [(int(match[1]), path) for path in folder.glob("*.ckpt") if (match := _NAME.fullmatch(path.name))]
     for _, path in sorted(found, reverse=True):
-        reason = shards.missing(path) if path.is_dir() else None
+        reason = shards.damage(path)
         if reason is None:
             return path
         rank_zero_info(f"{path} is passed over: {reason}")
@@ -125,8 +126,12 @@ class RunCheckpoint(Checkpoint):
             if trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
                 return False
             number = torch.tensor(self.stopped_by or 0, device=trainer.strategy.root_device)
-            if highest := int(trainer.strategy.reduce(number, reduce_op="max")):
-                self.stopped_by = signal.Signals(highest)
+            highest = int(trainer.strategy.reduce(number, reduce_op="max"))
+            if (
+                not highest
+            ):  # a signal that came while the ranks agreed waits for the next agreement: no rank stops alone
+                return False
+            self.stopped_by = signal.Signals(highest)
         return self.stopped_by is not None
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:

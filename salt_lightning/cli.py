@@ -20,7 +20,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from salt_lightning import compare, export, parallel
+from salt_lightning import compare, export, parallel, shards
 from salt_lightning.checkpoint import AtomicCheckpointIO, RunCheckpoint, newest
 from salt_lightning.data import SALTDataModule
 from salt_lightning.errors import ConfigError, NonFiniteLossError, Stopped
@@ -127,11 +127,13 @@ class SALTCLI(LightningCLI):
         subcommand = self.config.get("subcommand")
         if path is None or subcommand is None:
             return
-        path = _resolve(path, Path(config.run), subcommand)
+        chosen, path = path, _resolve(path, Path(config.run), subcommand)
         config["ckpt_path"] = None if path is None else str(path)
         if path is None:
             return
         saved = dict(read_checkpoint(str(path), "--ckpt_path")["hyper_parameters"])
+        if chosen != "last" and (reason := shards.damage(path)):
+            raise ConfigError(f"--ckpt_path {path} is damaged ({reason}); take an older one, or last, which finds it")
         given = self._settings(self._explicit).get("model") or Namespace()
         for key, now in sorted(vars(given.as_flat()).items() if given else []):
             before = _lookup(saved, key)
@@ -152,7 +154,7 @@ class SALTCLI(LightningCLI):
                 config[part]["seed"] = config.seed_everything
         wrong = _wrong_trainer_settings(config.trainer)
         has_checkpoint = bool(config.get("ckpt_path"))
-        if self.subcommand == "fit" and not has_checkpoint and newest(Path(config.run) / "checkpoints"):
+        if self.subcommand == "fit" and not has_checkpoint and any(Path(config.run).glob("checkpoints/step-*.ckpt")):
             wrong.append(
                 f"--run {config.run} holds a run already: go on with it by --ckpt_path last, or choose another folder"
             )
@@ -346,6 +348,15 @@ def main(args: list[str] | None = None) -> int:
             message = f"{error.filename}: {error.strerror}"
         print(f"\nerror: {message}", file=sys.stderr)  # on a line of its own, after a progress bar
         return 2 if isinstance(error, ConfigError) else 1
+    except RuntimeError as error:
+        if not parallel.has_lost_others(error):
+            raise
+        print(
+            f"\nerror: process {_rank()} has lost the others ({str(error).splitlines()[0][:200]}); what ended them "
+            "stands in their output; go on with --ckpt_path last",
+            file=sys.stderr,
+        )
+        return 1
     signals = [c.stopped_by for c in cli.trainer.callbacks if isinstance(c, RunCheckpoint)]  # type: ignore[attr-defined]
     if signals and signals[0] is not None and cli.trainer.is_global_zero:  # the others: a code would look like a crash
         print(f"stopped by {signals[0].name} at step {cli.trainer.global_step}, saved; go on with --ckpt_path last")

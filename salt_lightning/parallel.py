@@ -338,3 +338,8 @@ def check(trainer: pl.Trainer, ckpt_path: str | None = None) -> None:
         )
     if world > 1 and strategy.root_device.type == "cuda" and not dist.is_nccl_available():
         raise ConfigError(f"{name} on {world} GPUs needs NCCL, which this torch {torch.__version__} was built without")
+
+
+def has_lost_others(error: RuntimeError) -> bool:
+    """Whether it says that another process ended or no longer answers. gloo has no class of its own for that."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)

@@ -18,7 +18,10 @@ import io
 import os
 import pickle
 import shutil
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 
 from salt_lightning.errors import ConfigError
@@ -96,6 +100,49 @@ def missing(folder: Path) -> str | None:
     return None
 
 
+def damage(path: Path) -> str | None:
+    """Why a checkpoint, file or folder, is not what was written, in a few words; None if it is. Reads all of it.
+
+    torch.save writes zip archives with a CRC-32 of each tensor; torch.load does not look at them.
+    """
+    if not path.is_dir():
+        return _changed(path)
+    if reason := missing(path):
+        return reason
+    if reason := _changed(path / META):
+        return f"{META}: {reason}"
+    for key, info in _metadata(path).storage_data.items():
+        with open(path / info.relative_path, "rb") as file:
+            file.seek(info.offset)
+            if reason := _changed(io.BytesIO(file.read(info.length))):
+                return f"{info.relative_path}, {key.fqn}: {reason}"
+    return None
+
+
+def _changed(archive: Path | io.BytesIO) -> str | None:
+    try:
+        with zipfile.ZipFile(archive) as files:
+            name = files.testzip()
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError):
+        return "cut off or damaged"
+    return name and f"{name} has other bytes than were written"
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A write that fails, as on a full disk, becomes one line; torch hides the cause behind errors of its own."""
+    try:
+        yield
+    except (OSError, RuntimeError, CheckpointException) as error:
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # not of writing
+            raise
+        failures = getattr(error, "failures", {}).values()
+        reason = next((str(failure) for failure, _ in failures), str(error)).strip().splitlines()[0]
+        raise OSError(
+            f"{path} cannot be written ({reason}); is the disk full? Make room and go on with --ckpt_path last"
+        ) from error
+
+
 def write(checkpoint: dict[str, Any], path: Path) -> None:
     """Writes a checkpoint whose tensors may be sharded; all ranks call it together.
 
@@ -109,19 +156,20 @@ def write(checkpoint: dict[str, Any], path: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)  # what a killed save left
         temporary.mkdir(parents=True)
     dist.barrier()
-    # Returns on the first rank when all ranks have written and synced their files.
-    dcp.save(tensors, storage_writer=dcp.FileSystemWriter(temporary))
-    if first:
-        with open(temporary / META, "wb") as file:
-            torch.save(meta, file)
-            file.flush()
-            os.fsync(file.fileno())
-        sync_folder(temporary)
-        before = _retire(path) if path.exists() else None
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-        if before is not None:
-            _delete(before)
+    with writing(path):
+        # Returns on the first rank when all ranks have written and synced their files.
+        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(temporary))
+        if first:
+            with open(temporary / META, "wb") as file:
+                torch.save(meta, file)
+                file.flush()
+                os.fsync(file.fileno())
+            sync_folder(temporary)
+            before = _retire(path) if path.exists() else None
+            os.replace(temporary, path)
+            sync_folder(path.parent)
+            if before is not None:
+                _delete(before)
 
 
 def remove(path: Path) -> None:

@@ -1,6 +1,8 @@
 """Files on disk: which one is `last`, what a failed write leaves, which are kept."""
 
 import signal
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,8 +22,36 @@ def test_last_is_the_highest_step(tmp_path):
         ".step-00000999.ckpt.1.tmp",
         "x.ckpt",
     ):
-        (tmp_path / name).touch()
+        torch.save({"x": torch.ones(3)}, tmp_path / name)
     assert newest(tmp_path) == tmp_path / "step-00000120.ckpt"
+
+
+@pytest.mark.parametrize("how", ["cut off", "a byte flipped"])
+def test_a_damaged_file_is_passed_over_by_name(tmp_path, how, caplog):
+    files = [tmp_path / f"step-{step:08d}.ckpt" for step in (1, 2)]
+    for file in files:
+        torch.save({"x": torch.arange(1000)}, file)
+    content = bytearray(files[1].read_bytes())
+    place = content.index(torch.arange(1000).numpy().tobytes()) + 4321
+    if how == "cut off":
+        del content[place:]
+    else:
+        content[place] ^= 1
+    files[1].write_bytes(content)
+    assert newest(tmp_path) == files[0]
+    assert f"{files[1]} is passed over: " in caplog.text
+
+
+def test_a_damaged_file_that_was_chosen_is_refused(settings, teacher, tmp_path, capsys):
+    content = bytearray(Path(teacher).read_bytes())
+    weight = torch.load(teacher, weights_only=True)["state_dict"]["student.model.model.norm.weight"]
+    content[content.index(weight.numpy().tobytes()) + 5] ^= 1
+    (tmp_path / "chosen.ckpt").write_bytes(content)
+    own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, "ckpt_path": str(tmp_path / "chosen.ckpt")}
+    assert cli.main(["fit", *arguments(settings, own)]) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith(f"error: --ckpt_path {tmp_path / 'chosen.ckpt'} is damaged (")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -90,3 +120,16 @@ def test_a_fit_leaves_the_signal_handlers_as_they_were(fit_with, tmp_path):
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     assert fit_with(tmp_path / "run", **{"trainer.max_steps": 2, "trainer.val_check_interval": 2}) == 0
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_signal_that_comes_while_the_ranks_agree_stops_no_rank_alone():
+    """The others have been told 0: this rank would save with nobody, until the time-out."""
+    checkpoint = RunCheckpoint()
+
+    def reduce(number, reduce_op):
+        checkpoint.stopped_by = signal.SIGTERM  # the handler runs as soon as the reduction returns
+        return number
+
+    strategy = SimpleNamespace(root_device="cpu", reduce=reduce)
+    trainer = SimpleNamespace(world_size=2, global_step=4, log_every_n_steps=1, strategy=strategy)
+    assert [checkpoint._is_told_to_stop(trainer) for _ in range(2)] == [False, True]

@@ -285,7 +285,10 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(settings, tmp_path):
 def test_a_dead_rank_ends_the_others(settings, tmp_path):
     process = start(settings, {**ENDLESS, "run": str(tmp_path / "run")})
     os.kill(child_of(process, tmp_path / "run"), signal.SIGKILL)
-    assert end(process)[0] != 0
+    code, output = end(process)
+    assert code == 1
+    assert output.count("error: process 0 has lost the others (") == 1
+    assert "Traceback" not in output
 
 
 def test_an_error_of_all_ranks_is_one_line(settings, tmp_path):
