@@ -127,6 +127,8 @@ class SALTCLI(LightningCLI):
         subcommand = self.config.get("subcommand")
         if path is None or subcommand is None:
             return
+        if subcommand == "predict":
+            raise ConfigError(f"--ckpt_path {path}: predict scores with the teacher; give it as --model.teacher.path")
         chosen, path = path, _resolve(path, Path(config.run), subcommand)
         config["ckpt_path"] = None if path is None else str(path)
         if path is None:

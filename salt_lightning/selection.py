@@ -9,6 +9,7 @@ Shapes: R rows, T tokens a row.
 
 from __future__ import annotations
 
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -148,7 +149,7 @@ def plan(scores: Scores, rule: KeepRule, seed: int, phase1_rows: int) -> tuple[O
         raise ConfigError(
             f"--data.keep: phase 1 takes {phase1_rows} rows and {len(kept)} are kept, so each is read "
             f"{repeats:.1f} times; keep more (--data.keep.fraction), shorten --kd.steps, or allow it by "
-            f"--data.keep.max_repeats {repeats:.1f}"
+            f"--data.keep.max_repeats {math.ceil(repeats)}"
         )
     order = Order(seed, len(score_R), kept, phase1_rows, rule.unread_first)
     zeros = np.mean(score_R[kept] == 0)
@@ -170,9 +171,9 @@ def row_scores(scores: Scores, k: int, masked: Masked) -> np.ndarray:
     """
     path = scores.run / "scores" / f"S-k{k}-{masked}.parquet"
     try:
-        found = pq.read_table(path, page_checksum_verification=True)["S"].to_numpy()
-        if len(found) == scores.scored.num_rows:
-            return found
+        table = pq.read_table(path, page_checksum_verification=True)
+        if (table.schema.metadata or {}).get(b"scored") == scores.identity:  # shards made anew leave this file behind
+            return table["S"].to_numpy()
     except (OSError, pa.ArrowException, KeyError):
         pass  # not there, or damaged
     if missing := scores.missing():
@@ -184,5 +185,5 @@ def row_scores(scores: Scores, k: int, masked: Masked) -> np.ndarray:
         parts = pool.map(lambda shard: score_rows(*scores.read(shard), k, masked), range(scores.scored.num_shards))
         found = np.concatenate(list(parts))
     with suppress(OSError):  # a folder that may only be read: computed again the next time
-        write_table(path, pa.table({"S": found}))
+        write_table(path, pa.table({"S": found}).replace_schema_metadata({"scored": scores.identity}))
     return found

@@ -240,6 +240,10 @@ def test_a_complete_folder_is_left_as_it_is(scored, of_data, teacher, capsys):
             {"trainer.strategy": {"class_path": "salt_lightning.parallel.FSDP2"}},
             "FSDP2 shards models, and each device scores with a",
         ),
+        (
+            {"ckpt_path": "some.ckpt"},
+            "--ckpt_path some.ckpt: predict scores with the teacher; give it as --model.teacher",
+        ),
         ({"model.teacher.path": None}, "--model.teacher.path is null: predict scores with the teacher"),
         ({"model.teacher.path": "/no/such.ckpt"}, "--model.teacher.path /no/such.ckpt does not exist"),
     ],
