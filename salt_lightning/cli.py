@@ -249,6 +249,11 @@ def _resolve(path: str, run: Path, subcommand: str) -> Path | None:
     if path != "last":
         return Path(path)
     found = newest(run / "checkpoints")
+    if found is None and any(run.glob("checkpoints/step-*.ckpt")):
+        raise ConfigError(
+            f"--ckpt_path last: every checkpoint in {run / 'checkpoints'} is damaged (see above); start anew in "
+            "another --run, or bring back a copy"
+        )
     if found is None and subcommand != "fit":
         raise ConfigError(f"--ckpt_path last: no checkpoint in {run / 'checkpoints'}; is --run {run} right?")
     _say(f"--ckpt_path last: {found or f'no checkpoint in {run}, starting at step 0'}")

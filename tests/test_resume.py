@@ -214,11 +214,14 @@ def test_last_without_a_checkpoint_starts_and_says_so(fit, tmp_path, capsys):
     assert "starting at step 0" in capsys.readouterr().err
 
 
-def test_a_truncated_checkpoint_is_named(fit, tmp_path, capsys):
+def test_a_truncated_checkpoint_is_named(fit, tmp_path, capsys, caplog):
     assert fit(tmp_path / "run", stop_at=3) == 128 + signal.SIGTERM
     path = tmp_path / "run/checkpoints/step-00000003.ckpt"
     path.write_bytes(path.read_bytes()[:5000])
-    assert fit(tmp_path / "run", ckpt_path="last") == 2
+    assert fit(tmp_path / "run", ckpt_path="last") == 2  # no silent start at step 0
+    assert f"{path} is passed over: cut off or damaged" in caplog.messages
+    assert "every checkpoint in" in capsys.readouterr().err
+    assert fit(tmp_path / "run", ckpt_path=str(path)) == 2
     assert f"{path} is not a whole checkpoint" in capsys.readouterr().err
 
 
