@@ -1,7 +1,7 @@
 """One device = DDP = FSDP2 = FSDP1, in real processes, by `cli.py fit`: losses, gradient norms, validation, resume.
 
     python benchmarks/parallel.py --processes 4       CPUs (gloo), some minutes
-    python benchmarks/parallel.py --gpu               one card: FSDP2 and FSDP1 with one process, and memory
+    python benchmarks/parallel.py --gpu               one card: FSDP2 and FSDP1, two processes on it over gloo, memory
 
 Prints a Markdown table of the largest differences to one device over the run. Times mean nothing here.
 """
@@ -33,10 +33,13 @@ from torch.distributed.fsdp import (
     StateDictType,
 )
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from salt_lightning.parallel import FSDP2
+
 ROOT = Path(__file__).parents[1]
 STEPS, BOUNDARY, SAVED = 20, 12, 5
 SIZES = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128}
-FSDP2 = [f"--config={ROOT}/configs/fsdp.yaml"]
+FSDP2_CONFIG = [f"--config={ROOT}/configs/fsdp.yaml"]
 DDP = [f"--config={ROOT}/configs/ddp.yaml"]
 
 
@@ -49,6 +52,14 @@ UNTIED = [f"--model.student.config={json.dumps({**SIZES, 'tie_word_embeddings': 
 
 class FSDP1OnCPU(FSDPStrategy):
     """FSDP1 for this check alone: Lightning refuses its own class on CPUs, by its type."""
+
+
+class FSDP2OverGloo(FSDP2):
+    """Two processes on one card: NCCL wants a card for each."""
+
+    def setup_environment(self) -> None:
+        self._process_group_backend = "gloo"
+        super().setup_environment()
 
 
 @contextmanager
@@ -128,7 +139,7 @@ def row(folder: Path, run: str, reference: str) -> str:
 
 def variants(n: int) -> list[tuple[str, str, list[str], int, int]]:
     """Name, what it is compared with, its settings, nodes, processes of a node."""
-    fsdp = [*FSDP2, "--trainer.precision=32-true"]
+    fsdp = [*FSDP2_CONFIG, "--trainer.precision=32-true"]
     resumed = [*fsdp, resume(f"FSDP2 {n}")]
     replicas, whole = "--trainer.strategy.replicas=2", "--trainer.strategy.shard_teacher=false"
     single = "--trainer.strategy.save_distributed_checkpoint=false"
@@ -153,13 +164,15 @@ def variants(n: int) -> list[tuple[str, str, list[str], int, int]]:
 
 
 def gpu_variants() -> list[tuple[str, str, list[str], int, int]]:
-    mixed = "--trainer.precision=bf16-mixed"
+    mixed, two = "--trainer.precision=bf16-mixed", "2 processes on one card, gloo"
     return [
         ("one device, bf16-mixed", "one device", [mixed], 1, 1),
-        ("FSDP2 1", "one device", [*FSDP2, "--trainer.precision=32-true"], 1, 1),
-        ("FSDP2 1, bf16-mixed", "one device, bf16-mixed", FSDP2, 1, 1),
+        ("FSDP2 1", "one device", [*FSDP2_CONFIG, "--trainer.precision=32-true"], 1, 1),
+        ("FSDP2 1, bf16-mixed", "one device, bf16-mixed", FSDP2_CONFIG, 1, 1),
         ("FSDP1 1", "one device", ["--trainer.strategy=fsdp"], 1, 1),
         ("FSDP1 1, bf16-mixed", "one device, bf16-mixed", ["--trainer.strategy=fsdp", mixed], 1, 1),
+        (f"FSDP2, {two}", "one device", ["--config=FOLDER/gloo.yaml", "--trainer.precision=32-true"], 2, 1),
+        (f"DDP, {two}", "one device", ["--config=FOLDER/ddp_gloo.yaml"], 2, 1),
     ]
 
 
@@ -172,7 +185,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_text(folder / "text.jsonl")
-        (folder / "fsdp1.yaml").write_text("trainer: {strategy: {class_path: parallel.FSDP1OnCPU}}")
+        ddp = "{class_path: lightning.pytorch.strategies.DDPStrategy, init_args: {process_group_backend: gloo}}"
+        for file, strategy in (
+            ("fsdp1", "{class_path: parallel.FSDP1OnCPU}"),
+            ("gloo", "{class_path: parallel.FSDP2OverGloo}"),
+            ("ddp_gloo", ddp),
+        ):
+            (folder / f"{file}.yaml").write_text(f"trainer: {{strategy: {strategy}}}")
         small = json.dumps({**SIZES, "hidden_size": 32, "tie_word_embeddings": True})
         failed = execute(folder, "teacher", ["--kd.weight=0", f"--model.student.config={small}", "--seed_everything=7"])
         teacher = f"--model.teacher.path={folder}/teacher/checkpoints/step-{STEPS:08d}.ckpt"
