@@ -122,7 +122,7 @@ class SALTModule(pl.LightningModule):
             self._plan_validation()
         data = self._data
         sources = data.source_names if data is not None else ("all",)
-        self.eval_metrics = TokenMetrics(sources or ("all",))
+        self.eval_metrics = TokenMetrics(sources or ("all",), thirds=bool(getattr(data, "difficulty", None)))
 
     def _plan_validation(self) -> None:
         """An interval longer than the run becomes the run; the data module has made it micro-batches by now."""
@@ -214,14 +214,14 @@ class SALTModule(pl.LightningModule):
         # Lightning divides by the accumulated micro-batches and DDP by the ranks: what is left is one division
         # by the tokens of the whole optimizer step.
         shares = self.trainer.accumulate_grad_batches * self.trainer.world_size
-        loss = partial(self._step_loss, batch["labels"].flatten(), teacher_out, batch["step_tokens"] / shares)
+        loss = partial(self.step_loss, batch["labels"].flatten(), teacher_out, batch["step_tokens"] / shares)
         out = self.student(ids_BT, positions_BT, then=loss)
         with torch.no_grad():
             self._sums += torch.stack([getattr(out, name).float() for name in SUMS])
             self._finite &= out.loss.isfinite()
         return out.loss
 
-    def _step_loss(
+    def step_loss(
         self,
         labels_N: Tensor,
         teacher_out: tuple[Tensor, Tensor, Tensor | None] | None,
@@ -230,6 +230,7 @@ class SALTModule(pl.LightningModule):
         head_VD: Tensor,
         bias_V: Tensor | None,
     ) -> Any:
+        """For the student's forward to evaluate: the loss at the weight `kd_weight`, without a teacher CE."""
         if teacher_out is None:
             return self._loss(hidden_ND, head_VD, labels_N, num_tokens=num_tokens, student_bias_V=bias_V)
         teacher_hidden_NE, teacher_head_VE, teacher_bias_V = teacher_out
@@ -327,21 +328,23 @@ class SALTModule(pl.LightningModule):
 
     # ------------------------------------------------------------ evaluation
 
-    def _eval_step(self, batch: Batch) -> None:
+    def _eval_step(self, batch: Batch) -> Batch:
         stats = partial(self._label_stats, batch["labels"].flatten())
         nll_N, rank_N = self.student(batch["input_ids"], batch["positions"], then=stats)
-        self.eval_metrics.update(nll_N, rank_N, batch["sources"].flatten(), batch["bytes"].flatten())
+        known = [batch[name].flatten() for name in ("sources", "bytes", "thirds") if name in batch]
+        self.eval_metrics.update(nll_N, rank_N, *known)
+        return {"nll": nll_N, "rank": rank_N}
 
     def _label_stats(
         self, labels_N: Tensor, hidden_ND: Tensor, head_VD: Tensor, bias_V: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         return self._token_stats(hidden_ND, head_VD, labels_N, bias_V)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._eval_step(batch)
+    def validation_step(self, batch: Batch, batch_idx: int) -> Batch:
+        return self._eval_step(batch)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._eval_step(batch)
+    def test_step(self, batch: Batch, batch_idx: int) -> Batch:
+        return self._eval_step(batch)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Batch:
         """The teacher's loss and rank of every label, B x T; -1 is the rank of a position without label."""
@@ -411,8 +414,8 @@ class SALTModule(pl.LightningModule):
 
     def _data_identity(self) -> dict[str, int | str]:
         """What decides which rows a step reads."""
-        names = ("seed", "global_batch_size", "block_size", "num_train_tokens", "selection_fingerprint")
-        return {f"--data.{name}": getattr(self._data, name, 0) for name in names}
+        names = "seed global_batch_size block_size num_train_tokens selection_fingerprint difficulty_fingerprint"
+        return {f"--data.{name}": getattr(self._data, name, 0) for name in names.split()}
 
     @property
     def _data(self) -> Any:
