@@ -209,7 +209,7 @@ class SALTModule(pl.LightningModule):
         ids_BT, positions_BT = batch["input_ids"], batch["positions"]
         teacher_out = None
         if self.teacher is not None:
-            with torch.no_grad():
+            with torch.no_grad(), self.meter.teacher_runs(ids_BT.is_cuda):
                 teacher_out = self.teacher(ids_BT, positions_BT)
         # Lightning divides by the accumulated micro-batches and DDP by the ranks: what is left is one division
         # by the tokens of the whole optimizer step.
@@ -390,7 +390,7 @@ class SALTModule(pl.LightningModule):
         checkpoint["tokenizer"] = self._data.tokenizer_fingerprint if self._data is not None else None
         checkpoint["data"] = self._data_identity()
         checkpoint["text"] = getattr(self._data, "text", {})  # for the model card
-        checkpoint["time_s"] = self.meter.time_s
+        checkpoint["time_s"], checkpoint["teacher_time_s"] = self.meter.time_s, self.meter.teacher_time_s
         checkpoint["forward_flops"] = dict(self.meter.forward_flops)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -405,7 +405,7 @@ class SALTModule(pl.LightningModule):
         if changed:
             raise ConfigError("the checkpoint holds another student: " + ", ".join(changed[:5]))
         self._loaded_step = checkpoint["global_step"]
-        self.meter.time_s = checkpoint["time_s"]
+        self.meter.time_s, self.meter.teacher_time_s = checkpoint["time_s"], checkpoint.get("teacher_time_s", 0.0)
         self.meter.forward_flops["teacher"] = checkpoint["forward_flops"]["teacher"]
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             go_on_from(checkpoint, self.trainer.max_steps, self.trainer.accumulate_grad_batches, self._data_identity())

@@ -202,7 +202,7 @@ def test_what_is_logged(settings, teacher, tmp_path):
            "model.teacher_temperature": 2.0, "data.micro_batch_size": 4}  # fmt: skip
     assert cli.main(["fit", *arguments(settings, own)]) == 0
     values = scalars(tmp_path / "run")
-    always = "loss ce kd_weight grad_norm lr tokens tokens_per_s data_wait_s time_s flops_student_total"
+    always = "loss ce kd_weight grad_norm lr tokens tokens_per_s data_wait_s time_s teacher_time_s flops_student_total"
     always += " flops_teacher_total"
     while_taught = "kd kl teacher_ce teacher_entropy agreement gap"
     assert {f"train/{name}" for name in (always + " " + while_taught).split()} == {t for t in values if "train/" in t}
