@@ -42,7 +42,12 @@ from salt_lightning import cli, prepare, scores
 from salt_lightning.models import read_checkpoint
 
 HANG_S = 60.0  # no process may outlive a dead one by this long
-CLOCK = {"train/time_s", "train/tokens_per_s", "train/data_wait_s"}  # what may differ between two equal runs
+CLOCK = {
+    "train/time_s",
+    "train/teacher_time_s",
+    "train/tokens_per_s",
+    "train/data_wait_s",
+}  # what may differ between two equal runs
 MODEL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 PER_RANK = {"trainer.devices": 2, "data.micro_batch_size": 4}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from transformers.utils import cached_file
 from salt_lightning import flops, report
 from salt_lightning.compare import scoring_flops
 from salt_lightning.runlog import Run
-from salt_lightning.schedule import KDSchedule
+from salt_lightning.schedule import KDSchedule, trained_schedule
 
 _SIZES = (
     "hidden_size",
@@ -78,9 +78,10 @@ def _how_to_load(name: str, has_tokenizer: bool) -> str:
 def _as_trained(checkpoint: dict[str, Any], run: Run | None) -> Run:
     """The run as the checkpoint knows it: config.yaml may be of a later start."""
     spec = checkpoint["hyper_parameters"]
-    schedule = checkpoint.get("kd_schedule") or {"weight": 0.0}
+    schedule = trained_schedule(checkpoint) or KDSchedule(weight=0.0)
     known = {"model.teacher.path": (spec.get("teacher") or {}).get("path")}
-    known |= {f"kd.{key}": value for key, value in schedule.items()}
+    known |= {f"kd.{key}": value for key, value in asdict(schedule).items()}
+    known["kd.stop_margin"] = (checkpoint.get("kd_schedule") or {}).get("stop_margin")
     if run is None:
         return Run("", Path(), known, {})
     return replace(run, config=run.config | known)
@@ -120,15 +121,17 @@ def _schedule(run: Run) -> str:
     if steps is None:
         return f"weight {weight} in every step"
     ramp = f", falling ({run.config['kd.shape']}) in the last {anneal} of them" if anneal else ""
-    return f"weight {weight} in the first {steps} steps{ramp}, then 0"
+    margin = run.config.get("kd.stop_margin")
+    found = "" if margin is None else f", the last of them found by a margin of {margin} nats to the teacher's loss"
+    return f"weight {weight} in the first {steps} steps{ramp}, then 0{found}"
 
 
 def _cost(checkpoint: dict[str, Any], run: Run) -> dict[str, str]:
     step, per_token = checkpoint["global_step"], checkpoint.get("forward_flops") or {}
     step_tokens = _data(checkpoint, "global_batch_size") * _data(checkpoint, "block_size")
     tokens, text_tokens = step * step_tokens, _data(checkpoint, "num_train_tokens")
-    schedule = KDSchedule(**checkpoint["kd_schedule"]) if run.kd_steps > 0 else KDSchedule(weight=0.0)
-    taught = schedule.kd_steps(step)
+    schedule = trained_schedule(checkpoint) if run.kd_steps > 0 else None
+    taught = schedule.kd_steps(step) if schedule else 0
     # a checkpoint's 0 stands for "not counted yet"
     student, teacher = (per_token.get(who) or math.nan for who in ("student", "teacher"))
     by_student, by_teacher = flops.train_flops(step, step_tokens, student, teacher if taught else 0.0, taught)

@@ -16,6 +16,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from salt_lightning import shards
@@ -102,8 +103,11 @@ class RunCheckpoint(Checkpoint):
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         self._dir = Path(self.folder or Path(trainer.default_root_dir) / "checkpoints")
+
+    def _for_good(self, trainer: pl.Trainer) -> set[int | None]:
+        """Steps whose checkpoints stay; a validation may have set the boundary."""
         boundary = [c.schedule.steps for c in trainer.callbacks if isinstance(c, KDScheduleCallback)]  # type: ignore[attr-defined]
-        self._for_good = {*self.at_steps, *boundary, trainer.max_steps}
+        return {*self.at_steps, *boundary, trainer.max_steps}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if threading.current_thread() is threading.main_thread():
@@ -139,7 +143,7 @@ class RunCheckpoint(Checkpoint):
             return
         step, stop = trainer.global_step, self._is_told_to_stop(trainer)
         regular = self.every_n_steps is not None and step % self.every_n_steps == 0
-        if not (regular or step in self._for_good or stop):
+        if not (regular or step in self._for_good(trainer) or stop):
             return
         self._due = True
         follows = _validation_follows(trainer, batch_idx)
@@ -151,7 +155,9 @@ class RunCheckpoint(Checkpoint):
                 trainer.limit_val_batches = 0
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if self._due:  # Lightning takes the validation of a saved step as done on resume
+        # Lightning takes the validation of a saved step as done on resume. A boundary may have been found just here.
+        fits = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        if self._due or (fits and trainer.global_step in self._for_good(trainer)):
             self._save(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -177,14 +183,15 @@ class RunCheckpoint(Checkpoint):
             getattr(getattr(logger, "experiment", None), "flush", lambda: None)()
         trainer.save_checkpoint(self._path(trainer), weights_only=False)
         if trainer.is_global_zero:
-            self._forget(trainer.global_step)
+            self._forget(trainer)
 
-    def _forget(self, step: int) -> None:
+    def _forget(self, trainer: pl.Trainer) -> None:
         """Removes the oldest regular checkpoints, after the newest is safely there."""
         if self.keep is None:
             return
         steps = sorted(int(m[1]) for path in self._dir.glob("*.ckpt") if (m := _NAME.fullmatch(path.name)))
-        for old in [s for s in steps if s not in self._for_good and s <= step][: -self.keep]:
+        for_good = self._for_good(trainer)
+        for old in [s for s in steps if s not in for_good and s <= trainer.global_step][: -self.keep]:
             shards.remove(self._dir / f"step-{old:08d}.ckpt")
 
 

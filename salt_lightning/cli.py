@@ -23,6 +23,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from salt_lightning import compare, export, parallel, shards
 from salt_lightning.checkpoint import AtomicCheckpointIO, RunCheckpoint, newest
 from salt_lightning.data import SALTDataModule
+from salt_lightning.difficulty import DocumentLossWriter
 from salt_lightning.errors import ConfigError, NonFiniteLossError, Stopped
 from salt_lightning.models import check_path, read_checkpoint
 from salt_lightning.module import SALTModule
@@ -198,6 +199,8 @@ class SALTCLI(LightningCLI):
         kwargs["default_root_dir"] = str(run)
         kwargs["plugins"] = [*self._instances("plugins"), AtomicCheckpointIO()]
         own: list[pl.Callback] = [ScoreWriter()] if self.subcommand == "predict" else []
+        if self.subcommand in ("validate", "test"):
+            own.append(DocumentLossWriter())
         if given.get("enable_progress_bar") is not False and not given.get("barebones"):
             own.append(ProgressBar())
         if own:

@@ -22,16 +22,20 @@ from salt_lightning.runlog import AXES, Run, read_run
 
 @dataclass(frozen=True)
 class Goal:
-    """The reference's final validation CE, and the steps and FLOPs (student and teacher) that it took."""
+    """The reference's final validation CE, and the steps, FLOPs (student and teacher) and seconds that it took."""
 
     ce: float
     steps: float
     flops: float
+    seconds: float
 
 
 @dataclass
 class Row:
-    """What the table says of one run. Shares are of the reference's steps and FLOPs (student and teacher)."""
+    """What the table says of one run. Shares are of the reference's steps, FLOPs (student and teacher) and seconds.
+
+    What a run needed besides, apart: its teacher's training, and the scoring of the rows that a selection was made of.
+    """
 
     run: str
     method: str
@@ -48,17 +52,22 @@ class Row:
     reached_steps_share: float
     reached_flops_share: float
     reached_flops_share_with_teacher_training: float  # and with the scoring of a selection
+    reached_seconds_share: float
+    reached_seconds_share_with_teacher_training: float  # likewise
     seconds: float
+    teacher_seconds: float  # of these, in the teacher's forward
     student_flops: float
     teacher_flops: float
     teacher_training_flops: float
-    scoring_flops: float  # of the rows that a selection was made of
+    teacher_training_seconds: float
+    scoring_flops: float
+    scoring_seconds: float
     last: dict[str, float] = field(default_factory=dict)  # every val/ and test/ tag
 
 
 @dataclass
 class Group:
-    """The seeds of one experiment. The numbers are of the `n` finished runs; std divides by n - 1."""
+    """The seeds of one experiment. The numbers are of the `n` finished runs, in their order; std divides by n - 1."""
 
     label: str
     runs: list[str]
@@ -69,6 +78,10 @@ class Group:
     difference: float
     paired_differences: dict[str, float]  # seed -> difference to the reference's run of that seed
     reached_steps_share: list[float]
+    reached_flops_share: list[float]
+    reached_flops_share_with_teacher_training: list[float]
+    reached_seconds_share: list[float]
+    equal: dict[str, list[float]]  # axis -> validation CE at the point that all runs have reached
     changed: dict[str, tuple[Any, Any]]  # setting -> (the reference's, this one's)
 
 
@@ -133,17 +146,19 @@ def evaluate(runs: list[Run], baseline: str | None = None) -> Comparison:
     seeds = [run for run in students if run.variant == reference.variant] or [reference]
     seeds = [run for run in seeds if run.finished] or [reference]
     steps = float(np.mean([run.val_ce.steps[-1] if len(run.val_ce.steps) else math.nan for run in seeds]))
-    goal = Goal(float(np.mean([run.last("val/ce") for run in seeds])), steps, _mean_flops(seeds, steps))
+    took_flops = float(np.mean([run.flops(steps) for run in seeds]))
+    took_s = float(np.mean([run.total("train/time_s", steps) for run in seeds]))
+    goal = Goal(float(np.mean([run.last("val/ce") for run in seeds])), steps, took_flops, took_s)
     rows = [_row(run, "TEACHER" if run.name in teachers else run.method, teacher_of[run.name], goal) for run in runs]
     notes += [f"{row.run} is at step {row.steps} of {row.max_steps}" for row in rows if row.running]
     notes += [f"{row.run} has no validation yet" for row in rows if math.isnan(row.val_ce)]
     notes += [f"{run.name} has no config.yaml: its method is not known" for run in runs if not run.config]
+    equal = _equal_points(students)
     groups = _groups(students, {row.run: row for row in rows}, reference.variant, seeds)
-    return Comparison(reference.name, goal.ce, rows, groups, _equal_points(students), notes, runs)
-
-
-def _mean_flops(runs: list[Run], steps: float) -> float:
-    return float(np.mean([run.flops(steps) for run in runs]))
+    for group in groups:
+        done = [run.name for run in students if run.name in group.runs and run.finished]
+        group.equal = {axis: [ce[name] for name in done if name in ce] for axis, (_, ce) in equal.items()}
+    return Comparison(reference.name, goal.ce, rows, groups, equal, notes, runs)
 
 
 def _teacher_run(run: Run, runs: list[Run]) -> Run | None:
@@ -163,12 +178,16 @@ def _places(run: Run, path: str) -> list[Path]:
 
 def scoring_flops(run: Run) -> float:
     """FLOPs of the predict run that `data.selection` names; NaN without a selection, or where it is gone."""
+    return float(_scoring(run).get("scoring_flops", math.nan))
+
+
+def _scoring(run: Run) -> dict[str, Any]:
     for place in _places(run, str(run.config.get("data.selection") or "")):
         manifest = place / "scores.json" if place.is_dir() else place
         if run.selected and manifest.is_file() and manifest.name == "scores.json":
             with suppress(json.JSONDecodeError):
-                return float(json.loads(manifest.read_text()).get("scoring_flops", math.nan))
-    return math.nan
+                return json.loads(manifest.read_text())
+    return {}
 
 
 def _reference(runs: list[Run], students: list[Run], baseline: str | None) -> tuple[Run, list[str]]:
@@ -189,9 +208,10 @@ def _row(run: Run, method: str, teacher: Run | None, goal: Goal) -> Row:
     ce, done = run.val_ce, run.steps_done
     reached = first_reach(ce.steps, ce.values, goal.ce)
     reached_flops = math.nan if math.isnan(reached) else run.flops(reached)
-    teacher_training = math.nan if teacher is None else teacher.flops(teacher.steps_done)
-    scoring = scoring_flops(run)
-    apart = math.nan if math.isnan(teacher_training) and math.isnan(scoring) else np.nansum([teacher_training, scoring])
+    reached_s = math.nan if math.isnan(reached) else run.total("train/time_s", reached)
+    training_flops = math.nan if teacher is None else teacher.flops(teacher.steps_done)
+    training_s = math.nan if teacher is None else teacher.total("train/time_s", teacher.steps_done)
+    scoring_s = float(_scoring(run).get("scoring_s", math.nan))
     return Row(
         run=run.name,
         method=method,
@@ -207,14 +227,26 @@ def _row(run: Run, method: str, teacher: Run | None, goal: Goal) -> Row:
         reached_step=reached,
         reached_steps_share=reached / goal.steps,
         reached_flops_share=reached_flops / goal.flops,
-        reached_flops_share_with_teacher_training=float(reached_flops + apart) / goal.flops,
+        reached_flops_share_with_teacher_training=(reached_flops + _known(training_flops, scoring_flops(run)))
+        / goal.flops,
+        reached_seconds_share=reached_s / goal.seconds,
+        reached_seconds_share_with_teacher_training=(reached_s + _known(training_s, scoring_s)) / goal.seconds,
         seconds=run.total("train/time_s", done),
+        teacher_seconds=run.total("train/teacher_time_s", done),
         student_flops=run.total("train/flops_student_total", done),
         teacher_flops=run.total("train/flops_teacher_total", done),
-        teacher_training_flops=teacher_training,
-        scoring_flops=scoring,
+        teacher_training_flops=training_flops,
+        teacher_training_seconds=training_s,
+        scoring_flops=scoring_flops(run),
+        scoring_seconds=scoring_s,
         last={tag: run.last(tag) for tag in sorted(run.curves) if not tag.startswith("train/")},
     )
+
+
+def _known(*costs: float) -> float:
+    """The sum of those that are known; NaN where none is."""
+    known = [cost for cost in costs if not math.isnan(cost)]
+    return sum(known) if known else math.nan
 
 
 def _groups(students: list[Run], rows: dict[str, Row], there: dict[str, Any], seeds: list[Run]) -> list[Group]:
@@ -241,6 +273,12 @@ def _groups(students: list[Run], rows: dict[str, Row], there: dict[str, Any], se
                 difference=float(np.mean([rows[run.name].difference for run in done])) if ce else math.nan,
                 paired_differences={str(run.seed): run.last("val/ce") - by_seed[run.seed] for run in paired},
                 reached_steps_share=[rows[run.name].reached_steps_share for run in done],
+                reached_flops_share=[rows[run.name].reached_flops_share for run in done],
+                reached_flops_share_with_teacher_training=[
+                    rows[run.name].reached_flops_share_with_teacher_training for run in done
+                ],
+                reached_seconds_share=[rows[run.name].reached_seconds_share for run in done],
+                equal={},
                 changed={
                     key: (there.get(key), here.get(key))
                     for key in sorted(here.keys() | there.keys())

@@ -15,7 +15,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
-from salt_lightning.documents import Corpus, Hub, resolve
+from salt_lightning.difficulty import HeldOut, read_thirds
+from salt_lightning.documents import Corpus, Hub, each_file, resolve
 from salt_lightning.errors import ConfigError
 from salt_lightning.prepare import (
     prepare_tokenizer,
@@ -27,7 +28,7 @@ from salt_lightning.rows import Batches, EvalBatches, Loader, Order, PackedRows,
 from salt_lightning.schedule import KDScheduleCallback
 from salt_lightning.scores import Scored, Scores
 from salt_lightning.selection import KeepRule, plan, row_scores
-from salt_lightning.token_files import TokenFiles
+from salt_lightning.token_files import TokenFiles, digest
 from salt_lightning.tokenizer import load_tokenizer, tokenizer_fingerprint
 
 # What the user gave the trainer, before `setup` wrote micro-batches over it (setup may run twice).
@@ -47,6 +48,7 @@ class SALTDataModule(LightningDataModule):
         revision: str | None = None,
         text_column: str = "text",
         source_column: str | None = None,
+        source_per_file: bool = False,
         tokenizer: str = "train",
         vocab_size: int = 16384,
         block_size: int = 1024,
@@ -54,6 +56,7 @@ class SALTDataModule(LightningDataModule):
         micro_batch_size: int = 8,
         val_fraction: float = 0.01,
         val_rows: int | None = None,
+        difficulty: str | None = None,
         seed: int = 0,
         isolate_documents: bool = True,
         cache_dir: str = "cache",
@@ -76,6 +79,7 @@ class SALTDataModule(LightningDataModule):
             text_column: Field of a row that holds the text.
             source_column: Field of a row that names its source, for the validation loss by source. Without
                 it, each entry of `source` is one source.
+            source_per_file: Each file is a source, by its name, so that a folder has a validation loss by file.
             tokenizer: Folder or hub name of one; "train" makes a byte-level BPE from the training text.
             vocab_size: Size of the tokenizer to train.
             block_size: Tokens in a row.
@@ -83,6 +87,8 @@ class SALTDataModule(LightningDataModule):
             micro_batch_size: Rows that one device takes at once.
             val_fraction: Share of documents kept for validation, drawn by a hash of their text.
             val_rows: Validate on this many rows, evenly spaced, at most.
+            difficulty: Folder of a run (the teacher's) that `validate`, or `test`, has looked at with the same held-out
+                text: its loss splits the documents into an easy, a medium and a hard third (val/ce/easy ...).
             seed: Order of the training rows.
             isolate_documents: Documents in one row do not see each other: positions start anew at each.
             cache_dir: Folder for prepared text and trained tokenizers.
@@ -100,7 +106,8 @@ class SALTDataModule(LightningDataModule):
         self.source, self.val_source = _entries(source), _entries(val_source)
         self.test_source = _entries(test_source)
         self.hub = Hub(split, subset, revision)
-        self.text_column, self.source_column = text_column, source_column
+        self.text_column, self.source_column, self.source_per_file = text_column, source_column, source_per_file
+        self.difficulty = difficulty
         self.tokenizer_name, self.trained_vocab_size = tokenizer, vocab_size
         self.block_size, self.isolate_documents = block_size, isolate_documents
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
@@ -120,46 +127,25 @@ class SALTDataModule(LightningDataModule):
         self._order: Order | None = None
         self._shards: tuple[list[int], int] | None = None
         self._eval: PackedRows | None = None
+        self._thirds_D: np.ndarray | None = None
         self._train_loader: Loader | None = None
 
     def _problems(self) -> list[str]:
         """Every setting that is out of its range."""
         train = self.tokenizer_name == "train"
         share_fits = bool(self.val_source) or 0 < self.val_fraction < 1
+        one_source = not (self.source_per_file and self.source_column)
+        rows_fit = self.val_rows is None or self.val_rows >= 1
         checks = [
-            (
-                "source",
-                self.source,
-                bool(self.source),
-                "names no text; give a file, folder, glob or hub data set",
-            ),
-            (
-                "tokenizer",
-                self.tokenizer_name,
-                bool(self.tokenizer_name),
-                "must be 'train', a folder or a hub name",
-            ),
-            (
-                "vocab_size",
-                self.trained_vocab_size,
-                not train or self.trained_vocab_size >= 257,
-                "must be 257 or more",
-            ),
+            ("source", self.source, self.source, "names no text; give a file, folder, glob or hub data set"),
+            ("tokenizer", self.tokenizer_name, self.tokenizer_name, "must be 'train', a folder or a hub name"),
+            ("vocab_size", self.trained_vocab_size, not train or self.trained_vocab_size >= 257, "must be 257 or more"),
             ("block_size", self.block_size, self.block_size >= 2, "must be 2 or more"),
-            (
-                "val_fraction",
-                self.val_fraction,
-                share_fits,
-                "must lie between 0 and 1, or give --data.val_source",
-            ),
-            (
-                "val_rows",
-                self.val_rows,
-                self.val_rows is None or self.val_rows >= 1,
-                "must be 1 or more, or null",
-            ),
-            ("keep", self.keep.name, bool(self.selection) or self.keep == KeepRule(), "needs --data.selection"),
-        ]
+            ("val_fraction", self.val_fraction, share_fits, "must lie between 0 and 1, or give --data.val_source"),
+            ("val_rows", self.val_rows, rows_fit, "must be 1 or more, or null"),
+            ("keep", self.keep.name, self.selection or self.keep == KeepRule(), "needs --data.selection"),
+            ("source_per_file", True, one_source, "and --data.source_column both say what a source is; give one"),
+        ]  # fmt: skip
         at_least = {
             "global_batch_size": 1,
             "micro_batch_size": 1,
@@ -216,6 +202,7 @@ class SALTDataModule(LightningDataModule):
     def _corpus(self, setting: str) -> tuple[Corpus, float]:
         """What a source setting reads, and which share of it goes to its `val` split."""
         groups = resolve(f"--data.{setting}", getattr(self, setting), self.hub)
+        groups = each_file(groups) if self.source_per_file else groups
         fraction = 1.0 if setting != "source" else 0.0 if self.val_source else self.val_fraction
         return Corpus(f"--data.{setting}", groups, self.text_column, self.source_column), fraction
 
@@ -258,6 +245,7 @@ class SALTDataModule(LightningDataModule):
             held_out = "test_source" if test_apart else "val_source" if self.val_source else "source"
             self._eval = self._open(held_out, "val")
             self.source_names = self._eval.files.manifest["sources"]
+            self._split_by_difficulty(stage or "fit")
         if stage in (None, "fit"):
             self._order = self._plan_order()
         if stage == "fit":
@@ -325,10 +313,33 @@ class SALTDataModule(LightningDataModule):
         """Seconds so far that the training waited for its next batch."""
         return self._train_loader.wait_s if self._train_loader else 0.0
 
+    @property
+    def num_held_out_documents(self) -> int:
+        assert self._eval is not None, "setup comes first"
+        return self._eval.files.num_documents
+
+    @property
+    def held_out(self) -> HeldOut:
+        """The text that validation (or test) reads."""
+        assert self._eval is not None, "setup comes first"
+        fingerprints = self._eval.files.fingerprint, self.tokenizer_fingerprint
+        return HeldOut(*fingerprints, self.block_size, self.isolate_documents, len(self._eval_rows(self._eval)))
+
+    @property
+    def difficulty_fingerprint(self) -> str:
+        """Hash of the third of each held-out document; "none" where they are not known."""
+        return "none" if self._thirds_D is None else digest(self._thirds_D.tolist())
+
     # --- how that is done ---
 
+    def _split_by_difficulty(self, verb: str) -> None:
+        if not self.difficulty:
+            return
+        self._thirds_D, message = read_thirds(Path(self.difficulty), "--data.difficulty", self.held_out, verb)
+        rank_zero_info(message)
+
     def _eval_loader(self, packed: PackedRows, rows: np.ndarray) -> Loader:
-        batches = EvalBatches(packed, rows, self.micro_batch_size, self._place())
+        batches = EvalBatches(packed, rows, self.micro_batch_size, self._place(), self._thirds_D)
         return self._loader(batches, len(batches), lambda: 0)
 
     def _loader(self, batches: Batches, length: int, start: Callable[[], int]) -> Loader:

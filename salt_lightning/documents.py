@@ -146,6 +146,20 @@ def resolve(setting: str, entries: list[str], hub: Hub) -> tuple[Group, ...]:
     return tuple(groups)
 
 
+def each_file(groups: tuple[Group, ...]) -> tuple[Group, ...]:
+    """The same files in the same order, each a group by its own name: the shortest end of its path that no other has.
+
+    Data sets of the hub stay as they are.
+    """
+    paths = {Path(file).parts for group in groups for file in group.files}
+    depth = next(d for d in range(1, 999) if len({parts[-d:] for parts in paths}) == len(paths))
+    split: list[Group] = []
+    for group in groups:
+        names = (("/".join(Path(file).parts[-depth:]), file) for file in group.files)
+        split += [Group(name, group.kind, (file,)) for name, file in names] or [group]
+    return tuple(split)
+
+
 def _resolve_one(setting: str, entry: str, name: str, hub: Hub) -> list[Group]:
     path = os.path.abspath(os.path.expanduser(entry))
     if os.path.isdir(path):

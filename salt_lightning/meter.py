@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
 
 from salt_lightning import flops
 
@@ -28,6 +31,8 @@ class Meter:
 
     def __init__(self) -> None:
         self.time_s = 0.0  # of training, over all starts of this run
+        self.teacher_time_s = 0.0  # of it, the teacher's forward; its head is computed in the loss, and not in here
+        self._watched: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self.tokens_per_s = 0.0  # between the last two logged steps
         self.forward_flops = {"student": math.nan, "teacher": 0.0}  # per token
         self._step = 0
@@ -44,10 +49,24 @@ class Meter:
     def go_on(self) -> None:
         self._since_s += time.perf_counter() - self._paused_s
 
+    @contextmanager
+    def teacher_runs(self, on_cuda: bool) -> Iterator[None]:
+        """Counts the seconds of what is inside as the teacher's. A GPU notes them, and is asked in `read` alone."""
+        if on_cuda:
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            yield
+            end.record()
+            self._watched.append((begin, end))
+        else:
+            since_s = time.perf_counter()
+            yield
+            self.teacher_time_s += time.perf_counter() - since_s
+
     def read(
         self, step: int, step_tokens: int, kd_steps: Callable[[int], int], wait_s: float, peak: float | None
     ) -> dict[str, float]:
-        """Values as of optimizer step `step`, and opens the next stretch.
+        """Values as of optimizer step `step`, and opens the next stretch. The device has to have done that step.
 
         Args:
             step: optimizer steps done.
@@ -59,9 +78,12 @@ class Meter:
         seconds, steps = time.perf_counter() - self._since_s, step - self._step
         done, before = (self._flops(at, kd_steps(at), step_tokens) for at in (step, self._step))
         self.time_s += seconds
+        self.teacher_time_s += sum(begin.elapsed_time(end) for begin, end in self._watched) / 1000
+        self._watched.clear()
         self.tokens_per_s = steps * step_tokens / seconds
         values = {
             "time_s": self.time_s,
+            "teacher_time_s": self.teacher_time_s,
             "tokens": float(step * step_tokens),
             "tokens_per_s": self.tokens_per_s,
             "data_wait_s": wait_s - self._wait_s,

@@ -1,6 +1,6 @@
-"""Validation and test metrics: sums per source, the same for any number of batches and ranks.
+"""Validation and test metrics: sums per source and per third, the same for any number of batches and ranks.
 
-Shape suffixes: N token positions of a batch, S sources.
+Shape suffixes: N token positions of a batch, S sources, then the three thirds where there are any.
 """
 
 import math
@@ -9,6 +9,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+
+from salt_lightning.errors import ConfigError
+
+THIRDS = ("easy", "medium", "hard")
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:
@@ -20,14 +24,17 @@ class TokenMetrics(Metric):
     """Cross-entropy, next-token accuracy and bits per byte over one or more sources, weighted by token.
 
         ce            = sum_i nll_i / tokens                     nats a token
+        perplexity    = exp(ce)
         accuracy      = |{i: rank_i = 0}| / tokens
         bits_per_byte = sum_i nll_i / ln 2 / sum_i bytes_i       an EOS adds nats and no bytes
         ce/SOURCE     = ce over the tokens of SOURCE             only where there is more than one source
+        ce/THIRD      = ce over the easy, medium or hard third of the documents (difficulty.py), where they are known
 
     The states are sums, so ranks and shards merge by addition; `update` reads nothing on the host.
 
     Args:
         sources: names in the order of their numbers.
+        thirds: whether `update` is told the third of each token.
     """
 
     full_state_update = False
@@ -39,16 +46,20 @@ class TokenMetrics(Metric):
     tokens_S: Tensor
     bytes_S: Tensor
 
-    def __init__(self, sources: Sequence[str] = ("all",)) -> None:
+    def __init__(self, sources: Sequence[str] = ("all",), thirds: bool = False) -> None:
         super().__init__()
-        self.sources = tuple(sources)
-        zeros_S = torch.zeros(len(self.sources), dtype=torch.int64)
+        self.sources, self.thirds = tuple(sources), thirds
+        if thirds and (taken := sorted({*THIRDS} & {*sources})):
+            raise ConfigError(f"--data.difficulty: a source is called {taken[0]!r}, as a third would be; rename it")
+        zeros_S = torch.zeros(len(self.sources) + len(THIRDS) * thirds, dtype=torch.int64)
         self.add_state("nll_sum_S", zeros_S.double(), dist_reduce_fx="sum")
         self.add_state("correct_S", zeros_S.clone(), dist_reduce_fx="sum")
         self.add_state("tokens_S", zeros_S.clone(), dist_reduce_fx="sum")
         self.add_state("bytes_S", zeros_S.clone(), dist_reduce_fx="sum")
 
-    def update(self, nll_N: Tensor, rank_N: Tensor, sources_N: Tensor, bytes_N: Tensor) -> None:
+    def update(
+        self, nll_N: Tensor, rank_N: Tensor, sources_N: Tensor, bytes_N: Tensor, thirds_N: Tensor | None = None
+    ) -> None:
         """Add a batch.
 
         Args:
@@ -56,27 +67,33 @@ class TokenMetrics(Metric):
             rank_N: number of logits strictly above the label's; -1 marks an ignored position.
             sources_N: int64, the number of each position's source.
             bytes_N: int64, UTF-8 bytes of each position's label; 0 for special tokens.
+            thirds_N: int64, 0 easy, 1 medium, 2 hard; where the metric has thirds.
         """
         valid_N = rank_N >= 0
-        index_N = torch.where(valid_N, sources_N, 0)
-        self.nll_sum_S.index_add_(0, index_N, torch.where(valid_N, nll_N, 0).to(self.nll_sum_S.dtype))
-        self.correct_S.index_add_(0, index_N, (rank_N == 0).long())
-        self.tokens_S.index_add_(0, index_N, valid_N.long())
-        self.bytes_S.index_add_(0, index_N, torch.where(valid_N, bytes_N, 0).long())
+        groups = [sources_N] if thirds_N is None else [sources_N, thirds_N + len(self.sources)]
+        for group_N in groups:
+            index_N = torch.where(valid_N, group_N, 0)
+            self.nll_sum_S.index_add_(0, index_N, torch.where(valid_N, nll_N, 0).to(self.nll_sum_S.dtype))
+            self.correct_S.index_add_(0, index_N, (rank_N == 0).long())
+            self.tokens_S.index_add_(0, index_N, valid_N.long())
+            self.bytes_S.index_add_(0, index_N, torch.where(valid_N, bytes_N, 0).long())
 
     def compute(self) -> dict[str, Tensor]:
         """The metrics as 0-dim tensors. What has no tokens (or no bytes) to be divided by is left out."""
-        nll_sum, tokens, num_bytes = self.nll_sum_S.sum(), self.tokens_S.sum(), self.bytes_S.sum()
+        sources = slice(len(self.sources))
+        nll_sum, tokens = self.nll_sum_S[sources].sum(), self.tokens_S[sources].sum()
+        num_bytes = self.bytes_S[sources].sum()
         metrics = {}
         if tokens > 0:
             metrics["ce"] = nll_sum / tokens
-            metrics["accuracy"] = self.correct_S.sum() / tokens
+            metrics["perplexity"] = metrics["ce"].exp()
+            metrics["accuracy"] = self.correct_S[sources].sum() / tokens
         if num_bytes > 0:
             metrics["bits_per_byte"] = nll_sum / (math.log(2) * num_bytes)
-        if len(self.sources) > 1:
-            for source, nll, count in zip(self.sources, self.nll_sum_S, self.tokens_S, strict=True):
-                if count > 0:
-                    metrics[f"ce/{source}"] = nll / count
+        names = [*(self.sources if len(self.sources) > 1 else [None]), *(THIRDS if self.thirds else [])]
+        for name, nll, count in zip(names, self.nll_sum_S, self.tokens_S, strict=True):
+            if name is not None and count > 0:
+                metrics[f"ce/{name}"] = nll / count
         return metrics
 
     def _apply(self, fn: Callable, exclude_state: Sequence[str] = "") -> "TokenMetrics":

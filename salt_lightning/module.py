@@ -122,7 +122,7 @@ class SALTModule(pl.LightningModule):
             self._plan_validation()
         data = self._data
         sources = data.source_names if data is not None else ("all",)
-        self.eval_metrics = TokenMetrics(sources or ("all",))
+        self.eval_metrics = TokenMetrics(sources or ("all",), thirds=bool(getattr(data, "difficulty", None)))
 
     def _plan_validation(self) -> None:
         """An interval longer than the run becomes the run; the data module has made it micro-batches by now."""
@@ -209,19 +209,19 @@ class SALTModule(pl.LightningModule):
         ids_BT, positions_BT = batch["input_ids"], batch["positions"]
         teacher_out = None
         if self.teacher is not None:
-            with torch.no_grad():
+            with torch.no_grad(), self.meter.teacher_runs(ids_BT.is_cuda):
                 teacher_out = self.teacher(ids_BT, positions_BT)
         # Lightning divides by the accumulated micro-batches and DDP by the ranks: what is left is one division
         # by the tokens of the whole optimizer step.
         shares = self.trainer.accumulate_grad_batches * self.trainer.world_size
-        loss = partial(self._step_loss, batch["labels"].flatten(), teacher_out, batch["step_tokens"] / shares)
+        loss = partial(self.step_loss, batch["labels"].flatten(), teacher_out, batch["step_tokens"] / shares)
         out = self.student(ids_BT, positions_BT, then=loss)
         with torch.no_grad():
             self._sums += torch.stack([getattr(out, name).float() for name in SUMS])
             self._finite &= out.loss.isfinite()
         return out.loss
 
-    def _step_loss(
+    def step_loss(
         self,
         labels_N: Tensor,
         teacher_out: tuple[Tensor, Tensor, Tensor | None] | None,
@@ -230,6 +230,7 @@ class SALTModule(pl.LightningModule):
         head_VD: Tensor,
         bias_V: Tensor | None,
     ) -> Any:
+        """For the student's forward to evaluate: the loss at the weight `kd_weight`, without a teacher CE."""
         if teacher_out is None:
             return self._loss(hidden_ND, head_VD, labels_N, num_tokens=num_tokens, student_bias_V=bias_V)
         teacher_hidden_NE, teacher_head_VE, teacher_bias_V = teacher_out
@@ -327,21 +328,23 @@ class SALTModule(pl.LightningModule):
 
     # ------------------------------------------------------------ evaluation
 
-    def _eval_step(self, batch: Batch) -> None:
+    def _eval_step(self, batch: Batch) -> Batch:
         stats = partial(self._label_stats, batch["labels"].flatten())
         nll_N, rank_N = self.student(batch["input_ids"], batch["positions"], then=stats)
-        self.eval_metrics.update(nll_N, rank_N, batch["sources"].flatten(), batch["bytes"].flatten())
+        known = [batch[name].flatten() for name in ("sources", "bytes", "thirds") if name in batch]
+        self.eval_metrics.update(nll_N, rank_N, *known)
+        return {"nll": nll_N, "rank": rank_N}
 
     def _label_stats(
         self, labels_N: Tensor, hidden_ND: Tensor, head_VD: Tensor, bias_V: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         return self._token_stats(hidden_ND, head_VD, labels_N, bias_V)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._eval_step(batch)
+    def validation_step(self, batch: Batch, batch_idx: int) -> Batch:
+        return self._eval_step(batch)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._eval_step(batch)
+    def test_step(self, batch: Batch, batch_idx: int) -> Batch:
+        return self._eval_step(batch)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Batch:
         """The teacher's loss and rank of every label, B x T; -1 is the rank of a position without label."""
@@ -387,7 +390,7 @@ class SALTModule(pl.LightningModule):
         checkpoint["tokenizer"] = self._data.tokenizer_fingerprint if self._data is not None else None
         checkpoint["data"] = self._data_identity()
         checkpoint["text"] = getattr(self._data, "text", {})  # for the model card
-        checkpoint["time_s"] = self.meter.time_s
+        checkpoint["time_s"], checkpoint["teacher_time_s"] = self.meter.time_s, self.meter.teacher_time_s
         checkpoint["forward_flops"] = dict(self.meter.forward_flops)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -402,7 +405,7 @@ class SALTModule(pl.LightningModule):
         if changed:
             raise ConfigError("the checkpoint holds another student: " + ", ".join(changed[:5]))
         self._loaded_step = checkpoint["global_step"]
-        self.meter.time_s = checkpoint["time_s"]
+        self.meter.time_s, self.meter.teacher_time_s = checkpoint["time_s"], checkpoint.get("teacher_time_s", 0.0)
         self.meter.forward_flops["teacher"] = checkpoint["forward_flops"]["teacher"]
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             go_on_from(checkpoint, self.trainer.max_steps, self.trainer.accumulate_grad_batches, self._data_identity())
@@ -411,8 +414,8 @@ class SALTModule(pl.LightningModule):
 
     def _data_identity(self) -> dict[str, int | str]:
         """What decides which rows a step reads."""
-        names = ("seed", "global_batch_size", "block_size", "num_train_tokens", "selection_fingerprint")
-        return {f"--data.{name}": getattr(self._data, name, 0) for name in names}
+        names = "seed global_batch_size block_size num_train_tokens selection_fingerprint difficulty_fingerprint"
+        return {f"--data.{name}": getattr(self._data, name, 0) for name in names.split()}
 
     @property
     def _data(self) -> Any:

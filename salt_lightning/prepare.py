@@ -230,6 +230,8 @@ def _write_journal(unfinished: Unfinished, writers: dict[str, SplitWriter], writ
 def _source_ids(block: Block, ids: dict[str, int], corpus: Corpus) -> list[int]:
     of_block = [ids.setdefault(source, len(ids)) for source in block.sources]
     if len(ids) > MAX_SOURCES:
+        if corpus.source_column is None:
+            raise ConfigError(f"--data.source_per_file: more than {MAX_SOURCES} files; leave it out, or give fewer")
         raise ConfigError(
             f"--data.source_column: {corpus.source_column!r} has more than {MAX_SOURCES} values; "
             "choose a column with few"

@@ -12,6 +12,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from salt_lightning.metrics import THIRDS
+
 if TYPE_CHECKING:
     from salt_lightning.compare import Comparison, Group, Row
     from salt_lightning.runlog import Run
@@ -20,6 +22,7 @@ UNITS = ((1e21, "ZFLOP"), (1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e
 # Okabe and Ito's palette without black and yellow: told apart with any kind of colour vision.
 REFERENCE_COLOUR = "#444444"
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MOST_PARTS = 12  # columns of a table that still reads as text
 FIRST_SHOWN = 0.25  # the figure cuts off the fall of this share of the steps, which would flatten the rest
 
 
@@ -57,7 +60,9 @@ def markdown(comparison: Comparison) -> str:
         "# Comparison",
         "\n".join([reference, *(f"Note: {note}." for note in comparison.notes)]),
         _runs_table(comparison),
+        _parts_table(comparison.rows),
         _seeds_table(comparison.groups),
+        _reach_table(comparison.groups),
         _equal_table(comparison),
         _changes(comparison.groups),
     ]
@@ -84,6 +89,7 @@ def _runs_table(comparison: Comparison) -> str:
         "reaches ref. at": [step if step == "-" else f"{step} ({share})" for step, share in reached],
         "of its FLOPs": cells(".1%", lambda r: r.reached_flops_share),
         "seconds": cells(".0f", lambda r: r.seconds),
+        "teacher s": cells(".0f", lambda r: r.teacher_seconds),
         f"student {unit}": cells(".3f", lambda r: r.student_flops / scale),
         f"teacher {unit}": cells(".3f", lambda r: r.teacher_flops / scale),
     }
@@ -95,12 +101,23 @@ def _runs_table(comparison: Comparison) -> str:
 
 def _apart(row: Row, scale: float, unit: str) -> str:
     """What a run needed besides its own FLOPs, and what it comes to with that."""
-    costs = {"its teacher's own training": row.teacher_training_flops, "the scoring of its rows": row.scoring_flops}
-    known = [f"{name} {number(flops / scale, '.3f')} {unit}" for name, flops in costs.items() if not math.isnan(flops)]
+    costs = {
+        "its teacher's own training": (row.teacher_training_flops, row.teacher_training_seconds),
+        "the scoring of its rows": (row.scoring_flops, row.scoring_seconds),
+    }
+    known = [
+        f"{name} {flops / scale:.3f} {unit}" + ("" if math.isnan(seconds) else f" ({seconds:.0f} s)")
+        for name, (flops, seconds) in costs.items()
+        if not math.isnan(flops)
+    ]
     if not known:
         return ""
-    share = row.reached_flops_share_with_teacher_training
-    reached = "" if math.isnan(share) else f"; with it the reference is reached at {share:.1%} of its FLOPs"
+    shares = {
+        "FLOPs": row.reached_flops_share_with_teacher_training,
+        "seconds": row.reached_seconds_share_with_teacher_training,
+    }
+    at = " and ".join(f"{share:.1%} of its {name}" for name, share in shares.items() if not math.isnan(share))
+    reached = f"; with it the reference is reached at {at}" if at else ""
     return f"- {row.run}: apart from these took {' and '.join(known)}{reached}."
 
 
@@ -120,20 +137,71 @@ def _seeds_table(groups: list[Group]) -> str:
         "to ref.": [number(g.difference, "+.4f") for g in groups],
         "CE of each": each(".4f", lambda g: g.val_ce),
         "to ref. of its seed": each("+.4f", lambda g: g.paired_differences.values()),
-        "reaches ref. at": each(".1%", lambda g: g.reached_steps_share),
     }
     return "## Seeds\n\n" + table(columns, text=("experiment",))
 
 
+def _parts_table(rows: list[Row]) -> str:
+    """Thirds and sources, where there are few enough for a table; compare.json has them all."""
+    parts = sorted({tag for row in rows for tag in row.last if tag.startswith("val/ce/")}, key=_third_first)
+    if not parts or len(parts) > MOST_PARTS:
+        return ""
+    names = [tag.removeprefix("val/ce/") for tag in parts]
+    columns = {"run": [row.run for row in rows]}
+    columns |= {
+        name: [number(row.last.get(tag, math.nan), ".4f") for row in rows]
+        for name, tag in zip(names, parts, strict=True)
+    }
+    return "## Final validation CE by part\n\n" + table(columns, text=("run",))
+
+
+def _third_first(tag: str) -> tuple[int, str]:
+    name = tag.rpartition("/")[2]
+    return (THIRDS.index(name) if name in THIRDS else len(THIRDS)), tag
+
+
+def _mean_std(values: list[float], form: str) -> str:
+    """Mean (std); '-' where one of the values is not known: a mean of the others would say too much."""
+    if not values or any(math.isnan(value) for value in values):
+        return "-"
+    spread = f" ({np.std(values, ddof=1):{form}})" if len(values) > 1 else ""
+    return f"{np.mean(values):{form}}{spread}"
+
+
+def _reach_table(groups: list[Group]) -> str:
+    """Where the seeds reach the reference's loss: mean (std), and each."""
+    if all(group.n <= 1 for group in groups):
+        return ""
+    shares: dict[str, Callable[[Group], list[float]]] = {
+        "of its steps": lambda g: g.reached_steps_share,
+        "of its FLOPs": lambda g: g.reached_flops_share,
+        "with the teacher's training": lambda g: g.reached_flops_share_with_teacher_training,
+        "of its seconds": lambda g: g.reached_seconds_share,
+    }
+    columns = {"experiment": [group.label for group in groups]}
+    for name, share in shares.items():
+        each = [", ".join(number(value, ".1%") for value in share(group)) for group in groups]
+        means = [_mean_std(share(group), ".1%") for group in groups]
+        columns[name] = [
+            mean if group.n < 2 else f"{mean}: {own}" for group, mean, own in zip(groups, means, each, strict=True)
+        ]
+    return (
+        "## Where the seeds reach the reference's loss\n\nShares of what the reference took: mean (std): each.\n\n"
+        + table(columns, text=("experiment",))
+    )
+
+
 def _equal_table(comparison: Comparison) -> str:
     names = [row.run for row in comparison.rows if any(row.run in ce for _, ce in comparison.equal.values())]
-    columns = {"run": names}
+    if not names:
+        return ""
+    seeds = [group for group in comparison.groups if group.n > 1]
+    columns = {"run": [*names, *(f"{group.label}, n = {group.n}: mean (std)" for group in seeds)]}
     for axis, (end, ce) in comparison.equal.items():
         scale, unit = flop_unit(end) if axis == "FLOPs" else (1.0, axis)
         form = ",.3f" if axis == "FLOPs" else ",.0f"
-        columns[f"at {end / scale:{form}} {unit}"] = [number(ce.get(name), ".4f") for name in names]
-    if not names:
-        return ""
+        means = [_mean_std(group.equal[axis], ".4f") for group in seeds]
+        columns[f"at {end / scale:{form}} {unit}"] = [*(number(ce.get(name), ".4f") for name in names), *means]
     return "## Validation CE at the last point that all have reached\n\n" + table(columns, text=("run",))
 
 

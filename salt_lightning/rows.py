@@ -184,20 +184,21 @@ class PackedRows:
         }
 
     def origins(self, batch: Batch) -> Batch:
-        """UTF-8 bytes of each label token (0 where ignored), and the source of its document (-1 there)."""
+        """UTF-8 bytes of each label token (0 where ignored), its document and the source of that (-1 there)."""
         labels_BT = batch["labels"]
-        bytes_BT, sources_BT = np.zeros_like(labels_BT), np.full_like(labels_BT, -1)
+        bytes_BT, documents_BT = np.zeros_like(labels_BT), np.full_like(labels_BT, -1)
         for b, row in enumerate(batch["rows"]):
             if row == NO_ROW:
                 continue
             start = row * self.block_size
             piece = self.files.token_bytes[start + 1 : start + self.block_size + 1]
             bytes_BT[b, : len(piece)] = piece
-            documents = np.searchsorted(self.files.doc_ends, np.arange(start, start + len(piece)), side="right")
-            sources_BT[b, : len(piece)] = self.files.doc_sources[documents]
+            positions = np.arange(start, start + len(piece))
+            documents_BT[b, : len(piece)] = np.searchsorted(self.files.doc_ends, positions, side="right")
         ignored_BT = labels_BT == IGNORE
-        bytes_BT[ignored_BT], sources_BT[ignored_BT] = 0, -1
-        return {"bytes": bytes_BT, "sources": sources_BT}
+        bytes_BT[ignored_BT], documents_BT[ignored_BT] = 0, -1
+        sources_BT = np.where(documents_BT < 0, -1, self.files.doc_sources[documents_BT])
+        return {"bytes": bytes_BT, "documents": documents_BT, "sources": sources_BT.astype(np.int64)}
 
     def _ends(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Start of each row, and the range of documents that end in it: after its start, up to its stop."""
@@ -231,11 +232,21 @@ class TrainBatches(Dataset):
 
 
 class EvalBatches(Dataset):
-    """Rows in order, every world-th for this rank; all batches and ranks are alike in shape and number."""
+    """Rows in order, every world-th for this rank; all batches and ranks are alike in shape and number.
 
-    def __init__(self, packed: PackedRows, rows: np.ndarray, micro_batch: int, place: tuple[int, int]) -> None:
+    With `thirds_D`, a third for each document, batches say that of each label.
+    """
+
+    def __init__(
+        self,
+        packed: PackedRows,
+        rows: np.ndarray,
+        micro_batch: int,
+        place: tuple[int, int],
+        thirds_D: np.ndarray | None = None,
+    ) -> None:
         rank, world = place
-        self.packed = packed
+        self.packed, self.thirds_D = packed, thirds_D
         num_batches = -(-len(rows) // (micro_batch * world))
         filled = np.full(num_batches * micro_batch * world, NO_ROW, np.int64)
         filled[: len(rows)] = rows
@@ -246,7 +257,11 @@ class EvalBatches(Dataset):
 
     def __getitem__(self, index: int) -> Batch:
         batch = self.packed.build(self.rows_NB[index])
-        return {**batch, **self.packed.origins(batch)} if self.packed.files.has_bytes else batch
+        if self.packed.files.has_bytes:
+            batch |= self.packed.origins(batch)
+        if self.thirds_D is not None:
+            batch["thirds"] = np.where(batch["documents"] < 0, -1, self.thirds_D[batch["documents"]])
+        return batch
 
 
 class ShardBatches(Dataset):

@@ -16,7 +16,13 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
 from salt_lightning.errors import ConfigError
 
-CUMULATIVE = ("train/tokens", "train/time_s", "train/flops_student_total", "train/flops_teacher_total")
+CUMULATIVE = (
+    "train/tokens",
+    "train/time_s",
+    "train/teacher_time_s",
+    "train/flops_student_total",
+    "train/flops_teacher_total",
+)
 AXES = ("steps", "tokens", "FLOPs", "seconds")
 
 
@@ -59,9 +65,11 @@ class Run:
 
     @property
     def kd_steps(self) -> float:
-        """n_KD: steps with a teacher; 0 without one, infinite where it stays."""
+        """n_KD: steps with a teacher, as set or as a margin has found it; 0 without one, infinite where it stays."""
         if not self.config.get("model.teacher.path") or not self.config.get("kd.weight"):
             return 0
+        if "probe/stop_step" in self.curves:
+            return self.last("probe/stop_step")
         steps = self.config.get("kd.steps")
         return math.inf if steps is None else steps
 
@@ -75,7 +83,9 @@ class Run:
         which = f", {order} rows" if self.selected and order != "highest" else ""
         if self.kd_steps == 0:
             return f"selection without KD{which}" if self.selected else "BASELINE"
-        if self.kd_steps >= (self.max_steps or math.inf) and shape == "step":
+        if (margin := self.config.get("kd.stop_margin")) is not None:
+            shape += f", margin {margin:g}"
+        elif self.kd_steps >= (self.max_steps or math.inf) and shape == "step":
             return f"RKD on selection{which}" if self.selected else "RKD"
         return f"SALT_DS {shape}{which}" if self.selected else f"SALT {shape}"
 
@@ -177,7 +187,7 @@ def _read_curves(files: list[Path]) -> dict[str, Curve]:
                 for step in [s for s in curve if s >= event.step]:
                     del curve[step]
         for value in event.summary.value:
-            if value.tag in CUMULATIVE or value.tag.startswith(("val/", "test/")):
+            if value.tag in CUMULATIVE or value.tag.startswith(("val/", "test/", "probe/")):
                 points.setdefault(value.tag, {})[event.step] = value.simple_value
     ordered = {tag: sorted(curve.items()) for tag, curve in points.items() if curve}
     return {tag: Curve(*map(np.array, zip(*curve, strict=True))) for tag, curve in ordered.items()}

@@ -6,14 +6,16 @@ SALT, arXiv 2410.18779: loss = (1 - w) CE + w KD with w > 0 only while t < n_KD 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from salt_lightning.errors import ConfigError
+from salt_lightning.probe import Probe
 
 Shape = Literal["step", "linear", "linear_ratio", "cosine"]
 
@@ -82,36 +84,75 @@ class KDSchedule:
             return 0
         return steps_done if self.steps is None else min(steps_done, self.steps)
 
+    def stop_at(self, step: int) -> KDSchedule:
+        """The same with the ramp beginning at `step`, or where it is, if that is earlier."""
+        steps = step + self.anneal_steps
+        return self if self.steps is not None and self.steps <= steps else replace(self, steps=steps)
+
+
+def trained_schedule(checkpoint: dict[str, Any]) -> KDSchedule | None:
+    """The schedule behind a checkpoint's weights, its boundary where the run has found one; None: trained without."""
+    saved = checkpoint.get("kd_schedule")
+    if saved is None:
+        return None
+    planned = KDSchedule(**{field.name: saved[field.name] for field in fields(KDSchedule)})
+    stop_step = checkpoint.get("kd_stop_step")
+    return planned if stop_step is None else replace(planned, steps=stop_step)
+
 
 class KDScheduleCallback(pl.Callback):
-    """Sets the KD weight before each batch and lets the teacher go at the boundary.
+    """Sets the KD weight before each batch, lets the teacher go at the boundary, and looks at both models meanwhile.
 
-    Holds the schedule and no mutable state: the weight follows from trainer.global_step, so accumulation, resume
-    and the number of ranks cannot change it. The schedule goes into the checkpoint; resuming under another
-    one is refused unless `allow_change`.
+    The weight follows from the schedule and trainer.global_step, so accumulation, resume and the number of ranks cannot
+    change it. The schedule goes into the checkpoint; resuming under another one is refused unless `allow_change`. The
+    only thing a run finds out is `stop_step`, where there is a `stop_margin`: one integer, in the checkpoint too.
+
+    At each validation while the teacher is there, probe/gap and probe/student_better are logged (probe.py).
 
     Args:
         weight: KD weight before the ramp (omega), 0..1; 0 trains BASELINE and loads no teacher.
         steps: Optimizer steps with a teacher (n_KD); from this step on the weight is 0. null = the whole run (RKD).
         anneal_steps: Length of the ramp at the end of those steps; 0 for shape step.
         shape: How the weight falls: step, linear, linear_ratio or cosine.
+        stop_margin: End KD (begin the ramp) at the first validation where the student's CE is at most this many nats
+            above the teacher's on the same held-out rows; `steps` is the latest end. null: at `steps` alone.
+        min_steps: Validations before this step end nothing.
+        probe_gradients: Also log probe/grad_cosine, the cosine between the gradients of CE and KD.
         allow_change: Go on from a checkpoint that was trained under another schedule.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the constructor is the command line
         self,
         weight: float = 0.667,
         steps: int | None = None,
         anneal_steps: int = 0,
         shape: Shape = "step",
+        stop_margin: float | None = None,
+        min_steps: int = 0,
+        probe_gradients: bool = False,
         allow_change: bool = False,
     ) -> None:
-        self.schedule = KDSchedule(weight, steps, anneal_steps, shape)
-        self.allow_change = allow_change
+        self.planned = KDSchedule(weight, steps, anneal_steps, shape)
+        if stop_margin is None and min_steps:
+            raise ConfigError(f"--kd.min_steps {min_steps} needs --kd.stop_margin")
+        if min_steps < 0 or (steps is not None and min_steps >= steps > 0):
+            raise ConfigError(f"--kd.min_steps {min_steps} must lie in 0..{'' if steps is None else steps - 1}")
+        self.stop_margin, self.min_steps, self.allow_change = stop_margin, min_steps, allow_change
+        self._probe = Probe(probe_gradients)
+        self._stop(None)
+
+    def _stop(self, stop_step: int | None) -> None:
+        self.stop_step = stop_step
+        self.schedule = self.planned if stop_step is None else replace(self.planned, steps=stop_step)
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        return {**asdict(self.planned), "stop_margin": self.stop_margin, "min_steps": self.min_steps}
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         if stage != "fit":
             return
+        self._stop(None)
         steps, max_steps = self.schedule.steps, trainer.max_steps
         if self.schedule.weight > 0 and steps is not None and 0 < max_steps < steps:
             short = max(1, max_steps // 5)
@@ -126,6 +167,27 @@ class KDScheduleCallback(pl.Callback):
                 f"--kd.weight {self.schedule.weight} needs a teacher: set --model.teacher.path to a checkpoint, a "
                 "Hugging Face folder or a hub name, or --kd.weight 0 for BASELINE"
             )
+        if self.schedule.kd_steps(1):
+            self._check_probe(trainer)
+
+    def _check_probe(self, trainer: pl.Trainer) -> None:
+        if self._probe.gradients and isinstance(trainer.strategy, FSDPStrategy):
+            raise ConfigError("--kd.probe_gradients true: not with FSDP1; use --config configs/fsdp.yaml, or ddp")
+        if self.stop_margin is None:
+            return
+        name, last = f"--kd.stop_margin {self.stop_margin}", self.schedule.steps or trainer.max_steps
+        if getattr(trainer.datamodule, "selection", None):  # type: ignore[attr-defined]
+            raise ConfigError(
+                f"{name} does not go with --data.selection: which rows phase 1 reads is settled before it begins, by "
+                "the --kd.steps that it has. Set one of them to null"
+            )
+        every = trainer.val_check_interval  # micro-batches by now, or a share of the run
+        first = every // trainer.accumulate_grad_batches if isinstance(every, int) else trainer.max_steps
+        if trainer.limit_val_batches == 0 or first >= last:
+            raise ConfigError(
+                f"{name}: no validation lies before step {last}, where the teacher leaves anyway; set "
+                "--trainer.val_check_interval to fewer steps"
+            )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         # Here, not earlier: global_step is restored by now, so a resume in phase 2 never loads the teacher.
@@ -136,18 +198,52 @@ class KDScheduleCallback(pl.Callback):
         pl_module.kd_weight.fill_(self.schedule(trainer.global_step))  # in place: a new float would recompile
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._let_go(trainer, pl_module)
+
+    def _let_go(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if pl_module.teacher is not None and self.schedule(trainer.global_step) == 0.0:
+            self._probe.forget()
             held_bytes = pl_module.release_teacher()
             rank_zero_info(f"step {trainer.global_step}: the teacher has left, {held_bytes / 2**30:.3g} GiB returned")
 
+    def on_validation_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if pl_module.teacher is not None:
+            self._probe.add(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Before RunCheckpoint's: what is found here belongs to this step's checkpoint."""
+        values, step = self._probe.read(trainer, pl_module), trainer.global_step
+        if not values:
+            return
+        if self.stop_margin is not None and self.stop_step is None:
+            close = values["probe/gap"] <= self.stop_margin and step >= self.min_steps
+            found = self.planned.stop_at(step) if trainer.strategy.broadcast(close) else self.planned
+            if found != self.planned:
+                self._stop(found.steps)
+                values["probe/stop_step"] = float(found.steps or 0)
+                rank_zero_info(
+                    f"step {step}: the student's CE is {values['probe/gap']:.4f} above the teacher's, within "
+                    f"--kd.stop_margin {self.stop_margin}: KD ends at step {found.steps}"
+                )
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=step)
+        self._let_go(trainer, pl_module)
+
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        checkpoint["kd_schedule"] = asdict(self.schedule)
+        checkpoint["kd_schedule"], checkpoint["kd_stop_step"] = self._settings, self.stop_step
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        saved, now = checkpoint.get("kd_schedule"), asdict(self.schedule)
-        if trainer.state.fn != TrainerFn.FITTING or saved is None or saved == now:
+        if trainer.state.fn != TrainerFn.FITTING or checkpoint.get("kd_schedule") is None:
             return
-        changed = ", ".join(f"--kd.{k} {now[k]} (checkpoint: {saved.get(k)})" for k in now if now[k] != saved.get(k))
+        saved = {"stop_margin": None, "min_steps": 0, **checkpoint["kd_schedule"]}
+        changed = ", ".join(
+            f"--kd.{key} {now} (checkpoint: {saved[key]})" for key, now in self._settings.items() if now != saved[key]
+        )
+        if not changed:
+            self._stop(checkpoint.get("kd_stop_step"))
+            return
         if not self.allow_change:
             raise ConfigError(
                 f"the KD schedule differs from the checkpoint's: {changed}. Use the checkpoint's, "

@@ -111,6 +111,11 @@ class Scores:
         _write_text(run / "scores.json", json.dumps(manifest, indent=1))
         return cls(run, "--run")
 
+    def note(self, **more: Any) -> None:
+        """Add to the manifest, for people and `compare` to read."""
+        self.manifest |= more
+        _write_text(self.run / "scores.json", json.dumps(self.manifest, indent=1))
+
     @property
     def identity(self) -> bytes:
         """What a file of these scores carries, to be known again."""

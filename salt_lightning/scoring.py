@@ -175,6 +175,9 @@ class ScoreWriter(pl.Callback):
             )
         pl_module.release_teacher()
         if trainer.is_global_zero:
+            if self._num_tokens:  # of all rows at the speed of this start, whatever kills have cost
+                scored = self.scores.scored
+                self.scores.note(scoring_s=scored.num_rows * scored.block_size / (speed * trainer.world_size))
             data = trainer.datamodule  # type: ignore[attr-defined]
             files = score_report.write(self.scores, data.keep, data.decode_row)
             rank_zero_info(f"report: {', '.join(map(str, files))}")

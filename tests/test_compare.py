@@ -2,7 +2,9 @@
 
 import json
 import math
+import re
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -54,6 +56,7 @@ def write_run(path, ce, steps=STEPS, log_every=10, student=10, **config):
         for step in range(log_every, steps + 1, log_every):
             writer.add_scalar("train/tokens", 2 * step, step)
             writer.add_scalar("train/time_s", 0.5 * step, step)
+            writer.add_scalar("train/teacher_time_s", 0.125 * min(step, taught), step)
             writer.add_scalar("train/flops_student_total", student * step, step)
             if step <= taught:
                 writer.add_scalar("train/flops_teacher_total", 5 * step, step)
@@ -223,6 +226,15 @@ def test_seeds_of_one_experiment_are_a_group(tmp_path):
     assert salt.paired_differences == {"0": -0.25, "1": -0.359375, "2": -0.4375}
     # 4.125 is reached after 200 at (4.25 + shift^2 - 4.125) / 0.5 of 100 steps
     assert salt.reached_steps_share == pytest.approx([225 / 300, 228.125 / 300, 237.5 / 300])
+    # 5 teacher FLOPs in each of 60 steps, 10 of the student in each step; the reference took 3000
+    reached_flops = [(step * 10 + 300) / 3000 for step in (225, 228.125, 237.5)]
+    assert salt.reached_flops_share == pytest.approx(reached_flops)
+    assert salt.reached_seconds_share == pytest.approx(salt.reached_steps_share)  # half a second each
+    assert all(math.isnan(share) for share in salt.reached_flops_share_with_teacher_training)  # not among the runs
+    assert salt.equal["steps"] == salt.equal["tokens"] == salt.equal["seconds"] == salt.val_ce
+    # all have 3000 FLOPs after step 270 (SALT) or 300 (BASELINE)
+    assert baseline.equal["FLOPs"] == baseline.val_ce
+    assert salt.equal["FLOPs"] == pytest.approx([3.9, 3.9 + 1 / 64, 3.9 + 1 / 16])
     assert (single.n, single.runs) == (1, ["other"])
     assert math.isnan(single.std)
     assert single.changed["kd.weight"] == (0.0, 0.25)
@@ -231,6 +243,34 @@ def test_seeds_of_one_experiment_are_a_group(tmp_path):
     assert "1 (no spread)" in text
     assert "4.0000 to 4.2500" in text
     assert "4.0000, 4.1250, 4.2500" in text
+    shares = [100 * share for share in salt.reached_steps_share]
+    each = ", ".join(f"{share:.1f}%" for share in shares)
+    assert f"{statistics.mean(shares):.1f}% ({statistics.stdev(shares):.1f}%): {each}" in text
+    assert f"{statistics.mean(salt.val_ce):.4f} ({statistics.stdev(salt.val_ce):.4f})" in text
+
+
+def test_parts_are_shown_thirds_first(tmp_path):
+    paths = [write_run(tmp_path / name, BASELINE) for name in ("one", "two")]
+    with SummaryWriter(str(paths[0])) as writer:
+        for number, part in enumerate(("hard", "books", "easy", "medium")):
+            writer.add_scalar(f"val/ce/{part}", 4.0 + number, 300)
+    text = report.markdown(evaluate(load(paths)))
+    assert re.search(
+        r"run +\| +easy \| +medium \| +hard \| +books \|\n.*\n\| one \| 6.0000 \| 7.0000 \| 4.0000 \| 5", text
+    )
+    assert "| two |      - |" in text
+
+
+def test_a_boundary_found_by_a_margin_is_where_the_teacher_left(tmp_path):
+    own = {"teacher": "t", "weight": 0.5, "kd_steps": 200, "kd.stop_margin": 0.05}
+    paths = [write_run(tmp_path / "baseline", BASELINE), write_run(tmp_path / "salt", SALT, log_every=70, **own)]
+    run = read_run(paths[1], "salt")
+    assert (run.kd_steps, run.method) == (200, "SALT step, margin 0.05")  # none found: the maximum
+    with SummaryWriter(str(paths[1])) as writer:
+        writer.add_scalar("probe/stop_step", 75, 75)
+    run = read_run(paths[1], "salt")
+    assert (run.kd_steps, run.method) == (75, "SALT step, margin 0.05")
+    assert replace(run, config={**run.config, "kd.steps": None}).method == "SALT step, margin 0.05"
 
 
 def test_the_reference_is_the_mean_of_its_finished_seeds(tmp_path):
@@ -269,15 +309,21 @@ def test_the_teachers_own_training_stands_apart(tmp_path, monkeypatch):
     assert rows["teacher"].method == "TEACHER"
     assert rows["salt"].teacher_training_flops == 1200
     assert rows["salt"].reached_flops_share_with_teacher_training == (2500 + 300 + 1200) / 3000
+    assert (rows["salt"].teacher_seconds, rows["salt"].teacher_training_seconds) == (7.5, 150)
+    assert rows["baseline"].teacher_seconds == 0
+    assert rows["salt"].reached_seconds_share == 125 / 150
+    assert rows["salt"].reached_seconds_share_with_teacher_training == (125 + 150) / 150
     assert [group.label for group in comparison.groups] == ["BASELINE", "SALT step"]
     assert "teacher" not in comparison.equal["steps"][1]
-    assert "with it the reference is reached at 133.3% of its FLOPs" in report.markdown(comparison)
+    text = report.markdown(comparison)
+    assert "its teacher's own training 1200.000 FLOP (150 s)" in text
+    assert "with it the reference is reached at 133.3% of its FLOPs and 183.3% of its seconds" in text
 
 
 def test_the_scoring_of_a_selection_stands_apart(tmp_path):
     runs = tmp_path / "runs"
     (runs / "score").mkdir(parents=True)
-    (runs / "score" / "scores.json").write_text('{"scoring_flops": 400.0}')
+    (runs / "score" / "scores.json").write_text('{"scoring_flops": 400.0, "scoring_s": 20.0}')
     shared = {"teacher": "runs/teacher/checkpoints/last.ckpt", "weight": 0.5, "kd_steps": 60}
     paths = [write_run(runs / "baseline", BASELINE), write_run(runs / "teacher", {300: 5.0}, student=4)]
     for name, selection in (("ds", "runs/score"), ("same", "runs/score/scores.json"), ("gone", "runs/lost")):
@@ -290,8 +336,11 @@ def test_the_scoring_of_a_selection_stands_apart(tmp_path):
         assert math.isnan(rows["baseline"].scoring_flops)
         training = 1200 if with_teacher else 0
         assert rows["ds"].reached_flops_share_with_teacher_training == (2500 + 300 + training + 400) / 3000
+        assert rows["ds"].scoring_seconds == 20
+        training_s = 150 if with_teacher else 0
+        assert rows["ds"].reached_seconds_share_with_teacher_training == (125 + training_s + 20) / 150
         text = report.markdown(comparison)
-        assert "the scoring of its rows 400.000 FLOP; with it" in text
+        assert "the scoring of its rows 400.000 FLOP (20 s); with it" in text
         assert ("- gone: apart" in text) == with_teacher
 
 

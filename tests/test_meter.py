@@ -53,6 +53,30 @@ def test_validation_is_not_counted(clock):
     assert meter.time_s == 4.0
 
 
+def test_the_teachers_seconds_are_those_of_its_forward(clock):
+    meter = Meter()
+    meter.start(0, wait_s=0.0)
+    for _ in range(2):
+        with meter.teacher_runs(on_cuda=False):
+            clock(0.5)
+        clock(2.0)
+    values = meter.read(2, 100, taught, wait_s=0.0, peak=None)
+    assert (values["time_s"], values["teacher_time_s"]) == (5.0, 1.0)
+    clock(1.0)
+    meter._watched = [(Event(100.0), Event(150.0)), (Event(200.0), Event(450.0))]  # milliseconds, as a GPU notes them
+    assert meter.read(3, 100, taught, wait_s=0.0, peak=None)["teacher_time_s"] == 1.3
+    clock(1.0)
+    assert meter.read(4, 100, taught, wait_s=0.0, peak=None)["teacher_time_s"] == 1.3
+
+
+class Event:
+    def __init__(self, at_ms):
+        self.at_ms = at_ms
+
+    def elapsed_time(self, end):
+        return end.at_ms - self.at_ms
+
+
 def test_mfu_is_that_of_the_stretch_and_the_totals_are_of_the_run(clock):
     meter = Meter()
     meter.forward_flops = {"student": 2.0, "teacher": 1.0}

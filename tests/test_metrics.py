@@ -36,6 +36,7 @@ def reference(tokens):
     metrics = {}
     if counted:
         metrics["ce"] = nats / len(counted)
+        metrics["perplexity"] = math.exp(nats / len(counted))
         metrics["accuracy"] = sum(t[1] == 0 for t in counted) / len(counted)
     if num_bytes:
         metrics["bits_per_byte"] = nats / math.log(2) / num_bytes
@@ -70,16 +71,18 @@ def test_by_hand_with_eos_and_an_ignored_position():
     metric = TokenMetrics()
     # "ab" (2 bytes, ln 2 nats), EOS (0 bytes, 3 ln 2 nats), an ignored position with rubbish in it
     update(metric, [(math.log(2), 0, 0, 2), (3 * math.log(2), 4, 0, 0), (math.nan, -1, 0, 99)])
-    assert values(metric) == pytest.approx({"ce": 2 * math.log(2), "accuracy": 0.5, "bits_per_byte": 2.0})
+    assert values(metric) == pytest.approx(
+        {"ce": 2 * math.log(2), "perplexity": 4.0, "accuracy": 0.5, "bits_per_byte": 2.0}
+    )
 
 
 def test_sources_appear_only_where_there_are_several_and_have_tokens():
     metric = TokenMetrics(("only",))
     update(metric, [(1.0, 0, 0, 1)])
-    assert set(values(metric)) == {"ce", "accuracy", "bits_per_byte"}
+    assert set(values(metric)) == {"ce", "perplexity", "accuracy", "bits_per_byte"}
     metric = TokenMetrics(("full", "empty"))
     update(metric, [(1.0, 0, 0, 1), (9.0, -1, 1, 1)])
-    assert set(values(metric)) == {"ce", "accuracy", "bits_per_byte", "ce/full"}
+    assert set(values(metric)) == {"ce", "perplexity", "accuracy", "bits_per_byte", "ce/full"}
 
 
 def test_an_ignored_position_needs_no_valid_source():

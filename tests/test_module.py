@@ -202,7 +202,7 @@ def test_what_is_logged(settings, teacher, tmp_path):
            "model.teacher_temperature": 2.0, "data.micro_batch_size": 4}  # fmt: skip
     assert cli.main(["fit", *arguments(settings, own)]) == 0
     values = scalars(tmp_path / "run")
-    always = "loss ce kd_weight grad_norm lr tokens tokens_per_s data_wait_s time_s flops_student_total"
+    always = "loss ce kd_weight grad_norm lr tokens tokens_per_s data_wait_s time_s teacher_time_s flops_student_total"
     always += " flops_teacher_total"
     while_taught = "kd kl teacher_ce teacher_entropy agreement gap"
     assert {f"train/{name}" for name in (always + " " + while_taught).split()} == {t for t in values if "train/" in t}
@@ -210,7 +210,7 @@ def test_what_is_logged(settings, teacher, tmp_path):
         assert sorted(values[f"train/{name}"]) == list(range(1, 13)), name
     for name in while_taught.split():
         assert sorted(values[f"train/{name}"]) == list(range(1, 7)), name
-    assert {t for t in values if "val/" in t} == {"val/ce", "val/accuracy", "val/bits_per_byte"}
+    assert {t for t in values if "val/" in t} == {"val/ce", "val/perplexity", "val/accuracy", "val/bits_per_byte"}
     v = {tag.removeprefix("train/"): steps for tag, steps in values.items()}
     for step in range(1, 7):
         assert v["loss"][step] == pytest.approx(0.4 * v["ce"][step] + 0.6 * v["kd"][step], rel=1e-6)
@@ -330,7 +330,7 @@ def test_the_teacher_builds_no_graph_and_stays_in_eval(train, teacher):
                 pl_module.teacher.requires_grad_(True)  # even so
 
     module = train(teacher, KDScheduleCallback(0.5), 2, Watch())
-    assert seen == [(False, False)] * 2
+    assert seen == [(False, False)] * (2 + 4)  # two steps, and the four batches of the validation after them
     assert all(p.grad is None for p in module.teacher.parameters())
 
 

@@ -16,7 +16,12 @@ from lightning.pytorch.callbacks import Callback
 
 from salt_lightning import cli
 
-CLOCK = {"train/time_s", "train/tokens_per_s", "train/data_wait_s"}  # what may differ between two equal runs
+CLOCK = {
+    "train/time_s",
+    "train/teacher_time_s",
+    "train/tokens_per_s",
+    "train/data_wait_s",
+}  # what may differ between two equal runs
 RAMP = {"kd.weight": 0.667, "kd.steps": 8, "kd.anneal_steps": 4, "kd.shape": "linear"}  # phase 1 ends at 8 of 12
 
 

@@ -1,0 +1,120 @@
+"""What says when the teacher stops helping: student and teacher side by side on the held-out rows of a validation.
+
+    probe/gap             CE of the student - CE of the teacher (at temperature 1), nats a token, all held-out rows
+    probe/student_better  share of their tokens where the student's nll is below the teacher's
+    probe/grad_cosine     cosine between the gradients of CE and KD over the student's weights (optional), on the first
+                          held-out rows, as many as an optimizer step takes
+
+The teacher is frozen, so it reads the held-out rows once and its nll is kept: 4 bytes a token. Nothing here touches a
+weight, a gradient under accumulation, or a random number. Shapes: N token positions of a batch.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from salt_lightning.metrics import sum_dtype
+
+Gradients = list[Tensor | None]
+
+
+class Probe:
+    """Gathers one validation; `read` gives its values and makes room for the next.
+
+    Args:
+        gradients: whether to look at the gradients too: two more forwards and backwards of an optimizer step, and the
+            memory of two more gradients.
+    """
+
+    def __init__(self, gradients: bool) -> None:
+        self.gradients = gradients
+        self._teacher_nll: dict[int, Tensor] = {}  # of each batch of a validation
+        self._begin()
+
+    def _begin(self) -> None:
+        self._sums: Tensor | None = None
+        self._ce: Gradients = []
+        self._kd: Gradients = []
+
+    def forget(self) -> None:
+        """The teacher has gone."""
+        self._teacher_nll.clear()
+        self._begin()
+
+    def add(self, trainer: pl.Trainer, module: Any, student: dict[str, Tensor], batch: Any, batch_idx: int) -> None:
+        """Add a batch of the validation, `student` being the nll and rank of its labels by the student."""
+        if batch_idx not in self._teacher_nll:
+            with trainer.precision_plugin.val_step_context():
+                self._teacher_nll[batch_idx] = module.predict_step(batch, batch_idx)["nll"].flatten()
+        student_N, teacher_N, valid_N = student["nll"], self._teacher_nll[batch_idx], student["rank"] >= 0
+        each_4N = torch.stack([student_N, teacher_N, student_N < teacher_N, torch.ones_like(student_N)])
+        sums = torch.where(valid_N, each_4N, 0).sum(1, dtype=sum_dtype(student_N.device))
+        self._sums = sums if self._sums is None else self._sums + sums
+        # So many batches hold as many rows as an optimizer step, and with other ranks the same ones.
+        if self.gradients and batch_idx < trainer.accumulate_grad_batches:
+            self._add_gradients(trainer, module, batch)
+
+    def read(self, trainer: pl.Trainer, module: Any) -> dict[str, float]:
+        """The values, over all ranks; empty where no batch was added. Collective."""
+        if self._sums is None:
+            return {}
+        ce, teacher_ce, better, tokens = _over_ranks(trainer, self._sums)
+        values = {"gap": (ce - teacher_ce) / max(tokens, 1), "student_better": better / max(tokens, 1)}
+        if self.gradients:
+            values["grad_cosine"] = _cosine(trainer, self._ce, self._kd)
+        self._begin()
+        return {f"probe/{name}": value for name, value in values.items()}
+
+    def _add_gradients(self, trainer: pl.Trainer, module: Any, batch: Any) -> None:
+        # The optimizer's: those of the module are whole at times, where they are sharded.
+        weights = [p for group in trainer.optimizers[0].param_groups for p in group["params"]]
+        kd_weight = module.kd_weight.clone()
+        with torch.inference_mode(False), trainer.precision_plugin.train_step_context():
+            batch = {name: tensor.clone() for name, tensor in batch.items()}  # made in inference mode
+            ids_BT, positions_BT = batch["input_ids"], batch["positions"]
+            with torch.no_grad():
+                teacher_out = module.teacher(ids_BT, positions_BT)
+            num_tokens = torch.full_like(kd_weight, ids_BT.numel())  # the cosine knows no scale
+            module.kd_weight.fill_(1.0)
+            for gradients, taught_by in ((self._ce, None), (self._kd, teacher_out)):
+                with torch.enable_grad():
+                    loss = partial(module.step_loss, batch["labels"].flatten(), taught_by, num_tokens)
+                    _backward(module.student(ids_BT, positions_BT, then=loss).loss, weights, gradients)
+            module.kd_weight.copy_(kd_weight)
+
+
+def _backward(loss: Tensor, weights: list[Tensor], gradients: Gradients) -> None:
+    """Adds the gradient of `loss` to `gradients` and leaves those of the weights as they are."""
+    kept = [p.grad for p in weights]
+    for p, gradient in zip(weights, gradients or [None] * len(weights), strict=True):
+        p.grad = gradient
+    loss.backward()
+    gradients[:] = [p.grad for p in weights]
+    for p, gradient in zip(weights, kept, strict=True):
+        p.grad = gradient
+
+
+def _cosine(trainer: pl.Trainer, ce: Gradients, kd: Gradients) -> float:
+    products = torch.zeros(3, dtype=torch.float64, device=trainer.strategy.root_device)
+    for pair in zip(ce, kd, strict=True):
+        a, b = (g.to_local() if isinstance(g, DTensor) else g for g in pair)
+        if a is None or b is None:
+            continue
+        if isinstance(trainer.strategy, DDPStrategy):  # its own reduction waits for a forward through its wrapper
+            dist.all_reduce(a)
+            dist.all_reduce(b)
+        products += torch.stack([(x * y).sum(dtype=torch.float64) for x, y in ((a, b), (a, a), (b, b))])
+    dot, ce_square, kd_square = _over_ranks(trainer, products)  # of shards; of whole gradients so many times each
+    return dot / (ce_square * kd_square) ** 0.5 if ce_square * kd_square > 0 else 0.0
+
+
+def _over_ranks(trainer: pl.Trainer, sums: Tensor) -> list[float]:
+    return (trainer.strategy.reduce(sums, reduce_op="sum") if trainer.world_size > 1 else sums).tolist()

@@ -1,0 +1,162 @@
+"""Student and teacher side by side while training, against full logits in float64, and the boundary found by that."""
+
+import copy
+import itertools
+import signal
+
+import pytest
+import torch
+from conftest import StopAt, arguments, scalars, weights
+from lightning.pytorch.callbacks import Callback
+from reference import log_softmax
+
+from salt_lightning import cli
+from salt_lightning.models import read_checkpoint
+from salt_lightning.schedule import KDSchedule, trained_schedule
+
+KD = {"kd.weight": 0.667, "kd.steps": 10, "trainer.val_check_interval": 2, "data.micro_batch_size": 4}
+
+
+class Look(Callback):
+    """Both models and the held-out rows at the first validation, before anything is computed of them."""
+
+    def on_validation_start(self, trainer, pl_module):
+        if not hasattr(self, "student"):
+            self.student = copy.deepcopy(pl_module.student).double()
+            self.teacher = copy.deepcopy(pl_module.teacher).double()
+            self.batches = list(trainer.datamodule.val_dataloader())
+            self.accumulate = trainer.accumulate_grad_batches
+
+
+def full_logits(model, batch):
+    hidden_ND, head_VD, _ = model(batch["input_ids"], batch["positions"])
+    return hidden_ND @ head_VD.T
+
+
+def test_values_are_those_of_full_logits_in_float64(fit_with, teacher, tmp_path):
+    look = Look()
+    own = {**KD, "model.teacher.path": teacher, "kd.probe_gradients": True, "model.teacher_temperature": 2.0}
+    assert fit_with(tmp_path / "run", look, **own) == 0
+    with torch.inference_mode(False), torch.enable_grad():
+        student = look.student.eval().requires_grad_(True)
+        gap = better = tokens = 0
+        ce = kd = torch.zeros((), dtype=torch.float64)
+        for number, batch in enumerate(look.batches):
+            labels_N = batch["labels"].flatten()
+            valid_N = labels_N != -100
+            log_p, teacher_logits = log_softmax(full_logits(student, batch)), full_logits(look.teacher, batch).detach()
+            nll, teacher_nll = (
+                -x[valid_N].gather(1, labels_N[valid_N, None]) for x in (log_p, log_softmax(teacher_logits))
+            )
+            gap += (nll - teacher_nll).sum().item()
+            better += (nll < teacher_nll).sum().item()
+            tokens += valid_N.sum().item()
+            if number < look.accumulate:  # rows of one optimizer step
+                ce = ce + nll.sum()
+                kd = kd - (torch.softmax(teacher_logits / 2.0, 1) * log_p)[valid_N].sum()
+        ce_grads, kd_grads = (
+            torch.cat([g.flatten() for g in torch.autograd.grad(loss, student.parameters(), retain_graph=True)])
+            for loss in (ce, kd)
+        )
+    logged = scalars(tmp_path / "run", ("probe/", "val/"))
+    assert look.accumulate == 2
+    assert logged["probe/gap"][2] == pytest.approx(gap / tokens, abs=1e-6)
+    assert logged["probe/student_better"][2] == pytest.approx(better / tokens, abs=1.5 / tokens)
+    cosine = torch.nn.functional.cosine_similarity(ce_grads, kd_grads, dim=0).item()
+    assert logged["probe/grad_cosine"][2] == pytest.approx(cosine, abs=1e-5)
+    assert 0 < cosine < 0.9999
+    for tag in ("probe/gap", "probe/student_better", "probe/grad_cosine"):
+        assert sorted(logged[tag]) == [2, 4, 6, 8], tag  # as long as the teacher is there
+
+
+def test_probes_change_nothing(fit_with, teacher, tmp_path):
+    """Accumulation and dropout: neither gradients, nor random numbers, nor weights; and a resume is as it was."""
+    own = {**KD, "model.teacher.path": teacher, "model.student.family": "gpt2",
+           "model.student.config": {"n_embd": 32, "n_layer": 2, "n_head": 4}}  # fmt: skip
+    assert fit_with(tmp_path / "without", **own) == 0
+    own["kd.probe_gradients"] = True
+    assert fit_with(tmp_path / "with", **own) == 0
+    assert fit_with(tmp_path / "broken", StopAt(5), **own) == 128 + signal.SIGTERM
+    assert fit_with(tmp_path / "broken", **own, ckpt_path="last") == 0
+    last = "checkpoints/step-00000012.ckpt"
+    for name, tensor in weights(tmp_path / "with" / last).items():
+        assert torch.equal(tensor, weights(tmp_path / "without" / last)[name]), name
+        assert torch.equal(tensor, weights(tmp_path / "broken" / last)[name]), name
+    probes = [scalars(tmp_path / run, ("probe/",)) for run in ("with", "broken")]
+    assert probes[0] == probes[1]
+
+
+@pytest.mark.parametrize("anneal", [0, 3])
+def test_the_boundary_is_found_and_every_resume_agrees(fit_with, teacher, tmp_path, anneal):
+    """A margin that the second validation (step 4) meets: the schedule from then on is that of a run told so."""
+    ramp = {"kd.anneal_steps": anneal, "kd.shape": "linear"} if anneal else {}
+    own = {**KD, "model.teacher.path": teacher, **ramp}
+    assert fit_with(tmp_path / "plain", **own) == 0
+    gaps = scalars(tmp_path / "plain", ("probe/",))["probe/gap"]
+    assert gaps[2] > gaps[4]  # the premise
+    found = {**own, "kd.stop_margin": (gaps[2] + gaps[4]) / 2}
+    assert fit_with(tmp_path / "found", **found) == 0
+    stop = 4 + anneal
+    assert scalars(tmp_path / "found", ("probe/",))["probe/stop_step"] == {4: stop}
+    assert fit_with(tmp_path / "told", **{**own, "kd.steps": stop}) == 0
+    for number, step in enumerate([2, 4, 5, 9]):  # before, at, right after and long after
+        resumed = {"ckpt_path": "last"} if number else {}
+        assert fit_with(tmp_path / "broken", StopAt(step), **found, **resumed) == 128 + signal.SIGTERM
+    assert fit_with(tmp_path / "broken", **found, ckpt_path="last") == 0
+    last = "checkpoints/step-00000012.ckpt"
+    expected = weights(tmp_path / "told" / last)
+    for run in ("found", "broken"):
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(tmp_path / run / last).items()), run
+        for tag in ("train/loss", "train/kd_weight", "train/kd", "train/flops_teacher_total", "val/ce"):
+            assert scalars(tmp_path / run)[tag] == scalars(tmp_path / "told")[tag], (run, tag)
+    assert (tmp_path / f"found/checkpoints/step-{stop:08d}.ckpt").exists()
+    checkpoint = read_checkpoint(str(tmp_path / "found" / last), "x")
+    assert (checkpoint["kd_stop_step"], checkpoint["kd_schedule"]["steps"]) == (stop, 10)
+    shape = {"anneal_steps": anneal, "shape": "linear" if anneal else "step"}
+    assert trained_schedule(checkpoint) == KDSchedule(0.667, stop, **shape)
+    assert fit_with(tmp_path / "found", **{**found, "kd.stop_margin": 9.0}, ckpt_path="last") == 2  # another schedule
+
+
+def test_min_and_max_steps_bound_it(fit_with, teacher, tmp_path):
+    at_once = {**KD, "model.teacher.path": teacher, "kd.stop_margin": 99.0}
+    assert fit_with(tmp_path / "min", **at_once, **{"kd.min_steps": 5}) == 0
+    assert scalars(tmp_path / "min", ("probe/",))["probe/stop_step"] == {6: 6}
+    never = {**at_once, "kd.stop_margin": -99.0}
+    assert fit_with(tmp_path / "max", **never) == 0
+    logged = scalars(tmp_path / "max", ("probe/", "train/kd_weight"))
+    assert "probe/stop_step" not in logged
+    assert [logged["train/kd_weight"][step] > 0 for step in (10, 11)] == [True, False]
+
+
+def test_a_ramp_cut_short_by_the_maximum_is_the_ramp_of_the_maximum():
+    planned = KDSchedule(0.5, 100, 20, "cosine")
+    for step, other in itertools.product((80, 90, 100), range(0, 120)):
+        assert planned.stop_at(step)(other) == planned(other)
+    found = planned.stop_at(40)
+    assert [found(step) for step in (39, 40, 60)] == [0.5, 0.5, 0.0]
+    assert found(50) == planned(90) == pytest.approx(0.25)
+    assert KDSchedule(0.5, None).stop_at(7) == KDSchedule(0.5, 7)
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"kd.min_steps": 3}, "--kd.min_steps 3 needs --kd.stop_margin"),
+        ({"kd.stop_margin": 0.1, "kd.min_steps": 10}, "--kd.min_steps 10 must lie in 0..9"),
+        ({"kd.stop_margin": 0.1, "trainer.val_check_interval": 10}, "no validation lies before step 10"),
+        ({"kd.stop_margin": 0.1, "trainer.limit_val_batches": 0}, "no validation lies before step 10"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(fit_with, teacher, tmp_path, capsys, own, message):
+    assert fit_with(tmp_path / "run", **{**KD, "model.teacher.path": teacher, **own}) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_selection_needs_a_boundary_that_is_known(settings, teacher, tmp_path, capsys):
+    run = tmp_path / "score"
+    shared = {k: v for k, v in settings.items() if k.startswith("data.") and "global" not in k}
+    score = {**shared, "trainer.accelerator": "cpu", "trainer.enable_progress_bar": False}
+    assert cli.main(["predict", *arguments(score, {"run": str(run), "model.teacher.path": teacher})]) == 0
+    own = {**KD, "model.teacher.path": teacher, "run": str(tmp_path / "run"), "data.selection": str(run)}
+    assert cli.main(["fit", *arguments(settings, own, {"kd.stop_margin": 0.1})]) == 2
+    assert "--kd.stop_margin 0.1 does not go with --data.selection" in capsys.readouterr().err
