@@ -6,7 +6,7 @@ orders them.
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -47,6 +47,7 @@ class SALTDataModule(LightningDataModule):
         revision: str | None = None,
         text_column: str = "text",
         source_column: str | None = None,
+        bad_lines: Literal["refuse", "skip"] = "refuse",
         tokenizer: str = "train",
         vocab_size: int = 16384,
         block_size: int = 1024,
@@ -76,6 +77,8 @@ class SALTDataModule(LightningDataModule):
             text_column: Field of a row that holds the text.
             source_column: Field of a row that names its source, for the validation loss by source. Without
                 it, each entry of `source` is one source.
+            bad_lines: What becomes of a line (of a .txt: a file) that is not UTF-8, no JSON object, or without a
+                text: refuse stops at it by file and line, skip leaves it out and counts it in log and manifest.
             tokenizer: Folder or hub name of one; "train" makes a byte-level BPE from the training text.
             vocab_size: Size of the tokenizer to train.
             block_size: Tokens in a row.
@@ -100,7 +103,7 @@ class SALTDataModule(LightningDataModule):
         self.source, self.val_source = _entries(source), _entries(val_source)
         self.test_source = _entries(test_source)
         self.hub = Hub(split, subset, revision)
-        self.text_column, self.source_column = text_column, source_column
+        self.text_column, self.source_column, self.bad_lines = text_column, source_column, bad_lines
         self.tokenizer_name, self.trained_vocab_size = tokenizer, vocab_size
         self.block_size, self.isolate_documents = block_size, isolate_documents
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
@@ -217,7 +220,8 @@ class SALTDataModule(LightningDataModule):
         """What a source setting reads, and which share of it goes to its `val` split."""
         groups = resolve(f"--data.{setting}", getattr(self, setting), self.hub)
         fraction = 1.0 if setting != "source" else 0.0 if self.val_source else self.val_fraction
-        return Corpus(f"--data.{setting}", groups, self.text_column, self.source_column), fraction
+        skips = self.bad_lines == "skip"
+        return Corpus(f"--data.{setting}", groups, self.text_column, self.source_column, skips), fraction
 
     def _open(self, setting: str, split: str) -> PackedRows:
         corpus, fraction = self._corpus(setting)
