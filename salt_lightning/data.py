@@ -172,7 +172,7 @@ class SALTDataModule(LightningDataModule):
         }
         for name, least in at_least.items():
             value = getattr(self, name)
-            checks.append((name, value, value >= least, f"must be {least} or more"))
+            checks.append((name, value, least <= value < 1 << 63, f"must be {least} or more, and fit into 64 bits"))
         return [f"--data.{name}: {value!r} {wanted}" for name, value, good, wanted in checks if not good]
 
     # --- text and tokenizer (need no trainer) ---
@@ -323,6 +323,20 @@ class SALTDataModule(LightningDataModule):
         assert self._train is not None, "setup comes first"
         start = row * self.block_size
         return str(self.tokenizer.decode(self._train.files.tokens[start : start + self.block_size].tolist()))
+
+    def describe_batches(self, first: int, count: int) -> str:
+        """Number, source and first words of the rows that micro-batches `first` to `first + count - 1` read.
+
+        Micro-batches count over the run and all ranks: they lie in the order of the rows one after the other.
+        """
+        assert self._train is not None, "setup('fit') comes first"
+        assert self._order is not None
+        files, size = self._train.files, self.micro_batch_size
+        rows = self._order(np.arange(first * size, (first + count) * size))
+        documents = np.searchsorted(files.doc_ends, rows[:4] * self.block_size, side="right")
+        sources = [files.manifest["sources"][source] for source in files.doc_sources[documents]]
+        shown = [f"{row} ({s}: {self.decode_row(row)[:40]!r})" for row, s in zip(rows[:4], sources, strict=True)]
+        return ", ".join(shown + [str(row) for row in rows[4:64]]) + (" ..." if len(rows) > 64 else "")
 
     @property
     def data_wait_s(self) -> float:
