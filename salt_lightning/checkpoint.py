@@ -173,6 +173,10 @@ class RunCheckpoint(Checkpoint):
         for process in getattr(trainer.strategy.launcher, "procs", ()):
             process.kill()
 
+    def newest(self) -> Path | None:
+        """The newest good checkpoint of the run."""
+        return newest(self._dir)
+
     def _path(self, trainer: pl.Trainer) -> Path:
         return self._dir / f"step-{trainer.global_step:08d}.ckpt"
 

@@ -6,7 +6,7 @@ orders them.
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -49,6 +49,7 @@ class SALTDataModule(LightningDataModule):
         text_column: str = "text",
         source_column: str | None = None,
         source_per_file: bool = False,
+        bad_lines: Literal["refuse", "skip"] = "refuse",
         tokenizer: str = "train",
         vocab_size: int = 16384,
         block_size: int = 1024,
@@ -80,6 +81,8 @@ class SALTDataModule(LightningDataModule):
             source_column: Field of a row that names its source, for the validation loss by source. Without
                 it, each entry of `source` is one source.
             source_per_file: Each file is a source, by its name, so that a folder has a validation loss by file.
+            bad_lines: What becomes of a line (of a .txt: a file) that is not UTF-8, no JSON object, or without a
+                text: refuse stops at it by file and line, skip leaves it out and counts it in log and manifest.
             tokenizer: Folder or hub name of one; "train" makes a byte-level BPE from the training text.
             vocab_size: Size of the tokenizer to train.
             block_size: Tokens in a row.
@@ -107,7 +110,7 @@ class SALTDataModule(LightningDataModule):
         self.test_source = _entries(test_source)
         self.hub = Hub(split, subset, revision)
         self.text_column, self.source_column, self.source_per_file = text_column, source_column, source_per_file
-        self.difficulty = difficulty
+        self.bad_lines, self.difficulty = bad_lines, difficulty
         self.tokenizer_name, self.trained_vocab_size = tokenizer, vocab_size
         self.block_size, self.isolate_documents = block_size, isolate_documents
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
@@ -155,7 +158,7 @@ class SALTDataModule(LightningDataModule):
         }
         for name, least in at_least.items():
             value = getattr(self, name)
-            checks.append((name, value, value >= least, f"must be {least} or more"))
+            checks.append((name, value, least <= value < 1 << 63, f"must be {least} or more, and fit into 64 bits"))
         return [f"--data.{name}: {value!r} {wanted}" for name, value, good, wanted in checks if not good]
 
     # --- text and tokenizer (need no trainer) ---
@@ -204,7 +207,8 @@ class SALTDataModule(LightningDataModule):
         groups = resolve(f"--data.{setting}", getattr(self, setting), self.hub)
         groups = each_file(groups) if self.source_per_file else groups
         fraction = 1.0 if setting != "source" else 0.0 if self.val_source else self.val_fraction
-        return Corpus(f"--data.{setting}", groups, self.text_column, self.source_column), fraction
+        skips = self.bad_lines == "skip"
+        return Corpus(f"--data.{setting}", groups, self.text_column, self.source_column, skips), fraction
 
     def _open(self, setting: str, split: str) -> PackedRows:
         corpus, fraction = self._corpus(setting)
@@ -307,6 +311,20 @@ class SALTDataModule(LightningDataModule):
         assert self._train is not None, "setup comes first"
         start = row * self.block_size
         return str(self.tokenizer.decode(self._train.files.tokens[start : start + self.block_size].tolist()))
+
+    def describe_batches(self, first: int, count: int) -> str:
+        """Number, source and first words of the rows that micro-batches `first` to `first + count - 1` read.
+
+        Micro-batches count over the run and all ranks: they lie in the order of the rows one after the other.
+        """
+        assert self._train is not None, "setup('fit') comes first"
+        assert self._order is not None
+        files, size = self._train.files, self.micro_batch_size
+        rows = self._order(np.arange(first * size, (first + count) * size))
+        documents = np.searchsorted(files.doc_ends, rows[:4] * self.block_size, side="right")
+        sources = [files.manifest["sources"][source] for source in files.doc_sources[documents]]
+        shown = [f"{row} ({s}: {self.decode_row(row)[:40]!r})" for row, s in zip(rows[:4], sources, strict=True)]
+        return ", ".join(shown + [str(row) for row in rows[4:64]]) + (" ..." if len(rows) > 64 else "")
 
     @property
     def data_wait_s(self) -> float:

@@ -74,10 +74,12 @@ class Corpus:
     groups: tuple[Group, ...]
     text_column: str = "text"
     source_column: str | None = None
+    skip_bad_lines: bool = False
 
     def inputs(self) -> list[Any]:
         """All that decides the documents, as plain data (part of the cache's fingerprint)."""
-        return [self.text_column, self.source_column, [group.inputs() for group in self.groups]]
+        skips = ["skip"] if self.skip_bad_lines else []  # nothing for the default: older caches keep their names
+        return [self.text_column, self.source_column, [group.inputs() for group in self.groups], *skips]
 
     def num_bytes(self) -> int:
         """Size on disk; the hub counts 0."""
@@ -173,6 +175,8 @@ def _resolve_one(setting: str, entry: str, name: str, hub: Hub) -> list[Group]:
         for file in files:
             if os.path.getsize(file):  # the readers stumble over empty files
                 of_kind[_kind(file)].append(file)
+        if not any(of_kind.values()):
+            raise ConfigError(f"{setting}: {entry!r} holds no text: its files ({len(files)}) are empty; give others")
         return [Group(name, kind, tuple(found)) for kind, found in of_kind.items() if found]
     if _HUB_NAME.fullmatch(entry) and Path(entry).suffix not in {
         ".txt",
@@ -182,8 +186,9 @@ def _resolve_one(setting: str, entry: str, name: str, hub: Hub) -> list[Group]:
         *_COMPRESSIONS,
     }:
         return [Group(name, "hub", hub_name=entry, hub=hub)]
+    what = "matches folders alone, no file" if glob.glob(path) and not os.path.isfile(path) else "matches no file"
     raise ConfigError(
-        f"{setting}: {entry!r} matches no file; give a file, a folder, a glob such as 'books/**/*.txt', "
+        f"{setting}: {entry!r} {what}; give a file, a folder, a glob such as 'books/**/*.txt', "
         "or a hub data set 'owner/name'"
     )
 
@@ -336,53 +341,97 @@ def _check_columns(columns: list[str], found: list[str], where: str) -> None:
 # --- rows -> documents ---
 
 
-def documents(raw: Raw, corpus: Corpus) -> list[tuple[str, str]]:
-    """(text, source name) of every row with text in it; empty rows (null, blank) are left out.
+class BadLine(ConfigError):
+    """A line of a file that holds no document as it should; `place` says where and why, without a remedy."""
+
+    def __init__(self, message: str, place: str = "") -> None:
+        super().__init__(message)
+        self.place = place
+
+
+@dataclass
+class Skipped:
+    """Bad lines that were left out: how many, and what the first was."""
+
+    lines: int = 0
+    first: str = ""
+
+    def add(self, other: "Skipped") -> None:
+        self.lines, self.first = self.lines + other.lines, self.first or other.first
+
+    def __str__(self) -> str:
+        return f"{self.lines} bad line{'s' * (self.lines > 1)} left out (--data.bad_lines skip), first {self.first}"
+
+
+def documents(raw: Raw, corpus: Corpus) -> tuple[list[tuple[str, str]], Skipped]:
+    """(text, source name) of every row with text in it, and what was skipped; empty rows (null, blank) are left out.
 
     Raises:
-        ConfigError: bytes that are no UTF-8, a line that is no JSON object (file and line are named) or lacks a
-            column, a text that is no string.
+        BadLine: bytes that are no UTF-8, a line that is no JSON object or lacks a column, a text that is no string;
+            unless the corpus skips them.
+        ConfigError: a table whose text is no string.
     """
-    kept = []
+    kept, skipped = [], Skipped()
     for row in range(len(raw.rows)):
-        text, source = _parse(raw, row, corpus)
-        if text is not None and not isinstance(text, str):
-            raise ConfigError(
-                f"--data.text_column: {corpus.text_column!r} of {raw.name} holds {type(text).__name__}, not text"
-            )
+        try:
+            text, source = _parse(raw, row, corpus)
+        except BadLine as error:
+            if not corpus.skip_bad_lines:
+                raise
+            skipped.add(Skipped(1, error.place))
+            continue
         if text and not text.isspace():
             kept.append((text, str(source)))
-    return kept
+    return kept, skipped
 
 
-def _parse(raw: Raw, row: int, corpus: Corpus) -> tuple[Any, Any]:
-    """Text and source of a row, if they are what they should be."""
+def _parse(raw: Raw, row: int, corpus: Corpus) -> tuple[str | None, Any]:
+    """Text and source of a row."""
     data, columns = raw.rows[row], corpus.columns()
     if raw.kind in ("parquet", "hub"):
+        if data is not None and not isinstance(data, str):
+            raise ConfigError(_not_text(columns[0], raw.name, data))
         return data, raw.sources[row] if raw.sources else raw.name
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
-        problem = "is not UTF-8 text; convert the file, or leave it out with a narrower glob"
-        raise _line_error(corpus, raw, row, problem, data.count(b"\n", 0, error.start)) from error
+        problem, lines_on = "is not UTF-8 text", data.count(b"\n", 0, error.start)
+        remedy = "convert the file, or leave it out with a narrower glob"
+        raise _bad_line(corpus, _place(raw, row, lines_on), problem, remedy) from error
     if raw.kind == "text":
         return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text, raw.name
     if text.isspace():
         return None, raw.name
     try:
-        fields = json.loads(text)
+        fields = json.loads(text.removeprefix("\ufeff"))  # some editors begin a file with this mark
     except (ValueError, RecursionError) as error:
-        problem = f"is not JSON ({getattr(error, 'msg', first_line(error))}); write one object a line"
-        raise _line_error(corpus, raw, row, problem) from error
+        problem = f"is not JSON ({getattr(error, 'msg', first_line(error))})"
+        raise _bad_line(corpus, _place(raw, row), problem, "write one object a line") from error
     if not isinstance(fields, dict):
-        raise _line_error(corpus, raw, row, f"is no JSON object but {text[:40]!r}; write one object a line")
-    _check_columns(columns, list(fields), raw.name)
-    return fields[columns[0]], fields[columns[1]] if columns[1:] else raw.name
+        problem = f"is no JSON object but {text[:40].strip()!r}"
+        raise _bad_line(corpus, _place(raw, row), problem, "write one object a line")
+    try:
+        _check_columns(columns, list(fields), _place(raw, row))
+        found, source = fields[columns[0]], fields[columns[1]] if columns[1:] else raw.name
+        if found is not None and not isinstance(found, str):
+            raise ConfigError(_not_text(columns[0], _place(raw, row), found))
+    except ConfigError as error:
+        raise BadLine(f"{error}; --data.bad_lines skip leaves such lines out", str(error)) from None
+    return found, source
 
 
-def _line_error(corpus: Corpus, raw: Raw, row: int, problem: str, lines_on: int = 0) -> ConfigError:
+def _place(raw: Raw, row: int, lines_on: int = 0) -> str:
     file, line = raw.place(row)
-    return ConfigError(f"{corpus.setting}: {file}: line {line + lines_on} {problem}")
+    return f"{file}: line {line + lines_on}"
+
+
+def _bad_line(corpus: Corpus, place: str, problem: str, remedy: str) -> BadLine:
+    message = f"{corpus.setting}: {place} {problem}; {remedy}, or let --data.bad_lines skip leave such lines out"
+    return BadLine(message, f"{place} {problem}")
+
+
+def _not_text(column: str, where: str, value: Any) -> str:
+    return f"--data.text_column: {column!r} of {where} holds {type(value).__name__}, not text"
 
 
 def utf8(text: str) -> bytes:
@@ -399,10 +448,11 @@ def lots(data: bytes) -> tuple[float, float]:
 # --- what went wrong ---
 
 
-def empty_error(corpus: Corpus) -> ConfigError:
+def empty_error(corpus: Corpus, skipped: Skipped) -> ConfigError:
     """No document has text."""
-    names = ", ".join(dict.fromkeys(group.name for group in corpus.groups)) or "the files"
-    return ConfigError(f"{corpus.setting}: no document with text in {names}; check the files and --data.text_column")
+    names = ", ".join(dict.fromkeys(group.name for group in corpus.groups))
+    why = f": {skipped}" if skipped.lines else "; check the files and --data.text_column"
+    return ConfigError(f"{corpus.setting}: no document with text in {names}{why}")
 
 
 def first_line(error: BaseException) -> str:

@@ -43,9 +43,10 @@ class Unfinished:
     owner: str
 
     def journal(self) -> dict[str, Any]:
-        """What the process before this one wrote; empty if there is nothing."""
-        path = self.path / _JOURNAL
-        return json.loads(path.read_bytes()) if path.exists() else {}
+        """What the process before this one wrote; empty if there is nothing, or nothing that can be read."""
+        with suppress(FileNotFoundError, ValueError):
+            return json.loads((self.path / _JOURNAL).read_bytes())
+        return {}
 
     def write_journal(self, state: dict[str, Any]) -> None:
         """Say what is on the disk. It must be there already."""

@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_info
 from torch import Tensor
 
 from salt_lightning import flops, models, parallel
-from salt_lightning.checkpoint import go_on_from
+from salt_lightning.checkpoint import RunCheckpoint, go_on_from
 from salt_lightning.errors import ConfigError, NonFiniteLossError
 from salt_lightning.losses import salt_loss, token_stats
 from salt_lightning.meter import SUMS, Meter, loss_values
@@ -27,6 +27,7 @@ from salt_lightning.metrics import TokenMetrics
 from salt_lightning.models import CausalLM, ModelSpec
 from salt_lightning.optim import OptimSpec, by_name
 from salt_lightning.schedule import KDScheduleCallback
+from salt_lightning.watch import Watch, first_bad
 
 Batch = dict[str, Tensor]
 
@@ -101,7 +102,7 @@ class SALTModule(pl.LightningModule):
         self.kd_weight = torch.zeros(())  # the weight of the running step; KDScheduleCallback writes it
         self.progress: dict[str, str] = {}  # what the progress bar shows, as of the last logged step
         self._grad_norm = torch.zeros(())
-        self._finite = torch.ones((), dtype=torch.bool)
+        self._watch = Watch()
         self.meter = Meter()
 
     # ---------------------------------------------------------------- models
@@ -192,7 +193,7 @@ class SALTModule(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         self.kd_weight = self.kd_weight.to(self.device)
-        self._finite = self._finite.to(self.device)
+        self._watch.to(self.device)
         self._sums = torch.zeros(len(SUMS), device=self.device)
 
     def on_train_start(self) -> None:
@@ -218,8 +219,13 @@ class SALTModule(pl.LightningModule):
         out = self.student(ids_BT, positions_BT, then=loss)
         with torch.no_grad():
             self._sums += torch.stack([getattr(out, name).float() for name in SUMS])
-            self._finite &= out.loss.isfinite()
+        micro = batch_idx % self.trainer.accumulate_grad_batches
+        self._watch.see(0, out.loss, self._batch_number(micro) + self.global_rank)
         return out.loss
+
+    def _batch_number(self, micro: int) -> int:
+        """Micro-batches of all ranks before micro-batch `micro` of the running step."""
+        return (self.global_step * self.trainer.accumulate_grad_batches + micro) * self.trainer.world_size
 
     def step_loss(
         self,
@@ -262,6 +268,7 @@ class SALTModule(pl.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         self._grad_norm = parallel.clip_gradients(self.student, gradient_clip_val).float()
+        self._watch.see(1, self._grad_norm, self._batch_number(0))
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
@@ -274,7 +281,7 @@ class SALTModule(pl.LightningModule):
 
     def _log_step(self, step: int) -> None:
         """Reads the device, once, and logs optimizer step `step`, just done; its weight is still in kd_weight."""
-        sums = torch.cat([self._sums, (~self._finite).float()[None]])
+        sums = torch.cat([self._sums, self._watch.is_bad()[None]])
         if self.trainer.world_size > 1:
             sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
         *read, not_finite, weight, grad_norm = torch.cat(
@@ -312,15 +319,34 @@ class SALTModule(pl.LightningModule):
         return peak and peak * self.trainer.world_size
 
     def require_finite(self) -> None:
-        """Raises NonFiniteLossError if any rank's loss so far was not finite. Reads the device: before each save."""
-        finite = self._finite.int()
+        """Reads the device: before each save.
+
+        Raises:
+            NonFiniteLossError: naming the first step of any rank whose loss or gradient was not finite, and its rows;
+                or the weights are not, or so large that their squares are not.
+        """
+        first, weights = self._watch.first, parallel.weight_norm(self.student).isfinite().long()
         if self.trainer.world_size > 1:
-            finite = self.trainer.strategy.reduce(finite, reduce_op="min")
-        if not bool(finite):
-            raise NonFiniteLossError(
-                f"train/loss stopped being finite at or before step {self.global_step}; nothing was saved since. "
-                "Go on from the last checkpoint with a lower --model.optim.lr or a --trainer.gradient_clip_val"
-            )
+            first, weights = (self.trainer.strategy.reduce(t, reduce_op="min") for t in (first, weights))
+        bad = first_bad(first.tolist(), self.trainer.accumulate_grad_batches * self.trainer.world_size)
+        if bad is None and weights:
+            return
+        if bad is None:
+            what = f"the weights after step {self.global_step} are not finite, or about to be"
+        else:
+            step, name, number, count = bad
+            rows = getattr(self._data, "describe_batches", lambda *_: "unknown")(number, count)
+            what = f"{name} is not finite at step {step}, which read rows {rows}"
+        raise NonFiniteLossError(
+            f"{what}; nothing was saved since. {self._newest_checkpoint}, with a lower --model.optim.lr (it is "
+            f"{self.optim_spec.lr:g}) or --trainer.gradient_clip_val (it is {self.trainer.gradient_clip_val})"
+        )
+
+    @property
+    def _newest_checkpoint(self) -> str:
+        saved = [c for c in self.trainer.callbacks if isinstance(c, RunCheckpoint)]  # type: ignore[attr-defined]
+        found = saved[0].newest() if saved else None
+        return f"{found} is good: go on from it by --ckpt_path last" if found else "There is no checkpoint: start again"
 
     def _write(self, values: dict[str, float], step: int) -> None:
         for logger in self.trainer.loggers:  # self.log would count steps from 0 and read the device every step

@@ -295,6 +295,12 @@ def clip_gradients(student: nn.Module, limit: float | None) -> Tensor:
     return norm
 
 
+def weight_norm(student: nn.Module) -> Tensor:
+    """Root of the sum of all weights' squares; with FSDP1 of this rank's shards."""
+    norm = nn.utils.get_total_norm([p.detach() for p in student.parameters()])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
 def plain_name(name: str) -> str:
     """The name of a weight without what FSDP1's wrappers add to it."""
     return name.replace("_fsdp_wrapped_module.", "")

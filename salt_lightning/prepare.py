@@ -21,12 +21,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from salt_lightning.documents import Corpus, Raw, empty_error, read_raw
+from salt_lightning.documents import Corpus, Raw, Skipped, empty_error, read_raw
 from salt_lightning.errors import ConfigError
 from salt_lightning.journal import Unfinished, making, write_json
 from salt_lightning.processes import in_child, num_cores, ordered_map
 from salt_lightning.progress import Done, Progress, summary_line
-from salt_lightning.token_files import FORMAT, SPLITS, SplitWriter, digest, no_counts, sealed, sizes
+from salt_lightning.token_files import FORMAT, SPLITS, SplitWriter, TokenFiles, digest, no_counts, sealed, sizes
 from salt_lightning.tokenizer import (
     Block,
     Encoder,
@@ -74,10 +74,19 @@ def prepare_tokens(
         ConfigError: no text, an unreadable file, files that changed while they were read, a cache folder that cannot
             be written, a worker that was killed.
     """
-    stamps, inputs = corpus.stamps(), corpus.inputs()
     folder = token_folder(corpus, tokenizer, val_fraction, cache_dir)
-    if folder.exists():
-        return folder
+    if not folder.exists():
+        _prepare(folder, corpus, tokenizer, val_fraction, workers)
+    skipped = Skipped(**TokenFiles(folder, "train").manifest.get("skipped", {}))
+    if skipped.lines:
+        rank_zero_info(f"{corpus.setting}: {skipped}")
+    return folder
+
+
+def _prepare(
+    folder: Path, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, val_fraction: float, workers: int
+) -> None:
+    stamps, inputs = corpus.stamps(), corpus.inputs()
     encoder = _encoder(corpus, tokenizer, val_fraction)
     origin = {
         "format": FORMAT,
@@ -91,7 +100,7 @@ def prepare_tokens(
         },
         "dtype": encoder.dtype,
     }
-    with _accidents(cache_dir), making(folder) as unfinished:
+    with _accidents(folder.parent), making(folder) as unfinished:
         if unfinished is not None:
             try:
                 contents = _write(encoder, origin, unfinished, workers or num_cores())
@@ -102,7 +111,6 @@ def prepare_tokens(
                     unfinished.forget()
                 raise
             write_json(unfinished.path / "manifest.json", sealed({**origin, **contents}))
-    return folder
 
 
 def _encoder(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, val_fraction: float) -> Encoder:
@@ -152,6 +160,7 @@ class _Written:
     raws_hash: str = ""
     read_bytes: int = 0
     sources: dict[str, int] = field(default_factory=dict)  # name -> index
+    skipped: Skipped = field(default_factory=Skipped)
     counts: dict[str, dict[str, int]] = field(default_factory=lambda: {split: no_counts() for split in SPLITS})
 
     def follow(self, raw_hash: bytes, read_bytes: int) -> None:
@@ -172,6 +181,7 @@ def _resume(unfinished: Unfinished, origin: str, encoder: Encoder) -> tuple[_Wri
     journal = unfinished.journal()
     if journal.get("origin") == origin:
         written, read = _Written(**journal), _Written(origin)
+        written.skipped = Skipped(**journal.get("skipped", {}))
         least = {
             unfinished.path / split / name: size
             for split, counts in written.counts.items()
@@ -198,7 +208,8 @@ def _write(encoder: Encoder, origin: dict[str, Any], unfinished: Unfinished, wor
     progress, journaled_s = Progress(encoder.corpus.num_bytes(), start), start.time_s
     try:
         with _serial_tokenizers(), closing(ordered_map(encoder, raws, workers, workers * _CHARS_PER_WORKER)) as encoded:
-            for raw, (raw_hash, blocks) in encoded:
+            for raw, (raw_hash, blocks, skipped) in encoded:
+                written.skipped.add(skipped)
                 for split, block in blocks.items():
                     writers[split].add(block, _source_ids(block, written.sources, encoder.corpus))
                 written.follow(raw_hash, raw.read_bytes)
@@ -208,7 +219,7 @@ def _write(encoder: Encoder, origin: dict[str, Any], unfinished: Unfinished, wor
                     journaled_s = done.time_s
                     _write_journal(unfinished, writers, written)
         if not written.done().documents:
-            raise empty_error(encoder.corpus)
+            raise empty_error(encoder.corpus, written.skipped)
         _write_journal(unfinished, writers, written)
     finally:
         progress.close()
@@ -218,6 +229,7 @@ def _write(encoder: Encoder, origin: dict[str, Any], unfinished: Unfinished, wor
     return {
         "sources": list(written.sources),
         "splits": {split: writer.entry() for split, writer in writers.items()},
+        "skipped": asdict(written.skipped),
     }
 
 

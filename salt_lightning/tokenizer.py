@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from salt_lightning.documents import (
     Corpus,
     Raw,
+    Skipped,
     documents,
     empty_error,
     first_line,
@@ -80,17 +81,25 @@ def train_tokenizer(corpus: Corpus, vocab_size: int, val_fraction: float, folder
 
 def _training_texts(corpus: Corpus, val_fraction: float) -> Iterator[str]:
     share = min(1.0, _TRAINING_BYTES / max(1, corpus.num_bytes()))
-    chars = 0
+    chars, num_documents, skipped = 0, 0, Skipped()
     for raw in read_raw(corpus):
-        for text, _ in documents(raw, corpus):
+        found, bad = documents(raw, corpus)
+        num_documents += len(found)
+        skipped.add(bad)
+        for text, _ in found:
             split, sample = lots(utf8(text))
             if split >= val_fraction and sample < share:
                 chars += len(text)
                 yield from pieces(utf8(text).decode())
         if chars > 4 * _TRAINING_BYTES:  # the hub tells no sizes, and files may be compressed
             break
+    if not num_documents:
+        raise empty_error(corpus, skipped)
     if not chars:
-        raise empty_error(corpus)
+        raise ConfigError(
+            f"--data.val_fraction: {val_fraction} left none of {num_documents} documents for training; lower it, split "
+            "the text into more documents, or give --data.val_source"
+        )
 
 
 @dataclass
@@ -103,14 +112,16 @@ class Encoder:
     corpus: Corpus
     val_fraction: float
 
-    def __call__(self, raw: Raw) -> tuple[bytes, dict[str, Block]]:
+    def __call__(self, raw: Raw) -> tuple[bytes, dict[str, Block], Skipped]:
         # Pickling forgets this flag. A text that spells a special token out is still text.
         self.tokenizer.encode_special_tokens = True
         splits: dict[str, list[tuple[bytes, str]]] = {"train": [], "val": []}
-        for text, source in documents(raw, self.corpus):
+        found, skipped = documents(raw, self.corpus)
+        for text, source in found:
             data = utf8(text)
             splits["val" if lots(data)[0] < self.val_fraction else "train"].append((data, source))
-        return raw.digest(), {split: self._block(docs, split == "val") for split, docs in splits.items() if docs}
+        blocks = {split: self._block(docs, split == "val") for split, docs in splits.items() if docs}
+        return raw.digest(), blocks, skipped
 
     def _block(self, docs: list[tuple[bytes, str]], with_bytes: bool) -> Block:
         ids, counts, lengths = [np.zeros(0, self.dtype)], [np.zeros(0, np.int32)], np.zeros(len(docs), np.int64)

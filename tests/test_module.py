@@ -15,6 +15,7 @@ from reference import salt_reference
 from salt_lightning import KDScheduleCallback, ModelSpec, OptimSpec, SALTDataModule, SALTModule, cli
 from salt_lightning.errors import ConfigError, NonFiniteLossError
 from salt_lightning.models import read_checkpoint
+from salt_lightning.watch import NEVER, Watch, first_bad
 
 CONFIG = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 
@@ -186,14 +187,71 @@ def test_a_padded_teacher_head_is_cut(train, teacher):
     assert len(module.teacher.head.weight) == 320
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(train, tmp_path):
-    class Break(Callback):
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            if batch_idx == 2:
-                pl_module.student.head.weight.data.fill_(float("nan"))
+class Rows(Callback):
+    """The rows of every micro-batch; `do` runs before it."""
 
-    with pytest.raises(NonFiniteLossError, match="stopped being finite at or before step 3"):
-        train(steps=4, spy=Break())
+    def __init__(self, do) -> None:
+        self.do, self.rows = do, []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.rows.append(batch["rows"].tolist())
+        self.do(pl_module, batch_idx)
+
+
+def numbers(message: str) -> list[int]:
+    """The row numbers that an error names."""
+    shown = message.partition("which read rows ")[2].partition("; nothing was saved")[0]
+    return [int(number) for number in re.findall(r"(?:^|, )(\d+)(?= \(|, |$)", shown)]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_names_its_rows(train, tmp_path):
+    """Logged, so read, only three steps later; the second of two micro-batches is the one."""
+
+    def spoil(module, batch_idx):
+        if batch_idx == 5:
+            module.student.head.weight.data[3] = float("inf")
+
+    rows = Rows(spoil)
+    with pytest.raises(NonFiniteLossError, match="^train/loss is not finite at step 3, which read rows ") as caught:
+        train(steps=6, data={"micro_batch_size": 4}, spy=rows)
+    assert numbers(str(caught.value)) == rows.rows[5]
+    assert len(rows.rows) == 12  # nothing was read before the last step, which is always logged
+    assert "There is no checkpoint: start again, with a lower --model.optim.lr" in str(caught.value)
+
+
+def test_a_gradient_that_is_not_finite_is_named_before_the_loss_that_it_spoils(train):
+    class Spoil(Rows):
+        def on_after_backward(self, trainer, pl_module):
+            if trainer.global_step == 1:
+                pl_module.student.head.weight.grad[3] = float("nan")
+
+    rows = Spoil(lambda *_: None)
+    with pytest.raises(NonFiniteLossError, match="^train/grad_norm is not finite at step 2, which read rows") as caught:
+        train(steps=4, data={"micro_batch_size": 4}, spy=rows)
+    assert numbers(str(caught.value)) == rows.rows[2] + rows.rows[3]
+
+
+@pytest.mark.parametrize(
+    ("loss", "gradient", "expected"),
+    [
+        (NEVER, NEVER, None),
+        (6, NEVER, (2, "train/loss", 6, 1)),  # 4 micro-batches a step
+        (6, 4, (2, "train/loss", 6, 1)),  # the loss made the gradient
+        (8, 4, (2, "train/grad_norm", 4, 4)),  # the gradient made the next loss
+        (NEVER, 4, (2, "train/grad_norm", 4, 4)),
+    ],
+)
+def test_the_first_that_went_wrong(loss, gradient, expected):
+    assert first_bad([loss, gradient], 4) == expected
+
+
+def test_the_watch_keeps_the_smallest_number():
+    watch = Watch()
+    for number, value in enumerate([1.0, 2.0, math.inf, 3.0, math.nan]):
+        watch.see(0, torch.tensor(value), number)
+        watch.see(1, torch.tensor(1.0), number)
+    assert watch.first.tolist() == [2, NEVER]
+    assert float(watch.is_bad()) == 1.0
 
 
 def test_what_is_logged(settings, teacher, tmp_path):

@@ -59,7 +59,7 @@ def write_jsonl(path: Path, rows: list, opener=open) -> Path:
     return path
 
 
-def corpus_of(*sources: str | Path, hub: Hub | None = None, **columns: str) -> Corpus:
+def corpus_of(*sources: str | Path, hub: Hub | None = None, **columns: str | bool) -> Corpus:
     entries = [str(source) for source in sources]
     return Corpus("--data.source", resolve("--data.source", entries, hub or Hub()), **columns)
 
@@ -232,14 +232,17 @@ LATIN_1 = "gut\nschön".encode("latin-1")
 CUT_OFF = gzip.compress(b'{"text": "abc"}\n' * 9)[:-9]
 OTHER_COLUMNS = b'{"id": 1, "content": "x"}\n'
 BAD_FILES = [
-    ("x.txt", b"", r"--data.source: no document with text in the files"),
     (
         "x.jsonl",
         b'{"text": " "}\n{"text": null}\n\n',
         r"--data.source: no document with text in x; .*text_column",
     ),
-    ("x.jsonl", OTHER_COLUMNS, r"--data.text_column: no column 'text' in x; there are: id, content$"),
-    ("x.jsonl", b'{"text": 17}\n', r"--data.text_column: 'text' of x holds int, not text$"),
+    (
+        "x.jsonl",
+        OTHER_COLUMNS,
+        r"--data.text_column: no column 'text' in .*/x.jsonl: line 1; there are: id, content; -",
+    ),
+    ("x.jsonl", b'{"text": 17}\n', r"--data.text_column: 'text' of .*/x.jsonl: line 1 holds int, not text; -"),
     ("x.jsonl", b'["text"]\n', r"""--data.source: .*x.jsonl: line 1 is no JSON object but '\["text"\]"""),
     ("x.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"--data.source: .*x.jsonl: line 2 is not UTF-8 text"),
     ("x.jsonl", b"[" * 200_000, r"--data.source: .*x.jsonl: line 1 is not JSON \(.*recursion"),
@@ -271,6 +274,73 @@ def test_bad_line_is_found_behind_other_files_and_tasks(suffix, tmp_path, monkey
         (tmp_path / f"{i:02}.{suffix}").write_bytes(good * i + (bad if i == 17 else good))
     with pytest.raises(ConfigError, match=rf"^--data.source: .*/17.{suffix}: line 18 is not UTF-8 text"):
         prepare_tokens(corpus_of(tmp_path), byte_tokenizer(), 0.0, tmp_path / "cache", 1)
+
+
+@pytest.mark.parametrize("folders_too", [False, True])
+def test_empty_files_and_folders_alone_are_named(folders_too, tmp_path):
+    (tmp_path / "x.txt").touch()
+    (tmp_path / "folder").mkdir()
+    name, message = ("fol*", "matches folders alone, no file; ") if folders_too else ("x.txt", "holds no text: its fil")
+    with pytest.raises(ConfigError, match=rf"^--data.source: '{re.escape(str(tmp_path / name))}' {message}"):
+        corpus_of(tmp_path / name)
+
+
+def test_bad_lines_are_left_out_and_counted(tmp_path, monkeypatch, caplog):
+    """Beside what is refused otherwise: the good lines, as if the bad ones had never been there; also after a kill."""
+    good = [json.dumps({"text": f"text {i} " * 10}).encode() for i in range(45)]
+    bad = [b'{"text": "cut', b"[1]", b'{"text": "\xff"}', b'{"body": "x"}', b'{"text": 1}', b"["]
+    lines = [line for i, line in enumerate(good) for line in ([bad[i // 7], line] if i % 7 == 6 else [line])]
+    (tmp_path / "good").mkdir()
+    (tmp_path / "x.jsonl").write_bytes(b"\n".join(lines))
+    (tmp_path / "good" / "x.jsonl").write_bytes(b"\n".join(good))
+    (tmp_path / "y.txt").write_bytes(LATIN_1)
+    first = f"{tmp_path}/x.jsonl: line 7 is not JSON (Invalid control character at)"
+    small_steps(monkeypatch)
+    tokenizer, corpus = byte_tokenizer(), corpus_of(tmp_path / "x.jsonl", tmp_path / "y.txt", skip_bad_lines=True)
+    cache = tmp_path / "cache"
+
+    def run():
+        die_at("add", 4)
+        prepare_tokens(corpus, tokenizer, 0.0, cache, 2)
+
+    child = in_fork(run)
+    child.join(timeout=30)
+    assert child.exitcode == -signal.SIGKILL
+    with caplog.at_level(logging.INFO):
+        folder = prepare_tokens(corpus, tokenizer, 0.0, cache, 2)
+        assert prepare_tokens(corpus, tokenizer, 0.0, cache, 2) == folder
+    assert "going on from" in caplog.text
+    said = f"--data.source: 7 bad lines left out (--data.bad_lines skip), first {first}"
+    assert [record.message for record in caplog.records].count(said) == 2  # each time, also from the cache
+    expected = prepare_tokens(corpus_of(tmp_path / "good" / "x.jsonl"), tokenizer, 0.0, tmp_path / "other", 1)
+    manifests = [json.loads((f / "manifest.json").read_text()) for f in (folder, expected)]
+    assert [m["skipped"] for m in manifests] == [{"lines": 7, "first": first}, {"lines": 0, "first": ""}]
+    assert stored(folder, "train", tokenizer) == stored(expected, "train", tokenizer)
+    assert len(stored(folder, "train", tokenizer)) == 45
+    refusing = corpus_of(tmp_path / "x.jsonl", tmp_path / "y.txt")
+    assert token_folder(refusing, tokenizer, 0.0, cache) != folder
+    with pytest.raises(ConfigError, match=re.escape(f"--data.source: {first}; write one object a line, or let --data")):
+        prepare_tokens(refusing, tokenizer, 0.0, cache, 1)
+
+
+def test_where_every_line_is_bad_the_first_is_named(tmp_path):
+    path = write_jsonl(tmp_path / "x.jsonl", [{"body": "x"}] * 3)
+    message = (
+        r"^--data.source: no document with text in x: 3 bad lines left out .*: no column 'text' in .*line 1; there"
+    )
+    for prepare_it in (
+        lambda corpus: prepare_tokens(corpus, byte_tokenizer(), 0.0, tmp_path / "cache", 1),
+        lambda corpus: prepare_tokenizer(corpus, 300, 0.0, tmp_path / "cache"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            prepare_it(corpus_of(path, skip_bad_lines=True))
+
+
+def test_a_byte_order_mark_is_no_fault(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "abc"}\n')
+    tokenizer = byte_tokenizer()
+    folder = prepare_tokens(corpus_of(tmp_path / "x.jsonl"), tokenizer, 0.0, tmp_path / "cache", 1)
+    assert stored(folder, "train", tokenizer) == [("abc", "x")]
 
 
 @pytest.mark.parametrize("source", ["no/such/*.txt", "no/such/folder/x", "corpus.jsonl", "text.md"])

@@ -397,7 +397,7 @@ def test_a_bad_state_is_never_saved(settings, tmp_path, monkeypatch, capsys):
     own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, "checkpoint.every_n_steps": 3, "trainer.max_steps": 100,
            "trainer.log_every_n_steps": 50, "trainer.val_check_interval": 50}  # fmt: skip
     assert cli.main(["fit", *arguments(settings, own)]) == 1
-    assert "train/loss stopped being finite at or before step 6" in capsys.readouterr().err
+    assert "train/loss is not finite at step 5, which read rows " in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000003.ckpt"]
 
 

@@ -1,0 +1,46 @@
+"""Losses and gradients that stop being finite: the first is remembered on the device, which nobody waits for.
+
+Micro-batches are numbered over the whole run and all ranks: (step * accumulation + micro) * ranks + rank, steps from 0.
+So the smallest number is the first bad micro-batch, and its rows follow from the data's order.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+NEVER = torch.iinfo(torch.int64).max
+
+
+class Watch:
+    """`first`: int64 [2], the first micro-batch with a bad loss, the first of the first step with a bad gradient."""
+
+    def __init__(self) -> None:
+        self.first = torch.full((2,), NEVER)
+
+    def to(self, device: torch.device) -> None:
+        self.first = self.first.to(device)
+
+    def see(self, kind: int, value: Tensor, number: int) -> None:
+        """Looks at the loss (kind 0) or the gradient norm (kind 1) of micro-batch `number`; reads nothing."""
+        first = self.first[kind]
+        first.copy_(torch.where(value.detach().isfinite(), first, first.clamp(max=number)))
+
+    def is_bad(self) -> Tensor:
+        """Float 0-dim, 1 once anything was bad."""
+        return (self.first < NEVER).any().float()
+
+
+def first_bad(first: list[int], per_step: int) -> tuple[int, str, int, int] | None:
+    """(optimizer step, counted from 1, what is not finite, first micro-batch, how many), None if all is well.
+
+    Args:
+        first: `Watch.first`, the minimum over ranks.
+        per_step: micro-batches of an optimizer step, over all ranks.
+    """
+    loss, gradient = first
+    if min(loss, gradient) == NEVER:
+        return None
+    if loss // per_step <= gradient // per_step:  # it made the gradient of its step what it is
+        return loss // per_step + 1, "train/loss", loss, 1
+    return gradient // per_step + 1, "train/grad_norm", gradient, per_step
