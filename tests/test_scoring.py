@@ -22,6 +22,7 @@ from salt_lightning.flops import forward_flops_per_token
 from salt_lightning.models import CausalLM, ModelSpec, load_pretrained, weights_fingerprint
 from salt_lightning.scores import NO_LABEL, Scores
 from salt_lightning.selection import KeepRule, kept_rows, row_scores
+from salt_lightning.token_files import TokenFiles
 
 ROOT = Path(__file__).parents[1]
 SHARD_TOKENS = 512  # 16 rows of 32
@@ -89,11 +90,12 @@ def read_all(run):
 
 def test_scores_are_those_of_a_float64_reference(scored, settings, teacher):
     """Each document on its own through transformers' own logits, in float64; no line of ours but the reading."""
-    cache = Path(settings["data.cache_dir"])
-    manifest_path = next(p for p in cache.glob("*/manifest.json") if json.loads(p.read_text())["splits"]["train"])
-    manifest = json.loads(manifest_path.read_text())
-    tokens = np.fromfile(manifest_path.parent / "train" / "tokens.bin", manifest["dtype"]).astype(np.int64)
-    ends = np.fromfile(manifest_path.parent / "train" / "doc_ends.bin", "int64")
+    wanted = json.loads((scored / "scores.json").read_text())["scored"]["rows"]
+    prepared = [p.parent for p in Path(settings["data.cache_dir"]).glob("*/manifest.json")]  # other tests' as well
+    folder = next(p for p in prepared if TokenFiles(p, "train").fingerprint == wanted)
+    dtype = json.loads((folder / "manifest.json").read_text())["dtype"]
+    tokens = np.fromfile(folder / "train" / "tokens.bin", dtype).astype(np.int64)
+    ends = np.fromfile(folder / "train" / "doc_ends.bin", "int64")
     model = load_pretrained(ModelSpec(path=teacher), "teacher", torch.float64).eval()
     nll_RT, rank_RT = read_all(scored)
     width, num_documents = settings["data.block_size"], []
