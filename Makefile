@@ -22,8 +22,10 @@ demo: .venv/installed cache/demo/corpus.jsonl
 	rm -rf $(DEMO)
 	for run in teacher baseline salt rkd; do \
 		echo "--- $$run"; \
+		split=; [ $$run = teacher ] || split="--data.difficulty $(DEMO)/teacher"; \
 		teacher=; [ $$run = teacher ] || [ $$run = baseline ] || teacher="--model.teacher.path $(DEMO)/teacher/checkpoints/step-00000300.ckpt"; \
-		$(BIN)/python cli.py fit --config configs/demo/$$run.yaml --seed_everything $(SEED) --run $(DEMO)/$$run $$teacher || exit 1; \
+		$(BIN)/python cli.py fit --config configs/demo/$$run.yaml --seed_everything $(SEED) --run $(DEMO)/$$run $$teacher $$split || exit 1; \
+		[ $$run != teacher ] || $(BIN)/python cli.py validate --config configs/demo/teacher.yaml --run $(DEMO)/teacher --ckpt_path last || exit 1; \
 	done
 	$(BIN)/python cli.py compare $(DEMO)/baseline $(DEMO)/salt $(DEMO)/rkd $(DEMO)/teacher --out $(DEMO)
 	@echo "TensorBoard: $(BIN)/tensorboard --logdir runs"
@@ -35,7 +37,7 @@ demo-ds: .venv/installed $(DEMO)/compare.json
 	rm -rf $(DEMO)/score $(DEMO)/salt_ds
 	$(BIN)/python cli.py predict --config configs/demo/score.yaml --run $(DEMO)/score --model.teacher.path $(DEMO)/teacher/checkpoints/step-00000150.ckpt
 	$(BIN)/python cli.py fit --config configs/demo/salt_ds.yaml --seed_everything $(SEED) --run $(DEMO)/salt_ds \
-		--data.selection $(DEMO)/score --model.teacher.path $(DEMO)/teacher/checkpoints/step-00000300.ckpt
+		--data.difficulty $(DEMO)/teacher --data.selection $(DEMO)/score --model.teacher.path $(DEMO)/teacher/checkpoints/step-00000300.ckpt
 	$(BIN)/python cli.py compare $(DEMO)/baseline $(DEMO)/salt $(DEMO)/salt_ds $(DEMO)/rkd $(DEMO)/teacher --out $(DEMO)
 
 check: .venv/installed

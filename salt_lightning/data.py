@@ -15,7 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
-from salt_lightning.difficulty import HeldOut, read_thirds
+from salt_lightning.difficulty import HeldOut, find_files, read_thirds
 from salt_lightning.documents import Corpus, Hub, each_file, resolve
 from salt_lightning.errors import ConfigError
 from salt_lightning.prepare import (
@@ -167,6 +167,8 @@ class SALTDataModule(LightningDataModule):
         """Tokenize what is not in the cache yet, and score rows by their tokens; one process per node does this."""
         fits = self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING
         scores = Scores(Path(self.selection), "--data.selection") if self.selection and fits else None
+        if self.difficulty:
+            find_files(Path(self.difficulty), "--data.difficulty", "fit")
         for setting in ("source", "val_source", "test_source"):
             if getattr(self, setting):
                 corpus, fraction = self._corpus(setting)
@@ -249,7 +251,8 @@ class SALTDataModule(LightningDataModule):
             held_out = "test_source" if test_apart else "val_source" if self.val_source else "source"
             self._eval = self._open(held_out, "val")
             self.source_names = self._eval.files.manifest["sources"]
-            self._split_by_difficulty(stage or "fit")
+            if self.difficulty:
+                self._thirds_D = read_thirds(Path(self.difficulty), "--data.difficulty", self.held_out, stage or "fit")
         if stage in (None, "fit"):
             self._order = self._plan_order()
         if stage == "fit":
@@ -349,12 +352,6 @@ class SALTDataModule(LightningDataModule):
         return "none" if self._thirds_D is None else digest(self._thirds_D.tolist())
 
     # --- how that is done ---
-
-    def _split_by_difficulty(self, verb: str) -> None:
-        if not self.difficulty:
-            return
-        self._thirds_D, message = read_thirds(Path(self.difficulty), "--data.difficulty", self.held_out, verb)
-        rank_zero_info(message)
 
     def _eval_loader(self, packed: PackedRows, rows: np.ndarray) -> Loader:
         batches = EvalBatches(packed, rows, self.micro_batch_size, self._place(), self._thirds_D)

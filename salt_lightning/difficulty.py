@@ -80,8 +80,20 @@ def thirds(nll_D: np.ndarray, tokens_D: np.ndarray) -> np.ndarray:
     return third_D
 
 
-def read_thirds(place: Path, setting: str, held_out: HeldOut, verb: str) -> tuple[np.ndarray, str]:
-    """The third of each held-out document, and a line that says whose and where the cuts are.
+def find_files(place: Path, setting: str, verb: str) -> list[Path]:
+    """The files of losses in a run's folder, or the file itself. See `read_thirds`."""
+    verbs = _VERBS[::-1] if verb == "test" else _VERBS
+    files = [place] if place.is_file() else [file for v in verbs if (file := place / v / _FILE).is_file()]
+    if not files:
+        raise ConfigError(
+            f"{setting} {place}: no validate/{_FILE} in it; `cli.py validate --run {place} --ckpt_path last`, with the "
+            "teacher's config and the --data of this run, writes it"
+        )
+    return files
+
+
+def read_thirds(place: Path, setting: str, held_out: HeldOut, verb: str) -> np.ndarray:
+    """The third of each held-out document; says by whose loss, and what the thirds are.
 
     Args:
         place: folder of a run that was looked at by `validate` or `test`, or the file itself.
@@ -92,15 +104,8 @@ def read_thirds(place: Path, setting: str, held_out: HeldOut, verb: str) -> tupl
     Raises:
         ConfigError: there is no such file, it is damaged, of other text, or of fewer than three documents.
     """
-    verbs = _VERBS[::-1] if verb == "test" else _VERBS
-    files = [place] if place.is_file() else [place / verb / _FILE for verb in verbs if (place / verb / _FILE).is_file()]
-    if not files:
-        raise ConfigError(
-            f"{setting} {place}: no validate/{_FILE} in it; `cli.py validate --run {place} --ckpt_path last`, with the "
-            "teacher's config and the --data of this run, writes it"
-        )
     problems = []
-    for file in files:
+    for file in find_files(place, setting, verb):
         table, origin, made_on = _read(file, setting)
         differing = [_MEANING[key] for key, value in asdict(held_out).items() if made_on.get(key) != value]
         if not differing:
@@ -120,7 +125,8 @@ def read_thirds(place: Path, setting: str, held_out: HeldOut, verb: str) -> tupl
             f"{name} {inside_D.sum()} documents"
             + (f" of {tokens} tokens, CE {nll_D[inside_D].sum() / tokens:.4f}" if tokens else "")
         )
-    return third_D, f"difficulty by {origin}: {'; '.join(parts)}"
+    rank_zero_info(f"difficulty by {origin}: {'; '.join(parts)}")
+    return third_D
 
 
 def _read(file: Path, setting: str) -> tuple[pa.Table, str, dict[str, Any]]:

@@ -76,30 +76,27 @@ class Probe:
     def _add_gradients(self, trainer: pl.Trainer, module: Any, batch: Any) -> None:
         # The optimizer's: those of the module are whole at times, where they are sharded.
         weights = [p for group in trainer.optimizers[0].param_groups for p in group["params"]]
-        kd_weight = module.kd_weight.clone()
         with torch.inference_mode(False), trainer.precision_plugin.train_step_context():
             batch = {name: tensor.clone() for name, tensor in batch.items()}  # made in inference mode
             ids_BT, positions_BT = batch["input_ids"], batch["positions"]
             with torch.no_grad():
                 teacher_out = module.teacher(ids_BT, positions_BT)
-            num_tokens = torch.full_like(kd_weight, ids_BT.numel())  # the cosine knows no scale
-            module.kd_weight.fill_(1.0)
+            num_tokens = torch.full_like(module.kd_weight, ids_BT.numel())  # the cosine knows no scale
+            module.kd_weight.fill_(1.0)  # until the next batch brings its own
             for gradients, taught_by in ((self._ce, None), (self._kd, teacher_out)):
                 with torch.enable_grad():
                     loss = partial(module.step_loss, batch["labels"].flatten(), taught_by, num_tokens)
                     _backward(module.student(ids_BT, positions_BT, then=loss).loss, weights, gradients)
-            module.kd_weight.copy_(kd_weight)
 
 
 def _backward(loss: Tensor, weights: list[Tensor], gradients: Gradients) -> None:
-    """Adds the gradient of `loss` to `gradients` and leaves those of the weights as they are."""
-    kept = [p.grad for p in weights]
+    """Adds the gradient of `loss` to `gradients`. The weights have none in a validation, and none afterwards."""
     for p, gradient in zip(weights, gradients or [None] * len(weights), strict=True):
         p.grad = gradient
     loss.backward()
     gradients[:] = [p.grad for p in weights]
-    for p, gradient in zip(weights, kept, strict=True):
-        p.grad = gradient
+    for p in weights:
+        p.grad = None
 
 
 def _cosine(trainer: pl.Trainer, ce: Gradients, kd: Gradients) -> float:

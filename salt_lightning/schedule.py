@@ -153,6 +153,7 @@ class KDScheduleCallback(pl.Callback):
         if stage != "fit":
             return
         self._stop(None)
+        self._probe.forget()  # of a fit before
         steps, max_steps = self.schedule.steps, trainer.max_steps
         if self.schedule.weight > 0 and steps is not None and 0 < max_steps < steps:
             short = max(1, max_steps // 5)

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 OVERLAYS = {"ddp.yaml", "fsdp.yaml", "fsdp1.yaml"}  # for another config: tests/test_parallel.py
 CONFIGS = sorted(path for path in ROOT.glob("configs/**/*.yaml") if path.name not in OVERLAYS)
 NAMES = [str(path.relative_to(ROOT)) for path in CONFIGS]
-BASES = {"controls": "salt_ds.yaml"}  # overlays by folder, and a config that they go on top of
+BASES = {"controls": "salt_ds.yaml", "gap.yaml": "salt.yaml"}  # overlays, and a config that they go on top of
 
 
 def one_line(capsys) -> str:
@@ -128,7 +128,8 @@ def test_help_shows_every_setting_and_verb(capsys):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
 def test_every_config_parses_and_builds(path, tmp_path, monkeypatch):
-    base = [f"--config={ROOT / 'configs' / BASES[path.parent.name]}"] if path.parent.name in BASES else []
+    below = BASES.get(path.name) or BASES.get(path.parent.name)
+    base = [f"--config={ROOT / 'configs' / below}"] if below else []
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     built = cli.SALTCLI(
         cli.SALTModule, cli.SALTDataModule, run=False, parser_class=cli.Parser, trainer_defaults=cli.TRAINER_DEFAULTS,

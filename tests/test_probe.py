@@ -69,13 +69,28 @@ def test_values_are_those_of_full_logits_in_float64(fit_with, teacher, tmp_path)
         assert sorted(logged[tag]) == [2, 4, 6, 8], tag  # as long as the teacher is there
 
 
+class NoGradients(Callback):
+    """Lightning takes the gradients away before a validation, and none is left behind by it."""
+
+    looks = 0
+
+    def on_validation_start(self, trainer, pl_module):
+        assert all(p.grad is None for p in pl_module.parameters())
+
+    def on_validation_end(self, trainer, pl_module):
+        self.on_validation_start(trainer, pl_module)
+        self.looks += 1
+
+
 def test_probes_change_nothing(fit_with, teacher, tmp_path):
     """Accumulation and dropout: neither gradients, nor random numbers, nor weights; and a resume is as it was."""
     own = {**KD, "model.teacher.path": teacher, "model.student.family": "gpt2",
            "model.student.config": {"n_embd": 32, "n_layer": 2, "n_head": 4}}  # fmt: skip
     assert fit_with(tmp_path / "without", **own) == 0
     own["kd.probe_gradients"] = True
-    assert fit_with(tmp_path / "with", **own) == 0
+    look = NoGradients()
+    assert fit_with(tmp_path / "with", look, **own) == 0
+    assert look.looks == 6
     assert fit_with(tmp_path / "broken", StopAt(5), **own) == 128 + signal.SIGTERM
     assert fit_with(tmp_path / "broken", **own, ckpt_path="last") == 0
     last = "checkpoints/step-00000012.ckpt"
@@ -115,6 +130,12 @@ def test_the_boundary_is_found_and_every_resume_agrees(fit_with, teacher, tmp_pa
     shape = {"anneal_steps": anneal, "shape": "linear" if anneal else "step"}
     assert trained_schedule(checkpoint) == KDSchedule(0.667, stop, **shape)
     assert fit_with(tmp_path / "found", **{**found, "kd.stop_margin": 9.0}, ckpt_path="last") == 2  # another schedule
+    assert cli.main(["export", str(tmp_path / "found" / last), str(tmp_path / "out")]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"in the first {stop} steps" in card
+    assert "then 0, the last of them found by a margin of " in card
+    assert f"{stop} of them with the teacher" in card
+    assert "- method: SALT " + ("linear" if anneal else "step") + ", margin " in card
 
 
 def test_min_and_max_steps_bound_it(fit_with, teacher, tmp_path):

@@ -128,6 +128,7 @@ def test_the_manifest_says_what_was_scored(scored, teacher):
     assert manifest["scored"]["precision"] == "torch.float32, 32-true"
     assert manifest["teacher"] == {"path": teacher, "revision": None}
     assert manifest["scoring_flops"] == forward_flops_per_token(lm.model, 32) * manifest["scored"]["num_rows"] * 32
+    assert 0 < manifest["scoring_s"] < 60
     assert set(manifest["versions"]) == {"torch", "transformers", "lightning", "pyarrow"}
 
 
