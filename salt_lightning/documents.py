@@ -79,14 +79,6 @@ class Corpus:
     skip_bad_lines: bool = False
     examples: Examples = Examples()  # noqa: RUF009 (frozen)
 
-    def __post_init__(self) -> None:
-        plain = [file for group in self.groups if group.kind == "text" for file in group.files]
-        if self.examples.given and plain:
-            raise ConfigError(
-                f"{self.setting}: {plain[0]} is plain text, and --data.examples reads columns: give jsonl, "
-                "parquet or a hub data set"
-            )
-
     def inputs(self) -> list[Any]:
         """All that decides the documents, as plain data (part of the cache's fingerprint)."""
         inputs = [self.text_column, self.source_column, [group.inputs() for group in self.groups]]

@@ -125,6 +125,12 @@ def make_encoder(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, val_fractio
     eos_id = int(tokenizer.eos_token_id)
     if not corpus.examples.given:
         return Encoder(backend, eos_id, dtype, corpus, val_fraction)
+    plain = [file for group in corpus.groups if group.kind == "text" for file in group.files]
+    if plain:
+        raise ConfigError(
+            f"{corpus.setting}: {plain[0]} is plain text, and --data.examples reads columns: give jsonl, parquet or a "
+            "hub data set"
+        )
     chat = tokenizer if corpus.examples.messages else None
     if chat is not None and not tokenizer.chat_template:
         raise ConfigError(
