@@ -15,7 +15,8 @@ from pathlib import Path
 
 
 def read(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    with open(file, encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
 
 
 def write(file: Path, rows: Iterable[dict]) -> None:
