@@ -1,9 +1,19 @@
 """SALT pretraining in Lightning: a small frozen teacher helps a larger student, then leaves (arXiv 2410.18779)."""
 
+from salt_lightning.answers import AnswerTest
 from salt_lightning.data import SALTDataModule
+from salt_lightning.examples import Examples
 from salt_lightning.models import ModelSpec
 from salt_lightning.module import SALTModule
 from salt_lightning.optim import OptimSpec
 from salt_lightning.schedule import KDScheduleCallback
 
-__all__ = ["KDScheduleCallback", "ModelSpec", "OptimSpec", "SALTDataModule", "SALTModule"]
+__all__ = [
+    "AnswerTest",
+    "Examples",
+    "KDScheduleCallback",
+    "ModelSpec",
+    "OptimSpec",
+    "SALTDataModule",
+    "SALTModule",
+]

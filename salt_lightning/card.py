@@ -107,6 +107,7 @@ def _training(checkpoint: dict[str, Any], run: Run) -> dict[str, str]:
         "teacher": " at revision ".join(filter(None, (teacher["path"], teacher.get("revision")))) if taught else "",
         "KD": f"{_schedule(run)}; teacher's temperature {spec.get('teacher_temperature', 1.0):g}" if taught else "",
         "training text": ", ".join(text.get("source") or []),
+        "prompt and response": _examples(settings),
         "its size": ", ".join(f"{count:,} {unit}" for count, unit in counts if count),
         "selected by": str(settings.get("data.selection") or "") if run.selected else "",
         "rows": f"{_data(checkpoint, 'global_batch_size')} of {_data(checkpoint, 'block_size')} tokens a step",
@@ -114,6 +115,18 @@ def _training(checkpoint: dict[str, Any], run: Run) -> dict[str, str]:
         "precision": str(settings.get("trainer.precision") or ""),
         "seed": str(spec.get("seed", "")),
     }
+
+
+def _examples(settings: dict[str, Any]) -> str:
+    """How a prompt was written, where the text was examples: whoever asks the model has to write it so."""
+    prompt, response = (settings.get(f"data.examples.{name}") for name in ("prompt", "response"))
+    if prompt:
+        return f"{prompt!r}, {response!r}"
+    return (
+        "by the tokenizer's chat template"
+        if any(key.startswith("data.examples.messages") and v for key, v in settings.items())
+        else ""
+    )
 
 
 def _schedule(run: Run) -> str:

@@ -21,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from salt_lightning import compare, export, parallel, shards
+from salt_lightning.answers import AnswerTest
 from salt_lightning.checkpoint import AtomicCheckpointIO, RunCheckpoint, newest
 from salt_lightning.data import SALTDataModule
 from salt_lightning.difficulty import DocumentLossWriter
@@ -90,11 +91,12 @@ class SaveRunConfig(SaveConfigCallback):
 
 
 class SALTCLI(LightningCLI):
-    """LightningCLI plus --kd, --checkpoint and --run; settings that contradict each other are refused."""
+    """LightningCLI plus --kd, --checkpoint, --answers and --run; settings that contradict each other are refused."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(KDScheduleCallback, "kd")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(AnswerTest, "answers")
         parser.add_argument(
             "--run", type=str, default="runs/default", help="Folder of the run: config, logs, checkpoints."
         )

@@ -18,6 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from salt_lightning.difficulty import HeldOut, find_files, read_thirds
 from salt_lightning.documents import Corpus, Hub, each_file, resolve
 from salt_lightning.errors import ConfigError
+from salt_lightning.example_rows import ExampleRows, open_examples
+from salt_lightning.examples import Examples
 from salt_lightning.prepare import (
     prepare_tokenizer,
     prepare_tokens,
@@ -65,13 +67,15 @@ class SALTDataModule(LightningDataModule):
         num_workers: int = 0,
         selection: str | None = None,
         keep: KeepRule = KeepRule(),  # noqa: B008 (frozen)
+        examples: Examples = Examples(),  # noqa: B008 (frozen)
     ) -> None:
         """Check the settings; no file is opened yet.
 
         Args:
-            source: Training text: a file, folder, glob (``**`` goes into folders), hub data set, or a list
-                of these. Files of .jsonl or .parquet hold a document a row, any other file is one document;
-                .gz, .xz and .zst are unpacked. Of a folder with .jsonl or .parquet in it only these are read.
+            source: Training text: a file, folder, glob (``**`` goes into folders), hub data set (owner/name, or
+                owner/name:split), or a list of these. Files of .jsonl or .parquet hold a document a row, any
+                other file is one document; .gz, .xz and .zst are unpacked. Of a folder with .jsonl or .parquet
+                in it only these are read.
             val_source: Validation text, likewise. Without it, `val_fraction` of the documents of `source`.
             test_source: Text for the test verb, likewise. Without it, the validation text.
             split: Split of a hub data set, or of a folder laid out like one.
@@ -101,6 +105,7 @@ class SALTDataModule(LightningDataModule):
             selection: Folder of a run of predict (or its scores.json): phase 1, the steps before --kd.steps,
                 reads the rows that `keep` takes by their scores, phase 2 all rows (SALT_DS).
             keep: Which of the scored rows phase 1 reads.
+            examples: Fine-tuning: rows of data are prompts and responses, of which the responses are learned.
 
         Raises:
             ConfigError: any setting is out of its range.
@@ -117,8 +122,8 @@ class SALTDataModule(LightningDataModule):
         self.val_fraction, self.val_rows, self.seed = val_fraction, val_rows, seed
         self.cache_dir = Path(cache_dir).expanduser()
         self.prepare_workers, self.num_workers = prepare_workers, num_workers
-        self.selection, self.keep = selection, keep
-        problems = self._problems()
+        self.selection, self.keep, self.examples = selection, keep, examples
+        problems = self._problems() + examples.problems(tokenizer)
         if problems:
             raise ConfigError("; ".join(problems))
         self.accumulate = 1
@@ -126,10 +131,10 @@ class SALTDataModule(LightningDataModule):
         self.source_names: list[str] = []
         self.text: dict[str, Any] = {}  # what the training text is, for checkpoints
         self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._train: PackedRows | None = None
+        self._train: PackedRows | ExampleRows | None = None
         self._order: Order | None = None
         self._shards: tuple[list[int], int] | None = None
-        self._eval: PackedRows | None = None
+        self._eval: PackedRows | ExampleRows | None = None
         self._thirds_D: np.ndarray | None = None
         self._train_loader: Loader | None = None
 
@@ -209,26 +214,34 @@ class SALTDataModule(LightningDataModule):
         groups = resolve(f"--data.{setting}", getattr(self, setting), self.hub)
         groups = each_file(groups) if self.source_per_file else groups
         fraction = 1.0 if setting != "source" else 0.0 if self.val_source else self.val_fraction
-        skips = self.bad_lines == "skip"
-        return Corpus(f"--data.{setting}", groups, self.text_column, self.source_column, skips), fraction
+        columns = self.text_column, self.source_column
+        return Corpus(f"--data.{setting}", groups, *columns, self.bad_lines == "skip", self.examples), fraction
 
-    def _open(self, setting: str, split: str) -> PackedRows:
+    def _open(self, setting: str, split: str) -> PackedRows | ExampleRows:
         corpus, fraction = self._corpus(setting)
         folder = token_folder(corpus, self.tokenizer, fraction, self.cache_dir)
-        packed = PackedRows(TokenFiles(folder, split), self.block_size, self.isolate_documents)
-        tokens = packed.files.num_tokens
-        if split == "train" and tokens < self.block_size:
+        files = TokenFiles(folder, split)
+        tokens = files.num_tokens
+        if split == "train" and tokens < self.block_size and not self.examples.given:
             raise ConfigError(
                 f"--data.source: {tokens} training tokens do not fill one row of --data.block_size "
                 f"{self.block_size}; add text or shorten the rows"
             )
         if split == "val" and tokens == 0:
-            num_documents = packed.files.manifest["splits"]["train"]["documents"]
+            num_documents = files.manifest["splits"]["train"]["documents"]
             raise ConfigError(
                 f"--data.val_fraction: {self.val_fraction} left none of {num_documents} documents for "
                 "validation; raise it, split the text into more documents, or give --data.val_source"
             )
-        return packed
+        if self.examples.given:
+            return open_examples(setting, files, self.block_size, self.isolate_documents)
+        return PackedRows(files, self.block_size, self.isolate_documents)
+
+    @property
+    def test_examples(self) -> ExampleRows:
+        """The examples that the test verb looks at."""
+        assert isinstance(self._eval, ExampleRows), "setup('test') comes first"
+        return self._eval
 
     # --- Lightning's hooks, in its order ---
 
@@ -312,8 +325,7 @@ class SALTDataModule(LightningDataModule):
     def decode_row(self, row: int) -> str:
         """The text of a training row."""
         assert self._train is not None, "setup comes first"
-        start = row * self.block_size
-        return str(self.tokenizer.decode(self._train.files.tokens[start : start + self.block_size].tolist()))
+        return str(self.tokenizer.decode(self._train.build(np.array([row]))["input_ids"][0].tolist()))
 
     def describe_batches(self, first: int, count: int) -> str:
         """Number, source and first words of the rows that micro-batches `first` to `first + count - 1` read.
@@ -324,7 +336,7 @@ class SALTDataModule(LightningDataModule):
         assert self._order is not None
         files, size = self._train.files, self.micro_batch_size
         rows = self._order(np.arange(first * size, (first + count) * size))
-        documents = np.searchsorted(files.doc_ends, rows[:4] * self.block_size, side="right")
+        documents = self._train.first_documents(rows[:4])
         sources = [files.manifest["sources"][source] for source in files.doc_sources[documents]]
         shown = [f"{row} ({s}: {self.decode_row(row)[:40]!r})" for row, s in zip(rows[:4], sources, strict=True)]
         return ", ".join(shown + [str(row) for row in rows[4:64]]) + (" ..." if len(rows) > 64 else "")
@@ -353,7 +365,7 @@ class SALTDataModule(LightningDataModule):
 
     # --- how that is done ---
 
-    def _eval_loader(self, packed: PackedRows, rows: np.ndarray) -> Loader:
+    def _eval_loader(self, packed: PackedRows | ExampleRows, rows: np.ndarray) -> Loader:
         batches = EvalBatches(packed, rows, self.micro_batch_size, self._place(), self._thirds_D)
         return self._loader(batches, len(batches), lambda: 0)
 
@@ -362,7 +374,7 @@ class SALTDataModule(LightningDataModule):
         loader.pin_memory = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         return loader
 
-    def _eval_rows(self, packed: PackedRows) -> np.ndarray:
+    def _eval_rows(self, packed: PackedRows | ExampleRows) -> np.ndarray:
         count = min(self.val_rows or packed.num_rows, packed.num_rows)
         return np.arange(count) * packed.num_rows // count
 

@@ -3,6 +3,7 @@
     source (as typed)  ->  Corpus: groups of files of one kind   resolve()
     Corpus             ->  Raw: a handful of rows, unparsed      read_raw()      one process
     Raw                ->  (text, source) pairs                  documents()     the worker processes
+                           or (conversation, source)             for fine-tuning
 
 Memory stays constant, and the one process that reads does so little that it keeps many workers busy: decoding and
 parsing are theirs. Data sets of the hub are read by `datasets` in streaming mode: no copy in Arrow files is made, none
@@ -18,7 +19,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import IO, Any
@@ -31,6 +32,7 @@ from fsspec.utils import infer_compression
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from salt_lightning.errors import ConfigError
+from salt_lightning.examples import Examples
 
 _KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 _COMPRESSIONS = {".gz", ".zst", ".xz", ".bz2"}
@@ -75,11 +77,14 @@ class Corpus:
     text_column: str = "text"
     source_column: str | None = None
     skip_bad_lines: bool = False
+    examples: Examples = Examples()  # noqa: RUF009 (frozen)
 
     def inputs(self) -> list[Any]:
         """All that decides the documents, as plain data (part of the cache's fingerprint)."""
-        skips = ["skip"] if self.skip_bad_lines else []  # nothing for the default: older caches keep their names
-        return [self.text_column, self.source_column, [group.inputs() for group in self.groups], *skips]
+        inputs = [self.text_column, self.source_column, [group.inputs() for group in self.groups]]
+        # nothing for the defaults: older caches keep their names
+        skips = ["skip"] if self.skip_bad_lines else []
+        return [*inputs, *skips, asdict(self.examples)] if self.examples.given else [*inputs, *skips]
 
     def num_bytes(self) -> int:
         """Size on disk; the hub counts 0."""
@@ -97,9 +102,16 @@ class Corpus:
             found[file] = (stat.st_size, stat.st_mtime_ns) if stat else None
         return found
 
-    def columns(self) -> list[str]:
-        """The columns that are read of a table."""
-        return [self.text_column] + ([self.source_column] if self.source_column else [])
+    def columns(self) -> dict[str, str]:
+        """Column that is read of a table -> the setting that names it."""
+        own = self.examples.columns() if self.examples.given else {self.text_column: "text_column"}
+        return {**({self.source_column: "source_column"} if self.source_column else {}), **own}
+
+    def content(self, fields: dict[str, Any]) -> Any:
+        """What a row holds: a text, or the fields of an example."""
+        if self.examples.given:
+            return {column: fields[column] for column in self.examples.columns()}
+        return fields[self.text_column]
 
 
 @dataclass
@@ -108,7 +120,7 @@ class Raw:
 
     name: str  # of the source
     kind: str  # as Group's
-    rows: list[Any] = field(default_factory=list)
+    rows: list[Any] = field(default_factory=list)  # bytes of files; of tables texts, or the fields of examples
     sources: list[Any] = field(default_factory=list)  # of tables with a source column; else empty
     places: list[tuple[int, str, int]] = field(default_factory=list)  # from row i on: file, number of row i's line
     size: int = 0  # of the rows, in bytes or characters
@@ -178,18 +190,19 @@ def _resolve_one(setting: str, entry: str, name: str, hub: Hub) -> list[Group]:
         if not any(of_kind.values()):
             raise ConfigError(f"{setting}: {entry!r} holds no text: its files ({len(files)}) are empty; give others")
         return [Group(name, kind, tuple(found)) for kind, found in of_kind.items() if found]
-    if _HUB_NAME.fullmatch(entry) and Path(entry).suffix not in {
+    hub_name, _, split = entry.partition(":")
+    if _HUB_NAME.fullmatch(hub_name) and Path(entry).suffix not in {
         ".txt",
         ".md",
         ".py",
         *_KINDS,
         *_COMPRESSIONS,
     }:
-        return [Group(name, "hub", hub_name=entry, hub=hub)]
+        return [Group(name, "hub", hub_name=hub_name, hub=replace(hub, split=split or hub.split))]
     what = "matches folders alone, no file" if glob.glob(path) and not os.path.isfile(path) else "matches no file"
     raise ConfigError(
         f"{setting}: {entry!r} {what}; give a file, a folder, a glob such as 'books/**/*.txt', "
-        "or a hub data set 'owner/name'"
+        "or a hub data set 'owner/name' or 'owner/name:split'"
     )
 
 
@@ -266,7 +279,7 @@ def _read_files(group: Group, corpus: Corpus) -> Iterator[Raw]:
     for file in group.files:
         read = {"text": _read_text, "jsonl": _read_lines, "parquet": _read_parquet}[group.kind]
         try:
-            for piece in read(file, group, corpus.columns()):
+            for piece in read(file, group, corpus):
                 piece.read_bytes += bytes_before
                 yield piece
             bytes_before += os.path.getsize(file)
@@ -277,13 +290,13 @@ def _read_files(group: Group, corpus: Corpus) -> Iterator[Raw]:
             raise ConfigError(f"{corpus.setting}: {file}: cannot be read ({first_line(error)}){hint}") from error
 
 
-def _read_text(file: str, group: Group, columns: list[str]) -> Iterator[Raw]:
+def _read_text(file: str, group: Group, corpus: Corpus) -> Iterator[Raw]:
     with _open(file) as (content, disk):
         data = content.read()
         yield Raw(group.name, group.kind, [data], [], [(0, file, 1)], len(data), disk.tell())
 
 
-def _read_lines(file: str, group: Group, columns: list[str]) -> Iterator[Raw]:
+def _read_lines(file: str, group: Group, corpus: Corpus) -> Iterator[Raw]:
     line = 1
     with _open(file) as (content, disk):
         while lines := content.readlines(_RAW_CHARS):
@@ -299,24 +312,24 @@ def _open(file: str) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
         yield content, disk
 
 
-def _read_parquet(file: str, group: Group, columns: list[str]) -> Iterator[Raw]:
+def _read_parquet(file: str, group: Group, corpus: Corpus) -> Iterator[Raw]:
     table, num_read = pq.ParquetFile(file, buffer_size=1 << 20), 0  # buffered: never a whole column chunk in memory
-    _check_columns(columns, table.schema_arrow.names, file)
-    for batch in table.iter_batches(_TABLE_ROWS, columns=columns):
+    _check_columns(corpus, table.schema_arrow.names, file)
+    for batch in table.iter_batches(_TABLE_ROWS, columns=list(corpus.columns())):
         num_read += len(batch)
         read_bytes = os.path.getsize(file) * num_read // table.metadata.num_rows
-        yield _of_table(group, columns, batch.to_pydict(), read_bytes)
+        yield _of_table(group, corpus, batch.to_pydict(), read_bytes)
 
 
 def _read_hub(group: Group, corpus: Corpus) -> Iterator[Raw]:
-    hub, columns = group.hub, corpus.columns()
+    hub = group.hub
     try:
         stream = datasets.load_dataset(
             group.hub_name, hub.subset, split=hub.split, revision=hub.revision, streaming=True
         )
-        _check_columns(columns, stream.column_names or list(next(iter(stream), {})), group.hub_name)
-        for batch in stream.select_columns(columns).iter(_TABLE_ROWS):
-            yield _of_table(group, columns, batch, 0)
+        _check_columns(corpus, stream.column_names or list(next(iter(stream), {})), group.hub_name)
+        for batch in stream.select_columns(list(corpus.columns())).iter(_TABLE_ROWS):
+            yield _of_table(group, corpus, batch, 0)
     except ConfigError:
         raise
     except Exception as error:
@@ -326,14 +339,18 @@ def _read_hub(group: Group, corpus: Corpus) -> Iterator[Raw]:
         ) from error
 
 
-def _of_table(group: Group, columns: list[str], batch: dict[str, list[Any]], read_bytes: int) -> Raw:
-    texts = batch[columns[0]]
-    size = sum(len(text) if isinstance(text, str) else 1 for text in texts)
-    return Raw(group.name, group.kind, texts, batch[columns[1]] if columns[1:] else [], [], size, read_bytes)
+def _of_table(group: Group, corpus: Corpus, batch: dict[str, list[Any]], read_bytes: int) -> Raw:
+    rows = [corpus.content(dict(zip(batch, values, strict=True))) for values in zip(*batch.values(), strict=True)]
+    sources = batch[corpus.source_column] if corpus.source_column else []
+    return Raw(group.name, group.kind, rows, sources, [], sum(map(_size, rows)), read_bytes)
 
 
-def _check_columns(columns: list[str], found: list[str], where: str) -> None:
-    for setting, column in zip(("text_column", "source_column"), columns, strict=False):
+def _size(row: Any) -> int:
+    return 1 if row is None else len(row) if isinstance(row, str) else len(str(row))
+
+
+def _check_columns(corpus: Corpus, found: list[str], where: str) -> None:
+    for column, setting in corpus.columns().items():
         if column not in found:
             raise ConfigError(f"--data.{setting}: no column {column!r} in {where}; there are: {', '.join(found)}")
 
@@ -363,35 +380,35 @@ class Skipped:
         return f"{self.lines} bad line{'s' * (self.lines > 1)} left out (--data.bad_lines skip), first {self.first}"
 
 
-def documents(raw: Raw, corpus: Corpus) -> tuple[list[tuple[str, str]], Skipped]:
+def documents(raw: Raw, corpus: Corpus) -> tuple[list[tuple[Any, str]], Skipped]:
     """(text, source name) of every row with text in it, and what was skipped; empty rows (null, blank) are left out.
 
+    Of examples it is the conversation (examples.py) instead of the text.
+
     Raises:
-        BadLine: bytes that are no UTF-8, a line that is no JSON object or lacks a column, a text that is no string;
-            unless the corpus skips them.
-        ConfigError: a table whose text is no string.
+        BadLine: bytes that are no UTF-8, a line that is no JSON object or lacks a column, a text that is no string,
+            fields that the templates of the examples cannot write; unless the corpus skips them.
+        ConfigError: the like of the latter two in a table.
     """
     kept, skipped = [], Skipped()
     for row in range(len(raw.rows)):
         try:
-            text, source = _parse(raw, row, corpus)
+            content, source = _parse(raw, row, corpus)
         except BadLine as error:
             if not corpus.skip_bad_lines:
                 raise
             skipped.add(Skipped(1, error.place))
             continue
-        if text and not text.isspace():
-            kept.append((text, str(source)))
+        if content and not (isinstance(content, str) and content.isspace()):
+            kept.append((content, str(source)))
     return kept, skipped
 
 
-def _parse(raw: Raw, row: int, corpus: Corpus) -> tuple[str | None, Any]:
-    """Text and source of a row."""
-    data, columns = raw.rows[row], corpus.columns()
+def _parse(raw: Raw, row: int, corpus: Corpus) -> tuple[Any, Any]:
+    """Content and source of a row."""
+    data = raw.rows[row]
     if raw.kind in ("parquet", "hub"):
-        if data is not None and not isinstance(data, str):
-            raise ConfigError(_not_text(columns[0], raw.name, data))
-        return data, raw.sources[row] if raw.sources else raw.name
+        return _checked(data, corpus, raw.name), raw.sources[row] if raw.sources else raw.name
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
@@ -411,13 +428,25 @@ def _parse(raw: Raw, row: int, corpus: Corpus) -> tuple[str | None, Any]:
         problem = f"is no JSON object but {text[:40].strip()!r}"
         raise _bad_line(corpus, _place(raw, row), problem, "write one object a line")
     try:
-        _check_columns(columns, list(fields), _place(raw, row))
-        found, source = fields[columns[0]], fields[columns[1]] if columns[1:] else raw.name
-        if found is not None and not isinstance(found, str):
-            raise ConfigError(_not_text(columns[0], _place(raw, row), found))
+        _check_columns(corpus, list(fields), _place(raw, row))
+        source = fields[corpus.source_column] if corpus.source_column else raw.name
+        return _checked(corpus.content(fields), corpus, _place(raw, row)), source
     except ConfigError as error:
         raise BadLine(f"{error}; --data.bad_lines skip leaves such lines out", str(error)) from None
-    return found, source
+
+
+def _checked(content: Any, corpus: Corpus, where: str) -> Any:
+    """A row's text, or the conversation that the fields of an example make."""
+    if corpus.examples.given:
+        try:
+            return corpus.examples.conversation(content)
+        except ConfigError as error:
+            raise ConfigError(f"{error}; {where}") from error
+    if content is not None and not isinstance(content, str):
+        raise ConfigError(
+            f"--data.text_column: {corpus.text_column!r} of {where} holds {type(content).__name__}, not text"
+        )
+    return content
 
 
 def _place(raw: Raw, row: int, lines_on: int = 0) -> str:
@@ -428,10 +457,6 @@ def _place(raw: Raw, row: int, lines_on: int = 0) -> str:
 def _bad_line(corpus: Corpus, place: str, problem: str, remedy: str) -> BadLine:
     message = f"{corpus.setting}: {place} {problem}; {remedy}, or let --data.bad_lines skip leave such lines out"
     return BadLine(message, f"{place} {problem}")
-
-
-def _not_text(column: str, where: str, value: Any) -> str:
-    return f"--data.text_column: {column!r} of {where} holds {type(value).__name__}, not text"
 
 
 def utf8(text: str) -> bytes:

@@ -30,6 +30,7 @@ from salt_lightning.token_files import FORMAT, SPLITS, SplitWriter, TokenFiles, 
 from salt_lightning.tokenizer import (
     Block,
     Encoder,
+    ExampleEncoder,
     rules_fingerprint,
     tokenizer_fingerprint,
     train_tokenizer,
@@ -58,7 +59,8 @@ def prepare_tokenizer(corpus: Corpus, vocab_size: int, val_fraction: float, cach
 
 def token_folder(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, val_fraction: float, cache_dir: Path) -> Path:
     """Where a corpus is kept as tokens: named by a fingerprint of all that determines them."""
-    return cache_dir / digest([FORMAT, corpus.inputs(), rules_fingerprint(tokenizer), val_fraction])
+    chat = [tokenizer.chat_template] if corpus.examples.messages else []
+    return cache_dir / digest([FORMAT, corpus.inputs(), rules_fingerprint(tokenizer), val_fraction, *chat])
 
 
 def prepare_tokens(
@@ -87,7 +89,7 @@ def _prepare(
     folder: Path, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, val_fraction: float, workers: int
 ) -> None:
     stamps, inputs = corpus.stamps(), corpus.inputs()
-    encoder = _encoder(corpus, tokenizer, val_fraction)
+    encoder = make_encoder(corpus, tokenizer, val_fraction)
     origin = {
         "format": FORMAT,
         "inputs": inputs,
@@ -113,13 +115,29 @@ def _prepare(
             write_json(unfinished.path / "manifest.json", sealed({**origin, **contents}))
 
 
-def _encoder(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, val_fraction: float) -> Encoder:
+def make_encoder(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, val_fraction: float) -> Encoder | ExampleEncoder:
+    """What turns the rows of a corpus into tokens."""
     largest = max(len(tokenizer) - 1, *tokenizer.get_vocab().values())
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()
     dtype = "uint16" if largest < 1 << 16 else "uint32"
-    return Encoder(backend, int(tokenizer.eos_token_id), dtype, corpus, val_fraction)
+    eos_id = int(tokenizer.eos_token_id)
+    if not corpus.examples.given:
+        return Encoder(backend, eos_id, dtype, corpus, val_fraction)
+    plain = [file for group in corpus.groups if group.kind == "text" for file in group.files]
+    if plain:
+        raise ConfigError(
+            f"{corpus.setting}: {plain[0]} is plain text, and --data.examples reads columns: give jsonl, parquet or a "
+            "hub data set"
+        )
+    chat = tokenizer if corpus.examples.messages else None
+    if chat is not None and not tokenizer.chat_template:
+        raise ConfigError(
+            "--data.examples.messages: the tokenizer of --data.tokenizer has no chat template; use "
+            "--data.examples.prompt and --data.examples.response, or a tokenizer that has one"
+        )
+    return ExampleEncoder(backend, eos_id, dtype, corpus, val_fraction, chat, tokenizer.all_special_ids)
 
 
 def _check_unchanged(corpus: Corpus, stamps: dict[str, Any]) -> None:
@@ -157,6 +175,7 @@ class _Written:
 
     origin: str  # digest of what the manifest says of the files' making
     num_raws: int = 0
+    num_left_out: int = 0  # rows
     raws_hash: str = ""
     read_bytes: int = 0
     sources: dict[str, int] = field(default_factory=dict)  # name -> index
@@ -176,7 +195,7 @@ class _Written:
         return Done(time.monotonic(), documents, tokens, text_bytes, self.read_bytes)
 
 
-def _resume(unfinished: Unfinished, origin: str, encoder: Encoder) -> tuple[_Written, Iterator[Raw]]:
+def _resume(unfinished: Unfinished, origin: str, encoder: Encoder | ExampleEncoder) -> tuple[_Written, Iterator[Raw]]:
     """What is written and what is still to be read. All is, unless a journal of the same origin fits files and text."""
     journal = unfinished.journal()
     if journal.get("origin") == origin:
@@ -185,7 +204,7 @@ def _resume(unfinished: Unfinished, origin: str, encoder: Encoder) -> tuple[_Wri
         least = {
             unfinished.path / split / name: size
             for split, counts in written.counts.items()
-            for name, size in sizes(split, encoder.dtype, counts).items()
+            for name, size in sizes(split, encoder.dtype, counts, encoder.corpus.examples.given).items()
         }
         if all(path.exists() and path.stat().st_size >= size for path, size in least.items()):
             rank_zero_info(f"tokenizing: going on in {unfinished.path}")
@@ -198,11 +217,14 @@ def _resume(unfinished: Unfinished, origin: str, encoder: Encoder) -> tuple[_Wri
     return _Written(origin), read_raw(encoder.corpus)
 
 
-def _write(encoder: Encoder, origin: dict[str, Any], unfinished: Unfinished, workers: int) -> dict[str, Any]:
+def _write(
+    encoder: Encoder | ExampleEncoder, origin: dict[str, Any], unfinished: Unfinished, workers: int
+) -> dict[str, Any]:
     """Fill the folder from where its journal ends; what the manifest says of the files."""
     written, raws = _resume(unfinished, digest(origin), encoder)
     writers = {
-        split: SplitWriter(unfinished.path / split, encoder.dtype, counts) for split, counts in written.counts.items()
+        split: SplitWriter(unfinished.path / split, encoder.dtype, counts, encoder.corpus.examples.given)
+        for split, counts in written.counts.items()
     }
     start = written.done()
     progress, journaled_s = Progress(encoder.corpus.num_bytes(), start), start.time_s
@@ -212,6 +234,8 @@ def _write(encoder: Encoder, origin: dict[str, Any], unfinished: Unfinished, wor
                 written.skipped.add(skipped)
                 for split, block in blocks.items():
                     writers[split].add(block, _source_ids(block, written.sources, encoder.corpus))
+                documents = sum(len(block.lengths) for block in blocks.values())
+                written.num_left_out += len(raw.rows) - documents - skipped.lines
                 written.follow(raw_hash, raw.read_bytes)
                 done = written.done()
                 progress.update(done)
@@ -225,7 +249,8 @@ def _write(encoder: Encoder, origin: dict[str, Any], unfinished: Unfinished, wor
         progress.close()
         for writer in writers.values():
             writer.close()
-    rank_zero_info(summary_line(start, written.done()))
+    left_out = f"; {written.num_left_out} rows without text are left out" if written.num_left_out else ""
+    rank_zero_info(summary_line(start, written.done()) + left_out)
     return {
         "sources": list(written.sources),
         "splits": {split: writer.entry() for split, writer in writers.items()},

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -146,6 +146,17 @@ def scatter(numbers: np.ndarray) -> np.ndarray:
 # --- rows ---
 
 
+class Rows(Protocol):
+    """Rows of one split: what batches need of them."""
+
+    files: TokenFiles
+    num_rows: int
+
+    def label_counts(self, rows: np.ndarray) -> np.ndarray: ...
+    def build(self, rows: np.ndarray) -> Batch: ...
+    def origins(self, batch: Batch) -> Batch: ...
+
+
 class PackedRows:
     """Rows of `block_size` tokens cut from the stream of one split."""
 
@@ -200,6 +211,10 @@ class PackedRows:
         sources_BT = np.where(documents_BT < 0, -1, self.files.doc_sources[documents_BT])
         return {"bytes": bytes_BT, "documents": documents_BT, "sources": sources_BT.astype(np.int64)}
 
+    def first_documents(self, rows: np.ndarray) -> np.ndarray:
+        """The document at the start of each row."""
+        return np.searchsorted(self.files.doc_ends, rows * self.block_size, side="right")
+
     def _ends(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Start of each row, and the range of documents that end in it: after its start, up to its stop."""
         starts = rows * self.block_size
@@ -213,7 +228,7 @@ class PackedRows:
 class TrainBatches(Dataset):
     """Micro-batch i of one rank, counted over the whole run: step i // accumulate, part i % accumulate."""
 
-    def __init__(self, packed: PackedRows, order: Order, sizes: tuple[int, int], place: tuple[int, int]) -> None:
+    def __init__(self, packed: Rows, order: Order, sizes: tuple[int, int], place: tuple[int, int]) -> None:
         self.packed, self.order = packed, order
         self.global_batch, self.micro_batch = sizes
         self.rank, self.world = place
@@ -239,7 +254,7 @@ class EvalBatches(Dataset):
 
     def __init__(
         self,
-        packed: PackedRows,
+        packed: Rows,
         rows: np.ndarray,
         micro_batch: int,
         place: tuple[int, int],
@@ -271,7 +286,7 @@ class ShardBatches(Dataset):
     of the last shard, get NO_ROW.
     """
 
-    def __init__(self, packed: PackedRows, shards: list[int], shard_rows: int, sizes: tuple[int, int]) -> None:
+    def __init__(self, packed: Rows, shards: list[int], shard_rows: int, sizes: tuple[int, int]) -> None:
         self.packed, self.shards, self.shard_rows = packed, shards, shard_rows
         self.micro_batch, num_shards = sizes  # num_shards: of the rank that has most
         self.batches_per_shard = -(-shard_rows // self.micro_batch)

@@ -6,6 +6,7 @@
         doc_ends.bin         int64              exclusive end of each document in tokens.bin
         doc_sources.bin      int32              each document's index into the manifest's names of sources
         token_bytes.bin      int32              val only: UTF-8 bytes of text that each token stands for (EOS: 0)
+        learned.bin          uint8              examples only: 1 where a token belongs to a response
 
 What is checked when:
 
@@ -56,21 +57,26 @@ class Block:
     sources: list[str]  # of each document
     token_bytes: np.ndarray | None  # of each id
     text_bytes: int = 0
+    learned: np.ndarray | None = None  # of each id, where documents are examples
 
 
-def columns(split: str, dtype: str) -> dict[str, tuple[str, str]]:
+def columns(split: str, dtype: str, examples: bool = False) -> dict[str, tuple[str, str]]:
     """File name -> (its dtype, which of a split's counts it has an entry for)."""
     files = {
         "tokens.bin": (dtype, "tokens"),
         "doc_ends.bin": ("int64", "documents"),
         "doc_sources.bin": ("int32", "documents"),
     }
-    return {**files, "token_bytes.bin": ("int32", "tokens")} if split == "val" else files
+    if split == "val":
+        files["token_bytes.bin"] = ("int32", "tokens")
+    if examples:
+        files["learned.bin"] = ("uint8", "tokens")
+    return files
 
 
-def sizes(split: str, dtype: str, counts: dict[str, int]) -> dict[str, int]:
+def sizes(split: str, dtype: str, counts: dict[str, int], examples: bool = False) -> dict[str, int]:
     """File name -> bytes."""
-    return {name: np.dtype(kind).itemsize * counts[of] for name, (kind, of) in columns(split, dtype).items()}
+    return {name: np.dtype(kind).itemsize * counts[of] for name, (kind, of) in columns(split, dtype, examples).items()}
 
 
 class SplitWriter:
@@ -79,11 +85,11 @@ class SplitWriter:
     `counts` grows with each block.
     """
 
-    def __init__(self, folder: Path, dtype: str, counts: dict[str, int]) -> None:
+    def __init__(self, folder: Path, dtype: str, counts: dict[str, int], examples: bool = False) -> None:
         self.counts, self._folder = counts, folder
         folder.mkdir(exist_ok=True)
         self._files = {}
-        for name, size in sizes(folder.name, dtype, self.counts).items():
+        for name, size in sizes(folder.name, dtype, self.counts, examples).items():
             self._files[name] = file = open(folder / name, "ab")  # noqa: SIM115 (`close` closes them)
             file.truncate(size)
 
@@ -93,6 +99,8 @@ class SplitWriter:
         self._files["doc_sources.bin"].write(np.array(source_ids, np.int32).data)
         if block.token_bytes is not None:
             self._files["token_bytes.bin"].write(block.token_bytes.data)
+        if block.learned is not None:
+            self._files["learned.bin"].write(block.learned.data)
         self.counts["tokens"] += len(block.ids)
         self.counts["documents"] += len(block.lengths)
         self.counts["text_bytes"] += block.text_bytes
@@ -191,7 +199,8 @@ class TokenFiles:
         self.num_documents: int = entry["documents"]
         self.eos_id: int = self.manifest["tokenizer"]["eos_id"]
         self.has_bytes = "token_bytes.bin" in entry["files"]
-        self.fingerprint = digest([entry["files"][name]["blake2b"] for name in ("tokens.bin", "doc_ends.bin")])
+        decisive = ("tokens.bin", "doc_ends.bin", "learned.bin")
+        self.fingerprint = digest([file["blake2b"] for name in decisive if (file := entry["files"].get(name))])
 
     @cached_property
     def tokens(self) -> np.ndarray:
@@ -209,8 +218,12 @@ class TokenFiles:
     def token_bytes(self) -> np.ndarray:
         return self._map("token_bytes.bin")
 
+    @cached_property
+    def learned(self) -> np.ndarray:
+        return self._map("learned.bin")
+
     def _map(self, name: str) -> np.ndarray:
-        path, (dtype, _) = self.folder / name, columns(self.folder.name, self.manifest["dtype"])[name]
+        path, (dtype, _) = self.folder / name, columns(self.folder.name, self.manifest["dtype"], examples=True)[name]
         # As a plain array: slices of np.memmap's own class are slow. An empty file cannot be mapped.
         return np.asarray(np.memmap(path, dtype, mode="r")) if path.stat().st_size else np.zeros(0, dtype)
 

@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -22,6 +23,7 @@ from salt_lightning.documents import (
     utf8,
 )
 from salt_lightning.errors import ConfigError
+from salt_lightning.examples import Message, segments
 from salt_lightning.token_files import Block, digest
 
 EOS = "<|endoftext|>"
@@ -145,6 +147,72 @@ class Encoder:
             np.insert(np.concatenate(counts), ends, 0) if with_bytes else None,
             sum(len(data) for (data, _), is_kept in zip(docs, kept, strict=True) if is_kept),
         )
+
+
+_Example = tuple[np.ndarray, np.ndarray, np.ndarray]  # ids up to EOS, which are learned, their bytes of text
+
+
+@dataclass
+class ExampleEncoder:
+    """As Encoder, for rows of fine-tuning examples.
+
+    Each segment is tokenized on its own, so that the ids of a prompt are the same whatever is answered: training and
+    generation see the same. An example goes to a split by the hash of its prompt.
+    """
+
+    tokenizer: Tokenizer
+    eos_id: int
+    dtype: str
+    corpus: Corpus
+    val_fraction: float
+    chat: PreTrainedTokenizerBase | None  # writes its template; None: plain text
+    special_ids: list[int]  # of a chat template's marks: no text, so no bytes
+
+    def __call__(self, raw: Raw) -> tuple[bytes, dict[str, Block], Skipped]:
+        splits: dict[str, list[tuple[_Example, str]]] = {"train": [], "val": []}
+        found, skipped = documents(raw, self.corpus)
+        for conversation, source in found:
+            example = self._encode(conversation)
+            if not example[1][0]:  # nothing comes before an empty prompt's response to learn it from
+                asked = "\0".join(message["content"] for message in conversation[:-1])
+                splits["val" if lots(utf8(asked))[0] < self.val_fraction else "train"].append((example, source))
+        blocks = {split: self._block(kept, split == "val") for split, kept in splits.items() if kept}
+        return raw.digest(), blocks, skipped
+
+    def response(self, text: str) -> list[int]:
+        """The ids of a response, with its EOS."""
+        ids, learned, _ = self._encode([{"role": "user", "content": "?"}, {"role": "assistant", "content": text}])
+        return ids[learned].tolist()
+
+    def _block(self, found: list[tuple[_Example, str]], with_bytes: bool) -> Block:
+        ids, learned, counts = (np.concatenate(column) for column in zip(*[e for e, _ in found], strict=True))
+        return Block(
+            ids.astype(self.dtype),
+            np.array([len(ids) for (ids, _, _), _ in found], np.int64),
+            [source for _, source in found],
+            counts.astype(np.int32) if with_bytes else None,
+            int(counts.sum()),
+            learned.astype(np.uint8),
+        )
+
+    def _encode(self, conversation: list[Message]) -> _Example:
+        # A template's marks are special tokens. Elsewhere a text that spells one out is still text.
+        self.tokenizer.encode_special_tokens = self.chat is None
+        render = partial(self.chat.apply_chat_template, tokenize=False) if self.chat is not None else None
+        ids: list[int] = []
+        learned: list[bool] = []
+        counts: list[int] = []
+        for text, is_learned in segments(conversation, render):
+            text = utf8(text).decode()
+            encoding = self.tokenizer.encode(text, add_special_tokens=False)
+            if encoding.ids:
+                ids += encoding.ids
+                learned += [is_learned] * len(encoding)
+                counts += token_bytes(text, encoding.offsets).tolist()
+        if ids[-1:] != [self.eos_id]:  # the mark at the end of a turn may be EOS already
+            ids, learned, counts = [*ids, self.eos_id], [*learned, True], [*counts, 0]
+        found = np.array(ids)
+        return found, np.array(learned), np.where(np.isin(found, self.special_ids), 0, counts)
 
 
 def _batches(docs: list[tuple[bytes, str]]) -> Iterator[list[tuple[int, str]]]:

@@ -15,7 +15,11 @@ ROOT = Path(__file__).parents[1]
 OVERLAYS = {"ddp.yaml", "fsdp.yaml", "fsdp1.yaml"}  # for another config: tests/test_parallel.py
 CONFIGS = sorted(path for path in ROOT.glob("configs/**/*.yaml") if path.name not in OVERLAYS)
 NAMES = [str(path.relative_to(ROOT)) for path in CONFIGS]
-BASES = {"controls": "salt_ds.yaml", "gap.yaml": "salt.yaml"}  # overlays, and a config that they go on top of
+BASES = {
+    "controls": "salt_ds.yaml",
+    "tasks": "sft.yaml",
+    "gap.yaml": "salt.yaml",
+}  # overlays, and what they go on top of
 
 
 def one_line(capsys) -> str:
@@ -120,7 +124,7 @@ def test_help_shows_every_setting_and_verb(capsys):
         "--run", "--kd.weight", "--kd.steps", "--kd.anneal_steps", "--kd.shape", "--kd.allow_change", "--ckpt_path",
         "--model.student.path", "--model.student.config", "--model.teacher.revision", "--model.teacher_temperature",
         "--model.optim.warmup_steps", "--model.compile", "--data.source", "--data.tokenizer", "--data.val_fraction",
-        "--checkpoint.every_n_steps", "--checkpoint.at_steps",
+        "--checkpoint.every_n_steps", "--checkpoint.at_steps", "--data.examples.prompt", "--answers.choices",
     ):  # fmt: skip
         assert key in text, key
     assert "Optimizer steps with a teacher" in text  # the docstrings are the help
@@ -259,7 +263,7 @@ def test_callbacks_of_the_user_come_beside_ours(tmp_path):
     timer = '[{"class_path": "lightning.pytorch.callbacks.Timer"}]'
     built = build(f"--run={tmp_path}", f"--trainer.callbacks={timer}", "--trainer.enable_progress_bar=true")
     names = [type(callback).__name__ for callback in built.trainer.callbacks]
-    assert sorted(names) == ["KDScheduleCallback", "ProgressBar", "RunCheckpoint", "Timer"]
+    assert sorted(names) == ["AnswerTest", "KDScheduleCallback", "ProgressBar", "RunCheckpoint", "Timer"]
 
 
 @pytest.mark.parametrize(

@@ -12,15 +12,15 @@ FILES = sorted((ROOT / "salt_lightning").glob("*.py"))
 NAMES = [path.name for path in FILES]
 LAYERS = [  # a file imports from files of earlier layers alone
     {"errors"},
-    {"journal", "processes", "progress", "shards", "token_files"},
+    {"examples", "journal", "processes", "progress", "shards", "token_files"},
     {"documents", "flops", "metrics", "optim", "row_pass", "runlog"},
     {"meter", "models", "probe", "report", "tokenizer", "triton_rows"},
     {"chunked_head", "compare", "parallel", "prepare", "schedule", "scores"},
     {"card", "difficulty", "losses", "rows"},
-    {"export", "selection"},
+    {"example_rows", "export", "selection"},
     {"checkpoint", "score_report"},
     {"data", "module"},
-    {"scoring"},
+    {"answers", "scoring"},
     {"cli", "__init__"},
 ]
 

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.S)
 COMMANDS = [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines()]
+TUTORIAL = (ROOT / "docs" / "fine-tuning.md").read_text()
 
 
 def test_the_python_example_runs(settings, tmp_path, monkeypatch):
@@ -39,7 +40,12 @@ def test_the_python_example_runs(settings, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "command", [c for c in COMMANDS if c.startswith("python cli.py") and c.split()[2] not in cli.VERBS]
+    "command",
+    [
+        line
+        for line in (*COMMANDS, *TUTORIAL.splitlines())
+        if line.startswith("python cli.py") and line.split()[2] not in cli.VERBS
+    ],
 )
 def test_commands_for_a_gpu_parse_and_build(command, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)

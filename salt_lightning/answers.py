@@ -1,0 +1,283 @@
+"""AnswerTest: what `test` finds out about a fine-tuned student besides the loss of its responses.
+
+Generation is greedy and batched, with transformers' KV cache. Choices go by the log-likelihood of each as a whole
+response, its EOS included, in the forward that trains. Prompts are the ids that training reads.
+
+    B rows of a batch · T tokens of a row, of the longest in it · N = B * T
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from tqdm import tqdm
+from transformers import GenerationConfig, PreTrainedModel
+
+from salt_lightning.documents import Corpus
+from salt_lightning.errors import ConfigError
+from salt_lightning.losses import token_stats
+from salt_lightning.prepare import make_encoder
+from salt_lightning.rows import IGNORE
+from salt_lightning.tokenizer import ExampleEncoder
+
+Pair = tuple[list[int], list[int]]  # ids of a prompt and of a response, with its EOS
+
+
+class AnswerTest(pl.Callback):
+    """What `test` looks at in the answers to its examples; nothing of it is done while training.
+
+    Args:
+        max_new_tokens: Generate so many tokens at most for each test example, greedily, and report how many answers
+            are exactly the response. 0 generates none.
+        extract: Regular expression of the part that is compared: its last match, or the first group in that. Where a
+            text has no match, all of it is. GSM8K: '#### (.+)'.
+        choices: Responses as --data.examples writes them (" yes"): report how often the right one is the likeliest.
+        max_examples: Look at so many test examples, evenly spaced. null: all.
+
+    Raises:
+        ConfigError: for a setting out of range, an example whose response is none of the choices, a strategy that
+            shards the model that generates.
+    """
+
+    def __init__(
+        self,
+        max_new_tokens: int = 0,
+        extract: str | None = None,
+        choices: list[str] | None = None,
+        max_examples: int | None = None,
+    ) -> None:
+        if max_new_tokens < 0:
+            raise ConfigError(f"--answers.max_new_tokens {max_new_tokens} must be 0 or more")
+        if max_examples is not None and max_examples < 1:
+            raise ConfigError(f"--answers.max_examples {max_examples} must be 1 or more, or null")
+        if choices is not None and (len(choices) < 2 or len(set(choices)) < len(choices)):
+            raise ConfigError(f"--answers.choices {choices} must be two responses or more, all different")
+        try:
+            self.extract = re.compile(extract) if extract is not None else None
+        except re.error as error:
+            raise ConfigError(f"--answers.extract {extract!r} is no regular expression ({error})") from error
+        self.max_new_tokens, self.choices, self.max_examples = max_new_tokens, choices or [], max_examples
+        self._pairs: dict[int, Pair] = {}  # by number of the example: what this rank looks at
+        self._choice_ids: list[list[int]] = []
+
+    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        if stage != "test" or not (self.max_new_tokens or self.choices):
+            return
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if not data.examples.given:
+            raise ConfigError("--answers looks at examples; say by --data.examples what they are")
+        if self.max_new_tokens and not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+            raise ConfigError(
+                f"--trainer.strategy {type(trainer.strategy).__name__} shards the student, and each device generates "
+                "with a whole one: test on one device or with --trainer.strategy ddp, which read the same checkpoint, "
+                "or set --answers.max_new_tokens 0"
+            )
+        rows = data.test_examples
+        encoder = make_encoder(Corpus("", (), examples=data.examples), data.tokenizer, 0.0)
+        assert isinstance(encoder, ExampleEncoder)
+        self._choice_ids = [encoder.response(choice) for choice in self.choices]
+        room = max(map(len, self._choice_ids), default=1)
+        pairs = {i: rows.prompt_and_response(i) for i in rows.examples.tolist()}
+        fitting = [i for i, (prompt, _) in pairs.items() if len(prompt) + room <= data.block_size]
+        for i in fitting if self.choices else []:
+            if pairs[i][1] not in self._choice_ids:
+                raise ConfigError(
+                    f"--answers.choices {self.choices}: none of them is the response of test example {i}, "
+                    f"{data.tokenizer.decode(pairs[i][1][:-1])!r}"
+                )
+        count = min(self.max_examples or len(fitting), len(fitting))
+        chosen = [fitting[i * len(fitting) // count] for i in range(count)]
+        # Ranks take turns; where one has none left it takes another's, so that all have as many batches.
+        turns = range(trainer.global_rank, -(-count // trainer.world_size) * trainer.world_size, trainer.world_size)
+        self._pairs = {i: pairs[i] for i in (chosen[turn % count] for turn in turns)}
+        rank_zero_info(f"test: answers to {count} of {rows.files.num_documents} examples")
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if not self._pairs:
+            return
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        decode = partial(data.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        records = {
+            i: {"prompt": decode(prompt), "response": decode(response)} for i, (prompt, response) in self._pairs.items()
+        }
+        # Shapes differ from batch to batch: compiled code would be made anew for each.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), trainer.precision_plugin.forward_context():
+            if self.choices:
+                self._choose(pl_module, data.micro_batch_size, records)
+            if self.max_new_tokens:
+                self._generate(pl_module, data, records, decode)
+        if trainer.world_size > 1:
+            gathered: list[Any] = [None] * trainer.world_size
+            dist.all_gather_object(gathered, records)
+            records = {i: record for of_rank in gathered for i, record in of_rank.items()}
+        records = {i: records[i] for i in sorted(records)}
+        values = figures(list(records.values()), len(self.choices))
+        rank_zero_info(summary(values))
+        pl_module.log_dict({f"test/{name}": value for name, value in values.items()}, sync_dist=True)
+        if trainer.is_global_zero:
+            file = Path(trainer.default_root_dir) / "test" / "answers.jsonl"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lines = [json.dumps({"example": i, **record}, ensure_ascii=False) for i, record in records.items()]
+            file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    def _choose(self, pl_module: Any, micro_batch: int, records: dict[int, dict[str, Any]]) -> None:
+        asked = sorted(self._pairs, key=lambda i: len(self._pairs[i][0]))
+        todo = [(i, c) for i in asked for c in range(len(self.choices))]
+        likelihoods: dict[tuple[int, int], float] = {}
+        for batch in _shown(_cut(todo, micro_batch), "Choosing", pl_module):
+            pairs = [(self._pairs[i][0], self._choice_ids[c]) for i, c in batch]
+            nll_B = response_nll(pl_module.student, pairs, pl_module.device, pl_module.hparams["logits_budget_gib"])
+            likelihoods |= dict(zip(batch, (-nll_B).tolist(), strict=True))
+        for i, record in records.items():
+            of_choices = [likelihoods[i, c] for c in range(len(self.choices))]
+            best = of_choices.index(max(of_choices))
+            record["log_likelihood"] = dict(zip(self.choices, of_choices, strict=True))
+            record["choice"], record["right"] = self.choices[best], self._choice_ids[best] == self._pairs[i][1]
+
+    def _generate(self, pl_module: Any, data: Any, records: dict[int, dict[str, Any]], decode: Any) -> None:
+        # A prompt near the end of the model's positions gets fewer tokens, in a batch of its like: what an example is
+        # given depends on nothing but the example.
+        room = {i: min(self.max_new_tokens, data.block_size - len(prompt)) for i, (prompt, _) in self._pairs.items()}
+        order = sorted(self._pairs, key=lambda i: (room[i], len(self._pairs[i][0])))
+        batches = [
+            (tokens, batch)
+            for tokens, group in groupby(order, key=lambda i: room[i])
+            for batch in _cut(list(group), data.micro_batch_size)
+        ]
+        eos_id = data.test_examples.files.eos_id
+        for tokens, batch in _shown(batches, "Generating", pl_module):
+            prompts = [self._pairs[i][0] for i in batch]
+            answers = generate(pl_module.student.model, prompts, tokens, eos_id, pl_module.device)
+            for i, answer in zip(batch, answers, strict=True):
+                record = records[i]
+                record["generated"] = decode(answer)
+                record["answer"], record["expected"] = (
+                    normalized(extracted(record[name], self.extract)) for name in ("generated", "response")
+                )
+                record["exact"] = record["answer"] == record["expected"]
+
+
+def _cut(items: list[Any], size: int) -> list[list[Any]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def _shown(batches: list[Any], what: str, pl_module: Any) -> Iterable[Any]:
+    trainer = pl_module.trainer
+    shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
+    return tqdm(batches, desc=what, unit=" batches", disable=not shown, leave=False)
+
+
+# --- of a model ---
+
+
+def response_nll(student: Any, pairs: list[Pair], device: torch.device, budget_gib: float) -> Tensor:
+    """-log p of each response given its prompt, summed over its tokens, EOS included: float64, B."""
+    width = max(len(prompt) + len(response) for prompt, response in pairs) - 1
+    ids_BT = torch.zeros((len(pairs), width), dtype=torch.int64)
+    labels_BT = torch.full((len(pairs), width), IGNORE)
+    for b, (prompt, response) in enumerate(pairs):
+        ids = torch.tensor(prompt + response)
+        ids_BT[b, : len(ids) - 1] = ids[:-1]
+        labels_BT[b, len(prompt) - 1 : len(ids) - 1] = ids[len(prompt) :]
+    positions_BT = torch.arange(width).repeat(len(pairs), 1)
+    labels_N = labels_BT.flatten().to(device)
+
+    def stats(hidden_ND: Tensor, head_VD: Tensor, bias_V: Tensor | None) -> Tensor:
+        return token_stats(hidden_ND, head_VD, labels_N, bias_V, logits_budget_gib=budget_gib)[0]
+
+    nll_N = student(ids_BT.to(device), positions_BT.to(device), then=stats)
+    return nll_N.view(len(pairs), width).cpu().double().sum(1)
+
+
+def generate(
+    model: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int, eos_id: int, device: torch.device
+) -> list[list[int]]:
+    """The likeliest next token, again and again, behind each prompt; up to EOS and without it."""
+    width = max(map(len, prompts))
+    ids_BT = torch.full((len(prompts), width), eos_id)
+    mask_BT = torch.zeros_like(ids_BT)
+    for b, prompt in enumerate(prompts):  # padded on the left: all continue at the same place
+        ids_BT[b, width - len(prompt) :] = torch.tensor(prompt)
+        mask_BT[b, width - len(prompt) :] = 1
+    # The model's own settings, e.g. a hub model's temperature and repetition penalty, would come into it.
+    own, model.generation_config = model.generation_config, GenerationConfig(eos_token_id=eos_id, pad_token_id=eos_id)
+    try:
+        out_BT = model.generate(  # type: ignore[operator]
+            ids_BT.to(device),
+            attention_mask=mask_BT.to(device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            use_cache=True,
+        )
+    finally:
+        model.generation_config = own
+    answers = out_BT[:, width:].tolist()
+    return [answer[: answer.index(eos_id)] if eos_id in answer else answer for answer in answers]
+
+
+# --- of texts and numbers ---
+
+
+def extracted(text: str, pattern: re.Pattern[str] | None) -> str:
+    """The last match of a pattern in a text, or the first group in it; without pattern or match, the text."""
+    matches = list(pattern.finditer(text)) if pattern is not None else []
+    return (matches[-1][min(1, matches[-1].re.groups)] or "") if matches else text
+
+
+def normalized(text: str) -> str:
+    """What two answers are compared by: NFKC, case folded, spaces single, 1,000 as 1000, no full stop at the end."""
+    text = unicodedata.normalize("NFKC", text).casefold()
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
+    return " ".join(text.split()).removesuffix(".").rstrip()
+
+
+def wilson(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
+    """95% interval of a share (Wilson 1927): (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)."""
+    p, z2 = successes / trials, z * z / trials
+    middle, half = p + z2 / 2, z * (p * (1 - p) / trials + z2 / 4 / trials) ** 0.5
+    return max(0.0, (middle - half) / (1 + z2)), min(1.0, (middle + half) / (1 + z2))
+
+
+def figures(records: list[dict[str, Any]], num_choices: int) -> dict[str, float]:
+    """What is reported of the answers.
+
+    exact_match and choice_accuracy are shares of `examples`, each with its 95% interval (NAME_low, NAME_high); beside
+    them NAME_majority, the share of the most frequent right answer, and choice_chance.
+    """
+    values = {"examples": float(len(records))}
+    for name, hit, right in (("choice_accuracy", "right", "response"), ("exact_match", "exact", "expected")):
+        if hit in records[0]:
+            hits = sum(record[hit] for record in records)
+            values[name] = hits / len(records)
+            values[f"{name}_low"], values[f"{name}_high"] = wilson(hits, len(records))
+            most = Counter(record[right] for record in records).most_common(1)[0][1]
+            values[f"{name}_majority"] = most / len(records)
+    return values | ({"choice_accuracy_chance": 1 / num_choices} if num_choices else {})
+
+
+def summary(values: dict[str, float]) -> str:
+    """The figures in words."""
+    parts = []
+    for name in ("choice_accuracy", "exact_match"):
+        if name in values:
+            share, low, high, most = (values[f"{name}{end}"] for end in ("", "_low", "_high", "_majority"))
+            chance = f", chance {values[f'{name}_chance']:.1%}" if f"{name}_chance" in values else ""
+            parts.append(
+                f"{name.replace('_', ' ')} {share:.1%} (95%: {low:.1%} to {high:.1%}; always the most frequent answer: "
+                f"{most:.1%}{chance})"
+            )
+    return f"test: {values['examples']:.0f} examples, " + "; ".join(parts)

@@ -1,0 +1,199 @@
+"""Fine-tuning examples: what a row of data asks, and what is learned of it.
+
+    fields of a row  ->  conversation: messages of user and assistant     Examples.conversation
+    conversation     ->  segments of text, learned or not                 segments
+
+A plain example is a conversation, too: its prompt is the user's message, its response the assistant's.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from string import Formatter
+from typing import Any
+
+from salt_lightning.errors import ConfigError
+
+Message = dict[str, str]  # role, content
+Segment = tuple[str, bool]  # text, and whether it is learned
+
+
+@dataclass(frozen=True)
+class Examples:
+    r"""How rows of data become examples for fine-tuning: either `prompt` and `response`, or `messages`.
+
+    Args:
+        prompt: The text before the response, with columns in braces: "Question: {question}\nAnswer:" (in YAML, whose
+            double quotes make \n a new line). {answers[text][0]} is a value inside a column, {label:0=no|1=yes} writes
+            words for values.
+        response: The text to learn, likewise, with the space that divides it from the prompt: " {answer}".
+        messages: For the tokenizer's chat template: a column of conversations (lists of role and content), or a list
+            of such messages, whose contents are templates. What the assistant says is learned.
+    """
+
+    prompt: str = ""
+    response: str = ""
+    messages: str | list[dict[str, str]] = ""
+
+    @property
+    def given(self) -> bool:
+        """Rows are examples, not documents."""
+        return bool(self.prompt or self.response or self.messages)
+
+    def problems(self, tokenizer: str) -> list[str]:
+        """All that is wrong with the settings, beside --data.tokenizer."""
+        if not self.given:
+            return []
+        if tokenizer == "train":
+            return [
+                "--data.tokenizer: 'train' makes a new one, and examples need the one that the student was pretrained "
+                "with, RUN/tokenizer"
+            ]
+        if bool(self.messages) == bool(self.prompt or self.response):
+            return ["--data.examples: give prompt and response, or messages"]
+        if isinstance(self.messages, str) and self.messages:
+            return []
+        wrong = [problem for setting, template in self._templates() for problem in _problems(setting, template)]
+        if self.messages and self._roles()[-1:] != ["assistant"]:
+            wrong.append(f"--data.examples.messages: the last of the roles {self._roles()} must be assistant")
+        return wrong
+
+    def columns(self) -> dict[str, str]:
+        """Column -> the setting that names it."""
+        if isinstance(self.messages, str) and self.messages:
+            return {self.messages: "examples.messages"}
+        return {_column(field): setting for setting, template in self._templates() for _, field, _ in _fields(template)}
+
+    def conversation(self, fields: dict[str, Any]) -> list[Message]:
+        """The example that a row holds, up to its last response; empty where a value is null or nothing is learned.
+
+        Raises:
+            ConfigError: a value that is no text and no number, or that a template has no word for.
+        """
+        if isinstance(self.messages, str) and self.messages:
+            messages = _messages(fields[self.messages])
+        else:
+            texts = [_filled(setting, template, fields) for setting, template in self._templates()]
+            if None in texts:
+                return []
+            messages = [{"role": role, "content": str(text)} for role, text in zip(self._roles(), texts, strict=True)]
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if not answers or answers[0] == 0 or not all(messages[i]["content"].strip() for i in answers):
+            return []
+        return messages[: answers[-1] + 1]
+
+    def _roles(self) -> list[str]:
+        return [m.get("role", "") for m in self.messages if isinstance(m, dict)] or ["user", "assistant"]
+
+    def _templates(self) -> list[tuple[str, str]]:
+        if isinstance(self.messages, list):
+            return [("examples.messages", message.get("content", "")) for message in self.messages]
+        return [("examples.prompt", self.prompt), ("examples.response", self.response)]
+
+
+def segments(conversation: list[Message], render: Callable[..., Any] | None) -> list[Segment]:
+    """The text of an example, cut where what the assistant says begins and ends.
+
+    Args:
+        conversation: ends with the assistant.
+        render: (messages, add_generation_prompt=) -> text, the chat template; None: contents are laid end to end. What
+            is learned goes from where generation would begin up to the mark that ends the turn.
+
+    Raises:
+        ConfigError: the chat template refuses the conversation, or writes its beginning in another way than the whole.
+    """
+    if render is None:
+        return [(message["content"], message["role"] == "assistant") for message in conversation]
+    text, found = "", list[Segment]()
+    for i, message in enumerate(conversation):
+        if message["role"] != "assistant":
+            continue
+        try:
+            before = render(conversation[:i], add_generation_prompt=True)
+            after = render(conversation[: i + 1], add_generation_prompt=False)
+        except Exception as error:
+            raise ConfigError(
+                f"--data.examples.messages: the chat template fails ({' '.join(str(error).split())})"
+            ) from error
+        if not (before.startswith(text) and after.startswith(before)):
+            raise ConfigError(
+                "--data.examples.messages: the tokenizer's chat template writes the beginning of a conversation in "
+                "another way than the whole, so what the assistant says cannot be told apart; give one answer a "
+                "conversation, or another --data.tokenizer"
+            )
+        answer = after[len(before) :].rstrip()  # the mark ends it, not the new line after the mark
+        found += [(before[len(text) :], False), (answer, True)]
+        text = before + answer
+    return found
+
+
+# --- templates ---
+
+
+def _fields(template: str) -> Iterator[tuple[str, str, str]]:
+    """(literal before it, column with what stands behind it in brackets, words) of each field."""
+    for literal, field, words, conversion in Formatter().parse(template):
+        if field is not None:
+            yield literal, f"{field}!{conversion}" if conversion else field, words or ""
+
+
+def _column(field: str) -> str:
+    return field.partition("[")[0]
+
+
+def _problems(setting: str, template: str) -> list[str]:
+    where = f"--data.{setting}: {template!r}"
+    try:
+        fields = list(_fields(template))
+    except ValueError as error:
+        return [f"{where} is no template ({error}); columns are {{column}}, braces of the text {{{{ and }}}}"]
+    if not template.strip():
+        return [f"{where} is empty; it must write at least one {{column}}"]
+    wrong = [f for _, f, words in fields if not _column(f).isidentifier() or "." in f or not _is_map(words)]
+    if wrong or (not fields and setting != "examples.messages"):
+        found = f"{{{wrong[0]}}} is no column" if wrong else "it names no column"
+        return [f"{where}: {found}; write {{column}}, {{column[key][0]}} or {{column:value=word|value=word}}"]
+    return []
+
+
+def _is_map(words: str) -> bool:
+    return not words or all("=" in pair for pair in words.split("|"))
+
+
+def _filled(setting: str, template: str, fields: dict[str, Any]) -> str | None:
+    """The template with a row's values in it; None where one of them is null."""
+    text, formatter = "", Formatter()
+    for literal, field, words, _ in formatter.parse(template):
+        text += literal
+        if field is None:
+            continue
+        try:
+            value, _ = formatter.get_field(field, (), fields)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise ConfigError(f"--data.{setting}: {{{field}}} is not in the row ({type(error).__name__})") from error
+        if value is None:
+            return None
+        if not isinstance(value, str | int | float):
+            hint = "" if "[" in field else f"; name a value inside it, e.g. {{{field}[0]}}"
+            raise ConfigError(f"--data.{setting}: {{{field}}} holds {type(value).__name__}, no text or number{hint}")
+        names = dict(pair.split("=", 1) for pair in words.split("|")) if words else {}
+        if names and str(value) not in names:
+            raise ConfigError(
+                f"--data.{setting}: {{{field}}} holds {str(value)[:40]!r}, and there are words for {', '.join(names)}"
+            )
+        text += names.get(str(value), str(value))
+    return text
+
+
+def _messages(value: Any) -> list[Message]:
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(map(_is_message, value)):
+        raise ConfigError(
+            "--data.examples.messages: a conversation is a list of messages with the texts role and content, not "
+            f"{str(value)[:60]!r}"
+        )
+    return [{"role": message["role"], "content": message["content"]} for message in value]
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))

@@ -1,0 +1,256 @@
+"""What test finds out besides the loss: generation, choices, and the figures made of them."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+from conftest import arguments, weights
+from families import tiny
+from ranks import launch
+from test_cli import one_line
+from test_parallel import DDP, FSDP2
+from test_prepare import byte_tokenizer
+
+from salt_lightning import cli
+from salt_lightning.answers import AnswerTest, extracted, figures, generate, normalized, response_nll, summary, wilson
+from salt_lightning.errors import ConfigError
+
+PROMPTS = [[5, 9, 3], [7], [11, 2, 6, 30, 4]]
+EOS = 0
+
+
+# --- of a model ---
+
+
+def packed_logits(lm, prompts):
+    """The last logits of each prompt, by the forward that trains: all in one row, isolated by their positions."""
+    ids = torch.tensor([[token for prompt in prompts for token in prompt]])
+    positions = torch.cat([torch.arange(len(prompt)) for prompt in prompts])[None]
+    logits = lm(ids, positions, then=torch.nn.functional.linear)
+    return logits[torch.tensor([len(prompt) for prompt in prompts]).cumsum(0) - 1]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "opt"])
+@torch.no_grad()
+def test_generation_begins_where_the_packed_forward_ends(family):
+    lm = tiny(family).eval()
+    lm.check()
+    expected = packed_logits(lm, PROMPTS)
+    seen = []
+    original = lm.model.generate
+
+    def spy(*args, **kwargs):
+        out = original(*args, **kwargs, output_logits=True, return_dict_in_generate=True)
+        seen.append(out.logits[0])
+        return out.sequences
+
+    lm.model.generate = spy
+    generate(lm.model, PROMPTS, 3, EOS, torch.device("cpu"))
+    torch.testing.assert_close(seen[0], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@torch.no_grad()
+def test_generation_is_greedy_and_ends_at_eos(family):
+    """Against a loop without cache, padding or batch."""
+    lm = tiny(family).eval()
+    longest = {}
+    for prompt in PROMPTS:
+        ids = list(prompt)
+        for _ in range(8):
+            ids.append(int(lm.model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        longest[tuple(prompt)] = ids[len(prompt) :]
+    eos = longest[tuple(PROMPTS[0])][4]  # so that one of them ends early
+    expected = [(answer[: answer.index(eos)] if eos in answer else answer) for answer in longest.values()]
+    lm.model.generation_config.update(repetition_penalty=9.0, temperature=0.1, do_sample=True)  # as of a hub model
+    before = torch.get_rng_state()
+    assert generate(lm.model, PROMPTS, 8, eos, torch.device("cpu")) == expected
+    assert torch.equal(before, torch.get_rng_state())
+    assert lm.model.generation_config.repetition_penalty == 9.0
+    assert len(expected[0]) <= 4
+
+
+@torch.no_grad()
+def test_the_likelihood_of_a_response():
+    lm = tiny("llama").eval()
+    pairs = [([5, 9, 3], [8, 0]), ([7], [1, 2, 3, 0])]
+    found = response_nll(lm, pairs, torch.device("cpu"), 2.0)
+    for (prompt, response), nll in zip(pairs, found.tolist(), strict=True):
+        log_p = lm.model(torch.tensor([prompt + response])).logits[0].double().log_softmax(-1)
+        by_hand = -sum(log_p[len(prompt) - 1 + i, token].item() for i, token in enumerate(response))
+        assert nll == pytest.approx(by_hand, abs=1e-5)
+
+
+# --- of texts and numbers ---
+
+
+@pytest.mark.parametrize(
+    ("text", "pattern", "part"),
+    [
+        ("so 3 + 4 = 7.\n#### 7", "#### *(.+)", "7"),
+        ("#### 1 no\n#### 2", "#### *(.+)", "2"),
+        ("9 apples of 12", r"\d+", "12"),
+        ("Monday", r"\d+", "Monday"),
+        (" 9 apples", None, " 9 apples"),
+        ("", r"\d+", ""),
+    ],
+)
+def test_the_part_that_counts(text, pattern, part):
+    assert extracted(text, re.compile(pattern) if pattern else None) == part
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        (" Yes.\n", "yes", True),
+        ("1,234,567", "1234567", True),
+        ("1,23", "123", False),
+        ("9  apples", "9\napples", True),
+        ("x²", "x2", True),
+        ("7.5", "75", False),
+        ("no", "yes", False),
+    ],
+)
+def test_what_is_the_same_answer(one, other, same):
+    assert (normalized(one) == normalized(other)) == same
+
+
+def test_wilson_by_hand():
+    # Brown, Cai, DasGupta 2001: the roots p of (p - x/n)^2 = z^2 p (1 - p) / n
+    for hits, trials in ((0, 10), (3, 10), (10, 10), (500, 1000)):
+        for p in wilson(hits, trials):
+            assert (p - hits / trials) ** 2 == pytest.approx(1.959964**2 * p * (1 - p) / trials, abs=1e-12)
+    assert wilson(50, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)  # the usual table
+
+
+def test_figures_by_hand():
+    records = [
+        {"response": " yes", "right": True, "exact": False, "expected": "1"},
+        {"response": " yes", "right": False, "exact": False, "expected": "2"},
+        {"response": " yes", "right": True, "exact": True, "expected": "2"},
+        {"response": " no", "right": True, "exact": False, "expected": "3"},
+    ]
+    values = figures(records, 2)
+    assert values["examples"] == 4
+    assert (values["choice_accuracy"], values["choice_accuracy_majority"], values["choice_accuracy_chance"]) == (
+        0.75, 0.75, 0.5,
+    )  # fmt: skip
+    assert (values["exact_match"], values["exact_match_majority"]) == (0.25, 0.5)
+    assert (values["exact_match_low"], values["exact_match_high"]) == wilson(1, 4)
+    assert "choice accuracy 75.0% (95%: 30.1% to 95.4%; always the most frequent answer: 75.0%, chance 50.0%)" in (
+        summary(values)
+    )
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"max_new_tokens": -1}, "--answers.max_new_tokens -1 must be 0 or more"),
+        ({"max_examples": 0}, "--answers.max_examples 0 must be 1 or more, or null"),
+        ({"choices": ["a"]}, "must be two responses or more, all different"),
+        ({"choices": ["a", "a"]}, "must be two responses or more, all different"),
+        ({"extract": "(", "max_new_tokens": 1}, r"--answers.extract '\(' is no regular expression"),
+    ],
+)
+def test_settings_out_of_range(own, message):
+    with pytest.raises(ConfigError, match=message):
+        AnswerTest(**own)
+
+
+# --- fit, then test, by the command line ---
+
+CAPITALS = {"France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Norway": "Oslo"}
+
+
+@pytest.fixture(scope="module")
+def learned(settings, tmp_path_factory) -> dict[str, object]:
+    """A run that has learned four answers by heart, and the settings to test it."""
+    folder = tmp_path_factory.mktemp("answers")
+    byte_tokenizer().save_pretrained(folder / "tokenizer")
+    rows = [{"q": country, "a": city} for country, city in CAPITALS.items()] * 3
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = {
+        "data.source": str(folder / "rows.jsonl"), "data.val_source": str(folder / "rows.jsonl"),
+        "data.tokenizer": str(folder / "tokenizer"), "data.examples.prompt": "Capital of {q}:",
+        "data.examples.response": " {a}", "data.block_size": 48, "kd.weight": 0.0, "run": str(folder / "run"),
+        "answers.max_new_tokens": 9, "answers.choices": [f" {city}" for city in CAPITALS.values()],
+    }  # fmt: skip
+    assert cli.main(["fit", *arguments(settings, own, {"trainer.max_steps": 60, "trainer.val_check_interval": 60,
+                                                       "model.optim.lr": 1e-2})]) == 0  # fmt: skip
+    kept = ("data.", "run", "answers.", "trainer.accelerator", "trainer.enable")
+    merged = {key: value for key, value in {**settings, **own}.items() if key.startswith(kept)}
+    return {**merged, "ckpt_path": "last", "data.micro_batch_size": 2, "data.global_batch_size": 2}
+
+
+def answers(run: object) -> list[dict]:
+    with open(f"{run}/test/answers.jsonl") as file:
+        return [json.loads(line) for line in file]
+
+
+def test_learned_answers_are_found(learned, capsys, caplog):
+    checkpoint = f"{learned['run']}/checkpoints/step-00000060.ckpt"
+    before = weights(checkpoint)
+    assert cli.main(["test", *arguments(learned)]) == 0
+    table = capsys.readouterr().out
+    for name in ("ce", "exact_match", "exact_match_low", "choice_accuracy", "choice_accuracy_majority", "examples"):
+        assert f"test/{name} " in table
+    assert "12 examples, choice accuracy 100.0% (95%: 75.8% to 100.0%; always the most frequent answer: 25.0%" in (
+        caplog.text
+    )
+    found = answers(learned["run"])
+    assert [record["example"] for record in found] == list(range(12))
+    assert found[0]["prompt"] == "Capital of France:"
+    assert (found[0]["generated"], found[0]["answer"], found[0]["exact"]) == (" Paris", "paris", True)
+    assert found[0]["log_likelihood"][" Paris"] > math.log(0.5)
+    after = weights(checkpoint)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"answers.choices": [" Paris", " Rome", " Madrid"]}, r"--answers.choices .*: none .* example 3, ' Oslo'"),
+        (
+            {"data.examples.prompt": "", "data.examples.response": "", "data.text_column": "q"},
+            "--answers looks at examples; say by --data.examples",
+        ),
+    ],
+)
+def test_what_cannot_be_tested_is_refused(own, message, learned, capsys):
+    assert cli.main(["test", *arguments(learned, own)]) == 2
+    assert re.search(message, one_line(capsys))
+
+
+def test_a_prompt_near_the_end_of_a_row_gets_what_is_left(learned, tmp_path):
+    """And some examples alone are looked at: evenly spaced ones."""
+    own = {"data.block_size": 26, "answers.max_examples": 2, "answers.choices": "null"}
+    assert cli.main(["test", *arguments(learned, own)]) == 0
+    found = answers(learned["run"])
+    assert [record["example"] for record in found] == [0, 6]
+    assert all(len(record["generated"]) <= 26 - len(record["prompt"]) for record in found)
+    assert "choice" not in found[0]
+
+
+def test_the_same_answers_of_two_ranks(learned, tmp_path):
+    """Five examples: the ranks have not equally many. FSDP chooses, and refuses to generate."""
+    five = {**learned, "answers.max_examples": 5, "trainer.devices": 2, "data.global_batch_size": 4}
+    assert cli.main(["test", *arguments(five, {"trainer.devices": 1})]) == 0
+    expected = answers(learned["run"])
+    jobs = {"ddp": DDP, "fsdp": {**FSDP2, "answers.max_new_tokens": 0}, "refused": FSDP2}
+    checkpoint = f"{learned['run']}/checkpoints/step-00000060.ckpt"
+    launch(
+        [
+            {"args": ["test", *arguments(five, own, {"run": str(tmp_path / name), "ckpt_path": checkpoint})],
+             "code": 2 if name == "refused" else 0}
+            for name, own in jobs.items()
+        ],
+        tmp_path,
+    )  # fmt: skip
+    assert "FSDP2 shards the student, and each device generates" in (tmp_path / "out.0").read_text()
+    for name in ("ddp", "fsdp"):
+        for one, other in zip(expected, answers(tmp_path / name), strict=True):
+            likelihood = other.pop("log_likelihood")
+            assert one["log_likelihood"] == pytest.approx(likelihood, abs=1e-4)
+            assert other.items() <= one.items()

@@ -1,0 +1,412 @@
+"""Fine-tuning data: rows -> prompts and responses -> tokens, masks and packed rows; the masked loss."""
+
+import itertools
+import json
+import logging
+import re
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import StopAt, arguments, scalars, weights
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from lightning.pytorch.callbacks import Callback
+from ranks import Spy, run
+from test_cli import one_line
+from test_prepare import byte_tokenizer, contents, small_steps, stop_after
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from salt_lightning import cli
+from salt_lightning.documents import Corpus, Hub, resolve
+from salt_lightning.errors import ConfigError
+from salt_lightning.example_rows import ExampleRows, pack
+from salt_lightning.examples import Examples, segments
+from salt_lightning.prepare import prepare_tokens
+from salt_lightning.rows import IGNORE, NO_ROW
+from salt_lightning.token_files import TokenFiles
+from salt_lightning.tokenizer import load_tokenizer, train_tokenizer
+
+PLAIN = Examples(prompt="Q: {question}\nA:", response=" {answer}")
+CHAT = Examples(messages="messages")
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+WORDS = ["red", "green", "blue", "seven", "a long word or two", "no"]
+
+
+def prepared(tmp_path, rows, examples=PLAIN, tokenizer=None, val_fraction=1.0, **corpus):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    groups = resolve("--data.source", [str(file)], Hub())
+    tokenizer = tokenizer or byte_tokenizer()
+    folder = prepare_tokens(
+        Corpus("--data.source", groups, examples=examples, **corpus), tokenizer, val_fraction, tmp_path / "cache", 1
+    )
+    return TokenFiles(folder, "val" if val_fraction else "train"), tokenizer
+
+
+def chat_tokenizer(eos: str = "<|endoftext|>"):
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]})
+    tokenizer.eos_token = eos
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+# --- examples on disk ---
+
+
+def test_a_plain_example_by_hand(tmp_path):
+    files, tokenizer = prepared(tmp_path, [{"question": "é?", "answer": 7}])
+    assert tokenizer.decode(files.tokens.tolist()) == "Q: é?\nA: 7<|endoftext|>"
+    assert files.learned.tolist() == [0] * 9 + [1, 1, 1]  # " ", "7", EOS
+    assert files.token_bytes.sum() == len("Q: é?\nA: 7".encode())
+    assert files.token_bytes[-1] == 0
+    assert files.tokens[-1] == tokenizer.eos_token_id
+
+
+def test_prompt_and_response_are_tokenized_apart(tmp_path):
+    """The ids that generation begins with are those of the prompt alone, whatever is answered."""
+    text = tmp_path / "text.jsonl"
+    text.write_text("\n".join(json.dumps({"text": f"A: yes A: no {i}"}) for i in range(50)))
+    corpus = Corpus("--data.source", resolve("--data.source", [str(text)], Hub()))
+    train_tokenizer(corpus, 300, 0.0, str(tmp_path / "tokenizer"))
+    tokenizer = load_tokenizer(str(tmp_path / "tokenizer"))
+    fused = Examples(prompt="A{question}", response="{answer}")  # no space between them: a BPE would merge across
+    files, _ = prepared(tmp_path, [{"question": ":", "answer": " yes"}], fused, tokenizer)
+    rows = ExampleRows(files, 32, True)
+    prompt, response = rows.prompt_and_response(0)
+    assert prompt == tokenizer.encode("A:", add_special_tokens=False)
+    assert response == [*tokenizer.encode(" yes", add_special_tokens=False), tokenizer.eos_token_id]
+
+
+def test_special_tokens_spelled_out_in_plain_text_are_text(tmp_path):
+    files, tokenizer = prepared(tmp_path, [{"question": "<|endoftext|>", "answer": "x"}])
+    assert (files.tokens == tokenizer.eos_token_id).sum() == 1
+
+
+def test_nulls_and_blanks_are_left_out_and_counted(tmp_path, caplog):
+    rows = [{"question": "a", "answer": None}, {"question": "b", "answer": " "}, {"question": "c", "answer": "d"}]
+    with caplog.at_level(logging.INFO):
+        files, _ = prepared(tmp_path, rows)
+    assert files.num_documents == 1
+    assert "2 rows without text are left out" in caplog.text
+
+
+def test_a_prompt_is_never_in_both_splits(tmp_path):
+    rows = [{"question": f"q{i % 40}", "answer": i} for i in range(400)]
+    files, tokenizer = prepared(tmp_path, rows, val_fraction=0.5)
+    texts = []
+    for split in ("train", "val"):
+        found = ExampleRows(TokenFiles(files.folder.parent, split), 64, True)
+        texts.append({tokenizer.decode(found.prompt_and_response(i)[0]) for i in found.examples.tolist()})
+    assert len(texts[0] | texts[1]) == 40
+    assert min(map(len, texts)) > 5
+    assert not texts[0] & texts[1]
+
+
+def test_parquet_with_values_inside_columns_and_words_for_values(tmp_path):
+    table = {"question": ["x", "y"], "answers": [{"text": ["one", "two"]}, {"text": ["three"]}], "label": [True, False]}
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    examples = Examples(prompt="{question}", response=" {answers[text][0]} {label:True=yes|False=no}")
+    corpus = Corpus("--data.source", resolve("--data.source", [str(tmp_path / "a.parquet")], Hub()), examples=examples)
+    files = TokenFiles(prepare_tokens(corpus, byte_tokenizer(), 1.0, tmp_path / "cache", 1), "val")
+    assert byte_tokenizer().decode(files.tokens.tolist()) == "x one yes<|endoftext|>y three no<|endoftext|>"
+
+
+def test_stopped_preparation_goes_on_to_the_same_files(tmp_path, monkeypatch):
+    rows = [{"question": f"q{i}" * 9, "answer": None if i % 7 == 0 else i} for i in range(200)]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    whole, _ = prepared(tmp_path / "a", rows, val_fraction=0.3)
+    small_steps(monkeypatch)
+    with monkeypatch.context() as patch:
+        stop_after(9, patch)
+        with pytest.raises(KeyboardInterrupt):
+            prepared(tmp_path / "b", rows, val_fraction=0.3)
+    resumed, _ = prepared(tmp_path / "b", rows, val_fraction=0.3)
+    for name in ("tokens.bin", "learned.bin", "token_bytes.bin"):
+        assert (whole.folder / name).read_bytes() == (resumed.folder / name).read_bytes()
+    assert contents(whole.folder.parent).keys() == contents(resumed.folder.parent).keys()
+
+
+def test_the_cache_knows_templates_and_chat_template(tmp_path):
+    row = {"question": "a", "answer": "b", "messages": [turn("user", "a"), turn("assistant", "b")]}
+    other = chat_tokenizer()
+    other.chat_template = TEMPLATE.replace("\n", "")
+    folders = {
+        prepared(tmp_path, [row], *settings)[0].folder
+        for settings in (
+            (PLAIN,), (Examples(prompt="{question}", response=" {answer}"),), (CHAT, chat_tokenizer()), (CHAT, other),
+        )
+    }  # fmt: skip
+    assert len(folders) == 4
+
+
+# --- chat templates ---
+
+
+def test_the_assistant_alone_is_learned_in_every_turn(tmp_path):
+    conversation = [turn("system", "s"), turn("user", "u"), turn("assistant", "one"), turn("user", "v"),
+                    turn("assistant", "two"), turn("user", "unanswered")]  # fmt: skip
+    files, tokenizer = prepared(tmp_path, [{"messages": conversation}], CHAT, chat_tokenizer())
+    ids, learned = files.tokens, files.learned.astype(bool)
+    assert tokenizer.decode(ids.tolist()) == (
+        "<|system|>s<|end|>\n<|user|>u<|end|>\n<|assistant|>one<|end|>\n<|user|>v<|end|>\n<|assistant|>two<|end|>"
+        "<|endoftext|>"
+    )
+    assert tokenizer.decode(ids[learned].tolist()) == "one<|end|>two<|end|><|endoftext|>"
+    prompt, response = ExampleRows(files, 64, True).prompt_and_response(0)
+    assert tokenizer.decode(response) == "two<|end|><|endoftext|>"
+    # what generation begins with is what transformers makes of the same conversation
+    assert prompt == tokenizer.apply_chat_template(conversation[:4], add_generation_prompt=True)["input_ids"]
+    assert files.token_bytes[learned].sum() == len("onetwo")  # marks are no text
+
+
+def test_a_mark_that_is_eos_already_ends_the_example_once(tmp_path):
+    messages = [turn("user", "u"), turn("assistant", "one")]
+    files, tokenizer = prepared(tmp_path, [{"messages": messages}], CHAT, chat_tokenizer("<|end|>"))
+    assert tokenizer.decode(files.tokens[files.learned == 1].tolist()) == "one<|end|>"
+
+
+def test_messages_of_templates(tmp_path):
+    examples = Examples(messages=[turn("system", "Be brief."), turn("user", "{q}"), turn("assistant", "{a}")])
+    files, tokenizer = prepared(tmp_path, [{"q": "why", "a": "so"}], examples, chat_tokenizer())
+    assert tokenizer.decode(files.tokens[files.learned == 0].tolist()) == (
+        "<|system|>Be brief.<|end|>\n<|user|>why<|end|>\n<|assistant|>"
+    )
+
+
+def test_a_template_that_rewrites_what_was_said_is_refused():
+    conversation = [turn("user", "u"), turn("assistant", "one"), turn("user", "v"), turn("assistant", "two")]
+
+    def forgetful(messages, add_generation_prompt):
+        return "".join(m["content"] for m in messages[-2:]) + ">" * add_generation_prompt
+
+    with pytest.raises(ConfigError, match="in another way than the whole"):
+        segments(conversation, forgetful)
+
+
+# --- rows ---
+
+
+def test_packing_by_hand():
+    # 9 is longer than a row; 5 opens row 0, 4 row 1, 3 fills row 0 to the brim, 2 goes to row 1
+    packed, starts = pack(np.array([3, 5, 2, 4, 9]), 8)
+    assert (packed.tolist(), starts.tolist()) == ([1, 0, 3, 2], [0, 2, 4])
+    assert [part.tolist() for part in pack(np.array([9]), 8)] == [[], [0]]
+
+
+@given(lengths=st.lists(st.integers(2, 12), max_size=60), size=st.integers(2, 12))
+def test_every_example_that_fits_is_in_one_row(lengths, size):
+    packed, starts = pack(np.array(lengths, np.int64), size)
+    assert sorted(packed.tolist()) == [i for i, length in enumerate(lengths) if length <= size]
+    used = [sum(lengths[i] for i in packed[a:b]) for a, b in itertools.pairwise(starts)]
+    assert all(0 < tokens <= size for tokens in used)
+    assert sum(tokens <= size / 2 for tokens in used) <= 1  # two such rows would have shared one
+
+
+def test_rows_by_hand(tmp_path):
+    rows = [{"question": "a", "answer": "b", "from": "x"}, {"question": "", "answer": "cd", "from": "y"},
+            {"question": "too long" * 9, "answer": "e", "from": "x"}]  # fmt: skip
+    examples = Examples(prompt="{question}:", response="{answer}")
+    files, tokenizer = prepared(tmp_path, rows, examples, source_column="from")
+    packed = ExampleRows(files, 10, True)
+    a, b, c, d, colon = (tokenizer.encode(letter)[0] for letter in "abcd:")
+    eos = tokenizer.eos_token_id
+    assert (packed.num_rows, packed.num_left_out, packed.fill) == (1, 1, 0.8)
+    batch = packed.build(np.array([0, NO_ROW]))
+    _ = IGNORE
+    assert batch["input_ids"].tolist() == [[a, colon, b, eos, colon, c, d, eos, eos, eos], [eos] * 10]
+    assert batch["labels"].tolist() == [[_, b, eos, _, c, d, eos, _, _, _], [_] * 10]
+    assert batch["positions"].tolist() == [[0, 1, 2, 3, 0, 1, 2, 3, 0, 1], list(range(10))]
+    assert packed.label_counts(np.array([0])).tolist() == [5]
+    origins = packed.origins(batch)
+    assert origins["bytes"].tolist() == [[0, 1, 0, 0, 1, 1, 0, 0, 0, 0], [0] * 10]
+    assert origins["documents"].tolist() == origins["sources"].tolist()  # one of each here
+    assert origins["sources"].tolist() == [[-1, 0, 0, -1, 1, 1, 1, -1, -1, -1], [-1] * 10]
+    assert ExampleRows(files, 10, False).build(np.array([0]))["positions"].tolist() == [list(range(10))]
+
+
+@hypothesis_settings(max_examples=15, deadline=None)
+@given(data=st.data(), size=st.integers(8, 40))
+def test_label_counts_are_those_of_the_rows(data, size, tmp_path_factory):
+    texts = st.fixed_dictionaries(
+        {"question": st.text("ab", max_size=9), "answer": st.text("cd", min_size=1, max_size=9)}
+    )
+    rows = data.draw(st.lists(texts, min_size=1, max_size=12))
+    files, _ = prepared(tmp_path_factory.mktemp("rows"), rows, Examples(prompt="{question}:", response="{answer}"))
+    packed = ExampleRows(files, size, True)
+    every = np.arange(packed.num_rows)
+    labels = packed.build(every)["labels"]
+    assert (labels != IGNORE).sum(1).tolist() == packed.label_counts(every).tolist()
+    kept = [len(row["answer"]) + 1 for row in rows if len(row["question"]) + len(row["answer"]) + 2 <= size]
+    assert (labels != IGNORE).sum() == sum(kept)
+
+
+# --- settings ---
+
+ERRORS = {
+    "no response": ({"prompt": "{q}"}, r"--data.examples.response: '' is empty; it must write at least one {column}"),
+    "both forms": ({"messages": "m", "prompt": "{q}"}, r"--data.examples: give prompt and response, or messages"),
+    "an open brace": ({"prompt": "{q", "response": "{a}"}, r"--data.examples.prompt: '{q' is no template \(.*\); col"),
+    "no name": ({"prompt": "{}", "response": "{a}"}, r"--data.examples.prompt: '{}': {} is no column; write {column}"),
+    "no column": ({"prompt": "Say:", "response": "{a}"}, r"--data.examples.prompt: 'Say:': it names no column; write"),
+    "an attribute": ({"prompt": "{q.x}", "response": "{a}"}, r"prompt: '{q.x}': {q.x} is no column"),
+    "a conversion": ({"prompt": "{q!r}", "response": "{a}"}, r"prompt: '{q!r}': {q!r} is no column"),
+    "a format": ({"prompt": "{q:>8}", "response": "{a}"}, r"prompt: '{q:>8}': {q} is no column"),
+    "the last role": ({"messages": [turn("user", "{q}")]}, r"the last of the roles \['user'\] must be assistant"),
+    "a column that is not there": (
+        {"prompt": "{q}", "response": "{b}"},
+        r"--data.examples.response: no column 'b' in .*rows.jsonl: line 1; there are: q, a, n, l, m; --data.bad_lines",
+    ),
+    "a conversation that is not there": ({"messages": "talk"}, r"--data.examples.messages: no column 'talk' in"),
+    "no word": ({"prompt": "{q}", "response": "{a:1=one}"}, r"{a} holds 'b', and there are words for 1; .*: line 1"),
+    "a list": ({"prompt": "{q}", "response": "{l}"}, r"{l} holds list, no text or number; .* {l\[0\]}; .*: line 1"),
+    "past the end": ({"prompt": "{q}", "response": "{l[7]}"}, r"{l\[7\]} is not in the row \(IndexError\)"),
+    "no conversation": ({"messages": "m"}, r"is a list of messages with the texts role and content, not 'x'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_are_one_line_and_name_setting_and_column(case, settings, tokenizer_folder, tmp_path, capsys):
+    examples, message = ERRORS[case]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"q": "a", "a": "b", "n": 1, "l": ["x"], "m": "x"}))
+    own = {f"data.examples.{key}": value for key, value in examples.items()}
+    base = {"run": str(tmp_path / "run"), "kd.weight": 0.0, "data.source": str(tmp_path / "rows.jsonl"),
+            "data.tokenizer": tokenizer_folder, "data.val_source": str(tmp_path / "rows.jsonl")}  # fmt: skip
+    if "messages" in examples:
+        base["data.tokenizer"] = str(tmp_path / "chat")
+        chat_tokenizer().save_pretrained(tmp_path / "chat")
+    assert cli.main(["fit", *arguments(settings, base, own)]) == 2
+    line = one_line(capsys)
+    assert re.search(message, line), line
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("tokenizer") / "bytes"
+    byte_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"data.tokenizer": "train"}, "--data.tokenizer: 'train' makes a new one, and examples need the one that"),
+        ({"data.source": "{txt}"}, "a.txt is plain text, and --data.examples reads columns: give jsonl, parquet"),
+        ({"data.block_size": 4}, "--data.block_size: none of the .* examples for train"),
+        (
+            {"data.examples.prompt": "", "data.examples.response": "", "data.examples.messages": "question"},
+            "--data.examples.messages: the tokenizer of --data.tokenizer has no chat template",
+        ),
+    ],
+)
+def test_what_does_not_fit_examples_is_refused(own, message, sft, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("text")
+    own = {key: str(tmp_path / "a.txt") if value == "{txt}" else value for key, value in own.items()}
+    assert cli.main(["fit", *arguments(sft, {"run": str(tmp_path / "run")}, own)]) == 2
+    assert re.search(message, one_line(capsys))
+
+
+def test_a_hub_entry_may_name_its_split():
+    hub = Hub(split="train", subset="main", revision="v1")
+    (train, test) = resolve("--data.source", ["owner/set", "owner/set:test"], hub)
+    assert (train.hub_name, train.hub) == ("owner/set", hub)
+    assert (test.hub_name, test.hub) == ("owner/set", Hub("test", "main", "v1"))
+
+
+# --- training on them ---
+
+
+@pytest.fixture(scope="session")
+def sft(settings, tokenizer_folder, tmp_path_factory) -> dict[str, object]:
+    """Settings of a fine-tuning run of a few seconds, with examples of very different lengths."""
+    file = tmp_path_factory.mktemp("sft") / "examples.jsonl"
+    rows = [{"question": WORDS[i % 6] * (1 + i % 3), "answer": WORDS[(i + i // 6) % 6]} for i in range(120)]
+    file.write_text(
+        "".join(json.dumps({**row, "question": f"{row['question']} {i}"}) + "\n" for i, row in enumerate(rows))
+    )
+    own = {"data.source": str(file), "data.tokenizer": tokenizer_folder, "data.examples.prompt": PLAIN.prompt,
+           "data.examples.response": PLAIN.response, "data.block_size": 64, "kd.weight": 0.0}  # fmt: skip
+    return {**settings, **own}
+
+
+class Batches(Callback):
+    def __init__(self):
+        self.batches = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.batches.append({key: value.clone() for key, value in batch.items()})
+
+
+@pytest.mark.parametrize("micro_batch", [8, 2, 1])
+def test_the_gradient_of_a_step_is_that_of_its_examples_one_by_one(micro_batch, sft, tmp_path):
+    """From the definition, in float64: each example on its own, nothing packed or padded, one division."""
+    seen, spy = Batches(), Spy(tmp_path / "spy")
+    own = {"run": str(tmp_path / "run"), "data.micro_batch_size": micro_batch, "trainer.max_steps": 1,
+           "trainer.gradient_clip_val": 0.0, "trainer.val_check_interval": 1, "model.optim.warmup_steps": 0,
+           "checkpoint.keep": None, "model.optim.lr": 1e-30}  # fmt: skip
+    assert run(["fit", *arguments(sft, own)], seen, spy) == 0
+    assert len(seen.batches) == 8 // micro_batch
+    checkpoint = torch.load(tmp_path / "run/checkpoints/step-00000001.ckpt", weights_only=True)
+    student = checkpoint["hyper_parameters"]["student"]
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(student["family"], **student["config"])).double()
+    prefix = "student.model."
+    model.load_state_dict({k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items()})
+    eos, losses, tokens = byte_tokenizer().eos_token_id, [], 0
+    examples = [row for batch in seen.batches for ids in batch["input_ids"].tolist() for row in whole(ids, eos)]
+    assert len(examples) > 8  # some rows hold several
+    for ids in examples:
+        asked = byte_tokenizer().decode(ids).index("A:") + 2  # one id a byte
+        logits = model(torch.tensor([ids])).logits[0]
+        losses.append(F.cross_entropy(logits[asked - 1 : -1], torch.tensor(ids[asked:]), reduction="sum"))
+        tokens += len(ids) - asked
+    (torch.stack(losses).sum() / tokens).backward()
+    assert all(batch["step_tokens"] == tokens for batch in seen.batches)
+    (found,) = torch.load(f"{spy.path}.0", weights_only=True)["gradients"]
+    for name, parameter in model.named_parameters():
+        largest = parameter.grad.abs().max()
+        torch.testing.assert_close(found[prefix + name].double(), parameter.grad, rtol=0, atol=2e-5 * largest)
+
+
+def whole(ids: list[int], eos: int) -> list[list[int]]:
+    """The examples of a row; what only fills it up is EOS after EOS."""
+    found, start = [], 0
+    for i, token in enumerate(ids):
+        if token == eos:
+            if i > start:
+                found.append(ids[start : i + 1])
+            start = i + 1
+    return found
+
+
+def test_stopped_and_resumed_equals_never_stopped(sft, tmp_path):
+    own = {"data.micro_batch_size": 4}
+    for name, stop in (("a", ()), ("b", (StopAt(5),))):
+        code = run(["fit", *arguments(sft, own, {"run": str(tmp_path / name)})], *stop)
+        assert code == (143 if stop else 0)
+    assert cli.main(["fit", *arguments(sft, own, {"run": str(tmp_path / "b"), "ckpt_path": "last"})]) == 0
+    first, second = (weights(tmp_path / name / "checkpoints/step-00000012.ckpt") for name in "ab")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_starting_from_a_pretrained_student_lowers_the_loss_of_responses_alone(sft, tmp_path):
+    long = {"trainer.max_steps": 30, "trainer.val_check_interval": 15, "model.optim.lr": 1e-2}
+    assert cli.main(["fit", *arguments(sft, long, {"run": str(tmp_path / "a")})]) == 0
+    start = {"run": str(tmp_path / "b"), "model.student.path": str(tmp_path / "a/checkpoints/step-00000030.ckpt")}
+    fewer = {key: value for key, value in sft.items() if key != "model.student.config"}
+    assert cli.main(["fit", *arguments(fewer, start)]) == 0
+    first, second = (scalars(tmp_path / name)["train/ce"] for name in "ab")
+    assert second[1] < first[1] - 1
+    assert min(scalars(tmp_path / "b")["val/ce"].values()) < 3
