@@ -245,6 +245,7 @@ def test_seeds_of_one_experiment_are_a_group(tmp_path):
     assert "4.0000, 4.1250, 4.2500" in text
     shares = [100 * share for share in salt.reached_steps_share]
     each = ", ".join(f"{share:.1f}%" for share in shares)
+    assert "-: -, -, -" in text  # with the teacher's training: not known
     assert f"{statistics.mean(shares):.1f}% ({statistics.stdev(shares):.1f}%): {each}" in text
     assert f"{statistics.mean(salt.val_ce):.4f} ({statistics.stdev(salt.val_ce):.4f})" in text
 

@@ -101,6 +101,17 @@ def test_probes_change_nothing(fit_with, teacher, tmp_path):
     assert probes[0] == probes[1]
 
 
+class Taught(Callback):
+    """The steps, counted from 0, that begin with a teacher."""
+
+    def __init__(self):
+        self.steps = set()
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if pl_module.teacher is not None:
+            self.steps.add(trainer.global_step)
+
+
 @pytest.mark.parametrize("anneal", [0, 3])
 def test_the_boundary_is_found_and_every_resume_agrees(fit_with, teacher, tmp_path, anneal):
     """A margin that the second validation (step 4) meets: the schedule from then on is that of a run told so."""
@@ -110,8 +121,10 @@ def test_the_boundary_is_found_and_every_resume_agrees(fit_with, teacher, tmp_pa
     gaps = scalars(tmp_path / "plain", ("probe/",))["probe/gap"]
     assert gaps[2] > gaps[4]  # the premise
     found = {**own, "kd.stop_margin": (gaps[2] + gaps[4]) / 2}
-    assert fit_with(tmp_path / "found", **found) == 0
+    taught = Taught()
+    assert fit_with(tmp_path / "found", taught, **found) == 0
     stop = 4 + anneal
+    assert taught.steps == set(range(stop))
     assert scalars(tmp_path / "found", ("probe/",))["probe/stop_step"] == {4: stop}
     assert fit_with(tmp_path / "told", **{**own, "kd.steps": stop}) == 0
     for number, step in enumerate([2, 4, 5, 9]):  # before, at, right after and long after
