@@ -184,7 +184,7 @@ class RunCheckpoint(Checkpoint):
         self._due = False
         pl_module.require_finite()
         for logger in trainer.loggers:  # a kill right after the save must not lose what was logged before it
-            getattr(getattr(logger, "experiment", None), "flush", lambda: None)()
+            getattr(logger, "flush", lambda: None)()
         trainer.save_checkpoint(self._path(trainer), weights_only=False)
         if trainer.is_global_zero:
             self._forget(trainer)

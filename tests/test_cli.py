@@ -215,12 +215,6 @@ def test_validate_needs_a_checkpoint_and_takes_its_sizes(settings, teacher, tmp_
     assert "val/ce" in capsys.readouterr().out
 
 
-def test_a_folder_that_cannot_be_written_is_one_line(settings, tmp_path, capsys):
-    (tmp_path / "file").touch()
-    assert cli.main(["fit", *arguments(settings, {"run": str(tmp_path / "file" / "run"), "kd.weight": 0.0})]) == 1
-    assert "Not a directory" in one_line(capsys)
-
-
 def test_files_of_a_folder_that_are_left_out_are_named(settings, tmp_path, caplog):
     folder = tmp_path / "mixed"
     folder.mkdir()
