@@ -226,8 +226,9 @@ class SALTCLI(LightningCLI):
         except ConfigError:
             raise
         except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
-            named = [key for key in vars(given) if re.search(rf"\b{key}\b", str(error)) and given[key] is not None]
-            setting = f"--trainer.{named[0]} {given[named[0]]}" if named else "--trainer"
+            found = {key: re.search(rf"\b{key}\b", str(error)) for key in vars(given) if given[key] is not None}
+            named = sorted((at.start(), key) for key, at in found.items() if at)
+            setting = f"--trainer.{named[0][1]} {given[named[0][1]]}" if named else "--trainer"
             raise ConfigError(f"{setting}: {_one_line(error)}") from error
 
     def _instances(self, name: str) -> list[Any]:
@@ -437,8 +438,8 @@ def main(args: list[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             print(
-                f"\nerror: out of memory ({_one_line(error)[:200]}); halve --data.micro_batch_size (the result stays the "
-                "same), or set --model.activation_checkpointing true, and go on with --ckpt_path last",
+                f"\nerror: out of memory ({_one_line(error)[:200]}); halve --data.micro_batch_size (the result stays "
+                "the same), or set --model.activation_checkpointing true, and go on with --ckpt_path last",
                 file=sys.stderr,
             )
             return 1

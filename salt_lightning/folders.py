@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
 from salt_lightning.errors import ConfigError
 
@@ -22,12 +22,12 @@ def check(folder: Path, setting: str, trust_remote_code: bool) -> None:
     """Raises ConfigError, starting with `setting`, unless the folder holds a whole causal language model."""
     config = _read(folder / "config.json", setting)
     kind = config.get("model_type")
-    if config.get("auto_map") and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not trust_remote_code:
+    if config.get("auto_map") and kind not in CAUSAL and not trust_remote_code:
         raise ConfigError(
             f"{setting} {folder} needs model code that comes with it ({kind!r} is not in this transformers); read that "
             f"code, and if you trust it: {setting.removesuffix('path')}trust_remote_code true"
         )
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not trust_remote_code:
+    if kind not in CAUSAL and not trust_remote_code:
         raise ConfigError(
             f"{setting} {folder} holds no causal language model that this transformers knows (model_type {kind!r} in "
             "config.json); give one, e.g. a llama, gpt2 or qwen3"

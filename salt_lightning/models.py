@@ -251,11 +251,18 @@ def fresh_config(spec: ModelSpec, data: Any) -> PreTrainedConfig:
         raise ConfigError(
             f"--model.student.family {spec.family}: transformers knows no such model type; e.g. llama, gpt2, qwen3"
         ) from None
+    if spec.family not in folders.CAUSAL:
+        raise ConfigError(
+            f"--model.student.family {spec.family} is no causal language model of transformers; e.g. llama, gpt2, qwen3"
+        )
     names = set(known.to_dict()) | set(known.attribute_map) | set(_SPECIAL_TOKENS)
     if unknown := sorted(set(spec.config) - names):
         near = difflib.get_close_matches(unknown[0], names, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(f"--model.student.config.{unknown[0]}: {spec.family} has no such setting{hint}")
+    for key, value in spec.config.items():  # a fit would meet it at its first step, or never notice
+        if "drop" in key and isinstance(value, float | int) and not 0 <= value <= 1:
+            raise ConfigError(f"--model.student.config.{key} {value} must lie in 0..1")
     if not spec.config:
         raise ConfigError(
             f"--model.student.config is empty: {spec.family}'s own defaults are a model of billions of weights. Give "
@@ -408,8 +415,7 @@ def check_path(spec: ModelSpec, name: str) -> None:
         raise ConfigError(f"--model.{name}.revision {spec.revision} is for hub names; {setting} {path} lies here")
     if path.is_file() and not spec.is_checkpoint:
         raise ConfigError(
-            f"{setting} {path} is a file; give the folder that holds it with its config.json, or one of our checkpoints "
-            "(.ckpt)"
+            f"{setting} {path} is a file; give the folder with its config.json, or one of our checkpoints (.ckpt)"
         )
     looks_local = path.is_absolute() or spec.path.startswith((".", "~")) or spec.path.count("/") > 1
     if spec.is_checkpoint or (looks_local and not path.is_dir()):

@@ -6,6 +6,7 @@ import difflib
 import os
 import re
 import sys
+from itertools import pairwise
 from typing import Any
 
 import yaml
@@ -89,7 +90,7 @@ def check_configs(args: list[str]) -> None:
 
 def _values(args: list[str]) -> list[str]:
     joined = [arg.partition("=")[2] for arg in args if arg.startswith(("--config=", "-c="))]
-    apart = [value for arg, value in zip(args, args[1:], strict=False) if arg in ("--config", "-c")]
+    apart = [value for arg, value in pairwise(args) if arg in ("--config", "-c")]
     return joined + apart
 
 
@@ -109,6 +110,12 @@ def _check_config(path: str) -> None:
         raise ConfigError(f"{setting}{where}: no YAML ({' '.join(str(problem).split())})") from error
     if node is not None and not isinstance(node, yaml.MappingNode):
         raise ConfigError(f"{setting} is no mapping of settings; write lines such as 'run: runs/mine'")
+    for key, value in node.value if node else []:
+        if key.value in ("model", "data", "kd", "checkpoint", "trainer") and value.tag.endswith(":null"):
+            line = key.start_mark.line + 1
+            raise ConfigError(
+                f"{setting}, line {line}: {key.value} is empty; indent its settings below it, or remove it"
+            )
     for key, line in _twice(node, ""):
         raise ConfigError(f"{setting}, line {line}: {key} stands there twice; leave one")
 
