@@ -106,7 +106,9 @@ class RunCheckpoint(Checkpoint):
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         self._dir = Path(self.folder or Path(trainer.default_root_dir) / "checkpoints")
         if late := [step for step in self.at_steps if step > trainer.max_steps > 0]:
-            rank_zero_info(f"--checkpoint.at_steps {late} lie behind --trainer.max_steps {trainer.max_steps}: not saved")
+            rank_zero_info(
+                f"--checkpoint.at_steps {late} lie behind --trainer.max_steps {trainer.max_steps}: not saved"
+            )
 
     def _for_good(self, trainer: pl.Trainer) -> set[int | None]:
         """Steps whose checkpoints stay; a validation may have set the boundary."""

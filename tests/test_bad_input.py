@@ -406,7 +406,7 @@ def limited(args: list[str], largest_file: int) -> subprocess.CompletedProcess:
     ("own", "largest_file", "message"),
     [
         (
-            {"trainer.max_steps": 100},
+            {"trainer.max_steps": 100, "checkpoint.every_n_steps": None},
             12_000,
             r"error: .*/run cannot be written \(.*File too large\); is the disk full\?",
         ),
