@@ -94,6 +94,8 @@ class RunCheckpoint(Checkpoint):
             for name, value in (("every_n_steps", every_n_steps), ("keep", keep))
             if value is not None and value < 1
         ]
+        if any(step < 1 for step in at_steps or ()):
+            wrong.append(f"--checkpoint.at_steps {at_steps} must be optimizer steps, 1 or more")
         if wrong:
             raise ConfigError("; ".join(wrong))
         self.every_n_steps, self.keep, self.at_steps = every_n_steps, keep, tuple(at_steps or ())
@@ -103,6 +105,10 @@ class RunCheckpoint(Checkpoint):
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         self._dir = Path(self.folder or Path(trainer.default_root_dir) / "checkpoints")
+        if late := [step for step in self.at_steps if step > trainer.max_steps > 0]:
+            rank_zero_info(
+                f"--checkpoint.at_steps {late} lie behind --trainer.max_steps {trainer.max_steps}: not saved"
+            )
 
     def _for_good(self, trainer: pl.Trainer) -> set[int | None]:
         """Steps whose checkpoints stay; a validation may have set the boundary."""
@@ -184,7 +190,7 @@ class RunCheckpoint(Checkpoint):
         self._due = False
         pl_module.require_finite()
         for logger in trainer.loggers:  # a kill right after the save must not lose what was logged before it
-            getattr(getattr(logger, "experiment", None), "flush", lambda: None)()
+            getattr(logger, "flush", lambda: None)()
         trainer.save_checkpoint(self._path(trainer), weights_only=False)
         if trainer.is_global_zero:
             self._forget(trainer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import time
 import warnings
@@ -13,10 +14,10 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -26,8 +27,11 @@ from salt_lightning.checkpoint import AtomicCheckpointIO, RunCheckpoint, newest
 from salt_lightning.data import SALTDataModule
 from salt_lightning.difficulty import DocumentLossWriter
 from salt_lightning.errors import ConfigError, NonFiniteLossError, Stopped
+from salt_lightning.event_log import EventLog, quiet_threads
 from salt_lightning.models import check_path, read_checkpoint
 from salt_lightning.module import SALTModule
+from salt_lightning.parser import Parser, check_configs
+from salt_lightning.runlog import flat
 from salt_lightning.schedule import KDScheduleCallback
 from salt_lightning.scoring import ScoreWriter, check_strategy
 
@@ -41,21 +45,6 @@ VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     ),
     "export": (export.main, "The student of a checkpoint as a Hugging Face folder, with tokenizer and model card."),
 }
-
-
-class Parser(LightningArgumentParser):
-    """Errors are one line: the usage text of some 70 lines would bury them."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # No abbreviations: --trainer.max_step would be taken for max_steps.
-        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
-
-    def error(self, message: str, ex: Exception | None = None) -> Any:
-        line = " ".join(message.split())
-        if (at := line.find(" Does not validate against any of the Union")) > 0:  # every type that did not match
-            line = f"{line[:at]} {line.rpartition('Given value: ')[2]} is none of the values allowed here (see --help)"
-        sys.stderr.write(f"error: {line}\n")
-        raise SystemExit(2)
 
 
 class ProgressBar(TQDMProgressBar):
@@ -84,10 +73,14 @@ class SaveRunConfig(SaveConfigCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero:
             run = Path(trainer.default_root_dir)
-            run.mkdir(parents=True, exist_ok=True)
-            self.parser.save(self.config, run / ".config.tmp", skip_none=False, overwrite=True, multifile=False)
-            os.replace(run / ".config.tmp", run / "config.yaml")
-            trainer.datamodule.tokenizer.save_pretrained(run / "tokenizer")  # type: ignore[attr-defined]
+            with shards.writing(run):
+                run.mkdir(parents=True, exist_ok=True)
+                try:
+                    self.parser.save(self.config, run / ".config.tmp", skip_none=False, overwrite=True, multifile=False)
+                except (TypeError, ValueError) as error:  # a callback with an argument that YAML cannot say
+                    raise ConfigError(f"{_one_line(error)} (it cannot be written into config.yaml)") from error
+                os.replace(run / ".config.tmp", run / "config.yaml")
+                trainer.datamodule.tokenizer.save_pretrained(run / "tokenizer")  # type: ignore[attr-defined]
 
 
 class SALTCLI(LightningCLI):
@@ -113,8 +106,12 @@ class SALTCLI(LightningCLI):
             parser._subcommands_action.add_subcommand(name, Parser(description=text), help=text)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        check_configs(sys.argv[1:] if args is None else args)
         self.config = parser.parse_args(args)  # not super(): it warns of arguments given from Python
         self._explicit = parser.parse_args(args, defaults=False)
+        seed = self._settings(self.config).get("seed_everything")
+        if isinstance(seed, bool) or not 0 <= seed < 1 << 32:
+            raise ConfigError(f"--seed_everything {seed} must be a whole number from 0 to {(1 << 32) - 1}")
 
     def _settings(self, config: Namespace) -> Namespace:
         subcommand = config.get("subcommand")
@@ -132,13 +129,13 @@ class SALTCLI(LightningCLI):
             return
         if subcommand == "predict":
             raise ConfigError(f"--ckpt_path {path}: predict scores with the teacher; give it as --model.teacher.path")
-        chosen, path = path, _resolve(path, Path(config.run), subcommand)
+        chosen, path = path, _resolve(path, config, subcommand)
         config["ckpt_path"] = None if path is None else str(path)
         if path is None:
             return
         saved = dict(read_checkpoint(str(path), "--ckpt_path")["hyper_parameters"])
         if chosen != "last" and (reason := shards.damage(path)):
-            raise ConfigError(f"--ckpt_path {path} is damaged ({reason}); take an older one, or last, which finds it")
+            raise ConfigError(f"--ckpt_path {path} is damaged ({reason}); take an older one, or last, which finds one")
         given = self._settings(self._explicit).get("model") or Namespace()
         for key, now in sorted(vars(given.as_flat()).items() if given else []):
             before = _lookup(saved, key)
@@ -154,19 +151,36 @@ class SALTCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config, given = self._settings(self.config), self._settings(self._explicit)
+        if wrong := _wrong_groups(config):
+            raise ConfigError("; ".join(wrong))
         for part in ("model", "data"):  # one seed for all, unless given apart
             if (given.get(part) or Namespace()).get("seed") is None:
                 config[part]["seed"] = config.seed_everything
-        wrong = _wrong_trainer_settings(config.trainer)
+        wrong = _wrong_trainer_settings(config.trainer) + _wrong_folders(config)
         has_checkpoint = bool(config.get("ckpt_path"))
-        if self.subcommand == "fit" and not has_checkpoint and any(Path(config.run).glob("checkpoints/step-*.ckpt")):
+        if self.subcommand == "fit" and not has_checkpoint and any(_checkpoints(config).glob("step-*.ckpt")):
             wrong.append(
                 f"--run {config.run} holds a run already: go on with it by --ckpt_path last, or choose another folder"
+            )
+        elif self.subcommand == "fit" and not has_checkpoint and (other := self._other_run(Path(config.run))):
+            wrong.append(
+                f"--run {config.run} has the logs of another run, whose config.yaml says {', '.join(other)}; choose "
+                "another folder, or remove this one"
             )
         if self.subcommand in ("validate", "test") and not has_checkpoint and not config.model.student.path:
             wrong.append(f"{self.subcommand} needs --ckpt_path (a .ckpt file, or last): a fresh student knows nothing")
         if wrong:
             raise ConfigError("; ".join(wrong))
+
+    def _other_run(self, run: Path) -> list[str]:
+        """What the config.yaml in a run's folder says of model, method and text that is not said now."""
+        try:
+            before = flat(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) or {})
+        except (OSError, ValueError, AttributeError, yaml.YAMLError):  # none, or none that could be compared
+            return []
+        now = flat(self._settings(self.config).as_dict())
+        kept = (key for key in before if key.startswith(_IDENTITY) and key in now and now[key] != before[key])
+        return [f"--{key} {before[key]} (here {now[key]})" for key in kept][:3]
 
     def before_fit(self) -> None:
         config = self._settings(self.config)
@@ -192,12 +206,12 @@ class SALTCLI(LightningCLI):
             if self.subcommand == "predict":
                 kwargs["logger"] = False
             elif self.subcommand in ("validate", "test"):  # beside the run's own curve, not in it
-                kwargs["logger"] = TensorBoardLogger(run, name=self.subcommand, version="")
+                kwargs["logger"] = EventLog(run, name=self.subcommand, version="")
             else:
                 # version "": the run's folder itself, so that a resumed run goes on in it; what a killed start had
                 # logged after the checkpoint is purged from the TensorBoard page
                 purge_step = _step_of(config.get("ckpt_path")) + 1
-                kwargs["logger"] = TensorBoardLogger(run.parent, name=run.name, version="", purge_step=purge_step)
+                kwargs["logger"] = EventLog(run.parent, name=run.name, version="", purge_step=purge_step)
         kwargs["default_root_dir"] = str(run)
         kwargs["plugins"] = [*self._instances("plugins"), AtomicCheckpointIO()]
         own: list[pl.Callback] = [ScoreWriter()] if self.subcommand == "predict" else []
@@ -213,13 +227,58 @@ class SALTCLI(LightningCLI):
             return trainer
         except ConfigError:
             raise
-        except (MisconfigurationException, ValueError, TypeError) as error:
-            raise ConfigError(f"--trainer: {' '.join(str(error).split())}") from error
+        except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
+            found = {key: re.search(rf"\b{key}\b", str(error)) for key in vars(given) if given[key] is not None}
+            named = sorted((at.start(), key) for key, at in found.items() if at)
+            setting = f"--trainer.{named[0][1]} {given[named[0][1]]}" if named else "--trainer"
+            raise ConfigError(f"{setting}: {_one_line(error)}") from error
 
     def _instances(self, name: str) -> list[Any]:
         """What the user gave for a --trainer setting that takes one object or a list of them."""
         found = self._get(self.config_init, "trainer").get(name) or []
         return found if isinstance(found, list) else [found]
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+_GROUPS = ("model", "model.student", "model.teacher", "model.optim", "data", "data.keep", "kd", "checkpoint", "trainer")
+# what a run is: with another of these it is another run
+_IDENTITY = (
+    *("model.student.", "model.teacher.", "kd.", "data.source", "data.val_source", "data.tokenizer", "data.vocab_size"),
+    *("data.block_size", "data.selection", "data.keep."),
+)
+
+
+def _wrong_groups(config: Namespace) -> list[str]:
+    """Groups of settings that are something else, as an empty `model:` in a file is."""
+    for name in _GROUPS:
+        if name in config and not isinstance(config[name], Namespace):
+            return [f"--{name} {config[name]} must be a mapping of its settings; leave it out for the defaults"]
+    return []
+
+
+def _checkpoints(config: Namespace) -> Path:
+    """The folder of a run's checkpoints."""
+    return Path((config.get("checkpoint") or {}).get("folder") or Path(config.run) / "checkpoints")
+
+
+def _wrong_folders(config: Namespace) -> list[str]:
+    """Folders that could not be written, which a run would meet at its first checkpoint, or its end."""
+    of = config.get("checkpoint") or {}
+    folders = {"run": config.run, "checkpoint.folder": of.get("folder"), "checkpoint.export": of.get("export")}
+    wrong = [] if config.run else ["--run '' names no folder"]
+    for name, folder in folders.items():
+        if folder:
+            there = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
+            if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+                why = "cannot be written" if there.is_dir() else "is no folder"
+                wrong.append(f"--{name} {folder}: {there} {why}; choose another folder")
+    return wrong
+
+
+_PRECISIONS = ("32", "32-true", "bf16", "bf16-mixed", "bf16-true")
 
 
 def _wrong_trainer_settings(trainer: Namespace) -> list[str]:
@@ -236,7 +295,8 @@ def _wrong_trainer_settings(trainer: Namespace) -> list[str]:
             f"--trainer.strategy {trainer.strategy} (FSDP1) needs GPUs; --config configs/fsdp.yaml (FSDP2) also runs "
             "on CPUs"
         )
-    if interval is not None and not (interval >= 1 if isinstance(interval, int) else 0 < interval <= 1):
+    steps, share = isinstance(interval, int) and interval >= 1, isinstance(interval, float) and 0 < interval <= 1
+    if interval is not None and not steps and not share:
         wrong.append(
             f"--trainer.val_check_interval {interval} must be optimizer steps (1 or more), or a share of the run (0..1)"
         )
@@ -244,24 +304,40 @@ def _wrong_trainer_settings(trainer: Namespace) -> list[str]:
         wrong.append(f"--trainer.log_every_n_steps {every} must be at least 1")
     if trainer.get("limit_train_batches") not in (None, 1.0):
         wrong.append(f"--trainer.limit_train_batches {trainer.limit_train_batches}: use --trainer.max_steps")
+    if trainer.get("max_epochs") not in (None, -1):
+        wrong.append(f"--trainer.max_epochs {trainer.max_epochs}: a run is counted in steps, use --trainer.max_steps")
+    if trainer.get("check_val_every_n_epoch") not in (None, 1):
+        wrong.append(
+            f"--trainer.check_val_every_n_epoch {trainer.check_val_every_n_epoch}: a run is one epoch of Lightning's, "
+            "use --trainer.val_check_interval (optimizer steps)"
+        )
+    if (trainer.get("gradient_clip_val") or 0) < 0:
+        wrong.append(f"--trainer.gradient_clip_val {trainer.gradient_clip_val} must not be negative (0 or null: off)")
+    if str(trainer.get("precision") or "32") not in _PRECISIONS:
+        wrong.append(f"--trainer.precision {trainer.precision} must be {' or '.join(_PRECISIONS)}")
+    if trainer.get("enable_checkpointing") is False:
+        wrong.append("--trainer.enable_checkpointing false: use --checkpoint.every_n_steps null for the end alone")
+    if trainer.get("default_root_dir"):
+        wrong.append(f"--trainer.default_root_dir {trainer.default_root_dir}: use --run")
     if trainer.get("overfit_batches"):
         wrong.append(f"--trainer.overfit_batches {trainer.overfit_batches}: give a small --data.source instead")
     return wrong
 
 
-def _resolve(path: str, run: Path, subcommand: str) -> Path | None:
+def _resolve(path: str, config: Namespace, subcommand: str) -> Path | None:
     """`last` is the newest checkpoint of the run's folder; without one a fit starts at step 0, and says so."""
     if path != "last":
         return Path(path)
-    found = newest(run / "checkpoints")
-    if found is None and any(run.glob("checkpoints/step-*.ckpt")):
+    folder = _checkpoints(config)
+    found = newest(folder)
+    if found is None and any(folder.glob("step-*.ckpt")):
         raise ConfigError(
-            f"--ckpt_path last: every checkpoint in {run / 'checkpoints'} is damaged (see above); start anew in "
-            "another --run, or bring back a copy"
+            f"--ckpt_path last: every checkpoint in {folder} is damaged (see above); start anew in another --run, or "
+            "bring back a copy"
         )
     if found is None and subcommand != "fit":
-        raise ConfigError(f"--ckpt_path last: no checkpoint in {run / 'checkpoints'}; is --run {run} right?")
-    _say(f"--ckpt_path last: {found or f'no checkpoint in {run}, starting at step 0'}")
+        raise ConfigError(f"--ckpt_path last: no checkpoint in {folder}; is --run {config.run} right?")
+    _say(f"--ckpt_path last: {found or f'no checkpoint in {config.run}, starting at step 0'}")
     return found
 
 
@@ -334,6 +410,7 @@ def main(args: list[str] | None = None) -> int:
     """Runs one command line; returns its exit code: 0, 1 for an error of the run, 2 for one of the settings."""
     first = (sys.argv[1:] if args is None else args)[:1]
     _silence_libraries()
+    quiet_threads()
     try:
         if first and first[0] in VERBS:
             return VERBS[first[0]][0](sys.argv[2:] if args is None else args[1:])
@@ -360,7 +437,14 @@ def main(args: list[str] | None = None) -> int:
             message = f"{error.filename}: {error.strerror}"
         print(f"\nerror: {message}", file=sys.stderr)  # on a line of its own, after a progress bar
         return 2 if isinstance(error, ConfigError) else 1
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            print(
+                f"\nerror: out of memory ({_one_line(error)[:200]}); halve --data.micro_batch_size (the result stays "
+                "the same), or set --model.activation_checkpointing true, and go on with --ckpt_path last",
+                file=sys.stderr,
+            )
+            return 1
         if not parallel.has_lost_others(error):
             raise
         print(

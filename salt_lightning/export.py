@@ -23,7 +23,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from salt_lightning.card import model_card
 from salt_lightning.errors import ConfigError, VerbParser
-from salt_lightning.models import DTYPES, ModelSpec, read_checkpoint
+from salt_lightning.models import DTYPES, ModelSpec, read_checkpoint, require_undamaged
 from salt_lightning.runlog import read_run
 from salt_lightning.shards import Tensors, sync_folder
 from salt_lightning.tokenizer import load_tokenizer, tokenizer_fingerprint
@@ -58,6 +58,7 @@ def export(
     setting = f"export: CKPT {checkpoint}"
     check_target(target, "export: DIR")
     saved = read_checkpoint(str(checkpoint), "export: CKPT")
+    require_undamaged(str(checkpoint), "export: CKPT")
     model = _on_meta(saved, setting)
     weights = _described(saved["state_dict"], dtype)
     _check_weights(model, weights, setting)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import inspect
-import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
-from salt_lightning import shards
+from salt_lightning import folders, shards
 from salt_lightning.errors import ConfigError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -252,11 +251,18 @@ def fresh_config(spec: ModelSpec, data: Any) -> PreTrainedConfig:
         raise ConfigError(
             f"--model.student.family {spec.family}: transformers knows no such model type; e.g. llama, gpt2, qwen3"
         ) from None
+    if spec.family not in folders.CAUSAL:
+        raise ConfigError(
+            f"--model.student.family {spec.family} is no causal language model of transformers; e.g. llama, gpt2, qwen3"
+        )
     names = set(known.to_dict()) | set(known.attribute_map) | set(_SPECIAL_TOKENS)
     if unknown := sorted(set(spec.config) - names):
         near = difflib.get_close_matches(unknown[0], names, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(f"--model.student.config.{unknown[0]}: {spec.family} has no such setting{hint}")
+    for key, value in spec.config.items():  # a fit would meet it at its first step, or never notice
+        if "drop" in key and isinstance(value, float | int) and not 0 <= value <= 1:
+            raise ConfigError(f"--model.student.config.{key} {value} must lie in 0..1")
     if not spec.config:
         raise ConfigError(
             f"--model.student.config is empty: {spec.family}'s own defaults are a model of billions of weights. Give "
@@ -367,32 +373,64 @@ def load_pretrained(spec: ModelSpec, name: str, dtype: torch.dtype, empty: bool 
     check_path(spec, name)
     source = {"revision": spec.revision or "main", "trust_remote_code": spec.trust_remote_code}
     kwargs = {"dtype": dtype, "attn_implementation": spec.attention}
-    with _as_config_error(f"--model.{name}.path {spec.path} cannot be loaded"):
+    where = "" if Path(spec.path).exists() else " (there is no folder of that name here, so it is sought on the hub)"
+    with _as_config_error(f"--model.{name}.path {spec.path} cannot be loaded{where}"):
         if empty:
             config = AutoConfig.from_pretrained(spec.path, **source)
             with torch.device("meta"):
                 return AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code, **kwargs)
         # safetensors: never unpickle a .bin
-        return AutoModelForCausalLM.from_pretrained(spec.path, use_safetensors=True, **source, **kwargs)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            spec.path,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **source,
+            **kwargs,
+        )
+        model, found = loaded
+        wrong = [f"{key} is {tuple(was)}, not {tuple(wanted)}" for key, was, wanted in sorted(found["mismatched_keys"])]
+        if wrong:
+            raise ConfigError(
+                f"--model.{name}.path {spec.path} has {len(wrong)} weights of other sizes than its config.json says: "
+                f"{', '.join(wrong[:3])}; do they belong together?"
+            )
+        if missing := sorted(found["missing_keys"]):  # transformers would leave them as random as they were made
+            raise ConfigError(
+                f"--model.{name}.path {spec.path} lacks {len(missing)} of its weights: {', '.join(missing[:3])}"
+                f"{' ...' * (len(missing) > 3)}; is the download complete, and does config.json belong to it?"
+            )
+        if unused := sorted(found["unexpected_keys"]):
+            shown = f"{', '.join(unused[:3])}{' ...' * (len(unused) > 3)}"
+            rank_zero_info(f"{name}: {spec.path} has {len(unused)} weights that its config.json does not use: {shown}")
+        return model
 
 
 def check_path(spec: ModelSpec, name: str) -> None:
     """Raises ConfigError where `spec.path` is neither a file, nor a folder with a config, nor like a hub name."""
     if spec.path is None:
         return
-    path = Path(spec.path)
+    path, setting = Path(spec.path), f"--model.{name}.path"
+    if spec.revision and path.exists():
+        raise ConfigError(f"--model.{name}.revision {spec.revision} is for hub names; {setting} {path} lies here")
+    if path.is_file() and not spec.is_checkpoint:
+        raise ConfigError(
+            f"{setting} {path} is a file; give the folder with its config.json, or one of our checkpoints (.ckpt)"
+        )
     looks_local = path.is_absolute() or spec.path.startswith((".", "~")) or spec.path.count("/") > 1
     if spec.is_checkpoint or (looks_local and not path.is_dir()):
         if not path.exists():
             raise ConfigError(
-                f"--model.{name}.path {spec.path} does not exist; give a .ckpt of this project, a Hugging Face folder "
-                "or a hub name such as owner/name"
+                f"{setting} {spec.path} does not exist; give a .ckpt of this project, a Hugging Face folder or a hub "
+                "name such as owner/name"
             )
-    elif path.is_dir() and not (path / "config.json").is_file():
-        raise ConfigError(
-            f"--model.{name}.path {spec.path} is a folder without config.json; give a Hugging Face folder, or one of "
-            "our checkpoints by its file name (.ckpt)"
-        )
+    elif path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ConfigError(
+                f"{setting} {spec.path} is a folder without config.json; give a Hugging Face folder, or one of "
+                "our checkpoints by its file name (.ckpt)"
+            )
+        folders.check(path, setting, spec.trust_remote_code)
 
 
 def read_checkpoint(path: str, setting: str) -> dict[str, Any]:
@@ -405,20 +443,16 @@ def read_checkpoint(path: str, setting: str) -> dict[str, Any]:
     """
     if not Path(path).exists():
         raise ConfigError(f"{setting} {path} does not exist")
-    is_folder = Path(path).is_dir()
-    if is_folder and (reason := shards.missing(Path(path))):
-        raise ConfigError(f"{setting} {path} is not a whole checkpoint of this project ({reason})")
     try:
-        if is_folder:
-            checkpoint = shards.read(Path(path))
-        else:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if "state_dict" in checkpoint and "student" in checkpoint["hyper_parameters"]:
-            return checkpoint
-        reason = "other contents"
-    except (RuntimeError, EOFError, OSError, KeyError, TypeError, pickle.UnpicklingError) as error:
-        reason = type(error).__name__
-    raise ConfigError(f"{setting} {path} is not a whole checkpoint of this project ({reason})")
+        return shards.load(Path(path))
+    except shards.DamageError as error:
+        raise ConfigError(f"{setting} {path} is not a whole checkpoint of this project ({error})") from error
+
+
+def require_undamaged(path: str, setting: str) -> None:
+    """Raises ConfigError unless every byte of a checkpoint is the one that was written."""
+    if reason := shards.damage(Path(path)):
+        raise ConfigError(f"{setting} {path} is damaged ({reason}); take another one")
 
 
 def _load_checkpoint(spec: ModelSpec, name: str, dtype: torch.dtype, empty: bool) -> PreTrainedModel:
@@ -430,8 +464,10 @@ def _load_checkpoint(spec: ModelSpec, name: str, dtype: torch.dtype, empty: bool
     with torch.device("meta") if empty else nullcontext():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=spec.attention)
     if not empty:
+        require_undamaged(str(spec.path), f"--model.{name}.path")
         weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
-        model.load_state_dict(weights)
+        with _as_config_error(f"--model.{name}.path {spec.path} holds another model than its settings say"):
+            model.load_state_dict(weights)
     return model
 
 

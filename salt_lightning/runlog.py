@@ -57,7 +57,7 @@ class Run:
     @property
     def max_steps(self) -> int | None:
         steps = self.config.get("trainer.max_steps")
-        return steps if steps and steps > 0 else None  # Lightning's -1 is "no limit"
+        return steps if isinstance(steps, int) and steps > 0 else None  # Lightning's -1 is "no limit"
 
     @property
     def selected(self) -> bool:
@@ -153,28 +153,29 @@ def read_run(path: Path, name: str) -> Run:
     Raises:
         ConfigError: no such folder, no event file in it, or an unreadable config.yaml.
     """
-    files = sorted(path.glob("*tfevents*"))
+    files = sorted(file for file in path.glob("*tfevents*") if file.is_file())
     if not files:
         what = "holds no TensorBoard event files" if path.is_dir() else "is no folder"
         raise ConfigError(f"compare: RUN {path} {what}; give a run's own folder, e.g. runs/demo/salt")
     config: Any = {}
     if (path / "config.yaml").is_file():
         try:
-            config = yaml.safe_load((path / "config.yaml").read_text())
-        except yaml.YAMLError as error:
+            config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             reason = " ".join(str(error).split())
             raise ConfigError(f"compare: {path / 'config.yaml'} is not YAML: {reason}") from error
-    return Run(name, path, _flat(config or {}), _read_curves(files))
+    return Run(name, path, flat(config) if isinstance(config, dict) else {}, _read_curves(files))
 
 
-def _flat(tree: dict[str, Any] | list[Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(tree: dict[str, Any] | list[Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted names."""
+    found: dict[str, Any] = {}
     for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
         if isinstance(value, (dict, list)) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
+            found |= flat(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+            found[f"{prefix}{key}"] = value
+    return found
 
 
 def _read_curves(files: list[Path]) -> dict[str, Curve]:

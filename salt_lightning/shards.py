@@ -19,7 +19,6 @@ import os
 import pickle
 import shutil
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -100,15 +99,44 @@ def missing(folder: Path) -> str | None:
     return None
 
 
+class DamageError(Exception):
+    """Why a path is no whole checkpoint, in a few words."""
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A checkpoint of this project, file or folder, as plain data and tensors, which stay on disk until they are used.
+
+    Raises:
+        DamageError: it is cut off, lacks a file, or is no checkpoint.
+    """
+    if path.is_dir() and (reason := missing(path)):
+        raise DamageError(reason)
+    try:
+        options: dict[str, Any] = {"map_location": "cpu", "weights_only": True, "mmap": True}
+        checkpoint = read(path) if path.is_dir() else torch.load(path, **options)
+        student = checkpoint["hyper_parameters"]["student"]
+        if "state_dict" in checkpoint and isinstance(student, dict) and student["config"]:
+            return checkpoint
+        reason = "other contents"
+    except (KeyError, TypeError):
+        reason = "other contents"
+    except Exception as error:  # torch's reader meets damage with errors of every kind
+        kind = f"cut off, damaged, or another kind of file: {type(error).__name__}" if path.stat().st_size else "empty"
+        reason = f"{META}: {kind}" if path.is_dir() else kind
+    raise DamageError(reason)
+
+
 def damage(path: Path) -> str | None:
     """Why a checkpoint, file or folder, is not what was written, in a few words; None if it is. Reads all of it.
 
     torch.save writes zip archives with a CRC-32 of each tensor; torch.load does not look at them.
     """
+    try:
+        load(path)
+    except DamageError as error:
+        return str(error)
     if not path.is_dir():
         return _changed(path)
-    if reason := missing(path):
-        return reason
     if reason := _changed(path / META):
         return f"{META}: {reason}"
     for key, info in _metadata(path).storage_data.items():
@@ -123,7 +151,7 @@ def _changed(archive: Path | io.BytesIO) -> str | None:
     try:
         with zipfile.ZipFile(archive) as files:
             name = files.testzip()
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError):
+    except Exception:  # a damaged archive meets errors of every kind
         return "cut off or damaged"
     return name and f"{name} has other bytes than were written"
 

@@ -29,6 +29,24 @@ def write_corpus(path: Path, num_documents: int = 120, seed: int = 0) -> Path:
     return path
 
 
+def one_line(capsys) -> str:
+    err = capsys.readouterr().err
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, err
+    assert "Traceback" not in err
+    assert "usage:" not in err
+    return lines[0]
+
+
+def run(args: list[str]) -> int:
+    from salt_lightning import cli
+
+    try:
+        return cli.main(args)
+    except SystemExit as stop:  # jsonargparse's own way out
+        return stop.code
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
     return write_corpus(tmp_path_factory.mktemp("corpus") / "text.jsonl")

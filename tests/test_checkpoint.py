@@ -1,6 +1,8 @@
 """Files on disk: which one is `last`, what a failed write leaves, which are kept."""
 
+import random
 import signal
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,9 +10,14 @@ import pytest
 import torch
 from conftest import arguments
 
-from salt_lightning import cli
+from salt_lightning import cli, shards
 from salt_lightning.checkpoint import AtomicCheckpointIO, RunCheckpoint, newest
 from salt_lightning.errors import ConfigError
+
+
+def save(path: Path, **more) -> None:
+    """The least that is a checkpoint."""
+    torch.save({"state_dict": {}, "hyper_parameters": {"student": {"config": {"hidden_size": 1}}}, **more}, path)
 
 
 def test_last_is_the_highest_step(tmp_path):
@@ -22,24 +29,47 @@ def test_last_is_the_highest_step(tmp_path):
         ".step-00000999.ckpt.1.tmp",
         "x.ckpt",
     ):
-        torch.save({"x": torch.ones(3)}, tmp_path / name)
+        save(tmp_path / name)
     assert newest(tmp_path) == tmp_path / "step-00000120.ckpt"
 
 
-@pytest.mark.parametrize("how", ["cut off", "a byte flipped"])
+@pytest.mark.parametrize("how", ["cut off", "a byte flipped", "empty", "other contents"])
 def test_a_damaged_file_is_passed_over_by_name(tmp_path, how, caplog):
     files = [tmp_path / f"step-{step:08d}.ckpt" for step in (1, 2)]
     for file in files:
-        torch.save({"x": torch.arange(1000)}, file)
+        save(file, x=torch.arange(1000))
     content = bytearray(files[1].read_bytes())
     place = content.index(torch.arange(1000).numpy().tobytes()) + 4321
-    if how == "cut off":
-        del content[place:]
-    else:
+    if how == "a byte flipped":
         content[place] ^= 1
+    else:
+        del content[place if how == "cut off" else 0 :]
     files[1].write_bytes(content)
+    if how == "other contents":
+        torch.save({"x": 1}, files[1])
     assert newest(tmp_path) == files[0]
     assert f"{files[1]} is passed over: " in caplog.text
+
+
+def test_no_flipped_bit_goes_unnoticed_and_changes_something(tmp_path):
+    """Anywhere in the file: in tensors, in the pickle, in the zip's headers and its directory at the end."""
+    path, rng = tmp_path / "step-00000001.ckpt", random.Random(0)
+    save(path, x=torch.arange(100), step=3)
+    content, found, harmless = path.read_bytes(), Counter(), 0
+    directory = content.index(b"PK\x01\x02")
+    places = [*rng.sample(range(directory), 200), *range(directory, len(content))]
+    for place in places:
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << rng.randrange(8)
+        path.write_bytes(flipped)
+        reason = shards.damage(path)
+        found[reason] += 1
+        if reason is None:  # dates, attributes, padding
+            harmless += 1
+            loaded = torch.load(path, weights_only=True)
+            assert torch.equal(loaded["x"], torch.arange(100)), place
+            assert loaded["step"] == 3
+    assert 0 < harmless < 0.75 * len(places), found
 
 
 def test_a_damaged_file_that_was_chosen_is_refused(settings, teacher, tmp_path, capsys):

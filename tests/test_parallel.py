@@ -360,7 +360,10 @@ REFUSED = {
         {**FSDP2, "trainer.precision": "16-true"},
         "--trainer.precision 16-true: --trainer.strategy FSDP2 has 32-true, bf16-mixed, bf16-true",
     ),
-    "precision that Lightning refuses": ({**FSDP2, "trainer.precision": "64-true"}, "Choose a different precision"),
+    "precision that Lightning refuses": (
+        {**FSDP2, "trainer.precision": "64-true"},
+        r"--trainer.precision 64-true must be 32 or 32-true or bf16",
+    ),
 }
 
 

@@ -1,0 +1,45 @@
+"""TensorBoard's event file of a run: where it cannot be written, that is one line that says so."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from salt_lightning.shards import writing
+
+
+class EventLog(TensorBoardLogger):
+    """TensorBoard writes in a thread, which keeps what it met to itself until the next call.
+
+    Raises:
+        OSError: naming the folder, whichever call meets it.
+    """
+
+    def log_metrics(self, *args: Any, **kwargs: Any) -> None:
+        with writing(Path(self.log_dir)):
+            super().log_metrics(*args, **kwargs)
+
+    def flush(self) -> None:
+        """Has all that was logged on the disk."""
+        with writing(Path(self.log_dir)):
+            self.experiment.flush()
+
+    def finalize(self, status: str) -> None:
+        with writing(Path(self.log_dir)):
+            super().finalize(status)
+
+
+_show = threading.excepthook
+
+
+def quiet_threads() -> None:
+    """What a thread meets of a full disk is raised by the call that comes after: no traceback of the thread besides."""
+    threading.excepthook = _unless_full
+
+
+def _unless_full(args: Any) -> None:
+    if not isinstance(args.exc_value, OSError):
+        _show(args)

@@ -1,0 +1,76 @@
+"""A Hugging Face folder, looked at before anything is loaded from it: what is missing, cut off or not ours to run.
+
+Reads config.json and the headers of the weights: milliseconds, however large they are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+from salt_lightning.errors import ConfigError
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+def check(folder: Path, setting: str, trust_remote_code: bool) -> None:
+    """Raises ConfigError, starting with `setting`, unless the folder holds a whole causal language model."""
+    config = _read(folder / "config.json", setting)
+    kind = config.get("model_type")
+    if config.get("auto_map") and kind not in CAUSAL and not trust_remote_code:
+        raise ConfigError(
+            f"{setting} {folder} needs model code that comes with it ({kind!r} is not in this transformers); read that "
+            f"code, and if you trust it: {setting.removesuffix('path')}trust_remote_code true"
+        )
+    if kind not in CAUSAL and not trust_remote_code:
+        raise ConfigError(
+            f"{setting} {folder} holds no causal language model that this transformers knows (model_type {kind!r} in "
+            "config.json); give one, e.g. a llama, gpt2 or qwen3"
+        )
+    if bidirectional := [name for name in config.get("architectures") or [] if "MaskedLM" in name]:
+        raise ConfigError(
+            f"{setting} {folder} holds a {bidirectional[0]}, whose tokens see what comes after them; give a causal "
+            "language model, e.g. a llama, gpt2 or qwen3"
+        )
+    for name in _files(folder, setting):
+        if not (folder / name).is_file():
+            raise ConfigError(f"{setting} {folder} lacks {name}, which its {INDEX} names; download the rest")
+        try:
+            with safe_open(folder / name, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(
+                f"{setting} {folder}: {name} is cut off or damaged ({error}); download it again"
+            ) from error
+
+
+def _files(folder: Path, setting: str) -> Iterable[str]:
+    """Names of the files of weights that have to be there."""
+    if (folder / SINGLE).exists():
+        return [SINGLE]
+    if (folder / INDEX).exists():
+        names = _read(folder / INDEX, setting).get("weight_map")
+        if isinstance(names, dict) and names:
+            return sorted(set(map(str, names.values())))
+        raise ConfigError(f"{setting} {folder}: {INDEX} names no file of weights; download it again")
+    others = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".safetensors"))
+    raise ConfigError(
+        f"{setting} {folder} has no weights: neither {SINGLE} nor {INDEX}"
+        + (f", only {', '.join(others[:3])}{' ...' * (len(others) > 3)}" if others else "")
+        + "; download them, or write them anew by save_pretrained (files that are pickles are not read)"
+    )
+
+
+def _read(path: Path, setting: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{setting} {path} is no JSON ({error}); download it again") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{setting} {path} holds no settings but {str(content)[:40]!r}; download it again")
+    return content

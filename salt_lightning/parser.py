@@ -1,0 +1,132 @@
+"""The command line's parser: its errors are one line, with the setting as typed, the value and what is allowed."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+from itertools import pairwise
+from typing import Any
+
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser
+
+from salt_lightning.errors import ConfigError
+
+_TYPES = {
+    "int": "a whole number",
+    "float": "a finite number",
+    "bool": "true or false",
+    "str": "text",
+    "dict": "a mapping",
+    "NoneType": "null",
+}
+
+
+class Parser(LightningArgumentParser):
+    """Errors are one line: the usage text of some 70 lines would bury them."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # No abbreviations: --trainer.max_step would be taken for max_steps.
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        asked = getattr(ex, "subcommand_parser", None) or self
+        sys.stderr.write(f"error: {explain(message, asked.settings())}\n")
+        raise SystemExit(2)
+
+    def settings(self) -> list[str]:
+        """Dotted names of all settings."""
+        return [action.dest for action in self._actions]
+
+
+def explain(message: str, known: list[str]) -> str:
+    """What jsonargparse says, on one line and as a user would say it; with the nearest of the known settings."""
+    line = " ".join(message.split())
+    if found := re.match(r"Parser key \"([^\"]+)\"(\S*): (.*)", line):
+        name, rest = f"--{found[1]}{found[2]}", found[3]
+        if union := re.search(r"Subtypes: [\[(](.*?)[\])] Errors:.*Given value: (.*)$", rest):
+            return f"{name} {union[2]} must be {_type_names(union[1])}"
+        if union := re.search(r" Given value: (.*)$", rest):
+            return f"{name} {union[1]} is none of the values allowed here (see --help)"
+        if single := re.match(r"Expected an? (.*?)\. Got value: (.*)$", rest):
+            return f"{name} {single[2]} must be {_type_names(single[1])}"
+        if group := re.match(r"Unable to load config ['\"](.*?)['\"] - ", rest):
+            return f"{name} {group[1]} must be a mapping of its settings (see --help); leave it out for the defaults"
+        return f"{name}: {rest}"
+    wrong = re.search(r"does not accept option '([^']+)'|unrecognized arguments: --([^\s=]+)", line)
+    if wrong:
+        name = wrong[1] or wrong[2]
+        near = difflib.get_close_matches(name, known, 1)
+        return f"--{name}: there is no such setting{f'; did you mean --{near[0]}?' if near else ' (see --help)'}"
+    return line
+
+
+def _type_names(text: str) -> str:
+    """`<class 'int'>, <class 'NoneType'>` -> "a whole number or null"."""
+    literals = re.findall(r"'([^']*)'", text) if "Literal" in text else []
+    classes = re.findall(r"<class '(?:\w+\.)*(\w+)'>", text)
+    lists = re.findall(r"(?:list|List|Sequence)\[(\w+)\]", text)
+    names = [name for name in literals if name not in classes] + [_TYPES.get(name, name) for name in classes]
+    names += [f"a list of {_TYPES.get(name, name).removeprefix('a ')}s" for name in lists]
+    return " or ".join(dict.fromkeys(names)) or text
+
+
+# --- the files of --config, before jsonargparse reads them ---
+
+
+def check_configs(args: list[str]) -> None:
+    """Reads every `--config FILE` of a command line.
+
+    Raises:
+        ConfigError: a file that is missing or a folder, no text, no YAML, no mapping, or has a setting twice, of which
+            YAML would take the last in silence.
+    """
+    for value in _values(args):
+        if not value.lstrip().startswith("{"):  # settings themselves instead of a file
+            _check_config(value)
+
+
+def _values(args: list[str]) -> list[str]:
+    joined = [arg.partition("=")[2] for arg in args if arg.startswith(("--config=", "-c="))]
+    apart = [value for arg, value in pairwise(args) if arg in ("--config", "-c")]
+    return joined + apart
+
+
+def _check_config(path: str) -> None:
+    setting = f"--config {path}"
+    if not os.path.isfile(path):
+        what = "is a folder" if os.path.isdir(path) else "does not exist"
+        raise ConfigError(f"{setting} {what}; give a YAML file, e.g. configs/salt.yaml")
+    try:
+        with open(path, encoding="utf-8") as file:
+            node = yaml.compose(file, yaml.SafeLoader)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{setting} is not UTF-8 text, so no YAML file; give one, e.g. configs/salt.yaml") from error
+    except yaml.YAMLError as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{setting}{where}: no YAML ({' '.join(str(problem).split())})") from error
+    if node is not None and not isinstance(node, yaml.MappingNode):
+        raise ConfigError(f"{setting} is no mapping of settings; write lines such as 'run: runs/mine'")
+    for key, value in node.value if node else []:
+        if key.value in ("model", "data", "kd", "checkpoint", "trainer") and value.tag.endswith(":null"):
+            line = key.start_mark.line + 1
+            raise ConfigError(
+                f"{setting}, line {line}: {key.value} is empty; indent its settings below it, or remove it"
+            )
+    for key, line in _twice(node, ""):
+        raise ConfigError(f"{setting}, line {line}: {key} stands there twice; leave one")
+
+
+def _twice(node: Any, prefix: str) -> list[tuple[str, int]]:
+    """(dotted key, line) of every key that its mapping has already."""
+    found, seen = [], set()
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else []:
+        name = f"{prefix}{getattr(key, 'value', '')}"
+        if name in seen and name != f"{prefix}<<":
+            found.append((name, key.start_mark.line + 1))
+        seen.add(name)
+        found += _twice(value, f"{name}.")
+    return found

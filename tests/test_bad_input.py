@@ -1,0 +1,463 @@
+"""Every bad input that is known, in one table: one clear line that names the setting, and nothing is lost.
+
+What a message says of files and tokens in all its forms is tested beside the code (test_prepare.py, test_models.py).
+"""
+
+import json
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import arguments, one_line, run
+from families import tiny
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
+
+from salt_lightning import cli
+
+MISSING = "runs/x/step-00000001.ckpt"
+NARROW = {"hidden_size": 32, "num_attention_heads": 4}
+SHORT = {"model.student.config": {**NARROW, "max_position_embeddings": 8}}
+SMALL = {"model.student.config": {**NARROW, "vocab_size": 99}}
+ERRORS = {
+    "unknown key": ({"kd.wieght": 0.5}, r"--kd.wieght: there is no such setting; did you mean --kd.weight\?"),
+    "unknown key in a spec": ({"model.student.famly": "llama"}, r"famly"),
+    "unknown size": ({"model.student.config": {"hiden_size": 32}}, r"config.hiden_size: llama has no such setting"),
+    "wrong type": ({"kd.steps": "many"}, r"--kd.steps many must be a whole number or null"),
+    "wrong type, model": ({"model.compile": 1}, r"--model.compile 1 must be true or false"),
+    "wrong type, data": ({"data.block_size": [1]}, r"--data.block_size \[1\] must be a whole number"),
+    "wrong type, checkpoint": ({"checkpoint.at_steps": 5}, r"--checkpoint.at_steps 5 must be "),
+    "wrong type, trainer": ({"trainer.max_steps": 2.5}, r"--trainer.max_steps 2.5 must be a whole number"),
+    "a choice that is none": ({"kd.shape": "foo"}, r"--kd.shape foo must be step or linear or linear_ratio or cosine"),
+    "no number": ({"model.optim.lr": "nan"}, r"--model.optim.lr nan must be a finite number"),
+    "out of range, model": ({"model.logits_budget_gib": 0}, r"--model.logits_budget_gib 0.0 must be above 0"),
+    "out of range, student": (
+        {"model.student.config": {"attention_dropout": 2}},
+        r"attention_dropout 2 must lie in 0..1",
+    ),
+    "out of range, data": (
+        {"data.val_rows": 0, "data.seed": -1},
+        r"--data.val_rows: 0 must .*--data.seed: -1 must be 0",
+    ),
+    "a seed too large": ({"data.seed": 2**64}, r"--data.seed: \d+ must be 0 or more, and fit into 64 bits"),
+    "a seed that is none": (
+        {"seed_everything": -1},
+        r"--seed_everything -1 must be a whole number from 0 to 4294967295",
+    ),
+    "out of range, checkpoint": ({"checkpoint.at_steps": [0]}, r"--checkpoint.at_steps \[0\] must be optimizer steps"),
+    "out of range, trainer": (
+        {"trainer.gradient_clip_val": -1},
+        r"--trainer.gradient_clip_val -1.* must not be negative",
+    ),
+    "no steps": ({"trainer.max_steps": 0}, r"--trainer.max_steps: 0 is no length of a run"),
+    "endless": ({"trainer.max_steps": -1}, r"--trainer.max_steps: -1 is no length of a run"),
+    "no devices": ({"trainer.devices": 0}, r"--trainer.devices 0: "),
+    "epochs": ({"trainer.max_epochs": 0}, r"--trainer.max_epochs 0: a run is counted in steps"),
+    "epochs of validation": ({"trainer.check_val_every_n_epoch": 0}, r"n_epoch 0: .*use --trainer.val_check_interval"),
+    "an interval of time": (
+        {"trainer.val_check_interval": "00:00:01"},
+        r"--trainer.val_check_interval 00:00:01 must be",
+    ),
+    "half precision": (
+        {"trainer.precision": "16-mixed"},
+        r"--trainer.precision 16-mixed must be 32 or 32-true or bf16",
+    ),
+    "a library that is not there": ({"trainer.accelerator": "tpu"}, r"--trainer: Requirement .*torch_xla"),
+    "a strategy that is none": ({"trainer.strategy": "foo"}, r"--trainer.strategy foo: .*invalid strategy"),
+    "checkpoints off": ({"trainer.enable_checkpointing": False}, r"--trainer.enable_checkpointing false: use --check"),
+    "another root": ({"trainer.default_root_dir": "x"}, r"--trainer.default_root_dir x: use --run"),
+    "a ramp longer than its phase": (
+        {"kd.steps": 4, "kd.anneal_steps": 5, "kd.shape": "linear"},
+        r"--kd.anneal_steps 5 is longer than --kd.steps 4",
+    ),
+    "a family without causal language model": (
+        {"model.student.family": "t5"},
+        r"--model.student.family t5 is no causal",
+    ),
+    "a run that is a file": ({"run": "{bad}/empty.jsonl"}, r"--run .*empty.jsonl: .*empty.jsonl is no folder; choose"),
+    "a run below a file": ({"run": "{bad}/empty.jsonl/run"}, r"--run .*/run: .*empty.jsonl is no folder; choose"),
+    "checkpoints below a file": (
+        {"checkpoint.folder": "/dev/null/x"},
+        r"--checkpoint.folder /dev/null/x: /dev/null is no",
+    ),
+    "an export below a file": (
+        {"checkpoint.export": "/dev/null/x"},
+        r"--checkpoint.export /dev/null/x: /dev/null is no",
+    ),
+    "a cache that is a file": (
+        {"data.cache_dir": "{bad}/empty.jsonl"},
+        r"--data.cache_dir: .* cannot be written \(File ex",
+    ),
+    # --- text
+    "folders alone": (
+        {"data.source": "{bad}/fold*"},
+        r"--data.source: '.*' matches folders alone, no file; give a file",
+    ),
+    "a broken line": (
+        {"data.source": "{bad}/broken.jsonl"},
+        r"broken.jsonl: line 3 is not JSON .*--data.bad_lines skip",
+    ),
+    "no object": (
+        {"data.source": "{bad}/array.jsonl"},
+        r"array.jsonl: line 2 is no JSON object but '\[1\]'; write one",
+    ),
+    "bytes that are no UTF-8": ({"data.source": "{bad}/latin.txt"}, r"latin.txt: line 1 is not UTF-8 text; convert"),
+    "no text in its column": (
+        {"data.source": "{bad}/number.jsonl"},
+        r"'text' of .*number.jsonl: line 1 holds int, not te",
+    ),
+    "all lines bad": (
+        {"data.source": "{bad}/number.jsonl", "data.bad_lines": "skip"},
+        r"--data.source: no document with text in number: 1 bad line left out",
+    ),
+    "a choice of bad lines": ({"data.bad_lines": "drop"}, r"--data.bad_lines drop must be refuse or skip"),
+    "validation text that is not there": ({"data.val_source": "no/*"}, r"--data.val_source: 'no/\*' matches no file"),
+    "too little text": ({"data.source": "{bad}/word.txt"}, r"--data.source: 2 training tokens do not fill one row of"),
+    "all to validation": (
+        {"data.val_fraction": 0.99999},
+        r"--data.val_fraction: 0.99999 left none of 120 documents for tr",
+    ),
+    "all to training": (
+        {"data.val_fraction": 1e-9},
+        r"--data.val_fraction: 1e-09 left none of 120 documents for valid",
+    ),
+    "a block longer than the text": (
+        {"data.block_size": 10**6},
+        r"do not fill one row of --data.block_size 1000000; add",
+    ),
+    # --- tokenizers
+    "no tokenizer there": ({"data.tokenizer": "{bad}/folder"}, r"--data.tokenizer: cannot load '.*/folder'"),
+    "a broken tokenizer": (
+        {"data.tokenizer": "{bad}/broken_tokenizer"},
+        r"--data.tokenizer: cannot load '.*_tokenizer'",
+    ),
+    "a tokenizer without EOS": ({"data.tokenizer": "{bad}/no_eos"}, r"--data.tokenizer: '.*no_eos' has no eos_token"),
+    "fewer tokens than bytes": ({"data.vocab_size": 256}, r"--data.vocab_size: 256 must be 257 or more"),
+    # --- teachers
+    "a teacher that is a file": (
+        {"kd.steps": 6, "model.teacher.path": "{bad}/word.txt"},
+        r"word.txt is a file; give the",
+    ),
+    "a teacher without config": ({"kd.steps": 6, "model.teacher.path": "{bad}/folder"}, r"folder without config.json"),
+    "a teacher without weights": (
+        {"kd.steps": 6, "model.teacher.path": "{bad}/noweights"},
+        r"noweights has no weights:",
+    ),
+    "half a teacher": (
+        {"kd.steps": 6, "model.teacher.path": "{bad}/half"},
+        r"half lacks model-00002-of-.*, which its mod",
+    ),
+    "a teacher cut off": (
+        {"kd.steps": 6, "model.teacher.path": "{bad}/cut"},
+        r"cut: model.safetensors is cut off or dam",
+    ),
+    "a teacher that lacks a weight": (
+        {"kd.steps": 6, "model.teacher.path": "{bad}/lacks"},
+        r"lacks lacks 1 of its weights: model.norm.weight; is the download complete",
+    ),
+    "a teacher of other sizes": (
+        {"kd.steps": 6, "model.teacher.path": "{bad}/sizes"},
+        r"sizes has \d+ weights of other sizes than its config.json says: .* is \(\d+, \d+\), not \(\d+, \d+\)",
+    ),
+    "an encoder": (
+        {"kd.steps": 6, "model.teacher.path": "{bad}/bert"},
+        r"bert holds a BertForMaskedLM, whose tokens see",
+    ),
+    "another kind of model": (
+        {"kd.steps": 6, "model.teacher.path": "{bad}/t5"},
+        r"t5 holds no causal language model that",
+    ),
+    "a teacher with code": (
+        {"kd.steps": 6, "model.teacher.path": "{bad}/code"},
+        r"code needs model code that comes with it .* --model.teacher.trust_remote_code true",
+    ),
+    "a teacher of a broken config": (
+        {"kd.steps": 6, "model.teacher.path": "{bad}/json"},
+        r"json/config.json is no JSON",
+    ),
+    "a revision of a folder": (
+        {"kd.steps": 6, "model.teacher.path": "{bad}/folder", "model.teacher.revision": "v1"},
+        r"--model.teacher.revision v1 is for hub names",
+    ),
+    "a vocabulary of another size": (
+        {"kd.steps": 6, "model.teacher.path": "{bad}/good", "data.vocab_size": 329},
+        r"good has a vocabulary of 320, --data.tokenizer 329: use the tokenizer that this teacher was trained with",
+    ),
+    "the same size and other ids": (
+        {"kd.steps": 6, "model.teacher.path": "{bad}/other_ids", "data.tokenizer": "{bad}/tokenizer"},
+        r"name \d+ token ids differently: id \d+ is '.+' here and '.+' there, id \d+ is",
+    ),
+    "a teacher's damaged checkpoint": (
+        {"kd.steps": 6, "model.teacher.path": "{bad}/flipped.ckpt"},
+        r"--model.teacher.path .*flipped.ckpt is damaged \(.* has other bytes than were written\)",
+    ),
+    "a checkpoint that is something else": (
+        {"ckpt_path": "{bad}/word.txt"},
+        r"--ckpt_path .*word.txt is not a whole chec",
+    ),
+    "a checkpoint that is a folder": (
+        {"ckpt_path": "{bad}/folder"},
+        r"--ckpt_path .*folder is not .*\(meta.pt is missing",
+    ),
+    "an empty checkpoint": ({"ckpt_path": "{bad}/empty.jsonl"}, r"is not a whole checkpoint of this project \(empty\)"),
+    "weight outside 0..1": ({"kd.weight": 1.5}, r"--kd.weight 1.5 must lie in 0..1"),
+    "two at once": ({"kd.weight": 1.5, "kd.anneal_steps": -2}, r"--kd.weight 1.5 .*--kd.anneal_steps -2"),
+    "phase longer than the run": (
+        {"kd.steps": 99, "model.teacher.path": "{teacher}"},
+        r"shorten both, e.g. --trainer.max_steps 12 --kd.steps 2",
+    ),
+    "no teacher": (
+        {"kd.weight": 0.5, "model.teacher.path": "null"},
+        r"--kd.weight 0.5 needs a teacher: set --model.teacher.path",
+    ),
+    "missing teacher": (
+        {"kd.steps": 6, "model.teacher.path": MISSING},
+        rf"--model.teacher.path {MISSING} does not exist",
+    ),
+    "a source that matches nothing": ({"data.source": "no/*.jsonl"}, r"--data.source.*no/\*.jsonl.* matches no file"),
+    "an empty corpus": (
+        {"data.source": "{bad}/empty.jsonl"},
+        r"--data.source: '.*empty.jsonl' holds no text: its files",
+    ),
+    "another column": ({"data.text_column": "body"}, r"--data.text_column"),
+    "batches that do not divide": ({"data.micro_batch_size": 3}, r"--data.global_batch_size"),
+    "accumulation by hand": (
+        {"trainer.accumulate_grad_batches": 2},
+        r"--trainer.accumulate_grad_batches 2 follows from",
+    ),
+    "clipping by value": (
+        {"trainer.gradient_clip_algorithm": "value"},
+        r"--trainer.gradient_clip_algorithm value is not supported; use norm",
+    ),
+    "warm-up longer than the run": ({"model.optim.warmup_steps": 50}, r"--model.optim.warmup_steps 50"),
+    "rate of zero": ({"model.optim.lr": 0}, r"--model.optim.lr 0.* must be above 0"),
+    "temperature of zero": ({"model.teacher_temperature": 0}, r"--model.teacher_temperature 0.* must be above 0"),
+    "missing checkpoint": ({"ckpt_path": "gone.ckpt"}, r"--ckpt_path gone.ckpt does not exist"),
+    "an abbreviation": ({"trainer.max_step": 3}, r"max_step"),
+    "validation interval of zero": ({"trainer.val_check_interval": 0}, r"--trainer.val_check_interval 0 must be"),
+    "log interval of zero": ({"trainer.log_every_n_steps": 0}, r"--trainer.log_every_n_steps 0 must be at least 1"),
+    "limited batches": ({"trainer.limit_train_batches": 5}, r"limit_train_batches 5: use --trainer.max_steps"),
+    "heads that do not divide": (
+        {"model.student.config": {"hidden_size": 33, "num_attention_heads": 2}},
+        r"--model.student.config: .*hidden",
+    ),
+    "no sizes": ({"model.student.config": {}}, r"--model.student.config is empty: .* Give sizes, e.g. hidden_size"),
+    "no such attention": ({"model.student.attention": "nope"}, r"--model.student.config: .*nope"),
+    "no GPU": ({"trainer.accelerator": "gpu"}, r"--trainer(.accelerator gpu)?: .*(gpu|GPU|CUDA)"),
+    "a precision that is none": ({"trainer.precision": "fp17"}, r"^error: .{0,300}fp17.{0,300}$"),
+    "interval of zero": ({"checkpoint.every_n_steps": 0}, r"--checkpoint.every_n_steps 0 must be at least 1"),
+    "a short position table": (SHORT, r"max_position_embeddings 8 is smaller than --data.block_size 32"),
+    "a small vocabulary": (SMALL, r"vocab_size 99 is smaller than the tokenizer's 300"),
+}
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory, teacher, settings) -> Path:
+    """A folder of files, teachers and tokenizers each of which is bad in one way."""
+    folder = tmp_path_factory.mktemp("bad")
+    texts = {
+        "empty.jsonl": b"", "broken.jsonl": b'{"text": "a"}\n\n{"text": "b\n', "array.jsonl": b'{"text": "a"}\n[1]\n',
+        "latin.txt": "sch\u00f6n".encode("latin-1"), "number.jsonl": b'{"text": 1}\n', "word.txt": b"h",
+    }  # fmt: skip
+    for name, content in texts.items():
+        (folder / name).write_bytes(content)
+    (folder / "folder").mkdir()
+    model = tiny("llama", vocab_size=320, max_position_embeddings=64).model
+    model.save_pretrained(folder / "good")
+    for name in ("noweights", "cut", "lacks", "sizes", "json", "code", "other_ids"):
+        shutil.copytree(folder / "good", folder / name)
+    model.save_pretrained(folder / "half", max_shard_size="20KB")
+    (folder / "half" / sorted(path.name for path in (folder / "half").glob("*.safetensors"))[1]).unlink()
+    (folder / "noweights" / "model.safetensors").unlink()
+    whole = (folder / "good" / "model.safetensors").read_bytes()
+    (folder / "cut" / "model.safetensors").write_bytes(whole[:-100])
+    weights = load_file(folder / "good" / "model.safetensors")
+    save_file({k: w for k, w in weights.items() if k != "model.norm.weight"}, folder / "lacks" / "model.safetensors")
+    config = json.loads((folder / "good" / "config.json").read_text())
+    (folder / "sizes" / "config.json").write_text(json.dumps({**config, "intermediate_size": 40}))
+    (folder / "json" / "config.json").write_text("{")
+    auto = {"model_type": "mine", "auto_map": {"AutoModelForCausalLM": "mine.M"}}
+    (folder / "code" / "config.json").write_text(json.dumps({**config, **auto}))
+    (folder / "t5").mkdir()
+    (folder / "t5" / "config.json").write_text('{"model_type": "t5"}')
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    BertForMaskedLM(BertConfig(**sizes, vocab_size=320)).save_pretrained(folder / "bert")
+    tokenizer = AutoTokenizer.from_pretrained(Path(teacher).parents[1] / "tokenizer")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    rules = json.loads((folder / "tokenizer" / "tokenizer.json").read_text())
+    for name in ("other_ids", "broken_tokenizer", "no_eos"):
+        tokenizer.save_pretrained(folder / name)
+    vocab = rules["model"]["vocab"]
+    a, b = list(vocab)[5:7]
+    vocab[a], vocab[b] = vocab[b], vocab[a]
+    (folder / "other_ids" / "tokenizer.json").write_text(json.dumps(rules))
+    (folder / "broken_tokenizer" / "tokenizer.json").write_text("{")
+    plain = json.loads((folder / "no_eos" / "tokenizer_config.json").read_text())
+    (folder / "no_eos" / "tokenizer_config.json").write_text(json.dumps({**plain, "eos_token": None}))
+    content = bytearray(Path(teacher).read_bytes())
+    weight = torch.load(teacher, weights_only=True)["state_dict"]["student.model.model.norm.weight"]
+    content[content.index(weight.numpy().tobytes()) + 5] ^= 1
+    (folder / "flipped.ckpt").write_bytes(content)
+    return folder
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_bad_input_is_one_line_that_names_the_setting(case, settings, teacher, bad, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    overrides, message = ERRORS[case]
+
+    def filled(value):
+        return value.replace("{teacher}", teacher).replace("{bad}", str(bad)) if isinstance(value, str) else value
+
+    overrides = {key: filled(value) for key, value in overrides.items()}
+    base = {"run": str(tmp_path / "run"), "kd.weight": 0.0}
+    if "kd.steps" in overrides or "kd.anneal_steps" in overrides:
+        base["kd.weight"] = 0.5
+    assert run(["fit", *arguments(settings, base, overrides)]) == 2
+    line = one_line(capsys)
+    assert re.search(message, line), line
+    assert not list(tmp_path.glob("run/checkpoints/*"))
+
+
+CONFIGS = {
+    "missing": (None, r"--config .*c.yaml does not exist; give a YAML file"),
+    "no UTF-8": (b"\xff\xfe\x00", r"--config .*c.yaml is not UTF-8 text"),
+    "a checkpoint": (b"PK\x03\x04\x00", r"--config .*c.yaml: no YAML"),
+    "a tab": (b"model:\n\tcompile: true\n", r"--config .*c.yaml, line 2, column 1: no YAML \(found character"),
+    "an open bracket": (b"model: [1, 2\n", r"--config .*c.yaml, line 2, column 1: no YAML"),
+    "a list": (b"- 1\n", r"--config .*c.yaml is no mapping of settings"),
+    "a word": (b"hello\n", r"--config .*c.yaml is no mapping of settings"),
+    "a tag": (
+        b"model: !!python/object/apply:os.system ['touch ran']\n",
+        r"could not determine a constructor for the tag",
+    ),
+    "a key twice": (
+        b"kd:\n  weight: 0\nrun: x\nkd:\n  steps: 1\n",
+        r"--config .*c.yaml, line 4: kd stands there twice",
+    ),
+    "a group left empty": (
+        b"model:\n",
+        r"--config .*c.yaml, line 1: model is empty; indent its settings below it, or remove it",
+    ),
+    "a list for a group": (b"data: [1]\n", r"--data .*must be a mapping of its settings"),
+    "a misspelt key": (
+        b"modle: {compile: true}\n",
+        r"--modle.compile: there is no such setting; did you mean --model.com",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_a_bad_config_file_is_one_line_that_names_it(case, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    content, message = CONFIGS[case]
+    if content is not None:
+        Path("c.yaml").write_bytes(content)
+    assert run(["fit", "--config", "c.yaml"]) == 2
+    line = one_line(capsys)
+    assert re.search(message.replace(".*c.yaml", "c.yaml"), line), line
+    assert not Path("ran").exists()
+
+
+VERBS = {
+    "no run": (["compare", "{bad}/folder"], r"compare: RUN .*folder holds no TensorBoard event files"),
+    "a file for a run": (["compare", "{bad}/word.txt"], r"compare: RUN .*word.txt is no folder"),
+    "no checkpoint": (["export", "{bad}/word.txt", "out"], r"export: CKPT .*word.txt is not a whole checkpoint"),
+    "a damaged checkpoint": (["export", "{bad}/flipped.ckpt", "out"], r"export: CKPT .*flipped.ckpt is damaged \(arc"),
+    "a target that is there": (
+        ["export", "{bad}/flipped.ckpt", "{bad}/folder"],
+        r"export: DIR .*folder exists already",
+    ),
+    "no verb": (["fti"], r"invalid choice: 'fti'"),
+}
+
+
+@pytest.mark.parametrize("case", VERBS)
+def test_bad_arguments_of_other_verbs_are_one_line(case, bad, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    args, message = VERBS[case]
+    assert run([arg.replace("{bad}", str(bad)) for arg in args]) == 2
+    line = one_line(capsys)
+    assert re.search(message, line), line
+    assert not Path("out").exists()
+
+
+# --- what happens while a run is under way ---
+
+
+def limited(args: list[str], largest_file: int) -> subprocess.CompletedProcess:
+    """The command in a process that can write no file larger than that: what a full disk looks like from inside."""
+    code = "import sys; from salt_lightning.cli import main; sys.exit(main(sys.argv[1:]))"
+    return subprocess.run(
+        [sys.executable, "-c", code, *args],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("own", "largest_file", "message"),
+    [
+        (
+            {"trainer.max_steps": 100, "checkpoint.every_n_steps": None},
+            12_000,
+            r"error: .*/run cannot be written \(.*File too large\); is the disk full\?",
+        ),
+        ({"checkpoint.every_n_steps": 2}, 60_000, r"error: .*/step-00000002.ckpt cannot be written \(.*File too large"),
+    ],
+    ids=["a log", "a checkpoint"],
+)
+def test_a_full_disk_is_one_line_and_the_run_goes_on_after_it(settings, tmp_path, own, largest_file, message):
+    args = ["fit", *arguments(settings, {"run": str(tmp_path / "run"), "kd.weight": 0.0, "checkpoint.every_n_steps": 5},
+                              {"trainer.val_check_interval": 100}, own)]  # fmt: skip
+    assert cli.main(["fit", *arguments(settings, {"run": str(tmp_path / "first"), "kd.weight": 0.0})]) == 0  # the cache
+    done = limited(args, largest_file)
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert re.search(message, lines[0]), lines[0]
+    assert not list(tmp_path.glob("run/checkpoints/.*.tmp"))
+    assert run([*args, "--ckpt_path=last", "--trainer.max_steps=12"]) == 0
+
+
+@pytest.mark.parametrize("lr", [1e30, 1e38], ids=["weights", "loss"])
+def test_a_rate_far_too_large_is_one_line_and_no_bad_state_is_kept(settings, tmp_path, capsys, lr):
+    own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, "model.optim.lr": lr, "checkpoint.every_n_steps": 1,
+           "model.optim.warmup_steps": 0, "trainer.log_every_n_steps": 7}  # fmt: skip
+    assert run(["fit", *arguments(settings, own)]) == 1
+    line = one_line(capsys)
+    assert re.search(
+        r"(weights after|not finite at) step \d.*There is no checkpoint: start again, with a lower --model", line
+    )
+    assert not list(tmp_path.glob("run/checkpoints/*"))
+    assert run(["fit", *arguments(settings, own, {"model.optim.lr": 1e-3})]) == 0  # in the same folder
+
+
+def test_a_folder_of_another_run_is_not_taken(settings, tmp_path, capsys):
+    own = {"run": str(tmp_path / "run"), "kd.weight": 0.0}
+    assert run(["fit", *arguments(settings, own)]) == 0
+    assert run(["fit", *arguments(settings, own)]) == 2
+    assert "holds a run already: go on with it by --ckpt_path last, or choose another folder" in one_line(capsys)
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    assert run(["fit", *arguments(settings, own, {"data.block_size": 16})]) == 2
+    assert re.search(
+        r"--run .*/run has the logs of another run, .*--data.block_size 32 \(here 16\); cho", one_line(capsys)
+    )
+    assert run(["fit", *arguments(settings, own, {"model.optim.lr": 1e-3})]) == 0  # the same run, begun again
+
+
+def test_last_looks_where_the_checkpoints_are(settings, tmp_path, capsys):
+    own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, "checkpoint.folder": str(tmp_path / "elsewhere")}
+    assert run(["fit", *arguments(settings, own)]) == 0
+    assert run(["fit", *arguments(settings, own)]) == 2
+    assert "holds a run already" in one_line(capsys)
+    assert run(["fit", *arguments(settings, own, {"ckpt_path": "last"})]) == 0
+    assert f"--ckpt_path last: {tmp_path / 'elsewhere' / 'step-00000012.ckpt'}" in capsys.readouterr().err
