@@ -1,0 +1,795 @@
+"""Does SALT pay? A queue of real `cli.py fit` runs, completed over as many short sessions as it takes.
+
+    export CORPUS=.../train.jsonl.xz               documents with id, source and text; valid.jsonl.xz lies beside it
+    python benchmarks/study.py plan                what is left, most important first, with minutes
+    python benchmarks/study.py run --minutes 25    the next cells that fit into 25 minutes; again until none is left
+    python benchmarks/study.py report              tables (Markdown) and figures of what there is
+
+Each finished cell is a line of STATE/results.jsonl and is not run again; a killed one goes on by `--ckpt_path last`
+where WORK is still there. WORK (prepared text, checkpoints) can be lost between sessions. STATE is all that the
+rest needs, so carry it along: results, curves, exported teachers and the scores of the rows; a few tens of MB in
+all, in one piece with `tar c STATE | split -b 15M - state.tar.` and `cat state.tar.* | tar x`.
+
+Of the corpus one source is never trained on: an eighth of it is validated on at the end, as `val/ce/ood`. It is a run
+of `cli.py validate` of its own, so that `val/ce`, the main figure, holds none of it, and compare may be used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import json
+import lzma
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from salt_lightning import cli, compare, export, selection
+from salt_lightning.models import read_checkpoint
+from salt_lightning.report import flop_unit, table
+from salt_lightning.runlog import read_run
+from salt_lightning.scores import Scores
+
+Record = dict[str, Any]
+Settings = dict[str, Any]
+
+# ------------------------------------------------------------ what is studied
+
+SEEDS = (0, 1, 2)  # named before the first run; none is dropped
+TEACHER_SEED = 17
+OOD_SOURCE, OOD_SHARE = "speeches", 8
+OMEGA, KD_SHARE = 0.667, 0.2
+EARLY = 0.125  # of the teacher's steps: the checkpoint that scores rows for SALT_DS
+MAX_EPOCHS = 4.0
+GAP = {"kd.stop_margin": 0.0, "kd.min_steps": 0.05}  # end KD where the student has caught up; min_steps as a share
+# Fine-tuning of the main students of BASELINE and SALT, each task and seed a cell, once there is a config for it:
+SFT: dict[str, Settings] = {}  # "asdiv": {...}, "boolq": {...}
+
+
+@dataclass(frozen=True)
+class Size:
+    """A scale of the whole study. Models are (width, layers); rates are BASELINE's candidates, in order."""
+
+    student: tuple[int, int]
+    teacher: tuple[int, int]
+    weak: tuple[int, int]
+    large: tuple[int, int]
+    large_teacher: tuple[int, int]
+    vocab: int
+    steps: int
+    rows: int  # of an optimizer step
+    block: int
+    val_every: int
+    rates: tuple[float, ...]
+    large_rates: tuple[float, ...]
+    tokens_per_s: tuple[float, float]  # of student and large student, for the plan; corrected by what is measured
+    start_s: float
+    val_rows: int | None = None
+    keep_one_in: int = 1  # documents of the corpus
+    seeds: tuple[int, ...] = SEEDS
+    shares: tuple[float, ...] = (0.7, 0.8, 0.9)  # f
+    fixed: Settings = field(default_factory=dict)
+
+
+SIZES = {
+    # 15.2M and 40.0M parameters; teachers 7.4M, 3.9M (weak) and 20.4M
+    "gpu": Size(
+        student=(320, 8), teacher=(256, 4), weak=(160, 4), large=(512, 10), large_teacher=(384, 8),
+        vocab=16384, steps=5000, rows=64, block=512, val_every=250,
+        rates=(1e-3, 2e-3, 4e-3, 8e-3), large_rates=(5e-4, 1e-3, 2e-3, 4e-3),
+        tokens_per_s=(1.2e6, 0.55e6), start_s=45.0,
+        fixed={"trainer.precision": "bf16-mixed", "model.compile": True, "checkpoint.every_n_steps": 2000},
+    ),
+    # 0.8M and 2.2M parameters; teachers 0.4M, 0.2M (weak) and 1.1M
+    "cpu": Size(
+        student=(96, 4), teacher=(64, 3), weak=(32, 3), large=(160, 5), large_teacher=(128, 3),
+        vocab=4096, steps=500, rows=8, block=256, val_every=50, val_rows=400, keep_one_in=16,
+        rates=(1e-3, 2e-3, 4e-3, 8e-3), large_rates=(5e-4, 1e-3, 2e-3, 4e-3),
+        tokens_per_s=(25e3, 9e3), start_s=8.0,
+        fixed={"trainer.accelerator": "cpu", "checkpoint.every_n_steps": 100},
+    ),
+    # shows that it runs
+    "tiny": Size(
+        student=(32, 1), teacher=(16, 1), weak=(8, 1), large=(32, 2), large_teacher=(32, 1),
+        vocab=300, steps=10, rows=4, block=32, val_every=5, seeds=(0, 1), shares=(0.5, 0.8),
+        rates=(1e-3, 4e-3), large_rates=(1e-3, 4e-3), tokens_per_s=(1e4, 1e4), start_s=1.0,
+        fixed={"trainer.accelerator": "cpu", "data.prepare_workers": 1},
+    ),
+}  # fmt: skip
+
+
+def model(width: int, layers: int) -> Settings:
+    """A llama with heads of 64 (32 where it is narrow) and an MLP of 8/3 of the width."""
+    return {
+        "hidden_size": width, "num_hidden_layers": layers,
+        "num_attention_heads": max(1, width // (64 if width >= 256 else 32)),
+        "intermediate_size": -(-width * 8 // 3 // 16) * 16, "tie_word_embeddings": True,
+    }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: a row of a table, with one seed."""
+
+    row: str
+    seed: int
+    part: str  # sweep | teacher | score | main | reached | one seed | large | best
+    settings: Settings
+    needs: tuple[str, ...] = ()
+    first: Settings | None = None  # other settings for a first stretch, which ends at its trainer.max_steps
+    about: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.row}-s{self.seed}"
+
+
+class Study:
+    """The queue of a size, as far as the results so far decide it, and where its files lie."""
+
+    def __init__(self, size: str, state: Path, work: Path) -> None:
+        self.size, self.state, self.work = SIZES[size], state, work
+        self.results = state / "results.jsonl"
+        self.done: dict[str, Record] = {}
+        if self.results.exists():
+            self.done = {r["cell"]: r for r in map(json.loads, self.results.read_text().splitlines())}
+
+    # ----------------------------------------------------------------- the queue
+
+    def cells(self) -> list[Cell]:
+        """All cells, most important first. What is not decided yet (rates, the best row) stands as 0."""
+        size, s0 = self.size, self.size.seeds[0]
+        main, rate = self._sweep("baseline", size.student, size.rates)
+        wide, wide_rate = self._sweep("large-baseline", size.large, size.large_rates)
+        rows, tuned = self._rows(rate), tuple(cell.name for cell in main)
+        ready = (*tuned, self._name("teacher"))
+        scored = (*ready, self._name("score"))
+        base = f"baseline-lr{rate:g}"
+        names = [base, "rkd", "salt", "salt-ds", "random"]
+        cells = [*main, self._teacher("teacher", size.teacher, rate, tuned), self._score(ready)]
+        for seed, row in itertools.product(size.seeds, names):
+            if (row, seed) != (base, s0):
+                needs = {base: tuned, "salt-ds": scored, "random": scored}.get(row, ready)
+                cells.append(Cell(row, seed, "main", rows[row], needs))
+        for seed, f in itertools.product(size.seeds, size.shares):
+            cells.append(Cell(f"salt-f{f:g}", seed, "reached", self._shortened(rows["salt"], f), ready))
+        cells += [Cell(f"baseline-f{f:g}", s0, "reached", self._shortened(rows[base], f), tuned) for f in size.shares]
+        cells.append(self._teacher("weak", size.weak, rate, tuned))
+        for row in rows:
+            if row not in names:
+                needs = (*scored, self._name("weak")) if row == "weak-teacher" else scored
+                first = self._stretch(rate) if row.startswith("high-lr") else None
+                cells.append(Cell(row, s0, "one seed", rows[row], needs, first))
+        cells += [*wide, self._teacher("large-teacher", size.large_teacher, wide_rate, tuple(c.name for c in wide))]
+        large = {"model.student.config": model(*size.large), "model.optim.lr": wide_rate}
+        salt = rows["salt"] | large | {"model.teacher.path": self._path("teachers/large-teacher")}
+        for seed in size.seeds:
+            if seed != s0:
+                name = f"large-baseline-lr{wide_rate:g}"
+                cells.append(Cell(name, seed, "large", self._base(large), tuple(c.name for c in wide)))
+            cells.append(Cell("large-salt", seed, "large", salt, (*ready, self._name("large-teacher"))))
+        # The best of the one-seed rows, chosen on the first seed, is measured on the others.
+        single = tuple(c.name for c in cells if c.part == "one seed" and not c.row.startswith("high-lr"))
+        best = min((c for c in single if c in self.done), key=lambda c: self.done[c]["val/ce"], default=None)
+        settings = rows[self.done[best]["row"]] if best and all(c in self.done for c in single) else rows["salt"]
+        for seed, f in itertools.product(size.seeds[1:], size.shares):
+            cells.append(Cell(f"best-f{f:g}", seed, "best", self._shortened(settings, f), single, about=str(best)))
+        return cells
+
+    def _sweep(self, row: str, shape: tuple[int, int], rates: tuple[float, ...]) -> tuple[list[Cell], float]:
+        """BASELINE's candidates on the first seed, and the best (0: undecided); one at an end brings the next, twice."""
+
+        def known() -> dict[float, float]:
+            names = {rate: f"{row}-lr{rate:g}-s{self.size.seeds[0]}" for rate in rates}
+            return {rate: self.done[name]["val/ce"] for rate, name in names.items() if name in self.done}
+
+        for _ in range(2):
+            losses = known()
+            best = min(losses, key=losses.__getitem__, default=0.0)
+            if len(losses) < len(rates) or best not in (rates[0], rates[-1]):
+                break
+            rates = (rates[0] / 2, *rates) if best == rates[0] else (*rates, rates[-1] * 2)
+        losses = known()
+        cells = [
+            Cell(f"{row}-lr{rate:g}", self.size.seeds[0], "sweep",
+                 self._base({"model.student.config": model(*shape), "model.optim.lr": rate}))
+            for rate in rates
+        ]  # fmt: skip
+        return cells, min(losses, key=losses.__getitem__) if len(losses) == len(rates) else 0.0
+
+    def _base(self, more: Settings) -> Settings:
+        size, corpus = self.size, self.work / "corpus"
+        return {
+            "model.student.config": model(*size.student), "model.optim.warmup_steps": self._at(0.02),
+            "kd.weight": 0.0, "kd.steps": 0,
+            "data.source": str(corpus / "train.jsonl"), "data.val_source": str(corpus / "valid.jsonl"),
+            "data.source_column": "source", "data.vocab_size": size.vocab, "data.block_size": size.block,
+            "data.global_batch_size": size.rows, "data.micro_batch_size": size.rows, "data.val_rows": size.val_rows,
+            "data.cache_dir": str(self.work / "cache"), "trainer.max_steps": size.steps,
+            "trainer.val_check_interval": size.val_every, "trainer.enable_progress_bar": False, **size.fixed, **more,
+        }  # fmt: skip
+
+    def _rows(self, rate: float) -> dict[str, Settings]:
+        """Every experiment at the main size by name. 'salt' is the step at 20%, omega .667, T 1."""
+        base = self._base({"model.optim.lr": rate})
+        taught = {"kd.weight": OMEGA, "model.teacher.path": self._path("teachers/teacher")}
+        salt = {**base, **taught, "kd.steps": self._at(KD_SHARE)}
+        # A ramp that begins at 10% and ends at 30% has the step's area.
+        ramp = {**salt, "kd.steps": self._at(0.3), "kd.anneal_steps": self._at(0.2)}
+        zeros = self.done.get(self._name("score"), {}).get("zero_share", 0.0)
+        chosen = {
+            "data.selection": self._path("scores"), "data.keep.fraction": 0.5,
+            # Where more than half of all rows score 0, half of the rows could not be chosen by their score.
+            "data.keep.masked": "drop" if zeros > 0.5 else "zero",
+        }  # fmt: skip
+        alone = {**base, **chosen, "kd.steps": self._at(KD_SHARE)}
+        gap = {**salt, "kd.steps": self._at(0.6), **GAP, "kd.min_steps": self._at(GAP["kd.min_steps"])}
+        return {
+            f"baseline-lr{rate:g}": base,
+            "rkd": {**base, **taught, "kd.steps": None},
+            "salt": salt,
+            "salt-ds": {**salt, **chosen},
+            "random": {**salt, **chosen, "data.keep.order": "random"},
+            "kd-10": {**salt, "kd.steps": self._at(0.1)},
+            "kd-40": {**salt, "kd.steps": self._at(0.4)},
+            "linear": {**ramp, "kd.shape": "linear"},
+            "linear-ratio": {**ramp, "kd.shape": "linear_ratio"},
+            "cosine": {**ramp, "kd.shape": "cosine"},
+            "omega-0.3": {**salt, "kd.weight": 0.3},
+            "omega-0.9": {**salt, "kd.weight": 0.9},
+            "T-2": {**salt, "model.teacher_temperature": 2.0},
+            "weak-teacher": {**salt, "model.teacher.path": self._path("teachers/weak")},
+            "without-kd": alone,
+            "gap": gap,
+            "high-lr-baseline": {**base, "kd.steps": self._at(KD_SHARE)},
+            "high-lr-salt": salt,
+        }
+
+    def _stretch(self, rate: float) -> Settings:
+        """Twice the rate, constant, until KD ends; from there on the usual curve: two fits, no setting of its own."""
+        return {"model.optim.lr": 2 * rate, "model.optim.schedule": "wsd", "model.optim.decay_steps": 0,
+                "trainer.max_steps": self._at(KD_SHARE)}  # fmt: skip
+
+    def _shortened(self, settings: Settings, f: float) -> Settings:
+        """A complete run of f x the steps: every length in it shrinks alike."""
+        lengths = ("model.optim.warmup_steps", "kd.steps", "kd.anneal_steps", "kd.min_steps", "trainer.max_steps")
+        short = {key: max(1, round(f * settings[key])) for key in lengths if settings.get(key)}
+        every = max(1, round(f * self.size.val_every))
+        short["trainer.max_steps"] = round(f * self.size.steps / every) * every  # so that the last step is validated
+        return {**settings, **short, "trainer.val_check_interval": every}
+
+    def _teacher(self, row: str, shape: tuple[int, int], rate: float, needs: tuple[str, ...]) -> Cell:
+        more = {"model.student.config": model(*shape), "model.optim.lr": rate}
+        early = {"checkpoint.at_steps": [self._at(EARLY)]} if row == "teacher" else {}
+        return Cell(row, TEACHER_SEED, "teacher", self._base(more | early), needs)
+
+    def _score(self, needs: tuple[str, ...]) -> Cell:
+        base = self._base({})
+        names = ("data.", "trainer.accelerator", "trainer.precision", "trainer.enable", "model.compile")
+        settings = {key: value for key, value in base.items() if key.startswith(names)}
+        settings |= {"model.teacher.path": self._path("teachers/early"), "data.micro_batch_size": self.size.rows}
+        return Cell("score", TEACHER_SEED, "score", settings, needs)
+
+    def _name(self, row: str) -> str:
+        return f"{row}-s{TEACHER_SEED}"
+
+    def _at(self, share: float) -> int:
+        return max(1, round(share * self.size.steps))
+
+    def _path(self, name: str) -> str:
+        return str(self.state / name)
+
+    def minutes(self, cell: Cell) -> float:
+        """What a cell is expected to take; the plan's figures are corrected by those of the cells done before."""
+        ratios = [r["wall_s"] / r["planned_s"] for r in self.done.values() if r["part"] != "score"]
+        return self.planned_s(cell) * (statistics.median(ratios) if len(ratios) > 2 else 1.0) / 60
+
+    def planned_s(self, cell: Cell) -> float:
+        size, settings = self.size, cell.settings
+        if cell.part == "score":
+            return 4 * size.start_s
+        speed = size.tokens_per_s["large" in cell.row]
+        steps = settings["trainer.max_steps"]
+        taught = (settings["kd.steps"] or steps) / steps if settings["kd.weight"] else 0.0
+        speed *= 2.0 if cell.part == "teacher" else 1.0
+        tokens = steps * size.rows * size.block
+        return size.start_s * (1 + 0.5 * (taught > 0)) + tokens / speed * (1 + 0.4 * taught)
+
+    # ------------------------------------------------------------------ a session
+
+    def run(self, minutes: float, only: str) -> int:
+        """Does cells until none is left that is ready and fits; the number of those that failed."""
+        deadline = time.monotonic() + 60 * minutes
+        failed: set[str] = set()
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        self.state.mkdir(parents=True, exist_ok=True)
+        while (cell := self._next(deadline, only, failed)) is not None:
+            print(f"{time.strftime('%H:%M:%S')} {cell.name}: {self.minutes(cell):.1f} minutes expected", flush=True)
+            record = self._in_child(cell, deadline)
+            if record is None:
+                failed.add(cell.name)
+                continue
+            with open(self.results, "a") as out:
+                out.write(json.dumps(record) + "\n")
+            self.done[cell.name] = record
+            print(f"{time.strftime('%H:%M:%S')} {cell.name}: {self._short(record)}", flush=True)
+        left = [cell for cell in self.cells() if cell.name not in self.done]
+        print(f"{len(left)} cells left, {sum(map(self.minutes, left)):.0f} minutes; failed: {sorted(failed) or 'none'}")
+        return len(failed)
+
+    def _next(self, deadline: float, only: str, failed: set[str]) -> Cell | None:
+        left_s = deadline - time.monotonic()
+        for cell in self.cells():
+            ready = all(name in self.done for name in cell.needs) and cell.name not in self.done
+            if ready and cell.name not in failed and re.search(only, cell.name) and 60 * self.minutes(cell) < left_s:
+                return cell
+        return None
+
+    @staticmethod
+    def _short(record: Record) -> str:
+        return f"val/ce {record['val/ce']:.4f}" if "val/ce" in record else f"{record['zero_share']:.1%} score 0"
+
+    def _in_child(self, cell: Cell, deadline: float) -> Record | None:
+        """Runs a cell in a fork of this process, which has imported all and computed nothing."""
+        run = self.work / "runs" / cell.name
+        run.mkdir(parents=True, exist_ok=True)
+        began_s, target = time.monotonic(), run / "record.json"
+        child = multiprocessing.get_context("fork").Process(target=_child, args=(self, cell, run))
+        child.start()
+        try:
+            child.join(max(1.0, deadline - time.monotonic()))
+        finally:  # out of time, or told to stop: the run saves itself and goes on the next time
+            child.terminate()
+            child.join()
+        if child.exitcode != 0 or not target.exists():
+            print(f"{cell.name} did not finish (code {child.exitcode}); its output ends:", file=sys.stderr)
+            print("\n".join((run / "log.txt").read_text(errors="replace").splitlines()[-5:]), file=sys.stderr)
+            return None
+        record = json.loads(target.read_text())
+        return record | {"wall_s": time.monotonic() - began_s, "planned_s": self.planned_s(cell)}
+
+    def perform(self, cell: Cell, run: Path) -> Record:
+        """The cell itself, in this process."""
+        told = derive(self.work / "corpus", self.size.keep_one_in)
+        (self.state / "corpus.json").write_text(json.dumps(told))
+        record: Record = {
+            "cell": cell.name, "part": cell.part, "row": cell.row, "seed": cell.seed, "about": cell.about,
+            "settings": cell.settings, "first": cell.first,
+            "commit": commit(), "card": card(), "date": time.strftime("%Y-%m-%d"),
+            "versions": {name: version(name) for name in ("torch", "lightning", "transformers")},
+        }  # fmt: skip
+        if cell.part == "score":
+            return record | self._scores(cell)
+        if cell.first:
+            self._fit(cell, run, {**cell.settings, **cell.first})
+        final = self._fit(cell, run, cell.settings)
+        record |= self._measured(cell, run, final)
+        if cell.part == "teacher":
+            for step, name in ((cell.settings["trainer.max_steps"], cell.row), (self._at(EARLY), "early")):
+                if name != "early" or cell.row == "teacher":
+                    self._export(run / f"checkpoints/step-{step:08d}.ckpt", self.state / "teachers" / name)
+        curves = self.state / "curves" / cell.name
+        shutil.rmtree(curves, ignore_errors=True)
+        curves.mkdir(parents=True)
+        for path in (*run.glob("*tfevents*"), run / "config.yaml"):
+            shutil.copy(path, curves)
+        return record
+
+    def _fit(self, cell: Cell, run: Path, settings: Settings) -> Path:
+        """A run to its end, from its newest checkpoint; the last checkpoint."""
+        final = run / f"checkpoints/step-{settings['trainer.max_steps']:08d}.ckpt"
+        if not final.exists():
+            args = ["fit", *arguments(settings), f"--run={run}", f"--seed_everything={cell.seed}"]
+            _call([*args, "--ckpt_path=last"] if any(run.glob("checkpoints/*.ckpt")) else args)
+        return final
+
+    def _measured(self, cell: Cell, run: Path, final: Path) -> Record:
+        log, steps = read_run(run, cell.name), cell.settings["trainer.max_steps"]
+        unique = read_checkpoint(str(final), "study")["data"]["--data.num_train_tokens"]
+        epochs = steps * self.size.rows * self.size.block / unique
+        assert epochs <= MAX_EPOCHS or self.size.vocab < 1000, f"{epochs:.2f} epochs of the text"
+        ood = str(self.work / "corpus/ood.jsonl")
+        keys = ("model.student", "data.", "trainer.accelerator", "trainer.precision", "trainer.enable")
+        looked = {key: value for key, value in cell.settings.items() if key.startswith(keys)}
+        _call(["validate", *arguments(looked | {"data.val_source": ood}), f"--run={run}", f"--ckpt_path={final}"])
+        return {
+            **{tag: log.last(tag) for tag in log.curves if tag.startswith("val/")},
+            "val/ce/ood": read_run(run / "validate", "ood").last("val/ce"),
+            "curve": [[int(s), float(ce)] for s, ce in zip(log.val_ce.steps, log.val_ce.values, strict=True)],
+            "steps": steps, "unique_tokens": unique, "epochs": epochs, "seconds": log.total("train/time_s", steps),
+            "flops_student": log.total("train/flops_student_total", steps),
+            "flops_teacher": log.total("train/flops_teacher_total", steps),
+        }  # fmt: skip
+
+    def _export(self, checkpoint: Path, target: Path) -> None:
+        """As the teacher will compute: in bf16 where the run does."""
+        shutil.rmtree(target, ignore_errors=True)
+        bf16 = "bf16" in str(self.size.fixed.get("trainer.precision"))
+        export.export(checkpoint, target, torch.bfloat16 if bf16 else None)
+
+    def _scores(self, cell: Cell) -> Record:
+        """Rows scored by the early teacher. Of the scores what a selection reads is kept: S of each row."""
+        run, kept = self.work / "runs/scores", self.state / "scores"
+        _call(["predict", *arguments(cell.settings), f"--run={run}"])
+        found = Scores(run, "study")
+        s_R = {masked: selection.row_scores(found, 10, masked) for masked in ("zero", "drop")}
+        (kept / "scores").mkdir(parents=True, exist_ok=True)
+        shutil.copy(run / "scores.json", kept)
+        for path in (run / "scores").glob("S-*.parquet"):
+            shutil.copy(path, kept / "scores")
+        return {"zero_share": float(np.mean(s_R["zero"] == 0)), "scoring_flops": found.manifest["scoring_flops"]}
+
+
+def _child(study: Study, cell: Cell, run: Path) -> None:
+    with open(run / "log.txt", "a") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    record = study.perform(cell, run)
+    (run / "record.json").write_text(json.dumps(record))
+
+
+def _call(args: list[str]) -> None:
+    print("python cli.py", *args, flush=True)
+    if code := cli.main(args):
+        raise SystemExit(code)
+
+
+def arguments(settings: Settings) -> list[str]:
+    return [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()]
+
+
+def commit() -> str:
+    """Of this code; $COMMIT where it is no checkout."""
+    if given := os.environ.get("COMMIT"):
+        return given
+    git = ["git", "-C", str(Path(__file__).parents[1])]
+    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
+    dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False).stdout
+    return head.strip() + ("+" if dirty else "") if head else "unknown"
+
+
+def card() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} in use"
+
+
+# ------------------------------------------------------------------ the corpus
+
+
+def derive(folder: Path, keep_one_in: int) -> dict[str, Any]:
+    """train.jsonl and valid.jsonl without the source held out, ood.jsonl of it, and what they are. Made once."""
+    facts = folder / "corpus.json"
+    if facts.exists():
+        return json.loads(facts.read_text())
+    if not os.environ.get("CORPUS"):
+        raise SystemExit(
+            "set CORPUS to train.jsonl(.xz), documents with id, source and text, valid.jsonl(.xz) beside it"
+        )
+    train = Path(os.environ["CORPUS"])
+    valid = train.with_name(train.name.replace("train", "valid"))
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    told: dict[str, Any] = {"corpus": {}, "files": {}}
+    for path in (train, valid):
+        told["corpus"][path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path.read_bytes())}
+    choose: dict[str, tuple[Path, Callable[[dict[str, str]], bool]]] = {
+        "train": (train, lambda d: d["source"] != OOD_SOURCE and _lot(d["id"]) % keep_one_in == 0),
+        "valid": (valid, lambda d: d["source"] != OOD_SOURCE),
+        "ood": (train, lambda d: d["source"] == OOD_SOURCE and _lot(d["id"]) % OOD_SHARE == 0),
+    }
+    for name, (path, wanted) in choose.items():
+        documents, sources = 0, {}
+        with open(unfinished / f"{name}.jsonl", "wb") as out:
+            for line in _lines(path):
+                document = json.loads(line)
+                if wanted(document):
+                    out.write(line)
+                    documents += 1
+                    size = len(document["text"].encode())
+                    sources[document["source"]] = sources.get(document["source"], 0) + size
+        told["files"][name] = {"documents": documents, "text_bytes": sources}
+    (unfinished / "corpus.json").write_text(json.dumps(told, indent=1))
+    unfinished.rename(folder)
+    return told
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    with lzma.open(path) if path.suffix == ".xz" else open(path, "rb") as file:
+        yield from file
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _lot(name: str) -> int:
+    return int(_sha256(name.encode())[:8], 16)
+
+
+# ------------------------------------------------------------------ the report
+
+
+def report(study: Study) -> str:
+    """Markdown of all that was measured, and the figures beside it."""
+    done, size = study.done, study.size
+    if not done:
+        return "no cell is done yet"
+    _, rate = study._sweep("baseline", size.student, size.rates)
+    _, wide = study._sweep("large-baseline", size.large, size.large_rates)
+    base, large = f"baseline-lr{rate:g}", f"large-baseline-lr{wide:g}"
+    parts = [_facts(study), _sweeps(done), _teachers(done)]
+    parts += [_seeds(done, "Main rows", [base, "rkd", "salt", "salt-ds", "random"], base)]
+    parts += [_reached(study, base, "salt"), _reached(study, base, "best"), _singles(study, base)]
+    parts += [_seeds(done, "The larger student", [large, "large-salt"], large), _figures(study, base)]
+    left = [cell.name for cell in study.cells() if cell.name not in done]
+    parts += [f"Not run: {', '.join(left)}." if left else ""]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _facts(study: Study) -> str:
+    records, size = list(study.done.values()), study.size
+    facts = json.loads((study.state / "corpus.json").read_text())
+    students = next(r for r in records if "epochs" in r)
+
+    def all_of(values: Iterable[str]) -> str:
+        return ", ".join(dict.fromkeys(values))
+
+    lines = [f"`{name}`: {f['bytes']:,} bytes, SHA-256 `{f['sha256']}`" for name, f in facts["corpus"].items()]
+    for name, f in facts["files"].items():
+        sources = ", ".join(f"{s} {n / 1e6:.1f}" for s, n in sorted(f["text_bytes"].items(), key=lambda x: -x[1]))
+        lines.append(f"{name}: {f['documents']:,} documents, {sum(f['text_bytes'].values()) / 1e6:.1f} MB ({sources})")
+    versions = all_of(" ".join(f"{k} {v}" for k, v in r["versions"].items()) for r in records)
+    lines += [
+        f"one document in {size.keep_one_in} is trained on; {students['unique_tokens']:,} tokens of a BPE of {size.vocab:,}; "
+        f"a run reads {size.steps * size.rows * size.block:,}: {size.steps} steps of {size.rows} rows of {size.block}, "
+        f"{students['epochs']:.2f} epochs",
+        f"command: `python benchmarks/study.py run`; commit {all_of(r['commit'] for r in records)}; "
+        f"{all_of(r['card'] for r in records)}; {versions}; {all_of(sorted(r['date'] for r in records))}; "
+        f"{sum(r['wall_s'] for r in records) / 60:.0f} minutes in {len(records)} cells",
+        f"seeds {', '.join(map(str, size.seeds))}, named beforehand; teachers: seed {TEACHER_SEED}, one for all",
+        "val/ce: nats a token, without the source held out; val/ce/ood: on that source",
+    ]
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _number(value: float | None, form: str = ".4f") -> str:
+    return "-" if value is None or value != value else format(value, form)
+
+
+def _each(values: Iterable[float | None], form: str = ".4f") -> str:
+    return ", ".join(_number(value, form) for value in values)
+
+
+def _mean_std(values: list[float]) -> str:
+    return f"{statistics.mean(values):.4f}" + (f" ({statistics.stdev(values):.4f})" if len(values) > 1 else " (n = 1)")
+
+
+def _of_row(done: dict[str, Record], row: str) -> dict[int, Record]:
+    return {r["seed"]: r for r in sorted(done.values(), key=lambda r: r["seed"]) if r["row"] == row}
+
+
+def _sweeps(done: dict[str, Record]) -> str:
+    found = [r for r in done.values() if r["part"] == "sweep"]
+    found.sort(key=lambda r: (r["row"].startswith("large"), r["settings"]["model.optim.lr"]))
+    return "### BASELINE's learning rate, before any other run\n\n" + table({
+        "student": ["large" if r["row"].startswith("large") else "main" for r in found],
+        "peak rate": [f"{r['settings']['model.optim.lr']:g}" for r in found],
+        "val/ce": [_number(r["val/ce"]) for r in found],
+    }, text=("student",))  # fmt: skip
+
+
+def _teachers(done: dict[str, Record]) -> str:
+    found = [r for r in done.values() if r["part"] == "teacher"]
+    scored = next((r for r in done.values() if r["part"] == "score"), None)
+    told = "" if scored is None else (
+        f"\n\nRows scored by the main teacher at {EARLY:.1%} of its steps: {scored['zero_share']:.1%} score 0 (k 10, masked "
+        f"zero), {_flops(scored['scoring_flops'])}; rule: `drop` where more than half do."
+    )  # fmt: skip
+    if not found:
+        return ""
+    return "### Teachers\n\n" + table({
+        "teacher": [r["row"] for r in found], "val/ce": [_number(r["val/ce"]) for r in found],
+        "val/ce/ood": [_number(r["val/ce/ood"]) for r in found],
+        "own training": [_flops(r["flops_student"]) for r in found], "seconds": [f"{r['seconds']:.0f}" for r in found],
+    }, text=("teacher",)) + told  # fmt: skip
+
+
+def _flops(value: float) -> str:
+    scale, unit = flop_unit(value)
+    return f"{value / scale:.3g} {unit}"
+
+
+def _mean(records: Iterable[Record], key: str = "val/ce") -> float:
+    return statistics.mean(r[key] for r in records)
+
+
+def _crossing(record: Record, level: float) -> float:
+    """Share of the run's steps at which its val/ce first falls to `level`."""
+    steps, ce = map(np.array, zip(*record["curve"], strict=True))
+    return compare.first_reach(steps, ce, level) / record["steps"]
+
+
+def _seeds(done: dict[str, Record], title: str, rows: list[str], base: str) -> str:
+    reference = _of_row(done, base)
+    there = {row: found for row in rows if (found := _of_row(done, row))}
+    if not reference or len(there) < 2:
+        return ""
+    goal = _mean(reference.values())
+
+    def paired(found: dict[int, Record], key: str) -> str:
+        return _each((r[key] - reference[s][key] for s, r in found.items() if s in reference), "+.4f")
+
+    columns: dict[str, list[str]] = {
+        "experiment": list(there),
+        "n": [str(len(found)) for found in there.values()],
+        "val/ce: mean (std)": [_mean_std([r["val/ce"] for r in found.values()]) for found in there.values()],
+        "each seed": [_each(r["val/ce"] for r in found.values()) for found in there.values()],
+        "to BASELINE of its seed": ["" if row == base else paired(f, "val/ce") for row, f in there.items()],
+        "crosses BASELINE's mean at": [
+            "" if row == base else _each((_crossing(r, goal) for r in f.values()), ".1%") for row, f in there.items()
+        ],
+        "val/ce/ood: mean (std)": [_mean_std([r["val/ce/ood"] for r in found.values()]) for found in there.values()],
+        "ood to BASELINE": ["" if row == base else paired(f, "val/ce/ood") for row, f in there.items()],
+        "student": [_flops(_mean(f.values(), "flops_student")) for f in there.values()],
+        "teacher's forward": [_flops(_mean(f.values(), "flops_teacher")) for f in there.values()],
+        "seconds": [f"{_mean(f.values(), 'seconds'):.0f}" for f in there.values()],
+    }
+    return f"### {title}\n\n" + table(columns, text=("experiment",))
+
+
+def _singles(study: Study, base: str) -> str:
+    """One seed each. A row with a learning-rate curve of its own is compared with BASELINE under that curve."""
+    done, s0 = study.done, study.size.seeds[0]
+    found = [r for r in done.values() if r["part"] == "one seed"]
+    plain, salt = done.get(f"{base}-s{s0}"), done.get(f"salt-s{s0}")
+    if not found or plain is None or salt is None:
+        return ""
+    found = [plain, salt, *found]
+    own = done.get(f"high-lr-baseline-s{s0}")
+
+    def against(r: Record) -> float | None:
+        other = own if r["row"] == "high-lr-salt" else plain
+        return None if r is other or other is None else r["val/ce"] - other["val/ce"]
+
+    return f"### One seed each (seed {s0}, n = 1: no spread known)\n\n" + table({
+        "experiment": [r["row"] for r in found], "val/ce": [_number(r["val/ce"]) for r in found],
+        "to BASELINE": [_number(against(r), "+.4f") for r in found],
+        "to SALT": [_number(r["val/ce"] - salt["val/ce"], "+.4f") for r in found],
+        "val/ce/ood": [_number(r["val/ce/ood"]) for r in found],
+        "FLOPs": [_flops(r["flops_student"] + r["flops_teacher"]) for r in found],
+    }, text=("experiment",)) + "\n\nhigh-lr-salt is compared with high-lr-baseline, which has its curve."  # fmt: skip
+
+
+def reached_at(shares: list[float], losses: list[float], goal: float) -> float:
+    """The smallest f, linear between those measured, whose final loss is at or below `goal`; NaN if none is."""
+    return compare.first_reach(np.array(shares), np.array(losses), goal)
+
+
+def _reached(study: Study, base: str, kind: str) -> str:
+    """Runs with complete schedules of f x the steps against BASELINE's mean final loss at f = 1."""
+    done, size = study.done, study.size
+    full = _of_row(done, base)
+    found = {f: rows for f in size.shares if (rows := _of_row(done, f"{kind}-f{f:g}"))}
+    if not full or not found:
+        return ""
+    if kind == "salt" and (whole := _of_row(done, "salt")):
+        found[1.0] = whole
+    goal, shares = _mean(full.values()), sorted(found)
+    means = [_mean(found[f].values()) for f in shares]
+    f = reached_at(shares, means, goal)
+    rows = {f"{kind} f {share:g}": found[share] for share in shares}
+    rows |= {f"BASELINE f {s:g}": short for s in size.shares if (short := _of_row(done, f"baseline-f{s:g}"))}
+    columns = {
+        "run": list(rows), "n": [str(len(r)) for r in rows.values()],
+        "val/ce at its end": [_each(x["val/ce"] for x in r.values()) for r in rows.values()],
+        "mean to BASELINE's mean": [f"{_mean(r.values()) - goal:+.4f}" for r in rows.values()],
+        "FLOPs of BASELINE's": [f"{_share(r, full):.1%}" for r in rows.values()],
+    }  # fmt: skip
+    flops = float(np.interp(f, shares, [_share(found[s], full) for s in shares]))
+    below = " or less (the smallest measured)" if f == shares[0] else ""
+    teacher = done.get(study._name("teacher"))
+    apart = "" if teacher is None else (
+        f"; with the teacher's own training, {_flops(teacher['flops_student'])}, "
+        f"{flops + teacher['flops_student'] / _mean(full.values(), 'flops_student'):.1%}"
+    )  # fmt: skip
+    low, high = _bootstrap(full, found, shares)
+    told = f"BASELINE's mean final loss {goal:.4f} is "
+    told += "not reached" if f != f else f"reached at f = {f:.3f}{below} of its steps, {flops:.1%} of its FLOPs{apart}"
+    told += f". Bootstrap over seeds, 95%: {_number(low, '.3f')} to {_number(high, '.3f')} (- : not reached)."
+    about = next((r["about"] for r in done.values() if r["part"] == "best"), "")
+    which = f" (settings of {about}, chosen on its seed, measured on the others)" if kind == "best" else ""
+    return f"### Reached at f: {kind}{which}\n\n" + table(columns, text=("run",)) + "\n\n" + told
+
+
+def _share(records: dict[int, Record], full: dict[int, Record]) -> float:
+    return (_mean(records.values(), "flops_student") + _mean(records.values(), "flops_teacher")) / _mean(
+        full.values(), "flops_student"
+    )
+
+
+def _bootstrap(
+    full: dict[int, Record], found: dict[float, dict[int, Record]], shares: list[float]
+) -> tuple[float, float]:
+    """2.5% and 97.5% of f when seeds are drawn with replacement, each row for itself; not reached counts as infinite."""
+    rng, draws = random.Random(0), []
+
+    def drawn(records: dict[int, Record]) -> float:
+        values = [r["val/ce"] for r in records.values()]
+        return statistics.mean(rng.choices(values, k=len(values)))
+
+    for _ in range(4000):
+        f = reached_at(shares, [drawn(found[share]) for share in shares], drawn(full))
+        draws.append(float("inf") if f != f else f)
+    draws.sort()
+    return tuple(float("nan") if f == float("inf") else f for f in (draws[99], draws[3899]))  # type: ignore[return-value]
+
+
+def _figures(study: Study, base: str) -> str:
+    """compare's table and figure over the first seed, and over all seeds of the main rows."""
+    s0, lines = study.size.seeds[0], []
+    groups = {
+        "main": [n for n, r in study.done.items() if r["row"] in (base, "rkd", "salt", "salt-ds", "random")],
+        "reached": [
+            n for n, r in study.done.items() if r["seed"] == s0 and re.match(rf"({base}|salt(-f.*)?)$", r["row"])
+        ],
+    }
+    for name, cells in groups.items():
+        paths = [study.state / "curves" / cell for cell in sorted(cells, key=lambda n: (not n.startswith(base), n))]
+        paths = [path for path in paths if path.is_dir()]
+        if len(paths) > 1:
+            compare.compare(paths, study.state / name)
+            lines.append(f"`{study.state / name}/compare.png` and `.md`: loss over steps and FLOPs")
+    return "\n".join(lines)
+
+
+def plan(study: Study) -> str:
+    left = [cell for cell in study.cells() if cell.name not in study.done]
+    minutes = [study.minutes(cell) for cell in left]
+    return table({
+        "cell": [c.name for c in left], "part": [c.part for c in left], "minutes": [f"{m:.1f}" for m in minutes],
+        "in all": [f"{t:.0f}" for t in itertools.accumulate(minutes)],
+    }, text=("cell", "part"))  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("verb", choices=["plan", "run", "report"])
+    parser.add_argument("--size", choices=SIZES, default="gpu")
+    parser.add_argument(
+        "--minutes", type=float, default=1440, help="run: of this session; a cell that does not fit waits"
+    )
+    parser.add_argument("--only", default="", help="run: cells whose name matches this regular expression")
+    parser.add_argument("--state", type=Path, help="carried from session to session (runs/study-SIZE)")
+    parser.add_argument("--work", type=Path, help="may be lost between sessions (cache/study-SIZE)")
+    args = parser.parse_args()
+    study = Study(
+        args.size, args.state or Path(f"runs/study-{args.size}"), args.work or Path(f"cache/study-{args.size}")
+    )
+    if args.verb == "run":
+        return 1 if study.run(args.minutes, args.only) else 0
+    print({"plan": plan, "report": report}[args.verb](study))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
