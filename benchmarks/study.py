@@ -23,7 +23,6 @@ import json
 import lzma
 import multiprocessing
 import os
-import random
 import re
 import shutil
 import signal
@@ -31,7 +30,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -41,9 +40,11 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from salt_lightning import cli, compare, export, selection
+from study_report import report
+
+from salt_lightning import cli, export, selection
 from salt_lightning.models import read_checkpoint
-from salt_lightning.report import flop_unit, table
+from salt_lightning.report import table
 from salt_lightning.runlog import read_run
 from salt_lightning.scores import Scores
 
@@ -58,7 +59,7 @@ OOD_SOURCE, OOD_SHARE = "speeches", 8
 OMEGA, KD_SHARE = 0.667, 0.2
 EARLY = 0.125  # of the teacher's steps: the checkpoint that scores rows for SALT_DS
 MAX_EPOCHS = 4.0
-GAP = {"kd.stop_margin": 0.0, "kd.min_steps": 0.05}  # end KD where the student has caught up; min_steps as a share
+GAP: Settings = {"kd.stop_margin": 0.0}  # KD ends where the student has caught up, between 5% and 60% of the steps
 # Fine-tuning of the main students of BASELINE and SALT, each task and seed a cell, once there is a config for it:
 SFT: dict[str, Settings] = {}  # "asdiv": {...}, "boolq": {...}
 
@@ -97,12 +98,12 @@ SIZES = {
         tokens_per_s=(1.2e6, 0.55e6), start_s=45.0,
         fixed={"trainer.precision": "bf16-mixed", "model.compile": True, "checkpoint.every_n_steps": 2000},
     ),
-    # 0.8M and 2.2M parameters; teachers 0.4M, 0.2M (weak) and 1.1M
+    # 0.7M and 1.6M parameters; teachers 0.4M, 0.2M (weak) and 0.8M
     "cpu": Size(
-        student=(96, 4), teacher=(64, 3), weak=(32, 3), large=(160, 5), large_teacher=(128, 3),
-        vocab=4096, steps=500, rows=8, block=256, val_every=50, val_rows=400, keep_one_in=16,
+        student=(96, 3), teacher=(64, 2), weak=(32, 2), large=(160, 3), large_teacher=(96, 4),
+        vocab=4096, steps=400, rows=8, block=128, val_every=50, val_rows=128, keep_one_in=32,
         rates=(1e-3, 2e-3, 4e-3, 8e-3), large_rates=(5e-4, 1e-3, 2e-3, 4e-3),
-        tokens_per_s=(25e3, 9e3), start_s=8.0,
+        tokens_per_s=(8e3, 4e3), start_s=5.0,
         fixed={"trainer.accelerator": "cpu", "checkpoint.every_n_steps": 100},
     ),
     # shows that it runs
@@ -134,7 +135,7 @@ class Cell:
     settings: Settings
     needs: tuple[str, ...] = ()
     first: Settings | None = None  # other settings for a first stretch, which ends at its trainer.max_steps
-    about: str = ""
+    about: str = ""  # of a best row: which
 
     @property
     def name(self) -> str:
@@ -185,16 +186,19 @@ class Study:
                 name = f"large-baseline-lr{wide_rate:g}"
                 cells.append(Cell(name, seed, "large", self._base(large), tuple(c.name for c in wide)))
             cells.append(Cell("large-salt", seed, "large", salt, (*ready, self._name("large-teacher"))))
-        # The best of the one-seed rows, chosen on the first seed, is measured on the others.
-        single = tuple(c.name for c in cells if c.part == "one seed" and not c.row.startswith("high-lr"))
-        best = min((c for c in single if c in self.done), key=lambda c: self.done[c]["val/ce"], default=None)
-        settings = rows[self.done[best]["row"]] if best and all(c in self.done for c in single) else rows["salt"]
-        for seed, f in itertools.product(size.seeds[1:], size.shares):
-            cells.append(Cell(f"best-f{f:g}", seed, "best", self._shortened(settings, f), single, about=str(best)))
+        # The best setting of SALT on the first seed, where that is not the main rows', is measured on the others.
+        tried = [c for c in cells if c.part == "one seed" and "model.teacher.path" in c.settings and c.first is None]
+        names = (f"salt-s{s0}", *(c.name for c in tried))
+        known = [self.done[name] for name in names if name in self.done]
+        best = min(known, key=lambda r: r["val/ce"])["row"] if len(known) == len(names) else ""
+        if best != "salt":
+            for seed, f in itertools.product(size.seeds[1:], size.shares):
+                settings = self._shortened(rows[best or "salt"], f)
+                cells.append(Cell(f"best-f{f:g}", seed, "best", settings, names, about=best))
         return cells
 
     def _sweep(self, row: str, shape: tuple[int, int], rates: tuple[float, ...]) -> tuple[list[Cell], float]:
-        """BASELINE's candidates on the first seed, and the best (0: undecided); one at an end brings the next, twice."""
+        """BASELINE's candidates on the first seed, the best (0: undecided); one at an end brings one more, twice."""
 
         def known() -> dict[float, float]:
             names = {rate: f"{row}-lr{rate:g}-s{self.size.seeds[0]}" for rate in rates}
@@ -239,8 +243,6 @@ class Study:
             # Where more than half of all rows score 0, half of the rows could not be chosen by their score.
             "data.keep.masked": "drop" if zeros > 0.5 else "zero",
         }  # fmt: skip
-        alone = {**base, **chosen, "kd.steps": self._at(KD_SHARE)}
-        gap = {**salt, "kd.steps": self._at(0.6), **GAP, "kd.min_steps": self._at(GAP["kd.min_steps"])}
         return {
             f"baseline-lr{rate:g}": base,
             "rkd": {**base, **taught, "kd.steps": None},
@@ -256,8 +258,8 @@ class Study:
             "omega-0.9": {**salt, "kd.weight": 0.9},
             "T-2": {**salt, "model.teacher_temperature": 2.0},
             "weak-teacher": {**salt, "model.teacher.path": self._path("teachers/weak")},
-            "without-kd": alone,
-            "gap": gap,
+            "without-kd": {**base, **chosen, "kd.steps": self._at(KD_SHARE)},
+            "gap": {**salt, **GAP, "kd.min_steps": self._at(0.05), "kd.steps": self._at(0.6)},
             "high-lr-baseline": {**base, "kd.steps": self._at(KD_SHARE)},
             "high-lr-salt": salt,
         }
@@ -367,8 +369,10 @@ class Study:
 
     def perform(self, cell: Cell, run: Path) -> Record:
         """The cell itself, in this process."""
-        told = derive(self.work / "corpus", self.size.keep_one_in)
-        (self.state / "corpus.json").write_text(json.dumps(told))
+        told, kept = json.dumps(derive(self.work / "corpus", self.size.keep_one_in)), self.state / "corpus.json"
+        if kept.exists() and kept.read_text() != told:
+            raise SystemExit(f"$CORPUS is another text than that of {self.state}: choose another --state and --work")
+        kept.write_text(told)
         record: Record = {
             "cell": cell.name, "part": cell.part, "row": cell.row, "seed": cell.seed, "about": cell.about,
             "settings": cell.settings, "first": cell.first,
@@ -524,242 +528,6 @@ def _sha256(data: bytes) -> str:
 
 def _lot(name: str) -> int:
     return int(_sha256(name.encode())[:8], 16)
-
-
-# ------------------------------------------------------------------ the report
-
-
-def report(study: Study) -> str:
-    """Markdown of all that was measured, and the figures beside it."""
-    done, size = study.done, study.size
-    if not done:
-        return "no cell is done yet"
-    _, rate = study._sweep("baseline", size.student, size.rates)
-    _, wide = study._sweep("large-baseline", size.large, size.large_rates)
-    base, large = f"baseline-lr{rate:g}", f"large-baseline-lr{wide:g}"
-    parts = [_facts(study), _sweeps(done), _teachers(done)]
-    parts += [_seeds(done, "Main rows", [base, "rkd", "salt", "salt-ds", "random"], base)]
-    parts += [_reached(study, base, "salt"), _reached(study, base, "best"), _singles(study, base)]
-    parts += [_seeds(done, "The larger student", [large, "large-salt"], large), _figures(study, base)]
-    left = [cell.name for cell in study.cells() if cell.name not in done]
-    parts += [f"Not run: {', '.join(left)}." if left else ""]
-    return "\n\n".join(part for part in parts if part)
-
-
-def _facts(study: Study) -> str:
-    records, size = list(study.done.values()), study.size
-    facts = json.loads((study.state / "corpus.json").read_text())
-    students = next(r for r in records if "epochs" in r)
-
-    def all_of(values: Iterable[str]) -> str:
-        return ", ".join(dict.fromkeys(values))
-
-    lines = [f"`{name}`: {f['bytes']:,} bytes, SHA-256 `{f['sha256']}`" for name, f in facts["corpus"].items()]
-    for name, f in facts["files"].items():
-        sources = ", ".join(f"{s} {n / 1e6:.1f}" for s, n in sorted(f["text_bytes"].items(), key=lambda x: -x[1]))
-        lines.append(f"{name}: {f['documents']:,} documents, {sum(f['text_bytes'].values()) / 1e6:.1f} MB ({sources})")
-    versions = all_of(" ".join(f"{k} {v}" for k, v in r["versions"].items()) for r in records)
-    lines += [
-        f"one document in {size.keep_one_in} is trained on; {students['unique_tokens']:,} tokens of a BPE of {size.vocab:,}; "
-        f"a run reads {size.steps * size.rows * size.block:,}: {size.steps} steps of {size.rows} rows of {size.block}, "
-        f"{students['epochs']:.2f} epochs",
-        f"command: `python benchmarks/study.py run`; commit {all_of(r['commit'] for r in records)}; "
-        f"{all_of(r['card'] for r in records)}; {versions}; {all_of(sorted(r['date'] for r in records))}; "
-        f"{sum(r['wall_s'] for r in records) / 60:.0f} minutes in {len(records)} cells",
-        f"seeds {', '.join(map(str, size.seeds))}, named beforehand; teachers: seed {TEACHER_SEED}, one for all",
-        "val/ce: nats a token, without the source held out; val/ce/ood: on that source",
-    ]
-    return "\n".join(f"- {line}" for line in lines)
-
-
-def _number(value: float | None, form: str = ".4f") -> str:
-    return "-" if value is None or value != value else format(value, form)
-
-
-def _each(values: Iterable[float | None], form: str = ".4f") -> str:
-    return ", ".join(_number(value, form) for value in values)
-
-
-def _mean_std(values: list[float]) -> str:
-    return f"{statistics.mean(values):.4f}" + (f" ({statistics.stdev(values):.4f})" if len(values) > 1 else " (n = 1)")
-
-
-def _of_row(done: dict[str, Record], row: str) -> dict[int, Record]:
-    return {r["seed"]: r for r in sorted(done.values(), key=lambda r: r["seed"]) if r["row"] == row}
-
-
-def _sweeps(done: dict[str, Record]) -> str:
-    found = [r for r in done.values() if r["part"] == "sweep"]
-    found.sort(key=lambda r: (r["row"].startswith("large"), r["settings"]["model.optim.lr"]))
-    return "### BASELINE's learning rate, before any other run\n\n" + table({
-        "student": ["large" if r["row"].startswith("large") else "main" for r in found],
-        "peak rate": [f"{r['settings']['model.optim.lr']:g}" for r in found],
-        "val/ce": [_number(r["val/ce"]) for r in found],
-    }, text=("student",))  # fmt: skip
-
-
-def _teachers(done: dict[str, Record]) -> str:
-    found = [r for r in done.values() if r["part"] == "teacher"]
-    scored = next((r for r in done.values() if r["part"] == "score"), None)
-    told = "" if scored is None else (
-        f"\n\nRows scored by the main teacher at {EARLY:.1%} of its steps: {scored['zero_share']:.1%} score 0 (k 10, masked "
-        f"zero), {_flops(scored['scoring_flops'])}; rule: `drop` where more than half do."
-    )  # fmt: skip
-    if not found:
-        return ""
-    return "### Teachers\n\n" + table({
-        "teacher": [r["row"] for r in found], "val/ce": [_number(r["val/ce"]) for r in found],
-        "val/ce/ood": [_number(r["val/ce/ood"]) for r in found],
-        "own training": [_flops(r["flops_student"]) for r in found], "seconds": [f"{r['seconds']:.0f}" for r in found],
-    }, text=("teacher",)) + told  # fmt: skip
-
-
-def _flops(value: float) -> str:
-    scale, unit = flop_unit(value)
-    return f"{value / scale:.3g} {unit}"
-
-
-def _mean(records: Iterable[Record], key: str = "val/ce") -> float:
-    return statistics.mean(r[key] for r in records)
-
-
-def _crossing(record: Record, level: float) -> float:
-    """Share of the run's steps at which its val/ce first falls to `level`."""
-    steps, ce = map(np.array, zip(*record["curve"], strict=True))
-    return compare.first_reach(steps, ce, level) / record["steps"]
-
-
-def _seeds(done: dict[str, Record], title: str, rows: list[str], base: str) -> str:
-    reference = _of_row(done, base)
-    there = {row: found for row in rows if (found := _of_row(done, row))}
-    if not reference or len(there) < 2:
-        return ""
-    goal = _mean(reference.values())
-
-    def paired(found: dict[int, Record], key: str) -> str:
-        return _each((r[key] - reference[s][key] for s, r in found.items() if s in reference), "+.4f")
-
-    columns: dict[str, list[str]] = {
-        "experiment": list(there),
-        "n": [str(len(found)) for found in there.values()],
-        "val/ce: mean (std)": [_mean_std([r["val/ce"] for r in found.values()]) for found in there.values()],
-        "each seed": [_each(r["val/ce"] for r in found.values()) for found in there.values()],
-        "to BASELINE of its seed": ["" if row == base else paired(f, "val/ce") for row, f in there.items()],
-        "crosses BASELINE's mean at": [
-            "" if row == base else _each((_crossing(r, goal) for r in f.values()), ".1%") for row, f in there.items()
-        ],
-        "val/ce/ood: mean (std)": [_mean_std([r["val/ce/ood"] for r in found.values()]) for found in there.values()],
-        "ood to BASELINE": ["" if row == base else paired(f, "val/ce/ood") for row, f in there.items()],
-        "student": [_flops(_mean(f.values(), "flops_student")) for f in there.values()],
-        "teacher's forward": [_flops(_mean(f.values(), "flops_teacher")) for f in there.values()],
-        "seconds": [f"{_mean(f.values(), 'seconds'):.0f}" for f in there.values()],
-    }
-    return f"### {title}\n\n" + table(columns, text=("experiment",))
-
-
-def _singles(study: Study, base: str) -> str:
-    """One seed each. A row with a learning-rate curve of its own is compared with BASELINE under that curve."""
-    done, s0 = study.done, study.size.seeds[0]
-    found = [r for r in done.values() if r["part"] == "one seed"]
-    plain, salt = done.get(f"{base}-s{s0}"), done.get(f"salt-s{s0}")
-    if not found or plain is None or salt is None:
-        return ""
-    found = [plain, salt, *found]
-    own = done.get(f"high-lr-baseline-s{s0}")
-
-    def against(r: Record) -> float | None:
-        other = own if r["row"] == "high-lr-salt" else plain
-        return None if r is other or other is None else r["val/ce"] - other["val/ce"]
-
-    return f"### One seed each (seed {s0}, n = 1: no spread known)\n\n" + table({
-        "experiment": [r["row"] for r in found], "val/ce": [_number(r["val/ce"]) for r in found],
-        "to BASELINE": [_number(against(r), "+.4f") for r in found],
-        "to SALT": [_number(r["val/ce"] - salt["val/ce"], "+.4f") for r in found],
-        "val/ce/ood": [_number(r["val/ce/ood"]) for r in found],
-        "FLOPs": [_flops(r["flops_student"] + r["flops_teacher"]) for r in found],
-    }, text=("experiment",)) + "\n\nhigh-lr-salt is compared with high-lr-baseline, which has its curve."  # fmt: skip
-
-
-def reached_at(shares: list[float], losses: list[float], goal: float) -> float:
-    """The smallest f, linear between those measured, whose final loss is at or below `goal`; NaN if none is."""
-    return compare.first_reach(np.array(shares), np.array(losses), goal)
-
-
-def _reached(study: Study, base: str, kind: str) -> str:
-    """Runs with complete schedules of f x the steps against BASELINE's mean final loss at f = 1."""
-    done, size = study.done, study.size
-    full = _of_row(done, base)
-    found = {f: rows for f in size.shares if (rows := _of_row(done, f"{kind}-f{f:g}"))}
-    if not full or not found:
-        return ""
-    if kind == "salt" and (whole := _of_row(done, "salt")):
-        found[1.0] = whole
-    goal, shares = _mean(full.values()), sorted(found)
-    means = [_mean(found[f].values()) for f in shares]
-    f = reached_at(shares, means, goal)
-    rows = {f"{kind} f {share:g}": found[share] for share in shares}
-    rows |= {f"BASELINE f {s:g}": short for s in size.shares if (short := _of_row(done, f"baseline-f{s:g}"))}
-    columns = {
-        "run": list(rows), "n": [str(len(r)) for r in rows.values()],
-        "val/ce at its end": [_each(x["val/ce"] for x in r.values()) for r in rows.values()],
-        "mean to BASELINE's mean": [f"{_mean(r.values()) - goal:+.4f}" for r in rows.values()],
-        "FLOPs of BASELINE's": [f"{_share(r, full):.1%}" for r in rows.values()],
-    }  # fmt: skip
-    flops = float(np.interp(f, shares, [_share(found[s], full) for s in shares]))
-    below = " or less (the smallest measured)" if f == shares[0] else ""
-    teacher = done.get(study._name("teacher"))
-    apart = "" if teacher is None else (
-        f"; with the teacher's own training, {_flops(teacher['flops_student'])}, "
-        f"{flops + teacher['flops_student'] / _mean(full.values(), 'flops_student'):.1%}"
-    )  # fmt: skip
-    low, high = _bootstrap(full, found, shares)
-    told = f"BASELINE's mean final loss {goal:.4f} is "
-    told += "not reached" if f != f else f"reached at f = {f:.3f}{below} of its steps, {flops:.1%} of its FLOPs{apart}"
-    told += f". Bootstrap over seeds, 95%: {_number(low, '.3f')} to {_number(high, '.3f')} (- : not reached)."
-    about = next((r["about"] for r in done.values() if r["part"] == "best"), "")
-    which = f" (settings of {about}, chosen on its seed, measured on the others)" if kind == "best" else ""
-    return f"### Reached at f: {kind}{which}\n\n" + table(columns, text=("run",)) + "\n\n" + told
-
-
-def _share(records: dict[int, Record], full: dict[int, Record]) -> float:
-    return (_mean(records.values(), "flops_student") + _mean(records.values(), "flops_teacher")) / _mean(
-        full.values(), "flops_student"
-    )
-
-
-def _bootstrap(
-    full: dict[int, Record], found: dict[float, dict[int, Record]], shares: list[float]
-) -> tuple[float, float]:
-    """2.5% and 97.5% of f when seeds are drawn with replacement, each row for itself; not reached counts as infinite."""
-    rng, draws = random.Random(0), []
-
-    def drawn(records: dict[int, Record]) -> float:
-        values = [r["val/ce"] for r in records.values()]
-        return statistics.mean(rng.choices(values, k=len(values)))
-
-    for _ in range(4000):
-        f = reached_at(shares, [drawn(found[share]) for share in shares], drawn(full))
-        draws.append(float("inf") if f != f else f)
-    draws.sort()
-    return tuple(float("nan") if f == float("inf") else f for f in (draws[99], draws[3899]))  # type: ignore[return-value]
-
-
-def _figures(study: Study, base: str) -> str:
-    """compare's table and figure over the first seed, and over all seeds of the main rows."""
-    s0, lines = study.size.seeds[0], []
-    groups = {
-        "main": [n for n, r in study.done.items() if r["row"] in (base, "rkd", "salt", "salt-ds", "random")],
-        "reached": [
-            n for n, r in study.done.items() if r["seed"] == s0 and re.match(rf"({base}|salt(-f.*)?)$", r["row"])
-        ],
-    }
-    for name, cells in groups.items():
-        paths = [study.state / "curves" / cell for cell in sorted(cells, key=lambda n: (not n.startswith(base), n))]
-        paths = [path for path in paths if path.is_dir()]
-        if len(paths) > 1:
-            compare.compare(paths, study.state / name)
-            lines.append(f"`{study.state / name}/compare.png` and `.md`: loss over steps and FLOPs")
-    return "\n".join(lines)
 
 
 def plan(study: Study) -> str:
