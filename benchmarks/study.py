@@ -109,8 +109,8 @@ SIZES = {
     # shows that it runs
     "tiny": Size(
         student=(32, 1), teacher=(16, 1), weak=(8, 1), large=(32, 2), large_teacher=(32, 1),
-        vocab=300, steps=10, rows=4, block=32, val_every=5, seeds=(0, 1), shares=(0.5, 0.8),
-        rates=(1e-3, 4e-3), large_rates=(1e-3, 4e-3), tokens_per_s=(1e4, 1e4), start_s=1.0,
+        vocab=300, steps=10, rows=4, block=32, val_every=2, seeds=(0, 1), shares=(0.5, 0.8),
+        rates=(4e-3, 3e-2, 1.0), large_rates=(4e-3, 3e-2, 1.0), tokens_per_s=(1e4, 1e4), start_s=1.0,
         fixed={"trainer.accelerator": "cpu", "data.prepare_workers": 1},
     ),
 }  # fmt: skip
@@ -194,7 +194,7 @@ class Study:
         if best != "salt":
             for seed, f in itertools.product(size.seeds[1:], size.shares):
                 settings = self._shortened(rows[best or "salt"], f)
-                cells.append(Cell(f"best-f{f:g}", seed, "best", settings, names, about=best))
+                cells.append(Cell(f"best-f{f:g}", seed, "best", settings, (*scored, *names), about=best))
         return cells
 
     def _sweep(self, row: str, shape: tuple[int, int], rates: tuple[float, ...]) -> tuple[list[Cell], float]:

@@ -122,7 +122,7 @@ def _mean_std(records: dict[int, Record], key: str = "val/ce") -> str:
 
 
 def crossing(record: Record, level: float, whole_flops: float) -> tuple[float, float]:
-    """Where val/ce first falls to `level`: share of the run's steps, its FLOPs so far (with the teacher's) / whole_flops."""
+    """Where val/ce first falls to `level`: share of the run's steps; FLOPs so far, teacher's too, of whole_flops."""
     steps, ce = map(np.array, zip(*record["curve"], strict=True))
     step = compare.first_reach(steps, ce, level)
     taught = record["settings"]["kd.steps"] or record["steps"]
@@ -221,7 +221,7 @@ def _reached(study: Study, rows: Rows, base: str, kind: str) -> str:
         own = next(r["flops_student"] for r in rows["teacher"].values())
         less = " or less (the smallest measured)" if f == shares_there[0] else ""
         told = f"BASELINE's mean final loss, {goal:.4f}, is reached at f = {f:.3f}{less} in steps and {flops:.3f} in "
-        told += f"FLOPs with the teacher's forward; {flops + own / whole:.3f} with the teacher's own training, {_flops(own)}"
+        told += f"FLOPs with the teacher's forward; {flops + own / whole:.3f} with its own training ({_flops(own)}) too"
     low, high = bootstrap(full, found)
     ends = " to ".join("not reached" if math.isinf(end) else f"{end:.3f}" for end in (low, high))
     about = next((r["about"] for r in study.done.values() if r["part"] == "best"), "")
