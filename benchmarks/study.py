@@ -48,6 +48,7 @@ from salt_lightning.report import table
 from salt_lightning.runlog import read_run
 from salt_lightning.scores import Scores
 
+ROOT = Path(__file__).parents[1]
 Record = dict[str, Any]
 Settings = dict[str, Any]
 
@@ -60,8 +61,14 @@ OMEGA, KD_SHARE = 0.667, 0.2
 EARLY = 0.125  # of the teacher's steps: the checkpoint that scores rows for SALT_DS
 MAX_EPOCHS = 4.0
 GAP: Settings = {"kd.stop_margin": 0.0}  # KD ends where the student has caught up, between 5% and 60% of the steps
-# Fine-tuning of the main students of BASELINE and SALT, each task and seed a cell, once there is a config for it:
-SFT: dict[str, Settings] = {}  # "asdiv": {...}, "boolq": {...}
+# Fine-tuning of BASELINE's and SALT's main students, overlays of configs/sft.yaml; $TASKS holds the files.
+SFT_RATE = 3e-4
+SFT: dict[str, Settings] = {
+    "asdiv": {"data.source": "asdiv.jsonl", "trainer.max_steps": 40},
+    "boolq": {
+        "data.source": "boolq_train.jsonl", "data.test_source": "boolq_validation.jsonl", "trainer.max_steps": 250,
+    },
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -131,7 +138,7 @@ class Cell:
 
     row: str
     seed: int
-    part: str  # sweep | teacher | score | main | reached | one seed | large | best
+    part: str  # sweep | teacher | score | main | reached | one seed | large | best | sft
     settings: Settings
     needs: tuple[str, ...] = ()
     first: Settings | None = None  # other settings for a first stretch, which ends at its trainer.max_steps
@@ -163,18 +170,19 @@ class Study:
         ready = (*tuned, self._name("teacher"))
         scored = (*ready, self._name("score"))
         base = f"baseline-lr{rate:g}"
-        names = [base, "rkd", "salt", "salt-ds", "random"]
-        cells = [*main, self._teacher("teacher", size.teacher, rate, tuned), self._score(ready)]
-        for seed, row in itertools.product(size.seeds, names):
+        cells = [*main, self._teacher("teacher", size.teacher, rate, tuned)]
+        for seed, row in itertools.product(size.seeds, (base, "salt", "rkd")):
             if (row, seed) != (base, s0):
-                needs = {base: tuned, "salt-ds": scored, "random": scored}.get(row, ready)
-                cells.append(Cell(row, seed, "main", rows[row], needs))
+                cells.append(Cell(row, seed, "main", rows[row], tuned if row == base else ready))
+        cells.append(self._score(ready))
+        for seed, row in itertools.product(size.seeds, ("salt-ds", "random")):
+            cells.append(Cell(row, seed, "main", rows[row], scored))
         for seed, f in itertools.product(size.seeds, size.shares):
             cells.append(Cell(f"salt-f{f:g}", seed, "reached", self._shortened(rows["salt"], f), ready))
         cells += [Cell(f"baseline-f{f:g}", s0, "reached", self._shortened(rows[base], f), tuned) for f in size.shares]
         cells.append(self._teacher("weak", size.weak, rate, tuned))
         for row in rows:
-            if row not in names:
+            if row not in {cell.row for cell in cells}:
                 needs = (*scored, self._name("weak")) if row == "weak-teacher" else scored
                 first = self._stretch(rate) if row.startswith("high-lr") else None
                 cells.append(Cell(row, s0, "one seed", rows[row], needs, first))
@@ -195,6 +203,10 @@ class Study:
             for seed, f in itertools.product(size.seeds[1:], size.shares):
                 settings = self._shortened(rows[best or "salt"], f)
                 cells.append(Cell(f"best-f{f:g}", seed, "best", settings, (*scored, *names), about=best))
+        for seed, task, row in itertools.product(size.seeds, SFT, (base, "salt")):
+            student = f"{row}-s{seed}"
+            needs = (*tuned, student)
+            cells.append(Cell(f"sft-{task}-{row}", seed, "sft", self._tuning(task, student), needs))
         return cells
 
     def _sweep(self, row: str, shape: tuple[int, int], rates: tuple[float, ...]) -> tuple[list[Cell], float]:
@@ -289,6 +301,18 @@ class Study:
         settings |= {"model.teacher.path": self._path("teachers/early"), "data.micro_batch_size": self.size.rows}
         return Cell("score", TEACHER_SEED, "score", settings, needs)
 
+    def _tuning(self, task: str, student: str) -> Settings:
+        size, path = self.size, self._path(f"students/{student}")
+        tasks = Path(os.environ.get("TASKS", "TASKS"))
+        files = {key: str(tasks / value) for key, value in SFT[task].items() if key.startswith("data.")}
+        fixed = {"trainer.precision": "32-true", "model.compile": False, **size.fixed}
+        return {
+            "config": [str(ROOT / "configs" / name) for name in ("sft.yaml", f"tasks/{task}.yaml")],
+            "model.student.path": path, "data.tokenizer": path, "model.optim.lr": SFT_RATE, "kd.steps": 0,
+            "data.block_size": size.block, "data.cache_dir": str(self.work / "cache"),
+            "trainer.val_check_interval": 10, "trainer.enable_progress_bar": False, **fixed, **SFT[task], **files,
+        }  # fmt: skip
+
     def _name(self, row: str) -> str:
         return f"{row}-s{TEACHER_SEED}"
 
@@ -300,12 +324,12 @@ class Study:
 
     def minutes(self, cell: Cell) -> float:
         """What a cell is expected to take; the plan's figures are corrected by those of the cells done before."""
-        ratios = [r["wall_s"] / r["planned_s"] for r in self.done.values() if r["part"] != "score"]
+        ratios = [r["wall_s"] / r["planned_s"] for r in self.done.values() if r["part"] not in ("score", "sft")]
         return self.planned_s(cell) * (statistics.median(ratios) if len(ratios) > 2 else 1.0) / 60
 
     def planned_s(self, cell: Cell) -> float:
         size, settings = self.size, cell.settings
-        if cell.part == "score":
+        if cell.part in ("score", "sft"):
             return 4 * size.start_s
         speed = size.tokens_per_s["large" in cell.row]
         steps = settings["trainer.max_steps"]
@@ -331,6 +355,8 @@ class Study:
             with open(self.results, "a") as out:
                 out.write(json.dumps(record) + "\n")
             self.done[cell.name] = record
+            if cell.part == "sweep":
+                self._forget_students()
             print(f"{time.strftime('%H:%M:%S')} {cell.name}: {self._short(record)}", flush=True)
         left = [cell for cell in self.cells() if cell.name not in self.done]
         print(f"{len(left)} cells left, {sum(map(self.minutes, left)):.0f} minutes; failed: {sorted(failed) or 'none'}")
@@ -344,9 +370,16 @@ class Study:
                 return cell
         return None
 
+    def _forget_students(self) -> None:
+        """Those of the rates that were not chosen."""
+        _, rate = self._sweep("baseline", self.size.student, self.size.rates)
+        for path in (self.state / "students").glob("baseline-lr*") if rate else ():
+            if not path.name.startswith(f"baseline-lr{rate:g}-"):
+                shutil.rmtree(path)
+
     @staticmethod
     def _short(record: Record) -> str:
-        return f"val/ce {record['val/ce']:.4f}" if "val/ce" in record else f"{record['zero_share']:.1%} score 0"
+        return ", ".join(f"{key} {record[key]:.4f}" for key in ("val/ce", "test/ce", "zero_share") if key in record)
 
     def _in_child(self, cell: Cell, deadline: float) -> Record | None:
         """Runs a cell in a fork of this process, which has imported all and computed nothing."""
@@ -384,11 +417,15 @@ class Study:
         if cell.first:
             self._fit(cell, run, {**cell.settings, **cell.first})
         final = self._fit(cell, run, cell.settings)
+        if cell.part == "sft":
+            return record | self._tested(cell, run, final)
         record |= self._measured(cell, run, final)
         if cell.part == "teacher":
             for step, name in ((cell.settings["trainer.max_steps"], cell.row), (self._at(EARLY), "early")):
                 if name != "early" or cell.row == "teacher":
                     self._export(run / f"checkpoints/step-{step:08d}.ckpt", self.state / "teachers" / name)
+        if cell.row == "salt" or cell.row.startswith("baseline-lr"):
+            self._export(final, self.state / "students" / cell.name)
         curves = self.state / "curves" / cell.name
         shutil.rmtree(curves, ignore_errors=True)
         curves.mkdir(parents=True)
@@ -421,6 +458,11 @@ class Study:
             "flops_student": log.total("train/flops_student_total", steps),
             "flops_teacher": log.total("train/flops_teacher_total", steps),
         }  # fmt: skip
+
+    def _tested(self, cell: Cell, run: Path, final: Path) -> Record:
+        _call(["test", *arguments(cell.settings), f"--run={run}", f"--ckpt_path={final}"])
+        log = read_run(run / "test", cell.name)
+        return {tag: log.last(tag) for tag in log.curves if tag.startswith("test/")}
 
     def _export(self, checkpoint: Path, target: Path) -> None:
         """As the teacher will compute: in bf16 where the run does."""
@@ -456,14 +498,16 @@ def _call(args: list[str]) -> None:
 
 
 def arguments(settings: Settings) -> list[str]:
-    return [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()]
+    configs = [f"--config={path}" for path in settings.get("config", [])]
+    rest = {key: value for key, value in settings.items() if key != "config"}
+    return configs + [f"--{key}={v if isinstance(v, str) else json.dumps(v)}" for key, v in rest.items()]
 
 
 def commit() -> str:
     """Of this code; $COMMIT where it is no checkout."""
     if given := os.environ.get("COMMIT"):
         return given
-    git = ["git", "-C", str(Path(__file__).parents[1])]
+    git = ["git", "-C", str(ROOT)]
     head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
     dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False).stdout
     return head.strip() + ("+" if dirty else "") if head else "unknown"

@@ -42,6 +42,7 @@ def report(study: Study) -> str:
         _singles(study, rows, base),
         _seeds(rows, "The larger student", [large, "large-salt"]),
         _splits(rows, main),
+        _tuned(rows),
         _figures(study, base, main),
     ]
     left = [cell.name for cell in cells if cell.name not in study.done]
@@ -260,6 +261,19 @@ def _splits(rows: Rows, names: list[str]) -> str:
     columns = {"part": tags, names[0]: [number(_mean(base, tag), ".4f") for tag in tags]}
     columns |= {name: [difference(name, tag) for tag in tags] for name in there}
     return "### By part of the validation text: mean difference to BASELINE\n\n" + table(columns, text=("part",))
+
+
+def _tuned(rows: Rows) -> str:
+    """Fine-tuned students on the test text of their task: each seed, and mean (std)."""
+    found = {row: records for row, records in rows.items() if row.startswith("sft-") and records}
+    tags = sorted({tag for records in found.values() for r in records.values() for tag in r if tag.startswith("test/")})
+    if not found:
+        return ""
+    columns = {"task and student": list(found), "n": [str(len(records)) for records in found.values()]}
+    for tag in tags:
+        known = ([r[tag] for _, r in sorted(records.items()) if tag in r] for records in found.values())
+        columns[tag] = [f"{_each(v)}: {statistics.mean(v):.4f}" if v else "-" for v in known]
+    return "### Fine-tuning: each seed, and the mean\n\n" + table(columns, text=("task and student",))
 
 
 def _figures(study: Study, base: str, main: list[str]) -> str:

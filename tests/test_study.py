@@ -194,7 +194,9 @@ def test_cells_of_each_kind(tiny, first_session):
     assert low <= salt["val/ce"] <= high  # the held-out source is in neither
     assert [step for step, _ in found["salt-f0.5-s0"]["curve"]] == [1, 2, 3, 4, 5]
     assert salt["flops_student"] == found["salt-ds-s0"]["flops_student"] == 2 * found["salt-f0.5-s0"]["flops_student"]
-    assert 0 < salt["flops_teacher"] < 0.2 * salt["flops_student"]  # a smaller model's forward, for a fifth of the steps
+    assert (
+        0 < salt["flops_teacher"] < 0.2 * salt["flops_student"]
+    )  # a smaller model's forward, for a fifth of the steps
 
 
 def test_the_source_held_out_is_never_trained_on(tiny, first_session):
