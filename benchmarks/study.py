@@ -445,7 +445,7 @@ class Study:
         log, steps = read_run(run, cell.name), cell.settings["trainer.max_steps"]
         unique = read_checkpoint(str(final), "study")["data"]["--data.num_train_tokens"]
         epochs = steps * self.size.rows * self.size.block / unique
-        assert epochs <= MAX_EPOCHS or self.size.vocab < 1000, f"{epochs:.2f} epochs of the text"
+        assert epochs <= MAX_EPOCHS, f"{epochs:.2f} epochs of the text"
         ood = str(self.work / "corpus/ood.jsonl")
         keys = ("model.student", "data.", "trainer.accelerator", "trainer.precision", "trainer.enable")
         looked = {key: value for key, value in cell.settings.items() if key.startswith(keys)}
