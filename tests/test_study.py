@@ -61,6 +61,7 @@ def test_the_queue_holds_the_rows_of_the_study(tmp_path):
     for row in ("baseline-lr0.004", "rkd", "salt", "salt-ds", "random", "large-salt", "salt-f0.7", "salt-f0.9"):
         assert {cell.seed for cell in cells if cell.row == row} == set(SEEDS), row
     rows = {cell.row: cell for cell in cells}
+    assert {"baseline-f0.7", "baseline-f0.8", "baseline-f0.9", "gap", "weak-teacher", "high-lr-baseline"} < set(rows)
     salt = rows["salt"].settings
     assert (salt["kd.weight"], salt["kd.steps"], salt["trainer.max_steps"]) == (0.667, 1000, 5000)
     changed = {
