@@ -6,9 +6,9 @@
     python benchmarks/study.py report              tables (Markdown) and figures of what there is
 
 Each finished cell is a line of STATE/results.jsonl and is not run again; a killed one goes on by `--ckpt_path last`
-where WORK is still there. WORK (prepared text, checkpoints) can be lost between sessions. STATE is all that the
-rest needs, so carry it along: results, curves, exported teachers and the scores of the rows; a few tens of MB in
-all, in one piece with `tar c STATE | split -b 15M - state.tar.` and `cat state.tar.* | tar x`.
+where WORK is still there. WORK (prepared text, checkpoints) can be lost between sessions. STATE is all that the rest
+needs: results, curves, losses of documents, scores of rows, teachers and students as exported (a cell reads those that
+its settings name); in pieces by `tar c STATE | split -b 15M - state.tar.`, back by `cat state.tar.* | tar x`.
 
 Of the corpus one source is never trained on: an eighth of it is validated on at the end, as `val/ce/ood`. It is a run
 of `cli.py validate` of its own, so that `val/ce`, the main figure, holds none of it, and compare may be used.
@@ -116,7 +116,7 @@ SIZES = {
     # shows that it runs
     "tiny": Size(
         student=(32, 1), teacher=(16, 1), weak=(8, 1), large=(32, 2), large_teacher=(32, 1),
-        vocab=300, steps=10, rows=4, block=32, val_every=2, seeds=(0, 1), shares=(0.5, 0.8),
+        vocab=300, steps=10, rows=4, block=32, val_every=2, val_rows=16, seeds=(0, 1), shares=(0.5, 0.8),
         rates=(4e-3, 3e-2, 1.0), large_rates=(4e-3, 3e-2, 1.0), tokens_per_s=(1e4, 1e4), start_s=1.0,
         fixed={"trainer.accelerator": "cpu", "data.prepare_workers": 1},
     ),
@@ -446,10 +446,17 @@ class Study:
         unique = read_checkpoint(str(final), "study")["data"]["--data.num_train_tokens"]
         epochs = steps * self.size.rows * self.size.block / unique
         assert epochs <= MAX_EPOCHS, f"{epochs:.2f} epochs of the text"
-        ood = str(self.work / "corpus/ood.jsonl")
         keys = ("model.student", "data.", "trainer.accelerator", "trainer.precision", "trainer.enable")
         looked = {key: value for key, value in cell.settings.items() if key.startswith(keys)}
-        _call(["validate", *arguments(looked | {"data.val_source": ood}), f"--run={run}", f"--ckpt_path={final}"])
+        for text in (
+            "valid",
+            "ood",
+        ):  # the second is what `validate` then holds; of the first each document's loss is kept
+            source = {"data.val_source": str(self.work / f"corpus/{text}.jsonl")}
+            _call(["validate", *arguments(looked | source), f"--run={run}", f"--ckpt_path={final}"])
+            if text == "valid":
+                (self.state / "documents").mkdir(exist_ok=True)
+                shutil.copy(run / "validate/documents.parquet", self.state / f"documents/{cell.name}.parquet")
         return {
             **{tag: log.last(tag) for tag in log.curves if tag.startswith("val/")},
             "val/ce/ood": read_run(run / "validate", "ood").last("val/ce"),

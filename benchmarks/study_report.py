@@ -11,8 +11,11 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from salt_lightning import compare
+from salt_lightning.difficulty import thirds
+from salt_lightning.metrics import THIRDS
 from salt_lightning.report import flop_unit, number, table
 
 if TYPE_CHECKING:
@@ -24,6 +27,7 @@ Rows = dict[str, dict[int, Record]]  # row -> seed -> result
 
 def report(study: Study) -> str:
     """Markdown of all that was measured, and the figures beside it."""
+    _add_thirds(study)
     cells = study.cells()
     order = list(dict.fromkeys(cell.row for cell in cells))
     rows: Rows = {row: {} for row in order}
@@ -47,6 +51,20 @@ def report(study: Study) -> str:
     ]
     left = [cell.name for cell in cells if cell.name not in study.done]
     return "\n\n".join([*filter(None, parts), *([f"Not run: {', '.join(left)}."] if left else [])])
+
+
+def _add_thirds(study: Study) -> None:
+    """Each result's val/ce/easy, medium and hard: thirds of the validation text by the teacher's own loss."""
+    read = {path.stem: pq.read_table(path) for path in (study.state / "documents").glob("*.parquet")}
+    teacher = next((read[name] for name, r in study.done.items() if r["row"] == "teacher" and name in read), None)
+    if teacher is None:
+        return
+    third_D = thirds(teacher["nll"].to_numpy(), teacher["tokens"].to_numpy())
+    for name in read.keys() & study.done.keys():
+        nll_D, tokens_D = (read[name][column].to_numpy() for column in ("nll", "tokens"))
+        for third, label in enumerate(THIRDS):
+            inside_D = third_D == third
+            study.done[name][f"val/ce/{label}"] = float(nll_D[inside_D].sum() / tokens_D[inside_D].sum())
 
 
 def _facts(study: Study) -> str:

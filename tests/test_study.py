@@ -156,12 +156,12 @@ def write_sources(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """tiny(verb, *arguments): the script in a folder of its own. It forks, and this process has threads."""
+    """tiny(*arguments): a session in a folder of its own. It forks, and this process has threads."""
     folder = tmp_path_factory.mktemp("study")
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CORPUS": str(write_sources(folder))}
 
     def run(*arguments: str) -> str:
-        command = [sys.executable, str(ROOT / "benchmarks/study.py"), *arguments, "--size", "tiny"]
+        command = [sys.executable, str(ROOT / "benchmarks/study.py"), "run", "--size", "tiny", *arguments]
         done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=env, cwd=folder)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
@@ -175,7 +175,7 @@ CELLS = r"^(baseline-lr.*-s0|teacher-s17|score-s17|(salt|salt-ds|salt-f0.5|high-
 
 @pytest.fixture(scope="module")
 def first_session(tiny) -> str:
-    return tiny("run", "--only", CELLS)
+    return tiny("--only", CELLS)
 
 
 def records(tiny) -> dict[str, dict]:
@@ -216,7 +216,7 @@ def test_finished_cells_are_skipped_and_a_killed_one_goes_on(tiny, first_session
     (state / "results.jsonl").write_text("".join(kept))
     for file in run.glob("checkpoints/step-00000010.ckpt*"):  # what a kill after the first stretch leaves behind
         file.unlink()
-    out = tiny("run", "--only", CELLS)
+    out = tiny("--only", CELLS)
     assert out.count("minutes expected") == 1
     assert (
         "--ckpt_path=last" in (run / "log.txt").read_text().splitlines()[-20:][0]
@@ -227,8 +227,16 @@ def test_finished_cells_are_skipped_and_a_killed_one_goes_on(tiny, first_session
 
 
 def test_the_report(tiny, first_session):
-    out, found = tiny("report"), records(tiny)
+    state = tiny.folder / "runs/study-tiny"
+    out, found = study_report.report(Study("tiny", state, tiny.folder)), records(tiny)
     assert f"{found['salt-s0']['val/ce']:.4f}" in next(line for line in out.splitlines() if line.startswith("| salt "))
     assert "### Reached at f: salt" in out
+    base, salt = (
+        [float(line.split("|")[column]) for third in ("easy", "medium", "hard") for line in out.splitlines()
+         if line.startswith(f"| val/ce/{third} ")]
+        for column in (2, 3)
+    )  # fmt: skip
+    assert min(base) < found["baseline-lr0.03-s0"]["val/ce"] < max(base)  # thirds of the text that val/ce is a mean of
+    assert min(salt) < found["salt-s0"]["val/ce"] - found["baseline-lr0.03-s0"]["val/ce"] < max(salt)
     assert "Not run: " in out
-    assert (tiny.folder / "runs/study-tiny/main/compare.png").exists()
+    assert (state / "main/compare.png").exists()
