@@ -153,7 +153,7 @@ class Study:
     """The queue of a size, as far as the results so far decide it, and where its files lie."""
 
     def __init__(self, size: str, state: Path, work: Path) -> None:
-        self.size, self.state, self.work = SIZES[size], state, work
+        self.size_name, self.size, self.state, self.work = size, SIZES[size], state, work
         self.results = state / "results.jsonl"
         self.done: dict[str, Record] = {}
         if self.results.exists():

@@ -81,7 +81,7 @@ def _facts(study: Study) -> str:
         + f"{run['unique_tokens']:,} unique tokens of a BPE of {size.vocab:,}; a run reads "
         f"{size.steps * size.rows * size.block:,} ({size.steps} steps of {size.rows} rows of {size.block}), "
         f"{run['epochs']:.2f} epochs",
-        f"`python benchmarks/study.py run`; commit {_distinct(r['commit'] for r in records)}; "
+        f"`python benchmarks/study.py run --size {study.size_name}`; commit {_distinct(r['commit'] for r in records)}; "
         f"{_distinct(r['card'] for r in records)}; {_distinct(told)}; {_distinct(r['date'] for r in records)}; "
         f"{sum(r['wall_s'] for r in records) / 60:.0f} minutes in {len(records)} cells",
         f"seeds {', '.join(map(str, size.seeds))}, named beforehand; one teacher of each kind, with a seed of its own",
