@@ -223,13 +223,20 @@ def test_what_cannot_be_tested_is_refused(own, message, learned, capsys):
     assert re.search(message, one_line(capsys))
 
 
-def test_a_prompt_near_the_end_of_a_row_gets_what_is_left(learned, tmp_path):
+def test_a_prompt_near_the_end_of_a_row_gets_what_is_left(learned, monkeypatch):
     """And some examples alone are looked at: evenly spaced ones."""
+    asked = []
+
+    def spy(model, prompts, max_new_tokens, *others):
+        asked.extend((len(prompt), max_new_tokens) for prompt in prompts)
+        return generate(model, prompts, max_new_tokens, *others)
+
+    monkeypatch.setattr("salt_lightning.answers.generate", spy)
     own = {"data.block_size": 26, "answers.max_examples": 2, "answers.choices": "null"}
     assert cli.main(["test", *arguments(learned, own)]) == 0
     found = answers(learned["run"])
     assert [record["example"] for record in found] == [0, 6]
-    assert all(len(record["generated"]) <= 26 - len(record["prompt"]) for record in found)
+    assert asked == [(18, 8), (17, 9)]
     assert "choice" not in found[0]
 
 

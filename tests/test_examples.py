@@ -42,7 +42,8 @@ WORDS = ["red", "green", "blue", "seven", "a long word or two", "no"]
 
 def prepared(tmp_path, rows, examples=PLAIN, tokenizer=None, val_fraction=1.0, **corpus):
     file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if not file.exists():  # written again it would be another corpus to the cache
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     groups = resolve("--data.source", [str(file)], Hub())
     tokenizer = tokenizer or byte_tokenizer()
     folder = prepare_tokens(
