@@ -26,7 +26,7 @@ from salt_lightning.answers import AnswerTest
 from salt_lightning.checkpoint import AtomicCheckpointIO, RunCheckpoint, newest
 from salt_lightning.data import SALTDataModule
 from salt_lightning.difficulty import DocumentLossWriter
-from salt_lightning.errors import ConfigError, NonFiniteLossError, Stopped
+from salt_lightning.errors import ConfigError, NonFiniteLossError, Stopped, printable
 from salt_lightning.event_log import EventLog, quiet_threads
 from salt_lightning.models import check_path, read_checkpoint
 from salt_lightning.module import SALTModule
@@ -142,6 +142,8 @@ class SALTCLI(LightningCLI):
             if before is not _MISSING and now != before and not isinstance(now, dict) and key != "student.path":
                 _say(f"--model.{key} {now} (checkpoint: {before}): the given value is used")
         saved.pop("seed", None)  # follows --seed_everything
+        for model in ("student", "teacher"):  # no file decides that code is run
+            saved[model] = {key: value for key, value in saved[model].items() if key != "trust_remote_code"}
         if subcommand != "fit" and given:
             given.pop("student", None)  # what is looked at is what the checkpoint holds
         merged = self.parser.parse_object({subcommand: {"model": saved}}, self.config)
@@ -435,7 +437,7 @@ def main(args: list[str] | None = None) -> int:
         message = str(error)
         if isinstance(error, OSError) and error.filename is not None:
             message = f"{error.filename}: {error.strerror}"
-        print(f"\nerror: {message}", file=sys.stderr)  # on a line of its own, after a progress bar
+        print(f"\nerror: {printable(message)}", file=sys.stderr)  # on a line of its own, after a progress bar
         return 2 if isinstance(error, ConfigError) else 1
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):

@@ -99,7 +99,7 @@ def _on_meta(saved: dict[str, Any], setting: str) -> PreTrainedModel:
     try:
         config = AutoConfig.for_model(spec.family, **spec.config)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # transformers checks settings in many places and ways
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
         raise ConfigError(f"{setting}: transformers cannot build its {spec.family} ({reason})") from error
