@@ -133,7 +133,7 @@ class SALTCLI(LightningCLI):
         config["ckpt_path"] = None if path is None else str(path)
         if path is None:
             return
-        saved = dict(read_checkpoint(str(path), "--ckpt_path")["hyper_parameters"])
+        saved = _without_code(read_checkpoint(str(path), "--ckpt_path")["hyper_parameters"], path)
         if chosen != "last" and (reason := shards.damage(path)):
             raise ConfigError(f"--ckpt_path {path} is damaged ({reason}); take an older one, or last, which finds one")
         given = self._settings(self._explicit).get("model") or Namespace()
@@ -142,8 +142,6 @@ class SALTCLI(LightningCLI):
             if before is not _MISSING and now != before and not isinstance(now, dict) and key != "student.path":
                 _say(f"--model.{key} {now} (checkpoint: {before}): the given value is used")
         saved.pop("seed", None)  # follows --seed_everything
-        for model in ("student", "teacher"):  # no file decides that code is run
-            saved[model] = {key: value for key, value in saved[model].items() if key != "trust_remote_code"}
         if subcommand != "fit" and given:
             given.pop("student", None)  # what is looked at is what the checkpoint holds
         merged = self.parser.parse_object({subcommand: {"model": saved}}, self.config)
@@ -350,6 +348,21 @@ def _rank() -> int:
 def _say(message: str) -> None:
     if _rank() == 0:
         print(message, file=sys.stderr)
+
+
+def _without_code(saved: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A checkpoint's settings. No file decides that code is run: jsonargparse imports what is named as a class."""
+    specs = [saved.get(name) for name in ("student", "teacher", "optim")]
+    if _names_class(saved) or not all(isinstance(spec, dict) for spec in specs):
+        raise ConfigError(f"--ckpt_path {path} is not a whole checkpoint of this project (its settings name a class)")
+    untrusted = {name: {**saved[name], "trust_remote_code": False} for name in ("student", "teacher")}
+    return {**saved, **untrusted}
+
+
+def _names_class(node: Any) -> bool:
+    if isinstance(node, dict):
+        return "class_path" in node or any(map(_names_class, node.values()))
+    return isinstance(node, (list, tuple)) and any(map(_names_class, node))
 
 
 _MISSING = object()
