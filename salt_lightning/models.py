@@ -8,10 +8,10 @@ from __future__ import annotations
 import difflib
 import hashlib
 import inspect
-import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +24,8 @@ from transformers.utils import cached_file
 from salt_lightning import folders, shards
 from salt_lightning.errors import ConfigError
 
+# Without a word on it transformers asks at the terminal where a config names code.
+from_config = partial(AutoModelForCausalLM.from_config, trust_remote_code=False)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -224,12 +226,7 @@ def build_fresh(spec: ModelSpec, data: Any, seed: int) -> PreTrainedModel:
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices), _as_config_error("--model.student.config"):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(
-            config,
-            dtype=DTYPES[spec.dtype or "float32"],
-            attn_implementation=spec.attention,
-            trust_remote_code=False,  # else transformers asks at the terminal where a config names code
-        )
+        return from_config(config, dtype=DTYPES[spec.dtype or "float32"], attn_implementation=spec.attention)
 
 
 @contextmanager
@@ -468,9 +465,7 @@ def _load_checkpoint(spec: ModelSpec, name: str, dtype: torch.dtype, empty: bool
     prefix = "student.model."
     config = AutoConfig.for_model(saved.family, **saved.config)
     with torch.device("meta") if empty else nullcontext():
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=spec.attention, trust_remote_code=False
-        )
+        model = from_config(config, dtype=dtype, attn_implementation=spec.attention)
     if not empty:
         require_undamaged(str(spec.path), f"--model.{name}.path")
         weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}

@@ -117,3 +117,8 @@ def test_values_that_are_no_numbers_to_work_with(make, message):
 def test_batch_sizes_of_billions_are_refused_at_once():
     with pytest.raises(ConfigError, match=r"--data.micro_batch_size 1 or 2147483629"):
         accumulation(2**31 - 19, 2, 1)  # a prime
+
+
+def test_a_mark_within_a_file_is_not_dropped(tmp_path):
+    with pytest.raises(ConfigError, match="x.jsonl: line 2 is not JSON"):
+        prepared(tmp_path, "x.jsonl", '{"text": "a"}\n\ufeff{"text": "b"}\n'.encode())
