@@ -26,7 +26,7 @@ from salt_lightning.answers import AnswerTest
 from salt_lightning.checkpoint import AtomicCheckpointIO, RunCheckpoint, newest
 from salt_lightning.data import SALTDataModule
 from salt_lightning.difficulty import DocumentLossWriter
-from salt_lightning.errors import ConfigError, NonFiniteLossError, Stopped
+from salt_lightning.errors import ConfigError, NonFiniteLossError, Stopped, printable
 from salt_lightning.event_log import EventLog, quiet_threads
 from salt_lightning.models import check_path, read_checkpoint
 from salt_lightning.module import SALTModule
@@ -133,7 +133,7 @@ class SALTCLI(LightningCLI):
         config["ckpt_path"] = None if path is None else str(path)
         if path is None:
             return
-        saved = dict(read_checkpoint(str(path), "--ckpt_path")["hyper_parameters"])
+        saved = _without_code(read_checkpoint(str(path), "--ckpt_path")["hyper_parameters"], path)
         if chosen != "last" and (reason := shards.damage(path)):
             raise ConfigError(f"--ckpt_path {path} is damaged ({reason}); take an older one, or last, which finds one")
         given = self._settings(self._explicit).get("model") or Namespace()
@@ -350,6 +350,21 @@ def _say(message: str) -> None:
         print(message, file=sys.stderr)
 
 
+def _without_code(saved: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A checkpoint's settings. No file decides that code is run: jsonargparse imports what is named as a class."""
+    specs = [saved.get(name) for name in ("student", "teacher", "optim")]
+    if _names_class(saved) or not all(isinstance(spec, dict) for spec in specs):
+        raise ConfigError(f"--ckpt_path {path} is not a whole checkpoint of this project (its settings name a class)")
+    untrusted = {name: {**saved[name], "trust_remote_code": False} for name in ("student", "teacher")}
+    return {**saved, **untrusted}
+
+
+def _names_class(node: Any) -> bool:
+    if isinstance(node, dict):
+        return "class_path" in node or any(map(_names_class, node.values()))
+    return isinstance(node, (list, tuple)) and any(map(_names_class, node))
+
+
 _MISSING = object()
 
 
@@ -435,7 +450,7 @@ def main(args: list[str] | None = None) -> int:
         message = str(error)
         if isinstance(error, OSError) and error.filename is not None:
             message = f"{error.filename}: {error.strerror}"
-        print(f"\nerror: {message}", file=sys.stderr)  # on a line of its own, after a progress bar
+        print(f"\nerror: {printable(message)}", file=sys.stderr)  # on a line of its own, after a progress bar
         return 2 if isinstance(error, ConfigError) else 1
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):

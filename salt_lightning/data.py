@@ -4,6 +4,7 @@ Text becomes token files once (documents.py, tokenizer.py, prepare.py); rows.py 
 orders them.
 """
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -140,15 +141,15 @@ class SALTDataModule(LightningDataModule):
 
     def _problems(self) -> list[str]:
         """Every setting that is out of its range."""
-        train = self.tokenizer_name == "train"
+        vocab_fits = self.tokenizer_name != "train" or 257 <= self.trained_vocab_size < 2**31
         share_fits = bool(self.val_source) or 0 < self.val_fraction < 1
         one_source = not (self.source_per_file and self.source_column)
         rows_fit = self.val_rows is None or self.val_rows >= 1
         checks = [
             ("source", self.source, self.source, "names no text; give a file, folder, glob or hub data set"),
             ("tokenizer", self.tokenizer_name, self.tokenizer_name, "must be 'train', a folder or a hub name"),
-            ("vocab_size", self.trained_vocab_size, not train or self.trained_vocab_size >= 257, "must be 257 or more"),
-            ("block_size", self.block_size, self.block_size >= 2, "must be 2 or more"),
+            ("vocab_size", self.trained_vocab_size, vocab_fits, "must be 257 or more, and below 2**31"),
+            ("block_size", self.block_size, 2 <= self.block_size < 2**31, "must be 2 or more, and below 2**31"),
             ("val_fraction", self.val_fraction, share_fits, "must lie between 0 and 1, or give --data.val_source"),
             ("val_rows", self.val_rows, rows_fit, "must be 1 or more, or null"),
             ("keep", self.keep.name, self.selection or self.keep == KeepRule(), "needs --data.selection"),
@@ -162,8 +163,8 @@ class SALTDataModule(LightningDataModule):
             "num_workers": 0,
         }
         for name, least in at_least.items():
-            value = getattr(self, name)
-            checks.append((name, value, least <= value < 1 << 63, f"must be {least} or more, and fit into 64 bits"))
+            value, bits = getattr(self, name), 63 if name == "seed" else 31
+            checks.append((name, value, least <= value < 2**bits, f"must be {least} or more, and below 2**{bits}"))
         return [f"--data.{name}: {value!r} {wanted}" for name, value, good, wanted in checks if not good]
 
     # --- text and tokenizer (need no trainer) ---
@@ -449,7 +450,9 @@ def accumulation(global_batch: int, micro_batch: int, world: int) -> int:
         return global_batch // per_pass
     below, above = global_batch // per_pass * per_pass, -(-global_batch // per_pass) * per_pass
     sizes = " or ".join(str(size) for size in (below, above) if size)
-    fitting = [size for size in range(1, global_batch + 1) if global_batch % (size * world) == 0]
+    share = global_batch // world if global_batch % world == 0 else 0  # rows of one device in a step
+    small = [size for size in range(1, math.isqrt(share) + 1) if share % size == 0]
+    fitting = {*small, *(share // size for size in small)}
     nearest = sorted(fitting, key=lambda size: (abs(size - micro_batch), size))[:2]
     other = f", or --data.micro_batch_size {' or '.join(map(str, sorted(nearest)))}" if nearest else ""
     raise ConfigError(

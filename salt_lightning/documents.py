@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import re
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -38,6 +39,7 @@ _KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "
 _COMPRESSIONS = {".gz", ".zst", ".xz", ".bz2"}
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _RAW_CHARS = 1 << 19  # text per task of a worker: long enough to hide the pickling, short enough for even progress
+_MAX_BYTES = 1 << 30  # of a document in a file
 _TABLE_ROWS = 100  # read at once from parquet and the hub, where a row may be a whole book
 
 
@@ -224,6 +226,11 @@ def _folder_files(setting: str, folder: str, hub: Hub) -> list[str]:
     if hub.split not in splits:
         raise ConfigError(f"--data.split: no {hub.split!r} in {folder!r}; there are: {', '.join(map(str, splits))}")
     read = sorted(splits[hub.split])
+    if strangers := [file for file in read if not Path(file).resolve().is_relative_to(Path(folder).resolve())]:
+        raise ConfigError(
+            f"{setting}: the README.md of {folder!r} names {strangers[0]!r}, which lies outside of that folder; name "
+            "it in the setting if you mean it"
+        )
     if left := sorted(set(found) - set(map(os.path.abspath, read))):
         _say_once(
             f"{setting}: of {folder} split {hub.split}, {len(read)} of {len(found)} files are read; left out: "
@@ -246,7 +253,8 @@ def _kind(file: str) -> str:
 def _source_name(entry: str) -> str:
     """Short name for logs: the last part of a path that is no pattern, a file's without its suffixes."""
     path = os.path.abspath(os.path.expanduser(entry))
-    parts = [part for part in path.split(os.sep) if part and not glob.has_magic(part)]
+    there = os.path.exists(path)  # then its brackets are no pattern
+    parts = [part for part in path.split(os.sep) if part and (there or not glob.has_magic(part))]
     last = parts[-1] if parts else entry
     return last.split(".")[0] or last if os.path.isfile(path) else last
 
@@ -292,23 +300,39 @@ def _read_files(group: Group, corpus: Corpus) -> Iterator[Raw]:
 
 def _read_text(file: str, group: Group, corpus: Corpus) -> Iterator[Raw]:
     with _open(file) as (content, disk):
-        data = content.read()
+        data = content.read(_MAX_BYTES + 1)
+        _check_size(data, file, 1)
         yield Raw(group.name, group.kind, [data], [], [(0, file, 1)], len(data), disk.tell())
 
 
 def _read_lines(file: str, group: Group, corpus: Corpus) -> Iterator[Raw]:
     line = 1
     with _open(file) as (content, disk):
-        while lines := content.readlines(_RAW_CHARS):
-            size = sum(map(len, lines))
-            yield Raw(group.name, group.kind, lines, [], [(0, file, line)], size, disk.tell())
-            line += len(lines)
+        lines: list[bytes] = []
+        size = 0
+        while data := content.readline(_MAX_BYTES + 1):
+            _check_size(data, file, line + len(lines))
+            lines.append(data)
+            size += len(data)
+            if size >= _RAW_CHARS:
+                yield Raw(group.name, group.kind, lines, [], [(0, file, line)], size, disk.tell())
+                line, lines, size = line + len(lines), [], 0
+        yield Raw(group.name, group.kind, lines, [], [(0, file, line)], size, disk.tell())
+
+
+def _check_size(data: bytes, file: str, line: int) -> None:
+    """A few megabytes of a packed file can hold a line that no memory can."""
+    if len(data) > _MAX_BYTES:
+        raise ConfigError(
+            f"--data.source: {file}: the document from line {line} on is longer than {_MAX_BYTES >> 20} MiB; split it"
+        )
 
 
 @contextmanager
 def _open(file: str) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
     """The unpacked content, and the file itself, whose position says how far it is read."""
-    with open(file, "rb") as disk, compr[infer_compression(file)](disk, mode="rb") as content:
+    packed = infer_compression(file) if Path(file).suffix.lower() in _COMPRESSIONS else None
+    with open(file, "rb") as disk, compr[packed](disk, mode="rb") as content:
         yield content, disk
 
 
@@ -400,7 +424,7 @@ def documents(raw: Raw, corpus: Corpus) -> tuple[list[tuple[Any, str]], Skipped]
             skipped.add(Skipped(1, error.place))
             continue
         if content and not (isinstance(content, str) and content.isspace()):
-            kept.append((content, str(source)))
+            kept.append((content, utf8(str(source)).decode()))
     return kept, skipped
 
 
@@ -409,6 +433,8 @@ def _parse(raw: Raw, row: int, corpus: Corpus) -> tuple[Any, Any]:
     data = raw.rows[row]
     if raw.kind in ("parquet", "hub"):
         return _checked(data, corpus, raw.name), raw.sources[row] if raw.sources else raw.name
+    if data.startswith(BOM_UTF8) and raw.place(row)[1] == 1:  # a mark of the file, as Windows writes it, and no text
+        data = data.removeprefix(BOM_UTF8)
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
@@ -417,10 +443,10 @@ def _parse(raw: Raw, row: int, corpus: Corpus) -> tuple[Any, Any]:
         raise _bad_line(corpus, _place(raw, row, lines_on), problem, remedy) from error
     if raw.kind == "text":
         return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text, raw.name
-    if text.isspace():
+    if not text.strip():
         return None, raw.name
     try:
-        fields = json.loads(text.removeprefix("\ufeff"))  # some editors begin a file with this mark
+        fields = json.loads(text)
     except (ValueError, RecursionError) as error:
         problem = f"is not JSON ({getattr(error, 'msg', first_line(error))})"
         raise _bad_line(corpus, _place(raw, row), problem, "write one object a line") from error

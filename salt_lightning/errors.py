@@ -11,6 +11,14 @@ class ConfigError(ValueError):
     The message names the setting as typed, its value, what is allowed and what to do.
     """
 
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """One line that does nothing to a terminal: a file's name may hold line ends, and text any escape sequence."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
 
 class NonFiniteLossError(RuntimeError):
     """The training loss became NaN or infinite; the last checkpoint is still good."""

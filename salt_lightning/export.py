@@ -23,7 +23,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from salt_lightning.card import model_card
 from salt_lightning.errors import ConfigError, VerbParser
-from salt_lightning.models import DTYPES, ModelSpec, read_checkpoint, require_undamaged
+from salt_lightning.models import DTYPES, ModelSpec, from_config, read_checkpoint, require_undamaged
 from salt_lightning.runlog import read_run
 from salt_lightning.shards import Tensors, sync_folder
 from salt_lightning.tokenizer import load_tokenizer, tokenizer_fingerprint
@@ -99,7 +99,7 @@ def _on_meta(saved: dict[str, Any], setting: str) -> PreTrainedModel:
     try:
         config = AutoConfig.for_model(spec.family, **spec.config)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = from_config(config)
     except Exception as error:  # transformers checks settings in many places and ways
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
         raise ConfigError(f"{setting}: transformers cannot build its {spec.family} ({reason})") from error

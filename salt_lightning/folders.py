@@ -38,6 +38,8 @@ def check(folder: Path, setting: str, trust_remote_code: bool) -> None:
             "language model, e.g. a llama, gpt2 or qwen3"
         )
     for name in _files(folder, setting):
+        if Path(name).name != name:
+            raise ConfigError(f"{setting} {folder}: {INDEX} names {name!r}, which lies outside of the folder")
         if not (folder / name).is_file():
             raise ConfigError(f"{setting} {folder} lacks {name}, which its {INDEX} names; download the rest")
         try:
@@ -69,7 +71,7 @@ def _files(folder: Path, setting: str) -> Iterable[str]:
 def _read(path: Path, setting: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ConfigError(f"{setting} {path} is no JSON ({error}); download it again") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{setting} {path} holds no settings but {str(content)[:40]!r}; download it again")

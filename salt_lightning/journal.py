@@ -44,8 +44,9 @@ class Unfinished:
 
     def journal(self) -> dict[str, Any]:
         """What the process before this one wrote; empty if there is nothing, or nothing that can be read."""
-        with suppress(FileNotFoundError, ValueError):
-            return json.loads((self.path / _JOURNAL).read_bytes())
+        with suppress(FileNotFoundError, ValueError, RecursionError):
+            found = json.loads((self.path / _JOURNAL).read_bytes())
+            return found if isinstance(found, dict) else {}
         return {}
 
     def write_journal(self, state: dict[str, Any]) -> None:

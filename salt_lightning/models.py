@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,8 @@ from transformers.utils import cached_file
 from salt_lightning import folders, shards
 from salt_lightning.errors import ConfigError
 
+# Without a word on it transformers asks at the terminal where a config names code.
+from_config = partial(AutoModelForCausalLM.from_config, trust_remote_code=False)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -52,10 +55,10 @@ class ModelSpec:
 
     @classmethod
     def of(cls, spec: ModelSpec | dict[str, Any] | str) -> ModelSpec:
-        """The spec itself, or one made of a checkpoint's plain dict, or of a path."""
-        if isinstance(spec, str):
-            return cls(path=spec)
-        return spec if isinstance(spec, cls) else cls(**spec)  # type: ignore[arg-type]
+        """The spec itself, or one made of a path, or of a checkpoint's plain dict, which trusts no code."""
+        if isinstance(spec, dict):
+            return cls(**{**spec, "trust_remote_code": False})
+        return cls(path=spec) if isinstance(spec, str) else spec
 
     @property
     def is_checkpoint(self) -> bool:
@@ -223,9 +226,7 @@ def build_fresh(spec: ModelSpec, data: Any, seed: int) -> PreTrainedModel:
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices), _as_config_error("--model.student.config"):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(
-            config, dtype=DTYPES[spec.dtype or "float32"], attn_implementation=spec.attention
-        )
+        return from_config(config, dtype=DTYPES[spec.dtype or "float32"], attn_implementation=spec.attention)
 
 
 @contextmanager
@@ -351,7 +352,9 @@ def check_fit(spec: ModelSpec, config: PreTrainedConfig, name: str, data: Any) -
     if not any(files):
         rank_zero_info(f"{name}: {spec.path} has no tokenizer files; that it means the same token ids is not checked")
         return
-    own = AutoTokenizer.from_pretrained(spec.path, revision=spec.revision or "main").get_vocab()
+    with _as_config_error(f"--model.{name}.path {spec.path}: its tokenizer cannot be loaded"):
+        source = {"revision": spec.revision or "main", "trust_remote_code": spec.trust_remote_code}
+        own = AutoTokenizer.from_pretrained(spec.path, **source).get_vocab()
     ours = data.tokenizer.get_vocab()
     differing = [(i, token) for token, i in sorted(ours.items(), key=lambda item: item[1]) if own.get(token) != i]
     if differing:
@@ -462,7 +465,7 @@ def _load_checkpoint(spec: ModelSpec, name: str, dtype: torch.dtype, empty: bool
     prefix = "student.model."
     config = AutoConfig.for_model(saved.family, **saved.config)
     with torch.device("meta") if empty else nullcontext():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=spec.attention)
+        model = from_config(config, dtype=dtype, attn_implementation=spec.attention)
     if not empty:
         require_undamaged(str(spec.path), f"--model.{name}.path")
         weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}

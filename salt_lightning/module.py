@@ -72,10 +72,14 @@ class SALTModule(pl.LightningModule):
         self.student_spec = ModelSpec.of(student)
         self.teacher_spec = ModelSpec.of(teacher)
         self.optim_spec = optim if isinstance(optim, OptimSpec) else OptimSpec(**optim)
-        if teacher_temperature <= 0:
-            raise ConfigError(f"--model.teacher_temperature {teacher_temperature} must be above 0")
-        if logits_budget_gib <= 0:
-            raise ConfigError(f"--model.logits_budget_gib {logits_budget_gib} must be above 0")
+        positive = {"teacher_temperature": teacher_temperature, "logits_budget_gib": logits_budget_gib}
+        wrong = [
+            f"--model.{name} {x} must be above 0, and finite" for name, x in positive.items() if not 0 < x < math.inf
+        ]
+        if accuracy not in ("accurate", "fast"):
+            wrong.append(f"--model.accuracy {accuracy} must be accurate or fast")
+        if wrong:
+            raise ConfigError("; ".join(wrong))
         self._loss = partial(
             salt_loss,
             teacher_temperature=teacher_temperature,

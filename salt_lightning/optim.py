@@ -48,11 +48,11 @@ class OptimSpec:
 
     def __post_init__(self) -> None:
         ranges = [
-            ("lr", self.lr > 0, "must be above 0"),
-            ("weight_decay", self.weight_decay >= 0, "must not be negative"),
+            ("lr", 0 < self.lr < math.inf, "must be above 0, and finite"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "must not be negative, and finite"),
             ("beta1", 0 <= self.beta1 < 1, "must lie in 0..1, below 1"),
             ("beta2", 0 <= self.beta2 < 1, "must lie in 0..1, below 1"),
-            ("eps", self.eps > 0, "must be above 0"),
+            ("eps", 0 < self.eps < math.inf, "must be above 0, and finite"),
             ("schedule", self.schedule in ("cosine", "wsd"), "must be cosine or wsd"),
             ("warmup_steps", self.warmup_steps >= 0, "must not be negative"),
             ("decay_steps", self.decay_steps is None or self.decay_steps >= 0, "must not be negative"),

@@ -157,14 +157,17 @@ def read_run(path: Path, name: str) -> Run:
     if not files:
         what = "holds no TensorBoard event files" if path.is_dir() else "is no folder"
         raise ConfigError(f"compare: RUN {path} {what}; give a run's own folder, e.g. runs/demo/salt")
-    config: Any = {}
+    settings: dict[str, Any] = {}
     if (path / "config.yaml").is_file():
         try:
-            config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))  # no tag makes an object
+            if not isinstance(config, (dict, type(None))):
+                raise yaml.YAMLError("it holds no settings")
+            settings = flat(config or {})
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
             reason = " ".join(str(error).split())
             raise ConfigError(f"compare: {path / 'config.yaml'} is not YAML: {reason}") from error
-    return Run(name, path, flat(config) if isinstance(config, dict) else {}, _read_curves(files))
+    return Run(name, path, settings, _read_curves(files))
 
 
 def flat(tree: dict[str, Any] | list[Any], prefix: str = "") -> dict[str, Any]:

@@ -77,7 +77,11 @@ class _Reader(dcp.FileSystemReader):
 
 def _metadata(folder: Path) -> Metadata:
     with open(folder / METADATA, "rb") as file:
-        return _Unpickler(file).load()
+        metadata = _Unpickler(file).load()
+    for place in metadata.storage_data.values():
+        if Path(place.relative_path).name != place.relative_path:
+            raise pickle.UnpicklingError(f"{place.relative_path!r} lies outside of the folder")
+    return metadata
 
 
 def missing(folder: Path) -> str | None:
@@ -214,7 +218,7 @@ def _retire(path: Path) -> Path:
 
 
 def _delete(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():  # what a link leads to is not ours
         shutil.rmtree(path)
     else:
         path.unlink()

@@ -186,6 +186,8 @@ class TokenFiles:
 
     def __init__(self, folder: Path, split: str) -> None:
         self.manifest = _read_manifest(folder)
+        if self.manifest["dtype"] not in ("uint16", "uint32"):  # numpy would follow the bytes of a file as pointers
+            raise _damage(folder / "manifest.json", "is not as it was written", folder)
         self.folder = folder / split
         entry = self.manifest["splits"][split]
         for name, file in entry["files"].items():

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings as hypothesis_settings
 from lightning.pytorch.callbacks import Callback
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+hypothesis_settings.register_profile("house", deadline=None)  # a busy machine is no fault of the code
+hypothesis_settings.load_profile("house")
 torch.set_num_threads(1)  # models of a few thousand weights: threads would only wait for each other
 
 WORDS = "the a small frozen teacher helps large student reads what it wrote before and then leaves so".split()  # noqa: SIM905

@@ -1,4 +1,4 @@
-"""The SALT loss from its formulas (arXiv 2410.18779), in float64 and with full logits. Slow on purpose."""
+"""The SALT loss from its formulas (arXiv 2410.18779), in float64 and with full logits; packed rows. Slow on purpose."""
 
 import torch
 
@@ -59,3 +59,28 @@ def stats_reference(hidden_NE, head_VE, labels_N, bias_V=None):
 def _logits(hidden_ND, head_VD, bias_V):
     logits_NV = hidden_ND.double() @ head_VD.double().T
     return logits_NV if bias_V is None else logits_NV + bias_V.double()
+
+
+def packed_rows(docs, byte_counts, sources, width, isolate, eos):
+    """Every row of a split, by the definition, token by token. `docs`: ids without EOS; `byte_counts`: of each id."""
+    stream = []
+    for d, doc in enumerate(docs):
+        for i, token in enumerate([*doc, eos]):
+            stream.append((token, d, i == len(doc), [*byte_counts[d], 0][i]))
+    rows = []
+    for start in range(0, len(stream) - 1, width):
+        row = {"input_ids": [], "labels": [], "positions": [], "bytes": [], "sources": []}
+        position = 0
+        for place in range(start, start + width):
+            inside = place < len(stream)
+            if isolate and place > start and ((inside and stream[place - 1][2]) or place == len(stream)):
+                position = 0  # a document begins, or the filling after the last one
+            predicts = inside and not stream[place][2] and place + 1 < len(stream)
+            row["input_ids"].append(stream[place][0] if inside else eos)
+            row["labels"].append(stream[place + 1][0] if predicts else -100)
+            row["positions"].append(position)
+            row["bytes"].append(stream[place + 1][3] if predicts else 0)
+            row["sources"].append(sources[stream[place][1]] if predicts else -1)
+            position += 1
+        rows.append(row)
+    return rows

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import Callback
+from reference import packed_rows
 
 from salt_lightning.data import SALTDataModule, accumulation, validation_cadence
 from salt_lightning.errors import ConfigError
@@ -112,31 +113,6 @@ def test_packing_by_hand(tmp_path):
     assert batch["positions"].tolist() == [[0, 1, 2, 3, 4]] * 2
 
 
-def reference_rows(docs, byte_counts, sources, width, isolate):
-    """By the definition, token by token."""
-    stream = []
-    for d, doc in enumerate(docs):
-        for i, token in enumerate([*doc, EOS]):
-            stream.append((token, d, i == len(doc), [*byte_counts[d], 0][i]))
-    rows = []
-    for start in range(0, len(stream) - 1, width):
-        row = {"input_ids": [], "labels": [], "positions": [], "bytes": [], "sources": []}
-        position = 0
-        for place in range(start, start + width):
-            inside = place < len(stream)
-            if isolate and place > start and ((inside and stream[place - 1][2]) or place == len(stream)):
-                position = 0  # a document begins, or the filling after the last one
-            predicts = inside and not stream[place][2] and place + 1 < len(stream)
-            row["input_ids"].append(stream[place][0] if inside else EOS)
-            row["labels"].append(stream[place + 1][0] if predicts else IGNORE)
-            row["positions"].append(position)
-            row["bytes"].append(stream[place + 1][3] if predicts else 0)
-            row["sources"].append(sources[stream[place][1]] if predicts else -1)
-            position += 1
-        rows.append(row)
-    return rows
-
-
 @settings(max_examples=80)
 @given(data=st.data(), width=st.integers(2, 12), isolate=st.booleans())
 def test_rows_against_the_definition(data, width, isolate, tmp_path_factory):
@@ -144,7 +120,7 @@ def test_rows_against_the_definition(data, width, isolate, tmp_path_factory):
     counts = [[data.draw(st.integers(0, 300)) for _ in doc] for doc in docs]
     sources = [data.draw(st.integers(0, 2)) for _ in docs]
     packed = PackedRows(token_files(tmp_path_factory.mktemp("rows") / "x", docs, counts, sources), width, isolate)
-    expected = reference_rows(docs, counts, sources, width, isolate)
+    expected = packed_rows(docs, counts, sources, width, isolate, EOS)
     assert packed.num_rows == len(expected)
     rows = np.arange(packed.num_rows)[::-1].copy()
     batch = packed.build(rows)

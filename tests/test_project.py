@@ -2,6 +2,7 @@
 
 import ast
 import io
+import re
 import tokenize
 from pathlib import Path
 
@@ -65,6 +66,20 @@ def test_imports_point_one_way(path):
 def test_every_file_is_in_the_readme():
     readme = (ROOT / "README.md").read_text()
     assert [name for name in NAMES if name != "__init__.py" and name not in readme] == []
+
+
+PAGES = ["README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "docs/troubleshooting.md", "docs/scaling.md"]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_and_targets_that_a_page_names_exist(page):
+    text = (ROOT / page).read_text()
+    named = re.findall(r"\b((?:tests|docs|benchmarks|configs|salt_lightning)/[\w./-]+\.(?:py|md|yaml|png))\b", text)
+    assert [path for path in named if not (ROOT / path).exists()] == []
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", text)
+    assert [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == []
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
+    assert [target for target in re.findall(r"`make ([\w-]+)`", text) if target not in targets] == []
 
 
 def test_the_readme_is_short_and_starts_with_a_command():

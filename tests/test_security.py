@@ -1,0 +1,428 @@
+"""Hostile files: a checkpoint, a tokenizer, a model folder, a config, text. None runs code, none reaches elsewhere.
+
+Each plants a call that makes a file, `ran`; it must not appear.
+"""
+
+import gzip
+import io
+import json
+import os
+import pickle
+import shutil
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import arguments, write_corpus
+from test_prepare import byte_tokenizer, corpus_of, prepare_many, stored
+
+from salt_lightning import ModelSpec, SALTDataModule, SALTModule, cli, documents, shards
+from salt_lightning.errors import ConfigError
+from salt_lightning.models import build, check_fit, load_pretrained, read_checkpoint
+from salt_lightning.prepare import prepare_tokens
+from salt_lightning.token_files import TokenFiles, sealed, verify
+from salt_lightning.tokenizer import load_tokenizer
+
+CPU = torch.device("cpu")
+
+
+class Touch:
+    """Pickled, it is a program that makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.fixture
+def ran(tmp_path):
+    """The file that code from a hostile file would make; looked for at the end of each test."""
+    yield tmp_path / "ran"
+    assert not (tmp_path / "ran").exists()
+
+
+def run(verb: str, *args: str) -> int:
+    try:
+        return cli.main([verb, *args])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+
+def refused(capsys, *args: str) -> str:
+    """The one line by which a command ends."""
+    assert run(*args) == 2
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, err
+    return lines[0]
+
+
+# --- checkpoints ---
+
+
+def with_program(path: Path, teacher: str, where: str, ran: Path) -> Path:
+    """A checkpoint with a program in it, as a file of its own."""
+    saved = torch.load(teacher, weights_only=True)
+    if where == "optimizer":
+        saved["optimizer_states"][0]["state"] = Touch(ran)
+    elif where == "alone":
+        saved = Touch(ran)
+    else:
+        saved[where] = Touch(ran)
+    if where == "bare pickle":
+        path.write_bytes(pickle.dumps(saved, protocol=2))
+    else:
+        torch.save(saved, path)
+    return path
+
+
+PLACES = ["state_dict", "hyper_parameters", "optimizer", "callbacks", "alone", "bare pickle"]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_checkpoint_that_is_a_program(place, settings, teacher, ran, tmp_path, capsys):
+    evil = with_program(tmp_path / "evil.ckpt", teacher, place, ran)
+    small = arguments(settings, {"run": str(tmp_path / "run"), "kd.weight": 0.5, "kd.steps": 2})
+    assert "is not a whole checkpoint of this project" in refused(capsys, "fit", *small, f"--ckpt_path={evil}")
+    assert "--model.teacher.path" in refused(capsys, "fit", *small, f"--model.teacher.path={evil}")
+    assert "--ckpt_path" in refused(capsys, "validate", *small, f"--ckpt_path={evil}")
+    assert "export: CKPT" in refused(capsys, "export", str(evil), str(tmp_path / "out"))
+    with pytest.raises((pickle.UnpicklingError, RuntimeError)):
+        SALTModule.load_from_checkpoint(evil)
+
+
+NO_RANKS = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
+@NO_RANKS
+@pytest.mark.parametrize("name", ["meta.pt", ".metadata", "__0_0.distcp"])
+def test_a_sharded_checkpoint_with_a_program_in_one_file(name, ran, tmp_path):
+    folder = sharded(tmp_path / "step-00000001.ckpt")
+    if name == ".metadata":
+        (folder / name).write_bytes(pickle.dumps(Touch(ran)))
+    elif name == "meta.pt":
+        torch.save({"hyper_parameters": {"student": Touch(ran)}}, folder / name)
+    else:  # a piece in the place of the first one
+        piece = io.BytesIO()
+        torch.save(Touch(ran), piece)
+        place = next(iter(shards._metadata(folder).storage_data.values()))
+        content = bytearray((folder / name).read_bytes())
+        content[place.offset : place.offset + place.length] = piece.getvalue().ljust(place.length, b"\0")
+        (folder / name).write_bytes(content)
+    with pytest.raises(ConfigError):
+        dict(read_checkpoint(str(folder), "CKPT")["state_dict"])
+
+
+def sharded(folder: Path, file: str = "") -> Path:
+    """A checkpoint folder of one rank. `file`: the name that its table gives to the file of tensors."""
+    from torch.distributed import checkpoint as dcp
+
+    folder.mkdir(parents=True)
+    dcp.save({"state_dict.a": torch.ones(200)}, storage_writer=dcp.FileSystemWriter(folder), no_dist=True)
+    torch.save({"hyper_parameters": {"student": {}}}, folder / "meta.pt")
+    if file:
+        table = shards._metadata(folder)
+        for place in table.storage_data.values():
+            place.relative_path = file
+        (folder / ".metadata").write_bytes(pickle.dumps(table))
+    return folder
+
+
+@NO_RANKS
+@pytest.mark.parametrize("file", ["../other/__0_0.distcp", "{absolute}", "sub/../../other/__0_0.distcp"])
+def test_a_sharded_checkpoint_that_names_a_file_elsewhere(file, tmp_path):
+    other = sharded(tmp_path / "other") / "__0_0.distcp"
+    folder = sharded(tmp_path / "x.ckpt", file.format(absolute=other))
+    (folder / "sub").mkdir()
+    with pytest.raises(ConfigError, match="lies outside of the folder"):
+        read_checkpoint(str(folder), "CKPT")
+
+
+@NO_RANKS
+def test_removing_a_checkpoint_that_is_a_link_leaves_what_it_leads_to(tmp_path):
+    there = sharded(tmp_path / "there")
+    (tmp_path / "step-00000001.ckpt").symlink_to(there)
+    shards.remove(tmp_path / "step-00000001.ckpt")
+    assert (there / "meta.pt").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["there"]
+
+
+def code_folder(folder: Path, ran: Path, **config: object) -> Path:
+    """A model folder that names code of its own for all that transformers loads."""
+    folder.mkdir(exist_ok=True)
+    (folder / "evil.py").write_text(f"open({str(ran)!r}, 'w')\nclass C: pass\n")
+    names = ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer")
+    auto = {"auto_map": {name: ["evil.C", "evil.C"] if name == "AutoTokenizer" else "evil.C" for name in names}}
+    (folder / "config.json").write_text(json.dumps({"model_type": "evil", **auto, **config}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Evil", **auto}))
+    return folder
+
+
+def test_a_checkpoint_cannot_ask_for_code(settings, teacher, ran, tmp_path, capsys, monkeypatch):
+    """Its settings name a folder with code, and say that this code is trusted."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # whoever says yes to everything
+    evil = code_folder(tmp_path / "evil", ran)
+    saved = torch.load(teacher, weights_only=True)
+    for model in ("student", "teacher"):
+        saved["hyper_parameters"][model] |= {"path": str(evil), "trust_remote_code": True}
+    torch.save(saved, tmp_path / "evil.ckpt")
+    small = arguments(settings, {"run": str(tmp_path / "run"), "model.student.config": "{}"})
+    assert "cannot be loaded" in refused(capsys, "validate", *small, f"--ckpt_path={tmp_path / 'evil.ckpt'}")
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        SALTModule.load_from_checkpoint(tmp_path / "evil.ckpt")
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])  # t5 is no causal model: the code would be all there is
+def test_a_student_whose_settings_name_code(family, teacher, ran, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    evil = code_folder(tmp_path / "evil", ran)
+    saved = torch.load(teacher, weights_only=True)
+    saved["hyper_parameters"]["student"]["family"] = family
+    saved["hyper_parameters"]["student"]["config"]["auto_map"] = {"AutoModelForCausalLM": f"{evil}--evil.C"}
+    torch.save(saved, tmp_path / "evil.ckpt")
+    code = run("export", str(tmp_path / "evil.ckpt"), str(tmp_path / "out"))
+    assert code == (0 if family == "llama" else 2)
+    assert "Traceback" not in capsys.readouterr().err
+
+
+PROGRAM = {"class_path": "evil_module.C", "init_args": {}}
+HYPER_PARAMETERS = {
+    "of Lightning": {"_class_path": "evil_module.C"},
+    "an instantiator": {"_instantiator": "evil_module.C"},
+    "module": PROGRAM,
+    "student": {"student": PROGRAM},
+    "student by name": {"student": "evil_module.C"},
+    "a student's setting": {"student": {"config": {"rope_parameters": [PROGRAM]}}},
+    "optim": {"optim": PROGRAM},
+}
+
+
+@pytest.mark.parametrize("where", HYPER_PARAMETERS)
+def test_a_checkpoint_cannot_name_a_class(where, settings, teacher, ran, tmp_path, capsys, monkeypatch):
+    (tmp_path / "evil_module.py").write_text(f"open({str(ran)!r}, 'w').close()\nclass C: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    saved = torch.load(teacher, weights_only=True)
+    for key, value in HYPER_PARAMETERS[where].items():
+        if isinstance(value, dict) and "config" in value:
+            saved["hyper_parameters"][key]["config"] |= value["config"]
+        else:
+            saved["hyper_parameters"][key] = value
+    torch.save(saved, tmp_path / "evil.ckpt")
+    small = arguments(settings, {"run": str(tmp_path / "run"), "kd.weight": 0.0})
+    refused(capsys, "validate", *small, f"--ckpt_path={tmp_path / 'evil.ckpt'}")
+    refused(capsys, "fit", *small, f"--ckpt_path={tmp_path / 'evil.ckpt'}")
+    with suppress(ConfigError, TypeError, ValueError):  # from Python a setting of no meaning is left out
+        SALTModule.load_from_checkpoint(tmp_path / "evil.ckpt")
+    assert "evil_module" not in sys.modules
+
+
+# --- model and tokenizer folders ---
+
+
+@pytest.fixture(scope="module")
+def exported(teacher, tmp_path_factory) -> Path:
+    target = tmp_path_factory.mktemp("models") / "teacher"
+    assert cli.main(["export", teacher, str(target)]) == 0
+    return target
+
+
+@pytest.fixture
+def model_folder(exported, tmp_path) -> Path:
+    return Path(shutil.copytree(exported, tmp_path / "model"))
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_pickle_beside_or_instead_of_safetensors(beside, model_folder, ran):
+    torch.save(Touch(ran), model_folder / "pytorch_model.bin")
+    torch.save(Touch(ran), model_folder / "optimizer.pt")
+    spec = ModelSpec(path=str(model_folder))
+    if beside:
+        load_pretrained(spec, "teacher", torch.float32)
+        return
+    (model_folder / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"--model.teacher.path .* cannot be loaded: .*safetensors"):
+        load_pretrained(spec, "teacher", torch.float32)
+
+
+@pytest.mark.parametrize("file", ["evil.bin", "../evil.bin", "{absolute}"])
+def test_an_index_that_names_a_pickle_or_a_file_elsewhere(file, model_folder, ran):
+    place = file.format(absolute=model_folder.parent / "evil.bin")
+    torch.save(Touch(ran), model_folder / place)
+    from safetensors import safe_open
+
+    with safe_open(model_folder / "model.safetensors", "pt") as weights:
+        index = {"metadata": {}, "weight_map": dict.fromkeys(weights.keys(), place)}
+    (model_folder / "model.safetensors").unlink()
+    (model_folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ConfigError, match="--model.teacher.path"):
+        load_pretrained(ModelSpec(path=str(model_folder)), "teacher", torch.float32)
+
+
+def test_an_index_that_names_weights_elsewhere(model_folder):
+    from safetensors import safe_open
+
+    with safe_open(model_folder / "model.safetensors", "pt") as weights:
+        index = {"metadata": {}, "weight_map": dict.fromkeys(weights.keys(), "../elsewhere.safetensors")}
+    (model_folder / "model.safetensors").rename(model_folder.parent / "elsewhere.safetensors")
+    (model_folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ConfigError, match=r"--model.teacher.path .*'../elsewhere.safetensors', outside of the folder"):
+        load_pretrained(ModelSpec(path=str(model_folder)), "teacher", torch.float32)
+
+
+def test_a_model_folder_with_code(ran, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    evil = code_folder(tmp_path / "evil", ran)
+    for empty in (False, True):
+        with pytest.raises(ConfigError, match=r"--model.teacher.path .* cannot be loaded"):
+            load_pretrained(ModelSpec(path=str(evil)), "teacher", torch.float32, empty)
+    with pytest.raises(ConfigError, match=r"--data.tokenizer: cannot load"):
+        load_tokenizer(str(evil))
+
+
+def test_a_known_model_whose_folder_has_code_too(model_folder, ran, tmp_path, monkeypatch):
+    """transformers' own classes are taken; of its tokenizer too, where it is compared with the data's."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    config = json.loads((model_folder / "config.json").read_text())
+    words = json.loads((model_folder / "tokenizer_config.json").read_text())
+    code_folder(model_folder, ran, **config)
+    evil = json.loads((model_folder / "tokenizer_config.json").read_text())
+    (model_folder / "tokenizer_config.json").write_text(json.dumps({**words, "auto_map": evil["auto_map"]}))
+    data = SALTDataModule("x", tokenizer=str(model_folder), block_size=8)
+    spec = ModelSpec(path=str(model_folder))
+    build(spec, "teacher", data, torch.float32, CPU)
+    (model_folder / "tokenizer_config.json").write_text(json.dumps(evil))
+    with pytest.raises(ConfigError, match=r"--model.teacher.path .*: its tokenizer cannot be loaded"):
+        check_fit(spec, load_pretrained(spec, "teacher", torch.float32).config, "teacher", data)
+
+
+@pytest.mark.parametrize("key", ["tokenizer_file", "vocab_file", "added_tokens_file", "special_tokens_map_file"])
+def test_a_tokenizer_that_names_a_file_elsewhere(key, model_folder, ran, tmp_path):
+    """Its own files are read, or it is refused; what it names is neither run nor shown."""
+    (tmp_path / "secret").write_text("top secret")
+    config = json.loads((model_folder / "tokenizer_config.json").read_text())
+    before = load_tokenizer(str(model_folder)).get_vocab()
+    (model_folder / "tokenizer_config.json").write_text(json.dumps({**config, key: str(tmp_path / "secret")}))
+    with suppress(ConfigError):
+        assert load_tokenizer(str(model_folder)).get_vocab() == before
+
+
+# --- settings ---
+
+
+@pytest.mark.parametrize("text", ["!!python/object/apply:os.system ['touch {ran}']", "run: !!python/name:os.system"])
+def test_yaml_with_tags(text, settings, ran, tmp_path, capsys):
+    (tmp_path / "evil.yaml").write_text(text.format(ran=ran))
+    refused(capsys, "fit", *arguments(settings), f"--config={tmp_path / 'evil.yaml'}")
+    assert run("fit", *arguments(settings), f"--model.student.config={text.format(ran=ran)}") == 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["!!python/object/apply:os.system ['touch {ran}']", "a: &a [*a]", "- 1", "[" * 5000, b"\xff".decode("latin-1")],
+    ids=["tag", "loop", "list", "deep", "bytes"],
+)
+def test_a_run_whose_config_is_hostile(text, teacher, ran, tmp_path, capsys):
+    bad = Path(shutil.copytree(Path(teacher).parents[1], tmp_path / "bad"))
+    (bad / "config.yaml").write_bytes(text.format(ran=ran).encode("latin-1"))
+    assert "is not YAML" in refused(capsys, "compare", str(bad), f"--out={tmp_path}")
+    refused(capsys, "export", str(bad / "checkpoints/step-00000020.ckpt"), str(tmp_path / "out"))
+
+
+def test_a_config_may_name_classes_and_is_trusted(settings, tmp_path, capsys, monkeypatch):
+    """What SECURITY.md says of --config: it imports, as a program does. Only what it asks for is made."""
+    (tmp_path / "some_module.py").write_text(
+        "class NoCallback:\n    def __init__(self):\n        raise SystemExit(99)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "x.yaml").write_text("trainer:\n  callbacks:\n  - class_path: some_module.NoCallback\n")
+    refused(capsys, "fit", *arguments(settings), f"--config={tmp_path / 'x.yaml'}")  # imported, and no Callback
+    monkeypatch.delitem(sys.modules, "some_module", raising=False)
+    for section in ("data", "kd", "checkpoint"):
+        (tmp_path / "x.yaml").write_text(f"{section}:\n  class_path: some_module.NoCallback\n")
+        refused(capsys, "fit", *arguments(settings), f"--config={tmp_path / 'x.yaml'}")
+        assert "some_module" not in sys.modules
+
+
+# --- text ---
+
+
+def test_a_data_folder_that_names_files_elsewhere(tmp_path):
+    folder = tmp_path / "books"
+    folder.mkdir()
+    (tmp_path / "secret.jsonl").write_text('{"text": "top secret"}\n')
+    (folder / "a.jsonl").write_text('{"text": "a"}\n')
+    for place in ("../secret.jsonl", str(tmp_path / "secret.jsonl")):
+        (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files: {place}\n---\n")
+        with pytest.raises(ConfigError, match=r"README.md of '.*books' names '.*secret.jsonl', which lies outside"):
+            corpus_of(folder)
+
+
+def test_a_data_folder_with_a_script(tmp_path, ran):
+    folder = tmp_path / "books"
+    folder.mkdir()
+    (folder / "books.py").write_text(f"open({str(ran)!r}, 'w')")
+    (folder / "a.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(ConfigError, match=r"--data.source: cannot read the folder .* scripts are no longer supported"):
+        corpus_of(folder)
+
+
+def test_parquet_with_a_pickle_in_its_schema(ran, tmp_path):
+    """How Arrow once stored Python's own types (CVE-2023-47248)."""
+    names = {b"ARROW:extension:name": b"arrow.py_extension_type"}
+    metadata = {**names, b"ARROW:extension:metadata": pickle.dumps(Touch(ran))}
+    field = pa.field("text", pa.string(), metadata=metadata)
+    pq.write_table(pa.table([pa.array(["a"])], schema=pa.schema([field])), tmp_path / "x.parquet")
+    prepared = prepare_tokens(corpus_of(tmp_path / "x.parquet"), byte_tokenizer(), 0.0, tmp_path / "cache", 1)
+    assert stored(prepared, "train", byte_tokenizer()) == [("a", "x")]
+
+
+BOMBS = {
+    "deep": b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    "deep beside the text": b'{"n": ' + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b', "text": "a"}',
+    "enormous number": b'{"text": "a", "n": ' + b"9" * 100_000 + b"}",
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_json_bombs_are_one_line(bomb, tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(BOMBS[bomb])
+    with pytest.raises(ConfigError, match=r"x.jsonl: line 1 is not JSON"):
+        prepare_tokens(corpus_of(tmp_path / "x.jsonl"), byte_tokenizer(), 0.0, tmp_path / "cache", 1)
+
+
+def test_a_decompression_bomb_takes_no_more_memory_than_a_document_may(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "_MAX_BYTES", 1 << 20)
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(b'{"text": "' + b"a" * (64 << 20)))
+    assert (tmp_path / "x.jsonl.gz").stat().st_size < 1 << 17
+    with pytest.raises(ConfigError, match=r"longer than 1 MiB; split it"):
+        prepare_tokens(corpus_of(tmp_path / "x.jsonl.gz"), byte_tokenizer(), 0.0, tmp_path / "cache", 1)
+
+
+# --- the cache ---
+
+
+def test_a_cache_whose_manifest_makes_pointers_of_bytes(tmp_path):
+    folder = prepare_many(write_corpus(tmp_path / "x.jsonl", 20), tmp_path / "cache", 1)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["checksum"]
+    (folder / "manifest.json").write_text(json.dumps(sealed({**manifest, "dtype": "object"})))
+    with pytest.raises(ConfigError, match=r"manifest.json is not as it was written"):
+        TokenFiles(folder, "train")
+
+
+@pytest.mark.parametrize("journal", [b"[]", b"\xff", b"{", b"[" * 100_000, b'{"origin": "x", "path": "../../x"}'])
+def test_a_journal_that_is_hostile_is_not_followed(journal, tmp_path):
+    path = write_corpus(tmp_path / "x.jsonl", 20)
+    whole = prepare_many(path, tmp_path / "whole", 1)
+    partial = tmp_path / "cache" / f".{whole.name}.partial"
+    partial.mkdir(parents=True)
+    (partial / "journal.json").write_bytes(journal)
+    verify(prepare_many(path, tmp_path / "cache", 1))
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [whole.name]
