@@ -120,7 +120,7 @@ class RunCheckpoint(Checkpoint):
         """Whether all that the run keeps at once fits the disk."""
         regular = trainer.max_steps // self.every_n_steps if self.every_n_steps else 0
         kept = regular if self.keep is None else min(regular, self.keep)
-        for_good = {step for step in self._for_good if step is not None and 0 < step <= trainer.max_steps}
+        for_good = {step for step in self._for_good(trainer) if step is not None and 0 < step <= trainer.max_steps}
         return preflight.disk(self._dir, weight_bytes, kept + len(for_good))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
