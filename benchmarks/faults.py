@@ -192,6 +192,7 @@ def scenarios(shared: Path) -> dict[str, Scenario]:
     fit = {
         **data, "data.global_batch_size": 8, "model.student.config": {**MODEL, "tie_word_embeddings": True},
         "model.optim.lr": 3e-3, "model.optim.warmup_steps": 2, "model.teacher.path": str(shared / "teacher"),
+        "kd.allow_untrained": True,
         "kd.weight": 0.5, "kd.steps": 10, "checkpoint.every_n_steps": 4, "checkpoint.keep": 2,
         "trainer.max_steps": 24, "trainer.val_check_interval": 8, "trainer.log_every_n_steps": 1,
     }  # fmt: skip

@@ -195,7 +195,13 @@ def main() -> None:
         small = json.dumps({**SIZES, "hidden_size": 32, "tie_word_embeddings": True})
         failed = execute(folder, "teacher", ["--kd.weight=0", f"--model.student.config={small}", "--seed_everything=7"])
         teacher = f"--model.teacher.path={folder}/teacher/checkpoints/step-{STEPS:08d}.ckpt"
-        salt = [teacher, f"--kd.steps={BOUNDARY}", "--kd.anneal_steps=4", "--kd.shape=linear"]
+        salt = [
+            teacher,
+            "--kd.allow_untrained=true",
+            f"--kd.steps={BOUNDARY}",
+            "--kd.anneal_steps=4",
+            "--kd.shape=linear",
+        ]
         failed = failed or execute(folder, "one device", salt)
         failed = failed or execute(folder, "one device, untied head", [*salt, *UNTIED])
         if failed:

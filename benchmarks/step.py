@@ -149,6 +149,7 @@ def measure(name: str, block: int, num_blocks: int, folder: Path) -> dict[str, A
                "model.student.config": json.dumps(sizes(*pair.teacher, pair.vocab))}  # fmt: skip
     run_fit(teacher, [])
     student = {**common, "run": folder / name / "student", "trainer.max_steps": steps, "kd.weight": 0.667,
+               "kd.allow_untrained": "true",
                "model.student.config": json.dumps(sizes(*pair.student, pair.vocab)),
                "model.teacher.path": folder / name / "teacher/checkpoints/step-00000001.ckpt"}  # fmt: skip
     alternate = Alternate(block, skip=min(10, block // 3))

@@ -19,9 +19,10 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
-from salt_lightning import shards
+from salt_lightning import preflight, shards
 from salt_lightning.errors import ConfigError
 from salt_lightning.export import export
+from salt_lightning.preflight import Finding
 from salt_lightning.schedule import KDScheduleCallback
 
 _NAME = re.compile(r"step-(\d+)\.ckpt")
@@ -115,7 +116,16 @@ class RunCheckpoint(Checkpoint):
         boundary = [c.schedule.steps for c in trainer.callbacks if isinstance(c, KDScheduleCallback)]  # type: ignore[attr-defined]
         return {*self.at_steps, *boundary, trainer.max_steps}
 
+    def space(self, trainer: pl.Trainer, weight_bytes: int) -> Finding:
+        """Whether all that the run keeps at once fits the disk."""
+        regular = trainer.max_steps // self.every_n_steps if self.every_n_steps else 0
+        kept = regular if self.keep is None else min(regular, self.keep)
+        for_good = {step for step in self._for_good(trainer) if step is not None and 0 < step <= trainer.max_steps}
+        return preflight.disk(self._dir, weight_bytes, kept + len(for_good))
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        weight_bytes = sum(p.numel() * p.element_size() for p in pl_module.parameters())
+        trainer.strategy.broadcast(self.space(trainer, weight_bytes)).require()
         if threading.current_thread() is threading.main_thread():
             # Over Lightning's, which stop in the middle of a step; at the end it puts back what was there before.
             for number in (signal.SIGINT, signal.SIGTERM):

@@ -56,14 +56,10 @@ def chunked_pass(
     num_rows, vocab = labels_N.numel(), student.head_VD.shape[0]
     with_grad = any(wanted[0])
     sides = [student] if teacher is None else [student, teacher]
-    dtypes = [_logits_dtype(side.hidden_ND.dtype, plan.accuracy) for side in sides]
-    in_place = with_grad and dtypes[0] == plan.student_dtype  # the gradient takes the student logits' memory
-    logit_bytes = [vocab * dtype.itemsize for dtype in dtypes]
-    grad_bytes = vocab * plan.student_dtype.itemsize * with_grad
-    strip_bytes = sum(logit_bytes[in_place:])
-    rows_of = chunk_and_strip_rows(num_rows, grad_bytes, strip_bytes, plan.budget_gib, plan.chunk_tokens)
+    rows_of, dtypes = rows_and_dtypes((num_rows, vocab), [side.hidden_ND.dtype for side in sides], plan, with_grad)
+    in_place = len(dtypes) < len(sides)  # the gradient takes the student logits' memory
     grad_GV = _buffer(rows_of.chunk * with_grad, vocab, plan.student_dtype, labels_N.device)
-    buffers = [_buffer(rows_of.strip, vocab, dtype, labels_N.device) for dtype in dtypes[in_place:]]
+    buffers = [_buffer(rows_of.strip, vocab, dtype, labels_N.device) for dtype in dtypes]
     sums_7N = mix.scale.new_empty(NUM_SUMS, num_rows)
     grads = _GradBuffers(student, *wanted, one_chunk=rows_of.chunk >= num_rows)
     for chunk in _slices(0, num_rows, rows_of.chunk):
@@ -101,6 +97,22 @@ def chunked_label_stats(
 class ChunkRows(NamedTuple):
     chunk: int
     strip: int
+
+
+def rows_and_dtypes(
+    size: tuple[int, int], compute_dtypes: list[torch.dtype], plan: Plan, with_grad: bool
+) -> tuple[ChunkRows, list[torch.dtype]]:
+    """How many rows are held at a time, and the dtypes of the buffers for logits besides the gradient's.
+
+    One buffer for each side; none for the student where the gradient takes its logits' memory.
+    """
+    num_rows, vocab = size
+    dtypes = [_logits_dtype(dtype, plan.accuracy) for dtype in compute_dtypes]
+    if with_grad and dtypes[0] == plan.student_dtype:
+        del dtypes[0]
+    grad_bytes = vocab * plan.student_dtype.itemsize * with_grad
+    strip_bytes = vocab * sum(dtype.itemsize for dtype in dtypes)
+    return chunk_and_strip_rows(num_rows, grad_bytes, strip_bytes, plan.budget_gib, plan.chunk_tokens), dtypes
 
 
 def chunk_and_strip_rows(

@@ -21,7 +21,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from salt_lightning import compare, export, parallel, shards
+from salt_lightning import check, compare, export, parallel, shards
 from salt_lightning.answers import AnswerTest
 from salt_lightning.checkpoint import AtomicCheckpointIO, RunCheckpoint, newest
 from salt_lightning.data import SALTDataModule
@@ -170,7 +170,10 @@ class SALTCLI(LightningCLI):
         if self.subcommand in ("validate", "test") and not has_checkpoint and not config.model.student.path:
             wrong.append(f"{self.subcommand} needs --ckpt_path (a .ckpt file, or last): a fresh student knows nothing")
         if wrong:
-            raise ConfigError("; ".join(wrong))
+            self.refuse(wrong)
+
+    def refuse(self, wrong: list[str]) -> None:
+        raise ConfigError("; ".join(wrong))
 
     def _other_run(self, run: Path) -> list[str]:
         """What the config.yaml in a run's folder says of model, method and text that is not said now."""
@@ -237,6 +240,29 @@ class SALTCLI(LightningCLI):
         """What the user gave for a --trainer setting that takes one object or a list of them."""
         found = self._get(self.config_init, "trainer").get(name) or []
         return found if isinstance(found, list) else [found]
+
+
+class CheckCLI(SALTCLI):
+    """The command line of a fit, which is looked at instead of run."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        parser.add_argument(
+            "--check.memory_gib", type=float | None, default=None, help="Memory of the GPU that the run is meant for."
+        )
+
+    def refuse(self, wrong: list[str]) -> None:
+        self.wrong = wrong
+
+    def before_fit(self) -> None:
+        """Nothing: what it refuses is among the findings."""
+
+    def fit(self, **kwargs: Any) -> None:
+        config = self._settings(self.config)
+        looked = check.Check(
+            self.model, self.datamodule, self.trainer, str(config.trainer.accelerator), config.check.memory_gib
+        )
+        self.code = check.report(looked, getattr(self, "wrong", []))
 
 
 def _one_line(error: BaseException) -> str:
@@ -418,6 +444,31 @@ def _is_about_the_run(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith(_CHATTER)
 
 
+def _start(kind: type[SALTCLI], args: list[str] | None) -> Any:
+    return kind(
+        SALTModule,
+        SALTDataModule,
+        args=args,
+        parser_class=Parser,
+        save_config_callback=SaveRunConfig,
+        save_config_kwargs={"overwrite": True},
+        trainer_defaults=TRAINER_DEFAULTS,
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+        parser_kwargs={"description": "Pretrain a student with SALT; see README.md."},
+    )
+
+
+def _check(args: list[str]) -> int:
+    return _start(CheckCLI, ["fit", *args]).code
+
+
+# with the settings of a fit, which are not another parser's: _add_subcommands lists it alone
+VERBS["check"] = (
+    _check,
+    "What would stop or spoil a fit with these settings: teacher, text, memory, disk. Same options.",
+)
+
 _FIRST_RANK_S = 10.0
 
 
@@ -429,18 +480,7 @@ def main(args: list[str] | None = None) -> int:
     try:
         if first and first[0] in VERBS:
             return VERBS[first[0]][0](sys.argv[2:] if args is None else args[1:])
-        cli = SALTCLI(
-            SALTModule,
-            SALTDataModule,
-            args=args,
-            parser_class=Parser,
-            save_config_callback=SaveRunConfig,
-            save_config_kwargs={"overwrite": True},
-            trainer_defaults=TRAINER_DEFAULTS,
-            seed_everything_default=0,
-            auto_configure_optimizers=False,
-            parser_kwargs={"description": "Pretrain a student with SALT; see README.md."},
-        )
+        cli = _start(SALTCLI, args)
     except Stopped as stopped:
         print(f"\n{stopped}")
         return 128 + stopped.number
@@ -468,7 +508,7 @@ def main(args: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
-    signals = [c.stopped_by for c in cli.trainer.callbacks if isinstance(c, RunCheckpoint)]  # type: ignore[attr-defined]
+    signals = [c.stopped_by for c in cli.trainer.callbacks if isinstance(c, RunCheckpoint)]
     if signals and signals[0] is not None and cli.trainer.is_global_zero:  # the others: a code would look like a crash
         print(f"stopped by {signals[0].name} at step {cli.trainer.global_step}, saved; go on with --ckpt_path last")
         return 128 + signals[0]

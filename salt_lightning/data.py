@@ -11,11 +11,13 @@ from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import numpy as np
+import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
+from salt_lightning import preflight
 from salt_lightning.difficulty import HeldOut, find_files, read_thirds
 from salt_lightning.documents import Corpus, Hub, each_file, resolve
 from salt_lightning.errors import ConfigError
@@ -27,7 +29,17 @@ from salt_lightning.prepare import (
     token_folder,
     tokenizer_folder,
 )
-from salt_lightning.rows import Batches, EvalBatches, Loader, Order, PackedRows, ShardBatches, TrainBatches
+from salt_lightning.rows import (
+    IGNORE,
+    Batches,
+    EvalBatches,
+    Loader,
+    Order,
+    PackedRows,
+    ShardBatches,
+    TrainBatches,
+    counts_nll,
+)
 from salt_lightning.schedule import KDScheduleCallback
 from salt_lightning.scores import Scored, Scores
 from salt_lightning.selection import KeepRule, plan, row_scores
@@ -427,9 +439,22 @@ class SALTDataModule(LightningDataModule):
             f"{files.num_documents} documents, {held_out} rows for validation, vocabulary of {self.vocab_size}"
         )
         if self.trainer is not None:
-            rows = self.trainer.max_steps * self.global_batch_size
-            message += f"; {self.trainer.max_steps} steps read {rows} rows: {rows / self.num_train_rows:.2f} epochs"
+            reads = preflight.rows(self.num_train_rows, self.trainer.max_steps, self.global_batch_size)
+            message += f"; {reads.said}" + (f" ({reads.remedy})" if reads.remedy else "")
         rank_zero_info(message)
+
+    # --- for a look at a model before the first step ---
+
+    def sample(self, rows: int) -> dict[str, torch.Tensor]:
+        """So many validation rows, evenly spaced; the last ones again where there are fewer."""
+        assert self._eval is not None, "setup comes first"
+        batch = self._eval.build(np.arange(rows) * self._eval.num_rows // rows)
+        return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+    def counts_nll(self, labels_N: torch.Tensor) -> float:
+        """Mean -log p of some labels, nats, where p is how often a token occurs in the training text."""
+        assert self._train is not None, "setup comes first"
+        return counts_nll(self._train.files.tokens, labels_N[labels_N != IGNORE].numpy())
 
 
 def _phase1_steps(trainer: Trainer) -> int:

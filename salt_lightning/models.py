@@ -120,15 +120,18 @@ class CausalLM(nn.Module):
         return torch.bool if self.model.config._attn_implementation == "sdpa" else self.model.dtype
 
     @torch.no_grad()
-    def check(self) -> None:
+    def check(self) -> float:
         """Proves on eight tokens that hidden x head equals the model's logits and that documents are isolated.
+
+        Returns:
+            the largest difference of a logit.
 
         Raises:
             ConfigError: naming what this family does that we cannot honour.
         """
         training = self.training
         self.eval()
-        self._check_head()
+        off = self._check_head()
         self._own_mask = False
         if self._leaks():
             self._own_mask = True
@@ -138,8 +141,9 @@ class CausalLM(nn.Module):
                     f"--model.{self.name}.attention {self.model.config._attn_implementation}; use sdpa or eager"
                 )
         self.train(training)
+        return off
 
-    def _check_head(self) -> None:
+    def _check_head(self) -> float:
         weight = self.head.weight
         ids_BT = (torch.arange(8, device=weight.device) * 7919 % weight.shape[0])[None]
         positions_BT = torch.arange(8, device=weight.device)[None]
@@ -157,6 +161,7 @@ class CausalLM(nn.Module):
                 f"--model.{self.name}: hidden states times head differ from {type(self.model).__name__}'s own logits "
                 f"by {off:.3g}; this family transforms its logits in a way the head loss does not know"
             )
+        return float(off)
 
     def _leaks(self) -> bool:
         """Whether a change in document 1 of a row moves the hidden states of its document 2, or of another row.
@@ -326,43 +331,68 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.tx
 _QUIET = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
 
 
-def check_fit(spec: ModelSpec, config: PreTrainedConfig, name: str, data: Any) -> None:
-    """Raises ConfigError unless the pretrained model at `spec.path` can read the data's rows and means the same ids.
+def check_fit(spec: ModelSpec, config: PreTrainedConfig, name: str, data: Any) -> str:
+    """Says how the pretrained model at `spec.path` is known to mean the same token ids as the data.
 
     The tokenizer of a checkpoint is known by its fingerprint, that of a folder or hub name by the files beside the
-    model. A model without tokenizer files can only be checked for its size.
+    model. Compared are the ids that the text can contain: all but special tokens, of which only EOS is ever written.
+
+    Raises:
+        ConfigError: it cannot read the data's rows, or means other ids; the first of these are shown.
     """
     if data is None:
-        return
+        return "not checked"
     _check_positions(config, f"--model.{name}.path {spec.path} has max_position_embeddings", data)
     if config.vocab_size < data.vocab_size:
         raise ConfigError(
             f"--model.{name}.path {spec.path} has a vocabulary of {config.vocab_size}, --data.tokenizer "
             f"{data.vocab_size}: use the tokenizer that this {name} was trained with"
         )
+    size = f"{data.vocab_size} tokens, {config.vocab_size} rows in the head"
     if spec.is_checkpoint:
         saved = read_checkpoint(str(spec.path), f"--model.{name}.path").get("tokenizer")
-        if saved not in (None, data.tokenizer_fingerprint):
-            raise ConfigError(
-                f"--model.{name}.path {spec.path} was trained with another tokenizer than --data.tokenizer: its token "
-                f"ids mean something else. Point --data.tokenizer to that run's own, RUN/tokenizer"
+        if saved in (None, data.tokenizer_fingerprint):
+            return f"{size}: " + (
+                "it does not say which tokenizer it was trained with" if saved is None else "same map"
             )
-        return
-    files = (cached_file(str(spec.path), name, revision=spec.revision or "main", **_QUIET) for name in _TOKENIZER_FILES)
-    if not any(files):
+    own = _own_vocabulary(spec, name)
+    if own is None and not spec.is_checkpoint:
         rank_zero_info(f"{name}: {spec.path} has no tokenizer files; that it means the same token ids is not checked")
-        return
-    with _as_config_error(f"--model.{name}.path {spec.path}: its tokenizer cannot be loaded"):
-        source = {"revision": spec.revision or "main", "trust_remote_code": spec.trust_remote_code}
-        own = AutoTokenizer.from_pretrained(spec.path, **source).get_vocab()
-    ours = data.tokenizer.get_vocab()
-    differing = [(i, token) for token, i in sorted(ours.items(), key=lambda item: item[1]) if own.get(token) != i]
-    if differing:
-        names = {i: token for token, i in own.items()}
-        shown = ", ".join(f"id {i} is {token!r} here and {names.get(i)!r} there" for i, token in differing[:5])
+        return f"{size}: not checked, {spec.path} has no tokenizer files"
+    emitted = emitted_ids(data.tokenizer)
+    differing = [(i, token) for i, token in emitted.items() if own is None or own.get(token) != i]
+    if not differing:
+        return f"{size}: same map of all {len(emitted)} tokens that the text can contain"
+    names = {i: token for token, i in (own or {}).items()}
+    shown = ", ".join(f"id {i} is {token!r} here and {names.get(i)!r} there" for i, token in differing[:5])
+    if not spec.is_checkpoint:
         raise ConfigError(
             f"--model.{name}.path {spec.path} and --data.tokenizer name {len(differing)} token ids differently: {shown}"
         )
+    known = f" ({len(differing)} of them: {shown})" if own else ""
+    raise ConfigError(
+        f"--model.{name}.path {spec.path} was trained with another tokenizer than --data.tokenizer: its token "
+        f"ids mean something else{known}. Point --data.tokenizer to that run's own, RUN/tokenizer"
+    )
+
+
+def emitted_ids(tokenizer: Any) -> dict[int, str]:
+    """The ids that a tokenized text can contain, in order, with their tokens."""
+    special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special} - {tokenizer.eos_token}
+    return {i: token for token, i in sorted(tokenizer.get_vocab().items(), key=lambda e: e[1]) if token not in special}
+
+
+def _own_vocabulary(spec: ModelSpec, name: str) -> dict[str, int] | None:
+    """The token -> id map that lies beside a model, or in the run's folder of a checkpoint."""
+    path, revision = str(spec.path), spec.revision or "main"
+    if spec.is_checkpoint:
+        folder = Path(path).parent.parent / "tokenizer"
+        return AutoTokenizer.from_pretrained(folder).get_vocab() if folder.is_dir() else None
+    if not any(cached_file(path, file, revision=revision, **_QUIET) for file in _TOKENIZER_FILES):
+        return None
+    with _as_config_error(f"--model.{name}.path {path}: its tokenizer cannot be loaded"):
+        source = {"revision": revision, "trust_remote_code": spec.trust_remote_code}
+        return AutoTokenizer.from_pretrained(path, **source).get_vocab()
 
 
 def load_pretrained(spec: ModelSpec, name: str, dtype: torch.dtype, empty: bool = False) -> PreTrainedModel:

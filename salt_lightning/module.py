@@ -18,7 +18,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_info
 from torch import Tensor
 
-from salt_lightning import flops, models, parallel
+from salt_lightning import flops, models, parallel, preflight
 from salt_lightning.checkpoint import RunCheckpoint, go_on_from
 from salt_lightning.errors import ConfigError, NonFiniteLossError
 from salt_lightning.losses import salt_loss, token_stats
@@ -121,13 +121,16 @@ class SALTModule(pl.LightningModule):
             self.optim_spec.check(self.trainer.max_steps)
             self._check_callback()
             parallel.check(self.trainer)
-            if (algorithm := self.trainer.gradient_clip_algorithm) == GradClipAlgorithmType.VALUE:
-                raise ConfigError(f"--trainer.gradient_clip_algorithm {algorithm.value} is not supported; use norm")
+            self._check_clipping()
             models.check_path(self.student_spec, "student")
             self._plan_validation()
         data = self._data
         sources = data.source_names if data is not None else ("all",)
         self.eval_metrics = TokenMetrics(sources or ("all",), thirds=bool(getattr(data, "difficulty", None)))
+
+    def _check_clipping(self) -> None:
+        if (algorithm := self.trainer.gradient_clip_algorithm) == GradClipAlgorithmType.VALUE:
+            raise ConfigError(f"--trainer.gradient_clip_algorithm {algorithm.value} is not supported; use norm")
 
     def _plan_validation(self) -> None:
         """An interval longer than the run becomes the run; the data module has made it micro-batches by now."""
@@ -166,7 +169,7 @@ class SALTModule(pl.LightningModule):
     def load_teacher(self) -> None:
         """Loads, freezes, casts and places the teacher; checks that it speaks the student's vocabulary."""
         spec, start_s = self.teacher_spec, time.perf_counter()
-        dtype = models.DTYPES[spec.dtype] if spec.dtype else self._compute_dtype
+        dtype = models.DTYPES[spec.dtype] if spec.dtype else self.compute_dtype
         root = self.trainer.strategy.root_device  # self.device is still the CPU in setup
         device = parallel.build_device(self._strategy, root)
         with torch.random.fork_rng(devices=[root] if root.type == "cuda" else []):
@@ -179,6 +182,15 @@ class SALTModule(pl.LightningModule):
             f"loaded in {time.perf_counter() - start_s:.1f} s"
         )
 
+    def check_teacher(self, allow_untrained: bool) -> None:
+        """Refuses a teacher that knows nothing of the text; one forward of a micro-batch. Collective."""
+        if self._data is None or self.teacher is None:
+            return
+        batch = {name: t.to(self.device) for name, t in self._data.sample(self._data.micro_batch_size).items()}
+        with self.trainer.precision_plugin.train_step_context():
+            loss = preflight.look(self.teacher, batch, self._data)
+        preflight.teacher(loss, str(self.teacher_spec.path), allow_untrained).require()
+
     def release_teacher(self) -> int:
         """Drops the teacher and returns its memory to the device. Returns what its weights took here, bytes."""
         held_bytes = parallel.local_bytes(self.teacher) if self.teacher else 0
@@ -190,7 +202,7 @@ class SALTModule(pl.LightningModule):
         return held_bytes
 
     @property
-    def _compute_dtype(self) -> torch.dtype:
+    def compute_dtype(self) -> torch.dtype:
         return torch.bfloat16 if "bf16" in str(self.trainer.precision) else torch.float32
 
     # -------------------------------------------------------------- training
@@ -319,7 +331,7 @@ class SALTModule(pl.LightningModule):
     def _peak_flops(self) -> float | None:
         if self.device.type != "cuda":
             return None
-        peak = flops.peak_flops(torch.cuda.get_device_name(self.device), self._compute_dtype)
+        peak = flops.peak_flops(torch.cuda.get_device_name(self.device), self.compute_dtype)
         return peak and peak * self.trainer.world_size
 
     def require_finite(self) -> None:

@@ -76,6 +76,10 @@ class FSDP2(ModelParallelStrategy):
         super().__init__(save_distributed_checkpoint=save_distributed_checkpoint, timeout=timeout)
         self.replicas, self.shard_teacher = replicas, shard_teacher
 
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:  # also before there are processes
+        return {"num_replicas": self.num_nodes * self.num_processes, "rank": self.global_rank}
+
     def setup_environment(self) -> None:
         # Lightning's default shards across nodes and splits tensors within one; "over all" cannot be said in YAML.
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1

@@ -29,6 +29,7 @@ Batch = dict[str, np.ndarray]  # int64
 IGNORE = -100
 NO_ROW = -1  # fills the last evaluation batch up: a row without labels
 _ROUNDS = 8
+_COUNTED_TOKENS = 1 << 24
 
 # --- order ---
 
@@ -220,6 +221,13 @@ class PackedRows:
         starts = rows * self.block_size
         low, high = np.searchsorted(self.files.doc_ends, np.stack([starts, starts + self.block_size]), side="right")
         return starts, low, high
+
+
+def counts_nll(tokens: np.ndarray, labels: np.ndarray) -> float:
+    """Mean -log p of some labels, nats, where p is how often a token occurs in a stream."""
+    counts_V = np.bincount(tokens[:_COUNTED_TOKENS], minlength=int(labels.max()) + 1)
+    counts_V += 1  # a token that did not occur may still do so
+    return float(-np.log(counts_V[labels] / counts_V.sum()).mean())
 
 
 # --- batches (arrays: they pass from worker processes several times faster than tensors do) ---

@@ -119,6 +119,7 @@ class KDScheduleCallback(pl.Callback):
         min_steps: Validations before this step end nothing.
         probe_gradients: Also log probe/grad_cosine, the cosine between the gradients of CE and KD.
         allow_change: Go on from a checkpoint that was trained under another schedule.
+        allow_untrained: Take a teacher that predicts the text no better than one that was never trained: a control.
     """
 
     def __init__(  # noqa: PLR0913 - the constructor is the command line
@@ -131,13 +132,15 @@ class KDScheduleCallback(pl.Callback):
         min_steps: int = 0,
         probe_gradients: bool = False,
         allow_change: bool = False,
+        allow_untrained: bool = False,
     ) -> None:
         self.planned = KDSchedule(weight, steps, anneal_steps, shape)
         if stop_margin is None and min_steps:
             raise ConfigError(f"--kd.min_steps {min_steps} needs --kd.stop_margin")
         if min_steps < 0 or (steps is not None and min_steps >= steps > 0):
             raise ConfigError(f"--kd.min_steps {min_steps} must lie in 0..{'' if steps is None else steps - 1}")
-        self.stop_margin, self.min_steps, self.allow_change = stop_margin, min_steps, allow_change
+        self.stop_margin, self.min_steps = stop_margin, min_steps
+        self.allow_change, self.allow_untrained = allow_change, allow_untrained
         self._probe = Probe(probe_gradients)
         self._stop(None)
 
@@ -194,6 +197,7 @@ class KDScheduleCallback(pl.Callback):
         # Here, not earlier: global_step is restored by now, so a resume in phase 2 never loads the teacher.
         if self.schedule(trainer.global_step) > 0.0:
             pl_module.load_teacher()
+            pl_module.check_teacher(self.allow_untrained)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         pl_module.kd_weight.fill_(self.schedule(trainer.global_step))  # in place: a new float would recompile

@@ -40,3 +40,11 @@ def test_scoring():
     assert re.search(r"^\| tiny \| [\d.]+ \(.*\| [\d.]+% \|$", out, re.M)
     assert re.search(r"^\| tiny, `cli.py predict` \|", out, re.M)
     assert re.search(r"^\| tiny, sdpa \| [\d.]+ \(.*\| [+-][\d.]+% \|$", out, re.M)
+
+
+def test_memory():
+    """Known but for what the kernels of a CPU take themselves: blocks of the row pass, 1 MiB each, of some 60 MiB."""
+    row = next(line for line in run("memory.py").splitlines() if line.startswith("| tiny"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert all(0.95 < float(ratio) < 1.05 for ratio in (cells[3], cells[6])), row
+    assert float(cells[5].replace(",", "")) < float(cells[2].replace(",", ""))  # the teacher has left

@@ -100,6 +100,7 @@ def test_a_folder_of_text_files_and_a_pretrained_student(settings, tmp_path, cap
     own = {
         "run": str(tmp_path / "run"), "data.source": str(texts), "model.student.path": str(tmp_path / "student"),
         "model.teacher.path": str(tmp_path / "teacher"), "kd.steps": 6,
+        "kd.allow_untrained": True,
     }  # fmt: skip
     fewer = {k: v for k, v in settings.items() if k != "model.student.config"}
     assert cli.main(["fit", *arguments(fewer, own)]) == 0

@@ -408,7 +408,7 @@ def test_a_hugging_face_teacher_of_other_token_ids_is_refused(train, settings, t
     folder = tmp_path / "teacher"
     tiny("llama", vocab_size=320, max_position_embeddings=32).model.save_pretrained(folder)
     data.tokenizer.save_pretrained(folder)
-    train(str(folder), KDScheduleCallback(0.5, 1), 2)  # its own tokenizer: accepted
+    train(str(folder), KDScheduleCallback(0.5, 1, allow_untrained=True), 2)  # its own tokenizer: accepted
     files = (folder / "tokenizer.json").read_text()
     swapped = re.sub(r'"(\w)": (\d+)', lambda m: f'"{m[1]}": {({65: 66, 66: 65}).get(int(m[2]), int(m[2]))}', files)
     assert swapped != files
@@ -487,7 +487,8 @@ def test_logged_losses_are_the_formula(fit_with, teacher, tmp_path, with_bias):
 
     students, teachers, batches, val_batches = [], [], [], []
     own = {"kd.weight": 0.6, "kd.steps": 1, "model.teacher.path": teacher, "model.teacher_temperature": 2.0,
-           "data.micro_batch_size": 4, "trainer.max_steps": 2, "trainer.val_check_interval": 2}  # fmt: skip
+           "data.micro_batch_size": 4, "trainer.max_steps": 2, "trainer.val_check_interval": 2,
+           "kd.allow_untrained": True}  # fmt: skip
     if with_bias:  # and biases large enough to show
         for seed, role in enumerate(("student", "teacher")):
             tiny("phi", seed=seed, vocab_size=320, max_position_embeddings=64).model.save_pretrained(tmp_path / role)

@@ -18,10 +18,11 @@ LAYERS = [  # a file imports from files of earlier layers alone
     {"meter", "models", "probe", "report", "tokenizer", "triton_rows"},
     {"chunked_head", "compare", "parallel", "prepare", "schedule", "scores"},
     {"card", "difficulty", "losses", "rows"},
-    {"example_rows", "export", "selection"},
+    {"example_rows", "export", "preflight", "selection"},
     {"checkpoint", "score_report"},
     {"data", "module"},
-    {"answers", "scoring"},
+    {"answers", "memory", "scoring"},
+    {"check"},
     {"cli", "__init__"},
 ]
 

@@ -29,10 +29,10 @@ def test_the_python_example_runs(settings, tmp_path, monkeypatch):
         assert long in code
         code = code.replace(long, short)
     teacher = {"data.source": "my_text/*.jsonl", "data.val_fraction": 0.01, "data.cache_dir": "cache", "run": "teacher",
-               "kd.weight": 0.0, "trainer.max_steps": 1, "trainer.val_check_interval": 1,
+               "kd.weight": 0.0, "trainer.max_steps": 20, "trainer.val_check_interval": 20,
                "model.optim.warmup_steps": 0}  # fmt: skip
     assert cli.main(["fit", *arguments(settings, teacher)]) == 0
-    Path("teacher/checkpoints/step-00000001.ckpt").rename("teacher.ckpt")
+    Path("teacher/checkpoints/step-00000020.ckpt").rename("teacher.ckpt")
     scope: dict[str, object] = {}
     exec(code, scope)
     assert scope["trainer"].global_step == 4

@@ -1,0 +1,180 @@
+"""The estimate of `cli.py check` against the memory that real short runs take, in both phases.
+
+    python benchmarks/memory.py --sizes 124m 350m 1.3b       one GPU, under 4 minutes
+    python benchmarks/memory.py --cpu                        CPU, some minutes: many settings, small models
+    python benchmarks/memory.py --tiny                       any CPU, seconds: shows that it runs
+
+Runs `cli.py fit` with a teacher of about half the student's size; one process a row. On a GPU the measure is
+torch.cuda.max_memory_allocated, on a CPU what torch's profiler saw allocated. Each is of the steps after the first,
+which makes AdamW's states.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from transformers import AutoModelForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.step import PAIRS, run_fit, sizes, write_text
+from salt_lightning import memory
+from salt_lightning.models import CausalLM, fresh_config, load_pretrained
+
+SMALL = {"student": (256, 4), "teacher": (128, 3), "vocab": 4096, "rows": 4, "block": 256}
+ROWS: dict[str, dict[str, Any]] = {
+    name: {"student": PAIRS[name].student, "teacher": PAIRS[name].teacher, "vocab": PAIRS[name].vocab, "block": 1024,
+           "rows": rows, "precision": "bf16-mixed", "compile": True}
+    for name, rows in (("124m", 32), ("350m", 16), ("1.3b", 8))
+}  # fmt: skip
+ROWS |= {f"{name}, eager": {**ROWS[name], "compile": False} for name in ("124m", "350m", "1.3b")}
+ROWS |= {f"{name}, recomputed": {**ROWS[name], "recompute": True} for name in ("124m", "350m", "1.3b")}
+CPU: dict[str, dict[str, Any]] = {
+    "fp32": SMALL,
+    "fp32, compiled": {**SMALL, "compile": True},
+    "fp32, recomputed": {**SMALL, "recompute": True},
+    "fp32, recomputed, compiled": {**SMALL, "recompute": True, "compile": True},
+    "bf16": {**SMALL, "precision": "bf16-mixed"},
+    "bf16, compiled": {**SMALL, "precision": "bf16-mixed", "compile": True},
+    "bf16, recomputed": {**SMALL, "precision": "bf16-mixed", "recompute": True},
+    "bf16, recomputed, compiled": {**SMALL, "precision": "bf16-mixed", "recompute": True, "compile": True},
+    "fp32, 16 rows": {**SMALL, "rows": 16},
+    "fp32, 16 rows, compiled": {**SMALL, "rows": 16, "compile": True},
+    "bf16, 16 rows, compiled": {**SMALL, "rows": 16, "precision": "bf16-mixed", "compile": True},
+    "fp32, accumulation 2": {**SMALL, "accumulate": 2},
+    "fp32, accumulation 2, compiled": {**SMALL, "accumulate": 2, "compile": True},
+    "fp32, untied": {**SMALL, "tied": False},
+    "fp32, gpt2": {**SMALL, "family": "gpt2"},
+    "fp32, wide and deep": {**SMALL, "student": (512, 8), "teacher": (256, 6)},
+    "fp32, wide and deep, compiled": {**SMALL, "student": (512, 8), "teacher": (256, 6), "compile": True},
+}
+TINY = {"student": (128, 3), "teacher": (64, 2), "vocab": 512, "rows": 8, "block": 128}
+
+
+class Measured(pl.Callback):
+    """The peak of every optimizer step, bytes, and whether it had the teacher."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[bool, int, int]] = []  # with the teacher; from and to in ns, or the peak
+        self.peaks: dict[bool, int] = {}
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+        self._taught, self._since = pl_module.teacher is not None, time.time_ns()
+        if pl_module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, *args: Any) -> None:
+        if trainer.global_step < 2:
+            return
+        if pl_module.device.type == "cuda":
+            now = torch.cuda.max_memory_allocated()
+            self.peaks[self._taught] = max(now, self.peaks.get(self._taught, 0))
+        else:
+            self.steps.append((self._taught, self._since, time.time_ns()))
+
+    def read(self, profile: Any) -> None:
+        """Sums up the allocations that a CPU's profiler has seen."""
+        events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+        held = 0
+        for event in sorted(events, key=lambda e: e.start_ns()):
+            held += event.nbytes()
+            for taught, since, until in self.steps:
+                if since <= event.start_ns() <= until:
+                    self.peaks[taught] = max(held, self.peaks.get(taught, 0))
+
+
+def measure(row: dict[str, Any], folder: Path) -> dict[str, Any]:
+    on_gpu = torch.cuda.is_available()
+    text = folder / "text.jsonl"
+    if not text.exists():
+        write_text(text, 6000 if on_gpu else 300)
+    accumulate, family = row.get("accumulate", 1), row.get("family", "llama")
+    common = {
+        "data.source": text, "data.cache_dir": folder / "cache", "data.vocab_size": min(row["vocab"], 8192),
+        "data.block_size": row["block"], "data.micro_batch_size": row["rows"],
+        "data.global_batch_size": row["rows"] * accumulate, "data.prepare_workers": 1,
+        "trainer.accelerator": "gpu" if on_gpu else "cpu", "trainer.precision": row.get("precision", "32-true"),
+        "trainer.limit_val_batches": 0, "trainer.enable_progress_bar": "false", "trainer.log_every_n_steps": 100,
+        "checkpoint.every_n_steps": "null", "model.student.family": family,
+    }  # fmt: skip
+
+    def config(size: tuple[int, int]) -> str:
+        plain = sizes(*size, row["vocab"]) | {"tie_word_embeddings": row.get("tied", True)}
+        return json.dumps({k: v for k, v in plain.items() if family == "llama" or k != "intermediate_size"})
+
+    own = {
+        "run": folder / "teacher",
+        "trainer.max_steps": 1,
+        "kd.weight": 0,
+        "model.student.config": config(row["teacher"]),
+    }
+    run_fit(common | own, [])
+    measured = Measured()
+    own = {
+        "run": folder / "student", "trainer.max_steps": 8, "kd.steps": 4, "kd.allow_untrained": "true",
+        "model.student.config": config(row["student"]), "model.compile": json.dumps(row.get("compile", False)),
+        "model.activation_checkpointing": json.dumps(row.get("recompute", False)),
+        "model.teacher.path": folder / "teacher/checkpoints/step-00000001.ckpt",
+    }  # fmt: skip
+    if on_gpu:
+        module = run_fit(common | own, [measured])
+    else:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            module = run_fit(common | own, [measured])
+        measured.read(profile)
+    start_s = time.process_time()
+    estimates = estimate(module, row["rows"], "cuda" if on_gpu else "cpu")
+    return {
+        "estimates": [p.total for p in estimates], "measured": [measured.peaks[True], measured.peaks[False]],
+        "estimate_s": time.process_time() - start_s,
+    }  # fmt: skip
+
+
+def estimate(module: Any, rows: int, device: str) -> list[memory.Peak]:
+    data = module.trainer.datamodule
+    with torch.device("meta"):
+        student = CausalLM(AutoModelForCausalLM.from_config(fresh_config(module.student_spec, data)), "student")
+    spec = module.teacher_spec
+    teacher = CausalLM(load_pretrained(spec, "teacher", module.compute_dtype, empty=True), "teacher")
+    return memory.Fit(module, student, teacher, device).peaks(rows)
+
+
+def line(name: str, result: dict[str, Any]) -> str:
+    cells = []
+    for estimate, measured in zip(result["estimates"], result["measured"], strict=True):
+        cells += [f"{estimate / 2**20:,.1f}", f"{measured / 2**20:,.1f}", f"{estimate / measured:.3f}"]
+    return f"| {name} | {' | '.join(cells)} | {result['estimate_s']:.0f} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", nargs="+", choices=ROWS, default=["124m", "350m", "1.3b"])
+    parser.add_argument("--cpu", action="store_true", help="many settings at small sizes")
+    parser.add_argument("--tiny", action="store_true", help="one model of a few thousand weights")
+    parser.add_argument("--one", help="measure the row of this name and print its result")
+    args = parser.parse_args()
+    rows = {"tiny": TINY} if args.tiny else CPU if args.cpu else {name: ROWS[name] for name in args.sizes}
+    if args.one:
+        with tempfile.TemporaryDirectory() as folder:
+            print(json.dumps(measure(({"tiny": TINY} | CPU | ROWS)[args.one], Path(folder))))
+        return
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    print(f"{device}, torch {torch.__version__}; MiB\n")
+    print("| run | with teacher: estimate | measured | ratio | without: estimate | measured | ratio | CPU s |")
+    print("|---|--:|--:|--:|--:|--:|--:|--:|")
+    for name in rows:  # each in a process of its own: the memory of one must not stay for the next
+        done = subprocess.run([sys.executable, __file__, "--one", name], capture_output=True, text=True, check=False)
+        failed = f"| {name} | FAILED |\n{done.stderr[-1500:]}"
+        print(failed if done.returncode else line(name, json.loads(done.stdout.splitlines()[-1])), flush=True)
+
+
+if __name__ == "__main__":
+    main()

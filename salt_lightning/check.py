@@ -1,0 +1,364 @@
+"""The verb check: all that would stop or spoil a fit with these settings, looked at before its first step.
+
+Text and tokenizer are prepared as the fit would do it (and it finds them in the cache); nothing is trained, and nothing
+is written into the run's folder.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from salt_lightning import export, flops, memory, models, parallel, preflight
+from salt_lightning.checkpoint import RunCheckpoint
+from salt_lightning.data import SALTDataModule
+from salt_lightning.errors import ConfigError
+from salt_lightning.models import CausalLM, ModelSpec
+from salt_lightning.module import SALTModule
+from salt_lightning.preflight import Finding
+from salt_lightning.schedule import KDScheduleCallback
+
+_LOOK_FLOPS = 1.5e11  # of a CPU, for one look at a model: some seconds
+_WHOLE_PARAMETERS = 5e8  # a fresh student beyond this is looked at with two of its layers
+_OUTSIDE_BYTES = 3 << 28  # CUDA's context and what its libraries take, 0.75 GiB
+_GAPS = 0.04  # of the memory: between the allocator's blocks
+_CARDS_GIB = (16, 24, 40, 80)
+
+
+@dataclass
+class Check:
+    """Collects findings; what fails is one of them and hides none of the others."""
+
+    module: SALTModule
+    data: SALTDataModule
+    trainer: pl.Trainer
+    accelerator: str = "auto"
+    memory_gib: float | None = None
+    findings: list[Finding] = field(default_factory=list)
+    _untrained: float | None = None  # CE of a student before its first step
+
+    def add(self, level: preflight.Level, about: str, said: str, remedy: str = "") -> None:
+        self.findings.append(Finding(level, about, said, remedy))
+
+    def probe(self, about: str, function: Callable[[], Any]) -> Any:
+        """What `function` returns, or None where it refuses."""
+        try:
+            return function()
+        except (ConfigError, OSError) as error:
+            self.add("error", about, str(error))
+            return None
+
+    def works(self, about: str, function: Callable[..., Any], *args: Any) -> bool:
+        """Whether it does not refuse."""
+        before = len(self.findings)
+        self.probe(about, partial(function, *args))
+        return len(self.findings) == before
+
+    def run(self) -> list[Finding]:
+        attach(self.module, self.data, self.trainer)
+        self._plan()
+        batch = self._text()
+        student = self._student(batch)
+        teacher = self._teacher(batch)
+        if student is not None:
+            self._weights(student)
+            self._compute(student, teacher)
+            try:
+                self._memory(student, teacher)
+            except Exception as error:  # any model's own code runs there, on tensors that it was not made for
+                self.add(
+                    "warning", "memory", f"not estimated: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                )
+        return self.findings
+
+    # ------------------------------------------------------------- settings
+
+    @property
+    def _kd(self) -> KDScheduleCallback:
+        return next(c for c in self.trainer.callbacks if isinstance(c, KDScheduleCallback))  # type: ignore[attr-defined]
+
+    @property
+    def _savers(self) -> list[RunCheckpoint]:
+        return [c for c in self.trainer.callbacks if isinstance(c, RunCheckpoint)]  # type: ignore[attr-defined]
+
+    def _plan(self) -> None:
+        """The run's steps: phases, warm-up, and what contradicts them."""
+        max_steps, schedule, optim = self.trainer.max_steps, self._kd.schedule, self.module.optim_spec
+        if self.works("phases", self._kd.setup, self.trainer, self.module, "fit"):
+            taught = schedule.kd_steps(max_steps)
+            said = f"teacher in {taught} of {max_steps} steps ({taught / max(max_steps, 1):.0%})"
+            if schedule.anneal_steps and taught:
+                said += f", its weight falls in the last {schedule.anneal_steps} of them"
+            stays = taught == max_steps and taught > 0
+            self.add("note" if stays else "ok", "phases", said + ("; it never leaves (RKD)" if stays else ""))
+        if self.works("learning rate", optim.check, max_steps):
+            said = f"{optim.lr:g} after {optim.warmup_steps} steps of warm-up, then {optim.schedule}"
+            self.add("ok", "learning rate", said)
+        self.works("clipping", self.module._check_clipping)
+        for callback in self._savers:
+            if callback.export:
+                self.works("export", export.check_target, Path(callback.export), "--checkpoint.export")
+
+    # ----------------------------------------------------------------- text
+
+    def _text(self) -> dict[str, Tensor] | None:
+        """Rows, batches and validation; some validation rows to look at models with, where there are any."""
+        data, trainer = self.data, self.trainer
+        if self.works("batch", data._set_trainer):
+            world = data._place()[1]
+            said = f"{data.global_batch_size} rows = {data.accumulate} x {data.micro_batch_size} on {world} devices"
+            self.add("ok", "batch", said.replace("1 devices", "1 device"))
+            self._validation()
+        if not self.works("text", data.prepare_data):
+            return None
+        if self.works("text", data.setup, "predict"):
+            files = data._train.files  # type: ignore[union-attr]
+            said = f"{files.num_tokens} tokens of {files.num_documents} documents, vocabulary of {data.vocab_size}"
+            self.add("ok", "text", said)
+            self.findings.append(preflight.rows(data.num_train_rows, trainer.max_steps, data.global_batch_size))
+            if data.selection and (order := self.probe("selection", data._plan_order)):
+                kept, reads = len(order.kept), order.phase1
+                self.add("ok", "selection", f"phase 1 reads {reads} rows of {kept} kept: {reads / kept:.2f} times")
+        return data.sample(8) if self.works("validation text", data.setup, "validate") and data._train else None
+
+    def _validation(self) -> None:
+        trainer = self.trainer
+        interval, steps = trainer.val_check_interval, trainer.max_steps * self.data.accumulate
+        if not isinstance(interval, int) or trainer.limit_val_batches == 0:
+            return
+        every = min(interval, steps) // self.data.accumulate
+        said = f"every {every} steps, {trainer.max_steps // every} times"
+        if left := trainer.max_steps % every:
+            remedy = "the run's last loss is not measured: let --trainer.val_check_interval divide --trainer.max_steps"
+            self.add("warning", "validation", f"{said}, not in the last {left} steps", remedy)
+        else:
+            self.add("ok", "validation", f"{said}, the last step too")
+
+    # --------------------------------------------------------------- models
+
+    def _student(self, batch: dict[str, Tensor] | None) -> CausalLM | None:
+        """The student, without data, and what a real one says of the text."""
+        spec = self.module.student_spec
+        if spec.path:
+            lm = self._pretrained(spec, "student", models.DTYPES[spec.dtype or "float32"])
+        else:
+            lm = self.probe("student", lambda: _shaped(spec, self.data))
+        if lm is None:
+            return None
+        small = spec
+        if not spec.path and _count(lm) > _WHOLE_PARAMETERS:
+            small = replace(spec, config={**spec.config, "num_hidden_layers": 2})
+            self.add("note", "student", f"looked at with 2 of its {lm.model.config.num_hidden_layers} layers, for time")
+        if spec.path:
+            real = lm
+        elif self.data._train is None:  # without a tokenizer
+            return lm
+        else:
+            real = CausalLM(models.build_fresh(small, self.data, self.module.hparams["seed"]), "student")
+        self._proof(real)
+        lm._own_mask = real._own_mask
+        if batch is not None:
+            loss = preflight.look(real, _cut(batch, real), self.data)
+            if spec.path:
+                self.add("ok", "student CE", f"{loss.teacher:.2f} nats before its first step; ln(V) {loss.uniform:.2f}")
+            else:
+                self._untrained = loss.teacher
+        return lm
+
+    def _teacher(self, batch: dict[str, Tensor] | None) -> CausalLM | None:
+        spec, module = self.module.teacher_spec, self.module
+        if not (spec.path and self._kd.schedule.weight > 0):
+            return None
+        dtype = models.DTYPES[spec.dtype] if spec.dtype else module.compute_dtype
+        lm = self._pretrained(spec, "teacher", dtype)
+        if lm is None:
+            return None
+        models.freeze(lm)
+        self._proof(lm)
+        if batch is not None and lm.head.weight.shape[0] >= self.data.vocab_size:
+            loss = replace(preflight.look(lm, _cut(batch, lm), self.data), untrained=self._untrained)
+            self.findings.append(preflight.teacher(loss, str(spec.path), self._kd.allow_untrained))
+        return lm
+
+    def _pretrained(self, spec: ModelSpec, name: str, dtype: torch.dtype) -> CausalLM | None:
+        lm = self.probe(name, lambda: CausalLM(models.load_pretrained(spec, name, dtype), name))
+        if lm is not None and self.data._train is not None:
+            said = self.probe(f"{name} tokens", lambda: models.check_fit(spec, lm.model.config, name, self.data))
+            if said:
+                unknown = "not" in said
+                self.add("warning" if unknown else "ok", f"{name} tokens", said)
+        return lm
+
+    def _proof(self, lm: CausalLM) -> None:
+        off = self.probe(f"{lm.name} head", lm.check)
+        if off is not None:
+            said = f"hidden states x head equal {type(lm.model).__name__}'s own logits (largest difference {off:.1g})"
+            self.add("ok", f"{lm.name} head", said + ("; documents are kept apart by our mask" if lm._own_mask else ""))
+
+    # -------------------------------------------------- weights, time, memory
+
+    def _weights(self, student: CausalLM) -> None:
+        named = list(student.named_parameters())
+        matrices = [p for _, p in named if p.ndim >= 2]
+        kind = type(student.model).__name__
+        said = (
+            f"{kind}, all {_count(student) / 1e6:.1f}M parameters train; {len(matrices)} matrices "
+            f"({sum(p.numel() for p in matrices) / 1e6:.1f}M) decay by {self.module.optim_spec.weight_decay:g}, "
+            f"{len(named) - len(matrices)} vectors do not; "
+        )
+        in_blocks = isinstance(self.trainer.strategy, parallel.FSDP2 | parallel.FSDPStrategy)
+        compiled = "its blocks" if in_blocks else "its backbone, whole"
+        self.add("ok", "student", said + f"compiled: {compiled if self.module.hparams['compile'] else 'nothing'}")
+        for callback in self._savers:
+            callback.setup(self.trainer, self.module, "fit")
+            size = sum(p.numel() * p.element_size() for p in student.parameters())
+            self.findings.append(callback.space(self.trainer, size))
+
+    def _compute(self, student: CausalLM, teacher: CausalLM | None) -> None:
+        tokens, steps = self.data.global_batch_size * self.data.block_size, self.trainer.max_steps
+        per_token = [
+            flops.forward_flops_per_token(lm.model, self.data.block_size) if lm else 0.0 for lm in (student, teacher)
+        ]
+        taught = self._kd.schedule.kd_steps(steps)
+        plain = flops.student_flops(per_token[0], tokens)
+        extra = flops.teacher_flops(per_token[1], tokens)
+        said = f"{plain:.3g} FLOPs a step"
+        if extra:
+            said += f", {plain + extra:.3g} with the teacher (+{extra / plain:.0%})"
+        said += f"; the run {plain * steps + extra * taught:.3g}"
+        if torch.cuda.is_available():
+            peak = flops.peak_flops(torch.cuda.get_device_name(), self.module.compute_dtype)
+            if peak:
+                most = peak * self.trainer.world_size / (plain / tokens)
+                said += f"; by the card's data sheet at most {most:,.0f} tokens/s without a teacher"
+        if teacher is not None:
+            said += f"; teacher: {_count(teacher) / 1e6:.1f}M parameters, frozen"
+        self.add("ok", "compute", said)
+
+    def _memory(self, student: CausalLM, teacher: CausalLM | None) -> None:
+        data, device = self.data, self._device()
+        fit = memory.Fit(self.module, student, teacher, device)
+        found = fit.peaks(data.micro_batch_size)
+        taught = self._kd.schedule.kd_steps(self.trainer.max_steps)
+        if teacher is not None and taught == self.trainer.max_steps:
+            found = found[:1]  # it never leaves
+        names = ["memory, phase 1", "memory, phase 2"] if len(found) == 2 else ["memory"]
+        if taught and teacher is None:
+            self.add("note", "memory", "with the teacher, which is missing, it is more than this:")
+        for name, peak in zip(names, found, strict=True):
+            self.add("ok", name, peak.described(data.micro_batch_size))
+        limit = self._limit(device)
+        if limit is None:
+            largest = (fit.largest(_usable(gib << 30), prove=False) for gib in _CARDS_GIB)
+            most = ", ".join(f"{gib} GiB {rows or 'none'}" for gib, rows in zip(_CARDS_GIB, largest, strict=True))
+            said = f"no GPU here; the largest that fits, in rows: on {most}"
+            self.add("note", "micro-batch", said, "--check.memory_gib 24 says how much yours has")
+            return
+        fitting = fit.largest(_usable(limit))
+        said = f"of {preflight.gib(limit)} a run can use {preflight.gib(_usable(limit))}; the largest that fits: "
+        said += str(fitting or "none")
+        if max(peak.total for peak in found) <= _usable(limit):
+            self.add("ok", "micro-batch", said)
+            return
+        remedy = f"--data.micro_batch_size {fitting}" if fitting else "more devices, with --config configs/fsdp.yaml"
+        if not self.module.hparams["activation_checkpointing"]:
+            remedy += ", or --model.activation_checkpointing true"
+        said = f"--data.micro_batch_size {data.micro_batch_size} does not fit: {said}"
+        self.add("error", "micro-batch", said, remedy)
+
+    def _device(self) -> str:
+        """What the estimate is for: the CPU only where it is asked for by name."""
+        return "cpu" if self.accelerator == "cpu" and self.memory_gib is None else "cuda"
+
+    def _limit(self, device: str) -> int | None:
+        """Memory of the device, bytes; None: not known."""
+        if self.memory_gib is not None:
+            return int(self.memory_gib * 2**30)
+        if device == "cpu":
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+
+
+# ---------------------------------------------------------------------- how it is done
+
+
+def attach(module: SALTModule, data: SALTDataModule, trainer: pl.Trainer) -> None:
+    """Makes the three know each other as in a fit; starts no process and touches no device."""
+    trainer.state.fn = TrainerFn.FITTING
+    trainer.strategy._lightning_module = module
+    module.trainer = data.trainer = trainer
+    trainer._data_connector.attach_datamodule(module, data)
+
+
+def _shaped(spec: ModelSpec, data: SALTDataModule) -> CausalLM:
+    """The fresh student without weights. Where there is no tokenizer yet, of the size that one is to have."""
+    try:
+        config = models.fresh_config(spec, data)
+    except ConfigError:
+        if data.tokenizer_name != "train" or data._train is not None:
+            raise
+        sizes = {"vocab_size": -(-data.trained_vocab_size // 64) * 64, "max_position_embeddings": data.block_size}
+        config = models.fresh_config(replace(spec, config={**sizes, **spec.config}), None)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=models.DTYPES[spec.dtype or "float32"], attn_implementation=spec.attention
+        )
+    return CausalLM(model, "student")
+
+
+def _count(lm: CausalLM) -> int:
+    return sum(p.numel() for p in lm.parameters())
+
+
+def _cut(batch: dict[str, Tensor], lm: CausalLM) -> dict[str, Tensor]:
+    """The first tokens of the batch, so many that the model gets through them in seconds; 256 at least."""
+    rows, width = batch["labels"].shape
+    tokens = max(256, int(_LOOK_FLOPS / (2 * _count(lm))))
+    width = min(width, tokens)
+    return {name: t[: max(1, min(rows, tokens // width)), :width] for name, t in batch.items() if t.ndim == 2}
+
+
+def _usable(total: int) -> int:
+    return int((total - _OUTSIDE_BYTES) * (1 - _GAPS))
+
+
+def report(check: Check, wrong: list[str]) -> int:
+    """Prints all findings, `wrong` settings first; the exit code."""
+    for message in wrong:
+        check.add("error", "settings", message)
+    check.run()
+    print(listed(check.findings, min(120, shutil.get_terminal_size((120, 24)).columns)))
+    return int(any(finding.level == "error" for finding in check.findings))
+
+
+def listed(findings: list[Finding], width: int) -> str:
+    """The findings, one after the other, with what is wrong in capitals, and a sum at the end."""
+    about = max(len(f.about) for f in findings)
+    wrap = partial(textwrap.wrap, width=width, break_long_words=False, break_on_hyphens=False)
+    lines: list[str] = []
+    for finding in findings:
+        mark = finding.level.upper() if finding.level in ("warning", "error") else finding.level
+        indent = " " * (len("warning") + about + 4)
+        first = f"{mark:<7}  {finding.about:<{about}}  "
+        lines += wrap(first + finding.said, subsequent_indent=indent)
+        if finding.remedy:
+            lines += wrap("-> " + finding.remedy, initial_indent=indent, subsequent_indent=indent + "   ")
+    errors, warnings = (sum(f.level == level for f in findings) for level in ("error", "warning"))
+    end = "fit would stop or fail" if errors else "fit can start"
+    return "\n".join([*lines, "", f"{_plural(errors, 'error')}, {_plural(warnings, 'warning')}: {end}"])
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count or 'no'} {noun}{'' if count == 1 else 's'}"

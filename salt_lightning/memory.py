@@ -1,0 +1,480 @@
+"""What a training step takes of a device's memory, found by running it on tensors that have shapes and no data.
+
+Models, training step and backward are the real ones; fake tensors stand for all data, and a ledger follows every
+storage from its making to its end. A compiled model runs as the graphs that torch.compile would hand to Inductor: what
+these keep for backward is exact, and of the rest what one fused kernel makes and uses itself takes no memory.
+
+What only the device can tell is not in it: its context, workspaces of its libraries, gaps between blocks.
+"""
+
+from __future__ import annotations
+
+import operator
+import weakref
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode, _pop_mode_temporarily
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from salt_lightning import parallel
+from salt_lightning.chunked_head import CPU_BLOCK_ELEMENTS, TILE_ROWS, Plan, rows_and_dtypes
+from salt_lightning.losses import SaltLoss
+from salt_lightning.models import CausalLM
+from salt_lightning.module import SALTModule
+from salt_lightning.row_pass import math_dtype
+
+_ROUNDING = 512  # the allocator of CUDA gives memory in such pieces
+_ROW_PASS_BUFFERS = {False: 6, True: 8}  # blocks of a CPU's row pass that are alive at once: plain, with a teacher
+
+
+@dataclass(frozen=True)
+class Model:
+    """What decides the memory of a model.
+
+    Args:
+        config: its transformers config.
+        dtype: of its parameters.
+        own_mask: whether CausalLM gives it the mask of documents.
+    """
+
+    config: PreTrainedConfig
+    dtype: torch.dtype
+    own_mask: bool = False
+
+
+@dataclass(frozen=True)
+class Step:
+    """What decides the memory of a device's training step, beside the settings of the module.
+
+    Args:
+        student: to be trained.
+        teacher: None in phase 2.
+        rows: of a micro-batch.
+        block_size: tokens of a row.
+        precision: Lightning's.
+        accumulate: micro-batches of an optimizer step.
+        device: cuda or cpu.
+        compiled: whether by torch.compile.
+    """
+
+    student: Model
+    teacher: Model | None
+    rows: int
+    block_size: int
+    precision: str
+    accumulate: int
+    device: str
+    compiled: bool
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes: the most that a step takes at any time, and what of it stays from step to step."""
+
+    total: int
+    weights: int
+    optimizer: int
+    teacher: int
+
+    @property
+    def step(self) -> int:
+        """Gradients, activations, the buffers of the head loss, the batch."""
+        return self.total - self.weights - self.optimizer - self.teacher
+
+    def described(self, rows: int) -> str:
+        parts = {"weights": self.weights, "AdamW": self.optimizer, "teacher": self.teacher}
+        parts["gradients, activations and head loss"] = self.step
+        shown = ", ".join(f"{name} {size / 2**30:.3g}" for name, size in parts.items() if size)
+        return f"{self.total / 2**30:.3g} GiB at its peak with {rows} rows a micro-batch: {shown}"
+
+
+class Ledger(TorchDispatchMode):
+    """Follows storages: what lives now, and the most so far."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: Any = WeakIdKeyDictionary()
+
+    def count(self, made: Any) -> None:
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self._known:
+                size = -(-storage.nbytes() // _ROUNDING) * _ROUNDING
+                self._known[storage] = size
+                self.hold(size)
+                weakref.finalize(storage, self.hold, -size)
+
+    def overlook(self, tensors: list[Tensor]) -> None:
+        for tensor in tensors:
+            self._known[tensor.untyped_storage()] = 0
+
+    def hold(self, size: int) -> None:
+        """Memory that no tensor here stands for; negative: it is free again."""
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    @contextmanager
+    def paused(self) -> Iterator[bool]:
+        """Ops are not followed; yields whether they were."""
+        if _get_current_dispatch_mode() is self:
+            with _pop_mode_temporarily():
+                yield True
+        else:
+            yield False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        self.count(made)
+        return made
+
+
+def peaks(module: SALTModule, step: Step) -> list[Peak]:
+    """The peak of an optimizer step of `module`'s settings with the teacher and without, or without alone.
+
+    On one device that holds all of both; of any step but the first, in Lightning's order: the gradients of the step
+    before live until the first forward is done.
+    """
+    found = []
+    with FakeTensorMode(allow_non_fake_inputs=True):  # checkpointing hands on a state of random numbers
+        ledger = Ledger()
+        sim = _simulated(module, step, ledger)
+        student = [*sim.student.parameters(), *sim.student.buffers()]
+        trained = _bytes(list(sim.student.parameters()))
+        batch: dict[str, Tensor] = {
+            name: torch.empty(step.rows, step.block_size, dtype=torch.int64)
+            for name in ("input_ids", "labels", "positions", "rows")
+        }
+        batch["step_tokens"] = torch.empty((), dtype=torch.int64)
+        teacher = [] if sim.teacher is None else [*sim.teacher.parameters(), *sim.teacher.buffers()]
+        ledger.overlook([*student, *teacher])
+        ledger.hold(_bytes(student) + 3 * trained)  # gradients, and AdamW's two states
+        ledger.count(batch)
+        while True:
+            ledger.hold(_bytes(teacher))
+            ledger.peak = ledger.now
+            with ledger:
+                loss = _forward(sim, step, batch)
+                if step.accumulate == 1:
+                    ledger.hold(-trained)
+                _backward(sim, step, loss)
+            if step.accumulate == 1:
+                ledger.hold(trained)
+            found.append(Peak(ledger.peak, _bytes(student), 2 * trained, _bytes(teacher)))
+            if sim.teacher is None:
+                return found
+            ledger.hold(-_bytes(teacher))
+            sim.__dict__["teacher"], teacher = None, []
+
+
+class Fit:
+    """What a fit of `module`, which is attached to its trainer and data, takes on each of its devices.
+
+    Args:
+        module: its settings count, its models need not exist.
+        student: as it is to be trained; the meta device will do.
+        teacher: likewise; None without one.
+        device: cuda or cpu.
+    """
+
+    def __init__(self, module: SALTModule, student: CausalLM, teacher: CausalLM | None, device: str) -> None:
+        self.module, self.trainer = module, module.trainer
+        self.data: Any = module.trainer.datamodule  # type: ignore[attr-defined]
+        self.student_lm, self.teacher_lm = student, teacher
+        self.student, self.teacher = _model(student), None if teacher is None else _model(teacher)
+        self.device = device
+        strategy = self.trainer.strategy
+        self.sharded = isinstance(strategy, parallel.FSDP2 | FSDPStrategy)
+        self.shards = self.trainer.world_size // getattr(strategy, "replicas", 1) if self.sharded else 1
+        self._found: dict[tuple[int, bool], list[Peak]] = {}
+
+    def peaks(self, rows: int, compiled: bool | None = None) -> list[Peak]:
+        """With the teacher and without, or without alone, for micro-batches of so many rows."""
+        compiled = self.module.hparams["compile"] if compiled is None else compiled
+        if (rows, compiled) not in self._found:
+            accumulate = max(1, self.data.global_batch_size // (rows * self.trainer.world_size))
+            student = self.student
+            if self.sharded and str(self.trainer.precision) == "bf16-mixed":  # it is gathered in bf16, nothing is cast
+                student = replace(student, dtype=torch.bfloat16)
+            step = Step(
+                student,
+                self.teacher,
+                rows,
+                self.data.block_size,
+                str(self.trainer.precision),
+                accumulate,
+                self.device,
+                compiled,
+            )
+            self._found[rows, compiled] = [self._share(peak) for peak in peaks(self.module, step)]
+        return self._found[rows, compiled]
+
+    def largest(self, usable: int, prove: bool = True) -> int | None:
+        """Rows of the largest micro-batch that divides the global batch and fits; None: not even one row.
+
+        `prove`: by runs without torch.compile, and one with it; else in proportion to the rows of the settings.
+        """
+        per_step = self.data.global_batch_size // self.trainer.world_size
+        sizes = [n for n in range(1, per_step + 1) if per_step % n == 0]
+        fitting = bisect_right(sizes, usable, key=lambda n: self._about(n, prove))
+        if prove and fitting and max(p.total for p in self.peaks(sizes[fitting - 1])) > usable:
+            fitting -= 1
+        return sizes[fitting - 1] if fitting else None
+
+    def _about(self, rows: int, run: bool) -> int:
+        """The peak with so many rows, from that of the settings: torch.compile saves the same share of what grows."""
+        before = self.data.micro_batch_size
+        eager, twice = (max(p.total for p in self.peaks(n, compiled=False)) for n in (before, 2 * before))
+        total, grows = max(p.total for p in self.peaks(before)), twice - eager
+        more = grows * (rows / before - 1)
+        if run:
+            more = max(p.total for p in self.peaks(rows, compiled=False)) - eager
+        return int(total + more * min(1.0, (total - (eager - grows)) / grows))
+
+    def _share(self, peak: Peak) -> Peak:
+        """Of one device, where weights, gradients and optimizer lie in shards; by arithmetic, not by a run."""
+        if isinstance(self.trainer.strategy, DDPStrategy) and self.trainer.world_size > 1:
+            return replace(peak, total=peak.total + peak.optimizer // 2)  # gradients, once more, in its buckets
+        if not self.sharded:
+            return peak
+        size, root, block = _groups(self.student_lm)
+        stored, used = self.student.dtype.itemsize, peak.optimizer // (2 * size)  # bytes of a parameter
+        # the root, two blocks, and a block's gradients before they are reduced
+        whole = root * used + block * (3 * used + 4)
+        teacher = peak.teacher
+        if teacher and self.teacher_lm is not None and getattr(self.trainer.strategy, "shard_teacher", False):
+            numel, root, block = _groups(self.teacher_lm)
+            teacher = teacher * ((numel - root) // self.shards + root + 2 * block) // numel
+        weights = size * stored // self.shards
+        held = peak.weights + 3 * peak.optimizer // 2 + peak.teacher  # on one device that holds all
+        return Peak(peak.total - held + 4 * weights + whole + teacher, weights, 2 * weights, teacher)
+
+
+def _groups(lm: CausalLM) -> tuple[int, int, int]:
+    """Parameters in all, outside of the blocks, and of the largest block."""
+    size = sum(p.numel() for p in lm.parameters())
+    blocks = [sum(p.numel() for p in block.parameters()) for block in parallel.blocks(lm)]
+    return size, size - sum(blocks), max(blocks)
+
+
+def _model(lm: CausalLM) -> Model:
+    return Model(lm.model.config, next(lm.parameters()).dtype, lm._own_mask)
+
+
+def _bytes(tensors: list[Tensor]) -> int:
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def _simulated(module: SALTModule, step: Step, ledger: Ledger) -> SALTModule:
+    """The module with models that have no data, and a head loss that takes memory and computes nothing."""
+    sim = SALTModule(**module.hparams)
+    sim.trainer = module.trainer
+    sim.student = _build(step.student, "student").train()
+    if sim.hparams["activation_checkpointing"]:
+        parallel.recompute_activations(sim.student)
+    if step.teacher is not None:
+        sim.__dict__["teacher"] = _build(step.teacher, "teacher").eval().requires_grad_(False)
+    if step.compiled:
+        torch._dynamo.reset()  # it stops compiling after a few shapes of the same code
+        for lm in (sim.student, sim.teacher):
+            if lm is not None:
+                _compile(lm, ledger, isinstance(module.trainer.strategy, parallel.FSDP2 | FSDPStrategy))
+    sim._sums = torch.zeros(6)
+    sim._loss = partial(_head_loss, sim, step)
+    return sim
+
+
+def _build(model: Model, name: str) -> CausalLM:
+    implementation = model.config._attn_implementation
+    lm = CausalLM(
+        AutoModelForCausalLM.from_config(
+            model.config,
+            dtype=model.dtype,
+            # kernels that no CPU has keep what sdpa keeps, and no mask
+            attn_implementation=implementation if implementation in ("eager", "sdpa") else "sdpa",
+        ),
+        name,
+    )
+    lm._own_mask = model.own_mask
+    return lm
+
+
+def _forward(sim: SALTModule, step: Step, batch: dict[str, Tensor]) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16, enabled=step.precision == "bf16-mixed"):
+        return sim.training_step(batch, 0)
+
+
+def _backward(sim: SALTModule, step: Step, loss: Tensor) -> None:
+    hooks = []
+    if step.accumulate > 1:  # added to what is there, and gone
+        hooks = [p.register_post_accumulate_grad_hook(_drop) for p in sim.student.parameters()]
+    loss.backward()
+    for hook in hooks:
+        hook.remove()
+    for p in sim.student.parameters():
+        p.grad = None
+    del sim.head_gradient
+
+
+def _drop(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+# ------------------------------------------------------------------- the head loss
+
+
+def _head_loss(sim: SALTModule, step: Step, hidden_ND: Tensor, head_VD: Tensor, *rest: Any, **_: Any) -> SaltLoss:
+    """Takes the place of losses.salt_loss. `rest`: labels; of a teacher its hidden states, head and weight."""
+    loss = _HeadLoss.apply(hidden_ND, head_VD.detach(), rest[1:3], sim, step)
+    return SaltLoss(loss, *(torch.zeros(()) for _ in range(8)))
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Allocates what losses.salt_loss does.
+
+    The gradient of the head does not go to its parameter: autograd adds fake gradients of tied weights out of place,
+    real ones in place.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_ND: Tensor, head_VD: Tensor, teacher: tuple[Tensor, ...], sim: SALTModule, step: Step
+    ) -> Tensor:
+        compute = [_compute_dtype(step, hidden.dtype) for hidden in (hidden_ND, *teacher[:1])]
+        exact, num_rows, vocab = math_dtype(compute[0]), len(hidden_ND), len(head_VD)
+        plan = Plan(sim.hparams["accuracy"], sim.hparams["logits_budget_gib"], None, compute[0], True)
+        rows, dtypes = rows_and_dtypes((num_rows, vocab), compute, plan, True)
+        width = vocab if step.device == "cpu" else -(-vocab // TILE_ROWS) * TILE_ROWS
+        held = [t.to(compute[0]) for t in (hidden_ND, head_VD)] + [t.to(compute[1]) for t in teacher]
+        held += [torch.empty(rows.chunk, width, dtype=compute[0]), torch.empty(7, num_rows)]
+        held += [torch.empty(rows.strip, width, dtype=dtype) for dtype in dtypes]
+        if step.device == "cpu":
+            held += [torch.empty(_ROW_PASS_BUFFERS[bool(teacher)], min(CPU_BLOCK_ELEMENTS, rows.strip * vocab))]
+        own = [t.dtype if t.dtype in (compute[0], exact) else compute[0] for t in (hidden_ND, head_VD)]
+        ctx.sim, ctx.dtype = sim, hidden_ND.dtype
+        ctx.hidden_ND = torch.empty_like(hidden_ND, dtype=own[0])
+        sim.head_gradient = torch.empty_like(head_VD, dtype=own[1] if rows.chunk >= num_rows else exact)
+        return torch.zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        sim, head = ctx.sim, ctx.sim.student.head.weight
+        sim.head_gradient = sim.head_gradient.to(head.dtype)
+        if len(sim.head_gradient) < len(head):  # it was cut to the teacher's size
+            sim.head_gradient = torch.empty_like(head)
+        hidden_ND, ctx.hidden_ND = ctx.hidden_ND.to(ctx.dtype), None
+        return hidden_ND, None, None, None, None
+
+
+def _compute_dtype(step: Step, dtype: torch.dtype) -> torch.dtype:
+    if step.device == "cpu":
+        return torch.float32
+    return torch.bfloat16 if step.precision == "bf16-mixed" else dtype
+
+
+# ------------------------------------------------------------------ compiled models
+
+
+def _compile(lm: CausalLM, ledger: Ledger, in_blocks: bool) -> None:
+    """torch.compile up to the graphs that Inductor would get; these run node by node."""
+    from torch._inductor.compile_fx import compile_fx  # seconds, which no other verb is to wait for
+
+    compiled = partial(
+        torch.compile,
+        dynamic=False,
+        backend=partial(compile_fx, inner_compile=partial(_as_inductor, ledger)),  # type: ignore[arg-type]
+        options={"guard_filter_fn": _but_tensors},
+    )
+    for part in parallel.blocks(lm) if in_blocks else [lm.backbone]:
+        part.forward = _unfollowed(compiled(part.forward), ledger)
+
+
+def _but_tensors(guards: Any) -> list[bool]:
+    """Each shape is compiled once here, and dynamo takes its own fake tensors for other ones."""
+    return [guard.guard_type != "TENSOR_MATCH" for guard in guards]
+
+
+def _unfollowed(function: Callable[..., Any], ledger: Ledger) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with ledger.paused():  # dynamo compiles nothing under a dispatch mode
+            return function(*args, **kwargs)
+
+    return call
+
+
+def _as_inductor(ledger: Ledger, graph: fx.GraphModule, inputs: Any, **_: Any) -> Callable[[list[Any]], Any]:
+    interpreter = _Kernels(graph, ledger)
+
+    def run(args: list[Any]) -> Any:
+        with ledger.paused():
+            made = interpreter.boxed_run(args)
+        interpreter.env.clear()
+        return made
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
+
+
+class _Kernels(fx.Interpreter):
+    """Counts what is written to memory: what a kernel of a library makes, and what leaves a fused kernel.
+
+    Ops between two such kernels count as fused; of them only what a later kernel, or the caller, reads is written.
+    """
+
+    def __init__(self, graph: fx.GraphModule, ledger: Ledger) -> None:
+        super().__init__(graph)
+        self.ledger = ledger
+        self.written = _written(graph)
+
+    def run_node(self, node: fx.Node) -> Any:
+        made = super().run_node(node)
+        if node in self.written:
+            self.ledger.count(made)
+        return made
+
+
+def _written(graph: fx.GraphModule) -> set[fx.Node]:
+    stretch, number = {}, 0
+    for node in graph.graph.nodes:
+        number += _is_kernel(node)
+        stretch[node] = number
+    return {node for node in stretch if _is_kernel(node) or _leaves_its_kernel(node, stretch)}
+
+
+def _leaves_its_kernel(node: fx.Node, stretch: dict[fx.Node, int]) -> bool:
+    if node.op != "call_function" or _is_view(node):
+        return False
+    return any(user.op == "output" or stretch[user] != stretch[node] for user in _readers(node))
+
+
+def _readers(node: fx.Node) -> Iterator[fx.Node]:
+    for user in node.users:
+        if _is_view(user):
+            yield from _readers(user)
+        else:
+            yield user
+
+
+def _is_kernel(node: fx.Node) -> bool:
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    from torch._inductor.lowering import fallbacks
+
+    return node.target in fallbacks or node.target.overloadpacket in _PRODUCTS
+
+
+def _is_view(node: fx.Node) -> bool:
+    return node.target is operator.getitem or (isinstance(node.target, torch._ops.OpOverload) and node.target.is_view)
+
+
+_PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm}

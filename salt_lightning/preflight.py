@@ -1,0 +1,145 @@
+"""What is looked at before the first step: findings, and the rules that `check` and `fit` share.
+
+Functions of figures, but for one look at a model; module, data and checkpoints refuse a run for an error.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from salt_lightning.errors import ConfigError
+from salt_lightning.losses import token_stats
+
+Level = Literal["ok", "note", "warning", "error"]
+GOOD_EPOCHS = 4.0  # repeated text is worth nearly as much as new text up to here (arXiv 2305.16264)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at.
+
+    Args:
+        level: ok, note (worth knowing), warning (probably not meant), error (a fit is refused, or fails).
+        about: what was looked at, in two words.
+        said: the figures.
+        remedy: what to do, with the setting as typed.
+    """
+
+    level: Level
+    about: str
+    said: str
+    remedy: str = ""
+
+    def require(self) -> None:
+        """Raises ConfigError where it is an error: a fit says no more than that."""
+        if self.level == "error":
+            raise ConfigError("; ".join(filter(None, (self.said, self.remedy))))
+
+
+def rows(available: int, max_steps: int, global_batch: int) -> Finding:
+    """Rows of the training text against those that the run reads."""
+    needed = max_steps * global_batch
+    epochs = needed / available
+    said = f"{max_steps} steps read {needed} rows of {available}: {epochs:.2f} epochs"
+    if epochs <= GOOD_EPOCHS:
+        return Finding("ok", "rows", said)
+    enough = int(GOOD_EPOCHS * available / global_batch)
+    return Finding(
+        "warning",
+        "rows",
+        said,
+        f"beyond {GOOD_EPOCHS:g} epochs text teaches ever less: add text, or --trainer.max_steps {enough}",
+    )
+
+
+@dataclass(frozen=True)
+class TeacherLoss:
+    """Cross-entropies on the same tokens of the run's own text, nats.
+
+    Args:
+        teacher: of the teacher.
+        uniform: of one that knows nothing, ln(rows of its head).
+        counts: of one that knows how often each token occurs in the training text and nothing of its context.
+        tokens: how many they are.
+        untrained: of a student before its first step; None: not measured.
+    """
+
+    teacher: float
+    uniform: float
+    counts: float
+    tokens: int
+    untrained: float | None = None
+
+
+@torch.no_grad()
+def look(lm: Any, batch: dict[str, Tensor], data: Any) -> TeacherLoss:
+    """The CE of a models.CausalLM on rows of a SALTDataModule, beside what is known without a model."""
+    labels_N = batch["labels"].flatten()
+    hidden_ND, head_VD, bias_V = lm(batch["input_ids"], batch["positions"])  # as in training: compiled once
+    nll_N, _ = token_stats(hidden_ND, head_VD, labels_N, bias_V)
+    tokens = int((labels_N >= 0).sum())
+    return TeacherLoss(float(nll_N.sum()) / tokens, math.log(len(head_VD)), data.counts_nll(labels_N.cpu()), tokens)
+
+
+def teacher(loss: TeacherLoss, path: str, allowed: bool) -> Finding:
+    """Whether a teacher has learned anything of this text.
+
+    Weights that do not depend on the text (random, zeroed, made for other token ids) give ln(V) or more in the mean,
+    since -log is convex. What any model learns first, within some hundred steps, is the counts of tokens. A teacher
+    that has not come a tenth of the way from ln(V) to these has learned nothing: on real text that is 0.3 nats, many
+    times the sampling error of an untrained model (about 0.5 / sqrt(tokens)), and an early teacher is far below it.
+    """
+    nothing = loss.uniform if loss.untrained is None else min(loss.uniform, loss.untrained)
+    least = nothing - (nothing - loss.counts) / 10
+    said = f"{loss.teacher:.2f} nats on {loss.tokens} tokens of validation text; ln(V) {loss.uniform:.2f}"
+    if loss.untrained is not None:
+        said += f", a student not trained {loss.untrained:.2f}"
+    said += f", counts of tokens alone {loss.counts:.2f}"
+    if not loss.teacher <= least:
+        return Finding(
+            "note" if allowed else "error",
+            "teacher CE",
+            f"--model.teacher.path {path} knows nothing of this text: {said}",
+            "its weights are not trained, damaged, or belong to another tokenizer: give a trained one with its own "
+            "--data.tokenizer, or --kd.allow_untrained true for a control",
+        )
+    if loss.teacher > loss.counts:
+        remedy = "a teacher this weak holds the student back: train it longer, or on text like this"
+        return Finding("warning", "teacher CE", said, remedy)
+    return Finding("ok", "teacher CE", said)
+
+
+def disk(folder: Path, weight_bytes: int, most: int | None) -> Finding:
+    """Checkpoints (weights and AdamW's two states) against the free space of the run's folder.
+
+    Args:
+        folder: where they go; need not exist yet.
+        weight_bytes: of the student's parameters.
+        most: checkpoints that lie there at once; None: no bound.
+    """
+    parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    free = shutil.disk_usage(parent).free + sum(f.stat().st_size for f in folder.glob("**/*") if f.is_file())
+    size = 3 * weight_bytes
+    fitting = free // size - 1  # a new one is whole before an old one goes
+    said = f"{gib(size)} each, {most} at once, {gib(free)} free in {folder}"
+    if most is not None and most <= fitting:
+        return Finding("ok", "checkpoints", said)
+    return Finding(
+        "error",
+        "checkpoints",
+        f"checkpoints do not fit: {said}",
+        f"there is room for {max(fitting, 0)} and the one being written: free some, set --checkpoint.folder to a "
+        "larger disk, or lower --checkpoint.keep and --checkpoint.at_steps",
+    )
+
+
+def gib(size: float) -> str:
+    """For messages."""
+    return f"{size / 2**30:.3g} GiB"

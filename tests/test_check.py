@@ -1,0 +1,311 @@
+"""The verb check: each finding once good and once bad, all of them at once, and what it says of memory."""
+
+import json
+import math
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import arguments
+from transformers import AutoTokenizer
+
+from salt_lightning import check, cli, memory, preflight
+from salt_lightning.checkpoint import RunCheckpoint
+from salt_lightning.errors import ConfigError
+from salt_lightning.models import ModelSpec, build_fresh, emitted_ids
+from salt_lightning.preflight import Finding, TeacherLoss
+
+LEVELS = ("ok", "note", "warning", "error")
+
+
+@pytest.fixture
+def checked(settings, teacher, tmp_path, capsys):
+    """checked(**overrides) -> exit code, and the findings as (level, about, text) in their order."""
+
+    def run(**overrides):
+        own = {"run": str(tmp_path / "run"), "model.teacher.path": teacher, "kd.steps": 6}
+        code = cli.main(["check", *arguments(settings, own, overrides)])
+        found, seen = [], capsys.readouterr().out
+        for line in seen.partition("\n\n")[0].splitlines():
+            if match := re.match(r"(\w+) +(\S.*?)  +(\S.*)", line):
+                found.append([match[1].lower(), match[2], match[3]])
+            else:
+                found[-1][2] += " " + line.strip()
+        assert all(level in LEVELS for level, _, _ in found), seen
+        return code, found
+
+    return run
+
+
+def of(found, about):
+    matching = [(level, text) for level, name, text in found if name == about]
+    assert matching, (about, found)
+    return matching[0]
+
+
+def test_a_good_run(checked, tmp_path, settings):
+    code, found = checked()
+    assert code == 0, [f for f in found if f[0] in ("error", "warning")]
+    assert [about for level, about, _ in found if level == "warning"] in ([], ["teacher CE"])
+    assert of(found, "phases")[1] == "teacher in 6 of 12 steps (50%)"
+    assert "8 rows = 1 x 8 on 1 device" in of(found, "batch")[1]
+    assert "12 steps read 96 rows of" in of(found, "rows")[1]
+    assert "the last step too" in of(found, "validation")[1]
+    assert "same map" in of(found, "teacher tokens")[1]
+    for name in ("student", "teacher"):
+        assert float(re.search(r"difference (\S+)\)", of(found, f"{name} head")[1])[1]) < 1e-5
+    assert "AdamW" in of(found, "memory, phase 1")[1]
+    assert "teacher" not in of(found, "memory, phase 2")[1]
+    assert not (tmp_path / "run").exists()  # nothing is written there
+
+
+def test_the_parameters_and_flops_of_the_student(checked, settings):
+    _, found = checked()
+    # embedding 320 x 32, two blocks of 4 x 32 x 32 + 3 x 32 x 64 and two norms, one norm at the end
+    matrices, vectors = 1 + 2 * 7, 2 * 2 + 1
+    text = of(found, "student")[1]
+    assert f"{matrices} matrices" in text
+    assert f"{vectors} vectors do not" in text
+    weights = 320 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 64)
+    forward = 2 * weights + 2 * 4 * 32 * 16  # scores and values of two layers, the causal half of 32 keys
+    assert f"{3 * forward * 8 * 32:.3g} FLOPs a step" in of(found, "compute")[1]
+
+
+def test_all_findings_at_once(checked, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    code, found = checked(**{
+        "model.teacher.path": str(tmp_path / "none.ckpt"), "kd.steps": 99, "data.global_batch_size": 12,
+        "model.optim.warmup_steps": 40, "trainer.gradient_clip_algorithm": "value",
+    })  # fmt: skip
+    assert code == 1
+    wrong = {about: text for level, about, text in found if level == "error"}
+    assert set(wrong) == {"phases", "learning rate", "clipping", "batch", "teacher", "checkpoints"}
+    assert "--kd.steps 99" in wrong["phases"]
+    assert "none.ckpt does not exist" in wrong["teacher"]
+    assert "--checkpoint.keep" in wrong["checkpoints"]
+    assert of(found, "text")[0] == of(found, "student head")[0] == "ok"
+
+
+def test_no_text_hides_nothing_else(checked):
+    code, found = checked(**{"data.source": "no/*.txt", "kd.steps": 99})
+    assert code == 1
+    assert {about for level, about, _ in found if level == "error"} == {"text", "phases"}
+    assert of(found, "micro-batch")[0] == "ok"
+
+
+def test_exit_code_of_refused_settings(settings, capsys):
+    assert cli.main(["check", *arguments(settings, {"kd.weight": 2})]) == 2
+    assert "--kd.weight 2" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as end:
+        cli.main(["check", "--kd.wieght=1"])
+    assert end.value.code == 2
+
+
+def test_help_has_the_settings_of_a_fit(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["check", "--help"])
+    assert end.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("--data.source", "--kd.steps", "--check.memory_gib", "--checkpoint.keep"))
+
+
+def test_a_run_folder_that_is_taken(checked, tmp_path):
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    (tmp_path / "run/checkpoints/step-00000003.ckpt").touch()
+    code, found = checked()
+    assert code == 1
+    assert "holds a run already" in of(found, "settings")[1]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "about", "level", "says"),
+    [
+        ({"kd.steps": None}, "phases", "note", "it never leaves (RKD)"),
+        ({"trainer.val_check_interval": 5}, "validation", "warning", "not in the last 2 steps"),
+        ({"trainer.max_steps": 2000, "trainer.val_check_interval": 2000}, "rows", "warning", "--trainer.max_steps"),
+        ({"check.memory_gib": 0.001}, "micro-batch", "error", "--data.micro_batch_size 8 does not fit"),
+        ({"check.memory_gib": 80}, "micro-batch", "ok", "the largest that fits: 8"),
+        ({"kd.weight": 0, "model.teacher.path": None, "kd.steps": None}, "phases", "ok", "teacher in 0 of 12"),
+    ],
+)  # fmt: skip
+def test_one_finding(checked, overrides, about, level, says):
+    code, found = checked(**overrides)
+    assert of(found, about)[0] == level
+    assert says in of(found, about)[1]
+    assert code == (level == "error")
+
+
+# ------------------------------------------------------------------------------- the teacher
+
+
+def damaged(teacher, target, change):
+    checkpoint = torch.load(teacher, weights_only=True)
+    for name, tensor in checkpoint["state_dict"].items():
+        change(name, tensor)
+    torch.save(checkpoint, target)
+    return str(target)
+
+
+def zero_head(name, tensor):
+    if "embed" in name or "lm_head" in name:
+        tensor.zero_()
+
+
+def randomize(name, tensor):
+    torch.nn.init.normal_(tensor, std=0.02)
+
+
+def shuffle_ids(name, tensor):
+    if "embed" in name or "lm_head" in name:  # as made for a tokenizer with other ids
+        tensor.copy_(tensor.roll(101, 0))
+
+
+@pytest.mark.parametrize("change", [zero_head, randomize, shuffle_ids])
+def test_a_teacher_that_knows_nothing(checked, teacher, tmp_path, fit_with, capsys, change):
+    path = damaged(teacher, tmp_path / "bad.ckpt", change)
+    code, found = checked(**{"model.teacher.path": path})
+    assert code == 1
+    level, said = of(found, "teacher CE")
+    assert level == "error"
+    assert float(re.search(r"text: ([\d.]+) nats", said)[1]) > 0.97 * math.log(320)
+    assert "a student not trained" in said
+    assert fit_with(tmp_path / "fit", **{"kd.weight": 0.5, "kd.steps": 6, "model.teacher.path": path}) == 2
+    assert "knows nothing of this text" in capsys.readouterr().err
+    assert not list((tmp_path / "fit").glob("checkpoints/*"))
+
+
+def test_it_may_be_allowed(checked, teacher, tmp_path, fit_with):
+    path = damaged(teacher, tmp_path / "bad.ckpt", randomize)
+    own = {"kd.weight": 0.5, "kd.steps": 6, "model.teacher.path": path, "kd.allow_untrained": True}
+    code, found = checked(**own)
+    assert code == 0
+    assert of(found, "teacher CE")[0] == "note"
+    assert fit_with(tmp_path / "fit", **own) == 0
+
+
+@pytest.mark.parametrize(
+    ("ce", "level"),
+    [(2.0, "ok"), (3.9, "ok"), (4.1, "warning"), (7.5, "warning"), (7.7, "error"), (9.0, "error"), (math.nan, "error")],
+)
+def test_the_rule(ce, level):
+    """A tenth of the way from ln(V) = 8 to the counts' 4 is 7.6."""
+    assert preflight.teacher(TeacherLoss(ce, 8.0, 4.0, 1000), "t", False).level == level
+
+
+def test_the_counts_of_tokens(settings, tmp_path):
+    from salt_lightning import SALTDataModule
+
+    own = {key.removeprefix("data."): value for key, value in settings.items() if key.startswith("data.")}
+    data = SALTDataModule(**own)
+    data.prepare_data()
+    data.setup("predict")
+    tokens = [int(t) for t in data._train.files.tokens]
+    labels = torch.tensor([tokens[3], -100, tokens[5]])
+    expected = [(tokens.count(t) + 1) / (len(tokens) + max(tokens) + 1) for t in (tokens[3], tokens[5])]
+    assert data.counts_nll(labels) == pytest.approx(-sum(map(math.log, expected)) / 2)
+
+
+def test_token_maps(checked, settings, teacher, tmp_path):
+    """A tokenizer of the same size that names two ids differently: the first ones are shown."""
+    run = Path(teacher).parents[1]
+    shutil.copytree(run / "tokenizer", tmp_path / "other")
+    rules = json.loads((tmp_path / "other/tokenizer.json").read_text())
+    vocab = rules["model"]["vocab"]
+    a, b = (next(t for t, i in vocab.items() if i == number) for number in (70, 80))
+    vocab[a], vocab[b] = 80, 70
+    (tmp_path / "other/tokenizer.json").write_text(json.dumps(rules))
+    code, found = checked(**{"data.tokenizer": str(tmp_path / "other")})
+    assert code == 1
+    level, said = of(found, "teacher tokens")
+    assert level == "error"
+    assert f"2 of them: id 70 is {b!r} here and {a!r} there" in said
+
+
+def test_special_tokens_that_no_text_contains_do_not_count(teacher):
+    tokenizer = AutoTokenizer.from_pretrained(Path(teacher).parents[1] / "tokenizer")
+    before = emitted_ids(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<chat>"]})
+    assert len(tokenizer) == len(before) + 1
+    assert emitted_ids(tokenizer) == before
+    assert tokenizer.eos_token in before.values()
+
+
+# ----------------------------------------------------------------------------- fit's own look
+
+
+def test_fit_refuses_a_full_disk(fit_with, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000))
+    assert fit_with(tmp_path / "run") == 2
+    assert "checkpoints do not fit" in capsys.readouterr().err
+
+
+def test_disk_counts_what_lies_there_at_once(tmp_path, monkeypatch):
+    trainer = SimpleNamespace(max_steps=100, callbacks=[], default_root_dir=tmp_path)
+    saver = RunCheckpoint(every_n_steps=10, keep=2, at_steps=[5, 200])
+    saver.setup(trainer, None, "fit")
+    size = 3 * 2**20
+    for free, level in ((5 * size, "ok"), (5 * size - 1, "error")):  # 2 regular, step 5, the end; one being written
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        finding = saver.space(trainer, 2**20)
+        assert finding.level == level
+        assert "4 at once" in finding.said
+
+
+def test_an_error_is_raised_and_nothing_else():
+    for level in LEVELS[:3]:
+        Finding(level, "a", "b").require()
+    with pytest.raises(ConfigError, match="b; c"):
+        Finding("error", "a", "b", "c").require()
+
+
+# ------------------------------------------------------------------------------------ memory
+
+
+def simulated(settings, rows=8, compiled=False, **own):
+    """Peak of a small student, estimated for a CPU, through the class that check uses."""
+    import lightning.pytorch as pl
+
+    from salt_lightning import SALTDataModule, SALTModule
+
+    module = SALTModule(ModelSpec(config=dict(settings["model.student.config"])), **own)
+    values = {key.removeprefix("data."): value for key, value in settings.items() if key.startswith("data.")}
+    data = SALTDataModule(**{**values, "global_batch_size": 1024, "micro_batch_size": rows})
+    trainer = pl.Trainer(max_steps=4, accelerator="cpu", logger=False, enable_checkpointing=False)
+    check.attach(module, data, trainer)
+    data.prepare_data()
+    student = check.CausalLM(build_fresh(module.student_spec, data, 0), "student")
+    return memory.Fit(module, student, None, "cpu"), student
+
+
+def test_memory_grows_with_rows_and_shrinks_with_checkpointing(settings):
+    fit, student = simulated(settings)
+    recomputed, _ = simulated(settings, activation_checkpointing=True)
+    size = sum(p.numel() * 4 for p in student.parameters())
+    one, two, four = (fit.peaks(n)[0] for n in (32, 64, 128))
+    assert one.optimizer == 2 * size
+    assert one.weights == pytest.approx(size, rel=0.01)  # and the frequencies of rotary embeddings
+    assert two.total - one.total == pytest.approx((four.total - two.total) / 2, rel=0.05)
+    assert recomputed.peaks(128)[0].total < four.total
+
+
+def test_the_largest_micro_batch(settings):
+    fit, _ = simulated(settings)
+    peaks = {rows: fit.peaks(rows)[0].total for rows in (1, 4, 8, 64)}
+    for rows, total in peaks.items():
+        assert fit.largest(total + 1000) == rows
+    assert fit.largest(peaks[1] // 2) is None
+
+
+def test_shards_divide_what_is_sharded(settings):
+    fit, student = simulated(settings)
+    peak = fit.peaks(8)[0]
+    fit.sharded, fit.shards = True, 4
+    shared = fit._share(peak)
+    size = sum(p.numel() for p in student.parameters())
+    assert shared.weights == size
+    assert shared.optimizer == 2 * size
+    assert replace(peak, total=0).step < 0 < shared.step
