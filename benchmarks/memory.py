@@ -27,7 +27,8 @@ from transformers import AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.step import PAIRS, run_fit, sizes, write_text
 from salt_lightning import memory
-from salt_lightning.models import CausalLM, fresh_config, load_pretrained
+from salt_lightning.models import CausalLM, load_pretrained
+from salt_lightning.spec import fresh_config
 
 SMALL = {"student": (256, 4), "teacher": (128, 3), "vocab": 4096, "rows": 4, "block": 256}
 ROWS: dict[str, dict[str, Any]] = {

@@ -26,8 +26,9 @@ from step import mark, sizes, spans, write_text
 
 from salt_lightning import cli
 from salt_lightning.losses import token_stats
-from salt_lightning.models import CausalLM, ModelSpec, build_fresh
+from salt_lightning.models import CausalLM, build_fresh
 from salt_lightning.scores import Scores
+from salt_lightning.spec import ModelSpec
 
 
 @dataclass(frozen=True)

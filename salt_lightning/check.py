@@ -25,10 +25,11 @@ from salt_lightning import export, flops, memory, models, parallel, preflight
 from salt_lightning.checkpoint import RunCheckpoint
 from salt_lightning.data import SALTDataModule
 from salt_lightning.errors import ConfigError
-from salt_lightning.models import CausalLM, ModelSpec
+from salt_lightning.models import CausalLM
 from salt_lightning.module import SALTModule
 from salt_lightning.preflight import Finding
 from salt_lightning.schedule import KDScheduleCallback
+from salt_lightning.spec import DTYPES, ModelSpec, fresh_config
 
 _LOOK_FLOPS = 1.5e11  # of a CPU, for one look at a model: some seconds
 _WHOLE_PARAMETERS = 5e8  # a fresh student beyond this is looked at with two of its layers
@@ -116,7 +117,7 @@ class Check:
     def _text(self) -> dict[str, Tensor] | None:
         """Rows, batches and validation; some validation rows to look at models with, where there are any."""
         data, trainer = self.data, self.trainer
-        if self.works("batch", data._set_trainer):
+        if self.works("batch", data.set_trainer):
             world = data._place()[1]
             said = f"{data.global_batch_size} rows = {data.accumulate} x {data.micro_batch_size} on {world} devices"
             self.add("ok", "batch", said.replace("1 devices", "1 device"))
@@ -152,7 +153,7 @@ class Check:
         """The student, without data, and what a real one says of the text."""
         spec = self.module.student_spec
         if spec.path:
-            lm = self._pretrained(spec, "student", models.DTYPES[spec.dtype or "float32"])
+            lm = self._pretrained(spec, "student", DTYPES[spec.dtype or "float32"])
         else:
             lm = self.probe("student", lambda: _shaped(spec, self.data))
         if lm is None:
@@ -181,7 +182,7 @@ class Check:
         spec, module = self.module.teacher_spec, self.module
         if not (spec.path and self._kd.schedule.weight > 0):
             return None
-        dtype = models.DTYPES[spec.dtype] if spec.dtype else module.compute_dtype
+        dtype = DTYPES[spec.dtype] if spec.dtype else module.compute_dtype
         lm = self._pretrained(spec, "teacher", dtype)
         if lm is None:
             return None
@@ -305,15 +306,15 @@ def attach(module: SALTModule, data: SALTDataModule, trainer: pl.Trainer) -> Non
 def _shaped(spec: ModelSpec, data: SALTDataModule) -> CausalLM:
     """The fresh student without weights. Where there is no tokenizer yet, of the size that one is to have."""
     try:
-        config = models.fresh_config(spec, data)
+        config = fresh_config(spec, data)
     except ConfigError:
         if data.tokenizer_name != "train" or data._train is not None:
             raise
         sizes = {"vocab_size": -(-data.trained_vocab_size // 64) * 64, "max_position_embeddings": data.block_size}
-        config = models.fresh_config(replace(spec, config={**sizes, **spec.config}), None)
+        config = fresh_config(replace(spec, config={**sizes, **spec.config}), None)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
-            config, dtype=models.DTYPES[spec.dtype or "float32"], attn_implementation=spec.attention
+            config, dtype=DTYPES[spec.dtype or "float32"], attn_implementation=spec.attention
         )
     return CausalLM(model, "student")
 

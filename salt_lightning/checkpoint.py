@@ -24,6 +24,7 @@ from salt_lightning.errors import ConfigError
 from salt_lightning.export import export
 from salt_lightning.preflight import Finding
 from salt_lightning.schedule import KDScheduleCallback
+from salt_lightning.spec import shape_settings
 
 _NAME = re.compile(r"step-(\d+)\.ckpt")
 
@@ -219,6 +220,27 @@ def _validation_follows(trainer: pl.Trainer, batch_idx: int) -> bool:
     every = trainer.val_check_batch
     has_validation = trainer.enable_validation and trainer.limit_val_batches != 0
     return has_validation and every != float("inf") and (batch_idx + 1) % int(every) == 0  # type: ignore[arg-type]
+
+
+def how_to_go_on(trainer: pl.Trainer) -> str:
+    """Names the newest good checkpoint of a run that has met something bad."""
+    saved = [c for c in trainer.callbacks if isinstance(c, RunCheckpoint)]  # type: ignore[attr-defined]
+    found = saved[0].newest() if saved else None
+    return f"{found} is good: go on from it by --ckpt_path last" if found else "There is no checkpoint: start again"
+
+
+def require_same(checkpoint: dict[str, Any], student: dict[str, Any], tokenizer: str | None) -> None:
+    """Raises ConfigError unless a checkpoint holds that student, trained with that tokenizer (None: not known)."""
+    if tokenizer is not None and checkpoint["tokenizer"] not in (None, tokenizer):
+        raise ConfigError(
+            "the checkpoint was trained with another tokenizer than --data.tokenizer gives: its token ids mean "
+            "something else (one that is trained changes with the text). Point --data.tokenizer to the run's own, "
+            "RUN/tokenizer"
+        )
+    saved, now = (shape_settings(spec) for spec in (checkpoint["hyper_parameters"]["student"], student))
+    changed = [f"{k} {now.get(k)} (checkpoint: {saved.get(k)})" for k in saved if saved[k] != now.get(k)]
+    if changed:
+        raise ConfigError("the checkpoint holds another student: " + ", ".join(changed[:5]))
 
 
 def go_on_from(checkpoint: dict[str, Any], max_steps: int, accumulate: int, data: dict[str, int | str]) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,9 +29,20 @@ from salt_lightning.event_log import EventLog, quiet_threads
 from salt_lightning.models import check_path, read_checkpoint
 from salt_lightning.module import SALTModule
 from salt_lightning.parser import Parser, check_configs
+from salt_lightning.quiet import silence_libraries
 from salt_lightning.runlog import flat
 from salt_lightning.schedule import KDScheduleCallback
 from salt_lightning.scoring import ScoreWriter, check_strategy
+from salt_lightning.settings import (
+    IDENTITY,
+    MISSING,
+    checkpoints,
+    lookup,
+    without_code,
+    wrong_folders,
+    wrong_groups,
+    wrong_trainer_settings,
+)
 
 # Lightning 2.6 calls jsonargparse by names that it deprecates: nothing a user of ours could mend.
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
@@ -133,13 +142,13 @@ class SALTCLI(LightningCLI):
         config["ckpt_path"] = None if path is None else str(path)
         if path is None:
             return
-        saved = _without_code(read_checkpoint(str(path), "--ckpt_path")["hyper_parameters"], path)
+        saved = without_code(read_checkpoint(str(path), "--ckpt_path")["hyper_parameters"], path)
         if chosen != "last" and (reason := shards.damage(path)):
             raise ConfigError(f"--ckpt_path {path} is damaged ({reason}); take an older one, or last, which finds one")
         given = self._settings(self._explicit).get("model") or Namespace()
         for key, now in sorted(vars(given.as_flat()).items() if given else []):
-            before = _lookup(saved, key)
-            if before is not _MISSING and now != before and not isinstance(now, dict) and key != "student.path":
+            before = lookup(saved, key)
+            if before is not MISSING and now != before and not isinstance(now, dict) and key != "student.path":
                 _say(f"--model.{key} {now} (checkpoint: {before}): the given value is used")
         saved.pop("seed", None)  # follows --seed_everything
         if subcommand != "fit" and given:
@@ -151,14 +160,14 @@ class SALTCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config, given = self._settings(self.config), self._settings(self._explicit)
-        if wrong := _wrong_groups(config):
+        if wrong := wrong_groups(config):
             raise ConfigError("; ".join(wrong))
         for part in ("model", "data"):  # one seed for all, unless given apart
             if (given.get(part) or Namespace()).get("seed") is None:
                 config[part]["seed"] = config.seed_everything
-        wrong = _wrong_trainer_settings(config.trainer) + _wrong_folders(config)
+        wrong = wrong_trainer_settings(config.trainer) + wrong_folders(config)
         has_checkpoint = bool(config.get("ckpt_path"))
-        if self.subcommand == "fit" and not has_checkpoint and any(_checkpoints(config).glob("step-*.ckpt")):
+        if self.subcommand == "fit" and not has_checkpoint and any(checkpoints(config).glob("step-*.ckpt")):
             wrong.append(
                 f"--run {config.run} holds a run already: go on with it by --ckpt_path last, or choose another folder"
             )
@@ -182,7 +191,7 @@ class SALTCLI(LightningCLI):
         except (OSError, ValueError, AttributeError, yaml.YAMLError):  # none, or none that could be compared
             return []
         now = flat(self._settings(self.config).as_dict())
-        kept = (key for key in before if key.startswith(_IDENTITY) and key in now and now[key] != before[key])
+        kept = (key for key in before if key.startswith(IDENTITY) and key in now and now[key] != before[key])
         return [f"--{key} {before[key]} (here {now[key]})" for key in kept][:3]
 
     def before_fit(self) -> None:
@@ -269,92 +278,11 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-_GROUPS = ("model", "model.student", "model.teacher", "model.optim", "data", "data.keep", "kd", "checkpoint", "trainer")
-# what a run is: with another of these it is another run
-_IDENTITY = (
-    *("model.student.", "model.teacher.", "kd.", "data.source", "data.val_source", "data.tokenizer", "data.vocab_size"),
-    *("data.block_size", "data.selection", "data.keep."),
-)
-
-
-def _wrong_groups(config: Namespace) -> list[str]:
-    """Groups of settings that are something else, as an empty `model:` in a file is."""
-    for name in _GROUPS:
-        if name in config and not isinstance(config[name], Namespace):
-            return [f"--{name} {config[name]} must be a mapping of its settings; leave it out for the defaults"]
-    return []
-
-
-def _checkpoints(config: Namespace) -> Path:
-    """The folder of a run's checkpoints."""
-    return Path((config.get("checkpoint") or {}).get("folder") or Path(config.run) / "checkpoints")
-
-
-def _wrong_folders(config: Namespace) -> list[str]:
-    """Folders that could not be written, which a run would meet at its first checkpoint, or its end."""
-    of = config.get("checkpoint") or {}
-    folders = {"run": config.run, "checkpoint.folder": of.get("folder"), "checkpoint.export": of.get("export")}
-    wrong = [] if config.run else ["--run '' names no folder"]
-    for name, folder in folders.items():
-        if folder:
-            there = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
-            if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-                why = "cannot be written" if there.is_dir() else "is no folder"
-                wrong.append(f"--{name} {folder}: {there} {why}; choose another folder")
-    return wrong
-
-
-_PRECISIONS = ("32", "32-true", "bf16", "bf16-mixed", "bf16-true")
-
-
-def _wrong_trainer_settings(trainer: Namespace) -> list[str]:
-    """Settings of Lightning's that would break a run late, or change what a step is."""
-    interval, every = trainer.get("val_check_interval"), trainer.get("log_every_n_steps")
-    wrong = []
-    if trainer.get("accumulate_grad_batches") not in (None, 1):
-        wrong.append(
-            f"--trainer.accumulate_grad_batches {trainer.accumulate_grad_batches} follows from "
-            "--data.global_batch_size, --data.micro_batch_size and the number of ranks; leave it out"
-        )
-    if str(trainer.get("strategy")).startswith("fsdp") and not torch.cuda.is_available():
-        wrong.append(
-            f"--trainer.strategy {trainer.strategy} (FSDP1) needs GPUs; --config configs/fsdp.yaml (FSDP2) also runs "
-            "on CPUs"
-        )
-    steps, share = isinstance(interval, int) and interval >= 1, isinstance(interval, float) and 0 < interval <= 1
-    if interval is not None and not steps and not share:
-        wrong.append(
-            f"--trainer.val_check_interval {interval} must be optimizer steps (1 or more), or a share of the run (0..1)"
-        )
-    if every is not None and every < 1:
-        wrong.append(f"--trainer.log_every_n_steps {every} must be at least 1")
-    if trainer.get("limit_train_batches") not in (None, 1.0):
-        wrong.append(f"--trainer.limit_train_batches {trainer.limit_train_batches}: use --trainer.max_steps")
-    if trainer.get("max_epochs") not in (None, -1):
-        wrong.append(f"--trainer.max_epochs {trainer.max_epochs}: a run is counted in steps, use --trainer.max_steps")
-    if trainer.get("check_val_every_n_epoch") not in (None, 1):
-        wrong.append(
-            f"--trainer.check_val_every_n_epoch {trainer.check_val_every_n_epoch}: a run is one epoch of Lightning's, "
-            "use --trainer.val_check_interval (optimizer steps)"
-        )
-    if (trainer.get("gradient_clip_val") or 0) < 0:
-        wrong.append(f"--trainer.gradient_clip_val {trainer.gradient_clip_val} must not be negative (0 or null: off)")
-    if str(trainer.get("precision") or "32") not in _PRECISIONS:
-        wrong.append(f"--trainer.precision {trainer.precision} must be {' or '.join(_PRECISIONS)}")
-    if trainer.get("enable_checkpointing") is False:
-        wrong.append("--trainer.enable_checkpointing false: use --checkpoint.every_n_steps null for the end alone")
-    if trainer.get("default_root_dir"):
-        wrong.append(f"--trainer.default_root_dir {trainer.default_root_dir}: use --run")
-    if trainer.get("overfit_batches"):
-        wrong.append(f"--trainer.overfit_batches {trainer.overfit_batches}: give a small --data.source instead")
-    return wrong
-
-
 def _resolve(path: str, config: Namespace, subcommand: str) -> Path | None:
     """`last` is the newest checkpoint of the run's folder; without one a fit starts at step 0, and says so."""
     if path != "last":
         return Path(path)
-    folder = _checkpoints(config)
+    folder = checkpoints(config)
     found = newest(folder)
     if found is None and any(folder.glob("step-*.ckpt")):
         raise ConfigError(
@@ -376,33 +304,6 @@ def _say(message: str) -> None:
         print(message, file=sys.stderr)
 
 
-def _without_code(saved: dict[str, Any], path: Path) -> dict[str, Any]:
-    """A checkpoint's settings. No file decides that code is run: jsonargparse imports what is named as a class."""
-    specs = [saved.get(name) for name in ("student", "teacher", "optim")]
-    if _names_class(saved) or not all(isinstance(spec, dict) for spec in specs):
-        raise ConfigError(f"--ckpt_path {path} is not a whole checkpoint of this project (its settings name a class)")
-    untrusted = {name: {**saved[name], "trust_remote_code": False} for name in ("student", "teacher")}
-    return {**saved, **untrusted}
-
-
-def _names_class(node: Any) -> bool:
-    if isinstance(node, dict):
-        return "class_path" in node or any(map(_names_class, node.values()))
-    return isinstance(node, (list, tuple)) and any(map(_names_class, node))
-
-
-_MISSING = object()
-
-
-def _lookup(tree: dict[str, Any], dotted: str) -> Any:
-    node: Any = tree
-    for part in dotted.split("."):
-        if not isinstance(node, dict) or part not in node:
-            return _MISSING
-        node = node[part]
-    return node
-
-
 def _step_of(path: str | None) -> int:
     return int(read_checkpoint(path, "--ckpt_path")["global_step"]) if path else 0
 
@@ -415,33 +316,6 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "gradient_clip_val": 1.0,
     "enable_model_summary": False,
 }
-
-
-_CHATTER = (
-    "Restoring states",
-    "Restored all states",
-    "GPU available",
-    "TPU available",
-    "HPU available",
-    "💡 Tip",
-    "Seed set to",
-    "Using default `Model",
-)
-
-
-def _silence_libraries() -> None:
-    """Keeps out what is not about this run: advertising, and deprecations inside the libraries."""
-    warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*", FutureWarning)  # lightning with torch 2.13
-    warnings.filterwarnings("ignore", ".*Total length of `Loader` across ranks is zero.*")  # all rows are scored
-    # not so here: the first and the last step are always logged
-    warnings.filterwarnings("ignore", ".*is smaller than the logging interval.*")
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line for each retry without a network
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
-        logging.getLogger(name).addFilter(_is_about_the_run)
-
-
-def _is_about_the_run(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith(_CHATTER)
 
 
 def _start(kind: type[SALTCLI], args: list[str] | None) -> Any:
@@ -475,7 +349,7 @@ _FIRST_RANK_S = 10.0
 def main(args: list[str] | None = None) -> int:
     """Runs one command line; returns its exit code: 0, 1 for an error of the run, 2 for one of the settings."""
     first = (sys.argv[1:] if args is None else args)[:1]
-    _silence_libraries()
+    silence_libraries()
     quiet_threads()
     try:
         if first and first[0] in VERBS:

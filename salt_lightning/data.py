@@ -4,20 +4,19 @@ Text becomes token files once (documents.py, tokenizer.py, prepare.py); rows.py 
 orders them.
 """
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
 from salt_lightning import preflight
+from salt_lightning.cadence import accumulation, phase1_steps, set_cadence
 from salt_lightning.difficulty import HeldOut, find_files, read_thirds
 from salt_lightning.documents import Corpus, Hub, each_file, resolve
 from salt_lightning.errors import ConfigError
@@ -40,14 +39,10 @@ from salt_lightning.rows import (
     TrainBatches,
     counts_nll,
 )
-from salt_lightning.schedule import KDScheduleCallback
 from salt_lightning.scores import Scored, Scores
 from salt_lightning.selection import KeepRule, plan, row_scores
 from salt_lightning.token_files import TokenFiles, digest
 from salt_lightning.tokenizer import load_tokenizer, tokenizer_fingerprint
-
-# What the user gave the trainer, before `setup` wrote micro-batches over it (setup may run twice).
-_CADENCE: "WeakKeyDictionary[Trainer, tuple[int, int | float | None]]" = WeakKeyDictionary()
 
 
 class SALTDataModule(LightningDataModule):
@@ -266,7 +261,7 @@ class SALTDataModule(LightningDataModule):
                 is too short.
         """
         if stage in (None, "fit"):
-            self._set_trainer()
+            self.set_trainer()
         if stage in (None, "fit", "predict"):
             self._train = self._open("source", "train")
             self.num_train_rows, self.num_train_tokens = self._train.num_rows, self._train.files.num_tokens
@@ -398,7 +393,7 @@ class SALTDataModule(LightningDataModule):
             return Order(self.seed, self._train.num_rows)
         scores = Scores(Path(self.selection), "--data.selection")
         scores.require(self.scored())
-        steps = _phase1_steps(self.trainer) if self.trainer else 0
+        steps = phase1_steps(self.trainer) if self.trainer else 0
         order, message = plan(scores, self.keep, self.seed, steps * self.global_batch_size)
         rank_zero_info(message)
         return order
@@ -408,27 +403,15 @@ class SALTDataModule(LightningDataModule):
         kwargs = (self.trainer.distributed_sampler_kwargs if self.trainer else None) or {}
         return int(kwargs.get("rank", 0)), int(kwargs.get("num_replicas", 1))
 
-    def _set_trainer(self) -> None:
-        world = self._place()[1]
-        self.accumulate = accumulation(self.global_batch_size, self.micro_batch_size, world)
-        trainer = self.trainer
-        if trainer is None:
-            return
-        accumulate, interval = _CADENCE.setdefault(
-            trainer, (trainer.accumulate_grad_batches, getattr(trainer, "val_check_interval", None))
-        )
-        if accumulate != 1:
-            raise ConfigError(
-                f"--trainer.accumulate_grad_batches: {accumulate} may not be set; it follows from "
-                f"--data.global_batch_size {self.global_batch_size}, here {self.accumulate}"
-            )
-        if trainer.max_steps < 1:
-            raise ConfigError(f"--trainer.max_steps: {trainer.max_steps} is no length of a run; give optimizer steps")
-        trainer.accumulate_grad_batches = self.accumulate
-        if interval is not None:
-            trainer.val_check_interval, trainer.check_val_every_n_epoch = validation_cadence(
-                interval, trainer.max_steps, self.accumulate, trainer.check_val_every_n_epoch
-            )
+    def set_trainer(self) -> None:
+        """Give the trainer its accumulation and cadence.
+
+        Raises:
+            ConfigError: batch sizes do not divide, or the trainer's settings stand against them.
+        """
+        self.accumulate = accumulation(self.global_batch_size, self.micro_batch_size, self._place()[1])
+        if self.trainer is not None:
+            set_cadence(self.trainer, self.accumulate, self.global_batch_size)
 
     def _log(self) -> None:
         assert self._train is not None
@@ -455,49 +438,6 @@ class SALTDataModule(LightningDataModule):
         """Mean -log p of some labels, nats, where p is how often a token occurs in the training text."""
         assert self._train is not None, "setup comes first"
         return counts_nll(self._train.files.tokens, labels_N[labels_N != IGNORE].numpy())
-
-
-def _phase1_steps(trainer: Trainer) -> int:
-    """The steps before --kd.steps, also where --kd.weight is 0 (selection without KD); all of them where it is null."""
-    schedules = [c.schedule for c in trainer.callbacks if isinstance(c, KDScheduleCallback)]  # type: ignore[attr-defined]
-    steps = schedules[0].steps if schedules else None
-    return trainer.max_steps if steps is None else min(steps, trainer.max_steps)
-
-
-def accumulation(global_batch: int, micro_batch: int, world: int) -> int:
-    """Micro-batches that one device accumulates for an optimizer step.
-
-    Raises:
-        ConfigError: they do not divide; names the nearest sizes that do.
-    """
-    per_pass = micro_batch * world
-    if global_batch % per_pass == 0:
-        return global_batch // per_pass
-    below, above = global_batch // per_pass * per_pass, -(-global_batch // per_pass) * per_pass
-    sizes = " or ".join(str(size) for size in (below, above) if size)
-    share = global_batch // world if global_batch % world == 0 else 0  # rows of one device in a step
-    small = [size for size in range(1, math.isqrt(share) + 1) if share % size == 0]
-    fitting = {*small, *(share // size for size in small)}
-    nearest = sorted(fitting, key=lambda size: (abs(size - micro_batch), size))[:2]
-    other = f", or --data.micro_batch_size {' or '.join(map(str, sorted(nearest)))}" if nearest else ""
-    raise ConfigError(
-        f"--data.global_batch_size: {global_batch} rows do not divide into micro-batches of {micro_batch} "
-        f"(--data.micro_batch_size) on {world} devices; take {sizes}{other}"
-    )
-
-
-def validation_cadence(
-    interval: int | float, max_steps: int, accumulate: int, every_n_epoch: int | None
-) -> tuple[int | float, int | None]:
-    """Lightning's (val_check_interval, check_val_every_n_epoch) for an interval in optimizer steps.
-
-    Lightning counts micro-batches, and refuses an interval longer than the run unless it counts over epochs
-    (None). A float below 1 is a share of the run.
-    """
-    if isinstance(interval, float) and interval == 1.0:
-        return interval, every_n_epoch  # at the end
-    steps = interval if isinstance(interval, int) else max(1, int(interval * max_steps))
-    return steps * accumulate, None if steps > max_steps else every_n_epoch
 
 
 def _entries(source: str | list[str] | None) -> list[str]:

@@ -23,9 +23,10 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from salt_lightning.card import model_card
 from salt_lightning.errors import ConfigError, VerbParser
-from salt_lightning.models import DTYPES, ModelSpec, from_config, read_checkpoint, require_undamaged
+from salt_lightning.models import from_config, read_checkpoint, require_undamaged
 from salt_lightning.runlog import read_run
 from salt_lightning.shards import Tensors, sync_folder
+from salt_lightning.spec import DTYPES, ModelSpec
 from salt_lightning.tokenizer import load_tokenizer, tokenizer_fingerprint
 
 MAX_FILE_BYTES = 2 << 30

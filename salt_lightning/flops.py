@@ -136,3 +136,11 @@ def peak_flops(device_name: str, dtype: torch.dtype | Literal["tf32"]) -> float 
         return None
     tflops = row[column]
     return None if tflops is None else float(tflops) * 1e12
+
+
+def peak_of(device: torch.device, dtype: torch.dtype, num_devices: int) -> float | None:
+    """The peak of so many devices like this one together; None where it is not known, as on CPUs."""
+    if device.type != "cuda":
+        return None
+    peak = peak_flops(torch.cuda.get_device_name(device), dtype)
+    return peak and peak * num_devices

@@ -5,15 +5,13 @@ Shapes: B rows, T tokens a row, N = B * T, D hidden width, V vocabulary.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -23,49 +21,10 @@ from transformers.utils import cached_file
 
 from salt_lightning import folders, shards
 from salt_lightning.errors import ConfigError
+from salt_lightning.spec import DTYPES, ModelSpec, as_config_error, check_positions, fresh_config
 
 # Without a word on it transformers asks at the terminal where a config names code.
 from_config = partial(AutoModelForCausalLM.from_config, trust_remote_code=False)
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """A causal language model: pretrained from `path`, or fresh from `family` and `config`.
-
-    Args:
-        path: A checkpoint of this project (.ckpt), a Hugging Face folder (safetensors) or a hub name. null: a fresh
-            model for the student, no teacher for the teacher.
-        revision: Branch, tag or commit of a hub name.
-        family: transformers' model type of a fresh model: llama, gpt2, gpt_neox, qwen3, gemma3_text, phi, opt ...
-        config: Settings of that family's transformers config, e.g. hidden_size. vocab_size and
-            max_position_embeddings follow the tokenizer and the block size unless given.
-        dtype: Dtype of the parameters. null: float32 for the student, the student's compute dtype for the teacher.
-        attention: transformers' attention implementation: sdpa, eager, flex_attention ... null: transformers' choice.
-        trust_remote_code: Run model code that comes with `path`. Off unless you have read that code.
-    """
-
-    path: str | None = None
-    revision: str | None = None
-    family: str = "llama"
-    config: dict[str, Any] = field(default_factory=dict)
-    dtype: Literal["float32", "bfloat16"] | None = None
-    attention: str | None = None
-    trust_remote_code: bool = False
-
-    @classmethod
-    def of(cls, spec: ModelSpec | dict[str, Any] | str) -> ModelSpec:
-        """The spec itself, or one made of a path, or of a checkpoint's plain dict, which trusts no code."""
-        if isinstance(spec, dict):
-            return cls(**{**spec, "trust_remote_code": False})
-        return cls(path=spec) if isinstance(spec, str) else spec
-
-    @property
-    def is_checkpoint(self) -> bool:
-        return self.path is not None and self.path.endswith(".ckpt")
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class CausalLM(nn.Module):
@@ -229,101 +188,9 @@ def build_fresh(spec: ModelSpec, data: Any, seed: int) -> PreTrainedModel:
     """
     config = fresh_config(spec, data)
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices), _as_config_error("--model.student.config"):
+    with torch.random.fork_rng(devices=devices), as_config_error("--model.student.config"):
         torch.manual_seed(seed)
         return from_config(config, dtype=DTYPES[spec.dtype or "float32"], attn_implementation=spec.attention)
-
-
-@contextmanager
-def _as_config_error(setting: str) -> Iterator[None]:
-    """transformers checks settings in many places and ways; all that it says of them is the user's business."""
-    try:
-        yield
-    except ConfigError:
-        raise
-    except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ConfigError(f"{setting}: {reason[:400]}") from error
-
-
-_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # every config takes them, not every one lists them
-
-
-def fresh_config(spec: ModelSpec, data: Any) -> PreTrainedConfig:
-    """The transformers config of a fresh model; unknown settings are refused, missing sizes follow the data."""
-    try:
-        known = AutoConfig.for_model(spec.family)
-    except ValueError:
-        raise ConfigError(
-            f"--model.student.family {spec.family}: transformers knows no such model type; e.g. llama, gpt2, qwen3"
-        ) from None
-    if spec.family not in folders.CAUSAL:
-        raise ConfigError(
-            f"--model.student.family {spec.family} is no causal language model of transformers; e.g. llama, gpt2, qwen3"
-        )
-    names = set(known.to_dict()) | set(known.attribute_map) | set(_SPECIAL_TOKENS)
-    if unknown := sorted(set(spec.config) - names):
-        near = difflib.get_close_matches(unknown[0], names, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"--model.student.config.{unknown[0]}: {spec.family} has no such setting{hint}")
-    for key, value in spec.config.items():  # a fit would meet it at its first step, or never notice
-        if "drop" in key and isinstance(value, float | int) and not 0 <= value <= 1:
-            raise ConfigError(f"--model.student.config.{key} {value} must lie in 0..1")
-    if not spec.config:
-        raise ConfigError(
-            f"--model.student.config is empty: {spec.family}'s own defaults are a model of billions of weights. Give "
-            "sizes, e.g. hidden_size and num_hidden_layers, or --model.student.path to go on from pretrained weights"
-        )
-    defaults: dict[str, Any] = {}
-    if data is not None:
-        end = data.tokenizer.eos_token_id
-        positions = known.attribute_map.get("max_position_embeddings", "max_position_embeddings")
-        defaults = {
-            "vocab_size": -(-data.vocab_size // 64) * 64,  # whole tiles for the head's matrix products
-            positions: data.block_size,
-            **dict.fromkeys(_SPECIAL_TOKENS, end),
-        }
-        if "max_position_embeddings" in spec.config:
-            del defaults[positions]
-    with _as_config_error("--model.student.config"):
-        config = AutoConfig.for_model(spec.family, **defaults | spec.config)
-    if data is not None:
-        if config.vocab_size < data.vocab_size:
-            raise ConfigError(
-                f"--model.student.config.vocab_size {config.vocab_size} is smaller than the tokenizer's "
-                f"{data.vocab_size}"
-            )
-        _check_positions(config, "--model.student.config.max_position_embeddings", data)
-    return config
-
-
-def _check_positions(config: PreTrainedConfig, setting: str, data: Any) -> None:
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and positions < data.block_size:
-        raise ConfigError(f"{setting} {positions} is smaller than --data.block_size {data.block_size}")
-
-
-def resolved(spec: ModelSpec, config: PreTrainedConfig) -> ModelSpec:
-    """The spec of a fresh model of exactly these sizes: what a checkpoint needs to be built again on its own."""
-    settings = {k: v for k, v in config.to_dict().items() if k not in _NOT_SETTINGS}
-    return replace(spec, path=None, revision=None, family=config.model_type, config=settings)
-
-
-_NOT_SETTINGS = (
-    "model_type",
-    "transformers_version",
-    "architectures",
-    "_name_or_path",
-    "dtype",
-    "torch_dtype",
-)
-_NOT_SHAPE = ("use_cache", "attention_dropout", "initializer_range")
-
-
-def shape_settings(spec: dict[str, Any]) -> dict[str, Any]:
-    """What must agree between a checkpoint's student and the configured one, of a spec as plain dict."""
-    settings = {k: v for k, v in spec["config"].items() if k not in _NOT_SHAPE}
-    return {"family": spec["family"]} | {f"config.{k}": v for k, v in settings.items()}
 
 
 # transformers makes an empty tokenizer up where a folder has none of these
@@ -342,7 +209,7 @@ def check_fit(spec: ModelSpec, config: PreTrainedConfig, name: str, data: Any) -
     """
     if data is None:
         return "not checked"
-    _check_positions(config, f"--model.{name}.path {spec.path} has max_position_embeddings", data)
+    check_positions(config, f"--model.{name}.path {spec.path} has max_position_embeddings", data)
     if config.vocab_size < data.vocab_size:
         raise ConfigError(
             f"--model.{name}.path {spec.path} has a vocabulary of {config.vocab_size}, --data.tokenizer "
@@ -390,7 +257,7 @@ def _own_vocabulary(spec: ModelSpec, name: str) -> dict[str, int] | None:
         return AutoTokenizer.from_pretrained(folder).get_vocab() if folder.is_dir() else None
     if not any(cached_file(path, file, revision=revision, **_QUIET) for file in _TOKENIZER_FILES):
         return None
-    with _as_config_error(f"--model.{name}.path {path}: its tokenizer cannot be loaded"):
+    with as_config_error(f"--model.{name}.path {path}: its tokenizer cannot be loaded"):
         source = {"revision": revision, "trust_remote_code": spec.trust_remote_code}
         return AutoTokenizer.from_pretrained(path, **source).get_vocab()
 
@@ -407,7 +274,7 @@ def load_pretrained(spec: ModelSpec, name: str, dtype: torch.dtype, empty: bool 
     source = {"revision": spec.revision or "main", "trust_remote_code": spec.trust_remote_code}
     kwargs = {"dtype": dtype, "attn_implementation": spec.attention}
     where = "" if Path(spec.path).exists() else " (there is no folder of that name here, so it is sought on the hub)"
-    with _as_config_error(f"--model.{name}.path {spec.path} cannot be loaded{where}"):
+    with as_config_error(f"--model.{name}.path {spec.path} cannot be loaded{where}"):
         if empty:
             config = AutoConfig.from_pretrained(spec.path, **source)
             with torch.device("meta"):
@@ -499,7 +366,7 @@ def _load_checkpoint(spec: ModelSpec, name: str, dtype: torch.dtype, empty: bool
     if not empty:
         require_undamaged(str(spec.path), f"--model.{name}.path")
         weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
-        with _as_config_error(f"--model.{name}.path {spec.path} holds another model than its settings say"):
+        with as_config_error(f"--model.{name}.path {spec.path} holds another model than its settings say"):
             model.load_state_dict(weights)
     return model
 

@@ -19,15 +19,17 @@ from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_info
 from torch import Tensor
 
 from salt_lightning import flops, models, parallel, preflight
-from salt_lightning.checkpoint import RunCheckpoint, go_on_from
+from salt_lightning.cadence import plan_validation
+from salt_lightning.checkpoint import go_on_from, how_to_go_on, require_same
 from salt_lightning.errors import ConfigError, NonFiniteLossError
 from salt_lightning.losses import salt_loss, token_stats
 from salt_lightning.meter import SUMS, Meter, loss_values
 from salt_lightning.metrics import TokenMetrics
-from salt_lightning.models import CausalLM, ModelSpec
+from salt_lightning.models import CausalLM
 from salt_lightning.optim import OptimSpec, by_name
 from salt_lightning.schedule import KDScheduleCallback
-from salt_lightning.watch import Watch, first_bad
+from salt_lightning.spec import DTYPES, ModelSpec, resolved
+from salt_lightning.watch import Watch, problem
 
 Batch = dict[str, Tensor]
 
@@ -123,7 +125,7 @@ class SALTModule(pl.LightningModule):
             parallel.check(self.trainer)
             self._check_clipping()
             models.check_path(self.student_spec, "student")
-            self._plan_validation()
+            plan_validation(self.trainer)
         data = self._data
         sources = data.source_names if data is not None else ("all",)
         self.eval_metrics = TokenMetrics(sources or ("all",), thirds=bool(getattr(data, "difficulty", None)))
@@ -131,15 +133,6 @@ class SALTModule(pl.LightningModule):
     def _check_clipping(self) -> None:
         if (algorithm := self.trainer.gradient_clip_algorithm) == GradClipAlgorithmType.VALUE:
             raise ConfigError(f"--trainer.gradient_clip_algorithm {algorithm.value} is not supported; use norm")
-
-    def _plan_validation(self) -> None:
-        """An interval longer than the run becomes the run; the data module has made it micro-batches by now."""
-        trainer, interval = self.trainer, getattr(self.trainer, "val_check_interval", None)
-        steps = trainer.max_steps * trainer.accumulate_grad_batches
-        if isinstance(interval, int) and interval > steps > 0:
-            trainer.val_check_interval = steps
-        elif isinstance(interval, int) and steps % interval:
-            rank_zero_info(f"validation every {interval * trainer.max_steps // steps} steps leaves out the last step")
 
     def _check_callback(self) -> None:
         if self.has_teacher and self._schedule is None:
@@ -152,11 +145,11 @@ class SALTModule(pl.LightningModule):
         if hasattr(self, "student") or (self._trainer and self._trainer.state.fn == TrainerFn.PREDICTING):
             return  # the teacher alone scores
         spec, strategy = self.student_spec, self._strategy
-        dtype, device = models.DTYPES[spec.dtype or "float32"], parallel.build_device(strategy, torch.device("cpu"))
+        dtype, device = DTYPES[spec.dtype or "float32"], parallel.build_device(strategy, torch.device("cpu"))
         lm = models.build(spec, "student", self._data, dtype, device, self.hparams["seed"])
         self.meter.forward_flops["student"] = self._count_flops(lm)
         # What a checkpoint needs to be loaded on its own: no path, every size.
-        self.hparams["student"] = models.resolved(spec, lm.model.config).to_dict()
+        self.hparams["student"] = resolved(spec, lm.model.config).to_dict()
         lm.train().requires_grad_(True)
         self._matrices = {f"student.{name}" for name, p in lm.named_parameters() if p.ndim >= 2}
         if self.hparams["activation_checkpointing"]:
@@ -169,7 +162,7 @@ class SALTModule(pl.LightningModule):
     def load_teacher(self) -> None:
         """Loads, freezes, casts and places the teacher; checks that it speaks the student's vocabulary."""
         spec, start_s = self.teacher_spec, time.perf_counter()
-        dtype = models.DTYPES[spec.dtype] if spec.dtype else self.compute_dtype
+        dtype = DTYPES[spec.dtype] if spec.dtype else self.compute_dtype
         root = self.trainer.strategy.root_device  # self.device is still the CPU in setup
         device = parallel.build_device(self._strategy, root)
         with torch.random.fork_rng(devices=[root] if root.type == "cuda" else []):
@@ -311,7 +304,8 @@ class SALTModule(pl.LightningModule):
             values["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
             torch.cuda.reset_peak_memory_stats(self.device)
         kd_steps = self._schedule.kd_steps if self._schedule is not None else int  # without a schedule: BASELINE
-        values |= self.meter.read(step, self._step_tokens, kd_steps, self._wait_s, self._peak_flops)
+        peak = flops.peak_of(self.device, self.compute_dtype, self.trainer.world_size)
+        values |= self.meter.read(step, self._step_tokens, kd_steps, self._wait_s, peak)
         if weight == 0 and (brought := self.meter.what_it_brought()):
             rank_zero_info(f"step {step}: {brought}")
         self._write({f"train/{name}": value for name, value in values.items()}, step)
@@ -327,13 +321,6 @@ class SALTModule(pl.LightningModule):
     def _step_tokens(self) -> int:
         return self._data.global_batch_size * self._data.block_size if self._data is not None else 0
 
-    @property
-    def _peak_flops(self) -> float | None:
-        if self.device.type != "cuda":
-            return None
-        peak = flops.peak_flops(torch.cuda.get_device_name(self.device), self.compute_dtype)
-        return peak and peak * self.trainer.world_size
-
     def require_finite(self) -> None:
         """Reads the device: before each save.
 
@@ -344,25 +331,13 @@ class SALTModule(pl.LightningModule):
         first, weights = self._watch.first, parallel.weight_norm(self.student).isfinite().long()
         if self.trainer.world_size > 1:
             first, weights = (self.trainer.strategy.reduce(t, reduce_op="min") for t in (first, weights))
-        bad = first_bad(first.tolist(), self.trainer.accumulate_grad_batches * self.trainer.world_size)
-        if bad is None and weights:
-            return
-        if bad is None:
-            what = f"the weights after step {self.global_step} are not finite, or about to be"
-        else:
-            step, name, number, count = bad
-            rows = getattr(self._data, "describe_batches", lambda *_: "unknown")(number, count)
-            what = f"{name} is not finite at step {step}, which read rows {rows}"
-        raise NonFiniteLossError(
-            f"{what}; nothing was saved since. {self._newest_checkpoint}, with a lower --model.optim.lr (it is "
-            f"{self.optim_spec.lr:g}) or --trainer.gradient_clip_val (it is {self.trainer.gradient_clip_val})"
-        )
-
-    @property
-    def _newest_checkpoint(self) -> str:
-        saved = [c for c in self.trainer.callbacks if isinstance(c, RunCheckpoint)]  # type: ignore[attr-defined]
-        found = saved[0].newest() if saved else None
-        return f"{found} is good: go on from it by --ckpt_path last" if found else "There is no checkpoint: start again"
+        rows = getattr(self._data, "describe_batches", lambda *_: "unknown")
+        per_step = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        if what := problem(first.tolist(), bool(weights), self.global_step, per_step, rows):
+            raise NonFiniteLossError(
+                f"{what}; nothing was saved since. {how_to_go_on(self.trainer)}, with a lower --model.optim.lr (it is "
+                f"{self.optim_spec.lr:g}) or --trainer.gradient_clip_val (it is {self.trainer.gradient_clip_val})"
+            )
 
     def _write(self, values: dict[str, float], step: int) -> None:
         for logger in self.trainer.loggers:  # self.log would count steps from 0 and read the device every step
@@ -436,16 +411,7 @@ class SALTModule(pl.LightningModule):
         checkpoint["forward_flops"] = dict(self.meter.forward_flops)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self._data is not None and checkpoint["tokenizer"] not in (None, self._data.tokenizer_fingerprint):
-            raise ConfigError(
-                "the checkpoint was trained with another tokenizer than --data.tokenizer gives: its token ids mean "
-                "something else (one that is trained changes with the text). Point --data.tokenizer to the run's own, "
-                "RUN/tokenizer"
-            )
-        saved, now = (models.shape_settings(hp["student"]) for hp in (checkpoint["hyper_parameters"], self.hparams))
-        changed = [f"{k} {now.get(k)} (checkpoint: {saved.get(k)})" for k in saved if saved[k] != now.get(k)]
-        if changed:
-            raise ConfigError("the checkpoint holds another student: " + ", ".join(changed[:5]))
+        require_same(checkpoint, self.hparams["student"], self._data and self._data.tokenizer_fingerprint)
         self._loaded_step = checkpoint["global_step"]
         self.meter.time_s, self.meter.teacher_time_s = checkpoint["time_s"], checkpoint.get("teacher_time_s", 0.0)
         self.meter.forward_flops["teacher"] = checkpoint["forward_flops"]["teacher"]

@@ -21,9 +21,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from salt_lightning.documents import Corpus, Raw, Skipped, empty_error, read_raw
+from salt_lightning.documents import Corpus, Raw, read_raw
 from salt_lightning.errors import ConfigError
 from salt_lightning.journal import Unfinished, making, write_json
+from salt_lightning.parse import Skipped, empty_error
 from salt_lightning.processes import in_child, num_cores, ordered_map
 from salt_lightning.progress import Done, Progress, summary_line
 from salt_lightning.token_files import FORMAT, SPLITS, SplitWriter, TokenFiles, digest, no_counts, sealed, sizes

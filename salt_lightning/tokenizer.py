@@ -11,19 +11,10 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from salt_lightning.documents import (
-    Corpus,
-    Raw,
-    Skipped,
-    documents,
-    empty_error,
-    first_line,
-    lots,
-    read_raw,
-    utf8,
-)
+from salt_lightning.documents import Corpus, Raw, first_line, read_raw, utf8
 from salt_lightning.errors import ConfigError
 from salt_lightning.examples import Message, segments
+from salt_lightning.parse import Skipped, documents, empty_error, lots
 from salt_lightning.token_files import Block, digest
 
 EOS = "<|endoftext|>"

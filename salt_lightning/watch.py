@@ -6,6 +6,8 @@ So the smallest number is the first bad micro-batch, and its rows follow from th
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -44,3 +46,22 @@ def first_bad(first: list[int], per_step: int) -> tuple[int, str, int, int] | No
     if loss // per_step <= gradient // per_step:  # it made the gradient of its step what it is
         return loss // per_step + 1, "train/loss", loss, 1
     return gradient // per_step + 1, "train/grad_norm", gradient, per_step
+
+
+def problem(
+    first: list[int], weights_finite: bool, step: int, per_step: int, rows_of: Callable[[int, int], str]
+) -> str | None:
+    """What stopped being finite, and the rows that were read then; None if nothing did.
+
+    Args:
+        first: `Watch.first`, the minimum over ranks.
+        weights_finite: of the student, now.
+        step: optimizer steps done.
+        per_step: micro-batches of an optimizer step, over all ranks.
+        rows_of: says which rows micro-batches are, by the number of the first and how many.
+    """
+    bad = first_bad(first, per_step)
+    if bad is not None:
+        at, name, number, count = bad
+        return f"{name} is not finite at step {at}, which read rows {rows_of(number, count)}"
+    return None if weights_finite else f"the weights after step {step} are not finite, or about to be"

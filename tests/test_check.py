@@ -16,8 +16,9 @@ from transformers import AutoTokenizer
 from salt_lightning import check, cli, memory, preflight
 from salt_lightning.checkpoint import RunCheckpoint
 from salt_lightning.errors import ConfigError
-from salt_lightning.models import ModelSpec, build_fresh, emitted_ids
+from salt_lightning.models import build_fresh, emitted_ids
 from salt_lightning.preflight import Finding, TeacherLoss
+from salt_lightning.spec import ModelSpec
 
 LEVELS = ("ok", "note", "warning", "error")
 

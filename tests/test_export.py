@@ -21,8 +21,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from salt_lightning import cli
 from salt_lightning.card import model_card
 from salt_lightning.export import export
-from salt_lightning.models import ModelSpec, load_pretrained, resolved
+from salt_lightning.models import load_pretrained
 from salt_lightning.runlog import read_run
+from salt_lightning.spec import ModelSpec, resolved
 
 ROOT = Path(__file__).parents[1]
 IDS = torch.tensor([[5, 9, 3, 60, 7, 7, 22, 1, 30, 2]])

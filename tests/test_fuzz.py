@@ -14,10 +14,10 @@ from test_prepare import byte_tokenizer, corpus_of, stored
 from salt_lightning import documents
 from salt_lightning.data import SALTDataModule, accumulation
 from salt_lightning.errors import ConfigError
-from salt_lightning.models import ModelSpec
 from salt_lightning.module import SALTModule
 from salt_lightning.optim import OptimSpec
 from salt_lightning.prepare import prepare_tokens
+from salt_lightning.spec import ModelSpec
 
 CASES = {"documents": 20, "broken": 20, "killed": 4, "settings": 200, "commands": 8, "steps": 4}
 

@@ -13,7 +13,8 @@ from torch.nn.functional import cross_entropy, log_softmax, softmax
 
 from salt_lightning.errors import ConfigError
 from salt_lightning.losses import salt_loss
-from salt_lightning.models import CausalLM, ModelSpec, check_path, document_mask, freeze, load_pretrained
+from salt_lightning.models import CausalLM, check_path, document_mask, freeze, load_pretrained
+from salt_lightning.spec import ModelSpec
 
 IDS = torch.tensor([[5, 9, 3, 60, 7, 7, 22, 1, 30, 2], [4, 4, 8, 1, 9, 12, 33, 2, 0, 6]])
 POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 5, 6, 0, 1, 2]])
@@ -212,7 +213,7 @@ def test_a_folder_without_config_is_named(tmp_path):
     ],
 )
 def test_misspelt_students_are_named(spec, message):
-    from salt_lightning.models import fresh_config
+    from salt_lightning.spec import fresh_config
 
     with pytest.raises(ConfigError, match=message):
         fresh_config(spec, None)
@@ -235,7 +236,8 @@ def test_a_hub_name_with_a_revision(tmp_path):
         (repository / "refs" / ref).write_text(commit)
     code = """
 import sys, torch
-from salt_lightning.models import ModelSpec, check_path, load_pretrained
+from salt_lightning.models import check_path, load_pretrained
+from salt_lightning.spec import ModelSpec
 spec = ModelSpec(path="owner/small", revision=sys.argv[1] or None)
 check_path(spec, "teacher")
 print(load_pretrained(spec, "teacher", torch.float32).lm_head.weight.double().sum().item())

@@ -27,9 +27,10 @@ from transformers import PreTrainedTokenizerFast
 
 from salt_lightning import documents, journal, prepare, processes, progress
 from salt_lightning import tokenizer as tokenizer_module
-from salt_lightning.documents import Corpus, Group, Hub, lots, read_raw, resolve, utf8
+from salt_lightning.documents import Corpus, Group, Hub, read_raw, resolve, utf8
 from salt_lightning.errors import ConfigError
 from salt_lightning.journal import making
+from salt_lightning.parse import lots
 from salt_lightning.prepare import prepare_tokenizer, prepare_tokens, token_folder, tokenizer_folder
 from salt_lightning.progress import Done, progress_line, summary_line
 from salt_lightning.token_files import Block, SplitWriter, TokenFiles, no_counts, sealed, verify

@@ -12,16 +12,16 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "salt_lightning").glob("*.py"))
 NAMES = [path.name for path in FILES]
 LAYERS = [  # a file imports from files of earlier layers alone
-    {"errors"},
-    {"examples", "journal", "processes", "progress", "shards", "token_files"},
-    {"documents", "flops", "metrics", "optim", "row_pass", "runlog"},
-    {"meter", "models", "probe", "report", "tokenizer", "triton_rows"},
-    {"chunked_head", "compare", "parallel", "prepare", "schedule", "scores"},
-    {"card", "difficulty", "losses", "rows"},
-    {"example_rows", "export", "preflight", "selection"},
-    {"checkpoint", "score_report"},
-    {"data", "module"},
-    {"answers", "memory", "scoring"},
+    {"errors", "flops", "journal", "progress", "quiet", "row_pass", "watch"},
+    {"chunked_head", "examples", "folders", "meter", "metrics", "optim", "parser", "processes", "runlog", "scores"},
+    {"settings", "shards", "token_files", "triton_rows"},
+    {"difficulty", "documents", "event_log", "losses", "probe", "report", "rows", "spec"},
+    {"compare", "example_rows", "models", "parse", "preflight", "schedule", "selection"},
+    {"cadence", "card", "parallel", "score_report", "tokenizer"},
+    {"export", "prepare", "scoring"},
+    {"answers", "checkpoint", "data"},
+    {"module"},
+    {"memory"},
     {"check"},
     {"cli", "__init__"},
 ]

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from salt_lightning import cli
 from salt_lightning.errors import ConfigError
-from salt_lightning.models import ModelSpec, load_pretrained, read_checkpoint
+from salt_lightning.models import load_pretrained, read_checkpoint
 from salt_lightning.shards import _metadata
+from salt_lightning.spec import ModelSpec
 
 SCRIPT = Path(__file__).parent / "sharded_run.py"
 

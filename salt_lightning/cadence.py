@@ -1,0 +1,89 @@
+"""Optimizer steps said in Lightning's terms, which counts micro-batches: accumulation, validation, phase 1."""
+
+import math
+from weakref import WeakKeyDictionary
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from salt_lightning.errors import ConfigError
+from salt_lightning.schedule import KDScheduleCallback
+
+# What the user gave the trainer, before `setup` wrote micro-batches over it (setup may run twice).
+_CADENCE: "WeakKeyDictionary[Trainer, tuple[int, int | float | None]]" = WeakKeyDictionary()
+
+
+def set_cadence(trainer: Trainer, accumulation: int, global_batch: int) -> None:
+    """Gives the trainer its accumulation, and its interval of validation in micro-batches.
+
+    Raises:
+        ConfigError: it has an accumulation of its own, or no length.
+    """
+    accumulate, interval = _CADENCE.setdefault(
+        trainer, (trainer.accumulate_grad_batches, getattr(trainer, "val_check_interval", None))
+    )
+    if accumulate != 1:
+        raise ConfigError(
+            f"--trainer.accumulate_grad_batches: {accumulate} may not be set; it follows from "
+            f"--data.global_batch_size {global_batch}, here {accumulation}"
+        )
+    if trainer.max_steps < 1:
+        raise ConfigError(f"--trainer.max_steps: {trainer.max_steps} is no length of a run; give optimizer steps")
+    trainer.accumulate_grad_batches = accumulation
+    if interval is not None:
+        trainer.val_check_interval, trainer.check_val_every_n_epoch = validation_cadence(
+            interval, trainer.max_steps, accumulation, trainer.check_val_every_n_epoch
+        )
+
+
+def plan_validation(trainer: Trainer) -> None:
+    """An interval longer than the run becomes the run; `set_cadence` has made it micro-batches by now."""
+    interval = getattr(trainer, "val_check_interval", None)
+    steps = trainer.max_steps * trainer.accumulate_grad_batches
+    if isinstance(interval, int) and interval > steps > 0:
+        trainer.val_check_interval = steps
+    elif isinstance(interval, int) and steps % interval:
+        rank_zero_info(f"validation every {interval * trainer.max_steps // steps} steps leaves out the last step")
+
+
+def phase1_steps(trainer: Trainer) -> int:
+    """The steps before --kd.steps, also where --kd.weight is 0 (selection without KD); all of them where it is null."""
+    schedules = [c.schedule for c in trainer.callbacks if isinstance(c, KDScheduleCallback)]  # type: ignore[attr-defined]
+    steps = schedules[0].steps if schedules else None
+    return trainer.max_steps if steps is None else min(steps, trainer.max_steps)
+
+
+def accumulation(global_batch: int, micro_batch: int, world: int) -> int:
+    """Micro-batches that one device accumulates for an optimizer step.
+
+    Raises:
+        ConfigError: they do not divide; names the nearest sizes that do.
+    """
+    per_pass = micro_batch * world
+    if global_batch % per_pass == 0:
+        return global_batch // per_pass
+    below, above = global_batch // per_pass * per_pass, -(-global_batch // per_pass) * per_pass
+    sizes = " or ".join(str(size) for size in (below, above) if size)
+    share = global_batch // world if global_batch % world == 0 else 0  # rows of one device in a step
+    small = [size for size in range(1, math.isqrt(share) + 1) if share % size == 0]
+    fitting = {*small, *(share // size for size in small)}
+    nearest = sorted(fitting, key=lambda size: (abs(size - micro_batch), size))[:2]
+    other = f", or --data.micro_batch_size {' or '.join(map(str, sorted(nearest)))}" if nearest else ""
+    raise ConfigError(
+        f"--data.global_batch_size: {global_batch} rows do not divide into micro-batches of {micro_batch} "
+        f"(--data.micro_batch_size) on {world} devices; take {sizes}{other}"
+    )
+
+
+def validation_cadence(
+    interval: int | float, max_steps: int, accumulate: int, every_n_epoch: int | None
+) -> tuple[int | float, int | None]:
+    """Lightning's (val_check_interval, check_val_every_n_epoch) for an interval in optimizer steps.
+
+    Lightning counts micro-batches, and refuses an interval longer than the run unless it counts over epochs
+    (None). A float below 1 is a share of the run.
+    """
+    if isinstance(interval, float) and interval == 1.0:
+        return interval, every_n_epoch  # at the end
+    steps = interval if isinstance(interval, int) else max(1, int(interval * max_steps))
+    return steps * accumulate, None if steps > max_steps else every_n_epoch

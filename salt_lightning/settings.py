@@ -1,0 +1,122 @@
+"""Settings that cannot work, all at once, before anything is read; each a line that a user can act on."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+
+from salt_lightning.errors import ConfigError
+
+_GROUPS = ("model", "model.student", "model.teacher", "model.optim", "data", "data.keep", "kd", "checkpoint", "trainer")
+# what a run is: with another of these it is another run
+IDENTITY = (
+    *("model.student.", "model.teacher.", "kd.", "data.source", "data.val_source", "data.tokenizer", "data.vocab_size"),
+    *("data.block_size", "data.selection", "data.keep."),
+)
+
+
+def wrong_groups(config: Namespace) -> list[str]:
+    """Groups of settings that are something else, as an empty `model:` in a file is."""
+    for name in _GROUPS:
+        if name in config and not isinstance(config[name], Namespace):
+            return [f"--{name} {config[name]} must be a mapping of its settings; leave it out for the defaults"]
+    return []
+
+
+def checkpoints(config: Namespace) -> Path:
+    """The folder of a run's checkpoints."""
+    return Path((config.get("checkpoint") or {}).get("folder") or Path(config.run) / "checkpoints")
+
+
+def wrong_folders(config: Namespace) -> list[str]:
+    """Folders that could not be written, which a run would meet at its first checkpoint, or its end."""
+    of = config.get("checkpoint") or {}
+    folders = {"run": config.run, "checkpoint.folder": of.get("folder"), "checkpoint.export": of.get("export")}
+    wrong = [] if config.run else ["--run '' names no folder"]
+    for name, folder in folders.items():
+        if folder:
+            there = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
+            if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+                why = "cannot be written" if there.is_dir() else "is no folder"
+                wrong.append(f"--{name} {folder}: {there} {why}; choose another folder")
+    return wrong
+
+
+_PRECISIONS = ("32", "32-true", "bf16", "bf16-mixed", "bf16-true")
+
+
+def wrong_trainer_settings(trainer: Namespace) -> list[str]:
+    """Settings of Lightning's that would break a run late, or change what a step is."""
+    interval, every = trainer.get("val_check_interval"), trainer.get("log_every_n_steps")
+    wrong = []
+    if trainer.get("accumulate_grad_batches") not in (None, 1):
+        wrong.append(
+            f"--trainer.accumulate_grad_batches {trainer.accumulate_grad_batches} follows from "
+            "--data.global_batch_size, --data.micro_batch_size and the number of ranks; leave it out"
+        )
+    if str(trainer.get("strategy")).startswith("fsdp") and not torch.cuda.is_available():
+        wrong.append(
+            f"--trainer.strategy {trainer.strategy} (FSDP1) needs GPUs; --config configs/fsdp.yaml (FSDP2) also runs "
+            "on CPUs"
+        )
+    steps, share = isinstance(interval, int) and interval >= 1, isinstance(interval, float) and 0 < interval <= 1
+    if interval is not None and not steps and not share:
+        wrong.append(
+            f"--trainer.val_check_interval {interval} must be optimizer steps (1 or more), or a share of the run (0..1)"
+        )
+    if every is not None and every < 1:
+        wrong.append(f"--trainer.log_every_n_steps {every} must be at least 1")
+    if trainer.get("limit_train_batches") not in (None, 1.0):
+        wrong.append(f"--trainer.limit_train_batches {trainer.limit_train_batches}: use --trainer.max_steps")
+    if trainer.get("max_epochs") not in (None, -1):
+        wrong.append(f"--trainer.max_epochs {trainer.max_epochs}: a run is counted in steps, use --trainer.max_steps")
+    if trainer.get("check_val_every_n_epoch") not in (None, 1):
+        wrong.append(
+            f"--trainer.check_val_every_n_epoch {trainer.check_val_every_n_epoch}: a run is one epoch of Lightning's, "
+            "use --trainer.val_check_interval (optimizer steps)"
+        )
+    if (trainer.get("gradient_clip_val") or 0) < 0:
+        wrong.append(f"--trainer.gradient_clip_val {trainer.gradient_clip_val} must not be negative (0 or null: off)")
+    if str(trainer.get("precision") or "32") not in _PRECISIONS:
+        wrong.append(f"--trainer.precision {trainer.precision} must be {' or '.join(_PRECISIONS)}")
+    if trainer.get("enable_checkpointing") is False:
+        wrong.append("--trainer.enable_checkpointing false: use --checkpoint.every_n_steps null for the end alone")
+    if trainer.get("default_root_dir"):
+        wrong.append(f"--trainer.default_root_dir {trainer.default_root_dir}: use --run")
+    if trainer.get("overfit_batches"):
+        wrong.append(f"--trainer.overfit_batches {trainer.overfit_batches}: give a small --data.source instead")
+    return wrong
+
+
+# --- what a checkpoint says ---
+
+
+def without_code(saved: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A checkpoint's settings. No file decides that code is run: jsonargparse imports what is named as a class."""
+    specs = [saved.get(name) for name in ("student", "teacher", "optim")]
+    if _names_class(saved) or not all(isinstance(spec, dict) for spec in specs):
+        raise ConfigError(f"--ckpt_path {path} is not a whole checkpoint of this project (its settings name a class)")
+    untrusted = {name: {**saved[name], "trust_remote_code": False} for name in ("student", "teacher")}
+    return {**saved, **untrusted}
+
+
+def _names_class(node: Any) -> bool:
+    if isinstance(node, dict):
+        return "class_path" in node or any(map(_names_class, node.values()))
+    return isinstance(node, (list, tuple)) and any(map(_names_class, node))
+
+
+MISSING = object()
+
+
+def lookup(tree: dict[str, Any], dotted: str) -> Any:
+    node: Any = tree
+    for part in dotted.split("."):
+        if not isinstance(node, dict) or part not in node:
+            return MISSING
+        node = node[part]
+    return node

@@ -1,0 +1,148 @@
+"""ModelSpec: which model a setting means, and the transformers config of a fresh one."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig
+
+from salt_lightning import folders
+from salt_lightning.errors import ConfigError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A causal language model: pretrained from `path`, or fresh from `family` and `config`.
+
+    Args:
+        path: A checkpoint of this project (.ckpt), a Hugging Face folder (safetensors) or a hub name. null: a fresh
+            model for the student, no teacher for the teacher.
+        revision: Branch, tag or commit of a hub name.
+        family: transformers' model type of a fresh model: llama, gpt2, gpt_neox, qwen3, gemma3_text, phi, opt ...
+        config: Settings of that family's transformers config, e.g. hidden_size. vocab_size and
+            max_position_embeddings follow the tokenizer and the block size unless given.
+        dtype: Dtype of the parameters. null: float32 for the student, the student's compute dtype for the teacher.
+        attention: transformers' attention implementation: sdpa, eager, flex_attention ... null: transformers' choice.
+        trust_remote_code: Run model code that comes with `path`. Off unless you have read that code.
+    """
+
+    path: str | None = None
+    revision: str | None = None
+    family: str = "llama"
+    config: dict[str, Any] = field(default_factory=dict)
+    dtype: Literal["float32", "bfloat16"] | None = None
+    attention: str | None = None
+    trust_remote_code: bool = False
+
+    @classmethod
+    def of(cls, spec: ModelSpec | dict[str, Any] | str) -> ModelSpec:
+        """The spec itself, or one made of a path, or of a checkpoint's plain dict, which trusts no code."""
+        if isinstance(spec, dict):
+            return cls(**{**spec, "trust_remote_code": False})
+        return cls(path=spec) if isinstance(spec, str) else spec
+
+    @property
+    def is_checkpoint(self) -> bool:
+        return self.path is not None and self.path.endswith(".ckpt")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@contextmanager
+def as_config_error(setting: str) -> Iterator[None]:
+    """transformers checks settings in many places and ways; all that it says of them is the user's business."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError(f"{setting}: {reason[:400]}") from error
+
+
+_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # every config takes them, not every one lists them
+
+
+def fresh_config(spec: ModelSpec, data: Any) -> PreTrainedConfig:
+    """The transformers config of a fresh model; unknown settings are refused, missing sizes follow the data."""
+    try:
+        known = AutoConfig.for_model(spec.family)
+    except ValueError:
+        raise ConfigError(
+            f"--model.student.family {spec.family}: transformers knows no such model type; e.g. llama, gpt2, qwen3"
+        ) from None
+    if spec.family not in folders.CAUSAL:
+        raise ConfigError(
+            f"--model.student.family {spec.family} is no causal language model of transformers; e.g. llama, gpt2, qwen3"
+        )
+    names = set(known.to_dict()) | set(known.attribute_map) | set(_SPECIAL_TOKENS)
+    if unknown := sorted(set(spec.config) - names):
+        near = difflib.get_close_matches(unknown[0], names, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"--model.student.config.{unknown[0]}: {spec.family} has no such setting{hint}")
+    for key, value in spec.config.items():  # a fit would meet it at its first step, or never notice
+        if "drop" in key and isinstance(value, float | int) and not 0 <= value <= 1:
+            raise ConfigError(f"--model.student.config.{key} {value} must lie in 0..1")
+    if not spec.config:
+        raise ConfigError(
+            f"--model.student.config is empty: {spec.family}'s own defaults are a model of billions of weights. Give "
+            "sizes, e.g. hidden_size and num_hidden_layers, or --model.student.path to go on from pretrained weights"
+        )
+    defaults: dict[str, Any] = {}
+    if data is not None:
+        end = data.tokenizer.eos_token_id
+        positions = known.attribute_map.get("max_position_embeddings", "max_position_embeddings")
+        defaults = {
+            "vocab_size": -(-data.vocab_size // 64) * 64,  # whole tiles for the head's matrix products
+            positions: data.block_size,
+            **dict.fromkeys(_SPECIAL_TOKENS, end),
+        }
+        if "max_position_embeddings" in spec.config:
+            del defaults[positions]
+    with as_config_error("--model.student.config"):
+        config = AutoConfig.for_model(spec.family, **defaults | spec.config)
+    if data is not None:
+        if config.vocab_size < data.vocab_size:
+            raise ConfigError(
+                f"--model.student.config.vocab_size {config.vocab_size} is smaller than the tokenizer's "
+                f"{data.vocab_size}"
+            )
+        check_positions(config, "--model.student.config.max_position_embeddings", data)
+    return config
+
+
+def check_positions(config: PreTrainedConfig, setting: str, data: Any) -> None:
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and positions < data.block_size:
+        raise ConfigError(f"{setting} {positions} is smaller than --data.block_size {data.block_size}")
+
+
+def resolved(spec: ModelSpec, config: PreTrainedConfig) -> ModelSpec:
+    """The spec of a fresh model of exactly these sizes: what a checkpoint needs to be built again on its own."""
+    settings = {k: v for k, v in config.to_dict().items() if k not in _NOT_SETTINGS}
+    return replace(spec, path=None, revision=None, family=config.model_type, config=settings)
+
+
+_NOT_SETTINGS = (
+    "model_type",
+    "transformers_version",
+    "architectures",
+    "_name_or_path",
+    "dtype",
+    "torch_dtype",
+)
+_NOT_SHAPE = ("use_cache", "attention_dropout", "initializer_range")
+
+
+def shape_settings(spec: dict[str, Any]) -> dict[str, Any]:
+    """What must agree between a checkpoint's student and the configured one, of a spec as plain dict."""
+    settings = {k: v for k, v in spec["config"].items() if k not in _NOT_SHAPE}
+    return {"family": spec["family"]} | {f"config.{k}": v for k, v in settings.items()}
