@@ -24,11 +24,13 @@ from transformers import AutoModelForCausalLM
 from salt_lightning import export, flops, memory, models, parallel, preflight
 from salt_lightning.checkpoint import RunCheckpoint
 from salt_lightning.data import SALTDataModule
+from salt_lightning.difficulty import find_files
 from salt_lightning.errors import ConfigError
 from salt_lightning.models import CausalLM
 from salt_lightning.module import SALTModule
 from salt_lightning.preflight import Finding
 from salt_lightning.schedule import KDScheduleCallback
+from salt_lightning.scores import Scores
 from salt_lightning.spec import DTYPES, ModelSpec, fresh_config
 
 _LOOK_FLOPS = 1.5e11  # of a CPU, for one look at a model: some seconds
@@ -122,6 +124,11 @@ class Check:
             said = f"{data.global_batch_size} rows = {data.accumulate} x {data.micro_batch_size} on {world} devices"
             self.add("ok", "batch", said.replace("1 devices", "1 device"))
             self._validation()
+        # without what they name the text is looked at all the same
+        if data.selection and not self.works("selection", Scores, Path(data.selection), "--data.selection"):
+            data.selection = None
+        if data.difficulty and not self.works("thirds", find_files, Path(data.difficulty), "--data.difficulty", "fit"):
+            data.difficulty = None
         if not self.works("text", data.prepare_data):
             return None
         if self.works("text", data.setup, "predict"):

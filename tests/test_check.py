@@ -81,10 +81,12 @@ def test_all_findings_at_once(checked, tmp_path, monkeypatch):
     code, found = checked(**{
         "model.teacher.path": str(tmp_path / "none.ckpt"), "kd.steps": 99, "data.global_batch_size": 12,
         "model.optim.warmup_steps": 40, "trainer.gradient_clip_algorithm": "value",
+        "data.selection": str(tmp_path), "data.difficulty": str(tmp_path),
     })  # fmt: skip
     assert code == 1
     wrong = {about: text for level, about, text in found if level == "error"}
-    assert set(wrong) == {"phases", "learning rate", "clipping", "batch", "teacher", "checkpoints"}
+    both = {"selection", "thirds"}
+    assert set(wrong) == {"phases", "learning rate", "clipping", "batch", "teacher", "checkpoints"} | both
     assert "--kd.steps 99" in wrong["phases"]
     assert "none.ckpt does not exist" in wrong["teacher"]
     assert "--checkpoint.keep" in wrong["checkpoints"]
