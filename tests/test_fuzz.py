@@ -19,7 +19,7 @@ from salt_lightning.optim import OptimSpec
 from salt_lightning.prepare import prepare_tokens
 from salt_lightning.spec import ModelSpec
 
-CASES = {"documents": 20, "broken": 20, "killed": 4, "settings": 200, "commands": 8, "steps": 4}
+CASES = {"documents": 15, "broken": 15, "killed": 3, "settings": 200, "commands": 5, "steps": 3}
 
 
 @pytest.mark.parametrize("part", CASES)
