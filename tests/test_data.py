@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from lightning.pytorch.callbacks import Callback
 from reference import packed_rows
 
-from salt_lightning.data import SALTDataModule, accumulation, validation_cadence
+from salt_lightning.cadence import accumulation, validation_cadence
+from salt_lightning.data import SALTDataModule
 from salt_lightning.errors import ConfigError
 from salt_lightning.rows import (
     IGNORE,

@@ -12,7 +12,8 @@ import fuzz
 from test_prepare import byte_tokenizer, corpus_of, stored
 
 from salt_lightning import documents
-from salt_lightning.data import SALTDataModule, accumulation
+from salt_lightning.cadence import accumulation
+from salt_lightning.data import SALTDataModule
 from salt_lightning.errors import ConfigError
 from salt_lightning.module import SALTModule
 from salt_lightning.optim import OptimSpec
