@@ -233,7 +233,7 @@ class Study:
     def _base(self, more: Settings) -> Settings:
         size, corpus = self.size, self.work / "corpus"
         return {
-            "model.student.config": model(*size.student), "model.optim.warmup_steps": self._at(0.02),
+            "model.student.config": model(*size.student), "model.optim.warmup_steps": self._at(0.05),
             "kd.weight": 0.0, "kd.steps": 0,
             "data.source": str(corpus / "train.jsonl"), "data.val_source": str(corpus / "valid.jsonl"),
             "data.source_column": "source", "data.vocab_size": size.vocab, "data.block_size": size.block,
@@ -282,8 +282,8 @@ class Study:
                 "trainer.max_steps": self._at(KD_SHARE)}  # fmt: skip
 
     def _shortened(self, settings: Settings, f: float) -> Settings:
-        """A complete run of f x the steps: every length in it shrinks alike."""
-        lengths = ("model.optim.warmup_steps", "kd.steps", "kd.anneal_steps", "kd.min_steps", "trainer.max_steps")
+        """A complete run of f x the steps: its lengths shrink alike, the warm-up apart, which serves the start."""
+        lengths = ("kd.steps", "kd.anneal_steps", "kd.min_steps", "trainer.max_steps")
         short = {key: max(1, round(f * settings[key])) for key in lengths if settings.get(key)}
         every = max(1, round(f * self.size.val_every))
         short["trainer.max_steps"] = round(f * self.size.steps / every) * every  # so that the last step is validated

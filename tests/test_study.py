@@ -95,8 +95,9 @@ def test_a_changed_learning_rate_curve_is_run_as_baseline_too(tmp_path):
 def test_a_run_at_f_is_complete(tmp_path):
     cells = {cell.name: cell.settings for cell in queue(tmp_path, **TUNED).cells()}
     short, whole = cells["salt-f0.7-s1"], cells["salt-s1"]
-    for key in ("trainer.max_steps", "kd.steps", "model.optim.warmup_steps"):
+    for key in ("trainer.max_steps", "kd.steps"):
         assert short[key] == 0.7 * whole[key]
+    assert short["model.optim.warmup_steps"] == whole["model.optim.warmup_steps"]
     assert short["trainer.max_steps"] % short["trainer.val_check_interval"] == 0  # its last step is validated
 
 
