@@ -19,6 +19,7 @@ BASES = {
     "controls": "salt_ds.yaml",
     "tasks": "sft.yaml",
     "gap.yaml": "salt.yaml",
+    "hub.yaml": "salt.yaml",
 }  # overlays, and what they go on top of
 
 
