@@ -85,7 +85,10 @@ def check_configs(args: list[str]) -> None:
     """
     for value in _values(args):
         if not value.lstrip().startswith("{"):  # settings themselves instead of a file
-            _check_config(value)
+            try:
+                _check_config(value)
+            except RecursionError as error:
+                raise ConfigError(f"--config {value}: settings contain themselves, or are nested too deep") from error
 
 
 def _values(args: list[str]) -> list[str]:
@@ -101,13 +104,17 @@ def _check_config(path: str) -> None:
         raise ConfigError(f"{setting} {what}; give a YAML file, e.g. configs/salt.yaml")
     try:
         with open(path, encoding="utf-8") as file:
-            node = yaml.compose(file, yaml.SafeLoader)
+            text = file.read()
+        node = yaml.compose(text, yaml.SafeLoader)
+        zeros = [token for token in yaml.scan(text) if "\0" in getattr(token, "value", "")]
     except UnicodeDecodeError as error:
         raise ConfigError(f"{setting} is not UTF-8 text, so no YAML file; give one, e.g. configs/salt.yaml") from error
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise ConfigError(f"{setting}{where}: no YAML ({' '.join(str(problem).split())})") from error
+    if zeros:  # jsonargparse would take it for the name of a file
+        raise ConfigError(f"{setting}, line {zeros[0].start_mark.line + 1}: a zero byte is no setting; remove it")
     if node is not None and not isinstance(node, yaml.MappingNode):
         raise ConfigError(f"{setting} is no mapping of settings; write lines such as 'run: runs/mine'")
     for key, value in node.value if node else []:

@@ -44,7 +44,7 @@ ERRORS = {
         {"data.val_rows": 0, "data.seed": -1},
         r"--data.val_rows: 0 must .*--data.seed: -1 must be 0",
     ),
-    "a seed too large": ({"data.seed": 2**64}, r"--data.seed: \d+ must be 0 or more, and fit into 64 bits"),
+    "a seed too large": ({"data.seed": 2**64}, r"--data.seed: \d+ must be 0 or more, and below 2\*\*63"),
     "a seed that is none": (
         {"seed_everything": -1},
         r"--seed_everything -1 must be a whole number from 0 to 4294967295",

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import sys
 from pathlib import Path
 
@@ -101,8 +102,8 @@ def test_a_document_that_no_memory_can_hold_is_refused(name, tmp_path, monkeypat
             r"--model.optim.weight_decay inf must not be negative, and finite",
         ),
         (
-            lambda: SALTModule(ModelSpec(), teacher_temperature=float("nan"), logits_budget_gib=float("nan")),
-            r"--model.teacher_temperature nan must be .*--model.logits_budget_gib nan must be",
+            lambda: SALTModule(ModelSpec(), teacher_temperature=float("nan"), logits_budget_gib=float("inf")),
+            r"--model.teacher_temperature nan must be .*--model.logits_budget_gib inf must be",
         ),
         (lambda: SALTModule(ModelSpec(), accuracy="other"), r"--model.accuracy other must be accurate or fast"),
         (lambda: SALTDataModule("x", seed=2**63), r"--data.seed: 9223372036854775808 must be .* below 2\*\*63"),
@@ -113,6 +114,21 @@ def test_a_document_that_no_memory_can_hold_is_refused(name, tmp_path, monkeypat
 def test_values_that_are_no_numbers_to_work_with(make, message):
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+CONFIGS = {
+    'run: x\ndata: "\\0"': r"line 2: a zero byte is no setting",
+    "model: &a {student: *a}": r"settings contain themselves, or are nested too deep",
+    "model: " + "[" * 3000: r"settings contain themselves, or are nested too deep",
+}
+
+
+@pytest.mark.parametrize("text", CONFIGS, ids=["zero", "loop", "deep"])
+def test_yaml_that_parsers_stumble_over_is_one_line(text, tmp_path, capsys):
+    (tmp_path / "x.yaml").write_text(text)
+    assert fuzz.cli.main(["fit", f"--config={tmp_path / 'x.yaml'}"]) == 2
+    fuzz.assert_one_error(err := capsys.readouterr().err)
+    assert re.search(CONFIGS[text], err)
 
 
 def test_batch_sizes_of_billions_are_refused_at_once():

@@ -109,13 +109,14 @@ def test_a_sharded_checkpoint_with_a_program_in_one_file(name, ran, tmp_path):
         (folder / name).write_bytes(pickle.dumps(Touch(ran)))
     elif name == "meta.pt":
         torch.save({"hyper_parameters": {"student": Touch(ran)}}, folder / name)
-    else:  # a piece in the place of the first one
+    else:  # instead of its tensor
         piece = io.BytesIO()
         torch.save(Touch(ran), piece)
-        place = next(iter(shards._metadata(folder).storage_data.values()))
-        content = bytearray((folder / name).read_bytes())
-        content[place.offset : place.offset + place.length] = piece.getvalue().ljust(place.length, b"\0")
-        (folder / name).write_bytes(content)
+        (folder / name).write_bytes(piece.getvalue())
+        table = shards._metadata(folder)
+        for place in table.storage_data.values():
+            place.offset, place.length = 0, len(piece.getvalue())
+        (folder / ".metadata").write_bytes(pickle.dumps(table))
     with pytest.raises(ConfigError):
         dict(read_checkpoint(str(folder), "CKPT")["state_dict"])
 
@@ -203,6 +204,8 @@ HYPER_PARAMETERS = {
     "student by name": {"student": "evil_module.C"},
     "a student's setting": {"student": {"config": {"rope_parameters": [PROGRAM]}}},
     "optim": {"optim": PROGRAM},
+    "teacher by name": {"teacher": "evil_module.C"},
+    "optim by name": {"optim": "evil_module.C"},
 }
 
 
@@ -421,7 +424,7 @@ def test_a_cache_whose_manifest_makes_pointers_of_bytes(tmp_path):
         TokenFiles(folder, "train")
 
 
-@pytest.mark.parametrize("journal", [b"[]", b"\xff", b"{", b"[" * 100_000, b'{"origin": "x", "path": "../../x"}'])
+@pytest.mark.parametrize("journal", [b"[]", b"[1]", b"\xff", b"{", b"[" * 100_000, b'{"origin": "x", "path": "../../x"}'])
 def test_a_journal_that_is_hostile_is_not_followed(journal, tmp_path):
     path = write_corpus(tmp_path / "x.jsonl", 20)
     whole = prepare_many(path, tmp_path / "whole", 1)
