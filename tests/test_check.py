@@ -312,3 +312,13 @@ def test_shards_divide_what_is_sharded(settings):
     assert shared.weights == size
     assert shared.optimizer == 2 * size
     assert replace(peak, total=0).step < 0 < shared.step
+
+
+def test_the_largest_is_run_before_it_is_named(settings):
+    """In proportion 32 rows take 116; the run shows more, so it is the next smaller size."""
+    fit, _ = simulated(settings)  # 8 rows
+    fit.peaks = lambda n, compiled=None: [
+        memory.Peak(100 + (n if compiled is False else n // 2 + 50 * (n > 16)), 0, 0, 0)
+    ]
+    assert fit.largest(116, prove=False) == 32
+    assert fit.largest(116) == 16
