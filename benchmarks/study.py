@@ -1,4 +1,4 @@
-"""Does SALT pay? A queue of real `cli.py fit` runs, completed over as many short sessions as it takes.
+"""Does SALT pay? A queue of real `cli.py fit` runs, completed over as many short starts as it takes.
 
     export CORPUS=.../train.jsonl.xz               documents with id, source and text; valid.jsonl.xz lies beside it
     python benchmarks/study.py plan                what is left, most important first, with minutes
@@ -6,7 +6,7 @@
     python benchmarks/study.py report              tables (Markdown) and figures of what there is
 
 Each finished cell is a line of STATE/results.jsonl and is not run again; a killed one goes on by `--ckpt_path last`
-where WORK is still there. WORK (prepared text, checkpoints) can be lost between sessions. STATE is all that the rest
+where WORK is still there. WORK (prepared text, checkpoints) can be lost between starts. STATE is all that the rest
 needs: results, curves, losses of documents, scores of rows, teachers and students as exported (a cell reads those that
 its settings name); in pieces by `tar c STATE | split -b 15M - state.tar.`, back by `cat state.tar.* | tar x`.
 
@@ -338,7 +338,7 @@ class Study:
         tokens = steps * size.rows * size.block
         return size.start_s * (1 + 0.5 * (taught > 0)) + tokens / speed * (1 + 0.4 * taught)
 
-    # ------------------------------------------------------------------ a session
+    # ------------------------------------------------------------------ one start
 
     def run(self, minutes: float, only: str) -> int:
         """Does cells until none is left that is ready and fits; the number of those that failed."""
@@ -595,11 +595,11 @@ def main() -> int:
     parser.add_argument("verb", choices=["plan", "run", "report"])
     parser.add_argument("--size", choices=SIZES, default="gpu")
     parser.add_argument(
-        "--minutes", type=float, default=1440, help="run: of this session; a cell that does not fit waits"
+        "--minutes", type=float, default=1440, help="run: of this start; a cell that does not fit waits"
     )
     parser.add_argument("--only", default="", help="run: cells whose name matches this regular expression")
-    parser.add_argument("--state", type=Path, help="carried from session to session (runs/study-SIZE)")
-    parser.add_argument("--work", type=Path, help="may be lost between sessions (cache/study-SIZE)")
+    parser.add_argument("--state", type=Path, help="carried from start to start (runs/study-SIZE)")
+    parser.add_argument("--work", type=Path, help="may be lost between starts (cache/study-SIZE)")
     args = parser.parse_args()
     study = Study(
         args.size, args.state or Path(f"runs/study-{args.size}"), args.work or Path(f"cache/study-{args.size}")

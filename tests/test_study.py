@@ -157,7 +157,7 @@ def write_sources(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """tiny(*arguments): a session in a folder of its own. It forks, and this process has threads."""
+    """tiny(*arguments): a start in a folder of its own. It forks, and this process has threads."""
     folder = tmp_path_factory.mktemp("study")
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CORPUS": str(write_sources(folder))}
 
@@ -175,7 +175,7 @@ CELLS = r"^(baseline-lr.*-s0|teacher-s17|score-s17|(salt|salt-ds|salt-f0.5|high-
 
 
 @pytest.fixture(scope="module")
-def first_session(tiny) -> str:
+def first_start(tiny) -> str:
     return tiny("--only", CELLS)
 
 
@@ -186,9 +186,9 @@ def records(tiny) -> dict[str, dict]:
     return found
 
 
-def test_cells_of_each_kind(tiny, first_session):
+def test_cells_of_each_kind(tiny, first_start):
     found = records(tiny)
-    assert "failed: none" in first_session
+    assert "failed: none" in first_start
     assert {"teacher-s17", "score-s17", "salt-s0", "salt-ds-s0", "salt-f0.5-s0", "high-lr-salt-s0"} < set(found)
     salt = found["salt-s0"]
     assert {"val/ce", "val/ce/books", "val/ce/code", "val/ce/ood", "flops_teacher", "seconds"} < set(salt)
@@ -201,7 +201,7 @@ def test_cells_of_each_kind(tiny, first_session):
     )  # a smaller model's forward, for a fifth of the steps
 
 
-def test_the_source_held_out_is_never_trained_on(tiny, first_session):
+def test_the_source_held_out_is_never_trained_on(tiny, first_start):
     corpus = tiny.folder / "cache/study-tiny/corpus"
 
     def sources(name):
@@ -210,7 +210,7 @@ def test_the_source_held_out_is_never_trained_on(tiny, first_session):
     assert (sources("train"), sources("valid"), sources("ood")) == ({"books", "code"}, {"books", "code"}, {"speeches"})
 
 
-def test_finished_cells_are_skipped_and_a_killed_one_goes_on(tiny, first_session):
+def test_finished_cells_are_skipped_and_a_killed_one_goes_on(tiny, first_start):
     before = records(tiny)
     state, run = tiny.folder / "runs/study-tiny", tiny.folder / "cache/study-tiny/runs/high-lr-salt-s0"
     kept = [json.dumps(record) + "\n" for name, record in before.items() if name != "high-lr-salt-s0"]
@@ -227,7 +227,7 @@ def test_finished_cells_are_skipped_and_a_killed_one_goes_on(tiny, first_session
     assert after["val/ce"] == before["high-lr-salt-s0"]["val/ce"]  # bit for bit on a CPU
 
 
-def test_the_report(tiny, first_session):
+def test_the_report(tiny, first_start):
     state = tiny.folder / "runs/study-tiny"
     out, found = study_report.report(Study("tiny", state, tiny.folder)), records(tiny)
     assert f"{found['salt-s0']['val/ce']:.4f}" in next(line for line in out.splitlines() if line.startswith("| salt "))
