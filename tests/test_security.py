@@ -424,7 +424,9 @@ def test_a_cache_whose_manifest_makes_pointers_of_bytes(tmp_path):
         TokenFiles(folder, "train")
 
 
-@pytest.mark.parametrize("journal", [b"[]", b"[1]", b"\xff", b"{", b"[" * 100_000, b'{"origin": "x", "path": "../../x"}'])
+@pytest.mark.parametrize(
+    "journal", [b"[]", b"[1]", b"\xff", b"{", b"[" * 100_000, b'{"origin": "x", "path": "../../x"}']
+)
 def test_a_journal_that_is_hostile_is_not_followed(journal, tmp_path):
     path = write_corpus(tmp_path / "x.jsonl", 20)
     whole = prepare_many(path, tmp_path / "whole", 1)
