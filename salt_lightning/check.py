@@ -21,7 +21,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from salt_lightning import export, flops, memory, models, parallel, preflight
+from salt_lightning import export, flops, memory, models, parallel, preflight, probe
 from salt_lightning.checkpoint import RunCheckpoint
 from salt_lightning.data import SALTDataModule
 from salt_lightning.difficulty import find_files
@@ -178,7 +178,7 @@ class Check:
         self._proof(real)
         lm._own_mask = real._own_mask
         if batch is not None:
-            loss = preflight.look(real, _cut(batch, real), self.data)
+            loss = probe.look(real, _cut(batch, real), self.data)
             if spec.path:
                 self.add("ok", "student CE", f"{loss.teacher:.2f} nats before its first step; ln(V) {loss.uniform:.2f}")
             else:
@@ -196,7 +196,7 @@ class Check:
         models.freeze(lm)
         self._proof(lm)
         if batch is not None and lm.head.weight.shape[0] >= self.data.vocab_size:
-            loss = replace(preflight.look(lm, _cut(batch, lm), self.data), untrained=self._untrained)
+            loss = replace(probe.look(lm, _cut(batch, lm), self.data), untrained=self._untrained)
             self.findings.append(preflight.teacher(loss, str(spec.path), self._kd.allow_untrained))
         return lm
 

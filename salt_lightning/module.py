@@ -18,7 +18,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_info
 from torch import Tensor
 
-from salt_lightning import flops, models, parallel, preflight
+from salt_lightning import flops, models, parallel, preflight, probe
 from salt_lightning.cadence import plan_validation
 from salt_lightning.checkpoint import go_on_from, how_to_go_on, require_same
 from salt_lightning.errors import ConfigError, NonFiniteLossError
@@ -181,7 +181,7 @@ class SALTModule(pl.LightningModule):
             return
         batch = {name: t.to(self.device) for name, t in self._data.sample(self._data.micro_batch_size).items()}
         with self.trainer.precision_plugin.train_step_context():
-            loss = preflight.look(self.teacher, batch, self._data)
+            loss = probe.look(self.teacher, batch, self._data)
         preflight.teacher(loss, str(self.teacher_spec.path), allow_untrained).require()
 
     def release_teacher(self) -> int:

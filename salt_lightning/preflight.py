@@ -1,21 +1,16 @@
 """What is looked at before the first step: findings, and the rules that `check` and `fit` share.
 
-Functions of figures, but for one look at a model; module, data and checkpoints refuse a run for an error.
+Functions of figures; module, data and checkpoints refuse a run for an error.
 """
 
 from __future__ import annotations
 
-import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
-from torch import Tensor
+from typing import Literal
 
 from salt_lightning.errors import ConfigError
-from salt_lightning.losses import token_stats
 
 Level = Literal["ok", "note", "warning", "error"]
 GOOD_EPOCHS = 4.0  # repeated text is worth nearly as much as new text up to here (arXiv 2305.16264)
@@ -76,16 +71,6 @@ class TeacherLoss:
     counts: float
     tokens: int
     untrained: float | None = None
-
-
-@torch.no_grad()
-def look(lm: Any, batch: dict[str, Tensor], data: Any) -> TeacherLoss:
-    """The CE of a models.CausalLM on rows of a SALTDataModule, beside what is known without a model."""
-    labels_N = batch["labels"].flatten()
-    hidden_ND, head_VD, bias_V = lm(batch["input_ids"], batch["positions"])  # as in training: compiled once
-    nll_N, _ = token_stats(hidden_ND, head_VD, labels_N, bias_V)
-    tokens = int((labels_N >= 0).sum())
-    return TeacherLoss(float(nll_N.sum()) / tokens, math.log(len(head_VD)), data.counts_nll(labels_N.cpu()), tokens)
 
 
 def teacher(loss: TeacherLoss, path: str, allowed: bool) -> Finding:

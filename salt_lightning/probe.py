@@ -6,11 +6,13 @@
                           held-out rows, as many as an optimizer step takes
 
 The teacher is frozen, so it reads the held-out rows once and its nll is kept: 4 bytes a token. Nothing here touches a
-weight, a gradient under accumulation, or a random number. Shapes: N token positions of a batch.
+weight, a gradient under accumulation, or a random number. `look` is for before the first step. Shapes: N token
+positions of a batch.
 """
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -21,7 +23,9 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from salt_lightning.losses import token_stats
 from salt_lightning.metrics import sum_dtype
+from salt_lightning.preflight import TeacherLoss
 
 Gradients = list[Tensor | None]
 
@@ -115,3 +119,13 @@ def _cosine(trainer: pl.Trainer, ce: Gradients, kd: Gradients) -> float:
 
 def _over_ranks(trainer: pl.Trainer, sums: Tensor) -> list[float]:
     return (trainer.strategy.reduce(sums, reduce_op="sum") if trainer.world_size > 1 else sums).tolist()
+
+
+@torch.no_grad()
+def look(lm: Any, batch: dict[str, Tensor], data: Any) -> TeacherLoss:
+    """The CE of a models.CausalLM on rows of a SALTDataModule, beside what is known without a model."""
+    labels_N = batch["labels"].flatten()
+    hidden_ND, head_VD, bias_V = lm(batch["input_ids"], batch["positions"])  # as in training: compiled once
+    nll_N, _ = token_stats(hidden_ND, head_VD, labels_N, bias_V)
+    tokens = int((labels_N >= 0).sum())
+    return TeacherLoss(float(nll_N.sum()) / tokens, math.log(len(head_VD)), data.counts_nll(labels_N.cpu()), tokens)
