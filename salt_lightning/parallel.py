@@ -301,8 +301,11 @@ def clip_gradients(student: nn.Module, limit: float | None) -> Tensor:
 
 def weight_norm(student: nn.Module) -> Tensor:
     """Root of the sum of all weights' squares; with FSDP1 of this rank's shards."""
-    norm = nn.utils.get_total_norm([p.detach() for p in student.parameters()])
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    weights = [p.detach() for p in student.parameters()]
+    # FSDP2 shards all but what a forward without backward, as of a validation, has left whole.
+    sharded, whole = ([w for w in weights if isinstance(w, DTensor) is kind] for kind in (True, False))
+    norms = [nn.utils.get_total_norm(group) for group in (sharded, whole) if group]
+    return torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).norm()
 
 
 def plain_name(name: str) -> str:
