@@ -34,6 +34,7 @@ class Spy(Callback):
         self.labels.append(int((batch["labels"] != -100).sum()))
         if pl_module.teacher is not None and not self.teacher:
             teacher = pl_module.teacher
+            getattr(teacher, "reshard", lambda: None)()  # the look at it before the first step left its root whole
             self.teacher = [weakref.ref(teacher), *map(weakref.ref, teacher.parameters())]
             self.teacher_bytes = sum(getattr(p, "_local_tensor", p).nbytes for p in teacher.parameters())
 

@@ -358,7 +358,7 @@ REFUSED = {
     ),
     "precision": (
         {**FSDP2, "trainer.precision": "16-true"},
-        "--trainer.precision 16-true: --trainer.strategy FSDP2 has 32-true, bf16-mixed, bf16-true",
+        "--trainer.precision 16-true must be 32 or 32-true or bf16 or bf16-mixed or bf16-true",
     ),
     "precision that Lightning refuses": (
         {**FSDP2, "trainer.precision": "64-true"},
