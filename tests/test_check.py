@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import arguments
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AutoTokenizer
 
 from salt_lightning import check, cli, memory, preflight
@@ -322,3 +323,13 @@ def test_the_largest_is_run_before_it_is_named(settings):
     ]
     assert fit.largest(116, prove=False) == 32
     assert fit.largest(116) == 16
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # inside torch's compiler
+def test_what_a_fused_kernel_makes_and_uses_takes_no_memory():
+    def function(x, w):
+        return torch.relu((x * 2 + 1).t() @ w)
+
+    graph = make_fx(function)(torch.ones(2, 2), torch.ones(2, 2))
+    written = {str(node.target).split(".")[1] for node in memory._written(graph)}
+    assert written == {"add", "mm", "relu"}  # the product reads the sum, through a view; nobody reads x * 2 later
