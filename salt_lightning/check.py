@@ -19,7 +19,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from salt_lightning import export, flops, memory, models, parallel, preflight, probe
 from salt_lightning.checkpoint import RunCheckpoint
@@ -246,11 +245,9 @@ class Check:
         if extra:
             said += f", {plain + extra:.3g} with the teacher (+{extra / plain:.0%})"
         said += f"; the run {plain * steps + extra * taught:.3g}"
-        if torch.cuda.is_available():
-            peak = flops.peak_flops(torch.cuda.get_device_name(), self.module.compute_dtype)
-            if peak:
-                most = peak * self.trainer.world_size / (plain / tokens)
-                said += f"; by the card's data sheet at most {most:,.0f} tokens/s without a teacher"
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if peak := flops.peak_of(device, self.module.compute_dtype, self.trainer.world_size):
+            said += f"; by the card's data sheet at most {peak / (plain / tokens):,.0f} tokens/s without a teacher"
         if teacher is not None:
             said += f"; teacher: {_count(teacher) / 1e6:.1f}M parameters, frozen"
         self.add("ok", "compute", said)
@@ -320,9 +317,7 @@ def _shaped(spec: ModelSpec, data: SALTDataModule) -> CausalLM:
         sizes = {"vocab_size": -(-data.trained_vocab_size // 64) * 64, "max_position_embeddings": data.block_size}
         config = fresh_config(replace(spec, config={**sizes, **spec.config}), None)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=DTYPES[spec.dtype or "float32"], attn_implementation=spec.attention
-        )
+        model = models.from_config(config, dtype=DTYPES[spec.dtype or "float32"], attn_implementation=spec.attention)
     return CausalLM(model, "student")
 
 
