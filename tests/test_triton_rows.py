@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from test_losses import gradients, make_case, relative_error
 from salt_lightning.losses import salt_loss
 from salt_lightning.row_pass import Mix, label_stats, row_pass
 
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+NUMPY = "only 0-dimensional arrays can be converted to Python scalars"
 CUDA = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if CUDA else "cpu"
@@ -36,10 +39,20 @@ def test_under_the_interpreter():
     its_numpy_warnings = ["-W", "ignore::RuntimeWarning", "-W", "ignore::DeprecationWarning"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *its_numpy_warnings, __file__]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    if "only 0-dimensional arrays can be converted to Python scalars" in done.stdout:
+    if NUMPY in done.stdout:
         pytest.skip("the interpreter of this Triton needs numpy below 2.4")
     assert done.returncode == 0, done.stdout
     assert " passed" in done.stdout
+
+
+@pytest.mark.skipif(CUDA or INTERPRETED, reason="a process of its own, on a CPU")
+def test_candidate_under_the_interpreter():
+    command = [sys.executable, BENCHMARKS / "logit_tiles.py", "--tiny"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if NUMPY in done.stderr:
+        pytest.skip("the interpreter of this Triton needs numpy below 2.4")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n| ") == 3, done.stdout  # it asserts what they say
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
@@ -49,22 +62,46 @@ def test_kernels_compile_for_a_gpu(logits, flags, monkeypatch, tmp_path):
     """The interpreter accepts what the compiler does not (a variable that changes its type), and needs no GPU."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernels = importlib.import_module("salt_lightning.triton_rows")
-    integers = ("vocab", "student_stride", "teacher_stride", "grad_stride", "sums_stride", "stride")
-    pointers = {"student": logits, "teacher": logits, "logits": logits, "grad": "bf16", "labels": "i64", "rank": "i64"}
+    integers = {"vocab", "student_stride", "teacher_stride", "grad_stride", "sums_stride", "stride"}
+    types = {"student": logits, "teacher": logits, "logits": logits, "grad": "bf16", "labels": "i64", "rank": "i64"}
     constants = dict(zip(("TEACHER", "SOFTENED", "GRADIENT"), flags, strict=True)) | {"BLOCK": kernels.BLOCK}
     for kernel in (kernels._row_kernel, kernels._label_kernel, kernels._scale_kernel):
-        signature = {}
-        for name in kernel.arg_names:
-            pointer = f"*{pointers.get(name, 'fp32')}"
-            signature[name] = "i32" if name in integers else "i64" if name == "num_elements" else pointer
-            if name == "inverse_temperature":
-                signature[name] = "fp32"
-            if name in constants:
-                signature[name] = "constexpr"
-        values = {(kernel.arg_names.index(k),): v for k, v in constants.items() if k in kernel.arg_names}
-        source = triton.compiler.ASTSource(kernel, signature, constexprs=values)
-        target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
-        assert triton.compile(source, target=target, options={"num_warps": kernels.WARPS}).asm["ptx"]
+        assert_compiles(kernel, types, integers, constants, kernels.WARPS)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")  # torch's own, at its import
+@pytest.mark.parametrize("flag", [True, False])
+def test_candidate_compiles_for_a_gpu(flag, monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    tiles = importlib.import_module("logit_tiles")
+    integers = {"num_rows", "vocab", "width", *(f"{n}_stride" for n in ("hidden", "head", "code", "tile", "out"))}
+    types = {"hidden": "bf16", "head": "bf16", "labels": "i64", "code": "u16", "s_code": "u16", "t_code": "u16"}
+    tiling = tiles.TILINGS[0]
+    cut = {"ROWS": tiling.rows, "COLUMNS": tiling.columns, "WIDTH": tiling.width, "GROUP": tiling.group}
+    assert_compiles(tiles._product_kernel, types, integers, cut | {"SOFTENED": flag}, tiling.warps)
+    whole_row = {"TEACHER": flag, "TILES": 256, "COLUMNS": tiling.columns, "BLOCK": tiles.BLOCK}
+    assert_compiles(tiles._row_kernel, types, integers, whole_row, tiles.WARPS)
+
+
+def assert_compiles(kernel, types, integers, constants, warps):
+    signature = {}
+    for name in kernel.arg_names:
+        scalar = (
+            "i32"
+            if name in integers
+            else {"num_elements": "i64", "inverse_temperature": "fp32", "soft": "fp32"}.get(name)
+        )
+        signature[name] = "constexpr" if name in constants else scalar or f"*{types.get(name, 'fp32')}"
+    values = {(kernel.arg_names.index(k),): v for k, v in constants.items() if k in kernel.arg_names}
+    source = triton.compiler.ASTSource(kernel, signature, constexprs=values)
+    target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
+    options = {
+        "num_warps": warps,
+        "enable_fp_fusion": True,
+    }  # the default so far; Triton 3.9 warns where it is not said
+    assert triton.compile(source, target=target, options=options).asm["ptx"]
 
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # ten units in the last place (1e-6) of the logits near 10 that sums are made of
