@@ -95,6 +95,11 @@ def test_logits_changed_behind_the_head_are_noticed():
         lm.check()
 
 
+def test_a_model_that_sees_later_tokens_is_refused():
+    with pytest.raises(ConfigError, match="tokens of this Gemma3ForCausalLM see later ones"):
+        tiny("gemma3_text", use_bidirectional_attention=True).check()
+
+
 def test_a_leak_is_noticed_where_the_own_mask_cannot_help():
     lm = tiny("llama")
     attend = lm.backbone.layers[0].self_attn.forward
