@@ -6,9 +6,24 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch.utils.tensorboard import SummaryWriter
 
 from salt_lightning.shards import writing
+
+
+class _Writer(SummaryWriter):
+    """Opens its file for the first value: a start that is refused leaves none, nor a mark that voids earlier values."""
+
+    _built = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._built = True
+
+    def _get_file_writer(self) -> Any:
+        return super()._get_file_writer() if self._built else None
 
 
 class EventLog(TensorBoardLogger):
@@ -17,6 +32,13 @@ class EventLog(TensorBoardLogger):
     Raises:
         OSError: naming the folder, whichever call meets it.
     """
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> SummaryWriter:
+        if self._experiment is None:
+            self._experiment = _Writer(log_dir=self.log_dir, **self._kwargs)
+        return self._experiment
 
     def log_metrics(self, *args: Any, **kwargs: Any) -> None:
         with writing(Path(self.log_dir)):

@@ -321,7 +321,7 @@ def test_bad_input_is_one_line_that_names_the_setting(case, settings, teacher, b
     assert run(["fit", *arguments(settings, base, overrides)]) == 2
     line = one_line(capsys)
     assert re.search(message, line), line
-    assert not list(tmp_path.glob("run/checkpoints/*"))
+    assert not [*tmp_path.glob("run/checkpoints/*"), *tmp_path.glob("run/*tfevents*")]
 
 
 CONFIGS = {

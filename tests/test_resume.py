@@ -262,11 +262,18 @@ def test_another_tokenizer_is_refused_on_resume(fit, settings, tmp_path, capsys)
     assert fit(tmp_path / "run", **baseline, **own) == 0
 
 
-def test_a_refused_resume_leaves_the_runs_config_alone(fit, tmp_path):
+def test_a_refused_resume_leaves_the_run_as_it_is(fit, tmp_path):
+    """What was logged after its checkpoint too: a resume's mark in the log would void it."""
     assert fit(tmp_path / "run", stop_at=3) == 128 + signal.SIGTERM
-    before = (tmp_path / "run/config.yaml").read_text()
-    assert fit(tmp_path / "run", ckpt_path="last", **{"kd.steps": 10}) == 2
-    assert (tmp_path / "run/config.yaml").read_text() == before
+    assert fit(tmp_path / "run", stop_at=6, ckpt_path="last") == 128 + signal.SIGTERM
+
+    def files() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+    before = files()
+    old = {"ckpt_path": str(tmp_path / "run/checkpoints/step-00000003.ckpt"), "kd.steps": 10}
+    assert fit(tmp_path / "run", **old) == 2
+    assert files() == before
 
 
 def test_a_shorter_run_than_the_checkpoint_is_refused(fit, tmp_path, capsys):
