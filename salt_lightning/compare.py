@@ -117,7 +117,7 @@ def compare(runs: list[Path], out: Path, baseline: str | None = None) -> Compari
         baseline: name or path of the reference run; default: the first run that is BASELINE.
 
     Raises:
-        ConfigError: a folder that is no run, or a baseline that is not among the runs.
+        ConfigError: a path that is no folder, no run that logged something, or a baseline that is not among these.
     """
     folders = list(dict.fromkeys(Path(os.path.normpath(path)) for path in runs))
     loaded = [read_run(path, name) for path, name in zip(folders, _names(folders), strict=True)]
@@ -139,6 +139,14 @@ def _names(folders: list[Path]) -> list[str]:
 
 def evaluate(runs: list[Run], baseline: str | None = None) -> Comparison:
     """The numbers of `compare`. The reference's are means over the finished runs of its settings."""
+    silent = [run for run in runs if not run.curves]
+    runs = [run for run in runs if run.curves]
+    if not runs:
+        paths = ", ".join(str(run.path) for run in silent)
+        raise ConfigError(
+            f"compare: RUN {paths}: no TensorBoard event file with a value in it; give a run's own folder, e.g. "
+            "runs/demo/salt"
+        )
     teacher_of = {run.name: _teacher_run(run, runs) for run in runs}
     teachers = {teacher.name for teacher in teacher_of.values() if teacher is not None}
     students = [run for run in runs if run.name not in teachers] or runs
@@ -150,6 +158,7 @@ def evaluate(runs: list[Run], baseline: str | None = None) -> Comparison:
     took_s = float(np.mean([run.total("train/time_s", steps) for run in seeds]))
     goal = Goal(float(np.mean([run.last("val/ce") for run in seeds])), steps, took_flops, took_s)
     rows = [_row(run, "TEACHER" if run.name in teachers else run.method, teacher_of[run.name], goal) for run in runs]
+    notes += [f"{run.name} has logged nothing and is left out" for run in silent]
     notes += [f"{row.run} is at step {row.steps} of {row.max_steps}" for row in rows if row.running]
     notes += [f"{row.run} has no validation yet" for row in rows if math.isnan(row.val_ce)]
     notes += [f"{run.name} has no config.yaml: its method is not known" for run in runs if not run.config]
@@ -197,7 +206,9 @@ def _reference(runs: list[Run], students: list[Run], baseline: str | None) -> tu
             if baseline == run.name or wanted == run.path.absolute():
                 return run, []
         names = ", ".join(run.name for run in runs)
-        raise ConfigError(f"compare: --baseline {baseline} is not among the runs; choose one of {names}")
+        raise ConfigError(
+            f"compare: --baseline {baseline} is not among the runs that logged something; choose one of {names}"
+        )
     for run in students:
         if run.method == "BASELINE":
             return run, []

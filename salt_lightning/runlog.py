@@ -151,12 +151,11 @@ def read_run(path: Path, name: str) -> Run:
     """Reads config.yaml and every TensorBoard event file of a run's folder, finished or not.
 
     Raises:
-        ConfigError: no such folder, no event file in it, or an unreadable config.yaml.
+        ConfigError: no such folder, or an unreadable config.yaml.
     """
+    if not path.is_dir():
+        raise ConfigError(f"compare: RUN {path} is no folder; give a run's own folder, e.g. runs/demo/salt")
     files = sorted(file for file in path.glob("*tfevents*") if file.is_file())
-    if not files:
-        what = "holds no TensorBoard event files" if path.is_dir() else "is no folder"
-        raise ConfigError(f"compare: RUN {path} {what}; give a run's own folder, e.g. runs/demo/salt")
     settings: dict[str, Any] = {}
     if (path / "config.yaml").is_file():
         try:

@@ -365,7 +365,7 @@ def test_a_bad_config_file_is_one_line_that_names_it(case, tmp_path, monkeypatch
 
 
 VERBS = {
-    "no run": (["compare", "{bad}/folder"], r"compare: RUN .*folder holds no TensorBoard event files"),
+    "no run": (["compare", "{bad}/folder"], r"compare: RUN .*folder: no TensorBoard event file with a value"),
     "a file for a run": (["compare", "{bad}/word.txt"], r"compare: RUN .*word.txt is no folder"),
     "no checkpoint": (["export", "{bad}/word.txt", "out"], r"export: CKPT .*word.txt is not a whole checkpoint"),
     "a damaged checkpoint": (["export", "{bad}/flipped.ckpt", "out"], r"export: CKPT .*flipped.ckpt is damaged \(arc"),

@@ -381,7 +381,7 @@ def test_without_a_baseline_the_first_run_is_the_reference(three):
 def test_a_named_baseline(three):
     for name in ("rkd", str(three[2])):
         assert evaluate(load(three), baseline=name).reference_val_ce == 4.25
-    with pytest.raises(ConfigError, match="--baseline other is not among the runs; choose one of baseline, salt, rkd"):
+    with pytest.raises(ConfigError, match="--baseline other is not among .*; choose one of baseline, salt, rkd"):
         evaluate(load(three), baseline="other")
 
 
@@ -396,9 +396,26 @@ def test_runs_without_a_validation_show_a_dash(three, tmp_path):
     assert math.isnan(alone.reference_val_ce)
 
 
+def test_a_run_that_logged_nothing_is_left_out_by_name(three, tmp_path):
+    (tmp_path / "empty").mkdir()
+    begun = write_run(tmp_path / "begun", {}, steps=0)  # its event file holds no value
+    (cut,) = write_run(tmp_path / "cut", {}, steps=0).glob("*tfevents*")
+    cut.write_bytes(b"")
+    comparison = compare([tmp_path / "empty", begun, cut.parent, *three], tmp_path / "out")
+    assert comparison.notes == [f"{name} has logged nothing and is left out" for name in ("empty", "begun", "cut")]
+    assert [row.run for row in comparison.rows] == ["baseline", "salt", "rkd"]
+    text = (tmp_path / "out" / "compare.md").read_text()
+    assert "Note: begun has logged nothing and is left out." in text
+    assert "| begun" not in text
+    with pytest.raises(ConfigError, match=r"compare: RUN .*/empty, .*/begun: no TensorBoard event file with a value"):
+        compare([tmp_path / "empty", begun], tmp_path)
+    with pytest.raises(ConfigError, match=r"--baseline begun is not among the runs that logged something; choose one"):
+        compare([begun, *three], tmp_path, "begun")
+
+
 def test_folders_that_are_no_runs(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match="empty holds no TensorBoard event files; give a run's own folder"):
+    with pytest.raises(ConfigError, match="empty: no TensorBoard event file with a value in it; give a run's own fo"):
         compare([tmp_path / "empty"], tmp_path)
     with pytest.raises(ConfigError, match="gone is no folder"):
         compare([tmp_path / "gone"], tmp_path)
