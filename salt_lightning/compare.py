@@ -143,8 +143,9 @@ def evaluate(runs: list[Run], baseline: str | None = None) -> Comparison:
     runs = [run for run in runs if run.curves]
     if not runs:
         paths = ", ".join(str(run.path) for run in silent)
+        why = "".join(f" ({what})" for run in silent for what in run.damaged)
         raise ConfigError(
-            f"compare: RUN {paths}: no TensorBoard event file with a value in it; give a run's own folder, e.g. "
+            f"compare: RUN {paths}: no TensorBoard event file with a value in it{why}; give a run's own folder, e.g. "
             "runs/demo/salt"
         )
     teacher_of = {run.name: _teacher_run(run, runs) for run in runs}
@@ -158,6 +159,7 @@ def evaluate(runs: list[Run], baseline: str | None = None) -> Comparison:
     took_s = float(np.mean([run.total("train/time_s", steps) for run in seeds]))
     goal = Goal(float(np.mean([run.last("val/ce") for run in seeds])), steps, took_flops, took_s)
     rows = [_row(run, "TEACHER" if run.name in teachers else run.method, teacher_of[run.name], goal) for run in runs]
+    notes += [what for run in (*silent, *runs) for what in run.damaged]
     notes += [f"{run.name} has logged nothing and is left out" for run in silent]
     notes += [f"{row.run} is at step {row.steps} of {row.max_steps}" for row in rows if row.running]
     notes += [f"{row.run} has no validation yet" for row in rows if math.isnan(row.val_ce)]

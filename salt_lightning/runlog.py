@@ -14,7 +14,7 @@ import yaml
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
-from salt_lightning.errors import ConfigError
+from salt_lightning.errors import ConfigError, printable
 
 CUMULATIVE = (
     "train/tokens",
@@ -43,12 +43,13 @@ class Curve:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One run's folder: its settings with dotted names, and what it logged."""
+    """One run's folder: its settings with dotted names, what it logged, and which files of that are damaged."""
 
     name: str
     path: Path
     config: dict[str, Any]
     curves: dict[str, Curve]
+    damaged: tuple[str, ...] = ()
 
     @property
     def seed(self) -> int | None:
@@ -166,7 +167,8 @@ def read_run(path: Path, name: str) -> Run:
         except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
             reason = " ".join(str(error).split())
             raise ConfigError(f"compare: {path / 'config.yaml'} is not YAML: {reason}") from error
-    return Run(name, path, settings, _read_curves(files))
+    events, damaged = _read_events(files)
+    return Run(name, path, settings, _curves(events), damaged)
 
 
 def flat(tree: dict[str, Any] | list[Any], prefix: str = "") -> dict[str, Any]:
@@ -180,9 +182,28 @@ def flat(tree: dict[str, Any] | list[Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _read_curves(files: list[Path]) -> dict[str, Curve]:
-    # TensorBoard's raw loader: its EventAccumulator keeps a sample of the points alone.
-    events = [Event.FromString(raw) for file in files for raw in RawEventFileLoader(str(file)).Load()]
+_FRAME_BYTES = 16  # around the content of a record: its length in 8 bytes, and the checksums of both
+
+
+def _read_events(files: list[Path]) -> tuple[list[Event], tuple[str, ...]]:
+    """All events that could be read, and of each file that holds more than these up to which step it was read."""
+    events: list[Event] = []
+    damaged = []
+    for file in files:
+        size = file.stat().st_size  # before it is read: a run under way may write on
+        # TensorBoard's raw loader, which ends without a word at a record that is cut off or fails its checksum; its
+        # EventAccumulator keeps a sample of the points alone.
+        records = list(RawEventFileLoader(str(file)).Load())
+        found = [Event.FromString(record) for record in records]
+        if sum(len(record) + _FRAME_BYTES for record in records) < size:
+            step = max((event.step for event in found), default=0)
+            rest = "the rest is damaged, or still being written"
+            damaged.append(f"{printable(str(file))} could be read up to step {step}: {rest}")
+        events += found
+    return events, tuple(damaged)
+
+
+def _curves(events: list[Event]) -> dict[str, Curve]:
     points: dict[str, dict[int, float]] = {}
     for event in sorted(events, key=lambda e: e.wall_time):  # of a step logged twice the later one wins
         if event.session_log.status == SessionLog.START:  # a resume: what came after its checkpoint is void

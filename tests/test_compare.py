@@ -190,8 +190,34 @@ def test_a_running_run_with_a_half_written_record(three):
     assert group.n == 0
     assert math.isnan(group.mean)
     assert comparison.equal["steps"] == (100, {"baseline": 5.0, "salt": 4.75, "rkd": 4.75, "more": 4.75})
-    assert comparison.notes == ["more is at step 150 of 300"]
+    rest = "the rest is damaged, or still being written"
+    assert comparison.notes == [f"{events} could be read up to step 150: {rest}", "more is at step 150 of 300"]
     assert "| 150 of 300 |" in report.markdown(comparison)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda log, start: log[: start + 20],
+        lambda log, start: log[: start + 20] + bytes([log[start + 20] ^ 1]) + log[start + 21 :],
+        lambda log, start: log[:start] + bytes([log[start] ^ 1]) + log[start + 1 :],
+    ],
+    ids=["cut off", "a bit of a value", "a bit of a length"],
+)
+def test_a_damaged_log_is_named_with_the_step_up_to_which_it_was_read(three, tmp_path, damage):
+    (events,) = three[1].glob("*tfevents*")
+    log, start = events.read_bytes(), 0
+    for _ in range(1 + 6 * 5 + 8 * 4):  # the version, 6 steps of 5 values, 8 without a teacher's FLOPs
+        start += 16 + int.from_bytes(log[start : start + 8], "little")
+    events.write_bytes(damage(log, start))  # the first value of step 150
+    comparison = compare(three, tmp_path / "out")
+    assert comparison.rows[1].steps == 140
+    assert [note for note in comparison.notes if "tfevents" in note] == [
+        f"{events} could be read up to step 140: the rest is damaged, or still being written"
+    ]
+    events.write_bytes(b"no log")
+    with pytest.raises(ConfigError, match=r"RUN .*salt: no TensorBoard event file .*could be read up to step 0: the r"):
+        compare([three[1]], tmp_path / "out")
 
 
 def test_seeds_of_one_experiment_are_a_group(tmp_path):
