@@ -55,6 +55,18 @@ class Spy(Callback):
         torch.save(seen, f"{self.path}.{trainer.global_rank}")
 
 
+class Spoil(Callback):
+    """One rank's weights are not finite from one of its micro-batches on; prints the rows of that."""
+
+    def __init__(self, rank: int, batch: int) -> None:
+        self.rank, self.batch = rank, batch
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if (trainer.global_rank, batch_idx) == (self.rank, self.batch):
+            pl_module.student.head.weight.data[3] = float("inf")
+            print("spoiled rows", batch["rows"].tolist())
+
+
 def run(args: list[str], *callbacks: Callback) -> int:
     """The command `args` in this process, with callbacks besides its own."""
     original = cli.SALTCLI.instantiate_trainer
@@ -100,7 +112,8 @@ def launch(jobs: list[dict[str, Any]], folder: Path, world: int = 2, timeout_s: 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for job in json.loads(Path(sys.argv[1]).read_text()):
-        code = run(job["args"], *([Spy(Path(job["spy"]))] if "spy" in job else []))
+        callbacks = [Spy(Path(job["spy"]))] if "spy" in job else [Spoil(*job["spoil"])] if "spoil" in job else []
+        code = run(job["args"], *callbacks)
         expected = job.get("code", 0)
         if code != expected and not (code == 0 and int(os.environ["LOCAL_RANK"])):
             sys.exit(f"exit code {code} instead of {expected}: {job['args']}")

@@ -200,6 +200,18 @@ def test_the_rule(ce, level):
     assert preflight.teacher(TeacherLoss(ce, 8.0, 4.0, 1000), "t", False).level == level
 
 
+@pytest.mark.parametrize(("untrained", "least"), [(7.0, 6.7), (9.0, 7.6)])
+def test_knowing_nothing_is_the_smaller_of_the_two(untrained, least):
+    for ce, level in ((least - 0.01, "warning"), (least + 0.01, "error")):
+        assert preflight.teacher(TeacherLoss(ce, 8.0, 4.0, 1000, untrained), "t", False).level == level
+
+
+def test_four_epochs_and_no_more():
+    assert preflight.rows(103, 41, 10) == Finding("ok", "rows", "41 steps read 410 rows of 103: 3.98 epochs")
+    finding = preflight.rows(103, 42, 10)
+    assert (finding.level, finding.remedy[-23:]) == ("warning", " --trainer.max_steps 41")
+
+
 def test_the_counts_of_tokens(settings, tmp_path):
     from salt_lightning import SALTDataModule
 

@@ -76,6 +76,16 @@ def test_by_hand_with_eos_and_an_ignored_position():
     )
 
 
+def test_thirds_stand_beside_figures_that_stay_what_they_are():
+    metric = TokenMetrics(thirds=True)
+    nll_N, third_N = torch.tensor([1.0, 3.0, 8.0, math.nan]), torch.tensor([0, 2, 2, 1])
+    metric.update(nll_N, torch.tensor([0, 4, 1, -1]), torch.zeros_like(third_N), torch.tensor([2, 0, 4, 9]), third_N)
+    assert values(metric) == pytest.approx(
+        {"ce": 4.0, "perplexity": math.exp(4), "accuracy": 1 / 3, "bits_per_byte": 12 / math.log(2) / 6,
+         "ce/easy": 1.0, "ce/hard": 5.5}
+    )  # fmt: skip
+
+
 def test_sources_appear_only_where_there_are_several_and_have_tokens():
     metric = TokenMetrics(("only",))
     update(metric, [(1.0, 0, 0, 1)])

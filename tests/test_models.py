@@ -243,16 +243,16 @@ def test_a_hub_name_with_a_revision(tmp_path):
 import sys, torch
 from salt_lightning.models import check_path, load_pretrained
 from salt_lightning.spec import ModelSpec
-spec = ModelSpec(path="owner/small", revision=sys.argv[1] or None)
-check_path(spec, "teacher")
-print(load_pretrained(spec, "teacher", torch.float32).lm_head.weight.double().sum().item())
+for revision in sys.argv[1:]:
+    spec = ModelSpec(path="owner/small", revision=revision or None)
+    check_path(spec, "teacher")
+    print(load_pretrained(spec, "teacher", torch.float32).lm_head.weight.double().sum().item())
 """
     env = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    for revision, seed in (("", 0), ("main", 0), ("v1", 1)):
-        done = subprocess.run([sys.executable, "-c", code, revision], env=env, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert float(done.stdout) == tiny("llama", seed=seed).model.lm_head.weight.double().sum().item()
-    done = subprocess.run([sys.executable, "-c", code, "v2"], env=env, capture_output=True, text=True)
+    revisions = {"": 0, "main": 0, "v1": 1}  # -> seed
+    done = subprocess.run([sys.executable, "-c", code, *revisions, "v2"], env=env, capture_output=True, text=True)
+    expected = [tiny("llama", seed=seed).model.lm_head.weight.double().sum().item() for seed in revisions.values()]
+    assert list(map(float, done.stdout.split())) == expected, done.stderr
     assert "ConfigError: --model.teacher.path owner/small cannot be loaded" in done.stderr
 
 

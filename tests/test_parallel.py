@@ -92,7 +92,8 @@ def runs(salt, settings, teacher, tmp_path_factory) -> Path:
         + [
             {"args": ["validate", *looked_at(settings, folder / f"judge {name}", path, **own)]}
             for name, path, own in (("ddp", teacher, DDP), ("fsdp", folder / "fsdp" / SAVED_NAME, FSDP2))
-        ],
+        ]
+        + [{"args": ["fit", *arguments(salt, DDP, {"run": str(folder / "bad")})], "spoil": [1, 5], "code": 1}],
         folder,
     )
     for name, own in {
@@ -152,6 +153,14 @@ def test_the_loss_of_each_document_is_the_same_on_ranks(runs, judge):
         ours, theirs = (pq.read_table(run / "validate" / "documents.parquet").to_pydict() for run in (many, one))
         assert ours["tokens"] == theirs["tokens"]
         assert ours["nll"] == pytest.approx(theirs["nll"], rel=1e-5)
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_is_named_with_its_rows(runs):
+    """The second micro-batch of step 3 on rank 1: the fourth of its step."""
+    error = next(line for line in (runs / "out.0").read_text().splitlines() if line.startswith("error: "))
+    rows = re.search(r"spoiled rows \[(\d+), (\d+)\]", (runs / "out.1").read_text())
+    assert error.startswith(f"error: train/loss is not finite at step 3, which read rows {rows[1]} ("), error
+    assert f", {rows[2]} (" in error
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import signal
 
 import pytest
@@ -10,9 +11,10 @@ from conftest import StopAt, arguments, scalars, weights
 from lightning.pytorch.callbacks import Callback
 from reference import log_softmax
 
-from salt_lightning import cli
-from salt_lightning.models import read_checkpoint
+from salt_lightning import SALTDataModule, cli, probe
+from salt_lightning.models import CausalLM, load_pretrained, read_checkpoint
 from salt_lightning.schedule import KDSchedule, trained_schedule
+from salt_lightning.spec import ModelSpec
 
 KD = {"kd.weight": 0.667, "kd.steps": 10, "trainer.val_check_interval": 2, "data.micro_batch_size": 4}
 
@@ -67,6 +69,23 @@ def test_values_are_those_of_full_logits_in_float64(fit_with, teacher, tmp_path)
     assert 0 < cosine < 0.9999
     for tag in ("probe/gap", "probe/student_better", "probe/grad_cosine"):
         assert sorted(logged[tag]) == [2, 4, 6, 8], tag  # as long as the teacher is there
+
+
+def test_the_look_before_the_first_step_leaves_ignored_labels_out(settings, teacher):
+    """As the prompts of fine-tuning are."""
+    data = SALTDataModule(**{k.removeprefix("data."): v for k, v in settings.items() if k.startswith("data.")})
+    data.prepare_data()
+    data.setup("fit")
+    batch = data.sample(4)
+    batch["labels"][:, :20] = -100
+    lm = CausalLM(load_pretrained(ModelSpec(path=teacher), "teacher", torch.float32), "teacher")
+    found = probe.look(lm.eval(), batch, data)
+    labels_N = batch["labels"].flatten()
+    valid_N = labels_N != -100
+    nll = torch.nn.functional.cross_entropy(full_logits(lm.double(), batch)[valid_N], labels_N[valid_N])
+    assert found.tokens == valid_N.sum() == 4 * 12
+    assert found.teacher == pytest.approx(nll.item(), abs=1e-5)
+    assert (found.uniform, found.counts) == (math.log(320), data.counts_nll(labels_N))
 
 
 class NoGradients(Callback):
