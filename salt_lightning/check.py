@@ -174,9 +174,9 @@ class Check:
             return lm
         else:
             real = CausalLM(models.build_fresh(small, self.data, self.module.hparams["seed"]), "student")
-        self._proof(real)
+        proved = self._proof(real)
         lm._own_mask = real._own_mask
-        if batch is not None:
+        if proved and batch is not None:
             loss = probe.look(real, _cut(batch, real), self.data)
             if spec.path:
                 self.add("ok", "student CE", f"{loss.teacher:.2f} nats before its first step; ln(V) {loss.uniform:.2f}")
@@ -193,8 +193,7 @@ class Check:
         if lm is None:
             return None
         models.freeze(lm)
-        self._proof(lm)
-        if batch is not None and lm.head.weight.shape[0] >= self.data.vocab_size:
+        if self._proof(lm) and batch is not None and lm.head.weight.shape[0] >= self.data.vocab_size:
             loss = replace(probe.look(lm, _cut(batch, lm), self.data), untrained=self._untrained)
             self.findings.append(preflight.teacher(loss, str(spec.path), self._kd.allow_untrained))
         return lm
@@ -208,11 +207,13 @@ class Check:
                 self.add("warning" if unknown else "ok", f"{name} tokens", said)
         return lm
 
-    def _proof(self, lm: CausalLM) -> None:
+    def _proof(self, lm: CausalLM) -> bool:
+        """Whether it does what the head loss asks of it."""
         off = self.probe(f"{lm.name} head", lm.check)
         if off is not None:
             said = f"hidden states x head equal {type(lm.model).__name__}'s own logits (largest difference {off:.1g})"
             self.add("ok", f"{lm.name} head", said + ("; documents are kept apart by our mask" if lm._own_mask else ""))
+        return off is not None
 
     # -------------------------------------------------- weights, time, memory
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import TQDMProgressBar
@@ -24,7 +23,7 @@ from salt_lightning.answers import AnswerTest
 from salt_lightning.checkpoint import AtomicCheckpointIO, RunCheckpoint, newest
 from salt_lightning.data import SALTDataModule
 from salt_lightning.difficulty import DocumentLossWriter
-from salt_lightning.errors import ConfigError, NonFiniteLossError, Stopped, printable
+from salt_lightning.errors import ConfigError, NonFiniteLossError, Stopped, is_out_of_memory, printable
 from salt_lightning.event_log import EventLog, quiet_threads
 from salt_lightning.models import check_path, read_checkpoint
 from salt_lightning.module import SALTModule
@@ -41,8 +40,10 @@ from salt_lightning.settings import (
     without_code,
     wrong_folders,
     wrong_groups,
+    wrong_teacher,
     wrong_trainer_settings,
 )
+from salt_lightning.spec import family_config
 
 # Lightning 2.6 calls jsonargparse by names that it deprecates: nothing a user of ours could mend.
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
@@ -165,7 +166,7 @@ class SALTCLI(LightningCLI):
         for part in ("model", "data"):  # one seed for all, unless given apart
             if (given.get(part) or Namespace()).get("seed") is None:
                 config[part]["seed"] = config.seed_everything
-        wrong = wrong_trainer_settings(config.trainer) + wrong_folders(config)
+        wrong = wrong_trainer_settings(config.trainer) + wrong_folders(config) + wrong_teacher(config)
         has_checkpoint = bool(config.get("ckpt_path"))
         if self.subcommand == "fit" and not has_checkpoint and any(checkpoints(config).glob("step-*.ckpt")):
             wrong.append(
@@ -198,6 +199,8 @@ class SALTCLI(LightningCLI):
         config = self._settings(self.config)
         if config.checkpoint.export:
             export.check_target(Path(config.checkpoint.export), "--checkpoint.export")
+        if not self.model.student_spec.path:
+            family_config(self.model.student_spec)
         if config.kd.weight > 0 and not config.get("ckpt_path"):  # phase 2 goes on where the teacher is gone
             check_path(self.model.teacher_spec, "teacher")
             if self.model.teacher_spec.is_checkpoint:  # a damaged one is named before the text is prepared
@@ -367,7 +370,7 @@ def main(args: list[str] | None = None) -> int:
         print(f"\nerror: {printable(message)}", file=sys.stderr)  # on a line of its own, after a progress bar
         return 2 if isinstance(error, ConfigError) else 1
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        if is_out_of_memory(error):
             print(
                 f"\nerror: out of memory ({_one_line(error)[:200]}); halve --data.micro_batch_size (the result stays "
                 "the same), or set --model.activation_checkpointing true, and go on with --ckpt_path last",

@@ -4,6 +4,8 @@ import argparse
 import signal
 from typing import NoReturn
 
+import torch
+
 
 class ConfigError(ValueError):
     """A setting, a file or a combination of them is wrong.
@@ -18,6 +20,12 @@ class ConfigError(ValueError):
 def printable(text: str) -> str:
     """One line that does nothing to a terminal: a file's name may hold line ends, and text any escape sequence."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of the device, or of the host."""
+    # torch's allocator for CPUs has no type of error for it
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 class NonFiniteLossError(RuntimeError):

@@ -21,7 +21,7 @@ from transformers.utils import cached_file
 
 from salt_lightning import folders, shards
 from salt_lightning.errors import ConfigError
-from salt_lightning.spec import DTYPES, ModelSpec, as_config_error, check_positions, fresh_config
+from salt_lightning.spec import DTYPES, ModelSpec, as_config_error, check_positions, fresh_config, wrong_sizes
 
 # Without a word on it transformers asks at the terminal where a config names code.
 from_config = partial(AutoModelForCausalLM.from_config, trust_remote_code=False)
@@ -112,7 +112,8 @@ class CausalLM(nn.Module):
         weight = self.head.weight
         ids_BT = (torch.arange(8, device=weight.device) * 7919 % weight.shape[0])[None]
         positions_BT = torch.arange(8, device=weight.device)[None]
-        own_NV = self.model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False).logits[0].float()
+        with as_config_error(f"--model.{self.name}: {type(self.model).__name__} cannot be run with its settings"):
+            own_NV = self.model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False).logits[0].float()
         ours_NV = nn.functional.linear(*self(ids_BT, positions_BT)).float()
         off = (own_NV - ours_NV).abs().max()
         if not own_NV.isfinite().all():
@@ -299,6 +300,9 @@ def load_pretrained(spec: ModelSpec, name: str, dtype: torch.dtype, empty: bool 
                 f"--model.{name}.path {spec.path} has {len(wrong)} weights of other sizes than its config.json says: "
                 f"{', '.join(wrong[:3])}; do they belong together?"
             )
+        if sizes := wrong_sizes(model.config.to_dict(), model.config):
+            said = ", ".join(f"{size} {value}" for size, value in sizes.items())
+            raise ConfigError(f"--model.{name}.path {spec.path}: its config.json says {said}; it must be 1 or more")
         if missing := sorted(found["missing_keys"]):  # transformers would leave them as random as they were made
             raise ConfigError(
                 f"--model.{name}.path {spec.path} lacks {len(missing)} of its weights: {', '.join(missing[:3])}"

@@ -353,6 +353,6 @@ def check(trainer: pl.Trainer, ckpt_path: str | None = None) -> None:
         raise ConfigError(f"{name} on {world} GPUs needs NCCL, which this torch {torch.__version__} was built without")
 
 
-def has_lost_others(error: RuntimeError) -> bool:
+def has_lost_others(error: BaseException) -> bool:
     """Whether it says that another process ended or no longer answers. gloo has no class of its own for that."""
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error)

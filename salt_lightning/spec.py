@@ -9,10 +9,11 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
 from salt_lightning import folders
-from salt_lightning.errors import ConfigError
+from salt_lightning.errors import ConfigError, is_out_of_memory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -64,15 +65,35 @@ def as_config_error(setting: str) -> Iterator[None]:
     except ConfigError:
         raise
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        if is_out_of_memory(error):
+            raise
+        said = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
+        reason = " ".join(f"{type(said).__name__}: {said}".split())
         raise ConfigError(f"{setting}: {reason[:400]}") from error
+
+
+_SIZES = {
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"),
+    *("num_key_value_heads", "max_position_embeddings", "n_inner", "ffn_dim"),
+}
+
+
+def wrong_sizes(settings: dict[str, Any], known: PreTrainedConfig) -> dict[str, Any]:
+    """Of a model's settings the sizes that none can have; transformers builds some: a model without layers trains."""
+    names = _SIZES | {known.attribute_map.get(name, name) for name in _SIZES}
+    sizes = {name: size for name, size in settings.items() if name in names and isinstance(size, int | float | str)}
+    return {name: size for name, size in sizes.items() if not (isinstance(size, int) and size >= 1)}
 
 
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # every config takes them, not every one lists them
 
 
-def fresh_config(spec: ModelSpec, data: Any) -> PreTrainedConfig:
-    """The transformers config of a fresh model; unknown settings are refused, missing sizes follow the data."""
+def family_config(spec: ModelSpec) -> PreTrainedConfig:
+    """The family's own config, of which a fresh model is made; no data is needed to see that a spec fits it.
+
+    Raises:
+        ConfigError: no such family, or settings that it does not have or that are out of range: all at once.
+    """
     try:
         known = AutoConfig.for_model(spec.family)
     except ValueError:
@@ -84,18 +105,29 @@ def fresh_config(spec: ModelSpec, data: Any) -> PreTrainedConfig:
             f"--model.student.family {spec.family} is no causal language model of transformers; e.g. llama, gpt2, qwen3"
         )
     names = set(known.to_dict()) | set(known.attribute_map) | set(_SPECIAL_TOKENS)
-    if unknown := sorted(set(spec.config) - names):
-        near = difflib.get_close_matches(unknown[0], names, 1)
+    wrong = []
+    for key in sorted(set(spec.config) - names):
+        near = difflib.get_close_matches(key, names, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"--model.student.config.{unknown[0]}: {spec.family} has no such setting{hint}")
+        wrong.append(f"--model.student.config.{key}: {spec.family} has no such setting{hint}")
+    for key, size in wrong_sizes(spec.config, known).items():
+        wrong.append(f"--model.student.config.{key} {size} must be a whole number, 1 or more")
     for key, value in spec.config.items():  # a fit would meet it at its first step, or never notice
         if "drop" in key and isinstance(value, float | int) and not 0 <= value <= 1:
-            raise ConfigError(f"--model.student.config.{key} {value} must lie in 0..1")
+            wrong.append(f"--model.student.config.{key} {value} must lie in 0..1")
+    if wrong:
+        raise ConfigError("; ".join(wrong))
     if not spec.config:
         raise ConfigError(
             f"--model.student.config is empty: {spec.family}'s own defaults are a model of billions of weights. Give "
             "sizes, e.g. hidden_size and num_hidden_layers, or --model.student.path to go on from pretrained weights"
         )
+    return known
+
+
+def fresh_config(spec: ModelSpec, data: Any) -> PreTrainedConfig:
+    """The transformers config of a fresh model; missing sizes follow the data."""
+    known = family_config(spec)
     defaults: dict[str, Any] = {}
     if data is not None:
         end = data.tokenizer.eos_token_id

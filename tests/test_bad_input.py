@@ -164,6 +164,10 @@ ERRORS = {
         {"kd.steps": 6, "model.teacher.path": "{bad}/sizes"},
         r"sizes has \d+ weights of other sizes than its config.json says: .* is \(\d+, \d+\), not \(\d+, \d+\)",
     ),
+    "a teacher without layers": (
+        {"kd.steps": 6, "model.teacher.path": "{bad}/layerless"},
+        r"--model.teacher.path .*layerless: its config.json says num_hidden_layers -1; it must be 1 or more",
+    ),
     "an encoder": (
         {"kd.steps": 6, "model.teacher.path": "{bad}/bert"},
         r"bert holds a BertForMaskedLM, whose tokens see",
@@ -244,7 +248,27 @@ ERRORS = {
     "limited batches": ({"trainer.limit_train_batches": 5}, r"limit_train_batches 5: use --trainer.max_steps"),
     "heads that do not divide": (
         {"model.student.config": {"hidden_size": 33, "num_attention_heads": 2}},
-        r"--model.student.config: .*hidden",
+        r"--model.student.config: ValueError: The hidden size \(33\) is not a multiple of",
+    ),
+    "shapes that do not match": (
+        {"model.student.config": {**NARROW, "num_key_value_heads": 3}},
+        r"--model.student: LlamaForCausalLM cannot be run with its settings: RuntimeError: The size of tensor a \(4\)",
+    ),
+    "sizes below one, before any text is read": (
+        {
+            "model.student.config": {"hidden_size": 0, "num_hidden_layers": -1, "vocab_size": "many", "hiden": 1},
+            "data.source": "no/*",
+        },
+        r"config.hiden: llama has no such.*; --model.student.config.hidden_size 0 must be a whole number, 1 or more; "
+        r"--model.student.config.num_hidden_layers -1 must .*; --model.student.config.vocab_size many must be",
+    ),
+    "a size below one by its family's name": (
+        {"model.student.family": "gpt2", "model.student.config": {"n_layer": 0, "n_inner": None}},
+        r"error: --model.student.config.n_layer 0 must be a whole number, 1 or more$",
+    ),
+    "sizes for a teacher": (
+        {"model.teacher.config": {"hidden_size": 0}},
+        r"--model.teacher.config {'hidden_size': 0}: it has the sizes of --model.teacher.path; leave it out",
     ),
     "no sizes": ({"model.student.config": {}}, r"--model.student.config is empty: .* Give sizes, e.g. hidden_size"),
     "no such attention": ({"model.student.attention": "nope"}, r"--model.student.config: .*nope"),
@@ -269,7 +293,7 @@ def bad(tmp_path_factory, teacher, settings) -> Path:
     (folder / "folder").mkdir()
     model = tiny("llama", vocab_size=320, max_position_embeddings=64).model
     model.save_pretrained(folder / "good")
-    for name in ("noweights", "cut", "lacks", "sizes", "json", "code", "other_ids"):
+    for name in ("noweights", "cut", "lacks", "sizes", "layerless", "json", "code", "other_ids"):
         shutil.copytree(folder / "good", folder / name)
     model.save_pretrained(folder / "half", max_shard_size="20KB")
     (folder / "half" / sorted(path.name for path in (folder / "half").glob("*.safetensors"))[1]).unlink()
@@ -280,6 +304,7 @@ def bad(tmp_path_factory, teacher, settings) -> Path:
     save_file({k: w for k, w in weights.items() if k != "model.norm.weight"}, folder / "lacks" / "model.safetensors")
     config = json.loads((folder / "good" / "config.json").read_text())
     (folder / "sizes" / "config.json").write_text(json.dumps({**config, "intermediate_size": 40}))
+    (folder / "layerless" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": -1}))
     (folder / "json" / "config.json").write_text("{")
     auto = {"model_type": "mine", "auto_map": {"AutoModelForCausalLM": "mine.M"}}
     (folder / "code" / "config.json").write_text(json.dumps({**config, **auto}))
@@ -324,6 +349,12 @@ def test_bad_input_is_one_line_that_names_the_setting(case, settings, teacher, b
     assert not [*tmp_path.glob("run/checkpoints/*"), *tmp_path.glob("run/*tfevents*")]
 
 
+def test_a_model_larger_than_the_memory_is_out_of_memory(settings, tmp_path, capsys):
+    huge = {"model.student.config": {**NARROW, "intermediate_size": 10**13}}  # beyond any address space
+    assert run(["fit", *arguments(settings, {"run": str(tmp_path / "run"), "kd.weight": 0.0}, huge)]) == 1
+    assert "error: out of memory (" in one_line(capsys)
+
+
 CONFIGS = {
     "missing": (None, r"--config .*c.yaml does not exist; give a YAML file"),
     "no UTF-8": (b"\xff\xfe\x00", r"--config .*c.yaml is not UTF-8 text"),
@@ -343,6 +374,10 @@ CONFIGS = {
     "a group left empty": (
         b"model:\n",
         r"--config .*c.yaml, line 1: model is empty; indent its settings below it, or remove it",
+    ),
+    "sizes left empty": (
+        b"model: {student: {config: }}\n",
+        r"--model.student.config None must be a mapping of its settings; leave it out for the defaults",
     ),
     "a list for a group": (b"data: [1]\n", r"--data .*must be a mapping of its settings"),
     "a misspelt key": (

@@ -132,6 +132,10 @@ def test_a_run_folder_that_is_taken(checked, tmp_path):
         ({"trainer.val_check_interval": 5}, "validation", "warning", "not in the last 2 steps"),
         ({"trainer.max_steps": 2000, "trainer.val_check_interval": 2000}, "rows", "warning", "--trainer.max_steps"),
         ({"check.memory_gib": 0.001}, "micro-batch", "error", "--data.micro_batch_size 8 does not fit"),
+        (
+            {"model.student.config": {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 3}},
+            "student head", "error", "LlamaForCausalLM cannot be run with its settings",
+        ),
         ({"check.memory_gib": 80}, "micro-batch", "ok", "the largest that fits: 8"),
         ({"kd.weight": 0, "model.teacher.path": None, "kd.steps": None}, "phases", "ok", "teacher in 0 of 12"),
     ],

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy, log_softmax, softmax
 from salt_lightning.errors import ConfigError
 from salt_lightning.losses import salt_loss
 from salt_lightning.models import CausalLM, check_path, document_mask, freeze, load_pretrained
-from salt_lightning.spec import ModelSpec
+from salt_lightning.spec import ModelSpec, as_config_error
 
 IDS = torch.tensor([[5, 9, 3, 60, 7, 7, 22, 1, 30, 2], [4, 4, 8, 1, 9, 12, 33, 2, 0, 6]])
 POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 5, 6, 0, 1, 2]])
@@ -222,6 +222,12 @@ def test_misspelt_students_are_named(spec, message):
 
     with pytest.raises(ConfigError, match=message):
         fresh_config(spec, None)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
+def test_want_of_memory_is_no_fault_of_a_setting(error):
+    with pytest.raises(type(error)), as_config_error("--model.student.config"):
+        raise error
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint"])
