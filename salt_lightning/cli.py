@@ -40,6 +40,7 @@ from salt_lightning.settings import (
     without_code,
     wrong_folders,
     wrong_groups,
+    wrong_teacher,
     wrong_trainer_settings,
 )
 from salt_lightning.spec import family_config
@@ -165,7 +166,7 @@ class SALTCLI(LightningCLI):
         for part in ("model", "data"):  # one seed for all, unless given apart
             if (given.get(part) or Namespace()).get("seed") is None:
                 config[part]["seed"] = config.seed_everything
-        wrong = wrong_trainer_settings(config.trainer) + wrong_folders(config)
+        wrong = wrong_trainer_settings(config.trainer) + wrong_folders(config) + wrong_teacher(config)
         has_checkpoint = bool(config.get("ckpt_path"))
         if self.subcommand == "fit" and not has_checkpoint and any(checkpoints(config).glob("step-*.ckpt")):
             wrong.append(

@@ -11,7 +11,10 @@ from jsonargparse import Namespace
 
 from salt_lightning.errors import ConfigError
 
-_GROUPS = ("model", "model.student", "model.teacher", "model.optim", "data", "data.keep", "kd", "checkpoint", "trainer")
+_GROUPS = (
+    *("model", "model.student", "model.student.config", "model.teacher", "model.teacher.config", "model.optim"),
+    *("data", "data.keep", "kd", "checkpoint", "trainer"),
+)
 # what a run is: with another of these it is another run
 IDENTITY = (
     *("model.student.", "model.teacher.", "kd.", "data.source", "data.val_source", "data.tokenizer", "data.vocab_size"),
@@ -22,9 +25,15 @@ IDENTITY = (
 def wrong_groups(config: Namespace) -> list[str]:
     """Groups of settings that are something else, as an empty `model:` in a file is."""
     for name in _GROUPS:
-        if name in config and not isinstance(config[name], Namespace):
+        if name in config and not isinstance(config[name], Namespace | dict):
             return [f"--{name} {config[name]} must be a mapping of its settings; leave it out for the defaults"]
     return []
+
+
+def wrong_teacher(config: Namespace) -> list[str]:
+    """Settings of a fresh model, given to one that never is."""
+    sizes = config.model.teacher.config
+    return [f"--model.teacher.config {sizes}: it has the sizes of --model.teacher.path; leave it out"] if sizes else []
 
 
 def checkpoints(config: Namespace) -> Path:

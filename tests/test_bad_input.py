@@ -268,7 +268,7 @@ ERRORS = {
     ),
     "sizes for a teacher": (
         {"model.teacher.config": {"hidden_size": 0}},
-        r"--model.teacher.config {'hidden_size': 0}: a teacher has the sizes of --model.teacher.path; leave it out",
+        r"--model.teacher.config {'hidden_size': 0}: it has the sizes of --model.teacher.path; leave it out",
     ),
     "no sizes": ({"model.student.config": {}}, r"--model.student.config is empty: .* Give sizes, e.g. hidden_size"),
     "no such attention": ({"model.student.attention": "nope"}, r"--model.student.config: .*nope"),
@@ -374,6 +374,10 @@ CONFIGS = {
     "a group left empty": (
         b"model:\n",
         r"--config .*c.yaml, line 1: model is empty; indent its settings below it, or remove it",
+    ),
+    "sizes left empty": (
+        b"model: {student: {config: }}\n",
+        r"--model.student.config None must be a mapping of its settings; leave it out for the defaults",
     ),
     "a list for a group": (b"data: [1]\n", r"--data .*must be a mapping of its settings"),
     "a misspelt key": (
