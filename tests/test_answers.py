@@ -240,6 +240,12 @@ def test_a_prompt_near_the_end_of_a_row_gets_what_is_left(learned, monkeypatch):
     assert "choice" not in found[0]
 
 
+def test_an_example_without_room_for_the_longest_choice_is_left_out(learned):
+    """18 bytes of prompt and the 8 tokens of ' Madrid' and EOS are more than 25; 17 and 8 are not."""
+    assert cli.main(["test", *arguments(learned, {"data.block_size": 25, "answers.max_new_tokens": 0})]) == 0
+    assert [record["example"] for record in answers(learned["run"])] == [1, 2, 5, 6, 9, 10]
+
+
 def test_the_same_answers_of_two_ranks(learned, tmp_path):
     """Five examples: the ranks have not equally many. FSDP chooses, and refuses to generate."""
     five = {**learned, "answers.max_examples": 5, "trainer.devices": 2, "data.global_batch_size": 4}

@@ -260,7 +260,7 @@ def test_special_tokens_that_no_text_contains_do_not_count(teacher):
 def test_fit_refuses_a_full_disk(fit_with, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000))
     assert fit_with(tmp_path / "run") == 2
-    assert "checkpoints do not fit" in capsys.readouterr().err
+    assert re.search("checkpoints do not fit.*there is room for 0 and the one being written", capsys.readouterr().err)
 
 
 def test_disk_counts_what_lies_there_at_once(tmp_path, monkeypatch):
@@ -268,11 +268,17 @@ def test_disk_counts_what_lies_there_at_once(tmp_path, monkeypatch):
     saver = RunCheckpoint(every_n_steps=10, keep=2, at_steps=[5, 200])
     saver.setup(trainer, None, "fit")
     size = 3 * 2**20
-    for free, level in ((5 * size, "ok"), (5 * size - 1, "error")):  # 2 regular, step 5, the end; one being written
-        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+    asked, free = [], [5 * size, 5 * size - 1, 4 * size, 4 * size - 1]  # 2 regular, step 5, the end; one being written
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(path) or SimpleNamespace(free=free.pop(0)))
+    for level in ("ok", "error", "ok", "error"):
         finding = saver.space(trainer, 2**20)
         assert finding.level == level
         assert "4 at once" in finding.said
+        if len(asked) == 2:  # what is there already gives way, as in a run that goes on
+            (tmp_path / "checkpoints").mkdir()
+            with open(tmp_path / "checkpoints/step-00000010.ckpt", "wb") as file:
+                file.truncate(size)
+    assert asked == [tmp_path] * 2 + [tmp_path / "checkpoints"] * 2
 
 
 def test_an_error_is_raised_and_nothing_else():

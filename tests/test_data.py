@@ -312,6 +312,14 @@ def test_val_rows_are_evenly_spaced(make):
     assert ready(make(val_rows=10**6))._eval_rows(data._eval).tolist() == list(range(every))
 
 
+def test_a_sample_is_evenly_spaced_and_repeats_rows_where_there_are_too_few(make):
+    held_out = ready(make())
+    every = held_out._eval.num_rows
+    for rows in (5, 2 * every):
+        expected = held_out._eval.build(np.array([i * every // rows for i in range(rows)]))["input_ids"]
+        assert held_out.sample(rows)["input_ids"].tolist() == expected.tolist()
+
+
 def test_validation_and_test_text_of_their_own(make, tmp_path):
     (tmp_path / "val.txt").write_text("validation text")
     (tmp_path / "test.txt").write_text("test text")

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -87,6 +86,7 @@ def test_a_baseline_is_split_by_the_teachers_loss(settings, teacher, looked_at, 
     fewer = {k: v for k, v in settings.items() if not k.startswith(("checkpoint.", "model."))}
     own = {"run": str(run), "ckpt_path": "last", "data.difficulty": str(looked_at / "validate/documents.parquet")}
     assert cli.main(["test", *arguments(fewer, own)]) == 0
+    assert [path.parent.name for path in run.glob("*/documents.parquet")] == ["test"]
     logged = {**scalars(run), **scalars(run / "test", ("test/",))}
     sizes = []
     for number, name in enumerate(("easy", "medium", "hard")):
@@ -141,10 +141,10 @@ def test_a_source_with_the_name_of_a_third(settings, teacher, looked_at, fit_wit
 
 
 def test_too_few_documents(settings, fit_with, tmp_path, capsys):
-    lines = Path(str(settings["data.source"])).read_text().splitlines()
-    long = tmp_path / "two.jsonl"
-    long.write_text("\n".join(json.dumps({"text": json.loads(line)["text"]}) for line in lines[:2]) + "\n")
-    own = {"data.val_source": str(long)}
+    """Of three documents two lie in the rows that are evaluated: the first, and that in the middle."""
+    long = tmp_path / "three.jsonl"
+    long.write_text(f"{json.dumps({'text': 'a small teacher ' * 40})}\n" * 3)
+    own = {"data.val_source": str(long), "data.val_rows": 2}
     assert fit_with(tmp_path / "fit", **own) == 0
     fewer = {k: v for k, v in settings.items() if not k.startswith(("checkpoint.", "model."))}
     assert cli.main(["validate", *arguments(fewer, own, {"run": str(tmp_path / "fit"), "ckpt_path": "last"})]) == 0

@@ -44,10 +44,14 @@ TEXTS = [
 ]
 
 
-def byte_tokenizer(vocab: int = 256) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer without merges: ids are bytes, so any text comes back; EOS is the last id."""
+def byte_tokenizer(vocab: int = 256, gap: bool = False) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer without merges: ids are bytes, so any text comes back; EOS is the last id.
+
+    `gap`: no token has an id between the bytes' and that of EOS.
+    """
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = {letter: i for i, letter in enumerate(letters)} | {f"<unused{i}>": i for i in range(256, vocab)}
+    rest = {"<|endoftext|>": vocab} if gap else {f"<unused{i}>": i for i in range(256, vocab)}
+    words = {letter: i for i, letter in enumerate(letters)} | rest
     tokenizer = Tokenizer(models.BPE(vocab=words, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -216,10 +220,12 @@ def test_half_a_surrogate_pair_becomes_a_question_mark(tmp_path):
         assert stored(folder, split, tokenizer) == [("a?b", "x")]
 
 
-@pytest.mark.parametrize(("vocab", "dtype"), [(65535, "uint16"), (65536, "uint32")])
-def test_ids_take_two_bytes_where_they_fit(vocab, dtype, tmp_path):
+@pytest.mark.parametrize(
+    ("vocab", "gap", "dtype"), [(65535, False, "uint16"), (65536, False, "uint32"), (65536, True, "uint32")]
+)
+def test_ids_take_two_bytes_where_they_fit(vocab, gap, dtype, tmp_path):
     (tmp_path / "x.txt").write_text("abc")
-    tokenizer = byte_tokenizer(vocab)
+    tokenizer = byte_tokenizer(vocab, gap)
     assert tokenizer.eos_token_id == vocab
     files = TokenFiles(prepare_tokens(corpus_of(tmp_path / "x.txt"), tokenizer, 0.0, tmp_path / "cache", 1), "train")
     assert files.tokens.dtype == dtype
@@ -313,6 +319,7 @@ def test_bad_lines_are_left_out_and_counted(tmp_path, monkeypatch, caplog):
     assert "going on from" in caplog.text
     said = f"--data.source: 7 bad lines left out (--data.bad_lines skip), first {first}"
     assert [record.message for record in caplog.records].count(said) == 2  # each time, also from the cache
+    assert "without text" not in caplog.text  # such are another kind
     expected = prepare_tokens(corpus_of(tmp_path / "good" / "x.jsonl"), tokenizer, 0.0, tmp_path / "other", 1)
     manifests = [json.loads((f / "manifest.json").read_text()) for f in (folder, expected)]
     assert [m["skipped"] for m in manifests] == [{"lines": 7, "first": first}, {"lines": 0, "first": ""}]
@@ -338,10 +345,12 @@ def test_where_every_line_is_bad_the_first_is_named(tmp_path):
 
 
 def test_a_byte_order_mark_is_no_fault(tmp_path):
-    (tmp_path / "x.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "abc"}\n')
+    """Of each file: both are read in one task."""
+    for name in "xy":
+        (tmp_path / f"{name}.jsonl").write_bytes(f'\ufeff{{"text": "{name * 3}"}}\n'.encode())
     tokenizer = byte_tokenizer()
-    folder = prepare_tokens(corpus_of(tmp_path / "x.jsonl"), tokenizer, 0.0, tmp_path / "cache", 1)
-    assert stored(folder, "train", tokenizer) == [("abc", "x")]
+    folder = prepare_tokens(corpus_of(tmp_path / "?.jsonl"), tokenizer, 0.0, tmp_path / "cache", 1)
+    assert [text for text, _ in stored(folder, "train", tokenizer)] == ["xxx", "yyy"]
 
 
 @pytest.mark.parametrize("source", ["no/such/*.txt", "no/such/folder/x", "corpus.jsonl", "text.md"])
