@@ -80,10 +80,6 @@ class SALTModule(pl.LightningModule):
         ]
         if accuracy not in ("accurate", "fast"):
             wrong.append(f"--model.accuracy {accuracy} must be accurate or fast")
-        if sizes := self.teacher_spec.config:
-            wrong.append(
-                f"--model.teacher.config {sizes}: a teacher has the sizes of --model.teacher.path; leave it out"
-            )
         if wrong:
             raise ConfigError("; ".join(wrong))
         self._loss = partial(
