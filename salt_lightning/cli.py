@@ -263,6 +263,11 @@ class CheckCLI(SALTCLI):
             "--check.memory_gib", type=float | None, default=None, help="Memory of the GPU that the run is meant for."
         )
 
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        super()._add_subcommands(parser, **kwargs)
+        shown = self._subcommand_parsers["fit"]
+        shown.prog, shown.description = shown.prog.replace(" fit", " check"), VERBS["check"][1]
+
     def refuse(self, wrong: list[str]) -> None:
         self.wrong = wrong
 
