@@ -117,7 +117,7 @@ SIZES = {
     "tiny": Size(
         student=(32, 1), teacher=(16, 1), weak=(8, 1), large=(32, 2), large_teacher=(32, 1),
         vocab=300, steps=10, rows=4, block=32, val_every=2, val_rows=16, seeds=(0, 1), shares=(0.5, 0.8),
-        rates=(4e-3, 3e-2, 1.0), large_rates=(4e-3, 3e-2, 1.0), tokens_per_s=(1e4, 1e4), start_s=1.0,
+        rates=(15e-3, 3e-2, 1.0), large_rates=(4e-3, 3e-2, 1.0), tokens_per_s=(1e4, 1e4), start_s=1.0,
         fixed={"trainer.accelerator": "cpu", "data.prepare_workers": 1},
     ),
 }  # fmt: skip
@@ -274,6 +274,7 @@ class Study:
             "gap": {**salt, **GAP, "kd.min_steps": self._at(0.05), "kd.steps": self._at(0.6)},
             "high-lr-baseline": {**base, "kd.steps": self._at(KD_SHARE)},
             "high-lr-salt": salt,
+            "half-lr-salt": {**salt, "model.optim.lr": rate / 2},  # is the gain a cure of a rate near its limit alone?
         }
 
     def _stretch(self, rate: float) -> Settings:

@@ -181,7 +181,7 @@ def _seeds(rows: Rows, title: str, names: list[str]) -> str:
 
 
 def _singles(study: Study, rows: Rows, base: str) -> str:
-    """One seed each. A row with a learning-rate curve of its own is compared with BASELINE under that curve."""
+    """One seed each, compared with BASELINE under the learning-rate curve of the row."""
     seed = study.size.seeds[0]
     plain, salt = rows[base].get(seed), rows["salt"].get(seed)
     found = [r for records in rows.values() for r in records.values() if r["part"] == "one seed"]
@@ -190,7 +190,8 @@ def _singles(study: Study, rows: Rows, base: str) -> str:
     own = rows["high-lr-baseline"].get(seed)
 
     def against(r: Record) -> float:
-        other = own if r["row"] == "high-lr-salt" else plain
+        alike = rows.get(f"baseline-lr{r['settings']['model.optim.lr']:g}", {}).get(seed)
+        other = own if r["row"] == "high-lr-salt" else alike
         return math.nan if other is None or other is r else r["val/ce"] - other["val/ce"]
 
     found = [plain, salt, *found]
@@ -201,7 +202,7 @@ def _singles(study: Study, rows: Rows, base: str) -> str:
         "val/ce/ood": [number(r["val/ce/ood"], ".4f") for r in found],
         "FLOPs": [_flops(r["flops_student"] + r["flops_teacher"]) for r in found],
     }  # fmt: skip
-    note = "high-lr-salt is compared with high-lr-baseline, which has its learning-rate curve."
+    note = "high-lr-salt is compared with high-lr-baseline, half-lr-salt with BASELINE at half the rate."
     title = f"### One seed each (seed {seed}, n = 1: no spread known)"
     return "\n\n".join([title, table(columns, text=("experiment",)), note])
 

@@ -66,12 +66,13 @@ def test_the_queue_holds_the_rows_of_the_study(tmp_path):
     assert (salt["kd.weight"], salt["kd.steps"], salt["trainer.max_steps"]) == (0.667, 1000, 5000)
     changed = {
         row: {key: value for key, value in rows[row].settings.items() if value != salt.get(key)}
-        for row in ("kd-10", "kd-40", "omega-0.3", "omega-0.9", "T-2", "rkd", "linear")
+        for row in ("kd-10", "kd-40", "omega-0.3", "omega-0.9", "T-2", "rkd", "linear", "half-lr-salt")
     }
     assert changed == {
         "kd-10": {"kd.steps": 500}, "kd-40": {"kd.steps": 2000}, "omega-0.3": {"kd.weight": 0.3},
         "omega-0.9": {"kd.weight": 0.9}, "T-2": {"model.teacher_temperature": 2.0}, "rkd": {"kd.steps": None},
         "linear": {"kd.steps": 1500, "kd.anneal_steps": 1000, "kd.shape": "linear"},
+        "half-lr-salt": {"model.optim.lr": 2e-3},
     }  # fmt: skip
     without = rows["without-kd"].settings
     assert without["kd.weight"] == 0
@@ -171,7 +172,7 @@ def tiny(tmp_path_factory):
     return run
 
 
-CELLS = r"^(baseline-lr.*-s0|teacher-s17|score-s17|(salt|salt-ds|salt-f0.5|high-lr-salt)-s0)$"
+CELLS = r"^(baseline-lr.*-s0|teacher-s17|score-s17|(salt|salt-ds|salt-f0.5|high-lr-salt|half-lr-salt)-s0)$"
 
 
 @pytest.fixture(scope="module")
@@ -232,6 +233,8 @@ def test_the_report(tiny, first_start):
     out, found = study_report.report(Study("tiny", state, tiny.folder)), records(tiny)
     assert f"{found['salt-s0']['val/ce']:.4f}" in next(line for line in out.splitlines() if line.startswith("| salt "))
     assert "### Reached at f: salt" in out
+    half = found["half-lr-salt-s0"]["val/ce"] - found["baseline-lr0.015-s0"]["val/ce"]  # BASELINE at its rate
+    assert f"{half:+.4f}" in next(line for line in out.splitlines() if line.startswith("| half-lr-salt "))
     base, salt = (
         [float(line.split("|")[column]) for third in ("easy", "medium", "hard") for line in out.splitlines()
          if line.startswith(f"| val/ce/{third} ")]
