@@ -252,7 +252,9 @@ def figure(comparison: Comparison) -> Figure:
     axes[0].set_ylabel("validation CE (nats per token)")
     if validated:
         axes[0].set_ylim(*_shown_range(validated))
-        axes[0].legend(frameon=False, loc="upper right", title="final validation CE", alignment="left")
+        axes[0].legend(
+            framealpha=0.9, edgecolor="none", loc="upper right", title="final validation CE", alignment="left"
+        )
     return fig
 
 
