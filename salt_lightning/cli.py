@@ -116,7 +116,9 @@ class SALTCLI(LightningCLI):
             parser._subcommands_action.add_subcommand(name, Parser(description=text), help=text)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        check_configs(sys.argv[1:] if args is None else args)
+        parsers = (parser, *getattr(self, "_subcommand_parsers", {}).values())  # none with run=False
+        known = [action.dest for each in parsers for action in each._actions]
+        check_configs(sys.argv[1:] if args is None else args, known)
         self.config = parser.parse_args(args)  # not super(): it warns of arguments given from Python
         self._explicit = parser.parse_args(args, defaults=False)
         seed = self._settings(self.config).get("seed_everything")
