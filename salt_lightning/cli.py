@@ -57,6 +57,9 @@ VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {
 }
 
 
+_EVALUATED = ("compile", "logits_budget_gib")  # the settings of a model that validate and test use
+
+
 class ProgressBar(TQDMProgressBar):
     """Shows the values of the last logged step: reading the device at every step would hold it up."""
 
@@ -150,6 +153,8 @@ class SALTCLI(LightningCLI):
             raise ConfigError(f"--ckpt_path {path} is damaged ({reason}); take an older one, or last, which finds one")
         given = self._settings(self._explicit).get("model") or Namespace()
         for key, now in sorted(vars(given.as_flat()).items() if given else []):
+            if subcommand != "fit" and key not in _EVALUATED:
+                continue
             before = lookup(saved, key)
             if before is not MISSING and now != before and not isinstance(now, dict) and key != "student.path":
                 _say(f"--model.{key} {now} (checkpoint: {before}): the given value is used")
