@@ -57,6 +57,9 @@ VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {
 }
 
 
+_EVALUATED = ("compile", "logits_budget_gib")  # the settings of a model that validate and test use
+
+
 class ProgressBar(TQDMProgressBar):
     """Shows the values of the last logged step: reading the device at every step would hold it up."""
 
@@ -116,7 +119,9 @@ class SALTCLI(LightningCLI):
             parser._subcommands_action.add_subcommand(name, Parser(description=text), help=text)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        check_configs(sys.argv[1:] if args is None else args)
+        parsers = (parser, *getattr(self, "_subcommand_parsers", {}).values())  # none with run=False
+        known = [action.dest for each in parsers for action in each._actions]
+        check_configs(sys.argv[1:] if args is None else args, known)
         self.config = parser.parse_args(args)  # not super(): it warns of arguments given from Python
         self._explicit = parser.parse_args(args, defaults=False)
         seed = self._settings(self.config).get("seed_everything")
@@ -148,6 +153,8 @@ class SALTCLI(LightningCLI):
             raise ConfigError(f"--ckpt_path {path} is damaged ({reason}); take an older one, or last, which finds one")
         given = self._settings(self._explicit).get("model") or Namespace()
         for key, now in sorted(vars(given.as_flat()).items() if given else []):
+            if subcommand != "fit" and key not in _EVALUATED:
+                continue
             before = lookup(saved, key)
             if before is not MISSING and now != before and not isinstance(now, dict) and key != "student.path":
                 _say(f"--model.{key} {now} (checkpoint: {before}): the given value is used")

@@ -57,10 +57,13 @@ def explain(message: str, known: list[str]) -> str:
         return f"{name}: {rest}"
     wrong = re.search(r"does not accept option '([^']+)'|unrecognized arguments: --([^\s=]+)", line)
     if wrong:
-        name = wrong[1] or wrong[2]
-        near = difflib.get_close_matches(name, known, 1)
-        return f"--{name}: there is no such setting{f'; did you mean --{near[0]}?' if near else ' (see --help)'}"
+        return _no_such(wrong[1] or wrong[2], known)
     return line
+
+
+def _no_such(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1)
+    return f"--{name}: there is no such setting{f'; did you mean --{near[0]}?' if near else ' (see --help)'}"
 
 
 def _type_names(text: str) -> str:
@@ -76,17 +79,17 @@ def _type_names(text: str) -> str:
 # --- the files of --config, before jsonargparse reads them ---
 
 
-def check_configs(args: list[str]) -> None:
-    """Reads every `--config FILE` of a command line.
+def check_configs(args: list[str], known: list[str]) -> None:
+    """Reads every `--config FILE` of a command line, whose settings are `known`.
 
     Raises:
         ConfigError: a file that is missing or a folder, no text, no YAML, no mapping, or has a setting twice, of which
-            YAML would take the last in silence.
+            YAML would take the last in silence, or an unknown group with nothing in it, which jsonargparse passes over.
     """
     for value in _values(args):
         if not value.lstrip().startswith("{"):  # settings themselves instead of a file
             try:
-                _check_config(value)
+                _check_config(value, known)
             except RecursionError as error:
                 raise ConfigError(f"--config {value}: settings contain themselves, or are nested too deep") from error
 
@@ -97,7 +100,7 @@ def _values(args: list[str]) -> list[str]:
     return joined + apart
 
 
-def _check_config(path: str) -> None:
+def _check_config(path: str, known: list[str]) -> None:
     setting = f"--config {path}"
     if not os.path.isfile(path):
         what = "is a folder" if os.path.isdir(path) else "does not exist"
@@ -115,9 +118,9 @@ def _check_config(path: str) -> None:
         raise ConfigError(f"{setting}{where}: no YAML ({' '.join(str(problem).split())})") from error
     if zeros:  # jsonargparse would take it for the name of a file
         raise ConfigError(f"{setting}, line {zeros[0].start_mark.line + 1}: a zero byte is no setting; remove it")
-    if node is not None and not isinstance(node, yaml.MappingNode):
+    if not isinstance(node, yaml.MappingNode):
         raise ConfigError(f"{setting} is no mapping of settings; write lines such as 'run: runs/mine'")
-    for key, value in node.value if node else []:
+    for key, value in node.value:
         if key.value in ("model", "data", "kd", "checkpoint", "trainer") and value.tag.endswith(":null"):
             line = key.start_mark.line + 1
             raise ConfigError(
@@ -125,6 +128,25 @@ def _check_config(path: str) -> None:
             )
     for key, line in _twice(node, ""):
         raise ConfigError(f"{setting}, line {line}: {key} stands there twice; leave one")
+    if unknown := [name for name in _empty(node, "") if not _means(name, known)]:
+        raise ConfigError("; ".join(_no_such(name, known) for name in unknown))
+
+
+def _means(name: str, known: list[str]) -> bool:
+    """Whether it is a setting, a group of them, or lies in the value of one."""
+    groups = {setting.rpartition(".")[0] for setting in known if not setting.endswith(".help")}
+    parents = {name[:i] for i, letter in enumerate(name) if letter == "."}
+    return name in known or name in groups or bool(parents & (set(known) - groups))
+
+
+def _empty(node: Any, prefix: str) -> list[str]:
+    """Dotted names of the keys that hold an empty mapping."""
+    found = []
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else []:
+        name = f"{prefix}{getattr(key, 'value', '')}"
+        empty = value.tag.endswith(":null") or (isinstance(value, yaml.MappingNode) and not value.value)
+        found += [name] if empty else _empty(value, f"{name}.")
+    return found
 
 
 def _twice(node: Any, prefix: str) -> list[tuple[str, int]]:

@@ -362,6 +362,7 @@ CONFIGS = {
     "a tab": (b"model:\n\tcompile: true\n", r"--config .*c.yaml, line 2, column 1: no YAML \(found character"),
     "an open bracket": (b"model: [1, 2\n", r"--config .*c.yaml, line 2, column 1: no YAML"),
     "a list": (b"- 1\n", r"--config .*c.yaml is no mapping of settings"),
+    "nothing": (b"# run: x\n", r"--config .*c.yaml is no mapping of settings; write lines such as"),
     "a word": (b"hello\n", r"--config .*c.yaml is no mapping of settings"),
     "a tag": (
         b"model: !!python/object/apply:os.system ['touch ran']\n",
@@ -384,6 +385,13 @@ CONFIGS = {
         b"modle: {compile: true}\n",
         r"--modle.compile: there is no such setting; did you mean --model.com",
     ),
+    "misspelt groups with nothing in them": (
+        b"modle: {}\nmodel:\n  student: {config: {rope_parameters: {}}}\n  otpim: {}\n"
+        b"trainer:\n  logger: {}\n  lgoger:\n",
+        r"error: --modle: there is no such setting; did you mean --model\?; --model.otpim: there is no such setting; "
+        r"did you mean --model.optim\?; --trainer.lgoger: there is no such setting; did you mean --trainer.logger\?$",
+    ),
+    "a misspelt group alone": (b"modle:\n", r"--modle: there is no such setting; did you mean --model\?"),
 }
 
 

@@ -190,6 +190,15 @@ def test_explicit_values_win_over_the_checkpoint_and_say_so(fit, tmp_path, capsy
     assert max(v for step, v in scalars(tmp_path / "run")["train/lr"].items() if step > 3) <= 1e-4
 
 
+def test_only_what_validate_uses_is_said_to_be_used(fit, settings, tmp_path, capsys):
+    assert fit(tmp_path / "run", stop_at=3) == 128 + signal.SIGTERM
+    other = {"model.optim.lr": 1e-4, "model.student.attention": "eager", "model.logits_budget_gib": 1.0}
+    own = {"run": str(tmp_path / "run"), "ckpt_path": "last"}
+    assert cli.main(["validate", *arguments(settings, own, other)]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "given value is used" in line]
+    assert said == ["--model.logits_budget_gib 1.0 (checkpoint: 2.0): the given value is used"]
+
+
 def test_values_not_given_come_from_the_checkpoint(fit, settings, teacher, tmp_path):
     """lr is not in the second command at all."""
     assert fit(tmp_path / "run", stop_at=3) == 128 + signal.SIGTERM
