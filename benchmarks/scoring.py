@@ -167,7 +167,8 @@ def main() -> None:
                 rate = predict_rate(SIZES[name], Path(folder))
             print(f"| {name}, `cli.py predict` | | {rate:,.0f} tokens/s | {rate / bare_rate:.1%} |", flush=True)
     print("\n| student, attention | plain causal, ms | documents apart, ms | cost |\n|---|---:|---:|---:|")
-    for attention in (None, "flex_attention", "flash_attention_2"):
+    on_gpu_alone = ("flex_attention", "flash_attention_2") if device.type == "cuda" else ()
+    for attention in (None, *on_gpu_alone):
         for name in names[:2]:
             label = f"{name}, {attention or 'sdpa'}"
             try:

@@ -52,8 +52,8 @@ class Scored:
 
     @property
     def shard_rows(self) -> int:
-        """Rows of a shard: about a million tokens, more where that would make more than 4096 files."""
-        return max(1, _SHARD_TOKENS // self.block_size, -(-self.num_rows // _MAX_SHARDS))
+        """Rows of a shard: about a million tokens, more where these would be more than 4096 files; at most all."""
+        return min(max(1, _SHARD_TOKENS // self.block_size, -(-self.num_rows // _MAX_SHARDS)), self.num_rows)
 
     @property
     def num_shards(self) -> int:

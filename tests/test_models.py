@@ -100,6 +100,13 @@ def test_a_model_that_sees_later_tokens_is_refused():
         tiny("gemma3_text", use_bidirectional_attention=True).check()
 
 
+def test_the_proof_leaves_dropout_as_it_was():
+    for training in (True, False):
+        lm = tiny("gpt2").train(training)
+        lm.check()
+        assert {module.training for module in lm.modules()} == {training}
+
+
 def test_a_leak_is_noticed_where_the_own_mask_cannot_help():
     lm = tiny("llama")
     attend = lm.backbone.layers[0].self_attn.forward

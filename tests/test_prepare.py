@@ -212,6 +212,15 @@ def test_text_that_spells_the_end_token_is_text(tmp_path):
     assert stored(folder, "train", tokenizer) == [(text, "x")]
 
 
+def test_a_tokenizer_that_is_set_to_cut_and_to_pad_does_neither(tmp_path):
+    (tmp_path / "x.txt").write_text("more than four")
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.enable_truncation(4)
+    tokenizer.backend_tokenizer.enable_padding(length=20)
+    folder = prepare_tokens(corpus_of(tmp_path / "x.txt"), tokenizer, 0.0, tmp_path / "cache", 1)
+    assert stored(folder, "train", tokenizer) == [("more than four", "x")]
+
+
 def test_half_a_surrogate_pair_becomes_a_question_mark(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"text": "a\\ud800b"}\n')
     tokenizer = byte_tokenizer()

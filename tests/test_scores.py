@@ -28,6 +28,7 @@ def test_shards_have_a_million_tokens_and_are_never_too_many():
     assert large.num_shards <= 4096
     assert large.num_shards * large.shard_rows >= 10**9 > (large.num_shards - 1) * large.shard_rows
     assert replace(SCORED, num_rows=3, block_size=1 << 21).shard_rows == 1
+    assert replace(SCORED, num_rows=300, block_size=64).shard_rows == 300  # a batch of no row takes as long as another
 
 
 def test_what_is_written_is_read(tmp_path):
