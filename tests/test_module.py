@@ -318,13 +318,22 @@ def test_validate_and_test_agree_with_the_formula(settings, teacher, tmp_path, c
         assert values[f"{prefix}/bits_per_byte"][12] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.fixture(scope="module")
+def shallow(settings, tmp_path_factory) -> dict[str, object]:
+    """A student of one layer and a teacher of its kind: each kernel that differs is compiled for a second or two."""
+    config = {**settings["model.student.config"], "num_hidden_layers": 1}
+    own = {"run": str(tmp_path_factory.mktemp("shallow") / "run"), "model.student.config": config, "kd.weight": 0.0}
+    assert cli.main(["fit", *arguments(settings, own)]) == 0
+    return {"model.student.config": config, "model.teacher.path": f"{own['run']}/checkpoints/step-00000012.ckpt"}
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # inside torch's compiler
-def test_compiled_models_train_the_same(settings, teacher, tmp_path):
+def test_compiled_models_train_the_same(settings, shallow, tmp_path):
     losses = {}
     for compiled in (False, True):
         run = tmp_path / str(compiled)
-        own = {"run": str(run), "model.teacher.path": teacher, "kd.steps": 2, "trainer.max_steps": 3,
-               "trainer.val_check_interval": 3, "model.compile": compiled}  # fmt: skip
+        own = {**shallow, "run": str(run), "kd.steps": 2, "trainer.max_steps": 3, "trainer.val_check_interval": 3,
+               "model.compile": compiled}  # fmt: skip
         assert cli.main(["fit", *arguments(settings, own)]) == 0
         losses[compiled] = scalars(run)["train/loss"]
         assert all("_orig_mod" not in key for key in weights(run / "checkpoints/step-00000003.ckpt"))
@@ -344,9 +353,9 @@ def test_bf16_mixed_on_cpu_trains_towards_the_same(settings, teacher, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # inside torch's compiler
-def test_a_compiled_teacher_leaves_as_well(train, teacher):
-    spy = Spy()
-    train(teacher, KDScheduleCallback(0.5, steps=1), 2, spy, compile=True)
+def test_a_compiled_teacher_leaves_as_well(train, shallow):
+    spy, config = Spy(), shallow["model.student.config"]
+    train(shallow["model.teacher.path"], KDScheduleCallback(0.5, steps=1), 2, spy, config=config, compile=True)
     assert len(spy.teachers) > 5
     gc.collect()
     assert [ref() for ref in spy.teachers if ref() is not None] == []
