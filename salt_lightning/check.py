@@ -133,7 +133,9 @@ class Check:
         if self.works("text", data.setup, "predict"):
             files = data._train.files  # type: ignore[union-attr]
             said = f"{files.num_tokens} tokens of {files.num_documents} documents, vocabulary of {data.vocab_size}"
-            self.add("ok", "text", said)
+            size = sum(file.stat().st_size for file in files.folder.parent.glob("*/*"))
+            free = shutil.disk_usage(data.cache_dir).free
+            self.add("ok", "text", f"{said}; {preflight.gib(size)} in {data.cache_dir}, {preflight.gib(free)} free")
             self.findings.append(preflight.rows(data.num_train_rows, trainer.max_steps, data.global_batch_size))
             if data.selection and (order := self.probe("selection", data._plan_order)):
                 kept, reads = len(order.kept), order.phase1

@@ -5,8 +5,10 @@ cache/FINGERPRINT/               token files (token_files.py)
 cache/.FINGERPRINT.partial/      the same while they are made (journal.py)
 """
 
+import errno
 import hashlib
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -25,6 +27,7 @@ from salt_lightning.documents import Corpus, Raw, read_raw
 from salt_lightning.errors import ConfigError
 from salt_lightning.journal import Unfinished, making, write_json
 from salt_lightning.parse import Skipped, empty_error
+from salt_lightning.preflight import gib
 from salt_lightning.processes import in_child, num_cores, ordered_map
 from salt_lightning.progress import Done, Progress, summary_line
 from salt_lightning.token_files import FORMAT, SPLITS, SplitWriter, TokenFiles, digest, no_counts, sealed, sizes
@@ -75,7 +78,7 @@ def prepare_tokens(
 
     Raises:
         ConfigError: no text, an unreadable file, files that changed while they were read, a cache folder that cannot
-            be written, a worker that was killed.
+            be written or has no room for the rest, a worker that was killed.
     """
     folder = token_folder(corpus, tokenizer, val_fraction, cache_dir)
     if not folder.exists():
@@ -228,7 +231,8 @@ def _write(
         for split, counts in written.counts.items()
     }
     start = written.done()
-    progress, journaled_s = Progress(encoder.corpus.num_bytes(), start), start.time_s
+    text_bytes = encoder.corpus.num_bytes()
+    progress, journaled_s = Progress(text_bytes, start), start.time_s
     try:
         with _serial_tokenizers(), closing(ordered_map(encoder, raws, workers, workers * _CHARS_PER_WORKER)) as encoded:
             for raw, (raw_hash, blocks, skipped) in encoded:
@@ -243,6 +247,7 @@ def _write(
                 if done.time_s - journaled_s >= _JOURNAL_S:
                     journaled_s = done.time_s
                     _write_journal(unfinished, writers, written)
+                    _require_room(unfinished.path, encoder, written, text_bytes)
         if not written.done().documents:
             raise empty_error(encoder.corpus, written.skipped)
         _write_journal(unfinished, writers, written)
@@ -257,6 +262,19 @@ def _write(
         "splits": {split: writer.entry() for split, writer in writers.items()},
         "skipped": asdict(written.skipped),
     }
+
+
+def _require_room(folder: Path, encoder: Encoder | ExampleEncoder, written: _Written, text_bytes: int) -> None:
+    """Raises OSError where the rest does not fit on the disk, if a byte of text goes on taking what it took so far."""
+    if encoder.corpus.reads_hub():  # of unknown size
+        return
+    here = (
+        sum(sizes(split, encoder.dtype, counts, encoder.corpus.examples.given).values())
+        for split, counts in written.counts.items()
+    )
+    rest = sum(here) * (text_bytes / max(written.read_bytes, 1) - 1)
+    if rest > (free := shutil.disk_usage(folder).free):
+        raise OSError(errno.ENOSPC, f"the rest of the text needs about {gib(rest)}, {gib(free)} are free")
 
 
 def _write_journal(unfinished: Unfinished, writers: dict[str, SplitWriter], written: _Written) -> None:

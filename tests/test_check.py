@@ -56,6 +56,7 @@ def test_a_good_run(checked, tmp_path, settings):
     assert of(found, "phases")[1] == "teacher in 6 of 12 steps (50%)"
     assert "8 rows = 1 x 8 on 1 device" in of(found, "batch")[1]
     assert "12 steps read 96 rows of" in of(found, "rows")[1]
+    assert re.search(r"vocabulary of 300; \S+ GiB in \S+/cache, \S+ GiB free$", of(found, "text")[1])
     assert "the last step too" in of(found, "validation")[1]
     assert "same map" in of(found, "teacher tokens")[1]
     for name in ("student", "teacher"):

@@ -9,12 +9,14 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -1024,6 +1026,25 @@ def test_full_disk_is_one_line_and_what_is_done_is_kept(tmp_path, monkeypatch, c
     with caplog.at_level(logging.INFO):
         assert contents(prepare_many(path, cache)) == expected
     assert "going on from" in caplog.text
+
+
+def test_text_that_will_not_fit_the_disk_is_refused_while_there_is_room(tmp_path, monkeypatch, caplog):
+    path, cache = many(tmp_path), tmp_path / "cache"
+    expected = contents(prepare_many(path, tmp_path / "other"))
+    size = sum(map(len, expected.values()))
+    small_steps(monkeypatch)
+    with monkeypatch.context() as small:
+        small.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=size // 4))
+        message = r"^--data.cache_dir: \S+ cannot be written \(the rest of the text needs about \S+ GiB, \S+ GiB are"
+        with pytest.raises(ConfigError, match=message) as refused:
+            prepare_many(path, cache)
+    needed, free = (float(number) for number in re.findall(r"(\S+) GiB", str(refused.value)))
+    assert size / 3 < needed * 2**30 < 3 * size  # 2 bytes a token, in val 6: no sample is further off
+    assert free == pytest.approx(size // 4 / 2**30, rel=5e-3)  # three digits
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=2 * size))
+    with caplog.at_level(logging.INFO):
+        assert contents(prepare_many(path, cache)) == expected
+    assert "going on in" in caplog.text
 
 
 def test_full_disk_while_a_trained_tokenizer_is_saved(tmp_path):
