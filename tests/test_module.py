@@ -11,6 +11,7 @@ import torch
 from conftest import arguments, scalars, weights
 from lightning.pytorch.callbacks import Callback
 from reference import salt_reference
+from torch._dynamo.utils import counters
 
 from salt_lightning import KDScheduleCallback, ModelSpec, OptimSpec, SALTDataModule, SALTModule, cli
 from salt_lightning.errors import ConfigError, NonFiniteLossError
@@ -334,7 +335,10 @@ def test_compiled_models_train_the_same(settings, shallow, tmp_path):
         run = tmp_path / str(compiled)
         own = {**shallow, "run": str(run), "kd.steps": 2, "trainer.max_steps": 3, "trainer.val_check_interval": 3,
                "model.compile": compiled}  # fmt: skip
+        counters.clear()
         assert cli.main(["fit", *arguments(settings, own)]) == 0
+        # student and teacher in training, the student in validation
+        assert counters["stats"]["unique_graphs"] == 3 * compiled
         losses[compiled] = scalars(run)["train/loss"]
         assert all("_orig_mod" not in key for key in weights(run / "checkpoints/step-00000003.ckpt"))
     assert losses[True] == pytest.approx(losses[False], abs=1e-4)  # fp32, fused and unfused
