@@ -261,7 +261,7 @@ def test_disk_counts_what_lies_there_at_once(tmp_path, monkeypatch):
     size = 3 * 2**20
     for free, level in ((5 * size, "ok"), (5 * size - 1, "error")):  # 2 regular, step 5, the end; one being written
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
-        finding = saver.space(trainer, 2**20)
+        finding = saver.space(trainer, [torch.zeros(2**18)])
         assert finding.level == level
         assert "4 at once" in finding.said
 
