@@ -35,19 +35,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import arguments, scalars, write_corpus
+from conftest import CLOCK, arguments, scalars, write_corpus
 from lightning.pytorch.utilities import rank_zero_only
 
 from salt_lightning import cli, prepare, scores
 from salt_lightning.models import read_checkpoint
 
 HANG_S = 60.0  # no process may outlive a dead one by this long
-CLOCK = {
-    "train/time_s",
-    "train/teacher_time_s",
-    "train/tokens_per_s",
-    "train/data_wait_s",
-}  # what may differ between two equal runs
 MODEL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 PER_RANK = {"trainer.devices": 2, "data.micro_batch_size": 4}
 

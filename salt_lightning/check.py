@@ -233,8 +233,7 @@ class Check:
         self.add("ok", "student", said + f"compiled: {compiled if self.module.hparams['compile'] else 'nothing'}")
         for callback in self._savers:
             callback.setup(self.trainer, self.module, "fit")
-            size = sum(p.numel() * p.element_size() for p in student.parameters())
-            self.findings.append(callback.space(self.trainer, size))
+            self.findings.append(callback.space(self.trainer, student.parameters()))
 
     def _compute(self, student: CausalLM, teacher: CausalLM | None) -> None:
         tokens, steps = self.data.global_batch_size * self.data.block_size, self.trainer.max_steps

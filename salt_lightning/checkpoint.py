@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 
 from salt_lightning import preflight, shards
 from salt_lightning.errors import ConfigError
@@ -117,16 +119,16 @@ class RunCheckpoint(Checkpoint):
         boundary = [c.schedule.steps for c in trainer.callbacks if isinstance(c, KDScheduleCallback)]  # type: ignore[attr-defined]
         return {*self.at_steps, *boundary, trainer.max_steps}
 
-    def space(self, trainer: pl.Trainer, weight_bytes: int) -> Finding:
+    def space(self, trainer: pl.Trainer, weights: Iterable[Tensor]) -> Finding:
         """Whether all that the run keeps at once fits the disk."""
         regular = trainer.max_steps // self.every_n_steps if self.every_n_steps else 0
         kept = regular if self.keep is None else min(regular, self.keep)
         for_good = {step for step in self._for_good(trainer) if step is not None and 0 < step <= trainer.max_steps}
+        weight_bytes = sum(weight.numel() * weight.element_size() for weight in weights)
         return preflight.disk(self._dir, weight_bytes, kept + len(for_good))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        weight_bytes = sum(p.numel() * p.element_size() for p in pl_module.parameters())
-        trainer.strategy.broadcast(self.space(trainer, weight_bytes)).require()
+        trainer.strategy.broadcast(self.space(trainer, pl_module.parameters())).require()
         if threading.current_thread() is threading.main_thread():
             # Over Lightning's, which stop in the middle of a step; at the end it puts back what was there before.
             for number in (signal.SIGINT, signal.SIGTERM):

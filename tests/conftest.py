@@ -128,6 +128,9 @@ def scalars(run: Path, tags: tuple[str, ...] = ("train/", "val/")) -> dict[str, 
     return values
 
 
+CLOCK = {"train/time_s", "train/teacher_time_s", "train/tokens_per_s", "train/data_wait_s"}  # what may differ
+
+
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     return torch.load(checkpoint, weights_only=True)["state_dict"]
 

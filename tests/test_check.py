@@ -274,7 +274,7 @@ def test_disk_counts_what_lies_there_at_once(tmp_path, monkeypatch):
     asked, free = [], [5 * size, 5 * size - 1, 4 * size, 4 * size - 1]  # 2 regular, step 5, the end; one being written
     monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(path) or SimpleNamespace(free=free.pop(0)))
     for level in ("ok", "error", "ok", "error"):
-        finding = saver.space(trainer, 2**20)
+        finding = saver.space(trainer, [torch.zeros(2**18)])
         assert finding.level == level
         assert "4 at once" in finding.said
         if len(asked) == 2:  # what is there already gives way, as in a run that goes on

@@ -11,17 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import StopAt, arguments, scalars, weights
+from conftest import CLOCK, StopAt, arguments, scalars, weights
 from lightning.pytorch.callbacks import Callback
 
 from salt_lightning import cli
 
-CLOCK = {
-    "train/time_s",
-    "train/teacher_time_s",
-    "train/tokens_per_s",
-    "train/data_wait_s",
-}  # what may differ between two equal runs
 RAMP = {"kd.weight": 0.667, "kd.steps": 8, "kd.anneal_steps": 4, "kd.shape": "linear"}  # phase 1 ends at 8 of 12
 
 
