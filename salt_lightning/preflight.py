@@ -101,20 +101,20 @@ def teacher(loss: TeacherLoss, path: str, allowed: bool) -> Finding:
     return Finding("ok", "teacher CE", said)
 
 
-def disk(folder: Path, weight_bytes: int, most: int | None) -> Finding:
+def disk(folder: Path, weight_bytes: int, most: int) -> Finding:
     """Checkpoints (weights and AdamW's two states) against the free space of the run's folder.
 
     Args:
         folder: where they go; need not exist yet.
         weight_bytes: of the student's parameters.
-        most: checkpoints that lie there at once; None: no bound.
+        most: checkpoints that lie there at once.
     """
     parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     free = shutil.disk_usage(parent).free + sum(f.stat().st_size for f in folder.glob("**/*") if f.is_file())
     size = 3 * weight_bytes
     fitting = free // size - 1  # a new one is whole before an old one goes
     said = f"{gib(size)} each, {most} at once, {gib(free)} free in {folder}"
-    if most is not None and most <= fitting:
+    if most <= fitting:
         return Finding("ok", "checkpoints", said)
     return Finding(
         "error",
