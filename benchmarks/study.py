@@ -145,7 +145,7 @@ class Cell:
 
     row: str
     seed: int
-    part: str  # sweep | teacher | score | main | reached | one seed | large | best | sft
+    part: str  # sweep | teacher | score | main | reached | half rate | one seed | large | best | sft
     settings: Settings
     needs: tuple[str, ...] = ()
     first: Settings | None = None  # other settings for a first stretch, which ends at its trainer.max_steps
@@ -186,6 +186,10 @@ class Study:
             cells.append(Cell(row, seed, "main", rows[row], scored))
         for seed, f in itertools.product(size.seeds, size.shares):
             cells.append(Cell(f"salt-f{f:g}", seed, "reached", self._shortened(rows["salt"], f), ready))
+        # At half the rate: is the gain a cure of a rate near its limit alone?
+        for seed, (row, settings) in itertools.product(size.seeds, self._half(rows, rate).items()):
+            if (row, seed) not in {(cell.row, cell.seed) for cell in cells}:  # the sweep has one
+                cells.append(Cell(row, seed, "half rate", settings, ready))
         cells += [Cell(f"baseline-f{f:g}", s0, "reached", self._shortened(rows[base], f), tuned) for f in size.shares]
         cells.append(self._teacher("weak", size.weak, rate, tuned))
         for row in rows:
@@ -281,8 +285,13 @@ class Study:
             "gap": {**salt, **GAP, "kd.min_steps": self._at(0.05), "kd.steps": self._at(0.6)},
             "high-lr-baseline": {**base, "kd.steps": self._at(KD_SHARE)},
             "high-lr-salt": salt,
-            "half-lr-salt": {**salt, "model.optim.lr": rate / 2},  # is the gain a cure of a rate near its limit alone?
         }
+
+    @staticmethod
+    def _half(rows: dict[str, Settings], rate: float) -> dict[str, Settings]:
+        half: Settings = {"model.optim.lr": rate / 2}
+        names = {f"baseline-lr{rate / 2:g}": f"baseline-lr{rate:g}", "half-lr-salt": "salt"}
+        return {row: rows[full] | half for row, full in names.items()}
 
     def _stretch(self, rate: float) -> Settings:
         """Twice the rate, constant, until KD ends; from there on the usual curve: two fits, no setting of its own."""

@@ -35,12 +35,14 @@ def report(study: Study) -> str:
         rows.setdefault(record["row"], {})[record["seed"]] = record
     base, large = (next(c.row for c in cells if c.row.startswith(name) and c.part == part)
                    for name, part in (("baseline", "main"), ("large-baseline", "large")))  # fmt: skip
+    half = next(c.settings["model.optim.lr"] for c in cells if c.row == "half-lr-salt")
     main = [base, "rkd", "salt", "salt-ds", "random"]
     parts = [
         _facts(study),
         _sweeps(study.done),
         _teachers(study.done),
         _seeds(rows, "Main rows", main),
+        _seeds(rows, "At half the rate", [f"baseline-lr{half:g}", "half-lr-salt"]),
         _reached(study, rows, base, "salt"),
         _reached(study, rows, base, "best"),
         _singles(study, rows, base),
@@ -181,7 +183,7 @@ def _seeds(rows: Rows, title: str, names: list[str]) -> str:
 
 
 def _singles(study: Study, rows: Rows, base: str) -> str:
-    """One seed each, compared with BASELINE under the learning-rate curve of the row."""
+    """One seed each. A row with a learning-rate curve of its own is compared with BASELINE under that curve."""
     seed = study.size.seeds[0]
     plain, salt = rows[base].get(seed), rows["salt"].get(seed)
     found = [r for records in rows.values() for r in records.values() if r["part"] == "one seed"]
@@ -190,8 +192,7 @@ def _singles(study: Study, rows: Rows, base: str) -> str:
     own = rows["high-lr-baseline"].get(seed)
 
     def against(r: Record) -> float:
-        alike = rows.get(f"baseline-lr{r['settings']['model.optim.lr']:g}", {}).get(seed)
-        other = own if r["row"] == "high-lr-salt" else alike
+        other = own if r["row"] == "high-lr-salt" else plain
         return math.nan if other is None or other is r else r["val/ce"] - other["val/ce"]
 
     found = [plain, salt, *found]
@@ -202,7 +203,7 @@ def _singles(study: Study, rows: Rows, base: str) -> str:
         "val/ce/ood": [number(r["val/ce/ood"], ".4f") for r in found],
         "FLOPs": [_flops(r["flops_student"] + r["flops_teacher"]) for r in found],
     }  # fmt: skip
-    note = "high-lr-salt is compared with high-lr-baseline, half-lr-salt with BASELINE at half the rate."
+    note = "high-lr-salt is compared with high-lr-baseline, which has its learning-rate curve."
     title = f"### One seed each (seed {seed}, n = 1: no spread known)"
     return "\n\n".join([title, table(columns, text=("experiment",)), note])
 

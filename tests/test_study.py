@@ -58,21 +58,23 @@ def test_the_queue_holds_the_rows_of_the_study(tmp_path):
     names = [cell.name for cell in cells]
     assert len(set(names)) == len(names)
     assert SEEDS == (0, 1, 2)
-    for row in ("baseline-lr0.004", "rkd", "salt", "salt-ds", "random", "large-salt", "salt-f0.7", "salt-f0.9"):
+    every = ("baseline-lr0.004", "rkd", "salt", "salt-ds", "random", "large-salt", "salt-f0.7", "salt-f0.9")
+    for row in (*every, "baseline-lr0.002", "half-lr-salt"):
         assert {cell.seed for cell in cells if cell.row == row} == set(SEEDS), row
     rows = {cell.row: cell for cell in cells}
+    rates = {row: rows[row].settings["model.optim.lr"] for row in ("salt", "half-lr-salt", "baseline-lr0.002")}
+    assert rates == {"salt": 4e-3, "half-lr-salt": 2e-3, "baseline-lr0.002": 2e-3}
     assert {"baseline-f0.7", "baseline-f0.8", "baseline-f0.9", "gap", "weak-teacher", "high-lr-baseline"} < set(rows)
     salt = rows["salt"].settings
     assert (salt["kd.weight"], salt["kd.steps"], salt["trainer.max_steps"]) == (0.667, 1000, 5000)
     changed = {
         row: {key: value for key, value in rows[row].settings.items() if value != salt.get(key)}
-        for row in ("kd-10", "kd-40", "omega-0.3", "omega-0.9", "T-2", "rkd", "linear", "half-lr-salt")
+        for row in ("kd-10", "kd-40", "omega-0.3", "omega-0.9", "T-2", "rkd", "linear")
     }
     assert changed == {
         "kd-10": {"kd.steps": 500}, "kd-40": {"kd.steps": 2000}, "omega-0.3": {"kd.weight": 0.3},
         "omega-0.9": {"kd.weight": 0.9}, "T-2": {"model.teacher_temperature": 2.0}, "rkd": {"kd.steps": None},
         "linear": {"kd.steps": 1500, "kd.anneal_steps": 1000, "kd.shape": "linear"},
-        "half-lr-salt": {"model.optim.lr": 2e-3},
     }  # fmt: skip
     without = rows["without-kd"].settings
     assert without["kd.weight"] == 0
@@ -234,7 +236,7 @@ def test_the_report(tiny, first_start):
     assert f"{found['salt-s0']['val/ce']:.4f}" in next(line for line in out.splitlines() if line.startswith("| salt "))
     assert "### Reached at f: salt" in out
     half = found["half-lr-salt-s0"]["val/ce"] - found["baseline-lr0.015-s0"]["val/ce"]  # BASELINE at its rate
-    assert f"{half:+.4f}" in next(line for line in out.splitlines() if line.startswith("| half-lr-salt "))
+    assert f" {half:+.4f} " in next(line for line in out.splitlines() if line.startswith("| half-lr-salt "))
     base, salt = (
         [float(line.split("|")[column]) for third in ("easy", "medium", "hard") for line in out.splitlines()
          if line.startswith(f"| val/ce/{third} ")]
