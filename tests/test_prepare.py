@@ -247,7 +247,7 @@ def test_ids_take_two_bytes_where_they_fit(vocab, gap, dtype, tmp_path):
 
 
 LATIN_1 = "gut\nschön".encode("latin-1")
-CUT_OFF = gzip.compress(b'{"text": "abc"}\n' * 9)[:-9]
+CUT_OFF = gzip.compress(b'{"text": "abc"}\n' * 9, mtime=0)[:-9]
 OTHER_COLUMNS = b'{"id": 1, "content": "x"}\n'
 BAD_FILES = [
     (
