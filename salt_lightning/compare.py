@@ -179,7 +179,7 @@ def _teacher_run(run: Run, runs: list[Run]) -> Run | None:
         return None
     places = _places(run, str(path))
     others = [other for other in runs if other is not run]
-    return next((o for o in others if any(p.is_relative_to(o.path.absolute()) for p in places)), None)
+    return next((o for o in others if any(p.resolve().is_relative_to(o.path.resolve()) for p in places)), None)
 
 
 def _places(run: Run, path: str) -> list[Path]:

@@ -133,7 +133,7 @@ class Run:
 
     @cached_property
     def variant(self) -> dict[str, Any]:
-        """The settings without seeds and names of run folders: equal for all seeds of an experiment."""
+        """The settings without seeds, names of run folders and what the terminal shows: equal for all seeds."""
         seed = re.compile(rf"(?<![A-Za-z0-9])(seed|s)[-_=]?{self.seed}(?![0-9])")
         folder = self.path.absolute()
         folders = {folder.parent.name: "RUNS", folder.name: "RUN"}
@@ -144,7 +144,8 @@ class Run:
             return seed.sub("SEED", "/".join(folders.get(part, part) for part in value.split("/")))
 
         own = ("seed_everything", "run", "ckpt_path", "checkpoint.export", "trainer.default_root_dir")
-        keys = (k for k in self.config if k not in own and k.rsplit(".", 1)[-1] != "seed")
+        shown = ("trainer.enable_progress_bar", "trainer.enable_model_summary")
+        keys = (k for k in self.config if k not in own + shown and k.rsplit(".", 1)[-1] != "seed")
         return {key: anonymous(self.config[key]) for key in keys}
 
 

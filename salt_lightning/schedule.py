@@ -187,9 +187,11 @@ class KDScheduleCallback(pl.Callback):
             )
         every = trainer.val_check_interval  # micro-batches by now, or a share of the run
         first = every // trainer.accumulate_grad_batches if isinstance(every, int) else trainer.max_steps
+        first *= max(1, math.ceil(self.min_steps / first))
         if trainer.limit_val_batches == 0 or first >= last:
+            after = f" from --kd.min_steps {self.min_steps} on" if self.min_steps else ""
             raise ConfigError(
-                f"{name}: no validation lies before step {last}, where the teacher leaves anyway; set "
+                f"{name}: no validation lies before step {last}{after}, where the teacher leaves anyway; set "
                 "--trainer.val_check_interval to fewer steps"
             )
 

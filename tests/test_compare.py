@@ -224,7 +224,7 @@ def test_seeds_of_one_experiment_are_a_group(tmp_path):
     paths = []
     for seed in range(3):
         folder = tmp_path / f"seed{seed}"
-        add = {"seed_everything": seed, "data.seed": seed}
+        add = {"seed_everything": seed, "data.seed": seed, "trainer.enable_progress_bar": [None, True, False][seed]}
         shift = seed / 8
         paths += [
             write_run(folder / f"baseline-s{seed}", {s: c + shift for s, c in BASELINE.items()}, **add),
@@ -345,6 +345,8 @@ def test_the_teachers_own_training_stands_apart(tmp_path, monkeypatch):
     text = report.markdown(comparison)
     assert "its teacher's own training 1200.000 FLOP (150 s)" in text
     assert "with it the reference is reached at 133.3% of its FLOPs and 183.3% of its seconds" in text
+    (tmp_path / "link").symlink_to(teacher)
+    assert evaluate(load([tmp_path / "link", baseline, salt])).rows[0].method == "TEACHER"
 
 
 def test_the_scoring_of_a_selection_stands_apart(tmp_path):

@@ -198,6 +198,10 @@ def test_a_ramp_cut_short_by_the_maximum_is_the_ramp_of_the_maximum():
         ({"kd.stop_margin": 0.1, "kd.min_steps": 10}, "--kd.min_steps 10 must lie in 0..9"),
         ({"kd.stop_margin": 0.1, "trainer.val_check_interval": 10}, "no validation lies before step 10"),
         ({"kd.stop_margin": 0.1, "trainer.limit_val_batches": 0}, "no validation lies before step 10"),
+        (
+            {"kd.stop_margin": 0.1, "kd.min_steps": 6, "trainer.val_check_interval": 5},
+            "no validation lies before step 10 from --kd.min_steps 6 on",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(fit_with, teacher, tmp_path, capsys, own, message):
