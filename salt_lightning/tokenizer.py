@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -54,6 +55,18 @@ def rules_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return digest([{**rules, "truncation": None, "padding": None}, tokenizer.eos_token_id])
 
 
+_RUN = re.compile(r"\S{1000}|\s{1000}")
+
+
+def _cut(text: str) -> Iterator[str]:
+    """Text with words of at most 1,000 characters: training takes the square of a word's length (200,000: 34 s)."""
+    start = 0
+    for run in _RUN.finditer(text):
+        yield text[start : run.end()]
+        start = run.end()
+    yield text[start:]
+
+
 def train_tokenizer(corpus: Corpus, vocab_size: int, val_fraction: float, folder: str) -> None:
     """Train a byte-level BPE on the training documents of a corpus; save it as transformers does."""
     tokenizer = Tokenizer(models.BPE())
@@ -65,7 +78,7 @@ def train_tokenizer(corpus: Corpus, vocab_size: int, val_fraction: float, folder
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=sys.stderr.isatty(),
     )
-    tokenizer.train_from_iterator(_training_texts(corpus, val_fraction), trainer)
+    tokenizer.train_from_iterator(chain.from_iterable(map(_cut, _training_texts(corpus, val_fraction))), trainer)
     try:
         PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS).save_pretrained(folder)
     except Exception as error:  # the Rust library has nothing more special for a full disk

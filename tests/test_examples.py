@@ -29,7 +29,7 @@ from salt_lightning.examples import Examples, segments
 from salt_lightning.prepare import prepare_tokens
 from salt_lightning.rows import IGNORE, NO_ROW
 from salt_lightning.token_files import TokenFiles
-from salt_lightning.tokenizer import load_tokenizer, train_tokenizer
+from salt_lightning.tokenizer import _cut, load_tokenizer, train_tokenizer
 
 PLAIN = Examples(prompt="Q: {question}\nA:", response=" {answer}")
 CHAT = Examples(messages="messages")
@@ -411,3 +411,11 @@ def test_starting_from_a_pretrained_student_lowers_the_loss_of_responses_alone(s
     first, second = (scalars(tmp_path / name)["train/ce"] for name in "ab")
     assert second[1] < first[1] - 1
     assert min(scalars(tmp_path / "b")["val/ce"].values()) < 3
+
+
+def test_a_tokenizer_is_trained_on_words_that_end():
+    """Of 3 million letters without a space training would take hours."""
+    text = "a word " + "x" * 2500 + " " * 1500 + "end"
+    assert "".join(_cut(text)) == text
+    assert max(len(word) for piece in _cut(text) for word in piece.split()) <= 1000
+    assert list(_cut("a word, and another")) == ["a word, and another"]
