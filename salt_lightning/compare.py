@@ -162,6 +162,11 @@ def evaluate(runs: list[Run], baseline: str | None = None) -> Comparison:
     notes += [what for run in (*silent, *runs) for what in run.damaged]
     notes += [f"{run.name} has logged nothing and is left out" for run in silent]
     notes += [f"{row.run} is at step {row.steps} of {row.max_steps}" for row in rows if row.running]
+    notes += [
+        f"{run.name} was last validated at step {run.val_ce.steps[-1]} of {run.steps_done}: val CE is of that step"
+        for run in runs
+        if not run.running and len(run.val_ce.steps) and run.val_ce.steps[-1] < run.steps_done
+    ]
     notes += [f"{row.run} has no validation yet" for row in rows if math.isnan(row.val_ce)]
     notes += [f"{run.name} has no config.yaml: its method is not known" for run in runs if not run.config]
     equal = _equal_points(students)

@@ -424,6 +424,12 @@ def test_runs_without_a_validation_show_a_dash(three, tmp_path):
     assert math.isnan(alone.reference_val_ce)
 
 
+def test_a_last_step_without_a_validation_is_said(three, tmp_path):
+    early = write_run(tmp_path / "early", {step: ce for step, ce in BASELINE.items() if step < STEPS})
+    (note,) = evaluate(load([*three, early])).notes
+    assert note == f"early was last validated at step {max(set(BASELINE) - {STEPS})} of 300: val CE is of that step"
+
+
 def test_a_run_that_logged_nothing_is_left_out_by_name(three, tmp_path):
     (tmp_path / "empty").mkdir()
     begun = write_run(tmp_path / "begun", {}, steps=0)  # its event file holds no value
