@@ -113,13 +113,6 @@ SIZES = {
         tokens_per_s=(8e3, 4e3), start_s=5.0,
         fixed={"trainer.accelerator": "cpu", "checkpoint.every_n_steps": 100},
     ),
-    # the same models, four times as long
-    "cpu-long": Size(
-        student=(96, 3), teacher=(64, 2), weak=(32, 2), large=(160, 3), large_teacher=(96, 4),
-        vocab=4096, steps=1600, rows=8, block=128, val_every=200, val_rows=128, keep_one_in=32,
-        rates=(1e-3, 2e-3, 4e-3), large_rates=(5e-4, 1e-3, 2e-3), tokens_per_s=(8e3, 4e3), start_s=5.0,
-        fixed={"trainer.accelerator": "cpu", "checkpoint.every_n_steps": 400},
-    ),
     # shows that it runs
     "tiny": Size(
         student=(32, 1), teacher=(16, 1), weak=(8, 1), large=(32, 2), large_teacher=(32, 1),
@@ -128,6 +121,10 @@ SIZES = {
         fixed={"trainer.accelerator": "cpu", "data.prepare_workers": 1},
     ),
 }  # fmt: skip
+SIZES["cpu-long"] = replace(
+    SIZES["cpu"], steps=1600, val_every=200, rates=(1e-3, 2e-3, 4e-3), large_rates=(5e-4, 1e-3, 2e-3),
+    fixed=SIZES["cpu"].fixed | {"checkpoint.every_n_steps": 400},
+)  # fmt: skip
 
 
 def model(width: int, layers: int) -> Settings:
