@@ -12,8 +12,9 @@ import yaml
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
-from salt_lightning import flops, report
+from salt_lightning import report
 from salt_lightning.compare import scoring_flops
+from salt_lightning.meter import Totals
 from salt_lightning.runlog import Run
 from salt_lightning.schedule import KDSchedule, trained_schedule
 
@@ -140,20 +141,17 @@ def _schedule(run: Run) -> str:
 
 
 def _cost(checkpoint: dict[str, Any], run: Run) -> dict[str, str]:
-    step, per_token = checkpoint["global_step"], checkpoint.get("forward_flops") or {}
-    step_tokens = _data(checkpoint, "global_batch_size") * _data(checkpoint, "block_size")
-    tokens, text_tokens = step * step_tokens, _data(checkpoint, "num_train_tokens")
-    schedule = trained_schedule(checkpoint) if run.kd_steps > 0 else None
-    taught = schedule.kd_steps(step) if schedule else 0
-    # a checkpoint's 0 stands for "not counted yet"
-    student, teacher = (per_token.get(who) or math.nan for who in ("student", "teacher"))
-    by_student, by_teacher = flops.train_flops(step, step_tokens, student, teacher if taught else 0.0, taught)
+    step, text_tokens = checkpoint["global_step"], _data(checkpoint, "num_train_tokens")
+    totals = Totals(**checkpoint.get("totals", {}))
+    tokens, taught = totals.tokens, totals.taught_steps
+    by_student = totals.student_flops or math.nan  # 0: trained without the command line's data, not counted
+    by_teacher = (totals.teacher_flops or math.nan) if taught else 0.0
     planned = f" of {run.max_steps:,}" if run.max_steps else ""
     passes = f" ({tokens / text_tokens:.2f} times the text)" if text_tokens else ""
     scoring = scoring_flops(run) if run.selected else 0.0
     return {
         "steps": f"{step:,}{planned}" + (f", {taught:,} of them with the teacher" if taught else ""),
-        "tokens": f"{tokens:,}{passes}",
+        "tokens": f"{tokens:,}{passes}" if tokens else "",
         "FLOPs of the student": _flops(by_student),
         "FLOPs of the teacher": _flops(by_teacher) + (", its own training apart" if taught else ""),
         "FLOPs of scoring": _flops(scoring),

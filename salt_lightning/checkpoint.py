@@ -29,6 +29,7 @@ from salt_lightning.schedule import KDScheduleCallback
 from salt_lightning.spec import shape_settings
 
 _NAME = re.compile(r"step-(\d+)\.ckpt")
+_BATCH = "--data.global_batch_size"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -245,7 +246,7 @@ def require_same(checkpoint: dict[str, Any], student: dict[str, Any], tokenizer:
         raise ConfigError("the checkpoint holds another student: " + ", ".join(changed[:5]))
 
 
-def go_on_from(checkpoint: dict[str, Any], max_steps: int, accumulate: int, data: dict[str, int | str]) -> None:
+def go_on_from(checkpoint: dict[str, Any], max_steps: int, accumulate: int, data: dict[str, Any]) -> None:
     """Makes a fit go on right after the checkpoint's optimizer step; says so if it will read other rows.
 
     A checkpoint may come from inside an accumulation window, from the end of a validation, or from a run with
@@ -268,4 +269,6 @@ def go_on_from(checkpoint: dict[str, Any], max_steps: int, accumulate: int, data
     loop["epoch_loop.state_dict"]["_batches_that_stepped"] = max(step - 1, 0)
     other = [f"{key} {data[key]} (checkpoint: {was})" for key, was in checkpoint["data"].items() if data[key] != was]
     if other:
-        rank_zero_info(f"going on with other data than the checkpoint's: {', '.join(other)}")
+        now, was = (step * rows[_BATCH] for rows in (data, checkpoint["data"]))
+        jump = f"; the next row is number {now:,} of the order, and not {was:,}" if now != was else ""
+        rank_zero_info(f"going on with other data than the checkpoint's: {', '.join(other)}{jump}")

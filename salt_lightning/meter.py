@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
@@ -26,10 +27,32 @@ def loss_values(sums: list[float], weight: float) -> dict[str, float]:
     return values
 
 
+def _none(steps: int) -> int:
+    return 0
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What the first `step` optimizer steps of a run have cost."""
+
+    step: int = 0
+    taught_steps: int = 0  # of them, with a teacher
+    tokens: int = 0
+    student_flops: float = 0.0
+    teacher_flops: float = 0.0
+
+
 class Meter:
-    """Clock and compute meter of a run. Validation is not counted; FLOPs are a pure function of the step."""
+    """Clock and compute meter of a run. Validation is not counted.
+
+    Totals are a pure function of the step. Where a run goes on with other settings (another batch, schedule or
+    teacher), what its checkpoint has counted stays, and the function counts on from there.
+    """
 
     def __init__(self) -> None:
+        self.before = Totals()  # counted under settings that have changed since
+        self.step_tokens = 0  # of an optimizer step, over all ranks
+        self.kd_steps: Callable[[int], int] = _none  # how many of the first so many steps have a teacher
         self.time_s = 0.0  # of training, over all starts of this run
         self.teacher_time_s = 0.0  # of it, the teacher's forward; its head is computed in the loss, and not in here
         self._watched: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
@@ -38,6 +61,24 @@ class Meter:
         self._step = 0
         self._since_s = self._wait_s = self._paused_s = 0.0
         self._taught_tokens_per_s: float | None = None
+        self._untaught_reads = 0  # since the teacher has left
+
+    def totals(self, step: int) -> Totals:
+        before, per_token = self.before, self.forward_flops
+        steps, taught = step - before.step, self.kd_steps(step) - self.kd_steps(before.step)
+        done = flops.train_flops(steps, self.step_tokens, per_token["student"], per_token["teacher"], taught)
+        return Totals(
+            step,
+            before.taught_steps + taught,
+            before.tokens + steps * self.step_tokens,
+            before.student_flops + done[0],
+            before.teacher_flops + done[1],
+        )
+
+    def count_on_from(self, counted: Totals) -> None:
+        """`counted`: what a checkpoint says, kept where the settings of this start would say something else."""
+        if self.totals(counted.step) != counted:
+            self.before = counted
 
     def start(self, step: int, wait_s: float) -> None:
         """Opens the stretch that the next logged step speaks of. `wait_s`: what the loader made us wait so far."""
@@ -63,48 +104,45 @@ class Meter:
             yield
             self.teacher_time_s += time.perf_counter() - since_s
 
-    def read(
-        self, step: int, step_tokens: int, kd_steps: Callable[[int], int], wait_s: float, peak: float | None
-    ) -> dict[str, float]:
+    def read(self, step: int, wait_s: float, peak: float | None) -> dict[str, float]:
         """Values as of optimizer step `step`, and opens the next stretch. The device has to have done that step.
 
         Args:
             step: optimizer steps done.
-            step_tokens: tokens of an optimizer step, over all ranks.
-            kd_steps: how many of the first so many steps had a teacher.
             wait_s: seconds that the loader made the training wait, since its start.
             peak: FLOP/s of all devices together, None where it is not known.
         """
         seconds, steps = time.perf_counter() - self._since_s, step - self._step
-        done, before = (self._flops(at, kd_steps(at), step_tokens) for at in (step, self._step))
+        done, before = self.totals(step), self.totals(self._step)
         self.time_s += seconds
         self.teacher_time_s += sum(begin.elapsed_time(end) for begin, end in self._watched) / 1000
         self._watched.clear()
-        self.tokens_per_s = steps * step_tokens / seconds
+        self.tokens_per_s = steps * self.step_tokens / seconds
         values = {
             "time_s": self.time_s,
             "teacher_time_s": self.teacher_time_s,
-            "tokens": float(step * step_tokens),
+            "tokens": float(done.tokens),
             "tokens_per_s": self.tokens_per_s,
             "data_wait_s": wait_s - self._wait_s,
-            "flops_student_total": done[0],
-            "flops_teacher_total": done[1],
+            "flops_student_total": done.student_flops,
+            "flops_teacher_total": done.teacher_flops,
         }
-        share = flops.mfu(sum(done) - sum(before), seconds, peak)
+        spent = done.student_flops + done.teacher_flops - (before.student_flops + before.teacher_flops)
+        share = flops.mfu(spent, seconds, peak)
         self.start(step, wait_s)
         return values if share is None else values | {"mfu": share}
 
     def teacher_left(self) -> None:
         """Keeps the speed with the teacher, for `what_it_brought`."""
-        self._taught_tokens_per_s = self.tokens_per_s
+        self._taught_tokens_per_s, self._untaught_reads = self.tokens_per_s, 0
 
     def what_it_brought(self) -> str | None:
-        """Once, after the first whole stretch without the teacher: the speeds with it and without it."""
-        before, self._taught_tokens_per_s = self._taught_tokens_per_s, None
-        if before is None:
-            return None
-        return f"{self.tokens_per_s:,.0f} tokens/s without the teacher, {before:,.0f} with it"
+        """Once, at the second logged step without the teacher: the speeds with it and without it.
 
-    def _flops(self, steps: int, kd_steps: int, step_tokens: int) -> tuple[float, float]:
-        per_token = self.forward_flops
-        return flops.train_flops(steps, step_tokens, per_token["student"], per_token["teacher"], kd_steps)
+        The stretch before the first holds the boundary, with its checkpoint and, where models are compiled, a compile.
+        """
+        self._untaught_reads += 1
+        if not self._taught_tokens_per_s or self._untaught_reads < 2:
+            return None
+        before, self._taught_tokens_per_s = self._taught_tokens_per_s, None
+        return f"{self.tokens_per_s:,.0f} tokens/s without the teacher, {before:,.0f} with it"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import math
 import time
+from dataclasses import asdict
 from functools import partial
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ from salt_lightning.cadence import plan_validation
 from salt_lightning.checkpoint import go_on_from, how_to_go_on, require_same
 from salt_lightning.errors import ConfigError, NonFiniteLossError
 from salt_lightning.losses import salt_loss, token_stats
-from salt_lightning.meter import SUMS, Meter, loss_values
+from salt_lightning.meter import SUMS, Meter, Totals, loss_values
 from salt_lightning.metrics import TokenMetrics
 from salt_lightning.models import CausalLM
 from salt_lightning.optim import OptimSpec, by_name
@@ -109,7 +110,7 @@ class SALTModule(pl.LightningModule):
         self.progress: dict[str, str] = {}  # what the progress bar shows, as of the last logged step
         self._grad_norm = torch.zeros(())
         self._watch = Watch()
-        self.meter = Meter()
+        self.meter, self._counted = Meter(), Totals()
 
     # ---------------------------------------------------------------- models
 
@@ -126,6 +127,7 @@ class SALTModule(pl.LightningModule):
             self._check_clipping()
             models.check_path(self.student_spec, "student")
             plan_validation(self.trainer)
+            self.meter.before = self._counted = Totals()  # a checkpoint says more
         data = self._data
         sources = data.source_names if data is not None else ("all",)
         self.eval_metrics = TokenMetrics(sources or ("all",), thirds=bool(getattr(data, "difficulty", None)))
@@ -135,7 +137,7 @@ class SALTModule(pl.LightningModule):
             raise ConfigError(f"--trainer.gradient_clip_algorithm {algorithm.value} is not supported; use norm")
 
     def _check_callback(self) -> None:
-        if self.has_teacher and self._schedule is None:
+        if self.has_teacher and self._kd is None:
             raise ConfigError(
                 f"SALTModule has a teacher ({self.teacher_spec.path}) and the Trainer no KDScheduleCallback: it would "
                 "silently train BASELINE. Add Trainer(callbacks=[KDScheduleCallback(steps=...)])"
@@ -206,6 +208,11 @@ class SALTModule(pl.LightningModule):
         self._sums = torch.zeros(len(SUMS), device=self.device)
 
     def on_train_start(self) -> None:
+        data, schedule = self._data, self._kd
+        self.meter.step_tokens = data.global_batch_size * data.block_size if data is not None else 0
+        if schedule is not None:
+            self.meter.kd_steps = lambda steps: schedule.schedule.kd_steps(steps)  # a validation may set the boundary
+        self.meter.count_on_from(self._counted)
         self.meter.start(self.global_step, self._wait_s)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
@@ -303,9 +310,8 @@ class SALTModule(pl.LightningModule):
         if self.device.type == "cuda":
             values["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
             torch.cuda.reset_peak_memory_stats(self.device)
-        kd_steps = self._schedule.kd_steps if self._schedule is not None else int  # without a schedule: BASELINE
         peak = flops.peak_of(self.device, self.compute_dtype, self.trainer.world_size)
-        values |= self.meter.read(step, self._step_tokens, kd_steps, self._wait_s, peak)
+        values |= self.meter.read(step, self._wait_s, peak)
         if weight == 0 and (brought := self.meter.what_it_brought()):
             rank_zero_info(f"step {step}: {brought}")
         self._write({f"train/{name}": value for name, value in values.items()}, step)
@@ -316,10 +322,6 @@ class SALTModule(pl.LightningModule):
     @property
     def _wait_s(self) -> float:
         return getattr(self._data, "data_wait_s", 0.0)
-
-    @property
-    def _step_tokens(self) -> int:
-        return self._data.global_batch_size * self._data.block_size if self._data is not None else 0
 
     def require_finite(self) -> None:
         """Reads the device: before each save.
@@ -409,18 +411,22 @@ class SALTModule(pl.LightningModule):
         checkpoint["text"] = getattr(self._data, "text", {})  # for the model card
         checkpoint["time_s"], checkpoint["teacher_time_s"] = self.meter.time_s, self.meter.teacher_time_s
         checkpoint["forward_flops"] = dict(self.meter.forward_flops)
+        checkpoint["totals"], checkpoint["totals_before"] = (
+            asdict(totals) for totals in (self.meter.totals(self.global_step), self.meter.before)
+        )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         require_same(checkpoint, self.hparams["student"], self._data and self._data.tokenizer_fingerprint)
         self._loaded_step = checkpoint["global_step"]
         self.meter.time_s, self.meter.teacher_time_s = checkpoint["time_s"], checkpoint.get("teacher_time_s", 0.0)
         self.meter.forward_flops["teacher"] = checkpoint["forward_flops"]["teacher"]
+        self.meter.before, self._counted = (Totals(**checkpoint[name]) for name in ("totals_before", "totals"))
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             go_on_from(checkpoint, self.trainer.max_steps, self.trainer.accumulate_grad_batches, self._data_identity())
 
     # ------------------------------------------------------ what the run is made of
 
-    def _data_identity(self) -> dict[str, int | str]:
+    def _data_identity(self) -> dict[str, Any]:
         """What decides which rows a step reads."""
         names = "seed global_batch_size block_size num_train_tokens selection_fingerprint difficulty_fingerprint"
         return {f"--data.{name}": getattr(self._data, name, 0) for name in names.split()}
@@ -435,6 +441,6 @@ class SALTModule(pl.LightningModule):
         return self.trainer.strategy if self._trainer is not None else None
 
     @property
-    def _schedule(self) -> Any:
-        found = [c.schedule for c in self.trainer.callbacks if isinstance(c, KDScheduleCallback)]  # type: ignore[attr-defined]
+    def _kd(self) -> KDScheduleCallback | None:
+        found = [c for c in self.trainer.callbacks if isinstance(c, KDScheduleCallback)]  # type: ignore[attr-defined]
         return found[0] if found else None

@@ -195,19 +195,22 @@ def card_lines(salt: Path, config: dict[str, object], **changed: object) -> list
 
 
 @pytest.mark.parametrize(
-    ("schedule", "lines"),
+    ("schedule", "taught_steps", "lines"),
     [
-        ({"weight": 0.0}, ["- method: BASELINE", "- steps: 12 of 12", "- FLOPs of the teacher: 0 FLOP"]),
-        ({"steps": None}, ["- method: RKD", "- steps: 12 of 12, 12 of them with the teacher",
+        ({"weight": 0.0}, 0, ["- method: BASELINE", "- steps: 12 of 12", "- FLOPs of the teacher: 0 FLOP"]),
+        ({"steps": None}, 12, ["- method: RKD", "- steps: 12 of 12, 12 of them with the teacher",
                            "- KD: weight 0.667 in every step; teacher's temperature 1"]),
-        ({"anneal_steps": 2, "shape": "linear"},
+        ({"anneal_steps": 2, "shape": "linear"}, 4,
          ["- method: SALT linear", "- KD: weight 0.667 in the first 4 steps, falling (linear) in the last 2 of them, "
           "then 0; teacher's temperature 1"]),
     ],
 )  # fmt: skip
-def test_the_card_names_the_method(schedule, lines, salt):
+def test_the_card_names_the_method(schedule, taught_steps, lines, salt):
     found = card_lines(
-        salt, {}, kd_schedule={"weight": 0.667, "steps": 4, "anneal_steps": 0, "shape": "step"} | schedule
+        salt,
+        {},
+        kd_schedule={"weight": 0.667, "steps": 4, "anneal_steps": 0, "shape": "step"} | schedule,
+        totals={"step": 12, "taught_steps": taught_steps},
     )
     assert [line for line in lines if line not in found] == []
     assert any("teacher" in line for line in found[:20]) == (schedule != {"weight": 0.0})

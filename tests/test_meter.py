@@ -2,7 +2,7 @@
 
 import pytest
 
-from salt_lightning.meter import Meter
+from salt_lightning.meter import Meter, Totals
 
 
 @pytest.fixture
@@ -21,52 +21,58 @@ def taught(steps):
     return min(steps, 4)
 
 
-def test_a_logged_step_speaks_of_the_time_since_the_one_before(clock):
+def new(step_tokens=100):
     meter = Meter()
+    meter.step_tokens, meter.kd_steps = step_tokens, taught
+    return meter
+
+
+def test_a_logged_step_speaks_of_the_time_since_the_one_before(clock):
+    meter = new()
     meter.start(0, wait_s=5.0)
     clock(10.0)
-    first = meter.read(2, 100, taught, wait_s=6.0, peak=None)
+    first = meter.read(2, wait_s=6.0, peak=None)
     assert (first["time_s"], first["tokens"], first["tokens_per_s"], first["data_wait_s"]) == (10.0, 200.0, 20.0, 1.0)
     clock(4.0)
-    second = meter.read(4, 100, taught, wait_s=6.5, peak=None)
+    second = meter.read(4, wait_s=6.5, peak=None)
     assert (second["time_s"], second["tokens"], second["tokens_per_s"], second["data_wait_s"]) == (14.0, 400, 50.0, 0.5)
 
 
 def test_a_resumed_run_counts_its_own_steps_and_adds_to_the_time(clock):
-    meter = Meter()
+    meter = new()
     meter.time_s = 60.0  # of the starts before
     meter.start(8, wait_s=0.0)
     clock(2.0)
-    values = meter.read(10, 100, taught, wait_s=0.0, peak=None)
+    values = meter.read(10, wait_s=0.0, peak=None)
     assert (values["time_s"], values["tokens"], values["tokens_per_s"]) == (62.0, 1000.0, 100.0)
 
 
 def test_validation_is_not_counted(clock):
-    meter = Meter()
+    meter = new()
     meter.start(0, wait_s=0.0)
     clock(3.0)
     meter.pause()
     clock(50.0)
     meter.go_on()
     clock(1.0)
-    assert meter.read(2, 100, taught, wait_s=0.0, peak=None)["tokens_per_s"] == 50.0
+    assert meter.read(2, wait_s=0.0, peak=None)["tokens_per_s"] == 50.0
     assert meter.time_s == 4.0
 
 
 def test_the_teachers_seconds_are_those_of_its_forward(clock):
-    meter = Meter()
+    meter = new()
     meter.start(0, wait_s=0.0)
     for _ in range(2):
         with meter.teacher_runs(on_cuda=False):
             clock(0.5)
         clock(2.0)
-    values = meter.read(2, 100, taught, wait_s=0.0, peak=None)
+    values = meter.read(2, wait_s=0.0, peak=None)
     assert (values["time_s"], values["teacher_time_s"]) == (5.0, 1.0)
     clock(1.0)
     meter._watched = [(Event(100.0), Event(150.0)), (Event(200.0), Event(450.0))]  # milliseconds, as a GPU notes them
-    assert meter.read(3, 100, taught, wait_s=0.0, peak=None)["teacher_time_s"] == 1.3
+    assert meter.read(3, wait_s=0.0, peak=None)["teacher_time_s"] == 1.3
     clock(1.0)
-    assert meter.read(4, 100, taught, wait_s=0.0, peak=None)["teacher_time_s"] == 1.3
+    assert meter.read(4, wait_s=0.0, peak=None)["teacher_time_s"] == 1.3
 
 
 class Event:
@@ -78,25 +84,44 @@ class Event:
 
 
 def test_mfu_is_that_of_the_stretch_and_the_totals_are_of_the_run(clock):
-    meter = Meter()
+    meter = new()
     meter.forward_flops = {"student": 2.0, "teacher": 1.0}
     meter.start(3, wait_s=0.0)
     clock(10.0)
-    values = meter.read(5, 100, taught, wait_s=0.0, peak=200.0)
+    values = meter.read(5, wait_s=0.0, peak=200.0)
     assert values["flops_student_total"] == 5 * 100 * 3 * 2.0
     assert values["flops_teacher_total"] == 4 * 100 * 1.0
     # two steps of the student, one of the teacher, in 10 s of 200 FLOP/s
     assert values["mfu"] == pytest.approx((2 * 100 * 6.0 + 1 * 100 * 1.0) / 10 / 200)
 
 
-def test_what_the_leaving_brought_is_said_once(clock):
-    meter = Meter()
+def test_what_the_leaving_brought_is_said_once_of_a_stretch_without_the_boundary(clock):
+    meter = new(1000)
     meter.start(0, wait_s=0.0)
     clock(1.0)
-    meter.read(1, 1000, taught, wait_s=0.0, peak=None)
+    meter.read(1, wait_s=0.0, peak=None)
     assert meter.what_it_brought() is None
     meter.teacher_left()
-    clock(0.5)
-    meter.read(2, 1000, taught, wait_s=0.0, peak=None)
-    assert meter.what_it_brought() == "2,000 tokens/s without the teacher, 1,000 with it"
+    clock(8.0)  # the boundary's checkpoint, and a compile
+    meter.read(2, wait_s=0.0, peak=None)
     assert meter.what_it_brought() is None
+    clock(0.5)
+    meter.read(3, wait_s=0.0, peak=None)
+    assert meter.what_it_brought() == "2,000 tokens/s without the teacher, 1,000 with it"
+    clock(0.5)
+    meter.read(4, wait_s=0.0, peak=None)
+    assert meter.what_it_brought() is None
+
+
+def test_what_a_checkpoint_has_counted_stays_where_the_settings_change():
+    meter = new()
+    meter.forward_flops = {"student": 2.0, "teacher": 1.0}
+    counted = meter.totals(6)
+    assert counted == Totals(6, 4, 600, 3600.0, 400.0)
+    meter.count_on_from(counted)
+    assert meter.before == Totals()  # nothing has changed: the same formula from step 0, bit for bit
+    meter.step_tokens, meter.kd_steps, meter.forward_flops["teacher"] = 50, lambda steps: min(steps, 8), 3.0
+    meter.count_on_from(counted)
+    assert meter.totals(6) == counted
+    assert meter.totals(7) == Totals(7, 5, 650, 3600.0 + 50 * 6.0, 400.0 + 50 * 3.0)
+    assert meter.totals(10) == Totals(10, 6, 800, 3600.0 + 200 * 6.0, 400.0 + 100 * 3.0)

@@ -177,6 +177,40 @@ def test_another_schedule_is_refused_unless_allowed(fit, tmp_path, capsys):
     assert sorted(scalars(tmp_path / "run")["train/kd"])[-1] == 10
 
 
+def test_what_the_teacher_has_cost_stays_counted_under_another_schedule(fit, tmp_path):
+    assert fit(tmp_path / "run", stop_at=6) == 128 + signal.SIGTERM
+    a_step = scalars(tmp_path / "run")["train/flops_teacher_total"][6] / 6
+    fewer = {"kd.steps": 4, "kd.anneal_steps": 2, "kd.allow_change": True, "ckpt_path": "last"}
+    assert fit(tmp_path / "run", stop_at=9, **fewer) == 128 + signal.SIGTERM
+    assert scalars(tmp_path / "run")["train/flops_teacher_total"][9] == 6 * a_step  # 6 steps had the teacher, not 4
+    more = {"kd.steps": 11, "kd.allow_change": True, "ckpt_path": "last"}
+    assert fit(tmp_path / "run", **more) == 0
+    assert scalars(tmp_path / "run")["train/flops_teacher_total"][12] == 8 * a_step  # and 9 and 10, but not 6 to 8
+
+
+def test_another_batch_counts_on_from_the_checkpoints_totals(fit, settings, tmp_path, caplog):
+    model = {"model.student.config": {**settings["model.student.config"], "max_position_embeddings": 32}}
+    larger = {"data.global_batch_size": 16, "data.block_size": 16, **model}
+    assert fit(tmp_path / "run", stop_at=3, **model) == 128 + signal.SIGTERM
+    counted = scalars(tmp_path / "run")
+    shutil.copytree(tmp_path / "run", tmp_path / "twice")
+    assert fit(tmp_path / "run", ckpt_path="last", **larger) == 0
+    for change in ("--data.global_batch_size 16 (checkpoint: 8)", "--data.block_size 16 (checkpoint: 32)"):
+        assert change in caplog.text
+    assert "the next row is number 48 of the order, and not 24" in caplog.text
+    assert fit(tmp_path / "fresh", **larger) == 0  # what a step of the new settings costs
+    found, fresh = scalars(tmp_path / "run"), scalars(tmp_path / "fresh")
+    assert found["train/tokens"] == {step: 256.0 * step for step in range(1, 13)}  # 8 x 32 and 16 x 16
+    for who in ("student", "teacher"):
+        tag = f"train/flops_{who}_total"
+        for step in range(4, 13):
+            assert found[tag][step] == pytest.approx(counted[tag][3] + fresh[tag][step] - fresh[tag][3], rel=1e-6)
+    assert found["train/flops_student_total"][12] != pytest.approx(fresh["train/flops_student_total"][12], rel=1e-6)
+    assert fit(tmp_path / "twice", stop_at=7, ckpt_path="last", **larger) == 128 + signal.SIGTERM
+    assert fit(tmp_path / "twice", ckpt_path="last", **larger) == 0
+    assert_same(tmp_path / "twice", tmp_path / "run")
+
+
 def test_explicit_values_win_over_the_checkpoint_and_say_so(fit, tmp_path, capsys):
     assert fit(tmp_path / "run", stop_at=3) == 128 + signal.SIGTERM
     assert fit(tmp_path / "run", ckpt_path="last", **{"model.optim.lr": 1e-4}) == 0
