@@ -61,14 +61,30 @@ _EVALUATED = ("compile", "logits_budget_gib")  # the settings of a model that va
 
 
 class ProgressBar(TQDMProgressBar):
-    """Shows the values of the last logged step: reading the device at every step would hold it up."""
+    """Counts optimizer steps, from 0 also after a resume, and shows the values of the last logged one.
+
+    Reading the device at every step would hold it up. Lightning counts micro-batches, against the steps that are left.
+    """
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: Any) -> dict[str, Any]:
         return pl_module.progress
 
+    @property
+    def total_train_batches(self) -> int | float:
+        return self.trainer.max_steps
+
+    def init_train_tqdm(self) -> Any:
+        bar = super().init_train_tqdm()
+        bar.unit, bar.total = " steps", self.trainer.max_steps
+        bar.initial = bar.n = self.trainer.global_step
+        return bar
+
     def on_train_epoch_start(self, trainer: pl.Trainer, *args: Any) -> None:
         super().on_train_epoch_start(trainer, *args)
         self.train_progress_bar.set_description("Training")  # the run is one epoch of Lightning's
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, trainer.global_step - 1)
 
     def on_predict_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, *args: Any) -> None:
         super().on_predict_batch_start(trainer, pl_module, batch, *args)

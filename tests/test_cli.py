@@ -111,11 +111,17 @@ def test_a_folder_of_text_files_and_a_pretrained_student(settings, tmp_path, cap
 
 
 def test_the_progress_bar_shows_loss_weight_and_speed(settings, teacher, tmp_path, capsys):
-    own = {"run": str(tmp_path / "run"), "model.teacher.path": teacher, "kd.steps": 6, "kd.weight": 0.5}
-    assert cli.main(["fit", *arguments(settings, own, {"trainer.enable_progress_bar": True})]) == 0
+    own = {"run": str(tmp_path / "run"), "model.teacher.path": teacher, "kd.steps": 6, "kd.weight": 0.5,
+           "data.micro_batch_size": 2, "trainer.enable_progress_bar": True, "checkpoint.at_steps": [6]}  # fmt: skip
+    assert cli.main(["fit", *arguments(settings, own)]) == 0
     out = capsys.readouterr().out
     assert re.search(r"loss=\d\.\d{3}, kd_weight=0\.5, tok/s=[\d,]+", out)
     assert "val_ce=" in out
+    (tmp_path / "run/checkpoints/step-00000012.ckpt").unlink()
+    assert cli.main(["fit", *arguments(settings, own, {"ckpt_path": "last"})]) == 0
+    for shown, first in ((out, 0), (capsys.readouterr().out, 6)):  # optimizer steps, where a step has 4 micro-batches
+        counts = set(re.findall(r"Training: .*?\| *(\d+/\S+) \[", shown)) - {"0/?"}
+        assert counts == {f"{step}/12" for step in range(first, 13)}
 
 
 def test_an_interval_longer_than_the_run_validates_at_its_end(settings, tmp_path):
