@@ -7,18 +7,18 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import yaml
 from jsonargparse import Namespace
-from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from salt_lightning import check, compare, export, parallel, shards
+from salt_lightning import check, compare, export, parallel, run_lock, shards
 from salt_lightning.answers import AnswerTest
 from salt_lightning.checkpoint import AtomicCheckpointIO, RunCheckpoint, newest
 from salt_lightning.data import SALTDataModule
@@ -28,6 +28,7 @@ from salt_lightning.event_log import EventLog, quiet_threads
 from salt_lightning.models import check_path, read_checkpoint
 from salt_lightning.module import SALTModule
 from salt_lightning.parser import Parser, check_configs
+from salt_lightning.progress_bar import ProgressBar
 from salt_lightning.quiet import silence_libraries
 from salt_lightning.runlog import flat
 from salt_lightning.schedule import KDScheduleCallback
@@ -57,40 +58,8 @@ VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {
 }
 
 
+_HELD = ExitStack()  # the run's folder, by this process until main() returns
 _EVALUATED = ("compile", "logits_budget_gib")  # the settings of a model that validate and test use
-
-
-class ProgressBar(TQDMProgressBar):
-    """Counts optimizer steps, from 0 also after a resume, and shows the values of the last logged one.
-
-    Reading the device at every step would hold it up. Lightning counts micro-batches, against the steps that are left.
-    """
-
-    def get_metrics(self, trainer: pl.Trainer, pl_module: Any) -> dict[str, Any]:
-        return pl_module.progress
-
-    @property
-    def total_train_batches(self) -> int | float:
-        return self.trainer.max_steps
-
-    def init_train_tqdm(self) -> Any:
-        bar = super().init_train_tqdm()
-        bar.unit, bar.total = " steps", self.trainer.max_steps
-        bar.initial = bar.n = self.trainer.global_step
-        return bar
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, *args: Any) -> None:
-        super().on_train_epoch_start(trainer, *args)
-        self.train_progress_bar.set_description("Training")  # the run is one epoch of Lightning's
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, trainer.global_step - 1)
-
-    def on_predict_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, *args: Any) -> None:
-        super().on_predict_batch_start(trainer, pl_module, batch, *args)
-        bar = self.predict_progress_bar
-        bar.set_description("Scoring", refresh=False)
-        bar.unit, bar.unit_scale = " tokens", batch["labels"].numel()  # of this rank
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -156,6 +125,8 @@ class SALTCLI(LightningCLI):
         config = self._settings(self.config)
         path = config.get("ckpt_path")
         subcommand = self.config.get("subcommand")
+        if subcommand == "fit" and config.run:  # before anything is read there
+            self.hold(Path(config.run))
         if path is None or subcommand is None:
             return
         if subcommand == "predict":
@@ -181,6 +152,10 @@ class SALTCLI(LightningCLI):
         if given:
             merged = self.parser.parse_object({subcommand: {"model": given.as_dict()}}, merged)
         self.config = merged
+
+    def hold(self, run: Path) -> None:
+        if _rank() == 0 and os.environ.get("NODE_RANK", "0") == "0":
+            _HELD.enter_context(run_lock.held(run))
 
     def before_instantiate_classes(self) -> None:
         config, given = self._settings(self.config), self._settings(self._explicit)
@@ -291,6 +266,9 @@ class CheckCLI(SALTCLI):
         shown = self._subcommand_parsers["fit"]
         shown.prog, shown.description = shown.prog.replace(" fit", " check"), VERBS["check"][1]
 
+    def hold(self, run: Path) -> None:
+        """Nothing: one may look while another trains."""
+
     def refuse(self, wrong: list[str]) -> None:
         self.wrong = wrong
 
@@ -385,7 +363,8 @@ def main(args: list[str] | None = None) -> int:
     try:
         if first and first[0] in VERBS:
             return VERBS[first[0]][0](sys.argv[2:] if args is None else args[1:])
-        cli = _start(SALTCLI, args)
+        with _HELD:
+            cli = _start(SALTCLI, args)
     except Stopped as stopped:
         print(f"\n{stopped}")
         return 128 + stopped.number

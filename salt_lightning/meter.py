@@ -6,7 +6,8 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -50,18 +51,22 @@ class Meter:
     """
 
     def __init__(self) -> None:
-        self.before = Totals()  # counted under settings that have changed since
-        self.step_tokens = 0  # of an optimizer step, over all ranks
-        self.kd_steps: Callable[[int], int] = _none  # how many of the first so many steps have a teacher
         self.time_s = 0.0  # of training, over all starts of this run
         self.teacher_time_s = 0.0  # of it, the teacher's forward; its head is computed in the loss, and not in here
         self._watched: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self.tokens_per_s = 0.0  # between the last two logged steps
         self.forward_flops = {"student": math.nan, "teacher": 0.0}  # per token
+        self.forget()
+        self.follow(0, None)
         self._step = 0
         self._since_s = self._wait_s = self._paused_s = 0.0
         self._taught_tokens_per_s: float | None = None
         self._untaught_reads = 0  # since the teacher has left
+
+    def forget(self) -> None:
+        """A fit begins; a checkpoint may say more."""
+        self.before = Totals()  # counted under settings that have changed since
+        self._counted = Totals()  # by the checkpoint that is gone on from
 
     def totals(self, step: int) -> Totals:
         before, per_token = self.before, self.forward_flops
@@ -75,10 +80,27 @@ class Meter:
             before.teacher_flops + done[1],
         )
 
-    def count_on_from(self, counted: Totals) -> None:
-        """`counted`: what a checkpoint says, kept where the settings of this start would say something else."""
-        if self.totals(counted.step) != counted:
-            self.before = counted
+    def state(self, step: int) -> dict[str, Any]:
+        """For a checkpoint."""
+        totals = {"totals": asdict(self.totals(step)), "totals_before": asdict(self.before)}
+        times = {"time_s": self.time_s, "teacher_time_s": self.teacher_time_s}
+        return {**totals, **times, "forward_flops": dict(self.forward_flops)}
+
+    def load(self, saved: dict[str, Any]) -> None:
+        self.before, self._counted = Totals(**saved["totals_before"]), Totals(**saved["totals"])
+        self.time_s, self.teacher_time_s = saved["time_s"], saved["teacher_time_s"]
+        self.forward_flops["teacher"] = saved["forward_flops"]["teacher"]
+
+    def follow(self, step_tokens: int, kd_steps: Callable[[int], int] | None) -> None:
+        """The settings of this start; where they would say something else of the past, the checkpoint's word stays.
+
+        Args:
+            step_tokens: tokens of an optimizer step, over all ranks.
+            kd_steps: how many of the first so many steps have a teacher; None: none.
+        """
+        self.step_tokens, self.kd_steps = step_tokens, kd_steps or _none
+        if self.totals(self._counted.step) != self._counted:
+            self.before = self._counted
 
     def start(self, step: int, wait_s: float) -> None:
         """Opens the stretch that the next logged step speaks of. `wait_s`: what the loader made us wait so far."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import math
 import time
-from dataclasses import asdict
 from functools import partial
 from typing import Any, Literal
 
@@ -24,7 +23,7 @@ from salt_lightning.cadence import plan_validation
 from salt_lightning.checkpoint import go_on_from, how_to_go_on, require_same
 from salt_lightning.errors import ConfigError, NonFiniteLossError
 from salt_lightning.losses import salt_loss, token_stats
-from salt_lightning.meter import SUMS, Meter, Totals, loss_values
+from salt_lightning.meter import SUMS, Meter, loss_values
 from salt_lightning.metrics import TokenMetrics
 from salt_lightning.models import CausalLM
 from salt_lightning.optim import OptimSpec, by_name
@@ -110,7 +109,7 @@ class SALTModule(pl.LightningModule):
         self.progress: dict[str, str] = {}  # what the progress bar shows, as of the last logged step
         self._grad_norm = torch.zeros(())
         self._watch = Watch()
-        self.meter, self._counted = Meter(), Totals()
+        self.meter = Meter()
 
     # ---------------------------------------------------------------- models
 
@@ -127,7 +126,7 @@ class SALTModule(pl.LightningModule):
             self._check_clipping()
             models.check_path(self.student_spec, "student")
             plan_validation(self.trainer)
-            self.meter.before = self._counted = Totals()  # a checkpoint says more
+            self.meter.forget()
         data = self._data
         sources = data.source_names if data is not None else ("all",)
         self.eval_metrics = TokenMetrics(sources or ("all",), thirds=bool(getattr(data, "difficulty", None)))
@@ -208,11 +207,12 @@ class SALTModule(pl.LightningModule):
         self._sums = torch.zeros(len(SUMS), device=self.device)
 
     def on_train_start(self) -> None:
-        data, schedule = self._data, self._kd
-        self.meter.step_tokens = data.global_batch_size * data.block_size if data is not None else 0
-        if schedule is not None:
-            self.meter.kd_steps = lambda steps: schedule.schedule.kd_steps(steps)  # a validation may set the boundary
-        self.meter.count_on_from(self._counted)
+        data, kd = self._data, self._kd
+        self.meter.follow(
+            data.global_batch_size * data.block_size if data is not None else 0,
+            # not the schedule's own method: a validation may set another
+            None if kd is None else lambda steps: kd.schedule.kd_steps(steps),
+        )
         self.meter.start(self.global_step, self._wait_s)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
@@ -409,18 +409,12 @@ class SALTModule(pl.LightningModule):
         checkpoint["tokenizer"] = self._data.tokenizer_fingerprint if self._data is not None else None
         checkpoint["data"] = self._data_identity()
         checkpoint["text"] = getattr(self._data, "text", {})  # for the model card
-        checkpoint["time_s"], checkpoint["teacher_time_s"] = self.meter.time_s, self.meter.teacher_time_s
-        checkpoint["forward_flops"] = dict(self.meter.forward_flops)
-        checkpoint["totals"], checkpoint["totals_before"] = (
-            asdict(totals) for totals in (self.meter.totals(self.global_step), self.meter.before)
-        )
+        checkpoint |= self.meter.state(self.global_step)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         require_same(checkpoint, self.hparams["student"], self._data and self._data.tokenizer_fingerprint)
         self._loaded_step = checkpoint["global_step"]
-        self.meter.time_s, self.meter.teacher_time_s = checkpoint["time_s"], checkpoint.get("teacher_time_s", 0.0)
-        self.meter.forward_flops["teacher"] = checkpoint["forward_flops"]["teacher"]
-        self.meter.before, self._counted = (Totals(**checkpoint[name]) for name in ("totals_before", "totals"))
+        self.meter.load(checkpoint)
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             go_on_from(checkpoint, self.trainer.max_steps, self.trainer.accumulate_grad_batches, self._data_identity())
 

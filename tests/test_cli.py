@@ -110,7 +110,8 @@ def test_a_folder_of_text_files_and_a_pretrained_student(settings, tmp_path, cap
                                             {"run": own["run"], "ckpt_path": "last"})]) == 0  # fmt: skip
 
 
-def test_the_progress_bar_shows_loss_weight_and_speed(settings, teacher, tmp_path, capsys):
+def test_the_progress_bar_shows_loss_weight_and_speed(settings, teacher, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli.ProgressBar, "LOG_S", 0.0)
     own = {"run": str(tmp_path / "run"), "model.teacher.path": teacher, "kd.steps": 6, "kd.weight": 0.5,
            "data.micro_batch_size": 2, "trainer.enable_progress_bar": True, "checkpoint.at_steps": [6]}  # fmt: skip
     assert cli.main(["fit", *arguments(settings, own)]) == 0
@@ -122,6 +123,15 @@ def test_the_progress_bar_shows_loss_weight_and_speed(settings, teacher, tmp_pat
     for shown, first in ((out, 0), (capsys.readouterr().out, 6)):  # optimizer steps, where a step has 4 micro-batches
         counts = set(re.findall(r"Training: .*?\| *(\d+/\S+) \[", shown)) - {"0/?"}
         assert counts == {f"{step}/12" for step in range(first, 13)}
+
+
+def test_a_log_file_holds_few_drawings_of_the_progress_bar(settings, tmp_path, capsys):
+    own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, "trainer.enable_progress_bar": True}
+    assert cli.main(["fit", *arguments(settings, own)]) == 0
+    out = capsys.readouterr().out
+    assert set(re.findall(r"Training: .*?\| *(\d+)/12 \[", out)) == {"0", "1", "6", "12"}  # 6: a validation
+    assert "val_ce=" in out
+    assert "Validation" not in out
 
 
 def test_an_interval_longer_than_the_run_validates_at_its_end(settings, tmp_path):

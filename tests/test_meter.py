@@ -23,7 +23,7 @@ def taught(steps):
 
 def new(step_tokens=100):
     meter = Meter()
-    meter.step_tokens, meter.kd_steps = step_tokens, taught
+    meter.follow(step_tokens, taught)
     return meter
 
 
@@ -116,12 +116,16 @@ def test_what_the_leaving_brought_is_said_once_of_a_stretch_without_the_boundary
 def test_what_a_checkpoint_has_counted_stays_where_the_settings_change():
     meter = new()
     meter.forward_flops = {"student": 2.0, "teacher": 1.0}
-    counted = meter.totals(6)
-    assert counted == Totals(6, 4, 600, 3600.0, 400.0)
-    meter.count_on_from(counted)
+    counted = Totals(6, 4, 600, 3600.0, 400.0)
+    assert meter.totals(6) == counted
+    saved = meter.state(6)
+    meter = new()
+    meter.forward_flops["student"] = 2.0
+    meter.load(saved)
+    meter.follow(100, taught)
     assert meter.before == Totals()  # nothing has changed: the same formula from step 0, bit for bit
-    meter.step_tokens, meter.kd_steps, meter.forward_flops["teacher"] = 50, lambda steps: min(steps, 8), 3.0
-    meter.count_on_from(counted)
+    meter.forward_flops["teacher"] = 3.0
+    meter.follow(50, lambda steps: min(steps, 8))
     assert meter.totals(6) == counted
     assert meter.totals(7) == Totals(7, 5, 650, 3600.0 + 50 * 6.0, 400.0 + 50 * 3.0)
     assert meter.totals(10) == Totals(10, 6, 800, 3600.0 + 200 * 6.0, 400.0 + 100 * 3.0)

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "salt_lightning").glob("*.py"))
 NAMES = [path.name for path in FILES]
 LAYERS = [  # a file imports from files of earlier layers alone
-    {"errors", "flops", "journal", "progress", "quiet", "row_pass", "watch"},
+    {"errors", "flops", "journal", "progress", "progress_bar", "quiet", "row_pass", "watch"},
     {
         "chunked_head",
         "examples",
@@ -23,6 +23,7 @@ LAYERS = [  # a file imports from files of earlier layers alone
         "parser",
         "preflight",
         "processes",
+        "run_lock",
         "runlog",
         "scores",
     },

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -243,6 +244,37 @@ def test_another_student_is_refused_by_its_settings(fit, settings, tmp_path, cap
     assert fit(tmp_path / "run", ckpt_path="last", **{"model.student.config": wider}) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert "the checkpoint holds another student: config.intermediate_size 128 (checkpoint: 64)" in message
+
+
+def test_a_run_that_is_under_way_is_left_alone(fit, settings, tmp_path, capsys, caplog, monkeypatch):
+    """By real processes: the lock is of a process, and free when it dies, whatever its workers do."""
+    own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, "data.num_workers": 2, "trainer.max_steps": 100_000,
+           "trainer.val_check_interval": 100_000, "checkpoint.every_n_steps": 1}  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-c", "import sys; from salt_lightning.cli import main; sys.exit(main())", "fit",
+         *arguments(settings, own)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob("run/checkpoints/step-*.ckpt")) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        who = f"process {process.pid} on {socket.gethostname()}"
+        assert fit(tmp_path / "run", ckpt_path="last") == 2
+        said = f"error: --run {tmp_path}/run: {who} trains there; wait for its end, or choose another folder"
+        assert capsys.readouterr().err.strip().splitlines()[-1] == said
+        monkeypatch.setattr("salt_lightning.run_lock.socket.gethostname", lambda: "another")
+        monkeypatch.setattr(
+            "salt_lightning.run_lock._OTHER_MACHINE_S", 0.5
+        )  # such locks may be those of a dead machine
+        assert fit(tmp_path / "run", ckpt_path="last") == 2
+        assert f"waiting for {who}" in caplog.text
+        assert said in capsys.readouterr().err
+    finally:
+        process.kill()  # its workers live on for some seconds
+        process.wait()
+    assert fit(tmp_path / "run", ckpt_path="last", **{"kd.weight": 0.0, "trainer.max_steps": 1}) == 2
+    assert "--trainer.max_steps 1: for a shorter run" in capsys.readouterr().err  # the lock was free
 
 
 def test_a_run_is_not_started_twice_in_one_folder(fit, tmp_path, capsys):

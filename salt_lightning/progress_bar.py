@@ -1,0 +1,62 @@
+"""Lightning's progress bar, counting what a user counts."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from lightning.pytorch.trainer.states import TrainerFn
+
+
+class ProgressBar(TQDMProgressBar):
+    """Counts optimizer steps, from 0 also after a resume, and shows the values of the last logged one.
+
+    Reading the device at every step would hold it up. Lightning counts micro-batches, against the steps that are left,
+    and draws each: a log file of a long run would hold little else.
+    """
+
+    TERMINAL_S, LOG_S = 0.1, 30.0  # between two drawings
+    _drawn_s = -math.inf
+
+    def _should_update(self, current: int, total: int) -> bool:
+        now_s, every_s = time.monotonic(), self.TERMINAL_S if sys.stdout.isatty() else self.LOG_S
+        if not self.is_enabled or (now_s - self._drawn_s < every_s and current != total):
+            return False
+        self._drawn_s = now_s
+        return True
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: Any) -> dict[str, Any]:
+        return pl_module.progress
+
+    @property
+    def total_train_batches(self) -> int | float:
+        return self.trainer.max_steps
+
+    def init_train_tqdm(self) -> Any:
+        bar = super().init_train_tqdm()
+        bar.unit, bar.total = " steps", self.trainer.max_steps
+        bar.initial = bar.n = self.trainer.global_step
+        return bar
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        super().on_train_epoch_start(trainer, *args)
+        self.train_progress_bar.set_description("Training")  # the run is one epoch of Lightning's
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.train_progress_bar.n = trainer.global_step  # drawn or not
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, trainer.global_step - 1)
+
+    def init_validation_tqdm(self) -> Any:
+        in_a_log = self.trainer.state.fn == TrainerFn.FITTING and not sys.stdout.isatty()
+        return Tqdm(disable=True) if in_a_log else super().init_validation_tqdm()
+
+    def on_predict_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, *args: Any) -> None:
+        super().on_predict_batch_start(trainer, pl_module, batch, *args)
+        bar = self.predict_progress_bar
+        bar.set_description("Scoring", refresh=False)
+        bar.unit, bar.unit_scale = " tokens", batch["labels"].numel()  # of this rank

@@ -1,0 +1,73 @@
+"""One fit at a time in a run's folder: two would mix their logs and remove each other's checkpoints."""
+
+import fcntl
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from errno import EACCES, EAGAIN
+from pathlib import Path
+from typing import IO
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from salt_lightning.errors import ConfigError, printable
+
+_NAME = ".lock"
+# A network file system may take that long to notice that a machine has died with its locks (NFSv4: 90 s).
+_OTHER_MACHINE_S = 120.0
+
+
+@contextmanager
+def held(run: Path) -> Iterator[None]:
+    """Hold the folder, made if it is not there, and removed again where the block leaves nothing in it.
+
+    The system frees it when the process dies, whatever its workers do: such locks are not inherited.
+
+    Raises:
+        ConfigError: another process holds it; one of another machine is waited for first.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        file = _lock(run)
+    except OSError:  # the file system has no locks; or the folder cannot be written, which others say
+        yield
+        return
+    try:
+        yield
+    finally:
+        (run / _NAME).unlink(missing_ok=True)
+        file.close()
+        with suppress(OSError):  # something is in it
+            run.rmdir()
+
+
+def _lock(run: Path) -> IO[str]:
+    path, end_s = run / _NAME, time.monotonic() + _OTHER_MACHINE_S
+    said = False
+    while True:
+        file = open(path, "a+")  # noqa: SIM115 (the caller closes it)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            owner = printable(path.read_text()) or "another process"
+            file.close()
+            if error.errno not in (EACCES, EAGAIN):
+                raise
+            here = owner.endswith(f" on {socket.gethostname()}")
+            if here or time.monotonic() > end_s:
+                raise ConfigError(
+                    f"--run {run}: {owner} trains there; wait for its end, or choose another folder"
+                ) from error
+            if not said:
+                rank_zero_info(f"--run {run}: waiting for {owner}, at most {_OTHER_MACHINE_S:g} s")
+            said = True
+            time.sleep(1.0)
+            continue
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+            return file
+        file.close()  # its last owner has removed it: others may have locked a new file of that name
