@@ -151,6 +151,8 @@ def evaluate(runs: list[Run], baseline: str | None = None) -> Comparison:
     teacher_of = {run.name: _teacher_run(run, runs) for run in runs}
     teachers = {teacher.name for teacher in teacher_of.values() if teacher is not None}
     students = [run for run in runs if run.name not in teachers] or runs
+    repeated = _repeated(students)
+    students = [run for run in students if run.name not in repeated]
     reference, notes = _reference(runs, students, baseline)
     seeds = [run for run in students if run.variant == reference.variant] or [reference]
     seeds = [run for run in seeds if run.finished] or [reference]
@@ -168,6 +170,11 @@ def evaluate(runs: list[Run], baseline: str | None = None) -> Comparison:
         if not run.running and len(run.val_ce.steps) and run.val_ce.steps[-1] < run.steps_done
     ]
     notes += [f"{row.run} has no validation yet" for row in rows if math.isnan(row.val_ce)]
+    notes += [
+        f"{run.name} has settings and seed of {repeated[run.name]}, which alone is counted"
+        for run in runs
+        if run.name in repeated
+    ]
     notes += [f"{run.name} has no config.yaml: its method is not known" for run in runs if not run.config]
     equal = _equal_points(students)
     groups = _groups(students, {row.run: row for row in rows}, reference.variant, seeds)
@@ -220,6 +227,19 @@ def _reference(runs: list[Run], students: list[Run], baseline: str | None) -> tu
         if run.method == "BASELINE":
             return run, []
     return students[0], [f"no BASELINE among the runs: {students[0].name}, the first, is the reference"]
+
+
+def _repeated(students: list[Run]) -> dict[str, str]:
+    """Names of runs that have settings and seed of another, and that one's: no second sample. A finished one leads."""
+    repeated: dict[str, str] = {}
+    firsts: list[Run] = []
+    for run in sorted((run for run in students if run.seed is not None), key=lambda run: not run.finished):
+        first = next((other for other in firsts if (other.seed, other.variant) == (run.seed, run.variant)), None)
+        if first is None:
+            firsts.append(run)
+        else:
+            repeated[run.name] = first.name
+    return repeated
 
 
 def _row(run: Run, method: str, teacher: Run | None, goal: Goal) -> Row:

@@ -414,7 +414,7 @@ def test_a_named_baseline(three):
 
 
 def test_runs_without_a_validation_show_a_dash(three, tmp_path):
-    silent = write_run(tmp_path / "silent", {}, steps=20)
+    silent = write_run(tmp_path / "silent", {}, steps=20, seed_everything=1)
     comparison = compare([*three, silent], tmp_path / "out")
     assert comparison.notes == ["silent is at step 20 of 300", "silent has no validation yet"]
     row = next(line for line in report.markdown(comparison).splitlines() if line.startswith("| silent"))
@@ -424,8 +424,29 @@ def test_runs_without_a_validation_show_a_dash(three, tmp_path):
     assert math.isnan(alone.reference_val_ce)
 
 
+def test_the_same_run_again_is_no_second_sample(three, tmp_path):
+    """Settings and seed decide a run: its repetition would halve the error bar for nothing."""
+    lower = {step: ce - 0.5 for step, ce in BASELINE.items()}
+    unfinished = write_run(tmp_path / "a-first-start", {100: 5.0}, steps=100)
+    again = write_run(tmp_path / "again", lower)
+    comparison = evaluate(load([unfinished, *three, again]))
+    assert comparison.notes[-2:] == [
+        f"{name} has settings and seed of baseline, which alone is counted" for name in ("a-first-start", "again")
+    ]
+    assert [(group.label, group.n) for group in comparison.groups] == [("BASELINE", 1), ("SALT step", 1), ("RKD", 1)]
+    assert comparison.reference_val_ce == BASELINE[STEPS]
+    assert [row.run for row in comparison.rows] == [
+        "a-first-start",
+        "baseline",
+        "salt",
+        "rkd",
+        "again",
+    ]  # all are shown
+
+
 def test_a_last_step_without_a_validation_is_said(three, tmp_path):
-    early = write_run(tmp_path / "early", {step: ce for step, ce in BASELINE.items() if step < STEPS})
+    before = {step: ce for step, ce in BASELINE.items() if step < STEPS}
+    early = write_run(tmp_path / "early", before, seed_everything=1)
     (note,) = evaluate(load([*three, early])).notes
     assert note == f"early was last validated at step {max(set(BASELINE) - {STEPS})} of 300: val CE is of that step"
 
