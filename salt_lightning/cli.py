@@ -63,13 +63,16 @@ _EVALUATED = ("compile", "logits_budget_gib")  # the settings of a model that va
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Writes config and tokenizer into the run's folder once a fit has begun: a refused resume changes nothing."""
+    """Writes config and tokenizer into the run's folder at the first step: a start that is refused changes nothing."""
+
+    _written = False
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
-        """Too early: the checkpoint may still be refused."""
+        """Too early: checkpoint, teacher and disk may still be refused."""
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if trainer.is_global_zero:
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.is_global_zero and not self._written:
+            self._written = True
             run = Path(trainer.default_root_dir)
             with shards.writing(run):
                 run.mkdir(parents=True, exist_ok=True)

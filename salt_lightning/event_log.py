@@ -49,6 +49,9 @@ class EventLog(TensorBoardLogger):
         with writing(Path(self.log_dir)):
             self.experiment.flush()
 
+    def save(self) -> None:
+        """Nothing: Lightning would write an empty hparams.yaml; the settings are in config.yaml."""
+
     def finalize(self, status: str) -> None:
         with writing(Path(self.log_dir)):
             super().finalize(status)

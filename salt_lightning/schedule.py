@@ -58,7 +58,7 @@ class KDSchedule:
             wrong.append(f"--kd.shape {self.shape} needs --kd.anneal_steps, the length of its ramp")
         if self.anneal_steps > 0 and self.steps is None:
             wrong.append(f"--kd.anneal_steps {self.anneal_steps} needs --kd.steps, where the ramp ends")
-        elif self.steps is not None and self.anneal_steps > self.steps:
+        elif self.steps is not None and self.anneal_steps > max(0, self.steps):
             wrong.append(f"--kd.anneal_steps {self.anneal_steps} is longer than --kd.steps {self.steps}")
         if self.shape == "linear_ratio" and self.weight == 1.0:
             wrong.append("--kd.weight 1.0 has an infinite ratio w / (1 - w): --kd.shape linear_ratio needs less")

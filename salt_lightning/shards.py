@@ -14,6 +14,7 @@ all others, so nothing in a folder can run code.
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import pickle
@@ -170,9 +171,9 @@ def writing(path: Path) -> Iterator[None]:
             raise
         failures = getattr(error, "failures", {}).values()
         reason = next((str(failure) for failure, _ in failures), str(error)).strip().splitlines()[0]
-        raise OSError(
-            f"{path} cannot be written ({reason}); is the disk full? Make room and go on with --ckpt_path last"
-        ) from error
+        forbidden = getattr(error, "errno", None) in (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS)
+        remedy = "choose another folder" if forbidden else "is the disk full? Make room and go on with --ckpt_path last"
+        raise OSError(f"{path} cannot be written ({reason}); {remedy}") from error
 
 
 def write(checkpoint: dict[str, Any], path: Path) -> None:

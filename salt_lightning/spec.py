@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
 
 from salt_lightning import folders
 from salt_lightning.errors import ConfigError, is_out_of_memory
@@ -112,6 +113,10 @@ def family_config(spec: ModelSpec) -> PreTrainedConfig:
         wrong.append(f"--model.student.config.{key}: {spec.family} has no such setting{hint}")
     for key, size in wrong_sizes(spec.config, known).items():
         wrong.append(f"--model.student.config.{key} {size} must be a whole number, 1 or more")
+    for key in {"hidden_act", "hidden_activation", "activation_function"} & set(spec.config):
+        if isinstance(name := spec.config[key], str) and name not in ACT2FN:
+            near = difflib.get_close_matches(name, ACT2FN, 3) or ["silu", "gelu", "relu"]
+            wrong.append(f"--model.student.config.{key} {name} is not known; e.g. {', '.join(near)}")
     for key, value in spec.config.items():  # a fit would meet it at its first step, or never notice
         if "drop" in key and isinstance(value, float | int) and not 0 <= value <= 1:
             wrong.append(f"--model.student.config.{key} {value} must lie in 0..1")

@@ -186,7 +186,7 @@ def test_a_teacher_that_knows_nothing(checked, teacher, tmp_path, fit_with, caps
     assert "a student not trained" in said
     assert fit_with(tmp_path / "fit", **{"kd.weight": 0.5, "kd.steps": 6, "model.teacher.path": path}) == 2
     assert "knows nothing of this text" in capsys.readouterr().err
-    assert not list((tmp_path / "fit").glob("checkpoints/*"))
+    assert not (tmp_path / "fit").exists()
 
 
 def test_it_may_be_allowed(checked, teacher, tmp_path, fit_with):
