@@ -30,7 +30,7 @@ from salt_lightning.module import SALTModule
 from salt_lightning.preflight import Finding
 from salt_lightning.schedule import KDScheduleCallback
 from salt_lightning.scores import Scores
-from salt_lightning.spec import DTYPES, ModelSpec, fresh_config
+from salt_lightning.spec import DTYPES, ModelSpec, fresh_config, unnamed_sizes
 
 _LOOK_FLOPS = 1.5e11  # of a CPU, for one look at a model: some seconds
 _WHOLE_PARAMETERS = 5e8  # a fresh student beyond this is looked at with two of its layers
@@ -231,6 +231,9 @@ class Check:
         in_blocks = isinstance(self.trainer.strategy, parallel.FSDP2 | parallel.FSDPStrategy)
         compiled = "its blocks" if in_blocks else "its backbone, whole"
         self.add("ok", "student", said + f"compiled: {compiled if self.module.hparams['compile'] else 'nothing'}")
+        if rest := unnamed_sizes(self.module.student_spec, student.model.config):
+            sizes = ", ".join(f"{name} {size}" for name, size in rest.items())
+            self.add("note", "student sizes", f"not given, so the family's own: {sizes}")
         for callback in self._savers:
             callback.setup(self.trainer, self.module, "fit")
             self.findings.append(callback.space(self.trainer, student.parameters()))

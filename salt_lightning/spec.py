@@ -86,6 +86,14 @@ def wrong_sizes(settings: dict[str, Any], known: PreTrainedConfig) -> dict[str, 
     return {name: size for name, size in sizes.items() if not (isinstance(size, int) and size >= 1)}
 
 
+def unnamed_sizes(spec: ModelSpec, config: PreTrainedConfig) -> dict[str, int]:
+    """What makes a fresh model large and was not given: a later --model.student.config replaces a former one whole."""
+    main = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    names = {name: config.attribute_map.get(name, name) for name in main if spec.path is None}
+    rest = {own: getattr(config, own, None) for name, own in names.items() if not {name, own} & set(spec.config)}
+    return {name: size for name, size in rest.items() if size is not None}
+
+
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # every config takes them, not every one lists them
 
 
