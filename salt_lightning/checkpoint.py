@@ -5,7 +5,6 @@ A checkpoint is always the state right after an optimizer step whose validation,
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import threading
@@ -24,6 +23,7 @@ from torch import Tensor
 from salt_lightning import preflight, shards
 from salt_lightning.errors import ConfigError
 from salt_lightning.export import export
+from salt_lightning.journal import whole
 from salt_lightning.preflight import Finding
 from salt_lightning.schedule import KDScheduleCallback
 from salt_lightning.spec import shape_settings
@@ -46,16 +46,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        try:
-            with shards.writing(target):
-                with open(temporary, "wb") as file:
-                    torch.save(checkpoint, file)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with shards.writing(target), whole(target) as file:
+            torch.save(checkpoint, file)
         shards.sync_folder(target.parent)  # the rename itself has to reach the disk
 
 
@@ -105,10 +97,15 @@ class RunCheckpoint(Checkpoint):
             raise ConfigError("; ".join(wrong))
         self.every_n_steps, self.keep, self.at_steps = every_n_steps, keep, tuple(at_steps or ())
         self.folder, self.export = folder, export
+        self._begin()
+
+    def _begin(self) -> None:
         self.stopped_by: signal.Signals | None = None
         self._due = False  # a save that waits for the validation of its step
+        self._limit_val_batches: float | None = None  # the trainer's, while a stop has set it to 0
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        self._begin()
         self._dir = Path(self.folder or Path(trainer.default_root_dir) / "checkpoints")
         if late := [step for step in self.at_steps if step > trainer.max_steps > 0]:
             rank_zero_info(
@@ -130,11 +127,14 @@ class RunCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         trainer.strategy.broadcast(self.space(trainer, pl_module.parameters())).require()
+        if trainer.is_global_zero:
+            for left in (*self._dir.glob(".step-*.tmp"), *self._dir.glob(".step-*.old")):  # by a kill within a save
+                shards.delete(left)
+        self._stop_step = "this step" if trainer.world_size == 1 else "the next logged step"
         if threading.current_thread() is threading.main_thread():
             # Over Lightning's, which stop in the middle of a step; at the end it puts back what was there before.
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, self._stop_after_step)
-        self._stop_step = "this step" if trainer.world_size == 1 else "the next logged step"
         # Lightning's own agreement on SIGTERM makes the host wait for the device at every micro-batch.
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
@@ -151,9 +151,8 @@ class RunCheckpoint(Checkpoint):
                 return False
             number = torch.tensor(self.stopped_by or 0, device=trainer.strategy.root_device)
             highest = int(trainer.strategy.reduce(number, reduce_op="max"))
-            if (
-                not highest
-            ):  # a signal that came while the ranks agreed waits for the next agreement: no rank stops alone
+            # a signal that came while the ranks agreed waits for the next agreement: no rank stops alone
+            if not highest:
                 return False
             self.stopped_by = signal.Signals(highest)
         return self.stopped_by is not None
@@ -172,7 +171,7 @@ class RunCheckpoint(Checkpoint):
         if stop:
             trainer.should_stop = True
             if not follows:  # Lightning validates once more before it stops, whatever the interval: no time for that
-                trainer.limit_val_batches = 0
+                self._limit_val_batches, trainer.limit_val_batches = trainer.limit_val_batches, 0
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         # Lightning takes the validation of a saved step as done on resume. A boundary may have been found just here.
@@ -182,6 +181,8 @@ class RunCheckpoint(Checkpoint):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """A run that ends early (max_time, another callback's should_stop) loses nothing."""
+        if self._limit_val_batches is not None:
+            trainer.limit_val_batches = self._limit_val_batches
         if not trainer.strategy.broadcast(self._path(trainer).exists()) and trainer.global_step > 0:
             self._save(trainer, pl_module)
         if self.export and self.stopped_by is None and trainer.is_global_zero:

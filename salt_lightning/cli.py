@@ -35,9 +35,8 @@ from salt_lightning.schedule import KDScheduleCallback
 from salt_lightning.scoring import ScoreWriter, check_strategy
 from salt_lightning.settings import (
     IDENTITY,
-    MISSING,
     checkpoints,
-    lookup,
+    expand_home,
     without_code,
     wrong_folders,
     wrong_groups,
@@ -48,15 +47,6 @@ from salt_lightning.spec import family_config
 
 # Lightning 2.6 calls jsonargparse by names that it deprecates: nothing a user of ours could mend.
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
-
-VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {
-    "compare": (
-        compare.main,
-        "Table and plot of several runs: where each reaches the baseline's loss, and its cost.",
-    ),
-    "export": (export.main, "The student of a checkpoint as a Hugging Face folder, with tokenizer and model card."),
-}
-
 
 _HELD = ExitStack()  # the run's folder, by this process until main() returns
 _EVALUATED = ("compile", "logits_budget_gib")  # the settings of a model that validate and test use
@@ -112,6 +102,8 @@ class SALTCLI(LightningCLI):
         check_configs(sys.argv[1:] if args is None else args, known)
         self.config = parser.parse_args(args)  # not super(): it warns of arguments given from Python
         self._explicit = parser.parse_args(args, defaults=False)
+        for config in (self.config, self._explicit):
+            expand_home(self._settings(config))
         seed = self._settings(self.config).get("seed_everything")
         if isinstance(seed, bool) or not 0 <= seed < 1 << 32:
             raise ConfigError(f"--seed_everything {seed} must be a whole number from 0 to {(1 << 32) - 1}")
@@ -141,13 +133,12 @@ class SALTCLI(LightningCLI):
         saved = without_code(read_checkpoint(str(path), "--ckpt_path")["hyper_parameters"], path)
         if chosen != "last" and (reason := shards.damage(path)):
             raise ConfigError(f"--ckpt_path {path} is damaged ({reason}); take an older one, or last, which finds one")
-        given = self._settings(self._explicit).get("model") or Namespace()
+        given, before = self._settings(self._explicit).get("model") or Namespace(), flat(saved)
         for key, now in sorted(vars(given.as_flat()).items() if given else []):
             if subcommand != "fit" and key not in _EVALUATED:
                 continue
-            before = lookup(saved, key)
-            if before is not MISSING and now != before and not isinstance(now, dict) and key != "student.path":
-                _say(f"--model.{key} {now} (checkpoint: {before}): the given value is used")
+            if now != before.get(key, now) and not isinstance(now, dict) and key != "student.path":
+                _say(f"--model.{key} {now} (checkpoint: {before[key]}): the given value is used")
         saved.pop("seed", None)  # follows --seed_everything
         if subcommand != "fit" and given:
             given.pop("student", None)  # what is looked at is what the checkpoint holds
@@ -349,11 +340,11 @@ def _check(args: list[str]) -> int:
     return _start(CheckCLI, ["fit", *args]).code
 
 
-# with the settings of a fit, which are not another parser's: _add_subcommands lists it alone
-VERBS["check"] = (
-    _check,
-    "What would stop or spoil a fit with these settings: teacher, text, memory, disk. Same options.",
-)
+VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {
+    "compare": (compare.main, "Table and plot of several runs: where each reaches the baseline's loss, and its cost."),
+    "export": (export.main, "The student of a checkpoint as a Hugging Face folder, with tokenizer and model card."),
+    "check": (_check, "What would stop or spoil a fit with these settings: teacher, text, memory, disk. Same options."),
+}
 
 _FIRST_RANK_S = 10.0
 

@@ -119,7 +119,7 @@ def compare(runs: list[Path], out: Path, baseline: str | None = None) -> Compari
     Raises:
         ConfigError: a path that is no folder, no run that logged something, or a baseline that is not among these.
     """
-    folders = list(dict.fromkeys(Path(os.path.normpath(path)) for path in runs))
+    folders = list({os.path.abspath(path): Path(os.path.normpath(path)) for path in runs}.values())
     loaded = [read_run(path, name) for path, name in zip(folders, _names(folders), strict=True)]
     comparison = evaluate(loaded, baseline)
     out.mkdir(parents=True, exist_ok=True)

@@ -20,13 +20,10 @@ import lightning.pytorch as pl
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
-from torchmetrics import Metric
 
 from salt_lightning.errors import ConfigError
-from salt_lightning.metrics import THIRDS, sum_dtype
+from salt_lightning.metrics import THIRDS, TokenMetrics
 from salt_lightning.scores import write_table
 
 _FILE = "documents.parquet"
@@ -141,63 +138,33 @@ def _read(file: Path, setting: str) -> tuple[pa.Table, str, dict[str, Any]]:
     raise ConfigError(f"{setting} {file} is damaged or was not written by `cli.py validate` ({reason}); run that again")
 
 
-class DocumentLoss(Metric):
-    """Sum of nll and number of labels of each document; ranks and shards merge by addition."""
-
-    full_state_update = False
-    nll_sum_D: Tensor
-    tokens_D: Tensor
-
-    def __init__(self, num_documents: int, device: torch.device) -> None:
-        super().__init__()
-        zeros_D = torch.zeros(num_documents, dtype=torch.int64, device=device)
-        self.add_state("nll_sum_D", zeros_D.to(sum_dtype(device)), dist_reduce_fx="sum")
-        self.add_state("tokens_D", zeros_D, dist_reduce_fx="sum")
-        self.to(device)
-
-    def update(self, nll_N: Tensor, rank_N: Tensor, documents_N: Tensor) -> None:
-        """Add a batch; nll_N, rank_N as of `losses.token_stats`, documents_N the number of each label's document."""
-        valid_N = rank_N >= 0
-        index_N = torch.where(valid_N, documents_N, 0)
-        self.nll_sum_D.index_add_(0, index_N, torch.where(valid_N, nll_N, 0).to(self.nll_sum_D.dtype))
-        self.tokens_D.index_add_(0, index_N, valid_N.long())
-
-    def compute(self) -> tuple[Tensor, Tensor]:
-        return self.nll_sum_D, self.tokens_D
-
-
 class DocumentLossWriter(pl.Callback):
-    """Writes the loss of each held-out document when a validate or test has gone through all of them.
+    """Writes the loss of each held-out document when a validate or test has gone through all of them."""
 
-    Args:
-        folder: Of the run; null is the trainer's.
-    """
-
-    def __init__(self, folder: str | None = None) -> None:
-        self.folder = folder
-        self._metric: DocumentLoss | None = None
+    _metric: TokenMetrics | None = None
 
     def _begin(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if trainer.state.fn in _VERBS:
             documents = trainer.datamodule.num_held_out_documents  # type: ignore[attr-defined]
-            self._metric = DocumentLoss(documents, pl_module.device)
+            self._metric = TokenMetrics([""] * documents).to(pl_module.device)
 
     def _add(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
         if self._metric is not None:
-            self._metric.update(outputs["nll"], outputs["rank"], batch["documents"].flatten())
+            self._metric.update(outputs["nll"], outputs["rank"], batch["documents"].flatten(), batch["bytes"].flatten())
 
     def _end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         metric, self._metric = self._metric, None
         if metric is None:
             return
-        nll_D, tokens_D = (state.cpu().numpy() for state in metric.compute())
+        with metric.sync_context():
+            nll_D, tokens_D = (state.cpu().numpy() for state in (metric.nll_sum_S, metric.tokens_S))
         if not trainer.is_global_zero:
             return
         about = {
             "held_out": asdict(trainer.datamodule.held_out),  # type: ignore[attr-defined]
             "model": str(trainer.ckpt_path or pl_module.student_spec.path),
         }
-        file = Path(self.folder or trainer.default_root_dir) / _VERBS[trainer.testing] / _FILE
+        file = Path(trainer.default_root_dir) / _VERBS[trainer.testing] / _FILE
         file.parent.mkdir(parents=True, exist_ok=True)
         columns = {"document": np.arange(len(tokens_D)), "nll": nll_D.astype(np.float64), "tokens": tokens_D}
         write_table(file, pa.table(columns).replace_schema_metadata({"documents": json.dumps(about)}))

@@ -298,7 +298,7 @@ def _read_files(group: Group, corpus: Corpus) -> Iterator[Raw]:
 def _read_text(file: str, group: Group, corpus: Corpus) -> Iterator[Raw]:
     with _open(file) as (content, disk):
         data = content.read(_MAX_BYTES + 1)
-        _check_size(data, file, 1)
+        _check_size(data, file, 1, corpus.setting)
         yield Raw(group.name, group.kind, [data], [], [(0, file, 1)], len(data), disk.tell())
 
 
@@ -308,7 +308,7 @@ def _read_lines(file: str, group: Group, corpus: Corpus) -> Iterator[Raw]:
         lines: list[bytes] = []
         size = 0
         while data := content.readline(_MAX_BYTES + 1):
-            _check_size(data, file, line + len(lines))
+            _check_size(data, file, line + len(lines), corpus.setting)
             lines.append(data)
             size += len(data)
             if size >= _RAW_CHARS:
@@ -317,11 +317,11 @@ def _read_lines(file: str, group: Group, corpus: Corpus) -> Iterator[Raw]:
         yield Raw(group.name, group.kind, lines, [], [(0, file, line)], size, disk.tell())
 
 
-def _check_size(data: bytes, file: str, line: int) -> None:
+def _check_size(data: bytes, file: str, line: int, setting: str) -> None:
     """A few megabytes of a packed file can hold a line that no memory can."""
     if len(data) > _MAX_BYTES:
         raise ConfigError(
-            f"--data.source: {file}: the document from line {line} on is longer than {_MAX_BYTES >> 20} MiB; split it"
+            f"{setting}: {file}: the document from line {line} on is longer than {_MAX_BYTES >> 20} MiB; split it"
         )
 
 

@@ -24,14 +24,23 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 _JOURNAL = "journal.json"
 
 
-def write_json(path: Path, data: Any) -> None:
+@contextmanager
+def whole(path: Path) -> Iterator[IO[bytes]]:
     """Under the name is the old content or the new one, whole, whatever happens."""
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "w") as file:
-        json.dump(data, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, data: Any) -> None:
+    with whole(path) as file:
+        file.write(json.dumps(data, indent=1).encode())
 
 
 @dataclass(frozen=True)

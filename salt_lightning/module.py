@@ -203,6 +203,7 @@ class SALTModule(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         self.kd_weight = self.kd_weight.to(self.device)
+        self._watch = Watch()
         self._watch.to(self.device)
         self._sums = torch.zeros(len(SUMS), device=self.device)
 
@@ -347,7 +348,7 @@ class SALTModule(pl.LightningModule):
 
     # ------------------------------------------------------------ evaluation
 
-    def _eval_step(self, batch: Batch) -> Batch:
+    def validation_step(self, batch: Batch, batch_idx: int) -> Batch:
         stats = partial(self._label_stats, batch["labels"].flatten())
         nll_N, rank_N = self.student(batch["input_ids"], batch["positions"], then=stats)
         known = [batch[name].flatten() for name in ("sources", "bytes", "thirds") if name in batch]
@@ -359,11 +360,7 @@ class SALTModule(pl.LightningModule):
     ) -> tuple[Tensor, Tensor]:
         return self._token_stats(hidden_ND, head_VD, labels_N, bias_V)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> Batch:
-        return self._eval_step(batch)
-
-    def test_step(self, batch: Batch, batch_idx: int) -> Batch:
-        return self._eval_step(batch)
+    test_step = validation_step
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Batch:
         """The teacher's loss and rank of every label, B x T; -1 is the rank of a position without label."""
@@ -378,16 +375,10 @@ class SALTModule(pl.LightningModule):
         self.meter.pause()
 
     def on_validation_end(self) -> None:
-        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
-            self.meter.go_on()
+        self.meter.go_on()
 
     def on_validation_epoch_end(self) -> None:
-        self._end_eval("val")
-
-    def on_test_epoch_end(self) -> None:
-        self._end_eval("test")
-
-    def _end_eval(self, prefix: str) -> None:
+        prefix = "test" if self.trainer.testing else "val"
         values = {f"{prefix}/{name}": float(value) for name, value in self.eval_metrics.compute().items()}
         self.eval_metrics.reset()
         if self.trainer.sanity_checking:
@@ -398,6 +389,8 @@ class SALTModule(pl.LightningModule):
             self.log_dict(values, logger=False, sync_dist=True)
         else:  # by Lightning, which also prints and returns them
             self.log_dict({**values, "step": float(self._loaded_step)}, sync_dist=True)
+
+    on_test_epoch_end = on_validation_epoch_end
 
     # ----------------------------------------------------------- checkpoints
 

@@ -78,7 +78,8 @@ class OptimSpec:
             return self.lr * (step + 1) / self.warmup_steps
         decay_steps = self.decay_steps
         if decay_steps is None:
-            decay_steps = max_steps - self.warmup_steps if self.schedule == "cosine" else max_steps // 5
+            rest = max_steps - self.warmup_steps
+            decay_steps = rest if self.schedule == "cosine" else min(rest, max_steps // 5)
         done = step - (max_steps - decay_steps)  # negative while the rate is stable
         if done < 0:
             return self.lr

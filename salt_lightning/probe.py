@@ -104,7 +104,9 @@ def _backward(loss: Tensor, weights: list[Tensor], gradients: Gradients) -> None
 
 
 def _cosine(trainer: pl.Trainer, ce: Gradients, kd: Gradients) -> float:
-    products = torch.zeros(3, dtype=torch.float64, device=trainer.strategy.root_device)
+    device = trainer.strategy.root_device
+    dtype = sum_dtype(device)
+    products = torch.zeros(3, dtype=dtype, device=device)
     for pair in zip(ce, kd, strict=True):
         a, b = (g.to_local() if isinstance(g, DTensor) else g for g in pair)
         if a is None or b is None:
@@ -112,7 +114,7 @@ def _cosine(trainer: pl.Trainer, ce: Gradients, kd: Gradients) -> float:
         if isinstance(trainer.strategy, DDPStrategy):  # its own reduction waits for a forward through its wrapper
             dist.all_reduce(a)
             dist.all_reduce(b)
-        products += torch.stack([(x * y).sum(dtype=torch.float64) for x, y in ((a, b), (a, a), (b, b))])
+        products += torch.stack([(x * y).sum(dtype=dtype) for x, y in ((a, b), (a, a), (b, b))])
     dot, ce_square, kd_square = _over_ranks(trainer, products)  # of shards; of whole gradients so many times each
     return dot / (ce_square * kd_square) ** 0.5 if ce_square * kd_square > 0 else 0.0
 

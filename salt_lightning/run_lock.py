@@ -28,6 +28,7 @@ def held(run: Path) -> Iterator[None]:
     Raises:
         ConfigError: another process holds it; one of another machine is waited for first.
     """
+    ours = not run.exists()
     try:
         run.mkdir(parents=True, exist_ok=True)
         file = _lock(run)
@@ -39,8 +40,9 @@ def held(run: Path) -> Iterator[None]:
     finally:
         (run / _NAME).unlink(missing_ok=True)
         file.close()
-        with suppress(OSError):  # something is in it
-            run.rmdir()
+        if ours:
+            with suppress(OSError):  # something is in it
+                run.rmdir()
 
 
 def _lock(run: Path) -> IO[str]:

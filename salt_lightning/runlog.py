@@ -157,7 +157,6 @@ def read_run(path: Path, name: str) -> Run:
     """
     if not path.is_dir():
         raise ConfigError(f"compare: RUN {path} is no folder; give a run's own folder, e.g. runs/demo/salt")
-    files = sorted(file for file in path.glob("*tfevents*") if file.is_file())
     settings: dict[str, Any] = {}
     if (path / "config.yaml").is_file():
         try:
@@ -168,8 +167,10 @@ def read_run(path: Path, name: str) -> Run:
         except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
             reason = " ".join(str(error).split())
             raise ConfigError(f"compare: {path / 'config.yaml'} is not YAML: {reason}") from error
-    events, damaged = _read_events(files)
-    return Run(name, path, settings, _curves(events), damaged)
+    events, damaged = _read_events(path)
+    tested, damaged_too = _read_events(path / "test")  # what `cli.py test` logs beside the run
+    curves = _curves(events) | {tag: curve for tag, curve in _curves(tested).items() if tag.startswith("test/")}
+    return Run(name, path, settings, curves, damaged + damaged_too)
 
 
 def flat(tree: dict[str, Any] | list[Any], prefix: str = "") -> dict[str, Any]:
@@ -186,11 +187,11 @@ def flat(tree: dict[str, Any] | list[Any], prefix: str = "") -> dict[str, Any]:
 _FRAME_BYTES = 16  # around the content of a record: its length in 8 bytes, and the checksums of both
 
 
-def _read_events(files: list[Path]) -> tuple[list[Event], tuple[str, ...]]:
+def _read_events(folder: Path) -> tuple[list[Event], tuple[str, ...]]:
     """All events that could be read, and of each file that holds more than these up to which step it was read."""
     events: list[Event] = []
     damaged = []
-    for file in files:
+    for file in sorted(file for file in folder.glob("*tfevents*") if file.is_file()):
         size = file.stat().st_size  # before it is read: a run under way may write on
         # TensorBoard's raw loader, which ends without a word at a record that is cut off or fails its checksum; its
         # EventAccumulator keeps a sample of the points alone.

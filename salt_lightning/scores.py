@@ -11,7 +11,6 @@ the teacher. Shards hold fixed rows whatever wrote them: what is there after a k
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from salt_lightning.errors import ConfigError
+from salt_lightning.journal import whole, write_json
 
 FORMAT = 1
 NO_LABEL = 65535
@@ -108,13 +108,13 @@ class Scores:
                 left.unlink(missing_ok=True)
             return scores
         manifest = {"format": FORMAT, "scored": asdict(scored), **extra}
-        _write_text(run / "scores.json", json.dumps(manifest, indent=1))
+        write_json(run / "scores.json", manifest)
         return cls(run, "--run")
 
     def note(self, **more: Any) -> None:
         """Add to the manifest, for people and `compare` to read."""
         self.manifest |= more
-        _write_text(self.run / "scores.json", json.dumps(self.manifest, indent=1))
+        write_json(self.run / "scores.json", self.manifest)
 
     @property
     def identity(self) -> bytes:
@@ -188,22 +188,9 @@ class Scores:
 
 def write_table(path: Path, table: pa.Table, **options: Any) -> None:
     """Write a parquet file beside its place, with checksums, sync it, rename it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            pq.write_table(table, file, compression="zstd", use_dictionary=False, write_page_checksum=True, **options)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole(path) as file:
+        pq.write_table(table, file, compression="zstd", use_dictionary=False, write_page_checksum=True, **options)
 
 
 def _matrix(column: pa.ChunkedArray, width: int) -> np.ndarray:
     return column.combine_chunks().flatten().to_numpy().reshape(-1, width)
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)

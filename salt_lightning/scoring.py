@@ -59,6 +59,7 @@ class ScoreWriter(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         if stage != "predict":
             return
+        self._stopped_by = None
         if not pl_module.has_teacher:
             raise ConfigError(
                 "--model.teacher.path is null: predict scores with the teacher. Give an early checkpoint of it, a "

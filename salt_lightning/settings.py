@@ -22,6 +22,19 @@ IDENTITY = (
 )
 
 
+_PATHS = (
+    *("run", "ckpt_path", "checkpoint.folder", "checkpoint.export", "model.student.path", "model.teacher.path"),
+    *("data.tokenizer", "data.selection", "data.difficulty"),
+)
+
+
+def expand_home(config: Namespace) -> None:
+    """A shell does it for `--run ~/x`, and neither for `--run=~/x` nor in a file. Sources do it by themselves."""
+    for name in _PATHS:
+        if isinstance(path := config.get(name), str) and path.startswith("~"):
+            config[name] = os.path.expanduser(path)
+
+
 def wrong_groups(config: Namespace) -> list[str]:
     """Groups of settings that are something else, as an empty `model:` in a file is."""
     for name in _GROUPS:
@@ -117,15 +130,3 @@ def _names_class(node: Any) -> bool:
     if isinstance(node, dict):
         return "class_path" in node or any(map(_names_class, node.values()))
     return isinstance(node, (list, tuple)) and any(map(_names_class, node))
-
-
-MISSING = object()
-
-
-def lookup(tree: dict[str, Any], dotted: str) -> Any:
-    node: Any = tree
-    for part in dotted.split("."):
-        if not isinstance(node, dict) or part not in node:
-            return MISSING
-        node = node[part]
-    return node

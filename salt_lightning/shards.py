@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 
 from salt_lightning.errors import ConfigError
+from salt_lightning.journal import whole
 
 META, METADATA = "meta.pt", ".metadata"
 _WEIGHTS, _OPTIMIZER = "state_dict.", "optimizer."
@@ -193,32 +194,31 @@ def write(checkpoint: dict[str, Any], path: Path) -> None:
         # Returns on the first rank when all ranks have written and synced their files.
         dcp.save(tensors, storage_writer=dcp.FileSystemWriter(temporary))
         if first:
-            with open(temporary / META, "wb") as file:
+            with whole(temporary / META) as file:
                 torch.save(meta, file)
-                file.flush()
-                os.fsync(file.fileno())
             sync_folder(temporary)
             before = _retire(path) if path.exists() else None
             os.replace(temporary, path)
             sync_folder(path.parent)
             if before is not None:
-                _delete(before)
+                delete(before)
 
 
 def remove(path: Path) -> None:
     """Removes a checkpoint, file or folder. It loses its name first: there is never half a folder under it."""
-    _delete(_retire(path))
+    delete(_retire(path))
 
 
 def _retire(path: Path) -> Path:
     retired = path.with_name(f".{path.name}.old")
     if retired.exists():
-        _delete(retired)
+        delete(retired)
     os.replace(path, retired)
     return retired
 
 
-def _delete(path: Path) -> None:
+def delete(path: Path) -> None:
+    """Removes a file, a folder or a link."""
     if path.is_dir() and not path.is_symlink():  # what a link leads to is not ours
         shutil.rmtree(path)
     else:

@@ -50,7 +50,9 @@ def of(found, about):
 
 
 def test_sizes_that_were_not_given_are_named(checked):
-    _, found = checked(**{"model.student.config": {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}})
+    _, found = checked(
+        **{"model.student.config": {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}}
+    )
     assert of(found, "student sizes") == ("note", "not given, so the family's own: intermediate_size 11008")
     other = {"model.student.family": "gpt2", "model.student.config": {"n_embd": 48, "n_layer": 1}}
     _, found = checked(**other)

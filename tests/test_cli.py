@@ -1,6 +1,7 @@
 """The command line as a user meets it: help, configs, and every error of the main road in one line."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -123,6 +124,23 @@ def test_the_progress_bar_shows_loss_weight_and_speed(settings, teacher, tmp_pat
     for shown, first in ((out, 0), (capsys.readouterr().out, 6)):  # optimizer steps, where a step has 4 micro-batches
         counts = set(re.findall(r"Training: .*?\| *(\d+/\S+) \[", shown)) - {"0/?"}
         assert counts == {f"{step}/12" for step in range(first, 13)}
+
+
+def test_a_home_is_one_in_every_path(settings, teacher, tmp_path, monkeypatch):
+    """A shell does it for `--run ~/x` alone."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copy(teacher, tmp_path / "teacher.ckpt")
+    own = {"kd.weight": 0.5, "kd.steps": 6, "model.teacher.path": "~/teacher.ckpt", "run": "~/run",
+           "checkpoint.export": "~/out", "checkpoint.folder": "~/saved"}  # fmt: skip
+    assert cli.main(["fit", *arguments(settings, own)]) == 0
+    for made in ("run/config.yaml", "out/model.safetensors", "saved/step-00000012.ckpt"):
+        assert (tmp_path / made).exists()
+
+
+def test_an_empty_folder_of_the_users_stays(settings, tmp_path):
+    (tmp_path / "run").mkdir()
+    assert cli.main(["fit", *arguments(settings, {"run": str(tmp_path / "run"), "data.source": "no/*"})]) == 2
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_a_log_file_holds_few_drawings_of_the_progress_bar(settings, tmp_path, capsys):

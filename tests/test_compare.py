@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import statistics
 from dataclasses import replace
@@ -511,12 +512,13 @@ def test_main_prints_the_table_and_writes_three_files(three, tmp_path, capsys):
 
 def test_names_are_the_ends_of_paths_that_differ(tmp_path):
     paths = [write_run(tmp_path / s / "salt", SALT) for s in ("seed0", "seed1")]
-    assert [run.name for run in compare([*paths, paths[0]], tmp_path).runs] == ["seed0/salt", "seed1/salt"]
+    again = Path(os.path.relpath(paths[0]))
+    assert [run.name for run in compare([*paths, paths[0], again], tmp_path).runs] == ["seed0/salt", "seed1/salt"]
 
 
 def test_a_test_result_gets_a_column(three):
     assert "test CE" not in report.markdown(evaluate(load(three)))
-    with SummaryWriter(str(three[1])) as writer:
+    with SummaryWriter(str(three[1] / "test")) as writer:  # as `cli.py test` does
         writer.add_scalar("test/ce", 3.5, 999)
     comparison = evaluate(load(three))
     assert (comparison.rows[1].last["test/ce"], comparison.rows[1].steps) == (3.5, 300)

@@ -3,17 +3,19 @@
 import gc
 import math
 import re
+import signal
 import weakref
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from conftest import arguments, scalars, weights
+from conftest import StopAt, arguments, scalars, weights
 from lightning.pytorch.callbacks import Callback
 from reference import salt_reference
 from torch._dynamo.utils import counters
 
 from salt_lightning import KDScheduleCallback, ModelSpec, OptimSpec, SALTDataModule, SALTModule, cli
+from salt_lightning.checkpoint import RunCheckpoint
 from salt_lightning.errors import ConfigError, NonFiniteLossError
 from salt_lightning.models import read_checkpoint
 from salt_lightning.watch import NEVER, Watch, first_bad
@@ -79,6 +81,23 @@ def test_the_teacher_lives_for_phase_1_alone(train, teacher):
     gc.collect()
     assert [ref() for ref in spy.teachers if ref() is not None] == []
     assert module.teacher is None
+
+
+def test_a_stop_is_of_one_fit_alone(settings, tmp_path):
+    """From Python: Ctrl-C, another look at something, and on with the same objects."""
+    saver, own = RunCheckpoint(folder=str(tmp_path)), {k[5:]: v for k, v in settings.items() if k.startswith("data.")}
+    trainer = pl.Trainer(
+        max_steps=6, callbacks=[saver, StopAt(2)], accelerator="cpu", logger=False, enable_progress_bar=False,
+        enable_model_summary=False, use_distributed_sampler=False, val_check_interval=6, num_sanity_val_steps=0,
+    )  # fmt: skip
+    module = SALTModule(ModelSpec(config=CONFIG))
+    trainer.fit(module, SALTDataModule(**own))
+    assert (saver.stopped_by, trainer.global_step, "val/ce" in trainer.callback_metrics) == (signal.SIGTERM, 2, False)
+    (tmp_path / ".step-00000003.ckpt.tmp").write_bytes(b"a save that was killed")
+    trainer.should_stop = False  # Lightning's own to reset
+    trainer.fit(module, SALTDataModule(**own), ckpt_path=str(tmp_path / "step-00000002.ckpt"))
+    assert (saver.stopped_by, trainer.global_step, "val/ce" in trainer.callback_metrics) == (None, 6, True)
+    assert [path.name for path in tmp_path.glob(".*")] == []
 
 
 def test_accumulation_does_not_change_the_weight(train, teacher):

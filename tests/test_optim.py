@@ -22,6 +22,11 @@ def test_wsd_is_stable_then_linear():
     assert [spec.lr_at(step, 10) for step in range(11)] == [1, 2, 2, 2, 2, 2, 2, 1.5, 1.0, 0.5, 0.0]
 
 
+def test_wsd_after_a_long_warm_up_decays_over_what_is_left():
+    spec = OptimSpec(lr=1.0, schedule="wsd", warmup_steps=6, min_lr_ratio=0.0)  # a fifth would be 2 of 7
+    assert [spec.lr_at(step, 7) for step in range(7)] == [1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1.0, 1.0]
+
+
 def test_wsd_decays_over_a_fifth_by_default():
     spec = OptimSpec(lr=1.0, schedule="wsd", min_lr_ratio=0.0)
     assert [spec.lr_at(step, 10) for step in range(8, 11)] == [1.0, 0.5, 0.0]
