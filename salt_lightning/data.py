@@ -298,7 +298,8 @@ class SALTDataModule(LightningDataModule):
     def val_dataloader(self) -> Loader:
         """Validation rows in order, with bytes and sources of every label."""
         assert self._eval is not None, "setup comes first"
-        return self._eval_loader(self._eval, self._eval_rows(self._eval))
+        batches = EvalBatches(self._eval, self._eval_rows(), self.micro_batch_size, self._place(), self._thirds_D)
+        return self._loader(batches, len(batches), lambda: 0)
 
     def test_dataloader(self) -> Loader:
         """Test rows, as `val_dataloader`."""
@@ -364,7 +365,7 @@ class SALTDataModule(LightningDataModule):
         """The text that validation (or test) reads."""
         assert self._eval is not None, "setup comes first"
         fingerprints = self._eval.files.fingerprint, self.tokenizer_fingerprint
-        return HeldOut(*fingerprints, self.block_size, self.isolate_documents, len(self._eval_rows(self._eval)))
+        return HeldOut(*fingerprints, self.block_size, self.isolate_documents, len(self._eval_rows()))
 
     @property
     def difficulty_fingerprint(self) -> str:
@@ -373,18 +374,15 @@ class SALTDataModule(LightningDataModule):
 
     # --- how that is done ---
 
-    def _eval_loader(self, packed: PackedRows | ExampleRows, rows: np.ndarray) -> Loader:
-        batches = EvalBatches(packed, rows, self.micro_batch_size, self._place(), self._thirds_D)
-        return self._loader(batches, len(batches), lambda: 0)
-
     def _loader(self, batches: Batches, length: int, start: Callable[[], int]) -> Loader:
         loader = Loader(batches, length, start)
         loader.pin_memory = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         return loader
 
-    def _eval_rows(self, packed: PackedRows | ExampleRows) -> np.ndarray:
-        count = min(self.val_rows or packed.num_rows, packed.num_rows)
-        return np.arange(count) * packed.num_rows // count
+    def _eval_rows(self) -> np.ndarray:
+        assert self._eval is not None
+        count = min(self.val_rows or self._eval.num_rows, self._eval.num_rows)
+        return np.arange(count) * self._eval.num_rows // count
 
     def _plan_order(self) -> Order:
         """The order of the training rows, with those of phase 1 where there is a selection."""
@@ -416,7 +414,7 @@ class SALTDataModule(LightningDataModule):
     def _log(self) -> None:
         assert self._train is not None
         assert self._eval is not None
-        files, held_out = self._train.files, len(self._eval_rows(self._eval))
+        files, held_out = self._train.files, len(self._eval_rows())
         message = (
             f"data: {self.num_train_rows} rows of {self.block_size} from {files.num_tokens} tokens in "
             f"{files.num_documents} documents, {held_out} rows for validation, vocabulary of {self.vocab_size}"

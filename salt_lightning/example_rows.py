@@ -9,7 +9,7 @@ import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from salt_lightning.errors import ConfigError
-from salt_lightning.rows import IGNORE, NO_ROW, Batch
+from salt_lightning.rows import IGNORE, NO_ROW, Batch, with_sources
 from salt_lightning.token_files import TokenFiles
 
 
@@ -98,10 +98,7 @@ class ExampleRows:
                 end = place + stop - start - 1
                 bytes_BT[b, place:end] = self.files.token_bytes[start + 1 : stop]
                 documents_BT[b, place:end] = np.searchsorted(self._starts, start)
-        ignored_BT = labels_BT == IGNORE
-        bytes_BT[ignored_BT], documents_BT[ignored_BT] = 0, -1
-        sources_BT = np.where(documents_BT < 0, -1, self.files.doc_sources[documents_BT])
-        return {"bytes": bytes_BT, "documents": documents_BT, "sources": sources_BT.astype(np.int64)}
+        return with_sources(self.files, labels_BT, bytes_BT, documents_BT)
 
     def first_documents(self, rows: np.ndarray) -> np.ndarray:
         """The example at the start of each row."""

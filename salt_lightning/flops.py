@@ -76,28 +76,6 @@ def teacher_flops(forward_per_token: float, tokens: int) -> float:
     return forward_per_token * tokens
 
 
-def train_flops(
-    steps: int, tokens_per_step: int, student_per_token: float, teacher_per_token: float, kd_steps: int | None
-) -> tuple[float, float]:
-    """FLOPs of student and teacher in the first `steps` optimizer steps, a pure function of the step.
-
-    Args:
-        steps: optimizer steps done.
-        tokens_per_step: tokens of an optimizer step, over all ranks.
-        student_per_token: `forward_flops_per_token` of the student.
-        teacher_per_token: the same of the teacher; 0 without one.
-        kd_steps: steps with a KD weight above 0; None: all of them.
-    """
-    taught = steps if kd_steps is None else min(steps, kd_steps)
-    student = student_flops(student_per_token, steps * tokens_per_step)
-    return student, teacher_flops(teacher_per_token, taught * tokens_per_step)
-
-
-def mfu(flops: float, seconds: float, peak: float | None) -> float | None:
-    """Model FLOPs utilisation, flops / seconds / peak (of all cards used); None without a known peak."""
-    return None if peak is None else flops / seconds / peak
-
-
 # Dense TFLOP/s of the vendors' data sheets at (16 bit, tf32, fp32); None where the hardware has no such unit.
 # GeForce: 16 bit with fp32 accumulation, as training uses it. MI250X: one of its two dies, each being a
 # device. fp32 on AMD is the matrix rate. Whole names match: a laptop, Ti, D or MIG part is another card.

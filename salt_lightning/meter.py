@@ -71,13 +71,12 @@ class Meter:
     def totals(self, step: int) -> Totals:
         before, per_token = self.before, self.forward_flops
         steps, taught = step - before.step, self.kd_steps(step) - self.kd_steps(before.step)
-        done = flops.train_flops(steps, self.step_tokens, per_token["student"], per_token["teacher"], taught)
         return Totals(
             step,
             before.taught_steps + taught,
             before.tokens + steps * self.step_tokens,
-            before.student_flops + done[0],
-            before.teacher_flops + done[1],
+            before.student_flops + flops.student_flops(per_token["student"], steps * self.step_tokens),
+            before.teacher_flops + flops.teacher_flops(per_token["teacher"], taught * self.step_tokens),
         )
 
     def state(self, step: int) -> dict[str, Any]:
@@ -150,9 +149,8 @@ class Meter:
             "flops_teacher_total": done.teacher_flops,
         }
         spent = done.student_flops + done.teacher_flops - (before.student_flops + before.teacher_flops)
-        share = flops.mfu(spent, seconds, peak)
         self.start(step, wait_s)
-        return values if share is None else values | {"mfu": share}
+        return values if peak is None else values | {"mfu": spent / seconds / peak}
 
     def teacher_left(self) -> None:
         """Keeps the speed with the teacher, for `what_it_brought`."""

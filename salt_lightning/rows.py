@@ -26,7 +26,7 @@ from salt_lightning.processes import end_with_parent, quiet_fork
 from salt_lightning.token_files import TokenFiles
 
 Batch = dict[str, np.ndarray]  # int64
-IGNORE = -100
+IGNORE = -100  # as in row_pass.py: data imports no training code
 NO_ROW = -1  # fills the last evaluation batch up: a row without labels
 _ROUNDS = 8
 _COUNTED_TOKENS = 1 << 24
@@ -158,6 +158,14 @@ class Rows(Protocol):
     def origins(self, batch: Batch) -> Batch: ...
 
 
+def with_sources(files: TokenFiles, labels_BT: np.ndarray, bytes_BT: np.ndarray, documents_BT: np.ndarray) -> Batch:
+    """Nothing of ignored labels, and the source of each document."""
+    ignored_BT = labels_BT == IGNORE
+    bytes_BT[ignored_BT], documents_BT[ignored_BT] = 0, -1
+    sources_BT = np.where(documents_BT < 0, -1, files.doc_sources[documents_BT])
+    return {"bytes": bytes_BT, "documents": documents_BT, "sources": sources_BT.astype(np.int64)}
+
+
 class PackedRows:
     """Rows of `block_size` tokens cut from the stream of one split."""
 
@@ -207,10 +215,7 @@ class PackedRows:
             bytes_BT[b, : len(piece)] = piece
             positions = np.arange(start, start + len(piece))
             documents_BT[b, : len(piece)] = np.searchsorted(self.files.doc_ends, positions, side="right")
-        ignored_BT = labels_BT == IGNORE
-        bytes_BT[ignored_BT], documents_BT[ignored_BT] = 0, -1
-        sources_BT = np.where(documents_BT < 0, -1, self.files.doc_sources[documents_BT])
-        return {"bytes": bytes_BT, "documents": documents_BT, "sources": sources_BT.astype(np.int64)}
+        return with_sources(self.files, labels_BT, bytes_BT, documents_BT)
 
     def first_documents(self, rows: np.ndarray) -> np.ndarray:
         """The document at the start of each row."""

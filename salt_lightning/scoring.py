@@ -41,15 +41,11 @@ class ScoreWriter(pl.Callback):
 
     Shards that are there already are kept, so the same command goes on after a kill. Ranks take shards in turn.
 
-    Args:
-        folder: Where to; null is the run's folder.
-
     Raises:
         ConfigError: the folder holds scores of other rows or of another teacher.
     """
 
-    def __init__(self, folder: str | None = None) -> None:
-        self.folder = folder
+    def __init__(self) -> None:
         self._num_tokens, self._seconds = 0, 0.0
         self._pool: ThreadPoolExecutor | None = None
         self._written: Future | None = None
@@ -68,7 +64,7 @@ class ScoreWriter(pl.Callback):
         check_strategy(trainer)
         data = trainer.datamodule  # type: ignore[attr-defined]
         pl_module.load_teacher()
-        teacher, run = pl_module.teacher, Path(self.folder or trainer.default_root_dir)
+        teacher, run = pl_module.teacher, Path(trainer.default_root_dir)
         scored = data.scored(
             teacher=weights_fingerprint(teacher), precision=f"{teacher.head.weight.dtype}, {trainer.precision}"
         )
@@ -121,7 +117,7 @@ class ScoreWriter(pl.Callback):
             if part == per_shard - 1:
                 self._write(self._shards[number])
         if self._stopped_by is not None:
-            self._finish()
+            self._wait()
             left = len(self.scores.missing())
             raise Stopped(
                 self._stopped_by,
@@ -147,10 +143,6 @@ class ScoreWriter(pl.Callback):
         if self._written is not None:
             self._written.result()  # raises what the thread met, a full disk for one
 
-    def _finish(self) -> None:
-        self._wait()
-        self._close()
-
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
         self._close()
 
@@ -161,7 +153,8 @@ class ScoreWriter(pl.Callback):
             signal.signal(number, handler)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self._finish()
+        self._wait()
+        self._close()
         self._seconds = time.perf_counter() - self._began_s
 
     def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:

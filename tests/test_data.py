@@ -309,7 +309,7 @@ def test_val_rows_are_evenly_spaced(make):
     every = ready(make())._eval.num_rows
     rows = torch.cat([batch["rows"] for batch in data.val_dataloader()])
     assert rows[rows != NO_ROW].tolist() == [i * every // 5 for i in range(5)]
-    assert ready(make(val_rows=10**6))._eval_rows(data._eval).tolist() == list(range(every))
+    assert ready(make(val_rows=10**6))._eval_rows().tolist() == list(range(every))
 
 
 def test_a_sample_is_evenly_spaced_and_repeats_rows_where_there_are_too_few(make):

@@ -12,11 +12,9 @@ from transformers import AutoModelForCausalLM
 from salt_lightning.flops import (
     attention_span,
     forward_flops_per_token,
-    mfu,
     peak_flops,
     student_flops,
     teacher_flops,
-    train_flops,
 )
 
 VOCAB, BLOCK = 100, 24
@@ -133,15 +131,6 @@ def test_backward_is_twice_the_forward():
     assert teacher_flops(2 * 8 * 16, tokens=5) * 3 == counter.get_total_flops()
 
 
-@pytest.mark.parametrize(
-    ("steps", "kd_steps", "taught"),
-    [(0, 4, 0), (3, 4, 3), (4, 4, 4), (5, 4, 4), (100, 4, 4), (100, 0, 0), (100, None, 100)],
-)
-def test_the_teacher_costs_while_it_teaches(steps, kd_steps, taught):
-    student, teacher = train_flops(steps, 10, student_per_token=7.0, teacher_per_token=2.0, kd_steps=kd_steps)
-    assert (student, teacher) == (3 * 7 * 10 * steps, 2 * 10 * taught)
-
-
 bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 
 
@@ -194,8 +183,3 @@ def test_peaks_of_known_cards(name, dtype, tflops):
 )
 def test_an_unknown_peak_is_none(name, dtype):
     assert peak_flops(name, dtype) is None
-
-
-def test_mfu():
-    assert mfu(flops=3e12, seconds=2.0, peak=3e12) == 0.5
-    assert mfu(flops=3e12, seconds=2.0, peak=None) is None

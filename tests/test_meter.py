@@ -113,6 +113,16 @@ def test_what_the_leaving_brought_is_said_once_of_a_stretch_without_the_boundary
     assert meter.what_it_brought() is None
 
 
+@pytest.mark.parametrize(
+    ("steps", "kd_steps", "has_teacher"), [(0, 4, 0), (3, 4, 3), (4, 4, 4), (99, 4, 4), (99, 0, 0)]
+)
+def test_the_teacher_costs_while_it_teaches(steps, kd_steps, has_teacher):
+    meter = Meter()
+    meter.forward_flops = {"student": 7.0, "teacher": 2.0}
+    meter.follow(10, lambda steps: min(steps, kd_steps))
+    assert meter.totals(steps) == Totals(steps, has_teacher, 10 * steps, 3 * 7.0 * 10 * steps, 2.0 * 10 * has_teacher)
+
+
 def test_what_a_checkpoint_has_counted_stays_where_the_settings_change():
     meter = new()
     meter.forward_flops = {"student": 2.0, "teacher": 1.0}
