@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -178,6 +179,7 @@ def evaluate(runs: list[Run], baseline: str | None = None) -> Comparison:
     notes += [f"{run.name} has no config.yaml: its method is not known" for run in runs if not run.config]
     equal = _equal_points(students)
     groups = _groups(students, {row.run: row for row in rows}, reference.variant, seeds)
+    notes += _other_texts(groups)
     for group in groups:
         done = [run.name for run in students if run.name in group.runs and run.finished]
         group.equal = {axis: [ce[name] for name in done if name in ce] for axis, (_, ce) in equal.items()}
@@ -242,13 +244,31 @@ def _repeated(students: list[Run]) -> dict[str, str]:
     return repeated
 
 
+# With another of these a loss is one of other tokens.
+_MEASURED = (
+    *("data.val_source", "data.val_fraction", "data.val_rows", "data.source", "data.block_size", "data.tokenizer"),
+    *("data.vocab_size", "data.isolate_documents", "data.source_column", "trainer.limit_val_batches"),
+)
+
+
+def _other_texts(groups: list[Group]) -> list[str]:
+    notes = []
+    for group in groups:
+        keys = [key for key in group.changed if key.startswith(_MEASURED)]
+        if keys:
+            said = ", ".join(f"{key} {group.changed[key][1]}" for key in keys[:3])
+            notes.append(f"{group.label} was perhaps validated on other tokens than the reference ({said})")
+    return notes
+
+
 def _row(run: Run, method: str, teacher: Run | None, goal: Goal) -> Row:
     ce, done = run.val_ce, run.steps_done
     reached = first_reach(ce.steps, ce.values, goal.ce)
     reached_flops = math.nan if math.isnan(reached) else run.flops(reached)
     reached_s = math.nan if math.isnan(reached) else run.total("train/time_s", reached)
-    training_flops = math.nan if teacher is None else teacher.flops(teacher.steps_done)
-    training_s = math.nan if teacher is None else teacher.total("train/time_s", teacher.steps_done)
+    taught = 0 if teacher is None else _teacher_steps(run, teacher)
+    training_flops = math.nan if teacher is None else teacher.flops(taught)
+    training_s = math.nan if teacher is None else teacher.total("train/time_s", taught)
     scoring_s = float(_scoring(run).get("scoring_s", math.nan))
     return Row(
         run=run.name,
@@ -265,10 +285,10 @@ def _row(run: Run, method: str, teacher: Run | None, goal: Goal) -> Row:
         reached_step=reached,
         reached_steps_share=reached / goal.steps,
         reached_flops_share=reached_flops / goal.flops,
-        reached_flops_share_with_teacher_training=(reached_flops + _known(training_flops, scoring_flops(run)))
+        reached_flops_share_with_teacher_training=(reached_flops + _besides(run, training_flops, scoring_flops(run)))
         / goal.flops,
         reached_seconds_share=reached_s / goal.seconds,
-        reached_seconds_share_with_teacher_training=(reached_s + _known(training_s, scoring_s)) / goal.seconds,
+        reached_seconds_share_with_teacher_training=(reached_s + _besides(run, training_s, scoring_s)) / goal.seconds,
         seconds=run.total("train/time_s", done),
         teacher_seconds=run.total("train/teacher_time_s", done),
         student_flops=run.total("train/flops_student_total", done),
@@ -281,10 +301,16 @@ def _row(run: Run, method: str, teacher: Run | None, goal: Goal) -> Row:
     )
 
 
-def _known(*costs: float) -> float:
-    """The sum of those that are known; NaN where none is."""
-    known = [cost for cost in costs if not math.isnan(cost)]
-    return sum(known) if known else math.nan
+def _teacher_steps(run: Run, teacher: Run) -> int:
+    """Optimizer steps of the checkpoint that teaches, which its name tells; an exported one is taken for the last."""
+    named = re.search(r"step-(\d+)\.ckpt$", str(run.config["model.teacher.path"]))
+    return min(int(named[1]), teacher.steps_done) if named else teacher.steps_done
+
+
+def _besides(run: Run, training: float, scoring: float) -> float:
+    """What a run needed besides, its teacher's training and the scoring of its rows; NaN where a part is not known."""
+    parts = ([training] if run.kd_steps > 0 else []) + ([scoring] if run.selected else [])
+    return sum(parts) if parts else math.nan
 
 
 def _groups(students: list[Run], rows: dict[str, Row], there: dict[str, Any], seeds: list[Run]) -> list[Group]:

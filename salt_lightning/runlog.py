@@ -133,15 +133,20 @@ class Run:
 
     @cached_property
     def variant(self) -> dict[str, Any]:
-        """The settings without seeds, names of run folders and what the terminal shows: equal for all seeds."""
+        """The settings without seeds, the run's own folder and what the terminal shows: equal for all seeds."""
         seed = re.compile(rf"(?<![A-Za-z0-9])(seed|s)[-_=]?{self.seed}(?![0-9])")
-        folder = self.path.absolute()
-        folders = {folder.parent.name: "RUNS", folder.name: "RUN"}
+        own_folder = list(self.path.absolute().parts[-2:])
 
         def anonymous(value: Any) -> Any:
             if not isinstance(value, str):
                 return value
-            return seed.sub("SEED", "/".join(folders.get(part, part) for part in value.split("/")))
+            parts = value.split("/")
+            inside = next((i for i in range(len(parts)) if parts[i : i + 2] == own_folder), None)
+            if inside is not None:
+                parts = ["RUN", *parts[inside + 2 :]]
+            elif len(parts) > 1:
+                parts = ["SEED" if part == str(self.seed) else part for part in parts]  # runs/0/salt
+            return seed.sub("SEED", "/".join(parts))
 
         own = ("seed_everything", "run", "ckpt_path", "checkpoint.export", "trainer.default_root_dir")
         shown = ("trainer.enable_progress_bar", "trainer.enable_model_summary")

@@ -316,6 +316,48 @@ def test_an_exported_seed_is_a_seed_like_the_others(tmp_path):
     assert [group.n for group in evaluate(load(runs)).groups] == [3]
 
 
+@pytest.mark.parametrize(
+    ("names", "key", "values"),
+    [
+        (("highest", "lowest"), "data.keep.order", ("highest", "lowest")),
+        (("linear", "cosine"), "kd.shape", ("linear", "cosine")),
+        (("A/salt", "B/salt"), "model.teacher.path", ("A/teacher/x.ckpt", "B/teacher/x.ckpt")),
+    ],
+)
+def test_a_folder_named_after_a_setting_does_not_hide_it(names, key, values, tmp_path):
+    runs = [
+        write_run(tmp_path / name, SALT, weight=0.5, kd_steps=60, seed_everything=seed, **{key: value})
+        if key != "model.teacher.path"
+        else write_run(tmp_path / name, SALT, teacher=value, weight=0.5, kd_steps=60, seed_everything=seed)
+        for seed, (name, value) in enumerate(zip(names, values, strict=True))
+    ]
+    first, second = evaluate(load(runs)).groups
+    assert (first.n, second.n, second.changed) == (1, 1, {key: values})
+
+
+def test_seeds_may_lie_in_numbered_folders(tmp_path):
+    runs = [
+        write_run(tmp_path / f"{seed}" / "salt", SALT, teacher=f"runs/{seed}/teacher/x.ckpt", weight=0.5, kd_steps=60,
+                  seed_everything=seed)
+        for seed in range(3)
+    ]  # fmt: skip
+    assert [group.n for group in compare(runs, tmp_path).groups] == [3]
+
+
+def test_losses_of_other_tokens_are_said_to_be(tmp_path, three):
+    other = write_run(tmp_path / "other", SALT, teacher="elsewhere/teacher", weight=0.5, **{"data.vocab_size": 600})
+    said = "RKD (other) was perhaps validated on other tokens than the reference (data.vocab_size 600)"
+    assert said in evaluate(load([*three, other])).notes
+
+
+def test_an_early_teacher_took_its_own_steps_alone(tmp_path):
+    teacher = write_run(tmp_path / "runs" / "teacher", {300: 5.0}, student=4)
+    path = "runs/teacher/checkpoints/step-00000030.ckpt"
+    salt = write_run(tmp_path / "runs" / "salt", SALT, teacher=path, weight=0.5, kd_steps=60)
+    row = evaluate(load([teacher, salt])).rows[1]
+    assert (row.teacher_training_flops, row.teacher_training_seconds) == (4 * 30, 0.5 * 30)
+
+
 def test_one_seed_is_said_to_have_no_spread(three):
     assert "One seed for each experiment (n = 1)" in report.markdown(evaluate(load(three)))
 
@@ -364,13 +406,17 @@ def test_the_scoring_of_a_selection_stands_apart(tmp_path):
         assert rows["ds"].scoring_flops == rows["same"].scoring_flops == 400
         assert math.isnan(rows["gone"].scoring_flops)
         assert math.isnan(rows["baseline"].scoring_flops)
-        training = 1200 if with_teacher else 0
-        assert rows["ds"].reached_flops_share_with_teacher_training == (2500 + 300 + training + 400) / 3000
         assert rows["ds"].scoring_seconds == 20
-        training_s = 150 if with_teacher else 0
-        assert rows["ds"].reached_seconds_share_with_teacher_training == (125 + training_s + 20) / 150
+        shares = (rows["ds"].reached_flops_share_with_teacher_training,
+                  rows["ds"].reached_seconds_share_with_teacher_training)  # fmt: skip
+        if with_teacher:
+            assert shares == ((2500 + 300 + 1200 + 400) / 3000, (125 + 150 + 20) / 150)
+        else:  # scoring alone would pass for the whole
+            assert all(map(math.isnan, shares))
+        assert math.isnan(rows["gone"].reached_flops_share_with_teacher_training)
         text = report.markdown(comparison)
-        assert "the scoring of its rows 400.000 FLOP (20 s); with it" in text
+        assert ("the scoring of its rows 400.000 FLOP (20 s); with it" in text) == with_teacher
+        assert "the scoring of its rows 400.000 FLOP (20 s)" in text
         assert ("- gone: apart" in text) == with_teacher
 
 
