@@ -158,6 +158,11 @@ class DocumentLossWriter(pl.Callback):
             return
         with metric.sync_context():
             nll_D, tokens_D = (state.cpu().numpy() for state in (metric.nll_sum_S, metric.tokens_S))
+        batches = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
+        read, all_batches = sum(batches), len(trainer.datamodule.val_dataloader())  # type: ignore[attr-defined]
+        if read < all_batches:
+            rank_zero_info(f"{read} of {all_batches} batches were read: no losses of documents are written")
+            return
         if not trainer.is_global_zero:
             return
         about = {

@@ -67,14 +67,14 @@ class TokenMetrics(Metric):
             rank_N: number of logits strictly above the label's; -1 marks an ignored position.
             sources_N: int64, the number of each position's source.
             bytes_N: int64, UTF-8 bytes of each position's label; 0 for special tokens.
-            thirds_N: int64, 0 easy, 1 medium, 2 hard; where the metric has thirds.
+            thirds_N: int64, 0 easy, 1 medium, 2 hard, -1 not known; where the metric has thirds.
         """
-        valid_N = rank_N >= 0
-        groups = [sources_N] if thirds_N is None else [sources_N, thirds_N + len(self.sources)]
-        for group_N in groups:
-            index_N = torch.where(valid_N, group_N, 0)
+        groups = [(sources_N, 0)] if thirds_N is None else [(sources_N, 0), (thirds_N, len(self.sources))]
+        for group_N, first in groups:
+            valid_N = (rank_N >= 0) & (group_N >= 0)
+            index_N = torch.where(valid_N, group_N + first, 0)
             self.nll_sum_S.index_add_(0, index_N, torch.where(valid_N, nll_N, 0).to(self.nll_sum_S.dtype))
-            self.correct_S.index_add_(0, index_N, (rank_N == 0).long())
+            self.correct_S.index_add_(0, index_N, (valid_N & (rank_N == 0)).long())
             self.tokens_S.index_add_(0, index_N, valid_N.long())
             self.bytes_S.index_add_(0, index_N, torch.where(valid_N, bytes_N, 0).long())
 

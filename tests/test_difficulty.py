@@ -119,6 +119,15 @@ def test_a_split_of_something_else_is_refused(looked_at, fit_with, tmp_path, cap
     assert not (tmp_path / "run/config.yaml").exists()
 
 
+def test_a_part_of_the_text_makes_no_file(settings, teacher, tmp_path, caplog):
+    own = {k: v for k, v in settings.items() if not k.startswith(("checkpoint.", "model."))}
+    base = {"run": str(tmp_path / "run"), "ckpt_path": teacher, "data.micro_batch_size": 2}
+    for part in ({"trainer.limit_val_batches": 2}, {"trainer.limit_val_batches": 0.5}, {"trainer.fast_dev_run": True}):
+        assert cli.main(["validate", *arguments(own, base, part)]) == 0
+    assert caplog.text.count("batches were read: no losses of documents are written") == 3
+    assert not list(tmp_path.rglob("*.parquet"))
+
+
 def test_a_damaged_file_is_named(looked_at, fit_with, tmp_path, capsys):
     file = tmp_path / "documents.parquet"
     for content in (b"", (looked_at / "validate/documents.parquet").read_bytes()[:-9]):

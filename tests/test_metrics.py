@@ -86,6 +86,16 @@ def test_thirds_stand_beside_figures_that_stay_what_they_are():
     )  # fmt: skip
 
 
+def test_a_document_of_no_third_counts_for_its_source_alone():
+    metric = TokenMetrics(SOURCES, thirds=True)
+    third_N, source_N = torch.tensor([0, -1]), torch.tensor([1, 0])
+    metric.update(torch.tensor([1.0, 3.0]), torch.tensor([0, 0]), source_N, torch.tensor([2, 2]), third_N)
+    found = values(metric)
+    assert (found["ce"], found["accuracy"], found["bits_per_byte"]) == pytest.approx((2.0, 1.0, 4 / math.log(2) / 4))
+    assert {name: found[name] for name in found if name.startswith("ce/")} == {
+        f"ce/{SOURCES[0]}": 3.0, f"ce/{SOURCES[1]}": 1.0, "ce/easy": 1.0}  # fmt: skip
+
+
 def test_sources_appear_only_where_there_are_several_and_have_tokens():
     metric = TokenMetrics(("only",))
     update(metric, [(1.0, 0, 0, 1)])
