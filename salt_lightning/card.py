@@ -106,7 +106,9 @@ def _training(checkpoint: dict[str, Any], run: Run) -> dict[str, str]:
     return {
         "method": run.method,
         "teacher": " at revision ".join(filter(None, (teacher["path"], teacher.get("revision")))) if taught else "",
-        "KD": f"{_schedule(run)}; teacher's temperature {spec.get('teacher_temperature', 1.0):g}" if taught else "",
+        "KD": f"{_schedule(checkpoint, run)}; teacher's temperature {spec.get('teacher_temperature', 1.0):g}"
+        if taught
+        else "",
         "training text": ", ".join(text.get("source") or []),
         "prompt and response": _examples(settings),
         "its size": ", ".join(f"{count:,} {unit}" for count, unit in counts if count),
@@ -130,14 +132,18 @@ def _examples(settings: dict[str, Any]) -> str:
     )
 
 
-def _schedule(run: Run) -> str:
+def _schedule(checkpoint: dict[str, Any], run: Run) -> str:
     weight, steps, anneal = (run.config.get(f"kd.{key}") for key in ("weight", "steps", "anneal_steps"))
-    if steps is None:
-        return f"weight {weight} in every step"
     ramp = f", falling ({run.config['kd.shape']}) in the last {anneal} of them" if anneal else ""
-    margin = run.config.get("kd.stop_margin")
-    found = "" if margin is None else f", the last of them found by a margin of {margin} nats to the teacher's loss"
-    return f"weight {weight} in the first {steps} steps{ramp}, then 0{found}"
+    said = f"weight {weight} in " + ("every step" if steps is None else f"the first {steps} steps{ramp}, then 0")
+    if (margin := run.config.get("kd.stop_margin")) is not None:
+        found = checkpoint.get("kd_stop_step") is not None
+        said += f", {'the last of them found by' if found else 'no validation being within'} a margin of {margin} nats "
+        said += "to the teacher's loss"
+    schedule = trained_schedule(checkpoint)
+    if schedule and Totals(**checkpoint["totals"]).taught_steps != schedule.kd_steps(checkpoint["global_step"]):
+        said += "; an earlier start of the run followed another schedule"
+    return said
 
 
 def _cost(checkpoint: dict[str, Any], run: Run) -> dict[str, str]:

@@ -55,13 +55,17 @@ def newest(folder: Path) -> Path | None:
     """The checkpoint of the highest optimizer step in `folder`; one that is damaged is passed over, by name."""
     for unfinished in sorted(folder.glob(".step-*.tmp")):
         rank_zero_info(f"{unfinished} was never finished and is passed over")
-    found = [(int(match[1]), path) for path in folder.glob("*.ckpt") if (match := _NAME.fullmatch(path.name))]
-    for _, path in sorted(found, reverse=True):
+    for _, path in reversed(_saved(folder)):
         reason = shards.damage(path)
         if reason is None:
             return path
         rank_zero_info(f"{path} is passed over: {reason}")
     return None
+
+
+def _saved(folder: Path) -> list[tuple[int, Path]]:
+    """Optimizer step and path of each checkpoint, oldest first."""
+    return sorted((int(match[1]), path) for path in folder.glob("*.ckpt") if (match := _NAME.fullmatch(path.name)))
 
 
 class RunCheckpoint(Checkpoint):
@@ -128,8 +132,7 @@ class RunCheckpoint(Checkpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         trainer.strategy.broadcast(self.space(trainer, pl_module.parameters())).require()
         if trainer.is_global_zero:
-            for left in (*self._dir.glob(".step-*.tmp"), *self._dir.glob(".step-*.old")):  # by a kill within a save
-                shards.delete(left)
+            self._tidy(trainer.global_step)
         self._stop_step = "this step" if trainer.world_size == 1 else "the next logged step"
         if threading.current_thread() is threading.main_thread():
             # Over Lightning's, which stop in the middle of a step; at the end it puts back what was there before.
@@ -137,6 +140,18 @@ class RunCheckpoint(Checkpoint):
                 signal.signal(number, self._stop_after_step)
         # Lightning's own agreement on SIGTERM makes the host wait for the device at every micro-batch.
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+
+    def _tidy(self, step: int) -> None:
+        """What a kill within a save has left goes; what lies after `step` is of another branch, which `last` must not
+        find."""
+        for left in (*self._dir.glob(".step-*.tmp"), *self._dir.glob(".step-*.old")):
+            shards.delete(left)
+        for path in [path for number, path in _saved(self._dir) if number > step]:
+            aside = path.with_name(f"{path.name}.aside")
+            if aside.exists():
+                shards.delete(aside)
+            path.rename(aside)
+            rank_zero_info(f"{path} lies after step {step}, where this run goes on: set aside as {aside.name}")
 
     def _stop_after_step(self, number: int, frame: Any) -> None:
         if self.stopped_by is not None:
@@ -214,10 +229,9 @@ class RunCheckpoint(Checkpoint):
         """Removes the oldest regular checkpoints, after the newest is safely there."""
         if self.keep is None:
             return
-        steps = sorted(int(m[1]) for path in self._dir.glob("*.ckpt") if (m := _NAME.fullmatch(path.name)))
         for_good = self._for_good(trainer)
-        for old in [s for s in steps if s not in for_good and s <= trainer.global_step][: -self.keep]:
-            shards.remove(self._dir / f"step-{old:08d}.ckpt")
+        for old in [path for step, path in _saved(self._dir) if step not in for_good][: -self.keep]:
+            shards.remove(old)
 
 
 def _validation_follows(trainer: pl.Trainer, batch_idx: int) -> bool:

@@ -27,7 +27,7 @@ from salt_lightning.errors import ConfigError, NonFiniteLossError, Stopped, is_o
 from salt_lightning.event_log import EventLog, quiet_threads
 from salt_lightning.models import check_path, read_checkpoint
 from salt_lightning.module import SALTModule
-from salt_lightning.parser import Parser, check_configs
+from salt_lightning.parser import Parser, check_configs, configs_first
 from salt_lightning.progress_bar import ProgressBar
 from salt_lightning.quiet import silence_libraries
 from salt_lightning.runlog import flat
@@ -99,7 +99,8 @@ class SALTCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         parsers = (parser, *getattr(self, "_subcommand_parsers", {}).values())  # none with run=False
         known = [action.dest for each in parsers for action in each._actions]
-        check_configs(sys.argv[1:] if args is None else args, known)
+        args = configs_first(sys.argv[1:] if args is None else args)
+        check_configs(args, known)
         self.config = parser.parse_args(args)  # not super(): it warns of arguments given from Python
         self._explicit = parser.parse_args(args, defaults=False)
         for config in (self.config, self._explicit):

@@ -159,7 +159,6 @@ class SALTDataModule(LightningDataModule):
             ("block_size", self.block_size, 2 <= self.block_size < 2**31, "must be 2 or more, and below 2**31"),
             ("val_fraction", self.val_fraction, share_fits, "must lie between 0 and 1, or give --data.val_source"),
             ("val_rows", self.val_rows, rows_fit, "must be 1 or more, or null"),
-            ("keep", self.keep.name, self.selection or self.keep == KeepRule(), "needs --data.selection"),
             ("source_per_file", True, one_source, "and --data.source_column both say what a source is; give one"),
         ]  # fmt: skip
         at_least = {
@@ -179,6 +178,8 @@ class SALTDataModule(LightningDataModule):
     def prepare_data(self) -> None:
         """Tokenize what is not in the cache yet, and score rows by their tokens; one process per node does this."""
         fits = self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING
+        if fits and not self.selection and self.keep != KeepRule():  # a predict reports by it
+            raise ConfigError(f"--data.keep: {self.keep.name!r} needs --data.selection")
         scores = Scores(Path(self.selection), "--data.selection") if self.selection and fits else None
         if self.difficulty:
             find_files(Path(self.difficulty), "--data.difficulty", "fit")

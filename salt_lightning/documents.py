@@ -228,6 +228,12 @@ def _folder_files(setting: str, folder: str, hub: Hub) -> list[str]:
             f"{setting}: the README.md of {folder!r} names {strangers[0]!r}, which lies outside of that folder; name "
             "it in the setting if you mean it"
         )
+    kinds = [sorted({Path(file).suffix for file in files if _kind(file) != "text"}) for files in (found, read)]
+    if kinds[0] and not kinds[1]:  # as many on the hub: the commoner kind
+        raise ConfigError(
+            f"{setting}: {folder} holds {' and '.join(kinds[0])} files and more of text; say which by a glob, e.g. "
+            f"{folder}/*{kinds[0][0]}, or give both"
+        )
     if left := sorted(set(found) - set(map(os.path.abspath, read))):
         _say_once(
             f"{setting}: of {folder} split {hub.split}, {len(read)} of {len(found)} files are read; left out: "

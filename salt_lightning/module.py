@@ -136,7 +136,10 @@ class SALTModule(pl.LightningModule):
             raise ConfigError(f"--trainer.gradient_clip_algorithm {algorithm.value} is not supported; use norm")
 
     def _check_callback(self) -> None:
-        if self.has_teacher and self._kd is None:
+        schedules = [c for c in self.trainer.callbacks if isinstance(c, KDScheduleCallback)]  # type: ignore[attr-defined]
+        if len(schedules) > 1:
+            raise ConfigError(f"the Trainer has {len(schedules)} KDScheduleCallbacks: one sets the weight; use --kd.*")
+        if self.has_teacher and not schedules:
             raise ConfigError(
                 f"SALTModule has a teacher ({self.teacher_spec.path}) and the Trainer no KDScheduleCallback: it would "
                 "silently train BASELINE. Add Trainer(callbacks=[KDScheduleCallback(steps=...)])"
@@ -402,6 +405,7 @@ class SALTModule(pl.LightningModule):
         checkpoint["tokenizer"] = self._data.tokenizer_fingerprint if self._data is not None else None
         checkpoint["data"] = self._data_identity()
         checkpoint["text"] = getattr(self._data, "text", {})  # for the model card
+        checkpoint["max_steps"] = self.trainer.max_steps
         checkpoint |= self.meter.state(self.global_step)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -409,7 +413,10 @@ class SALTModule(pl.LightningModule):
         self._loaded_step = checkpoint["global_step"]
         self.meter.load(checkpoint)
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            go_on_from(checkpoint, self.trainer.max_steps, self.trainer.accumulate_grad_batches, self._data_identity())
+            max_steps = self.trainer.max_steps
+            go_on_from(checkpoint, max_steps, self.trainer.accumulate_grad_batches, self._data_identity())
+            if jump := self.optim_spec.jump(checkpoint, max_steps):
+                rank_zero_info(jump)
 
     # ------------------------------------------------------ what the run is made of
 

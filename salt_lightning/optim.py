@@ -87,6 +87,18 @@ class OptimSpec:
         shape = 0.5 * (1.0 - math.cos(math.pi * left)) if self.schedule == "cosine" else left
         return self.lr * (self.min_lr_ratio + (1.0 - self.min_lr_ratio) * shape)
 
+    def jump(self, checkpoint: dict[str, Any], max_steps: int) -> str | None:
+        """What to say where a run that goes on gives its next step another rate than the run before had for it."""
+        step, before = checkpoint["global_step"], OptimSpec(**checkpoint["hyper_parameters"]["optim"])
+        planned = checkpoint.get("max_steps", max_steps)
+        was, now = before.lr_at(step, planned), self.lr_at(step, max_steps)
+        if was == now:
+            return None
+        return (
+            f"the learning rate goes on from step {step} at {now:.3g}, and not at {was:.3g}: --model.optim.* or "
+            f"--trainer.max_steps {max_steps} (checkpoint: {planned}) has changed"
+        )
+
     def settings_at(self, step: int, max_steps: int) -> dict[str, object]:
         """What each parameter group is to hold at `step`, weight decay apart (it differs by group)."""
         return {"lr": self.lr_at(step, max_steps), "betas": (self.beta1, self.beta2), "eps": self.eps}

@@ -6,7 +6,7 @@ import difflib
 import os
 import re
 import sys
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 import yaml
@@ -92,6 +92,23 @@ def check_configs(args: list[str], known: list[str]) -> None:
                 _check_config(value, known)
             except RecursionError as error:
                 raise ConfigError(f"--config {value}: settings contain themselves, or are nested too deep") from error
+
+
+def configs_first(args: list[str]) -> list[str]:
+    """A command line with its files moved ahead: what is typed wins, wherever it stands; of files the later one wins.
+
+    jsonargparse takes a file's settings over what was typed before it.
+    """
+    files: list[str] = []
+    rest: list[str] = []
+    words = iter(args)
+    for word in words:
+        if word in ("--config", "-c"):
+            files += [word, *islice(words, 1)]
+        else:
+            (files if word.startswith(("--config=", "-c=")) else rest).append(word)
+    verb = 1 if rest and not rest[0].startswith("-") else 0
+    return [*rest[:verb], *files, *rest[verb:]]
 
 
 def _values(args: list[str]) -> list[str]:

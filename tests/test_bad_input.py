@@ -354,6 +354,16 @@ def test_bad_input_is_one_line_that_names_the_setting(case, settings, teacher, b
     assert not (tmp_path / "run").exists()  # the next start there is a first one
 
 
+def test_a_folder_of_both_kinds_says_which(settings, tmp_path, capsys):
+    for name in ("a.txt", "b.txt", "c.jsonl"):
+        (tmp_path / name).write_text('{"text": "a"}')
+    own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, "data.source": str(tmp_path)}
+    assert run(["fit", *arguments(settings, own)]) == 2
+    assert f"{tmp_path} holds .jsonl files and more of text; say which by a glob, e.g. {tmp_path}/*.jsonl" in one_line(
+        capsys
+    )
+
+
 def test_a_model_larger_than_the_memory_is_out_of_memory(settings, tmp_path, capsys):
     huge = {"model.student.config": {**NARROW, "intermediate_size": 10**13}}  # beyond any address space
     assert run(["fit", *arguments(settings, {"run": str(tmp_path / "run"), "kd.weight": 0.0}, huge)]) == 1

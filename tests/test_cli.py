@@ -11,6 +11,7 @@ import yaml
 from conftest import arguments, one_line, run, scalars, write_corpus
 
 from salt_lightning import cli
+from salt_lightning.parser import configs_first
 
 ROOT = Path(__file__).parents[1]
 OVERLAYS = {"ddp.yaml", "fsdp.yaml", "fsdp1.yaml"}  # for another config: tests/test_parallel.py
@@ -124,6 +125,19 @@ def test_the_progress_bar_shows_loss_weight_and_speed(settings, teacher, tmp_pat
     for shown, first in ((out, 0), (capsys.readouterr().out, 6)):  # optimizer steps, where a step has 4 micro-batches
         counts = set(re.findall(r"Training: .*?\| *(\d+/\S+) \[", shown)) - {"0/?"}
         assert counts == {f"{step}/12" for step in range(first, 13)}
+
+
+def test_what_is_typed_wins_over_files_wherever_it_stands(tmp_path):
+    for number in (1, 2):
+        (tmp_path / f"{number}.yaml").write_text(
+            f"trainer: {{max_steps: {number}}}\ndata: {{block_size: {number + 7}}}"
+        )
+    first, second = (f"--config={tmp_path}/{number}.yaml" for number in (1, 2))
+    line = ["fit", "--trainer.max_steps", "5", first, "--kd.weight=0", "--config", "x.yaml", "--run=x"]
+    moved = ["fit", first, "--config", "x.yaml", "--trainer.max_steps", "5", "--kd.weight=0", "--run=x"]
+    assert configs_first(line) == moved
+    made = build("--trainer.max_steps=5", first, second, "--kd.weight=0", f"--run={tmp_path}")
+    assert (made.trainer.max_steps, made.datamodule.block_size) == (5, 9)
 
 
 def test_a_home_is_one_in_every_path(settings, teacher, tmp_path, monkeypatch):

@@ -239,17 +239,18 @@ def ready(data: SALTDataModule, stage: str = "fit") -> SALTDataModule:
 def test_all_wrong_settings_are_named_at_once():
     with pytest.raises(ConfigError) as caught:
         SALTDataModule(
-            vocab_size=10, block_size=1, val_fraction=1.0, val_rows=0, keep=KeepRule(k=5), global_batch_size=0,
+            vocab_size=10, block_size=1, val_fraction=1.0, val_rows=0, global_batch_size=0,
             micro_batch_size=0, seed=-1, prepare_workers=-1, num_workers=-1, tokenizer="train",
         )  # fmt: skip
     message = str(caught.value)
-    names = "source vocab_size block_size val_fraction val_rows keep global_batch_size micro_batch_size seed"
+    names = "source vocab_size block_size val_fraction val_rows global_batch_size micro_batch_size seed"
     assert [part.split(":")[0] for part in message.split("; --")] == [
         ("--data." if i == 0 else "data.") + name
         for i, name in enumerate([*names.split(), "prepare_workers", "num_workers"])
     ]
-    assert "--data.keep: 'highest, k 5, masked zero' needs --data.selection" in message
     assert "\n" not in message
+    with pytest.raises(ConfigError, match="--data.keep: 'highest, k 5, masked zero' needs --data.selection"):
+        SALTDataModule(source="no/such/file", keep=KeepRule(k=5)).prepare_data()  # before any text is read
     SALTDataModule(source="a/file/that/is/not/there", val_source="x", val_fraction=0.0, tokenizer="y", vocab_size=0)
 
 

@@ -216,6 +216,18 @@ def test_the_card_names_the_method(schedule, taught_steps, lines, salt):
     assert any("teacher" in line for line in found[:20]) == (schedule != {"weight": 0.0})
 
 
+def test_the_card_says_what_a_margin_did_and_that_a_schedule_was_changed(salt):
+    planned = {"weight": 0.667, "steps": 4, "anneal_steps": 0, "shape": "step", "stop_margin": 0.2}
+    for stop_step, said in ((3, "the last of them found by a"), (None, "no validation being within a")):
+        changed = {"kd_schedule": planned, "kd_stop_step": stop_step}
+        taught = {"totals": {"step": 12, "taught_steps": stop_step or 4}}
+        (line,) = [line for line in card_lines(salt, {}, **changed, **taught) if line.startswith("- KD: ")]
+        assert f", {said} margin of 0.2 nats" in line
+        assert "earlier start" not in line
+    (line,) = [line for line in card_lines(salt, {}, totals={"step": 12, "taught_steps": 9}) if "- KD: " in line]
+    assert "; an earlier start of the run followed another schedule" in line
+
+
 def test_only_names_of_the_hub_are_given_to_the_hub(salt, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     repository = tmp_path / "models--owner--small"

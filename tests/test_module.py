@@ -83,6 +83,11 @@ def test_the_teacher_lives_for_phase_1_alone(train, teacher):
     assert module.teacher is None
 
 
+def test_two_schedules_are_refused(train, teacher):
+    with pytest.raises(ConfigError, match="the Trainer has 2 KDScheduleCallbacks"):
+        train(teacher, KDScheduleCallback(0.5), 2, KDScheduleCallback(0.5, 1))
+
+
 def test_a_stop_is_of_one_fit_alone(settings, tmp_path):
     """From Python: Ctrl-C, another look at something, and on with the same objects."""
     saver, own = RunCheckpoint(folder=str(tmp_path)), {k[5:]: v for k, v in settings.items() if k.startswith("data.")}

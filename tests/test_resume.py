@@ -15,7 +15,7 @@ import torch
 from conftest import CLOCK, StopAt, arguments, scalars, weights
 from lightning.pytorch.callbacks import Callback
 
-from salt_lightning import cli
+from salt_lightning import OptimSpec, cli
 
 RAMP = {"kd.weight": 0.667, "kd.steps": 8, "kd.anneal_steps": 4, "kd.shape": "linear"}  # phase 1 ends at 8 of 12
 
@@ -210,6 +210,31 @@ def test_another_batch_counts_on_from_the_checkpoints_totals(fit, settings, tmp_
     assert fit(tmp_path / "twice", stop_at=7, ckpt_path="last", **larger) == 128 + signal.SIGTERM
     assert fit(tmp_path / "twice", ckpt_path="last", **larger) == 0
     assert_same(tmp_path / "twice", tmp_path / "run")
+
+
+def test_another_end_of_the_run_moves_the_rate_and_that_is_said(fit, tmp_path, caplog):
+    assert fit(tmp_path / "run", stop_at=6) == 128 + signal.SIGTERM
+    assert fit(tmp_path / "run", ckpt_path="last", stop_at=8) == 128 + signal.SIGTERM
+    assert "the learning rate goes on" not in caplog.text
+    assert fit(tmp_path / "run", ckpt_path="last", **{"trainer.max_steps": 20}) == 0
+    was, now = (OptimSpec(lr=3e-3, warmup_steps=2).lr_at(8, steps) for steps in (12, 20))
+    assert f"goes on from step 8 at {now:.3g}, and not at {was:.3g}: " in caplog.text
+    assert scalars(tmp_path / "run")["train/lr"][9] == pytest.approx(now)
+
+
+def test_going_back_leaves_the_other_branch_aside(fit, tmp_path, caplog):
+    often = {"checkpoint.every_n_steps": 4, "checkpoint.keep": None}
+    assert fit(tmp_path / "run", **often) == 0
+    folder = tmp_path / "run/checkpoints"
+    first = str(folder / "step-00000004.ckpt")
+    assert (
+        fit(tmp_path / "run", ckpt_path=first, stop_at=6, **{**often, "model.optim.lr": 1e-3}) == 128 + signal.SIGTERM
+    )
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "step-00000004.ckpt", "step-00000006.ckpt", "step-00000008.ckpt.aside", "step-00000012.ckpt.aside"]  # fmt: skip
+    assert f"{folder}/step-00000012.ckpt lies after step 4, where this run goes on: set aside as" in caplog.text
+    assert fit(tmp_path / "run", ckpt_path="last", **{**often, "model.optim.lr": 1e-3}) == 0
+    assert max(v for step, v in scalars(tmp_path / "run")["train/lr"].items() if step > 4) <= 1e-3  # one branch
 
 
 def test_explicit_values_win_over_the_checkpoint_and_say_so(fit, tmp_path, capsys):
