@@ -140,7 +140,10 @@ class Check:
             if data.selection and (order := self.probe("selection", data._plan_order)):
                 kept, reads = len(order.kept), order.phase1
                 self.add("ok", "selection", f"phase 1 reads {reads} rows of {kept} kept: {reads / kept:.2f} times")
-        return data.sample(8) if self.works("validation text", data.setup, "validate") and data._train else None
+        if not (self.works("validation text", data.setup, "validate") and data._train):
+            return None
+        self.findings += filter(None, [preflight.unknown_tokens(data.unknown_share)])
+        return data.sample(8)
 
     def _validation(self) -> None:
         trainer = self.trainer

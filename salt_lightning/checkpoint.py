@@ -24,6 +24,7 @@ from salt_lightning import preflight, shards
 from salt_lightning.errors import ConfigError
 from salt_lightning.export import export
 from salt_lightning.journal import whole
+from salt_lightning.optim import OptimSpec
 from salt_lightning.preflight import Finding
 from salt_lightning.schedule import KDScheduleCallback
 from salt_lightning.spec import shape_settings
@@ -261,7 +262,9 @@ def require_same(checkpoint: dict[str, Any], student: dict[str, Any], tokenizer:
         raise ConfigError("the checkpoint holds another student: " + ", ".join(changed[:5]))
 
 
-def go_on_from(checkpoint: dict[str, Any], max_steps: int, accumulate: int, data: dict[str, Any]) -> None:
+def go_on_from(
+    checkpoint: dict[str, Any], max_steps: int, accumulate: int, data: dict[str, Any], optim: OptimSpec
+) -> None:
     """Makes a fit go on right after the checkpoint's optimizer step; says so if it will read other rows.
 
     A checkpoint may come from inside an accumulation window, from the end of a validation, or from a run with
@@ -287,3 +290,5 @@ def go_on_from(checkpoint: dict[str, Any], max_steps: int, accumulate: int, data
         now, was = (step * rows[_BATCH] for rows in (data, checkpoint["data"]))
         jump = f"; the next row is number {now:,} of the order, and not {was:,}" if now != was else ""
         rank_zero_info(f"going on with other data than the checkpoint's: {', '.join(other)}{jump}")
+    if moved := optim.jump(checkpoint, max_steps):
+        rank_zero_info(moved)

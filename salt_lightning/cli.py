@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -363,6 +364,12 @@ def main(args: list[str] | None = None) -> int:
     except Stopped as stopped:
         print(f"\n{stopped}")
         return 128 + stopped.number
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # Lightning makes an exit with code 1 of a Ctrl-C in validate and test, and of a second one in fit
+        if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
+            raise
+        print("\nstopped by SIGINT", file=sys.stderr)
+        return 128 + signal.SIGINT
     except (ConfigError, NonFiniteLossError, OSError) as error:
         if _rank():  # the first rank says the same, and its end is ours; else we speak
             time.sleep(_FIRST_RANK_S)

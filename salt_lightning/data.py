@@ -44,6 +44,8 @@ from salt_lightning.selection import KeepRule, plan, row_scores
 from salt_lightning.token_files import TokenFiles, digest
 from salt_lightning.tokenizer import load_tokenizer, tokenizer_fingerprint
 
+_LOOKED_AT = 1 << 20  # tokens that say enough of all
+
 
 class SALTDataModule(LightningDataModule):
     """Text, tokenized once, in packed rows, in an order that depends on nothing but the seed and the step."""
@@ -207,6 +209,13 @@ class SALTDataModule(LightningDataModule):
     def vocab_size(self) -> int:
         """Number of token ids."""
         return len(self.tokenizer)
+
+    @property
+    def unknown_share(self) -> float:
+        """Share of the held-out tokens that stand for words that the tokenizer does not know."""
+        assert self._eval is not None, "setup comes first"
+        unknown, tokens = self.tokenizer.unk_token_id, self._eval.files.tokens[:_LOOKED_AT]
+        return 0.0 if unknown in (None, self.tokenizer.eos_token_id) else float(np.mean(tokens == unknown))
 
     @property
     def selection_fingerprint(self) -> str:
@@ -423,6 +432,8 @@ class SALTDataModule(LightningDataModule):
         if self.trainer is not None:
             reads = preflight.rows(self.num_train_rows, self.trainer.max_steps, self.global_batch_size)
             message += f"; {reads.said}" + (f" ({reads.remedy})" if reads.remedy else "")
+        if lossy := preflight.unknown_tokens(self.unknown_share):
+            message += f"; {lossy.said} ({lossy.remedy})"
         rank_zero_info(message)
 
     # --- for a look at a model before the first step ---

@@ -413,10 +413,8 @@ class SALTModule(pl.LightningModule):
         self._loaded_step = checkpoint["global_step"]
         self.meter.load(checkpoint)
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            max_steps = self.trainer.max_steps
-            go_on_from(checkpoint, max_steps, self.trainer.accumulate_grad_batches, self._data_identity())
-            if jump := self.optim_spec.jump(checkpoint, max_steps):
-                rank_zero_info(jump)
+            max_steps, accumulate = self.trainer.max_steps, self.trainer.accumulate_grad_batches
+            go_on_from(checkpoint, max_steps, accumulate, self._data_identity(), self.optim_spec)
 
     # ------------------------------------------------------ what the run is made of
 

@@ -54,6 +54,16 @@ def rows(available: int, max_steps: int, global_batch: int) -> Finding:
     )
 
 
+def unknown_tokens(share: float) -> Finding | None:
+    """`share`: of the held-out tokens those for which a tokenizer has no word. None: next to none."""
+    if share < 0.001:
+        return None
+    said = f"{share:.1%} of the held-out tokens are unknown to --data.tokenizer: all of them count as one easy token"
+    return Finding(
+        "warning", "unknown tokens", said, "no loss and no bits per byte can be compared; take a byte-level one"
+    )
+
+
 @dataclass(frozen=True)
 class TeacherLoss:
     """Cross-entropies on the same tokens of the run's own text, nats.

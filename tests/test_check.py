@@ -9,10 +9,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tokenizers
 import torch
 from conftest import arguments
 from torch.fx.experimental.proxy_tensor import make_fx
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from salt_lightning import check, cli, memory, preflight
 from salt_lightning.checkpoint import RunCheckpoint
@@ -47,6 +48,22 @@ def of(found, about):
     matching = [(level, text) for level, name, text in found if name == about]
     assert matching, (about, found)
     return matching[0]
+
+
+def test_a_tokenizer_that_does_not_know_the_words(checked, tmp_path, corpus, fit_with, caplog):
+    words = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"[UNK]": 0, "[EOS]": 1, "the": 2, "a": 3}, unk_token="[UNK]")
+    )
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", eos_token="[EOS]").save_pretrained(
+        tmp_path / "t"
+    )
+    own = {"data.tokenizer": str(tmp_path / "t"), "kd.weight": 0.0, "model.teacher.path": None, "kd.steps": None}
+    level, said = of(checked(**own)[1], "unknown tokens")
+    assert level == "warning"
+    assert re.search(r"\d\d\.\d% of the held-out tokens are unknown to --data.tokenizer", said)
+    fit_with(tmp_path / "fit", **own)
+    assert "of the held-out tokens are unknown to --data.tokenizer" in caplog.text
 
 
 def test_sizes_that_were_not_given_are_named(checked):

@@ -15,7 +15,7 @@ import torch
 from conftest import CLOCK, StopAt, arguments, scalars, weights
 from lightning.pytorch.callbacks import Callback
 
-from salt_lightning import OptimSpec, cli
+from salt_lightning import OptimSpec, SALTModule, cli
 
 RAMP = {"kd.weight": 0.667, "kd.steps": 8, "kd.anneal_steps": 4, "kd.shape": "linear"}  # phase 1 ends at 8 of 12
 
@@ -165,6 +165,18 @@ def test_a_signal_to_the_whole_process_group(settings, tmp_path, number):
     step = int(re.search(rf"stopped by {number.name} at step (\d+), saved", out)[1])
     assert (tmp_path / f"run/checkpoints/step-{step:08d}.ckpt").exists()
     assert "Traceback" not in err
+
+
+def test_ctrl_c_in_a_validation_ends_in_one_line(fit, settings, tmp_path, capsys, monkeypatch):
+    assert fit(tmp_path / "run", stop_at=3) == 128 + signal.SIGTERM
+
+    def interrupted(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(SALTModule, "validation_step", interrupted)
+    own = {"run": str(tmp_path / "run"), "ckpt_path": "last"}
+    assert cli.main(["validate", *arguments(settings, own)]) == 128 + signal.SIGINT
+    assert capsys.readouterr().err.strip().splitlines()[-1] == "stopped by SIGINT"
 
 
 def test_another_schedule_is_refused_unless_allowed(fit, tmp_path, capsys):
