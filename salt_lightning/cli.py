@@ -211,7 +211,7 @@ class SALTCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         config = self._settings(self.config)
         run, given = Path(config.run), config.trainer
-        if given.get("logger") in (None, True) and not given.get("barebones"):
+        if given.get("logger") in (None, True):
             if self.subcommand == "predict":
                 kwargs["logger"] = False
             elif self.subcommand in ("validate", "test"):  # beside the run's own curve, not in it
@@ -226,7 +226,7 @@ class SALTCLI(LightningCLI):
         own: list[pl.Callback] = [ScoreWriter()] if self.subcommand == "predict" else []
         if self.subcommand in ("validate", "test"):
             own.append(DocumentLossWriter())
-        if given.get("enable_progress_bar") is not False and not given.get("barebones"):
+        if given.get("enable_progress_bar") is not False:
             own.append(ProgressBar())
         if own:
             kwargs["callbacks"] = [*self._instances("callbacks"), *own]

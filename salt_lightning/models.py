@@ -214,7 +214,7 @@ def check_fit(spec: ModelSpec, config: PreTrainedConfig, name: str, data: Any) -
     """
     if data is None:
         return "not checked"
-    check_positions(config, f"--model.{name}.path {spec.path} has max_position_embeddings", data)
+    check_positions(config, f"--model.{name}.path {spec.path}: its max_position_embeddings", data)
     if config.vocab_size < data.vocab_size:
         raise ConfigError(
             f"--model.{name}.path {spec.path} has a vocabulary of {config.vocab_size}, --data.tokenizer "

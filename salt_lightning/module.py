@@ -219,6 +219,9 @@ class SALTModule(pl.LightningModule):
         )
         self.meter.start(self.global_step, self._wait_s)
 
+    def on_train_end(self) -> None:
+        self._loaded_step = self.global_step  # for a validate of this module
+
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # Lightning restores no RNG state: dropout after a resume equals the run never stopped only so.
         micro = batch_idx % self.trainer.accumulate_grad_batches

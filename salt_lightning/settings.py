@@ -109,6 +109,8 @@ def wrong_trainer_settings(trainer: Namespace) -> list[str]:
         wrong.append("--trainer.enable_checkpointing false: use --checkpoint.every_n_steps null for the end alone")
     if trainer.get("default_root_dir"):
         wrong.append(f"--trainer.default_root_dir {trainer.default_root_dir}: use --run")
+    if trainer.get("barebones"):
+        wrong.append("--trainer.barebones true: a run without log and checkpoint leaves nothing; leave it out")
     if trainer.get("overfit_batches"):
         wrong.append(f"--trainer.overfit_batches {trainer.overfit_batches}: give a small --data.source instead")
     return wrong

@@ -71,6 +71,7 @@ ERRORS = {
     "a library that is not there": ({"trainer.accelerator": "tpu"}, r"--trainer: Requirement .*torch_xla"),
     "a strategy that is none": ({"trainer.strategy": "foo"}, r"--trainer.strategy foo: .*invalid strategy"),
     "checkpoints off": ({"trainer.enable_checkpointing": False}, r"--trainer.enable_checkpointing false: use --check"),
+    "barebones": ({"trainer.barebones": True}, r"--trainer.barebones true: a run without log and checkpoint leaves"),
     "another root": ({"trainer.default_root_dir": "x"}, r"--trainer.default_root_dir x: use --run"),
     "a ramp longer than its phase": (
         {"kd.steps": 4, "kd.anneal_steps": 5, "kd.shape": "linear"},

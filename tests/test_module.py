@@ -83,6 +83,16 @@ def test_the_teacher_lives_for_phase_1_alone(train, teacher):
     assert module.teacher is None
 
 
+def test_a_validate_after_a_fit_is_of_its_last_step(train, settings):
+    module = train(steps=3)
+    own = {key[5:]: value for key, value in settings.items() if key.startswith("data.")}
+    (found,) = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False).validate(
+        module, SALTDataModule(**own), verbose=False
+    )
+    assert found["step"] == 3.0
+    assert "val/ce" in found
+
+
 def test_two_schedules_are_refused(train, teacher):
     with pytest.raises(ConfigError, match="the Trainer has 2 KDScheduleCallbacks"):
         train(teacher, KDScheduleCallback(0.5), 2, KDScheduleCallback(0.5, 1))
