@@ -172,6 +172,7 @@ def test_ctrl_c_in_a_validation_ends_in_one_line(fit, settings, tmp_path, capsys
 
     def interrupted(*_: object) -> None:
         os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(10)  # another thread may have been given it: this one hears of it soon
 
     monkeypatch.setattr(SALTModule, "validation_step", interrupted)
     own = {"run": str(tmp_path / "run"), "ckpt_path": "last"}
