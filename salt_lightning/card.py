@@ -44,7 +44,7 @@ def model_card(
         has_tokenizer: whether one lies beside the card.
     """
     run = _as_trained(checkpoint, run)
-    taught = run.kd_steps > 0
+    taught = _is_taught(checkpoint, run)
     text = checkpoint.get("text") or {}
     front: dict[str, Any] = {
         "library_name": "transformers",
@@ -68,6 +68,11 @@ def model_card(
         "Licence: not stated.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _is_taught(checkpoint: dict[str, Any], run: Run) -> bool:
+    """Whether a teacher has had a part in it, also where a later start of the run left it out."""
+    return run.kd_steps > 0 or checkpoint.get("totals", {}).get("taught_steps", 0) > 0
 
 
 def _how_to_load(name: str, has_tokenizer: bool) -> str:
@@ -101,11 +106,11 @@ def _student(model: PreTrainedModel, run: Run) -> dict[str, str]:
 
 def _training(checkpoint: dict[str, Any], run: Run) -> dict[str, str]:
     settings, spec, text = run.config, checkpoint["hyper_parameters"], checkpoint.get("text") or {}
-    teacher, taught = spec.get("teacher") or {}, run.kd_steps > 0
+    teacher, taught = spec.get("teacher") or {}, _is_taught(checkpoint, run)
     counts = [(text.get("documents"), "documents"), (_data(checkpoint, "num_train_tokens"), "tokens")]
     return {
-        "method": run.method,
-        "teacher": " at revision ".join(filter(None, (teacher["path"], teacher.get("revision")))) if taught else "",
+        "method": run.method + ("" if taught == (run.kd_steps > 0) else ", after steps with a teacher"),
+        "teacher": " at revision ".join(filter(None, (teacher.get("path"), teacher.get("revision")))) if taught else "",
         "KD": f"{_schedule(checkpoint, run)}; teacher's temperature {spec.get('teacher_temperature', 1.0):g}"
         if taught
         else "",
@@ -141,7 +146,8 @@ def _schedule(checkpoint: dict[str, Any], run: Run) -> str:
         said += f", {'the last of them found by' if found else 'no validation being within'} a margin of {margin} nats "
         said += "to the teacher's loss"
     schedule = trained_schedule(checkpoint)
-    if schedule and Totals(**checkpoint["totals"]).taught_steps != schedule.kd_steps(checkpoint["global_step"]):
+    counted = checkpoint.get("totals")
+    if schedule and counted and counted["taught_steps"] != schedule.kd_steps(checkpoint["global_step"]):
         said += "; an earlier start of the run followed another schedule"
     return said
 

@@ -156,7 +156,7 @@ class RunCheckpoint(Checkpoint):
 
     def _stop_after_step(self, number: int, frame: Any) -> None:
         if self.stopped_by is not None:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(number)
         self.stopped_by = signal.Signals(number)
         rank_zero_info(f"{self.stopped_by.name}: saving after {self._stop_step}; once more to stop at once")
 

@@ -366,10 +366,12 @@ def main(args: list[str] | None = None) -> int:
         return 128 + stopped.number
     except (KeyboardInterrupt, SystemExit) as stop:
         # Lightning makes an exit with code 1 of a Ctrl-C in validate and test, and of a second one in fit
-        if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
+        cause = stop.__context__ if isinstance(stop, SystemExit) else stop
+        if not isinstance(cause, KeyboardInterrupt):
             raise
-        print("\nstopped by SIGINT", file=sys.stderr)
-        return 128 + signal.SIGINT
+        number = signal.Signals(cause.args[0]) if cause.args else signal.SIGINT
+        print(f"\nstopped by {number.name}", file=sys.stderr)
+        return 128 + number
     except (ConfigError, NonFiniteLossError, OSError) as error:
         if _rank():  # the first rank says the same, and its end is ours; else we speak
             time.sleep(_FIRST_RANK_S)

@@ -152,9 +152,10 @@ def evaluate(runs: list[Run], baseline: str | None = None) -> Comparison:
     teacher_of = {run.name: _teacher_run(run, runs) for run in runs}
     teachers = {teacher.name for teacher in teacher_of.values() if teacher is not None}
     students = [run for run in runs if run.name not in teachers] or runs
-    repeated = _repeated(students)
+    named = None if baseline is None else _named(runs, baseline)
+    repeated = _repeated(students, named)
     students = [run for run in students if run.name not in repeated]
-    reference, notes = _reference(runs, students, baseline)
+    reference, notes = (named, []) if named is not None else _reference(students)
     seeds = [run for run in students if run.variant == reference.variant] or [reference]
     seeds = [run for run in seeds if run.finished] or [reference]
     steps = float(np.mean([run.val_ce.steps[-1] if len(run.val_ce.steps) else math.nan for run in seeds]))
@@ -179,7 +180,7 @@ def evaluate(runs: list[Run], baseline: str | None = None) -> Comparison:
     notes += [f"{run.name} has no config.yaml: its method is not known" for run in runs if not run.config]
     equal = _equal_points(students)
     groups = _groups(students, {row.run: row for row in rows}, reference.variant, seeds)
-    notes += _other_texts(groups)
+    notes += _other_tokens(students, reference)
     for group in groups:
         done = [run.name for run in students if run.name in group.runs and run.finished]
         group.equal = {axis: [ce[name] for name in done if name in ce] for axis, (_, ce) in equal.items()}
@@ -215,28 +216,35 @@ def _scoring(run: Run) -> dict[str, Any]:
     return {}
 
 
-def _reference(runs: list[Run], students: list[Run], baseline: str | None) -> tuple[Run, list[str]]:
-    if baseline is not None:
-        wanted = Path(baseline).absolute()
-        for run in runs:
-            if baseline == run.name or wanted == run.path.absolute():
-                return run, []
-        names = ", ".join(run.name for run in runs)
-        raise ConfigError(
-            f"compare: --baseline {baseline} is not among the runs that logged something; choose one of {names}"
-        )
+def _named(runs: list[Run], baseline: str) -> Run:
+    """The run that --baseline names."""
+    wanted = Path(baseline).absolute()
+    for run in runs:
+        if baseline == run.name or wanted == run.path.absolute():
+            return run
+    names = ", ".join(run.name for run in runs)
+    raise ConfigError(
+        f"compare: --baseline {baseline} is not among the runs that logged something; choose one of {names}"
+    )
+
+
+def _reference(students: list[Run]) -> tuple[Run, list[str]]:
     for run in students:
-        if run.method == "BASELINE":
+        # a run that went on without its teacher is none
+        if run.method == "BASELINE" and not run.last("train/flops_teacher_total") > 0:
             return run, []
     return students[0], [f"no BASELINE among the runs: {students[0].name}, the first, is the reference"]
 
 
-def _repeated(students: list[Run]) -> dict[str, str]:
-    """Names of runs that have settings and seed of another, and that one's: no second sample. A finished one leads."""
+def _repeated(students: list[Run], named: Run | None) -> dict[str, str]:
+    """Names of runs that have settings and seeds of another, and that one's: no second sample.
+
+    The run that is named as the reference leads, then a finished one.
+    """
     repeated: dict[str, str] = {}
     firsts: list[Run] = []
-    for run in sorted((run for run in students if run.seed is not None), key=lambda run: not run.finished):
-        first = next((other for other in firsts if (other.seed, other.variant) == (run.seed, run.variant)), None)
+    for run in sorted((run for run in students if run.seeds), key=lambda run: (run is not named, not run.finished)):
+        first = next((other for other in firsts if (other.seeds, other.variant) == (run.seeds, run.variant)), None)
         if first is None:
             firsts.append(run)
         else:
@@ -244,20 +252,44 @@ def _repeated(students: list[Run]) -> dict[str, str]:
     return repeated
 
 
-# With another of these a loss is one of other tokens.
-_MEASURED = (
-    *("data.val_source", "data.val_fraction", "data.val_rows", "data.source", "data.block_size", "data.tokenizer"),
-    *("data.vocab_size", "data.isolate_documents", "data.source_column", "trainer.limit_val_batches"),
-)
+def _measured_on(run: Run) -> dict[str, Any]:
+    """Settings with another of which a loss is one of other tokens; None: nothing can be said."""
+    config = run.config
+
+    def files(name: str) -> list[str]:
+        return sorted(
+            os.path.normpath(str(v)) for k, v in config.items() if k.rstrip("0123456789") in (name, f"{name}.")
+        )
+
+    apart = config.get("data.val_source") is not None or "data.val_source.0" in config
+    trained = config.get("data.tokenizer") == "train"  # or given by the path of a run that has trained the same
+    names = ("data.val_rows", "data.block_size", "data.isolate_documents", "data.text_column")
+    return {
+        **{name: config.get(name) for name in names},
+        "data.val_source" if apart else "data.source": files("data.val_source" if apart else "data.source"),
+        "data.val_fraction": None if apart else config.get("data.val_fraction"),
+        "data.tokenizer": None if trained else config.get("data.tokenizer"),
+        "data.vocab_size": config.get("data.vocab_size") if trained else None,
+        "trainer.limit_val_batches": config.get("trainer.limit_val_batches") or 1.0,
+    }
 
 
-def _other_texts(groups: list[Group]) -> list[str]:
+_EITHER = ("data.tokenizer", "data.vocab_size")  # known of one of the runs alone they tell nothing
+
+
+def _other_tokens(students: list[Run], reference: Run) -> list[str]:
     notes = []
-    for group in groups:
-        keys = [key for key in group.changed if key.startswith(_MEASURED)]
-        if keys:
-            said = ", ".join(f"{key} {group.changed[key][1]}" for key in keys[:3])
-            notes.append(f"{group.label} was perhaps validated on other tokens than the reference ({said})")
+    there = _measured_on(reference)
+    for run in students:
+        here = _measured_on(run)
+        keys = [
+            key
+            for key, value in here.items()
+            if value != there.get(key) and not (key in _EITHER and None in (value, there.get(key)))
+        ]
+        if run.config and reference.config and keys:
+            said = ", ".join(f"{key} {run.config.get(key, here[key])}" for key in keys[:3])
+            notes.append(f"{run.name} was perhaps validated on other tokens than {reference.name} ({said})")
     return notes
 
 
@@ -303,7 +335,7 @@ def _row(run: Run, method: str, teacher: Run | None, goal: Goal) -> Row:
 
 def _teacher_steps(run: Run, teacher: Run) -> int:
     """Optimizer steps of the checkpoint that teaches, which its name tells; an exported one is taken for the last."""
-    named = re.search(r"step-(\d+)\.ckpt$", str(run.config["model.teacher.path"]))
+    named = re.search(r"step-(\d+)\.ckpt$", str(run.config["model.teacher.path"]).rstrip("/"))
     return min(int(named[1]), teacher.steps_done) if named else teacher.steps_done
 
 
@@ -368,14 +400,18 @@ def _equal_points(students: list[Run]) -> dict[str, tuple[float, dict[str, float
     return equal
 
 
+def _path(typed: str) -> Path:
+    return Path(typed).expanduser()
+
+
 def main(argv: list[str]) -> int:
     """`compare RUN RUN ... [--out DIR] [--baseline RUN]`: prints the table, writes the files."""
     parser = VerbParser(prog="cli.py compare", description="Table and figure of several runs, finished or running.")
-    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run's folder, e.g. runs/demo/salt")
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=_path, help="a run's folder, e.g. runs/demo/salt")
     parser.add_argument(
         "--out",
         metavar="DIR",
-        type=Path,
+        type=_path,
         help="folder of compare.md, .json and .png (default: where the runs lie)",
     )
     parser.add_argument(

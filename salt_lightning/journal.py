@@ -26,8 +26,8 @@ _JOURNAL = "journal.json"
 
 @contextmanager
 def whole(path: Path) -> Iterator[IO[bytes]]:
-    """Under the name is the old content or the new one, whole, whatever happens."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    """Under the name is the old content or the new one, whole, whatever happens and whoever else writes it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file

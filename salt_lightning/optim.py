@@ -92,7 +92,7 @@ class OptimSpec:
         step, before = checkpoint["global_step"], OptimSpec(**checkpoint["hyper_parameters"]["optim"])
         planned = checkpoint.get("max_steps", max_steps)
         was, now = before.lr_at(step, planned), self.lr_at(step, max_steps)
-        if was == now:
+        if f"{was:.3g}" == f"{now:.3g}":
             return None
         return (
             f"the learning rate goes on from step {step} at {now:.3g}, and not at {was:.3g}: --model.optim.* or "

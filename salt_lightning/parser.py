@@ -104,15 +104,19 @@ def configs_first(args: list[str]) -> list[str]:
     words = iter(args)
     for word in words:
         if word in ("--config", "-c"):
-            files += [word, *islice(words, 1)]
+            value = list(islice(words, 1))
+            (files if value else rest).extend([word, *value])
         else:
-            (files if word.startswith(("--config=", "-c=")) else rest).append(word)
+            (files if word.startswith(_JOINED) else rest).append(word)
     verb = 1 if rest and not rest[0].startswith("-") else 0
     return [*rest[:verb], *files, *rest[verb:]]
 
 
+_JOINED = ("--config=", "-c")  # -cFILE and -c=FILE, too
+
+
 def _values(args: list[str]) -> list[str]:
-    joined = [arg.partition("=")[2] for arg in args if arg.startswith(("--config=", "-c="))]
+    joined = [re.sub(r"^(--config=|-c=?)", "", word) for word in args if word.startswith(_JOINED) and word != "-c"]
     apart = [value for arg, value in pairwise(args) if arg in ("--config", "-c")]
     return joined + apart
 

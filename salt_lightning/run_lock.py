@@ -28,11 +28,11 @@ def held(run: Path) -> Iterator[None]:
     Raises:
         ConfigError: another process holds it; one of another machine is waited for first.
     """
-    ours = not run.exists()
+    made = [folder for folder in (run, *run.parents) if not folder.exists()]
     try:
-        run.mkdir(parents=True, exist_ok=True)
         file = _lock(run)
     except OSError:  # the file system has no locks; or the folder cannot be written, which others say
+        _remove_empty(made)
         yield
         return
     try:
@@ -40,20 +40,29 @@ def held(run: Path) -> Iterator[None]:
     finally:
         (run / _NAME).unlink(missing_ok=True)
         file.close()
-        if ours:
-            with suppress(OSError):  # something is in it
-                run.rmdir()
+        _remove_empty(made)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    with suppress(OSError):  # something is in it
+        for folder in folders:
+            folder.rmdir()
 
 
 def _lock(run: Path) -> IO[str]:
     path, end_s = run / _NAME, time.monotonic() + _OTHER_MACHINE_S
     said = False
     while True:
-        file = open(path, "a+")  # noqa: SIM115 (the caller closes it)
+        run.mkdir(parents=True, exist_ok=True)
+        try:
+            file = open(path, "a+")  # noqa: SIM115 (the caller closes it)
+        except FileNotFoundError:  # its last owner has just removed the folder
+            continue
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            owner = printable(path.read_text()) or "another process"
+            file.seek(0)
+            owner = printable(file.read()) or "another process"
             file.close()
             if error.errno not in (EACCES, EAGAIN):
                 raise
@@ -67,9 +76,10 @@ def _lock(run: Path) -> IO[str]:
             said = True
             time.sleep(1.0)
             continue
-        if path.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
-            return file
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}")
+                file.flush()
+                return file
         file.close()  # its last owner has removed it: others may have locked a new file of that name

@@ -56,6 +56,11 @@ class Run:
         return self.config.get("seed_everything")
 
     @property
+    def seeds(self) -> dict[str, Any]:
+        """All settings that are seeds: a run with another of them is another sample."""
+        return {k: v for k, v in self.config.items() if k.rsplit(".", 1)[-1] in ("seed", "seed_everything")}
+
+    @property
     def max_steps(self) -> int | None:
         steps = self.config.get("trainer.max_steps")
         return steps if isinstance(steps, int) and steps > 0 else None  # Lightning's -1 is "no limit"
@@ -135,22 +140,25 @@ class Run:
     def variant(self) -> dict[str, Any]:
         """The settings without seeds, the run's own folder and what the terminal shows: equal for all seeds."""
         seed = re.compile(rf"(?<![A-Za-z0-9])(seed|s)[-_=]?{self.seed}(?![0-9])")
-        own_folder = list(self.path.absolute().parts[-2:])
+        folders = [
+            str(folder).rstrip("/").split("/") for folder in (self.config.get("run") or "", self.path.absolute())
+        ]
+        # runs/0/salt: what lies in runs/0 belongs to the seed
+        of_seed = [folder[: folder.index(str(self.seed)) + 1] for folder in folders if str(self.seed) in folder]
 
         def anonymous(value: Any) -> Any:
             if not isinstance(value, str):
                 return value
             parts = value.split("/")
-            inside = next((i for i in range(len(parts)) if parts[i : i + 2] == own_folder), None)
-            if inside is not None:
-                parts = ["RUN", *parts[inside + 2 :]]
-            elif len(parts) > 1:
-                parts = ["SEED" if part == str(self.seed) else part for part in parts]  # runs/0/salt
+            for stands, prefixes in (("RUN", folders), ("SEED", of_seed)):
+                for prefix in prefixes:
+                    if prefix != [""] and parts[: len(prefix)] == prefix:
+                        parts = [stands, *parts[len(prefix) :]]
             return seed.sub("SEED", "/".join(parts))
 
-        own = ("seed_everything", "run", "ckpt_path", "checkpoint.export", "trainer.default_root_dir")
+        own = ("run", "ckpt_path", "checkpoint.export", "checkpoint.folder", "trainer.default_root_dir", *self.seeds)
         shown = ("trainer.enable_progress_bar", "trainer.enable_model_summary")
-        keys = (k for k in self.config if k not in own + shown and k.rsplit(".", 1)[-1] != "seed")
+        keys = (k for k in self.config if k not in own + shown)
         return {key: anonymous(self.config[key]) for key in keys}
 
 

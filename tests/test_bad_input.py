@@ -355,6 +355,29 @@ def test_bad_input_is_one_line_that_names_the_setting(case, settings, teacher, b
     assert not (tmp_path / "run").exists()  # the next start there is a first one
 
 
+def test_a_refused_start_leaves_no_folders(settings, tmp_path):
+    own = {"run": str(tmp_path / "new/deep/er"), "kd.steps": -1}
+    assert run(["fit", *arguments(settings, own)]) == 2
+    assert not (tmp_path / "new").exists()
+
+
+def test_one_fit_at_a_time_where_folders_come_and_go(tmp_path):
+    """Real processes that take and leave a run's folder: never two of them inside."""
+    code = (
+        "import os, sys, time\nfrom pathlib import Path\nfrom salt_lightning.errors import ConfigError\n"
+        "from salt_lightning.run_lock import held\nend, run = time.time() + 4, Path(sys.argv[1])\nbad = turns = 0\n"
+        "while time.time() < end:\n try:\n  with held(run):\n   turns += 1\n   try:\n"
+        "    os.close(os.open(sys.argv[2], os.O_CREAT | os.O_EXCL))\n    os.unlink(sys.argv[2])\n"
+        "   except OSError:\n    bad += 1\n except ConfigError:\n  pass\nprint(turns, bad)\n"
+    )
+    for name in ("new", "stays"):
+        (tmp_path / "stays").mkdir(exist_ok=True)
+        command = [sys.executable, "-c", code, str(tmp_path / name), str(tmp_path / "inside")]
+        racers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+        counts = [[int(n) for n in racer.communicate(timeout=60)[0].split()] for racer in racers]
+        assert all(turns > 0 and bad == 0 for turns, bad in counts), counts
+
+
 def test_a_folder_of_both_kinds_says_which(settings, tmp_path, capsys):
     for name in ("a.txt", "b.txt", "c.jsonl"):
         (tmp_path / name).write_text('{"text": "a"}')

@@ -338,7 +338,7 @@ def test_a_folder_named_after_a_setting_does_not_hide_it(names, key, values, tmp
 def test_seeds_may_lie_in_numbered_folders(tmp_path):
     runs = [
         write_run(tmp_path / f"{seed}" / "salt", SALT, teacher=f"runs/{seed}/teacher/x.ckpt", weight=0.5, kd_steps=60,
-                  seed_everything=seed)
+                  seed_everything=seed, run=f"runs/{seed}/salt")
         for seed in range(3)
     ]  # fmt: skip
     assert [group.n for group in compare(runs, tmp_path).groups] == [3]
@@ -346,8 +346,57 @@ def test_seeds_may_lie_in_numbered_folders(tmp_path):
 
 def test_losses_of_other_tokens_are_said_to_be(tmp_path, three):
     other = write_run(tmp_path / "other", SALT, teacher="elsewhere/teacher", weight=0.5, **{"data.vocab_size": 600})
-    said = "RKD (other) was perhaps validated on other tokens than the reference (data.vocab_size 600)"
-    assert said in evaluate(load([*three, other])).notes
+    assert evaluate(load([*three, other])).notes == []  # known of one alone
+    base = {
+        "data.tokenizer": "train",
+        "data.vocab_size": 300,
+        "data.source": "t.jsonl",
+        "trainer.limit_val_batches": None,
+    }
+    first = write_run(tmp_path / "first", BASELINE, **base)
+    for number, (change, said) in enumerate(
+        [
+            ({"data.vocab_size": 600}, "data.vocab_size 600"),
+            ({"data.source": "u.jsonl"}, "data.source u.jsonl"),
+            ({"trainer.limit_val_batches": 0.5}, "trainer.limit_val_batches 0.5"),
+            ({"data.val_source": "v.jsonl"}, "data.val_source v.jsonl"),
+            ({"data.source": "./t.jsonl"}, None),
+            ({"data.source": ["t.jsonl"]}, None),
+            ({"data.tokenizer": "runs/first/tokenizer"}, None),  # as our own messages advise
+            ({"data.source_per_file": True, "trainer.limit_val_batches": 1.0}, None),
+            ({"seed_everything": 1, "data.seed": 1}, None),
+        ]
+    ):
+        run = write_run(tmp_path / f"x{number}", SALT, teacher="t", weight=0.5, **{**base, **change})
+        note = f"x{number} was perhaps validated on other tokens than first ({said})"
+        assert evaluate(load([first, run])).notes == ([note] if said else []), change
+
+
+def test_each_seed_that_differs_is_another_sample(tmp_path):
+    for name in ("model.seed", "data.seed"):
+        runs = [write_run(tmp_path / f"{name}{seed}", BASELINE, **{name: seed}) for seed in range(3)]
+        comparison = evaluate(load(runs))
+        assert (comparison.groups[0].n, comparison.notes) == (3, [])
+
+
+def test_where_a_run_and_its_text_lie_is_no_experiment(tmp_path):
+    layouts = [
+        ("one", {"checkpoint.folder": "/scratch/one"}), ("two", {"checkpoint.folder": "/scratch/two"}),
+        ("x_2", {"run": "x_2", "data.tokenizer": "x_2/tokenizer", "data.source": "d/1/text.jsonl"}),
+        ("x_3", {"run": "x_3", "data.tokenizer": "x_3/tokenizer", "data.source": "d/1/text.jsonl"}),
+    ]  # fmt: skip
+    runs = [write_run(tmp_path / n, SALT, **{"seed_everything": i, **c}) for i, (n, c) in enumerate(layouts)]
+    assert [group.n for group in evaluate(load(runs)).groups] == [2, 2]
+
+
+def test_the_named_reference_leads_and_a_run_that_had_a_teacher_is_no_baseline(tmp_path, three):
+    again = write_run(tmp_path / "again", {300: 3.0})
+    comparison = compare([*three, again], tmp_path / "out", baseline="again")
+    assert (comparison.reference, comparison.reference_val_ce) == ("again", 3.0)
+    left = write_run(tmp_path / "left", BASELINE, seed_everything=1)
+    with SummaryWriter(str(left)) as writer:
+        writer.add_scalar("train/flops_teacher_total", 50.0, 300)
+    assert evaluate(load([left, *three])).reference == "baseline"
 
 
 def test_an_early_teacher_took_its_own_steps_alone(tmp_path):

@@ -216,6 +216,14 @@ def test_the_card_names_the_method(schedule, taught_steps, lines, salt):
     assert any("teacher" in line for line in found[:20]) == (schedule != {"weight": 0.0})
 
 
+def test_the_card_of_a_run_that_went_on_without_its_teacher(salt):
+    lines = card_lines(salt, {}, kd_schedule={"weight": 0.0, "steps": None, "anneal_steps": 0, "shape": "step"},
+                       totals={"step": 12, "taught_steps": 3, "teacher_flops": 5e6})  # fmt: skip
+    assert "- method: BASELINE, after steps with a teacher" in lines
+    assert "- steps: 12 of 12, 3 of them with the teacher" in lines
+    assert any(line.startswith("- teacher: ") for line in lines)
+
+
 def test_the_card_says_what_a_margin_did_and_that_a_schedule_was_changed(salt):
     planned = {"weight": 0.667, "steps": 4, "anneal_steps": 0, "shape": "step", "stop_margin": 0.2}
     for stop_step, said in ((3, "the last of them found by a"), (None, "no validation being within a")):

@@ -22,6 +22,15 @@ def test_wsd_is_stable_then_linear():
     assert [spec.lr_at(step, 10) for step in range(11)] == [1, 2, 2, 2, 2, 2, 2, 1.5, 1.0, 0.5, 0.0]
 
 
+def test_a_jump_is_said_where_it_shows():
+    spec = OptimSpec(lr=3e-3, warmup_steps=2)
+    saved = {"global_step": 500, "hyper_parameters": {"optim": vars(spec)}, "max_steps": 300_000}
+    assert spec.jump(saved, 300_000) is None
+    assert spec.jump(saved, 100_000_000) is None  # both are 0.003
+    assert "goes on from step 500 at 0.0003, and not at 0.003" in spec.jump(saved, 500)
+    assert spec.jump({**saved, "max_steps": 500}, 500) is None
+
+
 def test_wsd_after_a_long_warm_up_decays_over_what_is_left():
     spec = OptimSpec(lr=1.0, schedule="wsd", warmup_steps=6, min_lr_ratio=0.0)  # a fifth would be 2 of 7
     assert [spec.lr_at(step, 7) for step in range(7)] == [1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1.0, 1.0]
