@@ -136,10 +136,7 @@ class SALTModule(pl.LightningModule):
             raise ConfigError(f"--trainer.gradient_clip_algorithm {algorithm.value} is not supported; use norm")
 
     def _check_callback(self) -> None:
-        schedules = [c for c in self.trainer.callbacks if isinstance(c, KDScheduleCallback)]  # type: ignore[attr-defined]
-        if len(schedules) > 1:
-            raise ConfigError(f"the Trainer has {len(schedules)} KDScheduleCallbacks: one sets the weight; use --kd.*")
-        if self.has_teacher and not schedules:
+        if self.has_teacher and self._kd is None:
             raise ConfigError(
                 f"SALTModule has a teacher ({self.teacher_spec.path}) and the Trainer no KDScheduleCallback: it would "
                 "silently train BASELINE. Add Trainer(callbacks=[KDScheduleCallback(steps=...)])"

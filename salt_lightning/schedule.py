@@ -157,6 +157,8 @@ class KDScheduleCallback(pl.Callback):
             return
         self._stop(None)
         self._probe.forget()  # of a fit before
+        if (number := sum(isinstance(c, KDScheduleCallback) for c in trainer.callbacks)) > 1:  # type: ignore[attr-defined]
+            raise ConfigError(f"the Trainer has {number} KDScheduleCallbacks: one sets the weight; use --kd.*")
         steps, max_steps = self.schedule.steps, trainer.max_steps
         if self.schedule.weight > 0 and steps is not None and 0 < max_steps < steps:
             short = max(1, max_steps // 5)

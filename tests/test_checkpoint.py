@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import arguments
+from conftest import StopAt, arguments
 
 from salt_lightning import cli, shards
 from salt_lightning.checkpoint import AtomicCheckpointIO, RunCheckpoint, newest
@@ -107,17 +107,13 @@ def test_settings_below_one_are_refused(setting):
         RunCheckpoint(**{setting: 0})
 
 
-def test_a_second_signal_ends_the_run_at_once(fit_with, tmp_path):
-    import signal
-
-    from conftest import StopAt
-
+def test_a_second_signal_ends_the_run_at_once(fit_with, tmp_path, capsys):
     handler = signal.getsignal(signal.SIGINT)  # Lightning ignores Ctrl-C from here on
     try:
-        with pytest.raises(SystemExit):
-            fit_with(tmp_path / "run", StopAt(3), StopAt(3))
+        assert fit_with(tmp_path / "run", StopAt(3), StopAt(3)) == 128 + signal.SIGTERM
     finally:
         signal.signal(signal.SIGINT, handler)
+    assert capsys.readouterr().err.strip().splitlines()[-1] == "stopped by SIGTERM"
     assert not list(tmp_path.glob("run/checkpoints/*"))
 
 
