@@ -93,6 +93,7 @@ class Size:
     keep_one_in: int = 1  # documents of the corpus
     seeds: tuple[int, ...] = SEEDS
     shares: tuple[float, ...] = (0.7, 0.8, 0.9)  # f
+    long_teacher: int = 0  # one more teacher, trained for so many times the steps; 0: the text is too short for it
     fixed: Settings = field(default_factory=dict)
 
 
@@ -110,14 +111,14 @@ SIZES = {
         student=(96, 3), teacher=(64, 2), weak=(32, 2), large=(160, 3), large_teacher=(96, 4),
         vocab=4096, steps=400, rows=8, block=128, val_every=50, val_rows=128, keep_one_in=32,
         rates=(1e-3, 2e-3, 4e-3, 8e-3), large_rates=(5e-4, 1e-3, 2e-3, 4e-3),
-        tokens_per_s=(8e3, 4e3), start_s=5.0,
+        tokens_per_s=(8e3, 4e3), start_s=5.0, long_teacher=4,
         fixed={"trainer.accelerator": "cpu", "checkpoint.every_n_steps": 100},
     ),
     # shows that it runs
     "tiny": Size(
         student=(32, 1), teacher=(16, 1), weak=(8, 1), large=(32, 2), large_teacher=(32, 1),
         vocab=300, steps=10, rows=4, block=32, val_every=2, val_rows=16, seeds=(0, 1), shares=(0.5, 0.8),
-        rates=(15e-3, 3e-2, 1.0), large_rates=(4e-3, 3e-2, 1.0), tokens_per_s=(1e4, 1e4), start_s=1.0,
+        rates=(15e-3, 3e-2, 1.0), large_rates=(4e-3, 3e-2, 1.0), tokens_per_s=(1e4, 1e4), start_s=1.0, long_teacher=2,
         fixed={"trainer.accelerator": "cpu", "data.prepare_workers": 1},
     ),
 }  # fmt: skip
@@ -189,9 +190,12 @@ class Study:
                 cells.append(Cell(row, seed, "half rate", settings, ready))
         cells += [Cell(f"baseline-f{f:g}", s0, "reached", self._shortened(rows[base], f), tuned) for f in size.shares]
         cells.append(self._teacher("weak", size.weak, rate, tuned))
+        if size.long_teacher:
+            cells.append(self._teacher("long", size.teacher, rate, tuned, size.long_teacher))
         for row in rows:
             if row not in {cell.row for cell in cells}:
-                needs = (*scored, self._name("weak")) if row == "weak-teacher" else scored
+                own = tuple(self._name(kind) for kind in ("weak", "long") if row.startswith(f"{kind}-teacher"))
+                needs = (*scored, *own)
                 first = self._stretch(rate) if row.startswith("high-lr") else None
                 cells.append(Cell(row, s0, "one seed", rows[row], needs, first))
         cells += [*wide, self._teacher("large-teacher", size.large_teacher, wide_rate, tuple(c.name for c in wide))]
@@ -263,7 +267,9 @@ class Study:
             # Where more than half of all rows score 0, half of the rows could not be chosen by their score.
             "data.keep.masked": "drop" if zeros > 0.5 else "zero",
         }  # fmt: skip
-        return {
+        more: Settings = {"kd.steps": self._at(0.4), "kd.weight": 0.9}
+        long: Settings = {"model.teacher.path": self._path("teachers/long")}
+        rows = {
             f"baseline-lr{rate:g}": base,
             "rkd": {**base, **taught, "kd.steps": None},
             "salt": salt,
@@ -282,7 +288,11 @@ class Study:
             "gap": {**salt, **GAP, "kd.min_steps": self._at(0.05), "kd.steps": self._at(0.6)},
             "high-lr-baseline": {**base, "kd.steps": self._at(KD_SHARE)},
             "high-lr-salt": salt,
+            "more-kd": {**salt, **more},
         }
+        if self.size.long_teacher:
+            rows |= {"long-teacher": {**salt, **long}, "long-teacher-more-kd": {**salt, **more, **long}}
+        return rows
 
     @staticmethod
     def _half(rows: dict[str, Settings], rate: float) -> dict[str, Settings]:
@@ -303,8 +313,9 @@ class Study:
         short["trainer.max_steps"] = round(f * self.size.steps / every) * every  # so that the last step is validated
         return {**settings, **short, "trainer.val_check_interval": every}
 
-    def _teacher(self, row: str, shape: tuple[int, int], rate: float, needs: tuple[str, ...]) -> Cell:
-        more = {"model.student.config": model(*shape), "model.optim.lr": rate}
+    def _teacher(self, row: str, shape: tuple[int, int], rate: float, needs: tuple[str, ...], times: int = 1) -> Cell:
+        steps = times * self.size.steps
+        more = {"model.student.config": model(*shape), "model.optim.lr": rate, "trainer.max_steps": steps}
         early = {"checkpoint.at_steps": [self._at(EARLY)]} if row == "teacher" else {}
         return Cell(row, TEACHER_SEED, "teacher", self._base(more | early), needs)
 

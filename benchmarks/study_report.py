@@ -8,6 +8,7 @@ import random
 import re
 import statistics
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -239,7 +240,8 @@ def _reached(study: Study, rows: Rows, base: str, kind: str) -> str:
     told = f"BASELINE's mean final loss, {goal:.4f}, is not reached"
     if not math.isnan(f):
         flops = float(np.interp(f, shares_there, [share(found[s]) for s in shares_there]))
-        own = next(r["flops_student"] for r in rows["teacher"].values())
+        teacher = Path(next(iter(found[shares_there[0]].values()))["settings"]["model.teacher.path"]).name
+        own = next(r["flops_student"] for r in rows[teacher].values())
         less = " or less (the smallest measured)" if f == shares_there[0] else ""
         told = f"BASELINE's mean final loss, {goal:.4f}, is reached at f = {f:.3f}{less} in steps and {flops:.3f} in "
         told += f"FLOPs with the teacher's forward; {flops + own / whole:.3f} with its own training ({_flops(own)}) too"
