@@ -122,7 +122,7 @@ class SALTCLI(LightningCLI):
         config = self._settings(self.config)
         path = config.get("ckpt_path")
         subcommand = self.config.get("subcommand")
-        if subcommand == "fit" and config.run:  # before anything is read there
+        if subcommand in ("fit", "predict") and config.run:  # before anything is read there
             self.hold(Path(config.run))
         if path is None or subcommand is None:
             return
@@ -193,8 +193,10 @@ class SALTCLI(LightningCLI):
         config = self._settings(self.config)
         if config.checkpoint.export:
             export.check_target(Path(config.checkpoint.export), "--checkpoint.export")
-        if not self.model.student_spec.path:
+        if not (path := self.model.student_spec.path):
             family_config(self.model.student_spec)
+        elif self.model.student_spec.config and not config.get("ckpt_path"):
+            _say(f"--model.student.config is not used: the sizes are those of --model.student.path {path}")
         if config.kd.weight > 0 and not config.get("ckpt_path"):  # phase 2 goes on where the teacher is gone
             check_path(self.model.teacher_spec, "teacher")
             if self.model.teacher_spec.is_checkpoint:  # a damaged one is named before the text is prepared

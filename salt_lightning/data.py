@@ -249,7 +249,8 @@ class SALTDataModule(LightningDataModule):
             num_documents = files.manifest["splits"]["train"]["documents"]
             raise ConfigError(
                 f"--data.val_fraction: {self.val_fraction} left none of {num_documents} documents for "
-                "validation; raise it, split the text into more documents, or give --data.val_source"
+                "validation (equal ones stay together); raise it, split the text into more documents, or give "
+                "--data.val_source"
             )
         if self.examples.given:
             return open_examples(setting, files, self.block_size, self.isolate_documents)

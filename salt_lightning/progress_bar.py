@@ -44,8 +44,7 @@ class ProgressBar(TQDMProgressBar):
         return bar
 
     def on_train_epoch_start(self, trainer: pl.Trainer, *args: Any) -> None:
-        super().on_train_epoch_start(trainer, *args)
-        self.train_progress_bar.set_description("Training")  # the run is one epoch of Lightning's
+        """Nothing: the run is one epoch of Lightning's, which would count and call it anew."""
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.train_progress_bar.n = trainer.global_step  # drawn or not

@@ -1,4 +1,4 @@
-"""One fit at a time in a run's folder: two would mix their logs and remove each other's checkpoints."""
+"""One fit or predict at a time in a run's folder: two would mix their logs and remove each other's checkpoints."""
 
 import fcntl
 import os
@@ -69,7 +69,7 @@ def _lock(run: Path) -> IO[str]:
             here = owner.endswith(f" on {socket.gethostname()}")
             if here or time.monotonic() > end_s:
                 raise ConfigError(
-                    f"--run {run}: {owner} trains there; wait for its end, or choose another folder"
+                    f"--run {run}: {owner} works there; wait for its end, or choose another folder"
                 ) from error
             if not said:
                 rank_zero_info(f"--run {run}: waiting for {owner}, at most {_OTHER_MACHINE_S:g} s")

@@ -111,6 +111,11 @@ def wrong_trainer_settings(trainer: Namespace) -> list[str]:
         wrong.append(f"--trainer.default_root_dir {trainer.default_root_dir}: use --run")
     if trainer.get("barebones"):
         wrong.append("--trainer.barebones true: a run without log and checkpoint leaves nothing; leave it out")
+    if trainer.get("fast_dev_run"):
+        wrong.append(
+            f"--trainer.fast_dev_run {trainer.fast_dev_run} counts micro-batches and fits no warm-up: use the verb "
+            "`check` with the same settings, or --trainer.max_steps in a --run of its own"
+        )
     if trainer.get("overfit_batches"):
         wrong.append(f"--trainer.overfit_batches {trainer.overfit_batches}: give a small --data.source instead")
     return wrong

@@ -167,7 +167,10 @@ def fresh_config(spec: ModelSpec, data: Any) -> PreTrainedConfig:
 def check_positions(config: PreTrainedConfig, setting: str, data: Any) -> None:
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and positions < data.block_size:
-        raise ConfigError(f"{setting} {positions} is smaller than --data.block_size {data.block_size}")
+        raise ConfigError(
+            f"{setting} {positions} is smaller than --data.block_size {data.block_size}: set that to at most "
+            f"{positions}"
+        )
 
 
 def resolved(spec: ModelSpec, config: PreTrainedConfig) -> ModelSpec:

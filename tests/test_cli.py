@@ -162,8 +162,8 @@ def test_a_log_file_holds_few_drawings_of_the_progress_bar(settings, tmp_path, c
     own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, "trainer.enable_progress_bar": True}
     assert cli.main(["fit", *arguments(settings, own)]) == 0
     out = capsys.readouterr().out
-    assert set(re.findall(r"Training: .*?\| *(\d+)/12 \[", out)) == {"0", "1", "6", "12"}  # 6: a validation
-    assert "val_ce=" in out
+    assert set(re.findall(r"Training: .*?\| *(\d+)/12 \[", out)) == {"1", "6", "12"}  # 6: a validation
+    assert "val_ce=" in out and "Epoch" not in out
     assert "Validation" not in out
 
 
@@ -242,10 +242,11 @@ def test_a_missing_or_broken_teacher_is_named_before_the_text_is_read(
     assert not (tmp_path / "cache").exists()
 
 
-def test_overfitting_on_a_few_batches_is_refused(settings, tmp_path, capsys):
-    own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, "trainer.overfit_batches": 2}
+@pytest.mark.parametrize("name", ["overfit_batches", "fast_dev_run"])
+def test_a_few_micro_batches_are_no_run(settings, tmp_path, capsys, name):
+    own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, f"trainer.{name}": 2}
     assert run(["fit", *arguments(settings, own)]) == 2
-    assert "--trainer.overfit_batches 2" in one_line(capsys)
+    assert f"--trainer.{name} 2" in one_line(capsys)
 
 
 def test_nothing_is_validated_without_a_checkpoint(settings, tmp_path, capsys):

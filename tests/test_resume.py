@@ -317,7 +317,9 @@ def test_a_run_that_is_under_way_is_left_alone(fit, settings, tmp_path, capsys, 
             time.sleep(0.1)
         who = f"process {process.pid} on {socket.gethostname()}"
         assert fit(tmp_path / "run", ckpt_path="last") == 2
-        said = f"error: --run {tmp_path}/run: {who} trains there; wait for its end, or choose another folder"
+        said = f"error: --run {tmp_path}/run: {who} works there; wait for its end, or choose another folder"
+        assert capsys.readouterr().err.strip().splitlines()[-1] == said
+        assert cli.main(["predict", f"--run={tmp_path / 'run'}"]) == 2
         assert capsys.readouterr().err.strip().splitlines()[-1] == said
         monkeypatch.setattr("salt_lightning.run_lock.socket.gethostname", lambda: "another")
         monkeypatch.setattr(
