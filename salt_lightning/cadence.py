@@ -7,7 +7,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from salt_lightning.errors import ConfigError
-from salt_lightning.schedule import KDScheduleCallback
+from salt_lightning.schedule import kd_callbacks
 
 # What the user gave the trainer, before `setup` wrote micro-batches over it (setup may run twice).
 _CADENCE: "WeakKeyDictionary[Trainer, tuple[int, int | float | None]]" = WeakKeyDictionary()
@@ -48,8 +48,7 @@ def plan_validation(trainer: Trainer) -> None:
 
 def phase1_steps(trainer: Trainer) -> int:
     """The steps before --kd.steps, also where --kd.weight is 0 (selection without KD); all of them where it is null."""
-    schedules = [c.schedule for c in trainer.callbacks if isinstance(c, KDScheduleCallback)]  # type: ignore[attr-defined]
-    steps = schedules[0].steps if schedules else None
+    steps = next((kd.schedule.steps for kd in kd_callbacks(trainer)), None)
     return trainer.max_steps if steps is None else min(steps, trainer.max_steps)
 
 

@@ -28,7 +28,7 @@ from salt_lightning.errors import ConfigError
 from salt_lightning.models import CausalLM
 from salt_lightning.module import SALTModule
 from salt_lightning.preflight import Finding
-from salt_lightning.schedule import KDScheduleCallback
+from salt_lightning.schedule import KDScheduleCallback, kd_callbacks
 from salt_lightning.scores import Scores
 from salt_lightning.spec import DTYPES, ModelSpec, fresh_config, unnamed_sizes
 
@@ -89,7 +89,7 @@ class Check:
 
     @property
     def _kd(self) -> KDScheduleCallback:
-        return next(c for c in self.trainer.callbacks if isinstance(c, KDScheduleCallback))  # type: ignore[attr-defined]
+        return kd_callbacks(self.trainer)[0]
 
     @property
     def _savers(self) -> list[RunCheckpoint]:

@@ -26,7 +26,7 @@ from salt_lightning.export import export
 from salt_lightning.journal import whole
 from salt_lightning.optim import OptimSpec
 from salt_lightning.preflight import Finding
-from salt_lightning.schedule import KDScheduleCallback
+from salt_lightning.schedule import kd_callbacks
 from salt_lightning.spec import shape_settings
 
 _NAME = re.compile(r"step-(\d+)\.ckpt")
@@ -119,8 +119,7 @@ class RunCheckpoint(Checkpoint):
 
     def _for_good(self, trainer: pl.Trainer) -> set[int | None]:
         """Steps whose checkpoints stay; a validation may have set the boundary."""
-        boundary = [c.schedule.steps for c in trainer.callbacks if isinstance(c, KDScheduleCallback)]  # type: ignore[attr-defined]
-        return {*self.at_steps, *boundary, trainer.max_steps}
+        return {*self.at_steps, *(kd.schedule.steps for kd in kd_callbacks(trainer)), trainer.max_steps}
 
     def space(self, trainer: pl.Trainer, weights: Iterable[Tensor]) -> Finding:
         """Whether all that the run keeps at once fits the disk."""

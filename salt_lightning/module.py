@@ -27,7 +27,7 @@ from salt_lightning.meter import SUMS, Meter, loss_values
 from salt_lightning.metrics import TokenMetrics
 from salt_lightning.models import CausalLM
 from salt_lightning.optim import OptimSpec, by_name
-from salt_lightning.schedule import KDScheduleCallback
+from salt_lightning.schedule import KDScheduleCallback, kd_callbacks
 from salt_lightning.spec import DTYPES, ModelSpec, resolved
 from salt_lightning.watch import Watch, problem
 
@@ -434,5 +434,4 @@ class SALTModule(pl.LightningModule):
 
     @property
     def _kd(self) -> KDScheduleCallback | None:
-        found = [c for c in self.trainer.callbacks if isinstance(c, KDScheduleCallback)]  # type: ignore[attr-defined]
-        return found[0] if found else None
+        return next(iter(kd_callbacks(self.trainer)), None)

@@ -100,6 +100,11 @@ def trained_schedule(checkpoint: dict[str, Any]) -> KDSchedule | None:
     return planned if stop_step is None else replace(planned, steps=stop_step)
 
 
+def kd_callbacks(trainer: pl.Trainer) -> list[KDScheduleCallback]:
+    """Those of the trainer; a fit has at most one."""
+    return [c for c in trainer.callbacks if isinstance(c, KDScheduleCallback)]  # type: ignore[attr-defined]
+
+
 class KDScheduleCallback(pl.Callback):
     """Sets the KD weight before each batch, lets the teacher go at the boundary, and looks at both models meanwhile.
 
@@ -157,7 +162,7 @@ class KDScheduleCallback(pl.Callback):
             return
         self._stop(None)
         self._probe.forget()  # of a fit before
-        if (number := sum(isinstance(c, KDScheduleCallback) for c in trainer.callbacks)) > 1:  # type: ignore[attr-defined]
+        if (number := len(kd_callbacks(trainer))) > 1:
             raise ConfigError(f"the Trainer has {number} KDScheduleCallbacks: one sets the weight; use --kd.*")
         steps, max_steps = self.schedule.steps, trainer.max_steps
         if self.schedule.weight > 0 and steps is not None and 0 < max_steps < steps:
