@@ -180,7 +180,7 @@ class Check:
         else:
             real = CausalLM(models.build_fresh(small, self.data, self.module.hparams["seed"]), "student")
         proved = self._proof(real)
-        lm._own_mask = real._own_mask
+        lm.apart = real.apart
         if proved and batch is not None:
             loss = probe.look(real, _cut(batch, real), self.data)
             if spec.path:
@@ -217,7 +217,11 @@ class Check:
         off = self.probe(f"{lm.name} head", lm.check)
         if off is not None:
             said = f"hidden states x head equal {type(lm.model).__name__}'s own logits (largest difference {off:.1g})"
-            self.add("ok", f"{lm.name} head", said + ("; documents are kept apart by our mask" if lm._own_mask else ""))
+            self.add(
+                "ok",
+                f"{lm.name} head",
+                said + ("; documents are kept apart by our mask" if lm.apart == "mask" else ""),
+            )
         return off is not None
 
     # -------------------------------------------------- weights, time, memory

@@ -37,6 +37,7 @@ from salt_lightning.rows import (
     PackedRows,
     ShardBatches,
     TrainBatches,
+    as_tensors,
     counts_nll,
 )
 from salt_lightning.scores import Scored, Scores
@@ -443,7 +444,7 @@ class SALTDataModule(LightningDataModule):
         """So many validation rows, evenly spaced; the last ones again where there are fewer."""
         assert self._eval is not None, "setup comes first"
         batch = self._eval.build(np.arange(rows) * self._eval.num_rows // rows)
-        return {name: torch.from_numpy(array) for name, array in batch.items()}
+        return as_tensors(batch)
 
     def counts_nll(self, labels_N: torch.Tensor) -> float:
         """Mean -log p of some labels, nats, where p is how often a token occurs in the training text."""

@@ -268,7 +268,7 @@ def _groups(lm: CausalLM) -> tuple[int, int, int]:
 
 
 def _model(lm: CausalLM) -> Model:
-    return Model(lm.model.config, next(lm.parameters()).dtype, lm._own_mask)
+    return Model(lm.model.config, next(lm.parameters()).dtype, lm.apart == "mask")
 
 
 def _bytes(tensors: list[Tensor]) -> int:
@@ -305,7 +305,7 @@ def _build(model: Model, name: str) -> CausalLM:
         ),
         name,
     )
-    lm._own_mask = model.own_mask
+    lm.apart = "mask" if model.own_mask else "positions"
     return lm
 
 

@@ -20,7 +20,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import cached_file
 
 from salt_lightning import folders, shards
+from salt_lightning.attention import PACKED, Apart, document_mask
 from salt_lightning.errors import ConfigError
+from salt_lightning.rows import document_borders
 from salt_lightning.spec import DTYPES, ModelSpec, as_config_error, check_positions, fresh_config, wrong_sizes
 
 # Without a word on it transformers asks at the terminal where a config names code.
@@ -34,6 +36,7 @@ class CausalLM(nn.Module):
     the model's own logits (a logit scale is folded into hidden_ND). With `then`, it returns
     then(hidden_ND, head_VD, bias_V) evaluated inside this forward, where a sharded head weight is whole.
     Tokens attend to nothing before the last position 0 of their row: packed documents do not see each other.
+    `cu_seqlens` (rows.document_borders) says the same; where it is not given it is found, which waits for a GPU.
     """
 
     def __init__(self, model: PreTrainedModel, name: str) -> None:
@@ -41,7 +44,8 @@ class CausalLM(nn.Module):
         self.model = model
         self.name = name  # "student" or "teacher", for messages
         self._scale = logit_scale(model.config, name)
-        self._own_mask = False
+        self._attention = model.config._attn_implementation
+        self.apart: Apart = "positions"
         # transformers' flash attention keeps documents apart in a batch of one row alone; every row of ours starts
         # at position 0, so they can be laid end to end.
         self._one_row = "flash" in str(model.config._attn_implementation)
@@ -59,14 +63,34 @@ class CausalLM(nn.Module):
     def head(self) -> nn.Linear:
         return self.model.get_output_embeddings()
 
-    def forward(self, ids_BT: Tensor, positions_BT: Tensor, then: Callable[..., Any] | None = None) -> Any:
+    def keep_apart(self, how: Apart) -> None:
+        """Choose what `check` has found to work."""
+        self.apart = how
+        wanted = PACKED if how == "packed" else self._attention
+        if self.model.config._attn_implementation != wanted:
+            self.model.set_attn_implementation(wanted)
+
+    def forward(
+        self,
+        ids_BT: Tensor,
+        positions_BT: Tensor,
+        then: Callable[..., Any] | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Any:
         # transformers finds documents in position_ids by itself, given no mask and no cache: use_cache=True, its
         # default, would let them see each other silently. `check` finds the families where it does not.
         if self._one_row:
             ids_BT, positions_BT = ids_BT.reshape(1, -1), positions_BT.reshape(1, -1)
-        mask = document_mask(positions_BT, self._mask_dtype()) if self._own_mask else None
+        mask = document_mask(positions_BT, self._mask_dtype()) if self.apart == "mask" else None
+        more = {}
+        if self.apart == "packed":
+            if cu_seqlens is None:
+                cu_seqlens = torch.from_numpy(document_borders(positions_BT.cpu().numpy())).to(ids_BT.device)
+            torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)
+            # a mask of four dimensions is taken as it is: none is made
+            mask, more = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=ids_BT.device), {"cu_seq_lens_q": cu_seqlens}
         hidden_BTD = self.backbone(
-            input_ids=ids_BT, position_ids=positions_BT, attention_mask=mask, use_cache=False
+            input_ids=ids_BT, position_ids=positions_BT, attention_mask=mask, use_cache=False, **more
         ).last_hidden_state
         hidden_ND = hidden_BTD.flatten(0, 1)
         if self._scale != 1.0:
@@ -92,15 +116,15 @@ class CausalLM(nn.Module):
         training = self.training
         self.eval()
         off = self._check_head()
-        self._own_mask = False
-        if self._sees([7], [0, 1, 2, 3, 4, 5, 6]):
+        self.keep_apart("positions")
+        if self.sees([7], [0, 1, 2, 3, 4, 5, 6]):
             raise ConfigError(
                 f"--model.{self.name}: tokens of this {type(self.model).__name__} see later ones, so it cannot predict "
                 "them; use a causal model, without settings such as use_bidirectional_attention"
             )
-        if self._sees([0, 1, 2, 3], [4, 5, 6, 7]):
-            self._own_mask = True
-            if self._sees([0, 1, 2, 3], [4, 5, 6, 7]):
+        if self.sees([0, 1, 2, 3], [4, 5, 6, 7]):
+            self.apart = "mask"
+            if self.sees([0, 1, 2, 3], [4, 5, 6, 7]):
                 raise ConfigError(
                     f"--model.{self.name}: packed documents see each other in {type(self.model).__name__} with "
                     f"--model.{self.name}.attention {self.model.config._attn_implementation}; use sdpa or eager"
@@ -129,27 +153,20 @@ class CausalLM(nn.Module):
             )
         return float(off)
 
-    def _sees(self, changed: list[int], kept: list[int]) -> bool:
+    def sees(self, changed: list[int], kept: list[int]) -> bool:
         """Whether other ids at some places of a row move the hidden states at others; places 4 to 7 are its document 2.
 
         Two rows: kernels take one row by another way than a batch.
         """
+        before_BTD, after_BTD = (self.hidden(ids).unflatten(0, (2, 8)) for ids in ([], changed))
+        return not torch.equal(before_BTD[:, kept], after_BTD[:, kept])
+
+    def hidden(self, changed: list[int] | None = None) -> Tensor:
         device = self.head.weight.device
         positions_BT = torch.tensor([[0, 1, 2, 3] * 2] * 2, device=device)
         ids_BT = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8], [2, 3, 4, 5, 6, 7, 8, 9]], device=device)
-        other_BT = ids_BT.index_fill(1, torch.tensor(changed, device=device), 0)
-        before_BTD, after_BTD = (self(ids, positions_BT)[0].unflatten(0, (2, 8)) for ids in (ids_BT, other_BT))
-        return not torch.equal(before_BTD[:, kept], after_BTD[:, kept])
-
-
-def document_mask(positions_BT: Tensor, dtype: torch.dtype) -> Tensor:
-    """[B, 1, T, T]: a token attends to its own document up to itself. Boolean, or 0 / lowest to be added."""
-    document_BT = (positions_BT == 0).cumsum(1)
-    same_BTT = document_BT[:, :, None] == document_BT[:, None, :]
-    allowed_B1TT = same_BTT.tril()[:, None]
-    if dtype == torch.bool:
-        return allowed_B1TT
-    return torch.zeros_like(allowed_B1TT, dtype=dtype).masked_fill_(~allowed_B1TT, torch.finfo(dtype).min)
+        ids_BT[:, changed or []] = 0
+        return self(ids_BT, positions_BT)[0]
 
 
 def logit_scale(config: PreTrainedConfig, name: str) -> float:

@@ -18,7 +18,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_info
 from torch import Tensor
 
-from salt_lightning import flops, models, parallel, preflight, probe
+from salt_lightning import attention, flops, models, parallel, preflight, probe
 from salt_lightning.cadence import plan_validation
 from salt_lightning.checkpoint import go_on_from, how_to_go_on, require_same
 from salt_lightning.errors import ConfigError, NonFiniteLossError
@@ -151,7 +151,7 @@ class SALTModule(pl.LightningModule):
         self.meter.forward_flops["student"] = self._count_flops(lm)
         # What a checkpoint needs to be loaded on its own: no path, every size.
         self.hparams["student"] = resolved(spec, lm.model.config).to_dict()
-        lm.train().requires_grad_(True)
+        attention.pack(lm.train().requires_grad_(True), spec.attention, strategy)
         self._matrices = {f"student.{name}" for name, p in lm.named_parameters() if p.ndim >= 2}
         if self.hparams["activation_checkpointing"]:
             parallel.recompute_activations(lm)
@@ -168,6 +168,7 @@ class SALTModule(pl.LightningModule):
         device = parallel.build_device(self._strategy, root)
         with torch.random.fork_rng(devices=[root] if root.type == "cuda" else []):
             lm = models.freeze(models.build(spec, "teacher", self._data, dtype, device))
+        attention.pack(lm, spec.attention, self._strategy)
         self.meter.forward_flops["teacher"] = self._count_flops(lm)
         size = sum(p.numel() for p in lm.parameters())
         self.__dict__["teacher"] = parallel.distribute_teacher(lm, self._strategy, self.hparams["compile"])
@@ -231,12 +232,12 @@ class SALTModule(pl.LightningModule):
         teacher_out = None
         if self.teacher is not None:
             with torch.no_grad(), self.meter.teacher_runs(ids_BT.is_cuda):
-                teacher_out = self.teacher(ids_BT, positions_BT)
+                teacher_out = self.teacher(ids_BT, positions_BT, cu_seqlens=batch.get("cu_seqlens"))
         # Lightning divides by the accumulated micro-batches and DDP by the ranks: what is left is one division
         # by the tokens of the whole optimizer step.
         shares = self.trainer.accumulate_grad_batches * self.trainer.world_size
         loss = partial(self.step_loss, batch["labels"].flatten(), teacher_out, batch["step_tokens"] / shares)
-        out = self.student(ids_BT, positions_BT, then=loss)
+        out = self.student(ids_BT, positions_BT, loss, batch.get("cu_seqlens"))
         with torch.no_grad():
             self._sums += torch.stack([getattr(out, name).float() for name in SUMS])
         micro = batch_idx % self.trainer.accumulate_grad_batches
@@ -353,7 +354,7 @@ class SALTModule(pl.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Batch:
         stats = partial(self._label_stats, batch["labels"].flatten())
-        nll_N, rank_N = self.student(batch["input_ids"], batch["positions"], then=stats)
+        nll_N, rank_N = self.student(batch["input_ids"], batch["positions"], stats, batch.get("cu_seqlens"))
         known = [batch[name].flatten() for name in ("sources", "bytes", "thirds") if name in batch]
         self.eval_metrics.update(nll_N, rank_N, *known)
         return {"nll": nll_N, "rank": rank_N}
@@ -371,7 +372,7 @@ class SALTModule(pl.LightningModule):
             raise ConfigError("predict scores with the teacher: add Trainer(callbacks=[ScoreWriter()])")
         labels_BT = batch["labels"]
         stats = partial(self._label_stats, labels_BT.flatten())
-        nll_N, rank_N = self.teacher(batch["input_ids"], batch["positions"], then=stats)
+        nll_N, rank_N = self.teacher(batch["input_ids"], batch["positions"], stats, batch.get("cu_seqlens"))
         return {"rows": batch["rows"], "nll": nll_N.view_as(labels_BT), "rank": rank_N.view_as(labels_BT)}
 
     def on_validation_start(self) -> None:

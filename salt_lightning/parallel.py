@@ -91,7 +91,7 @@ class FSDP2(ModelParallelStrategy):
 
     def shard(self, lm: CausalLM, policy: MixedPrecisionPolicy) -> None:
         """Spreads the first rank's model over all ranks, group by group, in place."""
-        lm._own_mask = self.broadcast(lm._own_mask)
+        lm.keep_apart(self.broadcast(lm.apart))
         for group in (*blocks(lm), lm):
             _receive(group, self)
             fully_shard(group, mesh=self._mesh, mp_policy=policy)
@@ -238,7 +238,7 @@ def distribute_teacher(lm: CausalLM, strategy: Strategy, compile: bool) -> Causa
         if in_shards:
             strategy.shard(lm, MixedPrecisionPolicy())
             return lm
-        lm._own_mask = strategy.broadcast(lm._own_mask)
+        lm.keep_apart(strategy.broadcast(lm.apart))
         _receive(lm, strategy)
     return lm.to(strategy.root_device)
 

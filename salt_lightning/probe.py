@@ -82,15 +82,15 @@ class Probe:
         weights = [p for group in trainer.optimizers[0].param_groups for p in group["params"]]
         with torch.inference_mode(False), trainer.precision_plugin.train_step_context():
             batch = {name: tensor.clone() for name, tensor in batch.items()}  # made in inference mode
-            ids_BT, positions_BT = batch["input_ids"], batch["positions"]
+            ids_BT, positions_BT, cu_seqlens = batch["input_ids"], batch["positions"], batch.get("cu_seqlens")
             with torch.no_grad():
-                teacher_out = module.teacher(ids_BT, positions_BT)
+                teacher_out = module.teacher(ids_BT, positions_BT, cu_seqlens=cu_seqlens)
             num_tokens = torch.full_like(module.kd_weight, ids_BT.numel())  # the cosine knows no scale
             module.kd_weight.fill_(1.0)  # until the next batch brings its own
             for gradients, taught_by in ((self._ce, None), (self._kd, teacher_out)):
                 with torch.enable_grad():
                     loss = partial(module.step_loss, batch["labels"].flatten(), taught_by, num_tokens)
-                    _backward(module.student(ids_BT, positions_BT, then=loss).loss, weights, gradients)
+                    _backward(module.student(ids_BT, positions_BT, loss, cu_seqlens).loss, weights, gradients)
 
 
 def _backward(loss: Tensor, weights: list[Tensor], gradients: Gradients) -> None:
@@ -127,7 +127,8 @@ def _over_ranks(trainer: pl.Trainer, sums: Tensor) -> list[float]:
 def look(lm: Any, batch: dict[str, Tensor], data: Any) -> TeacherLoss:
     """The CE of a models.CausalLM on rows of a SALTDataModule, beside what is known without a model."""
     labels_N = batch["labels"].flatten()
-    hidden_ND, head_VD, bias_V = lm(batch["input_ids"], batch["positions"])  # as in training: compiled once
+    # all that training hands over, so that it is compiled once
+    hidden_ND, head_VD, bias_V = lm(batch["input_ids"], batch["positions"], cu_seqlens=batch.get("cu_seqlens"))
     nll_N, _ = token_stats(hidden_ND, head_VD, labels_N, bias_V)
     tokens = int((labels_N >= 0).sum())
     return TeacherLoss(float(nll_N.sum()) / tokens, math.log(len(head_VD)), data.counts_nll(labels_N.cpu()), tokens)

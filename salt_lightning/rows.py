@@ -322,6 +322,23 @@ Batches = TrainBatches | EvalBatches | ShardBatches
 # --- loading ---
 
 
+def document_borders(positions_BT: np.ndarray) -> np.ndarray:
+    """Where documents begin in the rows laid end to end, then their end: int32, filled up with that to a power of two.
+
+    Few lengths, so that CUDA graphs are few.
+    """
+    starts = np.flatnonzero(positions_BT == 0)
+    borders = np.full(1 << len(starts).bit_length(), positions_BT.size, np.int32)  # more than there are documents
+    borders[: len(starts)] = starts
+    return borders
+
+
+def as_tensors(arrays: Batch) -> dict[str, torch.Tensor]:
+    """A batch for the models; with `cu_seqlens`, since on a GPU nobody could find that without waiting."""
+    arrays = {**arrays, "cu_seqlens": document_borders(arrays["positions"])}
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
 class Loader:
     """Batches from number `start()` on, as tensors; counts the seconds in which the training waited for them.
 
@@ -340,7 +357,7 @@ class Loader:
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         began = time.perf_counter()
         for arrays in self._arrays(range(self.start(), self.length)):
-            batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
+            batch = as_tensors(arrays)
             if self.pin_memory:
                 batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
             self.wait_s += time.perf_counter() - began

@@ -31,7 +31,8 @@ class ModelSpec:
         config: Settings of that family's transformers config, e.g. hidden_size. vocab_size and
             max_position_embeddings follow the tokenizer and the block size unless given.
         dtype: Dtype of the parameters. null: float32 for the student, the student's compute dtype for the teacher.
-        attention: transformers' attention implementation: sdpa, eager, flex_attention ... null: transformers' choice.
+        attention: transformers' attention implementation (sdpa, eager, flex_attention ...), or packed: torch's kernel
+            for documents of any length, without a mask. null: packed on a GPU in 16 bits, else transformers' choice.
         trust_remote_code: Run model code that comes with `path`. Off unless you have read that code.
     """
 

@@ -270,6 +270,7 @@ def test_without_a_trainer(make):
         "positions": (torch.int64, (4, 16)),
         "rows": (torch.int64, (4,)),
         "step_tokens": (torch.int64, ()),
+        "cu_seqlens": (torch.int32, (16,)),
     }
     assert set(data.val_dataloader().batches[0]) == {
         "input_ids",

@@ -11,9 +11,10 @@ import torch
 from families import FAMILIES, tiny
 from torch.nn.functional import cross_entropy, log_softmax, softmax
 
+from salt_lightning.attention import document_mask
 from salt_lightning.errors import ConfigError
 from salt_lightning.losses import salt_loss
-from salt_lightning.models import CausalLM, check_path, document_mask, freeze, load_pretrained
+from salt_lightning.models import CausalLM, check_path, freeze, load_pretrained
 from salt_lightning.spec import ModelSpec, as_config_error
 
 IDS = torch.tensor([[5, 9, 3, 60, 7, 7, 22, 1, 30, 2], [4, 4, 8, 1, 9, 12, 33, 2, 0, 6]])

@@ -1,0 +1,191 @@
+"""Attention within packed documents, without a mask: torch's variable-length flash attention on CUDA.
+
+transformers keeps documents apart by a mask of T x T entries a row, which no flash kernel takes, and in compiled models
+it makes one even where there is a single document. Here a micro-batch is one sequence of tokens with the places where
+documents begin (`cu_seqlens`, as flash attention calls them); whoever passes none has transformers' sdpa.
+
+Shapes: B rows, T tokens a row, H heads, K heads of keys and values, E width of a head, S documents.
+"""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import suppress
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+varlen_attn: Any = None
+with suppress(ImportError):  # before torch 2.10
+    from torch.nn.attention.varlen import varlen_attn
+
+# What keeps packed documents apart: transformers, which finds them in the positions; our mask; this file.
+Apart = Literal["positions", "mask", "packed"]
+PACKED = "packed"  # as transformers' attn_implementation
+_16_BIT = (torch.bfloat16, torch.float16)
+
+
+def packed_attention(  # noqa: PLR0913 - transformers' signature
+    module: nn.Module,
+    query_BHTE: Tensor,
+    key_BKTE: Tensor,
+    value_BKTE: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' AttentionInterface: B x T x H x E. A token attends to its own document up to itself.
+
+    Raises:
+        ValueError: the model wants something that is not computed here.
+    """
+    if cu_seq_lens_q is None:  # generation, with a cache
+        return sdpa_attention_forward(
+            module, query_BHTE, key_BKTE, value_BKTE, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    if wanted := [name for name in _NOT_COMPUTED if kwargs.get(name) is not None]:
+        raise ValueError(f"packed attention knows no {', '.join(wanted)}")
+    kind = query_BHTE.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query_BHTE.dtype
+    if kind == "cuda" and dtype in _16_BIT and not dropout:
+        return _flash(query_BHTE, key_BKTE, value_BKTE, cu_seq_lens_q, dtype, scaling), None
+    mask_B1TT = _mask(cu_seq_lens_q, len(query_BHTE), query_BHTE.shape[2])
+    return sdpa_attention_forward(module, query_BHTE, key_BKTE, value_BKTE, mask_B1TT, dropout=dropout, scaling=scaling)
+
+
+_NOT_COMPUTED = ("sliding_window", "softcap", "s_aux", "position_bias", "head_mask")
+AttentionInterface.register(PACKED, packed_attention)
+AttentionMaskInterface.register(PACKED, sdpa_mask)
+
+
+def _flash(
+    query_BHTE: Tensor,
+    key_BKTE: Tensor,
+    value_BKTE: Tensor,
+    cu_seqlens: Tensor,
+    dtype: torch.dtype,
+    scale: float | None,
+) -> Tensor:
+    rows, heads, width = query_BHTE.shape[:3]
+    grouped = key_BKTE.shape[1] != heads
+    more: dict[str, Any] = {}
+    if grouped and "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        more["enable_gqa"] = True
+    elif grouped:
+        key_BKTE, value_BKTE = (x.repeat_interleave(heads // x.shape[1], 1) for x in (key_BKTE, value_BKTE))
+    query_NHE, key_NKE, value_NKE = (
+        x.transpose(1, 2).flatten(0, 1).to(dtype) for x in (query_BHTE, key_BKTE, value_BKTE)
+    )
+    attended_NHE = varlen_attn(
+        query_NHE, key_NKE, value_NKE, cu_seqlens, cu_seqlens, width, width, scale=scale, window_size=(-1, 0), **more
+    )
+    return attended_NHE.unflatten(0, (rows, width))
+
+
+def _mask(cu_seqlens: Tensor, rows: int, width: int) -> Tensor:
+    places_N = torch.arange(rows * width, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    return _same_document(torch.bucketize(places_N, cu_seqlens, right=True).view(rows, width))
+
+
+def _same_document(document_BT: Tensor) -> Tensor:
+    return (document_BT[:, :, None] == document_BT[:, None, :]).tril()[:, None]
+
+
+@lru_cache
+def fault(device: torch.device, heads: int, key_heads: int, head_width: int) -> str | None:
+    """Why the kernel cannot be used on a device, found by running it there, forward and backward; None if it can."""
+    if varlen_attn is None or "window_size" not in inspect.signature(varlen_attn).parameters:
+        return f"torch {torch.__version__} has no causal variable-length attention"
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((2, heads, 160, head_width), *[(2, key_heads, 160, head_width)] * 2)
+    inputs = [torch.randn(size, generator=generator).to(device, torch.bfloat16) for size in sizes]
+    ends = [1, 8, 140, 160, 290, *[320] * 3]  # of documents: one token, across the kernel's blocks, empty ones behind
+    cu_seqlens = torch.tensor([0, *ends], dtype=torch.int32, device=device)
+    try:
+        with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            ours = _with_gradients(lambda q, k, v: _flash(q, k, v, cu_seqlens, torch.bfloat16, None), inputs)
+            mask_B1TT = _mask(cu_seqlens, 2, 160)
+            true = _with_gradients(
+                lambda q, k, v: nn.functional.scaled_dot_product_attention(
+                    q,
+                    k.repeat_interleave(heads // key_heads, 1),
+                    v.repeat_interleave(heads // key_heads, 1),
+                    attn_mask=mask_B1TT,
+                ).transpose(1, 2),
+                [x.float() for x in inputs],
+            )
+    except Exception as error:
+        return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    # bf16 rounds a few times by 2^-9; a border or a scale that is wrong moves values by their own size.
+    for name, a, b in zip(("output", "query", "key", "value"), ours, true, strict=True):
+        if not (a.float() - b).abs().max() <= 0.04 * b.abs().max():
+            return f"wrong values ({name})"
+    return None
+
+
+def _with_gradients(attend: Any, inputs: list[Tensor]) -> list[Tensor]:
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out = attend(*leaves)
+    return [out.detach(), *torch.autograd.grad(out.float().square().sum(), leaves)]
+
+
+def document_mask(positions_BT: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, 1, T, T]: a token attends to its own document up to itself. Boolean, or 0 / lowest to be added."""
+    allowed_B1TT = _same_document((positions_BT == 0).cumsum(1))
+    if dtype == torch.bool:
+        return allowed_B1TT
+    return torch.zeros_like(allowed_B1TT, dtype=dtype).masked_fill_(~allowed_B1TT, torch.finfo(dtype).min)
+
+
+@torch.no_grad()
+def pack(lm: Any, asked: str | None, strategy: Strategy | None) -> None:
+    """Change a models.CausalLM over to packed attention if that is asked for, or faster; says so if it cannot be.
+
+    Args:
+        lm: where it has its weights; on the meta device nothing is done.
+        asked: the attention of the model's spec.
+        strategy: where and in which precision the model will run.
+    """
+    config, training, kernel = lm.model.config, lm.training, None
+    if strategy is not None and strategy.root_device.type == "cuda" and "16" in strategy.precision_plugin.precision:
+        kernel = strategy.root_device  # it computes in 16 bits alone
+    chosen = asked is None and kernel is not None and config._attn_implementation == "sdpa"
+    if (chosen or asked == PACKED) and lm.head.weight.device.type != "meta":
+        if reason := _unfit(config, training, kernel) or _differs(lm.eval()):
+            rank_zero_info(f"{lm.name}: attention with a mask, which is slower: {reason}")
+        lm.train(training)
+
+
+def _unfit(config: Any, training: bool, kernel: torch.device | None) -> str | None:
+    if training and (rate := getattr(config, "attention_dropout", 0) or getattr(config, "attn_pdrop", 0)):
+        return f"{config.model_type}'s config drops {rate:.0%} of the attention"
+    limited = any(getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    if limited or {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}:
+        return f"{config.model_type} has layers that look back over a limited distance"
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return fault(kernel, heads, getattr(config, "num_key_value_heads", None) or heads, width) if kernel else None
+
+
+def _differs(lm: Any) -> str | None:
+    """Changes over, and back again where hidden states are not what they were."""
+    before, hidden = lm.apart, lm.hidden()
+    lm.keep_apart(PACKED)
+    try:
+        off = (lm.hidden() - hidden).abs().max()
+        reason = f"{type(lm.model).__name__} computes something else than packed attention"
+        if off <= 32 * torch.finfo(hidden.dtype).eps * hidden.abs().max() and not lm.sees([0, 1, 2, 3], [4, 5, 6, 7]):
+            return None
+    except (ValueError, TypeError) as error:
+        reason = str(error)
+    lm.keep_apart(before)
+    return reason
