@@ -228,6 +228,7 @@ def gpu_case():
     return case, torch.tensor(0.4, device="cuda")
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 @pytest.mark.parametrize("accuracy", [pytest.param(a, marks=gpu) for a in ("accurate", "fast")])
 def test_nothing_waits_for_the_device(accuracy):
     case, weight = gpu_case()
@@ -272,6 +273,8 @@ def test_the_kernels_and_the_plain_row_pass_give_the_same_loss(accuracy, monkeyp
         assert relative_error(our_grads[name], grad) <= 2**-9
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")  # torch's own, at its import
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
 @pytest.mark.parametrize("mode", [pytest.param(m, marks=gpu) for m in ("default", "reduce-overhead")])
 def test_beside_a_compiled_model(mode):
     case, weight = gpu_case()
