@@ -101,7 +101,7 @@ def measure(row: dict[str, Any], folder: Path) -> dict[str, Any]:
     common = {
         "data.source": text, "data.cache_dir": folder / "cache", "data.vocab_size": min(row["vocab"], 8192),
         "data.block_size": row["block"], "data.micro_batch_size": row["rows"],
-        "data.global_batch_size": row["rows"] * accumulate, "data.prepare_workers": 1,
+        "data.global_batch_size": row["rows"] * accumulate, "data.prepare_workers": 0 if on_gpu else 1,
         "trainer.accelerator": "gpu" if on_gpu else "cpu", "trainer.precision": row.get("precision", "32-true"),
         "trainer.limit_val_batches": 0, "trainer.enable_progress_bar": "false", "trainer.log_every_n_steps": 100,
         "checkpoint.every_n_steps": "null", "model.student.family": family,

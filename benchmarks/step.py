@@ -1,10 +1,11 @@
 """What a training step costs, through `cli.py fit`: KD against plain, against a hand-written loop, and memory.
 
-    python benchmarks/step.py --sizes 124m 350m 1.3b 2.8b       one GPU, under 9 minutes
-    python benchmarks/step.py --tiny                            any CPU, seconds: shows that it runs
+    python benchmarks/step.py --sizes 124m 350m       one GPU; what is not done after 8 minutes (--deadline) is left out
+    python benchmarks/step.py --tiny                  any CPU, seconds: shows that it runs
 
-One process a size. Blocks of KD and plain steps alternate, so that drift of the card cancels; a step's time is the
-median over all blocks, its 95% interval comes from the medians of the blocks. Ratios are the claim, not times.
+One process a size, whose own output goes to stderr. Blocks of KD and plain steps alternate, so that drift of the card
+cancels; a step's time is the median over all blocks, its 95% interval comes from the medians of the blocks. Ratios are
+the claim, not times. The teacher's weights are random: what a step costs does not depend on them.
 """
 
 from __future__ import annotations
@@ -28,12 +29,22 @@ import torch
 from torch.nn.functional import cross_entropy
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from head_loss import named
+
 from salt_lightning import cli, flops
+from salt_lightning.checkpoint import RunCheckpoint
+from salt_lightning.models import build_fresh
+from salt_lightning.spec import ModelSpec
+
+BLOCKS = 8  # KD and plain in turn
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Student and teacher (width, layers), vocabulary, rows of a step; what the student needs to fit a card."""
+    """Student and teacher (width, layers), vocabulary, rows of a step; what the student needs to fit a card.
+
+    `steps`: of a block of steps with or without the teacher; fewer where a step takes long.
+    """
 
     student: tuple[int, int]
     teacher: tuple[int, int]
@@ -41,14 +52,15 @@ class Pair:
     rows: int = 8
     block: int = 1024
     precision: str = "bf16-mixed"
+    steps: int = 100
 
 
 PAIRS = {
     "124m": Pair((768, 12), (512, 8)),
     "350m": Pair((1024, 24), (768, 18)),
-    "1.3b": Pair((2048, 24), (1536, 20)),
-    "2.8b": Pair((2560, 28), (2048, 19), vocab=256000, precision="bf16-true"),
-    "tiny": Pair((64, 2), (32, 2), vocab=512, rows=2, block=64, precision="32-true"),
+    "1.3b": Pair((2048, 24), (1536, 20), steps=20),
+    "2.8b": Pair((2560, 28), (2048, 19), vocab=256000, precision="bf16-true", steps=20),
+    "tiny": Pair((64, 2), (32, 2), vocab=512, rows=2, block=64, precision="32-true", steps=6),
 }
 
 
@@ -76,14 +88,16 @@ class Alternate(pl.Callback):
         pl_module.__dict__["teacher"] = self._teacher if taught else None
         if not taught:
             pl_module.kd_weight.zero_()
-        if trainer.global_step % self.block == 0 and pl_module.device.type == "cuda":
+        if trainer.global_step % self.block == self.skip and pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         self.kinds.append("kd" if taught else "plain")
         self.marks.append(mark(pl_module.device))
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
-        if trainer.global_step % self.block == 0 and pl_module.device.type == "cuda":
-            self.peaks[self.kinds[-1]] = torch.cuda.max_memory_allocated() / 2**30
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
+        # Not after the step: a logged one starts the peak anew (SALTModule._log_step).
+        if trainer.global_step % self.block >= self.skip and pl_module.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated() / 2**30
+            self.peaks[self.kinds[-1]] = max(peak, self.peaks.get(self.kinds[-1], 0))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self.marks.append(mark(pl_module.device))
@@ -129,33 +143,36 @@ def write_text(path: Path, num_documents: int) -> None:
             out.write(json.dumps({"text": " ".join(rng.choices(words, k=rng.randint(50, 1500)))}) + "\n")
 
 
-def measure(name: str, block: int, num_blocks: int, folder: Path) -> dict[str, Any]:
-    """One size: a teacher's checkpoint, the alternating run through the command line, the loops beside it."""
-    pair, steps = PAIRS[name], block * num_blocks
+def save_model(size: tuple[int, int], vocab: int, block: int, folder: Path) -> None:
+    """A model of random weights as a Hugging Face folder."""
+    config = sizes(*size, vocab) | {"max_position_embeddings": block}
+    dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    build_fresh(ModelSpec(config=config, dtype=dtype), None, 0).save_pretrained(folder)
+
+
+def measure(name: str, folder: Path) -> dict[str, Any]:
+    """One size: a teacher, the alternating run through the command line, the loops beside it."""
+    pair = PAIRS[name]
     text = folder / "text.jsonl"
     if not text.exists():
         write_text(text, 200 if name == "tiny" else 6000)
     on_gpu = torch.cuda.is_available()
-    common = {
+    settings = {
         "data.source": text, "data.cache_dir": folder / "cache", "data.vocab_size": min(8192, pair.vocab),
         "data.block_size": pair.block, "data.global_batch_size": pair.rows, "data.micro_batch_size": pair.rows,
         "data.num_workers": 2, "trainer.precision": pair.precision, "trainer.accelerator": "gpu" if on_gpu else "cpu",
         "trainer.limit_val_batches": 0, "trainer.enable_progress_bar": "false", "model.compile": json.dumps(on_gpu),
-        "checkpoint.every_n_steps": "null",
+        "run": folder / name / "student", "trainer.max_steps": pair.steps * BLOCKS, "kd.weight": 0.667,
+        "kd.allow_untrained": "true", "model.teacher.path": folder / name / "teacher",
+        "model.student.config": json.dumps(sizes(*pair.student, pair.vocab)),
     }  # fmt: skip
     if pair.precision == "bf16-true":
-        common["model.student.dtype"] = "bfloat16"
-    teacher = {**common, "run": folder / name / "teacher", "trainer.max_steps": 1, "kd.weight": 0,
-               "model.student.config": json.dumps(sizes(*pair.teacher, pair.vocab))}  # fmt: skip
-    run_fit(teacher, [])
-    student = {**common, "run": folder / name / "student", "trainer.max_steps": steps, "kd.weight": 0.667,
-               "kd.allow_untrained": "true",
-               "model.student.config": json.dumps(sizes(*pair.student, pair.vocab)),
-               "model.teacher.path": folder / name / "teacher/checkpoints/step-00000001.ckpt"}  # fmt: skip
-    alternate = Alternate(block, skip=min(10, block // 3))
-    module = run_fit(student, [alternate])
+        settings["model.student.dtype"] = "bfloat16"
+    save_model(pair.teacher, pair.vocab, pair.block, folder / name / "teacher")
+    alternate = Alternate(pair.steps, skip=min(10, pair.steps // 3))
+    module = run_fit(settings, [alternate])
     kd, plain = alternate.blocks("kd"), alternate.blocks("plain")
-    loops = own_loops(module, pair, min(block, 60))
+    loops = own_loops(module, pair, min(pair.steps, 60))
     forward = module.meter.forward_flops
     tokens = pair.rows * pair.block
     student_flops, teacher_flops = flops.student_flops(forward["student"], tokens), forward["teacher"] * tokens
@@ -170,13 +187,14 @@ def measure(name: str, block: int, num_blocks: int, folder: Path) -> dict[str, A
 
 
 def run_fit(settings: dict[str, Any], callbacks: list[pl.Callback]) -> Any:
-    """`cli.py fit` in this process; returns its module."""
+    """`cli.py fit` in this process; returns its module. With callbacks it saves no checkpoint: of 1.3b it is 16 GB."""
     kept: list[Any] = []
 
     class Observed(cli.SALTCLI):
         def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
             trainer = super().instantiate_trainer(**kwargs)
-            trainer.callbacks.extend(callbacks)  # type: ignore[attr-defined]
+            own: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+            own[:] = [c for c in own if not (callbacks and isinstance(c, RunCheckpoint))] + callbacks
             return trainer
 
         def before_fit(self) -> None:
@@ -196,10 +214,10 @@ def run_fit(settings: dict[str, Any], callbacks: list[pl.Callback]) -> Any:
 def own_loops(module: Any, pair: Pair, steps: int) -> dict[str, float]:
     """Hand-written loops over the same compiled student in the same process, ms a step.
 
-    `hand`: our plain loss, no Lightning. `full_logits`: compiled cross-entropy over all logits at once, or nan
-    where it does not fit.
+    `hand`: our plain loss, no Lightning. `full_logits`: compiled cross-entropy over all logits at once. nan where
+    it does not fit, or fails.
     """
-    device = module.device if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # a fit leaves its module on the CPU
     student = module.student.to(device).train()
     loader = module.trainer.datamodule.train_dataloader()
     loader.start = lambda: 0
@@ -238,7 +256,8 @@ def own_loops(module: Any, pair: Pair, steps: int) -> dict[str, float]:
                 step(batches[number % len(batches)], kind)
             marks.append(mark(device))
             result[f"{kind}_ms"] = statistics.median(spans(marks)[min(10, steps // 3) :])
-        except torch.cuda.OutOfMemoryError:
+        except Exception as error:
+            print(f"{kind}: {named(error)}", file=sys.stderr)
             result[f"{kind}_ms"] = math.nan
     return result
 
@@ -254,50 +273,55 @@ def matrix_rate() -> float:
     return 2 * 8192**3 / (statistics.median(spans(marks)[5:]) / 1e3)
 
 
-def table(results: list[dict[str, Any]]) -> str:
-    rate = matrix_rate() if torch.cuda.is_available() else math.nan
-    lines = [
-        "| size | KD ms | plain ms | KD / plain | FLOP ratio | x ideal | plain / hand loop | plain / full logits |"
-        " MFU of measured rate | loader wait | peak GiB KD / plain |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for r in results:
-        fastest = min(r["plain_ms"], r["full_logits_ms"]) if r["full_logits_ms"] > 0 else r["plain_ms"]
-        ratio = r["kd_ms"] / fastest
-        lines.append(
-            f"| {r['size']} | {r['kd_ms']:.2f} ± {r['kd_interval']:.2f} "
-            f"| {r['plain_ms']:.2f} ± {r['plain_interval']:.2f} "
-            f"| {ratio:.3f} | {r['flop_ratio']:.3f} | {ratio / r['flop_ratio']:.3f} "
-            f"| {r['plain_ms'] / r['hand_ms']:.3f} | {r['plain_ms'] / r['full_logits_ms']:.3f} "
-            f"| {r['student_flops'] / (r['plain_ms'] / 1e3) / rate:.1%} | {r['wait_share']:.2%} "
-            f"| {r['peak_kd_gib']:.2f} / {r['peak_plain_gib']:.2f} |"
-        )
-    card = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    return "\n".join([*lines, "", f"{card}, torch {torch.__version__}, measured matrix rate {rate / 1e12:.0f} TFLOP/s"])
+def line(r: dict[str, Any]) -> str:
+    fastest = min(r["plain_ms"], r["full_logits_ms"]) if r["full_logits_ms"] > 0 else r["plain_ms"]
+    ratio = r["kd_ms"] / fastest
+    return (
+        f"| {r['size']} | {r['kd_ms']:.2f} ± {r['kd_interval']:.2f} "
+        f"| {r['plain_ms']:.2f} ± {r['plain_interval']:.2f} "
+        f"| {ratio:.3f} | {r['flop_ratio']:.3f} | {ratio / r['flop_ratio']:.3f} "
+        f"| {r['plain_ms'] / r['hand_ms']:.3f} | {r['plain_ms'] / r['full_logits_ms']:.3f} "
+        f"| {r['student_flops'] / (r['plain_ms'] / 1e3) / r['rate']:.1%} of {r['rate'] / 1e12:.0f} "
+        f"| {r['wait_share']:.2%} | {r['peak_kd_gib']:.2f} / {r['peak_plain_gib']:.2f} |"
+    )
+
+
+def line_of(size: str, folder: Path, left_s: float) -> str:
+    """Of a process of its own: the memory of one size must not stay for the next."""
+    target = folder / f"{size}.json"
+    command = [sys.executable, __file__, "--sizes", size, "--json", str(target)]
+    try:
+        subprocess.run(command, check=True, stdout=sys.stderr, timeout=left_s)
+    except subprocess.TimeoutExpired:
+        return f"| {size} | left out: the deadline has passed |"
+    except subprocess.CalledProcessError as error:
+        return f"| {size} | FAILED with exit code {error.returncode} |"
+    return line(json.loads(target.read_text()))
 
 
 def main() -> None:
+    start = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", nargs="+", choices=PAIRS, default=["124m", "350m", "1.3b"])
+    parser.add_argument("--sizes", nargs="+", choices=PAIRS, default=["124m", "350m"])
     parser.add_argument("--tiny", action="store_true", help="a model of a few thousand weights, on any machine")
-    parser.add_argument("--block", type=int, default=100, help="steps of a block")
-    parser.add_argument("--blocks", type=int, default=8, help="blocks, KD and plain in turn")
-    parser.add_argument("--json", type=Path, help="measure one size and write its result here")
+    parser.add_argument("--deadline", type=float, default=480, help="seconds after which what runs is stopped")
+    parser.add_argument("--json", type=Path, help="measure one size and write its result here, beside its files")
     args = parser.parse_args()
-    if args.tiny:
-        args.sizes, args.block, args.blocks = ["tiny"], 6, 4
-    with tempfile.TemporaryDirectory() as folder:
-        if args.json:
-            args.json.write_text(json.dumps(measure(args.sizes[0], args.block, args.blocks, Path(folder))))
-            return
-        results = []
-        for size in args.sizes:  # each in a process of its own: the memory of one must not stay for the next
-            target = Path(folder) / f"{size}.json"
-            command = [sys.executable, __file__, "--sizes", size, "--json", str(target)]
-            command += ["--block", str(args.block), "--blocks", str(args.blocks)]
-            if subprocess.run(command, check=False).returncode == 0:
-                results.append(json.loads(target.read_text()))
-    print(table(results))
+    if args.json:
+        result = measure(args.sizes[0], args.json.parent)
+        result["rate"] = matrix_rate() if torch.cuda.is_available() else math.nan
+        args.json.write_text(json.dumps(result))
+        return
+    print(f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}, torch {torch.__version__}\n")
+    print(
+        "| size | KD ms | plain ms | KD / plain | FLOP ratio | x ideal | plain / hand loop | plain / full logits |"
+        " MFU of the measured matrix rate, TFLOP/s | loader wait | peak GiB KD / plain |\n"
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        flush=True,
+    )
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        for size in ["tiny"] if args.tiny else args.sizes:
+            print(line_of(size, Path(folder), args.deadline - (time.monotonic() - start)), flush=True)
 
 
 if __name__ == "__main__":
