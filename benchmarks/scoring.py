@@ -3,7 +3,9 @@
     python benchmarks/scoring.py                one GPU, under 9 minutes
     python benchmarks/scoring.py --tiny         any CPU, seconds: shows that it runs
 
-The ways alternate, one batch each in turn; figures are medians with the quartiles. Ratios are the claim, not times.
+"Bare" and "plain causal" are sdpa without a mask, which compiled transformers makes even for one document; they have a
+model of their own. The ways alternate, one batch each in turn; figures are medians with the quartiles. Ratios are the
+claim, not times.
 """
 
 from __future__ import annotations
@@ -14,15 +16,19 @@ import math
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from transformers.models.llama import modeling_llama
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from step import mark, sizes, spans, write_text
+from head_loss import named
+from step import mark, save_model, sizes, spans, write_text
 
 from salt_lightning import cli
 from salt_lightning.losses import token_stats
@@ -63,6 +69,7 @@ def in_turn(ways: dict[str, Callable[[], Any]], rounds: int, device: torch.devic
 
 
 def model_of(size: Size, device: torch.device, attention: str | None = None) -> CausalLM:
+    torch.compiler.reset()  # after eight graphs of one function dynamo would compile no more
     config = sizes(*size.model, size.vocab) | {"max_position_embeddings": size.block}
     on_gpu = device.type == "cuda"
     spec = ModelSpec(config=config, attention=attention, dtype="bfloat16" if on_gpu else "float32")
@@ -71,6 +78,15 @@ def model_of(size: Size, device: torch.device, attention: str | None = None) -> 
     if on_gpu:
         lm.backbone.compile(dynamic=False)
     return lm
+
+
+def no_mask(*args: Any, **kwargs: Any) -> None:
+    """Then sdpa is causal by itself. One function, since dynamo compiles anew for another."""
+
+
+def bare_hidden(lm: CausalLM, ids_BT: torch.Tensor) -> torch.Tensor:
+    with patch.object(modeling_llama, "create_causal_mask", no_mask):
+        return lm.backbone(input_ids=ids_BT, use_cache=False).last_hidden_state.flatten(0, 1)
 
 
 def batch_of(size: Size, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -84,24 +100,20 @@ def batch_of(size: Size, device: torch.device) -> tuple[torch.Tensor, torch.Tens
     return ids_BT.to(device), positions_BT.to(device), ids_BT.flatten().roll(-1).to(device)
 
 
-@torch.inference_mode()
 def scoring(size: Size, rounds: int, device: torch.device) -> dict[str, list[float]]:
     """A forward pass to the logits, in chunks and whole, and ours with loss and rank of every label."""
-    lm = model_of(size, device).eval()
+    plain, lm = model_of(size, device, "sdpa").eval(), model_of(size, device).eval()
     ids_BT, positions_BT, labels_N = batch_of(size, device)
-    plain_BT = torch.arange(size.block, device=device).expand_as(ids_BT)
 
-    def chunks(hidden_ND: torch.Tensor, head_VD: torch.Tensor, bias_V: torch.Tensor | None) -> None:
-        for hidden_CD in hidden_ND.split(4096):
-            torch.nn.functional.linear(hidden_CD, head_VD, bias_V)
+    def bare() -> None:
+        for hidden_CD in bare_hidden(plain, ids_BT).split(4096):
+            torch.nn.functional.linear(hidden_CD, plain.head.weight)
 
-    return in_turn(
-        {
-            "bare": lambda: lm(ids_BT, plain_BT, then=chunks),
-            "score": lambda: lm(ids_BT, positions_BT, then=lambda h, w, b: token_stats(h, w, labels_N, b)),
-        },
-        rounds, device,
-    )  # fmt: skip
+    def score() -> None:
+        lm(ids_BT, positions_BT, then=lambda h, w, b: token_stats(h, w, labels_N, b))
+
+    with torch.inference_mode():
+        return in_turn({"bare": bare, "score": score}, rounds, device)
 
 
 def predict_rate(size: Size, folder: Path) -> float:
@@ -109,19 +121,16 @@ def predict_rate(size: Size, folder: Path) -> float:
     on_gpu = torch.cuda.is_available()
     text = folder / "text.jsonl"
     write_text(text, 25 if size.vocab == 512 else 8000)
-    common = {
+    settings = {
         "data.source": text, "data.cache_dir": folder / "cache", "data.vocab_size": min(8192, size.vocab),
         "data.block_size": size.block, "data.micro_batch_size": size.rows, "model.compile": json.dumps(on_gpu),
         "trainer.precision": "bf16-mixed" if on_gpu else "32-true", "trainer.enable_progress_bar": "false",
-        "trainer.accelerator": "gpu" if on_gpu else "cpu",
+        "trainer.accelerator": "gpu" if on_gpu else "cpu", "run": folder / "score",
+        "model.teacher.path": folder / "teacher",
     }  # fmt: skip
-    teacher = {"run": folder / "teacher", "kd.weight": 0, "trainer.max_steps": 1, "trainer.limit_val_batches": 0,
-               "data.global_batch_size": size.rows, "model.optim.warmup_steps": 0,
-               "model.student.config": json.dumps(sizes(*size.model, size.vocab))}  # fmt: skip
-    score = {"run": folder / "score", "model.teacher.path": folder / "teacher/checkpoints/step-00000001.ckpt"}
-    for verb, own in (("fit", teacher), ("predict", score)):
-        if cli.main([verb, *(f"--{key}={value}" for key, value in {**common, **own}.items())]) != 0:
-            raise SystemExit(1)
+    save_model(size.model, size.vocab, size.block, folder / "teacher")
+    if cli.main(["predict", *(f"--{key}={value}" for key, value in settings.items())]) != 0:
+        raise RuntimeError("predict failed")
     scores = Scores(folder / "score", "--run")
     times = sorted(scores.path(shard).stat().st_mtime for shard in range(scores.scored.num_shards))
     shards = len(times) - 1  # from the end of the first shard, which compiles, to the end of the last
@@ -131,23 +140,52 @@ def predict_rate(size: Size, folder: Path) -> float:
 
 def isolation(size: Size, attention: str | None, rounds: int, device: torch.device) -> dict[str, list[float]]:
     """Forward and backward of a training micro-batch with documents apart, and as one plain causal row."""
-    lm = model_of(size, device, attention).train()
+    plain, lm = model_of(size, device, "sdpa").train(), model_of(size, device, attention).train()
     ids_BT, positions_BT, _ = batch_of(size, device)
-    plain_BT = torch.arange(size.block, device=device).expand_as(ids_BT)
 
-    def step(positions: torch.Tensor) -> None:
-        lm(ids_BT, positions)[0].float().square().mean().backward()
+    def backward(hidden_ND: torch.Tensor) -> None:
+        hidden_ND.float().square().mean().backward()
 
-    def bare() -> None:  # positions not given: transformers takes the plain causal kernel
-        lm.backbone(input_ids=ids_BT, use_cache=False).last_hidden_state.float().square().mean().backward()
-
-    return in_turn({"plain": bare, "one document": lambda: step(plain_BT), "apart": lambda: step(positions_BT)},
-                   rounds, device)  # fmt: skip
+    return in_turn(
+        {
+            "plain": lambda: backward(bare_hidden(plain, ids_BT)),
+            "apart": lambda: backward(lm(ids_BT, positions_BT)[0]),
+        },
+        rounds, device,
+    )  # fmt: skip
 
 
 def cell(ms: list[float]) -> str:
     low, middle, high = statistics.quantiles(ms, n=4)
     return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+
+
+def scoring_rows(name: str, rounds: int, device: torch.device, predict: bool) -> Iterator[str]:
+    size = SIZES[name]
+    ms = scoring(size, rounds, device)
+    share = statistics.median(ms["bare"]) / statistics.median(ms["score"])
+    yield f"| {name} | {cell(ms['bare'])} | {cell(ms['score'])} | {share:.1%} |"
+    if predict:
+        bare_rate = size.rows * size.block / statistics.median(ms["bare"]) * 1e3
+        with tempfile.TemporaryDirectory() as folder:
+            rate = predict_rate(size, Path(folder))
+        yield f"| {name}, `cli.py predict` | | {rate:,.0f} tokens/s | {rate / bare_rate:.1%} |"
+
+
+def isolation_rows(label: str, *measured: Any) -> Iterator[str]:
+    ms = isolation(*measured)
+    cost = statistics.median(ms["apart"]) / statistics.median(ms["plain"]) - 1
+    yield f"| {label} | {cell(ms['plain'])} | {cell(ms['apart'])} | {cost:+.1%} |"
+
+
+def show(label: str, rows: Iterator[str]) -> None:
+    """Rows as they come; what fails (not installed, not for this device) is said, and the others go on."""
+    try:
+        for row in rows:
+            print(row, flush=True)
+    except (Exception, SystemExit) as error:
+        traceback.print_exc()
+        print(f"| {label} | not run: {named(error)} | | |", flush=True)
 
 
 def main() -> None:
@@ -156,30 +194,16 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     names, rounds = (["tiny"], 10) if args.tiny else (["51m", "350m", "1.5b 256K"], 25)
+    print(f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}, torch {torch.__version__}\n")
     print("| teacher | bare forward, ms | with loss and rank, ms | speed of bare |\n|---|---:|---:|---:|")
     for name in names:
-        ms = scoring(SIZES[name], rounds, device)
-        share = statistics.median(ms["bare"]) / statistics.median(ms["score"])
-        print(f"| {name} | {cell(ms['bare'])} | {cell(ms['score'])} | {share:.1%} |", flush=True)
-        bare_rate = SIZES[name].rows * SIZES[name].block / statistics.median(ms["bare"]) * 1e3
-        if name == names[0]:
-            with tempfile.TemporaryDirectory() as folder:
-                rate = predict_rate(SIZES[name], Path(folder))
-            print(f"| {name}, `cli.py predict` | | {rate:,.0f} tokens/s | {rate / bare_rate:.1%} |", flush=True)
+        show(name, scoring_rows(name, rounds, device, predict=name == names[0]))
     print("\n| student, attention | plain causal, ms | documents apart, ms | cost |\n|---|---:|---:|---:|")
-    on_gpu_alone = ("flex_attention", "flash_attention_2") if device.type == "cuda" else ()
+    on_gpu_alone = ("sdpa", "flex_attention", "flash_attention_2") if device.type == "cuda" else ()
     for attention in (None, *on_gpu_alone):
         for name in names[:2]:
-            label = f"{name}, {attention or 'sdpa'}"
-            try:
-                ms = isolation(SIZES[name], attention, rounds, device)
-            except Exception as error:  # not installed, or not for this device: said, not hidden
-                print(f"| {label} | | not run: {str(error).splitlines()[0][:80]} | |", flush=True)
-                continue
-            cost = statistics.median(ms["apart"]) / statistics.median(ms["plain"]) - 1
-            print(f"| {label} | {cell(ms['plain'])} | {cell(ms['apart'])} | {cost:+.1%} |", flush=True)
-    card = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    print(f"\n{card}, torch {torch.__version__}")
+            label = f"{name}, {attention or 'default'}"
+            show(label, isolation_rows(label, SIZES[name], attention, rounds, device))
 
 
 if __name__ == "__main__":

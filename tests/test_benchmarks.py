@@ -39,7 +39,7 @@ def test_scoring():
     out = run("scoring.py")
     assert re.search(r"^\| tiny \| [\d.]+ \(.*\| [\d.]+% \|$", out, re.M)
     assert re.search(r"^\| tiny, `cli.py predict` \|", out, re.M)
-    assert re.search(r"^\| tiny, sdpa \| [\d.]+ \(.*\| [+-][\d.]+% \|$", out, re.M)
+    assert re.search(r"^\| tiny, default \| [\d.]+ \(.*\| [+-][\d.]+% \|$", out, re.M)
 
 
 def test_memory():
