@@ -24,6 +24,8 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from lightning.pytorch.plugins import HalfPrecision
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from transformers.models.llama import modeling_llama
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -31,8 +33,10 @@ from head_loss import named
 from step import mark, save_model, sizes, spans, write_text
 
 from salt_lightning import cli
+from salt_lightning.attention import pack
 from salt_lightning.losses import token_stats
 from salt_lightning.models import CausalLM, build_fresh
+from salt_lightning.rows import document_borders
 from salt_lightning.scores import Scores
 from salt_lightning.spec import ModelSpec
 
@@ -75,6 +79,7 @@ def model_of(size: Size, device: torch.device, attention: str | None = None) -> 
     spec = ModelSpec(config=config, attention=attention, dtype="bfloat16" if on_gpu else "float32")
     lm = CausalLM(build_fresh(spec, None, 0).to(device), "teacher")
     lm.check()
+    pack(lm, attention, SingleDeviceStrategy(device, precision_plugin=HalfPrecision("bf16-true")))
     if on_gpu:
         lm.backbone.compile(dynamic=False)
     return lm
@@ -89,28 +94,29 @@ def bare_hidden(lm: CausalLM, ids_BT: torch.Tensor) -> torch.Tensor:
         return lm.backbone(input_ids=ids_BT, use_cache=False).last_hidden_state.flatten(0, 1)
 
 
-def batch_of(size: Size, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Token ids, positions that start anew about every 400 tokens, labels."""
+def batch_of(size: Size, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Token ids, positions that start anew about every 400 tokens, labels, where documents begin."""
     generator = torch.Generator().manual_seed(0)
     ids_BT = torch.randint(size.vocab, (size.rows, size.block), generator=generator)
     starts_BT = torch.rand(ids_BT.shape, generator=generator) < 1 / 400
     starts_BT[:, 0] = True
     index_BT = torch.arange(size.block).expand_as(ids_BT)
     positions_BT = index_BT - torch.where(starts_BT, index_BT, 0).cummax(1).values
-    return ids_BT.to(device), positions_BT.to(device), ids_BT.flatten().roll(-1).to(device)
+    cu_seqlens = torch.from_numpy(document_borders(positions_BT.numpy()))
+    return ids_BT.to(device), positions_BT.to(device), ids_BT.flatten().roll(-1).to(device), cu_seqlens.to(device)
 
 
 def scoring(size: Size, rounds: int, device: torch.device) -> dict[str, list[float]]:
     """A forward pass to the logits, in chunks and whole, and ours with loss and rank of every label."""
     plain, lm = model_of(size, device, "sdpa").eval(), model_of(size, device).eval()
-    ids_BT, positions_BT, labels_N = batch_of(size, device)
+    ids_BT, positions_BT, labels_N, cu_seqlens = batch_of(size, device)
 
     def bare() -> None:
         for hidden_CD in bare_hidden(plain, ids_BT).split(4096):
             torch.nn.functional.linear(hidden_CD, plain.head.weight)
 
     def score() -> None:
-        lm(ids_BT, positions_BT, then=lambda h, w, b: token_stats(h, w, labels_N, b))
+        lm(ids_BT, positions_BT, lambda h, w, b: token_stats(h, w, labels_N, b), cu_seqlens)
 
     with torch.inference_mode():
         return in_turn({"bare": bare, "score": score}, rounds, device)
@@ -141,7 +147,7 @@ def predict_rate(size: Size, folder: Path) -> float:
 def isolation(size: Size, attention: str | None, rounds: int, device: torch.device) -> dict[str, list[float]]:
     """Forward and backward of a training micro-batch with documents apart, and as one plain causal row."""
     plain, lm = model_of(size, device, "sdpa").train(), model_of(size, device, attention).train()
-    ids_BT, positions_BT, _ = batch_of(size, device)
+    ids_BT, positions_BT, _, cu_seqlens = batch_of(size, device)
 
     def backward(hidden_ND: torch.Tensor) -> None:
         hidden_ND.float().square().mean().backward()
@@ -149,7 +155,7 @@ def isolation(size: Size, attention: str | None, rounds: int, device: torch.devi
     return in_turn(
         {
             "plain": lambda: backward(bare_hidden(plain, ids_BT)),
-            "apart": lambda: backward(lm(ids_BT, positions_BT)[0]),
+            "apart": lambda: backward(lm(ids_BT, positions_BT, cu_seqlens=cu_seqlens)[0]),
         },
         rounds, device,
     )  # fmt: skip

@@ -37,6 +37,7 @@ from salt_lightning.models import build_fresh
 from salt_lightning.spec import ModelSpec
 
 BLOCKS = 8  # KD and plain in turn
+T_975 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36)  # of 1, 2 ... degrees of freedom
 
 
 @dataclass(frozen=True)
@@ -130,8 +131,9 @@ def spans(marks: list[Any]) -> list[float]:
 
 
 def interval(blocks: list[float]) -> float:
-    """Half width of the 95% interval of the mean of blocks (normal approximation)."""
-    return 1.96 * statistics.stdev(blocks) / math.sqrt(len(blocks)) if len(blocks) > 1 else math.nan
+    """Half width of the 95% interval of the mean of blocks, by Student's t."""
+    freedom = min(len(blocks) - 1, len(T_975))
+    return T_975[freedom - 1] * statistics.stdev(blocks) / math.sqrt(len(blocks)) if freedom else math.nan
 
 
 def write_text(path: Path, num_documents: int) -> None:
@@ -232,16 +234,16 @@ def own_loops(module: Any, pair: Pair, steps: int) -> dict[str, float]:
 
     def step(batch: dict[str, Any], kind: str) -> None:
         labels_N = batch["labels"].flatten()
+
+        def hand(h: Any, w: Any, b: Any) -> Any:
+            return module._loss(h, w, labels_N).loss
+
+        def full_logits(h: Any, w: Any, b: Any) -> Any:
+            return full(h.to(torch.bfloat16) if device.type == "cuda" else h, w, labels_N)
+
+        then = hand if kind == "hand" else full_logits
         with mixed:
-            if kind == "hand":
-                loss = student(
-                    batch["input_ids"], batch["positions"], then=lambda h, w, b: module._loss(h, w, labels_N).loss
-                )
-            else:
-                loss = student(
-                    batch["input_ids"], batch["positions"],
-                    then=lambda h, w, b: full(h.to(torch.bfloat16) if device.type == "cuda" else h, w, labels_N),
-                )  # fmt: skip
+            loss = student(batch["input_ids"], batch["positions"], then, batch["cu_seqlens"])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()

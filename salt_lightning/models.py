@@ -17,6 +17,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.utils import cached_file
 
 from salt_lightning import folders, shards
@@ -386,7 +387,7 @@ def _load_checkpoint(spec: ModelSpec, name: str, dtype: torch.dtype, empty: bool
     saved = ModelSpec.of(checkpoint["hyper_parameters"]["student"])
     prefix = "student.model."
     config = AutoConfig.for_model(saved.family, **saved.config)
-    with torch.device("meta") if empty else nullcontext():
+    with torch.device("meta") if empty else no_init_weights():  # random ones take longer than the file
         model = from_config(config, dtype=dtype, attn_implementation=spec.attention)
     if not empty:
         require_undamaged(str(spec.path), f"--model.{name}.path")

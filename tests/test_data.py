@@ -367,7 +367,7 @@ def test_wait_counts_the_loading_and_not_the_training():
     class Slow:
         def __getitem__(self, index):
             time.sleep(0.02)
-            return {"rows": np.array([index])}
+            return {"rows": np.array([index]), "positions": np.zeros((1, 1), np.int64)}
 
     loader = Loader(Slow(), 5, lambda: 2)
     for batch in loader:
