@@ -292,6 +292,7 @@ class Study:
         }
         if self.size.long_teacher:
             rows |= {"long-teacher": {**salt, **long}, "long-teacher-more-kd": {**salt, **more, **long}}
+            rows["long-teacher-rkd"] = {**salt, **long, "kd.steps": None}
         return rows
 
     @staticmethod

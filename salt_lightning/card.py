@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from salt_lightning import report
-from salt_lightning.compare import scoring_flops
+from salt_lightning.lineage import scoring_flops
 from salt_lightning.meter import Totals
 from salt_lightning.runlog import Run
 from salt_lightning.schedule import KDSchedule, trained_schedule

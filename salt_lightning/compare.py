@@ -5,20 +5,17 @@ NaN stands for "not known" in every number here; it shows as '-' and is null in 
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import re
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from salt_lightning import report
+from salt_lightning import lineage, report
 from salt_lightning.errors import ConfigError, VerbParser
-from salt_lightning.runlog import AXES, Run, read_run
+from salt_lightning.runlog import AXES, Run
 
 
 @dataclass(frozen=True)
@@ -121,7 +118,7 @@ def compare(runs: list[Path], out: Path, baseline: str | None = None) -> Compari
         ConfigError: a path that is no folder, no run that logged something, or a baseline that is not among these.
     """
     folders = list({os.path.abspath(path): Path(os.path.normpath(path)) for path in runs}.values())
-    loaded = [read_run(path, name) for path, name in zip(folders, _names(folders), strict=True)]
+    loaded = [lineage.read(path, name) for path, name in zip(folders, _names(folders), strict=True)]
     comparison = evaluate(loaded, baseline)
     out.mkdir(parents=True, exist_ok=True)
     link = "\n![Validation CE over steps and over FLOPs](compare.png)\n"
@@ -149,7 +146,7 @@ def evaluate(runs: list[Run], baseline: str | None = None) -> Comparison:
             f"compare: RUN {paths}: no TensorBoard event file with a value in it{why}; give a run's own folder, e.g. "
             "runs/demo/salt"
         )
-    teacher_of = {run.name: _teacher_run(run, runs) for run in runs}
+    teacher_of = {run.name: lineage.teacher_run(run, runs) for run in runs}
     teachers = {teacher.name for teacher in teacher_of.values() if teacher is not None}
     students = [run for run in runs if run.name not in teachers] or runs
     named = None if baseline is None else _named(runs, baseline)
@@ -177,6 +174,17 @@ def evaluate(runs: list[Run], baseline: str | None = None) -> Comparison:
         for run in runs
         if run.name in repeated
     ]
+    notes += [
+        f"{run.name} has no log before step {run.began}, and the run that it went on from is not found: where it "
+        "reaches a loss may not be known"
+        for run in runs
+        if run.began > 0
+    ]
+    notes += [
+        f"{run.name} began with the weights of {run.config['model.student.path']}: what those took is not counted"
+        for run in runs
+        if run.config.get("model.student.path")
+    ]
     notes += [f"{run.name} has no config.yaml: its method is not known" for run in runs if not run.config]
     equal = _equal_points(students)
     groups = _groups(students, {row.run: row for row in rows}, reference.variant, seeds)
@@ -185,35 +193,6 @@ def evaluate(runs: list[Run], baseline: str | None = None) -> Comparison:
         done = [run.name for run in students if run.name in group.runs and run.finished]
         group.equal = {axis: [ce[name] for name in done if name in ce] for axis, (_, ce) in equal.items()}
     return Comparison(reference.name, goal.ce, rows, groups, equal, notes, runs)
-
-
-def _teacher_run(run: Run, runs: list[Run]) -> Run | None:
-    """The given run in whose folder the teacher lies."""
-    path = run.config.get("model.teacher.path")
-    if not path:
-        return None
-    places = _places(run, str(path))
-    others = [other for other in runs if other is not run]
-    return next((o for o in others if any(p.resolve().is_relative_to(o.path.resolve()) for p in places)), None)
-
-
-def _places(run: Run, path: str) -> list[Path]:
-    """Where a path of a run's settings may lie: a relative one may count from any parent."""
-    return [Path(os.path.normpath(base / path)) for base in (Path.cwd(), *run.path.absolute().parents)]
-
-
-def scoring_flops(run: Run) -> float:
-    """FLOPs of the predict run that `data.selection` names; NaN without a selection, or where it is gone."""
-    return float(_scoring(run).get("scoring_flops", math.nan))
-
-
-def _scoring(run: Run) -> dict[str, Any]:
-    for place in _places(run, str(run.config.get("data.selection") or "")):
-        manifest = place / "scores.json" if place.is_dir() else place
-        if run.selected and manifest.is_file() and manifest.name == "scores.json":
-            with suppress(json.JSONDecodeError):
-                return json.loads(manifest.read_text())
-    return {}
 
 
 def _named(runs: list[Run], baseline: str) -> Run:
@@ -243,7 +222,9 @@ def _repeated(students: list[Run], named: Run | None) -> dict[str, str]:
     """
     repeated: dict[str, str] = {}
     firsts: list[Run] = []
-    for run in sorted((run for run in students if run.seeds), key=lambda run: (run is not named, not run.finished)):
+    for run in sorted(
+        (run for run in students if run.seeds), key=lambda run: (run is not named, not run.finished, run.began)
+    ):
         first = next((other for other in firsts if (other.seeds, other.variant) == (run.seeds, run.variant)), None)
         if first is None:
             firsts.append(run)
@@ -296,12 +277,14 @@ def _other_tokens(students: list[Run], reference: Run) -> list[str]:
 def _row(run: Run, method: str, teacher: Run | None, goal: Goal) -> Row:
     ce, done = run.val_ce, run.steps_done
     reached = first_reach(ce.steps, ce.values, goal.ce)
+    if run.began > 0 and reached == ce.steps[0]:
+        reached = math.nan  # perhaps before
     reached_flops = math.nan if math.isnan(reached) else run.flops(reached)
     reached_s = math.nan if math.isnan(reached) else run.total("train/time_s", reached)
-    taught = 0 if teacher is None else _teacher_steps(run, teacher)
-    training_flops = math.nan if teacher is None else teacher.flops(taught)
+    taught = 0 if teacher is None else lineage.taught_steps(run, teacher)
+    training_flops = lineage.card_flops(run) if teacher is None else teacher.flops(taught)
     training_s = math.nan if teacher is None else teacher.total("train/time_s", taught)
-    scoring_s = float(_scoring(run).get("scoring_s", math.nan))
+    scoring_s = float(lineage.scoring(run).get("scoring_s", math.nan))
     return Row(
         run=run.name,
         method=method,
@@ -317,7 +300,9 @@ def _row(run: Run, method: str, teacher: Run | None, goal: Goal) -> Row:
         reached_step=reached,
         reached_steps_share=reached / goal.steps,
         reached_flops_share=reached_flops / goal.flops,
-        reached_flops_share_with_teacher_training=(reached_flops + _besides(run, training_flops, scoring_flops(run)))
+        reached_flops_share_with_teacher_training=(
+            reached_flops + _besides(run, training_flops, lineage.scoring_flops(run))
+        )
         / goal.flops,
         reached_seconds_share=reached_s / goal.seconds,
         reached_seconds_share_with_teacher_training=(reached_s + _besides(run, training_s, scoring_s)) / goal.seconds,
@@ -327,16 +312,10 @@ def _row(run: Run, method: str, teacher: Run | None, goal: Goal) -> Row:
         teacher_flops=run.total("train/flops_teacher_total", done),
         teacher_training_flops=training_flops,
         teacher_training_seconds=training_s,
-        scoring_flops=scoring_flops(run),
+        scoring_flops=lineage.scoring_flops(run),
         scoring_seconds=scoring_s,
         last={tag: run.last(tag) for tag in sorted(run.curves) if not tag.startswith("train/")},
     )
-
-
-def _teacher_steps(run: Run, teacher: Run) -> int:
-    """Optimizer steps of the checkpoint that teaches, which its name tells; an exported one is taken for the last."""
-    named = re.search(r"step-(\d+)\.ckpt$", str(run.config["model.teacher.path"]).rstrip("/"))
-    return min(int(named[1]), teacher.steps_done) if named else teacher.steps_done
 
 
 def _besides(run: Run, training: float, scoring: float) -> float:

@@ -389,6 +389,7 @@ def _load_checkpoint(spec: ModelSpec, name: str, dtype: torch.dtype, empty: bool
     config = AutoConfig.for_model(saved.family, **saved.config)
     with torch.device("meta") if empty else no_init_weights():  # random ones take longer than the file
         model = from_config(config, dtype=dtype, attn_implementation=spec.attention)
+    model.tie_weights()  # which goes with drawing them
     if not empty:
         require_undamaged(str(spec.path), f"--model.{name}.path")
         weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}

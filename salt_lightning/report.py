@@ -55,7 +55,9 @@ def table(columns: dict[str, list[str]], text: tuple[str, ...] = ()) -> str:
 def markdown(comparison: Comparison) -> str:
     """The whole report: runs, seeds, equal points, changed settings."""
     final = number(comparison.reference_val_ce, ".4f")
-    reference = f"Reference: {comparison.reference}, final validation CE {final}."
+    seeds = next((g.n for g in comparison.groups if comparison.reference in g.runs), 1)
+    whose = f"mean of the {seeds} seeds of {comparison.reference}" if seeds > 1 else comparison.reference
+    reference = f"Reference: {whose}, final validation CE {final}."
     parts = [
         "# Comparison",
         "\n".join([reference, *(f"Note: {note}." for note in comparison.notes)]),
@@ -237,7 +239,7 @@ def figure(comparison: Comparison) -> Figure:
 
     A dashed line of its colour marks where a teacher leaves, a dot where a run reaches the reference.
     """
-    fig = Figure(figsize=(10, 4.2), layout="constrained")
+    fig = Figure(figsize=(12, 4.2), layout="constrained")
     axes = fig.subplots(1, 2, sharey=True)
     runs = [run for run in comparison.runs if any(run.name in group.runs for group in comparison.groups)]
     validated = [run for run in runs if len(run.val_ce.steps)]
@@ -252,8 +254,14 @@ def figure(comparison: Comparison) -> Figure:
     axes[0].set_ylabel("validation CE (nats per token)")
     if validated:
         axes[0].set_ylim(*_shown_range(validated))
-        axes[0].legend(
-            framealpha=0.9, edgecolor="none", loc="upper right", title="final validation CE", alignment="left"
+        legend = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
+        fig.legend(
+            list(legend.values()),
+            list(legend),
+            loc="outside right upper",  # over no curve
+            title="final validation CE",
+            alignment="left",
+            frameon=False,
         )
     return fig
 
@@ -267,12 +275,12 @@ def _panel(ax: Axes, comparison: Comparison, axis: str, divisor: float) -> None:
     level = comparison.reference_val_ce
     ax.axhline(level, color=REFERENCE_COLOUR, lw=0.6)
     colours = iter(COLOURS * len(comparison.groups))
+    width = 1.0 if any(len(group.runs) > 1 for group in comparison.groups) else 2.0
     for group in comparison.groups:
         is_reference = comparison.reference in group.runs
         colour = REFERENCE_COLOUR if is_reference else next(colours)
         label = f"{group.label}  {number(group.mean, '.3f')}" + (f"  (n = {group.n})" if group.n > 1 else "")
         for run in (runs[name] for name in group.runs):
-            width = 2.0 if len(group.runs) == 1 else 0.9
             ax.plot(x_of(run, run.val_ce.steps), run.val_ce.values, color=colour, lw=width, label=label)
             label = "_"  # one entry of the legend for all seeds
             row = rows[run.name]

@@ -88,7 +88,8 @@ class Run:
         order = self.config.get("data.keep.order", "highest")
         which = f", {order} rows" if self.selected and order != "highest" else ""
         if self.kd_steps == 0:
-            return f"selection without KD{which}" if self.selected else "BASELINE"
+            plain = "CONTINUED" if self.config.get("model.student.path") else "BASELINE"
+            return f"selection without KD{which}" if self.selected else plain
         if (margin := self.config.get("kd.stop_margin")) is not None:
             shape += f", margin {margin:g}"
         elif self.kd_steps >= (self.max_steps or math.inf) and shape == "step":
@@ -98,6 +99,12 @@ class Run:
     @property
     def steps_done(self) -> int:
         return max((int(c.steps[-1]) for tag, c in self.curves.items() if not tag.startswith("test/")), default=0)
+
+    @property
+    def began(self) -> int:
+        """The step from which on it has a log, which has the first step: 0, unless it went on in another folder."""
+        first = self.curves.get("train/tokens") if self.config.get("ckpt_path") else None
+        return 0 if first is None or first.steps[0] <= 1 else int(first.steps[0]) - 1
 
     @property
     def running(self) -> bool:

@@ -48,13 +48,14 @@ def settings(path, teacher=None, weight=0.0, kd_steps=None, **overrides):
     return tree
 
 
-def write_run(path, ce, steps=STEPS, log_every=10, student=10, **config):
+def write_run(path, ce, steps=STEPS, log_every=10, student=10, after=0, **config):
+    """With `after`, the log of a run that went on from another's checkpoint of that step."""
     path.mkdir(parents=True)
     tree = settings(path, **config)
     (path / "config.yaml").write_text(yaml.safe_dump(tree))
     taught = 0 if not tree["model"]["teacher"]["path"] else tree["kd"]["steps"] or STEPS
     with SummaryWriter(str(path)) as writer:
-        for step in range(log_every, steps + 1, log_every):
+        for step in range(after + log_every, steps + 1, log_every):
             writer.add_scalar("train/tokens", 2 * step, step)
             writer.add_scalar("train/time_s", 0.5 * step, step)
             writer.add_scalar("train/teacher_time_s", 0.125 * min(step, taught), step)
@@ -642,3 +643,70 @@ def test_the_figure_shows_curves_boundary_and_the_point_of_reach(three):
 )
 def test_flop_unit(flops, unit):
     assert report.flop_unit(flops)[1] == unit
+
+
+@pytest.fixture
+def branch(tmp_path):
+    """The trunk; a branch of it from step 100 on; a branch of that from step 200 on."""
+    write_run(tmp_path / "trunk", {100: 5.0, 200: 4.5}, log_every=1)  # the first step is always logged
+    write_run(tmp_path / "branch", {200: 4.25, 300: 4.0}, after=100, ckpt_path="trunk/checkpoints/step-00000100.ckpt")
+    last = "branch/checkpoints/step-00000200.ckpt"
+    return write_run(tmp_path / "twig", {300: 3.5}, after=200, ckpt_path=last)
+
+
+def test_a_branch_in_a_folder_of_its_own_has_the_log_of_what_it_went_on_from(branch, tmp_path):
+    whole = write_run(tmp_path / "whole", {100: 5.0, 200: 4.25, 300: 3.5})
+    level = write_run(tmp_path / "level", {100: 5.0, 200: 4.75, 300: 4.5})
+    found = compare([level, branch, whole], tmp_path / "out")
+    _, twig, never_stopped = found.rows
+    assert twig.reached_step == never_stopped.reached_step == pytest.approx(100 + 100 * 0.5 / 0.75)
+    assert twig.reached_flops_share == never_stopped.reached_flops_share
+    assert [len(run.val_ce.steps) for run in found.runs] == [3, 3, 3]
+    assert "no log before" not in str(found.notes)
+
+
+def test_where_a_branch_reaches_a_loss_is_not_made_up(branch, tmp_path):
+    """What it went on from is gone: at its first validation it is below the level, perhaps since long."""
+    (tmp_path / "branch").rename(tmp_path / "moved")
+    level = write_run(tmp_path / "level", {100: 5.0, 200: 4.75, 300: 4.5})
+    found = compare([level, branch], tmp_path / "out")
+    assert math.isnan(found.rows[1].reached_step)
+    assert math.isnan(found.rows[1].reached_flops_share)
+    assert "twig has no log before step 209, and the run that it went on from is not found" in str(found.notes)
+
+
+def test_a_run_that_began_with_weights_is_no_baseline(tmp_path):
+    on = write_run(tmp_path / "on", SALT, **{"model.student.path": "models/salt"})
+    found = evaluate(load([on, write_run(tmp_path / "baseline", BASELINE)]))
+    assert found.reference == "baseline"
+    assert [row.method for row in found.rows] == ["CONTINUED", "BASELINE"]
+    assert "on began with the weights of models/salt: what those took is not counted" in found.notes
+
+
+def test_a_teacher_exported_by_its_run_is_known_with_its_cost(tmp_path):
+    teacher = write_run(tmp_path / "teacher", BASELINE, **{"checkpoint.export": "models/teacher"})
+    salt = write_run(tmp_path / "salt", SALT, teacher="models/teacher", weight=0.5, kd_steps=60)
+    rows = evaluate(load([teacher, salt, write_run(tmp_path / "baseline", BASELINE)])).rows
+    assert [row.method for row in rows] == ["TEACHER", "SALT step", "BASELINE"]
+    assert rows[1].teacher_training_flops == 3000
+
+
+@pytest.mark.parametrize(
+    ("said", "flops"),
+    [
+        ("- FLOPs of the student: 1.5 TFLOP\n- FLOPs of the teacher: 250 GFLOP, its own training apart\n", 1.75e12),
+        ("- FLOPs of the student: not known\n- FLOPs of the teacher: 0 FLOP\n", math.nan),
+        ("a model\n", math.nan),
+    ],
+)
+def test_the_card_of_an_exported_teacher_tells_its_cost(tmp_path, said, flops):
+    (tmp_path / "models/teacher").mkdir(parents=True)
+    (tmp_path / "models/teacher/README.md").write_text(f"# x\n{said}- FLOPs of scoring: 0 FLOP\n")
+    salt = write_run(tmp_path / "salt", SALT, teacher="models/teacher", weight=0.5, kd_steps=60)
+    (row,) = evaluate(load([salt])).rows
+    assert row.teacher_training_flops == pytest.approx(flops, nan_ok=True)
+
+
+def test_a_reference_of_several_seeds_is_said_to_be_a_mean(tmp_path):
+    runs = [write_run(tmp_path / f"s{seed}", BASELINE, seed_everything=seed) for seed in (0, 1)]
+    assert "Reference: mean of the 2 seeds of s0, final" in report.markdown(evaluate(load(runs)))

@@ -297,3 +297,14 @@ def test_the_attention_asked_for_is_the_one_used(teacher, tmp_path):
     loaded = [load_pretrained(ModelSpec(path=path, attention="eager"), "teacher", torch.float32) for path in paths]
     assert [model.config._attn_implementation for model in (fresh, *loaded)] == ["eager"] * 3
     assert lm.model.config._attn_implementation == "sdpa"  # the premise: not what they would take anyway
+
+
+def test_a_checkpoint_is_loaded_without_drawing_weights_and_tied_as_it_was(teacher):
+    before = torch.random.get_rng_state()
+    model = load_pretrained(ModelSpec(path=teacher), "teacher", torch.float32)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert model.config.tie_word_embeddings
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    saved = torch.load(teacher, weights_only=True)["state_dict"]
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, saved[f"student.model.{name}"])

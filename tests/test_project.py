@@ -29,6 +29,7 @@ LAYERS = [  # a file imports from files of earlier layers alone
     },
     {"settings", "shards", "token_files", "triton_rows"},
     {"difficulty", "documents", "event_log", "losses", "report", "rows", "spec"},
+    {"lineage"},
     {"compare", "example_rows", "models", "parse", "probe", "selection"},
     {"schedule"},
     {"cadence", "card", "parallel", "score_report", "tokenizer"},
