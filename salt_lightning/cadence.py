@@ -17,7 +17,7 @@ def set_cadence(trainer: Trainer, accumulation: int, global_batch: int) -> None:
     """Gives the trainer its accumulation, and its interval of validation in micro-batches.
 
     Raises:
-        ConfigError: it has an accumulation of its own, or no length.
+        ConfigError: it has an accumulation or a limit of its own, or no length.
     """
     accumulate, interval = _CADENCE.setdefault(
         trainer, (trainer.accumulate_grad_batches, getattr(trainer, "val_check_interval", None))
@@ -29,6 +29,11 @@ def set_cadence(trainer: Trainer, accumulation: int, global_batch: int) -> None:
         )
     if trainer.max_steps < 1:
         raise ConfigError(f"--trainer.max_steps: {trainer.max_steps} is no length of a run; give optimizer steps")
+    if trainer.limit_train_batches != 1.0:
+        raise ConfigError(
+            f"--trainer.limit_train_batches {trainer.limit_train_batches}, also set by overfit_batches and "
+            "fast_dev_run, counts micro-batches and would cut steps short; use max_steps, or a small --data.source"
+        )
     trainer.accumulate_grad_batches = accumulation
     if interval is not None:
         trainer.val_check_interval, trainer.check_val_every_n_epoch = validation_cadence(

@@ -4,6 +4,7 @@ Text becomes token files once (documents.py, tokenizer.py, prepare.py); rows.py 
 orders them.
 """
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -284,6 +285,9 @@ class SALTDataModule(LightningDataModule):
             held_out = "test_source" if test_apart else "val_source" if self.val_source else "source"
             self._eval = self._open(held_out, "val")
             self.source_names = self._eval.files.manifest["sources"]
+            read, there = len(self._eval_rows()), self._eval.num_rows
+            if read < there and stage in ("validate", "test"):
+                rank_zero_info(f"data: {read} of {there} rows are looked at; all of them: --data.val_rows null")
             if self.difficulty:
                 self._thirds_D = read_thirds(Path(self.difficulty), "--data.difficulty", self.held_out, stage or "fit")
         if stage in (None, "fit"):
@@ -452,5 +456,7 @@ class SALTDataModule(LightningDataModule):
         return counts_nll(self._train.files.tokens, labels_N[labels_N != IGNORE].numpy())
 
 
-def _entries(source: str | list[str] | None) -> list[str]:
-    return [source] if isinstance(source, str) and source else list(source or [])
+def _entries(source: Any) -> list[str]:
+    """One or several, strings or paths."""
+    several = source if isinstance(source, list | tuple) else [source] if source else []
+    return [os.fspath(entry) for entry in several]

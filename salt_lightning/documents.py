@@ -216,6 +216,8 @@ def _folder_files(setting: str, folder: str, hub: Hub) -> list[str]:
     ]
     if all(_kind(file) == "text" for file in found):
         return sorted(found)
+    if any(file.endswith(".arrow") for file in found):
+        raise ConfigError(f"{setting}: {folder} holds Arrow files, which are not read; write it by Dataset.to_parquet")
     try:
         splits: dict = datasets.load_dataset_builder(folder, hub.subset).config.data_files or {}
     except Exception as error:

@@ -58,17 +58,24 @@ class TokenMetrics(Metric):
         self.add_state("bytes_S", zeros_S.clone(), dist_reduce_fx="sum")
 
     def update(
-        self, nll_N: Tensor, rank_N: Tensor, sources_N: Tensor, bytes_N: Tensor, thirds_N: Tensor | None = None
+        self,
+        nll_N: Tensor,
+        rank_N: Tensor,
+        sources_N: Tensor | None = None,
+        bytes_N: Tensor | None = None,
+        thirds_N: Tensor | None = None,
     ) -> None:
         """Add a batch.
 
         Args:
             nll_N: -log p(label), nats (`losses.token_stats`).
             rank_N: number of logits strictly above the label's; -1 marks an ignored position.
-            sources_N: int64, the number of each position's source.
-            bytes_N: int64, UTF-8 bytes of each position's label; 0 for special tokens.
+            sources_N: int64, the number of each position's source. None: the first.
+            bytes_N: int64, UTF-8 bytes of each position's label; 0 for special tokens. None: not known.
             thirds_N: int64, 0 easy, 1 medium, 2 hard, -1 not known; where the metric has thirds.
         """
+        nothing_N = torch.zeros_like(rank_N)
+        sources_N, bytes_N = (nothing_N if given is None else given for given in (sources_N, bytes_N))
         groups = [(sources_N, 0)] if thirds_N is None else [(sources_N, 0), (thirds_N, len(self.sources))]
         for group_N, first in groups:
             valid_N = (rank_N >= 0) & (group_N >= 0)

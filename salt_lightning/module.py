@@ -295,7 +295,7 @@ class SALTModule(pl.LightningModule):
         super().optimizer_step(*args, **kwargs)
         # Here, not in on_train_batch_end: callbacks come before that, and a save must not precede its step's log.
         step, every = self.global_step + 1, self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if step == 1 or step % every == 0 or step == self.trainer.max_steps:
+        if step == 1 or (every and step % every == 0) or step == self.trainer.max_steps:
             self._log_step(step)
 
     # --------------------------------------------------------------- logging
@@ -369,7 +369,7 @@ class SALTModule(pl.LightningModule):
     def predict_step(self, batch: Batch, batch_idx: int) -> Batch:
         """The teacher's loss and rank of every label, B x T; -1 is the rank of a position without label."""
         if self.teacher is None:
-            raise ConfigError("predict scores with the teacher: add Trainer(callbacks=[ScoreWriter()])")
+            raise ConfigError("predict scores with the teacher: add a salt_lightning.scoring.ScoreWriter")
         labels_BT = batch["labels"]
         stats = partial(self._label_stats, labels_BT.flatten())
         nll_N, rank_N = self.teacher(batch["input_ids"], batch["positions"], stats, batch.get("cu_seqlens"))

@@ -63,7 +63,9 @@ class OptimSpec:
             raise ConfigError("; ".join(wrong))
 
     def check(self, max_steps: int) -> None:
-        """Raises ConfigError where warm-up and decay do not fit into the run."""
+        """Raises ConfigError where warm-up and decay do not fit into the run, or that has no length."""
+        if max_steps < 1:
+            raise ConfigError(f"--trainer.max_steps {max_steps}: the learning rate needs the run's length in steps")
         decay_steps = self.decay_steps or 0
         if self.warmup_steps + decay_steps > max_steps:
             raise ConfigError(
@@ -123,6 +125,11 @@ class OptimSpec:
     def write(self, optimizer: torch.optim.Optimizer, step: int, max_steps: int) -> None:
         """Writes this spec's values for `step` into the optimizer, over what a checkpoint restored."""
         for group in optimizer.param_groups:
+            if "decays" not in group:
+                raise ConfigError(
+                    "an optimizer of your own (configure_optimizers) does not go with SALTModule, which writes rate "
+                    "and weight decay into its AdamW at every step: set OptimSpec(...), model.optim"
+                )
             group.update(self.settings_at(step, max_steps))
             group["weight_decay"] = self.weight_decay if group["decays"] else 0.0
 

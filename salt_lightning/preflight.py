@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
 from salt_lightning.errors import ConfigError
 
 Level = Literal["ok", "note", "warning", "error"]
@@ -33,9 +35,12 @@ class Finding:
     remedy: str = ""
 
     def require(self) -> None:
-        """Raises ConfigError where it is an error: a fit says no more than that."""
+        """For a fit: raises ConfigError where it is an error, says a note or a warning, and nothing of the rest."""
+        told = "; ".join(filter(None, (self.said, self.remedy)))
         if self.level == "error":
-            raise ConfigError("; ".join(filter(None, (self.said, self.remedy))))
+            raise ConfigError(told)
+        if self.level != "ok":
+            rank_zero_info(f"{self.level}: {self.about}: {told}")
 
 
 def rows(available: int, max_steps: int, global_batch: int) -> Finding:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -44,12 +45,16 @@ class ModelSpec:
     attention: str | None = None
     trust_remote_code: bool = False
 
+    def __post_init__(self) -> None:
+        if isinstance(self.path, os.PathLike):  # from Python
+            object.__setattr__(self, "path", os.fspath(self.path))
+
     @classmethod
-    def of(cls, spec: ModelSpec | dict[str, Any] | str) -> ModelSpec:
+    def of(cls, spec: ModelSpec | dict[str, Any] | str | os.PathLike[str]) -> ModelSpec:
         """The spec itself, or one made of a path, or of a checkpoint's plain dict, which trusts no code."""
         if isinstance(spec, dict):
             return cls(**{**spec, "trust_remote_code": False})
-        return cls(path=spec) if isinstance(spec, str) else spec
+        return spec if isinstance(spec, ModelSpec) else cls(path=os.fspath(spec))
 
     @property
     def is_checkpoint(self) -> bool:

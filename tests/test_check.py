@@ -15,7 +15,7 @@ from conftest import arguments
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from salt_lightning import check, cli, memory, preflight
+from salt_lightning import check, cli, documents, memory, preflight
 from salt_lightning.checkpoint import RunCheckpoint
 from salt_lightning.errors import ConfigError
 from salt_lightning.models import build_fresh, emitted_ids
@@ -385,3 +385,18 @@ def test_what_a_fused_kernel_makes_and_uses_takes_no_memory():
     graph = make_fx(function)(torch.ones(2, 2), torch.ones(2, 2))
     written = {str(node.target).split(".")[1] for node in memory._written(graph)}
     assert written == {"add", "mm", "relu"}  # the product reads the sum, through a view; nobody reads x * 2 later
+
+
+def test_a_fit_says_what_is_no_error(caplog):
+    for level, said in (("ok", ""), ("note", "note: x: y; z"), ("warning", "warning: x: y; z")):
+        caplog.clear()
+        Finding(level, "x", "y", "z").require()
+        assert said in caplog.text
+        assert bool(caplog.text) == bool(said)
+
+
+def test_arrow_files_are_named(tmp_path):
+    (tmp_path / "data-00000-of-00001.arrow").write_bytes(b"x")
+    (tmp_path / "state.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"holds Arrow files, which are not read; write it by Dataset.to_parquet"):
+        documents.resolve("--data.source", [str(tmp_path)], documents.Hub())

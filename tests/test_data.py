@@ -588,6 +588,11 @@ def test_the_other_verbs(make, tmp_path):
             {"max_steps": -1, "max_epochs": 1},
             r"^--trainer.max_steps: -1 is no length of a run; give optimizer steps$",
         ),
+        (
+            {"limit_train_batches": 5},
+            r"^--trainer.limit_train_batches 5, also set by overfit_batches and fast_dev_run, ",
+        ),
+        ({"overfit_batches": 2}, r"^--trainer.limit_train_batches 2, also set by overfit_batches and fast_dev_run, "),
     ],
 )
 def test_trainer_settings_that_are_refused(changes, message, make, tmp_path):

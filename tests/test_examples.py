@@ -104,6 +104,15 @@ def test_nulls_and_blanks_are_left_out_and_counted(tmp_path, caplog):
     assert "2 rows without text are left out" in caplog.text
 
 
+def test_a_conversation_with_a_null_is_left_out_and_counted(tmp_path, caplog):
+    says = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = [{"messages": says}, {"messages": None}, {"messages": [says[0], {"role": "assistant", "content": None}]}]
+    with caplog.at_level(logging.INFO):
+        files, _ = prepared(tmp_path, rows, Examples(messages="messages"), chat_tokenizer())
+    assert files.num_documents == 1
+    assert "2 rows without text are left out" in caplog.text
+
+
 def test_a_prompt_is_never_in_both_splits(tmp_path):
     rows = [{"question": f"q{i % 40}", "answer": i} for i in range(400)]
     files, tokenizer = prepared(tmp_path, rows, val_fraction=0.5)

@@ -166,3 +166,12 @@ def test_two_processes_agree_on_the_whole():
     mp.spawn(_rank, args=(port, queue), nprocs=2)
     for got in (queue.get(), queue.get()):
         assert got == pytest.approx(reference(SHARDS[0] + SHARDS[1]), rel=1e-6)
+
+
+def test_labels_of_one_source_with_unknown_bytes():
+    metrics = TokenMetrics()
+    metrics.update(torch.tensor([1.0, 3.0]), torch.tensor([0, 2]))
+    values = metrics.compute()
+    assert values["ce"] == 2
+    assert values["accuracy"] == 0.5
+    assert "bits_per_byte" not in values

@@ -12,6 +12,7 @@ from families import FAMILIES, tiny
 from torch.nn.functional import cross_entropy, log_softmax, softmax
 
 from salt_lightning.attention import document_mask
+from salt_lightning.data import SALTDataModule
 from salt_lightning.errors import ConfigError
 from salt_lightning.losses import salt_loss
 from salt_lightning.models import CausalLM, check_path, freeze, load_pretrained
@@ -308,3 +309,8 @@ def test_a_checkpoint_is_loaded_without_drawing_weights_and_tied_as_it_was(teach
     saved = torch.load(teacher, weights_only=True)["state_dict"]
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, saved[f"student.model.{name}"])
+
+
+def test_paths_of_python_are_paths():
+    assert ModelSpec.of(Path("a/b")).path == ModelSpec(path=Path("a/b")).path == "a/b"
+    assert SALTDataModule(Path("a.txt"), val_source=[Path("b.txt"), "c.txt"]).val_source == ["b.txt", "c.txt"]

@@ -106,3 +106,11 @@ def test_warmup_and_decay_must_fit_together():
 def test_a_run_of_fewer_than_five_steps_has_no_decay_by_default():
     spec = OptimSpec(lr=1.0, schedule="wsd", min_lr_ratio=0.1)
     assert [spec.lr_at(step, 4) for step in range(5)] == [1.0, 1.0, 1.0, 1.0, 0.1]
+
+
+def test_a_run_without_a_length_and_an_optimizer_of_ones_own_are_refused():
+    with pytest.raises(ConfigError, match=r"--trainer.max_steps -1: the learning rate needs the run's length"):
+        OptimSpec().check(-1)
+    own = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    with pytest.raises(ConfigError, match="an optimizer of your own .* does not go with SALTModule"):
+        OptimSpec().write(own, 0, 10)
