@@ -664,3 +664,23 @@ def test_the_time_of_a_run_leaves_validation_out_and_goes_on_after_a_resume(fit_
     assert time_s[0] >= 0.5
     assert 0 < time_s[2] - time_s[1] < 2  # the validation of step 2 lies between
     assert time_s == sorted(time_s)
+
+
+def test_batches_of_ones_own_are_enough():
+    """docs/own-data.md: the loss of the first step, and of validation, by full logits."""
+    generator = torch.Generator().manual_seed(0)
+    tokens_BT = torch.randint(64, (4, 17), generator=generator)
+    batch = {"input_ids": tokens_BT[:, :-1], "labels": tokens_BT[:, 1:], "positions": torch.arange(16).repeat(4, 1)}
+    loader = torch.utils.data.DataLoader([{**batch, "step_tokens": torch.tensor(64)}], batch_size=None)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    spec = ModelSpec(config={**sizes, "vocab_size": 64, "max_position_embeddings": 16})
+    module = SALTModule(spec, optim=OptimSpec(lr=1e-9))
+    trainer = pl.Trainer(
+        max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, num_sanity_val_steps=0, val_check_interval=1, log_every_n_steps=1,
+    )  # fmt: skip
+    trainer.fit(module, loader, loader)
+    logits_BTV = module.student.model(input_ids=batch["input_ids"]).logits
+    true = torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), batch["labels"].flatten()).item()
+    assert trainer.callback_metrics["val/ce"].item() == pytest.approx(true, rel=1e-6)
+    assert float(module.progress["loss"]) == pytest.approx(true, abs=1e-3)
