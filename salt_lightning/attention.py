@@ -10,7 +10,6 @@ Shapes: B rows, T tokens a row, H heads, K heads of keys and values, E width of 
 from __future__ import annotations
 
 import inspect
-from contextlib import suppress
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -18,17 +17,15 @@ import torch
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-varlen_attn: Any = None
-with suppress(ImportError):  # before torch 2.10
-    from torch.nn.attention.varlen import varlen_attn
-
 # What keeps packed documents apart: transformers, which finds them in the positions; our mask; this file.
 Apart = Literal["positions", "mask", "packed"]
 PACKED = "packed"  # as transformers' attn_implementation
+_TAKES_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch 2.11 does not
 _16_BIT = (torch.bfloat16, torch.float16)
 
 
@@ -76,16 +73,15 @@ def _flash(
     scale: float | None,
 ) -> Tensor:
     rows, heads, width = query_BHTE.shape[:3]
-    grouped = key_BKTE.shape[1] != heads
     more: dict[str, Any] = {}
-    if grouped and "enable_gqa" in inspect.signature(varlen_attn).parameters:
+    if key_BKTE.shape[1] != heads and _TAKES_GROUPS:
         more["enable_gqa"] = True
-    elif grouped:
+    elif key_BKTE.shape[1] != heads:
         key_BKTE, value_BKTE = (x.repeat_interleave(heads // x.shape[1], 1) for x in (key_BKTE, value_BKTE))
     query_NHE, key_NKE, value_NKE = (
         x.transpose(1, 2).flatten(0, 1).to(dtype) for x in (query_BHTE, key_BKTE, value_BKTE)
     )
-    attended_NHE = varlen_attn(
+    attended_NHE: Any = varlen_attn(
         query_NHE, key_NKE, value_NKE, cu_seqlens, cu_seqlens, width, width, scale=scale, window_size=(-1, 0), **more
     )
     return attended_NHE.unflatten(0, (rows, width))
@@ -101,17 +97,17 @@ def _same_document(document_BT: Tensor) -> Tensor:
 
 
 @lru_cache
+@torch.inference_mode(False)  # in which a predict is; it has no gradients
+@torch.enable_grad()
 def fault(device: torch.device, heads: int, key_heads: int, head_width: int) -> str | None:
     """Why the kernel cannot be used on a device, found by running it there, forward and backward; None if it can."""
-    if varlen_attn is None or "window_size" not in inspect.signature(varlen_attn).parameters:
-        return f"torch {torch.__version__} has no causal variable-length attention"
     generator = torch.Generator().manual_seed(0)
     sizes = ((2, heads, 160, head_width), *[(2, key_heads, 160, head_width)] * 2)
     inputs = [torch.randn(size, generator=generator).to(device, torch.bfloat16) for size in sizes]
     ends = [1, 8, 140, 160, 290, *[320] * 3]  # of documents: one token, across the kernel's blocks, empty ones behind
     cu_seqlens = torch.tensor([0, *ends], dtype=torch.int32, device=device)
     try:
-        with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        with torch.autocast(device.type, enabled=False):
             ours = _with_gradients(lambda q, k, v: _flash(q, k, v, cu_seqlens, torch.bfloat16, None), inputs)
             mask_B1TT = _mask(cu_seqlens, 2, 160)
             true = _with_gradients(

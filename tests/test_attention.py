@@ -1,5 +1,7 @@
 """Packed attention: the formula, the families that it fits, when it is refused, and how often it is compiled."""
 
+from functools import partial
+
 import pytest
 import torch
 from families import FAMILIES, tiny
@@ -15,7 +17,7 @@ POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 5, 6, 
 BORDERS = torch.tensor([0, 3, 10, 17, 20, 20, 20, 20], dtype=torch.int32)
 
 
-def by_formula(q_NHE, k_NKE, v_NKE, cu_seqlens, *_, scale, window_size, causal=True):
+def by_formula(q_NHE, k_NKE, v_NKE, cu_seqlens, *_, scale, window_size, enable_gqa=False, causal=True):
     """What torch's kernel computes, document by document."""
     assert window_size == (-1, 0)
     k_NHE, v_NHE = (x.repeat_interleave(q_NHE.shape[1] // x.shape[1], 1).float() for x in (k_NKE, v_NKE))
@@ -96,21 +98,21 @@ def test_generation_goes_on_with_a_cache():
     [
         (by_formula, None),
         (
-            lambda *a, scale, window_size: by_formula(*a, scale=scale, window_size=window_size, causal=False),
+            partial(by_formula, causal=False),
             "wrong values (output)",
         ),
-        (lambda *a, scale, window_size: by_formula(*a, scale=0.3, window_size=window_size), "wrong values (output)"),
+        (lambda *a, **k: by_formula(*a, **(k | {"scale": 0.3})), "wrong values (output)"),
         (
-            lambda *a, scale, window_size: by_formula(*a, scale=scale, window_size=window_size).detach(),
+            lambda *a, **k: by_formula(*a, **k).detach(),
             "RuntimeError: ",
         ),
-        (None, "has no causal variable-length attention"),
     ],
-    ids=["right", "acausal", "another scale", "no gradient", "an old torch"],
+    ids=["right", "acausal", "another scale", "no gradient"],
 )
 def test_the_kernel_is_proved_before_it_is_used(kernel, function, reason):
     kernel(function)
-    told = attention.fault(CPU, 4, 2, 8)
+    with torch.inference_mode():  # as where a predict loads its teacher
+        told = attention.fault(CPU, 4, 2, 8)
     assert told is None if reason is None else reason in told
 
 
