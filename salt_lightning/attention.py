@@ -22,10 +22,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from salt_lightning.errors import is_out_of_memory
+
 # What keeps packed documents apart: transformers, which finds them in the positions; our mask; this file.
 Apart = Literal["positions", "mask", "packed"]
 PACKED = "packed"  # as transformers' attn_implementation
 _TAKES_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch 2.11 does not
+_WITH_KERNEL = ("cuda",)
 _16_BIT = (torch.bfloat16, torch.float16)
 
 
@@ -51,9 +54,11 @@ def packed_attention(  # noqa: PLR0913 - transformers' signature
         )
     if wanted := [name for name in _NOT_COMPUTED if kwargs.get(name) is not None]:
         raise ValueError(f"packed attention knows no {', '.join(wanted)}")
+    if query_BHTE.shape[-1] != value_BKTE.shape[-1]:
+        raise ValueError("values are not as wide as queries")
     kind = query_BHTE.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query_BHTE.dtype
-    if kind == "cuda" and dtype in _16_BIT and not dropout:
+    if kind in _WITH_KERNEL and dtype in _16_BIT and not dropout:
         return _flash(query_BHTE, key_BKTE, value_BKTE, cu_seq_lens_q, dtype, scaling), None
     mask_B1TT = _mask(cu_seq_lens_q, len(query_BHTE), query_BHTE.shape[2])
     return sdpa_attention_forward(module, query_BHTE, key_BKTE, value_BKTE, mask_B1TT, dropout=dropout, scaling=scaling)
@@ -120,6 +125,8 @@ def fault(device: torch.device, heads: int, key_heads: int, head_width: int) -> 
                 [x.float() for x in inputs],
             )
     except Exception as error:
+        if is_out_of_memory(error):  # tells nothing of the kernel
+            raise
         return f"{type(error).__name__}: {error}".splitlines()[0][:200]
     # bf16 rounds a few times by 2^-9; a border or a scale that is wrong moves values by their own size.
     for name, a, b in zip(("output", "query", "key", "value"), ours, true, strict=True):
@@ -144,24 +151,30 @@ def document_mask(positions_BT: Tensor, dtype: torch.dtype) -> Tensor:
 
 @torch.no_grad()
 def pack(lm: Any, asked: str | None, strategy: Strategy | None) -> None:
-    """Change a models.CausalLM over to packed attention if that is asked for, or faster; says so if it cannot be.
+    """Change a models.CausalLM over to packed attention if that is asked for, or faster; says which it is.
 
     Args:
         lm: where it has its weights; on the meta device nothing is done.
         asked: the attention of the model's spec.
         strategy: where and in which precision the model will run.
     """
-    config, training, kernel = lm.model.config, lm.training, None
-    if strategy is not None and strategy.root_device.type == "cuda" and "16" in strategy.precision_plugin.precision:
-        kernel = strategy.root_device  # it computes in 16 bits alone
-    chosen = asked is None and kernel is not None and config._attn_implementation == "sdpa"
+    training, device = lm.training, None
+    if (
+        strategy is not None
+        and strategy.root_device.type in _WITH_KERNEL
+        and "16" in strategy.precision_plugin.precision
+    ):
+        device = strategy.root_device  # its kernel computes in 16 bits alone
+    chosen = asked is None and device is not None and lm.model.config._attn_implementation == "sdpa"
     if (chosen or asked == PACKED) and lm.head.weight.device.type != "meta":
-        if reason := _unfit(config, training, kernel) or _differs(lm.eval()):
-            rank_zero_info(f"{lm.name}: attention with a mask, which is slower: {reason}")
+        reason = _hindrance(lm.model.config.get_text_config(), training, device) or _change_over(lm.eval())
+        said = f"with a mask, which is slower: {reason}" if reason else "within each document alone, without a mask"
+        rank_zero_info(f"{lm.name}: attention {said}")
         lm.train(training)
 
 
-def _unfit(config: Any, training: bool, kernel: torch.device | None) -> str | None:
+def _hindrance(config: Any, training: bool, device: torch.device | None) -> str | None:
+    """Why a model of these settings cannot have packed attention on a device with a kernel; None: none is seen."""
     if training and (rate := getattr(config, "attention_dropout", 0) or getattr(config, "attn_pdrop", 0)):
         return f"{config.model_type}'s config drops {rate:.0%} of the attention"
     limited = any(getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
@@ -169,11 +182,11 @@ def _unfit(config: Any, training: bool, kernel: torch.device | None) -> str | No
         return f"{config.model_type} has layers that look back over a limited distance"
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return fault(kernel, heads, getattr(config, "num_key_value_heads", None) or heads, width) if kernel else None
+    return fault(device, heads, getattr(config, "num_key_value_heads", None) or heads, width) if device else None
 
 
-def _differs(lm: Any) -> str | None:
-    """Changes over, and back again where hidden states are not what they were."""
+def _change_over(lm: Any) -> str | None:
+    """Changes over; back again, with the reason, where hidden states are not what they were."""
     before, hidden = lm.apart, lm.hidden()
     lm.keep_apart(PACKED)
     try:
@@ -181,7 +194,9 @@ def _differs(lm: Any) -> str | None:
         reason = f"{type(lm.model).__name__} computes something else than packed attention"
         if off <= 32 * torch.finfo(hidden.dtype).eps * hidden.abs().max() and not lm.sees([0, 1, 2, 3], [4, 5, 6, 7]):
             return None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         reason = str(error)
     lm.keep_apart(before)
     return reason

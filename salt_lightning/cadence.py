@@ -29,7 +29,7 @@ def set_cadence(trainer: Trainer, accumulation: int, global_batch: int) -> None:
         )
     if trainer.max_steps < 1:
         raise ConfigError(f"--trainer.max_steps: {trainer.max_steps} is no length of a run; give optimizer steps")
-    if trainer.limit_train_batches != 1.0:
+    if trainer.limit_train_batches != 1.0 or isinstance(trainer.limit_train_batches, int):  # 1: one, 1.0: all
         raise ConfigError(
             f"--trainer.limit_train_batches {trainer.limit_train_batches}, also set by overfit_batches and "
             "fast_dev_run, counts micro-batches and would cut steps short; use max_steps, or a small --data.source"

@@ -458,5 +458,5 @@ class SALTDataModule(LightningDataModule):
 
 def _entries(source: Any) -> list[str]:
     """One or several, strings or paths."""
-    several = source if isinstance(source, list | tuple) else [source] if source else []
-    return [os.fspath(entry) for entry in several]
+    several = [source] if isinstance(source, str | os.PathLike) else source or []
+    return [name for entry in several if (name := os.fspath(entry))]

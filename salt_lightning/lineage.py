@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from salt_lightning.errors import ConfigError
 from salt_lightning.report import UNITS
 from salt_lightning.runlog import Curve, Run, read_run
 
@@ -33,11 +34,14 @@ def read(path: Path, name: str, generations: int = 9) -> Run:
         return run
     for checkpoint in places(run, str(run.config.get("ckpt_path") or "")):
         before = checkpoint.parent.parent  # RUN/checkpoints/step-N.ckpt
-        if checkpoint.suffix == ".ckpt" and before.is_dir() and before.resolve() != path.resolve():
-            curves = dict(read(before, name, generations - 1).curves)
+        if re.fullmatch(r"step-\d+\.ckpt", checkpoint.name) and before.is_dir() and before.resolve() != path.resolve():
+            try:
+                curves = dict(read(before, name, generations - 1).curves)
+            except ConfigError:  # a folder that nobody has named
+                return run
             for tag, curve in run.curves.items():
                 if (there := curves.get(tag)) is not None:
-                    until = there.steps <= run.began
+                    until = there.steps <= run.began  # it may have gone on itself
                     parts = zip((there.steps[until], there.values[until]), (curve.steps, curve.values), strict=True)
                     curve = Curve(*map(np.concatenate, parts))
                 curves[tag] = curve
@@ -66,7 +70,8 @@ def taught_steps(run: Run, teacher: Run) -> int:
 
 def card_flops(run: Run) -> float:
     """What the model card of an exported teacher says of its training: student, teacher and scoring."""
-    for place in places(run, str(run.config.get("model.teacher.path") or "")):
+    path = run.config.get("model.teacher.path")
+    for place in places(run, str(path)) if path else []:
         with suppress(OSError, UnicodeDecodeError):
             said = (place / "README.md").read_text(encoding="utf-8")
             found = re.findall(r"^- FLOPs of (?:the student|the teacher|scoring): ([\d.e+]+) (\w+)", said, re.M)

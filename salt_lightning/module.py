@@ -355,8 +355,8 @@ class SALTModule(pl.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> Batch:
         stats = partial(self._label_stats, batch["labels"].flatten())
         nll_N, rank_N = self.student(batch["input_ids"], batch["positions"], stats, batch.get("cu_seqlens"))
-        known = [batch[name].flatten() for name in ("sources", "bytes", "thirds") if name in batch]
-        self.eval_metrics.update(nll_N, rank_N, *known)
+        known = {f"{name}_N": batch[name].flatten() for name in ("sources", "bytes", "thirds") if name in batch}
+        self.eval_metrics.update(nll_N, rank_N, **known)
         return {"nll": nll_N, "rank": rank_N}
 
     def _label_stats(

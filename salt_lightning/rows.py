@@ -323,14 +323,9 @@ Batches = TrainBatches | EvalBatches | ShardBatches
 
 
 def document_borders(positions_BT: np.ndarray) -> np.ndarray:
-    """Where documents begin in the rows laid end to end, then their end: int32, filled up with that to a power of two.
-
-    Few lengths, so that CUDA graphs are few.
-    """
-    starts = np.flatnonzero(positions_BT == 0)
-    borders = np.full(1 << len(starts).bit_length(), positions_BT.size, np.int32)  # more than there are documents
-    borders[: len(starts)] = starts
-    return borders
+    """Where documents begin in the rows laid end to end, then their end, int32. A row begins one, whatever it says."""
+    begins_BT = (positions_BT == 0) | (np.arange(positions_BT.shape[1]) == 0)
+    return np.append(np.flatnonzero(begins_BT), positions_BT.size).astype(np.int32)
 
 
 def as_tensors(arrays: Batch) -> dict[str, torch.Tensor]:

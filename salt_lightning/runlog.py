@@ -102,9 +102,13 @@ class Run:
 
     @property
     def began(self) -> int:
-        """The step from which on it has a log, which has the first step: 0, unless it went on in another folder."""
-        first = self.curves.get("train/tokens") if self.config.get("ckpt_path") else None
-        return 0 if first is None or first.steps[0] <= 1 else int(first.steps[0]) - 1
+        """The step that it went on from in this folder, where the log of what came before is not; else 0."""
+        path = str(self.config.get("ckpt_path") or "")
+        first = self.curves.get("train/tokens") if path else None
+        if first is None or first.steps[0] <= 1:  # the first step is always logged
+            return 0
+        named = re.search(r"step-(\d+)\.ckpt$", path)
+        return int(named[1]) if named else int(min(curve.steps[0] for curve in self.curves.values())) - 1
 
     @property
     def running(self) -> bool:

@@ -92,7 +92,7 @@ def wrong_trainer_settings(trainer: Namespace) -> list[str]:
         )
     if every is not None and every < 1:
         wrong.append(f"--trainer.log_every_n_steps {every} must be at least 1")
-    if trainer.get("limit_train_batches") not in (None, 1.0):
+    if (limit := trainer.get("limit_train_batches")) not in (None, 1.0) or isinstance(limit, int):  # 1: one, 1.0: all
         wrong.append(f"--trainer.limit_train_batches {trainer.limit_train_batches:g}: use --trainer.max_steps")
     if trainer.get("max_epochs") not in (None, -1):
         wrong.append(f"--trainer.max_epochs {trainer.max_epochs}: a run is counted in steps, use --trainer.max_steps")

@@ -648,20 +648,26 @@ def test_flop_unit(flops, unit):
 @pytest.fixture
 def branch(tmp_path):
     """The trunk; a branch of it from step 100 on; a branch of that from step 200 on."""
-    write_run(tmp_path / "trunk", {100: 5.0, 200: 4.5}, log_every=1)  # the first step is always logged
-    write_run(tmp_path / "branch", {200: 4.25, 300: 4.0}, after=100, ckpt_path="trunk/checkpoints/step-00000100.ckpt")
+    trunk = {100: 5.0, 104: 3.0, 200: 4.5}  # step 104 lies behind the branch, and before its first logged step
+    write_run(tmp_path / "trunk", trunk, log_every=1)  # the first step is always logged
+    write_run(
+        tmp_path / "branch",
+        {106: 5.0, 200: 4.25, 300: 4.0},
+        after=100,
+        ckpt_path="trunk/checkpoints/step-00000100.ckpt",
+    )
     last = "branch/checkpoints/step-00000200.ckpt"
     return write_run(tmp_path / "twig", {300: 3.5}, after=200, ckpt_path=last)
 
 
 def test_a_branch_in_a_folder_of_its_own_has_the_log_of_what_it_went_on_from(branch, tmp_path):
-    whole = write_run(tmp_path / "whole", {100: 5.0, 200: 4.25, 300: 3.5})
+    whole = write_run(tmp_path / "whole", {100: 5.0, 106: 5.0, 200: 4.25, 300: 3.5})
     level = write_run(tmp_path / "level", {100: 5.0, 200: 4.75, 300: 4.5})
     found = compare([level, branch, whole], tmp_path / "out")
     _, twig, never_stopped = found.rows
-    assert twig.reached_step == never_stopped.reached_step == pytest.approx(100 + 100 * 0.5 / 0.75)
+    assert twig.reached_step == never_stopped.reached_step == pytest.approx(106 + 94 * 0.5 / 0.75)
     assert twig.reached_flops_share == never_stopped.reached_flops_share
-    assert [len(run.val_ce.steps) for run in found.runs] == [3, 3, 3]
+    assert [len(run.val_ce.steps) for run in found.runs] == [3, 4, 4]
     assert "no log before" not in str(found.notes)
 
 
@@ -672,7 +678,7 @@ def test_where_a_branch_reaches_a_loss_is_not_made_up(branch, tmp_path):
     found = compare([level, branch], tmp_path / "out")
     assert math.isnan(found.rows[1].reached_step)
     assert math.isnan(found.rows[1].reached_flops_share)
-    assert "twig has no log before step 209, and the run that it went on from is not found" in str(found.notes)
+    assert "twig has no log before step 200, and the run that it went on from is not found" in str(found.notes)
 
 
 def test_a_run_that_began_with_weights_is_no_baseline(tmp_path):
@@ -705,6 +711,8 @@ def test_the_card_of_an_exported_teacher_tells_its_cost(tmp_path, said, flops):
     salt = write_run(tmp_path / "salt", SALT, teacher="models/teacher", weight=0.5, kd_steps=60)
     (row,) = evaluate(load([salt])).rows
     assert row.teacher_training_flops == pytest.approx(flops, nan_ok=True)
+    (row,) = evaluate(load([write_run(tmp_path / "models/teacher/baseline", BASELINE)])).rows  # has none
+    assert math.isnan(row.teacher_training_flops)
 
 
 def test_a_reference_of_several_seeds_is_said_to_be_a_mean(tmp_path):

@@ -270,7 +270,7 @@ def test_without_a_trainer(make):
         "positions": (torch.int64, (4, 16)),
         "rows": (torch.int64, (4,)),
         "step_tokens": (torch.int64, ()),
-        "cu_seqlens": (torch.int32, (16,)),
+        "cu_seqlens": (torch.int32, (9,)),
     }
     assert set(data.val_dataloader().batches[0]) == {
         "input_ids",
@@ -592,6 +592,7 @@ def test_the_other_verbs(make, tmp_path):
             {"limit_train_batches": 5},
             r"^--trainer.limit_train_batches 5, also set by overfit_batches and fast_dev_run, ",
         ),
+        ({"fast_dev_run": True}, r"^--trainer.limit_train_batches 1, also set by overfit_batches and fast_dev_run, "),
         ({"overfit_batches": 2}, r"^--trainer.limit_train_batches 2, also set by overfit_batches and fast_dev_run, "),
     ],
 )

@@ -18,11 +18,11 @@ from families import FAMILIES, tiny
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from salt_lightning import cli
+from salt_lightning import cli, lineage
 from salt_lightning.card import model_card
 from salt_lightning.export import export
 from salt_lightning.models import load_pretrained
-from salt_lightning.runlog import read_run
+from salt_lightning.runlog import Run, read_run
 from salt_lightning.spec import ModelSpec, resolved
 
 ROOT = Path(__file__).parents[1]
@@ -165,6 +165,9 @@ def test_the_card_says_what_was_trained_on_what(salt, teacher, corpus):
         "Licence: not stated.",
     ):
         assert line in lines, line
+    # what compare reads of it, where this model is a teacher
+    taught_by = Run("x", salt, {"model.teacher.path": str(salt / "out")}, {})
+    assert lineage.card_flops(taught_by) == pytest.approx(student[12] + taught[4], rel=1e-3)
 
 
 def test_the_card_of_a_step_in_the_middle(salt, tmp_path):

@@ -168,6 +168,12 @@ def test_two_processes_agree_on_the_whole():
         assert got == pytest.approx(reference(SHARDS[0] + SHARDS[1]), rel=1e-6)
 
 
+def test_labels_of_one_source_with_known_bytes():
+    metrics = TokenMetrics()
+    metrics.update(torch.tensor([1.0, 3.0]), torch.tensor([0, 2]), bytes_N=torch.tensor([3, 5]))
+    assert metrics.compute()["bits_per_byte"].item() == pytest.approx(4 / math.log(2) / 8)
+
+
 def test_labels_of_one_source_with_unknown_bytes():
     metrics = TokenMetrics()
     metrics.update(torch.tensor([1.0, 3.0]), torch.tensor([0, 2]))

@@ -12,8 +12,9 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "salt_lightning").glob("*.py"))
 NAMES = [path.name for path in FILES]
 LAYERS = [  # a file imports from files of earlier layers alone
-    {"attention", "errors", "flops", "journal", "progress", "progress_bar", "quiet", "row_pass", "watch"},
+    {"errors", "flops", "journal", "progress", "progress_bar", "quiet", "row_pass", "watch"},
     {
+        "attention",
         "chunked_head",
         "examples",
         "folders",
