@@ -93,7 +93,9 @@ def test_with_a_mask_and_without(monkeypatch, key_heads, takes_groups):
     module = torch.nn.Module()
     module.num_key_value_groups = 4 // key_heads
     masked, _ = attention.packed_attention(module, q, k, v, None, scaling=0.3, cu_seq_lens_q=BORDERS)
-    flash = attention._flash(q, k, v, BORDERS, torch.float32, 0.3)
+    monkeypatch.setattr(attention, "_WITH_KERNEL", ("cpu",))
+    monkeypatch.setattr(attention, "_16_BIT", (torch.float32,))
+    flash, _ = attention.packed_attention(module, q, k, v, None, scaling=0.3, cu_seq_lens_q=BORDERS)
     ways = [(out, *torch.autograd.grad(out.square().sum(), (q, k, v))) for out in (masked, flash)]
     for a, b in zip(*ways, strict=True):
         assert torch.allclose(a, b, rtol=0, atol=32 * 2**-23 * b.abs().max().item())  # sums of ten products
@@ -170,7 +172,7 @@ def test_it_is_chosen_on_a_device_with_a_kernel_in_16_bits(kernel, caplog, plugi
     assert ("with a mask, which is slower: RuntimeError: no kernel" in caplog.text) == (apart == "packed")
 
 
-def test_a_run_with_the_kernel_has_the_losses_of_one_with_masks(kernel, settings, teacher, tmp_path, monkeypatch):
+def test_a_run_with_the_kernel_has_the_losses_of_one_with_masks(kernel, settings, teacher, tmp_path, caplog):
     """Through the command line, with a teacher, both phases and validation; in bf16, so to a few roundings of 2^-9."""
     calls = []
     kernel(lambda *a, **k: calls.append(1) or varlen.varlen_attn(*a, **k))
@@ -184,6 +186,8 @@ def test_a_run_with_the_kernel_has_the_losses_of_one_with_masks(kernel, settings
         assert cli.main(["fit", *arguments(settings, base, asked, {"run": str(tmp_path / name)})]) == 0
         found.append(scalars(tmp_path / name))
         assert bool(calls) == (name == "flash")
+        for model in ("teacher", "student"):
+            assert (f"{model}: attention within each document alone" in caplog.text) == (name == "flash")
     for tag in ("train/ce", "train/kd", "train/grad_norm", "val/ce"):
         for step, value in found[0][tag].items():
             assert found[1][tag][step] == pytest.approx(value, rel=2**-6)

@@ -242,11 +242,11 @@ def test_a_missing_or_broken_teacher_is_named_before_the_text_is_read(
     assert not (tmp_path / "cache").exists()
 
 
-@pytest.mark.parametrize("name", ["overfit_batches", "fast_dev_run"])
+@pytest.mark.parametrize("name", ["overfit_batches", "fast_dev_run", "limit_train_batches"])
 def test_a_few_micro_batches_are_no_run(settings, tmp_path, capsys, name):
-    own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, f"trainer.{name}": 2}
+    own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, f"trainer.{name}": 1}
     assert run(["fit", *arguments(settings, own)]) == 2
-    assert f"--trainer.{name} 2" in one_line(capsys)
+    assert f"--trainer.{name} 1" in one_line(capsys)
 
 
 def test_nothing_is_validated_without_a_checkpoint(settings, tmp_path, capsys):

@@ -678,6 +678,9 @@ def test_where_a_branch_reaches_a_loss_is_not_made_up(branch, tmp_path):
     found = compare([level, branch], tmp_path / "out")
     assert math.isnan(found.rows[1].reached_step)
     assert math.isnan(found.rows[1].reached_flops_share)
+    (tmp_path / "branch").mkdir()
+    (tmp_path / "branch/config.yaml").write_text("a: [")
+    assert math.isnan(compare([level, branch], tmp_path / "out").rows[1].reached_step)  # nobody asked for that folder
     assert "twig has no log before step 200, and the run that it went on from is not found" in str(found.notes)
 
 

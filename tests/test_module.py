@@ -670,7 +670,8 @@ def test_batches_of_ones_own_are_enough():
     """docs/own-data.md: the loss of the first step, and of validation, by full logits."""
     generator = torch.Generator().manual_seed(0)
     tokens_BT = torch.randint(64, (4, 17), generator=generator)
-    batch = {"input_ids": tokens_BT[:, :-1], "labels": tokens_BT[:, 1:], "positions": torch.arange(16).repeat(4, 1)}
+    batch = {"input_ids": tokens_BT[:, :-1], "labels": tokens_BT[:, 1:], "positions": torch.arange(16).repeat(4, 1),
+             "bytes": torch.full((4, 16), 3)}  # fmt: skip
     loader = torch.utils.data.DataLoader([{**batch, "step_tokens": torch.tensor(64)}], batch_size=None)
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
     spec = ModelSpec(config={**sizes, "vocab_size": 64, "max_position_embeddings": 16})
@@ -683,4 +684,6 @@ def test_batches_of_ones_own_are_enough():
     logits_BTV = module.student.model(input_ids=batch["input_ids"]).logits
     true = torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), batch["labels"].flatten()).item()
     assert trainer.callback_metrics["val/ce"].item() == pytest.approx(true, rel=1e-6)
+    bits = true / math.log(2) / 3
+    assert trainer.callback_metrics["val/bits_per_byte"].item() == pytest.approx(bits, rel=1e-6)
     assert float(module.progress["loss"]) == pytest.approx(true, abs=1e-3)
