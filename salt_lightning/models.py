@@ -163,6 +163,7 @@ class CausalLM(nn.Module):
         return not torch.equal(before_BTD[:, kept], after_BTD[:, kept])
 
     def hidden(self, changed: list[int] | None = None) -> Tensor:
+        """Hidden states (16 x D) of two rows of eight tokens, two documents each; the ids at `changed` are 0."""
         device = self.head.weight.device
         positions_BT = torch.tensor([[0, 1, 2, 3] * 2] * 2, device=device)
         ids_BT = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8], [2, 3, 4, 5, 6, 7, 8, 9]], device=device)
