@@ -273,7 +273,7 @@ def _panel(ax: Axes, comparison: Comparison, axis: str, divisor: float) -> None:
     runs = {run.name: run for run in comparison.runs}
     rows = {row.run: row for row in comparison.rows}
     level = comparison.reference_val_ce
-    ax.axhline(level, color=REFERENCE_COLOUR, lw=0.6)
+    ax.axhline(level, color=REFERENCE_COLOUR, lw=0.6, label="the reference at its end")
     colours = iter(COLOURS * len(comparison.groups))
     width = 1.0 if any(len(group.runs) > 1 for group in comparison.groups) else 2.0
     for group in comparison.groups:
