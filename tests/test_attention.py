@@ -130,10 +130,9 @@ def broken(*args, **kwargs):
 
 
 def acausal(q_NHE, k_NKE, v_NKE, cu_seqlens, *_, **__):
-    mask_1TT = torch.ones(1, len(q_NHE), len(q_NHE), dtype=torch.bool)
-    return torch.nn.functional.scaled_dot_product_attention(
-        *(x.transpose(0, 1) for x in (q_NHE, k_NKE.repeat_interleave(2, 1), v_NKE.repeat_interleave(2, 1))), mask_1TT
-    ).transpose(0, 1)
+    keys_values = (x.repeat_interleave(q_NHE.shape[1] // x.shape[1], 1) for x in (k_NKE, v_NKE))
+    heads_first = (x.transpose(0, 1) for x in (q_NHE, *keys_values))
+    return torch.nn.functional.scaled_dot_product_attention(*heads_first).transpose(0, 1)
 
 
 @pytest.mark.parametrize(

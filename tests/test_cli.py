@@ -242,7 +242,7 @@ def test_a_missing_or_broken_teacher_is_named_before_the_text_is_read(
     assert not (tmp_path / "cache").exists()
 
 
-@pytest.mark.parametrize("name", ["overfit_batches", "fast_dev_run", "limit_train_batches"])
+@pytest.mark.parametrize("name", ["overfit_batches", "fast_dev_run"])
 def test_a_few_micro_batches_are_no_run(settings, tmp_path, capsys, name):
     own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, f"trainer.{name}": 1}
     assert run(["fit", *arguments(settings, own)]) == 2
