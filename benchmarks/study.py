@@ -291,8 +291,9 @@ class Study:
             "more-kd": {**salt, **more},
         }
         if self.size.long_teacher:
-            rows |= {"long-teacher": {**salt, **long}, "long-teacher-more-kd": {**salt, **more, **long}}
-            rows["long-teacher-rkd"] = {**salt, **long, "kd.steps": None}
+            taught_long = {**salt, **long}
+            rows |= {"long-teacher": taught_long, "long-teacher-more-kd": {**taught_long, **more},
+                     "long-teacher-rkd": {**taught_long, "kd.steps": None}}  # fmt: skip
         return rows
 
     @staticmethod

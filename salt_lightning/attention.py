@@ -10,7 +10,7 @@ Shapes: B rows, T tokens a row, H heads, K heads of keys and values, E width of 
 from __future__ import annotations
 
 import inspect
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 import torch
@@ -18,6 +18,7 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -114,16 +115,8 @@ def fault(device: torch.device, heads: int, key_heads: int, head_width: int) -> 
     try:
         with torch.autocast(device.type, enabled=False):
             ours = _with_gradients(lambda q, k, v: _flash(q, k, v, cu_seqlens, torch.bfloat16, None), inputs)
-            mask_B1TT = _mask(cu_seqlens, 2, 160)
-            true = _with_gradients(
-                lambda q, k, v: nn.functional.scaled_dot_product_attention(
-                    q,
-                    k.repeat_interleave(heads // key_heads, 1),
-                    v.repeat_interleave(heads // key_heads, 1),
-                    attn_mask=mask_B1TT,
-                ).transpose(1, 2),
-                [x.float() for x in inputs],
-            )
+            masked = partial(scaled_dot_product_attention, attn_mask=_mask(cu_seqlens, 2, 160), enable_gqa=True)
+            true = _with_gradients(lambda q, k, v: masked(q, k, v).transpose(1, 2), [x.float() for x in inputs])
     except Exception as error:
         if is_out_of_memory(error):  # tells nothing of the kernel
             raise

@@ -5,7 +5,6 @@ A checkpoint is always the state right after an optimizer step whose validation,
 
 from __future__ import annotations
 
-import re
 import signal
 import threading
 from collections.abc import Iterable
@@ -26,10 +25,10 @@ from salt_lightning.export import export
 from salt_lightning.journal import whole
 from salt_lightning.optim import OptimSpec
 from salt_lightning.preflight import Finding
+from salt_lightning.runlog import step_named
 from salt_lightning.schedule import kd_callbacks
 from salt_lightning.spec import shape_settings
 
-_NAME = re.compile(r"step-(\d+)\.ckpt")
 _BATCH = "--data.global_batch_size"
 
 
@@ -66,7 +65,7 @@ def newest(folder: Path) -> Path | None:
 
 def _saved(folder: Path) -> list[tuple[int, Path]]:
     """Optimizer step and path of each checkpoint, oldest first."""
-    return sorted((int(match[1]), path) for path in folder.glob("*.ckpt") if (match := _NAME.fullmatch(path.name)))
+    return sorted((step, path) for path in folder.glob("*.ckpt") if (step := step_named(path.name)) is not None)
 
 
 class RunCheckpoint(Checkpoint):

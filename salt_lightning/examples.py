@@ -185,7 +185,10 @@ def _filled(setting: str, template: str, fields: dict[str, Any]) -> str | None:
 
 
 def _messages(value: Any) -> list[Message]:
-    if value is None or (isinstance(value, list) and any(isinstance(m, dict) and _is_null(m) for m in value)):
+    if value is None:
+        return []
+    messages = value if isinstance(value, list) else []
+    if any(isinstance(message, dict) and message.get("content", "") is None for message in messages):
         return []
     if not isinstance(value, list) or not all(map(_is_message, value)):
         raise ConfigError(
@@ -193,10 +196,6 @@ def _messages(value: Any) -> list[Message]:
             f"{str(value)[:60]!r}"
         )
     return [{"role": message["role"], "content": message["content"]} for message in value]
-
-
-def _is_null(message: dict) -> bool:
-    return "content" in message and message["content"] is None
 
 
 def _is_message(value: Any) -> bool:

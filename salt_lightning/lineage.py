@@ -15,12 +15,13 @@ import numpy as np
 
 from salt_lightning.errors import ConfigError
 from salt_lightning.report import UNITS
-from salt_lightning.runlog import Curve, Run, read_run
+from salt_lightning.runlog import Curve, Run, read_run, step_named
 
 
-def places(run: Run, path: str) -> list[Path]:
-    """Where a path of a run's settings may lie: a relative one may count from any parent."""
-    return [Path(os.path.normpath(base / path)) for base in (Path.cwd(), *run.path.absolute().parents)]
+def places(run: Run, setting: str) -> list[Path]:
+    """Where the path in a run's setting may lie, if it has one: a relative one may count from any parent."""
+    path, bases = run.config.get(setting), (Path.cwd(), *run.path.absolute().parents)
+    return [Path(os.path.normpath(base / str(path))) for base in bases] if path else []
 
 
 def read(path: Path, name: str, generations: int = 9) -> Run:
@@ -32,9 +33,10 @@ def read(path: Path, name: str, generations: int = 9) -> Run:
     run = read_run(path, name)
     if run.began == 0 or generations == 0:
         return run
-    for checkpoint in places(run, str(run.config.get("ckpt_path") or "")):
+    for checkpoint in places(run, "ckpt_path"):
         before = checkpoint.parent.parent  # RUN/checkpoints/step-N.ckpt
-        if re.fullmatch(r"step-\d+\.ckpt", checkpoint.name) and before.is_dir() and before.resolve() != path.resolve():
+        named = step_named(checkpoint.name) is not None
+        if named and before.is_dir() and before.resolve() != path.resolve():
             try:
                 curves = dict(read(before, name, generations - 1).curves)
             except ConfigError:  # a folder that nobody has named
@@ -51,11 +53,9 @@ def read(path: Path, name: str, generations: int = 9) -> Run:
 
 def teacher_run(run: Run, runs: list[Run]) -> Run | None:
     """The given run in whose folder the teacher lies, or which has exported it."""
-    path = run.config.get("model.teacher.path")
-    there = {place.resolve() for place in places(run, str(path))} if path else set()
+    there = {place.resolve() for place in places(run, "model.teacher.path")}
     for other in runs:
-        export = other.config.get("checkpoint.export")
-        exported = {place.resolve() for place in places(other, str(export))} if export else set()
+        exported = {place.resolve() for place in places(other, "checkpoint.export")}
         inside = any(place.is_relative_to(other.path.resolve()) for place in there)
         if other is not run and (inside or there & exported):
             return other
@@ -64,14 +64,13 @@ def teacher_run(run: Run, runs: list[Run]) -> Run | None:
 
 def taught_steps(run: Run, teacher: Run) -> int:
     """Optimizer steps of the checkpoint that teaches, which its name tells; an exported one is taken for the last."""
-    named = re.search(r"step-(\d+)\.ckpt$", str(run.config["model.teacher.path"]).rstrip("/"))
-    return min(int(named[1]), teacher.steps_done) if named else teacher.steps_done
+    step = step_named(str(run.config["model.teacher.path"]))
+    return teacher.steps_done if step is None else min(step, teacher.steps_done)
 
 
 def card_flops(run: Run) -> float:
     """What the model card of an exported teacher says of its training: student, teacher and scoring."""
-    path = run.config.get("model.teacher.path")
-    for place in places(run, str(path)) if path else []:
+    for place in places(run, "model.teacher.path"):
         with suppress(OSError, UnicodeDecodeError):
             said = (place / "README.md").read_text(encoding="utf-8")
             found = re.findall(r"^- FLOPs of (?:the student|the teacher|scoring): ([\d.e+]+) (\w+)", said, re.M)
@@ -83,7 +82,7 @@ def card_flops(run: Run) -> float:
 
 def scoring(run: Run) -> dict[str, Any]:
     """The manifest of the predict run that `data.selection` names; empty without a selection, or where it is gone."""
-    for place in places(run, str(run.config.get("data.selection") or "")):
+    for place in places(run, "data.selection"):
         manifest = place / "scores.json" if place.is_dir() else place
         if run.selected and manifest.is_file() and manifest.name == "scores.json":
             with suppress(json.JSONDecodeError):

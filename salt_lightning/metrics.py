@@ -74,8 +74,8 @@ class TokenMetrics(Metric):
             bytes_N: int64, UTF-8 bytes of each position's label; 0 for special tokens. None: not known.
             thirds_N: int64, 0 easy, 1 medium, 2 hard, -1 not known; where the metric has thirds.
         """
-        nothing_N = torch.zeros_like(rank_N)
-        sources_N, bytes_N = (nothing_N if given is None else given for given in (sources_N, bytes_N))
+        sources_N = torch.zeros_like(rank_N) if sources_N is None else sources_N
+        bytes_N = torch.zeros_like(rank_N) if bytes_N is None else bytes_N
         groups = [(sources_N, 0)] if thirds_N is None else [(sources_N, 0), (thirds_N, len(self.sources))]
         for group_N, first in groups:
             valid_N = (rank_N >= 0) & (group_N >= 0)

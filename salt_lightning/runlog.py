@@ -26,6 +26,12 @@ CUMULATIVE = (
 AXES = ("steps", "tokens", "FLOPs", "seconds")
 
 
+def step_named(path: str) -> int | None:
+    """The optimizer step in the name of a run's checkpoint; None: another name."""
+    found = re.fullmatch(r"step-(\d+)\.ckpt", Path(path).name)
+    return int(found[1]) if found else None
+
+
 @dataclass(frozen=True, eq=False)
 class Curve:
     """A logged scalar over optimizer steps, in order."""
@@ -107,8 +113,8 @@ class Run:
         first = self.curves.get("train/tokens") if path else None
         if first is None or first.steps[0] <= 1:  # the first step is always logged
             return 0
-        named = re.search(r"step-(\d+)\.ckpt$", path)
-        return int(named[1]) if named else int(min(curve.steps[0] for curve in self.curves.values())) - 1
+        step = step_named(path)
+        return int(min(curve.steps[0] for curve in self.curves.values())) - 1 if step is None else step
 
     @property
     def running(self) -> bool:

@@ -55,23 +55,24 @@ def overlap(kept: dict[int, np.ndarray]) -> np.ndarray:
 def _summary(scores: Scores, score_R: np.ndarray, kept: np.ndarray, rule: KeepRule) -> str:
     teacher = scores.manifest.get("teacher", {})
     name = f"{teacher.get('path')}" + (f" at {teacher['revision']}" if teacher.get("revision") else "")
-    weak = np.mean(score_R == 0) > 0.99
+    zeros = np.mean(score_R == 0)
     low, middle, high = np.quantile(score_R, (0.1, 0.5, 0.9))
+    chance = (
+        "- **Nearly all rows score 0**, so what is kept is a matter of chance: take a later teacher, a larger "
+        "--data.keep.k, or --data.keep.masked drop."
+    )
     return "\n".join(
         [
             f"- {len(score_R)} rows of {scores.scored.block_size} tokens, scored by {name} "
             f"({scores.scored.precision}; {scores.manifest.get('scoring_flops', float('nan')):.3g} FLOPs).",
             f"- S(x), k {rule.k}, tokens outside the top k: {rule.masked}. Share of rows that score 0: "
-            f"{np.mean(score_R == 0):.1%}. Mean {score_R.mean():.4f}; 10%, 50%, 90% quantile: {low:.4f}, {middle:.4f}, "
+            f"{zeros:.1%}. Mean {score_R.mean():.4f}; 10%, 50%, 90% quantile: {low:.4f}, {middle:.4f}, "
             f"{high:.4f}; highest {score_R.max():.4f}.",
             f"- The rule {rule.name} keeps {len(kept)} rows ({len(kept) / len(score_R):.1%}), "
             f"S {score_R[kept].min():.4f} to {score_R[kept].max():.4f}.",
-            *([f"- **Nearly all rows score 0**, so what is kept is a matter of chance: {_REMEDY}."] if weak else []),
+            *([chance] if zeros > 0.99 else []),
         ]
     )
-
-
-_REMEDY = "take a later teacher, a larger --data.keep.k, or --data.keep.masked drop"
 
 
 def _by_k(of_k: dict[int, np.ndarray], rule: KeepRule) -> str:
