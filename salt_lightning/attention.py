@@ -161,9 +161,26 @@ def pack(lm: Any, asked: str | None, strategy: Strategy | None) -> None:
     chosen = asked is None and device is not None and lm.model.config._attn_implementation == "sdpa"
     if (chosen or asked == PACKED) and lm.head.weight.device.type != "meta":
         reason = _hindrance(lm.model.config.get_text_config(), training, device) or _change_over(lm.eval())
-        said = f"with a mask, which is slower: {reason}" if reason else "within each document alone, without a mask"
-        rank_zero_info(f"{lm.name}: attention {said}")
+        rank_zero_info(f"{lm.name}: attention {_said(reason)}")
         lm.train(training)
+
+
+@torch.no_grad()
+def foresee(lm: Any, asked: str | None, training: bool) -> str | None:
+    """What `pack` will say on a GPU in 16 bits of a model that is on a CPU now, as far as that can tell; None: nothing.
+
+    A kernel that this machine's own GPU has is tried.
+    """
+    if asked not in (None, PACKED) or (asked is None and lm.model.config._attn_implementation != "sdpa"):
+        return None
+    before, device = lm.apart, torch.device("cuda") if torch.cuda.is_available() else None
+    reason = _hindrance(lm.model.config.get_text_config(), training, device) or _change_over(lm.eval())
+    lm.keep_apart(before)
+    return _said(reason)
+
+
+def _said(reason: str | None) -> str:
+    return f"with a mask, which is slower: {reason}" if reason else "within each document alone, without a mask"
 
 
 def _hindrance(config: Any, training: bool, device: torch.device | None) -> str | None:

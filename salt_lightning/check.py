@@ -20,7 +20,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from salt_lightning import export, flops, memory, models, parallel, preflight, probe
+from salt_lightning import attention, export, flops, memory, models, parallel, preflight, probe
 from salt_lightning.checkpoint import RunCheckpoint
 from salt_lightning.data import SALTDataModule
 from salt_lightning.difficulty import find_files
@@ -30,7 +30,7 @@ from salt_lightning.module import SALTModule
 from salt_lightning.preflight import Finding
 from salt_lightning.schedule import KDScheduleCallback, kd_callbacks
 from salt_lightning.scores import Scores
-from salt_lightning.spec import DTYPES, ModelSpec, fresh_config, unnamed_sizes
+from salt_lightning.spec import DTYPES, ModelSpec, as_config_error, fresh_config, unnamed_sizes
 
 _LOOK_FLOPS = 1.5e11  # of a CPU, for one look at a model: some seconds
 _WHOLE_PARAMETERS = 5e8  # a fresh student beyond this is looked at with two of its layers
@@ -222,6 +222,10 @@ class Check:
                 f"{lm.name} head",
                 said + ("; documents are kept apart by our mask" if lm.apart == "mask" else ""),
             )
+            asked = (self.module.student_spec if lm.name == "student" else self.module.teacher_spec).attention
+            on_gpu = self._device() == "cuda" and self.module.compute_dtype == torch.bfloat16
+            if on_gpu and (how := attention.foresee(lm, asked, lm.name == "student")):
+                self.add("ok", f"{lm.name} attention", f"on a GPU {how}")
         return off is not None
 
     # -------------------------------------------------- weights, time, memory
@@ -328,7 +332,7 @@ def _shaped(spec: ModelSpec, data: SALTDataModule) -> CausalLM:
             raise
         sizes = {"vocab_size": -(-data.trained_vocab_size // 64) * 64, "max_position_embeddings": data.block_size}
         config = fresh_config(replace(spec, config={**sizes, **spec.config}), None)
-    with torch.device("meta"):
+    with torch.device("meta"), as_config_error("--model.student.config"):
         model = models.from_config(config, dtype=DTYPES[spec.dtype or "float32"], attn_implementation=spec.attention)
     return CausalLM(model, "student")
 

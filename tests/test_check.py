@@ -166,6 +166,10 @@ def test_a_run_folder_that_is_taken(checked, tmp_path):
             {"model.student.config": {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 3}},
             "student head", "error", "LlamaForCausalLM cannot be run with its settings",
         ),
+        (
+            {"model.student.family": "gpt2", "model.student.config": {"n_embd": 32, "n_layer": 2}},
+            "student", "error", "--model.student.config: ValueError: `embed_dim` must be divisible by num_heads",
+        ),
         ({"check.memory_gib": 80}, "micro-batch", "ok", "the largest that fits: 8"),
         ({"kd.weight": 0, "model.teacher.path": None, "kd.steps": None}, "phases", "ok", "teacher in 0 of 12"),
     ],
@@ -175,6 +179,24 @@ def test_one_finding(checked, overrides, about, level, says):
     assert of(found, about)[0] == level
     assert says in of(found, about)[1]
     assert code == (level == "error")
+
+
+GPT2 = {"model.student.family": "gpt2", "model.student.config": {"n_embd": 32, "n_layer": 2, "n_head": 2}}
+ON_A_GPU = {"check.memory_gib": 80, "trainer.precision": "bf16-mixed"}
+
+
+def test_the_attention_that_a_gpu_will_have(checked):
+    _, found = checked(**ON_A_GPU, **GPT2)
+    assert of(found, "student attention")[1] == (
+        "on a GPU with a mask, which is slower: gpt2's config drops 10% of the attention"
+    )
+    assert of(found, "teacher attention")[1] == "on a GPU within each document alone, without a mask"
+
+
+@pytest.mark.parametrize("but", [{"model.teacher.attention": "eager"}, {"trainer.precision": "32-true"}])
+def test_attention_is_foreseen_where_there_is_a_choice(checked, but):
+    _, found = checked(**ON_A_GPU | but)
+    assert "teacher attention" not in {about for _, about, _ in found}
 
 
 # ------------------------------------------------------------------------------- the teacher
