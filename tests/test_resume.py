@@ -409,11 +409,17 @@ def test_a_shorter_run_than_the_checkpoint_is_refused(fit, tmp_path, capsys):
     assert "--trainer.max_steps 9: the checkpoint is at step 10 already" in capsys.readouterr().err
 
 
-def test_a_run_that_ends_early_is_saved(fit, tmp_path, monkeypatch):
+def test_a_run_that_ends_early_is_saved_and_says_so(fit, tmp_path, monkeypatch, caplog):
     """Whoever sets should_stop: a time limit, another callback."""
     monkeypatch.setattr(StopAt, "on_before_backward", stop_softly)
     assert fit(tmp_path / "run", stop_at=5) == 0
     assert (tmp_path / "run/checkpoints/step-00000005.ckpt").exists()
+    said = "step 5 of 12: --trainer.max_time or a callback has ended the run"
+    assert said in caplog.text
+    caplog.clear()
+    monkeypatch.undo()
+    assert fit(tmp_path / "run", ckpt_path="last") == 0
+    assert "has ended the run" not in caplog.text
 
 
 def stop_softly(self, trainer, pl_module, loss):
