@@ -122,8 +122,8 @@ def compare(runs: list[Path], out: Path, baseline: str | None = None) -> Compari
     comparison = evaluate(loaded, baseline)
     out.mkdir(parents=True, exist_ok=True)
     link = "\n![Validation CE over steps and over FLOPs](compare.png)\n"
-    (out / "compare.md").write_text(report.markdown(comparison) + link)
-    (out / "compare.json").write_text(report.json_text(comparison))
+    (out / "compare.md").write_text(report.markdown(comparison) + link, encoding="utf-8")
+    (out / "compare.json").write_text(report.json_text(comparison), encoding="utf-8")
     report.figure(comparison).savefig(out / "compare.png", dpi=160)
     return comparison
 

@@ -41,7 +41,7 @@ def write(scores: Scores, rule: KeepRule, decode: Callable[[int], str]) -> tuple
         _overlap(kept, rule),
         _examples(scores, of_k[rule.k], rule, decode),
     ]
-    text.write_text("\n\n".join(parts) + "\n")
+    text.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     _figure(of_k[rule.k], kept[rule.k], rule).savefig(image, dpi=160)
     return text, image
 

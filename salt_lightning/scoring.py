@@ -25,6 +25,7 @@ from salt_lightning import score_report
 from salt_lightning.errors import ConfigError, Stopped
 from salt_lightning.models import weights_fingerprint
 from salt_lightning.scores import Scores
+from salt_lightning.selection import row_scores
 
 
 def check_strategy(trainer: pl.Trainer) -> None:
@@ -174,4 +175,5 @@ class ScoreWriter(pl.Callback):
                 self.scores.note(scoring_s=scored.num_rows * scored.block_size / (speed * trainer.world_size))
             data = trainer.datamodule  # type: ignore[attr-defined]
             files = score_report.write(self.scores, data.keep, data.decode_row)
-            rank_zero_info(f"report: {', '.join(map(str, files))}")
+            zeros = np.mean(row_scores(self.scores, data.keep.k, data.keep.masked) == 0)
+            rank_zero_info(f"{zeros:.1%} of the rows score 0; report: {', '.join(map(str, files))}")

@@ -162,7 +162,7 @@ def test_the_report(scored):
 # --- interrupted, resumed, with other sizes ---
 
 
-def test_killed_and_run_again_gives_the_same_bits(scored, of_data, teacher, tmp_path):
+def test_killed_and_run_again_gives_the_same_bits(scored, of_data, teacher, tmp_path, caplog):
     run = tmp_path / "run"
     args = arguments(of_data, {"run": str(run), "model.teacher.path": teacher})
     process = subprocess.Popen([sys.executable, "-c", _CALL, "predict", *args], cwd=ROOT)
@@ -180,6 +180,8 @@ def test_killed_and_run_again_gives_the_same_bits(scored, of_data, teacher, tmp_
     for whole, again in zip(read_all(scored), read_all(run), strict=True):
         assert np.array_equal(whole, again)
     assert (run / "report.md").read_text() == (scored / "report.md").read_text()
+    zeros = np.mean(row_scores(Scores(run, "--run"), 10, "zero") == 0)
+    assert f"{zeros:.1%} of the rows score 0; report: {run / 'report.md'}" in caplog.text
 
 
 class StopScoring(StopAt):
