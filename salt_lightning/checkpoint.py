@@ -201,8 +201,8 @@ class RunCheckpoint(Checkpoint):
             self._save(trainer, pl_module)
         if self.stopped_by is None and trainer.global_step < trainer.max_steps:
             rank_zero_info(
-                f"step {trainer.global_step} of {trainer.max_steps}: --trainer.max_time or a callback has ended the run, "
-                "which is saved: go on with --ckpt_path last"
+                f"step {trainer.global_step} of {trainer.max_steps}: --trainer.max_time or a callback has ended the "
+                "run, which is saved: go on with --ckpt_path last"
             )
         if self.export and self.stopped_by is None and trainer.is_global_zero:
             written = export(self._path(trainer), Path(self.export), run=Path(trainer.default_root_dir))

@@ -414,7 +414,7 @@ def test_a_run_that_ends_early_is_saved_and_says_so(fit, tmp_path, monkeypatch, 
     monkeypatch.setattr(StopAt, "on_before_backward", stop_softly)
     assert fit(tmp_path / "run", stop_at=5) == 0
     assert (tmp_path / "run/checkpoints/step-00000005.ckpt").exists()
-    said = "step 5 of 12: --trainer.max_time or a callback has ended the run"
+    said = "step 5 of 12: --trainer.max_time or a callback has ended the run, which is saved"
     assert said in caplog.text
     caplog.clear()
     monkeypatch.undo()
