@@ -21,6 +21,7 @@ from torch import Tensor
 from salt_lightning import attention, flops, models, parallel, preflight, probe
 from salt_lightning.cadence import plan_validation
 from salt_lightning.checkpoint import go_on_from, how_to_go_on, require_same
+from salt_lightning.data import SALTDataModule
 from salt_lightning.errors import ConfigError, NonFiniteLossError
 from salt_lightning.losses import salt_loss, token_stats
 from salt_lightning.meter import SUMS, Meter, loss_values
@@ -127,9 +128,8 @@ class SALTModule(pl.LightningModule):
             models.check_path(self.student_spec, "student")
             plan_validation(self.trainer)
             self.meter.forget()
-        data = self._data
-        sources = data.source_names if data is not None else ("all",)
-        self.eval_metrics = TokenMetrics(sources or ("all",), thirds=bool(getattr(data, "difficulty", None)))
+        sources = getattr(self._data, "source_names", None) or ("all",)
+        self.eval_metrics = TokenMetrics(sources, thirds=bool(getattr(self._data, "difficulty", None)))
 
     def _check_clipping(self) -> None:
         if (algorithm := self.trainer.gradient_clip_algorithm) == GradClipAlgorithmType.VALUE:
@@ -305,9 +305,8 @@ class SALTModule(pl.LightningModule):
         sums = torch.cat([self._sums, self._watch.is_bad()[None]])
         if self.trainer.world_size > 1:
             sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
-        *read, not_finite, weight, grad_norm = torch.cat(
-            [sums, torch.stack([self.kd_weight, self._grad_norm])]
-        ).tolist()
+        alike = torch.stack([self.kd_weight, self._grad_norm])  # on all ranks
+        *read, not_finite, weight, grad_norm = torch.cat([sums, alike]).tolist()
         if not_finite:
             self.require_finite()
         values = loss_values(read, weight) | {"grad_norm": grad_norm}
@@ -355,7 +354,8 @@ class SALTModule(pl.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> Batch:
         stats = partial(self._label_stats, batch["labels"].flatten())
         nll_N, rank_N = self.student(batch["input_ids"], batch["positions"], stats, batch.get("cu_seqlens"))
-        known = {f"{name}_N": batch[name].flatten() for name in ("sources", "bytes", "thirds") if name in batch}
+        told = ("sources", "bytes", "thirds") if self._data is not None else ("bytes",)
+        known = {f"{name}_N": batch[name].flatten() for name in told if name in batch}
         self.eval_metrics.update(nll_N, rank_N, **known)
         return {"nll": nll_N, "rank": rank_N}
 
@@ -403,14 +403,14 @@ class SALTModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if states := checkpoint.get("optimizer_states"):
             checkpoint["optimizer_states"] = [by_name(state) if state else state for state in states]
-        checkpoint["tokenizer"] = self._data.tokenizer_fingerprint if self._data is not None else None
+        checkpoint["tokenizer"] = getattr(self._data, "tokenizer_fingerprint", None)
         checkpoint["data"] = self._data_identity()
         checkpoint["text"] = getattr(self._data, "text", {})  # for the model card
         checkpoint["max_steps"] = self.trainer.max_steps
         checkpoint |= self.meter.state(self.global_step)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        require_same(checkpoint, self.hparams["student"], self._data and self._data.tokenizer_fingerprint)
+        require_same(checkpoint, self.hparams["student"], getattr(self._data, "tokenizer_fingerprint", None))
         self._loaded_step = checkpoint["global_step"]
         self.meter.load(checkpoint)
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
@@ -425,9 +425,10 @@ class SALTModule(pl.LightningModule):
         return {f"--data.{name}": getattr(self._data, name, 0) for name in names.split()}
 
     @property
-    def _data(self) -> Any:
+    def _data(self) -> SALTDataModule | None:
         """The run's SALTDataModule, where there is one."""
-        return self.trainer.datamodule if self._trainer is not None else None  # type: ignore[attr-defined]
+        found = self.trainer.datamodule if self._trainer is not None else None  # type: ignore[attr-defined]
+        return found if isinstance(found, SALTDataModule) else None
 
     @property
     def _strategy(self) -> Any:

@@ -666,12 +666,19 @@ def test_the_time_of_a_run_leaves_validation_out_and_goes_on_after_a_resume(fit_
     assert time_s == sorted(time_s)
 
 
-def test_batches_of_ones_own_are_enough():
+class OwnData(pl.LightningDataModule):
+    def __init__(self, loader):
+        super().__init__()
+        self.train_dataloader = self.val_dataloader = lambda: loader
+
+
+@pytest.mark.parametrize("in_a_module", [False, True])
+def test_batches_of_ones_own_are_enough(in_a_module):
     """docs/own-data.md: the loss of the first step, and of validation, by full logits."""
     generator = torch.Generator().manual_seed(0)
     tokens_BT = torch.randint(64, (4, 17), generator=generator)
     batch = {"input_ids": tokens_BT[:, :-1], "labels": tokens_BT[:, 1:], "positions": torch.arange(16).repeat(4, 1),
-             "bytes": torch.full((4, 16), 3)}  # fmt: skip
+             "bytes": torch.full((4, 16), 3), "sources": torch.full((4, 16), 7)}  # fmt: skip
     loader = torch.utils.data.DataLoader([{**batch, "step_tokens": torch.tensor(64)}], batch_size=None)
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
     spec = ModelSpec(config={**sizes, "vocab_size": 64, "max_position_embeddings": 16})
@@ -680,7 +687,7 @@ def test_batches_of_ones_own_are_enough():
         max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, num_sanity_val_steps=0, val_check_interval=1, log_every_n_steps=1,
     )  # fmt: skip
-    trainer.fit(module, loader, loader)
+    trainer.fit(module, *([OwnData(loader)] if in_a_module else [loader, loader]))
     logits_BTV = module.student.model(input_ids=batch["input_ids"]).logits
     true = torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), batch["labels"].flatten()).item()
     assert trainer.callback_metrics["val/ce"].item() == pytest.approx(true, rel=1e-6)
