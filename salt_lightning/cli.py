@@ -28,7 +28,7 @@ from salt_lightning.errors import ConfigError, NonFiniteLossError, Stopped, is_o
 from salt_lightning.event_log import EventLog, quiet_threads
 from salt_lightning.models import check_path, read_checkpoint
 from salt_lightning.module import SALTModule
-from salt_lightning.parser import Parser, check_configs, configs_first
+from salt_lightning.parser import Parser, check_configs, configs_first, reword
 from salt_lightning.progress_bar import ProgressBar
 from salt_lightning.quiet import silence_libraries
 from salt_lightning.runlog import flat
@@ -93,8 +93,9 @@ class SALTCLI(LightningCLI):
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         super()._add_subcommands(parser, **kwargs)
+        assert parser._subcommands_action is not None
+        reword(parser._subcommands_action, self._subcommand_parsers)
         for name, (_, text) in VERBS.items():  # listed here; main() runs them
-            assert parser._subcommands_action is not None
             parser._subcommands_action.add_subcommand(name, Parser(description=text), help=text)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -230,8 +231,7 @@ class SALTCLI(LightningCLI):
             own.append(DocumentLossWriter())
         if given.get("enable_progress_bar") is not False:
             own.append(ProgressBar())
-        if own:
-            kwargs["callbacks"] = [*self._instances("callbacks"), *own]
+        kwargs["callbacks"] = [*self._instances("callbacks"), *own]
         try:
             trainer = super().instantiate_trainer(**kwargs)
             parallel.check(trainer, config.get("ckpt_path"))

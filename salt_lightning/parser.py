@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import os
 import re
@@ -39,6 +40,36 @@ class Parser(LightningArgumentParser):
     def settings(self) -> list[str]:
         """Dotted names of all settings."""
         return [action.dest for action in self._actions]
+
+
+_VERBS = {
+    "fit": "Trains a student: BASELINE, SALT, RKD or SALT_DS, by the settings; also fine-tuning.",
+    "validate": "Losses of a checkpoint on the validation text; of a teacher, also the loss of each document.",
+    "test": "The same on the test text; of a fine-tuned student, what it generates and chooses.",
+    "predict": "SALT_DS: the teacher's loss and rank of every training token, and a report of the scores.",
+}
+# Where Lightning's own words are not true here. None: refused, so not shown.
+_WORDS = {
+    "ckpt_path": "A checkpoint (.ckpt), or last: the newest one of the run's folder that is not damaged.",
+    "trainer.max_steps": "Optimizer steps of the run.",
+    "trainer.precision": "32-true, bf16-mixed or bf16-true.",
+    "trainer.val_check_interval": "Optimizer steps between validations (a whole number), or a share of the run (0..1).",
+    "trainer.log_every_n_steps": "Optimizer steps between two logged ones.",
+    **dict.fromkeys(("weights_only", "trainer.accumulate_grad_batches", "trainer.barebones", "trainer.fast_dev_run")),
+    **dict.fromkeys(("trainer.check_val_every_n_epoch", "trainer.default_root_dir", "trainer.enable_checkpointing")),
+    **dict.fromkeys(("trainer.limit_train_batches", "trainer.max_epochs", "trainer.overfit_batches")),
+}
+
+
+def reword(action: argparse.Action, parsers: dict[str, LightningArgumentParser]) -> None:
+    """Says in `--help` what Lightning's verbs (`action` lists them) and settings do in this project."""
+    for verb in action._choices_actions:  # type: ignore[attr-defined]
+        verb.help = _VERBS.get(verb.dest, verb.help)
+    for verb, parser in parsers.items():
+        parser.description = _VERBS[verb]
+        for setting in parser._actions:
+            if setting.dest in _WORDS:
+                setting.help = _WORDS[setting.dest] or argparse.SUPPRESS
 
 
 def explain(message: str, known: list[str]) -> str:

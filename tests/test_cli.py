@@ -6,12 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import yaml
 from conftest import arguments, one_line, run, scalars, write_corpus
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser
 
 from salt_lightning import cli
-from salt_lightning.parser import configs_first
+from salt_lightning.parser import _WORDS, configs_first
+from salt_lightning.settings import wrong_trainer_settings
 
 ROOT = Path(__file__).parents[1]
 OVERLAYS = {"ddp.yaml", "fsdp.yaml", "fsdp1.yaml"}  # for another config: tests/test_parallel.py
@@ -42,6 +46,27 @@ def test_help_shows_every_setting_and_verb(capsys):
     ):  # fmt: skip
         assert key in text, key
     assert "Optimizer steps with a teacher" in text  # the docstrings are the help
+
+
+REFUSED = {
+    "accumulate_grad_batches": 2, "barebones": True, "check_val_every_n_epoch": 2, "default_root_dir": "x",
+    "enable_checkpointing": False, "fast_dev_run": True, "limit_train_batches": 3, "max_epochs": 2,
+    "overfit_batches": 2,
+}  # fmt: skip
+
+
+def test_help_does_not_offer_what_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["fit", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert [name for name in REFUSED if f"--trainer.{name}" in text] == []
+    assert "--ckpt_path CKPT_PATH A checkpoint (.ckpt), or last: the newest one of the run's folder that is" in text
+    assert len(wrong_trainer_settings(Namespace(**REFUSED))) == len(REFUSED)
+    parser = LightningArgumentParser()
+    parser.add_lightning_class_args(pl.Trainer, "trainer")
+    assert {name for name in _WORDS if "." in name} <= {action.dest for action in parser._actions}  # no other names
+    hidden = {name.removeprefix("trainer.") for name, words in _WORDS.items() if words is None}
+    assert hidden == {*REFUSED, "weights_only"}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
