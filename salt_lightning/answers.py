@@ -44,7 +44,7 @@ class AnswerTest(pl.Callback):
         max_new_tokens: Generate so many tokens at most for each test example, greedily, and report how many answers
             are exactly the response. 0 generates none.
         extract: Regular expression of the part that is compared: its last match, or the first group in that. Where a
-            text has no match, all of it is. GSM8K: '#### (.+)'.
+            text has no match, all of it is. GSM8K: '#### *(.+)'.
         choices: Responses as --data.examples writes them (" yes"): report how often the right one is the likeliest.
         max_examples: Look at so many test examples, evenly spaced. null: all.
 

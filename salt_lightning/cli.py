@@ -354,7 +354,7 @@ _FIRST_RANK_S = 10.0
 
 
 def main(args: list[str] | None = None) -> int:
-    """Runs one command line; returns its exit code: 0, 1 for an error of the run, 2 for one of the settings."""
+    """Runs one command line; returns its exit code: 0, 1 for an error of the run, 2 of the settings, 128 + signal."""
     first = (sys.argv[1:] if args is None else args)[:1]
     silence_libraries()
     quiet_threads()

@@ -86,8 +86,9 @@ class SALTDataModule(LightningDataModule):
         Args:
             source: Training text: a file, folder, glob (``**`` goes into folders), hub data set (owner/name, or
                 owner/name:split), or a list of these. Files of .jsonl or .parquet hold a document a row, any
-                other file is one document; .gz, .xz and .zst are unpacked. Of a folder with .jsonl or .parquet
-                in it only these are read.
+                other file is one document; .gz, .bz2, .xz and .zst are unpacked, .json and .ndjson are .jsonl. Of a
+                folder with .jsonl or .parquet the commoner kind is read, and the log says what is left out; a
+                folder with more files of plain text is refused.
             val_source: Validation text, likewise. Without it, `val_fraction` of the documents of `source`.
             test_source: Text for the test verb, likewise. Without it, the validation text.
             split: Split of a hub data set, or of a folder laid out like one.

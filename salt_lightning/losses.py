@@ -1,4 +1,4 @@
-"""The SALT head loss: hidden states and head weights in, loss and gradients out, without the full logits.
+"""The SALT head loss: hidden states and head weights in, loss and gradients out, logits in chunks.
 
     CE   = -log p(y)                                   p = softmax(z_student)
     KD   = -sum_v q(v) log p(v)                        q = softmax(z_teacher / T)

@@ -48,9 +48,9 @@ class SALTModule(pl.LightningModule):
         optim: Optimizer and learning rate.
         compile: Compile student and teacher with torch.compile, in place.
         activation_checkpointing: Keep each block's input alone and compute the block again in backward: a third more
-            of the student's forward for most of its memory.
+            compute of the student for most of its memory.
         accuracy: How the head loss stores logits: accurate, or fast (bf16).
-        logits_budget_gib: Memory that the head loss may use for logits, GiB.
+        logits_budget_gib: Memory that the head loss may use for logits, GiB; what 2,048 rows need is always granted.
         seed: Of the student's initial weights and of dropout. The command line sets it by --seed_everything.
 
     Raises:
