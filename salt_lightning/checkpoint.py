@@ -76,7 +76,8 @@ class RunCheckpoint(Checkpoint):
 
     Args:
         every_n_steps: Optimizer steps between two checkpoints; null saves at the boundary and the end alone.
-        keep: How many of those to keep, newest first; null keeps all. The boundary, `at_steps` and the end stay.
+        keep: How many of those to keep, newest first; null keeps all. The boundary, `at_steps` and the end stay, also
+            those of earlier starts of the run.
         at_steps: Optimizer steps after which a checkpoint is kept for good, e.g. an early teacher for SALT_DS.
         folder: Where to; null is `checkpoints` in the run's folder.
         export: A new folder for the student of the finished run, as a Hugging Face model; null writes none.
@@ -107,6 +108,7 @@ class RunCheckpoint(Checkpoint):
         self.stopped_by: signal.Signals | None = None
         self._due = False  # a save that waits for the validation of its step
         self._limit_val_batches: float | None = None  # the trainer's, while a stop has set it to 0
+        self._kept: set[int] = set()  # steps whose checkpoints an earlier start has kept for good
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         self._begin()
@@ -118,7 +120,14 @@ class RunCheckpoint(Checkpoint):
 
     def _for_good(self, trainer: pl.Trainer) -> set[int | None]:
         """Steps whose checkpoints stay; a validation may have set the boundary."""
-        return {*self.at_steps, *(kd.schedule.steps for kd in kd_callbacks(trainer)), trainer.max_steps}
+        return {*self.at_steps, *(kd.schedule.steps for kd in kd_callbacks(trainer)), trainer.max_steps, *self._kept}
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        done = trainer.global_step
+        checkpoint["kept_steps"] = sorted(step for step in self._for_good(trainer) if step is not None and step <= done)
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        self._kept = set(checkpoint.get("kept_steps", ()))
 
     def space(self, trainer: pl.Trainer, weights: Iterable[Tensor]) -> Finding:
         """Whether all that the run keeps at once fits the disk."""

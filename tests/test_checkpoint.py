@@ -97,8 +97,21 @@ def test_newest_boundary_and_chosen_steps_are_kept(settings, teacher, tmp_path):
     own = {"run": str(tmp_path / "run"), "model.teacher.path": teacher, "kd.steps": 5, "checkpoint.every_n_steps": 1,
            "checkpoint.keep": 2, "checkpoint.at_steps": [3]}  # fmt: skip
     assert cli.main(["fit", *arguments(settings, own)]) == 0
-    steps = sorted(int(p.stem.removeprefix("step-")) for p in (tmp_path / "run/checkpoints").iterdir())
-    assert steps == [3, 5, 10, 11, 12]  # asked for, the boundary, the two newest regular ones, the end
+    assert steps_in(tmp_path) == [3, 5, 10, 11, 12]  # asked for, the boundary, the two newest regular ones, the end
+
+
+def steps_in(tmp_path):
+    return sorted(int(p.stem.removeprefix("step-")) for p in (tmp_path / "run/checkpoints").iterdir())
+
+
+def test_what_a_start_has_kept_for_good_a_later_one_keeps(settings, teacher, tmp_path):
+    """Another run may have one of them as its teacher."""
+    own = {"run": str(tmp_path / "run"), "model.teacher.path": teacher, "kd.steps": 5, "checkpoint.every_n_steps": 1,
+           "checkpoint.keep": 1}  # fmt: skip
+    assert cli.main(["fit", *arguments(settings, own, {"checkpoint.at_steps": [3], "trainer.max_steps": 8})]) == 0
+    changed = {"kd.steps": 10, "kd.allow_change": True, "ckpt_path": "last"}
+    assert cli.main(["fit", *arguments(settings, own, changed)]) == 0
+    assert steps_in(tmp_path) == [3, 5, 8, 10, 11, 12]
 
 
 @pytest.mark.parametrize("setting", ["every_n_steps", "keep"])
