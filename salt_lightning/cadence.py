@@ -3,7 +3,14 @@
 import math
 from weakref import WeakKeyDictionary
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+)
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from salt_lightning.errors import ConfigError
@@ -39,6 +46,24 @@ def set_cadence(trainer: Trainer, accumulation: int, global_batch: int) -> None:
         trainer.val_check_interval, trainer.check_val_every_n_epoch = validation_cadence(
             interval, trainer.max_steps, accumulation, trainer.check_val_every_n_epoch
         )
+
+
+_REFUSED: dict[type[Callback], str] = {
+    LearningRateFinder: "it sets rates, which follow from --model.optim.* at each step: try several runs",
+    StochasticWeightAveraging: "it counts epochs, of which a run has one, and would average nothing",
+    GradientAccumulationScheduler: "accumulation follows from --data.global_batch_size",
+    BatchSizeFinder: "the verb `check` says which --data.micro_batch_size fits",
+}
+
+
+def check_trainer(trainer: Trainer) -> None:
+    """Raises ConfigError for what of Lightning's would do nothing here, or something else than it says."""
+    if (algorithm := trainer.gradient_clip_algorithm) == GradClipAlgorithmType.VALUE:
+        raise ConfigError(f"--trainer.gradient_clip_algorithm {algorithm.value} is not supported; use norm")
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for kind, why in _REFUSED.items():
+            if isinstance(callback, kind):
+                raise ConfigError(f"--trainer.callbacks {kind.__name__} is not supported: {why}")
 
 
 def plan_validation(trainer: Trainer) -> None:

@@ -20,7 +20,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from salt_lightning import attention, export, flops, memory, models, parallel, preflight, probe
+from salt_lightning import attention, cadence, export, flops, memory, models, parallel, preflight, probe
 from salt_lightning.checkpoint import RunCheckpoint
 from salt_lightning.data import SALTDataModule
 from salt_lightning.difficulty import find_files
@@ -108,7 +108,7 @@ class Check:
         if self.works("learning rate", optim.check, max_steps):
             said = f"{optim.lr:g} after {optim.warmup_steps} steps of warm-up, then {optim.schedule}"
             self.add("ok", "learning rate", said)
-        self.works("clipping", self.module._check_clipping)
+        self.works("trainer", cadence.check_trainer, self.trainer)
         for callback in self._savers:
             if callback.export:
                 self.works("export", export.check_target, Path(callback.export), "--checkpoint.export")

@@ -51,8 +51,6 @@ class Meter:
     """
 
     def __init__(self) -> None:
-        self.time_s = 0.0  # of training, over all starts of this run
-        self.teacher_time_s = 0.0  # of it, the teacher's forward; its head is computed in the loss, and not in here
         self._watched: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self.tokens_per_s = 0.0  # between the last two logged steps
         self.forward_flops = {"student": math.nan, "teacher": 0.0}  # per token
@@ -65,6 +63,8 @@ class Meter:
 
     def forget(self) -> None:
         """A fit begins; a checkpoint may say more."""
+        self.time_s = 0.0  # of training, over all starts of this run
+        self.teacher_time_s = 0.0  # of it, the teacher's forward; its head is computed in the loss, and not in here
         self.before = Totals()  # counted under settings that have changed since
         self._counted = Totals()  # by the checkpoint that is gone on from
 

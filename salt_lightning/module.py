@@ -15,11 +15,11 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from salt_lightning import attention, flops, models, parallel, preflight, probe
-from salt_lightning.cadence import plan_validation
+from salt_lightning.cadence import check_trainer, plan_validation
 from salt_lightning.checkpoint import go_on_from, how_to_go_on, require_same
 from salt_lightning.data import SALTDataModule
 from salt_lightning.errors import ConfigError, NonFiniteLossError
@@ -124,16 +124,12 @@ class SALTModule(pl.LightningModule):
             self.optim_spec.check(self.trainer.max_steps)
             self._check_callback()
             parallel.check(self.trainer)
-            self._check_clipping()
+            check_trainer(self.trainer)
             models.check_path(self.student_spec, "student")
             plan_validation(self.trainer)
             self.meter.forget()
         sources = getattr(self._data, "source_names", None) or ("all",)
         self.eval_metrics = TokenMetrics(sources, thirds=bool(getattr(self._data, "difficulty", None)))
-
-    def _check_clipping(self) -> None:
-        if (algorithm := self.trainer.gradient_clip_algorithm) == GradClipAlgorithmType.VALUE:
-            raise ConfigError(f"--trainer.gradient_clip_algorithm {algorithm.value} is not supported; use norm")
 
     def _check_callback(self) -> None:
         if self.has_teacher and self._kd is None:
@@ -373,7 +369,7 @@ class SALTModule(pl.LightningModule):
         labels_BT = batch["labels"]
         stats = partial(self._label_stats, labels_BT.flatten())
         nll_N, rank_N = self.teacher(batch["input_ids"], batch["positions"], stats, batch.get("cu_seqlens"))
-        return {"rows": batch["rows"], "nll": nll_N.view_as(labels_BT), "rank": rank_N.view_as(labels_BT)}
+        return {"nll": nll_N.view_as(labels_BT), "rank": rank_N.view_as(labels_BT)}
 
     def on_validation_start(self) -> None:
         self.meter.pause()

@@ -160,6 +160,11 @@ class KDScheduleCallback(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         if stage != "fit":
             return
+        if not hasattr(pl_module, "load_teacher"):
+            raise ConfigError(
+                f"KDScheduleCallback goes with a SALTModule, not with {type(pl_module).__name__}; train that, or a "
+                "subclass of it"
+            )
         self._stop(None)
         self._probe.forget()  # of a fit before
         if (number := len(kd_callbacks(trainer))) > 1:

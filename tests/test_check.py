@@ -115,7 +115,7 @@ def test_all_findings_at_once(checked, tmp_path, monkeypatch):
     assert code == 1
     wrong = {about: text for level, about, text in found if level == "error"}
     both = {"selection", "thirds"}
-    assert set(wrong) == {"phases", "learning rate", "clipping", "batch", "teacher", "checkpoints"} | both
+    assert set(wrong) == {"phases", "learning rate", "trainer", "batch", "teacher", "checkpoints"} | both
     assert "--kd.steps 99" in wrong["phases"]
     assert "none.ckpt does not exist" in wrong["teacher"]
     assert "--checkpoint.keep" in wrong["checkpoints"]

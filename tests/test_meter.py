@@ -47,6 +47,13 @@ def test_a_resumed_run_counts_its_own_steps_and_adds_to_the_time(clock):
     assert (values["time_s"], values["tokens"], values["tokens_per_s"]) == (62.0, 1000.0, 100.0)
 
 
+def test_a_second_fit_of_a_module_counts_from_zero():
+    meter = new()
+    meter.time_s = meter.teacher_time_s = 60.0
+    meter.forget()
+    assert (meter.time_s, meter.teacher_time_s) == (0.0, 0.0)
+
+
 def test_validation_is_not_counted(clock):
     meter = new()
     meter.start(0, wait_s=0.0)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import StopAt, arguments, scalars, weights
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.tuner import Tuner
 from reference import salt_reference
 from torch._dynamo.utils import counters
 
@@ -664,6 +665,41 @@ def test_the_time_of_a_run_leaves_validation_out_and_goes_on_after_a_resume(fit_
     assert time_s[0] >= 0.5
     assert 0 < time_s[2] - time_s[1] < 2  # the validation of step 2 lies between
     assert time_s == sorted(time_s)
+
+
+def test_a_schedule_on_another_module_is_refused(teacher):
+    class Mine(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.inner = SALTModule(ModelSpec(config=CONFIG), teacher=teacher)
+            self.training_step, self.configure_optimizers = self.inner.training_step, self.inner.configure_optimizers
+
+    trainer = pl.Trainer(max_steps=1, callbacks=[KDScheduleCallback(0.5, 1)], accelerator="cpu", logger=False)
+    with pytest.raises(ConfigError, match="KDScheduleCallback goes with a SALTModule, not with Mine"):
+        trainer.fit(Mine(), torch.utils.data.DataLoader([]))
+
+
+def test_a_tuner_is_refused(settings):
+    own = {k[5:]: v for k, v in settings.items() if k.startswith("data.")}
+    trainer = pl.Trainer(max_steps=1, accelerator="cpu", logger=False, use_distributed_sampler=False)
+    with pytest.raises(ConfigError, match="LearningRateFinder is not supported: it sets rates, which follow"):
+        Tuner(trainer).lr_find(SALTModule(ModelSpec(config=CONFIG)), datamodule=SALTDataModule(**own))
+
+
+def test_batches_of_ones_own_with_a_teacher(teacher):
+    """The probe looks at the teacher in each validation of phase 1."""
+    batch = {"input_ids": torch.arange(32).view(2, 16), "labels": torch.arange(1, 33).view(2, 16),
+             "positions": torch.arange(16).repeat(2, 1), "step_tokens": torch.tensor(32)}  # fmt: skip
+    loader = torch.utils.data.DataLoader([batch] * 3, batch_size=None)
+    vocab = read_checkpoint(teacher, "test")["hyper_parameters"]["student"]["config"]["vocab_size"]
+    module = SALTModule(ModelSpec(config={**CONFIG, "vocab_size": vocab, "max_position_embeddings": 16}), teacher)
+    trainer = pl.Trainer(
+        max_steps=3, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, num_sanity_val_steps=0, val_check_interval=1,
+        callbacks=[KDScheduleCallback(0.5, 2)],
+    )  # fmt: skip
+    trainer.fit(module, loader, loader)
+    assert (trainer.global_step, module.teacher, module.meter.totals(3).taught_steps) == (3, None, 2)
 
 
 class OwnData(pl.LightningDataModule):
