@@ -15,7 +15,7 @@ from transformers.utils import cached_file
 from salt_lightning import report
 from salt_lightning.lineage import scoring_flops
 from salt_lightning.meter import Totals
-from salt_lightning.runlog import Run
+from salt_lightning.runlog import Run, shown
 from salt_lightning.schedule import KDSchedule, trained_schedule
 
 _SIZES = (
@@ -109,6 +109,7 @@ def _training(checkpoint: dict[str, Any], run: Run) -> dict[str, str]:
     teacher, taught = spec.get("teacher") or {}, _is_taught(checkpoint, run)
     counts = [(text.get("documents"), "documents"), (_data(checkpoint, "num_train_tokens"), "tokens")]
     return {
+        "went on": _changes(checkpoint["global_step"], run),
         "method": run.method + ("" if taught == (run.kd_steps > 0) else ", after steps with a teacher"),
         "teacher": " at revision ".join(filter(None, (teacher.get("path"), teacher.get("revision")))) if taught else "",
         "KD": f"{_schedule(checkpoint, run)}; teacher's temperature {spec.get('teacher_temperature', 1.0):g}"
@@ -123,6 +124,12 @@ def _training(checkpoint: dict[str, Any], run: Run) -> dict[str, str]:
         "precision": str(settings.get("trainer.precision") or ""),
         "seed": str(spec.get("seed", "")),
     }
+
+
+def _changes(step: int, run: Run) -> str:
+    """Where, before the checkpoint, it went on under other settings than the ones told here."""
+    changes = (change for change in run.changes.items() if change[0] < step)
+    return "; ".join(f"at step {at} under other settings: {shown(found)}" for at, found in changes)
 
 
 def _examples(settings: dict[str, Any]) -> str:
@@ -159,7 +166,8 @@ def _cost(checkpoint: dict[str, Any], run: Run) -> dict[str, str]:
     by_student = totals.student_flops or math.nan  # 0: trained without the command line's data, not counted
     by_teacher = (totals.teacher_flops or math.nan) if taught else 0.0
     planned = f" of {run.max_steps:,}" if run.max_steps else ""
-    passes = f" ({tokens / text_tokens:.2f} times the text)" if text_tokens else ""
+    of_one_text = text_tokens and not any("data.source" in found for found in run.changes.values())
+    passes = f" ({tokens / text_tokens:.2f} times the text)" if of_one_text else ""
     scoring = scoring_flops(run) if run.selected else 0.0
     return {
         "steps": f"{step:,}{planned}" + (f", {taught:,} of them with the teacher" if taught else ""),
@@ -197,7 +205,7 @@ def _validation(step: int, run: Run) -> str:
     if at is None:
         return ""
     found = {tag: curve.values[curve.steps == at] for tag, curve in sorted(curves.items())}
-    figures = {tag: f"{value[0]:.4f}" for tag, value in found.items() if len(value)}
+    figures = {tag: f"{value[0]:{',.0f' if tag == 'tokens' else '.4f'}}" for tag, value in found.items() if len(value)}
     return f"## Validation after step {at:,}\n\n" + _list(figures)
 
 

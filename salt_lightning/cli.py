@@ -15,7 +15,7 @@ from typing import Any
 import lightning.pytorch as pl
 import yaml
 from jsonargparse import Namespace
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -31,6 +31,7 @@ from salt_lightning.module import SALTModule
 from salt_lightning.parser import Parser, check_configs, configs_first, reword
 from salt_lightning.progress_bar import ProgressBar
 from salt_lightning.quiet import silence_libraries
+from salt_lightning.run_config import SaveRunConfig
 from salt_lightning.runlog import flat
 from salt_lightning.schedule import KDScheduleCallback
 from salt_lightning.scoring import ScoreWriter, check_strategy
@@ -51,28 +52,6 @@ os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 
 _HELD = ExitStack()  # the run's folder, by this process until main() returns
 _EVALUATED = ("compile", "logits_budget_gib")  # the settings of a model that validate and test use
-
-
-class SaveRunConfig(SaveConfigCallback):
-    """Writes config and tokenizer into the run's folder at the first step: a start that is refused changes nothing."""
-
-    _written = False
-
-    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
-        """Too early: checkpoint, teacher and disk may still be refused."""
-
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.is_global_zero and not self._written:
-            self._written = True
-            run = Path(trainer.default_root_dir)
-            with shards.writing(run):
-                run.mkdir(parents=True, exist_ok=True)
-                try:
-                    self.parser.save(self.config, run / ".config.tmp", skip_none=False, overwrite=True, multifile=False)
-                except (TypeError, ValueError) as error:  # a callback with an argument that YAML cannot say
-                    raise ConfigError(f"{_one_line(error)} (it cannot be written into config.yaml)") from error
-                os.replace(run / ".config.tmp", run / "config.yaml")
-                trainer.datamodule.tokenizer.save_pretrained(run / "tokenizer")  # type: ignore[attr-defined]
 
 
 class SALTCLI(LightningCLI):

@@ -15,6 +15,7 @@ import numpy as np
 
 from salt_lightning import lineage, report
 from salt_lightning.errors import ConfigError, VerbParser
+from salt_lightning.remarks import remarks
 from salt_lightning.runlog import AXES, Run
 
 
@@ -160,35 +161,9 @@ def evaluate(runs: list[Run], baseline: str | None = None) -> Comparison:
     took_s = float(np.mean([run.total("train/time_s", steps) for run in seeds]))
     goal = Goal(float(np.mean([run.last("val/ce") for run in seeds])), steps, took_flops, took_s)
     rows = [_row(run, "TEACHER" if run.name in teachers else run.method, teacher_of[run.name], goal) for run in runs]
-    notes += [what for run in (*silent, *runs) for what in run.damaged]
-    notes += [f"{run.name} has logged nothing and is left out" for run in silent]
-    notes += [f"{row.run} is at step {row.steps} of {row.max_steps}" for row in rows if row.running]
-    notes += [
-        f"{run.name} was last validated at step {run.val_ce.steps[-1]} of {run.steps_done}: val CE is of that step"
-        for run in runs
-        if not run.running and len(run.val_ce.steps) and run.val_ce.steps[-1] < run.steps_done
-    ]
-    notes += [f"{row.run} has no validation yet" for row in rows if math.isnan(row.val_ce)]
-    notes += [
-        f"{run.name} has settings and seed of {repeated[run.name]}, which alone is counted"
-        for run in runs
-        if run.name in repeated
-    ]
-    notes += [
-        f"{run.name} has no log before step {run.began}, and the run that it went on from is not found: where it "
-        "reaches a loss may not be known"
-        for run in runs
-        if run.began > 0
-    ]
-    notes += [
-        f"{run.name} began with the weights of {run.config['model.student.path']}: what those took is not counted"
-        for run in runs
-        if run.config.get("model.student.path")
-    ]
-    notes += [f"{run.name} has no config.yaml: its method is not known" for run in runs if not run.config]
+    notes += remarks(silent, runs, students, repeated, reference)
     equal = _equal_points(students)
     groups = _groups(students, {row.run: row for row in rows}, reference.variant, seeds)
-    notes += _other_tokens(students, reference)
     for group in groups:
         done = [run.name for run in students if run.name in group.runs and run.finished]
         group.equal = {axis: [ce[name] for name in done if name in ce] for axis, (_, ce) in equal.items()}
@@ -208,10 +183,16 @@ def _named(runs: list[Run], baseline: str) -> Run:
 
 
 def _reference(students: list[Run]) -> tuple[Run, list[str]]:
-    for run in students:
-        # a run that went on without its teacher is none
-        if run.method == "BASELINE" and not run.last("train/flops_teacher_total") > 0:
-            return run, []
+    # a run that went on without its teacher is none
+    plain = [run for run in students if run.method == "BASELINE" and not run.last("train/flops_teacher_total") > 0]
+    taught = [run for run in students if run.kd_steps > 0]
+
+    def doubts(run: Run) -> tuple[bool, bool]:
+        """Perhaps a teacher that is not known as one; settings that were not the same all along."""
+        return bool(taught) and not any(lineage.same_model(run, other) for other in taught), bool(run.changes)
+
+    if plain:
+        return min(plain, key=doubts), []
     return students[0], [f"no BASELINE among the runs: {students[0].name}, the first, is the reference"]
 
 
@@ -231,47 +212,6 @@ def _repeated(students: list[Run], named: Run | None) -> dict[str, str]:
         else:
             repeated[run.name] = first.name
     return repeated
-
-
-def _measured_on(run: Run) -> dict[str, Any]:
-    """Settings with another of which a loss is one of other tokens; None: nothing can be said."""
-    config = run.config
-
-    def files(name: str) -> list[str]:
-        return sorted(
-            os.path.normpath(str(v)) for k, v in config.items() if k.rstrip("0123456789") in (name, f"{name}.")
-        )
-
-    apart = config.get("data.val_source") is not None or "data.val_source.0" in config
-    trained = config.get("data.tokenizer") == "train"  # or given by the path of a run that has trained the same
-    names = ("data.val_rows", "data.block_size", "data.isolate_documents", "data.text_column")
-    return {
-        **{name: config.get(name) for name in names},
-        "data.val_source" if apart else "data.source": files("data.val_source" if apart else "data.source"),
-        "data.val_fraction": None if apart else config.get("data.val_fraction"),
-        "data.tokenizer": None if trained else config.get("data.tokenizer"),
-        "data.vocab_size": config.get("data.vocab_size") if trained else None,
-        "trainer.limit_val_batches": config.get("trainer.limit_val_batches") or 1.0,
-    }
-
-
-_EITHER = ("data.tokenizer", "data.vocab_size")  # known of one of the runs alone they tell nothing
-
-
-def _other_tokens(students: list[Run], reference: Run) -> list[str]:
-    notes = []
-    there = _measured_on(reference)
-    for run in students:
-        here = _measured_on(run)
-        keys = [
-            key
-            for key, value in here.items()
-            if value != there.get(key) and not (key in _EITHER and None in (value, there.get(key)))
-        ]
-        if run.config and reference.config and keys:
-            said = ", ".join(f"{key} {run.config.get(key, here[key])}" for key in keys[:3])
-            notes.append(f"{run.name} was perhaps validated on other tokens than {reference.name} ({said})")
-    return notes
 
 
 def _row(run: Run, method: str, teacher: Run | None, goal: Goal) -> Row:

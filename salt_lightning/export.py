@@ -23,8 +23,8 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from salt_lightning.card import model_card
 from salt_lightning.errors import ConfigError, VerbParser
+from salt_lightning.lineage import read as read_log
 from salt_lightning.models import from_config, read_checkpoint, require_undamaged
-from salt_lightning.runlog import read_run
 from salt_lightning.shards import Tensors, sync_folder
 from salt_lightning.spec import DTYPES, ModelSpec
 from salt_lightning.tokenizer import load_tokenizer, tokenizer_fingerprint
@@ -74,7 +74,7 @@ def export(
         num_files = _write_weights(model, weights, read, folder, max_file_bytes)
         model.config.dtype = next(tensor.dtype for tensor in weights.values() if tensor.is_floating_point())
         _write_settings(model, words, folder)
-        logged = read_run(run, run.name) if any(run.glob("*tfevents*")) else None
+        logged = read_log(run, run.name) if any(run.glob("*tfevents*")) else None
         card = model_card(target.name, saved, model, logged, words is not None)
         (folder / "README.md").write_text(card, encoding="utf-8")
         verify(folder)

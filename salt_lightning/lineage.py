@@ -38,16 +38,20 @@ def read(path: Path, name: str, generations: int = 9) -> Run:
         named = step_named(checkpoint.name) is not None
         if named and before.is_dir() and before.resolve() != path.resolve():
             try:
-                curves = dict(read(before, name, generations - 1).curves)
+                parent = read(before, name, generations - 1)
             except ConfigError:  # a folder that nobody has named
                 return run
+            curves = dict(parent.curves)
             for tag, curve in run.curves.items():
                 if (there := curves.get(tag)) is not None:
                     until = there.steps <= run.began  # it may have gone on itself
                     parts = zip((there.steps[until], there.values[until]), (curve.steps, curve.values), strict=True)
                     curve = Curve(*map(np.concatenate, parts))
                 curves[tag] = curve
-            return replace(run, curves={tag: c for tag, c in curves.items() if tag in run.curves})
+            held = [(step, config) for step, config in parent.earlier if step < run.began]
+            config = next((config for step, config in parent.earlier if step >= run.began), parent.config)
+            curves = {tag: c for tag, c in curves.items() if tag in run.curves}
+            return replace(run, curves=curves, earlier=(*held, (run.began, config), *run.earlier))
     return run
 
 
@@ -56,10 +60,17 @@ def teacher_run(run: Run, runs: list[Run]) -> Run | None:
     there = {place.resolve() for place in places(run, "model.teacher.path")}
     for other in runs:
         exported = {place.resolve() for place in places(other, "checkpoint.export")}
-        inside = any(place.is_relative_to(other.path.resolve()) for place in there)
+        folders = [other.path.resolve(), *(place.resolve() for place in places(other, "checkpoint.folder"))]
+        inside = any(place.is_relative_to(folder) for place in there for folder in folders)
         if other is not run and (inside or there & exported):
             return other
     return None
+
+
+def same_model(a: Run, b: Run) -> bool:
+    """Whether both train a model of the same settings."""
+    here, there = ({k: v for k, v in run.config.items() if k.startswith("model.student.")} for run in (a, b))
+    return here == there
 
 
 def taught_steps(run: Run, teacher: Run) -> int:

@@ -26,6 +26,7 @@ class TokenMetrics(Metric):
         ce            = sum_i nll_i / tokens                     nats a token
         perplexity    = exp(ce)
         accuracy      = |{i: rank_i = 0}| / tokens
+        tokens        = how many that are                        another number: another text
         bits_per_byte = sum_i nll_i / ln 2 / sum_i bytes_i       an EOS adds nats and no bytes
         ce/SOURCE     = ce over the tokens of SOURCE             only where there is more than one source
         ce/THIRD      = ce over the easy, medium or hard third of the documents (difficulty.py), where they are known
@@ -95,6 +96,7 @@ class TokenMetrics(Metric):
             metrics["ce"] = nll_sum / tokens
             metrics["perplexity"] = metrics["ce"].exp()
             metrics["accuracy"] = self.correct_S[sources].sum() / tokens
+            metrics["tokens"] = tokens
         if num_bytes > 0:
             metrics["bits_per_byte"] = nll_sum / (math.log(2) * num_bytes)
         names = [*(self.sources if len(self.sources) > 1 else [None]), *(THIRDS if self.thirds else [])]

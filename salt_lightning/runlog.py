@@ -56,6 +56,7 @@ class Run:
     config: dict[str, Any]
     curves: dict[str, Curve]
     damaged: tuple[str, ...] = ()
+    earlier: tuple[tuple[int, dict[str, Any]], ...] = ()  # (step, the settings until there) of earlier starts, in order
 
     @property
     def seed(self) -> int | None:
@@ -116,6 +117,14 @@ class Run:
         step = step_named(path)
         return int(min(curve.steps[0] for curve in self.curves.values())) - 1 if step is None else step
 
+    @cached_property
+    def changes(self) -> dict[int, dict[str, tuple[Any, Any]]]:
+        """Steps at which it went on under other settings -> setting -> (before, from there on)."""
+        configs = [*(config for _, config in self.earlier), self.config]
+        steps = [step for step, _ in self.earlier]
+        found = zip(steps, map(changed, configs, configs[1:]), strict=True)
+        return {step: settings for step, settings in found if settings}
+
     @property
     def running(self) -> bool:
         return self.max_steps is not None and 0 < self.steps_done < self.max_steps
@@ -155,7 +164,10 @@ class Run:
 
     @cached_property
     def variant(self) -> dict[str, Any]:
-        """The settings without seeds, the run's own folder and what the terminal shows: equal for all seeds."""
+        """The settings without seeds, the run's own folder and what the terminal shows: equal for all seeds.
+
+        Where it went on under other settings, also what held before: it is no run of these settings alone.
+        """
         seed = re.compile(rf"(?<![A-Za-z0-9])(seed|s)[-_=]?{self.seed}(?![0-9])")
         folders = [
             str(folder).rstrip("/").split("/") for folder in (self.config.get("run") or "", self.path.absolute())
@@ -176,7 +188,8 @@ class Run:
         own = ("run", "ckpt_path", "checkpoint.export", "checkpoint.folder", "trainer.default_root_dir", *self.seeds)
         shown = ("trainer.enable_progress_bar", "trainer.enable_model_summary")
         keys = (k for k in self.config if k not in own + shown)
-        return {key: anonymous(self.config[key]) for key in keys}
+        before = {f"until step {n}: {k}": was for n, found in self.changes.items() for k, (was, _) in found.items()}
+        return {key: anonymous(self.config[key]) for key in keys} | {k: anonymous(was) for k, was in before.items()}
 
 
 def read_run(path: Path, name: str) -> Run:
@@ -187,20 +200,60 @@ def read_run(path: Path, name: str) -> Run:
     """
     if not path.is_dir():
         raise ConfigError(f"compare: RUN {path} is no folder; give a run's own folder, e.g. runs/demo/salt")
-    settings: dict[str, Any] = {}
-    if (path / "config.yaml").is_file():
-        try:
-            config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))  # no tag makes an object
-            if not isinstance(config, (dict, type(None))):
-                raise yaml.YAMLError("it holds no settings")
-            settings = flat(config or {})
-        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-            reason = " ".join(str(error).split())
-            raise ConfigError(f"compare: {path / 'config.yaml'} is not YAML: {reason}") from error
+    settings = read_config(path / "config.yaml") if (path / "config.yaml").is_file() else {}
+    earlier = tuple((step, read_config(file)) for step, file in earlier_configs(path))
     events, damaged = _read_events(path)
     tested, damaged_too = _read_events(path / "test")  # what `cli.py test` logs beside the run
     curves = _curves(events) | {tag: curve for tag, curve in _curves(tested).items() if tag.startswith("test/")}
-    return Run(name, path, settings, curves, damaged + damaged_too)
+    return Run(name, path, settings, curves, damaged + damaged_too, earlier)
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """The settings of a run, by dotted names.
+
+    Raises:
+        ConfigError: it is no YAML, or holds no settings.
+    """
+    try:
+        config = yaml.safe_load(file.read_text(encoding="utf-8"))  # no tag makes an object
+        if not isinstance(config, (dict, type(None))):
+            raise yaml.YAMLError("it holds no settings")
+        return flat(config or {})
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"compare: {file} is not YAML: {' '.join(str(error).split())}") from error
+
+
+def earlier_configs(run: Path) -> list[tuple[int, Path]]:
+    """(step, file of the settings until there) of a run that went on under other settings, in order."""
+    found = ((re.fullmatch(r"config\.until-(\d+)\.yaml", path.name), path) for path in run.glob("config.until-*.yaml"))
+    return sorted((int(match[1]), path) for match, path in found if match)
+
+
+_DECIDES = re.compile(  # of settings, what is trained or measured
+    r"model\.(teacher|optim|accuracy)|kd\.(?!allow|probe)|data\.(?!\w+_workers|cache_dir|micro_batch_size)|seed_everything"
+    r"|trainer\.(max_steps|gradient_clip_val|precision)"
+)
+
+
+def changed(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Settings that both know, and that decide what is trained or measured: (before, now) where they differ."""
+    was, is_now = _gathered(before), _gathered(now)
+    return {k: (was[k], is_now[k]) for k in sorted(was.keys() & is_now.keys()) if was[k] != is_now[k]}
+
+
+def shown(found: dict[str, tuple[Any, Any]]) -> str:
+    """The first few of what `changed` has found."""
+    said = [f"{key} {now} (before {was})" for key, (was, now) in found.items()]
+    return ", ".join(said[:4]) + (f" and {len(said) - 4} more" if len(said) > 4 else "")
+
+
+def _gathered(settings: dict[str, Any]) -> dict[str, Any]:
+    """With lists as one value, one of a single entry as that."""
+    lists: dict[str, list[Any]] = {}
+    for key, value in settings.items():
+        if _DECIDES.match(key):
+            lists.setdefault(re.sub(r"\.\d+$", "", key), []).append(value)
+    return {key: values[0] if len(values) == 1 else values for key, values in lists.items()}
 
 
 def flat(tree: dict[str, Any] | list[Any], prefix: str = "") -> dict[str, Any]:

@@ -684,6 +684,94 @@ def test_where_a_branch_reaches_a_loss_is_not_made_up(branch, tmp_path):
     assert "twig has no log before step 200, and the run that it went on from is not found" in str(found.notes)
 
 
+def earlier(run, step, **config):
+    """What a start before has left beside config.yaml."""
+    (run / f"config.until-{step:08d}.yaml").write_text(yaml.safe_dump(settings(run, **config)))
+
+
+def test_a_run_that_went_on_under_other_settings_is_an_experiment_of_its_own(tmp_path):
+    longer = write_run(tmp_path / "longer", BASELINE)
+    earlier(longer, 100, **{"trainer.max_steps": 100, "trainer.devices": 2})
+    whole = write_run(tmp_path / "whole", {100: 5.0, 200: 4.5, 300: 4.25})
+    again = write_run(tmp_path / "again", {300: 3.0}, **{"trainer.enable_progress_bar": False})
+    earlier(again, 200, **{"trainer.enable_progress_bar": True, "ckpt_path": "x"})
+    found = evaluate(load([longer, whole, again]))
+    assert (found.reference, found.reference_val_ce) == ("whole", 4.25)  # the first that is BASELINE all along
+    assert [group.n for group in found.groups] == [1, 1]
+    assert found.groups[0].changed == {"until step 100: trainer.max_steps": (None, 100)}
+    assert found.notes == [
+        "again has settings and seed of whole, which alone is counted",
+        "longer went on at step 100 under other settings: trainer.max_steps 300 (before 100)",
+    ]
+
+
+def test_a_branch_tells_what_its_trunk_had_set(branch, tmp_path):
+    trunk = yaml.safe_load((tmp_path / "trunk/config.yaml").read_text())
+    trunk["trainer"]["max_steps"] = 600  # of a later start of the trunk, which is no part of the branch
+    (tmp_path / "trunk/config.yaml").write_text(yaml.safe_dump(trunk))
+    earlier(tmp_path / "trunk", 150, **{"data.source": ["a", "b"]})
+    own = yaml.safe_load((tmp_path / "branch/config.yaml").read_text()) | {"data": {"source": ["c"]}}
+    (tmp_path / "branch/config.yaml").write_text(yaml.safe_dump(own))
+    found = compare([tmp_path / "branch"], tmp_path / "out")
+    assert "branch went on at step 100 under other settings: data.source c (before ['a', 'b'])" in found.notes
+    assert "max_steps" not in str(found.notes)
+
+
+def count(run, kind, tokens, size, steps, ce=4.0):
+    """What a validation (or test) of so many tokens and bytes logs."""
+    with SummaryWriter(str(run if kind == "val" else run / "test")) as writer:
+        for step in steps:
+            writer.add_scalar(f"{kind}/tokens", tokens, step)
+            writer.add_scalar(f"{kind}/ce", ce, step)
+            writer.add_scalar(f"{kind}/bits_per_byte", ce * tokens / size / math.log(2), step)
+
+
+def test_losses_of_other_text_are_no_comparison(tmp_path):
+    text = {"data.source": "a.jsonl"}
+    runs = [write_run(tmp_path / name, BASELINE, **text) for name in ("first", "same", "more", "other", "moved")]
+    for run, tokens, size in zip(runs, (900, 900, 901, 900, 900), (3000, 3000, 3000, 3001, 3000), strict=True):
+        count(run, "val", tokens, size, BASELINE)
+    count(runs[4], "val", 800, 2700, [100])
+    for number, run in enumerate(runs):
+        tree = settings(run, **{"data.source": f"{run.name}.jsonl", "trainer.precision": f"{number}"})  # moved, perhaps
+        (run / "config.yaml").write_text(yaml.safe_dump(tree))
+    assert evaluate(load(runs)).notes == [
+        "more was validated on other text than first (901 tokens, there 900): their losses are no comparison",
+        "other was validated on other text than first (900 tokens, there 900): their losses are no comparison",
+        "moved was validated on other text from step 200 on (900 tokens, before 800)",
+    ]
+
+
+def test_a_test_of_another_step_or_text_is_told(three):
+    for run, step, tokens in zip(three, (300, 200, 300), (50, 50, 60), strict=True):
+        count(run, "test", tokens, 3 * tokens, [step])
+    assert evaluate(load(three)).notes == [
+        "the test CE of salt is of step 200, not of step 300",
+        "the test CE of rkd is of other text than that of baseline",
+    ]
+
+
+def test_a_teacher_in_a_folder_of_checkpoints_apart_is_known(tmp_path):
+    teacher = write_run(tmp_path / "teacher", BASELINE, **{"checkpoint.folder": "big/teacher"})
+    salt = write_run(tmp_path / "salt", SALT, teacher="big/teacher/step-00000200.ckpt", weight=0.5, kd_steps=60)
+    rows = evaluate(load([teacher, salt, write_run(tmp_path / "baseline", BASELINE)])).rows
+    assert [row.method for row in rows] == ["TEACHER", "SALT step", "BASELINE"]
+    assert rows[1].teacher_training_flops == 2000
+
+
+def test_a_teacher_that_was_moved_is_not_taken_for_the_baseline(tmp_path):
+    small, own = {"model.student.config.hidden_size": 8}, {"model.student.config.hidden_size": 16}
+    path = "gone/checkpoints/step-00000300.ckpt"
+    teacher = write_run(tmp_path / "moved", BASELINE, **small)
+    salt = write_run(tmp_path / "salt", SALT, teacher=path, weight=0.5, kd_steps=60, **own)
+    found = evaluate(load([teacher, salt, write_run(tmp_path / "baseline", BASELINE, **own)]))
+    assert found.reference == "baseline"
+    assert found.notes == [
+        f"the teacher of salt, {path}, lies in none of these runs. If it is moved, which has another model, that one's "
+        "cost is missing here"
+    ]
+
+
 def test_a_run_that_began_with_weights_is_no_baseline(tmp_path):
     on = write_run(tmp_path / "on", SALT, **{"model.student.path": "models/salt"})
     found = evaluate(load([on, write_run(tmp_path / "baseline", BASELINE)]))

@@ -38,6 +38,7 @@ def reference(tokens):
         metrics["ce"] = nats / len(counted)
         metrics["perplexity"] = math.exp(nats / len(counted))
         metrics["accuracy"] = sum(t[1] == 0 for t in counted) / len(counted)
+        metrics["tokens"] = len(counted)
     if num_bytes:
         metrics["bits_per_byte"] = nats / math.log(2) / num_bytes
     for index, name in enumerate(SOURCES):
@@ -72,7 +73,7 @@ def test_by_hand_with_eos_and_an_ignored_position():
     # "ab" (2 bytes, ln 2 nats), EOS (0 bytes, 3 ln 2 nats), an ignored position with rubbish in it
     update(metric, [(math.log(2), 0, 0, 2), (3 * math.log(2), 4, 0, 0), (math.nan, -1, 0, 99)])
     assert values(metric) == pytest.approx(
-        {"ce": 2 * math.log(2), "perplexity": 4.0, "accuracy": 0.5, "bits_per_byte": 2.0}
+        {"ce": 2 * math.log(2), "perplexity": 4.0, "accuracy": 0.5, "tokens": 2, "bits_per_byte": 2.0}
     )
 
 
@@ -81,7 +82,7 @@ def test_thirds_stand_beside_figures_that_stay_what_they_are():
     nll_N, third_N = torch.tensor([1.0, 3.0, 8.0, math.nan]), torch.tensor([0, 2, 2, 1])
     metric.update(nll_N, torch.tensor([0, 4, 1, -1]), torch.zeros_like(third_N), torch.tensor([2, 0, 4, 9]), third_N)
     assert values(metric) == pytest.approx(
-        {"ce": 4.0, "perplexity": math.exp(4), "accuracy": 1 / 3, "bits_per_byte": 12 / math.log(2) / 6,
+        {"ce": 4.0, "perplexity": math.exp(4), "accuracy": 1 / 3, "tokens": 3, "bits_per_byte": 12 / math.log(2) / 6,
          "ce/easy": 1.0, "ce/hard": 5.5}
     )  # fmt: skip
 
@@ -99,10 +100,10 @@ def test_a_document_of_no_third_counts_for_its_source_alone():
 def test_sources_appear_only_where_there_are_several_and_have_tokens():
     metric = TokenMetrics(("only",))
     update(metric, [(1.0, 0, 0, 1)])
-    assert set(values(metric)) == {"ce", "perplexity", "accuracy", "bits_per_byte"}
+    assert set(values(metric)) == {"ce", "perplexity", "accuracy", "tokens", "bits_per_byte"}
     metric = TokenMetrics(("full", "empty"))
     update(metric, [(1.0, 0, 0, 1), (9.0, -1, 1, 1)])
-    assert set(values(metric)) == {"ce", "perplexity", "accuracy", "bits_per_byte", "ce/full"}
+    assert set(values(metric)) == {"ce", "perplexity", "accuracy", "tokens", "bits_per_byte", "ce/full"}
 
 
 def test_an_ignored_position_needs_no_valid_source():

@@ -304,7 +304,8 @@ def test_what_is_logged(settings, teacher, tmp_path):
         assert sorted(values[f"train/{name}"]) == list(range(1, 13)), name
     for name in while_taught.split():
         assert sorted(values[f"train/{name}"]) == list(range(1, 7)), name
-    assert {t for t in values if "val/" in t} == {"val/ce", "val/perplexity", "val/accuracy", "val/bits_per_byte"}
+    names = ("ce", "perplexity", "accuracy", "tokens", "bits_per_byte")
+    assert {t for t in values if "val/" in t} == {f"val/{name}" for name in names}
     v = {tag.removeprefix("train/"): steps for tag, steps in values.items()}
     for step in range(1, 7):
         assert v["loss"][step] == pytest.approx(0.4 * v["ce"][step] + 0.6 * v["kd"][step], rel=1e-6)

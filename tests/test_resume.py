@@ -16,6 +16,7 @@ from conftest import CLOCK, StopAt, arguments, scalars, weights
 from lightning.pytorch.callbacks import Callback
 
 from salt_lightning import OptimSpec, SALTModule, cli
+from salt_lightning.runlog import read_run
 
 RAMP = {"kd.weight": 0.667, "kd.steps": 8, "kd.anneal_steps": 4, "kd.shape": "linear"}  # phase 1 ends at 8 of 12
 
@@ -579,3 +580,21 @@ def test_other_data_than_the_checkpoints_is_said(fit, tmp_path, caplog):
     assert "other data than the checkpoint's" not in caplog.text
     assert fit(tmp_path / "run", ckpt_path="last", **{"data.seed": 5}) == 0
     assert "going on with other data than the checkpoint's: --data.seed 5 (checkpoint: 0)" in caplog.text
+
+
+def test_what_held_before_a_change_of_settings_stays_beside_the_run(fit_with, tmp_path):
+    """compare and the model card tell of it. A start that changes nothing leaves nothing."""
+    run, on = tmp_path / "run", {"ckpt_path": "last", "checkpoint.keep": None, "checkpoint.every_n_steps": 3}
+    assert fit_with(run, **on, **{"trainer.max_steps": 6}) == 0
+    assert fit_with(run, StopAt(9), **on, **{"trainer.max_steps": 12, "model.optim.lr": 5e-4}) == 128 + signal.SIGTERM
+    assert fit_with(run, **on, **{"trainer.max_steps": 12}) == 0
+    changes = read_run(run, "run").changes
+    assert list(changes) == [6, 9]
+    assert changes[6] == {"model.optim.lr": (3e-3, 5e-4), "trainer.max_steps": (6, 12)}
+    assert list(changes[9]) == ["model.optim.lr"]
+    back = {**on, "ckpt_path": str(run / "checkpoints/step-00000003.ckpt"), "model.optim.lr": 2e-4}
+    assert fit_with(run, **back, **{"trainer.max_steps": 6}) == 0
+    assert read_run(run, "run").changes == {3: {"model.optim.lr": (3e-3, 2e-4)}}  # what came after is left behind
+    (run / "config.yaml").write_text("a: [")
+    assert fit_with(run, **on, **{"trainer.max_steps": 7}) == 0
+    assert list(read_run(run, "run").changes) == [3]

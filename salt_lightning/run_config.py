@@ -1,0 +1,63 @@
+"""A run's settings on disk: config.yaml of this start, and of earlier ones what they had set otherwise.
+
+config.yaml                   of the newest start
+config.until-00000040.yaml    up to step 40, where a start went on under other settings
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.cli import SaveConfigCallback
+
+from salt_lightning import shards
+from salt_lightning.errors import ConfigError
+from salt_lightning.runlog import changed, earlier_configs, read_config
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Writes config and tokenizer into the run's folder at the first step: a start that is refused changes nothing."""
+
+    _written = False
+
+    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        """Too early: checkpoint, teacher and disk may still be refused."""
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.is_global_zero and not self._written:
+            self._written = True
+            run = Path(trainer.default_root_dir)
+            with shards.writing(run):
+                run.mkdir(parents=True, exist_ok=True)
+                new = run / ".config.tmp"
+                try:
+                    self.parser.save(self.config, new, skip_none=False, overwrite=True, multifile=False)
+                except (TypeError, ValueError) as error:  # a callback with an argument that YAML cannot say
+                    said = " ".join(str(error).split())
+                    raise ConfigError(f"{said} (it cannot be written into config.yaml)") from error
+                set_aside(run, trainer.global_step, read_config(new))
+                os.replace(new, run / "config.yaml")
+                trainer.datamodule.tokenizer.save_pretrained(run / "tokenizer")  # type: ignore[attr-defined]
+
+
+def set_aside(run: Path, step: int, now: dict[str, Any]) -> None:
+    """Before a start at `step` writes its settings: keeps those that held until there, where they say other things."""
+    later = [path for until, path in earlier_configs(run) if until >= step]  # of starts that this one leaves behind
+    held, kept = next(iter([*later, run / "config.yaml"])), run / f"config.until-{step:08d}.yaml"
+    if step > 0 and held.exists() and changed(_readable(held), now):
+        if held != kept:
+            shutil.copy(held, kept)
+        later = [path for path in later if path != kept]
+    for path in later:
+        path.unlink()
+
+
+def _readable(file: Path) -> dict[str, Any]:
+    try:
+        return read_config(file)
+    except ConfigError:  # edited, or damaged: nothing that a run should end for
+        return {}
