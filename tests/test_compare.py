@@ -764,7 +764,9 @@ def test_a_teacher_that_was_moved_is_not_taken_for_the_baseline(tmp_path):
     path = "gone/checkpoints/step-00000300.ckpt"
     teacher = write_run(tmp_path / "moved", BASELINE, **small)
     salt = write_run(tmp_path / "salt", SALT, teacher=path, weight=0.5, kd_steps=60, **own)
-    two = [write_run(tmp_path / name, BASELINE, **own, seed_everything=n) for n, name in enumerate(("baseline", "other"))]
+    two = [
+        write_run(tmp_path / name, BASELINE, **own, seed_everything=n) for n, name in enumerate(("baseline", "other"))
+    ]
     found = evaluate(load([teacher, salt, *two]))
     assert found.reference == "baseline"
     assert found.notes == [
