@@ -142,7 +142,7 @@ class Check:
                 self.add("ok", "selection", f"phase 1 reads {reads} rows of {kept} kept: {reads / kept:.2f} times")
         if not (self.works("validation text", data.setup, "validate") and data._train):
             return None
-        self.findings += filter(None, [preflight.unknown_tokens(data.unknown_share)])
+        self.findings += data.doubts()
         return data.sample(8)
 
     def _validation(self) -> None:

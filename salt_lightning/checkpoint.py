@@ -297,10 +297,24 @@ def go_on_from(
         "is_last_batch": False,
     }
     loop["epoch_loop.state_dict"]["_batches_that_stepped"] = max(step - 1, 0)
-    other = [f"{key} {data[key]} (checkpoint: {was})" for key, was in checkpoint["data"].items() if data[key] != was]
+    other = [_other(key, data[key], was) for key, was in checkpoint["data"].items() if data[key] != was]
     if other:
         now, was = (step * rows[_BATCH] for rows in (data, checkpoint["data"]))
         jump = f"; the next row is number {now:,} of the order, and not {was:,}" if now != was else ""
         rank_zero_info(f"going on with other data than the checkpoint's: {', '.join(other)}{jump}")
     if moved := optim.jump(checkpoint, max_steps):
         rank_zero_info(moved)
+
+
+# entries that no setting says, and what says them
+_SAID_BY = {
+    "--data.num_train_tokens": "tokens of --data.source",
+    "--data.selection_fingerprint": "rows of phase 1 (--data.selection, --data.keep, --kd.steps)",
+    "--data.difficulty_fingerprint": "thirds (--data.difficulty)",
+    "--data.held_out": "held-out text or rows",
+}
+
+
+def _other(key: str, now: Any, was: Any) -> str:
+    name = _SAID_BY.get(key, key)
+    return f"{name} {now} (checkpoint: {was})" if isinstance(now, int) else f"other {name}"

@@ -166,13 +166,7 @@ class SALTDataModule(LightningDataModule):
             ("val_rows", self.val_rows, rows_fit, "must be 1 or more, or null"),
             ("source_per_file", True, one_source, "and --data.source_column both say what a source is; give one"),
         ]  # fmt: skip
-        at_least = {
-            "global_batch_size": 1,
-            "micro_batch_size": 1,
-            "seed": 0,
-            "prepare_workers": 0,
-            "num_workers": 0,
-        }
+        at_least = {"global_batch_size": 1, "micro_batch_size": 1, "seed": 0, "prepare_workers": 0, "num_workers": 0}
         for name, least in at_least.items():
             value, bits = getattr(self, name), 63 if name == "seed" else 31
             checks.append((name, value, least <= value < 2**bits, f"must be {least} or more, and below 2**{bits}"))
@@ -213,12 +207,23 @@ class SALTDataModule(LightningDataModule):
         """Number of token ids."""
         return len(self.tokenizer)
 
+    def doubts(self) -> list[preflight.Finding]:
+        """What makes the held-out text a bad measure."""
+        found = preflight.unknown_tokens(self._unknown_share), preflight.seen_in_training(self._trained_held_out)
+        return [finding for finding in found if finding]
+
     @property
-    def unknown_share(self) -> float:
+    def _unknown_share(self) -> float:
         """Share of the held-out tokens that stand for words that the tokenizer does not know."""
         assert self._eval is not None, "setup comes first"
         unknown, tokens = self.tokenizer.unk_token_id, self._eval.files.tokens[:_LOOKED_AT]
         return 0.0 if unknown in (None, self.tokenizer.eos_token_id) else float(np.mean(tokens == unknown))
+
+    @property
+    def _trained_held_out(self) -> list[str]:
+        """Files that are training text and held-out text at once."""
+        text, held_out = self._corpus("source")[0], [s for s in ("val_source", "test_source") if getattr(self, s)]
+        return [name for setting in held_out for name in text.shared_with(self._corpus(setting)[0])]
 
     @property
     def selection_fingerprint(self) -> str:
@@ -439,9 +444,9 @@ class SALTDataModule(LightningDataModule):
         if self.trainer is not None:
             reads = preflight.rows(self.num_train_rows, self.trainer.max_steps, self.global_batch_size)
             message += f"; {reads.said}" + (f" ({reads.remedy})" if reads.remedy else "")
-        if lossy := preflight.unknown_tokens(self.unknown_share):
-            message += f"; {lossy.said} ({lossy.remedy})"
         rank_zero_info(message)
+        for finding in self.doubts():
+            finding.require()
 
     # --- for a look at a model before the first step ---
 

@@ -59,6 +59,11 @@ class Group:
     hub_name: str = ""
     hub: Hub = Hub()
 
+    def read(self) -> list[str]:
+        """What it reads, by one name each."""
+        hub = [":".join(filter(None, (self.hub_name, self.hub.subset, self.hub.split)))] if self.kind == "hub" else []
+        return [*hub, *(os.path.realpath(file) for file in self.files)]
+
     def inputs(self) -> list[Any]:
         """All that decides what this group reads, as plain data: file stamps, or the hub's coordinates."""
         if self.kind == "hub":
@@ -84,6 +89,11 @@ class Corpus:
         # nothing for the defaults: older caches keep their names
         skips = ["skip"] if self.skip_bad_lines else []
         return [*inputs, *skips, asdict(self.examples)] if self.examples.given else [*inputs, *skips]
+
+    def shared_with(self, other: "Corpus") -> list[str]:
+        """Files, and splits of hub data sets, that both read."""
+        here, there = ({name for group in corpus.groups for name in group.read()} for corpus in (self, other))
+        return sorted(here & there)
 
     def num_bytes(self) -> int:
         """Size on disk; the hub counts 0."""

@@ -418,7 +418,8 @@ class SALTModule(pl.LightningModule):
     def _data_identity(self) -> dict[str, Any]:
         """What decides which rows a step reads."""
         names = "seed global_batch_size block_size num_train_tokens selection_fingerprint difficulty_fingerprint"
-        return {f"--data.{name}": getattr(self._data, name, 0) for name in names.split()}
+        found = {f"--data.{name}": getattr(self._data, name, 0) for name in names.split()}
+        return found | {"--data.held_out": str(getattr(self._data, "held_out", ""))}
 
     @property
     def _data(self) -> SALTDataModule | None:

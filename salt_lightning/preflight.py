@@ -69,6 +69,18 @@ def unknown_tokens(share: float) -> Finding | None:
     )
 
 
+def seen_in_training(names: list[str]) -> Finding | None:
+    """`names`: files or splits that are training text and held-out text at once. None: none are."""
+    if not names:
+        return None
+    said = (
+        f"{len(names)} of the held-out files are training text too ({', '.join(names[:3])}{' ...' * (len(names) > 3)})"
+    )
+    return Finding(
+        "warning", "held-out text", said, "losses on them say nothing of new text; take them out of --data.source"
+    )
+
+
 @dataclass(frozen=True)
 class TeacherLoss:
     """Cross-entropies on the same tokens of the run's own text, nats.

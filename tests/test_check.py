@@ -66,6 +66,23 @@ def test_a_tokenizer_that_does_not_know_the_words(checked, tmp_path, corpus, fit
     assert "of the held-out tokens are unknown to --data.tokenizer" in caplog.text
 
 
+def test_held_out_text_that_is_trained_on(checked, corpus, tmp_path, fit_with, caplog):
+    apart = tmp_path / "apart"
+    apart.mkdir()
+    (apart / "x.jsonl").write_bytes(Path(corpus).read_bytes())
+    (apart / "y.jsonl").write_bytes(Path(corpus).read_bytes())
+    (tmp_path / "linked.jsonl").symlink_to(apart / "x.jsonl")
+    own = {"data.source": f"{apart}/*.jsonl", "kd.weight": 0.0, "model.teacher.path": None, "kd.steps": None}
+    for held_out in ("val_source", "test_source"):
+        level, said = of(checked(**own, **{f"data.{held_out}": str(tmp_path / "linked.jsonl")})[1], "held-out text")
+        assert level == "warning"
+        assert f"1 of the held-out files are training text too ({apart}/x.jsonl)" in said
+    _, found = checked(**{**own, "data.source": str(apart / "y.jsonl")}, **{"data.val_source": str(apart / "x.jsonl")})
+    assert "held-out text" not in {about for _, about, _ in found}
+    assert fit_with(tmp_path / "fit", **own, **{"data.val_source": str(apart / "y.jsonl")}) == 0
+    assert "held-out text: 1 of the held-out files are training text too" in caplog.text
+
+
 def test_sizes_that_were_not_given_are_named(checked):
     _, found = checked(
         **{"model.student.config": {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}}

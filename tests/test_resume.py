@@ -580,6 +580,13 @@ def test_other_data_than_the_checkpoints_is_said(fit, tmp_path, caplog):
     assert "other data than the checkpoint's" not in caplog.text
     assert fit(tmp_path / "run", ckpt_path="last", **{"data.seed": 5}) == 0
     assert "going on with other data than the checkpoint's: --data.seed 5 (checkpoint: 0)" in caplog.text
+    assert "held-out" not in caplog.text
+
+
+def test_other_held_out_text_than_the_checkpoints_is_said(fit, tmp_path, caplog):
+    assert fit(tmp_path / "run", stop_at=3) == 128 + signal.SIGTERM
+    assert fit(tmp_path / "run", stop_at=5, ckpt_path="last", **{"data.val_rows": 2}) == 128 + signal.SIGTERM
+    assert "going on with other data than the checkpoint's: other held-out text or rows" in caplog.text
 
 
 def test_what_held_before_a_change_of_settings_stays_beside_the_run(fit_with, tmp_path):
