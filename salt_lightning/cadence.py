@@ -64,6 +64,19 @@ def check_trainer(trainer: Trainer) -> None:
         for kind, why in _REFUSED.items():
             if isinstance(callback, kind):
                 raise ConfigError(f"--trainer.callbacks {kind.__name__} is not supported: {why}")
+    # a subclass, or a callback of the user's own, may log what we do not know of
+    ours = [type(known).__module__.startswith(_KNOWN) for known in (*trainer.callbacks, trainer.lightning_module)]  # type: ignore[attr-defined]
+    for callback in trainer.callbacks if all(ours) else ():  # type: ignore[attr-defined]
+        name = getattr(callback, "monitor", None)
+        if name is not None and name not in _MONITORED and not name.startswith("val/ce/"):
+            raise ConfigError(
+                f"--trainer.callbacks {type(callback).__name__}: monitor {name} is logged by nobody; use val/ce, "
+                f"val/ce/SOURCE or one of {', '.join(_MONITORED[1:])}"
+            )
+
+
+_KNOWN = ("lightning.", "salt_lightning.")
+_MONITORED = ("val/ce", "val/perplexity", "val/accuracy", "val/bits_per_byte")
 
 
 def plan_validation(trainer: Trainer) -> None:

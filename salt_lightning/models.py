@@ -370,6 +370,8 @@ def read_checkpoint(path: str, setting: str) -> dict[str, Any]:
     """
     if not Path(path).exists():
         raise ConfigError(f"{setting} {path} does not exist")
+    if Path(path).is_dir() and any(Path(path).glob("checkpoints/*.ckpt")):
+        raise ConfigError(f"{setting} {path} is the folder of a run; give one of {path}/checkpoints/step-*.ckpt")
     try:
         return shards.load(Path(path))
     except shards.DamageError as error:

@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 from salt_lightning import cli
 
 SWA = "StochasticWeightAveraging"
+EARLY = "lightning.pytorch.callbacks.EarlyStopping"
 MISSING = "runs/x/step-00000001.ckpt"
 NARROW = {"hidden_size": 32, "num_attention_heads": 4}
 SHORT = {"model.student.config": {**NARROW, "max_position_embeddings": 8}}
@@ -244,6 +245,10 @@ ERRORS = {
     "a callback that counts epochs": (
         {"trainer.callbacks": [{"class_path": f"lightning.pytorch.callbacks.{SWA}", "init_args": {"swa_lrs": 0.01}}]},
         rf"--trainer.callbacks {SWA} is not supported: it counts epochs, of which a run has one",
+    ),
+    "a callback that monitors what nobody logs": (
+        {"trainer.callbacks": [{"class_path": EARLY, "init_args": {"monitor": "val_loss"}}]},
+        r"--trainer.callbacks EarlyStopping: monitor val_loss is logged by nobody; use val/ce",
     ),
     "warm-up longer than the run": ({"model.optim.warmup_steps": 50}, r"--model.optim.warmup_steps 50"),
     "rate of zero": ({"model.optim.lr": 0}, r"--model.optim.lr 0.* must be above 0"),
