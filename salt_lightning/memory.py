@@ -13,7 +13,7 @@ import operator
 import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -125,13 +125,10 @@ class Ledger(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
     @contextmanager
-    def paused(self) -> Iterator[bool]:
-        """Ops are not followed; yields whether they were."""
-        if _get_current_dispatch_mode() is self:
-            with _pop_mode_temporarily():
-                yield True
-        else:
-            yield False
+    def paused(self) -> Iterator[None]:
+        """Ops are not followed."""
+        with _pop_mode_temporarily() if _get_current_dispatch_mode() is self else nullcontext():
+            yield
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
@@ -164,7 +161,8 @@ def peaks(module: SALTModule, step: Step) -> list[Peak]:
             ledger.hold(_bytes(teacher))
             ledger.peak = ledger.now
             with ledger:
-                loss = _forward(sim, step, batch)
+                with torch.autocast("cpu", torch.bfloat16, enabled=step.precision == "bf16-mixed"):
+                    loss = sim.training_step(batch, 0)
                 if step.accumulate == 1:
                     ledger.hold(-trained)
                 _backward(sim, step, loss)
@@ -309,11 +307,6 @@ def _build(model: Model, name: str) -> CausalLM:
     return lm
 
 
-def _forward(sim: SALTModule, step: Step, batch: dict[str, Tensor]) -> Tensor:
-    with torch.autocast("cpu", torch.bfloat16, enabled=step.precision == "bf16-mixed"):
-        return sim.training_step(batch, 0)
-
-
 def _backward(sim: SALTModule, step: Step, loss: Tensor) -> None:
     hooks = []
     if step.accumulate > 1:  # added to what is there, and gone
@@ -393,23 +386,11 @@ def _compile(lm: CausalLM, ledger: Ledger, in_blocks: bool) -> None:
         torch.compile,
         dynamic=False,
         backend=partial(compile_fx, inner_compile=partial(_as_inductor, ledger)),  # type: ignore[arg-type]
-        options={"guard_filter_fn": _but_tensors},
+        # each shape is compiled once here, and dynamo takes its own fake tensors for other ones
+        options={"guard_filter_fn": lambda guards: [guard.guard_type != "TENSOR_MATCH" for guard in guards]},
     )
     for part in parallel.blocks(lm) if in_blocks else [lm.backbone]:
-        part.forward = _unfollowed(compiled(part.forward), ledger)
-
-
-def _but_tensors(guards: Any) -> list[bool]:
-    """Each shape is compiled once here, and dynamo takes its own fake tensors for other ones."""
-    return [guard.guard_type != "TENSOR_MATCH" for guard in guards]
-
-
-def _unfollowed(function: Callable[..., Any], ledger: Ledger) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with ledger.paused():  # dynamo compiles nothing under a dispatch mode
-            return function(*args, **kwargs)
-
-    return call
+        part.forward = ledger.paused()(compiled(part.forward))  # dynamo compiles nothing under a dispatch mode
 
 
 def _as_inductor(ledger: Ledger, graph: fx.GraphModule, inputs: Any, **_: Any) -> Callable[[list[Any]], Any]:
