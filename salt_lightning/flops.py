@@ -6,7 +6,6 @@ Backward counts twice the forward; a recomputed forward (activation checkpointin
 
 import math
 import re
-from typing import Literal
 
 import torch
 from torch import nn
@@ -76,44 +75,40 @@ def teacher_flops(forward_per_token: float, tokens: int) -> float:
     return forward_per_token * tokens
 
 
-# Dense TFLOP/s of the vendors' data sheets at (16 bit, tf32, fp32); None where the hardware has no such unit.
-# GeForce: 16 bit with fp32 accumulation, as training uses it. MI250X: one of its two dies, each being a
+# Dense TFLOP/s of the vendors' data sheets at (bf16, fp32); None where the hardware has no such unit.
+# GeForce: bf16 with fp32 accumulation, as training uses it. MI250X: one of its two dies, each being a
 # device. fp32 on AMD is the matrix rate. Whole names match: a laptop, Ti, D or MIG part is another card.
-_PEAK_TFLOPS: tuple[tuple[str, float, float | None, float], ...] = (
-    (r"NVIDIA B200", 2250, 1125, 75),
-    (r"NVIDIA H200", 989.4, 494.7, 66.9),
-    (r"NVIDIA H100 (80|96)GB HBM3", 989.4, 494.7, 66.9),
-    (r"NVIDIA H[12]00 NVL", 835.5, 417.7, 60),
-    (r"NVIDIA H100 PCIe", 756, 378, 51.2),
-    (r"(NVIDIA )?A100-(SXM4|PCIE)-[48]0GB|NVIDIA A100 80GB PCIe", 312, 156, 19.5),
-    (r"NVIDIA L40S", 362.1, 183, 91.6),
-    (r"NVIDIA L4", 121, 60, 30.3),
-    (r"NVIDIA A10G", 70, 35, 35),
-    (r"NVIDIA GeForce RTX 5090", 209.5, 104.8, 104.8),
-    (r"NVIDIA GeForce RTX 4090", 165.2, 82.6, 82.6),
-    (r"(NVIDIA )?GeForce RTX 3090", 71, 35.6, 35.6),
-    (r"AMD Instinct MI300X.*", 1307.4, 653.7, 163.4),
-    (r"AMD Instinct MI250X.*", 191.5, None, 47.9),
-    (r"Tesla V100-SXM2-(16|32)GB.*", 125, None, 15.7),
-    (r"Tesla V100-PCIE-(16|32)GB", 112, None, 14),
-    (r"(Tesla|NVIDIA) T4", 65, None, 8.1),
+_PEAK_TFLOPS: tuple[tuple[str, float | None, float], ...] = (
+    (r"NVIDIA B200", 2250, 75),
+    (r"NVIDIA H200", 989.4, 66.9),
+    (r"NVIDIA H100 (80|96)GB HBM3", 989.4, 66.9),
+    (r"NVIDIA H[12]00 NVL", 835.5, 60),
+    (r"NVIDIA H100 PCIe", 756, 51.2),
+    (r"(NVIDIA )?A100-(SXM4|PCIE)-[48]0GB|NVIDIA A100 80GB PCIe", 312, 19.5),
+    (r"NVIDIA L40S", 362.1, 91.6),
+    (r"NVIDIA L4", 121, 30.3),
+    (r"NVIDIA A10G", 70, 35),
+    (r"NVIDIA GeForce RTX 5090", 209.5, 104.8),
+    (r"NVIDIA GeForce RTX 4090", 165.2, 82.6),
+    (r"(NVIDIA )?GeForce RTX 3090", 71, 35.6),
+    (r"AMD Instinct MI300X.*", 1307.4, 163.4),
+    (r"AMD Instinct MI250X.*", 191.5, 47.9),
+    (r"Tesla V100-SXM2-(16|32)GB.*", None, 15.7),
+    (r"Tesla V100-PCIE-(16|32)GB", None, 14),
+    (r"(Tesla|NVIDIA) T4", None, 8.1),
 )
-_NO_BF16 = ("V100", "T4")
 
 
-def peak_flops(device_name: str, dtype: torch.dtype | Literal["tf32"]) -> float | None:
+def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
     """The vendor's dense peak of one device in FLOP/s, or None where it is not known.
 
     Args:
         device_name: as `torch.cuda.get_device_name` gives it.
-        dtype: of the matrix products; "tf32" where float32 products may use it.
+        dtype: of the matrix products, bfloat16 or float32.
     """
-    column = {torch.bfloat16: 1, torch.float16: 1, "tf32": 2, torch.float32: 3}.get(dtype)
     row = next((row for row in _PEAK_TFLOPS if re.fullmatch(row[0], device_name.strip())), None)
-    if row is None or column is None or (dtype is torch.bfloat16 and any(c in device_name for c in _NO_BF16)):
-        return None
-    tflops = row[column]
-    return None if tflops is None else float(tflops) * 1e12
+    tflops = dict(zip((torch.bfloat16, torch.float32), row[1:], strict=True)).get(dtype) if row else None
+    return tflops and float(tflops) * 1e12
 
 
 def peak_of(device: torch.device, dtype: torch.dtype, num_devices: int) -> float | None:
