@@ -126,7 +126,7 @@ class Check:
         # without what they name the text is looked at all the same
         if data.selection and not self.works("selection", Scores, Path(data.selection), "--data.selection"):
             data.selection = None
-        if data.difficulty and not self.works("thirds", find_files, Path(data.difficulty), "--data.difficulty", "fit"):
+        if data.difficulty and not self.works("thirds", find_files, Path(data.difficulty), "fit"):
             data.difficulty = None
         if not self.works("text", data.prepare_data):
             return None

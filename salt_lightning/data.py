@@ -181,7 +181,7 @@ class SALTDataModule(LightningDataModule):
             raise ConfigError(f"--data.keep: {self.keep.name!r} needs --data.selection")
         scores = Scores(Path(self.selection), "--data.selection") if self.selection and fits else None
         if self.difficulty:
-            find_files(Path(self.difficulty), "--data.difficulty", "fit")
+            find_files(Path(self.difficulty), "fit")
         for setting in ("source", "val_source", "test_source"):
             if getattr(self, setting):
                 corpus, fraction = self._corpus(setting)
@@ -295,7 +295,7 @@ class SALTDataModule(LightningDataModule):
             if read < there and stage in ("validate", "test"):
                 rank_zero_info(f"data: {read} of {there} rows are looked at; all of them: --data.val_rows null")
             if self.difficulty:
-                self._thirds_D = read_thirds(Path(self.difficulty), "--data.difficulty", self.held_out, stage or "fit")
+                self._thirds_D = read_thirds(Path(self.difficulty), self.held_out, stage or "fit")
         if stage in (None, "fit"):
             self._order = self._plan_order()
         if stage == "fit":

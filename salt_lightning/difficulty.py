@@ -77,24 +77,23 @@ def thirds(nll_D: np.ndarray, tokens_D: np.ndarray) -> np.ndarray:
     return third_D
 
 
-def find_files(place: Path, setting: str, verb: str) -> list[Path]:
+def find_files(place: Path, verb: str) -> list[Path]:
     """The files of losses in a run's folder, or the file itself. See `read_thirds`."""
     verbs = _VERBS[::-1] if verb == "test" else _VERBS
     files = [place] if place.is_file() else [file for v in verbs if (file := place / v / _FILE).is_file()]
     if not files:
         raise ConfigError(
-            f"{setting} {place}: no validate/{_FILE} in it; `cli.py validate --run {place} --ckpt_path last`, with the "
-            "teacher's config and the --data of this run, writes it"
+            f"--data.difficulty {place}: no validate/{_FILE} in it; `cli.py validate --run {place} --ckpt_path last`, "
+            "with the teacher's config and the --data of this run, writes it"
         )
     return files
 
 
-def read_thirds(place: Path, setting: str, held_out: HeldOut, verb: str) -> np.ndarray:
+def read_thirds(place: Path, held_out: HeldOut, verb: str) -> np.ndarray:
     """The third of each held-out document; says by whose loss, and what the thirds are.
 
     Args:
         place: folder of a run that was looked at by `validate` or `test`, or the file itself.
-        setting: as typed, for messages.
         held_out: what is evaluated now.
         verb: "fit", "validate" or "test": which of a run's files is looked at first.
 
@@ -102,18 +101,18 @@ def read_thirds(place: Path, setting: str, held_out: HeldOut, verb: str) -> np.n
         ConfigError: there is no such file, it is damaged, of other text, or of fewer than three documents.
     """
     problems = []
-    for file in find_files(place, setting, verb):
-        table, origin, made_on = _read(file, setting)
+    for file in find_files(place, verb):
+        table, origin, made_on = _read(file)
         differing = [_MEANING[key] for key, value in asdict(held_out).items() if made_on.get(key) != value]
         if not differing:
             break
-        problems.append(f"{setting} {file} was made on other {' and '.join(differing)}")
+        problems.append(f"--data.difficulty {file} was made on other {' and '.join(differing)}")
     else:
         raise ConfigError(f"{problems[0]}; validate the teacher with the --data of this run, or set it to null")
     nll_D, tokens_D = table["nll"].to_numpy(), table["tokens"].to_numpy()
     third_D = thirds(nll_D, tokens_D)
     if (judged := int((third_D >= 0).sum())) < len(THIRDS):
-        raise ConfigError(f"{setting} {file} has {judged} documents with labels: too few for three thirds")
+        raise ConfigError(f"--data.difficulty {file} has {judged} documents with labels: too few for three thirds")
     parts = []
     for number, name in enumerate(THIRDS):
         inside_D = third_D == number
@@ -126,7 +125,7 @@ def read_thirds(place: Path, setting: str, held_out: HeldOut, verb: str) -> np.n
     return third_D
 
 
-def _read(file: Path, setting: str) -> tuple[pa.Table, str, dict[str, Any]]:
+def _read(file: Path) -> tuple[pa.Table, str, dict[str, Any]]:
     try:
         table = pq.read_table(file, page_checksum_verification=True)
         about = json.loads((table.schema.metadata or {})[b"documents"])
@@ -135,7 +134,9 @@ def _read(file: Path, setting: str) -> tuple[pa.Table, str, dict[str, Any]]:
         reason = "other columns"
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    raise ConfigError(f"{setting} {file} is damaged or was not written by `cli.py validate` ({reason}); run that again")
+    raise ConfigError(
+        f"--data.difficulty {file} is damaged or was not written by `cli.py validate` ({reason}); run that again"
+    )
 
 
 class DocumentLossWriter(pl.Callback):
