@@ -61,7 +61,7 @@ class Examples:
         """Column -> the setting that names it."""
         if isinstance(self.messages, str) and self.messages:
             return {self.messages: "examples.messages"}
-        return {_column(field): setting for setting, template in self._templates() for _, field, _ in _fields(template)}
+        return {_column(field): setting for setting, template in self._templates() for field, _ in _fields(template)}
 
     def conversation(self, fields: dict[str, Any]) -> list[Message]:
         """The example that a row holds, up to its last response; empty where a value is null or nothing is learned.
@@ -129,11 +129,11 @@ def segments(conversation: list[Message], render: Callable[..., Any] | None) -> 
 # --- templates ---
 
 
-def _fields(template: str) -> Iterator[tuple[str, str, str]]:
-    """(literal before it, column with what stands behind it in brackets, words) of each field."""
-    for literal, field, words, conversion in Formatter().parse(template):
+def _fields(template: str) -> Iterator[tuple[str, str]]:
+    """(column with what stands behind it in brackets, words) of each field."""
+    for _, field, words, conversion in Formatter().parse(template):
         if field is not None:
-            yield literal, f"{field}!{conversion}" if conversion else field, words or ""
+            yield f"{field}!{conversion}" if conversion else field, words or ""
 
 
 def _column(field: str) -> str:
@@ -148,7 +148,7 @@ def _problems(setting: str, template: str) -> list[str]:
         return [f"{where} is no template ({error}); columns are {{column}}, braces of the text {{{{ and }}}}"]
     if not template.strip():
         return [f"{where} is empty; it must write at least one {{column}}"]
-    wrong = [f for _, f, words in fields if not _column(f).isidentifier() or "." in f or not _is_map(words)]
+    wrong = [f for f, words in fields if not _column(f).isidentifier() or "." in f or not _is_map(words)]
     if wrong or (not fields and setting != "examples.messages"):
         found = f"{{{wrong[0]}}} is no column" if wrong else "it names no column"
         return [f"{where}: {found}; write {{column}}, {{column[key][0]}} or {{column:value=word|value=word}}"]

@@ -39,8 +39,6 @@ class TokenMetrics(Metric):
     """
 
     full_state_update = False
-    is_differentiable = False
-    higher_is_better = None
 
     nll_sum_S: Tensor
     correct_S: Tensor

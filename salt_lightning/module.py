@@ -200,8 +200,7 @@ class SALTModule(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         self.kd_weight = self.kd_weight.to(self.device)
-        self._watch = Watch()
-        self._watch.to(self.device)
+        self._watch = Watch(self.device)
         self._sums = torch.zeros(len(SUMS), device=self.device)
 
     def on_train_start(self) -> None:

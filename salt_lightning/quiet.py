@@ -8,7 +8,6 @@ _CHATTER = (
     "Restored all states",
     "GPU available",
     "TPU available",
-    "HPU available",
     "💡 Tip",
     "Seed set to",
     "Using default `Model",

@@ -47,7 +47,6 @@ def row_at(position: np.ndarray, seed: int, num_rows: int) -> np.ndarray:
         num_rows: rows of the training split.
     """
     side = np.uint64(math.isqrt(num_rows - 1) + 1)
-    shape, position = np.shape(position), np.atleast_1d(position).astype(np.int64)
     seeds = np.full(position.shape, seed, np.uint64)
     keys = _mix(_mix(seeds) + (position // num_rows).astype(np.uint64))
     cell = (position % num_rows).astype(np.uint64)
@@ -55,7 +54,7 @@ def row_at(position: np.ndarray, seed: int, num_rows: int) -> np.ndarray:
     while todo.any():
         cell[todo] = _feistel(cell[todo], keys[todo], side)
         todo = cell >= np.uint64(num_rows)
-    return cell.astype(np.int64).reshape(shape)
+    return cell.astype(np.int64)
 
 
 def _feistel(cell: np.ndarray, keys: np.ndarray, side: np.uint64) -> np.ndarray:

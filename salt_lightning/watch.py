@@ -17,11 +17,8 @@ NEVER = torch.iinfo(torch.int64).max
 class Watch:
     """`first`: int64 [2], the first micro-batch with a bad loss, the first of the first step with a bad gradient."""
 
-    def __init__(self) -> None:
-        self.first = torch.full((2,), NEVER)
-
-    def to(self, device: torch.device) -> None:
-        self.first = self.first.to(device)
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.first = torch.full((2,), NEVER, device=device)
 
     def see(self, kind: int, value: Tensor, number: int) -> None:
         """Looks at the loss (kind 0) or the gradient norm (kind 1) of micro-batch `number`; reads nothing."""
