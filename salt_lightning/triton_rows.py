@@ -12,14 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from salt_lightning.row_pass import IGNORE, NUM_SUMS, Mix
+from salt_lightning.row_pass import FINITE_LOW, IGNORE, NUM_SUMS, Mix
 
 BLOCK = 4096  # elements one program holds of a row at a time
 WARPS = 8
 
 _IGNORE = tl.constexpr(IGNORE)
 _NUM_SUMS = tl.constexpr(NUM_SUMS)
-_LOW = tl.constexpr(-1.0e30)  # stands for -inf: 0 x -1e30 is 0, 0 x -inf is NaN
+_LOW = tl.constexpr(FINITE_LOW)
 _LOG2E = tl.constexpr(1.4426950408889634)
 
 
