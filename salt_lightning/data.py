@@ -323,9 +323,7 @@ class SALTDataModule(LightningDataModule):
         batches = EvalBatches(self._eval, self._eval_rows(), self.micro_batch_size, self._place(), self._thirds_D)
         return self._loader(batches, len(batches), lambda: 0)
 
-    def test_dataloader(self) -> Loader:
-        """Test rows, as `val_dataloader`."""
-        return self.val_dataloader()
+    test_dataloader = val_dataloader
 
     def predict_dataloader(self) -> Loader:
         """All training rows in order, shard by shard, or the shards that `score_only` names."""
