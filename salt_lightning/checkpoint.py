@@ -222,10 +222,6 @@ class RunCheckpoint(Checkpoint):
         for process in getattr(trainer.strategy.launcher, "procs", ()):
             process.kill()
 
-    def newest(self) -> Path | None:
-        """The newest good checkpoint of the run."""
-        return newest(self._dir)
-
     def _path(self, trainer: pl.Trainer) -> Path:
         return self._dir / f"step-{trainer.global_step:08d}.ckpt"
 
@@ -256,7 +252,7 @@ def _validation_follows(trainer: pl.Trainer, batch_idx: int) -> bool:
 def how_to_go_on(trainer: pl.Trainer) -> str:
     """Names the newest good checkpoint of a run that has met something bad."""
     saved = [c for c in trainer.callbacks if isinstance(c, RunCheckpoint)]  # type: ignore[attr-defined]
-    found = saved[0].newest() if saved else None
+    found = newest(saved[0]._dir) if saved else None
     return f"{found} is good: go on from it by --ckpt_path last" if found else "There is no checkpoint: start again"
 
 

@@ -107,7 +107,7 @@ def rows_and_dtypes(
     One buffer for each side; none for the student where the gradient takes its logits' memory.
     """
     num_rows, vocab = size
-    dtypes = [_logits_dtype(dtype, plan.accuracy) for dtype in compute_dtypes]
+    dtypes = [dtype if plan.accuracy == "fast" else math_dtype(dtype) for dtype in compute_dtypes]
     if with_grad and dtypes[0] == plan.student_dtype:
         del dtypes[0]
     grad_bytes = vocab * plan.student_dtype.itemsize * with_grad
@@ -195,10 +195,6 @@ def compute_dtype(hidden_ND: Tensor) -> torch.dtype:
     if dtype not in (torch.float32, torch.bfloat16, torch.float64):
         raise ConfigError(f"the loss computes in fp32 or bf16, not {dtype}; use --trainer.precision bf16-mixed")
     return torch.float32 if device == "cpu" and dtype == torch.bfloat16 else dtype
-
-
-def _logits_dtype(compute_dtype: torch.dtype, accuracy: str) -> torch.dtype:
-    return compute_dtype if accuracy == "fast" else math_dtype(compute_dtype)
 
 
 def _write_logits(side: Side, rows: slice, logits_CV: Tensor) -> None:

@@ -201,7 +201,8 @@ class SALTCLI(LightningCLI):
             else:
                 # version "": the run's folder itself, so that a resumed run goes on in it; what a killed start had
                 # logged after the checkpoint is purged from the TensorBoard page
-                purge_step = _step_of(config.get("ckpt_path")) + 1
+                path = config.get("ckpt_path")
+                purge_step = int(read_checkpoint(path, "--ckpt_path")["global_step"]) + 1 if path else 1
                 kwargs["logger"] = EventLog(run.parent, name=run.name, version="", purge_step=purge_step)
         kwargs["default_root_dir"] = str(run)
         kwargs["plugins"] = [*self._instances("plugins"), AtomicCheckpointIO()]
@@ -288,10 +289,6 @@ def _rank() -> int:
 def _say(message: str) -> None:
     if _rank() == 0:
         print(message, file=sys.stderr)
-
-
-def _step_of(path: str | None) -> int:
-    return int(read_checkpoint(path, "--ckpt_path")["global_step"]) if path else 0
 
 
 TRAINER_DEFAULTS: dict[str, Any] = {

@@ -254,9 +254,7 @@ def _folder_files(setting: str, folder: str, hub: Hub) -> list[str]:
     return read
 
 
-@cache
-def _say_once(message: str) -> None:
-    rank_zero_info(message)
+_say_once = cache(rank_zero_info)
 
 
 def _kind(file: str) -> str:

@@ -239,6 +239,5 @@ def main(argv: list[str]) -> int:
         "--tokenizer", metavar="T", help="folder or hub name (default: the run's own, runs/NAME/tokenizer)"
     )
     args = parser.parse_args(argv)
-    dtype = DTYPES[args.dtype] if args.dtype else None
-    print(f"written: {export(args.checkpoint, args.target, dtype, args.tokenizer)}")
+    print(f"written: {export(args.checkpoint, args.target, DTYPES.get(args.dtype), args.tokenizer)}")
     return 0

@@ -122,7 +122,11 @@ class SALTModule(pl.LightningModule):
     def setup(self, stage: str) -> None:
         if stage == "fit":
             self.optim_spec.check(self.trainer.max_steps)
-            self._check_callback()
+            if self.has_teacher and self._kd is None:
+                raise ConfigError(
+                    f"SALTModule has a teacher ({self.teacher_spec.path}) and the Trainer no KDScheduleCallback: it "
+                    "would silently train BASELINE. Add Trainer(callbacks=[KDScheduleCallback(steps=...)])"
+                )
             parallel.check(self.trainer)
             check_trainer(self.trainer)
             models.check_path(self.student_spec, "student")
@@ -130,13 +134,6 @@ class SALTModule(pl.LightningModule):
             self.meter.forget()
         sources = getattr(self._data, "source_names", None) or ("all",)
         self.eval_metrics = TokenMetrics(sources, thirds=bool(getattr(self._data, "difficulty", None)))
-
-    def _check_callback(self) -> None:
-        if self.has_teacher and self._kd is None:
-            raise ConfigError(
-                f"SALTModule has a teacher ({self.teacher_spec.path}) and the Trainer no KDScheduleCallback: it would "
-                "silently train BASELINE. Add Trainer(callbacks=[KDScheduleCallback(steps=...)])"
-            )
 
     def configure_model(self) -> None:
         if hasattr(self, "student") or (self._trainer and self._trainer.state.fn == TrainerFn.PREDICTING):

@@ -101,10 +101,6 @@ class OptimSpec:
             f"--trainer.max_steps {max_steps} (checkpoint: {planned}) has changed"
         )
 
-    def settings_at(self, step: int, max_steps: int) -> dict[str, object]:
-        """What each parameter group is to hold at `step`, weight decay apart (it differs by group)."""
-        return {"lr": self.lr_at(step, max_steps), "betas": (self.beta1, self.beta2), "eps": self.eps}
-
     def build(
         self, named: Iterable[tuple[str, nn.Parameter]], matrices: Collection[str] | None = None
     ) -> torch.optim.AdamW:
@@ -130,7 +126,7 @@ class OptimSpec:
                     "an optimizer of your own (configure_optimizers) does not go with SALTModule, which writes rate "
                     "and weight decay into its AdamW at every step: set OptimSpec(...), model.optim"
                 )
-            group.update(self.settings_at(step, max_steps))
+            group.update(lr=self.lr_at(step, max_steps), betas=(self.beta1, self.beta2), eps=self.eps)
             group["weight_decay"] = self.weight_decay if group["decays"] else 0.0
 
 

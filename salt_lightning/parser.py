@@ -34,12 +34,8 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         asked = getattr(ex, "subcommand_parser", None) or self
-        sys.stderr.write(f"error: {explain(message, asked.settings())}\n")
+        sys.stderr.write(f"error: {explain(message, [action.dest for action in asked._actions])}\n")
         raise SystemExit(2)
-
-    def settings(self) -> list[str]:
-        """Dotted names of all settings."""
-        return [action.dest for action in self._actions]
 
 
 _VERBS = {

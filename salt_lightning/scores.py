@@ -178,7 +178,8 @@ class Scores:
             table = pq.read_table(path, page_checksum_verification=True)
             same = table.schema.metadata[b"scored"] == self.identity
             if same and np.array_equal(table["row"].to_numpy(), self.rows(shard)):
-                nll_RT, rank_RT = (_matrix(table[name], self.scored.block_size) for name in ("nll", "rank"))
+                flat = (table[name].combine_chunks().flatten().to_numpy() for name in ("nll", "rank"))
+                nll_RT, rank_RT = (column.reshape(-1, self.scored.block_size) for column in flat)
                 return nll_RT, rank_RT
             reason = "of other scores"
         except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
@@ -190,7 +191,3 @@ def write_table(path: Path, table: pa.Table, **options: Any) -> None:
     """Write a parquet file beside its place, with checksums, sync it, rename it."""
     with whole(path) as file:
         pq.write_table(table, file, compression="zstd", use_dictionary=False, write_page_checksum=True, **options)
-
-
-def _matrix(column: pa.ChunkedArray, width: int) -> np.ndarray:
-    return column.combine_chunks().flatten().to_numpy().reshape(-1, width)

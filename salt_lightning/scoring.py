@@ -72,7 +72,13 @@ class ScoreWriter(pl.Callback):
         if (run / "scores.json").exists():
             Scores(run, "--run").require(scored)  # on every rank: all stop alike
         if trainer.is_global_zero:
-            Scores.create(run, scored, self._origin(pl_module, scored.num_rows * scored.block_size))
+            spec, per_token = pl_module.teacher_spec, pl_module.meter.forward_flops["teacher"]
+            origin = {
+                "teacher": {"path": spec.path, "revision": spec.revision},
+                "scoring_flops": per_token * (scored.num_rows * scored.block_size),
+                "versions": {name: version(name) for name in ("torch", "transformers", "lightning", "pyarrow")},
+            }
+            Scores.create(run, scored, origin)
         trainer.strategy.barrier("scores are there")
         self.scores = Scores(run, "--run")
         missing = self.scores.missing()
@@ -83,15 +89,6 @@ class ScoreWriter(pl.Callback):
         rank_zero_info(
             f"scoring {scored.num_rows} rows of {scored.block_size} in {scored.num_shards} shards, {done} done"
         )
-
-    @staticmethod
-    def _origin(pl_module: Any, tokens: int) -> dict[str, Any]:
-        spec = pl_module.teacher_spec
-        return {
-            "teacher": {"path": spec.path, "revision": spec.revision},
-            "scoring_flops": pl_module.meter.forward_flops["teacher"] * tokens,
-            "versions": {name: version(name) for name in ("torch", "transformers", "lightning", "pyarrow")},
-        }
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._pool = ThreadPoolExecutor(1)
