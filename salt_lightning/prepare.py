@@ -119,7 +119,7 @@ def _prepare(
             write_json(unfinished.path / "manifest.json", sealed({**origin, **contents}))
 
 
-def make_encoder(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, val_fraction: float) -> Encoder | ExampleEncoder:
+def make_encoder(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, val_fraction: float) -> Encoder:
     """What turns the rows of a corpus into tokens."""
     largest = max(len(tokenizer) - 1, *tokenizer.get_vocab().values())
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
@@ -199,7 +199,7 @@ class _Written:
         return Done(time.monotonic(), documents, tokens, text_bytes, self.read_bytes)
 
 
-def _resume(unfinished: Unfinished, origin: str, encoder: Encoder | ExampleEncoder) -> tuple[_Written, Iterator[Raw]]:
+def _resume(unfinished: Unfinished, origin: str, encoder: Encoder) -> tuple[_Written, Iterator[Raw]]:
     """What is written and what is still to be read. All is, unless a journal of the same origin fits files and text."""
     journal = unfinished.journal()
     if journal.get("origin") == origin:
@@ -221,9 +221,7 @@ def _resume(unfinished: Unfinished, origin: str, encoder: Encoder | ExampleEncod
     return _Written(origin), read_raw(encoder.corpus)
 
 
-def _write(
-    encoder: Encoder | ExampleEncoder, origin: dict[str, Any], unfinished: Unfinished, workers: int
-) -> dict[str, Any]:
+def _write(encoder: Encoder, origin: dict[str, Any], unfinished: Unfinished, workers: int) -> dict[str, Any]:
     """Fill the folder from where its journal ends; what the manifest says of the files."""
     written, raws = _resume(unfinished, digest(origin), encoder)
     writers = {
@@ -264,7 +262,7 @@ def _write(
     }
 
 
-def _require_room(folder: Path, encoder: Encoder | ExampleEncoder, written: _Written, text_bytes: int) -> None:
+def _require_room(folder: Path, encoder: Encoder, written: _Written, text_bytes: int) -> None:
     """Raises OSError where the rest does not fit on the disk, if a byte of text goes on taking what it took so far."""
     if encoder.corpus.reads_hub():  # of unknown size
         return

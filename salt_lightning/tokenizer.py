@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -119,17 +120,23 @@ class Encoder:
     val_fraction: float
 
     def __call__(self, raw: Raw) -> tuple[bytes, dict[str, Block], Skipped]:
-        # Pickling forgets this flag. A text that spells a special token out is still text.
-        self.tokenizer.encode_special_tokens = True
-        splits: dict[str, list[tuple[bytes, str]]] = {"train": [], "val": []}
+        splits: dict[str, list[tuple[Any, str]]] = {"train": [], "val": []}
         found, skipped = documents(raw, self.corpus)
-        for text, source in found:
-            data = utf8(text)
-            splits["val" if lots(data)[0] < self.val_fraction else "train"].append((data, source))
-        blocks = {split: self._block(docs, split == "val") for split, docs in splits.items() if docs}
+        for content, source in found:
+            if (taken := self._take(content)) is not None:
+                item, drawn_by = taken
+                splits["val" if lots(drawn_by)[0] < self.val_fraction else "train"].append((item, source))
+        blocks = {split: self._block(items, split == "val") for split, items in splits.items() if items}
         return raw.digest(), blocks, skipped
 
-    def _block(self, docs: list[tuple[bytes, str]], with_bytes: bool) -> Block:
+    def _take(self, content: Any) -> tuple[Any, bytes] | None:
+        """What `_block` takes of a document, and the bytes that draw its split; None: it is left out."""
+        data = utf8(content)
+        return data, data
+
+    def _block(self, docs: list[tuple[Any, str]], with_bytes: bool) -> Block:
+        # Pickling forgets this flag. A text that spells a special token out is still text.
+        self.tokenizer.encode_special_tokens = True
         ids, counts, lengths = [np.zeros(0, self.dtype)], [np.zeros(0, np.int32)], np.zeros(len(docs), np.int64)
         # Offsets cost time: only where bytes per token are wanted.
         encode = self.tokenizer.encode_batch if with_bytes else self.tokenizer.encode_batch_fast
@@ -157,43 +164,33 @@ _Example = tuple[np.ndarray, np.ndarray, np.ndarray]  # ids up to EOS, which are
 
 
 @dataclass
-class ExampleEncoder:
-    """As Encoder, for rows of fine-tuning examples.
+class ExampleEncoder(Encoder):
+    """The same for rows of fine-tuning examples.
 
     Each segment is tokenized on its own, so that the ids of a prompt are the same whatever is answered: training and
     generation see the same. An example goes to a split by the hash of its prompt.
     """
 
-    tokenizer: Tokenizer
-    eos_id: int
-    dtype: str
-    corpus: Corpus
-    val_fraction: float
     chat: PreTrainedTokenizerBase | None  # writes its template; None: plain text
     special_ids: list[int]  # of a chat template's marks: no text, so no bytes
 
-    def __call__(self, raw: Raw) -> tuple[bytes, dict[str, Block], Skipped]:
-        splits: dict[str, list[tuple[_Example, str]]] = {"train": [], "val": []}
-        found, skipped = documents(raw, self.corpus)
-        for conversation, source in found:
-            example = self._encode(conversation)
-            if not example[1][0]:  # nothing comes before an empty prompt's response to learn it from
-                asked = "\0".join(message["content"] for message in conversation[:-1])
-                splits["val" if lots(utf8(asked))[0] < self.val_fraction else "train"].append((example, source))
-        blocks = {split: self._block(kept, split == "val") for split, kept in splits.items() if kept}
-        return raw.digest(), blocks, skipped
+    def _take(self, content: list[Message]) -> tuple[_Example, bytes] | None:
+        example = self._encode(content)
+        if example[1][0]:  # nothing comes before an empty prompt's response to learn it from
+            return None
+        return example, utf8("\0".join(message["content"] for message in content[:-1]))
 
     def response(self, text: str) -> list[int]:
         """The ids of a response, with its EOS."""
         ids, learned, _ = self._encode([{"role": "user", "content": "?"}, {"role": "assistant", "content": text}])
         return ids[learned].tolist()
 
-    def _block(self, found: list[tuple[_Example, str]], with_bytes: bool) -> Block:
-        ids, learned, counts = (np.concatenate(column) for column in zip(*[e for e, _ in found], strict=True))
+    def _block(self, docs: list[tuple[_Example, str]], with_bytes: bool) -> Block:
+        ids, learned, counts = (np.concatenate(column) for column in zip(*[e for e, _ in docs], strict=True))
         return Block(
             ids.astype(self.dtype),
-            np.array([len(ids) for (ids, _, _), _ in found], np.int64),
-            [source for _, source in found],
+            np.array([len(ids) for (ids, _, _), _ in docs], np.int64),
+            [source for _, source in docs],
             counts.astype(np.int32) if with_bytes else None,
             int(counts.sum()),
             learned.astype(np.uint8),
