@@ -6,8 +6,6 @@ response, its EOS included, in the forward that trains. Prompts are the ids that
     B rows of a batch · T tokens of a row, of the longest in it · N = B * T
 """
 
-from __future__ import annotations
-
 import json
 import re
 import unicodedata

@@ -7,8 +7,6 @@ documents begin (`cu_seqlens`, as flash attention calls them); whoever passes no
 Shapes: B rows, T tokens a row, H heads, K heads of keys and values, E width of a head, S documents.
 """
 
-from __future__ import annotations
-
 import inspect
 from functools import lru_cache, partial
 from typing import Any, Literal

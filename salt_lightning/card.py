@@ -1,7 +1,5 @@
 """The model card of an exported student: what was trained on what, how long, and at which cost."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version

@@ -4,8 +4,6 @@ Text and tokenizer are prepared as the fit would do it (and it finds them in the
 is written into the run's folder.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import textwrap

@@ -3,8 +3,6 @@
 A checkpoint is always the state right after an optimizer step whose validation, if one was due, is done.
 """
 
-from __future__ import annotations
-
 import signal
 import threading
 from collections.abc import Iterable

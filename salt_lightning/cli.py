@@ -1,7 +1,5 @@
 """The command line: LightningCLI with fit, validate, test and predict, and the verbs that need no trainer."""
 
-from __future__ import annotations
-
 import os
 import re
 import signal

@@ -3,8 +3,6 @@
 NaN stands for "not known" in every number here; it shows as '-' and is null in the JSON file.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from dataclasses import dataclass, field

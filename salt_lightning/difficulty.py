@@ -9,8 +9,6 @@ nll in nats and its number of labels there. The file says which text that was; a
 Shapes: D held-out documents, N token positions of a batch.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """TensorBoard's event file of a run: where it cannot be written, that is one line that says so."""
 
-from __future__ import annotations
-
 import threading
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ Weights are read and written one file at a time, each of a few gigabytes at most
 with the model. No GPU, no teacher and no process group is needed.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -3,8 +3,6 @@
 Reads config.json and the headers of the weights: milliseconds, however large they are.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from pathlib import Path

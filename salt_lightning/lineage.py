@@ -1,7 +1,5 @@
 """Where a run comes from: the run that it goes on from, its teacher's run, the scores of its rows. NaN: not known."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -7,8 +7,6 @@ these keep for backward is exact, and of the rest what one fused kernel makes an
 What only the device can tell is not in it: its context, workspaces of its libraries, gaps between blocks.
 """
 
-from __future__ import annotations
-
 import operator
 import weakref
 from bisect import bisect_right

@@ -1,7 +1,5 @@
 """What a logged step says: losses from their sums, and time, speed and compute since the step logged before it."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Iterator

@@ -3,8 +3,6 @@
 Shapes: B rows, T tokens a row, N = B * T, D hidden width, V vocabulary.
 """
 
-from __future__ import annotations
-
 import hashlib
 import inspect
 from collections.abc import Callable

@@ -4,8 +4,6 @@ One batch: input_ids_BT, labels_BT, positions_BT -> student hidden_ND, teacher h
 -> sums -> one division by the tokens of the whole optimizer step. B rows, T tokens a row, N = B * T, D and E widths.
 """
 
-from __future__ import annotations
-
 import gc
 import math
 import time

@@ -3,8 +3,6 @@
 No Lightning scheduler: it would restore the old rate over an explicit new one on resume.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass

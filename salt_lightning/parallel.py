@@ -4,8 +4,6 @@ Each transformer block is a group of its own. Embedding, final norm and head are
 the loss: there the head weight is whole, tied or not.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from datetime import timedelta
 from functools import partial

@@ -1,7 +1,5 @@
 """The command line's parser: its errors are one line, with the setting as typed, the value and what is allowed."""
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import os

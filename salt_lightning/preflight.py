@@ -3,8 +3,6 @@
 Functions of figures; module, data and checkpoints refuse a run for an error.
 """
 
-from __future__ import annotations
-
 import shutil
 from dataclasses import dataclass
 from pathlib import Path

@@ -10,8 +10,6 @@ weight, a gradient under accumulation, or a random number. `look` is for before 
 positions of a batch.
 """
 
-from __future__ import annotations
-
 import math
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """Lightning's progress bar, counting what a user counts."""
 
-from __future__ import annotations
-
 import math
 import sys
 import time

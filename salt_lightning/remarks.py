@@ -1,7 +1,5 @@
 """What a reader of a comparison has to know besides its numbers: a sentence each, without its full stop."""
 
-from __future__ import annotations
-
 import math
 import os
 from typing import Any

@@ -4,8 +4,6 @@ config.yaml                   of the newest start
 config.until-00000040.yaml    up to step 40, where a start went on under other settings
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A run's folder read back: its settings and the curves it logged. NaN stands for "not known"."""
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The report of scores: histogram, share of zeros, what rows look like, how much k matters. Text and a figure."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path

@@ -4,8 +4,6 @@ Nothing waits for the device within a shard: the teacher's statistics gather the
 by a thread while the next shard is scored.
 """
 
-from __future__ import annotations
-
 import signal
 import threading
 import time

@@ -7,8 +7,6 @@ the top k, S is 0. Pure functions of arrays, but for `row_scores`, which reads s
 Shapes: R rows, T tokens a row.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """Settings that cannot work, all at once, before anything is read; each a line that a user can act on."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

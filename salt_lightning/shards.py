@@ -12,8 +12,6 @@ torch stores `.metadata` as a pickle. It is read with an unpickler that knows th
 all others, so nothing in a folder can run code.
 """
 
-from __future__ import annotations
-
 import errno
 import io
 import os

@@ -4,8 +4,6 @@ Micro-batches are numbered over the whole run and all ranks: (step * accumulatio
 So the smallest number is the first bad micro-batch, and its rows follow from the data's order.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch
