@@ -8,12 +8,4 @@ from salt_lightning.optim import OptimSpec
 from salt_lightning.schedule import KDScheduleCallback
 from salt_lightning.spec import ModelSpec
 
-__all__ = [
-    "AnswerTest",
-    "Examples",
-    "KDScheduleCallback",
-    "ModelSpec",
-    "OptimSpec",
-    "SALTDataModule",
-    "SALTModule",
-]
+__all__ = ["AnswerTest", "Examples", "KDScheduleCallback", "ModelSpec", "OptimSpec", "SALTDataModule", "SALTModule"]

@@ -216,9 +216,7 @@ class Check:
         if off is not None:
             said = f"hidden states x head equal {type(lm.model).__name__}'s own logits (largest difference {off:.1g})"
             self.add(
-                "ok",
-                f"{lm.name} head",
-                said + ("; documents are kept apart by our mask" if lm.apart == "mask" else ""),
+                "ok", f"{lm.name} head", said + ("; documents are kept apart by our mask" if lm.apart == "mask" else "")
             )
             asked = (self.module.student_spec if lm.name == "student" else self.module.teacher_spec).attention
             on_gpu = self._device() == "cuda" and self.module.compute_dtype == torch.bfloat16

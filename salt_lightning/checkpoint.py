@@ -285,11 +285,7 @@ def go_on_from(
     done = step * accumulate
     counts = {"ready": done, "started": done, "processed": done, "completed": max(done - 1, 0)}
     loop = checkpoint["loops"]["fit_loop"]
-    loop["epoch_loop.batch_progress"] |= {
-        "total": dict(counts),
-        "current": dict(counts),
-        "is_last_batch": False,
-    }
+    loop["epoch_loop.batch_progress"] |= {"total": dict(counts), "current": dict(counts), "is_last_batch": False}
     loop["epoch_loop.state_dict"]["_batches_that_stepped"] = max(step - 1, 0)
     other = [_other(key, data[key], was) for key, was in checkpoint["data"].items() if data[key] != was]
     if other:

@@ -310,10 +310,7 @@ def _equal_points(students: list[Run]) -> dict[str, tuple[float, dict[str, float
         lines = {name: line for name, line in lines.items() if len(line[0]) and np.isfinite(line[0]).all()}
         if lines:
             end = float(min(x[-1] for x, _ in lines.values()))
-            equal[axis] = (
-                end,
-                {name: float(np.interp(end, x, y, left=math.nan)) for name, (x, y) in lines.items()},
-            )
+            equal[axis] = (end, {name: float(np.interp(end, x, y, left=math.nan)) for name, (x, y) in lines.items()})
     return equal
 
 
@@ -326,10 +323,7 @@ def main(argv: list[str]) -> int:
     parser = VerbParser(prog="cli.py compare", description="Table and figure of several runs, finished or running.")
     parser.add_argument("runs", metavar="RUN", nargs="+", type=_path, help="a run's folder, e.g. runs/demo/salt")
     parser.add_argument(
-        "--out",
-        metavar="DIR",
-        type=_path,
-        help="folder of compare.md, .json and .png (default: where the runs lie)",
+        "--out", metavar="DIR", type=_path, help="folder of compare.md, .json and .png (default: where the runs lie)"
     )
     parser.add_argument(
         "--baseline", metavar="RUN", help="the run to compare with (default: the first that is BASELINE)"

@@ -23,12 +23,7 @@ from salt_lightning.documents import Corpus, Hub, each_file, resolve
 from salt_lightning.errors import ConfigError
 from salt_lightning.example_rows import ExampleRows, open_examples
 from salt_lightning.examples import Examples
-from salt_lightning.prepare import (
-    prepare_tokenizer,
-    prepare_tokens,
-    token_folder,
-    tokenizer_folder,
-)
+from salt_lightning.prepare import prepare_tokenizer, prepare_tokens, token_folder, tokenizer_folder
 from salt_lightning.rows import (
     IGNORE,
     Batches,
@@ -310,9 +305,7 @@ class SALTDataModule(LightningDataModule):
         trainer = self.trainer
         steps = trainer.max_steps if trainer else -(-self._train.num_rows // self.global_batch_size)
         self._train_loader = self._loader(
-            batches,
-            steps * batches.accumulate,
-            lambda: trainer.global_step * batches.accumulate if trainer else 0,
+            batches, steps * batches.accumulate, lambda: trainer.global_step * batches.accumulate if trainer else 0
         )
         self._train_loader.num_workers = self.num_workers
         return self._train_loader

@@ -200,13 +200,7 @@ def _resolve_one(setting: str, entry: str, name: str, hub: Hub) -> list[Group]:
             raise ConfigError(f"{setting}: {entry!r} holds no text: its files ({len(files)}) are empty; give others")
         return [Group(name, kind, tuple(found)) for kind, found in of_kind.items() if found]
     hub_name, _, split = entry.partition(":")
-    if _HUB_NAME.fullmatch(hub_name) and Path(entry).suffix not in {
-        ".txt",
-        ".md",
-        ".py",
-        *_KINDS,
-        *_COMPRESSIONS,
-    }:
+    if _HUB_NAME.fullmatch(hub_name) and Path(entry).suffix not in {".txt", ".md", ".py", *_KINDS, *_COMPRESSIONS}:
         return [Group(name, "hub", hub_name=hub_name, hub=replace(hub, split=split or hub.split))]
     what = "matches folders alone, no file" if glob.glob(path) and not os.path.isfile(path) else "matches no file"
     raise ConfigError(

@@ -57,10 +57,7 @@ def _attention_flops_per_token(config: object, block_size: int) -> float:
     width = num_heads * (getattr(text, "head_dim", None) or text.hidden_size // num_heads)
     window = getattr(text, "sliding_window", None)
     default = ["full_attention" if window is None else "sliding_attention"] * num_layers
-    spans = {
-        "full_attention": attention_span(block_size),
-        "sliding_attention": attention_span(block_size, window),
-    }
+    spans = {"full_attention": attention_span(block_size), "sliding_attention": attention_span(block_size, window)}
     layers = (getattr(text, "layer_types", None) or default)[:num_layers]
     return 4.0 * width * sum(spans.get(layer, math.nan) for layer in layers)
 

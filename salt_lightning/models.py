@@ -303,12 +303,7 @@ def load_pretrained(spec: ModelSpec, name: str, dtype: torch.dtype, empty: bool 
                 return AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code, **kwargs)
         # safetensors: never unpickle a .bin
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            spec.path,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            **source,
-            **kwargs,
+            spec.path, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **source, **kwargs
         )
         model, found = loaded
         wrong = [f"{key} is {tuple(was)}, not {tuple(wanted)}" for key, was, wanted in sorted(found["mismatched_keys"])]

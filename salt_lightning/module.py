@@ -82,10 +82,7 @@ class SALTModule(pl.LightningModule):
         if wrong:
             raise ConfigError("; ".join(wrong))
         self._loss = partial(
-            salt_loss,
-            teacher_temperature=teacher_temperature,
-            accuracy=accuracy,
-            logits_budget_gib=logits_budget_gib,
+            salt_loss, teacher_temperature=teacher_temperature, accuracy=accuracy, logits_budget_gib=logits_budget_gib
         )
         self._token_stats = partial(token_stats, logits_budget_gib=logits_budget_gib)
         # Plain data only: such checkpoints load with weights_only=True.

@@ -195,12 +195,7 @@ class PackedRows:
             if self.isolate_documents:
                 for end in ends[ends < width]:
                     positions_BT[b, end:] = np.arange(width - end)
-        return {
-            "input_ids": stream_BT1[:, :-1].copy(),
-            "labels": labels_BT,
-            "positions": positions_BT,
-            "rows": rows,
-        }
+        return {"input_ids": stream_BT1[:, :-1].copy(), "labels": labels_BT, "positions": positions_BT, "rows": rows}
 
     def origins(self, batch: Batch) -> Batch:
         """UTF-8 bytes of each label token (0 where ignored), its document and the source of that (-1 there)."""

@@ -59,14 +59,7 @@ def label_stats(logits_CV: Tensor, labels_C: Tensor) -> tuple[Tensor, Tensor]:
     block = min(BLOCK, triton.next_power_of_2(vocab))
     with torch.cuda.device_of(logits_CV):
         _label_kernel[(num_rows,)](
-            logits_CV,
-            labels_C.contiguous(),
-            nll_C,
-            rank_C,
-            vocab,
-            logits_CV.stride(0),
-            BLOCK=block,
-            num_warps=WARPS,
+            logits_CV, labels_C.contiguous(), nll_C, rank_C, vocab, logits_CV.stride(0), BLOCK=block, num_warps=WARPS
         )
     return nll_C, rank_C
 
@@ -192,15 +185,7 @@ def _row_kernel(
 
 
 @triton.jit
-def _label_kernel(
-    logits,
-    labels,
-    nll,
-    rank,
-    vocab,
-    stride,
-    BLOCK: tl.constexpr,
-):
+def _label_kernel(logits, labels, nll, rank, vocab, stride, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     label = tl.load(labels + row)
