@@ -116,7 +116,7 @@ def _training(checkpoint: dict[str, Any], run: Run) -> dict[str, str]:
         "training text": ", ".join(text.get("source") or []),
         "prompt and response": _examples(settings),
         "its size": ", ".join(f"{count:,} {unit}" for count, unit in counts if count),
-        "selected by": str(settings.get("data.selection") or "") if run.selected else "",
+        "selected by": str(settings.get("data.selection") or ""),
         "rows": f"{_data(checkpoint, 'global_batch_size')} of {_data(checkpoint, 'block_size')} tokens a step",
         "AdamW": ", ".join(f"{key} {v}" for key, v in (spec.get("optim") or {}).items() if v is not None),
         "precision": str(settings.get("trainer.precision") or ""),

@@ -93,7 +93,7 @@ def scoring(run: Run) -> dict[str, Any]:
     """The manifest of the predict run that `data.selection` names; empty without a selection, or where it is gone."""
     for place in places(run, "data.selection"):
         manifest = place / "scores.json" if place.is_dir() else place
-        if run.selected and manifest.is_file() and manifest.name == "scores.json":
+        if manifest.is_file() and manifest.name == "scores.json":
             with suppress(json.JSONDecodeError):
                 return json.loads(manifest.read_text())
     return {}

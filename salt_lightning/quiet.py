@@ -10,7 +10,6 @@ _CHATTER = (
     "TPU available",
     "💡 Tip",
     "Seed set to",
-    "Using default `Model",
 )
 
 
