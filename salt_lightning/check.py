@@ -19,7 +19,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from salt_lightning import attention, cadence, export, flops, memory, models, parallel, preflight, probe
-from salt_lightning.checkpoint import RunCheckpoint
+from salt_lightning.checkpoint import savers
 from salt_lightning.data import SALTDataModule
 from salt_lightning.difficulty import find_files
 from salt_lightning.errors import ConfigError
@@ -89,10 +89,6 @@ class Check:
     def _kd(self) -> KDScheduleCallback:
         return kd_callbacks(self.trainer)[0]
 
-    @property
-    def _savers(self) -> list[RunCheckpoint]:
-        return [c for c in self.trainer.callbacks if isinstance(c, RunCheckpoint)]  # type: ignore[attr-defined]
-
     def _plan(self) -> None:
         """The run's steps: phases, warm-up, and what contradicts them."""
         max_steps, schedule, optim = self.trainer.max_steps, self._kd.schedule, self.module.optim_spec
@@ -107,7 +103,7 @@ class Check:
             said = f"{optim.lr:g} after {optim.warmup_steps} steps of warm-up, then {optim.schedule}"
             self.add("ok", "learning rate", said)
         self.works("trainer", cadence.check_trainer, self.trainer)
-        for callback in self._savers:
+        for callback in savers(self.trainer):
             if callback.export:
                 self.works("export", export.check_target, Path(callback.export), "--checkpoint.export")
 
@@ -241,7 +237,7 @@ class Check:
         if rest := unnamed_sizes(self.module.student_spec, student.model.config):
             sizes = ", ".join(f"{name} {size}" for name, size in rest.items())
             self.add("note", "student sizes", f"not given, so the family's own: {sizes}")
-        for callback in self._savers:
+        for callback in savers(self.trainer):
             callback.setup(self.trainer, self.module, "fit")
             self.findings.append(callback.space(self.trainer, student.parameters()))
 

@@ -247,10 +247,14 @@ def _validation_follows(trainer: pl.Trainer, batch_idx: int) -> bool:
     return has_validation and every != float("inf") and (batch_idx + 1) % int(every) == 0  # type: ignore[arg-type]
 
 
+def savers(trainer: pl.Trainer) -> list[RunCheckpoint]:
+    """Those of the trainer."""
+    return [c for c in trainer.callbacks if isinstance(c, RunCheckpoint)]  # type: ignore[attr-defined]
+
+
 def how_to_go_on(trainer: pl.Trainer) -> str:
     """Names the newest good checkpoint of a run that has met something bad."""
-    saved = [c for c in trainer.callbacks if isinstance(c, RunCheckpoint)]  # type: ignore[attr-defined]
-    found = newest(saved[0]._dir) if saved else None
+    found = next((newest(saver._dir) for saver in savers(trainer)), None)
     return f"{found} is good: go on from it by --ckpt_path last" if found else "There is no checkpoint: start again"
 
 

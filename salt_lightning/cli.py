@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from salt_lightning import check, compare, export, parallel, run_lock, shards
 from salt_lightning.answers import AnswerTest
-from salt_lightning.checkpoint import AtomicCheckpointIO, RunCheckpoint, newest
+from salt_lightning.checkpoint import AtomicCheckpointIO, RunCheckpoint, newest, savers
 from salt_lightning.data import SALTDataModule
 from salt_lightning.difficulty import DocumentLossWriter
 from salt_lightning.errors import ConfigError, NonFiniteLossError, Stopped, is_out_of_memory, printable
@@ -372,7 +372,7 @@ def main(args: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
-    signals = [c.stopped_by for c in cli.trainer.callbacks if isinstance(c, RunCheckpoint)]
+    signals = [saver.stopped_by for saver in savers(cli.trainer)]
     if signals and signals[0] is not None and cli.trainer.is_global_zero:  # the others: a code would look like a crash
         print(f"stopped by {signals[0].name} at step {cli.trainer.global_step}, saved; go on with --ckpt_path last")
         return 128 + signals[0]
