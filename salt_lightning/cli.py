@@ -306,7 +306,6 @@ def _start(kind: type[SALTCLI], args: list[str] | None) -> Any:
         args=args,
         parser_class=Parser,
         save_config_callback=SaveRunConfig,
-        save_config_kwargs={"overwrite": True},
         trainer_defaults=TRAINER_DEFAULTS,
         seed_everything_default=0,
         auto_configure_optimizers=False,
