@@ -76,7 +76,7 @@ def check_trainer(trainer: Trainer) -> None:
 
 
 _KNOWN = ("lightning.", "salt_lightning.")
-_MONITORED = ("val/ce", "val/perplexity", "val/accuracy", "val/bits_per_byte")
+_MONITORED = ("val/ce", "val/perplexity", "val/accuracy", "val/tokens", "val/bits_per_byte", "step", "epoch")
 
 
 def plan_validation(trainer: Trainer) -> None:

@@ -88,7 +88,10 @@ def _as_trained(checkpoint: dict[str, Any], run: Run | None) -> Run:
     known["kd.stop_margin"] = (checkpoint.get("kd_schedule") or {}).get("stop_margin")
     if run is None:
         return Run("", Path(), known, {})
-    return replace(run, config=run.config | known)
+    step = checkpoint["global_step"]
+    config = next((config for until, config in run.earlier if until >= step), run.config)
+    earlier = tuple((until, config) for until, config in run.earlier if until < step)
+    return replace(run, config=config | known, earlier=earlier)
 
 
 def _student(model: PreTrainedModel, run: Run) -> dict[str, str]:
@@ -107,7 +110,7 @@ def _training(checkpoint: dict[str, Any], run: Run) -> dict[str, str]:
     teacher, taught = spec.get("teacher") or {}, _is_taught(checkpoint, run)
     counts = [(text.get("documents"), "documents"), (_data(checkpoint, "num_train_tokens"), "tokens")]
     return {
-        "went on": _changes(checkpoint["global_step"], run),
+        "went on": _changes(run),
         "method": run.method + ("" if taught == (run.kd_steps > 0) else ", after steps with a teacher"),
         "teacher": " at revision ".join(filter(None, (teacher.get("path"), teacher.get("revision")))) if taught else "",
         "KD": f"{_schedule(checkpoint, run)}; teacher's temperature {spec.get('teacher_temperature', 1.0):g}"
@@ -124,10 +127,9 @@ def _training(checkpoint: dict[str, Any], run: Run) -> dict[str, str]:
     }
 
 
-def _changes(step: int, run: Run) -> str:
-    """Where, before the checkpoint, it went on under other settings than the ones told here."""
-    changes = (change for change in run.changes.items() if change[0] < step)
-    return "; ".join(f"at step {at} under other settings: {shown(found)}" for at, found in changes)
+def _changes(run: Run) -> str:
+    """Where it went on under other settings than the ones told here."""
+    return "; ".join(f"at step {at} under other settings: {shown(found)}" for at, found in run.changes.items())
 
 
 def _examples(settings: dict[str, Any]) -> str:

@@ -125,7 +125,8 @@ class RunCheckpoint(Checkpoint):
         checkpoint["kept_steps"] = sorted(step for step in self._for_good(trainer) if step is not None and step <= done)
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        self._kept = set(checkpoint.get("kept_steps", ()))
+        there = {step for step, _ in _saved(self._dir)}  # not those of the run that a branch comes from
+        self._kept = there & set(checkpoint.get("kept_steps", ()))
 
     def space(self, trainer: pl.Trainer, weights: Iterable[Tensor]) -> Finding:
         """Whether all that the run keeps at once fits the disk."""
@@ -208,8 +209,8 @@ class RunCheckpoint(Checkpoint):
             self._save(trainer, pl_module)
         if self.stopped_by is None and trainer.global_step < trainer.max_steps:
             rank_zero_info(
-                f"step {trainer.global_step} of {trainer.max_steps}: --trainer.max_time or a callback has ended the "
-                "run, which is saved: go on with --ckpt_path last"
+                f"step {trainer.global_step} of {trainer.max_steps}: the run has ended early, by a limit of time or "
+                "data or by a callback; it is saved, go on with --ckpt_path last"
             )
         if self.export and self.stopped_by is None and trainer.is_global_zero:
             written = export(self._path(trainer), Path(self.export), run=Path(trainer.default_root_dir))

@@ -111,7 +111,8 @@ def compare(runs: list[Path], out: Path, baseline: str | None = None) -> Compari
     Args:
         runs: the runs' folders.
         out: folder of the three files; made if it is not there.
-        baseline: name or path of the reference run; default: the first run that is BASELINE.
+        baseline: name or path of the reference run; default: the first BASELINE, a finished one of the others' model
+            and of the same settings all along before others.
 
     Raises:
         ConfigError: a path that is no folder, no run that logged something, or a baseline that is not among these.
@@ -185,9 +186,10 @@ def _reference(students: list[Run]) -> tuple[Run, list[str]]:
     plain = [run for run in students if run.method == "BASELINE" and not run.last("train/flops_teacher_total") > 0]
     taught = [run for run in students if run.kd_steps > 0]
 
-    def doubts(run: Run) -> tuple[bool, bool]:
-        """Perhaps a teacher that is not known as one; settings that were not the same all along."""
-        return bool(taught) and not any(lineage.same_model(run, other) for other in taught), bool(run.changes)
+    def doubts(run: Run) -> tuple[bool, bool, bool]:
+        """No last loss; perhaps a teacher that is not known as one; settings that were not the same all along."""
+        unlike = bool(taught) and not any(lineage.same_model(run, other) for other in taught)
+        return not run.finished, unlike, bool(run.changes)
 
     if plain:
         return min(plain, key=doubts), []
@@ -326,7 +328,9 @@ def main(argv: list[str]) -> int:
         "--out", metavar="DIR", type=_path, help="folder of compare.md, .json and .png (default: where the runs lie)"
     )
     parser.add_argument(
-        "--baseline", metavar="RUN", help="the run to compare with (default: the first that is BASELINE)"
+        "--baseline",
+        metavar="RUN",
+        help="the run to compare with (default: the first BASELINE, a finished one before others)",
     )
     args = parser.parse_args(argv)
     common = os.path.commonpath([path.absolute().parent for path in args.runs])

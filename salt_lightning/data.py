@@ -204,7 +204,9 @@ class SALTDataModule(LightningDataModule):
 
     def doubts(self) -> list[preflight.Finding]:
         """What makes the held-out text a bad measure."""
-        found = preflight.unknown_tokens(self._unknown_share), preflight.seen_in_training(self._trained_held_out)
+        held_out = [self._corpus(setting)[0] for setting in ("val_source", "test_source") if getattr(self, setting)]
+        trained = [name for corpus in held_out for name in corpus.shared_with(self._corpus("source")[0])]
+        found = preflight.unknown_tokens(self._unknown_share), preflight.seen_in_training(trained)
         return [finding for finding in found if finding]
 
     @property
@@ -213,12 +215,6 @@ class SALTDataModule(LightningDataModule):
         assert self._eval is not None, "setup comes first"
         unknown, tokens = self.tokenizer.unk_token_id, self._eval.files.tokens[:_LOOKED_AT]
         return 0.0 if unknown in (None, self.tokenizer.eos_token_id) else float(np.mean(tokens == unknown))
-
-    @property
-    def _trained_held_out(self) -> list[str]:
-        """Files that are training text and held-out text at once."""
-        text, held_out = self._corpus("source")[0], [s for s in ("val_source", "test_source") if getattr(self, s)]
-        return [name for setting in held_out for name in text.shared_with(self._corpus(setting)[0])]
 
     @property
     def selection_fingerprint(self) -> str:

@@ -59,10 +59,13 @@ class Group:
     hub_name: str = ""
     hub: Hub = Hub()
 
-    def read(self) -> list[str]:
-        """What it reads, by one name each."""
-        hub = [":".join(filter(None, (self.hub_name, self.hub.subset, self.hub.split)))] if self.kind == "hub" else []
-        return [*hub, *(os.path.realpath(file) for file in self.files)]
+    def read(self) -> dict[Any, str]:
+        """What it reads: a file by any of its names, or a split; and a name to show."""
+        if self.kind == "hub":
+            name = ":".join(filter(None, (self.hub_name, self.hub.subset, self.hub.split)))
+            return {name: name}
+        stats = ((os.stat(file), file) for file in self.files)
+        return {(stat.st_dev, stat.st_ino): file for stat, file in stats}
 
     def inputs(self) -> list[Any]:
         """All that decides what this group reads, as plain data: file stamps, or the hub's coordinates."""
@@ -92,8 +95,8 @@ class Corpus:
 
     def shared_with(self, other: "Corpus") -> list[str]:
         """Files, and splits of hub data sets, that both read."""
-        here, there = ({name for group in corpus.groups for name in group.read()} for corpus in (self, other))
-        return sorted(here & there)
+        here, there = ({k: v for group in corpus.groups for k, v in group.read().items()} for corpus in (self, other))
+        return sorted(here[key] for key in here.keys() & there.keys())
 
     def num_bytes(self) -> int:
         """Size on disk; the hub counts 0."""

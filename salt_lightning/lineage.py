@@ -18,8 +18,12 @@ from salt_lightning.runlog import Curve, Run, read_run, step_named
 
 def places(run: Run, setting: str) -> list[Path]:
     """Where the path in a run's setting may lie, if it has one: a relative one may count from any parent."""
-    path, bases = run.config.get(setting), (Path.cwd(), *run.path.absolute().parents)
-    return [Path(os.path.normpath(base / str(path))) for base in bases] if path else []
+    return _places(run, str(run.config.get(setting) or ""))
+
+
+def _places(run: Run, path: str) -> list[Path]:
+    bases = (Path.cwd(), *run.path.absolute().parents)
+    return [Path(os.path.normpath(base / path)) for base in bases] if path else []
 
 
 def read(path: Path, name: str, generations: int = 9) -> Run:
@@ -31,7 +35,7 @@ def read(path: Path, name: str, generations: int = 9) -> Run:
     run = read_run(path, name)
     if run.began == 0 or generations == 0:
         return run
-    for checkpoint in places(run, "ckpt_path"):
+    for checkpoint in _places(run, run.origin):
         before = checkpoint.parent.parent  # RUN/checkpoints/step-N.ckpt
         named = step_named(checkpoint.name) is not None
         if named and before.is_dir() and before.resolve() != path.resolve():
@@ -66,9 +70,9 @@ def teacher_run(run: Run, runs: list[Run]) -> Run | None:
 
 
 def same_model(a: Run, b: Run) -> bool:
-    """Whether both train a model of the same settings."""
-    here, there = ({k: v for k, v in run.config.items() if k.startswith("model.student.")} for run in (a, b))
-    return here == there
+    """Whether both train a model of the same settings, as far as both say them: a checkpoint brings all of its own."""
+    shared = [key for key in a.config.keys() & b.config.keys() if key.startswith("model.student.")]
+    return all(a.config[key] == b.config[key] for key in shared)
 
 
 def taught_steps(run: Run, teacher: Run) -> int:

@@ -42,16 +42,24 @@ _VERBS = {
     "test": "The same on the test text; of a fine-tuned student, what it generates and chooses.",
     "predict": "SALT_DS: the teacher's loss and rank of every training token, and a report of the scores.",
 }
-# Where Lightning's own words are not true here. None: refused, so not shown.
+_REFUSED = "Not to be set in this project"
+# Where Lightning's own words are not true here.
 _WORDS = {
     "ckpt_path": "A checkpoint (.ckpt), or last: the newest one of the run's folder that is not damaged.",
     "trainer.max_steps": "Optimizer steps of the run.",
     "trainer.precision": "32-true, bf16-mixed or bf16-true.",
     "trainer.val_check_interval": "Optimizer steps between validations (a whole number), or a share of the run (0..1).",
     "trainer.log_every_n_steps": "Optimizer steps between two logged ones.",
-    **dict.fromkeys(("weights_only", "trainer.accumulate_grad_batches", "trainer.barebones", "trainer.fast_dev_run")),
-    **dict.fromkeys(("trainer.check_val_every_n_epoch", "trainer.default_root_dir", "trainer.enable_checkpointing")),
-    **dict.fromkeys(("trainer.limit_train_batches", "trainer.max_epochs", "trainer.overfit_batches")),
+    "weights_only": "Not used: a checkpoint is never unpickled.",
+    "trainer.accumulate_grad_batches": f"{_REFUSED}: it follows from --data.global_batch_size.",
+    "trainer.barebones": f"{_REFUSED}: it would leave no log and no checkpoint.",
+    "trainer.check_val_every_n_epoch": f"{_REFUSED}: use --trainer.val_check_interval.",
+    "trainer.default_root_dir": f"{_REFUSED}: use --run.",
+    "trainer.enable_checkpointing": f"{_REFUSED}: use --checkpoint.*.",
+    "trainer.fast_dev_run": f"{_REFUSED}: use the verb check, or few --trainer.max_steps.",
+    "trainer.limit_train_batches": f"{_REFUSED}: use --trainer.max_steps.",
+    "trainer.max_epochs": f"{_REFUSED}: use --trainer.max_steps.",
+    "trainer.overfit_batches": f"{_REFUSED}: use a small --data.source.",
 }
 
 
@@ -62,8 +70,7 @@ def reword(action: argparse.Action, parsers: dict[str, LightningArgumentParser])
     for verb, parser in parsers.items():
         parser.description = _VERBS[verb]
         for setting in parser._actions:
-            if setting.dest in _WORDS:
-                setting.help = _WORDS[setting.dest] or argparse.SUPPRESS
+            setting.help = _WORDS.get(setting.dest, setting.help)
 
 
 def explain(message: str, known: list[str]) -> str:

@@ -74,6 +74,9 @@ def _lost_teachers(runs: list[Run], reference: Run) -> list[str]:
 # --- which text a loss is of ---
 
 
+_ROUNDING = 1e-5  # TensorBoard keeps seven digits of each loss
+
+
 def _text(run: Run, kind: str) -> tuple[float, float]:
     """Tokens and bytes that the last val or test loss is of."""
     ce, tokens, bits = (run.last(f"{kind}/{name}") for name in ("ce", "tokens", "bits_per_byte"))
@@ -81,11 +84,13 @@ def _text(run: Run, kind: str) -> tuple[float, float]:
 
 
 def _same_text(a: Run, b: Run, kind: str) -> bool | None:
-    """None: not known. Losses have the seven digits that TensorBoard keeps."""
+    """None: not known."""
     (tokens, size), (other_tokens, other_size) = _text(a, kind), _text(b, kind)
     if math.isnan(tokens + other_tokens):
         return None
-    return tokens == other_tokens and (math.isnan(size + other_size) or math.isclose(size, other_size, rel_tol=1e-5))
+    return tokens == other_tokens and (
+        math.isnan(size + other_size) or math.isclose(size, other_size, rel_tol=_ROUNDING)
+    )
 
 
 def _other_text(students: list[Run], reference: Run) -> list[str]:
@@ -100,10 +105,13 @@ def _other_text(students: list[Run], reference: Run) -> list[str]:
             )
         same = _same_text(run, reference, "val")
         if same is False:
-            tokens, there = _text(run, "val")[0], _text(reference, "val")[0]
+            (tokens, size), (there, other_size) = _text(run, "val"), _text(reference, "val")
+            if math.isclose(size, other_size, rel_tol=_ROUNDING):
+                what, so = "in other tokens", "bits per byte can be compared, CE can not"
+            else:
+                what, so = "on other text", "their losses are no comparison"
             notes.append(
-                f"{run.name} was validated on other text than {reference.name} ({tokens:,.0f} tokens, there "
-                f"{there:,.0f}): their losses are no comparison"
+                f"{run.name} was validated {what} than {reference.name} ({tokens:,.0f}, there {there:,.0f}): {so}"
             )
         elif same is None and run.config and reference.config and (keys := _other_settings(run, reference)):
             here = _measured_on(run)

@@ -14,7 +14,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 
 from salt_lightning import shards
 from salt_lightning.errors import ConfigError
-from salt_lightning.runlog import changed, earlier_configs, read_config
+from salt_lightning.runlog import changed, earlier_configs, read_config, step_named
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -43,12 +43,20 @@ class SaveRunConfig(SaveConfigCallback):
 
 
 def set_aside(run: Path, step: int, now: dict[str, Any]) -> None:
-    """Before a start at `step` writes its settings: keeps those that held until there, where they say other things."""
+    """Before a start at `step` writes its settings: keeps those that held until there, where they say other things.
+
+    Also where they name another run's checkpoint, which this one went on from.
+    """
     later = [path for until, path in earlier_configs(run) if until >= step]  # of starts that this one leaves behind
     held, kept = next(iter([*later, run / "config.yaml"])), run / f"config.until-{step:08d}.yaml"
-    if step > 0 and held.exists() and changed(_readable(held), now):
+    was = _readable(held) if held.exists() else {}
+    origin = Path(was.get("ckpt_path") or "last")
+    first = step_named(origin.name) or 0  # the step that they held from, as far as that is known
+    elsewhere = first > 0 and origin.absolute().parent.parent != run.absolute()
+    if step > first and (changed(was, now) or elsewhere):
         if held != kept:
-            shutil.copy(held, kept)
+            shutil.copy(held, run / ".config.tmp-until")
+            os.replace(run / ".config.tmp-until", kept)
         later = [path for path in later if path != kept]
     for path in later:
         path.unlink()

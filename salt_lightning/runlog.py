@@ -1,6 +1,7 @@
 """A run's folder read back: its settings and the curves it logged. NaN stands for "not known"."""
 
 import math
+import os
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -106,9 +107,14 @@ class Run:
         return max((int(c.steps[-1]) for tag, c in self.curves.items() if not tag.startswith("test/")), default=0)
 
     @property
+    def origin(self) -> str:
+        """The checkpoint that its first start in this folder went on from, if any; `last` is one of its own."""
+        return str((self.earlier[0][1] if self.earlier else self.config).get("ckpt_path") or "")
+
+    @property
     def began(self) -> int:
         """The step that it went on from in this folder, where the log of what came before is not; else 0."""
-        path = str(self.config.get("ckpt_path") or "")
+        path = self.origin
         first = self.curves.get("train/tokens") if path else None
         if first is None or first.steps[0] <= 1:  # the first step is always logged
             return 0
@@ -120,8 +126,11 @@ class Run:
         """Steps at which it went on under other settings -> setting -> (before, from there on)."""
         configs = [*(config for _, config in self.earlier), self.config]
         steps = [step for step, _ in self.earlier]
-        found = zip(steps, map(changed, configs, configs[1:]), strict=True)
-        return {step: settings for step, settings in found if settings}
+        found = dict(zip(steps, map(changed, configs, configs[1:]), strict=True))
+        for step, settings in found.items():
+            if step >= self.kd_steps:  # the teacher is gone
+                settings.pop("model.teacher.path", None)
+        return {step: settings for step, settings in found.items() if settings}
 
     @property
     def running(self) -> bool:
@@ -174,6 +183,8 @@ class Run:
         of_seed = [folder[: folder.index(str(self.seed)) + 1] for folder in folders if str(self.seed) in folder]
 
         def anonymous(value: Any) -> Any:
+            if isinstance(value, list):
+                return [anonymous(entry) for entry in value]
             if not isinstance(value, str):
                 return value
             parts = value.split("/")
@@ -199,11 +210,16 @@ def read_run(path: Path, name: str) -> Run:
     if not path.is_dir():
         raise ConfigError(f"compare: RUN {path} is no folder; give a run's own folder, e.g. runs/demo/salt")
     settings = read_config(path / "config.yaml") if (path / "config.yaml").is_file() else {}
-    earlier = tuple((step, read_config(file)) for step, file in earlier_configs(path))
+    earlier, unread = [], []
+    for step, file in earlier_configs(path):
+        try:
+            earlier.append((step, read_config(file)))
+        except ConfigError as error:
+            unread.append(f"{error}; what was set before step {step} is not known")
     events, damaged = _read_events(path)
     tested, damaged_too = _read_events(path / "test")  # what `cli.py test` logs beside the run
     curves = _curves(events) | {tag: curve for tag, curve in _curves(tested).items() if tag.startswith("test/")}
-    return Run(name, path, settings, curves, damaged + damaged_too, earlier)
+    return Run(name, path, settings, curves, (*damaged, *damaged_too, *unread), tuple(earlier))
 
 
 def read_config(file: Path) -> dict[str, Any]:
@@ -227,16 +243,25 @@ def earlier_configs(run: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in found if match)
 
 
-_DECIDES = re.compile(  # of settings, what is trained or measured
-    r"model\.(teacher|optim|accuracy)|kd\.(?!allow|probe)|data\.(?!\w+_workers|cache_dir|micro_batch_size)|seed_everything"
-    r"|trainer\.(max_steps|gradient_clip_val|precision)"
+# Of settings, what is trained or measured. No run goes on with another tokenizer, by whatever name it is given.
+_DECIDES = re.compile(
+    r"model\.(student\.config|teacher|optim|accuracy)|kd\.(?!allow|probe)|trainer\.(max_steps|gradient_clip_val|precision)"
+    r"|data\.(?!\w+_workers|cache_dir|micro_batch_size|tokenizer|vocab_size)|seed_everything"
 )
 
 
 def changed(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Settings that both know, and that decide what is trained or measured: (before, now) where they differ."""
     was, is_now = _gathered(before), _gathered(now)
-    return {k: (was[k], is_now[k]) for k in sorted(was.keys() & is_now.keys()) if was[k] != is_now[k]}
+    return {k: (was[k], is_now[k]) for k in sorted(was.keys() & is_now.keys()) if not _same(was[k], is_now[k])}
+
+
+def _same(was: Any, now: Any) -> bool:
+    """Also the same path, once from the root and once from where a command was given."""
+    if isinstance(was, str) and isinstance(now, str) and was.startswith("/") != now.startswith("/"):
+        whole, part = sorted((was, now), key=lambda path: not path.startswith("/"))
+        return whole.endswith(f"/{os.path.normpath(part)}")
+    return was == now
 
 
 def shown(found: dict[str, tuple[Any, Any]]) -> str:

@@ -55,18 +55,17 @@ REFUSED = {
 }  # fmt: skip
 
 
-def test_help_does_not_offer_what_is_refused(capsys):
+def test_help_says_what_this_project_does(capsys):
     with pytest.raises(SystemExit):
         cli.main(["fit", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert [name for name in REFUSED if f"--trainer.{name}" in text] == []
+    for name in REFUSED:
+        assert re.search(rf"--trainer.{name} \S+ Not to be set in this project: ", text), name
     assert "--ckpt_path CKPT_PATH A checkpoint (.ckpt), or last: the newest one of the run's folder that is" in text
     assert len(wrong_trainer_settings(Namespace(**REFUSED))) == len(REFUSED)
     parser = LightningArgumentParser()
     parser.add_lightning_class_args(pl.Trainer, "trainer")
     assert {name for name in _WORDS if "." in name} <= {action.dest for action in parser._actions}  # no other names
-    hidden = {name.removeprefix("trainer.") for name, words in _WORDS.items() if words is None}
-    assert hidden == {*REFUSED, "weights_only"}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=NAMES)

@@ -14,10 +14,10 @@ import pytest
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 
-from salt_lightning import report
+from salt_lightning import lineage, report
 from salt_lightning.compare import compare, evaluate, first_reach, main
 from salt_lightning.errors import ConfigError
-from salt_lightning.runlog import Curve, read_run
+from salt_lightning.runlog import Curve, changed, read_run
 
 STEPS = 300
 # A step is 2 tokens, 0.5 s, 10 student and 5 teacher FLOPs (while it teaches). All CEs are exact in float32.
@@ -693,7 +693,7 @@ def test_a_run_that_went_on_under_other_settings_is_an_experiment_of_its_own(tmp
     longer = write_run(tmp_path / "longer", BASELINE)
     earlier(longer, 100, **{"trainer.max_steps": 100, "trainer.devices": 2})
     whole = write_run(tmp_path / "whole", {100: 5.0, 200: 4.5, 300: 4.25})
-    again = write_run(tmp_path / "again", {300: 3.0}, **{"trainer.enable_progress_bar": False})
+    again = write_run(tmp_path / "again", {300: 3.0}, log_every=1, **{"trainer.enable_progress_bar": False})
     earlier(again, 200, **{"trainer.enable_progress_bar": True, "ckpt_path": "x"})
     found = evaluate(load([longer, whole, again]))
     assert (found.reference, found.reference_val_ce) == ("whole", 4.25)  # the first that is BASELINE all along
@@ -717,6 +717,70 @@ def test_a_branch_tells_what_its_trunk_had_set(branch, tmp_path):
     assert "max_steps" not in str(found.notes)
 
 
+def test_a_branch_that_went_on_by_itself_still_comes_from_its_trunk(branch, tmp_path):
+    """Its newest start names `last`, and its first one the trunk; `branch` itself has none of this."""
+    first = yaml.safe_load((tmp_path / "branch/config.yaml").read_text())
+    (tmp_path / "branch/config.until-00000200.yaml").write_text(yaml.safe_dump(first))
+    (tmp_path / "branch/config.yaml").write_text(yaml.safe_dump(first | {"ckpt_path": "last"}))
+    earlier(tmp_path / "trunk", 150, **{"data.seed": 5})
+    earlier(tmp_path / "trunk", 50, **{"data.seed": 4})
+    found = compare([tmp_path / "branch"], tmp_path / "out")
+    assert list(found.runs[0].val_ce.steps) == [100, 106, 200, 300]
+    assert [step for step, _ in found.runs[0].earlier] == [50, 100, 200]
+    assert "no log before" not in str(found.notes)
+
+
+def test_paths_of_the_same_thing_are_no_other_settings():
+    was = {"data.source": "/a/text.jsonl", "model.teacher.path": "runs/../runs/t.ckpt", "data.tokenizer": "train"}
+    now = {"data.source": "text.jsonl", "model.teacher.path": "/b/runs/t.ckpt", "data.tokenizer": "runs/x/tokenizer"}
+    assert changed(was, now) == {}
+    assert changed(was, {**now, "data.source": "other.jsonl"}) == {"data.source": ("/a/text.jsonl", "other.jsonl")}
+    assert changed(was, {**now, "data.source": "xt.jsonl"}) != {}
+
+
+def test_a_teacher_that_has_left_may_lie_elsewhere(tmp_path):
+    for kd_steps, steps in ((60, []), (200, [100])):
+        path = write_run(tmp_path / f"salt{kd_steps}", SALT, teacher="there/t.ckpt", weight=0.5, kd_steps=kd_steps)
+        earlier(path, 100, teacher="here/t.ckpt", weight=0.5, kd_steps=kd_steps)
+        assert list(read_run(path, "salt").changes) == steps
+
+
+def test_what_held_before_is_alike_for_all_seeds(tmp_path):
+    runs = []
+    for seed in range(2):
+        runs.append(write_run(tmp_path / str(seed) / "b", BASELINE, seed_everything=seed))
+        texts = [str(tmp_path / str(seed) / name) for name in "xy"]
+        earlier(runs[-1], 100, seed_everything=seed, **{"data.source": texts, "trainer.max_steps": 100})
+        config = yaml.safe_load((runs[-1] / "config.yaml").read_text()) | {"data": {"source": "z"}}
+        (runs[-1] / "config.yaml").write_text(yaml.safe_dump(config))
+    assert [group.n for group in evaluate(load(runs)).groups] == [2]
+
+
+def test_earlier_settings_that_cannot_be_read_are_told(tmp_path):
+    run = write_run(tmp_path / "run", BASELINE)
+    (run / "config.until-00000100.yaml").write_text("a: [")
+    (note,) = evaluate(load([run])).notes
+    assert "config.until-00000100.yaml is not YAML" in note
+    assert note.endswith("what was set before step 100 is not known")
+
+
+def test_a_baseline_that_has_no_loss_yet_is_no_reference(tmp_path):
+    long = write_run(tmp_path / "long", BASELINE)
+    earlier(long, 100, **{"trainer.max_steps": 100})
+    running = write_run(tmp_path / "running", {}, steps=20)
+    assert evaluate(load([running, long])).reference == "long"
+
+
+def test_a_checkpoint_brings_sizes_that_nobody_had_given(tmp_path):
+    sizes = {"model.student.config.hidden_size": 8}
+    run = write_run(tmp_path / "run", BASELINE, **sizes)
+    on = write_run(tmp_path / "on", BASELINE, **sizes, **{"model.student.config.head_dim": 4})
+    small = write_run(tmp_path / "small", BASELINE, **{"model.student.config.hidden_size": 4})
+    one, resumed, other = load([run, on, small])
+    assert lineage.same_model(one, resumed)
+    assert not lineage.same_model(one, other)
+
+
 def count(run, kind, tokens, size, steps, ce=4.0):
     """What a validation (or test) of so many tokens and bytes logs."""
     with SummaryWriter(str(run if kind == "val" else run / "test")) as writer:
@@ -728,17 +792,20 @@ def count(run, kind, tokens, size, steps, ce=4.0):
 
 def test_losses_of_other_text_are_no_comparison(tmp_path):
     text = {"data.source": "a.jsonl"}
-    runs = [write_run(tmp_path / name, BASELINE, **text) for name in ("first", "same", "more", "other", "moved")]
-    for run, tokens, size in zip(runs, (900, 900, 901, 900, 900), (3000, 3000, 3000, 3001, 3000), strict=True):
+    names = ("first", "same", "more", "other", "moved", "coarser")
+    runs = [write_run(tmp_path / name, BASELINE, **text) for name in names]
+    tokens_of, bytes_of = (900, 900, 901, 900, 900, 800), (3000, 3000, 3001, 3002, 3000, 3000)
+    for run, tokens, size in zip(runs, tokens_of, bytes_of, strict=True):
         count(run, "val", tokens, size, BASELINE)
     count(runs[4], "val", 800, 2700, [100])
     for number, run in enumerate(runs):
         tree = settings(run, **{"data.source": f"{run.name}.jsonl", "trainer.precision": f"{number}"})  # moved, perhaps
         (run / "config.yaml").write_text(yaml.safe_dump(tree))
     assert evaluate(load(runs)).notes == [
-        "more was validated on other text than first (901 tokens, there 900): their losses are no comparison",
-        "other was validated on other text than first (900 tokens, there 900): their losses are no comparison",
+        "more was validated on other text than first (901, there 900): their losses are no comparison",
+        "other was validated on other text than first (900, there 900): their losses are no comparison",
         "moved was validated on other text from step 200 on (900 tokens, before 800)",
+        "coarser was validated in other tokens than first (800, there 900): bits per byte can be compared, CE can not",
     ]
 
 

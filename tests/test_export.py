@@ -221,10 +221,11 @@ def test_the_card_names_the_method(schedule, taught_steps, lines, salt):
 
 def test_the_card_says_where_it_went_on_under_other_settings(salt):
     run, now = read_run(salt, "salt"), read_run(salt, "salt").config["data.source"]
-    starts = (4, {**run.config, "data.source": "old/*.jsonl"}), (12, {**run.config, "trainer.max_steps": 99})
+    starts = [(4, {**run.config, "data.source": "old/*.jsonl"}), (12, {**run.config, "trainer.max_steps": 99}),
+              (20, {**run.config, "trainer.max_steps": 50})]  # fmt: skip
     checkpoint = torch.load(checkpoints(salt)[-1], weights_only=True)
     model = AutoModelForCausalLM.from_pretrained(salt / "out")
-    lines = model_card("x", checkpoint, model, replace(run, earlier=starts), False).splitlines()
+    lines = model_card("x", checkpoint, model, replace(run, earlier=tuple(starts)), False).splitlines()
     found = f"data.source {now} (before old/*.jsonl), trainer.max_steps 99 (before 12)"
     assert f"- went on: at step 4 under other settings: {found}" in lines  # what holds from step 12 on is not of it
     assert "- tokens: 3,072" in lines  # of which text, nobody knows

@@ -10,12 +10,20 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from conftest import StopAt, arguments, scalars, weights
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    Callback,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelCheckpoint,
+)
 from lightning.pytorch.tuner import Tuner
 from reference import salt_reference
 from torch._dynamo.utils import counters
 
 from salt_lightning import KDScheduleCallback, ModelSpec, OptimSpec, SALTDataModule, SALTModule, cli
+from salt_lightning.cadence import check_trainer
 from salt_lightning.checkpoint import RunCheckpoint
 from salt_lightning.errors import ConfigError, NonFiniteLossError
 from salt_lightning.models import read_checkpoint
@@ -678,6 +686,28 @@ def test_a_schedule_on_another_module_is_refused(teacher):
     trainer = pl.Trainer(max_steps=1, callbacks=[KDScheduleCallback(0.5, 1)], accelerator="cpu", logger=False)
     with pytest.raises(ConfigError, match="KDScheduleCallback goes with a SALTModule, not with Mine"):
         trainer.fit(Mine(), torch.utils.data.DataLoader([]))
+
+
+@pytest.mark.parametrize("monitor", ["val/ce", "val/ce/books", "val/tokens"])
+def test_what_a_validation_logs_may_be_monitored(monitor):
+    trainer = pl.Trainer(callbacks=[EarlyStopping(monitor)], accelerator="cpu", logger=False)
+    trainer.strategy._lightning_module = SALTModule(ModelSpec(config=CONFIG))
+    check_trainer(trainer)
+
+
+def test_monitors_of_checkpoints_and_names_that_another_may_log():
+    module = SALTModule(ModelSpec(config=CONFIG))
+    for callbacks in ([ModelCheckpoint(monitor="step")], [EarlyStopping("mine"), Spy()]):
+        trainer = pl.Trainer(callbacks=callbacks, accelerator="cpu", logger=False)
+        trainer.strategy._lightning_module = module
+        check_trainer(trainer)
+
+
+@pytest.mark.parametrize("callback", [GradientAccumulationScheduler({0: 2}), BatchSizeFinder(), LearningRateFinder()])
+def test_callbacks_that_set_what_follows_from_elsewhere(callback):
+    trainer = pl.Trainer(callbacks=[callback], accelerator="cpu", logger=False)
+    with pytest.raises(ConfigError, match=f"--trainer.callbacks {type(callback).__name__} is not supported: "):
+        check_trainer(trainer)
 
 
 def test_a_tuner_is_refused(settings):

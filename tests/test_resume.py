@@ -15,7 +15,8 @@ import torch
 from conftest import CLOCK, StopAt, arguments, scalars, weights
 from lightning.pytorch.callbacks import Callback
 
-from salt_lightning import OptimSpec, SALTModule, cli
+from salt_lightning import OptimSpec, SALTModule, cli, lineage
+from salt_lightning.models import read_checkpoint
 from salt_lightning.runlog import read_run
 
 RAMP = {"kd.weight": 0.667, "kd.steps": 8, "kd.anneal_steps": 4, "kd.shape": "linear"}  # phase 1 ends at 8 of 12
@@ -415,12 +416,12 @@ def test_a_run_that_ends_early_is_saved_and_says_so(fit, tmp_path, monkeypatch, 
     monkeypatch.setattr(StopAt, "on_before_backward", stop_softly)
     assert fit(tmp_path / "run", stop_at=5) == 0
     assert (tmp_path / "run/checkpoints/step-00000005.ckpt").exists()
-    said = "step 5 of 12: --trainer.max_time or a callback has ended the run, which is saved"
+    said = "step 5 of 12: the run has ended early, by a limit of time or data or by a callback; it is saved"
     assert said in caplog.text
     caplog.clear()
     monkeypatch.undo()
     assert fit(tmp_path / "run", ckpt_path="last") == 0
-    assert "has ended the run" not in caplog.text
+    assert "has ended early" not in caplog.text
 
 
 def stop_softly(self, trainer, pl_module, loss):
@@ -605,3 +606,20 @@ def test_what_held_before_a_change_of_settings_stays_beside_the_run(fit_with, tm
     (run / "config.yaml").write_text("a: [")
     assert fit_with(run, **on, **{"trainer.max_steps": 7}) == 0
     assert list(read_run(run, "run").changes) == [3]
+
+
+def test_a_branch_that_is_requeued_still_comes_from_its_trunk(fit_with, tmp_path):
+    trunk, branch = tmp_path / "trunk", tmp_path / "branch"
+    assert fit_with(trunk, **{"checkpoint.at_steps": [2, 6]}) == 0
+    start = str(trunk / "checkpoints/step-00000006.ckpt")
+    own = {"model.optim.lr": 1e-3, "checkpoint.keep": 1}
+    assert fit_with(branch, StopAt(7), **own, ckpt_path=start) == 128 + signal.SIGTERM
+    assert fit_with(branch, StopAt(8), **own, ckpt_path=start) == 128 + signal.SIGTERM  # its own checkpoint not taken
+    assert fit_with(branch, StopAt(9), **own, ckpt_path="last") == 128 + signal.SIGTERM
+    assert fit_with(branch, **own, ckpt_path="last") == 0
+    assert [step for step, _ in read_run(branch, "b").earlier] == [8]
+    run = lineage.read(branch, "b")
+    assert (run.began, run.changes) == (0, {6: {"model.optim.lr": (3e-3, 1e-3)}})
+    assert list(run.val_ce.steps) == [6, 12]
+    # the trunk's checkpoints kept for good are none of the branch's
+    assert read_checkpoint(str(branch / "checkpoints/step-00000012.ckpt"), "test")["kept_steps"] == [12]
