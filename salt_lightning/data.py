@@ -205,7 +205,7 @@ class SALTDataModule(LightningDataModule):
     def doubts(self) -> list[preflight.Finding]:
         """What makes the held-out text a bad measure."""
         held_out = [self._corpus(setting)[0] for setting in ("val_source", "test_source") if getattr(self, setting)]
-        trained = [name for corpus in held_out for name in corpus.shared_with(self._corpus("source")[0])]
+        trained = [name for corpus in held_out for name in self._corpus("source")[0].shared_with(corpus)]
         found = preflight.unknown_tokens(self._unknown_share), preflight.seen_in_training(trained)
         return [finding for finding in found if finding]
 
