@@ -80,7 +80,7 @@ _ROUNDING = 1e-5  # TensorBoard keeps seven digits of each loss
 def _text(run: Run, kind: str) -> tuple[float, float]:
     """Tokens and bytes that the last val or test loss is of."""
     ce, tokens, bits = (run.last(f"{kind}/{name}") for name in ("ce", "tokens", "bits_per_byte"))
-    return tokens, ce * tokens / (bits * math.log(2))
+    return tokens, ce * tokens / (bits * math.log(2) or math.nan)
 
 
 def _same_text(a: Run, b: Run, kind: str) -> bool | None:
