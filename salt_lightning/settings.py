@@ -66,6 +66,7 @@ def wrong_folders(config: Namespace) -> list[str]:
     return wrong
 
 
+_MOST_DEVICES = 1 << 20
 _PRECISIONS = ("32", "32-true", "bf16", "bf16-mixed", "bf16-true")
 
 
@@ -92,6 +93,10 @@ def wrong_trainer_settings(trainer: Namespace) -> list[str]:
         wrong.append(f"--trainer.log_every_n_steps {every} must be at least 1")
     if (limit := trainer.get("limit_train_batches")) not in (None, 1.0) or isinstance(limit, int):  # 1: one, 1.0: all
         wrong.append(f"--trainer.limit_train_batches {trainer.limit_train_batches:g}: use --trainer.max_steps")
+    for name in ("devices", "num_nodes"):
+        # text, too, where it is a number: Lightning makes a list of so many
+        if (number := str(trainer.get(name))).isdigit() and int(number) > _MOST_DEVICES:
+            wrong.append(f"--trainer.{name} {number} must be {_MOST_DEVICES} at most")
     if trainer.get("max_epochs") not in (None, -1):
         wrong.append(f"--trainer.max_epochs {trainer.max_epochs}: a run is counted in steps, use --trainer.max_steps")
     if trainer.get("check_val_every_n_epoch") not in (None, 1):

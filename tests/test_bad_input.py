@@ -242,6 +242,7 @@ ERRORS = {
         {"trainer.gradient_clip_algorithm": "value"},
         r"--trainer.gradient_clip_algorithm value is not supported; use norm",
     ),
+    "more devices than there are": ({"trainer.devices": 2**63}, rf"--trainer.devices {2**63} must be 1048576 at most"),
     "a callback that counts epochs": (
         {"trainer.callbacks": [{"class_path": f"lightning.pytorch.callbacks.{SWA}", "init_args": {"swa_lrs": 0.01}}]},
         rf"--trainer.callbacks {SWA} is not supported: it counts epochs, of which a run has one",
