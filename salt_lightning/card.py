@@ -13,7 +13,7 @@ from transformers.utils import cached_file
 from salt_lightning import report
 from salt_lightning.lineage import scoring_flops
 from salt_lightning.meter import Totals
-from salt_lightning.runlog import Run, shown
+from salt_lightning.runlog import Run, changes_said
 from salt_lightning.schedule import KDSchedule, trained_schedule
 
 _SIZES = (
@@ -88,9 +88,7 @@ def _as_trained(checkpoint: dict[str, Any], run: Run | None) -> Run:
     known["kd.stop_margin"] = (checkpoint.get("kd_schedule") or {}).get("stop_margin")
     if run is None:
         return Run("", Path(), known, {})
-    step = checkpoint["global_step"]
-    config = next((config for until, config in run.earlier if until >= step), run.config)
-    earlier = tuple((until, config) for until, config in run.earlier if until < step)
+    config, earlier = run.settings_until(checkpoint["global_step"])
     return replace(run, config=config | known, earlier=earlier)
 
 
@@ -110,7 +108,7 @@ def _training(checkpoint: dict[str, Any], run: Run) -> dict[str, str]:
     teacher, taught = spec.get("teacher") or {}, _is_taught(checkpoint, run)
     counts = [(text.get("documents"), "documents"), (_data(checkpoint, "num_train_tokens"), "tokens")]
     return {
-        "went on": _changes(run),
+        "went on": "; ".join(changes_said(run)),
         "method": run.method + ("" if taught == (run.kd_steps > 0) else ", after steps with a teacher"),
         "teacher": " at revision ".join(filter(None, (teacher.get("path"), teacher.get("revision")))) if taught else "",
         "KD": f"{_schedule(checkpoint, run)}; teacher's temperature {spec.get('teacher_temperature', 1.0):g}"
@@ -125,11 +123,6 @@ def _training(checkpoint: dict[str, Any], run: Run) -> dict[str, str]:
         "precision": str(settings.get("trainer.precision") or ""),
         "seed": str(spec.get("seed", "")),
     }
-
-
-def _changes(run: Run) -> str:
-    """Where it went on under other settings than the ones told here."""
-    return "; ".join(f"at step {at} under other settings: {shown(found)}" for at, found in run.changes.items())
 
 
 def _examples(settings: dict[str, Any]) -> str:

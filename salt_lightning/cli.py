@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
@@ -29,7 +28,7 @@ from salt_lightning.module import SALTModule
 from salt_lightning.parser import Parser, check_configs, configs_first, reword
 from salt_lightning.progress_bar import ProgressBar
 from salt_lightning.quiet import silence_libraries
-from salt_lightning.run_config import SaveRunConfig
+from salt_lightning.run_config import SaveRunConfig, readable
 from salt_lightning.runlog import flat
 from salt_lightning.schedule import KDScheduleCallback
 from salt_lightning.scoring import ScoreWriter, check_strategy
@@ -159,10 +158,7 @@ class SALTCLI(LightningCLI):
 
     def _other_run(self, run: Path) -> list[str]:
         """What the config.yaml in a run's folder says of model, method and text that is not said now."""
-        try:
-            before = flat(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) or {})
-        except (OSError, ValueError, AttributeError, yaml.YAMLError):  # none, or none that could be compared
-            return []
+        before = readable(run / "config.yaml")
         now = flat(self._settings(self.config).as_dict())
         kept = (key for key in before if key.startswith(IDENTITY) and key in now and now[key] != before[key])
         return [f"--{key} {before[key]} (here {now[key]})" for key in kept][:3]

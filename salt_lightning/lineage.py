@@ -50,10 +50,9 @@ def read(path: Path, name: str, generations: int = 9) -> Run:
                     parts = zip((there.steps[until], there.values[until]), (curve.steps, curve.values), strict=True)
                     curve = Curve(*map(np.concatenate, parts))
                 curves[tag] = curve
-            held = [(step, config) for step, config in parent.earlier if step < run.began]
-            config = next((config for step, config in parent.earlier if step >= run.began), parent.config)
+            config, before_it = parent.settings_until(run.began)
             curves = {tag: c for tag, c in curves.items() if tag in run.curves}
-            return replace(run, curves=curves, earlier=(*held, (run.began, config), *run.earlier))
+            return replace(run, curves=curves, earlier=(*before_it, (run.began, config), *run.earlier))
     return run
 
 

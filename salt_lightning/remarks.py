@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from salt_lightning import lineage
-from salt_lightning.runlog import Run, shown
+from salt_lightning.runlog import Run, changes_said
 
 
 def remarks(
@@ -51,9 +51,7 @@ def _beginning(run: Run) -> list[str]:
         )
     if start := run.config.get("model.student.path"):
         notes.append(f"{run.name} began with the weights of {start}: what those took is not counted")
-    for step, found in run.changes.items():
-        notes.append(f"{run.name} went on at step {step} under other settings: {shown(found)}")
-    return notes
+    return notes + [f"{run.name} went on {said}" for said in changes_said(run)]
 
 
 def _lost_teachers(runs: list[Run], reference: Run) -> list[str]:

@@ -49,7 +49,7 @@ def set_aside(run: Path, step: int, now: dict[str, Any]) -> None:
     """
     later = [path for until, path in earlier_configs(run) if until >= step]  # of starts that this one leaves behind
     held, kept = next(iter([*later, run / "config.yaml"])), run / f"config.until-{step:08d}.yaml"
-    was = _readable(held) if held.exists() else {}
+    was = readable(held)
     origin = Path(was.get("ckpt_path") or "last")
     first = step_named(origin.name) or 0  # the step that they held from, as far as that is known
     elsewhere = first > 0 and origin.absolute().parent.parent != run.absolute()
@@ -62,8 +62,9 @@ def set_aside(run: Path, step: int, now: dict[str, Any]) -> None:
         path.unlink()
 
 
-def _readable(file: Path) -> dict[str, Any]:
+def readable(file: Path) -> dict[str, Any]:
+    """The settings in a run's folder; none where there are none, or what was edited or damaged, which ends no run."""
     try:
         return read_config(file)
-    except ConfigError:  # edited, or damaged: nothing that a run should end for
+    except (ConfigError, OSError):
         return {}

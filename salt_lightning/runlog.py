@@ -121,6 +121,12 @@ class Run:
         step = step_named(path)
         return int(min(curve.steps[0] for curve in self.curves.values())) - 1 if step is None else step
 
+    def settings_until(self, step: int) -> tuple[dict[str, Any], tuple[tuple[int, dict[str, Any]], ...]]:
+        """The settings that held up to a step, and of those before them what `earlier` has."""
+        before = tuple((until, config) for until, config in self.earlier if until < step)
+        rest = self.earlier[len(before) :]
+        return (rest[0][1] if rest else self.config), before
+
     @cached_property
     def changes(self) -> dict[int, dict[str, tuple[Any, Any]]]:
         """Steps at which it went on under other settings -> setting -> (before, from there on)."""
@@ -264,8 +270,12 @@ def _same(was: Any, now: Any) -> bool:
     return was == now
 
 
-def shown(found: dict[str, tuple[Any, Any]]) -> str:
-    """The first few of what `changed` has found."""
+def changes_said(run: Run) -> list[str]:
+    """Each of a run's `changes`, as what follows "went on"."""
+    return [f"at step {step} under other settings: {_shown(found)}" for step, found in run.changes.items()]
+
+
+def _shown(found: dict[str, tuple[Any, Any]]) -> str:
     said = [f"{key} {now} (before {was})" for key, (was, now) in found.items()]
     return ", ".join(said[:4]) + (f" and {len(said) - 4} more" if len(said) > 4 else "")
 
