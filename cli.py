@@ -1,6 +1,9 @@
-"""`python cli.py {fit,validate,test,compare,export} --help`; the installed command `salt-lightning` is the same."""
+"""`python cli.py {fit,validate,test,predict,check,compare,export} --help`; the command `salt-lightning` is the same."""
 
-from salt_lightning.cli import main
+try:
+    from salt_lightning.cli import main
+except KeyboardInterrupt:  # the imports take seconds
+    raise SystemExit(130) from None
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -111,6 +111,10 @@ class RunCheckpoint(Checkpoint):
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         self._begin()
         self._dir = Path(self.folder or Path(trainer.default_root_dir) / "checkpoints")
+        self._stop_step = "this step" if trainer.world_size == 1 else "the next logged step"
+        # Outside of training nothing is lost. Lightning's own would broadcast among the ranks' other messages, and end
+        # a validation with exit code 0 and a first step with a traceback.
+        trainer._signal_connector._sigterm_notifier_fn = _stop_at_once  # type: ignore
         if late := [step for step in self.at_steps if step > trainer.max_steps > 0]:
             rank_zero_info(
                 f"--checkpoint.at_steps {late} lie behind --trainer.max_steps {trainer.max_steps}: not saved"
@@ -140,9 +144,8 @@ class RunCheckpoint(Checkpoint):
         trainer.strategy.broadcast(self.space(trainer, pl_module.parameters())).require()
         if trainer.is_global_zero:
             self._tidy(trainer.global_step)
-        self._stop_step = "this step" if trainer.world_size == 1 else "the next logged step"
         if threading.current_thread() is threading.main_thread():
-            # Over Lightning's, which stop in the middle of a step; at the end it puts back what was there before.
+            # Over Lightning's; at the end it puts back what was there before.
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, self._stop_after_step)
         # Lightning's own agreement on SIGTERM makes the host wait for the device at every micro-batch.
@@ -162,7 +165,7 @@ class RunCheckpoint(Checkpoint):
 
     def _stop_after_step(self, number: int, frame: Any) -> None:
         if self.stopped_by is not None:
-            raise KeyboardInterrupt(number)
+            _stop_at_once(number, frame)
         self.stopped_by = signal.Signals(number)
         rank_zero_info(f"{self.stopped_by.name}: saving after {self._stop_step}; once more to stop at once")
 
@@ -240,6 +243,10 @@ class RunCheckpoint(Checkpoint):
         for_good = self._for_good(trainer)
         for old in [path for step, path in _saved(self._dir) if step not in for_good][: -self.keep]:
             shards.remove(old)
+
+
+def _stop_at_once(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt(number)
 
 
 def _validation_follows(trainer: pl.Trainer, batch_idx: int) -> bool:

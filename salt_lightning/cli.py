@@ -209,6 +209,7 @@ class SALTCLI(LightningCLI):
         try:
             trainer = super().instantiate_trainer(**kwargs)
             parallel.check(trainer, config.get("ckpt_path"))
+            parallel.limit_connecting(trainer.strategy)
             return trainer
         except ConfigError:
             raise
@@ -361,11 +362,7 @@ def main(args: list[str] | None = None) -> int:
             return 1
         if not parallel.has_lost_others(error):
             raise
-        print(
-            f"\nerror: process {_rank()} has lost the others ({str(error).splitlines()[0][:200]}); what ended them "
-            "stands in their output; go on with --ckpt_path last",
-            file=sys.stderr,
-        )
+        print(parallel.loss_of_others(_rank(), str(error)), file=sys.stderr)
         return 1
     signals = [saver.stopped_by for saver in savers(cli.trainer)]
     if signals and signals[0] is not None and cli.trainer.is_global_zero:  # the others: a code would look like a crash

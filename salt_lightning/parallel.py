@@ -4,6 +4,9 @@ Each transformer block is a group of its own. Embedding, final norm and head are
 the loss: there the head weight is whole, tied or not.
 """
 
+import os
+import sys
+import threading
 from collections.abc import Mapping
 from datetime import timedelta
 from functools import partial
@@ -47,6 +50,7 @@ _FSDP1_POLICIES = {
     "bf16-mixed": MixedPrecision(torch.bfloat16, torch.float32, torch.float32, cast_root_forward_inputs=False),
     "bf16-true": MixedPrecision(reduce_dtype=torch.float32, cast_root_forward_inputs=False),
 }
+_SLACK_S = 2.0  # where torch itself ends the wait it has more to say
 
 
 class FSDP2(ModelParallelStrategy):
@@ -354,3 +358,32 @@ def check(trainer: pl.Trainer, ckpt_path: str | None = None) -> None:
 def has_lost_others(error: BaseException) -> bool:
     """Whether it says that another process ended or no longer answers. gloo has no class of its own for that."""
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+
+
+def loss_of_others(rank: int, why: str) -> str:
+    """What a process says whose others have ended or no longer answer."""
+    return (
+        f"\nerror: process {rank} has lost the others ({why.splitlines()[0][:200]}); what ended them stands in their "
+        "output; go on with --ckpt_path last"
+    )
+
+
+def limit_connecting(strategy: Any) -> None:
+    """Ends the process where connecting takes longer than the strategy's time-out: torch tries again after it."""
+    if (limit := getattr(strategy, "_timeout", None)) is not None:
+        strategy.setup_environment = partial(_connect, strategy, limit.total_seconds())
+
+
+def _connect(strategy: Any, limit_s: float) -> None:
+    def give_up() -> None:  # the main thread is within torch, where no exception reaches it
+        why = f"no connection within the strategy's time-out of {limit_s:g} s"
+        print(loss_of_others(strategy.global_rank, why), file=sys.stderr, flush=True)
+        os._exit(1)
+
+    timer = threading.Timer(limit_s + _SLACK_S, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        type(strategy).setup_environment(strategy)
+    finally:
+        timer.cancel()

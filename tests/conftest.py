@@ -137,10 +137,10 @@ def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def fit_with(settings, monkeypatch):
-    """fit_with(run, *callbacks, **overrides) -> exit code of the real command, with these callbacks besides."""
+    """fit_with(run, *callbacks, verb="fit", **overrides) -> exit code of the real command with these callbacks."""
     from salt_lightning import cli
 
-    def run_fit(run: Path, *callbacks: Callback, **overrides: object) -> int:
+    def run_fit(run: Path, *callbacks: Callback, verb: str = "fit", **overrides: object) -> int:
         original = cli.SALTCLI.instantiate_trainer
 
         def with_callbacks(self, **kwargs):
@@ -150,6 +150,6 @@ def fit_with(settings, monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(cli.SALTCLI, "instantiate_trainer", with_callbacks)
-            return cli.main(["fit", *arguments(settings, {"run": str(run), "kd.weight": 0.0}, overrides)])
+            return cli.main([verb, *arguments(settings, {"run": str(run), "kd.weight": 0.0}, overrides)])
 
     return run_fit

@@ -1,5 +1,6 @@
 """Files on disk: which one is `last`, what a failed write leaves, which are kept."""
 
+import os
 import random
 import signal
 from collections import Counter
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import StopAt, arguments
+from lightning.pytorch.callbacks import Callback
 
 from salt_lightning import cli, shards
 from salt_lightning.checkpoint import AtomicCheckpointIO, RunCheckpoint, newest
@@ -144,8 +146,6 @@ def test_loading_runs_no_code_even_when_asked_to(tmp_path):
 
 
 def test_the_command_saves_and_loads_by_it(fit_with, tmp_path):
-    from lightning.pytorch.callbacks import Callback
-
     class Look(Callback):
         def on_train_start(self, trainer, pl_module):
             used.append(type(trainer.strategy.checkpoint_io))
@@ -159,6 +159,27 @@ def test_a_fit_leaves_the_signal_handlers_as_they_were(fit_with, tmp_path):
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     assert fit_with(tmp_path / "run", **{"trainer.max_steps": 2, "trainer.val_check_interval": 2}) == 0
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_sigterm_outside_of_training_stops_at_once(fit_with, tmp_path, capsys):
+    """Lightning's own handler ends a first step with a traceback, and a test with exit code 0 and no result."""
+
+    class Term(Callback):
+        def on_validation_batch_start(self, trainer, *_):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        on_test_batch_start = on_validation_batch_start
+
+    handler = signal.getsignal(signal.SIGINT)  # Lightning ignores Ctrl-C from here on
+    try:
+        assert fit_with(tmp_path / "run", Term(), **{"trainer.num_sanity_val_steps": 1}) == 128 + signal.SIGTERM
+        assert not list(tmp_path.glob("run/checkpoints/*"))
+        assert fit_with(tmp_path / "run") == 0
+        for verb in ("validate", "test"):
+            assert fit_with(tmp_path / "run", Term(), verb=verb, ckpt_path="last") == 128 + signal.SIGTERM
+            assert capsys.readouterr().err.strip().splitlines()[-1] == "stopped by SIGTERM"
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def test_a_signal_that_comes_while_the_ranks_agree_stops_no_rank_alone():

@@ -2,8 +2,10 @@
 
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -112,6 +114,17 @@ def test_the_installed_command_is_the_same(tmp_path):
         done = subprocess.run([*command, "fit", "--kd.wieght", "1"], capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 2
         assert done.stderr.strip().count("\n") == 0, done.stderr
+
+
+def test_ctrl_c_while_it_loads_leaves_no_traceback(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "cli.py"), "fit"], stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    time.sleep(1)  # of some four
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == ""
+    assert process.returncode == 128 + signal.SIGINT
 
 
 def test_a_folder_of_text_files_and_a_pretrained_student(settings, tmp_path, capsys):

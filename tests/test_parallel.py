@@ -283,11 +283,12 @@ def test_another_model_is_refused_by_its_first_weights():
 # ------------------------------------------------------------ the command as typed
 
 
-def start(settings: dict, own: dict) -> subprocess.Popen:
-    """`python cli.py fit ...` as a user types it: Lightning starts the second process."""
+def start(settings: dict, own: dict, **env: str) -> subprocess.Popen:
+    """`python cli.py fit ...` as a user types it: Lightning starts the second process, unless `env` says otherwise."""
     keys = {**settings, "kd.weight": 0.0, **FSDP2, **own}
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "cli.py"), "fit", *arguments(keys)], env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [sys.executable, str(ROOT / "cli.py"), "fit", *arguments(keys)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
 
@@ -342,6 +343,16 @@ def test_a_dead_rank_ends_the_others(settings, tmp_path):
     assert code == 1
     assert output.count("error: process 0 has lost the others (") == 1
     assert "Traceback" not in output
+
+
+def test_a_rank_that_nobody_joins_ends_at_the_time_out(settings, tmp_path):
+    """torch alone pauses after it and tries a second time."""
+    limit_s, nobody = 6.0, {"LOCAL_RANK": "1", "NODE_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    own = {"run": str(tmp_path / "run"), "trainer.strategy.timeout_minutes": limit_s / 60}
+    process = start(settings, own, **nobody, MASTER_PORT="9")  # of the discard service: nobody listens
+    seen_s = {line.split(":")[0].strip(): time.monotonic() for line in process.stdout}
+    assert end(process)[0] == 1
+    assert limit_s <= seen_s["error"] - seen_s["Initializing distributed"] < limit_s + parallel._SLACK_S + 1
 
 
 def test_an_error_of_all_ranks_is_one_line(settings, tmp_path):
