@@ -107,7 +107,7 @@ def fault(device: torch.device, heads: int, key_heads: int, head_width: int) -> 
     """Why the kernel cannot be used on a device, found by running it there, forward and backward; None if it can."""
     generator = torch.Generator().manual_seed(0)
     sizes = ((2, heads, 160, head_width), *[(2, key_heads, 160, head_width)] * 2)
-    inputs = [torch.randn(size, generator=generator).to(device, torch.bfloat16) for size in sizes]
+    inputs = [torch.randn(size, generator=generator, device="cpu").to(device, torch.bfloat16) for size in sizes]
     ends = [1, 8, 140, 160, 290, *[320] * 3]  # of documents: one token, across the kernel's blocks, empty ones behind
     cu_seqlens = torch.tensor([0, *ends], dtype=torch.int32, device=device)
     try:

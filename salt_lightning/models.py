@@ -54,6 +54,16 @@ class CausalLM(nn.Module):
                 "use a family that does, e.g. llama"
             )
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CausalLM":
+        """Casts weights alone: in bf16 the frequencies of rotary embeddings would be others than in its export."""
+        buffers = [(m, name, m._buffers[name]) for m in self.modules() for name in m._non_persistent_buffers_set]
+        super()._apply(fn, recurse)
+        for module, name, before in buffers:
+            after = module._buffers[name]
+            if before is not None and after is not None and after.dtype != before.dtype:
+                module._buffers[name] = before.to(after.device)
+        return self
+
     @property
     def backbone(self) -> nn.Module:
         return getattr(self.model, self.model.base_model_prefix)

@@ -133,6 +133,11 @@ class SALTModule(pl.LightningModule):
     def configure_model(self) -> None:
         if hasattr(self, "student") or (self._trainer and self._trainer.state.fn == TrainerFn.PREDICTING):
             return  # the teacher alone scores
+        # Lightning calls it in the context of the training device, whose random numbers are others
+        with torch.device("cpu"):
+            self._build_student()
+
+    def _build_student(self) -> None:
         spec, strategy = self.student_spec, self._strategy
         dtype, device = DTYPES[spec.dtype or "float32"], parallel.build_device(strategy, torch.device("cpu"))
         lm = models.build(spec, "student", self._data, dtype, device, self.hparams["seed"])
@@ -223,7 +228,7 @@ class SALTModule(pl.LightningModule):
         # Lightning divides by the accumulated micro-batches and DDP by the ranks: what is left is one division
         # by the tokens of the whole optimizer step.
         shares = self.trainer.accumulate_grad_batches * self.trainer.world_size
-        loss = partial(self.step_loss, batch["labels"].flatten(), teacher_out, batch["step_tokens"] / shares)
+        loss = partial(self.step_loss, batch["labels"].flatten(), teacher_out, batch["step_tokens"].float() / shares)
         out = self.student(ids_BT, positions_BT, loss, batch.get("cu_seqlens"))
         with torch.no_grad():
             self._sums += torch.stack([getattr(out, name).float() for name in SUMS])

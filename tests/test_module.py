@@ -5,6 +5,7 @@ import math
 import re
 import signal
 import weakref
+from contextlib import nullcontext
 
 import lightning.pytorch as pl
 import pytest
@@ -105,6 +106,38 @@ def test_a_validate_after_a_fit_is_of_its_last_step(train, settings):
 def test_two_schedules_are_refused(train, teacher):
     with pytest.raises(ConfigError, match="the Trainer has 2 KDScheduleCallbacks"):
         train(teacher, KDScheduleCallback(0.5), 2, KDScheduleCallback(0.5, 1))
+
+
+def test_the_student_is_drawn_on_the_cpu_wherever_it_trains():
+    """Lightning makes the training device the default one, whose random numbers are others."""
+    students = []
+    for context in (nullcontext(), torch.device("meta")):
+        module = SALTModule(ModelSpec(config={**CONFIG, "vocab_size": 64, "max_position_embeddings": 16}))
+        with context:
+            module.configure_model()
+        students.append(module.student.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(*(student.values() for student in students), strict=True))
+
+
+def test_in_bf16_the_tokens_of_a_step_are_counted_exactly(fit_with, tmp_path):
+    """Lightning makes bf16 the default there: an integer divided by another would become one of 8 bits."""
+
+    class Look(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            loss = type(pl_module).step_loss
+
+            def step_loss(labels_N, teacher_out, num_tokens, *rest):
+                counts.append((num_tokens.item(), int(batch["step_tokens"])))
+                return loss(pl_module, labels_N, teacher_out, num_tokens, *rest)
+
+            pl_module.step_loss = step_loss
+
+    counts = []
+    own = {"trainer.precision": "bf16-true", "trainer.max_steps": 2, "trainer.val_check_interval": 2,
+           "data.block_size": 35}  # fmt: skip
+    assert fit_with(tmp_path / "run", Look(), **own) == 0
+    assert all(divided == tokens for divided, tokens in counts)
+    assert any(tokens != float(torch.tensor(tokens, dtype=torch.bfloat16)) for _, tokens in counts)  # the premise
 
 
 def test_a_stop_is_of_one_fit_alone(settings, tmp_path):
