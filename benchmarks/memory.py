@@ -161,7 +161,9 @@ def main() -> None:
     parser.add_argument("--cpu", action="store_true", help="many settings at small sizes")
     parser.add_argument("--tiny", action="store_true", help="one model of a few thousand weights")
     parser.add_argument("--one", help="measure the row of this name and print its result")
+    parser.add_argument("--deadline", type=float, default=540, help="seconds after which what runs is stopped")
     args = parser.parse_args()
+    deadline_s = time.monotonic() + args.deadline
     rows = CPU if args.cpu else {name: ROWS[name] for name in args.sizes}
     if args.one:
         with tempfile.TemporaryDirectory() as folder:
@@ -176,7 +178,13 @@ def main() -> None:
             print(line("tiny", measure(TINY, Path(folder))))
         return
     for name in rows:  # each in a process of its own: the memory of one must not stay for the next
-        done = subprocess.run([sys.executable, __file__, "--one", name], capture_output=True, text=True, check=False)
+        left_s = max(1.0, deadline_s - time.monotonic())
+        command = [sys.executable, __file__, "--one", name]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=left_s)
+        except subprocess.TimeoutExpired:
+            print(f"| {name} | left out: the deadline has passed |", flush=True)
+            continue
         failed = f"| {name} | FAILED |\n{done.stderr[-1500:]}"
         print(failed if done.returncode else line(name, json.loads(done.stdout.splitlines()[-1])), flush=True)
 

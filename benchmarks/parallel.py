@@ -102,7 +102,8 @@ def command(folder: Path, run: str, own: list[str]) -> list[str]:
 def execute(folder: Path, run: str, own: list[str], nodes: int = 1, processes: int = 1) -> str | None:
     """One run, by Lightning's launcher, or by torchrun as so many nodes. Returns the last lines of a failure."""
     args = [a.replace("FOLDER", str(folder)) for a in command(folder, run, own)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "benchmarks")}
+    paths = filter(None, (str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH")))
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     starts = [[sys.executable, str(ROOT / "cli.py"), *args, f"--trainer.devices={processes}"]]
     if nodes > 1:
         starts = [

@@ -225,7 +225,7 @@ def own_loops(module: Any, pair: Pair, steps: int) -> dict[str, float]:
     loader.start = lambda: 0
     batches = [{k: v.to(device) for k, v in batch.items()} for batch, _ in zip(loader, range(8), strict=False)]
     optimizer = module.optim_spec.build(student.named_parameters())
-    mixed = torch.autocast(device.type, torch.bfloat16, enabled=pair.precision == "bf16-mixed")
+    mixed = torch.autocast(device.type, torch.bfloat16, enabled=pair.precision == "bf16-mixed", cache_enabled=False)
 
     def full(hidden_ND: Any, head_VD: Any, labels_N: Any) -> Any:
         return cross_entropy((hidden_ND @ head_VD.to(hidden_ND.dtype).T).float(), labels_N)

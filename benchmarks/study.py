@@ -541,6 +541,8 @@ def commit() -> str:
     """Of this code; $COMMIT where it is no checkout."""
     if given := os.environ.get("COMMIT"):
         return given
+    if shutil.which("git") is None:
+        return "unknown"
     git = ["git", "-C", str(ROOT)]
     head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
     dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False).stdout
