@@ -132,9 +132,12 @@ def _with_gradients(attend: Any, inputs: list[Tensor]) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad(out.float().square().sum(), leaves)]
 
 
-def document_mask(positions_BT: Tensor, dtype: torch.dtype) -> Tensor:
-    """[B, 1, T, T]: a token attends to its own document up to itself. Boolean, or 0 / lowest to be added."""
+def document_mask(positions_BT: Tensor, dtype: torch.dtype, window: int | None = None) -> Tensor:
+    """[B, 1, T, T]: a token attends to its own document up to itself, and no further back than `window` tokens with
+    itself. Boolean, or 0 / lowest to be added."""
     allowed_B1TT = _same_document((positions_BT == 0).cumsum(1))
+    if window is not None:
+        allowed_B1TT = allowed_B1TT.triu(1 - window)
     if dtype == torch.bool:
         return allowed_B1TT
     return torch.zeros_like(allowed_B1TT, dtype=dtype).masked_fill_(~allowed_B1TT, torch.finfo(dtype).min)
@@ -185,12 +188,16 @@ def _hindrance(config: Any, training: bool, device: torch.device | None) -> str 
     """Why a model of these settings cannot have packed attention on a device with a kernel; None: none is seen."""
     if training and (rate := getattr(config, "attention_dropout", 0) or getattr(config, "attn_pdrop", 0)):
         return f"{config.model_type}'s config drops {rate:.0%} of the attention"
-    limited = any(getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
-    if limited or {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}:
+    if limited_distance(config) or {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}:
         return f"{config.model_type} has layers that look back over a limited distance"
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     return fault(device, heads, getattr(config, "num_key_value_heads", None) or heads, width) if device else None
+
+
+def limited_distance(config: Any) -> bool:
+    """Whether some layers of the model do not look back over the whole document, as far as its settings say."""
+    return any(getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
 
 
 def _change_over(lm: Any) -> str | None:

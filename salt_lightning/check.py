@@ -48,6 +48,7 @@ class Check:
     memory_gib: float | None = None
     findings: list[Finding] = field(default_factory=list)
     _untrained: float | None = None  # CE of a student before its first step
+    _unfit: set[str] = field(default_factory=set)  # models that cannot read the data's rows
 
     def add(self, level: preflight.Level, about: str, said: str, remedy: str = "") -> None:
         self.findings.append(Finding(level, about, said, remedy))
@@ -175,7 +176,7 @@ class Check:
             real = CausalLM(models.build_fresh(small, self.data, self.module.hparams["seed"]), "student")
         proved = self._proof(real)
         lm.apart = real.apart
-        if proved and batch is not None:
+        if proved and batch is not None and "student" not in self._unfit:
             loss = probe.look(real, _cut(batch, real), self.data)
             if spec.path:
                 self.add("ok", "student CE", f"{loss.teacher:.2f} nats before its first step; ln(V) {loss.uniform:.2f}")
@@ -192,7 +193,7 @@ class Check:
         if lm is None:
             return None
         models.freeze(lm)
-        if self._proof(lm) and batch is not None and lm.head.weight.shape[0] >= self.data.vocab_size:
+        if self._proof(lm) and batch is not None and "teacher" not in self._unfit:
             loss = replace(probe.look(lm, _cut(batch, lm), self.data), untrained=self._untrained)
             self.findings.append(preflight.teacher(loss, str(spec.path), self._kd.allow_untrained))
         return lm
@@ -201,7 +202,9 @@ class Check:
         lm = self.probe(name, lambda: CausalLM(models.load_pretrained(spec, name, dtype), name))
         if lm is not None and self.data._train is not None:
             said = self.probe(f"{name} tokens", lambda: models.check_fit(spec, lm.model.config, name, self.data))
-            if said:
+            if said is None:
+                self._unfit.add(name)
+            else:
                 unknown = "not" in said
                 self.add("warning" if unknown else "ok", f"{name} tokens", said)
         return lm

@@ -16,7 +16,7 @@ Shapes: N tokens, V vocabulary, D student width, E teacher width, C rows of a ch
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from salt_lightning.chunked_head import (
@@ -262,3 +262,15 @@ def _check_teacher(
     shapes = tuple(student_hidden_ND.shape), tuple(teacher_hidden_NE.shape)
     if shapes[0][0] != shapes[1][0]:
         raise ConfigError(f"student hidden {shapes[0]} and teacher hidden {shapes[1]} differ in tokens")
+
+
+def head_of_size(size: int, head_VE: Tensor, bias_V: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """A teacher's head and bias for a student of `size` ids: heads of one family may be padded to different sizes.
+
+    Ids that the student lacks are cut off; those that the teacher lacks have no probability (a logit of -30,000).
+    """
+    missing = size - len(head_VE)
+    if missing <= 0:
+        return head_VE[:size], None if bias_V is None else bias_V[:size]
+    bias_V = head_VE.new_zeros(len(head_VE)) if bias_V is None else bias_V
+    return nn.functional.pad(head_VE, (0, 0, 0, missing)), nn.functional.pad(bias_V, (0, missing), value=-3e4)

@@ -361,8 +361,6 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
         sim, head = ctx.sim, ctx.sim.student.head.weight
         sim.head_gradient = sim.head_gradient.to(head.dtype)
-        if len(sim.head_gradient) < len(head):  # it was cut to the teacher's size
-            sim.head_gradient = torch.empty_like(head)
         hidden_ND, ctx.hidden_ND = ctx.hidden_ND.to(ctx.dtype), None
         return hidden_ND, None, None, None, None
 

@@ -21,7 +21,7 @@ from salt_lightning.cadence import check_trainer, plan_validation
 from salt_lightning.checkpoint import go_on_from, how_to_go_on, require_same
 from salt_lightning.data import SALTDataModule
 from salt_lightning.errors import ConfigError, NonFiniteLossError
-from salt_lightning.losses import salt_loss, token_stats
+from salt_lightning.losses import head_of_size, salt_loss, token_stats
 from salt_lightning.meter import SUMS, Meter, loss_values
 from salt_lightning.metrics import TokenMetrics
 from salt_lightning.models import CausalLM
@@ -253,18 +253,17 @@ class SALTModule(pl.LightningModule):
         if teacher_out is None:
             return self._loss(hidden_ND, head_VD, labels_N, num_tokens=num_tokens, student_bias_V=bias_V)
         teacher_hidden_NE, teacher_head_VE, teacher_bias_V = teacher_out
-        # Heads of one family may be padded to different sizes: both are cut, no logit is ever made up.
-        size = min(len(head_VD), len(teacher_head_VE))
+        teacher_head_VE, teacher_bias_V = head_of_size(len(head_VD), teacher_head_VE, teacher_bias_V)
         return self._loss(
             hidden_ND,
-            head_VD[:size],
+            head_VD,
             labels_N,
             teacher_hidden_NE,
-            teacher_head_VE[:size],
+            teacher_head_VE,
             self.kd_weight,
             num_tokens=num_tokens,
-            student_bias_V=None if bias_V is None else bias_V[:size],
-            teacher_bias_V=None if teacher_bias_V is None else teacher_bias_V[:size],
+            student_bias_V=bias_V,
+            teacher_bias_V=teacher_bias_V,
         )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

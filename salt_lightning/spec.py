@@ -110,11 +110,19 @@ def family_config(spec: ModelSpec) -> PreTrainedConfig:
         ConfigError: no such family, or settings that it does not have or that are out of range: all at once.
     """
     try:
-        known = AutoConfig.for_model(spec.family)
-    except ValueError:
+        with as_config_error(f"--model.student.family {spec.family}"):
+            known = AutoConfig.for_model(spec.family)
+    except ConfigError as error:
+        if not isinstance(error.__cause__, ValueError):
+            raise
         raise ConfigError(
             f"--model.student.family {spec.family}: transformers knows no such model type; e.g. llama, gpt2, qwen3"
         ) from None
+    if (text := known.get_text_config()) is not known:
+        raise ConfigError(
+            f"--model.student.family {spec.family} is a model of more than text; --model.student.family "
+            f"{text.model_type} is its text part"
+        )
     if spec.family not in folders.CAUSAL:
         raise ConfigError(
             f"--model.student.family {spec.family} is no causal language model of transformers; e.g. llama, gpt2, qwen3"
@@ -171,7 +179,7 @@ def fresh_config(spec: ModelSpec, data: Any) -> PreTrainedConfig:
 
 
 def check_positions(config: PreTrainedConfig, setting: str, data: Any) -> None:
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and positions < data.block_size:
         raise ConfigError(
             f"{setting} {positions} is smaller than --data.block_size {data.block_size}: set that to at most "

@@ -17,6 +17,20 @@ FAMILIES = {
     "phi": LLAMA_LIKE,  # a bias in the head
     "cohere": LLAMA_LIKE,  # scales its logits
     "opt": {**SIZES, **SPECIAL, "ffn_dim": 48, "word_embed_proj_dim": 16},  # projects before the head
+    "qwen3_moe": {
+        **LLAMA_LIKE,
+        "num_key_value_heads": 2,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+    },
+    "gpt_oss": {  # takes our mask alone, and has layers that look back over a limited distance
+        **LLAMA_LIKE,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "num_local_experts": 4,
+        "sliding_window": 4,
+    },
     "gemma2": {**LLAMA_LIKE, "num_key_value_heads": 2, "head_dim": 8, "final_logit_softcapping": None},
 }
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import lightning.pytorch as pl
 import pytest
 import tokenizers
 import torch
@@ -314,6 +315,17 @@ def test_token_maps(checked, settings, teacher, tmp_path):
     assert f"2 of them: id 70 is {b!r} here and {a!r} there" in said
 
 
+def test_a_teacher_with_too_few_positions_is_a_finding(checked, tmp_path, fit_with):
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 320, "n_positions": 16}
+    build_fresh(ModelSpec(family="gpt2", config=sizes), None, 0).save_pretrained(tmp_path / "short")
+    code, found = checked(**{"model.teacher.path": str(tmp_path / "short")})
+    assert code == 1
+    assert [said for level, _, said in found if level == "error"] == [
+        f"--model.teacher.path {tmp_path / 'short'}: its max_position_embeddings 16 is smaller than --data.block_size "
+        "32: set that to at most 16"
+    ]
+
+
 def test_special_tokens_that_no_text_contains_do_not_count(teacher):
     tokenizer = AutoTokenizer.from_pretrained(Path(teacher).parents[1] / "tokenizer")
     before = emitted_ids(tokenizer)
@@ -333,7 +345,7 @@ def test_fit_refuses_a_full_disk(fit_with, tmp_path, capsys, monkeypatch):
 
 
 def test_disk_counts_what_lies_there_at_once(tmp_path, monkeypatch):
-    trainer = SimpleNamespace(max_steps=100, callbacks=[], default_root_dir=tmp_path)
+    trainer = pl.Trainer(max_steps=100, accelerator="cpu", logger=False, default_root_dir=tmp_path)
     saver = RunCheckpoint(every_n_steps=10, keep=2, at_steps=[5, 200])
     saver.setup(trainer, None, "fit")
     size = 3 * 2**20

@@ -257,11 +257,44 @@ def test_a_smaller_vocabulary_is_named_with_both_sizes(train, teacher):
         train(teacher, KDScheduleCallback(steps=1), 2, data={"vocab_size": 400})
 
 
-def test_a_padded_teacher_head_is_cut(train, teacher):
+def test_heads_may_be_padded_to_different_sizes(train, teacher):
     """The student's head has 384 rows, the teacher's 320; the tokenizer has 300."""
     module = train(teacher, KDScheduleCallback(0.5), 2, config={**CONFIG, "vocab_size": 384})
     assert len(module.student.head.weight) == 384
     assert len(module.teacher.head.weight) == 320
+
+
+@pytest.mark.parametrize("teacher_size", [40, 48, 60])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_students_loss_is_over_all_its_ids_whatever_the_teacher_has(teacher_size, bias):
+    """The formula: an id that the teacher lacks has probability 0 there, one that the student lacks does not exist."""
+    torch.manual_seed(0)
+    module = SALTModule(ModelSpec(config=CONFIG))
+    module.kd_weight = torch.tensor(0.4)
+    hidden_ND, head_VD = torch.randn(6, 32).requires_grad_(), torch.randn(48, 32).requires_grad_()
+    teacher_hidden_NE, teacher_head_VE = torch.randn(6, 16), torch.randn(teacher_size, 16)
+    teacher_bias_V = torch.randn(teacher_size) if bias else None
+    labels_N = torch.tensor([3, 39, -100, 0, 7, 7])
+    out = module.step_loss(
+        labels_N, (teacher_hidden_NE, teacher_head_VE, teacher_bias_V), torch.tensor(5.0), hidden_ND, head_VD, None
+    )
+    logp_NV = torch.log_softmax(hidden_ND.double() @ head_VD.double().T, -1)
+    logits_NV = torch.nn.functional.linear(teacher_hidden_NE.double(), teacher_head_VE.double())
+    logits_NV = logits_NV + (0 if teacher_bias_V is None else teacher_bias_V.double())
+    q_NV = torch.softmax(logits_NV[:, :48], -1)
+    q_NV = torch.nn.functional.pad(q_NV, (0, 48 - q_NV.shape[1]))
+    kept = labels_N >= 0
+    ce = -logp_NV[kept, labels_N[kept]].sum() / 5
+    kd = -(q_NV * logp_NV)[kept].sum() / 5
+    expected = 0.6 * ce + 0.4 * kd
+    # fp32: sums of 48 terms of size up to 40
+    assert abs(out.loss.item() - expected.item()) < 48 * 2**-24 * 40
+    for a, b in zip(
+        torch.autograd.grad(out.loss, (hidden_ND, head_VD)),
+        torch.autograd.grad(expected, (hidden_ND, head_VD)),
+        strict=True,
+    ):
+        assert (a - b).abs().max() < 48 * 2**-24 * b.abs().max()
 
 
 class Rows(Callback):
