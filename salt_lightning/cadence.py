@@ -41,6 +41,12 @@ def set_cadence(trainer: Trainer, accumulation: int, global_batch: int) -> None:
             f"--trainer.limit_train_batches {trainer.limit_train_batches}, also set by overfit_batches and "
             "fast_dev_run, counts micro-batches and would cut steps short; use max_steps, or a small --data.source"
         )
+    if trainer.check_val_every_n_epoch not in (None, 1):
+        raise ConfigError(
+            f"--trainer.check_val_every_n_epoch {trainer.check_val_every_n_epoch}: a run is one epoch of Lightning's, "
+            "use --trainer.val_check_interval (optimizer steps)"
+        )
+    trainer.fit_loop.min_epochs = 0  # of min_steps Lightning makes an epoch, the whole run, which nothing could end
     trainer.accumulate_grad_batches = accumulation
     if interval is not None:
         trainer.val_check_interval, trainer.check_val_every_n_epoch = validation_cadence(
@@ -73,6 +79,19 @@ def check_trainer(trainer: Trainer) -> None:
                 f"--trainer.callbacks {type(callback).__name__}: monitor {name} is logged by nobody; use val/ce, "
                 f"val/ce/SOURCE or one of {', '.join(_MONITORED[1:])}"
             )
+
+
+def check_subclass(trainer: Trainer) -> None:
+    """Raises ConfigError for parts that a subclass of SALTModule has added and that a step would pass over."""
+    if trainer.lr_scheduler_configs:
+        raise ConfigError("a learning-rate scheduler of your own would be overwritten: set OptimSpec(...), model.optim")
+    named = trainer.lightning_module.named_parameters()
+    others = [name for name, p in named if p.requires_grad and not name.startswith("student.")]
+    if others:
+        raise ConfigError(
+            f"{', '.join(others[:3])}: parameters beside the student would be trained, but neither clipped nor watched "
+            "nor exported; put them into the student's model"
+        )
 
 
 _KNOWN = ("lightning.", "salt_lightning.")

@@ -6,14 +6,15 @@ A checkpoint is always the state right after an optimizer step whose validation,
 import signal
 import threading
 from collections.abc import Iterable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.callbacks import Checkpoint, Timer
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
@@ -131,6 +132,8 @@ class RunCheckpoint(Checkpoint):
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         there = {step for step, _ in _saved(self._dir)}  # not those of the run that a branch comes from
         self._kept = there & set(checkpoint.get("kept_steps", ()))
+        if trainer.state.fn == TrainerFn.FITTING:
+            _require_time_left(trainer, checkpoint)
 
     def space(self, trainer: pl.Trainer, weights: Iterable[Tensor]) -> Finding:
         """Whether all that the run keeps at once fits the disk."""
@@ -195,6 +198,7 @@ class RunCheckpoint(Checkpoint):
             self._save(trainer, pl_module)
         if stop:
             trainer.should_stop = True
+            trainer.fit_loop.min_epochs = trainer.fit_loop.epoch_loop.min_steps = 0  # else the run would not end
             if not follows:  # Lightning validates once more before it stops, whatever the interval: no time for that
                 self._limit_val_batches, trainer.limit_val_batches = trainer.limit_val_batches, 0
 
@@ -213,7 +217,8 @@ class RunCheckpoint(Checkpoint):
         if self.stopped_by is None and trainer.global_step < trainer.max_steps:
             rank_zero_info(
                 f"step {trainer.global_step} of {trainer.max_steps}: the run has ended early, by a limit of time or "
-                "data or by a callback; it is saved, go on with --ckpt_path last"
+                "data or by a callback; it is saved, go on with --ckpt_path last (--trainer.max_time counts over all "
+                "starts)"
             )
         if self.export and self.stopped_by is None and trainer.is_global_zero:
             written = export(self._path(trainer), Path(self.export), run=Path(trainer.default_root_dir))
@@ -243,6 +248,18 @@ class RunCheckpoint(Checkpoint):
         for_good = self._for_good(trainer)
         for old in [path for step, path in _saved(self._dir) if step not in for_good][: -self.keep]:
             shards.remove(old)
+
+
+def _require_time_left(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Lightning would end the run without a word: its timer goes on from the checkpoint's."""
+    for timer in (c for c in trainer.callbacks if isinstance(c, Timer)):  # type: ignore[attr-defined]
+        state, limit_s = checkpoint["callbacks"].get(timer.state_key, {}), timer._duration
+        used_s = state.get("time_elapsed", {}).get(RunningStage.TRAINING, 0.0)
+        if limit_s is not None and used_s >= limit_s:
+            raise ConfigError(
+                f"--trainer.max_time {timedelta(seconds=limit_s)} counts over all starts of a run, and this one has "
+                f"trained for {timedelta(seconds=round(used_s))}: give more, or leave it out"
+            )
 
 
 def _stop_at_once(number: int, frame: Any) -> None:
@@ -281,12 +298,13 @@ def require_same(checkpoint: dict[str, Any], student: dict[str, Any], tokenizer:
 
 
 def go_on_from(
-    checkpoint: dict[str, Any], max_steps: int, accumulate: int, data: dict[str, Any], optim: OptimSpec
+    checkpoint: dict[str, Any], max_steps: int, accumulate: int | None, data: dict[str, Any], optim: OptimSpec
 ) -> None:
     """Makes a fit go on right after the checkpoint's optimizer step; says so if it will read other rows.
 
     A checkpoint may come from inside an accumulation window, from the end of a validation, or from a run with
-    another accumulation; the position in the data depends on the step alone, and so do Lightning's counters here.
+    another accumulation; the position in the data depends on the step alone, and so do Lightning's counters here
+    (accumulate None: the loader is the user's own, and its position what Lightning has saved).
 
     Raises:
         ConfigError: the run is to end before that step.
@@ -294,11 +312,12 @@ def go_on_from(
     step = checkpoint["global_step"]
     if step > max_steps:
         raise ConfigError(f"--trainer.max_steps {max_steps}: the checkpoint is at step {step} already")
-    done = step * accumulate
-    counts = {"ready": done, "started": done, "processed": done, "completed": max(done - 1, 0)}
-    loop = checkpoint["loops"]["fit_loop"]
-    loop["epoch_loop.batch_progress"] |= {"total": dict(counts), "current": dict(counts), "is_last_batch": False}
-    loop["epoch_loop.state_dict"]["_batches_that_stepped"] = max(step - 1, 0)
+    if accumulate is not None:
+        done = step * accumulate
+        counts = {"ready": done, "started": done, "processed": done, "completed": max(done - 1, 0)}
+        loop = checkpoint["loops"]["fit_loop"]
+        loop["epoch_loop.batch_progress"] |= {"total": dict(counts), "current": dict(counts), "is_last_batch": False}
+        loop["epoch_loop.state_dict"]["_batches_that_stepped"] = max(step - 1, 0)
     other = [_other(key, data[key], was) for key, was in checkpoint["data"].items() if data[key] != was]
     if other:
         now, was = (step * rows[_BATCH] for rows in (data, checkpoint["data"]))

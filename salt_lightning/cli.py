@@ -184,6 +184,15 @@ class SALTCLI(LightningCLI):
         """Scores: what Lightning would return for every batch is in files already."""
         self.trainer.predict(**{**kwargs, "return_predictions": False})
 
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ConfigError:
+            raise
+        except (ValueError, ImportError) as error:  # of a class that the user names
+            causes = re.findall(r"Problem with given class_path '(\S+)':\s+(.+)", str(error))
+            raise ConfigError("; ".join(map(": ".join, causes)) or _one_line(error)[:400]) from error
+
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         config = self._settings(self.config)
         run, given = Path(config.run), config.trainer
@@ -203,9 +212,12 @@ class SALTCLI(LightningCLI):
         own: list[pl.Callback] = [ScoreWriter()] if self.subcommand == "predict" else []
         if self.subcommand in ("validate", "test"):
             own.append(DocumentLossWriter())
-        if given.get("enable_progress_bar") is not False:
+        others = self._instances("callbacks")
+        if given.get("enable_progress_bar") is not False and not any(
+            isinstance(c, pl.callbacks.ProgressBar) for c in others
+        ):
             own.append(ProgressBar())
-        kwargs["callbacks"] = [*self._instances("callbacks"), *own]
+        kwargs["callbacks"] = [*others, *own]
         try:
             trainer = super().instantiate_trainer(**kwargs)
             parallel.check(trainer, config.get("ckpt_path"))
@@ -344,14 +356,14 @@ def main(args: list[str] | None = None) -> int:
         number = signal.Signals(cause.args[0]) if cause.args else signal.SIGINT
         print(f"\nstopped by {number.name}", file=sys.stderr)
         return 128 + number
-    except (ConfigError, NonFiniteLossError, OSError) as error:
+    except (ConfigError, NonFiniteLossError, OSError, MisconfigurationException, ModuleNotFoundError) as error:
         if _rank():  # the first rank says the same, and its end is ours; else we speak
             time.sleep(_FIRST_RANK_S)
-        message = str(error)
+        message = str(error) if isinstance(error, ConfigError | NonFiniteLossError) else _one_line(error)
         if isinstance(error, OSError) and error.filename is not None:
             message = f"{error.filename}: {error.strerror}"
         print(f"\nerror: {printable(message)}", file=sys.stderr)  # on a line of its own, after a progress bar
-        return 2 if isinstance(error, ConfigError) else 1
+        return 2 if isinstance(error, ConfigError | MisconfigurationException) else 1
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
             print(

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from salt_lightning import attention, flops, models, parallel, preflight, probe
-from salt_lightning.cadence import check_trainer, plan_validation
+from salt_lightning.cadence import check_subclass, check_trainer, plan_validation
 from salt_lightning.checkpoint import go_on_from, how_to_go_on, require_same
 from salt_lightning.data import SALTDataModule
 from salt_lightning.errors import ConfigError, NonFiniteLossError
@@ -196,6 +196,7 @@ class SALTModule(pl.LightningModule):
     # -------------------------------------------------------------- training
 
     def on_fit_start(self) -> None:
+        check_subclass(self.trainer)
         self.kd_weight = self.kd_weight.to(self.device)
         self._watch = Watch(self.device)
         self._sums = torch.zeros(len(SUMS), device=self.device)
@@ -405,7 +406,8 @@ class SALTModule(pl.LightningModule):
         self._loaded_step = checkpoint["global_step"]
         self.meter.load(checkpoint)
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            max_steps, accumulate = self.trainer.max_steps, self.trainer.accumulate_grad_batches
+            max_steps = self.trainer.max_steps
+            accumulate = self.trainer.accumulate_grad_batches if self._data is not None else None
             go_on_from(checkpoint, max_steps, accumulate, self._data_identity(), self.optim_spec)
 
     # ------------------------------------------------------ what the run is made of

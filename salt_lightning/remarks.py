@@ -23,7 +23,9 @@ def remarks(
         reference: what the students are compared with.
     """
     notes = [what for run in (*silent, *runs) for what in run.damaged]
-    notes += [f"{run.name} has logged nothing and is left out" for run in silent]
+    notes += [
+        f"{run.name} has logged nothing that compare reads (its own event files) and is left out" for run in silent
+    ]
     notes += [f"{run.name} is at step {run.steps_done} of {run.max_steps}" for run in runs if run.running]
     notes += [
         f"{run.name} was last validated at step {run.val_ce.steps[-1]} of {run.steps_done}: val CE is of that step"

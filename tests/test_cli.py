@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -114,6 +115,28 @@ def test_the_installed_command_is_the_same(tmp_path):
         done = subprocess.run([*command, "fit", "--kd.wieght", "1"], capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 2
         assert done.stderr.strip().count("\n") == 0, done.stderr
+
+
+def test_another_progress_bar_takes_the_place_of_ours(settings, tmp_path, capsys):
+    own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, "trainer.enable_progress_bar": True,
+           "trainer.max_steps": 2, "trainer.val_check_interval": 2}  # fmt: skip
+    assert cli.main(["fit", *arguments(settings, own), "--trainer.callbacks+=TQDMProgressBar"]) == 0
+    assert "Epoch 0: 100%" in capsys.readouterr().out  # ours says steps
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("--trainer.logger=CometLogger", "CometLogger: "),
+        ("--trainer.callbacks+=BatchSizeFinder", "batch_size"),
+    ],
+)
+def test_what_lightning_refuses_is_one_line(settings, tmp_path, capsys, setting, message):
+    if "Comet" in setting and find_spec("comet_ml"):
+        pytest.skip("it is installed")
+    own = {"run": str(tmp_path / "run"), "kd.weight": 0.0}
+    assert cli.main(["fit", *arguments(settings, own), setting]) == 2
+    assert message in one_line(capsys)
 
 
 def test_ctrl_c_while_it_loads_leaves_no_traceback(tmp_path):

@@ -554,10 +554,13 @@ def test_a_run_that_logged_nothing_is_left_out_by_name(three, tmp_path):
     (cut,) = write_run(tmp_path / "cut", {}, steps=0).glob("*tfevents*")
     cut.write_bytes(b"")
     comparison = compare([tmp_path / "empty", begun, cut.parent, *three], tmp_path / "out")
-    assert comparison.notes == [f"{name} has logged nothing and is left out" for name in ("empty", "begun", "cut")]
+    assert comparison.notes == [
+        f"{name} has logged nothing that compare reads (its own event files) and is left out"
+        for name in ("empty", "begun", "cut")
+    ]
     assert [row.run for row in comparison.rows] == ["baseline", "salt", "rkd"]
     text = (tmp_path / "out" / "compare.md").read_text()
-    assert "Note: begun has logged nothing and is left out." in text
+    assert "Note: begun has logged nothing that compare reads (its own event files) and is left out." in text
     assert "| begun" not in text
     with pytest.raises(ConfigError, match=r"compare: RUN .*/empty, .*/begun: no TensorBoard event file with a value"):
         compare([tmp_path / "empty", begun], tmp_path)

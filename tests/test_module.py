@@ -827,3 +827,77 @@ def test_batches_of_ones_own_are_enough(in_a_module):
     bits = true / math.log(2) / 3
     assert trainer.callback_metrics["val/bits_per_byte"].item() == pytest.approx(bits, rel=1e-6)
     assert float(module.progress["loss"]) == pytest.approx(true, abs=1e-3)
+
+
+class Loader:
+    """Five batches an epoch; says where it is, and goes on from there."""
+
+    def __init__(self) -> None:
+        self.next, self.resumed = 0, False
+
+    def __len__(self) -> int:
+        return 5
+
+    def __iter__(self):
+        if not self.resumed:
+            self.next = 0
+        self.resumed = False
+        while self.next < 5:
+            self.next += 1
+            ids_BT = torch.arange(16).repeat(2, 1) * (self.next + 1) % 64
+            yield {"input_ids": ids_BT, "labels": ids_BT.roll(-1, 1), "positions": torch.arange(16).repeat(2, 1),
+                   "step_tokens": torch.tensor(64)}  # fmt: skip
+
+    def state_dict(self) -> dict[str, int]:
+        return {"next": self.next}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.next, self.resumed = state["next"], True
+
+
+def test_a_loader_of_ones_own_that_knows_its_place_goes_on_there(tmp_path):
+    sizes = {**CONFIG, "vocab_size": 64, "max_position_embeddings": 16}
+
+    def weights_after(steps: int, folder: str, start: str | None = None) -> dict[str, torch.Tensor]:
+        module = SALTModule(ModelSpec(config=sizes), optim=OptimSpec(lr=1e-2))
+        trainer = pl.Trainer(
+            max_steps=12, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+            num_sanity_val_steps=0, accumulate_grad_batches=2, default_root_dir=tmp_path / folder,
+            callbacks=[RunCheckpoint(None, at_steps=[8]), StopAt(steps)],
+        )  # fmt: skip
+        trainer.fit(module, Loader(), Loader(), ckpt_path=start)
+        return module.student.state_dict()
+
+    whole = weights_after(99, "whole")
+    weights_after(8, "cut")
+    resumed = weights_after(99, "cut", str(tmp_path / "cut/checkpoints/step-00000008.ckpt"))
+    assert all(torch.equal(a, b) for a, b in zip(whole.values(), resumed.values(), strict=True))
+
+
+def own_scheduler(module):
+    optimizer = type(module).__mro__[1].configure_optimizers(module)
+    return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.ConstantLR(optimizer)}
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"configure_optimizers": own_scheduler}, "a learning-rate scheduler of your own would be overwritten"),
+        ({"scale": torch.nn.Parameter(torch.ones(3))}, "^scale: parameters beside the student would be trained, but"),
+    ],
+)
+def test_parts_of_a_subclass_that_a_step_would_pass_over_are_refused(parts, message):
+    own = {name: part for name, part in parts.items() if callable(part)}
+    module = type("Own", (SALTModule,), own)(ModelSpec(config={**CONFIG, "vocab_size": 64}))
+    for name in parts.keys() - own.keys():
+        setattr(module, name, parts[name])
+    trainer = pl.Trainer(max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False)
+    with pytest.raises(ConfigError, match=message):
+        trainer.fit(module, Loader(), Loader())
+
+
+def test_validation_by_epochs_is_refused(settings):
+    own = {key[5:]: value for key, value in settings.items() if key.startswith("data.")}
+    trainer = pl.Trainer(max_steps=2, accelerator="cpu", logger=False, check_val_every_n_epoch=2)
+    with pytest.raises(ConfigError, match="--trainer.check_val_every_n_epoch 2: a run is one epoch of Lightning's"):
+        trainer.fit(SALTModule(ModelSpec(config=CONFIG)), SALTDataModule(**own))

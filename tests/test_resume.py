@@ -424,6 +424,28 @@ def test_a_run_that_ends_early_is_saved_and_says_so(fit, tmp_path, monkeypatch, 
     assert "has ended early" not in caplog.text
 
 
+def test_a_least_number_of_steps_holds_no_run_that_is_told_to_stop(fit, tmp_path):
+    """Of min_steps Lightning makes an epoch, the whole run."""
+    assert fit(tmp_path / "run", stop_at=3, **{"trainer.min_steps": 9}) == 128 + signal.SIGTERM
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["step-00000003.ckpt"]
+
+
+def test_a_least_number_of_steps_lets_a_run_end_after_it(fit, tmp_path, monkeypatch):
+    monkeypatch.setattr(StopAt, "on_before_backward", stop_softly)
+    assert fit(tmp_path / "run", stop_at=3, **{"trainer.min_steps": 9}) == 0
+    assert (tmp_path / "run/checkpoints/step-00000009.ckpt").exists()
+
+
+def test_a_run_without_time_left_is_refused(fit, tmp_path, capsys):
+    """Lightning's timer goes on from the checkpoint's: the run would end at once, without a word."""
+    long = {"trainer.max_steps": 4000, "trainer.val_check_interval": 4000, "trainer.max_time": "00:00:00:01"}
+    assert fit(tmp_path / "run", **long) == 0
+    capsys.readouterr()
+    assert fit(tmp_path / "run", ckpt_path="last", **long) == 2
+    assert "--trainer.max_time 0:00:01 counts over all starts of a run, and this one has" in capsys.readouterr().err
+    assert fit(tmp_path / "run", ckpt_path="last", **{**long, "trainer.max_time": "00:00:00:02"}) == 0
+
+
 def stop_softly(self, trainer, pl_module, loss):
     trainer.should_stop = trainer.global_step + 1 >= self.step
 
