@@ -13,7 +13,7 @@ from typing import Any
 
 from salt_lightning.errors import ConfigError
 
-Message = dict[str, str]  # role, content
+Message = dict[str, Any]  # role, content, and what else a chat template may write (tool_calls)
 Segment = tuple[str, bool]  # text, and whether it is learned
 
 
@@ -53,7 +53,9 @@ class Examples:
         if isinstance(self.messages, str) and self.messages:
             return []
         wrong = [problem for setting, template in self._templates() for problem in _problems(setting, template)]
-        if self.messages and self._roles()[-1:] != ["assistant"]:
+        if self.messages and "" in self._roles():
+            wrong.append(f"--data.examples.messages: message {self._roles().index('') + 1} has no role, e.g. user")
+        elif self.messages and self._roles()[-1:] != ["assistant"]:
             wrong.append(f"--data.examples.messages: the last of the roles {self._roles()} must be assistant")
         return wrong
 
@@ -77,7 +79,8 @@ class Examples:
                 return []
             messages = [{"role": role, "content": str(text)} for role, text in zip(self._roles(), texts, strict=True)]
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        if not answers or answers[0] == 0 or not all(messages[i]["content"].strip() for i in answers):
+        said = (messages[i]["content"].strip() or messages[i].get("tool_calls") for i in answers)
+        if not answers or answers[0] == 0 or not all(said):
             return []
         return messages[: answers[-1] + 1]
 
@@ -110,10 +113,14 @@ def segments(conversation: list[Message], render: Callable[..., Any] | None) -> 
         try:
             before = render(conversation[:i], add_generation_prompt=True)
             after = render(conversation[: i + 1], add_generation_prompt=False)
+            without = [*conversation[:i], {"role": "assistant", "content": message["content"]}]
+            silent = "tool_calls" in message and after == render(without, add_generation_prompt=False)
         except Exception as error:
             raise ConfigError(
                 f"--data.examples.messages: the chat template fails ({' '.join(str(error).split())})"
             ) from error
+        if silent:
+            raise ConfigError("--data.examples.messages: the tokenizer's chat template does not write tool_calls")
         if not (before.startswith(text) and after.startswith(before)):
             raise ConfigError(
                 "--data.examples.messages: the tokenizer's chat template writes the beginning of a conversation in "
@@ -187,16 +194,23 @@ def _filled(setting: str, template: str, fields: dict[str, Any]) -> str | None:
 def _messages(value: Any) -> list[Message]:
     if value is None:
         return []
-    messages = value if isinstance(value, list) else []
-    if any(isinstance(message, dict) and message.get("content", "") is None for message in messages):
-        return []
-    if not isinstance(value, list) or not all(map(_is_message, value)):
-        raise ConfigError(
-            "--data.examples.messages: a conversation is a list of messages with the texts role and content, not "
-            f"{str(value)[:60]!r}"
-        )
-    return [{"role": message["role"], "content": message["content"]} for message in value]
+    messages: list[Message] = []
+    for message in value if isinstance(value, list) else [None]:
+        if not isinstance(message, dict):
+            raise _no_conversation(value)
+        said = {key: part for key, part in message.items() if part is not None}  # a table has all keys in every row
+        if "content" in message and "content" not in said:
+            if "tool_calls" not in said:
+                return []
+            said["content"] = ""
+        if not all(isinstance(said.get(key), str) for key in ("role", "content")):
+            raise _no_conversation(value)
+        messages.append(said)
+    return messages
 
 
-def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
+def _no_conversation(value: Any) -> ConfigError:
+    return ConfigError(
+        "--data.examples.messages: a conversation is a list of messages with the texts role and content, not "
+        f"{str(value)[:60]!r}"
+    )

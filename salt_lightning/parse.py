@@ -6,6 +6,7 @@ The worker processes do this (documents.py is what one process reads for them).
 import hashlib
 import json
 from codecs import BOM_UTF8
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,28 +38,43 @@ class Skipped:
         return f"{self.lines} bad line{'s' * (self.lines > 1)} left out (--data.bad_lines skip), first {self.first}"
 
 
-def documents(raw: Raw, corpus: Corpus) -> tuple[list[tuple[Any, str]], Skipped]:
+def documents(
+    raw: Raw, corpus: Corpus, take: Callable[[Any], Any] = lambda content: content
+) -> tuple[list[tuple[Any, str]], Skipped]:
     """(text, source name) of every row with text in it, and what was skipped; empty rows (null, blank) are left out.
 
-    Of examples it is the conversation (examples.py) instead of the text.
+    Of examples it is the conversation (examples.py) instead of the text. `take` makes something else of it; None
+    leaves it out.
 
     Raises:
         BadLine: bytes that are no UTF-8, a line that is no JSON object or lacks a column, a text that is no string,
-            fields that the templates of the examples cannot write; unless the corpus skips them.
-        ConfigError: the like of the latter two in a table.
+            fields that the templates of the examples cannot write, a conversation that the chat template or `take`
+            refuses; unless the corpus skips them.
+        ConfigError: the like of a text or of fields in a table.
     """
     kept, skipped = [], Skipped()
     for row in range(len(raw.rows)):
         try:
             content, source = _parse(raw, row, corpus)
+            if content and not (isinstance(content, str) and content.isspace()):
+                taken = _taken(take, content, raw, row)
+                if taken is not None:
+                    kept.append((taken, utf8(str(source)).decode()))
         except BadLine as error:
             if not corpus.skip_bad_lines:
                 raise
             skipped.add(Skipped(1, error.place))
-            continue
-        if content and not (isinstance(content, str) and content.isspace()):
-            kept.append((content, utf8(str(source)).decode()))
     return kept, skipped
+
+
+def _taken(take: Callable[[Any], Any], content: Any, raw: Raw, row: int) -> Any:
+    try:
+        return take(content)
+    except ConfigError as error:
+        table = raw.kind in ("parquet", "hub")
+        where = f"{raw.name}: {str(content)[:60]!r} ..." if table else _place(raw, row)
+        said = f"{error}; {where}"
+        raise BadLine(f"{said}; --data.bad_lines skip leaves such lines out", said) from error
 
 
 def _parse(raw: Raw, row: int, corpus: Corpus) -> tuple[Any, Any]:
@@ -128,4 +144,6 @@ def empty_error(corpus: Corpus, skipped: Skipped) -> ConfigError:
     """No document has text."""
     names = ", ".join(dict.fromkeys(group.name for group in corpus.groups))
     why = f": {skipped}" if skipped.lines else "; check the files and --data.text_column"
+    if corpus.examples.given and not skipped.lines:
+        why = "; an example needs a response that is not blank (in a conversation of the role assistant, not the first)"
     return ConfigError(f"{corpus.setting}: no document with text in {names}{why}")

@@ -32,6 +32,7 @@ from salt_lightning.processes import in_child, num_cores, ordered_map
 from salt_lightning.progress import Done, Progress, summary_line
 from salt_lightning.token_files import FORMAT, SPLITS, SplitWriter, TokenFiles, digest, no_counts, sealed, sizes
 from salt_lightning.tokenizer import (
+    EXAMPLES_FORMAT,
     Block,
     Encoder,
     ExampleEncoder,
@@ -64,7 +65,9 @@ def prepare_tokenizer(corpus: Corpus, vocab_size: int, val_fraction: float, cach
 def token_folder(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, val_fraction: float, cache_dir: Path) -> Path:
     """Where a corpus is kept as tokens: named by a fingerprint of all that determines them."""
     chat = [tokenizer.chat_template] if corpus.examples.messages else []
-    return cache_dir / digest([FORMAT, corpus.inputs(), rules_fingerprint(tokenizer), val_fraction, *chat])
+    examples = [EXAMPLES_FORMAT] if corpus.examples.given else []
+    rules = rules_fingerprint(tokenizer)
+    return cache_dir / digest([FORMAT, corpus.inputs(), rules, val_fraction, *chat, *examples])
 
 
 def prepare_tokens(

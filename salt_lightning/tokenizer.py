@@ -5,7 +5,7 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain
 from typing import Any
 
@@ -121,11 +121,9 @@ class Encoder:
 
     def __call__(self, raw: Raw) -> tuple[bytes, dict[str, Block], Skipped]:
         splits: dict[str, list[tuple[Any, str]]] = {"train": [], "val": []}
-        found, skipped = documents(raw, self.corpus)
-        for content, source in found:
-            if (taken := self._take(content)) is not None:
-                item, drawn_by = taken
-                splits["val" if lots(drawn_by)[0] < self.val_fraction else "train"].append((item, source))
+        found, skipped = documents(raw, self.corpus, self._take)
+        for (item, drawn_by), source in found:
+            splits["val" if lots(drawn_by)[0] < self.val_fraction else "train"].append((item, source))
         blocks = {split: self._block(items, split == "val") for split, items in splits.items() if items}
         return raw.digest(), blocks, skipped
 
@@ -160,6 +158,8 @@ class Encoder:
         )
 
 
+EXAMPLES_FORMAT = 2  # of their tokens
+_ANCHOR = "\n"
 _Example = tuple[np.ndarray, np.ndarray, np.ndarray]  # ids up to EOS, which are learned, their bytes of text
 
 
@@ -173,6 +173,31 @@ class ExampleEncoder(Encoder):
 
     chat: PreTrainedTokenizerBase | None  # writes its template; None: plain text
     special_ids: list[int]  # of a chat template's marks: no text, so no bytes
+
+    @cached_property
+    def _beginning(self) -> list[int]:
+        """What the tokenizer puts before every text: BOS, or nothing."""
+        encoding = self.tokenizer.encode("a", add_special_tokens=True)
+        return encoding.ids[: [*encoding.special_tokens_mask, 0].index(0)]
+
+    def _plain(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+    def _continued(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """The same where other text stands before it."""
+        if (anchor := self._anchor) is not None:
+            ids, offsets = self._plain(_ANCHOR + text)
+            if ids[: len(anchor)] == anchor:
+                start = len(_ANCHOR)
+                return ids[len(anchor) :], [(begin - start, end - start) for begin, end in offsets[len(anchor) :]]
+        return self._plain(text)
+
+    @cached_property
+    def _anchor(self) -> list[int] | None:
+        """The ids of an anchor, where the tokenizer puts a space before what it takes for a whole (SentencePiece)."""
+        anchor = self._plain(_ANCHOR)[0]
+        return None if self._plain(_ANCHOR + "a")[0] == anchor + self._plain("a")[0] else anchor
 
     def _take(self, content: list[Message]) -> tuple[_Example, bytes] | None:
         example = self._encode(content)
@@ -200,16 +225,15 @@ class ExampleEncoder(Encoder):
         # A template's marks are special tokens. Elsewhere a text that spells one out is still text.
         self.tokenizer.encode_special_tokens = self.chat is None
         render = partial(self.chat.apply_chat_template, tokenize=False) if self.chat is not None else None
-        ids: list[int] = []
-        learned: list[bool] = []
-        counts: list[int] = []
-        for text, is_learned in segments(conversation, render):
+        ids = [] if render else list(self._beginning)  # a template writes its own
+        learned, counts = [False] * len(ids), [0] * len(ids)
+        for number, (text, is_learned) in enumerate(segments(conversation, render)):
             text = utf8(text).decode()
-            encoding = self.tokenizer.encode(text, add_special_tokens=False)
-            if encoding.ids:
-                ids += encoding.ids
-                learned += [is_learned] * len(encoding)
-                counts += token_bytes(text, encoding.offsets).tolist()
+            new, offsets = self._continued(text) if number else self._plain(text)
+            if new:
+                ids += new
+                learned += [is_learned] * len(new)
+                counts += token_bytes(text, offsets).tolist()
         if ids[-1:] != [self.eos_id]:  # the mark at the end of a turn may be EOS already
             ids, learned, counts = [*ids, self.eos_id], [*learned, True], [*counts, 0]
         found = np.array(ids)

@@ -18,8 +18,9 @@ from lightning.pytorch.callbacks import Callback
 from ranks import Spy, run
 from test_cli import one_line
 from test_prepare import byte_tokenizer, contents, small_steps, stop_after
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from salt_lightning import cli
 from salt_lightning.documents import Corpus, Hub, resolve
@@ -74,6 +75,70 @@ def test_a_plain_example_by_hand(tmp_path):
     assert files.token_bytes.sum() == len("Q: é?\nA: 7".encode())
     assert files.token_bytes[-1] == 0
     assert files.tokens[-1] == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("rule", ["prepend", "metaspace", "none"])
+def test_parts_are_what_they_are_in_the_whole_text(tmp_path, bos, rule):
+    """As the tokenizer itself writes a text: BOS where it has one, a false space at its very beginning at most."""
+    chars = sorted(set("▁Q: wa?\nA7é"))
+    model = models.BPE({char: i for i, char in enumerate(["<s>", "</s>", *chars])}, [])  # no merges: parts are parts
+    backend = Tokenizer(model)
+    if rule == "prepend":
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    elif rule == "metaspace":
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    if bos:
+        backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    files, _ = prepared(tmp_path, [{"question": "wé?", "answer": 7}], tokenizer=tokenizer)
+    assert files.tokens.tolist() == [*tokenizer("Q: wé?\nA: 7").input_ids, 1]
+    assert files.learned.tolist() == [0] * (len(files.tokens) - 3) + [1, 1, 1]
+    assert files.token_bytes.sum() == len("Q: wé?\nA: 7".encode())
+
+
+CALLS = TEMPLATE.replace(
+    "{{ m.content }}", "{{ m.content }}{% for c in m.tool_calls or [] %}<call>{{ c.name }}</call>{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("content", ["Let me look.", "", None])
+def test_tool_calls_are_learned_where_the_template_writes_them(tmp_path, content):
+    calling = {**turn("assistant", content), "tool_calls": [{"name": "weather"}]}
+    rows = [{"messages": [{**turn("user", "rain?"), "tool_calls": None}, calling]}]
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = CALLS
+    files, _ = prepared(tmp_path, rows, CHAT, tokenizer)
+    learned = tokenizer.decode(files.tokens[files.learned.astype(bool)].tolist())
+    assert learned == f"{content or ''}<call>weather</call><|end|><|endoftext|>"
+    tokenizer.chat_template = TEMPLATE
+    with pytest.raises(
+        ConfigError, match=r"template does not write tool_calls; \S+rows.jsonl: line 1; --data.bad_lines"
+    ):
+        prepared(tmp_path, rows, CHAT, tokenizer)
+
+
+def test_what_the_chat_template_refuses_is_named_by_its_line_or_left_out(tmp_path):
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = "{% if messages[0].role != 'user' %}{{ 1 / 0 }}{% endif %}" + TEMPLATE
+    good = {"messages": [turn("user", "a"), turn("assistant", "b")]}
+    rows = [good, {"messages": [turn("system", "s"), turn("user", "a"), turn("assistant", "b")]}, good]
+    with pytest.raises(
+        ConfigError, match=r"the chat template fails \(.*\); \S+rows.jsonl: line 2; --data.bad_lines skip"
+    ):
+        prepared(tmp_path, rows, CHAT, tokenizer)
+    files, _ = prepared(tmp_path, rows, CHAT, tokenizer, skip_bad_lines=True)
+    assert files.num_documents == 2
+
+
+def test_rows_without_an_example_say_what_one_needs(tmp_path):
+    with pytest.raises(ConfigError, match="no document with text in rows; an example needs a response that is not"):
+        prepared(tmp_path, [{"messages": [turn("human", "a"), turn("gpt", "b")]}], CHAT, chat_tokenizer())
+
+
+def test_a_message_without_a_role_is_named():
+    wrong = Examples(messages=[{"content": "{question}"}, {"role": "assistant", "content": "{answer}"}])
+    assert wrong.problems("x") == ["--data.examples.messages: message 1 has no role, e.g. user"]
 
 
 def test_prompt_and_response_are_tokenized_apart(tmp_path):
