@@ -23,6 +23,7 @@ from salt_lightning.attention import PACKED, Apart, document_mask, limited_dista
 from salt_lightning.errors import ConfigError
 from salt_lightning.rows import document_borders
 from salt_lightning.spec import DTYPES, ModelSpec, as_config_error, check_positions, fresh_config, wrong_sizes
+from salt_lightning.tokenizer import beginning
 
 # Without a word on it transformers asks at the terminal where a config names code.
 from_config = partial(AutoModelForCausalLM.from_config, trust_remote_code=False)
@@ -307,7 +308,8 @@ def check_fit(spec: ModelSpec, config: PreTrainedConfig, name: str, data: Any) -
 
 def emitted_ids(tokenizer: Any) -> dict[int, str]:
     """The ids that a tokenized text can contain, in order, with their tokens."""
-    special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special} - {tokenizer.eos_token}
+    written = {tokenizer.eos_token, *tokenizer.convert_ids_to_tokens(beginning(tokenizer.backend_tokenizer))}
+    special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special} - written
     return {i: token for token, i in sorted(tokenizer.get_vocab().items(), key=lambda e: e[1]) if token not in special}
 
 

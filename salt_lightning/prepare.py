@@ -36,6 +36,7 @@ from salt_lightning.tokenizer import (
     Block,
     Encoder,
     ExampleEncoder,
+    beginning,
     rules_fingerprint,
     tokenizer_fingerprint,
     train_tokenizer,
@@ -66,8 +67,8 @@ def token_folder(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, val_fractio
     """Where a corpus is kept as tokens: named by a fingerprint of all that determines them."""
     chat = [tokenizer.chat_template] if corpus.examples.messages else []
     examples = [EXAMPLES_FORMAT] if corpus.examples.given else []
-    rules = rules_fingerprint(tokenizer)
-    return cache_dir / digest([FORMAT, corpus.inputs(), rules, val_fraction, *chat, *examples])
+    rules, begins = rules_fingerprint(tokenizer), beginning(tokenizer.backend_tokenizer)
+    return cache_dir / digest([FORMAT, corpus.inputs(), rules, val_fraction, *chat, *examples, *begins])
 
 
 def prepare_tokens(

@@ -56,6 +56,12 @@ def rules_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return digest([{**rules, "truncation": None, "padding": None}, tokenizer.eos_token_id])
 
 
+def beginning(tokenizer: Tokenizer) -> list[int]:
+    """The ids that a tokenizer puts before every text: BOS, or none."""
+    encoding = tokenizer.encode("a", add_special_tokens=True)
+    return encoding.ids[: [*encoding.special_tokens_mask, 0].index(0)]
+
+
 _RUN = re.compile(r"\S{1000}|\s{1000}")
 
 
@@ -127,6 +133,10 @@ class Encoder:
         blocks = {split: self._block(items, split == "val") for split, items in splits.items() if items}
         return raw.digest(), blocks, skipped
 
+    @cached_property
+    def _beginning(self) -> list[int]:
+        return beginning(self.tokenizer)
+
     def _take(self, content: Any) -> tuple[Any, bytes] | None:
         """What `_block` takes of a document, and the bytes that draw its split; None: it is left out."""
         data = utf8(content)
@@ -148,12 +158,15 @@ class Encoder:
                     counts.append(token_bytes(part, encoding.offsets))
             ids.append(np.array(batch_ids, self.dtype))
         kept = lengths > 0  # a normalizer may drop all there is
+        marks = [*self._beginning, self.eos_id]
         ends = np.cumsum(lengths[kept])
+        starts_D1, ends_D1 = (ends - lengths[kept])[:, None], ends[:, None]
+        places = np.concatenate([*[starts_D1] * (len(marks) - 1), ends_D1], 1).ravel()
         return Block(
-            np.insert(np.concatenate(ids), ends, self.eos_id),
-            lengths[kept] + 1,
+            np.insert(np.concatenate(ids), places, np.tile(marks, len(ends))),
+            lengths[kept] + len(marks),
             [source for (_, source), is_kept in zip(docs, kept, strict=True) if is_kept],
-            np.insert(np.concatenate(counts), ends, 0) if with_bytes else None,
+            np.insert(np.concatenate(counts), places, 0) if with_bytes else None,
             sum(len(data) for (data, _), is_kept in zip(docs, kept, strict=True) if is_kept),
         )
 
@@ -173,12 +186,6 @@ class ExampleEncoder(Encoder):
 
     chat: PreTrainedTokenizerBase | None  # writes its template; None: plain text
     special_ids: list[int]  # of a chat template's marks: no text, so no bytes
-
-    @cached_property
-    def _beginning(self) -> list[int]:
-        """What the tokenizer puts before every text: BOS, or nothing."""
-        encoding = self.tokenizer.encode("a", add_special_tokens=True)
-        return encoding.ids[: [*encoding.special_tokens_mask, 0].index(0)]
 
     def _plain(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         encoding = self.tokenizer.encode(text, add_special_tokens=False)

@@ -15,6 +15,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +25,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from salt_lightning import documents, journal, prepare, processes, progress
@@ -32,6 +33,7 @@ from salt_lightning import tokenizer as tokenizer_module
 from salt_lightning.documents import Corpus, Group, Hub, read_raw, resolve, utf8
 from salt_lightning.errors import ConfigError
 from salt_lightning.journal import making
+from salt_lightning.models import emitted_ids
 from salt_lightning.parse import lots
 from salt_lightning.prepare import prepare_tokenizer, prepare_tokens, token_folder, tokenizer_folder
 from salt_lightning.progress import Done, progress_line, summary_line
@@ -234,6 +236,31 @@ def test_half_a_surrogate_pair_becomes_a_question_mark(tmp_path):
 @pytest.mark.parametrize(
     ("vocab", "gap", "dtype"), [(65535, False, "uint16"), (65536, False, "uint32"), (65536, True, "uint32")]
 )
+def bos_tokenizer(marks: str) -> PreTrainedTokenizerFast:
+    """As Llama 3's and Gemma's: `marks` stand around every text."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    known = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "<|endoftext|>")]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(marks, special_tokens=known)
+    return tokenizer
+
+
+@pytest.mark.parametrize("marks", ["<s> $A", "<s> $A <|endoftext|>"])
+def test_documents_begin_as_the_tokenizer_begins_a_text(tmp_path, marks):
+    write_jsonl(tmp_path / "x.jsonl", [{"text": text} for text in ("ab", "", "é<s>", "c")])
+    tokenizer, cache = bos_tokenizer(marks), tmp_path / "cache"
+    files = TokenFiles(prepare_tokens(corpus_of(tmp_path / "x.jsonl"), tokenizer, 1.0, cache, 1), "val")
+    ends = [0, *files.doc_ends.tolist()]
+    texts = [tokenizer.decode(files.tokens[a:b].tolist()) for a, b in pairwise(ends)]
+    assert texts == ["<s>ab<|endoftext|>", "<s>é<s><|endoftext|>", "<s>c<|endoftext|>"]  # the second <s> is text
+    bos = tokenizer.bos_token_id
+    assert np.flatnonzero(files.tokens == bos).tolist() == ends[:-1]
+    assert np.add.reduceat(files.token_bytes, ends[:-1]).tolist() == [2, 5, 1]
+    assert files.token_bytes[files.tokens == bos].tolist() == [0, 0, 0]
+    assert emitted_ids(tokenizer)[bos] == "<s>"
+    assert bos not in emitted_ids(byte_tokenizer())
+
+
 def test_ids_take_two_bytes_where_they_fit(vocab, gap, dtype, tmp_path):
     (tmp_path / "x.txt").write_text("abc")
     tokenizer = byte_tokenizer(vocab, gap)
