@@ -129,6 +129,11 @@ class ExampleRows:
 def open_examples(setting: str, files: TokenFiles, block_size: int, isolate_documents: bool) -> ExampleRows:
     """The rows of prepared examples; says how they are packed, and raises ConfigError where none fits a row."""
     rows = ExampleRows(files, block_size, isolate_documents)
+    if not files.num_documents:
+        raise ConfigError(
+            f"--data.val_fraction: of the examples in --data.{setting} none is left for {files.folder.name}; "
+            "change it, or give --data.val_source"
+        )
     if not rows.num_rows:
         raise ConfigError(
             f"--data.block_size: none of the {files.num_documents} examples for {files.folder.name} in "

@@ -380,6 +380,10 @@ def tokenizer_folder(tmp_path_factory) -> str:
     [
         ({"data.tokenizer": "train"}, "--data.tokenizer: 'train' makes a new one, and examples need the one that"),
         ({"data.source": "{txt}"}, "a.txt is plain text, and --data.examples reads columns: give jsonl, parquet"),
+        (
+            {"data.val_fraction": 0.999999},
+            "--data.val_fraction: of the examples in --data.source none is left for train",
+        ),
         ({"data.block_size": 4}, "--data.block_size: none of the .* examples for train"),
         (
             {"data.examples.prompt": "", "data.examples.response": "", "data.examples.messages": "question"},
