@@ -233,9 +233,6 @@ def test_half_a_surrogate_pair_becomes_a_question_mark(tmp_path):
         assert stored(folder, split, tokenizer) == [("a?b", "x")]
 
 
-@pytest.mark.parametrize(
-    ("vocab", "gap", "dtype"), [(65535, False, "uint16"), (65536, False, "uint32"), (65536, True, "uint32")]
-)
 def bos_tokenizer(marks: str) -> PreTrainedTokenizerFast:
     """As Llama 3's and Gemma's: `marks` stand around every text."""
     tokenizer = byte_tokenizer()
@@ -261,6 +258,9 @@ def test_documents_begin_as_the_tokenizer_begins_a_text(tmp_path, marks):
     assert bos not in emitted_ids(byte_tokenizer())
 
 
+@pytest.mark.parametrize(
+    ("vocab", "gap", "dtype"), [(65535, False, "uint16"), (65536, False, "uint32"), (65536, True, "uint32")]
+)
 def test_ids_take_two_bytes_where_they_fit(vocab, gap, dtype, tmp_path):
     (tmp_path / "x.txt").write_text("abc")
     tokenizer = byte_tokenizer(vocab, gap)
