@@ -106,7 +106,7 @@ class RunCheckpoint(Checkpoint):
     def _begin(self) -> None:
         self.stopped_by: signal.Signals | None = None
         self._due = False  # a save that waits for the validation of its step
-        self._limit_val_batches: float | None = None  # the trainer's, while a stop has set it to 0
+        self._until_end: list[tuple[Any, str, Any]] = []  # what a stop has changed: of whom, its name, what it was
         self._kept: set[int] = set()  # steps whose checkpoints an earlier start has kept for good
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
@@ -198,9 +198,14 @@ class RunCheckpoint(Checkpoint):
             self._save(trainer, pl_module)
         if stop:
             trainer.should_stop = True
-            trainer.fit_loop.min_epochs = trainer.fit_loop.epoch_loop.min_steps = 0  # else the run would not end
+            self._change(trainer.fit_loop, "min_epochs", 0)  # else the run would not end
+            self._change(trainer.fit_loop.epoch_loop, "min_steps", 0)
             if not follows:  # Lightning validates once more before it stops, whatever the interval: no time for that
-                self._limit_val_batches, trainer.limit_val_batches = trainer.limit_val_batches, 0
+                self._change(trainer, "limit_val_batches", 0)
+
+    def _change(self, owner: Any, name: str, value: Any) -> None:
+        self._until_end.append((owner, name, getattr(owner, name)))
+        setattr(owner, name, value)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         # Lightning takes the validation of a saved step as done on resume. A boundary may have been found just here.
@@ -210,8 +215,8 @@ class RunCheckpoint(Checkpoint):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """A run that ends early (max_time, another callback's should_stop) loses nothing."""
-        if self._limit_val_batches is not None:
-            trainer.limit_val_batches = self._limit_val_batches
+        while self._until_end:
+            setattr(*self._until_end.pop())
         if not trainer.strategy.broadcast(self._path(trainer).exists()) and trainer.global_step > 0:
             self._save(trainer, pl_module)
         if self.stopped_by is None and trainer.global_step < trainer.max_steps:
@@ -304,7 +309,7 @@ def go_on_from(
 
     A checkpoint may come from inside an accumulation window, from the end of a validation, or from a run with
     another accumulation; the position in the data depends on the step alone, and so do Lightning's counters here
-    (accumulate None: the loader is the user's own, and its position what Lightning has saved).
+    (accumulate None: the loader is the user's own, and its position what Lightning has saved, micro-batches).
 
     Raises:
         ConfigError: the run is to end before that step.

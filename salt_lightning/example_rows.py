@@ -61,7 +61,7 @@ class ExampleRows:
         self.num_rows = len(self._row_starts) - 1
         self.num_left_out = files.num_documents - len(self._packed)
         self.fill = float(lengths[self._packed].sum() / max(1, self.num_rows * block_size))
-        # An example's first token is its prompt's: no learned token is without one that it is predicted from.
+        # An example's first token is BOS or its prompt's: no learned token is without one that it is predicted from.
         learned = np.add.reduceat(files.learned, self._starts, dtype=np.int64) if len(lengths) else lengths
         counts = np.concatenate([[0], np.cumsum(learned[self._packed])])
         self._label_counts = np.diff(counts[self._row_starts])

@@ -113,8 +113,8 @@ def segments(conversation: list[Message], render: Callable[..., Any] | None) -> 
         try:
             before = render(conversation[:i], add_generation_prompt=True)
             after = render(conversation[: i + 1], add_generation_prompt=False)
-            without = [*conversation[:i], {"role": "assistant", "content": message["content"]}]
-            silent = "tool_calls" in message and after == render(without, add_generation_prompt=False)
+            without = [*conversation[:i], {key: part for key, part in message.items() if key != "tool_calls"}]
+            silent = message.get("tool_calls") and after == render(without, add_generation_prompt=False)
         except Exception as error:
             raise ConfigError(
                 f"--data.examples.messages: the chat template fails ({' '.join(str(error).split())})"
@@ -198,15 +198,22 @@ def _messages(value: Any) -> list[Message]:
     for message in value if isinstance(value, list) else [None]:
         if not isinstance(message, dict):
             raise _no_conversation(value)
-        said = {key: part for key, part in message.items() if part is not None}  # a table has all keys in every row
+        said = _without_nulls(message)
         if "content" in message and "content" not in said:
-            if "tool_calls" not in said:
+            if not said.get("tool_calls"):
                 return []
             said["content"] = ""
         if not all(isinstance(said.get(key), str) for key in ("role", "content")):
             raise _no_conversation(value)
         messages.append(said)
     return messages
+
+
+def _without_nulls(value: Any) -> Any:
+    """A table has all keys in every row, and those of all tools in every call."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
 def _no_conversation(value: Any) -> ConfigError:

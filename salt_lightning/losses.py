@@ -267,7 +267,8 @@ def _check_teacher(
 def head_of_size(size: int, head_VE: Tensor, bias_V: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """A teacher's head and bias for a student of `size` ids: heads of one family may be padded to different sizes.
 
-    Ids that the student lacks are cut off; those that the teacher lacks have no probability (a logit of -30,000).
+    Ids that the student lacks are cut off; those that the teacher lacks have no probability (a logit of -30,000,
+    which is enough for temperatures up to 3,000).
     """
     missing = size - len(head_VE)
     if missing <= 0:

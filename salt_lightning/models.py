@@ -58,8 +58,10 @@ class CausalLM(nn.Module):
         self._one_row = "flash" in str(model.config._attn_implementation)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CausalLM":
-        """Casts weights alone: in bf16 the frequencies of rotary embeddings would be others than in its export."""
-        buffers = [(m, name, m._buffers[name]) for m in self.modules() for name in m._non_persistent_buffers_set]
+        """A cast leaves the frequencies of rotary embeddings as they are: in bf16 they would be others than in its
+        export."""
+        named = [(m, name, buffer) for m in self.modules() for name, buffer in m._buffers.items()]
+        buffers = [(m, name, buffer) for m, name, buffer in named if name.endswith("inv_freq")]
         super()._apply(fn, recurse)
         for module, name, before in buffers:
             after = module._buffers[name]
@@ -197,7 +199,7 @@ class CausalLM(nn.Module):
         before_BTD, after_BTD = (self.hidden(ids).unflatten(0, (2, 8)) for ids in ([], changed))
         off = (after_BTD - before_BTD)[:, kept].abs().max()
         # experts multiply tokens in groups: another token in the group moves a result by some roundings of fp32
-        return bool(off > 32 * torch.finfo(torch.float32).eps * before_BTD.abs().max())
+        return not off <= 32 * torch.finfo(torch.float32).eps * before_BTD.abs().max()  # so also of NaN
 
     def hidden(self, changed: list[int] | None = None) -> Tensor:
         """Hidden states (16 x D) of two rows of eight tokens, two documents each; the ids at `changed` are 0."""
@@ -264,7 +266,7 @@ def check_fit(spec: ModelSpec, config: PreTrainedConfig, name: str, data: Any) -
     """Says how the pretrained model at `spec.path` is known to mean the same token ids as the data.
 
     The tokenizer of a checkpoint is known by its fingerprint, that of a folder or hub name by the files beside the
-    model. Compared are the ids that the text can contain: all but special tokens, of which only EOS is ever written.
+    model. Compared are the ids that the text can contain: all but special tokens, of which BOS and EOS are written.
 
     Raises:
         ConfigError: it cannot read the data's rows, or means other ids; the first of these are shown.

@@ -119,7 +119,7 @@ def wrong_trainer_settings(trainer: Namespace) -> list[str]:
             f"--trainer.fast_dev_run {trainer.fast_dev_run} counts micro-batches and fits no warm-up: use the verb "
             "`check` with the same settings, or --trainer.max_steps in a --run of its own"
         )
-    if trainer.get("limit_predict_batches") not in (None, 1.0):
+    if (limit := trainer.get("limit_predict_batches")) not in (None, 1.0) or isinstance(limit, int):
         wrong.append("--trainer.limit_predict_batches would leave rows without scores: give a small --data.source")
     if trainer.get("overfit_batches"):
         wrong.append(f"--trainer.overfit_batches {trainer.overfit_batches}: give a small --data.source instead")

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import chain
+from itertools import chain, takewhile
 from typing import Any
 
 import numpy as np
@@ -59,7 +59,9 @@ def rules_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 def beginning(tokenizer: Tokenizer) -> list[int]:
     """The ids that a tokenizer puts before every text: BOS, or none."""
     encoding = tokenizer.encode("a", add_special_tokens=True)
-    return encoding.ids[: [*encoding.special_tokens_mask, 0].index(0)]
+    found = zip(encoding.ids, encoding.special_tokens_mask, encoding.attention_mask, strict=True)
+    special = [(i, is_special) for i, is_special, is_no_padding in found if is_no_padding]
+    return [i for i, _ in takewhile(lambda pair: pair[1], special)]
 
 
 _RUN = re.compile(r"\S{1000}|\s{1000}")
@@ -160,8 +162,7 @@ class Encoder:
         kept = lengths > 0  # a normalizer may drop all there is
         marks = [*self._beginning, self.eos_id]
         ends = np.cumsum(lengths[kept])
-        starts_D1, ends_D1 = (ends - lengths[kept])[:, None], ends[:, None]
-        places = np.concatenate([*[starts_D1] * (len(marks) - 1), ends_D1], 1).ravel()
+        places = np.stack([*[ends - lengths[kept]] * (len(marks) - 1), ends], 1).ravel()
         return Block(
             np.insert(np.concatenate(ids), places, np.tile(marks, len(ends))),
             lengths[kept] + len(marks),
@@ -191,20 +192,20 @@ class ExampleEncoder(Encoder):
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
-    def _continued(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """The same where other text stands before it."""
-        if (anchor := self._anchor) is not None:
-            ids, offsets = self._plain(_ANCHOR + text)
-            if ids[: len(anchor)] == anchor:
-                start = len(_ANCHOR)
-                return ids[len(anchor) :], [(begin - start, end - start) for begin, end in offsets[len(anchor) :]]
+    def _continued(self, text: str, before: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
+        """The same where `before` stands before it: behind the like, whose ids are cut off again."""
+        if self._begins_with_a_space:
+            is_mark = self.chat is not None and before[-1] in self.special_ids
+            anchor = str(self.tokenizer.id_to_token(before[-1])) if is_mark else _ANCHOR
+            cut, (ids, offsets) = self._plain(anchor)[0], self._plain(anchor + text)
+            if ids[: len(cut)] == cut:
+                return ids[len(cut) :], [(a - len(anchor), b - len(anchor)) for a, b in offsets[len(cut) :]]
         return self._plain(text)
 
     @cached_property
-    def _anchor(self) -> list[int] | None:
-        """The ids of an anchor, where the tokenizer puts a space before what it takes for a whole (SentencePiece)."""
-        anchor = self._plain(_ANCHOR)[0]
-        return None if self._plain(_ANCHOR + "a")[0] == anchor + self._plain("a")[0] else anchor
+    def _begins_with_a_space(self) -> bool:
+        """Whether the tokenizer puts one before what it takes for a whole text (SentencePiece)."""
+        return self._plain(_ANCHOR + "a")[0] != self._plain(_ANCHOR)[0] + self._plain("a")[0]
 
     def _take(self, content: list[Message]) -> tuple[_Example, bytes] | None:
         example = self._encode(content)
@@ -234,9 +235,10 @@ class ExampleEncoder(Encoder):
         render = partial(self.chat.apply_chat_template, tokenize=False) if self.chat is not None else None
         ids = [] if render else list(self._beginning)  # a template writes its own
         learned, counts = [False] * len(ids), [0] * len(ids)
-        for number, (text, is_learned) in enumerate(segments(conversation, render)):
+        start = len(ids)
+        for text, is_learned in segments(conversation, render):
             text = utf8(text).decode()
-            new, offsets = self._continued(text) if number else self._plain(text)
+            new, offsets = self._continued(text, ids) if len(ids) > start else self._plain(text)
             if new:
                 ids += new
                 learned += [is_learned] * len(new)

@@ -315,7 +315,7 @@ def test_token_maps(checked, settings, teacher, tmp_path):
     assert f"2 of them: id 70 is {b!r} here and {a!r} there" in said
 
 
-def test_a_teacher_with_too_few_positions_is_a_finding(checked, tmp_path, fit_with):
+def test_a_teacher_with_too_few_positions_is_a_finding(checked, tmp_path):
     sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 320, "n_positions": 16}
     build_fresh(ModelSpec(family="gpt2", config=sizes), None, 0).save_pretrained(tmp_path / "short")
     code, found = checked(**{"model.teacher.path": str(tmp_path / "short")})

@@ -144,7 +144,8 @@ def test_ctrl_c_while_it_loads_leaves_no_traceback(tmp_path):
         [sys.executable, str(ROOT / "cli.py"), "fit"], stderr=subprocess.PIPE, text=True, cwd=tmp_path,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
-    time.sleep(1)  # of some four
+    while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():  # seconds of imports are still to come
+        time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=60)[1] == ""
     assert process.returncode == 128 + signal.SIGINT

@@ -77,20 +77,25 @@ def test_a_plain_example_by_hand(tmp_path):
     assert files.tokens[-1] == tokenizer.eos_token_id
 
 
-@pytest.mark.parametrize("bos", [False, True])
-@pytest.mark.parametrize("rule", ["prepend", "metaspace", "none"])
-def test_parts_are_what_they_are_in_the_whole_text(tmp_path, bos, rule):
-    """As the tokenizer itself writes a text: BOS where it has one, a false space at its very beginning at most."""
+def character_tokenizer(rule: str) -> PreTrainedTokenizerFast:
+    """A token a character, so that parts are parts; `rule` says how a space is put before a text."""
     chars = sorted(set("▁Q: wa?\nA7é"))
-    model = models.BPE({char: i for i, char in enumerate(["<s>", "</s>", *chars])}, [])  # no merges: parts are parts
-    backend = Tokenizer(model)
+    backend = Tokenizer(models.BPE({char: i for i, char in enumerate(["<s>", "</s>", *chars])}, []))
     if rule == "prepend":
         backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     elif rule == "metaspace":
         backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("rule", ["prepend", "metaspace", "none"])
+def test_parts_are_what_they_are_in_the_whole_text(tmp_path, bos, rule):
+    """As the tokenizer itself writes a text: BOS where it has one, a false space at its very beginning at most."""
+    tokenizer = character_tokenizer(rule)
     if bos:
-        backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+        mark = [("<s>", 0)]
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=mark)
     files, _ = prepared(tmp_path, [{"question": "wé?", "answer": 7}], tokenizer=tokenizer)
     assert files.tokens.tolist() == [*tokenizer("Q: wé?\nA: 7").input_ids, 1]
     assert files.learned.tolist() == [0] * (len(files.tokens) - 3) + [1, 1, 1]
@@ -116,6 +121,37 @@ def test_tool_calls_are_learned_where_the_template_writes_them(tmp_path, content
         ConfigError, match=r"template does not write tool_calls; \S+rows.jsonl: line 1; --data.bad_lines"
     ):
         prepared(tmp_path, rows, CHAT, tokenizer)
+
+
+def test_calls_of_a_table_have_no_nulls_and_an_empty_list_is_none(tmp_path):
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = TEMPLATE.replace(
+        "{{ m.content }}", "{{ m.content }}{{ m.tool_calls[0] | tojson if m.tool_calls }}"
+    )
+    calling = {**turn("assistant", "b"), "tool_calls": [{"name": "w", "arguments": {"city": "x", "day": None}}]}
+    rows = [{"messages": [{**turn("user", "a"), "tool_calls": []}, calling]}]
+    files, _ = prepared(tmp_path, rows, CHAT, tokenizer)
+    assert 'b{"name": "w", "arguments": {"city": "x"}}' in tokenizer.decode(files.tokens.tolist())
+    tokenizer.chat_template = TEMPLATE
+    empty = {"messages": [turn("user", "a"), {**turn("assistant", "b"), "tool_calls": []}]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(empty))
+    assert prepared(tmp_path, [], CHAT, tokenizer)[0].num_documents == 1
+
+
+@pytest.mark.parametrize("rule", ["prepend", "metaspace"])
+def test_a_chat_has_the_ids_that_the_tokenizer_gives_its_template(tmp_path, rule):
+    """The false space of SentencePiece stands behind some marks, by the tokenizer's rules."""
+    tokenizer = character_tokenizer(rule)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>", "<|end|>"]})
+    tokenizer.chat_template = TEMPLATE
+    messages = [turn("user", "wa?"), turn("assistant", "7A"), turn("user", "Q"), turn("assistant", "wa")]
+    files, _ = prepared(tmp_path, [{"messages": messages}], CHAT, tokenizer)
+    whole = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+    ours = files.tokens.tolist()
+    assert ours == [*whole[: len(ours) - 1], tokenizer.eos_token_id]  # up to the mark that ends the last turn
+    marks = set(tokenizer.all_special_ids)
+    text = [int(i) for i, is_learned in zip(ours, files.learned, strict=True) if is_learned and i not in marks]
+    assert "".join(tokenizer.convert_ids_to_tokens(text)).replace("▁", "") == "7Awa"
 
 
 def test_what_the_chat_template_refuses_is_named_by_its_line_or_left_out(tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, LLAMA_LIKE, SIZES, tiny
+from families import FAMILIES, LLAMA_LIKE, SIZES, SPECIAL, tiny
 from torch.nn.functional import cross_entropy, log_softmax, softmax
 
 from salt_lightning.attention import document_mask
@@ -166,17 +166,28 @@ def test_document_mask_by_hand():
     assert (added[~allowed] < -1e38).all()
 
 
+def test_a_table_of_positions_is_cast_with_the_weights():
+    sizes = {"d_model": 32, "num_layers": 1, "attention_heads": 4, "ffn_dim": 48, "vocab_size": 64, **SPECIAL}
+    lm = CausalLM(build_fresh(ModelSpec(family="xglm", config=sizes), None, 0), "student").to(torch.bfloat16)
+    assert lm(IDS, POSITIONS)[0].dtype == torch.bfloat16
+
+
+def test_hidden_states_that_are_no_numbers_are_no_proof():
+    lm = tiny("llama")
+    lm.model.model.norm.weight.data[0] = float("nan")
+    assert lm.sees([0], [4])
+
+
 @families
 def test_a_cast_leaves_the_frequencies_of_positions_in_fp32(family):
     """In bf16 they are off by 0.4%: far positions would be others than in the export and for a student taught by it."""
     lm = tiny(family)
-    kept = set(lm.state_dict())
-    before = {name: buffer.clone() for name, buffer in lm.named_buffers() if name not in kept}
+    before = {name: buffer.clone() for name, buffer in lm.named_buffers() if name.endswith("inv_freq")}
     torch.nn.Sequential(lm).to(torch.bfloat16)  # as Lightning casts it: within another module
     assert {p.dtype for p in lm.parameters()} == {torch.bfloat16}
     buffers = dict(lm.named_buffers())
     assert all(torch.equal(buffers[name], buffer) for name, buffer in before.items())
-    assert "inv_freq" in str(before) or family in ("gpt2", "opt")  # the premise
+    assert before or family in ("gpt2", "opt")  # the premise
     assert lm(IDS, POSITIONS)[0].dtype == torch.bfloat16
     assert all(buffer.device.type == "meta" for buffer in lm.to("meta").buffers())
 
