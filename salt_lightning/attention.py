@@ -188,11 +188,16 @@ def _hindrance(config: Any, training: bool, device: torch.device | None) -> str 
     """Why a model of these settings cannot have packed attention on a device with a kernel; None: none is seen."""
     if training and (rate := getattr(config, "attention_dropout", 0) or getattr(config, "attn_pdrop", 0)):
         return f"{config.model_type}'s config drops {rate:.0%} of the attention"
-    if limited_distance(config) or {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}:
+    if limited_distance(config) or layer_kinds(config) - {"full_attention"}:
         return f"{config.model_type} has layers that look back over a limited distance"
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     return fault(device, heads, getattr(config, "num_key_value_heads", None) or heads, width) if device else None
+
+
+def layer_kinds(config: Any) -> set[str]:
+    """The kinds of layers that a model's settings name; none where they name none."""
+    return {*(getattr(config, "layer_types", None) or ())}
 
 
 def limited_distance(config: Any) -> bool:

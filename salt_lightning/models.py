@@ -19,7 +19,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils import cached_file
 
 from salt_lightning import folders, shards
-from salt_lightning.attention import PACKED, Apart, document_mask, limited_distance
+from salt_lightning.attention import PACKED, Apart, document_mask, layer_kinds, limited_distance
 from salt_lightning.errors import ConfigError
 from salt_lightning.rows import document_borders
 from salt_lightning.spec import DTYPES, ModelSpec, as_config_error, check_positions, fresh_config, wrong_sizes
@@ -124,7 +124,7 @@ class CausalLM(nn.Module):
     def _window(self) -> int | None:
         """How far layers of the sliding kind look back; None where there are none."""
         config = self.model.config.get_text_config()
-        kinds = {*(getattr(config, "layer_types", None) or ())}
+        kinds = layer_kinds(config)
         if kinds == {"full_attention"} or not (kinds or limited_distance(config)):
             return None
         if kinds <= {"full_attention", "sliding_attention"} and getattr(config, "sliding_window", None):

@@ -73,8 +73,7 @@ def _taken(take: Callable[[Any], Any], content: Any, raw: Raw, row: int) -> Any:
     except ConfigError as error:
         table = raw.kind in ("parquet", "hub")
         where = f"{raw.name}: {str(content)[:60]!r} ..." if table else _place(raw, row)
-        said = f"{error}; {where}"
-        raise BadLine(f"{said}; --data.bad_lines skip leaves such lines out", said) from error
+        raise _refused(f"{error}; {where}") from error
 
 
 def _parse(raw: Raw, row: int, corpus: Corpus) -> tuple[Any, Any]:
@@ -107,7 +106,7 @@ def _parse(raw: Raw, row: int, corpus: Corpus) -> tuple[Any, Any]:
         source = fields[corpus.source_column] if corpus.source_column else raw.name
         return _checked(corpus.content(fields), corpus, _place(raw, row)), source
     except ConfigError as error:
-        raise BadLine(f"{error}; --data.bad_lines skip leaves such lines out", str(error)) from None
+        raise _refused(str(error)) from None
 
 
 def _checked(content: Any, corpus: Corpus, where: str) -> Any:
@@ -127,6 +126,10 @@ def _checked(content: Any, corpus: Corpus, where: str) -> Any:
 def _place(raw: Raw, row: int, lines_on: int = 0) -> str:
     file, line = raw.place(row)
     return f"{file}: line {line + lines_on}"
+
+
+def _refused(said: str) -> BadLine:
+    return BadLine(f"{said}; --data.bad_lines skip leaves such lines out", said)
 
 
 def _bad_line(corpus: Corpus, place: str, problem: str, remedy: str) -> BadLine:
