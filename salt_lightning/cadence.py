@@ -15,7 +15,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from salt_lightning.errors import ConfigError
 from salt_lightning.schedule import kd_callbacks
-from salt_lightning.settings import wrong_epochs
 
 # What the user gave the trainer, before `setup` wrote micro-batches over it (setup may run twice).
 _CADENCE: "WeakKeyDictionary[Trainer, tuple[int, int | float | None]]" = WeakKeyDictionary()
@@ -42,8 +41,11 @@ def set_cadence(trainer: Trainer, accumulation: int, global_batch: int) -> None:
             f"--trainer.limit_train_batches {trainer.limit_train_batches}, also set by overfit_batches and "
             "fast_dev_run, counts micro-batches and would cut steps short; use max_steps, or a small --data.source"
         )
-    if wrong := wrong_epochs(trainer.check_val_every_n_epoch):
-        raise ConfigError(*wrong)
+    if trainer.check_val_every_n_epoch not in (None, 1):
+        raise ConfigError(
+            f"--trainer.check_val_every_n_epoch {trainer.check_val_every_n_epoch}: a run is one epoch of Lightning's, "
+            "use --trainer.val_check_interval (optimizer steps)"
+        )
     trainer.fit_loop.min_epochs = 0  # of min_steps Lightning makes an epoch, the whole run, which nothing could end
     trainer.accumulate_grad_batches = accumulation
     if interval is not None:

@@ -70,16 +70,6 @@ _MOST_DEVICES = 1 << 20
 _PRECISIONS = ("32", "32-true", "bf16", "bf16-mixed", "bf16-true")
 
 
-def wrong_epochs(check_val_every_n_epoch: int | None) -> list[str]:
-    """What is wrong with an interval of validation in epochs; nothing of Lightning's defaults."""
-    if check_val_every_n_epoch in (None, 1):
-        return []
-    return [
-        f"--trainer.check_val_every_n_epoch {check_val_every_n_epoch}: a run is one epoch of Lightning's, "
-        "use --trainer.val_check_interval (optimizer steps)"
-    ]
-
-
 def wrong_trainer_settings(trainer: Namespace) -> list[str]:
     """Settings of Lightning's that would break a run late, or change what a step is."""
     interval, every = trainer.get("val_check_interval"), trainer.get("log_every_n_steps")
@@ -109,7 +99,11 @@ def wrong_trainer_settings(trainer: Namespace) -> list[str]:
             wrong.append(f"--trainer.{name} {number} must be {_MOST_DEVICES} at most")
     if trainer.get("max_epochs") not in (None, -1):
         wrong.append(f"--trainer.max_epochs {trainer.max_epochs}: a run is counted in steps, use --trainer.max_steps")
-    wrong += wrong_epochs(trainer.get("check_val_every_n_epoch"))
+    if trainer.get("check_val_every_n_epoch") not in (None, 1):
+        wrong.append(
+            f"--trainer.check_val_every_n_epoch {trainer.check_val_every_n_epoch}: a run is one epoch of Lightning's, "
+            "use --trainer.val_check_interval (optimizer steps)"
+        )
     if (trainer.get("gradient_clip_val") or 0) < 0:
         wrong.append(f"--trainer.gradient_clip_val {trainer.gradient_clip_val} must not be negative (0 or null: off)")
     if str(trainer.get("precision") or "32") not in _PRECISIONS:
