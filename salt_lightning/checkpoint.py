@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Iterable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from salt_lightning import preflight, shards
+from salt_lightning import preflight, shards, slurm
 from salt_lightning.errors import ConfigError
 from salt_lightning.export import export
 from salt_lightning.journal import whole
@@ -72,6 +73,7 @@ class RunCheckpoint(Checkpoint):
 
     Ctrl-C and SIGTERM finish the running optimizer step, save, and end the run; a second one ends it at once. With
     several processes it is enough that one gets the signal: all stop after the same step, the next that is logged.
+    Under SLURM so does SIGUSR1, or Lightning's `requeue_signal`, after which the job is queued again.
 
     Args:
         every_n_steps: Optimizer steps between two checkpoints; null saves at the boundary and the end alone.
@@ -116,6 +118,8 @@ class RunCheckpoint(Checkpoint):
         # Outside of training nothing is lost. Lightning's own would broadcast among the ranks' other messages, and end
         # a validation with exit code 0 and a first step with a traceback.
         trainer._signal_connector._sigterm_notifier_fn = _stop_at_once  # type: ignore
+        # Lightning's own saves from within whatever line of a step the signal meets, each rank elsewhere.
+        trainer._signal_connector._slurm_sigusr_handler_fn = partial(_requeue_at_once, trainer)  # type: ignore
         if late := [step for step in self.at_steps if step > trainer.max_steps > 0]:
             rank_zero_info(
                 f"--checkpoint.at_steps {late} lie behind --trainer.max_steps {trainer.max_steps}: not saved"
@@ -149,7 +153,7 @@ class RunCheckpoint(Checkpoint):
             self._tidy(trainer.global_step)
         if threading.current_thread() is threading.main_thread():
             # Over Lightning's; at the end it puts back what was there before.
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in {signal.SIGINT, signal.SIGTERM, slurm.requeue_signal(trainer) or signal.SIGTERM}:
                 signal.signal(number, self._stop_after_step)
         # Lightning's own agreement on SIGTERM makes the host wait for the device at every micro-batch.
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
@@ -229,6 +233,11 @@ class RunCheckpoint(Checkpoint):
             written = export(self._path(trainer), Path(self.export), run=Path(trainer.default_root_dir))
             rank_zero_info(f"exported to {written}")
 
+    def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        """Last, as the scheduler may end the processes right away."""
+        if self.stopped_by is not None and self.stopped_by == slurm.requeue_signal(trainer) and trainer.is_global_zero:
+            slurm.requeue()
+
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
         """The processes that this one has started would wait for it, some of them for ever."""
         for process in getattr(trainer.strategy.launcher, "procs", ()):
@@ -269,6 +278,12 @@ def _require_time_left(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
 
 def _stop_at_once(number: int, frame: Any) -> None:
     raise KeyboardInterrupt(number)
+
+
+def _requeue_at_once(trainer: pl.Trainer, number: int, frame: Any) -> None:
+    if trainer.is_global_zero:
+        slurm.requeue()
+    _stop_at_once(number, frame)
 
 
 def _validation_follows(trainer: pl.Trainer, batch_idx: int) -> bool:

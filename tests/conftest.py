@@ -114,6 +114,26 @@ class StopAt(Callback):
             os.kill(os.getpid(), self.number)
 
 
+@pytest.fixture
+def slurm(monkeypatch, tmp_path):
+    """slurm(queue="there", **variables) -> () -> what scontrol has been told; a job of one process from here on."""
+
+    def begin(queue: str = "there", **variables: str):
+        folder, told = tmp_path / "slurm-bin", tmp_path / "told"
+        folder.mkdir()
+        if queue != "missing":
+            refusal = "echo job may not be requeued >&2; exit 1" if queue == "refuses" else ""
+            (folder / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {told}\n{refusal}\n')
+            (folder / "scontrol").chmod(0o755)
+        job = {"NTASKS": "1", "JOB_NAME": "train", "JOB_ID": "77", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}
+        for name, value in {**{f"SLURM_{key}": value for key, value in job.items()}, **variables}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("PATH", str(folder), prepend=None if queue == "missing" else os.pathsep)
+        return lambda: told.read_text().splitlines() if told.exists() else []
+
+    return begin
+
+
 def scalars(run: Path, tags: tuple[str, ...] = ("train/", "val/")) -> dict[str, dict[int, float]]:
     """All logged values of a run by tag and step; where a step was logged twice, the later value."""
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader

@@ -182,6 +182,26 @@ def test_sigterm_outside_of_training_stops_at_once(fit_with, tmp_path, capsys):
         signal.signal(signal.SIGINT, handler)
 
 
+@pytest.mark.parametrize("queue", ["there", "refuses", "missing"])
+def test_slurm_s_signal_outside_of_training_queues_the_job_again(fit_with, tmp_path, capsys, caplog, slurm, queue):
+    class Requeue(Callback):
+        def on_validation_batch_start(self, trainer, *_):
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    asked = slurm(queue=queue)
+    handler = signal.getsignal(signal.SIGINT)  # Lightning ignores Ctrl-C from here on
+    try:
+        assert fit_with(tmp_path / "run", Requeue(), **{"trainer.num_sanity_val_steps": 1}) == 128 + signal.SIGUSR1
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert capsys.readouterr().err.strip().splitlines()[-1] == "stopped by SIGUSR1"
+    assert asked() == ([] if queue == "missing" else ["requeue 77"])
+    assert ("SLURM job 77: queued again" in caplog.text) == (queue == "there")
+    assert ("do it by hand, scontrol requeue 77" in caplog.text) == (queue != "there")
+    assert ("job may not be requeued" in caplog.text) == (queue == "refuses")
+    assert not list(tmp_path.glob("run/**/*.ckpt"))
+
+
 def test_a_signal_that_comes_while_the_ranks_agree_stops_no_rank_alone():
     """The others have been told 0: this rank would save with nobody, until the time-out."""
     checkpoint = RunCheckpoint()

@@ -28,7 +28,7 @@ LAYERS = [  # a file imports from files of earlier layers alone
         "runlog",
         "scores",
     },
-    {"settings", "shards", "token_files", "triton_rows"},
+    {"settings", "shards", "slurm", "token_files", "triton_rows"},
     {"difficulty", "documents", "event_log", "losses", "report", "rows", "run_config", "spec"},
     {"lineage", "parse"},
     {"remarks", "tokenizer"},

@@ -147,9 +147,10 @@ def test_kill_9_then_last(settings, teacher, tmp_path):
     assert_same(tmp_path / "broken", tmp_path / "whole", step=40)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_the_whole_process_group(settings, tmp_path, number):
-    """What a terminal does on Ctrl-C and a cluster on SIGTERM: loader workers get it too."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_the_whole_process_group(settings, tmp_path, number, slurm):
+    """What a terminal does on Ctrl-C and a cluster on SIGTERM or, under SLURM, SIGUSR1: loader workers get it too."""
+    asked = slurm(SLURM_ARRAY_JOB_ID="70", SLURM_ARRAY_TASK_ID="3") if number == signal.SIGUSR1 else None
     own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, "data.num_workers": 2, "trainer.max_steps": 100_000,
            "data.micro_batch_size": 2, "trainer.val_check_interval": 100_000}  # fmt: skip
     process = subprocess.Popen(
@@ -167,6 +168,8 @@ def test_a_signal_to_the_whole_process_group(settings, tmp_path, number):
     step = int(re.search(rf"stopped by {number.name} at step (\d+), saved", out)[1])
     assert (tmp_path / f"run/checkpoints/step-{step:08d}.ckpt").exists()
     assert "Traceback" not in err
+    assert err.count(f"{number.name}: saving after this step") == 1  # no worker has heard it
+    assert asked is None or asked() == ["requeue 70_3"]
 
 
 def test_a_checkpoint_without_totals_goes_on(fit, settings, tmp_path):
