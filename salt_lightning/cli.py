@@ -300,7 +300,6 @@ def _say(message: str) -> None:
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "max_epochs": -1,  # the run is one Lightning epoch of max_steps; epochs of the data live in its order
-    "use_distributed_sampler": False,  # the order is ours: rows.Loader
     "num_sanity_val_steps": 0,
     "log_every_n_steps": 10,
     "gradient_clip_val": 1.0,
