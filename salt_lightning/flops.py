@@ -6,6 +6,7 @@ Backward counts twice the forward; a recomputed forward (activation checkpointin
 
 import math
 import re
+from functools import partial
 
 import torch
 from torch import nn
@@ -29,26 +30,38 @@ def forward_flops_per_token(model: nn.Module, block_size: int) -> float:
         2 * weights that multiply + sum_layers 2 * 2 * heads * head_dim * attention_span(T, window)
 
     The weights are those of every `nn.Linear` and `Conv1D`, the head among them even where it is tied to the
-    embedding. Attention has two products, scores and values. A row counts as one document: what document
-    isolation saves is not taken off.
+    embedding, and of a layer's experts the share that a token is sent to. Attention has two products, scores and
+    values. A row counts as one document: what document isolation saves is not taken off.
 
     Args:
         model: a causal LM of transformers, not yet sharded; the meta device will do.
         block_size: tokens of a row.
 
     Returns:
-        NaN for a model with weights or layers of another kind (experts, state spaces): better than too few.
+        NaN for a model with weights or layers of another kind (state spaces): better than too few.
     """
     counted: set[int] = set()
-    weights = 0
+    weights = 0.0
     for module in model.modules():
         if isinstance(module, (nn.Linear, Conv1D)):
             weights += module.weight.numel()
         if isinstance(module, (nn.Linear, Conv1D, nn.Embedding)):
             counted.add(id(module.weight))
+        elif hasattr(module, "num_experts"):
+            of_experts = [p for p in module.parameters(recurse=False) if p.ndim > 1 and len(p) == module.num_experts]
+            counted.update(map(id, of_experts))
+            weights += sum(map(partial(_active, module, model.config), of_experts))
     if any(p.ndim > 1 and id(p) not in counted for p in model.parameters()):
         return math.nan
     return 2.0 * weights + _attention_flops_per_token(model.config, block_size)
+
+
+def _active(module: nn.Module, config: object, parameter: nn.Parameter) -> float:
+    """The part of a router's weight (experts, width) or of the experts' (experts, in, out) that multiplies a token."""
+    if parameter.ndim == 2:
+        return parameter.numel() if parameter is getattr(module, "weight", None) else 0.0  # else biases
+    used = getattr(config.get_text_config(), "num_experts_per_tok", math.nan)  # type: ignore[attr-defined]
+    return parameter.numel() * used / len(parameter)
 
 
 def _attention_flops_per_token(config: object, block_size: int) -> float:
