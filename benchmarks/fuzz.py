@@ -59,12 +59,13 @@ from salt_lightning import documents as documents_module
 from salt_lightning import prepare as prepare_module
 from salt_lightning import tokenizer as tokenizer_module
 from salt_lightning.checkpoint import RunCheckpoint
-from salt_lightning.documents import Corpus, Hub, resolve
+from salt_lightning.documents import Corpus
 from salt_lightning.errors import ConfigError
 from salt_lightning.prepare import prepare_tokens
 from salt_lightning.rows import IGNORE, NO_ROW, EvalBatches, Order, PackedRows, TrainBatches
 from salt_lightning.schedule import KDSchedule
 from salt_lightning.selection import KeepRule, kept_rows
+from salt_lightning.sources import Hub, resolve
 from salt_lightning.token_files import SplitWriter, TokenFiles, verify
 
 CASES = {"documents": 4000, "broken": 1500, "killed": 400, "settings": 6000, "commands": 800, "steps": 600}
@@ -148,7 +149,8 @@ class File:
             if self.kind == "text":
                 text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
             if text is not None and text.strip():
-                named = own_source if own_source is not None else str(source)
+                of_column = "" if source is None else " ".join(str(source).split())
+                named = own_source if own_source is not None else of_column or "(none)"
                 found.append((whole_characters(text), whole_characters(named)))
         return found
 

@@ -350,6 +350,7 @@ def go_on_from(
 # entries that no setting says, and what says them
 _SAID_BY = {
     "--data.num_train_tokens": "tokens of --data.source",
+    "--data.train_fingerprint": "training text (--data.source)",
     "--data.selection_fingerprint": "rows of phase 1 (--data.selection, --data.keep, --kd.steps)",
     "--data.difficulty_fingerprint": "thirds (--data.difficulty)",
     "--data.held_out": "held-out text or rows",

@@ -21,7 +21,7 @@ from salt_lightning.answers import AnswerTest
 from salt_lightning.checkpoint import AtomicCheckpointIO, RunCheckpoint, newest, savers
 from salt_lightning.data import SALTDataModule
 from salt_lightning.difficulty import DocumentLossWriter
-from salt_lightning.errors import ConfigError, NonFiniteLossError, Stopped, is_out_of_memory, printable
+from salt_lightning.errors import ConfigError, NonFiniteLossError, Stopped, is_out_of_memory, one_line, printable
 from salt_lightning.event_log import EventLog, quiet_threads
 from salt_lightning.models import check_path, read_checkpoint
 from salt_lightning.module import SALTModule
@@ -191,7 +191,7 @@ class SALTCLI(LightningCLI):
             raise
         except (ValueError, ImportError) as error:  # of a class that the user names
             causes = re.findall(r"Problem with given class_path '(\S+)':\s+(.+)", str(error))
-            raise ConfigError("; ".join(map(": ".join, causes)) or _one_line(error)[:400]) from error
+            raise ConfigError("; ".join(map(": ".join, causes)) or one_line(error)) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         config = self._settings(self.config)
@@ -229,7 +229,7 @@ class SALTCLI(LightningCLI):
             found = {key: re.search(rf"\b{key}\b", str(error)) for key in vars(given) if given[key] is not None}
             named = sorted((at.start(), key) for key, at in found.items() if at)
             setting = f"--trainer.{named[0][1]} {given[named[0][1]]}" if named else "--trainer"
-            raise ConfigError(f"{setting}: {_one_line(error)}") from error
+            raise ConfigError(f"{setting}: {one_line(error)}") from error
 
     def _instances(self, name: str) -> list[Any]:
         """What the user gave for a --trainer setting that takes one object or a list of them."""
@@ -266,10 +266,6 @@ class CheckCLI(SALTCLI):
             self.model, self.datamodule, self.trainer, str(config.trainer.accelerator), config.check.memory_gib
         )
         self.code = check.report(looked, getattr(self, "wrong", []))
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
 
 
 def _resolve(path: str, config: Namespace, subcommand: str) -> Path | None:
@@ -358,7 +354,7 @@ def main(args: list[str] | None = None) -> int:
     except (ConfigError, NonFiniteLossError, OSError, MisconfigurationException, ModuleNotFoundError) as error:
         if _rank():  # the first rank says the same, and its end is ours; else we speak
             time.sleep(_FIRST_RANK_S)
-        message = str(error) if isinstance(error, ConfigError | NonFiniteLossError) else _one_line(error)
+        message = str(error) if isinstance(error, ConfigError | NonFiniteLossError) else one_line(error)
         if isinstance(error, OSError) and error.filename is not None:
             message = f"{error.filename}: {error.strerror}"
         print(f"\nerror: {printable(message)}", file=sys.stderr)  # on a line of its own, after a progress bar
@@ -366,7 +362,7 @@ def main(args: list[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
             print(
-                f"\nerror: out of memory ({_one_line(error)[:200]}); halve --data.micro_batch_size (the result stays "
+                f"\nerror: out of memory ({one_line(error, 200)}); halve --data.micro_batch_size (the result stays "
                 "the same), or set --model.activation_checkpointing true, and go on with --ckpt_path last",
                 file=sys.stderr,
             )

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from salt_lightning import preflight
 from salt_lightning.cadence import accumulation, phase1_steps, set_cadence
 from salt_lightning.difficulty import HeldOut, find_files, read_thirds
-from salt_lightning.documents import Corpus, Hub, each_file, resolve
+from salt_lightning.documents import Corpus
 from salt_lightning.errors import ConfigError
 from salt_lightning.example_rows import ExampleRows, open_examples
 from salt_lightning.examples import Examples
@@ -38,10 +38,9 @@ from salt_lightning.rows import (
 )
 from salt_lightning.scores import Scored, Scores
 from salt_lightning.selection import KeepRule, plan, row_scores
+from salt_lightning.sources import Group, Hub, each_file, resolve
 from salt_lightning.token_files import TokenFiles, digest
-from salt_lightning.tokenizer import load_tokenizer, tokenizer_fingerprint
-
-_LOOKED_AT = 1 << 20  # tokens that say enough of all
+from salt_lightning.tokenizer import decoded_share, load_tokenizer, num_ids, tokenizer_fingerprint, unknown_share
 
 
 class SALTDataModule(LightningDataModule):
@@ -138,6 +137,7 @@ class SALTDataModule(LightningDataModule):
         self.num_train_rows = self.num_train_tokens = 0
         self.source_names: list[str] = []
         self.text: dict[str, Any] = {}  # what the training text is, for checkpoints
+        self._groups: dict[str, tuple[Group, ...]] = {}
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._train: PackedRows | ExampleRows | None = None
         self._order: Order | None = None
@@ -200,21 +200,25 @@ class SALTDataModule(LightningDataModule):
     @property
     def vocab_size(self) -> int:
         """Number of token ids."""
-        return len(self.tokenizer)
+        return num_ids(self.tokenizer)
 
     def doubts(self) -> list[preflight.Finding]:
         """What makes the held-out text a bad measure."""
         held_out = [self._corpus(setting)[0] for setting in ("val_source", "test_source") if getattr(self, setting)]
         trained = [name for corpus in held_out for name in self._corpus("source")[0].shared_with(corpus)]
-        found = preflight.unknown_tokens(self._unknown_share), preflight.seen_in_training(trained)
+        assert self._eval is not None, "setup comes first"
+        files = self._eval.files
+        unknown = preflight.unknown_tokens(unknown_share(self.tokenizer, files))
+        found = [unknown or preflight.lost_text(decoded_share(self.tokenizer, files))]
+        found.append(preflight.seen_in_training(trained))
+        if self._train is not None and not self.val_source:
+            found.append(preflight.large_share(files.num_tokens, self.num_train_tokens, self.val_fraction))
         return [finding for finding in found if finding]
 
     @property
-    def _unknown_share(self) -> float:
-        """Share of the held-out tokens that stand for words that the tokenizer does not know."""
-        assert self._eval is not None, "setup comes first"
-        unknown, tokens = self.tokenizer.unk_token_id, self._eval.files.tokens[:_LOOKED_AT]
-        return 0.0 if unknown in (None, self.tokenizer.eos_token_id) else float(np.mean(tokens == unknown))
+    def train_fingerprint(self) -> str:
+        """Hash of the training tokens."""
+        return "none" if self._train is None else self._train.files.fingerprint
 
     @property
     def selection_fingerprint(self) -> str:
@@ -228,8 +232,10 @@ class SALTDataModule(LightningDataModule):
 
     def _corpus(self, setting: str) -> tuple[Corpus, float]:
         """What a source setting reads, and which share of it goes to its `val` split."""
-        groups = resolve(f"--data.{setting}", getattr(self, setting), self.hub)
-        groups = each_file(groups) if self.source_per_file else groups
+        if setting not in self._groups:  # looked for once: thousands of files take seconds
+            groups = resolve(f"--data.{setting}", getattr(self, setting), self.hub)
+            self._groups[setting] = each_file(groups) if self.source_per_file else groups
+        groups = self._groups[setting]
         fraction = 1.0 if setting != "source" else 0.0 if self.val_source else self.val_fraction
         columns = self.text_column, self.source_column
         return Corpus(f"--data.{setting}", groups, *columns, self.bad_lines == "skip", self.examples), fraction

@@ -1,8 +1,8 @@
 """Where text comes from: files, folders, globs and hub data sets -> documents, in one fixed order.
 
-    source (as typed)  ->  Corpus: groups of files of one kind   resolve()
-    Corpus             ->  Raw: a handful of rows, unparsed      read_raw()      one process
-    Raw                ->  (text, source) pairs                  documents()     the worker processes
+    source (as typed)  ->  groups of files of one kind           resolve()       sources.py
+    Corpus of groups   ->  Raw: a handful of rows, unparsed      read_raw()      one process
+    Raw                ->  (text, source) pairs                  documents()     the worker processes, parse.py
                            or (conversation, source)             for fine-tuning
 
 Memory stays constant, and the one process that reads does so little that it keeps many workers busy: decoding and
@@ -12,67 +12,25 @@ nor the share of the file that it has come to.
 """
 
 import bisect
-import glob
 import hashlib
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from functools import cache
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 import datasets
 import pyarrow.parquet as pq
-from fsspec.compression import compr
-from fsspec.utils import infer_compression
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from salt_lightning.errors import ConfigError
+from salt_lightning.errors import ConfigError, first_line, one_line
 from salt_lightning.examples import Examples
+from salt_lightning.packed import unpacked
+from salt_lightning.sources import Group
 
-_KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
-_COMPRESSIONS = {".gz", ".zst", ".xz", ".bz2"}
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _RAW_CHARS = 1 << 19  # text per task of a worker: long enough to hide the pickling, short enough for even progress
 _MAX_BYTES = 1 << 30  # of a document in a file
 _TABLE_ROWS = 100  # read at once from parquet and the hub, where a row may be a whole book
-
-
-@dataclass(frozen=True)
-class Hub:
-    """Which part of a hub data set (or of a local folder laid out like one) is read."""
-
-    split: str = "train"
-    subset: str | None = None
-    revision: str | None = None
-
-
-@dataclass(frozen=True)
-class Group:
-    """Files of one kind, or one hub data set (no files): read by one reader, under one source name."""
-
-    name: str
-    kind: str  # "text" (a file is a document) | "jsonl" (a line is one) | "parquet" (a row is one) | "hub"
-    files: tuple[str, ...] = ()
-    hub_name: str = ""
-    hub: Hub = Hub()
-
-    def read(self) -> dict[Any, str]:
-        """What it reads: a file by any of its names, or a split; and a name to show."""
-        if self.kind == "hub":
-            name = ":".join(filter(None, (self.hub_name, self.hub.subset, self.hub.split)))
-            return {name: name}
-        stats = ((os.stat(file), file) for file in self.files)
-        return {(stat.st_dev, stat.st_ino): file for stat, file in stats}
-
-    def inputs(self) -> list[Any]:
-        """All that decides what this group reads, as plain data: file stamps, or the hub's coordinates."""
-        if self.kind == "hub":
-            return [self.name, self.hub_name, self.hub.split, self.hub.subset, self.hub.revision]
-        stats = [(file, os.stat(file)) for file in self.files]
-        return [self.name, self.kind, [[file, stat.st_size, stat.st_mtime_ns] for file, stat in stats]]
 
 
 @dataclass(frozen=True)
@@ -156,122 +114,6 @@ class Raw:
         return hashlib.blake2b(b"\0".join(values), digest_size=16).digest()
 
 
-# --- source -> groups ---
-
-
-def resolve(setting: str, entries: list[str], hub: Hub) -> tuple[Group, ...]:
-    """Find what each entry of a source setting names.
-
-    Raises:
-        ConfigError: an entry is neither file, folder, glob with a match, nor a possible hub name.
-    """
-    names = [_source_name(entry) for entry in entries]
-    groups: list[Group] = []
-    for entry, name in zip(entries, names, strict=True):
-        groups += _resolve_one(setting, entry, name if names.count(name) == 1 else entry, hub)
-    return tuple(groups)
-
-
-def each_file(groups: tuple[Group, ...]) -> tuple[Group, ...]:
-    """The same files in the same order, each a group by its own name: the shortest end of its path that no other has.
-
-    Data sets of the hub stay as they are.
-    """
-    paths = {Path(file).parts for group in groups for file in group.files}
-    depth = next(d for d in range(1, 999) if len({parts[-d:] for parts in paths}) == len(paths))
-    split: list[Group] = []
-    for group in groups:
-        names = (("/".join(Path(file).parts[-depth:]), file) for file in group.files)
-        split += [Group(name, group.kind, (file,)) for name, file in names] or [group]
-    return tuple(split)
-
-
-def _resolve_one(setting: str, entry: str, name: str, hub: Hub) -> list[Group]:
-    path = os.path.abspath(os.path.expanduser(entry))
-    if os.path.isdir(path):
-        files = _folder_files(setting, path, hub)
-    elif os.path.isfile(path):
-        files = [path]
-    else:
-        files = sorted(file for file in glob.glob(path, recursive=True) if os.path.isfile(file))
-    if files:
-        of_kind: dict[str, list[str]] = {"text": [], "jsonl": [], "parquet": []}
-        for file in files:
-            if os.path.getsize(file):  # the readers stumble over empty files
-                of_kind[_kind(file)].append(file)
-        if not any(of_kind.values()):
-            raise ConfigError(f"{setting}: {entry!r} holds no text: its files ({len(files)}) are empty; give others")
-        return [Group(name, kind, tuple(found)) for kind, found in of_kind.items() if found]
-    hub_name, _, split = entry.partition(":")
-    if _HUB_NAME.fullmatch(hub_name) and Path(entry).suffix not in {".txt", ".md", ".py", *_KINDS, *_COMPRESSIONS}:
-        return [Group(name, "hub", hub_name=hub_name, hub=replace(hub, split=split or hub.split))]
-    what = "matches folders alone, no file" if glob.glob(path) and not os.path.isfile(path) else "matches no file"
-    raise ConfigError(
-        f"{setting}: {entry!r} {what}; give a file, a folder, a glob such as 'books/**/*.txt', "
-        "or a hub data set 'owner/name' or 'owner/name:split'"
-    )
-
-
-def _folder_files(setting: str, folder: str, hub: Hub) -> list[str]:
-    """Every visible file; of a folder with jsonl or parquet in it only these, of one split as on the hub."""
-    found = [
-        os.path.join(root, file)
-        for root, _, files in os.walk(folder)
-        if not any(part.startswith((".", "__")) for part in Path(root).relative_to(folder).parts)
-        for file in files
-        if not file.startswith(".")
-    ]
-    if all(_kind(file) == "text" for file in found):
-        return sorted(found)
-    if any(file.endswith(".arrow") for file in found):
-        raise ConfigError(f"{setting}: {folder} holds Arrow files, which are not read; write it by Dataset.to_parquet")
-    try:
-        splits: dict = datasets.load_dataset_builder(folder, hub.subset).config.data_files or {}
-    except Exception as error:
-        raise ConfigError(f"{setting}: cannot read the folder {folder!r}: {first_line(error)}") from error
-    if hub.split not in splits:
-        raise ConfigError(f"--data.split: no {hub.split!r} in {folder!r}; there are: {', '.join(map(str, splits))}")
-    read = sorted(splits[hub.split])
-    if strangers := [file for file in read if not Path(file).resolve().is_relative_to(Path(folder).resolve())]:
-        raise ConfigError(
-            f"{setting}: the README.md of {folder!r} names {strangers[0]!r}, which lies outside of that folder; name "
-            "it in the setting if you mean it"
-        )
-    kinds = [sorted({Path(file).suffix for file in files if _kind(file) != "text"}) for files in (found, read)]
-    if kinds[0] and not kinds[1]:  # as many on the hub: the commoner kind
-        raise ConfigError(
-            f"{setting}: {folder} holds {' and '.join(kinds[0])} files and more of text; say which by a glob, e.g. "
-            f"{folder}/*{kinds[0][0]}, or give both"
-        )
-    if left := sorted(set(found) - set(map(os.path.abspath, read))):
-        _say_once(
-            f"{setting}: of {folder} split {hub.split}, {len(read)} of {len(found)} files are read; left out: "
-            f"{', '.join(os.path.relpath(file, folder) for file in left[:3])}{' ...' if len(left) > 3 else ''}"
-        )
-    return read
-
-
-_say_once = cache(rank_zero_info)
-
-
-def _kind(file: str) -> str:
-    path = Path(file)
-    suffix = Path(path.stem).suffix if path.suffix.lower() in _COMPRESSIONS else path.suffix
-    return _KINDS.get(suffix.lower(), "text")
-
-
-def _source_name(entry: str) -> str:
-    """Short name for logs: the last part of a path that is no pattern, a file's without its suffixes."""
-    path = os.path.abspath(os.path.expanduser(entry))
-    there = os.path.exists(path)  # then its brackets are no pattern
-    parts = [part for part in path.split(os.sep) if part and (there or not glob.has_magic(part))]
-    last = parts[-1] if parts else entry
-    return last.split(".")[0] or last if os.path.isfile(path) else last
-
-
-# --- groups -> rows ---
-
-
 def read_raw(corpus: Corpus) -> Iterator[Raw]:
     """Read a corpus in order, about half a million characters at a time.
 
@@ -304,7 +146,7 @@ def _read_files(group: Group, corpus: Corpus) -> Iterator[Raw]:
         except ConfigError:
             raise
         except Exception as error:
-            hint = "; pip install zstandard" if "zstd" in str(error) else ""
+            hint = "; pip install backports.zstd" if isinstance(error, ModuleNotFoundError) else ""
             raise ConfigError(f"{corpus.setting}: {file}: cannot be read ({first_line(error)}){hint}") from error
 
 
@@ -341,8 +183,7 @@ def _check_size(data: bytes, file: str, line: int, setting: str) -> None:
 @contextmanager
 def _open(file: str) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
     """The unpacked content, and the file itself, whose position says how far it is read."""
-    packed = infer_compression(file) if Path(file).suffix.lower() in _COMPRESSIONS else None
-    with open(file, "rb") as disk, compr[packed](disk, mode="rb") as content:
+    with open(file, "rb") as disk, unpacked(disk, Path(file).suffix.lower()) as content:
         yield content, disk
 
 
@@ -368,7 +209,7 @@ def _read_hub(group: Group, corpus: Corpus) -> Iterator[Raw]:
         raise
     except Exception as error:
         raise ConfigError(
-            f"{corpus.setting}: cannot read {group.hub_name}: {first_line(error)}; "
+            f"{corpus.setting}: cannot read {group.hub_name}: {one_line(error)}; "
             "it is no local file, folder or glob match either"
         ) from error
 
@@ -387,6 +228,8 @@ def check_columns(corpus: Corpus, found: list[str], where: str) -> None:
     for column, setting in corpus.columns().items():
         if column not in found:
             raise ConfigError(f"--data.{setting}: no column {column!r} in {where}; there are: {', '.join(found)}")
+        if found.count(column) > 1:
+            raise ConfigError(f"--data.{setting}: {where} has several columns named {column!r}; rename one")
 
 
 # --- of use to all that read text ---
@@ -395,8 +238,3 @@ def check_columns(corpus: Corpus, found: list[str], where: str) -> None:
 def utf8(text: str) -> bytes:
     """The text's bytes. Half a surrogate pair, which JSON may hold and UTF-8 may not, becomes '?'."""
     return text.encode("utf-8", errors="replace")
-
-
-def first_line(error: BaseException) -> str:
-    """The error's message, cut to one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -45,3 +45,13 @@ class VerbParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{self.prog.split()[-1]}: {message}")
+
+
+def first_line(error: BaseException) -> str:
+    """The error's message, cut to one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def one_line(error: BaseException, limit: int = 400) -> str:
+    """The whole message as one line, cut to so many characters."""
+    return " ".join(str(error).split())[:limit]

@@ -414,8 +414,9 @@ class SALTModule(pl.LightningModule):
 
     def _data_identity(self) -> dict[str, Any]:
         """What decides which rows a step reads."""
-        names = "seed global_batch_size block_size num_train_tokens selection_fingerprint difficulty_fingerprint"
-        found = {f"--data.{name}": getattr(self._data, name, 0) for name in names.split()}
+        settings = ["seed", "global_batch_size", "block_size", "num_train_tokens"]
+        fingerprints = [f"{name}_fingerprint" for name in ("train", "selection", "difficulty")]
+        found = {f"--data.{name}": getattr(self._data, name, 0) for name in settings + fingerprints}
         return found | {"--data.held_out": str(getattr(self._data, "held_out", ""))}
 
     @property

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from salt_lightning.documents import Corpus, Raw, check_columns, first_line, utf8
-from salt_lightning.errors import ConfigError
+from salt_lightning.documents import Corpus, Raw, check_columns, utf8
+from salt_lightning.errors import ConfigError, first_line
 
 
 class BadLine(ConfigError):
@@ -59,12 +59,17 @@ def documents(
             if content and not (isinstance(content, str) and content.isspace()):
                 taken = _taken(take, content, raw, row)
                 if taken is not None:
-                    kept.append((taken, utf8(str(source)).decode()))
+                    kept.append((taken, utf8(source).decode()))
         except BadLine as error:
             if not corpus.skip_bad_lines:
                 raise
             skipped.add(Skipped(1, error.place))
     return kept, skipped
+
+
+def _name(source: Any) -> str:
+    """What a column says of a row's source, as one line for tags and tables."""
+    return " ".join(str(source).split()) or "(none)" if source is not None else "(none)"
 
 
 def _taken(take: Callable[[Any], Any], content: Any, raw: Raw, row: int) -> Any:
@@ -76,11 +81,11 @@ def _taken(take: Callable[[Any], Any], content: Any, raw: Raw, row: int) -> Any:
         raise _refused(f"{error}; {where}") from error
 
 
-def _parse(raw: Raw, row: int, corpus: Corpus) -> tuple[Any, Any]:
+def _parse(raw: Raw, row: int, corpus: Corpus) -> tuple[Any, str]:
     """Content and source of a row."""
     data = raw.rows[row]
     if raw.kind in ("parquet", "hub"):
-        return _checked(data, corpus, raw.name), raw.sources[row] if raw.sources else raw.name
+        return _checked(data, corpus, raw.name), _name(raw.sources[row]) if raw.sources else raw.name
     if data.startswith(BOM_UTF8) and raw.place(row)[1] == 1:  # a mark of the file, as Windows writes it, and no text
         data = data.removeprefix(BOM_UTF8)
     try:
@@ -103,7 +108,7 @@ def _parse(raw: Raw, row: int, corpus: Corpus) -> tuple[Any, Any]:
         raise _bad_line(corpus, _place(raw, row), problem, "write one object a line")
     try:
         check_columns(corpus, list(fields), _place(raw, row))
-        source = fields[corpus.source_column] if corpus.source_column else raw.name
+        source = _name(fields[corpus.source_column]) if corpus.source_column else raw.name
         return _checked(corpus.content(fields), corpus, _place(raw, row)), source
     except ConfigError as error:
         raise _refused(str(error)) from None
@@ -118,7 +123,8 @@ def _checked(content: Any, corpus: Corpus, where: str) -> Any:
             raise ConfigError(f"{error}; {where}") from error
     if content is not None and not isinstance(content, str):
         raise ConfigError(
-            f"--data.text_column: {corpus.text_column!r} of {where} holds {type(content).__name__}, not text"
+            f"--data.text_column: {corpus.text_column!r} of {where} holds {type(content).__name__}, not text; name a "
+            "column of text"
         )
     return content
 

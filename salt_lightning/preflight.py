@@ -67,6 +67,25 @@ def unknown_tokens(share: float) -> Finding | None:
     )
 
 
+def lost_text(kept: float) -> Finding | None:
+    """`kept`: share of the bytes of held-out text that its tokens decode to. None: next to all."""
+    if kept >= 0.9:
+        return None
+    said = f"the tokens of the held-out text decode to {kept:.0%} of its bytes: --data.tokenizer drops the others"
+    return Finding(
+        "warning", "lost text", said, "the student never sees them; take a byte-level one, or with an unknown token"
+    )
+
+
+def large_share(held_out: int, training: int, fraction: float) -> Finding | None:
+    """Tokens drawn for validation and left for training, and the share that was asked for. None: about that."""
+    share = held_out / (held_out + training)
+    if share <= fraction + max(0.1, 2 * fraction):
+        return None
+    said = f"--data.val_fraction {fraction} of the documents are {share:.0%} of the tokens: one of them is very long"
+    return Finding("warning", "held-out text", said, "split it into several, or give --data.val_source")
+
+
 def seen_in_training(names: list[str]) -> Finding | None:
     """`names`: files or splits that are training text and held-out text at once. None: none are."""
     if not names:

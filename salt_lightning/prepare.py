@@ -37,6 +37,7 @@ from salt_lightning.tokenizer import (
     Encoder,
     ExampleEncoder,
     beginning,
+    num_ids,
     rules_fingerprint,
     tokenizer_fingerprint,
     train_tokenizer,
@@ -125,11 +126,10 @@ def _prepare(
 
 def make_encoder(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, val_fraction: float) -> Encoder:
     """What turns the rows of a corpus into tokens."""
-    largest = max(len(tokenizer) - 1, *tokenizer.get_vocab().values())
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()
-    dtype = "uint16" if largest < 1 << 16 else "uint32"
+    dtype = "uint16" if num_ids(tokenizer) <= 1 << 16 else "uint32"
     eos_id = int(tokenizer.eos_token_id)
     if not corpus.examples.given:
         return Encoder(backend, eos_id, dtype, corpus, val_fraction)

@@ -13,11 +13,11 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from salt_lightning.documents import Corpus, Raw, first_line, read_raw, utf8
-from salt_lightning.errors import ConfigError
+from salt_lightning.documents import Corpus, Raw, read_raw, utf8
+from salt_lightning.errors import ConfigError, first_line, one_line
 from salt_lightning.examples import Message, segments
 from salt_lightning.parse import Skipped, documents, empty_error, lots
-from salt_lightning.token_files import Block, digest
+from salt_lightning.token_files import Block, TokenFiles, digest
 
 EOS = "<|endoftext|>"
 _TRAINING_BYTES = 256 << 20  # of files that a new tokenizer reads; of larger corpora an even sample
@@ -48,6 +48,24 @@ def load_tokenizer(name: str, setting: str = "--data.tokenizer") -> PreTrainedTo
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of the token -> id map: models whose tokenizers share it understand each other's ids."""
     return digest(sorted(tokenizer.get_vocab().items()))
+
+
+def num_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Every id lies below it. It may be more than the number of tokens: some vocabularies have gaps."""
+    return max(len(tokenizer), *(i + 1 for i in tokenizer.get_vocab().values()))
+
+
+def unknown_share(tokenizer: PreTrainedTokenizerBase, files: TokenFiles) -> float:
+    """Share of the tokens that stand for words that the tokenizer does not know."""
+    unknown, tokens = tokenizer.unk_token_id, files.tokens[: 1 << 20]
+    return 0.0 if unknown in (None, tokenizer.eos_token_id) else float(np.mean(tokens == unknown))
+
+
+def decoded_share(tokenizer: PreTrainedTokenizerBase, files: TokenFiles) -> float:
+    """Bytes that the first tokens of held-out text decode to, over the bytes that they were made of."""
+    first = slice(1 << 16)
+    text = tokenizer.backend_tokenizer.decode(files.tokens[first].tolist(), skip_special_tokens=True)
+    return len(utf8(text)) / max(1, int(files.token_bytes[first].sum()))
 
 
 def rules_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -152,7 +170,13 @@ class Encoder:
         encode = self.tokenizer.encode_batch if with_bytes else self.tokenizer.encode_batch_fast
         for batch in _batches(docs):
             batch_ids: list[int] = []
-            encodings = encode([part for _, part in batch], add_special_tokens=False)
+            try:
+                encodings = encode([part for _, part in batch], add_special_tokens=False)
+            except Exception as error:  # of a word that a model without unknown token does not have
+                raise ConfigError(
+                    f"--data.tokenizer: it cannot encode the text of {self.corpus.setting} ({one_line(error)}); give "
+                    "it an unknown token, or take a byte-level one"
+                ) from error
             for (number, part), encoding in zip(batch, encodings, strict=True):
                 lengths[number] += len(encoding)
                 batch_ids += encoding.ids

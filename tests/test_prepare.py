@@ -30,13 +30,14 @@ from transformers import PreTrainedTokenizerFast
 
 from salt_lightning import documents, journal, prepare, processes, progress
 from salt_lightning import tokenizer as tokenizer_module
-from salt_lightning.documents import Corpus, Group, Hub, read_raw, resolve, utf8
+from salt_lightning.documents import Corpus, read_raw, utf8
 from salt_lightning.errors import ConfigError
 from salt_lightning.journal import making
 from salt_lightning.models import emitted_ids
 from salt_lightning.parse import lots
 from salt_lightning.prepare import prepare_tokenizer, prepare_tokens, token_folder, tokenizer_folder
 from salt_lightning.progress import Done, progress_line, summary_line
+from salt_lightning.sources import Group, Hub, resolve
 from salt_lightning.token_files import Block, SplitWriter, TokenFiles, no_counts, sealed, verify
 from salt_lightning.tokenizer import load_tokenizer, pieces, rules_fingerprint, token_bytes, tokenizer_fingerprint
 
@@ -190,7 +191,7 @@ def test_source_column(kind, tmp_path):
     tokenizer = byte_tokenizer()
     corpus = corpus_of(path, text_column="body", source_column="kind")
     found = stored(prepare_tokens(corpus, tokenizer, 0.0, tmp_path / "cache", 1), "train", tokenizer)
-    assert found == list(zip(TEXTS, ["web", "code", "web", "None"], strict=True))
+    assert found == list(zip(TEXTS, ["web", "code", "web", "(none)"], strict=True))
 
 
 def test_hub_data_set_is_read_by_name_and_split(tmp_path):
@@ -287,7 +288,11 @@ BAD_FILES = [
         OTHER_COLUMNS,
         r"--data.text_column: no column 'text' in .*/x.jsonl: line 1; there are: id, content; -",
     ),
-    ("x.jsonl", b'{"text": 17}\n', r"--data.text_column: 'text' of .*/x.jsonl: line 1 holds int, not text; -"),
+    (
+        "x.jsonl",
+        b'{"text": 17}\n',
+        r"--data.text_column: 'text' of .*/x.jsonl: line 1 holds int, not text; name a column of text; -",
+    ),
     ("x.jsonl", b'["text"]\n', r"""--data.source: .*x.jsonl: line 1 is no JSON object but '\["text"\]"""),
     ("x.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"--data.source: .*x.jsonl: line 2 is not UTF-8 text"),
     ("x.jsonl", b"[" * 200_000, r"--data.source: .*x.jsonl: line 1 is not JSON \(.*recursion"),

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "salt_lightning").glob("*.py"))
 NAMES = [path.name for path in FILES]
 LAYERS = [  # a file imports from files of earlier layers alone
-    {"errors", "flops", "journal", "progress", "progress_bar", "quiet", "row_pass", "watch"},
+    {"errors", "flops", "journal", "packed", "progress", "progress_bar", "quiet", "row_pass", "watch"},
     {
         "attention",
         "chunked_head",
@@ -28,7 +28,7 @@ LAYERS = [  # a file imports from files of earlier layers alone
         "runlog",
         "scores",
     },
-    {"settings", "shards", "slurm", "token_files", "triton_rows"},
+    {"settings", "shards", "slurm", "sources", "token_files", "triton_rows"},
     {"difficulty", "documents", "event_log", "losses", "report", "rows", "run_config", "spec"},
     {"lineage", "parse"},
     {"remarks", "tokenizer"},

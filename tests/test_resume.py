@@ -617,6 +617,17 @@ def test_other_held_out_text_than_the_checkpoints_is_said(fit, tmp_path, caplog)
     assert "going on with other data than the checkpoint's: other held-out text or rows" in caplog.text
 
 
+def test_other_training_text_of_as_many_tokens_is_said(fit, corpus, teacher, tmp_path, caplog):
+    text = tmp_path / "text.jsonl"
+    text.write_bytes(corpus.read_bytes())
+    own = {"data.source": str(text), "data.val_source": str(corpus)}
+    own["data.tokenizer"] = str(Path(teacher).parents[1] / "tokenizer")
+    assert fit(tmp_path / "run", stop_at=3, **own) == 128 + signal.SIGTERM
+    text.write_text("".join(f"{line}\n" for line in reversed(text.read_text().splitlines())))
+    assert fit(tmp_path / "run", stop_at=5, ckpt_path="last", **own) == 128 + signal.SIGTERM
+    assert "going on with other data than the checkpoint's: other training text (--data.source)\n" in caplog.text
+
+
 def test_what_held_before_a_change_of_settings_stays_beside_the_run(fit_with, tmp_path):
     """compare and the model card tell of it. A start that changes nothing leaves nothing."""
     run, on = tmp_path / "run", {"ckpt_path": "last", "checkpoint.keep": None, "checkpoint.every_n_steps": 3}

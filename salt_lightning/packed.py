@@ -1,0 +1,69 @@
+"""Packed files as what they hold: .gz, .bz2, .xz, .zst, each of one or more streams."""
+
+import bz2
+import gzip
+import io
+import lzma
+from collections.abc import Callable
+from contextlib import suppress
+from typing import IO, Any
+
+SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
+_READ = 1 << 17  # bytes at once
+
+
+def unpacked(disk: IO[bytes], suffix: str) -> IO[bytes]:
+    """The content of an open file whose name ends with one of `SUFFIXES`; of any other the file itself.
+
+    Raises (also while it is read):
+        EOFError, OSError, and errors of the format: it is cut off, damaged, or followed by something else.
+        ModuleNotFoundError: .zst without its package.
+    """
+    if suffix == ".gz":
+        return gzip.GzipFile(fileobj=disk, mode="rb")  # type: ignore[return-value]
+    if suffix == ".zst":
+        return _zstd().open(disk, "rb")
+    begin: dict[str, Callable[[], Any]] = {".bz2": bz2.BZ2Decompressor, ".xz": lzma.LZMADecompressor}
+    return io.BufferedReader(_Streams(disk, begin[suffix]), _READ) if suffix in begin else disk
+
+
+def _zstd() -> Any:
+    with suppress(ModuleNotFoundError):
+        from compression import zstd  # of Python 3.14 and later
+
+        return zstd
+    from backports import zstd
+
+    return zstd
+
+
+class _Streams(io.RawIOBase):
+    """Streams one after the other. The readers of Python take a later one that is damaged for the end of the file."""
+
+    def __init__(self, disk: IO[bytes], begin: Callable[[], Any]) -> None:
+        self._disk, self._begin, self._stream = disk, begin, begin()
+        self._is_between = False  # behind a whole stream
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = b""
+        while not data:
+            packed = b""
+            if self._stream.eof:
+                packed, self._stream, self._is_between = self._stream.unused_data, self._begin(), True
+            elif self._stream.needs_input:
+                packed = self._disk.read(_READ)
+                if not packed and self._is_between:
+                    return 0
+                if not packed:
+                    raise EOFError("it ends within a stream")
+            if self._is_between:
+                packed = packed.lstrip(b"\0")  # padding
+                if not packed:
+                    continue
+                self._is_between = False
+            data = self._stream.decompress(packed, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)

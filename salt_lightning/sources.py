@@ -1,0 +1,204 @@
+"""What a source setting names: files, folders, globs and hub data sets -> groups of files, in one fixed order."""
+
+import glob
+import os
+import re
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import datasets
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from salt_lightning.errors import ConfigError, one_line
+from salt_lightning.packed import SUFFIXES
+
+_KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".jsonlines": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+_TABLES = {".csv", ".tsv"}  # nobody means one document with the commas in it
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+@dataclass(frozen=True)
+class Hub:
+    """Which part of a hub data set (or of a local folder laid out like one) is read."""
+
+    split: str = "train"
+    subset: str | None = None
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Files of one kind, or one hub data set (no files): read by one reader, under one source name."""
+
+    name: str
+    kind: str  # "text" (a file is a document) | "jsonl" (a line is one) | "parquet" (a row is one) | "hub"
+    files: tuple[str, ...] = ()
+    hub_name: str = ""
+    hub: Hub = Hub()
+
+    def read(self) -> dict[Any, str]:
+        """What it reads: a file by any of its names, or a split; and a name to show."""
+        if self.kind == "hub":
+            name = ":".join(filter(None, (self.hub_name, self.hub.subset, self.hub.split)))
+            return {name: name}
+        return {_identity(file): file for file in self.files}
+
+    def inputs(self) -> list[Any]:
+        """All that decides what this group reads, as plain data: file stamps, or the hub's coordinates."""
+        if self.kind == "hub":
+            return [self.name, self.hub_name, self.hub.split, self.hub.subset, self.hub.revision]
+        stats = [(file, os.stat(file)) for file in self.files]
+        return [self.name, self.kind, [[file, stat.st_size, stat.st_mtime_ns] for file, stat in stats]]
+
+
+def resolve(setting: str, entries: list[str], hub: Hub) -> tuple[Group, ...]:
+    """Find what each entry of a source setting names.
+
+    Raises:
+        ConfigError: an entry is neither file, folder, glob with a match, nor a possible hub name.
+    """
+    names = [_source_name(entry) for entry in entries]
+    groups: list[Group] = []
+    for entry, name in zip(entries, names, strict=True):
+        groups += _resolve_one(setting, entry, name if names.count(name) == 1 else entry, hub)
+    files = [file for group in groups for file in group.files]
+    times = Counter(map(_identity, files))
+    if again := next((file for file in files if times[_identity(file)] > 1), None):
+        repeated = sum(count > 1 for count in times.values())
+        _say_once(f"{setting}: {repeated} of the files are read more than once ({again} for one)")
+    if tables := [file for file in files if _suffix(file) in _TABLES]:
+        _say_once(f"{setting}: {len(tables)} tables are read as plain text, each one document ({tables[0]} for one)")
+    return tuple(groups)
+
+
+def each_file(groups: tuple[Group, ...]) -> tuple[Group, ...]:
+    """The same files in the same order, each a group by its own name: the shortest end of its path that no other has.
+
+    Data sets of the hub stay as they are.
+    """
+    paths = {Path(file).parts for group in groups for file in group.files}
+    depth = next(d for d in range(1, 999) if len({parts[-d:] for parts in paths}) == len(paths))
+    split: list[Group] = []
+    for group in groups:
+        names = (("/".join(Path(file).parts[-depth:]), file) for file in group.files)
+        split += [Group(name, group.kind, (file,)) for name, file in names] or [group]
+    return tuple(split)
+
+
+def _resolve_one(setting: str, entry: str, name: str, hub: Hub) -> list[Group]:
+    path = os.path.abspath(os.path.expanduser(entry))
+    if files := _files(setting, path, hub):
+        of_kind: dict[str, list[str]] = {"text": [], "jsonl": [], "parquet": []}
+        for file in files:
+            if os.path.getsize(file):  # the readers stumble over empty files
+                of_kind[_kind(file)].append(file)
+        if not any(of_kind.values()):
+            raise ConfigError(f"{setting}: {entry!r} holds no text: its files ({len(files)}) are empty; give others")
+        return [Group(name, kind, tuple(found)) for kind, found in of_kind.items() if found]
+    hub_name, _, split = entry.partition(":")
+    if _HUB_NAME.fullmatch(hub_name) and Path(entry).suffix not in {".txt", ".md", ".py", *_KINDS, *SUFFIXES}:
+        return [Group(name, "hub", hub_name=hub_name, hub=replace(hub, split=split or hub.split))]
+    there = glob.glob(path)
+    special = "matches folders alone, no file" if all(map(os.path.isdir, there)) else "is no regular file"
+    what = special if there else "matches no file"
+    raise ConfigError(
+        f"{setting}: {entry!r} {what}; give a file, a folder, a glob such as 'books/**/*.txt', "
+        "or a hub data set 'owner/name' or 'owner/name:split'"
+    )
+
+
+def _files(setting: str, path: str, hub: Hub) -> list[str]:
+    """Those that a path, a glob, or FOLDER:split names."""
+    if os.path.isdir(path):
+        return _folder_files(setting, path, hub)
+    if os.path.isfile(path):
+        return [path]
+    folder, _, split = path.rpartition(":")
+    if split and os.path.isdir(folder):
+        return _folder_files(setting, folder, replace(hub, split=split))
+    return sorted(file for file in glob.glob(path, recursive=True) if os.path.isfile(file))
+
+
+def _visible_files(setting: str, folder: str) -> list[str]:
+    """Those in a folder and what lies below it, also behind links, each folder once."""
+    found: list[str] = []
+    seen: set[tuple[int, int]] = set()
+
+    def refuse(error: OSError) -> None:
+        raise ConfigError(f"{setting}: cannot read the folder {error.filename!r}: {error.strerror}") from error
+
+    for root, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
+        if _identity(root) in seen:
+            folders.clear()
+            continue
+        seen.add(_identity(root))
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
+        paths = (os.path.join(root, file) for file in files if not file.startswith("."))
+        found += [path for path in paths if os.path.isfile(path)]
+    return found
+
+
+def _folder_files(setting: str, folder: str, hub: Hub) -> list[str]:
+    """Every visible file; of a folder with jsonl or parquet in it only these, of one split as on the hub."""
+    found = _visible_files(setting, folder)
+    if all(_kind(file) == "text" for file in found):
+        if hub.split != Hub.split:
+            _say_once(f"{setting}: {folder} holds plain text, which has no splits: {hub.split!r} has no effect on it")
+        return sorted(found)
+    if any(file.endswith(".arrow") for file in found):
+        raise ConfigError(f"{setting}: {folder} holds Arrow files, which are not read; write it by Dataset.to_parquet")
+    try:
+        splits: dict = datasets.load_dataset_builder(folder, hub.subset).config.data_files or {}
+    except Exception as error:
+        raise ConfigError(f"{setting}: cannot read the folder {folder!r}: {one_line(error)}") from error
+    if hub.split not in splits:
+        raise ConfigError(f"--data.split: no {hub.split!r} in {folder!r}; there are: {', '.join(map(str, splits))}")
+    read = sorted(splits[hub.split])
+    if strangers := [file for file in read if not Path(file).resolve().is_relative_to(Path(folder).resolve())]:
+        raise ConfigError(
+            f"{setting}: the README.md of {folder!r} names {strangers[0]!r}, which lies outside of that folder; name "
+            "it in the setting if you mean it"
+        )
+    kinds = [sorted({Path(file).suffix for file in files if _kind(file) != "text"}) for files in (found, read)]
+    if kinds[0] and not kinds[1]:  # as many on the hub: the commoner kind
+        raise ConfigError(
+            f"{setting}: {folder} holds {' and '.join(kinds[0])} files and more of text; say which by a glob, e.g. "
+            f"{folder}/*{kinds[0][0]}, or give both"
+        )
+    if left := sorted(set(found) - set(map(os.path.abspath, read))):
+        _say_once(
+            f"{setting}: of {folder} split {hub.split}, {len(read)} of {len(found)} files are read; left out: "
+            f"{', '.join(os.path.relpath(file, folder) for file in left[:3])}{' ...' if len(left) > 3 else ''}"
+        )
+    return read
+
+
+_say_once = cache(rank_zero_info)
+
+
+def _identity(path: str) -> tuple[int, int]:
+    """Of a file or folder under any of its names."""
+    stat = os.stat(path)
+    return stat.st_dev, stat.st_ino
+
+
+def _kind(file: str) -> str:
+    return _KINDS.get(_suffix(file), "text")
+
+
+def _suffix(file: str) -> str:
+    """Of what is packed in it."""
+    path = Path(file)
+    return (Path(path.stem).suffix if path.suffix.lower() in SUFFIXES else path.suffix).lower()
+
+
+def _source_name(entry: str) -> str:
+    """Short name for logs: the last part of a path that is no pattern, a file's without its suffixes."""
+    path = os.path.abspath(os.path.expanduser(entry))
+    there = os.path.exists(path)  # then its brackets are no pattern
+    parts = [part for part in path.split(os.sep) if part and (there or not glob.has_magic(part))]
+    last = parts[-1] if parts else entry
+    return last.split(".")[0] or last if os.path.isfile(path) else last

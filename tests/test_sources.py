@@ -1,0 +1,246 @@
+"""What a source setting names, and packed files: nothing of the text may be missed or read twice in silence."""
+
+import bz2
+import gzip
+import json
+import lzma
+import os
+import re
+import sys
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import write_corpus
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from salt_lightning.data import SALTDataModule
+from salt_lightning.documents import Corpus, read_raw
+from salt_lightning.errors import ConfigError
+from salt_lightning.parse import lots
+from salt_lightning.sources import Hub, resolve
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
+PACK = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zstd.compress}
+
+
+def lines(*numbers: int) -> bytes:
+    return b"".join(
+        json.dumps({"text": f"document {i}, " + "and so on, " * (i % 50)}).encode() + b"\n" for i in numbers
+    )
+
+
+def read(*entries, hub: Hub = Hub(), **options) -> list[str]:  # noqa: B008 (frozen)
+    """The texts of jsonl, or the files' whole content, in order."""
+    corpus = Corpus("--data.source", resolve("--data.source", list(map(str, entries)), hub), **options)
+    rows = [row for raw in read_raw(corpus) for row in raw.rows]
+    return [json.loads(row)["text"] if row.startswith(b"{") else row.decode() for row in rows]
+
+
+def texts(data: bytes) -> list[str]:
+    return [json.loads(line)["text"] for line in data.splitlines()]
+
+
+# --- packed files ---
+
+
+@pytest.mark.parametrize("kind", PACK)
+def test_all_streams_of_a_packed_file_are_read(kind, tmp_path):
+    """As pbzip2, pixz and concatenation write them."""
+    path, parts = tmp_path / f"x.jsonl.{kind}", [lines(*range(40)), b"", lines(*range(40, 20_000)), lines(7)]
+    path.write_bytes(b"".join(map(PACK[kind], parts)))
+    assert read(path) == texts(b"".join(parts))
+
+
+@pytest.mark.parametrize("kind", PACK)
+@pytest.mark.parametrize("damage", ["cut off", "header of the second stream", "something behind", "body"])
+def test_a_damaged_packed_file_is_refused_by_name(kind, damage, tmp_path):
+    first, second = (PACK[kind](lines(*numbers)) for numbers in (range(40), range(40, 80)))
+    damaged = {
+        "cut off": first + second[:-9],
+        "header of the second stream": first + bytes([second[0], second[1] ^ 16]) + second[2:],
+        "something behind": first + second + b"something else",
+        "body": first + second[: len(second) // 2] + bytes([second[len(second) // 2] ^ 255]) * 9
+        + second[len(second) // 2 + 9 :],
+    }  # fmt: skip
+    (tmp_path / f"x.jsonl.{kind}").write_bytes(damaged[damage])
+    with pytest.raises(ConfigError, match=rf"^--data.source: .*x.jsonl.{kind}: cannot be read \("):
+        read(tmp_path / f"x.jsonl.{kind}")
+
+
+@pytest.mark.parametrize("kind", ["bz2", "xz"])
+def test_zeros_may_pad_a_packed_file(kind, tmp_path):
+    (tmp_path / f"x.jsonl.{kind}").write_bytes(PACK[kind](lines(1)) + bytes(8) + PACK[kind](lines(2)) + bytes(1 << 18))
+    assert read(tmp_path / f"x.jsonl.{kind}") == texts(lines(1, 2))
+
+
+@given(st.lists(st.integers(0, 3000), max_size=4), st.sampled_from(["bz2", "xz"]))
+def test_streams_of_any_length(tmp_path_factory, sizes, kind):
+    path, parts = tmp_path_factory.mktemp("packed") / f"x.txt.{kind}", [os.urandom(size).hex() for size in sizes]
+    path.write_bytes(b"".join(PACK[kind](part.encode()) for part in parts) or PACK[kind](b""))
+    assert "".join(read(path)) == "".join(parts)
+
+
+# --- folders, splits, links ---
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
+def test_a_linked_folder_is_read_or_named(suffix, tmp_path, caplog):
+    for name, data in (("mine", lines(1)), ("elsewhere", lines(2))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"x.{suffix}").write_bytes(data)
+    (tmp_path / "mine" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "mine" / "more" / "back").symlink_to(tmp_path / "mine")  # a loop ends
+    with caplog.at_level("INFO"):
+        found = read(tmp_path / "mine")
+    if suffix == "txt":
+        assert sorted(found) == sorted(texts(lines(1, 2)))
+    else:  # of folders as on the hub, which does not follow links
+        assert found == texts(lines(1))
+        assert "1 of 2 files are read; left out: more/x.jsonl" in caplog.text
+
+
+def test_a_split_of_a_local_folder_is_that_of_files(tmp_path, caplog):
+    """Not of a data set: whether it has changed, or is training text too, can be told."""
+    for split, data in (("train", lines(1)), ("validation", lines(2, 3))):
+        (tmp_path / f"{split}.jsonl").write_bytes(data)
+    assert read(f"{tmp_path}:validation") == texts(lines(2, 3))
+    (group,) = resolve("--data.source", [f"{tmp_path}:validation"], Hub())
+    assert group.files == (str(tmp_path / "validation.jsonl"),)
+    (whole,) = resolve("--data.source", [str(tmp_path)], Hub())
+    assert Corpus("", (whole,)).shared_with(Corpus("", resolve("", [f"{tmp_path}:train"], Hub()))) == [
+        str(tmp_path / "train.jsonl")
+    ]
+    with pytest.raises(ConfigError, match="no 'test' in .*; there are: train, validation"):
+        read(f"{tmp_path}:test")
+
+
+@pytest.mark.parametrize("again", ["pattern", "link", "hard link"])
+def test_files_that_are_read_twice_are_named(again, tmp_path, caplog):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(lines(1))
+    if again == "link":
+        (tmp_path / "y.jsonl").symlink_to(path)
+    if again == "hard link":
+        (tmp_path / "y.jsonl").hardlink_to(path)
+    with caplog.at_level("INFO"):
+        assert read(path, tmp_path / "*.jsonl") == texts(lines(1)) * (2 if again == "pattern" else 3)
+    assert f"1 of the files are read more than once ({path} for one)" in caplog.text
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        read(tmp_path / "x*.jsonl")
+    assert "more than once" not in caplog.text
+
+
+def test_what_has_no_effect_or_is_no_text_is_said(tmp_path, caplog):
+    (tmp_path / "x.txt").write_text("a")
+    (tmp_path / "x.csv").write_text("a,b")
+    with caplog.at_level("INFO"):
+        read(tmp_path, hub=Hub(split="test"))
+    assert "holds plain text, which has no splits: 'test' has no effect on it" in caplog.text
+    assert f"1 tables are read as plain text, each one document ({tmp_path / 'x.csv'} for one)" in caplog.text
+
+
+def test_jsonlines_are_lines(tmp_path):
+    (tmp_path / "x.jsonlines.gz").write_bytes(gzip.compress(lines(1, 2)))
+    assert read(tmp_path / "x.jsonlines.gz") == texts(lines(1, 2))
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], ["text", "text"]), tmp_path / "x.parquet")
+    with pytest.raises(ConfigError, match=r"^--data.text_column: .*x.parquet has several columns named 'text'; rename"):
+        read(tmp_path / "x.parquet")
+
+
+@pytest.mark.parametrize(("value", "name"), [(None, "(none)"), ("", "(none)"), ("a\n b\tc ", "a b c")])
+def test_a_source_s_name_fits_a_tag_and_a_table(value, name, tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps({"text": f"text {i}", "from": value}) + "\n" for i in range(400)))
+    data = SALTDataModule(
+        str(path), source_column="from", vocab_size=300, block_size=32, cache_dir=str(tmp_path / "cache"),
+        val_fraction=0.1, global_batch_size=8,
+    )  # fmt: skip
+    data.prepare_data()
+    data.setup("fit")
+    assert data.source_names == [name]
+
+
+def test_thousands_of_files_are_looked_for_once(tmp_path, monkeypatch):
+    write_corpus(tmp_path / "x.jsonl")
+    data = SALTDataModule(str(tmp_path), vocab_size=300, block_size=32, cache_dir=str(tmp_path.parent / "cache"))
+    calls = []
+    monkeypatch.setattr("salt_lightning.data.resolve", lambda *args: calls.append(args) or resolve(*args))
+    data.prepare_data()
+    data.setup("fit")
+    assert len(calls) == 1
+
+
+# --- tokenizers that do not fit the text ---
+
+
+def words_of(path) -> dict[str, int]:
+    words = {word for line in path.read_text().splitlines() for word in json.loads(line)["text"].split()}
+    return {word: i for i, word in enumerate(sorted(words))}
+
+
+def ready(path, tokenizer, tmp_path, **settings) -> SALTDataModule:
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    data = SALTDataModule(
+        str(path), tokenizer=str(tmp_path / "tokenizer"), block_size=32, global_batch_size=8, val_fraction=0.1,
+        cache_dir=str(tmp_path / "cache"), prepare_workers=1, **settings,
+    )  # fmt: skip
+    data.prepare_data()
+    data.setup("fit")
+    return data
+
+
+def test_ids_with_a_gap_count_up_to_the_largest(tmp_path):
+    path = write_corpus(tmp_path / "x.jsonl")
+    words = {**words_of(path), "<unk>": 998, "<eos>": 999}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>")
+    assert len(fast) < 999
+    assert ready(path, fast, tmp_path).vocab_size == 1000
+
+
+def test_a_tokenizer_without_a_word_for_the_text_is_one_line(tmp_path):
+    path = write_corpus(tmp_path / "x.jsonl")
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "<eos>": 1}, unk_token="<gone>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+    with pytest.raises(ConfigError, match=r"^--data.tokenizer: it cannot encode the text of --data.source \(.*UNK"):
+        ready(path, fast, tmp_path)
+
+
+def test_a_tokenizer_that_drops_text_is_found_out(tmp_path):
+    path = write_corpus(tmp_path / "x.jsonl")
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate("abcdefgh")} | {"<eos>": 8}, []))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+    (found,) = ready(path, fast, tmp_path).doubts()
+    assert found.about == "lost text"
+    assert re.match(r"the tokens of the held-out text decode to \d\d% of its bytes", found.said)
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_one_document_that_is_nearly_all_is_named_where_it_is_held_out(held_out, tmp_path):
+    path = write_corpus(tmp_path / "x.jsonl")
+    long = next(t for i in range(99) if (lots((t := f"{i} " + "long " * 9000).encode())[0] < 0.1) == held_out)
+    with path.open("a") as out:
+        out.write(json.dumps({"text": long}) + "\n")
+    data = SALTDataModule(
+        str(path), block_size=32, global_batch_size=8, val_fraction=0.1, vocab_size=300, prepare_workers=1,
+        cache_dir=str(tmp_path / "cache"),
+    )  # fmt: skip
+    data.prepare_data()
+    data.setup("fit")
+    found = [finding.said for finding in data.doubts()]
+    assert len(found) == held_out
+    assert not held_out or re.match(r"--data.val_fraction 0.1 of the documents are \d\d% of the tokens", found[0])
