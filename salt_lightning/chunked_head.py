@@ -17,7 +17,10 @@ from torch import Tensor
 from salt_lightning.errors import ConfigError
 from salt_lightning.row_pass import NUM_SUMS, Mix, label_stats, math_dtype, row_pass
 
-MIN_CHUNK_ROWS = 2048  # what so many rows need is granted whatever the budget: fewer rows cost speed
+# What these need is granted whatever the budget, since less costs speed: so many rows with all their logits, and a
+# gradient of so many (each chunk is a pass over the head's fp32 gradient) with the logits of one strip.
+MIN_ROWS = 2048
+MIN_CHUNK_ROWS = 4096
 MIN_STRIP_ROWS = 1024  # below this the products of the logits lose speed
 TILE_ROWS = 128  # a matrix unit's tile
 CPU_BLOCK_ELEMENTS = 2**18  # rows x vocabulary that one eager pass handles, so that its temporaries stay in cache
@@ -126,11 +129,13 @@ def chunk_and_strip_rows(
     if num_rows == 0 or chunk_tokens is not None:
         rows = max(1, min(chunk_tokens or 1, num_rows))
         return ChunkRows(rows, rows)
-    least = min(num_rows, MIN_CHUNK_ROWS) * (grad_row_bytes + strip_row_bytes)
-    budget = max(int(budget_gib * 2**30), least)
+    strip_bytes = min(num_rows, MIN_STRIP_ROWS) * strip_row_bytes
+    least = min(num_rows, MIN_ROWS) * (grad_row_bytes + strip_row_bytes)
+    least_with_grad = min(num_rows, MIN_CHUNK_ROWS) * grad_row_bytes + strip_bytes
+    budget = max(int(budget_gib * 2**30), least, least_with_grad)
     chunk = num_rows
     if grad_row_bytes > 0:
-        chunk = _equal_rows(num_rows, (budget - min(num_rows, MIN_STRIP_ROWS) * strip_row_bytes) // grad_row_bytes)
+        chunk = _equal_rows(num_rows, (budget - strip_bytes) // grad_row_bytes)
     if strip_row_bytes == 0:
         return ChunkRows(chunk, chunk)
     return ChunkRows(chunk, _equal_rows(chunk, (budget - chunk * grad_row_bytes) // strip_row_bytes))

@@ -83,7 +83,7 @@ def salt_loss(  # noqa: PLR0913
         accuracy: "accurate" keeps the rounding of logits out of the gradients, also where student and
             teacher are close; "fast" may store logits in bf16.
         logits_budget_gib: memory for logits (both models') and their gradient at a time, in GiB; what 2,048
-            rows need is always granted.
+            rows need, or the gradient of 4,096 with logits of 1,024, is always granted.
         chunk_tokens: rows of a chunk, instead of the budget.
 
     Returns:

@@ -48,7 +48,7 @@ class SALTModule(pl.LightningModule):
         activation_checkpointing: Keep each block's input alone and compute the block again in backward: a third more
             compute of the student for most of its memory.
         accuracy: How the head loss stores logits: accurate, or fast (bf16).
-        logits_budget_gib: Memory that the head loss may use for logits, GiB; what 2,048 rows need is always granted.
+        logits_budget_gib: Memory that the head loss may use for logits, GiB; what a few thousand rows need is granted.
         seed: Of the student's initial weights and of dropout. The command line sets it by --seed_everything.
 
     Raises:
@@ -226,16 +226,17 @@ class SALTModule(pl.LightningModule):
         if self.teacher is not None:
             with torch.no_grad(), self.meter.teacher_runs(ids_BT.is_cuda):
                 teacher_out = self.teacher(ids_BT, positions_BT, cu_seqlens=batch.get("cu_seqlens"))
-        # Lightning divides by the accumulated micro-batches and DDP by the ranks: what is left is one division
-        # by the tokens of the whole optimizer step.
-        shares = self.trainer.accumulate_grad_batches * self.trainer.world_size
-        loss = partial(self.step_loss, batch["labels"].flatten(), teacher_out, batch["step_tokens"].float() / shares)
+        # DDP divides by the ranks: what is left is one division by the tokens of the whole optimizer step.
+        num_tokens = batch["step_tokens"].float() / self.trainer.world_size
+        loss = partial(self.step_loss, batch["labels"].flatten(), teacher_out, num_tokens)
         out = self.student(ids_BT, positions_BT, loss, batch.get("cu_seqlens"))
         with torch.no_grad():
             self._sums += torch.stack([getattr(out, name).float() for name in SUMS])
         micro = batch_idx % self.trainer.accumulate_grad_batches
         self._watch.see(0, out.loss, self._batch_number(micro) + self.global_rank)
-        return out.loss
+        # Lightning divides by the accumulated micro-batches. What comes back to the loss then is 1 (at some counts 1
+        # and a rounding), so the gradients that its forward has made need no pass that scales them.
+        return out.loss * self.trainer.accumulate_grad_batches
 
     def _batch_number(self, micro: int) -> int:
         """Micro-batches of all ranks before micro-batch `micro` of the running step."""

@@ -16,6 +16,7 @@ from salt_lightning.row_pass import FINITE_LOW, IGNORE, NUM_SUMS, Mix
 
 BLOCK = 4096  # elements one program holds of a row at a time
 WARPS = 8
+WIDE = 16  # a length with this factor lets Triton load and store 16 bytes at once
 
 _IGNORE = tl.constexpr(IGNORE)
 _NUM_SUMS = tl.constexpr(NUM_SUMS)
@@ -38,6 +39,7 @@ def fill_rows(logits: list[Tensor], labels_C: Tensor, mix: Mix, sums_7C: Tensor,
             mix.kd_weight,
             mix.scale,
             vocab,
+            _width(student_CV, teacher_CV, target_CV),
             student_CV.stride(0),
             teacher_CV.stride(0),
             target_CV.stride(0),
@@ -59,9 +61,23 @@ def label_stats(logits_CV: Tensor, labels_C: Tensor) -> tuple[Tensor, Tensor]:
     block = min(BLOCK, triton.next_power_of_2(vocab))
     with torch.cuda.device_of(logits_CV):
         _label_kernel[(num_rows,)](
-            logits_CV, labels_C.contiguous(), nll_C, rank_C, vocab, logits_CV.stride(0), BLOCK=block, num_warps=WARPS
+            logits_CV,
+            labels_C.contiguous(),
+            nll_C,
+            rank_C,
+            vocab,
+            _width(logits_CV),
+            logits_CV.stride(0),
+            BLOCK=block,
+            num_warps=WARPS,
         )
     return nll_C, rank_C
+
+
+def _width(*rows: Tensor) -> int:
+    """How far each row may be read and written: the vocabulary, or where no wide load fits that, the rows' padding."""
+    vocab = rows[0].shape[1]
+    return vocab if vocab % WIDE == 0 else min(t.stride(0) for t in rows)
 
 
 def scale_in_place(grad: Tensor, by: Tensor) -> Tensor:
@@ -73,9 +89,9 @@ def scale_in_place(grad: Tensor, by: Tensor) -> Tensor:
 
 
 @triton.jit
-def _load(pointers, mask):
-    values = tl.load(pointers, mask=mask, other=float("-inf")).to(tl.float32)
-    return tl.where(values == float("-inf"), _LOW, values)  # unlike a maximum this keeps NaN
+def _load(row, at, vocab, width):
+    values = tl.load(row + at, mask=at < width, other=float("-inf")).to(tl.float32)
+    return tl.where((at >= vocab) | (values == float("-inf")), _LOW, values)  # unlike a maximum this keeps NaN
 
 
 @triton.jit
@@ -88,6 +104,7 @@ def _row_kernel(
     kd_weight,
     scale,
     vocab,
+    width,
     student_stride,
     teacher_stride,
     grad_stride,
@@ -111,7 +128,7 @@ def _row_kernel(
         if GRADIENT:
             for start in range(0, vocab, BLOCK):
                 at = start + lanes
-                tl.store(grad + at, tl.zeros([BLOCK], tl.float32).to(grad.dtype.element_ty), mask=at < vocab)
+                tl.store(grad + at, tl.zeros([BLOCK], tl.float32).to(grad.dtype.element_ty), mask=at < width)
     else:
         known = (label >= 0) & (label < vocab)  # any other label makes the loss NaN
         column = label.to(tl.int32)
@@ -127,13 +144,12 @@ def _row_kernel(
         q_teacher = 0.0  # offset of all logits would cost digits
         for start in range(0, vocab, BLOCK):
             at = start + lanes
-            inside = at < vocab
-            s = _load(student + at, inside)
+            s = _load(student, at, vocab, width)
             new_max = tl.maximum(s_max, tl.max(s, 0))
             s_total = s_total * tl.exp2((s_max - new_max) * _LOG2E) + tl.sum(tl.exp2((s - new_max) * _LOG2E), 0)
             s_max = new_max
             if TEACHER:
-                t = _load(teacher + at, inside)
+                t = _load(teacher, at, vocab, width)
                 new_max = tl.maximum(t_max, tl.max(t, 0))
                 q = tl.exp2((t - new_max) * soft)
                 fade = tl.exp2((t_max - new_max) * soft)
@@ -171,21 +187,20 @@ def _row_kernel(
             tl.debug_barrier()  # every warp has read the label's logit before one overwrites it
             for start in range(0, vocab, BLOCK):
                 at = start + lanes
-                inside = at < vocab
-                s = _load(student + at, inside)
+                s = _load(student, at, vocab, width)
                 d = tl.exp2((s - s_max) * _LOG2E) * p_scale - tl.where(at == column, row_scale * (1.0 - weight), 0.0)
                 if TEACHER:
-                    t = _load(teacher + at, inside)
+                    t = _load(teacher, at, vocab, width)
                     agree |= ((s == s_max) & (t == t_max)).to(tl.int32)
                     d -= tl.exp2((t - t_max) * soft) * q_scale
                 if GRADIENT:
-                    tl.store(grad + at, d.to(grad.dtype.element_ty), mask=inside)
+                    tl.store(grad + at, d.to(grad.dtype.element_ty), mask=at < width)
             if TEACHER:
                 tl.store(sums + 4 * sums_stride, tl.max(agree, 0).to(tl.float32))
 
 
 @triton.jit
-def _label_kernel(logits, labels, nll, rank, vocab, stride, BLOCK: tl.constexpr):
+def _label_kernel(logits, labels, nll, rank, vocab, width, stride, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     label = tl.load(labels + row)
@@ -201,7 +216,7 @@ def _label_kernel(logits, labels, nll, rank, vocab, stride, BLOCK: tl.constexpr)
         lanes = tl.arange(0, BLOCK)
         for start in range(0, vocab, BLOCK):
             at = start + lanes
-            x = _load(logits + at, at < vocab)
+            x = _load(logits, at, vocab, width)
             new_max = tl.maximum(largest, tl.max(x, 0))
             total = total * tl.exp2((largest - new_max) * _LOG2E) + tl.sum(tl.exp2((x - new_max) * _LOG2E), 0)
             largest = new_max

@@ -16,11 +16,12 @@ from conftest import arguments
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from salt_lightning import check, cli, documents, memory, preflight
+from salt_lightning import check, cli, memory, preflight
 from salt_lightning.checkpoint import RunCheckpoint
 from salt_lightning.errors import ConfigError
 from salt_lightning.models import build_fresh, emitted_ids
 from salt_lightning.preflight import Finding, TeacherLoss
+from salt_lightning.sources import Hub, resolve
 from salt_lightning.spec import ModelSpec
 
 LEVELS = ("ok", "note", "warning", "error")
@@ -450,4 +451,4 @@ def test_arrow_files_are_named(tmp_path):
     (tmp_path / "data-00000-of-00001.arrow").write_bytes(b"x")
     (tmp_path / "state.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"holds Arrow files, which are not read; write it by Dataset.to_parquet"):
-        documents.resolve("--data.source", [str(tmp_path)], documents.Hub())
+        resolve("--data.source", [str(tmp_path)], Hub())

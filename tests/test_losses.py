@@ -148,7 +148,7 @@ def test_a_weight_tensor_counts_like_the_number_and_not_at_all_without_teacher()
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, EXACT), (torch.float32, FP32)])
 def test_several_strips_in_several_chunks(device, teacher, dtype, tolerance, monkeypatch):
     """What a budget does to real sizes: the gradient of a chunk is gathered from strips of logits."""
-    for name, rows in (("MIN_CHUNK_ROWS", 15), ("MIN_STRIP_ROWS", 4), ("TILE_ROWS", 2)):
+    for name, rows in (("MIN_ROWS", 15), ("MIN_CHUNK_ROWS", 15), ("MIN_STRIP_ROWS", 4), ("TILE_ROWS", 2)):
         monkeypatch.setattr(f"salt_lightning.chunked_head.{name}", rows)
     case = make_case(dtype, device)
     if not teacher:
@@ -442,11 +442,12 @@ def test_any_chunk_keeps_the_budget(num_rows, student_bytes, teacher_bytes, grad
     in_place = grad_bytes == student_bytes
     strip_bytes = teacher_bytes + (0 if in_place else student_bytes)
     chunk, strip = chunk_and_strip_rows(num_rows, grad_bytes, strip_bytes, budget_bytes / 2**30, None)
-    assert chunk * grad_bytes + strip * strip_bytes <= max(
-        budget_bytes, min(num_rows, 2048) * (grad_bytes + strip_bytes)
-    )
+    granted = [min(num_rows, 2048) * (grad_bytes + strip_bytes)]
+    granted.append(min(num_rows, 4096) * grad_bytes + min(num_rows, 1024) * strip_bytes)
+    assert chunk * grad_bytes + strip * strip_bytes <= max(budget_bytes, *granted)
     assert 1 <= strip <= chunk <= num_rows
-    assert chunk >= min(num_rows, 2048) or -(-num_rows // chunk) == -(-num_rows // 2048)
+    least = 4096 if grad_bytes else 1024
+    assert chunk >= min(num_rows, least) or -(-num_rows // chunk) == -(-num_rows // least)
     assert strip >= min(chunk, 1024) or -(-chunk // strip) == -(-chunk // 1024)
 
 

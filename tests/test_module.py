@@ -23,7 +23,7 @@ from lightning.pytorch.tuner import Tuner
 from reference import salt_reference
 from torch._dynamo.utils import counters
 
-from salt_lightning import KDScheduleCallback, ModelSpec, OptimSpec, SALTDataModule, SALTModule, cli
+from salt_lightning import KDScheduleCallback, ModelSpec, OptimSpec, SALTDataModule, SALTModule, cli, losses
 from salt_lightning.cadence import check_trainer
 from salt_lightning.checkpoint import RunCheckpoint
 from salt_lightning.errors import ConfigError, NonFiniteLossError
@@ -101,6 +101,22 @@ def test_a_validate_after_a_fit_is_of_its_last_step(train, settings):
     )
     assert found["step"] == 3.0
     assert "val/ce" in found
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+def test_no_pass_scales_the_gradients_of_the_loss(train, teacher, monkeypatch, accumulate):
+    """Those of the head are as large as it, and made in the forward of every micro-batch."""
+    came_back = []
+    original = losses.scale_and_cast
+
+    def spy(grad, by, dtype):
+        came_back.append(by.item())
+        return original(grad, by, dtype)
+
+    monkeypatch.setattr(losses, "scale_and_cast", spy)
+    train(teacher, KDScheduleCallback(0.5, steps=1), 2, data={"micro_batch_size": 8 // accumulate})
+    assert len(came_back) >= 4 * accumulate
+    assert set(came_back) == {1.0}
 
 
 def test_two_schedules_are_refused(train, teacher):

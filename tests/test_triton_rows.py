@@ -62,7 +62,7 @@ def test_kernels_compile_for_a_gpu(logits, flags, monkeypatch, tmp_path):
     """The interpreter accepts what the compiler does not (a variable that changes its type), and needs no GPU."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernels = importlib.import_module("salt_lightning.triton_rows")
-    integers = {"vocab", "student_stride", "teacher_stride", "grad_stride", "sums_stride", "stride"}
+    integers = {"vocab", "width", "student_stride", "teacher_stride", "grad_stride", "sums_stride", "stride"}
     types = {"student": logits, "teacher": logits, "logits": logits, "grad": "bf16", "labels": "i64", "rank": "i64"}
     constants = dict(zip(("TEACHER", "SOFTENED", "GRADIENT"), flags, strict=True)) | {"BLOCK": kernels.BLOCK}
     for kernel in (kernels._row_kernel, kernels._label_kernel, kernels._scale_kernel):
@@ -135,14 +135,16 @@ def run(kernels, logits, labels_C, mix, grad_CV):
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("kd_weight", [0.0, 0.4, 1.0])
-def test_fp32_rows_are_the_plain_ones(kernels, temperature, kd_weight):
-    student_CV, teacher_CV, labels_C = make_rows(torch.float32)
+@pytest.mark.parametrize("vocab", [101, 96])
+def test_fp32_rows_are_the_plain_ones(kernels, temperature, kd_weight, vocab):
+    student_CV, teacher_CV, labels_C = make_rows(torch.float32, vocab)
     mix = make_mix(kd_weight, temperature)
     sums_7C, grad_CV = row_pass(student_CV, teacher_CV, labels_C, mix, True)
     buffer = torch.full((9, 128), math.nan, device=DEVICE)
-    ours_CV = buffer[:, :101]
+    ours_CV = buffer[:, :vocab]
     ours_7C = run(kernels, [student_CV, teacher_CV], labels_C, mix, ours_CV)
-    assert buffer[:, 101:].isnan().all()  # rows may touch: nothing is written behind them
+    # behind a row is written only where that allows wide stores, and only up to the next row
+    assert (buffer[:, vocab:] == 0).all() if vocab % 16 else buffer[:, vocab:].isnan().all()
     assert relative_error(ours_CV, grad_CV) <= 1e-6  # fp32, exponents of up to 40 in base 2
     assert torch.allclose(ours_7C, sums_7C, **CLOSE)
     assert sums_7C[4].sum() > 0  # the two models agree somewhere: both ways of finding it are tested
@@ -161,6 +163,16 @@ def test_bf16_gradient(kernels, accuracy, with_teacher):
     # Half a unit in the last place of bf16 is 2^-9 of the value; the interpreter truncates, which doubles it.
     assert relative_error(grad_CV, expected_CV) <= (2**-9 if CUDA else 2**-8)
     assert torch.allclose(sums_7C, expected_7C, **CLOSE)
+
+
+def test_rows_that_touch_stay_apart(kernels):
+    """Contiguous rows of a vocabulary that no wide load fits: nothing behind them is theirs."""
+    student_CV, teacher_CV, labels_C = (t.contiguous() for t in make_rows(torch.float32))
+    mix, around = make_mix(0.4, 1.0), torch.full((11, 101), math.nan, device=DEVICE)
+    expected_CV = row_pass(student_CV, teacher_CV, labels_C, mix, True)[1]
+    run(kernels, [student_CV, teacher_CV], labels_C, mix, around[1:10])
+    assert relative_error(around[1:10], expected_CV) <= 1e-6
+    assert around[[0, 10]].isnan().all()
 
 
 def test_no_gradient_gives_the_same_sums(kernels):
