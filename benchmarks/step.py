@@ -1,11 +1,14 @@
 """What a training step costs, through `cli.py fit`: KD against plain, against a hand-written loop, and memory.
 
     python benchmarks/step.py --sizes 124m 350m       one GPU; what is not done after 8 minutes (--deadline) is left out
+    python benchmarks/step.py --boundary --sizes 124m the plain phase after a boundary against BASELINE, in turn
     python benchmarks/step.py --tiny                  any CPU, seconds: shows that it runs
 
 One process a size, whose own output goes to stderr. Blocks of KD and plain steps alternate, so that drift of the card
-cancels; a step's time is the median over all blocks, its 95% interval comes from the medians of the blocks. Ratios are
-the claim, not times. The teacher's weights are random: what a step costs does not depend on them.
+cancels; a step's time is the mean of its block, logged steps and waiting for data included, and the 95% interval comes
+from the blocks. Ratios are the claim, not times. The teacher's weights are random: what a step costs does not depend on
+them. `paper` is configs/paper_2.8b.yaml with one micro-batch a step; `2.8b` the same pair without recomputation, its
+weights in bf16.
 """
 
 from __future__ import annotations
@@ -20,7 +23,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +33,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from head_loss import named
+from head_loss import Case, full_loss, liger, naive, named
 
 from salt_lightning import cli, flops
 from salt_lightning.checkpoint import RunCheckpoint
@@ -37,6 +41,8 @@ from salt_lightning.models import build_fresh
 from salt_lightning.spec import ModelSpec
 
 BLOCKS = 8  # KD and plain in turn
+TURNS = 4  # fits with a boundary, and as many of BASELINE
+WEIGHT = 0.667
 T_975 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36)  # of 1, 2 ... degrees of freedom
 
 
@@ -54,13 +60,15 @@ class Pair:
     block: int = 1024
     precision: str = "bf16-mixed"
     steps: int = 100
+    config: str | None = None  # of the student, instead of its width and layers
 
 
 PAIRS = {
     "124m": Pair((768, 12), (512, 8)),
     "350m": Pair((1024, 24), (768, 18)),
-    "1.3b": Pair((2048, 24), (1536, 20), steps=20),
-    "2.8b": Pair((2560, 28), (2048, 19), vocab=256000, precision="bf16-true", steps=20),
+    "1.3b": Pair((2048, 24), (1536, 20)),
+    "2.8b": Pair((2560, 28), (2048, 19), vocab=256000, precision="bf16-true", steps=30),
+    "paper": Pair((2560, 28), (2048, 19), vocab=256000, steps=20, config="configs/paper_2.8b.yaml"),
     "tiny": Pair((64, 2), (32, 2), vocab=512, rows=2, block=64, precision="32-true", steps=6),
 }
 
@@ -106,13 +114,34 @@ class Alternate(pl.Callback):
         pl_module.__dict__["teacher"] = self._teacher
 
     def blocks(self, kind: str) -> list[float]:
-        """Median step of each block of a kind, ms, without the steps that compile or refill."""
+        """Mean step of each block of a kind, ms, without the steps that compile or refill."""
         found = []
         for start in range(0, len(self.milliseconds), self.block):
             block = self.milliseconds[start : start + self.block][self.skip :]
             if self.kinds[start] == kind and block:
-                found.append(statistics.median(block))
+                found.append(statistics.mean(block))
         return found[1:] if len(found) > 2 else found
+
+
+class After(pl.Callback):
+    """Times the optimizer steps from number `first` on, and finds the peak of their memory."""
+
+    def __init__(self, first: int) -> None:
+        self.first, self.marks, self.peak = first, [], math.nan
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self.first and pl_module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        if trainer.global_step >= self.first:
+            self.marks.append(mark(pl_module.device))
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
+        if trainer.global_step >= self.first and pl_module.device.type == "cuda":
+            self.peak = max(self.peak, torch.cuda.max_memory_allocated() / 2**30)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self.marks.append(mark(pl_module.device))
+        self.milliseconds = statistics.mean(spans(self.marks))
 
 
 def mark(device: torch.device) -> Any:
@@ -152,8 +181,8 @@ def save_model(size: tuple[int, int], vocab: int, block: int, folder: Path) -> N
     build_fresh(ModelSpec(config=config, dtype=dtype), None, 0).save_pretrained(folder)
 
 
-def measure(name: str, folder: Path) -> dict[str, Any]:
-    """One size: a teacher, the alternating run through the command line, the loops beside it."""
+def settings_of(name: str, folder: Path) -> dict[str, Any]:
+    """Of a fit of a size; text and teacher are there afterwards."""
     pair = PAIRS[name]
     text = folder / "text.jsonl"
     if not text.exists():
@@ -164,13 +193,42 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
         "data.block_size": pair.block, "data.global_batch_size": pair.rows, "data.micro_batch_size": pair.rows,
         "data.num_workers": 2, "trainer.precision": pair.precision, "trainer.accelerator": "gpu" if on_gpu else "cpu",
         "trainer.limit_val_batches": 0, "trainer.enable_progress_bar": "false", "model.compile": json.dumps(on_gpu),
-        "run": folder / name / "student", "trainer.max_steps": pair.steps * BLOCKS, "kd.weight": 0.667,
-        "kd.allow_untrained": "true", "model.teacher.path": folder / name / "teacher",
-        "model.student.config": json.dumps(sizes(*pair.student, pair.vocab)),
+        "kd.weight": WEIGHT, "kd.allow_untrained": "true", "model.teacher.path": folder / name / "teacher",
     }  # fmt: skip
+    if pair.config is None:
+        settings["model.student.config"] = json.dumps(sizes(*pair.student, pair.vocab))
+    else:
+        settings["config"] = Path(__file__).parents[1] / pair.config
+        settings["model.student.config"] = json.dumps({"vocab_size": pair.vocab})
     if pair.precision == "bf16-true":
         settings["model.student.dtype"] = "bfloat16"
     save_model(pair.teacher, pair.vocab, pair.block, folder / name / "teacher")
+    return settings
+
+
+def boundary(name: str, folder: Path) -> dict[str, Any]:
+    """Fits of a few steps with a teacher and a block without, and fits of BASELINE, in turn."""
+    pair, settings = PAIRS[name], settings_of(name, folder)
+    first = min(20, pair.steps)
+    own = {"trainer.max_steps": first + pair.steps, "kd.steps": first // 2}
+    found: dict[str, list[After]] = {"after": [], "baseline": []}
+    for turn, kind in itertools.product(range(TURNS), found):
+        found[kind].append(After(first))
+        without = {"kd.weight": 0.0} if kind == "baseline" else {}
+        run_fit(settings | own | without | {"run": folder / name / f"{kind}{turn}"}, [found[kind][-1]])
+    after, baseline = ([seen.milliseconds for seen in each] for each in found.values())
+    ratios = [a / b for a, b in zip(after, baseline, strict=True)]
+    return {
+        "size": name, "after_ms": statistics.mean(after), "baseline_ms": statistics.mean(baseline),
+        "ratio": statistics.mean(ratios), "interval": interval(ratios),
+        **{f"{kind}_gib": max(seen.peak for seen in each) for kind, each in found.items()},
+    }  # fmt: skip
+
+
+def measure(name: str, folder: Path) -> dict[str, Any]:
+    """One size: a teacher, the alternating run through the command line, the loops beside it."""
+    pair, settings = PAIRS[name], settings_of(name, folder)
+    settings |= {"run": folder / name / "student", "trainer.max_steps": pair.steps * BLOCKS, "kd.steps": "null"}
     alternate = Alternate(pair.steps, skip=min(10, pair.steps // 3))
     module = run_fit(settings, [alternate])
     kd, plain = alternate.blocks("kd"), alternate.blocks("plain")
@@ -180,7 +238,7 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     student_flops, teacher_flops = flops.student_flops(forward["student"], tokens), forward["teacher"] * tokens
     wait_s = module.trainer.datamodule.data_wait_s
     return {
-        "size": name, "kd_ms": statistics.median(kd), "plain_ms": statistics.median(plain),
+        "size": name, "kd_ms": statistics.mean(kd), "plain_ms": statistics.mean(plain), "tokens": tokens,
         "kd_interval": interval(kd), "plain_interval": interval(plain), **loops,
         "flop_ratio": 1 + teacher_flops / student_flops, "student_flops": student_flops,
         "peak_kd_gib": alternate.peaks.get("kd", math.nan), "peak_plain_gib": alternate.peaks.get("plain", math.nan),
@@ -213,92 +271,153 @@ def run_fit(settings: dict[str, Any], callbacks: list[pl.Callback]) -> Any:
     return kept[0]
 
 
-def own_loops(module: Any, pair: Pair, steps: int) -> dict[str, float]:
-    """Hand-written loops over the same compiled student in the same process, ms a step.
+def chunks(case: Case) -> torch.Tensor:
+    """As torchtune: logits of the model in bf16, the loss in eight parts of the tokens, each in fp32."""
+    s_NV, t_NV = case.hidden_ND @ case.head_VD.T, case.teacher_hidden_NE @ case.teacher_head_VE.T
+    parts = zip(s_NV.chunk(8), t_NV.chunk(8), case.labels_N.chunk(8), strict=True)
+    losses = [full_loss(s.float(), t.float(), replace(case, labels_N=labels)) for s, t, labels in parts]
+    return torch.stack(losses).mean()
 
-    `hand`: our plain loss, no Lightning. `full_logits`: compiled cross-entropy over all logits at once. nan where
-    it does not fit, or fails.
+
+def own_loops(module: Any, pair: Pair, steps: int) -> dict[str, float]:
+    """Hand-written loops over the same compiled models in the same process, ms a step; nan: it does not fit, or fails.
+
+    Plain: `hand`, our loss without Lightning, and `full_logits`, compiled cross-entropy over all logits at once. KD:
+    `kd_hand`, ours; `kd_full`, all logits of both, compiled, as scripts over Hugging Face do; `kd_chunks`; `kd_liger`.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # a fit leaves its module on the CPU
-    student = module.student.to(device).train()
+    student, teacher = module.student.to(device).train(), module.teacher.to(device)
     loader = module.trainer.datamodule.train_dataloader()
     loader.start = lambda: 0
     batches = [{k: v.to(device) for k, v in batch.items()} for batch, _ in zip(loader, range(8), strict=False)]
     optimizer = module.optim_spec.build(student.named_parameters())
     mixed = torch.autocast(device.type, torch.bfloat16, enabled=pair.precision == "bf16-mixed", cache_enabled=False)
+    module.kd_weight = torch.tensor(WEIGHT, device=device)
+    low = torch.bfloat16 if device.type == "cuda" else torch.float32
 
-    def full(hidden_ND: Any, head_VD: Any, labels_N: Any) -> Any:
-        return cross_entropy((hidden_ND @ head_VD.to(hidden_ND.dtype).T).float(), labels_N)
+    def full_plain(hidden_ND: Any, head_VD: Any, labels_N: Any) -> Any:
+        return cross_entropy((hidden_ND @ head_VD.T).float(), labels_N)
 
-    full = torch.compile(full) if device.type == "cuda" else full
+    if device.type == "cuda":
+        full_plain = torch.compile(full_plain)
+    full_kd = torch.compile(naive, dynamic=False) if device.type == "cuda" else naive
+    ways = {"hand": None, "full_logits": full_plain, "kd_hand": None, "kd_full": full_kd, "kd_chunks": chunks}
+    ways["kd_liger"] = liger
+
+    def loss_of(kind: str, labels_N: Any, teacher_out: Any, h: Any, w: Any, b: Any) -> Any:
+        if ways[kind] is None:
+            return module.step_loss(labels_N, teacher_out, (labels_N >= 0).sum().float(), h, w, b)
+        h, w = h.to(low), w.to(low)
+        if teacher_out is None:
+            return ways[kind](h, w, labels_N)
+        th, tw = (t.to(low) for t in teacher_out[:2])
+        return ways[kind](Case(h, w, labels_N, th, tw, WEIGHT))
+
+    def loss_on(batch: dict[str, Any], kind: str) -> Any:
+        inputs, teacher_out = (batch["input_ids"], batch["positions"]), None
+        with mixed:
+            if kind.startswith("kd"):
+                with torch.no_grad():
+                    teacher_out = teacher(*inputs, cu_seqlens=batch["cu_seqlens"])
+            then = partial(loss_of, kind, batch["labels"].flatten(), teacher_out)
+            loss = student(*inputs, then, batch["cu_seqlens"])
+        return getattr(loss, "loss", loss)
 
     def step(batch: dict[str, Any], kind: str) -> None:
-        labels_N = batch["labels"].flatten()
-
-        def hand(h: Any, w: Any, b: Any) -> Any:
-            return module._loss(h, w, labels_N).loss
-
-        def full_logits(h: Any, w: Any, b: Any) -> Any:
-            return full(h.to(torch.bfloat16) if device.type == "cuda" else h, w, labels_N)
-
-        then = hand if kind == "hand" else full_logits
-        with mixed:
-            loss = student(batch["input_ids"], batch["positions"], then, batch["cu_seqlens"])
-        loss.backward()
+        loss_on(batch, kind).backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    result = {}
-    for kind in ("hand", "full_logits"):
+    result, first = {}, {"hand": math.nan, "kd_hand": math.nan}
+    for kind in ways:
+        try:
+            first[kind] = float(loss_on(batches[0], kind))
+        except Exception:  # named below
+            continue
+    for kind in ways:
+        same_as = first["kd_hand" if kind.startswith("kd") else "hand"]
+        if abs(first.get(kind, same_as) - same_as) > 0.02 * same_as:  # rivals round logits to bf16
+            raise SystemExit(f"{kind} computes {first[kind]}, ours {same_as}: what is compared is not the same")
+    for kind in ways:
         try:
             marks = []
             for number in range(steps):
                 marks.append(mark(device))
                 step(batches[number % len(batches)], kind)
             marks.append(mark(device))
-            result[f"{kind}_ms"] = statistics.median(spans(marks)[min(10, steps // 3) :])
+            result[f"{kind}_ms"] = statistics.mean(spans(marks)[min(10, steps // 3) :])
         except Exception as error:
             print(f"{kind}: {named(error)}", file=sys.stderr)
             result[f"{kind}_ms"] = math.nan
+        optimizer.zero_grad(set_to_none=True)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
     return result
 
 
-def matrix_rate() -> float:
-    """FLOP/s of a bf16 product of 8192 cubed: the ceiling that this card really has."""
+def matrix_rates() -> tuple[float, float]:
+    """FLOP/s of bf16 products of 8192 cubed, as a burst and after two seconds of them: clocks fall under load."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    marks = []
-    for _ in range(30):
+    rates = []
+    for count in (30, 1500, 200):
+        marks = []
+        for _ in range(count):
+            marks.append(mark(a.device))
+            a @ b
         marks.append(mark(a.device))
-        a @ b
-    marks.append(mark(a.device))
-    return 2 * 8192**3 / (statistics.median(spans(marks)[5:]) / 1e3)
+        rates.append(2 * 8192**3 / (statistics.median(spans(marks)[5:]) / 1e3))
+    return rates[0], rates[2]
+
+
+def heading() -> str:
+    return (
+        "| size | KD ms | plain ms | KD / plain | FLOP ratio | x ideal | plain / hand loop | plain / full logits | "
+        "KD of full logits, chunks, Liger / ours | MFU of the matrix rate under load, of a burst (TFLOP/s), of the "
+        "vendor's peak | tokens/s KD / plain | loader wait | peak GiB KD / plain |\n|---" + "|---:" * 12 + "|"
+    )
 
 
 def line(r: dict[str, Any]) -> str:
     fastest = min(r["plain_ms"], r["full_logits_ms"]) if r["full_logits_ms"] > 0 else r["plain_ms"]
     ratio = r["kd_ms"] / fastest
+    rate = r["student_flops"] / (r["plain_ms"] / 1e3)
+    used = [f"{rate / r[peak]:.1%} of {r[peak] / 1e12:.0f}" for peak in ("steady", "burst", "peak")]
+    rivals = ", ".join(f"{r[f'kd_{way}_ms'] / r['kd_hand_ms']:.2f}" for way in ("full", "chunks", "liger"))
     return (
         f"| {r['size']} | {r['kd_ms']:.2f} ± {r['kd_interval']:.2f} "
         f"| {r['plain_ms']:.2f} ± {r['plain_interval']:.2f} "
         f"| {ratio:.3f} | {r['flop_ratio']:.3f} | {ratio / r['flop_ratio']:.3f} "
-        f"| {r['plain_ms'] / r['hand_ms']:.3f} | {r['plain_ms'] / r['full_logits_ms']:.3f} "
-        f"| {r['student_flops'] / (r['plain_ms'] / 1e3) / r['rate']:.1%} of {r['rate'] / 1e12:.0f} "
+        f"| {r['plain_ms'] / r['hand_ms']:.3f} | {r['plain_ms'] / r['full_logits_ms']:.3f} | {rivals} "
+        f"| {', '.join(used)} | {1e3 * r['tokens'] / r['kd_ms']:,.0f} / {1e3 * r['tokens'] / r['plain_ms']:,.0f} "
         f"| {r['wait_share']:.2%} | {r['peak_kd_gib']:.2f} / {r['peak_plain_gib']:.2f} |"
     )
 
 
-def line_of(size: str, folder: Path, left_s: float) -> str:
+BOUNDARY_HEADING = (
+    "| size | plain step after the boundary, ms | BASELINE step, ms | ratio, 95% | peak GiB after it / BASELINE |\n"
+    "|---|---:|---:|---:|---:|"
+)
+
+
+def boundary_line(r: dict[str, Any]) -> str:
+    return (
+        f"| {r['size']} | {r['after_ms']:.2f} | {r['baseline_ms']:.2f} | {r['ratio']:.4f} ± {r['interval']:.4f} "
+        f"| {r['after_gib']:.2f} / {r['baseline_gib']:.2f} |"
+    )
+
+
+def line_of(size: str, folder: Path, left_s: float, at_boundary: bool) -> str:
     """Of a process of its own: the memory of one size must not stay for the next."""
     target = folder / f"{size}.json"
-    command = [sys.executable, __file__, "--sizes", size, "--json", str(target)]
+    command = [sys.executable, __file__, "--sizes", size, "--json", str(target), *["--boundary"] * at_boundary]
     try:
         subprocess.run(command, check=True, stdout=sys.stderr, timeout=left_s)
     except subprocess.TimeoutExpired:
         return f"| {size} | left out: the deadline has passed |"
     except subprocess.CalledProcessError as error:
         return f"| {size} | FAILED with exit code {error.returncode} |"
-    return line(json.loads(target.read_text()))
+    return (boundary_line if at_boundary else line)(json.loads(target.read_text()))
 
 
 def main() -> None:
@@ -306,24 +425,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", choices=PAIRS, default=["124m", "350m"])
     parser.add_argument("--tiny", action="store_true", help="a model of a few thousand weights, on any machine")
+    parser.add_argument("--boundary", action="store_true", help="the plain phase after a boundary against BASELINE")
     parser.add_argument("--deadline", type=float, default=480, help="seconds after which what runs is stopped")
     parser.add_argument("--json", type=Path, help="measure one size and write its result here, beside its files")
     args = parser.parse_args()
     if args.json:
-        result = measure(args.sizes[0], args.json.parent)
-        result["rate"] = matrix_rate() if torch.cuda.is_available() else math.nan
+        result = (boundary if args.boundary else measure)(args.sizes[0], args.json.parent)
+        on_gpu = torch.cuda.is_available()
+        result["burst"], result["steady"] = matrix_rates() if on_gpu else (math.nan, math.nan)
+        card = torch.device("cuda" if on_gpu else "cpu")
+        result["peak"] = flops.peak_of(card, torch.bfloat16, 1) or math.nan
         args.json.write_text(json.dumps(result))
         return
     print(f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}, torch {torch.__version__}\n")
-    print(
-        "| size | KD ms | plain ms | KD / plain | FLOP ratio | x ideal | plain / hand loop | plain / full logits |"
-        " MFU of the measured matrix rate, TFLOP/s | loader wait | peak GiB KD / plain |\n"
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
-        flush=True,
-    )
+    print(BOUNDARY_HEADING if args.boundary else heading(), flush=True)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         for size in ["tiny"] if args.tiny else args.sizes:
-            print(line_of(size, Path(folder), args.deadline - (time.monotonic() - start)), flush=True)
+            left_s = args.deadline - (time.monotonic() - start)
+            print(line_of(size, Path(folder), left_s, args.boundary), flush=True)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def run(name: str) -> str:
-    command = [sys.executable, ROOT / "benchmarks" / name, "--tiny"]
+def run(name: str, *options: str) -> str:
+    command = [sys.executable, ROOT / "benchmarks" / name, "--tiny", *options]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}  # several threads of one process would wait for each other
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -31,8 +31,18 @@ def test_head_loss():
 def test_step():
     row = next(line for line in run("step.py").splitlines() if line.startswith("| tiny"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert len(cells) == 11
+    assert len(cells) == 13
     assert float(cells[4]) > 1  # the teacher's forward costs FLOPs
+    full, chunks, _ = map(float, cells[8].split(", "))  # that all compute the same loss the script asserts
+    assert full > 0
+    assert chunks > 0
+
+
+def test_step_after_the_boundary():
+    row = next(line for line in run("step.py", "--boundary").splitlines() if line.startswith("| tiny"))
+    after_ms, baseline_ms = (float(cell) for cell in row.split("|")[2:4])
+    assert after_ms > 0
+    assert baseline_ms > 0
 
 
 def test_scoring():
