@@ -31,6 +31,10 @@ from salt_lightning.models import CausalLM, load_pretrained
 from salt_lightning.spec import fresh_config
 
 SMALL = {"student": (256, 4), "teacher": (128, 3), "vocab": 4096, "rows": 4, "block": 256}
+EXPERTS = {
+    "family": "qwen3_moe",
+    "more": {"moe_intermediate_size": 128, "num_experts": 8, "num_experts_per_tok": 2, "num_key_value_heads": 2},
+}
 ROWS: dict[str, dict[str, Any]] = {
     name: {"student": PAIRS[name].student, "teacher": PAIRS[name].teacher, "vocab": PAIRS[name].vocab, "block": 1024,
            "rows": rows, "precision": "bf16-mixed", "compile": True}
@@ -54,6 +58,9 @@ CPU: dict[str, dict[str, Any]] = {
     "fp32, accumulation 2, compiled": {**SMALL, "accumulate": 2, "compile": True},
     "fp32, untied": {**SMALL, "tied": False},
     "fp32, gpt2": {**SMALL, "family": "gpt2"},
+    "fp32, experts": {**SMALL, **EXPERTS},
+    "bf16, experts": {**SMALL, **EXPERTS, "precision": "bf16-mixed"},
+    "bf16, experts, compiled": {**SMALL, **EXPERTS, "precision": "bf16-mixed", "compile": True},
     "fp32, wide and deep": {**SMALL, "student": (512, 8), "teacher": (256, 6)},
     "fp32, wide and deep, compiled": {**SMALL, "student": (512, 8), "teacher": (256, 6), "compile": True},
 }
@@ -109,7 +116,8 @@ def measure(row: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     def config(size: tuple[int, int]) -> str:
         plain = sizes(*size, row["vocab"]) | {"tie_word_embeddings": row.get("tied", True)}
-        return json.dumps({k: v for k, v in plain.items() if family == "llama" or k != "intermediate_size"})
+        plain |= row.get("more", {})
+        return json.dumps({k: v for k, v in plain.items() if family != "gpt2" or k != "intermediate_size"})
 
     own = {
         "run": folder / "teacher",

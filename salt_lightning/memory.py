@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from salt_lightning import parallel
 from salt_lightning.chunked_head import CPU_BLOCK_ELEMENTS, TILE_ROWS, Plan, rows_and_dtypes
+from salt_lightning.experts import on_fake_tensors
 from salt_lightning.losses import SaltLoss
 from salt_lightning.models import CausalLM
 from salt_lightning.module import SALTModule
@@ -141,7 +142,8 @@ def peaks(module: SALTModule, step: Step) -> list[Peak]:
     before live until the first forward is done.
     """
     found = []
-    with FakeTensorMode(allow_non_fake_inputs=True):  # checkpointing hands on a state of random numbers
+    # checkpointing hands on a state of random numbers
+    with FakeTensorMode(allow_non_fake_inputs=True), on_fake_tensors():
         ledger = Ledger()
         sim = _simulated(module, step, ledger)
         student = [*sim.student.parameters(), *sim.student.buffers()]

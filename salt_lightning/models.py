@@ -21,6 +21,7 @@ from transformers.utils import cached_file
 from salt_lightning import folders, shards
 from salt_lightning.attention import PACKED, Apart, document_mask, layer_kinds, limited_distance
 from salt_lightning.errors import ConfigError
+from salt_lightning.experts import follow_autocast
 from salt_lightning.rows import document_borders
 from salt_lightning.spec import DTYPES, ModelSpec, as_config_error, check_positions, fresh_config, wrong_sizes
 from salt_lightning.tokenizer import beginning
@@ -48,8 +49,7 @@ class CausalLM(nn.Module):
                 f"--model.{name}: {type(model).__name__} takes no position_ids, which keep packed documents apart, or "
                 "has no backbone of its own; use a family that does, e.g. llama"
             )
-        if name == "student" and getattr(model.config, "output_router_logits", False):
-            rank_zero_info("student: output_router_logits is set, but the routers' balancing loss is not computed")
+        follow_autocast(model, name)
         self._scale = logit_scale(model.config, name)
         self._attention = model.config._attn_implementation
         self.apart: Apart = "positions"

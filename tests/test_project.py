@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "salt_lightning").glob("*.py"))
 NAMES = [path.name for path in FILES]
 LAYERS = [  # a file imports from files of earlier layers alone
-    {"errors", "flops", "journal", "packed", "progress", "progress_bar", "quiet", "row_pass", "watch"},
+    {"errors", "experts", "flops", "journal", "packed", "progress", "progress_bar", "quiet", "row_pass", "watch"},
     {
         "attention",
         "chunked_head",
