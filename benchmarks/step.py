@@ -23,6 +23,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -37,6 +39,7 @@ from head_loss import Case, full_loss, liger, naive, named
 
 from salt_lightning import cli, flops
 from salt_lightning.checkpoint import RunCheckpoint
+from salt_lightning.journal import whole
 from salt_lightning.models import build_fresh
 from salt_lightning.spec import ModelSpec
 
@@ -66,7 +69,7 @@ class Pair:
 PAIRS = {
     "124m": Pair((768, 12), (512, 8)),
     "350m": Pair((1024, 24), (768, 18)),
-    "1.3b": Pair((2048, 24), (1536, 20)),
+    "1.3b": Pair((2048, 24), (1536, 20), steps=40),
     "2.8b": Pair((2560, 28), (2048, 19), vocab=256000, precision="bf16-true", steps=30),
     "paper": Pair((2560, 28), (2048, 19), vocab=256000, steps=20, config="configs/paper_2.8b.yaml"),
     "tiny": Pair((64, 2), (32, 2), vocab=512, rows=2, block=64, precision="32-true", steps=6),
@@ -94,6 +97,8 @@ class Alternate(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self._teacher = self._teacher or pl_module.teacher
         taught = (trainer.global_step // self.block) % 2 == 0
+        if trainer.global_step % self.block == 0:  # away from the card: the plain phase has none on it
+            self._teacher.to(pl_module.device if taught else "cpu")
         pl_module.__dict__["teacher"] = self._teacher if taught else None
         if not taught:
             pl_module.kd_weight.zero_()
@@ -212,10 +217,11 @@ def boundary(name: str, folder: Path) -> dict[str, Any]:
     first = min(20, pair.steps)
     own = {"trainer.max_steps": first + pair.steps, "kd.steps": first // 2}
     found: dict[str, list[After]] = {"after": [], "baseline": []}
-    for turn, kind in itertools.product(range(TURNS), found):
-        found[kind].append(After(first))
-        without = {"kd.weight": 0.0} if kind == "baseline" else {}
-        run_fit(settings | own | without | {"run": folder / name / f"{kind}{turn}"}, [found[kind][-1]])
+    for turn in range(TURNS):
+        for kind in list(found)[:: 1 if turn % 2 == 0 else -1]:  # a drift of the card cancels
+            found[kind].append(After(first))
+            without = {"kd.weight": 0.0} if kind == "baseline" else {}
+            run_fit(settings | own | without | {"run": folder / name / f"{kind}{turn}"}, [found[kind][-1]])
     after, baseline = ([seen.milliseconds for seen in each] for each in found.values())
     ratios = [a / b for a, b in zip(after, baseline, strict=True)]
     return {
@@ -225,25 +231,28 @@ def boundary(name: str, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def measure(name: str, folder: Path) -> dict[str, Any]:
-    """One size: a teacher, the alternating run through the command line, the loops beside it."""
+def measure(name: str, folder: Path, save: Callable[[dict[str, Any]], None]) -> None:
+    """One size: a teacher, the alternating run through the command line, the loops beside it; saved as it goes."""
     pair, settings = PAIRS[name], settings_of(name, folder)
     settings |= {"run": folder / name / "student", "trainer.max_steps": pair.steps * BLOCKS, "kd.steps": "null"}
     alternate = Alternate(pair.steps, skip=min(10, pair.steps // 3))
     module = run_fit(settings, [alternate])
     kd, plain = alternate.blocks("kd"), alternate.blocks("plain")
-    loops = own_loops(module, pair, min(pair.steps, 60))
     forward = module.meter.forward_flops
     tokens = pair.rows * pair.block
     student_flops, teacher_flops = flops.student_flops(forward["student"], tokens), forward["teacher"] * tokens
     wait_s = module.trainer.datamodule.data_wait_s
-    return {
+    result = {
         "size": name, "kd_ms": statistics.mean(kd), "plain_ms": statistics.mean(plain), "tokens": tokens,
-        "kd_interval": interval(kd), "plain_interval": interval(plain), **loops,
+        "kd_interval": interval(kd), "plain_interval": interval(plain),
         "flop_ratio": 1 + teacher_flops / student_flops, "student_flops": student_flops,
         "peak_kd_gib": alternate.peaks.get("kd", math.nan), "peak_plain_gib": alternate.peaks.get("plain", math.nan),
         "wait_share": 1e3 * wait_s / sum(alternate.milliseconds),
     }  # fmt: skip
+    save(result)
+    for kind, milliseconds in own_loops(module, pair, min(pair.steps, 60)):
+        result[f"{kind}_ms"] = milliseconds
+        save(result)
 
 
 def run_fit(settings: dict[str, Any], callbacks: list[pl.Callback]) -> Any:
@@ -279,8 +288,9 @@ def chunks(case: Case) -> torch.Tensor:
     return torch.stack(losses).mean()
 
 
-def own_loops(module: Any, pair: Pair, steps: int) -> dict[str, float]:
-    """Hand-written loops over the same compiled models in the same process, ms a step; nan: it does not fit, or fails.
+def own_loops(module: Any, pair: Pair, steps: int) -> Iterator[tuple[str, float]]:
+    """Hand-written loops over the same compiled models in the same process: name and ms a step; nan: it does not fit,
+    fails, or computes another loss.
 
     Plain: `hand`, our loss without Lightning, and `full_logits`, compiled cross-entropy over all logits at once. KD:
     `kd_hand`, ours; `kd_full`, all logits of both, compiled, as scripts over Hugging Face do; `kd_chunks`; `kd_liger`.
@@ -304,6 +314,8 @@ def own_loops(module: Any, pair: Pair, steps: int) -> dict[str, float]:
     ways = {"hand": None, "full_logits": full_plain, "kd_hand": None, "kd_full": full_kd, "kd_chunks": chunks}
     ways["kd_liger"] = liger
 
+    entropy = 0.0  # of the teacher on the last batch, nats a token
+
     def loss_of(kind: str, labels_N: Any, teacher_out: Any, h: Any, w: Any, b: Any) -> Any:
         if ways[kind] is None:
             return module.step_loss(labels_N, teacher_out, (labels_N >= 0).sum().float(), h, w, b)
@@ -321,6 +333,9 @@ def own_loops(module: Any, pair: Pair, steps: int) -> dict[str, float]:
                     teacher_out = teacher(*inputs, cu_seqlens=batch["cu_seqlens"])
             then = partial(loss_of, kind, batch["labels"].flatten(), teacher_out)
             loss = student(*inputs, then, batch["cu_seqlens"])
+        if kind == "kd_hand":
+            nonlocal entropy
+            entropy = (loss.teacher_entropy_sum / loss.tokens).item()
         return getattr(loss, "loss", loss)
 
     def step(batch: dict[str, Any], kind: str) -> None:
@@ -329,31 +344,32 @@ def own_loops(module: Any, pair: Pair, steps: int) -> dict[str, float]:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    result, first = {}, {"hand": math.nan, "kd_hand": math.nan}
-    for kind in ways:
+    first = {}
+    for kind in ways:  # before any step: all of the same weights
         try:
-            first[kind] = float(loss_on(batches[0], kind))
+            first[kind] = loss_on(batches[0], kind).item()
         except Exception:  # named below
             continue
     for kind in ways:
         same_as = first["kd_hand" if kind.startswith("kd") else "hand"]
+        same_as -= WEIGHT * entropy if kind == "kd_liger" else 0.0  # its soft term is the KL, of the same gradient
         if abs(first.get(kind, same_as) - same_as) > 0.02 * same_as:  # rivals round logits to bf16
-            raise SystemExit(f"{kind} computes {first[kind]}, ours {same_as}: what is compared is not the same")
-    for kind in ways:
+            print(f"{kind} computes {first[kind]:.4f}, ours is {same_as:.4f}: not the same", file=sys.stderr)
+            yield kind, math.nan
+            continue
         try:
             marks = []
             for number in range(steps):
                 marks.append(mark(device))
                 step(batches[number % len(batches)], kind)
             marks.append(mark(device))
-            result[f"{kind}_ms"] = statistics.mean(spans(marks)[min(10, steps // 3) :])
+            yield kind, statistics.mean(spans(marks)[min(10, steps // 3) :])
         except Exception as error:
             print(f"{kind}: {named(error)}", file=sys.stderr)
-            result[f"{kind}_ms"] = math.nan
+            yield kind, math.nan
         optimizer.zero_grad(set_to_none=True)
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    return result
 
 
 def matrix_rates() -> tuple[float, float]:
@@ -378,7 +394,8 @@ def heading() -> str:
     )
 
 
-def line(r: dict[str, Any]) -> str:
+def line(measured: dict[str, Any]) -> str:
+    r = defaultdict(lambda: math.nan, measured)
     fastest = min(r["plain_ms"], r["full_logits_ms"]) if r["full_logits_ms"] > 0 else r["plain_ms"]
     ratio = r["kd_ms"] / fastest
     rate = r["student_flops"] / (r["plain_ms"] / 1e3)
@@ -414,7 +431,8 @@ def line_of(size: str, folder: Path, left_s: float, at_boundary: bool) -> str:
     try:
         subprocess.run(command, check=True, stdout=sys.stderr, timeout=left_s)
     except subprocess.TimeoutExpired:
-        return f"| {size} | left out: the deadline has passed |"
+        if not target.exists():
+            return f"| {size} | left out: the deadline has passed |"
     except subprocess.CalledProcessError as error:
         return f"| {size} | FAILED with exit code {error.returncode} |"
     return (boundary_line if at_boundary else line)(json.loads(target.read_text()))
@@ -430,12 +448,19 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="measure one size and write its result here, beside its files")
     args = parser.parse_args()
     if args.json:
-        result = (boundary if args.boundary else measure)(args.sizes[0], args.json.parent)
         on_gpu = torch.cuda.is_available()
-        result["burst"], result["steady"] = matrix_rates() if on_gpu else (math.nan, math.nan)
-        card = torch.device("cuda" if on_gpu else "cpu")
-        result["peak"] = flops.peak_of(card, torch.bfloat16, 1) or math.nan
-        args.json.write_text(json.dumps(result))
+        burst, steady = matrix_rates() if on_gpu else (math.nan, math.nan)
+        peak = flops.peak_of(torch.device("cuda" if on_gpu else "cpu"), torch.bfloat16, 1) or math.nan
+        rates = {"burst": burst, "steady": steady, "peak": peak}
+
+        def save(result: dict[str, Any]) -> None:
+            with whole(args.json) as file:  # a deadline may come at any time
+                file.write(json.dumps(result | rates).encode())
+
+        if args.boundary:
+            save(boundary(args.sizes[0], args.json.parent))
+        else:
+            measure(args.sizes[0], args.json.parent, save)
         return
     print(f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}, torch {torch.__version__}\n")
     print(BOUNDARY_HEADING if args.boundary else heading(), flush=True)

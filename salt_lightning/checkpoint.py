@@ -5,6 +5,7 @@ A checkpoint is always the state right after an optimizer step whose validation,
 
 import signal
 import threading
+import time
 from collections.abc import Iterable
 from datetime import timedelta
 from functools import partial
@@ -30,6 +31,7 @@ from salt_lightning.schedule import kd_callbacks
 from salt_lightning.spec import shape_settings
 
 _BATCH = "--data.global_batch_size"
+_FIRST_RANK_S = 5.0
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -283,6 +285,8 @@ def _stop_at_once(number: int, frame: Any) -> None:
 def _requeue_at_once(trainer: pl.Trainer, number: int, frame: Any) -> None:
     if trainer.is_global_zero:
         slurm.requeue()
+    else:
+        time.sleep(_FIRST_RANK_S)  # an end with an error may end all, the first before it has asked
     _stop_at_once(number, frame)
 
 

@@ -80,9 +80,9 @@ class SALTDataModule(LightningDataModule):
         Args:
             source: Training text: a file, folder, glob (``**`` goes into folders), hub data set (owner/name, or
                 owner/name:split), or a list of these. Files of .jsonl or .parquet hold a document a row, any
-                other file is one document; .gz, .bz2, .xz and .zst are unpacked, .json and .ndjson are .jsonl. Of a
-                folder with .jsonl or .parquet the commoner kind is read, and the log says what is left out; a
-                folder with more files of plain text is refused.
+                other file is one document; .gz, .bz2, .xz and .zst are unpacked, .json, .jsonlines and .ndjson are
+                .jsonl. Of a folder with .jsonl or .parquet the commoner kind is read, of one split (FOLDER:split), and
+                the log says what is left out; a folder with more files of plain text is refused.
             val_source: Validation text, likewise. Without it, `val_fraction` of the documents of `source`.
             test_source: Text for the test verb, likewise. Without it, the validation text.
             split: Split of a hub data set, or of a folder laid out like one.
@@ -171,6 +171,7 @@ class SALTDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Tokenize what is not in the cache yet, and score rows by their tokens; one process per node does this."""
+        self._groups.clear()  # files may have come since an earlier fit
         fits = self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING
         if fits and not self.selection and self.keep != KeepRule():  # a predict reports by it
             raise ConfigError(f"--data.keep: {self.keep.name!r} needs --data.selection")
@@ -212,7 +213,9 @@ class SALTDataModule(LightningDataModule):
         found = [unknown or preflight.lost_text(decoded_share(self.tokenizer, files))]
         found.append(preflight.seen_in_training(trained))
         if self._train is not None and not self.val_source:
-            found.append(preflight.large_share(files.num_tokens, self.num_train_tokens, self.val_fraction))
+            longest = int(np.diff(files.doc_ends, prepend=0).max(initial=0))
+            sizes = (files.num_tokens, longest, self.num_train_tokens)
+            found.append(preflight.large_share(*sizes, self.val_fraction))
         return [finding for finding in found if finding]
 
     @property

@@ -146,7 +146,7 @@ def _read_files(group: Group, corpus: Corpus) -> Iterator[Raw]:
         except ConfigError:
             raise
         except Exception as error:
-            hint = "; pip install backports.zstd" if isinstance(error, ModuleNotFoundError) else ""
+            hint = "; pip install backports.zstd" if isinstance(error, ImportError) else ""
             raise ConfigError(f"{corpus.setting}: {file}: cannot be read ({first_line(error)}){hint}") from error
 
 

@@ -67,7 +67,10 @@ def _active(module: nn.Module, config: object, parameter: nn.Parameter) -> float
 def _attention_flops_per_token(config: object, block_size: int) -> float:
     text = config.get_text_config()  # type: ignore[attr-defined]  # that of the language model where there are several
     num_layers, num_heads = text.num_hidden_layers, text.num_attention_heads
-    width = num_heads * (getattr(text, "head_dim", None) or text.hidden_size // num_heads)
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // num_heads
+    if (part := getattr(text, "qk_nope_head_dim", None)) is not None:  # MLA, where head_dim is the rotary part alone
+        head_dim = (part + text.qk_rope_head_dim + text.v_head_dim) / 2  # scores and values have widths of their own
+    width = num_heads * head_dim
     window = getattr(text, "sliding_window", None)
     default = ["full_attention" if window is None else "sliding_attention"] * num_layers
     spans = {"full_attention": attention_span(block_size), "sliding_attention": attention_span(block_size, window)}

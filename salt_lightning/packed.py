@@ -6,6 +6,7 @@ import io
 import lzma
 from collections.abc import Callable
 from contextlib import suppress
+from importlib import import_module
 from typing import IO, Any
 
 SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
@@ -17,7 +18,7 @@ def unpacked(disk: IO[bytes], suffix: str) -> IO[bytes]:
 
     Raises (also while it is read):
         EOFError, OSError, and errors of the format: it is cut off, damaged, or followed by something else.
-        ModuleNotFoundError: .zst without its package.
+        ImportError: .zst without its package.
     """
     if suffix == ".gz":
         return gzip.GzipFile(fileobj=disk, mode="rb")  # type: ignore[return-value]
@@ -28,13 +29,9 @@ def unpacked(disk: IO[bytes], suffix: str) -> IO[bytes]:
 
 
 def _zstd() -> Any:
-    with suppress(ModuleNotFoundError):
-        from compression import zstd  # of Python 3.14 and later
-
-        return zstd
-    from backports import zstd
-
-    return zstd
+    with suppress(ImportError):
+        return import_module("compression.zstd")  # of Python 3.14 and later
+    return import_module("backports.zstd")
 
 
 class _Streams(io.RawIOBase):

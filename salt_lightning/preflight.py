@@ -72,18 +72,20 @@ def lost_text(kept: float) -> Finding | None:
     if kept >= 0.9:
         return None
     said = f"the tokens of the held-out text decode to {kept:.0%} of its bytes: --data.tokenizer drops the others"
-    return Finding(
-        "warning", "lost text", said, "the student never sees them; take a byte-level one, or with an unknown token"
-    )
+    return Finding("warning", "lost text", said, "the student never sees them; take a byte-level one")
 
 
-def large_share(held_out: int, training: int, fraction: float) -> Finding | None:
-    """Tokens drawn for validation and left for training, and the share that was asked for. None: about that."""
+def large_share(held_out: int, longest: int, training: int, fraction: float) -> Finding | None:
+    """Tokens drawn for validation, of its longest document, left for training; the share that was asked for. None:
+    about that."""
     share = held_out / (held_out + training)
     if share <= fraction + max(0.1, 2 * fraction):
         return None
-    said = f"--data.val_fraction {fraction} of the documents are {share:.0%} of the tokens: one of them is very long"
-    return Finding("warning", "held-out text", said, "split it into several, or give --data.val_source")
+    said = (
+        f"--data.val_fraction {fraction} of the documents has drawn {share:.0%} of the tokens (the longest document "
+        f"{longest / held_out:.0%} of these; equal ones stay together)"
+    )
+    return Finding("warning", "held-out text", said, "split long documents into several, or give --data.val_source")
 
 
 def seen_in_training(names: list[str]) -> Finding | None:

@@ -380,7 +380,7 @@ class Loader:
 
 def _leave_signals_to_the_parent(worker: int) -> None:
     """Ctrl-C and a cluster's signals reach all processes, and the parent still needs the batches of its step."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()  # a killed parent can no longer end us
 

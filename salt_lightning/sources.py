@@ -106,7 +106,7 @@ def _resolve_one(setting: str, entry: str, name: str, hub: Hub) -> list[Group]:
     what = special if there else "matches no file"
     raise ConfigError(
         f"{setting}: {entry!r} {what}; give a file, a folder, a glob such as 'books/**/*.txt', "
-        "or a hub data set 'owner/name' or 'owner/name:split'"
+        "or a hub data set 'owner/name' or 'owner/name:split' (of a local folder FOLDER:split)"
     )
 
 
@@ -118,7 +118,7 @@ def _files(setting: str, path: str, hub: Hub) -> list[str]:
         return [path]
     folder, _, split = path.rpartition(":")
     if split and os.path.isdir(folder):
-        return _folder_files(setting, folder, replace(hub, split=split))
+        return _folder_files(setting, folder, replace(hub, split=split), f"{setting}: {path!r}")
     return sorted(file for file in glob.glob(path, recursive=True) if os.path.isfile(file))
 
 
@@ -128,7 +128,10 @@ def _visible_files(setting: str, folder: str) -> list[str]:
     seen: set[tuple[int, int]] = set()
 
     def refuse(error: OSError) -> None:
-        raise ConfigError(f"{setting}: cannot read the folder {error.filename!r}: {error.strerror}") from error
+        raise ConfigError(
+            f"{setting}: cannot read the folder {error.filename!r}: {error.strerror}; allow it, or name the others by "
+            "a glob"
+        ) from error
 
     for root, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
         if _identity(root) in seen:
@@ -136,15 +139,19 @@ def _visible_files(setting: str, folder: str) -> list[str]:
             continue
         seen.add(_identity(root))
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
-        paths = (os.path.join(root, file) for file in files if not file.startswith("."))
-        found += [path for path in paths if os.path.isfile(path)]
+        paths = [os.path.join(root, file) for file in files if not file.startswith(".")]
+        if nowhere := [path for path in paths if not os.path.exists(path)]:
+            raise ConfigError(f"{setting}: {nowhere[0]} is a link that leads nowhere; bring its file, or remove it")
+        found += [path for path in paths if os.path.isfile(path)]  # neither sockets nor pipes
     return found
 
 
-def _folder_files(setting: str, folder: str, hub: Hub) -> list[str]:
+def _folder_files(setting: str, folder: str, hub: Hub, split_setting: str = "--data.split") -> list[str]:
     """Every visible file; of a folder with jsonl or parquet in it only these, of one split as on the hub."""
     found = _visible_files(setting, folder)
     if all(_kind(file) == "text" for file in found):
+        if split_setting != "--data.split":
+            raise ConfigError(f"{split_setting}: {folder} holds plain text, which has no splits; name the folder alone")
         if hub.split != Hub.split:
             _say_once(f"{setting}: {folder} holds plain text, which has no splits: {hub.split!r} has no effect on it")
         return sorted(found)
@@ -155,7 +162,7 @@ def _folder_files(setting: str, folder: str, hub: Hub) -> list[str]:
     except Exception as error:
         raise ConfigError(f"{setting}: cannot read the folder {folder!r}: {one_line(error)}") from error
     if hub.split not in splits:
-        raise ConfigError(f"--data.split: no {hub.split!r} in {folder!r}; there are: {', '.join(map(str, splits))}")
+        raise ConfigError(f"{split_setting}: no {hub.split!r} in {folder!r}; there are: {', '.join(map(str, splits))}")
     read = sorted(splits[hub.split])
     if strangers := [file for file in read if not Path(file).resolve().is_relative_to(Path(folder).resolve())]:
         raise ConfigError(
@@ -168,7 +175,8 @@ def _folder_files(setting: str, folder: str, hub: Hub) -> list[str]:
             f"{setting}: {folder} holds {' and '.join(kinds[0])} files and more of text; say which by a glob, e.g. "
             f"{folder}/*{kinds[0][0]}, or give both"
         )
-    if left := sorted(set(found) - set(map(os.path.abspath, read))):
+    are_read = set(map(_identity, read))
+    if left := sorted(file for file in found if _identity(file) not in are_read):
         _say_once(
             f"{setting}: of {folder} split {hub.split}, {len(read)} of {len(found)} files are read; left out: "
             f"{', '.join(os.path.relpath(file, folder) for file in left[:3])}{' ...' if len(left) > 3 else ''}"

@@ -63,9 +63,14 @@ def unknown_share(tokenizer: PreTrainedTokenizerBase, files: TokenFiles) -> floa
 
 def decoded_share(tokenizer: PreTrainedTokenizerBase, files: TokenFiles) -> float:
     """Bytes that the first tokens of held-out text decode to, over the bytes that they were made of."""
-    first = slice(1 << 16)
-    text = tokenizer.backend_tokenizer.decode(files.tokens[first].tolist(), skip_special_tokens=True)
-    return len(utf8(text)) / max(1, int(files.token_bytes[first].sum()))
+    backend, tokens, counts = tokenizer.backend_tokenizer, files.tokens[: 1 << 16], files.token_bytes[: 1 << 16]
+    known = tokens != (-1 if tokenizer.unk_token_id is None else tokenizer.unk_token_id)
+    ids = tokens[known].tolist()
+    if backend.decoder is None and type(backend.model).__name__ in ("BPE", "Unigram"):  # it would put spaces between
+        text = "".join(str(backend.id_to_token(i)) for i in ids if i not in tokenizer.all_special_ids)
+    else:
+        text = backend.decode(ids, skip_special_tokens=True)
+    return len(utf8(text)) / max(1, int(counts[known].sum()))
 
 
 def rules_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -23,6 +23,11 @@ MLP = {"intermediate_size": 48}
 GROUPED = {"num_key_value_heads": 2}
 HEAD_DIM = {"head_dim": 12}  # heads * head_dim is not hidden_size
 # of 5 experts a token is sent to 2
+MLA = {
+    "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "n_shared_experts": 1,
+    "moe_intermediate_size": 20, "first_k_dense_replace": 1, "kv_lora_rank": 10, "q_lora_rank": 14,
+    "num_key_value_heads": 4, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6,
+}  # fmt: skip
 EXPERTS = {"num_experts_per_tok": 2, "num_experts": 5, "num_local_experts": 5, "moe_intermediate_size": 20}
 
 # name -> (config, width of the attention = heads * head_dim)
@@ -39,6 +44,7 @@ FAMILIES = {
     "opt": (lambda: transformers.OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=16), 32),
     "qwen3_moe": (lambda: transformers.Qwen3MoeConfig(**SIZES, **MLP, **GROUPED, **HEAD_DIM, **EXPERTS), 48),
     "gpt_oss": (lambda: transformers.GptOssConfig(**SIZES, **MLP, **GROUPED, **HEAD_DIM, **EXPERTS), 48),
+    "deepseek_v3": (lambda: transformers.DeepseekV3Config(**SIZES, **MLP, **MLA), 4 * (8 + 4 + 6) / 2),
     "mixtral": (lambda: transformers.MixtralConfig(**SIZES, **MLP, **GROUPED, **EXPERTS), 32),
 }
 
