@@ -164,7 +164,8 @@ def _folder_files(setting: str, folder: str, hub: Hub, split_setting: str = "--d
     if hub.split not in splits:
         raise ConfigError(f"{split_setting}: no {hub.split!r} in {folder!r}; there are: {', '.join(map(str, splits))}")
     read = sorted(splits[hub.split])
-    if strangers := [file for file in read if not Path(file).resolve().is_relative_to(Path(folder).resolve())]:
+    # by name: links within the folder are its owner's, as in the hub's own cache
+    if strangers := [file for file in read if not Path(os.path.abspath(file)).is_relative_to(folder)]:
         raise ConfigError(
             f"{setting}: the README.md of {folder!r} names {strangers[0]!r}, which lies outside of that folder; name "
             "it in the setting if you mean it"

@@ -117,6 +117,18 @@ def test_a_link_that_leads_nowhere_is_refused(suffix, tmp_path):
         read(tmp_path)
 
 
+def test_a_snapshot_in_the_hub_s_cache_is_read(tmp_path):
+    """Its files are links to blobs outside of it."""
+    snapshot = tmp_path / "datasets--owner--name" / "snapshots" / "0123abc"
+    (snapshot / "data").mkdir(parents=True)
+    (snapshot.parents[1] / "blobs").mkdir()
+    for split, data in (("train", lines(1)), ("test", lines(2))):
+        (snapshot.parents[1] / "blobs" / split).write_bytes(data)
+        (snapshot / "data" / f"{split}.jsonl").symlink_to(f"../../../blobs/{split}")
+    assert read(snapshot) == texts(lines(1))
+    assert read(f"{snapshot}:test") == texts(lines(2))
+
+
 def test_a_link_to_a_folder_beside_it_is_not_left_out(tmp_path, caplog):
     (tmp_path / "z").mkdir()
     (tmp_path / "z" / "x.jsonl").write_bytes(lines(1))
