@@ -20,7 +20,7 @@ cache/demo/corpus.jsonl: configs/demo/corpus.py | .venv/installed
 
 demo: .venv/installed cache/demo/corpus.jsonl
 	rm -rf $(DEMO)
-	for run in teacher baseline salt rkd; do \
+	@for run in teacher baseline salt rkd; do \
 		echo "--- $$run"; \
 		split=; [ $$run = teacher ] || split="--data.difficulty $(DEMO)/teacher"; \
 		teacher=; [ $$run = teacher ] || [ $$run = baseline ] || teacher="--model.teacher.path $(DEMO)/teacher/checkpoints/step-00000300.ckpt"; \

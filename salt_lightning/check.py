@@ -28,6 +28,7 @@ from salt_lightning.module import SALTModule
 from salt_lightning.preflight import Finding
 from salt_lightning.schedule import KDScheduleCallback, kd_callbacks
 from salt_lightning.scores import Scores
+from salt_lightning.selection import chance, row_scores
 from salt_lightning.spec import DTYPES, ModelSpec, as_config_error, fresh_config, unnamed_sizes
 
 _LOOK_FLOPS = 1.5e11  # of a CPU, for one look at a model: some seconds
@@ -99,7 +100,9 @@ class Check:
             if schedule.anneal_steps and taught:
                 said += f", its weight falls in the last {schedule.anneal_steps} of them"
             stays = taught == max_steps and taught > 0
-            self.add("note" if stays else "ok", "phases", said + ("; it never leaves (RKD)" if stays else ""))
+            late = "; it never leaves (RKD)" if stays else "; more than half, and a teacher that stays too long harms"
+            many = taught > max_steps / 2
+            self.add("note" if many else "ok", "phases", said + late * many)
         if self.works("learning rate", optim.check, max_steps):
             said = f"{optim.lr:g} after {optim.warmup_steps} steps of warm-up, then {optim.schedule}"
             self.add("ok", "learning rate", said)
@@ -134,7 +137,13 @@ class Check:
             self.findings.append(preflight.rows(data.num_train_rows, trainer.max_steps, data.global_batch_size))
             if data.selection and (order := self.probe("selection", data._plan_order)):
                 kept, reads = len(order.kept), order.phase1
-                self.add("ok", "selection", f"phase 1 reads {reads} rows of {kept} kept: {reads / kept:.2f} times")
+                said = f"phase 1 reads {reads} rows of {kept} kept, each {reads / kept:.2f} times"
+                score_R = row_scores(Scores(Path(data.selection), "--data.selection"), data.keep.k, data.keep.masked)
+                left = chance(score_R, order.kept)
+                remedy = "a later teacher, a larger --data.keep.k, --data.keep.masked drop, or a smaller share"
+                tie = f"; of them {left:.0%} score as much as rows that are left out: chance decides"
+                many = left > 0.5 and data.keep.order != "random"
+                self.add("warning" if many else "ok", "selection", said + tie * many, remedy if many else "")
         if not (self.works("validation text", data.setup, "validate") and data._train):
             return None
         self.findings += data.doubts()
@@ -284,7 +293,7 @@ class Check:
             return
         fitting = fit.largest(_usable(limit))
         said = f"of {preflight.gib(limit)} a run can use {preflight.gib(_usable(limit))}; the largest that fits: "
-        said += str(fitting or "none")
+        said += str(fitting or "none") + " (all of a step)" * (fitting == data.global_batch_size // data._place()[1])
         if max(peak.total for peak in found) <= _usable(limit):
             self.add("ok", "micro-batch", said)
             return

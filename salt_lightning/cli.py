@@ -26,7 +26,7 @@ from salt_lightning.event_log import EventLog, quiet_threads
 from salt_lightning.models import check_path, read_checkpoint
 from salt_lightning.module import SALTModule
 from salt_lightning.parser import Parser, check_configs, configs_first, reword
-from salt_lightning.progress_bar import ProgressBar
+from salt_lightning.progress_bar import ProgressBar, close_bars, keep_off_bars
 from salt_lightning.quiet import silence_libraries
 from salt_lightning.run_config import SaveRunConfig, readable
 from salt_lightning.runlog import flat
@@ -335,6 +335,7 @@ def main(args: list[str] | None = None) -> int:
     first = (sys.argv[1:] if args is None else args)[:1]
     silence_libraries()
     quiet_threads()
+    keep_off_bars()
     try:
         if first and first[0] in VERBS:
             return VERBS[first[0]][0](sys.argv[2:] if args is None else args[1:])
@@ -352,6 +353,7 @@ def main(args: list[str] | None = None) -> int:
         print(f"\nstopped by {number.name}", file=sys.stderr)
         return 128 + number
     except (ConfigError, NonFiniteLossError, OSError, MisconfigurationException, ModuleNotFoundError) as error:
+        close_bars()
         if _rank():  # the first rank says the same, and its end is ours; else we speak
             time.sleep(_FIRST_RANK_S)
         message = str(error) if isinstance(error, ConfigError | NonFiniteLossError) else one_line(error)
@@ -375,4 +377,17 @@ def main(args: list[str] | None = None) -> int:
     if signals and signals[0] is not None and cli.trainer.is_global_zero:  # the others: a code would look like a crash
         print(f"stopped by {signals[0].name} at step {cli.trainer.global_step}, saved; go on with --ckpt_path last")
         return 128 + signals[0]
+    if cli.subcommand == "fit" and cli.trainer.is_global_zero:
+        _say_done(cli.trainer)
     return 0
+
+
+def _say_done(trainer: pl.Trainer) -> None:
+    loss = trainer.callback_metrics.get("val/ce")
+    saved = next((str(path) for saver in savers(trainer) if (path := newest(saver._dir)) is not None), None)
+    parts = [
+        f"step {trainer.global_step}",
+        *([f"val/ce {loss:.4f}"] if loss is not None else []),
+        *([saved] if saved else []),
+    ]
+    print(f"done: {', '.join(parts)}")

@@ -141,10 +141,11 @@ def evaluate(runs: list[Run], baseline: str | None = None) -> Comparison:
     runs = [run for run in runs if run.curves]
     if not runs:
         paths = ", ".join(str(run.path) for run in silent)
+        inside = sorted(str(p.parent) for run in silent for p in run.path.glob("*/config.yaml"))
+        example = f": {' '.join(inside[:6])}" if inside else ", e.g. runs/salt"
         why = "".join(f" ({what})" for run in silent for what in run.damaged)
         raise ConfigError(
-            f"compare: RUN {paths}: no TensorBoard event file with a value in it{why}; give a run's own folder, e.g. "
-            "runs/demo/salt"
+            f"compare: RUN {paths}: no TensorBoard event file with a value in it{why}; give a run's own folder{example}"
         )
     teacher_of = {run.name: lineage.teacher_run(run, runs) for run in runs}
     teachers = {teacher.name for teacher in teacher_of.values() if teacher is not None}
@@ -323,7 +324,7 @@ def _path(typed: str) -> Path:
 def main(argv: list[str]) -> int:
     """`compare RUN RUN ... [--out DIR] [--baseline RUN]`: prints the table, writes the files."""
     parser = VerbParser(prog="cli.py compare", description="Table and figure of several runs, finished or running.")
-    parser.add_argument("runs", metavar="RUN", nargs="+", type=_path, help="a run's folder, e.g. runs/demo/salt")
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=_path, help="a run's folder, e.g. runs/salt")
     parser.add_argument(
         "--out", metavar="DIR", type=_path, help="folder of compare.md, .json and .png (default: where the runs lie)"
     )

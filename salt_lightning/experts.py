@@ -38,10 +38,34 @@ def _in_autocast(module: nn.Module, forward: Callable[..., Any], hidden_ND: Tens
 
 @contextmanager
 def on_fake_tensors() -> Iterator[None]:
-    """Grouped products by the op of transformers that has a form without data for every dtype; torch's has bf16's."""
-    can_use = moe._can_use_grouped_mm
-    moe._can_use_grouped_mm = lambda *_: False
+    """Grouped products that take their memory and compute nothing; those of torch and transformers look at data."""
+    original = moe._grouped_mm
+    moe._grouped_mm = _no_grouped_mm
     try:
         yield
     finally:
-        moe._can_use_grouped_mm = can_use
+        moe._grouped_mm = original
+
+
+def _no_grouped_mm(input: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+    return _no_product(input.to(weight.dtype), weight)
+
+
+# ops of their own: to a compiler kernels that it does not write itself
+@torch.library.custom_op("salt_lightning::no_product", mutates_args=())
+def _no_product(hidden_SD: Tensor, weight_EDF: Tensor) -> Tensor:
+    return hidden_SD.new_empty(hidden_SD.shape[0], weight_EDF.shape[2])
+
+
+@torch.library.custom_op("salt_lightning::no_product_backward", mutates_args=())
+def _no_product_backward(grad_SF: Tensor, hidden_SD: Tensor, weight_EDF: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(hidden_SD), torch.empty_like(weight_EDF)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+_no_product.register_fake(_no_product._init_fn)
+_no_product_backward.register_fake(_no_product_backward._init_fn)
+_no_product.register_autograd(lambda ctx, grad: _no_product_backward(grad, *ctx.saved_tensors), setup_context=_keep)

@@ -90,6 +90,8 @@ def explain(message: str, known: list[str]) -> str:
     wrong = re.search(r"does not accept option '([^']+)'|unrecognized arguments: --([^\s=]+)", line)
     if wrong:
         return _no_such(wrong[1] or wrong[2], known)
+    if line.startswith("unrecognized arguments: "):
+        line += "; a pattern of files goes in quotes, 'my_text/*.jsonl', or the shell makes several words of it"
     return line
 
 

@@ -1,5 +1,6 @@
 """Lightning's progress bar, counting what a user counts."""
 
+import logging
 import math
 import sys
 import time
@@ -9,6 +10,26 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.trainer.states import TrainerFn
+
+
+def keep_off_bars() -> None:
+    """Messages begin on a line of their own: the bar that stands there goes, and comes back when it is drawn next."""
+    for handler in logging.getLogger("lightning.pytorch").handlers:
+        if _clear_bars not in handler.filters:
+            handler.addFilter(_clear_bars)
+
+
+def _clear_bars(record: logging.LogRecord) -> bool:
+    for bar in list(getattr(Tqdm, "_instances", ())):
+        bar.clear()
+    sys.stdout.flush()
+    return True
+
+
+def close_bars() -> None:
+    """Before the last message, which a bar would follow else."""
+    for bar in list(getattr(Tqdm, "_instances", ())):
+        bar.close()
 
 
 class ProgressBar(TQDMProgressBar):

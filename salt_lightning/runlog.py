@@ -214,7 +214,7 @@ def read_run(path: Path, name: str) -> Run:
         ConfigError: no such folder, or an unreadable config.yaml.
     """
     if not path.is_dir():
-        raise ConfigError(f"compare: RUN {path} is no folder; give a run's own folder, e.g. runs/demo/salt")
+        raise ConfigError(f"compare: RUN {path} is no folder; give a run's own folder, e.g. runs/salt")
     settings = read_config(path / "config.yaml") if (path / "config.yaml").is_file() else {}
     earlier, unread = [], []
     for step, file in earlier_configs(path):

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from salt_lightning.report import COLOURS, REFERENCE_COLOUR, table
 from salt_lightning.rows import scatter
 from salt_lightning.scores import NO_LABEL, Scores
-from salt_lightning.selection import KeepRule, kept_rows, row_scores
+from salt_lightning.selection import KeepRule, chance, kept_rows, row_scores
 
 KS = (5, 10, 20, 50)
 EXAMPLES = 3
@@ -36,7 +36,7 @@ def write(scores: Scores, rule: KeepRule, decode: Callable[[int], str]) -> tuple
         _summary(scores, of_k[rule.k], kept[rule.k], rule),
         "![Histogram of the scores](report.png)",
         _by_k(of_k, rule),
-        _overlap(kept, rule),
+        _overlap(kept, of_k, rule),
         _examples(scores, of_k[rule.k], rule, decode),
     ]
     text.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
@@ -55,9 +55,10 @@ def _summary(scores: Scores, score_R: np.ndarray, kept: np.ndarray, rule: KeepRu
     name = f"{teacher.get('path')}" + (f" at {teacher['revision']}" if teacher.get("revision") else "")
     zeros = np.mean(score_R == 0)
     low, middle, high = np.quantile(score_R, (0.1, 0.5, 0.9))
-    chance = (
-        "- **Nearly all rows score 0**, so what is kept is a matter of chance: take a later teacher, a larger "
-        "--data.keep.k, or --data.keep.masked drop."
+    by_chance = chance(score_R, kept)
+    remark = (
+        f"- **{by_chance:.0%} of the rows kept score as much as rows that are left out**: chance decides among these. "
+        "Take a later teacher, a larger --data.keep.k, --data.keep.masked drop, or keep fewer."
     )
     return "\n".join(
         [
@@ -68,7 +69,7 @@ def _summary(scores: Scores, score_R: np.ndarray, kept: np.ndarray, rule: KeepRu
             f"{high:.4f}; highest {score_R.max():.4f}.",
             f"- The rule {rule.name} keeps {len(kept)} rows ({len(kept) / len(score_R):.1%}), "
             f"S {score_R[kept].min():.4f} to {score_R[kept].max():.4f}.",
-            *([chance] if zeros > 0.99 else []),
+            *([remark] if by_chance > 0.01 and rule.order != "random" else []),
         ]
     )
 
@@ -83,11 +84,15 @@ def _by_k(of_k: dict[int, np.ndarray], rule: KeepRule) -> str:
     return f"## Other k (masked: {rule.masked})\n\n" + table(columns)
 
 
-def _overlap(kept: dict[int, np.ndarray], rule: KeepRule) -> str:
+def _overlap(kept: dict[int, np.ndarray], of_k: dict[int, np.ndarray], rule: KeepRule) -> str:
     columns = {"kept by both": [f"k = {k}" for k in kept]}
+    drawn = {k for k in kept if chance(of_k[k], kept[k]) > 0.5}  # by the same lots for every k: alike, but by no score
     for k, shares in zip(kept, overlap(kept).T, strict=True):
-        columns[f"k = {k}"] = [f"{share:.1%}" for share in shares]
-    return f"## Rows that two k would keep alike ({rule.order})\n\n" + table(columns, text=("kept by both",))
+        columns[f"k = {k}"] = [
+            "-" if {k, other} & drawn else f"{share:.1%}" for other, share in zip(kept, shares, strict=True)
+        ]
+    note = "\n\n-: most of the rows kept tie with rows that are left out." if drawn else ""
+    return f"## Rows that two k would keep alike ({rule.order})\n\n" + table(columns, text=("kept by both",)) + note
 
 
 def _examples(scores: Scores, score_R: np.ndarray, rule: KeepRule, decode: Callable[[int], str]) -> str:

@@ -98,6 +98,13 @@ def score_rows(nll_RT: np.ndarray, rank_RT: np.ndarray, k: int, masked: Masked) 
     return np.where(counts_R > 0, medians_R, 0.0)
 
 
+def chance(score_R: np.ndarray, kept: np.ndarray) -> float:
+    """Share of the rows kept whose score rows that are left out have, too: a lot has decided among them."""
+    out = np.ones(len(score_R), bool)
+    out[kept] = False
+    return float(np.isin(score_R[kept], score_R[out]).mean()) if len(kept) else 0.0
+
+
 def kept_rows(scores_R: np.ndarray, rule: KeepRule) -> np.ndarray:
     """Sorted numbers of the rows that a rule keeps. Rows of equal score are taken in a fixed random order.
 

@@ -162,7 +162,10 @@ def _folder_files(setting: str, folder: str, hub: Hub, split_setting: str = "--d
     except Exception as error:
         raise ConfigError(f"{setting}: cannot read the folder {folder!r}: {one_line(error)}") from error
     if hub.split not in splits:
-        raise ConfigError(f"{split_setting}: no {hub.split!r} in {folder!r}; there are: {', '.join(map(str, splits))}")
+        raise ConfigError(
+            f"{split_setting}: no {hub.split!r} in {folder!r}; there are: {', '.join(map(str, splits))} (by the "
+            f"names of its files, as on the hub); name one, or give the files by a glob, {folder}/*"
+        )
     read = sorted(splits[hub.split])
     # by name: links within the folder are its owner's, as in the hub's own cache
     if strangers := [file for file in read if not Path(os.path.abspath(file)).is_relative_to(folder)]:

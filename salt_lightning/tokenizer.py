@@ -1,6 +1,7 @@
 """Tokenizers: loaded or trained here; text -> ids, and the bytes of text that each id stands for."""
 
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -32,6 +33,8 @@ def load_tokenizer(name: str, setting: str = "--data.tokenizer") -> PreTrainedTo
         ConfigError: not found, without end-of-text token, or without the fast implementation that gives
             offsets.
     """
+    if not os.path.isdir(name) and (name.startswith((".", "/")) or name.count("/") > 1):  # no name of the hub
+        raise ConfigError(f"{setting}: the folder {name!r} does not exist; give a folder, hub name or train")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:

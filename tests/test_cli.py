@@ -27,6 +27,7 @@ NAMES = [str(path.relative_to(ROOT)) for path in CONFIGS]
 BASES = {
     "controls": "salt_ds.yaml",
     "tasks": "sft.yaml",
+    "cpu.yaml": "salt.yaml",
     "gap.yaml": "salt.yaml",
     "hub.yaml": "salt.yaml",
 }  # overlays, and what they go on top of

@@ -89,9 +89,9 @@ def test_check_tells_their_memory(settings, tmp_path, capsys, precision):
         "run": str(tmp_path / "run"), "kd.weight": 0.0, "model.student.family": "qwen3_moe",
         "model.student.config": {**config, "num_experts": 4}, "trainer.precision": precision,
     }  # fmt: skip
-    can_use = moe._can_use_grouped_mm
+    original = moe._grouped_mm
     assert cli.main(["check", *arguments(settings, own)]) == 0
     out = capsys.readouterr().out
     assert "GiB at its peak with 8 rows a micro-batch" in " ".join(out.split())
     assert "not estimated" not in out
-    assert moe._can_use_grouped_mm is can_use
+    assert moe._grouped_mm is original
