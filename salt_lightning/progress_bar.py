@@ -4,6 +4,8 @@ import logging
 import math
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,17 +15,15 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 
 def keep_off_bars() -> None:
-    """Messages begin on a line of their own: the bar that stands there goes, and comes back when it is drawn next."""
+    """Messages stand on a line of their own: a bar goes for them, and comes back below."""
     for handler in logging.getLogger("lightning.pytorch").handlers:
-        if _clear_bars not in handler.filters:
-            handler.addFilter(_clear_bars)
+        if not isinstance(handler.emit, partial):
+            handler.emit = partial(_above_bars, handler.emit)  # type: ignore[method-assign]
 
 
-def _clear_bars(record: logging.LogRecord) -> bool:
-    for bar in list(getattr(Tqdm, "_instances", ())):
-        bar.clear()
-    sys.stdout.flush()
-    return True
+def _above_bars(emit: Callable[[logging.LogRecord], None], record: logging.LogRecord) -> None:
+    with Tqdm.external_write_mode():
+        emit(record)
 
 
 def close_bars() -> None:

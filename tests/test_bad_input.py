@@ -98,6 +98,10 @@ ERRORS = {
         r"--data.cache_dir: .* cannot be written \(File ex",
     ),
     # --- text
+    "a folder of a tokenizer that is not there": (
+        {"data.tokenizer": "runs/nobody/tokenizer"},
+        r"--data.tokenizer: the folder 'runs/nobody/tokenizer' does not exist; give a folder, hub name or train",
+    ),
     "folders alone": (
         {"data.source": "{bad}/fold*"},
         r"--data.source: '.*' matches folders alone, no file; give a file",

@@ -1,11 +1,17 @@
 """The command line as a user meets it: help, configs, and every error of the main road in one line."""
 
+import fcntl
+import os
+import pty
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -343,3 +349,32 @@ def test_one_callback_without_a_list_is_taken_as_lightning_takes_it(tmp_path):
 def test_a_plugin_of_the_user_is_used(tmp_path, form):
     plugin = form.format("lightning.pytorch.plugins.environments.LightningEnvironment")
     built_with(tmp_path, f"--trainer.plugins={plugin}")
+
+
+def test_a_pattern_without_quotes_is_explained(capsys):
+    assert run(["fit", "--data.source", "a.jsonl", "b.jsonl"]) == 2
+    assert "unrecognized arguments: b.jsonl; a pattern of files goes in quotes, 'my_text/*.jsonl'" in one_line(capsys)
+
+
+def test_on_a_terminal_messages_stand_on_lines_of_their_own(settings, tmp_path):
+    """They come while a bar is drawn, which has no end of line."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 110, 0, 0))
+    own = {"run": str(tmp_path / "run"), "trainer.enable_progress_bar": True, "kd.weight": 0.0}
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "cli.py", "fit", *arguments(settings, own)], stdout=theirs, stderr=theirs
+    )
+    os.close(theirs)
+    shown = b""
+    with suppress(OSError):  # Linux: the other end is closed
+        while data := os.read(ours, 1 << 16):
+            shown += data
+    os.close(ours)
+    assert process.wait() == 0
+    text = shown.decode()
+    assert "12/12" in text  # the premise: bars are drawn
+    before = text[: text.index("`Trainer.fit` stopped")]
+    assert before.endswith(("\r", "\n"))
+    assert before.splitlines()[-1].strip() == ""  # the bar is gone from where the message stands
+    last = text.replace("\r", "\n").split("\n")
+    assert [line for line in last if line.strip()][-1].startswith("done: step 12, val/ce ")

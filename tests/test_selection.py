@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from salt_lightning.errors import ConfigError
 from salt_lightning.rows import Order, outside, row_at, scatter
+from salt_lightning.score_report import _overlap
 from salt_lightning.scores import NO_LABEL, RANK_CAP, Scored, Scores, write_table
-from salt_lightning.selection import KeepRule, kept_rows, plan, row_scores, score_rows
+from salt_lightning.selection import KeepRule, chance, kept_rows, plan, row_scores, score_rows
 
 # --- S(x) ---
 
@@ -282,3 +283,20 @@ def test_reading_the_kept_rows_too_often_is_refused(scores):
     ):
         plan(scores, KeepRule(rows=4), 0, 40)
     assert plan(scores, KeepRule(rows=4, max_repeats=10.0), 0, 40)[0].phase1 == 40
+
+
+def test_chance_is_the_share_of_kept_rows_that_tie_with_rows_left_out():
+    score_R = np.array([0.0, 0.0, 1.0, 1.0, 2.0])
+    assert chance(score_R, np.array([4, 2])) == 0.5  # row 3 scores as row 2 does
+    assert chance(score_R, np.array([2, 3, 4])) == 0
+    assert chance(np.zeros(6), np.array([1, 5])) == 1
+    assert chance(score_R, np.array([], int)) == 0
+
+
+def test_the_report_shows_no_overlap_where_chance_has_chosen():
+    """The same lots for every k would make it 100%."""
+    clear, zeros = np.arange(6.0), np.zeros(6)
+    kept = {5: np.array([3, 4, 5]), 10: np.array([3, 4, 5]), 20: np.array([0, 1, 2])}
+    of_k = {5: clear, 10: clear, 20: zeros}
+    rows = [line.split("|")[2:-1] for line in _overlap(kept, of_k, KeepRule()).splitlines() if line.startswith("| k =")]
+    assert [[cell.strip() for cell in row] for row in rows] == [["100.0%", "100.0%", "-"]] * 2 + [["-"] * 3]
