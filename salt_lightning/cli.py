@@ -377,17 +377,13 @@ def main(args: list[str] | None = None) -> int:
     if signals and signals[0] is not None and cli.trainer.is_global_zero:  # the others: a code would look like a crash
         print(f"stopped by {signals[0].name} at step {cli.trainer.global_step}, saved; go on with --ckpt_path last")
         return 128 + signals[0]
-    if cli.subcommand == "fit" and cli.trainer.is_global_zero:
+    if cli.subcommand == "fit" and cli.trainer.is_global_zero and cli.trainer.global_step >= cli.trainer.max_steps:
         _say_done(cli.trainer)
     return 0
 
 
 def _say_done(trainer: pl.Trainer) -> None:
     loss = trainer.callback_metrics.get("val/ce")
-    saved = next((str(path) for saver in savers(trainer) if (path := newest(saver._dir)) is not None), None)
-    parts = [
-        f"step {trainer.global_step}",
-        *([f"val/ce {loss:.4f}"] if loss is not None else []),
-        *([saved] if saved else []),
-    ]
-    print(f"done: {', '.join(parts)}")
+    parts = [f"step {trainer.global_step}", None if loss is None else f"val/ce {loss:.4f}"]
+    parts += [str(saver._path(trainer)) for saver in savers(trainer)]
+    print(f"done: {', '.join(filter(None, parts))}")

@@ -98,14 +98,15 @@ def _parse(raw: Raw, row: int, corpus: Corpus) -> tuple[Any, str]:
         return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text, raw.name
     if not text.strip():
         return None, raw.name
+    remedy = "write one object a line" + " (jq -c '.[]' makes them of an array)" * text.lstrip().startswith("[")
     try:
         fields = json.loads(text)
     except (ValueError, RecursionError) as error:
         problem = f"is not JSON ({getattr(error, 'msg', first_line(error))})"
-        raise _bad_line(corpus, _place(raw, row), problem, "write one object a line") from error
+        raise _bad_line(corpus, _place(raw, row), problem, remedy) from error
     if not isinstance(fields, dict):
         problem = f"is no JSON object but {text[:40].strip()!r}"
-        raise _bad_line(corpus, _place(raw, row), problem, "write one object a line")
+        raise _bad_line(corpus, _place(raw, row), problem, remedy)
     try:
         check_columns(corpus, list(fields), _place(raw, row))
         source = _name(fields[corpus.source_column]) if corpus.source_column else raw.name

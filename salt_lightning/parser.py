@@ -42,6 +42,8 @@ _VERBS = {
     "test": "The same on the test text; of a fine-tuned student, what it generates and chooses.",
     "predict": "SALT_DS: the teacher's loss and rank of every training token, and a report of the scores.",
 }
+# How Lightning's trainer describes its methods, cut in the middle.
+_OF_TRAINER = ("Perform one evaluation", "Runs the full", "Run inference")
 _REFUSED = "Not to be set in this project"
 # Where Lightning's own words are not true here.
 _WORDS = {
@@ -71,6 +73,9 @@ def reword(action: argparse.Action, parsers: dict[str, LightningArgumentParser])
         parser.description = _VERBS[verb]
         for setting in parser._actions:
             setting.help = _WORDS.get(setting.dest, setting.help)
+        for group in parser._action_groups:
+            if (group.title or "").startswith(_OF_TRAINER):
+                group.title = f"What {verb} itself takes"
 
 
 def explain(message: str, known: list[str]) -> str:

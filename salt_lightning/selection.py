@@ -163,7 +163,7 @@ def plan(scores: Scores, rule: KeepRule, seed: int, phase1_rows: int) -> tuple[O
     then = then if rule.unread_first else "reads all, read before or not (--data.keep.unread_first false)"
     message = (
         f"selection: {len(kept)} of {len(score_R)} rows ({rule.name}; S {score_R[kept].min():.3f} to "
-        f"{score_R[kept].max():.3f}{chance}); phase 1 takes {phase1_rows}, {repeats:.2f} times each; phase 2 {then}"
+        f"{score_R[kept].max():.3f}{chance}); phase 1 reads {phase1_rows}, each kept row {repeats:.2f} times; phase 2 {then}"
     )
     return order, message
 

@@ -112,7 +112,7 @@ ERRORS = {
     ),
     "no object": (
         {"data.source": "{bad}/array.jsonl"},
-        r"array.jsonl: line 2 is no JSON object but '\[1\]'; write one",
+        r"array.jsonl: line 2 is no JSON object but '\[1\]'; write one object a line \(jq",
     ),
     "bytes that are no UTF-8": ({"data.source": "{bad}/latin.txt"}, r"latin.txt: line 1 is not UTF-8 text; convert"),
     "no text in its column": (

@@ -528,7 +528,8 @@ def test_the_same_run_again_is_no_second_sample(three, tmp_path):
     again = write_run(tmp_path / "again", lower)
     comparison = evaluate(load([unfinished, *three, again]))
     assert comparison.notes[-2:] == [
-        f"{name} has settings and seed of baseline, which alone is counted" for name in ("a-first-start", "again")
+        f"{name} repeats baseline (same settings, same seed), which alone is counted"
+        for name in ("a-first-start", "again")
     ]
     assert [(group.label, group.n) for group in comparison.groups] == [("BASELINE", 1), ("SALT step", 1), ("RKD", 1)]
     assert comparison.reference_val_ce == BASELINE[STEPS]
@@ -703,7 +704,7 @@ def test_a_run_that_went_on_under_other_settings_is_an_experiment_of_its_own(tmp
     assert [group.n for group in found.groups] == [1, 1]
     assert found.groups[0].changed == {"until step 100: trainer.max_steps": (None, 100)}
     assert found.notes == [
-        "again has settings and seed of whole, which alone is counted",
+        "again repeats whole (same settings, same seed), which alone is counted",
         "longer went on at step 100 under other settings: trainer.max_steps 300 (before 100)",
     ]
 

@@ -419,7 +419,9 @@ def test_bad_input_is_found_while_the_tokenizer_is_trained(tmp_path):
 
 
 def test_unknown_split_of_a_folder(tmp_path):
-    with pytest.raises(ConfigError, match=r"^--data.split: no 'dev' in '.*books'; there are: train, validation$"):
+    with pytest.raises(
+        ConfigError, match=r"^--data.split: no 'dev' in '.*books'; there are: train, validation \(by the names of"
+    ):
         corpus_of(*hub_layout(tmp_path), hub=Hub(split="dev"))
 
 
@@ -555,8 +557,8 @@ def test_tokenizer_without_end_token_is_refused(tmp_path):
 
 def test_missing_tokenizer_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ConfigError, match=r"^--data.tokenizer: cannot load '.*nowhere'") as caught:
-        load_tokenizer(str(tmp_path / "nowhere"))
+    with pytest.raises(ConfigError, match=r"^--data.tokenizer: cannot load 'nobody/nowhere'") as caught:
+        load_tokenizer("nobody/nowhere")
     assert "\n" not in str(caught.value)
 
 

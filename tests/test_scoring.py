@@ -331,7 +331,7 @@ def test_phase_1_reads_the_kept_rows_and_phase_2_the_rest_first(fit_with, ds, sc
     assert len(set(phase2)) == 48
     assert set(phase2) - kept
     assert "127 of 317 rows (highest, k 10, masked drop; S " in caplog.text
-    assert "phase 1 takes 48, 0.38 times each; phase 2 begins with the 269 unread rows" in caplog.text
+    assert "phase 1 reads 48, each kept row 0.38 times; phase 2 begins with the 269 unread rows" in caplog.text
 
 
 @pytest.mark.parametrize("stop", [3, 6, 9])

@@ -267,7 +267,7 @@ def test_the_plan_says_what_it_does(scores):
     assert order.phase1 == 6
     assert len(order.kept) == 4
     assert "4 of 10 rows (highest, k 10, masked zero; S " in message
-    assert "phase 1 takes 6, 1.50 times each; phase 2 begins with the 6 unread rows" in message
+    assert "phase 1 reads 6, each kept row 1.50 times; phase 2 begins with the 6 unread rows" in message
     message = plan(scores, KeepRule(rows=4, unread_first=False), 0, 6)[1]
     assert "phase 2 reads all, read before or not (--data.keep.unread_first false)" in message
     message = plan(scores, KeepRule(rows=10, k=1), 0, 6)[1]
