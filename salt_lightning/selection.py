@@ -158,12 +158,13 @@ def plan(scores: Scores, rule: KeepRule, seed: int, phase1_rows: int) -> tuple[O
         )
     order = Order(seed, len(score_R), kept, phase1_rows, rule.unread_first)
     zeros = np.mean(score_R[kept] == 0)
-    chance = f", {zeros:.1%} of them score 0: a random choice" if zeros and rule.order != "random" else ""
+    drawn = f", {zeros:.1%} of them score 0: a random choice" if zeros and rule.order != "random" else ""
     then = f"begins with the {len(score_R) - len(order.read)} unread rows"
     then = then if rule.unread_first else "reads all, read before or not (--data.keep.unread_first false)"
     message = (
         f"selection: {len(kept)} of {len(score_R)} rows ({rule.name}; S {score_R[kept].min():.3f} to "
-        f"{score_R[kept].max():.3f}{chance}); phase 1 reads {phase1_rows}, each kept row {repeats:.2f} times; phase 2 {then}"
+        f"{score_R[kept].max():.3f}{drawn}); phase 1 reads {phase1_rows}, each kept row {repeats:.2f} times; "
+        f"phase 2 {then}"
     )
     return order, message
 
