@@ -132,7 +132,7 @@ class After(pl.Callback):
     """Times the optimizer steps from number `first` on, and finds the peak of their memory."""
 
     def __init__(self, first: int) -> None:
-        self.first, self.marks, self.peak = first, [], math.nan
+        self.first, self.marks, self.peak = first, [], 0.0
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == self.first and pl_module.device.type == "cuda":
@@ -314,8 +314,6 @@ def own_loops(module: Any, pair: Pair, steps: int) -> Iterator[tuple[str, float]
     ways = {"hand": None, "full_logits": full_plain, "kd_hand": None, "kd_full": full_kd, "kd_chunks": chunks}
     ways["kd_liger"] = liger
 
-    entropy = 0.0  # of the teacher on the last batch, nats a token
-
     def loss_of(kind: str, labels_N: Any, teacher_out: Any, h: Any, w: Any, b: Any) -> Any:
         if ways[kind] is None:
             return module.step_loss(labels_N, teacher_out, (labels_N >= 0).sum().float(), h, w, b)
@@ -332,26 +330,28 @@ def own_loops(module: Any, pair: Pair, steps: int) -> Iterator[tuple[str, float]
                 with torch.no_grad():
                     teacher_out = teacher(*inputs, cu_seqlens=batch["cu_seqlens"])
             then = partial(loss_of, kind, batch["labels"].flatten(), teacher_out)
-            loss = student(*inputs, then, batch["cu_seqlens"])
-        if kind == "kd_hand":
-            nonlocal entropy
-            entropy = (loss.teacher_entropy_sum / loss.tokens).item()
-        return getattr(loss, "loss", loss)
+            return student(*inputs, then, batch["cu_seqlens"])
 
     def step(batch: dict[str, Any], kind: str) -> None:
-        loss_on(batch, kind).backward()
+        loss = loss_on(batch, kind)
+        getattr(loss, "loss", loss).backward()  # of ours its sums too
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    first = {}
+    first, entropy = {}, 0.0  # losses, and the teacher's entropy in nats a token
     for kind in ways:  # before any step: all of the same weights
         try:
-            first[kind] = loss_on(batches[0], kind).item()
+            loss = loss_on(batches[0], kind)
+            first[kind] = getattr(loss, "loss", loss).item()
+            if kind == "kd_hand":
+                entropy = (loss.teacher_entropy_sum / loss.tokens).item()
         except Exception:  # named below
             continue
+        finally:
+            loss = None  # its graph
     for kind in ways:
-        same_as = first["kd_hand" if kind.startswith("kd") else "hand"]
+        same_as = first.get("kd_hand" if kind.startswith("kd") else "hand", math.nan)
         same_as -= WEIGHT * entropy if kind == "kd_liger" else 0.0  # its soft term is the KL, of the same gradient
         if abs(first.get(kind, same_as) - same_as) > 0.02 * same_as:  # rivals round logits to bf16
             print(f"{kind} computes {first[kind]:.4f}, ours is {same_as:.4f}: not the same", file=sys.stderr)
