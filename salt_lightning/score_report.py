@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from salt_lightning.report import COLOURS, REFERENCE_COLOUR, table
 from salt_lightning.rows import scatter
 from salt_lightning.scores import NO_LABEL, Scores
-from salt_lightning.selection import KeepRule, chance, kept_rows, row_scores
+from salt_lightning.selection import LESS_CHANCE, KeepRule, chance, kept_rows, row_scores
 
 KS = (5, 10, 20, 50)
 EXAMPLES = 3
@@ -58,7 +58,7 @@ def _summary(scores: Scores, score_R: np.ndarray, kept: np.ndarray, rule: KeepRu
     by_chance = chance(score_R, kept)
     remark = (
         f"- **{by_chance:.0%} of the rows kept score as much as rows that are left out**: chance decides among these. "
-        "Take a later teacher, a larger --data.keep.k, --data.keep.masked drop, or keep fewer."
+        f"Take {LESS_CHANCE}."
     )
     return "\n".join(
         [

@@ -98,6 +98,10 @@ def score_rows(nll_RT: np.ndarray, rank_RT: np.ndarray, k: int, masked: Masked) 
     return np.where(counts_R > 0, medians_R, 0.0)
 
 
+# what to do where chance decides
+LESS_CHANCE = "a later teacher, a larger --data.keep.k, --data.keep.masked drop, or fewer rows kept"
+
+
 def chance(score_R: np.ndarray, kept: np.ndarray) -> float:
     """Share of the rows kept whose score rows that are left out have, too: a lot has decided among them."""
     out = np.ones(len(score_R), bool)
