@@ -9,6 +9,7 @@ from itertools import islice, pairwise
 from typing import Any
 
 import yaml
+from jsonargparse import DefaultHelpFormatter
 from lightning.pytorch.cli import LightningArgumentParser
 
 from salt_lightning.errors import ConfigError
@@ -23,12 +24,19 @@ _TYPES = {
 }
 
 
+class HelpFormatter(DefaultHelpFormatter):
+    """Without the classes that a setting would take, some of which are in no use here."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return re.sub(r",? ?known subclasses: [^)]*", "", super()._get_help_string(action))
+
+
 class Parser(LightningArgumentParser):
     """Errors are one line: the usage text of some 70 lines would bury them."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # No abbreviations: --trainer.max_step would be taken for max_steps.
-        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+        super().__init__(*args, **{"allow_abbrev": False, "formatter_class": HelpFormatter, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         asked = getattr(ex, "subcommand_parser", None) or self
@@ -44,10 +52,17 @@ _VERBS = {
 }
 # How Lightning's trainer describes its methods, cut in the middle.
 _OF_TRAINER = ("Perform one evaluation", "Runs the full", "Run inference")
+_TRAINER = "Customize every aspect of training via flags"  # Lightning's title of its trainer's settings
 _REFUSED = "Not to be set in this project"
 # Where Lightning's own words are not true here.
 _WORDS = {
+    "config": "YAML file of settings. Of several the later one wins, and what is typed wins over all.",
+    "seed_everything": "Of initial weights, dropout and order, unless --model.seed or --data.seed is given.",
     "ckpt_path": "A checkpoint (.ckpt), or last: the newest one of the run's folder that is not damaged.",
+    "trainer.strategy": "auto, ddp, fsdp (FSDP1), or FSDP2 by --config configs/fsdp.yaml.",
+    "trainer.logger": "null: TensorBoard in the run's folder, which compare reads. false: nothing.",
+    "trainer.gradient_clip_val": "Largest norm of the gradient of an optimizer step; null clips nothing.",
+    "trainer.num_sanity_val_steps": "Validation batches before the first step.",
     "trainer.max_steps": "Optimizer steps of the run.",
     "trainer.precision": "32-true, bf16-mixed or bf16-true.",
     "trainer.val_check_interval": "Optimizer steps between validations (a whole number), or a share of the run (0..1).",
@@ -73,9 +88,17 @@ def reword(action: argparse.Action, parsers: dict[str, LightningArgumentParser])
         parser.description = _VERBS[verb]
         for setting in parser._actions:
             setting.help = _WORDS.get(setting.dest, setting.help)
-        for group in parser._action_groups:
+            if setting.dest.endswith(".help"):  # they work, and fill a page
+                setting.help = argparse.SUPPRESS
+            elif setting.dest.startswith("trainer."):  # Lightning's texts name its own defaults, not those here
+                setting.help = re.sub(r"\s*Default: ``[^`]*``\.?$", "", setting.help or "")
+        parser.prog = parser.prog.replace(" [options]", "")
+        parser.usage = "%(prog)s [--config FILE]... [--SETTING VALUE]..."  # all of them would be 120 lines
+        groups: list[Any] = parser._action_groups  # type: ignore[assignment]
+        for group in groups:
             if (group.title or "").startswith(_OF_TRAINER):
                 group.title = f"What {verb} itself takes"
+        groups.sort(key=lambda group: group.title == _TRAINER)  # Lightning's own come last
 
 
 def explain(message: str, known: list[str]) -> str:

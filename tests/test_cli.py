@@ -72,6 +72,9 @@ def test_help_says_what_this_project_does(capsys):
     for name in REFUSED:
         assert re.search(rf"--trainer.{name} \S+ Not to be set in this project: ", text), name
     assert "--ckpt_path CKPT_PATH A checkpoint (.ckpt), or last: the newest one of the run's folder that is" in text
+    assert not re.search("Default: ``|known subclasses", text)  # Lightning's: other than those here
+    assert text.index("The model to train") < text.index("--kd.weight") < text.index("--trainer.strategy")
+    assert re.match(r"usage: \S+ fit \[--config FILE\]... \[--SETTING VALUE\]... Trains a student", text)
     assert len(wrong_trainer_settings(Namespace(**REFUSED))) == len(REFUSED)
     parser = LightningArgumentParser()
     parser.add_lightning_class_args(pl.Trainer, "trainer")
