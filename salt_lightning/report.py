@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from salt_lightning.metrics import THIRDS
 
@@ -22,6 +23,7 @@ UNITS = ((1e21, "ZFLOP"), (1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e
 # Okabe and Ito's palette without black and yellow: told apart with any kind of colour vision.
 REFERENCE_COLOUR = "#444444"
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+LEAVES, DASHES = "a teacher leaves", (0, (4, 3))
 MOST_PARTS = 12  # columns of a table that still reads as text
 FIRST_SHOWN = 0.25  # the figure cuts off the fall of this share of the steps, which would flatten the rest
 
@@ -237,7 +239,8 @@ def _null_for_nan(value: Any) -> Any:
 def figure(comparison: Comparison) -> Figure:
     """Validation CE over steps and over FLOPs of student and teacher, one colour for each experiment.
 
-    A dashed line of its colour marks where a teacher leaves, a dot where a run reaches the reference.
+    A dashed line of its colour marks where a teacher leaves, a dot where a run reaches the reference, at which share
+    of the reference's steps or FLOPs.
     """
     fig = Figure(figsize=(12, 4.2), layout="constrained")
     axes = fig.subplots(1, 2, sharey=True)
@@ -255,6 +258,8 @@ def figure(comparison: Comparison) -> Figure:
     if validated:
         axes[0].set_ylim(*_shown_range(validated))
         legend = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
+        if legend.pop(LEAVES, None):  # one entry for the lines of all colours
+            legend[LEAVES] = Line2D([], [], color=REFERENCE_COLOUR, lw=0.8, ls=DASHES)
         fig.legend(
             list(legend.values()),
             list(legend),
@@ -275,6 +280,7 @@ def _panel(ax: Axes, comparison: Comparison, axis: str, divisor: float) -> None:
     level = comparison.reference_val_ce
     ax.axhline(level, color=REFERENCE_COLOUR, lw=0.6, label="the reference at its end")
     colours = iter(COLOURS * len(comparison.groups))
+    noted: list[tuple[float, str, str]] = []
     width = 1.0 if any(len(group.runs) > 1 for group in comparison.groups) else 2.0
     for group in comparison.groups:
         is_reference = comparison.reference in group.runs
@@ -289,19 +295,18 @@ def _panel(ax: Axes, comparison: Comparison, axis: str, divisor: float) -> None:
                 share = row.reached_steps_share if axis == "steps" else row.reached_flops_share
                 ax.plot(x, level, "o", color=colour, ms=5)
                 if len(group.runs) == 1:
-                    _note(ax, f"{share:.0%}", (x, level), colour, xycoords="data", rotation=0, va="top")
+                    noted.append((x, f"{share:.0%}", colour))
         first = runs[group.runs[0]]
         if 0 < first.kd_steps < (first.max_steps or math.inf):
             (x,) = x_of(first, [first.kd_steps])
-            ax.axvline(x, color=colour, lw=0.8, ls=(0, (4, 3)))
-            across = ax.get_xaxis_transform()  # x in data, y as a share of the panel
-            _note(ax, "teacher leaves", (x, 0.3), colour, xycoords=across, rotation=90, va="bottom")
+            ax.axvline(x, color=colour, lw=0.8, ls=DASHES, label=LEAVES)
     ax.spines[["top", "right"]].set_visible(False)
     ax.set_xlim(left=0)
-
-
-def _note(ax: Axes, text: str, at: tuple[float, float], colour: str, **style: Any) -> None:
-    ax.annotate(text, at, (-4, -4), textcoords="offset points", ha="right", color=colour, fontsize=9, **style)
+    lines, right = 0, math.inf
+    for x, text, colour in sorted(noted, reverse=True):  # from the right: where two are close the left one goes below
+        lines = lines + 1 if right - x < 0.08 * ax.get_xlim()[1] else 0
+        right, off = x, (-4, -4 - 11 * lines)
+        ax.annotate(text, (x, level), off, textcoords="offset points", ha="right", va="top", color=colour, fontsize=9)
 
 
 def _shown_range(runs: list[Run]) -> tuple[float, float]:

@@ -6,12 +6,14 @@ import os
 import re
 import statistics
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import yaml
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from torch.utils.tensorboard import SummaryWriter
 
 from salt_lightning import lineage, report
@@ -627,7 +629,8 @@ def test_a_test_result_gets_a_column(three):
 
 
 def test_the_figure_shows_curves_boundary_and_the_point_of_reach(three):
-    by_steps, by_flops = report.figure(evaluate(load(three))).axes
+    figure = report.figure(evaluate(load(three)))
+    by_steps, by_flops = figure.axes
     curves = {line.get_label(): line.get_xydata() for line in by_steps.lines}
     assert curves["SALT step  3.750"].tolist() == [[s, ce] for s, ce in SALT.items()]
     points = {line.get_label(): line.get_xydata() for line in by_flops.lines}
@@ -636,9 +639,22 @@ def test_the_figure_shows_curves_boundary_and_the_point_of_reach(three):
         xs = [line.get_xdata() for line in ax.lines]
         assert [boundary, boundary] in [list(x) for x in xs if len(x) == 2]
         assert [reached] in [list(x) for x in xs if len(x) == 1]
-        assert "teacher leaves" in {text.get_text() for text in ax.texts}
-    assert {text.get_text() for text in by_steps.texts} == {"teacher leaves", "83%"}
-    assert {text.get_text() for text in by_flops.texts} == {"teacher leaves", "93%"}
+    assert [text.get_text() for text in by_steps.texts] == ["83%"]
+    assert [text.get_text() for text in by_flops.texts] == ["93%"]
+    entries = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert entries.count("a teacher leaves") == 1
+
+
+def test_shares_that_are_reached_close_together_cover_none_of_another(three, tmp_path):
+    kd = {"teacher": "elsewhere/teacher", "weight": 0.5, "kd_steps": 60}
+    for name, ce in (("ramp", 4.2), ("weak", 4.1), ("late", 4.0)):  # reached at 244, 228 and 200
+        write_run(tmp_path / name, {100: 4.75, 200: ce, 300: 3.75}, **kd, **{"kd.shape": name})
+    figure = report.figure(evaluate(load([*three, *(tmp_path / name for name in ("ramp", "weak", "late"))])))
+    FigureCanvasAgg(figure).draw()
+    for ax in figure.axes:
+        boxes = [text.get_window_extent() for text in ax.texts]
+        assert len(boxes) == 4
+        assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
 
 
 @pytest.mark.parametrize(
