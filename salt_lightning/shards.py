@@ -7,12 +7,14 @@
     state_dict.NAME        a weight
     optimizer.NAME.KEY     the optimizer's KEY (exp_avg, ...) of that weight
 
-It is written under a temporary name and renamed at the end: what has its final name is complete.
+It is written under a temporary name and renamed at the end: what has its final name is complete. Each piece has a
+checksum in its own archive, `.metadata` one in meta.pt.
 torch stores `.metadata` as a pickle. It is read with an unpickler that knows the few classes it is made of and refuses
 all others, so nothing in a folder can run code.
 """
 
 import errno
+import hashlib
 import io
 import os
 import pickle
@@ -34,6 +36,7 @@ from salt_lightning.errors import ConfigError
 from salt_lightning.journal import whole
 
 META, METADATA = "meta.pt", ".metadata"
+_DIGEST = "metadata_digest"  # key of meta.pt
 _WEIGHTS, _OPTIMIZER = "state_dict.", "optimizer."
 
 _KNOWN = {
@@ -84,6 +87,10 @@ def _metadata(folder: Path) -> Metadata:
     return metadata
 
 
+def _digest(folder: Path) -> str:
+    return hashlib.blake2b((folder / METADATA).read_bytes(), digest_size=16).hexdigest()
+
+
 def missing(folder: Path) -> str | None:
     """What a folder lacks to be a whole checkpoint, in a few words; None if it is one. Opens no tensor."""
     for name in (META, METADATA):
@@ -93,8 +100,8 @@ def missing(folder: Path) -> str | None:
     try:
         for info in _metadata(folder).storage_data.values():
             sizes[info.relative_path] = max(sizes.get(info.relative_path, 0), info.offset + info.length)
-    except (pickle.UnpicklingError, EOFError, AttributeError, ValueError, TypeError, IndexError) as error:
-        return f"{METADATA} cannot be read: {error}"
+    except Exception as error:  # a damaged pickle meets errors of every kind
+        return f"{METADATA} cannot be read: {error or type(error).__name__}"
     for name, size in sorted(sizes.items()):
         if not (folder / name).is_file():
             return f"{name} is missing"
@@ -122,6 +129,8 @@ def load(path: Path) -> dict[str, Any]:
         if "state_dict" in checkpoint and isinstance(student, dict) and student["config"]:
             return checkpoint
         reason = "other contents"
+    except DamageError:
+        raise
     except (KeyError, TypeError):
         reason = "other contents"
     except Exception as error:  # torch's reader meets damage with errors of every kind
@@ -193,7 +202,7 @@ def write(checkpoint: dict[str, Any], path: Path) -> None:
         dcp.save(tensors, storage_writer=dcp.FileSystemWriter(temporary))
         if first:
             with whole(temporary / META) as file:
-                torch.save(meta, file)
+                torch.save({**meta, _DIGEST: _digest(temporary)}, file)
             sync_folder(temporary)
             before = _retire(path) if path.exists() else None
             os.replace(temporary, path)
@@ -294,9 +303,14 @@ def read(folder: Path) -> dict[str, Any]:
     """A folder as the dict that a single-file checkpoint holds; `state_dict` reads a tensor when it is asked for.
 
     `optimizer` has the optimizer's tensors likewise, as NAME.KEY; `optimizer_states` makes them whole.
+
+    Raises:
+        DamageError: .metadata is not what was written.
     """
-    metadata = _metadata(folder)
     checkpoint = torch.load(folder / META, map_location="cpu", weights_only=True)
+    if checkpoint.pop(_DIGEST, None) not in (None, _digest(folder)):  # None: of before it was written
+        raise DamageError(f"{METADATA} has other bytes than were written")
+    metadata = _metadata(folder)
     checkpoint["state_dict"] = Tensors(folder, metadata, _WEIGHTS)
     checkpoint["optimizer"] = Tensors(folder, metadata, _OPTIMIZER)
     return checkpoint

@@ -13,10 +13,9 @@ from safetensors import safe_open
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from transformers import AutoModelForCausalLM
 
-from salt_lightning import cli
+from salt_lightning import cli, shards
 from salt_lightning.errors import ConfigError
 from salt_lightning.models import load_pretrained, read_checkpoint
-from salt_lightning.shards import _metadata
 from salt_lightning.spec import ModelSpec
 
 SCRIPT = Path(__file__).parent / "sharded_run.py"
@@ -36,11 +35,18 @@ def copy(saved, tmp_path) -> Path:
     return Path(shutil.copytree(saved / "step-00000001.ckpt", tmp_path / "step-00000001.ckpt"))
 
 
+def write_table(folder: Path, table) -> None:
+    """As somebody would who means it: with the right checksum."""
+    (folder / ".metadata").write_bytes(pickle.dumps(table))
+    meta = torch.load(folder / "meta.pt", weights_only=True)
+    torch.save({**meta, shards._DIGEST: shards._digest(folder)}, folder / "meta.pt")
+
+
 def test_every_tensor_is_the_one_that_was_gathered(saved):
     path = saved / "step-00000001.ckpt"
     assert (path / "__0_0.distcp").exists()  # the premises: two ranks, and pieces of different sizes
     assert (path / "__1_0.distcp").exists()
-    table = _metadata(path)
+    table = shards._metadata(path)
     chunks = table.state_dict_metadata["state_dict.student.model.model.embed_tokens.weight"].chunks
     assert [tuple(chunk.sizes) for chunk in chunks] == [(33, 32), (32, 32)]
     checkpoint = read_checkpoint(str(path), "CKPT")
@@ -102,7 +108,7 @@ def test_a_folder_of_something_else_is_named(tmp_path):
 
 
 def test_a_damaged_piece_is_named(copy):
-    table = _metadata(copy)
+    table = shards._metadata(copy)
     name = "student.model.model.norm.weight"
     info = table.storage_data[MetadataIndex(f"state_dict.{name}", [0])]
     data = bytearray((copy / info.relative_path).read_bytes())
@@ -115,12 +121,29 @@ def test_a_damaged_piece_is_named(copy):
 
 def test_a_table_that_leaves_elements_out_is_refused(copy):
     name = "student.model.model.embed_tokens.weight"
-    table = _metadata(copy)
+    table = shards._metadata(copy)
     table.state_dict_metadata[f"state_dict.{name}"].chunks.pop()
-    (copy / ".metadata").write_bytes(pickle.dumps(table))
+    write_table(copy, table)
     tensors = read_checkpoint(str(copy), "CKPT")["state_dict"]
     with pytest.raises(ConfigError, match=rf"{name} cannot be read \(1056 of 2080 elements\)"):
         tensors[name]
+
+
+def test_no_flipped_bit_of_the_table_goes_unseen(tmp_path):
+    path = tmp_path / "step-00000001.ckpt"
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        settings = {"student": {"config": {"hidden_size": 8}}}
+        shards.write({"state_dict": {"a": torch.arange(100)}, "hyper_parameters": settings}, path)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert shards.damage(path) is None
+    data = (path / ".metadata").read_bytes()
+    for at in range(0, len(data), 7):
+        (path / ".metadata").write_bytes(data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :])
+        assert shards.damage(path), at
+    (path / ".metadata").write_bytes(data)
+    assert set(shards.load(path)) == {"hyper_parameters", "state_dict", "optimizer"}
 
 
 class Call:
@@ -138,9 +161,9 @@ def test_a_table_that_is_a_program_does_not_run(copy, function, tmp_path):
     marker = tmp_path / "ran"
     args = {os.system: [f"touch {marker}"], exec: [f"open({str(marker)!r}, 'w')"], torch.load: [str(copy / "meta.pt")],
             getattr: [torch.Size, "numel"]}[function]  # fmt: skip
-    table = _metadata(copy)
+    table = shards._metadata(copy)
     table.planner_data = Call(function, *args)
-    (copy / ".metadata").write_bytes(pickle.dumps(table))
+    write_table(copy, table)
     with pytest.raises(ConfigError, match=r".metadata cannot be read: [\w.]+ does not belong into .metadata"):
         read_checkpoint(str(copy), "CKPT")
     assert not marker.exists()
