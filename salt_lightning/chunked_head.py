@@ -22,6 +22,7 @@ from salt_lightning.row_pass import NUM_SUMS, Mix, label_stats, math_dtype, row_
 MIN_ROWS = 2048
 MIN_CHUNK_ROWS = 4096
 MIN_STRIP_ROWS = 1024  # below this the products of the logits lose speed
+NO_LOGIT = -3e4  # of an id that a head lacks: no probability, also at temperatures up to 3,000
 TILE_ROWS = 128  # a matrix unit's tile
 CPU_BLOCK_ELEMENTS = 2**18  # rows x vocabulary that one eager pass handles, so that its temporaries stay in cache
 GPU_BLOCK_ELEMENTS = 2**26
@@ -63,6 +64,8 @@ def chunked_pass(
     in_place = len(dtypes) < len(sides)  # the gradient takes the student logits' memory
     grad_GV = _buffer(rows_of.chunk * with_grad, vocab, plan.student_dtype, labels_N.device)
     buffers = [_buffer(rows_of.strip, vocab, dtype, labels_N.device) for dtype in dtypes]
+    if teacher is not None:
+        buffers[-1][:, teacher.head_VD.shape[0] :] = NO_LOGIT  # for good: the products write their own columns
     sums_7N = mix.scale.new_empty(NUM_SUMS, num_rows)
     grads = _GradBuffers(student, *wanted, one_chunk=rows_of.chunk >= num_rows)
     for chunk in _slices(0, num_rows, rows_of.chunk):
@@ -203,6 +206,7 @@ def compute_dtype(hidden_ND: Tensor) -> torch.dtype:
 
 
 def _write_logits(side: Side, rows: slice, logits_CV: Tensor) -> None:
+    logits_CV = logits_CV[:, : side.head_VD.shape[0]]
     _mm(side.hidden_ND[rows], side.head_VD.t(), logits_CV)
     if side.bias_V is not None:
         logits_CV += side.bias_V

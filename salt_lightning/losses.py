@@ -16,7 +16,7 @@ Shapes: N tokens, V vocabulary, D student width, E teacher width, C rows of a ch
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from salt_lightning.chunked_head import (
@@ -74,7 +74,7 @@ def salt_loss(  # noqa: PLR0913
         student_head_VD: (V, D) output embedding.
         labels_N: (N,) int64 next tokens, -100 = ignored.
         teacher_hidden_NE: (N, E) of the teacher, any width and dtype; together with `teacher_head_VE`.
-        teacher_head_VE: (V, E).
+        teacher_head_VE: (V, E), or fewer rows: the ids that it lacks have no probability there.
         kd_weight: w in 0..1; a 0-dim tensor is never read on the host (without a teacher it counts as 0).
         teacher_temperature: T > 0 of the teacher's softmax; the student stays at 1, there is no T^2 factor.
         num_tokens: the denominator; default the number of valid labels. 0 (no valid label) divides by 1.
@@ -254,24 +254,10 @@ def _check_teacher(
         missing = "teacher_hidden_NE" if teacher_hidden_NE is None else "teacher_head_VE"
         raise ConfigError(f"{missing} is missing; pass the teacher's hidden states and head, or neither")
     shapes = tuple(student_head_VD.shape), tuple(teacher_head_VE.shape)
-    if shapes[0][0] != shapes[1][0]:
+    if shapes[0][0] < shapes[1][0]:
         raise ConfigError(
-            f"student head {shapes[0]} and teacher head {shapes[1]} differ in vocabulary; "
-            "slice both to the tokens they share"
+            f"teacher head {shapes[1]} has more rows than student head {shapes[0]}; cut it to the ids that there are"
         )
     shapes = tuple(student_hidden_ND.shape), tuple(teacher_hidden_NE.shape)
     if shapes[0][0] != shapes[1][0]:
         raise ConfigError(f"student hidden {shapes[0]} and teacher hidden {shapes[1]} differ in tokens")
-
-
-def head_of_size(size: int, head_VE: Tensor, bias_V: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """A teacher's head and bias for a student of `size` ids: heads of one family may be padded to different sizes.
-
-    Ids that the student lacks are cut off; those that the teacher lacks have no probability (a logit of -30,000,
-    which is enough for temperatures up to 3,000).
-    """
-    missing = size - len(head_VE)
-    if missing <= 0:
-        return head_VE[:size], None if bias_V is None else bias_V[:size]
-    bias_V = head_VE.new_zeros(len(head_VE)) if bias_V is None else bias_V
-    return nn.functional.pad(head_VE, (0, 0, 0, missing)), nn.functional.pad(bias_V, (0, missing), value=-3e4)

@@ -38,7 +38,10 @@ class CausalLM(nn.Module):
     then(hidden_ND, head_VD, bias_V) evaluated inside this forward, where a sharded head weight is whole.
     Tokens attend to nothing before the last position 0 of their row: packed documents do not see each other.
     `cu_seqlens` (rows.document_borders) says the same; where it is not given it is found, which waits for a GPU.
+    The rows of the head from `num_ids` on are padding, which no token has: they are left out.
     """
+
+    num_ids: int | None = None
 
     def __init__(self, model: PreTrainedModel, name: str) -> None:
         super().__init__()
@@ -109,7 +112,10 @@ class CausalLM(nn.Module):
         hidden_ND = hidden_BTD.flatten(0, 1)
         if self._scale != 1.0:
             hidden_ND = hidden_ND * self._scale
-        out = (hidden_ND, self.head.weight, getattr(self.head, "bias", None))
+        head_VD, bias_V = self.head.weight, getattr(self.head, "bias", None)
+        if self.num_ids is not None and self.num_ids < len(head_VD):
+            head_VD, bias_V = head_VD[: self.num_ids], None if bias_V is None else bias_V[: self.num_ids]
+        out = (hidden_ND, head_VD, bias_V)
         return out if then is None else then(*out)
 
     def _mask(self, positions_BT: Tensor) -> Any:
@@ -177,7 +183,7 @@ class CausalLM(nn.Module):
         with as_config_error(f"--model.{self.name}: {type(self.model).__name__} cannot be run with its settings"):
             own_NV = self.model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False).logits[0].float()
         ours_NV = nn.functional.linear(*self(ids_BT, positions_BT)).float()
-        off = (own_NV - ours_NV).abs().max()
+        off = (own_NV[:, : self.num_ids] - ours_NV).abs().max()
         if not own_NV.isfinite().all():
             raise ConfigError(
                 f"--model.{self.name}.path: the {self.name}'s logits are not finite: its weights are damaged, or too "

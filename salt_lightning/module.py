@@ -21,7 +21,7 @@ from salt_lightning.cadence import check_subclass, check_trainer, plan_validatio
 from salt_lightning.checkpoint import go_on_from, how_to_go_on, require_same
 from salt_lightning.data import SALTDataModule
 from salt_lightning.errors import ConfigError, NonFiniteLossError
-from salt_lightning.losses import head_of_size, salt_loss, token_stats
+from salt_lightning.losses import salt_loss, token_stats
 from salt_lightning.meter import SUMS, Meter, loss_values
 from salt_lightning.metrics import TokenMetrics
 from salt_lightning.models import CausalLM
@@ -141,7 +141,7 @@ class SALTModule(pl.LightningModule):
         spec, strategy = self.student_spec, self._strategy
         dtype, device = DTYPES[spec.dtype or "float32"], parallel.build_device(strategy, torch.device("cpu"))
         lm = models.build(spec, "student", self._data, dtype, device, self.hparams["seed"])
-        self.meter.forward_flops["student"] = self._count_flops(lm)
+        self.meter.forward_flops["student"], self._num_ids = self._count_flops(lm), len(lm.head.weight)
         # What a checkpoint needs to be loaded on its own: no path, every size.
         self.hparams["student"] = resolved(spec, lm.model.config).to_dict()
         attention.pack(lm.train().requires_grad_(True), spec.attention, strategy)
@@ -161,6 +161,7 @@ class SALTModule(pl.LightningModule):
         device = parallel.build_device(self._strategy, root)
         with torch.random.fork_rng(devices=[root] if root.type == "cuda" else []):
             lm = models.freeze(models.build(spec, "teacher", self._data, dtype, device))
+        lm.num_ids = self._num_ids if self._data is None else self._data.vocab_size
         attention.pack(lm, spec.attention, self._strategy)
         self.meter.forward_flops["teacher"] = self._count_flops(lm)
         size = sum(p.numel() for p in lm.parameters())
@@ -255,7 +256,6 @@ class SALTModule(pl.LightningModule):
         if teacher_out is None:
             return self._loss(hidden_ND, head_VD, labels_N, num_tokens=num_tokens, student_bias_V=bias_V)
         teacher_hidden_NE, teacher_head_VE, teacher_bias_V = teacher_out
-        teacher_head_VE, teacher_bias_V = head_of_size(len(head_VD), teacher_head_VE, teacher_bias_V)
         return self._loss(
             hidden_ND,
             head_VD,

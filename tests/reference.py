@@ -35,7 +35,7 @@ def salt_reference(
         teacher_nll_M = -log_softmax(teacher_MV)[torch.arange(len(kept_M)), kept_M]
         log_q_MV = log_softmax(teacher_MV / teacher_temperature)
         q_MV = log_q_MV.exp()
-        out["kd_sum"] = -(q_MV * log_p_MV).sum()
+        out["kd_sum"] = -(q_MV * log_p_MV[:, : q_MV.shape[1]]).sum()  # what the teacher's head lacks has no q
         out["teacher_ce_sum"] = teacher_nll_M.sum()
         out["teacher_entropy_sum"] = -(q_MV * log_q_MV).sum()
         out["agree_sum"] = (student_MV.argmax(1) == teacher_MV.argmax(1)).sum().double()

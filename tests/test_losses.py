@@ -118,6 +118,20 @@ def test_values_and_gradients_are_the_formula(temperature, kd_weight, chunk_toke
     assert all(t.dim() == 0 for t in out)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("chunk_tokens", [None, 3])
+@pytest.mark.parametrize("biases", [True, False])
+def test_ids_that_the_teachers_head_lacks_have_no_probability(dtype, device, chunk_tokens, biases):
+    case, rows = make_case(dtype, device), V - 7
+    case["teacher_head_VE"], case["teacher_bias_V"] = case["teacher_head_VE"][:rows], case["teacher_bias_V"][:rows]
+    case["labels_N"] = case["labels_N"].clamp(max=rows - 1)
+    if not biases:
+        del case["teacher_bias_V"]
+    options = {"kd_weight": 0.4, "teacher_temperature": 1.5, "chunk_tokens": chunk_tokens}
+    assert_matches_reference(case, EXACT if dtype == torch.float64 else FP32, **options)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("biases", [True, False])
@@ -498,7 +512,10 @@ def test_errors_say_what_does_not_fit():
     case = make_case(torch.float32)
     plain = without_teacher(case)
     bad = [
-        (wrong(case, teacher_head_VE=torch.zeros(V + 1, E)), rf"\({V}, {D}\).*\({V + 1}, {E}\).*vocabulary"),
+        (
+            wrong(case, teacher_head_VE=torch.zeros(V + 1, E), teacher_bias_V=None),
+            rf"\({V + 1}, {E}\) has more rows than student head \({V}, {D}\)",
+        ),
         (wrong(case, teacher_head_VE=None), "teacher_head_VE is missing"),
         (wrong(case, teacher_hidden_NE=None), "teacher_hidden_NE is missing"),
         (wrong(case, teacher_hidden_NE=torch.zeros(N + 1, E)), rf"\({N}, {D}\).*\({N + 1}, {E}\).*tokens"),

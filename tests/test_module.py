@@ -23,7 +23,7 @@ from lightning.pytorch.tuner import Tuner
 from reference import salt_reference
 from torch._dynamo.utils import counters
 
-from salt_lightning import KDScheduleCallback, ModelSpec, OptimSpec, SALTDataModule, SALTModule, cli, losses
+from salt_lightning import KDScheduleCallback, ModelSpec, OptimSpec, SALTDataModule, SALTModule, cli, losses, probe
 from salt_lightning.cadence import check_trainer
 from salt_lightning.checkpoint import RunCheckpoint
 from salt_lightning.errors import ConfigError, NonFiniteLossError
@@ -280,10 +280,10 @@ def test_heads_may_be_padded_to_different_sizes(train, teacher):
     assert len(module.teacher.head.weight) == 320
 
 
-@pytest.mark.parametrize("teacher_size", [40, 48, 60])
+@pytest.mark.parametrize("teacher_size", [40, 48])
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_students_loss_is_over_all_its_ids_whatever_the_teacher_has(teacher_size, bias):
-    """The formula: an id that the teacher lacks has probability 0 there, one that the student lacks does not exist."""
+    """The formula: an id that the teacher lacks has probability 0 there."""
     torch.manual_seed(0)
     module = SALTModule(ModelSpec(config=CONFIG))
     module.kd_weight = torch.tensor(0.4)
@@ -297,7 +297,7 @@ def test_the_students_loss_is_over_all_its_ids_whatever_the_teacher_has(teacher_
     logp_NV = torch.log_softmax(hidden_ND.double() @ head_VD.double().T, -1)
     logits_NV = torch.nn.functional.linear(teacher_hidden_NE.double(), teacher_head_VE.double())
     logits_NV = logits_NV + (0 if teacher_bias_V is None else teacher_bias_V.double())
-    q_NV = torch.softmax(logits_NV[:, :48], -1)
+    q_NV = torch.softmax(logits_NV, -1)
     q_NV = torch.nn.functional.pad(q_NV, (0, 48 - q_NV.shape[1]))
     kept = labels_N >= 0
     ce = -logp_NV[kept, labels_N[kept]].sum() / 5
@@ -642,6 +642,32 @@ def test_logged_losses_are_the_formula(fit_with, teacher, tmp_path, with_bias):
     assert {name: v[name][1] for name in expected} == pytest.approx(expected, rel=1e-4)  # fp32 models
     assert v["loss"][2] == v["ce"][2] == pytest.approx(plain["loss"].item(), rel=1e-5)
     assert v["val/ce"][2] == pytest.approx(formula(students[2], val_batches)["loss"].item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("padding", [0.0, 5.0])
+@pytest.mark.parametrize("family", ["llama", "phi"])
+def test_the_padding_of_a_teachers_head_is_no_token(train, tmp_path, family, padding):
+    """300 tokens, 384 rows, as exported models come: neither loss, nor probe, nor score sees the other 84."""
+    from families import tiny
+
+    torch.manual_seed(0)
+    model = tiny(family, vocab_size=300, max_position_embeddings=64).model
+    model.save_pretrained(tmp_path / "cut")
+    model.resize_token_embeddings(384, mean_resizing=False)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[300:] = padding * torch.randn(84, model.config.hidden_size)
+    model.save_pretrained(tmp_path / "padded")
+    seen = []
+    for name in ("cut", "padded"):
+        module = train(str(tmp_path / name), KDScheduleCallback(0.5, allow_untrained=True), 2)
+        assert len(module.teacher.head.weight) == (300 if name == "cut" else 384)
+        module.teacher.check()  # as after sharding
+        batch = module._data.sample(2)
+        scores = module.predict_step(batch, 0)
+        look = torch.tensor(probe.look(module.teacher, batch, module._data).teacher)
+        seen.append({**module.student.state_dict(), **scores, "look": look})
+    for key, value in seen[0].items():
+        assert torch.equal(value, seen[1][key]), key
 
 
 def test_a_student_with_fewer_rows_than_the_teacher_cuts_the_teachers(train, teacher):
