@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from salt_lightning.card import model_card
 from salt_lightning.errors import ConfigError, VerbParser
@@ -171,24 +173,15 @@ def _write_weights(
     max_file_bytes: int,
 ) -> int:
     """Writes safetensors files, with an index where there are several; returns how many. Tied weights stand once."""
-    plan: list[list[str]] = [[]]
-    size = total = 0
-    for name, tensor in weights.items():
-        if name in model.all_tied_weights_keys:
-            continue
-        if plan[-1] and size + tensor.nbytes > max_file_bytes:
-            plan.append([])
-            size = 0
-        plan[-1].append(name)
-        size, total = size + tensor.nbytes, total + tensor.nbytes
+    once = {name: tensor for name, tensor in weights.items() if name not in model.all_tied_weights_keys}
+    plan = split_torch_state_dict_into_shards(once, max_shard_size=max_file_bytes)
     place: dict[str, str] = {}
-    for number, names in enumerate(plan, 1):
-        file = "model.safetensors" if len(plan) == 1 else f"model-{number:05d}-of-{len(plan):05d}.safetensors"
+    for file, names in plan.filename_to_tensors.items():
         place |= dict.fromkeys(_write_file(model, read(names), folder / file), file)
-    if len(plan) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": place}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))
-    return len(plan)
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": place}
+        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True))
+    return len(plan.filename_to_tensors)
 
 
 def _write_file(model: PreTrainedModel, weights: dict[str, Tensor], path: Path) -> list[str]:

@@ -10,10 +10,10 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME as INDEX
+from transformers.utils import SAFE_WEIGHTS_NAME as SINGLE
 
 from salt_lightning.errors import ConfigError
-
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 def check(folder: Path, setting: str, trust_remote_code: bool) -> None:
