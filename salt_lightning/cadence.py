@@ -15,12 +15,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from salt_lightning.errors import ConfigError
 from salt_lightning.schedule import kd_callbacks
+from salt_lightning.settings import wrong_counts
 
 # What the user gave the trainer, before `setup` wrote micro-batches over it (setup may run twice).
 _CADENCE: "WeakKeyDictionary[Trainer, tuple[int, int | float | None]]" = WeakKeyDictionary()
 
 
-def set_cadence(trainer: Trainer, accumulation: int, global_batch: int) -> None:
+def set_cadence(trainer: Trainer, accumulation: int) -> None:
     """Gives the trainer its accumulation, and its interval of validation in micro-batches.
 
     Raises:
@@ -29,23 +30,11 @@ def set_cadence(trainer: Trainer, accumulation: int, global_batch: int) -> None:
     accumulate, interval = _CADENCE.setdefault(
         trainer, (trainer.accumulate_grad_batches, getattr(trainer, "val_check_interval", None))
     )
-    if accumulate != 1:
-        raise ConfigError(
-            f"--trainer.accumulate_grad_batches: {accumulate} may not be set; it follows from "
-            f"--data.global_batch_size {global_batch}, here {accumulation}"
-        )
+    limits = {name: getattr(trainer, name) for name in ("limit_train_batches", "check_val_every_n_epoch")}
+    if wrong := wrong_counts({"accumulate_grad_batches": accumulate, **limits}):
+        raise ConfigError("; ".join(wrong))
     if trainer.max_steps < 1:
         raise ConfigError(f"--trainer.max_steps: {trainer.max_steps} is no length of a run; give optimizer steps")
-    if trainer.limit_train_batches != 1.0 or isinstance(trainer.limit_train_batches, int):  # 1: one, 1.0: all
-        raise ConfigError(
-            f"--trainer.limit_train_batches {trainer.limit_train_batches}, also set by overfit_batches and "
-            "fast_dev_run, counts micro-batches and would cut steps short; use max_steps, or a small --data.source"
-        )
-    if trainer.check_val_every_n_epoch not in (None, 1):
-        raise ConfigError(
-            f"--trainer.check_val_every_n_epoch {trainer.check_val_every_n_epoch}: a run is one epoch of Lightning's, "
-            "use --trainer.val_check_interval (optimizer steps)"
-        )
     trainer.fit_loop.min_epochs = 0  # of min_steps Lightning makes an epoch, the whole run, which nothing could end
     trainer.accumulate_grad_batches = accumulation
     if interval is not None:

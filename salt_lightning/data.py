@@ -427,7 +427,7 @@ class SALTDataModule(LightningDataModule):
         """
         self.accumulate = accumulation(self.global_batch_size, self.micro_batch_size, self._place()[1])
         if self.trainer is not None:
-            set_cadence(self.trainer, self.accumulate, self.global_batch_size)
+            set_cadence(self.trainer, self.accumulate)
 
     def _log(self) -> None:
         assert self._train is not None

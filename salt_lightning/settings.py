@@ -1,6 +1,7 @@
 """Settings that cannot work, all at once, before anything is read; each a line that a user can act on."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,15 +71,34 @@ _MOST_DEVICES = 1 << 20
 _PRECISIONS = ("32", "32-true", "bf16", "bf16-mixed", "bf16-true")
 
 
+def wrong_counts(trainer: Mapping[str, Any] | Namespace) -> list[str]:
+    """Settings of Lightning's that count micro-batches or epochs, where a run counts optimizer steps."""
+    accumulate, limit, epochs = (
+        trainer.get(name) for name in ("accumulate_grad_batches", "limit_train_batches", "check_val_every_n_epoch")
+    )
+    wrong = []
+    if accumulate not in (None, 1):
+        wrong.append(
+            f"--trainer.accumulate_grad_batches {accumulate} follows from --data.global_batch_size, "
+            "--data.micro_batch_size and the number of ranks; leave it out"
+        )
+    if limit not in (None, 1.0) or isinstance(limit, int):  # 1: one, 1.0: all
+        wrong.append(
+            f"--trainer.limit_train_batches {limit:g}, which overfit_batches and fast_dev_run set too, counts "
+            "micro-batches: use --trainer.max_steps"
+        )
+    if epochs not in (None, 1):
+        wrong.append(
+            f"--trainer.check_val_every_n_epoch {epochs}: a run is one epoch of Lightning's, use "
+            "--trainer.val_check_interval (optimizer steps)"
+        )
+    return wrong
+
+
 def wrong_trainer_settings(trainer: Namespace) -> list[str]:
     """Settings of Lightning's that would break a run late, or change what a step is."""
     interval, every = trainer.get("val_check_interval"), trainer.get("log_every_n_steps")
-    wrong = []
-    if trainer.get("accumulate_grad_batches") not in (None, 1):
-        wrong.append(
-            f"--trainer.accumulate_grad_batches {trainer.accumulate_grad_batches} follows from "
-            "--data.global_batch_size, --data.micro_batch_size and the number of ranks; leave it out"
-        )
+    wrong = wrong_counts(trainer)
     if str(trainer.get("strategy")).startswith("fsdp") and not torch.cuda.is_available():
         wrong.append(
             f"--trainer.strategy {trainer.strategy} (FSDP1) needs GPUs; --config configs/fsdp.yaml (FSDP2) also runs "
@@ -91,19 +111,12 @@ def wrong_trainer_settings(trainer: Namespace) -> list[str]:
         )
     if every is not None and every < 1:
         wrong.append(f"--trainer.log_every_n_steps {every} must be at least 1")
-    if (limit := trainer.get("limit_train_batches")) not in (None, 1.0) or isinstance(limit, int):  # 1: one, 1.0: all
-        wrong.append(f"--trainer.limit_train_batches {trainer.limit_train_batches:g}: use --trainer.max_steps")
     for name in ("devices", "num_nodes"):
         # text, too, where it is a number: Lightning makes a list of so many
         if (number := str(trainer.get(name))).isdigit() and int(number) > _MOST_DEVICES:
             wrong.append(f"--trainer.{name} {number} must be {_MOST_DEVICES} at most")
     if trainer.get("max_epochs") not in (None, -1):
         wrong.append(f"--trainer.max_epochs {trainer.max_epochs}: a run is counted in steps, use --trainer.max_steps")
-    if trainer.get("check_val_every_n_epoch") not in (None, 1):
-        wrong.append(
-            f"--trainer.check_val_every_n_epoch {trainer.check_val_every_n_epoch}: a run is one epoch of Lightning's, "
-            "use --trainer.val_check_interval (optimizer steps)"
-        )
     if (trainer.get("gradient_clip_val") or 0) < 0:
         wrong.append(f"--trainer.gradient_clip_val {trainer.gradient_clip_val} must not be negative (0 or null: off)")
     if str(trainer.get("precision") or "32") not in _PRECISIONS:
