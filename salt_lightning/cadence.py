@@ -22,7 +22,9 @@ _CADENCE: "WeakKeyDictionary[Trainer, tuple[int, int | float | None]]" = WeakKey
 
 
 def set_cadence(trainer: Trainer, accumulation: int) -> None:
-    """Gives the trainer its accumulation, and its interval of validation in micro-batches.
+    """Gives the trainer its accumulation, and its interval of validation, steps or a share of them, in micro-batches.
+
+    One longer than the run becomes the run: Lightning would refuse it, or validate nothing.
 
     Raises:
         ConfigError: it has an accumulation or a limit of its own, or no length.
@@ -38,9 +40,8 @@ def set_cadence(trainer: Trainer, accumulation: int) -> None:
     trainer.fit_loop.min_epochs = 0  # of min_steps Lightning makes an epoch, the whole run, which nothing could end
     trainer.accumulate_grad_batches = accumulation
     if interval is not None:
-        trainer.val_check_interval, trainer.check_val_every_n_epoch = validation_cadence(
-            interval, trainer.max_steps, accumulation, trainer.check_val_every_n_epoch
-        )
+        steps = interval if isinstance(interval, int) else max(1, int(interval * trainer.max_steps))
+        trainer.val_check_interval = min(steps, trainer.max_steps) * accumulation
 
 
 _REFUSED: dict[type[Callback], str] = {
@@ -88,7 +89,7 @@ _MONITORED = ("val/ce", "val/perplexity", "val/accuracy", "val/tokens", "val/bit
 
 
 def plan_validation(trainer: Trainer) -> None:
-    """An interval longer than the run becomes the run; `set_cadence` has made it micro-batches by now."""
+    """An interval in micro-batches that is longer than the run becomes it, as `set_cadence` does with one in steps."""
     interval = getattr(trainer, "val_check_interval", None)
     steps = trainer.max_steps * trainer.accumulate_grad_batches
     if isinstance(interval, int) and interval > steps > 0:
@@ -123,17 +124,3 @@ def accumulation(global_batch: int, micro_batch: int, world: int) -> int:
         f"--data.global_batch_size: {global_batch} rows do not divide into micro-batches of {micro_batch} "
         f"(--data.micro_batch_size) on {world} devices; take {sizes}{other}"
     )
-
-
-def validation_cadence(
-    interval: int | float, max_steps: int, accumulate: int, every_n_epoch: int | None
-) -> tuple[int | float, int | None]:
-    """Lightning's (val_check_interval, check_val_every_n_epoch) for an interval in optimizer steps.
-
-    Lightning counts micro-batches, and refuses an interval longer than the run unless it counts over epochs
-    (None). A float below 1 is a share of the run.
-    """
-    if isinstance(interval, float) and interval == 1.0:
-        return interval, every_n_epoch  # at the end
-    steps = interval if isinstance(interval, int) else max(1, int(interval * max_steps))
-    return steps * accumulate, None if steps > max_steps else every_n_epoch

@@ -150,10 +150,9 @@ class Check:
 
     def _validation(self) -> None:
         trainer = self.trainer
-        interval, steps = trainer.val_check_interval, trainer.max_steps * self.data.accumulate
-        if not isinstance(interval, int) or trainer.limit_val_batches == 0:
+        if not isinstance(trainer.val_check_interval, int) or trainer.limit_val_batches == 0:
             return
-        every = min(interval, steps) // self.data.accumulate
+        every = trainer.val_check_interval // self.data.accumulate
         said = f"every {every} steps, {trainer.max_steps // every} times"
         if left := trainer.max_steps % every:
             remedy = "the run's last loss is not measured: let --trainer.val_check_interval divide --trainer.max_steps"
