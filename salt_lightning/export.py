@@ -24,13 +24,12 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from salt_lightning.card import model_card
 from salt_lightning.errors import ConfigError, VerbParser
 from salt_lightning.lineage import read as read_log
-from salt_lightning.models import from_config, read_checkpoint, require_undamaged
+from salt_lightning.models import PREFIX, from_config, read_checkpoint, require_undamaged
 from salt_lightning.shards import Tensors, sync_folder
-from salt_lightning.spec import DTYPES, ModelSpec
+from salt_lightning.spec import DTYPES, ModelSpec, as_config_error
 from salt_lightning.tokenizer import load_tokenizer, tokenizer_fingerprint
 
 MAX_FILE_BYTES = 2 << 30
-_PREFIX = "student.model."  # of the student's weights in our checkpoints
 
 
 def export(
@@ -68,7 +67,7 @@ def export(
 
     def read(names: list[str]) -> dict[str, Tensor]:
         state = read_checkpoint(str(checkpoint), "export: CKPT")["state_dict"]  # anew: what was mapped before is let go
-        return {name: state[_PREFIX + name].to(weights[name].dtype) for name in names}
+        return {name: state[PREFIX + name].to(weights[name].dtype) for name in names}
 
     with _whole_folder(target) as folder:
         num_files = _write_weights(model, weights, read, folder, max_file_bytes)
@@ -97,14 +96,9 @@ def check_target(target: Path, setting: str) -> None:
 def _on_meta(saved: dict[str, Any], setting: str) -> PreTrainedModel:
     """The student without its weights."""
     spec = ModelSpec.of(saved["hyper_parameters"]["student"])
-    try:
-        config = AutoConfig.for_model(spec.family, **spec.config)
-        with torch.device("meta"):
-            model = from_config(config)
-    except Exception as error:  # transformers checks settings in many places and ways
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
-        raise ConfigError(f"{setting}: transformers cannot build its {spec.family} ({reason})") from error
-    config.architectures = [type(model).__name__]
+    with as_config_error(f"{setting}: transformers cannot build its {spec.family}"), torch.device("meta"):
+        model = from_config(AutoConfig.for_model(spec.family, **spec.config))
+    model.config.architectures = [type(model).__name__]
     return model
 
 
@@ -112,9 +106,9 @@ def _described(state: Any, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """Name -> tensor on the meta device, as it is to be written."""
     found = {}
     for name in state:
-        if name.startswith(_PREFIX):
+        if name.startswith(PREFIX):
             tensor = state.on_meta(name) if isinstance(state, Tensors) else state[name].to("meta")
-            found[name.removeprefix(_PREFIX)] = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+            found[name.removeprefix(PREFIX)] = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
     return found
 
 

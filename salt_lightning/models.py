@@ -26,6 +26,7 @@ from salt_lightning.rows import document_borders
 from salt_lightning.spec import DTYPES, ModelSpec, as_config_error, check_positions, fresh_config, wrong_sizes
 from salt_lightning.tokenizer import beginning
 
+PREFIX = "student.model."  # of the student's weights in our checkpoints
 # Without a word on it transformers asks at the terminal where a config names code.
 from_config = partial(AutoModelForCausalLM.from_config, trust_remote_code=False)
 
@@ -152,7 +153,7 @@ class CausalLM(nn.Module):
         Raises:
             ConfigError: naming what this family does that we cannot honour.
         """
-        with as_config_error(f"--model.{self.name}: {type(self.model).__name__} cannot be run as it must be here"):
+        with as_config_error(f"--model.{self.name}: {type(self.model).__name__} cannot be run with its settings"):
             return self._check()
 
     def _check(self) -> float:
@@ -180,8 +181,7 @@ class CausalLM(nn.Module):
         weight = self.head.weight
         ids_BT = (torch.arange(8, device=weight.device) * 7919 % weight.shape[0])[None]
         positions_BT = torch.arange(8, device=weight.device)[None]
-        with as_config_error(f"--model.{self.name}: {type(self.model).__name__} cannot be run with its settings"):
-            own_NV = self.model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False).logits[0].float()
+        own_NV = self.model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False).logits[0].float()
         ours_NV = nn.functional.linear(*self(ids_BT, positions_BT)).float()
         off = (own_NV[:, : self.num_ids] - ours_NV).abs().max()
         if not own_NV.isfinite().all():
@@ -431,14 +431,14 @@ def _load_checkpoint(spec: ModelSpec, name: str, dtype: torch.dtype, empty: bool
     """The student of one of our checkpoints."""
     checkpoint = read_checkpoint(str(spec.path), f"--model.{name}.path")
     saved = ModelSpec.of(checkpoint["hyper_parameters"]["student"])
-    prefix = "student.model."
     config = AutoConfig.for_model(saved.family, **saved.config)
     with torch.device("meta") if empty else no_init_weights():  # random ones take longer than the file
         model = from_config(config, dtype=dtype, attn_implementation=spec.attention)
     model.tie_weights()  # which goes with drawing them
     if not empty:
         require_undamaged(str(spec.path), f"--model.{name}.path")
-        weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+        state = checkpoint["state_dict"]
+        weights = {name.removeprefix(PREFIX): state[name] for name in state if name.startswith(PREFIX)}
         with as_config_error(f"--model.{name}.path {spec.path} holds another model than its settings say"):
             model.load_state_dict(weights)
     return model

@@ -282,7 +282,7 @@ def test_misspelt_students_are_named(spec, message):
     ("family", "config", "message"),
     [
         ("llama4_text", {**LLAMA_LIKE, "intermediate_size_mlp": 48, "num_local_experts": 4}, "no backbone of its own"),
-        ("openai-gpt", SIZES, "OpenAIGPTLMHeadModel cannot be run as it must be here: "),
+        ("openai-gpt", SIZES, "OpenAIGPTLMHeadModel cannot be run with its settings: "),
         ("jamba", {**LLAMA_LIKE, "num_experts": 4, "mamba_d_state": 8, "mamba_dt_rank": 4},
          "by a mask alone, which does not reach its layers of other kinds"),
     ],
