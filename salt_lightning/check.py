@@ -28,7 +28,7 @@ from salt_lightning.module import SALTModule
 from salt_lightning.preflight import Finding
 from salt_lightning.schedule import KDScheduleCallback, kd_callbacks
 from salt_lightning.scores import Scores
-from salt_lightning.selection import LESS_CHANCE, chance, row_scores
+from salt_lightning.selection import LESS_CHANCE
 from salt_lightning.spec import DTYPES, ModelSpec, as_config_error, fresh_config, unnamed_sizes
 
 _LOOK_FLOPS = 1.5e11  # of a CPU, for one look at a model: some seconds
@@ -135,14 +135,9 @@ class Check:
             free = shutil.disk_usage(data.cache_dir).free
             self.add("ok", "text", f"{said}; {preflight.gib(size)} in {data.cache_dir}, {preflight.gib(free)} free")
             self.findings.append(preflight.rows(data.num_train_rows, trainer.max_steps, data.global_batch_size))
-            if data.selection and (order := self.probe("selection", data._plan_order)):
-                kept, reads = len(order.kept), order.phase1
-                said = f"phase 1 reads {reads} rows of {kept} kept, each {reads / kept:.2f} times"
-                score_R = row_scores(Scores(Path(data.selection), "--data.selection"), data.keep.k, data.keep.masked)
-                left = chance(score_R, order.kept)
-                tie = f"; of them {left:.0%} score as much as rows that are left out: chance decides"
-                many = left > 0.5 and data.keep.order != "random"
-                self.add("warning" if many else "ok", "selection", said + tie * many, LESS_CHANCE * many)
+            if data.selection and (found := self.probe("selection", data.plan_selection)):
+                many = found.chance > 0.5
+                self.add("warning" if many else "ok", "selection", found.said, LESS_CHANCE * many)
         if not (self.works("validation text", data.setup, "validate") and data._train):
             return None
         self.findings += data.doubts()

@@ -37,7 +37,7 @@ from salt_lightning.rows import (
     counts_nll,
 )
 from salt_lightning.scores import Scored, Scores
-from salt_lightning.selection import KeepRule, plan, row_scores
+from salt_lightning.selection import KeepRule, Plan, plan, row_scores
 from salt_lightning.sources import Group, Hub, each_file, resolve
 from salt_lightning.token_files import TokenFiles, digest
 from salt_lightning.tokenizer import decoded_share, load_tokenizer, num_ids, tokenizer_fingerprint, unknown_share
@@ -404,15 +404,18 @@ class SALTDataModule(LightningDataModule):
 
     def _plan_order(self) -> Order:
         """The order of the training rows, with those of phase 1 where there is a selection."""
-        assert self._train is not None
         if not self.selection:
-            return Order(self.seed, self._train.num_rows)
-        scores = Scores(Path(self.selection), "--data.selection")
+            return Order(self.seed, self.num_train_rows)
+        found = self.plan_selection()
+        rank_zero_info(found.said)
+        return found.order
+
+    def plan_selection(self) -> Plan:
+        """Which rows phase 1 reads, by the scores that `selection` names."""
+        scores = Scores(Path(str(self.selection)), "--data.selection")
         scores.require(self.scored())
         steps = phase1_steps(self.trainer) if self.trainer else 0
-        order, message = plan(scores, self.keep, self.seed, steps * self.global_batch_size)
-        rank_zero_info(message)
-        return order
+        return plan(scores, self.keep, self.seed, steps * self.global_batch_size)
 
     def _place(self) -> tuple[int, int]:
         """(rank, number) of data-parallel replicas."""
@@ -449,8 +452,7 @@ class SALTDataModule(LightningDataModule):
     def sample(self, rows: int) -> dict[str, torch.Tensor]:
         """So many validation rows, evenly spaced; the last ones again where there are fewer."""
         assert self._eval is not None, "setup comes first"
-        batch = self._eval.build(np.arange(rows) * self._eval.num_rows // rows)
-        return as_tensors(batch)
+        return as_tensors(self._eval.build(np.arange(rows) * self._eval.num_rows // rows))
 
     def counts_nll(self, labels_N: torch.Tensor) -> float:
         """Mean -log p of some labels, nats, where p is how often a token occurs in the training text."""

@@ -12,7 +12,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -102,6 +102,12 @@ def score_rows(nll_RT: np.ndarray, rank_RT: np.ndarray, k: int, masked: Masked) 
 LESS_CHANCE = "a later teacher, a larger --data.keep.k, --data.keep.masked drop, or fewer rows kept"
 
 
+class Plan(NamedTuple):
+    order: Order
+    chance: float  # share of the rows kept that a lot has chosen where the scores should; 0 of a random subset
+    said: str
+
+
 def chance(score_R: np.ndarray, kept: np.ndarray) -> float:
     """Share of the rows kept whose score rows that are left out have, too: a lot has decided among them."""
     out = np.ones(len(score_R), bool)
@@ -145,7 +151,7 @@ def _first(scores_R: np.ndarray, lot_R: np.ndarray, count: int) -> np.ndarray:
     return mask_R
 
 
-def plan(scores: Scores, rule: KeepRule, seed: int, phase1_rows: int) -> tuple[Order, str]:
+def plan(scores: Scores, rule: KeepRule, seed: int, phase1_rows: int) -> Plan:
     """The order of a run whose first `phase1_rows` rows come from what `rule` keeps, and a line that says so.
 
     Raises:
@@ -161,16 +167,16 @@ def plan(scores: Scores, rule: KeepRule, seed: int, phase1_rows: int) -> tuple[O
             f"--data.keep.max_repeats {math.ceil(repeats)}"
         )
     order = Order(seed, len(score_R), kept, phase1_rows, rule.unread_first)
-    zeros = np.mean(score_R[kept] == 0)
-    drawn = f", {zeros:.1%} of them score 0: a random choice" if zeros and rule.order != "random" else ""
+    drawn = 0.0 if rule.order == "random" else chance(score_R, kept)
+    tie = f"; {drawn:.1%} of them score as much as rows that are left out: chance decides" if drawn else ""
     then = f"begins with the {len(score_R) - len(order.read)} unread rows"
     then = then if rule.unread_first else "reads all, read before or not (--data.keep.unread_first false)"
-    message = (
+    said = (
         f"selection: {len(kept)} of {len(score_R)} rows ({rule.name}; S {score_R[kept].min():.3f} to "
-        f"{score_R[kept].max():.3f}{drawn}); phase 1 reads {phase1_rows}, each kept row {repeats:.2f} times; "
+        f"{score_R[kept].max():.3f}{tie}); phase 1 reads {phase1_rows}, each kept row {repeats:.2f} times; "
         f"phase 2 {then}"
     )
-    return order, message
+    return Plan(order, drawn, said)
 
 
 def row_scores(scores: Scores, k: int, masked: Masked) -> np.ndarray:

@@ -263,17 +263,19 @@ def test_row_scores_of_all_shards_are_kept_beside_them(scores):
 
 
 def test_the_plan_says_what_it_does(scores):
-    order, message = plan(scores, KeepRule(rows=4), 0, 6)
+    order, _, message = plan(scores, KeepRule(rows=4), 0, 6)
     assert order.phase1 == 6
     assert len(order.kept) == 4
     assert "4 of 10 rows (highest, k 10, masked zero; S " in message
     assert "phase 1 reads 6, each kept row 1.50 times; phase 2 begins with the 6 unread rows" in message
-    message = plan(scores, KeepRule(rows=4, unread_first=False), 0, 6)[1]
+    message = plan(scores, KeepRule(rows=4, unread_first=False), 0, 6).said
     assert "phase 2 reads all, read before or not (--data.keep.unread_first false)" in message
-    message = plan(scores, KeepRule(rows=10, k=1), 0, 6)[1]
-    zero = np.mean(row_scores(scores, 1, "zero") == 0)
-    assert f", {zero:.1%} of them score 0: a random choice)" in message
-    assert "score 0" not in plan(scores, KeepRule(rows=10, k=1, order="random"), 0, 6)[1]
+    order, by_chance, message = plan(scores, KeepRule(rows=9, k=1), 0, 6)
+    assert by_chance == chance(row_scores(scores, 1, "zero"), order.kept) > 0
+    assert f"; {by_chance:.1%} of them score as much as rows that are left out: chance decides)" in message
+    _, by_chance, message = plan(scores, KeepRule(rows=9, k=1, order="random"), 0, 6)
+    assert by_chance == 0
+    assert "chance" not in message
 
 
 def test_reading_the_kept_rows_too_often_is_refused(scores):
