@@ -22,7 +22,7 @@ from salt_lightning import attention, cadence, export, flops, memory, models, pa
 from salt_lightning.checkpoint import savers
 from salt_lightning.data import SALTDataModule
 from salt_lightning.difficulty import find_files
-from salt_lightning.errors import ConfigError
+from salt_lightning.errors import ConfigError, one_line
 from salt_lightning.models import CausalLM
 from salt_lightning.module import SALTModule
 from salt_lightning.preflight import Finding
@@ -80,9 +80,7 @@ class Check:
             try:
                 self._memory(student, teacher)
             except Exception as error:  # any model's own code runs there, on tensors that it was not made for
-                self.add(
-                    "warning", "memory", f"not estimated: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-                )
+                self.add("warning", "memory", f"not estimated: {type(error).__name__}: {one_line(error, 200)}")
         return self.findings
 
     # ------------------------------------------------------------- settings

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from salt_lightning import lineage, report
-from salt_lightning.errors import ConfigError, VerbParser
+from salt_lightning.errors import ConfigError
+from salt_lightning.parser import VerbParser
 from salt_lightning.remarks import remarks
 from salt_lightning.runlog import AXES, Run
 

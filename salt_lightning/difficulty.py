@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from lightning.pytorch.utilities import rank_zero_info
 
-from salt_lightning.errors import ConfigError
+from salt_lightning.errors import ConfigError, first_line
 from salt_lightning.metrics import THIRDS, TokenMetrics
 from salt_lightning.scores import write_table
 
@@ -131,7 +131,7 @@ def _read(file: Path) -> tuple[pa.Table, str, dict[str, Any]]:
             return table, about["model"], about["held_out"]
         reason = "other columns"
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
     raise ConfigError(
         f"--data.difficulty {file} is damaged or was not written by `cli.py validate` ({reason}); run that again"
     )

@@ -1,8 +1,7 @@
 """The errors a user is meant to see: one line, no traceback (cli.main catches them)."""
 
-import argparse
 import signal
-from typing import NoReturn
+from collections.abc import Iterable
 
 import torch
 
@@ -40,18 +39,17 @@ class Stopped(RuntimeError):
         self.number = number
 
 
-class VerbParser(argparse.ArgumentParser):
-    """Arguments of a verb that needs no trainer: what is wrong with them is one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{self.prog.split()[-1]}: {message}")
-
-
 def first_line(error: BaseException) -> str:
     """The error's message, cut to one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def one_line(error: BaseException, limit: int = 400) -> str:
+def one_line(error: BaseException | str, limit: int = 400) -> str:
     """The whole message as one line, cut to so many characters."""
     return " ".join(str(error).split())[:limit]
+
+
+def few(names: Iterable[object]) -> str:
+    """The first three of a list that may be long."""
+    shown = list(map(str, names))
+    return ", ".join(shown[:3]) + " ..." * (len(shown) > 3)

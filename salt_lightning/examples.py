@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from string import Formatter
 from typing import Any
 
-from salt_lightning.errors import ConfigError
+from salt_lightning.errors import ConfigError, one_line
 
 Message = dict[str, Any]  # role, content, and what else a chat template may write (tool_calls)
 Segment = tuple[str, bool]  # text, and whether it is learned
@@ -116,9 +116,7 @@ def segments(conversation: list[Message], render: Callable[..., Any] | None) -> 
             without = [*conversation[:i], {key: part for key, part in message.items() if key != "tool_calls"}]
             silent = message.get("tool_calls") and after == render(without, add_generation_prompt=False)
         except Exception as error:
-            raise ConfigError(
-                f"--data.examples.messages: the chat template fails ({' '.join(str(error).split())})"
-            ) from error
+            raise ConfigError(f"--data.examples.messages: the chat template fails ({one_line(error)})") from error
         if silent:
             raise ConfigError("--data.examples.messages: the tokenizer's chat template does not write tool_calls")
         if not (before.startswith(text) and after.startswith(before)):

@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME as INDEX
 from transformers.utils import SAFE_WEIGHTS_NAME as SINGLE
 
-from salt_lightning.errors import ConfigError
+from salt_lightning.errors import ConfigError, few
 
 
 def check(folder: Path, setting: str, trust_remote_code: bool) -> None:
@@ -61,7 +61,7 @@ def _files(folder: Path, setting: str) -> Iterable[str]:
     others = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".safetensors"))
     raise ConfigError(
         f"{setting} {folder} has no weights: neither {SINGLE} nor {INDEX}"
-        + (f", only {', '.join(others[:3])}{' ...' * (len(others) > 3)}" if others else "")
+        + (f", only {few(others)}" if others else "")
         + "; download them, or write them anew by save_pretrained (files that are pickles are not read)"
     )
 

@@ -20,7 +20,7 @@ from transformers.utils import cached_file
 
 from salt_lightning import folders, shards
 from salt_lightning.attention import PACKED, Apart, document_mask, layer_kinds, limited_distance
-from salt_lightning.errors import ConfigError
+from salt_lightning.errors import ConfigError, few
 from salt_lightning.experts import follow_autocast
 from salt_lightning.rows import document_borders
 from salt_lightning.spec import DTYPES, ModelSpec, as_config_error, check_positions, fresh_config, wrong_sizes
@@ -360,19 +360,19 @@ def load_pretrained(spec: ModelSpec, name: str, dtype: torch.dtype, empty: bool 
         if wrong:
             raise ConfigError(
                 f"--model.{name}.path {spec.path} has {len(wrong)} weights of other sizes than its config.json says: "
-                f"{', '.join(wrong[:3])}; do they belong together?"
+                f"{few(wrong)}; do they belong together?"
             )
         if sizes := wrong_sizes(model.config.to_dict(), model.config):
             said = ", ".join(f"{size} {value}" for size, value in sizes.items())
             raise ConfigError(f"--model.{name}.path {spec.path}: its config.json says {said}; it must be 1 or more")
         if missing := sorted(found["missing_keys"]):  # transformers would leave them as random as they were made
             raise ConfigError(
-                f"--model.{name}.path {spec.path} lacks {len(missing)} of its weights: {', '.join(missing[:3])}"
-                f"{' ...' * (len(missing) > 3)}; is the download complete, and does config.json belong to it?"
+                f"--model.{name}.path {spec.path} lacks {len(missing)} of its weights: {few(missing)}; is the download "
+                "complete, and does config.json belong to it?"
             )
         if unused := sorted(found["unexpected_keys"]):
-            shown = f"{', '.join(unused[:3])}{' ...' * (len(unused) > 3)}"
-            rank_zero_info(f"{name}: {spec.path} has {len(unused)} weights that its config.json does not use: {shown}")
+            said = f"{len(unused)} weights that its config.json does not use: {few(unused)}"
+            rank_zero_info(f"{name}: {spec.path} has {said}")
         return model
 
 

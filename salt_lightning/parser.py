@@ -6,13 +6,13 @@ import os
 import re
 import sys
 from itertools import islice, pairwise
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import DefaultHelpFormatter
 from lightning.pytorch.cli import LightningArgumentParser
 
-from salt_lightning.errors import ConfigError
+from salt_lightning.errors import ConfigError, one_line
 
 _TYPES = {
     "int": "a whole number",
@@ -42,6 +42,13 @@ class Parser(LightningArgumentParser):
         asked = getattr(ex, "subcommand_parser", None) or self
         sys.stderr.write(f"error: {explain(message, [action.dest for action in asked._actions])}\n")
         raise SystemExit(2)
+
+
+class VerbParser(argparse.ArgumentParser):
+    """Arguments of a verb that needs no trainer: what is wrong with them is one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{self.prog.split()[-1]}: {message}")
 
 
 _VERBS = {
@@ -198,7 +205,7 @@ def _check_config(path: str, known: list[str]) -> None:
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ConfigError(f"{setting}{where}: no YAML ({' '.join(str(problem).split())})") from error
+        raise ConfigError(f"{setting}{where}: no YAML ({one_line(problem)})") from error
     if zeros:  # jsonargparse would take it for the name of a file
         raise ConfigError(f"{setting}, line {zeros[0].start_mark.line + 1}: a zero byte is no setting; remove it")
     if not isinstance(node, yaml.MappingNode):

@@ -10,7 +10,7 @@ from typing import Literal
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from salt_lightning.errors import ConfigError
+from salt_lightning.errors import ConfigError, few
 
 Level = Literal["ok", "note", "warning", "error"]
 GOOD_EPOCHS = 4.0  # repeated text is worth nearly as much as new text up to here (arXiv 2305.16264)
@@ -92,9 +92,7 @@ def seen_in_training(names: list[str]) -> Finding | None:
     """`names`: files or splits that are training text and held-out text at once. None: none are."""
     if not names:
         return None
-    said = (
-        f"{len(names)} of the held-out files are training text too ({', '.join(names[:3])}{' ...' * (len(names) > 3)})"
-    )
+    said = f"{len(names)} of the held-out files are training text too ({few(names)})"
     return Finding(
         "warning", "held-out text", said, "losses on them say nothing of new text; take them out of --data.source"
     )

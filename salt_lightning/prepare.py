@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from salt_lightning.documents import Corpus, Raw, read_raw
-from salt_lightning.errors import ConfigError
+from salt_lightning.errors import ConfigError, few
 from salt_lightning.journal import Unfinished, making, write_json
 from salt_lightning.parse import Skipped, empty_error
 from salt_lightning.preflight import gib
@@ -152,8 +152,7 @@ def _check_unchanged(corpus: Corpus, stamps: dict[str, Any]) -> None:
     changed = [file for file, stamp in corpus.stamps().items() if stamp != stamps[file]]
     if changed:
         raise ConfigError(
-            f"{corpus.setting}: files changed while they were read: {', '.join(changed[:3])}"
-            f"{' ...' if changed[3:] else ''}; start again when they are complete"
+            f"{corpus.setting}: files changed while they were read: {few(changed)}; start again when they are complete"
         )
 
 

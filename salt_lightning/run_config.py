@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.cli import SaveConfigCallback
 
 from salt_lightning import shards
-from salt_lightning.errors import ConfigError
+from salt_lightning.errors import ConfigError, one_line
 from salt_lightning.runlog import changed, earlier_configs, read_config, step_named
 
 
@@ -35,8 +35,7 @@ class SaveRunConfig(SaveConfigCallback):
                 try:
                     self.parser.save(self.config, new, skip_none=False, overwrite=True, multifile=False)
                 except (TypeError, ValueError) as error:  # a callback with an argument that YAML cannot say
-                    said = " ".join(str(error).split())
-                    raise ConfigError(f"{said} (it cannot be written into config.yaml)") from error
+                    raise ConfigError(f"{one_line(error)} (it cannot be written into config.yaml)") from error
                 set_aside(run, trainer.global_step, read_config(new))
                 os.replace(new, run / "config.yaml")
                 trainer.datamodule.tokenizer.save_pretrained(run / "tokenizer")  # type: ignore[attr-defined]

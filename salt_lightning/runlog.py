@@ -13,7 +13,7 @@ import yaml
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
-from salt_lightning.errors import ConfigError, printable
+from salt_lightning.errors import ConfigError, one_line, printable
 
 CUMULATIVE = (
     "train/tokens",
@@ -240,7 +240,7 @@ def read_config(file: Path) -> dict[str, Any]:
             raise yaml.YAMLError("it holds no settings")
         return flat(config or {})
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"compare: {file} is not YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"compare: {file} is not YAML: {one_line(error)}") from error
 
 
 def earlier_configs(run: Path) -> list[tuple[int, Path]]:

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from salt_lightning.errors import ConfigError
+from salt_lightning.errors import ConfigError, first_line
 from salt_lightning.journal import whole, write_json
 
 FORMAT = 1
@@ -183,7 +183,7 @@ class Scores:
                 return nll_RT, rank_RT
             reason = "of other scores"
         except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
-            reason = f"damaged: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            reason = f"damaged: {first_line(error)}"
         raise ConfigError(f"{self.setting}: {path} is {reason}; delete it and run the same predict again")
 
 

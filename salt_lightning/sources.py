@@ -12,7 +12,7 @@ from typing import Any
 import datasets
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from salt_lightning.errors import ConfigError, one_line
+from salt_lightning.errors import ConfigError, few, one_line
 from salt_lightning.packed import SUFFIXES
 
 _KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".jsonlines": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
@@ -183,7 +183,7 @@ def _folder_files(setting: str, folder: str, hub: Hub, split_setting: str = "--d
     if left := sorted(file for file in found if _identity(file) not in are_read):
         _say_once(
             f"{setting}: of {folder} split {hub.split}, {len(read)} of {len(found)} files are read; left out: "
-            f"{', '.join(os.path.relpath(file, folder) for file in left[:3])}{' ...' if len(left) > 3 else ''}"
+            f"{few(os.path.relpath(file, folder) for file in left)}"
         )
     return read
 

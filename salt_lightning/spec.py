@@ -15,7 +15,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from salt_lightning import folders
-from salt_lightning.errors import ConfigError, is_out_of_memory
+from salt_lightning.errors import ConfigError, is_out_of_memory, one_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -75,8 +75,7 @@ def as_config_error(setting: str) -> Iterator[None]:
         if is_out_of_memory(error):
             raise
         said = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
-        reason = " ".join(f"{type(said).__name__}: {said}".split())
-        raise ConfigError(f"{setting}: {reason[:400]}") from error
+        raise ConfigError(f"{setting}: {one_line(f'{type(said).__name__}: {said}')}") from error
 
 
 _SIZES = {
