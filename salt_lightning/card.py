@@ -10,8 +10,7 @@ import yaml
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
-from salt_lightning import report
-from salt_lightning.lineage import scoring_flops
+from salt_lightning import lineage, report
 from salt_lightning.meter import Totals
 from salt_lightning.runlog import Run, changes_said
 from salt_lightning.schedule import KDSchedule, trained_schedule
@@ -161,7 +160,7 @@ def _cost(checkpoint: dict[str, Any], run: Run) -> dict[str, str]:
     planned = f" of {run.max_steps:,}" if run.max_steps else ""
     of_one_text = text_tokens and not any("data.source" in found for found in run.changes.values())
     passes = f" ({tokens / text_tokens:.2f} times the text)" if of_one_text else ""
-    scoring = scoring_flops(run) if run.selected else 0.0
+    scoring = float(lineage.scoring(run).get("scoring_flops", math.nan)) if run.selected else 0.0
     return {
         "steps": f"{step:,}{planned}" + (f", {taught:,} of them with the teacher" if taught else ""),
         "tokens": f"{tokens:,}{passes}" if tokens else "",

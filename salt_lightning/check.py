@@ -192,7 +192,7 @@ class Check:
         lm = self._pretrained(spec, "teacher", dtype)
         if lm is None:
             return None
-        models.freeze(lm)
+        lm.eval().requires_grad_(False)
         if self._proof(lm) and batch is not None and "teacher" not in self._unfit:
             loss = replace(probe.look(lm, _cut(batch, lm), self.data), untrained=self._untrained)
             self.findings.append(preflight.teacher(loss, str(spec.path), self._kd.allow_untrained))
@@ -251,7 +251,7 @@ class Check:
         ]
         taught = self._kd.schedule.kd_steps(steps)
         plain = flops.student_flops(per_token[0], tokens)
-        extra = flops.teacher_flops(per_token[1], tokens)
+        extra = per_token[1] * tokens
         said = f"{plain:.3g} FLOPs a step"
         if extra:
             said += f", {plain + extra:.3g} with the teacher (+{extra / plain:.0%})"

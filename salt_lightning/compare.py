@@ -226,7 +226,8 @@ def _row(run: Run, method: str, teacher: Run | None, goal: Goal) -> Row:
     taught = 0 if teacher is None else lineage.taught_steps(run, teacher)
     training_flops = lineage.card_flops(run) if teacher is None else teacher.flops(taught)
     training_s = math.nan if teacher is None else teacher.total("train/time_s", taught)
-    scoring_s = float(lineage.scoring(run).get("scoring_s", math.nan))
+    scoring = lineage.scoring(run)
+    scoring_flops, scoring_s = (float(scoring.get(key, math.nan)) for key in ("scoring_flops", "scoring_s"))
     return Row(
         run=run.name,
         method=method,
@@ -242,9 +243,7 @@ def _row(run: Run, method: str, teacher: Run | None, goal: Goal) -> Row:
         reached_step=reached,
         reached_steps_share=reached / goal.steps,
         reached_flops_share=reached_flops / goal.flops,
-        reached_flops_share_with_teacher_training=(
-            reached_flops + _besides(run, training_flops, lineage.scoring_flops(run))
-        )
+        reached_flops_share_with_teacher_training=(reached_flops + _besides(run, training_flops, scoring_flops))
         / goal.flops,
         reached_seconds_share=reached_s / goal.seconds,
         reached_seconds_share_with_teacher_training=(reached_s + _besides(run, training_s, scoring_s)) / goal.seconds,
@@ -254,7 +253,7 @@ def _row(run: Run, method: str, teacher: Run | None, goal: Goal) -> Row:
         teacher_flops=run.total("train/flops_teacher_total", done),
         teacher_training_flops=training_flops,
         teacher_training_seconds=training_s,
-        scoring_flops=lineage.scoring_flops(run),
+        scoring_flops=scoring_flops,
         scoring_seconds=scoring_s,
         last={tag: run.last(tag) for tag in sorted(run.curves) if not tag.startswith("train/")},
     )

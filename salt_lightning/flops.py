@@ -79,13 +79,8 @@ def _attention_flops_per_token(config: object, block_size: int) -> float:
 
 
 def student_flops(forward_per_token: float, tokens: int) -> float:
-    """FLOPs of training on `tokens` tokens: forward and twice that for backward."""
+    """FLOPs of training on `tokens` tokens: forward and twice that for backward. A teacher, and scoring: forward."""
     return TRAIN_OVER_FORWARD * forward_per_token * tokens
-
-
-def teacher_flops(forward_per_token: float, tokens: int) -> float:
-    """FLOPs of a frozen model on `tokens` tokens, as a teacher or to score: forward alone."""
-    return forward_per_token * tokens
 
 
 # Dense TFLOP/s of the vendors' data sheets at (bf16, fp32); None where the hardware has no such unit.

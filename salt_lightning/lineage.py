@@ -100,7 +100,3 @@ def scoring(run: Run) -> dict[str, Any]:
             with suppress(json.JSONDecodeError):
                 return json.loads(manifest.read_text())
     return {}
-
-
-def scoring_flops(run: Run) -> float:
-    return float(scoring(run).get("scoring_flops", math.nan))

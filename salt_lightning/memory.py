@@ -29,6 +29,7 @@ from salt_lightning import parallel
 from salt_lightning.chunked_head import CPU_BLOCK_ELEMENTS, TILE_ROWS, Plan, rows_and_dtypes
 from salt_lightning.experts import on_fake_tensors
 from salt_lightning.losses import SaltLoss
+from salt_lightning.meter import SUMS
 from salt_lightning.models import CausalLM
 from salt_lightning.module import SALTModule
 from salt_lightning.row_pass import math_dtype
@@ -287,7 +288,7 @@ def _simulated(module: SALTModule, step: Step, ledger: Ledger) -> SALTModule:
         for lm in (sim.student, sim.teacher):
             if lm is not None:
                 _compile(lm, ledger, isinstance(module.trainer.strategy, parallel.FSDP2 | FSDPStrategy))
-    sim._sums = torch.zeros(6)
+    sim._sums = torch.zeros(len(SUMS))
     sim._loss = partial(_head_loss, sim, step)
     return sim
 

@@ -74,7 +74,7 @@ class Meter:
             before.taught_steps + taught,
             before.tokens + steps * self.step_tokens,
             before.student_flops + flops.student_flops(per_token["student"], steps * self.step_tokens),
-            before.teacher_flops + flops.teacher_flops(per_token["teacher"], taught * self.step_tokens),
+            before.teacher_flops + per_token["teacher"] * (taught * self.step_tokens),
         )
 
     def state(self, step: int) -> dict[str, Any]:

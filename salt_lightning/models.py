@@ -451,8 +451,3 @@ def weights_fingerprint(module: nn.Module) -> str:
         hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         hashed.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return hashed.hexdigest()
-
-
-def freeze(lm: CausalLM) -> CausalLM:
-    """Evaluation mode, and no parameter wants a gradient."""
-    return lm.eval().requires_grad_(False)

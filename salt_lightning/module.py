@@ -7,6 +7,7 @@ One batch: input_ids_BT, labels_BT, positions_BT -> student hidden_ND, teacher h
 import gc
 import math
 import time
+from dataclasses import asdict
 from functools import partial
 from typing import Any, Literal
 
@@ -88,10 +89,10 @@ class SALTModule(pl.LightningModule):
         # Plain data only: such checkpoints load with weights_only=True.
         self.save_hyperparameters(
             {
-                "student": self.student_spec.to_dict(),
-                "teacher": self.teacher_spec.to_dict(),
+                "student": asdict(self.student_spec),
+                "teacher": asdict(self.teacher_spec),
                 "teacher_temperature": teacher_temperature,
-                "optim": vars(self.optim_spec).copy(),
+                "optim": asdict(self.optim_spec),
                 "compile": compile,
                 "activation_checkpointing": activation_checkpointing,
                 "accuracy": accuracy,
@@ -143,7 +144,7 @@ class SALTModule(pl.LightningModule):
         lm = models.build(spec, "student", self._data, dtype, device, self.hparams["seed"])
         self.meter.forward_flops["student"], self._num_ids = self._count_flops(lm), len(lm.head.weight)
         # What a checkpoint needs to be loaded on its own: no path, every size.
-        self.hparams["student"] = resolved(spec, lm.model.config).to_dict()
+        self.hparams["student"] = asdict(resolved(spec, lm.model.config))
         attention.pack(lm.train().requires_grad_(True), spec.attention, strategy)
         self._matrices = {f"student.{name}" for name, p in lm.named_parameters() if p.ndim >= 2}
         if self.hparams["activation_checkpointing"]:
@@ -160,7 +161,7 @@ class SALTModule(pl.LightningModule):
         root = self.trainer.strategy.root_device  # self.device is still the CPU in setup
         device = parallel.build_device(self._strategy, root)
         with torch.random.fork_rng(devices=[root] if root.type == "cuda" else []):
-            lm = models.freeze(models.build(spec, "teacher", self._data, dtype, device))
+            lm = models.build(spec, "teacher", self._data, dtype, device).eval().requires_grad_(False)
         lm.num_ids = self._num_ids if self._data is None else self._data.vocab_size
         attention.pack(lm, spec.attention, self._strategy)
         self.meter.forward_flops["teacher"] = self._count_flops(lm)

@@ -22,7 +22,6 @@ import pyarrow.parquet as pq
 from salt_lightning.errors import ConfigError, first_line
 from salt_lightning.journal import whole, write_json
 
-FORMAT = 1
 NO_LABEL = 65535
 RANK_CAP = 65534
 _SHARD_TOKENS, _MAX_SHARDS = 1 << 20, 4096
@@ -107,8 +106,7 @@ class Scores:
             for left in (run / "scores").glob(".*.tmp"):  # of a kill
                 left.unlink(missing_ok=True)
             return scores
-        manifest = {"format": FORMAT, "scored": asdict(scored), **extra}
-        write_json(run / "scores.json", manifest)
+        write_json(run / "scores.json", {"scored": asdict(scored), **extra})
         return cls(run, "--run")
 
     def note(self, **more: Any) -> None:

@@ -6,7 +6,7 @@ import difflib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -59,9 +59,6 @@ class ModelSpec:
     @property
     def is_checkpoint(self) -> bool:
         return self.path is not None and self.path.endswith(".ckpt")
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @contextmanager

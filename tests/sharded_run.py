@@ -4,7 +4,7 @@ python tests/sharded_run.py DIR writes DIR/step-00000001.ckpt/ and DIR/whole.pt,
 """
 
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -30,7 +30,7 @@ class Student(pl.LightningModule):
             return
         self.student = CausalLM(build_fresh(SPEC, None, seed=0), "student")
         spec = resolved(replace(SPEC, path=None), self.student.model.config)
-        self.save_hyperparameters({"student": spec.to_dict()})
+        self.save_hyperparameters({"student": asdict(spec)})
         mesh = self.device_mesh["data_parallel"]
         for layer in self.student.backbone.layers:
             fully_shard(layer, mesh=mesh)

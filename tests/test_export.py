@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -32,7 +32,7 @@ IDS = torch.tensor([[5, 9, 3, 60, 7, 7, 22, 1, 30, 2]])
 def save(model, path: Path, **extra: object) -> Path:
     """A checkpoint of `model` as a run writes it."""
     state = {f"student.model.{name}": tensor for name, tensor in model.state_dict().items()}
-    spec = resolved(ModelSpec(), model.config).to_dict()
+    spec = asdict(resolved(ModelSpec(), model.config))
     torch.save({"state_dict": state, "hyper_parameters": {"student": spec}, "global_step": 3, **extra}, path)
     return path
 

@@ -50,6 +50,7 @@ class Spy(Callback):
         teacher = pl_module.teacher
         if teacher is not None:
             assert not teacher.training
+            assert not any(p.requires_grad for p in teacher.parameters())
             assert not any(module.training for module in teacher.modules())
             if not self.teachers:
                 self.teachers = [weakref.ref(teacher), *map(weakref.ref, teacher.parameters())]
