@@ -211,11 +211,9 @@ def _check_config(path: str, known: list[str]) -> None:
     if not isinstance(node, yaml.MappingNode):
         raise ConfigError(f"{setting} is no mapping of settings; write lines such as 'run: runs/mine'")
     for key, value in node.value:
-        if key.value in ("model", "data", "kd", "checkpoint", "trainer") and value.tag.endswith(":null"):
-            line = key.start_mark.line + 1
-            raise ConfigError(
-                f"{setting}, line {line}: {key.value} is empty; indent its settings below it, or remove it"
-            )
+        if value.tag.endswith(":null") and any(name.startswith(f"{key.value}.") for name in known):
+            where = f"{setting}, line {key.start_mark.line + 1}"
+            raise ConfigError(f"{where}: {key.value} is empty; indent its settings below it, or remove it")
     for key, line in _twice(node, ""):
         raise ConfigError(f"{setting}, line {line}: {key} stands there twice; leave one")
     if unknown := [name for name in _empty(node, "") if not _means(name, known)]:

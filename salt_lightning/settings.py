@@ -12,7 +12,7 @@ from salt_lightning.errors import ConfigError
 
 _GROUPS = (
     *("model", "model.student", "model.student.config", "model.teacher", "model.teacher.config", "model.optim"),
-    *("data", "data.keep", "kd", "checkpoint", "trainer"),
+    *("data", "data.keep", "data.examples", "kd", "checkpoint", "answers", "trainer"),
 )
 # what a run is: with another of these it is another run
 IDENTITY = (

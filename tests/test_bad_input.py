@@ -431,6 +431,7 @@ CONFIGS = {
         b"model:\n",
         r"--config .*c.yaml, line 1: model is empty; indent its settings below it, or remove it",
     ),
+    "a group of callbacks left empty": (b"answers:\n", r"--config .*c.yaml, line 1: answers is empty; indent"),
     "sizes left empty": (
         b"model: {student: {config: }}\n",
         r"--model.student.config None must be a mapping of its settings; leave it out for the defaults",
