@@ -33,7 +33,7 @@ def set_cadence(trainer: Trainer, accumulation: int) -> None:
         trainer, (trainer.accumulate_grad_batches, getattr(trainer, "val_check_interval", None))
     )
     limits = {name: getattr(trainer, name) for name in ("limit_train_batches", "check_val_every_n_epoch")}
-    if wrong := wrong_counts({"accumulate_grad_batches": accumulate, **limits}):
+    if wrong := wrong_counts({"accumulate_grad_batches": accumulate, "val_check_interval": interval, **limits}):
         raise ConfigError("; ".join(wrong))
     if trainer.max_steps < 1:
         raise ConfigError(f"--trainer.max_steps: {trainer.max_steps} is no length of a run; give optimizer steps")

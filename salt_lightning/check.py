@@ -70,6 +70,7 @@ class Check:
 
     def run(self) -> list[Finding]:
         attach(self.module, self.data, self.trainer)
+        self._batch()  # before what counts validations in micro-batches
         self._plan()
         batch = self._text()
         student = self._student(batch)
@@ -109,16 +110,30 @@ class Check:
             if callback.export:
                 self.works("export", export.check_target, Path(callback.export), "--checkpoint.export")
 
+    def _batch(self) -> None:
+        """Batches and validation."""
+        data, trainer = self.data, self.trainer
+        if not self.works("batch", data.set_trainer):
+            return
+        world = data._place()[1]
+        said = f"{data.global_batch_size} rows = {data.accumulate} x {data.micro_batch_size} on {world} devices"
+        self.add("ok", "batch", said.replace("1 devices", "1 device"))
+        interval = getattr(trainer, "val_check_interval", None)
+        if interval is None or trainer.limit_val_batches == 0:
+            return
+        every = interval // data.accumulate
+        said = f"every {every} steps, {trainer.max_steps // every} times"
+        if left := trainer.max_steps % every:
+            remedy = "the run's last loss is not measured: let --trainer.val_check_interval divide --trainer.max_steps"
+            self.add("warning", "validation", f"{said}, not in the last {left} steps", remedy)
+        else:
+            self.add("ok", "validation", f"{said}, the last step too")
+
     # ----------------------------------------------------------------- text
 
     def _text(self) -> dict[str, Tensor] | None:
-        """Rows, batches and validation; some validation rows to look at models with, where there are any."""
+        """Rows; some validation rows to look at models with, where there are any."""
         data, trainer = self.data, self.trainer
-        if self.works("batch", data.set_trainer):
-            world = data._place()[1]
-            said = f"{data.global_batch_size} rows = {data.accumulate} x {data.micro_batch_size} on {world} devices"
-            self.add("ok", "batch", said.replace("1 devices", "1 device"))
-            self._validation()
         # without what they name the text is looked at all the same
         if data.selection and not self.works("selection", Scores, Path(data.selection), "--data.selection"):
             data.selection = None
@@ -140,18 +155,6 @@ class Check:
             return None
         self.findings += data.doubts()
         return data.sample(8)
-
-    def _validation(self) -> None:
-        trainer = self.trainer
-        if not isinstance(trainer.val_check_interval, int) or trainer.limit_val_batches == 0:
-            return
-        every = trainer.val_check_interval // self.data.accumulate
-        said = f"every {every} steps, {trainer.max_steps // every} times"
-        if left := trainer.max_steps % every:
-            remedy = "the run's last loss is not measured: let --trainer.val_check_interval divide --trainer.max_steps"
-            self.add("warning", "validation", f"{said}, not in the last {left} steps", remedy)
-        else:
-            self.add("ok", "validation", f"{said}, the last step too")
 
     # --------------------------------------------------------------- models
 

@@ -197,9 +197,9 @@ class KDScheduleCallback(pl.Callback):
                 f"{name} does not go with --data.selection: which rows phase 1 reads is settled before it begins, by "
                 "the --kd.steps that it has. Set one of them to null"
             )
-        every = trainer.val_check_interval  # micro-batches by now, or a share of the run
+        every = getattr(trainer, "val_check_interval", None)  # micro-batches by now; a share of the run; by the clock
         first = every // trainer.accumulate_grad_batches if isinstance(every, int) else trainer.max_steps
-        first *= max(1, math.ceil(self.min_steps / first))
+        first *= max(1, math.ceil(self.min_steps / max(1, first)))  # 0 is refused elsewhere
         if trainer.limit_val_batches == 0 or first >= last:
             after = f" from --kd.min_steps {self.min_steps} on" if self.min_steps else ""
             raise ConfigError(

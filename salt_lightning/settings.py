@@ -72,10 +72,9 @@ _PRECISIONS = ("32", "32-true", "bf16", "bf16-mixed", "bf16-true")
 
 
 def wrong_counts(trainer: Mapping[str, Any] | Namespace) -> list[str]:
-    """Settings of Lightning's that count micro-batches or epochs, where a run counts optimizer steps."""
-    accumulate, limit, epochs = (
-        trainer.get(name) for name in ("accumulate_grad_batches", "limit_train_batches", "check_val_every_n_epoch")
-    )
+    """Settings of Lightning's that count micro-batches, epochs or time, where a run counts optimizer steps."""
+    accumulate, limit = trainer.get("accumulate_grad_batches"), trainer.get("limit_train_batches")
+    epochs, interval = trainer.get("check_val_every_n_epoch"), trainer.get("val_check_interval")
     wrong = []
     if accumulate not in (None, 1):
         wrong.append(
@@ -92,22 +91,21 @@ def wrong_counts(trainer: Mapping[str, Any] | Namespace) -> list[str]:
             f"--trainer.check_val_every_n_epoch {epochs}: a run is one epoch of Lightning's, use "
             "--trainer.val_check_interval (optimizer steps)"
         )
+    steps, share = isinstance(interval, int) and interval >= 1, isinstance(interval, float) and 0 < interval <= 1
+    if interval is not None and not steps and not share:
+        wrong.append(
+            f"--trainer.val_check_interval {interval} must be optimizer steps (1 or more), or a share of the run (0..1)"
+        )
     return wrong
 
 
 def wrong_trainer_settings(trainer: Namespace) -> list[str]:
     """Settings of Lightning's that would break a run late, or change what a step is."""
-    interval, every = trainer.get("val_check_interval"), trainer.get("log_every_n_steps")
-    wrong = wrong_counts(trainer)
+    every, wrong = trainer.get("log_every_n_steps"), wrong_counts(trainer)
     if str(trainer.get("strategy")).startswith("fsdp") and not torch.cuda.is_available():
         wrong.append(
             f"--trainer.strategy {trainer.strategy} (FSDP1) needs GPUs; --config configs/fsdp.yaml (FSDP2) also runs "
             "on CPUs"
-        )
-    steps, share = isinstance(interval, int) and interval >= 1, isinstance(interval, float) and 0 < interval <= 1
-    if interval is not None and not steps and not share:
-        wrong.append(
-            f"--trainer.val_check_interval {interval} must be optimizer steps (1 or more), or a share of the run (0..1)"
         )
     if every is not None and every < 1:
         wrong.append(f"--trainer.log_every_n_steps {every} must be at least 1")

@@ -180,6 +180,8 @@ def test_a_run_folder_that_is_taken(checked, tmp_path):
         ({"kd.steps": None}, "phases", "note", "it never leaves (RKD)"),
         ({"trainer.val_check_interval": 5}, "validation", "warning", "not in the last 2 steps"),
         ({"trainer.max_steps": 2000, "trainer.val_check_interval": 2000}, "rows", "warning", "--trainer.max_steps"),
+        ({"trainer.val_check_interval": 0}, "batch", "error", "--trainer.val_check_interval 0 must be optimizer steps"),
+        ({"kd.stop_margin": 0.1, "trainer.val_check_interval": 0.25}, "phases", "ok", "teacher in"),
         ({"check.memory_gib": 0.001}, "micro-batch", "error", "--data.micro_batch_size 8 does not fit"),
         (
             {"model.student.config": {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 3}},
