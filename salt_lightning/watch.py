@@ -28,21 +28,6 @@ class Watch:
         return (self.first < NEVER).any().float()
 
 
-def first_bad(first: list[int], per_step: int) -> tuple[int, str, int, int] | None:
-    """(optimizer step, counted from 1, what is not finite, first micro-batch, how many), None if all is well.
-
-    Args:
-        first: `Watch.first`, the minimum over ranks.
-        per_step: micro-batches of an optimizer step, over all ranks.
-    """
-    loss, gradient = first
-    if min(loss, gradient) == NEVER:
-        return None
-    if loss // per_step <= gradient // per_step:  # it made the gradient of its step what it is
-        return loss // per_step + 1, "train/loss", loss, 1
-    return gradient // per_step + 1, "train/grad_norm", gradient, per_step
-
-
 def problem(
     first: list[int], weights_finite: bool, step: int, per_step: int, rows_of: Callable[[int, int], str]
 ) -> str | None:
@@ -55,8 +40,10 @@ def problem(
         per_step: micro-batches of an optimizer step, over all ranks.
         rows_of: says which rows micro-batches are, by the number of the first and how many.
     """
-    bad = first_bad(first, per_step)
-    if bad is not None:
-        at, name, number, count = bad
-        return f"{name} is not finite at step {at}, which read rows {rows_of(number, count)}"
+    loss, gradient = first
+    at, name, number, count = loss // per_step, "train/loss", loss, 1
+    if gradient // per_step < at:  # else the loss made the gradient of its step what it is
+        at, name, number, count = gradient // per_step, "train/grad_norm", gradient, per_step
+    if number < NEVER:
+        return f"{name} is not finite at step {at + 1}, which read rows {rows_of(number, count)}"
     return None if weights_finite else f"the weights after step {step} are not finite, or about to be"

@@ -28,7 +28,7 @@ from salt_lightning.cadence import check_trainer
 from salt_lightning.checkpoint import RunCheckpoint
 from salt_lightning.errors import ConfigError, NonFiniteLossError
 from salt_lightning.models import read_checkpoint
-from salt_lightning.watch import NEVER, Watch, first_bad
+from salt_lightning.watch import NEVER, Watch, problem
 
 CONFIG = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 
@@ -362,14 +362,14 @@ def test_a_gradient_that_is_not_finite_is_named_before_the_loss_that_it_spoils(t
     ("loss", "gradient", "expected"),
     [
         (NEVER, NEVER, None),
-        (6, NEVER, (2, "train/loss", 6, 1)),  # 4 micro-batches a step
-        (6, 4, (2, "train/loss", 6, 1)),  # the loss made the gradient
-        (8, 4, (2, "train/grad_norm", 4, 4)),  # the gradient made the next loss
-        (NEVER, 4, (2, "train/grad_norm", 4, 4)),
+        (6, NEVER, "train/loss is not finite at step 2, which read rows 6, 1"),  # 4 micro-batches a step
+        (6, 4, "train/loss is not finite at step 2, which read rows 6, 1"),  # the loss made the gradient
+        (8, 4, "train/grad_norm is not finite at step 2, which read rows 4, 4"),  # the gradient made the next loss
+        (NEVER, 4, "train/grad_norm is not finite at step 2, which read rows 4, 4"),
     ],
 )
 def test_the_first_that_went_wrong(loss, gradient, expected):
-    assert first_bad([loss, gradient], 4) == expected
+    assert problem([loss, gradient], True, 9, 4, "{}, {}".format) == expected
 
 
 def test_the_watch_keeps_the_smallest_number():
