@@ -84,8 +84,7 @@ class Meter:
         return {**totals, **times, "forward_flops": dict(self.forward_flops)}
 
     def load(self, saved: dict[str, Any]) -> None:
-        # a checkpoint of before this was counted: as if all of the run had had the settings of this start
-        self.before, self._counted = (Totals(**saved.get(name, {})) for name in ("totals_before", "totals"))
+        self.before, self._counted = (Totals(**saved[name]) for name in ("totals_before", "totals"))
         self.time_s, self.teacher_time_s = saved["time_s"], saved["teacher_time_s"]
         self.forward_flops["teacher"] = saved["forward_flops"]["teacher"]
 

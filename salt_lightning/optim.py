@@ -90,7 +90,7 @@ class OptimSpec:
     def jump(self, checkpoint: dict[str, Any], max_steps: int) -> str | None:
         """What to say where a run that goes on gives its next step another rate than the run before had for it."""
         step, before = checkpoint["global_step"], OptimSpec(**checkpoint["hyper_parameters"]["optim"])
-        planned = checkpoint.get("max_steps", max_steps)
+        planned = checkpoint["max_steps"]
         was, now = before.lr_at(step, planned), self.lr_at(step, max_steps)
         if f"{was:.3g}" == f"{now:.3g}":
             return None

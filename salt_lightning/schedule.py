@@ -256,12 +256,12 @@ class KDScheduleCallback(pl.Callback):
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != TrainerFn.FITTING or checkpoint.get("kd_schedule") is None:
             return
-        saved = {"stop_margin": None, "min_steps": 0, **checkpoint["kd_schedule"]}
+        saved = checkpoint["kd_schedule"]
         changed = ", ".join(
             f"--kd.{key} {now} (checkpoint: {saved[key]})" for key, now in self._settings.items() if now != saved[key]
         )
         if not changed:
-            self._stop(checkpoint.get("kd_stop_step"))
+            self._stop(checkpoint["kd_stop_step"])
             return
         if not self.allow_change:
             raise ConfigError(

@@ -172,20 +172,6 @@ def test_a_signal_to_the_whole_process_group(settings, tmp_path, number, slurm):
     assert asked is None or asked() == ["requeue 70_3"]
 
 
-def test_a_checkpoint_without_totals_goes_on(fit, settings, tmp_path):
-    """As those of before 0.1.0."""
-    assert fit(tmp_path / "run", stop_at=3) == 128 + signal.SIGTERM
-    path = tmp_path / "run/checkpoints/step-00000003.ckpt"
-    checkpoint = torch.load(path, weights_only=True)
-    for name in ("totals", "totals_before", "max_steps"):
-        del checkpoint[name]
-    torch.save(checkpoint, path)
-    assert cli.main(["export", str(path), str(tmp_path / "out")]) == 0
-    assert fit(tmp_path / "run", ckpt_path="last") == 0
-    assert fit(tmp_path / "whole") == 0
-    assert_same(tmp_path / "run", tmp_path / "whole")
-
-
 def test_ctrl_c_in_a_validation_ends_in_one_line(fit, settings, tmp_path, capsys, monkeypatch):
     assert fit(tmp_path / "run", stop_at=3) == 128 + signal.SIGTERM
 
