@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import CLOCK, arguments, scalars, write_corpus
 from lightning.pytorch.utilities import rank_zero_only
 
-from salt_lightning import cli, prepare, scores
+from salt_lightning import checkpoint, cli, prepare, scores
 from salt_lightning.models import read_checkpoint
 
 HANG_S = 60.0  # no process may outlive a dead one by this long
@@ -123,7 +123,7 @@ def _fork(args: list[str], log: Path, rank: int, ranks: int, port: int, largest_
             os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
             os.environ["MASTER_PORT"] = str(port)
             rank_zero_only.rank = rank
-        cli._FIRST_RANK_S = 3.0
+        checkpoint.FIRST_RANK_S = 3.0
         code = cli.main(args)
     except SystemExit as end:
         code = end.code

@@ -31,7 +31,7 @@ from salt_lightning.schedule import kd_callbacks
 from salt_lightning.spec import shape_settings
 
 _BATCH = "--data.global_batch_size"
-_FIRST_RANK_S = 5.0
+FIRST_RANK_S = 10.0  # that the others wait, whose end with an error may end all, for the first to act or speak
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -286,7 +286,7 @@ def _requeue_at_once(trainer: pl.Trainer, number: int, frame: Any) -> None:
     if trainer.is_global_zero:
         slurm.requeue()
     else:
-        time.sleep(_FIRST_RANK_S)  # an end with an error may end all, the first before it has asked
+        time.sleep(FIRST_RANK_S)
     _stop_at_once(number, frame)
 
 

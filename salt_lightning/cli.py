@@ -16,7 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from salt_lightning import check, compare, export, parallel, run_lock, shards
+from salt_lightning import check, checkpoint, compare, export, parallel, run_lock, shards
 from salt_lightning.answers import AnswerTest
 from salt_lightning.checkpoint import AtomicCheckpointIO, RunCheckpoint, newest, savers
 from salt_lightning.data import SALTDataModule
@@ -327,8 +327,6 @@ VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "check": (_check, "What would stop or spoil a fit with these settings: teacher, text, memory, disk. Same options."),
 }
 
-_FIRST_RANK_S = 10.0
-
 
 def main(args: list[str] | None = None) -> int:
     """Runs one command line; returns its exit code: 0, 1 for an error of the run, 2 of the settings, 128 + signal."""
@@ -355,7 +353,7 @@ def main(args: list[str] | None = None) -> int:
     except (ConfigError, NonFiniteLossError, OSError, MisconfigurationException, ModuleNotFoundError) as error:
         close_bars()
         if _rank():  # the first rank says the same, and its end is ours; else we speak
-            time.sleep(_FIRST_RANK_S)
+            time.sleep(checkpoint.FIRST_RANK_S)
         message = str(error) if isinstance(error, ConfigError | NonFiniteLossError) else one_line(error)
         if isinstance(error, OSError) and error.filename is not None:
             message = f"{error.filename}: {error.strerror}"
