@@ -25,6 +25,7 @@ from salt_lightning.card import model_card
 from salt_lightning.errors import ConfigError
 from salt_lightning.lineage import read as read_log
 from salt_lightning.models import PREFIX, from_config, read_checkpoint, require_undamaged
+from salt_lightning.parallel import check_same_model
 from salt_lightning.parser import VerbParser
 from salt_lightning.shards import Tensors, sync_folder
 from salt_lightning.spec import DTYPES, ModelSpec, as_config_error
@@ -62,7 +63,7 @@ def export(
     require_undamaged(str(checkpoint), "export: CKPT")
     model = _on_meta(saved, setting)
     weights = _described(saved["state_dict"], dtype)
-    _check_weights(model, weights, setting)
+    check_same_model(model.state_dict(), weights, f"{setting} holds another model than its settings say")
     run = run or checkpoint.absolute().parent.parent
     words = _tokenizer(saved, model, tokenizer or (run / "tokenizer" if (run / "tokenizer").is_dir() else None))
 
@@ -111,18 +112,6 @@ def _described(state: Any, dtype: torch.dtype | None) -> dict[str, Tensor]:
             tensor = state.on_meta(name) if isinstance(state, Tensors) else state[name].to("meta")
             found[name.removeprefix(PREFIX)] = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
     return found
-
-
-def _check_weights(model: PreTrainedModel, weights: dict[str, Tensor], setting: str) -> None:
-    """Raises ConfigError unless the weights are those of the model that the checkpoint names."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    if wrong := [name for name in wanted | found if wanted.get(name) != found.get(name)]:
-        shown = ", ".join(f"{n} is {found.get(n, 'missing')}, not {wanted.get(n, 'known')}" for n in wrong[:3])
-        raise ConfigError(
-            f"{setting} holds another model than its settings say ({len(wrong)} weights differ): {shown}; was it "
-            "written by this project?"
-        )
 
 
 def _tokenizer(

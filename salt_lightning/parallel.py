@@ -135,7 +135,7 @@ class FSDP2(ModelParallelStrategy):
         path = Path(self.broadcast(checkpoint_path))
         checkpoint = read_checkpoint(str(path), "--ckpt_path")
         weights = self.lightning_module.state_dict()
-        check_same_model(weights, checkpoint["state_dict"], path)
+        check_same_model(weights, checkpoint["state_dict"], f"--ckpt_path {path} holds another student")
         states = [_empty_state(optimizer) for optimizer in self.optimizers]  # none but in a fit
         if path.is_dir():
             shards.load_into({"state_dict": weights, "optimizer_states": states}, path)
@@ -172,16 +172,14 @@ def _copy(target: Tensor, whole: Tensor) -> None:
     target.copy_(whole)
 
 
-def check_same_model(ours: Mapping[str, Tensor], saved: Mapping[str, Tensor], path: Path) -> None:
-    """Raises ConfigError with the first weights that a checkpoint and the configured student do not share."""
+def check_same_model(ours: Mapping[str, Tensor], saved: Mapping[str, Tensor], said: str) -> None:
+    """Raises ConfigError, after what is `said`, with the first weights that a model and a checkpoint do not share."""
     shapes = getattr(saved, "shapes", None) or {name: tensor.shape for name, tensor in saved.items()}
     here = {name: tensor.shape for name, tensor in ours.items()}
     differing = [name for name in sorted({*here, *shapes}) if here.get(name) != shapes.get(name)]
     if differing:
         shown = (f"{name} {_size(here.get(name))} (checkpoint: {_size(shapes.get(name))})" for name in differing[:5])
-        raise ConfigError(
-            f"--ckpt_path {path} holds another student, {len(differing)} of its weights differ: {', '.join(shown)}"
-        )
+        raise ConfigError(f"{said}, {len(differing)} of its weights differ: {', '.join(shown)}")
 
 
 def _size(shape: torch.Size | None) -> str:

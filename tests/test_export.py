@@ -398,14 +398,17 @@ def test_a_checkpoint_of_another_model_is_refused(salt, tmp_path, capsys):
     whole = torch.load(checkpoints(salt)[-1], weights_only=True)
     state, norm = whole["state_dict"], "student.model.model.norm.weight"
     cases = {
-        "norm.weight is missing, not (32,)": {k: v for k, v in state.items() if k != norm},
-        "norm.weight is (31,), not (32,)": {**state, norm: state[norm][1:]},
-        "extra.weight is (32,), not known": {**state, "student.model.extra.weight": state[norm]},
+        "norm.weight 32 (checkpoint: none)": {k: v for k, v in state.items() if k != norm},
+        "norm.weight 32 (checkpoint: 31)": {**state, norm: state[norm][1:]},
+        "extra.weight none (checkpoint: 32)": {**state, "student.model.extra.weight": state[norm]},
     }
     for message, changed in cases.items():
         torch.save({**whole, "state_dict": changed}, tmp_path / "x.ckpt")
         said = refused(capsys, tmp_path / "x.ckpt", tmp_path / "out")
-        assert f"export: CKPT {tmp_path}/x.ckpt holds another model than its settings say (1 weights differ)" in said
+        assert (
+            f"export: CKPT {tmp_path}/x.ckpt holds another model than its settings say, 1 of its weights differ: "
+            in said
+        )
         assert message in said
     whole["hyper_parameters"]["student"]["family"] = "nope"
     torch.save(whole, tmp_path / "x.ckpt")
