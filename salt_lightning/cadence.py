@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from salt_lightning.errors import ConfigError
+from salt_lightning.errors import ConfigError, refuse
 from salt_lightning.schedule import kd_callbacks
 from salt_lightning.settings import wrong_counts
 
@@ -33,8 +33,7 @@ def set_cadence(trainer: Trainer, accumulation: int) -> None:
         trainer, (trainer.accumulate_grad_batches, getattr(trainer, "val_check_interval", None))
     )
     limits = {name: getattr(trainer, name) for name in ("limit_train_batches", "check_val_every_n_epoch")}
-    if wrong := wrong_counts({"accumulate_grad_batches": accumulate, "val_check_interval": interval, **limits}):
-        raise ConfigError("; ".join(wrong))
+    refuse(wrong_counts({"accumulate_grad_batches": accumulate, "val_check_interval": interval, **limits}))
     if trainer.max_steps < 1:
         raise ConfigError(f"--trainer.max_steps: {trainer.max_steps} is no length of a run; give optimizer steps")
     trainer.fit_loop.min_epochs = 0  # of min_steps Lightning makes an epoch, the whole run, which nothing could end

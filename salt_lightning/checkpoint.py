@@ -21,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from salt_lightning import preflight, shards, slurm
-from salt_lightning.errors import ConfigError
+from salt_lightning.errors import ConfigError, refuse
 from salt_lightning.export import export
 from salt_lightning.journal import whole
 from salt_lightning.optim import OptimSpec
@@ -101,8 +101,7 @@ class RunCheckpoint(Checkpoint):
         ]
         if any(step < 1 for step in at_steps or ()):
             wrong.append(f"--checkpoint.at_steps {at_steps} must be optimizer steps, 1 or more")
-        if wrong:
-            raise ConfigError("; ".join(wrong))
+        refuse(wrong)
         self.every_n_steps, self.keep, self.at_steps = every_n_steps, keep, tuple(at_steps or ())
         self.folder, self.export = folder, export
         self._begin()

@@ -20,7 +20,7 @@ from salt_lightning import preflight
 from salt_lightning.cadence import accumulation, phase1_steps, set_cadence
 from salt_lightning.difficulty import HeldOut, find_files, read_thirds
 from salt_lightning.documents import Corpus
-from salt_lightning.errors import ConfigError
+from salt_lightning.errors import ConfigError, refuse
 from salt_lightning.example_rows import ExampleRows, open_examples
 from salt_lightning.examples import Examples
 from salt_lightning.prepare import prepare_tokenizer, prepare_tokens, token_folder, tokenizer_folder
@@ -130,9 +130,7 @@ class SALTDataModule(LightningDataModule):
         self.cache_dir = Path(cache_dir).expanduser()
         self.prepare_workers, self.num_workers = prepare_workers, num_workers
         self.selection, self.keep, self.examples = selection, keep, examples
-        problems = self._problems() + examples.problems(tokenizer)
-        if problems:
-            raise ConfigError("; ".join(problems))
+        refuse(self._problems() + examples.problems(tokenizer))
         self.accumulate = 1
         self.num_train_rows = self.num_train_tokens = 0
         self.source_names: list[str] = []

@@ -16,6 +16,12 @@ class ConfigError(ValueError):
         super().__init__(printable(message))
 
 
+def refuse(wrong: Iterable[str]) -> None:
+    """Raises ConfigError with all that is wrong; nothing where nothing is."""
+    if said := "; ".join(wrong):
+        raise ConfigError(said)
+
+
 def printable(text: str) -> str:
     """One line that does nothing to a terminal: a file's name may hold line ends, and text any escape sequence."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

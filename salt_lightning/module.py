@@ -21,7 +21,7 @@ from salt_lightning import attention, flops, models, parallel, preflight, probe
 from salt_lightning.cadence import check_subclass, check_trainer, plan_validation
 from salt_lightning.checkpoint import go_on_from, how_to_go_on, require_same
 from salt_lightning.data import SALTDataModule
-from salt_lightning.errors import ConfigError, NonFiniteLossError
+from salt_lightning.errors import ConfigError, NonFiniteLossError, refuse
 from salt_lightning.losses import salt_loss, token_stats
 from salt_lightning.meter import SUMS, Meter, loss_values
 from salt_lightning.metrics import TokenMetrics
@@ -80,8 +80,7 @@ class SALTModule(pl.LightningModule):
         ]
         if accuracy not in ("accurate", "fast"):
             wrong.append(f"--model.accuracy {accuracy} must be accurate or fast")
-        if wrong:
-            raise ConfigError("; ".join(wrong))
+        refuse(wrong)
         self._loss = partial(
             salt_loss, teacher_temperature=teacher_temperature, accuracy=accuracy, logits_budget_gib=logits_budget_gib
         )

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from salt_lightning.errors import ConfigError
+from salt_lightning.errors import ConfigError, refuse
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,7 @@ class OptimSpec:
             ("decay_steps", self.decay_steps is None or self.decay_steps >= 0, "must not be negative"),
             ("min_lr_ratio", 0 <= self.min_lr_ratio <= 1, "must lie in 0..1"),
         ]
-        wrong = [f"--model.optim.{name} {getattr(self, name)} {why}" for name, ok, why in ranges if not ok]
-        if wrong:
-            raise ConfigError("; ".join(wrong))
+        refuse(f"--model.optim.{name} {getattr(self, name)} {why}" for name, ok, why in ranges if not ok)
 
     def check(self, max_steps: int) -> None:
         """Raises ConfigError where warm-up and decay do not fit into the run, or that has no length."""

@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
-from salt_lightning.errors import ConfigError
+from salt_lightning.errors import ConfigError, refuse
 from salt_lightning.probe import Probe
 
 Shape = Literal["step", "linear", "linear_ratio", "cosine"]
@@ -62,8 +62,7 @@ class KDSchedule:
             wrong.append(f"--kd.anneal_steps {self.anneal_steps} is longer than --kd.steps {self.steps}")
         if self.shape == "linear_ratio" and self.weight == 1.0:
             wrong.append("--kd.weight 1.0 has an infinite ratio w / (1 - w): --kd.shape linear_ratio needs less")
-        if wrong:
-            raise ConfigError("; ".join(wrong))
+        refuse(wrong)
 
     def __call__(self, step: int) -> float:
         if self.steps is not None and step >= self.steps:

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from salt_lightning.errors import ConfigError
+from salt_lightning.errors import ConfigError, refuse
 from salt_lightning.rows import Order, scatter
 from salt_lightning.scores import NO_LABEL, RANK_CAP, Scores, write_table
 
@@ -64,9 +64,7 @@ class KeepRule:
             ("drop_top", 0.0 <= self.drop_top < 1.0, "must lie at 0 or above, and below 1"),
             ("max_repeats", self.max_repeats > 0, "must be above 0"),
         )  # fmt: skip
-        wrong = [f"--data.keep.{name} {getattr(self, name)} {wanted}" for name, good, wanted in checks if not good]
-        if wrong:
-            raise ConfigError("; ".join(wrong))
+        refuse(f"--data.keep.{name} {getattr(self, name)} {wanted}" for name, good, wanted in checks if not good)
 
     @property
     def name(self) -> str:

@@ -15,7 +15,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from salt_lightning import folders
-from salt_lightning.errors import ConfigError, is_out_of_memory, one_line
+from salt_lightning.errors import ConfigError, is_out_of_memory, one_line, refuse
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -138,8 +138,7 @@ def family_config(spec: ModelSpec) -> PreTrainedConfig:
     for key, value in spec.config.items():  # a fit would meet it at its first step, or never notice
         if "drop" in key and isinstance(value, float | int) and not 0 <= value <= 1:
             wrong.append(f"--model.student.config.{key} {value} must lie in 0..1")
-    if wrong:
-        raise ConfigError("; ".join(wrong))
+    refuse(wrong)
     if not spec.config:
         raise ConfigError(
             f"--model.student.config is empty: {spec.family}'s own defaults are a model of billions of weights. Give "
