@@ -8,11 +8,13 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
-from multiprocessing import get_all_start_methods, get_context, parent_process
+from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection
 from typing import Any, Protocol, TypeVar
 
 from salt_lightning.errors import ConfigError
+
+_FORK = get_context("fork")  # spawned workers would run the user's script again
 
 
 class Task(Protocol):
@@ -34,7 +36,7 @@ def ordered_map(
     """
     pending: deque[tuple[T, Future]] = deque()
     size = 0
-    with ProcessPoolExecutor(workers, _context(), _start_worker, (function,)) as pool:
+    with ProcessPoolExecutor(workers, _FORK, _start_worker, (function,)) as pool:
         try:
             for task in tasks:
                 with quiet_fork():
@@ -79,8 +81,8 @@ def _work(task: Any) -> Any:
 
 def in_child(function: Callable[..., None], *args: Any) -> None:
     """Call a function in a process of its own; what it raises is raised here."""
-    receiver, sender = _context().Pipe(duplex=False)
-    child = _context().Process(target=_call, args=(sender, function, args))
+    receiver, sender = _FORK.Pipe(duplex=False)
+    child = _FORK.Process(target=_call, args=(sender, function, args))
     with quiet_fork():
         child.start()
     sender.close()
@@ -107,11 +109,6 @@ def _call(sender: Connection, function: Callable[..., None], args: tuple[Any, ..
 
 def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _context() -> Any:
-    """Fork where there is fork: spawned workers would run the user's script again."""
-    return get_context("fork" if "fork" in get_all_start_methods() else "spawn")
 
 
 @contextmanager

@@ -1119,13 +1119,6 @@ def test_tasks_under_way_are_bounded_and_their_results_in_order(size, most, tmp_
         assert len(taken) - count == min(most, 40 - count)  # this one is still held
 
 
-def test_spawned_workers(tmp_path, monkeypatch):
-    path = many(tmp_path)
-    expected = contents(prepare_many(path, tmp_path / "other"))
-    monkeypatch.setattr(processes, "get_all_start_methods", lambda: ["spawn"])
-    assert contents(prepare_many(path, tmp_path / "cache", 1)) == expected
-
-
 @pytest.mark.parametrize("train", [True, False])
 def test_killed_child_is_one_line(train, tmp_path, monkeypatch):
     def die(*args):
