@@ -97,6 +97,7 @@ def scoring(run: Run) -> dict[str, Any]:
     for place in places(run, "data.selection"):
         manifest = place / "scores.json" if place.is_dir() else place
         if manifest.is_file() and manifest.name == "scores.json":
-            with suppress(json.JSONDecodeError):
-                return json.loads(manifest.read_text())
+            with suppress(OSError, ValueError, RecursionError):
+                found = json.loads(manifest.read_bytes())
+                return found if isinstance(found, dict) else {}
     return {}

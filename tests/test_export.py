@@ -267,7 +267,13 @@ def test_only_names_of_the_hub_are_given_to_the_hub(salt, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize(
     ("manifest", "said"),
-    [(None, "not known"), ("{", "not known"), ("{}", "not known"), ('{"scoring_flops": 2.5e12}', "2.5 TFLOP")],
+    [
+        (None, "not known"),
+        ("{", "not known"),
+        ("{}", "not known"),
+        ("[]", "not known"),
+        ('{"scoring_flops": 2.5e12}', "2.5 TFLOP"),
+    ],
 )
 def test_scoring_is_counted_where_its_manifest_says_so(manifest, said, salt, tmp_path):
     if manifest:
