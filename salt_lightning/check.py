@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from salt_lightning import attention, cadence, export, flops, memory, models, parallel, preflight, probe
+from salt_lightning import attention, cadence, flops, memory, models, parallel, preflight, probe
 from salt_lightning.checkpoint import savers
 from salt_lightning.data import SALTDataModule
 from salt_lightning.difficulty import find_files
@@ -107,8 +107,7 @@ class Check:
             self.add("ok", "learning rate", said)
         self.works("trainer", cadence.check_trainer, self.trainer)
         for callback in savers(self.trainer):
-            if callback.export:
-                self.works("export", export.check_target, Path(callback.export), "--checkpoint.export")
+            self.works("export", callback.setup, self.trainer, self.module, "fit")
 
     def _batch(self) -> None:
         """Batches and validation."""
@@ -244,7 +243,6 @@ class Check:
             sizes = ", ".join(f"{name} {size}" for name, size in rest.items())
             self.add("note", "student sizes", f"not given, so the family's own: {sizes}")
         for callback in savers(self.trainer):
-            callback.setup(self.trainer, self.module, "fit")
             self.findings.append(callback.space(self.trainer, student.parameters()))
 
     def _compute(self, student: CausalLM, teacher: CausalLM | None) -> None:

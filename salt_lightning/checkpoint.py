@@ -22,7 +22,7 @@ from torch import Tensor
 
 from salt_lightning import preflight, shards, slurm
 from salt_lightning.errors import ConfigError, refuse
-from salt_lightning.export import export
+from salt_lightning.export import check_target, export
 from salt_lightning.journal import whole
 from salt_lightning.optim import OptimSpec
 from salt_lightning.preflight import Finding
@@ -125,6 +125,8 @@ class RunCheckpoint(Checkpoint):
             rank_zero_info(
                 f"--checkpoint.at_steps {late} lie behind --trainer.max_steps {trainer.max_steps}: not saved"
             )
+        if self.export and stage == "fit":
+            check_target(Path(self.export), "--checkpoint.export")
 
     def _for_good(self, trainer: pl.Trainer) -> set[int | None]:
         """Steps whose checkpoints stay; a validation may have set the boundary."""

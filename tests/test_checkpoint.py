@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import StopAt, arguments
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 
 from salt_lightning import cli, shards
@@ -120,6 +121,12 @@ def test_what_a_start_has_kept_for_good_a_later_one_keeps(settings, teacher, tmp
 def test_settings_below_one_are_refused(setting):
     with pytest.raises(ConfigError, match=f"--checkpoint.{setting} 0 must be at least 1"):
         RunCheckpoint(**{setting: 0})
+
+
+def test_an_export_that_exists_is_refused_before_the_first_step(tmp_path):
+    saver = RunCheckpoint(export=str(tmp_path))
+    with pytest.raises(ConfigError, match="--checkpoint.export .* exists already"):
+        saver.setup(Trainer(max_steps=1, accelerator="cpu", logger=False, default_root_dir=tmp_path), None, "fit")
 
 
 def test_a_second_signal_ends_the_run_at_once(fit_with, tmp_path, capsys):
