@@ -1,8 +1,6 @@
 """What a reader of a comparison has to know besides its numbers: a sentence each, without its full stop."""
 
 import math
-import os
-from typing import Any
 
 import numpy as np
 
@@ -83,12 +81,12 @@ def _text(run: Run, kind: str) -> tuple[float, float]:
     return tokens, ce * tokens / (bits * math.log(2) or math.nan)
 
 
-def _same_text(a: Run, b: Run, kind: str) -> bool | None:
-    """None: not known."""
+def _other(a: Run, b: Run, kind: str) -> bool:
+    """Whether two losses are of other text or tokens, as far as the logs tell."""
     (tokens, size), (other_tokens, other_size) = _text(a, kind), _text(b, kind)
     if math.isnan(tokens + other_tokens):
-        return None
-    return tokens == other_tokens and (
+        return False
+    return tokens != other_tokens or not (
         math.isnan(size + other_size) or math.isclose(size, other_size, rel_tol=_ROUNDING)
     )
 
@@ -103,8 +101,7 @@ def _other_text(students: list[Run], reference: Run) -> list[str]:
                 f"{run.name} was validated on other text from step {counts.steps[at + 1]} on "
                 f"({counts.values[at + 1]:,.0f} tokens, before {counts.values[at]:,.0f})"
             )
-        same = _same_text(run, reference, "val")
-        if same is False:
+        if _other(run, reference, "val"):
             (tokens, size), (there, other_size) = _text(run, "val"), _text(reference, "val")
             if math.isclose(size, other_size, rel_tol=_ROUNDING):
                 what, so = "in other tokens", "bits per byte can be compared, CE can not"
@@ -113,10 +110,6 @@ def _other_text(students: list[Run], reference: Run) -> list[str]:
             notes.append(
                 f"{run.name} was validated {what} than {reference.name} ({tokens:,.0f}, there {there:,.0f}): {so}"
             )
-        elif same is None and run.config and reference.config and (keys := _other_settings(run, reference)):
-            here = _measured_on(run)
-            said = ", ".join(f"{key} {run.config.get(key, here[key])}" for key in keys[:3])
-            notes.append(f"{run.name} was perhaps validated on other tokens than {reference.name} ({said})")
     return notes
 
 
@@ -127,40 +120,6 @@ def _tests(runs: list[Run]) -> list[str]:
         step = int(run.curves["test/ce"].steps[-1])
         if step != run.steps_done:
             notes.append(f"the test CE of {run.name} is of step {step}, not of step {run.steps_done}")
-        if _same_text(run, tested[0], "test") is False:
+        if _other(run, tested[0], "test"):
             notes.append(f"the test CE of {run.name} is of other text than that of {tested[0].name}")
     return notes
-
-
-def _measured_on(run: Run) -> dict[str, Any]:
-    """Settings with another of which a loss is one of other tokens; None: nothing can be said."""
-    config = run.config
-
-    def files(name: str) -> list[str]:
-        return sorted(
-            os.path.normpath(str(v)) for k, v in config.items() if k.rstrip("0123456789") in (name, f"{name}.")
-        )
-
-    apart = config.get("data.val_source") is not None or "data.val_source.0" in config
-    trained = config.get("data.tokenizer") == "train"  # or given by the path of a run that has trained the same
-    names = ("data.val_rows", "data.block_size", "data.isolate_documents", "data.text_column")
-    return {
-        **{name: config.get(name) for name in names},
-        "data.val_source" if apart else "data.source": files("data.val_source" if apart else "data.source"),
-        "data.val_fraction": None if apart else config.get("data.val_fraction"),
-        "data.tokenizer": None if trained else config.get("data.tokenizer"),
-        "data.vocab_size": config.get("data.vocab_size") if trained else None,
-        "trainer.limit_val_batches": config.get("trainer.limit_val_batches") or 1.0,
-    }
-
-
-_EITHER = ("data.tokenizer", "data.vocab_size")  # known of one of the runs alone they tell nothing
-
-
-def _other_settings(run: Run, reference: Run) -> list[str]:
-    here, there = _measured_on(run), _measured_on(reference)
-    return [
-        key
-        for key, value in here.items()
-        if value != there.get(key) and not (key in _EITHER and None in (value, there.get(key)))
-    ]

@@ -347,34 +347,6 @@ def test_seeds_may_lie_in_numbered_folders(tmp_path):
     assert [group.n for group in compare(runs, tmp_path).groups] == [3]
 
 
-def test_losses_of_other_tokens_are_said_to_be(tmp_path, three):
-    other = write_run(tmp_path / "other", SALT, teacher="elsewhere/teacher", weight=0.5, **{"data.vocab_size": 600})
-    assert evaluate(load([*three, other])).notes == []  # known of one alone
-    base = {
-        "data.tokenizer": "train",
-        "data.vocab_size": 300,
-        "data.source": "t.jsonl",
-        "trainer.limit_val_batches": None,
-    }
-    first = write_run(tmp_path / "first", BASELINE, **base)
-    for number, (change, said) in enumerate(
-        [
-            ({"data.vocab_size": 600}, "data.vocab_size 600"),
-            ({"data.source": "u.jsonl"}, "data.source u.jsonl"),
-            ({"trainer.limit_val_batches": 0.5}, "trainer.limit_val_batches 0.5"),
-            ({"data.val_source": "v.jsonl"}, "data.val_source v.jsonl"),
-            ({"data.source": "./t.jsonl"}, None),
-            ({"data.source": ["t.jsonl"]}, None),
-            ({"data.tokenizer": "runs/first/tokenizer"}, None),  # as our own messages advise
-            ({"data.source_per_file": True, "trainer.limit_val_batches": 1.0}, None),
-            ({"seed_everything": 1, "data.seed": 1}, None),
-        ]
-    ):
-        run = write_run(tmp_path / f"x{number}", SALT, teacher="t", weight=0.5, **{**base, **change})
-        note = f"x{number} was perhaps validated on other tokens than first ({said})"
-        assert evaluate(load([first, run])).notes == ([note] if said else []), change
-
-
 def test_each_seed_that_differs_is_another_sample(tmp_path):
     for name in ("model.seed", "data.seed"):
         runs = [write_run(tmp_path / f"{name}{seed}", BASELINE, **{name: seed}) for seed in range(3)]
