@@ -46,10 +46,8 @@ class Corpus:
 
     def inputs(self) -> list[Any]:
         """All that decides the documents, as plain data (part of the cache's fingerprint)."""
-        inputs = [self.text_column, self.source_column, [group.inputs() for group in self.groups]]
-        # nothing for the defaults: older caches keep their names
-        skips = ["skip"] if self.skip_bad_lines else []
-        return [*inputs, *skips, asdict(self.examples)] if self.examples.given else [*inputs, *skips]
+        groups = [group.inputs() for group in self.groups]
+        return [self.text_column, self.source_column, groups, self.skip_bad_lines, asdict(self.examples)]
 
     def shared_with(self, other: "Corpus") -> list[str]:
         """Files, and splits of hub data sets, that both read."""

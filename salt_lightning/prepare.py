@@ -32,7 +32,6 @@ from salt_lightning.processes import in_child, num_cores, ordered_map
 from salt_lightning.progress import Done, Progress, summary_line
 from salt_lightning.token_files import FORMAT, SPLITS, SplitWriter, TokenFiles, digest, no_counts, sealed, sizes
 from salt_lightning.tokenizer import (
-    EXAMPLES_FORMAT,
     Block,
     Encoder,
     ExampleEncoder,
@@ -66,10 +65,9 @@ def prepare_tokenizer(corpus: Corpus, vocab_size: int, val_fraction: float, cach
 
 def token_folder(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, val_fraction: float, cache_dir: Path) -> Path:
     """Where a corpus is kept as tokens: named by a fingerprint of all that determines them."""
-    chat = [tokenizer.chat_template] if corpus.examples.messages else []
-    examples = [EXAMPLES_FORMAT] if corpus.examples.given else []
+    chat = tokenizer.chat_template if corpus.examples.messages else None
     rules, begins = rules_fingerprint(tokenizer), beginning(tokenizer.backend_tokenizer)
-    return cache_dir / digest([FORMAT, corpus.inputs(), rules, val_fraction, *chat, *examples, *begins])
+    return cache_dir / digest([FORMAT, corpus.inputs(), rules, val_fraction, chat, begins])
 
 
 def prepare_tokens(

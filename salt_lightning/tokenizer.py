@@ -204,7 +204,6 @@ class Encoder:
         )
 
 
-EXAMPLES_FORMAT = 2  # of their tokens
 _ANCHOR = "\n"
 _Example = tuple[np.ndarray, np.ndarray, np.ndarray]  # ids up to EOS, which are learned, their bytes of text
 
