@@ -203,12 +203,12 @@ class Check:
     def _pretrained(self, spec: ModelSpec, name: str, dtype: torch.dtype) -> CausalLM | None:
         lm = self.probe(name, lambda: CausalLM(models.load_pretrained(spec, name, dtype), name))
         if lm is not None and self.data._train is not None:
-            said = self.probe(f"{name} tokens", lambda: models.check_fit(spec, lm.model.config, name, self.data))
-            if said is None:
+            fit = self.probe(f"{name} tokens", lambda: models.check_fit(spec, lm.model.config, name, self.data))
+            if fit is None:
                 self._unfit.add(name)
             else:
-                unknown = "not" in said
-                self.add("warning" if unknown else "ok", f"{name} tokens", said)
+                known, said = fit
+                self.add("ok" if known else "warning", f"{name} tokens", said)
         return lm
 
     def _proof(self, lm: CausalLM) -> bool:

@@ -268,8 +268,8 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.tx
 _QUIET = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
 
 
-def check_fit(spec: ModelSpec, config: PreTrainedConfig, name: str, data: Any) -> str:
-    """Says how the pretrained model at `spec.path` is known to mean the same token ids as the data.
+def check_fit(spec: ModelSpec, config: PreTrainedConfig, name: str, data: Any) -> tuple[bool, str]:
+    """Whether the pretrained model at `spec.path` is known to mean the same token ids as the data, and how.
 
     The tokenizer of a checkpoint is known by its fingerprint, that of a folder or hub name by the files beside the
     model. Compared are the ids that the text can contain: all but special tokens, of which BOS and EOS are written.
@@ -278,7 +278,7 @@ def check_fit(spec: ModelSpec, config: PreTrainedConfig, name: str, data: Any) -
         ConfigError: it cannot read the data's rows, or means other ids; the first of these are shown.
     """
     if data is None:
-        return "not checked"
+        return False, "not checked"
     check_positions(config, f"--model.{name}.path {spec.path}: its max_position_embeddings", data)
     config = config.get_text_config()
     if config.vocab_size < data.vocab_size:
@@ -290,17 +290,16 @@ def check_fit(spec: ModelSpec, config: PreTrainedConfig, name: str, data: Any) -
     if spec.is_checkpoint:
         saved = read_checkpoint(str(spec.path), f"--model.{name}.path").get("tokenizer")
         if saved in (None, data.tokenizer_fingerprint):
-            return f"{size}: " + (
-                "it does not say which tokenizer it was trained with" if saved is None else "same map"
-            )
+            said = "it does not say which tokenizer it was trained with" if saved is None else "same map"
+            return saved is not None, f"{size}: {said}"
     own = _own_vocabulary(spec, name)
     if own is None and not spec.is_checkpoint:
         rank_zero_info(f"{name}: {spec.path} has no tokenizer files; that it means the same token ids is not checked")
-        return f"{size}: not checked, {spec.path} has no tokenizer files"
+        return False, f"{size}: not checked, {spec.path} has no tokenizer files"
     emitted = emitted_ids(data.tokenizer)
     differing = [(i, token) for i, token in emitted.items() if own is None or own.get(token) != i]
     if not differing:
-        return f"{size}: same map of all {len(emitted)} tokens that the text can contain"
+        return True, f"{size}: same map of all {len(emitted)} tokens that the text can contain"
     names = {i: token for token, i in (own or {}).items()}
     shown = ", ".join(f"id {i} is {token!r} here and {names.get(i)!r} there" for i, token in differing[:5])
     if not spec.is_checkpoint:
