@@ -74,9 +74,14 @@ def _mix(values: np.ndarray) -> np.ndarray:
     return mixed ^ (mixed >> np.uint64(31))
 
 
-def outside(rows: np.ndarray, number: np.ndarray) -> np.ndarray:
-    """The `number`-th (from 0) of all row numbers that are not among the sorted `rows`."""
-    return number + np.searchsorted(rows - np.arange(len(rows)), number, side="right")
+def gaps(rows: np.ndarray) -> np.ndarray:
+    """How many row numbers before each of the sorted `rows` are not among them."""
+    return rows - np.arange(len(rows))
+
+
+def outside(gaps: np.ndarray, number: np.ndarray) -> np.ndarray:
+    """The `number`-th (from 0) of all row numbers that are not among those that `gaps` is of."""
+    return number + np.searchsorted(gaps, number, side="right")
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,10 +118,10 @@ class Order:
     def _of_all(self, position: np.ndarray) -> np.ndarray:
         if self.kept is None or not self.unread_first:
             return row_at(position, self.seed, self.num_rows)
-        position, num_unread = position - self.phase1, self.num_rows - len(self.read)
+        position, num_unread = position - self.phase1, self.num_unread
         rows, unread = np.empty_like(position), position < num_unread
         if unread.any():
-            rows[unread] = outside(self.read, row_at(position[unread], self.seed, num_unread))
+            rows[unread] = outside(self._gaps, row_at(position[unread], self.seed, num_unread))
         rows[~unread] = row_at(position[~unread] - num_unread, self.seed, self.num_rows)
         return rows
 
@@ -129,13 +134,18 @@ class Order:
         hashed.update(f"{self.phase1} {self.unread_first}".encode())
         return hashed.hexdigest()
 
+    @property
+    def num_unread(self) -> int:
+        """How many rows phase 1 does not read."""
+        return self.num_rows - len(self._gaps)
+
     @cached_property
-    def read(self) -> np.ndarray:
-        """Sorted numbers of the rows that phase 1 reads."""
+    def _gaps(self) -> np.ndarray:
+        """Of the rows that phase 1 reads. Kept: to make it takes seconds where these are millions."""
         assert self.kept is not None
         if self.phase1 >= len(self.kept):
-            return self.kept
-        return np.sort(self.kept[row_at(np.arange(self.phase1), self.seed, len(self.kept))])
+            return gaps(self.kept)
+        return gaps(np.sort(self.kept[row_at(np.arange(self.phase1), self.seed, len(self.kept))]))
 
 
 def scatter(numbers: np.ndarray) -> np.ndarray:

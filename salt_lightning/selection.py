@@ -7,6 +7,7 @@ the top k, S is 0. Pure functions of arrays, but for `row_scores`, which reads s
 Shapes: R rows, T tokens a row.
 """
 
+import hashlib
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -167,7 +168,7 @@ def plan(scores: Scores, rule: KeepRule, seed: int, phase1_rows: int) -> Plan:
     order = Order(seed, len(score_R), kept, phase1_rows, rule.unread_first)
     drawn = 0.0 if rule.order == "random" else chance(score_R, kept)
     tie = f"; {drawn:.1%} of them score as much as rows that are left out: chance decides" if drawn else ""
-    then = f"begins with the {len(score_R) - len(order.read)} unread rows"
+    then = f"begins with the {order.num_unread} unread rows"
     then = then if rule.unread_first else "reads all, read before or not (--data.keep.unread_first false)"
     said = (
         f"selection: {len(kept)} of {len(score_R)} rows ({rule.name}; S {score_R[kept].min():.3f} to "
@@ -186,8 +187,10 @@ def row_scores(scores: Scores, k: int, masked: Masked) -> np.ndarray:
     path = scores.run / "scores" / f"S-k{k}-{masked}.parquet"
     try:
         table = pq.read_table(path, page_checksum_verification=True)
-        if (table.schema.metadata or {}).get(b"scored") == scores.identity:  # shards made anew leave this file behind
-            return table["S"].to_numpy()
+        found, about = table["S"].to_numpy(), table.schema.metadata or {}
+        # shards made anew leave this file behind; parquet's own checksums leave out how many rows there are
+        if (about.get(b"scored"), about.get(b"digest")) == (scores.identity, _digest(found)):
+            return found
     except (OSError, pa.ArrowException, KeyError):
         pass  # not there, or damaged
     if missing := scores.missing():
@@ -199,5 +202,10 @@ def row_scores(scores: Scores, k: int, masked: Masked) -> np.ndarray:
         parts = pool.map(lambda shard: score_rows(*scores.read(shard), k, masked), range(scores.scored.num_shards))
         found = np.concatenate(list(parts))
     with suppress(OSError):  # a folder that may only be read: computed again the next time
-        write_table(path, pa.table({"S": found}).replace_schema_metadata({"scored": scores.identity}))
+        about = {"scored": scores.identity, "digest": _digest(found)}
+        write_table(path, pa.table({"S": found}).replace_schema_metadata(about))
     return found
+
+
+def _digest(score_R: np.ndarray) -> bytes:
+    return hashlib.blake2b(np.ascontiguousarray(score_R).data, digest_size=16).hexdigest().encode()

@@ -4,12 +4,13 @@ import statistics
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from salt_lightning.errors import ConfigError
-from salt_lightning.rows import Order, outside, row_at, scatter
+from salt_lightning.rows import Order, gaps, outside, row_at, scatter
 from salt_lightning.score_report import _overlap
 from salt_lightning.scores import NO_LABEL, RANK_CAP, Scored, Scores, write_table
 from salt_lightning.selection import KeepRule, chance, kept_rows, plan, row_scores, score_rows
@@ -167,7 +168,7 @@ def test_more_rows_than_there_are():
 def test_outside_counts_the_others(rows, number):
     others = [row for row in range(200) if row not in rows]
     rows = np.array(sorted(rows), np.int64)
-    assert outside(rows, np.array([number])) == [others[number]]
+    assert outside(gaps(rows), np.array([number])) == [others[number]]
 
 
 def test_without_a_selection_nothing_changes():
@@ -250,9 +251,11 @@ def test_row_scores_of_all_shards_are_kept_beside_them(scores):
     ]
     found = row_scores(scores, 10, "zero")
     assert found.tolist() == pytest.approx(expected, rel=1e-7)  # one float32 rounding in the mean of two
-    stale = pa.table({"S": found + 1}).replace_schema_metadata({"scored": "of scores that were here before"})
-    write_table(scores.run / "scores" / "S-k10-zero.parquet", stale)
-    assert row_scores(scores, 10, "zero").tolist() == found.tolist()
+    path = scores.run / "scores" / "S-k10-zero.parquet"
+    about = pq.read_schema(path).metadata
+    for values, key in ((found + 1, b"scored"), (found[:-1], None)):  # of earlier shards; cut off by a damaged footer
+        write_table(path, pa.table({"S": values}).replace_schema_metadata({**about, **({key: b"x"} if key else {})}))
+        assert row_scores(scores, 10, "zero").tolist() == found.tolist()
     scores.path(1).unlink()
     assert row_scores(scores, 10, "zero").tolist() == found.tolist()  # from the file
     with pytest.raises(ConfigError, match="has 1 of 3 shards of scores still to be made"):
