@@ -6,6 +6,7 @@ orders them.
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -203,10 +204,13 @@ class SALTDataModule(LightningDataModule):
 
     def doubts(self) -> list[preflight.Finding]:
         """What makes the held-out text a bad measure."""
-        held_out = [self._corpus(setting)[0] for setting in ("val_source", "test_source") if getattr(self, setting)]
-        trained = [name for corpus in held_out for name in self._corpus("source")[0].shared_with(corpus)]
         assert self._eval is not None, "setup comes first"
-        files = self._eval.files
+        files, trained = self._eval.files, []
+        with suppress(ConfigError):  # a validate may be where the training text is not
+            held_out = [self._corpus(setting)[0] for setting in ("val_source", "test_source") if getattr(self, setting)]
+            trained = [name for corpus in held_out for name in self._corpus("source")[0].shared_with(corpus)]
+        if self.val_source and files.fingerprint == self.train_fingerprint:  # a copy
+            trained = trained or list(self.val_source)
         unknown = preflight.unknown_tokens(unknown_share(self.tokenizer, files))
         found = [unknown or preflight.lost_text(decoded_share(self.tokenizer, files))]
         found.append(preflight.seen_in_training(trained))
@@ -287,7 +291,7 @@ class SALTDataModule(LightningDataModule):
         if stage in (None, "fit", "validate", "test"):
             test_apart = stage == "test" and self.test_source
             held_out = "test_source" if test_apart else "val_source" if self.val_source else "source"
-            self._eval = self._open(held_out, "val")
+            self._eval, self.held_out_by = self._open(held_out, "val"), held_out
             self.source_names = self._eval.files.manifest["sources"]
             read, there = len(self._eval_rows()), self._eval.num_rows
             if read < there and stage in ("validate", "test"):
@@ -298,6 +302,9 @@ class SALTDataModule(LightningDataModule):
             self._order = self._plan_order()
         if stage == "fit":
             self._log()
+        if stage in ("fit", "validate", "test"):
+            for finding in self.doubts():
+                finding.require()
 
     def train_dataloader(self) -> Loader:
         """All micro-batches of the run, as one epoch; without a trainer those of one pass over the rows."""
@@ -442,8 +449,6 @@ class SALTDataModule(LightningDataModule):
             reads = preflight.rows(self.num_train_rows, self.trainer.max_steps, self.global_batch_size)
             message += f"; {reads.said}" + (f" ({reads.remedy})" if reads.remedy else "")
         rank_zero_info(message)
-        for finding in self.doubts():
-            finding.require()
 
     # --- for a look at a model before the first step ---
 

@@ -410,6 +410,10 @@ class SALTModule(pl.LightningModule):
             max_steps = self.trainer.max_steps
             accumulate = self.trainer.accumulate_grad_batches if self._data is not None else None
             go_on_from(checkpoint, max_steps, accumulate, self._data_identity(), self.optim_spec)
+        elif self._data is not None and self._data.held_out_by == "source":
+            same_text = checkpoint["text"].get("source") == self._data.source
+            if same_text and self._data.held_out.tokens not in checkpoint["data"]["--data.held_out"]:
+                preflight.other_share().require()
 
     # ------------------------------------------------------ what the run is made of
 

@@ -79,10 +79,33 @@ def test_held_out_text_that_is_trained_on(checked, corpus, tmp_path, fit_with, c
         level, said = of(checked(**own, **{f"data.{held_out}": str(tmp_path / "linked.jsonl")})[1], "held-out text")
         assert level == "warning"
         assert f"1 of the held-out files are training text too ({apart}/x.jsonl)" in said
-    _, found = checked(**{**own, "data.source": str(apart / "y.jsonl")}, **{"data.val_source": str(apart / "x.jsonl")})
+    copied = {"data.source": str(apart / "y.jsonl"), "data.val_source": str(apart / "x.jsonl")}
+    assert f"({apart}/x.jsonl)" in of(checked(**{**own, **copied})[1], "held-out text")[1]
+    (apart / "x.jsonl").write_bytes(b"".join(Path(corpus).read_bytes().splitlines(True)[:-1]))
+    _, found = checked(**{**own, **copied})
     assert "held-out text" not in {about for _, about, _ in found}
     assert fit_with(tmp_path / "fit", **own, **{"data.val_source": str(apart / "y.jsonl")}) == 0
     assert "held-out text: 1 of the held-out files are training text too" in caplog.text
+
+
+def test_an_evaluation_on_what_the_run_has_trained_on(corpus, settings, tmp_path, caplog):
+    own = {"kd.weight": 0.0, "run": str(tmp_path / "run"), "trainer.max_steps": 2, "trainer.val_check_interval": 2}
+    assert cli.main(["fit", *arguments(settings, own)]) == 0
+    fewer = {k: v for k, v in settings.items() if not k.startswith(("checkpoint.", "model."))}
+    again = {"run": str(tmp_path / "run"), "ckpt_path": "last", "data.tokenizer": str(tmp_path / "run/tokenizer")}
+    said = "warning: held-out text: this share of --data.source is not what the run has held out: it has trained on it"
+    for verb, others, warned in (
+        ("validate", {}, False),
+        ("validate", {"data.val_rows": 1}, False),
+        ("validate", {"data.val_fraction": 0.5}, True),
+        ("test", {"data.val_fraction": 0.5}, True),
+    ):
+        caplog.clear()
+        assert cli.main([verb, *arguments(fewer, again, others)]) == 0
+        assert (said in caplog.text) == warned
+    caplog.clear()
+    assert cli.main(["validate", *arguments(fewer, again, {"data.val_source": str(corpus)})]) == 0
+    assert f"1 of the held-out files are training text too ({corpus})" in caplog.text
 
 
 def test_sizes_that_were_not_given_are_named(checked):
