@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,20 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from salt_lightning import check, checkpoint, compare, export, parallel, run_lock, shards
 from salt_lightning.answers import AnswerTest
+from salt_lightning.cadence import check_trainer
 from salt_lightning.checkpoint import AtomicCheckpointIO, RunCheckpoint, newest, savers
 from salt_lightning.data import SALTDataModule
 from salt_lightning.difficulty import DocumentLossWriter
-from salt_lightning.errors import ConfigError, NonFiniteLossError, Stopped, is_out_of_memory, one_line, printable
+from salt_lightning.errors import (
+    ConfigError,
+    NonFiniteLossError,
+    Stopped,
+    is_out_of_memory,
+    one_line,
+    printable,
+    raised,
+    refuse,
+)
 from salt_lightning.event_log import EventLog, quiet_threads
 from salt_lightning.models import check_path, read_checkpoint
 from salt_lightning.module import SALTModule
@@ -30,7 +41,7 @@ from salt_lightning.progress_bar import ProgressBar, close_bars, keep_off_bars
 from salt_lightning.quiet import silence_libraries
 from salt_lightning.run_config import SaveRunConfig, readable
 from salt_lightning.runlog import flat
-from salt_lightning.schedule import KDScheduleCallback
+from salt_lightning.schedule import KDScheduleCallback, kd_callbacks
 from salt_lightning.scoring import ScoreWriter, check_strategy
 from salt_lightning.settings import (
     IDENTITY,
@@ -132,8 +143,7 @@ class SALTCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config, given = self._settings(self.config), self._settings(self._explicit)
-        if wrong := wrong_groups(config):
-            raise ConfigError("; ".join(wrong))
+        refuse(wrong_groups(config))
         for part in ("model", "data"):  # one seed for all, unless given apart
             if (given.get(part) or Namespace()).get("seed") is None:
                 config[part]["seed"] = config.seed_everything
@@ -154,7 +164,7 @@ class SALTCLI(LightningCLI):
             self.refuse(wrong)
 
     def refuse(self, wrong: list[str]) -> None:
-        raise ConfigError("; ".join(wrong))
+        refuse(wrong)
 
     def _other_run(self, run: Path) -> list[str]:
         """What the config.yaml in a run's folder says of model, method and text that is not said now."""
@@ -164,17 +174,25 @@ class SALTCLI(LightningCLI):
         return [f"--{key} {before[key]} (here {now[key]})" for key in kept][:3]
 
     def before_fit(self) -> None:
-        config = self._settings(self.config)
+        """What can be refused without the text, which takes minutes, is refused before it, and all at once."""
+        config, student, teacher = self._settings(self.config), self.model.student_spec, self.model.teacher_spec
+        looks: list[Callable[[], Any]] = [
+            partial(self.model.optim_spec.check, self.trainer.max_steps),
+            partial(check_trainer, self.trainer),
+            *(partial(kd.check, self.trainer, self.model.has_teacher) for kd in kd_callbacks(self.trainer)[:1]),
+        ]
         if config.checkpoint.export:
-            export.check_target(Path(config.checkpoint.export), "--checkpoint.export")
-        if not (path := self.model.student_spec.path):
-            family_config(self.model.student_spec)
-        elif self.model.student_spec.config and not config.get("ckpt_path"):
-            _say(f"--model.student.config is not used: the sizes are those of --model.student.path {path}")
+            looks.append(partial(export.check_target, Path(config.checkpoint.export), "--checkpoint.export"))
+        if not student.path:
+            looks.append(partial(family_config, student))
+        elif student.config and not config.get("ckpt_path"):
+            _say(f"--model.student.config is not used: the sizes are those of --model.student.path {student.path}")
         if config.kd.weight > 0 and not config.get("ckpt_path"):  # phase 2 goes on where the teacher is gone
-            check_path(self.model.teacher_spec, "teacher")
-            if self.model.teacher_spec.is_checkpoint:  # a damaged one is named before the text is prepared
-                read_checkpoint(self.model.teacher_spec.path, "--model.teacher.path")
+            looks.append(partial(check_path, teacher, "teacher"))
+            if teacher.is_checkpoint and Path(teacher.path).exists():
+                looks.append(partial(read_checkpoint, teacher.path, "--model.teacher.path"))
+        if wrong := raised(looks):
+            refuse([*wrong, *raised([self.datamodule.find_text])])  # which takes seconds where there are many files
 
     def before_predict(self) -> None:
         check_strategy(self.trainer)

@@ -245,6 +245,12 @@ class SALTDataModule(LightningDataModule):
         columns = self.text_column, self.source_column
         return Corpus(f"--data.{setting}", groups, *columns, self.bad_lines == "skip", self.examples), fraction
 
+    def find_text(self) -> None:
+        """Raises ConfigError where a source names no text; reads none."""
+        for setting in ("source", "val_source", "test_source"):
+            if getattr(self, setting):
+                self._corpus(setting)
+
     def _open(self, setting: str, split: str) -> PackedRows | ExampleRows:
         corpus, fraction = self._corpus(setting)
         folder = token_folder(corpus, self.tokenizer, fraction, self.cache_dir)

@@ -1,7 +1,7 @@
 """The errors a user is meant to see: one line, no traceback (cli.main catches them)."""
 
 import signal
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -20,6 +20,17 @@ def refuse(wrong: Iterable[str]) -> None:
     """Raises ConfigError with all that is wrong; nothing where nothing is."""
     if said := "; ".join(wrong):
         raise ConfigError(said)
+
+
+def raised(looks: Iterable[Callable[[], object]]) -> list[str]:
+    """What each of them refuses."""
+    said = []
+    for look in looks:
+        try:
+            look()
+        except ConfigError as error:
+            said.append(str(error))
+    return said
 
 
 def printable(text: str) -> str:

@@ -61,7 +61,7 @@ class OptimSpec:
     def check(self, max_steps: int) -> None:
         """Raises ConfigError where warm-up and decay do not fit into the run, or that has no length."""
         if max_steps < 1:
-            raise ConfigError(f"--trainer.max_steps {max_steps}: the learning rate needs the run's length in steps")
+            raise ConfigError(f"--trainer.max_steps: {max_steps} is no length of a run; give optimizer steps")
         decay_steps = self.decay_steps or 0
         if self.warmup_steps + decay_steps > max_steps:
             raise ConfigError(

@@ -166,6 +166,12 @@ class KDScheduleCallback(pl.Callback):
             )
         self._stop(None)
         self._probe.forget()  # of a fit before
+        self.check(trainer, pl_module.has_teacher)
+        if self.schedule.kd_steps(1):
+            self._check_probe(trainer)
+
+    def check(self, trainer: pl.Trainer, has_teacher: bool) -> None:
+        """Raises ConfigError where the schedule does not fit the run; needs no text."""
         if (number := len(kd_callbacks(trainer))) > 1:
             raise ConfigError(f"the Trainer has {number} KDScheduleCallbacks: one sets the weight; use --kd.*")
         steps, max_steps = self.schedule.steps, trainer.max_steps
@@ -177,13 +183,11 @@ class KDScheduleCallback(pl.Callback):
                 + (f" --kd.anneal_steps {short // 2}" if self.schedule.anneal_steps else "")
                 + "; for a teacher that stays (RKD) set --kd.steps null"
             )
-        if self.schedule.kd_steps(1) and not pl_module.has_teacher:
+        if self.schedule.kd_steps(1) and not has_teacher:
             raise ConfigError(
                 f"--kd.weight {self.schedule.weight} needs a teacher: set --model.teacher.path to a checkpoint, a "
                 "Hugging Face folder or a hub name, or --kd.weight 0 for BASELINE"
             )
-        if self.schedule.kd_steps(1):
-            self._check_probe(trainer)
 
     def _check_probe(self, trainer: pl.Trainer) -> None:
         if self._probe.gradients and isinstance(trainer.strategy, FSDPStrategy):

@@ -377,6 +377,20 @@ def test_a_refused_start_leaves_no_folders(settings, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_what_needs_no_text_is_refused_before_it_all_at_once(settings, teacher, tmp_path, capsys):
+    wrong = {"kd.steps": 50, "model.optim.warmup_steps": 50, "trainer.gradient_clip_algorithm": "value"}
+    told = ["--kd.steps 50 is larger", "--model.optim.warmup_steps 50", "--trainer.gradient_clip_algorithm value"]
+    own = {"run": str(tmp_path / "run"), "data.cache_dir": str(tmp_path / "cache"), "model.teacher.path": teacher}
+    for key, said in zip(wrong, told, strict=True):
+        assert cli.main(["fit", *arguments(settings, own, {key: wrong[key]})]) == 2
+        assert said in capsys.readouterr().err
+    more = {"data.source": "no/*.txt", "model.teacher.path": MISSING}
+    assert cli.main(["fit", *arguments(settings, own, wrong, more)]) == 2
+    error = capsys.readouterr().err
+    assert [said for said in (*told, "matches no file", f"{MISSING} does not exist") if said not in error] == []
+    assert not (tmp_path / "cache").exists()
+
+
 def test_one_fit_at_a_time_where_folders_come_and_go(tmp_path):
     """Real processes that take and leave a run's folder: never two of them inside."""
     code = (

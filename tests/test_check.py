@@ -184,7 +184,7 @@ def test_help_has_the_settings_of_a_fit(capsys):
         cli.main(["check", "--help"])
     assert end.value.code == 0
     shown = capsys.readouterr().out
-    assert re.match(r"usage: \S+ \[options\] check \[-c CONFIG\]", shown), shown[:100]
+    assert re.match(r"usage: \S+ check \[--config FILE\]", shown), shown[:100]
     assert "\n\nWhat would stop or spoil a fit with these settings" in shown
     assert all(name in shown for name in ("--data.source", "--kd.steps", "--check.memory_gib", "--checkpoint.keep"))
 
