@@ -54,12 +54,13 @@ def tokenizer_folder(corpus: Corpus, vocab_size: int, val_fraction: float, cache
 
 def prepare_tokenizer(corpus: Corpus, vocab_size: int, val_fraction: float, cache_dir: Path) -> Path:
     """Train a tokenizer on the training documents of a corpus unless the cache has it; its folder."""
-    folder = tokenizer_folder(corpus, vocab_size, val_fraction, cache_dir)
+    folder, stamps = tokenizer_folder(corpus, vocab_size, val_fraction, cache_dir), corpus.stamps()
     if not folder.exists():
         with _accidents(cache_dir), making(folder) as unfinished:
             if unfinished is not None:
                 # In a child: once the Rust library has started threads here, it would object to every later fork.
                 in_child(train_tokenizer, corpus, vocab_size, val_fraction, str(unfinished.path))
+                _check_unchanged(corpus, stamps)
     return folder
 
 
@@ -99,6 +100,7 @@ def _prepare(
     encoder = make_encoder(corpus, tokenizer, val_fraction)
     origin = {
         "format": FORMAT,
+        "folder": folder.name,
         "inputs": inputs,
         "versions": {name: version(name) for name in ("tokenizers", "transformers", "datasets", "numpy")},
         "tokenizer": {

@@ -157,6 +157,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         good = False
     if not good:
         raise _damage(path, "is not as it was written", folder)
+    if manifest.get("folder", folder.name) != folder.name:  # a copy under a name that says other text
+        raise _damage(path, f"is that of {manifest['folder']}", folder)
     return manifest
 
 

@@ -299,7 +299,13 @@ def test_a_student_is_the_next_teacher_and_the_next_start(salt, settings, tmp_pa
     plain.resize_token_embeddings(settings["data.vocab_size"])
     plain.save_pretrained(cut)
     start = {"model.student.path": out, "model.student.config": {}, "kd.weight": 0.0, "data.tokenizer": out}
-    fourth = {**start, "model.student.path": cut, "run": str(tmp_path / "fourth"), "trainer.max_steps": 2, "trainer.val_check_interval": 2}
+    fourth = {
+        **start,
+        "model.student.path": cut,
+        "run": str(tmp_path / "fourth"),
+        "trainer.max_steps": 2,
+        "trainer.val_check_interval": 2,
+    }
     assert cli.main(["fit", *arguments(settings, fourth)]) == 0
     export(checkpoints(tmp_path / "fourth")[-1], tmp_path / "fourth" / "out")
     assert f"- started from: {cut}" in (tmp_path / "fourth" / "out" / "README.md").read_text()

@@ -731,6 +731,29 @@ def test_file_that_changes_meanwhile_is_refused(gone, tmp_path, monkeypatch):
     assert list((tmp_path / "cache").iterdir()) == []
 
 
+def test_file_that_changes_while_the_tokenizer_is_trained_is_named(tmp_path, monkeypatch):
+    path, train = many(tmp_path), prepare.in_child
+
+    def train_and_change(*args):
+        train(*args)
+        path.write_text('{"text": "other"}\n')
+
+    monkeypatch.setattr(prepare, "in_child", train_and_change)
+    with pytest.raises(ConfigError, match=r"^--data.source: files changed while they were read: \S*/many.jsonl; start"):
+        prepare_tokenizer(corpus_of(path), 300, 0.1, tmp_path / "cache")
+    assert list((tmp_path / "cache").glob("tokenizer-*")) == []
+
+
+def test_a_prepared_folder_under_the_name_of_another_text_is_refused(tmp_path):
+    cache = tmp_path / "cache"
+    first, second = (write_jsonl(tmp_path / f"{text}.jsonl", [{"text": text}] * 3) for text in ("one", "two"))
+    theirs = prepare_tokens(corpus_of(first), byte_tokenizer(), 0.0, cache, 1)
+    ours = token_folder(corpus_of(second), byte_tokenizer(), 0.0, cache)
+    shutil.copytree(theirs, ours)
+    with pytest.raises(ConfigError, match=rf"{ours}/manifest.json is that of {theirs.name}; delete {ours} to"):
+        prepare_tokens(corpus_of(second), byte_tokenizer(), 0.0, cache, 1)
+
+
 # --- killed, and started again ---
 
 
