@@ -23,13 +23,14 @@ from salt_lightning.checkpoint import savers
 from salt_lightning.data import SALTDataModule
 from salt_lightning.difficulty import find_files
 from salt_lightning.errors import ConfigError, one_line
+from salt_lightning.export import check_target
 from salt_lightning.models import CausalLM
 from salt_lightning.module import SALTModule
 from salt_lightning.preflight import Finding
 from salt_lightning.schedule import KDScheduleCallback, kd_callbacks
 from salt_lightning.scores import Scores
 from salt_lightning.selection import LESS_CHANCE
-from salt_lightning.spec import DTYPES, ModelSpec, as_config_error, fresh_config, unnamed_sizes
+from salt_lightning.spec import DTYPES, ModelSpec, as_config_error, family_config, fresh_config, unnamed_sizes
 
 _LOOK_FLOPS = 1.5e11  # of a CPU, for one look at a model: some seconds
 _WHOLE_PARAMETERS = 5e8  # a fresh student beyond this is looked at with two of its layers
@@ -343,6 +344,27 @@ def _cut(batch: dict[str, Tensor], lm: CausalLM) -> dict[str, Tensor]:
     tokens = max(256, int(_LOOK_FLOPS / (2 * _count(lm))))
     width = min(width, tokens)
     return {name: t[: max(1, min(rows, tokens // width)), :width] for name, t in batch.items() if t.ndim == 2}
+
+
+def without_text(
+    module: SALTModule, trainer: pl.Trainer, export_to: str | None, teaches: bool
+) -> list[Callable[[], object]]:
+    """The looks at a fit's settings that need no text. `teaches`: the teacher will be loaded."""
+    student, teacher = module.student_spec, module.teacher_spec
+    looks: list[Callable[[], object]] = [
+        partial(module.optim_spec.check, trainer.max_steps),
+        partial(cadence.check_trainer, trainer),
+        *(partial(kd.check, trainer, module.has_teacher) for kd in kd_callbacks(trainer)[:1]),
+    ]
+    if export_to:
+        looks.append(partial(check_target, Path(export_to), "--checkpoint.export"))
+    if not student.path:
+        looks.append(partial(family_config, student))
+    if teaches:
+        looks.append(partial(models.check_path, teacher, "teacher"))
+        if teacher.is_checkpoint and Path(str(teacher.path)).exists():
+            looks.append(partial(models.read_checkpoint, str(teacher.path), "--model.teacher.path"))
+    return looks
 
 
 def _usable(total: int) -> int:

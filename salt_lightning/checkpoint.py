@@ -352,6 +352,15 @@ def go_on_from(
         rank_zero_info(moved)
 
 
+def say_other_share(checkpoint: dict[str, Any], data: Any) -> None:
+    """Warns where an evaluation reads documents that the run has not held out of the text that it was trained on."""
+    same_text = data.held_out_by == "source" and checkpoint["text"].get("source") == data.source
+    if same_text and data.held_out.tokens not in checkpoint["data"]["--data.held_out"]:
+        said = "this share of --data.source is not what the run has held out: it has trained on it"
+        remedy = "give the run's own --data settings (its config.yaml), or other text by --data.val_source"
+        Finding("warning", "held-out text", said, remedy).require()
+
+
 # entries that no setting says, and what says them
 _SAID_BY = {
     "--data.num_train_tokens": "tokens of --data.source",

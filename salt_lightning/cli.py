@@ -19,7 +19,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from salt_lightning import check, checkpoint, compare, export, parallel, run_lock, shards
 from salt_lightning.answers import AnswerTest
-from salt_lightning.cadence import check_trainer
 from salt_lightning.checkpoint import AtomicCheckpointIO, RunCheckpoint, newest, savers
 from salt_lightning.data import SALTDataModule
 from salt_lightning.difficulty import DocumentLossWriter
@@ -41,7 +40,7 @@ from salt_lightning.progress_bar import ProgressBar, close_bars, keep_off_bars
 from salt_lightning.quiet import silence_libraries
 from salt_lightning.run_config import SaveRunConfig, readable
 from salt_lightning.runlog import flat
-from salt_lightning.schedule import KDScheduleCallback, kd_callbacks
+from salt_lightning.schedule import KDScheduleCallback
 from salt_lightning.scoring import ScoreWriter, check_strategy
 from salt_lightning.settings import (
     IDENTITY,
@@ -53,7 +52,6 @@ from salt_lightning.settings import (
     wrong_teacher,
     wrong_trainer_settings,
 )
-from salt_lightning.spec import family_config
 
 # Lightning 2.6 calls jsonargparse by names that it deprecates: nothing a user of ours could mend.
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
@@ -175,24 +173,13 @@ class SALTCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """What can be refused without the text, which takes minutes, is refused before it, and all at once."""
-        config, student, teacher = self._settings(self.config), self.model.student_spec, self.model.teacher_spec
-        looks: list[Callable[[], Any]] = [
-            partial(self.model.optim_spec.check, self.trainer.max_steps),
-            partial(check_trainer, self.trainer),
-            *(partial(kd.check, self.trainer, self.model.has_teacher) for kd in kd_callbacks(self.trainer)[:1]),
-        ]
-        if config.checkpoint.export:
-            looks.append(partial(export.check_target, Path(config.checkpoint.export), "--checkpoint.export"))
-        if not student.path:
-            looks.append(partial(family_config, student))
-        elif student.config and not config.get("ckpt_path"):
+        config, student = self._settings(self.config), self.model.student_spec
+        resumed = bool(config.get("ckpt_path"))
+        if student.path and student.config and not resumed:
             _say(f"--model.student.config is not used: the sizes are those of --model.student.path {student.path}")
-        if config.kd.weight > 0 and not config.get("ckpt_path"):  # phase 2 goes on where the teacher is gone
-            looks.append(partial(check_path, teacher, "teacher"))
-            if teacher.is_checkpoint and Path(teacher.path).exists():
-                looks.append(partial(read_checkpoint, teacher.path, "--model.teacher.path"))
-        if wrong := raised(looks):
-            refuse([*wrong, *raised([self.datamodule.find_text])])  # which takes seconds where there are many files
+        teaches = config.kd.weight > 0 and not resumed  # phase 2 goes on where the teacher is gone
+        if wrong := raised(check.without_text(self.model, self.trainer, config.checkpoint.export, teaches)):
+            refuse([*wrong, *raised([partial(self.datamodule._corpus, "source")])])  # files take seconds to find
 
     def before_predict(self) -> None:
         check_strategy(self.trainer)

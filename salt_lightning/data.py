@@ -204,8 +204,7 @@ class SALTDataModule(LightningDataModule):
 
     def doubts(self) -> list[preflight.Finding]:
         """What makes the held-out text a bad measure."""
-        assert self._eval is not None, "setup comes first"
-        files, trained = self._eval.files, []
+        files, trained = self.held_out_files, []
         with suppress(ConfigError):  # a validate may be where the training text is not
             held_out = [self._corpus(setting)[0] for setting in ("val_source", "test_source") if getattr(self, setting)]
             trained = [name for corpus in held_out for name in self._corpus("source")[0].shared_with(corpus)]
@@ -244,12 +243,6 @@ class SALTDataModule(LightningDataModule):
         fraction = 1.0 if setting != "source" else 0.0 if self.val_source else self.val_fraction
         columns = self.text_column, self.source_column
         return Corpus(f"--data.{setting}", groups, *columns, self.bad_lines == "skip", self.examples), fraction
-
-    def find_text(self) -> None:
-        """Raises ConfigError where a source names no text; reads none."""
-        for setting in ("source", "val_source", "test_source"):
-            if getattr(self, setting):
-                self._corpus(setting)
 
     def _open(self, setting: str, split: str) -> PackedRows | ExampleRows:
         corpus, fraction = self._corpus(setting)
@@ -308,9 +301,8 @@ class SALTDataModule(LightningDataModule):
             self._order = self._plan_order()
         if stage == "fit":
             self._log()
-        if stage in ("fit", "validate", "test"):
-            for finding in self.doubts():
-                finding.require()
+        for finding in self.doubts() if stage in ("fit", "validate", "test") else ():
+            finding.require()
 
     def train_dataloader(self) -> Loader:
         """All micro-batches of the run, as one epoch; without a trainer those of one pass over the rows."""
@@ -385,15 +377,15 @@ class SALTDataModule(LightningDataModule):
         return self._train_loader.wait_s if self._train_loader else 0.0
 
     @property
-    def num_held_out_documents(self) -> int:
+    def held_out_files(self) -> TokenFiles:
+        """What validation (or test) reads; of it, `held_out` says which rows."""
         assert self._eval is not None, "setup comes first"
-        return self._eval.files.num_documents
+        return self._eval.files
 
     @property
     def held_out(self) -> HeldOut:
         """The text that validation (or test) reads."""
-        assert self._eval is not None, "setup comes first"
-        fingerprints = self._eval.files.fingerprint, self.tokenizer_fingerprint
+        fingerprints = self.held_out_files.fingerprint, self.tokenizer_fingerprint
         return HeldOut(*fingerprints, self.block_size, self.isolate_documents, len(self._eval_rows()))
 
     @property

@@ -144,7 +144,7 @@ class DocumentLossWriter(pl.Callback):
 
     def _begin(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if trainer.state.fn in _VERBS:
-            documents = trainer.datamodule.num_held_out_documents  # type: ignore[attr-defined]
+            documents = trainer.datamodule.held_out_files.num_documents  # type: ignore[attr-defined]
             self._metric = TokenMetrics([""] * documents).to(pl_module.device)
 
     def _add(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:

@@ -3,8 +3,8 @@
 Shapes: B rows, T tokens a row, N = B * T, D hidden width, V vocabulary.
 """
 
-import hashlib
 import inspect
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -370,6 +370,12 @@ def load_pretrained(spec: ModelSpec, name: str, dtype: torch.dtype, empty: bool 
                 "complete, and does config.json belong to it?"
             )
         if unused := sorted(found["unexpected_keys"]):
+            used = {re.sub(r"\d+", "N", key) for key in model.state_dict()}
+            if layers := [key for key in unused if re.sub(r"\d+", "N", key) in used]:
+                raise ConfigError(
+                    f"--model.{name}.path {spec.path} has weights of more layers than its config.json says: "
+                    f"{few(layers)}; do they belong together?"
+                )
             said = f"{len(unused)} weights that its config.json does not use: {few(unused)}"
             rank_zero_info(f"{name}: {spec.path} has {said}")
         return model
@@ -441,12 +447,3 @@ def _load_checkpoint(spec: ModelSpec, name: str, dtype: torch.dtype, empty: bool
         with as_config_error(f"--model.{name}.path {spec.path} holds another model than its settings say"):
             model.load_state_dict(weights)
     return model
-
-
-def weights_fingerprint(module: nn.Module) -> str:
-    """Hash of all weights by name, dtype and bits: where they came from does not count."""
-    hashed = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(module.state_dict().items()):
-        hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        hashed.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return hashed.hexdigest()

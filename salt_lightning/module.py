@@ -19,7 +19,7 @@ from torch import Tensor
 
 from salt_lightning import attention, flops, models, parallel, preflight, probe
 from salt_lightning.cadence import check_subclass, check_trainer, plan_validation
-from salt_lightning.checkpoint import go_on_from, how_to_go_on, require_same
+from salt_lightning.checkpoint import go_on_from, how_to_go_on, require_same, say_other_share
 from salt_lightning.data import SALTDataModule
 from salt_lightning.errors import ConfigError, NonFiniteLossError, refuse
 from salt_lightning.losses import salt_loss, token_stats
@@ -410,10 +410,8 @@ class SALTModule(pl.LightningModule):
             max_steps = self.trainer.max_steps
             accumulate = self.trainer.accumulate_grad_batches if self._data is not None else None
             go_on_from(checkpoint, max_steps, accumulate, self._data_identity(), self.optim_spec)
-        elif self._data is not None and self._data.held_out_by == "source":
-            same_text = checkpoint["text"].get("source") == self._data.source
-            if same_text and self._data.held_out.tokens not in checkpoint["data"]["--data.held_out"]:
-                preflight.other_share().require()
+        elif self._data is not None:
+            say_other_share(checkpoint, self._data)
 
     # ------------------------------------------------------ what the run is made of
 

@@ -98,13 +98,6 @@ def seen_in_training(names: list[str]) -> Finding | None:
     )
 
 
-def other_share() -> Finding:
-    """Where a checkpoint's run has held out other documents of the same text than an evaluation reads."""
-    said = "this share of --data.source is not what the run has held out: it has trained on it"
-    remedy = "give the run's own --data settings (its config.yaml), or other text by --data.val_source"
-    return Finding("warning", "held-out text", said, remedy)
-
-
 @dataclass(frozen=True)
 class TeacherLoss:
     """Cross-entropies on the same tokens of the run's own text, nats.

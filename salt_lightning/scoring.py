@@ -4,6 +4,7 @@ Nothing waits for the device within a shard: the teacher's statistics gather the
 by a thread while the next shard is scored.
 """
 
+import hashlib
 import signal
 import threading
 import time
@@ -17,11 +18,10 @@ import numpy as np
 import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
 
 from salt_lightning import score_report
 from salt_lightning.errors import ConfigError, Stopped
-from salt_lightning.models import weights_fingerprint
 from salt_lightning.scores import Scores
 from salt_lightning.selection import row_scores
 
@@ -172,3 +172,12 @@ class ScoreWriter(pl.Callback):
             files = score_report.write(self.scores, data.keep, data.decode_row)
             zeros = np.mean(row_scores(self.scores, data.keep.k, data.keep.masked) == 0)
             rank_zero_info(f"{zeros:.1%} of the rows score 0; report: {', '.join(map(str, files))}")
+
+
+def weights_fingerprint(module: nn.Module) -> str:
+    """Hash of all weights by name, dtype and bits: where they came from does not count."""
+    hashed = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(module.state_dict().items()):
+        hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        hashed.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return hashed.hexdigest()

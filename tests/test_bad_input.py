@@ -168,6 +168,10 @@ ERRORS = {
         {"kd.steps": 6, "model.teacher.path": "{bad}/lacks"},
         r"lacks lacks 1 of its weights: model.norm.weight; is the download complete",
     ),
+    "a teacher of more layers": (
+        {"kd.steps": 6, "model.teacher.path": "{bad}/shallow"},
+        r"shallow has weights of more layers than its config.json says: model.layers.1.input_layernorm.weight, ",
+    ),
     "a teacher of other sizes": (
         {"kd.steps": 6, "model.teacher.path": "{bad}/sizes"},
         r"sizes has \d+ weights of other sizes than its config.json says: .* is \(\d+, \d+\), not \(\d+, \d+\)",
@@ -315,7 +319,7 @@ def bad(tmp_path_factory, teacher, settings) -> Path:
     (folder / "folder").mkdir()
     model = tiny("llama", vocab_size=320, max_position_embeddings=64).model
     model.save_pretrained(folder / "good")
-    for name in ("noweights", "cut", "lacks", "sizes", "layerless", "json", "code", "other_ids"):
+    for name in ("noweights", "cut", "lacks", "sizes", "shallow", "layerless", "json", "code", "other_ids"):
         shutil.copytree(folder / "good", folder / name)
     model.save_pretrained(folder / "half", max_shard_size="20KB")
     (folder / "half" / sorted(path.name for path in (folder / "half").glob("*.safetensors"))[1]).unlink()
@@ -326,6 +330,7 @@ def bad(tmp_path_factory, teacher, settings) -> Path:
     save_file({k: w for k, w in weights.items() if k != "model.norm.weight"}, folder / "lacks" / "model.safetensors")
     config = json.loads((folder / "good" / "config.json").read_text())
     (folder / "sizes" / "config.json").write_text(json.dumps({**config, "intermediate_size": 40}))
+    (folder / "shallow" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
     (folder / "layerless" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": -1}))
     (folder / "json" / "config.json").write_text("{")
     auto = {"model_type": "mine", "auto_map": {"AutoModelForCausalLM": "mine.M"}}

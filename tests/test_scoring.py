@@ -19,8 +19,9 @@ from conftest import StopAt, arguments, scalars, weights
 
 from salt_lightning import cli
 from salt_lightning.flops import forward_flops_per_token
-from salt_lightning.models import CausalLM, load_pretrained, weights_fingerprint
+from salt_lightning.models import CausalLM, load_pretrained
 from salt_lightning.scores import NO_LABEL, Scores
+from salt_lightning.scoring import weights_fingerprint
 from salt_lightning.selection import KeepRule, kept_rows, row_scores
 from salt_lightning.spec import ModelSpec
 from salt_lightning.token_files import TokenFiles
