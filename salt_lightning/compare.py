@@ -5,7 +5,7 @@ NaN stands for "not known" in every number here; it shows as '-' and is null in 
 
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 from salt_lightning import lineage, report
 from salt_lightning.errors import ConfigError
 from salt_lightning.parser import VerbParser
-from salt_lightning.remarks import remarks
+from salt_lightning.remarks import other_text, remarks
 from salt_lightning.runlog import AXES, Run
 
 
@@ -93,6 +93,7 @@ class Comparison:
     groups: list[Group]
     equal: dict[str, tuple[float, dict[str, float]]]  # axis -> (where, run -> validation CE there)
     notes: list[str]
+    other_text: list[str]  # runs that were validated on other text than the reference
     runs: list[Run]
 
 
@@ -161,14 +162,23 @@ def evaluate(runs: list[Run], baseline: str | None = None) -> Comparison:
     took_flops = float(np.mean([run.flops(steps) for run in seeds]))
     took_s = float(np.mean([run.total("train/time_s", steps) for run in seeds]))
     goal = Goal(float(np.mean([run.last("val/ce") for run in seeds])), steps, took_flops, took_s)
-    rows = [_row(run, "TEACHER" if run.name in teachers else run.method, teacher_of[run.name], goal) for run in runs]
+    apart = [run.name for run in runs if other_text(run, reference, "val")]  # nothing of them is set beside the rest
+    rows = [
+        _row(
+            run,
+            "TEACHER" if run.name in teachers else run.method,
+            teacher_of[run.name],
+            replace(goal, ce=math.nan) if run.name in apart else goal,
+        )
+        for run in runs
+    ]
     notes += remarks(silent, runs, students, repeated, reference)
-    equal = _equal_points(students)
+    equal = _equal_points([run for run in students if run.name not in apart])
     groups = _groups(students, {row.run: row for row in rows}, reference.variant, seeds)
     for group in groups:
         done = [run.name for run in students if run.name in group.runs and run.finished]
         group.equal = {axis: [ce[name] for name in done if name in ce] for axis, (_, ce) in equal.items()}
-    return Comparison(reference.name, goal.ce, rows, groups, equal, notes, runs)
+    return Comparison(reference.name, goal.ce, rows, groups, equal, notes, apart, runs)
 
 
 def _named(runs: list[Run], baseline: str) -> Run:
@@ -277,7 +287,8 @@ def _groups(students: list[Run], rows: dict[str, Row], there: dict[str, Any], se
         method, here = members[0].method, members[0].variant
         done = [run for run in members if run.finished]
         ce = [run.last("val/ce") for run in done]
-        paired = [run for run in done if run.seed in by_seed and run not in seeds]
+        known = [run for run in done if not math.isnan(rows[run.name].difference)]  # the others: on other text
+        paired = [run for run in known if run.seed in by_seed and run not in seeds]
         groups.append(
             Group(
                 label=method if methods.count(method) == 1 else f"{method} ({members[0].name})",

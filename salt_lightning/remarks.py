@@ -1,10 +1,13 @@
 """What a reader of a comparison has to know besides its numbers: a sentence each, without its full stop."""
 
 import math
+import os
+from pathlib import Path
 
 import numpy as np
 
 from salt_lightning import lineage
+from salt_lightning.errors import few
 from salt_lightning.runlog import Run, changes_said
 
 
@@ -55,18 +58,31 @@ def _beginning(run: Run) -> list[str]:
 
 
 def _lost_teachers(runs: list[Run], reference: Run) -> list[str]:
-    """A run may be the teacher of another that names it by a path where it does not lie any more."""
-    notes = []
+    """Teachers whose run is not among these, so that their own training is in no figure."""
+    taught: dict[str, list[str]] = {}
     for run in runs:
         path = str(run.config.get("model.teacher.path") or "")
         if run.kd_steps > 0 and path.endswith(".ckpt") and lineage.teacher_run(run, runs) is None:
-            others = [o.name for o in runs if o.kd_steps == 0 and o is not reference and not lineage.same_model(o, run)]
-            if others:
-                notes.append(
-                    f"the teacher of {run.name}, {path}, lies in none of these runs. If it is {' or '.join(others)}, "
-                    "which has another model, that one's cost is missing here"
-                )
+            taught.setdefault(path, []).append(run.name)
+    notes = []
+    for path, names in taught.items():
+        others = [o.name for o in runs if o.kd_steps == 0 and o is not reference and _may_be(o, names, runs)]
+        who, which = f"the teacher of {few(names)}, {path},", " or ".join(others)
+        if os.path.exists(path):
+            folder = Path(path).parent.parent
+            notes.append(f"{who} lies in none of these runs: its own training is counted where {folder} is named too")
+        elif others:  # it has been moved, and one of these may be it
+            notes.append(
+                f"{who} lies in none of these runs. If it is {which}, which has another model, that one's cost is "
+                "missing here"
+            )
     return notes
+
+
+def _may_be(run: Run, taught: list[str], runs: list[Run]) -> bool:
+    """Whether a run may have trained the teacher of others: another model, and not begun with weights."""
+    students = [other for other in runs if other.name in taught]
+    return not run.config.get("model.student.path") and not any(lineage.same_model(run, s) for s in students)
 
 
 # --- which text a loss is of ---
@@ -81,7 +97,7 @@ def _text(run: Run, kind: str) -> tuple[float, float]:
     return tokens, ce * tokens / (bits * math.log(2) or math.nan)
 
 
-def _other(a: Run, b: Run, kind: str) -> bool:
+def other_text(a: Run, b: Run, kind: str) -> bool:
     """Whether two losses are of other text or tokens, as far as the logs tell."""
     (tokens, size), (other_tokens, other_size) = _text(a, kind), _text(b, kind)
     if math.isnan(tokens + other_tokens):
@@ -101,7 +117,7 @@ def _other_text(students: list[Run], reference: Run) -> list[str]:
                 f"{run.name} was validated on other text from step {counts.steps[at + 1]} on "
                 f"({counts.values[at + 1]:,.0f} tokens, before {counts.values[at]:,.0f})"
             )
-        if _other(run, reference, "val"):
+        if other_text(run, reference, "val"):
             (tokens, size), (there, other_size) = _text(run, "val"), _text(reference, "val")
             if math.isclose(size, other_size, rel_tol=_ROUNDING):
                 what, so = "in other tokens", "bits per byte can be compared, CE can not"
@@ -120,6 +136,6 @@ def _tests(runs: list[Run]) -> list[str]:
         step = int(run.curves["test/ce"].steps[-1])
         if step != run.steps_done:
             notes.append(f"the test CE of {run.name} is of step {step}, not of step {run.steps_done}")
-        if _other(run, tested[0], "test"):
+        if other_text(run, tested[0], "test"):
             notes.append(f"the test CE of {run.name} is of other text than that of {tested[0].name}")
     return notes

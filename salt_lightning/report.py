@@ -244,7 +244,8 @@ def figure(comparison: Comparison) -> Figure:
     """
     fig = Figure(figsize=(12, 4.2), layout="constrained")
     axes = fig.subplots(1, 2, sharey=True)
-    runs = [run for run in comparison.runs if any(run.name in group.runs for group in comparison.groups)]
+    of_groups = {name for group in comparison.groups for name in group.runs} - set(comparison.other_text)
+    runs = [run for run in comparison.runs if run.name in of_groups]
     validated = [run for run in runs if len(run.val_ce.steps)]
     most = max((run.flops(run.val_ce.steps[-1]) for run in validated), default=0.0)
     scale, unit = flop_unit(most)
@@ -283,10 +284,13 @@ def _panel(ax: Axes, comparison: Comparison, axis: str, divisor: float) -> None:
     noted: list[tuple[float, str, str]] = []
     width = 1.0 if any(len(group.runs) > 1 for group in comparison.groups) else 2.0
     for group in comparison.groups:
+        shown = [runs[name] for name in group.runs if name not in comparison.other_text]
+        if not shown:
+            continue
         is_reference = comparison.reference in group.runs
         colour = REFERENCE_COLOUR if is_reference else next(colours)
         label = f"{group.label}  {number(group.mean, '.3f')}" + (f"  (n = {group.n})" if group.n > 1 else "")
-        for run in (runs[name] for name in group.runs):
+        for run in shown:
             ax.plot(x_of(run, run.val_ce.steps), run.val_ce.values, color=colour, lw=width, label=label)
             label = "_"  # one entry of the legend for all seeds
             row = rows[run.name]
@@ -296,7 +300,7 @@ def _panel(ax: Axes, comparison: Comparison, axis: str, divisor: float) -> None:
                 ax.plot(x, level, "o", color=colour, ms=5)
                 if len(group.runs) == 1:
                     noted.append((x, f"{share:.0%}", colour))
-        first = runs[group.runs[0]]
+        first = shown[0]
         if 0 < first.kd_steps < (first.max_steps or math.inf):
             (x,) = x_of(first, [first.kd_steps])
             ax.axvline(x, color=colour, lw=0.8, ls=DASHES, label=LEAVES)

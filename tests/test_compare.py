@@ -793,7 +793,13 @@ def test_losses_of_other_text_are_no_comparison(tmp_path):
     for number, run in enumerate(runs):
         tree = settings(run, **{"data.source": f"{run.name}.jsonl", "trainer.precision": f"{number}"})  # moved, perhaps
         (run / "config.yaml").write_text(yaml.safe_dump(tree))
-    assert evaluate(load(runs)).notes == [
+    found = evaluate(load(runs))
+    assert found.other_text == ["more", "other", "coarser"]
+    assert [row.run for row in found.rows if math.isnan(row.difference + row.reached_step)] == found.other_text
+    assert list(found.equal["steps"][1]) == ["first", "same", "moved"]
+    shown = [line.get_label() for line in report.figure(found).axes[0].lines]
+    assert sum(name in " ".join(shown) for name in names) == 3
+    assert found.notes == [
         "more was validated on other text than first (901, there 900): their losses are no comparison",
         "other was validated on other text than first (900, there 900): their losses are no comparison",
         "moved was validated on other text from step 200 on (900 tokens, before 800)",
@@ -816,6 +822,21 @@ def test_a_teacher_in_a_folder_of_checkpoints_apart_is_known(tmp_path):
     rows = evaluate(load([teacher, salt, write_run(tmp_path / "baseline", BASELINE)])).rows
     assert [row.method for row in rows] == ["TEACHER", "SALT step", "BASELINE"]
     assert rows[1].teacher_training_flops == 2000
+
+
+def test_a_teacher_whose_run_is_not_named_is_asked_for(tmp_path):
+    path = tmp_path / "teacher" / "checkpoints" / "step-00000300.ckpt"
+    path.parent.mkdir(parents=True)
+    path.touch()
+    own = {"teacher": str(path), "weight": 0.5}
+    salt, rkd = write_run(tmp_path / "salt", SALT, kd_steps=60, **own), write_run(tmp_path / "rkd", RKD, **own)
+    begun = write_run(tmp_path / "begun", BASELINE, **{"model.student.path": "a", "trainer.max_steps": 200})
+    notes = evaluate(load([write_run(tmp_path / "baseline", BASELINE), salt, rkd, begun])).notes
+    assert notes[-1] == (
+        f"the teacher of salt, rkd, {path}, lies in none of these runs: its own training is counted where "
+        f"{tmp_path}/teacher is named too"
+    )
+    assert sum("lies in none" in note for note in notes) == 1
 
 
 def test_a_teacher_that_was_moved_is_not_taken_for_the_baseline(tmp_path):
