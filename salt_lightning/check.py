@@ -26,7 +26,7 @@ from salt_lightning.errors import ConfigError, one_line
 from salt_lightning.export import check_target
 from salt_lightning.models import CausalLM
 from salt_lightning.module import SALTModule
-from salt_lightning.preflight import Finding
+from salt_lightning.preflight import Finding, size_said
 from salt_lightning.schedule import KDScheduleCallback, kd_callbacks
 from salt_lightning.scores import Scores
 from salt_lightning.selection import LESS_CHANCE
@@ -96,7 +96,7 @@ class Check:
         max_steps, schedule, optim = self.trainer.max_steps, self._kd.schedule, self.module.optim_spec
         if self.works("phases", self._kd.setup, self.trainer, self.module, "fit"):
             taught = schedule.kd_steps(max_steps)
-            said = f"teacher in {taught} of {max_steps} steps ({taught / max(max_steps, 1):.0%})"
+            said = f"teacher in {taught} of {max_steps} steps ({taught / max_steps:.0%})" if taught else "no teacher"
             if schedule.anneal_steps and taught:
                 said += f", its weight falls in the last {schedule.anneal_steps} of them"
             stays = taught == max_steps and taught > 0
@@ -146,7 +146,11 @@ class Check:
             said = f"{files.num_tokens} tokens of {files.num_documents} documents, vocabulary of {data.vocab_size}"
             size = sum(file.stat().st_size for file in files.folder.parent.glob("*/*"))
             free = shutil.disk_usage(data.cache_dir).free
-            self.add("ok", "text", f"{said}; {preflight.gib(size)} in {data.cache_dir}, {preflight.gib(free)} free")
+            self.add(
+                "ok",
+                "text",
+                f"{said}; {size_said(size)} in {data.cache_dir}, {size_said(free)} free",
+            )
             self.findings.append(preflight.rows(data.num_train_rows, trainer.max_steps, data.global_batch_size))
             if data.selection and (found := self.probe("selection", data.plan_selection)):
                 many = found.chance > 0.5
@@ -285,7 +289,7 @@ class Check:
             self.add("note", "micro-batch", said, "--check.memory_gib 24 says how much yours has")
             return
         fitting = fit.largest(_usable(limit))
-        said = f"of {preflight.gib(limit)} a run can use {preflight.gib(_usable(limit))}; the largest that fits: "
+        said = f"of {size_said(limit)} a run can use {size_said(_usable(limit))}; the largest that fits: "
         said += str(fitting or "none") + " (all of a step)" * (fitting == data.global_batch_size // data._place()[1])
         if max(peak.total for peak in found) <= _usable(limit):
             self.add("ok", "micro-batch", said)
@@ -355,9 +359,8 @@ def without_text(
         partial(module.optim_spec.check, trainer.max_steps),
         partial(cadence.check_trainer, trainer),
         *(partial(kd.check, trainer, module.has_teacher) for kd in kd_callbacks(trainer)[:1]),
+        *([partial(check_target, Path(export_to), "--checkpoint.export")] if export_to else ()),
     ]
-    if export_to:
-        looks.append(partial(check_target, Path(export_to), "--checkpoint.export"))
     if not student.path:
         looks.append(partial(family_config, student))
     if teaches:

@@ -32,6 +32,7 @@ from salt_lightning.losses import SaltLoss
 from salt_lightning.meter import SUMS
 from salt_lightning.models import CausalLM
 from salt_lightning.module import SALTModule
+from salt_lightning.preflight import size_said
 from salt_lightning.row_pass import math_dtype
 
 _ROUNDING = 512  # the allocator of CUDA gives memory in such pieces
@@ -95,8 +96,8 @@ class Peak:
     def described(self, rows: int) -> str:
         parts = {"weights": self.weights, "AdamW": self.optimizer, "teacher": self.teacher}
         parts["gradients, activations and head loss"] = self.step
-        shown = ", ".join(f"{name} {size / 2**30:.3g}" for name, size in parts.items() if size)
-        return f"{self.total / 2**30:.3g} GiB at its peak with {rows} rows a micro-batch: {shown}"
+        shown = ", ".join(f"{name} {size_said(size)}" for name, size in parts.items() if size)
+        return f"{size_said(self.total)} at its peak with {rows} rows a micro-batch: {shown}"
 
 
 class Ledger(TorchDispatchMode):

@@ -157,7 +157,7 @@ def disk(folder: Path, weight_bytes: int, most: int) -> Finding:
     free = shutil.disk_usage(parent).free + sum(f.stat().st_size for f in folder.glob("**/*") if f.is_file())
     size = 3 * weight_bytes
     fitting = free // size - 1  # a new one is whole before an old one goes
-    said = f"{gib(size)} each, {most} at once, {gib(free)} free in {folder}"
+    said = f"{size_said(size)} each, {most} at once, {size_said(free)} free in {folder}"
     if most <= fitting:
         return Finding("ok", "checkpoints", said)
     return Finding(
@@ -169,6 +169,6 @@ def disk(folder: Path, weight_bytes: int, most: int) -> Finding:
     )
 
 
-def gib(size: float) -> str:
-    """For messages."""
-    return f"{size / 2**30:.3g} GiB"
+def size_said(size: float) -> str:
+    """Bytes, for messages."""
+    return f"{size / 2**30:.3g} GiB" if size >= 0.1 * 2**30 else f"{size / 2**20:.3g} MiB"

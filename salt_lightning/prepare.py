@@ -27,7 +27,7 @@ from salt_lightning.documents import Corpus, Raw, read_raw
 from salt_lightning.errors import ConfigError, few
 from salt_lightning.journal import Unfinished, making, write_json
 from salt_lightning.parse import Skipped, empty_error
-from salt_lightning.preflight import gib
+from salt_lightning.preflight import size_said
 from salt_lightning.processes import in_child, num_cores, ordered_map
 from salt_lightning.progress import Done, Progress, summary_line
 from salt_lightning.token_files import FORMAT, SPLITS, SplitWriter, TokenFiles, digest, no_counts, sealed, sizes
@@ -275,7 +275,7 @@ def _require_room(folder: Path, encoder: Encoder, written: _Written, text_bytes:
     )
     rest = sum(here) * (text_bytes / max(written.read_bytes, 1) - 1)
     if rest > (free := shutil.disk_usage(folder).free):
-        raise OSError(errno.ENOSPC, f"the rest of the text needs about {gib(rest)}, {gib(free)} are free")
+        raise OSError(errno.ENOSPC, f"the rest of the text needs about {size_said(rest)}, {size_said(free)} are free")
 
 
 def _write_journal(unfinished: Unfinished, writers: dict[str, SplitWriter], written: _Written) -> None:

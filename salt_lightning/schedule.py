@@ -15,6 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from salt_lightning.errors import ConfigError, refuse
+from salt_lightning.preflight import size_said
 from salt_lightning.probe import Probe
 
 Shape = Literal["step", "linear", "linear_ratio", "cosine"]
@@ -226,7 +227,7 @@ class KDScheduleCallback(pl.Callback):
         if pl_module.teacher is not None and self.schedule(trainer.global_step) == 0.0:
             self._probe.forget()
             held_bytes = pl_module.release_teacher()
-            rank_zero_info(f"step {trainer.global_step}: the teacher has left, {held_bytes / 2**30:.3g} GiB returned")
+            rank_zero_info(f"step {trainer.global_step}: the teacher has left, {size_said(held_bytes)} returned")
 
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0

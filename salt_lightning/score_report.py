@@ -119,7 +119,11 @@ def _figure(score_R: np.ndarray, kept: np.ndarray, rule: KeepRule) -> Figure:
     fig = Figure(figsize=(7, 3.6), layout="constrained")
     ax = fig.subplots()
     above = score_R[score_R > 0]
-    edges = np.linspace(0, float(np.quantile(above, 0.999)) if len(above) else 1.0, 61).tolist()
+    if not len(above):
+        ax.text(0.5, 0.5, f"all {len(score_R)} rows score 0", ha="center", va="center")
+        ax.set_axis_off()
+        return fig
+    edges = np.linspace(0, float(np.quantile(above, 0.999)), 61).tolist()
     in_view = [np.clip(values[values > 0], None, edges[-1]) for values in (score_R, score_R[kept])]
     ax.hist(in_view[0], edges, color=REFERENCE_COLOUR, alpha=0.35, label=f"all {len(score_R)} rows")
     ax.hist(in_view[1], edges, color=COLOURS[1], alpha=0.8, label=f"kept: {len(kept)}, {rule.order}")

@@ -92,6 +92,6 @@ def test_check_tells_their_memory(settings, tmp_path, capsys, precision):
     original = moe._grouped_mm
     assert cli.main(["check", *arguments(settings, own)]) == 0
     out = capsys.readouterr().out
-    assert "GiB at its peak with 8 rows a micro-batch" in " ".join(out.split())
+    assert "iB at its peak with 8 rows a micro-batch" in " ".join(out.split())
     assert "not estimated" not in out
     assert moe._grouped_mm is original

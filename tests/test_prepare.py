@@ -1092,12 +1092,12 @@ def test_text_that_will_not_fit_the_disk_is_refused_while_there_is_room(tmp_path
     small_steps(monkeypatch)
     with monkeypatch.context() as small:
         small.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=size // 4))
-        message = r"^--data.cache_dir: \S+ cannot be written \(the rest of the text needs about \S+ GiB, \S+ GiB are"
+        message = r"^--data.cache_dir: \S+ cannot be written \(the rest of the text needs about \S+ MiB, \S+ MiB are"
         with pytest.raises(ConfigError, match=message) as refused:
             prepare_many(path, cache)
-    needed, free = (float(number) for number in re.findall(r"(\S+) GiB", str(refused.value)))
-    assert size / 3 < needed * 2**30 < 3 * size  # 2 bytes a token, in val 6: no sample is further off
-    assert free == pytest.approx(size // 4 / 2**30, rel=5e-3)  # three digits
+    needed, free = (float(number) for number in re.findall(r"(\S+) MiB", str(refused.value)))
+    assert size / 3 < needed * 2**20 < 3 * size  # 2 bytes a token, in val 6: no sample is further off
+    assert free == pytest.approx(size // 4 / 2**20, rel=5e-3)  # three digits
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=2 * size))
     with caplog.at_level(logging.INFO):
         assert contents(prepare_many(path, cache)) == expected
