@@ -96,12 +96,11 @@ class Scores:
 
         Args:
             run: folder of the run.
-            scored: what is to be scored now; scores of anything else are refused.
+            scored: what is to be scored now; scores of anything else are refused, if any are there.
             extra: more for the manifest (the teacher's path, FLOPs, versions), for people to read.
         """
         (run / "scores").mkdir(parents=True, exist_ok=True)
-        if (run / "scores.json").exists():
-            scores = cls(run, "--run")
+        if (run / "scores.json").exists() and (scores := cls(run, "--run")).begun:
             scores.require(scored)
             for left in (run / "scores").glob(".*.tmp"):  # of a kill
                 left.unlink(missing_ok=True)
@@ -138,6 +137,11 @@ class Scores:
 
     def path(self, shard: int) -> Path:
         return self.run / "scores" / f"{shard:08d}.parquet"
+
+    @property
+    def begun(self) -> bool:
+        """Whether any shard is there: else nothing is lost with the manifest."""
+        return len(self.missing()) < self.scored.num_shards
 
     def missing(self) -> list[int]:
         """Numbers of the shards that are not there yet."""

@@ -67,8 +67,8 @@ class ScoreWriter(pl.Callback):
         scored = data.scored(
             teacher=weights_fingerprint(teacher), precision=f"{teacher.head.weight.dtype}, {trainer.precision}"
         )
-        if (run / "scores.json").exists():
-            Scores(run, "--run").require(scored)  # on every rank: all stop alike
+        if (run / "scores.json").exists() and (before := Scores(run, "--run")).begun:
+            before.require(scored)  # on every rank: all stop alike
         if trainer.is_global_zero:
             spec, per_token = pl_module.teacher_spec, pl_module.meter.forward_flops["teacher"]
             origin = {

@@ -58,6 +58,15 @@ def test_missing_shards_are_known_and_the_rest_of_a_kill_is_swept(scores):
     assert not left.exists()
 
 
+def test_a_folder_without_a_shard_holds_nothing_back(scores):
+    """Of a predict that was stopped early, with the wrong text, say."""
+    for shard in range(3):
+        scores.path(shard).unlink()
+    other = replace(SCORED, rows="x", num_rows=7)
+    assert Scores.create(scores.run, other, {}).scored == other
+    assert Scores(scores.run, "--run").scored == other
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
