@@ -168,8 +168,9 @@ def plan(scores: Scores, rule: KeepRule, seed: int, phase1_rows: int) -> Plan:
     order = Order(seed, len(score_R), kept, phase1_rows, rule.unread_first)
     drawn = 0.0 if rule.order == "random" else chance(score_R, kept)
     tie = f"; {drawn:.1%} of them score as much as rows that are left out: chance decides" if drawn else ""
-    then = f"begins with the {order.num_unread} unread rows"
-    then = then if rule.unread_first else "reads all, read before or not (--data.keep.unread_first false)"
+    then = "reads all, read before or not (--data.keep.unread_first false)"
+    if rule.unread_first:  # here, so that worker processes share what it takes to know them
+        then = f"begins with the {order.num_unread} unread rows"
     said = (
         f"selection: {len(kept)} of {len(score_R)} rows ({rule.name}; S {score_R[kept].min():.3f} to "
         f"{score_R[kept].max():.3f}{tie}); phase 1 reads {phase1_rows}, each kept row {repeats:.2f} times; "
