@@ -100,11 +100,13 @@ class Scores:
             extra: more for the manifest (the teacher's path, FLOPs, versions), for people to read.
         """
         (run / "scores").mkdir(parents=True, exist_ok=True)
-        if (run / "scores.json").exists() and (scores := cls(run, "--run")).begun:
-            scores.require(scored)
-            for left in (run / "scores").glob(".*.tmp"):  # of a kill
-                left.unlink(missing_ok=True)
-            return scores
+        there = cls(run, "--run") if (run / "scores.json").exists() else None
+        if there is not None and there.begun:
+            there.require(scored)
+        for left in (run / "scores").glob(".*.tmp"):  # of a kill
+            left.unlink(missing_ok=True)
+        if there is not None and there.begun:
+            return there
         write_json(run / "scores.json", {"scored": asdict(scored), **extra})
         return cls(run, "--run")
 

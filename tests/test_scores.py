@@ -62,9 +62,12 @@ def test_a_folder_without_a_shard_holds_nothing_back(scores):
     """Of a predict that was stopped early, with the wrong text, say."""
     for shard in range(3):
         scores.path(shard).unlink()
+    left = scores.run / "scores" / ".00000000.parquet.99.tmp"
+    left.write_bytes(b"half")
     other = replace(SCORED, rows="x", num_rows=7)
     assert Scores.create(scores.run, other, {}).scored == other
     assert Scores(scores.run, "--run").scored == other
+    assert not left.exists()
 
 
 @pytest.mark.parametrize(
