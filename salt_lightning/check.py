@@ -146,11 +146,7 @@ class Check:
             said = f"{files.num_tokens} tokens of {files.num_documents} documents, vocabulary of {data.vocab_size}"
             size = sum(file.stat().st_size for file in files.folder.parent.glob("*/*"))
             free = shutil.disk_usage(data.cache_dir).free
-            self.add(
-                "ok",
-                "text",
-                f"{said}; {size_said(size)} in {data.cache_dir}, {size_said(free)} free",
-            )
+            self.add("ok", "text", f"{said}; {size_said(size)} in {data.cache_dir}, {size_said(free)} free")
             self.findings.append(preflight.rows(data.num_train_rows, trainer.max_steps, data.global_batch_size))
             if data.selection and (found := self.probe("selection", data.plan_selection)):
                 many = found.chance > 0.5

@@ -301,7 +301,8 @@ class SALTDataModule(LightningDataModule):
             self._order = self._plan_order()
         if stage == "fit":
             self._log()
-        for finding in self.doubts() if stage in ("fit", "validate", "test") else ():
+        asked = self.trainer.state.fn if self.trainer else stage  # check, a fit, lists what it finds by itself
+        for finding in self.doubts() if stage == asked and stage in ("fit", "validate", "test") else ():
             finding.require()
 
     def train_dataloader(self) -> Loader:
@@ -437,7 +438,6 @@ class SALTDataModule(LightningDataModule):
 
     def _log(self) -> None:
         assert self._train is not None
-        assert self._eval is not None
         files, held_out = self._train.files, len(self._eval_rows())
         message = (
             f"data: {self.num_train_rows} rows of {self.block_size} from {files.num_tokens} tokens in "

@@ -54,8 +54,9 @@ def tokenizer_folder(corpus: Corpus, vocab_size: int, val_fraction: float, cache
 
 def prepare_tokenizer(corpus: Corpus, vocab_size: int, val_fraction: float, cache_dir: Path) -> Path:
     """Train a tokenizer on the training documents of a corpus unless the cache has it; its folder."""
-    folder, stamps = tokenizer_folder(corpus, vocab_size, val_fraction, cache_dir), corpus.stamps()
+    folder = tokenizer_folder(corpus, vocab_size, val_fraction, cache_dir)
     if not folder.exists():
+        stamps = corpus.stamps()
         with _accidents(cache_dir), making(folder) as unfinished:
             if unfinished is not None:
                 # In a child: once the Rust library has started threads here, it would object to every later fork.

@@ -84,6 +84,7 @@ def test_held_out_text_that_is_trained_on(checked, corpus, tmp_path, fit_with, c
     (apart / "x.jsonl").write_bytes(b"".join(Path(corpus).read_bytes().splitlines(True)[:-1]))
     _, found = checked(**{**own, **copied})
     assert "held-out text" not in {about for _, about, _ in found}
+    assert "held-out text" not in caplog.text  # check lists it, and does not log it as well
     assert fit_with(tmp_path / "fit", **own, **{"data.val_source": str(apart / "y.jsonl")}) == 0
     assert "held-out text: 1 of the held-out files are training text too" in caplog.text
 
