@@ -1,7 +1,9 @@
 """The head loss against its floor and its rivals: time, memory, and error to float64, all in one process.
 
-    python benchmarks/head_loss.py             one GPU, under 9 minutes; more rows if liger-kernel is installed
+    python benchmarks/head_loss.py             one GPU, under 9 minutes; without one the first size on the CPU, in fp32
     python benchmarks/head_loss.py --tiny      any CPU, seconds: shows that it runs
+
+Liger's loss and TRL's are rows of the tables where liger-kernel and trl are installed.
 
 The floor is the matrix products alone (four with a teacher, three without). Times are medians of rounds in which
 all variants take turns, so that drift of the card cancels; ratios to the floor are the claim. "Without the row
@@ -165,6 +167,21 @@ def _liger() -> Any:
     return LigerFusedLinearJSDLoss(weight_hard_loss=1 - WEIGHT, weight_soft_loss=WEIGHT, beta=0.0)
 
 
+def trl(case: Case) -> Tensor:
+    """The library's own function on whole logits, beside the cross-entropy that its GKDTrainer leaves out."""
+    teacher_NV = case.teacher_hidden_NE @ case.teacher_head_VE.T
+    logits_NV = case.hidden_ND @ case.head_VD.T
+    kl = _trl()(logits_NV, teacher_NV, case.labels_N, beta=0)  # forward KL
+    return (1 - case.kd_weight) * cross_entropy(logits_NV.float(), case.labels_N) + case.kd_weight * kl
+
+
+@functools.cache
+def _trl() -> Any:
+    from trl.experimental.gkd import GKDTrainer
+
+    return GKDTrainer.generalized_jsd_loss
+
+
 def floor(case: Case, teacher: bool = True) -> None:
     """The products alone: logits of both models, the gradients of hidden states and head."""
     with torch.no_grad():
@@ -192,8 +209,8 @@ def variants(on_gpu: bool, teacher: bool) -> dict[str, Loss]:
         found["ours, accurate, compiled row pass"] = partial(with_plain_rows, **accurate, compiled=True)
         found["ours, fast, compiled row pass"] = partial(with_plain_rows, **fast, compiled=True)
         found["naive, torch.compile"] = torch.compile(partial(naive, teacher=teacher), dynamic=False)
-        if teacher:
-            found["Liger FusedLinearJSD"] = liger
+    if teacher:
+        found |= {"Liger FusedLinearJSD": liger, "TRL generalized_jsd_loss": trl}
     return found
 
 
@@ -225,13 +242,24 @@ def forward_backward(loss: Loss, case: Case) -> None:
 def peak_gib(call: Callable[[], object], on_gpu: bool) -> float:
     """Memory above the inputs, the gradients included."""
     if not on_gpu:
-        return math.nan
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            call()
+        return max(held for _, held in allocated(profile)) / 2**30
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     call()
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 2**30
+
+
+def allocated(profile: Any) -> Iterator[tuple[int, int]]:
+    """What a CPU's profiler has seen allocated: nanoseconds, and bytes held from then on."""
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        yield event.start_ns(), held
 
 
 def first_calls(calls: dict[str, Callable[[], object]], peaks: dict[str, float], on_gpu: bool) -> Iterator[str]:
@@ -317,7 +345,7 @@ def errors(got: list[Tensor], exact: list[Tensor]) -> list[float]:
 
 def versions() -> str:
     named = []
-    for package in ("torch", "triton", "liger-kernel"):
+    for package in ("torch", "triton", "liger-kernel", "trl"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             named.append(f"{package} {importlib.metadata.version(package)}")
     return ", ".join(named)
@@ -327,15 +355,21 @@ def main() -> None:
     start = time.perf_counter()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--rows", type=int, default=8192)
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rows", type=int, help="default: 8192 on a GPU, 512 on a CPU")
+    parser.add_argument("--rounds", type=int, help="default: 20 on a GPU, 7 on a CPU")
     parser.add_argument("--deadline", type=float, default=480, help="seconds after which no further table is begun")
     args = parser.parse_args()
     on_gpu = torch.cuda.is_available() and not args.tiny
     device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
-    sizes = SIZES if on_gpu else ((64, 48, 1000),)
-    rows, rounds = (args.rows, args.rounds) if on_gpu else (256, 3)
-    card = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}" if on_gpu else "CPU"
+    sizes, rows, rounds = (SIZES, 8192, 20) if on_gpu else (SIZES[:1], 512, 7)
+    if args.tiny:
+        sizes, rows, rounds = ((64, 48, 1000),), 256, 3
+    rows, rounds = args.rows or rows, args.rounds or rounds
+    card = (
+        f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+        if on_gpu
+        else f"CPU, threads: {torch.get_num_threads()}"
+    )
     print(f"{card}, {versions()}; {rows} rows, {dtype}, {rounds} rounds\n\nErrors to float64\n")
     for line in error_table(device, dtype, args.tiny):
         print(line, flush=True)

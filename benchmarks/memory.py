@@ -25,6 +25,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from head_loss import allocated
+
 from benchmarks.step import PAIRS, run_fit, sizes, write_text
 from salt_lightning import memory
 from salt_lightning.models import CausalLM, load_pretrained
@@ -90,12 +92,9 @@ class Measured(pl.Callback):
 
     def read(self, profile: Any) -> None:
         """Sums up the allocations that a CPU's profiler has seen."""
-        events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-        held = 0
-        for event in sorted(events, key=lambda e: e.start_ns()):
-            held += event.nbytes()
+        for at_ns, held in allocated(profile):
             for taught, since, until in self.steps:
-                if since <= event.start_ns() <= until:
+                if since <= at_ns <= until:
                     self.peaks[taught] = max(held, self.peaks.get(taught, 0))
 
 
