@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from lightning.pytorch.utilities import rank_zero_warn
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 
@@ -174,12 +175,23 @@ def fresh_config(spec: ModelSpec, data: Any) -> PreTrainedConfig:
 
 
 def check_positions(config: PreTrainedConfig, setting: str, data: Any) -> None:
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    config = config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and positions < data.block_size:
         raise ConfigError(
             f"{setting} {positions} is smaller than --data.block_size {data.block_size}: set that to at most "
             f"{positions}"
         )
+    ropes = getattr(config, "rope_parameters", None) or {}
+    for rope in (ropes, *ropes.values()):  # of the model, or one for each kind of layer
+        if isinstance(rope, dict) and rope.get("rope_type") == "longrope":
+            short = rope.get("original_max_position_embeddings", positions)
+            if short < data.block_size:
+                rank_zero_warn(
+                    f"{setting} {positions}: longrope takes other frequencies for a whole micro-batch once one of "
+                    f"its documents is longer than {short} tokens, so figures depend a little on how rows are grouped; "
+                    f"--data.block_size {short} avoids that"
+                )
 
 
 def resolved(spec: ModelSpec, config: PreTrainedConfig) -> ModelSpec:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from salt_lightning.data import SALTDataModule
 from salt_lightning.errors import ConfigError
 from salt_lightning.losses import salt_loss
 from salt_lightning.models import CausalLM, build_fresh, check_path, load_pretrained
-from salt_lightning.spec import ModelSpec, as_config_error
+from salt_lightning.spec import ModelSpec, as_config_error, fresh_config
 
 IDS = torch.tensor([[5, 9, 3, 60, 7, 7, 22, 1, 30, 2], [4, 4, 8, 1, 9, 12, 33, 2, 0, 6]])
 POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 5, 6, 0, 1, 2]])
@@ -346,6 +347,27 @@ def test_a_teacher_checkpoint_that_lacks_a_weight_is_refused(teacher, tmp_path):
     torch.save(checkpoint, tmp_path / "x.ckpt")
     with pytest.raises(ConfigError, match=r"holds another model than its settings say: .*Missing key.*norm.weight"):
         load_pretrained(ModelSpec(path=str(tmp_path / "x.ckpt")), "teacher", torch.float32)
+
+
+def test_a_rope_that_depends_on_the_neighbours_is_told(recwarn):
+    """longrope: from a document longer than 8 tokens on, other frequencies for all that share its micro-batch."""
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "rope_theta": 1e4}
+    rope |= {"original_max_position_embeddings": 8}
+    config = {**FAMILIES["llama"], "max_position_embeddings": 32, "rope_parameters": rope}
+    lm = tiny("llama", **config)
+    ids = torch.arange(4, 16)[None]
+    apart, after_a_long_one = ([*range(6), *range(6)], [*range(12)])
+    alone, _, _ = lm(ids[:, :6], torch.arange(6)[None])
+    short = lm(ids, torch.tensor([apart]))[0][:6]
+    long = lm(torch.cat([ids[:, :6], ids], 1), torch.tensor([[*range(6), *after_a_long_one]]))[0][:6]
+    torch.testing.assert_close(short, alone)
+    assert (long - alone).abs().max() > 1e-3
+    for block_size in (8, 16):
+        data = SimpleNamespace(block_size=block_size, vocab_size=20, tokenizer=SimpleNamespace(eos_token_id=0))
+        fresh_config(ModelSpec(config=config), data)
+        said = [str(w.message) for w in recwarn if "longrope" in str(w.message)]
+        assert len(said) == (block_size > 8), said
+    assert "one of its documents is longer than 8 tokens" in said[0]
 
 
 def test_the_attention_asked_for_is_the_one_used(teacher, tmp_path):
