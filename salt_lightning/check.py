@@ -31,6 +31,7 @@ from salt_lightning.schedule import KDScheduleCallback, kd_callbacks
 from salt_lightning.scores import Scores
 from salt_lightning.selection import LESS_CHANCE
 from salt_lightning.spec import DTYPES, ModelSpec, as_config_error, family_config, fresh_config, unnamed_sizes
+from salt_lightning.token_ids import check_fit
 
 _LOOK_FLOPS = 1.5e11  # of a CPU, for one look at a model: some seconds
 _WHOLE_PARAMETERS = 5e8  # a fresh student beyond this is looked at with two of its layers
@@ -204,7 +205,7 @@ class Check:
     def _pretrained(self, spec: ModelSpec, name: str, dtype: torch.dtype) -> CausalLM | None:
         lm = self.probe(name, lambda: CausalLM(models.load_pretrained(spec, name, dtype), name))
         if lm is not None and self.data._train is not None:
-            fit = self.probe(f"{name} tokens", lambda: models.check_fit(spec, lm.model.config, name, self.data))
+            fit = self.probe(f"{name} tokens", partial(check_fit, spec, name, self.data))
             if fit is None:
                 self._unfit.add(name)
             else:

@@ -180,8 +180,11 @@ class SALTDataModule(LightningDataModule):
         for setting in ("source", "val_source", "test_source"):
             if getattr(self, setting):
                 corpus, fraction = self._corpus(setting)
-                if setting == "source" and self.tokenizer_name == "train":
-                    prepare_tokenizer(corpus, self.trained_vocab_size, fraction, self.cache_dir)
+                if setting == "source":
+                    if self.tokenizer_name == "train":
+                        prepare_tokenizer(corpus, self.trained_vocab_size, fraction, self.cache_dir)
+                    # tokenizing may take hours: what its models mean by a token id is asked before
+                    getattr(getattr(self.trainer, "lightning_module", None), "check_token_ids", lambda: None)()
                 prepare_tokens(corpus, self.tokenizer, fraction, self.cache_dir, self.prepare_workers)
         if scores is not None:
             row_scores(scores, self.keep.k, self.keep.masked)
@@ -343,15 +346,8 @@ class SALTDataModule(LightningDataModule):
     def scored(self, teacher: str = "", precision: str = "") -> Scored:
         """What scores of the training rows are of; without a teacher those two are left open."""
         assert self._train is not None, "setup comes first"
-        return Scored(
-            rows=self._train.files.fingerprint,
-            tokenizer=self.tokenizer_fingerprint,
-            num_rows=self._train.num_rows,
-            block_size=self.block_size,
-            isolate_documents=self.isolate_documents,
-            teacher=teacher,
-            precision=precision,
-        )
+        rows, size = self._train.files.fingerprint, (self._train.num_rows, self.block_size)
+        return Scored(rows, self.tokenizer_fingerprint, *size, self.isolate_documents, teacher, precision)
 
     def decode_row(self, row: int) -> str:
         """The text of a training row."""

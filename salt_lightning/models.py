@@ -6,7 +6,7 @@ Shapes: B rows, T tokens a row, N = B * T, D hidden width, V vocabulary.
 import inspect
 import re
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,15 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
-from transformers.utils import cached_file
 
 from salt_lightning import folders, shards
 from salt_lightning.attention import PACKED, Apart, document_mask, layer_kinds, limited_distance
 from salt_lightning.errors import ConfigError, few
 from salt_lightning.experts import follow_autocast
 from salt_lightning.rows import document_borders
-from salt_lightning.spec import DTYPES, ModelSpec, as_config_error, check_positions, fresh_config, wrong_sizes
-from salt_lightning.tokenizer import beginning
+from salt_lightning.spec import DTYPES, ModelSpec, as_config_error, fresh_config, wrong_sizes
 
 PREFIX = "student.model."  # of the student's weights in our checkpoints
 # Without a word on it transformers asks at the terminal where a config names code.
@@ -234,14 +232,13 @@ def logit_scale(config: PreTrainedConfig, name: str) -> float:
 
 
 def build(spec: ModelSpec, name: str, data: Any, dtype: torch.dtype, device: torch.device, seed: int = 0) -> CausalLM:
-    """The model of a spec on a device, proved to fit the data (None: not looked at) and the head loss.
+    """The model of a spec on a device, proved to fit the head loss; a fresh one's sizes follow the data.
 
     On the meta device it has no weights, and is proved where it gets them from.
     """
     empty = device.type == "meta"
     if spec.path is not None:
         model = load_pretrained(spec, name, dtype, empty)
-        check_fit(spec, model.config, name, data)
     else:
         with device if empty else nullcontext():
             model = build_fresh(spec, data, seed)
@@ -263,76 +260,6 @@ def build_fresh(spec: ModelSpec, data: Any, seed: int) -> PreTrainedModel:
         return from_config(config, dtype=DTYPES[spec.dtype or "float32"], attn_implementation=spec.attention)
 
 
-# transformers makes an empty tokenizer up where a folder has none of these
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-_QUIET = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-
-
-def check_fit(spec: ModelSpec, config: PreTrainedConfig, name: str, data: Any) -> tuple[bool, str]:
-    """Whether the pretrained model at `spec.path` is known to mean the same token ids as the data, and how.
-
-    The tokenizer of a checkpoint is known by its fingerprint, that of a folder or hub name by the files beside the
-    model. Compared are the ids that the text can contain: all but special tokens, of which BOS and EOS are written.
-
-    Raises:
-        ConfigError: it cannot read the data's rows, or means other ids; the first of these are shown.
-    """
-    if data is None:
-        return False, "not checked"
-    check_positions(config, f"--model.{name}.path {spec.path}: its max_position_embeddings", data)
-    config = config.get_text_config()
-    if config.vocab_size < data.vocab_size:
-        raise ConfigError(
-            f"--model.{name}.path {spec.path} has a vocabulary of {config.vocab_size}, --data.tokenizer "
-            f"{data.vocab_size}: use the tokenizer that this {name} was trained with"
-        )
-    size = f"{data.vocab_size} tokens, {config.vocab_size} rows in the head"
-    if spec.is_checkpoint:
-        saved = read_checkpoint(str(spec.path), f"--model.{name}.path").get("tokenizer")
-        if saved in (None, data.tokenizer_fingerprint):
-            said = "it does not say which tokenizer it was trained with" if saved is None else "same map"
-            return saved is not None, f"{size}: {said}"
-    own = _own_vocabulary(spec, name)
-    if own is None and not spec.is_checkpoint:
-        rank_zero_info(f"{name}: {spec.path} has no tokenizer files; that it means the same token ids is not checked")
-        return False, f"{size}: not checked, {spec.path} has no tokenizer files"
-    emitted = emitted_ids(data.tokenizer)
-    differing = [(i, token) for i, token in emitted.items() if own is None or own.get(token) != i]
-    if not differing:
-        return True, f"{size}: same map of all {len(emitted)} tokens that the text can contain"
-    names = {i: token for token, i in (own or {}).items()}
-    shown = ", ".join(f"id {i} is {token!r} here and {names.get(i)!r} there" for i, token in differing[:5])
-    if not spec.is_checkpoint:
-        raise ConfigError(
-            f"--model.{name}.path {spec.path} and --data.tokenizer name {len(differing)} token ids differently: {shown}"
-        )
-    known = f" ({len(differing)} of them: {shown})" if own else ""
-    raise ConfigError(
-        f"--model.{name}.path {spec.path} was trained with another tokenizer than --data.tokenizer: its token "
-        f"ids mean something else{known}. Point --data.tokenizer to that run's own, RUN/tokenizer"
-    )
-
-
-def emitted_ids(tokenizer: Any) -> dict[int, str]:
-    """The ids that a tokenized text can contain, in order, with their tokens."""
-    written = {tokenizer.eos_token, *tokenizer.convert_ids_to_tokens(beginning(tokenizer.backend_tokenizer))}
-    special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special} - written
-    return {i: token for token, i in sorted(tokenizer.get_vocab().items(), key=lambda e: e[1]) if token not in special}
-
-
-def _own_vocabulary(spec: ModelSpec, name: str) -> dict[str, int] | None:
-    """The token -> id map that lies beside a model, or in the run's folder of a checkpoint."""
-    path, revision = str(spec.path), spec.revision or "main"
-    if spec.is_checkpoint:
-        folder = Path(path).parent.parent / "tokenizer"
-        return AutoTokenizer.from_pretrained(folder).get_vocab() if folder.is_dir() else None
-    if not any(cached_file(path, file, revision=revision, **_QUIET) for file in _TOKENIZER_FILES):
-        return None
-    with as_config_error(f"--model.{name}.path {path}: its tokenizer cannot be loaded"):
-        source = {"revision": revision, "trust_remote_code": spec.trust_remote_code}
-        return AutoTokenizer.from_pretrained(path, **source).get_vocab()
-
-
 def load_pretrained(spec: ModelSpec, name: str, dtype: torch.dtype, empty: bool = False) -> PreTrainedModel:
     """The model at `spec.path`: our checkpoint, a Hugging Face folder or a hub name. No remote code unless asked.
 
@@ -341,13 +268,11 @@ def load_pretrained(spec: ModelSpec, name: str, dtype: torch.dtype, empty: bool 
     assert spec.path is not None
     if spec.is_checkpoint:
         return _load_checkpoint(spec, name, dtype, empty)
-    check_path(spec, name)
+    config = read_config(spec, name)
     source = {"revision": spec.revision or "main", "trust_remote_code": spec.trust_remote_code}
     kwargs = {"dtype": dtype, "attn_implementation": spec.attention}
-    where = "" if Path(spec.path).exists() else " (there is no folder of that name here, so it is sought on the hub)"
-    with as_config_error(f"--model.{name}.path {spec.path} cannot be loaded{where}"):
+    with _loading(spec, name):
         if empty:
-            config = AutoConfig.from_pretrained(spec.path, **source)
             with torch.device("meta"):
                 return AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code, **kwargs)
         # safetensors: never unpickle a .bin
@@ -379,6 +304,25 @@ def load_pretrained(spec: ModelSpec, name: str, dtype: torch.dtype, empty: bool 
             said = f"{len(unused)} weights that its config.json does not use: {few(unused)}"
             rank_zero_info(f"{name}: {spec.path} has {said}")
         return model
+
+
+def _loading(spec: ModelSpec, name: str) -> AbstractContextManager[None]:
+    where = (
+        "" if Path(str(spec.path)).exists() else " (there is no folder of that name here, so it is sought on the hub)"
+    )
+    return as_config_error(f"--model.{name}.path {spec.path} cannot be loaded{where}")
+
+
+def read_config(spec: ModelSpec, name: str) -> PreTrainedConfig:
+    """The config of the model at `spec.path`, without its weights."""
+    if spec.is_checkpoint:
+        saved = ModelSpec.of(read_checkpoint(str(spec.path), f"--model.{name}.path")["hyper_parameters"]["student"])
+        return AutoConfig.for_model(saved.family, **saved.config)
+    check_path(spec, name)
+    with _loading(spec, name):
+        return AutoConfig.from_pretrained(
+            str(spec.path), revision=spec.revision or "main", trust_remote_code=spec.trust_remote_code
+        )
 
 
 def check_path(spec: ModelSpec, name: str) -> None:
@@ -434,9 +378,7 @@ def require_undamaged(path: str, setting: str) -> None:
 
 def _load_checkpoint(spec: ModelSpec, name: str, dtype: torch.dtype, empty: bool) -> PreTrainedModel:
     """The student of one of our checkpoints."""
-    checkpoint = read_checkpoint(str(spec.path), f"--model.{name}.path")
-    saved = ModelSpec.of(checkpoint["hyper_parameters"]["student"])
-    config = AutoConfig.for_model(saved.family, **saved.config)
+    checkpoint, config = read_checkpoint(str(spec.path), f"--model.{name}.path"), read_config(spec, name)
     with torch.device("meta") if empty else no_init_weights():  # random ones take longer than the file
         model = from_config(config, dtype=dtype, attn_implementation=spec.attention)
     model.tie_weights()  # which goes with drawing them

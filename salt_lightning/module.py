@@ -29,6 +29,7 @@ from salt_lightning.models import CausalLM
 from salt_lightning.optim import OptimSpec, by_name
 from salt_lightning.schedule import KDScheduleCallback, kd_callbacks
 from salt_lightning.spec import DTYPES, ModelSpec, resolved
+from salt_lightning.token_ids import check_models, tell_fit
 from salt_lightning.watch import Watch, problem
 
 Batch = dict[str, Tensor]
@@ -130,6 +131,10 @@ class SALTModule(pl.LightningModule):
         sources = getattr(self._data, "source_names", None) or ("all",)
         self.eval_metrics = TokenMetrics(sources, thirds=bool(getattr(self._data, "difficulty", None)))
 
+    def check_token_ids(self) -> None:
+        """For the data to call as soon as it has a tokenizer: refuses pretrained models that do not fit it."""
+        check_models(self.trainer, self.student_spec, self.teacher_spec)
+
     def configure_model(self) -> None:
         if hasattr(self, "student") or (self._trainer and self._trainer.state.fn == TrainerFn.PREDICTING):
             return  # the teacher alone scores
@@ -139,6 +144,7 @@ class SALTModule(pl.LightningModule):
 
     def _build_student(self) -> None:
         spec, strategy = self.student_spec, self._strategy
+        tell_fit(spec, "student", self._data)
         dtype, device = DTYPES[spec.dtype or "float32"], parallel.build_device(strategy, torch.device("cpu"))
         lm = models.build(spec, "student", self._data, dtype, device, self.hparams["seed"])
         self.meter.forward_flops["student"], self._num_ids = self._count_flops(lm), len(lm.head.weight)
@@ -159,6 +165,7 @@ class SALTModule(pl.LightningModule):
         dtype = DTYPES[spec.dtype] if spec.dtype else self.compute_dtype
         root = self.trainer.strategy.root_device  # self.device is still the CPU in setup
         device = parallel.build_device(self._strategy, root)
+        tell_fit(spec, "teacher", self._data)
         with torch.random.fork_rng(devices=[root] if root.type == "cuda" else []):
             lm = models.build(spec, "teacher", self._data, dtype, device).eval().requires_grad_(False)
         lm.num_ids = self._num_ids if self._data is None else self._data.vocab_size
@@ -253,20 +260,11 @@ class SALTModule(pl.LightningModule):
         bias_V: Tensor | None,
     ) -> Any:
         """For the student's forward to evaluate: the loss at the weight `kd_weight`, without a teacher CE."""
+        loss = partial(self._loss, hidden_ND, head_VD, labels_N, num_tokens=num_tokens, student_bias_V=bias_V)
         if teacher_out is None:
-            return self._loss(hidden_ND, head_VD, labels_N, num_tokens=num_tokens, student_bias_V=bias_V)
+            return loss()
         teacher_hidden_NE, teacher_head_VE, teacher_bias_V = teacher_out
-        return self._loss(
-            hidden_ND,
-            head_VD,
-            labels_N,
-            teacher_hidden_NE,
-            teacher_head_VE,
-            self.kd_weight,
-            num_tokens=num_tokens,
-            student_bias_V=bias_V,
-            teacher_bias_V=teacher_bias_V,
-        )
+        return loss(teacher_hidden_NE, teacher_head_VE, self.kd_weight, teacher_bias_V=teacher_bias_V)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         named = ((parallel.plain_name(name), p) for name, p in self.named_parameters())

@@ -19,10 +19,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from salt_lightning import check, cli, memory, preflight
 from salt_lightning.checkpoint import RunCheckpoint
 from salt_lightning.errors import ConfigError
-from salt_lightning.models import build_fresh, emitted_ids
+from salt_lightning.models import build_fresh
 from salt_lightning.preflight import Finding, TeacherLoss
 from salt_lightning.sources import Hub, resolve
 from salt_lightning.spec import ModelSpec
+from salt_lightning.token_ids import emitted_ids
 
 LEVELS = ("ok", "note", "warning", "error")
 

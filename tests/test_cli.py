@@ -313,6 +313,29 @@ def test_a_missing_or_broken_teacher_is_named_before_the_text_is_read(
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.parametrize("verb", ["fit", "check", "predict"])
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"data.val_fraction": 0.5}, "was trained with another tokenizer than --data.tokenizer"),
+        ({"data.block_size": 64}, "max_position_embeddings 32 is smaller than --data.block_size 64"),
+    ],
+)
+def test_models_that_do_not_fit_are_refused_before_the_text_is_tokenized(
+    settings, teacher, tmp_path, capsys, verb, other, message
+):
+    """Which takes hours of a large text: all it takes is a tokenizer."""
+    own = {"run": str(tmp_path / "run"), "data.cache_dir": str(tmp_path / "cache"), "model.teacher.path": teacher}
+    if verb == "predict":
+        own = {k: v for k, v in (settings | own).items() if k.startswith(("data.", "run", "model.teacher"))}
+    code = run([verb, *arguments({} if verb == "predict" else settings, own | other)])
+    shown = capsys.readouterr()
+    assert code == (1 if verb == "check" else 2), shown
+    assert f"--model.teacher.path {teacher}" in re.sub(r"\s+", " ", shown.out + shown.err)
+    assert message in re.sub(r"\s+", " ", shown.out + shown.err)
+    assert not list((tmp_path / "cache").rglob("tokens.bin"))
+
+
 @pytest.mark.parametrize("name", ["overfit_batches", "fast_dev_run"])
 def test_a_few_micro_batches_are_no_run(settings, tmp_path, capsys, name):
     own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, f"trainer.{name}": 1}

@@ -33,12 +33,12 @@ from salt_lightning import tokenizer as tokenizer_module
 from salt_lightning.documents import Corpus, read_raw, utf8
 from salt_lightning.errors import ConfigError
 from salt_lightning.journal import making
-from salt_lightning.models import emitted_ids
 from salt_lightning.parse import lots
 from salt_lightning.prepare import prepare_tokenizer, prepare_tokens, token_folder, tokenizer_folder
 from salt_lightning.progress import Done, progress_line, summary_line
 from salt_lightning.sources import Group, Hub, resolve
 from salt_lightning.token_files import Block, SplitWriter, TokenFiles, no_counts, sealed, verify
+from salt_lightning.token_ids import emitted_ids
 from salt_lightning.tokenizer import load_tokenizer, pieces, rules_fingerprint, token_bytes, tokenizer_fingerprint
 
 TEXTS = [

@@ -34,7 +34,7 @@ LAYERS = [  # a file imports from files of earlier layers alone
     {"remarks", "tokenizer"},
     {"compare", "example_rows", "models", "probe", "selection"},
     {"schedule"},
-    {"cadence", "card", "parallel", "score_report"},
+    {"cadence", "card", "parallel", "score_report", "token_ids"},
     {"export", "prepare", "scoring"},
     {"answers", "checkpoint", "data"},
     {"module"},

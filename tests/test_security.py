@@ -24,9 +24,10 @@ from test_sources import PACK
 from salt_lightning import ModelSpec, SALTDataModule, SALTModule, cli, documents, shards
 from salt_lightning.documents import read_raw
 from salt_lightning.errors import ConfigError
-from salt_lightning.models import build, check_fit, load_pretrained, read_checkpoint
+from salt_lightning.models import build, load_pretrained, read_checkpoint
 from salt_lightning.prepare import prepare_tokens
 from salt_lightning.token_files import TokenFiles, sealed, verify
+from salt_lightning.token_ids import check_fit
 from salt_lightning.tokenizer import load_tokenizer
 
 CPU = torch.device("cpu")
@@ -310,9 +311,10 @@ def test_a_known_model_whose_folder_has_code_too(model_folder, ran, tmp_path, mo
     data = SALTDataModule("x", tokenizer=str(model_folder), block_size=8)
     spec = ModelSpec(path=str(model_folder))
     build(spec, "teacher", data, torch.float32, CPU)
+    assert check_fit(spec, "teacher", data)[0]
     (model_folder / "tokenizer_config.json").write_text(json.dumps(evil))
     with pytest.raises(ConfigError, match=r"--model.teacher.path .*: its tokenizer cannot be loaded"):
-        check_fit(spec, load_pretrained(spec, "teacher", torch.float32).config, "teacher", data)
+        check_fit(spec, "teacher", data)
 
 
 @pytest.mark.parametrize("key", ["tokenizer_file", "vocab_file", "added_tokens_file", "special_tokens_map_file"])

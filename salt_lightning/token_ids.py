@@ -1,0 +1,102 @@
+"""Do a pretrained model and the data mean the same by every token id?"""
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+from transformers import AutoTokenizer
+from transformers.utils import cached_file
+
+from salt_lightning.errors import ConfigError
+from salt_lightning.models import read_checkpoint, read_config
+from salt_lightning.schedule import kd_callbacks
+from salt_lightning.spec import ModelSpec, as_config_error, check_positions
+from salt_lightning.tokenizer import beginning
+
+# transformers makes an empty tokenizer up where a folder has none of these
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_QUIET = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+
+
+def check_fit(spec: ModelSpec, name: str, data: Any) -> tuple[bool, str]:
+    """Whether the pretrained model at `spec.path` is known to mean the same token ids as the data, and how.
+
+    Its weights are not read. `data`: vocab_size, block_size, tokenizer, tokenizer_fingerprint, as of SALTDataModule.
+
+    The tokenizer of a checkpoint is known by its fingerprint, that of a folder or hub name by the files beside the
+    model. Compared are the ids that the text can contain: all but special tokens, of which BOS and EOS are written.
+
+    Raises:
+        ConfigError: it cannot read the data's rows, or means other ids; the first of these are shown.
+    """
+    config = read_config(spec, name)
+    check_positions(config, f"--model.{name}.path {spec.path}: its max_position_embeddings", data)
+    config = config.get_text_config()
+    if config.vocab_size < data.vocab_size:
+        raise ConfigError(
+            f"--model.{name}.path {spec.path} has a vocabulary of {config.vocab_size}, --data.tokenizer "
+            f"{data.vocab_size}: use the tokenizer that this {name} was trained with"
+        )
+    size = f"{data.vocab_size} tokens, {config.vocab_size} rows in the head"
+    if spec.is_checkpoint:
+        saved = read_checkpoint(str(spec.path), f"--model.{name}.path").get("tokenizer")
+        if saved in (None, data.tokenizer_fingerprint):
+            said = "it does not say which tokenizer it was trained with" if saved is None else "same map"
+            return saved is not None, f"{size}: {said}"
+    own = _own_vocabulary(spec, name)
+    if own is None and not spec.is_checkpoint:
+        return False, f"{size}: not checked, {spec.path} has no tokenizer files"
+    emitted = emitted_ids(data.tokenizer)
+    differing = [(i, token) for i, token in emitted.items() if own is None or own.get(token) != i]
+    if not differing:
+        return True, f"{size}: same map of all {len(emitted)} tokens that the text can contain"
+    names = {i: token for token, i in (own or {}).items()}
+    shown = ", ".join(f"id {i} is {token!r} here and {names.get(i)!r} there" for i, token in differing[:5])
+    if not spec.is_checkpoint:
+        raise ConfigError(
+            f"--model.{name}.path {spec.path} and --data.tokenizer name {len(differing)} token ids differently: {shown}"
+        )
+    known = f" ({len(differing)} of them: {shown})" if own else ""
+    raise ConfigError(
+        f"--model.{name}.path {spec.path} was trained with another tokenizer than --data.tokenizer: its token "
+        f"ids mean something else{known}. Point --data.tokenizer to that run's own, RUN/tokenizer"
+    )
+
+
+def tell_fit(spec: ModelSpec, name: str, data: Any) -> None:
+    """`check_fit` where there is something to compare; what is not known is logged."""
+    if spec.path is not None and data is not None:
+        known, said = check_fit(spec, name, data)
+        if not known:
+            rank_zero_info(f"{name}: {said}")
+
+
+def check_models(trainer: Any, student: ModelSpec, teacher: ModelSpec) -> None:
+    """`check_fit` of the models that this run will load, before they are."""
+    fits, predicts = (trainer.state.fn == fn for fn in (TrainerFn.FITTING, TrainerFn.PREDICTING))
+    # where a resumed run goes on in phase 2 the teacher may be gone
+    taught = fits and not trainer.ckpt_path and any(kd.schedule.weight > 0 for kd in kd_callbacks(trainer))
+    for spec, name, loaded in ((student, "student", fits), (teacher, "teacher", taught or predicts)):
+        if loaded and spec.path is not None:
+            check_fit(spec, name, trainer.datamodule)
+
+
+def emitted_ids(tokenizer: Any) -> dict[int, str]:
+    """The ids that a tokenized text can contain, in order, with their tokens."""
+    written = {tokenizer.eos_token, *tokenizer.convert_ids_to_tokens(beginning(tokenizer.backend_tokenizer))}
+    special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special} - written
+    return {i: token for token, i in sorted(tokenizer.get_vocab().items(), key=lambda e: e[1]) if token not in special}
+
+
+def _own_vocabulary(spec: ModelSpec, name: str) -> dict[str, int] | None:
+    """The token -> id map that lies beside a model, or in the run's folder of a checkpoint."""
+    path, revision = str(spec.path), spec.revision or "main"
+    if spec.is_checkpoint:
+        folder = Path(path).parent.parent / "tokenizer"
+        return AutoTokenizer.from_pretrained(folder).get_vocab() if folder.is_dir() else None
+    if not any(cached_file(path, file, revision=revision, **_QUIET) for file in _TOKENIZER_FILES):
+        return None
+    with as_config_error(f"--model.{name}.path {path}: its tokenizer cannot be loaded"):
+        source = {"revision": revision, "trust_remote_code": spec.trust_remote_code}
+        return AutoTokenizer.from_pretrained(path, **source).get_vocab()
