@@ -41,7 +41,7 @@ from salt_lightning.scores import Scored, Scores
 from salt_lightning.selection import KeepRule, Plan, plan, row_scores
 from salt_lightning.sources import Group, Hub, each_file, resolve
 from salt_lightning.token_files import TokenFiles, digest
-from salt_lightning.tokenizer import decoded_share, load_tokenizer, num_ids, tokenizer_fingerprint, unknown_share
+from salt_lightning.tokenizer import changed_words, kept_text, load_tokenizer, num_ids, tokenizer_fingerprint
 
 
 class SALTDataModule(LightningDataModule):
@@ -213,13 +213,15 @@ class SALTDataModule(LightningDataModule):
             trained = [name for corpus in held_out for name in self._corpus("source")[0].shared_with(corpus)]
         if self.val_source and files.fingerprint == self.train_fingerprint:  # a copy
             trained = trained or list(self.val_source)
-        unknown = preflight.unknown_tokens(unknown_share(self.tokenizer, files))
-        found = [unknown or preflight.lost_text(decoded_share(self.tokenizer, files))]
-        found.append(preflight.seen_in_training(trained))
+        unread = preflight.unread_text(kept_text(self.tokenizer, files))
+        found = [unread or preflight.changed_text(changed_words(self.tokenizer)), preflight.seen_in_training(trained)]
         if self._train is not None and not self.val_source:
             longest = int(np.diff(files.doc_ends, prepend=0).max(initial=0))
             sizes = (files.num_tokens, longest, self.num_train_tokens)
             found.append(preflight.large_share(*sizes, self.val_fraction))
+            names, trained_on = files.manifest["sources"], self._train.files.doc_sources
+            some = trained_on[:: 1 + (len(trained_on) >> 20)]  # all are many pages of the disk to read
+            found.append(preflight.unwatched([names[i] for i in np.setdiff1d(some, files.doc_sources)]))
         return [finding for finding in found if finding]
 
     @property

@@ -184,7 +184,10 @@ def _write_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase |
     special = {name: getattr(model.config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-        special |= {name: token for name in special if (token := getattr(tokenizer, name)) is not None}
+        named = {name: token for name in special if (token := getattr(tokenizer, name)) is not None}
+        if isinstance(stops := special["eos_token_id"], list) and named.get("eos_token_id") in stops:
+            del named["eos_token_id"]  # a chat's model stops at the end of a turn, too
+        special |= named
     GenerationConfig(**special).save_pretrained(folder)
     for path in folder.glob("*.safetensors"):  # safetensors lets nobody else read them
         path.chmod((folder / "config.json").stat().st_mode)

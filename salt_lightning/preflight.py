@@ -6,7 +6,7 @@ Functions of figures; module, data and checkpoints refuse a run for an error.
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
@@ -57,22 +57,34 @@ def rows(available: int, max_steps: int, global_batch: int) -> Finding:
     )
 
 
-def unknown_tokens(share: float) -> Finding | None:
-    """`share`: of the held-out tokens those for which a tokenizer has no word. None: next to none."""
-    if share < 0.001:
-        return None
-    said = f"{share:.1%} of the held-out tokens are unknown to --data.tokenizer: all of them count as one easy token"
-    return Finding(
-        "warning", "unknown tokens", said, "no loss and no bits per byte can be compared; take a byte-level one"
-    )
+def unread_text(sources: list[tuple[str, float, float]]) -> Finding | None:
+    """Of each source of held-out text its name, the share of its bytes that a tokenizer has no token for, and the
+    share that its tokens decode to. None: next to none, and next to all."""
+    name, unknown, _ = max(sources, key=lambda source: source[1])
+    if unknown >= 0.001:
+        where = _of(name, sources)
+        said = f"{unknown:.1%} of {where} is unknown to --data.tokenizer: all of it counts as one easy token"
+        remedy = "no loss and no bits per byte can be compared; take a byte-level one"
+        return Finding("warning", "unknown tokens", said, remedy)
+    name, _, kept = min(sources, key=lambda source: source[2])
+    if kept < 0.9:
+        where = _of(name, sources)
+        said = f"the tokens of {where} decode to {kept:.0%} of its bytes: --data.tokenizer drops the others"
+        return Finding("warning", "lost text", said, "the student never sees them; take a byte-level one")
+    return None
 
 
-def lost_text(kept: float) -> Finding | None:
-    """`kept`: share of the bytes of held-out text that its tokens decode to. None: next to all."""
-    if kept >= 0.9:
+def _of(name: str, sources: list[Any]) -> str:
+    return f"the held-out text of {name}" if len(sources) > 1 else "the held-out text"
+
+
+def changed_text(words: list[tuple[str, str]]) -> Finding | None:
+    """`words`: some of those that a tokenizer makes others of, with these. None: it has none."""
+    if not words:
         return None
-    said = f"the tokens of the held-out text decode to {kept:.0%} of its bytes: --data.tokenizer drops the others"
-    return Finding("warning", "lost text", said, "the student never sees them; take a byte-level one")
+    said = ", ".join(f"{word!r} becomes {other!r}" for word, other in words)
+    remedy = "no bits per byte can be compared with those of a tokenizer that keeps text as it is"
+    return Finding("note", "changed text", f"--data.tokenizer does not keep all letters: {said}", remedy)
 
 
 def large_share(held_out: int, longest: int, training: int, fraction: float) -> Finding | None:
@@ -86,6 +98,14 @@ def large_share(held_out: int, longest: int, training: int, fraction: float) -> 
         f"{longest / held_out:.0%} of these; equal ones stay together)"
     )
     return Finding("warning", "held-out text", said, "split long documents into several, or give --data.val_source")
+
+
+def unwatched(sources: list[str]) -> Finding | None:
+    """`sources`: those with training text of which no document was drawn for validation. None: there are none."""
+    if not sources:
+        return None
+    said = f"no document of {few(sources)} is held out, so there is no val/ce of it"
+    return Finding("note", "sources", said, "raise --data.val_fraction, or give --data.val_source")
 
 
 def seen_in_training(names: list[str]) -> Finding | None:

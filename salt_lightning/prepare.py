@@ -32,12 +32,14 @@ from salt_lightning.processes import in_child, num_cores, ordered_map
 from salt_lightning.progress import Done, Progress, summary_line
 from salt_lightning.token_files import FORMAT, SPLITS, SplitWriter, TokenFiles, digest, no_counts, sealed, sizes
 from salt_lightning.tokenizer import (
+    WORDS,
     Block,
     Encoder,
     ExampleEncoder,
     beginning,
     num_ids,
     rules_fingerprint,
+    special_ids,
     tokenizer_fingerprint,
     train_tokenizer,
 )
@@ -49,7 +51,7 @@ _CHARS_PER_WORKER = 3 << 19  # three tasks: one in work, one on its way, one who
 
 def tokenizer_folder(corpus: Corpus, vocab_size: int, val_fraction: float, cache_dir: Path) -> Path:
     """Where the tokenizer trained on a corpus is kept."""
-    return cache_dir / f"tokenizer-{digest([FORMAT, corpus.inputs(), vocab_size, val_fraction])}"
+    return cache_dir / f"tokenizer-{digest([FORMAT, WORDS, corpus.inputs(), vocab_size, val_fraction])}"
 
 
 def prepare_tokenizer(corpus: Corpus, vocab_size: int, val_fraction: float, cache_dir: Path) -> Path:
@@ -67,7 +69,7 @@ def prepare_tokenizer(corpus: Corpus, vocab_size: int, val_fraction: float, cach
 
 def token_folder(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, val_fraction: float, cache_dir: Path) -> Path:
     """Where a corpus is kept as tokens: named by a fingerprint of all that determines them."""
-    chat = tokenizer.chat_template if corpus.examples.messages else None
+    chat = [tokenizer.chat_template, special_ids(tokenizer)] if corpus.examples.messages else None
     rules, begins = rules_fingerprint(tokenizer), beginning(tokenizer.backend_tokenizer)
     return cache_dir / digest([FORMAT, corpus.inputs(), rules, val_fraction, chat, begins])
 
@@ -146,7 +148,7 @@ def make_encoder(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, val_fractio
             "--data.examples.messages: the tokenizer of --data.tokenizer has no chat template; use "
             "--data.examples.prompt and --data.examples.response, or a tokenizer that has one"
         )
-    return ExampleEncoder(backend, eos_id, dtype, corpus, val_fraction, chat, tokenizer.all_special_ids)
+    return ExampleEncoder(backend, eos_id, dtype, corpus, val_fraction, chat, special_ids(tokenizer))
 
 
 def _check_unchanged(corpus: Corpus, stamps: dict[str, Any]) -> None:

@@ -200,7 +200,15 @@ def resolved(spec: ModelSpec, config: PreTrainedConfig) -> ModelSpec:
     return replace(spec, path=None, revision=None, family=config.model_type, config=settings)
 
 
-_NOT_SETTINGS = ("model_type", "transformers_version", "architectures", "_name_or_path", "dtype", "torch_dtype")
+_NOT_SETTINGS = (
+    "model_type",
+    "transformers_version",
+    "architectures",
+    "_name_or_path",
+    "dtype",
+    "torch_dtype",
+    "quantization_config",
+)
 _NOT_SHAPE = ("use_cache", "attention_dropout", "initializer_range")
 
 

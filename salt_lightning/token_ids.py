@@ -1,5 +1,6 @@
 """Do a pretrained model and the data mean the same by every token id?"""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from salt_lightning.errors import ConfigError
 from salt_lightning.models import read_checkpoint, read_config
 from salt_lightning.schedule import kd_callbacks
 from salt_lightning.spec import ModelSpec, as_config_error, check_positions
-from salt_lightning.tokenizer import beginning
+from salt_lightning.tokenizer import beginning, special_ids
 
 # transformers makes an empty tokenizer up where a folder has none of these
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -36,28 +37,34 @@ def check_fit(spec: ModelSpec, name: str, data: Any) -> tuple[bool, str]:
     if config.vocab_size < data.vocab_size:
         raise ConfigError(
             f"--model.{name}.path {spec.path} has a vocabulary of {config.vocab_size}, --data.tokenizer "
-            f"{data.vocab_size}: use the tokenizer that this {name} was trained with"
+            f"{data.vocab_size}: use the tokenizer that this {name} was trained with; where tokens were added to it, "
+            "give the model rows for them first (resize_token_embeddings of transformers) and save it"
         )
     size = f"{data.vocab_size} tokens, {config.vocab_size} rows in the head"
+    own = _own_tokenizer(spec, name)
+    vocabulary = {} if own is None else own.get_vocab()
+    emitted = emitted_ids(data.tokenizer, bool(data.examples.messages))
+    differing = [(i, token) for i, token in emitted.items() if vocabulary.get(token) != i]
+    same = f"same map of all {len(emitted)} tokens that the text can contain"
     if spec.is_checkpoint:
         saved = read_checkpoint(str(spec.path), f"--model.{name}.path").get("tokenizer")
-        if saved in (None, data.tokenizer_fingerprint):
-            said = "it does not say which tokenizer it was trained with" if saved is None else "same map"
-            return saved is not None, f"{size}: {said}"
-    own = _own_vocabulary(spec, name)
-    if own is None and not spec.is_checkpoint:
+        if saved is None:
+            return False, f"{size}: it does not say which tokenizer it was trained with"
+        if saved == data.tokenizer_fingerprint:
+            differing, same = [], "same map"
+    elif own is None:
         return False, f"{size}: not checked, {spec.path} has no tokenizer files"
-    emitted = emitted_ids(data.tokenizer)
-    differing = [(i, token) for i, token in emitted.items() if own is None or own.get(token) != i]
     if not differing:
-        return True, f"{size}: same map of all {len(emitted)} tokens that the text can contain"
-    names = {i: token for token, i in (own or {}).items()}
+        if own is not None and _rules(own) != _rules(data.tokenizer):
+            return False, f"{size}: {same}, but --data.tokenizer cuts text by other rules than that of {spec.path}"
+        return True, f"{size}: {same}"
+    names = {i: token for token, i in vocabulary.items()}
     shown = ", ".join(f"id {i} is {token!r} here and {names.get(i)!r} there" for i, token in differing[:5])
     if not spec.is_checkpoint:
         raise ConfigError(
             f"--model.{name}.path {spec.path} and --data.tokenizer name {len(differing)} token ids differently: {shown}"
         )
-    known = f" ({len(differing)} of them: {shown})" if own else ""
+    known = f" ({len(differing)} of them: {shown})" if vocabulary else ""
     raise ConfigError(
         f"--model.{name}.path {spec.path} was trained with another tokenizer than --data.tokenizer: its token "
         f"ids mean something else{known}. Point --data.tokenizer to that run's own, RUN/tokenizer"
@@ -78,25 +85,41 @@ def check_models(trainer: Any, student: ModelSpec, teacher: ModelSpec) -> None:
     # where a resumed run goes on in phase 2 the teacher may be gone
     taught = fits and not trainer.ckpt_path and any(kd.schedule.weight > 0 for kd in kd_callbacks(trainer))
     for spec, name, loaded in ((student, "student", fits), (teacher, "teacher", taught or predicts)):
-        if loaded and spec.path is not None:
+        if loaded and spec.path is not None and _is_there(spec, name):
             check_fit(spec, name, trainer.datamodule)
 
 
-def emitted_ids(tokenizer: Any) -> dict[int, str]:
-    """The ids that a tokenized text can contain, in order, with their tokens."""
+def _is_there(spec: ModelSpec, name: str) -> bool:
+    """What cannot be read is refused where it is loaded."""
+    try:
+        read_config(spec, name)
+    except ConfigError:
+        return False
+    return True
+
+
+def emitted_ids(tokenizer: Any, chats: bool = False) -> dict[int, str]:
+    """The ids that a tokenized text (or chat) can contain, in order, with their tokens."""
     written = {tokenizer.eos_token, *tokenizer.convert_ids_to_tokens(beginning(tokenizer.backend_tokenizer))}
-    special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special} - written
+    special = set(tokenizer.convert_ids_to_tokens(special_ids(tokenizer))) - written
+    if chats:
+        special -= {token for token in special if token in str(tokenizer.chat_template)}
     return {i: token for token, i in sorted(tokenizer.get_vocab().items(), key=lambda e: e[1]) if token not in special}
 
 
-def _own_vocabulary(spec: ModelSpec, name: str) -> dict[str, int] | None:
-    """The token -> id map that lies beside a model, or in the run's folder of a checkpoint."""
+def _rules(tokenizer: Any) -> list[Any]:
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    return [rules[part] for part in ("normalizer", "pre_tokenizer", "model")]
+
+
+def _own_tokenizer(spec: ModelSpec, name: str) -> Any:
+    """The tokenizer that lies beside a model, or in the run's folder of a checkpoint; None: there is none."""
     path, revision = str(spec.path), spec.revision or "main"
     if spec.is_checkpoint:
         folder = Path(path).parent.parent / "tokenizer"
-        return AutoTokenizer.from_pretrained(folder).get_vocab() if folder.is_dir() else None
+        return AutoTokenizer.from_pretrained(folder) if folder.is_dir() else None
     if not any(cached_file(path, file, revision=revision, **_QUIET) for file in _TOKENIZER_FILES):
         return None
     with as_config_error(f"--model.{name}.path {path}: its tokenizer cannot be loaded"):
         source = {"revision": revision, "trust_remote_code": spec.trust_remote_code}
-        return AutoTokenizer.from_pretrained(path, **source).get_vocab()
+        return AutoTokenizer.from_pretrained(path, **source)

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -11,7 +12,7 @@ from itertools import chain, takewhile
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from salt_lightning.documents import Corpus, Raw, read_raw, utf8
@@ -21,6 +22,8 @@ from salt_lightning.parse import Skipped, documents, empty_error, lots
 from salt_lightning.token_files import Block, TokenFiles, digest
 
 EOS = "<|endoftext|>"
+# GPT-2's, but that vowel signs and other marks belong to their word: there they cut each word of Hindi or Thai.
+WORDS = r"'(?:[sdmt]|ll|ve|re)| ?[\p{L}\p{M}]+| ?\p{N}+| ?[^\s\p{L}\p{M}\p{N}]+|\s+(?!\S)|\s+"
 _TRAINING_BYTES = 256 << 20  # of files that a new tokenizer reads; of larger corpora an even sample
 _PIECE_CHARS = 1 << 20  # encoded at once: an encoding takes about 100 bytes of memory a character
 _WORD_END = re.compile(r"\S(?= [^\W\d_])")
@@ -58,22 +61,69 @@ def num_ids(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(len(tokenizer), *(i + 1 for i in tokenizer.get_vocab().values()))
 
 
-def unknown_share(tokenizer: PreTrainedTokenizerBase, files: TokenFiles) -> float:
-    """Share of the tokens that stand for words that the tokenizer does not know."""
-    unknown, tokens = tokenizer.unk_token_id, files.tokens[: 1 << 20]
-    return 0.0 if unknown in (None, tokenizer.eos_token_id) else float(np.mean(tokens == unknown))
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that stand for no text: those with a name (BOS, EOS), and marks of a chat, which often have none."""
+    marks = (i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
+    return sorted({*tokenizer.all_special_ids, *marks})
 
 
-def decoded_share(tokenizer: PreTrainedTokenizerBase, files: TokenFiles) -> float:
-    """Bytes that the first tokens of held-out text decode to, over the bytes that they were made of."""
-    backend, tokens, counts = tokenizer.backend_tokenizer, files.tokens[: 1 << 16], files.token_bytes[: 1 << 16]
-    known = tokens != (-1 if tokenizer.unk_token_id is None else tokenizer.unk_token_id)
-    ids = tokens[known].tolist()
+_SAMPLE_DOCUMENTS, _SAMPLE_TOKENS = 32, 1 << 19  # of a source; in all
+
+
+def beginnings(files: TokenFiles) -> Iterator[tuple[str, np.ndarray]]:
+    """Of each source of held-out text its name and where the first tokens of some documents stand, evenly spaced."""
+    ends, names = files.doc_ends, files.manifest["sources"]
+    starts, by_source = np.append(0, ends[:-1]), np.argsort(files.doc_sources, kind="stable")
+    borders = np.searchsorted(files.doc_sources[by_source], np.arange(len(names) + 1))
+    each = max(64, _SAMPLE_TOKENS // _SAMPLE_DOCUMENTS // max(1, len(names)))
+    for name, first, last in zip(names, borders[:-1], borders[1:], strict=True):
+        chosen = by_source[first : last : -(-(last - first) // _SAMPLE_DOCUMENTS) or 1]
+        if len(chosen):
+            spans = zip(starts[chosen], np.minimum(ends[chosen], starts[chosen] + each), strict=True)
+            yield name, np.concatenate([np.arange(start, end) for start, end in spans])
+
+
+def kept_text(tokenizer: PreTrainedTokenizerBase, files: TokenFiles) -> list[tuple[str, float, float]]:
+    """Of each source of held-out text its name, `unknown_share` and `decoded_share`, by the beginnings of documents."""
+    found = [(name, files.tokens[at], files.token_bytes[at]) for name, at in beginnings(files)]
+    return [(name, unknown_share(tokenizer, *text), decoded_share(tokenizer, *text)) for name, *text in found]
+
+
+def unknown_share(tokenizer: PreTrainedTokenizerBase, tokens: np.ndarray, token_bytes: np.ndarray) -> float:
+    """Share of a text's bytes that the tokenizer has no token for. (By tokens it would hide: one may be a sentence.)"""
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    unknown = {tokenizer.unk_token_id, tokenizer.get_vocab().get(model.get("unk_token")), model.get("unk_id")} - {None}
+    # EOS, which may be the same token, ends a document and stands for no byte of it
+    return float(token_bytes[np.isin(tokens, list(unknown))].sum() / max(1, token_bytes.sum()))
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """The text of ids, special ones left out."""
+    backend, special = tokenizer.backend_tokenizer, set(special_ids(tokenizer))
+    ids = [i for i in ids if i not in special]
     if backend.decoder is None and type(backend.model).__name__ in ("BPE", "Unigram"):  # it would put spaces between
-        text = "".join(str(backend.id_to_token(i)) for i in ids if i not in tokenizer.all_special_ids)
-    else:
-        text = backend.decode(ids, skip_special_tokens=True)
-    return len(utf8(text)) / max(1, int(counts[known].sum()))
+        return "".join(str(backend.id_to_token(i)) for i in ids)
+    return str(backend.decode(ids))
+
+
+def decoded_share(tokenizer: PreTrainedTokenizerBase, tokens: np.ndarray, token_bytes: np.ndarray) -> float:
+    """Bytes that tokens decode to, over the bytes of the text that they were made of."""
+    return len(utf8(decode(tokenizer, tokens.tolist()))) / max(1, int(token_bytes.sum()))
+
+
+# A capital, accents, vowel signs of Devanagari and Thai, Arabic's, a wide character.
+_WORDS = ("Paris", "été", "में", "ที่", "عربيّ", "東京")
+
+
+def changed_words(tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
+    """Words that a tokenizer has tokens for and makes others of, with these; how Unicode writes them aside."""
+    changed = []
+    for word in _WORDS:
+        ids = tokenizer.backend_tokenizer.encode(word, add_special_tokens=False).ids
+        back = unicodedata.normalize("NFC", "".join(decode(tokenizer, ids).split()))
+        if not set(ids) & set(special_ids(tokenizer)) and back != unicodedata.normalize("NFC", word):
+            changed.append((word, back))
+    return changed
 
 
 def rules_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -105,7 +155,9 @@ def _cut(text: str) -> Iterator[str]:
 def train_tokenizer(corpus: Corpus, vocab_size: int, val_fraction: float, folder: str) -> None:
     """Train a byte-level BPE on the training documents of a corpus; save it as transformers does."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = pre_tokenizers.Split(Regex(WORDS), "isolated")
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, as_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

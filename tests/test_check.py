@@ -64,9 +64,9 @@ def test_a_tokenizer_that_does_not_know_the_words(checked, tmp_path, corpus, fit
     own = {"data.tokenizer": str(tmp_path / "t"), "kd.weight": 0.0, "model.teacher.path": None, "kd.steps": None}
     level, said = of(checked(**own)[1], "unknown tokens")
     assert level == "warning"
-    assert re.search(r"\d\d\.\d% of the held-out tokens are unknown to --data.tokenizer", said)
+    assert re.search(r"\d\d\.\d% of the held-out text is unknown to --data.tokenizer", said)
     fit_with(tmp_path / "fit", **own)
-    assert "of the held-out tokens are unknown to --data.tokenizer" in caplog.text
+    assert "of the held-out text is unknown to --data.tokenizer" in caplog.text
 
 
 def test_held_out_text_that_is_trained_on(checked, corpus, tmp_path, fit_with, caplog):
@@ -338,7 +338,7 @@ def test_token_maps(checked, settings, teacher, tmp_path):
     (tmp_path / "other/tokenizer.json").write_text(json.dumps(rules))
     code, found = checked(**{"data.tokenizer": str(tmp_path / "other")})
     assert code == 1
-    level, said = of(found, "teacher tokens")
+    level, said = of(found, "text")  # which is not tokenized then
     assert level == "error"
     assert f"2 of them: id 70 is {b!r} here and {a!r} there" in said
 
@@ -352,6 +352,27 @@ def test_a_teacher_with_too_few_positions_is_a_finding(checked, tmp_path):
         f"--model.teacher.path {tmp_path / 'short'}: its max_position_embeddings 16 is smaller than --data.block_size "
         "32: set that to at most 16"
     ]
+
+
+def test_other_rules_with_the_same_map_are_a_warning(checked, teacher, tmp_path):
+    """The ids mean the same, and the text is cut into others."""
+    folder = tmp_path / "other"
+    shutil.copytree(Path(teacher).parents[1] / "tokenizer", folder)
+    rules = json.loads((folder / "tokenizer.json").read_text())
+    rules["model"]["merges"] = rules["model"]["merges"][:10]
+    (folder / "tokenizer.json").write_text(json.dumps(rules))
+    code, found = checked(**{"data.tokenizer": str(folder)})
+    level, said = of(found, "teacher tokens")
+    assert (code, level) == (0, "warning")
+    assert "but --data.tokenizer cuts text by other rules than that of" in said
+
+
+def test_the_marks_of_a_chat_count_where_a_chat_is_read(teacher):
+    tokenizer = AutoTokenizer.from_pretrained(Path(teacher).parents[1] / "tokenizer")
+    tokenizer.add_tokens(["<|end|>", "<|never|>"], special_tokens=True)
+    tokenizer.chat_template = "{{ messages[0].content }}<|end|>"
+    text, chat = emitted_ids(tokenizer), emitted_ids(tokenizer, chats=True)
+    assert set(chat.values()) - set(text.values()) == {"<|end|>"}
 
 
 def test_special_tokens_that_no_text_contains_do_not_count(teacher):

@@ -54,9 +54,19 @@ def prepared(tmp_path, rows, examples=PLAIN, tokenizer=None, val_fraction=1.0, *
     return TokenFiles(folder, "val" if val_fraction else "train"), tokenizer
 
 
-def chat_tokenizer(eos: str = "<|endoftext|>"):
-    tokenizer = byte_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]})
+def add_marks(tokenizer, named: bool = True):
+    """`named`: among the tokenizer's additional special tokens, where those of Llama 3 and Mistral are not."""
+    marks = ["<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]
+    if named:
+        tokenizer.add_special_tokens({"additional_special_tokens": marks})
+    else:
+        tokenizer.add_tokens(marks, special_tokens=True)
+        assert tokenizer.convert_tokens_to_ids("<|end|>") not in tokenizer.all_special_ids
+    return tokenizer
+
+
+def chat_tokenizer(eos: str = "<|endoftext|>", named: bool = True):
+    tokenizer = add_marks(byte_tokenizer(), named)
     tokenizer.eos_token = eos
     tokenizer.chat_template = TEMPLATE
     return tokenizer
@@ -139,18 +149,18 @@ def test_calls_of_a_table_have_no_nulls_and_an_empty_list_is_none(tmp_path):
     assert prepared(tmp_path, [], CHAT, tokenizer)[0].num_documents == 1
 
 
+@pytest.mark.parametrize("named", [True, False])
 @pytest.mark.parametrize("rule", ["prepend", "metaspace"])
-def test_a_chat_has_the_ids_that_the_tokenizer_gives_its_template(tmp_path, rule):
+def test_a_chat_has_the_ids_that_the_tokenizer_gives_its_template(tmp_path, rule, named):
     """The false space of SentencePiece stands behind some marks, by the tokenizer's rules."""
-    tokenizer = character_tokenizer(rule)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>", "<|end|>"]})
+    tokenizer = add_marks(character_tokenizer(rule), named)
     tokenizer.chat_template = TEMPLATE
     messages = [turn("user", "wa?"), turn("assistant", "7A"), turn("user", "Q"), turn("assistant", "wa")]
     files, _ = prepared(tmp_path, [{"messages": messages}], CHAT, tokenizer)
     whole = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
     ours = files.tokens.tolist()
     assert ours == [*whole[: len(ours) - 1], tokenizer.eos_token_id]  # up to the mark that ends the last turn
-    marks = set(tokenizer.all_special_ids)
+    marks = {tokenizer.eos_token_id, *tokenizer.added_tokens_decoder}
     text = [int(i) for i, is_learned in zip(ours, files.learned, strict=True) if is_learned and i not in marks]
     assert "".join(tokenizer.convert_ids_to_tokens(text)).replace("▁", "") == "7Awa"
 
@@ -268,10 +278,11 @@ def test_the_cache_knows_templates_and_chat_template(tmp_path):
 # --- chat templates ---
 
 
-def test_the_assistant_alone_is_learned_in_every_turn(tmp_path):
+@pytest.mark.parametrize("named", [True, False])
+def test_the_assistant_alone_is_learned_in_every_turn(tmp_path, named):
     conversation = [turn("system", "s"), turn("user", "u"), turn("assistant", "one"), turn("user", "v"),
                     turn("assistant", "two"), turn("user", "unanswered")]  # fmt: skip
-    files, tokenizer = prepared(tmp_path, [{"messages": conversation}], CHAT, chat_tokenizer())
+    files, tokenizer = prepared(tmp_path, [{"messages": conversation}], CHAT, chat_tokenizer(named=named))
     ids, learned = files.tokens, files.learned.astype(bool)
     assert tokenizer.decode(ids.tolist()) == (
         "<|system|>s<|end|>\n<|user|>u<|end|>\n<|assistant|>one<|end|>\n<|user|>v<|end|>\n<|assistant|>two<|end|>"

@@ -123,6 +123,15 @@ def test_generation_ends_where_the_tokenizer_says(salt, tmp_path):
         assert (generation.eos_token_id, generation.pad_token_id) == expected  # this tokenizer has no pad token
 
 
+def test_a_chats_marks_go_on_to_end_a_generation(salt, tmp_path):
+    """A config that names several, the tokenizer's EOS among them; what its weights were packed by is gone."""
+    checkpoint = torch.load(checkpoints(salt)[-1], weights_only=True)
+    checkpoint["hyper_parameters"]["student"]["config"] |= {"eos_token_id": [0, 7]}
+    torch.save(checkpoint, tmp_path / "x.ckpt")
+    export(tmp_path / "x.ckpt", tmp_path / "out", tokenizer=str(salt / "tokenizer"))
+    assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == [0, 7]
+
+
 def test_the_verb_exports_any_checkpoint(salt, tmp_path, capsys):
     middle = checkpoints(salt)[1]
     assert middle.name == "step-00000006.ckpt"

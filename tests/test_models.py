@@ -17,7 +17,7 @@ from salt_lightning.data import SALTDataModule
 from salt_lightning.errors import ConfigError
 from salt_lightning.losses import salt_loss
 from salt_lightning.models import CausalLM, build_fresh, check_path, load_pretrained
-from salt_lightning.spec import ModelSpec, as_config_error, fresh_config
+from salt_lightning.spec import ModelSpec, as_config_error, fresh_config, resolved
 
 IDS = torch.tensor([[5, 9, 3, 60, 7, 7, 22, 1, 30, 2], [4, 4, 8, 1, 9, 12, 33, 2, 0, 6]])
 POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 5, 6, 0, 1, 2]])
@@ -368,6 +368,13 @@ def test_a_rope_that_depends_on_the_neighbours_is_told(recwarn):
         said = [str(w.message) for w in recwarn if "longrope" in str(w.message)]
         assert len(said) == (block_size > 8), said
     assert "one of its documents is longer than 8 tokens" in said[0]
+
+
+def test_a_checkpoint_does_not_say_that_its_weights_are_quantized():
+    """A folder of quantized weights is trained in full precision."""
+    config = tiny("llama").model.config
+    config.quantization_config = {"quant_method": "fp8"}
+    assert "quantization_config" not in resolved(ModelSpec(path="x"), config).config
 
 
 def test_the_attention_asked_for_is_the_one_used(teacher, tmp_path):

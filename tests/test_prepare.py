@@ -537,6 +537,19 @@ def test_trained_tokenizer_is_a_folder_for_transformers(tmp_path):
     assert tokenizer_fingerprint(tokenizer) != tokenizer_fingerprint(byte_tokenizer())
 
 
+def test_words_keep_their_vowel_signs_and_text_its_bytes(tmp_path):
+    """GPT-2's rule, which cuts at each sign, makes seven tokens or more of the second word, however often it occurs."""
+    words = ["हिन्दी", "विद्यालय", "กรุงเทพ", "မြန်မာ", "it's", "e\u0301te\u0301"]
+    text = " ".join(words)
+    rows = [json.dumps({"text": f"{text} {i}\r\n\t x₂  {text}"}) for i in range(50)]
+    (tmp_path / "x.jsonl").write_text("\n".join(rows))
+    corpus = corpus_of(tmp_path / "x.jsonl")
+    tokenizer = load_tokenizer(str(prepare_tokenizer(corpus, 800, 0.0, tmp_path / "cache")))
+    assert [len(tokenizer.encode(f" {word}", add_special_tokens=False)) for word in words] == [1, 1, 1, 1, 2, 1]
+    odd = f"{text}\n\n  a\u0301b 12३ \u0000🙂‍↕️ '\u0301 {text} "
+    assert tokenizer.decode(tokenizer.encode(odd, add_special_tokens=False)) == odd
+
+
 def test_tokenizer_does_not_read_validation_documents(tmp_path):
     marked = [f"zq{i} " * 30 for i in range(40)]
     val = [text for text in marked if lots(utf8(text))[0] < 0.3]

@@ -6,15 +6,17 @@ import json
 import lzma
 import os
 import re
+import string
 import sys
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import write_corpus
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from salt_lightning.data import SALTDataModule
@@ -247,8 +249,9 @@ def words_of(path) -> dict[str, int]:
 
 def ready(path, tokenizer, tmp_path, **settings) -> SALTDataModule:
     tokenizer.save_pretrained(tmp_path / "tokenizer")
+    source = path if isinstance(path, list) else str(path)
     data = SALTDataModule(
-        str(path), tokenizer=str(tmp_path / "tokenizer"), block_size=32, global_batch_size=8, val_fraction=0.1,
+        source, tokenizer=str(tmp_path / "tokenizer"), block_size=32, global_batch_size=8, val_fraction=0.1,
         cache_dir=str(tmp_path / "cache"), prepare_workers=1, **settings,
     )  # fmt: skip
     data.prepare_data()
@@ -283,6 +286,68 @@ def test_a_tokenizer_that_drops_text_is_found_out(tmp_path):
     assert found.about == "lost text"
     kept = int(re.match(r"the tokens of the held-out text decode to (\d\d)% of its bytes", found.said)[1])
     assert kept < 50  # letters from a to h; spaces put between them would make it 75
+
+
+def english(**special) -> PreTrainedTokenizerFast:
+    """Letters and words of English alone; what else there is becomes <unk>, a whole run of it one."""
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(["<unk>", "<eos>", *string.printable])}, [],
+                                     unk_token=special.get("unk_token", "<unk>"), fuse_unk=True))  # fmt: skip
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{"eos_token": "<eos>", "unk_token": "<unk>"} | special)
+
+
+def write_texts(path, *texts: str) -> str:
+    path.write_text("".join(json.dumps({"text": f"{text} {i}"}) + "\n" for i in range(60) for text in texts))
+    return str(path)
+
+
+CHINESE = "狐狸跳过了懒狗" * 40
+
+
+def test_unknown_text_is_found_in_any_source_and_at_any_place(tmp_path):
+    """English comes first, and more of it than a sample holds."""
+    files = [
+        write_texts(tmp_path / "en.jsonl", "the quick brown fox " * 2000),
+        write_texts(tmp_path / "zh.jsonl", CHINESE),
+    ]
+    (found,) = ready(files, english(), tmp_path).doubts()
+    assert found.about == "unknown tokens"
+    assert re.match(r"9\d\.\d% of the held-out text of zh is unknown to --data.tokenizer", found.said)
+
+
+def test_unknown_text_is_weighed_by_its_bytes(tmp_path):
+    """Of the tokens one in 2,000 is unknown, of the bytes about a third: it stands for a whole run."""
+    data = ready(write_texts(tmp_path / "x.jsonl", "the quick brown fox " * 100 + CHINESE), english(), tmp_path)
+    assert np.mean(data.held_out_files.tokens == 0) < 0.001
+    (found,) = data.doubts()
+    share = len(CHINESE.encode()) / (len(CHINESE.encode()) + 2000)
+    assert float(re.match(r"(\d\d\.\d)% of the held-out text is unknown", found.said)[1]) == pytest.approx(
+        100 * share, abs=0.5
+    )
+
+
+def test_an_unknown_token_that_is_eos_too_is_found_out(tmp_path):
+    tokenizer = english(unk_token="<eos>")
+    (found,) = ready(write_texts(tmp_path / "x.jsonl", "a fox " + CHINESE), tokenizer, tmp_path).doubts()
+    assert found.about == "unknown tokens"
+
+
+def test_letters_that_a_tokenizer_changes_are_told(tmp_path):
+    """As BERT's uncased: as many bytes or nearly, so no text is lost."""
+    tokenizer = english()
+    tokenizer.backend_tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    (found,) = ready(write_texts(tmp_path / "x.jsonl", "The Quick Brown Fox"), tokenizer, tmp_path).doubts()
+    assert (found.level, found.about) == ("note", "changed text")
+    assert "'Paris' becomes 'paris', 'été' becomes 'ete'" in found.said
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFD()
+    assert ready(write_texts(tmp_path / "x.jsonl", "The Quick Brown Fox"), tokenizer, tmp_path).doubts() == []
+
+
+def test_a_source_that_no_validation_figure_watches_is_told(tmp_path):
+    rare = next(t for t in map(str, range(99)) if lots(t.encode())[0] >= 0.1)
+    (tmp_path / "rare.jsonl").write_text(json.dumps({"text": rare}))
+    files = [write_texts(tmp_path / "much.jsonl", "the quick brown fox"), str(tmp_path / "rare.jsonl")]
+    (found,) = ready(files, english(), tmp_path).doubts()
+    assert (found.level, found.said) == ("note", "no document of rare is held out, so there is no val/ce of it")
 
 
 @pytest.mark.parametrize("held_out", [True, False])
