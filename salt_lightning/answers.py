@@ -236,11 +236,22 @@ def extracted(text: str, pattern: re.Pattern[str] | None) -> str:
     return (matches[-1][min(1, matches[-1].re.groups)] or "") if matches else text
 
 
+_FULL_STOPS = ".\u3002\uff61\u0964\u06d4\u0589\u1362"  # of CJK, Devanagari, Urdu, Armenian, Ethiopic
+_GROUPED = re.compile(r"(?<=\d)[,\u066c\xa0\u202f\u2009](?=(?:\d{2,3}[,\u066c\xa0\u202f\u2009])*\d{3}(?!\d))")
+
+
 def normalized(text: str) -> str:
-    """What two answers are compared by: NFKC, case folded, spaces single, 1,000 as 1000, no full stop at the end."""
+    """What two answers are compared by: NFKC (5² as 5^2), case folded, spaces single, digits of any script as 0 to 9.
+
+    1,000 is 1000, also as 1,00,000 and by a no-break space; left out are a full stop at the end, in several scripts,
+    and invisible marks of direction and joining.
+    """
+    text = "".join(c for c in text if unicodedata.category(c) != "Cf")
+    text = "".join(f"^{c}" if unicodedata.decomposition(c).startswith("<super>") else c for c in text)
+    text = _GROUPED.sub("", text)
     text = unicodedata.normalize("NFKC", text).casefold()
-    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
-    return " ".join(text.split()).removesuffix(".").rstrip()
+    text = "".join(str(unicodedata.decimal(c)) if unicodedata.category(c) == "Nd" else c for c in text)
+    return " ".join(text.split()).rstrip(_FULL_STOPS).rstrip()
 
 
 def wilson(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
