@@ -23,10 +23,10 @@ from typing import IO, Any
 import datasets
 import pyarrow.parquet as pq
 
-from salt_lightning.errors import ConfigError, first_line, one_line
+from salt_lightning.errors import ConfigError, first_line
 from salt_lightning.examples import Examples
 from salt_lightning.packed import unpacked
-from salt_lightning.sources import Group
+from salt_lightning.sources import Group, hub_error
 
 _RAW_CHARS = 1 << 19  # text per task of a worker: long enough to hide the pickling, short enough for even progress
 _MAX_BYTES = 1 << 30  # of a document in a file
@@ -207,7 +207,7 @@ def _read_hub(group: Group, corpus: Corpus) -> Iterator[Raw]:
         raise
     except Exception as error:
         raise ConfigError(
-            f"{corpus.setting}: cannot read {group.hub_name}: {one_line(error)}; "
+            f"{corpus.setting}: cannot read {group.hub_name}: {hub_error(error)}; "
             "it is no local file, folder or glob match either"
         ) from error
 

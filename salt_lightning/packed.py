@@ -9,7 +9,7 @@ from contextlib import suppress
 from importlib import import_module
 from typing import IO, Any
 
-SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
+SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".zstd")
 _READ = 1 << 17  # bytes at once
 
 
@@ -22,7 +22,7 @@ def unpacked(disk: IO[bytes], suffix: str) -> IO[bytes]:
     """
     if suffix == ".gz":
         return gzip.GzipFile(fileobj=disk, mode="rb")  # type: ignore[return-value]
-    if suffix == ".zst":
+    if suffix.startswith(".zst"):
         return _zstd().open(disk, "rb")
     begin: dict[str, Callable[[], Any]] = {".bz2": bz2.BZ2Decompressor, ".xz": lzma.LZMADecompressor}
     return io.BufferedReader(_Streams(disk, begin[suffix]), _READ) if suffix in begin else disk

@@ -68,7 +68,8 @@ def resolve(setting: str, entries: list[str], hub: Hub) -> tuple[Group, ...]:
     times = Counter(map(_identity, files))
     if again := next((file for file in files if times[_identity(file)] > 1), None):
         repeated = sum(count > 1 for count in times.values())
-        _say_once(f"{setting}: {repeated} of the files are read more than once ({again} for one)")
+        said = f"{setting}: {repeated} of the files are read more than once ({again} for one)"
+        _say_once(f"{said}, and so is what is held out of them")
     if tables := [file for file in files if _suffix(file) in _TABLES]:
         _say_once(f"{setting}: {len(tables)} tables are read as plain text, each one document ({tables[0]} for one)")
     return tuple(groups)
@@ -160,7 +161,7 @@ def _folder_files(setting: str, folder: str, hub: Hub, split_setting: str = "--d
     try:
         splits: dict = datasets.load_dataset_builder(folder, hub.subset).config.data_files or {}
     except Exception as error:
-        raise ConfigError(f"{setting}: cannot read the folder {folder!r}: {one_line(error)}") from error
+        raise ConfigError(f"{setting}: cannot read the folder {folder!r}: {hub_error(error)}") from error
     if hub.split not in splits:
         raise ConfigError(
             f"{split_setting}: no {hub.split!r} in {folder!r}; there are: {', '.join(map(str, splits))} (by the "
@@ -186,6 +187,12 @@ def _folder_files(setting: str, folder: str, hub: Hub, split_setting: str = "--d
             f"{few(os.path.relpath(file, folder) for file in left)}"
         )
     return read
+
+
+def hub_error(error: Exception) -> str:
+    """What `datasets` says, in one line and in terms of our settings."""
+    said, _, example = one_line(error).partition(" Example of usage")
+    return f"{said}: --data.subset NAME" if example else said
 
 
 _say_once = cache(rank_zero_info)

@@ -30,7 +30,7 @@ if sys.version_info >= (3, 14):
 else:
     from backports import zstd
 
-PACK = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zstd.compress}
+PACK = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zstd.compress, "zstd": zstd.compress}
 
 
 def lines(*numbers: int) -> bytes:
@@ -237,6 +237,18 @@ def test_thousands_of_files_are_looked_for_once(tmp_path, monkeypatch):
     data.prepare_data()
     data.setup("fit")
     assert data.num_train_rows > rows  # of a second fit, to which more has come
+
+
+def test_a_folder_of_several_subsets_asks_for_one(tmp_path):
+    """By the card of a hub data set."""
+    for name in ("zh", "th"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.jsonl").write_bytes(lines(*range(3)))
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}/*.jsonl\n" for name in ("zh", "th"))
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    with pytest.raises(ConfigError, match=r"available configs: \['zh', 'th'\]: --data.subset NAME$"):
+        read(tmp_path)
+    assert read(tmp_path, hub=Hub(subset="th")) == texts(lines(*range(3)))
 
 
 # --- tokenizers that do not fit the text ---
