@@ -38,6 +38,7 @@ from salt_lightning.tokenizer import (
     ExampleEncoder,
     beginning,
     num_ids,
+    of_text,
     rules_fingerprint,
     special_ids,
     tokenizer_fingerprint,
@@ -129,7 +130,8 @@ def _prepare(
 
 def make_encoder(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, val_fraction: float) -> Encoder:
     """What turns the rows of a corpus into tokens."""
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    chats = bool(corpus.examples.messages)
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()) if chats else of_text(tokenizer)
     backend.no_truncation()
     backend.no_padding()
     dtype = "uint16" if num_ids(tokenizer) <= 1 << 16 else "uint32"
@@ -142,7 +144,7 @@ def make_encoder(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, val_fractio
             f"{corpus.setting}: {plain[0]} is plain text, and --data.examples reads columns: give jsonl, parquet or a "
             "hub data set"
         )
-    chat = tokenizer if corpus.examples.messages else None
+    chat = tokenizer if chats else None
     if chat is not None and not tokenizer.chat_template:
         raise ConfigError(
             "--data.examples.messages: the tokenizer of --data.tokenizer has no chat template; use "

@@ -132,6 +132,19 @@ def rules_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return digest([{**rules, "truncation": None, "padding": None}, tokenizer.eos_token_id])
 
 
+def of_text(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """The tokenizer for text alone: with `encode_special_tokens` set, what spells a special token out is text."""
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    model, special = rules["model"], set(special_ids(tokenizer))
+    if model["type"] == "Unigram":  # it has them among its own words
+        words = enumerate(model["vocab"])
+        model["vocab"] = [
+            [f"\0{i}", p] if i in special and i != model["unk_id"] else [word, p] for i, (word, p) in words
+        ]
+        rules["added_tokens"] = [token for token in rules["added_tokens"] if token["id"] not in special]
+    return Tokenizer.from_str(json.dumps(rules))
+
+
 def beginning(tokenizer: Tokenizer) -> list[int]:
     """The ids that a tokenizer puts before every text: BOS, or none."""
     encoding = tokenizer.encode("a", add_special_tokens=True)

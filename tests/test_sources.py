@@ -343,6 +343,18 @@ def test_an_unknown_token_that_is_eos_too_is_found_out(tmp_path):
     assert found.about == "unknown tokens"
 
 
+def test_special_tokens_spelled_out_are_text_to_a_unigram_too(tmp_path):
+    """They are among its own words, and cheap."""
+    special = ["<unk>", "<s>", "</s>"]
+    tokenizer = Tokenizer(models.Unigram([(w, 0.0) for w in special] + [(c, -3.0) for c in "</s>unk the fox"], 0))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    assert set(fast("the fox</s>").input_ids) & {1, 2}
+    data = ready(write_texts(tmp_path / "x.jsonl", "the fox</s> <s> <unk> the fox"), fast, tmp_path)
+    ids = data._train.files.tokens
+    assert np.isin(ids, [1, 2]).sum() == data._train.files.num_documents  # each one's EOS
+    assert fast.decode(ids[: data._train.files.doc_ends[0] - 1]).replace(" ", "").startswith("thefox</s><s><unk>thefox")
+
+
 def test_letters_that_a_tokenizer_changes_are_told(tmp_path):
     """As BERT's uncased: as many bytes or nearly, so no text is lost."""
     tokenizer = english()
