@@ -370,7 +370,7 @@ def test_the_control_without_kd_reads_the_same_rows(fit_with, ds, tmp_path):
             {"data.block_size": 16},
             "--data.selection .* holds scores that do not fit --data.block_size; score this data",
         ),
-        ({"data.val_fraction": 0.3}, "do not fit --data.source"),
+        ({"data.val_fraction": 0.3, "kd.weight": 0.0}, "do not fit --data.source"),
         ({"data.vocab_size": 290}, "do not fit --data.source .* and --data.tokenizer"),
         ({"data.keep.fraction": 1.5}, "--data.keep.fraction 1.5 must lie above 0 and at most at 1"),
         ({"data.selection": "/nowhere"}, "--data.selection: /nowhere/scores.json does not exist; give the folder"),
