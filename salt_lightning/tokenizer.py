@@ -67,7 +67,7 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return sorted({*tokenizer.all_special_ids, *marks})
 
 
-_SAMPLE_DOCUMENTS, _SAMPLE_TOKENS = 32, 1 << 19  # of a source; in all
+_SAMPLE_TOKENS = 1 << 19  # in all
 
 
 def beginnings(files: TokenFiles) -> Iterator[tuple[str, np.ndarray]]:
@@ -75,26 +75,33 @@ def beginnings(files: TokenFiles) -> Iterator[tuple[str, np.ndarray]]:
     ends, names = files.doc_ends, files.manifest["sources"]
     starts, by_source = np.append(0, ends[:-1]), np.argsort(files.doc_sources, kind="stable")
     borders = np.searchsorted(files.doc_sources[by_source], np.arange(len(names) + 1))
-    each = max(64, _SAMPLE_TOKENS // _SAMPLE_DOCUMENTS // max(1, len(names)))
+    documents = min(32, max(1, _SAMPLE_TOKENS // 64 // max(1, len(names))))  # of a source
+    each = max(64, _SAMPLE_TOKENS // documents // max(1, len(names)))
     for name, first, last in zip(names, borders[:-1], borders[1:], strict=True):
-        chosen = by_source[first : last : -(-(last - first) // _SAMPLE_DOCUMENTS) or 1]
+        chosen = by_source[first : last : -(-(last - first) // documents) or 1]
         if len(chosen):
             spans = zip(starts[chosen], np.minimum(ends[chosen], starts[chosen] + each), strict=True)
             yield name, np.concatenate([np.arange(start, end) for start, end in spans])
 
 
 def kept_text(tokenizer: PreTrainedTokenizerBase, files: TokenFiles) -> list[tuple[str, float, float]]:
-    """Of each source of held-out text its name, `unknown_share` and `decoded_share`, by the beginnings of documents."""
-    found = [(name, files.tokens[at], files.token_bytes[at]) for name, at in beginnings(files)]
-    return [(name, unknown_share(tokenizer, *text), decoded_share(tokenizer, *text)) for name, *text in found]
+    """By the beginnings of held-out documents: each source, the share of its bytes that the tokenizer has no token for,
+    and the share that its tokens decode to."""
+    unknown, found = unknown_ids(tokenizer), []
+    for name, at in beginnings(files):
+        tokens, counts = files.tokens[at], files.token_bytes[at]
+        there = max(1, int(counts.sum()))
+        # Bytes, since one unknown token may be a sentence. EOS may be the same token, and stands for no byte.
+        no_token = int(counts[np.isin(tokens, unknown)].sum())
+        found.append((name, no_token / there, len(utf8(decode(tokenizer, tokens.tolist()))) / there))
+    return found
 
 
-def unknown_share(tokenizer: PreTrainedTokenizerBase, tokens: np.ndarray, token_bytes: np.ndarray) -> float:
-    """Share of a text's bytes that the tokenizer has no token for. (By tokens it would hide: one may be a sentence.)"""
+def unknown_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Those that stand for what the tokenizer does not know, by its own word and by its model's."""
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    unknown = {tokenizer.unk_token_id, tokenizer.get_vocab().get(model.get("unk_token")), model.get("unk_id")} - {None}
-    # EOS, which may be the same token, ends a document and stands for no byte of it
-    return float(token_bytes[np.isin(tokens, list(unknown))].sum() / max(1, token_bytes.sum()))
+    by_name = tokenizer.get_vocab().get(model.get("unk_token"))
+    return sorted({tokenizer.unk_token_id, by_name, model.get("unk_id")} - {None})
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
@@ -104,11 +111,6 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     if backend.decoder is None and type(backend.model).__name__ in ("BPE", "Unigram"):  # it would put spaces between
         return "".join(str(backend.id_to_token(i)) for i in ids)
     return str(backend.decode(ids))
-
-
-def decoded_share(tokenizer: PreTrainedTokenizerBase, tokens: np.ndarray, token_bytes: np.ndarray) -> float:
-    """Bytes that tokens decode to, over the bytes of the text that they were made of."""
-    return len(utf8(decode(tokenizer, tokens.tolist()))) / max(1, int(token_bytes.sum()))
 
 
 # A capital, accents, vowel signs of Devanagari and Thai, Arabic's, a wide character.
