@@ -236,8 +236,10 @@ def extracted(text: str, pattern: re.Pattern[str] | None) -> str:
     return (matches[-1][min(1, matches[-1].re.groups)] or "") if matches else text
 
 
-_FULL_STOPS = ".\u3002\uff61\u0964\u06d4\u0589\u1362"  # of CJK, Devanagari, Urdu, Armenian, Ethiopic
-_GROUPED = re.compile(r"(?<=\d)[,\u066c\xa0\u202f\u2009](?=(?:\d{2,3}[,\u066c\xa0\u202f\u2009])*\d{3}(?!\d))")
+_FULL_STOPS = tuple(".\u3002\u0964\u06d4\u0589\u1362")  # also of CJK, Devanagari, Urdu, Armenian, Ethiopic
+_BETWEEN = "[,\uff0c\u066c\xa0\u202f\u2009]"  # groups of digits
+_GROUPED = re.compile(rf"(?<=\d){_BETWEEN}(?=(?:\d{{2,3}}{_BETWEEN})*\d{{3}}(?!\d))")
+_POWER = re.compile("[\u2070\xb9\xb2\xb3\u2074-\u207b]+")  # superscript digits and signs
 
 
 def normalized(text: str) -> str:
@@ -247,11 +249,11 @@ def normalized(text: str) -> str:
     and invisible marks of direction and joining.
     """
     text = "".join(c for c in text if unicodedata.category(c) != "Cf")
-    text = "".join(f"^{c}" if unicodedata.decomposition(c).startswith("<super>") else c for c in text)
-    text = _GROUPED.sub("", text)
-    text = unicodedata.normalize("NFKC", text).casefold()
+    text = _POWER.sub(lambda power: "^" + power[0], _GROUPED.sub("", text))
+    text = unicodedata.normalize("NFKC", text).casefold().replace("\u2212", "-")
     text = "".join(str(unicodedata.decimal(c)) if unicodedata.category(c) == "Nd" else c for c in text)
-    return " ".join(text.split()).rstrip(_FULL_STOPS).rstrip()
+    text = " ".join(text.split())
+    return text[: -1 if text.endswith(_FULL_STOPS) else None].rstrip()
 
 
 def wilson(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:

@@ -180,14 +180,18 @@ class SALTDataModule(LightningDataModule):
         for setting in ("source", "val_source", "test_source"):
             if getattr(self, setting):
                 corpus, fraction = self._corpus(setting)
-                if setting == "source":
-                    if self.tokenizer_name == "train":
-                        prepare_tokenizer(corpus, self.trained_vocab_size, fraction, self.cache_dir)
-                    # tokenizing may take hours: what its models mean by a token id is asked before
-                    getattr(getattr(self.trainer, "lightning_module", None), "check_token_ids", lambda: None)()
-                prepare_tokens(corpus, self.tokenizer, fraction, self.cache_dir, self.prepare_workers)
+                if setting == "source" and self.tokenizer_name == "train":
+                    prepare_tokenizer(corpus, self.trained_vocab_size, fraction, self.cache_dir)
+                workers = self.prepare_workers
+                prepare_tokens(corpus, self.tokenizer, fraction, self.cache_dir, workers, self._check_models)
         if scores is not None:
             row_scores(scores, self.keep.k, self.keep.masked)
+
+    def _check_models(self) -> None:
+        """Tokenizing may take hours: what the run's models mean by a token id is asked before."""
+        module: Any = getattr(self.trainer, "lightning_module", None)
+        if hasattr(module, "check_token_ids"):
+            module.check_token_ids()
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -215,13 +219,13 @@ class SALTDataModule(LightningDataModule):
             trained = trained or list(self.val_source)
         unread = preflight.unread_text(kept_text(self.tokenizer, files))
         found = [unread or preflight.changed_text(changed_words(self.tokenizer)), preflight.seen_in_training(trained)]
-        if self._train is not None and not self.val_source:
+        if self._train is not None and self.held_out_by == "source":
             longest = int(np.diff(files.doc_ends, prepend=0).max(initial=0))
             sizes = (files.num_tokens, longest, self.num_train_tokens)
             found.append(preflight.large_share(*sizes, self.val_fraction))
             names, trained_on = files.manifest["sources"], self._train.files.doc_sources
-            some = trained_on[:: 1 + (len(trained_on) >> 20)]  # all are many pages of the disk to read
-            found.append(preflight.unwatched([names[i] for i in np.setdiff1d(some, files.doc_sources)]))
+            if len(trained_on) < 1 << 24:  # of more it takes time
+                found.append(preflight.unwatched([names[i] for i in np.setdiff1d(trained_on, files.doc_sources)]))
         return [finding for finding in found if finding]
 
     @property

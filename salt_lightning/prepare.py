@@ -10,7 +10,7 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -43,6 +43,7 @@ from salt_lightning.tokenizer import (
     special_ids,
     tokenizer_fingerprint,
     train_tokenizer,
+    unknown_ids,
 )
 
 MAX_SOURCES = 1000
@@ -70,15 +71,20 @@ def prepare_tokenizer(corpus: Corpus, vocab_size: int, val_fraction: float, cach
 
 def token_folder(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, val_fraction: float, cache_dir: Path) -> Path:
     """Where a corpus is kept as tokens: named by a fingerprint of all that determines them."""
-    chat = [tokenizer.chat_template, special_ids(tokenizer)] if corpus.examples.messages else None
+    chat = tokenizer.chat_template if corpus.examples.messages else None
     rules, begins = rules_fingerprint(tokenizer), beginning(tokenizer.backend_tokenizer)
     return cache_dir / digest([FORMAT, corpus.inputs(), rules, val_fraction, chat, begins])
 
 
 def prepare_tokens(
-    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, val_fraction: float, cache_dir: Path, workers: int = 0
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerBase,
+    val_fraction: float,
+    cache_dir: Path,
+    workers: int = 0,
+    first: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Tokenize a corpus in several processes unless the cache has it; its folder.
+    """Tokenize a corpus in several processes unless the cache has it, after `first`; its folder.
 
     A document goes to `val` if the hash of its text is below `val_fraction` (0: all to train, 1: all to val).
     Killed at any time and started again it goes on, and the files are those of a preparation that was never stopped.
@@ -90,6 +96,7 @@ def prepare_tokens(
     """
     folder = token_folder(corpus, tokenizer, val_fraction, cache_dir)
     if not folder.exists():
+        first()
         _prepare(folder, corpus, tokenizer, val_fraction, workers)
     skipped = Skipped(**TokenFiles(folder, "train").manifest.get("skipped", {}))
     if skipped.lines:
@@ -150,7 +157,9 @@ def make_encoder(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, val_fractio
             "--data.examples.messages: the tokenizer of --data.tokenizer has no chat template; use "
             "--data.examples.prompt and --data.examples.response, or a tokenizer that has one"
         )
-    return ExampleEncoder(backend, eos_id, dtype, corpus, val_fraction, chat, special_ids(tokenizer))
+    unknown = set(unknown_ids(tokenizer)) - {eos_id}  # which stands for text
+    marks = sorted(set(special_ids(tokenizer)) - unknown)
+    return ExampleEncoder(backend, eos_id, dtype, corpus, val_fraction, chat, marks)
 
 
 def _check_unchanged(corpus: Corpus, stamps: dict[str, Any]) -> None:

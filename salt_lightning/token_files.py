@@ -29,7 +29,7 @@ import numpy as np
 
 from salt_lightning.errors import ConfigError
 
-FORMAT = 3
+FORMAT = 4
 SPLITS = ("train", "val")
 _PAGE_BYTES, _NUM_PAGES = 1 << 16, 16
 

@@ -1,15 +1,17 @@
 """Do a pretrained model and the data mean the same by every token id?"""
 
 import json
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedConfig
 from transformers.utils import cached_file
 
-from salt_lightning.errors import ConfigError
+from salt_lightning.errors import ConfigError, raised, refuse
 from salt_lightning.models import read_checkpoint, read_config
 from salt_lightning.schedule import kd_callbacks
 from salt_lightning.spec import ModelSpec, as_config_error, check_positions
@@ -20,10 +22,10 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.tx
 _QUIET = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
 
 
-def check_fit(spec: ModelSpec, name: str, data: Any) -> tuple[bool, str]:
+def check_fit(spec: ModelSpec, name: str, data: Any, config: PreTrainedConfig | None = None) -> tuple[bool, str]:
     """Whether the pretrained model at `spec.path` is known to mean the same token ids as the data, and how.
 
-    Its weights are not read. `data`: vocab_size, block_size, tokenizer, tokenizer_fingerprint, as of SALTDataModule.
+    Its weights are not read, and its `config` only where that is not given. `data`: a SALTDataModule.
 
     The tokenizer of a checkpoint is known by its fingerprint, that of a folder or hub name by the files beside the
     model. Compared are the ids that the text can contain: all but special tokens, of which BOS and EOS are written.
@@ -31,7 +33,7 @@ def check_fit(spec: ModelSpec, name: str, data: Any) -> tuple[bool, str]:
     Raises:
         ConfigError: it cannot read the data's rows, or means other ids; the first of these are shown.
     """
-    config = read_config(spec, name)
+    config = config or read_config(spec, name)
     check_positions(config, f"--model.{name}.path {spec.path}: its max_position_embeddings", data)
     config = config.get_text_config()
     if config.vocab_size < data.vocab_size:
@@ -80,22 +82,16 @@ def tell_fit(spec: ModelSpec, name: str, data: Any) -> None:
 
 
 def check_models(trainer: Any, student: ModelSpec, teacher: ModelSpec) -> None:
-    """`check_fit` of the models that this run will load, before they are."""
+    """`check_fit` of all models that this run will load, before they are. What cannot be read is refused then."""
     fits, predicts = (trainer.state.fn == fn for fn in (TrainerFn.FITTING, TrainerFn.PREDICTING))
-    # where a resumed run goes on in phase 2 the teacher may be gone
-    taught = fits and not trainer.ckpt_path and any(kd.schedule.weight > 0 for kd in kd_callbacks(trainer))
-    for spec, name, loaded in ((student, "student", fits), (teacher, "teacher", taught or predicts)):
-        if loaded and spec.path is not None and _is_there(spec, name):
-            check_fit(spec, name, trainer.datamodule)
-
-
-def _is_there(spec: ModelSpec, name: str) -> bool:
-    """What cannot be read is refused where it is loaded."""
-    try:
-        read_config(spec, name)
-    except ConfigError:
-        return False
-    return True
+    starts = not trainer.ckpt_path  # where a resumed run goes on in phase 2 the teacher may be gone
+    taught = predicts or (fits and starts and any(kd.schedule.weight > 0 for kd in kd_callbacks(trainer)))
+    looks = []
+    for spec, name, loaded in ((student, "student", fits or (starts and not predicts)), (teacher, "teacher", taught)):
+        if loaded and spec.path is not None:
+            with suppress(ConfigError):
+                looks.append(partial(check_fit, spec, name, trainer.datamodule, read_config(spec, name)))
+    refuse(raised(looks))
 
 
 def emitted_ids(tokenizer: Any, chats: bool = False) -> dict[int, str]:
@@ -108,7 +104,11 @@ def emitted_ids(tokenizer: Any, chats: bool = False) -> dict[int, str]:
 
 
 def _rules(tokenizer: Any) -> list[Any]:
-    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    """What decides how a text is cut, special tokens aside, which other models may have under other names."""
+    rules, special = json.loads(tokenizer.backend_tokenizer.to_str()), set(special_ids(tokenizer))
+    vocab = rules["model"]["vocab"]
+    words = vocab.items() if isinstance(vocab, dict) else ((tuple(word), i) for i, word in enumerate(vocab))
+    rules["model"]["vocab"] = {word: i for word, i in words if i not in special}
     return [rules[part] for part in ("normalizer", "pre_tokenizer", "model")]
 
 

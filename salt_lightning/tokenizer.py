@@ -119,11 +119,11 @@ _WORDS = ("Paris", "été", "में", "ที่", "عربيّ", "東京")
 
 def changed_words(tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
     """Words that a tokenizer has tokens for and makes others of, with these; how Unicode writes them aside."""
-    changed = []
-    for word in _WORDS:
+    changed, foreign = [], {*special_ids(tokenizer), *unknown_ids(tokenizer)}
+    for word in _WORDS if tokenizer.backend_tokenizer.decoder is not None else ():  # how else would it read?
         ids = tokenizer.backend_tokenizer.encode(word, add_special_tokens=False).ids
         back = unicodedata.normalize("NFC", "".join(decode(tokenizer, ids).split()))
-        if not set(ids) & set(special_ids(tokenizer)) and back != unicodedata.normalize("NFC", word):
+        if not set(ids) & foreign and back != unicodedata.normalize("NFC", word):
             changed.append((word, back))
     return changed
 
@@ -135,16 +135,20 @@ def rules_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def of_text(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    """The tokenizer for text alone: with `encode_special_tokens` set, what spells a special token out is text."""
-    rules = json.loads(tokenizer.backend_tokenizer.to_str())
-    model, special = rules["model"], set(special_ids(tokenizer))
-    if model["type"] == "Unigram":  # it has them among its own words
-        words = enumerate(model["vocab"])
-        model["vocab"] = [
-            [f"\0{i}", p] if i in special and i != model["unk_id"] else [word, p] for i, (word, p) in words
-        ]
-        rules["added_tokens"] = [token for token in rules["added_tokens"] if token["id"] not in special]
+    """A tokenizer for text alone: with `encode_special_tokens` set, what spells a special token out is text."""
+    told = tokenizer.backend_tokenizer.to_str()
+    if type(tokenizer.backend_tokenizer.model).__name__ != "Unigram":  # which has them among its own words
+        return Tokenizer.from_str(told)
+    rules, special = json.loads(told), set(special_ids(tokenizer))
+    words = enumerate(rules["model"]["vocab"])
+    rules["model"]["vocab"] = [[_NO_TEXT.format(i) if i in special else word, p] for i, (word, p) in words]
+    for token in rules["added_tokens"]:  # all of them, or the others would get other ids
+        if token["id"] in special:
+            token["content"] = _NO_TEXT.format(token["id"])
     return Tokenizer.from_str(json.dumps(rules))
+
+
+_NO_TEXT = "\ufffe{}\uffff"  # of what Unicode keeps out of texts
 
 
 def beginning(tokenizer: Tokenizer) -> list[int]:
@@ -284,7 +288,7 @@ class ExampleEncoder(Encoder):
     """
 
     chat: PreTrainedTokenizerBase | None  # writes its template; None: plain text
-    special_ids: list[int]  # of a chat template's marks: no text, so no bytes
+    marks: list[int]  # of a chat template, and EOS: no text, so no bytes
 
     def _plain(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
@@ -293,7 +297,7 @@ class ExampleEncoder(Encoder):
     def _continued(self, text: str, before: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
         """The same where `before` stands before it: behind the like, whose ids are cut off again."""
         if self._begins_with_a_space:
-            is_mark = self.chat is not None and before[-1] in self.special_ids
+            is_mark = self.chat is not None and before[-1] in self.marks
             anchor = str(self.tokenizer.id_to_token(before[-1])) if is_mark else _ANCHOR
             cut, (ids, offsets) = self._plain(anchor)[0], self._plain(anchor + text)
             if ids[: len(cut)] == cut:
@@ -344,7 +348,7 @@ class ExampleEncoder(Encoder):
         if ids[-1:] != [self.eos_id]:  # the mark at the end of a turn may be EOS already
             ids, learned, counts = [*ids, self.eos_id], [*learned, True], [*counts, 0]
         found = np.array(ids)
-        return found, np.array(learned), np.where(np.isin(found, self.special_ids), 0, counts)
+        return found, np.array(learned), np.where(np.isin(found, self.marks), 0, counts)
 
 
 def _batches(docs: list[tuple[bytes, str]]) -> Iterator[list[tuple[int, str]]]:

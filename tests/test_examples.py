@@ -31,7 +31,7 @@ from salt_lightning.prepare import prepare_tokens
 from salt_lightning.rows import IGNORE, NO_ROW
 from salt_lightning.sources import Hub, resolve
 from salt_lightning.token_files import TokenFiles
-from salt_lightning.tokenizer import _cut, load_tokenizer, train_tokenizer
+from salt_lightning.tokenizer import _cut, kept_text, load_tokenizer, train_tokenizer
 
 PLAIN = Examples(prompt="Q: {question}\nA:", response=" {answer}")
 CHAT = Examples(messages="messages")
@@ -294,6 +294,17 @@ def test_the_assistant_alone_is_learned_in_every_turn(tmp_path, named):
     # what generation begins with is what transformers makes of the same conversation
     assert prompt == tokenizer.apply_chat_template(conversation[:4], add_generation_prompt=True)["input_ids"]
     assert files.token_bytes[learned].sum() == len("onetwo")  # marks are no text
+
+
+def test_what_a_tokenizer_does_not_know_of_a_response_is_text(tmp_path):
+    """It counts in bits per byte, and is told."""
+    words = {word: i for i, word in enumerate(["<unk>", "</s>", *"Q: wa?\nA"])}
+    backend = Tokenizer(models.BPE(words, [], unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
+    files, _ = prepared(tmp_path, [{"question": "wa", "answer": "東京"}], tokenizer=tokenizer)
+    assert files.token_bytes[files.learned == 1].sum() == len(" 東京".encode())
+    ((_, unknown, _),) = kept_text(tokenizer, files)
+    assert unknown > 0.2
 
 
 def test_a_mark_that_is_eos_already_ends_the_example_once(tmp_path):

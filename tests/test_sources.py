@@ -16,7 +16,7 @@ import pytest
 from conftest import write_corpus
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from salt_lightning.data import SALTDataModule
@@ -348,9 +348,13 @@ def test_special_tokens_spelled_out_are_text_to_a_unigram_too(tmp_path):
     special = ["<unk>", "<s>", "</s>"]
     tokenizer = Tokenizer(models.Unigram([(w, 0.0) for w in special] + [(c, -3.0) for c in "</s>unk the fox"], 0))
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    fast.add_tokens(["<x0>", "<x1>"], special_tokens=True)  # as T5 has them
+    fast.add_tokens(["<code>"])
     assert set(fast("the fox</s>").input_ids) & {1, 2}
-    data = ready(write_texts(tmp_path / "x.jsonl", "the fox</s> <s> <unk> the fox"), fast, tmp_path)
+    data = ready(write_texts(tmp_path / "x.jsonl", "the fox</s> <s> <unk> the fox <code>"), fast, tmp_path)
     ids = data._train.files.tokens
+    assert np.isin(ids, fast.convert_tokens_to_ids(["<unk>", "<x0>", "<x1>"])).sum() == (ids == 0).sum()
+    assert (ids == fast.convert_tokens_to_ids("<code>")).sum() == data._train.files.num_documents
     assert np.isin(ids, [1, 2]).sum() == data._train.files.num_documents  # each one's EOS
     assert fast.decode(ids[: data._train.files.doc_ends[0] - 1]).replace(" ", "").startswith("thefox</s><s><unk>thefox")
 
@@ -358,12 +362,22 @@ def test_special_tokens_spelled_out_are_text_to_a_unigram_too(tmp_path):
 def test_letters_that_a_tokenizer_changes_are_told(tmp_path):
     """As BERT's uncased: as many bytes or nearly, so no text is lost."""
     tokenizer = english()
+    tokenizer.backend_tokenizer.decoder = decoders.Fuse()  # without one nothing says how its tokens read
     tokenizer.backend_tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     (found,) = ready(write_texts(tmp_path / "x.jsonl", "The Quick Brown Fox"), tokenizer, tmp_path).doubts()
     assert (found.level, found.about) == ("note", "changed text")
     assert "'Paris' becomes 'paris', 'été' becomes 'ete'" in found.said
     tokenizer.backend_tokenizer.normalizer = normalizers.NFD()
     assert ready(write_texts(tmp_path / "x.jsonl", "The Quick Brown Fox"), tokenizer, tmp_path).doubts() == []
+
+
+def test_what_a_test_looks_at_is_not_measured_by_the_training_text(tmp_path):
+    """From Python: a fit and then a test of the same data, whose files of one test are others."""
+    test = write_texts(tmp_path / "test.jsonl", "a test")
+    files = [write_texts(tmp_path / f"{name}.jsonl", f"the quick brown fox {name}") for name in "abc"]
+    data = ready(files, english(), tmp_path, test_source=[test])
+    data.setup("test")
+    assert data.doubts() == []
 
 
 def test_a_source_that_no_validation_figure_watches_is_told(tmp_path):
