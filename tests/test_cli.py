@@ -336,6 +336,15 @@ def test_models_that_do_not_fit_are_refused_before_the_text_is_tokenized(
     assert not list((tmp_path / "cache").rglob("tokens.bin"))
 
 
+def test_models_that_do_not_fit_text_of_the_cache_are_refused_too(settings, teacher, tmp_path, capsys):
+    own = {"data.cache_dir": str(tmp_path / "cache"), "data.val_fraction": 0.5, "trainer.max_steps": 2,
+           "trainer.val_check_interval": 2}  # fmt: skip
+    assert run(["fit", *arguments(settings, own | {"run": str(tmp_path / "a"), "kd.weight": 0.0})]) == 0
+    taught = {"run": str(tmp_path / "b"), "model.teacher.path": teacher, "kd.steps": 1}
+    assert run(["fit", *arguments(settings, own | taught)]) == 2
+    assert "was trained with another tokenizer than --data.tokenizer" in one_line(capsys)
+
+
 @pytest.mark.parametrize("name", ["overfit_batches", "fast_dev_run"])
 def test_a_few_micro_batches_are_no_run(settings, tmp_path, capsys, name):
     own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, f"trainer.{name}": 1}
