@@ -222,7 +222,8 @@ def product(hidden_CD: Tensor, head_VD: Tensor, labels_C: Tensor, temperature: f
     empty = {"device": hidden_CD.device, "dtype": torch.float32}
     max_SC, sum_SC = (torch.empty(tiles, num_rows, **empty) for _ in range(2))
     soft_SC = sum_SC if temperature == 1 else torch.empty(tiles, num_rows, **empty)
-    padded = -(-vocab // 128) * 128
+    # Products in bf16 of CPUs with AMX read what lies behind a row's end, and a NaN there spoils them.
+    padded = vocab if hidden_CD.device.type == "cpu" else -(-vocab // 128) * 128
     code_CV = torch.empty(num_rows, padded, dtype=torch.uint16, device=hidden_CD.device)[:, :vocab]
     label_C = torch.empty(num_rows, **empty)
     grid = (-(-num_rows // tiling.rows) * tiles,)
