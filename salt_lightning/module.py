@@ -133,7 +133,8 @@ class SALTModule(pl.LightningModule):
 
     def check_token_ids(self) -> None:
         """For the data to call as soon as it has a tokenizer: refuses pretrained models that do not fit it."""
-        check_models(self.trainer, self.student_spec, self.teacher_spec)
+        if self._data is not None:
+            check_models(self.trainer, self.student_spec, self.teacher_spec)
 
     def configure_model(self) -> None:
         if hasattr(self, "student") or (self._trainer and self._trainer.state.fn == TrainerFn.PREDICTING):
