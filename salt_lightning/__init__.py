@@ -1,11 +1,24 @@
 """SALT pretraining in Lightning: a small frozen teacher helps a larger student, then leaves (arXiv 2410.18779)."""
 
-from salt_lightning.answers import AnswerTest
-from salt_lightning.data import SALTDataModule
-from salt_lightning.examples import Examples
-from salt_lightning.module import SALTModule
-from salt_lightning.optim import OptimSpec
-from salt_lightning.schedule import KDScheduleCallback
-from salt_lightning.spec import ModelSpec
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from salt_lightning.answers import AnswerTest
+    from salt_lightning.data import SALTDataModule
+    from salt_lightning.examples import Examples
+    from salt_lightning.module import SALTModule
+    from salt_lightning.optim import OptimSpec
+    from salt_lightning.schedule import KDScheduleCallback
+    from salt_lightning.spec import ModelSpec
 
 __all__ = ["AnswerTest", "Examples", "KDScheduleCallback", "ModelSpec", "OptimSpec", "SALTDataModule", "SALTModule"]
+
+_HOMES = dict(zip(__all__, ("answers", "examples", "schedule", "spec", "optim", "data", "module"), strict=True))
+
+
+def __getattr__(name: str) -> Any:
+    """Imported when first asked for: the command must be able to speak before torch and Lightning are there."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"salt_lightning.{_HOMES[name]}"), name)

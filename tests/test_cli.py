@@ -127,6 +127,18 @@ def test_the_installed_command_is_the_same(tmp_path):
         assert done.stderr.strip().count("\n") == 0, done.stderr
 
 
+@pytest.mark.parametrize("command", [[str(ROOT / "cli.py")], ["-m", "salt_lightning"]], ids=str)
+def test_an_interrupt_while_the_libraries_are_imported_leaves_no_traceback(command):
+    import_times = [sys.executable, "-X", "importtime"]  # a line for each module that has been imported
+    with subprocess.Popen([*import_times, *command, "fit"], stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        said = next(line for line in process.stderr if "torch." in line)
+        process.send_signal(signal.SIGINT)
+        said += process.stderr.read()
+    assert process.returncode == 130
+    assert "Traceback" not in said
+
+
 def test_another_progress_bar_takes_the_place_of_ours(settings, tmp_path, capsys):
     own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, "trainer.enable_progress_bar": True,
            "trainer.max_steps": 2, "trainer.val_check_interval": 2}  # fmt: skip

@@ -41,6 +41,7 @@ LAYERS = [  # a file imports from files of earlier layers alone
     {"memory"},
     {"check"},
     {"cli", "__init__"},
+    {"__main__"},
 ]
 
 
