@@ -38,12 +38,12 @@ from salt_lightning.module import SALTModule
 from salt_lightning.parser import Parser, check_configs, configs_first, reword
 from salt_lightning.progress_bar import ProgressBar, close_bars, keep_off_bars
 from salt_lightning.quiet import silence_libraries
-from salt_lightning.run_config import SaveRunConfig, readable
+from salt_lightning.report import evaluation
+from salt_lightning.run_config import SaveRunConfig, taken
 from salt_lightning.runlog import flat
 from salt_lightning.schedule import KDScheduleCallback
 from salt_lightning.scoring import ScoreWriter, check_strategy
 from salt_lightning.settings import (
-    IDENTITY,
     checkpoints,
     expand_home,
     without_code,
@@ -57,6 +57,7 @@ from salt_lightning.settings import (
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 
 _HELD = ExitStack()  # the run's folder, by this process until main() returns
+_WRITERS = {"predict": ScoreWriter, "validate": DocumentLossWriter, "test": DocumentLossWriter}
 _EVALUATED = ("compile", "logits_budget_gib")  # the settings of a model that validate and test use
 
 
@@ -147,15 +148,8 @@ class SALTCLI(LightningCLI):
                 config[part]["seed"] = config.seed_everything
         wrong = wrong_trainer_settings(config.trainer) + wrong_folders(config) + wrong_teacher(config)
         has_checkpoint = bool(config.get("ckpt_path"))
-        if self.subcommand == "fit" and not has_checkpoint and any(checkpoints(config).glob("step-*.ckpt")):
-            wrong.append(
-                f"--run {config.run} holds a run already: go on with it by --ckpt_path last, or choose another folder"
-            )
-        elif self.subcommand == "fit" and not has_checkpoint and (other := self._other_run(Path(config.run))):
-            wrong.append(
-                f"--run {config.run} has the logs of another run, whose config.yaml says {', '.join(other)}; choose "
-                "another folder, or remove this one"
-            )
+        if self.subcommand == "fit" and not has_checkpoint:
+            wrong += taken(Path(config.run), checkpoints(config), flat(config.as_dict()))
         if self.subcommand in ("validate", "test") and not has_checkpoint and not config.model.student.path:
             wrong.append(f"{self.subcommand} needs --ckpt_path (a .ckpt file, or last): a fresh student knows nothing")
         if wrong:
@@ -163,13 +157,6 @@ class SALTCLI(LightningCLI):
 
     def refuse(self, wrong: list[str]) -> None:
         refuse(wrong)
-
-    def _other_run(self, run: Path) -> list[str]:
-        """What the config.yaml in a run's folder says of model, method and text that is not said now."""
-        before = readable(run / "config.yaml")
-        now = flat(self._settings(self.config).as_dict())
-        kept = (key for key in before if key.startswith(IDENTITY) and key in now and now[key] != before[key])
-        return [f"--{key} {before[key]} (here {now[key]})" for key in kept][:3]
 
     def before_fit(self) -> None:
         """What can be refused without the text, which takes minutes, is refused before it, and all at once."""
@@ -188,6 +175,17 @@ class SALTCLI(LightningCLI):
     def predict(self, **kwargs: Any) -> None:
         """Scores: what Lightning would return for every batch is in files already."""
         self.trainer.predict(**{**kwargs, "return_predictions": False})
+
+    def validate(self, **kwargs: Any) -> None:
+        self._evaluate(self.trainer.validate, **kwargs)
+
+    def test(self, **kwargs: Any) -> None:
+        self._evaluate(self.trainer.test, **kwargs)
+
+    def _evaluate(self, verb: Callable[..., object], verbose: bool, **kwargs: Any) -> None:
+        verb(**kwargs, verbose=False)  # Lightning's own table has 17 digits
+        if verbose and self.trainer.is_global_zero:
+            print(evaluation(self.trainer.callback_metrics))
 
     def instantiate_classes(self) -> None:
         try:
@@ -214,9 +212,7 @@ class SALTCLI(LightningCLI):
                 kwargs["logger"] = EventLog(run.parent, name=run.name, version="", purge_step=purge_step)
         kwargs["default_root_dir"] = str(run)
         kwargs["plugins"] = [*self._instances("plugins"), AtomicCheckpointIO()]
-        own: list[pl.Callback] = [ScoreWriter()] if self.subcommand == "predict" else []
-        if self.subcommand in ("validate", "test"):
-            own.append(DocumentLossWriter())
+        own: list[pl.Callback] = [_WRITERS[self.subcommand]()] if self.subcommand in _WRITERS else []
         others = self._instances("callbacks")
         if given.get("enable_progress_bar") is not False and not any(
             isinstance(c, pl.callbacks.ProgressBar) for c in others

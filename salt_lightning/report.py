@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +52,18 @@ def table(columns: dict[str, list[str]], text: tuple[str, ...] = ()) -> str:
 
     rule = (f"{'-' * (width + 1)}{'-' if name in text else ':'}" for width, name in zip(widths, columns, strict=True))
     return "\n".join([line(lines[0]), f"|{'|'.join(rule)}|", *map(line, lines[1:])])
+
+
+def evaluation(metrics: Mapping[str, Any]) -> str:
+    """What validate or test found, as they logged it: `val/ce` and the like, numbers or tensors of one, and `step`."""
+    values = {name: float(value) for name, value in metrics.items()}
+    step = f"step {values.pop('step', 0):.0f}"
+    # the five of all text before those of its parts; a count has no decimals
+    names = sorted(values, key=lambda name: (name.count("/") > 1, "ce" not in name.split("/"), name))
+    shown = [
+        format(values[name], ",.0f" if values[name] > 1 and values[name].is_integer() else ".4f") for name in names
+    ]
+    return table({"metric": names, step: shown}, text=("metric",))
 
 
 def markdown(comparison: Comparison) -> str:

@@ -15,6 +15,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from salt_lightning import shards
 from salt_lightning.errors import ConfigError, one_line
 from salt_lightning.runlog import changed, earlier_configs, read_config, step_named
+from salt_lightning.settings import IDENTITY
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -59,6 +60,20 @@ def set_aside(run: Path, step: int, now: dict[str, Any]) -> None:
         later = [path for path in later if path != kept]
     for path in later:
         path.unlink()
+
+
+def taken(run: Path, checkpoints: Path, now: dict[str, Any]) -> list[str]:
+    """What is wrong with a new run in this folder under the settings `now` (flat): it holds another."""
+    if any(checkpoints.glob("step-*.ckpt")):
+        return [f"--run {run} holds a run already: go on with it by --ckpt_path last, or choose another folder"]
+    before = readable(run / "config.yaml")
+    kept = (key for key in before if key.startswith(IDENTITY) and key in now and now[key] != before[key])
+    if not (others := [f"--{key} {before[key]} (here {now[key]})" for key in kept][:3]):
+        return []
+    return [
+        f"--run {run} has the logs of another run, whose config.yaml says {', '.join(others)}; choose another folder, "
+        "or remove this one"
+    ]
 
 
 def readable(file: Path) -> dict[str, Any]:

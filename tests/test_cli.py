@@ -370,13 +370,22 @@ def test_nothing_is_validated_without_a_checkpoint(settings, tmp_path, capsys):
     assert re.search(r"no checkpoint in .*typo/checkpoints; is --run .*typo right\?", one_line(capsys))
 
 
-def test_validate_needs_no_teacher_and_leaves_the_runs_config_as_it_is(settings, tmp_path):
+def test_validate_needs_no_teacher_says_what_it_found_and_leaves_the_runs_config(settings, tmp_path, capsys):
     own = {"run": str(tmp_path / "run"), "trainer.max_steps": 2, "trainer.val_check_interval": 2}
     assert cli.main(["fit", *arguments(settings, own, {"kd.weight": 0.0})]) == 0
     config = (tmp_path / "run/config.yaml").read_text()
     fewer = {k: v for k, v in settings.items() if not k.startswith(("checkpoint.", "model."))}
+    capsys.readouterr()
     assert cli.main(["validate", *arguments(fewer, own, {"ckpt_path": "last"})]) == 0
     assert (tmp_path / "run/config.yaml").read_text() == config
+    found = scalars(tmp_path / "run/validate")
+    head, _, *lines = (line for line in capsys.readouterr().out.splitlines() if line.startswith("|"))
+    said = dict(line.replace(" ", "").strip("|").split("|") for line in lines)
+    assert head.split() == ["|", "metric", "|", "step", "2", "|"]
+    assert list(said) == ["val/ce", "val/accuracy", "val/bits_per_byte", "val/perplexity", "val/tokens"]
+    for tag, value in said.items():
+        (logged,) = found[tag].values()
+        assert value == format(logged, ",.0f" if tag == "val/tokens" else ".4f")
 
 
 def built_with(tmp_path, *args):
