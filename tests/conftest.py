@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from hypothesis import settings as hypothesis_settings
 from lightning.pytorch.callbacks import Callback
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network, nor does a process that it starts
+constants.HF_HUB_OFFLINE = True  # which was read from there before
 hypothesis_settings.register_profile("house", deadline=None)  # a busy machine is no fault of the code
 hypothesis_settings.load_profile("house")
 torch.set_num_threads(1)  # models of a few thousand weights: threads would only wait for each other

@@ -4,11 +4,15 @@ What a message says of files and tokens in all its forms is tested beside the co
 """
 
 import json
+import multiprocessing
+import os
 import re
 import resource
 import shutil
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -18,7 +22,8 @@ from families import tiny
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
-from salt_lightning import cli
+from salt_lightning import cli, run_lock
+from salt_lightning.errors import ConfigError
 
 SWA = "StochasticWeightAveraging"
 EARLY = "lightning.pytorch.callbacks.EarlyStopping"
@@ -396,21 +401,33 @@ def test_what_needs_no_text_is_refused_before_it_all_at_once(settings, teacher, 
     assert not (tmp_path / "cache").exists()
 
 
-def test_one_fit_at_a_time_where_folders_come_and_go(tmp_path):
+def race(run: Path, inside: Path, end_s: float, counts) -> None:
+    turns = bad = 0
+    while time.time() < end_s:
+        with suppress(ConfigError), run_lock.held(run):
+            turns += 1
+            try:
+                os.close(os.open(inside, os.O_CREAT | os.O_EXCL))
+                os.unlink(inside)
+            except OSError:
+                bad += 1
+    counts.put((turns, bad))
+
+
+@pytest.mark.parametrize("name", ["new", "stays"])
+def test_one_fit_at_a_time_where_folders_come_and_go(tmp_path, name):
     """Real processes that take and leave a run's folder: never two of them inside."""
-    code = (
-        "import os, sys, time\nfrom pathlib import Path\nfrom salt_lightning.errors import ConfigError\n"
-        "from salt_lightning.run_lock import held\nend, run = time.time() + 4, Path(sys.argv[1])\nbad = turns = 0\n"
-        "while time.time() < end:\n try:\n  with held(run):\n   turns += 1\n   try:\n"
-        "    os.close(os.open(sys.argv[2], os.O_CREAT | os.O_EXCL))\n    os.unlink(sys.argv[2])\n"
-        "   except OSError:\n    bad += 1\n except ConfigError:\n  pass\nprint(turns, bad)\n"
-    )
-    for name in ("new", "stays"):
-        (tmp_path / "stays").mkdir(exist_ok=True)
-        command = [sys.executable, "-c", code, str(tmp_path / name), str(tmp_path / "inside")]
-        racers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-        counts = [[int(n) for n in racer.communicate(timeout=60)[0].split()] for racer in racers]
-        assert all(turns > 0 and bad == 0 for turns, bad in counts), counts
+    (tmp_path / "stays").mkdir()
+    fork = multiprocessing.get_context("fork")
+    counts, args = fork.Queue(), (tmp_path / name, tmp_path / "inside", time.time() + 4)
+    racers = [fork.Process(target=race, args=(*args, counts)) for _ in range(3)]
+    for racer in racers:
+        racer.start()
+    for turns, bad in [counts.get(timeout=60) for _ in racers]:
+        assert turns > 0
+        assert bad == 0
+    for racer in racers:
+        racer.join()
 
 
 def test_a_folder_of_both_kinds_says_which(settings, tmp_path, capsys):
