@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from salt_lightning.errors import printable
 from salt_lightning.metrics import THIRDS
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ UNITS = ((1e21, "ZFLOP"), (1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e
 REFERENCE_COLOUR = "#444444"
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 LEAVES, DASHES = "a teacher leaves", (0, (4, 3))
+COUNTS = ("/tokens", "/examples")  # as validate and test name them
 MOST_PARTS = 12  # columns of a table that still reads as text
 FIRST_SHOWN = 0.25  # the figure cuts off the fall of this share of the steps, which would flatten the rest
 
@@ -58,12 +60,10 @@ def evaluation(metrics: Mapping[str, Any]) -> str:
     """What validate or test found, as they logged it: `val/ce` and the like, numbers or tensors of one, and `step`."""
     values = {name: float(value) for name, value in metrics.items()}
     step = f"step {values.pop('step', 0):.0f}"
-    # the five of all text before those of its parts; a count has no decimals
+    # the five of all text before those of its parts
     names = sorted(values, key=lambda name: (name.count("/") > 1, "ce" not in name.split("/"), name))
-    shown = [
-        format(values[name], ",.0f" if values[name] > 1 and values[name].is_integer() else ".4f") for name in names
-    ]
-    return table({"metric": names, step: shown}, text=("metric",))
+    shown = [format(values[name], ",.0f" if name.endswith(COUNTS) else ".4f") for name in names]
+    return table({"metric": [*map(printable, names)], step: shown}, text=("metric",))
 
 
 def markdown(comparison: Comparison) -> str:

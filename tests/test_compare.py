@@ -892,3 +892,15 @@ def test_the_card_of_an_exported_teacher_tells_its_cost(tmp_path, said, flops):
 def test_a_reference_of_several_seeds_is_said_to_be_a_mean(tmp_path):
     runs = [write_run(tmp_path / f"s{seed}", BASELINE, seed_everything=seed) for seed in (0, 1)]
     assert "Reference: mean of the 2 seeds of s0, final" in report.markdown(evaluate(load(runs)))
+
+
+def test_what_an_evaluation_found_is_read_from_top_to_bottom_and_cannot_draw():
+    found = {"val/tokens": 1234.0, "val/ce/\x1b[31mred": 2.0, "val/perplexity": 3.0041660, "val/ce": 1.1, "step": 7.0}
+    assert report.evaluation(found).splitlines() == [
+        "| metric             | step 7 |",
+        "|--------------------|-------:|",
+        "| val/ce             | 1.1000 |",
+        "| val/perplexity     | 3.0042 |",
+        "| val/tokens         |  1,234 |",
+        "| val/ce/\\x1b[31mred | 2.0000 |",
+    ]
