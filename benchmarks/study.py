@@ -128,8 +128,8 @@ SIZES["cpu-long"] = replace(
 )  # fmt: skip
 # 9.4 tokens a parameter, all of them new: does what the short runs gain last?
 SIZES["cpu-epoch"] = replace(
-    SIZES["cpu"], steps=6400, val_every=400, val_rows=512, keep_one_in=8, long_teacher=0, rates=(2e-3, 4e-3, 8e-3),
-    large_rates=(5e-4, 1e-3, 2e-3), fixed=SIZES["cpu"].fixed | {"checkpoint.every_n_steps": 800},
+    SIZES["cpu-long"], steps=6400, val_every=400, val_rows=512, keep_one_in=8, long_teacher=0, rates=(2e-3, 4e-3, 8e-3),
+    fixed=SIZES["cpu"].fixed | {"checkpoint.every_n_steps": 800},
 )  # fmt: skip
 
 

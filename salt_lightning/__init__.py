@@ -14,7 +14,15 @@ if TYPE_CHECKING:
 
 __all__ = ["AnswerTest", "Examples", "KDScheduleCallback", "ModelSpec", "OptimSpec", "SALTDataModule", "SALTModule"]
 
-_HOMES = dict(zip(__all__, ("answers", "examples", "schedule", "spec", "optim", "data", "module"), strict=True))
+_HOMES = {
+    "AnswerTest": "answers",
+    "Examples": "examples",
+    "KDScheduleCallback": "schedule",
+    "ModelSpec": "spec",
+    "OptimSpec": "optim",
+    "SALTDataModule": "data",
+    "SALTModule": "module",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""How a comparison of runs looks: Markdown that reads as text, JSON, a figure. No result is computed here."""
+"""How comparisons of runs and evaluations look: Markdown that reads as text, JSON, a figure. Computes no result."""
 
 from __future__ import annotations
 
