@@ -30,7 +30,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -128,7 +128,7 @@ SIZES["cpu-long"] = replace(
 )  # fmt: skip
 # 9.4 tokens a parameter, all of them new: does what the short runs gain last?
 SIZES["cpu-epoch"] = replace(
-    SIZES["cpu-long"], steps=6400, val_every=400, val_rows=512, keep_one_in=8, long_teacher=0, rates=(2e-3, 4e-3, 8e-3),
+    SIZES["cpu-long"], steps=6400, val_every=400, val_rows=512, keep_one_in=8, rates=(2e-3, 4e-3, 8e-3),
     fixed=SIZES["cpu"].fixed | {"checkpoint.every_n_steps": 800},
 )  # fmt: skip
 
@@ -148,7 +148,7 @@ class Cell:
 
     row: str
     seed: int
-    part: str  # sweep | teacher | score | main | reached | half rate | one seed | large | best | sft
+    part: str  # sweep | teacher | score | main | reached | half rate | one seed | large | best | sft | more
     settings: Settings
     needs: tuple[str, ...] = ()
     first: Settings | None = None  # other settings for a first stretch, which ends at its trainer.max_steps
@@ -162,8 +162,8 @@ class Cell:
 class Study:
     """The queue of a size, as far as the results so far decide it, and where its files lie."""
 
-    def __init__(self, size: str, state: Path, work: Path) -> None:
-        self.size_name, self.size, self.state, self.work = size, SIZES[size], state, work
+    def __init__(self, size: str, state: Path, work: Path, more: Iterable[str] = ()) -> None:
+        self.size_name, self.size, self.state, self.work, self.more = size, SIZES[size], state, work, tuple(more)
         self.results = state / "results.jsonl"
         self.done: dict[str, Record] = {}
         if self.results.exists():
@@ -199,10 +199,7 @@ class Study:
             cells.append(self._teacher("long", size.teacher, rate, tuned, size.long_teacher))
         for row in rows:
             if row not in {cell.row for cell in cells}:
-                own = tuple(self._name(kind) for kind in ("weak", "long") if row.startswith(f"{kind}-teacher"))
-                needs = (*scored, *own)
-                first = self._stretch(rate) if row.startswith("high-lr") else None
-                cells.append(Cell(row, s0, "one seed", rows[row], needs, first))
+                cells.append(self._single(row, s0, rows[row], ready))
         cells += [*wide, self._teacher("large-teacher", size.large_teacher, wide_rate, tuple(c.name for c in wide))]
         large = {"model.student.config": model(*size.large), "model.optim.lr": wide_rate}
         salt = rows["salt"] | large | {"model.teacher.path": self._path("teachers/large-teacher")}
@@ -224,7 +221,24 @@ class Study:
             student = f"{row}-s{seed}"
             needs = (*tuned, student)
             cells.append(Cell(f"sft-{task}-{row}", seed, "sft", self._tuning(task, student), needs))
-        return cells
+        names = {cell.name for cell in cells}
+        return cells + [self._asked(name, rows, ready) for name in self.more if name not in names]
+
+    def _single(self, row: str, seed: int, settings: Settings, ready: tuple[str, ...]) -> Cell:
+        """An experiment other than the main rows."""
+        own = tuple(self._name(kind) for kind in ("weak", "long") if row.startswith(f"{kind}-teacher"))
+        scored = (self._name("score"),) if "data.selection" in settings else ()
+        first = self._stretch(settings["model.optim.lr"]) if row.startswith("high-lr") else None
+        return Cell(row, seed, "one seed", settings, (*ready, *scored, *own), first)
+
+    def _asked(self, name: str, rows: dict[str, Settings], ready: tuple[str, ...]) -> Cell:
+        """--more: an experiment of the plan with another seed or length."""
+        found = re.fullmatch(r"(.+?)(?:-f(\d*\.?\d+))?-s(\d+)", name)
+        if found is None or found[1] not in rows or (found[2] and found[1].startswith("high-lr")):
+            raise SystemExit(f"--more {name}: ROW-sSEED or ROW-fSHARE-sSEED, ROW one of {', '.join(rows)}")
+        settings = self._shortened(rows[found[1]], float(found[2])) if found[2] else rows[found[1]]
+        cell = self._single(found[1], int(found[3]), settings, ready)
+        return replace(cell, row=name.removesuffix(f"-s{found[3]}"), part="more")
 
     def _sweep(self, row: str, shape: tuple[int, int], rates: tuple[float, ...]) -> tuple[list[Cell], float]:
         """BASELINE's candidates on the first seed, the best (0: undecided); one at an end brings one more, twice."""
@@ -633,12 +647,14 @@ def main() -> int:
     )
     parser.add_argument("--only", default="", help="run: cells whose name matches this regular expression")
     parser.add_argument("--seeds", type=int, help="seeds 0 to SEEDS - 1 instead of 0 to 2; with --only for some rows")
+    parser.add_argument(
+        "--more", nargs="+", default=(), metavar="CELL", help="cells beside the plan's: ROW-sSEED or ROW-fSHARE-sSEED"
+    )
     parser.add_argument("--state", type=Path, help="carried from start to start (runs/study-SIZE)")
     parser.add_argument("--work", type=Path, help="may be lost between starts (cache/study-SIZE)")
     args = parser.parse_args()
-    study = Study(
-        args.size, args.state or Path(f"runs/study-{args.size}"), args.work or Path(f"cache/study-{args.size}")
-    )
+    state, work = args.state or Path(f"runs/study-{args.size}"), args.work or Path(f"cache/study-{args.size}")
+    study = Study(args.size, state, work, args.more)
     if args.seeds:  # a row that looks certain is tried again on seeds that nobody had seen
         study.size = replace(study.size, seeds=tuple(range(args.seeds)))
     if args.verb == "run":

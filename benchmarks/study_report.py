@@ -38,6 +38,7 @@ def report(study: Study) -> str:
                    for name, part in (("baseline", "main"), ("large-baseline", "large")))  # fmt: skip
     half = next(c.settings["model.optim.lr"] for c in cells if c.row == "half-lr-salt")
     main = [base, "rkd", "salt", "salt-ds", "random"]
+    more = dict.fromkeys(r["row"] for r in study.done.values() if r["part"] == "more" and r["row"] not in main)
     parts = [
         _facts(study),
         _sweeps(study.done),
@@ -47,6 +48,7 @@ def report(study: Study) -> str:
         _reached(study, rows, base, "salt"),
         _reached(study, rows, base, "best"),
         _singles(study, rows, base),
+        _seeds(rows, "Beside the plan", [base, *more]),
         _seeds(rows, "The larger student", [large, "large-salt"]),
         _splits(rows, main),
         _tuned(rows),

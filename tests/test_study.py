@@ -81,6 +81,26 @@ def test_the_queue_holds_the_rows_of_the_study(tmp_path):
     assert without["data.selection"] == rows["salt-ds"].settings["data.selection"]
 
 
+def test_cells_beside_the_plan(tmp_path):
+    """--more: any experiment with another seed or length; what the plan holds is not held twice."""
+    study = Study(
+        "cpu-long", tmp_path, tmp_path, ["rkd-s5", "long-teacher-more-kd-f0.5-s1", "without-kd-s2", "salt-s0"]
+    )
+    cells = {cell.name: cell for cell in study.cells()}
+    assert len(cells) == len(study.cells())
+    assert cells["salt-s0"].part == "main"
+    seed, short, chosen = (cells[name] for name in study.more[:3])
+    assert (seed.row, seed.seed, seed.settings) == ("rkd", 5, cells["rkd-s0"].settings)
+    assert short.row == "long-teacher-more-kd-f0.5"
+    assert (short.settings["kd.steps"], short.settings["trainer.max_steps"]) == (320, 800)
+    assert "long-s17" in short.needs
+    assert "score-s17" not in short.needs
+    assert "score-s17" in chosen.needs
+    for name in ("nothing-s0", "salt", "high-lr-salt-f0.5-s1"):
+        with pytest.raises(SystemExit, match=f"--more {name}: ROW-sSEED or ROW-fSHARE-sSEED, ROW one of base"):
+            Study("cpu-long", tmp_path, tmp_path, [name]).cells()
+
+
 def test_a_changed_learning_rate_curve_is_run_as_baseline_too(tmp_path):
     """Every SALT cell has a BASELINE with the same optimizer, steps and first stretch."""
 
