@@ -61,8 +61,9 @@ from salt_lightning import tokenizer as tokenizer_module
 from salt_lightning.checkpoint import RunCheckpoint
 from salt_lightning.documents import Corpus
 from salt_lightning.errors import ConfigError
+from salt_lightning.order import Order
 from salt_lightning.prepare import prepare_tokens
-from salt_lightning.rows import IGNORE, NO_ROW, EvalBatches, Order, PackedRows, TrainBatches
+from salt_lightning.rows import IGNORE, NO_ROW, EvalBatches, PackedRows, TrainBatches
 from salt_lightning.schedule import KDSchedule
 from salt_lightning.selection import KeepRule, kept_rows
 from salt_lightning.sources import Hub, resolve

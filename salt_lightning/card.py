@@ -114,6 +114,7 @@ def _training(checkpoint: dict[str, Any], run: Run) -> dict[str, str]:
         if taught
         else "",
         "training text": ", ".join(text.get("source") or []),
+        "in shares of": ", ".join(f"{weight:g}" for weight in settings.get("data.source_weights") or []),
         "prompt and response": _examples(settings),
         "its size": ", ".join(f"{count:,} {unit}" for count, unit in counts if count),
         "selected by": str(settings.get("data.selection") or ""),

@@ -148,7 +148,8 @@ class Check:
             size = sum(file.stat().st_size for file in files.folder.parent.glob("*/*"))
             free = shutil.disk_usage(data.cache_dir).free
             self.add("ok", "text", f"{said}; {size_said(size)} in {data.cache_dir}, {size_said(free)} free")
-            self.findings.append(preflight.rows(data.num_train_rows, trainer.max_steps, data.global_batch_size))
+            if reads := self.probe("rows", partial(data.reads, trainer.max_steps)):
+                self.findings.append(reads)
             if data.selection and (found := self.probe("selection", data.plan_selection)):
                 many = found.chance > 0.5
                 self.add("warning" if many else "ok", "selection", found.said, LESS_CHANCE * many)

@@ -4,7 +4,6 @@ Text becomes token files once (documents.py, tokenizer.py, prepare.py); rows.py 
 orders them.
 """
 
-import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -17,29 +16,31 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
-from salt_lightning import preflight
+from salt_lightning import mixture, preflight
 from salt_lightning.cadence import accumulation, phase1_steps, set_cadence
 from salt_lightning.difficulty import HeldOut, find_files, read_thirds
 from salt_lightning.documents import Corpus
 from salt_lightning.errors import ConfigError, refuse
 from salt_lightning.example_rows import ExampleRows, open_examples
 from salt_lightning.examples import Examples
+from salt_lightning.mixture import Mixture, Shares, make_order
+from salt_lightning.order import Order
 from salt_lightning.prepare import prepare_tokenizer, prepare_tokens, token_folder, tokenizer_folder
 from salt_lightning.rows import (
     IGNORE,
     Batches,
     EvalBatches,
     Loader,
-    Order,
     PackedRows,
     ShardBatches,
     TrainBatches,
     as_tensors,
     counts_nll,
+    require_text,
 )
 from salt_lightning.scores import Scored, Scores
 from salt_lightning.selection import KeepRule, Plan, plan, row_scores
-from salt_lightning.sources import Group, Hub, each_file, resolve
+from salt_lightning.sources import Group, Hub, each_file, entries, resolve
 from salt_lightning.token_files import TokenFiles, digest
 from salt_lightning.tokenizer import changed_words, kept_text, load_tokenizer, num_ids, tokenizer_fingerprint
 
@@ -58,6 +59,7 @@ class SALTDataModule(LightningDataModule):
         text_column: str = "text",
         source_column: str | None = None,
         source_per_file: bool = False,
+        source_weights: list[float] | None = None,
         bad_lines: Literal["refuse", "skip"] = "refuse",
         tokenizer: str = "train",
         vocab_size: int = 16384,
@@ -93,6 +95,8 @@ class SALTDataModule(LightningDataModule):
             source_column: Field of a row that names its source, for the validation loss by source. Without
                 it, each entry of `source` is one source.
             source_per_file: Each file is a source, by its name, so that a folder has a validation loss by file.
+            source_weights: Share of each entry of `source` in the rows that are read, in any unit ([7, 3], [0.7, 0.3]).
+                Without it all rows are read alike.
             bad_lines: What becomes of a line (of a .txt: a file) that is not UTF-8, no JSON object, or without a
                 text: refuse stops at it by file and line, skip leaves it out and counts it in log and manifest.
             tokenizer: Folder or hub name of one; "train" makes a byte-level BPE from the training text.
@@ -119,11 +123,11 @@ class SALTDataModule(LightningDataModule):
             ConfigError: any setting is out of its range.
         """
         super().__init__()
-        self.source, self.val_source = _entries(source), _entries(val_source)
-        self.test_source = _entries(test_source)
+        self.source, self.val_source = entries(source), entries(val_source)
+        self.test_source = entries(test_source)
         self.hub = Hub(split, subset, revision)
         self.text_column, self.source_column, self.source_per_file = text_column, source_column, source_per_file
-        self.bad_lines, self.difficulty = bad_lines, difficulty
+        self.source_weights, self.bad_lines, self.difficulty = source_weights, bad_lines, difficulty
         self.tokenizer_name, self.trained_vocab_size = tokenizer, vocab_size
         self.block_size, self.isolate_documents = block_size, isolate_documents
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
@@ -139,7 +143,7 @@ class SALTDataModule(LightningDataModule):
         self._groups: dict[str, tuple[Group, ...]] = {}
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._train: PackedRows | ExampleRows | None = None
-        self._order: Order | None = None
+        self._order: Order | Mixture | None = None
         self._shards: tuple[list[int], int] | None = None
         self._eval: PackedRows | ExampleRows | None = None
         self._thirds_D: np.ndarray | None = None
@@ -164,7 +168,9 @@ class SALTDataModule(LightningDataModule):
         for name, least in at_least.items():
             value, bits = getattr(self, name), 63 if name == "seed" else 31
             checks.append((name, value, least <= value < 2**bits, f"must be {least} or more, and below 2**{bits}"))
-        return [f"--data.{name}: {value!r} {wanted}" for name, value, good, wanted in checks if not good]
+        others = bool(self.source_column or self.source_per_file or self.examples.given)
+        weights = mixture.problems(self.source_weights, self.source, others)
+        return weights + [f"--data.{name}: {value!r} {wanted}" for name, value, good, wanted in checks if not good]
 
     # --- text and tokenizer (need no trainer) ---
 
@@ -257,19 +263,7 @@ class SALTDataModule(LightningDataModule):
         corpus, fraction = self._corpus(setting)
         folder = token_folder(corpus, self.tokenizer, fraction, self.cache_dir)
         files = TokenFiles(folder, split)
-        tokens = files.num_tokens
-        if split == "train" and tokens < self.block_size and not self.examples.given:
-            raise ConfigError(
-                f"--data.source: {tokens} training tokens do not fill one row of --data.block_size "
-                f"{self.block_size}; add text or shorten the rows"
-            )
-        if split == "val" and tokens == 0:
-            num_documents = files.manifest["splits"]["train"]["documents"]
-            raise ConfigError(
-                f"--data.val_fraction: {self.val_fraction} left none of {num_documents} documents for "
-                "validation (equal ones stay together); raise it, split the text into more documents, or give "
-                "--data.val_source"
-            )
+        require_text(files, split, None if self.examples.given else self.block_size, self.val_fraction)
         if self.examples.given:
             return open_examples(setting, files, self.block_size, self.isolate_documents)
         return PackedRows(files, self.block_size, self.isolate_documents)
@@ -318,8 +312,7 @@ class SALTDataModule(LightningDataModule):
         """All micro-batches of the run, as one epoch; without a trainer those of one pass over the rows."""
         assert self._train is not None, "setup('fit') comes first"
         assert self._order is not None
-        sizes = (self.global_batch_size, self.micro_batch_size)
-        batches = TrainBatches(self._train, self._order, sizes, self._place())
+        batches = TrainBatches(self._train, self._order, (self.global_batch_size, self.micro_batch_size), self._place())
         trainer = self.trainer
         steps = trainer.max_steps if trainer else -(-self._train.num_rows // self.global_batch_size)
         self._train_loader = self._loader(
@@ -408,10 +401,18 @@ class SALTDataModule(LightningDataModule):
         count = min(self.val_rows or self._eval.num_rows, self._eval.num_rows)
         return np.arange(count) * self._eval.num_rows // count
 
-    def _plan_order(self) -> Order:
+    def _shares(self) -> Shares | None:
+        """Where each entry of `source` begins in the rows, and its weight."""
+        if self.source_weights is None:
+            return None
+        assert isinstance(self._train, PackedRows)
+        names = list(dict.fromkeys(group.name for group in self._corpus("source")[0].groups))
+        return Shares(tuple(names), tuple(self.source_weights), self._train.source_starts(names))
+
+    def _plan_order(self) -> Order | Mixture:
         """The order of the training rows, with those of phase 1 where there is a selection."""
         if not self.selection:
-            return Order(self.seed, self.num_train_rows)
+            return make_order(self._shares(), self.seed, self.num_train_rows)
         found = self.plan_selection()
         rank_zero_info(found.said)
         return found.order
@@ -421,7 +422,7 @@ class SALTDataModule(LightningDataModule):
         scores = Scores(Path(str(self.selection)), "--data.selection")
         scores.require(self.scored())
         steps = phase1_steps(self.trainer) if self.trainer else 0
-        return plan(scores, self.keep, self.seed, steps * self.global_batch_size)
+        return plan(scores, self.keep, self.seed, steps * self.global_batch_size, self._shares())
 
     def _place(self) -> tuple[int, int]:
         """(rank, number) of data-parallel replicas."""
@@ -446,11 +447,19 @@ class SALTDataModule(LightningDataModule):
             f"{files.num_documents} documents, {held_out} rows for validation, vocabulary of {self.vocab_size}"
         )
         if self.trainer is not None:
-            reads = preflight.rows(self.num_train_rows, self.trainer.max_steps, self.global_batch_size)
+            reads = self.reads(self.trainer.max_steps)
             message += f"; {reads.said}" + (f" ({reads.remedy})" if reads.remedy else "")
         rank_zero_info(message)
 
     # --- for a look at a model before the first step ---
+
+    def reads(self, max_steps: int) -> preflight.Finding:
+        """How often a run reads the text, each source where these have weights."""
+        rows, shares = max_steps * self.global_batch_size, self._shares()
+        if shares is None:
+            return preflight.rows(self.num_train_rows, max_steps, self.global_batch_size)
+        read = Mixture(shares, self.seed).reads(rows)
+        return preflight.shares(list(zip(shares.names, read.tolist(), shares.rows_S.tolist(), strict=True)), max_steps)
 
     def sample(self, rows: int) -> dict[str, torch.Tensor]:
         """So many validation rows, evenly spaced; the last ones again where there are fewer."""
@@ -461,9 +470,3 @@ class SALTDataModule(LightningDataModule):
         """Mean -log p of some labels, nats, where p is how often a token occurs in the training text."""
         assert self._train is not None, "setup comes first"
         return counts_nll(self._train.files.tokens, labels_N[labels_N != IGNORE].numpy())
-
-
-def _entries(source: Any) -> list[str]:
-    """One or several, strings or paths."""
-    several = [source] if isinstance(source, str | os.PathLike) else source or []
-    return [name for entry in several if (name := os.fspath(entry))]

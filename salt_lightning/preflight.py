@@ -57,6 +57,17 @@ def rows(available: int, max_steps: int, global_batch: int) -> Finding:
     )
 
 
+def shares(sources: list[tuple[str, int, int]], max_steps: int) -> Finding:
+    """Of each source with a weight of its own its name, the rows that the run reads, and those that there are."""
+    total = sum(read for _, read, _ in sources)
+    told = (f"{name} {read / total:.1%} ({read / rows:.2f} epochs of {rows} rows)" for name, read, rows in sources)
+    said = f"{max_steps} steps read {total} rows: {', '.join(told)}"
+    if not (worn := [name for name, read, rows in sources if read > GOOD_EPOCHS * rows]):
+        return Finding("ok", "rows", said)
+    remedy = f"beyond {GOOD_EPOCHS:g} epochs text teaches ever less: add to {few(worn)}, or lower its weight"
+    return Finding("warning", "rows", said, remedy)
+
+
 def unread_text(sources: list[tuple[str, float, float]]) -> Finding | None:
     """Of each source of held-out text its name, the share of its bytes that a tokenizer has no token for, and the
     share that its tokens decode to. None: next to none, and next to all."""

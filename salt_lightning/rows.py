@@ -1,157 +1,34 @@
-"""Rows of tokens: their order in training, how they are cut from the stream, and the batches they form.
+"""Rows of tokens: how they are cut from the stream, and the batches they form, in the order of order.py.
 
     B rows of a micro-batch · T tokens of a row (block_size) · G rows of an optimizer step
 
 The stream of a split is all its documents, each followed by EOS. Row r reads tokens [rT, (r+1)T) and
 predicts the next token of each, but nothing after a document's EOS. Which rows step s reads is a pure
-function of (seed, selection, s): there is no state to save, and neither ranks, nor workers, nor accumulation,
+function of (seed, selection, shares, s): there is no state to save, and neither ranks, nor workers, nor accumulation,
 nor a resume change it.
 """
 
-import hashlib
-import math
 import signal
 import threading
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from salt_lightning.errors import ConfigError
+from salt_lightning.mixture import Mixture
+from salt_lightning.order import Order
 from salt_lightning.processes import end_with_parent, quiet_fork
 from salt_lightning.token_files import TokenFiles
 
 Batch = dict[str, np.ndarray]  # int64
 IGNORE = -100  # as in row_pass.py: data imports no training code
 NO_ROW = -1  # fills the last evaluation batch up: a row without labels
-_ROUNDS = 8
 _COUNTED_TOKENS = 1 << 24
-
-# --- order ---
-
-
-def row_at(position: np.ndarray, seed: int, num_rows: int) -> np.ndarray:
-    """The row at each position of the endless training order: every pass is a new permutation of all rows.
-
-    A Feistel network over pairs (left, right) of numbers below ceil(sqrt(num_rows)) permutes a square of at
-    least num_rows cells; cells past the end are sent through again until they land inside (cycle walking).
-    So 10^9 rows cost no memory.
-
-    Args:
-        position: int64 array, counted over the whole run (pass = position // num_rows).
-        seed: another seed is another order.
-        num_rows: rows of the training split.
-    """
-    side = np.uint64(math.isqrt(num_rows - 1) + 1)
-    seeds = np.full(position.shape, seed, np.uint64)
-    keys = _mix(_mix(seeds) + (position // num_rows).astype(np.uint64))
-    cell = (position % num_rows).astype(np.uint64)
-    todo = np.ones(cell.shape, bool)
-    while todo.any():
-        cell[todo] = _feistel(cell[todo], keys[todo], side)
-        todo = cell >= np.uint64(num_rows)
-    return cell.astype(np.int64)
-
-
-def _feistel(cell: np.ndarray, keys: np.ndarray, side: np.uint64) -> np.ndarray:
-    left, right = np.divmod(cell, side)
-    for number in range(_ROUNDS):
-        left, right = right, (left + _mix(keys + right + np.uint64(number << 56)) % side) % side
-    return left * side + right
-
-
-def _mix(values: np.ndarray) -> np.ndarray:
-    """splitmix64 (Steele et al. 2014): every input bit reaches every output bit; uint64 wraps around."""
-    mixed: Any = values + np.uint64(0x9E3779B97F4A7C15)
-    mixed ^= mixed >> np.uint64(30)
-    mixed *= np.uint64(0xBF58476D1CE4E5B9)
-    mixed ^= mixed >> np.uint64(27)
-    mixed *= np.uint64(0x94D049BB133111EB)
-    return mixed ^ (mixed >> np.uint64(31))
-
-
-def gaps(rows: np.ndarray) -> np.ndarray:
-    """How many row numbers before each of the sorted `rows` are not among them."""
-    return rows - np.arange(len(rows))
-
-
-def outside(gaps: np.ndarray, number: np.ndarray) -> np.ndarray:
-    """The `number`-th (from 0) of all row numbers that are not among those that `gaps` is of."""
-    return number + np.searchsorted(gaps, number, side="right")
-
-
-@dataclass(frozen=True, eq=False)
-class Order:
-    """The row at each position of the run: a pure function, whatever was read before.
-
-    Without `kept` every pass is a permutation of all rows. With it (SALT_DS, arXiv 2410.18779) the first
-    `phase1` positions read passes over `kept` alone, the later ones all rows. `unread_first`: what phase 1 has
-    read comes back only after all the rest; else phase 2 reads at each position what a run without selection
-    reads there.
-
-    Args:
-        seed: another seed is another order.
-        num_rows: rows of the training split.
-        kept: sorted int64 row numbers; costs 8 bytes each, and as many again for `unread_first`.
-        phase1: positions (rows read) in phase 1.
-        unread_first: see above.
-    """
-
-    seed: int
-    num_rows: int
-    kept: np.ndarray | None = None
-    phase1: int = 0
-    unread_first: bool = True
-
-    def __call__(self, position: np.ndarray) -> np.ndarray:
-        rows = np.empty_like(position)
-        selected = position < self.phase1 if self.kept is not None else np.zeros(position.shape, bool)
-        if self.kept is not None and selected.any():
-            rows[selected] = self.kept[row_at(position[selected], self.seed, len(self.kept))]
-        rows[~selected] = self._of_all(position[~selected])
-        return rows
-
-    def _of_all(self, position: np.ndarray) -> np.ndarray:
-        if self.kept is None or not self.unread_first:
-            return row_at(position, self.seed, self.num_rows)
-        position, num_unread = position - self.phase1, self.num_unread
-        rows, unread = np.empty_like(position), position < num_unread
-        if unread.any():
-            rows[unread] = outside(self._gaps, row_at(position[unread], self.seed, num_unread))
-        rows[~unread] = row_at(position[~unread] - num_unread, self.seed, self.num_rows)
-        return rows
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of what phase 1 reads and how it goes on; "none" without a selection."""
-        if self.kept is None:
-            return "none"
-        hashed = hashlib.blake2b(self.kept.astype(np.int64).tobytes(), digest_size=10)
-        hashed.update(f"{self.phase1} {self.unread_first}".encode())
-        return hashed.hexdigest()
-
-    @property
-    def num_unread(self) -> int:
-        """How many rows phase 1 does not read."""
-        return self.num_rows - len(self._gaps)
-
-    @cached_property
-    def _gaps(self) -> np.ndarray:
-        """Of the rows that phase 1 reads. Kept: to make it takes seconds where these are millions."""
-        assert self.kept is not None
-        if self.phase1 >= len(self.kept):
-            return gaps(self.kept)
-        return gaps(np.sort(self.kept[row_at(np.arange(self.phase1), self.seed, len(self.kept))]))
-
-
-def scatter(numbers: np.ndarray) -> np.ndarray:
-    """A fixed random uint64 for each number, no two alike."""
-    return _mix(numbers.astype(np.uint64))
-
 
 # --- rows ---
 
@@ -173,6 +50,23 @@ def with_sources(files: TokenFiles, labels_BT: np.ndarray, bytes_BT: np.ndarray,
     bytes_BT[ignored_BT], documents_BT[ignored_BT] = 0, -1
     sources_BT = np.where(documents_BT < 0, -1, files.doc_sources[documents_BT])
     return {"bytes": bytes_BT, "documents": documents_BT, "sources": sources_BT.astype(np.int64)}
+
+
+def require_text(files: TokenFiles, split: str, block_size: int | None, val_fraction: float) -> None:
+    """Raises ConfigError where a split has no text, or not enough for a row (None: that is looked at elsewhere)."""
+    tokens = files.num_tokens
+    if split == "train" and block_size and tokens < block_size:
+        raise ConfigError(
+            f"--data.source: {tokens} training tokens do not fill one row of --data.block_size "
+            f"{block_size}; add text or shorten the rows"
+        )
+    if split == "val" and tokens == 0:
+        num_documents = files.manifest["splits"]["train"]["documents"]
+        raise ConfigError(
+            f"--data.val_fraction: {val_fraction} left none of {num_documents} documents for "
+            "validation (equal ones stay together); raise it, split the text into more documents, or give "
+            "--data.val_source"
+        )
 
 
 class PackedRows:
@@ -225,6 +119,16 @@ class PackedRows:
         """The document at the start of each row."""
         return np.searchsorted(self.files.doc_ends, rows * self.block_size, side="right")
 
+    def source_starts(self, names: list[str]) -> tuple[int, ...]:
+        """The first row that begins in each source, where these lie one after the other, and the number of rows."""
+        place_S = [names.index(name) for name in self.files.manifest["sources"]]
+
+        def place(row: int) -> int:
+            return place_S[self.files.doc_sources[self.first_documents(np.array([row]))[0]]]
+
+        every = range(self.num_rows)
+        return (*(bisect_left(every, i, key=place) for i in range(len(names))), self.num_rows)
+
     def _ends(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Start of each row, and the range of documents that end in it: after its start, up to its stop."""
         starts = rows * self.block_size
@@ -245,7 +149,7 @@ def counts_nll(tokens: np.ndarray, labels: np.ndarray) -> float:
 class TrainBatches(Dataset):
     """Micro-batch i of one rank, counted over the whole run: step i // accumulate, part i % accumulate."""
 
-    def __init__(self, packed: Rows, order: Order, sizes: tuple[int, int], place: tuple[int, int]) -> None:
+    def __init__(self, packed: Rows, order: Order | Mixture, sizes: tuple[int, int], place: tuple[int, int]) -> None:
         self.packed, self.order = packed, order
         self.global_batch, self.micro_batch = sizes
         self.rank, self.world = place

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from salt_lightning.order import scatter
 from salt_lightning.report import COLOURS, REFERENCE_COLOUR, table
-from salt_lightning.rows import scatter
 from salt_lightning.scores import NO_LABEL, Scores
 from salt_lightning.selection import LESS_CHANCE, KeepRule, chance, kept_rows, row_scores
 

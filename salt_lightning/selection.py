@@ -20,7 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from salt_lightning.errors import ConfigError, refuse
-from salt_lightning.rows import Order, scatter
+from salt_lightning.mixture import Mixture, Shares, make_order
+from salt_lightning.order import Order, scatter
 from salt_lightning.scores import NO_LABEL, RANK_CAP, Scores, write_table
 
 Masked = Literal["zero", "drop"]
@@ -102,7 +103,7 @@ LESS_CHANCE = "a later teacher, a larger --data.keep.k, --data.keep.masked drop,
 
 
 class Plan(NamedTuple):
-    order: Order
+    order: Order | Mixture
     chance: float  # share of the rows kept that a lot has chosen where the scores should; 0 of a random subset
     said: str
 
@@ -150,7 +151,7 @@ def _first(scores_R: np.ndarray, lot_R: np.ndarray, count: int) -> np.ndarray:
     return mask_R
 
 
-def plan(scores: Scores, rule: KeepRule, seed: int, phase1_rows: int) -> Plan:
+def plan(scores: Scores, rule: KeepRule, seed: int, phase1_rows: int, shares: Shares | None = None) -> Plan:
     """The order of a run whose first `phase1_rows` rows come from what `rule` keeps, and a line that says so.
 
     Raises:
@@ -158,22 +159,29 @@ def plan(scores: Scores, rule: KeepRule, seed: int, phase1_rows: int) -> Plan:
     """
     score_R = row_scores(scores, rule.k, rule.masked)
     kept = kept_rows(score_R, rule)
-    repeats = phase1_rows / len(kept)
+    order = make_order(shares, seed, len(score_R), kept, phase1_rows, rule.unread_first)
+    source, repeats = max(order.repeats.items(), key=lambda item: item[1])
+    of_source = f" of {source!r}" if source else ""
+    if math.isinf(repeats):
+        raise ConfigError(
+            f"--data.keep: of the {len(kept)} rows kept none is{of_source}, which --data.source_weights has in phase 1 "
+            "too; keep more (--data.keep.fraction), or leave --data.source_weights out"
+        )
     if repeats > rule.max_repeats:
         raise ConfigError(
-            f"--data.keep: phase 1 takes {phase1_rows} rows and {len(kept)} are kept, so each is read "
+            f"--data.keep: phase 1 takes {phase1_rows} rows and {len(kept)} are kept, so each{of_source} is read "
             f"{repeats:.1f} times; keep more (--data.keep.fraction), shorten --kd.steps, or allow it by "
             f"--data.keep.max_repeats {math.ceil(repeats)}"
         )
-    order = Order(seed, len(score_R), kept, phase1_rows, rule.unread_first)
     drawn = 0.0 if rule.order == "random" else chance(score_R, kept)
     tie = f"; {drawn:.1%} of them score as much as rows that are left out: chance decides" if drawn else ""
     then = "reads all, read before or not (--data.keep.unread_first false)"
     if rule.unread_first:  # here, so that worker processes share what it takes to know them
         then = f"begins with the {order.num_unread} unread rows"
+    most = f" at most, those{of_source}" if source else ""
     said = (
         f"selection: {len(kept)} of {len(score_R)} rows ({rule.name}; S {score_R[kept].min():.3f} to "
-        f"{score_R[kept].max():.3f}{tie}); phase 1 reads {phase1_rows}, each kept row {repeats:.2f} times; "
+        f"{score_R[kept].max():.3f}{tie}); phase 1 reads {phase1_rows}, each kept row {repeats:.2f} times{most}; "
         f"phase 2 {then}"
     )
     return Plan(order, drawn, said)

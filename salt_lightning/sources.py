@@ -4,6 +4,7 @@ import glob
 import os
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -52,6 +53,12 @@ class Group:
             return [self.name, self.hub_name, self.hub.split, self.hub.subset, self.hub.revision]
         stats = [(file, os.stat(file)) for file in self.files]
         return [self.name, self.kind, [[file, stat.st_size, stat.st_mtime_ns] for file, stat in stats]]
+
+
+def entries(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None) -> list[str]:
+    """Those of a source setting: one or several, strings or paths."""
+    several = [source] if isinstance(source, str | os.PathLike) else source or []
+    return [name for entry in several if (name := os.fspath(entry))]
 
 
 def resolve(setting: str, entries: list[str], hub: Hub) -> tuple[Group, ...]:

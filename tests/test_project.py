@@ -12,7 +12,19 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "salt_lightning").glob("*.py"))
 NAMES = [path.name for path in FILES]
 LAYERS = [  # a file imports from files of earlier layers alone
-    {"errors", "experts", "flops", "journal", "packed", "progress", "progress_bar", "quiet", "row_pass", "watch"},
+    {
+        "errors",
+        "experts",
+        "flops",
+        "journal",
+        "order",
+        "packed",
+        "progress",
+        "progress_bar",
+        "quiet",
+        "row_pass",
+        "watch",
+    },
     {
         "attention",
         "chunked_head",
@@ -20,6 +32,7 @@ LAYERS = [  # a file imports from files of earlier layers alone
         "folders",
         "meter",
         "metrics",
+        "mixture",
         "optim",
         "parser",
         "preflight",

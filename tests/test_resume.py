@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CLOCK, StopAt, arguments, scalars, weights
+from conftest import CLOCK, StopAt, arguments, scalars, weights, write_corpus
 from lightning.pytorch.callbacks import Callback
 
 from salt_lightning import OptimSpec, SALTModule, cli, lineage
@@ -595,6 +595,21 @@ def test_other_data_than_the_checkpoints_is_said(fit, tmp_path, caplog):
     assert fit(tmp_path / "run", ckpt_path="last", **{"data.seed": 5}) == 0
     assert "going on with other data than the checkpoint's: --data.seed 5 (checkpoint: 0)" in caplog.text
     assert "held-out" not in caplog.text
+
+
+def test_sources_with_weights_resume_to_the_bit_and_other_weights_are_said(fit, teacher, tmp_path, corpus, caplog):
+    second = write_corpus(tmp_path / "second.jsonl", 60, seed=5)
+    own = {"data.source": [str(corpus), str(second)], "data.source_weights": [1, 2]}
+    own["data.tokenizer"] = str(Path(teacher).parents[1] / "tokenizer")
+    assert fit(tmp_path / "whole", **own) == 0
+    assert fit(tmp_path / "run", stop_at=5, **own) == 128 + signal.SIGTERM
+    assert fit(tmp_path / "run", ckpt_path="last", **own) == 0
+    assert "other data than the checkpoint's" not in caplog.text
+    assert_same(tmp_path / "whole", tmp_path / "run")
+    assert fit(tmp_path / "other", stop_at=5, **own) == 128 + signal.SIGTERM
+    assert fit(tmp_path / "other", ckpt_path="last", **{**own, "data.source_weights": [2, 2]}) == 0
+    said = "other rows of phase 1, or shares (--data.selection, keep, source_weights, --kd.steps)"
+    assert f"going on with other data than the checkpoint's: {said}" in caplog.text
 
 
 def test_other_held_out_text_than_the_checkpoints_is_said(fit, tmp_path, caplog):

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from salt_lightning.errors import ConfigError
-from salt_lightning.rows import Order, gaps, outside, row_at, scatter
+from salt_lightning.mixture import Shares
+from salt_lightning.order import Order, gaps, outside, row_at, scatter
 from salt_lightning.score_report import _overlap
 from salt_lightning.scores import NO_LABEL, RANK_CAP, Scored, Scores, write_table
 from salt_lightning.selection import KeepRule, chance, kept_rows, plan, row_scores, score_rows
@@ -288,6 +289,23 @@ def test_reading_the_kept_rows_too_often_is_refused(scores):
     ):
         plan(scores, KeepRule(rows=4), 0, 40)
     assert plan(scores, KeepRule(rows=4, max_repeats=10.0), 0, 40)[0].phase1 == 40
+
+
+def test_a_selection_of_sources_with_weights(scores):
+    """Of `web` one row of the four is kept, of `code` three: it has to serve three quarters of phase 1."""
+    kept = kept_rows(row_scores(scores, 10, "zero"), KeepRule(rows=4)).tolist()
+    shares = Shares(("web", "code"), (3.0, 1.0), (0, kept[0] + 1, 10))
+    with pytest.raises(ConfigError, match="takes 8 rows and 4 are kept, so each of 'web' is read 6.0 times"):
+        plan(scores, KeepRule(rows=4), 0, 8, shares)
+    order, _, message = plan(scores, KeepRule(rows=4, max_repeats=6.0), 0, 8, shares)
+    rows = order(np.arange(8)).tolist()
+    assert rows.count(kept[0]) == 6
+    assert len({*rows} - {kept[0]}) == 2
+    assert {*rows} <= {*kept}
+    assert "phase 1 reads 8, each kept row 6.00 times at most, those of 'web'; phase 2 begins with the 7 unr" in message
+    apart = Shares(("web", "code"), (1.0, 1.0), (0, kept[0], 10))
+    with pytest.raises(ConfigError, match="of the 4 rows kept none is of 'web', which --data.source_weights has"):
+        plan(scores, KeepRule(rows=4), 0, 8, apart)
 
 
 def test_chance_is_the_share_of_kept_rows_that_tie_with_rows_left_out():

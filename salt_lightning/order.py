@@ -1,0 +1,139 @@
+"""The row at each position of a run: a pure function of seed and selection, whatever was read before.
+
+There is no list of rows in memory and no state to save.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+_ROUNDS = 8
+
+
+def row_at(position: np.ndarray, seed: int, num_rows: int) -> np.ndarray:
+    """The row at each position of the endless training order: every pass is a new permutation of all rows.
+
+    A Feistel network over pairs (left, right) of numbers below ceil(sqrt(num_rows)) permutes a square of at
+    least num_rows cells; cells past the end are sent through again until they land inside (cycle walking).
+    So 10^9 rows cost no memory.
+
+    Args:
+        position: int64 array, counted over the whole run (pass = position // num_rows).
+        seed: another seed is another order.
+        num_rows: rows of the training split.
+    """
+    side = np.uint64(math.isqrt(num_rows - 1) + 1)
+    seeds = np.full(position.shape, seed, np.uint64)
+    keys = _mix(_mix(seeds) + (position // num_rows).astype(np.uint64))
+    cell = (position % num_rows).astype(np.uint64)
+    todo = np.ones(cell.shape, bool)
+    while todo.any():
+        cell[todo] = _feistel(cell[todo], keys[todo], side)
+        todo = cell >= np.uint64(num_rows)
+    return cell.astype(np.int64)
+
+
+def _feistel(cell: np.ndarray, keys: np.ndarray, side: np.uint64) -> np.ndarray:
+    left, right = np.divmod(cell, side)
+    for number in range(_ROUNDS):
+        left, right = right, (left + _mix(keys + right + np.uint64(number << 56)) % side) % side
+    return left * side + right
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """splitmix64 (Steele et al. 2014): every input bit reaches every output bit; uint64 wraps around."""
+    mixed: Any = values + np.uint64(0x9E3779B97F4A7C15)
+    mixed ^= mixed >> np.uint64(30)
+    mixed *= np.uint64(0xBF58476D1CE4E5B9)
+    mixed ^= mixed >> np.uint64(27)
+    mixed *= np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))
+
+
+def gaps(rows: np.ndarray) -> np.ndarray:
+    """How many row numbers before each of the sorted `rows` are not among them."""
+    return rows - np.arange(len(rows))
+
+
+def outside(gaps: np.ndarray, number: np.ndarray) -> np.ndarray:
+    """The `number`-th (from 0) of all row numbers that are not among those that `gaps` is of."""
+    return number + np.searchsorted(gaps, number, side="right")
+
+
+@dataclass(frozen=True, eq=False)
+class Order:
+    """The row at each position of the run: a pure function, whatever was read before.
+
+    Without `kept` every pass is a permutation of all rows. With it (SALT_DS, arXiv 2410.18779) the first
+    `phase1` positions read passes over `kept` alone, the later ones all rows. `unread_first`: what phase 1 has
+    read comes back only after all the rest; else phase 2 reads at each position what a run without selection
+    reads there.
+
+    Args:
+        seed: another seed is another order.
+        num_rows: rows of the training split.
+        kept: sorted int64 row numbers; costs 8 bytes each, and as many again for `unread_first`.
+        phase1: positions (rows read) in phase 1.
+        unread_first: see above.
+    """
+
+    seed: int
+    num_rows: int
+    kept: np.ndarray | None = None
+    phase1: int = 0
+    unread_first: bool = True
+
+    def __call__(self, position: np.ndarray) -> np.ndarray:
+        rows = np.empty_like(position)
+        selected = position < self.phase1 if self.kept is not None else np.zeros(position.shape, bool)
+        if self.kept is not None and selected.any():
+            rows[selected] = self.kept[row_at(position[selected], self.seed, len(self.kept))]
+        rows[~selected] = self._of_all(position[~selected])
+        return rows
+
+    def _of_all(self, position: np.ndarray) -> np.ndarray:
+        if self.kept is None or not self.unread_first:
+            return row_at(position, self.seed, self.num_rows)
+        position, num_unread = position - self.phase1, self.num_unread
+        rows, unread = np.empty_like(position), position < num_unread
+        if unread.any():
+            rows[unread] = outside(self._gaps, row_at(position[unread], self.seed, num_unread))
+        rows[~unread] = row_at(position[~unread] - num_unread, self.seed, self.num_rows)
+        return rows
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of what phase 1 reads and how it goes on; "none" without a selection."""
+        if self.kept is None:
+            return "none"
+        hashed = hashlib.blake2b(self.kept.astype(np.int64).tobytes(), digest_size=10)
+        hashed.update(f"{self.phase1} {self.unread_first}".encode())
+        return hashed.hexdigest()
+
+    @property
+    def num_unread(self) -> int:
+        """How many rows phase 1 does not read."""
+        return self.num_rows - len(self._gaps)
+
+    @property
+    def repeats(self) -> dict[str, float]:
+        """How often phase 1 reads a kept row on average; no source is told from another."""
+        assert self.kept is not None
+        return {"": self.phase1 / len(self.kept) if len(self.kept) else math.inf if self.phase1 else 0.0}
+
+    @cached_property
+    def _gaps(self) -> np.ndarray:
+        """Of the rows that phase 1 reads. Kept: to make it takes seconds where these are millions."""
+        assert self.kept is not None
+        if self.phase1 >= len(self.kept):
+            return gaps(self.kept)
+        return gaps(np.sort(self.kept[row_at(np.arange(self.phase1), self.seed, len(self.kept))]))
+
+
+def scatter(numbers: np.ndarray) -> np.ndarray:
+    """A fixed random uint64 for each number, no two alike."""
+    return _mix(numbers.astype(np.uint64))
