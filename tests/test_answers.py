@@ -125,6 +125,8 @@ def test_the_part_that_counts(text, pattern, part):
         ("1,00,000", "100000", True),
         ("1٬000", "1000", True),
         ("1\xa0000", "1000", True),
+        ("1\u202f000", "1000", True),
+        ("1\u2009000", "1000", True),
         ("1 000", "1000", False),
         ("12,34", "1234", False),
         ("7.5", "75", False),

@@ -368,6 +368,10 @@ def test_a_rope_that_depends_on_the_neighbours_is_told(recwarn):
         said = [str(w.message) for w in recwarn if "longrope" in str(w.message)]
         assert len(said) == (block_size > 8), said
     assert "one of its documents is longer than 8 tokens" in said[0]
+    plain = {"rope_type": "default", "rope_theta": 1e4}
+    kinds = {"full_attention": rope, "sliding_attention": plain}  # one for each kind of layer
+    fresh_config(ModelSpec(family="gemma3_text", config={**FAMILIES["gemma3_text"], "rope_parameters": kinds}), data)
+    assert len([w for w in recwarn if "longrope" in str(w.message)]) == 2
 
 
 def test_a_checkpoint_does_not_say_that_its_weights_are_quantized():

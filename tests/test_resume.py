@@ -1,5 +1,6 @@
 """A run stopped anywhere and started again equals the run never stopped, bit for bit: weights and logged values."""
 
+import json
 import os
 import re
 import shutil
@@ -111,6 +112,25 @@ def test_phase_2_resumes_without_the_teacher(fit, tmp_path, teacher):
     gone.unlink()
     assert fit(tmp_path / "broken", ckpt_path="last", **with_copy) == 0
     assert_same(tmp_path / "broken", tmp_path / "whole")
+
+
+def test_phase_2_resumes_beside_a_teacher_of_other_token_ids(fit, tmp_path, teacher):
+    """It is not loaded any more, so nobody asks what it means by a token id; in phase 1 it is refused."""
+    from families import tiny
+
+    folder = tmp_path / "teacher"
+    tiny("llama", vocab_size=320, max_position_embeddings=32).model.save_pretrained(folder)
+    shutil.copytree(Path(teacher).parents[1] / "tokenizer", folder, dirs_exist_ok=True)
+    rules = json.loads((folder / "tokenizer.json").read_text())
+    vocab = rules["model"]["vocab"]
+    vocab["a"], vocab["e"] = vocab["e"], vocab["a"]
+    (folder / "tokenizer.json").write_text(json.dumps(rules))
+    assert fit(tmp_path / "whole") == 0
+    assert fit(tmp_path / "broken", stop_at=9) == 128 + signal.SIGTERM
+    other = {"model.teacher.path": str(folder), "data.cache_dir": str(tmp_path / "cache")}  # asked before tokenizing
+    assert fit(tmp_path / "broken", ckpt_path="last", **other) == 0
+    assert_same(tmp_path / "broken", tmp_path / "whole")
+    assert fit(tmp_path / "other", **other) == 2
 
 
 def test_another_accumulation_goes_on_at_the_same_step(fit, tmp_path):
