@@ -221,6 +221,7 @@ class SALTCLI(LightningCLI):
         kwargs["callbacks"] = [*others, *own]
         try:
             trainer = super().instantiate_trainer(**kwargs)
+            trainer._checkpoint_connector._ckpt_path = config.get("ckpt_path")  # Lightning: after prepare_data alone
             parallel.check(trainer, config.get("ckpt_path"))
             parallel.limit_connecting(trainer.strategy)
             return trainer

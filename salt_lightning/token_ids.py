@@ -82,7 +82,10 @@ def tell_fit(spec: ModelSpec, name: str, data: Any) -> None:
 
 
 def check_models(trainer: Any, student: ModelSpec, teacher: ModelSpec) -> None:
-    """`check_fit` of all models that this run will load, before they are. What cannot be read is refused then."""
+    """`check_fit` of all models that this run will load, before they are. What cannot be read is refused then.
+
+    `trainer.ckpt_path` is known at this time where the command line has set it.
+    """
     fits, predicts = (trainer.state.fn == fn for fn in (TrainerFn.FITTING, TrainerFn.PREDICTING))
     starts = not trainer.ckpt_path  # where a resumed run goes on in phase 2 the teacher may be gone
     taught = predicts or (fits and starts and any(kd.schedule.weight > 0 for kd in kd_callbacks(trainer)))
