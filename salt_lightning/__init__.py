@@ -7,21 +7,36 @@ if TYPE_CHECKING:
     from salt_lightning.answers import AnswerTest
     from salt_lightning.data import SALTDataModule
     from salt_lightning.examples import Examples
+    from salt_lightning.losses import salt_loss, token_stats
     from salt_lightning.module import SALTModule
     from salt_lightning.optim import OptimSpec
-    from salt_lightning.schedule import KDScheduleCallback
+    from salt_lightning.schedule import KDSchedule, KDScheduleCallback
     from salt_lightning.spec import ModelSpec
 
-__all__ = ["AnswerTest", "Examples", "KDScheduleCallback", "ModelSpec", "OptimSpec", "SALTDataModule", "SALTModule"]
+__all__ = [
+    "AnswerTest",
+    "Examples",
+    "KDSchedule",
+    "KDScheduleCallback",
+    "ModelSpec",
+    "OptimSpec",
+    "SALTDataModule",
+    "SALTModule",
+    "salt_loss",
+    "token_stats",
+]
 
 _HOMES = {
     "AnswerTest": "answers",
     "Examples": "examples",
+    "KDSchedule": "schedule",
     "KDScheduleCallback": "schedule",
     "ModelSpec": "spec",
     "OptimSpec": "optim",
     "SALTDataModule": "data",
     "SALTModule": "module",
+    "salt_loss": "losses",
+    "token_stats": "losses",
 }
 
 

@@ -70,19 +70,6 @@ def check_trainer(trainer: Trainer) -> None:
             )
 
 
-def check_subclass(trainer: Trainer) -> None:
-    """Raises ConfigError for parts that a subclass of SALTModule has added and that a step would pass over."""
-    if trainer.lr_scheduler_configs:
-        raise ConfigError("a learning-rate scheduler of your own would be overwritten: set OptimSpec(...), model.optim")
-    named = trainer.lightning_module.named_parameters()
-    others = [name for name, p in named if p.requires_grad and not name.startswith("student.")]
-    if others:
-        raise ConfigError(
-            f"{', '.join(others[:3])}: parameters beside the student would be trained, but neither clipped nor watched "
-            "nor exported; put them into the student's model"
-        )
-
-
 _KNOWN = ("lightning.", "salt_lightning.")
 _MONITORED = ("val/ce", "val/perplexity", "val/accuracy", "val/tokens", "val/bits_per_byte", "step", "epoch")
 

@@ -4,7 +4,7 @@ import math
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from transformers import PreTrainedModel
@@ -13,7 +13,7 @@ from transformers.utils import cached_file
 from salt_lightning import lineage, report
 from salt_lightning.meter import Totals
 from salt_lightning.runlog import Run, changes_said
-from salt_lightning.schedule import KDSchedule, trained_schedule
+from salt_lightning.schedule import KDSchedule, Shape, trained_schedule
 
 _SIZES = (
     "hidden_size",
@@ -145,7 +145,9 @@ def _schedule(checkpoint: dict[str, Any], run: Run) -> str:
         found = checkpoint.get("kd_stop_step") is not None
         said += f", {'the last of them found by' if found else 'no validation being within'} a margin of {margin} nats "
         said += "to the teacher's loss"
-    schedule = trained_schedule(checkpoint)
+    schedule, shape = trained_schedule(checkpoint), (checkpoint.get("kd_schedule") or {}).get("shape")
+    if schedule and shape not in get_args(Shape):
+        said += f", by a schedule of its own ({shape})"
     counted = checkpoint.get("totals")
     if schedule and counted and counted["taught_steps"] != schedule.kd_steps(checkpoint["global_step"]):
         said += "; an earlier start of the run followed another schedule"

@@ -151,6 +151,13 @@ class RunCheckpoint(Checkpoint):
         return preflight.disk(self._dir, weight_bytes, kept + len(for_good))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        there = trainer.strategy.broadcast([str(path) for _, path in _saved(self._dir)])
+        if there and trainer.global_step == 0:
+            raise ConfigError(
+                f"{self._dir} holds checkpoints of a run, the newest at {Path(there[-1]).name}, and this one starts at "
+                f"step 0: go on from that (--ckpt_path last, in Python trainer.fit(ckpt_path={there[-1]!r})), or "
+                "choose another folder"
+            )
         trainer.strategy.broadcast(self.space(trainer, pl_module.parameters())).require()
         if trainer.is_global_zero:
             self._tidy(trainer.global_step)

@@ -5,6 +5,7 @@ NaN stands for "not known" in every number here; it shows as '-' and is null in 
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,7 @@ def first_reach(steps: np.ndarray, values: np.ndarray, level: float) -> float:
     return math.nan
 
 
-def compare(runs: list[Path], out: Path, baseline: str | None = None) -> Comparison:
+def compare(runs: Sequence[str | Path], out: str | Path, baseline: str | None = None) -> Comparison:
     """Compares runs and writes compare.md, compare.json and compare.png into `out`.
 
     Args:
@@ -121,7 +122,7 @@ def compare(runs: list[Path], out: Path, baseline: str | None = None) -> Compari
     """
     folders = list({os.path.abspath(path): Path(os.path.normpath(path)) for path in runs}.values())
     loaded = [lineage.read(path, name) for path, name in zip(folders, _names(folders), strict=True)]
-    comparison = evaluate(loaded, baseline)
+    comparison, out = evaluate(loaded, baseline), Path(out)
     out.mkdir(parents=True, exist_ok=True)
     link = "\n![Validation CE over steps and over FLOPs](compare.png)\n"
     (out / "compare.md").write_text(report.markdown(comparison) + link, encoding="utf-8")

@@ -9,23 +9,31 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME as INDEX
 from transformers.utils import SAFE_WEIGHTS_NAME as SINGLE
 
 from salt_lightning.errors import ConfigError, few
 
 
+def is_causal(kind: Any) -> bool:
+    """Whether transformers has a causal language model of that model_type, its own or a registered one."""
+    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return True
+    return kind in CONFIG_MAPPING and CONFIG_MAPPING[kind] in MODEL_FOR_CAUSAL_LM_MAPPING
+
+
 def check(folder: Path, setting: str, trust_remote_code: bool) -> None:
     """Raises ConfigError, starting with `setting`, unless the folder holds a whole causal language model."""
     config = _read(folder / "config.json", setting)
     kind = config.get("model_type")
-    if config.get("auto_map") and kind not in CAUSAL and not trust_remote_code:
+    if config.get("auto_map") and not is_causal(kind) and not trust_remote_code:
         raise ConfigError(
             f"{setting} {folder} needs model code that comes with it ({kind!r} is not in this transformers); read that "
             f"code, and if you trust it: {setting.removesuffix('path')}trust_remote_code true"
         )
-    if kind not in CAUSAL and not trust_remote_code:
+    if not is_causal(kind) and not trust_remote_code:
         raise ConfigError(
             f"{setting} {folder} holds no causal language model that this transformers knows (model_type {kind!r} in "
             "config.json); give one, e.g. a llama, gpt2 or qwen3"

@@ -66,8 +66,9 @@ def salt_loss(  # noqa: PLR0913
 
     Nothing is read from the device, so the call can be captured in a CUDA graph. The products run in the
     autocast dtype where autocast is on, else in the dtype of each model's hidden states (on a CPU in fp32
-    instead of bf16); gradients come back in the dtype of their input. They are made in forward: a second
-    backward through one call is refused.
+    instead of bf16); gradients come back in the dtype of their input, to the student's hidden states, head and
+    bias alone. They are made in forward: a second backward through one call is refused, and so are torch.func and
+    second derivatives.
 
     Args:
         student_hidden_ND: (N, D) last hidden states, fp32 or bf16.

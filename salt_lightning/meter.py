@@ -26,6 +26,15 @@ def loss_values(sums: list[float], weight: float) -> dict[str, float]:
     return values
 
 
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """The most memory that tensors took on a GPU since it was last asked; nothing elsewhere."""
+    if device.type != "cuda":
+        return {}
+    peak_bytes = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return {"peak_memory_gib": peak_bytes / 2**30}
+
+
 def _none(steps: int) -> int:
     return 0
 

@@ -18,12 +18,13 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from salt_lightning import attention, flops, models, parallel, preflight, probe
-from salt_lightning.cadence import check_subclass, check_trainer, plan_validation
+from salt_lightning.cadence import check_trainer, plan_validation
 from salt_lightning.checkpoint import go_on_from, how_to_go_on, require_same, say_other_share
 from salt_lightning.data import SALTDataModule
 from salt_lightning.errors import ConfigError, NonFiniteLossError, refuse
+from salt_lightning.extension import check_batch, check_step_tokens, check_subclass, ignore, no_callback, require_super
 from salt_lightning.losses import salt_loss, token_stats
-from salt_lightning.meter import SUMS, Meter, loss_values
+from salt_lightning.meter import SUMS, Meter, loss_values, peak_memory
 from salt_lightning.metrics import TokenMetrics
 from salt_lightning.models import CausalLM
 from salt_lightning.optim import OptimSpec, by_name
@@ -59,6 +60,9 @@ class SALTModule(pl.LightningModule):
 
     teacher: CausalLM | None
 
+    def __init_subclass__(cls) -> None:
+        require_super(cls, SALTModule)
+
     def __init__(  # noqa: PLR0913 - the constructor is the command line
         self,
         student: ModelSpec,
@@ -76,9 +80,7 @@ class SALTModule(pl.LightningModule):
         self.teacher_spec = ModelSpec.of(teacher)
         self.optim_spec = optim if isinstance(optim, OptimSpec) else OptimSpec(**optim)
         positive = {"teacher_temperature": teacher_temperature, "logits_budget_gib": logits_budget_gib}
-        wrong = [
-            f"--model.{name} {x} must be above 0, and finite" for name, x in positive.items() if not 0 < x < math.inf
-        ]
+        wrong = [f"--model.{k} {x} must be above 0, and finite" for k, x in positive.items() if not 0 < x < math.inf]
         if accuracy not in ("accurate", "fast"):
             wrong.append(f"--model.accuracy {accuracy} must be accurate or fast")
         refuse(wrong)
@@ -107,6 +109,7 @@ class SALTModule(pl.LightningModule):
         self._grad_norm = torch.zeros(())
         self._watch = Watch()
         self.meter = Meter()
+        self._ndim: dict[str, int] = {}  # of the student's parameters
 
     # ---------------------------------------------------------------- models
 
@@ -119,10 +122,7 @@ class SALTModule(pl.LightningModule):
         if stage == "fit":
             self.optim_spec.check(self.trainer.max_steps)
             if self.has_teacher and self._kd is None:
-                raise ConfigError(
-                    f"SALTModule has a teacher ({self.teacher_spec.path}) and the Trainer no KDScheduleCallback: it "
-                    "would silently train BASELINE. Add Trainer(callbacks=[KDScheduleCallback(steps=...)])"
-                )
+                raise no_callback(self.teacher_spec.path)
             parallel.check(self.trainer)
             check_trainer(self.trainer)
             models.check_path(self.student_spec, "student")
@@ -152,7 +152,7 @@ class SALTModule(pl.LightningModule):
         # What a checkpoint needs to be loaded on its own: no path, every size.
         self.hparams["student"] = asdict(resolved(spec, lm.model.config))
         attention.pack(lm.train().requires_grad_(True), spec.attention, strategy)
-        self._matrices = {f"student.{name}" for name, p in lm.named_parameters() if p.ndim >= 2}
+        self._ndim = {f"student.{name}": p.ndim for name, p in lm.named_parameters()}
         if self.hparams["activation_checkpointing"]:
             parallel.recompute_activations(lm)
         self.student = parallel.distribute(lm, strategy, self.hparams["compile"])
@@ -208,7 +208,8 @@ class SALTModule(pl.LightningModule):
         check_subclass(self.trainer)
         self.kd_weight = self.kd_weight.to(self.device)
         self._watch = Watch(self.device)
-        self._sums = torch.zeros(len(SUMS), device=self.device)
+        self._sums, self._step_tokens = torch.zeros(len(SUMS), device=self.device), torch.zeros((), device=self.device)
+        self._first_look = check_batch if self._data is None else ignore
 
     def on_train_start(self) -> None:
         data, kd = self._data, self._kd
@@ -228,6 +229,8 @@ class SALTModule(pl.LightningModule):
         torch.manual_seed(hash((self.hparams["seed"], self.global_step, micro, self.global_rank)) % 2**63)
         if micro == 0:
             self._sums.zero_()
+        self._first_look(batch)
+        self._first_look = ignore
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         ids_BT, positions_BT = batch["input_ids"], batch["positions"]
@@ -235,9 +238,11 @@ class SALTModule(pl.LightningModule):
         if self.teacher is not None:
             with torch.no_grad(), self.meter.teacher_runs(ids_BT.is_cuda):
                 teacher_out = self.teacher(ids_BT, positions_BT, cu_seqlens=batch.get("cu_seqlens"))
+        self._step_tokens = batch["step_tokens"].float()
         # DDP divides by the ranks: what is left is one division by the tokens of the whole optimizer step.
-        num_tokens = batch["step_tokens"].float() / self.trainer.world_size
-        loss = partial(self.step_loss, batch["labels"].flatten(), teacher_out, num_tokens)
+        loss = partial(
+            self.step_loss, batch["labels"].flatten(), teacher_out, self._step_tokens / self.trainer.world_size
+        )
         out = self.student(ids_BT, positions_BT, loss, batch.get("cu_seqlens"))
         with torch.no_grad():
             self._sums += torch.stack([getattr(out, name).float() for name in SUMS])
@@ -260,7 +265,11 @@ class SALTModule(pl.LightningModule):
         head_VD: Tensor,
         bias_V: Tensor | None,
     ) -> Any:
-        """For the student's forward to evaluate: the loss at the weight `kd_weight`, without a teacher CE."""
+        """The loss at the weight `kd_weight`; plain CE where `teacher_out` is None. Called in the student's forward.
+
+        A subclass adds a loss of its own to what this returns: `out._replace(loss=out.loss + mine)`, where `mine` is
+        one micro-batch's part of a mean over the step's tokens: a sum over labels, divided by `num_tokens`.
+        """
         loss = partial(self._loss, hidden_ND, head_VD, labels_N, num_tokens=num_tokens, student_bias_V=bias_V)
         if teacher_out is None:
             return loss()
@@ -268,8 +277,9 @@ class SALTModule(pl.LightningModule):
         return loss(teacher_hidden_NE, teacher_head_VE, self.kd_weight, teacher_bias_V=teacher_bias_V)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        named = ((parallel.plain_name(name), p) for name, p in self.named_parameters())
-        return self.optim_spec.build(named, self._matrices)
+        named = [(parallel.plain_name(name), p) for name, p in self.named_parameters()]
+        ndim = {name: p.ndim for name, p in named} | self._ndim  # sharding makes vectors; not of what was added since
+        return self.optim_spec.build(named, {name for name in ndim if ndim[name] >= 2})
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.optim_spec.write(optimizer, self.global_step, self.trainer.max_steps)
@@ -297,15 +307,14 @@ class SALTModule(pl.LightningModule):
         sums = torch.cat([self._sums, self._watch.is_bad()[None]])
         if self.trainer.world_size > 1:
             sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
-        alike = torch.stack([self.kd_weight, self._grad_norm])  # on all ranks
-        *read, not_finite, weight, grad_norm = torch.cat([sums, alike]).tolist()
+        alike = torch.stack([self.kd_weight, self._grad_norm, self._step_tokens])  # on all ranks
+        *read, not_finite, weight, grad_norm, step_tokens = torch.cat([sums, alike]).tolist()
         if not_finite:
             self.require_finite()
+        check_step_tokens(step, step_tokens, read[SUMS.index("tokens")])
         values = loss_values(read, weight) | {"grad_norm": grad_norm}
         values["lr"] = self.optim_spec.lr_at(step - 1, self.trainer.max_steps)
-        if self.device.type == "cuda":
-            values["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
-            torch.cuda.reset_peak_memory_stats(self.device)
+        values |= peak_memory(self.device)
         peak = flops.peak_of(self.device, self.compute_dtype, self.trainer.world_size)
         values |= self.meter.read(step, self._wait_s, peak)
         if weight == 0 and (brought := self.meter.what_it_brought()):

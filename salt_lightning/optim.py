@@ -5,7 +5,7 @@ No Lightning scheduler: it would restore the old rate over an explicit new one o
 
 import math
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
@@ -17,6 +17,8 @@ from salt_lightning.errors import ConfigError, refuse
 @dataclass(frozen=True)
 class OptimSpec:
     """AdamW, decay on matrices only; warm-up, then cosine or WSD (warm-up, stable, decay).
+
+    In Python a subclass may build another optimizer (`build`, `write`) or have other rates (`lr_at`).
 
     Args:
         lr: Peak learning rate.
@@ -87,7 +89,8 @@ class OptimSpec:
 
     def jump(self, checkpoint: dict[str, Any], max_steps: int) -> str | None:
         """What to say where a run that goes on gives its next step another rate than the run before had for it."""
-        step, before = checkpoint["global_step"], OptimSpec(**checkpoint["hyper_parameters"]["optim"])
+        step, saved = checkpoint["global_step"], checkpoint["hyper_parameters"]["optim"]
+        before = type(self)(**{field.name: saved[field.name] for field in fields(self) if field.name in saved})
         planned = checkpoint["max_steps"]
         was, now = before.lr_at(step, planned), self.lr_at(step, max_steps)
         if f"{was:.3g}" == f"{now:.3g}":
@@ -111,17 +114,14 @@ class OptimSpec:
             if p.requires_grad:
                 groups[p.ndim >= 2 if matrices is None else name in matrices].append((name, p))
         fused = all(p.device.type in ("cuda", "cpu") for group in groups.values() for _, p in group)
+        if not any(groups.values()):
+            raise ConfigError("no parameter of the student trains: all have requires_grad False")
         filled = [{"params": group, "decays": decays} for decays, group in groups.items() if group]
         return torch.optim.AdamW(filled, lr=self.lr, fused=fused)
 
     def write(self, optimizer: torch.optim.Optimizer, step: int, max_steps: int) -> None:
         """Writes this spec's values for `step` into the optimizer, over what a checkpoint restored."""
         for group in optimizer.param_groups:
-            if "decays" not in group:
-                raise ConfigError(
-                    "an optimizer of your own (configure_optimizers) does not go with SALTModule, which writes rate "
-                    "and weight decay into its AdamW at every step: set OptimSpec(...), model.optim"
-                )
             group.update(lr=self.lr_at(step, max_steps), betas=(self.beta1, self.beta2), eps=self.eps)
             group["weight_decay"] = self.weight_decay if group["decays"] else 0.0
 

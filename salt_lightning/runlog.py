@@ -179,8 +179,11 @@ class Run:
     def variant(self) -> dict[str, Any]:
         """The settings without seeds, the run's own folder and what the terminal shows: equal for all seeds.
 
-        Where it went on under other settings, also what held before: it is no run of these settings alone.
+        Where it went on under other settings, also what held before: it is no run of these settings alone. A run whose
+        settings are not known is like no other.
         """
+        if not self.config:
+            return {"folder": str(self.path.absolute())}
         seed = re.compile(rf"(?<![A-Za-z0-9])(seed|s)[-_=]?{self.seed}(?![0-9])")
         folders = [
             str(folder).rstrip("/").split("/") for folder in (self.config.get("run") or "", self.path.absolute())

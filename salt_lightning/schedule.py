@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import FSDPStrategy
@@ -24,6 +24,8 @@ Shape = Literal["step", "linear", "linear_ratio", "cosine"]
 @dataclass(frozen=True)
 class KDSchedule:
     """w(step) for an integer optimizer step, counted from 0: the weight of the step about to be taken.
+
+    A subclass with a `__call__` of its own is a shape of one's own; its weights lie in 0..1, and are 0 from `steps` on.
 
     Args:
         weight: omega, the KD weight before the ramp; 0 is BASELINE.
@@ -84,6 +86,10 @@ class KDSchedule:
             return 0
         return steps_done if self.steps is None else min(steps_done, self.steps)
 
+    def is_taught(self, step: int) -> bool:
+        """Whether a teacher is there in `step`, of whatever weight."""
+        return self.kd_steps(step + 1) > self.kd_steps(step)
+
     def stop_at(self, step: int) -> KDSchedule:
         """The same with the ramp beginning at `step`, or where it is, if that is earlier."""
         steps = step + self.anneal_steps
@@ -95,7 +101,9 @@ def trained_schedule(checkpoint: dict[str, Any]) -> KDSchedule | None:
     saved = checkpoint.get("kd_schedule")
     if saved is None:
         return None
-    planned = KDSchedule(**{field.name: saved[field.name] for field in fields(KDSchedule)})
+    given = {field.name: saved[field.name] for field in fields(KDSchedule)}
+    own = {} if saved["shape"] in get_args(Shape) else {"shape": "step", "anneal_steps": 0}  # what is known of it
+    planned = KDSchedule(**given | own)
     stop_step = checkpoint.get("kd_stop_step")
     return planned if stop_step is None else replace(planned, steps=stop_step)
 
@@ -111,6 +119,8 @@ class KDScheduleCallback(pl.Callback):
     The weight follows from the schedule and trainer.global_step, so accumulation, resume and the number of ranks cannot
     change it. The schedule goes into the checkpoint; resuming under another one is refused unless `allow_change`. The
     only thing a run finds out is `stop_step`, where there is a `stop_margin`: one integer, in the checkpoint too.
+
+    Another shape in Python: a subclass of KDSchedule, as `callback.schedule = Mine(...)`.
 
     At each validation while the teacher is there, probe/gap and probe/student_better are logged (probe.py).
 
@@ -139,7 +149,7 @@ class KDScheduleCallback(pl.Callback):
         allow_change: bool = False,
         allow_untrained: bool = False,
     ) -> None:
-        self.planned = KDSchedule(weight, steps, anneal_steps, shape)
+        self.schedule = KDSchedule(weight, steps, anneal_steps, shape)
         if stop_margin is None and min_steps:
             raise ConfigError(f"--kd.min_steps {min_steps} needs --kd.stop_margin")
         if min_steps < 0 or (steps is not None and min_steps >= steps > 0):
@@ -147,15 +157,21 @@ class KDScheduleCallback(pl.Callback):
         self.stop_margin, self.min_steps = stop_margin, min_steps
         self.allow_change, self.allow_untrained = allow_change, allow_untrained
         self._probe = Probe(probe_gradients)
-        self._stop(None)
 
-    def _stop(self, stop_step: int | None) -> None:
-        self.stop_step = stop_step
-        self.schedule = self.planned if stop_step is None else replace(self.planned, steps=stop_step)
+    @property
+    def schedule(self) -> KDSchedule:
+        """What the run follows: as planned, or up to the boundary that it has found."""
+        return self.planned if self.stop_step is None else replace(self.planned, steps=self.stop_step)
+
+    @schedule.setter
+    def schedule(self, planned: KDSchedule) -> None:
+        self.planned = planned
+        self.stop_step: int | None = None
 
     @property
     def _settings(self) -> dict[str, Any]:
-        return {**asdict(self.planned), "stop_margin": self.stop_margin, "min_steps": self.min_steps}
+        own = {} if type(self.planned) is KDSchedule else {"shape": type(self.planned).__name__}
+        return {**asdict(self.planned), **own, "stop_margin": self.stop_margin, "min_steps": self.min_steps}
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         if stage != "fit":
@@ -165,7 +181,7 @@ class KDScheduleCallback(pl.Callback):
                 f"KDScheduleCallback goes with a SALTModule, not with {type(pl_module).__name__}; train that, or a "
                 "subclass of it"
             )
-        self._stop(None)
+        self.stop_step = None
         self._probe.forget()  # of a fit before
         self.check(trainer, pl_module.has_teacher)
         if self.schedule.kd_steps(1):
@@ -213,18 +229,24 @@ class KDScheduleCallback(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         # Here, not earlier: global_step is restored by now, so a resume in phase 2 never loads the teacher.
-        if self.schedule(trainer.global_step) > 0.0:
+        if self.schedule.is_taught(trainer.global_step):
             pl_module.load_teacher()
             pl_module.check_teacher(self.allow_untrained)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        pl_module.kd_weight.fill_(self.schedule(trainer.global_step))  # in place: a new float would recompile
+        weight = self.schedule(trainer.global_step)
+        if weight > 0 and pl_module.teacher is None:
+            raise ConfigError(
+                f"step {trainer.global_step}: the schedule ({type(self.planned).__name__}) gives weight {weight} to a "
+                f"teacher that is there for --kd.steps {self.schedule.steps} alone; it has to be 0 from there on"
+            )
+        pl_module.kd_weight.fill_(weight)  # in place: a new float would recompile
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._let_go(trainer, pl_module)
 
     def _let_go(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if pl_module.teacher is not None and self.schedule(trainer.global_step) == 0.0:
+        if pl_module.teacher is not None and not self.schedule.is_taught(trainer.global_step):
             self._probe.forget()
             held_bytes = pl_module.release_teacher()
             rank_zero_info(f"step {trainer.global_step}: the teacher has left, {size_said(held_bytes)} returned")
@@ -244,7 +266,7 @@ class KDScheduleCallback(pl.Callback):
             close = values["probe/gap"] <= self.stop_margin and step >= self.min_steps
             found = self.planned.stop_at(step) if trainer.strategy.broadcast(close) else self.planned
             if found != self.planned:
-                self._stop(found.steps)
+                self.stop_step = found.steps
                 values["probe/stop_step"] = float(found.steps or 0)
                 rank_zero_info(
                     f"step {step}: the student's CE is {values['probe/gap']:.4f} above the teacher's, within "
@@ -260,12 +282,14 @@ class KDScheduleCallback(pl.Callback):
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != TrainerFn.FITTING or checkpoint.get("kd_schedule") is None:
             return
-        saved = checkpoint["kd_schedule"]
+        saved, now = checkpoint["kd_schedule"], self._settings
         changed = ", ".join(
-            f"--kd.{key} {now} (checkpoint: {saved[key]})" for key, now in self._settings.items() if now != saved[key]
+            f"--kd.{key} {now.get(key)} (checkpoint: {saved.get(key)})"
+            for key in now | saved
+            if now.get(key) != saved.get(key)
         )
         if not changed:
-            self._stop(checkpoint["kd_stop_step"])
+            self.stop_step = checkpoint["kd_stop_step"]
             return
         if not self.allow_change:
             raise ConfigError(

@@ -77,7 +77,8 @@ class Scores:
         ConfigError: there are none, or scores.json is damaged; the message starts with `setting`.
     """
 
-    def __init__(self, run: Path, setting: str) -> None:
+    def __init__(self, run: str | Path, setting: str = "scores") -> None:
+        run = Path(run)
         self.run, self.setting = (run.parent if run.name == "scores.json" else run), setting
         path = self.run / "scores.json"
         if not path.is_file():

@@ -51,11 +51,22 @@ class ModelSpec:
             object.__setattr__(self, "path", os.fspath(self.path))
 
     @classmethod
-    def of(cls, spec: ModelSpec | dict[str, Any] | str | os.PathLike[str]) -> ModelSpec:
-        """The spec itself, or one made of a path, or of a checkpoint's plain dict, which trusts no code."""
+    def of(cls, spec: ModelSpec | dict[str, Any] | str | os.PathLike[str] | None) -> ModelSpec:
+        """The spec itself, or one made of a path, of a checkpoint's plain dict, which trusts no code, or of nothing.
+
+        Raises:
+            ConfigError: it is something else, as a model would be.
+        """
         if isinstance(spec, dict):
             return cls(**{**spec, "trust_remote_code": False})
-        return spec if isinstance(spec, ModelSpec) else cls(path=os.fspath(spec))
+        if isinstance(spec, str | os.PathLike):
+            return cls(path=os.fspath(spec))
+        if spec is not None and not isinstance(spec, ModelSpec):
+            raise ConfigError(
+                f"SALTModule takes a ModelSpec, or a path, not a {type(spec).__name__}: save a model by "
+                "save_pretrained and give its folder, or see docs/extending.md for one of your own"
+            )
+        return spec or cls()
 
     @property
     def is_checkpoint(self) -> bool:
@@ -120,7 +131,7 @@ def family_config(spec: ModelSpec) -> PreTrainedConfig:
             f"--model.student.family {spec.family} is a model of more than text; --model.student.family "
             f"{text.model_type} is its text part"
         )
-    if spec.family not in folders.CAUSAL:
+    if not folders.is_causal(spec.family):
         raise ConfigError(
             f"--model.student.family {spec.family} is no causal language model of transformers; e.g. llama, gpt2, qwen3"
         )
@@ -164,6 +175,11 @@ def fresh_config(spec: ModelSpec, data: Any) -> PreTrainedConfig:
             del defaults[positions]
     with as_config_error("--model.student.config"):
         config = AutoConfig.for_model(spec.family, **defaults | spec.config)
+    if data is None and "vocab_size" not in spec.config:
+        raise ConfigError(
+            f"--model.student.config.vocab_size is not given: without a SALTDataModule nobody else knows it, and "
+            f"{spec.family} would take {config.vocab_size}"
+        )
     if data is not None:
         if config.vocab_size < data.vocab_size:
             raise ConfigError(

@@ -917,28 +917,6 @@ def test_a_loader_of_ones_own_that_knows_its_place_goes_on_there(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(whole.values(), resumed.values(), strict=True))
 
 
-def own_scheduler(module):
-    optimizer = type(module).__mro__[1].configure_optimizers(module)
-    return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.ConstantLR(optimizer)}
-
-
-@pytest.mark.parametrize(
-    ("parts", "message"),
-    [
-        ({"configure_optimizers": own_scheduler}, "a learning-rate scheduler of your own would be overwritten"),
-        ({"scale": torch.nn.Parameter(torch.ones(3))}, "^scale: parameters beside the student would be trained, but"),
-    ],
-)
-def test_parts_of_a_subclass_that_a_step_would_pass_over_are_refused(parts, message):
-    own = {name: part for name, part in parts.items() if callable(part)}
-    module = type("Own", (SALTModule,), own)(ModelSpec(config={**CONFIG, "vocab_size": 64}))
-    for name in parts.keys() - own.keys():
-        setattr(module, name, parts[name])
-    trainer = pl.Trainer(max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False)
-    with pytest.raises(ConfigError, match=message):
-        trainer.fit(module, Loader(), Loader())
-
-
 def test_validation_by_epochs_is_refused(settings):
     own = {key[5:]: value for key, value in settings.items() if key.startswith("data.")}
     trainer = pl.Trainer(max_steps=2, accelerator="cpu", logger=False, check_val_every_n_epoch=2)

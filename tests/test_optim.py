@@ -108,9 +108,6 @@ def test_a_run_of_fewer_than_five_steps_has_no_decay_by_default():
     assert [spec.lr_at(step, 4) for step in range(5)] == [1.0, 1.0, 1.0, 1.0, 0.1]
 
 
-def test_a_run_without_a_length_and_an_optimizer_of_ones_own_are_refused():
+def test_a_run_without_a_length_is_refused():
     with pytest.raises(ConfigError, match=r"--trainer.max_steps: -1 is no length of a run"):
         OptimSpec().check(-1)
-    own = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    with pytest.raises(ConfigError, match="an optimizer of your own .* does not go with SALTModule"):
-        OptimSpec().write(own, 0, 10)

@@ -29,6 +29,7 @@ LAYERS = [  # a file imports from files of earlier layers alone
         "attention",
         "chunked_head",
         "examples",
+        "extension",
         "folders",
         "meter",
         "metrics",

@@ -1,0 +1,94 @@
+"""A user's own code around SALTModule, in Python: what of it would go wrong silently is refused here.
+
+Subclasses, optimizers, and batches of a loader of one's own; docs/extending.md shows each as it works.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+
+from salt_lightning.errors import ConfigError, few, refuse
+
+_BATCH = "docs/own-data.md says what a batch holds"
+_FREE = {  # hooks that may be replaced altogether
+    "configure_model", "configure_optimizers", "validation_step", "test_step", "predict_step"
+}  # fmt: skip
+_SHAPED = ("input_ids", "labels", "positions")
+
+
+def require_super(cls: type, base: type) -> None:
+    """Raises ConfigError where a subclass replaces a hook in which `base` does its work, and does not call that."""
+    hooks = [name for name in vars(base) if name[0] != "_" and hasattr(LightningModule, name) and name not in _FREE]
+    above = cls.__mro__[: cls.__mro__.index(base)]
+    own = [(name, inspect.unwrap(vars(c)[name])) for c in above for name in hooks if name in vars(c)]
+    lost = [name for name, hook in own if hasattr(hook, "__code__") and name not in hook.__code__.co_names]
+    refuse(
+        f"{cls.__name__}.{name} has to call super().{name}(...): {base.__name__} does a part of each step there"
+        for name in lost
+    )
+
+
+def check_subclass(trainer: Trainer) -> None:
+    """Raises ConfigError for parts that a subclass of SALTModule has added and that a step would pass over."""
+    module = trainer.lightning_module
+    if not module.automatic_optimization:
+        raise ConfigError("automatic_optimization False: SALTModule's steps are Lightning's; leave it True")
+    if trainer.lr_scheduler_configs:
+        raise ConfigError("a learning-rate scheduler of your own would be overwritten: set OptimSpec(...), model.optim")
+    if any("decays" not in group for optimizer in trainer.optimizers for group in optimizer.param_groups):
+        raise ConfigError(
+            "an optimizer of your own (configure_optimizers) does not go with SALTModule, which writes rate and weight "
+            "decay into its AdamW at every step: set OptimSpec(...), model.optim, or a subclass of it that builds yours"
+        )
+    others = [name for name, p in module.named_parameters() if p.requires_grad and not name.startswith("student.")]
+    if others:
+        raise ConfigError(
+            f"{few(others)}: parameters beside the student would be trained, but neither clipped nor watched; make "
+            "them a part of it, self.student.NAME = ... in configure_model after super()"
+        )
+
+
+def no_callback(teacher: str | None) -> ConfigError:
+    """What to raise where nobody sets the KD weight."""
+    return ConfigError(
+        f"SALTModule has a teacher ({teacher}) and the Trainer no KDScheduleCallback: it would silently train "
+        "BASELINE. Add Trainer(callbacks=[KDScheduleCallback(steps=...)])"
+    )
+
+
+def ignore(batch: Any) -> None:
+    """For batches that need no look."""
+
+
+def check_batch(batch: Any) -> None:
+    """Looks at the first batch of a user's own loader; it waits for the device.
+
+    Raises:
+        ConfigError: no such dictionary of tensors, or labels that are not shifted.
+    """
+    wanted = (*_SHAPED, "step_tokens")
+    if not isinstance(batch, dict):
+        raise ConfigError(f"a batch is a dictionary with {', '.join(wanted)}, not a {type(batch).__name__}; {_BATCH}")
+    if missing := [name for name in wanted if not isinstance(batch.get(name), torch.Tensor)]:
+        raise ConfigError(f"a batch has no tensor {', '.join(missing)}; {_BATCH}")
+    shapes = {name: list(batch[name].shape) for name in _SHAPED}
+    if len(shapes["input_ids"]) != 2 or len({*map(tuple, shapes.values())}) > 1:
+        raise ConfigError(f"a batch's {', '.join(_SHAPED)} must be of one shape, rows x tokens, not {shapes}; {_BATCH}")
+    ids_BT, labels_BT = batch["input_ids"], batch["labels"]
+    counted_BT = labels_BT >= 0
+    if counted_BT.sum() > 1 and bool((ids_BT == labels_BT)[counted_BT].all()):
+        raise ConfigError(f"a batch's labels equal its input_ids: a label is the token that comes next; {_BATCH}")
+
+
+def check_step_tokens(step: int, said: float, counted: float) -> None:
+    """Raises ConfigError where `step_tokens` is not what the first step had: gradients would be scaled by it.
+
+    The first alone: where a loader ends inside a step, that step has less.
+    """
+    if step == 1 and abs(said - counted) > 1e-6 * counted:  # sums of fp32
+        raise ConfigError(
+            f"step_tokens of the batches is {said:,.0f}, and the first optimizer step had {counted:,.0f} labels, over "
+            f"all micro-batches and ranks: gradients would be scaled by that; {_BATCH}"
+        )

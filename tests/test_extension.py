@@ -1,0 +1,339 @@
+"""A user's own code around SALTModule: what docs/extending.md shows works; what would go wrong silently is refused."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch.utils.data import DataLoader
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from salt_lightning import KDSchedule, KDScheduleCallback, ModelSpec, OptimSpec, SALTDataModule, SALTModule, cli
+from salt_lightning.checkpoint import RunCheckpoint, newest
+from salt_lightning.errors import ConfigError
+from salt_lightning.models import read_checkpoint
+
+PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
+BLOCKS = re.findall(r"^## ([^\n]+)\n(?:(?!^##).)*?```python\n(.*?)```", PAGE, re.S | re.M)
+SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+
+
+def block(title: str, **names) -> dict:
+    scope = dict(names)
+    exec(dict(BLOCKS)[title], scope)
+    return scope
+
+
+@pytest.fixture
+def data(settings, teacher):
+    own = {key[5:]: value for key, value in settings.items() if key.startswith("data.")}
+    return SALTDataModule(**{**own, "tokenizer": str(Path(teacher).parents[1] / "tokenizer"), "micro_batch_size": 4})
+
+
+def trainer(folder: Path, *callbacks, **changes) -> pl.Trainer:
+    given = {"max_steps": 6, "accelerator": "cpu", "logger": False, "enable_progress_bar": False,
+             "enable_model_summary": False, "num_sanity_val_steps": 0, "val_check_interval": 6,
+             "default_root_dir": folder, "enable_checkpointing": bool(callbacks and callbacks[-1] is SAVE)}  # fmt: skip
+    own = [RunCheckpoint(every_n_steps=3, keep=None) if callback is SAVE else callback for callback in callbacks]
+    return pl.Trainer(**{**given, **changes}, callbacks=own)
+
+
+SAVE = object()
+
+
+def test_the_page_has_a_block_for_each_part():
+    assert [title for title, _ in BLOCKS] == [
+        "The loss alone", "Another course of the KD weight", "Another loss beside it", "Another optimizer",
+        "A model of your own",
+    ]  # fmt: skip
+
+
+def test_the_loss_alone():
+    out = block("The loss alone")["out"]
+    assert out.tokens == 128
+    assert out.loss == out.ce_sum / 128  # the last step has no teacher
+
+
+# --- schedules ---
+
+
+class Halving(KDSchedule):
+    def __call__(self, step):
+        return self.weight * 0.5**step if step < self.steps else 0.0
+
+
+def following(schedule: KDSchedule) -> KDScheduleCallback:
+    callback = KDScheduleCallback(allow_untrained=True)
+    callback.schedule = schedule
+    return callback
+
+
+class Weights(pl.Callback):
+    def __init__(self) -> None:
+        self.seen: list[tuple[float, bool]] = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.seen.append((round(pl_module.kd_weight.item(), 6), pl_module.teacher is not None))
+
+
+def test_the_schedule_of_the_page():
+    schedule = block("Another course of the KD weight")["callback"].schedule
+    assert [schedule(step) for step in (0, 99, 100, 999, 1000)] == [0.8, 0.8, 0.4, 0.8 / 512, 0]
+
+
+def test_a_schedule_of_ones_own_trains_and_is_known_to_checkpoint_and_card(data, teacher, tmp_path, capsys):
+    weights = Weights()
+    run = trainer(tmp_path, following(Halving(0.8, 3)), weights, SAVE)
+    run.fit(SALTModule(ModelSpec(config=SIZES), teacher), data)
+    assert weights.seen == [(w, step < 2 or (w == 0.2 and i == 0)) for step, w in enumerate((0.8, 0.4, 0.2, 0, 0, 0))
+                            for i in range(2)]  # fmt: skip
+    saved = read_checkpoint(str(newest(tmp_path / "checkpoints")), "test")
+    assert (saved["kd_schedule"]["shape"], saved["totals"]["taught_steps"]) == ("Halving", 3)
+    middle = str(tmp_path / "checkpoints/step-00000003.ckpt")
+
+    def resume(callback):
+        trainer(tmp_path, callback).fit(SALTModule(ModelSpec(config=SIZES), teacher), data, ckpt_path=middle)
+
+    resume(following(Halving(0.8, 3)))
+    with pytest.raises(ConfigError, match=r"--kd.shape step \(checkpoint: Halving\)"):
+        resume(KDScheduleCallback(0.8, 3))
+    data.tokenizer.save_pretrained(tmp_path / "tokenizer")
+    assert cli.main(["export", str(newest(tmp_path / "checkpoints")), str(tmp_path / "hf")]) == 0
+    assert (
+        "weight 0.8 in the first 3 steps, then 0, by a schedule of its own (Halving)"
+        in (tmp_path / "hf/README.md").read_text()
+    )
+
+
+def test_a_weight_of_0_on_the_way_keeps_the_teacher(data, teacher, tmp_path):
+    """A warm-up from 0, and a rhythm: the teacher is there until `steps`, whatever its weight."""
+    rhythm = type("Rhythm", (KDSchedule,), {"__call__": lambda self, step: (step % 2) * 0.5 if step < 4 else 0.0})
+    weights = Weights()
+    module = SALTModule(ModelSpec(config=SIZES), teacher)
+    trainer(tmp_path, following(rhythm(0.5, 4)), weights).fit(module, data)
+    assert [w for w, _ in weights.seen[::2]] == [0, 0.5, 0, 0.5, 0, 0]
+    assert [there for _, there in weights.seen[::2]] == [True] * 4 + [False] * 2
+    assert module.meter.totals(6).taught_steps == 4
+
+
+def test_a_weight_without_its_teacher_is_refused(data, teacher, tmp_path):
+    late = type("Late", (KDSchedule,), {"__call__": lambda self, step: 0.5})
+    with pytest.raises(ConfigError, match=r"step 3: the schedule \(Late\) gives weight 0.5 to a teacher that is there"):
+        trainer(tmp_path, following(late(0.5, 3))).fit(SALTModule(ModelSpec(config=SIZES), teacher), data)
+
+
+# --- subclasses ---
+
+HOOKS = ["on_before_optimizer_step", "on_train_batch_start", "configure_gradient_clipping", "on_train_start", "setup",
+         "training_step", "on_save_checkpoint", "on_load_checkpoint", "optimizer_step", "on_fit_start",
+         "on_validation_epoch_end"]  # fmt: skip
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_a_hook_that_does_not_call_super_is_refused(hook):
+    with pytest.raises(ConfigError, match=rf"^Mine.{hook} has to call super\(\).{hook}\(...\)"):
+        type("Mine", (SALTModule,), {hook: lambda self, *args, **kwargs: None})
+    mixin = type("Mixin", (), {hook: lambda self, *args, **kwargs: None})
+    with pytest.raises(ConfigError, match=rf"^Mine.{hook} has"):
+        type("Mine", (mixin, SALTModule), {})
+
+
+def test_hooks_that_call_super_and_those_that_are_free_are_taken():
+    class Mine(SALTModule):
+        def setup(self, stage):
+            super().setup(stage)
+
+        @torch.no_grad()
+        def on_before_optimizer_step(self, optimizer):
+            super().on_before_optimizer_step(optimizer)
+
+        def training_step(self, batch, batch_idx):
+            return SALTModule.training_step(self, batch, batch_idx)
+
+        def configure_model(self):
+            pass
+
+        def on_train_epoch_end(self):
+            pass
+
+
+def test_the_loss_of_the_page_trains_a_projection_that_decays_and_resumes(data, teacher, tmp_path):
+    own = block("Another loss beside it", sizes=SIZES)["HiddenStates"]
+
+    def fit(folder, *callbacks, **more):
+        module = own(ModelSpec(config=SIZES), teacher, optim=OptimSpec(lr=1e-2))
+        run = trainer(tmp_path / folder, KDScheduleCallback(0.5, 4, allow_untrained=True), *callbacks, SAVE)
+        run.fit(module, data, **more)
+        return module, run
+
+    module, run = fit("whole")
+    groups = run.optimizers[0].param_groups
+    assert "student.projection.weight" in groups[0]["param_names"]
+    assert groups[0]["weight_decay"] == 0.1
+    plain = SALTModule(ModelSpec(config=SIZES), teacher, optim=OptimSpec(lr=1e-2))
+    trainer(tmp_path, KDScheduleCallback(0.5, 4, allow_untrained=True)).fit(plain, data)
+    theirs = plain.student.state_dict()
+    assert any(
+        not torch.equal(value, theirs[key]) for key, value in module.student.state_dict().items() if key in theirs
+    )
+    resumed, _ = fit("resumed", ckpt_path=str(tmp_path / "whole/checkpoints/step-00000003.ckpt"))
+    for key, value in module.student.state_dict().items():
+        assert torch.equal(value, resumed.student.state_dict()[key]), key
+
+
+def test_the_optimizer_of_the_page(data, tmp_path):
+    optim = block("Another optimizer")["optim"]
+    module = SALTModule(ModelSpec(config=SIZES), optim=optim)
+    run = trainer(tmp_path, SAVE, max_steps=12)
+    run.fit(module, data)
+    assert type(run.optimizers[0]) is torch.optim.SGD
+    assert [group["weight_decay"] for group in run.optimizers[0].param_groups] == [0.1, 0.0]
+    assert run.optimizers[0].param_groups[0]["lr"] == optim.lr_at(11, 12)
+    again = SALTModule(ModelSpec(config=SIZES), optim=optim)
+    middle = str(tmp_path / "checkpoints/step-00000003.ckpt")
+    trainer(tmp_path, max_steps=12).fit(again, data, ckpt_path=middle)
+    for key, value in module.student.state_dict().items():
+        assert torch.equal(value, again.student.state_dict()[key]), key
+
+
+def test_an_optimizer_spec_with_a_setting_of_its_own_resumes(data, tmp_path):
+    @dataclass(frozen=True)
+    class Heavy(OptimSpec):
+        momentum: float = 0.5
+
+    trainer(tmp_path, SAVE).fit(SALTModule(ModelSpec(config=SIZES), optim=Heavy(warmup_steps=2)), data)
+    middle = str(tmp_path / "checkpoints/step-00000003.ckpt")
+    trainer(tmp_path).fit(SALTModule(ModelSpec(config=SIZES), optim=Heavy(warmup_steps=2)), data, ckpt_path=middle)
+
+
+def own_optimizer(module):
+    return torch.optim.SGD(module.parameters(), lr=0.1)
+
+
+def own_scheduler(module):
+    optimizer = SALTModule.configure_optimizers(module)
+    return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.ConstantLR(optimizer)}
+
+
+def frozen(module):
+    module.student.requires_grad_(False)
+    return SALTModule.configure_optimizers(module)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"configure_optimizers": own_optimizer}, "an optimizer of your own .* does not go with SALTModule"),
+        ({"configure_optimizers": own_scheduler}, "a learning-rate scheduler of your own would be overwritten"),
+        ({"configure_optimizers": frozen}, "no parameter of the student trains: all have requires_grad False"),
+        ({"scale": torch.nn.Parameter(torch.ones(3))}, "^scale: parameters beside the student .*self.student.NAME = "),
+        ({"automatic_optimization": False}, "automatic_optimization False: SALTModule's steps are Lightning's"),
+    ],
+)
+def test_parts_of_a_subclass_that_a_step_would_pass_over_are_refused(parts, message, data, tmp_path):
+    own = {name: part for name, part in parts.items() if callable(part)}
+    module = type("Own", (SALTModule,), own)(ModelSpec(config=SIZES))
+    for name in parts.keys() - own.keys():
+        setattr(module, name, parts[name])
+    with pytest.raises(ConfigError, match=message):
+        trainer(tmp_path).fit(module, data)
+
+
+# --- models ---
+
+
+def test_the_model_of_the_page_learns_and_resumes(data, teacher, tmp_path):
+    own = block("A model of your own", teacher=teacher)["Own"]
+
+    def fit(**more):
+        module = own(ModelSpec(), teacher, optim=OptimSpec(lr=1e-2))
+        trainer(tmp_path, KDScheduleCallback(0.5, 4, allow_untrained=True), SAVE).fit(module, data, **more)
+        return module.student.state_dict()
+
+    whole = fit()
+    resumed = fit(ckpt_path=str(tmp_path / "checkpoints/step-00000003.ckpt"))
+    assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
+
+
+def test_a_registered_model_is_one_of_transformers(data, teacher, tmp_path, monkeypatch):
+    class MineConfig(LlamaConfig):
+        model_type = "mine_of_the_test"
+
+    class MineForCausalLM(LlamaForCausalLM):
+        config_class = MineConfig
+
+    with pytest.raises(ConfigError, match="transformers knows no such model type"):
+        SALTModule(ModelSpec(family="mine_of_the_test", config=SIZES)).configure_model()
+    AutoConfig.register("mine_of_the_test", MineConfig)
+    AutoModelForCausalLM.register(MineConfig, MineForCausalLM)
+    module = SALTModule(ModelSpec(family="mine_of_the_test", config=SIZES), teacher)
+    trainer(tmp_path, KDScheduleCallback(0.5, 4, allow_untrained=True), SAVE).fit(module, data)
+    data.tokenizer.save_pretrained(tmp_path / "tokenizer")
+    assert cli.main(["export", str(newest(tmp_path / "checkpoints")), str(tmp_path / "hf")]) == 0
+    again = SALTModule(ModelSpec(path=str(tmp_path / "hf")))
+    trainer(tmp_path / "again").fit(again, data)
+    assert type(again.student.model) is MineForCausalLM
+
+
+@pytest.mark.parametrize("given", [torch.nn.Linear(2, 2), 3])
+def test_a_model_where_a_spec_is_wanted(given):
+    for arguments in ((given,), (ModelSpec(config=SIZES), given)):
+        with pytest.raises(ConfigError, match=f"takes a ModelSpec, or a path, not a {type(given).__name__}: save"):
+            SALTModule(*arguments)
+    assert not SALTModule(ModelSpec(config=SIZES), None).has_teacher
+
+
+# --- batches ---
+
+IDS = torch.arange(32).view(2, 16)
+BATCH = {"input_ids": IDS, "labels": IDS + 1, "positions": torch.arange(16).repeat(2, 1),
+         "step_tokens": torch.tensor(32)}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ([BATCH["input_ids"], BATCH["labels"]], "a batch is a dictionary with input_ids, labels, .* not a list"),
+        ({k: v for k, v in BATCH.items() if k not in ("positions", "step_tokens")}, "no tensor positions, step_tokens"),
+        ({**BATCH, "step_tokens": 32}, "a batch has no tensor step_tokens"),
+        ({**BATCH, "labels": BATCH["labels"][:, 1:]}, "must be of one shape, rows x tokens, not {'input_ids': "),
+        ({k: v.flatten() if v.ndim else v for k, v in BATCH.items()}, "must be of one shape, rows x tokens"),
+        ({**BATCH, "labels": IDS}, "labels equal its input_ids: a label is the token that comes next"),
+        ({**BATCH, "labels": torch.where(IDS % 3 > 0, IDS, -100)}, "labels equal its input_ids"),
+        ({**BATCH, "step_tokens": torch.tensor(1)}, "step_tokens of the batches is 1, and the first .* had 32 labels"),
+        ({**BATCH, "step_tokens": torch.tensor(64)}, "step_tokens of the batches is 64, and .* scaled by that"),
+    ],
+)
+def test_batches_that_would_train_something_else_are_refused(batch, message, tmp_path):
+    loader = DataLoader([batch] * 4, batch_size=None)
+    module = SALTModule(ModelSpec(config={**SIZES, "vocab_size": 64, "max_position_embeddings": 16}))
+    with pytest.raises(ConfigError, match=message):
+        trainer(tmp_path, limit_val_batches=0).fit(module, loader, loader)
+
+
+def test_the_loader_of_a_data_module_without_it_has_another_accumulation(data, tmp_path):
+    """It gives half of a step at a time, and the trainer does not know."""
+    data.prepare_data()
+    data.setup("fit")
+    module = SALTModule(ModelSpec(config={**SIZES, "vocab_size": 320, "max_position_embeddings": 32}))
+    with pytest.raises(ConfigError, match="step_tokens of the batches is "):
+        trainer(tmp_path, limit_val_batches=0).fit(module, data.train_dataloader(), data.val_dataloader())
+
+
+def test_a_vocabulary_that_nobody_knows_is_asked_for(tmp_path):
+    loader = DataLoader([BATCH], batch_size=None)
+    with pytest.raises(ConfigError, match="vocab_size is not given: without a SALTDataModule .* would take 32000"):
+        trainer(tmp_path).fit(SALTModule(ModelSpec(config=SIZES)), loader, loader)
+
+
+# --- checkpoints ---
+
+
+def test_a_start_in_the_folder_of_a_run_is_refused_in_python_too(data, tmp_path):
+    trainer(tmp_path, SAVE).fit(SALTModule(ModelSpec(config=SIZES)), data)
+    there = sorted((tmp_path / "checkpoints").iterdir())
+    with pytest.raises(ConfigError, match=r"holds checkpoints of a run, the newest at step-00000006.ckpt, and"):
+        trainer(tmp_path, SAVE).fit(SALTModule(ModelSpec(config=SIZES)), data)
+    assert sorted((tmp_path / "checkpoints").iterdir()) == there
