@@ -113,8 +113,7 @@ def _training(checkpoint: dict[str, Any], run: Run) -> dict[str, str]:
         "KD": f"{_schedule(checkpoint, run)}; teacher's temperature {spec.get('teacher_temperature', 1.0):g}"
         if taught
         else "",
-        "training text": ", ".join(text.get("source") or []),
-        "in shares of": ", ".join(f"{weight:g}" for weight in settings.get("data.source_weights") or []),
+        "training text": _sources(text),
         "prompt and response": _examples(settings),
         "its size": ", ".join(f"{count:,} {unit}" for count, unit in counts if count),
         "selected by": str(settings.get("data.selection") or ""),
@@ -123,6 +122,13 @@ def _training(checkpoint: dict[str, Any], run: Run) -> dict[str, str]:
         "precision": str(settings.get("trainer.precision") or ""),
         "seed": str(spec.get("seed", "")),
     }
+
+
+def _sources(text: dict[str, Any]) -> str:
+    names, weights = text.get("source") or [], text.get("weights") or []
+    if not weights:
+        return ", ".join(names)
+    return ", ".join(f"{name} {weight / sum(weights):.1%}" for name, weight in zip(names, weights, strict=True))
 
 
 def _examples(settings: dict[str, Any]) -> str:
@@ -161,7 +167,8 @@ def _cost(checkpoint: dict[str, Any], run: Run) -> dict[str, str]:
     by_student = totals.student_flops or math.nan  # 0: trained without the command line's data, not counted
     by_teacher = (totals.teacher_flops or math.nan) if taught else 0.0
     planned = f" of {run.max_steps:,}" if run.max_steps else ""
-    of_one_text = text_tokens and not any("data.source" in found for found in run.changes.values())
+    mixed = (checkpoint.get("text") or {}).get("weights") or any("data.source" in was for was in run.changes.values())
+    of_one_text = text_tokens and not mixed
     passes = f" ({tokens / text_tokens:.2f} times the text)" if of_one_text else ""
     scoring = float(lineage.scoring(run).get("scoring_flops", math.nan)) if run.selected else 0.0
     return {

@@ -23,7 +23,7 @@ from salt_lightning.documents import Corpus
 from salt_lightning.errors import ConfigError, refuse
 from salt_lightning.example_rows import ExampleRows, open_examples
 from salt_lightning.examples import Examples
-from salt_lightning.mixture import Mixture, Shares, make_order
+from salt_lightning.mixture import Mixture, Shares, make_order, shares_of
 from salt_lightning.order import Order
 from salt_lightning.prepare import prepare_tokenizer, prepare_tokens, token_folder, tokenizer_folder
 from salt_lightning.rows import (
@@ -95,8 +95,8 @@ class SALTDataModule(LightningDataModule):
             source_column: Field of a row that names its source, for the validation loss by source. Without
                 it, each entry of `source` is one source.
             source_per_file: Each file is a source, by its name, so that a folder has a validation loss by file.
-            source_weights: Share of each entry of `source` in the rows that are read, in any unit ([7, 3], [0.7, 0.3]).
-                Without it all rows are read alike.
+            source_weights: Share of each entry of `source` in the rows that are read, in any unit ([7, 3], [0.7, 0.3]),
+                one in 10,000 or more. Without it all rows are read alike.
             bad_lines: What becomes of a line (of a .txt: a file) that is not UTF-8, no JSON object, or without a
                 text: refuse stops at it by file and line, skip leaves it out and counts it in log and manifest.
             tokenizer: Folder or hub name of one; "train" makes a byte-level BPE from the training text.
@@ -168,7 +168,7 @@ class SALTDataModule(LightningDataModule):
         for name, least in at_least.items():
             value, bits = getattr(self, name), 63 if name == "seed" else 31
             checks.append((name, value, least <= value < 2**bits, f"must be {least} or more, and below 2**{bits}"))
-        others = bool(self.source_column or self.source_per_file or self.examples.given)
+        others = self.source_column, self.source_per_file, self.examples.given
         weights = mixture.problems(self.source_weights, self.source, others)
         return weights + [f"--data.{name}: {value!r} {wanted}" for name, value, good, wanted in checks if not good]
 
@@ -241,7 +241,7 @@ class SALTDataModule(LightningDataModule):
 
     @property
     def selection_fingerprint(self) -> str:
-        """Hash of the rows that phase 1 reads; "none" where it reads all."""
+        """Hash of the shares of the sources and of the rows that phase 1 reads; "none" where all are read alike."""
         return self._order.fingerprint if self._order else "none"
 
     @property
@@ -289,7 +289,8 @@ class SALTDataModule(LightningDataModule):
             self._train = self._open("source", "train")
             self.num_train_rows, self.num_train_tokens = self._train.num_rows, self._train.files.num_tokens
             hub = [group.hub_name for group in self._corpus("source")[0].groups if group.hub_name]
-            self.text = {"source": self.source, "hub": hub, "documents": self._train.files.num_documents}
+            weights, documents = self.source_weights, self._train.files.num_documents
+            self.text = {"source": self.source, "weights": weights, "hub": hub, "documents": documents}
         if stage in (None, "fit", "validate", "test"):
             test_apart = stage == "test" and self.test_source
             held_out = "test_source" if test_apart else "val_source" if self.val_source else "source"
@@ -407,7 +408,7 @@ class SALTDataModule(LightningDataModule):
             return None
         assert isinstance(self._train, PackedRows)
         names = list(dict.fromkeys(group.name for group in self._corpus("source")[0].groups))
-        return Shares(tuple(names), tuple(self.source_weights), self._train.source_starts(names))
+        return shares_of(names, self.source_weights, self._train.source_tokens(names), self.block_size)
 
     def _plan_order(self) -> Order | Mixture:
         """The order of the training rows, with those of phase 1 where there is a selection."""
@@ -458,8 +459,7 @@ class SALTDataModule(LightningDataModule):
         rows, shares = max_steps * self.global_batch_size, self._shares()
         if shares is None:
             return preflight.rows(self.num_train_rows, max_steps, self.global_batch_size)
-        read = Mixture(shares, self.seed).reads(rows)
-        return preflight.shares(list(zip(shares.names, read.tolist(), shares.rows_S.tolist(), strict=True)), max_steps)
+        return preflight.shares(shares.names, Mixture(shares, self.seed).reads(rows), shares.rows_S, max_steps)
 
     def sample(self, rows: int) -> dict[str, torch.Tensor]:
         """So many validation rows, evenly spaced; the last ones again where there are fewer."""

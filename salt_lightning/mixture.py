@@ -1,33 +1,41 @@
 """Several sources read in fixed shares, however long they are: --data.source_weights.
 
-A pure function of the position, as order.py; S sources, P turns of a cycle.
+A pure function of the position, as order.py; S sources, P turns of a cycle (CYCLE).
 """
 
 import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
-from salt_lightning.errors import refuse
+from salt_lightning.errors import ConfigError, few, refuse
 from salt_lightning.order import Order, scatter
 
 SETTING = "--data.source_weights"
 CYCLE = 10_000  # rows in which each source has its share to the row; a share is as fine as that
 
 
-def problems(weights: Sequence[float] | None, entries: Sequence[str], others: bool) -> list[str]:
-    """What is wrong with the weights of the entries of a source setting; others: sources are something else."""
-    if weights is None:
+_OTHERS = "--data.source_column", "--data.source_per_file", "--data.examples"
+
+
+def problems(weights: Any, entries: Sequence[str], others: Sequence[Any]) -> list[str]:
+    """What is wrong with the weights of the entries of a source setting; `others`: what _OTHERS are set to."""
+    also = [name for name, given in zip(_OTHERS, others, strict=True) if given]
+    if weights is None or not entries:  # no source at all is another problem
         return []
-    fits = len(weights) == len(entries) and all(0 < weight < math.inf for weight in weights)
+    numbers = isinstance(weights, list | tuple) and len(weights) == len(entries)
+    fits = numbers and all(isinstance(w, int | float) and not isinstance(w, bool) and 0 < w < math.inf for w in weights)
     checks = (
-        (fits, f"must be a number above 0 for each of the {len(entries)} entries of --data.source"),
+        (fits, f"must be a number above 0 for each of the {len(entries)} entries of --data.source, or null"),
+        (len(entries) <= CYCLE, f"goes with {CYCLE} entries of --data.source at most"),
         (len(set(entries)) == len(entries), "and an entry of --data.source twice: name it once, with more weight"),
-        (not others, "is of the entries of --data.source: leave out --data.source_column, source_per_file, examples"),
+        (not also, f"is of the entries of --data.source: leave out {', '.join(also)}, or the weights (null)"),
     )
     return [f"{SETTING} {weights!r} {wanted}" for good, wanted in checks if not good]
 
@@ -36,22 +44,17 @@ def problems(weights: Sequence[float] | None, entries: Sequence[str], others: bo
 class Shares:
     """How much of what is read comes from each source, however long it is.
 
+    A share is a multiple of 1 / CYCLE, and at least that.
+
     Args:
         names: of the sources.
         weights: above 0, in any unit.
-        starts: the first row of each source, and last the number of rows.
-
-    Raises:
-        ConfigError: a source without a row.
+        starts: the first row of each source, and last the number of rows; each has one.
     """
 
     names: tuple[str, ...]
     weights: tuple[float, ...]
     starts: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        empty = [name for name, rows in zip(self.names, self.rows_S, strict=True) if not rows]
-        refuse(f"{SETTING}: no training row begins in {name!r}; give more text, or leave it out" for name in empty)
 
     @property
     def rows_S(self) -> np.ndarray:
@@ -60,22 +63,68 @@ class Shares:
 
     @cached_property
     def turns_S(self) -> np.ndarray:
-        """Rows of each source in a cycle: at least one, else by largest remainders."""
-        exact_S = np.array(self.weights) / math.fsum(self.weights) * CYCLE
-        while (exact_S < 1).any():
-            exact_S = np.maximum(exact_S, 1)
-            large_S = exact_S > 1
-            exact_S[large_S] *= (CYCLE - (~large_S).sum()) / exact_S[large_S].sum()
-        turns_S = np.floor(exact_S).astype(np.int64)
-        turns_S[np.argsort(turns_S - exact_S, kind="stable")[: CYCLE - turns_S.sum()]] += 1
-        return turns_S
+        """Rows of each source in a cycle: at least one, else by largest remainders; of the decimals as typed."""
+        weights = [Fraction(str(weight)) for weight in self.weights]
+        exact = [CYCLE * weight / sum(weights) for weight in weights]
+        while min(exact) < 1:
+            exact = [max(turns, Fraction(1)) for turns in exact]
+            large = sum(turns for turns in exact if turns > 1)
+            left = CYCLE - sum(turns == 1 for turns in exact)
+            exact = [turns * left / large if turns > 1 else turns for turns in exact]
+        turns = [math.floor(turns) for turns in exact]
+        for s in sorted(range(len(turns)), key=lambda s: turns[s] - exact[s])[: CYCLE - sum(turns)]:
+            turns[s] += 1
+        return np.array(turns)
+
+    @cached_property
+    def cycle(self) -> tuple[np.ndarray, np.ndarray]:
+        """The source of each turn, and which of its turns that is, from 0.
+
+        Turn j of n may come from floor(j P / n) on and has to come before ceil((j + 1) P / n). Of those that may, the
+        one that has to come first is taken: so all do, and no source is ever a whole row ahead or behind (the chairman
+        assignment problem, Tijdeman 1980).
+        """
+        turns_S, done_S = self.turns_S, np.zeros(len(self.turns_S), np.int64)
+        source_P, number_P = np.empty(CYCLE, np.int64), np.empty(CYCLE, np.int64)
+        for turn in range(CYCLE):
+            may_S = done_S * CYCLE < (turn + 1) * turns_S
+            until_S = -(-(done_S + 1) * CYCLE // turns_S)
+            s = int(np.where(may_S, until_S, CYCLE + 1).argmin())
+            source_P[turn], number_P[turn] = s, done_S[s]
+            done_S[s] += 1
+        return source_P, number_P
+
+
+def shares_of(names: list[str], weights: list[float], tokens: list[int], block_size: int) -> Shares:
+    """The shares of sources that lie in the stream one after the other; a row is of the source that it begins in.
+
+    Args:
+        names: of the sources.
+        weights: as of Shares.
+        tokens: where each begins in the stream, and last its end.
+        block_size: tokens of a row.
+
+    Raises:
+        ConfigError: two sources of one name, or one that is no longer than a row.
+    """
+    if len(names) != len(weights):
+        raise ConfigError(f"{SETTING}: entries of --data.source have one name among {few(names)}; rename a folder")
+    short = [(name, end - start) for name, (start, end) in zip(names, pairwise(tokens), strict=True)]
+    refuse(
+        f"{SETTING}: {name!r} has {size} training tokens, what is held out aside, which is no more than a row of "
+        f"--data.block_size {block_size}; give more text, lower --data.val_fraction, or leave it out"
+        for name, size in short
+        if size <= block_size
+    )
+    starts = [-(-start // block_size) for start in tokens[:-1]]
+    return Shares(tuple(names), tuple(weights), (*starts, -(-(tokens[-1] - 1) // block_size)))  # as PackedRows.num_rows
 
 
 class Mixture:
     """An order that draws from several sources in fixed shares, from each in an order of its own.
 
-    Every source comes round at even distances, so that each optimizer step has its share, to within a few rows.
-    A selection's rows are read source by source, so it leaves the shares as they are. Arguments as of `Order`.
+    Of any rows that follow one another each source has its share, to less than two. A selection's rows are read source
+    by source, so it leaves the shares as they are. Arguments as of `Order`.
     """
 
     def __init__(
@@ -87,18 +136,13 @@ class Mixture:
         unread_first: bool = True,
     ) -> None:
         self.shares = shares
-        turns_S = shares.turns_S
-        # of turn j of n the middle lies at (j + 1/2) / n of the cycle
-        place_P = np.concatenate([(np.arange(n) + 0.5) / n for n in turns_S])
-        turn_P = np.argsort(place_P, kind="stable")
-        self._source_P = np.repeat(np.arange(len(turns_S)), turns_S)[turn_P]
-        self._number_P = np.concatenate([np.arange(n) for n in turns_S])[turn_P]
-        seeds_S = scatter(np.array([seed])) + np.arange(1, len(turns_S) + 1, dtype=np.uint64)
-        self._orders = []
+        self._source_P, self._number_P = shares.cycle
+        seeds_S = scatter(np.array([seed])) + np.arange(1, len(shares.names) + 1, dtype=np.uint64)
+        self.orders = []
         for s, (start, end) in enumerate(pairwise(shares.starts)):
             own = None if kept is None else kept[np.searchsorted(kept, start) : np.searchsorted(kept, end)] - start
             reads = int(self.reads(phase1)[s])
-            self._orders.append(Order(int(seeds_S[s]), end - start, own, reads, unread_first))
+            self.orders.append(Order(int(seeds_S[s]), end - start, own, reads, unread_first))
 
     def __call__(self, position: np.ndarray) -> np.ndarray:
         cycle, turn = np.divmod(position, CYCLE)
@@ -107,7 +151,7 @@ class Mixture:
         for s in np.unique(source):
             of_s = source == s
             number = cycle[of_s] * self.shares.turns_S[s] + self._number_P[turn[of_s]]
-            rows[of_s] = self.shares.starts[s] + self._orders[s](number)
+            rows[of_s] = self.shares.starts[s] + self.orders[s](number)
         return rows
 
     def reads(self, count: int) -> np.ndarray:
@@ -119,18 +163,8 @@ class Mixture:
     @property
     def fingerprint(self) -> str:
         """Hash of the shares, and of what phase 1 reads of each source."""
-        told = [self.shares.turns_S.tolist(), self.shares.starts, [order.fingerprint for order in self._orders]]
+        told = [self.shares.turns_S.tolist(), self.shares.starts, [order.fingerprint for order in self.orders]]
         return hashlib.blake2b(repr(told).encode(), digest_size=10).hexdigest()
-
-    @property
-    def num_unread(self) -> int:
-        """How many rows phase 1 does not read."""
-        return sum(order.num_unread for order in self._orders)
-
-    @property
-    def repeats(self) -> dict[str, float]:
-        """How often phase 1 reads a kept row of each source on average."""
-        return {name: order.repeats[""] for name, order in zip(self.shares.names, self._orders, strict=True)}
 
 
 def make_order(

@@ -120,10 +120,10 @@ class Order:
         return self.num_rows - len(self._gaps)
 
     @property
-    def repeats(self) -> dict[str, float]:
-        """How often phase 1 reads a kept row on average; no source is told from another."""
+    def repeats(self) -> float:
+        """How often phase 1 reads a kept row on average."""
         assert self.kept is not None
-        return {"": self.phase1 / len(self.kept) if len(self.kept) else math.inf if self.phase1 else 0.0}
+        return self.phase1 / len(self.kept) if len(self.kept) else math.inf if self.phase1 else 0.0
 
     @cached_property
     def _gaps(self) -> np.ndarray:

@@ -4,13 +4,15 @@ Functions of figures; module, data and checkpoints refuse a run for an error.
 """
 
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from salt_lightning.errors import ConfigError, few
+from salt_lightning.errors import ConfigError, few, printable
 
 Level = Literal["ok", "note", "warning", "error"]
 GOOD_EPOCHS = 4.0  # repeated text is worth nearly as much as new text up to here (arXiv 2305.16264)
@@ -57,9 +59,9 @@ def rows(available: int, max_steps: int, global_batch: int) -> Finding:
     )
 
 
-def shares(sources: list[tuple[str, int, int]], max_steps: int) -> Finding:
+def shares(names: Iterable[str], read_S: np.ndarray, rows_S: np.ndarray, max_steps: int) -> Finding:
     """Of each source with a weight of its own its name, the rows that the run reads, and those that there are."""
-    total = sum(read for _, read, _ in sources)
+    total, sources = int(read_S.sum()), list(zip(map(printable, names), read_S.tolist(), rows_S.tolist(), strict=True))
     told = (f"{name} {read / total:.1%} ({read / rows:.2f} epochs of {rows} rows)" for name, read, rows in sources)
     said = f"{max_steps} steps read {total} rows: {', '.join(told)}"
     if not (worn := [name for name, read, rows in sources if read > GOOD_EPOCHS * rows]):

@@ -119,15 +119,11 @@ class PackedRows:
         """The document at the start of each row."""
         return np.searchsorted(self.files.doc_ends, rows * self.block_size, side="right")
 
-    def source_starts(self, names: list[str]) -> tuple[int, ...]:
-        """The first row that begins in each source, where these lie one after the other, and the number of rows."""
-        place_S = [names.index(name) for name in self.files.manifest["sources"]]
-
-        def place(row: int) -> int:
-            return place_S[self.files.doc_sources[self.first_documents(np.array([row]))[0]]]
-
-        every = range(self.num_rows)
-        return (*(bisect_left(every, i, key=place) for i in range(len(names))), self.num_rows)
+    def source_tokens(self, names: list[str]) -> list[int]:
+        """Where in the stream each source begins, where they lie one after the other, and last its end."""
+        place_S, sources_D = [names.index(name) for name in self.files.manifest["sources"]], self.files.doc_sources
+        first = (bisect_left(sources_D, i, key=lambda source: place_S[source]) for i in range(len(names)))
+        return [*(int(self.files.doc_ends[d - 1]) if d else 0 for d in first), self.files.num_tokens]
 
     def _ends(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Start of each row, and the range of documents that end in it: after its start, up to its stop."""

@@ -160,31 +160,43 @@ def plan(scores: Scores, rule: KeepRule, seed: int, phase1_rows: int, shares: Sh
     score_R = row_scores(scores, rule.k, rule.masked)
     kept = kept_rows(score_R, rule)
     order = make_order(shares, seed, len(score_R), kept, phase1_rows, rule.unread_first)
-    source, repeats = max(order.repeats.items(), key=lambda item: item[1])
-    of_source = f" of {source!r}" if source else ""
-    if math.isinf(repeats):
-        raise ConfigError(
-            f"--data.keep: of the {len(kept)} rows kept none is{of_source}, which --data.source_weights has in phase 1 "
-            "too; keep more (--data.keep.fraction), or leave --data.source_weights out"
-        )
-    if repeats > rule.max_repeats:
-        raise ConfigError(
-            f"--data.keep: phase 1 takes {phase1_rows} rows and {len(kept)} are kept, so each{of_source} is read "
-            f"{repeats:.1f} times; keep more (--data.keep.fraction), shorten --kd.steps, or allow it by "
-            f"--data.keep.max_repeats {math.ceil(repeats)}"
-        )
+    parts = {"": order} if isinstance(order, Order) else dict(zip(order.shares.names, order.orders, strict=True))
+    _check_repeats(parts, rule)
     drawn = 0.0 if rule.order == "random" else chance(score_R, kept)
     tie = f"; {drawn:.1%} of them score as much as rows that are left out: chance decides" if drawn else ""
-    then = "reads all, read before or not (--data.keep.unread_first false)"
-    if rule.unread_first:  # here, so that worker processes share what it takes to know them
-        then = f"begins with the {order.num_unread} unread rows"
-    most = f" at most, those{of_source}" if source else ""
+    told = [_told(name, part) for name, part in parts.items()]  # here, so that worker processes share what it takes
     said = (
         f"selection: {len(kept)} of {len(score_R)} rows ({rule.name}; S {score_R[kept].min():.3f} to "
-        f"{score_R[kept].max():.3f}{tie}); phase 1 reads {phase1_rows}, each kept row {repeats:.2f} times{most}; "
-        f"phase 2 {then}"
+        f"{score_R[kept].max():.3f}{tie}); {'; '.join(told)}"
     )
     return Plan(order, drawn, said)
+
+
+def _check_repeats(parts: dict[str, Order], rule: KeepRule) -> None:
+    """Raises ConfigError where phase 1 would read the kept rows too often, by source where these have weights."""
+    name, worst = max(parts.items(), key=lambda part: part[1].repeats)
+    assert worst.kept is not None
+    of_source = f" of {name!r}" if name else ""
+    if not len(worst.kept):
+        raise ConfigError(
+            f"--data.keep: of the rows kept none is{of_source}, of which --data.source_weights has {worst.phase1} in "
+            "phase 1; keep more (--data.keep.fraction), or leave --data.source_weights out"
+        )
+    if worst.repeats > rule.max_repeats:
+        raise ConfigError(
+            f"--data.keep: phase 1 takes {worst.phase1} rows{of_source} and {len(worst.kept)} are kept, so each is "
+            f"read {worst.repeats:.1f} times; keep more (--data.keep.fraction), shorten --kd.steps, or allow it by "
+            f"--data.keep.max_repeats {math.ceil(worst.repeats)}"
+        )
+
+
+def _told(name: str, part: Order) -> str:
+    assert part.kept is not None
+    kept = f"{name}: {len(part.kept)} of {part.num_rows} rows, " if name else ""
+    then = "reads all, read before or not (--data.keep.unread_first false)"
+    if part.unread_first:
+        then = f"begins with the {part.num_unread} unread rows"
+    return f"{kept}phase 1 reads {part.phase1}, each kept row {part.repeats:.2f} times; phase 2 {then}"
 
 
 def row_scores(scores: Scores, k: int, masked: Masked) -> np.ndarray:

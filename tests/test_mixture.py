@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from salt_lightning.data import SALTDataModule
 from salt_lightning.errors import ConfigError
-from salt_lightning.mixture import CYCLE, Mixture, Shares, make_order
+from salt_lightning.mixture import CYCLE, Mixture, Shares, make_order, shares_of
 from salt_lightning.order import Order
 
 SIZES = (13, 500, 70)
@@ -42,6 +42,7 @@ def by_source(rows: np.ndarray) -> list[list[int]]:
         ((1e9, 1), [9999, 1]),
         ((1, *[1e-9] * 500), [9500, *[1] * 500]),
         ((*[20.0] * 500, *[1e-9] * 500), [*[19] * 500, *[1] * 500]),  # 9,500 turns for 500 sources
+        ((1e308, 1e308), [5000, 5000]),
     ],
 )
 def test_turns_of_a_cycle(weights, turns):
@@ -61,6 +62,11 @@ def test_shares_are_as_fine_as_a_cycle(weights):
         assert -raised - 1 < have - want < 1 + (want < 1)
 
 
+@pytest.mark.parametrize("weights", [(5, 2, 5), (0.05, 0.02, 0.05), (500.0, 200.0, 500.0)])
+def test_the_unit_does_not_matter_where_remainders_are_equal(weights):
+    assert Shares(("a", "b", "c"), weights, (0, 1, 2, 3)).turns_S.tolist() == [4167, 1667, 4166]  # 4166.67, 1666.67
+
+
 def test_every_source_is_read_pass_by_pass_in_an_order_of_its_own():
     rows = mixture()(np.arange(2 * CYCLE))
     passes = []
@@ -76,19 +82,25 @@ def test_every_source_is_read_pass_by_pass_in_an_order_of_its_own():
     assert first.tolist() != second.tolist()  # of one length, in one seed
 
 
-def test_each_step_has_the_shares():
-    weights = np.array(WEIGHTS)
+@pytest.mark.parametrize(
+    "weights",
+    [WEIGHTS, (50, *[1] * 50), (80, *[1] * 20), (1, *[1e-9] * 500), (1, 1), (9999, 1), (*range(1, 40),)],
+    ids=str,
+)
+def test_no_source_is_ever_a_row_ahead_or_behind(weights):
+    """So each step has the shares, to less than two rows."""
+    shares = Shares(tuple(map(str, range(len(weights)))), weights, tuple(range(len(weights) + 1)))
+    source_P, number_P = shares.cycle
+    read_PS = np.cumsum(source_P[:, None] == np.arange(len(weights)), axis=0)
+    assert read_PS[-1].tolist() == shares.turns_S.tolist()
+    ahead_PS = read_PS * CYCLE - shares.turns_S * np.arange(1, CYCLE + 1)[:, None]  # in 1 / CYCLE of a row
+    assert np.abs(ahead_PS).max() < CYCLE
+    assert number_P.tolist() == (np.take_along_axis(read_PS, source_P[:, None], 1)[:, 0] - 1).tolist()
+
+
+def test_what_a_stretch_reads_of_each_source():
     order = mixture()
     source = np.searchsorted(STARTS, order(np.arange(3 * CYCLE)), side="right") - 1
-    ahead = np.cumsum(source[:, None] == np.arange(3), axis=0) - weights * np.arange(1, 3 * CYCLE + 1)[:, None]
-    # of each source turn j of n comes at (j + 1/2) / n: it is never off by more than half a turn at a time, and of
-    # the position that time gives by half a turn of each source
-    assert np.abs(ahead).max() <= len(WEIGHTS)
-    for step in range(100):
-        counts = np.bincount(source[64 * step : 64 * step + 64], minlength=3)
-        assert np.abs(counts - 64 * weights).max() <= len(WEIGHTS) + 1, step
-    rare = mixture((9999, 1), (0, 50, 60))(np.arange(CYCLE))
-    assert np.flatnonzero(rare >= 50) == pytest.approx(CYCLE / 2, abs=1)  # not first of all
     for count in (0, 1, 63, CYCLE - 1, CYCLE, 2 * CYCLE + 7):
         assert order.reads(count).tolist() == np.bincount(source[:count], minlength=3).tolist()
 
@@ -99,7 +111,7 @@ def test_a_row_depends_on_nothing_but_its_position():
     assert [int(order(np.array([position]))[0]) for position in positions] == together.tolist()
     assert mixture(seed=5)(positions).tolist() == together.tolist()
     assert mixture(seed=6)(positions).tolist() != together.tolist()
-    first = [0, 566, 29, 4, 6, 534, 8, 326]
+    first = [0, 566, 4, 29, 6, 534, 8, 326]
     assert order(np.arange(8)).tolist() == first  # a release that moved this would spoil every resume
 
 
@@ -114,13 +126,13 @@ def test_phase_1_reads_the_kept_rows_of_each_source_and_the_shares_stay():
     for read, kept in zip(by_source(rows), by_source(KEPT), strict=True):
         times = np.unique(read, return_counts=True)[1]
         assert times.max() - (times.min() if len(times) == len(kept) else 0) <= 1  # pass by pass
-    assert order.repeats == pytest.approx({"source 0": 50 / 3, "source 1": 20 / 60, "source 2": 30 / 27})
+    assert [part.repeats for part in order.orders] == pytest.approx([50 / 3, 20 / 60, 30 / 27])
 
 
 def test_phase_2_reads_the_unread_rows_of_each_source_first():
     order = mixture(kept=KEPT, phase1=100)
     before, after = order(np.arange(100)), order(np.arange(100, 2 * CYCLE))
-    assert order.num_unread == 583 - len(set(before.tolist()))
+    assert sum(part.num_unread for part in order.orders) == 583 - len(set(before.tolist()))
     for s, (read, late) in enumerate(zip(by_source(before), by_source(after), strict=True)):
         unread = set(range(STARTS[s], STARTS[s + 1])) - set(read)
         assert set(late[: len(unread)]) == unread
@@ -170,8 +182,11 @@ def test_rows_of_a_source_are_those_that_begin_in_it(data):
     rows, files = np.arange(made.num_train_rows), made._train.files
     begins = files.doc_sources[np.searchsorted(files.doc_ends, rows * 32, side="right")]
     assert 0 < (begins == 1).sum() < (begins == 0).sum()
-    assert made._train.source_starts(["web", "code"]) == (0, (begins == 0).sum(), len(rows))
-    assert made._train.source_starts(["web", "none", "code"])[1:3] == ((begins == 0).sum(),) * 2
+    assert made._shares().starts == (0, (begins == 0).sum(), len(rows))
+    tokens = made._train.source_tokens(["web", "code"])
+    assert tokens[1] == files.doc_ends[np.flatnonzero(files.doc_sources == 0)[-1]]
+    assert tokens[::2] == [0, files.num_tokens]
+    assert made._train.source_tokens(["web", "none", "code"]) == [0, tokens[1], *tokens[1:]]
     batch = np.concatenate([made.train_dataloader().batches[i]["rows"] for i in range(20)])
     assert (begins[batch] == 1).sum() == 50
 
@@ -179,13 +194,20 @@ def test_rows_of_a_source_are_those_that_begin_in_it(data):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"source_weights": [1]}, r"--data.source_weights \[1\] must be a number above 0 for each of the 2 entries"),
+        (
+            {"source_weights": [1]},
+            r"--data.source_weights \[1\] must be a number above 0 for each of the 2 entries .* null$",
+        ),
+        ({"source_weights": ["1", "2"]}, r"\['1', '2'\] must be a number above 0"),
+        ({"source_weights": [True, True]}, r"must be a number above 0"),
+        ({"source_weights": 2.0}, r"2.0 must be a number above 0 for each"),
+        ({"source_weights": {"web": 1, "code": 1}}, r"must be a number above 0 for each"),
         ({"source_weights": [1, 0]}, r"\[1, 0\] must be a number above 0"),
         ({"source_weights": [1, math.nan]}, r"must be a number above 0"),
         ({"source_weights": [1, math.inf]}, r"must be a number above 0"),
         ({"source_weights": []}, r"--data.source_weights \[\] must be a number"),
-        ({"source_weights": [1, 1], "source_column": "kind"}, r"\[1, 1\] is of the entries .*--data.source_column"),
-        ({"source_weights": [1, 1], "source_per_file": True}, r"leave out .*source_per_file"),
+        ({"source_weights": [1, 1], "source_column": "kind"}, r"leave out --data.source_column, or the weights"),
+        ({"source_weights": [1, 1], "source_per_file": True}, r"leave out --data.source_per_file, or the w"),
     ],
 )
 def test_weights_that_cannot_be_meant(data, changes, said):
@@ -198,12 +220,44 @@ def test_an_entry_named_twice_has_one_weight(data, sources):
         data(source=[sources[0], sources[0]], source_weights=[1, 2])
 
 
-def test_a_source_without_a_training_row_is_named(data, sources, tmp_path):
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_source_no_longer_than_a_row_is_named(place, data, sources, tmp_path):
+    """Wherever it lies: rows that begin in it would be mostly other text."""
     (tmp_path / "word.txt").write_text("word")
-    made = data(source=[sources[0], str(tmp_path / "word.txt"), sources[1]], source_weights=[1, 1, 1])
+    named = [*sources[:place], str(tmp_path / "word.txt"), *sources[place:]]
+    made = data(source=named, source_weights=[1, 1, 1])
     made.prepare_data()
-    with pytest.raises(ConfigError, match="--data.source_weights: no training row begins in 'word'; give more text"):
+    said = r"--data.source_weights: 'word' has \d training tokens, .* no more than a row of --data.block_size 32; give"
+    with pytest.raises(ConfigError, match=said):
         made.setup("fit")
+
+
+def test_a_source_that_is_all_held_out_is_told_so(data, sources, tmp_path):
+    one = write_corpus(tmp_path / "one.jsonl", 1, seed=1)  # the lot of this text falls on validation
+    made = data(source=[*sources, str(one)], source_weights=[1, 1, 1], val_fraction=0.5)
+    made.prepare_data()
+    with pytest.raises(
+        ConfigError, match="'one' has 0 training tokens, what is held out aside, .* lower --data.val_frac"
+    ):
+        made.setup("fit")
+
+
+@pytest.mark.parametrize(("tokens", "fits"), [(33, True), (32, False)])
+@pytest.mark.parametrize("before", range(32))
+def test_a_source_longer_than_a_row_has_one_that_begins_in_it(before, tokens, fits):
+    ends = [0, 64 + before, 64 + before + tokens]
+    if not fits:
+        with pytest.raises(ConfigError, match="'code' has 32 training tokens"):
+            shares_of(["web", "code"], [1.0, 1.0], ends, 32)
+        return
+    starts = shares_of(["web", "code"], [1.0, 1.0], ends, 32).starts
+    assert starts[2] == -(-(ends[2] - 1) // 32)  # as many rows as the stream has
+    assert starts[1] < starts[2]
+
+
+def test_entries_that_end_up_with_one_name_are_refused():
+    with pytest.raises(ConfigError, match="entries of --data.source have one name among web; rename a folder"):
+        shares_of(["web"], [1.0, 1.0], [0, 64], 32)
 
 
 # --- through the command line ---
@@ -226,7 +280,7 @@ def test_a_run_says_how_often_it_reads_each_source(weighted, capsys, caplog, tmp
     (tmp_path / "word.txt").write_text("word")
     source = [weighted["data.source"][0], str(tmp_path / "word.txt")]
     assert run(["check", *arguments(weighted, {"data.source": source, "run": str(tmp_path / "other")})]) == 1
-    assert "no training row begins in 'word'" in " ".join(capsys.readouterr().out.split())
+    assert "--data.source_weights: 'word' has 5 training tokens" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_selection_keeps_the_shares(weighted, teacher, tmp_path, caplog):
@@ -241,4 +295,12 @@ def test_a_selection_keeps_the_shares(weighted, teacher, tmp_path, caplog):
         "model.teacher.path": teacher,
     }
     assert run(["fit", *arguments(weighted, own, taught)]) == 0
-    assert re.search(r"each kept row \S+ times at most, those of '(web|code)'; phase 2 begins with the ", caplog.text)
+    web, code = (
+        rf"{name}: \d+ of \d+ rows, phase 1 reads {n}, each kept row" for name, n in (("web", 12), ("code", 36))
+    )
+    assert re.search(f"{web} .*; {code} ", caplog.text)
+    step_12 = str(tmp_path / "run/checkpoints/step-00000012.ckpt")
+    assert run(["export", step_12, str(tmp_path / "hf")]) == 0
+    card = (tmp_path / "hf/README.md").read_text()
+    assert re.search(r"web.jsonl 25.0%, \S*code.jsonl 75.0%", card)
+    assert "times the text" not in card

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from salt_lightning.errors import ConfigError
-from salt_lightning.mixture import Shares
+from salt_lightning.mixture import Shares, make_order
 from salt_lightning.order import Order, gaps, outside, row_at, scatter
 from salt_lightning.score_report import _overlap
 from salt_lightning.scores import NO_LABEL, RANK_CAP, Scored, Scores, write_table
@@ -295,17 +295,30 @@ def test_a_selection_of_sources_with_weights(scores):
     """Of `web` one row of the four is kept, of `code` three: it has to serve three quarters of phase 1."""
     kept = kept_rows(row_scores(scores, 10, "zero"), KeepRule(rows=4)).tolist()
     shares = Shares(("web", "code"), (3.0, 1.0), (0, kept[0] + 1, 10))
-    with pytest.raises(ConfigError, match="takes 8 rows and 4 are kept, so each of 'web' is read 6.0 times"):
+    with pytest.raises(
+        ConfigError, match="takes 6 rows of 'web' and 1 are kept, so each is read 6.0 times; .*repeats 6$"
+    ):
         plan(scores, KeepRule(rows=4), 0, 8, shares)
     order, _, message = plan(scores, KeepRule(rows=4, max_repeats=6.0), 0, 8, shares)
     rows = order(np.arange(8)).tolist()
     assert rows.count(kept[0]) == 6
     assert len({*rows} - {kept[0]}) == 2
     assert {*rows} <= {*kept}
-    assert "phase 1 reads 8, each kept row 6.00 times at most, those of 'web'; phase 2 begins with the 7 unr" in message
+    assert f"; web: 1 of {kept[0] + 1} rows, phase 1 reads 6, each kept row 6.00 times; phase 2 begins with" in message
+    assert f"; code: 3 of {9 - kept[0]} rows, phase 1 reads 2, each kept row 0.67 times; phase 2 begins" in message
     apart = Shares(("web", "code"), (1.0, 1.0), (0, kept[0], 10))
-    with pytest.raises(ConfigError, match="of the 4 rows kept none is of 'web', which --data.source_weights has"):
+    with pytest.raises(ConfigError, match="of the rows kept none is of 'web', of which --data.source_weights has 4 in"):
         plan(scores, KeepRule(rows=4), 0, 8, apart)
+
+
+@pytest.mark.parametrize("shares", [None, Shares(("web", "code"), (1.0, 1.0), (0, 5, 10))])
+def test_the_rule_says_how_phase_2_goes_on(scores, shares):
+    first, later = (
+        plan(scores, KeepRule(rows=8, unread_first=first), 0, 4, shares).order(np.arange(4, 40)).tolist()
+        for first in (True, False)
+    )
+    assert first != later
+    assert later == make_order(shares, 0, 10)(np.arange(4, 40)).tolist()
 
 
 def test_chance_is_the_share_of_kept_rows_that_tie_with_rows_left_out():
