@@ -556,6 +556,14 @@ def test_folders_that_are_no_runs(tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_runs_without_config_are_no_seeds_of_one_experiment(three, tmp_path):
+    """As scripts of one's own leave them: nothing says that they are alike."""
+    for path in three:
+        (path / "config.yaml").unlink()
+    found = compare(list(map(str, three)), str(tmp_path / "out"))
+    assert [group.n for group in found.groups] == [1, 1, 1]
+
+
 def test_a_run_without_config_is_of_unknown_method(three):
     (three[1] / "config.yaml").unlink()
     comparison = evaluate(load(three))
