@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 from salt_lightning.errors import ConfigError, few, refuse
+from salt_lightning.parallel import plain_name
 
 _BATCH = "docs/own-data.md says what a batch holds"
 _FREE = {  # hooks that may be replaced altogether
@@ -30,9 +32,16 @@ def require_super(cls: type, base: type) -> None:
     )
 
 
+def extend(module: Any, lm: torch.nn.Module) -> None:
+    """Lets a subclass add its parts, whose first values follow from the module's seed, alike on all ranks."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(module.hparams["seed"])
+        module.extend_student(lm)
+
+
 def check_subclass(trainer: Trainer) -> None:
     """Raises ConfigError for parts that a subclass of SALTModule has added and that a step would pass over."""
-    module = trainer.lightning_module
+    module: Any = trainer.lightning_module
     if not module.automatic_optimization:
         raise ConfigError("automatic_optimization False: SALTModule's steps are Lightning's; leave it True")
     if trainer.lr_scheduler_configs:
@@ -42,11 +51,17 @@ def check_subclass(trainer: Trainer) -> None:
             "an optimizer of your own (configure_optimizers) does not go with SALTModule, which writes rate and weight "
             "decay into its AdamW at every step: set OptimSpec(...), model.optim, or a subclass of it that builds yours"
         )
-    others = [name for name, p in module.named_parameters() if p.requires_grad and not name.startswith("student.")]
-    if others:
+    trained = [name for name, p in module.named_parameters() if p.requires_grad]
+    if others := [name for name in trained if not name.startswith("student.")]:
         raise ConfigError(
             f"{few(others)}: parameters beside the student would be trained, but neither clipped nor watched; make "
-            "them a part of it, self.student.NAME = ... in configure_model after super()"
+            "them a part of it in extend_student"
+        )
+    sharded = isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy)
+    if sharded and (late := [name for name in map(plain_name, trained) if name not in module._ndim]):
+        raise ConfigError(
+            f"{few(late)}: added after the student was sharded, so each rank would train its own; add it in "
+            "extend_student, or use ddp"
         )
 
 

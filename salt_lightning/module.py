@@ -17,12 +17,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from salt_lightning import attention, flops, models, parallel, preflight, probe
+from salt_lightning import attention, extension, flops, models, parallel, preflight, probe
 from salt_lightning.cadence import check_trainer, plan_validation
 from salt_lightning.checkpoint import go_on_from, how_to_go_on, require_same, say_other_share
 from salt_lightning.data import SALTDataModule
 from salt_lightning.errors import ConfigError, NonFiniteLossError, refuse
-from salt_lightning.extension import check_batch, check_step_tokens, check_subclass, ignore, no_callback, require_super
 from salt_lightning.losses import salt_loss, token_stats
 from salt_lightning.meter import SUMS, Meter, loss_values, peak_memory
 from salt_lightning.metrics import TokenMetrics
@@ -61,7 +60,7 @@ class SALTModule(pl.LightningModule):
     teacher: CausalLM | None
 
     def __init_subclass__(cls) -> None:
-        require_super(cls, SALTModule)
+        extension.require_super(cls, SALTModule)
 
     def __init__(  # noqa: PLR0913 - the constructor is the command line
         self,
@@ -122,7 +121,7 @@ class SALTModule(pl.LightningModule):
         if stage == "fit":
             self.optim_spec.check(self.trainer.max_steps)
             if self.has_teacher and self._kd is None:
-                raise no_callback(self.teacher_spec.path)
+                raise extension.no_callback(self.teacher_spec.path)
             parallel.check(self.trainer)
             check_trainer(self.trainer)
             models.check_path(self.student_spec, "student")
@@ -149,6 +148,7 @@ class SALTModule(pl.LightningModule):
         dtype, device = DTYPES[spec.dtype or "float32"], parallel.build_device(strategy, torch.device("cpu"))
         lm = models.build(spec, "student", self._data, dtype, device, self.hparams["seed"])
         self.meter.forward_flops["student"], self._num_ids = self._count_flops(lm), len(lm.head.weight)
+        extension.extend(self, lm)
         # What a checkpoint needs to be loaded on its own: no path, every size.
         self.hparams["student"] = asdict(resolved(spec, lm.model.config))
         attention.pack(lm.train().requires_grad_(True), spec.attention, strategy)
@@ -156,6 +156,9 @@ class SALTModule(pl.LightningModule):
         if self.hparams["activation_checkpointing"]:
             parallel.recompute_activations(lm)
         self.student = parallel.distribute(lm, strategy, self.hparams["compile"])
+
+    def extend_student(self, lm: CausalLM) -> None:
+        """For a subclass: adds parts of its own (`lm.NAME = ...`), before the student is moved and sharded."""
 
     def _count_flops(self, lm: CausalLM) -> float:
         return flops.forward_flops_per_token(lm.model, self._data.block_size) if self._data is not None else 0.0
@@ -205,11 +208,11 @@ class SALTModule(pl.LightningModule):
     # -------------------------------------------------------------- training
 
     def on_fit_start(self) -> None:
-        check_subclass(self.trainer)
+        extension.check_subclass(self.trainer)
         self.kd_weight = self.kd_weight.to(self.device)
         self._watch = Watch(self.device)
         self._sums, self._step_tokens = torch.zeros(len(SUMS), device=self.device), torch.zeros((), device=self.device)
-        self._first_look = check_batch if self._data is None else ignore
+        self._first_look = extension.check_batch if self._data is None else extension.ignore
 
     def on_train_start(self) -> None:
         data, kd = self._data, self._kd
@@ -230,7 +233,7 @@ class SALTModule(pl.LightningModule):
         if micro == 0:
             self._sums.zero_()
         self._first_look(batch)
-        self._first_look = ignore
+        self._first_look = extension.ignore
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         ids_BT, positions_BT = batch["input_ids"], batch["positions"]
@@ -277,9 +280,8 @@ class SALTModule(pl.LightningModule):
         return loss(teacher_hidden_NE, teacher_head_VE, self.kd_weight, teacher_bias_V=teacher_bias_V)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        named = [(parallel.plain_name(name), p) for name, p in self.named_parameters()]
-        ndim = {name: p.ndim for name, p in named} | self._ndim  # sharding makes vectors; not of what was added since
-        return self.optim_spec.build(named, {name for name in ndim if ndim[name] >= 2})
+        named = ((parallel.plain_name(name), p) for name, p in self.named_parameters())
+        return self.optim_spec.build(named, self._ndim)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.optim_spec.write(optimizer, self.global_step, self.trainer.max_steps)
@@ -311,7 +313,7 @@ class SALTModule(pl.LightningModule):
         *read, not_finite, weight, grad_norm, step_tokens = torch.cat([sums, alike]).tolist()
         if not_finite:
             self.require_finite()
-        check_step_tokens(step, step_tokens, read[SUMS.index("tokens")])
+        extension.check_step_tokens(step, step_tokens, read[SUMS.index("tokens")])
         values = loss_values(read, weight) | {"grad_norm": grad_norm}
         values["lr"] = self.optim_spec.lr_at(step - 1, self.trainer.max_steps)
         values |= peak_memory(self.device)

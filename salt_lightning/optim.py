@@ -4,7 +4,7 @@ No Lightning scheduler: it would restore the old rate over an explicit new one o
 """
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -101,21 +101,21 @@ class OptimSpec:
         )
 
     def build(
-        self, named: Iterable[tuple[str, nn.Parameter]], matrices: Collection[str] | None = None
-    ) -> torch.optim.AdamW:
+        self, named: Iterable[tuple[str, nn.Parameter]], ndim: Mapping[str, int] | None = None
+    ) -> torch.optim.Optimizer:
         """AdamW over every trainable parameter, each in exactly one of two groups; fused.
 
         Args:
             named: parameters with their names, which the state keeps: sharding changes torch's numbers for them.
-            matrices: names of those that decay. None: those with two or more dimensions.
+            ndim: dimensions by name, where sharding has made vectors of matrices; those with two or more decay.
         """
         groups: dict[bool, list[tuple[str, nn.Parameter]]] = {True: [], False: []}
         for name, p in named:
             if p.requires_grad:
-                groups[p.ndim >= 2 if matrices is None else name in matrices].append((name, p))
-        fused = all(p.device.type in ("cuda", "cpu") for group in groups.values() for _, p in group)
+                groups[(ndim or {}).get(name, p.ndim) >= 2].append((name, p))
         if not any(groups.values()):
             raise ConfigError("no parameter of the student trains: all have requires_grad False")
+        fused = all(p.device.type in ("cuda", "cpu") for group in groups.values() for _, p in group)
         filled = [{"params": group, "decays": decays} for decays, group in groups.items() if group]
         return torch.optim.AdamW(filled, lr=self.lr, fused=fused)
 
