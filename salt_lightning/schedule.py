@@ -235,7 +235,7 @@ class KDScheduleCallback(pl.Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         weight = self.schedule(trainer.global_step)
-        if weight > 0 and pl_module.teacher is None:
+        if weight > 0 and not self.schedule.is_taught(trainer.global_step):
             raise ConfigError(
                 f"step {trainer.global_step}: the schedule ({type(self.planned).__name__}) gives weight {weight} to a "
                 f"teacher that is there for --kd.steps {self.schedule.steps} alone; it has to be 0 from there on"
