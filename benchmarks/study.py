@@ -222,7 +222,7 @@ class Study:
             needs = (*tuned, student)
             cells.append(Cell(f"sft-{task}-{row}", seed, "sft", self._tuning(task, student), needs))
         names = {cell.name for cell in cells}
-        return cells + [self._asked(name, rows, ready) for name in self.more if name not in names]
+        return cells + [self._asked(name, rows, ready) for name in dict.fromkeys(self.more) if name not in names]
 
     def _single(self, row: str, seed: int, settings: Settings, ready: tuple[str, ...]) -> Cell:
         """An experiment other than the main rows."""

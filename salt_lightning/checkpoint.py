@@ -6,7 +6,7 @@ A checkpoint is always the state right after an optimizer step whose validation,
 import signal
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -21,9 +21,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from salt_lightning import preflight, shards, slurm
-from salt_lightning.errors import ConfigError, refuse
+from salt_lightning.errors import ConfigError, few, refuse
 from salt_lightning.export import check_target, export
 from salt_lightning.journal import whole
+from salt_lightning.models import own_parts
 from salt_lightning.optim import OptimSpec
 from salt_lightning.preflight import Finding
 from salt_lightning.runlog import step_named
@@ -53,8 +54,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         shards.sync_folder(target.parent)  # the rename itself has to reach the disk
 
 
-def newest(folder: Path) -> Path | None:
+def newest(folder: str | Path) -> Path | None:
     """The checkpoint of the highest optimizer step in `folder`; one that is damaged is passed over, by name."""
+    folder = Path(folder)
     for unfinished in sorted(folder.glob(".step-*.tmp")):
         rank_zero_info(f"{unfinished} was never finished and is passed over")
     for _, path in reversed(_saved(folder)):
@@ -315,8 +317,17 @@ def how_to_go_on(trainer: pl.Trainer) -> str:
     return f"{found} is good: go on from it by --ckpt_path last" if found else "There is no checkpoint: start again"
 
 
-def require_same(checkpoint: dict[str, Any], student: dict[str, Any], tokenizer: str | None) -> None:
-    """Raises ConfigError unless a checkpoint holds that student, trained with that tokenizer (None: not known)."""
+def require_same(checkpoint: dict[str, Any], student: dict[str, Any], data: Any, parts: Container[str]) -> None:
+    """Raises ConfigError unless a checkpoint holds that student, trained with the tokenizer of `data`, where known.
+
+    What a subclass has put beside the student's model has to be among `parts`, the names of the module's weights.
+    """
+    if lost := [name for name in own_parts(checkpoint.get("state_dict", ())) if name not in parts]:
+        raise ConfigError(
+            f"the checkpoint holds what a subclass of SALTModule has added ({few(lost)}): go on in Python with that "
+            "class, or export it, which leaves this out"
+        )
+    tokenizer = getattr(data, "tokenizer_fingerprint", None)
     if tokenizer is not None and checkpoint["tokenizer"] not in (None, tokenizer):
         raise ConfigError(
             "the checkpoint was trained with another tokenizer than --data.tokenizer gives: its token ids mean "

@@ -22,9 +22,9 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from salt_lightning.card import model_card
-from salt_lightning.errors import ConfigError
+from salt_lightning.errors import ConfigError, few
 from salt_lightning.lineage import read as read_log
-from salt_lightning.models import PREFIX, from_config, read_checkpoint, require_undamaged
+from salt_lightning.models import PREFIX, from_config, own_parts, read_checkpoint, require_undamaged
 from salt_lightning.parallel import check_same_model
 from salt_lightning.parser import VerbParser
 from salt_lightning.shards import Tensors, sync_folder
@@ -79,10 +79,12 @@ def export(
         card = model_card(target.name, saved, model, logged, words is not None)
         (folder / "README.md").write_text(card, encoding="utf-8")
         verify(folder)
+    rest = own_parts(saved["state_dict"])
     num_parameters, kind = sum(p.numel() for p in model.parameters()), str(model.config.dtype).removeprefix("torch.")
     return (
         f"{target}: {num_parameters:,} parameters in {kind}, {num_files} file{'s' * (num_files > 1)} of weights, "
         f"model card, {'tokenizer' if words else f'no tokenizer (none in {run}; name one by --tokenizer)'}"
+        + (f"; left out, as no part of the model: {few(rest)}" if rest else "")
     )
 
 

@@ -5,7 +5,7 @@ Shapes: B rows, T tokens a row, N = B * T, D hidden width, V vocabulary.
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,13 @@ from salt_lightning.rows import document_borders
 from salt_lightning.spec import DTYPES, ModelSpec, as_config_error, fresh_config, wrong_sizes
 
 PREFIX = "student.model."  # of the student's weights in our checkpoints
+
+
+def own_parts(state: Iterable[str]) -> list[str]:
+    """Names in a checkpoint of what a subclass of SALTModule has put beside the student's model."""
+    return [name for name in state if name.startswith("student.") and not name.startswith(PREFIX)]
+
+
 # Without a word on it transformers asks at the terminal where a config names code.
 from_config = partial(AutoModelForCausalLM.from_config, trust_remote_code=False)
 

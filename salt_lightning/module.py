@@ -59,7 +59,8 @@ class SALTModule(pl.LightningModule):
 
     teacher: CausalLM | None
 
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
         extension.require_super(cls, SALTModule)
 
     def __init__(  # noqa: PLR0913 - the constructor is the command line
@@ -148,10 +149,10 @@ class SALTModule(pl.LightningModule):
         dtype, device = DTYPES[spec.dtype or "float32"], parallel.build_device(strategy, torch.device("cpu"))
         lm = models.build(spec, "student", self._data, dtype, device, self.hparams["seed"])
         self.meter.forward_flops["student"], self._num_ids = self._count_flops(lm), len(lm.head.weight)
-        extension.extend(self, lm)
+        extension.extend(self, lm.train().requires_grad_(True))
         # What a checkpoint needs to be loaded on its own: no path, every size.
         self.hparams["student"] = asdict(resolved(spec, lm.model.config))
-        attention.pack(lm.train().requires_grad_(True), spec.attention, strategy)
+        attention.pack(lm, spec.attention, strategy)
         self._ndim = {f"student.{name}": p.ndim for name, p in lm.named_parameters()}
         if self.hparams["activation_checkpointing"]:
             parallel.recompute_activations(lm)
@@ -212,7 +213,7 @@ class SALTModule(pl.LightningModule):
         self.kd_weight = self.kd_weight.to(self.device)
         self._watch = Watch(self.device)
         self._sums, self._step_tokens = torch.zeros(len(SUMS), device=self.device), torch.zeros((), device=self.device)
-        self._first_look = extension.check_batch if self._data is None else extension.ignore
+        self._first_look = extension.FirstLook(self._data is None)
 
     def on_train_start(self) -> None:
         data, kd = self._data, self._kd
@@ -233,7 +234,6 @@ class SALTModule(pl.LightningModule):
         if micro == 0:
             self._sums.zero_()
         self._first_look(batch)
-        self._first_look = extension.ignore
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         ids_BT, positions_BT = batch["input_ids"], batch["positions"]
@@ -241,7 +241,7 @@ class SALTModule(pl.LightningModule):
         if self.teacher is not None:
             with torch.no_grad(), self.meter.teacher_runs(ids_BT.is_cuda):
                 teacher_out = self.teacher(ids_BT, positions_BT, cu_seqlens=batch.get("cu_seqlens"))
-        self._step_tokens = batch["step_tokens"].float()
+        self._step_tokens = batch["step_tokens"].float().reshape(())
         # DDP divides by the ranks: what is left is one division by the tokens of the whole optimizer step.
         loss = partial(
             self.step_loss, batch["labels"].flatten(), teacher_out, self._step_tokens / self.trainer.world_size
@@ -413,7 +413,7 @@ class SALTModule(pl.LightningModule):
         checkpoint |= self.meter.state(self.global_step)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        require_same(checkpoint, self.hparams["student"], getattr(self._data, "tokenizer_fingerprint", None))
+        require_same(checkpoint, self.hparams["student"], self._data, self.state_dict())
         self._loaded_step = checkpoint["global_step"]
         self.meter.load(checkpoint)
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:

@@ -90,7 +90,13 @@ class OptimSpec:
     def jump(self, checkpoint: dict[str, Any], max_steps: int) -> str | None:
         """What to say where a run that goes on gives its next step another rate than the run before had for it."""
         step, saved = checkpoint["global_step"], checkpoint["hyper_parameters"]["optim"]
-        before = type(self)(**{field.name: saved[field.name] for field in fields(self) if field.name in saved})
+        names = {field.name for field in fields(self)}
+        if other := (saved.keys() ^ names) - {field.name for field in fields(OptimSpec)}:
+            raise ConfigError(
+                f"the checkpoint's optimizer is of another OptimSpec, which differs in {', '.join(sorted(other))}: go "
+                "on with the class that it was trained with"
+            )
+        before = type(self)(**{name: saved[name] for name in names if name in saved})
         planned = checkpoint["max_steps"]
         was, now = before.lr_at(step, planned), self.lr_at(step, max_steps)
         if f"{was:.3g}" == f"{now:.3g}":

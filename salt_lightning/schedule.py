@@ -235,6 +235,9 @@ class KDScheduleCallback(pl.Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         weight = self.schedule(trainer.global_step)
+        if not 0 <= weight <= 1:
+            name = type(self.planned).__name__
+            raise ConfigError(f"step {trainer.global_step}: the schedule ({name}) gives weight {weight}, not 0..1")
         if weight > 0 and not self.schedule.is_taught(trainer.global_step):
             raise ConfigError(
                 f"step {trainer.global_step}: the schedule ({type(self.planned).__name__}) gives weight {weight} to a "

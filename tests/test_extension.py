@@ -1,18 +1,20 @@
 """A user's own code around SALTModule: what docs/extending.md shows works; what would go wrong silently is refused."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, BatchEncoding, LlamaConfig, LlamaForCausalLM
 
 from salt_lightning import KDSchedule, KDScheduleCallback, ModelSpec, OptimSpec, SALTDataModule, SALTModule, cli
 from salt_lightning.checkpoint import RunCheckpoint, newest
 from salt_lightning.errors import ConfigError
+from salt_lightning.extension import check_step_tokens
 from salt_lightning.models import read_checkpoint
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
@@ -41,6 +43,7 @@ def trainer(folder: Path, *callbacks, **changes) -> pl.Trainer:
 
 
 SAVE = object()
+T = TypeVar("T")
 
 
 def test_the_page_has_a_block_for_each_part():
@@ -118,6 +121,13 @@ def test_a_weight_of_0_on_the_way_keeps_the_teacher(data, teacher, tmp_path):
     assert module.meter.totals(6).taught_steps == 4
 
 
+@pytest.mark.parametrize("weight", [2.5, -0.5, float("nan")])
+def test_a_weight_outside_0_to_1_is_refused(weight, data, teacher, tmp_path):
+    loud = type("Loud", (KDSchedule,), {"__call__": lambda self, step: weight if step < 3 else 0.0})
+    with pytest.raises(ConfigError, match=r"step 0: the schedule \(Loud\) gives weight (2.5|-0.5|nan), not 0..1"):
+        trainer(tmp_path, following(loud(0.5, 3))).fit(SALTModule(ModelSpec(config=SIZES), teacher), data)
+
+
 def test_a_weight_without_its_teacher_is_refused(data, teacher, tmp_path):
     late = type("Late", (KDSchedule,), {"__call__": lambda self, step: 0.5})
     with pytest.raises(ConfigError, match=r"step 3: the schedule \(Late\) gives weight 0.5 to a teacher that is there"):
@@ -152,6 +162,14 @@ def test_hooks_that_call_super_and_those_that_are_free_are_taken():
         def training_step(self, batch, batch_idx):
             return SALTModule.training_step(self, batch, batch_idx)
 
+        def on_train_start(self):
+            def inside():
+                super(Mine, self).on_train_start()
+
+            inside()
+
+        on_test_epoch_end = SALTModule.on_validation_epoch_end
+
         def configure_model(self):
             pass
 
@@ -159,7 +177,7 @@ def test_hooks_that_call_super_and_those_that_are_free_are_taken():
             pass
 
 
-def test_the_loss_of_the_page_trains_a_projection_that_decays_and_resumes(data, teacher, tmp_path):
+def test_the_loss_of_the_page_trains_a_projection_that_decays_and_resumes(data, teacher, tmp_path, capsys):
     own = block("Another loss beside it", sizes=SIZES)["HiddenStates"]
 
     def fit(folder, *callbacks, **more):
@@ -178,9 +196,26 @@ def test_the_loss_of_the_page_trains_a_projection_that_decays_and_resumes(data, 
     assert any(
         not torch.equal(value, theirs[key]) for key, value in module.student.state_dict().items() if key in theirs
     )
+    data.tokenizer.save_pretrained(tmp_path / "whole/tokenizer")
+    last = str(tmp_path / "whole/checkpoints/step-00000006.ckpt")
+    assert cli.main(["export", last, str(tmp_path / "hf")]) == 0
+    assert "left out, as no part of the model: student.projection.weight" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"what a subclass .* has added \(student.projection.weight\): go on"):
+        trainer(tmp_path).validate(SALTModule(ModelSpec(config=SIZES)), data, ckpt_path=last)
     resumed, _ = fit("resumed", ckpt_path=str(tmp_path / "whole/checkpoints/step-00000003.ckpt"))
     for key, value in module.student.state_dict().items():
         assert torch.equal(value, resumed.student.state_dict()[key]), key
+
+
+def test_what_a_subclass_freezes_stays_frozen(data, tmp_path):
+    class Adapter(SALTModule):
+        def extend_student(self, lm):
+            lm.requires_grad_(False)
+            lm.model.model.norm.requires_grad_(True)
+
+    module = Adapter(ModelSpec(config=SIZES))
+    trainer(tmp_path).fit(module, data)
+    assert [name for name, p in module.named_parameters() if p.requires_grad] == ["student.model.model.norm.weight"]
 
 
 def test_the_optimizer_of_the_page(data, tmp_path):
@@ -196,6 +231,12 @@ def test_the_optimizer_of_the_page(data, tmp_path):
     trainer(tmp_path, max_steps=12).fit(again, data, ckpt_path=middle)
     for key, value in module.student.state_dict().items():
         assert torch.equal(value, again.student.state_dict()[key]), key
+    slow = SALTModule(ModelSpec(config=SIZES), optim=replace(optim, momentum=0.1))
+    run = trainer(tmp_path, max_steps=12)
+    run.fit(slow, data, ckpt_path=middle)
+    assert {group["momentum"] for group in run.optimizers[0].param_groups} == {0.1}  # not the checkpoint's
+    with pytest.raises(ConfigError, match="is of another OptimSpec, which differs in momentum: go on with the class"):
+        trainer(tmp_path, max_steps=12).fit(SALTModule(ModelSpec(config=SIZES)), data, ckpt_path=middle)
 
 
 def test_an_optimizer_spec_with_a_setting_of_its_own_resumes(data, tmp_path):
@@ -239,6 +280,26 @@ def test_parts_of_a_subclass_that_a_step_would_pass_over_are_refused(parts, mess
         setattr(module, name, parts[name])
     with pytest.raises(ConfigError, match=message):
         trainer(tmp_path).fit(module, data)
+
+
+def test_a_call_of_the_name_on_something_else_is_not_enough():
+    with pytest.raises(ConfigError, match=r"^Mine.setup has to call super\(\).setup"):
+
+        class Mine(SALTModule):
+            def setup(self, stage):
+                self.mine.setup(stage)
+
+
+def test_a_subclass_may_be_generic_and_take_keywords_of_its_class():
+    class Named:
+        def __init_subclass__(cls, name=None, **kwargs):
+            super().__init_subclass__(**kwargs)
+            cls.given = name
+
+    class Mine(SALTModule, Named, Generic[T], name="x"):
+        pass
+
+    assert (Mine.given, Mine[int].__origin__) == ("x", Mine)
 
 
 # --- models ---
@@ -302,6 +363,7 @@ BATCH = {"input_ids": IDS, "labels": IDS + 1, "positions": torch.arange(16).repe
         ({k: v.flatten() if v.ndim else v for k, v in BATCH.items()}, "must be of one shape, rows x tokens"),
         ({**BATCH, "labels": IDS}, "labels equal its input_ids: a label is the token that comes next"),
         ({**BATCH, "labels": torch.where(IDS % 3 > 0, IDS, -100)}, "labels equal its input_ids"),
+        ({**BATCH, "step_tokens": torch.tensor([32, 32])}, r"step_tokens must be one number, not \[2\]"),
         ({**BATCH, "step_tokens": torch.tensor(1)}, "step_tokens of the batches is 1, and the first .* had 32 labels"),
         ({**BATCH, "step_tokens": torch.tensor(64)}, "step_tokens of the batches is 64, and .* scaled by that"),
     ],
@@ -311,6 +373,22 @@ def test_batches_that_would_train_something_else_are_refused(batch, message, tmp
     module = SALTModule(ModelSpec(config={**SIZES, "vocab_size": 64, "max_position_embeddings": 16}))
     with pytest.raises(ConfigError, match=message):
         trainer(tmp_path, limit_val_batches=0).fit(module, loader, loader)
+
+
+@pytest.mark.parametrize("batch", [BatchEncoding(BATCH), {**BATCH, "step_tokens": torch.tensor([32])}])
+def test_other_kinds_of_batches_that_say_the_same_are_taken(batch, tmp_path):
+    loader = DataLoader([batch] * 6, batch_size=None)
+    module = SALTModule(ModelSpec(config={**SIZES, "vocab_size": 64, "max_position_embeddings": 16}))
+    run = trainer(tmp_path)
+    run.fit(module, loader, loader)
+    assert run.global_step == 6
+
+
+def test_sums_of_fp32_may_round():
+    check_step_tokens(1, 33_550_336.0, 33_548_324.0)  # 6e-5, as 4,096 micro-batches of 8,191 labels sum up
+    check_step_tokens(2, 64.0, 32.0)  # a loader that ends inside a step
+    with pytest.raises(ConfigError, match="step_tokens of the batches is 64, and the first optimizer step had 32"):
+        check_step_tokens(1, 64.0, 32.0)
 
 
 def test_the_loader_of_a_data_module_without_it_has_another_accumulation(data, tmp_path):
@@ -334,6 +412,7 @@ def test_a_vocabulary_that_nobody_knows_is_asked_for(tmp_path):
 def test_a_start_in_the_folder_of_a_run_is_refused_in_python_too(data, tmp_path):
     trainer(tmp_path, SAVE).fit(SALTModule(ModelSpec(config=SIZES)), data)
     there = sorted((tmp_path / "checkpoints").iterdir())
+    assert newest(str(tmp_path / "checkpoints")) == tmp_path / "checkpoints/step-00000006.ckpt"
     with pytest.raises(ConfigError, match=r"holds checkpoints of a run, the newest at step-00000006.ckpt, and"):
         trainer(tmp_path, SAVE).fit(SALTModule(ModelSpec(config=SIZES)), data)
     assert sorted((tmp_path / "checkpoints").iterdir()) == there
