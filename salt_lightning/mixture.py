@@ -19,8 +19,6 @@ from salt_lightning.order import Order, scatter
 
 SETTING = "--data.source_weights"
 CYCLE = 10_000  # rows in which each source has its share to the row; a share is as fine as that
-
-
 _OTHERS = "--data.source_column", "--data.source_per_file", "--data.examples"
 
 
@@ -109,11 +107,11 @@ def shares_of(names: list[str], weights: list[float], tokens: list[int], block_s
     """
     if len(names) != len(weights):
         raise ConfigError(f"{SETTING}: entries of --data.source have one name among {few(names)}; rename a folder")
-    short = [(name, end - start) for name, (start, end) in zip(names, pairwise(tokens), strict=True)]
+    sizes = {name: end - start for name, (start, end) in zip(names, pairwise(tokens), strict=True)}
     refuse(
         f"{SETTING}: {name!r} has {size} training tokens, what is held out aside, which is no more than a row of "
         f"--data.block_size {block_size}; give more text, lower --data.val_fraction, or leave it out"
-        for name, size in short
+        for name, size in sizes.items()
         if size <= block_size
     )
     starts = [-(-start // block_size) for start in tokens[:-1]]
