@@ -1,4 +1,4 @@
-"""A run's folder read back: its settings and the curves it logged. NaN stands for "not known"."""
+"""A run's folder read back: its settings and, of what it logged, the curves that compare needs. NaN: not known."""
 
 import math
 import os
