@@ -207,6 +207,30 @@ def test_the_loss_of_the_page_trains_a_projection_that_decays_and_resumes(data, 
         assert torch.equal(value, resumed.student.state_dict()[key]), key
 
 
+def test_first_values_of_a_part_follow_from_the_seed_of_the_module_alone():
+    own = block("Another loss beside it", sizes=SIZES)["HiddenStates"]
+    made = [own(ModelSpec(config={**SIZES, "vocab_size": 64}), seed=seed) for seed in (0, 0, 1)]
+    for module in made:
+        torch.rand(1)
+        module.configure_model()
+    first, same, other = (module.student.projection.weight for module in made)
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+
+
+def test_a_matrix_that_was_added_after_all_decays_too(data, tmp_path):
+    class Late(SALTModule):
+        def configure_model(self):
+            super().configure_model()
+            self.student.late = torch.nn.Linear(4, 4)
+
+    run = trainer(tmp_path)
+    run.fit(Late(ModelSpec(config=SIZES)), data)
+    decays, others = (group["param_names"] for group in run.optimizers[0].param_groups)
+    assert "student.late.weight" in decays
+    assert "student.late.bias" in others
+
+
 def test_what_a_subclass_freezes_stays_frozen(data, tmp_path):
     class Adapter(SALTModule):
         def extend_student(self, lm):
