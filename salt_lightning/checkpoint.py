@@ -6,7 +6,7 @@ A checkpoint is always the state right after an optimizer step whose validation,
 import signal
 import threading
 import time
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -317,12 +317,17 @@ def how_to_go_on(trainer: pl.Trainer) -> str:
     return f"{found} is good: go on from it by --ckpt_path last" if found else "There is no checkpoint: start again"
 
 
-def require_same(checkpoint: dict[str, Any], student: dict[str, Any], data: Any, parts: Container[str]) -> None:
+def require_same(
+    checkpoint: dict[str, Any], student: dict[str, Any], data: Any, weights: Callable[[], Container[str]]
+) -> None:
     """Raises ConfigError unless a checkpoint holds that student, trained with the tokenizer of `data`, where known.
 
-    What a subclass has put beside the student's model has to be among `parts`, the names of the module's weights.
+    What a subclass has put beside the student's model has to be among the module's `weights`, which are asked for only
+    where there is such a thing: under FSDP1 their names alone would gather them.
     """
-    if lost := [name for name in own_parts(checkpoint.get("state_dict", ())) if name not in parts]:
+    parts = own_parts(checkpoint.get("state_dict", ()))
+    there = weights() if parts else ()
+    if lost := [name for name in parts if name not in there]:
         raise ConfigError(
             f"the checkpoint holds what a subclass of SALTModule has added ({few(lost)}): go on in Python with that "
             "class, or export it, which leaves this out"

@@ -16,14 +16,14 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
-from salt_lightning import mixture, preflight
+from salt_lightning import preflight
 from salt_lightning.cadence import accumulation, phase1_steps, set_cadence
 from salt_lightning.difficulty import HeldOut, find_files, read_thirds
 from salt_lightning.documents import Corpus
 from salt_lightning.errors import ConfigError, refuse
 from salt_lightning.example_rows import ExampleRows, open_examples
 from salt_lightning.examples import Examples
-from salt_lightning.mixture import Mixture, Shares, make_order, shares_of
+from salt_lightning.mixture import Mixture, Shares, make_order, shares_of, weight_problems
 from salt_lightning.order import Order
 from salt_lightning.prepare import prepare_tokenizer, prepare_tokens, token_folder, tokenizer_folder
 from salt_lightning.rows import (
@@ -169,7 +169,7 @@ class SALTDataModule(LightningDataModule):
             value, bits = getattr(self, name), 63 if name == "seed" else 31
             checks.append((name, value, least <= value < 2**bits, f"must be {least} or more, and below 2**{bits}"))
         others = self.source_column, self.source_per_file, self.examples.given
-        weights = mixture.problems(self.source_weights, self.source, others)
+        weights = weight_problems(self.source_weights, self.source, others)
         return weights + [f"--data.{name}: {value!r} {wanted}" for name, value, good, wanted in checks if not good]
 
     # --- text and tokenizer (need no trainer) ---
@@ -459,7 +459,7 @@ class SALTDataModule(LightningDataModule):
         rows, shares = max_steps * self.global_batch_size, self._shares()
         if shares is None:
             return preflight.rows(self.num_train_rows, max_steps, self.global_batch_size)
-        return preflight.shares(shares.names, Mixture(shares, self.seed).reads(rows), shares.rows_S, max_steps)
+        return preflight.shares(shares.names, shares.reads(rows), shares.rows_S, max_steps)
 
     def sample(self, rows: int) -> dict[str, torch.Tensor]:
         """So many validation rows, evenly spaced; the last ones again where there are fewer."""

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -22,7 +22,7 @@ CYCLE = 10_000  # rows in which each source has its share to the row; a share is
 _OTHERS = "--data.source_column", "--data.source_per_file", "--data.examples"
 
 
-def problems(weights: Any, entries: Sequence[str], others: Sequence[Any]) -> list[str]:
+def weight_problems(weights: Any, entries: Sequence[str], others: Sequence[Any]) -> list[str]:
     """What is wrong with the weights of the entries of a source setting; `others`: what _OTHERS are set to."""
     also = [name for name, given in zip(_OTHERS, others, strict=True) if given]
     if weights is None or not entries:  # no source at all is another problem
@@ -74,23 +74,34 @@ class Shares:
             turns[s] += 1
         return np.array(turns)
 
-    @cached_property
+    @property
     def cycle(self) -> tuple[np.ndarray, np.ndarray]:
-        """The source of each turn, and which of its turns that is, from 0.
+        """The source of each turn, and which of its turns that is, from 0."""
+        return _cycle(tuple(self.turns_S.tolist()))
 
-        Turn j of n may come from floor(j P / n) on and has to come before ceil((j + 1) P / n). Of those that may, the
-        one that has to come first is taken: so all do, and no source is ever a whole row ahead or behind (the chairman
-        assignment problem, Tijdeman 1980).
-        """
-        turns_S, done_S = self.turns_S, np.zeros(len(self.turns_S), np.int64)
-        source_P, number_P = np.empty(CYCLE, np.int64), np.empty(CYCLE, np.int64)
-        for turn in range(CYCLE):
-            may_S = done_S * CYCLE < (turn + 1) * turns_S
-            until_S = -(-(done_S + 1) * CYCLE // turns_S)
-            s = int(np.where(may_S, until_S, CYCLE + 1).argmin())
-            source_P[turn], number_P[turn] = s, done_S[s]
-            done_S[s] += 1
-        return source_P, number_P
+    def reads(self, count: int) -> np.ndarray:
+        """Rows of each source among the first `count`."""
+        cycles, turns = divmod(count, CYCLE)
+        return cycles * self.turns_S + np.bincount(self.cycle[0][:turns], minlength=len(self.turns_S))
+
+
+@cache  # tens of milliseconds, and a start asks several times
+def _cycle(turns: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Shares.cycle of sources with so many turns.
+
+    Turn j of n may come from floor(j P / n) on and has to come before ceil((j + 1) P / n). Of those that may, the one
+    that has to come first is taken: so all do, and no source is ever a whole row ahead or behind (the chairman
+    assignment problem, Tijdeman 1980).
+    """
+    turns_S, done_S = np.array(turns), np.zeros(len(turns), np.int64)
+    source_P, number_P = np.empty(CYCLE, np.int64), np.empty(CYCLE, np.int64)
+    for turn in range(CYCLE):
+        may_S = done_S * CYCLE < (turn + 1) * turns_S
+        until_S = -(-(done_S + 1) * CYCLE // turns_S)
+        s = int(np.where(may_S, until_S, CYCLE + 1).argmin())
+        source_P[turn], number_P[turn] = s, done_S[s]
+        done_S[s] += 1
+    return source_P, number_P
 
 
 def shares_of(names: list[str], weights: list[float], tokens: list[int], block_size: int) -> Shares:
@@ -137,10 +148,9 @@ class Mixture:
         self._source_P, self._number_P = shares.cycle
         seeds_S = scatter(np.array([seed])) + np.arange(1, len(shares.names) + 1, dtype=np.uint64)
         self.orders = []
-        for s, (start, end) in enumerate(pairwise(shares.starts)):
+        for own_seed, (start, end), reads in zip(seeds_S, pairwise(shares.starts), shares.reads(phase1), strict=True):
             own = None if kept is None else kept[np.searchsorted(kept, start) : np.searchsorted(kept, end)] - start
-            reads = int(self.reads(phase1)[s])
-            self.orders.append(Order(int(seeds_S[s]), end - start, own, reads, unread_first))
+            self.orders.append(Order(int(own_seed), end - start, own, int(reads), unread_first))
 
     def __call__(self, position: np.ndarray) -> np.ndarray:
         cycle, turn = np.divmod(position, CYCLE)
@@ -151,12 +161,6 @@ class Mixture:
             number = cycle[of_s] * self.shares.turns_S[s] + self._number_P[turn[of_s]]
             rows[of_s] = self.shares.starts[s] + self.orders[s](number)
         return rows
-
-    def reads(self, count: int) -> np.ndarray:
-        """Rows of each source among the first `count`."""
-        cycles, turns = divmod(count, CYCLE)
-        turns_S = self.shares.turns_S
-        return cycles * turns_S + np.bincount(self._source_P[:turns], minlength=len(turns_S))
 
     @property
     def fingerprint(self) -> str:

@@ -26,14 +26,13 @@ from salt_lightning.spec import DTYPES, ModelSpec, as_config_error, fresh_config
 
 PREFIX = "student.model."  # of the student's weights in our checkpoints
 
+# Without a word on it transformers asks at the terminal where a config names code.
+from_config = partial(AutoModelForCausalLM.from_config, trust_remote_code=False)
+
 
 def own_parts(state: Iterable[str]) -> list[str]:
     """Names in a checkpoint of what a subclass of SALTModule has put beside the student's model."""
     return [name for name in state if name.startswith("student.") and not name.startswith(PREFIX)]
-
-
-# Without a word on it transformers asks at the terminal where a config names code.
-from_config = partial(AutoModelForCausalLM.from_config, trust_remote_code=False)
 
 
 class CausalLM(nn.Module):

@@ -413,7 +413,7 @@ class SALTModule(pl.LightningModule):
         checkpoint |= self.meter.state(self.global_step)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        require_same(checkpoint, self.hparams["student"], self._data, self.state_dict())
+        require_same(checkpoint, self.hparams["student"], self._data, self.state_dict)
         self._loaded_step = checkpoint["global_step"]
         self.meter.load(checkpoint)
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:

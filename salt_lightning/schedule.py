@@ -234,14 +234,14 @@ class KDScheduleCallback(pl.Callback):
             pl_module.check_teacher(self.allow_untrained)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        weight = self.schedule(trainer.global_step)
+        schedule, step = self.schedule, trainer.global_step
+        name, weight = type(schedule).__name__, schedule(step)
         if not 0 <= weight <= 1:
-            name = type(self.planned).__name__
-            raise ConfigError(f"step {trainer.global_step}: the schedule ({name}) gives weight {weight}, not 0..1")
-        if weight > 0 and not self.schedule.is_taught(trainer.global_step):
+            raise ConfigError(f"step {step}: the schedule ({name}) gives weight {weight}, not 0..1")
+        if weight > 0 and not schedule.is_taught(step):
             raise ConfigError(
-                f"step {trainer.global_step}: the schedule ({type(self.planned).__name__}) gives weight {weight} to a "
-                f"teacher that is there for --kd.steps {self.schedule.steps} alone; it has to be 0 from there on"
+                f"step {step}: the schedule ({name}) gives weight {weight} to a teacher that is there for --kd.steps "
+                f"{schedule.steps} alone; it has to be 0 from there on"
             )
         pl_module.kd_weight.fill_(weight)  # in place: a new float would recompile
 

@@ -102,7 +102,7 @@ def test_what_a_stretch_reads_of_each_source():
     order = mixture()
     source = np.searchsorted(STARTS, order(np.arange(3 * CYCLE)), side="right") - 1
     for count in (0, 1, 63, CYCLE - 1, CYCLE, 2 * CYCLE + 7):
-        assert order.reads(count).tolist() == np.bincount(source[:count], minlength=3).tolist()
+        assert order.shares.reads(count).tolist() == np.bincount(source[:count], minlength=3).tolist()
 
 
 def test_a_row_depends_on_nothing_but_its_position():
@@ -122,7 +122,7 @@ def test_phase_1_reads_the_kept_rows_of_each_source_and_the_shares_stay():
     order = mixture(kept=KEPT, phase1=100)
     rows = order(np.arange(100))
     assert set(rows.tolist()) <= set(KEPT.tolist())
-    assert [len(read) for read in by_source(rows)] == order.reads(100).tolist()
+    assert [len(read) for read in by_source(rows)] == order.shares.reads(100).tolist()
     for read, kept in zip(by_source(rows), by_source(KEPT), strict=True):
         times = np.unique(read, return_counts=True)[1]
         assert times.max() - (times.min() if len(times) == len(kept) else 0) <= 1  # pass by pass
