@@ -57,3 +57,5 @@ if __name__ == "__main__":
     whole = get_model_state_dict(module.student.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if trainer.is_global_zero:
         torch.save(whole, out / "whole.pt")
+    torch.distributed.barrier()  # a rank whose peer is gone may be ended by gloo's own threads
+    torch.distributed.destroy_process_group()
