@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 
 from salt_lightning import compare
 from salt_lightning.difficulty import thirds
-from salt_lightning.metrics import THIRDS
 from salt_lightning.report import flop_unit, number, table
+from salt_lightning.runlog import THIRDS
 
 if TYPE_CHECKING:
     from study import Study

@@ -1,9 +1,13 @@
 """The command `salt-lightning`, and `python cli.py`: what can go wrong before salt_lightning.cli is there to say it."""
 
+import sys
+
 
 def main() -> int:
     """Runs the command line of this process; returns its exit code, that of cli.main."""
     try:
+        if sys.argv[1:2] == ["compare"]:
+            return _compare(sys.argv[2:])
         from salt_lightning.cli import main as run
     except KeyboardInterrupt:  # the imports take seconds
         return 130
@@ -13,6 +17,17 @@ def main() -> int:
             "makes), or `pip install -e .`"
         ) from None
     return run()
+
+
+def _compare(args: list[str]) -> int:
+    """Reads logs alone: without torch and Lightning, whose imports would be nearly all of its time."""
+    from salt_lightning.compare import main as compare
+    from salt_lightning.errors import ConfigError, say
+
+    try:
+        return compare(args)
+    except (ConfigError, OSError) as error:
+        return say(error)
 
 
 if __name__ == "__main__":

@@ -28,9 +28,9 @@ from salt_lightning.errors import (
     Stopped,
     is_out_of_memory,
     one_line,
-    printable,
     raised,
     refuse,
+    say,
 )
 from salt_lightning.event_log import EventLog, quiet_threads
 from salt_lightning.models import check_path, read_checkpoint
@@ -356,11 +356,8 @@ def main(args: list[str] | None = None) -> int:
         close_bars()
         if _rank():  # the first rank says the same, and its end is ours; else we speak
             time.sleep(checkpoint.FIRST_RANK_S)
-        message = str(error) if isinstance(error, ConfigError | NonFiniteLossError) else one_line(error)
-        if isinstance(error, OSError) and error.filename is not None:
-            message = f"{error.filename}: {error.strerror}"
-        print(f"\nerror: {printable(message)}", file=sys.stderr)  # on a line of its own, after a progress bar
-        return 2 if isinstance(error, ConfigError | MisconfigurationException) else 1
+        code = say(error)
+        return 2 if isinstance(error, MisconfigurationException) else code
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
             print(

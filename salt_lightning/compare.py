@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from salt_lightning import lineage, report
-from salt_lightning.errors import ConfigError
-from salt_lightning.parser import VerbParser
+from salt_lightning.errors import ConfigError, VerbParser
 from salt_lightning.remarks import other_text, remarks
 from salt_lightning.runlog import AXES, Run
 

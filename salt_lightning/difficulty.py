@@ -21,7 +21,8 @@ import pyarrow.parquet as pq
 from lightning.pytorch.utilities import rank_zero_info
 
 from salt_lightning.errors import ConfigError, first_line
-from salt_lightning.metrics import THIRDS, TokenMetrics
+from salt_lightning.metrics import TokenMetrics
+from salt_lightning.runlog import THIRDS
 from salt_lightning.scores import write_table
 
 _FILE = "documents.parquet"

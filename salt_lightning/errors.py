@@ -1,9 +1,10 @@
 """The errors a user is meant to see: one line, no traceback (cli.main catches them)."""
 
+import argparse
 import signal
+import sys
 from collections.abc import Callable, Iterable
-
-import torch
+from typing import NoReturn
 
 
 class ConfigError(ValueError):
@@ -40,12 +41,30 @@ def printable(text: str) -> str:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Of the device, or of the host."""
+    import torch  # not above: compare speaks through this file, too, and torch takes seconds
+
     # torch's allocator for CPUs has no type of error for it
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 class NonFiniteLossError(RuntimeError):
     """The training loss became NaN or infinite; the last checkpoint is still good."""
+
+
+class VerbParser(argparse.ArgumentParser):
+    """Arguments of a verb that needs no trainer: what is wrong with them is one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{self.prog.split()[-1]}: {message}")
+
+
+def say(error: Exception) -> int:
+    """Prints the error as one line; returns the exit code of the process: 2 for one of the settings, 1 for others."""
+    message = str(error) if isinstance(error, ConfigError | NonFiniteLossError) else one_line(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        message = f"{error.filename}: {error.strerror}"
+    print(f"\nerror: {printable(message)}", file=sys.stderr)  # on a line of its own, after a progress bar
+    return 2 if isinstance(error, ConfigError) else 1
 
 
 class Stopped(RuntimeError):

@@ -22,11 +22,10 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from salt_lightning.card import model_card
-from salt_lightning.errors import ConfigError, few
+from salt_lightning.errors import ConfigError, VerbParser, few
 from salt_lightning.lineage import read as read_log
 from salt_lightning.models import PREFIX, from_config, own_parts, read_checkpoint, require_undamaged
 from salt_lightning.parallel import check_same_model
-from salt_lightning.parser import VerbParser
 from salt_lightning.shards import Tensors, sync_folder
 from salt_lightning.spec import DTYPES, ModelSpec, as_config_error
 from salt_lightning.tokenizer import load_tokenizer, tokenizer_fingerprint

@@ -11,8 +11,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from salt_lightning.errors import ConfigError
-
-THIRDS = ("easy", "medium", "hard")
+from salt_lightning.runlog import THIRDS
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:

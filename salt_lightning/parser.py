@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from itertools import islice, pairwise
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 from jsonargparse import DefaultHelpFormatter
@@ -42,13 +42,6 @@ class Parser(LightningArgumentParser):
         asked = getattr(ex, "subcommand_parser", None) or self
         sys.stderr.write(f"error: {explain(message, [action.dest for action in asked._actions])}\n")
         raise SystemExit(2)
-
-
-class VerbParser(argparse.ArgumentParser):
-    """Arguments of a verb that needs no trainer: what is wrong with them is one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{self.prog.split()[-1]}: {message}")
 
 
 _VERBS = {

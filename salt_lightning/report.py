@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from salt_lightning.errors import printable
-from salt_lightning.metrics import THIRDS
+from salt_lightning.runlog import THIRDS
 
 if TYPE_CHECKING:
     from salt_lightning.compare import Comparison, Group, Row

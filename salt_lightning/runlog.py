@@ -23,6 +23,7 @@ CUMULATIVE = (
     "train/flops_teacher_total",
 )
 AXES = ("steps", "tokens", "FLOPs", "seconds")
+THIRDS = ("easy", "medium", "hard")  # of the documents, by a teacher's loss: val/ce/easy, ...
 
 
 def step_named(path: str) -> int | None:

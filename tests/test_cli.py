@@ -139,6 +139,15 @@ def test_an_interrupt_while_the_libraries_are_imported_leaves_no_traceback(comma
     assert "Traceback" not in said
 
 
+def test_compare_starts_without_the_libraries_of_training(tmp_path):
+    imports = [sys.executable, "-X", "importtime", str(ROOT / "cli.py"), "compare", str(tmp_path / "none")]
+    done = subprocess.run(imports, capture_output=True, text=True)
+    *loaded, _, said = done.stderr.splitlines()
+    assert done.returncode == 2
+    assert said == f"error: compare: RUN {tmp_path}/none is no folder; give a run's own folder, e.g. runs/salt"
+    assert {line.split()[-1].partition(".")[0] for line in loaded} & {"torch", "lightning", "transformers"} == set()
+
+
 def test_another_progress_bar_takes_the_place_of_ours(settings, tmp_path, capsys):
     own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, "trainer.enable_progress_bar": True,
            "trainer.max_steps": 2, "trainer.val_check_interval": 2}  # fmt: skip
