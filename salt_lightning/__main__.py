@@ -1,10 +1,13 @@
 """The command `salt-lightning`, and `python cli.py`: what can go wrong before salt_lightning.cli is there to say it."""
 
+import os
 import sys
 
 
 def main() -> int:
     """Runs the command line of this process; returns its exit code, that of cli.main."""
+    if os.name == "nt":
+        raise SystemExit("error: Windows alone is not supported; use WSL 2, or another Linux")
     try:
         if sys.argv[1:2] == ["compare"]:
             return _compare(sys.argv[2:])

@@ -7,6 +7,7 @@ the head); a strip, a part of it, is what logits are held of at a time. Shapes a
 import dataclasses
 import functools
 import importlib.util
+import warnings
 from collections.abc import Iterator
 from types import ModuleType
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from salt_lightning.errors import ConfigError
+from salt_lightning.errors import ConfigError, first_line, is_out_of_memory
 from salt_lightning.row_pass import NUM_SUMS, Mix, label_stats, math_dtype, row_pass
 
 # What these need is granted whatever the budget, since less costs speed: so many rows with all their logits, and a
@@ -197,12 +198,15 @@ def cast_side(hidden_ND: Tensor, head_VD: Tensor, bias_V: Tensor | None, dtype: 
 
 
 def compute_dtype(hidden_ND: Tensor) -> torch.dtype:
-    """The dtype of the products' inputs. A CPU upcasts: its bf16 products cannot write fp32."""
+    """The dtype of the products' inputs. Other devices than GPUs upcast: their bf16 products cannot write fp32."""
     device = hidden_ND.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
     if dtype not in (torch.float32, torch.bfloat16, torch.float64):
-        raise ConfigError(f"the loss computes in fp32 or bf16, not {dtype}; use --trainer.precision bf16-mixed")
-    return torch.float32 if device == "cpu" and dtype == torch.bfloat16 else dtype
+        raise ConfigError(
+            f"the loss computes in fp32 or bf16, not {dtype}; use --trainer.precision bf16-mixed, or 32-true on a card "
+            "without bf16"
+        )
+    return torch.float32 if device not in ("cuda", "xpu") and dtype == torch.bfloat16 else dtype
 
 
 def _write_logits(side: Side, rows: slice, logits_CV: Tensor) -> None:
@@ -268,9 +272,20 @@ def _kernels(*tensors: Tensor) -> ModuleType | None:
 
 @functools.cache
 def _triton_rows() -> ModuleType | None:
+    """The module of the kernels; None, and said, where they do not run here or compute something else."""
     if importlib.util.find_spec("triton") is None:
         return None
-    return importlib.import_module("salt_lightning.triton_rows")
+    try:
+        kernels = importlib.import_module("salt_lightning.triton_rows")
+        reason = kernels.fault(torch.device("cuda"))
+    except Exception as error:  # of a Triton that does not fit this torch or card, or that finds no C compiler
+        if is_out_of_memory(error):
+            raise
+        reason = f"{type(error).__name__}: {first_line(error)[:200]}"
+    if reason is None:
+        return kernels
+    warnings.warn(f"the loss goes without its Triton kernels, which is slower: {reason}", stacklevel=2)
+    return None
 
 
 def _blocks(logits_CV: Tensor) -> Iterator[slice]:

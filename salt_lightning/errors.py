@@ -43,8 +43,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Of the device, or of the host."""
     import torch  # not above: compare speaks through this file, too, and torch takes seconds
 
-    # torch's allocator for CPUs has no type of error for it
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    # libraries and the allocators of CPUs and of MPS have no type of error for it
+    said = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    typed = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return typed or (isinstance(error, RuntimeError) and any(text in str(error) for text in said))
 
 
 class NonFiniteLossError(RuntimeError):

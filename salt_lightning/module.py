@@ -197,8 +197,8 @@ class SALTModule(pl.LightningModule):
         held_bytes = parallel.local_bytes(self.teacher) if self.teacher else 0
         self.__dict__["teacher"] = None
         gc.collect()  # compiled modules sit in reference cycles
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        if self.device.type in ("cuda", "mps"):
+            getattr(torch, self.device.type).empty_cache()
         self.meter.teacher_left()
         return held_bytes
 

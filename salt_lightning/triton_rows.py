@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from salt_lightning import row_pass as plain
 from salt_lightning.row_pass import FINITE_LOW, IGNORE, NUM_SUMS, Mix
 
 BLOCK = 4096  # elements one program holds of a row at a time
@@ -72,6 +73,33 @@ def label_stats(logits_CV: Tensor, labels_C: Tensor) -> tuple[Tensor, Tensor]:
             num_warps=WARPS,
         )
     return nll_C, rank_C
+
+
+@torch.no_grad()
+def fault(device: torch.device) -> str | None:
+    """Why the kernels cannot be used on a device, found by running them beside the plain row pass; None: they can.
+
+    Raises:
+        Exception: of many kinds, where they cannot be compiled or launched.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return None  # what is captured has run before; to look at values would end the capture
+    generator = torch.Generator().manual_seed(0)
+    vocab = BLOCK + WIDE + 5  # two blocks, the second a few values long
+    student_CV, teacher_CV = (4 * torch.randn(4, vocab, generator=generator).to(device) for _ in range(2))
+    labels_C = torch.tensor([0, BLOCK + 2, IGNORE, vocab - 1], device=device)
+    mix = Mix(torch.tensor(0.4, device=device), torch.tensor(0.25, device=device), 2.0)
+    sums_7C, grad_CV = torch.empty(7, 4, device=device), torch.empty_like(student_CV)
+    fill_rows([student_CV, teacher_CV], labels_C, mix, sums_7C, grad_CV)
+    ours = [sums_7C, grad_CV, *label_stats(student_CV, labels_C)]
+    true_7C, true_CV = plain.row_pass(student_CV, teacher_CV, labels_C, mix, True)
+    assert true_CV is not None
+    true = [true_7C, true_CV, *plain.label_stats(student_CV, labels_C)]
+    # fp32 rounds in the sixth digit; a row, a label or a block that is missed moves values by their own size
+    for name, a, b in zip(("sums", "gradient", "losses", "ranks"), ours, true, strict=True):
+        if not (a - b).abs().max() <= 1e-3 * b.abs().max():
+            return f"wrong values ({name})"
+    return None
 
 
 def _width(*rows: Tensor) -> int:

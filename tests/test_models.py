@@ -294,7 +294,15 @@ def test_families_that_cannot_be_trained_as_they_must_be_are_refused(family, con
         CausalLM(build_fresh(ModelSpec(family=family, config=config), None, 0), "student").check()
 
 
-@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 17 GB)"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
 def test_want_of_memory_is_no_fault_of_a_setting(error):
     with pytest.raises(type(error)), as_config_error("--model.student.config"):
         raise error

@@ -11,6 +11,7 @@ import pytest
 import torch
 from test_losses import gradients, make_case, relative_error
 
+from salt_lightning import chunked_head
 from salt_lightning.losses import salt_loss
 from salt_lightning.row_pass import Mix, label_stats, row_pass
 
@@ -163,6 +164,33 @@ def test_bf16_gradient(kernels, accuracy, with_teacher):
     # Half a unit in the last place of bf16 is 2^-9 of the value; the interpreter truncates, which doubles it.
     assert relative_error(grad_CV, expected_CV) <= (2**-9 if CUDA else 2**-8)
     assert torch.allclose(sums_7C, expected_7C, **CLOSE)
+
+
+@pytest.mark.parametrize("broken", [None, "sums", "gradient", "losses", "ranks"])
+def test_the_kernels_are_tried_before_they_are_used(kernels, broken, monkeypatch):
+    def off(function, of_one):
+        wrong = [broken in of_one and broken == name for name in of_one]
+        return lambda *args: tuple(2 * x + 1 if w else x for x, w in zip(function(*args), wrong, strict=True))
+
+    monkeypatch.setattr(kernels.plain, "row_pass", off(row_pass, ("sums", "gradient")))
+    monkeypatch.setattr(kernels.plain, "label_stats", off(label_stats, ("losses", "ranks")))
+    assert kernels.fault(torch.device(DEVICE)) == (broken and f"wrong values ({broken})")
+
+
+@pytest.mark.parametrize(
+    "error", [ImportError("no triton for this torch"), RuntimeError("Failed to find C compiler.\n")]
+)
+def test_without_kernels_that_run_the_plain_pass_is_taken_and_said(error, monkeypatch):
+    def raises(name):
+        raise error
+
+    monkeypatch.setattr(chunked_head.importlib, "import_module", raises)
+    first = str(error).strip()
+    with pytest.warns(UserWarning, match=f"goes without its Triton kernels, .*: {type(error).__name__}: {first}"):
+        assert chunked_head._triton_rows.__wrapped__() is None
+    error = torch.OutOfMemoryError("CUDA out of memory")  # tells nothing of the kernels
+    with pytest.raises(torch.OutOfMemoryError):
+        chunked_head._triton_rows.__wrapped__()
 
 
 def test_rows_that_touch_stay_apart(kernels):
