@@ -119,6 +119,8 @@ class Check:
         world = data._place()[1]
         said = f"{data.global_batch_size} rows = {data.accumulate} x {data.micro_batch_size} on {world} devices"
         self.add("ok", "batch", said.replace("1 devices", "1 device"))
+        if remark := parallel.device_remark(trainer):
+            self.add("warning", "device", *remark)
         interval = getattr(trainer, "val_check_interval", None)
         if interval is None or trainer.limit_val_batches == 0:
             return
@@ -260,8 +262,7 @@ class Check:
         if extra:
             said += f", {plain + extra:.3g} with the teacher (+{extra / plain:.0%})"
         said += f"; the run {plain * steps + extra * taught:.3g}"
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if peak := flops.peak_of(device, self.module.compute_dtype, self.trainer.world_size):
+        if peak := flops.peak_of(self.trainer.strategy.root_device, self.module.compute_dtype, self.trainer.world_size):
             said += f"; by the card's data sheet at most {peak / (plain / tokens):,.0f} tokens/s without a teacher"
         if teacher is not None:
             said += f"; teacher: {_count(teacher) / 1e6:.1f}M parameters, frozen"
@@ -300,7 +301,8 @@ class Check:
 
     def _device(self) -> str:
         """What the estimate is for: the CPU only where it is asked for by name."""
-        return "cpu" if self.accelerator == "cpu" and self.memory_gib is None else "cuda"
+        on_cpu = self.accelerator == "cpu" or self.trainer.strategy.root_device.type == "mps"  # which shares its memory
+        return "cpu" if on_cpu and self.memory_gib is None else "cuda"
 
     def _limit(self, device: str) -> int | None:
         """Memory of the device, bytes; None: not known."""

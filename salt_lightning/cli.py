@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
@@ -26,7 +27,7 @@ from salt_lightning.errors import (
     ConfigError,
     NonFiniteLossError,
     Stopped,
-    is_out_of_memory,
+    of_device,
     one_line,
     raised,
     refuse,
@@ -158,8 +159,17 @@ class SALTCLI(LightningCLI):
     def refuse(self, wrong: list[str]) -> None:
         refuse(wrong)
 
+    def say_device(self) -> None:
+        """Where it runs, where that may be a surprise."""
+        asked = self._settings(self.config).trainer.accelerator
+        if self.trainer.strategy.root_device.type == "cpu" and asked == "auto":
+            _say(f"device: the CPU, since torch {torch.__version__} finds no GPU (--trainer.accelerator auto)")
+        if remark := parallel.device_remark(self.trainer):
+            _say(f"device: {'; '.join(remark)}")
+
     def before_fit(self) -> None:
         """What can be refused without the text, which takes minutes, is refused before it, and all at once."""
+        self.say_device()
         config, student = self._settings(self.config), self.model.student_spec
         resumed = bool(config.get("ckpt_path"))
         if student.path and student.config and not resumed:
@@ -169,6 +179,7 @@ class SALTCLI(LightningCLI):
             refuse([*wrong, *raised([partial(self.datamodule._corpus, "source")])])  # files take seconds to find
 
     def before_predict(self) -> None:
+        self.say_device()
         check_strategy(self.trainer)
         check_path(self.model.teacher_spec, "teacher")
 
@@ -359,12 +370,8 @@ def main(args: list[str] | None = None) -> int:
         code = say(error)
         return 2 if isinstance(error, MisconfigurationException) else code
     except (MemoryError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            print(
-                f"\nerror: out of memory ({one_line(error, 200)}); halve --data.micro_batch_size (the result stays "
-                "the same), or set --model.activation_checkpointing true, and go on with --ckpt_path last",
-                file=sys.stderr,
-            )
+        if said := of_device(error):
+            print(f"\nerror: {said}", file=sys.stderr)
             return 1
         if not parallel.has_lost_others(error):
             raise

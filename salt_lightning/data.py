@@ -111,7 +111,7 @@ class SALTDataModule(LightningDataModule):
             seed: Order of the training rows.
             isolate_documents: Documents in one row do not see each other: positions start anew at each.
             cache_dir: Folder for prepared text and trained tokenizers.
-            prepare_workers: Processes that tokenize; 0 is one per core.
+            prepare_workers: Processes that tokenize; 0 is one per core, with 1 no other is started.
             num_workers: Processes that load training batches. 0, in the training process, is the fastest
                 unless the token files lie on a slow disk.
             selection: Folder of a run of predict (or its scores.json): phase 1, the steps before --kd.steps,
@@ -185,10 +185,9 @@ class SALTDataModule(LightningDataModule):
             find_files(Path(self.difficulty), "fit")
         for setting in ("source", "val_source", "test_source"):
             if getattr(self, setting):
-                corpus, fraction = self._corpus(setting)
+                (corpus, fraction), workers = self._corpus(setting), self.prepare_workers
                 if setting == "source" and self.tokenizer_name == "train":
-                    prepare_tokenizer(corpus, self.trained_vocab_size, fraction, self.cache_dir)
-                workers = self.prepare_workers
+                    prepare_tokenizer(corpus, self.trained_vocab_size, fraction, self.cache_dir, workers)
                 prepare_tokens(corpus, self.tokenizer, fraction, self.cache_dir, workers, self._check_models)
         if scores is not None:
             row_scores(scores, self.keep.k, self.keep.masked)

@@ -353,6 +353,18 @@ def check(trainer: pl.Trainer, ckpt_path: str | None = None) -> None:
         raise ConfigError(f"{name} on {world} GPUs needs NCCL, which this torch {torch.__version__} was built without")
 
 
+def device_remark(trainer: pl.Trainer) -> tuple[str, str] | None:
+    """What is not as one would think of the device that a run is to be on, and what to do; None: nothing is."""
+    device = trainer.strategy.root_device
+    if device.type not in ("cuda", "cpu"):
+        return f"{device.type}: the project was never run on such a device", "--trainer.accelerator cpu is tested"
+    bf16 = "bf16" in str(trainer.precision) and device.type == "cuda"
+    if bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+        said = f"{torch.cuda.get_device_name(device)} emulates bf16, slower than fp32, and compiles nothing in it"
+        return said, "--trainer.precision 32-true"
+    return None
+
+
 def has_lost_others(error: BaseException) -> bool:
     """Whether it says that another process ended or no longer answers. gloo has no class of its own for that."""
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error)

@@ -56,15 +56,20 @@ def tokenizer_folder(corpus: Corpus, vocab_size: int, val_fraction: float, cache
     return cache_dir / f"tokenizer-{digest([FORMAT, WORDS, corpus.inputs(), vocab_size, val_fraction])}"
 
 
-def prepare_tokenizer(corpus: Corpus, vocab_size: int, val_fraction: float, cache_dir: Path) -> Path:
-    """Train a tokenizer on the training documents of a corpus unless the cache has it; its folder."""
+def prepare_tokenizer(corpus: Corpus, vocab_size: int, val_fraction: float, cache_dir: Path, workers: int = 0) -> Path:
+    """Train a tokenizer on the training documents of a corpus unless the cache has it; its folder. `workers`: as of
+    `prepare_tokens`."""
     folder = tokenizer_folder(corpus, vocab_size, val_fraction, cache_dir)
     if not folder.exists():
         stamps = corpus.stamps()
         with _accidents(cache_dir), making(folder) as unfinished:
             if unfinished is not None:
-                # In a child: once the Rust library has started threads here, it would object to every later fork.
-                in_child(train_tokenizer, corpus, vocab_size, val_fraction, str(unfinished.path))
+                arguments = (corpus, vocab_size, val_fraction, str(unfinished.path))
+                if workers == 1:
+                    with _serial_tokenizers():
+                        train_tokenizer(*arguments)
+                else:  # once the Rust library has started threads here, it would object to every later fork
+                    in_child(train_tokenizer, *arguments)
                 _check_unchanged(corpus, stamps)
     return folder
 
@@ -177,8 +182,8 @@ def _accidents(cache_dir: Path) -> Iterator[None]:
         yield
     except BrokenProcessPool as error:
         raise ConfigError(
-            "--data.prepare_workers: a tokenizing process was killed, as it happens for want of memory; take fewer "
-            "and start again, what is done is kept"
+            "--data.prepare_workers: a tokenizing process was killed, as it happens for want of memory; take fewer (1 "
+            "starts none) and start again, what is done is kept"
         ) from error
     except OSError as error:
         raise ConfigError(

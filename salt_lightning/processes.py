@@ -29,17 +29,23 @@ def ordered_map(
     function: Callable[[T], R], tasks: Iterator[T], workers: int, max_size: int
 ) -> Generator[tuple[T, R], None, None]:
     """(task, result) in the order of the tasks, of which those under way have about `max_size` in all, or are no more
-    than the workers.
+    than the workers. One worker is this process.
 
     Raises:
         BrokenProcessPool: a worker was killed.
+        ConfigError: none can be started.
     """
+    if workers == 1:
+        yield from ((task, function(task)) for task in tasks)
+        return
     pending: deque[tuple[T, Future]] = deque()
     size = 0
-    with ProcessPoolExecutor(workers, _FORK, _start_worker, (function,)) as pool:
+    with _starting():
+        started = ProcessPoolExecutor(workers, _FORK, _start_worker, (function,))
+    with started as pool:
         try:
             for task in tasks:
-                with quiet_fork():
+                with _starting(), quiet_fork():
                     pending.append((task, pool.submit(_work, task)))
                 size += task.size
                 while size >= max_size and len(pending) > workers:
@@ -83,13 +89,16 @@ def in_child(function: Callable[..., None], *args: Any) -> None:
     """Call a function in a process of its own; what it raises is raised here."""
     receiver, sender = _FORK.Pipe(duplex=False)
     child = _FORK.Process(target=_call, args=(sender, function, args))
-    with quiet_fork():
+    with _starting(), quiet_fork():
         child.start()
     sender.close()
     try:
         error = receiver.recv()
     except EOFError:
-        error = ConfigError("--data.tokenizer: the process that trained it was killed; is there enough memory?")
+        error = ConfigError(
+            "--data.tokenizer: the process that trained it was killed; is there enough memory? With "
+            "--data.prepare_workers 1 none is started"
+        )
     finally:
         child.kill()
         child.join()
@@ -105,6 +114,16 @@ def _call(sender: Connection, function: Callable[..., None], args: tuple[Any, ..
         sender.send(None)
     except Exception as error:
         sender.send(error)
+
+
+@contextmanager
+def _starting() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:  # no more processes are allowed, or no semaphores: /dev/shm is missing or read-only
+        raise ConfigError(
+            f"--data.prepare_workers: no process can be started ({error.strerror or error}); with 1 none is"
+        ) from error
 
 
 def num_cores() -> int:

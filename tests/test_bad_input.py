@@ -22,7 +22,7 @@ from families import tiny
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
-from salt_lightning import cli, run_lock
+from salt_lightning import SALTModule, cli, run_lock
 from salt_lightning.errors import ConfigError
 
 SWA = "StochasticWeightAveraging"
@@ -444,6 +444,15 @@ def test_a_model_larger_than_the_memory_is_out_of_memory(settings, tmp_path, cap
     huge = {"model.student.config": {**NARROW, "intermediate_size": 10**13}}  # beyond any address space
     assert run(["fit", *arguments(settings, {"run": str(tmp_path / "run"), "kd.weight": 0.0}, huge)]) == 1
     assert "error: out of memory (" in one_line(capsys)
+
+
+def test_a_card_that_this_torch_has_no_code_for(settings, tmp_path, capsys, monkeypatch):
+    def launch(*args):
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nSearch for it in ...")
+
+    monkeypatch.setattr(SALTModule, "training_step", launch)
+    assert run(["fit", *arguments(settings, {"run": str(tmp_path / "run"), "kd.weight": 0.0})]) == 1
+    assert "error: this torch has no code for this card (CUDA error: no kernel image is available" in one_line(capsys)
 
 
 CONFIGS = {

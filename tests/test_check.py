@@ -16,7 +16,7 @@ from conftest import arguments
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from salt_lightning import check, cli, memory, preflight
+from salt_lightning import check, cli, memory, parallel, preflight
 from salt_lightning.checkpoint import RunCheckpoint
 from salt_lightning.errors import ConfigError
 from salt_lightning.models import build_fresh
@@ -409,6 +409,24 @@ def test_disk_counts_what_lies_there_at_once(tmp_path, monkeypatch):
             with open(tmp_path / "checkpoints/step-00000010.ckpt", "wb") as file:
                 file.truncate(size)
     assert asked == [tmp_path] * 2 + [tmp_path / "checkpoints"] * 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision", "native", "said"),
+    [
+        ("cpu", "bf16-mixed", False, None),
+        ("cuda", "bf16-mixed", True, None),
+        ("cuda", "32-true", False, None),
+        ("cuda", "bf16-true", False, "Tesla T4 emulates bf16, .*; --trainer.precision 32-true"),
+        ("mps", "32-true", False, "mps: the project was never run on such a device; --trainer.accelerator cpu"),
+    ],
+)
+def test_devices_that_surprise(kind, precision, native, said, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: native or including_emulation)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "Tesla T4")
+    strategy = SimpleNamespace(root_device=torch.device(kind, 0))
+    remark = parallel.device_remark(SimpleNamespace(strategy=strategy, precision=precision))
+    assert remark is None if said is None else re.match(said, "; ".join(remark))
 
 
 def test_an_error_is_raised_and_nothing_else():

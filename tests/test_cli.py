@@ -17,6 +17,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
+import torch
 import yaml
 from conftest import arguments, one_line, run, scalars, write_corpus
 from jsonargparse import Namespace
@@ -146,6 +147,16 @@ def test_compare_starts_without_the_libraries_of_training(tmp_path):
     assert done.returncode == 2
     assert said == f"error: compare: RUN {tmp_path}/none is no folder; give a run's own folder, e.g. runs/salt"
     assert {line.split()[-1].partition(".")[0] for line in loaded} & {"torch", "lightning", "transformers"} == set()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="that is the GPU")
+@pytest.mark.parametrize("accelerator", ["auto", "cpu"])
+def test_a_run_on_the_cpu_that_was_not_asked_for_is_said(settings, tmp_path, capsys, accelerator):
+    own = {"trainer.accelerator": accelerator, "trainer.devices": 1, "trainer.max_steps": 4, "kd.weight": 0.0}
+    own |= {"run": str(tmp_path / "run"), "model.optim.warmup_steps": 2}
+    run(["fit", *arguments(settings, own)])
+    said = f"device: the CPU, since torch {torch.__version__} finds no GPU (--trainer.accelerator auto)\n"
+    assert (said in capsys.readouterr().err) == (accelerator == "auto")
 
 
 def test_another_progress_bar_takes_the_place_of_ours(settings, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """Documents -> tokens -> files: formats, errors, bytes per token, the cache and its accidents."""
 
+import errno
 import gzip
 import json
 import logging
@@ -1164,6 +1165,29 @@ def test_killed_child_is_one_line(train, tmp_path, monkeypatch):
     ):
         train_or_encode(train, many(tmp_path), tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_where_no_process_can_be_started_one_setting_needs_none(tmp_path, monkeypatch):
+    def no_more():
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr("os.fork", no_more)
+    path, cache = many(tmp_path), tmp_path / "cache"
+    for train in (True, False):
+        with pytest.raises(
+            ConfigError, match=r"^--data.prepare_workers: no process can be started \(Resource .*1 none"
+        ):
+            train_or_encode(train, path, cache)
+    corpus = corpus_of(path)
+    tokenizer = load_tokenizer(str(prepare_tokenizer(corpus, 300, 0.1, cache, 1)))
+    alone = prepare_tokens(corpus, tokenizer, 0.1, cache, 1)
+    monkeypatch.undo()
+    other = load_tokenizer(str(prepare_tokenizer(corpus, 300, 0.1, tmp_path / "others")))
+    assert tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(other)
+    in_two = prepare_tokens(corpus, other, 0.1, tmp_path / "others", 2)
+    names = sorted(file.relative_to(alone) for file in alone.rglob("*") if file.is_file())
+    assert names == sorted(file.relative_to(in_two) for file in in_two.rglob("*") if file.is_file())
+    assert all((alone / name).read_bytes() == (in_two / name).read_bytes() for name in names)
 
 
 def train_or_encode(train: bool, path: Path, cache: Path) -> None:
