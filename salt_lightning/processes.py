@@ -40,12 +40,12 @@ def ordered_map(
         return
     pending: deque[tuple[T, Future]] = deque()
     size = 0
-    with _starting():
+    with starting():
         started = ProcessPoolExecutor(workers, _FORK, _start_worker, (function,))
     with started as pool:
         try:
             for task in tasks:
-                with _starting(), quiet_fork():
+                with starting():
                     pending.append((task, pool.submit(_work, task)))
                 size += task.size
                 while size >= max_size and len(pending) > workers:
@@ -89,7 +89,7 @@ def in_child(function: Callable[..., None], *args: Any) -> None:
     """Call a function in a process of its own; what it raises is raised here."""
     receiver, sender = _FORK.Pipe(duplex=False)
     child = _FORK.Process(target=_call, args=(sender, function, args))
-    with _starting(), quiet_fork():
+    with starting():
         child.start()
     sender.close()
     try:
@@ -116,23 +116,24 @@ def _call(sender: Connection, function: Callable[..., None], args: tuple[Any, ..
         sender.send(error)
 
 
-@contextmanager
-def _starting() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:  # no more processes are allowed, or no semaphores: /dev/shm is missing or read-only
-        raise ConfigError(
-            f"--data.prepare_workers: no process can be started ({error.strerror or error}); with 1 none is"
-        ) from error
-
-
 def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
-def quiet_fork() -> Iterator[None]:
-    """Python 3.12 warns of forks beside threads. Our children compute with tokenizers and numpy alone."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
-        yield
+def starting(setting: str = "--data.prepare_workers", none: int = 1) -> Iterator[None]:
+    """For what starts processes. `none`: the value of `setting` with which none are.
+
+    Python 3.12 warns of forks beside threads. Our children compute with tokenizers and numpy alone.
+
+    Raises:
+        ConfigError: none can be started.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
+            yield
+    except OSError as error:  # no more processes are allowed, or no semaphores: /dev/shm is missing or read-only
+        raise ConfigError(
+            f"{setting}: no process can be started ({error.strerror or error}); with {none} none is"
+        ) from error

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from salt_lightning.errors import ConfigError
 from salt_lightning.mixture import Mixture
 from salt_lightning.order import Order
-from salt_lightning.processes import end_with_parent, quiet_fork
+from salt_lightning.processes import end_with_parent, starting
 from salt_lightning.token_files import TokenFiles
 
 Batch = dict[str, np.ndarray]  # int64
@@ -277,7 +277,7 @@ class Loader:
             worker_init_fn=_leave_signals_to_the_parent,
             generator=torch.Generator(),
         )
-        with quiet_fork():
+        with starting("--data.num_workers", none=0):
             return iter(loader)
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Rows, their order, the loaders, and what the data module does to a trainer."""
 
 import ast
+import errno
 import json
 import logging
 import time
@@ -360,6 +361,16 @@ def test_workers_change_neither_batches_nor_the_random_state(make):
     for one, other in zip(here, there, strict=True):
         assert all(torch.equal(one[name], other[name]) for name in one)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_workers_that_cannot_be_started_are_one_line(make, monkeypatch):
+    def no_more():
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    loader = ready(make(num_workers=1)).train_dataloader()
+    monkeypatch.setattr("os.fork", no_more)
+    with pytest.raises(ConfigError, match=r"^--data.num_workers: no process .* \(Resource .*\); with 0 none is$"):
+        next(iter(loader))
 
 
 def test_wait_counts_the_loading_and_not_the_training():
