@@ -237,7 +237,7 @@ def _row(run: Run, method: str, teacher: Run | None, goal: Goal) -> Row:
     training_flops = lineage.card_flops(run) if teacher is None else teacher.flops(taught)
     training_s = math.nan if teacher is None else teacher.total("train/time_s", taught)
     scoring = lineage.scoring(run)
-    scoring_flops, scoring_s = (float(scoring.get(key, math.nan)) for key in ("scoring_flops", "scoring_s"))
+    scoring_flops, scoring_s = (scoring.get(key, math.nan) for key in ("scoring_flops", "scoring_s"))
     return Row(
         run=run.name,
         method=method,

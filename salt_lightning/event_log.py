@@ -8,6 +8,7 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.tensorboard import SummaryWriter
 
+from salt_lightning.runlog import start_number
 from salt_lightning.shards import writing
 
 
@@ -35,7 +36,8 @@ class EventLog(TensorBoardLogger):
     @rank_zero_experiment
     def experiment(self) -> SummaryWriter:
         if self._experiment is None:
-            self._experiment = _Writer(log_dir=self.log_dir, **self._kwargs)
+            number = 1 + max(map(start_number, Path(self.log_dir).glob("*tfevents*")), default=0)
+            self._experiment = _Writer(self.log_dir, **{"filename_suffix": f".start-{number}", **self._kwargs})
         return self._experiment
 
     def log_metrics(self, *args: Any, **kwargs: Any) -> None:

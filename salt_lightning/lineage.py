@@ -7,13 +7,12 @@ import re
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from salt_lightning.errors import ConfigError
 from salt_lightning.report import UNITS
-from salt_lightning.runlog import Curve, Run, read_run, step_named
+from salt_lightning.runlog import Curve, Run, read_run, small_text, step_named
 
 
 def places(run: Run, setting: str) -> list[Path]:
@@ -83,8 +82,8 @@ def taught_steps(run: Run, teacher: Run) -> int:
 def card_flops(run: Run) -> float:
     """What the model card of an exported teacher says of its training: student, teacher and scoring."""
     for place in places(run, "model.teacher.path"):
-        with suppress(OSError, UnicodeDecodeError):
-            said = (place / "README.md").read_text(encoding="utf-8")
+        with suppress(OSError, ValueError):
+            said = small_text(place / "README.md")
             found = re.findall(r"^- FLOPs of (?:the student|the teacher|scoring): ([\d.e+]+) (\w+)", said, re.M)
             sizes = {unit: size for size, unit in UNITS} | {"FLOP": 1.0}
             if len(found) == 3 and all(unit in sizes for _, unit in found):
@@ -92,12 +91,12 @@ def card_flops(run: Run) -> float:
     return math.nan
 
 
-def scoring(run: Run) -> dict[str, Any]:
-    """The manifest of the predict run that `data.selection` names; empty without a selection, or where it is gone."""
+def scoring(run: Run) -> dict[str, float]:
+    """What the predict run that `data.selection` names has cost; empty without a selection, or where it is gone."""
     for place in places(run, "data.selection"):
         manifest = place / "scores.json" if place.is_dir() else place
         if manifest.is_file() and manifest.name == "scores.json":
-            with suppress(OSError, ValueError, RecursionError):
-                found = json.loads(manifest.read_bytes())
-                return found if isinstance(found, dict) else {}
+            with suppress(OSError, ValueError, TypeError, AttributeError, RecursionError):
+                found = json.loads(small_text(manifest))
+                return {key: float(found.get(key, math.nan)) for key in ("scoring_flops", "scoring_s")}
     return {}

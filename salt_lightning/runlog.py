@@ -3,6 +3,7 @@
 import math
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import Any
 
 import numpy as np
 import yaml
+from google.protobuf.message import DecodeError
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
-from salt_lightning.errors import ConfigError, one_line, printable
+from salt_lightning.errors import ConfigError, few, one_line, printable
 
 CUMULATIVE = (
     "train/tokens",
@@ -185,7 +187,7 @@ class Run:
         """
         if not self.config:
             return {"folder": str(self.path.absolute())}
-        seed = re.compile(rf"(?<![A-Za-z0-9])(seed|s)[-_=]?{self.seed}(?![0-9])")
+        seed = re.compile(rf"(?<![A-Za-z0-9])(seed|s)[-_=]?{re.escape(str(self.seed))}(?![0-9])")
         folders = [
             str(folder).rstrip("/").split("/") for folder in (self.config.get("run") or "", self.path.absolute())
         ]
@@ -226,9 +228,9 @@ def read_run(path: Path, name: str) -> Run:
             earlier.append((step, read_config(file)))
         except ConfigError as error:
             unread.append(f"{error}; what was set before step {step} is not known")
-    events, damaged = _read_events(path)
-    tested, damaged_too = _read_events(path / "test")  # what `cli.py test` logs beside the run
-    curves = _curves(events) | {tag: curve for tag, curve in _curves(tested).items() if tag.startswith("test/")}
+    curves, damaged = _read_curves(path)
+    tested, damaged_too = _read_curves(path / "test")  # what `cli.py test` logs beside the run
+    curves |= {tag: curve for tag, curve in tested.items() if tag.startswith("test/")}
     return Run(name, path, settings, curves, (*damaged, *damaged_too, *unread), tuple(earlier))
 
 
@@ -239,12 +241,32 @@ def read_config(file: Path) -> dict[str, Any]:
         ConfigError: it is no YAML, or holds no settings.
     """
     try:
-        config = yaml.safe_load(file.read_text(encoding="utf-8"))  # no tag makes an object
+        config = yaml.safe_load(small_text(file))  # no tag makes an object
         if not isinstance(config, (dict, type(None))):
             raise yaml.YAMLError("it holds no settings")
-        return flat(config or {})
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"compare: {file} is not YAML: {one_line(error)}") from error
+        settings = flat(config or {})
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:  # YAML's own are of many
+        raise ConfigError(f"compare: {file} is not YAML: {one_line(error)}") from error  # kinds, as in `!!int x`
+    odd = [key for key in _NUMBERS if not isinstance(settings.get(key), (int, float, type(None)))]
+    odd += [key for key, value in settings.items() if _is_odd(value)]
+    if odd:
+        raise ConfigError(f"compare: {file}: no run has such a value of {few(odd)}")
+    return settings
+
+
+def _is_odd(value: Any) -> bool:
+    return (isinstance(value, str) and "\0" in value) or (isinstance(value, int) and value.bit_length() > 64)
+
+
+def small_text(file: Path) -> str:
+    """What a regular file holds, of 16 MiB at most: the folder may be a stranger's.
+
+    Raises:
+        ValueError: it is none, larger, or no UTF-8.
+    """
+    if not file.is_file() or file.stat().st_size > 1 << 24:
+        raise ValueError("no file, or of more than 16 MiB")
+    return file.read_text(encoding="utf-8")
 
 
 def earlier_configs(run: Path) -> list[tuple[int, Path]]:
@@ -304,36 +326,46 @@ def flat(tree: dict[str, Any] | list[Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+_NUMBERS = ("kd.steps", "kd.weight", "kd.anneal_steps", "kd.stop_margin")
 _FRAME_BYTES = 16  # around the content of a record: its length in 8 bytes, and the checksums of both
 
 
-def _read_events(folder: Path) -> tuple[list[Event], tuple[str, ...]]:
-    """All events that could be read, and of each file that holds more than these up to which step it was read."""
-    events: list[Event] = []
+def start_number(file: Path) -> int:
+    """Which start of the run wrote an event file, by the end of its name, from 1; 0: not known."""
+    found = re.search(r"\.start-(\d{1,9})$", file.name)
+    return int(found[1]) if found else 0
+
+
+def _read_curves(folder: Path) -> tuple[dict[str, Curve], tuple[str, ...]]:
+    """The curves, and of each file that holds more than could be read up to which step it was read.
+
+    In the order in which it was written, whatever the clocks of the machines said: of a step logged twice the later
+    one wins.
+    """
+    points: dict[str, dict[int, float]] = {}
     damaged = []
-    for file in sorted(file for file in folder.glob("*tfevents*") if file.is_file()):
-        size = file.stat().st_size  # before it is read: a run under way may write on
+    files = (file for file in folder.glob("*tfevents*") if file.is_file())
+    for file in sorted(files, key=lambda file: (start_number(file), file.name)):
+        size, read, step = file.stat().st_size, 0, 0  # before it is read: a run under way may write on
         # TensorBoard's raw loader, which ends without a word at a record that is cut off or fails its checksum; its
         # EventAccumulator keeps a sample of the points alone.
-        records = list(RawEventFileLoader(str(file)).Load())
-        found = [Event.FromString(record) for record in records]
-        if sum(len(record) + _FRAME_BYTES for record in records) < size:
-            step = max((event.step for event in found), default=0)
+        with suppress(DecodeError, OverflowError, MemoryError):  # of a length or a content that was made up
+            for record in RawEventFileLoader(str(file)).Load():
+                event = Event.FromString(record)
+                _follow(points, event)
+                read, step = read + len(record) + _FRAME_BYTES, max(step, event.step)
+        if read < size:
             rest = "the rest is damaged, or still being written"
             damaged.append(f"{printable(str(file))} could be read up to step {step}: {rest}")
-        events += found
-    return events, tuple(damaged)
-
-
-def _curves(events: list[Event]) -> dict[str, Curve]:
-    points: dict[str, dict[int, float]] = {}
-    for event in sorted(events, key=lambda e: e.wall_time):  # of a step logged twice the later one wins
-        if event.session_log.status == SessionLog.START:  # a resume: what came after its checkpoint is void
-            for curve in points.values():
-                for step in [s for s in curve if s >= event.step]:
-                    del curve[step]
-        for value in event.summary.value:
-            if value.tag in CUMULATIVE or value.tag.startswith(("val/", "test/", "probe/")):
-                points.setdefault(value.tag, {})[event.step] = value.simple_value
     ordered = {tag: sorted(curve.items()) for tag, curve in points.items() if curve}
-    return {tag: Curve(*map(np.array, zip(*curve, strict=True))) for tag, curve in ordered.items()}
+    return {tag: Curve(*map(np.array, zip(*curve, strict=True))) for tag, curve in ordered.items()}, tuple(damaged)
+
+
+def _follow(points: dict[str, dict[int, float]], event: Event) -> None:
+    if event.session_log.status == SessionLog.START:  # a resume: what came after its checkpoint is void
+        for curve in points.values():
+            for step in [s for s in curve if s >= event.step]:
+                del curve[step]
+    for value in event.summary.value:
+        if value.tag in CUMULATIVE or value.tag.startswith(("val/", "test/", "probe/")):
+            points.setdefault(value.tag, {})[event.step] = value.simple_value

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import statistics
+import struct
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -14,11 +15,13 @@ import numpy as np
 import pytest
 import yaml
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 from torch.utils.tensorboard import SummaryWriter
 
 from salt_lightning import lineage, report
 from salt_lightning.compare import compare, evaluate, first_reach, main
 from salt_lightning.errors import ConfigError
+from salt_lightning.event_log import EventLog
 from salt_lightning.runlog import Curve, changed, read_run
 
 STEPS = 300
@@ -158,14 +161,79 @@ def test_the_teacher_stops_costing_between_two_logged_steps(tmp_path):
     assert run.total("train/flops_teacher_total", 300) == 70 * 5
 
 
-def test_of_a_step_logged_twice_the_later_wins(tmp_path):
-    path = write_run(tmp_path / "r", {})
-    for walltime, value in ((2e9, 4.0), (1e9, 9.0)):  # the file written last is the older one
-        with SummaryWriter(str(path)) as writer:
-            for step in (100, 200):
-                writer.add_scalar("val/ce", value + step, step, walltime=walltime)
-    ce = read_run(path, "r").val_ce
-    assert (ce.steps.tolist(), ce.values.tolist()) == ([100, 200], [104.0, 204.0])
+def test_of_a_step_logged_twice_the_later_start_wins_whatever_the_clocks_say(tmp_path, monkeypatch):
+    write_run(tmp_path / "r", {}, steps=0)
+    for start in range(11):  # each on a machine whose clock is behind the last one's
+        monkeypatch.setattr("time.time", lambda now=2e9 - 3600.0 * start: now)
+        log = EventLog(tmp_path, name="r", version="", purge_step=101)
+        for step in (100 * (start == 0), 200):
+            log.log_metrics({"val/ce": step + start}, step)
+        log.finalize("success")
+    ce = read_run(tmp_path / "r", "r").val_ce
+    assert (ce.steps.tolist(), ce.values.tolist()) == ([0, 100, 200], [10.0, 100.0, 210.0])
+
+
+def test_a_clock_that_is_set_back_within_a_start_loses_nothing(tmp_path):
+    path = write_run(tmp_path / "r", {}, steps=0)
+    with SummaryWriter(str(path)) as writer:
+        for step in range(100, 600, 100):
+            writer.add_scalar("val/ce", step, step, walltime=2e9 - step)
+    with SummaryWriter(str(path), purge_step=401) as writer:
+        writer.add_scalar("val/ce", 9, 500, walltime=1e9)
+    assert read_run(path, "r").val_ce.values.tolist() == [100, 200, 300, 400, 9]
+
+
+@pytest.mark.parametrize("made_up", [b"\xff" * 4, 1 << 63, 1 << 64, 1 << 50], ids=["content", "2^63", "2^64", "2^50"])
+def test_an_event_file_that_was_made_up_is_damaged(tmp_path, made_up):
+    path = write_run(tmp_path / "r", {100: 4.0}, steps=100)
+    (events,) = path.glob("*tfevents*")
+    content = made_up if isinstance(made_up, bytes) else b""
+    length = struct.pack("<Q", len(content) or made_up % (1 << 64) or (1 << 64) - 1)
+    sums = [struct.pack("<I", masked_crc32c(part)) for part in (length, content)]
+    with events.open("ab") as file:
+        file.write(length + sums[0] + content + sums[1])
+    run = read_run(path, "r")
+    assert run.last("val/ce") == 4.0
+    assert [note.partition(" could be read up to step 100")[0] for note in run.damaged] == [str(events)]
+
+
+BAD_SETTINGS = {
+    "a number that is none": "a: !!int x",
+    "an empty number": 'a: !!int ""',
+    "a date that is none": "a: 2020-99-99",
+    "a prefix alone": "a: 0x_",
+    "a long number": "a: " + "9" * 5000,
+    "a sexagesimal": "a: " + "1:" * 5000 + "1",
+    "text for a step": "kd: {steps: x}",
+    "text for a margin": "kd: {stop_margin: x}",
+    "no path": 'model: {teacher: {path: "a\\0b"}}',
+}
+
+
+@pytest.mark.parametrize("text", BAD_SETTINGS.values(), ids=BAD_SETTINGS)
+@pytest.mark.parametrize("name", ["config.yaml", "config.until-00000050.yaml"])
+def test_settings_that_no_run_has_written_are_one_line(tmp_path, text, name):
+    path = write_run(tmp_path / "r", {100: 4.0}, steps=100)
+    (path / name).write_text(text)
+    if name == "config.yaml":
+        with pytest.raises(ConfigError, match=rf"^compare: {path}/{name}(:| is not YAML:) ."):
+            read_run(path, "r")
+    else:
+        assert f"compare: {path}/{name}" in read_run(path, "r").damaged[0]
+
+
+def test_what_is_no_file_is_not_read(tmp_path):
+    path = write_run(tmp_path / "r", {100: 4.0}, steps=100, teacher="card", weight=0.5, kd_steps=50)
+    (path / "config.until-00000050.yaml").symlink_to("/dev/zero")
+    (tmp_path / "card").mkdir()
+    os.mkfifo(tmp_path / "card/README.md")
+    assert "no file, or of more than 16 MiB" in read_run(path, "r").damaged[0]
+    assert math.isnan(evaluate([read_run(path, "r")]).rows[0].teacher_training_flops)
+
+
+def test_a_seed_is_no_pattern(tmp_path):
+    path = write_run(tmp_path / "r", {100: 4.0}, steps=100, seed_everything="0(")
+    assert read_run(path, "r").variant
 
 
 def test_a_resume_voids_what_came_after_its_checkpoint(tmp_path):
