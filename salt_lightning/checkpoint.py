@@ -75,9 +75,10 @@ def _saved(folder: Path) -> list[tuple[int, Path]]:
 class RunCheckpoint(Checkpoint):
     """Saves the run into its folder: every so many steps, at the phase boundary, at the end, and when told to stop.
 
-    Ctrl-C and SIGTERM finish the running optimizer step, save, and end the run; a second one ends it at once. With
-    several processes it is enough that one gets the signal: all stop after the same step, the next that is logged.
-    Under SLURM so does SIGUSR1, or Lightning's `requeue_signal`, after which the job is queued again.
+    Ctrl-C, SIGTERM and a closed terminal (SIGHUP) finish the running optimizer step, save, and end the run; a second
+    one ends it at once. With several processes it is enough that one gets the signal: all stop after the same step,
+    the next that is logged. Under SLURM so does SIGUSR1, or Lightning's `requeue_signal`, after which the job is
+    queued again.
 
     Args:
         every_n_steps: Optimizer steps between two checkpoints; null saves at the boundary and the end alone.
@@ -127,7 +128,7 @@ class RunCheckpoint(Checkpoint):
             rank_zero_info(
                 f"--checkpoint.at_steps {late} lie behind --trainer.max_steps {trainer.max_steps}: not saved"
             )
-        if self.export and stage == "fit":
+        if self.export and stage == "fit" and not is_over(trainer.ckpt_path, trainer.max_steps):
             check_target(Path(self.export), "--checkpoint.export")
 
     def _for_good(self, trainer: pl.Trainer) -> set[int | None]:
@@ -165,7 +166,10 @@ class RunCheckpoint(Checkpoint):
             self._tidy(trainer.global_step)
         if threading.current_thread() is threading.main_thread():
             # Over Lightning's; at the end it puts back what was there before.
-            for number in {signal.SIGINT, signal.SIGTERM, slurm.requeue_signal(trainer) or signal.SIGTERM}:
+            asked = {signal.SIGINT, signal.SIGTERM, slurm.requeue_signal(trainer) or signal.SIGTERM}
+            if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+                asked.add(signal.SIGHUP)
+            for number in asked:
                 signal.signal(number, self._stop_after_step)
         # Lightning's own agreement on SIGTERM makes the host wait for the device at every micro-batch.
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
@@ -241,13 +245,22 @@ class RunCheckpoint(Checkpoint):
                 "data or by a callback; it is saved, go on with --ckpt_path last (--trainer.max_time counts over all "
                 "starts)"
             )
-        if self.export and self.stopped_by is None and trainer.is_global_zero:
-            written = export(self._path(trainer), Path(self.export), run=Path(trainer.default_root_dir))
-            rank_zero_info(f"exported to {written}")
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Here, as Lightning leaves out the end of the training where a start finds it done: a kill may have come
+        between the last save and the export."""
+        if not self.export or not trainer.is_global_zero or trainer.global_step < trainer.max_steps:
+            return
+        if Path(self.export).exists():
+            rank_zero_info(f"--checkpoint.export {self.export} is there already, from an earlier start")
+            return
+        written = export(self._path(trainer), Path(self.export), run=Path(trainer.default_root_dir))
+        rank_zero_info(f"exported to {written}")
 
     def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         """Last, as the scheduler may end the processes right away."""
-        if self.stopped_by is not None and self.stopped_by == slurm.requeue_signal(trainer) and trainer.is_global_zero:
+        stopped = self.stopped_by is not None and trainer.global_step < trainer.max_steps
+        if stopped and self.stopped_by == slurm.requeue_signal(trainer) and trainer.is_global_zero:
             slurm.requeue()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
@@ -304,6 +317,11 @@ def _validation_follows(trainer: pl.Trainer, batch_idx: int) -> bool:
     every = trainer.val_check_batch
     has_validation = trainer.enable_validation and trainer.limit_val_batches != 0
     return has_validation and every != float("inf") and (batch_idx + 1) % int(every) == 0  # type: ignore[arg-type]
+
+
+def is_over(ckpt_path: Any, max_steps: int) -> bool:
+    """Whether a checkpoint is the last one of a run of so many steps."""
+    return (step_named(str(ckpt_path or "")) or 0) >= max_steps > 0
 
 
 def savers(trainer: pl.Trainer) -> list[RunCheckpoint]:

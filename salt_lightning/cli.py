@@ -27,7 +27,7 @@ from salt_lightning.errors import (
     ConfigError,
     NonFiniteLossError,
     Stopped,
-    of_device,
+    of_machine,
     one_line,
     raised,
     refuse,
@@ -38,7 +38,7 @@ from salt_lightning.models import check_path, read_checkpoint
 from salt_lightning.module import SALTModule
 from salt_lightning.parser import Parser, check_configs, configs_first, reword
 from salt_lightning.progress_bar import ProgressBar, close_bars, keep_off_bars
-from salt_lightning.quiet import silence_libraries
+from salt_lightning.quiet import silence_libraries, steady_streams
 from salt_lightning.report import evaluation
 from salt_lightning.run_config import SaveRunConfig, taken
 from salt_lightning.runlog import flat
@@ -175,7 +175,8 @@ class SALTCLI(LightningCLI):
         if student.path and student.config and not resumed:
             _say(f"--model.student.config is not used: the sizes are those of --model.student.path {student.path}")
         teaches = config.kd.weight > 0 and not resumed  # phase 2 goes on where the teacher is gone
-        if wrong := raised(check.without_text(self.model, self.trainer, config.checkpoint.export, teaches)):
+        target = None if checkpoint.is_over(config.ckpt_path, self.trainer.max_steps) else config.checkpoint.export
+        if wrong := raised(check.without_text(self.model, self.trainer, target, teaches)):
             refuse([*wrong, *raised([partial(self.datamodule._corpus, "source")])])  # files take seconds to find
 
     def before_predict(self) -> None:
@@ -341,6 +342,7 @@ VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {
 }
 
 
+@steady_streams()
 def main(args: list[str] | None = None) -> int:
     """Runs one command line; returns its exit code: 0, 1 for an error of the run, 2 of the settings, 128 + signal."""
     first = (sys.argv[1:] if args is None else args)[:1]
@@ -370,19 +372,22 @@ def main(args: list[str] | None = None) -> int:
         code = say(error)
         return 2 if isinstance(error, MisconfigurationException) else code
     except (MemoryError, RuntimeError) as error:
-        if said := of_device(error):
-            print(f"\nerror: {said}", file=sys.stderr)
-            return 1
-        if not parallel.has_lost_others(error):
+        said = of_machine(error)
+        if said is None and not parallel.has_lost_others(error):
             raise
-        print(parallel.loss_of_others(_rank(), str(error)), file=sys.stderr)
+        close_bars()
+        print(f"\nerror: {said}" if said else parallel.loss_of_others(_rank(), str(error)), file=sys.stderr)
         return 1
-    signals = [saver.stopped_by for saver in savers(cli.trainer)]
-    if signals and signals[0] is not None and cli.trainer.is_global_zero:  # the others: a code would look like a crash
-        print(f"stopped by {signals[0].name} at step {cli.trainer.global_step}, saved; go on with --ckpt_path last")
-        return 128 + signals[0]
-    if cli.subcommand == "fit" and cli.trainer.is_global_zero and cli.trainer.global_step >= cli.trainer.max_steps:
-        _say_done(cli.trainer)
+    trainer = cli.trainer
+    if not trainer.is_global_zero:  # a code of theirs would look like a crash
+        return 0
+    if cli.subcommand == "fit" and trainer.global_step >= trainer.max_steps:
+        _say_done(trainer)
+        return 0
+    signals = [saver.stopped_by for saver in savers(trainer) if saver.stopped_by is not None]
+    for number in signals[:1]:
+        print(f"stopped by {number.name} at step {trainer.global_step}, saved; go on with --ckpt_path last")
+        return 128 + number
     return 0
 
 

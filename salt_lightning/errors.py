@@ -49,12 +49,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     return typed or (isinstance(error, RuntimeError) and any(text in str(error) for text in said))
 
 
-def of_device(error: BaseException) -> str | None:
-    """What to do about an error of the device that a run is on; None: none that a user could do something about."""
+def of_machine(error: BaseException) -> str | None:
+    """What to do about an error of the machine that a run is on; None: none that a user could do something about."""
     if is_out_of_memory(error):
         return (
             f"out of memory ({one_line(error, 200)}); halve --data.micro_batch_size (the result stays the same), or "
             "set --model.activation_checkpointing true, and go on with --ckpt_path last"
+        )
+    if "DataLoader worker" in str(error):
+        return (
+            f"a process that loads data was killed, as it happens for want of memory ({one_line(error, 200)}); give "
+            "fewer --data.num_workers, and go on with --ckpt_path last"
         )
     if "no kernel image" in str(error):
         return f"this torch has no code for this card ({one_line(error, 200)}); install a build of torch that has"

@@ -64,7 +64,8 @@ class Meter:
         self.forget()
         self.follow(0, None)
         self._step = 0
-        self._since_s = self._wait_s = self._paused_s = 0.0
+        self._since_s = self._wait_s = 0.0
+        self._paused_s: float | None = None  # when; None: it runs
         self._taught_tokens_per_s: float | None = None
         self._untaught_reads = 0  # since the teacher has left
 
@@ -89,7 +90,10 @@ class Meter:
     def state(self, step: int) -> dict[str, Any]:
         """For a checkpoint."""
         totals = {"totals": asdict(self.totals(step)), "totals_before": asdict(self.before)}
-        times = {"time_s": self.time_s, "teacher_time_s": self.teacher_time_s}
+        now_s = time.perf_counter() if self._paused_s is None else self._paused_s
+        since_s = now_s - self._since_s if step > self._step else 0.0  # the last logged step
+        watched_s = sum(begin.elapsed_time(end) for begin, end in self._watched if end.query()) / 1000
+        times = {"time_s": self.time_s + since_s, "teacher_time_s": self.teacher_time_s + watched_s}
         return {**totals, **times, "forward_flops": dict(self.forward_flops)}
 
     def load(self, saved: dict[str, Any]) -> None:
@@ -116,7 +120,9 @@ class Meter:
         self._paused_s = time.perf_counter()
 
     def go_on(self) -> None:
+        assert self._paused_s is not None
         self._since_s += time.perf_counter() - self._paused_s
+        self._paused_s = None
 
     @contextmanager
     def teacher_runs(self, on_cuda: bool) -> Iterator[None]:

@@ -187,7 +187,9 @@ def disk(folder: Path, weight_bytes: int, most: int) -> Finding:
         most: checkpoints that lie there at once.
     """
     parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    free = shutil.disk_usage(parent).free + sum(f.stat().st_size for f in folder.glob("**/*") if f.is_file())
+    # what is there gives way, but for what another branch has left
+    there = (file for file in folder.glob("**/*") if file.is_file() and ".aside" not in str(file.relative_to(folder)))
+    free = shutil.disk_usage(parent).free + sum(file.stat().st_size for file in there)
     size = 3 * weight_bytes
     fitting = free // size - 1  # a new one is whole before an old one goes
     said = f"{size_said(size)} each, {most} at once, {size_said(free)} free in {folder}"

@@ -1,7 +1,12 @@
 """Keeps out of the terminal what the libraries say and no user could act on."""
 
 import logging
+import os
+import sys
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 _CHATTER = (
     "Restoring states",
@@ -22,6 +27,45 @@ def silence_libraries() -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line for each retry without a network
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).addFilter(_is_about_the_run)
+
+
+class _Steady:
+    """A stream that falls silent where its reader has gone or its disk is full: no run ends for want of a listener."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        self._attempt(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._attempt(self._stream.flush)
+
+    def _attempt(self, function: Callable[..., object], *args: str) -> None:
+        try:
+            function(*args)
+        except OSError as error:
+            with open(os.devnull, "w") as nothing:  # also for what is still in its buffer
+                os.dup2(nothing.fileno(), self._stream.fileno())
+            if self is sys.stdout:
+                print(f"stdout cannot be written ({error.strerror}): going on without", file=sys.stderr)
+
+
+@contextmanager
+def steady_streams() -> Iterator[None]:
+    """Of this process, stdout and stderr."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = _Steady(sys.stdout), _Steady(sys.stderr)
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        sys.stdout, sys.stderr = before
 
 
 def _is_about_the_run(record: logging.LogRecord) -> bool:

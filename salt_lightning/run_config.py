@@ -52,7 +52,8 @@ def set_aside(run: Path, step: int, now: dict[str, Any]) -> None:
     was = readable(held)
     origin = Path(was.get("ckpt_path") or "last")
     first = step_named(origin.name) or 0  # the step that they held from, as far as that is known
-    elsewhere = first > 0 and origin.absolute().parent.parent != run.absolute()
+    own = Path(now.get("checkpoint.folder") or run / "checkpoints")
+    elsewhere = first > 0 and origin.absolute().parent != own.absolute()
     if step > first and (changed(was, now) or elsewhere):
         if held != kept:
             shutil.copy(held, run / ".config.tmp-until")

@@ -406,8 +406,9 @@ def test_disk_counts_what_lies_there_at_once(tmp_path, monkeypatch):
         assert "4 at once" in finding.said
         if len(asked) == 2:  # what is there already gives way, as in a run that goes on
             (tmp_path / "checkpoints").mkdir()
-            with open(tmp_path / "checkpoints/step-00000010.ckpt", "wb") as file:
-                file.truncate(size)
+            for name in ("step-00000010.ckpt", "step-00000020.ckpt.aside"):
+                with open(tmp_path / "checkpoints" / name, "wb") as file:
+                    file.truncate(size)
     assert asked == [tmp_path] * 2 + [tmp_path / "checkpoints"] * 2
 
 

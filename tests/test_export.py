@@ -333,6 +333,31 @@ def test_an_interrupted_run_is_not_exported(fit_with, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_what_dies_between_the_last_save_and_the_export_is_exported_by_the_next_start(fit_with, tmp_path, monkeypatch):
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt(signal.SIGTERM)
+
+    own = {"checkpoint.export": str(tmp_path / "out"), "ckpt_path": "last"}
+    with monkeypatch.context() as patch:
+        patch.setattr("salt_lightning.checkpoint.export", killed)
+        assert fit_with(tmp_path / "run", **own) == 128 + signal.SIGTERM
+    assert not (tmp_path / "out").exists()
+    assert fit_with(tmp_path / "run", **own) == 0
+    assert (tmp_path / "out/model.safetensors").exists()
+
+
+def test_a_signal_in_the_last_step_changes_nothing(fit_with, tmp_path, capsys, slurm):
+    requeued = slurm()
+    own = {"checkpoint.export": str(tmp_path / "out"), "ckpt_path": "last"}
+    assert fit_with(tmp_path / "run", StopAt(12, signal.SIGUSR1), **own) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("done: step 12")
+    written = (tmp_path / "out/model.safetensors").stat().st_mtime_ns
+    assert requeued() == []
+    assert fit_with(tmp_path / "run", **own) == 0  # the same command again
+    assert (tmp_path / "out/model.safetensors").stat().st_mtime_ns == written
+    assert fit_with(tmp_path / "run", **own, **{"trainer.max_steps": 14}) == 2  # another end: another student
+
+
 # --- memory ---
 
 MEMORY = """

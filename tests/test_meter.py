@@ -47,6 +47,23 @@ def test_a_resumed_run_counts_its_own_steps_and_adds_to_the_time(clock):
     assert (values["time_s"], values["tokens"], values["tokens_per_s"]) == (62.0, 1000.0, 100.0)
 
 
+def test_a_checkpoint_has_the_time_since_the_last_logged_step_without_a_validation(clock):
+    meter = new()
+    meter.start(0, wait_s=0.0)
+    clock(10.0)
+    meter.read(2, wait_s=0.0, peak=None)
+    clock(3.0)
+    assert meter.state(2)["time_s"] == 10.0  # what came after it is of no step that is done
+    assert meter.state(3)["time_s"] == 13.0
+    meter.pause()
+    clock(50.0)
+    assert meter.state(3)["time_s"] == 13.0
+    meter.go_on()
+    clock(1.0)
+    assert meter.state(4)["time_s"] == 14.0
+    assert meter.read(4, wait_s=0.0, peak=None)["time_s"] == 14.0
+
+
 def test_a_second_fit_of_a_module_counts_from_zero():
     meter = new()
     meter.time_s = meter.teacher_time_s = 60.0

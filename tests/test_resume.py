@@ -1,6 +1,7 @@
 """A run stopped anywhere and started again equals the run never stopped, bit for bit: weights and logged values."""
 
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -262,6 +263,49 @@ def test_another_end_of_the_run_moves_the_rate_and_that_is_said(fit, tmp_path, c
     was, now = (OptimSpec(lr=3e-3, warmup_steps=2).lr_at(8, steps) for steps in (12, 20))
     assert f"goes on from step 8 at {now:.3g}, and not at {was:.3g}: " in caplog.text
     assert scalars(tmp_path / "run")["train/lr"][9] == pytest.approx(now)
+
+
+def test_starts_under_the_same_settings_leave_one_config(fit, tmp_path):
+    elsewhere = {"checkpoint.folder": str(tmp_path / "elsewhere")}
+    for stop_at in (3, 6, 9):
+        assert fit(tmp_path / "run", ckpt_path="last", stop_at=stop_at, **elsewhere) == 128 + signal.SIGTERM
+    assert [file.name for file in (tmp_path / "run").glob("config*")] == ["config.yaml"]
+
+
+def test_a_closed_terminal_saves_unless_it_is_to_be_ignored(fit_with, tmp_path):
+    before = signal.getsignal(signal.SIGHUP)
+    assert fit_with(tmp_path / "run", StopAt(3, signal.SIGHUP)) == 128 + signal.SIGHUP
+    assert (tmp_path / "run/checkpoints/step-00000003.ckpt").exists()
+    assert signal.getsignal(signal.SIGHUP) == before
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        assert fit_with(tmp_path / "nohup", StopAt(3, signal.SIGHUP)) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("stream", ["full", "pipe"])
+def test_a_stream_that_breaks_ends_no_run(stream, fit_with, tmp_path, monkeypatch, capsys):
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with open(write_end, "w") as pipe, open("/dev/full", "w") as full:
+        monkeypatch.setattr("sys.stdout", full if stream == "full" else pipe)
+        assert fit_with(tmp_path / "run", **{"trainer.enable_progress_bar": True}) == 0
+    reason = {"full": "No space left on device", "pipe": "Broken pipe"}[stream]
+    assert capsys.readouterr().err.count(f"stdout cannot be written ({reason}): going on without") == 1
+
+
+class KillWorker(Callback):
+    def on_train_batch_end(self, *args) -> None:
+        for child in multiprocessing.active_children():
+            child.kill()
+
+
+def test_a_loader_worker_that_is_killed_is_one_line(fit_with, tmp_path, capsys):
+    many = {"data.num_workers": 1, "trainer.max_steps": 200}
+    assert fit_with(tmp_path / "run", KillWorker(), **many) == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.match(r"error: a process that loads data was killed, .* \(DataLoader worker .*--ckpt_path last$", said)
 
 
 def test_going_back_leaves_the_other_branch_aside(fit, tmp_path, caplog):
