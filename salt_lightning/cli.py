@@ -29,6 +29,7 @@ from salt_lightning.errors import (
     Stopped,
     of_machine,
     one_line,
+    printable_lines,
     raised,
     refuse,
     say,
@@ -305,7 +306,7 @@ def _rank() -> int:
 
 def _say(message: str) -> None:
     if _rank() == 0:
-        print(message, file=sys.stderr)
+        print(printable_lines(message), file=sys.stderr)
 
 
 TRAINER_DEFAULTS: dict[str, Any] = {

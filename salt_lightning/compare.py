@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from salt_lightning import lineage, report
-from salt_lightning.errors import ConfigError, VerbParser
+from salt_lightning.errors import ConfigError, VerbParser, printable, printable_lines
 from salt_lightning.remarks import other_text, remarks
 from salt_lightning.runlog import AXES, Run
 
@@ -134,7 +134,7 @@ def _names(folders: list[Path]) -> list[str]:
     """The shortest ends of the paths that tell the runs apart."""
     parts = [folder.absolute().parts for folder in folders]
     depth = next(d for d in range(1, 99) if len({p[-d:] for p in parts}) == len(parts))
-    return ["/".join(p[-depth:]) for p in parts]
+    return [printable("/".join(p[-depth:])) for p in parts]
 
 
 def evaluate(runs: list[Run], baseline: str | None = None) -> Comparison:
@@ -185,7 +185,7 @@ def _named(runs: list[Run], baseline: str) -> Run:
     """The run that --baseline names."""
     wanted = Path(baseline).absolute()
     for run in runs:
-        if baseline == run.name or wanted == run.path.absolute():
+        if printable(baseline) == run.name or wanted == run.path.absolute():
             return run
     names = ", ".join(run.name for run in runs)
     raise ConfigError(
@@ -291,7 +291,7 @@ def _groups(students: list[Run], rows: dict[str, Row], there: dict[str, Any], se
         paired = [run for run in known if run.seed in by_seed and run not in seeds]
         groups.append(
             Group(
-                label=method if methods.count(method) == 1 else f"{method} ({members[0].name})",
+                label=printable(method) if methods.count(method) == 1 else f"{printable(method)} ({members[0].name})",
                 runs=[run.name for run in members],
                 n=len(done),
                 val_ce=ce,
@@ -348,6 +348,6 @@ def main(argv: list[str]) -> int:
     common = os.path.commonpath([path.absolute().parent for path in args.runs])
     out = args.out if args.out is not None else Path(os.path.relpath(common))
     comparison = compare(args.runs, out, args.baseline)
-    print(report.markdown(comparison))
+    print(printable_lines(report.markdown(comparison)))
     print(f"written: {out / 'compare.md'}, {out / 'compare.json'}, {out / 'compare.png'}")
     return 0

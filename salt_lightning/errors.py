@@ -39,6 +39,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def printable_lines(text: str) -> str:
+    """The same of a text whose lines are ours."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Of the device, or of the host."""
     import torch  # not above: compare speaks through this file, too, and torch takes seconds

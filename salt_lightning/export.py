@@ -22,7 +22,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from salt_lightning.card import model_card
-from salt_lightning.errors import ConfigError, VerbParser, few
+from salt_lightning.errors import ConfigError, VerbParser, few, printable
 from salt_lightning.lineage import read as read_log
 from salt_lightning.models import PREFIX, from_config, own_parts, read_checkpoint, require_undamaged
 from salt_lightning.parallel import check_same_model
@@ -218,5 +218,6 @@ def main(argv: list[str]) -> int:
         "--tokenizer", metavar="T", help="folder or hub name (default: the run's own, runs/NAME/tokenizer)"
     )
     args = parser.parse_args(argv)
-    print(f"written: {export(args.checkpoint, args.target, DTYPES.get(args.dtype), args.tokenizer)}")
+    written = export(args.checkpoint, args.target, DTYPES.get(args.dtype), args.tokenizer)
+    print(f"written: {printable(written)}")
     return 0

@@ -12,7 +12,7 @@ import yaml
 from jsonargparse import DefaultHelpFormatter
 from lightning.pytorch.cli import LightningArgumentParser
 
-from salt_lightning.errors import ConfigError, one_line
+from salt_lightning.errors import ConfigError, one_line, printable
 
 _TYPES = {
     "int": "a whole number",
@@ -40,7 +40,7 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         asked = getattr(ex, "subcommand_parser", None) or self
-        sys.stderr.write(f"error: {explain(message, [action.dest for action in asked._actions])}\n")
+        sys.stderr.write(f"error: {printable(explain(message, [action.dest for action in asked._actions]))}\n")
         raise SystemExit(2)
 
 

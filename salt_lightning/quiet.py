@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from salt_lightning.errors import printable_lines
+
 _CHATTER = (
     "Restoring states",
     "Restored all states",
@@ -69,4 +71,6 @@ def steady_streams() -> Iterator[None]:
 
 
 def _is_about_the_run(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith(_CHATTER)
+    message = record.getMessage()
+    record.msg, record.args = printable_lines(message), ()  # names of a stranger's files and weights are in some
+    return not message.startswith(_CHATTER)

@@ -285,6 +285,19 @@ def test_validate_needs_a_checkpoint_and_takes_its_sizes(settings, teacher, tmp_
     assert "val/ce" in capsys.readouterr().out
 
 
+def test_no_name_reaches_the_terminal_as_it_is(settings, tmp_path, capsys, caplog):
+    (tmp_path / "text").mkdir()
+    write_corpus(tmp_path / "text/a.jsonl")
+    (tmp_path / "text/\x1b[31mred.bin").touch()
+    own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, "data.source": str(tmp_path / "text")}
+    assert run(["fit", *arguments(settings, own)]) == 0
+    assert run(["fit", "--kd.shape", "\x1b[31mblue"]) == 2
+    said = "".join((*capsys.readouterr(), caplog.text))
+    assert "\\x1b[31mred.bin" in said
+    assert "\\x1b[31mblue" in said
+    assert "\x1b" not in said
+
+
 def test_files_of_a_folder_that_are_left_out_are_named(settings, tmp_path, caplog):
     folder = tmp_path / "mixed"
     folder.mkdir()

@@ -231,6 +231,16 @@ def test_what_is_no_file_is_not_read(tmp_path):
     assert math.isnan(evaluate([read_run(path, "r")]).rows[0].teacher_training_flops)
 
 
+def test_no_name_reaches_the_terminal_as_it_is(tmp_path, capsys):
+    red = "\x1b[31mred"
+    paths = [write_run(tmp_path / f"{seed}{red}", {100: 4.0}, **{"kd.shape": red, "run": red}) for seed in "ab"]
+    paths.append(write_run(tmp_path / "c", {100: 4.0}, teacher=red, weight=0.5, kd_steps=60, **{"kd.shape": red}))
+    assert main([*map(str, paths), "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "\\x1b[31mred" in said
+    assert "\x1b" not in said
+
+
 def test_a_seed_is_no_pattern(tmp_path):
     path = write_run(tmp_path / "r", {100: 4.0}, steps=100, seed_everything="0(")
     assert read_run(path, "r").variant
