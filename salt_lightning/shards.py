@@ -23,14 +23,23 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from salt_lightning.errors import ConfigError
 from salt_lightning.journal import whole
@@ -39,33 +48,45 @@ META, METADATA = "meta.pt", ".metadata"
 _DIGEST = "metadata_digest"  # key of meta.pt
 _WEIGHTS, _OPTIMIZER = "state_dict.", "optimizer."
 
+_BUILT = {
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+    _StorageInfo,
+}
 _KNOWN = {
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
     ("pathlib", "PosixPath"),
     ("pathlib._local", "PosixPath"),
-    *(
-        ("torch.distributed.checkpoint.metadata", name)
-        for name in (
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "Metadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "TensorProperties",
-            "TensorStorageMetadata",
-            "_MEM_FORMAT_ENCODING",
-        )
-    ),
+    *((made.__module__, made.__name__) for made in _BUILT),
 }
 
 
-class _Unpickler(pickle.Unpickler):
+_InPython: Any = pickle._Unpickler  # the one in C lets nobody look at BUILD
+
+
+class _Unpickler(_InPython):
+    dispatch: ClassVar = dict(_InPython.dispatch)
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _KNOWN or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} does not belong into {METADATA}")
+
+    def load_build(self) -> None:
+        """Sets attributes: of a class or a function it would change them for the whole process."""
+        made, state = self.stack[-2:]
+        if type(made) not in _BUILT or not (type(state) is dict or type(made) is TensorProperties):
+            raise pickle.UnpicklingError(f"attributes of a {type(made).__name__} do not belong into {METADATA}")
+        super().load_build()
+
+    dispatch[pickle.BUILD[0]] = load_build
 
 
 class _Reader(dcp.FileSystemReader):
@@ -82,8 +103,11 @@ def _metadata(folder: Path) -> Metadata:
     with open(folder / METADATA, "rb") as file:
         metadata = _Unpickler(file).load()
     for place in metadata.storage_data.values():
-        if Path(place.relative_path).name != place.relative_path:
-            raise pickle.UnpicklingError(f"{place.relative_path!r} lies outside of the folder")
+        name = place.relative_path
+        if type(name) is not str:
+            raise pickle.UnpicklingError("the name of a file is no text")
+        if "/" in name or name in ("", ".", ".."):
+            raise pickle.UnpicklingError(f"{name!r} lies outside of the folder")
     return metadata
 
 

@@ -11,7 +11,7 @@ import shutil
 import sys
 import tracemalloc
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PosixPath
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,6 +20,7 @@ import torch
 from conftest import arguments, write_corpus
 from test_prepare import byte_tokenizer, corpus_of, prepare_many, stored
 from test_sources import PACK
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
 from salt_lightning import ModelSpec, SALTDataModule, SALTModule, cli, documents, shards
 from salt_lightning.documents import read_raw
@@ -143,8 +144,28 @@ def sharded(folder: Path, file: str = "") -> Path:
     return folder
 
 
+PATH, STATE = b"cpathlib\nPosixPath\n", b"}X\6\0\0\0hackedK\1s"  # a class; {"hacked": 1}
+SETS_ATTRIBUTES = {
+    "a class": PATH + b"N" + STATE + b"\x86b.",
+    "a class that the table is made of": b"ctorch.distributed.checkpoint.metadata\nMetadata\nN" + STATE + b"\x86b.",
+    "a function": b"ctorch.serialization\n_get_layout\n" + STATE + b"b.",
+    "a choice": b"ctorch.distributed.checkpoint.metadata\n_MEM_FORMAT_ENCODING\nK\0\x85R" + STATE + b"b.",
+}
+
+
 @NO_RANKS
-@pytest.mark.parametrize("file", ["../other/__0_0.distcp", "{absolute}", "sub/../../other/__0_0.distcp"])
+@pytest.mark.parametrize("what", SETS_ATTRIBUTES)
+def test_a_table_of_a_sharded_checkpoint_changes_nothing_in_the_process(what, tmp_path):
+    folder = sharded(tmp_path / "x.ckpt")
+    (folder / ".metadata").write_bytes(b"\x80\2" + SETS_ATTRIBUTES[what])
+    with pytest.raises(ConfigError, match=".metadata cannot be read"):
+        read_checkpoint(str(folder), "CKPT")
+    named = [PosixPath, Metadata, torch.serialization._get_layout, *_MEM_FORMAT_ENCODING]
+    assert [each for each in named if hasattr(each, "hacked")] == []
+
+
+@NO_RANKS
+@pytest.mark.parametrize("file", ["../other/__0_0.distcp", "{absolute}", "sub/../../other/__0_0.distcp", ".."])
 def test_a_sharded_checkpoint_that_names_a_file_elsewhere(file, tmp_path):
     other = sharded(tmp_path / "other") / "__0_0.distcp"
     folder = sharded(tmp_path / "x.ckpt", file.format(absolute=other))
