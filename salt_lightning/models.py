@@ -24,7 +24,7 @@ from salt_lightning.experts import follow_autocast
 from salt_lightning.rows import document_borders
 from salt_lightning.spec import DTYPES, ModelSpec, as_config_error, fresh_config, wrong_sizes
 
-PREFIX = "student.model."  # of the student's weights in our checkpoints
+PREFIX = shards.STUDENT
 
 # Without a word on it transformers asks at the terminal where a config names code.
 from_config = partial(AutoModelForCausalLM.from_config, trust_remote_code=False)

@@ -10,6 +10,7 @@ import pickle
 import shutil
 import sys
 import tracemalloc
+import zipfile
 from contextlib import suppress
 from pathlib import Path, PosixPath
 
@@ -181,6 +182,124 @@ def test_removing_a_checkpoint_that_is_a_link_leaves_what_it_leads_to(tmp_path):
     shards.remove(tmp_path / "step-00000001.ckpt")
     assert (there / "meta.pt").is_file()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["there"]
+
+
+ITSELF: list[object] = []
+ITSELF.append(ITSELF)
+MANY: list[object] = [1]
+for _ in range(45):
+    MANY = [MANY, MANY]
+SPEC = {"path": None, "revision": None, "family": "llama", "config": {"hidden_size": 8}, "dtype": None}
+WEIGHT = "student.model.model.norm.weight"
+NONSENSE = {  # what stands in a checkpoint -> what is said of it
+    "a list in itself": ({"x": ITSELF}, "hold themselves"),
+    "a list many times over": ({"hyper_parameters": {"student": SPEC, "x": MANY}}, "hold themselves"),
+    "a text for a step": ({"global_step": "3"}, "other contents"),
+    "an endless step": ({"global_step": 10**300}, "other contents"),
+    "a number for text": ({"text": 5}, "other contents"),
+    "a number for a source": ({"text": {"source": [5]}}, "other contents"),
+    "text for weights": ({"text": {"weights": "ab"}}, "other contents"),
+    "a list for totals": ({"totals": [1]}, "other contents"),
+    "other totals": ({"totals": {"x": 1}}, "other contents"),
+    "text for a total": ({"totals_before": {"tokens": "x"}}, "other contents"),
+    "text for a count": ({"data": {"--data.num_train_tokens": "x"}}, "other contents"),
+    "text for a schedule": ({"kd_schedule": "x"}, "other contents"),
+    "text for a weight": ({"kd_schedule": {"weight": "x"}}, "other contents"),
+    "another setting": ({"hyper_parameters": {"student": {**SPEC, "x": 1}}}, "other contents"),
+    "a number for a path": ({"hyper_parameters": {"student": SPEC, "teacher": {"path": 5}}}, "other contents"),
+    "text for loops": ({"loops": "x"}, "other contents"),
+    "text for weights of the model": ({"state_dict": {WEIGHT: "x"}}, "no plain tensor"),
+    "numbers for names": ({"state_dict": {1: torch.ones(2)}}, "AttributeError"),
+    "sparse": ({"state_dict": {WEIGHT: torch.ones(2).to_sparse()}}, "no plain tensor"),
+    "no values": ({"state_dict": {WEIGHT: torch.ones(2, device="meta")}}, "no plain tensor"),
+}
+
+
+@pytest.mark.parametrize("what", NONSENSE)
+def test_plain_data_of_other_kinds_is_one_line(what, teacher, tmp_path, capsys):
+    content, said = NONSENSE[what]
+    torch.save({**torch.load(teacher, weights_only=True), **content}, tmp_path / "evil.ckpt")
+    line = refused(capsys, "export", str(tmp_path / "evil.ckpt"), str(tmp_path / "out"))
+    assert "is not a whole checkpoint of this project" in line
+    assert said in line
+
+
+def compressed(path: Path) -> Path:
+    """The same archive with its members deflated."""
+    whole = path.read_bytes()
+    with zipfile.ZipFile(io.BytesIO(whole)) as old, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    return path
+
+
+def test_a_compressed_checkpoint_is_refused(teacher, settings, tmp_path, capsys):
+    """Mapped, its bytes are taken for weights; unpacked, a few MB take many GB."""
+    evil = compressed(Path(shutil.copy(teacher, tmp_path / "evil.ckpt")))
+    for args in (
+        ["export", str(evil), str(tmp_path / "out")],
+        ["validate", *arguments(settings), f"--ckpt_path={evil}"],
+    ):
+        assert "in it is compressed" in refused(capsys, *args)
+
+
+@NO_RANKS
+@pytest.mark.parametrize("name", ["meta.pt", "__0_0.distcp"])
+def test_a_compressed_part_of_a_sharded_checkpoint_is_refused(name, tmp_path):
+    folder = sharded(tmp_path / "x.ckpt")
+    compressed(folder / name)
+    table = shards._metadata(folder)
+    for place in table.storage_data.values():
+        place.length = (folder / "__0_0.distcp").stat().st_size
+    (folder / ".metadata").write_bytes(pickle.dumps(table))
+    assert "is compressed" in str(shards.damage(folder))
+    with pytest.raises(ConfigError, match="is compressed"):
+        dict(read_checkpoint(str(folder), "CKPT")["state_dict"])
+
+
+def with_size(table: Metadata, size: list[int]) -> None:
+    for tensor in table.state_dict_metadata.values():
+        tensor.size = torch.Size(size)
+
+
+def with_place(table: Metadata, **where: object) -> None:
+    for place in table.storage_data.values():
+        vars(place).update(where)
+
+
+TABLES = {
+    "a size below 0": (lambda table: with_size(table, [-1]), "outside of its tensor"),
+    "a piece beyond the tensor": (lambda table: with_size(table, [7]), "outside of its tensor"),
+    "an endless size": (lambda table: with_size(table, [1 << 62]), "more elements than its files hold"),
+    "more than there is": (lambda table: with_size(table, [1 << 36]), "more elements than its files hold"),
+    "a place before the file": (lambda table: with_place(table, offset=-5), "of no file"),
+    "a length below 0": (lambda table: with_place(table, length=-5), "of no file"),
+    "text for a place": (lambda table: with_place(table, offset="5"), "of no file"),
+    "a number for a name": (lambda table: with_place(table, relative_path=5), "of no file"),
+}
+
+
+@NO_RANKS
+@pytest.mark.parametrize("what", TABLES)
+def test_a_table_of_a_sharded_checkpoint_with_impossible_numbers(what, tmp_path):
+    folder, (change, said) = sharded(tmp_path / "x.ckpt"), TABLES[what]
+    table = shards._metadata(folder)
+    change(table)
+    (folder / ".metadata").write_bytes(pickle.dumps(table))
+    with pytest.raises(ConfigError, match=rf"is not a whole checkpoint .*{said}"):
+        dict(read_checkpoint(str(folder), "CKPT")["state_dict"])
+
+
+@NO_RANKS
+def test_a_sparse_piece_of_a_sharded_checkpoint(tmp_path):
+    folder, piece = sharded(tmp_path / "x.ckpt"), io.BytesIO()
+    torch.save(torch.ones(200).to_sparse(), piece)
+    (folder / "__0_0.distcp").write_bytes(piece.getvalue())
+    table = shards._metadata(folder)
+    with_place(table, offset=0, length=len(piece.getvalue()))
+    (folder / ".metadata").write_bytes(pickle.dumps(table))
+    with pytest.raises(ConfigError, match="state_dict.a cannot be read .*no plain tensor"):
+        dict(read_checkpoint(str(folder), "CKPT")["state_dict"])
 
 
 def code_folder(folder: Path, ran: Path, **config: object) -> Path:
