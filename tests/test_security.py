@@ -342,6 +342,57 @@ def test_a_student_whose_settings_name_code(family, teacher, ran, tmp_path, monk
     assert "Traceback" not in capsys.readouterr().err
 
 
+KERNELS = [
+    {"_attn_implementation": "evil/kernel"},
+    {"attn_implementation": "paged|evil/kernel"},
+    {"_attn_implementation": {"": "evil/kernel"}},
+    {"text_config": {"_attn_implementation": "evil/kernel"}},
+]
+
+
+@pytest.mark.parametrize("asked", [{"transformers_weights": "evil.bin"}, *KERNELS], ids=str)
+def test_a_config_that_asks_for_compiled_code_or_other_weights(
+    asked, settings, teacher, model_folder, tmp_path, capsys
+):
+    said = "names other files of weights" if "transformers_weights" in asked else "compiled code of the hub"
+    config = json.loads((model_folder / "config.json").read_text())
+    (model_folder / "config.json").write_text(json.dumps({**config, **asked}))
+    for empty in (False, True):
+        with pytest.raises(ConfigError, match=f"--model.teacher.path .*{said}"):
+            load_pretrained(ModelSpec(path=str(model_folder)), "teacher", torch.float32, empty)
+    saved = torch.load(teacher, weights_only=True)
+    saved["hyper_parameters"]["student"]["config"] |= asked
+    torch.save(saved, tmp_path / "evil.ckpt")
+    assert said in refused(capsys, "export", str(tmp_path / "evil.ckpt"), str(tmp_path / "out"))
+    assert said in refused(capsys, "validate", *arguments(settings), f"--ckpt_path={tmp_path / 'evil.ckpt'}")
+    with pytest.raises(ConfigError, match=said):
+        SALTModule.load_from_checkpoint(tmp_path / "evil.ckpt")
+
+
+def test_a_checkpoint_cannot_ask_for_compiled_code(teacher, settings, tmp_path):
+    """Its attention counts as not said; what the user types does not."""
+    saved = torch.load(teacher, weights_only=True)
+    for model in ("student", "teacher"):
+        saved["hyper_parameters"][model]["attention"] = "evil/kernel"
+    torch.save(saved, tmp_path / "evil.ckpt")
+    module = SALTModule.load_from_checkpoint(tmp_path / "evil.ckpt")
+    assert (module.student_spec.attention, module.teacher_spec.attention) == (None, None)
+    small = arguments(settings, {"run": str(tmp_path / "run"), "model.student.config": "{}"})
+    assert run("validate", *small, f"--ckpt_path={tmp_path / 'evil.ckpt'}") == 0
+    assert ModelSpec(attention="owner/kernel").attention == "owner/kernel"
+
+
+NAMES = [{"architectures": 5}, {"architectures": [5]}, {"model_type": []}, {"model_type": {}}]
+
+
+@pytest.mark.parametrize("names", NAMES, ids=str)
+def test_a_config_whose_names_are_none(names, model_folder):
+    config = json.loads((model_folder / "config.json").read_text())
+    (model_folder / "config.json").write_text(json.dumps({**config, **names}))
+    with pytest.raises(ConfigError, match="config.json's model_type or architectures are no names"):
+        load_pretrained(ModelSpec(path=str(model_folder)), "teacher", torch.float32)
+
+
 PROGRAM = {"class_path": "evil_module.C", "init_args": {}}
 HYPER_PARAMETERS = {
     "of Lightning": {"_class_path": "evil_module.C"},
