@@ -7,12 +7,15 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import sys
 import tracemalloc
 import zipfile
 from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path, PosixPath
+from threading import Thread
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -568,6 +571,74 @@ def test_a_data_folder_that_names_files_elsewhere(tmp_path):
         (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files: {place}\n---\n")
         with pytest.raises(ConfigError, match=r"README.md of '.*books' names '.*secret.jsonl', which lies outside"):
             corpus_of(folder)
+
+
+class Asked(BaseHTTPRequestHandler):
+    """A server that notes who asks."""
+
+    def do_GET(self) -> None:
+        self.server.asked.append(self.path)
+        self.send_error(404)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+REMOTE = {
+    "text": "data_files: {url}",
+    "a list": "data_files: [a.jsonl, {url}]",
+    "by split": "data_files: [{{split: train, path: [{url}]}}]",
+    "a mapping": "data_files: {{train: {url}}}",
+    "a chain": "data_files: simplecache::{url}",
+    "a member of an archive": "data_files: zip://x.jsonl::{url}",
+    "a folder": "data_dir: {url}",
+}
+
+
+@pytest.mark.parametrize("file", ["README.md", ".huggingface.yaml"])
+@pytest.mark.parametrize("how", REMOTE)
+def test_a_data_folder_that_names_an_address(how, file, tmp_path):
+    with ThreadingHTTPServer(("127.0.0.1", 0), Asked) as server:
+        server.asked = []
+        Thread(target=server.serve_forever, daemon=True).start()
+        entry = REMOTE[how].format(url=f"http://127.0.0.1:{server.server_port}/x.jsonl")
+        text, fence = f"configs:\n- config_name: default\n  {entry}\n", "---\n" * (file == "README.md")
+        (tmp_path / file).write_text(fence + text + fence)
+        (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+        with pytest.raises(
+            ConfigError, match=r"--data.source: the README.md of .* names '.*http://127.*', which is no"
+        ):
+            corpus_of(tmp_path)
+        assert server.asked == []
+        server.shutdown()
+
+
+def test_links_out_of_a_data_folder_are_said(tmp_path, caplog):
+    (tmp_path / "secret.txt").write_text("top secret")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "b.txt").write_text("b")
+    folder = tmp_path / "books"
+    folder.mkdir()
+    (folder / "a.txt").write_text("a")
+    (folder / "link.txt").symlink_to("a.txt")
+    corpus_of(folder)
+    assert "lead out of it" not in caplog.text
+    (folder / "secret.txt").symlink_to("../secret.txt")
+    (folder / "sub").symlink_to(tmp_path / "elsewhere")
+    corpus_of(folder)
+    assert re.search(r"--data.source: 2 files of \S+books are links that lead out of it \(\S+ for one\)", caplog.text)
+
+
+def test_the_links_of_the_hubs_cache_are_its_own(tmp_path, caplog):
+    blobs, snapshot = tmp_path / "datasets--x" / "blobs", tmp_path / "datasets--x" / "snapshots" / "abc"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    (blobs / "123").write_text('{"text": "a"}\n')
+    (snapshot / "a.jsonl").symlink_to("../../blobs/123")
+    corpus_of(snapshot)
+    assert "lead out of it" not in caplog.text
 
 
 def test_a_data_folder_with_a_script(tmp_path, ran):
