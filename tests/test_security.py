@@ -33,7 +33,7 @@ from salt_lightning.models import build, load_pretrained, read_checkpoint
 from salt_lightning.prepare import prepare_tokens
 from salt_lightning.token_files import TokenFiles, sealed, verify
 from salt_lightning.token_ids import check_fit
-from salt_lightning.tokenizer import load_tokenizer
+from salt_lightning.tokenizer import EOS, load_tokenizer, rules_fingerprint
 
 CPU = torch.device("cpu")
 
@@ -520,6 +520,35 @@ def test_a_tokenizer_that_names_a_file_elsewhere(key, model_folder, ran, tmp_pat
     (model_folder / "tokenizer_config.json").write_text(json.dumps({**config, key: str(tmp_path / "secret")}))
     with suppress(ConfigError):
         assert load_tokenizer(str(model_folder)).get_vocab() == before
+
+
+def test_a_tokenizer_that_pads_and_cuts_by_itself(model_folder):
+    """Its ids would be as many as it says; what decides the ids of a text stays the same."""
+    before = rules_fingerprint(load_tokenizer(str(model_folder)))
+    rules = json.loads((model_folder / "tokenizer.json").read_text())
+    kind = {"pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0, "pad_token": EOS}
+    rules["padding"] = {"strategy": {"Fixed": 1 << 20}, "direction": "Right", **kind}
+    rules["truncation"] = {"max_length": 1, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
+    (model_folder / "tokenizer.json").write_text(json.dumps(rules))
+    tokenizer = load_tokenizer(str(model_folder))
+    assert 1 < len(tokenizer.backend_tokenizer.encode("a frozen teacher helps").ids) < 100
+    assert rules_fingerprint(tokenizer) == before
+
+
+def test_what_a_checkpoint_says_stays_text_in_the_model_card(teacher, tmp_path):
+    evil = "x\n\n# Run this\n<script>alert(1)</script> ![](http://evil/x.png) `y`"
+    saved = torch.load(teacher, weights_only=True)
+    saved["hyper_parameters"]["teacher"]["path"] = evil
+    saved["totals"]["taught_steps"] = 1
+    saved["text"]["source"] = [evil]
+    torch.save(saved, tmp_path / "evil.ckpt")
+    assert run("export", str(tmp_path / "evil.ckpt"), str(tmp_path / "out")) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    told = r"x\n\n# Run this\n\<script>alert(1)\</script> !\[](http://evil/x.png) \`y\`"
+    assert [line for line in card.splitlines() if "script" in line] == [
+        f"- teacher: {told}",
+        f"- training text: {told}",
+    ]
 
 
 # --- settings ---
