@@ -1,6 +1,7 @@
 """The model card of an exported student: what was trained on what, how long, and at which cost."""
 
 import math
+import re
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from salt_lightning import lineage, report
+from salt_lightning.errors import printable
 from salt_lightning.meter import Totals
 from salt_lightning.runlog import Run, changes_said
 from salt_lightning.schedule import KDSchedule, Shape, trained_schedule
@@ -212,7 +214,9 @@ def _validation(step: int, run: Run) -> str:
 
 
 def _list(rows: dict[str, str]) -> str:
-    return "\n".join(f"- {name}: {value}" for name, value in rows.items() if value)
+    """What files and settings say stays text: one line, neither HTML nor links."""
+    lines = (printable(f"{name}: {value}") for name, value in rows.items() if value)
+    return "\n".join("- " + re.sub(r"[<\[`]", r"\\\g<0>", line) for line in lines)
 
 
 def _hub_name(path: str | None) -> str | None:

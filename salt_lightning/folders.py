@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME as INDEX
@@ -27,7 +28,12 @@ def is_causal(kind: Any) -> bool:
 def check(folder: Path, setting: str, trust_remote_code: bool) -> None:
     """Raises ConfigError, starting with `setting`, unless the folder holds a whole causal language model."""
     config = _read(folder / "config.json", setting)
-    kind = config.get("model_type")
+    kind, names = config.get("model_type"), config.get("architectures") or []
+    if not isinstance(kind, str | None) or not (isinstance(names, list) and all(isinstance(n, str) for n in names)):
+        raise ConfigError(
+            f"{setting} {folder}: config.json's model_type or architectures are no names; download it again"
+        )
+    refuse_requests(config, f"{setting} {folder}")
     if config.get("auto_map") and not is_causal(kind) and not trust_remote_code:
         raise ConfigError(
             f"{setting} {folder} needs model code that comes with it ({kind!r} is not in this transformers); read that "
@@ -38,7 +44,7 @@ def check(folder: Path, setting: str, trust_remote_code: bool) -> None:
             f"{setting} {folder} holds no causal language model that this transformers knows (model_type {kind!r} in "
             "config.json); give one, e.g. a llama, gpt2 or qwen3"
         )
-    if bidirectional := [name for name in config.get("architectures") or [] if "MaskedLM" in name]:
+    if bidirectional := [name for name in names if "MaskedLM" in name]:
         raise ConfigError(
             f"{setting} {folder} holds a {bidirectional[0]}, whose tokens see what comes after them; give a causal "
             "language model, e.g. a llama, gpt2 or qwen3"
@@ -55,6 +61,38 @@ def check(folder: Path, setting: str, trust_remote_code: bool) -> None:
             raise ConfigError(
                 f"{setting} {folder}: {name} is cut off or damaged ({error}); download it again"
             ) from error
+
+
+def refuse_requests(settings: dict[str, Any], where: str) -> None:
+    """Raises ConfigError where a model's settings, as a file has them, ask for code or files that only a user may."""
+    if "transformers_weights" in settings:
+        raise ConfigError(f"{where}: its config names other files of weights (transformers_weights); remove that key")
+    nodes, seen = [(settings, False)], set()
+    while nodes:
+        node, is_kernel = nodes.pop()
+        if is_kernel and isinstance(node, str) and "/" in node:
+            raise ConfigError(
+                f"{where}: its config names {node!r}, compiled code of the hub; remove that key, and if you trust the "
+                "code give it as --model.student.attention or --model.teacher.attention"
+            )
+        node = vars(node) if isinstance(node, PreTrainedConfig) else node
+        if isinstance(node, dict | list) and (id(node), is_kernel) not in seen:  # some hold themselves
+            seen.add((id(node), is_kernel))
+            items = node.items() if isinstance(node, dict) else enumerate(node)
+            nodes += [(each, is_kernel or "_implementation" in str(key)) for key, each in items]
+
+
+def without_code(spec: dict[str, Any], where: str) -> dict[str, Any]:
+    """A ModelSpec as a file has it: what would run code is left out.
+
+    Raises:
+        ConfigError: its config asks for code.
+    """
+    if isinstance(config := spec.get("config"), dict):
+        refuse_requests(config, where)
+    attention = spec.get("attention")
+    is_kernel = attention is not None and not (isinstance(attention, str) and "/" not in attention)
+    return {**spec, "attention": None if is_kernel else attention, "trust_remote_code": False}
 
 
 def _files(folder: Path, setting: str) -> Iterable[str]:

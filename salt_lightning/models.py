@@ -24,7 +24,7 @@ from salt_lightning.experts import follow_autocast
 from salt_lightning.rows import document_borders
 from salt_lightning.spec import DTYPES, ModelSpec, as_config_error, fresh_config, wrong_sizes
 
-PREFIX = "student.model."  # of the student's weights in our checkpoints
+PREFIX = shards.STUDENT
 
 # Without a word on it transformers asks at the terminal where a config names code.
 from_config = partial(AutoModelForCausalLM.from_config, trust_remote_code=False)
@@ -323,12 +323,15 @@ def read_config(spec: ModelSpec, name: str) -> PreTrainedConfig:
     """The config of the model at `spec.path`, without its weights."""
     if spec.is_checkpoint:
         saved = ModelSpec.of(read_checkpoint(str(spec.path), f"--model.{name}.path")["hyper_parameters"]["student"])
-        return AutoConfig.for_model(saved.family, **saved.config)
+        with _loading(spec, name):
+            return AutoConfig.for_model(saved.family, **saved.config)
     check_path(spec, name)
     with _loading(spec, name):
-        return AutoConfig.from_pretrained(
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
             str(spec.path), revision=spec.revision or "main", trust_remote_code=spec.trust_remote_code
         )
+    folders.refuse_requests(vars(config), f"--model.{name}.path {spec.path}")  # of the hub, too
+    return config
 
 
 def check_path(spec: ModelSpec, name: str) -> None:

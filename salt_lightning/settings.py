@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 
+from salt_lightning import folders
 from salt_lightning.errors import ConfigError
 
 _GROUPS = (
@@ -145,7 +146,7 @@ def without_code(saved: dict[str, Any], path: Path) -> dict[str, Any]:
     specs = [saved.get(name) for name in ("student", "teacher", "optim")]
     if _names_class(saved) or not all(isinstance(spec, dict) for spec in specs):
         raise ConfigError(f"--ckpt_path {path} is not a whole checkpoint of this project (its settings name a class)")
-    untrusted = {name: {**saved[name], "trust_remote_code": False} for name in ("student", "teacher")}
+    untrusted = {name: folders.without_code(saved[name], f"--ckpt_path {path}") for name in ("student", "teacher")}
     return {**saved, **untrusted}
 
 

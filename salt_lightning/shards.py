@@ -16,6 +16,7 @@ all others, so nothing in a folder can run code.
 import errno
 import hashlib
 import io
+import math
 import os
 import pickle
 import shutil
@@ -23,49 +24,58 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint import filesystem
+from torch.distributed.checkpoint import metadata as tables
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 
 from salt_lightning.errors import ConfigError
 from salt_lightning.journal import whole
+from salt_lightning.meter import Totals
 
 META, METADATA = "meta.pt", ".metadata"
 _DIGEST = "metadata_digest"  # key of meta.pt
 _WEIGHTS, _OPTIMIZER = "state_dict.", "optimizer."
 
+_BUILT = {
+    *(filesystem._StorageInfo, tables.Metadata, tables.MetadataIndex, tables.StorageMeta, tables.TensorProperties),
+    *(tables.BytesStorageMetadata, tables.ChunkStorageMetadata, tables.TensorStorageMetadata),
+}
 _KNOWN = {
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
     ("pathlib", "PosixPath"),
     ("pathlib._local", "PosixPath"),
-    *(
-        ("torch.distributed.checkpoint.metadata", name)
-        for name in (
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "Metadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "TensorProperties",
-            "TensorStorageMetadata",
-            "_MEM_FORMAT_ENCODING",
-        )
-    ),
+    *((made.__module__, made.__name__) for made in _BUILT),
 }
 
 
-class _Unpickler(pickle.Unpickler):
+_InPython: Any = pickle._Unpickler  # the one in C lets nobody look at BUILD
+
+
+class _Unpickler(_InPython):
+    dispatch: ClassVar = dict(_InPython.dispatch)
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _KNOWN or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} does not belong into {METADATA}")
+
+    def load_build(self) -> None:
+        """Sets attributes: of a class or a function it would change them for the whole process."""
+        made, state = self.stack[-2:]
+        if type(made) not in _BUILT or not (type(state) is dict or type(made) is tables.TensorProperties):
+            raise pickle.UnpicklingError(f"attributes of a {type(made).__name__} do not belong into {METADATA}")
+        super().load_build()
+
+    dispatch[pickle.BUILD[0]] = load_build
 
 
 class _Reader(dcp.FileSystemReader):
@@ -81,9 +91,23 @@ class _Reader(dcp.FileSystemReader):
 def _metadata(folder: Path) -> Metadata:
     with open(folder / METADATA, "rb") as file:
         metadata = _Unpickler(file).load()
-    for place in metadata.storage_data.values():
-        if Path(place.relative_path).name != place.relative_path:
-            raise pickle.UnpicklingError(f"{place.relative_path!r} lies outside of the folder")
+    for key, info in metadata.state_dict_metadata.items():
+        if type(key) is not str:
+            raise pickle.UnpicklingError("a tensor without name")
+        if type(info) is tables.TensorStorageMetadata:
+            sizes = [info.size, *(size for chunk in info.chunks for size in (chunk.offsets, chunk.sizes))]
+            if {torch.Size} != set(map(type, sizes)) or not isinstance(info.properties.dtype, torch.dtype):
+                raise pickle.UnpicklingError("a tensor without sizes or dtype")
+            ends = ((o, n, end) for c in info.chunks for o, n, end in zip(c.offsets, c.sizes, info.size, strict=True))
+            if min(info.size, default=0) < 0 or any(min(o, n) < 0 or o + n > end for o, n, end in ends):
+                raise pickle.UnpicklingError("a piece that lies outside of its tensor")
+    for index, place in metadata.storage_data.items():
+        name = place.relative_path
+        kinds = tuple(map(type, (index, index.fqn, name, place.offset, place.length)))
+        if kinds != (MetadataIndex, str, str, int, int) or min(place.offset, place.length) < 0:
+            raise pickle.UnpicklingError("a place of no file")
+        if "/" in name or name in ("", ".", ".."):
+            raise pickle.UnpicklingError(f"{name!r} lies outside of the folder")
     return metadata
 
 
@@ -98,8 +122,9 @@ def missing(folder: Path) -> str | None:
             return f"{name} is missing"
     sizes: dict[str, int] = {}
     try:
-        for info in _metadata(folder).storage_data.values():
-            sizes[info.relative_path] = max(sizes.get(info.relative_path, 0), info.offset + info.length)
+        metadata = _metadata(folder)
+        for place in metadata.storage_data.values():
+            sizes[place.relative_path] = max(sizes.get(place.relative_path, 0), place.offset + place.length)
     except Exception as error:  # a damaged pickle meets errors of every kind
         return f"{METADATA} cannot be read: {error or type(error).__name__}"
     for name, size in sorted(sizes.items()):
@@ -107,11 +132,49 @@ def missing(folder: Path) -> str | None:
             return f"{name} is missing"
         if (folder / name).stat().st_size < size:
             return f"{name} is cut off"
+    tensors: dict[str, Any] = metadata.state_dict_metadata
+    for key, info in tensors.items():
+        if hasattr(info, "size") and math.prod(info.size) * info.properties.dtype.itemsize > sum(sizes.values()):
+            return f"{METADATA} gives {key} more elements than its files hold"
     return None
 
 
 class DamageError(Exception):
     """Why a path is no whole checkpoint, in a few words."""
+
+
+STUDENT = "student.model."  # of the student's weights
+_MOST_VALUES, _DEEPEST = 1 << 22, 64
+_NUMBER = int | float
+_SPEC: dict[Any, Any] = {
+    **dict.fromkeys(("path", "revision", "dtype", "attention"), str | None),
+    **{"family": str, "config": dict, "trust_remote_code": bool, ...: ()},
+}
+_TOTALS: dict[Any, Any] = {**dict.fromkeys(Totals.__dataclass_fields__, _NUMBER), ...: ()}
+# Kinds of what is read of a checkpoint, where it is there; ... stands for all other names, () for none at all.
+_CHECKPOINT: dict[Any, Any] = {
+    **dict.fromkeys(("global_step", "max_steps"), int),
+    "kept_steps": [int],
+    "tokenizer": str | None,
+    "hyper_parameters": {"student": _SPEC, "teacher": (_SPEC, type(None)), "optim": dict},
+    "state_dict": Mapping,
+    "optimizer_states": [dict],
+    "callbacks": dict,
+    "loops": {"fit_loop": {"epoch_loop.batch_progress": dict, "epoch_loop.state_dict": dict}},
+    "text": {"source": [str], "weights": ([_NUMBER], type(None)), "hub": [str], "documents": int | None},
+    "data": {
+        **dict.fromkeys((f"--data.{name}" for name in ("global_batch_size", "block_size", "num_train_tokens")), int),
+        ...: int | str | None,
+    },
+    "kd_schedule": (
+        {"weight": _NUMBER, "steps": int | None, "anneal_steps": int, "shape": str, "stop_margin": _NUMBER | None},
+        type(None),
+    ),
+    "kd_stop_step": int | None,
+    "forward_flops": {...: _NUMBER},
+    **dict.fromkeys(("totals", "totals_before"), _TOTALS),
+    **dict.fromkeys(("time_s", "teacher_time_s"), _NUMBER),
+}
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -123,10 +186,10 @@ def load(path: Path) -> dict[str, Any]:
     if path.is_dir() and (reason := missing(path)):
         raise DamageError(reason)
     try:
-        options: dict[str, Any] = {"map_location": "cpu", "weights_only": True, "mmap": True}
-        checkpoint = read(path) if path.is_dir() else torch.load(path, **options)
-        student = checkpoint["hyper_parameters"]["student"]
-        if "state_dict" in checkpoint and isinstance(student, dict) and student["config"]:
+        checkpoint = read(path) if path.is_dir() else _read_file(path)
+        _require_bounded(checkpoint)
+        settings = checkpoint["hyper_parameters"]["student"]["config"]
+        if settings and "state_dict" in checkpoint and _is_like(_CHECKPOINT, checkpoint):
             return checkpoint
         reason = "other contents"
     except DamageError:
@@ -137,6 +200,51 @@ def load(path: Path) -> dict[str, Any]:
         kind = f"cut off, damaged, or another kind of file: {type(error).__name__}" if path.stat().st_size else "empty"
         reason = f"{META}: {kind}" if path.is_dir() else kind
     raise DamageError(reason)
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    _require_stored(path)
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    for name, tensor in checkpoint["state_dict"].items():
+        if name.startswith(STUDENT) and not _is_dense(tensor):
+            raise DamageError(f"{name} is no plain tensor")
+    return checkpoint
+
+
+def _is_dense(tensor: Any) -> bool:
+    is_plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
+    return is_plain and not (tensor.is_meta or tensor.is_quantized or tensor.is_nested)
+
+
+def _require_stored(archive: Path | io.BytesIO) -> None:
+    """torch.save compresses nothing: what is would take any memory, and mapped it is read as if it were not."""
+    with zipfile.ZipFile(archive) as files:
+        if packed := [info.filename for info in files.infolist() if info.compress_type != zipfile.ZIP_STORED]:
+            raise DamageError(f"{packed[0]} in it is compressed")
+
+
+def _require_bounded(node: Any) -> None:
+    """A list may hold itself, or one list many times over: walking through it would never end."""
+    left, nodes = _MOST_VALUES, [(node, 0)]
+    while nodes:
+        node, depth = nodes.pop()
+        if isinstance(node, dict | list | tuple | set):
+            left -= len(node)
+            if left < 0 or depth > _DEEPEST:
+                raise DamageError("its settings hold themselves, or millions of values")
+            nodes += [(each, depth + 1) for each in (node.values() if isinstance(node, dict) else node)]
+
+
+def _is_like(kind: Any, value: Any) -> bool:
+    """Whether what is there of a value is of the kinds in the same places of `kind`."""
+    if isinstance(kind, dict):
+        rest = kind.get(..., object)
+        return isinstance(value, dict) and all(_is_like(kind.get(name, rest), value[name]) for name in value)
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(_is_like(kind[0], each) for each in value)
+    if isinstance(kind, tuple):
+        return any(_is_like(each, value) for each in kind)
+    return isinstance(value, kind) and (kind is object or not isinstance(value, int) or abs(value) < 1 << 63)
 
 
 def damage(path: Path) -> str | None:
@@ -162,8 +270,11 @@ def damage(path: Path) -> str | None:
 
 def _changed(archive: Path | io.BytesIO) -> str | None:
     try:
+        _require_stored(archive)
         with zipfile.ZipFile(archive) as files:
             name = files.testzip()
+    except DamageError as error:
+        return str(error)
     except Exception:  # a damaged archive meets errors of every kind
         return "cut off or damaged"
     return name and f"{name} has other bytes than were written"
@@ -285,9 +396,17 @@ class Tensors(Mapping[str, Tensor]):
             place = self._where.storage_data[MetadataIndex(key, offsets)]
             with open(self._folder / place.relative_path, "rb") as file:
                 file.seek(place.offset)
-                return torch.load(io.BytesIO(file.read(place.length)), map_location="cpu", weights_only=True)
-        except (KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+                piece = io.BytesIO(file.read(place.length))
+            _require_stored(piece)
+            piece.seek(0)
+            tensor = torch.load(piece, map_location="cpu", weights_only=True)
+        except DamageError as error:
+            raise self._damaged(key, str(error)) from error
+        except (KeyError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
             raise self._damaged(key, type(error).__name__) from error
+        if not _is_dense(tensor):
+            raise self._damaged(key, "it is no plain tensor")
+        return tensor
 
     def _damaged(self, key: str, reason: str) -> ConfigError:
         return ConfigError(f"{self._folder} is damaged: {key} cannot be read ({reason})")
@@ -307,6 +426,7 @@ def read(folder: Path) -> dict[str, Any]:
     Raises:
         DamageError: .metadata is not what was written.
     """
+    _require_stored(folder / META)
     checkpoint = torch.load(folder / META, map_location="cpu", weights_only=True)
     if checkpoint.pop(_DIGEST, None) not in (None, _digest(folder)):  # None: of before it was written
         raise DamageError(f"{METADATA} has other bytes than were written")

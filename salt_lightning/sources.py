@@ -7,10 +7,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import datasets
+import yaml
+from huggingface_hub import DatasetCard
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from salt_lightning.errors import ConfigError, few, one_line
@@ -121,12 +124,13 @@ def _resolve_one(setting: str, entry: str, name: str, hub: Hub) -> list[Group]:
 def _files(setting: str, path: str, hub: Hub) -> list[str]:
     """Those that a path, a glob, or FOLDER:split names."""
     if os.path.isdir(path):
-        return _folder_files(setting, path, hub)
+        return _say_outside(setting, path, _folder_files(setting, path, hub))
     if os.path.isfile(path):
         return [path]
     folder, _, split = path.rpartition(":")
     if split and os.path.isdir(folder):
-        return _folder_files(setting, folder, replace(hub, split=split), f"{setting}: {path!r}")
+        files = _folder_files(setting, folder, replace(hub, split=split), f"{setting}: {path!r}")
+        return _say_outside(setting, folder, files)
     return sorted(file for file in glob.glob(path, recursive=True) if os.path.isfile(file))
 
 
@@ -166,9 +170,15 @@ def _folder_files(setting: str, folder: str, hub: Hub, split_setting: str = "--d
     if any(file.endswith(".arrow") for file in found):
         raise ConfigError(f"{setting}: {folder} holds Arrow files, which are not read; write it by Dataset.to_parquet")
     try:
-        splits: dict = datasets.load_dataset_builder(folder, hub.subset).config.data_files or {}
+        elsewhere = _elsewhere(folder)
+        splits: dict = {} if elsewhere else datasets.load_dataset_builder(folder, hub.subset).config.data_files or {}
     except Exception as error:
         raise ConfigError(f"{setting}: cannot read the folder {folder!r}: {hub_error(error)}") from error
+    if elsewhere:
+        raise ConfigError(
+            f"{setting}: the README.md of {folder!r} names {elsewhere!r}, which is no file of that folder; remove it "
+            "there, download what it names, and give that in the setting if you mean it"
+        )
     if hub.split not in splits:
         raise ConfigError(
             f"{split_setting}: no {hub.split!r} in {folder!r}; there are: {', '.join(map(str, splits))} (by the "
@@ -194,6 +204,34 @@ def _folder_files(setting: str, folder: str, hub: Hub, split_setting: str = "--d
             f"{few(os.path.relpath(file, folder) for file in left)}"
         )
     return read
+
+
+def _elsewhere(folder: str) -> str | None:
+    """What the description of a data folder names that `datasets` would ask the network, or an archive, for."""
+    card, more = Path(folder, "README.md"), Path(folder, ".huggingface.yaml")
+    told = [DatasetCard.load(card).data.to_dict()] if card.is_file() else []
+    told += [yaml.safe_load(more.read_bytes())] if more.is_file() else []
+    configs = chain.from_iterable(each.get("configs") or () for each in told if isinstance(each, dict))
+    nodes, seen = [each.get(name) for each in configs for name in ("data_files", "data_dir")], set()
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, str) and ("://" in node or "::" in node):
+            return node
+        if isinstance(node, dict | list | tuple | set) and id(node) not in seen:  # some hold themselves
+            seen.add(id(node))
+            nodes += node.values() if isinstance(node, dict) else node
+    return None
+
+
+def _say_outside(setting: str, folder: str, files: list[str]) -> list[str]:
+    """Links are followed: the hub's cache and many a large data set live by them."""
+    here = Path(os.path.realpath(folder))
+    here = here.parents[1] if here.parent.name == "snapshots" else here  # of the hub's cache, beside its blobs
+    folders = {name: os.path.realpath(name) for name in set(map(os.path.dirname, files))}
+    real = (os.path.realpath(file) if os.path.islink(file) else folders[os.path.dirname(file)] for file in files)
+    if outside := [file for file, lies in zip(files, real, strict=True) if not Path(lies).is_relative_to(here)]:
+        _say_once(f"{setting}: {len(outside)} files of {folder} are links that lead out of it ({outside[0]} for one)")
+    return files
 
 
 def hub_error(error: Exception) -> str:

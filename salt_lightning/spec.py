@@ -58,7 +58,7 @@ class ModelSpec:
             ConfigError: it is something else, as a model would be.
         """
         if isinstance(spec, dict):
-            return cls(**{**spec, "trust_remote_code": False})
+            return cls(**folders.without_code(spec, "the checkpoint"))
         if isinstance(spec, str | os.PathLike):
             return cls(path=os.fspath(spec))
         if spec is not None and not isinstance(spec, ModelSpec):
@@ -231,4 +231,4 @@ _NOT_SHAPE = ("use_cache", "attention_dropout", "initializer_range")
 def shape_settings(spec: dict[str, Any]) -> dict[str, Any]:
     """What must agree between a checkpoint's student and the configured one, of a spec as plain dict."""
     settings = {k: v for k, v in spec["config"].items() if k not in _NOT_SHAPE}
-    return {"family": spec["family"]} | {f"config.{k}": v for k, v in settings.items()}
+    return {"family": spec.get("family")} | {f"config.{k}": v for k, v in settings.items()}

@@ -48,6 +48,8 @@ def load_tokenizer(name: str, setting: str = "--data.tokenizer") -> PreTrainedTo
         raise ConfigError(f"{setting}: {name!r} has no tokenizer.json; save it as a fast tokenizer first")
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"{setting}: {name!r} has no eos_token, which ends every document; give it one")
+    tokenizer.backend_tokenizer.no_padding()  # a word could be padded to any length
+    tokenizer.backend_tokenizer.no_truncation()
     return tokenizer
 
 

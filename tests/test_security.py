@@ -7,11 +7,15 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import sys
 import tracemalloc
+import zipfile
 from contextlib import suppress
-from pathlib import Path
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path, PosixPath
+from threading import Thread
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,6 +24,7 @@ import torch
 from conftest import arguments, write_corpus
 from test_prepare import byte_tokenizer, corpus_of, prepare_many, stored
 from test_sources import PACK
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
 from salt_lightning import ModelSpec, SALTDataModule, SALTModule, cli, documents, shards
 from salt_lightning.documents import read_raw
@@ -28,7 +33,7 @@ from salt_lightning.models import build, load_pretrained, read_checkpoint
 from salt_lightning.prepare import prepare_tokens
 from salt_lightning.token_files import TokenFiles, sealed, verify
 from salt_lightning.token_ids import check_fit
-from salt_lightning.tokenizer import load_tokenizer
+from salt_lightning.tokenizer import EOS, load_tokenizer, rules_fingerprint
 
 CPU = torch.device("cpu")
 
@@ -143,8 +148,28 @@ def sharded(folder: Path, file: str = "") -> Path:
     return folder
 
 
+PATH, STATE = b"cpathlib\nPosixPath\n", b"}X\6\0\0\0hackedK\1s"  # a class; {"hacked": 1}
+SETS_ATTRIBUTES = {
+    "a class": PATH + b"N" + STATE + b"\x86b.",
+    "a class that the table is made of": b"ctorch.distributed.checkpoint.metadata\nMetadata\nN" + STATE + b"\x86b.",
+    "a function": b"ctorch.serialization\n_get_layout\n" + STATE + b"b.",
+    "a choice": b"ctorch.distributed.checkpoint.metadata\n_MEM_FORMAT_ENCODING\nK\0\x85R" + STATE + b"b.",
+}
+
+
 @NO_RANKS
-@pytest.mark.parametrize("file", ["../other/__0_0.distcp", "{absolute}", "sub/../../other/__0_0.distcp"])
+@pytest.mark.parametrize("what", SETS_ATTRIBUTES)
+def test_a_table_of_a_sharded_checkpoint_changes_nothing_in_the_process(what, tmp_path):
+    folder = sharded(tmp_path / "x.ckpt")
+    (folder / ".metadata").write_bytes(b"\x80\2" + SETS_ATTRIBUTES[what])
+    with pytest.raises(ConfigError, match=".metadata cannot be read"):
+        read_checkpoint(str(folder), "CKPT")
+    named = [PosixPath, Metadata, torch.serialization._get_layout, *_MEM_FORMAT_ENCODING]
+    assert [each for each in named if hasattr(each, "hacked")] == []
+
+
+@NO_RANKS
+@pytest.mark.parametrize("file", ["../other/__0_0.distcp", "{absolute}", "sub/../../other/__0_0.distcp", ".."])
 def test_a_sharded_checkpoint_that_names_a_file_elsewhere(file, tmp_path):
     other = sharded(tmp_path / "other") / "__0_0.distcp"
     folder = sharded(tmp_path / "x.ckpt", file.format(absolute=other))
@@ -160,6 +185,124 @@ def test_removing_a_checkpoint_that_is_a_link_leaves_what_it_leads_to(tmp_path):
     shards.remove(tmp_path / "step-00000001.ckpt")
     assert (there / "meta.pt").is_file()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["there"]
+
+
+ITSELF: list[object] = []
+ITSELF.append(ITSELF)
+MANY: list[object] = [1]
+for _ in range(45):
+    MANY = [MANY, MANY]
+SPEC = {"path": None, "revision": None, "family": "llama", "config": {"hidden_size": 8}, "dtype": None}
+WEIGHT = "student.model.model.norm.weight"
+NONSENSE = {  # what stands in a checkpoint -> what is said of it
+    "a list in itself": ({"x": ITSELF}, "hold themselves"),
+    "a list many times over": ({"hyper_parameters": {"student": SPEC, "x": MANY}}, "hold themselves"),
+    "a text for a step": ({"global_step": "3"}, "other contents"),
+    "an endless step": ({"global_step": 10**300}, "other contents"),
+    "a number for text": ({"text": 5}, "other contents"),
+    "a number for a source": ({"text": {"source": [5]}}, "other contents"),
+    "text for weights": ({"text": {"weights": "ab"}}, "other contents"),
+    "a list for totals": ({"totals": [1]}, "other contents"),
+    "other totals": ({"totals": {"x": 1}}, "other contents"),
+    "text for a total": ({"totals_before": {"tokens": "x"}}, "other contents"),
+    "text for a count": ({"data": {"--data.num_train_tokens": "x"}}, "other contents"),
+    "text for a schedule": ({"kd_schedule": "x"}, "other contents"),
+    "text for a weight": ({"kd_schedule": {"weight": "x"}}, "other contents"),
+    "another setting": ({"hyper_parameters": {"student": {**SPEC, "x": 1}}}, "other contents"),
+    "a number for a path": ({"hyper_parameters": {"student": SPEC, "teacher": {"path": 5}}}, "other contents"),
+    "text for loops": ({"loops": "x"}, "other contents"),
+    "text for weights of the model": ({"state_dict": {WEIGHT: "x"}}, "no plain tensor"),
+    "numbers for names": ({"state_dict": {1: torch.ones(2)}}, "AttributeError"),
+    "sparse": ({"state_dict": {WEIGHT: torch.ones(2).to_sparse()}}, "no plain tensor"),
+    "no values": ({"state_dict": {WEIGHT: torch.ones(2, device="meta")}}, "no plain tensor"),
+}
+
+
+@pytest.mark.parametrize("what", NONSENSE)
+def test_plain_data_of_other_kinds_is_one_line(what, teacher, tmp_path, capsys):
+    content, said = NONSENSE[what]
+    torch.save({**torch.load(teacher, weights_only=True), **content}, tmp_path / "evil.ckpt")
+    line = refused(capsys, "export", str(tmp_path / "evil.ckpt"), str(tmp_path / "out"))
+    assert "is not a whole checkpoint of this project" in line
+    assert said in line
+
+
+def compressed(path: Path) -> Path:
+    """The same archive with its members deflated."""
+    whole = path.read_bytes()
+    with zipfile.ZipFile(io.BytesIO(whole)) as old, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    return path
+
+
+def test_a_compressed_checkpoint_is_refused(teacher, settings, tmp_path, capsys):
+    """Mapped, its bytes are taken for weights; unpacked, a few MB take many GB."""
+    evil = compressed(Path(shutil.copy(teacher, tmp_path / "evil.ckpt")))
+    for args in (
+        ["export", str(evil), str(tmp_path / "out")],
+        ["validate", *arguments(settings), f"--ckpt_path={evil}"],
+    ):
+        assert "in it is compressed" in refused(capsys, *args)
+
+
+@NO_RANKS
+@pytest.mark.parametrize("name", ["meta.pt", "__0_0.distcp"])
+def test_a_compressed_part_of_a_sharded_checkpoint_is_refused(name, tmp_path):
+    folder = sharded(tmp_path / "x.ckpt")
+    compressed(folder / name)
+    table = shards._metadata(folder)
+    for place in table.storage_data.values():
+        place.length = (folder / "__0_0.distcp").stat().st_size
+    (folder / ".metadata").write_bytes(pickle.dumps(table))
+    assert "is compressed" in str(shards.damage(folder))
+    with pytest.raises(ConfigError, match="is compressed"):
+        dict(read_checkpoint(str(folder), "CKPT")["state_dict"])
+
+
+def with_size(table: Metadata, size: list[int]) -> None:
+    for tensor in table.state_dict_metadata.values():
+        tensor.size = torch.Size(size)
+
+
+def with_place(table: Metadata, **where: object) -> None:
+    for place in table.storage_data.values():
+        vars(place).update(where)
+
+
+TABLES = {
+    "a size below 0": (lambda table: with_size(table, [-1]), "outside of its tensor"),
+    "a piece beyond the tensor": (lambda table: with_size(table, [7]), "outside of its tensor"),
+    "an endless size": (lambda table: with_size(table, [1 << 62]), "more elements than its files hold"),
+    "more than there is": (lambda table: with_size(table, [1 << 36]), "more elements than its files hold"),
+    "a place before the file": (lambda table: with_place(table, offset=-5), "of no file"),
+    "a length below 0": (lambda table: with_place(table, length=-5), "of no file"),
+    "text for a place": (lambda table: with_place(table, offset="5"), "of no file"),
+    "a number for a name": (lambda table: with_place(table, relative_path=5), "of no file"),
+}
+
+
+@NO_RANKS
+@pytest.mark.parametrize("what", TABLES)
+def test_a_table_of_a_sharded_checkpoint_with_impossible_numbers(what, tmp_path):
+    folder, (change, said) = sharded(tmp_path / "x.ckpt"), TABLES[what]
+    table = shards._metadata(folder)
+    change(table)
+    (folder / ".metadata").write_bytes(pickle.dumps(table))
+    with pytest.raises(ConfigError, match=rf"is not a whole checkpoint .*{said}"):
+        dict(read_checkpoint(str(folder), "CKPT")["state_dict"])
+
+
+@NO_RANKS
+def test_a_sparse_piece_of_a_sharded_checkpoint(tmp_path):
+    folder, piece = sharded(tmp_path / "x.ckpt"), io.BytesIO()
+    torch.save(torch.ones(200).to_sparse(), piece)
+    (folder / "__0_0.distcp").write_bytes(piece.getvalue())
+    table = shards._metadata(folder)
+    with_place(table, offset=0, length=len(piece.getvalue()))
+    (folder / ".metadata").write_bytes(pickle.dumps(table))
+    with pytest.raises(ConfigError, match="state_dict.a cannot be read .*no plain tensor"):
+        dict(read_checkpoint(str(folder), "CKPT")["state_dict"])
 
 
 def code_folder(folder: Path, ran: Path, **config: object) -> Path:
@@ -200,6 +343,57 @@ def test_a_student_whose_settings_name_code(family, teacher, ran, tmp_path, monk
     code = run("export", str(tmp_path / "evil.ckpt"), str(tmp_path / "out"))
     assert code == (0 if family == "llama" else 2)
     assert "Traceback" not in capsys.readouterr().err
+
+
+KERNELS = [
+    {"_attn_implementation": "evil/kernel"},
+    {"attn_implementation": "paged|evil/kernel"},
+    {"_attn_implementation": {"": "evil/kernel"}},
+    {"text_config": {"_attn_implementation": "evil/kernel"}},
+]
+
+
+@pytest.mark.parametrize("asked", [{"transformers_weights": "evil.bin"}, *KERNELS], ids=str)
+def test_a_config_that_asks_for_compiled_code_or_other_weights(
+    asked, settings, teacher, model_folder, tmp_path, capsys
+):
+    said = "names other files of weights" if "transformers_weights" in asked else "compiled code of the hub"
+    config = json.loads((model_folder / "config.json").read_text())
+    (model_folder / "config.json").write_text(json.dumps({**config, **asked}))
+    for empty in (False, True):
+        with pytest.raises(ConfigError, match=f"--model.teacher.path .*{said}"):
+            load_pretrained(ModelSpec(path=str(model_folder)), "teacher", torch.float32, empty)
+    saved = torch.load(teacher, weights_only=True)
+    saved["hyper_parameters"]["student"]["config"] |= asked
+    torch.save(saved, tmp_path / "evil.ckpt")
+    assert said in refused(capsys, "export", str(tmp_path / "evil.ckpt"), str(tmp_path / "out"))
+    assert said in refused(capsys, "validate", *arguments(settings), f"--ckpt_path={tmp_path / 'evil.ckpt'}")
+    with pytest.raises(ConfigError, match=said):
+        SALTModule.load_from_checkpoint(tmp_path / "evil.ckpt")
+
+
+def test_a_checkpoint_cannot_ask_for_compiled_code(teacher, settings, tmp_path):
+    """Its attention counts as not said; what the user types does not."""
+    saved = torch.load(teacher, weights_only=True)
+    for model in ("student", "teacher"):
+        saved["hyper_parameters"][model]["attention"] = "evil/kernel"
+    torch.save(saved, tmp_path / "evil.ckpt")
+    module = SALTModule.load_from_checkpoint(tmp_path / "evil.ckpt")
+    assert (module.student_spec.attention, module.teacher_spec.attention) == (None, None)
+    small = arguments(settings, {"run": str(tmp_path / "run"), "model.student.config": "{}"})
+    assert run("validate", *small, f"--ckpt_path={tmp_path / 'evil.ckpt'}") == 0
+    assert ModelSpec(attention="owner/kernel").attention == "owner/kernel"
+
+
+NAMES = [{"architectures": 5}, {"architectures": [5]}, {"model_type": []}, {"model_type": {}}]
+
+
+@pytest.mark.parametrize("names", NAMES, ids=str)
+def test_a_config_whose_names_are_none(names, model_folder):
+    config = json.loads((model_folder / "config.json").read_text())
+    (model_folder / "config.json").write_text(json.dumps({**config, **names}))
+    with pytest.raises(ConfigError, match="config.json's model_type or architectures are no names"):
+        load_pretrained(ModelSpec(path=str(model_folder)), "teacher", torch.float32)
 
 
 PROGRAM = {"class_path": "evil_module.C", "init_args": {}}
@@ -328,6 +522,35 @@ def test_a_tokenizer_that_names_a_file_elsewhere(key, model_folder, ran, tmp_pat
         assert load_tokenizer(str(model_folder)).get_vocab() == before
 
 
+def test_a_tokenizer_that_pads_and_cuts_by_itself(model_folder):
+    """Its ids would be as many as it says; what decides the ids of a text stays the same."""
+    before = rules_fingerprint(load_tokenizer(str(model_folder)))
+    rules = json.loads((model_folder / "tokenizer.json").read_text())
+    kind = {"pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0, "pad_token": EOS}
+    rules["padding"] = {"strategy": {"Fixed": 1 << 20}, "direction": "Right", **kind}
+    rules["truncation"] = {"max_length": 1, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
+    (model_folder / "tokenizer.json").write_text(json.dumps(rules))
+    tokenizer = load_tokenizer(str(model_folder))
+    assert 1 < len(tokenizer.backend_tokenizer.encode("a frozen teacher helps").ids) < 100
+    assert rules_fingerprint(tokenizer) == before
+
+
+def test_what_a_checkpoint_says_stays_text_in_the_model_card(teacher, tmp_path):
+    evil = "x\n\n# Run this\n<script>alert(1)</script> ![](http://evil/x.png) `y`"
+    saved = torch.load(teacher, weights_only=True)
+    saved["hyper_parameters"]["teacher"]["path"] = evil
+    saved["totals"]["taught_steps"] = 1
+    saved["text"]["source"] = [evil]
+    torch.save(saved, tmp_path / "evil.ckpt")
+    assert run("export", str(tmp_path / "evil.ckpt"), str(tmp_path / "out")) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    told = r"x\n\n# Run this\n\<script>alert(1)\</script> !\[](http://evil/x.png) \`y\`"
+    assert [line for line in card.splitlines() if "script" in line] == [
+        f"- teacher: {told}",
+        f"- training text: {told}",
+    ]
+
+
 # --- settings ---
 
 
@@ -377,6 +600,74 @@ def test_a_data_folder_that_names_files_elsewhere(tmp_path):
         (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files: {place}\n---\n")
         with pytest.raises(ConfigError, match=r"README.md of '.*books' names '.*secret.jsonl', which lies outside"):
             corpus_of(folder)
+
+
+class Asked(BaseHTTPRequestHandler):
+    """A server that notes who asks."""
+
+    def do_GET(self) -> None:
+        self.server.asked.append(self.path)
+        self.send_error(404)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+REMOTE = {
+    "text": "data_files: {url}",
+    "a list": "data_files: [a.jsonl, {url}]",
+    "by split": "data_files: [{{split: train, path: [{url}]}}]",
+    "a mapping": "data_files: {{train: {url}}}",
+    "a chain": "data_files: simplecache::{url}",
+    "a member of an archive": "data_files: zip://x.jsonl::{url}",
+    "a folder": "data_dir: {url}",
+}
+
+
+@pytest.mark.parametrize("file", ["README.md", ".huggingface.yaml"])
+@pytest.mark.parametrize("how", REMOTE)
+def test_a_data_folder_that_names_an_address(how, file, tmp_path):
+    with ThreadingHTTPServer(("127.0.0.1", 0), Asked) as server:
+        server.asked = []
+        Thread(target=server.serve_forever, daemon=True).start()
+        entry = REMOTE[how].format(url=f"http://127.0.0.1:{server.server_port}/x.jsonl")
+        text, fence = f"configs:\n- config_name: default\n  {entry}\n", "---\n" * (file == "README.md")
+        (tmp_path / file).write_text(fence + text + fence)
+        (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+        with pytest.raises(
+            ConfigError, match=r"--data.source: the README.md of .* names '.*http://127.*', which is no"
+        ):
+            corpus_of(tmp_path)
+        assert server.asked == []
+        server.shutdown()
+
+
+def test_links_out_of_a_data_folder_are_said(tmp_path, caplog):
+    (tmp_path / "secret.txt").write_text("top secret")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "b.txt").write_text("b")
+    folder = tmp_path / "books"
+    folder.mkdir()
+    (folder / "a.txt").write_text("a")
+    (folder / "link.txt").symlink_to("a.txt")
+    corpus_of(folder)
+    assert "lead out of it" not in caplog.text
+    (folder / "secret.txt").symlink_to("../secret.txt")
+    (folder / "sub").symlink_to(tmp_path / "elsewhere")
+    corpus_of(folder)
+    assert re.search(r"--data.source: 2 files of \S+books are links that lead out of it \(\S+ for one\)", caplog.text)
+
+
+def test_the_links_of_the_hubs_cache_are_its_own(tmp_path, caplog):
+    blobs, snapshot = tmp_path / "datasets--x" / "blobs", tmp_path / "datasets--x" / "snapshots" / "abc"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    (blobs / "123").write_text('{"text": "a"}\n')
+    (snapshot / "a.jsonl").symlink_to("../../blobs/123")
+    corpus_of(snapshot)
+    assert "lead out of it" not in caplog.text
 
 
 def test_a_data_folder_with_a_script(tmp_path, ran):
