@@ -23,6 +23,7 @@ import shutil
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -37,7 +38,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Stora
 
 from salt_lightning.errors import ConfigError
 from salt_lightning.journal import whole
-from salt_lightning.meter import Totals
+from salt_lightning.kinds import is_bounded, is_checkpoint
 
 META, METADATA = "meta.pt", ".metadata"
 _DIGEST = "metadata_digest"  # key of meta.pt
@@ -89,6 +90,13 @@ class _Reader(dcp.FileSystemReader):
 
 
 def _metadata(folder: Path) -> Metadata:
+    """Read once: a table of many ranks takes seconds, and a start asks several times."""
+    stat = (folder / METADATA).stat()
+    return _read_metadata(folder, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=2)
+def _read_metadata(folder: Path, *_: int) -> Metadata:
     with open(folder / METADATA, "rb") as file:
         metadata = _Unpickler(file).load()
     for key, info in metadata.state_dict_metadata.items():
@@ -132,9 +140,9 @@ def missing(folder: Path) -> str | None:
             return f"{name} is missing"
         if (folder / name).stat().st_size < size:
             return f"{name} is cut off"
-    tensors: dict[str, Any] = metadata.state_dict_metadata
+    total, tensors = sum(sizes.values()), dict[str, Any](metadata.state_dict_metadata)
     for key, info in tensors.items():
-        if hasattr(info, "size") and math.prod(info.size) * info.properties.dtype.itemsize > sum(sizes.values()):
+        if hasattr(info, "size") and math.prod(info.size) * info.properties.dtype.itemsize > total:
             return f"{METADATA} gives {key} more elements than its files hold"
     return None
 
@@ -144,37 +152,6 @@ class DamageError(Exception):
 
 
 STUDENT = "student.model."  # of the student's weights
-_MOST_VALUES, _DEEPEST = 1 << 22, 64
-_NUMBER = int | float
-_SPEC: dict[Any, Any] = {
-    **dict.fromkeys(("path", "revision", "dtype", "attention"), str | None),
-    **{"family": str, "config": dict, "trust_remote_code": bool, ...: ()},
-}
-_TOTALS: dict[Any, Any] = {**dict.fromkeys(Totals.__dataclass_fields__, _NUMBER), ...: ()}
-# Kinds of what is read of a checkpoint, where it is there; ... stands for all other names, () for none at all.
-_CHECKPOINT: dict[Any, Any] = {
-    **dict.fromkeys(("global_step", "max_steps"), int),
-    "kept_steps": [int],
-    "tokenizer": str | None,
-    "hyper_parameters": {"student": _SPEC, "teacher": (_SPEC, type(None)), "optim": dict},
-    "state_dict": Mapping,
-    "optimizer_states": [dict],
-    "callbacks": dict,
-    "loops": {"fit_loop": {"epoch_loop.batch_progress": dict, "epoch_loop.state_dict": dict}},
-    "text": {"source": [str], "weights": ([_NUMBER], type(None)), "hub": [str], "documents": int | None},
-    "data": {
-        **dict.fromkeys((f"--data.{name}" for name in ("global_batch_size", "block_size", "num_train_tokens")), int),
-        ...: int | str | None,
-    },
-    "kd_schedule": (
-        {"weight": _NUMBER, "steps": int | None, "anneal_steps": int, "shape": str, "stop_margin": _NUMBER | None},
-        type(None),
-    ),
-    "kd_stop_step": int | None,
-    "forward_flops": {...: _NUMBER},
-    **dict.fromkeys(("totals", "totals_before"), _TOTALS),
-    **dict.fromkeys(("time_s", "teacher_time_s"), _NUMBER),
-}
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -187,9 +164,9 @@ def load(path: Path) -> dict[str, Any]:
         raise DamageError(reason)
     try:
         checkpoint = read(path) if path.is_dir() else _read_file(path)
-        _require_bounded(checkpoint)
-        settings = checkpoint["hyper_parameters"]["student"]["config"]
-        if settings and "state_dict" in checkpoint and _is_like(_CHECKPOINT, checkpoint):
+        if not is_bounded(checkpoint):
+            raise DamageError("its settings hold themselves, or millions of values")
+        if is_checkpoint(checkpoint):
             return checkpoint
         reason = "other contents"
     except DamageError:
@@ -221,30 +198,6 @@ def _require_stored(archive: Path | io.BytesIO) -> None:
     with zipfile.ZipFile(archive) as files:
         if packed := [info.filename for info in files.infolist() if info.compress_type != zipfile.ZIP_STORED]:
             raise DamageError(f"{packed[0]} in it is compressed")
-
-
-def _require_bounded(node: Any) -> None:
-    """A list may hold itself, or one list many times over: walking through it would never end."""
-    left, nodes = _MOST_VALUES, [(node, 0)]
-    while nodes:
-        node, depth = nodes.pop()
-        if isinstance(node, dict | list | tuple | set):
-            left -= len(node)
-            if left < 0 or depth > _DEEPEST:
-                raise DamageError("its settings hold themselves, or millions of values")
-            nodes += [(each, depth + 1) for each in (node.values() if isinstance(node, dict) else node)]
-
-
-def _is_like(kind: Any, value: Any) -> bool:
-    """Whether what is there of a value is of the kinds in the same places of `kind`."""
-    if isinstance(kind, dict):
-        rest = kind.get(..., object)
-        return isinstance(value, dict) and all(_is_like(kind.get(name, rest), value[name]) for name in value)
-    if isinstance(kind, list):
-        return isinstance(value, list) and all(_is_like(kind[0], each) for each in value)
-    if isinstance(kind, tuple):
-        return any(_is_like(each, value) for each in kind)
-    return isinstance(value, kind) and (kind is object or not isinstance(value, int) or abs(value) < 1 << 63)
 
 
 def damage(path: Path) -> str | None:

@@ -40,6 +40,7 @@ LAYERS = [  # a file imports from files of earlier layers alone
         "runlog",
         "scores",
     },
+    {"kinds"},
     {"metrics", "settings", "shards", "slurm", "sources", "token_files", "triton_rows"},
     {"difficulty", "documents", "event_log", "losses", "report", "rows", "run_config", "spec"},
     {"lineage", "parse"},

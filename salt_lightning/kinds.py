@@ -1,0 +1,73 @@
+"""What a checkpoint of this project holds: the kinds of its values, which a stranger's file may have otherwise."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from salt_lightning.meter import Totals
+
+_MOST_VALUES, _DEEPEST = 1 << 22, 64
+_NUMBER = int | float
+_SPEC: dict[Any, Any] = {
+    **dict.fromkeys(("path", "revision", "dtype", "attention"), str | None),
+    **{"family": str, "config": dict, "trust_remote_code": bool, ...: ()},
+}
+_TOTALS: dict[Any, Any] = {**dict.fromkeys(Totals.__dataclass_fields__, _NUMBER), ...: ()}
+# Kinds of what is read of a checkpoint, where it is there; ... stands for all other names, () for none at all.
+_CHECKPOINT: dict[Any, Any] = {
+    **dict.fromkeys(("global_step", "max_steps"), int),
+    "kept_steps": [int],
+    "tokenizer": str | None,
+    "hyper_parameters": {"student": _SPEC, "teacher": (_SPEC, type(None)), "optim": dict},
+    "state_dict": Mapping,
+    "optimizer_states": [dict],
+    "callbacks": dict,
+    "loops": {"fit_loop": {"epoch_loop.batch_progress": dict, "epoch_loop.state_dict": dict}},
+    "text": {"source": [str], "weights": ([_NUMBER], type(None)), "hub": [str], "documents": int | None},
+    "data": {
+        **dict.fromkeys((f"--data.{name}" for name in ("global_batch_size", "block_size", "num_train_tokens")), int),
+        ...: int | str | None,
+    },
+    "kd_schedule": (
+        {"weight": _NUMBER, "steps": int | None, "anneal_steps": int, "shape": str, "stop_margin": _NUMBER | None},
+        type(None),
+    ),
+    "kd_stop_step": int | None,
+    "forward_flops": {...: _NUMBER},
+    **dict.fromkeys(("totals", "totals_before"), _TOTALS),
+    **dict.fromkeys(("time_s", "teacher_time_s"), _NUMBER),
+}
+
+
+def is_checkpoint(checkpoint: Any) -> bool:
+    """Whether it has a student's settings and weights, and of all that is read values of the right kinds.
+
+    Raises:
+        KeyError, TypeError: it has no such settings.
+    """
+    settings = checkpoint["hyper_parameters"]["student"]["config"]
+    return bool(settings) and "state_dict" in checkpoint and _is_like(_CHECKPOINT, checkpoint)
+
+
+def is_bounded(node: Any) -> bool:
+    """Whether to walk through it ends: a list may hold itself, or one list many times over."""
+    left, nodes = _MOST_VALUES, [(node, 0)]
+    while nodes:
+        node, depth = nodes.pop()
+        if isinstance(node, dict | list | tuple | set):
+            left -= len(node)
+            if left < 0 or depth > _DEEPEST:
+                return False
+            nodes += [(each, depth + 1) for each in (node.values() if isinstance(node, dict) else node)]
+    return True
+
+
+def _is_like(kind: Any, value: Any) -> bool:
+    """Whether what is there of a value is of the kinds in the same places of `kind`."""
+    if isinstance(kind, dict):
+        rest = kind.get(..., object)
+        return isinstance(value, dict) and all(_is_like(kind.get(name, rest), value[name]) for name in value)
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(_is_like(kind[0], each) for each in value)
+    if isinstance(kind, tuple):
+        return any(_is_like(each, value) for each in kind)
+    return isinstance(value, kind) and (kind is object or not isinstance(value, int) or abs(value) < 1 << 63)
