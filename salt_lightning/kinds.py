@@ -11,15 +11,17 @@ _SPEC: dict[Any, Any] = {
     **dict.fromkeys(("path", "revision", "dtype", "attention"), str | None),
     **{"family": str, "config": dict, "trust_remote_code": bool, ...: ()},
 }
+_STEPS: dict[Any, Any] = {"weight": _NUMBER, "steps": _NUMBER | None, "anneal_steps": _NUMBER}
+_LOSS: dict[Any, Any] = dict.fromkeys(("teacher_temperature", "logits_budget_gib"), _NUMBER)
 _TOTALS: dict[Any, Any] = {**dict.fromkeys(Totals.__dataclass_fields__, _NUMBER), ...: ()}
 # Kinds of what is read of a checkpoint, where it is there; ... stands for all other names, () for none at all.
 _CHECKPOINT: dict[Any, Any] = {
     **dict.fromkeys(("global_step", "max_steps"), int),
     "kept_steps": [int],
     "tokenizer": str | None,
-    "hyper_parameters": {"student": _SPEC, "teacher": (_SPEC, type(None)), "optim": dict},
+    "hyper_parameters": {"student": _SPEC, "teacher": (_SPEC, type(None)), "optim": dict, **_LOSS},
     "state_dict": Mapping,
-    "optimizer_states": [dict],
+    **{name: [dict] for name in ("optimizer_states", "lr_schedulers")},
     "callbacks": dict,
     "loops": {"fit_loop": {"epoch_loop.batch_progress": dict, "epoch_loop.state_dict": dict}},
     "text": {"source": [str], "weights": ([_NUMBER], type(None)), "hub": [str], "documents": int | None},
@@ -27,10 +29,7 @@ _CHECKPOINT: dict[Any, Any] = {
         **dict.fromkeys((f"--data.{name}" for name in ("global_batch_size", "block_size", "num_train_tokens")), int),
         ...: int | str | None,
     },
-    "kd_schedule": (
-        {"weight": _NUMBER, "steps": int | None, "anneal_steps": int, "shape": str, "stop_margin": _NUMBER | None},
-        type(None),
-    ),
+    "kd_schedule": ({**_STEPS, "shape": str, "stop_margin": _NUMBER | None}, type(None)),
     "kd_stop_step": int | None,
     "forward_flops": {...: _NUMBER},
     **dict.fromkeys(("totals", "totals_before"), _TOTALS),
@@ -67,7 +66,7 @@ def _is_like(kind: Any, value: Any) -> bool:
         rest = kind.get(..., object)
         return isinstance(value, dict) and all(_is_like(kind.get(name, rest), value[name]) for name in value)
     if isinstance(kind, list):
-        return isinstance(value, list) and all(_is_like(kind[0], each) for each in value)
+        return isinstance(value, list | tuple) and all(_is_like(kind[0], each) for each in value)
     if isinstance(kind, tuple):
         return any(_is_like(each, value) for each in kind)
     return isinstance(value, kind) and (kind is object or not isinstance(value, int) or abs(value) < 1 << 63)

@@ -210,6 +210,11 @@ NONSENSE = {  # what stands in a checkpoint -> what is said of it
     "text for a weight": ({"kd_schedule": {"weight": "x"}}, "other contents"),
     "another setting": ({"hyper_parameters": {"student": {**SPEC, "x": 1}}}, "other contents"),
     "a number for a path": ({"hyper_parameters": {"student": SPEC, "teacher": {"path": 5}}}, "other contents"),
+    "no temperature": (
+        {"hyper_parameters": {"student": SPEC, "teacher_temperature": None, "logits_budget_gib": 1.0}},
+        "other contents",
+    ),
+    "a number for rates": ({"lr_schedulers": 5}, "other contents"),
     "text for loops": ({"loops": "x"}, "other contents"),
     "text for weights of the model": ({"state_dict": {WEIGHT: "x"}}, "no plain tensor"),
     "numbers for names": ({"state_dict": {1: torch.ones(2)}}, "AttributeError"),
@@ -225,6 +230,16 @@ def test_plain_data_of_other_kinds_is_one_line(what, teacher, tmp_path, capsys):
     line = refused(capsys, "export", str(tmp_path / "evil.ckpt"), str(tmp_path / "out"))
     assert "is not a whole checkpoint of this project" in line
     assert said in line
+
+
+def test_what_python_callers_write_is_no_nonsense(teacher, tmp_path):
+    saved = torch.load(teacher, weights_only=True)
+    saved["text"]["weights"], saved["text"]["documents"] = (7, 0.3), None
+    saved["kd_schedule"] |= {"steps": 20.0, "shape": "my own", "slope": [1]}
+    saved["callbacks"]["Mine"] = {"state": 1 << 127, ("a", 1): {torch.float32}}
+    saved["hyper_parameters"]["of a subclass"] = {"x": [torch.ones(2).to_sparse()]}
+    torch.save(saved, tmp_path / "mine.ckpt")
+    assert read_checkpoint(str(tmp_path / "mine.ckpt"), "CKPT")["kd_schedule"]["slope"] == [1]
 
 
 def compressed(path: Path) -> Path:
