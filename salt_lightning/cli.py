@@ -48,12 +48,12 @@ from salt_lightning.scoring import ScoreWriter, check_strategy
 from salt_lightning.settings import (
     checkpoints,
     expand_home,
-    without_code,
     wrong_folders,
     wrong_groups,
     wrong_teacher,
     wrong_trainer_settings,
 )
+from salt_lightning.spec import settings_without_code
 
 # Lightning 2.6 calls jsonargparse by names that it deprecates: nothing a user of ours could mend.
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
@@ -121,7 +121,7 @@ class SALTCLI(LightningCLI):
         config["ckpt_path"] = None if path is None else str(path)
         if path is None:
             return
-        saved = without_code(read_checkpoint(str(path), "--ckpt_path")["hyper_parameters"], path)
+        saved = settings_without_code(read_checkpoint(str(path), "--ckpt_path")["hyper_parameters"], path)
         if chosen != "last" and (reason := shards.damage(path)):
             raise ConfigError(f"--ckpt_path {path} is damaged ({reason}); take an older one, or last, which finds one")
         given, before = self._settings(self._explicit).get("model") or Namespace(), flat(saved)

@@ -8,9 +8,6 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 
-from salt_lightning import folders
-from salt_lightning.errors import ConfigError
-
 _GROUPS = (
     *("model", "model.student", "model.student.config", "model.teacher", "model.teacher.config", "model.optim"),
     *("data", "data.keep", "data.examples", "kd", "checkpoint", "answers", "trainer"),
@@ -136,21 +133,3 @@ def wrong_trainer_settings(trainer: Namespace) -> list[str]:
     if trainer.get("overfit_batches"):
         wrong.append(f"--trainer.overfit_batches {trainer.overfit_batches}: give a small --data.source instead")
     return wrong
-
-
-# --- what a checkpoint says ---
-
-
-def without_code(saved: dict[str, Any], path: Path) -> dict[str, Any]:
-    """A checkpoint's settings. No file decides that code is run: jsonargparse imports what is named as a class."""
-    specs = [saved.get(name) for name in ("student", "teacher", "optim")]
-    if _names_class(saved) or not all(isinstance(spec, dict) for spec in specs):
-        raise ConfigError(f"--ckpt_path {path} is not a whole checkpoint of this project (its settings name a class)")
-    untrusted = {name: folders.without_code(saved[name], f"--ckpt_path {path}") for name in ("student", "teacher")}
-    return {**saved, **untrusted}
-
-
-def _names_class(node: Any) -> bool:
-    if isinstance(node, dict):
-        return "class_path" in node or any(map(_names_class, node.values()))
-    return isinstance(node, (list, tuple)) and any(map(_names_class, node))

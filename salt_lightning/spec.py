@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -232,3 +233,18 @@ def shape_settings(spec: dict[str, Any]) -> dict[str, Any]:
     """What must agree between a checkpoint's student and the configured one, of a spec as plain dict."""
     settings = {k: v for k, v in spec["config"].items() if k not in _NOT_SHAPE}
     return {"family": spec.get("family")} | {f"config.{k}": v for k, v in settings.items()}
+
+
+def settings_without_code(saved: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A checkpoint's settings. No file decides that code is run: jsonargparse imports what is named as a class."""
+    specs = [saved.get(name) for name in ("student", "teacher", "optim")]
+    if _names_class(saved) or not all(isinstance(spec, dict) for spec in specs):
+        raise ConfigError(f"--ckpt_path {path} is not a whole checkpoint of this project (its settings name a class)")
+    untrusted = {name: folders.without_code(saved[name], f"--ckpt_path {path}") for name in ("student", "teacher")}
+    return {**saved, **untrusted}
+
+
+def _names_class(node: Any) -> bool:
+    if isinstance(node, dict):
+        return "class_path" in node or any(map(_names_class, node.values()))
+    return isinstance(node, (list, tuple)) and any(map(_names_class, node))
