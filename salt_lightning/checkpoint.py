@@ -111,6 +111,7 @@ class RunCheckpoint(Checkpoint):
 
     def _begin(self) -> None:
         self.stopped_by: signal.Signals | None = None
+        self._trained = False  # no step yet, perhaps none at all
         self._due = False  # a save that waits for the validation of its step
         self._until_end: list[tuple[Any, str, Any]] = []  # what a stop has changed: of whom, its name, what it was
         self._kept: set[int] = set()  # steps whose checkpoints an earlier start has kept for good
@@ -154,6 +155,8 @@ class RunCheckpoint(Checkpoint):
         return preflight.disk(self._dir, weight_bytes, kept + len(for_good))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._trained = True
+        shards.forget()
         there = trainer.strategy.broadcast([str(path) for _, path in _saved(self._dir)])
         if there and trainer.global_step == 0:
             raise ConfigError(
@@ -249,12 +252,16 @@ class RunCheckpoint(Checkpoint):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Here, as Lightning leaves out the end of the training where a start finds it done: a kill may have come
         between the last save and the export."""
-        if not self.export or not trainer.is_global_zero or trainer.global_step < trainer.max_steps:
+        left_s = [timer.time_remaining() for timer in _timers(trainer)]
+        out_of_time = any(seconds is not None and seconds <= 0 for seconds in left_s)
+        ended = trainer.global_step >= trainer.max_steps or not (self.stopped_by or out_of_time)
+        if not self.export or not ended or not trainer.is_global_zero:
             return
-        if Path(self.export).exists():
+        if not self._trained and (Path(self.export) / "config.json").exists():
             rank_zero_info(f"--checkpoint.export {self.export} is there already, from an earlier start")
             return
-        written = export(self._path(trainer), Path(self.export), run=Path(trainer.default_root_dir))
+        checkpoint = self._path(trainer) if self._trained else Path(str(trainer.ckpt_path))
+        written = export(checkpoint, Path(self.export), run=Path(trainer.default_root_dir))
         rank_zero_info(f"exported to {written}")
 
     def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
@@ -289,9 +296,13 @@ class RunCheckpoint(Checkpoint):
             shards.remove(old)
 
 
+def _timers(trainer: pl.Trainer) -> list[Timer]:
+    return [c for c in trainer.callbacks if isinstance(c, Timer)]  # type: ignore[attr-defined]
+
+
 def _require_time_left(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
     """Lightning would end the run without a word: its timer goes on from the checkpoint's."""
-    for timer in (c for c in trainer.callbacks if isinstance(c, Timer)):  # type: ignore[attr-defined]
+    for timer in _timers(trainer):
         state, limit_s = checkpoint["callbacks"].get(timer.state_key, {}), timer._duration
         used_s = state.get("time_elapsed", {}).get(RunningStage.TRAINING, 0.0)
         if limit_s is not None and used_s >= limit_s:

@@ -61,7 +61,7 @@ def of_machine(error: BaseException) -> str | None:
             f"out of memory ({one_line(error, 200)}); halve --data.micro_batch_size (the result stays the same), or "
             "set --model.activation_checkpointing true, and go on with --ckpt_path last"
         )
-    if "DataLoader worker" in str(error):
+    if "DataLoader worker (pid" in str(error):  # not what one of them has raised
         return (
             f"a process that loads data was killed, as it happens for want of memory ({one_line(error, 200)}); give "
             "fewer --data.num_workers, and go on with --ckpt_path last"

@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from salt_lightning.meter import Totals
 
 _MOST_VALUES, _DEEPEST = 1 << 22, 64
-_NUMBER = int | float
+_NUMBER = int | float | Tensor  # of no dimension
 _SPEC: dict[Any, Any] = {
     **dict.fromkeys(("path", "revision", "dtype", "attention"), str | None),
     **{"family": str, "config": dict, "trust_remote_code": bool, ...: ()},
@@ -27,7 +29,6 @@ _CHECKPOINT: dict[Any, Any] = {
     "text": {"source": [str], "weights": ([_NUMBER], type(None)), "hub": [str], "documents": int | None},
     "data": {
         **dict.fromkeys((f"--data.{name}" for name in ("global_batch_size", "block_size", "num_train_tokens")), int),
-        ...: int | str | None,
     },
     "kd_schedule": ({**_STEPS, "shape": str, "stop_margin": _NUMBER | None}, type(None)),
     "kd_stop_step": int | None,
@@ -47,9 +48,10 @@ def is_checkpoint(checkpoint: Any) -> bool:
     return bool(settings) and "state_dict" in checkpoint and _is_like(_CHECKPOINT, checkpoint)
 
 
-def is_bounded(node: Any) -> bool:
-    """Whether to walk through it ends: a list may hold itself, or one list many times over."""
-    left, nodes = _MOST_VALUES, [(node, 0)]
+def is_bounded(checkpoint: dict[str, Any]) -> bool:
+    """Whether to walk through what is read ends: a list may hold itself, or one list many times over."""
+    read = _CHECKPOINT.keys() - {"state_dict", "optimizer_states", "callbacks"}
+    left, nodes = _MOST_VALUES, [(checkpoint[name], 0) for name in read & checkpoint.keys()]
     while nodes:
         node, depth = nodes.pop()
         if isinstance(node, dict | list | tuple | set):

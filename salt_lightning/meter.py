@@ -114,7 +114,7 @@ class Meter:
 
     def start(self, step: int, wait_s: float) -> None:
         """Opens the stretch that the next logged step speaks of. `wait_s`: what the loader made us wait so far."""
-        self._step, self._since_s, self._wait_s = step, time.perf_counter(), wait_s
+        self._step, self._since_s, self._wait_s, self._paused_s = step, time.perf_counter(), wait_s, None
 
     def pause(self) -> None:
         self._paused_s = time.perf_counter()

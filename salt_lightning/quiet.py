@@ -38,6 +38,8 @@ class _Steady:
         self._stream = stream
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_stream":  # of a copy that has none yet
+            raise AttributeError(name)
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
@@ -61,11 +63,11 @@ class _Steady:
 def steady_streams() -> Iterator[None]:
     """Of this process, stdout and stderr."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = _Steady(sys.stdout), _Steady(sys.stderr)
+    sys.stdout, sys.stderr = (stream and _Steady(stream) for stream in before)  # None where it was closed before
     try:
         yield
     finally:
-        for stream in (sys.stdout, sys.stderr):
+        for stream in filter(None, (sys.stdout, sys.stderr)):
             stream.flush()
         sys.stdout, sys.stderr = before
 

@@ -8,12 +8,14 @@ function of (seed, selection, shares, s): there is no state to save, and neither
 nor a resume change it.
 """
 
+import atexit
 import signal
 import threading
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -278,7 +280,9 @@ class Loader:
             generator=torch.Generator(),
         )
         with starting("--data.num_workers", none=0):
-            return iter(loader)
+            iterator: Any = iter(loader)
+        _WORKERS.update(iterator._workers)
+        return iterator
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: the position follows from the step. Lightning warns of loaders without this method."""
@@ -286,6 +290,16 @@ class Loader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing to restore."""
+
+
+_WORKERS: WeakSet = WeakSet()
+
+
+@atexit.register
+def _end_workers() -> None:
+    """After an error some are left. They ignore the signal by which multiprocessing would end them, and wait."""
+    for worker in _WORKERS:
+        worker.kill()
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:

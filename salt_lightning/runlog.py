@@ -3,6 +3,7 @@
 import math
 import os
 import re
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -336,6 +337,16 @@ def start_number(file: Path) -> int:
     return int(found[1]) if found else 0
 
 
+def _in_order(files: Iterable[Path]) -> list[Path]:
+    """By start; a file without a number, as other loggers write it, belongs to the start before it, by its name."""
+    highest, placed = 0, []
+    for file in sorted(files, key=lambda file: file.name):
+        number = start_number(file)
+        highest = max(highest, number)
+        placed.append((number or highest, file.name, file))
+    return [file for *_, file in sorted(placed)]
+
+
 def _read_curves(folder: Path) -> tuple[dict[str, Curve], tuple[str, ...]]:
     """The curves, and of each file that holds more than could be read up to which step it was read.
 
@@ -344,8 +355,7 @@ def _read_curves(folder: Path) -> tuple[dict[str, Curve], tuple[str, ...]]:
     """
     points: dict[str, dict[int, float]] = {}
     damaged = []
-    files = (file for file in folder.glob("*tfevents*") if file.is_file())
-    for file in sorted(files, key=lambda file: (start_number(file), file.name)):
+    for file in _in_order(file for file in folder.glob("*tfevents*") if file.is_file()):
         size, read, step = file.stat().st_size, 0, 0  # before it is read: a run under way may write on
         # TensorBoard's raw loader, which ends without a word at a record that is cut off or fails its checksum; its
         # EventAccumulator keeps a sample of the points alone.

@@ -95,7 +95,7 @@ def _metadata(folder: Path) -> Metadata:
     return _read_metadata(folder, stat.st_mtime_ns, stat.st_size)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=1)
 def _read_metadata(folder: Path, *_: int) -> Metadata:
     with open(folder / METADATA, "rb") as file:
         metadata = _Unpickler(file).load()
@@ -117,6 +117,11 @@ def _read_metadata(folder: Path, *_: int) -> Metadata:
         if "/" in name or name in ("", ".", ".."):
             raise pickle.UnpicklingError(f"{name!r} lies outside of the folder")
     return metadata
+
+
+def forget() -> None:
+    """Lets go of the table that was read last, of some kB a rank and tensor."""
+    _read_metadata.cache_clear()
 
 
 def _digest(folder: Path) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 import datasets
 import yaml
-from huggingface_hub import DatasetCard
+from huggingface_hub import metadata_load
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from salt_lightning.errors import ConfigError, few, one_line
@@ -209,10 +209,11 @@ def _folder_files(setting: str, folder: str, hub: Hub, split_setting: str = "--d
 def _elsewhere(folder: str) -> str | None:
     """What the description of a data folder names that `datasets` would ask the network, or an archive, for."""
     card, more = Path(folder, "README.md"), Path(folder, ".huggingface.yaml")
-    told = [DatasetCard.load(card).data.to_dict()] if card.is_file() else []
+    told = [metadata_load(card)] if card.is_file() else []
     told += [yaml.safe_load(more.read_bytes())] if more.is_file() else []
     configs = chain.from_iterable(each.get("configs") or () for each in told if isinstance(each, dict))
-    nodes, seen = [each.get(name) for each in configs for name in ("data_files", "data_dir")], set()
+    named = (each.get(name) for each in configs if isinstance(each, dict) for name in ("data_files", "data_dir"))
+    nodes, seen = list(named), set()
     while nodes:
         node = nodes.pop()
         if isinstance(node, str) and ("://" in node or "::" in node):

@@ -84,12 +84,14 @@ def fault(device: torch.device) -> str | None:
     """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return None  # what is captured has run before; to look at values would end the capture
-    generator = torch.Generator().manual_seed(0)
+    generator, fp32 = torch.Generator("cpu").manual_seed(0), torch.float32  # whatever the default is
     vocab = BLOCK + WIDE + 5  # two blocks, the second a few values long
-    student_CV, teacher_CV = (4 * torch.randn(4, vocab, generator=generator).to(device) for _ in range(2))
+    student_CV, teacher_CV = (
+        4 * torch.randn(4, vocab, generator=generator, device="cpu", dtype=fp32).to(device) for _ in range(2)
+    )
     labels_C = torch.tensor([0, BLOCK + 2, IGNORE, vocab - 1], device=device)
-    mix = Mix(torch.tensor(0.4, device=device), torch.tensor(0.25, device=device), 2.0)
-    sums_7C, grad_CV = torch.empty(7, 4, device=device), torch.empty_like(student_CV)
+    mix = Mix(torch.tensor(0.4, device=device, dtype=fp32), torch.tensor(0.25, device=device, dtype=fp32), 2.0)
+    sums_7C, grad_CV = torch.empty(7, 4, device=device, dtype=fp32), torch.empty_like(student_CV)
     fill_rows([student_CV, teacher_CV], labels_C, mix, sums_7C, grad_CV)
     ours = [sums_7C, grad_CV, *label_stats(student_CV, labels_C)]
     true_7C, true_CV = plain.row_pass(student_CV, teacher_CV, labels_C, mix, True)

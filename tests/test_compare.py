@@ -173,6 +173,16 @@ def test_of_a_step_logged_twice_the_later_start_wins_whatever_the_clocks_say(tmp
     assert (ce.steps.tolist(), ce.values.tolist()) == ([0, 100, 200], [10.0, 100.0, 210.0])
 
 
+def test_a_file_of_another_logger_belongs_to_the_start_before_it(tmp_path):
+    path = write_run(tmp_path / "r", {}, steps=0)
+    for start, name in enumerate(("10.a.start-1", "20.a.start-2", "30.a")):
+        with SummaryWriter(str(tmp_path / "made"), purge_step=100 * start + 1) as writer:
+            writer.add_scalar("val/ce", start, 100 * start + 50)
+        (made,) = (tmp_path / "made").glob("*tfevents*")
+        made.rename(path / f"events.out.tfevents.{name}")
+    assert read_run(path, "r").val_ce.steps.tolist() == [50, 150, 250]
+
+
 def test_a_clock_that_is_set_back_within_a_start_loses_nothing(tmp_path):
     path = write_run(tmp_path / "r", {}, steps=0)
     with SummaryWriter(str(path)) as writer:

@@ -15,6 +15,7 @@ import torch
 import yaml
 from conftest import StopAt, arguments, scalars
 from families import FAMILIES, tiny
+from lightning.pytorch.callbacks import Callback
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -343,6 +344,41 @@ def test_what_dies_between_the_last_save_and_the_export_is_exported_by_the_next_
         assert fit_with(tmp_path / "run", **own) == 128 + signal.SIGTERM
     assert not (tmp_path / "out").exists()
     assert fit_with(tmp_path / "run", **own) == 0
+    assert (tmp_path / "out/model.safetensors").exists()
+
+
+class EndsEarly(Callback):
+    def on_train_batch_end(self, trainer, *args):
+        trainer.should_stop = trainer.global_step == 7
+
+
+def test_a_run_that_ends_early_is_exported_unless_it_is_to_go_on(fit_with, tmp_path):
+    assert fit_with(tmp_path / "run", EndsEarly(), **{"checkpoint.export": str(tmp_path / "out")}) == 0
+    assert (tmp_path / "out/model.safetensors").exists()
+    timed = {"checkpoint.export": str(tmp_path / "timed"), "trainer.max_time": "00:00:00:01", "trainer.max_steps": 9999}
+    assert fit_with(tmp_path / "longer", **timed) == 0
+    assert not (tmp_path / "timed").exists()
+
+
+class MakesFolder(Callback):
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_start(self, *args):
+        self.folder.mkdir()
+        (self.folder / "config.json").touch()
+
+
+def test_what_another_run_has_exported_meanwhile_is_not_ours(fit_with, tmp_path, capsys):
+    own = {"checkpoint.export": str(tmp_path / "out")}
+    assert fit_with(tmp_path / "run", MakesFolder(tmp_path / "out"), **own) == 2
+    assert f"{tmp_path}/out exists already" in capsys.readouterr().err
+
+
+def test_a_finished_run_of_another_folder_is_exported_from_there(fit_with, tmp_path):
+    assert fit_with(tmp_path / "run") == 0
+    last = tmp_path / "run/checkpoints/step-00000012.ckpt"
+    assert fit_with(tmp_path / "new", ckpt_path=str(last), **{"checkpoint.export": str(tmp_path / "out")}) == 0
     assert (tmp_path / "out/model.safetensors").exists()
 
 

@@ -62,6 +62,11 @@ def test_a_checkpoint_has_the_time_since_the_last_logged_step_without_a_validati
     clock(1.0)
     assert meter.state(4)["time_s"] == 14.0
     assert meter.read(4, wait_s=0.0, peak=None)["time_s"] == 14.0
+    meter.pause()  # a validation that ended in an error
+    clock(50.0)
+    meter.start(0, wait_s=0.0)  # and another fit
+    clock(1.0)
+    assert meter.state(1)["time_s"] == 15.0
 
 
 def test_a_second_fit_of_a_module_counts_from_zero():

@@ -18,6 +18,7 @@ from conftest import CLOCK, StopAt, arguments, scalars, weights, write_corpus
 from lightning.pytorch.callbacks import Callback
 
 from salt_lightning import OptimSpec, SALTModule, cli, lineage
+from salt_lightning.errors import of_machine
 from salt_lightning.models import read_checkpoint
 from salt_lightning.runlog import read_run
 
@@ -293,6 +294,34 @@ def test_a_stream_that_breaks_ends_no_run(stream, fit_with, tmp_path, monkeypatc
         assert fit_with(tmp_path / "run", **{"trainer.enable_progress_bar": True}) == 0
     reason = {"full": "No space left on device", "pipe": "Broken pipe"}[stream]
     assert capsys.readouterr().err.count(f"stdout cannot be written ({reason}): going on without") == 1
+
+
+def test_streams_that_were_closed_before(tmp_path):
+    code = "import sys; sys.stdout = None; from salt_lightning.cli import main; sys.exit(main(['compare', 'none']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+
+
+RAISES = """
+import sys
+from salt_lightning.rows import Loader
+
+class Broken:
+    def __getitem__(self, index):
+        raise RuntimeError("stack expects each tensor to be equal size")
+
+loader = Loader(Broken(), 5, lambda: 0)
+loader.num_workers = 1
+kept = []
+for batch in loader: pass
+"""
+
+
+def test_what_a_loader_worker_raises_is_shown_and_ends_the_process(tmp_path):
+    done = subprocess.run([sys.executable, "-c", RAISES], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "stack expects each tensor to be equal size" in done.stderr
+    assert of_machine(RuntimeError("Caught RuntimeError in DataLoader worker process 0.")) is None
 
 
 class KillWorker(Callback):

@@ -195,7 +195,7 @@ for _ in range(45):
 SPEC = {"path": None, "revision": None, "family": "llama", "config": {"hidden_size": 8}, "dtype": None}
 WEIGHT = "student.model.model.norm.weight"
 NONSENSE = {  # what stands in a checkpoint -> what is said of it
-    "a list in itself": ({"x": ITSELF}, "hold themselves"),
+    "a list in itself": ({"text": {"x": ITSELF}}, "hold themselves"),
     "a list many times over": ({"hyper_parameters": {"student": SPEC, "x": MANY}}, "hold themselves"),
     "a text for a step": ({"global_step": "3"}, "other contents"),
     "an endless step": ({"global_step": 10**300}, "other contents"),
@@ -236,6 +236,8 @@ def test_what_python_callers_write_is_no_nonsense(teacher, tmp_path):
     saved = torch.load(teacher, weights_only=True)
     saved["text"]["weights"], saved["text"]["documents"] = (7, 0.3), None
     saved["kd_schedule"] |= {"steps": 20.0, "shape": "my own", "slope": [1]}
+    saved["data"] |= {"--data.seed": 1.5}
+    saved |= {"time_s": torch.tensor(1.5), "of a subclass": [0] * ((1 << 22) + 1)}
     saved["callbacks"]["Mine"] = {"state": 1 << 127, ("a", 1): {torch.float32}}
     saved["hyper_parameters"]["of a subclass"] = {"x": [torch.ones(2).to_sparse()]}
     torch.save(saved, tmp_path / "mine.ckpt")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.plugins import HalfPrecision
 from test_losses import gradients, make_case, relative_error
 
 from salt_lightning import chunked_head
@@ -174,7 +175,8 @@ def test_the_kernels_are_tried_before_they_are_used(kernels, broken, monkeypatch
 
     monkeypatch.setattr(kernels.plain, "row_pass", off(row_pass, ("sums", "gradient")))
     monkeypatch.setattr(kernels.plain, "label_stats", off(label_stats, ("losses", "ranks")))
-    assert kernels.fault(torch.device(DEVICE)) == (broken and f"wrong values ({broken})")
+    with HalfPrecision("bf16-true").train_step_context():  # bf16 is the default dtype in there
+        assert kernels.fault(torch.device(DEVICE)) == (broken and f"wrong values ({broken})")
 
 
 @pytest.mark.parametrize(
