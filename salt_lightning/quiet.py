@@ -28,7 +28,7 @@ def silence_libraries() -> None:
     warnings.filterwarnings("ignore", ".*is smaller than the logging interval.*")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line for each retry without a network
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
-        logging.getLogger(name).addFilter(_is_about_the_run)
+        logging.getLogger(name).addFilter(_escape_and_select)
 
 
 class _Steady:
@@ -72,7 +72,7 @@ def steady_streams() -> Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
-def _is_about_the_run(record: logging.LogRecord) -> bool:
+def _escape_and_select(record: logging.LogRecord) -> bool:
     message = record.getMessage()
     record.msg, record.args = printable_lines(message), ()  # names of a stranger's files and weights are in some
     return not message.startswith(_CHATTER)
