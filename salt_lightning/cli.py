@@ -385,11 +385,11 @@ def main(args: list[str] | None = None) -> int:
     if cli.subcommand == "fit" and trainer.global_step >= trainer.max_steps:
         _say_done(trainer)
         return 0
-    stop = next((saver.stopped_by for saver in savers(trainer)), None)
-    if stop is None:
-        return 0
-    print(f"stopped by {stop.name} at step {trainer.global_step}, saved; go on with --ckpt_path last")
-    return 128 + stop
+    signals = [saver.stopped_by for saver in savers(trainer) if saver.stopped_by is not None]
+    for number in signals[:1]:
+        print(f"stopped by {number.name} at step {trainer.global_step}, saved; go on with --ckpt_path last")
+        return 128 + number
+    return 0
 
 
 def _say_done(trainer: pl.Trainer) -> None:
