@@ -339,9 +339,13 @@ def test_what_dies_between_the_last_save_and_the_export_is_exported_by_the_next_
         raise KeyboardInterrupt(signal.SIGTERM)
 
     own = {"checkpoint.export": str(tmp_path / "out"), "ckpt_path": "last"}
-    with monkeypatch.context() as patch:
-        patch.setattr("salt_lightning.checkpoint.export", killed)
-        assert fit_with(tmp_path / "run", **own) == 128 + signal.SIGTERM
+    handler = signal.getsignal(signal.SIGINT)  # Lightning ignores Ctrl-C from here on
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr("salt_lightning.checkpoint.export", killed)
+            assert fit_with(tmp_path / "run", **own) == 128 + signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert not (tmp_path / "out").exists()
     assert fit_with(tmp_path / "run", **own) == 0
     assert (tmp_path / "out/model.safetensors").exists()
