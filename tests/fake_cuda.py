@@ -1,0 +1,156 @@
+# ruff: noqa: E402  (torch asks for its devices when it is imported)
+"""One optimizer step of a real fit, and a batch of its validation, on a CUDA device that holds no data.
+
+Its tensors are torch's FakeTensors of cuda:0: they have shapes, dtypes and gradients. To read one, to copy it to the
+CPU, or an op of tensors that lie on two devices raises: what a GPU would wait for, or refuse, is seen without one.
+
+python tests/fake_cuda.py CORPUS CACHE TEACHER FAMILY bf16|fp32 packed|mask; needs g++ and torch's CPU build.
+"""
+
+import ctypes
+import importlib.util
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+TORCH = Path(importlib.util.find_spec("torch").origin).parent
+
+
+def load_device() -> None:
+    """Torch asks for its devices once: before it is imported."""
+    with tempfile.TemporaryDirectory() as folder:
+        built = f"{folder}/fake_cuda.so"
+        include, libraries = f"-I{TORCH}/include", ["-lc10", "-ltorch_cpu"]
+        flags = ["-shared", "-fPIC", "-std=c++20", include, str(HERE / "fake_cuda.cpp"), f"-L{TORCH}/lib", *libraries]
+        subprocess.run(["g++", *flags, "-o", built], check=True)
+        for library in (TORCH / "lib" / "libc10.so", TORCH / "lib" / "libtorch_cpu.so", built):
+            ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+
+
+load_device()
+
+import lightning.pytorch as pl
+import torch
+from families import FAMILIES
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from salt_lightning import KDScheduleCallback, ModelSpec, SALTDataModule, SALTModule, attention, chunked_head
+
+
+class Event:
+    def __init__(self, enable_timing: bool) -> None:
+        pass
+
+    def record(self) -> None:
+        pass
+
+
+class NoCopies(TorchDispatchMode):
+    """Refuses copies from one device to another, for which the one waits."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.copy_):
+            devices = {x.device for x in (*args, out) if isinstance(x, torch.Tensor)}
+            assert len(devices) == 1, f"{func} copies from device to device"
+        return out
+
+
+class Done(Exception):
+    pass
+
+
+class OnFakeGPU(pl.Callback):
+    """Moves what a fit has built onto the device, before its first step, and ends it after one step there."""
+
+    def __init__(self, bf16: bool, packed: bool) -> None:
+        self.bf16, self.packed = bf16, packed
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        try:
+            self._step(module, batch)
+        finally:
+            del module.student  # which Lightning would move to the CPU
+
+    def _step(self, module, batch):
+        lms = [module.student, module.teacher]
+        if self.packed:
+            hindrances = [attention._change_over(lm.eval()) for lm in lms]
+            assert hindrances == [None, None], hindrances
+            lms[0].train()
+        mode = FakeTensorMode()
+        batch = {name: on_gpu(mode, tensor) for name, tensor in batch.items()}
+        for lm in lms:
+            move(mode, lm)
+        for holder, names in (
+            (module, ("kd_weight", "_sums", "_step_tokens")),
+            (module._watch, ("first",)),
+            (module.eval_metrics, module.eval_metrics._defaults),
+        ):
+            for name in names:
+                setattr(holder, name, on_gpu(mode, getattr(holder, name)))
+        autocast = torch.autocast("cuda", torch.bfloat16, enabled=self.bf16)
+        with mode, NoCopies():
+            optimizer = module.configure_optimizers()
+            for micro in range(2):
+                with autocast:
+                    loss = module.training_step(batch, micro)
+                loss.backward()
+            module.configure_gradient_clipping(optimizer, 1.0, "norm")
+            module.on_before_optimizer_step(optimizer)
+            optimizer.step()
+            with autocast, torch.no_grad():
+                module.validation_step(batch, 0)
+                scored = module.predict_step(batch, 0)
+        made = [loss, module._grad_norm, module._sums, module.eval_metrics.nll_sum_S, scored["nll"]]
+        assert all(tensor.device == torch.device("cuda:0") for tensor in made)
+        raise Done
+
+
+def on_gpu(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
+    with mode:
+        return mode.from_tensor(tensor).detach().to("cuda")
+
+
+def move(mode: FakeTensorMode, model: torch.nn.Module) -> None:
+    moved: dict[int, torch.Tensor] = {}  # tied weights stay one
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and id(tensor) not in moved:
+                    there = on_gpu(mode, tensor)
+                    is_weight = isinstance(tensor, torch.nn.Parameter)
+                    moved[id(tensor)] = torch.nn.Parameter(there, tensor.requires_grad) if is_weight else there
+                if tensor is not None:
+                    tensors[name] = moved[id(tensor)]
+
+
+def main(corpus: str, cache: str, teacher: str, family: str, precision: str, documents: str) -> None:
+    torch.cuda.Event = Event
+    torch.cuda.is_bf16_supported = lambda: True
+    torch.cuda.get_device_capability = lambda device=None: (9, 0)
+    torch.cuda.amp.common.amp_definitely_not_available = lambda: False
+    chunked_head._triton_rows = lambda: None  # kernels take no fake tensors; tests/test_triton_rows.py is of them
+    module = SALTModule(
+        ModelSpec(family=family, config=FAMILIES[family] | {"vocab_size": 320}), ModelSpec(path=teacher)
+    )
+    data = SALTDataModule(source=corpus, cache_dir=cache, vocab_size=300, block_size=32, global_batch_size=16,
+                          micro_batch_size=8, val_fraction=0.1, num_workers=0, prepare_workers=1)  # fmt: skip
+    probe = OnFakeGPU(bf16=precision == "bf16", packed=documents == "packed")
+    trainer = pl.Trainer(
+        max_steps=4, callbacks=[KDScheduleCallback(steps=2), probe], accelerator="cpu", logger=False,
+        enable_checkpointing=False, use_distributed_sampler=False, enable_progress_bar=False,
+        enable_model_summary=False, num_sanity_val_steps=0, val_check_interval=4,
+    )  # fmt: skip
+    try:
+        trainer.fit(module, data)
+    except Done:
+        print("a step, a validation and a scoring without a sync")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,21 @@
+"""What a GPU would wait for or refuse in a step, seen without one."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).parent / "fake_cuda.py"
+
+
+@pytest.mark.skipif(torch.version.cuda is not None or torch.version.hip is not None, reason="torch has its own CUDA")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+@pytest.mark.parametrize("how", ["llama bf16 packed", "gpt_oss bf16 mask"])
+def test_a_step_reads_nothing_from_a_gpu_and_mixes_no_devices(settings, teacher, how):
+    where = [str(settings["data.source"]), str(settings["data.cache_dir"]), teacher]
+    done = subprocess.run([sys.executable, SCRIPT, *where, *how.split()], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "a step, a validation and a scoring without a sync" in done.stdout
