@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from lightning.pytorch.utilities import rank_zero_warn
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from salt_lightning import folders
@@ -109,6 +109,12 @@ def unnamed_sizes(spec: ModelSpec, config: PreTrainedConfig) -> dict[str, int]:
     return {name: size for name, size in rest.items() if size is not None}
 
 
+# What a config.json says, and what it is to be said by here.
+_SAID_BY = {
+    "model_type": "family",
+    **dict.fromkeys(("dtype", "torch_dtype"), "dtype"),
+    **dict.fromkeys(("attn_implementation", "_attn_implementation"), "attention"),
+}
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # every config takes them, not every one lists them
 
 
@@ -137,8 +143,13 @@ def family_config(spec: ModelSpec) -> PreTrainedConfig:
             f"--model.student.family {spec.family} is no causal language model of transformers; e.g. llama, gpt2, qwen3"
         )
     names = set(known.to_dict()) | set(known.attribute_map) | set(_SPECIAL_TOKENS)
-    wrong = []
-    for key in sorted(set(spec.config) - names):
+    elsewhere = [key for key in _SAID_BY if key in spec.config]
+    wrong = [
+        f"--model.student.config.{key}: leave it out; --model.student.{_SAID_BY[key]} says it" for key in elsewhere
+    ]
+    for key in () if _is_whole(spec.config) else sorted(set(spec.config) - names - set(elsewhere)):
+        if key == "head_dim" and not hasattr(known, key) and _reads_head_dim(spec.family):
+            continue
         near = difflib.get_close_matches(key, names, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         wrong.append(f"--model.student.config.{key}: {spec.family} has no such setting{hint}")
@@ -158,6 +169,26 @@ def family_config(spec: ModelSpec) -> PreTrainedConfig:
             "sizes, e.g. hidden_size and num_hidden_layers, or --model.student.path to go on from pretrained weights"
         )
     return known
+
+
+def _is_whole(settings: dict[str, Any]) -> bool:
+    """Whether they are all of a model's, as a checkpoint has them: then no key is misspelt, and a hub folder's
+    config.json may have brought some that its family does not list. Nobody types what every config has."""
+    return {"return_dict", "output_hidden_states", "is_encoder_decoder"} <= set(settings)
+
+
+def _reads_head_dim(family: str) -> bool:
+    """Whether a family has heads of any width without listing it, as transformers' qwen2, phi3 and qwen3_moe do."""
+    own = AutoConfig.for_model(family).attribute_map
+    numels = set()
+    for width in (8, 16):
+        config = AutoConfig.for_model(family, **{own.get(_LAYERS, _LAYERS): 1, "head_dim": width})
+        with torch.device("meta"):
+            numels.add(sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters()))
+    return len(numels) == 2
+
+
+_LAYERS = "num_hidden_layers"
 
 
 def fresh_config(spec: ModelSpec, data: Any) -> PreTrainedConfig:

@@ -271,6 +271,10 @@ def test_a_folder_without_config_is_named(tmp_path):
             ModelSpec(config={"hiden_size": 8}),
             "config.hiden_size: llama has no such setting; did you mean hidden_size",
         ),
+        (ModelSpec(config={"model_type": "llama"}), "config.model_type: leave it out; --model.student.family says it"),
+        (ModelSpec(config={"dtype": "bfloat16"}), "config.dtype: leave it out; --model.student.dtype says it"),
+        (ModelSpec(family="gpt2", config={"head_dim": 16}), "config.head_dim: gpt2 has no such setting"),
+        (ModelSpec(family="falcon", config={"head_dim": 16}), "config.head_dim: falcon has no such setting"),
     ],
 )
 def test_misspelt_students_are_named(spec, message):
@@ -278,6 +282,19 @@ def test_misspelt_students_are_named(spec, message):
 
     with pytest.raises(ConfigError, match=message):
         fresh_config(spec, None)
+
+
+def test_heads_of_any_width_are_built_where_the_family_does_not_list_them():
+    query = tiny("qwen3_moe", head_dim=16).model.model.layers[0].self_attn.q_proj
+    assert query.out_features == 4 * 16  # four heads; 32 / 4 each without the setting
+
+
+def test_a_checkpoint_of_a_student_whose_folder_has_settings_of_its_own_loads_on_its_own(tmp_path):
+    """GLM 4 and Qwen 3 with experts have a head_dim that their families do not list; others, names of their tools."""
+    config = build_fresh(ModelSpec(config={**LLAMA_LIKE, "max_position_embeddings": 16}), None, 0).config
+    config.unsloth_version = "2026.1"
+    spec = resolved(ModelSpec(path="hub/name"), config)
+    assert build_fresh(spec, None, 0).config.unsloth_version == "2026.1"
 
 
 @pytest.mark.parametrize(
