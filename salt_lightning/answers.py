@@ -26,7 +26,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
 from salt_lightning.documents import Corpus
-from salt_lightning.errors import ConfigError
+from salt_lightning.errors import ConfigError, refuse, wrong_kinds
 from salt_lightning.losses import token_stats
 from salt_lightning.prepare import make_encoder
 from salt_lightning.rows import IGNORE
@@ -58,6 +58,7 @@ class AnswerTest(pl.Callback):
         choices: list[str] | None = None,
         max_examples: int | None = None,
     ) -> None:
+        refuse(wrong_kinds(AnswerTest.__init__, locals(), "--answers."))
         if max_new_tokens < 0:
             raise ConfigError(f"--answers.max_new_tokens {max_new_tokens} must be 0 or more")
         if max_examples is not None and max_examples < 1:

@@ -1,6 +1,7 @@
 """Optimizer steps said in Lightning's terms, which counts micro-batches: accumulation, validation, phase 1."""
 
 import math
+from numbers import Integral
 from weakref import WeakKeyDictionary
 
 from lightning.pytorch import Callback, Trainer
@@ -34,7 +35,7 @@ def set_cadence(trainer: Trainer, accumulation: int) -> None:
     )
     limits = {name: getattr(trainer, name) for name in ("limit_train_batches", "check_val_every_n_epoch")}
     refuse(wrong_counts({"accumulate_grad_batches": accumulate, "val_check_interval": interval, **limits}))
-    if trainer.max_steps < 1:
+    if not isinstance(trainer.max_steps, Integral) or trainer.max_steps < 1:
         raise ConfigError(f"--trainer.max_steps: {trainer.max_steps} is no length of a run; give optimizer steps")
     trainer.fit_loop.min_epochs = 0  # of min_steps Lightning makes an epoch, the whole run, which nothing could end
     trainer.accumulate_grad_batches = accumulation

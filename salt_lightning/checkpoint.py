@@ -21,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from salt_lightning import preflight, shards, slurm
-from salt_lightning.errors import ConfigError, few, refuse
+from salt_lightning.errors import ConfigError, few, refuse, wrong_kinds
 from salt_lightning.export import check_target, export
 from salt_lightning.journal import whole
 from salt_lightning.models import own_parts
@@ -97,6 +97,7 @@ class RunCheckpoint(Checkpoint):
         folder: str | None = None,
         export: str | None = None,
     ) -> None:
+        refuse(wrong_kinds(RunCheckpoint.__init__, locals(), "--checkpoint."))
         wrong = [
             f"--checkpoint.{name} {value} must be at least 1, or null"
             for name, value in (("every_n_steps", every_n_steps), ("keep", keep))
@@ -111,6 +112,7 @@ class RunCheckpoint(Checkpoint):
 
     def _begin(self) -> None:
         self.stopped_by: signal.Signals | None = None
+        self._proved = False  # whether a checkpoint of this start could be read
         self._trained = False  # no step yet, perhaps none at all
         self._due = False  # a save that waits for the validation of its step
         self._until_end: list[tuple[Any, str, Any]] = []  # what a stop has changed: of whom, its name, what it was
@@ -284,8 +286,21 @@ class RunCheckpoint(Checkpoint):
         for logger in trainer.loggers:  # a kill right after the save must not lose what was logged before it
             getattr(logger, "flush", lambda: None)()
         trainer.save_checkpoint(self._path(trainer), weights_only=False)
+        if not self._proved:
+            self._prove(trainer)
         if trainer.is_global_zero:
             self._forget(trainer)
+
+    def _prove(self, trainer: pl.Trainer) -> None:
+        """Reads the first checkpoint back, before a run relies on what cannot be read."""
+        path = self._path(trainer)
+        found = trainer.strategy.broadcast(shards.unreadable(path) if trainer.is_global_zero else None)
+        if found is not None:
+            raise ConfigError(
+                f"{path}, just written, cannot be read back: it holds a {found}, in the state of a callback or of a "
+                "subclass; save numbers, texts, lists, dictionaries and tensors alone"
+            )
+        self._proved = True
 
     def _forget(self, trainer: pl.Trainer) -> None:
         """Removes the oldest regular checkpoints, after the newest is safely there."""
@@ -372,6 +387,20 @@ def require_same(
     changed = [f"{k} {now.get(k)} (checkpoint: {saved.get(k)})" for k in saved if saved[k] != now.get(k)]
     if changed:
         raise ConfigError("the checkpoint holds another student: " + ", ".join(changed[:5]))
+
+
+def about(data: Any, max_steps: int) -> dict[str, Any]:
+    """What a checkpoint says of its run: a later start's to compare, a model card's to tell."""
+    tokenizer, text = getattr(data, "tokenizer_fingerprint", None), getattr(data, "text", {})
+    return {"tokenizer": tokenizer, "data": identity(data), "text": text, "max_steps": max_steps}
+
+
+def identity(data: Any) -> dict[str, Any]:
+    """What decides which rows a step reads."""
+    settings = ["seed", "global_batch_size", "block_size", "num_train_tokens"]
+    fingerprints = [f"{name}_fingerprint" for name in ("train", "selection", "difficulty")]
+    found = {f"--data.{name}": getattr(data, name, 0) for name in settings + fingerprints}
+    return found | {"--data.held_out": str(getattr(data, "held_out", ""))}
 
 
 def go_on_from(

@@ -309,7 +309,7 @@ def _groups(students: list[Run], rows: dict[str, Row], there: dict[str, Any], se
                 changed={
                     key: (there.get(key), here.get(key))
                     for key in sorted(here.keys() | there.keys())
-                    if here.get(key) != there.get(key)
+                    if here and there and here.get(key) != there.get(key)  # one may have no config.yaml
                 },
             )
         )

@@ -20,12 +20,12 @@ from salt_lightning import preflight
 from salt_lightning.cadence import accumulation, phase1_steps, set_cadence
 from salt_lightning.difficulty import HeldOut, find_files, read_thirds
 from salt_lightning.documents import Corpus
-from salt_lightning.errors import ConfigError, refuse
+from salt_lightning.errors import ConfigError, refuse, wrong_kinds
 from salt_lightning.example_rows import ExampleRows, open_examples
 from salt_lightning.examples import Examples
 from salt_lightning.mixture import Mixture, Shares, make_order, shares_of, weight_problems
 from salt_lightning.order import Order
-from salt_lightning.prepare import prepare_tokenizer, prepare_tokens, token_folder, tokenizer_folder
+from salt_lightning.prepare import prepare_tokenizer, prepare_tokens, token_folder, trained_tokenizer
 from salt_lightning.rows import (
     IGNORE,
     Batches,
@@ -40,6 +40,7 @@ from salt_lightning.rows import (
 )
 from salt_lightning.scores import Scored, Scores
 from salt_lightning.selection import KeepRule, Plan, plan, row_scores
+from salt_lightning.settings import seed_or_global
 from salt_lightning.sources import Group, Hub, each_file, entries, resolve
 from salt_lightning.token_files import TokenFiles, digest
 from salt_lightning.tokenizer import changed_words, kept_text, load_tokenizer, num_ids, tokenizer_fingerprint
@@ -69,7 +70,7 @@ class SALTDataModule(LightningDataModule):
         val_fraction: float = 0.01,
         val_rows: int | None = None,
         difficulty: str | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         isolate_documents: bool = True,
         cache_dir: str = "cache",
         prepare_workers: int = 0,
@@ -108,7 +109,7 @@ class SALTDataModule(LightningDataModule):
             val_rows: Validate on this many rows, evenly spaced, at most.
             difficulty: Folder of a run (the teacher's) that `validate`, or `test`, has looked at with the same held-out
                 text: its loss splits the documents into an easy, a medium and a hard third (val/ce/easy ...).
-            seed: Order of the training rows.
+            seed: Order of the training rows. null: that of seed_everything.
             isolate_documents: Documents in one row do not see each other: positions start anew at each.
             cache_dir: Folder for prepared text and trained tokenizers.
             prepare_workers: Processes that tokenize; 0 is one per core, with 1 no other is started.
@@ -122,6 +123,7 @@ class SALTDataModule(LightningDataModule):
         Raises:
             ConfigError: any setting is out of its range.
         """
+        refuse(wrong_kinds(SALTDataModule.__init__, locals(), "--data."))
         super().__init__()
         self.source, self.val_source = entries(source), entries(val_source)
         self.test_source = entries(test_source)
@@ -131,7 +133,7 @@ class SALTDataModule(LightningDataModule):
         self.tokenizer_name, self.trained_vocab_size = tokenizer, vocab_size
         self.block_size, self.isolate_documents = block_size, isolate_documents
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
-        self.val_fraction, self.val_rows, self.seed = val_fraction, val_rows, seed
+        self.val_fraction, self.val_rows, self.seed = val_fraction, val_rows, seed_or_global(seed)
         self.cache_dir = Path(cache_dir).expanduser()
         self.prepare_workers, self.num_workers = prepare_workers, num_workers
         self.selection, self.keep, self.examples = selection, keep, examples
@@ -205,7 +207,7 @@ class SALTDataModule(LightningDataModule):
             name = self.tokenizer_name
             if name == "train":
                 corpus, fraction = self._corpus("source")
-                name = str(tokenizer_folder(corpus, self.trained_vocab_size, fraction, self.cache_dir))
+                name = trained_tokenizer(corpus, self.trained_vocab_size, fraction, self.cache_dir)
             self._tokenizer = load_tokenizer(name)
         return self._tokenizer
 
@@ -392,9 +394,8 @@ class SALTDataModule(LightningDataModule):
     # --- how that is done ---
 
     def _loader(self, batches: Batches, length: int, start: Callable[[], int]) -> Loader:
-        loader = Loader(batches, length, start)
-        loader.pin_memory = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
-        return loader
+        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        return Loader(batches, length, start, pin_memory=on_gpu)
 
     def _eval_rows(self) -> np.ndarray:
         assert self._eval is not None

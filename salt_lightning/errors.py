@@ -1,10 +1,13 @@
 """The errors a user is meant to see: one line, no traceback (cli.main catches them)."""
 
 import argparse
+import os
 import signal
 import sys
-from collections.abc import Callable, Iterable
-from typing import NoReturn
+from collections.abc import Callable, Iterable, Mapping
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 
 class ConfigError(ValueError):
@@ -21,6 +24,48 @@ def refuse(wrong: Iterable[str]) -> None:
     """Raises ConfigError with all that is wrong; nothing where nothing is."""
     if said := "; ".join(wrong):
         raise ConfigError(said)
+
+
+def wrong_kinds(takes: Callable[..., Any], given: Mapping[str, Any], prefix: str) -> list[str]:
+    """Arguments that are of no kind that a function or a class takes: from Python, nobody else looks at them.
+
+    Args:
+        takes: what its annotations say; names without one are passed over.
+        given: values by name.
+        prefix: of the settings that the names are.
+    """
+    wanted = {name: hint for name, hint in get_type_hints(takes).items() if name in given}
+    return [
+        f"{prefix}{name} {given[name]!r} must be {_kind_said(hint)}"
+        for name, hint in wanted.items()
+        if not _is_of(given[name], hint)
+    ]
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    if get_origin(hint) in (Union, UnionType):
+        return any(_is_of(value, each) for each in get_args(hint))
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if get_origin(hint) is list:
+        return isinstance(value, list | tuple) and all(_is_of(each, get_args(hint)[0]) for each in value)
+    if hint in _NUMBERS:  # numpy's, too
+        return isinstance(value, _NUMBERS[hint]) and not isinstance(value, bool)
+    if hint is str:
+        return isinstance(value, str | os.PathLike)
+    return not isinstance(hint, type) or isinstance(value, hint)
+
+
+_NUMBERS: dict[Any, type] = {int: Integral, float: Real}
+_SAID = {int: "a whole number", float: "a number", str: "a text", bool: "True or False", NoneType: "None"}
+
+
+def _kind_said(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return " or ".join(map(str, get_args(hint)))
+    if get_origin(hint) is list:
+        return f"a list (each entry {_kind_said(get_args(hint)[0])})"
+    return _SAID.get(hint) or " or ".join(map(_kind_said, get_args(hint))) or f"of class {hint.__name__}"
 
 
 def raised(looks: Iterable[Callable[[], object]]) -> list[str]:

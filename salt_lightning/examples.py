@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from string import Formatter
 from typing import Any
 
-from salt_lightning.errors import ConfigError, one_line
+from salt_lightning.errors import ConfigError, one_line, refuse, wrong_kinds
 
 Message = dict[str, Any]  # role, content, and what else a chat template may write (tool_calls)
 Segment = tuple[str, bool]  # text, and whether it is learned
@@ -33,6 +33,9 @@ class Examples:
     prompt: str = ""
     response: str = ""
     messages: str | list[dict[str, str]] = ""
+
+    def __post_init__(self) -> None:
+        refuse(wrong_kinds(Examples, vars(self), "--data.examples."))
 
     @property
     def given(self) -> bool:

@@ -56,6 +56,7 @@ def export(
         ConfigError: the target exists, the checkpoint is damaged or holds another model than it says, or the
             tokenizer is not the one that it was trained with.
     """
+    checkpoint, target = Path(checkpoint), Path(target)  # in Python a text does, too
     setting = f"export: CKPT {checkpoint}"
     check_target(target, "export: DIR")
     saved = read_checkpoint(str(checkpoint), "export: CKPT")

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 
 from salt_lightning.errors import ConfigError, few, refuse
-from salt_lightning.parallel import plain_name
+from salt_lightning.parallel import plain_name, weight_norm
 
 _BATCH = "docs/own-data.md says what a batch holds"
 _FREE = {  # hooks that may be replaced altogether
@@ -74,6 +75,33 @@ def check_subclass(trainer: Trainer) -> None:
         raise ConfigError(
             f"{few(late)}: added after the student was sharded, so each rank would train its own; add it in "
             "extend_student, or use ddp"
+        )
+
+
+def check_weights(module: Any, trained_steps: int) -> None:
+    """Before a fit's first step: weights of an earlier fit of the same module are told, and ruined ones refused.
+
+    Raises:
+        ConfigError: some are not finite.
+    """
+    if not weight_norm(module.student).isfinite():
+        raise ConfigError(
+            "the student's weights are not finite before the first step: an earlier fit has ruined them; make a new "
+            "SALTModule, or go on from a checkpoint (trainer.fit(ckpt_path=...))"
+        )
+    if module.global_step == 0 and trained_steps:
+        rank_zero_warn(
+            f"this student was trained for {trained_steps} steps before, and goes on from there, as a run that "
+            "counts from 0; for a new run make a new SALTModule"
+        )
+
+
+def say_lost(module: LightningModule, weights: Mapping[str, Any]) -> None:
+    """ddp_notebook and ddp_spawn train in processes of their own; a module without a student cannot take weights."""
+    if not hasattr(module, "student") and any(name.startswith("student.") for name in weights):
+        rank_zero_warn(
+            "this module has no student, and takes no weights: what other processes have trained is in the run's "
+            "checkpoints; SALTModule.load_from_checkpoint(PATH) reads it"
         )
 
 

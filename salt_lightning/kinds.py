@@ -1,8 +1,10 @@
 """What a checkpoint of this project holds: the kinds of its values, which a stranger's file may have otherwise."""
 
 from collections.abc import Mapping
+from pathlib import PurePath
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from salt_lightning.meter import Totals
@@ -46,6 +48,17 @@ def is_checkpoint(checkpoint: Any) -> bool:
     """
     settings = checkpoint["hyper_parameters"]["student"]["config"]
     return bool(settings) and "state_dict" in checkpoint and _is_like(_CHECKPOINT, checkpoint)
+
+
+def plain(value: Any) -> Any:
+    """The same with Python's own numbers and texts for numpy's and for paths, which nobody reads without unpickling."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, PurePath):
+        return str(value)
+    if type(value) is dict:
+        return {plain(key): plain(each) for key, each in value.items()}
+    return type(value)(map(plain, value)) if type(value) in (list, tuple) else value
 
 
 def is_bounded(checkpoint: dict[str, Any]) -> bool:

@@ -13,6 +13,7 @@ without a teacher.
 Shapes: N tokens, V vocabulary, D student width, E teacher width, C rows of a chunk.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -197,8 +198,8 @@ def _scalar(value: float | Tensor, like: Tensor) -> Tensor:
 def _check_options(accuracy: str, temperature: float, budget_gib: float, chunk_tokens: int | None) -> None:
     if accuracy not in ("accurate", "fast"):
         raise ConfigError(f"accuracy={accuracy!r} is unknown; use 'accurate' or 'fast'")
-    if not temperature > 0:
-        raise ConfigError(f"teacher_temperature={temperature} must be above 0")
+    if not 0 < temperature < math.inf:
+        raise ConfigError(f"teacher_temperature={temperature} must be above 0, and finite")
     if not budget_gib > 0:
         raise ConfigError(f"logits_budget_gib={budget_gib} must be above 0")
     if chunk_tokens is not None and chunk_tokens < 1:

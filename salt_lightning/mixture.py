@@ -22,13 +22,12 @@ CYCLE = 10_000  # rows in which each source has its share to the row; a share is
 _OTHERS = "--data.source_column", "--data.source_per_file", "--data.examples"
 
 
-def weight_problems(weights: Any, entries: Sequence[str], others: Sequence[Any]) -> list[str]:
+def weight_problems(weights: Sequence[float] | None, entries: Sequence[str], others: Sequence[Any]) -> list[str]:
     """What is wrong with the weights of the entries of a source setting; `others`: what _OTHERS are set to."""
     also = [name for name, given in zip(_OTHERS, others, strict=True) if given]
     if weights is None or not entries:  # no source at all is another problem
         return []
-    numbers = isinstance(weights, list | tuple) and len(weights) == len(entries)
-    fits = numbers and all(isinstance(w, int | float) and not isinstance(w, bool) and 0 < w < math.inf for w in weights)
+    fits = len(weights) == len(entries) and all(0 < w < math.inf for w in weights)
     checks = (
         (fits, f"must be a number above 0 for each of the {len(entries)} entries of --data.source, or null"),
         (len(entries) <= CYCLE, f"goes with {CYCLE} entries of --data.source at most"),

@@ -19,15 +19,17 @@ from torch import Tensor
 
 from salt_lightning import attention, extension, flops, models, parallel, preflight, probe
 from salt_lightning.cadence import check_trainer, plan_validation
-from salt_lightning.checkpoint import go_on_from, how_to_go_on, require_same, say_other_share
+from salt_lightning.checkpoint import about, go_on_from, how_to_go_on, identity, require_same, say_other_share
 from salt_lightning.data import SALTDataModule
-from salt_lightning.errors import ConfigError, NonFiniteLossError, refuse
+from salt_lightning.errors import ConfigError, NonFiniteLossError, refuse, wrong_kinds
+from salt_lightning.kinds import plain
 from salt_lightning.losses import salt_loss, token_stats
 from salt_lightning.meter import SUMS, Meter, loss_values, peak_memory
 from salt_lightning.metrics import TokenMetrics
 from salt_lightning.models import CausalLM
 from salt_lightning.optim import OptimSpec, by_name
 from salt_lightning.schedule import KDScheduleCallback, kd_callbacks
+from salt_lightning.settings import seed_or_global
 from salt_lightning.spec import DTYPES, ModelSpec, resolved
 from salt_lightning.token_ids import check_models, tell_fit
 from salt_lightning.watch import Watch, problem
@@ -51,7 +53,7 @@ class SALTModule(pl.LightningModule):
             compute of the student for most of its memory.
         accuracy: How the head loss stores logits: accurate, or fast (bf16).
         logits_budget_gib: Memory that the head loss may use for logits, GiB; what a few thousand rows need is granted.
-        seed: Of the student's initial weights and of dropout. The command line sets it by --seed_everything.
+        seed: Of the student's initial weights and of dropout. null: that of seed_everything.
 
     Raises:
         ConfigError: for a setting out of range, a teacher that does not fit, a checkpoint of another student.
@@ -73,17 +75,15 @@ class SALTModule(pl.LightningModule):
         activation_checkpointing: bool = False,
         accuracy: Literal["accurate", "fast"] = "accurate",
         logits_budget_gib: float = 2.0,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
+        student, teacher = ModelSpec.of(student), ModelSpec.of(teacher)
+        optim = OptimSpec(**optim) if isinstance(optim, dict) else optim
+        refuse(wrong_kinds(SALTModule.__init__, locals(), "--model."))
         super().__init__()
-        self.student_spec = ModelSpec.of(student)
-        self.teacher_spec = ModelSpec.of(teacher)
-        self.optim_spec = optim if isinstance(optim, OptimSpec) else OptimSpec(**optim)
+        self.student_spec, self.teacher_spec, self.optim_spec = student, teacher, optim
         positive = {"teacher_temperature": teacher_temperature, "logits_budget_gib": logits_budget_gib}
-        wrong = [f"--model.{k} {x} must be above 0, and finite" for k, x in positive.items() if not 0 < x < math.inf]
-        if accuracy not in ("accurate", "fast"):
-            wrong.append(f"--model.accuracy {accuracy} must be accurate or fast")
-        refuse(wrong)
+        refuse(f"--model.{k} {x} must be above 0, and finite" for k, x in positive.items() if not 0 < x < math.inf)
         self._loss = partial(
             salt_loss, teacher_temperature=teacher_temperature, accuracy=accuracy, logits_budget_gib=logits_budget_gib
         )
@@ -99,7 +99,7 @@ class SALTModule(pl.LightningModule):
                 "activation_checkpointing": activation_checkpointing,
                 "accuracy": accuracy,
                 "logits_budget_gib": logits_budget_gib,
-                "seed": seed,
+                "seed": seed_or_global(seed),
             },
             logger=False,
         )
@@ -120,6 +120,7 @@ class SALTModule(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
+            self.__dict__["teacher"] = None  # of a fit before that was ended, or of RKD
             self.optim_spec.check(self.trainer.max_steps)
             if self.has_teacher and self._kd is None:
                 raise extension.no_callback(self.teacher_spec.path)
@@ -210,6 +211,8 @@ class SALTModule(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         extension.check_subclass(self.trainer)
+        self.train()  # a fit that was ended within a validation has left it in eval mode
+        self._rng_state = torch.get_rng_state()  # each micro-batch seeds anew
         self.kd_weight = self.kd_weight.to(self.device)
         self._watch = Watch(self.device)
         self._sums, self._step_tokens = torch.zeros(len(SUMS), device=self.device), torch.zeros((), device=self.device)
@@ -219,10 +222,13 @@ class SALTModule(pl.LightningModule):
         data, kd = self._data, self._kd
         self.meter.follow(
             data.global_batch_size * data.block_size if data is not None else 0,
-            # not the schedule's own method: a validation may set another
-            None if kd is None else lambda steps: kd.schedule.kd_steps(steps),
+            None if kd is None else kd.kd_steps,
         )
+        extension.check_weights(self, self._loaded_step)
         self.meter.start(self.global_step, self._wait_s)
+
+    def on_fit_end(self) -> None:
+        torch.set_rng_state(self._rng_state)
 
     def on_train_end(self) -> None:
         self._loaded_step = self.global_step  # for a validate of this module
@@ -322,8 +328,7 @@ class SALTModule(pl.LightningModule):
         if weight == 0 and (brought := self.meter.what_it_brought()):
             rank_zero_info(f"step {step}: {brought}")
         self._write({f"train/{name}": value for name, value in values.items()}, step)
-        self.progress["loss"] = f"{values['loss']:.3f}"
-        self.progress["kd_weight"] = f"{weight:.3g}"
+        self.progress |= {"loss": f"{values['loss']:.3f}", "kd_weight": f"{weight:.3g}"}
         self.progress["tok/s"] = f"{values['tokens_per_s']:,.0f}"
 
     @property
@@ -406,11 +411,12 @@ class SALTModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if states := checkpoint.get("optimizer_states"):
             checkpoint["optimizer_states"] = [by_name(state) if state else state for state in states]
-        checkpoint["tokenizer"] = getattr(self._data, "tokenizer_fingerprint", None)
-        checkpoint["data"] = self._data_identity()
-        checkpoint["text"] = getattr(self._data, "text", {})  # for the model card
-        checkpoint["max_steps"] = self.trainer.max_steps
-        checkpoint |= self.meter.state(self.global_step)
+        checkpoint |= about(self._data, self.trainer.max_steps) | self.meter.state(self.global_step)
+        checkpoint |= plain(checkpoint)
+
+    def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        extension.say_lost(self, state_dict)
+        return super().load_state_dict(state_dict, *args, **kwargs)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         require_same(checkpoint, self.hparams["student"], self._data, self.state_dict)
@@ -419,18 +425,11 @@ class SALTModule(pl.LightningModule):
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             max_steps = self.trainer.max_steps
             accumulate = self.trainer.accumulate_grad_batches if self._data is not None else None
-            go_on_from(checkpoint, max_steps, accumulate, self._data_identity(), self.optim_spec)
+            go_on_from(checkpoint, max_steps, accumulate, identity(self._data), self.optim_spec)
         elif self._data is not None:
             say_other_share(checkpoint, self._data)
 
     # ------------------------------------------------------ what the run is made of
-
-    def _data_identity(self) -> dict[str, Any]:
-        """What decides which rows a step reads."""
-        settings = ["seed", "global_batch_size", "block_size", "num_train_tokens"]
-        fingerprints = [f"{name}_fingerprint" for name in ("train", "selection", "difficulty")]
-        found = {f"--data.{name}": getattr(self._data, name, 0) for name in settings + fingerprints}
-        return found | {"--data.held_out": str(getattr(self._data, "held_out", ""))}
 
     @property
     def _data(self) -> SALTDataModule | None:

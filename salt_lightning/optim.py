@@ -6,12 +6,13 @@ No Lightning scheduler: it would restore the old rate over an explicit new one o
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from salt_lightning.errors import ConfigError, refuse
+from salt_lightning.errors import ConfigError, refuse, wrong_kinds
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,13 @@ class OptimSpec:
     min_lr_ratio: float = 0.1
 
     def __post_init__(self) -> None:
+        refuse(wrong_kinds(OptimSpec, vars(self), "--model.optim."))
         ranges = [
             ("lr", 0 < self.lr < math.inf, "must be above 0, and finite"),
             ("weight_decay", 0 <= self.weight_decay < math.inf, "must not be negative, and finite"),
             ("beta1", 0 <= self.beta1 < 1, "must lie in 0..1, below 1"),
             ("beta2", 0 <= self.beta2 < 1, "must lie in 0..1, below 1"),
             ("eps", 0 < self.eps < math.inf, "must be above 0, and finite"),
-            ("schedule", self.schedule in ("cosine", "wsd"), "must be cosine or wsd"),
             ("warmup_steps", self.warmup_steps >= 0, "must not be negative"),
             ("decay_steps", self.decay_steps is None or self.decay_steps >= 0, "must not be negative"),
             ("min_lr_ratio", 0 <= self.min_lr_ratio <= 1, "must lie in 0..1"),
@@ -62,7 +63,7 @@ class OptimSpec:
 
     def check(self, max_steps: int) -> None:
         """Raises ConfigError where warm-up and decay do not fit into the run, or that has no length."""
-        if max_steps < 1:
+        if not isinstance(max_steps, Integral) or max_steps < 1:
             raise ConfigError(f"--trainer.max_steps: {max_steps} is no length of a run; give optimizer steps")
         decay_steps = self.decay_steps or 0
         if self.warmup_steps + decay_steps > max_steps:

@@ -56,6 +56,14 @@ def tokenizer_folder(corpus: Corpus, vocab_size: int, val_fraction: float, cache
     return cache_dir / f"tokenizer-{digest([FORMAT, WORDS, corpus.inputs(), vocab_size, val_fraction])}"
 
 
+def trained_tokenizer(corpus: Corpus, vocab_size: int, val_fraction: float, cache_dir: Path) -> str:
+    """That folder, where it is there."""
+    folder = tokenizer_folder(corpus, vocab_size, val_fraction, cache_dir)
+    if not folder.exists():
+        raise ConfigError("--data.tokenizer: 'train' is trained by prepare_data(), which comes first")
+    return str(folder)
+
+
 def prepare_tokenizer(corpus: Corpus, vocab_size: int, val_fraction: float, cache_dir: Path, workers: int = 0) -> Path:
     """Train a tokenizer on the training documents of a corpus unless the cache has it; its folder. `workers`: as of
     `prepare_tokens`."""

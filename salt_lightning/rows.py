@@ -248,9 +248,9 @@ class Loader:
     alone, whatever trainer.use_distributed_sampler says.
     """
 
-    def __init__(self, batches: Batches, length: int, start: Callable[[], int]) -> None:
-        self.batches, self.length, self.start = batches, length, start
-        self.num_workers, self.pin_memory = 0, False
+    def __init__(self, batches: Batches, length: int, start: Callable[[], int], pin_memory: bool = False) -> None:
+        self.batches, self.length, self.start, self.pin_memory = batches, length, start, pin_memory
+        self.num_workers = 0
         self.wait_s = 0.0
 
     def __len__(self) -> int:

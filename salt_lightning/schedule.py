@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
-from salt_lightning.errors import ConfigError, refuse
+from salt_lightning.errors import ConfigError, refuse, wrong_kinds
 from salt_lightning.preflight import size_said
 from salt_lightning.probe import Probe
 
@@ -43,6 +43,7 @@ class KDSchedule:
     shape: Shape = "step"
 
     def __post_init__(self) -> None:
+        refuse(wrong_kinds(KDSchedule, vars(self), "--kd."))
         wrong = []
         if not 0.0 <= self.weight <= 1.0:
             wrong.append(f"--kd.weight {self.weight} must lie in 0..1")
@@ -50,9 +51,7 @@ class KDSchedule:
             wrong.append(f"--kd.steps {self.steps} must not be negative (null = the whole run)")
         if self.anneal_steps < 0:
             wrong.append(f"--kd.anneal_steps {self.anneal_steps} must not be negative")
-        if self.shape not in ("step", "linear", "linear_ratio", "cosine"):
-            wrong.append(f"--kd.shape {self.shape} must be step, linear, linear_ratio or cosine")
-        elif self.shape == "step" and self.anneal_steps > 0:
+        if self.shape == "step" and self.anneal_steps > 0:
             wrong.append(
                 f"--kd.anneal_steps {self.anneal_steps} needs --kd.shape linear, linear_ratio or cosine: "
                 "step has no ramp"
@@ -113,6 +112,10 @@ def kd_callbacks(trainer: pl.Trainer) -> list[KDScheduleCallback]:
     return [c for c in trainer.callbacks if isinstance(c, KDScheduleCallback)]  # type: ignore[attr-defined]
 
 
+def _in_training(trainer: pl.Trainer) -> bool:
+    return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+
+
 class KDScheduleCallback(pl.Callback):
     """Sets the KD weight before each batch, lets the teacher go at the boundary, and looks at both models meanwhile.
 
@@ -149,6 +152,7 @@ class KDScheduleCallback(pl.Callback):
         allow_change: bool = False,
         allow_untrained: bool = False,
     ) -> None:
+        refuse(wrong_kinds(KDScheduleCallback.__init__, locals(), "--kd."))
         self.schedule = KDSchedule(weight, steps, anneal_steps, shape)
         if stop_margin is None and min_steps:
             raise ConfigError(f"--kd.min_steps {min_steps} needs --kd.stop_margin")
@@ -167,6 +171,10 @@ class KDScheduleCallback(pl.Callback):
     def schedule(self, planned: KDSchedule) -> None:
         self.planned = planned
         self.stop_step: int | None = None
+
+    def kd_steps(self, steps_done: int) -> int:
+        """How many of the first `steps_done` optimizer steps had a teacher; a validation may change it."""
+        return self.schedule.kd_steps(steps_done)
 
     @property
     def _settings(self) -> dict[str, Any]:
@@ -257,14 +265,15 @@ class KDScheduleCallback(pl.Callback):
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if pl_module.teacher is not None:
+        if pl_module.teacher is not None and _in_training(trainer):
             self._probe.add(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Before RunCheckpoint's: what is found here belongs to this step's checkpoint."""
-        values, step = self._probe.read(trainer, pl_module), trainer.global_step
+        values = self._probe.read(trainer, pl_module) if _in_training(trainer) else {}
         if not values:
             return
+        step = trainer.global_step
         if self.stop_margin is not None and self.stop_step is None:
             close = values["probe/gap"] <= self.stop_margin and step >= self.min_steps
             found = self.planned.stop_at(step) if trainer.strategy.broadcast(close) else self.planned

@@ -13,13 +13,13 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from salt_lightning.errors import ConfigError, refuse
+from salt_lightning.errors import ConfigError, refuse, wrong_kinds
 from salt_lightning.mixture import Mixture, Shares, make_order
 from salt_lightning.order import Order, scatter
 from salt_lightning.scores import NO_LABEL, RANK_CAP, Scores, write_table
@@ -57,12 +57,11 @@ class KeepRule:
     max_repeats: float = 4.0
 
     def __post_init__(self) -> None:
+        refuse(wrong_kinds(KeepRule, vars(self), "--data.keep."))
         checks = (
             ("fraction", 0.0 < self.fraction <= 1.0, "must lie above 0 and at most at 1"),
             ("rows", self.rows is None or self.rows >= 1, "must be 1 or more, or null"),
-            ("order", self.order in get_args(Which), f"must be one of {', '.join(get_args(Which))}"),
             ("k", 1 <= self.k <= RANK_CAP, f"must lie in 1..{RANK_CAP}"),
-            ("masked", self.masked in ("zero", "drop"), "must be zero or drop"),
             ("drop_top", 0.0 <= self.drop_top < 1.0, "must lie at 0 or above, and below 1"),
             ("max_repeats", self.max_repeats > 0, "must be above 0"),
         )  # fmt: skip

@@ -25,6 +25,11 @@ _PATHS = (
 )
 
 
+def seed_or_global(seed: int | None) -> int:
+    """The seed; without one that of Lightning's seed_everything in this process, or 0."""
+    return int(os.environ.get("PL_GLOBAL_SEED") or 0) if seed is None else seed
+
+
 def expand_home(config: Namespace) -> None:
     """A shell does it for `--run ~/x`, and neither for `--run=~/x` nor in a file. Sources do it by themselves."""
     for name in _PATHS:

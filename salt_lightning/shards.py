@@ -19,6 +19,7 @@ import io
 import math
 import os
 import pickle
+import re
 import shutil
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -36,7 +37,7 @@ from torch.distributed.checkpoint import metadata as tables
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 
-from salt_lightning.errors import ConfigError
+from salt_lightning.errors import ConfigError, first_line
 from salt_lightning.journal import whole
 from salt_lightning.kinds import is_bounded, is_checkpoint
 
@@ -203,6 +204,16 @@ def _require_stored(archive: Path | io.BytesIO) -> None:
     with zipfile.ZipFile(archive) as files:
         if packed := [info.filename for info in files.infolist() if info.compress_type != zipfile.ZIP_STORED]:
             raise DamageError(f"{packed[0]} in it is compressed")
+
+
+def unreadable(path: Path) -> str | None:
+    """What there is in a checkpoint, file or folder, that torch does not load without unpickling; None: nothing."""
+    try:
+        read(path) if path.is_dir() else _read_file(path)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        return found[1] if found else first_line(error)
+    return None
 
 
 def damage(path: Path) -> str | None:

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from salt_lightning import folders
-from salt_lightning.errors import ConfigError, is_out_of_memory, one_line, refuse
+from salt_lightning.errors import ConfigError, is_out_of_memory, one_line, refuse, wrong_kinds
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -48,6 +48,9 @@ class ModelSpec:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
+        if isinstance(self.dtype, torch.dtype):
+            object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
+        refuse(wrong_kinds(ModelSpec, vars(self), "ModelSpec."))
         if isinstance(self.path, os.PathLike):  # from Python
             object.__setattr__(self, "path", os.fspath(self.path))
 

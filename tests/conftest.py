@@ -19,6 +19,13 @@ hypothesis_settings.register_profile("house", deadline=None)  # a busy machine i
 hypothesis_settings.load_profile("house")
 torch.set_num_threads(1)  # models of a few thousand weights: threads would only wait for each other
 
+
+@pytest.fixture(autouse=True)
+def no_global_seed(monkeypatch):
+    """The command leaves its seed in this process, where a later test's own modules would take it."""
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+
+
 WORDS = "the a small frozen teacher helps large student reads what it wrote before and then leaves so".split()  # noqa: SIM905
 
 

@@ -1,21 +1,37 @@
 """A user's own code around SALTModule: what docs/extending.md shows works; what would go wrong silently is refused."""
 
+import math
+import pickle
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, TypeVar
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM, BatchEncoding, LlamaConfig, LlamaForCausalLM
 
-from salt_lightning import KDSchedule, KDScheduleCallback, ModelSpec, OptimSpec, SALTDataModule, SALTModule, cli
+import salt_lightning
+from salt_lightning import (
+    AnswerTest,
+    Examples,
+    KDSchedule,
+    KDScheduleCallback,
+    ModelSpec,
+    OptimSpec,
+    SALTDataModule,
+    SALTModule,
+    cli,
+)
 from salt_lightning.checkpoint import RunCheckpoint, newest
 from salt_lightning.errors import ConfigError
+from salt_lightning.export import export
 from salt_lightning.extension import check_step_tokens
 from salt_lightning.models import read_checkpoint
+from salt_lightning.selection import KeepRule
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
 BLOCKS = re.findall(r"^## ([^\n]+)\n(?:(?!^##).)*?```python\n(.*?)```", PAGE, re.S | re.M)
@@ -440,3 +456,153 @@ def test_a_start_in_the_folder_of_a_run_is_refused_in_python_too(data, tmp_path)
     with pytest.raises(ConfigError, match=r"holds checkpoints of a run, the newest at step-00000006.ckpt, and"):
         trainer(tmp_path, SAVE).fit(SALTModule(ModelSpec(config=SIZES)), data)
     assert sorted((tmp_path / "checkpoints").iterdir()) == there
+
+
+# ---- numbers and kinds of values that Python gives ----------------------------------------------
+
+
+def test_numbers_of_numpy_leave_checkpoints_that_can_be_read(teacher, data, tmp_path):
+    kd = KDScheduleCallback(weight=np.float32(0.5), steps=np.int64(3))
+    module = SALTModule(
+        ModelSpec(config=SIZES), teacher, np.float64(2), OptimSpec(lr=np.float64(1e-3)), seed=np.int64(3)
+    )
+    trainer(tmp_path, kd, SAVE, max_steps=np.int64(6)).fit(module, data)
+    path = newest(tmp_path / "checkpoints")
+    assert path.name == "step-00000006.ckpt"
+    assert read_checkpoint(str(path), "")["hyper_parameters"]["optim"]["lr"] == 1e-3
+    assert "parameters in float32" in export(str(path), str(tmp_path / "out"), tokenizer=data.tokenizer_name)
+
+
+class Counts(pl.Callback):
+    def state_dict(self):
+        return {"mean": np.ones(2)}
+
+
+def test_a_state_that_cannot_be_read_back_ends_a_run_at_its_first_checkpoint(data, tmp_path):
+    with pytest.raises(ConfigError, match=r"step-00000003.ckpt, just written, cannot be read back: it holds a numpy"):
+        trainer(tmp_path, Counts(), SAVE).fit(SALTModule(ModelSpec(config=SIZES)), data)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ModelSpec(SIZES), r"ModelSpec.path {.*} must be a text or None"),
+        (lambda: ModelSpec(dtype=torch.float16), "ModelSpec.dtype 'float16' must be float32 or bfloat16 or None"),
+        (lambda: SALTDataModule("x", keep={}), "--data.keep {} must be of class KeepRule"),
+        (lambda: SALTDataModule("x", block_size=32.0), "--data.block_size 32.0 must be a whole number"),
+        (lambda: SALTDataModule("x", source_weights=3), r"source_weights 3 must be a list \(each entry a number\) or "),
+        (lambda: KDScheduleCallback("0.5"), "--kd.weight '0.5' must be a number"),
+        (lambda: KDScheduleCallback(steps=2.5), "--kd.steps 2.5 must be a whole number or None"),
+        (lambda: KDScheduleCallback(True), "--kd.weight True must be a number"),
+        (lambda: OptimSpec(lr="1e-3"), "--model.optim.lr '1e-3' must be a number"),
+        (lambda: KeepRule(k=None), "--data.keep.k None must be a whole number"),
+        (lambda: Examples(prompt=1), "--data.examples.prompt 1 must be a text"),
+        (lambda: AnswerTest(max_new_tokens="5"), "--answers.max_new_tokens '5' must be a whole number"),
+        (lambda: RunCheckpoint(at_steps=5), "--checkpoint.at_steps 5 must be a list"),
+        (lambda: SALTModule(ModelSpec(), optim=torch.optim.AdamW), "--model.optim .* must be of class OptimSpec"),
+        (lambda: SALTModule(ModelSpec(), compile=1), "--model.compile 1 must be True or False"),
+        (lambda: OptimSpec().check(20.0), "--trainer.max_steps: 20.0 is no length of a run"),
+    ],
+)
+def test_values_of_another_kind_are_named_where_they_are_given(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+def test_values_of_a_kind_that_does_are_taken():
+    assert ModelSpec(Path("x"), dtype=torch.bfloat16) == ModelSpec("x", dtype="bfloat16")
+    assert SALTDataModule(["a", "b"], source_weights=(1, 2), cache_dir=Path("c")).source == ["a", "b"]
+
+
+def test_the_tokenizer_that_is_yet_to_be_trained(settings, tmp_path):
+    with pytest.raises(ConfigError, match=r"trained by prepare_data\(\), which comes first"):
+        _ = SALTDataModule(settings["data.source"], cache_dir=tmp_path).tokenizer
+
+
+# ---- one process, several fits ------------------------------------------------------------------
+
+
+class Boom(pl.Callback):
+    def __init__(self, during: str) -> None:
+        setattr(self, during, self._end)
+
+    def _end(self, trainer, *_):
+        if trainer.global_step >= 3:
+            raise RuntimeError("boom")
+
+
+def test_a_teacher_that_a_broken_fit_left_is_not_met_by_the_next(data, teacher, tmp_path):
+    module = SALTModule(ModelSpec(config=SIZES), teacher)
+    with pytest.raises(RuntimeError, match="boom"):
+        trainer(tmp_path, KDScheduleCallback(), Boom("on_train_batch_end")).fit(module, data)
+    assert module.teacher is not None
+    kd = KDScheduleCallback(steps=6, stop_margin=10.0)
+    pl.Trainer(accelerator="cpu", callbacks=[kd], logger=False, enable_progress_bar=False).validate(module, data)
+    assert kd.stop_step is None
+    met = []
+    look = pl.callbacks.LambdaCallback(on_sanity_check_start=lambda _, module: met.append(module.teacher))
+    trainer(tmp_path, kd, look, num_sanity_val_steps=1, val_check_interval=2).fit(module, data)
+    assert met == [None]
+    assert kd.stop_step == 2
+
+
+def test_a_fit_that_ended_within_a_validation_goes_on_with_dropout(data, tmp_path):
+    def module():
+        dropping = {"n_embd": 32, "n_layer": 1, "n_head": 2, "resid_pdrop": 0.5, "embd_pdrop": 0.5}
+        return SALTModule(ModelSpec(family="gpt2", config=dropping))
+
+    broken, whole, often = module(), module(), {"val_check_interval": 3}
+    with pytest.raises(RuntimeError, match="boom"):
+        trainer(tmp_path / "broken", Boom("on_validation_batch_end"), **often).fit(broken, data)
+    trainer(tmp_path / "whole", SAVE, **often).fit(whole, data)
+    path = tmp_path / "whole" / "checkpoints" / "step-00000003.ckpt"
+    trainer(tmp_path / "again", **often).fit(broken, data, ckpt_path=path)
+    assert all(torch.equal(broken.state_dict()[name], weight) for name, weight in whole.state_dict().items())
+
+
+def test_a_fit_leaves_torchs_random_numbers_where_they_were(data, tmp_path):
+    before = torch.get_rng_state()
+    trainer(tmp_path).fit(SALTModule(ModelSpec(config=SIZES)), data)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_without_a_seed_that_of_seed_everything_counts(data, tmp_path, monkeypatch):
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    assert SALTModule(ModelSpec()).hparams["seed"] == SALTDataModule("x").seed == 0
+    monkeypatch.setenv("PL_GLOBAL_SEED", "7")  # as seed_everything does
+    assert SALTModule(ModelSpec()).hparams["seed"] == SALTDataModule("x").seed == 7
+    assert SALTModule(ModelSpec(), seed=0).hparams["seed"] == SALTDataModule("x", seed=0).seed == 0
+
+
+def test_a_second_fit_of_one_module_is_told(data, tmp_path):
+    module = SALTModule(ModelSpec(config=SIZES))
+    trainer(tmp_path).fit(module, data)
+    with pytest.warns(UserWarning, match="this student was trained for 6 steps before, and goes on from there"):
+        trainer(tmp_path).fit(module, data)
+
+
+def test_ruined_weights_are_refused_before_the_first_step(data, tmp_path):
+    module = SALTModule(ModelSpec(config=SIZES))
+    trainer(tmp_path).fit(module, data)
+    with torch.no_grad():
+        module.student.head.weight[0, 0] = math.nan
+    with pytest.raises(ConfigError, match="are not finite before the first step: an earlier fit has ruined them"):
+        trainer(tmp_path).fit(module, data)
+
+
+def test_weights_that_come_to_a_module_without_a_student_are_told():
+    module = SALTModule(ModelSpec(config=SIZES))
+    with pytest.warns(UserWarning, match="this module has no student, and takes no weights"):
+        module.load_state_dict({"student.x": torch.zeros(1)}, strict=False)
+
+
+def test_a_module_that_was_trained_can_be_pickled(data, teacher, tmp_path):
+    module = SALTModule(ModelSpec(config=SIZES), teacher)
+    trainer(tmp_path, KDScheduleCallback(steps=3)).fit(module, data)
+    module.trainer = None
+    assert torch.equal(pickle.loads(pickle.dumps(module)).student.head.weight, module.student.head.weight)
+
+
+def test_the_package_names_what_it_has():
+    assert {"SALTModule", "salt_loss"} <= set(dir(salt_lightning))
+    assert "import_module" not in dir(salt_lightning)

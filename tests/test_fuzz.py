@@ -107,7 +107,7 @@ def test_a_document_that_no_memory_can_hold_is_refused(name, tmp_path, monkeypat
             lambda: SALTModule(ModelSpec(), teacher_temperature=float("nan"), logits_budget_gib=float("inf")),
             r"--model.teacher_temperature nan must be .*--model.logits_budget_gib inf must be",
         ),
-        (lambda: SALTModule(ModelSpec(), accuracy="other"), r"--model.accuracy other must be accurate or fast"),
+        (lambda: SALTModule(ModelSpec(), accuracy="other"), r"--model.accuracy 'other' must be accurate or fast"),
         (lambda: SALTDataModule("x", seed=2**63), r"--data.seed: 9223372036854775808 must be .* below 2\*\*63"),
         (lambda: SALTDataModule("x", global_batch_size=10**12), r"--data.global_batch_size: 10+ must be"),
         (lambda: SALTDataModule("x", vocab_size=2**31), r"--data.vocab_size: 2147483648 must be"),

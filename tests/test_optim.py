@@ -81,7 +81,7 @@ def test_a_step_follows_the_formula():
     [
         ({"lr": 0}, "--model.optim.lr 0 must be above 0"),
         ({"beta2": 1.0}, "--model.optim.beta2 1.0"),
-        ({"schedule": "linear"}, "--model.optim.schedule linear must be cosine or wsd"),
+        ({"schedule": "linear"}, "--model.optim.schedule 'linear' must be cosine or wsd"),
         ({"warmup_steps": -1, "min_lr_ratio": 2}, "warmup_steps -1.*min_lr_ratio 2"),
     ],
 )

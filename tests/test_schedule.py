@@ -91,7 +91,7 @@ def test_never_rises_never_leaves_its_range(weight, steps, share, shape):
         ({"steps": 5, "anneal_steps": 2}, r"needs --kd.shape linear"),
         ({"steps": 5, "shape": "cosine"}, r"--kd.shape cosine needs --kd.anneal_steps"),
         ({"steps": 5, "anneal_steps": 2, "shape": "linear_ratio", "weight": 1.0}, r"infinite ratio"),
-        ({"shape": "sqrt"}, r"--kd.shape sqrt must be step, linear, linear_ratio or cosine"),
+        ({"shape": "sqrt"}, r"--kd.shape 'sqrt' must be step or linear or linear_ratio or cosine"),
     ],
 )
 def test_wrong_settings_are_named(settings, message):
