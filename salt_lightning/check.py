@@ -379,7 +379,7 @@ def report(check: Check, wrong: list[str]) -> int:
     for message in wrong:
         check.add("error", "settings", message)
     check.run()
-    print(listed(check.findings, min(120, shutil.get_terminal_size((120, 24)).columns)))
+    pl.utilities.rank_zero_only(print)(listed(check.findings, min(120, shutil.get_terminal_size((120, 24)).columns)))
     return int(any(finding.level == "error" for finding in check.findings))
 
 

@@ -21,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from salt_lightning import preflight, shards, slurm
+from salt_lightning.alike import identity
 from salt_lightning.errors import ConfigError, few, refuse, wrong_kinds
 from salt_lightning.export import check_target, export
 from salt_lightning.journal import whole
@@ -393,14 +394,6 @@ def about(data: Any, max_steps: int) -> dict[str, Any]:
     """What a checkpoint says of its run: a later start's to compare, a model card's to tell."""
     tokenizer, text = getattr(data, "tokenizer_fingerprint", None), getattr(data, "text", {})
     return {"tokenizer": tokenizer, "data": identity(data), "text": text, "max_steps": max_steps}
-
-
-def identity(data: Any) -> dict[str, Any]:
-    """What decides which rows a step reads."""
-    settings = ["seed", "global_batch_size", "block_size", "num_train_tokens"]
-    fingerprints = [f"{name}_fingerprint" for name in ("train", "selection", "difficulty")]
-    found = {f"--data.{name}": getattr(data, name, 0) for name in settings + fingerprints}
-    return found | {"--data.held_out": str(getattr(data, "held_out", ""))}
 
 
 def go_on_from(

@@ -377,23 +377,23 @@ def main(args: list[str] | None = None) -> int:
         if said is None and not parallel.has_lost_others(error):
             raise
         close_bars()
-        print(f"\nerror: {said}" if said else parallel.loss_of_others(_rank(), str(error)), file=sys.stderr)
+        print(f"\nerror: {said}" if said else parallel.loss_of_others(_rank(), str(error), *first), file=sys.stderr)
         return 1
+    parallel.leave_at_exit()
     trainer = cli.trainer
     if not trainer.is_global_zero:  # a code of theirs would look like a crash
         return 0
     if cli.subcommand == "fit" and trainer.global_step >= trainer.max_steps:
-        _say_done(trainer)
+        return _say_done(trainer)
+    if not (sent := next((saver.stopped_by for saver in savers(trainer) if saver.stopped_by), None)):
         return 0
-    signals = [saver.stopped_by for saver in savers(trainer) if saver.stopped_by is not None]
-    for number in signals[:1]:
-        print(f"stopped by {number.name} at step {trainer.global_step}, saved; go on with --ckpt_path last")
-        return 128 + number
-    return 0
+    print(f"stopped by {sent.name} at step {trainer.global_step}, saved; go on with --ckpt_path last")
+    return 128 + sent
 
 
-def _say_done(trainer: pl.Trainer) -> None:
+def _say_done(trainer: pl.Trainer) -> int:
     loss = trainer.callback_metrics.get("val/ce")
     parts = [f"step {trainer.global_step}", None if loss is None else f"val/ce {loss:.4f}"]
     parts += [str(saver._path(trainer)) for saver in savers(trainer)]
     print(f"done: {', '.join(filter(None, parts))}")
+    return 0

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from lightning.pytorch.utilities import rank_zero_only
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -219,6 +220,8 @@ def main(argv: list[str]) -> int:
         "--tokenizer", metavar="T", help="folder or hub name (default: the run's own, runs/NAME/tokenizer)"
     )
     args = parser.parse_args(argv)
+    if getattr(rank_zero_only, "rank", 0):  # under torchrun the first process writes
+        return 0
     written = export(args.checkpoint, args.target, DTYPES.get(args.dtype), args.tokenizer)
     print(f"written: {printable(written)}")
     return 0

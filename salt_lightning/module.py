@@ -17,9 +17,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from salt_lightning import attention, extension, flops, models, parallel, preflight, probe
+from salt_lightning import alike, attention, extension, flops, models, parallel, preflight, probe
 from salt_lightning.cadence import check_trainer, plan_validation
-from salt_lightning.checkpoint import about, go_on_from, how_to_go_on, identity, require_same, say_other_share
+from salt_lightning.checkpoint import about, go_on_from, how_to_go_on, require_same, say_other_share
 from salt_lightning.data import SALTDataModule
 from salt_lightning.errors import ConfigError, NonFiniteLossError, refuse, wrong_kinds
 from salt_lightning.kinds import plain
@@ -107,7 +107,6 @@ class SALTModule(pl.LightningModule):
         self.kd_weight = torch.zeros(())  # the weight of the running step; KDScheduleCallback writes it
         self.progress: dict[str, str] = {}  # what the progress bar shows, as of the last logged step
         self._grad_norm = torch.zeros(())
-        self._watch = Watch()
         self.meter = Meter()
         self._ndim: dict[str, int] = {}  # of the student's parameters
 
@@ -120,6 +119,7 @@ class SALTModule(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
+            alike.require(self.trainer, alike.of_fit(self, self._data))
             self.__dict__["teacher"] = None  # of a fit before that was ended, or of RKD
             self.optim_spec.check(self.trainer.max_steps)
             if self.has_teacher and self._kd is None:
@@ -425,7 +425,7 @@ class SALTModule(pl.LightningModule):
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             max_steps = self.trainer.max_steps
             accumulate = self.trainer.accumulate_grad_batches if self._data is not None else None
-            go_on_from(checkpoint, max_steps, accumulate, identity(self._data), self.optim_spec)
+            go_on_from(checkpoint, max_steps, accumulate, alike.identity(self._data), self.optim_spec)
         elif self._data is not None:
             say_other_share(checkpoint, self._data)
 

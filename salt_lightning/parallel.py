@@ -4,6 +4,7 @@ Each transformer block is a group of its own. Embedding, final norm and head are
 the loss: there the head weight is whole, tied or not.
 """
 
+import atexit
 import os
 import sys
 import threading
@@ -325,7 +326,11 @@ def check(trainer: pl.Trainer, ckpt_path: str | None = None) -> None:
             f"{name} is not supported; use ddp, fsdp (FSDP1), or --config configs/fsdp.yaml (FSDP2 over all devices)"
         )
     # With one device Lightning overlooks that torchrun has started several processes: each would train alone.
-    started = TorchElasticEnvironment().world_size() if TorchElasticEnvironment.detect() else world
+    started = world
+    if TorchElasticEnvironment.detect():
+        started = TorchElasticEnvironment().world_size()
+    elif (tasks := int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))) > 1:  # srun's; a batch script is one
+        started = tasks
     if started != trainer.num_devices * trainer.num_nodes:
         raise ConfigError(
             f"--trainer.devices {trainer.num_devices} times --trainer.num_nodes {trainer.num_nodes} is not the number "
@@ -370,11 +375,24 @@ def has_lost_others(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
-def loss_of_others(rank: int, why: str) -> str:
-    """What a process says whose others have ended or no longer answer."""
+def leave_at_exit() -> None:
+    """After a good end: gloo's threads, left to themselves, abort a process at its exit now and then."""
+    atexit.register(_leave)  # of NCCL Lightning takes care
+
+
+def _leave() -> None:
+    if dist.is_available() and dist.is_initialized() and dist.get_backend() == "gloo":
+        dist.destroy_process_group()
+
+
+def loss_of_others(rank: int, why: str, verb: str | None = None) -> str:
+    """What a process says whose others have ended or no longer answer, in a fit or another verb."""
+    if "EADDRINUSE" in why:
+        return f"\nerror: MASTER_PORT {os.environ.get('MASTER_PORT')} is taken by another process; choose another one"
+    remedy = "then the same command" if verb in ("predict", "validate", "test") else "go on with --ckpt_path last"
     return (
         f"\nerror: process {rank} has lost the others ({why.splitlines()[0][:200]}); what ended them stands in their "
-        "output; go on with --ckpt_path last"
+        f"output; {remedy}"
     )
 
 

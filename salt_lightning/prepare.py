@@ -194,6 +194,11 @@ def _accidents(cache_dir: Path) -> Iterator[None]:
             "starts none) and start again, what is done is kept"
         ) from error
     except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.ENOSYS):
+            raise ConfigError(
+                f"--data.cache_dir: {cache_dir} lies where no file can be locked ({error.strerror}), so two runs could "
+                "prepare the same text there; choose a folder on another file system, as one of each node's own"
+            ) from error
         raise ConfigError(
             f"--data.cache_dir: {cache_dir} cannot be written ({error.strerror or error}); make that possible or "
             "choose another folder, then start again: what is done is kept"

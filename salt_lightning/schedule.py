@@ -177,7 +177,8 @@ class KDScheduleCallback(pl.Callback):
         return self.schedule.kd_steps(steps_done)
 
     @property
-    def _settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
+        """What a checkpoint keeps, and a resume compares."""
         own = {} if type(self.planned) is KDSchedule else {"shape": type(self.planned).__name__}
         return {**asdict(self.planned), **own, "stop_margin": self.stop_margin, "min_steps": self.min_steps}
 
@@ -289,12 +290,12 @@ class KDScheduleCallback(pl.Callback):
         self._let_go(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        checkpoint["kd_schedule"], checkpoint["kd_stop_step"] = self._settings, self.stop_step
+        checkpoint["kd_schedule"], checkpoint["kd_stop_step"] = self.settings, self.stop_step
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != TrainerFn.FITTING or checkpoint.get("kd_schedule") is None:
             return
-        saved, now = checkpoint["kd_schedule"], self._settings
+        saved, now = checkpoint["kd_schedule"], self.settings
         changed = ", ".join(
             f"--kd.{key} {now.get(key)} (checkpoint: {saved.get(key)})"
             for key in now | saved

@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from salt_lightning import score_report
+from salt_lightning import alike, score_report
 from salt_lightning.errors import ConfigError, Stopped
 from salt_lightning.scores import Scores
 from salt_lightning.selection import row_scores
@@ -67,6 +68,7 @@ class ScoreWriter(pl.Callback):
         scored = data.scored(
             teacher=weights_fingerprint(teacher), precision=f"{teacher.head.weight.dtype}, {trainer.precision}"
         )
+        alike.require(trainer, {**asdict(scored), "--data.micro_batch_size": data.micro_batch_size})
         if (run / "scores.json").exists() and (before := Scores(run, "--run")).begun:
             before.require(scored)  # on every rank: all stop alike
         if trainer.is_global_zero:
@@ -79,8 +81,8 @@ class ScoreWriter(pl.Callback):
             Scores.create(run, scored, origin)
         trainer.strategy.barrier("scores are there")
         self.scores = Scores(run, "--run")
-        missing = self.scores.missing()
-        trainer.strategy.barrier("all ranks have looked")
+        # the first rank's, whatever the others see of the folder yet
+        missing = trainer.strategy.broadcast(self.scores.missing())
         self._shards = missing[trainer.global_rank :: trainer.world_size]
         data.score_only(self._shards, len(missing[:: trainer.world_size]))
         done = scored.num_shards - len(missing)

@@ -113,7 +113,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for job in json.loads(Path(sys.argv[1]).read_text()):
         callbacks = [Spy(Path(job["spy"]))] if "spy" in job else [Spoil(*job["spoil"])] if "spoil" in job else []
-        code = run(job["args"], *callbacks)
+        code = run(job["args"] + job.get(f"args of {os.environ['LOCAL_RANK']}", []), *callbacks)
         expected = job.get("code", 0)
         if code != expected and not (code == 0 and int(os.environ["LOCAL_RANK"])):
             sys.exit(f"exit code {code} instead of {expected}: {job['args']}")

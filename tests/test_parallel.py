@@ -93,6 +93,13 @@ def runs(salt, settings, teacher, tmp_path_factory) -> Path:
             {"args": ["validate", *looked_at(settings, folder / f"judge {name}", path, **own)]}
             for name, path, own in (("ddp", teacher, DDP), ("fsdp", folder / "fsdp" / SAVED_NAME, FSDP2))
         ]
+        + [
+            {
+                "args": ["fit", *arguments(salt, DDP, {"run": str(folder / "unlike")})],
+                "args of 1": arguments({"kd.steps": 15, "data.seed": 1, "ckpt_path": str(folder / "one" / SAVED_NAME)}),
+                "code": 2,
+            }
+        ]
         + [{"args": ["fit", *arguments(salt, DDP, {"run": str(folder / "bad")})], "spoil": [1, 5], "code": 1}],
         folder,
     )
@@ -157,10 +164,19 @@ def test_the_loss_of_each_document_is_the_same_on_ranks(runs, judge):
 
 def test_a_loss_that_is_not_finite_on_one_rank_is_named_with_its_rows(runs):
     """The second micro-batch of step 3 on rank 1: the fourth of its step."""
-    error = next(line for line in (runs / "out.0").read_text().splitlines() if line.startswith("error: "))
+    *_, error = (line for line in (runs / "out.0").read_text().splitlines() if line.startswith("error: "))
     rows = re.search(r"spoiled rows \[(\d+), (\d+)\]", (runs / "out.1").read_text())
     assert error.startswith(f"error: train/loss is not finite at step 3, which read rows {rows[1]} ("), error
     assert f", {rows[2]} (" in error
+
+
+def test_a_rank_with_other_settings_is_named_before_the_first_step(runs):
+    lines = (runs / "out.0").read_text().splitlines()
+    assert [line for line in lines if line.startswith("error: process 1")] == [
+        f"error: process 1 is not like process 0: --ckpt_path '{runs / 'one' / SAVED_NAME}' (process 0: None), "
+        "--data.seed 1 (process 0: 0), --kd.steps 15 (process 0: 16); start all with the same command and version, and "
+        "let them see the same files"
+    ]
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -395,6 +411,28 @@ def test_what_does_not_fit_is_refused_in_one_line(case, settings, tmp_path, caps
     assert error.startswith("error: ")
     assert message in error
     assert not (tmp_path / "run").exists()
+
+
+def test_processes_of_srun_that_would_each_train_alone_are_refused(settings, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    one = {"kd.weight": 0.0, "run": str(tmp_path / "run"), "trainer.devices": 1}
+    assert cli.main(["fit", *arguments(settings, one)]) == 2
+    assert "times --trainer.num_nodes 1 is not the number of processes that torchrun, srun" in capsys.readouterr().err
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")  # of an interactive shell
+    assert cli.main(["fit", *arguments(settings, one)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("why", "verb", "said"),
+    [
+        ("[c10d] EADDRINUSE, address already in use", "fit", "MASTER_PORT 29 is taken by another process"),
+        ("gloo/transport: closed", "fit", "go on with --ckpt_path last"),
+        ("gloo/transport: closed", "predict", "stands in their output; then the same command"),
+    ],
+)
+def test_what_a_rank_without_the_others_says(why, verb, said, monkeypatch):
+    monkeypatch.setenv("MASTER_PORT", "29")
+    assert said in parallel.loss_of_others(1, why, verb)
 
 
 @pytest.mark.parametrize("own", [{**DDP, "trainer.devices": 4}, {"trainer.devices": 1}], ids=["four", "one"])

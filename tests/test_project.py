@@ -47,7 +47,7 @@ LAYERS = [  # a file imports from files of earlier layers alone
     {"remarks", "tokenizer"},
     {"compare", "example_rows", "models", "probe", "selection"},
     {"schedule"},
-    {"cadence", "card", "parallel", "score_report", "token_ids"},
+    {"alike", "cadence", "card", "parallel", "score_report", "token_ids"},
     {"export", "extension", "prepare", "scoring"},
     {"answers", "checkpoint", "data"},
     {"module"},
