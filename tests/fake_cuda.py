@@ -1,5 +1,5 @@
 # ruff: noqa: E402  (torch asks for its devices when it is imported)
-"""One optimizer step of a real fit, and a batch of its validation, on a CUDA device that holds no data.
+"""One optimizer step of a real fit, a batch of its validation, and compiled steps, on a CUDA device that holds no data.
 
 Its tensors are torch's FakeTensors of cuda:0: they have shapes, dtypes and gradients. To read one, to copy it to the
 CPU, or an op of tensors that lie on two devices raises: what a GPU would wait for, or refuse, is seen without one.
@@ -35,6 +35,7 @@ load_device()
 import lightning.pytorch as pl
 import torch
 from families import FAMILIES
+from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -106,9 +107,22 @@ class OnFakeGPU(pl.Callback):
             with autocast, torch.no_grad():
                 module.validation_step(batch, 0)
                 scored = module.predict_step(batch, 0)
+        with mode:
+            self._compiled(lms, module, batch, autocast)
         made = [loss, module._grad_norm, module._sums, module.eval_metrics.nll_sum_S, scored["nll"]]
         assert all(tensor.device == torch.device("cuda:0") for tensor in made)
         raise Done
+
+    def _compiled(self, lms, module, batch, autocast):
+        """Each model is one graph, whatever the number of documents; traced as for torch.compile, without kernels."""
+        for lm in lms:
+            lm.backbone.compile(dynamic=False, fullgraph=True, backend="aot_eager")  # as parallel._compile, but whole
+        counters.clear()
+        for borders in (13, 9, 30, 2):
+            cu_seqlens = torch.zeros(borders, dtype=torch.int32, device="cuda")
+            with autocast:
+                module.training_step({**batch, "cu_seqlens": cu_seqlens}, 0).backward()
+        assert counters["stats"]["unique_graphs"] == len(lms), counters
 
 
 def on_gpu(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
@@ -149,7 +163,7 @@ def main(corpus: str, cache: str, teacher: str, family: str, precision: str, doc
     try:
         trainer.fit(module, data)
     except Done:
-        print("a step, a validation and a scoring without a sync")
+        print("done: no sync, no device beside another, one graph a model")
 
 
 if __name__ == "__main__":

@@ -18,4 +18,4 @@ def test_a_step_reads_nothing_from_a_gpu_and_mixes_no_devices(settings, teacher,
     where = [str(settings["data.source"]), str(settings["data.cache_dir"]), teacher]
     done = subprocess.run([sys.executable, SCRIPT, *where, *how.split()], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "a step, a validation and a scoring without a sync" in done.stdout
+    assert "done: no sync, no device beside another, one graph a model" in done.stdout
