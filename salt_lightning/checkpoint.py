@@ -406,8 +406,13 @@ def go_on_from(
     (accumulate None: the loader is the user's own, and its position what Lightning has saved, micro-batches).
 
     Raises:
-        ConfigError: the run is to end before that step.
+        ConfigError: the run is to end before that step, or there is no more than weights to go on from.
     """
+    if not checkpoint.keys() >= {"optimizer_states", "lr_schedulers", "callbacks", "loops"}:
+        raise ConfigError(
+            "--ckpt_path: this checkpoint holds weights alone, as by ModelCheckpoint's save_weights_only; a fit goes "
+            "on from a whole one, and --model.student.path takes it for the start of a new run"
+        )
     step = checkpoint["global_step"]
     if step > max_steps:
         raise ConfigError(f"--trainer.max_steps {max_steps}: the checkpoint is at step {step} already")

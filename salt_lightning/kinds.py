@@ -40,6 +40,13 @@ _CHECKPOINT: dict[Any, Any] = {
 }
 
 
+# What whoever saves a SALTModule has put into it; optimizer, callbacks and loops are not in one of weights alone.
+_ALWAYS = {
+    *("global_step", "max_steps", "tokenizer", "hyper_parameters", "state_dict", "text", "data", "forward_flops"),
+    *("totals", "totals_before", "time_s", "teacher_time_s", "pytorch-lightning_version"),
+}
+
+
 def is_checkpoint(checkpoint: Any) -> bool:
     """Whether it has a student's settings and weights, and of all that is read values of the right kinds.
 
@@ -47,7 +54,7 @@ def is_checkpoint(checkpoint: Any) -> bool:
         KeyError, TypeError: it has no such settings.
     """
     settings = checkpoint["hyper_parameters"]["student"]["config"]
-    return bool(settings) and "state_dict" in checkpoint and _is_like(_CHECKPOINT, checkpoint)
+    return bool(settings) and checkpoint.keys() >= _ALWAYS and _is_like(_CHECKPOINT, checkpoint)
 
 
 def plain(value: Any) -> Any:

@@ -302,7 +302,7 @@ class KDScheduleCallback(pl.Callback):
             if now.get(key) != saved.get(key)
         )
         if not changed:
-            self.stop_step = checkpoint["kd_stop_step"]
+            self.stop_step = checkpoint.get("kd_stop_step")
             return
         if not self.allow_change:
             raise ConfigError(

@@ -29,6 +29,14 @@ def no_global_seed(monkeypatch):
 WORDS = "the a small frozen teacher helps large student reads what it wrote before and then leaves so".split()  # noqa: SIM905
 
 
+# What every checkpoint has besides settings and weights.
+ALWAYS = {
+    **{"global_step": 3, "max_steps": 3, "tokenizer": None, "pytorch-lightning_version": "2.6.6"},
+    **{name: {} for name in ("text", "data", "forward_flops", "totals", "totals_before")},
+    **dict.fromkeys(("time_s", "teacher_time_s"), 0.0),
+}
+
+
 def write_corpus(path: Path, num_documents: int = 120, seed: int = 0) -> Path:
     """Sentences with some structure to learn, in documents of very different lengths."""
     rng = random.Random(seed)

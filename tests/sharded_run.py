@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import lightning.pytorch as pl
 import torch
+from conftest import ALWAYS
 from families import FAMILIES
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -35,6 +36,9 @@ class Student(pl.LightningModule):
         for layer in self.student.backbone.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(self.student, mesh=mesh)
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint |= {name: value for name, value in ALWAYS.items() if name not in checkpoint}
 
     def train_dataloader(self):
         return torch.utils.data.DataLoader(torch.arange(16).view(2, 8), batch_size=1)

@@ -8,10 +8,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import ranks
 import torch
-from conftest import StopAt, arguments
+from conftest import ALWAYS, StopAt, arguments, one_line
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from salt_lightning import cli, shards
 from salt_lightning.checkpoint import AtomicCheckpointIO, RunCheckpoint, newest
@@ -20,7 +21,8 @@ from salt_lightning.errors import ConfigError
 
 def save(path: Path, **more) -> None:
     """The least that is a checkpoint."""
-    torch.save({"state_dict": {}, "hyper_parameters": {"student": {"config": {"hidden_size": 1}}}, **more}, path)
+    settings = {"student": {"config": {"hidden_size": 1}}}
+    torch.save({**ALWAYS, "state_dict": {}, "hyper_parameters": settings, **more}, path)
 
 
 def test_last_is_the_highest_step(tmp_path):
@@ -73,6 +75,25 @@ def test_no_flipped_bit_goes_unnoticed_and_changes_something(tmp_path):
             assert torch.equal(loaded["x"], torch.arange(100)), place
             assert loaded["step"] == 3
     assert 0 < harmless < 0.75 * len(places), found
+
+
+@pytest.mark.parametrize(
+    "name", ["state_dict", "hyper_parameters", "global_step", "data", "text", "totals", "time_s", "tokenizer"]
+)
+def test_a_file_without_what_every_checkpoint_has_is_no_whole_one(name, teacher, tmp_path):
+    held = torch.load(teacher, weights_only=True)
+    torch.save({key: value for key, value in held.items() if key != name}, tmp_path / "step-00000020.ckpt")
+    assert shards.damage(tmp_path / "step-00000020.ckpt") == "other contents"
+
+
+def test_a_fit_goes_on_from_a_whole_checkpoint_alone(settings, tmp_path, capsys):
+    weights = ModelCheckpoint(tmp_path / "own", "weights", save_weights_only=True, every_n_train_steps=12)
+    assert ranks.run(["fit", *arguments(settings, {"kd.weight": 0.0, "run": str(tmp_path / "run")})], weights) == 0
+    again = {"ckpt_path": str(tmp_path / "own" / "weights.ckpt"), "run": str(tmp_path / "again")}
+    assert cli.main(["fit", *arguments(settings, {"kd.weight": 0.0}, again)]) == 2
+    assert "this checkpoint holds weights alone, as by ModelCheckpoint's save_weights_only; a" in one_line(capsys)
+    looked_at = {key: value for key, value in settings.items() if key.startswith(("data.", "trainer."))}
+    assert cli.main(["validate", *arguments(looked_at, again)]) == 0
 
 
 def test_a_damaged_file_that_was_chosen_is_refused(settings, teacher, tmp_path, capsys):

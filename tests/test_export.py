@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import StopAt, arguments, scalars
+from conftest import ALWAYS, StopAt, arguments, scalars
 from families import FAMILIES, tiny
 from lightning.pytorch.callbacks import Callback
 from safetensors import safe_open
@@ -34,7 +34,7 @@ def save(model, path: Path, **extra: object) -> Path:
     """A checkpoint of `model` as a run writes it."""
     state = {f"student.model.{name}": tensor for name, tensor in model.state_dict().items()}
     spec = asdict(resolved(ModelSpec(), model.config))
-    torch.save({"state_dict": state, "hyper_parameters": {"student": spec}, "global_step": 3, **extra}, path)
+    torch.save({"state_dict": state, "hyper_parameters": {"student": spec}, **ALWAYS, **extra}, path)
     return path
 
 

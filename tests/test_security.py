@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import arguments, write_corpus
+from conftest import ALWAYS, arguments, write_corpus
 from test_prepare import byte_tokenizer, corpus_of, prepare_many, stored
 from test_sources import PACK
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
@@ -139,7 +139,7 @@ def sharded(folder: Path, file: str = "") -> Path:
 
     folder.mkdir(parents=True)
     dcp.save({"state_dict.a": torch.ones(200)}, storage_writer=dcp.FileSystemWriter(folder), no_dist=True)
-    torch.save({"hyper_parameters": {"student": {"config": {"hidden_size": 8}}}}, folder / "meta.pt")
+    torch.save({**ALWAYS, "hyper_parameters": {"student": {"config": {"hidden_size": 8}}}}, folder / "meta.pt")
     if file:
         table = shards._metadata(folder)
         for place in table.storage_data.values():

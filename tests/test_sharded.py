@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ALWAYS
 from safetensors import safe_open
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from transformers import AutoModelForCausalLM
@@ -134,7 +135,7 @@ def test_no_flipped_bit_of_the_table_goes_unseen(tmp_path):
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         settings = {"student": {"config": {"hidden_size": 8}}}
-        shards.write({"state_dict": {"a": torch.arange(100)}, "hyper_parameters": settings}, path)
+        shards.write({**ALWAYS, "state_dict": {"a": torch.arange(100)}, "hyper_parameters": settings}, path)
     finally:
         torch.distributed.destroy_process_group()
     assert shards.damage(path) is None
@@ -143,7 +144,7 @@ def test_no_flipped_bit_of_the_table_goes_unseen(tmp_path):
         (path / ".metadata").write_bytes(data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :])
         assert shards.damage(path), at
     (path / ".metadata").write_bytes(data)
-    assert set(shards.load(path)) == {"hyper_parameters", "state_dict", "optimizer"}
+    assert set(shards.load(path)) == {*ALWAYS, "hyper_parameters", "state_dict", "optimizer"}
 
 
 class Call:
