@@ -28,7 +28,12 @@ def _compare(args: list[str]) -> int:
     from salt_lightning.errors import ConfigError, say
 
     try:
-        return compare(args)
+        code = compare(args)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # of `compare ... | head`, after its files were written
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left would fail at the exit
+        return 0
     except (ConfigError, OSError) as error:
         return say(error)
 

@@ -6,6 +6,8 @@ import os
 import re
 import statistics
 import struct
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -86,6 +88,16 @@ def three(tmp_path):
 
 def load(paths):
     return [read_run(Path(path), Path(path).name) for path in paths]
+
+
+def test_a_reader_that_has_enough_is_no_error(settings, teacher, tmp_path):
+    run = Path(teacher).parents[1]
+    command = [sys.executable, Path(__file__).parents[1] / "cli.py", "compare", run, "--out", tmp_path]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
+    assert (tmp_path / "compare.md").exists()
 
 
 def test_every_number_of_three_runs(three):
