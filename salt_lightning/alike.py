@@ -5,7 +5,7 @@ them in silence, or waits for what they do not send.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,14 @@ import torch.distributed as dist
 from salt_lightning.errors import ConfigError, few
 from salt_lightning.schedule import kd_callbacks
 
+# What decides numbers, or when processes meet.
 _TRAINER = (
     *("max_steps", "precision", "gradient_clip_val", "accumulate_grad_batches", "val_check_interval"),
-    *("limit_val_batches", "log_every_n_steps"),
+    *("limit_train_batches", "limit_val_batches", "num_sanity_val_steps", "log_every_n_steps"),
 )
-_CHECKPOINT = ("every_n_steps", "at_steps", "keep", "export")  # of a RunCheckpoint
+_STRATEGY = ("replicas", "shard_teacher", "_save_distributed_checkpoint")
+_KD = ("allow_change", "allow_untrained", "probe_gradients")
+_CHECKPOINT = ("every_n_steps", "at_steps", "keep", "export")
 _DATA = ("micro_batch_size", "val_rows", "isolate_documents", "tokenizer_fingerprint")
 
 
@@ -33,32 +36,47 @@ def identity(data: Any) -> dict[str, Any]:
     return found | {"--data.held_out": str(getattr(data, "held_out", ""))}
 
 
+def about(data: Any, max_steps: int) -> dict[str, Any]:
+    """What a checkpoint says of its run: a later start's to compare, a model card's to tell."""
+    tokenizer, text = getattr(data, "tokenizer_fingerprint", None), getattr(data, "text", {})
+    return {"tokenizer": tokenizer, "data": identity(data), "text": text, "max_steps": max_steps}
+
+
 def of_fit(module: Any, data: Any) -> dict[str, Any]:
-    """What decides what a fit of a SALTModule does, as this process has it; by the settings that say it."""
+    """What decides what a fit of a SALTModule does, as this process has it; by the settings that say it.
+
+    Of paths the last part alone: nodes have disks of their own. Not callbacks: one may be on the first process alone.
+    """
     trainer = module.trainer
+    savers = [callback for callback in trainer.callbacks if hasattr(callback, "at_steps")]
+    ckpt_path = trainer.ckpt_path and Path(trainer.ckpt_path).name
     parts = {
         "--model": dict(module.hparams),
-        "--trainer": {name: getattr(trainer, name, None) for name in _TRAINER},
-        "--trainer.strategy": type(trainer.strategy).__name__,
-        "--trainer.callbacks": [type(callback).__name__ for callback in trainer.callbacks],
-        "--kd": [callback.settings for callback in kd_callbacks(trainer)],
-        "--checkpoint": [{n: getattr(c, n) for n in _CHECKPOINT} for c in trainer.callbacks if hasattr(c, "at_steps")],
-        "--data": {name: getattr(data, name, None) for name in _DATA},
-        "--ckpt_path": trainer.ckpt_path and str(trainer.ckpt_path),
-        "the code of salt_lightning": _code(),
-        "torch": torch.__version__,
+        "--trainer": _of(trainer, _TRAINER),
+        "--trainer.strategy": {"class_path": type(trainer.strategy).__name__, **_of(trainer.strategy, _STRATEGY)},
+        "--kd": [{**callback.settings, **_of(callback, _KD)} for callback in kd_callbacks(trainer)],
+        "--checkpoint": [_of(saver, _CHECKPOINT) for saver in savers],
+        "--data": _of(data, _DATA),
     }
-    return dict(_flat(parts)) | identity(data)
+    found = {name: value for name, value in _flat(parts) if isinstance(value, _PLAIN)}
+    found |= {name: Path(str(path)).name for name, path in found.items() if name.endswith(".path") and path}
+    return found | {"--ckpt_path": ckpt_path, "code": _code(), "torch": torch.__version__} | identity(data)
+
+
+_PLAIN = int | float | str | bool | None  # of others, as sets and functions, the text differs from process to process
+
+
+def _of(holder: Any, names: Iterable[str]) -> dict[str, Any]:
+    return {name: getattr(holder, name, None) for name in names}
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Values by dotted names; of a list of dictionaries there is one, or none."""
+    """Values by dotted names; entries of a list by their numbers, but where there is one alone."""
+    if isinstance(value, list | tuple):
+        value = dict(enumerate(value)) if len(value) > 1 or not value else value[0]
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from _flat(inner, f"{name}.{key}" if name else key)
-    elif isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
-        for each in value:
-            yield from _flat(each, name)
     else:
         yield name, value
 

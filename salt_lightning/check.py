@@ -376,10 +376,10 @@ def _usable(total: int) -> int:
 
 def report(check: Check, wrong: list[str]) -> int:
     """Prints all findings, `wrong` settings first; the exit code."""
-    for message in wrong:
-        check.add("error", "settings", message)
+    check.findings += [Finding("error", "settings", message) for message in wrong]
     check.run()
-    pl.utilities.rank_zero_only(print)(listed(check.findings, min(120, shutil.get_terminal_size((120, 24)).columns)))
+    if not parallel.writes_elsewhere():
+        print(listed(check.findings, min(120, shutil.get_terminal_size((120, 24)).columns)))
     return int(any(finding.level == "error" for finding in check.findings))
 
 

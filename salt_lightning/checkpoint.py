@@ -21,7 +21,6 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from salt_lightning import preflight, shards, slurm
-from salt_lightning.alike import identity
 from salt_lightning.errors import ConfigError, few, refuse, wrong_kinds
 from salt_lightning.export import check_target, export
 from salt_lightning.journal import whole
@@ -113,7 +112,6 @@ class RunCheckpoint(Checkpoint):
 
     def _begin(self) -> None:
         self.stopped_by: signal.Signals | None = None
-        self._proved = False  # whether a checkpoint of this start could be read
         self._trained = False  # no step yet, perhaps none at all
         self._due = False  # a save that waits for the validation of its step
         self._until_end: list[tuple[Any, str, Any]] = []  # what a stop has changed: of whom, its name, what it was
@@ -287,21 +285,22 @@ class RunCheckpoint(Checkpoint):
         for logger in trainer.loggers:  # a kill right after the save must not lose what was logged before it
             getattr(logger, "flush", lambda: None)()
         trainer.save_checkpoint(self._path(trainer), weights_only=False)
-        if not self._proved:
-            self._prove(trainer)
+        self._prove(trainer)
         if trainer.is_global_zero:
             self._forget(trainer)
 
     def _prove(self, trainer: pl.Trainer) -> None:
-        """Reads the first checkpoint back, before a run relies on what cannot be read."""
+        """Before a run relies on what cannot be read."""
         path = self._path(trainer)
         found = trainer.strategy.broadcast(shards.unreadable(path) if trainer.is_global_zero else None)
-        if found is not None:
-            raise ConfigError(
-                f"{path}, just written, cannot be read back: it holds a {found}, in the state of a callback or of a "
-                "subclass; save numbers, texts, lists, dictionaries and tensors alone"
-            )
-        self._proved = True
+        if found is None:
+            return
+        if trainer.is_global_zero:
+            shards.delete(path)
+        raise ConfigError(
+            f"{path} could not be read back: it held a {found}, in the state of a callback or of a subclass; save "
+            "numbers, texts, lists, dictionaries and tensors alone"
+        )
 
     def _forget(self, trainer: pl.Trainer) -> None:
         """Removes the oldest regular checkpoints, after the newest is safely there."""
@@ -390,12 +389,6 @@ def require_same(
         raise ConfigError("the checkpoint holds another student: " + ", ".join(changed[:5]))
 
 
-def about(data: Any, max_steps: int) -> dict[str, Any]:
-    """What a checkpoint says of its run: a later start's to compare, a model card's to tell."""
-    tokenizer, text = getattr(data, "tokenizer_fingerprint", None), getattr(data, "text", {})
-    return {"tokenizer": tokenizer, "data": identity(data), "text": text, "max_steps": max_steps}
-
-
 def go_on_from(
     checkpoint: dict[str, Any], max_steps: int, accumulate: int | None, data: dict[str, Any], optim: OptimSpec
 ) -> None:
@@ -408,7 +401,7 @@ def go_on_from(
     Raises:
         ConfigError: the run is to end before that step, or there is no more than weights to go on from.
     """
-    if not checkpoint.keys() >= {"optimizer_states", "lr_schedulers", "callbacks", "loops"}:
+    if not checkpoint.keys() >= {"lr_schedulers", "callbacks", "loops"}:  # optimizer_states: FSDP2 has taken them out
         raise ConfigError(
             "--ckpt_path: this checkpoint holds weights alone, as by ModelCheckpoint's save_weights_only; a fit goes "
             "on from a whole one, and --model.student.path takes it for the start of a new run"

@@ -133,7 +133,7 @@ class SALTDataModule(LightningDataModule):
         self.tokenizer_name, self.trained_vocab_size = tokenizer, vocab_size
         self.block_size, self.isolate_documents = block_size, isolate_documents
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
-        self.val_fraction, self.val_rows, self.seed = val_fraction, val_rows, seed_or_global(seed)
+        self.val_fraction, self.val_rows, self._seed, self.seed = val_fraction, val_rows, seed, seed_or_global(seed)
         self.cache_dir = Path(cache_dir).expanduser()
         self.prepare_workers, self.num_workers = prepare_workers, num_workers
         self.selection, self.keep, self.examples = selection, keep, examples
@@ -156,14 +156,13 @@ class SALTDataModule(LightningDataModule):
         vocab_fits = self.tokenizer_name != "train" or 257 <= self.trained_vocab_size < 2**31
         share_fits = bool(self.val_source) or 0 < self.val_fraction < 1
         one_source = not (self.source_per_file and self.source_column)
-        rows_fit = self.val_rows is None or self.val_rows >= 1
         checks = [
             ("source", self.source, self.source, "names no text; give a file, folder, glob or hub data set"),
             ("tokenizer", self.tokenizer_name, self.tokenizer_name, "must be 'train', a folder or a hub name"),
             ("vocab_size", self.trained_vocab_size, vocab_fits, "must be 257 or more, and below 2**31"),
             ("block_size", self.block_size, 2 <= self.block_size < 2**31, "must be 2 or more, and below 2**31"),
             ("val_fraction", self.val_fraction, share_fits, "must lie between 0 and 1, or give --data.val_source"),
-            ("val_rows", self.val_rows, rows_fit, "must be 1 or more, or null"),
+            ("val_rows", self.val_rows, self.val_rows is None or self.val_rows >= 1, "must be 1 or more, or null"),
             ("source_per_file", True, one_source, "and --data.source_column both say what a source is; give one"),
         ]  # fmt: skip
         at_least = {"global_batch_size": 1, "micro_batch_size": 1, "seed": 0, "prepare_workers": 0, "num_workers": 0}
@@ -284,6 +283,7 @@ class SALTDataModule(LightningDataModule):
             ConfigError: batch sizes do not divide, the trainer's settings stand against them, or the text
                 is too short.
         """
+        self.seed = seed_or_global(self._seed)  # seed_everything may come after the constructor
         if stage in (None, "fit"):
             self.set_trainer()
         if stage in (None, "fit", "predict"):

@@ -6,7 +6,6 @@ from typing import Any
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import TensorBoardLogger
-from tensorboard.summary.writer.event_file_writer import _AsyncWriterThread
 from torch.utils.tensorboard import SummaryWriter
 
 from salt_lightning.runlog import start_number
@@ -67,5 +66,5 @@ def quiet_threads() -> None:
 
 
 def _unless_full(args: Any) -> None:
-    if not (isinstance(args.exc_value, OSError) and isinstance(args.thread, _AsyncWriterThread)):
+    if not (isinstance(args.exc_value, OSError) and type(args.thread).__name__ == "_AsyncWriterThread"):
         _show(args)

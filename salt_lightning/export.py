@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from lightning.pytorch.utilities import rank_zero_only
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -26,7 +25,7 @@ from salt_lightning.card import model_card
 from salt_lightning.errors import ConfigError, VerbParser, few, printable
 from salt_lightning.lineage import read as read_log
 from salt_lightning.models import PREFIX, from_config, own_parts, read_checkpoint, require_undamaged
-from salt_lightning.parallel import check_same_model
+from salt_lightning.parallel import check_same_model, writes_elsewhere
 from salt_lightning.shards import Tensors, sync_folder
 from salt_lightning.spec import DTYPES, ModelSpec, as_config_error
 from salt_lightning.tokenizer import load_tokenizer, tokenizer_fingerprint
@@ -220,7 +219,8 @@ def main(argv: list[str]) -> int:
         "--tokenizer", metavar="T", help="folder or hub name (default: the run's own, runs/NAME/tokenizer)"
     )
     args = parser.parse_args(argv)
-    if getattr(rank_zero_only, "rank", 0):  # under torchrun the first process writes
+    if writes_elsewhere():
+        print("export: the first process writes it")
         return 0
     written = export(args.checkpoint, args.target, DTYPES.get(args.dtype), args.tokenizer)
     print(f"written: {printable(written)}")

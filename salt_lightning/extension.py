@@ -4,7 +4,8 @@ Subclasses, optimizers, and batches of a loader of one's own; docs/extending.md 
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
 from salt_lightning.errors import ConfigError, few, refuse
-from salt_lightning.parallel import plain_name, weight_norm
+from salt_lightning.parallel import has_finite_weights, plain_name
 
 _BATCH = "docs/own-data.md says what a batch holds"
 _FREE = {  # hooks that may be replaced altogether
@@ -78,21 +79,42 @@ def check_subclass(trainer: Trainer) -> None:
         )
 
 
+def settle_modes(module: Any) -> None:
+    """Gives the parts of a module back their modes, train or eval, where an error within a validation has kept them."""
+    if module.meter.is_paused:
+        for part, training in module._modes:
+            part.training = training
+    module._modes = [(part, part.training) for part in module.modules()]
+
+
+def keep_random(device: torch.device) -> Callable[[], None]:
+    """Puts torch's random numbers back to where they are now."""
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return partial(_give_back, torch.get_rng_state(), cuda, device)
+
+
+def _give_back(host: torch.Tensor, cuda: torch.Tensor | None, device: torch.device) -> None:
+    torch.set_rng_state(host)
+    if cuda is not None:
+        torch.cuda.set_rng_state(cuda, device)
+
+
 def check_weights(module: Any, trained_steps: int) -> None:
-    """Before a fit's first step: weights of an earlier fit of the same module are told, and ruined ones refused.
+    """Before a fit's first step: tells of weights that a fit has trained before, refuses ruined ones. Collective.
 
     Raises:
         ConfigError: some are not finite.
     """
-    if not weight_norm(module.student).isfinite():
+    if not has_finite_weights(module.trainer, module.student):
         raise ConfigError(
-            "the student's weights are not finite before the first step: an earlier fit has ruined them; make a new "
-            "SALTModule, or go on from a checkpoint (trainer.fit(ckpt_path=...))"
+            "the student's weights are not finite before the first step, or so large that their squares are not, as an "
+            "earlier fit may have left them; make a new SALTModule, or go on from a checkpoint "
+            "(trainer.fit(ckpt_path=...))"
         )
     if module.global_step == 0 and trained_steps:
         rank_zero_warn(
-            f"this student was trained for {trained_steps} steps before, and goes on from there, as a run that "
-            "counts from 0; for a new run make a new SALTModule"
+            f"this student was trained for {trained_steps} steps before, and goes on from there, as a run that counts "
+            "from 0; a new run takes a SALTModule of its own, and ckpt_path goes on with the optimizer too"
         )
 
 

@@ -1,6 +1,7 @@
 """What a checkpoint of this project holds: the kinds of its values, which a stranger's file may have otherwise."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import PurePath
 from typing import Any
 
@@ -57,15 +58,17 @@ def is_checkpoint(checkpoint: Any) -> bool:
     return bool(settings) and checkpoint.keys() >= _ALWAYS and _is_like(_CHECKPOINT, checkpoint)
 
 
-def plain(value: Any) -> Any:
-    """The same with Python's own numbers and texts for numpy's and for paths, which nobody reads without unpickling."""
+def plain(value: Any, depth: int = 0) -> Any:
+    """Numbers and texts of Python's own for numpy's and for paths, which nobody reads without unpickling; also within
+    dictionaries, lists and tuples."""
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, PurePath):
         return str(value)
-    if type(value) is dict:
-        return {plain(key): plain(each) for key, each in value.items()}
-    return type(value)(map(plain, value)) if type(value) in (list, tuple) else value
+    inside = partial(plain, depth=depth + 1)
+    if type(value) not in (dict, list, tuple) or depth > _DEEPEST:  # a list may hold itself
+        return value
+    return {inside(k): inside(v) for k, v in value.items()} if type(value) is dict else type(value)(map(inside, value))
 
 
 def is_bounded(checkpoint: dict[str, Any]) -> bool:

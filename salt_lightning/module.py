@@ -7,6 +7,7 @@ One batch: input_ids_BT, labels_BT, positions_BT -> student hidden_ND, teacher h
 import gc
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any, Literal
@@ -17,9 +18,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from salt_lightning import alike, attention, extension, flops, models, parallel, preflight, probe
+from salt_lightning import alike, attention, extension, flops, models, parallel
 from salt_lightning.cadence import check_trainer, plan_validation
-from salt_lightning.checkpoint import about, go_on_from, how_to_go_on, require_same, say_other_share
+from salt_lightning.checkpoint import go_on_from, how_to_go_on, require_same, say_other_share
 from salt_lightning.data import SALTDataModule
 from salt_lightning.errors import ConfigError, NonFiniteLossError, refuse, wrong_kinds
 from salt_lightning.kinds import plain
@@ -81,7 +82,7 @@ class SALTModule(pl.LightningModule):
         optim = OptimSpec(**optim) if isinstance(optim, dict) else optim
         refuse(wrong_kinds(SALTModule.__init__, locals(), "--model."))
         super().__init__()
-        self.student_spec, self.teacher_spec, self.optim_spec = student, teacher, optim
+        self.student_spec, self.teacher_spec, self.optim_spec, self._seed = student, teacher, optim, seed
         positive = {"teacher_temperature": teacher_temperature, "logits_budget_gib": logits_budget_gib}
         refuse(f"--model.{k} {x} must be above 0, and finite" for k, x in positive.items() if not 0 < x < math.inf)
         self._loss = partial(
@@ -119,6 +120,7 @@ class SALTModule(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
+            self.hparams["seed"] = seed_or_global(self._seed)  # seed_everything may come after the constructor
             alike.require(self.trainer, alike.of_fit(self, self._data))
             self.__dict__["teacher"] = None  # of a fit before that was ended, or of RKD
             self.optim_spec.check(self.trainer.max_steps)
@@ -184,15 +186,6 @@ class SALTModule(pl.LightningModule):
             f"loaded in {time.perf_counter() - start_s:.1f} s"
         )
 
-    def check_teacher(self, allow_untrained: bool) -> None:
-        """Refuses a teacher that knows nothing of the text; one forward of a micro-batch. Collective."""
-        if self._data is None or self.teacher is None:
-            return
-        batch = {name: t.to(self.device) for name, t in self._data.sample(self._data.micro_batch_size).items()}
-        with self.trainer.precision_plugin.train_step_context():
-            loss = probe.look(self.teacher, batch, self._data)
-        preflight.teacher(loss, str(self.teacher_spec.path), allow_untrained).require()
-
     def release_teacher(self) -> int:
         """Drops the teacher and returns its memory to the device. Returns what its weights took here, bytes."""
         held_bytes = parallel.local_bytes(self.teacher) if self.teacher else 0
@@ -211,8 +204,8 @@ class SALTModule(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         extension.check_subclass(self.trainer)
-        self.train()  # a fit that was ended within a validation has left it in eval mode
-        self._rng_state = torch.get_rng_state()  # each micro-batch seeds anew
+        extension.settle_modes(self)
+        self._give_back_random = extension.keep_random(self.device)  # each micro-batch seeds anew
         self.kd_weight = self.kd_weight.to(self.device)
         self._watch = Watch(self.device)
         self._sums, self._step_tokens = torch.zeros(len(SUMS), device=self.device), torch.zeros((), device=self.device)
@@ -228,7 +221,7 @@ class SALTModule(pl.LightningModule):
         self.meter.start(self.global_step, self._wait_s)
 
     def on_fit_end(self) -> None:
-        torch.set_rng_state(self._rng_state)
+        self._give_back_random()
 
     def on_train_end(self) -> None:
         self._loaded_step = self.global_step  # for a validate of this module
@@ -315,8 +308,8 @@ class SALTModule(pl.LightningModule):
         sums = torch.cat([self._sums, self._watch.is_bad()[None]])
         if self.trainer.world_size > 1:
             sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
-        alike = torch.stack([self.kd_weight, self._grad_norm, self._step_tokens])  # on all ranks
-        *read, not_finite, weight, grad_norm, step_tokens = torch.cat([sums, alike]).tolist()
+        on_all = torch.stack([self.kd_weight, self._grad_norm, self._step_tokens])
+        *read, not_finite, weight, grad_norm, step_tokens = torch.cat([sums, on_all]).tolist()
         if not_finite:
             self.require_finite()
         extension.check_step_tokens(step, step_tokens, read[SUMS.index("tokens")])
@@ -342,12 +335,12 @@ class SALTModule(pl.LightningModule):
             NonFiniteLossError: naming the first step of any rank whose loss or gradient was not finite, and its rows;
                 or the weights are not, or so large that their squares are not.
         """
-        first, weights = self._watch.first, parallel.weight_norm(self.student).isfinite().long()
+        first, weights = self._watch.first, parallel.has_finite_weights(self.trainer, self.student)
         if self.trainer.world_size > 1:
-            first, weights = (self.trainer.strategy.reduce(t, reduce_op="min") for t in (first, weights))
+            first = self.trainer.strategy.reduce(first, reduce_op="min")
         rows = getattr(self._data, "describe_batches", lambda *_: "unknown")
         per_step = self.trainer.accumulate_grad_batches * self.trainer.world_size
-        if what := problem(first.tolist(), bool(weights), self.global_step, per_step, rows):
+        if what := problem(first.tolist(), weights, self.global_step, per_step, rows):
             raise NonFiniteLossError(
                 f"{what}; nothing was saved since. {how_to_go_on(self.trainer)}, with a lower --model.optim.lr (it is "
                 f"{self.optim_spec.lr:g}) or --trainer.gradient_clip_val (it is {self.trainer.gradient_clip_val})"
@@ -407,11 +400,12 @@ class SALTModule(pl.LightningModule):
     # ----------------------------------------------------------- checkpoints
 
     _loaded_step = 0  # optimizer steps behind the weights that validate and test look at
+    _modes: Sequence[tuple[torch.nn.Module, bool]] = ()  # train or eval, of each part, as the last fit began
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if states := checkpoint.get("optimizer_states"):
             checkpoint["optimizer_states"] = [by_name(state) if state else state for state in states]
-        checkpoint |= about(self._data, self.trainer.max_steps) | self.meter.state(self.global_step)
+        checkpoint |= alike.about(self._data, self.trainer.max_steps) | self.meter.state(self.global_step)
         checkpoint |= plain(checkpoint)
 
     def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins.environments import TorchElasticEnvironment
+from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import (
     DDPStrategy,
     FSDPStrategy,
@@ -51,6 +51,7 @@ _FSDP1_POLICIES = {
     "bf16-mixed": MixedPrecision(torch.bfloat16, torch.float32, torch.float32, cast_root_forward_inputs=False),
     "bf16-true": MixedPrecision(reduce_dtype=torch.float32, cast_root_forward_inputs=False),
 }
+_IN_A_SHELL = ("bash", "interactive")  # as Lightning has it
 _SLACK_S = 2.0  # where torch itself ends the wait it has more to say
 
 
@@ -309,6 +310,12 @@ def weight_norm(student: nn.Module) -> Tensor:
     return torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).norm()
 
 
+def has_finite_weights(trainer: pl.Trainer, student: nn.Module) -> bool:
+    """Whether all weights, and their squares, are finite, on all ranks. Collective; reads the device."""
+    finite = weight_norm(student).isfinite().long()
+    return bool(trainer.strategy.reduce(finite, reduce_op="min") if trainer.world_size > 1 else finite)
+
+
 def plain_name(name: str) -> str:
     """The name of a weight without what FSDP1's wrappers add to it."""
     return name.replace("_fsdp_wrapped_module.", "")
@@ -329,8 +336,8 @@ def check(trainer: pl.Trainer, ckpt_path: str | None = None) -> None:
     started = world
     if TorchElasticEnvironment.detect():
         started = TorchElasticEnvironment().world_size()
-    elif (tasks := int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))) > 1:  # srun's; a batch script is one
-        started = tasks
+    elif world == 1 and SLURMEnvironment.job_name() not in _IN_A_SHELL:
+        started = int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1)  # srun's; a batch script is one
     if started != trainer.num_devices * trainer.num_nodes:
         raise ConfigError(
             f"--trainer.devices {trainer.num_devices} times --trainer.num_nodes {trainer.num_nodes} is not the number "
@@ -373,6 +380,11 @@ def device_remark(trainer: pl.Trainer) -> tuple[str, str] | None:
 def has_lost_others(error: BaseException) -> bool:
     """Whether it says that another process ended or no longer answers. gloo has no class of its own for that."""
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+
+
+def writes_elsewhere() -> bool:
+    """Whether torchrun has started this process beside a first one, which does what one process does."""
+    return TorchElasticEnvironment.detect() and TorchElasticEnvironment().global_rank() > 0
 
 
 def leave_at_exit() -> None:

@@ -14,9 +14,10 @@ from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
+from salt_lightning import preflight
 from salt_lightning.errors import ConfigError, refuse, wrong_kinds
 from salt_lightning.preflight import size_said
-from salt_lightning.probe import Probe
+from salt_lightning.probe import Probe, look
 
 Shape = Literal["step", "linear", "linear_ratio", "cosine"]
 
@@ -160,7 +161,7 @@ class KDScheduleCallback(pl.Callback):
             raise ConfigError(f"--kd.min_steps {min_steps} must lie in 0..{'' if steps is None else steps - 1}")
         self.stop_margin, self.min_steps = stop_margin, min_steps
         self.allow_change, self.allow_untrained = allow_change, allow_untrained
-        self._probe = Probe(probe_gradients)
+        self.probe_gradients, self._probe = probe_gradients, Probe(probe_gradients)
 
     @property
     def schedule(self) -> KDSchedule:
@@ -240,7 +241,17 @@ class KDScheduleCallback(pl.Callback):
         # Here, not earlier: global_step is restored by now, so a resume in phase 2 never loads the teacher.
         if self.schedule.is_taught(trainer.global_step):
             pl_module.load_teacher()
-            pl_module.check_teacher(self.allow_untrained)
+            self._check_teacher(trainer, pl_module)
+
+    def _check_teacher(self, trainer: pl.Trainer, module: Any) -> None:
+        """Refuses a teacher that knows nothing of the text; one forward of a micro-batch. Collective."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if not hasattr(data, "counts_nll"):  # a loader of the user's own
+            return
+        batch = {name: tensor.to(module.device) for name, tensor in data.sample(data.micro_batch_size).items()}
+        with trainer.precision_plugin.train_step_context():
+            loss = look(module.teacher, batch, data)
+        preflight.teacher(loss, str(module.teacher_spec.path), self.allow_untrained).require()
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         schedule, step = self.schedule, trainer.global_step

@@ -37,7 +37,7 @@ from torch.distributed.checkpoint import metadata as tables
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 
-from salt_lightning.errors import ConfigError, first_line
+from salt_lightning.errors import ConfigError
 from salt_lightning.journal import whole
 from salt_lightning.kinds import is_bounded, is_checkpoint
 
@@ -207,12 +207,15 @@ def _require_stored(archive: Path | io.BytesIO) -> None:
 
 
 def unreadable(path: Path) -> str | None:
-    """What there is in a checkpoint, file or folder, that torch does not load without unpickling; None: nothing."""
+    """What there is in a checkpoint, file or folder, that torch does not load without unpickling; None: nothing that
+    was seen, as of one that is yet to be written."""
     try:
-        read(path) if path.is_dir() else _read_file(path)
+        torch.load(path / META if path.is_dir() else path, map_location="cpu", weights_only=True, mmap=path.is_file())
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
-        return found[1] if found else first_line(error)
+        return found and found[1]
+    except (OSError, RuntimeError):
+        return None
     return None
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.activations import ACT2FN
 
@@ -150,7 +150,11 @@ def family_config(spec: ModelSpec) -> PreTrainedConfig:
     wrong = [
         f"--model.student.config.{key}: leave it out; --model.student.{_SAID_BY[key]} says it" for key in elsewhere
     ]
-    for key in () if _is_whole(spec.config) else sorted(set(spec.config) - names - set(elsewhere)):
+    others = sorted(set(spec.config) - names - set(elsewhere))
+    if others and _is_whole(spec.config):
+        rank_zero_info(f"{spec.family} does not list {', '.join(others)}; taken as they are")
+        others = []
+    for key in others:
         if key == "head_dim" and not hasattr(known, key) and _reads_head_dim(spec.family):
             continue
         near = difflib.get_close_matches(key, names, 1)
@@ -182,12 +186,14 @@ def _is_whole(settings: dict[str, Any]) -> bool:
 
 def _reads_head_dim(family: str) -> bool:
     """Whether a family has heads of any width without listing it, as transformers' qwen2, phi3 and qwen3_moe do."""
-    own = AutoConfig.for_model(family).attribute_map
-    numels = set()
+    own, numels = AutoConfig.for_model(family).attribute_map, set()
     for width in (8, 16):
-        config = AutoConfig.for_model(family, **{own.get(_LAYERS, _LAYERS): 1, "head_dim": width})
-        with torch.device("meta"):
-            numels.add(sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters()))
+        try:
+            config = AutoConfig.for_model(family, **{own.get(_LAYERS, _LAYERS): 1, "head_dim": width})
+            with torch.device("meta"):
+                numels.add(sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters()))
+        except Exception:  # of many kinds: some have no such model, or no such sizes
+            return False
     return len(numels) == 2
 
 

@@ -21,9 +21,11 @@ torch.set_num_threads(1)  # models of a few thousand weights: threads would only
 
 
 @pytest.fixture(autouse=True)
-def no_global_seed(monkeypatch):
+def no_global_seed():
     """The command leaves its seed in this process, where a later test's own modules would take it."""
-    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    os.environ.pop("PL_GLOBAL_SEED", None)
+    yield
+    os.environ.pop("PL_GLOBAL_SEED", None)
 
 
 WORDS = "the a small frozen teacher helps large student reads what it wrote before and then leaves so".split()  # noqa: SIM905

@@ -14,6 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+NOT_BUILT = 77  # exit code where the compiler has not what it takes
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 TORCH = Path(importlib.util.find_spec("torch").origin).parent
@@ -25,7 +26,8 @@ def load_device() -> None:
         built = f"{folder}/fake_cuda.so"
         include, libraries = f"-I{TORCH}/include", ["-lc10", "-ltorch_cpu"]
         flags = ["-shared", "-fPIC", "-std=c++20", include, str(HERE / "fake_cuda.cpp"), f"-L{TORCH}/lib", *libraries]
-        subprocess.run(["g++", *flags, "-o", built], check=True)
+        if subprocess.run(["g++", *flags, "-o", built], check=False).returncode:
+            sys.exit(NOT_BUILT)
         for library in (TORCH / "lib" / "libc10.so", TORCH / "lib" / "libtorch_cpu.so", built):
             ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
 

@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.plugins import AsyncCheckpointIO
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM, BatchEncoding, LlamaConfig, LlamaForCausalLM
 
@@ -26,7 +27,7 @@ from salt_lightning import (
     SALTModule,
     cli,
 )
-from salt_lightning.checkpoint import RunCheckpoint, newest
+from salt_lightning.checkpoint import AtomicCheckpointIO, RunCheckpoint, newest
 from salt_lightning.errors import ConfigError
 from salt_lightning.export import export
 from salt_lightning.extension import check_step_tokens
@@ -474,13 +475,29 @@ def test_numbers_of_numpy_leave_checkpoints_that_can_be_read(teacher, data, tmp_
 
 
 class Counts(pl.Callback):
+    def __init__(self, first_step: int) -> None:
+        self.first_step, self.mean = first_step, None
+
+    def on_train_batch_end(self, trainer, *_):
+        self.mean = np.ones(2) if trainer.global_step >= self.first_step else None
+
     def state_dict(self):
-        return {"mean": np.ones(2)}
+        return {"mean": self.mean}
 
 
 def test_a_state_that_cannot_be_read_back_ends_a_run_at_its_first_checkpoint(data, tmp_path):
-    with pytest.raises(ConfigError, match=r"step-00000003.ckpt, just written, cannot be read back: it holds a numpy"):
-        trainer(tmp_path, Counts(), SAVE).fit(SALTModule(ModelSpec(config=SIZES)), data)
+    with pytest.raises(ConfigError, match=r"step-00000003.ckpt could not be read back: it held a numpy"):
+        trainer(tmp_path, Counts(0), SAVE).fit(SALTModule(ModelSpec(config=SIZES)), data)
+    assert not list((tmp_path / "checkpoints").glob("*"))
+    with pytest.raises(ConfigError, match=r"step-00000006.ckpt could not be read back"):
+        trainer(tmp_path, Counts(4), SAVE).fit(SALTModule(ModelSpec(config=SIZES)), data)
+    assert newest(tmp_path / "checkpoints").name == "step-00000003.ckpt"
+
+
+def test_a_checkpoint_that_is_written_later_is_no_error(data, tmp_path):
+    later = AsyncCheckpointIO(AtomicCheckpointIO())
+    trainer(tmp_path, SAVE, plugins=[later]).fit(SALTModule(ModelSpec(config=SIZES)), data)
+    assert newest(tmp_path / "checkpoints").name == "step-00000006.ckpt"
 
 
 @pytest.mark.parametrize(
@@ -499,6 +516,7 @@ def test_a_state_that_cannot_be_read_back_ends_a_run_at_its_first_checkpoint(dat
         (lambda: Examples(prompt=1), "--data.examples.prompt 1 must be a text"),
         (lambda: AnswerTest(max_new_tokens="5"), "--answers.max_new_tokens '5' must be a whole number"),
         (lambda: RunCheckpoint(at_steps=5), "--checkpoint.at_steps 5 must be a list"),
+        (lambda: KDSchedule(shape=np.array(["step", "linear"])), "--kd.shape .* must be step or linear or"),
         (lambda: SALTModule(ModelSpec(), optim=torch.optim.AdamW), "--model.optim .* must be of class OptimSpec"),
         (lambda: SALTModule(ModelSpec(), compile=1), "--model.compile 1 must be True or False"),
         (lambda: OptimSpec().check(20.0), "--trainer.max_steps: 20.0 is no length of a run"),
@@ -511,6 +529,8 @@ def test_values_of_another_kind_are_named_where_they_are_given(make, message):
 
 def test_values_of_a_kind_that_does_are_taken():
     assert ModelSpec(Path("x"), dtype=torch.bfloat16) == ModelSpec("x", dtype="bfloat16")
+    assert RunCheckpoint(at_steps=range(2, 8, 2)).at_steps == (2, 4, 6)
+    assert SALTModule(ModelSpec(), compile=np.bool_(False)).hparams["compile"] == 0
     assert SALTDataModule(["a", "b"], source_weights=(1, 2), cache_dir=Path("c")).source == ["a", "b"]
 
 
@@ -560,6 +580,23 @@ def test_a_fit_that_ended_within_a_validation_goes_on_with_dropout(data, tmp_pat
     assert all(torch.equal(broken.state_dict()[name], weight) for name, weight in whole.state_dict().items())
 
 
+class HalfFrozen(SALTModule):
+    def extend_student(self, lm):
+        lm.frozen = torch.nn.Dropout(0.5).eval()
+
+
+@pytest.mark.filterwarnings("ignore:Found 1 module", "ignore:this student was trained")
+def test_what_a_user_has_set_to_eval_stays_so(data, tmp_path):
+    module, seen, often = HalfFrozen(ModelSpec(config=SIZES)), [], {"val_check_interval": 3}
+    look = pl.callbacks.LambdaCallback(on_train_batch_start=lambda *_: seen.append(module.student.frozen.training))
+    trainer(tmp_path, look, **often).fit(module, data)
+    with pytest.raises(RuntimeError, match="boom"):
+        trainer(tmp_path, look, Boom("on_validation_batch_end"), **often).fit(module, data)
+    trainer(tmp_path, look).fit(module, data)
+    assert seen
+    assert not any(seen)
+
+
 def test_a_fit_leaves_torchs_random_numbers_where_they_were(data, tmp_path):
     before = torch.get_rng_state()
     trainer(tmp_path).fit(SALTModule(ModelSpec(config=SIZES)), data)
@@ -572,6 +609,10 @@ def test_without_a_seed_that_of_seed_everything_counts(data, tmp_path, monkeypat
     monkeypatch.setenv("PL_GLOBAL_SEED", "7")  # as seed_everything does
     assert SALTModule(ModelSpec()).hparams["seed"] == SALTDataModule("x").seed == 7
     assert SALTModule(ModelSpec(), seed=0).hparams["seed"] == SALTDataModule("x", seed=0).seed == 0
+    module = SALTModule(ModelSpec(config=SIZES))
+    monkeypatch.setenv("PL_GLOBAL_SEED", "8")  # in processes that Lightning starts it is there from the beginning
+    trainer(tmp_path).fit(module, data)
+    assert (module.hparams["seed"], data.seed) == (8, 8)
 
 
 def test_a_second_fit_of_one_module_is_told(data, tmp_path):
@@ -586,7 +627,7 @@ def test_ruined_weights_are_refused_before_the_first_step(data, tmp_path):
     trainer(tmp_path).fit(module, data)
     with torch.no_grad():
         module.student.head.weight[0, 0] = math.nan
-    with pytest.raises(ConfigError, match="are not finite before the first step: an earlier fit has ruined them"):
+    with pytest.raises(ConfigError, match="are not finite before the first step, or so large"):
         trainer(tmp_path).fit(module, data)
 
 

@@ -17,5 +17,7 @@ SCRIPT = Path(__file__).parent / "fake_cuda.py"
 def test_a_step_reads_nothing_from_a_gpu_and_mixes_no_devices(settings, teacher, how):
     where = [str(settings["data.source"]), str(settings["data.cache_dir"]), teacher]
     done = subprocess.run([sys.executable, SCRIPT, *where, *how.split()], capture_output=True, text=True, check=False)
+    if done.returncode == 77:
+        pytest.skip("g++ cannot build it")
     assert done.returncode == 0, done.stderr
     assert "done: no sync, no device beside another, one graph a model" in done.stdout

@@ -275,6 +275,7 @@ def test_a_folder_without_config_is_named(tmp_path):
         (ModelSpec(config={"dtype": "bfloat16"}), "config.dtype: leave it out; --model.student.dtype says it"),
         (ModelSpec(family="gpt2", config={"head_dim": 16}), "config.head_dim: gpt2 has no such setting"),
         (ModelSpec(family="falcon", config={"head_dim": 16}), "config.head_dim: falcon has no such setting"),
+        (ModelSpec(family="gpt_neo", config={"head_dim": 16}), "config.head_dim: gpt_neo has no such setting"),
     ],
 )
 def test_misspelt_students_are_named(spec, message):
