@@ -108,6 +108,7 @@ class SALTModule(pl.LightningModule):
         self.kd_weight = torch.zeros(())  # the weight of the running step; KDScheduleCallback writes it
         self.progress: dict[str, str] = {}  # what the progress bar shows, as of the last logged step
         self._grad_norm = torch.zeros(())
+        self._watch = Watch()
         self.meter = Meter()
         self._ndim: dict[str, int] = {}  # of the student's parameters
 
