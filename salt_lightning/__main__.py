@@ -29,7 +29,7 @@ def _compare(args: list[str]) -> int:
 
     try:
         code = compare(args)
-        sys.stdout.flush()
+        print(end="", flush=True)
         return code
     except BrokenPipeError:  # of `compare ... | head`, after its files were written
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left would fail at the exit

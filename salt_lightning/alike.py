@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from salt_lightning.errors import ConfigError, few
+from salt_lightning.kinds import plain
 from salt_lightning.schedule import kd_callbacks
 
 # What decides numbers, or when processes meet.
@@ -24,7 +25,7 @@ _TRAINER = (
 )
 _STRATEGY = ("replicas", "shard_teacher", "_save_distributed_checkpoint")
 _KD = ("allow_change", "allow_untrained", "probe_gradients")
-_CHECKPOINT = ("every_n_steps", "at_steps", "keep", "export")
+_CHECKPOINT = ("every_n_steps", "at_steps", "keep")
 _DATA = ("micro_batch_size", "val_rows", "isolate_documents", "tokenizer_fingerprint")
 
 
@@ -45,11 +46,11 @@ def about(data: Any, max_steps: int) -> dict[str, Any]:
 def of_fit(module: Any, data: Any) -> dict[str, Any]:
     """What decides what a fit of a SALTModule does, as this process has it; by the settings that say it.
 
-    Of paths the last part alone: nodes have disks of their own. Not callbacks: one may be on the first process alone.
+    Of paths the last part alone, as nodes have disks of their own, and of a checkpoint its run, too. Not callbacks: one
+    may be on the first process alone.
     """
     trainer = module.trainer
     savers = [callback for callback in trainer.callbacks if hasattr(callback, "at_steps")]
-    ckpt_path = trainer.ckpt_path and Path(trainer.ckpt_path).name
     parts = {
         "--model": dict(module.hparams),
         "--trainer": _of(trainer, _TRAINER),
@@ -57,17 +58,23 @@ def of_fit(module: Any, data: Any) -> dict[str, Any]:
         "--kd": [{**callback.settings, **_of(callback, _KD)} for callback in kd_callbacks(trainer)],
         "--checkpoint": [_of(saver, _CHECKPOINT) for saver in savers],
         "--data": _of(data, _DATA),
+        "--ckpt_path": trainer.ckpt_path,
     }
-    found = {name: value for name, value in _flat(parts) if isinstance(value, _PLAIN)}
-    found |= {name: Path(str(path)).name for name, path in found.items() if name.endswith(".path") and path}
-    return found | {"--ckpt_path": ckpt_path, "code": _code(), "torch": torch.__version__} | identity(data)
+    found = {name: value for name, value in _flat(plain(parts)) if isinstance(value, _PLAIN)}
+    found |= {name: _end(path) for name, path in found.items() if name.endswith("path") and isinstance(path, str)}
+    return found | {"code": _code(), "torch": torch.__version__} | identity(data)
+
+
+def _end(path: str) -> str:
+    parts = Path(path).parts
+    return "/".join(parts[-3:] if path.endswith(".ckpt") else parts[-1:])
 
 
 _PLAIN = int | float | str | bool | None  # of others, as sets and functions, the text differs from process to process
 
 
 def _of(holder: Any, names: Iterable[str]) -> dict[str, Any]:
-    return {name: getattr(holder, name, None) for name in names}
+    return {name.removeprefix("_"): getattr(holder, name, None) for name in names}
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

@@ -24,12 +24,12 @@ from salt_lightning import preflight, shards, slurm
 from salt_lightning.errors import ConfigError, few, refuse, wrong_kinds
 from salt_lightning.export import check_target, export
 from salt_lightning.journal import whole
-from salt_lightning.models import own_parts
+from salt_lightning.models import own_parts, read_checkpoint
 from salt_lightning.optim import OptimSpec
 from salt_lightning.preflight import Finding
 from salt_lightning.runlog import step_named
 from salt_lightning.schedule import kd_callbacks
-from salt_lightning.spec import shape_settings
+from salt_lightning.spec import settings_without_code, shape_settings
 
 _BATCH = "--data.global_batch_size"
 FIRST_RANK_S = 10.0  # that the others wait, whose end with an error may end all, for the first to act or speak
@@ -44,7 +44,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if not Path(path).is_dir():
             return torch.load(path, map_location=map_location or "cpu", weights_only=True)
         checkpoint = shards.read(Path(path))
-        return checkpoint | {"optimizer_states": shards.optimizer_states(checkpoint)}
+        whole = {"optimizer_states": shards.optimizer_states(checkpoint)} if "param_groups" in checkpoint else {}
+        return checkpoint | whole
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         target = Path(path)
@@ -290,16 +291,16 @@ class RunCheckpoint(Checkpoint):
             self._forget(trainer)
 
     def _prove(self, trainer: pl.Trainer) -> None:
-        """Before a run relies on what cannot be read."""
+        """Reads back what was just written, before a run relies on it."""
         path = self._path(trainer)
         found = trainer.strategy.broadcast(shards.unreadable(path) if trainer.is_global_zero else None)
         if found is None:
             return
         if trainer.is_global_zero:
-            shards.delete(path)
+            shards.remove(path)
         raise ConfigError(
-            f"{path} could not be read back: it held a {found}, in the state of a callback or of a subclass; save "
-            "numbers, texts, lists, dictionaries and tensors alone"
+            f"{path} could not be read back: it held a {found}, in a setting, or in the state of a callback or of a "
+            "subclass; save numbers, texts, lists, dictionaries and tensors alone"
         )
 
     def _forget(self, trainer: pl.Trainer) -> None:
@@ -389,6 +390,14 @@ def require_same(
         raise ConfigError("the checkpoint holds another student: " + ", ".join(changed[:5]))
 
 
+def settings_of(path: Path, whole: bool) -> dict[str, Any]:
+    """The module's settings in a checkpoint. `whole`: it has to have what a fit goes on from."""
+    checkpoint = read_checkpoint(str(path), "--ckpt_path")
+    if whole:
+        shards.require_whole(checkpoint)
+    return settings_without_code(checkpoint["hyper_parameters"], path)
+
+
 def go_on_from(
     checkpoint: dict[str, Any], max_steps: int, accumulate: int | None, data: dict[str, Any], optim: OptimSpec
 ) -> None:
@@ -399,13 +408,9 @@ def go_on_from(
     (accumulate None: the loader is the user's own, and its position what Lightning has saved, micro-batches).
 
     Raises:
-        ConfigError: the run is to end before that step, or there is no more than weights to go on from.
+        ConfigError: the run is to end before that step, or the checkpoint holds weights alone.
     """
-    if not checkpoint.keys() >= {"lr_schedulers", "callbacks", "loops"}:  # optimizer_states: FSDP2 has taken them out
-        raise ConfigError(
-            "--ckpt_path: this checkpoint holds weights alone, as by ModelCheckpoint's save_weights_only; a fit goes "
-            "on from a whole one, and --model.student.path takes it for the start of a new run"
-        )
+    shards.require_whole(checkpoint)
     step = checkpoint["global_step"]
     if step > max_steps:
         raise ConfigError(f"--trainer.max_steps {max_steps}: the checkpoint is at step {step} already")

@@ -53,7 +53,6 @@ from salt_lightning.settings import (
     wrong_teacher,
     wrong_trainer_settings,
 )
-from salt_lightning.spec import settings_without_code
 
 # Lightning 2.6 calls jsonargparse by names that it deprecates: nothing a user of ours could mend.
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
@@ -121,7 +120,7 @@ class SALTCLI(LightningCLI):
         config["ckpt_path"] = None if path is None else str(path)
         if path is None:
             return
-        saved = settings_without_code(read_checkpoint(str(path), "--ckpt_path")["hyper_parameters"], path)
+        saved = checkpoint.settings_of(path, whole=subcommand == "fit")
         if chosen != "last" and (reason := shards.damage(path)):
             raise ConfigError(f"--ckpt_path {path} is damaged ({reason}); take an older one, or last, which finds one")
         given, before = self._settings(self._explicit).get("model") or Namespace(), flat(saved)

@@ -133,13 +133,13 @@ class SALTDataModule(LightningDataModule):
         self.tokenizer_name, self.trained_vocab_size = tokenizer, vocab_size
         self.block_size, self.isolate_documents = block_size, isolate_documents
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
-        self.val_fraction, self.val_rows, self._seed, self.seed = val_fraction, val_rows, seed, seed_or_global(seed)
+        self.val_fraction, self.val_rows, self.seed = val_fraction, val_rows, seed_or_global(seed)
+        self._unset_seed = self.seed if seed is None else None
         self.cache_dir = Path(cache_dir).expanduser()
         self.prepare_workers, self.num_workers = prepare_workers, num_workers
         self.selection, self.keep, self.examples = selection, keep, examples
         refuse(self._problems() + examples.problems(tokenizer))
-        self.accumulate = 1
-        self.num_train_rows = self.num_train_tokens = 0
+        self.accumulate, self.num_train_rows, self.num_train_tokens = 1, 0, 0
         self.source_names: list[str] = []
         self.text: dict[str, Any] = {}  # what the training text is, for checkpoints
         self._groups: dict[str, tuple[Group, ...]] = {}
@@ -283,7 +283,7 @@ class SALTDataModule(LightningDataModule):
             ConfigError: batch sizes do not divide, the trainer's settings stand against them, or the text
                 is too short.
         """
-        self.seed = seed_or_global(self._seed)  # seed_everything may come after the constructor
+        self.seed = seed_or_global(self.seed, self._unset_seed)
         if stage in (None, "fit"):
             self.set_trainer()
         if stage in (None, "fit", "predict"):

@@ -4,7 +4,7 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
@@ -48,8 +48,7 @@ def _is_of(value: Any, hint: Any) -> bool:
     if get_origin(hint) is Literal:
         return isinstance(value, str) and value in get_args(hint)
     if get_origin(hint) is list:
-        several = isinstance(value, Collection) and not isinstance(value, str | bytes | Mapping)
-        return several and all(_is_of(each, get_args(hint)[0]) for each in value)
+        return isinstance(value, list | tuple | range) and all(_is_of(each, get_args(hint)[0]) for each in value)
     if hint in _NUMBERS:  # numpy's, too
         return isinstance(value, _NUMBERS[hint]) and not isinstance(value, bool)
     if hint is bool:

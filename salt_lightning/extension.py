@@ -4,7 +4,7 @@ Subclasses, optimizers, and batches of a loader of one's own; docs/extending.md 
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -79,16 +79,30 @@ def check_subclass(trainer: Trainer) -> None:
         )
 
 
-def settle_modes(module: Any) -> None:
-    """Gives the parts of a module back their modes, train or eval, where an error within a validation has kept them."""
-    if module.meter.is_paused:
-        for part, training in module._modes:
+class KeepsModes(LightningModule):
+    """Keeps whether each part is in train or eval, while an evaluation has all of them in eval. Lightning loses that
+    where an error ends the evaluation; here the next start finds it."""
+
+    _modes: Sequence[tuple[torch.nn.Module, bool]] = ()
+
+    def on_validation_model_eval(self) -> None:
+        self.give_back_modes()
+        self._modes = [(part, part.training) for part in self.modules()]
+        super().on_validation_model_eval()
+
+    def on_validation_model_train(self) -> None:
+        self.give_back_modes()
+
+    on_test_model_eval, on_test_model_train = on_validation_model_eval, on_validation_model_train
+
+    def give_back_modes(self) -> None:
+        for part, training in self._modes:
             part.training = training
-    module._modes = [(part, part.training) for part in module.modules()]
+        self._modes = ()
 
 
 def keep_random(device: torch.device) -> Callable[[], None]:
-    """Puts torch's random numbers back to where they are now."""
+    """What puts torch's random numbers back to where they are now."""
     cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     return partial(_give_back, torch.get_rng_state(), cuda, device)
 

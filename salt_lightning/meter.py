@@ -116,11 +116,6 @@ class Meter:
         """Opens the stretch that the next logged step speaks of. `wait_s`: what the loader made us wait so far."""
         self._step, self._since_s, self._wait_s, self._paused_s = step, time.perf_counter(), wait_s, None
 
-    @property
-    def is_paused(self) -> bool:
-        """Within a validation, or since one that an error has ended."""
-        return self._paused_s is not None
-
     def pause(self) -> None:
         self._paused_s = time.perf_counter()
 

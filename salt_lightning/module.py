@@ -7,12 +7,10 @@ One batch: input_ids_BT, labels_BT, positions_BT -> student hidden_ND, teacher h
 import gc
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any, Literal
 
-import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
@@ -38,7 +36,7 @@ from salt_lightning.watch import Watch, problem
 Batch = dict[str, Tensor]
 
 
-class SALTModule(pl.LightningModule):
+class SALTModule(extension.KeepsModes):
     """Trains a student, with the help of a teacher for as long as the KD weight is above 0.
 
     The teacher is no submodule: it is in no checkpoint, not in parameters(), out of reach of train(), and validation
@@ -82,7 +80,8 @@ class SALTModule(pl.LightningModule):
         optim = OptimSpec(**optim) if isinstance(optim, dict) else optim
         refuse(wrong_kinds(SALTModule.__init__, locals(), "--model."))
         super().__init__()
-        self.student_spec, self.teacher_spec, self.optim_spec, self._seed = student, teacher, optim, seed
+        self.student_spec, self.teacher_spec, self.optim_spec = student, teacher, optim
+        self._unset_seed = seed_or_global(None) if seed is None else None
         positive = {"teacher_temperature": teacher_temperature, "logits_budget_gib": logits_budget_gib}
         refuse(f"--model.{k} {x} must be above 0, and finite" for k, x in positive.items() if not 0 < x < math.inf)
         self._loss = partial(
@@ -121,7 +120,7 @@ class SALTModule(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
-            self.hparams["seed"] = seed_or_global(self._seed)  # seed_everything may come after the constructor
+            self.hparams["seed"] = seed_or_global(self.hparams["seed"], self._unset_seed)
             alike.require(self.trainer, alike.of_fit(self, self._data))
             self.__dict__["teacher"] = None  # of a fit before that was ended, or of RKD
             self.optim_spec.check(self.trainer.max_steps)
@@ -205,7 +204,7 @@ class SALTModule(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         extension.check_subclass(self.trainer)
-        extension.settle_modes(self)
+        self.give_back_modes()
         self._give_back_random = extension.keep_random(self.device)  # each micro-batch seeds anew
         self.kd_weight = self.kd_weight.to(self.device)
         self._watch = Watch(self.device)
@@ -401,7 +400,6 @@ class SALTModule(pl.LightningModule):
     # ----------------------------------------------------------- checkpoints
 
     _loaded_step = 0  # optimizer steps behind the weights that validate and test look at
-    _modes: Sequence[tuple[torch.nn.Module, bool]] = ()  # train or eval, of each part, as the last fit began
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if states := checkpoint.get("optimizer_states"):

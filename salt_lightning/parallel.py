@@ -136,6 +136,8 @@ class FSDP2(ModelParallelStrategy):
         assert self.lightning_module is not None
         path = Path(self.broadcast(checkpoint_path))
         checkpoint = read_checkpoint(str(path), "--ckpt_path")
+        if self.optimizers:
+            shards.require_whole(checkpoint)
         weights = self.lightning_module.state_dict()
         check_same_model(weights, checkpoint["state_dict"], f"--ckpt_path {path} holds another student")
         states = [_empty_state(optimizer) for optimizer in self.optimizers]  # none but in a fit
@@ -144,7 +146,7 @@ class FSDP2(ModelParallelStrategy):
         else:
             for name, tensor in weights.items():
                 _copy(tensor, checkpoint["state_dict"][name])
-            for ours, saved in zip(states, checkpoint["optimizer_states"], strict=False):
+            for ours, saved in zip(states, checkpoint.get("optimizer_states", ()), strict=False):
                 for name, tensors in ours["state"].items():
                     for key, tensor in tensors.items():
                         _copy(tensor, saved["state"][name][key])
@@ -383,7 +385,7 @@ def has_lost_others(error: BaseException) -> bool:
 
 
 def writes_elsewhere() -> bool:
-    """Whether torchrun has started this process beside a first one, which does what one process does."""
+    """Whether torchrun has started this process beside a first one, which alone writes and prints."""
     return TorchElasticEnvironment.detect() and TorchElasticEnvironment().global_rank() > 0
 
 

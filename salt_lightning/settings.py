@@ -25,9 +25,12 @@ _PATHS = (
 )
 
 
-def seed_or_global(seed: int | None) -> int:
-    """The seed; without one that of Lightning's seed_everything in this process, or 0."""
-    return int(os.environ.get("PL_GLOBAL_SEED") or 0) if seed is None else seed
+def seed_or_global(seed: int | None, unset: int | None = None) -> int:
+    """The seed; without one (None, or `unset`, what it was for want of one) that of Lightning's seed_everything, or 0.
+
+    That may come after the constructors; in processes that Lightning starts it is there before.
+    """
+    return int(os.environ.get("PL_GLOBAL_SEED") or 0) if seed in (None, unset) else seed
 
 
 def expand_home(config: Namespace) -> None:

@@ -206,6 +206,15 @@ def _require_stored(archive: Path | io.BytesIO) -> None:
             raise DamageError(f"{packed[0]} in it is compressed")
 
 
+def require_whole(checkpoint: Mapping[str, Any]) -> None:
+    """Raises ConfigError where there is no more than weights, and counters, to go on from."""
+    if not checkpoint.keys() >= {"lr_schedulers", "callbacks", "loops"}:
+        raise ConfigError(
+            "--ckpt_path: this checkpoint holds weights alone, as by ModelCheckpoint's save_weights_only; a fit goes "
+            "on from a whole one, and --model.student.path takes it for the start of a new run"
+        )
+
+
 def unreadable(path: Path) -> str | None:
     """What there is in a checkpoint, file or folder, that torch does not load without unpickling; None: nothing that
     was seen, as of one that is yet to be written."""

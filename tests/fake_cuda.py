@@ -26,8 +26,10 @@ def load_device() -> None:
         built = f"{folder}/fake_cuda.so"
         include, libraries = f"-I{TORCH}/include", ["-lc10", "-ltorch_cpu"]
         flags = ["-shared", "-fPIC", "-std=c++20", include, str(HERE / "fake_cuda.cpp"), f"-L{TORCH}/lib", *libraries]
-        if subprocess.run(["g++", *flags, "-o", built], check=False).returncode:
+        done = subprocess.run(["g++", *flags, "-o", built], capture_output=True, text=True, check=False)
+        if "No such file or directory" in done.stderr:  # headers, or what it links to
             sys.exit(NOT_BUILT)
+        assert done.returncode == 0, done.stderr
         for library in (TORCH / "lib" / "libc10.so", TORCH / "lib" / "libtorch_cpu.so", built):
             ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
 

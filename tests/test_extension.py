@@ -585,6 +585,24 @@ class HalfFrozen(SALTModule):
         lm.frozen = torch.nn.Dropout(0.5).eval()
 
 
+class BrokenTest(pl.Callback):
+    def on_test_start(self, trainer, pl_module):
+        raise RuntimeError("boom")
+
+    on_validation_start = on_test_start
+
+
+@pytest.mark.parametrize("verb", ["test", "validate"])
+def test_a_fit_after_a_broken_evaluation_trains(verb, data, tmp_path):
+    module, seen = SALTModule(ModelSpec(config=SIZES)), []
+    with pytest.raises(RuntimeError, match="boom"):
+        getattr(trainer(tmp_path, BrokenTest()), verb)(module, data)
+    look = pl.callbacks.LambdaCallback(on_train_batch_start=lambda *_: seen.append(module.student.training))
+    trainer(tmp_path, look).fit(module, data)
+    assert seen
+    assert all(seen)
+
+
 @pytest.mark.filterwarnings("ignore:Found 1 module", "ignore:this student was trained")
 def test_what_a_user_has_set_to_eval_stays_so(data, tmp_path):
     module, seen, often = HalfFrozen(ModelSpec(config=SIZES)), [], {"val_check_interval": 3}
@@ -613,6 +631,9 @@ def test_without_a_seed_that_of_seed_everything_counts(data, tmp_path, monkeypat
     monkeypatch.setenv("PL_GLOBAL_SEED", "8")  # in processes that Lightning starts it is there from the beginning
     trainer(tmp_path).fit(module, data)
     assert (module.hparams["seed"], data.seed) == (8, 8)
+    data.seed = 5  # by hand
+    data.setup("fit")
+    assert data.seed == 5
 
 
 def test_a_second_fit_of_one_module_is_told(data, tmp_path):
