@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
@@ -34,12 +35,15 @@ def wrong_kinds(takes: Callable[..., Any], given: Mapping[str, Any], prefix: str
         given: values by name.
         prefix: of the settings that the names are.
     """
-    wanted = {name: hint for name, hint in get_type_hints(takes).items() if name in given}
+    wanted = {name: hint for name, hint in _hints(takes).items() if name in given}
     return [
         f"{prefix}{name} {given[name]!r} must be {_kind_said(hint)}"
         for name, hint in wanted.items()
         if not _is_of(given[name], hint)
     ]
+
+
+_hints = cache(get_type_hints)  # some specs are made at every step
 
 
 def _is_of(value: Any, hint: Any) -> bool:
@@ -52,7 +56,7 @@ def _is_of(value: Any, hint: Any) -> bool:
     if hint in _NUMBERS:  # numpy's, too
         return isinstance(value, _NUMBERS[hint]) and not isinstance(value, bool)
     if hint is bool:
-        return isinstance(value, bool) or type(value).__name__ == "bool"  # numpy's
+        return type(value).__name__ == "bool"  # Python's, and numpy's
     if hint is str:
         return isinstance(value, str | os.PathLike)
     return not isinstance(hint, type) or isinstance(value, hint)

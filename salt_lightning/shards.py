@@ -218,14 +218,14 @@ def require_whole(checkpoint: Mapping[str, Any]) -> None:
 def unreadable(path: Path) -> str | None:
     """What there is in a checkpoint, file or folder, that torch does not load without unpickling; None: nothing that
     was seen, as of one that is yet to be written."""
+    found = None
     try:
         torch.load(path / META if path.is_dir() else path, map_location="cpu", weights_only=True, mmap=path.is_file())
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
-        return found and found[1]
     except (OSError, RuntimeError):
-        return None
-    return None
+        pass
+    return found and found[1]
 
 
 def damage(path: Path) -> str | None:
