@@ -1,6 +1,7 @@
 """Optimizer steps said in Lightning's terms, which counts micro-batches: accumulation, validation, phase 1."""
 
 import math
+from numbers import Integral
 from weakref import WeakKeyDictionary
 
 from lightning.pytorch import Callback, Trainer
@@ -14,7 +15,6 @@ from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from salt_lightning.errors import ConfigError, refuse
-from salt_lightning.optim import check_length
 from salt_lightning.schedule import kd_callbacks
 from salt_lightning.settings import wrong_counts
 
@@ -35,7 +35,8 @@ def set_cadence(trainer: Trainer, accumulation: int) -> None:
     )
     limits = {name: getattr(trainer, name) for name in ("limit_train_batches", "check_val_every_n_epoch")}
     refuse(wrong_counts({"accumulate_grad_batches": accumulate, "val_check_interval": interval, **limits}))
-    check_length(trainer.max_steps)
+    if not isinstance(trainer.max_steps, Integral) or trainer.max_steps < 1:
+        raise ConfigError(f"--trainer.max_steps: {trainer.max_steps} is no length of a run; give optimizer steps")
     trainer.fit_loop.min_epochs = 0  # of min_steps Lightning makes an epoch, the whole run, which nothing could end
     trainer.accumulate_grad_batches = accumulation
     if interval is not None:

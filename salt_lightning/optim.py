@@ -15,12 +15,6 @@ from torch import nn
 from salt_lightning.errors import ConfigError, refuse, wrong_kinds
 
 
-def check_length(max_steps: Any) -> None:
-    """Raises ConfigError where it is no number of optimizer steps."""
-    if not isinstance(max_steps, Integral) or max_steps < 1:
-        raise ConfigError(f"--trainer.max_steps: {max_steps} is no length of a run; give optimizer steps")
-
-
 @dataclass(frozen=True)
 class OptimSpec:
     """AdamW, decay on matrices only; warm-up, then cosine or WSD (warm-up, stable, decay).
@@ -69,7 +63,8 @@ class OptimSpec:
 
     def check(self, max_steps: int) -> None:
         """Raises ConfigError where warm-up and decay do not fit into the run, or that has no length."""
-        check_length(max_steps)
+        if not isinstance(max_steps, Integral) or max_steps < 1:
+            raise ConfigError(f"--trainer.max_steps: {max_steps} is no length of a run; give optimizer steps")
         decay_steps = self.decay_steps or 0
         if self.warmup_steps + decay_steps > max_steps:
             raise ConfigError(
