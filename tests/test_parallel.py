@@ -321,7 +321,7 @@ def child_of(process: subprocess.Popen, run: Path) -> int:
 
 
 ENDLESS = {"trainer.max_steps": 100_000, "trainer.val_check_interval": 100_000, "trainer.log_every_n_steps": 3,
-           "checkpoint.every_n_steps": 4, "data.micro_batch_size": 4}  # fmt: skip
+           "checkpoint.every_n_steps": 4, "checkpoint.keep": 2, "data.micro_batch_size": 4}  # fmt: skip
 
 
 def end(process: subprocess.Popen) -> tuple[int, str]:

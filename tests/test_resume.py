@@ -174,7 +174,7 @@ def test_a_signal_to_the_whole_process_group(settings, tmp_path, number, slurm):
     """What a terminal does on Ctrl-C and a cluster on SIGTERM or, under SLURM, SIGUSR1: loader workers get it too."""
     asked = slurm(SLURM_ARRAY_JOB_ID="70", SLURM_ARRAY_TASK_ID="3") if number == signal.SIGUSR1 else None
     own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, "data.num_workers": 2, "trainer.max_steps": 100_000,
-           "data.micro_batch_size": 2, "trainer.val_check_interval": 100_000}  # fmt: skip
+           "data.micro_batch_size": 2, "trainer.val_check_interval": 100_000, "checkpoint.keep": 2}  # fmt: skip
     process = subprocess.Popen(
         [sys.executable, "-c", "import sys; from salt_lightning.cli import main; sys.exit(main())", "fit",
          *arguments(settings, own)],
@@ -389,7 +389,7 @@ def test_another_student_is_refused_by_its_settings(fit, settings, tmp_path, cap
 def test_a_run_that_is_under_way_is_left_alone(fit, settings, tmp_path, capsys, caplog, monkeypatch):
     """By real processes: the lock is of a process, and free when it dies, whatever its workers do."""
     own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, "data.num_workers": 2, "trainer.max_steps": 100_000,
-           "trainer.val_check_interval": 100_000, "checkpoint.every_n_steps": 1}  # fmt: skip
+           "trainer.val_check_interval": 100_000, "checkpoint.every_n_steps": 1, "checkpoint.keep": 2}  # fmt: skip
     process = subprocess.Popen(
         [sys.executable, "-c", "import sys; from salt_lightning.cli import main; sys.exit(main())", "fit",
          *arguments(settings, own)],
@@ -399,6 +399,7 @@ def test_a_run_that_is_under_way_is_left_alone(fit, settings, tmp_path, capsys, 
         deadline = time.monotonic() + 120
         while not list(tmp_path.glob("run/checkpoints/step-*.ckpt")) and time.monotonic() < deadline:
             time.sleep(0.1)
+        assert process.poll() is None  # it said why on stderr
         who = f"process {process.pid} on {socket.gethostname()}"
         assert fit(tmp_path / "run", ckpt_path="last") == 2
         said = f"error: --run {tmp_path}/run: {who} works there; wait for its end, or choose another folder"
@@ -544,7 +545,7 @@ def test_without_a_logger_a_run_still_lives_in_its_folder(fit, tmp_path, monkeyp
 
 def test_killed_runs_leave_no_loader_workers(settings, tmp_path):
     own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, "data.num_workers": 2, "trainer.max_steps": 100_000,
-           "trainer.val_check_interval": 100_000, "checkpoint.every_n_steps": 5}  # fmt: skip
+           "trainer.val_check_interval": 100_000, "checkpoint.every_n_steps": 5, "checkpoint.keep": 2}  # fmt: skip
     process = subprocess.Popen(
         [sys.executable, "-c", "import sys; from salt_lightning.cli import main; sys.exit(main())", "fit",
          *arguments(settings, own)],
