@@ -31,7 +31,7 @@ _PACKAGES = ("salt-lightning", "torch", "lightning", "transformers", "tokenizers
 
 
 def model_card(
-    name: str, checkpoint: dict[str, Any], model: PreTrainedModel, run: Run | None, has_tokenizer: bool
+    name: str, checkpoint: dict[str, Any], model: PreTrainedModel, run: Run | None, tokenizer: str | None
 ) -> str:
     """README.md of an exported folder: front matter as the hub reads it, then what is known of the training.
 
@@ -40,7 +40,7 @@ def model_card(
         checkpoint: without need of its tensors.
         model: the student, on any device.
         run: the folder that the checkpoint lies in; None: not known.
-        has_tokenizer: whether one lies beside the card.
+        tokenizer: the folder that it lies in, "" for beside the card; None: there is none.
     """
     run = _as_trained(checkpoint, run)
     taught = _is_taught(checkpoint, run)
@@ -60,7 +60,7 @@ def model_card(
         f"# {name}",
         f"A causal language model pretrained {'with the help of a teacher ' if taught else ''}by salt_lightning"
         + (" (SALT: [arXiv 2410.18779](https://arxiv.org/abs/2410.18779))." if taught else "."),
-        _how_to_load(name, has_tokenizer),
+        _how_to_load(name, tokenizer),
         "## Training",
         _list(rows),
         _validation(checkpoint["global_step"], run),
@@ -74,9 +74,11 @@ def _is_taught(checkpoint: dict[str, Any], run: Run) -> bool:
     return run.kd_steps > 0 or checkpoint.get("totals", {}).get("taught_steps", 0) > 0
 
 
-def _how_to_load(name: str, has_tokenizer: bool) -> str:
-    parts = {"model": "AutoModelForCausalLM"} | ({"tokenizer": "AutoTokenizer"} if has_tokenizer else {})
+def _how_to_load(name: str, tokenizer: str | None) -> str:
+    parts = {"model": "AutoModelForCausalLM"} | ({} if tokenizer is None else {"tokenizer": "AutoTokenizer"})
     lines = [f'{part} = {cls}.from_pretrained("{name}")' for part, cls in parts.items()]
+    if tokenizer:
+        lines[1] = f'{lines[1][:-1]}, subfolder="{tokenizer}")  # beside the model it would be misread'
     return "\n".join(["```python", f"from transformers import {', '.join(parts.values())}", "", *lines, "```"])
 
 

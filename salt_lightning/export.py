@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,16 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.tokenization_utils_base import LARGE_INTEGER
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from salt_lightning.card import model_card
@@ -28,7 +36,7 @@ from salt_lightning.models import PREFIX, from_config, own_parts, read_checkpoin
 from salt_lightning.parallel import check_same_model, writes_elsewhere
 from salt_lightning.shards import Tensors, sync_folder
 from salt_lightning.spec import DTYPES, ModelSpec, as_config_error
-from salt_lightning.tokenizer import load_tokenizer, tokenizer_fingerprint
+from salt_lightning.tokenizer import SUBFOLDER, load_tokenizer, rules_fingerprint, special_ids, tokenizer_fingerprint
 
 MAX_FILE_BYTES = 2 << 30
 
@@ -75,8 +83,9 @@ def export(
         num_files = _write_weights(model, weights, read, folder, max_file_bytes)
         model.config.dtype = next(tensor.dtype for tensor in weights.values() if tensor.is_floating_point())
         _write_settings(model, words, folder)
+        place = None if words is None else _write_tokenizer(words, folder)
         logged = read_log(run, run.name) if any(run.glob("*tfevents*")) else None
-        card = model_card(target.name, saved, model, logged, words is not None)
+        card = model_card(target.name, saved, model, logged, place)
         (folder / "README.md").write_text(card, encoding="utf-8")
         verify(folder)
     rest = own_parts(saved["state_dict"])
@@ -84,6 +93,11 @@ def export(
     return (
         f"{target}: {num_parameters:,} parameters in {kind}, {num_files} file{'s' * (num_files > 1)} of weights, "
         f"model card, {'tokenizer' if words else f'no tokenizer (none in {run}; name one by --tokenizer)'}"
+        + (
+            f" in {target / place}, as transformers would read one beside a {model.config.model_type} by other rules"
+            if place
+            else ""
+        )
         + (f"; left out, as no part of the model: {few(rest)}" if rest else "")
     )
 
@@ -143,7 +157,7 @@ def _whole_folder(target: Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        for path in (*partial.iterdir(), partial):
+        for path in (*partial.rglob("*"), partial):
             sync_folder(path)
         partial.rename(target)
         sync_folder(target.parent)
@@ -181,18 +195,41 @@ def _write_file(model: PreTrainedModel, weights: dict[str, Tensor], path: Path) 
 
 
 def _write_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
-    """config.json, the tokenizer, and generation_config.json, which goes by the tokenizer's special tokens."""
+    """config.json, and generation_config.json, which goes by the tokenizer's special tokens; these two in agreement.
+
+    Tokenizers made for no model in particular name neither a token to pad with nor a length to cut at.
+    """
     model.config.save_pretrained(folder)
     special = {name: getattr(model.config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
         named = {name: token for name in special if (token := getattr(tokenizer, name)) is not None}
         if isinstance(stops := special["eos_token_id"], list) and named.get("eos_token_id") in stops:
             del named["eos_token_id"]  # a chat's model stops at the end of a turn, too
         special |= named
+        pad_id, length = special["pad_token_id"], getattr(model.config, "max_position_embeddings", None)
+        if tokenizer.pad_token_id is None and pad_id in special_ids(tokenizer):  # another one stands for text
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
+        if tokenizer.model_max_length >= LARGE_INTEGER and length:
+            tokenizer.model_max_length = length
     GenerationConfig(**special).save_pretrained(folder)
     for path in folder.glob("*.safetensors"):  # safetensors lets nobody else read them
         path.chmod((folder / "config.json").stat().st_mode)
+
+
+def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> str:
+    """Beside the model, unless transformers goes by the model's family there, whatever the files say; returns where."""
+    apart = folder / SUBFOLDER
+    tokenizer.save_pretrained(apart)
+    names = [path.name for path in apart.iterdir()]
+    for name in names:
+        (apart / name).rename(folder / name)
+    with suppress(Exception):  # of another family's tokenizer, whatever that lacks here
+        if rules_fingerprint(AutoTokenizer.from_pretrained(folder)) == rules_fingerprint(tokenizer):
+            apart.rmdir()
+            return ""
+    for name in names:
+        (folder / name).rename(apart / name)
+    return SUBFOLDER
 
 
 def verify(folder: Path) -> None:

@@ -114,6 +114,35 @@ def test_a_finished_run_is_exported(salt):
     assert [generation.eos_token_id, generation.bos_token_id] == [tokenizer.eos_token_id] * 2
 
 
+@pytest.mark.parametrize(("family", "where"), [("qwen3", ""), ("qwen2", "tokenizer")])
+def test_the_exported_tokenizer_cuts_text_as_in_training(settings, tmp_path, caplog, family, where):
+    """transformers reads a tokenizer that lies beside a qwen2 by Qwen's rules, whatever tokenizer.json says."""
+    run, out = tmp_path / "run", tmp_path / "out"
+    config = {**settings["model.student.config"], "num_key_value_heads": 2}
+    own = {"run": str(run), "model.student.family": family, "checkpoint.export": str(out), "kd.weight": 0.0,
+           "trainer.max_steps": 2, "model.student.config": config}  # fmt: skip
+    assert cli.main(["fit", *arguments(settings, own)]) == 0
+    expected, found = (AutoTokenizer.from_pretrained(folder) for folder in (run / "tokenizer", out / where))
+    text = "in 1984 the \u00e9lan vital, e\u0301 and 12345\n\n  of it"
+    assert found(text)["input_ids"] == expected(text)["input_ids"]
+    assert AutoTokenizer.from_pretrained(out, subfolder=where)(text) == found(text)
+    assert (out / "tokenizer.json").exists() == (where == "")
+    assert (out / where / "tokenizer.json").exists()
+    card = (out / "README.md").read_text()
+    assert ('from_pretrained("out", subfolder="tokenizer")' in card) == (where != "")
+    padded = found(["a", text], padding=True, truncation=True)["input_ids"]
+    assert {len(ids) for ids in padded} == {32}  # of the model
+    assert (found.pad_token_id, found.model_max_length) == (expected.eos_token_id, 32)
+    caplog.clear()
+    again = {"run": str(tmp_path / "again"), "model.student.path": str(out), "data.tokenizer": str(out),
+             "kd.weight": 0.0, "trainer.max_steps": 2}  # fmt: skip
+    plain = {key: value for key, value in settings.items() if not key.startswith(("model.student", "data.vocab_size"))}
+    assert cli.main(["fit", *arguments(plain, again)]) == 0
+    assert "cuts text by other rules" not in caplog.text
+    saved = [torch.load(checkpoints(each)[-1], weights_only=True)["data"] for each in (run, tmp_path / "again")]
+    assert saved[0] == saved[1]  # the same tokens
+
+
 def test_generation_ends_where_the_tokenizer_says(salt, tmp_path):
     checkpoint = torch.load(checkpoints(salt)[-1], weights_only=True)
     checkpoint["hyper_parameters"]["student"]["config"] |= {"eos_token_id": 7, "pad_token_id": 9}
@@ -204,7 +233,7 @@ def card_lines(salt: Path, config: dict[str, object], **changed: object) -> list
     run = read_run(salt, "salt")
     checkpoint = torch.load(checkpoints(salt)[-1], weights_only=True) | changed
     model = AutoModelForCausalLM.from_pretrained(salt / "out")
-    return model_card("x", checkpoint, model, replace(run, config=run.config | config), False).splitlines()
+    return model_card("x", checkpoint, model, replace(run, config=run.config | config), None).splitlines()
 
 
 @pytest.mark.parametrize(
@@ -235,7 +264,7 @@ def test_the_card_says_where_it_went_on_under_other_settings(salt):
               (20, {**run.config, "trainer.max_steps": 50})]  # fmt: skip
     checkpoint = torch.load(checkpoints(salt)[-1], weights_only=True)
     model = AutoModelForCausalLM.from_pretrained(salt / "out")
-    lines = model_card("x", checkpoint, model, replace(run, earlier=tuple(starts)), False).splitlines()
+    lines = model_card("x", checkpoint, model, replace(run, earlier=tuple(starts)), None).splitlines()
     found = f"data.source {now} (before old/*.jsonl), trainer.max_steps 99 (before 12)"
     assert f"- went on: at step 4 under other settings: {found}" in lines  # what holds from step 12 on is not of it
     assert "- tokens: 3,072" in lines  # of which text, nobody knows
