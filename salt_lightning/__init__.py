@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from salt_lightning.schedule import KDSchedule, KDScheduleCallback
     from salt_lightning.spec import ModelSpec
 
+__version__ = "0.1.0"
+
 __all__ = [
     "AnswerTest",
     "Examples",
@@ -41,7 +43,7 @@ _HOMES = {
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "__doc__", "__file__", "__name__", "__path__"]
+    return [*__all__, "__doc__", "__file__", "__name__", "__path__", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -14,8 +14,9 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 
+from salt_lightning import __version__
 from salt_lightning.errors import ConfigError, few
-from salt_lightning.kinds import plain
+from salt_lightning.kinds import VERSION, plain
 from salt_lightning.schedule import kd_callbacks
 
 # What decides numbers, or when processes meet.
@@ -40,7 +41,8 @@ def identity(data: Any) -> dict[str, Any]:
 def about(data: Any, max_steps: int) -> dict[str, Any]:
     """What a checkpoint says of its run: a later start's to compare, a model card's to tell."""
     tokenizer, text = getattr(data, "tokenizer_fingerprint", None), getattr(data, "text", {})
-    return {"tokenizer": tokenizer, "data": identity(data), "text": text, "max_steps": max_steps}
+    known = {"tokenizer": tokenizer, "data": identity(data), "text": text, "max_steps": max_steps}
+    return known | {VERSION: __version__}
 
 
 def of_fit(module: Any, data: Any) -> dict[str, Any]:

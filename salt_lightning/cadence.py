@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     GradientAccumulationScheduler,
     LearningRateFinder,
+    OnExceptionCheckpoint,
     StochasticWeightAveraging,
 )
 from lightning.pytorch.utilities import GradClipAlgorithmType
@@ -48,6 +49,8 @@ _REFUSED: dict[type[Callback], str] = {
     LearningRateFinder: "it sets rates, which follow from --model.optim.* at each step: try several runs",
     StochasticWeightAveraging: "it counts epochs, of which a run has one, and would average nothing",
     GradientAccumulationScheduler: "accumulation follows from --data.global_batch_size",
+    OnExceptionCheckpoint: "the next run would start from its file, whatever that run is; --checkpoint.every_n_steps "
+    "saves, and --ckpt_path last goes on",
     BatchSizeFinder: "the verb `check` says which --data.micro_batch_size fits",
 }
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -76,6 +77,17 @@ def check_subclass(trainer: Trainer) -> None:
         raise ConfigError(
             f"{few(late)}: added after the student was sharded, so each rank would train its own; add it in "
             "extend_student, or use ddp"
+        )
+
+
+def require_averaging(trainer: Trainer, checkpoint: Mapping[str, Any]) -> None:
+    """Raises ConfigError where a fit would go on from averaged weights, whose optimizer belongs to those trained."""
+    averages = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    if "current_model_state" in checkpoint and not averages:
+        raise ConfigError(
+            "--ckpt_path: this checkpoint holds the weights that a WeightAveraging callback has averaged, beside those "
+            "trained: go on with that callback (--trainer.callbacks EMAWeightAveraging), or start a new run from them "
+            "by --model.student.path"
         )
 
 

@@ -41,11 +41,10 @@ _CHECKPOINT: dict[Any, Any] = {
 }
 
 
-# What whoever saves a SALTModule has put into it; optimizer, callbacks and loops are not in one of weights alone.
-_ALWAYS = {
-    *("global_step", "max_steps", "tokenizer", "hyper_parameters", "state_dict", "text", "data", "forward_flops"),
-    *("totals", "totals_before", "time_s", "teacher_time_s", "pytorch-lightning_version"),
-}
+# What whoever saves a SALTModule has put into it, and what a fit alone reads.
+_ALWAYS = {"global_step", "tokenizer", "hyper_parameters", "state_dict", "text", "data", "pytorch-lightning_version"}
+VERSION = "salt_lightning_version"  # of the code that wrote it
+TO_GO_ON = {"max_steps", "forward_flops", "totals", "totals_before", "time_s", "teacher_time_s"}
 
 
 def is_checkpoint(checkpoint: Any) -> bool:

@@ -414,11 +414,12 @@ class SALTModule(extension.KeepsModes):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         require_same(checkpoint, self.hparams["student"], self._data, self.state_dict)
         self._loaded_step = checkpoint["global_step"]
-        self.meter.load(checkpoint)
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             max_steps = self.trainer.max_steps
             accumulate = self.trainer.accumulate_grad_batches if self._data is not None else None
+            extension.require_averaging(self.trainer, checkpoint)
             go_on_from(checkpoint, max_steps, accumulate, alike.identity(self._data), self.optim_spec)
+            self.meter.load(checkpoint)
         elif self._data is not None:
             say_other_share(checkpoint, self._data)
 

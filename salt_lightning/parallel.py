@@ -18,6 +18,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import (
     DDPStrategy,
     FSDPStrategy,
@@ -350,6 +351,11 @@ def check(trainer: pl.Trainer, ckpt_path: str | None = None) -> None:
         raise ConfigError(
             f"--trainer.strategy.replicas {strategy.replicas} does not fit {world} devices (--trainer.devices times "
             f"--trainer.num_nodes); use one of {fitting}"
+        )
+    averages = [c for c in trainer.callbacks if isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
+    if isinstance(strategy, FSDP2 | FSDPStrategy) and averages:
+        raise ConfigError(
+            f"--trainer.callbacks {type(averages[0]).__name__} copies whole models, {name} has shards of them: use ddp"
         )
     if isinstance(strategy, FSDP2 | FSDPStrategy) and trainer.precision not in POLICIES:
         raise ConfigError(f"--trainer.precision {trainer.precision}: {name} has {', '.join(POLICIES)}")

@@ -37,9 +37,10 @@ from torch.distributed.checkpoint import metadata as tables
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 
-from salt_lightning.errors import ConfigError
+from salt_lightning import __version__
+from salt_lightning.errors import ConfigError, few
 from salt_lightning.journal import whole
-from salt_lightning.kinds import is_bounded, is_checkpoint
+from salt_lightning.kinds import TO_GO_ON, VERSION, is_bounded, is_checkpoint
 
 META, METADATA = "meta.pt", ".metadata"
 _DIGEST = "metadata_digest"  # key of meta.pt
@@ -212,6 +213,12 @@ def require_whole(checkpoint: Mapping[str, Any]) -> None:
         raise ConfigError(
             "--ckpt_path: this checkpoint holds weights alone, as by ModelCheckpoint's save_weights_only; a fit goes "
             "on from a whole one, and --model.student.path takes it for the start of a new run"
+        )
+    if lacking := sorted(TO_GO_ON - checkpoint.keys()):
+        raise ConfigError(
+            f"--ckpt_path: this checkpoint lacks {few(lacking)}, as one of another version of this project (it names "
+            f"{checkpoint.get(VERSION)}, this is {__version__}); a fit goes on with the version that wrote it, and "
+            "--model.student.path takes it for the start of a new run"
         )
 
 

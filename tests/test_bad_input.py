@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 from salt_lightning import SALTModule, cli, run_lock
 from salt_lightning.errors import ConfigError
 
-SWA = "StochasticWeightAveraging"
+SWA, CRASH = "StochasticWeightAveraging", "OnExceptionCheckpoint"
 EARLY = "lightning.pytorch.callbacks.EarlyStopping"
 MISSING = "runs/x/step-00000001.ckpt"
 NARROW = {"hidden_size": 32, "num_attention_heads": 4}
@@ -256,6 +256,10 @@ ERRORS = {
         r"--trainer.gradient_clip_algorithm value is not supported; use norm",
     ),
     "more devices than there are": ({"trainer.devices": 2**63}, rf"--trainer.devices {2**63} must be 1048576 at most"),
+    "a callback that chooses the start": (
+        {"trainer.callbacks": [{"class_path": f"lightning.pytorch.callbacks.{CRASH}", "init_args": {"dirpath": "x"}}]},
+        rf"--trainer.callbacks {CRASH} is not supported: the next run would start from its file, whatever that run is",
+    ),
     "a callback that counts epochs": (
         {"trainer.callbacks": [{"class_path": f"lightning.pytorch.callbacks.{SWA}", "init_args": {"swa_lrs": 0.01}}]},
         rf"--trainer.callbacks {SWA} is not supported: it counts epochs, of which a run has one",

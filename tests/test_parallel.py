@@ -457,6 +457,10 @@ def test_other_strategies_are_refused_by_name(monkeypatch):
     with pytest.raises(ConfigError, match="ModelParallelStrategy is not supported; use ddp, fsdp"):
         parallel.check(pl.Trainer(strategy=ModelParallelStrategy(), accelerator="cpu", devices=2, logger=False))
     trainer = pl.Trainer(strategy=OnCPU(state_dict_type="sharded"), accelerator="cpu", devices=2, logger=False)
+    averaging = [pl.callbacks.EMAWeightAveraging()]
+    averaged = pl.Trainer(strategy=OnCPU(), accelerator="cpu", devices=2, logger=False, callbacks=averaging)
+    with pytest.raises(ConfigError, match="callbacks EMAWeightAveraging copies whole models, .* has shards of them"):
+        parallel.check(averaged)
     with pytest.raises(ConfigError, match="state_dict_type sharded is not supported"):
         parallel.check(trainer)
     trainer = pl.Trainer(strategy=OnCPU(), accelerator="cpu", devices=2, logger=False)

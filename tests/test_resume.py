@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CLOCK, StopAt, arguments, scalars, weights, write_corpus
+from conftest import CLOCK, StopAt, arguments, one_line, scalars, weights, write_corpus
 from lightning.pytorch.callbacks import Callback
 
 from salt_lightning import OptimSpec, SALTModule, cli, lineage
@@ -375,6 +375,17 @@ def test_values_not_given_come_from_the_checkpoint(fit, settings, teacher, tmp_p
     again = {**RAMP, "run": str(tmp_path / "run"), "model.teacher.path": teacher, "ckpt_path": "last"}
     assert cli.main(["fit", *arguments(fewer, again)]) == 0
     assert fit(tmp_path / "whole") == 0
+    assert_same(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.filterwarnings("ignore:You.re using the WeightAveraging callback")
+def test_averaged_weights_go_on_with_what_averages_them_alone(fit, tmp_path, capsys):
+    ema = {"trainer.callbacks": [{"class_path": "EMAWeightAveraging", "init_args": {"decay": 0.9}}]}
+    assert fit(tmp_path / "run", stop_at=6, **ema) == 128 + signal.SIGTERM
+    assert fit(tmp_path / "run", ckpt_path="last") == 2
+    assert "go on with that callback (--trainer.callbacks EMAWeightAveraging)" in one_line(capsys)
+    assert fit(tmp_path / "run", ckpt_path="last", **ema) == 0
+    assert fit(tmp_path / "whole", **ema) == 0
     assert_same(tmp_path / "run", tmp_path / "whole")
 
 
