@@ -5,6 +5,7 @@ them in silence, or waits for what they do not send.
 """
 
 import hashlib
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -64,7 +65,16 @@ def of_fit(module: Any, data: Any) -> dict[str, Any]:
     }
     found = {name: value for name, value in _flat(plain(parts)) if isinstance(value, _PLAIN)}
     found |= {name: _end(path) for name, path in found.items() if name.endswith("path") and isinstance(path, str)}
-    return found | {"code": _code(), "torch": torch.__version__} | identity(data)
+    return found | {"code": _code(), "torch": str(torch.__version__)} | identity(data)
+
+
+_TOLD = re.compile(r"--(model|kd|data\.(?!\w+_fingerprint|held_out)|trainer\.(max_steps|precision|gradient_clip_val))")
+
+
+def told(settings: Mapping[str, Any], data: Any) -> dict[str, Any]:
+    """Of `of_fit` what a table of runs is sorted by, and the text that is read."""
+    source = getattr(data, "text", {}).get("source", ())
+    return {name[2:]: value for name, value in settings.items() if _TOLD.match(name)} | {"data.source": few(source)}
 
 
 def _end(path: str) -> str:

@@ -284,7 +284,7 @@ class RunCheckpoint(Checkpoint):
         self._due = False
         pl_module.require_finite()
         for logger in trainer.loggers:  # a kill right after the save must not lose what was logged before it
-            getattr(logger, "flush", lambda: None)()
+            getattr(logger, "flush", logger.save)()
         trainer.save_checkpoint(self._path(trainer), weights_only=False)
         self._prove(trainer)
         if trainer.is_global_zero:

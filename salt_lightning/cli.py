@@ -34,7 +34,7 @@ from salt_lightning.errors import (
     refuse,
     say,
 )
-from salt_lightning.event_log import EventLog, quiet_threads
+from salt_lightning.event_log import loggers, quiet_threads
 from salt_lightning.models import check_path, read_checkpoint
 from salt_lightning.module import SALTModule
 from salt_lightning.parser import Parser, check_configs, configs_first, reword
@@ -211,17 +211,13 @@ class SALTCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         config = self._settings(self.config)
         run, given = Path(config.run), config.trainer
-        if given.get("logger") in (None, True):
-            if self.subcommand == "predict":
-                kwargs["logger"] = False
-            elif self.subcommand in ("validate", "test"):  # beside the run's own curve, not in it
-                kwargs["logger"] = EventLog(run, name=self.subcommand, version="")
-            else:
-                # version "": the run's folder itself, so that a resumed run goes on in it; what a killed start had
-                # logged after the checkpoint is purged from the TensorBoard page
-                path = config.get("ckpt_path")
-                purge_step = int(read_checkpoint(path, "--ckpt_path")["global_step"]) + 1 if path else 1
-                kwargs["logger"] = EventLog(run.parent, name=run.name, version="", purge_step=purge_step)
+        logs = [] if given.get("logger") in (None, True) else self._instances("logger")
+        if self.subcommand == "predict" and not logs:
+            kwargs["logger"] = False
+        elif given.get("logger") is not False:
+            path = config.get("ckpt_path")
+            steps = int(read_checkpoint(path, "--ckpt_path")["global_step"]) if path else 0
+            kwargs["logger"] = loggers(logs, run, self.subcommand or "fit", steps)
         kwargs["default_root_dir"] = str(run)
         kwargs["plugins"] = [*self._instances("plugins"), AtomicCheckpointIO()]
         own: list[pl.Callback] = [_WRITERS[self.subcommand]()] if self.subcommand in _WRITERS else []

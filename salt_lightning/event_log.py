@@ -1,13 +1,17 @@
 """TensorBoard's event file of a run: where it cannot be written, that is one line that says so."""
 
 import threading
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
+from salt_lightning.errors import one_line
 from salt_lightning.runlog import start_number
 from salt_lightning.shards import writing
 
@@ -49,12 +53,47 @@ class EventLog(TensorBoardLogger):
         with writing(Path(self.log_dir)):
             self.experiment.flush()
 
+    def log_hyperparams(self, params: dict[str, Any], *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        """For the page HPARAMS, beside val/ce; Lightning's own would begin that curve with a value of nobody's."""
+        with writing(Path(self.log_dir)):
+            for summary in hparams({k: v for k, v in params.items() if v is not None}, {"val/ce": 0.0}):
+                self.experiment._get_file_writer().add_summary(summary)
+
     def save(self) -> None:
         """Nothing: Lightning would write an empty hparams.yaml; the settings are in config.yaml."""
 
     def finalize(self, status: str) -> None:
         with writing(Path(self.log_dir)):
             super().finalize(status)
+
+
+def loggers(given: list[Logger], run: Path, verb: str, steps: int) -> list[Logger]:
+    """What a verb logs to: the run's own event files, which compare reads, then whatever else the user has given.
+
+    A TensorBoard logger among these takes the place of the first. What a killed start had logged after the
+    checkpoint at `steps` is taken off the page.
+    """
+    boards = [logger for logger in given if isinstance(logger, TensorBoardLogger)]
+    for board in boards:
+        if board._kwargs.get("purge_step") is None:  # the command line gives None itself
+            board._kwargs["purge_step"] = steps + 1
+    if boards:
+        return given
+    if verb != "fit":  # beside the run's own curve, not in it
+        return [EventLog(run, name=verb, version=""), *given]
+    # version "": the run's folder itself, so that a resumed run goes on in it
+    return [EventLog(run.parent, name=run.name, version="", purge_step=steps + 1), *given]
+
+
+def log_settings(loggers: Iterable[Logger], settings: Mapping[str, Any]) -> None:
+    """What a run is, for pages and tables of runs. A tracker that refuses it, as for a changed value, ends no run."""
+    for logger in loggers:
+        try:
+            logger.log_hyperparams(dict(settings))
+        except OSError:
+            raise
+        except Exception as error:  # each tracker has its own
+            rank_zero_warn(f"{type(logger).__name__} has not taken the settings: {one_line(error)}")
 
 
 _show = threading.excepthook

@@ -21,6 +21,7 @@ from salt_lightning.cadence import check_trainer, plan_validation
 from salt_lightning.checkpoint import go_on_from, how_to_go_on, require_same, say_other_share
 from salt_lightning.data import SALTDataModule
 from salt_lightning.errors import ConfigError, NonFiniteLossError, refuse, wrong_kinds
+from salt_lightning.event_log import log_settings
 from salt_lightning.kinds import plain
 from salt_lightning.losses import salt_loss, token_stats
 from salt_lightning.meter import SUMS, Meter, loss_values, peak_memory
@@ -121,7 +122,8 @@ class SALTModule(extension.KeepsModes):
     def setup(self, stage: str) -> None:
         if stage == "fit":
             self.hparams["seed"] = seed_or_global(self.hparams["seed"], self._unset_seed)
-            alike.require(self.trainer, alike.of_fit(self, self._data))
+            self._settings = alike.of_fit(self, self._data)
+            alike.require(self.trainer, self._settings)
             self.__dict__["teacher"] = None  # of a fit before that was ended, or of RKD
             self.optim_spec.check(self.trainer.max_steps)
             if self.has_teacher and self._kd is None:
@@ -218,6 +220,7 @@ class SALTModule(extension.KeepsModes):
             None if kd is None else kd.kd_steps,
         )
         extension.check_weights(self, self._loaded_step)
+        log_settings(self.trainer.loggers, alike.told(self._settings, data))
         self.meter.start(self.global_step, self._wait_s)
 
     def on_fit_end(self) -> None:

@@ -60,7 +60,7 @@ _WORDS = {
     "seed_everything": "Of initial weights, dropout and order, unless --model.seed or --data.seed is given.",
     "ckpt_path": "A checkpoint (.ckpt), or last: the newest one of the run's folder that is not damaged.",
     "trainer.strategy": "auto, ddp, fsdp (FSDP1), or FSDP2 by --config configs/fsdp.yaml.",
-    "trainer.logger": "null: TensorBoard in the run's folder, which compare reads. false: nothing.",
+    "trainer.logger": "Trackers beside TensorBoard in the run's folder, which compare reads. false: nothing.",
     "trainer.gradient_clip_val": "Largest norm of the gradient of an optimizer step; null clips nothing.",
     "trainer.num_sanity_val_steps": "Validation batches before the first step.",
     "trainer.max_steps": "Optimizer steps of the run.",

@@ -208,10 +208,11 @@ class Run:
             return seed.sub("SEED", "/".join(parts))
 
         own = ("run", "ckpt_path", "checkpoint.export", "checkpoint.folder", "trainer.default_root_dir", *self.seeds)
-        shown = ("trainer.enable_progress_bar", "trainer.enable_model_summary")
-        keys = (k for k in self.config if k not in own + shown)
+        trained = {k: v for k, v in _without_watchers(self.config).items() if k not in own}
         before = {f"until step {n}: {k}": was for n, found in self.changes.items() for k, (was, _) in found.items()}
-        return {key: anonymous(self.config[key]) for key in keys} | {k: anonymous(was) for k, was in before.items()}
+        return {key: anonymous(value) for key, value in trained.items()} | {
+            k: anonymous(was) for k, was in before.items()
+        }
 
 
 def read_run(path: Path, name: str) -> Run:
@@ -253,6 +254,24 @@ def read_config(file: Path) -> dict[str, Any]:
     if odd:
         raise ConfigError(f"compare: {file}: no run has such a value of {few(odd)}")
     return settings
+
+
+_SHOWN = re.compile(r"trainer\.(enable_progress_bar|enable_model_summary|logger|callbacks$)")
+_CALLBACK = re.compile(r"(trainer\.callbacks(?:\.\d+)?\.)class_path")
+_WATCHERS = {
+    *("LearningRateMonitor", "DeviceStatsMonitor", "ModelSummary", "RichModelSummary", "ThroughputMonitor"),
+    *("ProgressBar", "RichProgressBar", "TQDMProgressBar"),
+}
+
+
+def _without_watchers(settings: dict[str, Any]) -> dict[str, Any]:
+    """Without what shows and logs a run alone: loggers, bars, and callbacks of Lightning's that look on."""
+    callbacks = [(at[1], str(name).rpartition(".")[2]) for k, name in settings.items() if (at := _CALLBACK.match(k))]
+    watchers = tuple(prefix for prefix, name in callbacks if name in _WATCHERS)
+    others = [prefix for prefix, name in callbacks if name not in _WATCHERS]
+    found = {k: v for k, v in settings.items() if not _SHOWN.match(k) and not (watchers and k.startswith(watchers))}
+    places = {prefix: f"trainer.callbacks.{i}." for i, prefix in enumerate(others)}
+    return {next((p + k[len(o) :] for o, p in places.items() if k.startswith(o)), k): v for k, v in found.items()}
 
 
 def _is_odd(value: Any) -> bool:

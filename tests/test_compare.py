@@ -411,6 +411,21 @@ def test_the_reference_is_the_mean_of_its_finished_seeds(tmp_path):
     assert evaluate(load([running])).reference_val_ce == 5.0  # nothing better yet
 
 
+def test_what_logs_and_shows_a_run_makes_no_other_experiment(tmp_path):
+    watcher, stopper = ({"class_path": f"lightning.pytorch.callbacks.{name}", "init_args": {"x": 1}}
+                        for name in ("LearningRateMonitor", "EarlyStopping"))  # fmt: skip
+    logger = {"class_path": "lightning.pytorch.loggers.WandbLogger"}
+    for seed, (logs, callbacks) in enumerate(
+        [(None, None), ([{**logger, "init_args": {"name": "b"}}], [watcher]), (True, []),
+         (None, [watcher, stopper]), (None, [stopper, watcher])]
+    ):  # fmt: skip
+        extra = {"trainer.logger": logs, "trainer.callbacks": callbacks, "seed_everything": seed}
+        write_run(tmp_path / f"s{seed}", BASELINE, **extra)
+    runs = [read_run(tmp_path / f"s{seed}", str(seed)) for seed in range(5)]
+    assert runs[0].variant == runs[1].variant == runs[2].variant
+    assert runs[3].variant == runs[4].variant != runs[0].variant
+
+
 def test_an_exported_seed_is_a_seed_like_the_others(tmp_path):
     runs = [
         write_run(tmp_path / f"seed{seed}", BASELINE, seed_everything=seed, **export)

@@ -1,5 +1,6 @@
 """A run stopped anywhere and started again equals the run never stopped, bit for bit: weights and logged values."""
 
+import csv
 import json
 import multiprocessing
 import os
@@ -13,12 +14,17 @@ import time
 from pathlib import Path
 
 import pytest
+import ranks
 import torch
+import yaml
 from conftest import CLOCK, StopAt, arguments, one_line, scalars, weights, write_corpus
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from salt_lightning import OptimSpec, SALTModule, cli, lineage
 from salt_lightning.errors import of_machine
+from salt_lightning.event_log import log_settings
 from salt_lightning.models import read_checkpoint
 from salt_lightning.runlog import read_run
 
@@ -552,6 +558,54 @@ def test_without_a_logger_a_run_still_lives_in_its_folder(fit, tmp_path, monkeyp
     assert fit(tmp_path / "run", stop_at=3, **quiet) == 128 + signal.SIGTERM
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["checkpoints", "config.yaml", "tokenizer"]
     assert fit(tmp_path / "run", ckpt_path="last", **quiet) == 0
+
+
+def test_other_loggers_write_beside_the_run_s_own(settings, tmp_path):
+    """By CSV: the settings once, the same curves, and nothing that a save came after is lost to a kill."""
+
+    class Look(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 6 and (file := tmp_path / "csv" / "metrics.csv").exists():
+                self.rows = list(csv.DictReader(file.read_text().splitlines()))
+
+    look, run = Look(), tmp_path / "run"
+    to_csv = {"class_path": "CSVLogger", "init_args": {"save_dir": str(tmp_path), "name": None, "version": "csv"}}
+    own = {"run": str(run), "kd.weight": 0.0, "trainer.logger": [to_csv], "checkpoint.every_n_steps": 6,
+           "model.optim.lr": 0.0025}  # fmt: skip
+    assert ranks.run(["fit", *arguments(settings, own)], look) == 0
+    assert max(int(row["step"]) for row in look.rows) == 6
+    rows = list(csv.DictReader((tmp_path / "csv" / "metrics.csv").read_text().splitlines()))
+    logged = scalars(run)
+    for tag in ("train/ce", "train/loss", "val/ce"):
+        assert {int(row["step"]): float(row[tag]) for row in rows if row[tag]} == pytest.approx(logged[tag])
+    told = yaml.safe_load((tmp_path / "csv" / "hparams.yaml").read_text())
+    assert (told["model.optim.lr"], told["kd.weight"], told["model.seed"]) == (0.0025, 0.0, 0)
+    assert told["model.student.config.hidden_size"] == 32
+    assert told["data.source"] == settings["data.source"]
+    page = b"".join(path.read_bytes() for path in run.glob("*tfevents*"))
+    assert b"_hparams_/session_start_info" in page
+    assert b"model.optim.lr" in page
+
+
+def test_a_board_of_one_s_own_takes_the_place_of_the_run_s(fit, tmp_path):
+    """With the same care for what a killed start had logged."""
+    place = {"save_dir": str(tmp_path), "name": "board", "version": ""}
+    own = {"trainer.logger": [{"class_path": "TensorBoardLogger", "init_args": place}]}
+    assert fit(tmp_path / "run", stop_at=6, **own) == 128 + signal.SIGTERM
+    assert fit(tmp_path / "run", ckpt_path="last", **own) == 0
+    assert not list((tmp_path / "run").glob("*tfevents*"))
+    files = sorted((tmp_path / "board").glob("*tfevents*"), key=lambda path: path.stat().st_mtime)
+    starts = [[e.step for e in EventFileLoader(str(file)).Load() if e.HasField("session_log")] for file in files]
+    assert starts == [[1], [7]]
+
+
+def test_a_tracker_that_refuses_the_settings_ends_no_run():
+    class Refusing(CSVLogger):
+        def log_hyperparams(self, params):
+            raise KeyError("changed")
+
+    with pytest.warns(UserWarning, match="Refusing has not taken the settings: 'changed'"):
+        log_settings([Refusing("unused")], {"model.optim.lr": 0.1})
 
 
 def test_killed_runs_leave_no_loader_workers(settings, tmp_path):
