@@ -173,6 +173,9 @@ def evaluate(runs: list[Run], baseline: str | None = None) -> Comparison:
         for run in runs
     ]
     notes += remarks(silent, runs, students, repeated, reference)
+    firsts = {run.name: run.val_ce.steps[0] for run in students if run not in seeds and len(run.val_ce.steps)}
+    if at_once := [row.run for row in rows if row.reached_step == firsts.get(row.run, math.nan)]:
+        notes.append(f"there already at the first validation, perhaps before: {', '.join(at_once)}")
     equal = _equal_points([run for run in students if run.name not in apart])
     groups = _groups(students, {row.run: row for row in rows}, reference.variant, seeds)
     for group in groups:

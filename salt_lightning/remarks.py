@@ -41,6 +41,7 @@ def remarks(
     ]
     notes += [note for run in runs for note in _beginning(run)]
     notes += [f"{run.name} has no config.yaml: its method is not known" for run in runs if not run.config]
+    notes += _better(students, reference)
     notes += _lost_teachers(runs, reference)
     return notes + _other_text(students, reference) + _tests(runs)
 
@@ -55,6 +56,30 @@ def _beginning(run: Run) -> list[str]:
     if start := run.config.get("model.student.path"):
         notes.append(f"{run.name} began with the weights of {start}: what those took is not counted")
     return notes + [f"{run.name} went on {said}" for said in changes_said(run)]
+
+
+def _better(students: list[Run], reference: Run) -> list[str]:
+    """The best BASELINE of as much of the same text, where the reference is another: of several learning rates, say."""
+    if not reference.finished or reference.method != "BASELINE":
+        return []
+    groups: list[list[Run]] = []
+    for run in students:
+        alike = (
+            run.method == "BASELINE" and lineage.same_model(run, reference) and not other_text(run, reference, "val")
+        )
+        read = [each.last("train/tokens") for each in (run, reference)]
+        if run.finished and not run.changes and alike and math.isclose(*read, rel_tol=0.01):
+            same = next((group for group in groups if group[0].variant == run.variant), None)
+            groups.append([run]) if same is None else same.append(run)
+    ends = {group[0].name: float(np.mean([run.last("val/ce") for run in group])) for group in groups}
+    here = next((ends[group[0].name] for group in groups if reference.name in [run.name for run in group]), math.nan)
+    best = min(ends, key=lambda name: ends[name], default="")
+    if not best or not ends[best] < here:
+        return []
+    return [
+        f"{best}, a BASELINE of the same model that has read as much, ends {here - ends[best]:.4f} below the "
+        f"reference: judge by the better one, --baseline {best}"
+    ]
 
 
 def _lost_teachers(runs: list[Run], reference: Run) -> list[str]:

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +25,7 @@ UNITS = ((1e21, "ZFLOP"), (1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e
 # Okabe and Ito's palette without black and yellow: told apart with any kind of colour vision.
 REFERENCE_COLOUR = "#444444"
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+STYLES = ("-", ":", "-.", (0, (1, 3)), (0, (5, 1, 1, 1, 1, 1)))  # one after the other, where the colours are used up
 LEAVES, DASHES = "a teacher leaves", (0, (4, 3))
 COUNTS = ("/tokens", "/examples")  # as validate and test name them
 MOST_PARTS = 12  # columns of a table that still reads as text
@@ -77,6 +79,7 @@ def markdown(comparison: Comparison) -> str:
         "\n".join([reference, *(f"Note: {note}." for note in comparison.notes)]),
         _runs_table(comparison),
         _parts_table(comparison.rows),
+        _answers_table(comparison.rows),
         _seeds_table(comparison.groups),
         _reach_table(comparison.groups),
         _equal_table(comparison),
@@ -171,6 +174,24 @@ def _parts_table(rows: list[Row]) -> str:
     return "## Final validation CE by part\n\n" + table(columns, text=("run",))
 
 
+def _answers_table(rows: list[Row]) -> str:
+    """What `test` found of answers, beside whoever always gives the most frequent one, or any."""
+    kinds = {"exact match": "test/exact_match", "choice accuracy": "test/choice_accuracy"}
+    tested = [row for row in rows if any(tag in row.last for tag in kinds.values())]
+    if not tested:
+        return ""
+    columns = {"run": [row.run for row in tested]}
+    columns["examples"] = [number(row.last.get("test/examples"), ",.0f") for row in tested]
+    for name, tag in kinds.items():
+        share, low, high, most = (
+            [number(row.last.get(tag + end), ".1%") for row in tested] for end in ("", "_low", "_high", "_majority")
+        )
+        if set(share) != {"-"}:
+            columns[f"{name} (95%)"] = [f"{s} ({a} to {b})" for s, a, b in zip(share, low, high, strict=True)]
+            columns["the majority's"] = most
+    return "## Answers of the test\n\n" + table(columns, text=("run",))
+
+
 def _third_first(tag: str) -> tuple[int, str]:
     name = tag.rpartition("/")[2]
     return (THIRDS.index(name) if name in THIRDS else len(THIRDS)), tag
@@ -254,7 +275,7 @@ def figure(comparison: Comparison) -> Figure:
     A dashed line of its colour marks where a teacher leaves, a dot where a run reaches the reference, at which share
     of the reference's steps or FLOPs.
     """
-    fig = Figure(figsize=(12, 4.2), layout="constrained")
+    fig = Figure(figsize=(12, max(4.2, 1.0 + 0.2 * len(comparison.groups))), layout="constrained")
     axes = fig.subplots(1, 2, sharey=True)
     of_groups = {name for group in comparison.groups for name in group.runs} - set(comparison.other_text)
     runs = [run for run in comparison.runs if run.name in of_groups]
@@ -292,7 +313,7 @@ def _panel(ax: Axes, comparison: Comparison, axis: str, divisor: float) -> None:
     rows = {row.run: row for row in comparison.rows}
     level = comparison.reference_val_ce
     ax.axhline(level, color=REFERENCE_COLOUR, lw=0.6, label="the reference at its end")
-    colours = iter(COLOURS * len(comparison.groups))
+    looks = iter(product(STYLES, COLOURS))
     noted: list[tuple[float, str, str]] = []
     width = 1.0 if any(len(group.runs) > 1 for group in comparison.groups) else 2.0
     for group in comparison.groups:
@@ -300,10 +321,10 @@ def _panel(ax: Axes, comparison: Comparison, axis: str, divisor: float) -> None:
         if not shown:
             continue
         is_reference = comparison.reference in group.runs
-        colour = REFERENCE_COLOUR if is_reference else next(colours)
+        style, colour = ("-", REFERENCE_COLOUR) if is_reference else next(looks, (":", REFERENCE_COLOUR))
         label = f"{group.label}  {number(group.mean, '.3f')}" + (f"  (n = {group.n})" if group.n > 1 else "")
         for run in shown:
-            ax.plot(x_of(run, run.val_ce.steps), run.val_ce.values, color=colour, lw=width, label=label)
+            ax.plot(x_of(run, run.val_ce.steps), run.val_ce.values, color=colour, ls=style, lw=width, label=label)
             label = "_"  # one entry of the legend for all seeds
             row = rows[run.name]
             if not is_reference and not math.isnan(row.reached_step):

@@ -61,7 +61,7 @@ def write_run(path, ce, steps=STEPS, log_every=10, student=10, after=0, **config
     tree = settings(path, **config)
     (path / "config.yaml").write_text(yaml.safe_dump(tree))
     taught = 0 if not tree["model"]["teacher"]["path"] else tree["kd"]["steps"] or STEPS
-    with SummaryWriter(str(path)) as writer:
+    with SummaryWriter(str(path), filename_suffix=".start-1") as writer:
         for step in range(after + log_every, steps + 1, log_every):
             writer.add_scalar("train/tokens", 2 * step, step)
             writer.add_scalar("train/time_s", 0.5 * step, step)
@@ -898,7 +898,9 @@ def test_a_checkpoint_brings_sizes_that_nobody_had_given(tmp_path):
 
 def count(run, kind, tokens, size, steps, ce=4.0):
     """What a validation (or test) of so many tokens and bytes logs."""
-    with SummaryWriter(str(run if kind == "val" else run / "test")) as writer:
+    folder = run if kind == "val" else run / "test"
+    start = 1 + len(list(folder.glob("*tfevents*")))  # within a second names alone do not tell which came first
+    with SummaryWriter(str(folder), filename_suffix=f".start-{start}") as writer:
         for step in steps:
             writer.add_scalar(f"{kind}/tokens", tokens, step)
             writer.add_scalar(f"{kind}/ce", ce, step)
@@ -927,7 +929,58 @@ def test_losses_of_other_text_are_no_comparison(tmp_path):
         "other was validated on other text than first (900, there 900): their losses are no comparison",
         "moved was validated on other text from step 200 on (900 tokens, before 800)",
         "coarser was validated in other tokens than first (800, there 900): bits per byte can be compared, CE can not",
+        "there already at the first validation, perhaps before: same, moved",
     ]
+
+
+def test_a_better_tuned_baseline_is_told(tmp_path):
+    """Means over seeds; a larger, a shorter and a changed run are none."""
+    low = {step: ce - 0.25 for step, ce in BASELINE.items()}
+    lr = "model.optim.lr"
+    first = write_run(tmp_path / "first", BASELINE, **{lr: 1e-3})
+    tuned = [
+        write_run(tmp_path / f"tuned{s}", {**low, 300: 3.5 + s}, **{lr: 3e-3, "seed_everything": s}) for s in (0, 1)
+    ]
+    lower = write_run(tmp_path / "lower", {**low, 300: 3.875}, **{lr: 2e-3})
+    larger = write_run(tmp_path / "larger", low, **{"model.student.config.hidden_size": 9})
+    for run, size in ((first, 8), (tuned[0], 8), (tuned[1], 8), (lower, 8)):
+        tree = yaml.safe_load((run / "config.yaml").read_text())
+        tree["model"] |= {"student": {"config": {"hidden_size": size}}}
+        (run / "config.yaml").write_text(yaml.safe_dump(tree))
+    shorter = write_run(tmp_path / "shorter", {100: 3.0}, steps=100, **{"trainer.max_steps": 100})
+    salt = write_run(tmp_path / "salt", SALT, teacher="t", weight=0.5, kd_steps=60)
+    found = evaluate(load([first, *tuned, lower, larger, shorter, salt]))
+    assert found.reference == "first"
+    said = "lower, a BASELINE of the same model that has read as much, ends 0.1250 below the reference: judge by the"
+    assert [note for note in found.notes if "a BASELINE of" in note] == [f"{said} better one, --baseline lower"]
+    assert "a BASELINE of" not in str(evaluate(load([first, larger, shorter, salt])).notes)
+    assert "a BASELINE of" not in str(evaluate(load([first, *tuned, salt]), "tuned0").notes)  # 4.0 on the mean as first
+
+
+def test_answers_have_a_table_of_their_own(three):
+    shares = {"examples": 120, "choice_accuracy": 0.5546, "choice_accuracy_low": 0.4911, "choice_accuracy_high": 0.6164,
+              "choice_accuracy_majority": 0.62}  # fmt: skip
+    assert "## Answers" not in report.markdown(evaluate(load(three)))
+    with SummaryWriter(str(three[1] / "test")) as writer:
+        for name, value in shares.items():
+            writer.add_scalar(f"test/{name}", value, 300)
+    shown = report.markdown(evaluate(load(three))).partition("## Answers of the test\n\n")[2]
+    assert shown.splitlines()[:3] == [
+        "| run  | examples |  choice accuracy (95%) | the majority's |",
+        "|------|---------:|-----------------------:|---------------:|",
+        "| salt |      120 | 55.5% (49.1% to 61.6%) |          62.0% |",
+    ]
+
+
+def test_many_experiments_are_told_apart_in_the_figure(tmp_path):
+    runs = [write_run(tmp_path / f"r{i}", BASELINE, **{"model.optim.lr": i + 1.0}) for i in range(20)]
+    figure = report.figure(evaluate(load(runs)))
+    figure.canvas.draw()
+    curves = [line for line in figure.axes[0].lines if len(line.get_xdata()) == 3]
+    assert len({(line.get_color(), line.get_linestyle()) for line in curves[1:]}) == 19
+    box = figure.legends[0].get_window_extent()
+    assert box.y0 >= 0
+    assert box.y1 <= figure.bbox.y1
 
 
 def test_a_test_of_another_step_or_text_is_told(three):
