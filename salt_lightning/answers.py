@@ -109,9 +109,10 @@ class AnswerTest(pl.Callback):
         if not self._pairs:
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
-        decode = partial(data.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        whole = partial(data.tokenizer.decode, clean_up_tokenization_spaces=False)  # with the marks of a chat
+        decode = partial(whole, skip_special_tokens=True)
         records = {
-            i: {"prompt": decode(prompt), "response": decode(response)} for i, (prompt, response) in self._pairs.items()
+            i: {"prompt": whole(prompt), "response": decode(response)} for i, (prompt, response) in self._pairs.items()
         }
         # Shapes differ from batch to batch: compiled code would be made anew for each.
         with torch.no_grad(), torch.compiler.set_stance("force_eager"), trainer.precision_plugin.forward_context():
@@ -126,6 +127,15 @@ class AnswerTest(pl.Callback):
         records = {i: records[i] for i in sorted(records)}
         values = figures(list(records.values()), len(self.choices))
         rank_zero_info(summary(values))
+        if self.extract is not None and self.max_new_tokens:
+            said = (
+                f"{sum(bool(self.extract.search(record[name])) for record in records.values())} {of}"
+                for name, of in (("response", "responses"), ("generated", "generated texts"))
+            )
+            rank_zero_info(
+                f"--answers.extract {self.extract.pattern!r} is found in {' and '.join(said)} of {len(records)}; the "
+                "others are compared whole"
+            )
         pl_module.log_dict({f"test/{name}": value for name, value in values.items()}, sync_dist=True)
         if trainer.is_global_zero:
             file = Path(trainer.default_root_dir) / "test" / "answers.jsonl"

@@ -58,12 +58,14 @@ def model_card(
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {name}",
-        f"A causal language model pretrained {'with the help of a teacher ' if taught else ''}by salt_lightning"
+        f"A causal language model {'fine-tuned on responses' if _examples(run.config) else 'pretrained'} "
+        f"{'with the help of a teacher ' if taught else ''}by salt_lightning"
         + (" (SALT: [arXiv 2410.18779](https://arxiv.org/abs/2410.18779))." if taught else "."),
         _how_to_load(name, tokenizer),
         "## Training",
         _list(rows),
-        _validation(checkpoint["global_step"], run),
+        _figures("Validation", "val/", checkpoint["global_step"], run),
+        _figures("Test", "test/", checkpoint["global_step"], run),
         "Licence: not stated.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -204,15 +206,19 @@ def _versions() -> str:
     return ", ".join(found)
 
 
-def _validation(step: int, run: Run) -> str:
+def _figures(of: str, prefix: str, step: int, run: Run) -> str:
     """The last figures up to the checkpoint's step."""
-    curves = {tag.removeprefix("val/"): curve for tag, curve in run.curves.items() if tag.startswith("val/")}
+    curves = {tag.removeprefix(prefix): curve for tag, curve in run.curves.items() if tag.startswith(prefix)}
     at = max((int(s) for curve in curves.values() for s in curve.steps if s <= step), default=None)
     if at is None:
         return ""
     found = {tag: curve.values[curve.steps == at] for tag, curve in sorted(curves.items())}
-    figures = {tag: f"{value[0]:{',.0f' if tag == 'tokens' else '.4f'}}" for tag, value in found.items() if len(value)}
-    return f"## Validation after step {at:,}\n\n" + _list(figures)
+    figures = {
+        tag: f"{value[0]:{',.0f' if tag in ('tokens', 'examples') else '.4f'}}"
+        for tag, value in found.items()
+        if len(value)
+    }
+    return f"## {of} after step {at:,}\n\n" + _list(figures)
 
 
 def _list(rows: dict[str, str]) -> str:

@@ -9,7 +9,7 @@ from itertools import islice, pairwise
 from typing import Any
 
 import yaml
-from jsonargparse import DefaultHelpFormatter
+from jsonargparse import DefaultHelpFormatter, get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 
 from salt_lightning.errors import ConfigError, one_line, printable
@@ -29,6 +29,18 @@ class HelpFormatter(DefaultHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         return re.sub(r",? ?known subclasses: [^)]*", "", super()._get_help_string(action))
+
+
+_load_yaml = get_loader("yaml")
+
+
+def _load(text: str) -> Any:
+    """YAML, but that a value which begins with # is that text: a comment would be read as null, and so in silence."""
+    value = _load_yaml(text)
+    return text if value is None and text.lstrip().startswith("#") and "\n" not in text else value
+
+
+set_loader("yaml", _load, (yaml.YAMLError,))
 
 
 class Parser(LightningArgumentParser):

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -226,6 +227,20 @@ def test_learned_answers_are_found(learned, capsys, caplog):
     assert found[0]["log_likelihood"][" Paris"] > math.log(0.5)
     after = weights(checkpoint)
     assert all(torch.equal(before[name], after[name]) for name in before)
+    assert cli.main(["export", checkpoint, f"{learned['run']}/out"]) == 0
+    card = Path(f"{learned['run']}/out/README.md").read_text()
+    assert "A causal language model fine-tuned on responses by salt_lightning" in card
+    shown = card.partition("## Test after step 60\n")[2]
+    assert "- choice_accuracy: 1.0000\n" in shown
+    assert "- examples: 12\n" in shown
+
+
+def test_it_is_told_how_often_the_part_to_compare_is_found(learned, caplog):
+    """A pattern for another task's answers finds nothing, and all would be compared whole in silence."""
+    own = {"answers.choices": "null", "answers.extract": "#+ *(.+)|(?:Rome|Oslo)"}
+    assert cli.main(["test", *arguments(learned, own)]) == 0
+    said = "--answers.extract '#+ *(.+)|(?:Rome|Oslo)' is found in 6 responses and 6 generated texts of 12; the others"
+    assert f"{said} are compared whole" in caplog.text
 
 
 @pytest.mark.parametrize(
