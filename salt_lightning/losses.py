@@ -14,7 +14,8 @@ Shapes: N tokens, V vocabulary, D student width, E teacher width, C rows of a ch
 """
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -47,7 +48,15 @@ class SaltLoss(NamedTuple):
     tokens: Tensor
 
 
-@torch.compiler.disable
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _beside_graphs(function: _Function) -> _Function:
+    """torch.compiler.disable, which would take a function's types away from type checkers."""
+    return cast(_Function, torch.compiler.disable(function))
+
+
+@_beside_graphs
 def salt_loss(  # noqa: PLR0913
     student_hidden_ND: Tensor,
     student_head_VD: Tensor,
@@ -117,7 +126,7 @@ def salt_loss(  # noqa: PLR0913
     return SaltLoss._make([loss, *sums.unbind(), tokens])
 
 
-@torch.compiler.disable
+@_beside_graphs
 @torch.no_grad()
 def token_stats(
     hidden_NE: Tensor,

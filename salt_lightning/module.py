@@ -30,7 +30,7 @@ from salt_lightning.models import CausalLM
 from salt_lightning.optim import OptimSpec, by_name
 from salt_lightning.schedule import KDScheduleCallback, kd_callbacks
 from salt_lightning.settings import seed_or_global
-from salt_lightning.spec import DTYPES, ModelSpec, resolved
+from salt_lightning.spec import DTYPES, ModelLike, ModelSpec, resolved
 from salt_lightning.token_ids import check_models, tell_fit
 from salt_lightning.watch import Watch, problem
 
@@ -67,8 +67,8 @@ class SALTModule(extension.KeepsModes):
 
     def __init__(  # noqa: PLR0913 - the constructor is the command line
         self,
-        student: ModelSpec,
-        teacher: ModelSpec = ModelSpec(),  # noqa: B008 - frozen
+        student: ModelLike,
+        teacher: ModelLike = ModelSpec(),  # noqa: B008 - frozen
         teacher_temperature: float = 1.0,
         optim: OptimSpec = OptimSpec(),  # noqa: B008 - frozen
         compile: bool = False,

@@ -199,7 +199,7 @@ def _check_config(path: str, known: list[str]) -> None:
     setting = f"--config {path}"
     if not os.path.isfile(path):
         what = "is a folder" if os.path.isdir(path) else "does not exist"
-        raise ConfigError(f"{setting} {what}; give a YAML file, e.g. configs/salt.yaml")
+        raise ConfigError(f"{setting} {what}; give a YAML file (those in configs/ come with the repository)")
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read()

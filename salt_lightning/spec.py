@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -75,6 +75,12 @@ class ModelSpec:
     @property
     def is_checkpoint(self) -> bool:
         return self.path is not None and self.path.endswith(".ckpt")
+
+
+if TYPE_CHECKING:
+    ModelLike = ModelSpec | str | os.PathLike[str] | dict[str, Any]  # what ModelSpec.of takes
+else:
+    ModelLike = ModelSpec  # what the command line makes settings of
 
 
 @contextmanager
