@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -156,8 +157,9 @@ def first_line(error: BaseException) -> str:
 
 
 def one_line(error: BaseException | str, limit: int = 400) -> str:
-    """The whole message as one line, cut to so many characters."""
-    return " ".join(str(error).split())[:limit]
+    """The whole message as one line, cut to so many characters; without what jsonargparse tells of types before it."""
+    line = " ".join(str(error).split())
+    return re.sub(r"^Does not validate against any of the Union subtypes Subtypes: .*? Errors: - ", "", line)[:limit]
 
 
 def few(names: Iterable[object]) -> str:

@@ -119,7 +119,12 @@ def explain(message: str, known: list[str]) -> str:
     if found := re.match(r"Parser key \"([^\"]+)\"(\S*): (.*)", line):
         name, rest = f"--{found[1]}{found[2]}", found[3]
         if union := re.search(r"Subtypes: [\[(](.*?)[\])] Errors:.*Given value: (.*)$", rest):
-            return f"{name} {union[2]} must be {_type_names(union[1])}"
+            why = re.search(r"Problem with given class_path '[^']+': (.*?) - ", rest)
+            lost = f": {why[1]}" if why else "; no class of that name is installed here (in full: package.module.Class)"
+            asked = ".".join(name.split(".")[:2])  # of a list, too
+            of_class = asked in ("--trainer.logger", "--trainer.callbacks", "--trainer.strategy", "--trainer.plugins")
+            named = of_class and re.fullmatch(r"[A-Za-z_][\w.]*", union[2])
+            return f"{name} {union[2]} must be {_type_names(union[1])}{lost if named else ''}"
         if union := re.search(r" Given value: (.*)$", rest):
             return f"{name} {union[1]} is none of the values allowed here (see --help)"
         if single := re.match(r"Expected an? (.*?)\. Got value: (.*)$", rest):
@@ -130,6 +135,11 @@ def explain(message: str, known: list[str]) -> str:
     wrong = re.search(r"does not accept option '([^']+)'|unrecognized arguments: --([^\s=]+)", line)
     if wrong:
         return _no_such(wrong[1] or wrong[2], known)
+    if (lacking := re.match(r"the following arguments are required: (\w+)$", line)) and lacking[1] != "subcommand":
+        return (
+            f"the class that --trainer.logger or --trainer.callbacks names requires {lacking[1]}: give it as that "
+            f"setting's .init_args.{lacking[1]}"
+        )
     if line.startswith("unrecognized arguments: "):
         line += "; a pattern of files goes in quotes, 'my_text/*.jsonl', or the shell makes several words of it"
     return line

@@ -5,6 +5,7 @@ config.until-00000040.yaml    up to step 40, where a start went on under other s
 """
 
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,11 @@ class SaveRunConfig(SaveConfigCallback):
                 try:
                     self.parser.save(self.config, new, skip_none=False, overwrite=True, multifile=False)
                 except (TypeError, ValueError) as error:  # a callback with an argument that YAML cannot say
-                    raise ConfigError(f"{one_line(error)} (it cannot be written into config.yaml)") from error
+                    odd = re.search(r"cannot represent an object', (<.*?>)\)", str(error))
+                    said = (
+                        f"an argument is {odd[1]}: give it as text, for Timer interval step" if odd else one_line(error)
+                    )
+                    raise ConfigError(f"--trainer.*: {said} (it cannot be written into config.yaml)") from error
                 set_aside(run, trainer.global_step, read_config(new))
                 os.replace(new, run / "config.yaml")
                 trainer.datamodule.tokenizer.save_pretrained(run / "tokenizer")  # type: ignore[attr-defined]

@@ -256,6 +256,18 @@ ERRORS = {
         r"--trainer.gradient_clip_algorithm value is not supported; use norm",
     ),
     "more devices than there are": ({"trainer.devices": 2**63}, rf"--trainer.devices {2**63} must be 1048576 at most"),
+    "a class that is not there": (
+        {"trainer.logger": "no.such.Logger"},
+        r"--trainer.logger no.such.Logger must be Logger or true or false or null: No module named 'no'$",
+    ),
+    "a name of no class": (
+        {"trainer.callbacks": "NoSuch"},
+        r"NoSuch must be Callback or null; no class of that name is installed here \(in full: package.module.Class\)$",
+    ),
+    "a class without what it needs": (
+        {"trainer.logger": "CSVLogger"},
+        r"the class that --trainer.logger or --trainer.callbacks names requires save_dir: give it as that setting's",
+    ),
     "a callback that chooses the start": (
         {"trainer.callbacks": [{"class_path": f"lightning.pytorch.callbacks.{CRASH}", "init_args": {"dirpath": "x"}}]},
         rf"--trainer.callbacks {CRASH} is not supported: the next run would start from its file, whatever that run is",

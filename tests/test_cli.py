@@ -181,6 +181,14 @@ def test_what_lightning_refuses_is_one_line(settings, tmp_path, capsys, setting,
     assert message in one_line(capsys)
 
 
+def test_an_argument_that_is_no_text_is_named(settings, tmp_path, capsys):
+    own = {"run": str(tmp_path / "run"), "kd.weight": 0.0}
+    timer = ["--trainer.callbacks+=Timer", "--trainer.callbacks.duration=00:01:00:00"]
+    assert cli.main(["fit", *arguments(settings, own), *timer]) == 2
+    assert "an argument is <Interval.step: 'step'>: give it as text, for Timer interval step" in one_line(capsys)
+    assert cli.main(["fit", *arguments(settings, own), *timer, "--trainer.callbacks.interval=step"]) == 0
+
+
 def test_ctrl_c_while_it_loads_leaves_no_traceback(tmp_path):
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "cli.py"), "fit"], stderr=subprocess.PIPE, text=True, cwd=tmp_path,
