@@ -137,13 +137,16 @@ def _names(folders: list[Path]) -> list[str]:
     return [printable("/".join(p[-depth:])) for p in parts]
 
 
+_OF_RUNS = ("*/config.yaml", "*/version_*/*tfevents*")  # what runs have in their folders, also those of Lightning's own
+
+
 def evaluate(runs: list[Run], baseline: str | None = None) -> Comparison:
     """The numbers of `compare`. The reference's are means over the finished runs of its settings."""
     silent = [run for run in runs if not run.curves]
     runs = [run for run in runs if run.curves]
     if not runs:
         paths = ", ".join(str(run.path) for run in silent)
-        inside = sorted(str(p.parent) for run in silent for p in run.path.glob("*/config.yaml"))
+        inside = sorted({str(p.parent) for run in silent for each in _OF_RUNS for p in run.path.glob(each)})
         example = f": {' '.join(inside[:6])}" if inside else ", e.g. runs/salt"
         why = "".join(f" ({what})" for run in silent for what in run.damaged)
         raise ConfigError(

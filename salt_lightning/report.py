@@ -236,7 +236,7 @@ def _equal_table(comparison: Comparison) -> str:
     columns = {"run": [*names, *(f"{group.label}, n = {group.n}: mean (std)" for group in seeds)]}
     for axis, (end, ce) in comparison.equal.items():
         scale, unit = flop_unit(end) if axis == "FLOPs" else (1.0, axis)
-        form = ",.3f" if axis == "FLOPs" else ",.0f"
+        form = ",.3f" if axis == "FLOPs" else ",.1f" if axis == "seconds" and end < 100 else ",.0f"
         means = [_mean_std(group.equal[axis], ".4f") for group in seeds]
         columns[f"at {end / scale:{form}} {unit}"] = [*(number(ce.get(name), ".4f") for name in names), *means]
     return "## Validation CE at the last point that all have reached\n\n" + table(columns, text=("run",))
