@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
@@ -53,6 +53,7 @@ class EventLog(TensorBoardLogger):
         with writing(Path(self.log_dir)):
             self.experiment.flush()
 
+    @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any], *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
         """For the page HPARAMS, beside val/ce; Lightning's own would begin that curve with a value of nobody's."""
         with writing(Path(self.log_dir)):

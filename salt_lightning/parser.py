@@ -119,12 +119,7 @@ def explain(message: str, known: list[str]) -> str:
     if found := re.match(r"Parser key \"([^\"]+)\"(\S*): (.*)", line):
         name, rest = f"--{found[1]}{found[2]}", found[3]
         if union := re.search(r"Subtypes: [\[(](.*?)[\])] Errors:.*Given value: (.*)$", rest):
-            why = re.search(r"Problem with given class_path '[^']+': (.*?) - ", rest)
-            lost = f": {why[1]}" if why else "; no class of that name is installed here (in full: package.module.Class)"
-            asked = ".".join(name.split(".")[:2])  # of a list, too
-            of_class = asked in ("--trainer.logger", "--trainer.callbacks", "--trainer.strategy", "--trainer.plugins")
-            named = of_class and re.fullmatch(r"[A-Za-z_][\w.]*", union[2])
-            return f"{name} {union[2]} must be {_type_names(union[1])}{lost if named else ''}"
+            return f"{name} {union[2]} must be {_type_names(union[1])}{_why_no_class(name, union[2], rest)}"
         if union := re.search(r" Given value: (.*)$", rest):
             return f"{name} {union[1]} is none of the values allowed here (see --help)"
         if single := re.match(r"Expected an? (.*?)\. Got value: (.*)$", rest):
@@ -148,6 +143,14 @@ def explain(message: str, known: list[str]) -> str:
 def _no_such(name: str, known: list[str]) -> str:
     near = difflib.get_close_matches(name, known, 1)
     return f"--{name}: there is no such setting{f'; did you mean --{near[0]}?' if near else ' (see --help)'}"
+
+
+def _why_no_class(name: str, value: str, rest: str) -> str:
+    """What is wrong with a value that names a class, where the setting takes one; else nothing."""
+    if not re.match(r"--trainer\.(logger|callbacks|plugins)\b", name) or not re.fullmatch(r"[A-Za-z_][\w.]*", value):
+        return ""
+    problem = re.search(r"Problem with given class_path '[^']+': (.*?) - ", rest)
+    return f": {problem[1]}" if problem else "; no class of that name is installed here (in full: package.module.Class)"
 
 
 def _type_names(text: str) -> str:

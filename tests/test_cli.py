@@ -23,6 +23,7 @@ from conftest import arguments, one_line, run, scalars, write_corpus
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
+import salt_lightning
 from salt_lightning import cli
 from salt_lightning.parser import _WORDS, configs_first
 from salt_lightning.settings import wrong_trainer_settings
@@ -179,6 +180,20 @@ def test_what_lightning_refuses_is_one_line(settings, tmp_path, capsys, setting,
     own = {"run": str(tmp_path / "run"), "kd.weight": 0.0}
     assert cli.main(["fit", *arguments(settings, own), setting]) == 2
     assert message in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("options", "asked", "code", "said"),
+    [
+        ([], "--version", 0, f"salt_lightning {salt_lightning.__version__}\n"),
+        (["-OO"], "fit", 1, "error: -OO (PYTHONOPTIMIZE=2) takes docstrings away, of which transformers makes its "),
+    ],
+)
+def test_what_is_said_before_anything_is_imported(options, asked, code, said):
+    """transformers reads its own docstrings, and would blame the config."""
+    command = [sys.executable, *options, "-m", "salt_lightning", asked]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, (done.stdout + done.stderr).startswith(said)) == (code, True), done.stderr
 
 
 def test_an_argument_that_is_no_text_is_named(settings, tmp_path, capsys):
