@@ -9,12 +9,16 @@ from typing import Any
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import AutoTokenizer, PreTrainedConfig
+from transformers.utils import cached_file
 
 from salt_lightning.errors import ConfigError, raised, refuse
 from salt_lightning.models import read_checkpoint, read_config
 from salt_lightning.schedule import kd_callbacks
 from salt_lightning.spec import ModelSpec, as_config_error, check_positions
-from salt_lightning.tokenizer import beginning, place_of_tokenizer, special_ids
+from salt_lightning.tokenizer import SUBFOLDER, beginning, open_tokenizer, special_ids
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", f"{SUBFOLDER}/tokenizer.json")
+_QUIET = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
 
 
 def check_fit(spec: ModelSpec, name: str, data: Any, config: PreTrainedConfig | None = None) -> tuple[bool, str]:
@@ -116,8 +120,8 @@ def _own_tokenizer(spec: ModelSpec, name: str) -> Any:
     if spec.is_checkpoint:
         folder = Path(path).parent.parent / "tokenizer"
         return AutoTokenizer.from_pretrained(folder) if folder.is_dir() else None
-    if (place := place_of_tokenizer(path, revision)) is None:
+    if not any(cached_file(path, file, revision=revision, **_QUIET) for file in _TOKENIZER_FILES):
         return None
     with as_config_error(f"--model.{name}.path {path}: its tokenizer cannot be loaded"):
-        source = {"revision": revision, "subfolder": place, "trust_remote_code": spec.trust_remote_code}
-        return AutoTokenizer.from_pretrained(path, **source)
+        source = {"revision": revision, "trust_remote_code": spec.trust_remote_code}
+        return open_tokenizer(path, **source)

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.utils import cached_file
 
 from salt_lightning.documents import Corpus, Raw, read_raw, utf8
 from salt_lightning.errors import ConfigError, first_line, one_line
@@ -28,20 +27,16 @@ WORDS = r"'(?:[sdmt]|ll|ve|re)| ?[\p{L}\p{M}]+| ?\p{N}+| ?[^\s\p{L}\p{M}\p{N}]+|
 _TRAINING_BYTES = 256 << 20  # of files that a new tokenizer reads; of larger corpora an even sample
 _PIECE_CHARS = 1 << 20  # encoded at once: an encoding takes about 100 bytes of memory a character
 _WORD_END = re.compile(r"\S(?= [^\W\d_])")
-
-
 SUBFOLDER = "tokenizer"  # of a model, where transformers would read one beside it by other rules than its own
-# transformers makes an empty tokenizer up where a folder has none of these
-_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-_QUIET = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
 
 
-def place_of_tokenizer(name: str, revision: str = "main") -> str | None:
-    """Where a folder or a hub name has its tokenizer: beside the model ("") or in a subfolder; None: nowhere."""
+def open_tokenizer(name: str, **source: Any) -> PreTrainedTokenizerBase:
+    """What transformers makes of a folder or hub name; it makes an empty one up where there are no files."""
     for place in ("", SUBFOLDER):
-        if any(cached_file(name, file, subfolder=place, revision=revision, **_QUIET) for file in _FILES):
-            return place
-    return None
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, subfolder=place, **source)
+        if len(tokenizer) > len(tokenizer.added_tokens_decoder):
+            break
+    return tokenizer
 
 
 def load_tokenizer(name: str, setting: str = "--data.tokenizer") -> PreTrainedTokenizerBase:
@@ -54,8 +49,7 @@ def load_tokenizer(name: str, setting: str = "--data.tokenizer") -> PreTrainedTo
     if not os.path.isdir(name) and (name.startswith((".", "/")) or name.count("/") > 1):  # no name of the hub
         raise ConfigError(f"{setting}: the folder {name!r} does not exist; give a folder, hub name or train")
     try:
-        place = place_of_tokenizer(name) or ""
-        tokenizer = AutoTokenizer.from_pretrained(name, subfolder=place, trust_remote_code=False)
+        tokenizer = open_tokenizer(name, trust_remote_code=False)
     except Exception as error:
         raise ConfigError(
             f"{setting}: cannot load {name!r} ({first_line(error)}); give a folder, hub name or train"
