@@ -1,4 +1,4 @@
-"""TensorBoard's event file of a run: where it cannot be written, that is one line that says so."""
+"""What a run logs to: its own TensorBoard files, where one that cannot be written is one line, and other trackers."""
 
 import threading
 from collections.abc import Iterable, Mapping
