@@ -10,14 +10,14 @@ def main() -> int:
     """Runs the command line of this process; returns its exit code, that of cli.main."""
     if os.name == "nt":
         raise SystemExit("error: Windows alone is not supported; use WSL 2, or another Linux")
-    if sys.flags.optimize > 1:
-        raise SystemExit("error: -OO (PYTHONOPTIMIZE=2) takes docstrings away, of which transformers makes its models")
     if sys.argv[1:] == ["--version"]:
         print(f"salt_lightning {__version__}")
         return 0
     try:
         if sys.argv[1:2] == ["compare"]:
             return _compare(sys.argv[2:])
+        if sys.flags.optimize > 1:
+            raise SystemExit("error: -OO (PYTHONOPTIMIZE=2) takes docstrings away, which transformers' models need")
         from salt_lightning.cli import main as run
     except KeyboardInterrupt:  # the imports take seconds
         return 130

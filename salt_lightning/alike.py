@@ -42,8 +42,8 @@ def identity(data: Any) -> dict[str, Any]:
 def about(data: Any, max_steps: int) -> dict[str, Any]:
     """What a checkpoint says of its run: a later start's to compare, a model card's to tell."""
     tokenizer, text = getattr(data, "tokenizer_fingerprint", None), getattr(data, "text", {})
-    known = {"tokenizer": tokenizer, "data": identity(data), "text": text, "max_steps": max_steps}
-    return known | {VERSION: __version__}
+    text_of = {"tokenizer": tokenizer, "data": identity(data), "text": text}
+    return {**text_of, "max_steps": max_steps, VERSION: __version__}
 
 
 def of_fit(module: Any, data: Any) -> dict[str, Any]:

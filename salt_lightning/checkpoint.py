@@ -3,6 +3,7 @@
 A checkpoint is always the state right after an optimizer step whose validation, if one was due, is done.
 """
 
+import math
 import signal
 import threading
 import time
@@ -77,9 +78,9 @@ class RunCheckpoint(Checkpoint):
     """Saves the run into its folder: every so many steps, at the phase boundary, at the end, and when told to stop.
 
     Ctrl-C, SIGTERM and a closed terminal (SIGHUP) finish the running optimizer step, save, and end the run; a second
-    one ends it at once. With several processes it is enough that one gets the signal: all stop after the same step,
-    the next that is logged. Under SLURM so does SIGUSR1, or Lightning's `requeue_signal`, after which the job is
-    queued again.
+    Ctrl-C ends it at once, and so does another signal more than 10 seconds after the first. With several processes it
+    is enough that one gets the signal: all stop after the same step, the next that is logged. Under SLURM so does
+    SIGUSR1, or Lightning's `requeue_signal`, after which the job is queued again.
 
     Args:
         every_n_steps: Optimizer steps between two checkpoints; null saves at the boundary and the end alone.
@@ -113,6 +114,7 @@ class RunCheckpoint(Checkpoint):
 
     def _begin(self) -> None:
         self.stopped_by: signal.Signals | None = None
+        self._told_s = math.inf  # when a signal came to this process itself
         self._trained = False  # no step yet, perhaps none at all
         self._due = False  # a save that waits for the validation of its step
         self._until_end: list[tuple[Any, str, Any]] = []  # what a stop has changed: of whom, its name, what it was
@@ -143,8 +145,8 @@ class RunCheckpoint(Checkpoint):
         checkpoint["kept_steps"] = sorted(step for step in self._for_good(trainer) if step is not None and step <= done)
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        there = {step for step, _ in _saved(self._dir)}  # not those of the run that a branch comes from
-        self._kept = there & set(checkpoint.get("kept_steps", ()))
+        # of those that are here: not of the run that a branch comes from
+        self._kept = {step for step, _ in _saved(self._dir)} & set(checkpoint.get("kept_steps", ()))
         if trainer.state.fn == TrainerFn.FITTING:
             _require_time_left(trainer, checkpoint)
 
@@ -153,8 +155,8 @@ class RunCheckpoint(Checkpoint):
         regular = trainer.max_steps // self.every_n_steps if self.every_n_steps else 0
         kept = regular if self.keep is None else min(regular, self.keep)
         for_good = {step for step in self._for_good(trainer) if step is not None and 0 < step <= trainer.max_steps}
-        weight_bytes = sum(weight.numel() * weight.element_size() for weight in weights)
-        return preflight.disk(self._dir, weight_bytes, kept + len(for_good))
+        weight_bytes = (weight.numel() * weight.element_size() for weight in weights)
+        return preflight.disk(self._dir, sum(weight_bytes), kept + len(for_good))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._trained = True
@@ -192,10 +194,12 @@ class RunCheckpoint(Checkpoint):
             rank_zero_info(f"{path} lies after step {step}, where this run goes on: set aside as {aside.name}")
 
     def _stop_after_step(self, number: int, frame: Any) -> None:
-        if self.stopped_by is not None:
+        if self.stopped_by is None:
+            self.stopped_by, self._told_s = signal.Signals(number), time.monotonic()
+            rank_zero_info(f"{self.stopped_by.name}: saving after {self._stop_step}; once more to stop at once")
+        # SLURM at a job's limit, and torchrun, send SIGTERM twice, which is one request
+        elif number == signal.SIGINT or time.monotonic() > self._told_s + 10.0:
             _stop_at_once(number, frame)
-        self.stopped_by = signal.Signals(number)
-        rank_zero_info(f"{self.stopped_by.name}: saving after {self._stop_step}; once more to stop at once")
 
     def _is_told_to_stop(self, trainer: pl.Trainer) -> bool:
         """Whether any rank is; ranks agree at logged steps, where the host waits for the device anyway."""

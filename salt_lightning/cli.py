@@ -18,7 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from salt_lightning import check, checkpoint, compare, export, parallel, run_lock, shards
+from salt_lightning import check, checkpoint, compare, export, parallel, run_lock, shards, slurm
 from salt_lightning.answers import AnswerTest
 from salt_lightning.checkpoint import AtomicCheckpointIO, RunCheckpoint, newest, savers
 from salt_lightning.data import SALTDataModule
@@ -34,10 +34,10 @@ from salt_lightning.errors import (
     refuse,
     say,
 )
-from salt_lightning.event_log import loggers, quiet_threads
+from salt_lightning.event_log import quiet_threads, trackers
 from salt_lightning.models import check_path, read_checkpoint
 from salt_lightning.module import SALTModule
-from salt_lightning.parser import Parser, check_configs, configs_first, reword
+from salt_lightning.parser import Parser, check_configs, configs_first, require_no_comments, reword
 from salt_lightning.progress_bar import ProgressBar, close_bars, keep_off_bars
 from salt_lightning.quiet import silence_libraries, steady_streams
 from salt_lightning.report import evaluation
@@ -92,6 +92,7 @@ class SALTCLI(LightningCLI):
         check_configs(args, known)
         self.config = parser.parse_args(args)  # not super(): it warns of arguments given from Python
         self._explicit = parser.parse_args(args, defaults=False)
+        require_no_comments(args, self._settings(self._explicit))
         for config in (self.config, self._explicit):
             expand_home(self._settings(config))
         seed = self._settings(self.config).get("seed_everything")
@@ -206,18 +207,20 @@ class SALTCLI(LightningCLI):
             raise
         except (ValueError, ImportError) as error:  # of a class that the user names
             causes = re.findall(r"Problem with given class_path '(\S+)':\s+(.+)", str(error))
-            raise ConfigError("; ".join(map(": ".join, causes)) or one_line(error)) from error
+            said = re.sub(r"(?s)^Does not validate against any of the Union.*?Errors:\s+- ", "", str(error))
+            raise ConfigError("; ".join(map(": ".join, causes)) or one_line(said)) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         config = self._settings(self.config)
         run, given = Path(config.run), config.trainer
+        slurm.require_place()
         logs = [] if given.get("logger") in (None, True) else self._instances("logger")
         if self.subcommand == "predict" and not logs:
             kwargs["logger"] = False
         elif given.get("logger") is not False:
             path = config.get("ckpt_path")
             steps = int(read_checkpoint(path, "--ckpt_path")["global_step"]) if path else 0
-            kwargs["logger"] = loggers(logs, run, self.subcommand or "fit", steps)
+            kwargs["logger"] = trackers(logs, run, self.subcommand or "fit", steps)
         kwargs["default_root_dir"] = str(run)
         kwargs["plugins"] = [*self._instances("plugins"), AtomicCheckpointIO()]
         own: list[pl.Callback] = [_WRITERS[self.subcommand]()] if self.subcommand in _WRITERS else []

@@ -137,7 +137,7 @@ def _names(folders: list[Path]) -> list[str]:
     return [printable("/".join(p[-depth:])) for p in parts]
 
 
-_OF_RUNS = ("*/config.yaml", "*/version_*/*tfevents*")  # what runs have in their folders, also those of Lightning's own
+_OF_RUNS = ("*/config.yaml", "**/*tfevents*")  # marks of a run, below the folder that was named
 
 
 def evaluate(runs: list[Run], baseline: str | None = None) -> Comparison:
@@ -175,12 +175,16 @@ def evaluate(runs: list[Run], baseline: str | None = None) -> Comparison:
         )
         for run in runs
     ]
-    notes += remarks(silent, runs, students, repeated, reference)
+    experiments: list[list[Run]] = []
+    for run in students:
+        same = next((group for group in experiments if group[0].variant == run.variant), None)
+        experiments.append([run]) if same is None else same.append(run)
+    notes += remarks(silent, runs, experiments, repeated, reference)
     firsts = {run.name: run.val_ce.steps[0] for run in students if run not in seeds and len(run.val_ce.steps)}
     if at_once := [row.run for row in rows if row.reached_step == firsts.get(row.run, math.nan)]:
-        notes.append(f"there already at the first validation, perhaps before: {', '.join(at_once)}")
+        notes.append(f"the reference's loss was reached by the first validation, perhaps before: {', '.join(at_once)}")
     equal = _equal_points([run for run in students if run.name not in apart])
-    groups = _groups(students, {row.run: row for row in rows}, reference.variant, seeds)
+    groups = _groups(experiments, {row.run: row for row in rows}, reference.variant, seeds)
     for group in groups:
         done = [run.name for run in students if run.name in group.runs and run.finished]
         group.equal = {axis: [ce[name] for name in done if name in ce] for axis, (_, ce) in equal.items()}
@@ -200,14 +204,13 @@ def _named(runs: list[Run], baseline: str) -> Run:
 
 
 def _reference(students: list[Run]) -> tuple[Run, list[str]]:
-    # a run that went on without its teacher is none
-    plain = [run for run in students if run.method == "BASELINE" and not run.last("train/flops_teacher_total") > 0]
+    plain = [run for run in students if run.is_plain]
     taught = [run for run in students if run.kd_steps > 0]
 
     def doubts(run: Run) -> tuple[bool, bool, bool]:
         """No last loss; perhaps a teacher that is not known as one; settings that were not the same all along."""
         unlike = bool(taught) and not any(lineage.same_model(run, other) for other in taught)
-        return not run.finished, unlike, bool(run.changes)
+        return not run.finished or math.isnan(run.last("val/ce")), unlike, bool(run.changes)
 
     if plain:
         return min(plain, key=doubts), []
@@ -281,15 +284,11 @@ def _besides(run: Run, training: float, scoring: float) -> float:
     return sum(parts) if parts else math.nan
 
 
-def _groups(students: list[Run], rows: dict[str, Row], there: dict[str, Any], seeds: list[Run]) -> list[Group]:
-    variants: list[list[Run]] = []
-    for run in students:
-        same = next((group for group in variants if group[0].variant == run.variant), None)
-        variants.append([run]) if same is None else same.append(run)
-    methods = [group[0].method for group in variants]
+def _groups(experiments: list[list[Run]], rows: dict[str, Row], there: dict[str, Any], seeds: list[Run]) -> list[Group]:
+    methods = [group[0].method for group in experiments]
     by_seed = {run.seed: run.last("val/ce") for run in seeds}
     groups = []
-    for members in variants:
+    for members in experiments:
         method, here = members[0].method, members[0].variant
         done = [run for run in members if run.finished]
         ce = [run.last("val/ce") for run in done]

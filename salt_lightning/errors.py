@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -157,9 +156,8 @@ def first_line(error: BaseException) -> str:
 
 
 def one_line(error: BaseException | str, limit: int = 400) -> str:
-    """The whole message as one line, cut to so many characters; without what jsonargparse tells of types before it."""
-    line = " ".join(str(error).split())
-    return re.sub(r"^Does not validate against any of the Union subtypes Subtypes: .*? Errors: - ", "", line)[:limit]
+    """The whole message as one line, cut to so many characters."""
+    return " ".join(str(error).split())[:limit]
 
 
 def few(names: Iterable[object]) -> str:

@@ -68,33 +68,32 @@ class EventLog(TensorBoardLogger):
             super().finalize(status)
 
 
-def loggers(given: list[Logger], run: Path, verb: str, steps: int) -> list[Logger]:
+def trackers(given: list[Logger], run: Path, verb: str, steps: int) -> list[Logger]:
     """What a verb logs to: the run's own event files, which compare reads, then whatever else the user has given.
 
-    A TensorBoard logger among these takes the place of the first. What a killed start had logged after the
-    checkpoint at `steps` is taken off the page.
+    A TensorBoard logger among these takes the place of the first. A fit takes off the page what a killed start had
+    logged after the checkpoint at `steps`.
     """
     boards = [logger for logger in given if isinstance(logger, TensorBoardLogger)]
-    for board in boards:
+    if not boards:
+        # version "": the run's folder itself, so that a resumed run goes on in it; evaluations beside the run's curve
+        boards = [EventLog(run.parent, run.name, "") if verb == "fit" else EventLog(run, verb, "")]
+        given = [*boards, *given]
+    for board in boards if verb == "fit" else ():
         if board._kwargs.get("purge_step") is None:  # the command line gives None itself
             board._kwargs["purge_step"] = steps + 1
-    if boards:
-        return given
-    if verb != "fit":  # beside the run's own curve, not in it
-        return [EventLog(run, name=verb, version=""), *given]
-    # version "": the run's folder itself, so that a resumed run goes on in it
-    return [EventLog(run.parent, name=run.name, version="", purge_step=steps + 1), *given]
+    return given
 
 
-def log_settings(loggers: Iterable[Logger], settings: Mapping[str, Any]) -> None:
+def log_settings(trackers: Iterable[Logger], settings: Mapping[str, Any]) -> None:
     """What a run is, for pages and tables of runs. A tracker that refuses it, as for a changed value, ends no run."""
-    for logger in loggers:
+    for tracker in trackers:
         try:
-            logger.log_hyperparams(dict(settings))
+            tracker.log_hyperparams(dict(settings))
         except OSError:
             raise
-        except Exception as error:  # each tracker has its own
-            rank_zero_warn(f"{type(logger).__name__} has not taken the settings: {one_line(error)}")
+        except Exception as error:  # each has its own
+            rank_zero_warn(f"{type(tracker).__name__} has not taken the settings: {one_line(error)}")
 
 
 _show = threading.excepthook

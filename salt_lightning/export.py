@@ -93,11 +93,7 @@ def export(
     return (
         f"{target}: {num_parameters:,} parameters in {kind}, {num_files} file{'s' * (num_files > 1)} of weights, "
         f"model card, {'tokenizer' if words else f'no tokenizer (none in {run}; name one by --tokenizer)'}"
-        + (
-            f" in {target / place}, as transformers would read one beside a {model.config.model_type} by other rules"
-            if place
-            else ""
-        )
+        + (f" in {target / place} (beside a {model.config.model_type} transformers would misread it)" if place else "")
         + (f"; left out, as no part of the model: {few(rest)}" if rest else "")
     )
 
@@ -220,15 +216,13 @@ def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> str:
     """Beside the model, unless transformers goes by the model's family there, whatever the files say; returns where."""
     apart = folder / SUBFOLDER
     tokenizer.save_pretrained(apart)
-    names = [path.name for path in apart.iterdir()]
-    for name in names:
-        (apart / name).rename(folder / name)
+    tokenizer.save_pretrained(folder)
     with suppress(Exception):  # of another family's tokenizer, whatever that lacks here
         if rules_fingerprint(AutoTokenizer.from_pretrained(folder)) == rules_fingerprint(tokenizer):
-            apart.rmdir()
+            shutil.rmtree(apart)
             return ""
-    for name in names:
-        (folder / name).rename(apart / name)
+    for path in apart.iterdir():
+        (folder / path.name).unlink()
     return SUBFOLDER
 
 

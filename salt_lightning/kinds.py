@@ -41,9 +41,10 @@ _CHECKPOINT: dict[Any, Any] = {
 }
 
 
-# What whoever saves a SALTModule has put into it, and what a fit alone reads.
+# what every checkpoint of a SALTModule has
 _ALWAYS = {"global_step", "tokenizer", "hyper_parameters", "state_dict", "text", "data", "pytorch-lightning_version"}
 VERSION = "salt_lightning_version"  # of the code that wrote it
+# what a fit that goes on reads besides
 TO_GO_ON = {"max_steps", "forward_flops", "totals", "totals_before", "time_s", "teacher_time_s"}
 
 

@@ -51,12 +51,12 @@ class SaltLoss(NamedTuple):
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def _beside_graphs(function: _Function) -> _Function:
-    """torch.compiler.disable, which would take a function's types away from type checkers."""
+def _eager(function: _Function) -> _Function:
+    """torch.compiler.disable, but that type checkers still know the function."""
     return cast(_Function, torch.compiler.disable(function))
 
 
-@_beside_graphs
+@_eager
 def salt_loss(  # noqa: PLR0913
     student_hidden_ND: Tensor,
     student_head_VD: Tensor,
@@ -126,7 +126,7 @@ def salt_loss(  # noqa: PLR0913
     return SaltLoss._make([loss, *sums.unbind(), tokens])
 
 
-@_beside_graphs
+@_eager
 @torch.no_grad()
 def token_stats(
     hidden_NE: Tensor,

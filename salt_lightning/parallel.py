@@ -17,7 +17,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import (
     DDPStrategy,
@@ -35,7 +35,7 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint as recompute
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from salt_lightning import shards
+from salt_lightning import shards, slurm
 from salt_lightning.errors import ConfigError
 from salt_lightning.models import CausalLM, read_checkpoint
 
@@ -52,7 +52,6 @@ _FSDP1_POLICIES = {
     "bf16-mixed": MixedPrecision(torch.bfloat16, torch.float32, torch.float32, cast_root_forward_inputs=False),
     "bf16-true": MixedPrecision(reduce_dtype=torch.float32, cast_root_forward_inputs=False),
 }
-_IN_A_SHELL = ("bash", "interactive")  # as Lightning has it
 _SLACK_S = 2.0  # where torch itself ends the wait it has more to say
 
 
@@ -336,15 +335,14 @@ def check(trainer: pl.Trainer, ckpt_path: str | None = None) -> None:
             f"{name} is not supported; use ddp, fsdp (FSDP1), or --config configs/fsdp.yaml (FSDP2 over all devices)"
         )
     # With one device Lightning overlooks that torchrun has started several processes: each would train alone.
-    started = world
-    if TorchElasticEnvironment.detect():
-        started = TorchElasticEnvironment().world_size()
-    elif world == 1 and SLURMEnvironment.job_name() not in _IN_A_SHELL:
-        started = int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1)  # srun's; a batch script is one
-    if started != trainer.num_devices * trainer.num_nodes:
+    started = TorchElasticEnvironment().world_size() if TorchElasticEnvironment.detect() else None
+    if started is None:
+        environment = trainer._accelerator_connector.cluster_environment
+        slurm.require_processes(environment, trainer.num_devices, trainer.num_nodes)
+    elif started != trainer.num_devices * trainer.num_nodes:
         raise ConfigError(
             f"--trainer.devices {trainer.num_devices} times --trainer.num_nodes {trainer.num_nodes} is not the number "
-            f"of processes that torchrun, srun or the like has started, {started}"
+            f"of processes that torchrun has started, {started}"
         )
     if isinstance(strategy, FSDP2) and (strategy.replicas < 1 or world % strategy.replicas):
         fitting = ", ".join(str(n) for n in range(1, world + 1) if world % n == 0)
@@ -391,8 +389,9 @@ def has_lost_others(error: BaseException) -> bool:
 
 
 def writes_elsewhere() -> bool:
-    """Whether torchrun has started this process beside a first one, which alone writes and prints."""
-    return TorchElasticEnvironment.detect() and TorchElasticEnvironment().global_rank() > 0
+    """Whether torchrun or srun has started this process beside a first one, which alone writes and prints."""
+    by_torchrun = TorchElasticEnvironment.detect() and TorchElasticEnvironment().global_rank() > 0
+    return by_torchrun or (slurm.tasks() > 1 and os.environ.get("SLURM_PROCID", "0") != "0")
 
 
 def leave_at_exit() -> None:

@@ -9,7 +9,7 @@ from itertools import islice, pairwise
 from typing import Any
 
 import yaml
-from jsonargparse import DefaultHelpFormatter, get_loader, set_loader
+from jsonargparse import DefaultHelpFormatter, Namespace, get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 
 from salt_lightning.errors import ConfigError, one_line, printable
@@ -131,10 +131,9 @@ def explain(message: str, known: list[str]) -> str:
     if wrong:
         return _no_such(wrong[1] or wrong[2], known)
     if (lacking := re.match(r"the following arguments are required: (\w+)$", line)) and lacking[1] != "subcommand":
-        return (
-            f"the class that --trainer.logger or --trainer.callbacks names requires {lacking[1]}: give it as that "
-            f"setting's .init_args.{lacking[1]}"
-        )
+        return f"a class of --trainer.* requires {lacking[1]}: give it as .init_args.{lacking[1]}"
+    if other := re.match(r"Option '([^']+)' is not accepted", line):
+        return f"a class of --trainer.* does not take {other[1]}"
     if line.startswith("unrecognized arguments: "):
         line += "; a pattern of files goes in quotes, 'my_text/*.jsonl', or the shell makes several words of it"
     return line
@@ -150,7 +149,7 @@ def _why_no_class(name: str, value: str, rest: str) -> str:
     if not re.match(r"--trainer\.(logger|callbacks|plugins)\b", name) or not re.fullmatch(r"[A-Za-z_][\w.]*", value):
         return ""
     problem = re.search(r"Problem with given class_path '[^']+': (.*?) - ", rest)
-    return f": {problem[1]}" if problem else "; no class of that name is installed here (in full: package.module.Class)"
+    return f": {problem[1]}" if problem else "; no such class is installed here (in full: package.module.Class)"
 
 
 def _type_names(text: str) -> str:
@@ -179,6 +178,15 @@ def check_configs(args: list[str], known: list[str]) -> None:
                 _check_config(value, known)
             except RecursionError as error:
                 raise ConfigError(f"--config {value}: settings contain themselves, or are nested too deep") from error
+
+
+def require_no_comments(args: list[str], given: Namespace) -> None:
+    """Raises ConfigError where YAML has taken a value that was typed for a comment, and so for null."""
+    typed = [arg.partition("=")[::2] for arg in args if "=" in arg] + list(pairwise(args))
+    for name, value in typed:
+        key = name.removeprefix("--")
+        if name.startswith("--") and value.lstrip().startswith("#") and key in given and given[key] is None:
+            raise ConfigError(f"{name} {value!r} reads as a comment, so as null; say null, or what it should be")
 
 
 def configs_first(args: list[str]) -> list[str]:

@@ -12,14 +12,18 @@ from salt_lightning.runlog import Run, changes_said
 
 
 def remarks(
-    silent: list[Run], runs: list[Run], students: list[Run], repeated: dict[str, str], reference: Run
+    silent: list[Run],
+    runs: list[Run],
+    experiments: list[list[Run]],
+    repeated: dict[str, str],
+    reference: Run,
 ) -> list[str]:
     """All of them.
 
     Args:
         silent: runs without a value in their logs.
         runs: the others.
-        students: of these, what is compared: no teacher of another one, no repetition.
+        experiments: of these, what is compared: no teacher of another one, no repetition; seeds together.
         repeated: names of runs that repeat another, and that one's.
         reference: what the students are compared with.
     """
@@ -41,7 +45,8 @@ def remarks(
     ]
     notes += [note for run in runs for note in _beginning(run)]
     notes += [f"{run.name} has no config.yaml: its method is not known" for run in runs if not run.config]
-    notes += _better(students, reference)
+    students = [run for group in experiments for run in group]
+    notes += _better([[run for run in group if run.finished] for group in experiments], reference)
     notes += _lost_teachers(runs, reference)
     return notes + _other_text(students, reference) + _tests(runs)
 
@@ -58,28 +63,29 @@ def _beginning(run: Run) -> list[str]:
     return notes + [f"{run.name} went on {said}" for said in changes_said(run)]
 
 
-def _better(students: list[Run], reference: Run) -> list[str]:
-    """The best BASELINE of as much of the same text, where the reference is another: of several learning rates, say."""
-    if not reference.finished or reference.method != "BASELINE":
-        return []
-    groups: list[list[Run]] = []
-    for run in students:
-        alike = (
-            run.method == "BASELINE" and lineage.same_model(run, reference) and not other_text(run, reference, "val")
-        )
-        read = [each.last("train/tokens") for each in (run, reference)]
-        if run.finished and not run.changes and alike and math.isclose(*read, rel_tol=0.01):
-            same = next((group for group in groups if group[0].variant == run.variant), None)
-            groups.append([run]) if same is None else same.append(run)
-    ends = {group[0].name: float(np.mean([run.last("val/ce") for run in group])) for group in groups}
-    here = next((ends[group[0].name] for group in groups if reference.name in [run.name for run in group]), math.nan)
-    best = min(ends, key=lambda name: ends[name], default="")
-    if not best or not ends[best] < here:
+def _better(experiments: list[list[Run]], reference: Run) -> list[str]:
+    """The best BASELINE of as much of the same text, where the reference is another: of several learning rates, say.
+
+    Experiments are the finished runs of one, its seeds.
+    """
+    ends = {group[0].name: float(np.mean([run.last("val/ce") for run in group])) for group in experiments if group}
+    here = next((ends[group[0].name] for group in experiments if reference in group), math.nan)
+    alike = [group[0].name for group in experiments if group and _could_be(group[0], reference)]
+    best = min((name for name in alike if ends[name] < here), key=lambda name: ends[name], default=None)
+    if best is None or not reference.is_plain:
         return []
     return [
         f"{best}, a BASELINE of the same model that has read as much, ends {here - ends[best]:.4f} below the "
         f"reference: judge by the better one, --baseline {best}"
     ]
+
+
+def _could_be(run: Run, reference: Run) -> bool:
+    """Whether a run is a BASELINE that has trained the same model on as many tokens of the same text."""
+    text, other = ({k: v for k, v in r.config.items() if k.startswith("data.source")} for r in (run, reference))
+    read = [each.last("train/tokens") for each in (run, reference)]
+    same = lineage.same_model(run, reference) and text == other and not other_text(run, reference, "val")
+    return same and math.isclose(*read, rel_tol=0.01) and run.is_plain and run.began == 0 and not run.changes
 
 
 def _lost_teachers(runs: list[Run], reference: Run) -> list[str]:

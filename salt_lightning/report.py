@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
-from itertools import product
+from itertools import cycle, product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -275,7 +275,7 @@ def figure(comparison: Comparison) -> Figure:
     A dashed line of its colour marks where a teacher leaves, a dot where a run reaches the reference, at which share
     of the reference's steps or FLOPs.
     """
-    fig = Figure(figsize=(12, max(4.2, 1.0 + 0.2 * len(comparison.groups))), layout="constrained")
+    fig = Figure(figsize=(12, max(4.2, 1.0 + 0.22 * len(comparison.groups))), layout="constrained")
     axes = fig.subplots(1, 2, sharey=True)
     of_groups = {name for group in comparison.groups for name in group.runs} - set(comparison.other_text)
     runs = [run for run in comparison.runs if run.name in of_groups]
@@ -313,7 +313,7 @@ def _panel(ax: Axes, comparison: Comparison, axis: str, divisor: float) -> None:
     rows = {row.run: row for row in comparison.rows}
     level = comparison.reference_val_ce
     ax.axhline(level, color=REFERENCE_COLOUR, lw=0.6, label="the reference at its end")
-    looks = iter(product(STYLES, COLOURS))
+    looks = cycle(product(STYLES, COLOURS))
     noted: list[tuple[float, str, str]] = []
     width = 1.0 if any(len(group.runs) > 1 for group in comparison.groups) else 2.0
     for group in comparison.groups:
@@ -321,7 +321,7 @@ def _panel(ax: Axes, comparison: Comparison, axis: str, divisor: float) -> None:
         if not shown:
             continue
         is_reference = comparison.reference in group.runs
-        style, colour = ("-", REFERENCE_COLOUR) if is_reference else next(looks, (":", REFERENCE_COLOUR))
+        style, colour = ("-", REFERENCE_COLOUR) if is_reference else next(looks)
         label = f"{group.label}  {number(group.mean, '.3f')}" + (f"  (n = {group.n})" if group.n > 1 else "")
         for run in shown:
             ax.plot(x_of(run, run.val_ce.steps), run.val_ce.values, color=colour, ls=style, lw=width, label=label)

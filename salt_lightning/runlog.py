@@ -152,6 +152,11 @@ class Run:
         return not self.running and "val/ce" in self.curves
 
     @property
+    def is_plain(self) -> bool:
+        """A BASELINE that no teacher has had a part in, also not in an earlier start."""
+        return self.method == "BASELINE" and not self.last("train/flops_teacher_total") > 0
+
+    @property
     def val_ce(self) -> Curve:
         return self.curves.get("val/ce", Curve(np.array([], dtype=int), np.array([])))
 

@@ -1,12 +1,61 @@
-"""Under SLURM: the signal that asks for the job to be queued again, and doing so."""
+"""Under SLURM: whether srun has started what a run needs, the signal that asks for the job to be queued again."""
 
 import os
 import signal
 import subprocess
+from typing import Any
 
 import lightning.pytorch as pl
-from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.utilities import rank_zero_info
+
+from salt_lightning.errors import ConfigError, one_line
+
+_IN_A_SHELL = ("bash", "interactive")  # names of jobs that Lightning takes for shells
+
+
+def tasks() -> int:
+    """How many processes srun has started beside and with this one; a batch script is one."""
+    return int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
+
+
+def require_place() -> None:
+    """Raises ConfigError in a shell that has a job's variables, but none of a process's; Lightning would miss them."""
+    missing = [name for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID") if name not in os.environ]
+    if not SLURMEnvironment.detect() or TorchElasticEnvironment.detect():
+        return
+    if missing:
+        raise ConfigError(
+            f"this shell has the variables of SLURM's job {os.environ.get('SLURM_JOB_ID')}, but no {missing[0]}: start "
+            "it with srun, or with SLURM_JOB_NAME=bash before it, which has Lightning start the processes"
+        )
+    try:
+        SLURMEnvironment()
+    except RuntimeError as error:  # of --ntasks
+        raise ConfigError(one_line(error)) from error
+
+
+def require_processes(environment: Any, num_devices: int, num_nodes: int) -> None:
+    """Raises ConfigError where srun has started other processes than a run is to have: each would train alone."""
+    started, wanted = tasks(), num_devices * num_nodes
+    in_a_shell = SLURMEnvironment.job_name() in _IN_A_SHELL
+    if started > 1 and in_a_shell and os.environ.get("SLURM_TASK_PID") == str(os.getpid()):  # as within salloc
+        raise ConfigError(
+            f"srun has started {started} processes in a job named {SLURMEnvironment.job_name()}, which Lightning takes "
+            "for a shell, so that each would train alone: srun --job-name train ..."
+        )
+    counts = isinstance(environment, SLURMEnvironment) or (wanted == 1 and not in_a_shell)
+    if counts and started != wanted:
+        remedy = "let srun start as many" if "SLURM_STEP_NUM_TASKS" in os.environ else "start it with srun"
+        raise ConfigError(
+            f"--trainer.devices {num_devices} times --trainer.num_nodes {num_nodes} is not the number of processes "
+            f"that srun has started, {started}: {remedy}, or leave out --ntasks, and Lightning starts those of one node"
+        )
+    if isinstance(environment, SLURMEnvironment):
+        try:
+            environment.validate_settings(num_devices, num_nodes)
+        except ValueError as error:
+            raise ConfigError(f"--trainer.devices {num_devices}: {one_line(error)}, or change that of srun") from error
 
 
 def requeue_signal(trainer: pl.Trainer) -> signal.Signals | None:

@@ -262,11 +262,19 @@ ERRORS = {
     ),
     "a name of no class": (
         {"trainer.callbacks": "NoSuch"},
-        r"NoSuch must be Callback or null; no class of that name is installed here \(in full: package.module.Class\)$",
+        r"NoSuch must be Callback or null; no such class is installed here \(in full: package.module.Class\)$",
     ),
     "a class without what it needs": (
         {"trainer.logger": "CSVLogger"},
-        r"the class that --trainer.logger or --trainer.callbacks names requires save_dir: give it as that setting's",
+        r"a class of --trainer.\* requires save_dir: give it as .init_args.save_dir$",
+    ),
+    "an argument that a class does not take": (
+        {"trainer.callbacks": "EarlyStopping", "trainer.callbacks.monitr": "x"},
+        r"a class of --trainer.\* does not take monitr$",
+    ),
+    "a number that reads as a comment": (
+        {"kd.steps": "#5"},
+        r"--kd.steps '#5' reads as a comment, so as null; say null, or what it should be",
     ),
     "a callback that chooses the start": (
         {"trainer.callbacks": [{"class_path": f"lightning.pytorch.callbacks.{CRASH}", "init_args": {"dirpath": "x"}}]},

@@ -929,7 +929,7 @@ def test_losses_of_other_text_are_no_comparison(tmp_path):
         "other was validated on other text than first (900, there 900): their losses are no comparison",
         "moved was validated on other text from step 200 on (900 tokens, before 800)",
         "coarser was validated in other tokens than first (800, there 900): bits per byte can be compared, CE can not",
-        "there already at the first validation, perhaps before: same, moved",
+        "the reference's loss was reached by the first validation, perhaps before: same, moved",
     ]
 
 
@@ -955,6 +955,14 @@ def test_a_better_tuned_baseline_is_told(tmp_path):
     assert [note for note in found.notes if "a BASELINE of" in note] == [f"{said} better one, --baseline lower"]
     assert "a BASELINE of" not in str(evaluate(load([first, larger, shorter, salt])).notes)
     assert "a BASELINE of" not in str(evaluate(load([first, *tuned, salt]), "tuned0").notes)  # 4.0 on the mean as first
+    taught = write_run(tmp_path / "taught", low, **{lr: 4e-3})
+    with SummaryWriter(str(taught), filename_suffix=".start-2") as writer:
+        writer.add_scalar("train/flops_teacher_total", 300, 300)
+    elsewhere = write_run(tmp_path / "elsewhere", low, **{"data.source": "better.jsonl"})
+    assert "a BASELINE of" not in str(evaluate(load([first, taught, salt])).notes)
+    assert "a BASELINE of" not in str(evaluate(load([first, elsewhere, salt])).notes)
+    lost = write_run(tmp_path / "lost", {**BASELINE, 300: math.nan}, **{lr: 9.0})
+    assert evaluate(load([lost, first, salt])).reference == "first"
 
 
 def test_answers_have_a_table_of_their_own(three):
@@ -973,11 +981,11 @@ def test_answers_have_a_table_of_their_own(three):
 
 
 def test_many_experiments_are_told_apart_in_the_figure(tmp_path):
-    runs = [write_run(tmp_path / f"r{i}", BASELINE, **{"model.optim.lr": i + 1.0}) for i in range(20)]
+    runs = [write_run(tmp_path / f"r{i}", BASELINE, **{"model.optim.lr": i + 1.0}) for i in range(31)]
     figure = report.figure(evaluate(load(runs)))
     figure.canvas.draw()
     curves = [line for line in figure.axes[0].lines if len(line.get_xdata()) == 3]
-    assert len({(line.get_color(), line.get_linestyle()) for line in curves[1:]}) == 19
+    assert len({(line.get_color(), str(line._unscaled_dash_pattern)) for line in curves[1:]}) == 30
     box = figure.legends[0].get_window_extent()
     assert box.y0 >= 0
     assert box.y1 <= figure.bbox.y1

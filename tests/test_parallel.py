@@ -417,9 +417,31 @@ def test_processes_of_srun_that_would_each_train_alone_are_refused(settings, tmp
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     one = {"kd.weight": 0.0, "run": str(tmp_path / "run"), "trainer.devices": 1}
     assert cli.main(["fit", *arguments(settings, one)]) == 2
-    assert "times --trainer.num_nodes 1 is not the number of processes that torchrun, srun" in capsys.readouterr().err
-    monkeypatch.setenv("SLURM_JOB_NAME", "bash")  # srun --pty bash: one of its tasks is the shell
+    said = "times --trainer.num_nodes 1 is not the number of processes that srun has started, 2: let srun start as many"
+    assert said in capsys.readouterr().err
+    monkeypatch.setenv("SLURM_JOB_NAME", "interactive")  # as salloc has it
+    monkeypatch.setenv("SLURM_TASK_PID", str(os.getpid()))
+    for devices in (1, 2):
+        assert cli.main(["fit", *arguments(settings, {**one, "trainer.devices": devices})]) == 2
+        assert "srun has started 2 processes in a job named interactive, which Lightning" in capsys.readouterr().err
+    monkeypatch.setenv("SLURM_TASK_PID", "1")  # srun --pty bash: one of its tasks is the shell
     assert cli.main(["fit", *arguments(settings, one)]) == 0
+
+
+def test_slurm_without_srun_is_refused_where_it_would_wait(settings, tmp_path, capsys, monkeypatch, slurm):
+    two = {"kd.weight": 0.0, "run": str(tmp_path / "run"), "trainer.devices": 2, **DDP}
+    slurm(SLURM_NTASKS="2")
+    assert cli.main(["fit", *arguments(settings, two)]) == 2
+    assert "error: You set `--ntasks=2` in your SLURM bash script" in capsys.readouterr().err
+    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "2")  # a batch script
+    assert cli.main(["fit", *arguments(settings, two)]) == 2
+    assert "that srun has started, 1: start it with srun, or leave out --ntasks" in capsys.readouterr().err
+    assert cli.main(["fit", *arguments(settings, {**two, "trainer.strategy": "auto", "trainer.devices": 1})]) == 2
+    assert "--trainer.devices 1: You set `devices=1` in Lightning" in capsys.readouterr().err
+    monkeypatch.delenv("SLURM_NODEID")  # salloc's shell
+    assert cli.main(["fit", *arguments(settings, two)]) == 2
+    said = "this shell has the variables of SLURM's job 77, but no SLURM_NODEID: start it with srun"
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ import yaml
 from conftest import CLOCK, StopAt, arguments, one_line, scalars, weights, write_corpus
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from salt_lightning import OptimSpec, SALTModule, cli, lineage
@@ -198,6 +199,24 @@ def test_a_signal_to_the_whole_process_group(settings, tmp_path, number, slurm):
     assert "Traceback" not in err
     assert err.count(f"{number.name}: saving after this step") == 1  # no worker has heard it
     assert asked is None or asked() == ["requeue 70_3"]
+
+
+@pytest.mark.parametrize(("number", "apart_s", "saved"), [(15, 0, True), (15, 11, False), (2, 0, False)])
+def test_sigterm_twice_is_one_request(settings, tmp_path, monkeypatch, capsys, number, apart_s, saved):
+    """As SLURM sends it at a job's limit, and torchrun to its workers; a later one, and Ctrl-C, is impatience."""
+
+    class Twice(Callback):
+        def on_before_backward(self, trainer, pl_module, loss):
+            if trainer.global_step == 2:
+                now = time.monotonic()
+                os.kill(os.getpid(), number)
+                monkeypatch.setattr("salt_lightning.checkpoint.time.monotonic", lambda: now + apart_s)
+                os.kill(os.getpid(), number)
+
+    own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, "checkpoint.every_n_steps": None}
+    assert ranks.run(["fit", *arguments(settings, own)], Twice()) == 128 + number
+    assert (tmp_path / "run/checkpoints/step-00000003.ckpt").exists() == saved
+    assert ("stopped by SIGTERM at step 3, saved" in capsys.readouterr().out) == saved
 
 
 def test_ctrl_c_in_a_validation_ends_in_one_line(fit, settings, tmp_path, capsys, monkeypatch):
@@ -587,7 +606,7 @@ def test_other_loggers_write_beside_the_run_s_own(settings, tmp_path):
     assert b"model.optim.lr" in page
 
 
-def test_a_board_of_one_s_own_takes_the_place_of_the_run_s(fit, tmp_path):
+def test_a_board_of_one_s_own_takes_the_place_of_the_run_s(fit, settings, tmp_path):
     """With the same care for what a killed start had logged."""
     place = {"save_dir": str(tmp_path), "name": "board", "version": ""}
     own = {"trainer.logger": [{"class_path": "TensorBoardLogger", "init_args": place}]}
@@ -597,6 +616,11 @@ def test_a_board_of_one_s_own_takes_the_place_of_the_run_s(fit, tmp_path):
     files = sorted((tmp_path / "board").glob("*tfevents*"), key=lambda path: path.stat().st_mtime)
     starts = [[e.step for e in EventFileLoader(str(file)).Load() if e.HasField("session_log")] for file in files]
     assert starts == [[1], [7]]
+    looked_at = {"ckpt_path": str(tmp_path / "run/checkpoints/step-00000006.ckpt"), "run": str(tmp_path / "run"), **own}
+    plain = {key: value for key, value in settings.items() if key.startswith(("data.", "trainer."))}
+    assert cli.main(["validate", *arguments(plain, looked_at)]) == 0
+    page = EventAccumulator(str(tmp_path / "board")).Reload()
+    assert [event.step for event in page.Scalars("train/ce")] == [*range(1, 13)]  # an evaluation takes nothing away
 
 
 def test_a_tracker_that_refuses_the_settings_ends_no_run():
