@@ -338,7 +338,8 @@ def check(trainer: pl.Trainer, ckpt_path: str | None = None) -> None:
     started = TorchElasticEnvironment().world_size() if TorchElasticEnvironment.detect() else None
     if started is None:
         environment = trainer._accelerator_connector.cluster_environment
-        slurm.require_processes(environment, trainer.num_devices, trainer.num_nodes)
+        connects = not isinstance(strategy, SingleDeviceStrategy)
+        slurm.require_processes(environment, trainer.num_devices, trainer.num_nodes, connects)
     elif started != trainer.num_devices * trainer.num_nodes:
         raise ConfigError(
             f"--trainer.devices {trainer.num_devices} times --trainer.num_nodes {trainer.num_nodes} is not the number "

@@ -35,8 +35,11 @@ def require_place() -> None:
         raise ConfigError(one_line(error)) from error
 
 
-def require_processes(environment: Any, num_devices: int, num_nodes: int) -> None:
-    """Raises ConfigError where srun has started other processes than a run is to have: each would train alone."""
+def require_processes(environment: Any, num_devices: int, num_nodes: int, connects: bool) -> None:
+    """Raises ConfigError where srun has started other processes than a run is to have: each would train alone.
+
+    `connects`: the strategy makes a process group, if of one, for which Lightning asks more.
+    """
     started, wanted = tasks(), num_devices * num_nodes
     in_a_shell = SLURMEnvironment.job_name() in _IN_A_SHELL
     if started > 1 and in_a_shell and os.environ.get("SLURM_TASK_PID") == str(os.getpid()):  # as within salloc
@@ -51,7 +54,7 @@ def require_processes(environment: Any, num_devices: int, num_nodes: int) -> Non
             f"--trainer.devices {num_devices} times --trainer.num_nodes {num_nodes} is not the number of processes "
             f"that srun has started, {started}: {remedy}, or leave out --ntasks, and Lightning starts those of one node"
         )
-    if isinstance(environment, SLURMEnvironment):
+    if connects and isinstance(environment, SLURMEnvironment):
         try:
             environment.validate_settings(num_devices, num_nodes)
         except ValueError as error:

@@ -436,12 +436,15 @@ def test_slurm_without_srun_is_refused_where_it_would_wait(settings, tmp_path, c
     monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "2")  # a batch script
     assert cli.main(["fit", *arguments(settings, two)]) == 2
     assert "that srun has started, 1: start it with srun, or leave out --ntasks" in capsys.readouterr().err
-    assert cli.main(["fit", *arguments(settings, {**two, "trainer.strategy": "auto", "trainer.devices": 1})]) == 2
+    assert cli.main(["fit", *arguments(settings, {**two, "trainer.devices": 1})]) == 2
     assert "--trainer.devices 1: You set `devices=1` in Lightning" in capsys.readouterr().err
     monkeypatch.delenv("SLURM_NODEID")  # salloc's shell
     assert cli.main(["fit", *arguments(settings, two)]) == 2
     said = "this shell has the variables of SLURM's job 77, but no SLURM_NODEID: start it with srun"
     assert said in capsys.readouterr().err
+    monkeypatch.setenv("SLURM_NODEID", "0")
+    alone = {**two, "trainer.strategy": "auto", "trainer.devices": 1}
+    assert cli.main(["fit", *arguments(settings, alone)]) == 0
 
 
 @pytest.mark.parametrize(
