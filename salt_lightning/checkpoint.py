@@ -196,7 +196,7 @@ class RunCheckpoint(Checkpoint):
     def _stop_after_step(self, number: int, frame: Any) -> None:
         if self.stopped_by is None:
             self.stopped_by, self._told_s = signal.Signals(number), time.monotonic()
-            rank_zero_info(f"{self.stopped_by.name}: saving after {self._stop_step}; once more to stop at once")
+            rank_zero_info(f"{self.stopped_by.name}: saving after {self._stop_step}; Ctrl-C once more stops at once")
         # SLURM at a job's limit, and torchrun, send SIGTERM twice, which is one request
         elif number == signal.SIGINT or time.monotonic() > self._told_s + 10.0:
             _stop_at_once(number, frame)

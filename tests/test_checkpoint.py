@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import ranks
 import torch
-from conftest import ALWAYS, StopAt, arguments, one_line
+from conftest import ALWAYS, arguments, one_line
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
@@ -167,16 +167,6 @@ def test_an_export_that_exists_is_refused_before_the_first_step(tmp_path):
     saver = RunCheckpoint(export=str(tmp_path))
     with pytest.raises(ConfigError, match="--checkpoint.export .* exists already"):
         saver.setup(Trainer(max_steps=1, accelerator="cpu", logger=False, default_root_dir=tmp_path), None, "fit")
-
-
-def test_a_second_signal_ends_the_run_at_once(fit_with, tmp_path, capsys):
-    handler = signal.getsignal(signal.SIGINT)  # Lightning ignores Ctrl-C from here on
-    try:
-        assert fit_with(tmp_path / "run", StopAt(3), StopAt(3)) == 128 + signal.SIGTERM
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    assert capsys.readouterr().err.strip().splitlines()[-1] == "stopped by SIGTERM"
-    assert not list(tmp_path.glob("run/checkpoints/*"))
 
 
 def test_loading_runs_no_code_even_when_asked_to(tmp_path):
