@@ -176,19 +176,22 @@ def _parts_table(rows: list[Row]) -> str:
 
 def _answers_table(rows: list[Row]) -> str:
     """What `test` found of answers, beside whoever always gives the most frequent one, or any."""
-    kinds = {"exact match": "test/exact_match", "choice accuracy": "test/choice_accuracy"}
-    tested = [row for row in rows if any(tag in row.last for tag in kinds.values())]
+    kinds = (  # with what their most frequent answer would get, which is not the same for both
+        ("exact match", "test/exact_match", "the commonest answer's"),
+        ("choice accuracy", "test/choice_accuracy", "the majority's"),
+    )
+    tested = [row for row in rows if any(tag in row.last for _, tag, _ in kinds)]
     if not tested:
         return ""
     columns = {"run": [row.run for row in tested]}
     columns["examples"] = [number(row.last.get("test/examples"), ",.0f") for row in tested]
-    for name, tag in kinds.items():
+    for name, tag, of_most in kinds:
         share, low, high, most = (
             [number(row.last.get(tag + end), ".1%") for row in tested] for end in ("", "_low", "_high", "_majority")
         )
         if set(share) != {"-"}:
             columns[f"{name} (95%)"] = [f"{s} ({a} to {b})" for s, a, b in zip(share, low, high, strict=True)]
-            columns["the majority's"] = most
+            columns[of_most] = most
     return "## Answers of the test\n\n" + table(columns, text=("run",))
 
 

@@ -978,6 +978,12 @@ def test_answers_have_a_table_of_their_own(three):
         "|------|---------:|-----------------------:|---------------:|",
         "| salt |      120 | 55.5% (49.1% to 61.6%) |          62.0% |",
     ]
+    with SummaryWriter(str(three[1] / "test"), filename_suffix=".start-9") as writer:
+        for end, value in (("", 0.25), ("_low", 0.125), ("_high", 0.5), ("_majority", 0.0625)):
+            writer.add_scalar(f"test/exact_match{end}", value, 300)
+    both = report.markdown(evaluate(load(three))).partition("## Answers of the test\n\n")[2].splitlines()[2]
+    cells = [cell.strip() for cell in both.strip("|").split("|")]
+    assert cells[2:] == ["25.0% (12.5% to 50.0%)", "6.2%", "55.5% (49.1% to 61.6%)", "62.0%"]
 
 
 def test_many_experiments_are_told_apart_in_the_figure(tmp_path):
