@@ -28,12 +28,12 @@ _TRAINER = (
 _STRATEGY = ("replicas", "shard_teacher", "_save_distributed_checkpoint")
 _KD = ("allow_change", "allow_untrained", "probe_gradients")
 _CHECKPOINT = ("every_n_steps", "at_steps", "keep")
-_DATA = ("micro_batch_size", "val_rows", "isolate_documents", "tokenizer_fingerprint")
+_DATA = ("micro_batch_size", "val_rows", "tokenizer_fingerprint")
 
 
 def identity(data: Any) -> dict[str, Any]:
     """What decides which rows a step reads; of a SALTDataModule, or None."""
-    settings = ["seed", "global_batch_size", "block_size", "num_train_tokens"]
+    settings = ["seed", "global_batch_size", "block_size", "num_train_tokens", "isolate_documents"]
     fingerprints = [f"{name}_fingerprint" for name in ("train", "selection", "difficulty")]
     found = {f"--data.{name}": getattr(data, name, 0) for name in settings + fingerprints}
     return found | {"--data.held_out": str(getattr(data, "held_out", ""))}

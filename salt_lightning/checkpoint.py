@@ -21,7 +21,7 @@ from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from salt_lightning import preflight, shards, slurm
+from salt_lightning import damage, preflight, shards, slurm
 from salt_lightning.errors import ConfigError, few, refuse, wrong_kinds
 from salt_lightning.export import check_target, export
 from salt_lightning.journal import whole
@@ -62,7 +62,7 @@ def newest(folder: str | Path) -> Path | None:
     for unfinished in sorted(folder.glob(".step-*.tmp")):
         rank_zero_info(f"{unfinished} was never finished and is passed over")
     for _, path in reversed(_saved(folder)):
-        reason = shards.damage(path)
+        reason = damage.of(path)
         if reason is None:
             return path
         rank_zero_info(f"{path} is passed over: {reason}")

@@ -18,7 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from salt_lightning import check, checkpoint, compare, export, parallel, run_lock, shards, slurm
+from salt_lightning import check, checkpoint, compare, damage, export, parallel, run_lock, slurm
 from salt_lightning.answers import AnswerTest
 from salt_lightning.checkpoint import AtomicCheckpointIO, RunCheckpoint, newest, savers
 from salt_lightning.data import SALTDataModule
@@ -122,7 +122,7 @@ class SALTCLI(LightningCLI):
         if path is None:
             return
         saved = checkpoint.settings_of(path, whole=subcommand == "fit")
-        if chosen != "last" and (reason := shards.damage(path)):
+        if chosen != "last" and (reason := damage.of(path)):
             raise ConfigError(f"--ckpt_path {path} is damaged ({reason}); take an older one, or last, which finds one")
         given, before = self._settings(self._explicit).get("model") or Namespace(), flat(saved)
         for key, now in sorted(vars(given.as_flat()).items() if given else []):
@@ -143,11 +143,8 @@ class SALTCLI(LightningCLI):
             _HELD.enter_context(run_lock.held(run))
 
     def before_instantiate_classes(self) -> None:
-        config, given = self._settings(self.config), self._settings(self._explicit)
+        config = self._settings(self.config)
         refuse(wrong_groups(config))
-        for part in ("model", "data"):  # one seed for all, unless given apart
-            if (given.get(part) or Namespace()).get("seed") is None:
-                config[part]["seed"] = config.seed_everything
         wrong = wrong_trainer_settings(config.trainer) + wrong_folders(config) + wrong_teacher(config)
         has_checkpoint = bool(config.get("ckpt_path"))
         if self.subcommand == "fit" and not has_checkpoint:
@@ -283,9 +280,12 @@ class CheckCLI(SALTCLI):
 
 def _resolve(path: str, config: Namespace, subcommand: str) -> Path | None:
     """`last` is the newest checkpoint of the run's folder; without one a fit starts at step 0, and says so."""
-    if path != "last":
-        return Path(path)
     folder = checkpoints(config)
+    if path != "last":
+        elsewhere = Path(path).absolute().parent != folder.absolute()
+        if subcommand == "fit" and elsewhere:  # as a config.yaml that was copied names it
+            _say(f"--ckpt_path {path}: going on from there, not from a checkpoint of --run {config.run}")
+        return Path(path)
     found = newest(folder)
     if found is None and any(folder.glob("step-*.ckpt")):
         raise ConfigError(

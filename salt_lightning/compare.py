@@ -140,6 +140,7 @@ def _names(folders: list[Path]) -> list[str]:
 _OF_RUNS = ("*/config.yaml", "**/*tfevents*")  # marks of a run, below the folder that was named
 
 
+@np.errstate(invalid="ignore")  # of runs that diverged: inf - inf
 def evaluate(runs: list[Run], baseline: str | None = None) -> Comparison:
     """The numbers of `compare`. The reference's are means over the finished runs of its settings."""
     silent = [run for run in runs if not run.curves]
@@ -160,7 +161,7 @@ def evaluate(runs: list[Run], baseline: str | None = None) -> Comparison:
     students = [run for run in students if run.name not in repeated]
     reference, notes = (named, []) if named is not None else _reference(students)
     seeds = [run for run in students if run.variant == reference.variant] or [reference]
-    seeds = [run for run in seeds if run.finished] or [reference]
+    seeds = [run for run in seeds if run.finished and not other_text(run, reference, "val")] or [reference]
     steps = float(np.mean([run.val_ce.steps[-1] if len(run.val_ce.steps) else math.nan for run in seeds]))
     took_flops = float(np.mean([run.flops(steps) for run in seeds]))
     took_s = float(np.mean([run.total("train/time_s", steps) for run in seeds]))
@@ -184,7 +185,7 @@ def evaluate(runs: list[Run], baseline: str | None = None) -> Comparison:
     if at_once := [row.run for row in rows if row.reached_step == firsts.get(row.run, math.nan)]:
         notes.append(f"the reference's loss was reached by the first validation, perhaps before: {', '.join(at_once)}")
     equal = _equal_points([run for run in students if run.name not in apart])
-    groups = _groups(experiments, {row.run: row for row in rows}, reference.variant, seeds)
+    groups = _groups(experiments, {row.run: row for row in rows}, reference.variant, seeds, apart)
     for group in groups:
         done = [run.name for run in students if run.name in group.runs and run.finished]
         group.equal = {axis: [ce[name] for name in done if name in ce] for axis, (_, ce) in equal.items()}
@@ -193,9 +194,9 @@ def evaluate(runs: list[Run], baseline: str | None = None) -> Comparison:
 
 def _named(runs: list[Run], baseline: str) -> Run:
     """The run that --baseline names."""
-    wanted = Path(baseline).absolute()
+    wanted = Path(os.path.abspath(_path(baseline)))
     for run in runs:
-        if printable(baseline) == run.name or wanted == run.path.absolute():
+        if printable(baseline) == run.name or wanted == Path(os.path.abspath(run.path)):
             return run
     names = ", ".join(run.name for run in runs)
     raise ConfigError(
@@ -238,7 +239,7 @@ def _repeated(students: list[Run], named: Run | None) -> dict[str, str]:
 def _row(run: Run, method: str, teacher: Run | None, goal: Goal) -> Row:
     ce, done = run.val_ce, run.steps_done
     reached = first_reach(ce.steps, ce.values, goal.ce)
-    if run.began > 0 and reached == ce.steps[0]:
+    if run.began > 0 and len(ce.steps) and reached == ce.steps[0]:
         reached = math.nan  # perhaps before
     reached_flops = math.nan if math.isnan(reached) else run.flops(reached)
     reached_s = math.nan if math.isnan(reached) else run.total("train/time_s", reached)
@@ -284,16 +285,19 @@ def _besides(run: Run, training: float, scoring: float) -> float:
     return sum(parts) if parts else math.nan
 
 
-def _groups(experiments: list[list[Run]], rows: dict[str, Row], there: dict[str, Any], seeds: list[Run]) -> list[Group]:
+def _groups(
+    experiments: list[list[Run]], rows: dict[str, Row], there: dict[str, Any], seeds: list[Run], apart: list[str]
+) -> list[Group]:
     methods = [group[0].method for group in experiments]
-    by_seed = {run.seed: run.last("val/ce") for run in seeds}
+    by_seed = {run.sample: run.last("val/ce") for run in seeds}
     groups = []
     for members in experiments:
         method, here = members[0].method, members[0].variant
-        done = [run for run in members if run.finished]
+        finished = [run for run in members if run.finished]
+        done = [run for run in finished if run.name not in apart] or finished
         ce = [run.last("val/ce") for run in done]
         known = [run for run in done if not math.isnan(rows[run.name].difference)]  # the others: on other text
-        paired = [run for run in known if run.seed in by_seed and run not in seeds]
+        paired = [run for run in known if run.sample in by_seed and run not in seeds]
         groups.append(
             Group(
                 label=printable(method) if methods.count(method) == 1 else f"{printable(method)} ({members[0].name})",
@@ -303,7 +307,7 @@ def _groups(experiments: list[list[Run]], rows: dict[str, Row], there: dict[str,
                 mean=float(np.mean(ce)) if ce else math.nan,
                 std=float(np.std(ce, ddof=1)) if len(ce) > 1 else math.nan,
                 difference=float(np.mean([rows[run.name].difference for run in done])) if ce else math.nan,
-                paired_differences={str(run.seed): run.last("val/ce") - by_seed[run.seed] for run in paired},
+                paired_differences={run.sample: run.last("val/ce") - by_seed[run.sample] for run in paired},
                 reached_steps_share=[rows[run.name].reached_steps_share for run in done],
                 reached_flops_share=[rows[run.name].reached_flops_share for run in done],
                 reached_flops_share_with_teacher_training=[

@@ -81,7 +81,7 @@ class TokenMetrics(Metric):
             # The batch's own sums first: on MPS, in float32, single tokens would be lost in a large sum.
             nll_S = torch.zeros_like(self.nll_sum_S)
             self.nll_sum_S += nll_S.index_add_(0, index_N, torch.where(valid_N, nll_N, 0).to(nll_S.dtype))
-            self.correct_S.index_add_(0, index_N, (valid_N & (rank_N == 0)).long())
+            self.correct_S.index_add_(0, index_N, (valid_N & (rank_N == 0) & nll_N.isfinite()).long())
             self.tokens_S.index_add_(0, index_N, valid_N.long())
             self.bytes_S.index_add_(0, index_N, torch.where(valid_N, bytes_N, 0).long())
 

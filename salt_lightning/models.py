@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from salt_lightning import folders, shards
+from salt_lightning import damage, folders, shards
 from salt_lightning.attention import PACKED, Apart, document_mask, layer_kinds, limited_distance
 from salt_lightning.errors import ConfigError, few
 from salt_lightning.experts import follow_autocast
@@ -381,7 +381,7 @@ def read_checkpoint(path: str, setting: str) -> dict[str, Any]:
 
 def require_undamaged(path: str, setting: str) -> None:
     """Raises ConfigError unless every byte of a checkpoint is the one that was written."""
-    if reason := shards.damage(Path(path)):
+    if reason := damage.of(Path(path)):
         raise ConfigError(f"{setting} {path} is damaged ({reason}); take another one")
 
 

@@ -5,6 +5,7 @@ import difflib
 import os
 import re
 import sys
+from collections.abc import Iterator
 from itertools import islice, pairwise
 from typing import Any
 
@@ -240,8 +241,8 @@ def _check_config(path: str, known: list[str]) -> None:
         if value.tag.endswith(":null") and any(name.startswith(f"{key.value}.") for name in known):
             where = f"{setting}, line {key.start_mark.line + 1}"
             raise ConfigError(f"{where}: {key.value} is empty; indent its settings below it, or remove it")
-    for key, line in _twice(node, ""):
-        raise ConfigError(f"{setting}, line {line}: {key} stands there twice; leave one")
+    for line, problem in _twice(node):
+        raise ConfigError(f"{setting}, line {line}: {problem}")
     if unknown := [name for name in _empty(node, "") if not _means(name, known)]:
         raise ConfigError("; ".join(_no_such(name, known) for name in unknown))
 
@@ -263,13 +264,23 @@ def _empty(node: Any, prefix: str) -> list[str]:
     return found
 
 
-def _twice(node: Any, prefix: str) -> list[tuple[str, int]]:
-    """(dotted key, line) of every key that its mapping has already."""
-    found, seen = [], set()
-    for key, value in node.value if isinstance(node, yaml.MappingNode) else []:
-        name = f"{prefix}{getattr(key, 'value', '')}"
-        if name in seen and name != f"{prefix}<<":
-            found.append((name, key.start_mark.line + 1))
+def _twice(node: Any) -> Iterator[tuple[int, str]]:
+    """(line, what is wrong) of each key that is there already, or whose group is, of which one would be lost."""
+    keys = list(_keys(node, ""))
+    names = {name for name, *_ in keys}
+    seen = set()
+    for name, own, line in keys:
+        if name in seen and own != "<<":
+            yield line, f"{name} stands there twice; leave one"
         seen.add(name)
-        found += _twice(value, f"{name}.")
-    return found
+        groups = [name[: len(name) - len(own) + i] for i, letter in enumerate(own) if letter == "."]
+        if group := next((group for group in groups if group in names), None):
+            yield line, f"{name} stands beside {group}, a mapping; write it into that"
+
+
+def _keys(node: Any, prefix: str) -> Iterator[tuple[str, str, int]]:
+    """(dotted name, the key itself, line) of each, in order."""
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else []:
+        own = str(getattr(key, "value", ""))
+        yield f"{prefix}{own}", own, key.start_mark.line + 1
+        yield from _keys(value, f"{prefix}{own}.")

@@ -51,12 +51,8 @@ def rows(available: int, max_steps: int, global_batch: int) -> Finding:
     if epochs <= GOOD_EPOCHS:
         return Finding("ok", "rows", said)
     enough = int(GOOD_EPOCHS * available / global_batch)
-    return Finding(
-        "warning",
-        "rows",
-        said,
-        f"beyond {GOOD_EPOCHS:g} epochs text teaches ever less: add text, or --trainer.max_steps {enough}",
-    )
+    fewer = f", or --trainer.max_steps {enough}" if enough else ""
+    return Finding("warning", "rows", said, f"beyond {GOOD_EPOCHS:g} epochs text teaches ever less: add text{fewer}")
 
 
 def shares(names: Iterable[str], read_S: np.ndarray, rows_S: np.ndarray, max_steps: int) -> Finding:

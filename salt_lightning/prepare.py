@@ -84,7 +84,8 @@ def prepare_tokenizer(corpus: Corpus, vocab_size: int, val_fraction: float, cach
 
 def token_folder(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, val_fraction: float, cache_dir: Path) -> Path:
     """Where a corpus is kept as tokens: named by a fingerprint of all that determines them."""
-    chat = tokenizer.chat_template if corpus.examples.messages else None
+    # a template may write any of the named tokens
+    chat = [tokenizer.chat_template, tokenizer.special_tokens_map] if corpus.examples.messages else None
     rules, begins = rules_fingerprint(tokenizer), beginning(tokenizer.backend_tokenizer)
     return cache_dir / digest([FORMAT, corpus.inputs(), rules, val_fraction, chat, begins])
 
@@ -320,7 +321,10 @@ def _source_ids(block: Block, ids: dict[str, int], corpus: Corpus) -> list[int]:
     of_block = [ids.setdefault(source, len(ids)) for source in block.sources]
     if len(ids) > MAX_SOURCES:
         if corpus.source_column is None:
-            raise ConfigError(f"--data.source_per_file: more than {MAX_SOURCES} files; leave it out, or give fewer")
+            raise ConfigError(
+                f"{corpus.setting}: more than {MAX_SOURCES} sources, as each entry is one, and each file by "
+                "--data.source_per_file; give a folder or a glob, without that"
+            )
         raise ConfigError(
             f"--data.source_column: {corpus.source_column!r} has more than {MAX_SOURCES} values; "
             "choose a column with few"

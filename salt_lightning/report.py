@@ -68,6 +68,7 @@ def evaluation(metrics: Mapping[str, Any]) -> str:
     return table({"metric": [*map(printable, names)], step: shown}, text=("metric",))
 
 
+@np.errstate(invalid="ignore")  # of runs that diverged: inf - inf
 def markdown(comparison: Comparison) -> str:
     """The whole report: runs, seeds, equal points, changed settings."""
     final = number(comparison.reference_val_ce, ".4f")
@@ -350,8 +351,11 @@ def _panel(ax: Axes, comparison: Comparison, axis: str, divisor: float) -> None:
 
 
 def _shown_range(runs: list[Run]) -> tuple[float, float]:
-    values = np.concatenate([run.val_ce.values for run in runs])
-    cut = FIRST_SHOWN * max(run.val_ce.steps[-1] for run in runs)
-    top = max(float(np.interp(cut, run.val_ce.steps, run.val_ce.values)) for run in runs)
-    bottom = float(np.nanmin(values))
+    known = [(run.val_ce, np.isfinite(run.val_ce.values)) for run in runs]  # a run that diverged has no loss
+    curves = [(ce.steps[is_known], ce.values[is_known]) for ce, is_known in known if is_known.any()]
+    if not curves:
+        return 0.0, 1.0
+    cut = FIRST_SHOWN * max(steps[-1] for steps, _ in curves)
+    top = max(float(np.interp(cut, steps, values)) for steps, values in curves)
+    bottom = min(float(values.min()) for _, values in curves)
     return bottom - 0.05 * (top - bottom), max(top, bottom + 1e-3)

@@ -67,8 +67,15 @@ class Run:
 
     @property
     def seeds(self) -> dict[str, Any]:
-        """All settings that are seeds: a run with another of them is another sample."""
-        return {k: v for k, v in self.config.items() if k.rsplit(".", 1)[-1] in ("seed", "seed_everything")}
+        """What decided initial weights, dropout and order: a run with another of them is another sample."""
+        own = {k: v for k, v in self.config.items() if k.endswith(".seed")}
+        return own or ({} if self.seed is None else {"seed_everything": self.seed})
+
+    @property
+    def sample(self) -> str:
+        """The seeds in a word, where they are one."""
+        said = [f"{name} {seed}" for name, seed in sorted(self.seeds.items())]
+        return ", ".join(said) if len(set(self.seeds.values())) > 1 else str(next(iter(self.seeds.values()), None))
 
     @property
     def max_steps(self) -> int | None:
@@ -212,8 +219,8 @@ class Run:
                         parts = [stands, *parts[len(prefix) :]]
             return seed.sub("SEED", "/".join(parts))
 
-        own = ("run", "ckpt_path", "checkpoint.export", "checkpoint.folder", "trainer.default_root_dir", *self.seeds)
-        trained = {k: v for k, v in _without_watchers(self.config).items() if k not in own}
+        own = {"run", "ckpt_path", "trainer.default_root_dir", "seed_everything", *self.seeds}
+        trained = {k: v for k, v in _without_watchers(self.config).items() if k not in own and not _AROUND.match(k)}
         before = {f"until step {n}: {k}": was for n, found in self.changes.items() for k, (was, _) in found.items()}
         return {key: anonymous(value) for key, value in trained.items()} | {
             k: anonymous(was) for k, was in before.items()
@@ -252,6 +259,8 @@ def read_config(file: Path) -> dict[str, Any]:
         if not isinstance(config, (dict, type(None))):
             raise yaml.YAMLError("it holds no settings")
         settings = flat(config or {})
+        seeds = {key for key in ("model.seed", "data.seed") if key in settings and settings[key] is None}
+        settings |= dict.fromkeys(seeds, settings.get("seed_everything"))
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:  # YAML's own are of many
         raise ConfigError(f"compare: {file} is not YAML: {one_line(error)}") from error  # kinds, as in `!!int x`
     odd = [key for key in _NUMBERS if not isinstance(settings.get(key), (int, float, type(None)))]
@@ -261,6 +270,8 @@ def read_config(file: Path) -> dict[str, Any]:
     return settings
 
 
+# What changes no result. Half a micro-batch, as after out of memory, is the same run.
+_AROUND = re.compile(r"data\.(\w+_workers|cache_dir|micro_batch_size)$|checkpoint\.|kd\.allow_|answers\.")
 _SHOWN = re.compile(r"trainer\.(enable_progress_bar|enable_model_summary|logger|callbacks$)")
 _CALLBACK = re.compile(r"(trainer\.callbacks(?:\.\d+)?\.)class_path")
 _WATCHERS = {

@@ -121,7 +121,7 @@ def kept_rows(scores_R: np.ndarray, rule: KeepRule) -> np.ndarray:
         ConfigError: more rows are wanted than there are.
     """
     num_rows = len(scores_R)
-    dropped = int(rule.drop_top * num_rows)
+    dropped = round(rule.drop_top * num_rows)
     wanted = rule.rows or max(1, round(rule.fraction * num_rows))
     if wanted > num_rows - dropped:
         setting = f"rows {rule.rows}" if rule.rows else f"fraction {rule.fraction}"

@@ -85,13 +85,13 @@ class _Reader(dcp.FileSystemReader):
     """torch's reader, without its pickle.load."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        metadata = _metadata(Path(self.path))
+        metadata = table_of(Path(self.path))
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
 
 
-def _metadata(folder: Path) -> Metadata:
+def table_of(folder: Path) -> Metadata:
     """Read once: a table of many ranks takes seconds, and a start asks several times."""
     stat = (folder / METADATA).stat()
     return _read_metadata(folder, stat.st_mtime_ns, stat.st_size)
@@ -137,7 +137,7 @@ def missing(folder: Path) -> str | None:
             return f"{name} is missing"
     sizes: dict[str, int] = {}
     try:
-        metadata = _metadata(folder)
+        metadata = table_of(folder)
         for place in metadata.storage_data.values():
             sizes[place.relative_path] = max(sizes.get(place.relative_path, 0), place.offset + place.length)
     except Exception as error:  # a damaged pickle meets errors of every kind
@@ -187,7 +187,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def _read_file(path: Path) -> dict[str, Any]:
-    _require_stored(path)
+    require_stored(path)
     checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     for name, tensor in checkpoint["state_dict"].items():
         if name.startswith(STUDENT) and not _is_dense(tensor):
@@ -200,7 +200,7 @@ def _is_dense(tensor: Any) -> bool:
     return is_plain and not (tensor.is_meta or tensor.is_quantized or tensor.is_nested)
 
 
-def _require_stored(archive: Path | io.BytesIO) -> None:
+def require_stored(archive: Any) -> None:
     """torch.save compresses nothing: what is would take any memory, and mapped it is read as if it were not."""
     with zipfile.ZipFile(archive) as files:
         if packed := [info.filename for info in files.infolist() if info.compress_type != zipfile.ZIP_STORED]:
@@ -233,39 +233,6 @@ def unreadable(path: Path) -> str | None:
     except (OSError, RuntimeError):
         pass
     return found and found[1]
-
-
-def damage(path: Path) -> str | None:
-    """Why a checkpoint, file or folder, is not what was written, in a few words; None if it is. Reads all of it.
-
-    torch.save writes zip archives with a CRC-32 of each tensor; torch.load does not look at them.
-    """
-    try:
-        load(path)
-    except DamageError as error:
-        return str(error)
-    if not path.is_dir():
-        return _changed(path)
-    if reason := _changed(path / META):
-        return f"{META}: {reason}"
-    for key, info in _metadata(path).storage_data.items():
-        with open(path / info.relative_path, "rb") as file:
-            file.seek(info.offset)
-            if reason := _changed(io.BytesIO(file.read(info.length))):
-                return f"{info.relative_path}, {key.fqn}: {reason}"
-    return None
-
-
-def _changed(archive: Path | io.BytesIO) -> str | None:
-    try:
-        _require_stored(archive)
-        with zipfile.ZipFile(archive) as files:
-            name = files.testzip()
-    except DamageError as error:
-        return str(error)
-    except Exception:  # a damaged archive meets errors of every kind
-        return "cut off or damaged"
-    return name and f"{name} has other bytes than were written"
 
 
 @contextmanager
@@ -385,7 +352,7 @@ class Tensors(Mapping[str, Tensor]):
             with open(self._folder / place.relative_path, "rb") as file:
                 file.seek(place.offset)
                 piece = io.BytesIO(file.read(place.length))
-            _require_stored(piece)
+            require_stored(piece)
             piece.seek(0)
             tensor = torch.load(piece, map_location="cpu", weights_only=True)
         except DamageError as error:
@@ -414,11 +381,11 @@ def read(folder: Path) -> dict[str, Any]:
     Raises:
         DamageError: .metadata is not what was written.
     """
-    _require_stored(folder / META)
+    require_stored(folder / META)
     checkpoint = torch.load(folder / META, map_location="cpu", weights_only=True)
     if checkpoint.pop(_DIGEST, None) not in (None, _digest(folder)):  # None: of before it was written
         raise DamageError(f"{METADATA} has other bytes than were written")
-    metadata = _metadata(folder)
+    metadata = table_of(folder)
     checkpoint["state_dict"] = Tensors(folder, metadata, _WEIGHTS)
     checkpoint["optimizer"] = Tensors(folder, metadata, _OPTIMIZER)
     return checkpoint

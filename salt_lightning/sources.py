@@ -126,12 +126,19 @@ def _files(setting: str, path: str, hub: Hub) -> list[str]:
     if os.path.isdir(path):
         return _say_outside(setting, path, _folder_files(setting, path, hub))
     if os.path.isfile(path):
-        return [path]
+        return _say_no_split(setting, path, [path], hub)
     folder, _, split = path.rpartition(":")
     if split and os.path.isdir(folder):
         files = _folder_files(setting, folder, replace(hub, split=split), f"{setting}: {path!r}")
         return _say_outside(setting, folder, files)
-    return sorted(file for file in glob.glob(path, recursive=True) if os.path.isfile(file))
+    return _say_no_split(setting, path, sorted(filter(os.path.isfile, glob.glob(path, recursive=True))), hub)
+
+
+def _say_no_split(setting: str, path: str, files: list[str], hub: Hub) -> list[str]:
+    given = [f"--data.{name}" for name, value in vars(hub).items() if value != getattr(Hub, name)]
+    if given:
+        _say_once(f"{setting}: {path} names files, on which {' and '.join(given)} has no effect")
+    return files
 
 
 def _visible_files(setting: str, folder: str) -> list[str]:

@@ -496,6 +496,14 @@ CONFIGS = {
         b"kd:\n  weight: 0\nrun: x\nkd:\n  steps: 1\n",
         r"--config .*c.yaml, line 4: kd stands there twice",
     ),
+    "a key in dots besides": (
+        b"data:\n  block_size: 7\ndata.block_size: 9\n",
+        r"--config .*c.yaml, line 3: data.block_size stands there twice; leave one",
+    ),
+    "a key in dots beside its group": (
+        b"model:\n  student.config.hidden_size: 8\n  student: {config: {num_hidden_layers: 2}}\n",
+        r"--config .*c.yaml, line 2: model.student.config.hidden_size stands beside model.student, a mapping; write it",
+    ),
     "a group left empty": (
         b"model:\n",
         r"--config .*c.yaml, line 1: model is empty; indent its settings below it, or remove it",

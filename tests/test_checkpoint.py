@@ -15,7 +15,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 import salt_lightning
-from salt_lightning import cli, shards
+from salt_lightning import cli, damage
 from salt_lightning.checkpoint import AtomicCheckpointIO, RunCheckpoint, newest
 from salt_lightning.errors import ConfigError
 
@@ -68,7 +68,7 @@ def test_no_flipped_bit_goes_unnoticed_and_changes_something(tmp_path):
         flipped = bytearray(content)
         flipped[place] ^= 1 << rng.randrange(8)
         path.write_bytes(flipped)
-        reason = shards.damage(path)
+        reason = damage.of(path)
         found[reason] += 1
         if reason is None:  # dates, attributes, padding
             harmless += 1
@@ -82,7 +82,7 @@ def test_no_flipped_bit_goes_unnoticed_and_changes_something(tmp_path):
 def test_a_file_without_what_every_checkpoint_has_is_no_whole_one(name, teacher, tmp_path):
     held = torch.load(teacher, weights_only=True)
     torch.save({key: value for key, value in held.items() if key != name}, tmp_path / "step-00000020.ckpt")
-    assert shards.damage(tmp_path / "step-00000020.ckpt") == "other contents"
+    assert damage.of(tmp_path / "step-00000020.ckpt") == "other contents"
 
 
 def test_a_fit_goes_on_from_a_whole_checkpoint_alone(settings, tmp_path, capsys):

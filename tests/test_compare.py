@@ -469,6 +469,76 @@ def test_each_seed_that_differs_is_another_sample(tmp_path):
         assert (comparison.groups[0].n, comparison.notes) == (3, [])
 
 
+def test_seeds_that_decide_make_the_sample_whatever_seed_everything_says(tmp_path):
+    """As by `--config runs/s0/config.yaml --seed_everything 1` while config.yaml held the seeds that followed it."""
+    own = {"model.seed": 0, "data.seed": 0}
+    runs = [write_run(tmp_path / f"s{seed}", BASELINE, seed_everything=seed, **own) for seed in range(2)]
+    comparison = evaluate(load(runs))
+    assert [group.n for group in comparison.groups] == [1]
+    assert comparison.notes == ["s1 repeats s0 (same settings, same seed), which alone is counted"]
+    unset = {"model.seed": None, "data.seed": None}  # as config.yaml has them now
+    runs = [write_run(tmp_path / f"u{seed}", BASELINE, seed_everything=seed, **unset) for seed in range(2)]
+    assert [group.n for group in evaluate(load(runs)).groups] == [2]
+    assert changed(load(runs)[0].config, {"data.seed": 0}) == {}
+
+
+def test_a_run_is_set_beside_the_one_that_has_all_its_seeds(tmp_path):
+    runs = [write_run(tmp_path / f"b{s}", {300: 4.0 + s / 8}, **{"model.seed": s, "data.seed": 9}) for s in range(3)]
+    taught = {"teacher": "x", "weight": 0.5, "kd_steps": 60}
+    runs.append(write_run(tmp_path / "salt", {300: 3.5}, **taught, **{"model.seed": 1, "data.seed": 9}))
+    pairs = [group.paired_differences for group in evaluate(load(runs)).groups]
+    assert pairs == [{}, {"data.seed 9, model.seed 1": -0.625}]
+
+
+@pytest.mark.parametrize(
+    "key", ["data.num_workers", "data.prepare_workers", "data.cache_dir", "data.micro_batch_size", "checkpoint.keep",
+            "kd.allow_change", "answers.max_examples"],
+)  # fmt: skip
+def test_what_changes_no_result_makes_no_experiment(tmp_path, key):
+    runs = [write_run(tmp_path / f"s{s}", BASELINE, seed_everything=s, **{key: min(s, 1)}) for s in range(3)]
+    assert [group.n for group in evaluate(load(runs)).groups] == [3]
+    runs.append(write_run(tmp_path / "block", BASELINE, **{"data.block_size": 7}))
+    assert len(evaluate(load(runs)).groups) == 2
+
+
+def test_a_reference_seed_on_other_text_is_no_part_of_the_mean(tmp_path):
+    runs = [write_run(tmp_path / f"s{s}", {300: 6.0 if s == 2 else 4.0}, seed_everything=s) for s in range(3)]
+    for run, tokens in zip(runs, (100, 100, 90), strict=True):
+        with SummaryWriter(str(run)) as writer:
+            writer.add_scalar("val/tokens", tokens, 300)
+    runs.append(write_run(tmp_path / "salt", {300: 3.75}, teacher="x", weight=0.5, kd_steps=60))
+    with SummaryWriter(str(runs[-1])) as writer:
+        writer.add_scalar("val/tokens", 100, 300)
+    comparison = evaluate(load(runs))
+    assert comparison.reference_val_ce == 4.0
+    assert [(group.n, group.mean) for group in comparison.groups] == [(2, 4.0), (1, 3.75)]
+    assert comparison.rows[-1].difference == -0.25
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_run_that_diverged_is_compared(tmp_path, order, value, capsys):
+    runs = [
+        write_run(tmp_path / "bad", dict.fromkeys(BASELINE, value)),
+        write_run(tmp_path / "b", BASELINE, **{"model.seed": 1}),
+    ]
+    assert main([*map(str, runs[::order]), "--out", str(tmp_path / "out")]) == 0
+    assert "4.0000" in capsys.readouterr().out
+    assert main([str(runs[0]), "--out", str(tmp_path / "out")]) == 0
+
+
+def test_a_branch_without_validation_whose_trunk_is_gone_is_compared(tmp_path):
+    gone = {"ckpt_path": "gone/checkpoints/step-00000100.ckpt", "teacher": "x", "weight": 0.5, "kd_steps": 60}
+    runs = [write_run(tmp_path / "b", BASELINE), write_run(tmp_path / "branch", {}, steps=150, after=100, **gone)]
+    assert math.isnan(evaluate(load(runs)).rows[1].val_ce)
+
+
+def test_the_baseline_may_be_named_from_home(three, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for named in ("~/rkd", f"{tmp_path}/x/../rkd"):
+        assert compare(three, tmp_path / "out", baseline=named).reference == "rkd"
+
+
 def test_where_a_run_and_its_text_lie_is_no_experiment(tmp_path):
     layouts = [
         ("one", {"checkpoint.folder": "/scratch/one"}), ("two", {"checkpoint.folder": "/scratch/two"}),

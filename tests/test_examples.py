@@ -266,13 +266,16 @@ def test_the_cache_knows_templates_and_chat_template(tmp_path):
     row = {"question": "a", "answer": "b", "messages": [turn("user", "a"), turn("assistant", "b")]}
     other = chat_tokenizer()
     other.chat_template = TEMPLATE.replace("\n", "")
+    begins = chat_tokenizer()
+    begins.bos_token = "<|user|>"  # which a template may write
     folders = {
         prepared(tmp_path, [row], *settings)[0].folder
         for settings in (
             (PLAIN,), (Examples(prompt="{question}", response=" {answer}"),), (CHAT, chat_tokenizer()), (CHAT, other),
+            (CHAT, begins),
         )
     }  # fmt: skip
-    assert len(folders) == 4
+    assert len(folders) == 5
 
 
 # --- chat templates ---

@@ -20,6 +20,13 @@ TOKENS = st.lists(
 )
 
 
+def test_a_loss_that_is_not_finite_is_no_right_answer():
+    """No logit lies above one that is NaN."""
+    metrics = TokenMetrics()
+    metrics.update(torch.tensor([math.nan, math.inf, 0.5]), torch.tensor([0, 0, 0]))
+    assert metrics.compute()["accuracy"] == pytest.approx(1 / 3)
+
+
 def update(metric, tokens):
     nll, rank, source, num_bytes = zip(*tokens, strict=True) if tokens else ((), (), (), ())
     metric.update(

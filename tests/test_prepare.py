@@ -438,6 +438,9 @@ def test_too_many_sources(tmp_path, monkeypatch):
     path = write_jsonl(tmp_path / "x.jsonl", [{"text": "a", "url": i} for i in range(3)])
     with pytest.raises(ConfigError, match=r"^--data.source_column: 'url' has more than 2 values"):
         prepare_tokens(corpus_of(path, source_column="url"), byte_tokenizer(), 0.0, tmp_path / "cache", 1)
+    paths = [write_jsonl(tmp_path / f"{i}.jsonl", [{"text": "a"}]) for i in range(3)]
+    with pytest.raises(ConfigError, match=r"^--data.source: more than 2 sources, as each entry is one"):
+        prepare_tokens(corpus_of(*paths), byte_tokenizer(), 0.0, tmp_path / "cache", 1)
 
 
 # --- splits and workers ---

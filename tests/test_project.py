@@ -42,7 +42,7 @@ LAYERS = [  # a file imports from files of earlier layers alone
     },
     {"kinds"},
     {"metrics", "settings", "shards", "slurm", "sources", "token_files", "triton_rows"},
-    {"difficulty", "documents", "event_log", "losses", "report", "rows", "run_config", "spec"},
+    {"damage", "difficulty", "documents", "event_log", "losses", "report", "rows", "run_config", "spec"},
     {"lineage", "parse"},
     {"remarks", "tokenizer"},
     {"compare", "example_rows", "models", "probe", "selection"},

@@ -807,6 +807,28 @@ def test_other_held_out_text_than_the_checkpoints_is_said(fit, tmp_path, caplog)
     assert "going on with other data than the checkpoint's: other held-out text or rows" in caplog.text
 
 
+def test_documents_that_see_each_other_from_here_on_are_said(fit, tmp_path, caplog):
+    assert fit(tmp_path / "run", stop_at=3) == 128 + signal.SIGTERM
+    assert fit(tmp_path / "run", ckpt_path="last", **{"data.isolate_documents": False}) == 0
+    assert "--data.isolate_documents False (checkpoint: True)" in caplog.text
+
+
+def test_a_config_of_another_run_gives_its_settings_and_no_seed(fit, tmp_path, capsys):
+    """Nor its checkpoint, without a word: a start that went on has written the one that it went on from."""
+    assert fit(tmp_path / "s0", stop_at=3) == 128 + signal.SIGTERM
+    assert fit(tmp_path / "s0", ckpt_path="last") == 0
+    assert "going on from there" not in capsys.readouterr().err
+    config = yaml.safe_load((tmp_path / "s0" / "config.yaml").read_text())
+    assert (config["seed_everything"], config["model"]["seed"], config["data"]["seed"]) == (0, None, None)
+    copy = ["fit", "--config", str(tmp_path / "s0" / "config.yaml"), "--seed_everything", "1"]
+    assert cli.main([*copy, "--run", str(tmp_path / "on"), "--trainer.max_steps", "13"]) == 0
+    named = f"--ckpt_path {config['ckpt_path']}: going on from there, not from a checkpoint of --run {tmp_path / 'on'}"
+    assert named in capsys.readouterr().err
+    assert cli.main([*copy, "--run", str(tmp_path / "s1"), "--ckpt_path", "null"]) == 0
+    assert fit(tmp_path / "other", seed_everything=1) == 0
+    assert_same(tmp_path / "s1", tmp_path / "other")
+
+
 def test_other_training_text_of_as_many_tokens_is_said(fit, corpus, teacher, tmp_path, caplog):
     text = tmp_path / "text.jsonl"
     text.write_bytes(corpus.read_bytes())

@@ -26,7 +26,7 @@ from test_prepare import byte_tokenizer, corpus_of, prepare_many, stored
 from test_sources import PACK
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
-from salt_lightning import ModelSpec, SALTDataModule, SALTModule, cli, documents, shards
+from salt_lightning import ModelSpec, SALTDataModule, SALTModule, cli, damage, documents, shards
 from salt_lightning.documents import read_raw
 from salt_lightning.errors import ConfigError
 from salt_lightning.models import build, load_pretrained, read_checkpoint
@@ -121,7 +121,7 @@ def test_a_sharded_checkpoint_with_a_program_in_one_file(name, ran, tmp_path):
         piece = io.BytesIO()
         torch.save(Touch(ran), piece)
         (folder / name).write_bytes(piece.getvalue())
-        table = shards._metadata(folder)
+        table = shards.table_of(folder)
         for place in table.storage_data.values():
             place.offset, place.length = 0, len(piece.getvalue())
         (folder / ".metadata").write_bytes(pickle.dumps(table))
@@ -141,7 +141,7 @@ def sharded(folder: Path, file: str = "") -> Path:
     dcp.save({"state_dict.a": torch.ones(200)}, storage_writer=dcp.FileSystemWriter(folder), no_dist=True)
     torch.save({**ALWAYS, "hyper_parameters": {"student": {"config": {"hidden_size": 8}}}}, folder / "meta.pt")
     if file:
-        table = shards._metadata(folder)
+        table = shards.table_of(folder)
         for place in table.storage_data.values():
             place.relative_path = file
         (folder / ".metadata").write_bytes(pickle.dumps(table))
@@ -269,11 +269,11 @@ def test_a_compressed_checkpoint_is_refused(teacher, settings, tmp_path, capsys)
 def test_a_compressed_part_of_a_sharded_checkpoint_is_refused(name, tmp_path):
     folder = sharded(tmp_path / "x.ckpt")
     compressed(folder / name)
-    table = shards._metadata(folder)
+    table = shards.table_of(folder)
     for place in table.storage_data.values():
         place.length = (folder / "__0_0.distcp").stat().st_size
     (folder / ".metadata").write_bytes(pickle.dumps(table))
-    assert "is compressed" in str(shards.damage(folder))
+    assert "is compressed" in str(damage.of(folder))
     with pytest.raises(ConfigError, match="is compressed"):
         dict(read_checkpoint(str(folder), "CKPT")["state_dict"])
 
@@ -304,7 +304,7 @@ TABLES = {
 @pytest.mark.parametrize("what", TABLES)
 def test_a_table_of_a_sharded_checkpoint_with_impossible_numbers(what, tmp_path):
     folder, (change, said) = sharded(tmp_path / "x.ckpt"), TABLES[what]
-    table = shards._metadata(folder)
+    table = shards.table_of(folder)
     change(table)
     (folder / ".metadata").write_bytes(pickle.dumps(table))
     with pytest.raises(ConfigError, match=rf"is not a whole checkpoint .*{said}"):
@@ -316,7 +316,7 @@ def test_a_sparse_piece_of_a_sharded_checkpoint(tmp_path):
     folder, piece = sharded(tmp_path / "x.ckpt"), io.BytesIO()
     torch.save(torch.ones(200).to_sparse(), piece)
     (folder / "__0_0.distcp").write_bytes(piece.getvalue())
-    table = shards._metadata(folder)
+    table = shards.table_of(folder)
     with_place(table, offset=0, length=len(piece.getvalue()))
     (folder / ".metadata").write_bytes(pickle.dumps(table))
     with pytest.raises(ConfigError, match="state_dict.a cannot be read .*no plain tensor"):

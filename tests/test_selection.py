@@ -106,6 +106,11 @@ def test_which_rows_a_rule_keeps(rule, rows):
     assert kept.tolist() == rows
 
 
+def test_a_share_is_rounded_and_not_cut():
+    """0.29 * 100 is 28.999..."""
+    assert kept_rows(np.arange(100.0), KeepRule(fraction=0.5, drop_top=0.29)).max() == 70
+
+
 def test_lowest_rows_are_drawn_among_the_zeros():
     kept = kept_rows(SCORES, KeepRule(rows=2, order="lowest"))
     assert set(kept.tolist()) < {1, 4, 6, 9}

@@ -1,11 +1,16 @@
 """Sharded checkpoints of real FSDP2, read by one process; what is refused."""
 
+import io
 import os
 import pickle
 import shutil
+import struct
 import subprocess
 import sys
+import tracemalloc
+import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +19,7 @@ from safetensors import safe_open
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from transformers import AutoModelForCausalLM
 
-from salt_lightning import cli, shards
+from salt_lightning import cli, damage, shards
 from salt_lightning.errors import ConfigError
 from salt_lightning.models import load_pretrained, read_checkpoint
 from salt_lightning.spec import ModelSpec
@@ -47,7 +52,7 @@ def test_every_tensor_is_the_one_that_was_gathered(saved):
     path = saved / "step-00000001.ckpt"
     assert (path / "__0_0.distcp").exists()  # the premises: two ranks, and pieces of different sizes
     assert (path / "__1_0.distcp").exists()
-    table = shards._metadata(path)
+    table = shards.table_of(path)
     chunks = table.state_dict_metadata["state_dict.student.model.model.embed_tokens.weight"].chunks
     assert [tuple(chunk.sizes) for chunk in chunks] == [(33, 32), (32, 32)]
     checkpoint = read_checkpoint(str(path), "CKPT")
@@ -59,6 +64,48 @@ def test_every_tensor_is_the_one_that_was_gathered(saved):
         assert torch.equal(found, tensor)
         assert found.dtype == tensor.dtype
         assert read.on_meta(f"student.model.{name}").shape == tensor.shape
+
+
+def test_a_byte_that_changes_in_any_piece_is_found(copy, monkeypatch):
+    """With more threads than cores, so that each has some."""
+    monkeypatch.setattr(damage, "num_cores", lambda: 3)
+    assert damage.of(copy) is None
+    pieces = shards.table_of(copy).storage_data
+    seen = 0
+    for key, place in pieces.items():
+        file = copy / place.relative_path
+        content = file.read_bytes()
+        changed = bytearray(content)
+        with zipfile.ZipFile(io.BytesIO(content[place.offset :][: place.length])) as piece:
+            headers = [info.header_offset for info in piece.infolist() if info.filename.endswith("/data/0")]
+        if not headers:  # a rank's part of a tensor may be empty
+            continue
+        header = place.offset + headers[0]
+        name, extra = struct.unpack("<2H", content[header + 26 :][:4])
+        changed[header + 30 + name + extra] ^= 1  # the tensor's first byte
+        file.write_bytes(changed)
+        assert damage.of(copy).startswith(f"{place.relative_path}, {key.fqn}: "), place
+        file.write_bytes(content)
+        seen += 1
+    assert seen > 20
+
+
+def test_the_look_for_damage_holds_no_piece_in_memory(tmp_path):
+    with open(tmp_path / "two", "wb") as file:
+        torch.save(torch.zeros(8, 1 << 20), file)
+        start = file.tell()
+        torch.save(torch.zeros(8, 1 << 20), file)
+        place = SimpleNamespace(offset=start, length=file.tell() - start)
+    tracemalloc.start()
+    try:
+        assert damage._changed(tmp_path / "two", part=place) is None
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < place.length / 4
+    assert (
+        damage._changed(tmp_path / "two", part=SimpleNamespace(offset=start + 1, length=place.length - 1)) is not None
+    )
 
 
 def test_a_sharded_checkpoint_is_a_teacher(saved):
@@ -109,7 +156,7 @@ def test_a_folder_of_something_else_is_named(tmp_path):
 
 
 def test_a_damaged_piece_is_named(copy):
-    table = shards._metadata(copy)
+    table = shards.table_of(copy)
     name = "student.model.model.norm.weight"
     info = table.storage_data[MetadataIndex(f"state_dict.{name}", [0])]
     data = bytearray((copy / info.relative_path).read_bytes())
@@ -122,7 +169,7 @@ def test_a_damaged_piece_is_named(copy):
 
 def test_a_table_that_leaves_elements_out_is_refused(copy):
     name = "student.model.model.embed_tokens.weight"
-    table = shards._metadata(copy)
+    table = shards.table_of(copy)
     table.state_dict_metadata[f"state_dict.{name}"].chunks.pop()
     write_table(copy, table)
     tensors = read_checkpoint(str(copy), "CKPT")["state_dict"]
@@ -138,11 +185,11 @@ def test_no_flipped_bit_of_the_table_goes_unseen(tmp_path):
         shards.write({**ALWAYS, "state_dict": {"a": torch.arange(100)}, "hyper_parameters": settings}, path)
     finally:
         torch.distributed.destroy_process_group()
-    assert shards.damage(path) is None
+    assert damage.of(path) is None
     data = (path / ".metadata").read_bytes()
     for at in range(0, len(data), 7):
         (path / ".metadata").write_bytes(data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :])
-        assert shards.damage(path), at
+        assert damage.of(path), at
     (path / ".metadata").write_bytes(data)
     assert set(shards.load(path)) == {*ALWAYS, "hyper_parameters", "state_dict", "optimizer"}
 
@@ -162,7 +209,7 @@ def test_a_table_that_is_a_program_does_not_run(copy, function, tmp_path):
     marker = tmp_path / "ran"
     args = {os.system: [f"touch {marker}"], exec: [f"open({str(marker)!r}, 'w')"], torch.load: [str(copy / "meta.pt")],
             getattr: [torch.Size, "numel"]}[function]  # fmt: skip
-    table = shards._metadata(copy)
+    table = shards.table_of(copy)
     table.planner_data = Call(function, *args)
     write_table(copy, table)
     with pytest.raises(ConfigError, match=r".metadata cannot be read: [\w.]+ does not belong into .metadata"):

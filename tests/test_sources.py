@@ -200,6 +200,16 @@ def test_what_has_no_effect_or_is_no_text_is_said(tmp_path, caplog):
     assert f"1 tables are read as plain text, each one document ({tmp_path / 'x.csv'} for one)" in caplog.text
 
 
+def test_what_names_part_of_a_data_set_has_no_effect_on_files(tmp_path, caplog):
+    (tmp_path / "x.txt").write_text("a")
+    with caplog.at_level("INFO"):
+        read(tmp_path / "x.txt")
+        assert caplog.text == ""
+        for named in (tmp_path / "x.txt", tmp_path / "*.txt"):
+            read(named, hub=Hub(subset="x", revision="v9"))
+            assert f"{named} names files, on which --data.subset and --data.revision has no effect" in caplog.text
+
+
 def test_jsonlines_are_lines(tmp_path):
     (tmp_path / "x.jsonlines.gz").write_bytes(gzip.compress(lines(1, 2)))
     assert read(tmp_path / "x.jsonlines.gz") == texts(lines(1, 2))
