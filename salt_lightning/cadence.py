@@ -1,7 +1,9 @@
-"""Optimizer steps said in Lightning's terms, which counts micro-batches: accumulation, validation, phase 1."""
+"""Optimizer steps said in Lightning's terms, which counts micro-batches: accumulation, validation, phase 1, time."""
 
 import math
+from datetime import timedelta
 from numbers import Integral
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from lightning.pytorch import Callback, Trainer
@@ -11,7 +13,9 @@ from lightning.pytorch.callbacks import (
     LearningRateFinder,
     OnExceptionCheckpoint,
     StochasticWeightAveraging,
+    Timer,
 )
+from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
@@ -57,6 +61,8 @@ _REFUSED: dict[type[Callback], str] = {
 
 def check_trainer(trainer: Trainer) -> None:
     """Raises ConfigError for what of Lightning's would do nothing here, or something else than it says."""
+    if getattr(trainer, "_val_check_time_interval", None) is not None:
+        raise ConfigError("--trainer.val_check_interval: a time is not supported; give optimizer steps")
     if (algorithm := trainer.gradient_clip_algorithm) == GradClipAlgorithmType.VALUE:
         raise ConfigError(f"--trainer.gradient_clip_algorithm {algorithm.value} is not supported; use norm")
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -114,3 +120,19 @@ def accumulation(global_batch: int, micro_batch: int, world: int) -> int:
         f"--data.global_batch_size: {global_batch} rows do not divide into micro-batches of {micro_batch} "
         f"(--data.micro_batch_size) on {world} devices; take {sizes}{other}"
     )
+
+
+def timers(trainer: Trainer) -> list[Timer]:
+    return [c for c in trainer.callbacks if isinstance(c, Timer)]  # type: ignore[attr-defined]
+
+
+def require_time_left(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Lightning would end the run without a word: its timer goes on from the checkpoint's."""
+    for timer in timers(trainer):
+        state, limit_s = checkpoint["callbacks"].get(timer.state_key, {}), timer._duration
+        used_s = state.get("time_elapsed", {}).get(RunningStage.TRAINING, 0.0)
+        if limit_s is not None and used_s >= limit_s:
+            raise ConfigError(
+                f"--trainer.max_time {timedelta(seconds=limit_s)} counts over all starts of a run, and this one has "
+                f"trained for {timedelta(seconds=round(used_s))}: give more, or leave it out"
+            )

@@ -8,7 +8,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Container, Iterable
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,13 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.callbacks import Checkpoint, Timer
-from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from salt_lightning import damage, preflight, shards, slurm
+from salt_lightning.cadence import require_time_left, timers
 from salt_lightning.errors import ConfigError, few, refuse, wrong_kinds
 from salt_lightning.export import check_target, export
 from salt_lightning.journal import whole
@@ -148,7 +148,7 @@ class RunCheckpoint(Checkpoint):
         # of those that are here: not of the run that a branch comes from
         self._kept = {step for step, _ in _saved(self._dir)} & set(checkpoint.get("kept_steps", ()))
         if trainer.state.fn == TrainerFn.FITTING:
-            _require_time_left(trainer, checkpoint)
+            require_time_left(trainer, checkpoint)
 
     def space(self, trainer: pl.Trainer, weights: Iterable[Tensor]) -> Finding:
         """Whether all that the run keeps at once fits the disk."""
@@ -177,7 +177,7 @@ class RunCheckpoint(Checkpoint):
             if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
                 asked.add(signal.SIGHUP)
             for number in asked:
-                signal.signal(number, self._stop_after_step)
+                signal.signal(number, partial(self._stop_after_step, trainer))
         # Lightning's own agreement on SIGTERM makes the host wait for the device at every micro-batch.
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
@@ -193,10 +193,11 @@ class RunCheckpoint(Checkpoint):
             path.rename(aside)
             rank_zero_info(f"{path} lies after step {step}, where this run goes on: set aside as {aside.name}")
 
-    def _stop_after_step(self, number: int, frame: Any) -> None:
+    def _stop_after_step(self, trainer: pl.Trainer, number: int, frame: Any) -> None:
         if self.stopped_by is None:
             self.stopped_by, self._told_s = signal.Signals(number), time.monotonic()
-            rank_zero_info(f"{self.stopped_by.name}: saving after {self._stop_step}; Ctrl-C once more stops at once")
+            after = f"this validation and {self._stop_step}" if trainer.validating else self._stop_step
+            rank_zero_info(f"{self.stopped_by.name}: saving after {after}; Ctrl-C once more stops at once")
         # SLURM at a job's limit, and torchrun, send SIGTERM twice, which is one request
         elif number == signal.SIGINT or time.monotonic() > self._told_s + 10.0:
             _stop_at_once(number, frame)
@@ -204,7 +205,7 @@ class RunCheckpoint(Checkpoint):
     def _is_told_to_stop(self, trainer: pl.Trainer) -> bool:
         """Whether any rank is; ranks agree at logged steps, where the host waits for the device anyway."""
         if trainer.world_size > 1:
-            if trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            if trainer.global_step % max(1, trainer.log_every_n_steps):  # type: ignore[attr-defined]
                 return False
             number = torch.tensor(self.stopped_by or 0, device=trainer.strategy.root_device)
             highest = int(trainer.strategy.reduce(number, reduce_op="max"))
@@ -215,20 +216,21 @@ class RunCheckpoint(Checkpoint):
         return self.stopped_by is not None
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+        if trainer.fit_loop.epoch_loop._should_accumulate():
             return
         step, stop = trainer.global_step, self._is_told_to_stop(trainer)
         regular = self.every_n_steps is not None and step % self.every_n_steps == 0
         if not (regular or step in self._for_good(trainer) or stop):
             return
-        self._due = True
-        follows = _validation_follows(trainer, batch_idx)
-        if not follows:
+        loop = trainer.fit_loop.epoch_loop
+        follows = loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
+        if stop or not follows:  # a validation may take longer than there is time
             self._save(trainer, pl_module)
+        self._due = follows
         if stop:
             trainer.should_stop = True
             self._change(trainer.fit_loop, "min_epochs", 0)  # else the run would not end
-            self._change(trainer.fit_loop.epoch_loop, "min_steps", 0)
+            self._change(loop, "min_steps", 0)
             if not follows:  # Lightning validates once more before it stops, whatever the interval: no time for that
                 self._change(trainer, "limit_val_batches", 0)
 
@@ -242,12 +244,16 @@ class RunCheckpoint(Checkpoint):
         if self._due or (fits and trainer.global_step in self._for_good(trainer)):
             self._save(trainer, pl_module)
 
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Before on_train_end, in which WeightAveraging puts its average in the place of what is trained."""
+        if trainer.should_stop:
+            self._save_end(trainer, pl_module)
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """A run that ends early (max_time, another callback's should_stop) loses nothing."""
         while self._until_end:
             setattr(*self._until_end.pop())
-        if not trainer.strategy.broadcast(self._path(trainer).exists()) and trainer.global_step > 0:
-            self._save(trainer, pl_module)
+        self._save_end(trainer, pl_module)
         if self.stopped_by is None and trainer.global_step < trainer.max_steps:
             rank_zero_info(
                 f"step {trainer.global_step} of {trainer.max_steps}: the run has ended early, by a limit of time or "
@@ -258,7 +264,7 @@ class RunCheckpoint(Checkpoint):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Here, as Lightning leaves out the end of the training where a start finds it done: a kill may have come
         between the last save and the export."""
-        left_s = [timer.time_remaining() for timer in _timers(trainer)]
+        left_s = [timer.time_remaining() for timer in timers(trainer)]
         out_of_time = any(seconds is not None and seconds <= 0 for seconds in left_s)
         ended = trainer.global_step >= trainer.max_steps or not (self.stopped_by or out_of_time)
         if not self.export or not ended or not trainer.is_global_zero:
@@ -283,6 +289,10 @@ class RunCheckpoint(Checkpoint):
 
     def _path(self, trainer: pl.Trainer) -> Path:
         return self._dir / f"step-{trainer.global_step:08d}.ckpt"
+
+    def _save_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if not trainer.strategy.broadcast(self._path(trainer).exists()) and trainer.global_step > 0:
+            self._save(trainer, pl_module)
 
     def _save(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._due = False
@@ -316,22 +326,6 @@ class RunCheckpoint(Checkpoint):
             shards.remove(old)
 
 
-def _timers(trainer: pl.Trainer) -> list[Timer]:
-    return [c for c in trainer.callbacks if isinstance(c, Timer)]  # type: ignore[attr-defined]
-
-
-def _require_time_left(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
-    """Lightning would end the run without a word: its timer goes on from the checkpoint's."""
-    for timer in _timers(trainer):
-        state, limit_s = checkpoint["callbacks"].get(timer.state_key, {}), timer._duration
-        used_s = state.get("time_elapsed", {}).get(RunningStage.TRAINING, 0.0)
-        if limit_s is not None and used_s >= limit_s:
-            raise ConfigError(
-                f"--trainer.max_time {timedelta(seconds=limit_s)} counts over all starts of a run, and this one has "
-                f"trained for {timedelta(seconds=round(used_s))}: give more, or leave it out"
-            )
-
-
 def _stop_at_once(number: int, frame: Any) -> None:
     raise KeyboardInterrupt(number)
 
@@ -342,12 +336,6 @@ def _requeue_at_once(trainer: pl.Trainer, number: int, frame: Any) -> None:
     else:
         time.sleep(FIRST_RANK_S)
     _stop_at_once(number, frame)
-
-
-def _validation_follows(trainer: pl.Trainer, batch_idx: int) -> bool:
-    every = trainer.val_check_batch
-    has_validation = trainer.enable_validation and trainer.limit_val_batches != 0
-    return has_validation and every != float("inf") and (batch_idx + 1) % int(every) == 0  # type: ignore[arg-type]
 
 
 def is_over(ckpt_path: Any, max_steps: int) -> bool:

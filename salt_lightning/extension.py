@@ -13,9 +13,12 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from salt_lightning.errors import ConfigError, few, refuse
+from salt_lightning.models import CausalLM
 from salt_lightning.parallel import has_finite_weights, plain_name
+from salt_lightning.schedule import kd_callbacks, trained_schedule
 
 _BATCH = "docs/own-data.md says what a batch holds"
 _FREE = {  # hooks that may be replaced altogether
@@ -52,6 +55,12 @@ def extend(module: Any, lm: torch.nn.Module) -> None:
         module.extend_student(lm)
 
 
+def count_again(module: Any) -> None:
+    """FLOPs of a student that was made before this fit, perhaps with rows of another length or with none."""
+    if isinstance(student := getattr(module, "student", None), CausalLM):
+        module.meter.forward_flops["student"] = module._count_flops(student)
+
+
 def check_subclass(trainer: Trainer) -> None:
     """Raises ConfigError for parts that a subclass of SALTModule has added and that a step would pass over."""
     module: Any = trainer.lightning_module
@@ -73,6 +82,13 @@ def check_subclass(trainer: Trainer) -> None:
     sharded = isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy)
     if sharded and not module._ndim:
         raise ConfigError("a student made in configure_model is not sharded: train it on one device, or by ddp")
+    wrapped = FullyShardedDataParallel if isinstance(trainer.strategy, FSDPStrategy) else FSDPModule
+    if sharded and not isinstance(module.student, wrapped):
+        raise ConfigError(
+            "the student was made before this fit (load_from_checkpoint, validate or a fit on one device) and is not "
+            "sharded: each rank would train its own. Make a new SALTModule; trainer.fit(ckpt_path=...) or "
+            "ModelSpec(path=...) reads the weights"
+        )
     if sharded and (late := [name for name in map(plain_name, trained) if name not in module._ndim]):
         raise ConfigError(
             f"{few(late)}: added after the student was sharded, so each rank would train its own; add it in "
@@ -80,8 +96,16 @@ def check_subclass(trainer: Trainer) -> None:
         )
 
 
-def require_averaging(trainer: Trainer, checkpoint: Mapping[str, Any]) -> None:
-    """Raises ConfigError where a fit would go on from averaged weights, whose optimizer belongs to those trained."""
+def require_callbacks(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Raises ConfigError where a fit would go on from averaged weights, whose optimizer belongs to those trained, or
+    drop the teacher of a checkpoint, for want of the callback that the checkpoint was made with."""
+    step, schedule = checkpoint["global_step"], trained_schedule(checkpoint)
+    if schedule is not None and schedule(step) > 0 and not kd_callbacks(trainer):
+        raise ConfigError(
+            f"the checkpoint is at step {step} of a phase with a teacher (--kd.steps {schedule.steps}), and the "
+            "Trainer has no KDScheduleCallback: add it, and the teacher to SALTModule; or "
+            "KDScheduleCallback(weight=0.0, allow_change=True) to go on without"
+        )
     averages = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)  # type: ignore[attr-defined]
     if "current_model_state" in checkpoint and not averages:
         raise ConfigError(
@@ -153,12 +177,13 @@ def say_lost(module: LightningModule, weights: Mapping[str, Any]) -> None:
         )
 
 
-def no_callback(teacher: str | None) -> ConfigError:
-    """What to raise where nobody sets the KD weight."""
-    return ConfigError(
-        f"SALTModule has a teacher ({teacher}) and the Trainer no KDScheduleCallback: it would silently train "
-        "BASELINE. Add Trainer(callbacks=[KDScheduleCallback(steps=...)])"
-    )
+def require_schedule(module: Any) -> None:
+    """Raises ConfigError where there is a teacher, and nobody to set the KD weight."""
+    if module.has_teacher and not kd_callbacks(module.trainer):
+        raise ConfigError(
+            f"SALTModule has a teacher ({module.teacher_spec.path}) and the Trainer no KDScheduleCallback: it would "
+            "silently train BASELINE. Add Trainer(callbacks=[KDScheduleCallback(steps=...)])"
+        )
 
 
 class FirstLook:

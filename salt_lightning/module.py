@@ -105,7 +105,7 @@ class SALTModule(extension.KeepsModes):
             logger=False,
         )
         self.__dict__["teacher"] = None  # past nn.Module's registration, here and in load_teacher
-        self.kd_weight = torch.zeros(())  # the weight of the running step; KDScheduleCallback writes it
+        self.kd_weight = torch.zeros((), dtype=torch.float32)  # of the running step; KDScheduleCallback writes it
         self.progress: dict[str, str] = {}  # what the progress bar shows, as of the last logged step
         self._grad_norm = torch.zeros(())
         self._watch = Watch()
@@ -126,13 +126,13 @@ class SALTModule(extension.KeepsModes):
             alike.require(self.trainer, self._settings)
             self.__dict__["teacher"] = None  # of a fit before that was ended, or of RKD
             self.optim_spec.check(self.trainer.max_steps)
-            if self.has_teacher and self._kd is None:
-                raise extension.no_callback(self.teacher_spec.path)
+            extension.require_schedule(self)
             parallel.check(self.trainer)
             check_trainer(self.trainer)
             models.check_path(self.student_spec, "student")
             plan_validation(self.trainer)
             self.meter.forget()
+            extension.count_again(self)
         sources = getattr(self._data, "source_names", None) or ("all",)
         self.eval_metrics = TokenMetrics(sources, thirds=bool(getattr(self._data, "difficulty", None)))
 
@@ -150,6 +150,8 @@ class SALTModule(extension.KeepsModes):
 
     def _build_student(self) -> None:
         spec, strategy = self.student_spec, self._strategy
+        # not in setup alone: WeightAveraging comes before that
+        self.hparams["seed"] = seed_or_global(self.hparams["seed"], self._unset_seed)
         tell_fit(spec, "student", self._data)
         dtype, device = DTYPES[spec.dtype or "float32"], parallel.build_device(strategy, torch.device("cpu"))
         lm = models.build(spec, "student", self._data, dtype, device, self.hparams["seed"])
@@ -420,7 +422,7 @@ class SALTModule(extension.KeepsModes):
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             max_steps = self.trainer.max_steps
             accumulate = self.trainer.accumulate_grad_batches if self._data is not None else None
-            extension.require_averaging(self.trainer, checkpoint)
+            extension.require_callbacks(self.trainer, checkpoint)
             go_on_from(checkpoint, max_steps, accumulate, alike.identity(self._data), self.optim_spec)
             self.meter.load(checkpoint)
         elif self._data is not None:

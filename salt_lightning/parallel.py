@@ -105,14 +105,9 @@ class FSDP2(ModelParallelStrategy):
         return self._for_saving(self.lightning_module.state_dict())
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The state by names of weights, as `optim.by_name` makes it of any other optimizer's."""
-        optimizer = getattr(optimizer, "_optimizer", optimizer)
-        state, groups = {}, []
-        for group in optimizer.param_groups:
-            groups.append({**group, "params": list(group["param_names"])})
-            for name, parameter in zip(group["param_names"], group["params"], strict=True):
-                state[name] = self._for_saving(optimizer.state[parameter])
-        return {"state": state, "param_groups": groups}
+        """torch's, gathered where a checkpoint is one file."""
+        state = optimizer.state_dict()
+        return {**state, "state": {number: self._for_saving(tensors) for number, tensors in state["state"].items()}}
 
     def _for_saving(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if self._save_distributed_checkpoint:
@@ -140,30 +135,45 @@ class FSDP2(ModelParallelStrategy):
             shards.require_whole(checkpoint)
         weights = self.lightning_module.state_dict()
         check_same_model(weights, checkpoint["state_dict"], f"--ckpt_path {path} holds another student")
-        states = [_empty_state(optimizer) for optimizer in self.optimizers]  # none but in a fit
+        saved = _saved_state(checkpoint) if self.optimizers else {}
+        states = [_empty_state(optimizer, saved) for optimizer in self.optimizers]  # none but in a fit
         if path.is_dir():
             shards.load_into({"state_dict": weights, "optimizer_states": states}, path)
         else:
             for name, tensor in weights.items():
                 _copy(tensor, checkpoint["state_dict"][name])
-            for ours, saved in zip(states, checkpoint.get("optimizer_states", ()), strict=False):
+            for ours in states:
                 for name, tensors in ours["state"].items():
                     for key, tensor in tensors.items():
-                        _copy(tensor, saved["state"][name][key])
+                        _copy(tensor, saved[name][key])
         return {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
 
 
-def _empty_state(optimizer: Optimizer) -> dict[str, Any]:
-    """AdamW's state before its first step, put into the optimizer and named: loading fills it in place."""
+def _saved_state(checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
+    """The optimizer's tensors in a checkpoint, by name and key; of a folder without their data."""
+    if "optimizer" not in checkpoint:
+        return checkpoint["optimizer_states"][0]["state"]
+    found: dict[str, dict[str, Tensor]] = {}
+    for entry in checkpoint["optimizer"]:
+        name, _, key = entry.rpartition(".")
+        found.setdefault(name, {})[key] = checkpoint["optimizer"].on_meta(entry)
+    return found
+
+
+def _empty_state(optimizer: Optimizer, saved: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
+    """Room for what a checkpoint holds of an optimizer's state, put into it and named: loading fills it in place."""
     state: dict[str, dict[str, Tensor]] = {}
     for group in optimizer.param_groups:
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
+            device = parameter.device if group.get("fused") or group.get("capturable") else "cpu"
             state[name] = {
-                "step": torch.zeros((), device=parameter.device if group["fused"] else "cpu"),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
+                key: torch.zeros_like(parameter, dtype=tensor.dtype)
+                if tensor.shape == parameter.shape
+                else torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
+                for key, tensor in saved.get(name, {}).items()
             }
-            optimizer.state[parameter] = state[name]
+            if state[name]:
+                optimizer.state[parameter] = state[name]
     return {"state": state, "param_groups": []}
 
 

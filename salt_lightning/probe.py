@@ -53,7 +53,7 @@ class Probe:
 
     def add(self, trainer: pl.Trainer, module: Any, student: dict[str, Tensor], batch: Any, batch_idx: int) -> None:
         """Add a batch of the validation, `student` being the nll and rank of its labels by the student."""
-        if batch_idx not in self._teacher_nll:
+        if batch_idx not in self._teacher_nll or module._data is None:  # a user's own loader may shuffle
             with trainer.precision_plugin.val_step_context():
                 self._teacher_nll[batch_idx] = module.predict_step(batch, batch_idx)["nll"].flatten()
         student_N, teacher_N, valid_N = student["nll"], self._teacher_nll[batch_idx], student["rank"] >= 0

@@ -304,9 +304,9 @@ class KDScheduleCallback(pl.Callback):
         checkpoint["kd_schedule"], checkpoint["kd_stop_step"] = self.settings, self.stop_step
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        if trainer.state.fn != TrainerFn.FITTING or checkpoint.get("kd_schedule") is None:
+        if trainer.state.fn != TrainerFn.FITTING:
             return
-        saved, now = checkpoint["kd_schedule"], self.settings
+        saved, now = checkpoint.get("kd_schedule") or {**self.settings, "weight": 0.0}, self.settings
         changed = ", ".join(
             f"--kd.{key} {now.get(key)} (checkpoint: {saved.get(key)})"
             for key in now | saved

@@ -1,8 +1,11 @@
 """A user's own code around SALTModule: what docs/extending.md shows works; what would go wrong silently is refused."""
 
+import csv
 import math
 import pickle
 import re
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -11,6 +14,8 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import AsyncCheckpointIO
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM, BatchEncoding, LlamaConfig, LlamaForCausalLM
@@ -290,6 +295,65 @@ def test_an_optimizer_spec_with_a_setting_of_its_own_resumes(data, tmp_path):
     trainer(tmp_path).fit(SALTModule(ModelSpec(config=SIZES), optim=Heavy(warmup_steps=2)), data, ckpt_path=middle)
 
 
+IN_SHARDS = """
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+sys.path[:0] = [{tests!r}, {root!r}]
+import lightning.pytorch as pl
+from test_extension import SAVE, SIZES, block, trainer
+from salt_lightning import ModelSpec, OptimSpec, SALTDataModule, SALTModule
+from salt_lightning.checkpoint import AtomicCheckpointIO
+from salt_lightning.errors import ConfigError
+from salt_lightning.models import read_checkpoint
+from salt_lightning.parallel import FSDP2
+
+
+class Unused(SALTModule):
+    def extend_student(self, lm):
+        lm.extra = torch.nn.Linear(32, 4, bias=False)
+
+
+def fit(folder, module, as_folder, ckpt_path=None):
+    strategy = FSDP2(save_distributed_checkpoint=as_folder)
+    fitting = trainer(folder, SAVE, strategy=strategy, devices=1, plugins=[AtomicCheckpointIO()], max_steps=12)
+    fitting.fit(module, SALTDataModule(**{data!r}), ckpt_path=ckpt_path)
+    return dict(read_checkpoint(str(folder / "checkpoints" / "step-00000012.ckpt"), "x")["state_dict"])
+
+
+for as_folder in (True, False):
+    for make in (
+        lambda: SALTModule(ModelSpec(config=SIZES), optim=block("Another optimizer")["optim"], seed=1),
+        lambda: Unused(ModelSpec(config=SIZES), optim=OptimSpec(lr=3e-3), seed=1),
+    ):
+        folder = Path({folder!r}) / make().__class__.__name__ / str(as_folder) / make().optim_spec.__class__.__name__
+        whole = fit(folder, make(), as_folder)
+        path = folder / "checkpoints" / "step-00000003.ckpt"
+        again = fit(folder / "again", make(), as_folder, ckpt_path=str(path))
+        assert whole.keys() == again.keys()
+        assert all(torch.equal(whole[name], again[name]) for name in whole), folder
+made = SALTModule(ModelSpec(config={{**SIZES, "vocab_size": 300}}), seed=1)
+made.configure_model()
+try:
+    fit(Path({folder!r}) / "made", made, True)
+except ConfigError as error:
+    print(error)
+"""
+
+
+def test_in_shards_any_optimizer_goes_on_and_a_student_that_is_none_is_refused(data, settings, tmp_path):
+    """FSDP2 of one process. A weight that never had a gradient has no state to go on from."""
+    own = {key[5:]: value for key, value in settings.items() if key.startswith("data.")}
+    script = IN_SHARDS.format(
+        tests=str(Path(__file__).parent), root=str(Path(__file__).parents[1]), folder=str(tmp_path),
+        data={**own, "tokenizer": data.tokenizer_name, "micro_batch_size": 4},
+    )  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    assert "the student was made before this fit" in done.stdout
+
+
 def own_optimizer(module):
     return torch.optim.SGD(module.parameters(), lr=0.1)
 
@@ -439,6 +503,71 @@ def test_the_loader_of_a_data_module_without_it_has_another_accumulation(data, t
     module = SALTModule(ModelSpec(config={**SIZES, "vocab_size": 320, "max_position_embeddings": 32}))
     with pytest.raises(ConfigError, match="step_tokens of the batches is "):
         trainer(tmp_path, limit_val_batches=0).fit(module, data.train_dataloader(), data.val_dataloader())
+
+
+class Batches(torch.utils.data.Dataset):
+    def __init__(self, count: int, accumulate: int = 1) -> None:
+        self.count, self.accumulate = count, accumulate
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        ids = torch.randint(64, (2, 17), generator=torch.Generator().manual_seed(index))
+        window = min(self.accumulate, self.count - index // self.accumulate * self.accumulate)
+        return {"input_ids": ids[:, :-1], "labels": ids[:, 1:], "positions": torch.arange(16).expand(2, 16),
+                "step_tokens": torch.tensor(32 * window)}  # fmt: skip
+
+
+def fit_batches(run, count, accumulate=1):
+    spec = ModelSpec(config={**SIZES, "vocab_size": 64, "max_position_embeddings": 16})
+    loaders = [DataLoader(Batches(n, k), batch_size=None) for n, k in ((count, accumulate), (2, 1))]
+    run.fit(SALTModule(spec, optim=OptimSpec(lr=1e-3)), *loaders)
+
+
+@pytest.mark.parametrize(
+    ("saver", "own", "accumulate", "steps"),
+    [
+        ({"at_steps": [1, 2, 3, 5, 6, 8], "every_n_steps": None},
+         {"max_steps": 9, "val_check_interval": 1.0, "limit_val_batches": 0}, 2, [1, 2, 3, 5, 6, 8, 9]),
+        ({"at_steps": list(range(1, 12)), "every_n_steps": None},
+         {"max_steps": 12, "val_check_interval": 4, "check_val_every_n_epoch": None}, 1, list(range(1, 13))),
+        ({"every_n_steps": 5, "keep": None},
+         {"max_steps": 20, "val_check_interval": 1.0, "check_val_every_n_epoch": 2}, 1, [5, 10, 15, 20]),
+        ({"every_n_steps": 5, "keep": None},
+         {"max_steps": 18, "val_check_interval": 1.0, "check_val_every_n_epoch": 9}, 1, [5, 10, 15, 18]),
+    ],
+    ids=["an epoch ends within a step", "interval over epochs", "every other epoch", "no validation yet"],
+)  # fmt: skip
+def test_every_save_is_made_whatever_epochs_and_validations_a_loader_has(saver, own, accumulate, steps, tmp_path):
+    """Epochs of 5 batches."""
+    run = trainer(tmp_path, RunCheckpoint(**saver), enable_checkpointing=True, max_epochs=-1,
+                  accumulate_grad_batches=accumulate, plugins=[AtomicCheckpointIO()], **own)  # fmt: skip
+    fit_batches(run, 5, accumulate)
+    assert [int(path.name[5:13]) for path in sorted((tmp_path / "checkpoints").glob("*.ckpt"))] == steps
+
+
+def test_a_time_between_validations_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="--trainer.val_check_interval: a time is not supported; give optimizer"):
+        fit_batches(trainer(tmp_path / "a", SAVE, val_check_interval="00:00:00:01", max_epochs=-1), 5)
+
+
+@pytest.mark.filterwarnings("ignore:Your .val_dataloader")
+def test_a_loader_that_shuffles_is_compared_with_the_teacher_row_by_row(data, teacher, tmp_path):
+    shares = []
+    for shuffle in (False, True):
+        spec = ModelSpec(config={**SIZES, "vocab_size": 300})
+        kd = KDScheduleCallback(0.5, steps=None, allow_untrained=True)
+        run = trainer(tmp_path, kd, max_epochs=-1, val_check_interval=3,
+                      logger=CSVLogger(tmp_path / str(shuffle)), log_every_n_steps=1)  # fmt: skip
+        torch.manual_seed(0)
+        own = torch.Generator().manual_seed(0)  # torch's global one is put back, and would shuffle alike
+        loaders = DataLoader(Batches(9), batch_size=None), DataLoader(Batches(6), None, shuffle, generator=own)
+        run.fit(SALTModule(spec, teacher, optim=OptimSpec(lr=1e-2), seed=0), *loaders)
+        with open(Path(run.logger.log_dir) / "metrics.csv") as file:
+            shares.append([float(r["probe/student_better"]) for r in csv.DictReader(file) if r.get("probe/gap")])
+    assert len(shares[0]) == 2
+    assert shares[0] == shares[1]
 
 
 def test_a_vocabulary_that_nobody_knows_is_asked_for(tmp_path):
@@ -641,6 +770,68 @@ def test_a_second_fit_of_one_module_is_told(data, tmp_path):
     trainer(tmp_path).fit(module, data)
     with pytest.warns(UserWarning, match="this student was trained for 6 steps before, and goes on from there"):
         trainer(tmp_path).fit(module, data)
+
+
+def test_a_second_fit_counts_the_flops_of_its_own_rows(data, settings, tmp_path):
+    own = {key[5:]: value for key, value in settings.items() if key.startswith("data.")}
+    longer = SALTDataModule(**{**own, "tokenizer": data.tokenizer_name, "block_size": 64})
+    module, fresh = (SALTModule(ModelSpec(config={**SIZES, "max_position_embeddings": 64}), seed=1) for _ in range(2))
+    trainer(tmp_path / "a").fit(module, data)
+    short = module.meter.forward_flops["student"]
+    with pytest.warns(UserWarning, match="trained for 6 steps before"):
+        trainer(tmp_path / "b").fit(module, longer)
+    trainer(tmp_path / "c").fit(fresh, longer)
+    assert short < module.meter.forward_flops["student"] == fresh.meter.forward_flops["student"]
+
+
+@pytest.mark.filterwarnings("ignore:You.re using the WeightAveraging callback")
+def test_averaging_changes_no_seed(data, tmp_path, monkeypatch):
+    firsts = []
+
+    class First(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            firsts.append({name: tensor.clone() for name, tensor in pl_module.state_dict().items()})
+
+    for callbacks in ([], [EMAWeightAveraging(decay=0.9)]):
+        monkeypatch.setenv("PL_GLOBAL_SEED", "1")
+        module = SALTModule(ModelSpec(config=SIZES))
+        monkeypatch.setenv("PL_GLOBAL_SEED", "7")
+        trainer(tmp_path, First(), *callbacks, max_steps=1, val_check_interval=1).fit(module, data)
+    assert all(torch.equal(firsts[0][name], firsts[1][name]) for name in firsts[0])
+
+
+def test_the_weight_of_kd_is_not_rounded_where_bf16_is_the_default(monkeypatch):
+    monkeypatch.setattr(torch, "get_default_dtype", torch.get_default_dtype)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        assert SALTModule(ModelSpec(config=SIZES)).kd_weight.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(before)
+
+
+class StopAfter(pl.Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        trainer.should_stop = trainer.should_stop or trainer.global_step == self.step
+
+
+def test_without_the_callback_of_the_checkpoint_no_teacher_is_dropped_or_taken_up(data, teacher, tmp_path):
+    kd, spec = KDScheduleCallback(0.5, steps=4, allow_untrained=True), ModelSpec(config=SIZES)
+    taught = {"teacher": ModelSpec(path=teacher), "seed": 1}
+    trainer(tmp_path / "a", kd, StopAfter(2), SAVE).fit(SALTModule(spec, **taught), data)
+    path = str(tmp_path / "a" / "checkpoints" / "step-00000002.ckpt")
+    with pytest.raises(ConfigError, match=r"at step 2 of a phase with a teacher \(--kd.steps 4\), and the Trainer"):
+        trainer(tmp_path / "b", SAVE).fit(SALTModule(spec, seed=1), data, ckpt_path=path)
+    trainer(tmp_path / "c", SAVE).fit(SALTModule(spec, seed=1), data)
+    path = str(tmp_path / "c" / "checkpoints" / "step-00000003.ckpt")
+    again = KDScheduleCallback(0.5, steps=4, allow_untrained=True)
+    with pytest.raises(ConfigError, match=r"differs from the checkpoint's: --kd.weight 0.5 \(checkpoint: 0.0\)"):
+        trainer(tmp_path / "d", again, SAVE).fit(SALTModule(spec, **taught), data, ckpt_path=path)
+    path = str(tmp_path / "c" / "checkpoints" / "step-00000006.ckpt")  # where none teaches, none is missing
+    trainer(tmp_path / "e", SAVE, max_steps=7).fit(SALTModule(spec, seed=1), data, ckpt_path=path)
 
 
 def test_ruined_weights_are_refused_before_the_first_step(data, tmp_path):

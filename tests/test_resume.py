@@ -420,6 +420,21 @@ def test_averaged_weights_go_on_with_what_averages_them_alone(fit, tmp_path, cap
     assert_same(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.filterwarnings("ignore:You.re using the WeightAveraging callback")
+def test_an_early_end_saves_what_was_trained_and_no_average(fit_with, tmp_path):
+    class End(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.global_step == 5:
+                self.trained = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
+                trainer.should_stop = True
+
+    end, averages = End(), {"class_path": "EMAWeightAveraging", "init_args": {"decay": 0.9}}
+    assert fit_with(tmp_path / "run", end, **{"trainer.callbacks": [averages]}) == 0
+    saved = read_checkpoint(str(tmp_path / "run" / "checkpoints" / "step-00000005.ckpt"), "x")
+    assert all(torch.equal(saved["current_model_state"][name], end.trained[name]) for name in end.trained)
+    assert not all(torch.equal(saved["state_dict"][name], end.trained[name]) for name in end.trained)
+
+
 def test_another_student_is_refused_by_its_settings(fit, settings, tmp_path, capsys):
     assert fit(tmp_path / "run", stop_at=3) == 128 + signal.SIGTERM
     wider = {**settings["model.student.config"], "intermediate_size": 128}
@@ -775,6 +790,24 @@ def test_the_tensorboard_page_shows_each_step_once(settings, tmp_path):
     page.Reload()
     assert [event.step for event in page.Scalars("train/lr")] == list(range(1, 13))
     assert all(event.value <= 1e-4 for event in page.Scalars("train/lr") if event.step > 3)
+
+
+def test_a_stop_before_a_validation_is_saved_before_it(fit_with, tmp_path, caplog):
+    class Look(Callback):
+        saved = None
+
+        def on_validation_start(self, trainer, pl_module):
+            if trainer.global_step == 6 and self.saved is None:
+                self.saved = (tmp_path / "run" / "checkpoints" / "step-00000006.ckpt").exists()
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    look = Look()
+    assert fit_with(tmp_path / "run", look, StopAt(6), **{"trainer.val_check_interval": 3}) == 128 + signal.SIGTERM
+    assert look.saved
+    caplog.clear()
+    look = Look()
+    assert fit_with(tmp_path / "again", look, **{"trainer.val_check_interval": 3}) == 128 + signal.SIGTERM
+    assert "SIGTERM: saving after this validation and this step" in caplog.text
 
 
 def test_other_data_than_the_checkpoints_is_said(fit, tmp_path, caplog):
