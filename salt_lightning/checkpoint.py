@@ -28,7 +28,7 @@ from salt_lightning.journal import whole
 from salt_lightning.models import own_parts, read_checkpoint
 from salt_lightning.optim import OptimSpec
 from salt_lightning.preflight import Finding
-from salt_lightning.runlog import step_named
+from salt_lightning.runlog import saved, step_named
 from salt_lightning.schedule import kd_callbacks
 from salt_lightning.spec import settings_without_code, shape_settings
 
@@ -61,17 +61,12 @@ def newest(folder: str | Path) -> Path | None:
     folder = Path(folder)
     for unfinished in sorted(folder.glob(".step-*.tmp")):
         rank_zero_info(f"{unfinished} was never finished and is passed over")
-    for _, path in reversed(_saved(folder)):
+    for _, path in reversed(saved(folder)):
         reason = damage.of(path)
         if reason is None:
             return path
         rank_zero_info(f"{path} is passed over: {reason}")
     return None
-
-
-def _saved(folder: Path) -> list[tuple[int, Path]]:
-    """Optimizer step and path of each checkpoint, oldest first."""
-    return sorted((step, path) for path in folder.glob("*.ckpt") if (step := step_named(path.name)) is not None)
 
 
 class RunCheckpoint(Checkpoint):
@@ -146,7 +141,7 @@ class RunCheckpoint(Checkpoint):
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         # of those that are here: not of the run that a branch comes from
-        self._kept = {step for step, _ in _saved(self._dir)} & set(checkpoint.get("kept_steps", ()))
+        self._kept = {step for step, _ in saved(self._dir)} & set(checkpoint.get("kept_steps", ()))
         if trainer.state.fn == TrainerFn.FITTING:
             require_time_left(trainer, checkpoint)
 
@@ -161,7 +156,7 @@ class RunCheckpoint(Checkpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._trained = True
         shards.forget()
-        there = trainer.strategy.broadcast([str(path) for _, path in _saved(self._dir)])
+        there = trainer.strategy.broadcast([str(path) for _, path in saved(self._dir)])
         if there and trainer.global_step == 0:
             raise ConfigError(
                 f"{self._dir} holds checkpoints of a run, the newest at {Path(there[-1]).name}, and this one starts at "
@@ -186,7 +181,7 @@ class RunCheckpoint(Checkpoint):
         find."""
         for left in (*self._dir.glob(".step-*.tmp"), *self._dir.glob(".step-*.old")):
             shards.delete(left)
-        for path in [path for number, path in _saved(self._dir) if number > step]:
+        for path in [path for number, path in saved(self._dir) if number > step]:
             aside = path.with_name(f"{path.name}.aside")
             if aside.exists():
                 shards.delete(aside)
@@ -322,7 +317,7 @@ class RunCheckpoint(Checkpoint):
         if self.keep is None:
             return
         for_good = self._for_good(trainer)
-        for old in [path for step, path in _saved(self._dir) if step not in for_good][: -self.keep]:
+        for old in [path for step, path in saved(self._dir) if step not in for_good][: -self.keep]:
             shards.remove(old)
 
 

@@ -42,7 +42,7 @@ from salt_lightning.progress_bar import ProgressBar, close_bars, keep_off_bars
 from salt_lightning.quiet import silence_libraries, steady_streams
 from salt_lightning.report import evaluation
 from salt_lightning.run_config import SaveRunConfig, taken
-from salt_lightning.runlog import flat
+from salt_lightning.runlog import flat, saved
 from salt_lightning.schedule import KDScheduleCallback
 from salt_lightning.scoring import ScoreWriter, check_strategy
 from salt_lightning.settings import (
@@ -287,7 +287,7 @@ def _resolve(path: str, config: Namespace, subcommand: str) -> Path | None:
             _say(f"--ckpt_path {path}: going on from there, not from a checkpoint of --run {config.run}")
         return Path(path)
     found = newest(folder)
-    if found is None and any(folder.glob("step-*.ckpt")):
+    if found is None and saved(folder):
         raise ConfigError(
             f"--ckpt_path last: every checkpoint in {folder} is damaged (see above); start anew in another --run, or "
             "bring back a copy"

@@ -55,7 +55,8 @@ def _changed(path: Path, where: str = "", part: Any = None, entries: slice = sli
                     return f"{where}{name} has other bytes than were written"
     except shards.DamageError as error:
         return f"{where}{error}"
-    except Exception:  # a damaged archive meets errors of every kind
+    except Exception as error:  # a damaged archive meets errors of every kind
+        shards.require_answer(path, error)
         return f"{where}cut off or damaged"
     return None
 

@@ -15,7 +15,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 
 from salt_lightning import shards
 from salt_lightning.errors import ConfigError, one_line
-from salt_lightning.runlog import changed, earlier_configs, read_config, step_named
+from salt_lightning.runlog import changed, earlier_configs, read_config, saved, step_named
 from salt_lightning.settings import IDENTITY
 
 
@@ -70,7 +70,7 @@ def set_aside(run: Path, step: int, now: dict[str, Any]) -> None:
 
 def taken(run: Path, checkpoints: Path, now: dict[str, Any]) -> list[str]:
     """What is wrong with a new run in this folder under the settings `now` (flat): it holds another."""
-    if any(checkpoints.glob("step-*.ckpt")):
+    if saved(checkpoints):
         return [f"--run {run} holds a run already: go on with it by --ckpt_path last, or choose another folder"]
     before = readable(run / "config.yaml")
     kept = (key for key in before if key.startswith(IDENTITY) and key in now and now[key] != before[key])

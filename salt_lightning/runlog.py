@@ -35,6 +35,21 @@ def step_named(path: str) -> int | None:
     return int(found[1]) if found else None
 
 
+def saved(folder: Path) -> list[tuple[int, Path]]:
+    """Optimizer step and path of each checkpoint of a run, oldest first; none where there is no such folder.
+
+    Raises:
+        OSError: it is there and cannot be listed: a new run would start beside its checkpoints (glob says nothing).
+    """
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise OSError(f"{folder} cannot be listed ({error.strerror}); nothing was changed, try again") from error
+    return sorted((step, folder / name) for name in names if (step := step_named(name)) is not None)
+
+
 @dataclass(frozen=True, eq=False)
 class Curve:
     """A logged scalar over optimizer steps, in order."""

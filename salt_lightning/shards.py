@@ -21,6 +21,7 @@ import os
 import pickle
 import re
 import shutil
+import stat
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -133,7 +134,7 @@ def _digest(folder: Path) -> str:
 def missing(folder: Path) -> str | None:
     """What a folder lacks to be a whole checkpoint, in a few words; None if it is one. Opens no tensor."""
     for name in (META, METADATA):
-        if not (folder / name).is_file():
+        if not _is_file(folder / name):
             return f"{name} is missing"
     sizes: dict[str, int] = {}
     try:
@@ -141,9 +142,10 @@ def missing(folder: Path) -> str | None:
         for place in metadata.storage_data.values():
             sizes[place.relative_path] = max(sizes.get(place.relative_path, 0), place.offset + place.length)
     except Exception as error:  # a damaged pickle meets errors of every kind
+        require_answer(folder, error)
         return f"{METADATA} cannot be read: {error or type(error).__name__}"
     for name, size in sorted(sizes.items()):
-        if not (folder / name).is_file():
+        if not _is_file(folder / name):
             return f"{name} is missing"
         if (folder / name).stat().st_size < size:
             return f"{name} is cut off"
@@ -152,6 +154,33 @@ def missing(folder: Path) -> str | None:
         if hasattr(info, "size") and math.prod(info.size) * info.properties.dtype.itemsize > total:
             return f"{METADATA} gives {key} more elements than its files hold"
     return None
+
+
+def _is_file(path: Path) -> bool:
+    """As Path.is_file, which from Python 3.14 on takes every error for a no."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except FileNotFoundError:
+        return False
+
+
+class UnansweredError(OSError):
+    """The file system did not give what it may give at the next try."""
+
+
+def require_answer(path: Path, error: BaseException | None) -> None:
+    """Raises UnansweredError where the file system's own error is among what has led to `error`.
+
+    That says nothing of what is in the file: as damage it would have a run pass over a whole checkpoint. A damaged
+    file has its readers look for a file that is missing, or for places before its beginning.
+    """
+    while error is not None:
+        by_torch = re.search(r"unable to (?:mmap|open) .*: (.+) \((\d+)\)$", str(error))
+        number = int(by_torch[2]) if by_torch else error.errno if isinstance(error, OSError) else None
+        if number not in (None, errno.ENOENT, errno.EINVAL):
+            said = f"{path} cannot be read ({os.strerror(number)}); nothing was changed, try again"
+            raise UnansweredError(said) from error
+        error = error.__cause__ or error.__context__
 
 
 class DamageError(Exception):
@@ -166,21 +195,23 @@ def load(path: Path) -> dict[str, Any]:
 
     Raises:
         DamageError: it is cut off, lacks a file, or is no checkpoint.
+        OSError: the file system cannot say.
     """
-    if path.is_dir() and (reason := missing(path)):
-        raise DamageError(reason)
     try:
+        if path.is_dir() and (reason := missing(path)):
+            raise DamageError(reason)
         checkpoint = read(path) if path.is_dir() else _read_file(path)
         if not is_bounded(checkpoint):
             raise DamageError("its settings hold themselves, or millions of values")
         if is_checkpoint(checkpoint):
             return checkpoint
         reason = "other contents"
-    except DamageError:
+    except (DamageError, UnansweredError):
         raise
     except (KeyError, TypeError):
         reason = "other contents"
     except Exception as error:  # torch's reader meets damage with errors of every kind
+        require_answer(path, error)
         kind = f"cut off, damaged, or another kind of file: {type(error).__name__}" if path.stat().st_size else "empty"
         reason = f"{META}: {kind}" if path.is_dir() else kind
     raise DamageError(reason)

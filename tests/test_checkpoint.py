@@ -1,8 +1,10 @@
 """Files on disk: which one is `last`, what a failed write leaves, which are kept."""
 
+import errno
 import os
 import random
 import signal
+import zipfile
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,6 +57,58 @@ def test_a_damaged_file_is_passed_over_by_name(tmp_path, how, caplog):
         torch.save({"x": 1}, files[1])
     assert newest(tmp_path) == files[0]
     assert f"{files[1]} is passed over: " in caplog.text
+
+
+def fails(number: int):
+    def fail(*args, **kwargs):
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+def cannot_map(*args, **kwargs):
+    raise RuntimeError("unable to mmap 1234 bytes from file <x.ckpt>: Cannot allocate memory (12)")
+
+
+FAULTS = {  # what fails, how, and what it says
+    "a stale handle": (zipfile.io, "open", fails(errno.ESTALE), errno.ESTALE),
+    "no rights": (zipfile.io, "open", fails(errno.EACCES), errno.EACCES),
+    "a disk that fails while the directory is read": (zipfile, "_EndRecData", fails(errno.EIO), errno.EIO),
+    "a disk that fails while the checksums are computed": (zipfile.ZipExtFile, "read", fails(errno.EIO), errno.EIO),
+    "no memory to map it": (torch.UntypedStorage, "from_file", cannot_map, errno.ENOMEM),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_the_storage_does_not_give_is_no_damage(tmp_path, fault, monkeypatch, caplog):
+    """The run would go on from an older checkpoint, and set aside the whole one after it."""
+    for step in (1, 2):
+        save(tmp_path / f"step-{step:08d}.ckpt", x=torch.arange(1000))
+    owner, name, failing, number = FAULTS[fault]
+    monkeypatch.setattr(owner, name, failing)
+    said = rf"/step-00000002.ckpt cannot be read \({os.strerror(number)}\); nothing was changed, try again$"
+    with pytest.raises(OSError, match=said):
+        newest(tmp_path)
+    assert "passed over" not in caplog.text
+    monkeypatch.undo()
+    assert newest(tmp_path) == tmp_path / "step-00000002.ckpt"
+
+
+@pytest.mark.parametrize("options", [["--ckpt_path", "last"], []], ids=["going on", "new"])
+def test_a_folder_of_checkpoints_that_cannot_be_listed_is_not_an_empty_one(
+    tmp_path, settings, options, monkeypatch, capsys
+):
+    folder, listed = tmp_path / "run" / "checkpoints", os.listdir
+    folder.mkdir(parents=True)
+    save(folder / "step-00000002.ckpt")
+    folder.chmod(0)  # root may list it all the same
+    deny = fails(errno.EACCES)
+    monkeypatch.setattr(os, "listdir", lambda path=".": deny() if Path(path) == folder else listed(path))
+    assert cli.main(["fit", *arguments(settings, {"run": str(tmp_path / "run"), "kd.weight": 0.0}), *options]) == 1
+    folder.chmod(0o700)
+    said = f"error: {folder} cannot be listed (Permission denied); nothing was changed, try again"
+    assert one_line(capsys) == said
+    assert listed(tmp_path / "run") == ["checkpoints"]
 
 
 def test_no_flipped_bit_goes_unnoticed_and_changes_something(tmp_path):

@@ -1,5 +1,6 @@
 """Sharded checkpoints of real FSDP2, read by one process; what is refused."""
 
+import errno
 import io
 import os
 import pickle
@@ -192,6 +193,21 @@ def test_no_flipped_bit_of_the_table_goes_unseen(tmp_path):
         assert damage.of(path), at
     (path / ".metadata").write_bytes(data)
     assert set(shards.load(path)) == {*ALWAYS, "hyper_parameters", "state_dict", "optimizer"}
+
+
+@pytest.mark.parametrize("name", ["meta.pt", ".metadata", "__0_0.distcp", "__1_0.distcp"])
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EACCES])
+def test_a_file_that_the_storage_does_not_give_is_no_damage(copy, name, number, monkeypatch):
+    def opened(path, *args, **kwargs):
+        if Path(path).name == name:
+            raise OSError(number, os.strerror(number), str(path))
+        return open(path, *args, **kwargs)
+
+    for reader in (shards, damage, io):
+        monkeypatch.setattr(reader, "open", opened, raising=False)
+    shards.forget()
+    with pytest.raises(OSError, match=rf"cannot be read \({os.strerror(number)}\); nothing was changed, try again$"):
+        damage.of(copy)
 
 
 class Call:
