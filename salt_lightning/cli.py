@@ -139,7 +139,8 @@ class SALTCLI(LightningCLI):
         self.config = merged
 
     def hold(self, run: Path) -> None:
-        if _rank() == 0 and os.environ.get("NODE_RANK", "0") == "0":
+        # those that Lightning starts take an operator's RANK, inherited, for their own
+        if _rank() == 0 and {os.environ.get(name, "0") for name in ("NODE_RANK", "LOCAL_RANK")} == {"0"}:
             _HELD.enter_context(run_lock.held(run))
 
     def before_instantiate_classes(self) -> None:

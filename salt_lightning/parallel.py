@@ -17,7 +17,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins.environments import TorchElasticEnvironment
+from lightning.fabric.plugins.environments import KubeflowEnvironment, LightningEnvironment, TorchElasticEnvironment
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import (
     DDPStrategy,
@@ -350,6 +350,7 @@ def check(trainer: pl.Trainer, ckpt_path: str | None = None) -> None:
         environment = trainer._accelerator_connector.cluster_environment
         connects = not isinstance(strategy, SingleDeviceStrategy)
         slurm.require_processes(environment, trainer.num_devices, trainer.num_nodes, connects)
+        _require_place(trainer, environment)
     elif started != trainer.num_devices * trainer.num_nodes:
         raise ConfigError(
             f"--trainer.devices {trainer.num_devices} times --trainer.num_nodes {trainer.num_nodes} is not the number "
@@ -380,6 +381,24 @@ def check(trainer: pl.Trainer, ckpt_path: str | None = None) -> None:
         )
     if world > 1 and strategy.root_device.type == "cuda" and not dist.is_nccl_available():
         raise ConfigError(f"{name} on {world} GPUs needs NCCL, which this torch {torch.__version__} was built without")
+
+
+def _require_place(trainer: pl.Trainer, environment: Any) -> None:
+    """Raises ConfigError where an operator's variables give this process another place than it has: Lightning reads
+    them under torchrun alone, and each of its processes would train by itself, as the first."""
+    told, rank = os.environ.get("WORLD_SIZE") or "1", os.environ.get("RANK")
+    if told == "1" or rank is None or type(environment) not in (LightningEnvironment, KubeflowEnvironment):
+        return
+    if trainer.num_nodes > 1 and "NODE_RANK" in os.environ:  # told by the user, who may start several a node
+        return
+    # those that Lightning starts have inherited the RANK of the one that starts them
+    is_there = rank == str(trainer.global_rank) or "LOCAL_RANK" in os.environ
+    if told != str(trainer.world_size) or not is_there:
+        raise ConfigError(
+            f"RANK {rank} and WORLD_SIZE {told} are set, as by an operator of Kubernetes, but this would be process "
+            f"{trainer.global_rank} of {trainer.world_size}: start it by torchrun, or with NODE_RANK=$RANK before the "
+            f"command and --trainer.num_nodes {told}; unset both where it is to train alone"
+        )
 
 
 def device_remark(trainer: pl.Trainer) -> tuple[str, str] | None:

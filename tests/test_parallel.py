@@ -16,6 +16,8 @@ import pytest
 import ranks
 import torch
 from conftest import arguments, scalars
+from lightning.fabric.plugins.environments import KubeflowEnvironment
+from lightning.pytorch import Trainer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from salt_lightning import cli, parallel, shards
@@ -470,6 +472,47 @@ def test_another_number_of_processes_than_asked_for_is_refused(own, settings, tm
     error = capsys.readouterr().err
     assert f"--trainer.devices {own['trainer.devices']} times --trainer.num_nodes 1 is not the number of proc" in error
     assert "has started, 2" in error
+
+
+FIRST, SECOND, ALONE = ({"WORLD_SIZE": size, "RANK": rank} for size, rank in (("2", "0"), ("2", "1"), ("1", "0")))
+MANY = {"strategy": "ddp", "num_nodes": 2}
+PLACES = {  # variables of an operator, what the Trainer is told, and the place that this process would have
+    "nothing but the variables": (FIRST, {}, "0 of 1"),
+    "of the second": (SECOND, {}, "0 of 1"),
+    "as many, without the rank": (SECOND, MANY, "0 of 2"),
+    "one device, with the rank": ({**SECOND, "NODE_RANK": "1"}, {}, "0 of 1"),
+    "processes of one's own": ({**SECOND, "LOCAL_RANK": "1"}, {}, "0 of 1"),
+    "another number": ({**FIRST, "WORLD_SIZE": "3"}, MANY, "0 of 2"),
+    "Kubeflow's, one device": (SECOND, {"plugins": KubeflowEnvironment()}, "0 of 1"),
+    "with the rank": ({**SECOND, "NODE_RANK": "1"}, MANY, None),
+    "with the rank, several a node": ({**FIRST, "NODE_RANK": "0"}, {**MANY, "devices": 2}, None),
+    "Kubeflow's": (SECOND, {**MANY, "plugins": KubeflowEnvironment()}, None),
+    "one process": (ALONE, {}, None),
+    "a child of Lightning's": ({**FIRST, "LOCAL_RANK": "1", "NODE_RANK": "0"}, {"strategy": "ddp", "devices": 2}, None),
+}
+
+
+@pytest.mark.parametrize("case", PLACES)
+def test_the_variables_of_an_operator_that_lightning_does_not_read_are_refused(case, monkeypatch):
+    variables, told, place = PLACES[case]
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", **variables}.items():
+        monkeypatch.setenv(name, value)
+    trainer = Trainer(**{"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False, **told})
+    if place is None:
+        return parallel.check(trainer)
+    size = variables["WORLD_SIZE"]
+    said = f"RANK {variables['RANK']} and WORLD_SIZE {size} are set, .* but this would be process {place}: start it by"
+    with pytest.raises(ConfigError, match=f"^{said} torchrun, or with NODE_RANK=.* --trainer.num_nodes {size}; unset"):
+        parallel.check(trainer)
+
+
+def test_lightning_starts_the_processes_of_a_job_with_one_pod(settings, tmp_path):
+    """They inherit its RANK, and all took themselves for the first."""
+    args = arguments(settings, {"run": str(tmp_path / "run"), "kd.weight": 0.0, "data.micro_batch_size": 4}, DDP)
+    command = [sys.executable, str(ROOT / "cli.py"), "fit", *args]
+    done = subprocess.run(command, env={**os.environ, **ALONE}, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert "done: step 12" in done.stdout
 
 
 def test_other_strategies_are_refused_by_name(monkeypatch):
