@@ -47,7 +47,7 @@ from salt_lightning.schedule import KDScheduleCallback
 from salt_lightning.scoring import ScoreWriter, check_strategy
 from salt_lightning.settings import (
     checkpoints,
-    expand_home,
+    local_paths,
     wrong_folders,
     wrong_groups,
     wrong_teacher,
@@ -94,7 +94,7 @@ class SALTCLI(LightningCLI):
         self._explicit = parser.parse_args(args, defaults=False)
         require_no_comments(args, self._settings(self._explicit))
         for config in (self.config, self._explicit):
-            expand_home(self._settings(config))
+            local_paths(self._settings(config))
         seed = self._settings(self.config).get("seed_everything")
         if isinstance(seed, bool) or not 0 <= seed < 1 << 32:
             raise ConfigError(f"--seed_everything {seed} must be a whole number from 0 to {(1 << 32) - 1}")

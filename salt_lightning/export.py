@@ -34,6 +34,7 @@ from salt_lightning.errors import ConfigError, VerbParser, few, printable
 from salt_lightning.lineage import read as read_log
 from salt_lightning.models import PREFIX, from_config, own_parts, read_checkpoint, require_undamaged
 from salt_lightning.parallel import check_same_model, writes_elsewhere
+from salt_lightning.settings import is_address
 from salt_lightning.shards import Tensors, sync_folder
 from salt_lightning.spec import DTYPES, ModelSpec, as_config_error
 from salt_lightning.tokenizer import SUBFOLDER, load_tokenizer, rules_fingerprint, special_ids, tokenizer_fingerprint
@@ -99,7 +100,9 @@ def export(
 
 
 def check_target(target: Path, setting: str) -> None:
-    """Raises ConfigError where `target` exists: nothing is ever overwritten."""
+    """Raises ConfigError where `target` exists: nothing is ever overwritten; or where it is an address."""
+    if is_address(target):
+        raise ConfigError(f"{setting} {target} is an address: give a folder of this machine, and copy it from there")
     if target.exists() or target.is_symlink():
         raise ConfigError(f"{setting} {target} exists already; choose another name or remove it")
 

@@ -1,12 +1,15 @@
 """Settings that cannot work, all at once, before anything is read; each a line that a user can act on."""
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from jsonargparse import Namespace
+
+from salt_lightning.errors import refuse
 
 _GROUPS = (
     *("model", "model.student", "model.student.config", "model.teacher", "model.teacher.config", "model.optim"),
@@ -21,7 +24,7 @@ IDENTITY = (
 
 _PATHS = (
     *("run", "ckpt_path", "checkpoint.folder", "checkpoint.export", "model.student.path", "model.teacher.path"),
-    *("data.tokenizer", "data.selection", "data.difficulty"),
+    *("data.tokenizer", "data.selection", "data.difficulty", "data.cache_dir"),
 )
 
 
@@ -33,11 +36,26 @@ def seed_or_global(seed: int | None, unset: int | None = None) -> int:
     return int(os.environ.get("PL_GLOBAL_SEED") or 0) if seed in (None, unset) else seed
 
 
-def expand_home(config: Namespace) -> None:
-    """A shell does it for `--run ~/x`, and neither for `--run=~/x` nor in a file. Sources do it by themselves."""
-    for name in _PATHS:
-        if isinstance(path := config.get(name), str) and path.startswith("~"):
+def local_paths(config: Namespace) -> None:
+    """Expands ~: a shell does it for `--run ~/x`, and neither for `--run=~/x` nor in a file. Sources do it themselves.
+
+    Raises:
+        ConfigError: an address, which would be a folder named s3: here.
+    """
+    paths = {name: path for name in _PATHS if isinstance(path := config.get(name), str)}
+    refuse(
+        f"--{name} {path} is an address: give a folder of this machine, as one where that storage is mounted"
+        for name, path in paths.items()
+        if is_address(path)
+    )
+    for name, path in paths.items():
+        if path.startswith("~"):
             config[name] = os.path.expanduser(path)
+
+
+def is_address(path: str | Path) -> bool:
+    """s3://bucket, which is s3:/bucket as a Path; a letter alone is a drive."""
+    return re.match(r"[a-zA-Z][\w+.-]+:/", str(path)) is not None
 
 
 def wrong_groups(config: Namespace) -> list[str]:

@@ -33,6 +33,16 @@ SHORT = {"model.student.config": {**NARROW, "max_position_embeddings": 8}}
 SMALL = {"model.student.config": {**NARROW, "vocab_size": 99}}
 ERRORS = {
     "unknown key": ({"kd.wieght": 0.5}, r"--kd.wieght: there is no such setting; did you mean --kd.weight\?"),
+    "an address to write to": (
+        {"run": "s3://bucket/run", "checkpoint.folder": "gs://b/c", "checkpoint.export": "abfss://b@c/d"},
+        r"^error: --run s3://bucket/run is an address: give .* mounted; --checkpoint.folder gs://b/c is an .*; "
+        r"--checkpoint.export abfss://b@c/d is an",
+    ),
+    "an address to read from": (
+        {"data.cache_dir": "hdfs://c", "data.difficulty": "file:///d", "model.teacher.path": "s3://b/c.ckpt"},
+        r"^error: --model.teacher.path s3://b/c.ckpt is an .*; --data.difficulty file:///d is .*; "
+        r"--data.cache_dir hdfs://c is an address",
+    ),
     "unknown key in a spec": ({"model.student.famly": "llama"}, r"famly"),
     "unknown size": ({"model.student.config": {"hiden_size": 32}}, r"config.hiden_size: llama has no such setting"),
     "steps below zero": ({"kd.steps": -1}, r"error: --kd.steps -1 must not be negative \(null = the whole run\)$"),
@@ -549,6 +559,7 @@ VERBS = {
         ["export", "{bad}/flipped.ckpt", "{bad}/folder"],
         r"export: DIR .*folder exists already",
     ),
+    "an address": (["export", "{bad}/flipped.ckpt", "s3://bucket/out"], r"export: DIR s3:/bucket/out is an address"),
     "no verb": (["fti"], r"invalid choice: 'fti'"),
 }
 
