@@ -51,9 +51,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        with shards.writing(target), whole(target) as file:
-            torch.save(checkpoint, file)
-        shards.sync_folder(target.parent)  # the rename itself has to reach the disk
+        with shards.writing(target):
+            with whole(target) as file:
+                torch.save(checkpoint, file)
+            shards.sync_folder(target.parent)  # the rename itself has to reach the disk
 
 
 def newest(folder: str | Path) -> Path | None:

@@ -168,18 +168,24 @@ class UnansweredError(OSError):
     """The file system did not give what it may give at the next try."""
 
 
-def require_answer(path: Path, error: BaseException | None) -> None:
+def require_answer(path: Path, error: BaseException) -> None:
     """Raises UnansweredError where the file system's own error is among what has led to `error`.
 
     That says nothing of what is in the file: as damage it would have a run pass over a whole checkpoint. A damaged
     file has its readers look for a file that is missing, or for places before its beginning.
     """
-    while error is not None:
-        by_torch = re.search(r"unable to (?:mmap|open) .*: (.+) \((\d+)\)$", str(error))
-        number = int(by_torch[2]) if by_torch else error.errno if isinstance(error, OSError) else None
+    for each in _led_to(error):
+        by_torch = re.search(r"unable to (?:mmap|open) .*: (.+) \((\d+)\)$", str(each))
+        number = int(by_torch[2]) if by_torch else getattr(each, "errno", None)
         if number not in (None, errno.ENOENT, errno.EINVAL):
             said = f"{path} cannot be read ({os.strerror(number)}); nothing was changed, try again"
             raise UnansweredError(said) from error
+
+
+def _led_to(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those that it came from: libraries hide the file system's behind their own."""
+    while error is not None:
+        yield error
         error = error.__cause__ or error.__context__
 
 
@@ -274,10 +280,14 @@ def writing(path: Path) -> Iterator[None]:
     except (OSError, RuntimeError, CheckpointException) as error:
         if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # not of writing
             raise
-        failures = getattr(error, "failures", {}).values()
-        reason = next((str(failure) for failure, _ in failures), str(error)).strip().splitlines()[0]
-        forbidden = getattr(error, "errno", None) in (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS)
-        remedy = "choose another folder" if forbidden else "is the disk full? Make room and go on with --ckpt_path last"
+        failure = next((failure for failure, _ in getattr(error, "failures", {}).values()), error)
+        reason = str(failure).strip().splitlines()[0]
+        number = next((each.errno for each in _led_to(failure) if isinstance(each, OSError)), None)
+        remedy = "mend that and go on with --ckpt_path last"
+        if number in (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS):
+            remedy = "choose another folder"
+        elif number in (None, errno.ENOSPC, errno.EDQUOT):
+            remedy = "is the disk full? Make room and go on with --ckpt_path last"
         raise OSError(f"{path} cannot be written ({reason}); {remedy}") from error
 
 
@@ -330,10 +340,13 @@ def delete(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """A rename reaches the disk with its folder."""
+    """A rename reaches the disk with its folder, where the file system syncs folders: many of a network do not."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
     finally:
         os.close(descriptor)
 

@@ -595,7 +595,7 @@ def limited(args: list[str], largest_file: int) -> subprocess.CompletedProcess:
         (
             {"trainer.max_steps": 100, "checkpoint.every_n_steps": None},
             12_000,
-            r"error: .*/run cannot be written \(.*File too large\); is the disk full\?",
+            r"error: .*/run cannot be written \(.*File too large\); mend that and go on with --ckpt_path last",
         ),
         ({"checkpoint.every_n_steps": 2}, 60_000, r"error: .*/step-00000002.ckpt cannot be written \(.*File too large"),
     ],

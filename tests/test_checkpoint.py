@@ -3,9 +3,12 @@
 import errno
 import os
 import random
+import re
 import signal
+import stat
 import zipfile
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -92,6 +95,43 @@ def test_what_the_storage_does_not_give_is_no_damage(tmp_path, fault, monkeypatc
     assert "passed over" not in caplog.text
     monkeypatch.undo()
     assert newest(tmp_path) == tmp_path / "step-00000002.ckpt"
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.ENOSPC, "is the disk full? Make room and go on with --ckpt_path last"),
+        (errno.EDQUOT, "is the disk full? Make room and go on with --ckpt_path last"),
+        (errno.EIO, "mend that and go on with --ckpt_path last"),
+        (errno.ESTALE, "mend that and go on with --ckpt_path last"),
+        (errno.EROFS, "choose another folder"),
+    ],
+)
+@pytest.mark.parametrize("what", ["fsync", "replace"])
+def test_a_save_that_fails_names_the_file_and_what_helps(tmp_path, number, remedy, what, monkeypatch):
+    monkeypatch.setattr(os, what, fails(number))
+    with pytest.raises(OSError, match=re.escape(f"{tmp_path}/x.ckpt cannot be written ([Errno {number}] ")) as caught:
+        AtomicCheckpointIO().save_checkpoint({"x": torch.arange(10)}, tmp_path / "x.ckpt")
+    assert str(caught.value).endswith(f"; {remedy}")
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EIO])
+def test_folders_that_cannot_be_synced_end_no_run(tmp_path, number, monkeypatch):
+    synced, files = os.fsync, []
+
+    def sync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        files.append(descriptor)
+        synced(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    path = tmp_path / "x.ckpt"
+    failing = pytest.raises(OSError, match=f"{path} cannot be written") if number == errno.EIO else nullcontext()
+    with failing:
+        AtomicCheckpointIO().save_checkpoint({"x": torch.arange(10)}, path)
+    assert len(files) == 1
+    assert torch.load(path)["x"].tolist() == list(range(10))
 
 
 @pytest.mark.parametrize("options", [["--ckpt_path", "last"], []], ids=["going on", "new"])
