@@ -14,13 +14,14 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from errno import ENOLCK
+from errno import ENOLCK, ENOSYS, EOPNOTSUPP
 from pathlib import Path
 from typing import IO, Any
 from uuid import uuid4
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+NO_LOCKS = (ENOLCK, EOPNOTSUPP, ENOSYS)  # of a file system without them
 _JOURNAL = "journal.json"
 
 
@@ -124,10 +125,14 @@ def _lock(path: Path) -> IO[str]:
     while True:
         file = open(path, "a")  # noqa: SIM115 (the caller closes it)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            rank_zero_info(f"waiting for {_who(path)}, which prepares the same in {path.parent}")
-            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                rank_zero_info(f"waiting for {_who(path)}, which prepares the same in {path.parent}")
+                fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            file.close()
+            raise OSError(ENOLCK if error.errno in NO_LOCKS else error.errno, error.strerror) from error
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 return file

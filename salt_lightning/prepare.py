@@ -195,7 +195,7 @@ def _accidents(cache_dir: Path) -> Iterator[None]:
             "starts none) and start again, what is done is kept"
         ) from error
     except OSError as error:
-        if error.errno in (errno.ENOLCK, errno.ENOSYS):
+        if error.errno == errno.ENOLCK:
             raise ConfigError(
                 f"--data.cache_dir: {cache_dir} lies where no file can be locked ({error.strerror}), so two runs could "
                 "prepare the same text there; choose a folder on another file system, as one of each node's own"

@@ -1080,6 +1080,19 @@ def write_protected(train: bool, path: Path, cache: Path) -> None:
         train_or_encode(train, path, cache)
 
 
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+@pytest.mark.parametrize("what", ["fcntl.flock", "os.replace"])
+def test_no_locks_is_said_of_locks_alone(tmp_path, number, what, monkeypatch):
+    def fail(*args):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(f"salt_lightning.journal.{what}", fail)
+    locks = what == "fcntl.flock" or number == errno.ENOLCK
+    problem = "lies where no file can be locked" if locks else "cannot be written"
+    with pytest.raises(ConfigError, match=rf"cache {problem} \({os.strerror(number)}\)"):
+        prepare_tokens(corpus_of(many(tmp_path)), byte_tokenizer(), 0.5, tmp_path / "cache", 1)
+
+
 def test_full_disk_is_one_line_and_what_is_done_is_kept(tmp_path, monkeypatch, caplog):
     path, cache = many(tmp_path), tmp_path / "cache"
     expected = contents(prepare_many(path, tmp_path / "other"))

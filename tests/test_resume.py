@@ -1,6 +1,7 @@
 """A run stopped anywhere and started again equals the run never stopped, bit for bit: weights and logged values."""
 
 import csv
+import errno
 import json
 import multiprocessing
 import os
@@ -11,7 +12,9 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ranks
@@ -23,8 +26,8 @@ from lightning.pytorch.loggers import CSVLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from salt_lightning import OptimSpec, SALTModule, cli, lineage
-from salt_lightning.errors import of_machine
+from salt_lightning import OptimSpec, SALTModule, cli, lineage, run_lock
+from salt_lightning.errors import ConfigError, of_machine
 from salt_lightning.event_log import log_settings
 from salt_lightning.models import read_checkpoint
 from salt_lightning.runlog import read_run
@@ -475,6 +478,72 @@ def test_a_run_that_is_under_way_is_left_alone(fit, settings, tmp_path, capsys, 
         process.wait()
     assert fit(tmp_path / "run", ckpt_path="last", **{"kd.weight": 0.0, "trainer.max_steps": 1}) == 2
     assert "--trainer.max_steps 1: for a shorter run" in capsys.readouterr().err  # the lock was free
+
+
+def hold(run: Path, held: Any, until: Any) -> None:
+    with run_lock.held(run):
+        held.set()
+        until.wait(60)
+
+
+@pytest.mark.parametrize("where", ["here", "an older lock of here", "another boot", "another host"])
+def test_a_lock_of_a_machine_that_may_be_dead_is_waited_for(tmp_path, where, monkeypatch, caplog):
+    """A pod keeps its hostname when its machine dies and it starts anew on another."""
+    fork = multiprocessing.get_context("fork")
+    held, until = fork.Event(), fork.Event()
+    process = fork.Process(target=hold, args=(tmp_path, held, until))
+    process.start()
+    assert held.wait(30)
+    if where == "another host":
+        monkeypatch.setattr("salt_lightning.run_lock.socket.gethostname", lambda: "another")
+    lines = (tmp_path / ".lock").read_text().split("\n")
+    assert lines[0] == f"process {process.pid} on {socket.gethostname()}" or where == "another host"
+    assert lines[1] == run_lock._boot() != ("" if sys.platform == "linux" else None)
+    if where == "another boot":
+        monkeypatch.setattr("salt_lightning.run_lock._boot", lambda: "0d5b")
+    if where == "an older lock of here":
+        (tmp_path / ".lock").write_text(lines[0])
+    monkeypatch.setattr("salt_lightning.run_lock.time.sleep", lambda _: (until.set(), process.join()))
+    waited = where.startswith("another")
+    refused = pytest.raises(ConfigError, match=rf" {process.pid} on \S+ works there; wait")
+    with nullcontext() if waited else refused, run_lock.held(tmp_path):
+        pass
+    assert (f"waiting for {lines[0]}, at most 120 s" in caplog.text) == waited
+    until.set()
+    process.join()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EIO])
+def test_a_file_system_without_locks_is_said(tmp_path, number, monkeypatch, caplog):
+    def lockf(*args):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("salt_lightning.run_lock.fcntl.lockf", lockf)
+    if number == errno.EIO:
+        with pytest.raises(OSError, match=os.strerror(number)), run_lock.held(tmp_path / "run"):
+            pass
+        return
+    with run_lock.held(tmp_path / "run"):
+        pass
+    assert f"run: its file system has no locks ({os.strerror(number)}); start no other fit" in caplog.text
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS])
+def test_a_lock_of_another_user_is_no_missing_lock(tmp_path, number, monkeypatch, caplog):
+    (tmp_path / ".lock").write_text("process 7 on here")
+
+    def deny(path, *args):
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(run_lock, "open", deny, raising=False)
+    refused = pytest.raises(
+        ConfigError, match=rf"^--run {tmp_path}: \.lock belongs to another user, .* wait for its end"
+    )
+    with nullcontext() if number == errno.EROFS else refused, run_lock.held(tmp_path):
+        pass
+    assert caplog.text == ""
+    assert (tmp_path / ".lock").exists()
 
 
 def test_a_run_is_not_started_twice_in_one_folder(fit, tmp_path, capsys):
