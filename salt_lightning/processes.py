@@ -1,5 +1,6 @@
 """Worker processes that end with their parent, in silence."""
 
+import math
 import os
 import signal
 import threading
@@ -7,9 +8,10 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from salt_lightning.errors import ConfigError
@@ -117,7 +119,24 @@ def _call(sender: Connection, function: Callable[..., None], args: tuple[Any, ..
 
 
 def num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """CPUs that this process may use: a container sees all of its machine's, and may have the time of a few."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min([allowed, *(max(1, math.ceil(quota)) for quota in _quotas())])
+
+
+def _quotas(mounted: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Iterator[float]:
+    """CPUs whose time Linux's cgroups grant: version 2 at each level, version 1 as a container mounts its own."""
+    with suppress(OSError, ValueError):
+        quota_us, period_us = (float((mounted / f"cpu/cpu.cfs_{n}_us").read_text()) for n in ("quota", "period"))
+        if quota_us > 0:  # -1: no limit
+            yield quota_us / period_us
+    level = Path()
+    with suppress(OSError):
+        level = Path(own.read_text().rpartition("0::/")[2].strip())
+    for folder in (level, *level.parents):
+        with suppress(OSError, ValueError):  # "max": no limit
+            quota_us, period_us = map(float, (mounted / folder / "cpu.max").read_text().split())
+            yield quota_us / period_us
 
 
 @contextmanager

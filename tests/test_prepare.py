@@ -1008,6 +1008,33 @@ def test_second_process_waits_for_the_first_or_takes_over(first_dies, tmp_path, 
     assert list(cache.iterdir()) == [folder]
 
 
+CGROUPS = {  # files under /sys/fs/cgroup, /proc/self/cgroup -> of 8 CPUs
+    "version 2, a container's": ({"cpu.max": "150000 100000"}, "0::/\n", 2),
+    "version 2, half a CPU": ({"cpu.max": "50000 100000"}, "0::/\n", 1),
+    "version 2, no limit": ({"cpu.max": "max 100000"}, "0::/\n", 8),
+    "version 2, of a level above": ({"a/cpu.max": "300000 100000", "a/b/cpu.max": "max 100000"}, "0::/a/b\n", 3),
+    "version 2, the strictest level": ({"a/cpu.max": "300000 100000", "a/b/cpu.max": "20 10"}, "0::/a/b\n", 2),
+    "version 2, of another": ({"c/cpu.max": "300000 100000"}, "0::/a/b\n", 8),
+    "version 1": ({"cpu/cpu.cfs_quota_us": "400000\n", "cpu/cpu.cfs_period_us": "100000\n"}, "3:cpu:/k\n0::/\n", 4),
+    "version 1, no limit": ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, "1:cpu:/\n", 8),
+    "more than there are": ({"cpu.max": "9900000 100000"}, "0::/\n", 8),
+    "none": ({}, None, 8),
+}
+
+
+@pytest.mark.parametrize("case", CGROUPS)
+def test_processes_are_as_many_as_the_cpus_that_a_container_is_granted(case, tmp_path, monkeypatch):
+    files, own, expected = CGROUPS[case]
+    for name, text in files.items():
+        (tmp_path / "fs" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "fs" / name).write_text(text)
+    if own is not None:
+        (tmp_path / "own").write_text(own)
+    monkeypatch.setattr(processes._quotas, "__defaults__", (tmp_path / "fs", tmp_path / "own"))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    assert processes.num_cores() == expected
+
+
 def test_two_processes_at_once(tmp_path):
     path, cache, barrier = many(tmp_path), tmp_path / "cache", multiprocessing.get_context("fork").Barrier(2)
 
