@@ -1,6 +1,7 @@
 """The command `salt-lightning`, and `python cli.py`: what can go wrong before salt_lightning.cli is there to say it."""
 
 import os
+import signal
 import sys
 
 from salt_lightning import __version__
@@ -10,6 +11,8 @@ def main() -> int:
     """Runs the command line of this process; returns its exit code, that of cli.main."""
     if os.name == "nt":
         raise SystemExit("error: Windows alone is not supported; use WSL 2, or another Linux")
+    if os.getpid() == 1:  # of a container: the kernel drops what the first process does not handle
+        signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
     if sys.argv[1:] == ["--version"]:
         print(f"salt_lightning {__version__}")
         return 0

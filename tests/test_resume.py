@@ -179,6 +179,25 @@ def test_kill_9_then_last(settings, teacher, tmp_path):
     assert_same(tmp_path / "broken", tmp_path / "whole", step=40)
 
 
+def test_sigterm_ends_the_first_process_of_a_container_before_it_trains(settings, tmp_path):
+    """The kernel drops a signal that it does not handle; Python handles none while it imports and prepares text."""
+    contained = ["unshare", "-rpf", "--mount-proc", "--kill-child"]
+    if not shutil.which("unshare") or subprocess.run([*contained, "true"], capture_output=True).returncode:
+        pytest.skip("no namespaces of processes here")
+    args = arguments(settings, {"run": str(tmp_path / "run"), "kd.weight": 0.0})
+    cli_py = Path(__file__).parents[1] / "cli.py"
+    outer = subprocess.Popen([*contained, sys.executable, str(cli_py), "fit", *args])
+    try:
+        time.sleep(1.5)
+        first = int(Path(f"/proc/{outer.pid}/task/{outer.pid}/children").read_text())
+        os.kill(first, signal.SIGTERM)
+        assert outer.wait(120) == 128 + signal.SIGTERM
+    finally:
+        outer.kill()
+        outer.wait()
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_to_the_whole_process_group(settings, tmp_path, number, slurm):
     """What a terminal does on Ctrl-C and a cluster on SIGTERM or, under SLURM, SIGUSR1: loader workers get it too."""
