@@ -29,6 +29,10 @@ def main() -> int:
             f"error: {missing.name} is not installed for this Python: `. .venv/bin/activate` (which `make demo` "
             "makes), or `pip install -e .`"
         ) from None
+    except OSError as error:  # torch's compiler makes a folder as it is imported
+        raise SystemExit(
+            f"error: {error}; let TMPDIR, and TORCHINDUCTOR_CACHE_DIR where it is set, name folders that can be written"
+        ) from None
     return run()
 
 

@@ -229,7 +229,13 @@ class TokenFiles:
     def _map(self, name: str) -> np.ndarray:
         path, (dtype, _) = self.folder / name, columns(self.folder.name, self.manifest["dtype"], examples=True)[name]
         # As a plain array: slices of np.memmap's own class are slow. An empty file cannot be mapped.
-        return np.asarray(np.memmap(path, dtype, mode="r")) if path.stat().st_size else np.zeros(0, dtype)
+        try:
+            return np.asarray(np.memmap(path, dtype, mode="r")) if path.stat().st_size else np.zeros(0, dtype)
+        except OSError as error:  # of some file systems (FUSE), or of a limit on memory
+            raise ConfigError(
+                f"--data.cache_dir: {path} cannot be mapped into memory ({error.strerror or error}); choose a folder "
+                "on another file system"
+            ) from error
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if not isinstance(value, np.ndarray)}

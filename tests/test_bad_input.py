@@ -577,6 +577,25 @@ def test_bad_arguments_of_other_verbs_are_one_line(case, bad, tmp_path, monkeypa
 # --- what happens while a run is under way ---
 
 
+@pytest.mark.parametrize("which", ["for temporary files", "of torch's compiler"])
+def test_no_folder_to_write_to_at_the_imports_is_one_line(which):
+    code = "import sys, tempfile; from salt_lightning.__main__ import main"
+    env, said = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": "/proc/nowhere"}, "No such file or directory: '/proc/nowhere'"
+    if which == "for temporary files":
+        code, said = (
+            f"{code}; tempfile._candidate_tempdir_list = lambda: []",
+            "No usable temporary directory found in []",
+        )
+        del env["TORCHINDUCTOR_CACHE_DIR"]
+    command = [sys.executable, "-c", f"{code}; sys.exit(main())", "fit"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.stderr == (
+        f"error: [Errno 2] {said}; let TMPDIR, and TORCHINDUCTOR_CACHE_DIR where it is set, name folders that can be "
+        "written\n"
+    )
+    assert done.returncode == 1
+
+
 def limited(args: list[str], largest_file: int) -> subprocess.CompletedProcess:
     """The command in a process that can write no file larger than that: what a full disk looks like from inside."""
     code = "import sys; from salt_lightning.cli import main; sys.exit(main(sys.argv[1:]))"

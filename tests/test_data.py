@@ -4,6 +4,7 @@ import ast
 import errno
 import json
 import logging
+import os
 import time
 from pathlib import Path
 
@@ -183,6 +184,18 @@ def test_shards_are_read_whole_whatever_the_batch(micro, tmp_path):
         assert {len(batch) for batch in seen} == {micro}
         assert [row for batch in seen for row in batch if row != NO_ROW] == rows
         assert seen[-(-10 // micro)][0] == (10 if len(shards) == 2 else NO_ROW)  # no batch lies across two shards
+
+
+def test_token_files_that_cannot_be_mapped_are_named(tmp_path, monkeypatch):
+    files = token_files(tmp_path, [[1, 2, 3]])
+
+    def fail(*args, **kwargs):
+        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+
+    monkeypatch.setattr("numpy.memmap", fail)
+    said = rf"^--data.cache_dir: \S+/tokens.bin cannot be mapped into memory \({os.strerror(errno.ENODEV)}\); choose"
+    with pytest.raises(ConfigError, match=said):
+        _ = files.tokens
 
 
 def test_token_files_travel_closed(tmp_path):
