@@ -10,9 +10,9 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
-from itertools import groupby
+from itertools import groupby, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from salt_lightning.errors import ConfigError, refuse, wrong_kinds
 from salt_lightning.losses import token_stats
 from salt_lightning.prepare import make_encoder
 from salt_lightning.rows import IGNORE
-from salt_lightning.tokenizer import ExampleEncoder
+from salt_lightning.tokenizer import ExampleEncoder, special_ids
 
 Pair = tuple[list[int], list[int]]  # ids of a prompt and of a response, with its EOS
 
@@ -72,6 +72,7 @@ class AnswerTest(pl.Callback):
         self.max_new_tokens, self.choices, self.max_examples = max_new_tokens, choices or [], max_examples
         self._pairs: dict[int, Pair] = {}  # by number of the example: what this rank looks at
         self._choice_ids: list[list[int]] = []
+        self._stops: list[int] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         if stage != "test" or not (self.max_new_tokens or self.choices):
@@ -98,6 +99,9 @@ class AnswerTest(pl.Callback):
                     f"--answers.choices {self.choices}: none of them is the response of test example {i}, "
                     f"{data.tokenizer.decode(pairs[i][1][:-1])!r}"
                 )
+        marks = set(special_ids(data.tokenizer)) if data.examples.messages else set()
+        responses = (response for _, response in pairs.values())
+        self._stops = [rows.files.eos_id, *sorted(turn_ends(responses, marks, data.tokenizer.decode))]
         count = min(self.max_examples or len(fitting), len(fitting))
         chosen = [fitting[i * len(fitting) // count] for i in range(count)]
         # Ranks take turns; where one has none left it takes another's, so that all have as many batches.
@@ -167,10 +171,9 @@ class AnswerTest(pl.Callback):
             for tokens, group in groupby(order, key=lambda i: room[i])
             for batch in _cut(list(group), data.micro_batch_size)
         ]
-        eos_id = data.test_examples.files.eos_id
         for tokens, batch in _shown(batches, "Generating", pl_module):
             prompts = [self._pairs[i][0] for i in batch]
-            answers = generate(pl_module.student.model, prompts, tokens, eos_id, pl_module.device)
+            answers = generate(pl_module.student.model, prompts, tokens, self._stops, pl_module.device)
             for i, answer in zip(batch, answers, strict=True):
                 record = records[i]
                 record["generated"] = decode(answer)
@@ -213,17 +216,17 @@ def response_nll(student: Any, pairs: list[Pair], device: torch.device, budget_g
 
 
 def generate(
-    model: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int, eos_id: int, device: torch.device
+    model: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int, stops: list[int], device: torch.device
 ) -> list[list[int]]:
-    """The likeliest next token, again and again, behind each prompt; up to EOS and without it."""
+    """The likeliest next token, again and again, behind each prompt; up to the first of `stops` and without it."""
     width = max(map(len, prompts))
-    ids_BT = torch.full((len(prompts), width), eos_id)
+    ids_BT = torch.full((len(prompts), width), stops[0])
     mask_BT = torch.zeros_like(ids_BT)
     for b, prompt in enumerate(prompts):  # padded on the left: all continue at the same place
         ids_BT[b, width - len(prompt) :] = torch.tensor(prompt)
         mask_BT[b, width - len(prompt) :] = 1
     # The model's own settings, e.g. a hub model's temperature and repetition penalty, would come into it.
-    own, model.generation_config = model.generation_config, GenerationConfig(eos_token_id=eos_id, pad_token_id=eos_id)
+    own, model.generation_config = model.generation_config, GenerationConfig(eos_token_id=stops, pad_token_id=stops[0])
     try:
         out_BT = model.generate(  # type: ignore[operator]
             ids_BT.to(device),
@@ -235,10 +238,23 @@ def generate(
     finally:
         model.generation_config = own
     answers = out_BT[:, width:].tolist()
-    return [answer[: answer.index(eos_id)] if eos_id in answer else answer for answer in answers]
+    return [list(takewhile(lambda i: i not in stops, answer)) for answer in answers]
 
 
 # --- of texts and numbers ---
+
+
+def turn_ends(responses: Iterable[list[int]], marks: set[int], decode: Callable[[list[int]], str]) -> set[int]:
+    """The marks that end a turn where EOS does not: the last of each response, with blanks and EOS alone behind it.
+
+    A student need not say EOS there (Gemma: <end_of_turn>, Phi-3: <|end|>, a new line and EOS). A mark with text behind
+    it is of another kind (<|message|> of gpt-oss).
+    """
+    ends = set()
+    for response in responses:
+        rest = (i for i in reversed(response[:-1]) if i in marks or decode([i]).strip())
+        ends |= {next(rest, -1)} & marks
+    return ends
 
 
 def extracted(text: str, pattern: re.Pattern[str] | None) -> str:

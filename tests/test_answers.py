@@ -11,11 +11,22 @@ from conftest import arguments, weights
 from families import tiny
 from ranks import launch
 from test_cli import one_line
+from test_examples import chat_tokenizer, turn
 from test_parallel import DDP, FSDP2
 from test_prepare import byte_tokenizer
 
 from salt_lightning import cli
-from salt_lightning.answers import AnswerTest, extracted, figures, generate, normalized, response_nll, summary, wilson
+from salt_lightning.answers import (
+    AnswerTest,
+    extracted,
+    figures,
+    generate,
+    normalized,
+    response_nll,
+    summary,
+    turn_ends,
+    wilson,
+)
 from salt_lightning.errors import ConfigError
 
 PROMPTS = [[5, 9, 3], [7], [11, 2, 6, 30, 4]]
@@ -48,13 +59,13 @@ def test_generation_begins_where_the_packed_forward_ends(family):
         return out.sequences
 
     lm.model.generate = spy
-    generate(lm.model, PROMPTS, 3, EOS, torch.device("cpu"))
+    generate(lm.model, PROMPTS, 3, [EOS], torch.device("cpu"))
     torch.testing.assert_close(seen[0], expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @torch.no_grad()
-def test_generation_is_greedy_and_ends_at_eos(family):
+def test_generation_is_greedy_and_ends_at_the_first_mark_of_an_end(family):
     """Against a loop without cache, padding or batch."""
     lm = tiny(family).eval()
     longest = {}
@@ -63,14 +74,16 @@ def test_generation_is_greedy_and_ends_at_eos(family):
         for _ in range(8):
             ids.append(int(lm.model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
         longest[tuple(prompt)] = ids[len(prompt) :]
-    eos = longest[tuple(PROMPTS[0])][4]  # so that one of them ends early
-    expected = [(answer[: answer.index(eos)] if eos in answer else answer) for answer in longest.values()]
+    stops = [longest[tuple(PROMPTS[0])][4], longest[tuple(PROMPTS[1])][2]]  # so that two of them end early
+    ends = ([place for place, token in enumerate(answer) if token in stops] for answer in longest.values())
+    expected = [answer[: min(found, default=8)] for answer, found in zip(longest.values(), ends, strict=True)]
     lm.model.generation_config.update(repetition_penalty=9.0, temperature=0.1, do_sample=True)  # as of a hub model
     before = torch.get_rng_state()
-    assert generate(lm.model, PROMPTS, 8, eos, torch.device("cpu")) == expected
+    assert generate(lm.model, PROMPTS, 8, stops, torch.device("cpu")) == expected
     assert torch.equal(before, torch.get_rng_state())
     assert lm.model.generation_config.repetition_penalty == 9.0
     assert len(expected[0]) <= 4
+    assert len(expected[1]) <= 2
 
 
 @torch.no_grad()
@@ -85,6 +98,22 @@ def test_the_likelihood_of_a_response():
 
 
 # --- of texts and numbers ---
+
+
+@pytest.mark.parametrize(
+    ("response", "ends"),
+    [
+        (["4", "<turn>", "<eos>"], {"<turn>"}),  # Gemma
+        (["4", "<turn>", "\n", "<eos>"], {"<turn>"}),  # Phi-3
+        (["4", "<eos>"], set()),  # a turn that ends with EOS: Qwen, Llama 3, plain text
+        (["<message>", "4", "<eos>"], set()),  # gpt-oss: it would end each answer before its first word
+        (["<eos>"], set()),
+    ],
+)
+def test_marks_that_end_a_turn(response, ends):
+    words = ["4", "\n", "<turn>", "<message>", "<eos>"]
+    found = turn_ends([[words.index(word) for word in response]], {2, 3, 4}, lambda ids: words[ids[0]])
+    assert {words[i] for i in found} == ends
 
 
 @pytest.mark.parametrize(
@@ -302,3 +331,27 @@ def test_the_same_answers_of_two_ranks(learned, tmp_path):
             likelihood = other.pop("log_likelihood")
             assert one["log_likelihood"] == pytest.approx(likelihood, abs=1e-4)
             assert other.items() <= one.items()
+
+
+def test_an_answer_of_a_chat_ends_with_its_turn(learned, settings, tmp_path, monkeypatch):
+    """Gemma's EOS ends no turn: a student that goes on behind the turn has answered all the same."""
+    tokenizer = chat_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "chat")
+    own = {
+        "data.source": learned["data.source"], "data.val_source": learned["data.source"], "kd.weight": 0.0,
+        "data.tokenizer": str(tmp_path / "chat"), "run": str(tmp_path / "run"), "data.block_size": 48,
+        "data.examples.messages": [turn("user", "{q}"), turn("assistant", "{a}")], "answers.max_new_tokens": 3,
+        "answers.max_examples": 2, "trainer.max_steps": 3, "trainer.val_check_interval": 3,
+    }  # fmt: skip
+    assert cli.main(["fit", *arguments(settings, own)]) == 0
+    asked = []
+
+    def spy(model, prompts, max_new_tokens, stops, device):
+        asked.append(stops)
+        return generate(model, prompts, max_new_tokens, stops, device)
+
+    monkeypatch.setattr("salt_lightning.answers.generate", spy)
+    kept = ("data.", "run", "answers.", "trainer.accelerator", "trainer.enable")
+    merged = {key: value for key, value in {**settings, **own}.items() if key.startswith(kept)}
+    assert cli.main(["test", *arguments(merged, {"ckpt_path": "last"})]) == 0
+    assert asked[0] == [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|end|>")]
