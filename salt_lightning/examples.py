@@ -105,23 +105,25 @@ def segments(conversation: list[Message], render: Callable[..., Any] | None) -> 
             is learned goes from where generation would begin up to the mark that ends the turn.
 
     Raises:
-        ConfigError: the chat template refuses the conversation, or writes its beginning in another way than the whole.
+        ConfigError: the chat template refuses the conversation, does not write all of it, or writes its beginning in
+            another way than the whole.
     """
     if render is None:
         return [(message["content"], message["role"] == "assistant") for message in conversation]
-    text, found = "", list[Segment]()
+    text, asked, heard, found = "", 0, set[str](), list[Segment]()
     for i, message in enumerate(conversation):
         if message["role"] != "assistant":
             continue
         try:
-            before = render(conversation[:i], add_generation_prompt=True)
-            after = render(conversation[: i + 1], add_generation_prompt=False)
-            without = [*conversation[:i], {key: part for key, part in message.items() if key != "tool_calls"}]
-            silent = message.get("tool_calls") and after == render(without, add_generation_prompt=False)
+            before, after = _around(conversation, i, render)
+            dropped = _dropped(conversation, range(asked, i + 1), heard, render)
         except Exception as error:
             raise ConfigError(f"--data.examples.messages: the chat template fails ({one_line(error)})") from error
-        if silent:
-            raise ConfigError("--data.examples.messages: the tokenizer's chat template does not write tool_calls")
+        if dropped:
+            raise ConfigError(
+                f"--data.examples.messages: the tokenizer's chat template does not write {dropped}; give the tokenizer "
+                "one that does, or leave it out of the data"
+            )
         if not (before.startswith(text) and after.startswith(before)):
             raise ConfigError(
                 "--data.examples.messages: the tokenizer's chat template writes the beginning of a conversation in "
@@ -130,8 +132,33 @@ def segments(conversation: list[Message], render: Callable[..., Any] | None) -> 
             )
         answer = after[len(before) :].rstrip()  # the mark ends it, not the new line after the mark
         found += [(before[len(text) :], False), (answer, True)]
-        text = before + answer
+        text, asked = before + answer, i + 1
     return found
+
+
+def _around(messages: list[Message], answer: int, render: Callable[..., str]) -> tuple[str, str]:
+    """The text up to where an answer begins, and up to where it ends."""
+    before = render(messages[:answer], add_generation_prompt=True)
+    return before, render(messages[: answer + 1], add_generation_prompt=False)
+
+
+def _dropped(messages: list[Message], asked: range, heard: set[str], render: Callable[..., str]) -> str:
+    """What the chat template does not write of an answer and of the messages that it answers; "": it writes all.
+
+    The text is the same without it. `heard`: roles that have said something which is written; one time is enough.
+    """
+    written = _around(messages, asked[-1], render)
+    for i in asked:
+        message, others = messages[i], dict[str, Message]()
+        if message["content"].strip() and message["role"] not in heard:
+            others[f"what the role {message['role']} says"] = {**message, "content": message["content"] + "?"}
+            heard.add(message["role"])
+        if message.get("tool_calls"):
+            others["tool_calls"] = {key: part for key, part in message.items() if key != "tool_calls"}
+        for what, other in others.items():
+            if _around([*messages[:i], other, *messages[i + 1 :]], asked[-1], render) == written:
+                return what
+    return ""
 
 
 # --- templates ---

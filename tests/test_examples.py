@@ -129,9 +129,33 @@ def test_tool_calls_are_learned_where_the_template_writes_them(tmp_path, content
     assert learned == f"{content or ''}<call>weather</call><|end|><|endoftext|>"
     tokenizer.chat_template = TEMPLATE
     with pytest.raises(
-        ConfigError, match=r"template does not write tool_calls; \S+rows.jsonl: line 1; --data.bad_lines"
+        ConfigError, match=r"template does not write tool_calls; .*; \S+rows.jsonl: line 1; --data.bad_lines"
     ):
         prepared(tmp_path, rows, CHAT, tokenizer)
+
+
+@pytest.mark.parametrize("said", ["42", "Four, and a day of rain."])
+@pytest.mark.parametrize("role", ["tool", "assistant"])
+def test_a_template_that_drops_what_a_role_says_is_refused(tmp_path, role, said):
+    """Zephyr's drops tools; those of pictures read a list of parts, and would have empty answers learned."""
+    tokenizer = chat_tokenizer()
+    content = f"{{% if m.role != '{role}' %}}{{{{ m.content }}}}{{% endif %}}"
+    tokenizer.chat_template = TEMPLATE.replace("{{ m.content }}", content)
+    asked = [turn("user", "rain?"), turn("assistant", said)]
+    rows = [{"messages": asked}, {"messages": [*asked, turn("tool", said), turn("assistant", "yes")]}]
+    line = 2 if role == "tool" else 1
+    with pytest.raises(ConfigError, match=f"does not write what the role {role} says; give .*: line {line}; --data"):
+        prepared(tmp_path, rows, CHAT, tokenizer)
+
+
+def test_what_a_template_writes_in_its_own_way_is_written(tmp_path):
+    """As Qwen3's, which drops the thinking of earlier turns, or one that writes an answer of a tool as JSON."""
+    tokenizer = chat_tokenizer()
+    own = "{{ m.content.split('</think>')[-1] | trim }}"
+    tokenizer.chat_template = TEMPLATE.replace("{{ m.content }}", own)
+    rows = [{"messages": [turn("user", " rain? "), turn("assistant", "<think>a long thought</think>\n\nyes")]}]
+    files, _ = prepared(tmp_path, rows, CHAT, tokenizer)
+    assert tokenizer.decode(files.tokens[files.learned == 1].tolist()) == "yes<|end|><|endoftext|>"
 
 
 def test_calls_of_a_table_have_no_nulls_and_an_empty_list_is_none(tmp_path):
