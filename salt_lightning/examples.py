@@ -1,7 +1,7 @@
 """Fine-tuning examples: what a row of data asks, and what is learned of it.
 
     fields of a row  ->  conversation: messages of user and assistant     Examples.conversation
-    conversation     ->  segments of text, learned or not                 segments
+    conversation     ->  examples: segments of text, learned or not       segments
 
 A plain example is a conversation, too: its prompt is the user's message, its response the assistant's.
 """
@@ -96,8 +96,12 @@ class Examples:
         return [("examples.prompt", self.prompt), ("examples.response", self.response)]
 
 
-def segments(conversation: list[Message], render: Callable[..., Any] | None) -> list[Segment]:
-    """The text of an example, cut where what the assistant says begins and ends.
+def segments(conversation: list[Message], render: Callable[..., Any] | None) -> list[list[Segment]]:
+    """The text of a conversation, cut where what the assistant says begins and ends.
+
+    It is one example, unless the template writes what was said in another way later on (Qwen3 without its thinking):
+    there another example begins, with the text that comes before the next answer, so that each answer is learned
+    behind the text that generation would see.
 
     Args:
         conversation: ends with the assistant.
@@ -105,12 +109,12 @@ def segments(conversation: list[Message], render: Callable[..., Any] | None) -> 
             is learned goes from where generation would begin up to the mark that ends the turn.
 
     Raises:
-        ConfigError: the chat template refuses the conversation, does not write all of it, or writes its beginning in
-            another way than the whole.
+        ConfigError: the chat template refuses the conversation, does not write all of it, or begins an answer in
+            another way than it asks for one.
     """
     if render is None:
-        return [(message["content"], message["role"] == "assistant") for message in conversation]
-    text, asked, heard, found = "", 0, set[str](), list[Segment]()
+        return [[(message["content"], message["role"] == "assistant") for message in conversation]]
+    text, asked, heard, found = "", 0, set[str](), list[list[Segment]]()
     for i, message in enumerate(conversation):
         if message["role"] != "assistant":
             continue
@@ -124,14 +128,16 @@ def segments(conversation: list[Message], render: Callable[..., Any] | None) -> 
                 f"--data.examples.messages: the tokenizer's chat template does not write {dropped}; give the tokenizer "
                 "one that does, or leave it out of the data"
             )
-        if not (before.startswith(text) and after.startswith(before)):
+        answer = _answer(before, after, conversation[i - 1]["content"].strip())
+        if answer is None:
             raise ConfigError(
-                "--data.examples.messages: the tokenizer's chat template writes the beginning of a conversation in "
-                "another way than the whole, so what the assistant says cannot be told apart; give one answer a "
-                "conversation, or another --data.tokenizer"
+                "--data.examples.messages: the tokenizer's chat template begins an answer in another way than it asks "
+                f"for one ({before[-20:]!r}), so what the assistant says cannot be told apart; give the tokenizer a "
+                "template whose answers begin with its generation prompt, or use --data.examples.prompt and .response"
             )
-        answer = after[len(before) :].rstrip()  # the mark ends it, not the new line after the mark
-        found += [(before[len(text) :], False), (answer, True)]
+        if not (found and before.startswith(text)):
+            found, text = [*found, []], ""
+        found[-1] += [(before[len(text) :], False), (answer, True)]
         text, asked = before + answer, i + 1
     return found
 
@@ -140,6 +146,17 @@ def _around(messages: list[Message], answer: int, render: Callable[..., str]) ->
     """The text up to where an answer begins, and up to where it ends."""
     before = render(messages[:answer], add_generation_prompt=True)
     return before, render(messages[: answer + 1], add_generation_prompt=False)
+
+
+def _answer(before: str, after: str, asked: str) -> str | None:
+    """What `after` has behind `before`, up to the mark that ends it, not the new line after the mark; None: it has not.
+
+    Mistral v0.3 writes the system's text in front of a last question alone: from that question on they are the same.
+    """
+    if not after.startswith(before):
+        before = before[before.rfind(asked) :] if asked and asked in before else ""
+        before = after[: after.rfind(before) + len(before)] if before and before in after else ""
+    return after[len(before) :].rstrip() if before else None
 
 
 def _dropped(messages: list[Message], asked: range, heard: set[str], render: Callable[..., str]) -> str:

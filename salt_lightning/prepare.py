@@ -82,10 +82,13 @@ def prepare_tokenizer(corpus: Corpus, vocab_size: int, val_fraction: float, cach
     return folder
 
 
+_CUT = 2  # another number, another way of cutting conversations into what is learned and what is not
+
+
 def token_folder(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, val_fraction: float, cache_dir: Path) -> Path:
     """Where a corpus is kept as tokens: named by a fingerprint of all that determines them."""
     # a template may write any of the named tokens
-    chat = [tokenizer.chat_template, tokenizer.special_tokens_map] if corpus.examples.messages else None
+    chat = [_CUT, tokenizer.chat_template, tokenizer.special_tokens_map] if corpus.examples.messages else None
     rules, begins = rules_fingerprint(tokenizer), beginning(tokenizer.backend_tokenizer)
     return cache_dir / digest([FORMAT, corpus.inputs(), rules, val_fraction, chat, begins])
 
@@ -216,6 +219,8 @@ class _Written:
     origin: str  # digest of what the manifest says of the files' making
     num_raws: int = 0
     num_left_out: int = 0  # rows
+    num_split: int = 0  # conversations that are several examples
+    num_of_split: int = 0  # examples that they are
     raws_hash: str = ""
     read_bytes: int = 0
     sources: dict[str, int] = field(default_factory=dict)  # name -> index
@@ -273,8 +278,10 @@ def _write(encoder: Encoder, origin: dict[str, Any], unfinished: Unfinished, wor
                 written.skipped.add(skipped)
                 for split, block in blocks.items():
                     writers[split].add(block, _source_ids(block, written.sources, encoder.corpus))
-                documents = sum(len(block.lengths) for block in blocks.values())
-                written.num_left_out += len(raw.rows) - documents - skipped.lines
+                    written.num_split += block.num_split
+                    written.num_of_split += block.num_split + block.num_more
+                kept = sum(len(block.lengths) - block.num_more for block in blocks.values())
+                written.num_left_out += len(raw.rows) - kept - skipped.lines
                 written.follow(raw_hash, raw.read_bytes)
                 done = written.done()
                 progress.update(done)
@@ -290,7 +297,11 @@ def _write(encoder: Encoder, origin: dict[str, Any], unfinished: Unfinished, wor
         for writer in writers.values():
             writer.close()
     left_out = f"; {written.num_left_out} rows without text are left out" if written.num_left_out else ""
-    rank_zero_info(summary_line(start, written.done()) + left_out)
+    split = (
+        f"; {written.num_split} conversations are {written.num_of_split} examples, as the chat template writes what "
+        "was said in another way later on"
+    )
+    rank_zero_info(summary_line(start, written.done()) + left_out + (split if written.num_split else ""))
     return {
         "sources": list(written.sources),
         "splits": {split: writer.entry() for split, writer in writers.items()},

@@ -58,6 +58,8 @@ class Block:
     token_bytes: np.ndarray | None  # of each id
     text_bytes: int = 0
     learned: np.ndarray | None = None  # of each id, where documents are examples
+    num_split: int = 0  # conversations that are several documents
+    num_more: int = 0  # documents that these are besides the first
 
 
 def columns(split: str, dtype: str, examples: bool = False) -> dict[str, tuple[str, str]]:

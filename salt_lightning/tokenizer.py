@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from salt_lightning.documents import Corpus, Raw, read_raw, utf8
 from salt_lightning.errors import ConfigError, first_line, one_line
-from salt_lightning.examples import Message, segments
+from salt_lightning.examples import Message, Segment, segments
 from salt_lightning.parse import Skipped, documents, empty_error, lots
 from salt_lightning.token_files import Block, TokenFiles, digest
 
@@ -296,7 +296,8 @@ class ExampleEncoder(Encoder):
     """The same for rows of fine-tuning examples.
 
     Each segment is tokenized on its own, so that the ids of a prompt are the same whatever is answered: training and
-    generation see the same. An example goes to a split by the hash of its prompt.
+    generation see the same. A conversation goes to a split, with all its examples, by the hash of what comes before its
+    last answer.
     """
 
     chat: PreTrainedTokenizerBase | None  # writes its template; None: plain text
@@ -321,36 +322,42 @@ class ExampleEncoder(Encoder):
         """Whether the tokenizer puts one before what it takes for a whole text (SentencePiece)."""
         return self._plain(_ANCHOR + "a")[0] != self._plain(_ANCHOR)[0] + self._plain("a")[0]
 
-    def _take(self, content: list[Message]) -> tuple[_Example, bytes] | None:
-        example = self._encode(content)
-        if example[1][0]:  # nothing comes before an empty prompt's response to learn it from
+    def _take(self, content: list[Message]) -> tuple[list[_Example], bytes] | None:
+        examples = self._encode(content)
+        if examples[0][1][0]:  # nothing comes before an empty prompt's response to learn it from
             return None
-        return example, utf8("\0".join(message["content"] for message in content[:-1]))
+        return examples, utf8("\0".join(message["content"] for message in content[:-1]))
 
     def response(self, text: str) -> list[int]:
         """The ids of a response, with its EOS."""
-        ids, learned, _ = self._encode([{"role": "user", "content": "?"}, {"role": "assistant", "content": text}])
+        ((ids, learned, _),) = self._encode([{"role": "user", "content": "?"}, {"role": "assistant", "content": text}])
         return ids[learned].tolist()
 
-    def _block(self, docs: list[tuple[_Example, str]], with_bytes: bool) -> Block:
-        ids, learned, counts = (np.concatenate(column) for column in zip(*[e for e, _ in docs], strict=True))
+    def _block(self, docs: list[tuple[list[_Example], str]], with_bytes: bool) -> Block:
+        examples = [example for of_row, _ in docs for example in of_row]
+        ids, learned, counts = (np.concatenate(column) for column in zip(*examples, strict=True))
         return Block(
             ids.astype(self.dtype),
-            np.array([len(ids) for (ids, _, _), _ in docs], np.int64),
-            [source for _, source in docs],
+            np.array([len(ids) for ids, _, _ in examples], np.int64),
+            [source for of_row, source in docs for _ in of_row],
             counts.astype(np.int32) if with_bytes else None,
             int(counts.sum()),
             learned.astype(np.uint8),
+            sum(len(of_row) > 1 for of_row, _ in docs),
+            len(examples) - len(docs),
         )
 
-    def _encode(self, conversation: list[Message]) -> _Example:
+    def _encode(self, conversation: list[Message]) -> list[_Example]:
         # A template's marks are special tokens. Elsewhere a text that spells one out is still text.
         self.tokenizer.encode_special_tokens = self.chat is None
         render = partial(self.chat.apply_chat_template, tokenize=False) if self.chat is not None else None
-        ids = [] if render else list(self._beginning)  # a template writes its own
+        return [self._tokenized(example) for example in segments(conversation, render)]
+
+    def _tokenized(self, example: list[Segment]) -> _Example:
+        ids = [] if self.chat is not None else list(self._beginning)  # a template writes its own
         learned, counts = [False] * len(ids), [0] * len(ids)
         start = len(ids)
-        for text, is_learned in segments(conversation, render):
+        for text, is_learned in example:
             text = utf8(text).decode()
             new, offsets = self._continued(text, ids) if len(ids) > start else self._plain(text)
             if new:

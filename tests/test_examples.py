@@ -348,14 +348,63 @@ def test_messages_of_templates(tmp_path):
     )
 
 
-def test_a_template_that_rewrites_what_was_said_is_refused():
-    conversation = [turn("user", "u"), turn("assistant", "one"), turn("user", "v"), turn("assistant", "two")]
+# As Qwen3, which drops the thinking of turns before the last question; Phi-3, which ends all but a question with EOS;
+# Mistral v0.3, which puts the system's text before the last question.
+THINKS = TEMPLATE.replace("m.content", "m.content if loop.last else m.content.split('</think>')[-1]")
+ENDS = TEMPLATE.replace("{% if add", "{% if not add_generation_prompt %}<|endoftext|>{% endif %}{% if add")
+MOVES = (
+    "{% for m in messages[1:] %}<|{{ m.role }}|>"
+    "{% if loop.last and m.role == 'user' %}{{ messages[0].content }} {% endif %}"
+    "{{ m.content }}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 
-    def forgetful(messages, add_generation_prompt):
-        return "".join(m["content"] for m in messages[-2:]) + ">" * add_generation_prompt
 
-    with pytest.raises(ConfigError, match="in another way than the whole"):
-        segments(conversation, forgetful)
+@pytest.mark.parametrize("template", [THINKS, ENDS, MOVES])
+def test_each_answer_is_learned_behind_what_generation_would_see(tmp_path, template, caplog):
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = template
+    talk = [turn("system", "s"), turn("user", "u"), turn("assistant", "<think>1</think>one"), turn("user", "v"),
+            turn("assistant", "<think>2</think>two"), turn("user", "w"), turn("assistant", "three")]  # fmt: skip
+    rows = [{"messages": talk}, {"messages": talk[:3]}]
+    with caplog.at_level(logging.INFO):
+        files, _ = prepared(tmp_path, rows, CHAT, tokenizer)
+    assert (
+        "1 conversations are 3 examples, as the chat template writes what was said in another way later" in caplog.text
+    )
+    assert "left out" not in caplog.text
+    examples = ExampleRows(files, 256, True)
+    found = [examples.prompt_and_response(i) for i in range(files.num_documents)]
+    told = [talk[:2], talk[:4], talk[:6], talk[:2]]
+    prompts = [tokenizer.apply_chat_template(t, add_generation_prompt=True, tokenize=False) for t in told]
+    assert [tokenizer.decode(prompt) for prompt, _ in found] == prompts
+    says = [talk[2], talk[4], talk[6], talk[2]]
+    ends = "<|end|>\n<|endoftext|>" if template == ENDS else "<|end|><|endoftext|>"
+    assert [tokenizer.decode(response) for _, response in found] == [message["content"] + ends for message in says]
+
+
+def test_the_examples_of_a_conversation_are_on_one_side(tmp_path):
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = ENDS
+    rows = [
+        {"messages": [turn("user", f"<{i}>"), turn("assistant", "a"), turn("user", "b"), turn("assistant", "c")]}
+        for i in range(40)
+    ]
+    files, _ = prepared(tmp_path, rows, CHAT, tokenizer, val_fraction=0.5)
+    texts = [tokenizer.decode(TokenFiles(files.folder.parent, split).tokens.tolist()) for split in ("train", "val")]
+    train, val = ([int(i) for i in re.findall(r"<(\d+)>", text)] for text in texts)
+    assert min(len(train), len(val)) > 10
+    assert not {*train} & {*val}
+    assert sorted(train + val) == sorted([*range(40), *range(40)])
+
+
+def test_a_template_that_asks_for_an_answer_in_another_way_than_it_writes_one_is_refused():
+    """DeepSeek V3.1's asks with <think>."""
+
+    def thinking(messages, add_generation_prompt):
+        return "".join(m["content"] for m in messages) + "<think>" * add_generation_prompt
+
+    with pytest.raises(ConfigError, match=r"begins an answer in another way than it asks for one \('u<think>'\)"):
+        segments([turn("user", "u"), turn("assistant", "one")], thinking)
 
 
 # --- rows ---
