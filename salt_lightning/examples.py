@@ -52,7 +52,10 @@ class Examples:
                 "with, RUN/tokenizer"
             ]
         if bool(self.messages) == bool(self.prompt or self.response):
-            return ["--data.examples: give prompt and response, or messages"]
+            return [
+                "--data.examples: give prompt and response, or messages (configs/tasks/chat.yaml); those of a config "
+                "go by --data.examples.prompt '' --data.examples.response ''"
+            ]
         if isinstance(self.messages, str) and self.messages:
             return []
         wrong = [problem for setting, template in self._templates() for problem in _problems(setting, template)]

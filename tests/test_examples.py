@@ -468,7 +468,7 @@ def test_label_counts_are_those_of_the_rows(data, size, tmp_path_factory):
 
 ERRORS = {
     "no response": ({"prompt": "{q}"}, r"--data.examples.response: '' is empty; it must write at least one {column}"),
-    "both forms": ({"messages": "m", "prompt": "{q}"}, r"--data.examples: give prompt and response, or messages"),
+    "both forms": ({"messages": "m", "prompt": "{q}"}, r"or messages \(.*\); those .* --data.examples.prompt ''"),
     "an open brace": ({"prompt": "{q", "response": "{a}"}, r"--data.examples.prompt: '{q' is no template \(.*\); col"),
     "no name": ({"prompt": "{}", "response": "{a}"}, r"--data.examples.prompt: '{}': {} is no column; write {column}"),
     "no column": ({"prompt": "Say:", "response": "{a}"}, r"--data.examples.prompt: 'Say:': it names no column; write"),
