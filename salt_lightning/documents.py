@@ -16,7 +16,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -47,7 +47,7 @@ class Corpus:
     def inputs(self) -> list[Any]:
         """All that decides the documents, as plain data (part of the cache's fingerprint)."""
         groups = [group.inputs() for group in self.groups]
-        return [self.text_column, self.source_column, groups, self.skip_bad_lines, asdict(self.examples)]
+        return [self.text_column, self.source_column, groups, self.skip_bad_lines, self.examples.inputs()]
 
     def shared_with(self, other: "Corpus") -> list[str]:
         """Files, and splits of hub data sets, that both read."""
@@ -223,7 +223,14 @@ def _size(row: Any) -> int:
 
 
 def check_columns(corpus: Corpus, found: list[str], where: str) -> None:
-    for column, setting in corpus.columns().items():
+    columns, examples = corpus.columns(), corpus.examples
+    if "tools" in found and "tools" not in columns and isinstance(examples.messages, str) and examples.messages:
+        if examples.tools != "":
+            raise ConfigError(
+                f"--data.examples.tools: {where} has a column 'tools', which the chat template may write; name it by "
+                "--data.examples.tools tools, or leave it unread by --data.examples.tools ''"
+            )
+    for column, setting in columns.items():
         if column not in found:
             raise ConfigError(f"--data.{setting}: no column {column!r} in {where}; there are: {', '.join(found)}")
         if found.count(column) > 1:

@@ -6,15 +6,32 @@
 A plain example is a conversation, too: its prompt is the user's message, its response the assistant's.
 """
 
+import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from string import Formatter
-from typing import Any
+from typing import Any, NamedTuple
 
 from salt_lightning.errors import ConfigError, one_line, refuse, wrong_kinds
 
 Message = dict[str, Any]  # role, content, and what else a chat template may write (tool_calls)
 Segment = tuple[str, bool]  # text, and whether it is learned
+
+
+class Conversation(NamedTuple):
+    """What a row holds: the messages up to the last that is learned, and the tools that the assistant may call."""
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None = None
+
+    def __str__(self) -> str:
+        return str(self.messages)
+
+    def asked(self) -> str:
+        """All that its last answer depends on."""
+        said = "\0".join(message["content"] for message in self.messages[:-1])
+        return said if self.tools is None else f"{said}\0{json.dumps(self.tools, default=str)}"
 
 
 @dataclass(frozen=True)
@@ -28,11 +45,14 @@ class Examples:
         response: The text to learn, likewise, with the space that divides it from the prompt: " {answer}".
         messages: For the tokenizer's chat template: a column of conversations (lists of role and content), or a list
             of such messages, whose contents are templates. What the assistant says is learned.
+        tools: A column of what the assistant may call, for the chat template: a list of tools, or JSON of one. null:
+            none, and a column "tools" is refused; "" leaves such a column unread.
     """
 
     prompt: str = ""
     response: str = ""
     messages: str | list[dict[str, str]] = ""
+    tools: str | None = None
 
     def __post_init__(self) -> None:
         refuse(wrong_kinds(Examples, vars(self), "--data.examples."))
@@ -41,6 +61,11 @@ class Examples:
     def given(self) -> bool:
         """Rows are examples, not documents."""
         return bool(self.prompt or self.response or self.messages)
+
+    def inputs(self) -> dict[str, Any]:
+        """All that decides what is learned of a row, as plain data. Without tools it is what it was before there were
+        any: a text that is tokenized is found again."""
+        return {name: value for name, value in asdict(self).items() if value or name != "tools"}
 
     def problems(self, tokenizer: str) -> list[str]:
         """All that is wrong with the settings, beside --data.tokenizer."""
@@ -56,6 +81,8 @@ class Examples:
                 "--data.examples: give prompt and response, or messages (configs/tasks/chat.yaml); those of a config "
                 "go by --data.examples.prompt '' --data.examples.response ''"
             ]
+        if self.tools and not self.messages:
+            return [f"--data.examples.tools {self.tools!r} are for a chat template; give messages, or leave it out"]
         if isinstance(self.messages, str) and self.messages:
             return []
         wrong = [problem for setting, template in self._templates() for problem in _problems(setting, template)]
@@ -67,12 +94,14 @@ class Examples:
 
     def columns(self) -> dict[str, str]:
         """Column -> the setting that names it."""
+        tools = {self.tools: "examples.tools"} if self.tools else {}
         if isinstance(self.messages, str) and self.messages:
-            return {self.messages: "examples.messages"}
-        return {_column(field): setting for setting, template in self._templates() for field, _ in _fields(template)}
+            return {self.messages: "examples.messages", **tools}
+        read = {_column(field): setting for setting, template in self._templates() for field, _ in _fields(template)}
+        return {**read, **tools}
 
-    def conversation(self, fields: dict[str, Any]) -> list[Message]:
-        """The example that a row holds, up to its last response; empty where a value is null or nothing is learned.
+    def conversation(self, fields: dict[str, Any]) -> Conversation | None:
+        """The example that a row holds, up to its last response; None where a value is null or nothing is learned.
 
         Raises:
             ConfigError: a value that is no text and no number, or that a template has no word for.
@@ -82,13 +111,13 @@ class Examples:
         else:
             texts = [_filled(setting, template, fields) for setting, template in self._templates()]
             if None in texts:
-                return []
+                return None
             messages = [{"role": role, "content": str(text)} for role, text in zip(self._roles(), texts, strict=True)]
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         said = (messages[i]["content"].strip() or messages[i].get("tool_calls") for i in answers)
         if not answers or answers[0] == 0 or not all(said):
-            return []
-        return messages[: answers[-1] + 1]
+            return None
+        return Conversation(messages[: answers[-1] + 1], _tools(fields[self.tools]) if self.tools else None)
 
     def _roles(self) -> list[str]:
         return [m.get("role", "") for m in self.messages if isinstance(m, dict)] or ["user", "assistant"]
@@ -99,7 +128,7 @@ class Examples:
         return [("examples.prompt", self.prompt), ("examples.response", self.response)]
 
 
-def segments(conversation: list[Message], render: Callable[..., Any] | None) -> list[list[Segment]]:
+def segments(conversation: Conversation, render: Callable[..., Any] | None) -> list[list[Segment]]:
     """The text of a conversation, cut where what the assistant says begins and ends.
 
     It is one example, unless the template writes what was said in another way later on (Qwen3 without its thinking):
@@ -108,22 +137,27 @@ def segments(conversation: list[Message], render: Callable[..., Any] | None) -> 
 
     Args:
         conversation: ends with the assistant.
-        render: (messages, add_generation_prompt=) -> text, the chat template; None: contents are laid end to end. What
-            is learned goes from where generation would begin up to the mark that ends the turn.
+        render: (messages, add_generation_prompt=, tools= where there are any) -> text, the chat template; None:
+            contents are laid end to end. What is learned goes from where generation would begin up to the mark that
+            ends the turn.
 
     Raises:
         ConfigError: the chat template refuses the conversation, does not write all of it, or begins an answer in
             another way than it asks for one.
     """
+    messages, tools = conversation
     if render is None:
-        return [[(message["content"], message["role"] == "assistant") for message in conversation]]
+        return [[(message["content"], message["role"] == "assistant") for message in messages]]
+    write = partial(render, tools=tools) if tools else render
     text, asked, heard, found = "", 0, set[str](), list[list[Segment]]()
-    for i, message in enumerate(conversation):
+    for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
         try:
-            before, after = _around(conversation, i, render)
-            dropped = _dropped(conversation, range(asked, i + 1), heard, render)
+            before, after = _around(messages, i, write)
+            dropped = _dropped(messages, range(asked, i + 1), heard, write)
+            if tools and (before, after) == _around(messages, i, render):
+                dropped = "tools"
         except Exception as error:
             raise ConfigError(f"--data.examples.messages: the chat template fails ({one_line(error)})") from error
         if dropped:
@@ -131,7 +165,7 @@ def segments(conversation: list[Message], render: Callable[..., Any] | None) -> 
                 f"--data.examples.messages: the tokenizer's chat template does not write {dropped}; give the tokenizer "
                 "one that does, or leave it out of the data"
             )
-        answer = _answer(before, after, conversation[i - 1]["content"].strip())
+        answer = _answer(before, after, messages[i - 1]["content"].strip())
         if answer is None:
             raise ConfigError(
                 "--data.examples.messages: the tokenizer's chat template begins an answer in another way than it asks "
@@ -262,6 +296,17 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_nulls(part) for key, part in value.items() if part is not None}
     return [_without_nulls(part) for part in value] if isinstance(value, list) else value
+
+
+def _tools(value: Any) -> list[dict[str, Any]] | None:
+    """A column of tools: tables often hold JSON, for each tool has other arguments."""
+    try:
+        tools = json.loads(value) if isinstance(value, str) and value.strip() else value or None
+    except ValueError:
+        tools = [value]
+    if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise ConfigError(f"--data.examples.tools: a list of tools or JSON of one is needed, not {str(value)[:60]!r}")
+    return tools or None
 
 
 def _no_conversation(value: Any) -> ConfigError:

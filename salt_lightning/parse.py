@@ -107,6 +107,8 @@ def _parse(raw: Raw, row: int, corpus: Corpus) -> tuple[Any, str]:
     if not isinstance(fields, dict):
         problem = f"is no JSON object but {text[:40].strip()!r}"
         raise _bad_line(corpus, _place(raw, row), problem, remedy)
+    if corpus.examples.tools:  # which a line may go without
+        fields = {corpus.examples.tools: None, **fields}
     try:
         check_columns(corpus, list(fields), _place(raw, row))
         source = _name(fields[corpus.source_column]) if corpus.source_column else raw.name

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from salt_lightning.documents import Corpus, Raw, read_raw, utf8
 from salt_lightning.errors import ConfigError, first_line, one_line
-from salt_lightning.examples import Message, Segment, segments
+from salt_lightning.examples import Conversation, Segment, segments
 from salt_lightning.parse import Skipped, documents, empty_error, lots
 from salt_lightning.token_files import Block, TokenFiles, digest
 
@@ -322,15 +322,16 @@ class ExampleEncoder(Encoder):
         """Whether the tokenizer puts one before what it takes for a whole text (SentencePiece)."""
         return self._plain(_ANCHOR + "a")[0] != self._plain(_ANCHOR)[0] + self._plain("a")[0]
 
-    def _take(self, content: list[Message]) -> tuple[list[_Example], bytes] | None:
+    def _take(self, content: Conversation) -> tuple[list[_Example], bytes] | None:
         examples = self._encode(content)
         if examples[0][1][0]:  # nothing comes before an empty prompt's response to learn it from
             return None
-        return examples, utf8("\0".join(message["content"] for message in content[:-1]))
+        return examples, utf8(content.asked())
 
     def response(self, text: str) -> list[int]:
         """The ids of a response, with its EOS."""
-        ((ids, learned, _),) = self._encode([{"role": "user", "content": "?"}, {"role": "assistant", "content": text}])
+        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": text}]
+        ((ids, learned, _),) = self._encode(Conversation(messages))
         return ids[learned].tolist()
 
     def _block(self, docs: list[tuple[list[_Example], str]], with_bytes: bool) -> Block:
@@ -347,7 +348,7 @@ class ExampleEncoder(Encoder):
             len(examples) - len(docs),
         )
 
-    def _encode(self, conversation: list[Message]) -> list[_Example]:
+    def _encode(self, conversation: Conversation) -> list[_Example]:
         # A template's marks are special tokens. Elsewhere a text that spells one out is still text.
         self.tokenizer.encode_special_tokens = self.chat is None
         render = partial(self.chat.apply_chat_template, tokenize=False) if self.chat is not None else None

@@ -26,7 +26,7 @@ from salt_lightning import cli
 from salt_lightning.documents import Corpus
 from salt_lightning.errors import ConfigError
 from salt_lightning.example_rows import ExampleRows, pack
-from salt_lightning.examples import Examples, segments
+from salt_lightning.examples import Conversation, Examples, segments
 from salt_lightning.prepare import prepare_tokens
 from salt_lightning.rows import IGNORE, NO_ROW
 from salt_lightning.sources import Hub, resolve
@@ -156,6 +156,70 @@ def test_what_a_template_writes_in_its_own_way_is_written(tmp_path):
     rows = [{"messages": [turn("user", " rain? "), turn("assistant", "<think>a long thought</think>\n\nyes")]}]
     files, _ = prepared(tmp_path, rows, CHAT, tokenizer)
     assert tokenizer.decode(files.tokens[files.learned == 1].tolist()) == "yes<|end|><|endoftext|>"
+
+
+TOOLS = "{% for t in tools or [] %}<tool>{{ t.name }}</tool>{% endfor %}" + CALLS
+RAIN = [turn("user", "rain?"), turn("assistant", "no")]
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_tools_are_a_part_of_the_prompt(tmp_path, as_json):
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = TOOLS
+    tools = [{"name": "weather"}, {"name": "search"}]
+    rows = [{"messages": RAIN, "tools": json.dumps(tools) if as_json else tools}, {"messages": RAIN},
+            {"messages": RAIN, "tools": "" if as_json else None}]  # fmt: skip
+    files, _ = prepared(tmp_path, rows, Examples(messages="messages", tools="tools"), tokenizer)
+    examples = ExampleRows(files, 128, True)
+    prompts = [tokenizer.decode(examples.prompt_and_response(i)[0]) for i in range(3)]
+    asked = "<|user|>rain?<|end|>\n<|assistant|>"
+    assert prompts == [f"<tool>weather</tool><tool>search</tool>{asked}", asked, asked]
+
+
+def test_tools_draw_the_split_and_are_in_the_cache(tmp_path):
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = TOOLS
+    rows = [{"messages": RAIN, "tools": [{"name": f"w{i}"}]} for i in range(40)]
+    files, _ = prepared(tmp_path, rows, Examples(messages="messages", tools="tools"), tokenizer, val_fraction=0.5)
+    assert 10 < files.num_documents < 30
+    unread, _ = prepared(tmp_path, rows, Examples(messages="messages", tools=""), tokenizer, val_fraction=0.5)
+    assert unread.folder != files.folder
+    assert Examples(prompt="{q}").inputs() == {"prompt": "{q}", "response": "", "messages": ""}  # as before tools
+
+
+@pytest.mark.parametrize(
+    ("examples", "tools", "message"),
+    [
+        (
+            CHAT,
+            [{"name": "w"}],
+            "rows.jsonl: line 1 has a column 'tools', .* by --data.examples.tools tools, or leave it",
+        ),
+        (Examples(messages="messages", tools="tolls"), [], "rows.jsonl: line 1 has a column 'tools'"),
+        (
+            Examples(messages="messages", tools="tools"),
+            "no JSON",
+            "a list of tools or JSON of one is needed, not 'no J",
+        ),
+        (Examples(messages="messages", tools="tools"), ["w"], r"a list of tools or JSON of one is needed, not \"\['w'"),
+        (Examples(messages="messages", tools="tools"), [{"name": "w"}], "chat template does not write tools; give the"),
+    ],
+)
+def test_tools_are_never_dropped_in_silence(tmp_path, examples, tools, message):
+    with pytest.raises(ConfigError, match=message):
+        prepared(tmp_path, [{"messages": RAIN, "tools": tools}], examples, chat_tokenizer())
+
+
+def test_a_table_may_hold_tools(tmp_path):
+    pq.write_table(pa.table({"messages": [RAIN], "tools": [[{"name": "weather"}]]}), tmp_path / "a.parquet")
+    groups = resolve("--data.source", [str(tmp_path / "a.parquet")], Hub())
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = TOOLS
+    with pytest.raises(ConfigError, match="a.parquet has a column 'tools'"):
+        prepare_tokens(Corpus("--data.source", groups, examples=CHAT), tokenizer, 1.0, tmp_path / "cache", 1)
+    corpus = Corpus("--data.source", groups, examples=Examples(messages="messages", tools="tools"))
+    files = TokenFiles(prepare_tokens(corpus, tokenizer, 1.0, tmp_path / "cache", 1), "val")
+    assert tokenizer.decode(files.tokens.tolist()).startswith("<tool>weather</tool><|user|>rain?")
 
 
 def test_calls_of_a_table_have_no_nulls_and_an_empty_list_is_none(tmp_path):
@@ -404,7 +468,7 @@ def test_a_template_that_asks_for_an_answer_in_another_way_than_it_writes_one_is
         return "".join(m["content"] for m in messages) + "<think>" * add_generation_prompt
 
     with pytest.raises(ConfigError, match=r"begins an answer in another way than it asks for one \('u<think>'\)"):
-        segments([turn("user", "u"), turn("assistant", "one")], thinking)
+        segments(Conversation([turn("user", "u"), turn("assistant", "one")]), thinking)
 
 
 # --- rows ---
@@ -469,6 +533,7 @@ def test_label_counts_are_those_of_the_rows(data, size, tmp_path_factory):
 ERRORS = {
     "no response": ({"prompt": "{q}"}, r"--data.examples.response: '' is empty; it must write at least one {column}"),
     "both forms": ({"messages": "m", "prompt": "{q}"}, r"or messages \(.*\); those .* --data.examples.prompt ''"),
+    "tools without a chat": ({"prompt": "{q}", "response": "{a}", "tools": "t"}, r"tools 't' are for a chat template"),
     "an open brace": ({"prompt": "{q", "response": "{a}"}, r"--data.examples.prompt: '{q' is no template \(.*\); col"),
     "no name": ({"prompt": "{}", "response": "{a}"}, r"--data.examples.prompt: '{}': {} is no column; write {column}"),
     "no column": ({"prompt": "Say:", "response": "{a}"}, r"--data.examples.prompt: 'Say:': it names no column; write"),
