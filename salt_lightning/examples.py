@@ -113,9 +113,8 @@ class Examples:
             if None in texts:
                 return None
             messages = [{"role": role, "content": str(text)} for role, text in zip(self._roles(), texts, strict=True)]
-        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        said = (messages[i]["content"].strip() or messages[i].get("tool_calls") for i in answers)
-        if not answers or answers[0] == 0 or not all(said):
+        answers = [i for i, message in enumerate(messages) if _is_learned(message)]
+        if not answers:
             return None
         return Conversation(messages[: answers[-1] + 1], _tools(fields[self.tools]) if self.tools else None)
 
@@ -128,12 +127,18 @@ class Examples:
         return [("examples.prompt", self.prompt), ("examples.response", self.response)]
 
 
+def _is_learned(message: Message) -> bool:
+    """The assistant says something in it. Otherwise it is only read."""
+    says = message["role"] == "assistant" and (message["content"].strip() or message.get("tool_calls"))
+    return bool(says)
+
+
 def segments(conversation: Conversation, render: Callable[..., Any] | None) -> list[list[Segment]]:
     """The text of a conversation, cut where what the assistant says begins and ends.
 
     It is one example, unless the template writes what was said in another way later on (Qwen3 without its thinking):
     there another example begins, with the text that comes before the next answer, so that each answer is learned
-    behind the text that generation would see.
+    behind the text that generation would see. It is none where nothing comes before the only answer.
 
     Args:
         conversation: ends with the assistant.
@@ -151,7 +156,7 @@ def segments(conversation: Conversation, render: Callable[..., Any] | None) -> l
     write = partial(render, tools=tools) if tools else render
     text, asked, heard, found = "", 0, set[str](), list[list[Segment]]()
     for i, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if not _is_learned(message) or (i == 0 and not _begins(write)):
             continue
         try:
             before, after = _around(messages, i, write)
@@ -159,13 +164,15 @@ def segments(conversation: Conversation, render: Callable[..., Any] | None) -> l
             if tools and (before, after) == _around(messages, i, render):
                 dropped = "tools"
         except Exception as error:
+            if messages[0]["role"] == "assistant":  # no template says that it may begin
+                return []
             raise ConfigError(f"--data.examples.messages: the chat template fails ({one_line(error)})") from error
         if dropped:
             raise ConfigError(
                 f"--data.examples.messages: the tokenizer's chat template does not write {dropped}; give the tokenizer "
                 "one that does, or leave it out of the data"
             )
-        answer = _answer(before, after, messages[i - 1]["content"].strip())
+        answer = _answer(before, after, messages[i - 1]["content"].strip() if i else "")
         if answer is None:
             raise ConfigError(
                 "--data.examples.messages: the tokenizer's chat template begins an answer in another way than it asks "
@@ -177,6 +184,14 @@ def segments(conversation: Conversation, render: Callable[..., Any] | None) -> l
         found[-1] += [(before[len(text) :], False), (answer, True)]
         text, asked = before + answer, i + 1
     return found
+
+
+def _begins(render: Callable[..., str]) -> bool:
+    """The chat template writes something in front of the first message, from which an answer there can be learned."""
+    try:
+        return bool(render([], add_generation_prompt=True))
+    except Exception:  # many ask for the first message's role
+        return False
 
 
 def _around(messages: list[Message], answer: int, render: Callable[..., str]) -> tuple[str, str]:
@@ -281,8 +296,8 @@ def _messages(value: Any) -> list[Message]:
         if not isinstance(message, dict):
             raise _no_conversation(value)
         said = _without_nulls(message)
-        if "content" in message and "content" not in said:
-            if not said.get("tool_calls"):
+        if "content" not in said and ("content" in message or said.get("tool_calls")):
+            if said.get("role") != "assistant":
                 return []
             said["content"] = ""
         if not all(isinstance(said.get(key), str) for key in ("role", "content")):

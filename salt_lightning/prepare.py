@@ -296,7 +296,8 @@ def _write(encoder: Encoder, origin: dict[str, Any], unfinished: Unfinished, wor
         progress.close()
         for writer in writers.values():
             writer.close()
-    left_out = f"; {written.num_left_out} rows without text are left out" if written.num_left_out else ""
+    what = "a response to learn, or with a null," if encoder.corpus.examples.given else "text"
+    left_out = f"; {written.num_left_out} rows without {what} are left out" if written.num_left_out else ""
     split = (
         f"; {written.num_split} conversations are {written.num_of_split} examples, as the chat template writes what "
         "was said in another way later on"

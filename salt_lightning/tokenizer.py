@@ -7,7 +7,7 @@ import sys
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import chain, takewhile
 from typing import Any
 
@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from salt_lightning.documents import Corpus, Raw, read_raw, utf8
 from salt_lightning.errors import ConfigError, first_line, one_line
-from salt_lightning.examples import Conversation, Segment, segments
+from salt_lightning.examples import Conversation, Message, Segment, segments
 from salt_lightning.parse import Skipped, documents, empty_error, lots
 from salt_lightning.token_files import Block, TokenFiles, digest
 
@@ -324,7 +324,7 @@ class ExampleEncoder(Encoder):
 
     def _take(self, content: Conversation) -> tuple[list[_Example], bytes] | None:
         examples = self._encode(content)
-        if examples[0][1][0]:  # nothing comes before an empty prompt's response to learn it from
+        if not examples or examples[0][1][0]:  # nothing comes before an empty prompt's response to learn it from
             return None
         return examples, utf8(content.asked())
 
@@ -351,8 +351,12 @@ class ExampleEncoder(Encoder):
     def _encode(self, conversation: Conversation) -> list[_Example]:
         # A template's marks are special tokens. Elsewhere a text that spells one out is still text.
         self.tokenizer.encode_special_tokens = self.chat is None
-        render = partial(self.chat.apply_chat_template, tokenize=False) if self.chat is not None else None
+        render = self._written if self.chat is not None else None
         return [self._tokenized(example) for example in segments(conversation, render)]
+
+    def _written(self, messages: list[Message], **how: Any) -> str:
+        assert self.chat is not None
+        return str(self.chat.apply_chat_template([messages], tokenize=False, **how)[0])  # alone it must not be empty
 
     def _tokenized(self, example: list[Segment]) -> _Example:
         ids = [] if self.chat is not None else list(self._beginning)  # a template writes its own

@@ -301,7 +301,7 @@ def test_nulls_and_blanks_are_left_out_and_counted(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         files, _ = prepared(tmp_path, rows)
     assert files.num_documents == 1
-    assert "2 rows without text are left out" in caplog.text
+    assert "2 rows without a response to learn, or with a null, are left out" in caplog.text
 
 
 def test_a_conversation_with_a_null_is_left_out_and_counted(tmp_path, caplog):
@@ -310,7 +310,7 @@ def test_a_conversation_with_a_null_is_left_out_and_counted(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         files, _ = prepared(tmp_path, rows, Examples(messages="messages"), chat_tokenizer())
     assert files.num_documents == 1
-    assert "2 rows without text are left out" in caplog.text
+    assert "2 rows without a response to learn, or with a null, are left out" in caplog.text
 
 
 def test_a_prompt_is_never_in_both_splits(tmp_path):
@@ -385,6 +385,45 @@ def test_the_assistant_alone_is_learned_in_every_turn(tmp_path, named):
     # what generation begins with is what transformers makes of the same conversation
     assert prompt == tokenizer.apply_chat_template(conversation[:4], add_generation_prompt=True)["input_ids"]
     assert files.token_bytes[learned].sum() == len("onetwo")  # marks are no text
+
+
+def learned_of(tmp_path, messages, template=TEMPLATE):
+    """The spans that are learned of a conversation; None where it is left out."""
+    tokenizer = chat_tokenizer("<|end|>")
+    tokenizer.chat_template = template
+    rows = [{"messages": messages}, {"messages": [turn("user", "u"), turn("assistant", "last")]}]
+    files, _ = prepared(tmp_path, rows, CHAT, tokenizer)
+    if files.num_documents == 1:
+        return None
+    start, stop = 0, int(files.doc_ends[0])
+    text = tokenizer.convert_ids_to_tokens(files.tokens[start:stop].tolist())
+    marked = (token if learned else " " for token, learned in zip(text, files.learned[start:stop], strict=True))
+    return "".join(marked).split()
+
+
+CALL = {"role": "assistant", "tool_calls": [{"name": "w"}]}
+GREETS = [turn("assistant", "Hi"), turn("user", "a"), turn("assistant", "b")]
+ASKS_FIRST = "{% if messages[0].role == 'system' %}{% endif %}"
+ALTERNATES = "{% if messages[0].role == 'assistant' %}{{ raise_exception('roles must alternate') }}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("messages", "template", "learned"),
+    [
+        ([turn("user", "a"), CALL], CALLS, ["<call>w</call><|end|>"]),
+        (GREETS, TEMPLATE, ["Hi<|end|>", "b<|end|>"]),
+        (GREETS, ASKS_FIRST + TEMPLATE, ["b<|end|>"]),
+        (GREETS, ALTERNATES + TEMPLATE, None),
+        (GREETS[:1], ASKS_FIRST + TEMPLATE, None),
+        ([*GREETS[1:], turn("user", "c"), turn("assistant", " ")], TEMPLATE, ["b<|end|>"]),
+        ([*GREETS[1:], turn("user", "c"), turn("assistant", None)], TEMPLATE, ["b<|end|>"]),
+        ([turn("user", "a"), turn("assistant", ""), *GREETS[1:]], TEMPLATE, ["b<|end|>"]),
+        ([turn("user", "a"), turn("assistant", None), *GREETS[1:]], TEMPLATE, ["b<|end|>"]),
+        ([turn("user", None), *GREETS[1:]], TEMPLATE, None),
+    ],
+)
+def test_what_is_learned_of_conversations_with_gaps(tmp_path, messages, template, learned):
+    assert learned_of(tmp_path, messages, template) == learned
 
 
 def test_what_a_tokenizer_does_not_know_of_a_response_is_text(tmp_path):
