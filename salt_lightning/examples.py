@@ -128,9 +128,9 @@ class Examples:
 
 
 def _is_learned(message: Message) -> bool:
-    """The assistant says something in it. Otherwise it is only read."""
+    """The assistant says something in it, and neither OpenAI's weight 0 nor axolotl's train: false has it only read."""
     says = message["role"] == "assistant" and (message["content"].strip() or message.get("tool_calls"))
-    return bool(says)
+    return bool(says) and 0 not in (message.get("weight"), message.get("train"))  # False is 0
 
 
 def segments(conversation: Conversation, render: Callable[..., Any] | None) -> list[list[Segment]]:

@@ -420,6 +420,18 @@ ALTERNATES = "{% if messages[0].role == 'assistant' %}{{ raise_exception('roles 
         ([turn("user", "a"), turn("assistant", ""), *GREETS[1:]], TEMPLATE, ["b<|end|>"]),
         ([turn("user", "a"), turn("assistant", None), *GREETS[1:]], TEMPLATE, ["b<|end|>"]),
         ([turn("user", None), *GREETS[1:]], TEMPLATE, None),
+        ([turn("user", "z"), {**GREETS[0], "weight": 0}, *GREETS[1:]], TEMPLATE, ["b<|end|>"]),
+        (
+            [turn("user", "z"), {**GREETS[0], "weight": 1}, {**GREETS[1], "weight": 0}, {**GREETS[2], "train": True}],
+            TEMPLATE,
+            ["Hi<|end|>", "b<|end|>"],
+        ),
+        (
+            [turn("user", "z"), {**GREETS[0], "train": None}, GREETS[1], {**GREETS[2], "train": False}],
+            TEMPLATE,
+            ["Hi<|end|>"],
+        ),
+        ([GREETS[1], {**GREETS[2], "weight": 0}], TEMPLATE, None),
     ],
 )
 def test_what_is_learned_of_conversations_with_gaps(tmp_path, messages, template, learned):
