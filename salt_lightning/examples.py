@@ -100,14 +100,19 @@ class Examples:
         read = {_column(field): setting for setting, template in self._templates() for field, _ in _fields(template)}
         return {**read, **tools}
 
-    def conversation(self, fields: dict[str, Any]) -> Conversation | None:
+    def conversation(self, fields: dict[str, Any], of_table: bool = False) -> Conversation | None:
         """The example that a row holds, up to its last response; None where a value is null or nothing is learned.
+
+        Args:
+            fields: by column.
+            of_table: of parquet or the hub, where all keys are in every row, and those of all tools in every call:
+                there null is no value.
 
         Raises:
             ConfigError: a value that is no text and no number, or that a template has no word for.
         """
         if isinstance(self.messages, str) and self.messages:
-            messages = _messages(fields[self.messages])
+            messages = _messages(fields[self.messages], of_table)
         else:
             texts = [_filled(setting, template, fields) for setting, template in self._templates()]
             if None in texts:
@@ -116,7 +121,7 @@ class Examples:
         answers = [i for i, message in enumerate(messages) if _is_learned(message)]
         if not answers:
             return None
-        return Conversation(messages[: answers[-1] + 1], _tools(fields[self.tools]) if self.tools else None)
+        return Conversation(messages[: answers[-1] + 1], _tools(fields[self.tools], of_table) if self.tools else None)
 
     def _roles(self) -> list[str]:
         return [m.get("role", "") for m in self.messages if isinstance(m, dict)] or ["user", "assistant"]
@@ -288,14 +293,14 @@ def _filled(setting: str, template: str, fields: dict[str, Any]) -> str | None:
     return text
 
 
-def _messages(value: Any) -> list[Message]:
+def _messages(value: Any, of_table: bool) -> list[Message]:
     if value is None:
         return []
     messages: list[Message] = []
     for message in value if isinstance(value, list) else [None]:
         if not isinstance(message, dict):
             raise _no_conversation(value)
-        said = _without_nulls(message)
+        said = {key: _without_nulls(part) if of_table else part for key, part in message.items() if part is not None}
         if "content" not in said and ("content" in message or said.get("tool_calls")):
             if said.get("role") != "assistant":
                 return []
@@ -307,13 +312,12 @@ def _messages(value: Any) -> list[Message]:
 
 
 def _without_nulls(value: Any) -> Any:
-    """A table has all keys in every row, and those of all tools in every call."""
     if isinstance(value, dict):
         return {key: _without_nulls(part) for key, part in value.items() if part is not None}
     return [_without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
-def _tools(value: Any) -> list[dict[str, Any]] | None:
+def _tools(value: Any, of_table: bool) -> list[dict[str, Any]] | None:
     """A column of tools: tables often hold JSON, for each tool has other arguments."""
     try:
         tools = json.loads(value) if isinstance(value, str) and value.strip() else value or None
@@ -321,7 +325,7 @@ def _tools(value: Any) -> list[dict[str, Any]] | None:
         tools = [value]
     if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise ConfigError(f"--data.examples.tools: a list of tools or JSON of one is needed, not {str(value)[:60]!r}")
-    return tools or None
+    return (_without_nulls(tools) if of_table and not isinstance(value, str) else tools) or None
 
 
 def _no_conversation(value: Any) -> ConfigError:

@@ -85,7 +85,7 @@ def _parse(raw: Raw, row: int, corpus: Corpus) -> tuple[Any, str]:
     """Content and source of a row."""
     data = raw.rows[row]
     if raw.kind in ("parquet", "hub"):
-        return _checked(data, corpus, raw.name), _name(raw.sources[row]) if raw.sources else raw.name
+        return _checked(data, corpus, raw.name, of_table=True), _name(raw.sources[row]) if raw.sources else raw.name
     if data.startswith(BOM_UTF8) and raw.place(row)[1] == 1:  # a mark of the file, as Windows writes it, and no text
         data = data.removeprefix(BOM_UTF8)
     try:
@@ -117,11 +117,11 @@ def _parse(raw: Raw, row: int, corpus: Corpus) -> tuple[Any, str]:
         raise _refused(str(error)) from None
 
 
-def _checked(content: Any, corpus: Corpus, where: str) -> Any:
+def _checked(content: Any, corpus: Corpus, where: str, of_table: bool = False) -> Any:
     """A row's text, or the conversation that the fields of an example make."""
     if corpus.examples.given:
         try:
-            return corpus.examples.conversation(content)
+            return corpus.examples.conversation(content, of_table)
         except ConfigError as error:
             raise ConfigError(f"{error}; {where}") from error
     if content is not None and not isinstance(content, str):

@@ -222,19 +222,33 @@ def test_a_table_may_hold_tools(tmp_path):
     assert tokenizer.decode(files.tokens.tolist()).startswith("<tool>weather</tool><|user|>rain?")
 
 
-def test_calls_of_a_table_have_no_nulls_and_an_empty_list_is_none(tmp_path):
+def test_nulls_of_a_table_are_none_and_those_of_a_line_are_said(tmp_path):
+    """A table has all keys in every row, and those of all tools in every call."""
     tokenizer = chat_tokenizer()
-    tokenizer.chat_template = TEMPLATE.replace(
+    tokenizer.chat_template = "{{ tools[0] | tojson if tools }}" + TEMPLATE.replace(
         "{{ m.content }}", "{{ m.content }}{{ m.tool_calls[0] | tojson if m.tool_calls }}"
     )
     calling = {**turn("assistant", "b"), "tool_calls": [{"name": "w", "arguments": {"city": "x", "day": None}}]}
-    rows = [{"messages": [{**turn("user", "a"), "tool_calls": []}, calling]}]
-    files, _ = prepared(tmp_path, rows, CHAT, tokenizer)
-    assert 'b{"name": "w", "arguments": {"city": "x"}}' in tokenizer.decode(files.tokens.tolist())
-    tokenizer.chat_template = TEMPLATE
-    empty = {"messages": [turn("user", "a"), {**turn("assistant", "b"), "tool_calls": []}]}
-    (tmp_path / "rows.jsonl").write_text(json.dumps(empty))
-    assert prepared(tmp_path, [], CHAT, tokenizer)[0].num_documents == 1
+    row = {"messages": [{**turn("user", "a"), "tool_calls": []}, calling], "tools": [{"name": "w", "default": None}]}
+    examples = Examples(messages="messages", tools="tools")
+    files, _ = prepared(tmp_path, [row], examples, tokenizer)
+    said = tokenizer.decode(files.tokens.tolist())
+    assert said.startswith('{"name": "w", "default": null}<|user|>')
+    assert 'b{"name": "w", "arguments": {"city": "x", "day": null}}' in said
+    other = {**row["tools"][0], "default": 1}, {**calling["tool_calls"][0], "arguments": {"city": "x", "day": "Sunday"}}
+    another = {"messages": [row["messages"][0], {**calling, "tool_calls": [other[1]]}], "tools": [other[0]]}
+    pq.write_table(pa.table({key: [row[key], another[key]] for key in row}), tmp_path / "a.parquet")
+    groups = resolve("--data.source", [str(tmp_path / "a.parquet")], Hub())
+    folder = prepare_tokens(Corpus("x", groups, examples=examples), tokenizer, 1.0, tmp_path / "cache", 1)
+    said = tokenizer.decode(TokenFiles(folder, "val").tokens.tolist())
+    assert said.startswith('{"name": "w"}<|user|>')
+    assert 'b{"name": "w", "arguments": {"city": "x"}}' in said
+    assert '"day": "Sunday"' in said
+
+
+def test_no_calls_are_none(tmp_path):
+    empty = {"messages": [turn("user", "a"), {**turn("assistant", "b"), "tool_calls": [], "refusal": None}]}
+    assert prepared(tmp_path, [empty], CHAT, chat_tokenizer())[0].num_documents == 1
 
 
 @pytest.mark.parametrize("named", [True, False])
