@@ -224,12 +224,12 @@ def _size(row: Any) -> int:
 
 def check_columns(corpus: Corpus, found: list[str], where: str) -> None:
     columns, examples = corpus.columns(), corpus.examples
-    if "tools" in found and "tools" not in columns and isinstance(examples.messages, str) and examples.messages:
-        if examples.tools != "":
-            raise ConfigError(
-                f"--data.examples.tools: {where} has a column 'tools', which the chat template may write; name it by "
-                "--data.examples.tools tools, or leave it unread by --data.examples.tools ''"
-            )
+    of_chats = isinstance(examples.messages, str) and examples.messages
+    if of_chats and examples.tools != "" and "tools" in found and "tools" not in columns:
+        raise ConfigError(
+            f"--data.examples.tools: {where} has a column 'tools', which the chat template may write; name it by "
+            "--data.examples.tools tools, or leave it unread by --data.examples.tools ''"
+        )
     for column, setting in columns.items():
         if column not in found:
             raise ConfigError(f"--data.{setting}: no column {column!r} in {where}; there are: {', '.join(found)}")

@@ -321,7 +321,7 @@ def _tools(value: Any, of_table: bool) -> list[dict[str, Any]] | None:
     """A column of tools: tables often hold JSON, for each tool has other arguments."""
     try:
         tools = json.loads(value) if isinstance(value, str) and value.strip() else value or None
-    except ValueError:
+    except (ValueError, RecursionError):
         tools = [value]
     if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise ConfigError(f"--data.examples.tools: a list of tools or JSON of one is needed, not {str(value)[:60]!r}")

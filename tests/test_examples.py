@@ -198,6 +198,11 @@ def test_tools_draw_the_split_and_are_in_the_cache(tmp_path):
         (Examples(messages="messages", tools="tolls"), [], "rows.jsonl: line 1 has a column 'tools'"),
         (
             Examples(messages="messages", tools="tools"),
+            "[" * 9999,
+            r"a list of tools or JSON of one is needed, not '\[\[",
+        ),
+        (
+            Examples(messages="messages", tools="tools"),
             "no JSON",
             "a list of tools or JSON of one is needed, not 'no J",
         ),
