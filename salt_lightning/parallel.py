@@ -135,7 +135,7 @@ class FSDP2(ModelParallelStrategy):
             shards.require_whole(checkpoint)
         weights = self.lightning_module.state_dict()
         check_same_model(weights, checkpoint["state_dict"], f"--ckpt_path {path} holds another student")
-        saved = _saved_state(checkpoint) if self.optimizers else {}
+        saved = shards.optimizer_layout(checkpoint) if self.optimizers else {}
         states = [_empty_state(optimizer, saved) for optimizer in self.optimizers]  # none but in a fit
         if path.is_dir():
             shards.load_into({"state_dict": weights, "optimizer_states": states}, path)
@@ -147,17 +147,6 @@ class FSDP2(ModelParallelStrategy):
                     for key, tensor in tensors.items():
                         _copy(tensor, saved[name][key])
         return {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
-
-
-def _saved_state(checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
-    """The optimizer's tensors in a checkpoint, by name and key; of a folder without their data."""
-    if "optimizer" not in checkpoint:
-        return checkpoint["optimizer_states"][0]["state"]
-    found: dict[str, dict[str, Tensor]] = {}
-    for entry in checkpoint["optimizer"]:
-        name, _, key = entry.rpartition(".")
-        found.setdefault(name, {})[key] = checkpoint["optimizer"].on_meta(entry)
-    return found
 
 
 def _empty_state(optimizer: Optimizer, saved: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:

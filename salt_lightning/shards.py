@@ -23,7 +23,7 @@ import re
 import shutil
 import stat
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -437,11 +437,23 @@ def read(folder: Path) -> dict[str, Any]:
 
 def optimizer_states(checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
     """The one optimizer of what `read` returned, whole, as torch's optimizers load it."""
+    tensors = checkpoint["optimizer"]
+    return [{"state": _by_weight(tensors, tensors.__getitem__), "param_groups": checkpoint["param_groups"]}]
+
+
+def optimizer_layout(checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
+    """The optimizer's tensors in a checkpoint, file or folder, by weight and key; of a folder without their data."""
+    if "optimizer" not in checkpoint:
+        return checkpoint["optimizer_states"][0]["state"]
+    return _by_weight(checkpoint["optimizer"], checkpoint["optimizer"].on_meta)
+
+
+def _by_weight(names: Iterable[str], read: Callable[[str], Tensor]) -> dict[str, dict[str, Tensor]]:
     state: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in checkpoint["optimizer"].items():
+    for key in names:
         name, _, entry = key.rpartition(".")
-        state.setdefault(name, {})[entry] = tensor
-    return [{"state": state, "param_groups": checkpoint["param_groups"]}]
+        state.setdefault(name, {})[entry] = read(key)
+    return state
 
 
 def load_into(checkpoint: dict[str, Any], folder: Path) -> None:
