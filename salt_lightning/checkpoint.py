@@ -1,6 +1,7 @@
 """When a run is saved, how a file gets onto the disk, and which one `last` is.
 
-A checkpoint is always the state right after an optimizer step whose validation, if one was due, is done.
+A checkpoint is the state right after an optimizer step whose validation, if one was due, is done; but where a run is
+told to stop, which may leave no time for one that nothing depends on.
 """
 
 import math
@@ -220,7 +221,9 @@ class RunCheckpoint(Checkpoint):
             return
         loop = trainer.fit_loop.epoch_loop
         follows = loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
-        if stop or not follows:  # a validation may take longer than there is time
+        # A validation may take longer than there is time; but no later start makes one up that ends the run, or KD.
+        decides = step >= trainer.max_steps or any(kd.looks_for_boundary for kd in kd_callbacks(trainer))
+        if not follows or (stop and not decides):
             self._save(trainer, pl_module)
         self._due = follows
         if stop:

@@ -29,8 +29,9 @@ class Conversation(NamedTuple):
         return str(self.messages)
 
     def asked(self) -> str:
-        """All that its last answer depends on."""
-        said = "\0".join(message["content"] for message in self.messages[:-1])
+        """All that its first answer behind a question depends on: conversations that begin alike are on one side."""
+        answers = [i for i, message in enumerate(self.messages) if i and _is_learned(message)]
+        said = "\0".join(message["content"] for message in self.messages[: answers[0] if answers else 0])
         return said if self.tools is None else f"{said}\0{json.dumps(self.tools, default=str)}"
 
 
@@ -118,6 +119,9 @@ class Examples:
             if None in texts:
                 return None
             messages = [{"role": role, "content": str(text)} for role, text in zip(self._roles(), texts, strict=True)]
+            for message, (_, template) in zip(messages, self._templates(), strict=True):
+                if not any(_fields(template)):  # an answer of every row shows how, and is not learned again and again
+                    message["train"] = False
         answers = [i for i, message in enumerate(messages) if _is_learned(message)]
         if not answers:
             return None
@@ -159,13 +163,13 @@ def segments(conversation: Conversation, render: Callable[..., Any] | None) -> l
     if render is None:
         return [[(message["content"], message["role"] == "assistant") for message in messages]]
     write = partial(render, tools=tools) if tools else render
-    text, asked, heard, found = "", 0, set[str](), list[list[Segment]]()
+    text, asked, heard, found = "", 0, set[Any](), list[list[Segment]]()
     for i, message in enumerate(messages):
         if not _is_learned(message) or (i == 0 and not _begins(write)):
             continue
         try:
             before, after = _around(messages, i, write)
-            dropped = _dropped(messages, range(asked, i + 1), heard, write)
+            dropped = _dropped(messages, range(asked, i + 1), heard, write, (before, after))
             if tools and (before, after) == _around(messages, i, render):
                 dropped = "tools"
         except Exception as error:
@@ -177,7 +181,9 @@ def segments(conversation: Conversation, render: Callable[..., Any] | None) -> l
                 f"--data.examples.messages: the tokenizer's chat template does not write {dropped}; give the tokenizer "
                 "one that does, or leave it out of the data"
             )
-        answer = _answer(before, after, messages[i - 1]["content"].strip() if i else "")
+        answer = _answer(before, after, messages[i - 1]["content"].strip() if i else "", message["content"].strip())
+        if answer is None and i == 0:  # of a template that writes BOS, or a system's text, before a first message
+            continue
         if answer is None:
             raise ConfigError(
                 "--data.examples.messages: the tokenizer's chat template begins an answer in another way than it asks "
@@ -205,28 +211,31 @@ def _around(messages: list[Message], answer: int, render: Callable[..., str]) ->
     return before, render(messages[: answer + 1], add_generation_prompt=False)
 
 
-def _answer(before: str, after: str, asked: str) -> str | None:
+def _answer(before: str, after: str, asked: str, said: str) -> str | None:
     """What `after` has behind `before`, up to the mark that ends it, not the new line after the mark; None: it has not.
 
     Mistral v0.3 writes the system's text in front of a last question alone: from that question on they are the same.
     """
     if not after.startswith(before):
         before = before[before.rfind(asked) :] if asked and asked in before else ""
-        before = after[: after.rfind(before) + len(before)] if before and before in after else ""
+        at = after.rfind(before, 0, max(0, after.rfind(said)))  # the answer may quote what it answers
+        before = after[: at + len(before)] if before and at >= 0 else ""
     return after[len(before) :].rstrip() if before else None
 
 
-def _dropped(messages: list[Message], asked: range, heard: set[str], render: Callable[..., str]) -> str:
+def _dropped(
+    messages: list[Message], asked: range, heard: set[Any], render: Callable[..., str], written: tuple[str, str]
+) -> str:
     """What the chat template does not write of an answer and of the messages that it answers; "": it writes all.
 
     The text is the same without it. `heard`: roles that have said something which is written; one time is enough.
     """
-    written = _around(messages, asked[-1], render)
     for i in asked:
         message, others = messages[i], dict[str, Message]()
-        if message["content"].strip() and message["role"] not in heard:
+        kind = message["role"], i > 0, bool(message.get("tool_calls"))
+        if message["content"].strip() and kind not in heard:
             others[f"what the role {message['role']} says"] = {**message, "content": message["content"] + "?"}
-            heard.add(message["role"])
+            heard.add(kind)
         if message.get("tool_calls"):
             others["tool_calls"] = {key: part for key, part in message.items() if key != "tool_calls"}
         for what, other in others.items():
@@ -320,7 +329,8 @@ def _without_nulls(value: Any) -> Any:
 def _tools(value: Any, of_table: bool) -> list[dict[str, Any]] | None:
     """A column of tools: tables often hold JSON, for each tool has other arguments."""
     try:
-        tools = json.loads(value) if isinstance(value, str) and value.strip() else value or None
+        value = value.strip() if isinstance(value, str) else value
+        tools = json.loads(value) if isinstance(value, str) and value else value or None
     except (ValueError, RecursionError):
         tools = [value]
     if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):

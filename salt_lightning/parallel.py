@@ -156,7 +156,7 @@ def _empty_state(optimizer: Optimizer, saved: Mapping[str, Mapping[str, Tensor]]
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
             device = parameter.device if group.get("fused") or group.get("capturable") else "cpu"
             state[name] = {
-                key: torch.zeros_like(parameter, dtype=tensor.dtype)
+                key: torch.zeros_like(parameter, dtype=None if tensor.is_floating_point() else tensor.dtype)
                 if tensor.shape == parameter.shape
                 else torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
                 for key, tensor in saved.get(name, {}).items()
@@ -376,7 +376,7 @@ def _require_place(trainer: pl.Trainer, environment: Any) -> None:
     """Raises ConfigError where an operator's variables give this process another place than it has: Lightning reads
     them under torchrun alone, and each of its processes would train by itself, as the first."""
     told, rank = os.environ.get("WORLD_SIZE") or "1", os.environ.get("RANK")
-    if told == "1" or rank is None or type(environment) not in (LightningEnvironment, KubeflowEnvironment):
+    if told in ("0", "1") or rank is None or type(environment) not in (LightningEnvironment, KubeflowEnvironment):
         return
     if trainer.num_nodes > 1 and "NODE_RANK" in os.environ:  # told by the user, who may start several a node
         return

@@ -157,5 +157,6 @@ def empty_error(corpus: Corpus, skipped: Skipped) -> ConfigError:
     names = ", ".join(dict.fromkeys(group.name for group in corpus.groups))
     why = f": {skipped}" if skipped.lines else "; check the files and --data.text_column"
     if corpus.examples.given and not skipped.lines:
-        why = "; an example needs a response that is not blank (in a conversation of the role assistant)"
+        where = "(in a conversation of the role assistant, behind a question)"
+        why = f"; an example needs a response that is not blank {where}"
     return ConfigError(f"{corpus.setting}: no document with text in {names}{why}")

@@ -283,4 +283,5 @@ def _keys(node: Any, prefix: str) -> Iterator[tuple[str, str, int]]:
     for key, value in node.value if isinstance(node, yaml.MappingNode) else []:
         own = str(getattr(key, "value", ""))
         yield f"{prefix}{own}", own, key.start_mark.line + 1
-        yield from _keys(value, f"{prefix}{own}.")
+        if own != "<<":  # what it brings in may be there already
+            yield from _keys(value, f"{prefix}{own}.")

@@ -39,7 +39,8 @@ def remarks(
     ]
     notes += [f"{run.name} has no validation yet" for run in runs if not len(run.val_ce.steps)]
     notes += [
-        f"{run.name} repeats {repeated[run.name]} (same settings, same seed), which alone is counted"
+        f"{run.name} repeats {repeated[run.name]} (same seeds, and settings but for what changes no result), "
+        "which alone is counted"
         for run in runs
         if run.name in repeated
     ]

@@ -59,7 +59,7 @@ def _say_unlocked(run: Path, error: OSError) -> None:
             "its end, remove that file if there is none, or choose another folder"
         ) from error
     elif error.errno not in (EROFS, EACCES, EPERM, EEXIST, ENOTDIR):
-        raise error
+        raise OSError(error.errno, error.strerror, str(run / _NAME)) from error
 
 
 def _remove_empty(folders: list[Path]) -> None:
@@ -81,7 +81,7 @@ def _lock(run: Path) -> IO[str]:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             file.seek(0)
-            owner, _, boot = (printable(line) for line in file.read().partition("\n"))
+            boot, _, owner = (printable(line) for line in file.read().rpartition("\n"))
             file.close()
             if error.errno not in (EACCES, EAGAIN):
                 raise
@@ -100,7 +100,7 @@ def _lock(run: Path) -> IO[str]:
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 file.truncate(0)
-                file.write(f"process {os.getpid()} on {socket.gethostname()}\n{_boot()}")
+                file.write(f"{_boot()}\nprocess {os.getpid()} on {socket.gethostname()}")
                 file.flush()
                 return file
         file.close()  # its last owner has removed it: others may have locked a new file of that name

@@ -237,9 +237,8 @@ class Run:
         own = {"run", "ckpt_path", "trainer.default_root_dir", "seed_everything", *self.seeds}
         trained = {k: v for k, v in _without_watchers(self.config).items() if k not in own and not _AROUND.match(k)}
         before = {f"until step {n}: {k}": was for n, found in self.changes.items() for k, (was, _) in found.items()}
-        return {key: anonymous(value) for key, value in trained.items()} | {
-            k: anonymous(was) for k, was in before.items()
-        }
+        # null is as in a version that had no such setting
+        return {key: anonymous(value) for key, value in (trained | before).items() if value is not None}
 
 
 def read_run(path: Path, name: str) -> Run:

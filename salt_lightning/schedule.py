@@ -300,6 +300,11 @@ class KDScheduleCallback(pl.Callback):
             logger.log_metrics(values, step=step)
         self._let_go(trainer, pl_module)
 
+    @property
+    def looks_for_boundary(self) -> bool:
+        """A validation may end KD yet."""
+        return self.stop_margin is not None and self.stop_step is None
+
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         checkpoint["kd_schedule"], checkpoint["kd_stop_step"] = self.settings, self.stop_step
 

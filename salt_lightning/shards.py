@@ -218,7 +218,8 @@ def load(path: Path) -> dict[str, Any]:
         reason = "other contents"
     except Exception as error:  # torch's reader meets damage with errors of every kind
         require_answer(path, error)
-        kind = f"cut off, damaged, or another kind of file: {type(error).__name__}" if path.stat().st_size else "empty"
+        kind = f"cut off, damaged, or another kind of file: {type(error).__name__}"
+        kind = "a link to nothing" if not path.exists() else kind if path.stat().st_size else "empty"
         reason = f"{META}: {kind}" if path.is_dir() else kind
     raise DamageError(reason)
 

@@ -297,7 +297,7 @@ class ExampleEncoder(Encoder):
 
     Each segment is tokenized on its own, so that the ids of a prompt are the same whatever is answered: training and
     generation see the same. A conversation goes to a split, with all its examples, by the hash of what comes before its
-    last answer.
+    first answer.
     """
 
     chat: PreTrainedTokenizerBase | None  # writes its template; None: plain text

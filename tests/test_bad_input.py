@@ -514,6 +514,10 @@ CONFIGS = {
         b"model:\n  student.config.hidden_size: 8\n  student: {config: {num_hidden_layers: 2}}\n",
         r"--config .*c.yaml, line 2: model.student.config.hidden_size stands beside model.student, a mapping; write it",
     ),
+    "a key beside two merges": (  # of which the later one wins
+        b"trainer:\n  <<: {max_steps: 3}\n  <<: {max_steps: 4}\n  max_stps: 1\n",
+        r"trainer.max_stps: there is no such setting",
+    ),
     "a group left empty": (
         b"model:\n",
         r"--config .*c.yaml, line 1: model is empty; indent its settings below it, or remove it",

@@ -475,7 +475,9 @@ def test_seeds_that_decide_make_the_sample_whatever_seed_everything_says(tmp_pat
     runs = [write_run(tmp_path / f"s{seed}", BASELINE, seed_everything=seed, **own) for seed in range(2)]
     comparison = evaluate(load(runs))
     assert [group.n for group in comparison.groups] == [1]
-    assert comparison.notes == ["s1 repeats s0 (same settings, same seed), which alone is counted"]
+    assert comparison.notes == [
+        "s1 repeats s0 (same seeds, and settings but for what changes no result), which alone is counted"
+    ]
     unset = {"model.seed": None, "data.seed": None}  # as config.yaml has them now
     runs = [write_run(tmp_path / f"u{seed}", BASELINE, seed_everything=seed, **unset) for seed in range(2)]
     assert [group.n for group in evaluate(load(runs)).groups] == [2]
@@ -499,6 +501,14 @@ def test_what_changes_no_result_makes_no_experiment(tmp_path, key):
     assert [group.n for group in evaluate(load(runs)).groups] == [3]
     runs.append(write_run(tmp_path / "block", BASELINE, **{"data.block_size": 7}))
     assert len(evaluate(load(runs)).groups) == 2
+
+
+def test_a_setting_that_an_older_version_had_not_is_null(tmp_path):
+    runs = [
+        write_run(tmp_path / "old", BASELINE),
+        write_run(tmp_path / "new", BASELINE, **{"model.seed": 1, "data.x": None}),
+    ]
+    assert len(evaluate(load(runs)).groups) == 1
 
 
 def test_a_reference_seed_on_other_text_is_no_part_of_the_mean(tmp_path):
@@ -687,7 +697,7 @@ def test_the_same_run_again_is_no_second_sample(three, tmp_path):
     again = write_run(tmp_path / "again", lower)
     comparison = evaluate(load([unfinished, *three, again]))
     assert comparison.notes[-2:] == [
-        f"{name} repeats baseline (same settings, same seed), which alone is counted"
+        f"{name} repeats baseline (same seeds, and settings but for what changes no result), which alone is counted"
         for name in ("a-first-start", "again")
     ]
     assert [(group.label, group.n) for group in comparison.groups] == [("BASELINE", 1), ("SALT step", 1), ("RKD", 1)]
@@ -885,7 +895,7 @@ def test_a_run_that_went_on_under_other_settings_is_an_experiment_of_its_own(tmp
     assert [group.n for group in found.groups] == [1, 1]
     assert found.groups[0].changed == {"until step 100: trainer.max_steps": (None, 100)}
     assert found.notes == [
-        "again repeats whole (same settings, same seed), which alone is counted",
+        "again repeats whole (same seeds, and settings but for what changes no result), which alone is counted",
         "longer went on at step 100 under other settings: trainer.max_steps 300 (before 100)",
     ]
 

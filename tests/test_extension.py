@@ -315,9 +315,10 @@ class Unused(SALTModule):
         lm.extra = torch.nn.Linear(32, 4, bias=False)
 
 
-def fit(folder, module, as_folder, ckpt_path=None):
+def fit(folder, module, as_folder, ckpt_path=None, **own):
     strategy = FSDP2(save_distributed_checkpoint=as_folder)
-    fitting = trainer(folder, SAVE, strategy=strategy, devices=1, plugins=[AtomicCheckpointIO()], max_steps=12)
+    fitting = trainer(folder, SAVE, strategy=strategy, devices=1, plugins=[AtomicCheckpointIO()], max_steps=12,
+                      **own)
     fitting.fit(module, SALTDataModule(**{data!r}), ckpt_path=ckpt_path)
     return dict(read_checkpoint(str(folder / "checkpoints" / "step-00000012.ckpt"), "x")["state_dict"])
 
@@ -333,6 +334,9 @@ for as_folder in (True, False):
         again = fit(folder / "again", make(), as_folder, ckpt_path=str(path))
         assert whole.keys() == again.keys()
         assert all(torch.equal(whole[name], again[name]) for name in whole), folder
+make = lambda: SALTModule(ModelSpec(config=SIZES), optim=OptimSpec(lr=3e-3), seed=1)
+fit(folder / "p", make(), True)
+fit(folder / "q", make(), True, str(folder / "p" / "checkpoints" / "step-00000003.ckpt"), precision="bf16-true")
 made = SALTModule(ModelSpec(config={{**SIZES, "vocab_size": 300}}), seed=1)
 made.configure_model()
 try:

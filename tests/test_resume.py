@@ -30,6 +30,7 @@ from salt_lightning import OptimSpec, SALTModule, cli, lineage, run_lock
 from salt_lightning.errors import ConfigError, of_machine
 from salt_lightning.event_log import log_settings
 from salt_lightning.models import read_checkpoint
+from salt_lightning.probe import Probe
 from salt_lightning.runlog import read_run
 
 RAMP = {"kd.weight": 0.667, "kd.steps": 8, "kd.anneal_steps": 4, "kd.shape": "linear"}  # phase 1 ends at 8 of 12
@@ -516,12 +517,12 @@ def test_a_lock_of_a_machine_that_may_be_dead_is_waited_for(tmp_path, where, mon
     if where == "another host":
         monkeypatch.setattr("salt_lightning.run_lock.socket.gethostname", lambda: "another")
     lines = (tmp_path / ".lock").read_text().split("\n")
-    assert lines[0] == f"process {process.pid} on {socket.gethostname()}" or where == "another host"
-    assert lines[1] == run_lock._boot() != ("" if sys.platform == "linux" else None)
+    assert lines[1] == f"process {process.pid} on {socket.gethostname()}" or where == "another host"
+    assert lines[0] == run_lock._boot() != ("" if sys.platform == "linux" else None)
     if where == "another boot":
         monkeypatch.setattr("salt_lightning.run_lock._boot", lambda: "0d5b")
     if where == "an older lock of here":
-        (tmp_path / ".lock").write_text(lines[0])
+        (tmp_path / ".lock").write_text(lines[1])
     monkeypatch.setattr("salt_lightning.run_lock.time.sleep", lambda _: (until.set(), process.join()))
     waited = where.startswith("another")
     refused = pytest.raises(ConfigError, match=rf" {process.pid} on \S+ works there; wait")
@@ -896,6 +897,17 @@ def test_a_stop_before_a_validation_is_saved_before_it(fit_with, tmp_path, caplo
     look = Look()
     assert fit_with(tmp_path / "again", look, **{"trainer.val_check_interval": 3}) == 128 + signal.SIGTERM
     assert "SIGTERM: saving after this validation and this step" in caplog.text
+
+
+@pytest.mark.parametrize("own", [{"trainer.max_steps": 6}, {"kd.stop_margin": 9.0, "kd.min_steps": 6, "kd.steps": 12}])
+def test_a_validation_that_ends_the_run_or_kd_comes_before_the_save_of_a_stop(fit, tmp_path, monkeypatch, own):
+    saved = []
+    monkeypatch.setattr(
+        Probe, "read", lambda *_: saved.append((tmp_path / "run/checkpoints/step-00000006.ckpt").exists()) or {}
+    )
+    more = {"kd.steps": 6, "kd.anneal_steps": 0, "kd.shape": "step", "trainer.val_check_interval": 6, **own}
+    fit(tmp_path / "run", stop_at=6, **more)
+    assert saved == [False]
 
 
 def test_other_data_than_the_checkpoints_is_said(fit, tmp_path, caplog):
