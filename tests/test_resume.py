@@ -528,7 +528,7 @@ def test_a_lock_of_a_machine_that_may_be_dead_is_waited_for(tmp_path, where, mon
     refused = pytest.raises(ConfigError, match=rf" {process.pid} on \S+ works there; wait")
     with nullcontext() if waited else refused, run_lock.held(tmp_path):
         pass
-    assert (f"waiting for {lines[0]}, at most 120 s" in caplog.text) == waited
+    assert (f"waiting for {lines[1]}, at most 120 s" in caplog.text) == waited
     until.set()
     process.join()
 
