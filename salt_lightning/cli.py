@@ -121,26 +121,26 @@ class SALTCLI(LightningCLI):
         config["ckpt_path"] = None if path is None else str(path)
         if path is None:
             return
-        saved = checkpoint.settings_of(path, whole=subcommand == "fit")
+        held = checkpoint.settings_of(path, whole=subcommand == "fit")
         if chosen != "last" and (reason := damage.of(path)):
             raise ConfigError(f"--ckpt_path {path} is damaged ({reason}); take an older one, or last, which finds one")
-        given, before = self._settings(self._explicit).get("model") or Namespace(), flat(saved)
+        given, before = self._settings(self._explicit).get("model") or Namespace(), flat(held)
         for key, now in sorted(vars(given.as_flat()).items() if given else []):
             if subcommand != "fit" and key not in _EVALUATED:
                 continue
             if now != before.get(key, now) and not isinstance(now, dict) and key != "student.path":
                 _say(f"--model.{key} {now} (checkpoint: {before[key]}): the given value is used")
-        saved.pop("seed", None)  # follows --seed_everything
+        held.pop("seed", None)  # follows --seed_everything
         if subcommand != "fit" and given:
             given.pop("student", None)  # what is looked at is what the checkpoint holds
-        merged = self.parser.parse_object({subcommand: {"model": saved}}, self.config)
+        merged = self.parser.parse_object({subcommand: {"model": held}}, self.config)
         if given:
             merged = self.parser.parse_object({subcommand: {"model": given.as_dict()}}, merged)
         self.config = merged
 
     def hold(self, run: Path) -> None:
         # those that Lightning starts take an operator's RANK, inherited, for their own
-        if _rank() == 0 and {os.environ.get(name, "0") for name in ("NODE_RANK", "LOCAL_RANK")} == {"0"}:
+        if _rank() == 0 and all(os.environ.get(name, "0") == "0" for name in ("NODE_RANK", "LOCAL_RANK")):
             _HELD.enter_context(run_lock.held(run))
 
     def before_instantiate_classes(self) -> None:

@@ -17,6 +17,7 @@ from salt_lightning.errors import ConfigError, one_line, refuse, wrong_kinds
 
 Message = dict[str, Any]  # role, content, and what else a chat template may write (tool_calls)
 Segment = tuple[str, bool]  # text, and whether it is learned
+_Heard = tuple[str, bool, bool]  # a role that says something; not as the first message; beside a call of tools
 
 
 class Conversation(NamedTuple):
@@ -163,7 +164,7 @@ def segments(conversation: Conversation, render: Callable[..., Any] | None) -> l
     if render is None:
         return [[(message["content"], message["role"] == "assistant") for message in messages]]
     write = partial(render, tools=tools) if tools else render
-    text, asked, heard, found = "", 0, set[Any](), list[list[Segment]]()
+    text, asked, heard, found = "", 0, set[_Heard](), list[list[Segment]]()
     for i, message in enumerate(messages):
         if not _is_learned(message) or (i == 0 and not _begins(write)):
             continue
@@ -224,11 +225,11 @@ def _answer(before: str, after: str, asked: str, said: str) -> str | None:
 
 
 def _dropped(
-    messages: list[Message], asked: range, heard: set[Any], render: Callable[..., str], written: tuple[str, str]
+    messages: list[Message], asked: range, heard: set[_Heard], render: Callable[..., str], written: tuple[str, str]
 ) -> str:
     """What the chat template does not write of an answer and of the messages that it answers; "": it writes all.
 
-    The text is the same without it. `heard`: roles that have said something which is written; one time is enough.
+    The text is the same without it. `heard`: what has been found written before; one time is enough.
     """
     for i in asked:
         message, others = messages[i], dict[str, Message]()

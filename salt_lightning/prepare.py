@@ -220,7 +220,7 @@ class _Written:
     num_raws: int = 0
     num_left_out: int = 0  # rows
     num_split: int = 0  # conversations that are several examples
-    num_of_split: int = 0  # examples that they are
+    num_more: int = 0  # examples that these are besides the first
     raws_hash: str = ""
     read_bytes: int = 0
     sources: dict[str, int] = field(default_factory=dict)  # name -> index
@@ -279,7 +279,7 @@ def _write(encoder: Encoder, origin: dict[str, Any], unfinished: Unfinished, wor
                 for split, block in blocks.items():
                     writers[split].add(block, _source_ids(block, written.sources, encoder.corpus))
                     written.num_split += block.num_split
-                    written.num_of_split += block.num_split + block.num_more
+                    written.num_more += block.num_more
                 kept = sum(len(block.lengths) - block.num_more for block in blocks.values())
                 written.num_left_out += len(raw.rows) - kept - skipped.lines
                 written.follow(raw_hash, raw.read_bytes)
@@ -299,8 +299,8 @@ def _write(encoder: Encoder, origin: dict[str, Any], unfinished: Unfinished, wor
     what = "a response to learn, or with a null," if encoder.corpus.examples.given else "text"
     left_out = f"; {written.num_left_out} rows without {what} are left out" if written.num_left_out else ""
     split = (
-        f"; {written.num_split} conversations are {written.num_of_split} examples, as the chat template writes what "
-        "was said in another way later on"
+        f"; {written.num_split} conversations are {written.num_split + written.num_more} examples, as the chat "
+        "template writes what was said in another way later on"
     )
     rank_zero_info(summary_line(start, written.done()) + left_out + (split if written.num_split else ""))
     return {

@@ -94,8 +94,8 @@ class _Reader(dcp.FileSystemReader):
 
 def table_of(folder: Path) -> Metadata:
     """Read once: a table of many ranks takes seconds, and a start asks several times."""
-    stat = (folder / METADATA).stat()
-    return _read_metadata(folder, stat.st_mtime_ns, stat.st_size)
+    file = (folder / METADATA).stat()
+    return _read_metadata(folder, file.st_mtime_ns, file.st_size)
 
 
 @lru_cache(maxsize=1)
