@@ -38,8 +38,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import CLOCK, arguments, scalars, write_corpus
 from lightning.pytorch.utilities import rank_zero_only
 
-from salt_lightning import checkpoint, cli, prepare, scores
+from salt_lightning import checkpoint, cli
 from salt_lightning.models import read_checkpoint
+from salt_lightning.teacher import scores
+from salt_lightning.text import prepare
 
 HANG_S = 60.0  # no process may outlive a dead one by this long
 MODEL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}

@@ -55,19 +55,19 @@ from conftest import arguments, scalars
 from reference import packed_rows
 
 from salt_lightning import KDScheduleCallback, ModelSpec, OptimSpec, SALTDataModule, SALTModule, cli
-from salt_lightning import documents as documents_module
-from salt_lightning import prepare as prepare_module
-from salt_lightning import tokenizer as tokenizer_module
+from salt_lightning.batches.order import Order
+from salt_lightning.batches.rows import IGNORE, NO_ROW, EvalBatches, PackedRows, TrainBatches
 from salt_lightning.checkpoint import RunCheckpoint
-from salt_lightning.documents import Corpus
 from salt_lightning.errors import ConfigError
-from salt_lightning.order import Order
-from salt_lightning.prepare import prepare_tokens
-from salt_lightning.rows import IGNORE, NO_ROW, EvalBatches, PackedRows, TrainBatches
 from salt_lightning.schedule import KDSchedule
 from salt_lightning.selection import KeepRule, kept_rows
-from salt_lightning.sources import Hub, resolve
-from salt_lightning.token_files import SplitWriter, TokenFiles, verify
+from salt_lightning.text import documents as documents_module
+from salt_lightning.text import prepare as prepare_module
+from salt_lightning.text import tokenizer as tokenizer_module
+from salt_lightning.text.documents import Corpus
+from salt_lightning.text.prepare import prepare_tokens
+from salt_lightning.text.sources import Hub, resolve
+from salt_lightning.text.token_files import SplitWriter, TokenFiles, verify
 
 CASES = {"documents": 4000, "broken": 1500, "killed": 400, "settings": 6000, "commands": 800, "steps": 600}
 EOS = "<|endoftext|>"

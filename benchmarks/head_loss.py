@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax, softmax
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from salt_lightning import chunked_head
+from salt_lightning.head import chunked_head
 from salt_lightning.losses import salt_loss
 
 WEIGHT = 0.667

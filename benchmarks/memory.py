@@ -29,8 +29,8 @@ from head_loss import allocated
 
 from benchmarks.step import PAIRS, run_fit, sizes, write_text
 from salt_lightning import memory
+from salt_lightning.hugging_face.spec import fresh_config
 from salt_lightning.models import CausalLM, load_pretrained
-from salt_lightning.spec import fresh_config
 
 SMALL = {"student": (256, 4), "teacher": (128, 3), "vocab": 4096, "rows": 4, "block": 256}
 EXPERTS = {

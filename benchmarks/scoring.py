@@ -34,12 +34,12 @@ from head_loss import named
 from step import mark, save_model, sizes, spans, write_text
 
 from salt_lightning import cli
-from salt_lightning.attention import pack
+from salt_lightning.batches.rows import document_borders
+from salt_lightning.hugging_face.attention import pack
+from salt_lightning.hugging_face.spec import ModelSpec
 from salt_lightning.losses import token_stats
 from salt_lightning.models import CausalLM, build_fresh
-from salt_lightning.rows import document_borders
-from salt_lightning.scores import Scores
-from salt_lightning.spec import ModelSpec
+from salt_lightning.teacher.scores import Scores
 
 
 @dataclass(frozen=True)

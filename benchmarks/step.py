@@ -39,9 +39,9 @@ from head_loss import Case, full_loss, liger, naive, named
 
 from salt_lightning import cli, flops
 from salt_lightning.checkpoint import RunCheckpoint
-from salt_lightning.journal import whole
+from salt_lightning.hugging_face.spec import ModelSpec
 from salt_lightning.models import build_fresh
-from salt_lightning.spec import ModelSpec
+from salt_lightning.text.journal import whole
 
 BLOCKS = 8  # KD and plain in turn
 TURNS = 4  # fits with a boundary, and as many of BASELINE

@@ -43,10 +43,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from study_report import report
 
 from salt_lightning import cli, export, selection
+from salt_lightning.comparison.report import table
 from salt_lightning.models import read_checkpoint
-from salt_lightning.report import table
-from salt_lightning.runlog import read_run
-from salt_lightning.scores import Scores
+from salt_lightning.run.runlog import read_run
+from salt_lightning.teacher.scores import Scores
 
 ROOT = Path(__file__).parents[1]
 Record = dict[str, Any]

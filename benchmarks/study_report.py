@@ -15,9 +15,9 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from salt_lightning import compare
-from salt_lightning.difficulty import thirds
-from salt_lightning.report import flop_unit, number, table
-from salt_lightning.runlog import THIRDS
+from salt_lightning.comparison.report import flop_unit, number, table
+from salt_lightning.run.runlog import THIRDS
+from salt_lightning.teacher.difficulty import thirds
 
 if TYPE_CHECKING:
     from study import Study

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from salt_lightning.answers import AnswerTest
     from salt_lightning.data import SALTDataModule
-    from salt_lightning.examples import Examples
+    from salt_lightning.fit.optim import OptimSpec
+    from salt_lightning.hugging_face.spec import ModelSpec
     from salt_lightning.losses import salt_loss, token_stats
     from salt_lightning.module import SALTModule
-    from salt_lightning.optim import OptimSpec
     from salt_lightning.schedule import KDSchedule, KDScheduleCallback
-    from salt_lightning.spec import ModelSpec
+    from salt_lightning.text.examples import Examples
 
 __version__ = "0.1.0"
 
@@ -30,11 +30,11 @@ __all__ = [
 
 _HOMES = {
     "AnswerTest": "answers",
-    "Examples": "examples",
+    "Examples": "text.examples",
     "KDSchedule": "schedule",
     "KDScheduleCallback": "schedule",
-    "ModelSpec": "spec",
-    "OptimSpec": "optim",
+    "ModelSpec": "hugging_face.spec",
+    "OptimSpec": "fit.optim",
     "SALTDataModule": "data",
     "SALTModule": "module",
     "salt_loss": "losses",

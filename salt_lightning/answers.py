@@ -25,12 +25,12 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
-from salt_lightning.documents import Corpus
+from salt_lightning.batches.rows import IGNORE
 from salt_lightning.errors import ConfigError, refuse, wrong_kinds
 from salt_lightning.losses import token_stats
-from salt_lightning.prepare import make_encoder
-from salt_lightning.rows import IGNORE
-from salt_lightning.tokenizer import ExampleEncoder, special_ids
+from salt_lightning.text.documents import Corpus
+from salt_lightning.text.prepare import make_encoder
+from salt_lightning.text.tokenizer import ExampleEncoder, special_ids
 
 Pair = tuple[list[int], list[int]]  # ids of a prompt and of a response, with its EOS
 

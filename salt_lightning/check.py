@@ -18,20 +18,23 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from salt_lightning import attention, cadence, flops, memory, models, parallel, preflight, probe
+from salt_lightning import flops, memory, models, parallel, preflight
 from salt_lightning.checkpoint import savers
 from salt_lightning.data import SALTDataModule
-from salt_lightning.difficulty import find_files
 from salt_lightning.errors import ConfigError, one_line
 from salt_lightning.export import check_target
+from salt_lightning.fit import cadence
+from salt_lightning.hugging_face import attention
+from salt_lightning.hugging_face.spec import DTYPES, ModelSpec, family_config, unnamed_sizes
+from salt_lightning.hugging_face.token_ids import check_fit
 from salt_lightning.models import CausalLM
 from salt_lightning.module import SALTModule
 from salt_lightning.preflight import Finding, size_said
 from salt_lightning.schedule import KDScheduleCallback, kd_callbacks
-from salt_lightning.scores import Scores
 from salt_lightning.selection import LESS_CHANCE
-from salt_lightning.spec import DTYPES, ModelSpec, as_config_error, family_config, fresh_config, unnamed_sizes
-from salt_lightning.token_ids import check_fit
+from salt_lightning.teacher import probe
+from salt_lightning.teacher.difficulty import find_files
+from salt_lightning.teacher.scores import Scores
 
 _LOOK_FLOPS = 1.5e11  # of a CPU, for one look at a model: some seconds
 _WHOLE_PARAMETERS = 5e8  # a fresh student beyond this is looked at with two of its layers
@@ -168,7 +171,7 @@ class Check:
         if spec.path:
             lm = self._pretrained(spec, "student", DTYPES[spec.dtype or "float32"])
         else:
-            lm = self.probe("student", lambda: _shaped(spec, self.data))
+            lm = self.probe("student", lambda: models.build_empty(spec, self.data))
         if lm is None:
             return None
         small = spec
@@ -322,20 +325,6 @@ def attach(module: SALTModule, data: SALTDataModule, trainer: pl.Trainer) -> Non
     trainer.strategy._lightning_module = module
     module.trainer = data.trainer = trainer
     trainer._data_connector.attach_datamodule(module, data)
-
-
-def _shaped(spec: ModelSpec, data: SALTDataModule) -> CausalLM:
-    """The fresh student without weights. Where there is no tokenizer yet, of the size that one is to have."""
-    try:
-        config = fresh_config(spec, data)
-    except ConfigError:
-        if data.tokenizer_name != "train" or data._train is not None:
-            raise
-        sizes = {"vocab_size": -(-data.trained_vocab_size // 64) * 64, "max_position_embeddings": data.block_size}
-        config = fresh_config(replace(spec, config={**sizes, **spec.config}), None)
-    with torch.device("meta"), as_config_error("--model.student.config"):
-        model = models.from_config(config, dtype=DTYPES[spec.dtype or "float32"], attn_implementation=spec.attention)
-    return CausalLM(model, "student")
 
 
 def _count(lm: CausalLM) -> int:

@@ -21,17 +21,19 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from salt_lightning import damage, preflight, shards, slurm
-from salt_lightning.cadence import require_time_left, timers
+from salt_lightning import preflight
 from salt_lightning.errors import ConfigError, few, refuse, wrong_kinds
 from salt_lightning.export import check_target, export
-from salt_lightning.journal import whole
+from salt_lightning.fit.cadence import require_time_left, timers
+from salt_lightning.fit.optim import OptimSpec
+from salt_lightning.hugging_face.spec import settings_without_code, shape_settings
 from salt_lightning.models import own_parts, read_checkpoint
-from salt_lightning.optim import OptimSpec
 from salt_lightning.preflight import Finding
-from salt_lightning.runlog import saved, step_named
+from salt_lightning.run import slurm
+from salt_lightning.run.runlog import saved, step_named
 from salt_lightning.schedule import kd_callbacks
-from salt_lightning.spec import settings_without_code, shape_settings
+from salt_lightning.storage import damage, shards
+from salt_lightning.text.journal import whole
 
 _BATCH = "--data.global_batch_size"
 FIRST_RANK_S = 10.0  # that the others wait, whose end with an error may end all, for the first to act or speak

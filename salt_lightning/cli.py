@@ -18,11 +18,14 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from salt_lightning import check, checkpoint, compare, damage, export, parallel, run_lock, slurm
+from salt_lightning import check, checkpoint, compare, export, parallel
 from salt_lightning.answers import AnswerTest
 from salt_lightning.checkpoint import AtomicCheckpointIO, RunCheckpoint, newest, savers
+from salt_lightning.command import settings
+from salt_lightning.command.parser import Parser, check_configs, configs_first, require_no_comments, reword
+from salt_lightning.command.quiet import silence_libraries, steady_streams
+from salt_lightning.comparison.report import evaluation
 from salt_lightning.data import SALTDataModule
-from salt_lightning.difficulty import DocumentLossWriter
 from salt_lightning.errors import (
     ConfigError,
     NonFiniteLossError,
@@ -34,25 +37,17 @@ from salt_lightning.errors import (
     refuse,
     say,
 )
-from salt_lightning.event_log import quiet_threads, trackers
 from salt_lightning.models import check_path, read_checkpoint
 from salt_lightning.module import SALTModule
-from salt_lightning.parser import Parser, check_configs, configs_first, require_no_comments, reword
-from salt_lightning.progress_bar import ProgressBar, close_bars, keep_off_bars
-from salt_lightning.quiet import silence_libraries, steady_streams
-from salt_lightning.report import evaluation
-from salt_lightning.run_config import SaveRunConfig, taken
-from salt_lightning.runlog import flat, saved
+from salt_lightning.run import run_lock, slurm
+from salt_lightning.run.event_log import quiet_threads, trackers
+from salt_lightning.run.progress_bar import ProgressBar, close_bars, keep_off_bars
+from salt_lightning.run.run_config import SaveRunConfig, taken
+from salt_lightning.run.runlog import flat, saved
 from salt_lightning.schedule import KDScheduleCallback
-from salt_lightning.scoring import ScoreWriter, check_strategy
-from salt_lightning.settings import (
-    checkpoints,
-    local_paths,
-    wrong_folders,
-    wrong_groups,
-    wrong_teacher,
-    wrong_trainer_settings,
-)
+from salt_lightning.storage import damage
+from salt_lightning.teacher.difficulty import DocumentLossWriter
+from salt_lightning.teacher.scoring import ScoreWriter, check_strategy
 
 # Lightning 2.6 calls jsonargparse by names that it deprecates: nothing a user of ours could mend.
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
@@ -94,7 +89,7 @@ class SALTCLI(LightningCLI):
         self._explicit = parser.parse_args(args, defaults=False)
         require_no_comments(args, self._settings(self._explicit))
         for config in (self.config, self._explicit):
-            local_paths(self._settings(config))
+            settings.local_paths(self._settings(config))
         seed = self._settings(self.config).get("seed_everything")
         if isinstance(seed, bool) or not 0 <= seed < 1 << 32:
             raise ConfigError(f"--seed_everything {seed} must be a whole number from 0 to {(1 << 32) - 1}")
@@ -145,11 +140,15 @@ class SALTCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self._settings(self.config)
-        refuse(wrong_groups(config))
-        wrong = wrong_trainer_settings(config.trainer) + wrong_folders(config) + wrong_teacher(config)
+        refuse(settings.wrong_groups(config))
+        wrong = (
+            settings.wrong_trainer_settings(config.trainer)
+            + settings.wrong_folders(config)
+            + settings.wrong_teacher(config)
+        )
         has_checkpoint = bool(config.get("ckpt_path"))
         if self.subcommand == "fit" and not has_checkpoint:
-            wrong += taken(Path(config.run), checkpoints(config), flat(config.as_dict()))
+            wrong += taken(Path(config.run), settings.checkpoints(config), flat(config.as_dict()))
         if self.subcommand in ("validate", "test") and not has_checkpoint and not config.model.student.path:
             wrong.append(f"{self.subcommand} needs --ckpt_path (a .ckpt file, or last): a fresh student knows nothing")
         if wrong:
@@ -281,7 +280,7 @@ class CheckCLI(SALTCLI):
 
 def _resolve(path: str, config: Namespace, subcommand: str) -> Path | None:
     """`last` is the newest checkpoint of the run's folder; without one a fit starts at step 0, and says so."""
-    folder = checkpoints(config)
+    folder = settings.checkpoints(config)
     if path != "last":
         elsewhere = Path(path).absolute().parent != folder.absolute()
         if subcommand == "fit" and elsewhere:  # as a config.yaml that was copied names it

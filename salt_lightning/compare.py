@@ -1,21 +1,19 @@
-"""The verb `compare`: several runs' logs -> one table, one JSON file and one figure (report.py draws them).
-
-NaN stands for "not known" in every number here; it shows as '-' and is null in the JSON file.
-"""
+"""The verb `compare`: several runs' logs -> one table, one JSON file and one figure, drawn by comparison/report.py."""
 
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from salt_lightning import lineage, report
+from salt_lightning.comparison import lineage, report
+from salt_lightning.comparison.remarks import other_text, remarks
+from salt_lightning.comparison.results import Comparison, Group, Row
 from salt_lightning.errors import ConfigError, VerbParser, printable, printable_lines
-from salt_lightning.remarks import other_text, remarks
-from salt_lightning.runlog import AXES, Run
+from salt_lightning.run.runlog import AXES, Run
 
 
 @dataclass(frozen=True)
@@ -26,75 +24,6 @@ class Goal:
     steps: float
     flops: float
     seconds: float
-
-
-@dataclass
-class Row:
-    """What the table says of one run. Shares are of the reference's steps, FLOPs (student and teacher) and seconds.
-
-    What a run needed besides, apart: its teacher's training, and the scoring of the rows that a selection was made of.
-    """
-
-    run: str
-    method: str
-    seed: int | None
-    running: bool
-    steps: int
-    max_steps: int | None
-    val_step: float
-    val_ce: float
-    difference: float  # to the reference's mean
-    accuracy: float
-    bits_per_byte: float
-    reached_step: float  # where validation CE first falls to the reference's
-    reached_steps_share: float
-    reached_flops_share: float
-    reached_flops_share_with_teacher_training: float  # and with the scoring of a selection
-    reached_seconds_share: float
-    reached_seconds_share_with_teacher_training: float  # likewise
-    seconds: float
-    teacher_seconds: float  # of these, in the teacher's forward
-    student_flops: float
-    teacher_flops: float
-    teacher_training_flops: float
-    teacher_training_seconds: float
-    scoring_flops: float
-    scoring_seconds: float
-    last: dict[str, float] = field(default_factory=dict)  # every val/ and test/ tag
-
-
-@dataclass
-class Group:
-    """The seeds of one experiment. The numbers are of the `n` finished runs, in their order; std divides by n - 1."""
-
-    label: str
-    runs: list[str]
-    n: int
-    val_ce: list[float]
-    mean: float
-    std: float
-    difference: float
-    paired_differences: dict[str, float]  # seed -> difference to the reference's run of that seed
-    reached_steps_share: list[float]
-    reached_flops_share: list[float]
-    reached_flops_share_with_teacher_training: list[float]
-    reached_seconds_share: list[float]
-    equal: dict[str, list[float]]  # axis -> validation CE at the point that all runs have reached
-    changed: dict[str, tuple[Any, Any]]  # setting -> (the reference's, this one's)
-
-
-@dataclass
-class Comparison:
-    """All that `compare` found; `runs` keeps the curves for the figure."""
-
-    reference: str
-    reference_val_ce: float
-    rows: list[Row]
-    groups: list[Group]
-    equal: dict[str, tuple[float, dict[str, float]]]  # axis -> (where, run -> validation CE there)
-    notes: list[str]
-    other_text: list[str]  # runs that were validated on other text than the reference
-    runs: list[Run]
 
 
 def first_reach(steps: np.ndarray, values: np.ndarray, level: float) -> float:

@@ -17,16 +17,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
 from salt_lightning import preflight
-from salt_lightning.cadence import accumulation, phase1_steps, set_cadence
-from salt_lightning.difficulty import HeldOut, find_files, read_thirds
-from salt_lightning.documents import Corpus
-from salt_lightning.errors import ConfigError, refuse, wrong_kinds
-from salt_lightning.example_rows import ExampleRows, open_examples
-from salt_lightning.examples import Examples
-from salt_lightning.mixture import Mixture, Shares, make_order, shares_of, weight_problems
-from salt_lightning.order import Order
-from salt_lightning.prepare import prepare_tokenizer, prepare_tokens, token_folder, trained_tokenizer
-from salt_lightning.rows import (
+from salt_lightning.batches.example_rows import ExampleRows, open_examples
+from salt_lightning.batches.mixture import Mixture, Shares, make_order, shares_of, weight_problems
+from salt_lightning.batches.order import Order
+from salt_lightning.batches.rows import (
     IGNORE,
     Batches,
     EvalBatches,
@@ -38,12 +32,18 @@ from salt_lightning.rows import (
     counts_nll,
     require_text,
 )
-from salt_lightning.scores import Scored, Scores
+from salt_lightning.command.settings import seed_or_global
+from salt_lightning.errors import ConfigError, refuse, wrong_kinds
+from salt_lightning.fit.cadence import accumulation, phase1_steps, set_cadence
 from salt_lightning.selection import KeepRule, Plan, plan, row_scores
-from salt_lightning.settings import seed_or_global
-from salt_lightning.sources import Group, Hub, each_file, entries, resolve
-from salt_lightning.token_files import TokenFiles, digest
-from salt_lightning.tokenizer import changed_words, kept_text, load_tokenizer, num_ids, tokenizer_fingerprint
+from salt_lightning.teacher.difficulty import HeldOut, find_files, read_thirds
+from salt_lightning.teacher.scores import Scored, Scores
+from salt_lightning.text.documents import Corpus
+from salt_lightning.text.examples import Examples
+from salt_lightning.text.prepare import prepare_tokenizer, prepare_tokens, token_folder, trained_tokenizer
+from salt_lightning.text.sources import Group, Hub, each_file, entries, resolve
+from salt_lightning.text.token_files import TokenFiles, digest
+from salt_lightning.text.tokenizer import changed_words, kept_text, load_tokenizer, num_ids, tokenizer_fingerprint
 
 
 class SALTDataModule(LightningDataModule):

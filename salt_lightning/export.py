@@ -29,15 +29,21 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.tokenization_utils_base import LARGE_INTEGER
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from salt_lightning.card import model_card
+from salt_lightning.command.settings import is_address
+from salt_lightning.comparison.lineage import read as read_log
 from salt_lightning.errors import ConfigError, VerbParser, few, printable
-from salt_lightning.lineage import read as read_log
+from salt_lightning.hugging_face.card import model_card
+from salt_lightning.hugging_face.spec import DTYPES, ModelSpec, as_config_error
 from salt_lightning.models import PREFIX, from_config, own_parts, read_checkpoint, require_undamaged
 from salt_lightning.parallel import check_same_model, writes_elsewhere
-from salt_lightning.settings import is_address
-from salt_lightning.shards import Tensors, sync_folder
-from salt_lightning.spec import DTYPES, ModelSpec, as_config_error
-from salt_lightning.tokenizer import SUBFOLDER, load_tokenizer, rules_fingerprint, special_ids, tokenizer_fingerprint
+from salt_lightning.storage.shards import Tensors, sync_folder
+from salt_lightning.text.tokenizer import (
+    SUBFOLDER,
+    load_tokenizer,
+    rules_fingerprint,
+    special_ids,
+    tokenizer_fingerprint,
+)
 
 MAX_FILE_BYTES = 2 << 30
 

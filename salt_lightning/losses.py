@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from salt_lightning.chunked_head import (
+from salt_lightning.errors import ConfigError
+from salt_lightning.head.chunked_head import (
     Plan,
     Side,
     cast_side,
@@ -30,8 +31,7 @@ from salt_lightning.chunked_head import (
     compute_dtype,
     scale_and_cast,
 )
-from salt_lightning.errors import ConfigError
-from salt_lightning.row_pass import IGNORE, Mix, math_dtype
+from salt_lightning.head.row_pass import IGNORE, Mix, math_dtype
 
 
 class SaltLoss(NamedTuple):

@@ -26,14 +26,14 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from salt_lightning import parallel
-from salt_lightning.chunked_head import CPU_BLOCK_ELEMENTS, TILE_ROWS, Plan, rows_and_dtypes
-from salt_lightning.experts import on_fake_tensors
+from salt_lightning.fit.meter import SUMS
+from salt_lightning.head.chunked_head import CPU_BLOCK_ELEMENTS, TILE_ROWS, Plan, rows_and_dtypes
+from salt_lightning.head.row_pass import math_dtype
+from salt_lightning.hugging_face.experts import on_fake_tensors
 from salt_lightning.losses import SaltLoss
-from salt_lightning.meter import SUMS
 from salt_lightning.models import CausalLM
 from salt_lightning.module import SALTModule
 from salt_lightning.preflight import size_said
-from salt_lightning.row_pass import math_dtype
 
 _ROUNDING = 512  # the allocator of CUDA gives memory in such pieces
 _ROW_PASS_BUFFERS = {False: 6, True: 8}  # blocks of a CPU's row pass that are alive at once: plain, with a teacher

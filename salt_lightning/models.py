@@ -7,6 +7,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from salt_lightning import damage, folders, shards
-from salt_lightning.attention import PACKED, Apart, document_mask, layer_kinds, limited_distance
+from salt_lightning.batches.rows import document_borders
 from salt_lightning.errors import ConfigError, few
-from salt_lightning.experts import follow_autocast
-from salt_lightning.rows import document_borders
-from salt_lightning.spec import DTYPES, ModelSpec, as_config_error, fresh_config, wrong_sizes
+from salt_lightning.hugging_face import folders
+from salt_lightning.hugging_face.attention import PACKED, Apart, document_mask, layer_kinds, limited_distance
+from salt_lightning.hugging_face.experts import follow_autocast
+from salt_lightning.hugging_face.spec import DTYPES, ModelSpec, as_config_error, fresh_config, wrong_sizes
+from salt_lightning.storage import damage, shards
 
 PREFIX = shards.STUDENT
 
@@ -252,6 +254,20 @@ def build(spec: ModelSpec, name: str, data: Any, dtype: torch.dtype, device: tor
     if not empty:
         lm.to(device).check()
     return lm
+
+
+def build_empty(spec: ModelSpec, data: Any) -> CausalLM:
+    """The fresh student without weights. Where there is no tokenizer yet, of the size that one is to have."""
+    try:
+        config = fresh_config(spec, data)
+    except ConfigError:
+        if data.tokenizer_name != "train" or data._train is not None:
+            raise
+        sizes = {"vocab_size": -(-data.trained_vocab_size // 64) * 64, "max_position_embeddings": data.block_size}
+        config = fresh_config(replace(spec, config={**sizes, **spec.config}), None)
+    with torch.device("meta"), as_config_error("--model.student.config"):
+        model = from_config(config, dtype=DTYPES[spec.dtype or "float32"], attn_implementation=spec.attention)
+    return CausalLM(model, "student")
 
 
 def build_fresh(spec: ModelSpec, data: Any, seed: int) -> PreTrainedModel:

@@ -16,23 +16,23 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from salt_lightning import alike, attention, extension, flops, models, parallel
-from salt_lightning.cadence import check_trainer, plan_validation
+from salt_lightning import flops, models, parallel
 from salt_lightning.checkpoint import go_on_from, how_to_go_on, require_same, say_other_share
+from salt_lightning.command.settings import seed_or_global
 from salt_lightning.data import SALTDataModule
 from salt_lightning.errors import ConfigError, NonFiniteLossError, refuse, wrong_kinds
-from salt_lightning.event_log import log_settings
-from salt_lightning.kinds import plain
+from salt_lightning.fit import alike, cadence, extension
+from salt_lightning.fit.meter import SUMS, Meter, loss_values, peak_memory
+from salt_lightning.fit.optim import OptimSpec, by_name
+from salt_lightning.fit.watch import Watch, problem
+from salt_lightning.hugging_face import attention, token_ids
+from salt_lightning.hugging_face.spec import DTYPES, ModelLike, ModelSpec, resolved
 from salt_lightning.losses import salt_loss, token_stats
-from salt_lightning.meter import SUMS, Meter, loss_values, peak_memory
 from salt_lightning.metrics import TokenMetrics
 from salt_lightning.models import CausalLM
-from salt_lightning.optim import OptimSpec, by_name
+from salt_lightning.run.event_log import log_settings
 from salt_lightning.schedule import KDScheduleCallback, kd_callbacks
-from salt_lightning.settings import seed_or_global
-from salt_lightning.spec import DTYPES, ModelLike, ModelSpec, resolved
-from salt_lightning.token_ids import check_models, tell_fit
-from salt_lightning.watch import Watch, problem
+from salt_lightning.storage.kinds import plain
 
 Batch = dict[str, Tensor]
 
@@ -128,9 +128,9 @@ class SALTModule(extension.KeepsModes):
             self.optim_spec.check(self.trainer.max_steps)
             extension.require_schedule(self)
             parallel.check(self.trainer)
-            check_trainer(self.trainer)
+            cadence.check_trainer(self.trainer)
             models.check_path(self.student_spec, "student")
-            plan_validation(self.trainer)
+            cadence.plan_validation(self.trainer)
             self.meter.forget()
             extension.count_again(self)
         sources = getattr(self._data, "source_names", None) or ("all",)
@@ -139,7 +139,7 @@ class SALTModule(extension.KeepsModes):
     def check_token_ids(self) -> None:
         """For the data to call as soon as it has a tokenizer: refuses pretrained models that do not fit it."""
         if self._data is not None:
-            check_models(self.trainer, self.student_spec, self.teacher_spec)
+            token_ids.check_models(self.trainer, self.student_spec, self.teacher_spec)
 
     def configure_model(self) -> None:
         if hasattr(self, "student") or (self._trainer and self._trainer.state.fn == TrainerFn.PREDICTING):
@@ -152,7 +152,7 @@ class SALTModule(extension.KeepsModes):
         spec, strategy = self.student_spec, self._strategy
         # not in setup alone: WeightAveraging comes before that
         self.hparams["seed"] = seed_or_global(self.hparams["seed"], self._unset_seed)
-        tell_fit(spec, "student", self._data)
+        token_ids.tell_fit(spec, "student", self._data)
         dtype, device = DTYPES[spec.dtype or "float32"], parallel.build_device(strategy, torch.device("cpu"))
         lm = models.build(spec, "student", self._data, dtype, device, self.hparams["seed"])
         self.meter.forward_flops["student"], self._num_ids = self._count_flops(lm), len(lm.head.weight)
@@ -177,7 +177,7 @@ class SALTModule(extension.KeepsModes):
         dtype = DTYPES[spec.dtype] if spec.dtype else self.compute_dtype
         root = self.trainer.strategy.root_device  # self.device is still the CPU in setup
         device = parallel.build_device(self._strategy, root)
-        tell_fit(spec, "teacher", self._data)
+        token_ids.tell_fit(spec, "teacher", self._data)
         with torch.random.fork_rng(devices=[root] if root.type == "cuda" else []):
             lm = models.build(spec, "teacher", self._data, dtype, device).eval().requires_grad_(False)
         lm.num_ids = self._num_ids if self._data is None else self._data.vocab_size
@@ -375,7 +375,7 @@ class SALTModule(extension.KeepsModes):
     def predict_step(self, batch: Batch, batch_idx: int) -> Batch:
         """The teacher's loss and rank of every label, B x T; -1 is the rank of a position without label."""
         if self.teacher is None:
-            raise ConfigError("predict scores with the teacher: add a salt_lightning.scoring.ScoreWriter")
+            raise ConfigError("predict scores with the teacher: add a salt_lightning.teacher.scoring.ScoreWriter")
         labels_BT = batch["labels"]
         stats = partial(self._label_stats, labels_BT.flatten())
         nll_N, rank_N = self.teacher(batch["input_ids"], batch["positions"], stats, batch.get("cu_seqlens"))

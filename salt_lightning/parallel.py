@@ -35,9 +35,10 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint as recompute
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from salt_lightning import shards, slurm
 from salt_lightning.errors import ConfigError
 from salt_lightning.models import CausalLM, read_checkpoint
+from salt_lightning.run import slurm
+from salt_lightning.storage import shards
 
 # Weights travel and compute in bf16 and gradients are reduced in fp32. What enters a forward is not cast: the loss
 # gets its KD weight and its number of tokens that way, and bf16 has 8 bits for them.

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from salt_lightning import preflight
 from salt_lightning.errors import ConfigError, refuse, wrong_kinds
 from salt_lightning.preflight import size_said
-from salt_lightning.probe import Probe, look
+from salt_lightning.teacher.probe import Probe, look
 
 Shape = Literal["step", "linear", "linear_ratio", "cosine"]
 

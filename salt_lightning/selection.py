@@ -19,10 +19,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from salt_lightning.batches.mixture import Mixture, Shares, make_order
+from salt_lightning.batches.order import Order, scatter
 from salt_lightning.errors import ConfigError, refuse, wrong_kinds
-from salt_lightning.mixture import Mixture, Shares, make_order
-from salt_lightning.order import Order, scatter
-from salt_lightning.scores import NO_LABEL, RANK_CAP, Scores, write_table
+from salt_lightning.teacher.scores import NO_LABEL, RANK_CAP, Scores, write_table
 
 Masked = Literal["zero", "drop"]
 Which = Literal["highest", "lowest", "middle", "random"]

@@ -44,7 +44,9 @@ from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from salt_lightning import KDScheduleCallback, ModelSpec, SALTDataModule, SALTModule, attention, chunked_head
+from salt_lightning import KDScheduleCallback, ModelSpec, SALTDataModule, SALTModule
+from salt_lightning.head import chunked_head
+from salt_lightning.hugging_face import attention
 
 
 class Event:

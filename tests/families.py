@@ -2,8 +2,8 @@
 
 import torch
 
+from salt_lightning.hugging_face.spec import ModelSpec
 from salt_lightning.models import CausalLM, build_fresh
-from salt_lightning.spec import ModelSpec
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
 SPECIAL = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}

@@ -17,8 +17,8 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 
+from salt_lightning.hugging_face.spec import ModelSpec, resolved
 from salt_lightning.models import CausalLM, build_fresh
-from salt_lightning.spec import ModelSpec, resolved
 
 # Sizes that two ranks cannot share evenly.
 SIZES = {**FAMILIES["llama"], "vocab_size": 65, "intermediate_size": 45, "num_key_value_heads": 1, "head_dim": 2}

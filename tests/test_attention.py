@@ -14,9 +14,10 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.nn.attention import varlen
 from transformers import CONFIG_MAPPING
 
-from salt_lightning import attention, cli
+from salt_lightning import cli
+from salt_lightning.batches.rows import document_borders
+from salt_lightning.hugging_face import attention
 from salt_lightning.models import CausalLM, from_config
-from salt_lightning.rows import document_borders
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[5, 9, 3, 60, 7, 7, 22, 1, 30, 2], [4, 4, 8, 1, 9, 12, 33, 2, 0, 6]])

@@ -22,8 +22,9 @@ from families import tiny
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
-from salt_lightning import SALTModule, cli, run_lock
+from salt_lightning import SALTModule, cli
 from salt_lightning.errors import ConfigError
+from salt_lightning.run import run_lock
 
 SWA, CRASH = "StochasticWeightAveraging", "OnExceptionCheckpoint"
 EARLY = "lightning.pytorch.callbacks.EarlyStopping"

@@ -19,11 +19,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from salt_lightning import check, cli, memory, parallel, preflight
 from salt_lightning.checkpoint import RunCheckpoint
 from salt_lightning.errors import ConfigError
+from salt_lightning.hugging_face.spec import ModelSpec
+from salt_lightning.hugging_face.token_ids import emitted_ids
 from salt_lightning.models import build_fresh
 from salt_lightning.preflight import Finding, TeacherLoss
-from salt_lightning.sources import Hub, resolve
-from salt_lightning.spec import ModelSpec
-from salt_lightning.token_ids import emitted_ids
+from salt_lightning.text.sources import Hub, resolve
 
 LEVELS = ("ok", "note", "warning", "error")
 

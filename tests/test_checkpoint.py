@@ -20,9 +20,10 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 import salt_lightning
-from salt_lightning import cli, damage
+from salt_lightning import cli
 from salt_lightning.checkpoint import AtomicCheckpointIO, RunCheckpoint, newest
 from salt_lightning.errors import ConfigError
+from salt_lightning.storage import damage
 
 
 def save(path: Path, **more) -> None:

@@ -25,8 +25,8 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 import salt_lightning
 from salt_lightning import cli
-from salt_lightning.parser import _WORDS, configs_first
-from salt_lightning.settings import wrong_trainer_settings
+from salt_lightning.command.parser import _WORDS, configs_first
+from salt_lightning.command.settings import wrong_trainer_settings
 
 ROOT = Path(__file__).parents[1]
 OVERLAYS = {"ddp.yaml", "fsdp.yaml", "fsdp1.yaml"}  # for another config: tests/test_parallel.py

@@ -13,7 +13,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from salt_lightning import SALTDataModule, SALTModule, cli
-from salt_lightning.difficulty import thirds
+from salt_lightning.teacher.difficulty import thirds
 
 
 def reference(nll, tokens):

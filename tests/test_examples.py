@@ -23,15 +23,15 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from salt_lightning import cli
-from salt_lightning.documents import Corpus
+from salt_lightning.batches.example_rows import ExampleRows, pack
+from salt_lightning.batches.rows import IGNORE, NO_ROW
 from salt_lightning.errors import ConfigError
-from salt_lightning.example_rows import ExampleRows, pack
-from salt_lightning.examples import Conversation, Examples, segments
-from salt_lightning.prepare import prepare_tokens
-from salt_lightning.rows import IGNORE, NO_ROW
-from salt_lightning.sources import Hub, resolve
-from salt_lightning.token_files import TokenFiles
-from salt_lightning.tokenizer import _cut, kept_text, load_tokenizer, train_tokenizer
+from salt_lightning.text.documents import Corpus
+from salt_lightning.text.examples import Conversation, Examples, segments
+from salt_lightning.text.prepare import prepare_tokens
+from salt_lightning.text.sources import Hub, resolve
+from salt_lightning.text.token_files import TokenFiles
+from salt_lightning.text.tokenizer import _cut, kept_text, load_tokenizer, train_tokenizer
 
 PLAIN = Examples(prompt="Q: {question}\nA:", response=" {answer}")
 CHAT = Examples(messages="messages")

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations import moe
 
 from salt_lightning import cli
-from salt_lightning.experts import follow_autocast
+from salt_lightning.hugging_face.experts import follow_autocast
 
 SIZES = {
     "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,

@@ -19,12 +19,13 @@ from lightning.pytorch.callbacks import Callback
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from salt_lightning import cli, lineage
-from salt_lightning.card import model_card
+from salt_lightning import cli
+from salt_lightning.comparison import lineage
 from salt_lightning.export import export
+from salt_lightning.hugging_face.card import model_card
+from salt_lightning.hugging_face.spec import ModelSpec, resolved
 from salt_lightning.models import load_pretrained
-from salt_lightning.runlog import Run, read_run
-from salt_lightning.spec import ModelSpec, resolved
+from salt_lightning.run.runlog import Run, read_run
 
 ROOT = Path(__file__).parents[1]
 IDS = torch.tensor([[5, 9, 3, 60, 7, 7, 22, 1, 30, 2]])

@@ -36,7 +36,7 @@ from salt_lightning import (
 from salt_lightning.checkpoint import AtomicCheckpointIO, RunCheckpoint, newest
 from salt_lightning.errors import ConfigError
 from salt_lightning.export import export
-from salt_lightning.extension import check_step_tokens
+from salt_lightning.fit.extension import check_step_tokens
 from salt_lightning.models import read_checkpoint
 from salt_lightning.selection import KeepRule
 

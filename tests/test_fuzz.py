@@ -12,14 +12,14 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import fuzz
 from test_prepare import byte_tokenizer, corpus_of, stored
 
-from salt_lightning import documents
-from salt_lightning.cadence import accumulation
 from salt_lightning.data import SALTDataModule
 from salt_lightning.errors import ConfigError
+from salt_lightning.fit.cadence import accumulation
+from salt_lightning.fit.optim import OptimSpec
+from salt_lightning.hugging_face.spec import ModelSpec
 from salt_lightning.module import SALTModule
-from salt_lightning.optim import OptimSpec
-from salt_lightning.prepare import prepare_tokens
-from salt_lightning.spec import ModelSpec
+from salt_lightning.text import documents
+from salt_lightning.text.prepare import prepare_tokens
 
 CASES = {"documents": 15, "broken": 15, "killed": 3, "settings": 200, "commands": 5, "steps": 3}
 

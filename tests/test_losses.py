@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from reference import salt_reference, stats_reference
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from salt_lightning.chunked_head import chunk_and_strip_rows
 from salt_lightning.errors import ConfigError
+from salt_lightning.head.chunked_head import chunk_and_strip_rows
+from salt_lightning.head.row_pass import Mix, row_pass
 from salt_lightning.losses import SaltLoss, salt_loss, token_stats
-from salt_lightning.row_pass import Mix, row_pass
 
 N, D, E, V = 37, 16, 24, 101  # nothing divides anything
 EXACT = 1e-11  # float64 inputs: only the order of sums differs from the reference
@@ -163,7 +163,7 @@ def test_a_weight_tensor_counts_like_the_number_and_not_at_all_without_teacher()
 def test_several_strips_in_several_chunks(device, teacher, dtype, tolerance, monkeypatch):
     """What a budget does to real sizes: the gradient of a chunk is gathered from strips of logits."""
     for name, rows in (("MIN_ROWS", 15), ("MIN_CHUNK_ROWS", 15), ("MIN_STRIP_ROWS", 4), ("TILE_ROWS", 2)):
-        monkeypatch.setattr(f"salt_lightning.chunked_head.{name}", rows)
+        monkeypatch.setattr(f"salt_lightning.head.chunked_head.{name}", rows)
     case = make_case(dtype, device)
     if not teacher:
         case = without_teacher(case)

@@ -2,14 +2,14 @@
 
 import pytest
 
-from salt_lightning.meter import Meter, Totals
+from salt_lightning.fit.meter import Meter, Totals
 
 
 @pytest.fixture
 def clock(monkeypatch):
     """clock(seconds) lets that much time pass."""
     now = [1000.0]
-    monkeypatch.setattr("salt_lightning.meter.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("salt_lightning.fit.meter.time.perf_counter", lambda: now[0])
 
     def pass_by(seconds):
         now[0] += seconds

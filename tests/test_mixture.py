@@ -11,10 +11,10 @@ from conftest import arguments, run, write_corpus
 from hypothesis import given
 from hypothesis import strategies as st
 
+from salt_lightning.batches.mixture import CYCLE, Mixture, Shares, make_order, shares_of
+from salt_lightning.batches.order import Order
 from salt_lightning.data import SALTDataModule
 from salt_lightning.errors import ConfigError
-from salt_lightning.mixture import CYCLE, Mixture, Shares, make_order, shares_of
-from salt_lightning.order import Order
 
 SIZES = (13, 500, 70)
 WEIGHTS = (0.5, 0.2, 0.3)

@@ -12,12 +12,12 @@ import torch
 from families import FAMILIES, LLAMA_LIKE, SIZES, SPECIAL, tiny
 from torch.nn.functional import cross_entropy, log_softmax, softmax
 
-from salt_lightning.attention import document_mask
 from salt_lightning.data import SALTDataModule
 from salt_lightning.errors import ConfigError
+from salt_lightning.hugging_face.attention import document_mask
+from salt_lightning.hugging_face.spec import ModelSpec, as_config_error, fresh_config, resolved
 from salt_lightning.losses import salt_loss
 from salt_lightning.models import CausalLM, build_fresh, check_path, load_pretrained
-from salt_lightning.spec import ModelSpec, as_config_error, fresh_config, resolved
 
 IDS = torch.tensor([[5, 9, 3, 60, 7, 7, 22, 1, 30, 2], [4, 4, 8, 1, 9, 12, 33, 2, 0, 6]])
 POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 5, 6, 0, 1, 2]])
@@ -279,7 +279,7 @@ def test_a_folder_without_config_is_named(tmp_path):
     ],
 )
 def test_misspelt_students_are_named(spec, message):
-    from salt_lightning.spec import fresh_config
+    from salt_lightning.hugging_face.spec import fresh_config
 
     with pytest.raises(ConfigError, match=message):
         fresh_config(spec, None)
@@ -344,7 +344,7 @@ def test_a_hub_name_with_a_revision(tmp_path):
     code = """
 import sys, torch
 from salt_lightning.models import check_path, load_pretrained
-from salt_lightning.spec import ModelSpec
+from salt_lightning.hugging_face.spec import ModelSpec
 for revision in sys.argv[1:]:
     spec = ModelSpec(path="owner/small", revision=revision or None)
     check_path(spec, "teacher")

@@ -23,12 +23,13 @@ from lightning.pytorch.tuner import Tuner
 from reference import salt_reference
 from torch._dynamo.utils import counters
 
-from salt_lightning import KDScheduleCallback, ModelSpec, OptimSpec, SALTDataModule, SALTModule, cli, losses, probe
-from salt_lightning.cadence import check_trainer
+from salt_lightning import KDScheduleCallback, ModelSpec, OptimSpec, SALTDataModule, SALTModule, cli, losses
 from salt_lightning.checkpoint import RunCheckpoint
 from salt_lightning.errors import ConfigError, NonFiniteLossError
+from salt_lightning.fit.cadence import check_trainer
+from salt_lightning.fit.watch import NEVER, Watch, problem
 from salt_lightning.models import read_checkpoint
-from salt_lightning.watch import NEVER, Watch, problem
+from salt_lightning.teacher import probe
 
 CONFIG = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from salt_lightning.errors import ConfigError
-from salt_lightning.optim import OptimSpec
+from salt_lightning.fit.optim import OptimSpec
 
 
 def test_cosine_corners():

@@ -20,10 +20,11 @@ from lightning.fabric.plugins.environments import KubeflowEnvironment
 from lightning.pytorch import Trainer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from salt_lightning import cli, parallel, shards
+from salt_lightning import cli, parallel
 from salt_lightning.checkpoint import newest
 from salt_lightning.errors import ConfigError
 from salt_lightning.models import CausalLM, read_checkpoint
+from salt_lightning.storage import shards
 
 ROOT = Path(__file__).parents[1]
 FSDP2 = {"config": str(ROOT / "configs/fsdp.yaml"), "trainer.precision": "32-true", "trainer.devices": 2}

@@ -29,18 +29,18 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from salt_lightning import documents, journal, prepare, processes, progress
-from salt_lightning import tokenizer as tokenizer_module
-from salt_lightning.documents import Corpus, read_raw, utf8
 from salt_lightning.errors import ConfigError
-from salt_lightning.journal import making
-from salt_lightning.parse import lots
-from salt_lightning.prepare import prepare_tokenizer, prepare_tokens, token_folder, tokenizer_folder
-from salt_lightning.progress import Done, progress_line, summary_line
-from salt_lightning.sources import Group, Hub, resolve
-from salt_lightning.token_files import Block, SplitWriter, TokenFiles, no_counts, sealed, verify
-from salt_lightning.token_ids import emitted_ids
-from salt_lightning.tokenizer import load_tokenizer, pieces, rules_fingerprint, token_bytes, tokenizer_fingerprint
+from salt_lightning.hugging_face.token_ids import emitted_ids
+from salt_lightning.text import documents, journal, prepare, processes, progress
+from salt_lightning.text import tokenizer as tokenizer_module
+from salt_lightning.text.documents import Corpus, read_raw, utf8
+from salt_lightning.text.journal import making
+from salt_lightning.text.parse import lots
+from salt_lightning.text.prepare import prepare_tokenizer, prepare_tokens, token_folder, tokenizer_folder
+from salt_lightning.text.progress import Done, progress_line, summary_line
+from salt_lightning.text.sources import Group, Hub, resolve
+from salt_lightning.text.token_files import Block, SplitWriter, TokenFiles, no_counts, sealed, verify
+from salt_lightning.text.tokenizer import load_tokenizer, pieces, rules_fingerprint, token_bytes, tokenizer_fingerprint
 
 TEXTS = [
     "The first document.\nIt has two lines.",
@@ -997,7 +997,7 @@ def test_second_process_waits_for_the_first_or_takes_over(first_dies, tmp_path, 
         else:
             go.set()
 
-    monkeypatch.setattr("salt_lightning.journal.rank_zero_info", proceed)
+    monkeypatch.setattr("salt_lightning.text.journal.rank_zero_info", proceed)
     with caplog.at_level(logging.INFO):
         folder = prepare_many(path, cache)
     child.join(timeout=30)
@@ -1113,7 +1113,7 @@ def test_no_locks_is_said_of_locks_alone(tmp_path, number, what, monkeypatch):
     def fail(*args):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(f"salt_lightning.journal.{what}", fail)
+    monkeypatch.setattr(f"salt_lightning.text.journal.{what}", fail)
     locks = what == "fcntl.flock" or number == errno.ENOLCK
     problem = "lies where no file can be locked" if locks else "cannot be written"
     with pytest.raises(ConfigError, match=rf"cache {problem} \({os.strerror(number)}\)"):

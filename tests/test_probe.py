@@ -11,10 +11,11 @@ from conftest import StopAt, arguments, scalars, weights
 from lightning.pytorch.callbacks import Callback
 from reference import log_softmax
 
-from salt_lightning import SALTDataModule, cli, probe
+from salt_lightning import SALTDataModule, cli
+from salt_lightning.hugging_face.spec import ModelSpec
 from salt_lightning.models import CausalLM, load_pretrained, read_checkpoint
 from salt_lightning.schedule import KDSchedule, trained_schedule
-from salt_lightning.spec import ModelSpec
+from salt_lightning.teacher import probe
 
 KD = {"kd.weight": 0.667, "kd.steps": 10, "trainer.val_check_interval": 2, "data.micro_batch_size": 4}
 

@@ -26,12 +26,14 @@ from lightning.pytorch.loggers import CSVLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from salt_lightning import OptimSpec, SALTModule, cli, lineage, run_lock
+from salt_lightning import OptimSpec, SALTModule, cli
+from salt_lightning.comparison import lineage
 from salt_lightning.errors import ConfigError, of_machine
-from salt_lightning.event_log import log_settings
 from salt_lightning.models import read_checkpoint
-from salt_lightning.probe import Probe
-from salt_lightning.runlog import read_run
+from salt_lightning.run import run_lock
+from salt_lightning.run.event_log import log_settings
+from salt_lightning.run.runlog import read_run
+from salt_lightning.teacher.probe import Probe
 
 RAMP = {"kd.weight": 0.667, "kd.steps": 8, "kd.anneal_steps": 4, "kd.shape": "linear"}  # phase 1 ends at 8 of 12
 
@@ -358,7 +360,7 @@ def test_streams_that_were_closed_before(tmp_path):
 
 RAISES = """
 import sys
-from salt_lightning.rows import Loader
+from salt_lightning.batches.rows import Loader
 
 class Broken:
     def __getitem__(self, index):
@@ -486,9 +488,9 @@ def test_a_run_that_is_under_way_is_left_alone(fit, settings, tmp_path, capsys, 
         assert capsys.readouterr().err.strip().splitlines()[-1] == said
         assert cli.main(["predict", f"--run={tmp_path / 'run'}"]) == 2
         assert capsys.readouterr().err.strip().splitlines()[-1] == said
-        monkeypatch.setattr("salt_lightning.run_lock.socket.gethostname", lambda: "another")
+        monkeypatch.setattr("salt_lightning.run.run_lock.socket.gethostname", lambda: "another")
         monkeypatch.setattr(
-            "salt_lightning.run_lock._OTHER_MACHINE_S", 0.5
+            "salt_lightning.run.run_lock._OTHER_MACHINE_S", 0.5
         )  # such locks may be those of a dead machine
         assert fit(tmp_path / "run", ckpt_path="last") == 2
         assert f"waiting for {who}" in caplog.text
@@ -515,15 +517,15 @@ def test_a_lock_of_a_machine_that_may_be_dead_is_waited_for(tmp_path, where, mon
     process.start()
     assert held.wait(30)
     if where == "another host":
-        monkeypatch.setattr("salt_lightning.run_lock.socket.gethostname", lambda: "another")
+        monkeypatch.setattr("salt_lightning.run.run_lock.socket.gethostname", lambda: "another")
     lines = (tmp_path / ".lock").read_text().split("\n")
     assert lines[1] == f"process {process.pid} on {socket.gethostname()}" or where == "another host"
     assert lines[0] == run_lock._boot() != ("" if sys.platform == "linux" else None)
     if where == "another boot":
-        monkeypatch.setattr("salt_lightning.run_lock._boot", lambda: "0d5b")
+        monkeypatch.setattr("salt_lightning.run.run_lock._boot", lambda: "0d5b")
     if where == "an older lock of here":
         (tmp_path / ".lock").write_text(lines[1])
-    monkeypatch.setattr("salt_lightning.run_lock.time.sleep", lambda _: (until.set(), process.join()))
+    monkeypatch.setattr("salt_lightning.run.run_lock.time.sleep", lambda _: (until.set(), process.join()))
     waited = where.startswith("another")
     refused = pytest.raises(ConfigError, match=rf" {process.pid} on \S+ works there; wait")
     with nullcontext() if waited else refused, run_lock.held(tmp_path):
@@ -538,7 +540,7 @@ def test_a_file_system_without_locks_is_said(tmp_path, number, monkeypatch, capl
     def lockf(*args):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr("salt_lightning.run_lock.fcntl.lockf", lockf)
+    monkeypatch.setattr("salt_lightning.run.run_lock.fcntl.lockf", lockf)
     if number == errno.EIO:
         with pytest.raises(OSError, match=os.strerror(number)), run_lock.held(tmp_path / "run"):
             pass

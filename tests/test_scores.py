@@ -7,14 +7,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from salt_lightning.errors import ConfigError
-from salt_lightning.scores import NO_LABEL, RANK_CAP, Scored, Scores
+from salt_lightning.teacher.scores import NO_LABEL, RANK_CAP, Scored, Scores
 
 SCORED = Scored("rows", "tokens", num_rows=10, block_size=4, isolate_documents=True, teacher="t", precision="p")
 
 
 @pytest.fixture
 def scores(tmp_path, monkeypatch):
-    monkeypatch.setattr("salt_lightning.scores._SHARD_TOKENS", 16)
+    monkeypatch.setattr("salt_lightning.teacher.scores._SHARD_TOKENS", 16)
     scores = Scores.create(tmp_path / "run", SCORED, {})
     for shard in range(3):
         size = (len(scores.rows(shard)), 4)

@@ -19,19 +19,19 @@ from conftest import StopAt, arguments, scalars, weights
 
 from salt_lightning import cli
 from salt_lightning.flops import forward_flops_per_token
+from salt_lightning.hugging_face.spec import ModelSpec
 from salt_lightning.models import CausalLM, load_pretrained
-from salt_lightning.scores import NO_LABEL, Scores
-from salt_lightning.scoring import weights_fingerprint
 from salt_lightning.selection import KeepRule, kept_rows, row_scores
-from salt_lightning.spec import ModelSpec
-from salt_lightning.token_files import TokenFiles
+from salt_lightning.teacher.scores import NO_LABEL, Scores
+from salt_lightning.teacher.scoring import weights_fingerprint
+from salt_lightning.text.token_files import TokenFiles
 
 ROOT = Path(__file__).parents[1]
 SHARD_TOKENS = 512  # 16 rows of 32
 _CALL = f"""
 import sys
-import salt_lightning.scores
-salt_lightning.scores._SHARD_TOKENS = {SHARD_TOKENS}
+import salt_lightning.teacher.scores
+salt_lightning.teacher.scores._SHARD_TOKENS = {SHARD_TOKENS}
 from salt_lightning.cli import main
 sys.exit(main(sys.argv[1:]))
 """
@@ -39,7 +39,7 @@ sys.exit(main(sys.argv[1:]))
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    monkeypatch.setattr("salt_lightning.scores._SHARD_TOKENS", SHARD_TOKENS)
+    monkeypatch.setattr("salt_lightning.teacher.scores._SHARD_TOKENS", SHARD_TOKENS)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def scored(of_data, teacher, tmp_path_factory):
     """A run of predict, never interrupted."""
     run = tmp_path_factory.mktemp("score") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("salt_lightning.scores._SHARD_TOKENS", SHARD_TOKENS)
+        patch.setattr("salt_lightning.teacher.scores._SHARD_TOKENS", SHARD_TOKENS)
         assert cli.main(["predict", *arguments(of_data, {"run": str(run), "model.teacher.path": teacher})]) == 0
     return run
 

@@ -26,14 +26,16 @@ from test_prepare import byte_tokenizer, corpus_of, prepare_many, stored
 from test_sources import PACK
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
-from salt_lightning import ModelSpec, SALTDataModule, SALTModule, cli, damage, documents, shards
-from salt_lightning.documents import read_raw
+from salt_lightning import ModelSpec, SALTDataModule, SALTModule, cli
 from salt_lightning.errors import ConfigError
+from salt_lightning.hugging_face.token_ids import check_fit
 from salt_lightning.models import build, load_pretrained, read_checkpoint
-from salt_lightning.prepare import prepare_tokens
-from salt_lightning.token_files import TokenFiles, sealed, verify
-from salt_lightning.token_ids import check_fit
-from salt_lightning.tokenizer import EOS, load_tokenizer, rules_fingerprint
+from salt_lightning.storage import damage, shards
+from salt_lightning.text import documents
+from salt_lightning.text.documents import read_raw
+from salt_lightning.text.prepare import prepare_tokens
+from salt_lightning.text.token_files import TokenFiles, sealed, verify
+from salt_lightning.text.tokenizer import EOS, load_tokenizer, rules_fingerprint
 
 CPU = torch.device("cpu")
 

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from salt_lightning.batches.mixture import Shares, make_order
+from salt_lightning.batches.order import Order, gaps, outside, row_at, scatter
 from salt_lightning.errors import ConfigError
-from salt_lightning.mixture import Shares, make_order
-from salt_lightning.order import Order, gaps, outside, row_at, scatter
-from salt_lightning.score_report import _overlap
-from salt_lightning.scores import NO_LABEL, RANK_CAP, Scored, Scores, write_table
 from salt_lightning.selection import KeepRule, chance, kept_rows, plan, row_scores, score_rows
+from salt_lightning.teacher.score_report import _overlap
+from salt_lightning.teacher.scores import NO_LABEL, RANK_CAP, Scored, Scores, write_table
 
 # --- S(x) ---
 
@@ -239,7 +239,7 @@ SCORED = Scored("rows", "tokens", num_rows=10, block_size=4, isolate_documents=T
 
 @pytest.fixture
 def scores(tmp_path, monkeypatch):
-    monkeypatch.setattr("salt_lightning.scores._SHARD_TOKENS", 16)  # 4 rows a shard: 4 + 4 + 2
+    monkeypatch.setattr("salt_lightning.teacher.scores._SHARD_TOKENS", 16)  # 4 rows a shard: 4 + 4 + 2
     scores = Scores.create(tmp_path / "run", SCORED, {"scoring_flops": 1.0})
     rng = np.random.default_rng(1)
     for shard in scores.missing():

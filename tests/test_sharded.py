@@ -20,10 +20,11 @@ from safetensors import safe_open
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from transformers import AutoModelForCausalLM
 
-from salt_lightning import cli, damage, shards
+from salt_lightning import cli
 from salt_lightning.errors import ConfigError
+from salt_lightning.hugging_face.spec import ModelSpec
 from salt_lightning.models import load_pretrained, read_checkpoint
-from salt_lightning.spec import ModelSpec
+from salt_lightning.storage import damage, shards
 
 SCRIPT = Path(__file__).parent / "sharded_run.py"
 

@@ -20,10 +20,10 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from salt_lightning.data import SALTDataModule
-from salt_lightning.documents import Corpus, read_raw
 from salt_lightning.errors import ConfigError
-from salt_lightning.parse import lots
-from salt_lightning.sources import Hub, resolve
+from salt_lightning.text.documents import Corpus, read_raw
+from salt_lightning.text.parse import lots
+from salt_lightning.text.sources import Hub, resolve
 
 if sys.version_info >= (3, 14):
     from compression import zstd

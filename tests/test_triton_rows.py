@@ -12,9 +12,9 @@ import torch
 from lightning.pytorch.plugins import HalfPrecision
 from test_losses import gradients, make_case, relative_error
 
-from salt_lightning import chunked_head
+from salt_lightning.head import chunked_head
+from salt_lightning.head.row_pass import Mix, label_stats, row_pass
 from salt_lightning.losses import salt_loss
-from salt_lightning.row_pass import Mix, label_stats, row_pass
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 NUMPY = "only 0-dimensional arrays can be converted to Python scalars"
@@ -30,7 +30,7 @@ def kernels(monkeypatch):
     """The kernels in blocks of 32, so that small rows take several."""
     if not CUDA and not INTERPRETED:
         pytest.skip("runs in the interpreter's process")
-    module = importlib.import_module("salt_lightning.triton_rows")
+    module = importlib.import_module("salt_lightning.head.triton_rows")
     monkeypatch.setattr(module, "BLOCK", 32)
     return module
 
@@ -63,7 +63,7 @@ def test_candidate_under_the_interpreter():
 def test_kernels_compile_for_a_gpu(logits, flags, monkeypatch, tmp_path):
     """The interpreter accepts what the compiler does not (a variable that changes its type), and needs no GPU."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kernels = importlib.import_module("salt_lightning.triton_rows")
+    kernels = importlib.import_module("salt_lightning.head.triton_rows")
     integers = {"vocab", "width", "student_stride", "teacher_stride", "grad_stride", "sums_stride", "stride"}
     types = {"student": logits, "teacher": logits, "logits": logits, "grad": "bf16", "labels": "i64", "rank": "i64"}
     constants = dict(zip(("TEACHER", "SOFTENED", "GRADIENT"), flags, strict=True)) | {"BLOCK": kernels.BLOCK}
@@ -257,7 +257,7 @@ def test_offsets_beyond_31_bits(case):
     student_CV[-1, 7] = 10.0
     labels_C = torch.full((8400,), 7, device="cuda")
     sums_7C = torch.full((7, 8400), math.nan, device="cuda")
-    importlib.import_module("salt_lightning.triton_rows").fill_rows(
+    importlib.import_module("salt_lightning.head.triton_rows").fill_rows(
         [student_CV], labels_C, make_mix(0.0, 1.0), sums_7C, student_CV
     )
     assert sums_7C[0, 0].item() == pytest.approx(math.log(256_000), rel=1e-5)
@@ -308,7 +308,7 @@ def test_the_kernels_and_the_plain_row_pass_give_the_same_loss(accuracy, monkeyp
     case, weight = gpu_case()
     ours = salt_loss(**case, kd_weight=weight, accuracy=accuracy, teacher_temperature=2.0)
     our_grads = gradients(ours.loss, case)
-    monkeypatch.setattr("salt_lightning.chunked_head._triton_rows", lambda: None)
+    monkeypatch.setattr("salt_lightning.head.chunked_head._triton_rows", lambda: None)
     plain = salt_loss(**case, kd_weight=weight, accuracy=accuracy, teacher_temperature=2.0)
     assert all(relative_error(a, b) <= 1e-5 for a, b in zip(ours, plain, strict=True))
     for name, grad in gradients(plain.loss, case).items():

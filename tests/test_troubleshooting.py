@@ -24,7 +24,7 @@ def strings(path: Path) -> list[str]:
     return found
 
 
-SOURCES = [text for path in (ROOT / "salt_lightning").glob("*.py") for text in strings(path)]
+SOURCES = [text for path in (ROOT / "salt_lightning").rglob("*.py") for text in strings(path)]
 
 
 @pytest.mark.parametrize("message", MESSAGES)

@@ -1,0 +1,182 @@
+"""Several sources read in fixed shares, however long they are: --data.source_weights.
+
+A pure function of the position, as order.py; S sources, P turns of a cycle (CYCLE).
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cache, cached_property
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from salt_lightning.batches.order import Order, scatter
+from salt_lightning.errors import ConfigError, few, refuse
+
+SETTING = "--data.source_weights"
+CYCLE = 10_000  # rows in which each source has its share to the row; a share is as fine as that
+_OTHERS = "--data.source_column", "--data.source_per_file", "--data.examples"
+
+
+def weight_problems(weights: Sequence[float] | None, entries: Sequence[str], others: Sequence[Any]) -> list[str]:
+    """What is wrong with the weights of the entries of a source setting; `others`: what _OTHERS are set to."""
+    also = [name for name, given in zip(_OTHERS, others, strict=True) if given]
+    if weights is None or not entries:  # no source at all is another problem
+        return []
+    fits = len(weights) == len(entries) and all(0 < w < math.inf for w in weights)
+    checks = (
+        (fits, f"must be a number above 0 for each of the {len(entries)} entries of --data.source, or null"),
+        (len(entries) <= CYCLE, f"goes with {CYCLE} entries of --data.source at most"),
+        (len(set(entries)) == len(entries), "and an entry of --data.source twice: name it once, with more weight"),
+        (not also, f"is of the entries of --data.source: leave out {', '.join(also)}, or the weights (null)"),
+    )
+    return [f"{SETTING} {weights!r} {wanted}" for good, wanted in checks if not good]
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How much of what is read comes from each source, however long it is.
+
+    A share is a multiple of 1 / CYCLE, and at least that.
+
+    Args:
+        names: of the sources.
+        weights: above 0, in any unit.
+        starts: the first row of each source, and last the number of rows; each has one.
+    """
+
+    names: tuple[str, ...]
+    weights: tuple[float, ...]
+    starts: tuple[int, ...]
+
+    @property
+    def rows_S(self) -> np.ndarray:
+        """Rows of each source."""
+        return np.diff(self.starts)
+
+    @cached_property
+    def turns_S(self) -> np.ndarray:
+        """Rows of each source in a cycle: at least one, else by largest remainders; of the decimals as typed."""
+        weights = [Fraction(str(weight)) for weight in self.weights]
+        exact = [CYCLE * weight / sum(weights) for weight in weights]
+        while min(exact) < 1:
+            exact = [max(turns, Fraction(1)) for turns in exact]
+            large = sum(turns for turns in exact if turns > 1)
+            left = CYCLE - sum(turns == 1 for turns in exact)
+            exact = [turns * left / large if turns > 1 else turns for turns in exact]
+        turns = [math.floor(turns) for turns in exact]
+        for s in sorted(range(len(turns)), key=lambda s: turns[s] - exact[s])[: CYCLE - sum(turns)]:
+            turns[s] += 1
+        return np.array(turns)
+
+    @property
+    def cycle(self) -> tuple[np.ndarray, np.ndarray]:
+        """The source of each turn, and which of its turns that is, from 0."""
+        return _cycle(tuple(self.turns_S.tolist()))
+
+    def reads(self, count: int) -> np.ndarray:
+        """Rows of each source among the first `count`."""
+        cycles, turns = divmod(count, CYCLE)
+        return cycles * self.turns_S + np.bincount(self.cycle[0][:turns], minlength=len(self.turns_S))
+
+
+@cache  # tens of milliseconds, and a start asks several times
+def _cycle(turns: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Shares.cycle of sources with so many turns.
+
+    Turn j of n may come from floor(j P / n) on and has to come before ceil((j + 1) P / n). Of those that may, the one
+    that has to come first is taken: so all do, and no source is ever a whole row ahead or behind (the chairman
+    assignment problem, Tijdeman 1980).
+    """
+    turns_S, done_S = np.array(turns), np.zeros(len(turns), np.int64)
+    source_P, number_P = np.empty(CYCLE, np.int64), np.empty(CYCLE, np.int64)
+    for turn in range(CYCLE):
+        may_S = done_S * CYCLE < (turn + 1) * turns_S
+        until_S = -(-(done_S + 1) * CYCLE // turns_S)
+        s = int(np.where(may_S, until_S, CYCLE + 1).argmin())
+        source_P[turn], number_P[turn] = s, done_S[s]
+        done_S[s] += 1
+    return source_P, number_P
+
+
+def shares_of(names: list[str], weights: list[float], tokens: list[int], block_size: int) -> Shares:
+    """The shares of sources that lie in the stream one after the other; a row is of the source that it begins in.
+
+    Args:
+        names: of the sources.
+        weights: as of Shares.
+        tokens: where each begins in the stream, and last its end.
+        block_size: tokens of a row.
+
+    Raises:
+        ConfigError: two sources of one name, or one that is no longer than a row.
+    """
+    if len(names) != len(weights):
+        raise ConfigError(f"{SETTING}: entries of --data.source have one name among {few(names)}; rename a folder")
+    sizes = {name: end - start for name, (start, end) in zip(names, pairwise(tokens), strict=True)}
+    refuse(
+        f"{SETTING}: {name!r} has {size} training tokens, what is held out aside, which is no more than a row of "
+        f"--data.block_size {block_size}; give more text, lower --data.val_fraction, or leave it out"
+        for name, size in sizes.items()
+        if size <= block_size
+    )
+    starts = [-(-start // block_size) for start in tokens[:-1]]
+    return Shares(tuple(names), tuple(weights), (*starts, -(-(tokens[-1] - 1) // block_size)))  # as PackedRows.num_rows
+
+
+class Mixture:
+    """An order that draws from several sources in fixed shares, from each in an order of its own.
+
+    Of any rows that follow one another each source has its share, to less than two. A selection's rows are read source
+    by source, so it leaves the shares as they are. Arguments as of `Order`.
+    """
+
+    def __init__(
+        self,
+        shares: Shares,
+        seed: int,
+        kept: np.ndarray | None = None,
+        phase1: int = 0,
+        unread_first: bool = True,
+    ) -> None:
+        self.shares = shares
+        self._source_P, self._number_P = shares.cycle
+        seeds_S = scatter(np.array([seed])) + np.arange(1, len(shares.names) + 1, dtype=np.uint64)
+        self.orders = []
+        for own_seed, (start, end), reads in zip(seeds_S, pairwise(shares.starts), shares.reads(phase1), strict=True):
+            own = None if kept is None else kept[np.searchsorted(kept, start) : np.searchsorted(kept, end)] - start
+            self.orders.append(Order(int(own_seed), end - start, own, int(reads), unread_first))
+
+    def __call__(self, position: np.ndarray) -> np.ndarray:
+        cycle, turn = np.divmod(position, CYCLE)
+        source = self._source_P[turn]
+        rows = np.empty_like(position)
+        for s in np.unique(source):
+            of_s = source == s
+            number = cycle[of_s] * self.shares.turns_S[s] + self._number_P[turn[of_s]]
+            rows[of_s] = self.shares.starts[s] + self.orders[s](number)
+        return rows
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the shares, and of what phase 1 reads of each source."""
+        told = [self.shares.turns_S.tolist(), self.shares.starts, [order.fingerprint for order in self.orders]]
+        return hashlib.blake2b(repr(told).encode(), digest_size=10).hexdigest()
+
+
+def make_order(
+    shares: Shares | None,
+    seed: int,
+    num_rows: int,
+    kept: np.ndarray | None = None,
+    phase1: int = 0,
+    unread_first: bool = True,
+) -> Order | Mixture:
+    """The order of a run's rows, all read alike unless there are shares."""
+    if shares is None:
+        return Order(seed, num_rows, kept, phase1, unread_first)
+    return Mixture(shares, seed, kept, phase1, unread_first)

@@ -1,0 +1,313 @@
+"""Rows of tokens: how they are cut from the stream, and the batches they form, in the order of order.py.
+
+    B rows of a micro-batch · T tokens of a row (block_size) · G rows of an optimizer step
+
+The stream of a split is all its documents, each followed by EOS. Row r reads tokens [rT, (r+1)T) and
+predicts the next token of each, but nothing after a document's EOS. Which rows step s reads is a pure
+function of (seed, selection, shares, s): there is no state to save, and neither ranks, nor workers, nor accumulation,
+nor a resume change it.
+"""
+
+import atexit
+import signal
+import threading
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+from weakref import WeakSet
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from salt_lightning.batches.mixture import Mixture
+from salt_lightning.batches.order import Order
+from salt_lightning.errors import ConfigError
+from salt_lightning.text.processes import end_with_parent, starting
+from salt_lightning.text.token_files import TokenFiles
+
+Batch = dict[str, np.ndarray]  # int64
+IGNORE = -100  # as in row_pass.py: data imports no training code
+NO_ROW = -1  # fills the last evaluation batch up: a row without labels
+_COUNTED_TOKENS = 1 << 24
+
+# --- rows ---
+
+
+class Rows(Protocol):
+    """Rows of one split: what batches need of them."""
+
+    files: TokenFiles
+    num_rows: int
+
+    def label_counts(self, rows: np.ndarray) -> np.ndarray: ...
+    def build(self, rows: np.ndarray) -> Batch: ...
+    def origins(self, batch: Batch) -> Batch: ...
+
+
+def with_sources(files: TokenFiles, labels_BT: np.ndarray, bytes_BT: np.ndarray, documents_BT: np.ndarray) -> Batch:
+    """Nothing of ignored labels, and the source of each document."""
+    ignored_BT = labels_BT == IGNORE
+    bytes_BT[ignored_BT], documents_BT[ignored_BT] = 0, -1
+    sources_BT = np.where(documents_BT < 0, -1, files.doc_sources[documents_BT])
+    return {"bytes": bytes_BT, "documents": documents_BT, "sources": sources_BT.astype(np.int64)}
+
+
+def require_text(files: TokenFiles, split: str, block_size: int | None, val_fraction: float) -> None:
+    """Raises ConfigError where a split has no text, or not enough for a row (None: that is looked at elsewhere)."""
+    tokens = files.num_tokens
+    if split == "train" and block_size and tokens < block_size:
+        raise ConfigError(
+            f"--data.source: {tokens} training tokens do not fill one row of --data.block_size "
+            f"{block_size}; add text or shorten the rows"
+        )
+    if split == "val" and tokens == 0:
+        num_documents = files.manifest["splits"]["train"]["documents"]
+        raise ConfigError(
+            f"--data.val_fraction: {val_fraction} left none of {num_documents} documents for "
+            "validation (equal ones stay together); raise it, split the text into more documents, or give "
+            "--data.val_source"
+        )
+
+
+class PackedRows:
+    """Rows of `block_size` tokens cut from the stream of one split."""
+
+    def __init__(self, files: TokenFiles, block_size: int, isolate_documents: bool) -> None:
+        self.files, self.block_size, self.isolate_documents = files, block_size, isolate_documents
+        # The stream's last token is an EOS, which predicts nothing: no row for it alone.
+        self.num_rows = max(0, -(-(files.num_tokens - 1) // block_size))
+
+    def label_counts(self, rows: np.ndarray) -> np.ndarray:
+        """Labels of each row, without building it: its tokens less the documents that end in it."""
+        starts, low, high = self._ends(rows)
+        return np.minimum(self.block_size, self.files.num_tokens - starts) - (high - low)
+
+    def build(self, rows: np.ndarray) -> Batch:
+        """Inputs, labels and positions of some rows, B x T; a NO_ROW is all EOS without a label."""
+        width = self.block_size
+        stream_BT1 = np.full((len(rows), width + 1), self.files.eos_id, np.int64)
+        labels_BT = np.full((len(rows), width), IGNORE, np.int64)
+        positions_BT = np.tile(np.arange(width), (len(rows), 1))
+        for b, (row, start, low, high) in enumerate(zip(rows, *self._ends(rows), strict=True)):
+            if row == NO_ROW:
+                continue
+            piece = self.files.tokens[start : start + width + 1]
+            stream_BT1[b, : len(piece)] = piece
+            labels_BT[b, : len(piece) - 1] = piece[1:]  # the one place where labels are shifted
+            ends = self.files.doc_ends[low:high] - start
+            labels_BT[b, ends - 1] = IGNORE  # after a document's EOS comes another document
+            if self.isolate_documents:
+                for end in ends[ends < width]:
+                    positions_BT[b, end:] = np.arange(width - end)
+        return {"input_ids": stream_BT1[:, :-1].copy(), "labels": labels_BT, "positions": positions_BT, "rows": rows}
+
+    def origins(self, batch: Batch) -> Batch:
+        """UTF-8 bytes of each label token (0 where ignored), its document and the source of that (-1 there)."""
+        labels_BT = batch["labels"]
+        bytes_BT, documents_BT = np.zeros_like(labels_BT), np.full_like(labels_BT, -1)
+        for b, row in enumerate(batch["rows"]):
+            if row == NO_ROW:
+                continue
+            start = row * self.block_size
+            piece = self.files.token_bytes[start + 1 : start + self.block_size + 1]
+            bytes_BT[b, : len(piece)] = piece
+            positions = np.arange(start, start + len(piece))
+            documents_BT[b, : len(piece)] = np.searchsorted(self.files.doc_ends, positions, side="right")
+        return with_sources(self.files, labels_BT, bytes_BT, documents_BT)
+
+    def first_documents(self, rows: np.ndarray) -> np.ndarray:
+        """The document at the start of each row."""
+        return np.searchsorted(self.files.doc_ends, rows * self.block_size, side="right")
+
+    def source_tokens(self, names: list[str]) -> list[int]:
+        """Where in the stream each source begins, where they lie one after the other, and last its end."""
+        place_S, sources_D = [names.index(name) for name in self.files.manifest["sources"]], self.files.doc_sources
+        first = (bisect_left(sources_D, i, key=lambda source: place_S[source]) for i in range(len(names)))
+        return [*(int(self.files.doc_ends[d - 1]) if d else 0 for d in first), self.files.num_tokens]
+
+    def _ends(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Start of each row, and the range of documents that end in it: after its start, up to its stop."""
+        starts = rows * self.block_size
+        low, high = np.searchsorted(self.files.doc_ends, np.stack([starts, starts + self.block_size]), side="right")
+        return starts, low, high
+
+
+def counts_nll(tokens: np.ndarray, labels: np.ndarray) -> float:
+    """Mean -log p of some labels, nats, where p is how often a token occurs in a stream."""
+    counts_V = np.bincount(tokens[:_COUNTED_TOKENS], minlength=int(labels.max()) + 1)
+    counts_V += 1  # a token that did not occur may still do so
+    return float(-np.log(counts_V[labels] / counts_V.sum()).mean())
+
+
+# --- batches (arrays: they pass from worker processes several times faster than tensors do) ---
+
+
+class TrainBatches(Dataset):
+    """Micro-batch i of one rank, counted over the whole run: step i // accumulate, part i % accumulate."""
+
+    def __init__(self, packed: Rows, order: Order | Mixture, sizes: tuple[int, int], place: tuple[int, int]) -> None:
+        self.packed, self.order = packed, order
+        self.global_batch, self.micro_batch = sizes
+        self.rank, self.world = place
+        self.accumulate = self.global_batch // (self.micro_batch * self.world)
+        self._step = (-1, np.zeros(0, np.int64), np.zeros((), np.int64))  # the last one asked for
+
+    def __getitem__(self, index: int) -> Batch:
+        step, part = divmod(index, self.accumulate)
+        if step != self._step[0]:
+            positions = step * self.global_batch + np.arange(self.global_batch)
+            rows = self.order(positions)
+            self._step = (step, rows, np.array(self.packed.label_counts(rows).sum()))
+        _, rows, step_tokens = self._step
+        first = (part * self.world + self.rank) * self.micro_batch
+        return {**self.packed.build(rows[first : first + self.micro_batch]), "step_tokens": step_tokens}
+
+
+class EvalBatches(Dataset):
+    """Rows in order, every world-th for this rank; all batches and ranks are alike in shape and number.
+
+    With `thirds_D`, a third for each document, batches say that of each label.
+    """
+
+    def __init__(
+        self,
+        packed: Rows,
+        rows: np.ndarray,
+        micro_batch: int,
+        place: tuple[int, int],
+        thirds_D: np.ndarray | None = None,
+    ) -> None:
+        rank, world = place
+        self.packed, self.thirds_D = packed, thirds_D
+        num_batches = -(-len(rows) // (micro_batch * world))
+        filled = np.full(num_batches * micro_batch * world, NO_ROW, np.int64)
+        filled[: len(rows)] = rows
+        self.rows_NB = filled[rank::world].reshape(num_batches, micro_batch)
+
+    def __len__(self) -> int:
+        return len(self.rows_NB)
+
+    def __getitem__(self, index: int) -> Batch:
+        batch = self.packed.build(self.rows_NB[index])
+        if self.packed.files.has_bytes:
+            batch |= self.packed.origins(batch)
+        if self.thirds_D is not None:
+            batch["thirds"] = np.where(batch["documents"] < 0, -1, self.thirds_D[batch["documents"]])
+        return batch
+
+
+class ShardBatches(Dataset):
+    """Rows of whole shards in order, for scoring: shard s holds rows [s * size, (s + 1) * size).
+
+    No batch lies across two shards, and all ranks have as many batches: a rank with fewer shards, and the end
+    of the last shard, get NO_ROW.
+    """
+
+    def __init__(self, packed: Rows, shards: list[int], shard_rows: int, sizes: tuple[int, int]) -> None:
+        self.packed, self.shards, self.shard_rows = packed, shards, shard_rows
+        self.micro_batch, num_shards = sizes  # num_shards: of the rank that has most
+        self.batches_per_shard = -(-shard_rows // self.micro_batch)
+        self._length = num_shards * self.batches_per_shard
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Batch:
+        number, part = divmod(index, self.batches_per_shard)
+        within = part * self.micro_batch + np.arange(self.micro_batch)
+        rows = (self.shards[number] if number < len(self.shards) else 0) * self.shard_rows + within
+        real = (within < self.shard_rows) & (rows < self.packed.num_rows) & (number < len(self.shards))
+        return self.packed.build(np.where(real, rows, NO_ROW))
+
+
+Batches = TrainBatches | EvalBatches | ShardBatches
+
+
+# --- loading ---
+
+
+def document_borders(positions_BT: np.ndarray) -> np.ndarray:
+    """Where documents begin in the rows laid end to end, then their end, int32. A row begins one, whatever it says."""
+    begins_BT = positions_BT == 0
+    begins_BT[:, 0] = True
+    return np.append(np.flatnonzero(begins_BT), positions_BT.size).astype(np.int32)
+
+
+def as_tensors(arrays: Batch) -> dict[str, torch.Tensor]:
+    """A batch for the models; with `cu_seqlens`, since on a GPU nobody could find that without waiting."""
+    arrays = {**arrays, "cu_seqlens": document_borders(arrays["positions"])}
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+class Loader:
+    """Batches from number `start()` on, as tensors; counts the seconds in which the training waited for them.
+
+    No DataLoader: Lightning re-creates those to give them samplers of its own; other iterables it leaves
+    alone, whatever trainer.use_distributed_sampler says.
+    """
+
+    def __init__(self, batches: Batches, length: int, start: Callable[[], int], pin_memory: bool = False) -> None:
+        self.batches, self.length, self.start, self.pin_memory = batches, length, start, pin_memory
+        self.num_workers = 0
+        self.wait_s = 0.0
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        began = time.perf_counter()
+        for arrays in self._arrays(range(self.start(), self.length)):
+            batch = as_tensors(arrays)
+            if self.pin_memory:
+                batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
+            self.wait_s += time.perf_counter() - began
+            yield batch
+            began = time.perf_counter()
+
+    def _arrays(self, indices: range) -> Iterator[Batch]:
+        if not self.num_workers:
+            return map(self.batches.__getitem__, indices)
+        # An own generator: DataLoader would draw from the global one, before the model does.
+        loader = DataLoader(
+            self.batches,
+            batch_size=None,
+            sampler=indices,
+            num_workers=self.num_workers,
+            collate_fn=_as_is,
+            worker_init_fn=_leave_signals_to_the_parent,
+            generator=torch.Generator(),
+        )
+        with starting("--data.num_workers", none=0):
+            iterator: Any = iter(loader)
+        _WORKERS.update(iterator._workers)
+        return iterator
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the position follows from the step. Lightning warns of loaders without this method."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to restore."""
+
+
+_WORKERS: WeakSet = WeakSet()
+
+
+@atexit.register
+def _end_workers() -> None:
+    """After an error some are left. They ignore the signal by which multiprocessing would end them, and wait."""
+    for worker in _WORKERS:
+        worker.kill()
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """Ctrl-C and a cluster's signals reach all processes, and the parent still needs the batches of its step."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()  # a killed parent can no longer end us
+
+
+def _as_is(batch: Any) -> Any:
+    return batch

@@ -1,0 +1,1 @@
+"""Around the command line: parser, settings that contradict each other, streams."""

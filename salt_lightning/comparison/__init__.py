@@ -1,0 +1,1 @@
+"""Behind the verb compare: where runs come from, notes, table and figure."""

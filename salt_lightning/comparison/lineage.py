@@ -1,0 +1,102 @@
+"""Where a run comes from: the run that it goes on from, its teacher's run, the scores of its rows. NaN: not known."""
+
+import json
+import math
+import os
+import re
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from salt_lightning.comparison.report import UNITS
+from salt_lightning.errors import ConfigError
+from salt_lightning.run.runlog import Curve, Run, read_run, small_text, step_named
+
+
+def places(run: Run, setting: str) -> list[Path]:
+    """Where the path in a run's setting may lie, if it has one: a relative one may count from any parent."""
+    return _places(run, str(run.config.get(setting) or ""))
+
+
+def _places(run: Run, path: str) -> list[Path]:
+    bases = (Path.cwd(), *run.path.absolute().parents)
+    return [Path(os.path.normpath(base / path)) for base in bases] if path else []
+
+
+def read(path: Path, name: str, generations: int = 9) -> Run:
+    """A run; one that went on from another folder's checkpoint with that one's log up to there, where it is found.
+
+    Raises:
+        ConfigError: no such folder, or an unreadable config.yaml.
+    """
+    run = read_run(path, name)
+    if run.began == 0 or generations == 0:
+        return run
+    for checkpoint in _places(run, run.origin):
+        before = checkpoint.parent.parent  # RUN/checkpoints/step-N.ckpt
+        named = step_named(checkpoint.name) is not None
+        if named and before.is_dir() and before.resolve() != path.resolve():
+            try:
+                parent = read(before, name, generations - 1)
+            except ConfigError:  # a folder that nobody has named
+                return run
+            curves = dict(parent.curves)
+            for tag, curve in run.curves.items():
+                if (there := curves.get(tag)) is not None:
+                    until = there.steps <= run.began  # it may have gone on itself
+                    parts = zip((there.steps[until], there.values[until]), (curve.steps, curve.values), strict=True)
+                    curve = Curve(*map(np.concatenate, parts))
+                curves[tag] = curve
+            config, before_it = parent.settings_until(run.began)
+            curves = {tag: c for tag, c in curves.items() if tag in run.curves}
+            return replace(run, curves=curves, earlier=(*before_it, (run.began, config), *run.earlier))
+    return run
+
+
+def teacher_run(run: Run, runs: list[Run]) -> Run | None:
+    """The given run in whose folder the teacher lies, or which has exported it."""
+    there = {place.resolve() for place in places(run, "model.teacher.path")}
+    for other in runs:
+        exported = {place.resolve() for place in places(other, "checkpoint.export")}
+        folders = [other.path.resolve(), *(place.resolve() for place in places(other, "checkpoint.folder"))]
+        inside = any(place.is_relative_to(folder) for place in there for folder in folders)
+        if other is not run and (inside or there & exported):
+            return other
+    return None
+
+
+def same_model(a: Run, b: Run) -> bool:
+    """Whether both train a model of the same settings, as far as both say them: a checkpoint brings all of its own."""
+    shared = [key for key in a.config.keys() & b.config.keys() if key.startswith("model.student.")]
+    return all(a.config[key] == b.config[key] for key in shared)
+
+
+def taught_steps(run: Run, teacher: Run) -> int:
+    """Optimizer steps of the checkpoint that teaches, which its name tells; an exported one is taken for the last."""
+    step = step_named(str(run.config["model.teacher.path"]))
+    return teacher.steps_done if step is None else min(step, teacher.steps_done)
+
+
+def card_flops(run: Run) -> float:
+    """What the model card of an exported teacher says of its training: student, teacher and scoring."""
+    for place in places(run, "model.teacher.path"):
+        with suppress(OSError, ValueError):
+            said = small_text(place / "README.md")
+            found = re.findall(r"^- FLOPs of (?:the student|the teacher|scoring): ([\d.e+]+) (\w+)", said, re.M)
+            sizes = {unit: size for size, unit in UNITS} | {"FLOP": 1.0}
+            if len(found) == 3 and all(unit in sizes for _, unit in found):
+                return sum(float(value) * sizes[unit] for value, unit in found)
+    return math.nan
+
+
+def scoring(run: Run) -> dict[str, float]:
+    """What the predict run that `data.selection` names has cost; empty without a selection, or where it is gone."""
+    for place in places(run, "data.selection"):
+        manifest = place / "scores.json" if place.is_dir() else place
+        if manifest.is_file() and manifest.name == "scores.json":
+            with suppress(OSError, ValueError, TypeError, AttributeError, RecursionError):
+                found = json.loads(small_text(manifest))
+                return {key: float(found.get(key, math.nan)) for key in ("scoring_flops", "scoring_s")}
+    return {}

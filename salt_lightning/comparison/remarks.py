@@ -1,0 +1,173 @@
+"""What a reader of a comparison has to know besides its numbers: a sentence each, without its full stop."""
+
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+
+from salt_lightning.comparison import lineage
+from salt_lightning.errors import few
+from salt_lightning.run.runlog import Run, changes_said
+
+
+def remarks(
+    silent: list[Run],
+    runs: list[Run],
+    experiments: list[list[Run]],
+    repeated: dict[str, str],
+    reference: Run,
+) -> list[str]:
+    """All of them.
+
+    Args:
+        silent: runs without a value in their logs.
+        runs: the others.
+        experiments: of these, what is compared: no teacher of another one, no repetition; seeds together.
+        repeated: names of runs that repeat another, and that one's.
+        reference: what the students are compared with.
+    """
+    notes = [what for run in (*silent, *runs) for what in run.damaged]
+    notes += [
+        f"{run.name} has logged nothing that compare reads (its own event files) and is left out" for run in silent
+    ]
+    notes += [f"{run.name} is at step {run.steps_done} of {run.max_steps}" for run in runs if run.running]
+    notes += [
+        f"{run.name} was last validated at step {run.val_ce.steps[-1]} of {run.steps_done}: val CE is of that step"
+        for run in runs
+        if not run.running and len(run.val_ce.steps) and run.val_ce.steps[-1] < run.steps_done
+    ]
+    notes += [f"{run.name} has no validation yet" for run in runs if not len(run.val_ce.steps)]
+    notes += [
+        f"{run.name} repeats {repeated[run.name]} (same seeds, and settings but for what changes no result), "
+        "which alone is counted"
+        for run in runs
+        if run.name in repeated
+    ]
+    notes += [note for run in runs for note in _beginning(run)]
+    notes += [f"{run.name} has no config.yaml: its method is not known" for run in runs if not run.config]
+    students = [run for group in experiments for run in group]
+    notes += _better([[run for run in group if run.finished] for group in experiments], reference)
+    notes += _lost_teachers(runs, reference)
+    return notes + _other_text(students, reference) + _tests(runs)
+
+
+def _beginning(run: Run) -> list[str]:
+    notes = []
+    if run.began > 0:
+        notes.append(
+            f"{run.name} has no log before step {run.began}, and the run that it went on from is not found: where it "
+            "reaches a loss may not be known"
+        )
+    if start := run.config.get("model.student.path"):
+        notes.append(f"{run.name} began with the weights of {start}: what those took is not counted")
+    return notes + [f"{run.name} went on {said}" for said in changes_said(run)]
+
+
+def _better(experiments: list[list[Run]], reference: Run) -> list[str]:
+    """The best BASELINE of as much of the same text, where the reference is another: of several learning rates, say.
+
+    Experiments are the finished runs of one, its seeds.
+    """
+    ends = {group[0].name: float(np.mean([run.last("val/ce") for run in group])) for group in experiments if group}
+    here = next((ends[group[0].name] for group in experiments if reference in group), math.nan)
+    alike = [group[0].name for group in experiments if group and _could_be(group[0], reference)]
+    best = min((name for name in alike if ends[name] < here), key=lambda name: ends[name], default=None)
+    if best is None or not reference.is_plain:
+        return []
+    return [
+        f"{best}, a BASELINE of the same model that has read as much, ends {here - ends[best]:.4f} below the "
+        f"reference: judge by the better one, --baseline {best}"
+    ]
+
+
+def _could_be(run: Run, reference: Run) -> bool:
+    """Whether a run is a BASELINE that has trained the same model on as many tokens of the same text."""
+    text, other = ({k: v for k, v in r.config.items() if k.startswith("data.source")} for r in (run, reference))
+    read = [each.last("train/tokens") for each in (run, reference)]
+    same = lineage.same_model(run, reference) and text == other and not other_text(run, reference, "val")
+    return same and math.isclose(*read, rel_tol=0.01) and run.is_plain and run.began == 0 and not run.changes
+
+
+def _lost_teachers(runs: list[Run], reference: Run) -> list[str]:
+    """Teachers whose run is not among these, so that their own training is in no figure."""
+    taught: dict[str, list[str]] = {}
+    for run in runs:
+        path = str(run.config.get("model.teacher.path") or "")
+        if run.kd_steps > 0 and path.endswith(".ckpt") and lineage.teacher_run(run, runs) is None:
+            taught.setdefault(path, []).append(run.name)
+    notes = []
+    for path, names in taught.items():
+        others = [o.name for o in runs if o.kd_steps == 0 and o is not reference and _may_be(o, names, runs)]
+        who, which = f"the teacher of {few(names)}, {path},", " or ".join(others)
+        if os.path.exists(path):
+            folder = Path(path).parent.parent
+            notes.append(f"{who} lies in none of these runs: its own training is counted where {folder} is named too")
+        elif others:  # it has been moved, and one of these may be it
+            notes.append(
+                f"{who} lies in none of these runs. If it is {which}, which has another model, that one's cost is "
+                "missing here"
+            )
+    return notes
+
+
+def _may_be(run: Run, taught: list[str], runs: list[Run]) -> bool:
+    """Whether a run may have trained the teacher of others: another model, and not begun with weights."""
+    students = [other for other in runs if other.name in taught]
+    return not run.config.get("model.student.path") and not any(lineage.same_model(run, s) for s in students)
+
+
+# --- which text a loss is of ---
+
+
+_ROUNDING = 1e-5  # TensorBoard keeps seven digits of each loss
+
+
+def _text(run: Run, kind: str) -> tuple[float, float]:
+    """Tokens and bytes that the last val or test loss is of."""
+    ce, tokens, bits = (run.last(f"{kind}/{name}") for name in ("ce", "tokens", "bits_per_byte"))
+    return tokens, ce * tokens / (bits * math.log(2) or math.nan)
+
+
+def other_text(a: Run, b: Run, kind: str) -> bool:
+    """Whether two losses are of other text or tokens, as far as the logs tell."""
+    (tokens, size), (other_tokens, other_size) = _text(a, kind), _text(b, kind)
+    if math.isnan(tokens + other_tokens):
+        return False
+    return tokens != other_tokens or not (
+        math.isnan(size + other_size) or math.isclose(size, other_size, rel_tol=_ROUNDING)
+    )
+
+
+def _other_text(students: list[Run], reference: Run) -> list[str]:
+    notes = []
+    for run in students:
+        counts = run.curves.get("val/tokens")
+        if counts is not None and (where := np.flatnonzero(np.diff(counts.values))).size:
+            at = where[-1]
+            notes.append(
+                f"{run.name} was validated on other text from step {counts.steps[at + 1]} on "
+                f"({counts.values[at + 1]:,.0f} tokens, before {counts.values[at]:,.0f})"
+            )
+        if other_text(run, reference, "val"):
+            (tokens, size), (there, other_size) = _text(run, "val"), _text(reference, "val")
+            if math.isclose(size, other_size, rel_tol=_ROUNDING):
+                what, so = "in other tokens", "bits per byte can be compared, CE can not"
+            else:
+                what, so = "on other text", "their losses are no comparison"
+            notes.append(
+                f"{run.name} was validated {what} than {reference.name} ({tokens:,.0f}, there {there:,.0f}): {so}"
+            )
+    return notes
+
+
+def _tests(runs: list[Run]) -> list[str]:
+    tested = [run for run in runs if "test/ce" in run.curves]
+    notes = []
+    for run in tested:
+        step = int(run.curves["test/ce"].steps[-1])
+        if step != run.steps_done:
+            notes.append(f"the test CE of {run.name} is of step {step}, not of step {run.steps_done}")
+        if other_text(run, tested[0], "test"):
+            notes.append(f"the test CE of {run.name} is of other text than that of {tested[0].name}")
+    return notes

@@ -1,0 +1,356 @@
+"""How comparisons of runs and evaluations look: Markdown that reads as text, JSON, a figure. Computes no result."""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from itertools import cycle, product
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from salt_lightning.comparison.results import Comparison, Group, Row
+from salt_lightning.errors import printable
+from salt_lightning.run.runlog import THIRDS, Run
+
+UNITS = ((1e21, "ZFLOP"), (1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"))
+# Okabe and Ito's palette without black and yellow: told apart with any kind of colour vision.
+REFERENCE_COLOUR = "#444444"
+COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+STYLES = ("-", ":", "-.", (0, (1, 3)), (0, (5, 1, 1, 1, 1, 1)))  # one after the other, where the colours are used up
+LEAVES, DASHES = "a teacher leaves", (0, (4, 3))
+COUNTS = ("/tokens", "/examples")  # as validate and test name them
+MOST_PARTS = 12  # columns of a table that still reads as text
+FIRST_SHOWN = 0.25  # the figure cuts off the fall of this share of the steps, which would flatten the rest
+
+
+def flop_unit(flops: float) -> tuple[float, str]:
+    """The largest unit of which `flops` holds at least one."""
+    return next((unit for unit in UNITS if flops >= unit[0]), (1.0, "FLOP"))
+
+
+def number(value: float | None, form: str) -> str:
+    """`value` in a format; '-' where it is not known."""
+    return "-" if value is None or math.isnan(value) else format(value, form)
+
+
+def table(columns: dict[str, list[str]], text: tuple[str, ...] = ()) -> str:
+    """A Markdown table, padded to read as text; columns named in `text` to the left, numbers to the right."""
+    lines = [list(columns), *map(list, zip(*columns.values(), strict=True))]
+    widths = [max(len(cells[i]) for cells in lines) for i in range(len(columns))]
+
+    def line(cells: list[str]) -> str:
+        padded = (
+            cell.ljust(width) if name in text else cell.rjust(width)
+            for cell, width, name in zip(cells, widths, columns, strict=True)
+        )
+        return f"| {' | '.join(padded)} |"
+
+    rule = (f"{'-' * (width + 1)}{'-' if name in text else ':'}" for width, name in zip(widths, columns, strict=True))
+    return "\n".join([line(lines[0]), f"|{'|'.join(rule)}|", *map(line, lines[1:])])
+
+
+def evaluation(metrics: Mapping[str, Any]) -> str:
+    """What validate or test found, as they logged it: `val/ce` and the like, numbers or tensors of one, and `step`."""
+    values = {name: float(value) for name, value in metrics.items()}
+    step = f"step {values.pop('step', 0):.0f}"
+    # the five of all text before those of its parts
+    names = sorted(values, key=lambda name: (name.count("/") > 1, "ce" not in name.split("/"), name))
+    shown = [format(values[name], ",.0f" if name.endswith(COUNTS) else ".4f") for name in names]
+    return table({"metric": [*map(printable, names)], step: shown}, text=("metric",))
+
+
+@np.errstate(invalid="ignore")  # of runs that diverged: inf - inf
+def markdown(comparison: Comparison) -> str:
+    """The whole report: runs, seeds, equal points, changed settings."""
+    final = number(comparison.reference_val_ce, ".4f")
+    seeds = next((g.n for g in comparison.groups if comparison.reference in g.runs), 1)
+    whose = f"mean of the {seeds} seeds of {comparison.reference}" if seeds > 1 else comparison.reference
+    reference = f"Reference: {whose}, final validation CE {final}."
+    parts = [
+        "# Comparison",
+        "\n".join([reference, *(f"Note: {note}." for note in comparison.notes)]),
+        _runs_table(comparison),
+        _parts_table(comparison.rows),
+        _answers_table(comparison.rows),
+        _seeds_table(comparison.groups),
+        _reach_table(comparison.groups),
+        _equal_table(comparison),
+        _changes(comparison.groups),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _runs_table(comparison: Comparison) -> str:
+    rows = comparison.rows
+    scale, unit = flop_unit(max((r.student_flops for r in rows if not math.isnan(r.student_flops)), default=0.0))
+
+    def cells(form: str, value: Callable[[Row], float]) -> list[str]:
+        return [number(value(row), form) for row in rows]
+
+    reached = zip(cells(".0f", lambda r: r.reached_step), cells(".1%", lambda r: r.reached_steps_share), strict=True)
+    columns = {
+        "run": [row.run for row in rows],
+        "method": [row.method for row in rows],
+        "step": [f"{row.steps} of {row.max_steps}" if row.running else f"{row.steps}" for row in rows],
+        "val CE": cells(".4f", lambda r: r.val_ce),
+        "to ref.": cells("+.4f", lambda r: r.difference),
+        "accuracy": cells(".2%", lambda r: r.accuracy),
+        "bits/byte": cells(".4f", lambda r: r.bits_per_byte),
+        "test CE": cells(".4f", lambda r: r.last.get("test/ce", math.nan)),
+        "reaches ref. at": [step if step == "-" else f"{step} ({share})" for step, share in reached],
+        "of its FLOPs": cells(".1%", lambda r: r.reached_flops_share),
+        "seconds": cells(".0f", lambda r: r.seconds),
+        "teacher s": cells(".0f", lambda r: r.teacher_seconds),
+        f"student {unit}": cells(".3f", lambda r: r.student_flops / scale),
+        f"teacher {unit}": cells(".3f", lambda r: r.teacher_flops / scale),
+    }
+    if set(columns["test CE"]) == {"-"}:
+        del columns["test CE"]
+    apart = [line for row in rows if (line := _apart(row, scale, unit))]
+    return "\n".join([table(columns, text=("run", "method")), *(["", *apart] if apart else [])])
+
+
+def _apart(row: Row, scale: float, unit: str) -> str:
+    """What a run needed besides its own FLOPs, and what it comes to with that."""
+    costs = {
+        "its teacher's own training": (row.teacher_training_flops, row.teacher_training_seconds),
+        "the scoring of its rows": (row.scoring_flops, row.scoring_seconds),
+    }
+    known = [
+        f"{name} {flops / scale:.3f} {unit}" + ("" if math.isnan(seconds) else f" ({seconds:.0f} s)")
+        for name, (flops, seconds) in costs.items()
+        if not math.isnan(flops)
+    ]
+    if not known:
+        return ""
+    shares = {
+        "FLOPs": row.reached_flops_share_with_teacher_training,
+        "seconds": row.reached_seconds_share_with_teacher_training,
+    }
+    at = " and ".join(f"{share:.1%} of its {name}" for name, share in shares.items() if not math.isnan(share))
+    reached = f"; with it the reference is reached at {at}" if at else ""
+    return f"- {row.run}: apart from these took {' and '.join(known)}{reached}."
+
+
+def _seeds_table(groups: list[Group]) -> str:
+    if all(group.n <= 1 for group in groups):
+        return "One seed for each experiment (n = 1): nothing is known of the spread between seeds."
+
+    def each(form: str, values: Callable[[Group], Iterable[float]]) -> list[str]:
+        return [", ".join(number(value, form) for value in values(group)) or "-" for group in groups]
+
+    columns = {
+        "experiment": [g.label for g in groups],
+        "n": [f"{g.n} (no spread)" if g.n == 1 else f"{g.n}" for g in groups],
+        "mean CE": [number(g.mean, ".4f") for g in groups],
+        "std": [number(g.std, ".4f") for g in groups],
+        "min to max": [f"{min(g.val_ce):.4f} to {max(g.val_ce):.4f}" if g.n > 1 else "-" for g in groups],
+        "to ref.": [number(g.difference, "+.4f") for g in groups],
+        "CE of each": each(".4f", lambda g: g.val_ce),
+        "to ref. of its seed": each("+.4f", lambda g: g.paired_differences.values()),
+    }
+    return "## Seeds\n\n" + table(columns, text=("experiment",))
+
+
+def _parts_table(rows: list[Row]) -> str:
+    """Thirds and sources, where there are few enough for a table; compare.json has them all."""
+    parts = sorted({tag for row in rows for tag in row.last if tag.startswith("val/ce/")}, key=_third_first)
+    if not parts or len(parts) > MOST_PARTS:
+        return ""
+    names = [tag.removeprefix("val/ce/") for tag in parts]
+    columns = {"run": [row.run for row in rows]}
+    columns |= {
+        name: [number(row.last.get(tag, math.nan), ".4f") for row in rows]
+        for name, tag in zip(names, parts, strict=True)
+    }
+    return "## Final validation CE by part\n\n" + table(columns, text=("run",))
+
+
+def _answers_table(rows: list[Row]) -> str:
+    """What `test` found of answers, beside whoever always gives the most frequent one, or any."""
+    kinds = (  # with what their most frequent answer would get, which is not the same for both
+        ("exact match", "test/exact_match", "the commonest answer's"),
+        ("choice accuracy", "test/choice_accuracy", "the majority's"),
+    )
+    tested = [row for row in rows if any(tag in row.last for _, tag, _ in kinds)]
+    if not tested:
+        return ""
+    columns = {"run": [row.run for row in tested]}
+    columns["examples"] = [number(row.last.get("test/examples"), ",.0f") for row in tested]
+    for name, tag, of_most in kinds:
+        share, low, high, most = (
+            [number(row.last.get(tag + end), ".1%") for row in tested] for end in ("", "_low", "_high", "_majority")
+        )
+        if set(share) != {"-"}:
+            columns[f"{name} (95%)"] = [f"{s} ({a} to {b})" for s, a, b in zip(share, low, high, strict=True)]
+            columns[of_most] = most
+    return "## Answers of the test\n\n" + table(columns, text=("run",))
+
+
+def _third_first(tag: str) -> tuple[int, str]:
+    name = tag.rpartition("/")[2]
+    return (THIRDS.index(name) if name in THIRDS else len(THIRDS)), tag
+
+
+def _mean_std(values: list[float], form: str) -> str:
+    """Mean (std); '-' where one of the values is not known: a mean of the others would say too much."""
+    if not values or any(math.isnan(value) for value in values):
+        return "-"
+    spread = f" ({np.std(values, ddof=1):{form}})" if len(values) > 1 else ""
+    return f"{np.mean(values):{form}}{spread}"
+
+
+def _reach_table(groups: list[Group]) -> str:
+    """Where the seeds reach the reference's loss: mean (std), and each."""
+    if all(group.n <= 1 for group in groups):
+        return ""
+    shares: dict[str, Callable[[Group], list[float]]] = {
+        "of its steps": lambda g: g.reached_steps_share,
+        "of its FLOPs": lambda g: g.reached_flops_share,
+        "with the teacher's training": lambda g: g.reached_flops_share_with_teacher_training,
+        "of its seconds": lambda g: g.reached_seconds_share,
+    }
+    columns = {"experiment": [group.label for group in groups]}
+    for name, share in shares.items():
+        each = [", ".join(number(value, ".1%") for value in share(group)) for group in groups]
+        means = [_mean_std(share(group), ".1%") for group in groups]
+        columns[name] = [
+            mean if group.n < 2 else f"{mean}: {own}" for group, mean, own in zip(groups, means, each, strict=True)
+        ]
+    return (
+        "## Where the seeds reach the reference's loss\n\nShares of what the reference took: mean (std): each.\n\n"
+        + table(columns, text=("experiment",))
+    )
+
+
+def _equal_table(comparison: Comparison) -> str:
+    names = [row.run for row in comparison.rows if any(row.run in ce for _, ce in comparison.equal.values())]
+    if not names:
+        return ""
+    seeds = [group for group in comparison.groups if group.n > 1]
+    columns = {"run": [*names, *(f"{group.label}, n = {group.n}: mean (std)" for group in seeds)]}
+    for axis, (end, ce) in comparison.equal.items():
+        scale, unit = flop_unit(end) if axis == "FLOPs" else (1.0, axis)
+        form = ",.3f" if axis == "FLOPs" else ",.1f" if axis == "seconds" and end < 100 else ",.0f"
+        means = [_mean_std(group.equal[axis], ".4f") for group in seeds]
+        columns[f"at {end / scale:{form}} {unit}"] = [*(number(ce.get(name), ".4f") for name in names), *means]
+    return "## Validation CE at the last point that all have reached\n\n" + table(columns, text=("run",))
+
+
+def _changes(groups: list[Group]) -> str:
+    lines = [
+        f"- {group.label}: "
+        + ", ".join(
+            f"`{key}` {json.dumps(before)} -> {json.dumps(now)}" for key, (before, now) in group.changed.items()
+        )
+        for group in groups
+        if group.changed
+    ]
+    return "\n".join(["## Settings that differ from the reference", "", *lines]) if lines else ""
+
+
+def json_text(comparison: Comparison) -> str:
+    """The comparison without its curves; null where a number is not known."""
+    tree = {name: value for name, value in vars(comparison).items() if name != "runs"}
+    tree["rows"], tree["groups"] = ([asdict(item) for item in tree[name]] for name in ("rows", "groups"))
+    return json.dumps(_null_for_nan(tree), indent=2, allow_nan=False) + "\n"
+
+
+def _null_for_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _null_for_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_null_for_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def figure(comparison: Comparison) -> Figure:
+    """Validation CE over steps and over FLOPs of student and teacher, one colour for each experiment.
+
+    A dashed line of its colour marks where a teacher leaves, a dot where a run reaches the reference, at which share
+    of the reference's steps or FLOPs.
+    """
+    fig = Figure(figsize=(12, max(4.2, 1.0 + 0.22 * len(comparison.groups))), layout="constrained")
+    axes = fig.subplots(1, 2, sharey=True)
+    of_groups = {name for group in comparison.groups for name in group.runs} - set(comparison.other_text)
+    runs = [run for run in comparison.runs if run.name in of_groups]
+    validated = [run for run in runs if len(run.val_ce.steps)]
+    most = max((run.flops(run.val_ce.steps[-1]) for run in validated), default=0.0)
+    scale, unit = flop_unit(most)
+    for ax, axis, divisor, label in (
+        (axes[0], "steps", 1.0, "optimizer steps"),
+        (axes[1], "FLOPs", scale, f"{unit} of student and teacher"),
+    ):
+        _panel(ax, comparison, axis, divisor)
+        ax.set_xlabel(label)
+    axes[0].set_ylabel("validation CE (nats per token)")
+    if validated:
+        axes[0].set_ylim(*_shown_range(validated))
+        legend = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
+        if legend.pop(LEAVES, None):  # one entry for the lines of all colours
+            legend[LEAVES] = Line2D([], [], color=REFERENCE_COLOUR, lw=0.8, ls=DASHES)
+        fig.legend(
+            list(legend.values()),
+            list(legend),
+            loc="outside right upper",  # over no curve
+            title="final validation CE",
+            alignment="left",
+            frameon=False,
+        )
+    return fig
+
+
+def _panel(ax: Axes, comparison: Comparison, axis: str, divisor: float) -> None:
+    def x_of(run: Run, steps: Sequence[float] | np.ndarray) -> np.ndarray:
+        return run.axis(axis, np.asarray(steps)) / divisor
+
+    runs = {run.name: run for run in comparison.runs}
+    rows = {row.run: row for row in comparison.rows}
+    level = comparison.reference_val_ce
+    ax.axhline(level, color=REFERENCE_COLOUR, lw=0.6, label="the reference at its end")
+    looks = cycle(product(STYLES, COLOURS))
+    noted: list[tuple[float, str, str]] = []
+    width = 1.0 if any(len(group.runs) > 1 for group in comparison.groups) else 2.0
+    for group in comparison.groups:
+        shown = [runs[name] for name in group.runs if name not in comparison.other_text]
+        if not shown:
+            continue
+        is_reference = comparison.reference in group.runs
+        style, colour = ("-", REFERENCE_COLOUR) if is_reference else next(looks)
+        label = f"{group.label}  {number(group.mean, '.3f')}" + (f"  (n = {group.n})" if group.n > 1 else "")
+        for run in shown:
+            ax.plot(x_of(run, run.val_ce.steps), run.val_ce.values, color=colour, ls=style, lw=width, label=label)
+            label = "_"  # one entry of the legend for all seeds
+            row = rows[run.name]
+            if not is_reference and not math.isnan(row.reached_step):
+                (x,) = x_of(run, [row.reached_step])
+                share = row.reached_steps_share if axis == "steps" else row.reached_flops_share
+                ax.plot(x, level, "o", color=colour, ms=5)
+                if len(group.runs) == 1:
+                    noted.append((x, f"{share:.0%}", colour))
+        first = shown[0]
+        if 0 < first.kd_steps < (first.max_steps or math.inf):
+            (x,) = x_of(first, [first.kd_steps])
+            ax.axvline(x, color=colour, lw=0.8, ls=DASHES, label=LEAVES)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.set_xlim(left=0)
+    lines, right = 0, math.inf
+    for x, text, colour in sorted(noted, reverse=True):  # from the right: where two are close the left one goes below
+        lines = lines + 1 if right - x < 0.08 * ax.get_xlim()[1] else 0
+        right, off = x, (-4, -4 - 11 * lines)
+        ax.annotate(text, (x, level), off, textcoords="offset points", ha="right", va="top", color=colour, fontsize=9)
+
+
+def _shown_range(runs: list[Run]) -> tuple[float, float]:
+    known = [(run.val_ce, np.isfinite(run.val_ce.values)) for run in runs]  # a run that diverged has no loss
+    curves = [(ce.steps[is_known], ce.values[is_known]) for ce, is_known in known if is_known.any()]
+    if not curves:
+        return 0.0, 1.0
+    cut = FIRST_SHOWN * max(steps[-1] for steps, _ in curves)
+    top = max(float(np.interp(cut, steps, values)) for steps, values in curves)
+    bottom = min(float(values.min()) for _, values in curves)
+    return bottom - 0.05 * (top - bottom), max(top, bottom + 1e-3)

@@ -1,0 +1,128 @@
+"""What all processes of a run must have alike.
+
+Nothing else would notice: a process with another setting, text or checkpoint than the others trains something else with
+them in silence, or waits for what they do not send.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+
+import salt_lightning
+from salt_lightning.errors import ConfigError, few
+from salt_lightning.schedule import kd_callbacks
+from salt_lightning.storage.kinds import VERSION, plain
+
+# What decides numbers, or when processes meet.
+_TRAINER = (
+    *("max_steps", "precision", "gradient_clip_val", "accumulate_grad_batches", "val_check_interval"),
+    *("limit_train_batches", "limit_val_batches", "num_sanity_val_steps", "log_every_n_steps"),
+)
+_STRATEGY = ("replicas", "shard_teacher", "_save_distributed_checkpoint")
+_KD = ("allow_change", "allow_untrained", "probe_gradients")
+_CHECKPOINT = ("every_n_steps", "at_steps", "keep")
+_DATA = ("micro_batch_size", "val_rows", "tokenizer_fingerprint")
+
+
+def identity(data: Any) -> dict[str, Any]:
+    """What decides which rows a step reads; of a SALTDataModule, or None."""
+    settings = ["seed", "global_batch_size", "block_size", "num_train_tokens", "isolate_documents"]
+    fingerprints = [f"{name}_fingerprint" for name in ("train", "selection", "difficulty")]
+    found = {f"--data.{name}": getattr(data, name, 0) for name in settings + fingerprints}
+    return found | {"--data.held_out": str(getattr(data, "held_out", ""))}
+
+
+def about(data: Any, max_steps: int) -> dict[str, Any]:
+    """What a checkpoint says of its run: a later start's to compare, a model card's to tell."""
+    tokenizer, text = getattr(data, "tokenizer_fingerprint", None), getattr(data, "text", {})
+    text_of = {"tokenizer": tokenizer, "data": identity(data), "text": text}
+    return {**text_of, "max_steps": max_steps, VERSION: salt_lightning.__version__}
+
+
+def of_fit(module: Any, data: Any) -> dict[str, Any]:
+    """What decides what a fit of a SALTModule does, as this process has it; by the settings that say it.
+
+    Of paths the last part alone, as nodes have disks of their own, and of a checkpoint its run, too. Not callbacks: one
+    may be on the first process alone.
+    """
+    trainer = module.trainer
+    savers = [callback for callback in trainer.callbacks if hasattr(callback, "at_steps")]
+    parts = {
+        "--model": dict(module.hparams),
+        "--trainer": _of(trainer, _TRAINER),
+        "--trainer.strategy": {"class_path": type(trainer.strategy).__name__, **_of(trainer.strategy, _STRATEGY)},
+        "--kd": [{**callback.settings, **_of(callback, _KD)} for callback in kd_callbacks(trainer)],
+        "--checkpoint": [_of(saver, _CHECKPOINT) for saver in savers],
+        "--data": _of(data, _DATA),
+        "--ckpt_path": trainer.ckpt_path,
+    }
+    found = {name: value for name, value in _flat(plain(parts)) if isinstance(value, _PLAIN)}
+    found |= {name: _end(path) for name, path in found.items() if name.endswith("path") and isinstance(path, str)}
+    return found | {"code": _code(), "torch": str(torch.__version__)} | identity(data)
+
+
+_TOLD = re.compile(r"--(model|kd|data\.(?!\w+_fingerprint|held_out)|trainer\.(max_steps|precision|gradient_clip_val))")
+
+
+def told(settings: Mapping[str, Any], data: Any) -> dict[str, Any]:
+    """Of `of_fit` what a table of runs is sorted by, and the text that is read."""
+    source = getattr(data, "text", {}).get("source", ())
+    return {name[2:]: value for name, value in settings.items() if _TOLD.match(name)} | {"data.source": few(source)}
+
+
+def _end(path: str) -> str:
+    parts = Path(path).parts
+    return "/".join(parts[-3:] if path.endswith(".ckpt") else parts[-1:])
+
+
+_PLAIN = int | float | str | bool | None  # of others, as sets and functions, the text differs from process to process
+
+
+def _of(holder: Any, names: Iterable[str]) -> dict[str, Any]:
+    return {name.removeprefix("_"): getattr(holder, name, None) for name in names}
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Values by dotted names; entries of a list by their numbers, but where there is one alone."""
+    if isinstance(value, list | tuple):
+        value = dict(enumerate(value)) if len(value) > 1 or not value else value[0]
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flat(inner, f"{name}.{key}" if name else key)
+    else:
+        yield name, value
+
+
+@cache
+def _code() -> str:
+    files = sorted(Path(salt_lightning.__file__).parent.rglob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+
+
+def require(trainer: pl.Trainer, found: Mapping[str, Any]) -> None:
+    """Compares the values of each process with the first one's. Collective.
+
+    Raises:
+        ConfigError: on all of them, naming a process that has others, and which.
+    """
+    if trainer.world_size == 1:
+        return
+    mine = {name: repr(value) for name, value in found.items()}
+    first = trainer.strategy.broadcast(mine)
+    names = [name for name in first.keys() | mine.keys() if mine.get(name) != first.get(name)]
+    others = [f"{name} {mine.get(name)} (process 0: {first.get(name)})" for name in sorted(names)]
+    said: list[str] = [""] * trainer.world_size
+    dist.all_gather_object(said, few(others))
+    for process, differs in enumerate(said):
+        if differs:
+            raise ConfigError(
+                f"process {process} is not like process 0: {differs}; start all with the same command and version, and "
+                "let them see the same files"
+            )

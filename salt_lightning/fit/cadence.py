@@ -1,0 +1,138 @@
+"""Optimizer steps said in Lightning's terms, which counts micro-batches: accumulation, validation, phase 1, time."""
+
+import math
+from datetime import timedelta
+from numbers import Integral
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    OnExceptionCheckpoint,
+    StochasticWeightAveraging,
+    Timer,
+)
+from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.utilities import GradClipAlgorithmType
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from salt_lightning.command.settings import wrong_counts
+from salt_lightning.errors import ConfigError, refuse
+from salt_lightning.schedule import kd_callbacks
+
+# What the user gave the trainer, before `setup` wrote micro-batches over it (setup may run twice).
+_CADENCE: "WeakKeyDictionary[Trainer, tuple[int, int | float | None]]" = WeakKeyDictionary()
+
+
+def set_cadence(trainer: Trainer, accumulation: int) -> None:
+    """Gives the trainer its accumulation, and its interval of validation, steps or a share of them, in micro-batches.
+
+    One longer than the run becomes the run: Lightning would refuse it, or validate nothing.
+
+    Raises:
+        ConfigError: it has an accumulation or a limit of its own, or no length.
+    """
+    accumulate, interval = _CADENCE.setdefault(
+        trainer, (trainer.accumulate_grad_batches, getattr(trainer, "val_check_interval", None))
+    )
+    limits = {name: getattr(trainer, name) for name in ("limit_train_batches", "check_val_every_n_epoch")}
+    refuse(wrong_counts({"accumulate_grad_batches": accumulate, "val_check_interval": interval, **limits}))
+    if not isinstance(trainer.max_steps, Integral) or trainer.max_steps < 1:
+        raise ConfigError(f"--trainer.max_steps: {trainer.max_steps} is no length of a run; give optimizer steps")
+    trainer.fit_loop.min_epochs = 0  # of min_steps Lightning makes an epoch, the whole run, which nothing could end
+    trainer.accumulate_grad_batches = accumulation
+    if interval is not None:
+        steps = interval if isinstance(interval, int) else max(1, int(interval * trainer.max_steps))
+        trainer.val_check_interval = min(steps, trainer.max_steps) * accumulation
+
+
+_REFUSED: dict[type[Callback], str] = {
+    LearningRateFinder: "it sets rates, which follow from --model.optim.* at each step: try several runs",
+    StochasticWeightAveraging: "it counts epochs, of which a run has one, and would average nothing",
+    GradientAccumulationScheduler: "accumulation follows from --data.global_batch_size",
+    OnExceptionCheckpoint: "the next run would start from its file, whatever that run is; --checkpoint.every_n_steps "
+    "saves, and --ckpt_path last goes on",
+    BatchSizeFinder: "the verb `check` says which --data.micro_batch_size fits",
+}
+
+
+def check_trainer(trainer: Trainer) -> None:
+    """Raises ConfigError for what of Lightning's would do nothing here, or something else than it says."""
+    if getattr(trainer, "_val_check_time_interval", None) is not None:
+        raise ConfigError("--trainer.val_check_interval: a time is not supported; give optimizer steps")
+    if (algorithm := trainer.gradient_clip_algorithm) == GradClipAlgorithmType.VALUE:
+        raise ConfigError(f"--trainer.gradient_clip_algorithm {algorithm.value} is not supported; use norm")
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for kind, why in _REFUSED.items():
+            if isinstance(callback, kind):
+                raise ConfigError(f"--trainer.callbacks {kind.__name__} is not supported: {why}")
+    # a subclass, or a callback of the user's own, may log what we do not know of
+    ours = [type(known).__module__.startswith(_KNOWN) for known in (*trainer.callbacks, trainer.lightning_module)]  # type: ignore[attr-defined]
+    for callback in trainer.callbacks if all(ours) else ():  # type: ignore[attr-defined]
+        name = getattr(callback, "monitor", None)
+        if name is not None and name not in _MONITORED and not name.startswith("val/ce/"):
+            raise ConfigError(
+                f"--trainer.callbacks {type(callback).__name__}: monitor {name} is logged by nobody; use val/ce, "
+                f"val/ce/SOURCE or one of {', '.join(_MONITORED[1:])}"
+            )
+
+
+_KNOWN = ("lightning.", "salt_lightning.")
+_MONITORED = ("val/ce", "val/perplexity", "val/accuracy", "val/tokens", "val/bits_per_byte", "step", "epoch")
+
+
+def plan_validation(trainer: Trainer) -> None:
+    """An interval in micro-batches that is longer than the run becomes it, as `set_cadence` does with one in steps."""
+    interval = getattr(trainer, "val_check_interval", None)
+    steps = trainer.max_steps * trainer.accumulate_grad_batches
+    if isinstance(interval, int) and interval > steps > 0:
+        trainer.val_check_interval = steps
+    elif isinstance(interval, int) and steps % interval:
+        rank_zero_info(f"validation every {interval * trainer.max_steps // steps} steps leaves out the last step")
+
+
+def phase1_steps(trainer: Trainer) -> int:
+    """The steps before --kd.steps, also where --kd.weight is 0 (selection without KD); all of them where it is null."""
+    steps = next((kd.schedule.steps for kd in kd_callbacks(trainer)), None)
+    return trainer.max_steps if steps is None else min(steps, trainer.max_steps)
+
+
+def accumulation(global_batch: int, micro_batch: int, world: int) -> int:
+    """Micro-batches that one device accumulates for an optimizer step.
+
+    Raises:
+        ConfigError: they do not divide; names the nearest sizes that do.
+    """
+    per_pass = micro_batch * world
+    if global_batch % per_pass == 0:
+        return global_batch // per_pass
+    below, above = global_batch // per_pass * per_pass, -(-global_batch // per_pass) * per_pass
+    sizes = " or ".join(str(size) for size in (below, above) if size)
+    share = global_batch // world if global_batch % world == 0 else 0  # rows of one device in a step
+    small = [size for size in range(1, math.isqrt(share) + 1) if share % size == 0]
+    fitting = {*small, *(share // size for size in small)}
+    nearest = sorted(fitting, key=lambda size: (abs(size - micro_batch), size))[:2]
+    other = f", or --data.micro_batch_size {' or '.join(map(str, sorted(nearest)))}" if nearest else ""
+    raise ConfigError(
+        f"--data.global_batch_size: {global_batch} rows do not divide into micro-batches of {micro_batch} "
+        f"(--data.micro_batch_size) on {world} devices; take {sizes}{other}"
+    )
+
+
+def timers(trainer: Trainer) -> list[Timer]:
+    return [c for c in trainer.callbacks if isinstance(c, Timer)]  # type: ignore[attr-defined]
+
+
+def require_time_left(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Lightning would end the run without a word: its timer goes on from the checkpoint's."""
+    for timer in timers(trainer):
+        state, limit_s = checkpoint["callbacks"].get(timer.state_key, {}), timer._duration
+        used_s = state.get("time_elapsed", {}).get(RunningStage.TRAINING, 0.0)
+        if limit_s is not None and used_s >= limit_s:
+            raise ConfigError(
+                f"--trainer.max_time {timedelta(seconds=limit_s)} counts over all starts of a run, and this one has "
+                f"trained for {timedelta(seconds=round(used_s))}: give more, or leave it out"
+            )

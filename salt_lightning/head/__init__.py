@@ -1,0 +1,1 @@
+"""The inside of the loss: chunks of products, and the pass over rows of logits."""

@@ -1,0 +1,265 @@
+# ruff: noqa: ANN001, ANN202, PLR0913  (a kernel's arguments are typed by the launch)
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+"""The row pass as Triton kernels: one program walks one row of logits, in fp32 registers.
+
+Same results as `row_pass`, without its temporaries: two loops over the row, the first for the sums, the
+second for the gradient, which may take the memory of the student's logits. Import this only where Triton is
+installed. Shapes: C rows, V vocabulary.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from salt_lightning.head import row_pass as plain
+from salt_lightning.head.row_pass import FINITE_LOW, IGNORE, NUM_SUMS, Mix
+
+BLOCK = 4096  # elements one program holds of a row at a time
+WARPS = 8
+WIDE = 16  # a length with this factor lets Triton load and store 16 bytes at once
+
+_IGNORE = tl.constexpr(IGNORE)
+_NUM_SUMS = tl.constexpr(NUM_SUMS)
+_LOW = tl.constexpr(FINITE_LOW)
+_LOG2E = tl.constexpr(1.4426950408889634)
+
+
+def fill_rows(logits: list[Tensor], labels_C: Tensor, mix: Mix, sums_7C: Tensor, grad_CV: Tensor | None) -> None:
+    """Fill the sums (7, C) and, unless None, the gradient. `logits`: the student's, then the teacher's."""
+    student_CV, teacher_CV = logits[0], logits[-1]
+    target_CV = student_CV if grad_CV is None else grad_CV
+    num_rows, vocab = student_CV.shape
+    with torch.cuda.device_of(student_CV):  # Triton launches on the current device
+        _row_kernel[(num_rows,)](
+            student_CV,
+            teacher_CV,
+            target_CV,
+            labels_C.contiguous(),
+            sums_7C,
+            mix.kd_weight,
+            mix.scale,
+            vocab,
+            _width(student_CV, teacher_CV, target_CV),
+            student_CV.stride(0),
+            teacher_CV.stride(0),
+            target_CV.stride(0),
+            sums_7C.stride(0),
+            1.0 / mix.temperature,
+            TEACHER=len(logits) > 1,
+            SOFTENED=mix.temperature != 1,
+            GRADIENT=grad_CV is not None,
+            BLOCK=min(BLOCK, triton.next_power_of_2(vocab)),
+            num_warps=WARPS,
+        )
+
+
+def label_stats(logits_CV: Tensor, labels_C: Tensor) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood (fp32) and rank (int64) of each label; 0 and -1 where ignored."""
+    num_rows, vocab = logits_CV.shape
+    nll_C = torch.empty(num_rows, dtype=torch.float32, device=logits_CV.device)
+    rank_C = torch.empty(num_rows, dtype=torch.int64, device=logits_CV.device)
+    block = min(BLOCK, triton.next_power_of_2(vocab))
+    with torch.cuda.device_of(logits_CV):
+        _label_kernel[(num_rows,)](
+            logits_CV,
+            labels_C.contiguous(),
+            nll_C,
+            rank_C,
+            vocab,
+            _width(logits_CV),
+            logits_CV.stride(0),
+            BLOCK=block,
+            num_warps=WARPS,
+        )
+    return nll_C, rank_C
+
+
+@torch.no_grad()
+def fault(device: torch.device) -> str | None:
+    """Why the kernels cannot be used on a device, found by running them beside the plain row pass; None: they can.
+
+    Raises:
+        Exception: of many kinds, where they cannot be compiled or launched.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return None  # what is captured has run before; to look at values would end the capture
+    generator, fp32 = torch.Generator("cpu").manual_seed(0), torch.float32  # whatever the default is
+    vocab = BLOCK + WIDE + 5  # two blocks, the second a few values long
+    student_CV, teacher_CV = (
+        4 * torch.randn(4, vocab, generator=generator, device="cpu", dtype=fp32).to(device) for _ in range(2)
+    )
+    labels_C = torch.tensor([0, BLOCK + 2, IGNORE, vocab - 1], device=device)
+    mix = Mix(torch.tensor(0.4, device=device, dtype=fp32), torch.tensor(0.25, device=device, dtype=fp32), 2.0)
+    sums_7C, grad_CV = torch.empty(7, 4, device=device, dtype=fp32), torch.empty_like(student_CV)
+    fill_rows([student_CV, teacher_CV], labels_C, mix, sums_7C, grad_CV)
+    ours = [sums_7C, grad_CV, *label_stats(student_CV, labels_C)]
+    true_7C, true_CV = plain.row_pass(student_CV, teacher_CV, labels_C, mix, True)
+    assert true_CV is not None
+    true = [true_7C, true_CV, *plain.label_stats(student_CV, labels_C)]
+    # fp32 rounds in the sixth digit; a row, a label or a block that is missed moves values by their own size
+    for name, a, b in zip(("sums", "gradient", "losses", "ranks"), ours, true, strict=True):
+        if not (a - b).abs().max() <= 1e-3 * b.abs().max():
+            return f"wrong values ({name})"
+    return None
+
+
+def _width(*rows: Tensor) -> int:
+    """How far each row may be read and written: the vocabulary, or where no wide load fits that, the rows' padding."""
+    vocab = rows[0].shape[1]
+    return vocab if vocab % WIDE == 0 else min(t.stride(0) for t in rows)
+
+
+def scale_in_place(grad: Tensor, by: Tensor) -> Tensor:
+    """grad *= by for a contiguous tensor; nothing is moved where `by` is 1, as it is without accumulation."""
+    num_elements = grad.numel()
+    with torch.cuda.device_of(grad):
+        _scale_kernel[(triton.cdiv(num_elements, BLOCK),)](grad, by, num_elements, BLOCK=BLOCK, num_warps=WARPS)
+    return grad
+
+
+@triton.jit
+def _load(row, at, vocab, width):
+    values = tl.load(row + at, mask=at < width, other=float("-inf")).to(tl.float32)
+    return tl.where((at >= vocab) | (values == float("-inf")), _LOW, values)  # unlike a maximum this keeps NaN
+
+
+@triton.jit
+def _row_kernel(
+    student,
+    teacher,
+    grad,
+    labels,
+    sums,
+    kd_weight,
+    scale,
+    vocab,
+    width,
+    student_stride,
+    teacher_stride,
+    grad_stride,
+    sums_stride,
+    inverse_temperature,
+    TEACHER: tl.constexpr,
+    SOFTENED: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)  # rows x vocabulary passes 2^31
+    student += row * student_stride
+    teacher += row * teacher_stride
+    grad += row * grad_stride
+    sums += row
+    label = tl.load(labels + row)
+    lanes = tl.arange(0, BLOCK)
+    if label == _IGNORE:
+        for i in range(_NUM_SUMS):
+            tl.store(sums + i * sums_stride, 0.0)
+        if GRADIENT:
+            for start in range(0, vocab, BLOCK):
+                at = start + lanes
+                tl.store(grad + at, tl.zeros([BLOCK], tl.float32).to(grad.dtype.element_ty), mask=at < width)
+    else:
+        known = (label >= 0) & (label < vocab)  # any other label makes the loss NaN
+        column = label.to(tl.int32)
+        s_label = tl.load(student + column, mask=known, other=float("nan")).to(tl.float32)
+        t_label = tl.load(teacher + column, mask=known, other=float("nan")).to(tl.float32)
+        soft = inverse_temperature * _LOG2E  # exp(x / T) = exp2(x * soft)
+        s_max = _LOW
+        s_total = 0.0
+        t_max = _LOW
+        t_total = 0.0  # of exp(teacher)
+        q_total = 0.0  # of exp(teacher / T)
+        q_student = 0.0  # the same weights times the student's logits, counted from the label's: a common
+        q_teacher = 0.0  # offset of all logits would cost digits
+        for start in range(0, vocab, BLOCK):
+            at = start + lanes
+            s = _load(student, at, vocab, width)
+            new_max = tl.maximum(s_max, tl.max(s, 0))
+            s_total = s_total * tl.exp2((s_max - new_max) * _LOG2E) + tl.sum(tl.exp2((s - new_max) * _LOG2E), 0)
+            s_max = new_max
+            if TEACHER:
+                t = _load(teacher, at, vocab, width)
+                new_max = tl.maximum(t_max, tl.max(t, 0))
+                q = tl.exp2((t - new_max) * soft)
+                fade = tl.exp2((t_max - new_max) * soft)
+                q_total = q_total * fade + tl.sum(q, 0)
+                q_student = q_student * fade + tl.sum(q * (s - s_label), 0)
+                q_teacher = q_teacher * fade + tl.sum(q * (t - t_label), 0)
+                if SOFTENED:
+                    t_total = t_total * tl.exp2((t_max - new_max) * _LOG2E) + tl.sum(tl.exp2((t - new_max) * _LOG2E), 0)
+                t_max = new_max
+        nll = tl.log(s_total) + (s_max - s_label)
+        tl.store(sums, nll)
+        tl.store(sums + 5 * sums_stride, (s_label == s_max).to(tl.float32))
+        if TEACHER:
+            if not SOFTENED:
+                t_total = q_total
+            t_nll = tl.log(t_total) + (t_max - t_label)
+            tl.store(sums + sums_stride, nll - q_student / q_total)
+            tl.store(sums + 2 * sums_stride, t_nll)
+            tl.store(
+                sums + 3 * sums_stride, tl.log(q_total) + inverse_temperature * (t_max - t_label - q_teacher / q_total)
+            )
+            tl.store(sums + 6 * sums_stride, (nll < t_nll).to(tl.float32))
+        else:
+            for i in range(1, 5):
+                tl.store(sums + i * sums_stride, 0.0)
+            tl.store(sums + 6 * sums_stride, 0.0)
+        if TEACHER or GRADIENT:
+            row_scale = tl.load(scale)
+            weight = tl.load(kd_weight)
+            p_scale = row_scale / s_total
+            q_scale = row_scale * weight
+            if TEACHER:
+                q_scale /= q_total
+            agree = tl.zeros([BLOCK], tl.int32)
+            tl.debug_barrier()  # every warp has read the label's logit before one overwrites it
+            for start in range(0, vocab, BLOCK):
+                at = start + lanes
+                s = _load(student, at, vocab, width)
+                d = tl.exp2((s - s_max) * _LOG2E) * p_scale - tl.where(at == column, row_scale * (1.0 - weight), 0.0)
+                if TEACHER:
+                    t = _load(teacher, at, vocab, width)
+                    agree |= ((s == s_max) & (t == t_max)).to(tl.int32)
+                    d -= tl.exp2((t - t_max) * soft) * q_scale
+                if GRADIENT:
+                    tl.store(grad + at, d.to(grad.dtype.element_ty), mask=at < width)
+            if TEACHER:
+                tl.store(sums + 4 * sums_stride, tl.max(agree, 0).to(tl.float32))
+
+
+@triton.jit
+def _label_kernel(logits, labels, nll, rank, vocab, width, stride, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * stride
+    label = tl.load(labels + row)
+    if label == _IGNORE:
+        tl.store(nll + row, 0.0)
+        tl.store(rank + row, -1)
+    else:
+        known = (label >= 0) & (label < vocab)
+        at_label = tl.load(logits + label, mask=known, other=float("nan")).to(tl.float32)
+        largest = _LOW
+        total = 0.0
+        larger = tl.zeros([BLOCK], tl.int32)
+        lanes = tl.arange(0, BLOCK)
+        for start in range(0, vocab, BLOCK):
+            at = start + lanes
+            x = _load(logits, at, vocab, width)
+            new_max = tl.maximum(largest, tl.max(x, 0))
+            total = total * tl.exp2((largest - new_max) * _LOG2E) + tl.sum(tl.exp2((x - new_max) * _LOG2E), 0)
+            largest = new_max
+            larger += (x > at_label).to(tl.int32)
+        tl.store(nll + row, largest + tl.log(total) - at_label)
+        tl.store(rank + row, tl.sum(larger, 0).to(tl.int64))
+
+
+@triton.jit
+def _scale_kernel(grad, by, num_elements, BLOCK: tl.constexpr):
+    factor = tl.load(by).to(tl.float32)
+    if factor != 1.0:
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = at < num_elements
+        values = tl.load(grad + at, mask=inside).to(tl.float32) * factor
+        tl.store(grad + at, values.to(grad.dtype.element_ty), mask=inside)

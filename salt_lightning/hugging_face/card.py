@@ -1,0 +1,237 @@
+"""The model card of an exported student: what was trained on what, how long, and at which cost."""
+
+import math
+import re
+from dataclasses import asdict, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from transformers import PreTrainedModel
+from transformers.utils import cached_file
+
+from salt_lightning.comparison import lineage, report
+from salt_lightning.errors import printable
+from salt_lightning.fit.meter import Totals
+from salt_lightning.run.runlog import Run, changes_said
+from salt_lightning.schedule import KDSchedule, Shape, trained_schedule
+
+_SIZES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "vocab_size",
+    "max_position_embeddings",
+    "tie_word_embeddings",
+)
+_PACKAGES = ("salt-lightning", "torch", "lightning", "transformers", "tokenizers")
+
+
+def model_card(
+    name: str, checkpoint: dict[str, Any], model: PreTrainedModel, run: Run | None, tokenizer: str | None
+) -> str:
+    """README.md of an exported folder: front matter as the hub reads it, then what is known of the training.
+
+    Args:
+        name: of the folder.
+        checkpoint: without need of its tensors.
+        model: the student, on any device.
+        run: the folder that the checkpoint lies in; None: not known.
+        tokenizer: the folder that it lies in, "" for beside the card; None: there is none.
+    """
+    run = _as_trained(checkpoint, run)
+    taught = _is_taught(checkpoint, run)
+    text = checkpoint.get("text") or {}
+    front: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["salt-lightning", *(["knowledge-distillation"] if taught else [])],
+    }
+    if text.get("hub"):
+        front["datasets"] = text["hub"]
+    if started := _hub_name(run.config.get("model.student.path")):
+        front["base_model"] = started
+    rows = {**_student(model, run), **_training(checkpoint, run), **_cost(checkpoint, run)}
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
+        f"# {name}",
+        f"A causal language model {'fine-tuned on responses' if _examples(run.config) else 'pretrained'} "
+        f"{'with the help of a teacher ' if taught else ''}by salt_lightning"
+        + (" (SALT: [arXiv 2410.18779](https://arxiv.org/abs/2410.18779))." if taught else "."),
+        _how_to_load(name, tokenizer),
+        "## Training",
+        _list(rows),
+        _figures("Validation", "val/", checkpoint["global_step"], run),
+        _figures("Test", "test/", checkpoint["global_step"], run),
+        "Licence: not stated.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _is_taught(checkpoint: dict[str, Any], run: Run) -> bool:
+    """Whether a teacher has had a part in it, also where a later start of the run left it out."""
+    return run.kd_steps > 0 or checkpoint.get("totals", {}).get("taught_steps", 0) > 0
+
+
+def _how_to_load(name: str, tokenizer: str | None) -> str:
+    parts = {"model": "AutoModelForCausalLM"} | ({} if tokenizer is None else {"tokenizer": "AutoTokenizer"})
+    lines = [f'{part} = {cls}.from_pretrained("{name}")' for part, cls in parts.items()]
+    if tokenizer:
+        lines[1] = f'{lines[1][:-1]}, subfolder="{tokenizer}")  # beside the model it would be misread'
+    return "\n".join(["```python", f"from transformers import {', '.join(parts.values())}", "", *lines, "```"])
+
+
+def _as_trained(checkpoint: dict[str, Any], run: Run | None) -> Run:
+    """The run as the checkpoint knows it: config.yaml may be of a later start."""
+    spec = checkpoint["hyper_parameters"]
+    schedule = trained_schedule(checkpoint) or KDSchedule(weight=0.0)
+    known = {"model.teacher.path": (spec.get("teacher") or {}).get("path")}
+    known |= {f"kd.{key}": value for key, value in asdict(schedule).items()}
+    known["kd.stop_margin"] = (checkpoint.get("kd_schedule") or {}).get("stop_margin")
+    if run is None:
+        return Run("", Path(), known, {})
+    config, earlier = run.settings_until(checkpoint["global_step"])
+    return replace(run, config=config | known, earlier=earlier)
+
+
+def _student(model: PreTrainedModel, run: Run) -> dict[str, str]:
+    config = model.config
+    sizes = {size: getattr(config, size, None) for size in _SIZES}
+    return {
+        "student": f"{config.model_type}, {sum(p.numel() for p in model.parameters()):,} parameters",
+        "sizes": ", ".join(f"{size} {value}" for size, value in sizes.items() if value is not None),
+        "started from": run.config.get("model.student.path") or "",
+        "weights": str(config.dtype).removeprefix("torch."),
+    }
+
+
+def _training(checkpoint: dict[str, Any], run: Run) -> dict[str, str]:
+    settings, spec, text = run.config, checkpoint["hyper_parameters"], checkpoint.get("text") or {}
+    teacher, taught = spec.get("teacher") or {}, _is_taught(checkpoint, run)
+    counts = [(text.get("documents"), "documents"), (_data(checkpoint, "num_train_tokens"), "tokens")]
+    return {
+        "went on": "; ".join(changes_said(run)),
+        "method": run.method + ("" if taught == (run.kd_steps > 0) else ", after steps with a teacher"),
+        "teacher": " at revision ".join(filter(None, (teacher.get("path"), teacher.get("revision")))) if taught else "",
+        "KD": f"{_schedule(checkpoint, run)}; teacher's temperature {spec.get('teacher_temperature', 1.0):g}"
+        if taught
+        else "",
+        "training text": _sources(text),
+        "prompt and response": _examples(settings),
+        "its size": ", ".join(f"{count:,} {unit}" for count, unit in counts if count),
+        "selected by": str(settings.get("data.selection") or ""),
+        "rows": f"{_data(checkpoint, 'global_batch_size')} of {_data(checkpoint, 'block_size')} tokens a step",
+        "AdamW": ", ".join(f"{key} {v}" for key, v in (spec.get("optim") or {}).items() if v is not None),
+        "precision": str(settings.get("trainer.precision") or ""),
+        "seed": str(spec.get("seed", "")),
+    }
+
+
+def _sources(text: dict[str, Any]) -> str:
+    names, weights = text.get("source") or [], text.get("weights") or []
+    if not weights:
+        return ", ".join(names)
+    return ", ".join(f"{name} {weight / sum(weights):.1%}" for name, weight in zip(names, weights, strict=True))
+
+
+def _examples(settings: dict[str, Any]) -> str:
+    """How a prompt was written, where the text was examples: whoever asks the model has to write it so."""
+    prompt, response = (settings.get(f"data.examples.{name}") for name in ("prompt", "response"))
+    if prompt:
+        return f"{prompt!r}, {response!r}"
+    return (
+        "by the tokenizer's chat template"
+        if any(key.startswith("data.examples.messages") and v for key, v in settings.items())
+        else ""
+    )
+
+
+def _schedule(checkpoint: dict[str, Any], run: Run) -> str:
+    weight, steps, anneal = (run.config.get(f"kd.{key}") for key in ("weight", "steps", "anneal_steps"))
+    ramp = f", falling ({run.config['kd.shape']}) in the last {anneal} of them" if anneal else ""
+    said = f"weight {weight} in " + ("every step" if steps is None else f"the first {steps} steps{ramp}, then 0")
+    if (margin := run.config.get("kd.stop_margin")) is not None:
+        found = checkpoint.get("kd_stop_step") is not None
+        said += f", {'the last of them found by' if found else 'no validation being within'} a margin of {margin} nats "
+        said += "to the teacher's loss"
+    schedule, shape = trained_schedule(checkpoint), (checkpoint.get("kd_schedule") or {}).get("shape")
+    if schedule and shape not in get_args(Shape):
+        said += f", by a schedule of its own ({shape})"
+    counted = checkpoint.get("totals")
+    if schedule and counted and counted["taught_steps"] != schedule.kd_steps(checkpoint["global_step"]):
+        said += "; an earlier start of the run followed another schedule"
+    return said
+
+
+def _cost(checkpoint: dict[str, Any], run: Run) -> dict[str, str]:
+    step, text_tokens = checkpoint["global_step"], _data(checkpoint, "num_train_tokens")
+    totals = Totals(**checkpoint.get("totals", {}))
+    tokens, taught = totals.tokens, totals.taught_steps
+    by_student = totals.student_flops or math.nan  # 0: trained without the command line's data, not counted
+    by_teacher = (totals.teacher_flops or math.nan) if taught else 0.0
+    planned = f" of {run.max_steps:,}" if run.max_steps else ""
+    mixed = (checkpoint.get("text") or {}).get("weights") or any("data.source" in was for was in run.changes.values())
+    of_one_text = text_tokens and not mixed
+    passes = f" ({tokens / text_tokens:.2f} times the text)" if of_one_text else ""
+    scoring = lineage.scoring(run).get("scoring_flops", math.nan) if run.selected else 0.0
+    return {
+        "steps": f"{step:,}{planned}" + (f", {taught:,} of them with the teacher" if taught else ""),
+        "tokens": f"{tokens:,}{passes}" if tokens else "",
+        "FLOPs of the student": _flops(by_student),
+        "FLOPs of the teacher": _flops(by_teacher) + (", its own training apart" if taught else ""),
+        "FLOPs of scoring": _flops(scoring),
+        "versions": _versions(),
+    }
+
+
+def _data(checkpoint: dict[str, Any], name: str) -> int:
+    return (checkpoint.get("data") or {}).get(f"--data.{name}") or 0
+
+
+def _flops(value: float) -> str:
+    scale, unit = report.flop_unit(value)
+    return "not known" if math.isnan(value) else f"{value / scale:.4g} {unit}"
+
+
+def _versions() -> str:
+    found = []
+    for package in _PACKAGES:
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:  # run from its folder without being installed
+            continue
+    return ", ".join(found)
+
+
+def _figures(of: str, prefix: str, step: int, run: Run) -> str:
+    """The last figures up to the checkpoint's step."""
+    curves = {tag.removeprefix(prefix): curve for tag, curve in run.curves.items() if tag.startswith(prefix)}
+    at = max((int(s) for curve in curves.values() for s in curve.steps if s <= step), default=None)
+    if at is None:
+        return ""
+    found = {tag: curve.values[curve.steps == at] for tag, curve in sorted(curves.items())}
+    figures = {
+        tag: f"{value[0]:{',.0f' if tag in ('tokens', 'examples') else '.4f'}}"
+        for tag, value in found.items()
+        if len(value)
+    }
+    return f"## {of} after step {at:,}\n\n" + _list(figures)
+
+
+def _list(rows: dict[str, str]) -> str:
+    """What files and settings say stays text: one line, neither HTML nor links."""
+    lines = (printable(f"{name}: {value}") for name, value in rows.items() if value)
+    return "\n".join("- " + re.sub(r"[<\[`]", r"\\\g<0>", line) for line in lines)
+
+
+def _hub_name(path: str | None) -> str | None:
+    """`path` where it is a name on the hub, which the hub's cache on this machine tells from a folder not here."""
+    if path is None or path.endswith(".ckpt") or Path(path).exists():
+        return None
+    try:
+        return path if cached_file(path, "config.json", local_files_only=True) else None
+    except OSError:
+        return None

@@ -1,0 +1,296 @@
+"""ModelSpec: which model a setting means, and the transformers config of a fresh one."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.activations import ACT2FN
+
+from salt_lightning.errors import ConfigError, is_out_of_memory, one_line, refuse, wrong_kinds
+from salt_lightning.hugging_face import folders
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A causal language model: pretrained from `path`, or fresh from `family` and `config`.
+
+    Args:
+        path: A checkpoint of this project (.ckpt), a Hugging Face folder (safetensors) or a hub name. null: a fresh
+            model for the student, no teacher for the teacher.
+        revision: Branch, tag or commit of a hub name.
+        family: transformers' model type of a fresh model: llama, gpt2, gpt_neox, qwen3, gemma3_text, phi, opt ...
+        config: Settings of that family's transformers config, e.g. hidden_size. vocab_size and
+            max_position_embeddings follow the tokenizer and the block size unless given.
+        dtype: Dtype of the parameters. null: float32 for the student, the student's compute dtype for the teacher.
+        attention: transformers' attention implementation (sdpa, eager, flex_attention ...), or packed: torch's kernel
+            for documents of any length, without a mask. null: packed on a GPU in 16 bits, else transformers' choice.
+        trust_remote_code: Run model code that comes with `path`. Off unless you have read that code.
+    """
+
+    path: str | None = None
+    revision: str | None = None
+    family: str = "llama"
+    config: dict[str, Any] = field(default_factory=dict)
+    dtype: Literal["float32", "bfloat16"] | None = None
+    attention: str | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.dtype, torch.dtype):
+            object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
+        refuse(wrong_kinds(ModelSpec, vars(self), "ModelSpec."))
+        if isinstance(self.path, os.PathLike):  # from Python
+            object.__setattr__(self, "path", os.fspath(self.path))
+
+    @classmethod
+    def of(cls, spec: ModelSpec | dict[str, Any] | str | os.PathLike[str] | None) -> ModelSpec:
+        """The spec itself, or one made of a path, of a checkpoint's plain dict, which trusts no code, or of nothing.
+
+        Raises:
+            ConfigError: it is something else, as a model would be.
+        """
+        if isinstance(spec, dict):
+            return cls(**folders.without_code(spec, "the checkpoint"))
+        if isinstance(spec, str | os.PathLike):
+            return cls(path=os.fspath(spec))
+        if spec is not None and not isinstance(spec, ModelSpec):
+            raise ConfigError(
+                f"SALTModule takes a ModelSpec, or a path, not a {type(spec).__name__}: save a model by "
+                "save_pretrained and give its folder, or see docs/extending.md for one of your own"
+            )
+        return spec or cls()
+
+    @property
+    def is_checkpoint(self) -> bool:
+        return self.path is not None and self.path.endswith(".ckpt")
+
+
+if TYPE_CHECKING:
+    ModelLike = ModelSpec | str | os.PathLike[str] | dict[str, Any]  # what ModelSpec.of takes
+else:
+    ModelLike = ModelSpec  # what the command line makes settings of
+
+
+@contextmanager
+def as_config_error(setting: str) -> Iterator[None]:
+    """transformers checks settings in many places and ways; all that it says of them is the user's business."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        said = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
+        raise ConfigError(f"{setting}: {one_line(f'{type(said).__name__}: {said}')}") from error
+
+
+_SIZES = {
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"),
+    *("num_key_value_heads", "max_position_embeddings", "n_inner", "ffn_dim"),
+}
+
+
+def wrong_sizes(settings: dict[str, Any], known: PreTrainedConfig) -> dict[str, Any]:
+    """Of a model's settings the sizes that none can have; transformers builds some: a model without layers trains."""
+    names = _SIZES | {known.attribute_map.get(name, name) for name in _SIZES}
+    sizes = {name: size for name, size in settings.items() if name in names and isinstance(size, int | float | str)}
+    return {name: size for name, size in sizes.items() if not (isinstance(size, int) and size >= 1)}
+
+
+def unnamed_sizes(spec: ModelSpec, config: PreTrainedConfig) -> dict[str, int]:
+    """What makes a fresh model large and was not given: a later --model.student.config replaces a former one whole."""
+    main = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    names = {name: config.attribute_map.get(name, name) for name in main if spec.path is None}
+    rest = {own: getattr(config, own, None) for name, own in names.items() if not {name, own} & set(spec.config)}
+    return {name: size for name, size in rest.items() if size is not None}
+
+
+# What a config.json says, and what it is to be said by here.
+_SAID_BY = {
+    "model_type": "family",
+    **dict.fromkeys(("dtype", "torch_dtype"), "dtype"),
+    **dict.fromkeys(("attn_implementation", "_attn_implementation"), "attention"),
+}
+_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # every config takes them, not every one lists them
+
+
+def family_config(spec: ModelSpec) -> PreTrainedConfig:
+    """The family's own config, of which a fresh model is made; no data is needed to see that a spec fits it.
+
+    Raises:
+        ConfigError: no such family, or settings that it does not have or that are out of range: all at once.
+    """
+    try:
+        with as_config_error(f"--model.student.family {spec.family}"):
+            known = AutoConfig.for_model(spec.family)
+    except ConfigError as error:
+        if not isinstance(error.__cause__, ValueError):
+            raise
+        raise ConfigError(
+            f"--model.student.family {spec.family}: transformers knows no such model type; e.g. llama, gpt2, qwen3"
+        ) from None
+    if (text := known.get_text_config()) is not known:
+        raise ConfigError(
+            f"--model.student.family {spec.family} is a model of more than text; --model.student.family "
+            f"{text.model_type} is its text part"
+        )
+    if not folders.is_causal(spec.family):
+        raise ConfigError(
+            f"--model.student.family {spec.family} is no causal language model of transformers; e.g. llama, gpt2, qwen3"
+        )
+    names = set(known.to_dict()) | set(known.attribute_map) | set(_SPECIAL_TOKENS)
+    elsewhere = [key for key in _SAID_BY if key in spec.config]
+    wrong = [
+        f"--model.student.config.{key}: leave it out; --model.student.{_SAID_BY[key]} says it" for key in elsewhere
+    ]
+    others = sorted(set(spec.config) - names - set(elsewhere))
+    if others and _is_whole(spec.config):
+        rank_zero_info(f"{spec.family} does not list {', '.join(others)}; taken as they are")
+        others = []
+    for key in others:
+        if key == "head_dim" and not hasattr(known, key) and _reads_head_dim(spec.family):
+            continue
+        near = difflib.get_close_matches(key, names, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        wrong.append(f"--model.student.config.{key}: {spec.family} has no such setting{hint}")
+    for key, size in wrong_sizes(spec.config, known).items():
+        wrong.append(f"--model.student.config.{key} {size} must be a whole number, 1 or more")
+    for key in {"hidden_act", "hidden_activation", "activation_function"} & set(spec.config):
+        if isinstance(name := spec.config[key], str) and name not in ACT2FN:
+            near = difflib.get_close_matches(name, ACT2FN, 3) or ["silu", "gelu", "relu"]
+            wrong.append(f"--model.student.config.{key} {name} is not known; e.g. {', '.join(near)}")
+    for key, value in spec.config.items():  # a fit would meet it at its first step, or never notice
+        if "drop" in key and isinstance(value, float | int) and not 0 <= value <= 1:
+            wrong.append(f"--model.student.config.{key} {value} must lie in 0..1")
+    refuse(wrong)
+    if not spec.config:
+        raise ConfigError(
+            f"--model.student.config is empty: {spec.family}'s own defaults are a model of billions of weights. Give "
+            "sizes, e.g. hidden_size and num_hidden_layers, or --model.student.path to go on from pretrained weights"
+        )
+    return known
+
+
+def _is_whole(settings: dict[str, Any]) -> bool:
+    """Whether they are all of a model's, as a checkpoint has them: then no key is misspelt, and a hub folder's
+    config.json may have brought some that its family does not list. Nobody types what every config has."""
+    return {"return_dict", "output_hidden_states", "is_encoder_decoder"} <= set(settings)
+
+
+def _reads_head_dim(family: str) -> bool:
+    """Whether a family has heads of any width without listing it, as transformers' qwen2, phi3 and qwen3_moe do."""
+    own, numels = AutoConfig.for_model(family).attribute_map, set()
+    for width in (8, 16):
+        try:
+            config = AutoConfig.for_model(family, **{own.get(_LAYERS, _LAYERS): 1, "head_dim": width})
+            with torch.device("meta"):
+                numels.add(sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters()))
+        except Exception:  # of many kinds: some have no such model, or no such sizes
+            return False
+    return len(numels) == 2
+
+
+_LAYERS = "num_hidden_layers"
+
+
+def fresh_config(spec: ModelSpec, data: Any) -> PreTrainedConfig:
+    """The transformers config of a fresh model; missing sizes follow the data."""
+    known = family_config(spec)
+    defaults: dict[str, Any] = {}
+    if data is not None:
+        end = data.tokenizer.eos_token_id
+        positions = known.attribute_map.get("max_position_embeddings", "max_position_embeddings")
+        defaults = {
+            "vocab_size": -(-data.vocab_size // 64) * 64,  # whole tiles for the head's matrix products
+            positions: data.block_size,
+            **dict.fromkeys(_SPECIAL_TOKENS, end),
+        }
+        if "max_position_embeddings" in spec.config:
+            del defaults[positions]
+    with as_config_error("--model.student.config"):
+        config = AutoConfig.for_model(spec.family, **defaults | spec.config)
+    if data is None and "vocab_size" not in spec.config:
+        raise ConfigError(
+            f"--model.student.config.vocab_size is not given: without a SALTDataModule nobody else knows it, and "
+            f"{spec.family} would take {config.vocab_size}"
+        )
+    if data is not None:
+        if config.vocab_size < data.vocab_size:
+            raise ConfigError(
+                f"--model.student.config.vocab_size {config.vocab_size} is smaller than the tokenizer's "
+                f"{data.vocab_size}"
+            )
+        check_positions(config, "--model.student.config.max_position_embeddings", data)
+    return config
+
+
+def check_positions(config: PreTrainedConfig, setting: str, data: Any) -> None:
+    config = config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and positions < data.block_size:
+        raise ConfigError(
+            f"{setting} {positions} is smaller than --data.block_size {data.block_size}: set that to at most "
+            f"{positions}"
+        )
+    ropes = getattr(config, "rope_parameters", None) or {}
+    for rope in (ropes, *ropes.values()):  # of the model, or one for each kind of layer
+        if isinstance(rope, dict) and rope.get("rope_type") == "longrope":
+            short = rope.get("original_max_position_embeddings", positions)
+            if short < data.block_size:
+                rank_zero_warn(
+                    f"{setting} {positions}: longrope takes other frequencies for a whole micro-batch once one of "
+                    f"its documents is longer than {short} tokens, so figures depend a little on how rows are grouped; "
+                    f"--data.block_size {short} avoids that"
+                )
+
+
+def resolved(spec: ModelSpec, config: PreTrainedConfig) -> ModelSpec:
+    """The spec of a fresh model of exactly these sizes: what a checkpoint needs to be built again on its own."""
+    settings = {k: v for k, v in config.to_dict().items() if k not in _NOT_SETTINGS}
+    return replace(spec, path=None, revision=None, family=config.model_type, config=settings)
+
+
+_NOT_SETTINGS = (
+    "model_type",
+    "transformers_version",
+    "architectures",
+    "_name_or_path",
+    "dtype",
+    "torch_dtype",
+    "quantization_config",
+)
+_NOT_SHAPE = ("use_cache", "attention_dropout", "initializer_range")
+
+
+def shape_settings(spec: dict[str, Any]) -> dict[str, Any]:
+    """What must agree between a checkpoint's student and the configured one, of a spec as plain dict."""
+    settings = {k: v for k, v in spec["config"].items() if k not in _NOT_SHAPE}
+    return {"family": spec.get("family")} | {f"config.{k}": v for k, v in settings.items()}
+
+
+def settings_without_code(saved: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A checkpoint's settings. No file decides that code is run: jsonargparse imports what is named as a class."""
+    specs = [saved.get(name) for name in ("student", "teacher", "optim")]
+    if _names_class(saved) or not all(isinstance(spec, dict) for spec in specs):
+        raise ConfigError(f"--ckpt_path {path} is not a whole checkpoint of this project (its settings name a class)")
+    untrusted = {name: folders.without_code(saved[name], f"--ckpt_path {path}") for name in ("student", "teacher")}
+    return {**saved, **untrusted}
+
+
+def _names_class(node: Any) -> bool:
+    if isinstance(node, dict):
+        return "class_path" in node or any(map(_names_class, node.values()))
+    return isinstance(node, (list, tuple)) and any(map(_names_class, node))

@@ -1,0 +1,127 @@
+"""Do a pretrained model and the data mean the same by every token id?"""
+
+import json
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+from transformers import AutoTokenizer, PreTrainedConfig
+from transformers.utils import cached_file
+
+from salt_lightning.errors import ConfigError, raised, refuse
+from salt_lightning.hugging_face.spec import ModelSpec, as_config_error, check_positions
+from salt_lightning.models import read_checkpoint, read_config
+from salt_lightning.schedule import kd_callbacks
+from salt_lightning.text.tokenizer import SUBFOLDER, beginning, open_tokenizer, special_ids
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", f"{SUBFOLDER}/tokenizer.json")
+_QUIET = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+
+
+def check_fit(spec: ModelSpec, name: str, data: Any, config: PreTrainedConfig | None = None) -> tuple[bool, str]:
+    """Whether the pretrained model at `spec.path` is known to mean the same token ids as the data, and how.
+
+    Its weights are not read, and its `config` only where that is not given. `data`: a SALTDataModule.
+
+    The tokenizer of a checkpoint is known by its fingerprint, that of a folder or hub name by the files beside the
+    model. Compared are the ids that the text can contain: all but special tokens, of which BOS and EOS are written.
+
+    Raises:
+        ConfigError: it cannot read the data's rows, or means other ids; the first of these are shown.
+    """
+    config = config or read_config(spec, name)
+    check_positions(config, f"--model.{name}.path {spec.path}: its max_position_embeddings", data)
+    config = config.get_text_config()
+    if config.vocab_size < data.vocab_size:
+        raise ConfigError(
+            f"--model.{name}.path {spec.path} has a vocabulary of {config.vocab_size}, --data.tokenizer "
+            f"{data.vocab_size}: use the tokenizer that this {name} was trained with; where tokens were added to it, "
+            "give the model rows for them first (resize_token_embeddings of transformers) and save it"
+        )
+    size = f"{data.vocab_size} tokens, {config.vocab_size} rows in the head"
+    own = _own_tokenizer(spec, name)
+    vocabulary = {} if own is None else own.get_vocab()
+    emitted = emitted_ids(data.tokenizer, bool(data.examples.messages))
+    differing = [(i, token) for i, token in emitted.items() if vocabulary.get(token) != i]
+    same = f"same map of all {len(emitted)} tokens that the text can contain"
+    if spec.is_checkpoint:
+        saved = read_checkpoint(str(spec.path), f"--model.{name}.path").get("tokenizer")
+        if saved is None:
+            return False, f"{size}: it does not say which tokenizer it was trained with"
+        if saved == data.tokenizer_fingerprint:
+            differing, same = [], "same map"
+    elif own is None:
+        return False, f"{size}: not checked, {spec.path} has no tokenizer files"
+    if not differing:
+        if own is not None and _rules(own) != _rules(data.tokenizer):
+            return False, f"{size}: {same}, but --data.tokenizer cuts text by other rules than that of {spec.path}"
+        return True, f"{size}: {same}"
+    names = {i: token for token, i in vocabulary.items()}
+    shown = ", ".join(f"id {i} is {token!r} here and {names.get(i)!r} there" for i, token in differing[:5])
+    if not spec.is_checkpoint:
+        raise ConfigError(
+            f"--model.{name}.path {spec.path} and --data.tokenizer name {len(differing)} token ids differently: {shown}"
+        )
+    known = f" ({len(differing)} of them: {shown})" if vocabulary else ""
+    raise ConfigError(
+        f"--model.{name}.path {spec.path} was trained with another tokenizer than --data.tokenizer: its token "
+        f"ids mean something else{known}. Point --data.tokenizer to that run's own, RUN/tokenizer"
+    )
+
+
+def tell_fit(spec: ModelSpec, name: str, data: Any) -> None:
+    """`check_fit` where there is something to compare; what is not known is logged."""
+    if spec.path is not None and data is not None:
+        known, said = check_fit(spec, name, data)
+        if not known:
+            rank_zero_info(f"{name}: {said}")
+
+
+def check_models(trainer: Any, student: ModelSpec, teacher: ModelSpec) -> None:
+    """`check_fit` of all models that this run will load, before they are. What cannot be read is refused then.
+
+    `trainer.ckpt_path` is known at this time where the command line has set it.
+    """
+    fits, predicts = (trainer.state.fn == fn for fn in (TrainerFn.FITTING, TrainerFn.PREDICTING))
+    starts = not trainer.ckpt_path  # where a resumed run goes on in phase 2 the teacher may be gone
+    taught = predicts or (fits and starts and any(kd.schedule.weight > 0 for kd in kd_callbacks(trainer)))
+    looks = []
+    for spec, name, loaded in ((student, "student", fits or (starts and not predicts)), (teacher, "teacher", taught)):
+        if loaded and spec.path is not None:
+            with suppress(ConfigError):
+                looks.append(partial(check_fit, spec, name, trainer.datamodule, read_config(spec, name)))
+    refuse(raised(looks))
+
+
+def emitted_ids(tokenizer: Any, chats: bool = False) -> dict[int, str]:
+    """The ids that a tokenized text (or chat) can contain, in order, with their tokens."""
+    written = {tokenizer.eos_token, *tokenizer.convert_ids_to_tokens(beginning(tokenizer.backend_tokenizer))}
+    special = set(tokenizer.convert_ids_to_tokens(special_ids(tokenizer))) - written
+    if chats:
+        special -= {token for token in special if token in str(tokenizer.chat_template)}
+    return {i: token for token, i in sorted(tokenizer.get_vocab().items(), key=lambda e: e[1]) if token not in special}
+
+
+def _rules(tokenizer: Any) -> list[Any]:
+    """What decides how a text is cut, special tokens aside, which other models may have under other names."""
+    rules, special = json.loads(tokenizer.backend_tokenizer.to_str()), set(special_ids(tokenizer))
+    vocab = rules["model"]["vocab"]
+    words = vocab.items() if isinstance(vocab, dict) else ((tuple(word), i) for i, word in enumerate(vocab))
+    rules["model"]["vocab"] = {word: i for word, i in words if i not in special}
+    return [rules[part] for part in ("normalizer", "pre_tokenizer", "model")]
+
+
+def _own_tokenizer(spec: ModelSpec, name: str) -> Any:
+    """The tokenizer that lies beside a model, or in the run's folder of a checkpoint; None: there is none."""
+    path, revision = str(spec.path), spec.revision or "main"
+    if spec.is_checkpoint:
+        folder = Path(path).parent.parent / "tokenizer"
+        return AutoTokenizer.from_pretrained(folder) if folder.is_dir() else None
+    if not any(cached_file(path, file, revision=revision, **_QUIET) for file in _TOKENIZER_FILES):
+        return None
+    with as_config_error(f"--model.{name}.path {path}: its tokenizer cannot be loaded"):
+        source = {"revision": revision, "trust_remote_code": spec.trust_remote_code}
+        return open_tokenizer(path, **source)

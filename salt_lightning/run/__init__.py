@@ -1,0 +1,1 @@
+"""A run's folder and terminal: its log, config, lock, progress, scheduler."""

@@ -1,0 +1,109 @@
+"""What a run logs to: its own TensorBoard files, where one that cannot be written is one line, and other trackers."""
+
+import threading
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from salt_lightning.errors import one_line
+from salt_lightning.run.runlog import start_number
+from salt_lightning.storage.shards import writing
+
+
+class _Writer(SummaryWriter):
+    """Opens its file for the first value: a start that is refused leaves none, nor a mark that voids earlier values."""
+
+    _built = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._built = True
+
+    def _get_file_writer(self) -> Any:
+        return super()._get_file_writer() if self._built else None
+
+
+class EventLog(TensorBoardLogger):
+    """TensorBoard writes in a thread, which keeps what it met to itself until the next call.
+
+    Raises:
+        OSError: naming the folder, whichever call meets it.
+    """
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> SummaryWriter:
+        if self._experiment is None:
+            number = 1 + max(map(start_number, Path(self.log_dir).glob("*tfevents*")), default=0)
+            self._experiment = _Writer(self.log_dir, **{"filename_suffix": f".start-{number}", **self._kwargs})
+        return self._experiment
+
+    def log_metrics(self, *args: Any, **kwargs: Any) -> None:
+        with writing(Path(self.log_dir)):
+            super().log_metrics(*args, **kwargs)
+
+    def flush(self) -> None:
+        """Has all that was logged on the disk."""
+        with writing(Path(self.log_dir)):
+            self.experiment.flush()
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any], *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        """For the page HPARAMS, beside val/ce; Lightning's own would begin that curve with a value of nobody's."""
+        with writing(Path(self.log_dir)):
+            for summary in hparams({k: v for k, v in params.items() if v is not None}, {"val/ce": 0.0}):
+                self.experiment._get_file_writer().add_summary(summary)
+
+    def save(self) -> None:
+        """Nothing: Lightning would write an empty hparams.yaml; the settings are in config.yaml."""
+
+    def finalize(self, status: str) -> None:
+        with writing(Path(self.log_dir)):
+            super().finalize(status)
+
+
+def trackers(given: list[Logger], run: Path, verb: str, steps: int) -> list[Logger]:
+    """What a verb logs to: the run's own event files, which compare reads, then whatever else the user has given.
+
+    A TensorBoard logger among these takes the place of the first. A fit takes off the page what a killed start had
+    logged after the checkpoint at `steps`.
+    """
+    boards = [logger for logger in given if isinstance(logger, TensorBoardLogger)]
+    if not boards:
+        # version "": the run's folder itself, so that a resumed run goes on in it; evaluations beside the run's curve
+        boards = [EventLog(run.parent, run.name, "") if verb == "fit" else EventLog(run, verb, "")]
+        given = [*boards, *given]
+    for board in boards if verb == "fit" else ():
+        if board._kwargs.get("purge_step") is None:  # the command line gives None itself
+            board._kwargs["purge_step"] = steps + 1
+    return given
+
+
+def log_settings(trackers: Iterable[Logger], settings: Mapping[str, Any]) -> None:
+    """What a run is, for pages and tables of runs. A tracker that refuses it, as for a changed value, ends no run."""
+    for tracker in trackers:
+        try:
+            tracker.log_hyperparams(dict(settings))
+        except OSError:
+            raise
+        except Exception as error:  # each has its own
+            rank_zero_warn(f"{type(tracker).__name__} has not taken the settings: {one_line(error)}")
+
+
+_show = threading.excepthook
+
+
+def quiet_threads() -> None:
+    """What a thread meets of a full disk is raised by the call that comes after: no traceback of the thread besides."""
+    threading.excepthook = _unless_full
+
+
+def _unless_full(args: Any) -> None:
+    if not (isinstance(args.exc_value, OSError) and type(args.thread).__name__ == "_AsyncWriterThread"):
+        _show(args)

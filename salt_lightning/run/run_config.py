@@ -1,0 +1,90 @@
+"""A run's settings on disk: config.yaml of this start, and of earlier ones what they had set otherwise.
+
+config.yaml                   of the newest start
+config.until-00000040.yaml    up to step 40, where a start went on under other settings
+"""
+
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.cli import SaveConfigCallback
+
+from salt_lightning.command.settings import IDENTITY
+from salt_lightning.errors import ConfigError, one_line
+from salt_lightning.run.runlog import changed, earlier_configs, read_config, saved, step_named
+from salt_lightning.storage import shards
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Writes config and tokenizer into the run's folder at the first step: a start that is refused changes nothing."""
+
+    _written = False
+
+    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        """Too early: checkpoint, teacher and disk may still be refused."""
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.is_global_zero and not self._written:
+            self._written = True
+            run = Path(trainer.default_root_dir)
+            with shards.writing(run):
+                run.mkdir(parents=True, exist_ok=True)
+                new = run / ".config.tmp"
+                try:
+                    self.parser.save(self.config, new, skip_none=False, overwrite=True, multifile=False)
+                except (TypeError, ValueError) as error:  # a callback with an argument that YAML cannot say
+                    odd = re.search(r"cannot represent an object', (<.*?>)\)", str(error))
+                    said = (
+                        f"an argument is {odd[1]}: give it as text, for Timer interval step" if odd else one_line(error)
+                    )
+                    raise ConfigError(f"--trainer.*: {said} (it cannot be written into config.yaml)") from error
+                set_aside(run, trainer.global_step, read_config(new))
+                os.replace(new, run / "config.yaml")
+                trainer.datamodule.tokenizer.save_pretrained(run / "tokenizer")  # type: ignore[attr-defined]
+
+
+def set_aside(run: Path, step: int, now: dict[str, Any]) -> None:
+    """Before a start at `step` writes its settings: keeps those that held until there, where they say other things.
+
+    Also where they name another run's checkpoint, which this one went on from.
+    """
+    later = [path for until, path in earlier_configs(run) if until >= step]  # of starts that this one leaves behind
+    held, kept = next(iter([*later, run / "config.yaml"])), run / f"config.until-{step:08d}.yaml"
+    was = readable(held)
+    origin = Path(was.get("ckpt_path") or "last")
+    first = step_named(origin.name) or 0  # the step that they held from, as far as that is known
+    own = Path(now.get("checkpoint.folder") or run / "checkpoints")
+    elsewhere = first > 0 and origin.absolute().parent != own.absolute()
+    if step > first and (changed(was, now) or elsewhere):
+        if held != kept:
+            shutil.copy(held, run / ".config.tmp-until")
+            os.replace(run / ".config.tmp-until", kept)
+        later = [path for path in later if path != kept]
+    for path in later:
+        path.unlink()
+
+
+def taken(run: Path, checkpoints: Path, now: dict[str, Any]) -> list[str]:
+    """What is wrong with a new run in this folder under the settings `now` (flat): it holds another."""
+    if saved(checkpoints):
+        return [f"--run {run} holds a run already: go on with it by --ckpt_path last, or choose another folder"]
+    before = readable(run / "config.yaml")
+    kept = (key for key in before if key.startswith(IDENTITY) and key in now and now[key] != before[key])
+    if not (others := [f"--{key} {before[key]} (here {now[key]})" for key in kept][:3]):
+        return []
+    return [
+        f"--run {run} has the logs of another run, whose config.yaml says {', '.join(others)}; choose another folder, "
+        "or remove this one"
+    ]
+
+
+def readable(file: Path) -> dict[str, Any]:
+    """The settings in a run's folder; none where there are none, or what was edited or damaged, which ends no run."""
+    try:
+        return read_config(file)
+    except (ConfigError, OSError):
+        return {}

@@ -1,0 +1,97 @@
+"""What a checkpoint of this project holds: the kinds of its values, which a stranger's file may have otherwise."""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from salt_lightning.fit.meter import Totals
+
+_MOST_VALUES, _DEEPEST = 1 << 22, 64
+_NUMBER = int | float | Tensor  # of no dimension
+_SPEC: dict[Any, Any] = {
+    **dict.fromkeys(("path", "revision", "dtype", "attention"), str | None),
+    **{"family": str, "config": dict, "trust_remote_code": bool, ...: ()},
+}
+_STEPS: dict[Any, Any] = {"weight": _NUMBER, "steps": _NUMBER | None, "anneal_steps": _NUMBER}
+_LOSS: dict[Any, Any] = dict.fromkeys(("teacher_temperature", "logits_budget_gib"), _NUMBER)
+_TOTALS: dict[Any, Any] = {**dict.fromkeys(Totals.__dataclass_fields__, _NUMBER), ...: ()}
+# Kinds of what is read of a checkpoint, where it is there; ... stands for all other names, () for none at all.
+_CHECKPOINT: dict[Any, Any] = {
+    **dict.fromkeys(("global_step", "max_steps"), int),
+    "kept_steps": [int],
+    "tokenizer": str | None,
+    "hyper_parameters": {"student": _SPEC, "teacher": (_SPEC, type(None)), "optim": dict, **_LOSS},
+    "state_dict": Mapping,
+    **{name: [dict] for name in ("optimizer_states", "lr_schedulers")},
+    "callbacks": dict,
+    "loops": {"fit_loop": {"epoch_loop.batch_progress": dict, "epoch_loop.state_dict": dict}},
+    "text": {"source": [str], "weights": ([_NUMBER], type(None)), "hub": [str], "documents": int | None},
+    "data": {
+        **dict.fromkeys((f"--data.{name}" for name in ("global_batch_size", "block_size", "num_train_tokens")), int),
+    },
+    "kd_schedule": ({**_STEPS, "shape": str, "stop_margin": _NUMBER | None}, type(None)),
+    "kd_stop_step": int | None,
+    "forward_flops": {...: _NUMBER},
+    **dict.fromkeys(("totals", "totals_before"), _TOTALS),
+    **dict.fromkeys(("time_s", "teacher_time_s"), _NUMBER),
+}
+
+
+# what every checkpoint of a SALTModule has
+_ALWAYS = {"global_step", "tokenizer", "hyper_parameters", "state_dict", "text", "data", "pytorch-lightning_version"}
+VERSION = "salt_lightning_version"  # of the code that wrote it
+# what a fit that goes on reads besides
+TO_GO_ON = {"max_steps", "forward_flops", "totals", "totals_before", "time_s", "teacher_time_s"}
+
+
+def is_checkpoint(checkpoint: Any) -> bool:
+    """Whether it has a student's settings and weights, and of all that is read values of the right kinds.
+
+    Raises:
+        KeyError, TypeError: it has no such settings.
+    """
+    settings = checkpoint["hyper_parameters"]["student"]["config"]
+    return bool(settings) and checkpoint.keys() >= _ALWAYS and _is_like(_CHECKPOINT, checkpoint)
+
+
+def plain(value: Any, depth: int = 0) -> Any:
+    """Numbers and texts of Python's own for numpy's and for paths, which nobody reads without unpickling; also within
+    dictionaries, lists and tuples."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, PurePath):
+        return str(value)
+    inside = partial(plain, depth=depth + 1)
+    if type(value) not in (dict, list, tuple) or depth > _DEEPEST:  # a list may hold itself
+        return value
+    return {inside(k): inside(v) for k, v in value.items()} if type(value) is dict else type(value)(map(inside, value))
+
+
+def is_bounded(checkpoint: dict[str, Any]) -> bool:
+    """Whether to walk through what is read ends: a list may hold itself, or one list many times over."""
+    read = _CHECKPOINT.keys() - {"state_dict", "optimizer_states", "callbacks"}
+    left, nodes = _MOST_VALUES, [(checkpoint[name], 0) for name in read & checkpoint.keys()]
+    while nodes:
+        node, depth = nodes.pop()
+        if isinstance(node, dict | list | tuple | set):
+            left -= len(node)
+            if left < 0 or depth > _DEEPEST:
+                return False
+            nodes += [(each, depth + 1) for each in (node.values() if isinstance(node, dict) else node)]
+    return True
+
+
+def _is_like(kind: Any, value: Any) -> bool:
+    """Whether what is there of a value is of the kinds in the same places of `kind`."""
+    if isinstance(kind, dict):
+        rest = kind.get(..., object)
+        return isinstance(value, dict) and all(_is_like(kind.get(name, rest), value[name]) for name in value)
+    if isinstance(kind, list):
+        return isinstance(value, list | tuple) and all(_is_like(kind[0], each) for each in value)
+    if isinstance(kind, tuple):
+        return any(_is_like(each, value) for each in kind)
+    return isinstance(value, kind) and (kind is object or not isinstance(value, int) or abs(value) < 1 << 63)

@@ -1,0 +1,466 @@
+"""A checkpoint as a folder, one file of tensors per rank, written by all ranks and readable by one process.
+
+    step-00000100.ckpt/
+        meta.pt            what is no tensor: settings, counters, names; loads with weights_only
+        .metadata          which piece of which tensor lies where (torch.distributed.checkpoint)
+        __R_0.distcp       the pieces of rank R
+    state_dict.NAME        a weight
+    optimizer.NAME.KEY     the optimizer's KEY (exp_avg, ...) of that weight
+
+It is written under a temporary name and renamed at the end: what has its final name is complete. Each piece has a
+checksum in its own archive, `.metadata` one in meta.pt.
+torch stores `.metadata` as a pickle. It is read with an unpickler that knows the few classes it is made of and refuses
+all others, so nothing in a folder can run code.
+"""
+
+import errno
+import hashlib
+import io
+import math
+import os
+import pickle
+import re
+import shutil
+import stat
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint import filesystem
+from torch.distributed.checkpoint import metadata as tables
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
+
+from salt_lightning import __version__
+from salt_lightning.errors import ConfigError, few
+from salt_lightning.storage.kinds import TO_GO_ON, VERSION, is_bounded, is_checkpoint
+from salt_lightning.text.journal import whole
+
+META, METADATA = "meta.pt", ".metadata"
+_DIGEST = "metadata_digest"  # key of meta.pt
+_WEIGHTS, _OPTIMIZER = "state_dict.", "optimizer."
+
+_BUILT = {
+    *(filesystem._StorageInfo, tables.Metadata, tables.MetadataIndex, tables.StorageMeta, tables.TensorProperties),
+    *(tables.BytesStorageMetadata, tables.ChunkStorageMetadata, tables.TensorStorageMetadata),
+}
+_KNOWN = {
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
+    ("pathlib", "PosixPath"),
+    ("pathlib._local", "PosixPath"),
+    *((made.__module__, made.__name__) for made in _BUILT),
+}
+
+
+_InPython: Any = pickle._Unpickler  # the one in C lets nobody look at BUILD
+
+
+class _Unpickler(_InPython):
+    dispatch: ClassVar = dict(_InPython.dispatch)
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _KNOWN or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} does not belong into {METADATA}")
+
+    def load_build(self) -> None:
+        """Sets attributes: of a class or a function it would change them for the whole process."""
+        made, state = self.stack[-2:]
+        if type(made) not in _BUILT or not (type(state) is dict or type(made) is tables.TensorProperties):
+            raise pickle.UnpicklingError(f"attributes of a {type(made).__name__} do not belong into {METADATA}")
+        super().load_build()
+
+    dispatch[pickle.BUILD[0]] = load_build
+
+
+class _Reader(dcp.FileSystemReader):
+    """torch's reader, without its pickle.load."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        metadata = table_of(Path(self.path))
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+def table_of(folder: Path) -> Metadata:
+    """Read once: a table of many ranks takes seconds, and a start asks several times."""
+    file = (folder / METADATA).stat()
+    return _read_metadata(folder, file.st_mtime_ns, file.st_size)
+
+
+@lru_cache(maxsize=1)
+def _read_metadata(folder: Path, *_: int) -> Metadata:
+    with open(folder / METADATA, "rb") as file:
+        metadata = _Unpickler(file).load()
+    for key, info in metadata.state_dict_metadata.items():
+        if type(key) is not str:
+            raise pickle.UnpicklingError("a tensor without name")
+        if type(info) is tables.TensorStorageMetadata:
+            sizes = [info.size, *(size for chunk in info.chunks for size in (chunk.offsets, chunk.sizes))]
+            if {torch.Size} != set(map(type, sizes)) or not isinstance(info.properties.dtype, torch.dtype):
+                raise pickle.UnpicklingError("a tensor without sizes or dtype")
+            ends = ((o, n, end) for c in info.chunks for o, n, end in zip(c.offsets, c.sizes, info.size, strict=True))
+            if min(info.size, default=0) < 0 or any(min(o, n) < 0 or o + n > end for o, n, end in ends):
+                raise pickle.UnpicklingError("a piece that lies outside of its tensor")
+    for index, place in metadata.storage_data.items():
+        name = place.relative_path
+        kinds = tuple(map(type, (index, index.fqn, name, place.offset, place.length)))
+        if kinds != (MetadataIndex, str, str, int, int) or min(place.offset, place.length) < 0:
+            raise pickle.UnpicklingError("a place of no file")
+        if "/" in name or name in ("", ".", ".."):
+            raise pickle.UnpicklingError(f"{name!r} lies outside of the folder")
+    return metadata
+
+
+def forget() -> None:
+    """Lets go of the table that was read last, of some kB a rank and tensor."""
+    _read_metadata.cache_clear()
+
+
+def _digest(folder: Path) -> str:
+    return hashlib.blake2b((folder / METADATA).read_bytes(), digest_size=16).hexdigest()
+
+
+def missing(folder: Path) -> str | None:
+    """What a folder lacks to be a whole checkpoint, in a few words; None if it is one. Opens no tensor."""
+    for name in (META, METADATA):
+        if not _is_file(folder / name):
+            return f"{name} is missing"
+    sizes: dict[str, int] = {}
+    try:
+        metadata = table_of(folder)
+        for place in metadata.storage_data.values():
+            sizes[place.relative_path] = max(sizes.get(place.relative_path, 0), place.offset + place.length)
+    except Exception as error:  # a damaged pickle meets errors of every kind
+        require_answer(folder, error)
+        return f"{METADATA} cannot be read: {error or type(error).__name__}"
+    for name, size in sorted(sizes.items()):
+        if not _is_file(folder / name):
+            return f"{name} is missing"
+        if (folder / name).stat().st_size < size:
+            return f"{name} is cut off"
+    total, tensors = sum(sizes.values()), dict[str, Any](metadata.state_dict_metadata)
+    for key, info in tensors.items():
+        if hasattr(info, "size") and math.prod(info.size) * info.properties.dtype.itemsize > total:
+            return f"{METADATA} gives {key} more elements than its files hold"
+    return None
+
+
+def _is_file(path: Path) -> bool:
+    """As Path.is_file, which from Python 3.14 on takes every error for a no."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except FileNotFoundError:
+        return False
+
+
+class UnansweredError(OSError):
+    """The file system did not give what it may give at the next try."""
+
+
+def require_answer(path: Path, error: BaseException) -> None:
+    """Raises UnansweredError where the file system's own error is among what has led to `error`.
+
+    That says nothing of what is in the file: as damage it would have a run pass over a whole checkpoint. A damaged
+    file has its readers look for a file that is missing, or for places before its beginning.
+    """
+    for each in _led_to(error):
+        by_torch = re.search(r"unable to (?:mmap|open) .*: (.+) \((\d+)\)$", str(each))
+        number = int(by_torch[2]) if by_torch else getattr(each, "errno", None)
+        if number not in (None, errno.ENOENT, errno.EINVAL):
+            said = f"{path} cannot be read ({os.strerror(number)}); nothing was changed, try again"
+            raise UnansweredError(said) from error
+
+
+def _led_to(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those that it came from: libraries hide the file system's behind their own."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+class DamageError(Exception):
+    """Why a path is no whole checkpoint, in a few words."""
+
+
+STUDENT = "student.model."  # of the student's weights
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A checkpoint of this project, file or folder, as plain data and tensors, which stay on disk until they are used.
+
+    Raises:
+        DamageError: it is cut off, lacks a file, or is no checkpoint.
+        OSError: the file system cannot say.
+    """
+    try:
+        if path.is_dir() and (reason := missing(path)):
+            raise DamageError(reason)
+        checkpoint = read(path) if path.is_dir() else _read_file(path)
+        if not is_bounded(checkpoint):
+            raise DamageError("its settings hold themselves, or millions of values")
+        if is_checkpoint(checkpoint):
+            return checkpoint
+        reason = "other contents"
+    except (DamageError, UnansweredError):
+        raise
+    except (KeyError, TypeError):
+        reason = "other contents"
+    except Exception as error:  # torch's reader meets damage with errors of every kind
+        require_answer(path, error)
+        kind = f"cut off, damaged, or another kind of file: {type(error).__name__}"
+        kind = "a link to nothing" if not path.exists() else kind if path.stat().st_size else "empty"
+        reason = f"{META}: {kind}" if path.is_dir() else kind
+    raise DamageError(reason)
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    require_stored(path)
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    for name, tensor in checkpoint["state_dict"].items():
+        if name.startswith(STUDENT) and not _is_dense(tensor):
+            raise DamageError(f"{name} is no plain tensor")
+    return checkpoint
+
+
+def _is_dense(tensor: Any) -> bool:
+    is_plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
+    return is_plain and not (tensor.is_meta or tensor.is_quantized or tensor.is_nested)
+
+
+def require_stored(archive: Any) -> None:
+    """torch.save compresses nothing: what is would take any memory, and mapped it is read as if it were not."""
+    with zipfile.ZipFile(archive) as files:
+        if packed := [info.filename for info in files.infolist() if info.compress_type != zipfile.ZIP_STORED]:
+            raise DamageError(f"{packed[0]} in it is compressed")
+
+
+def require_whole(checkpoint: Mapping[str, Any]) -> None:
+    """Raises ConfigError where there is no more than weights, and counters, to go on from."""
+    if not checkpoint.keys() >= {"lr_schedulers", "callbacks", "loops"}:
+        raise ConfigError(
+            "--ckpt_path: this checkpoint holds weights alone, as by ModelCheckpoint's save_weights_only; a fit goes "
+            "on from a whole one, and --model.student.path takes it for the start of a new run"
+        )
+    if lacking := sorted(TO_GO_ON - checkpoint.keys()):
+        raise ConfigError(
+            f"--ckpt_path: this checkpoint lacks {few(lacking)}, as one of another version of this project (it names "
+            f"{checkpoint.get(VERSION)}, this is {__version__}); a fit goes on with the version that wrote it, and "
+            "--model.student.path takes it for the start of a new run"
+        )
+
+
+def unreadable(path: Path) -> str | None:
+    """What there is in a checkpoint, file or folder, that torch does not load without unpickling; None: nothing that
+    was seen, as of one that is yet to be written."""
+    found = None
+    try:
+        torch.load(path / META if path.is_dir() else path, map_location="cpu", weights_only=True, mmap=path.is_file())
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+    except (OSError, RuntimeError):
+        pass
+    return found and found[1]
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A write that fails, as on a full disk, becomes one line; torch hides the cause behind errors of its own."""
+    try:
+        yield
+    except (OSError, RuntimeError, CheckpointException) as error:
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # not of writing
+            raise
+        failure = next((failure for failure, _ in getattr(error, "failures", {}).values()), error)
+        reason = str(failure).strip().splitlines()[0]
+        number = next((each.errno for each in _led_to(failure) if isinstance(each, OSError)), None)
+        remedy = "mend that and go on with --ckpt_path last"
+        if number in (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS):
+            remedy = "choose another folder"
+        elif number in (None, errno.ENOSPC, errno.EDQUOT):
+            remedy = "is the disk full? Make room and go on with --ckpt_path last"
+        raise OSError(f"{path} cannot be written ({reason}); {remedy}") from error
+
+
+def write(checkpoint: dict[str, Any], path: Path) -> None:
+    """Writes a checkpoint whose tensors may be sharded; all ranks call it together.
+
+    Args:
+        checkpoint: Lightning's, with `state_dict` and, in `optimizer_states`, one optimizer's state by names.
+        path: the folder; one that is there already gives way once the new one is complete.
+    """
+    tensors, meta = _split(checkpoint)
+    temporary, first = path.with_name(f".{path.name}.tmp"), dist.get_rank() == 0
+    if first:
+        shutil.rmtree(temporary, ignore_errors=True)  # what a killed save left
+        temporary.mkdir(parents=True)
+    dist.barrier()
+    with writing(path):
+        # Returns on the first rank when all ranks have written and synced their files.
+        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(temporary))
+        if first:
+            with whole(temporary / META) as file:
+                torch.save({**meta, _DIGEST: _digest(temporary)}, file)
+            sync_folder(temporary)
+            before = _retire(path) if path.exists() else None
+            os.replace(temporary, path)
+            sync_folder(path.parent)
+            if before is not None:
+                delete(before)
+
+
+def remove(path: Path) -> None:
+    """Removes a checkpoint, file or folder. It loses its name first: there is never half a folder under it."""
+    delete(_retire(path))
+
+
+def _retire(path: Path) -> Path:
+    retired = path.with_name(f".{path.name}.old")
+    if retired.exists():
+        delete(retired)
+    os.replace(path, retired)
+    return retired
+
+
+def delete(path: Path) -> None:
+    """Removes a file, a folder or a link."""
+    if path.is_dir() and not path.is_symlink():  # what a link leads to is not ours
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def sync_folder(folder: Path) -> None:
+    """A rename reaches the disk with its folder, where the file system syncs folders: many of a network do not."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _split(checkpoint: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    meta = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
+    tensors = {f"{_WEIGHTS}{name}": tensor for name, tensor in checkpoint["state_dict"].items()}
+    for optimizer in checkpoint.get("optimizer_states", []):  # there is one
+        meta["param_groups"] = optimizer["param_groups"]
+        for name, state in optimizer["state"].items():
+            tensors |= {f"{_OPTIMIZER}{name}.{key}": tensor for key, tensor in state.items()}
+    return tensors, meta
+
+
+class Tensors(Mapping[str, Tensor]):
+    """The tensors of a folder under a prefix, each read from disk when it is asked for, whole, on the CPU."""
+
+    def __init__(self, folder: Path, metadata: Metadata, prefix: str) -> None:
+        self._folder, self._where, self._prefix = folder, metadata, prefix
+        tensors: dict[str, Any] = metadata.state_dict_metadata
+        of_tensors = {k.removeprefix(prefix): info for k, info in tensors.items() if k.startswith(prefix)}
+        self.shapes = {name: info.size for name, info in of_tensors.items() if hasattr(info, "size")}
+
+    def on_meta(self, name: str) -> Tensor:
+        """Shape and dtype alone: nothing is read."""
+        info: Any = self._where.state_dict_metadata[self._prefix + name]
+        return torch.empty(info.size, dtype=info.properties.dtype, device="meta")
+
+    def __getitem__(self, name: str) -> Tensor:
+        key = self._prefix + name
+        info: Any = self._where.state_dict_metadata[key]
+        whole = torch.empty(info.size, dtype=info.properties.dtype)
+        filled = 0
+        for chunk in info.chunks:
+            piece = self._piece(key, chunk.offsets)
+            if piece.shape != chunk.sizes or piece.dtype != whole.dtype:
+                raise self._damaged(key, f"{tuple(piece.shape)} {piece.dtype} instead of {tuple(chunk.sizes)}")
+            whole[tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))] = piece
+            filled += piece.numel()
+        if filled != whole.numel():  # the rest would be whatever was in memory
+            raise self._damaged(key, f"{filled} of {whole.numel()} elements")
+        return whole
+
+    def _piece(self, key: str, offsets: torch.Size) -> Tensor:
+        try:
+            place = self._where.storage_data[MetadataIndex(key, offsets)]
+            with open(self._folder / place.relative_path, "rb") as file:
+                file.seek(place.offset)
+                piece = io.BytesIO(file.read(place.length))
+            require_stored(piece)
+            piece.seek(0)
+            tensor = torch.load(piece, map_location="cpu", weights_only=True)
+        except DamageError as error:
+            raise self._damaged(key, str(error)) from error
+        except (KeyError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+            raise self._damaged(key, type(error).__name__) from error
+        if not _is_dense(tensor):
+            raise self._damaged(key, "it is no plain tensor")
+        return tensor
+
+    def _damaged(self, key: str, reason: str) -> ConfigError:
+        return ConfigError(f"{self._folder} is damaged: {key} cannot be read ({reason})")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """A folder as the dict that a single-file checkpoint holds; `state_dict` reads a tensor when it is asked for.
+
+    `optimizer` has the optimizer's tensors likewise, as NAME.KEY; `optimizer_states` makes them whole.
+
+    Raises:
+        DamageError: .metadata is not what was written.
+    """
+    require_stored(folder / META)
+    checkpoint = torch.load(folder / META, map_location="cpu", weights_only=True)
+    if checkpoint.pop(_DIGEST, None) not in (None, _digest(folder)):  # None: of before it was written
+        raise DamageError(f"{METADATA} has other bytes than were written")
+    metadata = table_of(folder)
+    checkpoint["state_dict"] = Tensors(folder, metadata, _WEIGHTS)
+    checkpoint["optimizer"] = Tensors(folder, metadata, _OPTIMIZER)
+    return checkpoint
+
+
+def optimizer_states(checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
+    """The one optimizer of what `read` returned, whole, as torch's optimizers load it."""
+    tensors = checkpoint["optimizer"]
+    return [{"state": _by_weight(tensors, tensors.__getitem__), "param_groups": checkpoint["param_groups"]}]
+
+
+def optimizer_layout(checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
+    """The optimizer's tensors in a checkpoint, file or folder, by weight and key; of a folder without their data."""
+    if "optimizer" not in checkpoint:
+        return checkpoint["optimizer_states"][0]["state"]
+    return _by_weight(checkpoint["optimizer"], checkpoint["optimizer"].on_meta)
+
+
+def _by_weight(names: Iterable[str], read: Callable[[str], Tensor]) -> dict[str, dict[str, Tensor]]:
+    state: dict[str, dict[str, Tensor]] = {}
+    for key in names:
+        name, _, entry = key.rpartition(".")
+        state.setdefault(name, {})[entry] = read(key)
+    return state
+
+
+def load_into(checkpoint: dict[str, Any], folder: Path) -> None:
+    """Fills the tensors of a checkpoint-like dict, sharded in any way, from a folder; all ranks together.
+
+    Each rank reads what its shards need.
+    """
+    tensors, _ = _split(checkpoint)
+    dcp.load(tensors, storage_reader=_Reader(folder))

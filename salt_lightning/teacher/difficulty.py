@@ -1,0 +1,180 @@
+"""The easy, medium and hard third of the held-out text, by one model's loss on each document.
+
+    RUN/validate/documents.parquet     document int64 · nll float64 · tokens int64     (RUN/test: of the test text)
+
+The verbs `validate` and `test` write it for the model they look at. Of the teacher it is the split that all runs share,
+BASELINE too: `--data.difficulty RUN`. A held-out document with a label in the rows that are evaluated has its sum of
+nll in nats and its number of labels there. The file says which text that was; a run on other text refuses it.
+
+Shapes: D held-out documents, N token positions of a batch.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from lightning.pytorch.utilities import rank_zero_info
+
+from salt_lightning.errors import ConfigError, first_line
+from salt_lightning.metrics import TokenMetrics
+from salt_lightning.run.runlog import THIRDS
+from salt_lightning.teacher.scores import write_table
+
+_FILE = "documents.parquet"
+_VERBS = ("validate", "test")
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The text that an evaluation reads: all of it must agree before a split made on it is used.
+
+    Args:
+        tokens: Hash of the held-out tokens and documents, wherever their files lie.
+        tokenizer: Hash of the token -> id map.
+        block_size: Tokens in a row.
+        isolate_documents: Whether each document of a row is read on its own.
+        num_rows: Rows that are evaluated.
+    """
+
+    tokens: str
+    tokenizer: str
+    block_size: int
+    isolate_documents: bool
+    num_rows: int
+
+
+_MEANING = {
+    "tokens": "held-out text (--data.source, val_source, test_source, val_fraction)",
+    "tokenizer": "--data.tokenizer",
+    "block_size": "--data.block_size",
+    "isolate_documents": "--data.isolate_documents",
+    "num_rows": "--data.val_rows",
+}
+
+
+def thirds(nll_D: np.ndarray, tokens_D: np.ndarray) -> np.ndarray:
+    """0 easy, 1 medium, 2 hard for each document, -1 where it has no tokens.
+
+    Documents in the order of nll / tokens, equal ones in that of their numbers, are cut where a third and two thirds
+    of the tokens are reached: a document belongs where the middle one of its tokens lies. Thirds of the tokens, not of
+    the documents: so the three means weigh alike, and many short documents do not make a third of few tokens.
+
+    Args:
+        nll_D: sums of -log p, nats.
+        tokens_D: int64, how many summands each has.
+    """
+    third_D = np.full(len(tokens_D), -1, np.int64)
+    judged = np.flatnonzero(tokens_D)
+    order = judged[np.argsort(nll_D[judged] / tokens_D[judged], kind="stable")]
+    twice_the_middle = 2 * np.cumsum(tokens_D[order]) - tokens_D[order]  # in integers: no rounding at the cuts
+    third_D[order] = 3 * twice_the_middle // (2 * tokens_D.sum())
+    return third_D
+
+
+def find_files(place: Path, verb: str) -> list[Path]:
+    """The files of losses in a run's folder, or the file itself. See `read_thirds`."""
+    verbs = _VERBS[::-1] if verb == "test" else _VERBS
+    files = [place] if place.is_file() else [file for v in verbs if (file := place / v / _FILE).is_file()]
+    if not files:
+        raise ConfigError(
+            f"--data.difficulty {place}: no validate/{_FILE} in it; `cli.py validate --run {place} --ckpt_path last`, "
+            "with the teacher's config and the --data of this run, writes it"
+        )
+    return files
+
+
+def read_thirds(place: Path, held_out: HeldOut, verb: str) -> np.ndarray:
+    """The third of each held-out document; says by whose loss, and what the thirds are.
+
+    Args:
+        place: folder of a run that was looked at by `validate` or `test`, or the file itself.
+        held_out: what is evaluated now.
+        verb: "fit", "validate" or "test": which of a run's files is looked at first.
+
+    Raises:
+        ConfigError: there is no such file, it is damaged, of other text, or of fewer than three documents.
+    """
+    problems = []
+    for file in find_files(place, verb):
+        table, origin, made_on = _read(file)
+        differing = [_MEANING[key] for key, value in asdict(held_out).items() if made_on.get(key) != value]
+        if not differing:
+            break
+        problems.append(f"--data.difficulty {file} was made on other {' and '.join(differing)}")
+    else:
+        raise ConfigError(f"{problems[0]}; validate the teacher with the --data of this run, or set it to null")
+    nll_D, tokens_D = table["nll"].to_numpy(), table["tokens"].to_numpy()
+    third_D = thirds(nll_D, tokens_D)
+    if (judged := int((third_D >= 0).sum())) < len(THIRDS):
+        raise ConfigError(f"--data.difficulty {file} has {judged} documents with labels: too few for three thirds")
+    parts = []
+    for number, name in enumerate(THIRDS):
+        inside_D = third_D == number
+        tokens = tokens_D[inside_D].sum()
+        parts.append(
+            f"{name} {inside_D.sum()} documents"
+            + (f" of {tokens} tokens, CE {nll_D[inside_D].sum() / tokens:.4f}" if tokens else "")
+        )
+    rank_zero_info(f"difficulty by {origin}: {'; '.join(parts)}")
+    return third_D
+
+
+def _read(file: Path) -> tuple[pa.Table, str, dict[str, Any]]:
+    try:
+        table = pq.read_table(file, page_checksum_verification=True)
+        about = json.loads((table.schema.metadata or {})[b"documents"])
+        if table.column_names == ["document", "nll", "tokens"]:
+            return table, about["model"], about["held_out"]
+        reason = "other columns"
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
+        reason = first_line(error)
+    raise ConfigError(
+        f"--data.difficulty {file} is damaged or was not written by `cli.py validate` ({reason}); run that again"
+    )
+
+
+class DocumentLossWriter(pl.Callback):
+    """Writes the loss of each held-out document when a validate or test has gone through all of them."""
+
+    _metric: TokenMetrics | None = None
+
+    def _begin(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if trainer.state.fn in _VERBS:
+            documents = trainer.datamodule.held_out_files.num_documents  # type: ignore[attr-defined]
+            self._metric = TokenMetrics([""] * documents).to(pl_module.device)
+
+    def _add(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
+        if self._metric is not None:
+            self._metric.update(outputs["nll"], outputs["rank"], batch["documents"].flatten(), batch["bytes"].flatten())
+
+    def _end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        metric, self._metric = self._metric, None
+        if metric is None:
+            return
+        with metric.sync_context():
+            nll_D, tokens_D = (state.cpu().numpy() for state in (metric.nll_sum_S, metric.tokens_S))
+        batches = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
+        read, all_batches = sum(batches), len(trainer.datamodule.val_dataloader())  # type: ignore[attr-defined]
+        if read < all_batches:
+            rank_zero_info(f"{read} of {all_batches} batches were read: no losses of documents are written")
+            return
+        if not trainer.is_global_zero:
+            return
+        about = {
+            "held_out": asdict(trainer.datamodule.held_out),  # type: ignore[attr-defined]
+            "model": str(trainer.ckpt_path or pl_module.student_spec.path),
+        }
+        file = Path(trainer.default_root_dir) / _VERBS[trainer.testing] / _FILE
+        file.parent.mkdir(parents=True, exist_ok=True)
+        columns = {"document": np.arange(len(tokens_D)), "nll": nll_D.astype(np.float64), "tokens": tokens_D}
+        write_table(file, pa.table(columns).replace_schema_metadata({"documents": json.dumps(about)}))
+        rank_zero_info(f"loss of each of {int((tokens_D > 0).sum())} documents: {file}")
+
+    on_validation_start = on_test_start = _begin
+    on_validation_batch_end = on_test_batch_end = _add  # type: ignore[assignment]
+    on_validation_epoch_end = on_test_epoch_end = _end

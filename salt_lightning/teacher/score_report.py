@@ -1,0 +1,135 @@
+"""The report of scores: histogram, share of zeros, what rows look like, how much k matters. Text and a figure."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from salt_lightning.batches.order import scatter
+from salt_lightning.comparison.report import COLOURS, REFERENCE_COLOUR, table
+from salt_lightning.selection import LESS_CHANCE, KeepRule, chance, kept_rows, row_scores
+from salt_lightning.teacher.scores import NO_LABEL, Scores
+
+KS = (5, 10, 20, 50)
+EXAMPLES = 3
+_CHARS = 400
+
+
+def write(scores: Scores, rule: KeepRule, decode: Callable[[int], str]) -> tuple[Path, Path]:
+    """Write report.md and report.png into the folder of the scores.
+
+    Args:
+        scores: complete ones.
+        rule: what would be kept of them; its k and `masked` are those of the report.
+        decode: row number -> its text.
+
+    Returns:
+        The two files.
+    """
+    of_k = {k: row_scores(scores, k, rule.masked) for k in sorted({*KS, rule.k})}
+    kept = {k: kept_rows(score_R, replace(rule, k=k)) for k, score_R in of_k.items()}
+    text, image = scores.run / "report.md", scores.run / "report.png"
+    parts = [
+        "# Scores of the training rows",
+        _summary(scores, of_k[rule.k], kept[rule.k], rule),
+        "![Histogram of the scores](report.png)",
+        _by_k(of_k, rule),
+        _overlap(kept, of_k, rule),
+        _examples(scores, of_k[rule.k], rule, decode),
+    ]
+    text.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    _figure(of_k[rule.k], kept[rule.k], rule).savefig(image, dpi=160)
+    return text, image
+
+
+def overlap(kept: dict[int, np.ndarray]) -> np.ndarray:
+    """Share of rows that two selections of equal size have in common, for all pairs."""
+    sets = list(kept.values())
+    return np.array([[len(np.intersect1d(a, b, assume_unique=True)) / len(a) for b in sets] for a in sets])
+
+
+def _summary(scores: Scores, score_R: np.ndarray, kept: np.ndarray, rule: KeepRule) -> str:
+    teacher = scores.manifest.get("teacher", {})
+    name = f"{teacher.get('path')}" + (f" at {teacher['revision']}" if teacher.get("revision") else "")
+    zeros = np.mean(score_R == 0)
+    low, middle, high = np.quantile(score_R, (0.1, 0.5, 0.9))
+    by_chance = chance(score_R, kept)
+    remark = (
+        f"- **{by_chance:.0%} of the rows kept score as much as rows that are left out**: chance decides among these. "
+        f"Take {LESS_CHANCE}."
+    )
+    return "\n".join(
+        [
+            f"- {len(score_R)} rows of {scores.scored.block_size} tokens, scored by {name} "
+            f"({scores.scored.precision}; {scores.manifest.get('scoring_flops', float('nan')):.3g} FLOPs).",
+            f"- S(x), k {rule.k}, tokens outside the top k: {rule.masked}. Share of rows that score 0: "
+            f"{zeros:.1%}. Mean {score_R.mean():.4f}; 10%, 50%, 90% quantile: {low:.4f}, {middle:.4f}, "
+            f"{high:.4f}; highest {score_R.max():.4f}.",
+            f"- The rule {rule.name} keeps {len(kept)} rows ({len(kept) / len(score_R):.1%}), "
+            f"S {score_R[kept].min():.4f} to {score_R[kept].max():.4f}.",
+            *([remark] if by_chance > 0.01 and rule.order != "random" else []),
+        ]
+    )
+
+
+def _by_k(of_k: dict[int, np.ndarray], rule: KeepRule) -> str:
+    columns = {
+        "k": [str(k) for k in of_k],
+        "score 0": [f"{np.mean(s == 0):.1%}" for s in of_k.values()],
+        "mean S": [f"{s.mean():.4f}" for s in of_k.values()],
+        "highest S": [f"{s.max():.4f}" for s in of_k.values()],
+    }
+    return f"## Other k (masked: {rule.masked})\n\n" + table(columns)
+
+
+def _overlap(kept: dict[int, np.ndarray], of_k: dict[int, np.ndarray], rule: KeepRule) -> str:
+    columns = {"kept by both": [f"k = {k}" for k in kept]}
+    drawn = {k for k in kept if chance(of_k[k], kept[k]) > 0.5}  # by the same lots for every k: alike, but by no score
+    for k, shares in zip(kept, overlap(kept).T, strict=True):
+        columns[f"k = {k}"] = [
+            "-" if {k, other} & drawn else f"{share:.1%}" for other, share in zip(kept, shares, strict=True)
+        ]
+    note = "\n\n-: most of the rows kept tie with rows that are left out." if drawn else ""
+    return f"## Rows that two k would keep alike ({rule.order})\n\n" + table(columns, text=("kept by both",)) + note
+
+
+def _examples(scores: Scores, score_R: np.ndarray, rule: KeepRule, decode: Callable[[int], str]) -> str:
+    order = np.lexsort((scatter(np.arange(len(score_R))), -score_R))
+    middle = (len(order) - EXAMPLES) // 2
+    places = {"highest": order[:EXAMPLES], "middle": order[max(0, middle) :][:EXAMPLES], "lowest": order[-EXAMPLES:]}
+    lines = ["## Examples"]
+    for name, rows in places.items():
+        lines.append(f"### {name.capitalize()} scores")
+        for row in rows:
+            shard, within = divmod(int(row), scores.scored.shard_rows)
+            nll_RT, rank_RT = scores.read(shard)
+            labelled_T = rank_RT[within] != NO_LABEL
+            top = float(np.mean(rank_RT[within][labelled_T] < rule.k)) if labelled_T.any() else 0.0
+            ce = float(nll_RT[within][labelled_T].mean()) if labelled_T.any() else 0.0
+            text = " ".join(decode(int(row)).split())[:_CHARS].replace("`", "'")
+            lines.append(
+                f"Row {row}: S {score_R[row]:.4f}, mean loss {ce:.4f}, {top:.0%} within the top {rule.k}\n\n    {text}"
+            )
+    return "\n\n".join(lines)
+
+
+def _figure(score_R: np.ndarray, kept: np.ndarray, rule: KeepRule) -> Figure:
+    fig = Figure(figsize=(7, 3.6), layout="constrained")
+    ax = fig.subplots()
+    above = score_R[score_R > 0]
+    if not len(above):
+        ax.text(0.5, 0.5, f"all {len(score_R)} rows score 0", ha="center", va="center")
+        ax.set_axis_off()
+        return fig
+    edges = np.linspace(0, float(np.quantile(above, 0.999)), 61).tolist()
+    in_view = [np.clip(values[values > 0], None, edges[-1]) for values in (score_R, score_R[kept])]
+    ax.hist(in_view[0], edges, color=REFERENCE_COLOUR, alpha=0.35, label=f"all {len(score_R)} rows")
+    ax.hist(in_view[1], edges, color=COLOURS[1], alpha=0.8, label=f"kept: {len(kept)}, {rule.order}")
+    ax.plot([], [], " ", label=f"at 0, not shown: {np.mean(score_R == 0):.1%} of all")
+    ax.set_xlabel(f"S(x): median loss of a row's tokens, {rule.masked} outside the top {rule.k} (nats)")
+    ax.set_ylabel("rows")
+    ax.legend(frameon=False)
+    ax.spines[["top", "right"]].set_visible(False)
+    return fig

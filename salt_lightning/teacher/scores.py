@@ -1,0 +1,200 @@
+"""What a teacher says of every token of the training rows, on disk: written by the verb `predict`, read by selection.
+
+    RUN/scores.json               what was scored, and by whom
+    RUN/scores/00000012.parquet   row int64 · nll list<float32>[T] · rank list<uint16>[T]
+
+T is block_size. nll is -log p(label) in nats. rank counts the logits strictly above the label's, at most RANK_CAP;
+NO_LABEL marks a position without label (nll 0). So S(x) follows for any k up to the cap and either rule, without
+the teacher. Shards hold fixed rows whatever wrote them: what is there after a kill is kept.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from salt_lightning.errors import ConfigError, first_line
+from salt_lightning.text.journal import whole, write_json
+
+NO_LABEL = 65535
+RANK_CAP = 65534
+_SHARD_TOKENS, _MAX_SHARDS = 1 << 20, 4096
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What the scores are of: all of it must agree before a shard is added or rows are selected by it.
+
+    Args:
+        rows: Hash of the training tokens and documents, wherever their files lie.
+        tokenizer: Hash of the token -> id map.
+        num_rows: Rows of block_size tokens.
+        block_size: Tokens in a row.
+        isolate_documents: Whether the teacher saw each document of a row on its own.
+        teacher: Hash of the teacher's weights.
+        precision: The teacher's dtype and the trainer's precision.
+    """
+
+    rows: str
+    tokenizer: str
+    num_rows: int
+    block_size: int
+    isolate_documents: bool
+    teacher: str = ""
+    precision: str = ""
+
+    @property
+    def shard_rows(self) -> int:
+        """Rows of a shard: about a million tokens, more where these would be more than 4096 files; at most all."""
+        return min(max(1, _SHARD_TOKENS // self.block_size, -(-self.num_rows // _MAX_SHARDS)), self.num_rows)
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.num_rows // self.shard_rows)
+
+
+_MEANING = {
+    "rows": "--data.source (another text, or another share of it for validation)",
+    "tokenizer": "--data.tokenizer",
+    "num_rows": "--data.source (another number of rows)",
+    "block_size": "--data.block_size",
+    "isolate_documents": "--data.isolate_documents",
+    "teacher": "--model.teacher.path (other weights)",
+    "precision": "--model.teacher.dtype or --trainer.precision",
+}
+
+
+class Scores:
+    """The scores in the folder of a `predict` run.
+
+    Raises:
+        ConfigError: there are none, or scores.json is damaged; the message starts with `setting`.
+    """
+
+    def __init__(self, run: str | Path, setting: str = "scores") -> None:
+        run = Path(run)
+        self.run, self.setting = (run.parent if run.name == "scores.json" else run), setting
+        path = self.run / "scores.json"
+        if not path.is_file():
+            raise ConfigError(
+                f"{setting}: {path} does not exist; give the folder of a run of `cli.py predict`, e.g. runs/score"
+            )
+        try:
+            self.manifest: dict[str, Any] = json.loads(path.read_text())
+            self.scored = Scored(**self.manifest["scored"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{setting}: {path} is no manifest of scores ({error}); run predict again") from error
+
+    @classmethod
+    def create(cls, run: Path, scored: Scored, extra: dict[str, Any]) -> Scores:
+        """The scores in `run`, begun there or before.
+
+        Args:
+            run: folder of the run.
+            scored: what is to be scored now; scores of anything else are refused, if any are there.
+            extra: more for the manifest (the teacher's path, FLOPs, versions), for people to read.
+        """
+        (run / "scores").mkdir(parents=True, exist_ok=True)
+        there = cls(run, "--run") if (run / "scores.json").exists() else None
+        if there is not None and there.begun:
+            there.require(scored)
+        for left in (run / "scores").glob(".*.tmp"):  # of a kill
+            left.unlink(missing_ok=True)
+        if there is not None and there.begun:
+            return there
+        write_json(run / "scores.json", {"scored": asdict(scored), **extra})
+        return cls(run, "--run")
+
+    def note(self, **more: Any) -> None:
+        """Add to the manifest, for people and `compare` to read."""
+        self.manifest |= more
+        write_json(self.run / "scores.json", self.manifest)
+
+    @property
+    def identity(self) -> bytes:
+        """What a file of these scores carries, to be known again."""
+        return json.dumps(asdict(self.scored)).encode()
+
+    def require(self, now: Scored) -> None:
+        """Refuses scores of something else. A field that `now` leaves empty (the teacher's, in a fit) is not compared.
+
+        Raises:
+            ConfigError: names each setting by which they differ.
+        """
+        before, here = asdict(self.scored), asdict(now)
+        keys = [key for key, value in here.items() if value != "" and before[key] != value]
+        if "precision" in keys:  # the hash is of the weights as cast, so it may follow from that
+            keys = [key for key in keys if key != "teacher"]
+        other = [_MEANING[key] for key in keys if key != "num_rows" or keys == ["num_rows"]]  # it follows from the rest
+        if other:
+            raise ConfigError(
+                f"{self.setting} {self.run} holds scores that do not fit {' and '.join(other)}; "
+                + ("choose another --run" if self.setting == "--run" else "score this data by `cli.py predict` first")
+            )
+
+    def path(self, shard: int) -> Path:
+        return self.run / "scores" / f"{shard:08d}.parquet"
+
+    @property
+    def begun(self) -> bool:
+        """Whether any shard is there: else nothing is lost with the manifest."""
+        return len(self.missing()) < self.scored.num_shards
+
+    def missing(self) -> list[int]:
+        """Numbers of the shards that are not there yet."""
+        there = {int(path.stem) for path in (self.run / "scores").glob("*.parquet") if path.stem.isdigit()}
+        return [shard for shard in range(self.scored.num_shards) if shard not in there]
+
+    def rows(self, shard: int) -> np.ndarray:
+        first = shard * self.scored.shard_rows
+        return np.arange(first, min(first + self.scored.shard_rows, self.scored.num_rows))
+
+    def write(self, shard: int, nll_RT: np.ndarray, rank_RT: np.ndarray) -> None:
+        """Write one whole shard: beside its place, synced, then renamed.
+
+        Args:
+            shard: its number.
+            nll_RT: float32, R rows of T tokens.
+            rank_RT: integers, -1 where there is no label.
+        """
+        stored_RT = np.where(rank_RT < 0, NO_LABEL, np.minimum(rank_RT, RANK_CAP)).astype(np.uint16)
+        width = self.scored.block_size
+        columns = {
+            "row": pa.array(self.rows(shard)),
+            "nll": pa.FixedSizeListArray.from_arrays(nll_RT.astype(np.float32).reshape(-1), width),
+            "rank": pa.FixedSizeListArray.from_arrays(stored_RT.reshape(-1), width),
+        }
+        # use_byte_stream_split, bytes of equal significance side by side: 4.1 instead of 4.8 bytes a token, 4 x as fast
+        table = pa.table(columns).replace_schema_metadata({"scored": self.identity})
+        write_table(self.path(shard), table, use_byte_stream_split=["nll.list.element", "rank.list.element"])
+
+    def read(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
+        """nll_RT (float32) and rank_RT (uint16) of one shard.
+
+        Raises:
+            ConfigError: the file is damaged, or belongs to other scores.
+        """
+        path = self.path(shard)
+        try:
+            table = pq.read_table(path, page_checksum_verification=True)
+            same = table.schema.metadata[b"scored"] == self.identity
+            if same and np.array_equal(table["row"].to_numpy(), self.rows(shard)):
+                flat = (table[name].combine_chunks().flatten().to_numpy() for name in ("nll", "rank"))
+                nll_RT, rank_RT = (column.reshape(-1, self.scored.block_size) for column in flat)
+                return nll_RT, rank_RT
+            reason = "of other scores"
+        except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
+            reason = f"damaged: {first_line(error)}"
+        raise ConfigError(f"{self.setting}: {path} is {reason}; delete it and run the same predict again")
+
+
+def write_table(path: Path, table: pa.Table, **options: Any) -> None:
+    """Write a parquet file beside its place, with checksums, sync it, rename it."""
+    with whole(path) as file:
+        pq.write_table(table, file, compression="zstd", use_dictionary=False, write_page_checksum=True, **options)

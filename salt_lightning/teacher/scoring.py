@@ -1,0 +1,186 @@
+"""ScoreWriter: lets the teacher score the training rows (the verb `predict`), shard by shard.
+
+Nothing waits for the device within a shard: the teacher's statistics gather there, are fetched once, and written
+by a thread while the next shard is scored.
+"""
+
+import hashlib
+import signal
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from salt_lightning.errors import ConfigError, Stopped
+from salt_lightning.fit import alike
+from salt_lightning.selection import row_scores
+from salt_lightning.teacher import score_report
+from salt_lightning.teacher.scores import Scores
+
+
+def check_strategy(trainer: pl.Trainer) -> None:
+    """Raises ConfigError for a strategy that shards models."""
+    if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+        raise ConfigError(
+            f"--trainer.strategy {type(trainer.strategy).__name__} shards models, and each device scores with a whole "
+            "teacher: use --trainer.strategy ddp"
+        )
+
+
+class ScoreWriter(pl.Callback):
+    """Writes loss and rank of every label of the training rows, as the teacher sees them, and a report.
+
+    Shards that are there already are kept, so the same command goes on after a kill. Ranks take shards in turn.
+
+    Raises:
+        ConfigError: the folder holds scores of other rows or of another teacher.
+    """
+
+    def __init__(self) -> None:
+        self._num_tokens, self._seconds = 0, 0.0
+        self._pool: ThreadPoolExecutor | None = None
+        self._written: Future | None = None
+        self._handlers: dict[signal.Signals, Any] = {}
+        self._stopped_by: signal.Signals | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        if stage != "predict":
+            return
+        self._stopped_by = None
+        if not pl_module.has_teacher:
+            raise ConfigError(
+                "--model.teacher.path is null: predict scores with the teacher. Give an early checkpoint of it, a "
+                "Hugging Face folder or a hub name"
+            )
+        check_strategy(trainer)
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        pl_module.load_teacher()
+        teacher, run = pl_module.teacher, Path(trainer.default_root_dir)
+        scored = data.scored(
+            teacher=weights_fingerprint(teacher), precision=f"{teacher.head.weight.dtype}, {trainer.precision}"
+        )
+        alike.require(trainer, {**asdict(scored), "--data.micro_batch_size": data.micro_batch_size})
+        if (run / "scores.json").exists() and (before := Scores(run, "--run")).begun:
+            before.require(scored)  # on every rank: all stop alike
+        if trainer.is_global_zero:
+            spec, per_token = pl_module.teacher_spec, pl_module.meter.forward_flops["teacher"]
+            origin = {
+                "teacher": {"path": spec.path, "revision": spec.revision},
+                "scoring_flops": per_token * (scored.num_rows * scored.block_size),
+                "versions": {name: version(name) for name in ("torch", "transformers", "lightning", "pyarrow")},
+            }
+            Scores.create(run, scored, origin)
+        trainer.strategy.barrier("scores are there")
+        self.scores = Scores(run, "--run")
+        # the first rank's, whatever the others see of the folder yet
+        missing = trainer.strategy.broadcast(self.scores.missing())
+        self._shards = missing[trainer.global_rank :: trainer.world_size]
+        data.score_only(self._shards, len(missing[:: trainer.world_size]))
+        done = scored.num_shards - len(missing)
+        rank_zero_info(
+            f"scoring {scored.num_rows} rows of {scored.block_size} in {scored.num_shards} shards, {done} done"
+        )
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self._began_s = time.perf_counter()
+        shape = (self.scores.scored.shard_rows, self.scores.scored.block_size)
+        self._nll_RT = torch.empty(shape, device=trainer.strategy.root_device)
+        self._rank_RT = torch.empty(shape, dtype=torch.int32, device=trainer.strategy.root_device)
+        if threading.current_thread() is threading.main_thread():
+            self._handlers = {n: signal.signal(n, self._stop) for n in (signal.SIGINT, signal.SIGTERM)}
+
+    def _stop(self, number: int, frame: Any) -> None:
+        self._stopped_by = signal.Signals(number)
+
+    def on_predict_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: dict[str, Tensor], batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        nll_BT, rank_BT = outputs["nll"], outputs["rank"]
+        per_shard = -(-len(self._nll_RT) // len(nll_BT))
+        number, part = divmod(batch_idx, per_shard)
+        if number < len(self._shards):  # else this rank only keeps the others company
+            into = slice(part * len(nll_BT), min((part + 1) * len(nll_BT), len(self._nll_RT)))
+            self._nll_RT[into] = nll_BT[: into.stop - into.start]
+            self._rank_RT[into] = rank_BT[: into.stop - into.start]
+            if part == per_shard - 1:
+                self._write(self._shards[number])
+        if self._stopped_by is not None:
+            self._wait()
+            left = len(self.scores.missing())
+            raise Stopped(
+                self._stopped_by,
+                f"stopped by {self._stopped_by.name}; {left} of {self.scores.scored.num_shards} shards are left, the "
+                "same command goes on with them",
+            )
+
+    def _write(self, shard: int) -> None:
+        rows = self.scores.rows(shard)
+        nll_RT, rank_RT = (t[: len(rows)].cpu().numpy().copy() for t in (self._nll_RT, self._rank_RT))
+        if not np.isfinite(nll_RT).all():
+            row = rows[np.flatnonzero(~np.isfinite(nll_RT).all(1))[0]]
+            raise ConfigError(
+                f"--model.teacher.path: the teacher's loss is not finite in row {row}; is it a trained model? "
+                "--model.teacher.dtype float32 helps one that overflows"
+            )
+        self._wait()
+        self._num_tokens += nll_RT.size
+        assert self._pool is not None
+        self._written = self._pool.submit(self.scores.write, shard, nll_RT, rank_RT)
+
+    def _wait(self) -> None:
+        if self._written is not None:
+            self._written.result()  # raises what the thread met, a full disk for one
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()  # the shard under way is whole, and kept
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._wait()
+        self._close()
+        self._seconds = time.perf_counter() - self._began_s
+
+    def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        """Here, not in on_predict_end: where all shards were there already, Lightning runs no prediction."""
+        if stage != "predict":
+            return
+        trainer.strategy.barrier("all shards are written")
+        if self._num_tokens:  # of this rank: the others took as many, but for a shard
+            speed = self._num_tokens / self._seconds
+            rank_zero_info(
+                f"scored {self._num_tokens:,} tokens in {self._seconds:.1f} s, {speed:,.0f} a second and device"
+            )
+        pl_module.release_teacher()
+        if trainer.is_global_zero:
+            if self._num_tokens:  # of all rows at the speed of this start, whatever kills have cost
+                scored = self.scores.scored
+                self.scores.note(scoring_s=scored.num_rows * scored.block_size / (speed * trainer.world_size))
+            data = trainer.datamodule  # type: ignore[attr-defined]
+            files = score_report.write(self.scores, data.keep, data.decode_row)
+            zeros = np.mean(row_scores(self.scores, data.keep.k, data.keep.masked) == 0)
+            rank_zero_info(f"{zeros:.1%} of the rows score 0; report: {', '.join(map(str, files))}")
+
+
+def weights_fingerprint(module: nn.Module) -> str:
+    """Hash of all weights by name, dtype and bits: where they came from does not count."""
+    hashed = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(module.state_dict().items()):
+        hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        hashed.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return hashed.hexdigest()

@@ -1,0 +1,1 @@
+"""From settings to tokens on disk: files, documents, examples, tokenizer, preparation."""

@@ -1,0 +1,245 @@
+"""Where text comes from: files, folders, globs and hub data sets -> documents, in one fixed order.
+
+    source (as typed)  ->  groups of files of one kind           resolve()       sources.py
+    Corpus of groups   ->  Raw: a handful of rows, unparsed      read_raw()      one process
+    Raw                ->  (text, source) pairs                  documents()     the worker processes, parse.py
+                           or (conversation, source)             for fine-tuning
+
+Memory stays constant, and the one process that reads does so little that it keeps many workers busy: decoding and
+parsing are theirs. Data sets of the hub are read by `datasets` in streaming mode: no copy in Arrow files is made, none
+of their code is run. Files are read here: `datasets` takes 10 times as long for plain lines, and tells neither the line
+nor the share of the file that it has come to.
+"""
+
+import bisect
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import datasets
+import pyarrow.parquet as pq
+
+from salt_lightning.errors import ConfigError, first_line
+from salt_lightning.text.examples import Examples
+from salt_lightning.text.packed import unpacked
+from salt_lightning.text.sources import Group, hub_error
+
+_RAW_CHARS = 1 << 19  # text per task of a worker: long enough to hide the pickling, short enough for even progress
+_MAX_BYTES = 1 << 30  # of a document in a file
+_TABLE_ROWS = 100  # read at once from parquet and the hub, where a row may be a whole book
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The documents of one source setting, in a fixed order."""
+
+    setting: str  # as typed, for messages: "--data.source"
+    groups: tuple[Group, ...]
+    text_column: str = "text"
+    source_column: str | None = None
+    skip_bad_lines: bool = False
+    examples: Examples = Examples()  # noqa: RUF009 (frozen)
+
+    def inputs(self) -> list[Any]:
+        """All that decides the documents, as plain data (part of the cache's fingerprint)."""
+        groups = [group.inputs() for group in self.groups]
+        return [self.text_column, self.source_column, groups, self.skip_bad_lines, self.examples.inputs()]
+
+    def shared_with(self, other: "Corpus") -> list[str]:
+        """Files, and splits of hub data sets, that both read."""
+        here, there = ({k: v for group in corpus.groups for k, v in group.read().items()} for corpus in (self, other))
+        return sorted(here[key] for key in here.keys() & there.keys())
+
+    def num_bytes(self) -> int:
+        """Size on disk; the hub counts 0."""
+        return sum(stamp[0] for stamp in self.stamps().values() if stamp)
+
+    def reads_hub(self) -> bool:
+        """Some of it may change, or be out of reach, without a trace in `inputs`."""
+        return any(group.kind == "hub" for group in self.groups)
+
+    def stamps(self) -> dict[str, tuple[int, int] | None]:
+        """File -> its size and time of change, None if it is gone: another stamp, another content."""
+        found = {}
+        for file in (file for group in self.groups for file in group.files):
+            stat = os.stat(file) if os.path.exists(file) else None
+            found[file] = (stat.st_size, stat.st_mtime_ns) if stat else None
+        return found
+
+    def columns(self) -> dict[str, str]:
+        """Column that is read of a table -> the setting that names it."""
+        own = self.examples.columns() if self.examples.given else {self.text_column: "text_column"}
+        return {**({self.source_column: "source_column"} if self.source_column else {}), **own}
+
+    def content(self, fields: dict[str, Any]) -> Any:
+        """What a row holds: a text, or the fields of an example."""
+        if self.examples.given:
+            return {column: fields[column] for column in self.examples.columns()}
+        return fields[self.text_column]
+
+
+@dataclass
+class Raw:
+    """Rows as read: bytes still to be decoded and parsed (files), or texts (tables)."""
+
+    name: str  # of the source
+    kind: str  # as Group's
+    rows: list[Any] = field(default_factory=list)  # bytes of files; of tables texts, or the fields of examples
+    sources: list[Any] = field(default_factory=list)  # of tables with a source column; else empty
+    places: list[tuple[int, str, int]] = field(default_factory=list)  # from row i on: file, number of row i's line
+    size: int = 0  # of the rows, in bytes or characters
+    read_bytes: int = 0  # of the corpus's files, up to here
+
+    def extend(self, more: "Raw") -> None:
+        self.places += [(len(self.rows), file, line) for _, file, line in more.places]
+        self.rows += more.rows
+        self.sources += more.sources
+        self.size += more.size
+        self.read_bytes = more.read_bytes
+
+    def place(self, row: int) -> tuple[str, int]:
+        """File and line that a row was read from."""
+        first, file, line = self.places[bisect.bisect(self.places, row, key=lambda place: place[0]) - 1]
+        return file, line + row - first
+
+    def digest(self) -> bytes:
+        """Hash of the rows."""
+        values = [value if isinstance(value, bytes) else utf8(str(value)) for value in [*self.rows, *self.sources]]
+        return hashlib.blake2b(b"\0".join(values), digest_size=16).digest()
+
+
+def read_raw(corpus: Corpus) -> Iterator[Raw]:
+    """Read a corpus in order, about half a million characters at a time.
+
+    Raises:
+        ConfigError: unreadable file (named), unknown column, hub out of reach.
+    """
+    bytes_before = read_bytes = 0
+    for group in corpus.groups:
+        raw = Raw(group.name, group.kind)
+        for piece in _read_hub(group, corpus) if group.kind == "hub" else _read_files(group, corpus):
+            piece.read_bytes = read_bytes = bytes_before + piece.read_bytes
+            raw.extend(piece)
+            if raw.size >= _RAW_CHARS:
+                yield raw
+                raw = Raw(group.name, group.kind)
+        if raw.rows:
+            yield raw
+        bytes_before = read_bytes
+
+
+def _read_files(group: Group, corpus: Corpus) -> Iterator[Raw]:
+    bytes_before = 0
+    for file in group.files:
+        read = {"text": _read_text, "jsonl": _read_lines, "parquet": _read_parquet}[group.kind]
+        try:
+            for piece in read(file, group, corpus):
+                piece.read_bytes += bytes_before
+                yield piece
+            bytes_before += os.path.getsize(file)
+        except ConfigError:
+            raise
+        except Exception as error:
+            hint = "; pip install backports.zstd" if isinstance(error, ImportError) else ""
+            raise ConfigError(f"{corpus.setting}: {file}: cannot be read ({first_line(error)}){hint}") from error
+
+
+def _read_text(file: str, group: Group, corpus: Corpus) -> Iterator[Raw]:
+    with _open(file) as (content, disk):
+        data = content.read(_MAX_BYTES + 1)
+        _check_size(data, file, 1, corpus.setting)
+        yield Raw(group.name, group.kind, [data], [], [(0, file, 1)], len(data), disk.tell())
+
+
+def _read_lines(file: str, group: Group, corpus: Corpus) -> Iterator[Raw]:
+    line = 1
+    with _open(file) as (content, disk):
+        lines: list[bytes] = []
+        size = 0
+        while data := content.readline(_MAX_BYTES + 1):
+            _check_size(data, file, line + len(lines), corpus.setting)
+            lines.append(data)
+            size += len(data)
+            if size >= _RAW_CHARS:
+                yield Raw(group.name, group.kind, lines, [], [(0, file, line)], size, disk.tell())
+                line, lines, size = line + len(lines), [], 0
+        yield Raw(group.name, group.kind, lines, [], [(0, file, line)], size, disk.tell())
+
+
+def _check_size(data: bytes, file: str, line: int, setting: str) -> None:
+    """A few megabytes of a packed file can hold a line that no memory can."""
+    if len(data) > _MAX_BYTES:
+        raise ConfigError(
+            f"{setting}: {file}: the document from line {line} on is longer than {_MAX_BYTES >> 20} MiB; split it"
+        )
+
+
+@contextmanager
+def _open(file: str) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+    """The unpacked content, and the file itself, whose position says how far it is read."""
+    with open(file, "rb") as disk, unpacked(disk, Path(file).suffix.lower()) as content:
+        yield content, disk
+
+
+def _read_parquet(file: str, group: Group, corpus: Corpus) -> Iterator[Raw]:
+    table, num_read = pq.ParquetFile(file, buffer_size=1 << 20), 0  # buffered: never a whole column chunk in memory
+    check_columns(corpus, table.schema_arrow.names, file)
+    for batch in table.iter_batches(_TABLE_ROWS, columns=list(corpus.columns())):
+        num_read += len(batch)
+        read_bytes = os.path.getsize(file) * num_read // table.metadata.num_rows
+        yield _of_table(group, corpus, batch.to_pydict(), read_bytes)
+
+
+def _read_hub(group: Group, corpus: Corpus) -> Iterator[Raw]:
+    hub = group.hub
+    try:
+        stream = datasets.load_dataset(
+            group.hub_name, hub.subset, split=hub.split, revision=hub.revision, streaming=True
+        )
+        check_columns(corpus, stream.column_names or list(next(iter(stream), {})), group.hub_name)
+        for batch in stream.select_columns(list(corpus.columns())).iter(_TABLE_ROWS):
+            yield _of_table(group, corpus, batch, 0)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"{corpus.setting}: cannot read {group.hub_name}: {hub_error(error)}; "
+            "it is no local file, folder or glob match either"
+        ) from error
+
+
+def _of_table(group: Group, corpus: Corpus, batch: dict[str, list[Any]], read_bytes: int) -> Raw:
+    rows = [corpus.content(dict(zip(batch, values, strict=True))) for values in zip(*batch.values(), strict=True)]
+    sources = batch[corpus.source_column] if corpus.source_column else []
+    return Raw(group.name, group.kind, rows, sources, [], sum(map(_size, rows)), read_bytes)
+
+
+def _size(row: Any) -> int:
+    return 1 if row is None else len(row) if isinstance(row, str) else len(str(row))
+
+
+def check_columns(corpus: Corpus, found: list[str], where: str) -> None:
+    columns, examples = corpus.columns(), corpus.examples
+    of_chats = isinstance(examples.messages, str) and examples.messages
+    if of_chats and examples.tools != "" and "tools" in found and "tools" not in columns:
+        raise ConfigError(
+            f"--data.examples.tools: {where} has a column 'tools', which the chat template may write; name it by "
+            "--data.examples.tools tools, or leave it unread by --data.examples.tools ''"
+        )
+    for column, setting in columns.items():
+        if column not in found:
+            raise ConfigError(f"--data.{setting}: no column {column!r} in {where}; there are: {', '.join(found)}")
+        if found.count(column) > 1:
+            raise ConfigError(f"--data.{setting}: {where} has several columns named {column!r}; rename one")
+
+
+# --- of use to all that read text ---
+
+
+def utf8(text: str) -> bytes:
+    """The text's bytes. Half a surrogate pair, which JSON may hold and UTF-8 may not, becomes '?'."""
+    return text.encode("utf-8", errors="replace")

@@ -1,0 +1,162 @@
+"""Rows as they are read -> documents: text with the name of its source, or for fine-tuning a conversation.
+
+The worker processes do this (documents.py is what one process reads for them).
+"""
+
+import hashlib
+import json
+from codecs import BOM_UTF8
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from salt_lightning.errors import ConfigError, first_line
+from salt_lightning.text.documents import Corpus, Raw, check_columns, utf8
+
+
+class BadLine(ConfigError):
+    """A line of a file that holds no document as it should; `place` says where and why, without a remedy."""
+
+    def __init__(self, message: str, place: str = "") -> None:
+        super().__init__(message)
+        self.place = place
+
+
+@dataclass
+class Skipped:
+    """Bad lines that were left out: how many, and what the first was."""
+
+    lines: int = 0
+    first: str = ""
+
+    def add(self, other: "Skipped") -> None:
+        self.lines, self.first = self.lines + other.lines, self.first or other.first
+
+    def __str__(self) -> str:
+        return f"{self.lines} bad line{'s' * (self.lines > 1)} left out (--data.bad_lines skip), first {self.first}"
+
+
+def documents(
+    raw: Raw, corpus: Corpus, take: Callable[[Any], Any] = lambda content: content
+) -> tuple[list[tuple[Any, str]], Skipped]:
+    """(text, source name) of every row with text in it, and what was skipped; empty rows (null, blank) are left out.
+
+    Of examples it is the conversation (examples.py) instead of the text. `take` makes something else of it; None
+    leaves it out.
+
+    Raises:
+        BadLine: bytes that are no UTF-8, a line that is no JSON object or lacks a column, a text that is no string,
+            fields that the templates of the examples cannot write, a conversation that the chat template or `take`
+            refuses; unless the corpus skips them.
+        ConfigError: the like of a text or of fields in a table.
+    """
+    kept, skipped = [], Skipped()
+    for row in range(len(raw.rows)):
+        try:
+            content, source = _parse(raw, row, corpus)
+            if content and not (isinstance(content, str) and content.isspace()):
+                taken = _taken(take, content, raw, row)
+                if taken is not None:
+                    kept.append((taken, utf8(source).decode()))
+        except BadLine as error:
+            if not corpus.skip_bad_lines:
+                raise
+            skipped.add(Skipped(1, error.place))
+    return kept, skipped
+
+
+def _name(source: Any) -> str:
+    """What a column says of a row's source, as one line for tags and tables."""
+    return " ".join(str(source).split()) or "(none)" if source is not None else "(none)"
+
+
+def _taken(take: Callable[[Any], Any], content: Any, raw: Raw, row: int) -> Any:
+    try:
+        return take(content)
+    except ConfigError as error:
+        table = raw.kind in ("parquet", "hub")
+        where = f"{raw.name}: {str(content)[:60]!r} ..." if table else _place(raw, row)
+        raise _refused(f"{error}; {where}") from error
+
+
+def _parse(raw: Raw, row: int, corpus: Corpus) -> tuple[Any, str]:
+    """Content and source of a row."""
+    data = raw.rows[row]
+    if raw.kind in ("parquet", "hub"):
+        return _checked(data, corpus, raw.name, of_table=True), _name(raw.sources[row]) if raw.sources else raw.name
+    if data.startswith(BOM_UTF8) and raw.place(row)[1] == 1:  # a mark of the file, as Windows writes it, and no text
+        data = data.removeprefix(BOM_UTF8)
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        problem, lines_on = "is not UTF-8 text", data.count(b"\n", 0, error.start)
+        remedy = "convert the file, or leave it out with a narrower glob"
+        raise _bad_line(corpus, _place(raw, row, lines_on), problem, remedy) from error
+    if raw.kind == "text":
+        return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text, raw.name
+    if not text.strip():
+        return None, raw.name
+    remedy = "write one object a line" + " (jq -c '.[]' makes them of an array)" * text.lstrip().startswith("[")
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        problem = f"is not JSON ({getattr(error, 'msg', first_line(error))})"
+        raise _bad_line(corpus, _place(raw, row), problem, remedy) from error
+    if not isinstance(fields, dict):
+        problem = f"is no JSON object but {text[:40].strip()!r}"
+        raise _bad_line(corpus, _place(raw, row), problem, remedy)
+    if corpus.examples.tools:  # which a line may go without
+        fields = {corpus.examples.tools: None, **fields}
+    try:
+        check_columns(corpus, list(fields), _place(raw, row))
+        source = _name(fields[corpus.source_column]) if corpus.source_column else raw.name
+        return _checked(corpus.content(fields), corpus, _place(raw, row)), source
+    except ConfigError as error:
+        raise _refused(str(error)) from None
+
+
+def _checked(content: Any, corpus: Corpus, where: str, of_table: bool = False) -> Any:
+    """A row's text, or the conversation that the fields of an example make."""
+    if corpus.examples.given:
+        try:
+            return corpus.examples.conversation(content, of_table)
+        except ConfigError as error:
+            raise ConfigError(f"{error}; {where}") from error
+    if content is not None and not isinstance(content, str):
+        raise ConfigError(
+            f"--data.text_column: {corpus.text_column!r} of {where} holds {type(content).__name__}, not text; name a "
+            "column of text"
+        )
+    return content
+
+
+def _place(raw: Raw, row: int, lines_on: int = 0) -> str:
+    file, line = raw.place(row)
+    return f"{file}: line {line + lines_on}"
+
+
+def _refused(said: str) -> BadLine:
+    return BadLine(f"{said}; --data.bad_lines skip leaves such lines out", said)
+
+
+def _bad_line(corpus: Corpus, place: str, problem: str, remedy: str) -> BadLine:
+    message = f"{corpus.setting}: {place} {problem}; {remedy}, or let --data.bad_lines skip leave such lines out"
+    return BadLine(message, f"{place} {problem}")
+
+
+def lots(data: bytes) -> tuple[float, float]:
+    """Two numbers in [0, 1) drawn by a text alone: for its split (so duplicates share it), for sampling."""
+    hashed = np.frombuffer(hashlib.blake2b(data, digest_size=16).digest(), "<u8")
+    return float(hashed[0] >> np.uint64(11)) / 2**53, float(hashed[1] >> np.uint64(11)) / 2**53
+
+
+def empty_error(corpus: Corpus, skipped: Skipped) -> ConfigError:
+    """No document has text."""
+    names = ", ".join(dict.fromkeys(group.name for group in corpus.groups))
+    why = f": {skipped}" if skipped.lines else "; check the files and --data.text_column"
+    if corpus.examples.given and not skipped.lines:
+        where = "(in a conversation of the role assistant, behind a question)"
+        why = f"; an example needs a response that is not blank {where}"
+    return ConfigError(f"{corpus.setting}: no document with text in {names}{why}")

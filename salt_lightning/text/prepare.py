@@ -1,0 +1,357 @@
+"""Text -> token files and trained tokenizers, once: what is in the cache, and what is put there.
+
+cache/tokenizer-FINGERPRINT/     a tokenizer trained here, as transformers saves it
+cache/FINGERPRINT/               token files (token_files.py)
+cache/.FINGERPRINT.partial/      the same while they are made (journal.py)
+"""
+
+import errno
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from salt_lightning.errors import ConfigError, few
+from salt_lightning.preflight import size_said
+from salt_lightning.text.documents import Corpus, Raw, read_raw
+from salt_lightning.text.journal import Unfinished, making, write_json
+from salt_lightning.text.parse import Skipped, empty_error
+from salt_lightning.text.processes import in_child, num_cores, ordered_map
+from salt_lightning.text.progress import Done, Progress, summary_line
+from salt_lightning.text.token_files import FORMAT, SPLITS, SplitWriter, TokenFiles, digest, no_counts, sealed, sizes
+from salt_lightning.text.tokenizer import (
+    WORDS,
+    Block,
+    Encoder,
+    ExampleEncoder,
+    beginning,
+    num_ids,
+    of_text,
+    rules_fingerprint,
+    special_ids,
+    tokenizer_fingerprint,
+    train_tokenizer,
+    unknown_ids,
+)
+
+MAX_SOURCES = 1000
+_JOURNAL_S = 10.0  # work that a kill may cost
+_CHARS_PER_WORKER = 3 << 19  # three tasks: one in work, one on its way, one whose turn to be written has not come
+
+
+def tokenizer_folder(corpus: Corpus, vocab_size: int, val_fraction: float, cache_dir: Path) -> Path:
+    """Where the tokenizer trained on a corpus is kept."""
+    return cache_dir / f"tokenizer-{digest([FORMAT, WORDS, corpus.inputs(), vocab_size, val_fraction])}"
+
+
+def trained_tokenizer(corpus: Corpus, vocab_size: int, val_fraction: float, cache_dir: Path) -> str:
+    """That folder, where it is there."""
+    folder = tokenizer_folder(corpus, vocab_size, val_fraction, cache_dir)
+    if not folder.exists():
+        raise ConfigError("--data.tokenizer: 'train' is trained by prepare_data(), which comes first")
+    return str(folder)
+
+
+def prepare_tokenizer(corpus: Corpus, vocab_size: int, val_fraction: float, cache_dir: Path, workers: int = 0) -> Path:
+    """Train a tokenizer on the training documents of a corpus unless the cache has it; its folder. `workers`: as of
+    `prepare_tokens`."""
+    folder = tokenizer_folder(corpus, vocab_size, val_fraction, cache_dir)
+    if not folder.exists():
+        stamps = corpus.stamps()
+        with _accidents(cache_dir), making(folder) as unfinished:
+            if unfinished is not None:
+                arguments = (corpus, vocab_size, val_fraction, str(unfinished.path))
+                if workers == 1:
+                    with _serial_tokenizers():
+                        train_tokenizer(*arguments)
+                else:  # once the Rust library has started threads here, it would object to every later fork
+                    in_child(train_tokenizer, *arguments)
+                _check_unchanged(corpus, stamps)
+    return folder
+
+
+_CUT = 2  # another number, another way of cutting conversations into what is learned and what is not
+
+
+def token_folder(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, val_fraction: float, cache_dir: Path) -> Path:
+    """Where a corpus is kept as tokens: named by a fingerprint of all that determines them."""
+    # a template may write any of the named tokens
+    chat = [_CUT, tokenizer.chat_template, tokenizer.special_tokens_map] if corpus.examples.messages else None
+    rules, begins = rules_fingerprint(tokenizer), beginning(tokenizer.backend_tokenizer)
+    return cache_dir / digest([FORMAT, corpus.inputs(), rules, val_fraction, chat, begins])
+
+
+def prepare_tokens(
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerBase,
+    val_fraction: float,
+    cache_dir: Path,
+    workers: int = 0,
+    first: Callable[[], None] = lambda: None,
+) -> Path:
+    """Tokenize a corpus in several processes unless the cache has it, after `first`; its folder.
+
+    A document goes to `val` if the hash of its text is below `val_fraction` (0: all to train, 1: all to val).
+    Killed at any time and started again it goes on, and the files are those of a preparation that was never stopped.
+    A second process waits for the first, and takes over where that one dies.
+
+    Raises:
+        ConfigError: no text, an unreadable file, files that changed while they were read, a cache folder that cannot
+            be written or has no room for the rest, a worker that was killed.
+    """
+    folder = token_folder(corpus, tokenizer, val_fraction, cache_dir)
+    if not folder.exists():
+        first()
+        _prepare(folder, corpus, tokenizer, val_fraction, workers)
+    skipped = Skipped(**TokenFiles(folder, "train").manifest.get("skipped", {}))
+    if skipped.lines:
+        rank_zero_info(f"{corpus.setting}: {skipped}")
+    return folder
+
+
+def _prepare(
+    folder: Path, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, val_fraction: float, workers: int
+) -> None:
+    stamps, inputs = corpus.stamps(), corpus.inputs()
+    encoder = make_encoder(corpus, tokenizer, val_fraction)
+    origin = {
+        "format": FORMAT,
+        "folder": folder.name,
+        "inputs": inputs,
+        "versions": {name: version(name) for name in ("tokenizers", "transformers", "datasets", "numpy")},
+        "tokenizer": {
+            "fingerprint": tokenizer_fingerprint(tokenizer),
+            "rules": rules_fingerprint(tokenizer),
+            "size": len(tokenizer),
+            "eos_id": encoder.eos_id,
+        },
+        "dtype": encoder.dtype,
+    }
+    with _accidents(folder.parent), making(folder) as unfinished:
+        if unfinished is not None:
+            try:
+                contents = _write(encoder, origin, unfinished, workers or num_cores())
+                _check_unchanged(corpus, stamps)
+            except ConfigError as error:
+                # Wrong text gets another fingerprint when it is mended. A disk or a hub that failed may answer again.
+                if not (corpus.reads_hub() or getattr(error.__cause__, "errno", None)):
+                    unfinished.forget()
+                raise
+            write_json(unfinished.path / "manifest.json", sealed({**origin, **contents}))
+
+
+def make_encoder(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, val_fraction: float) -> Encoder:
+    """What turns the rows of a corpus into tokens."""
+    chats = bool(corpus.examples.messages)
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()) if chats else of_text(tokenizer)
+    backend.no_truncation()
+    backend.no_padding()
+    dtype = "uint16" if num_ids(tokenizer) <= 1 << 16 else "uint32"
+    eos_id = int(tokenizer.eos_token_id)
+    if not corpus.examples.given:
+        return Encoder(backend, eos_id, dtype, corpus, val_fraction)
+    plain = [file for group in corpus.groups if group.kind == "text" for file in group.files]
+    if plain:
+        raise ConfigError(
+            f"{corpus.setting}: {plain[0]} is plain text, and --data.examples reads columns: give jsonl, parquet or a "
+            "hub data set"
+        )
+    chat = tokenizer if chats else None
+    if chat is not None and not tokenizer.chat_template:
+        raise ConfigError(
+            "--data.examples.messages: the tokenizer of --data.tokenizer has no chat template; use "
+            "--data.examples.prompt and --data.examples.response, or a tokenizer that has one"
+        )
+    unknown = set(unknown_ids(tokenizer)) - {eos_id}  # which stands for text
+    marks = sorted(set(special_ids(tokenizer)) - unknown)
+    return ExampleEncoder(backend, eos_id, dtype, corpus, val_fraction, chat, marks)
+
+
+def _check_unchanged(corpus: Corpus, stamps: dict[str, Any]) -> None:
+    changed = [file for file, stamp in corpus.stamps().items() if stamp != stamps[file]]
+    if changed:
+        raise ConfigError(
+            f"{corpus.setting}: files changed while they were read: {few(changed)}; start again when they are complete"
+        )
+
+
+@contextmanager
+def _accidents(cache_dir: Path) -> Iterator[None]:
+    """One line for what is no fault of the text."""
+    try:
+        yield
+    except BrokenProcessPool as error:
+        raise ConfigError(
+            "--data.prepare_workers: a tokenizing process was killed, as it happens for want of memory; take fewer (1 "
+            "starts none) and start again, what is done is kept"
+        ) from error
+    except OSError as error:
+        if error.errno == errno.ENOLCK:
+            raise ConfigError(
+                f"--data.cache_dir: {cache_dir} lies where no file can be locked ({error.strerror}), so two runs could "
+                "prepare the same text there; choose a folder on another file system, as one of each node's own"
+            ) from error
+        raise ConfigError(
+            f"--data.cache_dir: {cache_dir} cannot be written ({error.strerror or error}); make that possible or "
+            "choose another folder, then start again: what is done is kept"
+        ) from error
+
+
+# --- raw text -> files, with a journal ---
+
+
+@dataclass
+class _Written:
+    """How far the files are written: the content of the journal."""
+
+    origin: str  # digest of what the manifest says of the files' making
+    num_raws: int = 0
+    num_left_out: int = 0  # rows
+    num_split: int = 0  # conversations that are several examples
+    num_more: int = 0  # examples that these are besides the first
+    raws_hash: str = ""
+    read_bytes: int = 0
+    sources: dict[str, int] = field(default_factory=dict)  # name -> index
+    skipped: Skipped = field(default_factory=Skipped)
+    counts: dict[str, dict[str, int]] = field(default_factory=lambda: {split: no_counts() for split in SPLITS})
+
+    def follow(self, raw_hash: bytes, read_bytes: int) -> None:
+        """One raw more."""
+        self.num_raws += 1
+        self.raws_hash = hashlib.blake2b(self.raws_hash.encode() + raw_hash, digest_size=16).hexdigest()
+        self.read_bytes = read_bytes
+
+    def done(self) -> Done:
+        documents, tokens, text_bytes = (
+            sum(counts[name] for counts in self.counts.values()) for name in ("documents", "tokens", "text_bytes")
+        )
+        return Done(time.monotonic(), documents, tokens, text_bytes, self.read_bytes)
+
+
+def _resume(unfinished: Unfinished, origin: str, encoder: Encoder) -> tuple[_Written, Iterator[Raw]]:
+    """What is written and what is still to be read. All is, unless a journal of the same origin fits files and text."""
+    journal = unfinished.journal()
+    if journal.get("origin") == origin:
+        written, read = _Written(**journal), _Written(origin)
+        written.skipped = Skipped(**journal.get("skipped", {}))
+        least = {
+            unfinished.path / split / name: size
+            for split, counts in written.counts.items()
+            for name, size in sizes(split, encoder.dtype, counts, encoder.corpus.examples.given).items()
+        }
+        if all(path.exists() and path.stat().st_size >= size for path, size in least.items()):
+            rank_zero_info(f"tokenizing: going on in {unfinished.path}")
+            raws = read_raw(encoder.corpus)
+            for raw in islice(raws, written.num_raws):  # reading takes a hundredth of the time of tokenizing
+                read.follow(raw.digest(), raw.read_bytes)
+            if read.raws_hash == written.raws_hash:
+                return written, raws
+    unfinished.forget()
+    return _Written(origin), read_raw(encoder.corpus)
+
+
+def _write(encoder: Encoder, origin: dict[str, Any], unfinished: Unfinished, workers: int) -> dict[str, Any]:
+    """Fill the folder from where its journal ends; what the manifest says of the files."""
+    written, raws = _resume(unfinished, digest(origin), encoder)
+    writers = {
+        split: SplitWriter(unfinished.path / split, encoder.dtype, counts, encoder.corpus.examples.given)
+        for split, counts in written.counts.items()
+    }
+    start = written.done()
+    text_bytes = encoder.corpus.num_bytes()
+    progress, journaled_s = Progress(text_bytes, start), start.time_s
+    try:
+        with _serial_tokenizers(), closing(ordered_map(encoder, raws, workers, workers * _CHARS_PER_WORKER)) as encoded:
+            for raw, (raw_hash, blocks, skipped) in encoded:
+                written.skipped.add(skipped)
+                for split, block in blocks.items():
+                    writers[split].add(block, _source_ids(block, written.sources, encoder.corpus))
+                    written.num_split += block.num_split
+                    written.num_more += block.num_more
+                kept = sum(len(block.lengths) - block.num_more for block in blocks.values())
+                written.num_left_out += len(raw.rows) - kept - skipped.lines
+                written.follow(raw_hash, raw.read_bytes)
+                done = written.done()
+                progress.update(done)
+                if done.time_s - journaled_s >= _JOURNAL_S:
+                    journaled_s = done.time_s
+                    _write_journal(unfinished, writers, written)
+                    _require_room(unfinished.path, encoder, written, text_bytes)
+        if not written.done().documents:
+            raise empty_error(encoder.corpus, written.skipped)
+        _write_journal(unfinished, writers, written)
+    finally:
+        progress.close()
+        for writer in writers.values():
+            writer.close()
+    what = "a response to learn, or with a null," if encoder.corpus.examples.given else "text"
+    left_out = f"; {written.num_left_out} rows without {what} are left out" if written.num_left_out else ""
+    split = (
+        f"; {written.num_split} conversations are {written.num_split + written.num_more} examples, as the chat "
+        "template writes what was said in another way later on"
+    )
+    rank_zero_info(summary_line(start, written.done()) + left_out + (split if written.num_split else ""))
+    return {
+        "sources": list(written.sources),
+        "splits": {split: writer.entry() for split, writer in writers.items()},
+        "skipped": asdict(written.skipped),
+    }
+
+
+def _require_room(folder: Path, encoder: Encoder, written: _Written, text_bytes: int) -> None:
+    """Raises OSError where the rest does not fit on the disk, if a byte of text goes on taking what it took so far."""
+    if encoder.corpus.reads_hub():  # of unknown size
+        return
+    here = (
+        sum(sizes(split, encoder.dtype, counts, encoder.corpus.examples.given).values())
+        for split, counts in written.counts.items()
+    )
+    rest = sum(here) * (text_bytes / max(written.read_bytes, 1) - 1)
+    if rest > (free := shutil.disk_usage(folder).free):
+        raise OSError(errno.ENOSPC, f"the rest of the text needs about {size_said(rest)}, {size_said(free)} are free")
+
+
+def _write_journal(unfinished: Unfinished, writers: dict[str, SplitWriter], written: _Written) -> None:
+    for writer in writers.values():
+        writer.sync()
+    unfinished.write_journal(asdict(written))
+
+
+def _source_ids(block: Block, ids: dict[str, int], corpus: Corpus) -> list[int]:
+    of_block = [ids.setdefault(source, len(ids)) for source in block.sources]
+    if len(ids) > MAX_SOURCES:
+        if corpus.source_column is None:
+            raise ConfigError(
+                f"{corpus.setting}: more than {MAX_SOURCES} sources, as each entry is one, and each file by "
+                "--data.source_per_file; give a folder or a glob, without that"
+            )
+        raise ConfigError(
+            f"--data.source_column: {corpus.source_column!r} has more than {MAX_SOURCES} values; "
+            "choose a column with few"
+        )
+    return of_block
+
+
+@contextmanager
+def _serial_tokenizers() -> Iterator[None]:
+    """One thread per worker process; also keeps the Rust library from printing about forks."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        yield
+    finally:
+        del os.environ["TOKENIZERS_PARALLELISM"]
+        if before is not None:
+            os.environ["TOKENIZERS_PARALLELISM"] = before

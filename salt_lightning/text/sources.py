@@ -1,0 +1,276 @@
+"""What a source setting names: files, folders, globs and hub data sets -> groups of files, in one fixed order."""
+
+import glob
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import datasets
+import yaml
+from huggingface_hub import metadata_load
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from salt_lightning.errors import ConfigError, few, one_line
+from salt_lightning.text.packed import SUFFIXES
+
+_KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".jsonlines": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+_TABLES = {".csv", ".tsv"}  # nobody means one document with the commas in it
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+@dataclass(frozen=True)
+class Hub:
+    """Which part of a hub data set (or of a local folder laid out like one) is read."""
+
+    split: str = "train"
+    subset: str | None = None
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Files of one kind, or one hub data set (no files): read by one reader, under one source name."""
+
+    name: str
+    kind: str  # "text" (a file is a document) | "jsonl" (a line is one) | "parquet" (a row is one) | "hub"
+    files: tuple[str, ...] = ()
+    hub_name: str = ""
+    hub: Hub = Hub()
+
+    def read(self) -> dict[Any, str]:
+        """What it reads: a file by any of its names, or a split; and a name to show."""
+        if self.kind == "hub":
+            name = ":".join(filter(None, (self.hub_name, self.hub.subset, self.hub.split)))
+            return {name: name}
+        return {_identity(file): file for file in self.files}
+
+    def inputs(self) -> list[Any]:
+        """All that decides what this group reads, as plain data: file stamps, or the hub's coordinates."""
+        if self.kind == "hub":
+            return [self.name, self.hub_name, self.hub.split, self.hub.subset, self.hub.revision]
+        stats = [(file, os.stat(file)) for file in self.files]
+        return [self.name, self.kind, [[file, stat.st_size, stat.st_mtime_ns] for file, stat in stats]]
+
+
+def entries(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None) -> list[str]:
+    """Those of a source setting: one or several, strings or paths."""
+    several = [source] if isinstance(source, str | os.PathLike) else source or []
+    return [name for entry in several if (name := os.fspath(entry))]
+
+
+def resolve(setting: str, entries: list[str], hub: Hub) -> tuple[Group, ...]:
+    """Find what each entry of a source setting names.
+
+    Raises:
+        ConfigError: an entry is neither file, folder, glob with a match, nor a possible hub name.
+    """
+    names = [_source_name(entry) for entry in entries]
+    groups: list[Group] = []
+    for entry, name in zip(entries, names, strict=True):
+        groups += _resolve_one(setting, entry, name if names.count(name) == 1 else entry, hub)
+    files = [file for group in groups for file in group.files]
+    times = Counter(map(_identity, files))
+    if again := next((file for file in files if times[_identity(file)] > 1), None):
+        repeated = sum(count > 1 for count in times.values())
+        said = f"{setting}: {repeated} of the files are read more than once ({again} for one)"
+        _say_once(f"{said}, and so is what is held out of them")
+    if tables := [file for file in files if _suffix(file) in _TABLES]:
+        _say_once(f"{setting}: {len(tables)} tables are read as plain text, each one document ({tables[0]} for one)")
+    return tuple(groups)
+
+
+def each_file(groups: tuple[Group, ...]) -> tuple[Group, ...]:
+    """The same files in the same order, each a group by its own name: the shortest end of its path that no other has.
+
+    Data sets of the hub stay as they are.
+    """
+    paths = {Path(file).parts for group in groups for file in group.files}
+    depth = next(d for d in range(1, 999) if len({parts[-d:] for parts in paths}) == len(paths))
+    split: list[Group] = []
+    for group in groups:
+        names = (("/".join(Path(file).parts[-depth:]), file) for file in group.files)
+        split += [Group(name, group.kind, (file,)) for name, file in names] or [group]
+    return tuple(split)
+
+
+def _resolve_one(setting: str, entry: str, name: str, hub: Hub) -> list[Group]:
+    path = os.path.abspath(os.path.expanduser(entry))
+    if files := _files(setting, path, hub):
+        of_kind: dict[str, list[str]] = {"text": [], "jsonl": [], "parquet": []}
+        for file in files:
+            if os.path.getsize(file):  # the readers stumble over empty files
+                of_kind[_kind(file)].append(file)
+        if not any(of_kind.values()):
+            raise ConfigError(f"{setting}: {entry!r} holds no text: its files ({len(files)}) are empty; give others")
+        return [Group(name, kind, tuple(found)) for kind, found in of_kind.items() if found]
+    hub_name, _, split = entry.partition(":")
+    if _HUB_NAME.fullmatch(hub_name) and Path(entry).suffix not in {".txt", ".md", ".py", *_KINDS, *SUFFIXES}:
+        return [Group(name, "hub", hub_name=hub_name, hub=replace(hub, split=split or hub.split))]
+    there = glob.glob(path)
+    special = "matches folders alone, no file" if all(map(os.path.isdir, there)) else "is no regular file"
+    what = special if there else "matches no file"
+    raise ConfigError(
+        f"{setting}: {entry!r} {what}; give a file, a folder, a glob such as 'books/**/*.txt', "
+        "or a hub data set 'owner/name' or 'owner/name:split' (of a local folder FOLDER:split)"
+    )
+
+
+def _files(setting: str, path: str, hub: Hub) -> list[str]:
+    """Those that a path, a glob, or FOLDER:split names."""
+    if os.path.isdir(path):
+        return _say_outside(setting, path, _folder_files(setting, path, hub))
+    if os.path.isfile(path):
+        return _say_no_split(setting, path, [path], hub)
+    folder, _, split = path.rpartition(":")
+    if split and os.path.isdir(folder):
+        files = _folder_files(setting, folder, replace(hub, split=split), f"{setting}: {path!r}")
+        return _say_outside(setting, folder, files)
+    return _say_no_split(setting, path, sorted(filter(os.path.isfile, glob.glob(path, recursive=True))), hub)
+
+
+def _say_no_split(setting: str, path: str, files: list[str], hub: Hub) -> list[str]:
+    given = [f"--data.{name}" for name, value in vars(hub).items() if value != getattr(Hub, name)]
+    if given:
+        _say_once(f"{setting}: {path} names files, on which {' and '.join(given)} has no effect")
+    return files
+
+
+def _visible_files(setting: str, folder: str) -> list[str]:
+    """Those in a folder and what lies below it, also behind links, each folder once."""
+    found: list[str] = []
+    seen: set[tuple[int, int]] = set()
+
+    def refuse(error: OSError) -> None:
+        raise ConfigError(
+            f"{setting}: cannot read the folder {error.filename!r}: {error.strerror}; allow it, or name the others by "
+            "a glob"
+        ) from error
+
+    for root, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
+        if _identity(root) in seen:
+            folders.clear()
+            continue
+        seen.add(_identity(root))
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
+        paths = [os.path.join(root, file) for file in files if not file.startswith(".")]
+        if nowhere := [path for path in paths if not os.path.exists(path)]:
+            raise ConfigError(f"{setting}: {nowhere[0]} is a link that leads nowhere; bring its file, or remove it")
+        found += [path for path in paths if os.path.isfile(path)]  # neither sockets nor pipes
+    return found
+
+
+def _folder_files(setting: str, folder: str, hub: Hub, split_setting: str = "--data.split") -> list[str]:
+    """Every visible file; of a folder with jsonl or parquet in it only these, of one split as on the hub."""
+    found = _visible_files(setting, folder)
+    if all(_kind(file) == "text" for file in found):
+        if split_setting != "--data.split":
+            raise ConfigError(f"{split_setting}: {folder} holds plain text, which has no splits; name the folder alone")
+        if hub.split != Hub.split:
+            _say_once(f"{setting}: {folder} holds plain text, which has no splits: {hub.split!r} has no effect on it")
+        return sorted(found)
+    if any(file.endswith(".arrow") for file in found):
+        raise ConfigError(f"{setting}: {folder} holds Arrow files, which are not read; write it by Dataset.to_parquet")
+    try:
+        elsewhere = _elsewhere(folder)
+        splits: dict = {} if elsewhere else datasets.load_dataset_builder(folder, hub.subset).config.data_files or {}
+    except Exception as error:
+        raise ConfigError(f"{setting}: cannot read the folder {folder!r}: {hub_error(error)}") from error
+    if elsewhere:
+        raise ConfigError(
+            f"{setting}: the README.md of {folder!r} names {elsewhere!r}, which is no file of that folder; remove it "
+            "there, download what it names, and give that in the setting if you mean it"
+        )
+    if hub.split not in splits:
+        raise ConfigError(
+            f"{split_setting}: no {hub.split!r} in {folder!r}; there are: {', '.join(map(str, splits))} (by the "
+            f"names of its files, as on the hub); name one, or give the files by a glob, {folder}/*"
+        )
+    read = sorted(splits[hub.split])
+    # by name: links within the folder are its owner's, as in the hub's own cache
+    if strangers := [file for file in read if not Path(os.path.abspath(file)).is_relative_to(folder)]:
+        raise ConfigError(
+            f"{setting}: the README.md of {folder!r} names {strangers[0]!r}, which lies outside of that folder; name "
+            "it in the setting if you mean it"
+        )
+    kinds = [sorted({Path(file).suffix for file in files if _kind(file) != "text"}) for files in (found, read)]
+    if kinds[0] and not kinds[1]:  # as many on the hub: the commoner kind
+        raise ConfigError(
+            f"{setting}: {folder} holds {' and '.join(kinds[0])} files and more of text; say which by a glob, e.g. "
+            f"{folder}/*{kinds[0][0]}, or give both"
+        )
+    are_read = set(map(_identity, read))
+    if left := sorted(file for file in found if _identity(file) not in are_read):
+        _say_once(
+            f"{setting}: of {folder} split {hub.split}, {len(read)} of {len(found)} files are read; left out: "
+            f"{few(os.path.relpath(file, folder) for file in left)}"
+        )
+    return read
+
+
+def _elsewhere(folder: str) -> str | None:
+    """What the description of a data folder names that `datasets` would ask the network, or an archive, for."""
+    card, more = Path(folder, "README.md"), Path(folder, ".huggingface.yaml")
+    told = [metadata_load(card)] if card.is_file() else []
+    told += [yaml.safe_load(more.read_bytes())] if more.is_file() else []
+    configs = chain.from_iterable(each.get("configs") or () for each in told if isinstance(each, dict))
+    named = (each.get(name) for each in configs if isinstance(each, dict) for name in ("data_files", "data_dir"))
+    nodes, seen = list(named), set()
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, str) and ("://" in node or "::" in node):
+            return node
+        if isinstance(node, dict | list | tuple | set) and id(node) not in seen:  # some hold themselves
+            seen.add(id(node))
+            nodes += node.values() if isinstance(node, dict) else node
+    return None
+
+
+def _say_outside(setting: str, folder: str, files: list[str]) -> list[str]:
+    """Links are followed: the hub's cache and many a large data set live by them."""
+    here = Path(os.path.realpath(folder))
+    here = here.parents[1] if here.parent.name == "snapshots" else here  # of the hub's cache, beside its blobs
+    folders = {name: os.path.realpath(name) for name in set(map(os.path.dirname, files))}
+    real = (os.path.realpath(file) if os.path.islink(file) else folders[os.path.dirname(file)] for file in files)
+    if outside := [file for file, lies in zip(files, real, strict=True) if not Path(lies).is_relative_to(here)]:
+        _say_once(f"{setting}: {len(outside)} files of {folder} are links that lead out of it ({outside[0]} for one)")
+    return files
+
+
+def hub_error(error: Exception) -> str:
+    """What `datasets` says, in one line and in terms of our settings."""
+    said, _, example = one_line(error).partition(" Example of usage")
+    return f"{said}: --data.subset NAME" if example else said
+
+
+_say_once = cache(rank_zero_info)
+
+
+def _identity(path: str) -> tuple[int, int]:
+    """Of a file or folder under any of its names."""
+    stat = os.stat(path)
+    return stat.st_dev, stat.st_ino
+
+
+def _kind(file: str) -> str:
+    return _KINDS.get(_suffix(file), "text")
+
+
+def _suffix(file: str) -> str:
+    """Of what is packed in it."""
+    path = Path(file)
+    return (Path(path.stem).suffix if path.suffix.lower() in SUFFIXES else path.suffix).lower()
+
+
+def _source_name(entry: str) -> str:
+    """Short name for logs: the last part of a path that is no pattern, a file's without its suffixes."""
+    path = os.path.abspath(os.path.expanduser(entry))
+    there = os.path.exists(path)  # then its brackets are no pattern
+    parts = [part for part in path.split(os.sep) if part and (there or not glob.has_magic(part))]
+    last = parts[-1] if parts else entry
+    return last.split(".")[0] or last if os.path.isfile(path) else last
