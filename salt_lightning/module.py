@@ -234,7 +234,7 @@ class SALTModule(extension.KeepsModes):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # Lightning restores no RNG state: dropout after a resume equals the run never stopped only so.
         micro = batch_idx % self.trainer.accumulate_grad_batches
-        torch.manual_seed(hash((self.hparams["seed"], self.global_step, micro, self.global_rank)) % 2**63)
+        extension.seed_random(hash((self.hparams["seed"], self.global_step, micro, self.global_rank)), self.device)
         if micro == 0:
             self._sums.zero_()
         self._first_look(batch)

@@ -294,12 +294,12 @@ def clip_gradients(student: nn.Module, limit: float | None) -> Tensor:
     """Scales the gradients down to a total norm of `limit` (None or 0: not at all); the norm before, over all ranks."""
     if isinstance(student, FullyShardedDataParallel):
         return student.clip_grad_norm_(limit or float("inf"))
-    gradients = [p.grad for p in student.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm(gradients)
+    weights = list(student.parameters())
+    norm = nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None])
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
     if limit:
-        nn.utils.clip_grads_with_norm_(student.parameters(), limit, norm)
+        nn.utils.clip_grads_with_norm_(weights, limit, norm)
     return norm
 
 

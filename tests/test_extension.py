@@ -36,7 +36,7 @@ from salt_lightning import (
 from salt_lightning.checkpoint import AtomicCheckpointIO, RunCheckpoint, newest
 from salt_lightning.errors import ConfigError
 from salt_lightning.export import export
-from salt_lightning.fit.extension import check_step_tokens
+from salt_lightning.fit.extension import check_step_tokens, seed_random
 from salt_lightning.models import read_checkpoint
 from salt_lightning.selection import KeepRule
 
@@ -868,3 +868,11 @@ def test_a_module_that_was_trained_can_be_pickled(data, teacher, tmp_path):
 def test_the_package_names_what_it_has():
     assert {"SALTModule", "salt_loss"} <= set(dir(salt_lightning))
     assert "import_module" not in dir(salt_lightning)
+
+
+def test_a_micro_batch_is_seeded_as_by_torch_but_writes_down_no_stack(monkeypatch):
+    torch.manual_seed(2**63 - 5)
+    expected = torch.rand(3)
+    monkeypatch.setattr("traceback.format_stack", lambda *args, **kwargs: pytest.fail("a stack was written down"))
+    seed_random(2**63 - 5, torch.device("cpu"))
+    assert torch.equal(torch.rand(3), expected)

@@ -137,6 +137,20 @@ class KeepsModes(LightningModule):
         self._modes = ()
 
 
+def seed_random(seed: int, device: torch.device) -> None:
+    """torch.manual_seed, of the host and one device alone.
+
+    For each kind of device that this machine lacks torch's own writes down where it was called, which took a tenth of
+    the host's time for a micro-batch.
+    """
+    if device.type not in ("cpu", "cuda"):
+        torch.manual_seed(seed % 2**63)
+        return
+    torch.default_generator.manual_seed(seed % 2**63)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed % 2**63)  # of the current device, which is the process's own
+
+
 def keep_random(device: torch.device) -> Callable[[], None]:
     """What puts torch's random numbers back to where they are now."""
     cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
