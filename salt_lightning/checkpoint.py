@@ -24,6 +24,7 @@ from torch import Tensor
 from salt_lightning import preflight
 from salt_lightning.errors import ConfigError, few, refuse, wrong_kinds
 from salt_lightning.export import check_target, export
+from salt_lightning.fit import alike
 from salt_lightning.fit.cadence import require_time_left, timers
 from salt_lightning.fit.optim import OptimSpec
 from salt_lightning.hugging_face.spec import settings_without_code, shape_settings
@@ -35,7 +36,6 @@ from salt_lightning.schedule import kd_callbacks
 from salt_lightning.storage import damage, shards
 from salt_lightning.text.journal import whole
 
-_BATCH = "--data.global_batch_size"
 FIRST_RANK_S = 10.0  # that the others wait, whose end with an error may end all, for the first to act or speak
 
 
@@ -391,10 +391,10 @@ def settings_of(path: Path, whole: bool) -> dict[str, Any]:
     return settings_without_code(checkpoint["hyper_parameters"], path)
 
 
-def go_on_from(
-    checkpoint: dict[str, Any], max_steps: int, accumulate: int | None, data: dict[str, Any], optim: OptimSpec
-) -> None:
+def go_on_from(checkpoint: dict[str, Any], max_steps: int, accumulate: int | None, data: Any, optim: OptimSpec) -> None:
     """Makes a fit go on right after the checkpoint's optimizer step; says so if it will read other rows.
+
+    `data`: the run's SALTDataModule, or None.
 
     A checkpoint may come from inside an accumulation window, from the end of a validation, or from a run with
     another accumulation; the position in the data depends on the step alone, and so do Lightning's counters here
@@ -413,11 +413,11 @@ def go_on_from(
         loop = checkpoint["loops"]["fit_loop"]
         loop["epoch_loop.batch_progress"] |= {"total": dict(counts), "current": dict(counts), "is_last_batch": False}
         loop["epoch_loop.state_dict"]["_batches_that_stepped"] = max(step - 1, 0)
-    other = [_other(key, data[key], was) for key, was in checkpoint["data"].items() if data[key] != was]
-    if other:
-        now, was = (step * rows[_BATCH] for rows in (data, checkpoint["data"]))
-        jump = f"; the next row is number {now:,} of the order, and not {was:,}" if now != was else ""
-        rank_zero_info(f"going on with other data than the checkpoint's: {', '.join(other)}{jump}")
+    if data is not None:
+        data.go_on_from(checkpoint, max_steps)
+    now = alike.identity(data)
+    if other := [_other(key, now[key], was) for key, was in checkpoint["data"].items() if now[key] != was]:
+        rank_zero_info(f"going on with other data than the checkpoint's: {', '.join(other)}")
     if moved := optim.jump(checkpoint, max_steps):
         rank_zero_info(moved)
 

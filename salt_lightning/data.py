@@ -6,6 +6,7 @@ orders them.
 
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from salt_lightning import preflight
 from salt_lightning.batches.example_rows import ExampleRows, open_examples
-from salt_lightning.batches.mixture import Mixture, Shares, make_order, shares_of, weight_problems
+from salt_lightning.batches.mixture import Mixture, Shares, make_order, shares_of
 from salt_lightning.batches.order import Order
 from salt_lightning.batches.rows import (
     IGNORE,
@@ -32,7 +33,8 @@ from salt_lightning.batches.rows import (
     counts_nll,
     require_text,
 )
-from salt_lightning.command.settings import seed_or_global
+from salt_lightning.batches.stretches import Stretches, go_on, one_stretch, rows_before, with_past
+from salt_lightning.command.settings import seed_or_global, wrong_data
 from salt_lightning.errors import ConfigError, refuse, wrong_kinds
 from salt_lightning.fit.cadence import accumulation, phase1_steps, set_cadence
 from salt_lightning.selection import KeepRule, Plan, plan, row_scores
@@ -138,40 +140,19 @@ class SALTDataModule(LightningDataModule):
         self.cache_dir = Path(cache_dir).expanduser()
         self.prepare_workers, self.num_workers = prepare_workers, num_workers
         self.selection, self.keep, self.examples = selection, keep, examples
-        refuse(self._problems() + examples.problems(tokenizer))
+        refuse(wrong_data(self) + examples.problems(tokenizer))
         self.accumulate, self.num_train_rows, self.num_train_tokens = 1, 0, 0
         self.source_names: list[str] = []
         self.text: dict[str, Any] = {}  # what the training text is, for checkpoints
         self._groups: dict[str, tuple[Group, ...]] = {}
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._train: PackedRows | ExampleRows | None = None
+        self.stretches: Stretches = ()
         self._order: Order | Mixture | None = None
         self._shards: tuple[list[int], int] | None = None
         self._eval: PackedRows | ExampleRows | None = None
         self._thirds_D: np.ndarray | None = None
         self._train_loader: Loader | None = None
-
-    def _problems(self) -> list[str]:
-        """Every setting that is out of its range."""
-        vocab_fits = self.tokenizer_name != "train" or 257 <= self.trained_vocab_size < 2**31
-        share_fits = bool(self.val_source) or 0 < self.val_fraction < 1
-        one_source = not (self.source_per_file and self.source_column)
-        checks = [
-            ("source", self.source, self.source, "names no text; give a file, folder, glob or hub data set"),
-            ("tokenizer", self.tokenizer_name, self.tokenizer_name, "must be 'train', a folder or a hub name"),
-            ("vocab_size", self.trained_vocab_size, vocab_fits, "must be 257 or more, and below 2**31"),
-            ("block_size", self.block_size, 2 <= self.block_size < 2**31, "must be 2 or more, and below 2**31"),
-            ("val_fraction", self.val_fraction, share_fits, "must lie between 0 and 1, or give --data.val_source"),
-            ("val_rows", self.val_rows, self.val_rows is None or self.val_rows >= 1, "must be 1 or more, or null"),
-            ("source_per_file", True, one_source, "and --data.source_column both say what a source is; give one"),
-        ]  # fmt: skip
-        at_least = {"global_batch_size": 1, "micro_batch_size": 1, "seed": 0, "prepare_workers": 0, "num_workers": 0}
-        for name, least in at_least.items():
-            value, bits = getattr(self, name), 63 if name == "seed" else 31
-            checks.append((name, value, least <= value < 2**bits, f"must be {least} or more, and below 2**{bits}"))
-        others = self.source_column, self.source_per_file, self.examples.given
-        weights = weight_problems(self.source_weights, self.source, others)
-        return weights + [f"--data.{name}: {value!r} {wanted}" for name, value, good, wanted in checks if not good]
 
     # --- text and tokenizer (need no trainer) ---
 
@@ -303,6 +284,7 @@ class SALTDataModule(LightningDataModule):
             if self.difficulty:
                 self._thirds_D = read_thirds(Path(self.difficulty), self.held_out, stage or "fit")
         if stage in (None, "fit"):
+            self.stretches = one_stretch(self.global_batch_size, self._shares())
             self._order = self._plan_order()
         if stage == "fit":
             self._log()
@@ -314,7 +296,8 @@ class SALTDataModule(LightningDataModule):
         """All micro-batches of the run, as one epoch; without a trainer those of one pass over the rows."""
         assert self._train is not None, "setup('fit') comes first"
         assert self._order is not None
-        batches = TrainBatches(self._train, self._order, (self.global_batch_size, self.micro_batch_size), self._place())
+        sizes, before = (self.global_batch_size, self.micro_batch_size), partial(rows_before, self.stretches)
+        batches = TrainBatches(self._train, self._order, sizes, self._place(), before)
         trainer = self.trainer
         steps = trainer.max_steps if trainer else -(-self._train.num_rows // self.global_batch_size)
         self._train_loader = self._loader(
@@ -363,7 +346,8 @@ class SALTDataModule(LightningDataModule):
         assert self._train is not None, "setup('fit') comes first"
         assert self._order is not None
         files, size = self._train.files, self.micro_batch_size
-        rows = self._order(np.arange(first * size, (first + count) * size))
+        step, part = divmod(first, self.global_batch_size // size)
+        rows = self._order(self.rows_before(step) + part * size + np.arange(count * size))
         documents = self._train.first_documents(rows[:4])
         sources = [files.manifest["sources"][source] for source in files.doc_sources[documents]]
         shown = [f"{row} ({s}: {self.decode_row(row)[:40]!r})" for row, s in zip(rows[:4], sources, strict=True)]
@@ -408,7 +392,20 @@ class SALTDataModule(LightningDataModule):
             return None
         assert isinstance(self._train, PackedRows)
         names = list(dict.fromkeys(group.name for group in self._corpus("source")[0].groups))
-        return shares_of(names, self.source_weights, self._train.source_tokens(names), self.block_size)
+        now = shares_of(names, self.source_weights, self._train.source_tokens(names), self.block_size)
+        return with_past(now, self.stretches)
+
+    def go_on_from(self, checkpoint: dict[str, Any], max_steps: int) -> None:
+        """Rows go on where a run has stopped, also under another batch size or in other shares."""
+        self.stretches = go_on(checkpoint, one_stretch(self.global_batch_size, self._shares()))
+        if len(self.stretches) > 1:
+            self._order = self._plan_order()
+        step = checkpoint["global_step"]
+        self._say(f"step {step + 1} goes on with row {self.rows_before(step) + 1} of the order", max_steps)
+
+    def rows_before(self, step: int) -> int:
+        """Rows that a run reads before an optimizer step."""
+        return rows_before(self.stretches or one_stretch(self.global_batch_size, None), step)
 
     def _plan_order(self) -> Order | Mixture:
         """The order of the training rows, with those of phase 1 where there is a selection."""
@@ -423,7 +420,7 @@ class SALTDataModule(LightningDataModule):
         scores = Scores(Path(str(self.selection)), "--data.selection")
         scores.require(self.scored())
         steps = phase1_steps(self.trainer) if self.trainer else 0
-        return plan(scores, self.keep, self.seed, steps * self.global_batch_size, self._shares())
+        return plan(scores, self.keep, self.seed, self.rows_before(steps), self._shares())
 
     def _place(self) -> tuple[int, int]:
         """(rank, number) of data-parallel replicas."""
@@ -444,21 +441,25 @@ class SALTDataModule(LightningDataModule):
         assert self._train is not None
         files, held_out = self._train.files, len(self._eval_rows())
         message = (
-            f"data: {self.num_train_rows} rows of {self.block_size} from {files.num_tokens} tokens in "
+            f"{self.num_train_rows} rows of {self.block_size} from {files.num_tokens} tokens in "
             f"{files.num_documents} documents, {held_out} rows for validation, vocabulary of {self.vocab_size}"
         )
-        if self.trainer is not None:
-            reads = self.reads(self.trainer.max_steps)
+        trainer = self.trainer  # of a run that goes on, what was read before decides
+        self._say(message, None if trainer is None or trainer.ckpt_path else trainer.max_steps)
+
+    def _say(self, message: str, max_steps: int | None) -> None:
+        if max_steps is not None:
+            reads = self.reads(max_steps)
             message += f"; {reads.said}" + (f" ({reads.remedy})" if reads.remedy else "")
-        rank_zero_info(message)
+        rank_zero_info(f"data: {message}")
 
     # --- for a look at a model before the first step ---
 
     def reads(self, max_steps: int) -> preflight.Finding:
         """How often a run reads the text, each source where these have weights."""
-        rows, shares = max_steps * self.global_batch_size, self._shares()
+        rows, shares = self.rows_before(max_steps), self._shares()
         if shares is None:
-            return preflight.rows(self.num_train_rows, max_steps, self.global_batch_size)
+            return preflight.rows(self.num_train_rows, rows, max_steps)
         return preflight.shares(shares.names, shares.reads(rows), shares.rows_S, max_steps)
 
     def sample(self, rows: int) -> dict[str, torch.Tensor]:

@@ -423,7 +423,7 @@ class SALTModule(extension.KeepsModes):
             max_steps = self.trainer.max_steps
             accumulate = self.trainer.accumulate_grad_batches if self._data is not None else None
             extension.require_callbacks(self.trainer, checkpoint)
-            go_on_from(checkpoint, max_steps, accumulate, alike.identity(self._data), self.optim_spec)
+            go_on_from(checkpoint, max_steps, accumulate, self._data, self.optim_spec)
             self.meter.load(checkpoint)
         elif self._data is not None:
             say_other_share(checkpoint, self._data)

@@ -43,14 +43,13 @@ class Finding:
             rank_zero_info(f"{self.level}: {self.about}: {told}")
 
 
-def rows(available: int, max_steps: int, global_batch: int) -> Finding:
+def rows(available: int, needed: int, max_steps: int) -> Finding:
     """Rows of the training text against those that the run reads."""
-    needed = max_steps * global_batch
     epochs = needed / available
     said = f"{max_steps} steps read {needed} rows of {available}: {epochs:.2f} epochs"
     if epochs <= GOOD_EPOCHS:
         return Finding("ok", "rows", said)
-    enough = int(GOOD_EPOCHS * available / global_batch)
+    enough = int(GOOD_EPOCHS * available * max_steps / needed)
     fewer = f", or --trainer.max_steps {enough}" if enough else ""
     return Finding("warning", "rows", said, f"beyond {GOOD_EPOCHS:g} epochs text teaches ever less: add text{fewer}")
 

@@ -309,9 +309,9 @@ def test_knowing_nothing_is_the_smaller_of_the_two(untrained, least):
 
 
 def test_four_epochs_and_no_more():
-    assert preflight.rows(103, 41, 10) == Finding("ok", "rows", "41 steps read 410 rows of 103: 3.98 epochs")
-    assert preflight.rows(10, 100, 64).remedy.endswith("add text")  # no number of steps would do
-    finding = preflight.rows(103, 42, 10)
+    assert preflight.rows(103, 410, 41) == Finding("ok", "rows", "41 steps read 410 rows of 103: 3.98 epochs")
+    assert preflight.rows(10, 6400, 100).remedy.endswith("add text")  # no number of steps would do
+    finding = preflight.rows(103, 420, 42)
     assert (finding.level, finding.remedy[-23:]) == ("warning", " --trainer.max_steps 41")
 
 

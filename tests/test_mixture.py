@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,8 +14,11 @@ from hypothesis import strategies as st
 
 from salt_lightning.batches.mixture import CYCLE, Mixture, Shares, make_order, shares_of
 from salt_lightning.batches.order import Order
+from salt_lightning.batches.stretches import Stretch, Stretches, go_on, one_stretch, rows_before, with_past
 from salt_lightning.data import SALTDataModule
 from salt_lightning.errors import ConfigError
+from salt_lightning.models import read_checkpoint
+from salt_lightning.module import SALTModule
 
 SIZES = (13, 500, 70)
 WEIGHTS = (0.5, 0.2, 0.3)
@@ -139,6 +143,98 @@ def test_phase_2_reads_the_unread_rows_of_each_source_first():
     again = mixture(kept=KEPT, phase1=100, unread_first=False)
     plain = mixture()
     assert again(np.arange(100, 400)).tolist() == plain(np.arange(100, 400)).tolist()
+
+
+# three stretches of steps: their first step, rows of a step, weights
+HISTORY = ((0, 10, WEIGHTS), (7, 40, (0.1, 0.8, 0.1)), (12, 25, WEIGHTS), (13, 25, WEIGHTS))
+NAMES = ("source 0", "source 1", "source 2")
+NO_DATA = {"data": {"--data.global_batch_size": 0}}
+
+
+def parts(history=HISTORY) -> list[tuple[Stretches, Shares]]:
+    """The stretches so far, and the shares, of each part of the run."""
+    found, stretches = [], ()
+    for step, rows, weights in history:
+        begun = one_stretch(rows, Shares(NAMES, weights, STARTS))
+        stretches = go_on({"global_step": step, "stretches": [asdict(part) for part in stretches], **NO_DATA}, begun)
+        found.append((stretches, with_past(Shares(NAMES, weights, STARTS), stretches)))
+    return found
+
+
+def rows_of(**selection) -> list[np.ndarray]:
+    """What each part of the run reads, up to step 40."""
+    ends = [step for step, *_ in HISTORY[1:]] + [40]
+    return [
+        Mixture(shares, 0, **selection)(np.arange(rows_before(stretches, begin), rows_before(stretches, end)))
+        for (stretches, shares), (begin, *_), end in zip(parts(), HISTORY, ends, strict=True)
+    ]
+
+
+def test_under_other_shares_each_source_goes_on_in_its_order():
+    found = rows_of()
+    assert [len(rows) for rows in found] == [7 * 10, 5 * 40, 25, 27 * 25]
+    assert [len(stretches) for stretches, _ in parts()] == [1, 2, 3, 3]  # the last goes on as before
+    for s, read in enumerate(by_source(np.concatenate(found))):
+        own = STARTS[s] + mixture().orders[s](np.arange(len(read)))
+        assert read == own.tolist()
+    for rows, (*_, weights) in zip(found, HISTORY, strict=True):
+        for read, weight in zip(by_source(rows), weights, strict=True):
+            assert abs(len(read) - weight * len(rows)) < 2
+    _, last = parts()[-1]
+    assert last.reads(970).tolist() == [len(read) for read in by_source(np.concatenate(found))]
+    assert last.reads(150).tolist() == [len(read) for read in by_source(np.concatenate(found)[:150])]
+
+
+def test_under_other_shares_phase_2_reads_what_phase_1_has_not():
+    """KD ends within the second stretch, which the third and the fourth have to know."""
+    phase1 = 150
+    found = np.concatenate(rows_of(kept=KEPT, phase1=phase1))
+    assert set(found[:phase1].tolist()) <= set(KEPT.tolist())
+    for s, (read, late) in enumerate(zip(by_source(found[:phase1]), by_source(found[phase1:]), strict=True)):
+        unread = set(range(STARTS[s], STARTS[s + 1])) - set(read)
+        assert len(set(late[: len(unread)])) == min(len(late), len(unread))
+        assert set(late[: len(unread)]) <= unread
+
+
+def test_a_source_that_comes_later_begins_at_its_first_row_and_one_that_left_is_not_forgotten():
+    stretches = (Stretch(0, 10, {"a": 5000, "b": 5000}), Stretch(2, 10, {"a": 5000, "c": 5000}))
+    shares = with_past(Shares(("a", "c"), (1, 1), (0, 40, 80)), stretches)
+    assert shares.reads(30).tolist() == [15, 5]
+    back = with_past(Shares(("a", "b"), (1, 1), (0, 40, 80)), (*stretches, Stretch(4, 10, {"a": 5000, "b": 5000})))
+    assert back.reads(60).tolist() == [30, 20]
+    turns, ab = {"a": 5000, "b": 5000}, Shares(("a", "b"), (1, 1), (0, 40, 80))
+    assert with_past(ab, (Stretch(0, 10, turns), Stretch(3, 20, turns))) == ab  # larger steps are no other shares
+    alike = (
+        Stretch(0, 10, None),
+        Stretch(3, 10, {"a": 5000, "b": 5000}),
+    )  # until then no source had an order of its own
+    assert with_past(Shares(("a", "b"), (1, 1), (0, 40, 80)), alike).reads(50).tolist() == [10, 10]
+
+
+GOOD = {"step": 0, "rows": 8, "turns": {"a": 4000, "b": 6000}}
+
+
+@pytest.mark.parametrize(
+    "stretches",
+    [
+        [{"step": 0}], [{**GOOD, "more": 1}], [{**GOOD, "step": 1}], [GOOD, GOOD], [GOOD, {**GOOD, "step": 10}],
+        [{**GOOD, "rows": 0}], [{**GOOD, "rows": 1 << 40}], [{**GOOD, "turns": {}}],
+        [{**GOOD, "turns": {"a": 10_001, "b": -1}}], [{**GOOD, "turns": {"a": 4000, "b": 6001}}],
+    ],
+)  # fmt: skip
+def test_stretches_that_no_run_has(stretches):
+    begun = one_stretch(8, None)
+    assert go_on({"global_step": 9, "stretches": [GOOD]}, begun) == (Stretch(**GOOD), Stretch(9, 8, None))
+    with pytest.raises(ConfigError, match="the checkpoint is damaged: its stretches are not those of a run"):
+        go_on({"global_step": 9, "stretches": stretches}, begun)
+
+
+def test_a_checkpoint_from_before_they_were_kept_is_of_one_stretch():
+    begun, data = one_stretch(8, None), {"--data.global_batch_size": 4}
+    assert go_on({"global_step": 9, "data": data}, begun) == (Stretch(0, 4, None), Stretch(9, 8, None))
+    assert go_on({"global_step": 9, "data": {"--data.global_batch_size": 8}}, begun) == begun
+    assert go_on({"global_step": 0, "data": data}, begun) == begun
+    assert go_on({"global_step": 9, "stretches": [], **NO_DATA}, begun) == begun  # with a loader of one's own
 
 
 def test_the_fingerprint_tells_other_shares_and_other_kept_rows():
@@ -304,3 +400,41 @@ def test_a_selection_keeps_the_shares(weighted, teacher, tmp_path, caplog):
     card = (tmp_path / "hf/README.md").read_text()
     assert re.search(r"web.jsonl 25.0%, \S*code.jsonl 75.0%", card)
     assert "times the text" not in card
+
+
+def test_a_run_goes_on_in_other_shares_and_batches_with_what_is_unread(weighted, tmp_path, caplog, monkeypatch):
+    """Three starts, the last interrupted once more, against what each source's own order says."""
+    read: list[int] = []
+    plain = SALTModule.training_step
+
+    def training_step(self, batch, batch_idx):
+        read.extend(batch["rows"].tolist())
+        return plain(self, batch, batch_idx)
+
+    monkeypatch.setattr(SALTModule, "training_step", training_step)
+    own = {**weighted, "checkpoint.at_steps": [4, 9], "trainer.val_check_interval": 12}
+    assert run(["fit", *arguments(own)]) == 0
+    del read[4 * 8 :]  # of 8 rows; the others are of the branch that is left
+
+    def go_on(step, last, changes):
+        ckpt = str(tmp_path / f"run/checkpoints/step-{step:08d}.ckpt")
+        assert run(["fit", *arguments(own, changes, {"ckpt_path": ckpt, "trainer.max_steps": last})]) == 0
+
+    more_code = {"data.source_weights": [1, 7], "data.global_batch_size": 16}
+    go_on(4, 9, more_code)
+    assert "data: step 5 goes on with row 33 of the order; 9 steps read 112 rows: web 16.1% (" in caplog.text  # 8 + 10
+    assert "code 83.9% (" in caplog.text  # 24 + 70
+    go_on(9, 10, {"data.source_weights": [1, 1]})
+    saved = read_checkpoint(str(tmp_path / "run/checkpoints/step-00000010.ckpt"), "--ckpt_path")
+    assert [(part["step"], part["rows"]) for part in saved["stretches"]] == [(0, 8), (4, 16), (9, 8)]
+    go_on(10, 12, {"data.source_weights": [2, 2]})  # another unit, no other shares
+    assert len(read) == 4 * 8 + 5 * 16 + 3 * 8
+    made = SALTDataModule(**{key[5:]: value for key, value in own.items() if key.startswith("data.")})
+    made.setup("fit")
+    for order, (begin, end) in zip(made._order.orders, pairwise(made._shares().starts), strict=True):
+        of_source = [row - begin for row in read if begin <= row < end]
+        assert of_source == order(np.arange(len(of_source))).tolist()
+    made.source_weights = [1, 1]
+    made.go_on_from(saved, 12)
+    shown = made.describe_batches(9, 1)  # of 8 rows, as a step
+    assert [int(row) for row in re.findall(r"(\d+) \(", shown)] == read[112:116]

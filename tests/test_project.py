@@ -42,7 +42,7 @@ LAYERS = [  # a file imports from files of earlier layers alone
         "scores",
     },
     {"kinds"},
-    {"results"},
+    {"results", "stretches"},
     {"metrics", "settings", "shards", "slurm", "sources", "token_files", "triton_rows"},
     {"damage", "difficulty", "documents", "event_log", "losses", "report", "rows", "run_config", "spec"},
     {"lineage", "parse"},

@@ -47,11 +47,15 @@ class Shares:
         names: of the sources.
         weights: above 0, in any unit.
         starts: the first row of each source, and last the number of rows; each has one.
+        begin: the position from which on these are the shares.
+        earlier: those until then; None: there were none.
     """
 
     names: tuple[str, ...]
     weights: tuple[float, ...]
     starts: tuple[int, ...]
+    begin: int = 0
+    earlier: "Shares | None" = None
 
     @property
     def rows_S(self) -> np.ndarray:
@@ -79,9 +83,17 @@ class Shares:
         return _cycle(tuple(self.turns_S.tolist()))
 
     def reads(self, count: int) -> np.ndarray:
-        """Rows of each source among the first `count`."""
-        cycles, turns = divmod(count, CYCLE)
-        return cycles * self.turns_S + np.bincount(self.cycle[0][:turns], minlength=len(self.turns_S))
+        """Rows of each source among the first `count`, as far as there were shares."""
+        by_name = self._reads(count)
+        return np.array([by_name[name] for name in self.names])
+
+    def _reads(self, count: int) -> dict[str, int]:
+        """Likewise by name, also of sources that earlier shares alone had."""
+        before = {} if self.earlier is None else self.earlier._reads(min(count, self.begin))
+        cycles, turns = divmod(max(0, count - self.begin), CYCLE)
+        now_S = cycles * self.turns_S + np.bincount(self.cycle[0][:turns], minlength=len(self.turns_S))
+        now = dict(zip(self.names, now_S.tolist(), strict=True))
+        return before | {name: before.get(name, 0) + rows for name, rows in now.items()}
 
 
 @cache  # tens of milliseconds, and a start asks several times
@@ -145,6 +157,7 @@ class Mixture:
     ) -> None:
         self.shares = shares
         self._source_P, self._number_P = shares.cycle
+        self._before_S = shares.reads(shares.begin)
         seeds_S = scatter(np.array([seed])) + np.arange(1, len(shares.names) + 1, dtype=np.uint64)
         self.orders = []
         for own_seed, (start, end), reads in zip(seeds_S, pairwise(shares.starts), shares.reads(phase1), strict=True):
@@ -152,19 +165,21 @@ class Mixture:
             self.orders.append(Order(int(own_seed), end - start, own, int(reads), unread_first))
 
     def __call__(self, position: np.ndarray) -> np.ndarray:
-        cycle, turn = np.divmod(position, CYCLE)
+        cycle, turn = np.divmod(position - self.shares.begin, CYCLE)
         source = self._source_P[turn]
         rows = np.empty_like(position)
         for s in np.unique(source):
             of_s = source == s
-            number = cycle[of_s] * self.shares.turns_S[s] + self._number_P[turn[of_s]]
+            number = self._before_S[s] + cycle[of_s] * self.shares.turns_S[s] + self._number_P[turn[of_s]]
             rows[of_s] = self.shares.starts[s] + self.orders[s](number)
         return rows
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the shares, and of what phase 1 reads of each source."""
+        """Hash of the shares, of what was read before them, and of what phase 1 reads of each source."""
         told = [self.shares.turns_S.tolist(), self.shares.starts, [order.fingerprint for order in self.orders]]
+        if self.shares.begin:
+            told.append([self.shares.begin, *self._before_S.tolist()])
         return hashlib.blake2b(repr(told).encode(), digest_size=10).hexdigest()
 
 

@@ -145,10 +145,21 @@ def counts_nll(tokens: np.ndarray, labels: np.ndarray) -> float:
 
 
 class TrainBatches(Dataset):
-    """Micro-batch i of one rank, counted over the whole run: step i // accumulate, part i % accumulate."""
+    """Micro-batch i of one rank, counted over the whole run: step i // accumulate, part i % accumulate.
 
-    def __init__(self, packed: Rows, order: Order | Mixture, sizes: tuple[int, int], place: tuple[int, int]) -> None:
+    `before`: how many rows are read before a step.
+    """
+
+    def __init__(
+        self,
+        packed: Rows,
+        order: Order | Mixture,
+        sizes: tuple[int, int],
+        place: tuple[int, int],
+        before: Callable[[int], int] | None = None,
+    ) -> None:
         self.packed, self.order = packed, order
+        self.before = before or sizes[0].__mul__
         self.global_batch, self.micro_batch = sizes
         self.rank, self.world = place
         self.accumulate = self.global_batch // (self.micro_batch * self.world)
@@ -157,7 +168,7 @@ class TrainBatches(Dataset):
     def __getitem__(self, index: int) -> Batch:
         step, part = divmod(index, self.accumulate)
         if step != self._step[0]:
-            positions = step * self.global_batch + np.arange(self.global_batch)
+            positions = self.before(step) + np.arange(self.global_batch)
             rows = self.order(positions)
             self._step = (step, rows, np.array(self.packed.label_counts(rows).sum()))
         _, rows, step_tokens = self._step

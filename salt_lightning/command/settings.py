@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 
+from salt_lightning.batches.mixture import weight_problems
 from salt_lightning.errors import refuse
 
 _GROUPS = (
@@ -159,3 +160,26 @@ def wrong_trainer_settings(trainer: Namespace) -> list[str]:
     if trainer.get("overfit_batches"):
         wrong.append(f"--trainer.overfit_batches {trainer.overfit_batches}: give a small --data.source instead")
     return wrong
+
+
+def wrong_data(data: Any) -> list[str]:
+    """Every setting of a SALTDataModule that is out of its range."""
+    vocab_fits = data.tokenizer_name != "train" or 257 <= data.trained_vocab_size < 2**31
+    share_fits = bool(data.val_source) or 0 < data.val_fraction < 1
+    one_source = not (data.source_per_file and data.source_column)
+    checks = [
+        ("source", data.source, data.source, "names no text; give a file, folder, glob or hub data set"),
+        ("tokenizer", data.tokenizer_name, data.tokenizer_name, "must be 'train', a folder or a hub name"),
+        ("vocab_size", data.trained_vocab_size, vocab_fits, "must be 257 or more, and below 2**31"),
+        ("block_size", data.block_size, 2 <= data.block_size < 2**31, "must be 2 or more, and below 2**31"),
+        ("val_fraction", data.val_fraction, share_fits, "must lie between 0 and 1, or give --data.val_source"),
+        ("val_rows", data.val_rows, data.val_rows is None or data.val_rows >= 1, "must be 1 or more, or null"),
+        ("source_per_file", True, one_source, "and --data.source_column both say what a source is; give one"),
+    ]  # fmt: skip
+    at_least = {"global_batch_size": 1, "micro_batch_size": 1, "seed": 0, "prepare_workers": 0, "num_workers": 0}
+    for name, least in at_least.items():
+        value, bits = getattr(data, name), 63 if name == "seed" else 31
+        checks.append((name, value, least <= value < 2**bits, f"must be {least} or more, and below 2**{bits}"))
+    others = data.source_column, data.source_per_file, data.examples.given
+    weights = weight_problems(data.source_weights, data.source, others)
+    return weights + [f"--data.{name}: {value!r} {wanted}" for name, value, good, wanted in checks if not good]

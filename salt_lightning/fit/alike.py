@@ -7,6 +7,7 @@ them in silence, or waits for what they do not send.
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,8 @@ def identity(data: Any) -> dict[str, Any]:
 def about(data: Any, max_steps: int) -> dict[str, Any]:
     """What a checkpoint says of its run: a later start's to compare, a model card's to tell."""
     tokenizer, text = getattr(data, "tokenizer_fingerprint", None), getattr(data, "text", {})
-    text_of = {"tokenizer": tokenizer, "data": identity(data), "text": text}
+    stretches = [asdict(stretch) for stretch in getattr(data, "stretches", ())]
+    text_of = {"tokenizer": tokenizer, "data": identity(data), "text": text, "stretches": stretches}
     return {**text_of, "max_steps": max_steps, VERSION: salt_lightning.__version__}
 
 

@@ -33,6 +33,7 @@ _CHECKPOINT: dict[Any, Any] = {
     "data": {
         **dict.fromkeys((f"--data.{name}" for name in ("global_batch_size", "block_size", "num_train_tokens")), int),
     },
+    "stretches": [{"step": int, "rows": int, "turns": ({...: int}, type(None))}],
     "kd_schedule": ({**_STEPS, "shape": str, "stop_margin": _NUMBER | None}, type(None)),
     "kd_stop_step": int | None,
     "forward_flops": {...: _NUMBER},

@@ -1,0 +1,85 @@
+"""The rows that a run has read before each step, where its batch size or its shares have changed at a resume.
+
+A pure function of the step still, of the stretches that the run is made of: a checkpoint names them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+from salt_lightning.batches.mixture import CYCLE, Shares
+from salt_lightning.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """From optimizer step `step` (from 0) on a step reads so many rows, in such shares.
+
+    Args:
+        step: the first one.
+        rows: of a step, --data.global_batch_size.
+        turns: of each source in a cycle of mixture.py, by name; None: all rows are read alike.
+    """
+
+    step: int
+    rows: int
+    turns: dict[str, int] | None
+
+
+Stretches = tuple[Stretch, ...]
+
+
+def one_stretch(rows: int, shares: Shares | None) -> Stretches:
+    """Those of a run that begins."""
+    turns = None if shares is None else dict(zip(shares.names, shares.turns_S.tolist(), strict=True))
+    return (Stretch(0, rows, turns),)
+
+
+def rows_before(stretches: Stretches, step: int) -> int:
+    """Rows that a run has read before an optimizer step."""
+    ends = [*(stretch.step for stretch in stretches[1:]), step]
+    return sum(
+        max(0, min(end, step) - stretch.step) * stretch.rows for stretch, end in zip(stretches, ends, strict=True)
+    )
+
+
+def go_on(checkpoint: Mapping[str, Any], begun: Stretches) -> Stretches:
+    """Those of a run that goes on from a checkpoint, where it would begin with `begun`.
+
+    Raises:
+        ConfigError: those that the checkpoint names cannot be of a run.
+    """
+    step, (now,) = checkpoint["global_step"], begun
+    past = [stretch for stretch in _of_checkpoint(checkpoint, now) if stretch.step < step]
+    if past and (past[-1].rows, past[-1].turns) == (now.rows, now.turns):
+        return tuple(past)
+    return (*past, replace(now, step=step if past else 0))
+
+
+def _of_checkpoint(checkpoint: Mapping[str, Any], now: Stretch) -> Stretches:
+    if not checkpoint.get("stretches"):  # of before they were kept, or with a loader of one's own: one of all steps
+        return (replace(now, step=0, rows=checkpoint["data"]["--data.global_batch_size"] or now.rows),)
+    try:
+        found = tuple(Stretch(**each) for each in checkpoint["stretches"])
+        steps = [stretch.step for stretch in found]
+        turns = [[*stretch.turns.values()] for stretch in found if stretch.turns is not None]
+        good = steps[0] == 0 and steps == sorted(set(steps)) and steps[-1] <= checkpoint["global_step"]
+        good = good and all(0 < stretch.rows < 1 << 31 for stretch in found)
+        good = good and all(min(each) > 0 and sum(each) == CYCLE for each in turns)
+    except (TypeError, IndexError, ValueError):
+        good = False
+    if not good:
+        raise ConfigError("the checkpoint is damaged: its stretches are not those of a run")
+    return found
+
+
+def with_past(shares: Shares, stretches: Stretches) -> Shares:
+    """The shares of the last stretch, with what was read of each source before them."""
+    past, begin = None, 0
+    for before, after in pairwise(stretches):
+        if before.turns != after.turns:
+            turns = before.turns or {}
+            past = Shares(tuple(turns), tuple(turns.values()), (), begin, past) if turns else None
+            begin = rows_before(stretches, after.step)
+    return replace(shares, begin=begin, earlier=past)
