@@ -7,7 +7,7 @@ is written into the run's folder.
 import os
 import shutil
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -363,9 +363,12 @@ def _usable(total: int) -> int:
     return int((total - _OUTSIDE_BYTES) * (1 - _GAPS))
 
 
-def report(check: Check, wrong: list[str]) -> int:
-    """Prints all findings, `wrong` settings first; the exit code."""
+def report(check: Check, wrong: Iterable[str], instead: Mapping[str, Any]) -> int:
+    """Prints all findings, `wrong` settings first, and what was looked at `instead` of them; the exit code."""
     check.findings += [Finding("error", "settings", message) for message in wrong]
+    if instead:
+        said = ", ".join(f"--{name} {value}" for name, value in instead.items())
+        check.findings.append(Finding("note", "settings", f"the rest was looked at with {said}"))
     check.run()
     if not parallel.writes_elsewhere():
         print(listed(check.findings, min(120, shutil.get_terminal_size((120, 24)).columns)))

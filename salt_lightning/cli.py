@@ -15,15 +15,15 @@ import lightning.pytorch as pl
 import torch
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from salt_lightning import check, checkpoint, compare, export, parallel
 from salt_lightning.answers import AnswerTest
-from salt_lightning.checkpoint import AtomicCheckpointIO, RunCheckpoint, newest, savers
+from salt_lightning.checkpoint import AtomicCheckpointIO, RunCheckpoint, savers
 from salt_lightning.command import settings
-from salt_lightning.command.parser import Parser, check_configs, configs_first, require_no_comments, reword
+from salt_lightning.command.parser import Parser, check_configs, configs_first, require_no_comments, reword, to_defaults
 from salt_lightning.command.quiet import silence_libraries, steady_streams
+from salt_lightning.command.resume import rank, resolve, say_once
 from salt_lightning.comparison.report import evaluation
 from salt_lightning.data import SALTDataModule
 from salt_lightning.errors import (
@@ -32,7 +32,6 @@ from salt_lightning.errors import (
     Stopped,
     of_machine,
     one_line,
-    printable_lines,
     raised,
     refuse,
     say,
@@ -43,7 +42,7 @@ from salt_lightning.run import run_lock, slurm
 from salt_lightning.run.event_log import quiet_threads, trackers
 from salt_lightning.run.progress_bar import ProgressBar, close_bars, keep_off_bars
 from salt_lightning.run.run_config import SaveRunConfig, taken
-from salt_lightning.run.runlog import flat, saved
+from salt_lightning.run.runlog import flat
 from salt_lightning.schedule import KDScheduleCallback
 from salt_lightning.storage import damage
 from salt_lightning.teacher.difficulty import DocumentLossWriter
@@ -83,7 +82,7 @@ class SALTCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         parsers = (parser, *getattr(self, "_subcommand_parsers", {}).values())  # none with run=False
         known = [action.dest for each in parsers for action in each._actions]
-        args = configs_first(sys.argv[1:] if args is None else args)
+        Parser.typed = args = configs_first(sys.argv[1:] if args is None else args)
         check_configs(args, known)
         self.config = parser.parse_args(args)  # not super(): it warns of arguments given from Python
         self._explicit = parser.parse_args(args, defaults=False)
@@ -112,7 +111,7 @@ class SALTCLI(LightningCLI):
             return
         if subcommand == "predict":
             raise ConfigError(f"--ckpt_path {path}: predict scores with the teacher; give it as --model.teacher.path")
-        chosen, path = path, _resolve(path, config, subcommand)
+        chosen, path = path, resolve(path, config, subcommand)
         config["ckpt_path"] = None if path is None else str(path)
         if path is None:
             return
@@ -124,7 +123,7 @@ class SALTCLI(LightningCLI):
             if subcommand != "fit" and key not in _EVALUATED:
                 continue
             if now != before.get(key, now) and not isinstance(now, dict) and key != "student.path":
-                _say(f"--model.{key} {now} (checkpoint: {before[key]}): the given value is used")
+                say_once(f"--model.{key} {now} (checkpoint: {before[key]}): the given value is used")
         held.pop("seed", None)  # follows --seed_everything
         if subcommand != "fit" and given:
             given.pop("student", None)  # what is looked at is what the checkpoint holds
@@ -135,7 +134,7 @@ class SALTCLI(LightningCLI):
 
     def hold(self, run: Path) -> None:
         # those that Lightning starts take an operator's RANK, inherited, for their own
-        if _rank() == 0 and all(os.environ.get(name, "0") == "0" for name in ("NODE_RANK", "LOCAL_RANK")):
+        if rank() == 0 and all(os.environ.get(name, "0") == "0" for name in ("NODE_RANK", "LOCAL_RANK")):
             _HELD.enter_context(run_lock.held(run))
 
     def before_instantiate_classes(self) -> None:
@@ -151,8 +150,7 @@ class SALTCLI(LightningCLI):
             wrong += taken(Path(config.run), settings.checkpoints(config), flat(config.as_dict()))
         if self.subcommand in ("validate", "test") and not has_checkpoint and not config.model.student.path:
             wrong.append(f"{self.subcommand} needs --ckpt_path (a .ckpt file, or last): a fresh student knows nothing")
-        if wrong:
-            self.refuse(wrong)
+        self.refuse(wrong)
 
     def refuse(self, wrong: list[str]) -> None:
         refuse(wrong)
@@ -161,9 +159,9 @@ class SALTCLI(LightningCLI):
         """Where it runs, where that may be a surprise."""
         asked = self._settings(self.config).trainer.accelerator
         if self.trainer.strategy.root_device.type == "cpu" and asked == "auto":
-            _say(f"device: the CPU, since torch {torch.__version__} finds no GPU (--trainer.accelerator auto)")
+            say_once(f"device: the CPU, since torch {torch.__version__} finds no GPU (--trainer.accelerator auto)")
         if remark := parallel.device_remark(self.trainer):
-            _say(f"device: {'; '.join(remark)}")
+            say_once(f"device: {'; '.join(remark)}")
 
     def before_fit(self) -> None:
         """What can be refused without the text, which takes minutes, is refused before it, and all at once."""
@@ -171,7 +169,7 @@ class SALTCLI(LightningCLI):
         config, student = self._settings(self.config), self.model.student_spec
         resumed = bool(config.get("ckpt_path"))
         if student.path and student.config and not resumed:
-            _say(f"--model.student.config is not used: the sizes are those of --model.student.path {student.path}")
+            say_once(f"--model.student.config is not used: the sizes are those of --model.student.path {student.path}")
         teaches = config.kd.weight > 0 and not resumed  # phase 2 goes on where the teacher is gone
         target = None if checkpoint.is_over(config.ckpt_path, self.trainer.max_steps) else config.checkpoint.export
         if wrong := raised(check.without_text(self.model, self.trainer, target, teaches)):
@@ -198,6 +196,22 @@ class SALTCLI(LightningCLI):
             print(evaluation(self.trainer.callback_metrics))
 
     def instantiate_classes(self) -> None:
+        """What a class refuses gives way to its default, so that all that is wrong is told at once."""
+        told: list[str] = []
+        self.instead: dict[str, Any] = {}
+        while True:
+            try:
+                self._instantiate()
+                break
+            except ConfigError as error:
+                told.append(str(error))
+                settled = to_defaults(told[-1], self._settings(self.config), self._parser(self.subcommand))
+                if not settled:
+                    refuse(told)
+                self.instead |= settled
+        self.refuse(told)
+
+    def _instantiate(self) -> None:
         try:
             super().instantiate_classes()
         except ConfigError:
@@ -250,6 +264,8 @@ class SALTCLI(LightningCLI):
 class CheckCLI(SALTCLI):
     """The command line of a fit, which is looked at instead of run."""
 
+    wrong: tuple[str, ...] | list[str] = ()
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
         parser.add_argument(
@@ -265,7 +281,7 @@ class CheckCLI(SALTCLI):
         """Nothing: one may look while another trains."""
 
     def refuse(self, wrong: list[str]) -> None:
-        self.wrong = wrong
+        self.wrong = [*self.wrong, *wrong]
 
     def before_fit(self) -> None:
         """Nothing: what it refuses is among the findings."""
@@ -275,36 +291,7 @@ class CheckCLI(SALTCLI):
         looked = check.Check(
             self.model, self.datamodule, self.trainer, str(config.trainer.accelerator), config.check.memory_gib
         )
-        self.code = check.report(looked, getattr(self, "wrong", []))
-
-
-def _resolve(path: str, config: Namespace, subcommand: str) -> Path | None:
-    """`last` is the newest checkpoint of the run's folder; without one a fit starts at step 0, and says so."""
-    folder = settings.checkpoints(config)
-    if path != "last":
-        elsewhere = Path(path).absolute().parent != folder.absolute()
-        if subcommand == "fit" and elsewhere:  # as a config.yaml that was copied names it
-            _say(f"--ckpt_path {path}: going on from there, not from a checkpoint of --run {config.run}")
-        return Path(path)
-    found = newest(folder)
-    if found is None and saved(folder):
-        raise ConfigError(
-            f"--ckpt_path last: every checkpoint in {folder} is damaged (see above); start anew in another --run, or "
-            "bring back a copy"
-        )
-    if found is None and subcommand != "fit":
-        raise ConfigError(f"--ckpt_path last: no checkpoint in {folder}; is --run {config.run} right?")
-    _say(f"--ckpt_path last: {found or f'no checkpoint in {config.run}, starting at step 0'}")
-    return found
-
-
-def _rank() -> int:
-    return getattr(rank_zero_only, "rank", 0)
-
-
-def _say(message: str) -> None:
-    if _rank() == 0:
-        print(printable_lines(message), file=sys.stderr)
+        self.code = check.report(looked, self.wrong, self.instead)
 
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -331,7 +318,14 @@ def _start(kind: type[SALTCLI], args: list[str] | None) -> Any:
 
 
 def _check(args: list[str]) -> int:
-    return _start(CheckCLI, ["fit", *args]).code
+    try:
+        return _start(CheckCLI, ["fit", *args]).code
+    except ConfigError as error:
+        say(error)
+    except SystemExit as refused:  # by the parser, which has said why
+        if not refused.code:
+            raise
+    return 1
 
 
 VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {
@@ -366,7 +360,7 @@ def main(args: list[str] | None = None) -> int:
         return 128 + number
     except (ConfigError, NonFiniteLossError, OSError, MisconfigurationException, ModuleNotFoundError) as error:
         close_bars()
-        if _rank():  # the first rank says the same, and its end is ours; else we speak
+        if rank():  # the first rank says the same, and its end is ours; else we speak
             time.sleep(checkpoint.FIRST_RANK_S)
         code = say(error)
         return 2 if isinstance(error, MisconfigurationException) else code
@@ -375,7 +369,7 @@ def main(args: list[str] | None = None) -> int:
         if said is None and not parallel.has_lost_others(error):
             raise
         close_bars()
-        print(f"\nerror: {said}" if said else parallel.loss_of_others(_rank(), str(error), *first), file=sys.stderr)
+        print(f"\nerror: {said}" if said else parallel.loss_of_others(rank(), str(error), *first), file=sys.stderr)
         return 1
     parallel.leave_at_exit()
     trainer = cli.trainer

@@ -174,11 +174,61 @@ def test_no_text_hides_nothing_else(checked):
 
 
 def test_exit_code_of_refused_settings(settings, capsys):
-    assert cli.main(["check", *arguments(settings, {"kd.weight": 2})]) == 2
-    assert "--kd.weight 2" in capsys.readouterr().err
+    """All that is wrong at once, and 1 as for any other finding."""
+    wrong = {"kd.weight": 2, "model.optim.lr": -1, "data.keep.fraction": 3, "data.micro_batch_size": 3}
+    assert cli.main(["check", *arguments(settings, wrong)]) == 1
+    out = " ".join(capsys.readouterr().out.split())
+    for said in (
+        "ERROR settings --kd.weight 2.0 must lie in 0..1",
+        "ERROR settings --model.optim.lr -1.0 must be above 0",
+        "ERROR settings --data.keep.fraction 3.0 must lie above 0",
+        "note settings the rest was looked at with",
+        "--kd.weight 0.667",
+        "ERROR batch --data.global_batch_size: 8 rows do not divide",
+        "ERROR phases --kd.weight 0.667 needs a teacher",
+        "ok compute",
+    ):
+        assert said in out, out
+    assert cli.main(["check", "--kd.wieght=1", "--data.foo", "3", "--trainer.max_steps", "ten"]) == 1
+    err = capsys.readouterr().err
+    assert err == (
+        "error: --trainer.max_steps ten must be a whole number; --kd.wieght: there is no such setting; did you mean "
+        "--kd.weight?; --data.foo: there is no such setting; did you mean --data?\n"
+    )
+
+
+def test_the_parser_tells_all_of_a_file_and_a_command_line(settings, tmp_path, capsys):
+    (tmp_path / "over.yaml").write_text(
+        "kd: {wieght: 1, shape: foo}\ndata: {source: [a, b]}\nmodel: {compile: maybe}\n"
+    )
     with pytest.raises(SystemExit) as end:
-        cli.main(["check", "--kd.wieght=1"])
+        cli.main(["fit", "--kd.steps", "x", f"--config={tmp_path / 'over.yaml'}", "--trainer.strategy.foo=1"])
     assert end.value.code == 2
+    err = capsys.readouterr().err
+    for said in (
+        "--kd.wieght: there is no",
+        "--kd.shape foo must be",
+        "--model.compile maybe must",
+        "--kd.steps x must",
+    ):
+        assert err.count(said) == 1, err
+    assert err.count("\n") == 1
+    assert "--data.source" not in err
+
+
+def test_a_fit_tells_what_all_its_classes_refuse(settings, capsys):
+    wrong = {"kd.weight": 2, "model.optim.lr": -1, "data.block_size": -5, "checkpoint.keep": 0, "trainer.devices": 0}
+    said = ("--kd.weight 2.0", "--model.optim.lr -1.0", "--data.block_size: -5", "--checkpoint.keep 0", "--trainer.d")
+    assert cli.main(["fit", *arguments(settings, wrong)]) == 2
+    err = capsys.readouterr().err
+    for said in (
+        "--kd.weight 2.0",
+        "--model.optim.lr -1.0",
+        "--data.block_size: -5",
+        "--checkpoint.keep 0",
+        "--trainer.d",
+    ):
+        assert err.count(said) == 1, err
 
 
 def test_help_has_the_settings_of_a_fit(capsys):

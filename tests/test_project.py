@@ -54,7 +54,7 @@ LAYERS = [  # a file imports from files of earlier layers alone
     {"answers", "checkpoint", "data"},
     {"module"},
     {"memory"},
-    {"check"},
+    {"check", "resume"},
     {"cli", "__init__"},
     {"__main__"},
 ]

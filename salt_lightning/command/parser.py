@@ -2,18 +2,22 @@
 
 import argparse
 import difflib
+import json
 import os
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
+from functools import partial
 from itertools import islice, pairwise
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import yaml
 from jsonargparse import DefaultHelpFormatter, Namespace, get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 
-from salt_lightning.errors import ConfigError, one_line, printable
+from salt_lightning.errors import ConfigError, one_line, printable, raised
 
 _TYPES = {
     "int": "a whole number",
@@ -51,9 +55,20 @@ class Parser(LightningArgumentParser):
         # No abbreviations: --trainer.max_step would be taken for max_steps.
         super().__init__(*args, **{"allow_abbrev": False, "formatter_class": HelpFormatter, **kwargs})
 
+    typed: ClassVar[list[str]] = []  # the command line
+    _one_by_one = False
+
     def error(self, message: str, ex: Exception | None = None) -> Any:
         asked = getattr(ex, "subcommand_parser", None) or self
-        sys.stderr.write(f"error: {printable(explain(message, [action.dest for action in asked._actions]))}\n")
+        known = [action.dest for action in asked._actions]
+        said = explain(message, known)
+        if asked._one_by_one:
+            raise ConfigError(said)
+        asked._one_by_one, others = True, list[str]()
+        if "run" in known:  # else it is the parser of a class's own settings
+            with suppress(yaml.YAMLError):  # jsonargparse stops at the first
+                others = raised(partial(asked.parse_args, [f"--{name}={value}"]) for name, value in _given(self.typed))
+        sys.stderr.write(f"error: {printable('; '.join(dict.fromkeys([said, *others])))}\n")
         raise SystemExit(2)
 
 
@@ -161,6 +176,41 @@ def _type_names(text: str) -> str:
     names = [name for name in literals if name not in classes] + [_TYPES.get(name, name) for name in classes]
     names += [f"a list of {_TYPES.get(name, name).removeprefix('a ')}s" for name in lists]
     return " or ".join(dict.fromkeys(names)) or text
+
+
+# --- all that is wrong at once ---
+
+# Settings that take a class, whose own are nothing without it, and those that stop the parser.
+_ALONE = re.compile(r"--(?!config\b|print_config|help|trainer\.(strategy|callbacks|logger|plugins|profiler)\b)([\w.]+)")
+
+
+def _given(args: list[str]) -> list[tuple[str, str]]:
+    """(name, value as typed) of each setting of a command line and its files, as far as it has a meaning alone."""
+    found = []
+    for file in _values(args):
+        text = file if file.lstrip().startswith("{") else Path(file).read_text(encoding="utf-8")
+        found += _leaves(yaml.safe_load(text), "")
+    for word, following in pairwise([*args, ""]):
+        name, joined, value = word.partition("=")
+        if name.startswith("--"):
+            found.append((name[2:], value if joined else following))
+    return [(name, value) for name, value in found if _ALONE.fullmatch(f"--{name}")]
+
+
+def _leaves(value: Any, name: str) -> list[tuple[str, str]]:
+    if isinstance(value, dict) and value:
+        return [leaf for key, inner in value.items() for leaf in _leaves(inner, f"{name}.{key}" if name else str(key))]
+    return [(name, value if isinstance(value, str) else json.dumps(value, default=str))]
+
+
+def to_defaults(said: str, settings: Namespace, parser: LightningArgumentParser) -> dict[str, Any]:
+    """Gives each setting that begins a problem of `said` its default, and says which, where it had another value."""
+    defaults = parser.get_defaults()
+    names = [name for name in re.findall(r"(?:^|; )--([\w.]+)", said) if name in settings and name in defaults]
+    changed = {name: defaults[name] for name in names if settings[name] != defaults[name]}
+    for name, default in changed.items():
+        settings[name] = default
+    return changed
 
 
 # --- the files of --config, before jsonargparse reads them ---
