@@ -39,20 +39,22 @@ def read(path: Path, name: str, generations: int = 9) -> Run:
         named = step_named(checkpoint.name) is not None
         if named and before.is_dir() and before.resolve() != path.resolve():
             try:
-                parent = read(before, name, generations - 1)
+                return _behind(read(before, name, generations - 1), run)
             except ConfigError:  # a folder that nobody has named
                 return run
-            curves = dict(parent.curves)
-            for tag, curve in run.curves.items():
-                if (there := curves.get(tag)) is not None:
-                    until = there.steps <= run.began  # it may have gone on itself
-                    parts = zip((there.steps[until], there.values[until]), (curve.steps, curve.values), strict=True)
-                    curve = Curve(*map(np.concatenate, parts))
-                curves[tag] = curve
-            config, before_it = parent.settings_until(run.began)
-            curves = {tag: c for tag, c in curves.items() if tag in run.curves}
-            return replace(run, curves=curves, earlier=(*before_it, (run.began, config), *run.earlier))
     return run
+
+
+def _behind(parent: Run, run: Run) -> Run:
+    """A run with the log and the settings of the one that it went on from before its own."""
+    curves = dict(run.curves)
+    for tag in curves.keys() & parent.curves.keys():
+        own, there = curves[tag], parent.curves[tag]
+        until = there.steps <= run.began  # it may have gone on itself
+        steps = np.concatenate([there.steps[until], own.steps])
+        curves[tag] = Curve(steps, np.concatenate([there.values[until], own.values]))
+    config, before_it = parent.settings_until(run.began)
+    return replace(run, curves=curves, earlier=(*before_it, (run.began, config), *run.earlier))
 
 
 def teacher_run(run: Run, runs: list[Run]) -> Run | None:
