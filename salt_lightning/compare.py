@@ -28,12 +28,14 @@ class Goal:
 
 def first_reach(steps: np.ndarray, values: np.ndarray, level: float) -> float:
     """The first step at which `values`, linear between its points, is at or below `level`; NaN if never."""
-    for i in np.flatnonzero(values <= level)[:1]:
-        if i == 0 or not values[i - 1] > level:
-            return float(steps[i])
-        share = (values[i - 1] - level) / (values[i - 1] - values[i])
-        return float(steps[i - 1] + share * (steps[i] - steps[i - 1]))
-    return math.nan
+    below = np.flatnonzero(values <= level)
+    if not len(below):
+        return math.nan
+    i = below[0]
+    if i == 0 or not values[i - 1] > level:
+        return float(steps[i])
+    share = (values[i - 1] - level) / (values[i - 1] - values[i])
+    return float(steps[i - 1] + share * (steps[i] - steps[i - 1]))
 
 
 def compare(runs: Sequence[str | Path], out: str | Path, baseline: str | None = None) -> Comparison:
@@ -107,8 +109,10 @@ def evaluate(runs: list[Run], baseline: str | None = None) -> Comparison:
     ]
     experiments: list[list[Run]] = []
     for run in students:
-        same = next((group for group in experiments if group[0].variant == run.variant), None)
-        experiments.append([run]) if same is None else same.append(run)
+        same: list[Run] = next((group for group in experiments if group[0].variant == run.variant), [])
+        if not same:
+            experiments.append(same)
+        same.append(run)
     notes += remarks(silent, runs, experiments, repeated, reference)
     firsts = {run.name: run.val_ce.steps[0] for run in students if run not in seeds and len(run.val_ce.steps)}
     if at_once := [row.run for row in rows if row.reached_step == firsts.get(row.run, math.nan)]:
