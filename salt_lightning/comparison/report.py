@@ -161,12 +161,9 @@ def _parts_table(rows: list[Row]) -> str:
     parts = sorted({tag for row in rows for tag in row.last if tag.startswith("val/ce/")}, key=_third_first)
     if not parts or len(parts) > MOST_PARTS:
         return ""
-    names = [tag.removeprefix("val/ce/") for tag in parts]
     columns = {"run": [row.run for row in rows]}
-    columns |= {
-        name: [number(row.last.get(tag, math.nan), ".4f") for row in rows]
-        for name, tag in zip(names, parts, strict=True)
-    }
+    for tag in parts:
+        columns[tag.removeprefix("val/ce/")] = [number(row.last.get(tag), ".4f") for row in rows]
     return "## Final validation CE by part\n\n" + table(columns, text=("run",))
 
 
@@ -242,14 +239,11 @@ def _equal_table(comparison: Comparison) -> str:
 
 
 def _changes(groups: list[Group]) -> str:
-    lines = [
-        f"- {group.label}: "
-        + ", ".join(
-            f"`{key}` {json.dumps(before)} -> {json.dumps(now)}" for key, (before, now) in group.changed.items()
-        )
-        for group in groups
-        if group.changed
-    ]
+    lines = []
+    for group in groups:
+        told = [f"`{key}` {json.dumps(before)} -> {json.dumps(now)}" for key, (before, now) in group.changed.items()]
+        if told:
+            lines.append(f"- {group.label}: {', '.join(told)}")
     return "\n".join(["## Settings that differ from the reference", "", *lines]) if lines else ""
 
 
