@@ -53,7 +53,7 @@ def set_aside(run: Path, step: int, now: dict[str, Any]) -> None:
     Also where they name another run's checkpoint, which this one went on from.
     """
     later = [path for until, path in earlier_configs(run) if until >= step]  # of starts that this one leaves behind
-    held, kept = next(iter([*later, run / "config.yaml"])), run / f"config.until-{step:08d}.yaml"
+    held, kept = [*later, run / "config.yaml"][0], run / f"config.until-{step:08d}.yaml"
     was = readable(held)
     origin = Path(was.get("ckpt_path") or "last")
     first = step_named(origin.name) or 0  # the step that they held from, as far as that is known

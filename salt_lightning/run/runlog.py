@@ -299,9 +299,14 @@ def _without_watchers(settings: dict[str, Any]) -> dict[str, Any]:
     callbacks = [(at[1], str(name).rpartition(".")[2]) for k, name in settings.items() if (at := _CALLBACK.match(k))]
     watchers = tuple(prefix for prefix, name in callbacks if name in _WATCHERS)
     others = [prefix for prefix, name in callbacks if name not in _WATCHERS]
-    found = {k: v for k, v in settings.items() if not _SHOWN.match(k) and not (watchers and k.startswith(watchers))}
-    places = {prefix: f"trainer.callbacks.{i}." for i, prefix in enumerate(others)}
-    return {next((p + k[len(o) :] for o, p in places.items() if k.startswith(o)), k): v for k, v in found.items()}
+
+    def numbered_anew(key: str) -> str:
+        for i, prefix in enumerate(others):
+            if key.startswith(prefix):
+                return f"trainer.callbacks.{i}.{key.removeprefix(prefix)}"
+        return key
+
+    return {numbered_anew(k): v for k, v in settings.items() if not (_SHOWN.match(k) or k.startswith(watchers))}
 
 
 def _is_odd(value: Any) -> bool:
