@@ -77,11 +77,12 @@ def _is_taught(checkpoint: dict[str, Any], run: Run) -> bool:
 
 
 def _how_to_load(name: str, tokenizer: str | None) -> str:
-    parts = {"model": "AutoModelForCausalLM"} | ({} if tokenizer is None else {"tokenizer": "AutoTokenizer"})
-    lines = [f'{part} = {cls}.from_pretrained("{name}")' for part, cls in parts.items()]
-    if tokenizer:
-        lines[1] = f'{lines[1][:-1]}, subfolder="{tokenizer}")  # beside the model it would be misread'
-    return "\n".join(["```python", f"from transformers import {', '.join(parts.values())}", "", *lines, "```"])
+    classes, lines = "AutoModelForCausalLM", [f'model = AutoModelForCausalLM.from_pretrained("{name}")']
+    if tokenizer is not None:
+        rest = f', subfolder="{tokenizer}")  # beside the model it would be misread' if tokenizer else ")"
+        classes += ", AutoTokenizer"
+        lines.append(f'tokenizer = AutoTokenizer.from_pretrained("{name}"{rest}')
+    return "\n".join(["```python", f"from transformers import {classes}", "", *lines, "```"])
 
 
 def _as_trained(checkpoint: dict[str, Any], run: Run | None) -> Run:
