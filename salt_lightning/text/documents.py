@@ -224,8 +224,7 @@ def _size(row: Any) -> int:
 
 def check_columns(corpus: Corpus, found: list[str], where: str) -> None:
     columns, examples = corpus.columns(), corpus.examples
-    of_chats = isinstance(examples.messages, str) and examples.messages
-    if of_chats and examples.tools != "" and "tools" in found and "tools" not in columns:
+    if examples.chat_column and examples.tools != "" and "tools" in found and "tools" not in columns:
         raise ConfigError(
             f"--data.examples.tools: {where} has a column 'tools', which the chat template may write; name it by "
             "--data.examples.tools tools, or leave it unread by --data.examples.tools ''"

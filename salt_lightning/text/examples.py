@@ -64,6 +64,11 @@ class Examples:
         """Rows are examples, not documents."""
         return bool(self.prompt or self.response or self.messages)
 
+    @property
+    def chat_column(self) -> str:
+        """The column of conversations; "" where `messages` are templates, or none."""
+        return self.messages if isinstance(self.messages, str) else ""
+
     def inputs(self) -> dict[str, Any]:
         """All that decides what is learned of a row, as plain data. Without tools it is what it was before there were
         any: a text that is tokenized is found again."""
@@ -85,7 +90,7 @@ class Examples:
             ]
         if self.tools and not self.messages:
             return [f"--data.examples.tools {self.tools!r} are for a chat template; give messages, or leave it out"]
-        if isinstance(self.messages, str) and self.messages:
+        if self.chat_column:
             return []
         wrong = [problem for setting, template in self._templates() for problem in _problems(setting, template)]
         if self.messages and "" in self._roles():
@@ -97,8 +102,8 @@ class Examples:
     def columns(self) -> dict[str, str]:
         """Column -> the setting that names it."""
         tools = {self.tools: "examples.tools"} if self.tools else {}
-        if isinstance(self.messages, str) and self.messages:
-            return {self.messages: "examples.messages", **tools}
+        if self.chat_column:
+            return {self.chat_column: "examples.messages", **tools}
         read = {_column(field): setting for setting, template in self._templates() for field, _ in _fields(template)}
         return {**read, **tools}
 
@@ -113,8 +118,8 @@ class Examples:
         Raises:
             ConfigError: a value that is no text and no number, or that a template has no word for.
         """
-        if isinstance(self.messages, str) and self.messages:
-            messages = _messages(fields[self.messages], of_table)
+        if self.chat_column:
+            messages = _messages(fields[self.chat_column], of_table)
         else:
             texts = [_filled(setting, template, fields) for setting, template in self._templates()]
             if None in texts:
