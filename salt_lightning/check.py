@@ -103,10 +103,10 @@ class Check:
             said = f"teacher in {taught} of {max_steps} steps ({taught / max_steps:.0%})" if taught else "no teacher"
             if schedule.anneal_steps and taught:
                 said += f", its weight falls in the last {schedule.anneal_steps} of them"
-            stays = taught == max_steps and taught > 0
-            late = "; it never leaves (RKD)" if stays else "; more than half, and a teacher that stays too long harms"
-            many = taught > max_steps / 2
-            self.add("note" if many else "ok", "phases", said + late * many)
+            many, late = taught > max_steps / 2, "more than half, and a teacher that stays too long harms"
+            if taught == max_steps:
+                late = "it never leaves (RKD)"
+            self.add("note" if many else "ok", "phases", f"{said}; {late}" if many else said)
         if self.works("learning rate", optim.check, max_steps):
             said = f"{optim.lr:g} after {optim.warmup_steps} steps of warm-up, then {optim.schedule}"
             self.add("ok", "learning rate", said)
@@ -157,7 +157,7 @@ class Check:
                 self.findings.append(reads)
             if data.selection and (found := self.probe("selection", data.plan_selection)):
                 many = found.chance > 0.5
-                self.add("warning" if many else "ok", "selection", found.said, LESS_CHANCE * many)
+                self.add("warning" if many else "ok", "selection", found.said, LESS_CHANCE if many else "")
         if not (self.works("validation text", data.setup, "validate") and data._train):
             return None
         self.findings += data.doubts()
@@ -292,7 +292,8 @@ class Check:
             return
         fitting = fit.largest(_usable(limit))
         said = f"of {size_said(limit)} a run can use {size_said(_usable(limit))}; the largest that fits: "
-        said += str(fitting or "none") + " (all of a step)" * (fitting == data.global_batch_size // data._place()[1])
+        all_of_step = fitting == data.global_batch_size // data._place()[1]
+        said += f"{fitting or 'none'}{' (all of a step)' if all_of_step else ''}"
         if max(peak.total for peak in found) <= _usable(limit):
             self.add("ok", "micro-batch", said)
             return

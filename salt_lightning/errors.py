@@ -163,4 +163,4 @@ def one_line(error: BaseException | str, limit: int = 400) -> str:
 def few(names: Iterable[object]) -> str:
     """The first three of a list that may be long."""
     shown = list(map(str, names))
-    return ", ".join(shown[:3]) + " ..." * (len(shown) > 3)
+    return ", ".join(shown[:3]) + (" ..." if len(shown) > 3 else "")

@@ -98,8 +98,8 @@ def export(
     rest = own_parts(saved["state_dict"])
     num_parameters, kind = sum(p.numel() for p in model.parameters()), str(model.config.dtype).removeprefix("torch.")
     return (
-        f"{target}: {num_parameters:,} parameters in {kind}, {num_files} file{'s' * (num_files > 1)} of weights, "
-        f"model card, {'tokenizer' if words else f'no tokenizer (none in {run}; name one by --tokenizer)'}"
+        f"{target}: {num_parameters:,} parameters in {kind}, {num_files} file{'s' if num_files > 1 else ''} of "
+        f"weights, model card, {'tokenizer' if words else f'no tokenizer (none in {run}; name one by --tokenizer)'}"
         + (f" in {target / place} (beside a {model.config.model_type} transformers would misread it)" if place else "")
         + (f"; left out, as no part of the model: {few(rest)}" if rest else "")
     )

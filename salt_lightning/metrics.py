@@ -49,7 +49,7 @@ class TokenMetrics(Metric):
         self.sources, self.thirds = tuple(sources), thirds
         if thirds and (taken := sorted({*THIRDS} & {*sources})):
             raise ConfigError(f"--data.difficulty: a source is called {taken[0]!r}, as a third would be; rename it")
-        zeros_S = torch.zeros(len(self.sources) + len(THIRDS) * thirds, dtype=torch.int64)
+        zeros_S = torch.zeros(len(self.sources) + (len(THIRDS) if thirds else 0), dtype=torch.int64)
         self.add_state("nll_sum_S", zeros_S.double(), dist_reduce_fx="sum")
         self.add_state("correct_S", zeros_S.clone(), dist_reduce_fx="sum")
         self.add_state("tokens_S", zeros_S.clone(), dist_reduce_fx="sum")

@@ -63,7 +63,7 @@ def chunked_pass(
     sides = [student] if teacher is None else [student, teacher]
     rows_of, dtypes = rows_and_dtypes((num_rows, vocab), [side.hidden_ND.dtype for side in sides], plan, with_grad)
     in_place = len(dtypes) < len(sides)  # the gradient takes the student logits' memory
-    grad_GV = _buffer(rows_of.chunk * with_grad, vocab, plan.student_dtype, labels_N.device)
+    grad_GV = _buffer(rows_of.chunk if with_grad else 0, vocab, plan.student_dtype, labels_N.device)
     buffers = [_buffer(rows_of.strip, vocab, dtype, labels_N.device) for dtype in dtypes]
     if teacher is not None:
         buffers[-1][:, teacher.head_VD.shape[0] :] = NO_LOGIT  # for good: the products write their own columns
@@ -117,7 +117,7 @@ def rows_and_dtypes(
     dtypes = [dtype if plan.accuracy == "fast" else math_dtype(dtype) for dtype in compute_dtypes]
     if with_grad and dtypes[0] == plan.student_dtype:
         del dtypes[0]
-    grad_bytes = vocab * plan.student_dtype.itemsize * with_grad
+    grad_bytes = vocab * plan.student_dtype.itemsize if with_grad else 0
     strip_bytes = vocab * sum(dtype.itemsize for dtype in dtypes)
     return chunk_and_strip_rows(num_rows, grad_bytes, strip_bytes, plan.budget_gib, plan.chunk_tokens), dtypes
 

@@ -169,7 +169,7 @@ class DocumentLossWriter(pl.Callback):
             "held_out": asdict(trainer.datamodule.held_out),  # type: ignore[attr-defined]
             "model": str(trainer.ckpt_path or pl_module.student_spec.path),
         }
-        file = Path(trainer.default_root_dir) / _VERBS[trainer.testing] / _FILE
+        file = Path(trainer.default_root_dir) / ("test" if trainer.testing else "validate") / _FILE
         file.parent.mkdir(parents=True, exist_ok=True)
         columns = {"document": np.arange(len(tokens_D)), "nll": nll_D.astype(np.float64), "tokens": tokens_D}
         write_table(file, pa.table(columns).replace_schema_metadata({"documents": json.dumps(about)}))

@@ -35,7 +35,8 @@ class Skipped:
         self.lines, self.first = self.lines + other.lines, self.first or other.first
 
     def __str__(self) -> str:
-        return f"{self.lines} bad line{'s' * (self.lines > 1)} left out (--data.bad_lines skip), first {self.first}"
+        more = "s" if self.lines > 1 else ""
+        return f"{self.lines} bad line{more} left out (--data.bad_lines skip), first {self.first}"
 
 
 def documents(
@@ -69,7 +70,7 @@ def documents(
 
 def _name(source: Any) -> str:
     """What a column says of a row's source, as one line for tags and tables."""
-    return " ".join(str(source).split()) or "(none)" if source is not None else "(none)"
+    return "(none)" if source is None else " ".join(str(source).split()) or "(none)"
 
 
 def _taken(take: Callable[[Any], Any], content: Any, raw: Raw, row: int) -> Any:
@@ -98,7 +99,8 @@ def _parse(raw: Raw, row: int, corpus: Corpus) -> tuple[Any, str]:
         return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text, raw.name
     if not text.strip():
         return None, raw.name
-    remedy = "write one object a line" + " (jq -c '.[]' makes them of an array)" * text.lstrip().startswith("[")
+    of_array = " (jq -c '.[]' makes them of an array)" if text.lstrip().startswith("[") else ""
+    remedy = f"write one object a line{of_array}"
     try:
         fields = json.loads(text)
     except (ValueError, RecursionError) as error:
