@@ -6,7 +6,6 @@ Backward counts twice the forward; a recomputed forward (activation checkpointin
 
 import math
 import re
-from functools import partial
 
 import torch
 from torch import nn
@@ -50,7 +49,7 @@ def forward_flops_per_token(model: nn.Module, block_size: int) -> float:
         elif hasattr(module, "num_experts"):
             of_experts = [p for p in module.parameters(recurse=False) if p.ndim > 1 and len(p) == module.num_experts]
             counted.update(map(id, of_experts))
-            weights += sum(map(partial(_active, module, model.config), of_experts))
+            weights += sum(_active(module, model.config, p) for p in of_experts)
     if any(p.ndim > 1 and id(p) not in counted for p in model.parameters()):
         return math.nan
     return 2.0 * weights + _attention_flops_per_token(model.config, block_size)
@@ -114,9 +113,11 @@ def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
         device_name: as `torch.cuda.get_device_name` gives it.
         dtype: of the matrix products, bfloat16 or float32.
     """
-    row = next((row for row in _PEAK_TFLOPS if re.fullmatch(row[0], device_name.strip())), None)
-    tflops = dict(zip((torch.bfloat16, torch.float32), row[1:], strict=True)).get(dtype) if row else None
-    return tflops and float(tflops) * 1e12
+    for name, bf16, fp32 in _PEAK_TFLOPS:
+        if re.fullmatch(name, device_name.strip()):
+            tflops = {torch.bfloat16: bf16, torch.float32: fp32}.get(dtype)
+            return None if tflops is None else tflops * 1e12
+    return None
 
 
 def peak_of(device: torch.device, dtype: torch.dtype, num_devices: int) -> float | None:
@@ -124,4 +125,4 @@ def peak_of(device: torch.device, dtype: torch.dtype, num_devices: int) -> float
     if device.type != "cuda":
         return None
     peak = peak_flops(torch.cuda.get_device_name(device), dtype)
-    return peak and peak * num_devices
+    return None if peak is None else peak * num_devices
