@@ -128,7 +128,7 @@ class AnswerTest(pl.Callback):
             gathered: list[Any] = [None] * trainer.world_size
             dist.all_gather_object(gathered, records)
             records = {i: record for of_rank in gathered for i, record in of_rank.items()}
-        records = {i: records[i] for i in sorted(records)}
+        records = dict(sorted(records.items()))
         values = figures(list(records.values()), len(self.choices))
         rank_zero_info(summary(values))
         if self.extract is not None and self.max_new_tokens:
@@ -280,7 +280,7 @@ def normalized(text: str) -> str:
     text = unicodedata.normalize("NFKC", text).casefold().replace("\u2212", "-")
     text = "".join(str(unicodedata.decimal(c)) if unicodedata.category(c) == "Nd" else c for c in text)
     text = " ".join(text.split())
-    return text[: -1 if text.endswith(_FULL_STOPS) else None].rstrip()
+    return text[:-1].rstrip() if text.endswith(_FULL_STOPS) else text
 
 
 def wilson(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
