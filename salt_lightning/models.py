@@ -23,7 +23,7 @@ from salt_lightning.errors import ConfigError, few
 from salt_lightning.hugging_face import folders
 from salt_lightning.hugging_face.attention import PACKED, Apart, document_mask, layer_kinds, limited_distance
 from salt_lightning.hugging_face.experts import follow_autocast
-from salt_lightning.hugging_face.spec import DTYPES, ModelSpec, as_config_error, fresh_config, wrong_sizes
+from salt_lightning.hugging_face.spec import DTYPES, ModelSpec, as_config_error, fresh_config, padded_vocab, wrong_sizes
 from salt_lightning.storage import damage, shards
 
 PREFIX = shards.STUDENT
@@ -263,7 +263,7 @@ def build_empty(spec: ModelSpec, data: Any) -> CausalLM:
     except ConfigError:
         if data.tokenizer_name != "train" or data._train is not None:
             raise
-        sizes = {"vocab_size": -(-data.trained_vocab_size // 64) * 64, "max_position_embeddings": data.block_size}
+        sizes = {"vocab_size": padded_vocab(data.trained_vocab_size), "max_position_embeddings": data.block_size}
         config = fresh_config(replace(spec, config={**sizes, **spec.config}), None)
     with torch.device("meta"), as_config_error("--model.student.config"):
         model = from_config(config, dtype=DTYPES[spec.dtype or "float32"], attn_implementation=spec.attention)

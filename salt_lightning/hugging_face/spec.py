@@ -206,6 +206,11 @@ def _reads_head_dim(family: str) -> bool:
 _LAYERS = "num_hidden_layers"
 
 
+def padded_vocab(num_ids: int) -> int:
+    """Rows of a fresh model's head: whole tiles for its matrix products."""
+    return -(-num_ids // 64) * 64
+
+
 def fresh_config(spec: ModelSpec, data: Any) -> PreTrainedConfig:
     """The transformers config of a fresh model; missing sizes follow the data."""
     known = family_config(spec)
@@ -214,7 +219,7 @@ def fresh_config(spec: ModelSpec, data: Any) -> PreTrainedConfig:
         end = data.tokenizer.eos_token_id
         positions = known.attribute_map.get("max_position_embeddings", "max_position_embeddings")
         defaults = {
-            "vocab_size": -(-data.vocab_size // 64) * 64,  # whole tiles for the head's matrix products
+            "vocab_size": padded_vocab(data.vocab_size),
             positions: data.block_size,
             **dict.fromkeys(_SPECIAL_TOKENS, end),
         }
