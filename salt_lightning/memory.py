@@ -27,8 +27,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from salt_lightning import parallel
 from salt_lightning.fit.meter import SUMS
-from salt_lightning.head.chunked_head import CPU_BLOCK_ELEMENTS, TILE_ROWS, Plan, rows_and_dtypes
-from salt_lightning.head.row_pass import math_dtype
+from salt_lightning.head.chunked_head import CPU_BLOCK_ELEMENTS, Plan, padded_width, rows_and_dtypes
+from salt_lightning.head.row_pass import NUM_SUMS, math_dtype
 from salt_lightning.hugging_face.experts import on_fake_tensors
 from salt_lightning.losses import SaltLoss
 from salt_lightning.models import CausalLM
@@ -331,7 +331,7 @@ def _drop(parameter: Tensor) -> None:
 def _head_loss(sim: SALTModule, step: Step, hidden_ND: Tensor, head_VD: Tensor, *rest: Any, **_: Any) -> SaltLoss:
     """Takes the place of losses.salt_loss. `rest`: labels; of a teacher its hidden states, head and weight."""
     loss = _HeadLoss.apply(hidden_ND, head_VD.detach(), rest[1:3], sim, step)
-    return SaltLoss(loss, *(torch.zeros(()) for _ in range(8)))
+    return SaltLoss(loss, *(torch.zeros(()) for _ in range(NUM_SUMS + 1)))
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -349,9 +349,9 @@ class _HeadLoss(torch.autograd.Function):
         exact, num_rows, vocab = math_dtype(compute[0]), len(hidden_ND), len(head_VD)
         plan = Plan(sim.hparams["accuracy"], sim.hparams["logits_budget_gib"], None, compute[0], True)
         rows, dtypes = rows_and_dtypes((num_rows, vocab), compute, plan, True)
-        width = vocab if step.device == "cpu" else -(-vocab // TILE_ROWS) * TILE_ROWS
+        width = padded_width(vocab, step.device)
         held = [t.to(compute[0]) for t in (hidden_ND, head_VD)] + [t.to(compute[1]) for t in teacher]
-        held += [torch.empty(rows.chunk, width, dtype=compute[0]), torch.empty(7, num_rows)]
+        held += [torch.empty(rows.chunk, width, dtype=compute[0]), torch.empty(NUM_SUMS, num_rows)]
         held += [torch.empty(rows.strip, width, dtype=dtype) for dtype in dtypes]
         if step.device == "cpu":
             held += [torch.empty(_ROW_PASS_BUFFERS[bool(teacher)], min(CPU_BLOCK_ELEMENTS, rows.strip * vocab))]

@@ -157,9 +157,12 @@ def _slices(start: int, stop: int, rows: int) -> Iterator[slice]:
 
 
 def _buffer(rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Rows x vocabulary with rows aligned for the matrix units, whatever the vocabulary."""
-    padded = vocab if device.type == "cpu" else -(-vocab // TILE_ROWS) * TILE_ROWS
-    return torch.empty(rows, padded, dtype=dtype, device=device)[:, :vocab]
+    return torch.empty(rows, padded_width(vocab, device.type), dtype=dtype, device=device)[:, :vocab]
+
+
+def padded_width(vocab: int, device: str) -> int:
+    """The length of a row of logits in memory: aligned for the matrix units, whatever the vocabulary."""
+    return vocab if device == "cpu" else -(-vocab // TILE_ROWS) * TILE_ROWS
 
 
 class _GradBuffers:
