@@ -34,9 +34,9 @@ from salt_lightning.comparison.lineage import read as read_log
 from salt_lightning.errors import ConfigError, VerbParser, few, printable
 from salt_lightning.hugging_face.card import model_card
 from salt_lightning.hugging_face.spec import DTYPES, ModelSpec, as_config_error
-from salt_lightning.models import PREFIX, from_config, own_parts, read_checkpoint, require_undamaged
+from salt_lightning.models import from_config, own_parts, read_checkpoint, require_undamaged
 from salt_lightning.parallel import check_same_model, writes_elsewhere
-from salt_lightning.storage.shards import Tensors, sync_folder
+from salt_lightning.storage.shards import STUDENT, Tensors, sync_folder
 from salt_lightning.text.tokenizer import (
     SUBFOLDER,
     load_tokenizer,
@@ -84,7 +84,7 @@ def export(
 
     def read(names: list[str]) -> dict[str, Tensor]:
         state = read_checkpoint(str(checkpoint), "export: CKPT")["state_dict"]  # anew: what was mapped before is let go
-        return {name: state[PREFIX + name].to(weights[name].dtype) for name in names}
+        return {name: state[STUDENT + name].to(weights[name].dtype) for name in names}
 
     with _whole_folder(target) as folder:
         num_files = _write_weights(model, weights, read, folder, max_file_bytes)
@@ -129,9 +129,9 @@ def _described(state: Any, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """Name -> tensor on the meta device, as it is to be written."""
     found = {}
     for name in state:
-        if name.startswith(PREFIX):
+        if name.startswith(STUDENT):
             tensor = state.on_meta(name) if isinstance(state, Tensors) else state[name].to("meta")
-            found[name.removeprefix(PREFIX)] = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+            found[name.removeprefix(STUDENT)] = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
     return found
 
 

@@ -26,15 +26,13 @@ from salt_lightning.hugging_face.experts import follow_autocast
 from salt_lightning.hugging_face.spec import DTYPES, ModelSpec, as_config_error, fresh_config, padded_vocab, wrong_sizes
 from salt_lightning.storage import damage, shards
 
-PREFIX = shards.STUDENT
-
 # Without a word on it transformers asks at the terminal where a config names code.
 from_config = partial(AutoModelForCausalLM.from_config, trust_remote_code=False)
 
 
 def own_parts(state: Iterable[str]) -> list[str]:
     """Names in a checkpoint of what a subclass of SALTModule has put beside the student's model."""
-    return [name for name in state if name.startswith("student.") and not name.startswith(PREFIX)]
+    return [name for name in state if name.startswith("student.") and not name.startswith(shards.STUDENT)]
 
 
 class CausalLM(nn.Module):
@@ -410,7 +408,7 @@ def _load_checkpoint(spec: ModelSpec, name: str, dtype: torch.dtype, empty: bool
     if not empty:
         require_undamaged(str(spec.path), f"--model.{name}.path")
         state = checkpoint["state_dict"]
-        weights = {name.removeprefix(PREFIX): state[name] for name in state if name.startswith(PREFIX)}
+        weights = {name.removeprefix(shards.STUDENT): state[name] for name in state if name.startswith(shards.STUDENT)}
         with as_config_error(f"--model.{name}.path {spec.path} holds another model than its settings say"):
             model.load_state_dict(weights)
     return model
