@@ -32,7 +32,7 @@ from salt_lightning.models import own_parts, read_checkpoint
 from salt_lightning.preflight import Finding
 from salt_lightning.run import slurm
 from salt_lightning.run.runlog import saved, step_named
-from salt_lightning.schedule import kd_callbacks
+from salt_lightning.schedule import in_training, kd_callbacks
 from salt_lightning.storage import damage, shards
 from salt_lightning.text.journal import whole
 
@@ -241,8 +241,7 @@ class RunCheckpoint(Checkpoint):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         # Lightning takes the validation of a saved step as done on resume. A boundary may have been found just here.
-        fits = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
-        if self._due or (fits and trainer.global_step in self._for_good(trainer)):
+        if self._due or (in_training(trainer) and trainer.global_step in self._for_good(trainer)):
             self._save(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:

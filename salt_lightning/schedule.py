@@ -113,7 +113,7 @@ def kd_callbacks(trainer: pl.Trainer) -> list[KDScheduleCallback]:
     return [c for c in trainer.callbacks if isinstance(c, KDScheduleCallback)]  # type: ignore[attr-defined]
 
 
-def _in_training(trainer: pl.Trainer) -> bool:
+def in_training(trainer: pl.Trainer) -> bool:
     return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
 
 
@@ -277,12 +277,12 @@ class KDScheduleCallback(pl.Callback):
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if pl_module.teacher is not None and _in_training(trainer):
+        if pl_module.teacher is not None and in_training(trainer):
             self._probe.add(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Before RunCheckpoint's: what is found here belongs to this step's checkpoint."""
-        values = self._probe.read(trainer, pl_module) if _in_training(trainer) else {}
+        values = self._probe.read(trainer, pl_module) if in_training(trainer) else {}
         if not values:
             return
         step = trainer.global_step
