@@ -444,23 +444,15 @@ def test_validate_needs_no_teacher_says_what_it_found_and_leaves_the_runs_config
         assert value == format(logged, ",.0f" if tag == "val/tokens" else ".4f")
 
 
-def built_with(tmp_path, *args):
-    return cli.SALTCLI(
-        cli.SALTModule, cli.SALTDataModule, run=False, parser_class=cli.Parser, trainer_defaults=cli.TRAINER_DEFAULTS,
-        seed_everything_default=0, auto_configure_optimizers=False, save_config_callback=None,
-        args=[f"--config={ROOT / 'configs/baseline.yaml'}", "--trainer.accelerator=cpu", f"--run={tmp_path}", *args],
-    )  # fmt: skip
-
-
 def test_one_callback_without_a_list_is_taken_as_lightning_takes_it(tmp_path):
-    built = built_with(tmp_path, "--trainer.callbacks=lightning.pytorch.callbacks.Timer")
+    built = build(f"--run={tmp_path}", "--trainer.callbacks=lightning.pytorch.callbacks.Timer")
     assert "Timer" in [type(callback).__name__ for callback in built.trainer.callbacks]
 
 
 @pytest.mark.parametrize("form", ["{}", '[{{"class_path": "{}"}}]'])
 def test_a_plugin_of_the_user_is_used(tmp_path, form):
     plugin = form.format("lightning.pytorch.plugins.environments.LightningEnvironment")
-    built_with(tmp_path, f"--trainer.plugins={plugin}")
+    build(f"--run={tmp_path}", f"--trainer.plugins={plugin}")
 
 
 def test_a_pattern_without_quotes_is_explained(capsys):

@@ -1086,12 +1086,19 @@ def test_a_test_of_another_step_or_text_is_told(three):
     ]
 
 
-def test_a_teacher_in_a_folder_of_checkpoints_apart_is_known(tmp_path):
-    teacher = write_run(tmp_path / "teacher", BASELINE, **{"checkpoint.folder": "big/teacher"})
-    salt = write_run(tmp_path / "salt", SALT, teacher="big/teacher/step-00000200.ckpt", weight=0.5, kd_steps=60)
+@pytest.mark.parametrize(
+    ("setting", "place", "path", "flops"),
+    [
+        ("checkpoint.folder", "big/teacher", "big/teacher/step-00000200.ckpt", 2000),
+        ("checkpoint.export", "models/teacher", "models/teacher", 3000),
+    ],
+)
+def test_a_teacher_apart_from_its_runs_folder_is_known_with_its_cost(tmp_path, setting, place, path, flops):
+    teacher = write_run(tmp_path / "teacher", BASELINE, **{setting: place})
+    salt = write_run(tmp_path / "salt", SALT, teacher=path, weight=0.5, kd_steps=60)
     rows = evaluate(load([teacher, salt, write_run(tmp_path / "baseline", BASELINE)])).rows
     assert [row.method for row in rows] == ["TEACHER", "SALT step", "BASELINE"]
-    assert rows[1].teacher_training_flops == 2000
+    assert rows[1].teacher_training_flops == flops
 
 
 def test_a_teacher_whose_run_is_not_named_is_asked_for(tmp_path):
@@ -1131,14 +1138,6 @@ def test_a_run_that_began_with_weights_is_no_baseline(tmp_path):
     assert found.reference == "baseline"
     assert [row.method for row in found.rows] == ["CONTINUED", "BASELINE"]
     assert "on began with the weights of models/salt: what those took is not counted" in found.notes
-
-
-def test_a_teacher_exported_by_its_run_is_known_with_its_cost(tmp_path):
-    teacher = write_run(tmp_path / "teacher", BASELINE, **{"checkpoint.export": "models/teacher"})
-    salt = write_run(tmp_path / "salt", SALT, teacher="models/teacher", weight=0.5, kd_steps=60)
-    rows = evaluate(load([teacher, salt, write_run(tmp_path / "baseline", BASELINE)])).rows
-    assert [row.method for row in rows] == ["TEACHER", "SALT step", "BASELINE"]
-    assert rows[1].teacher_training_flops == 3000
 
 
 @pytest.mark.parametrize(
