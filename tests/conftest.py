@@ -52,6 +52,14 @@ def write_corpus(path: Path, num_documents: int = 120, seed: int = 0) -> Path:
     return path
 
 
+def alive(pid: int | str) -> bool:
+    """Whether a process runs: neither gone nor waiting to be reaped."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def one_line(capsys) -> str:
     err = capsys.readouterr().err
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
@@ -176,20 +184,11 @@ def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture
-def fit_with(settings, monkeypatch):
+def fit_with(settings):
     """fit_with(run, *callbacks, verb="fit", **overrides) -> exit code of the real command with these callbacks."""
-    from salt_lightning import cli
+    import ranks
 
     def run_fit(run: Path, *callbacks: Callback, verb: str = "fit", **overrides: object) -> int:
-        original = cli.SALTCLI.instantiate_trainer
-
-        def with_callbacks(self, **kwargs):
-            trainer = original(self, **kwargs)
-            trainer.callbacks.extend(callbacks)
-            return trainer
-
-        with monkeypatch.context() as patch:
-            patch.setattr(cli.SALTCLI, "instantiate_trainer", with_callbacks)
-            return cli.main([verb, *arguments(settings, {"run": str(run), "kd.weight": 0.0}, overrides)])
+        return ranks.run([verb, *arguments(settings, {"run": str(run), "kd.weight": 0.0}, overrides)], *callbacks)
 
     return run_fit

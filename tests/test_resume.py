@@ -20,7 +20,7 @@ import pytest
 import ranks
 import torch
 import yaml
-from conftest import CLOCK, StopAt, arguments, one_line, scalars, weights, write_corpus
+from conftest import CLOCK, StopAt, alive, arguments, one_line, scalars, weights, write_corpus
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -765,13 +765,6 @@ def test_killed_runs_leave_no_loader_workers(settings, tmp_path):
     assert [pid for pid in workers if alive(pid)] == []
 
 
-def alive(pid: str) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 def test_death_in_a_validation_loses_no_validation(settings, teacher, tmp_path):
     """A checkpoint says that the validation of its step is done: so there is none before it is."""
 
@@ -782,17 +775,8 @@ def test_death_in_a_validation_loses_no_validation(settings, teacher, tmp_path):
     own = {"model.teacher.path": teacher, **RAMP, "checkpoint.every_n_steps": 3}
     assert cli.main(["fit", *arguments(settings, own, {"run": str(tmp_path / "whole")})]) == 0
     args = arguments(settings, own, {"run": str(tmp_path / "broken")})
-    original = cli.SALTCLI.instantiate_trainer
-
-    def with_death(self, **kwargs):
-        trainer = original(self, **kwargs)
-        trainer.callbacks.append(Die())
-        return trainer
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli.SALTCLI, "instantiate_trainer", with_death)
-        with pytest.raises(RuntimeError, match="died"):
-            cli.main(["fit", *args])
+    with pytest.raises(RuntimeError, match="died"):
+        ranks.run(["fit", *args], Die())
     assert [p.name for p in (tmp_path / "broken/checkpoints").iterdir()] == ["step-00000003.ckpt"]
     assert cli.main(["fit", *args, "--ckpt_path=last"]) == 0
     assert_same(tmp_path / "broken", tmp_path / "whole")
@@ -860,21 +844,12 @@ def test_the_tensorboard_page_shows_each_step_once(settings, tmp_path):
             if batch_idx == 5:
                 raise RuntimeError("died")
 
-    original = cli.SALTCLI.instantiate_trainer
-
-    def with_death(self, **kwargs):
-        trainer = original(self, **kwargs)
-        trainer.callbacks.append(Die())
-        return trainer
-
     args = [
         "fit",
         *arguments(settings, {"run": str(tmp_path / "run"), "kd.weight": 0.0, "checkpoint.every_n_steps": 3}),
     ]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli.SALTCLI, "instantiate_trainer", with_death)
-        with pytest.raises(RuntimeError, match="died"):
-            cli.main(args)
+    with pytest.raises(RuntimeError, match="died"):
+        ranks.run(args, Die())
     time.sleep(1.1)  # event files are named by the second
     assert cli.main([*args, "--ckpt_path=last", "--model.optim.lr=1e-4"]) == 0
     page = EventAccumulator(str(tmp_path / "run"))
