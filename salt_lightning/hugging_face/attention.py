@@ -106,7 +106,8 @@ def _same_document(document_BT: Tensor) -> Tensor:
 def fault(device: torch.device, heads: int, key_heads: int, head_width: int) -> str | None:
     """Why the kernel cannot be used on a device, found by running it there, forward and backward; None if it can."""
     generator = torch.Generator().manual_seed(0)
-    sizes = ((2, heads, 160, head_width), *[(2, key_heads, 160, head_width)] * 2)
+    query, key = (2, heads, 160, head_width), (2, key_heads, 160, head_width)
+    sizes = (query, key, key)
     inputs = [torch.randn(size, generator=generator, device="cpu").to(device, torch.bfloat16) for size in sizes]
     ends = [1, 8, 140, 160, 290, *[320] * 3]  # of documents: one token, across the kernel's blocks, empty ones behind
     cu_seqlens = torch.tensor([0, *ends], dtype=torch.int32, device=device)
@@ -159,8 +160,7 @@ def pack(lm: Any, asked: str | None, strategy: Strategy | None) -> None:
         and "16" in strategy.precision_plugin.precision
     ):
         device = strategy.root_device  # its kernel computes in 16 bits alone
-    chosen = asked is None and device is not None and lm.model.config._attn_implementation == "sdpa"
-    if (chosen or asked == PACKED) and lm.head.weight.device.type != "meta":
+    if _may_pack(lm, asked) and (asked or device) and lm.head.weight.device.type != "meta":
         reason = _hindrance(lm.model.config.get_text_config(), training, device) or _change_over(lm.eval())
         rank_zero_info(f"{lm.name}: attention {_said(reason)}")
         lm.train(training)
@@ -172,12 +172,17 @@ def foresee(lm: Any, asked: str | None, training: bool) -> str | None:
 
     A kernel that this machine's own GPU has is tried.
     """
-    if asked not in (None, PACKED) or (asked is None and lm.model.config._attn_implementation != "sdpa"):
+    if not _may_pack(lm, asked):
         return None
     before, device = lm.apart, torch.device("cuda") if torch.cuda.is_available() else None
     reason = _hindrance(lm.model.config.get_text_config(), training, device) or _change_over(lm.eval())
     lm.keep_apart(before)
     return _said(reason)
+
+
+def _may_pack(lm: Any, asked: str | None) -> bool:
+    """Packed attention is asked for, or nothing is, and it would stand in for sdpa."""
+    return asked == PACKED or (asked is None and lm.model.config._attn_implementation == "sdpa")
 
 
 def _said(reason: str | None) -> str:
