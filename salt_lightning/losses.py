@@ -264,11 +264,11 @@ def _check_teacher(
     if teacher_hidden_NE is None or teacher_head_VE is None:
         missing = "teacher_hidden_NE" if teacher_hidden_NE is None else "teacher_head_VE"
         raise ConfigError(f"{missing} is missing; pass the teacher's hidden states and head, or neither")
-    shapes = tuple(student_head_VD.shape), tuple(teacher_head_VE.shape)
-    if shapes[0][0] < shapes[1][0]:
+    student, teacher = tuple(student_head_VD.shape), tuple(teacher_head_VE.shape)
+    if student[0] < teacher[0]:
         raise ConfigError(
-            f"teacher head {shapes[1]} has more rows than student head {shapes[0]}; cut it to the ids that there are"
+            f"teacher head {teacher} has more rows than student head {student}; cut it to the ids that there are"
         )
-    shapes = tuple(student_hidden_ND.shape), tuple(teacher_hidden_NE.shape)
-    if shapes[0][0] != shapes[1][0]:
-        raise ConfigError(f"student hidden {shapes[0]} and teacher hidden {shapes[1]} differ in tokens")
+    student, teacher = tuple(student_hidden_ND.shape), tuple(teacher_hidden_NE.shape)
+    if student[0] != teacher[0]:
+        raise ConfigError(f"student hidden {student} and teacher hidden {teacher} differ in tokens")
