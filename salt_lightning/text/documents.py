@@ -219,7 +219,7 @@ def _of_table(group: Group, corpus: Corpus, batch: dict[str, list[Any]], read_by
 
 
 def _size(row: Any) -> int:
-    return 1 if row is None else len(row) if isinstance(row, str) else len(str(row))
+    return 1 if row is None else len(str(row))
 
 
 def check_columns(corpus: Corpus, found: list[str], where: str) -> None:

@@ -277,7 +277,8 @@ class Encoder:
         kept = lengths > 0  # a normalizer may drop all there is
         marks = [*self._beginning, self.eos_id]
         ends = np.cumsum(lengths[kept])
-        places = np.stack([*[ends - lengths[kept]] * (len(marks) - 1), ends], 1).ravel()
+        starts = ends - lengths[kept]
+        places = np.stack([*(starts for _ in self._beginning), ends], 1).ravel()
         return Block(
             np.insert(np.concatenate(ids), places, np.tile(marks, len(ends))),
             lengths[kept] + len(marks),
