@@ -213,12 +213,11 @@ def _figures(of: str, prefix: str, step: int, run: Run) -> str:
     at = max((int(s) for curve in curves.values() for s in curve.steps if s <= step), default=None)
     if at is None:
         return ""
-    found = {tag: curve.values[curve.steps == at] for tag, curve in sorted(curves.items())}
-    figures = {
-        tag: f"{value[0]:{',.0f' if tag in ('tokens', 'examples') else '.4f'}}"
-        for tag, value in found.items()
-        if len(value)
-    }
+    figures = {}
+    for tag, curve in sorted(curves.items()):
+        found = curve.values[curve.steps == at]
+        if len(found):
+            figures[tag] = format(found[0], ",.0f" if tag in ("tokens", "examples") else ".4f")
     return f"## {of} after step {at:,}\n\n" + _list(figures)
 
 
