@@ -1,7 +1,6 @@
 """SALTDataModule: what the trainer sees of the data.
 
-Text becomes token files once (documents.py, tokenizer.py, prepare.py); rows.py cuts these into rows and
-orders them.
+Text becomes token files once (text/); batches/ cuts these into rows and says which of them a step reads.
 """
 
 from collections.abc import Callable
@@ -167,7 +166,7 @@ class SALTDataModule(LightningDataModule):
             find_files(Path(self.difficulty), "fit")
         for setting in ("source", "val_source", "test_source"):
             if getattr(self, setting):
-                (corpus, fraction), workers = self._corpus(setting), self.prepare_workers
+                corpus, fraction, workers = self._corpus(setting), self._val_share(setting), self.prepare_workers
                 if setting == "source" and self.tokenizer_name == "train":
                     prepare_tokenizer(corpus, self.trained_vocab_size, fraction, self.cache_dir, workers)
                 prepare_tokens(corpus, self.tokenizer, fraction, self.cache_dir, workers, self._check_models)
@@ -186,8 +185,8 @@ class SALTDataModule(LightningDataModule):
         if self._tokenizer is None:
             name = self.tokenizer_name
             if name == "train":
-                corpus, fraction = self._corpus("source")
-                name = trained_tokenizer(corpus, self.trained_vocab_size, fraction, self.cache_dir)
+                fraction = self._val_share("source")
+                name = trained_tokenizer(self._corpus("source"), self.trained_vocab_size, fraction, self.cache_dir)
             self._tokenizer = load_tokenizer(name)
         return self._tokenizer
 
@@ -200,8 +199,8 @@ class SALTDataModule(LightningDataModule):
         """What makes the held-out text a bad measure."""
         files, trained = self.held_out_files, []
         with suppress(ConfigError):  # a validate may be where the training text is not
-            held_out = [self._corpus(setting)[0] for setting in ("val_source", "test_source") if getattr(self, setting)]
-            trained = [name for corpus in held_out for name in self._corpus("source")[0].shared_with(corpus)]
+            held_out = [self._corpus(setting) for setting in ("val_source", "test_source") if getattr(self, setting)]
+            trained = [name for corpus in held_out for name in self._corpus("source").shared_with(corpus)]
         if self.val_source and files.fingerprint == self.train_fingerprint:  # a copy
             trained = trained or list(self.val_source)
         unread = preflight.unread_text(kept_text(self.tokenizer, files))
@@ -230,19 +229,21 @@ class SALTDataModule(LightningDataModule):
         """Hash of the token -> id map."""
         return tokenizer_fingerprint(self.tokenizer)
 
-    def _corpus(self, setting: str) -> tuple[Corpus, float]:
-        """What a source setting reads, and which share of it goes to its `val` split."""
+    def _corpus(self, setting: str) -> Corpus:
+        """What a source setting reads."""
         if setting not in self._groups:  # looked for once: thousands of files take seconds
             groups = resolve(f"--data.{setting}", getattr(self, setting), self.hub)
             self._groups[setting] = each_file(groups) if self.source_per_file else groups
-        groups = self._groups[setting]
-        fraction = 1.0 if setting != "source" else 0.0 if self.val_source else self.val_fraction
-        columns = self.text_column, self.source_column
-        return Corpus(f"--data.{setting}", groups, *columns, self.bad_lines == "skip", self.examples), fraction
+        how = self.text_column, self.source_column, self.bad_lines == "skip", self.examples
+        return Corpus(f"--data.{setting}", self._groups[setting], *how)
+
+    def _val_share(self, setting: str) -> float:
+        """The share of a source setting's documents that goes to its `val` split."""
+        of_source = 0.0 if self.val_source else self.val_fraction
+        return of_source if setting == "source" else 1.0
 
     def _open(self, setting: str, split: str) -> PackedRows | ExampleRows:
-        corpus, fraction = self._corpus(setting)
-        folder = token_folder(corpus, self.tokenizer, fraction, self.cache_dir)
+        folder = token_folder(self._corpus(setting), self.tokenizer, self._val_share(setting), self.cache_dir)
         files = TokenFiles(folder, split)
         require_text(files, split, None if self.examples.given else self.block_size, self.val_fraction)
         if self.examples.given:
@@ -270,7 +271,7 @@ class SALTDataModule(LightningDataModule):
         if stage in (None, "fit", "predict"):
             self._train = self._open("source", "train")
             self.num_train_rows, self.num_train_tokens = self._train.num_rows, self._train.files.num_tokens
-            hub = [group.hub_name for group in self._corpus("source")[0].groups if group.hub_name]
+            hub = [group.hub_name for group in self._corpus("source").groups if group.hub_name]
             weights, documents = self.source_weights, self._train.files.num_documents
             self.text = {"source": self.source, "weights": weights, "hub": hub, "documents": documents}
         if stage in (None, "fit", "validate", "test"):
@@ -391,7 +392,7 @@ class SALTDataModule(LightningDataModule):
         if self.source_weights is None:
             return None
         assert isinstance(self._train, PackedRows)
-        names = list(dict.fromkeys(group.name for group in self._corpus("source")[0].groups))
+        names = list(dict.fromkeys(group.name for group in self._corpus("source").groups))
         now = shares_of(names, self.source_weights, self._train.source_tokens(names), self.block_size)
         return with_past(now, self.stretches)
 
