@@ -48,8 +48,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if not Path(path).is_dir():
             return torch.load(path, map_location=map_location or "cpu", weights_only=True)
         checkpoint = shards.read(Path(path))
-        whole = {"optimizer_states": shards.optimizer_states(checkpoint)} if "param_groups" in checkpoint else {}
-        return checkpoint | whole
+        if "param_groups" in checkpoint:
+            checkpoint["optimizer_states"] = shards.optimizer_states(checkpoint)
+        return checkpoint
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         target = Path(path)
@@ -135,13 +136,13 @@ class RunCheckpoint(Checkpoint):
         if self.export and stage == "fit" and not is_over(trainer.ckpt_path, trainer.max_steps):
             check_target(Path(self.export), "--checkpoint.export")
 
-    def _for_good(self, trainer: pl.Trainer) -> set[int | None]:
+    def _for_good(self, trainer: pl.Trainer) -> set[int]:
         """Steps whose checkpoints stay; a validation may have set the boundary."""
-        return {*self.at_steps, *(kd.schedule.steps for kd in kd_callbacks(trainer)), trainer.max_steps, *self._kept}
+        boundaries = [steps for kd in kd_callbacks(trainer) if (steps := kd.schedule.steps) is not None]
+        return {*self.at_steps, *boundaries, trainer.max_steps, *self._kept}
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        done = trainer.global_step
-        checkpoint["kept_steps"] = sorted(step for step in self._for_good(trainer) if step is not None and step <= done)
+        checkpoint["kept_steps"] = sorted(step for step in self._for_good(trainer) if step <= trainer.global_step)
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         # of those that are here: not of the run that a branch comes from
@@ -153,9 +154,9 @@ class RunCheckpoint(Checkpoint):
         """Whether all that the run keeps at once fits the disk."""
         regular = trainer.max_steps // self.every_n_steps if self.every_n_steps else 0
         kept = regular if self.keep is None else min(regular, self.keep)
-        for_good = {step for step in self._for_good(trainer) if step is not None and 0 < step <= trainer.max_steps}
-        weight_bytes = (weight.numel() * weight.element_size() for weight in weights)
-        return preflight.disk(self._dir, sum(weight_bytes), kept + len(for_good))
+        for_good = sum(0 < step <= trainer.max_steps for step in self._for_good(trainer))
+        weight_bytes = sum(weight.numel() * weight.element_size() for weight in weights)
+        return preflight.disk(self._dir, weight_bytes, kept + for_good)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._trained = True
