@@ -91,8 +91,8 @@ def without_code(spec: dict[str, Any], where: str) -> dict[str, Any]:
     if isinstance(config := spec.get("config"), dict):
         refuse_requests(config, where)
     attention = spec.get("attention")
-    is_kernel = attention is not None and not (isinstance(attention, str) and "/" not in attention)
-    return {**spec, "attention": None if is_kernel else attention, "trust_remote_code": False}
+    is_name = isinstance(attention, str) and "/" not in attention  # no kernel of the hub
+    return {**spec, "attention": attention if is_name else None, "trust_remote_code": False}
 
 
 def _files(folder: Path, setting: str) -> Iterable[str]:

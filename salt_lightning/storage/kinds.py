@@ -30,9 +30,7 @@ _CHECKPOINT: dict[Any, Any] = {
     "callbacks": dict,
     "loops": {"fit_loop": {"epoch_loop.batch_progress": dict, "epoch_loop.state_dict": dict}},
     "text": {"source": [str], "weights": ([_NUMBER], type(None)), "hub": [str], "documents": int | None},
-    "data": {
-        **dict.fromkeys((f"--data.{name}" for name in ("global_batch_size", "block_size", "num_train_tokens")), int),
-    },
+    "data": dict.fromkeys(("--data.global_batch_size", "--data.block_size", "--data.num_train_tokens"), int),
     "stretches": [{"step": int, "rows": int, "turns": ({...: int}, type(None))}],
     "kd_schedule": ({**_STEPS, "shape": str, "stop_margin": _NUMBER | None}, type(None)),
     "kd_stop_step": int | None,
