@@ -7,6 +7,7 @@ these keep for backward is exact, and of the rest what one fused kernel makes an
 What only the device can tell is not in it: its context, workspaces of its libraries, gaps between blocks.
 """
 
+import math
 import operator
 import weakref
 from bisect import bisect_right
@@ -225,7 +226,8 @@ class Fit:
         `prove`: by runs without torch.compile, and one with it; else in proportion to the rows of the settings.
         """
         per_step = self.data.global_batch_size // self.trainer.world_size
-        sizes = [n for n in range(1, per_step + 1) if per_step % n == 0]
+        halves = [n for n in range(1, math.isqrt(per_step) + 1) if per_step % n == 0]
+        sizes = sorted({*halves, *(per_step // n for n in halves)})
         fitting = bisect_right(sizes, usable, key=lambda n: self._about(n, prove))
         if prove and fitting and max(p.total for p in self.peaks(sizes[fitting - 1])) > usable:
             fitting -= 1

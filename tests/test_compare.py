@@ -1173,3 +1173,8 @@ def test_what_an_evaluation_found_is_read_from_top_to_bottom_and_cannot_draw():
         "| val/tokens         |  1,234 |",
         "| val/ce/\\x1b[31mred | 2.0000 |",
     ]
+
+
+def test_a_source_may_be_called_tokens():
+    found = report.evaluation({"val/ce": 4.25, "val/ce/tokens": 3.25, "val/tokens": 1000.0, "step": 3})
+    assert [line.split("|")[2].strip() for line in found.splitlines()[2:]] == ["4.2500", "1,000", "3.2500"]

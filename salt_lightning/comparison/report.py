@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import cycle, product
@@ -22,7 +23,7 @@ REFERENCE_COLOUR = "#444444"
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 STYLES = ("-", ":", "-.", (0, (1, 3)), (0, (5, 1, 1, 1, 1, 1)))  # one after the other, where the colours are used up
 LEAVES, DASHES = "a teacher leaves", (0, (4, 3))
-COUNTS = ("/tokens", "/examples")  # as validate and test name them
+COUNTS = re.compile(r"\w+/(tokens|examples)")  # as validate and test name them; a source may have such a name
 MOST_PARTS = 12  # columns of a table that still reads as text
 FIRST_SHOWN = 0.25  # the figure cuts off the fall of this share of the steps, which would flatten the rest
 
@@ -59,7 +60,7 @@ def evaluation(metrics: Mapping[str, Any]) -> str:
     step = f"step {values.pop('step', 0):.0f}"
     # the five of all text before those of its parts
     names = sorted(values, key=lambda name: (name.count("/") > 1, "ce" not in name.split("/"), name))
-    shown = [format(values[name], ",.0f" if name.endswith(COUNTS) else ".4f") for name in names]
+    shown = [format(values[name], ",.0f" if COUNTS.fullmatch(name) else ".4f") for name in names]
     return table({"metric": [*map(printable, names)], step: shown}, text=("metric",))
 
 
