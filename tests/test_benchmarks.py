@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -74,3 +76,13 @@ def test_memory():
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert all(0.95 < float(ratio) < 1.05 for ratio in (cells[3], cells[6])), row
     assert float(cells[5].replace(",", "")) < float(cells[2].replace(",", ""))  # the teacher has left
+
+
+def test_data_path():
+    out = run("data_path.py")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines() if line[:2] == "| "]
+    assert [row[0] for row in rows[:3]] == ["tokenizing", "ours", "run_clm.py's way"]
+    tokens = [int(row[4].replace(",", "")) for row in rows[1:3]]
+    assert tokens[0] == pytest.approx(tokens[1], rel=0.03)  # 1% is held out, and theirs ends in a whole block
+    assert [row[1] for row in rows[4:]] == ["0", "2"]
+    assert all(float(row[-1]) > 0 for row in rows[4:])

@@ -30,6 +30,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from salt_lightning.data import SALTDataModule
 from salt_lightning.errors import ConfigError
 from salt_lightning.hugging_face.token_ids import emitted_ids
 from salt_lightning.text import documents, journal, prepare, processes, progress
@@ -647,6 +648,10 @@ def test_line_of_progress_by_hand():
     line = "tokenizing: 30%, 1.51k documents (150/s), 2.50M tokens (250k/s), 2.0 MB/s, 00:35 left"
     assert progress_line(start, now, 10_000) == line  # 2000 of 9000 bytes in 10 s
     assert progress_line(start, now, 0) == line.replace(" 30%,", "").replace(", 00:35 left", "")  # a hub tells no size
+    read = Done(start.time_s, start.documents, None, start.text_bytes, start.read_bytes)
+    line = progress_line(read, Done(now.time_s, now.documents, None, now.text_bytes, now.read_bytes), 10_000, "reading")
+    assert line.startswith("reading: 30%, ")
+    assert "tokens" not in line
     assert summary_line(start, now) == (
         "tokenized 1510 documents, 2501000 tokens, 24.0 MB of text in 10.0 s (2.0 MB/s), "
         "going on from 10 documents of a stopped preparation"
@@ -1346,3 +1351,16 @@ def test_manifest_says_where_the_tokens_come_from(tmp_path):
 def test_unprepared_folder_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"^--data.cache_dir: .* holds no prepared text"):
         TokenFiles(tmp_path, "train")
+
+
+def test_learning_a_tokenizer_says_how_far_it_is(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("salt_lightning.text.progress._LOG_S", 0.0)
+    rows = [json.dumps({"text": f"document number {n} " * 20}) for n in range(30)]
+    (tmp_path / "text.jsonl").write_text("\n".join(rows))
+    corpus = tmp_path / "text.jsonl"
+    data = SALTDataModule(str(corpus), vocab_size=280, cache_dir=str(tmp_path / "cache"), prepare_workers=1)
+    with caplog.at_level("INFO"):
+        data.prepare_data()
+    assert re.search(r"reading for the tokenizer: 100%, 30 documents \(\d[^t]*MB/s, 00:00 left", caplog.text)
+    assert re.search(r"tokenizer: 30 documents read; it is learned from 0\.0 M characters", caplog.text)
+    assert re.search(r"tokenizer: a BPE of 280, learned in \d+\.\d s", caplog.text)

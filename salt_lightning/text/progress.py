@@ -15,24 +15,23 @@ class Done:
 
     time_s: float
     documents: int
-    tokens: int
+    tokens: int | None  # None: none are made
     text_bytes: int
     read_bytes: int  # of the input files, packed as they are
 
 
-def progress_line(start: Done, now: Done, total_bytes: int) -> str:
+def progress_line(start: Done, now: Done, total_bytes: int, doing: str = "tokenizing") -> str:
     """Counts, rates since `start`, and the time left if the input's size is known (0: it is not)."""
     seconds = max(now.time_s - start.time_s, 1e-9)
-    text_rate = (now.text_bytes - start.text_bytes) / seconds
-    line = (
-        f"{_short(now.documents)} documents ({_short((now.documents - start.documents) / seconds)}/s), "
-        f"{_short(now.tokens)} tokens ({_short((now.tokens - start.tokens) / seconds)}/s), {text_rate / 1e6:.1f} MB/s"
-    )
+    line = f"{_short(now.documents)} documents ({_short((now.documents - start.documents) / seconds)}/s), "
+    if now.tokens is not None and start.tokens is not None:
+        line += f"{_short(now.tokens)} tokens ({_short((now.tokens - start.tokens) / seconds)}/s), "
+    line += f"{(now.text_bytes - start.text_bytes) / seconds / 1e6:.1f} MB/s"
     if total_bytes:
         share = min(1.0, now.read_bytes / total_bytes)
         left_s = seconds * (total_bytes - now.read_bytes) / max(1, now.read_bytes - start.read_bytes)
         line = f"{share:.0%}, {line}, {tqdm.format_interval(max(0.0, left_s))} left"
-    return f"tokenizing: {line}"
+    return f"{doing}: {line}"
 
 
 def summary_line(start: Done, now: Done) -> str:
@@ -53,8 +52,8 @@ def _short(number: float) -> str:
 class Progress:
     """Says it."""
 
-    def __init__(self, total_bytes: int, start: Done) -> None:
-        self._start, self._total_bytes = start, total_bytes
+    def __init__(self, total_bytes: int, start: Done, doing: str = "tokenizing") -> None:
+        self._start, self._total_bytes, self._doing = start, total_bytes, doing
         self._on_terminal = sys.stderr.isatty()
         self._said_s = start.time_s
         self._bar = tqdm(bar_format="{desc}", disable=not self._on_terminal, leave=False)
@@ -62,7 +61,7 @@ class Progress:
     def update(self, now: Done) -> None:
         if now.time_s - self._said_s >= (_TERMINAL_S if self._on_terminal else _LOG_S):
             self._said_s = now.time_s
-            line = progress_line(self._start, now, self._total_bytes)
+            line = progress_line(self._start, now, self._total_bytes, self._doing)
             if self._on_terminal:
                 self._bar.set_description_str(line)
             else:

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-import sys
+import time
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from itertools import chain, takewhile
 from typing import Any
 
 import numpy as np
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -19,6 +20,7 @@ from salt_lightning.errors import ConfigError, first_line, one_line
 from salt_lightning.text.documents import Corpus, Raw, read_raw, utf8
 from salt_lightning.text.examples import Conversation, Message, Segment, segments
 from salt_lightning.text.parse import Skipped, documents, empty_error, lots
+from salt_lightning.text.progress import Done, Progress
 from salt_lightning.text.token_files import Block, TokenFiles, digest
 
 EOS = "<|endoftext|>"
@@ -185,6 +187,7 @@ def _cut(text: str) -> Iterator[str]:
 
 def train_tokenizer(corpus: Corpus, vocab_size: int, val_fraction: float, folder: str) -> None:
     """Train a byte-level BPE on the training documents of a corpus; save it as transformers does."""
+    began = time.monotonic()
     tokenizer = Tokenizer(models.BPE())
     words = pre_tokenizers.Split(Regex(WORDS), "isolated")
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -194,9 +197,10 @@ def train_tokenizer(corpus: Corpus, vocab_size: int, val_fraction: float, folder
         vocab_size=vocab_size,
         special_tokens=[EOS],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=sys.stderr.isatty(),
+        show_progress=False,  # its bars know no end, and would draw over ours
     )
     tokenizer.train_from_iterator(chain.from_iterable(map(_cut, _training_texts(corpus, val_fraction))), trainer)
+    rank_zero_info(f"tokenizer: a BPE of {tokenizer.get_vocab_size()}, learned in {time.monotonic() - began:.1f} s")
     try:
         PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS).save_pretrained(folder)
     except Exception as error:  # the Rust library has nothing more special for a full disk
@@ -204,8 +208,10 @@ def train_tokenizer(corpus: Corpus, vocab_size: int, val_fraction: float, folder
 
 
 def _training_texts(corpus: Corpus, val_fraction: float) -> Iterator[str]:
-    share = min(1.0, _TRAINING_BYTES / max(1, corpus.num_bytes()))
+    total_bytes = corpus.num_bytes()
+    share = min(1.0, _TRAINING_BYTES / max(1, total_bytes))
     chars, num_documents, skipped = 0, 0, Skipped()
+    progress = Progress(total_bytes, Done(time.monotonic(), 0, None, 0, 0), "reading for the tokenizer")
     for raw in read_raw(corpus):
         found, bad = documents(raw, corpus)
         num_documents += len(found)
@@ -215,8 +221,10 @@ def _training_texts(corpus: Corpus, val_fraction: float) -> Iterator[str]:
             if split >= val_fraction and sample < share:
                 chars += len(text)
                 yield from pieces(utf8(text).decode())
+        progress.update(Done(time.monotonic(), num_documents, None, chars, raw.read_bytes))
         if chars > 4 * _TRAINING_BYTES:  # the hub tells no sizes, and files may be compressed
             break
+    progress.close()
     if not num_documents:
         raise empty_error(corpus, skipped)
     if not chars:
@@ -224,6 +232,7 @@ def _training_texts(corpus: Corpus, val_fraction: float) -> Iterator[str]:
             f"--data.val_fraction: {val_fraction} left none of {num_documents} documents for training; lower it, split "
             "the text into more documents, or give --data.val_source"
         )
+    rank_zero_info(f"tokenizer: {num_documents} documents read; it is learned from {chars / 1e6:.1f} M characters")
 
 
 @dataclass
