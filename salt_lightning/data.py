@@ -148,7 +148,7 @@ class SALTDataModule(LightningDataModule):
         self._train: PackedRows | ExampleRows | None = None
         self.stretches: Stretches = ()
         self._order: Order | Mixture | None = None
-        self._shards: tuple[list[int], int] | None = None
+        self._shards: tuple[list[int], bool] | None = None
         self._eval: PackedRows | ExampleRows | None = None
         self._thirds_D: np.ndarray | None = None
         self._train_loader: Loader | None = None
@@ -320,13 +320,13 @@ class SALTDataModule(LightningDataModule):
         assert self._train is not None, "setup('predict') comes first"
         scored, (rank, world) = self.scored(), self._place()
         every = list(range(scored.num_shards))
-        shards, most = self._shards or (every[rank::world], len(every[::world]))
-        batches = ShardBatches(self._train, shards, scored.shard_rows, (self.micro_batch_size, most))
+        shards, company = self._shards or (every[rank::world], True)
+        batches = ShardBatches(self._train, shards, (scored.shard_rows, self.micro_batch_size), company)
         return self._loader(batches, len(batches), lambda: 0)
 
-    def score_only(self, shards: list[int], most: int) -> None:
-        """Shards that this rank's predict_dataloader reads; `most`: how many the rank with most has."""
-        self._shards = shards, most
+    def score_only(self, shards: list[int], company: bool) -> None:
+        """Shards that this rank's predict_dataloader reads; `company`: whether any rank has one."""
+        self._shards = shards, company
 
     def scored(self, teacher: str = "", precision: str = "") -> Scored:
         """What scores of the training rows are of; without a teacher those two are left open."""

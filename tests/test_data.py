@@ -174,16 +174,18 @@ def test_evaluation_reads_every_row_once_in_batches_of_one_shape(world, tmp_path
 
 @pytest.mark.parametrize("micro", [1, 4, 5, 11])
 def test_shards_are_read_whole_whatever_the_batch(micro, tmp_path):
-    """37 rows in shards of 10: the last has 7. One rank has shards 3 and 1, another as many batches and shard 2."""
+    """37 rows in shards of 10: the last has 7, and no batch beyond them. Without shards there is one without rows."""
     packed = some_rows(tmp_path)
     packed.num_rows = 37
-    for shards, rows in (([3, 1], [*range(30, 37), *range(10, 20)]), ([2], list(range(20, 30)))):
-        batches = ShardBatches(packed, shards, 10, (micro, 2))
-        assert len(batches) == 2 * -(-10 // micro)
+    for shards, rows in (([1, 3], [*range(10, 20), *range(30, 37)]), ([2], list(range(20, 30))), ([], [])):
+        batches = ShardBatches(packed, shards, (10, micro), company=True)
+        assert len(batches) == max(1, sum(-(-(7 if shard == 3 else 10) // micro) for shard in shards))
         seen = [batches[i]["rows"] for i in range(len(batches))]
         assert {len(batch) for batch in seen} == {micro}
         assert [row for batch in seen for row in batch if row != NO_ROW] == rows
-        assert seen[-(-10 // micro)][0] == (10 if len(shards) == 2 else NO_ROW)  # no batch lies across two shards
+        if len(shards) == 2:
+            assert seen[-(-10 // micro)][0] == 30  # no batch lies across two shards
+    assert len(ShardBatches(packed, [], (10, micro))) == 0
 
 
 def test_token_files_that_cannot_be_mapped_are_named(tmp_path, monkeypatch):

@@ -176,13 +176,51 @@ def test_killed_and_run_again_gives_the_same_bits(scored, of_data, teacher, tmp_
     total = Scores(run, "--run").scored.num_shards
     assert 2 <= len(done) < total  # else it was not killed in time
     assert not (run / "report.md").exists()
+    spent_s = json.loads((run / "scores.json").read_text())["scoring_s"]
     assert cli.main(["predict", *args]) == 0
+    assert json.loads((run / "scores.json").read_text())["scoring_s"] > spent_s > 0
     assert {path: path.stat().st_mtime_ns for path in done} == done  # kept, not scored again
     for whole, again in zip(read_all(scored), read_all(run), strict=True):
         assert np.array_equal(whole, again)
+    for path in (scored / "scores").glob("0*.parquet"):
+        assert path.read_bytes() == (run / "scores" / path.name).read_bytes()
     assert (run / "report.md").read_text() == (scored / "report.md").read_text()
     zeros = np.mean(row_scores(Scores(run, "--run"), 10, "zero") == 0)
     assert f"{zeros:.1%} of the rows score 0; report: {run / 'report.md'}" in caplog.text
+
+
+class CountBatches(cli.pl.Callback):
+    def __init__(self):
+        self.num_rows = []
+
+    def on_predict_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.num_rows.append(int((batch["rows"] >= 0).sum()))
+
+
+def test_the_last_shard_alone_takes_its_own_rows_and_adds_its_own_seconds(
+    scored, of_data, teacher, tmp_path, caplog, with_callback
+):
+    run, count = tmp_path / "run", CountBatches()
+    shutil.copytree(scored, run)
+    scores = Scores(run, "--run")
+    last = scores.scored.num_shards - 1
+    rows = len(scores.rows(last))
+    assert rows <= 15, "else it takes as many batches of three as a whole shard"
+    scores.path(last).unlink()
+    scores.note(scoring_s=1000.0)
+    began_s = time.monotonic()
+    with with_callback(count):
+        args = arguments(of_data, {"run": str(run), "model.teacher.path": teacher, "data.micro_batch_size": 3})
+        assert cli.main(["predict", *args]) == 0
+    wall_s = time.monotonic() - began_s
+    assert count.num_rows == [3] * (rows // 3) + [rows % 3] * (rows % 3 > 0)
+    after = json.loads((run / "scores.json").read_text())
+    seconds = after["scoring_s"] - 1000
+    assert 0 < seconds < wall_s
+    found = re.search(r"scored ([\d,]+) tokens in ([\d.]+) s, [\d,]+ a second and device", caplog.text)
+    assert int(found[1].replace(",", "")) == rows * 32
+    assert float(found[2]) == pytest.approx(seconds, abs=0.06)
+    assert f"all rows: {after['scoring_flops']:.3g} FLOPs, {after['scoring_s']:.1f} s; " in caplog.text
 
 
 class StopScoring(StopAt):
@@ -213,10 +251,24 @@ def test_other_batch_sizes_and_ranks_agree(scored, of_data, teacher, tmp_path):
     script = tmp_path / "call.py"
     script.write_text(_CALL)
     command = [sys.executable, str(script), "predict", *arguments(of_data, own)]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
-    assert done.returncode == 0, done.stderr
+
+    def predict() -> tuple[int, float, float]:
+        """Tokens and seconds as said, and the seconds noted."""
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
+        assert done.returncode == 0, done.stderr
+        tokens, seconds = re.search(r"scored ([\d,]+) tokens in ([\d.]+) s", done.stderr + done.stdout).groups()
+        noted = json.loads((run / "scores.json").read_text())["scoring_s"]
+        return int(tokens.replace(",", "")), float(seconds), noted
+
+    tokens, seconds, noted = predict()
+    scores = Scores(run, "--run")
+    assert tokens == scores.scored.num_rows * 32
+    assert noted == pytest.approx(seconds, abs=0.06)  # of the job: two devices take them at the same time
+    scores.path(1).unlink()  # one shard for two ranks: one of them has none
+    tokens, seconds, added = predict()
+    assert tokens == 16 * 32
+    assert added == pytest.approx(noted + seconds, abs=0.06)
     (nll_RT, rank_RT), (other_RT, other_rank_RT) = read_all(scored), read_all(run)
     np.testing.assert_allclose(other_RT, nll_RT, rtol=1e-5, atol=1e-6)
     assert (rank_RT != other_rank_RT).mean() < 1e-3

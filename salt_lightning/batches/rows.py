@@ -212,25 +212,26 @@ class EvalBatches(Dataset):
 class ShardBatches(Dataset):
     """Rows of whole shards in order, for scoring: shard s holds rows [s * size, (s + 1) * size).
 
-    No batch lies across two shards, and all ranks have as many batches: a rank with fewer shards, and the end
-    of the last shard, get NO_ROW.
+    No batch lies across two shards: the last one of a shard is filled up with NO_ROW. Ranks score with whole teachers
+    that wait for nobody, so each has the batches of its own shards alone. Where it has none and others have some
+    (`company`) it is one batch without a row, since Lightning refuses a rank without batches.
     """
 
-    def __init__(self, packed: Rows, shards: list[int], shard_rows: int, sizes: tuple[int, int]) -> None:
-        self.packed, self.shards, self.shard_rows = packed, shards, shard_rows
-        self.micro_batch, num_shards = sizes  # num_shards: of the rank that has most
-        self.batches_per_shard = -(-shard_rows // self.micro_batch)
-        self._length = num_shards * self.batches_per_shard
+    def __init__(self, packed: Rows, shards: list[int], sizes: tuple[int, int], company: bool = False) -> None:
+        self.packed, (self.shard_rows, self.micro_batch) = packed, sizes
+        starts = (np.array([shard, shard + 1]) * self.shard_rows for shard in shards)
+        firsts = [np.arange(start, min(stop, packed.num_rows), self.micro_batch) for start, stop in starts]
+        none = [packed.num_rows] * company
+        self.firsts = np.concatenate(firsts) if firsts else np.array(none, np.int64)  # the first row of each batch
 
     def __len__(self) -> int:
-        return self._length
+        return len(self.firsts)
 
     def __getitem__(self, index: int) -> Batch:
-        number, part = divmod(index, self.batches_per_shard)
-        within = part * self.micro_batch + np.arange(self.micro_batch)
-        rows = (self.shards[number] if number < len(self.shards) else 0) * self.shard_rows + within
-        real = (within < self.shard_rows) & (rows < self.packed.num_rows) & (number < len(self.shards))
-        return self.packed.build(np.where(real, rows, NO_ROW))
+        first = self.firsts[index]
+        rows = first + np.arange(self.micro_batch)
+        stop = min((first // self.shard_rows + 1) * self.shard_rows, self.packed.num_rows)
+        return self.packed.build(np.where(rows < stop, rows, NO_ROW))
 
 
 Batches = TrainBatches | EvalBatches | ShardBatches

@@ -104,7 +104,7 @@ class Scores:
         there = cls(run, "--run") if (run / "scores.json").exists() else None
         if there is not None and there.begun:
             there.require(scored)
-        for left in (run / "scores").glob(".*.tmp"):  # of a kill
+        for left in (*(run / "scores").glob(".*.tmp"), *run.glob(".scores.json.*.tmp")):  # of a kill
             left.unlink(missing_ok=True)
         if there is not None and there.begun:
             return there

@@ -5,6 +5,7 @@ by a thread while the next shard is scored.
 """
 
 import hashlib
+import math
 import signal
 import threading
 import time
@@ -41,13 +42,17 @@ class ScoreWriter(pl.Callback):
     """Writes loss and rank of every label of the training rows, as the teacher sees them, and a report.
 
     Shards that are there already are kept, so the same command goes on after a kill. Ranks take shards in turn.
+    scores.json has the seconds of scoring (`scoring_s`): of the job, not of each device, as compare's others; over all
+    starts, of each up to the last shard that it has left.
 
     Raises:
         ConfigError: the folder holds scores of other rows or of another teacher.
     """
 
     def __init__(self) -> None:
-        self._num_tokens, self._seconds = 0, 0.0
+        self._num_tokens = 0  # of this start, on all ranks
+        self._filled = 0  # rows of the shard under way
+        self._spent_s = math.nan  # by the starts before, where that is known
         self._pool: ThreadPoolExecutor | None = None
         self._written: Future | None = None
         self._handlers: dict[signal.Signals, Any] = {}
@@ -56,7 +61,7 @@ class ScoreWriter(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         if stage != "predict":
             return
-        self._stopped_by = None
+        self._stopped_by, self._filled = None, 0
         if not pl_module.has_teacher:
             raise ConfigError(
                 "--model.teacher.path is null: predict scores with the teacher. Give an early checkpoint of it, a "
@@ -85,8 +90,10 @@ class ScoreWriter(pl.Callback):
         # the first rank's, whatever the others see of the folder yet
         missing = trainer.strategy.broadcast(self.scores.missing())
         self._shards = missing[trainer.global_rank :: trainer.world_size]
-        data.score_only(self._shards, len(missing[:: trainer.world_size]))
+        data.score_only([*self._shards], bool(missing))
+        self._num_tokens = sum(len(self.scores.rows(shard)) for shard in missing) * scored.block_size
         done = scored.num_shards - len(missing)
+        self._spent_s = self.scores.manifest.get("scoring_s", math.nan if done else 0.0)
         rank_zero_info(
             f"scoring {scored.num_rows} rows of {scored.block_size} in {scored.num_shards} shards, {done} done"
         )
@@ -107,14 +114,14 @@ class ScoreWriter(pl.Callback):
         self, trainer: pl.Trainer, pl_module: Any, outputs: dict[str, Tensor], batch: Any, batch_idx: int, *_: Any
     ) -> None:
         nll_BT, rank_BT = outputs["nll"], outputs["rank"]
-        per_shard = -(-len(self._nll_RT) // len(nll_BT))
-        number, part = divmod(batch_idx, per_shard)
-        if number < len(self._shards):  # else this rank only keeps the others company
-            into = slice(part * len(nll_BT), min((part + 1) * len(nll_BT), len(self._nll_RT)))
+        if self._shards:  # else this rank only keeps the others company
+            rows = len(self.scores.rows(self._shards[0]))
+            into = slice(self._filled, min(self._filled + len(nll_BT), rows))
             self._nll_RT[into] = nll_BT[: into.stop - into.start]
             self._rank_RT[into] = rank_BT[: into.stop - into.start]
-            if part == per_shard - 1:
-                self._write(self._shards[number])
+            self._filled = into.stop % rows
+            if not self._filled:
+                self._write(self._shards.pop(0), trainer.is_global_zero)
         if self._stopped_by is not None:
             self._wait()
             left = len(self.scores.missing())
@@ -124,7 +131,7 @@ class ScoreWriter(pl.Callback):
                 "same command goes on with them",
             )
 
-    def _write(self, shard: int) -> None:
+    def _write(self, shard: int, is_first: bool) -> None:
         rows = self.scores.rows(shard)
         nll_RT, rank_RT = (t[: len(rows)].cpu().numpy().copy() for t in (self._nll_RT, self._rank_RT))
         if not np.isfinite(nll_RT).all():
@@ -134,9 +141,21 @@ class ScoreWriter(pl.Callback):
                 "--model.teacher.dtype float32 helps one that overflows"
             )
         self._wait()
-        self._num_tokens += nll_RT.size
         assert self._pool is not None
-        self._written = self._pool.submit(self.scores.write, shard, nll_RT, rank_RT)
+        self._written = self._pool.submit(self._keep, shard, nll_RT, rank_RT, self._seconds if is_first else None)
+
+    @property
+    def _seconds(self) -> float:
+        return time.perf_counter() - self._began_s
+
+    def _keep(self, shard: int, nll_RT: np.ndarray, rank_RT: np.ndarray, seconds: float | None) -> None:
+        self.scores.write(shard, nll_RT, rank_RT)
+        if seconds is not None:
+            self._note(seconds)
+
+    def _note(self, seconds: float) -> None:
+        if not math.isnan(self._spent_s):  # of a folder that an older version has begun
+            self.scores.note(scoring_s=self._spent_s + seconds)
 
     def _wait(self) -> None:
         if self._written is not None:
@@ -154,27 +173,26 @@ class ScoreWriter(pl.Callback):
     def on_predict_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._wait()
         self._close()
-        self._seconds = time.perf_counter() - self._began_s
 
     def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         """Here, not in on_predict_end: where all shards were there already, Lightning runs no prediction."""
         if stage != "predict":
             return
         trainer.strategy.barrier("all shards are written")
-        if self._num_tokens:  # of this rank: the others took as many, but for a shard
-            speed = self._num_tokens / self._seconds
-            rank_zero_info(
-                f"scored {self._num_tokens:,} tokens in {self._seconds:.1f} s, {speed:,.0f} a second and device"
-            )
+        if self._num_tokens and trainer.is_global_zero:
+            seconds = self._seconds
+            speed = self._num_tokens / seconds / trainer.world_size
+            rank_zero_info(f"scored {self._num_tokens:,} tokens in {seconds:.1f} s, {speed:,.0f} a second and device")
+            self._note(seconds)
         pl_module.release_teacher()
         if trainer.is_global_zero:
-            if self._num_tokens:  # of all rows at the speed of this start, whatever kills have cost
-                scored = self.scores.scored
-                self.scores.note(scoring_s=scored.num_rows * scored.block_size / (speed * trainer.world_size))
             data = trainer.datamodule  # type: ignore[attr-defined]
             files = score_report.write(self.scores, data.keep, data.decode_row)
             zeros = np.mean(row_scores(self.scores, data.keep.k, data.keep.masked) == 0)
-            rank_zero_info(f"{zeros:.1%} of the rows score 0; report: {', '.join(map(str, files))}")
+            found = self.scores.manifest
+            took = f"{found.get('scoring_flops', math.nan):.3g} FLOPs, {found.get('scoring_s', math.nan):.1f} s"
+            said = f"{zeros:.1%} of the rows score 0; report: {', '.join(map(str, files))}"
+            rank_zero_info(f"all rows: {took}; {said}")
 
 
 def weights_fingerprint(module: nn.Module) -> str:
