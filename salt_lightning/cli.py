@@ -139,7 +139,7 @@ class SALTCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self._settings(self.config)
-        refuse(settings.wrong_groups(config))
+        refuse(settings.wrong_groups(config) or settings.wrong_accelerator(config.trainer))
         wrong = (
             settings.wrong_trainer_settings(config.trainer)
             + settings.wrong_folders(config)

@@ -369,7 +369,10 @@ def check(trainer: pl.Trainer, ckpt_path: str | None = None) -> None:
             f"--ckpt_path {ckpt_path} is a folder of shards, which {name} (FSDP1) does not read; go on from it with "
             "--config configs/fsdp.yaml, ddp, or one device"
         )
-    if world > 1 and strategy.root_device.type == "cuda" and not dist.is_nccl_available():
+    asked, on_gpu = getattr(strategy, "_process_group_backend", None), strategy.root_device.type == "cuda"
+    if asked == "nccl" and not on_gpu:
+        raise ConfigError(f"--trainer.strategy.process_group_backend {asked} is for GPUs; leave it out, or give gloo")
+    if world > 1 and on_gpu and not dist.is_nccl_available():
         raise ConfigError(f"{name} on {world} GPUs needs NCCL, which this torch {torch.__version__} was built without")
 
 

@@ -86,7 +86,23 @@ ERRORS = {
         {"trainer.precision": "16-mixed"},
         r"--trainer.precision 16-mixed must be 32 or 32-true or bf16",
     ),
-    "a library that is not there": ({"trainer.accelerator": "tpu"}, r"--trainer: Requirement .*torch_xla"),
+    "a TPU that is not there": (
+        {"trainer.accelerator": "tpu"},
+        r"^error: --trainer.accelerator tpu: torch \S+ finds no such device here; give auto, .* or cpu",
+    ),
+    "an accelerator that is none": ({"trainer.accelerator": "foo"}, r"--trainer.accelerator foo: "),
+    "a setting of a strategy that is no class": (
+        {"trainer.strategy": "ddp", "trainer.strategy.process_group_backend": "nccl"},
+        r"^error: --trainer.strategy.process_group_backend nccl is a setting of a class, and --trainer.strategy names "
+        r"none; give the class itself, e.g. --trainer.strategy DDPStrategy for ddp$",
+    ),
+    "NCCL on a CPU": (
+        {
+            "trainer.strategy": {"class_path": "DDPStrategy", "init_args": {"process_group_backend": "nccl"}},
+            "trainer.devices": 2,
+        },
+        r"^error: --trainer.strategy.process_group_backend nccl is for GPUs; leave it out, or give gloo$",
+    ),
     "a strategy that is none": ({"trainer.strategy": "foo"}, r"--trainer.strategy foo: .*invalid strategy"),
     "checkpoints off": ({"trainer.enable_checkpointing": False}, r"--trainer.enable_checkpointing false: use --check"),
     "barebones": ({"trainer.barebones": True}, r"--trainer.barebones true: a run without log and checkpoint leaves"),
@@ -334,7 +350,10 @@ ERRORS = {
     ),
     "no sizes": ({"model.student.config": {}}, r"--model.student.config is empty: .* Give sizes, e.g. hidden_size"),
     "no such attention": ({"model.student.attention": "nope"}, r"--model.student.config: .*nope"),
-    "no GPU": ({"trainer.accelerator": "gpu"}, r"--trainer(.accelerator gpu)?: .*(gpu|GPU|CUDA)"),
+    "no GPU": (
+        {"trainer.accelerator": "gpu"},
+        r"^error: --trainer.accelerator gpu: torch \S+ finds no such device here; give auto, .* or cpu",
+    ),
     "a precision that is none": ({"trainer.precision": "fp17"}, r"^error: .{0,300}fp17.{0,300}$"),
     "interval of zero": ({"checkpoint.every_n_steps": 0}, r"--checkpoint.every_n_steps 0 must be at least 1"),
     "an activation that is none": (

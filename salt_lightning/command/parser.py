@@ -134,6 +134,9 @@ def explain(message: str, known: list[str]) -> str:
     line = " ".join(message.split())
     if found := re.match(r"Parser key \"([^\"]+)\"(\S*): (.*)", line):
         name, rest = f"--{found[1]}{found[2]}", found[3]
+        if part := re.search(r"NestedArg\(key='([^']+)', val='?(.*?)'?\)", rest):
+            said = f"{name}.{part[1]} {part[2]} is a setting of a class, and {name} names none"
+            return f"{said}; give the class itself, e.g. --trainer.strategy DDPStrategy for ddp"
         if union := re.search(r"Subtypes: [\[(](.*?)[\])] Errors:.*Given value: (.*)$", rest):
             return f"{name} {union[2]} must be {_type_names(union[1])}{_why_no_class(name, union[2], rest)}"
         if union := re.search(r" Given value: (.*)$", rest):

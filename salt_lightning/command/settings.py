@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from jsonargparse import Namespace
+from lightning.pytorch.accelerators import AcceleratorRegistry
 
 from salt_lightning.batches.mixture import weight_problems
 from salt_lightning.errors import refuse
@@ -122,6 +123,19 @@ def wrong_counts(trainer: Mapping[str, Any] | Namespace) -> list[str]:
             f"--trainer.val_check_interval {interval} must be optimizer steps (1 or more), or a share of the run (0..1)"
         )
     return wrong
+
+
+def wrong_accelerator(trainer: Namespace) -> list[str]:
+    """A device that is not here."""
+    asked = trainer.get("accelerator")
+    kinds = ("cuda", "mps") if asked == "gpu" else (asked,)
+    known = [AcceleratorRegistry[kind]["accelerator"] for kind in kinds if kind in AcceleratorRegistry]
+    if not known or any(kind.is_available() for kind in known):
+        return []
+    return [
+        f"--trainer.accelerator {asked}: torch {torch.__version__} finds no such device here; give auto, which takes "
+        "what there is, or cpu (for a look at a run elsewhere: check --check.memory_gib 24)"
+    ]
 
 
 def wrong_trainer_settings(trainer: Namespace) -> list[str]:
