@@ -27,7 +27,7 @@ from salt_lightning.export import check_target, export
 from salt_lightning.fit import alike
 from salt_lightning.fit.cadence import require_time_left, timers
 from salt_lightning.fit.optim import OptimSpec
-from salt_lightning.hugging_face.spec import settings_without_code, shape_settings
+from salt_lightning.hugging_face.spec import setting_of, settings_without_code, shape_settings
 from salt_lightning.models import own_parts, read_checkpoint
 from salt_lightning.preflight import Finding
 from salt_lightning.run import slurm
@@ -378,9 +378,15 @@ def require_same(
             "RUN/tokenizer"
         )
     saved, now = (shape_settings(spec) for spec in (checkpoint["hyper_parameters"]["student"], student))
-    changed = [f"{k} {now.get(k)} (checkpoint: {saved.get(k)})" for k in saved if saved[k] != now.get(k)]
-    if changed:
-        raise ConfigError("the checkpoint holds another student: " + ", ".join(changed[:5]))
+    rows = getattr(data, "block_size", None)
+    rows = None if rows == checkpoint["data"].get("--data.block_size") else rows
+    names = {key: setting_of(key, now.get(key), rows) for key in saved if saved[key] != now.get(key)}
+    if names:
+        changed = (f"{name} {now.get(key)} (checkpoint: {saved[key]})" for key, name in names.items())
+        raise ConfigError(
+            f"the checkpoint holds another student: {', '.join(list(changed)[:5])}; give what the checkpoint has, or "
+            "start a new --run, with its weights by --model.student.path CHECKPOINT"
+        )
 
 
 def settings_of(path: Path, whole: bool) -> dict[str, Any]:

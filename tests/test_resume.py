@@ -465,7 +465,19 @@ def test_another_student_is_refused_by_its_settings(fit, settings, tmp_path, cap
     wider = {**settings["model.student.config"], "intermediate_size": 128}
     assert fit(tmp_path / "run", ckpt_path="last", **{"model.student.config": wider}) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "the checkpoint holds another student: config.intermediate_size 128 (checkpoint: 64)" in message
+    change = "--model.student.config.intermediate_size 128 (checkpoint: 64)"
+    remedy = "give what the checkpoint has, or start a new --run, with its weights by --model.student.path CHECKPOINT"
+    assert message == f"error: the checkpoint holds another student: {change}; {remedy}"
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_positions_that_follow_the_rows_are_named_by_these(fit, settings, tmp_path, capsys, family):
+    own = {"model.student.family": family, "model.student.config": {"hidden_size": 32, "num_hidden_layers": 1,
+                                                                    "num_attention_heads": 4}}  # fmt: skip
+    assert fit(tmp_path / "run", stop_at=3, **own) == 128 + signal.SIGTERM
+    assert fit(tmp_path / "run", ckpt_path="last", **own, **{"data.block_size": 16}) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "the checkpoint holds another student: --data.block_size 16 (checkpoint: 32); give what" in message
 
 
 def test_a_run_that_is_under_way_is_left_alone(fit, settings, tmp_path, capsys, caplog, monkeypatch):

@@ -286,6 +286,12 @@ def shape_settings(spec: dict[str, Any]) -> dict[str, Any]:
     return {"family": spec.get("family")} | {f"config.{k}": v for k, v in settings.items()}
 
 
+def setting_of(key: str, value: Any, rows: int | None) -> str:
+    """What a user has typed for a `key` of `shape_settings`; a fresh model's positions are the tokens of its rows."""
+    follows = key in ("config.max_position_embeddings", "config.n_positions") and value == rows
+    return "--data.block_size" if follows else f"--model.student.{key}"
+
+
 def settings_without_code(saved: dict[str, Any], path: Path) -> dict[str, Any]:
     """A checkpoint's settings. No file decides that code is run: jsonargparse imports what is named as a class."""
     specs = [saved.get(name) for name in ("student", "teacher", "optim")]
