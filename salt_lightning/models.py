@@ -335,11 +335,11 @@ def _loading(spec: ModelSpec, name: str) -> AbstractContextManager[None]:
 
 def read_config(spec: ModelSpec, name: str) -> PreTrainedConfig:
     """The config of the model at `spec.path`, without its weights."""
+    check_path(spec, name)
     if spec.is_checkpoint:
         saved = ModelSpec.of(read_checkpoint(str(spec.path), f"--model.{name}.path")["hyper_parameters"]["student"])
         with _loading(spec, name):
             return AutoConfig.for_model(saved.family, **saved.config)
-    check_path(spec, name)
     with _loading(spec, name):
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             str(spec.path), revision=spec.revision or "main", trust_remote_code=spec.trust_remote_code
@@ -383,14 +383,17 @@ def read_checkpoint(path: str, setting: str) -> dict[str, Any]:
     Raises:
         ConfigError: it is missing, cut off, lacks a file, or is no checkpoint; the message starts with `setting`.
     """
+    remedy = "give one of RUN/checkpoints/step-*.ckpt" + ", or last, which finds a whole one" * (
+        setting == "--ckpt_path"
+    )
     if not Path(path).exists():
-        raise ConfigError(f"{setting} {path} does not exist")
+        raise ConfigError(f"{setting} {path} does not exist; {remedy}")
     if Path(path).is_dir() and any(Path(path).glob("checkpoints/*.ckpt")):
         raise ConfigError(f"{setting} {path} is the folder of a run; give one of {path}/checkpoints/step-*.ckpt")
     try:
         return shards.load(Path(path))
     except shards.DamageError as error:
-        raise ConfigError(f"{setting} {path} is not a whole checkpoint of this project ({error})") from error
+        raise ConfigError(f"{setting} {path} is not a whole checkpoint of this project ({error}); {remedy}") from error
 
 
 def require_undamaged(path: str, setting: str) -> None:
@@ -401,7 +404,7 @@ def require_undamaged(path: str, setting: str) -> None:
 
 def _load_checkpoint(spec: ModelSpec, name: str, dtype: torch.dtype, empty: bool) -> PreTrainedModel:
     """The student of one of our checkpoints."""
-    checkpoint, config = read_checkpoint(str(spec.path), f"--model.{name}.path"), read_config(spec, name)
+    config, checkpoint = read_config(spec, name), read_checkpoint(str(spec.path), f"--model.{name}.path")
     with torch.device("meta") if empty else no_init_weights():  # random ones take longer than the file
         model = from_config(config, dtype=dtype, attn_implementation=spec.attention)
     model.tie_weights()  # which goes with drawing them

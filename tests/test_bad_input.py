@@ -252,7 +252,10 @@ ERRORS = {
         {"ckpt_path": "{bad}/folder"},
         r"--ckpt_path .*folder is not .*\(meta.pt is missing",
     ),
-    "an empty checkpoint": ({"ckpt_path": "{bad}/empty.jsonl"}, r"is not a whole checkpoint of this project \(empty\)"),
+    "an empty checkpoint": (
+        {"ckpt_path": "{bad}/empty.jsonl"},
+        r"is not a whole checkpoint of this project \(empty\); give one of .*, or last",
+    ),
     "weight outside 0..1": ({"kd.weight": 1.5}, r"--kd.weight 1.5 must lie in 0..1"),
     "two at once": ({"kd.weight": 1.5, "kd.anneal_steps": -2}, r"--kd.weight 1.5 .*--kd.anneal_steps -2"),
     "phase longer than the run": (
@@ -318,7 +321,10 @@ ERRORS = {
     "warm-up longer than the run": ({"model.optim.warmup_steps": 50}, r"--model.optim.warmup_steps 50"),
     "rate of zero": ({"model.optim.lr": 0}, r"--model.optim.lr 0.* must be above 0"),
     "temperature of zero": ({"model.teacher_temperature": 0}, r"--model.teacher_temperature 0.* must be above 0"),
-    "missing checkpoint": ({"ckpt_path": "gone.ckpt"}, r"--ckpt_path gone.ckpt does not exist"),
+    "missing checkpoint": (
+        {"ckpt_path": "gone.ckpt"},
+        r"--ckpt_path gone.ckpt does not exist; give one of RUN/checkpoints/step-\*.ckpt, or last, which finds",
+    ),
     "an abbreviation": ({"trainer.max_step": 3}, r"max_step"),
     "validation interval of zero": ({"trainer.val_check_interval": 0}, r"--trainer.val_check_interval 0 must be"),
     "log interval of zero": ({"trainer.log_every_n_steps": 0}, r"--trainer.log_every_n_steps 0 must be at least 1"),

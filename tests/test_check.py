@@ -418,6 +418,22 @@ def test_other_rules_with_the_same_map_are_a_warning(checked, teacher, tmp_path)
     assert "but --data.tokenizer cuts text by other rules than that of" in said
 
 
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        (
+            "runs/nope.ckpt",
+            "--model.teacher.path runs/nope.ckpt does not exist; give a .ckpt of this project, a Hugging",
+        ),
+        (__file__, f"--model.teacher.path {__file__} is a file; give the folder with its config.json, or one of our"),
+    ],
+)
+def test_a_teacher_that_is_not_there_comes_with_a_remedy(checked, path, said):
+    code, found = checked(**{"model.teacher.path": path})
+    assert code == 1
+    assert of(found, "teacher")[1].startswith(said)
+
+
 def test_the_marks_of_a_chat_count_where_a_chat_is_read(teacher):
     tokenizer = AutoTokenizer.from_pretrained(Path(teacher).parents[1] / "tokenizer")
     tokenizer.add_tokens(["<|end|>", "<|never|>"], special_tokens=True)

@@ -551,7 +551,7 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(salt, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["gone.ckpt", "out"], "CKPT gone.ckpt does not exist"),
+        (["gone.ckpt", "out"], "CKPT gone.ckpt does not exist; give one of RUN/checkpoints/step-*.ckpt"),
         (["{run}", "out"], "is the folder of a run; give one of"),
         (["{run}/config.yaml", "out"], "is not a whole checkpoint of this project"),
         (["{last}", "out", "--dtype", "int4"], "--dtype: invalid choice: 'int4'"),

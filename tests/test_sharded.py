@@ -134,7 +134,7 @@ def test_an_export_of_half_a_checkpoint_is_one_line(copy, tmp_path, capsys):
     (copy / "__1_0.distcp").unlink()
     assert cli.main(["export", str(copy), str(tmp_path / "out")]) == 2
     said = f"error: export: CKPT {copy} is not a whole checkpoint of this project (__1_0.distcp is missing)"
-    assert capsys.readouterr().err.split("\n") == ["", said, ""]
+    assert capsys.readouterr().err.split("\n") == ["", f"{said}; give one of RUN/checkpoints/step-*.ckpt", ""]
     assert not (tmp_path / "out").exists()
 
 
