@@ -15,7 +15,7 @@ import signal
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,9 +33,10 @@ from transformers import PreTrainedTokenizerFast
 from salt_lightning.data import SALTDataModule
 from salt_lightning.errors import ConfigError
 from salt_lightning.hugging_face.token_ids import emitted_ids
-from salt_lightning.text import documents, journal, prepare, processes, progress
+from salt_lightning.text import documents, journal, parse, prepare, processes, progress
 from salt_lightning.text import tokenizer as tokenizer_module
 from salt_lightning.text.documents import Corpus, read_raw, utf8
+from salt_lightning.text.examples import Examples
 from salt_lightning.text.journal import making
 from salt_lightning.text.parse import lots
 from salt_lightning.text.prepare import prepare_tokenizer, prepare_tokens, token_folder, tokenizer_folder
@@ -305,8 +306,16 @@ BAD_FILES = [
         r"--data.source: .*x.jsonl: line 3 is not JSON \(Expecting ','",
     ),
     ("x.txt", LATIN_1, r"--data.source: .*x.txt: line 2 is not UTF-8 text"),
-    ("x.jsonl.gz", CUT_OFF, r"--data.source: .*x.jsonl.gz: cannot be read"),
-    ("x.parquet", b"PAR1 no", r"--data.source: .*x.parquet: cannot be read"),
+    (
+        "x.jsonl.gz",
+        CUT_OFF,
+        r".*x.jsonl.gz: cannot be read \(.*\); bring back a whole copy of it, or leave it out of",
+    ),
+    (
+        "x.parquet",
+        b"PAR1 no",
+        r"--data.source: .*x.parquet: cannot be read \(.*\); bring back a whole copy of it, or leave it",
+    ),
 ]
 
 
@@ -403,6 +412,37 @@ def test_a_byte_order_mark_is_no_fault(tmp_path):
 def test_source_that_matches_nothing(source):
     with pytest.raises(ConfigError, match=f"^--data.source: '{re.escape(source)}' matches no file; give a file"):
         corpus_of(source)
+
+
+@pytest.mark.parametrize("where", ["text", "source", "messages"])
+def test_a_row_of_parquet_that_is_no_utf8_is_named_and_can_be_left_out(where, tmp_path, monkeypatch):
+    """pyarrow checks no text that it reads: a wrong write leaves such rows in files that are whole."""
+    monkeypatch.setattr(documents, "_RAW_CHARS", 60)
+    monkeypatch.setattr(documents, "_TABLE_ROWS", 3)
+    good = [f"text {i}" for i in range(20)]
+    spoilt = pa.array([b"ab\xff" if i == 16 else text.encode() for i, text in enumerate(good)]).view(pa.string())
+    columns = {"text": good, "source": ["s"] * 20, where: spoilt}
+    options = {"source_column": "source"}
+    if where == "messages":
+        roles = pa.array(["user", "assistant"] * 10)
+        turns = pa.StructArray.from_arrays([roles, spoilt], ["role", "content"])
+        columns["messages"] = pa.ListArray.from_arrays(pa.array(range(0, 21, 2), pa.int32()), turns)
+        columns |= {"text": good[:10], "source": ["s"] * 10}
+        options |= {"examples": Examples(messages="messages")}
+    pq.write_table(pa.table(columns), tmp_path / "x.parquet")
+    corpus = corpus_of(tmp_path / "x.parquet", **options)
+    row = 9 if where == "messages" else 17
+    said = rf"^--data.source: {tmp_path}/x.parquet: row {row} is not UTF-8 text; mend that row, or .* skip"
+    with pytest.raises(ConfigError, match=said):
+        [parse.documents(raw, corpus) for raw in read_raw(corpus)]
+    corpus = replace(corpus, skip_bad_lines=True)
+    read = [parse.documents(raw, corpus) for raw in read_raw(corpus)]
+    assert sum(len(kept) for kept, _ in read) == len(columns["text"]) - 1
+    assert [(s.lines, s.first) for _, s in read if s.lines] == [
+        (1, f"{tmp_path}/x.parquet: row {row} is not UTF-8 text")
+    ]
+    if where == "text":
+        assert [text for kept, _ in read for text, _ in kept] == good[:16] + good[17:]
 
 
 def test_columns_of_parquet(tmp_path):

@@ -90,7 +90,9 @@ class Raw:
     kind: str  # as Group's
     rows: list[Any] = field(default_factory=list)  # bytes of files; of tables texts, or the fields of examples
     sources: list[Any] = field(default_factory=list)  # of tables with a source column; else empty
-    places: list[tuple[int, str, int]] = field(default_factory=list)  # from row i on: file, number of row i's line
+    places: list[tuple[int, str, int]] = field(
+        default_factory=list
+    )  # from row i on: file, number of row i's line (row)
     size: int = 0  # of the rows, in bytes or characters
     read_bytes: int = 0  # of the corpus's files, up to here
 
@@ -144,8 +146,12 @@ def _read_files(group: Group, corpus: Corpus) -> Iterator[Raw]:
         except ConfigError:
             raise
         except Exception as error:
-            hint = "; pip install backports.zstd" if isinstance(error, ImportError) else ""
-            raise ConfigError(f"{corpus.setting}: {file}: cannot be read ({first_line(error)}){hint}") from error
+            hint = "allow it" if isinstance(error, PermissionError) else "bring back a whole copy of it"
+            hint = "pip install backports.zstd" if isinstance(error, ImportError) else hint
+            raise ConfigError(
+                f"{corpus.setting}: {file}: cannot be read ({first_line(error)}); {hint}, or leave it out of "
+                f"{corpus.setting}"
+            ) from error
 
 
 def _read_text(file: str, group: Group, corpus: Corpus) -> Iterator[Raw]:
@@ -189,9 +195,25 @@ def _read_parquet(file: str, group: Group, corpus: Corpus) -> Iterator[Raw]:
     table, num_read = pq.ParquetFile(file, buffer_size=1 << 20), 0  # buffered: never a whole column chunk in memory
     check_columns(corpus, table.schema_arrow.names, file)
     for batch in table.iter_batches(_TABLE_ROWS, columns=list(corpus.columns())):
-        num_read += len(batch)
+        columns = {name: _values(batch[name]) for name in batch.schema.names}
+        place, num_read = (0, file, num_read + 1), num_read + len(batch)
         read_bytes = os.path.getsize(file) * num_read // table.metadata.num_rows
-        yield _of_table(group, corpus, batch.to_pydict(), read_bytes)
+        yield _of_table(group, corpus, columns, read_bytes, [place])
+
+
+def _values(column: Any) -> list[Any]:
+    """Those of a column; in the place of text that is no UTF-8, in whatever it lies, its bytes."""
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        return list(map(_value, column))
+
+
+def _value(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError as error:
+        return error.object
 
 
 def _read_hub(group: Group, corpus: Corpus) -> Iterator[Raw]:
@@ -202,7 +224,7 @@ def _read_hub(group: Group, corpus: Corpus) -> Iterator[Raw]:
         )
         check_columns(corpus, stream.column_names or list(next(iter(stream), {})), group.hub_name)
         for batch in stream.select_columns(list(corpus.columns())).iter(_TABLE_ROWS):
-            yield _of_table(group, corpus, batch, 0)
+            yield _of_table(group, corpus, batch, 0, [])
     except ConfigError:
         raise
     except Exception as error:
@@ -212,10 +234,12 @@ def _read_hub(group: Group, corpus: Corpus) -> Iterator[Raw]:
         ) from error
 
 
-def _of_table(group: Group, corpus: Corpus, batch: dict[str, list[Any]], read_bytes: int) -> Raw:
+def _of_table(
+    group: Group, corpus: Corpus, batch: dict[str, list[Any]], read_bytes: int, places: list[tuple[int, str, int]]
+) -> Raw:
     rows = [corpus.content(dict(zip(batch, values, strict=True))) for values in zip(*batch.values(), strict=True)]
     sources = batch[corpus.source_column] if corpus.source_column else []
-    return Raw(group.name, group.kind, rows, sources, [], sum(map(_size, rows)), read_bytes)
+    return Raw(group.name, group.kind, rows, sources, places, sum(map(_size, rows)), read_bytes)
 
 
 def _size(row: Any) -> int:

@@ -86,6 +86,10 @@ def _parse(raw: Raw, row: int, corpus: Corpus) -> tuple[Any, str]:
     """Content and source of a row."""
     data = raw.rows[row]
     if raw.kind in ("parquet", "hub"):
+        values = list(data.values()) if isinstance(data, dict) else [data]
+        if not all(map(_is_utf8, [*values, *raw.sources[row : row + 1]])):
+            remedy = "mend that row, or leave the file out with a narrower glob"
+            raise _bad_line(corpus, _place(raw, row), "is not UTF-8 text", remedy)
         return _checked(data, corpus, raw.name, of_table=True), _name(raw.sources[row]) if raw.sources else raw.name
     if data.startswith(BOM_UTF8) and raw.place(row)[1] == 1:  # a mark of the file, as Windows writes it, and no text
         data = data.removeprefix(BOM_UTF8)
@@ -135,8 +139,17 @@ def _checked(content: Any, corpus: Corpus, where: str, of_table: bool = False) -
 
 
 def _place(raw: Raw, row: int, lines_on: int = 0) -> str:
+    if not raw.places:  # of the hub
+        return raw.name
     file, line = raw.place(row)
-    return f"{file}: line {line + lines_on}"
+    return f"{file}: {'row' if raw.kind == 'parquet' else 'line'} {line + lines_on}"
+
+
+def _is_utf8(value: Any) -> bool:
+    try:
+        return not isinstance(value, bytes) or bool(value.decode() or True)
+    except UnicodeDecodeError:
+        return False
 
 
 def _refused(said: str) -> BadLine:
