@@ -12,7 +12,7 @@ import numpy as np
 from salt_lightning.comparison import lineage, report
 from salt_lightning.comparison.remarks import other_text, remarks
 from salt_lightning.comparison.results import Comparison, Group, Row
-from salt_lightning.errors import ConfigError, VerbParser, printable, printable_lines
+from salt_lightning.errors import ConfigError, VerbParser, failed_write, printable, printable_lines
 from salt_lightning.run.runlog import AXES, Run
 
 
@@ -53,11 +53,15 @@ def compare(runs: Sequence[str | Path], out: str | Path, baseline: str | None = 
     folders = list({os.path.abspath(path): Path(os.path.normpath(path)) for path in runs}.values())
     loaded = [lineage.read(path, name) for path, name in zip(folders, _names(folders), strict=True)]
     comparison, out = evaluate(loaded, baseline), Path(out)
-    out.mkdir(parents=True, exist_ok=True)
     link = "\n![Validation CE over steps and over FLOPs](compare.png)\n"
-    (out / "compare.md").write_text(report.markdown(comparison) + link, encoding="utf-8")
-    (out / "compare.json").write_text(report.json_text(comparison), encoding="utf-8")
-    report.figure(comparison).savefig(out / "compare.png", dpi=160)
+    text, data, figure = report.markdown(comparison), report.json_text(comparison), report.figure(comparison)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "compare.md").write_text(text + link, encoding="utf-8")
+        (out / "compare.json").write_text(data, encoding="utf-8")
+        figure.savefig(out / "compare.png", dpi=160)
+    except OSError as error:
+        raise failed_write(out / "compare.*", error.strerror or str(error), error.errno) from error
     return comparison
 
 

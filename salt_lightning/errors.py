@@ -1,6 +1,7 @@
 """The errors a user is meant to see: one line, no traceback (cli.main catches them)."""
 
 import argparse
+import errno
 import os
 import signal
 import sys
@@ -120,6 +121,23 @@ def of_machine(error: BaseException) -> str | None:
     if "no kernel image" in str(error):
         return f"this torch has no code for this card ({one_line(error, 200)}); install a build of torch that has"
     return None
+
+
+def failed_write(path: os.PathLike[str], reason: str, number: int | None, again: str = "do it again") -> OSError:
+    """What is said of a write that failed, as on a full disk.
+
+    Args:
+        path: what was to be there, whatever it was called while it was made.
+        reason: what the system said.
+        number: its errno, where there is one.
+        again: how to go on when that is mended.
+    """
+    remedy = f"mend that and {again}"
+    if number in (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR):
+        remedy = "choose another folder"
+    elif number in (None, errno.ENOSPC, errno.EDQUOT):
+        remedy = f"is the disk full? Make room and {again}"
+    return OSError(f"{path} cannot be written ({reason}); {remedy}")
 
 
 class NonFiniteLossError(RuntimeError):

@@ -6,6 +6,7 @@ with the model. No GPU, no teacher and no process group is needed.
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -31,12 +32,12 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from salt_lightning.command.settings import is_address
 from salt_lightning.comparison.lineage import read as read_log
-from salt_lightning.errors import ConfigError, VerbParser, few, printable
+from salt_lightning.errors import ConfigError, VerbParser, failed_write, few, first_line, printable
 from salt_lightning.hugging_face.card import model_card
 from salt_lightning.hugging_face.spec import DTYPES, ModelSpec, as_config_error
 from salt_lightning.models import from_config, own_parts, read_checkpoint, require_undamaged
 from salt_lightning.parallel import check_same_model, writes_elsewhere
-from salt_lightning.storage.shards import STUDENT, Tensors, sync_folder
+from salt_lightning.storage.shards import STUDENT, Tensors, UnansweredError, sync_folder
 from salt_lightning.text.tokenizer import (
     SUBFOLDER,
     load_tokenizer,
@@ -157,15 +158,19 @@ def _tokenizer(
 @contextmanager
 def _whole_folder(target: Path) -> Iterator[Path]:
     """A folder beside `target`, which gets its name when all that is in it has reached the disk."""
-    target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    partial.mkdir()
     try:
+        partial.mkdir(parents=True)
         yield partial
         for path in (*partial.rglob("*"), partial):
             sync_folder(path)
         partial.rename(target)
         sync_folder(target.parent)
+    except OSError as error:
+        read_from = error.filename is not None and not str(error.filename).startswith(str(partial))
+        if read_from or isinstance(error, UnansweredError):  # the checkpoint
+            raise
+        raise failed_write(target, error.strerror or first_line(error), error.errno) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -195,7 +200,8 @@ def _write_file(model: PreTrainedModel, weights: dict[str, Tensor], path: Path) 
     try:
         save_file(parts, path, metadata={"format": "pt"})
     except SafetensorError as error:  # a full disk, say
-        raise OSError(f"{path}: {error}") from error
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        raise OSError(*((int(found[1]), os.strerror(int(found[1]))) if found else (first_line(error),))) from error
     return list(parts)
 
 

@@ -4,6 +4,8 @@ import json
 import math
 import os
 import re
+import resource
+import signal
 import statistics
 import struct
 import subprocess
@@ -119,6 +121,22 @@ def test_every_number_of_three_runs(three):
     assert [row.student_flops for row in comparison.rows] == [3000, 3000, 3000]
     assert [row.teacher_flops for row in comparison.rows] == [0, 300, 1500]
     assert not any(row.running for row in comparison.rows)
+
+
+def test_what_cannot_be_written_is_named_with_a_remedy(three, tmp_path):
+    (tmp_path / "file").write_text("")
+    said = r"^\S+/file/compare.\* cannot be written \(File exists\); choose another folder$"
+    with pytest.raises(OSError, match=said):
+        compare(three, tmp_path / "file")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(OSError, match=r"/out/compare.\* cannot be written \(File too large\); mend that and do it"):
+            compare(three, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_equal_points_are_at_the_smallest_common_end(three):

@@ -39,7 +39,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 
 from salt_lightning import __version__
-from salt_lightning.errors import ConfigError, few
+from salt_lightning.errors import ConfigError, failed_write, few
 from salt_lightning.storage.kinds import TO_GO_ON, VERSION, is_bounded, is_checkpoint
 from salt_lightning.text.journal import whole
 
@@ -284,12 +284,7 @@ def writing(path: Path) -> Iterator[None]:
         failure = next((failure for failure, _ in getattr(error, "failures", {}).values()), error)
         reason = str(failure).strip().splitlines()[0]
         number = next((each.errno for each in _led_to(failure) if isinstance(each, OSError)), None)
-        remedy = "mend that and go on with --ckpt_path last"
-        if number in (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS):
-            remedy = "choose another folder"
-        elif number in (None, errno.ENOSPC, errno.EDQUOT):
-            remedy = "is the disk full? Make room and go on with --ckpt_path last"
-        raise OSError(f"{path} cannot be written ({reason}); {remedy}") from error
+        raise failed_write(path, reason, number, "go on with --ckpt_path last") from error
 
 
 def write(checkpoint: dict[str, Any], path: Path) -> None:
