@@ -378,8 +378,7 @@ def require_same(
             "RUN/tokenizer"
         )
     saved, now = (shape_settings(spec) for spec in (checkpoint["hyper_parameters"]["student"], student))
-    rows = getattr(data, "block_size", None)
-    rows = None if rows == checkpoint["data"].get("--data.block_size") else rows
+    rows = None if (width := getattr(data, "block_size", 0)) == checkpoint["data"].get("--data.block_size") else width
     names = {key: setting_of(key, now.get(key), rows) for key in saved if saved[key] != now.get(key)}
     if names:
         changed = (f"{name} {now.get(key)} (checkpoint: {saved[key]})" for key, name in names.items())
@@ -397,8 +396,11 @@ def settings_of(path: Path, whole: bool) -> dict[str, Any]:
     return settings_without_code(checkpoint["hyper_parameters"], path)
 
 
-def go_on_from(checkpoint: dict[str, Any], max_steps: int, accumulate: int | None, data: Any, optim: OptimSpec) -> None:
-    """Makes a fit go on right after the checkpoint's optimizer step; says so if it will read other rows.
+def go_on_from(
+    checkpoint: dict[str, Any], trainer: pl.Trainer, accumulate: int | None, data: Any, optim: OptimSpec
+) -> None:
+    """Makes a fit go on right after the checkpoint's optimizer step; says so if it will read other rows, or step
+    otherwise.
 
     `data`: the run's SALTDataModule, or None.
 
@@ -410,7 +412,7 @@ def go_on_from(checkpoint: dict[str, Any], max_steps: int, accumulate: int | Non
         ConfigError: the run is to end before that step, or the checkpoint holds weights alone.
     """
     shards.require_whole(checkpoint)
-    step = checkpoint["global_step"]
+    step, max_steps = checkpoint["global_step"], trainer.max_steps
     if step > max_steps:
         raise ConfigError(f"--trainer.max_steps {max_steps}: the checkpoint is at step {step} already")
     if accumulate is not None:
@@ -424,8 +426,8 @@ def go_on_from(checkpoint: dict[str, Any], max_steps: int, accumulate: int | Non
     now = alike.identity(data)
     if other := [_other(key, now[key], was) for key, was in checkpoint["data"].items() if now[key] != was]:
         rank_zero_info(f"going on with other data than the checkpoint's: {', '.join(other)}")
-    if moved := optim.jump(checkpoint, max_steps):
-        rank_zero_info(moved)
+    for said in filter(None, (alike.other_steps(checkpoint, trainer), optim.jump(checkpoint, max_steps))):
+        rank_zero_info(said)
 
 
 def say_other_share(checkpoint: dict[str, Any], data: Any) -> None:

@@ -409,7 +409,7 @@ class SALTModule(extension.KeepsModes):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if states := checkpoint.get("optimizer_states"):
             checkpoint["optimizer_states"] = [by_name(state) if state else state for state in states]
-        checkpoint |= alike.about(self._data, self.trainer.max_steps) | self.meter.state(self.global_step)
+        checkpoint |= alike.about(self._data, self.trainer) | self.meter.state(self.global_step)
         checkpoint |= plain(checkpoint)
 
     def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
@@ -420,10 +420,9 @@ class SALTModule(extension.KeepsModes):
         require_same(checkpoint, self.hparams["student"], self._data, self.state_dict)
         self._loaded_step = checkpoint["global_step"]
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            max_steps = self.trainer.max_steps
             accumulate = self.trainer.accumulate_grad_batches if self._data is not None else None
             extension.require_callbacks(self.trainer, checkpoint)
-            go_on_from(checkpoint, max_steps, accumulate, self._data, self.optim_spec)
+            go_on_from(checkpoint, self.trainer, accumulate, self._data, self.optim_spec)
             self.meter.load(checkpoint)
         elif self._data is not None:
             say_other_share(checkpoint, self._data)

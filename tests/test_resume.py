@@ -908,6 +908,23 @@ def test_other_data_than_the_checkpoints_is_said(fit, tmp_path, caplog):
     assert "held-out" not in caplog.text
 
 
+def test_another_clip_or_precision_than_the_checkpoints_is_said(fit, tmp_path, caplog):
+    assert fit(tmp_path / "run", stop_at=3) == 128 + signal.SIGTERM
+    assert fit(tmp_path / "run", stop_at=5, ckpt_path="last", **{"trainer.precision": "32"}) == 128 + signal.SIGTERM
+    assert "taken otherwise" not in caplog.text
+    own = {"trainer.gradient_clip_val": 0.5, "trainer.precision": "bf16-mixed"}
+    assert fit(tmp_path / "run", stop_at=7, ckpt_path="last", **own) == 128 + signal.SIGTERM
+    said = "--trainer.precision bf16-mixed (checkpoint: 32-true), --trainer.gradient_clip_val 0.5 (checkpoint: 1.0)"
+    assert f"going on with {said}: the steps that follow are taken otherwise" in caplog.text
+    caplog.clear()
+    newest = tmp_path / "run/checkpoints/step-00000007.ckpt"
+    older = torch.load(newest, weights_only=True)
+    del older["trainer"]  # as versions before this one have written them
+    torch.save(older, newest)
+    assert fit(tmp_path / "run", ckpt_path=str(newest)) == 0
+    assert "taken otherwise" not in caplog.text
+
+
 def test_sources_with_weights_resume_to_the_bit_and_other_weights_are_said(fit, teacher, tmp_path, corpus, caplog):
     second = write_corpus(tmp_path / "second.jsonl", 60, seed=5)
     own = {"data.source": [str(corpus), str(second)], "data.source_weights": [1, 2]}

@@ -40,12 +40,27 @@ def identity(data: Any) -> dict[str, Any]:
     return found | {"--data.held_out": str(getattr(data, "held_out", ""))}
 
 
-def about(data: Any, max_steps: int) -> dict[str, Any]:
+def of_trainer(trainer: pl.Trainer) -> dict[str, Any]:
+    """What a step is besides its rows, rate and loss, as a checkpoint tells it."""
+    return {f"--trainer.{name}": value for name, value in _of(trainer, ("precision", "gradient_clip_val")).items()}
+
+
+def other_steps(checkpoint: Mapping[str, Any], trainer: pl.Trainer) -> str | None:
+    """What to say where a run that goes on takes its steps otherwise than before; older versions have not noted how."""
+    before, now = checkpoint.get("trainer", {}), of_trainer(trainer)
+    other = [
+        f"{name} {now[name]} (checkpoint: {before[name]})" for name in now if before.get(name, now[name]) != now[name]
+    ]
+    return f"going on with {', '.join(other)}: the steps that follow are taken otherwise" if other else None
+
+
+def about(data: Any, trainer: pl.Trainer) -> dict[str, Any]:
     """What a checkpoint says of its run: a later start's to compare, a model card's to tell."""
     tokenizer, text = getattr(data, "tokenizer_fingerprint", None), getattr(data, "text", {})
     stretches = [asdict(stretch) for stretch in getattr(data, "stretches", ())]
     text_of = {"tokenizer": tokenizer, "data": identity(data), "text": text, "stretches": stretches}
-    return {**text_of, "max_steps": max_steps, VERSION: salt_lightning.__version__}
+    of_run = {"trainer": of_trainer(trainer), "max_steps": trainer.max_steps}
+    return {**text_of, **of_run, VERSION: salt_lightning.__version__}
 
 
 def of_fit(module: Any, data: Any) -> dict[str, Any]:
