@@ -205,13 +205,13 @@ class SALTDataModule(LightningDataModule):
             trained = trained or list(self.val_source)
         unread = preflight.unread_text(kept_text(self.tokenizer, files))
         found = [unread or preflight.changed_text(changed_words(self.tokenizer)), preflight.seen_in_training(trained)]
-        if self._train is not None and self.held_out_by == "source":
+        if self._train is not None and self._eval is not None and self.held_out_by == "source":
             longest = int(np.diff(files.doc_ends, prepend=0).max(initial=0))
-            sizes = (files.num_tokens, longest, self.num_train_tokens)
-            found.append(preflight.large_share(*sizes, self.val_fraction))
+            found.append(preflight.large_share(files.num_tokens, longest, self.num_train_tokens, self.val_fraction))
             names, trained_on = files.manifest["sources"], self._train.files.doc_sources
             if len(trained_on) < 1 << 24:  # of more it takes time
-                found.append(preflight.unwatched([names[i] for i in np.setdiff1d(trained_on, files.doc_sources)]))
+                read = self._eval.documents(self._eval_rows())
+                found.append(preflight.unwatched([names[i] for i in np.setdiff1d(trained_on, files.doc_sources[read])]))
         return [finding for finding in found if finding]
 
     @property

@@ -109,11 +109,11 @@ def large_share(held_out: int, longest: int, training: int, fraction: float) -> 
 
 
 def unwatched(sources: list[str]) -> Finding | None:
-    """`sources`: those with training text of which no document was drawn for validation. None: there are none."""
+    """`sources`: those with training text of which validation reads no document. None: there are none."""
     if not sources:
         return None
-    said = f"no document of {few(sources)} is held out, so there is no val/ce of it"
-    return Finding("note", "sources", said, "raise --data.val_fraction, or give --data.val_source")
+    said = f"no document of {few(sources)} is validated, so there is no val/ce of it"
+    return Finding("note", "sources", said, "raise --data.val_fraction or --data.val_rows, or give --data.val_source")
 
 
 def seen_in_training(names: list[str]) -> Finding | None:

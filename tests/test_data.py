@@ -172,6 +172,15 @@ def test_evaluation_reads_every_row_once_in_batches_of_one_shape(world, tmp_path
         assert (batch["bytes"][batch["labels"] == IGNORE] == 0).all()
 
 
+def test_the_documents_of_rows_are_those_of_their_tokens(tmp_path):
+    packed = some_rows(tmp_path)
+    owner_N = np.repeat(np.arange(packed.files.num_documents), np.diff(packed.files.doc_ends, prepend=0))
+    width = packed.block_size
+    for rows in (np.array([r]) for r in range(packed.num_rows)):
+        assert packed.documents(rows).tolist() == sorted({*owner_N[rows[0] * width : (rows[0] + 1) * width].tolist()})
+    assert packed.documents(np.array([], np.int64)).tolist() == []
+
+
 @pytest.mark.parametrize("micro", [1, 4, 5, 11])
 def test_shards_are_read_whole_whatever_the_batch(micro, tmp_path):
     """37 rows in shards of 10: the last has 7, and no batch beyond them. Without shards there is one without rows."""

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from salt_lightning.data import SALTDataModule
 from salt_lightning.errors import ConfigError
 from salt_lightning.text.documents import Corpus, read_raw
+from salt_lightning.text.examples import Examples
 from salt_lightning.text.parse import lots
 from salt_lightning.text.sources import Hub, resolve
 
@@ -395,7 +396,15 @@ def test_a_source_that_no_validation_figure_watches_is_told(tmp_path):
     (tmp_path / "rare.jsonl").write_text(json.dumps({"text": rare}))
     files = [write_texts(tmp_path / "much.jsonl", "the quick brown fox"), str(tmp_path / "rare.jsonl")]
     (found,) = ready(files, english(), tmp_path).doubts()
-    assert (found.level, found.said) == ("note", "no document of rare is held out, so there is no val/ce of it")
+    assert (found.level, found.said) == ("note", "no document of rare is validated, so there is no val/ce of it")
+
+
+@pytest.mark.parametrize("own", [{}, {"examples": Examples(prompt="{text}", response="{text}")}])
+def test_a_source_outside_of_the_rows_that_validation_reads_is_told(own, tmp_path):
+    files = [write_texts(tmp_path / f"{name}.jsonl", f"fox {name}") for name in "ab"]
+    assert ready(files, english(), tmp_path, **own).doubts() == []
+    (found,) = ready(files, english(), tmp_path, val_rows=1, **own).doubts()  # of more than one
+    assert re.match("no document of [ab] is validated, so there is no val/ce of it", found.said)
 
 
 @pytest.mark.parametrize("held_out", [True, False])

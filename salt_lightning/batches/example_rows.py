@@ -66,6 +66,11 @@ class ExampleRows:
         counts = np.concatenate([[0], np.cumsum(learned[self._packed])])
         self._label_counts = np.diff(counts[self._row_starts])
 
+    def documents(self, rows: np.ndarray) -> np.ndarray:
+        """Those with a token in some rows."""
+        parts = (self._packed[self._row_starts[row] : self._row_starts[row + 1]] for row in rows)
+        return np.concatenate([np.zeros(0, np.int64), *parts])
+
     def label_counts(self, rows: np.ndarray) -> np.ndarray:
         """Labels of each row."""
         return self._label_counts[rows]

@@ -121,6 +121,14 @@ class PackedRows:
         """The document at the start of each row."""
         return np.searchsorted(self.files.doc_ends, rows * self.block_size, side="right")
 
+    def documents(self, rows: np.ndarray) -> np.ndarray:
+        """Those with a token in some rows."""
+        starts = rows * self.block_size
+        stops = np.minimum(starts + self.block_size, self.files.num_tokens)
+        first, last = (np.searchsorted(self.files.doc_ends, at, side="right") for at in (starts, stops - 1))
+        ranges = (np.arange(a, b + 1) for a, b in zip(first, last, strict=True))
+        return np.unique(np.concatenate([np.zeros(0, np.int64), *ranges]))
+
     def source_tokens(self, names: list[str]) -> list[int]:
         """Where in the stream each source begins, where they lie one after the other, and last its end."""
         place_S, sources_D = [names.index(name) for name in self.files.manifest["sources"]], self.files.doc_sources
