@@ -13,7 +13,7 @@ from salt_lightning.comparison import lineage, report
 from salt_lightning.comparison.remarks import other_text, remarks
 from salt_lightning.comparison.results import Comparison, Group, Row
 from salt_lightning.errors import ConfigError, VerbParser, failed_write, printable, printable_lines
-from salt_lightning.run.runlog import AXES, Run
+from salt_lightning.run.runlog import AXES, Run, read_run
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ def compare(runs: Sequence[str | Path], out: str | Path, baseline: str | None = 
         ConfigError: a path that is no folder, no run that logged something, or a baseline that is not among these.
     """
     folders = list({os.path.abspath(path): Path(os.path.normpath(path)) for path in runs}.values())
-    loaded = [lineage.read(path, name) for path, name in zip(folders, _names(folders), strict=True)]
-    comparison, out = evaluate(loaded, baseline), Path(out)
+    named = [read_run(path, name) for path, name in zip(folders, _names(folders), strict=True)]
+    comparison, out = evaluate([lineage.whole(run, named) for run in named], baseline), Path(out)
     link = "\n![Validation CE over steps and over FLOPs](compare.png)\n"
     text, data, figure = report.markdown(comparison), report.json_text(comparison), report.figure(comparison)
     try:
@@ -183,6 +183,8 @@ def _row(run: Run, method: str, teacher: Run | None, goal: Goal) -> Row:
     taught = 0 if teacher is None else lineage.taught_steps(run, teacher)
     training_flops = lineage.card_flops(run) if teacher is None else teacher.flops(taught)
     training_s = math.nan if teacher is None else teacher.total("train/time_s", taught)
+    if run.lost:  # another teacher may have had a part in it
+        training_flops = training_s = math.nan
     scoring = lineage.scoring(run)
     scoring_flops, scoring_s = (scoring.get(key, math.nan) for key in ("scoring_flops", "scoring_s"))
     return Row(
@@ -218,7 +220,7 @@ def _row(run: Run, method: str, teacher: Run | None, goal: Goal) -> Row:
 
 def _besides(run: Run, training: float, scoring: float) -> float:
     """What a run needed besides, its teacher's training and the scoring of its rows; NaN where a part is not known."""
-    parts = ([training] if run.kd_steps > 0 else []) + ([scoring] if run.selected else [])
+    parts = ([training] if run.kd_steps > 0 or run.lost else []) + ([scoring] if run.selected else [])
     return sum(parts) if parts else math.nan
 
 

@@ -897,6 +897,65 @@ def test_where_a_branch_reaches_a_loss_is_not_made_up(branch, tmp_path):
     assert "twig has no log before step 200, and the run that it went on from is not found" in str(found.notes)
 
 
+def test_a_run_whose_beginning_is_not_known_is_no_seed_of_one_from_scratch(tmp_path):
+    """Its checkpoint was copied: the folder above is there, and is no run."""
+    (tmp_path / "starts/x").mkdir(parents=True)
+    (tmp_path / "starts/scores.json").write_text('{"scoring_flops": 400.0, "scoring_s": 20.0}')
+    copied = {"ckpt_path": "starts/x/step-00000100.ckpt"}
+    taught = {"teacher": "teacher/checkpoints/step-00000200.ckpt", "weight": 0.5, "kd_steps": 100}
+    late = {200: 4.25, 300: 3.75}
+    runs = [
+        write_run(tmp_path / "copied", late, after=100, **taught, **copied),
+        write_run(tmp_path / "scratch", SALT, **taught, seed_everything=1),
+        write_run(tmp_path / "off", late, after=100, **copied, **{"data.selection": "starts"}),
+        write_run(tmp_path / "baseline", BASELINE),
+        write_run(tmp_path / "teacher", BASELINE),
+    ]
+    off = lineage.read(runs[2], "off")
+    assert math.isnan(off.flops(300)), "it logs none of a teacher, which may have been there"
+    assert math.isnan(off.total("train/tokens", 105)), "between the branch and its first log"
+    assert off.total("train/tokens", 110) == 220
+    with SummaryWriter(str(runs[2]), filename_suffix=".start-2") as writer:
+        writer.add_scalar("train/flops_teacher_total", 500, 110)
+    found = compare(runs, tmp_path / "out")
+    assert found.reference == "baseline"
+    assert [group.runs for group in found.groups] == [["copied"], ["scratch"], ["off"], ["baseline"]]
+    assert [row.method for row in found.rows[:3]] == ["SALT step", "SALT step", "unknown"]
+    assert found.groups[0].changed["ckpt_path"] == (None, "starts/x/step-00000100.ckpt")
+    said = "and the run that it went on from is not found (starts/x/step-00000100.ckpt): its settings and losses until"
+    assert [note.split(", ", 1)[0] for note in found.notes if said in note] == [
+        f"{name} has no log before step 100" for name in ("copied", "off")
+    ]
+    costs = [row.teacher_training_flops for row in found.rows]
+    shares = [row.reached_flops_share_with_teacher_training for row in found.rows]
+    assert [math.isnan(cost) for cost in costs] == [math.isnan(s) for s in shares] == [True, False, True, True, True]
+    assert found.rows[2].scoring_flops == 400, "which is not all that it needed besides"
+    assert (found.rows[2].reached_flops_share, found.rows[2].teacher_flops) == ((2500 + 500) / 3000, 500)
+
+
+def test_the_trunk_of_a_branch_may_keep_its_checkpoints_apart(branch, tmp_path):
+    """In a folder that its settings name, which is known where that run is named too."""
+    for name in ("branch", "twig"):
+        config = yaml.safe_load((tmp_path / name / "config.yaml").read_text())
+        config["ckpt_path"] = config["ckpt_path"].replace("branch/checkpoints", "big/ckpt")
+        config["checkpoint"] = {"folder": "big/ckpt" if name == "branch" else None}
+        (tmp_path / name / "config.yaml").write_text(yaml.safe_dump(config))
+    found = compare([tmp_path / "branch", branch], tmp_path / "out")
+    assert list(found.runs[1].val_ce.steps) == [100, 106, 200, 300]
+    assert "no log before" not in str(found.notes)
+    assert "twig has no log before step 200" in str(compare([branch], tmp_path / "out").notes)
+
+
+def test_a_run_that_has_lost_a_log_of_its_own_is_known_by_its_settings(tmp_path):
+    runs = [
+        write_run(tmp_path / "a", {200: 4.5, 300: 4.0}, after=100, ckpt_path="a/checkpoints/step-00000100.ckpt"),
+        write_run(tmp_path / "b", BASELINE, seed_everything=1),
+    ]
+    found = compare(runs, tmp_path / "out")
+    assert [group.n for group in found.groups] == [2]
+    assert "a has no log before step 100: where it reaches a loss may not be known" in found.notes
+
+
 def earlier(run, step, **config):
     """What a start before has left beside config.yaml."""
     (run / f"config.until-{step:08d}.yaml").write_text(yaml.safe_dump(settings(run, **config)))

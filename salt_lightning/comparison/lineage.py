@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -25,24 +26,45 @@ def _places(run: Run, path: str) -> list[Path]:
     return [Path(os.path.normpath(base / path)) for base in bases] if path else []
 
 
-def read(path: Path, name: str, generations: int = 9) -> Run:
-    """A run; one that went on from another folder's checkpoint with that one's log up to there, where it is found.
+def read(path: Path, name: str) -> Run:
+    """A run and what it comes from, as far as its settings name that.
 
     Raises:
         ConfigError: no such folder, or an unreadable config.yaml.
     """
-    run = read_run(path, name)
-    if run.began == 0 or generations == 0:
+    return whole(read_run(path, name))
+
+
+def whole(run: Run, named: Sequence[Run] = (), generations: int = 9) -> Run:
+    """A run that went on from another one's checkpoint with that one's log up to there; `lost` where it is not found.
+
+    Args:
+        run: as its folder has it.
+        named: runs among which the other one may be, its checkpoints in a folder apart.
+        generations: how many of them are followed.
+    """
+    if run.began == 0 or run.origin == "last":
         return run
+    parent = _parent(run, named) if generations else None
+    if parent is None:
+        own = {(run.path / "checkpoints").resolve(), *(place.resolve() for place in places(run, "checkpoint.folder"))}
+        is_own = any(place.parent.resolve() in own for place in _places(run, run.origin))
+        return run if is_own else replace(run, lost=run.origin)
+    return _behind(whole(parent, named, generations - 1), run)
+
+
+def _parent(run: Run, named: Sequence[Run]) -> Run | None:
+    """The run whose checkpoint this one began with: a folder with settings and a log."""
     for checkpoint in _places(run, run.origin):
-        before = checkpoint.parent.parent  # RUN/checkpoints/step-N.ckpt
-        named = step_named(checkpoint.name) is not None
-        if named and before.is_dir() and before.resolve() != path.resolve():
-            try:
-                return _behind(read(before, name, generations - 1), run)
-            except ConfigError:  # a folder that nobody has named
-                return run
-    return run
+        there = [
+            o for o in named if checkpoint.parent.resolve() in {p.resolve() for p in places(o, "checkpoint.folder")}
+        ]
+        with suppress(ConfigError):  # of a folder that nobody has named
+            there.append(read_run(checkpoint.parent.parent, run.name))  # RUN/checkpoints/step-N.ckpt
+        for other in there:
+            if other.config and other.curves and other.path.resolve() != run.path.resolve():
+                return other
+    return None
 
 
 def _behind(parent: Run, run: Run) -> Run:
@@ -54,7 +76,7 @@ def _behind(parent: Run, run: Run) -> Run:
         steps = np.concatenate([there.steps[until], own.steps])
         curves[tag] = Curve(steps, np.concatenate([there.values[until], own.values]))
     config, before_it = parent.settings_until(run.began)
-    return replace(run, curves=curves, earlier=(*before_it, (run.began, config), *run.earlier))
+    return replace(run, curves=curves, earlier=(*before_it, (run.began, config), *run.earlier), lost=parent.lost)
 
 
 def teacher_run(run: Run, runs: list[Run]) -> Run | None:

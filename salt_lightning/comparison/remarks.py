@@ -55,10 +55,11 @@ def remarks(
 def _beginning(run: Run) -> list[str]:
     notes = []
     if run.began > 0:
-        notes.append(
-            f"{run.name} has no log before step {run.began}, and the run that it went on from is not found: where it "
-            "reaches a loss may not be known"
-        )
+        where = "where it reaches a loss may not be known"
+        if run.lost:
+            where = "its settings and losses until there, and what its teachers took, are not known"
+        lost = f", and the run that it went on from is not found ({run.lost})" if run.lost else ""
+        notes.append(f"{run.name} has no log before step {run.began}{lost}: {where}")
     if start := run.config.get("model.student.path"):
         notes.append(f"{run.name} began with the weights of {start}: what those took is not counted")
     return notes + [f"{run.name} went on {said}" for said in changes_said(run)]

@@ -95,7 +95,7 @@ def _as_trained(checkpoint: dict[str, Any], run: Run | None) -> Run:
     if run is None:
         return Run("", Path(), known, {})
     config, earlier = run.settings_until(checkpoint["global_step"])
-    return replace(run, config=config | known, earlier=earlier)
+    return replace(run, config=config | known, earlier=earlier, lost="")  # its own totals tell of a teacher
 
 
 def _student(model: PreTrainedModel, run: Run) -> dict[str, str]:

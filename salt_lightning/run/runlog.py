@@ -75,6 +75,7 @@ class Run:
     curves: dict[str, Curve]
     damaged: tuple[str, ...] = ()
     earlier: tuple[tuple[int, dict[str, Any]], ...] = ()  # (step, the settings until there) of earlier starts, in order
+    lost: str = ""  # the checkpoint that it began with, where the run that wrote it is not found
 
     @property
     def seed(self) -> int | None:
@@ -103,9 +104,12 @@ class Run:
 
     @property
     def kd_steps(self) -> float:
-        """n_KD: steps with a teacher, as set or as a margin has found it; 0 without one, infinite where it stays."""
+        """n_KD: steps with a teacher, as set or as a margin has found it; 0 without one, infinite where it stays.
+
+        NaN where there is none, and what came before is not known.
+        """
         if not self.config.get("model.teacher.path") or not self.config.get("kd.weight"):
-            return 0
+            return math.nan if self.lost else 0
         if "probe/stop_step" in self.curves:
             return self.last("probe/stop_step")
         steps = self.config.get("kd.steps")
@@ -114,7 +118,7 @@ class Run:
     @property
     def method(self) -> str:
         """The name that design and README give to these settings."""
-        if not self.config:
+        if not self.config or math.isnan(self.kd_steps):
             return "unknown"
         shape = str(self.config.get("kd.shape", "step")).replace("_", "-")
         order = self.config.get("data.keep.order", "highest")
@@ -190,10 +194,13 @@ class Run:
         if tag not in self.curves:
             return 0.0 if tag == "train/flops_teacher_total" and self.kd_steps == 0 else math.nan
         curve, end = self.curves[tag], math.inf
+        if self.began > 0 and step < curve.steps[0]:
+            return math.nan  # of other settings perhaps
         if tag == "train/flops_teacher_total":
             student = self.curves.get("train/flops_student_total", curve).steps
             after = student[student > curve.steps[-1]]  # the teacher had left when these were logged
-            end = min(self.kd_steps, after[0] if len(after) else math.inf)
+            taught = 0 if math.isnan(self.kd_steps) else self.kd_steps
+            end = min(taught, after[0] if len(after) else math.inf)
         return curve.total_at(step, end)
 
     def flops(self, step: float) -> float:
@@ -237,6 +244,7 @@ class Run:
         own = {"run", "ckpt_path", "trainer.default_root_dir", "seed_everything", *self.seeds}
         trained = {k: v for k, v in _without_watchers(self.config).items() if k not in own and not _AROUND.match(k)}
         before = {f"until step {n}: {k}": was for n, found in self.changes.items() for k, (was, _) in found.items()}
+        before |= {"ckpt_path": self.lost} if self.lost else {}
         # null is as in a version that had no such setting
         return {key: anonymous(value) for key, value in (trained | before).items() if value is not None}
 
