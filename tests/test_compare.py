@@ -1002,6 +1002,61 @@ def test_a_branch_that_went_on_by_itself_still_comes_from_its_trunk(branch, tmp_
     assert "no log before" not in str(found.notes)
 
 
+def test_a_run_that_a_teacher_has_helped_before_is_no_baseline(tmp_path):
+    """SALT until step 60, from step 100 on in a folder of its own without KD."""
+    kd = {"teacher": "teacher/checkpoints/step-00000300.ckpt", "weight": 0.5, "kd_steps": 60}
+    rows = {"data.selection": "rows", "data.keep.order": "lowest"}
+    write_run(tmp_path / "salt", SALT, log_every=1, **kd, **{"kd.shape": "cosine"}, **rows)
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows/scores.json").write_text('{"scoring_flops": 400.0, "scoring_s": 20.0}')
+    trunk = "salt/checkpoints/step-00000100.ckpt"
+    off = write_run(tmp_path / "off", {200: 4.25, 300: 3.75}, after=100, ckpt_path=trunk, **kd | {"weight": 0.0})
+    found = compare(
+        [off, *(write_run(tmp_path / name, BASELINE) for name in ("baseline", "teacher"))], tmp_path / "out"
+    )
+    assert found.reference == "baseline"
+    row = found.rows[0]
+    assert (row.method, found.runs[0].kd_steps) == ("SALT_DS cosine, lowest rows", 60)
+    assert (row.teacher_flops, row.teacher_training_flops, row.scoring_flops) == (60 * 5, 3000, 400)
+    assert row.reached_flops_share_with_teacher_training == (2500 + 300 + 3000 + 400) / 3000
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "method", "kd_steps"),
+    [
+        ({"kd_steps": 60}, {"kd_steps": 60}, "SALT step", 60),
+        ({"kd_steps": 200}, {"weight": 0.0}, "SALT step", 100),
+        ({}, {"weight": 0.0}, "SALT step", 100),
+        ({"kd_steps": 60, "kd.shape": "linear"}, {"kd_steps": 60}, "SALT linear", 60),
+        ({"kd_steps": 60, "kd.shape": "linear"}, {"kd_steps": 200}, "SALT step", 200),
+        ({"kd_steps": 200}, {"kd_steps": 60}, "SALT step", 100),
+        ({"weight": 0.0}, {"kd_steps": 200}, "SALT step", 200),
+        ({"weight": 0.0}, {"kd_steps": 60}, "BASELINE", 0),
+        ({}, {}, "RKD", math.inf),
+    ],
+)
+def test_the_method_is_that_of_all_starts(tmp_path, before, now, method, kd_steps):
+    """By settings until step 100, and from there on."""
+    kd = {"teacher": "t", "weight": 0.5}
+    path = write_run(tmp_path / "r", SALT, **kd | now)
+    earlier(path, 100, **kd | before)
+    run = read_run(path, "r")
+    assert (run.method, run.kd_steps) == (method, kd_steps)
+
+
+def test_a_boundary_that_a_margin_found_is_known_after_it(tmp_path):
+    margin = {"teacher": "t", "weight": 0.5, "kd_steps": 200, "kd.stop_margin": 0.1}
+    trunk = write_run(tmp_path / "trunk", SALT, log_every=1, **margin)
+    with SummaryWriter(str(trunk), filename_suffix=".start-2") as writer:
+        writer.add_scalar("probe/stop_step", 75, 75)
+    on = {"after": 100, "ckpt_path": "trunk/checkpoints/step-00000100.ckpt"}
+    run = lineage.read(write_run(tmp_path / "branch", {300: 4.0}, **on, **margin), "branch")
+    assert (run.method, run.kd_steps, run.last("probe/stop_step")) == ("SALT step, margin 0.1", 75, 75)
+    assert "val/ce" not in lineage.read(write_run(tmp_path / "silent", {}, **on, **margin), "silent").curves
+    sooner = {"after": 50, "ckpt_path": "trunk/checkpoints/step-00000050.ckpt"}
+    assert lineage.read(write_run(tmp_path / "sooner", {300: 4.0}, **sooner, **margin), "sooner").kd_steps == 200
+
+
 def test_paths_of_the_same_thing_are_no_other_settings():
     was = {"data.source": "/a/text.jsonl", "model.teacher.path": "runs/../runs/t.ckpt", "data.tokenizer": "train"}
     now = {"data.source": "text.jsonl", "model.teacher.path": "/b/runs/t.ckpt", "data.tokenizer": "runs/x/tokenizer"}

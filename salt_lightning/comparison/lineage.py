@@ -13,7 +13,7 @@ import numpy as np
 
 from salt_lightning.comparison.report import UNITS
 from salt_lightning.errors import ConfigError
-from salt_lightning.run.runlog import Curve, Run, read_run, small_text, step_named
+from salt_lightning.run.runlog import OF_LINEAGE, Curve, Run, read_run, small_text, step_named
 
 
 def places(run: Run, setting: str) -> list[Path]:
@@ -70,11 +70,14 @@ def _parent(run: Run, named: Sequence[Run]) -> Run | None:
 def _behind(parent: Run, run: Run) -> Run:
     """A run with the log and the settings of the one that it went on from before its own."""
     curves = dict(run.curves)
-    for tag in curves.keys() & parent.curves.keys():
-        own, there = curves[tag], parent.curves[tag]
+    for tag, there in parent.curves.items():
         until = there.steps <= run.began  # it may have gone on itself
-        steps = np.concatenate([there.steps[until], own.steps])
-        curves[tag] = Curve(steps, np.concatenate([there.values[until], own.values]))
+        if until.any() and (tag in run.curves or tag in OF_LINEAGE):
+            steps, values = there.steps[until], there.values[until]
+            if tag in run.curves:
+                steps = np.concatenate([steps, run.curves[tag].steps])
+                values = np.concatenate([values, run.curves[tag].values])
+            curves[tag] = Curve(steps, values)
     config, before_it = parent.settings_until(run.began)
     return replace(run, curves=curves, earlier=(*before_it, (run.began, config), *run.earlier), lost=parent.lost)
 
@@ -117,7 +120,7 @@ def card_flops(run: Run) -> float:
 
 def scoring(run: Run) -> dict[str, float]:
     """What the predict run that `data.selection` names has cost; empty without a selection, or where it is gone."""
-    for place in places(run, "data.selection"):
+    for place in _places(run, str(run.selecting.get("data.selection", ""))):
         manifest = place / "scores.json" if place.is_dir() else place
         if manifest.is_file() and manifest.name == "scores.json":
             with suppress(OSError, ValueError, TypeError, AttributeError, RecursionError):

@@ -25,6 +25,7 @@ CUMULATIVE = (
     "train/flops_student_total",
     "train/flops_teacher_total",
 )
+OF_LINEAGE = (*CUMULATIVE, "probe/stop_step")  # which hold for a run that goes on from another one, logged again or not
 AXES = ("steps", "tokens", "FLOPs", "seconds")
 THIRDS = ("easy", "medium", "hard")  # of the documents, by a teacher's loss: val/ce/easy, ...
 
@@ -99,34 +100,50 @@ class Run:
         return steps if isinstance(steps, int) and steps > 0 else None  # Lightning's -1 is "no limit"
 
     @property
+    def selecting(self) -> dict[str, Any]:
+        """The settings of the newest start that read selected rows; empty without one."""
+        configs = [*(config for _, config in self.earlier), self.config]
+        return next((config for config in reversed(configs) if config.get("data.selection")), {})
+
+    @property
     def selected(self) -> bool:
-        return bool(self.config.get("data.selection"))
+        return bool(self.selecting)
+
+    @property
+    def taught(self) -> list[tuple[float, dict[str, Any]]]:
+        """Where the steps with a teacher end, and the settings that held there, for each start that had some."""
+        starts, configs = [0, *(step for step, _ in self.earlier)], [*(c for _, c in self.earlier), self.config]
+        found = []
+        for start, end, config in zip(starts, [*starts[1:], math.inf], configs, strict=True):
+            if config.get("model.teacher.path") and config.get("kd.weight"):
+                steps = config.get("kd.steps")
+                if "probe/stop_step" in self.curves:
+                    steps = self.last("probe/stop_step")
+                if (steps := min(end, math.inf if steps is None else steps)) > start:
+                    found.append((steps, config))
+        return found
 
     @property
     def kd_steps(self) -> float:
         """n_KD: steps with a teacher, as set or as a margin has found it; 0 without one, infinite where it stays.
 
-        NaN where there is none, and what came before is not known.
+        Of all starts. NaN where none of them has one, and what came before is not known.
         """
-        if not self.config.get("model.teacher.path") or not self.config.get("kd.weight"):
-            return math.nan if self.lost else 0
-        if "probe/stop_step" in self.curves:
-            return self.last("probe/stop_step")
-        steps = self.config.get("kd.steps")
-        return math.inf if steps is None else steps
+        return self.taught[-1][0] if self.taught else math.nan if self.lost else 0
 
     @property
     def method(self) -> str:
         """The name that design and README give to these settings."""
         if not self.config or math.isnan(self.kd_steps):
             return "unknown"
-        shape = str(self.config.get("kd.shape", "step")).replace("_", "-")
-        order = self.config.get("data.keep.order", "highest")
+        kd = self.taught[-1][1] if self.taught else {}
+        shape = str(kd.get("kd.shape", "step")).replace("_", "-")
+        order = self.selecting.get("data.keep.order", "highest")
         which = f", {order} rows" if self.selected and order != "highest" else ""
         if self.kd_steps == 0:
             plain = "CONTINUED" if self.config.get("model.student.path") else "BASELINE"
             return f"selection without KD{which}" if self.selected else plain
-        if (margin := self.config.get("kd.stop_margin")) is not None:
+        if (margin := kd.get("kd.stop_margin")) is not None:
             shape += f", margin {margin:g}"
         elif self.kd_steps >= (self.max_steps or math.inf) and shape == "step":
             return f"RKD on selection{which}" if self.selected else "RKD"
