@@ -88,8 +88,8 @@ def evaluate(runs: list[Run], baseline: str | None = None) -> Comparison:
         raise ConfigError(
             f"compare: RUN {paths}: no TensorBoard event file with a value in it{why}; give a run's own folder{example}"
         )
-    teacher_of = {run.name: lineage.teacher_run(run, runs) for run in runs}
-    teachers = {teacher.name for teacher in teacher_of.values() if teacher is not None}
+    teachers_of = {run.name: lineage.teacher_runs(run, runs) for run in runs}
+    teachers = {teacher.name for found in teachers_of.values() for teacher in found.values() if teacher is not None}
     students = [run for run in runs if run.name not in teachers] or runs
     named = None if baseline is None else _named(runs, baseline)
     repeated = _repeated(students, named)
@@ -106,7 +106,7 @@ def evaluate(runs: list[Run], baseline: str | None = None) -> Comparison:
         _row(
             run,
             "TEACHER" if run.name in teachers else run.method,
-            teacher_of[run.name],
+            teachers_of[run.name],
             replace(goal, ce=math.nan) if run.name in apart else goal,
         )
         for run in runs
@@ -173,18 +173,14 @@ def _repeated(students: list[Run], named: Run | None) -> dict[str, str]:
     return repeated
 
 
-def _row(run: Run, method: str, teacher: Run | None, goal: Goal) -> Row:
+def _row(run: Run, method: str, teachers: dict[str, Run | None], goal: Goal) -> Row:
     ce, done = run.val_ce, run.steps_done
     reached = first_reach(ce.steps, ce.values, goal.ce)
     if run.began > 0 and len(ce.steps) and reached == ce.steps[0]:
         reached = math.nan  # perhaps before
     reached_flops = math.nan if math.isnan(reached) else run.flops(reached)
     reached_s = math.nan if math.isnan(reached) else run.total("train/time_s", reached)
-    taught = 0 if teacher is None else lineage.taught_steps(run, teacher)
-    training_flops = lineage.card_flops(run) if teacher is None else teacher.flops(taught)
-    training_s = math.nan if teacher is None else teacher.total("train/time_s", taught)
-    if run.lost:  # another teacher may have had a part in it
-        training_flops = training_s = math.nan
+    training_flops, training_s = lineage.training(run, teachers)
     scoring = lineage.scoring(run)
     scoring_flops, scoring_s = (scoring.get(key, math.nan) for key in ("scoring_flops", "scoring_s"))
     return Row(

@@ -629,6 +629,38 @@ def test_the_teachers_own_training_stands_apart(tmp_path, monkeypatch):
     assert evaluate(load([tmp_path / "link", baseline, salt])).rows[0].method == "TEACHER"
 
 
+def test_all_teachers_of_a_run_are_counted_each_up_to_its_furthest_checkpoint(tmp_path):
+    """One teacher at steps 30 and 60, then another: (60 * 4 + 100 * 6) FLOPs, and both are students of none."""
+    first, second = (write_run(tmp_path / name, {300: 5.0}, student=n) for name, n in (("first", 4), ("second", 6)))
+    kd = {"weight": 0.5, "kd_steps": 200}
+    salt = write_run(tmp_path / "salt", SALT, teacher="second/checkpoints/step-00000100.ckpt", **kd)
+    earlier(salt, 20, teacher="first/checkpoints/step-00000060.ckpt", **kd)
+    earlier(salt, 40, teacher="first/checkpoints/step-00000030.ckpt", **kd)
+    baseline = write_run(tmp_path / "baseline", BASELINE)
+    found = evaluate(load([first, second, salt, baseline]))
+    assert [row.method for row in found.rows] == ["TEACHER", "TEACHER", "SALT step", "BASELINE"]
+    row = found.rows[2]
+    assert (row.teacher_training_flops, row.teacher_training_seconds) == (60 * 4 + 100 * 6, 0.5 * 160)
+    gone = evaluate(load([second, salt, baseline]))  # no part of it passes for the whole
+    assert math.isnan(gone.rows[1].teacher_training_flops)
+    said = "lies in none of these runs: what its training took, beside another's, is not known"
+    assert f"the teacher of salt, first/checkpoints/step-00000030.ckpt, {said}" in gone.notes
+
+
+def test_a_teacher_that_was_moved_once_it_had_left_is_known_by_its_new_place(tmp_path):
+    teacher = write_run(tmp_path / "new", {300: 5.0}, student=4)
+    kd = {"weight": 0.5, "kd_steps": 60}
+    salt = write_run(tmp_path / "salt", SALT, teacher="new/checkpoints/step-00000300.ckpt", **kd)
+    earlier(salt, 100, teacher="old/checkpoints/step-00000300.ckpt", **kd)
+    found = evaluate(load([teacher, salt, write_run(tmp_path / "baseline", BASELINE)]))
+    assert [row.teacher_training_flops for row in found.rows][1] == 1200
+    off = write_run(tmp_path / "off", SALT)  # its settings name none any more
+    earlier(off, 100, teacher="new/checkpoints/step-00000300.ckpt", **kd)
+    assert evaluate(load([teacher, off])).rows[1].teacher_training_flops == 1200
+    named = write_run(tmp_path / "named", BASELINE, teacher="new/checkpoints/step-00000300.ckpt")  # by settings alone
+    assert evaluate(load([teacher, named])).rows[0].method == "TEACHER"
+
+
 def test_the_scoring_of_a_selection_stands_apart(tmp_path):
     runs = tmp_path / "runs"
     (runs / "score").mkdir(parents=True)

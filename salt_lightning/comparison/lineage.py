@@ -82,9 +82,15 @@ def _behind(parent: Run, run: Run) -> Run:
     return replace(run, curves=curves, earlier=(*before_it, (run.began, config), *run.earlier), lost=parent.lost)
 
 
-def teacher_run(run: Run, runs: list[Run]) -> Run | None:
-    """The given run in whose folder the teacher lies, or which has exported it."""
-    there = {place.resolve() for place in places(run, "model.teacher.path")}
+def teacher_runs(run: Run, runs: list[Run]) -> dict[str, Run | None]:
+    """By the path of each of its teachers: the given run in whose folder that lies, or which has exported it."""
+    now = str(run.config.get("model.teacher.path") or "")
+    moved = "" if now in run.teachers else now  # once it had taught
+    return {path: _trained(run, path, runs) or _trained(run, moved, runs) for path in run.teachers}
+
+
+def _trained(run: Run, path: str, runs: list[Run]) -> Run | None:
+    there = {place.resolve() for place in _places(run, path)}
     for other in runs:
         exported = {place.resolve() for place in places(other, "checkpoint.export")}
         folders = [other.path.resolve(), *(place.resolve() for place in places(other, "checkpoint.folder"))]
@@ -100,15 +106,29 @@ def same_model(a: Run, b: Run) -> bool:
     return all(a.config[key] == b.config[key] for key in shared)
 
 
-def taught_steps(run: Run, teacher: Run) -> int:
-    """Optimizer steps of the checkpoint that teaches, which its name tells; an exported one is taken for the last."""
-    step = step_named(str(run.config["model.teacher.path"]))
-    return teacher.steps_done if step is None else min(step, teacher.steps_done)
+def training(run: Run, teachers: dict[str, Run | None]) -> tuple[float, float]:
+    """FLOPs and seconds that training all of its teachers took; of one run the furthest checkpoint, with all before it.
+
+    The name of a checkpoint tells its step; an exported one is taken for the last.
+    """
+    if run.lost or not teachers:
+        return math.nan, math.nan
+    furthest: dict[Run, int] = {}
+    flops = seconds = 0.0
+    for path, teacher in teachers.items():
+        if teacher is None:
+            flops, seconds = flops + _card_flops(run, path), math.nan
+        else:
+            step = step_named(path)
+            done = teacher.steps_done if step is None else min(step, teacher.steps_done)
+            furthest[teacher] = max(done, furthest.get(teacher, 0))
+    flops += sum(teacher.flops(step) for teacher, step in furthest.items())
+    return flops, seconds + sum(teacher.total("train/time_s", step) for teacher, step in furthest.items())
 
 
-def card_flops(run: Run) -> float:
+def _card_flops(run: Run, path: str) -> float:
     """What the model card of an exported teacher says of its training: student, teacher and scoring."""
-    for place in places(run, "model.teacher.path"):
+    for place in _places(run, path):
         with suppress(OSError, ValueError):
             said = small_text(place / "README.md")
             found = re.findall(r"^- FLOPs of (?:the student|the teacher|scoring): ([\d.e+]+) (\w+)", said, re.M)

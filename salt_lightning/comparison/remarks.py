@@ -94,9 +94,9 @@ def _lost_teachers(runs: list[Run], reference: Run) -> list[str]:
     """Teachers whose run is not among these, so that their own training is in no figure."""
     taught: dict[str, list[str]] = {}
     for run in runs:
-        path = str(run.config.get("model.teacher.path") or "")
-        if run.kd_steps > 0 and path.endswith(".ckpt") and lineage.teacher_run(run, runs) is None:
-            taught.setdefault(path, []).append(run.name)
+        for path, teacher in lineage.teacher_runs(run, runs).items():
+            if run.kd_steps > 0 and path.endswith(".ckpt") and teacher is None:
+                taught.setdefault(path, []).append(run.name)
     notes = []
     for path, names in taught.items():
         others = [o.name for o in runs if o.kd_steps == 0 and o is not reference and _may_be(o, names, runs)]
@@ -109,6 +109,8 @@ def _lost_teachers(runs: list[Run], reference: Run) -> list[str]:
                 f"{who} lies in none of these runs. If it is {which}, which has another model, that one's cost is "
                 "missing here"
             )
+        elif any(run.name in names and len(run.teachers) > 1 for run in runs):
+            notes.append(f"{who} lies in none of these runs: what its training took, beside another's, is not known")
     return notes
 
 

@@ -124,6 +124,16 @@ class Run:
         return found
 
     @property
+    def teachers(self) -> list[str]:
+        """Paths of those that taught it, in order; where none has, of the one that its settings name, if any."""
+        paths: list[str] = []
+        for config in [config for _, config in self.taught] or [self.config]:
+            path = str(config.get("model.teacher.path") or "")
+            if path and not any(_same(path, other) for other in paths):
+                paths.append(path)
+        return paths
+
+    @property
     def kd_steps(self) -> float:
         """n_KD: steps with a teacher, as set or as a margin has found it; 0 without one, infinite where it stays.
 
