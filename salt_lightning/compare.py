@@ -122,7 +122,7 @@ def evaluate(runs: list[Run], baseline: str | None = None) -> Comparison:
     if at_once := [row.run for row in rows if row.reached_step == firsts.get(row.run, math.nan)]:
         notes.append(f"the reference's loss was reached by the first validation, perhaps before: {', '.join(at_once)}")
     equal = _equal_points([run for run in students if run.name not in apart])
-    groups = _groups(experiments, {row.run: row for row in rows}, reference.variant, seeds, apart)
+    groups = _groups(experiments, {row.run: row for row in rows}, reference, seeds, apart)
     for group in groups:
         done = [run.name for run in students if run.name in group.runs and run.finished]
         group.equal = {axis: [ce[name] for name in done if name in ce] for axis, (_, ce) in equal.items()}
@@ -221,13 +221,13 @@ def _besides(run: Run, training: float, scoring: float) -> float:
 
 
 def _groups(
-    experiments: list[list[Run]], rows: dict[str, Row], there: dict[str, Any], seeds: list[Run], apart: list[str]
+    experiments: list[list[Run]], rows: dict[str, Row], reference: Run, seeds: list[Run], apart: list[str]
 ) -> list[Group]:
     methods = [group[0].method for group in experiments]
     by_seed = {run.sample: run.last("val/ce") for run in seeds}
     groups = []
     for members in experiments:
-        method, here = members[0].method, members[0].variant
+        method = members[0].method
         finished = [run for run in members if run.finished]
         done = [run for run in finished if run.name not in apart] or finished
         ce = [run.last("val/ce") for run in done]
@@ -250,14 +250,19 @@ def _groups(
                 ],
                 reached_seconds_share=[rows[run.name].reached_seconds_share for run in done],
                 equal={},
-                changed={
-                    key: (there.get(key), here.get(key))
-                    for key in sorted(here.keys() | there.keys())
-                    if here and there and here.get(key) != there.get(key)  # one may have no config.yaml
-                },
+                changed=_changed(reference, members[0]),
             )
         )
     return groups
+
+
+def _changed(reference: Run, run: Run) -> dict[str, tuple[Any, Any]]:
+    """Settings of an experiment that are not the reference's, as set; none where one of them has no config.yaml."""
+    if not (reference.config and run.config):
+        return {}
+    there, here = reference.variant, run.variant
+    differ = [key for key in sorted(here.keys() | there.keys()) if here.get(key) != there.get(key)]
+    return {key: (reference.deciding.get(key), run.deciding.get(key)) for key in differ}
 
 
 def _equal_points(students: list[Run]) -> dict[str, tuple[float, dict[str, float]]]:

@@ -471,6 +471,26 @@ def test_a_folder_named_after_a_setting_does_not_hide_it(names, key, values, tmp
     assert (first.n, second.n, second.changed) == (1, 1, {key: values})
 
 
+@pytest.mark.parametrize("source", ["data_s{}.jsonl", "runs/s{}/b/text.jsonl", "{}/text.jsonl"])
+@pytest.mark.parametrize("key", ["data.source", "data.val_source"])
+def test_two_texts_are_two_experiments_whatever_their_names(tmp_path, source, key, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    texts = [[source.format(seed)] for seed in (1, 2)]
+    runs = [
+        write_run(Path(f"runs/s{seed}/b"), BASELINE, seed_everything=seed, **{key: text})
+        for seed, text in zip((1, 2), texts, strict=True)
+    ]
+    assert [group.changed for group in evaluate(load(runs)).groups] == [{}, {f"{key}.0": (texts[0][0], texts[1][0])}]
+
+
+def test_a_setting_that_differs_is_shown_as_it_was_set(tmp_path):
+    plain = write_run(tmp_path / "s0", BASELINE)
+    salt = write_run(tmp_path / "s1", SALT, seed_everything=1, **{"data.tokenizer": "runs/s1/tokenizer"})
+    again = write_run(tmp_path / "s2", SALT, seed_everything=2, **{"data.tokenizer": "runs/s2/tokenizer"})
+    first, second = evaluate(load([plain, salt, again])).groups
+    assert (first.n, second.n, second.changed) == (1, 2, {"data.tokenizer": (None, "runs/s1/tokenizer")})
+
+
 def test_seeds_may_lie_in_numbered_folders(tmp_path):
     runs = [
         write_run(tmp_path / f"{seed}" / "salt", SALT, teacher=f"runs/{seed}/teacher/x.ckpt", weight=0.5, kd_steps=60,
@@ -814,6 +834,8 @@ def test_a_run_without_config_is_of_unknown_method(three):
     comparison = evaluate(load(three))
     assert comparison.rows[1].method == "unknown"
     assert "salt has no config.yaml: its method is not known" in comparison.notes
+    assert [bool(group.changed) for group in comparison.groups] == [False, False, True]
+    assert all(group.changed == {} for group in evaluate(load(three), baseline="salt").groups)
 
 
 def test_main_prints_the_table_and_writes_three_files(three, tmp_path, capsys):
@@ -1107,11 +1129,9 @@ def test_a_teacher_that_has_left_may_lie_elsewhere(tmp_path):
 def test_what_held_before_is_alike_for_all_seeds(tmp_path):
     runs = []
     for seed in range(2):
-        runs.append(write_run(tmp_path / str(seed) / "b", BASELINE, seed_everything=seed))
-        texts = [str(tmp_path / str(seed) / name) for name in "xy"]
-        earlier(runs[-1], 100, seed_everything=seed, **{"data.source": texts, "trainer.max_steps": 100})
-        config = yaml.safe_load((runs[-1] / "config.yaml").read_text()) | {"data": {"source": "z"}}
-        (runs[-1] / "config.yaml").write_text(yaml.safe_dump(config))
+        runs.append(write_run(tmp_path / str(seed) / "b", BASELINE, seed_everything=seed, **{"data.selection": "z"}))
+        rows = str(tmp_path / str(seed) / "rows")
+        earlier(runs[-1], 100, seed_everything=seed, **{"data.selection": rows, "trainer.max_steps": 100})
     assert [group.n for group in evaluate(load(runs)).groups] == [2]
 
 

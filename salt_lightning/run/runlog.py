@@ -241,14 +241,24 @@ class Run:
         return np.array([self.flops(s) if axis == "FLOPs" else self.total(tags[axis], s) for s in steps])
 
     @cached_property
-    def variant(self) -> dict[str, Any]:
-        """The settings without seeds, the run's own folder and what the terminal shows: equal for all seeds.
+    def deciding(self) -> dict[str, Any]:
+        """The settings that decide the result, without seeds and the run's own folder.
 
         Where it went on under other settings, also what held before: it is no run of these settings alone. A run whose
         settings are not known is like no other.
         """
         if not self.config:
             return {"folder": str(self.path.absolute())}
+        own = {"run", "ckpt_path", "trainer.default_root_dir", "seed_everything", *self.seeds}
+        trained = {k: v for k, v in _without_watchers(self.config).items() if k not in own and not _AROUND.match(k)}
+        before = {f"until step {n}: {k}": was for n, found in self.changes.items() for k, (was, _) in found.items()}
+        before |= {"ckpt_path": self.lost} if self.lost else {}
+        # null is as in a version that had no such setting
+        return {key: value for key, value in (trained | before).items() if value is not None}
+
+    @cached_property
+    def variant(self) -> dict[str, Any]:
+        """`deciding`, where places of runs do not tell the seed: equal for all seeds of an experiment."""
         seed = re.compile(rf"(?<![A-Za-z0-9])(seed|s)[-_=]?{re.escape(str(self.seed))}(?![0-9])")
         folders = [
             str(folder).rstrip("/").split("/") for folder in (self.config.get("run") or "", self.path.absolute())
@@ -268,12 +278,7 @@ class Run:
                         parts = [stands, *parts[len(prefix) :]]
             return seed.sub("SEED", "/".join(parts))
 
-        own = {"run", "ckpt_path", "trainer.default_root_dir", "seed_everything", *self.seeds}
-        trained = {k: v for k, v in _without_watchers(self.config).items() if k not in own and not _AROUND.match(k)}
-        before = {f"until step {n}: {k}": was for n, found in self.changes.items() for k, (was, _) in found.items()}
-        before |= {"ckpt_path": self.lost} if self.lost else {}
-        # null is as in a version that had no such setting
-        return {key: anonymous(value) for key, value in (trained | before).items() if value is not None}
+        return {key: anonymous(value) if _PLACES.match(key) else value for key, value in self.deciding.items()}
 
 
 def read_run(path: Path, name: str) -> Run:
@@ -322,6 +327,11 @@ def read_config(file: Path) -> dict[str, Any]:
 # What changes no result. Half a micro-batch, as after out of memory, is the same run.
 _AROUND = re.compile(r"data\.(\w+_workers|cache_dir|micro_batch_size)$|checkpoint\.|kd\.allow_|answers\.")
 _SHOWN = re.compile(r"trainer\.(enable_progress_bar|enable_model_summary|logger|callbacks$)")
+# Where something of a run may lie. Never a text: s1.jsonl and s2.jsonl are two.
+_PLACES = re.compile(
+    r"(until step \d+: )?(ckpt_path|model\.(student|teacher)\.path|data\.(tokenizer|selection|difficulty)"
+    r"|trainer\.callbacks)\b"
+)
 _CALLBACK = re.compile(r"(trainer\.callbacks(?:\.\d+)?\.)class_path")
 _WATCHERS = {
     *("LearningRateMonitor", "DeviceStatsMonitor", "ModelSummary", "RichModelSummary", "ThroughputMonitor"),
