@@ -72,6 +72,7 @@ def _names(folders: list[Path]) -> list[str]:
     return [printable("/".join(p[-depth:])) for p in parts]
 
 
+_ROUNDING = 1e-6  # TensorBoard keeps seven digits
 _OF_RUNS = ("*/config.yaml", "**/*tfevents*")  # marks of a run, below the folder that was named
 
 
@@ -121,12 +122,12 @@ def evaluate(runs: list[Run], baseline: str | None = None) -> Comparison:
     firsts = {run.name: run.val_ce.steps[0] for run in students if run not in seeds and len(run.val_ce.steps)}
     if at_once := [row.run for row in rows if row.reached_step == firsts.get(row.run, math.nan)]:
         notes.append(f"the reference's loss was reached by the first validation, perhaps before: {', '.join(at_once)}")
-    equal = _equal_points([run for run in students if run.name not in apart])
+    equal, between = _equal_points([run for run in students if run.name not in apart])
     groups = _groups(experiments, {row.run: row for row in rows}, reference, seeds, apart)
     for group in groups:
         done = [run.name for run in students if run.name in group.runs and run.finished]
         group.equal = {axis: [ce[name] for name in done if name in ce] for axis, (_, ce) in equal.items()}
-    return Comparison(reference.name, goal.ce, rows, groups, equal, notes, apart, runs)
+    return Comparison(reference.name, goal.ce, rows, groups, equal, between, notes, apart, runs)
 
 
 def _named(runs: list[Run], baseline: str) -> Run:
@@ -265,16 +266,23 @@ def _changed(reference: Run, run: Run) -> dict[str, tuple[Any, Any]]:
     return {key: (reference.deciding.get(key), run.deciding.get(key)) for key in differ}
 
 
-def _equal_points(students: list[Run]) -> dict[str, tuple[float, dict[str, float]]]:
-    """Validation CE of each run at the furthest point that all of them have reached, along each of AXES."""
-    equal = {}
+def _equal_points(students: list[Run]) -> tuple[dict[str, tuple[float, dict[str, float]]], dict[str, list[str]]]:
+    """Validation CE of each run at the furthest point that all finished ones have reached, along each of AXES.
+
+    And which of these lie between two validations, on a straight line. NaN where a run has not come so far.
+    """
+    equal, between = {}, {}
+    finished = {run.name for run in students if run.finished}
     for axis in AXES:
         lines = {run.name: (run.axis(axis, run.val_ce.steps), run.val_ce.values) for run in students}
         lines = {name: line for name, line in lines.items() if len(line[0]) and np.isfinite(line[0]).all()}
         if lines:
-            end = float(min(x[-1] for x, _ in lines.values()))
-            equal[axis] = (end, {name: float(np.interp(end, x, y, left=math.nan)) for name, (x, y) in lines.items()})
-    return equal
+            end = float(min(lines[name][0][-1] for name in finished & lines.keys() or lines))
+            ce = {n: float(np.interp(end, x, y, left=math.nan, right=math.nan)) for n, (x, y) in lines.items()}
+            equal[axis] = (end, ce)
+            there = {name: bool(np.isclose(x, end, rtol=_ROUNDING, atol=0).any()) for name, (x, _) in lines.items()}
+            between[axis] = [name for name, value in ce.items() if not math.isnan(value) and not there[name]]
+    return equal, between
 
 
 def _path(typed: str) -> Path:

@@ -151,6 +151,35 @@ def test_equal_points_are_at_the_smallest_common_end(three):
     assert equal["FLOPs"] == (3000, {"baseline": 4.0, "salt": pytest.approx(3.9), "rkd": 4.5, "long": 4.0})
 
 
+def test_a_run_that_was_stopped_does_not_draw_the_equal_point_to_its_own(three):
+    stopped = write_run(three[0].parent / "stopped", {50: 6.0, 150: 5.5}, 150, seed_everything=1)
+    for name, all_of_them in (("done", [*three, stopped]), ("running", [stopped])):
+        where, ce = evaluate(load(all_of_them)).equal["steps"]
+        assert where == (300 if name == "done" else 150)
+        assert math.isnan(ce["stopped"]) == (name == "done")
+    assert ce == {"stopped": 5.5}  # nothing better yet
+
+
+def test_what_lies_between_two_validations_is_marked(three):
+    comparison = evaluate(load(three))
+    assert comparison.between == {"steps": [], "tokens": [], "FLOPs": ["salt"], "seconds": []}  # rkd: at 200 exactly
+    text = report.markdown(comparison).partition("## Validation CE at")[2]
+    assert re.search(r"\| salt +\| +3.7500 \| +3.7500 \| +~3.9000 \| +3.7500 \|", text)
+    assert "~: between two validations, on a straight line." in text
+    again = write_run(three[1].parent / "salt1", SALT, teacher="elsewhere/teacher", weight=0.5, kd_steps=60,
+                      seed_everything=1)  # fmt: skip
+    assert "~3.9000 (0.0000)" in report.markdown(evaluate(load([*three, again])))
+    assert "~" not in report.markdown(evaluate(load(three[:1])))
+    late = write_run(three[1].parent / "salt2", {300: 3.75}, teacher="elsewhere/teacher", weight=0.5, kd_steps=60,
+                     seed_everything=2)  # fmt: skip
+    assert "~-" not in report.markdown(evaluate(load([*three, again, late])))
+
+
+def test_the_digits_of_a_log_are_not_between_two_validations(tmp_path):
+    paths = [write_run(tmp_path / f"{n}", BASELINE, log_every=n, student=0.7, seed_everything=n) for n in (10, 7)]
+    assert evaluate(load(paths)).between["FLOPs"] == []
+
+
 def test_an_equal_point_before_a_runs_first_validation_is_not_made_up(three):
     early = write_run(three[0].parent / "early", {50: 6.0}, 50, **{"trainer.max_steps": 50})
     where, ce = evaluate(load([three[0], early])).equal["steps"]
@@ -311,7 +340,7 @@ def test_a_running_run_with_a_half_written_record(three):
     assert math.isnan(row.difference)  # a loss under way is no result
     assert group.n == 0
     assert math.isnan(group.mean)
-    assert comparison.equal["steps"] == (100, {"baseline": 5.0, "salt": 4.75, "rkd": 4.75, "more": 4.75})
+    assert math.isnan(comparison.equal["steps"][1]["more"])
     rest = "the rest is damaged, or still being written"
     assert comparison.notes == [f"{events} could be read up to step 150: {rest}", "more is at step 150 of 300"]
     assert "| 150 of 300 |" in report.markdown(comparison)

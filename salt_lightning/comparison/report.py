@@ -234,9 +234,14 @@ def _equal_table(comparison: Comparison) -> str:
     for axis, (end, ce) in comparison.equal.items():
         scale, unit = flop_unit(end) if axis == "FLOPs" else (1.0, axis)
         form = ",.3f" if axis == "FLOPs" else ",.1f" if axis == "seconds" and end < 100 else ",.0f"
-        means = [_mean_std(group.equal[axis], ".4f") for group in seeds]
-        columns[f"at {end / scale:{form}} {unit}"] = [*(number(ce.get(name), ".4f") for name in names), *means]
-    return "## Validation CE at the last point that all have reached\n\n" + table(columns, text=("run",))
+        between = comparison.between[axis]
+        means = [(_mean_std(group.equal[axis], ".4f"), not {*group.runs}.isdisjoint(between)) for group in seeds]
+        cells = [*((number(ce.get(name), ".4f"), name in between) for name in names), *means]
+        columns[f"at {end / scale:{form}} {unit}"] = [
+            f"~{cell}" if is_line and cell != "-" else cell for cell, is_line in cells
+        ]
+    line = "\n\n~: between two validations, on a straight line." if any(comparison.between.values()) else ""
+    return "## Validation CE at the last point that all have reached\n\n" + table(columns, text=("run",)) + line
 
 
 def _changes(groups: list[Group]) -> str:

@@ -60,7 +60,7 @@ class Group:
     reached_flops_share: list[float]
     reached_flops_share_with_teacher_training: list[float]
     reached_seconds_share: list[float]
-    equal: dict[str, list[float]]  # axis -> validation CE at the point that all runs have reached
+    equal: dict[str, list[float]]  # axis -> validation CE at the point that all finished runs have reached
     changed: dict[str, tuple[Any, Any]]  # setting -> (the reference's, this one's)
 
 
@@ -73,6 +73,7 @@ class Comparison:
     rows: list[Row]
     groups: list[Group]
     equal: dict[str, tuple[float, dict[str, float]]]  # axis -> (where, run -> validation CE there)
+    between: dict[str, list[str]]  # axis -> runs that were not validated there: theirs is on a line between two
     notes: list[str]
     other_text: list[str]  # runs that were validated on other text than the reference
     runs: list[Run]
