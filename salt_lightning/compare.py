@@ -48,9 +48,11 @@ def compare(runs: Sequence[str | Path], out: str | Path, baseline: str | None = 
             and of the same settings all along before others.
 
     Raises:
-        ConfigError: a path that is no folder, no run that logged something, or a baseline that is not among these.
+        ConfigError: a path that is no folder (what it has written itself is passed over), no run that logged
+            something, or a baseline that is not among these.
     """
     folders = list({os.path.abspath(path): Path(os.path.normpath(path)) for path in runs}.values())
+    folders = [path for path in folders if not (path.name in _WRITTEN and path.is_file())] or folders
     named = [read_run(path, name) for path, name in zip(folders, _names(folders), strict=True)]
     comparison, out = evaluate([lineage.whole(run, named) for run in named], baseline), Path(out)
     link = "\n![Validation CE over steps and over FLOPs](compare.png)\n"
@@ -72,6 +74,7 @@ def _names(folders: list[Path]) -> list[str]:
     return [printable("/".join(p[-depth:])) for p in parts]
 
 
+_WRITTEN = ("compare.md", "compare.json", "compare.png")
 _ROUNDING = 1e-6  # TensorBoard keeps seven digits
 _OF_RUNS = ("*/config.yaml", "**/*tfevents*")  # marks of a run, below the folder that was named
 

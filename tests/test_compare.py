@@ -888,6 +888,22 @@ def test_main_prints_the_table_and_writes_three_files(three, tmp_path, capsys):
         main([str(three[0]), "--basline=x"])
 
 
+def test_a_glob_takes_in_what_compare_has_written(three, tmp_path):
+    """As `compare runs/*` does the second time."""
+    assert main([*map(str, three)]) == 0
+    everything = sorted(map(str, tmp_path.iterdir()))
+    before = (tmp_path / "compare.json").read_text()
+    assert main(everything) == 0
+    assert [row["run"] for row in json.loads((tmp_path / "compare.json").read_text())["rows"]] == sorted(
+        row["run"] for row in json.loads(before)["rows"]
+    )
+    (tmp_path / "notes.md").touch()
+    with pytest.raises(ConfigError, match="notes.md is no folder"):
+        main([*everything, str(tmp_path / "notes.md")])
+    with pytest.raises(ConfigError, match=r"compare.json is no folder"):
+        main([str(tmp_path / "compare.json")])
+
+
 def test_names_are_the_ends_of_paths_that_differ(tmp_path):
     paths = [write_run(tmp_path / s / "salt", SALT) for s in ("seed0", "seed1")]
     again = Path(os.path.relpath(paths[0]))
