@@ -648,6 +648,19 @@ def test_one_seed_is_said_to_have_no_spread(three):
     assert "One seed for each experiment (n = 1)" in report.markdown(evaluate(load(three)))
 
 
+def test_where_no_run_has_finished_no_seed_is_counted(three, tmp_path):
+    """As EarlyStopping leaves them."""
+    early = [write_run(tmp_path / f"e{seed}", {100: 4.5}, 100, seed_everything=seed) for seed in range(2)]
+    text = report.markdown(evaluate(load(early)))
+    assert "(n = 1)" not in text
+    assert "No run has reached its last step (n = 0): no mean over seeds, and no spread between them." in text
+    assert "Reference: e0, not at its last step, last validation CE 4.5000." in text
+    taught = write_run(tmp_path / "t", {100: 4.5}, 100, teacher="x", weight=0.5, kd_steps=9)
+    text = report.markdown(evaluate(load([three[0], taught])))
+    assert "One seed for each experiment (n = 1), none of SALT step at its last step (n = 0): nothing is known" in text
+    assert "Reference: baseline, final validation CE 4.0000." in text
+
+
 def test_the_teachers_own_training_stands_apart(tmp_path, monkeypatch):
     teacher = write_run(tmp_path / "runs" / "teacher", {300: 5.0}, student=4)
     salt = write_run(

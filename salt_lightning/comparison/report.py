@@ -70,7 +70,8 @@ def markdown(comparison: Comparison) -> str:
     final = number(comparison.reference_val_ce, ".4f")
     seeds = next((g.n for g in comparison.groups if comparison.reference in g.runs), 1)
     whose = f"mean of the {seeds} seeds of {comparison.reference}" if seeds > 1 else comparison.reference
-    reference = f"Reference: {whose}, final validation CE {final}."
+    is_over = not any(row.running for row in comparison.rows if row.run == comparison.reference)
+    reference = f"Reference: {whose}, {'final' if is_over else 'not at its last step, last'} validation CE {final}."
     parts = [
         "# Comparison",
         "\n".join([reference, *(f"Note: {note}." for note in comparison.notes)]),
@@ -139,7 +140,11 @@ def _apart(row: Row, scale: float, unit: str) -> str:
 
 def _seeds_table(groups: list[Group]) -> str:
     if all(group.n <= 1 for group in groups):
-        return "One seed for each experiment (n = 1): nothing is known of the spread between seeds."
+        under_way = [group.label for group in groups if not group.n]
+        if len(under_way) == len(groups):
+            return "No run has reached its last step (n = 0): no mean over seeds, and no spread between them."
+        but = f", none of {', '.join(under_way)} at its last step (n = 0)" if under_way else ""
+        return f"One seed for each experiment (n = 1){but}: nothing is known of the spread between seeds."
 
     def each(form: str, values: Callable[[Group], Iterable[float]]) -> list[str]:
         return [", ".join(number(value, form) for value in values(group)) or "-" for group in groups]
