@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 from dataclasses import replace
+from datetime import date
 from itertools import combinations
 from pathlib import Path
 
@@ -158,6 +159,8 @@ def test_a_run_that_was_stopped_does_not_draw_the_equal_point_to_its_own(three):
         assert where == (300 if name == "done" else 150)
         assert math.isnan(ce["stopped"]) == (name == "done")
     assert ce == {"stopped": 5.5}  # nothing better yet
+    assert "that all finished runs have reached" in report.markdown(evaluate(load([*three, stopped])))
+    assert "that all have reached" in report.markdown(evaluate(load([stopped])))
 
 
 def test_what_lies_between_two_validations_is_marked(three):
@@ -899,6 +902,23 @@ def test_main_prints_the_table_and_writes_three_files(three, tmp_path, capsys):
         main([])
     with pytest.raises(ConfigError, match="unrecognized arguments: --basline"):
         main([str(three[0]), "--basline=x"])
+
+
+def test_the_json_has_folders_settings_and_validations(three, tmp_path):
+    config = yaml.safe_load((three[1] / "config.yaml").read_text())
+    config["model"]["optim"] = {"lr": 3e-3, "betas": [0.9, 0.95]}
+    config["noted"] = date(2026, 1, 2)  # as YAML reads 2026-01-02
+    (three[1] / "config.yaml").write_text(yaml.safe_dump(config))
+    with SummaryWriter(str(three[1]), filename_suffix=".start-2") as writer:
+        writer.add_scalar("val/ce/books", math.nan, 300)
+    compare(three, tmp_path / "out")
+    row = json.loads((tmp_path / "out/compare.json").read_text())["rows"][1]
+    assert (row["run"], row["folder"]) == ("salt", str(three[1]))
+    settings = [row["settings"][key] for key in ("model.optim.lr", "model.optim.betas.1", "kd.steps", "noted", "run")]
+    assert settings == [3e-3, 0.95, 60, "2026-01-02", str(three[1])]
+    assert set(row["curves"]) == {"val/ce", "val/accuracy", "val/bits_per_byte", "val/ce/books"}
+    assert row["curves"]["val/ce"] == {"steps": [100, 200, 300], "values": [4.75, 4.25, 3.75]}
+    assert row["curves"]["val/ce/books"] == {"steps": [300], "values": [None]}
 
 
 def test_a_glob_takes_in_what_compare_has_written(three, tmp_path):

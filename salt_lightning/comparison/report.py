@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import cycle, product
 from typing import Any
 
@@ -246,23 +247,29 @@ def _equal_table(comparison: Comparison) -> str:
             f"~{cell}" if is_line and cell != "-" else cell for cell, is_line in cells
         ]
     line = "\n\n~: between two validations, on a straight line." if any(comparison.between.values()) else ""
-    return "## Validation CE at the last point that all have reached\n\n" + table(columns, text=("run",)) + line
+    is_running = {row.running for row in comparison.rows if row.run in names}
+    who = "all finished runs" if len(is_running) > 1 else "all"
+    return f"## Validation CE at the last point that {who} have reached\n\n" + table(columns, text=("run",)) + line
 
 
 def _changes(groups: list[Group]) -> str:
-    lines = []
+    lines, text = [], partial(json.dumps, default=str)  # a date is text
     for group in groups:
-        told = [f"`{key}` {json.dumps(before)} -> {json.dumps(now)}" for key, (before, now) in group.changed.items()]
+        told = [f"`{key}` {text(before)} -> {text(now)}" for key, (before, now) in group.changed.items()]
         if told:
             lines.append(f"- {group.label}: {', '.join(told)}")
     return "\n".join(["## Settings that differ from the reference", "", *lines]) if lines else ""
 
 
 def json_text(comparison: Comparison) -> str:
-    """The comparison without its curves; null where a number is not known."""
+    """The comparison, and of each run its folder, settings and validations; null where a number is not known."""
     tree = {name: value for name, value in vars(comparison).items() if name != "runs"}
     tree["rows"], tree["groups"] = ([asdict(item) for item in tree[name]] for name in ("rows", "groups"))
-    return json.dumps(_null_for_nan(tree), indent=2, allow_nan=False) + "\n"
+    for row, run in zip(tree["rows"], comparison.runs, strict=True):
+        curves = {tag: curve for tag, curve in run.curves.items() if tag.startswith("val/")}
+        row |= {"folder": str(run.path), "settings": run.config}
+        row["curves"] = {tag: {"steps": c.steps.tolist(), "values": c.values.tolist()} for tag, c in curves.items()}
+    return json.dumps(_null_for_nan(tree), indent=2, allow_nan=False, default=str) + "\n"  # a date in a setting
 
 
 def _null_for_nan(value: Any) -> Any:
