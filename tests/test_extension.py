@@ -1,6 +1,7 @@
 """A user's own code around SALTModule: what docs/extending.md shows works; what would go wrong silently is refused."""
 
 import csv
+import json
 import math
 import os
 import pickle
@@ -15,6 +16,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+import yaml
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import AsyncCheckpointIO
@@ -72,8 +74,31 @@ T = TypeVar("T")
 def test_the_page_has_a_block_for_each_part():
     assert [title for title, _ in BLOCKS] == [
         "The loss alone", "Another course of the KD weight", "Another loss beside it", "Another optimizer",
-        "A model of your own",
+        "A model of your own", "A sweep in one process",
     ]  # fmt: skip
+
+
+def test_a_sweep_in_one_process(settings, tmp_path):
+    """And that the second overlay of callbacks appends to the first."""
+    section = PAGE.partition("## A sweep in one process")[2].partition("\n## ")[0]
+    prune, sweep = re.findall(r"```python\n(.*?)```", section, re.S)
+    tree: dict = {}
+    for key, value in (settings | {"kd.weight": 0.0}).items():
+        group, *inner, leaf = key.split(".")
+        node = tree.setdefault(group, {})
+        for name in inner:
+            node = node.setdefault(name, {})
+        node[leaf] = value
+    tree["trainer"]["callbacks"] = [{"class_path": "LearningRateMonitor"}]
+    for name, text in (("prune.py", prune), ("sweep.py", sweep), ("base.yaml", yaml.safe_dump(tree))):
+        (tmp_path / name).write_text(text)
+    done = subprocess.run([sys.executable, "sweep.py"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "lr_1e-9 is at step 6 of 12" in done.stdout, done.stderr
+    rows = {row["run"]: row for row in json.loads((tmp_path / "runs/compare.json").read_text())["rows"]}
+    assert [rows[f"lr_{lr}"]["settings"]["model.optim.lr"] for lr in ("1e-9", "1e-2")] == [1e-9, 1e-2]
+    assert [rows[f"lr_{lr}"]["steps"] for lr in ("1e-9", "1e-2")] == [6, 12]
+    names = [str(rows["lr_1e-2"]["settings"][f"trainer.callbacks.{i}.class_path"]) for i in range(2)]
+    assert [name.rpartition(".")[2] for name in names] == ["LearningRateMonitor", "Prune"]
 
 
 def test_the_loss_alone():
@@ -302,6 +327,7 @@ import sys
 faulthandler.dump_traceback_later(240)
 from pathlib import Path
 import torch
+import yaml
 torch.set_num_threads(1)
 sys.path[:0] = [{tests!r}, {root!r}]
 import lightning.pytorch as pl
