@@ -90,9 +90,7 @@ class Raw:
     kind: str  # as Group's
     rows: list[Any] = field(default_factory=list)  # bytes of files; of tables texts, or the fields of examples
     sources: list[Any] = field(default_factory=list)  # of tables with a source column; else empty
-    places: list[tuple[int, str, int]] = field(
-        default_factory=list
-    )  # from row i on: file, number of row i's line (row)
+    places: list[tuple[int, str, int]] = field(default_factory=list)  # from row i on: file, its line or row there
     size: int = 0  # of the rows, in bytes or characters
     read_bytes: int = 0  # of the corpus's files, up to here
 
