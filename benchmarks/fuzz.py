@@ -381,7 +381,7 @@ def check_rows(case: Case, written: TokenFiles, docs: Docs) -> None:
     for step in (0, 1 + case.seed % 3):
         read, total = [], 0
         for rank in range(world):
-            batches = TrainBatches(packed, order, sizes, (rank, world))
+            batches = TrainBatches(packed, order, sizes, (rank, world), sizes[0].__mul__)
             parts = [batches[step * accumulate + part] for part in range(accumulate)]
             read += [row for part in parts for row in part["rows"].tolist()]
             total += sum(int((part["labels"] != IGNORE).sum()) for part in parts)

@@ -21,7 +21,7 @@ from torch import Tensor
 from salt_lightning import flops, memory, models, parallel, preflight
 from salt_lightning.checkpoint import savers
 from salt_lightning.data import SALTDataModule
-from salt_lightning.errors import ConfigError, one_line
+from salt_lightning.errors import ConfigError, one_line, raised
 from salt_lightning.export import check_target
 from salt_lightning.fit import cadence
 from salt_lightning.hugging_face import attention
@@ -365,12 +365,20 @@ def _usable(total: int) -> int:
 
 
 def report(check: Check, wrong: Iterable[str], instead: Mapping[str, Any]) -> int:
-    """Prints all findings, `wrong` settings first, and what was looked at `instead` of them; the exit code."""
+    """Prints all findings, `wrong` settings first; the exit code.
+
+    `instead`: what stands for settings that a class refused; then no text is prepared and no model built, of sizes that
+    nobody has asked for.
+    """
     check.findings += [Finding("error", "settings", message) for message in wrong]
     if instead:
-        said = ", ".join(f"--{name} {value}" for name, value in instead.items())
-        check.findings.append(Finding("note", "settings", f"the rest was looked at with {said}"))
-    check.run()
+        looks = without_text(check.module, check.trainer, None, check._kd.schedule.weight > 0)
+        for said in raised([*looks, partial(check.data._corpus, "source")]):
+            if not any(f"--{name}" in said for name in instead):
+                check.findings.append(Finding("error", "settings", said))
+        check.findings.append(Finding("note", "the rest", "text, models, memory and disk, when these are mended"))
+    else:
+        check.run()
     if not parallel.writes_elsewhere():
         print(listed(check.findings, min(120, shutil.get_terminal_size((120, 24)).columns)))
     return int(any(finding.level == "error" for finding in check.findings))

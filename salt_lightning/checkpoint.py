@@ -422,7 +422,7 @@ def go_on_from(
         loop["epoch_loop.batch_progress"] |= {"total": dict(counts), "current": dict(counts), "is_last_batch": False}
         loop["epoch_loop.state_dict"]["_batches_that_stepped"] = max(step - 1, 0)
     if data is not None:
-        data.go_on_from(checkpoint, max_steps)
+        data.go_on_from(checkpoint)
     now = alike.identity(data)
     if other := [_other(key, now[key], was) for key, was in checkpoint["data"].items() if now[key] != was]:
         rank_zero_info(f"going on with other data than the checkpoint's: {', '.join(other)}")

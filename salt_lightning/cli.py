@@ -31,6 +31,7 @@ from salt_lightning.errors import (
     NonFiniteLossError,
     Stopped,
     of_machine,
+    once,
     one_line,
     raised,
     refuse,
@@ -207,9 +208,9 @@ class SALTCLI(LightningCLI):
                 told.append(str(error))
                 settled = to_defaults(told[-1], self._settings(self.config), self._parser(self.subcommand))
                 if not settled:
-                    refuse(told)
+                    refuse(once(told))
                 self.instead |= settled
-        self.refuse(told)
+        self.refuse(once(told))
 
     def _instantiate(self) -> None:
         try:

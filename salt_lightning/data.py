@@ -32,11 +32,11 @@ from salt_lightning.batches.rows import (
     counts_nll,
     require_text,
 )
-from salt_lightning.batches.stretches import Stretches, go_on, one_stretch, rows_before, with_past
+from salt_lightning.batches.stretches import Stretches, go_on, one_stretch, rows_before, where, with_past
 from salt_lightning.command.settings import seed_or_global, wrong_data
 from salt_lightning.errors import ConfigError, refuse, wrong_kinds
 from salt_lightning.fit.cadence import accumulation, phase1_steps, set_cadence
-from salt_lightning.selection import KeepRule, Plan, plan, row_scores
+from salt_lightning.selection import KeepRule, Plan, check_repeats, plan, row_scores
 from salt_lightning.teacher.difficulty import HeldOut, find_files, read_thirds
 from salt_lightning.teacher.scores import Scored, Scores
 from salt_lightning.text.documents import Corpus
@@ -146,7 +146,8 @@ class SALTDataModule(LightningDataModule):
         self._groups: dict[str, tuple[Group, ...]] = {}
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._train: PackedRows | ExampleRows | None = None
-        self.stretches: Stretches = ()
+        self.stretches: Stretches = one_stretch(global_batch_size, None)
+        self._selected = ""  # what is said of the selection
         self._order: Order | Mixture | None = None
         self._shards: tuple[list[int], bool] | None = None
         self._eval: PackedRows | ExampleRows | None = None
@@ -286,7 +287,7 @@ class SALTDataModule(LightningDataModule):
                 self._thirds_D = read_thirds(Path(self.difficulty), self.held_out, stage or "fit")
         if stage in (None, "fit"):
             self.stretches = one_stretch(self.global_batch_size, self._shares())
-            self._order = self._plan_order()
+            self._order, self._train_loader = self._plan_order(), None
         if stage == "fit":
             self._log()
         asked = self.trainer.state.fn if self.trainer else stage  # check, a fit, lists what it finds by itself
@@ -297,10 +298,12 @@ class SALTDataModule(LightningDataModule):
         """All micro-batches of the run, as one epoch; without a trainer those of one pass over the rows."""
         assert self._train is not None, "setup('fit') comes first"
         assert self._order is not None
-        sizes, before = (self.global_batch_size, self.micro_batch_size), partial(rows_before, self.stretches)
-        batches = TrainBatches(self._train, self._order, sizes, self._place(), before)
         trainer = self.trainer
         steps = trainer.max_steps if trainer else -(-self._train.num_rows // self.global_batch_size)
+        if self._train_loader is None:  # not before: a checkpoint may have said what was read until then
+            self._say_plan(self._order, steps)
+        sizes, before = (self.global_batch_size, self.micro_batch_size), partial(rows_before, self.stretches)
+        batches = TrainBatches(self._train, self._order, sizes, self._place(), before)
         self._train_loader = self._loader(
             batches, steps * batches.accumulate, lambda: trainer.global_step * batches.accumulate if trainer else 0
         )
@@ -348,7 +351,7 @@ class SALTDataModule(LightningDataModule):
         assert self._order is not None
         files, size = self._train.files, self.micro_batch_size
         step, part = divmod(first, self.global_batch_size // size)
-        rows = self._order(self.rows_before(step) + part * size + np.arange(count * size))
+        rows = self._order(rows_before(self.stretches, step) + part * size + np.arange(count * size))
         documents = self._train.first_documents(rows[:4])
         sources = [files.manifest["sources"][source] for source in files.doc_sources[documents]]
         shown = [f"{row} ({s}: {self.decode_row(row)[:40]!r})" for row, s in zip(rows[:4], sources, strict=True)]
@@ -396,32 +399,34 @@ class SALTDataModule(LightningDataModule):
         now = shares_of(names, self.source_weights, self._train.source_tokens(names), self.block_size)
         return with_past(now, self.stretches)
 
-    def go_on_from(self, checkpoint: dict[str, Any], max_steps: int) -> None:
+    def go_on_from(self, checkpoint: dict[str, Any]) -> None:
         """Rows go on where a run has stopped, also under another batch size or in other shares."""
         self.stretches = go_on(checkpoint, one_stretch(self.global_batch_size, self._shares()))
         if len(self.stretches) > 1:
             self._order = self._plan_order()
-        step = checkpoint["global_step"]
-        self._say(f"step {step + 1} goes on with row {self.rows_before(step) + 1} of the order", max_steps)
-
-    def rows_before(self, step: int) -> int:
-        """Rows that a run reads before an optimizer step."""
-        return rows_before(self.stretches or one_stretch(self.global_batch_size, None), step)
+        rank_zero_info(f"data: {where(self.stretches, checkpoint['global_step'])}")
 
     def _plan_order(self) -> Order | Mixture:
         """The order of the training rows, with those of phase 1 where there is a selection."""
         if not self.selection:
             return make_order(self._shares(), self.seed, self.num_train_rows)
-        found = self.plan_selection()
-        rank_zero_info(found.said)
+        found = self.plan_selection(final=False)
+        self._selected = found.said
         return found.order
 
-    def plan_selection(self) -> Plan:
-        """Which rows phase 1 reads, by the scores that `selection` names."""
+    def plan_selection(self, final: bool = True) -> Plan:
+        """Which rows phase 1 reads, by the scores that `selection` names. `final`: nothing was read before.
+
+        Raises:
+            ConfigError: scores are incomplete or damaged, too few rows, or a kept row would be read too often.
+        """
         scores = Scores(Path(str(self.selection)), "--data.selection")
         scores.require(self.scored())
         steps = phase1_steps(self.trainer) if self.trainer else 0
-        return plan(scores, self.keep, self.seed, self.rows_before(steps), self._shares())
+        found = plan(scores, self.keep, self.seed, rows_before(self.stretches, steps), self._shares())
+        if final:
+            check_repeats(found.order, self.keep)
+        return found
 
     def _place(self) -> tuple[int, int]:
         """(rank, number) of data-parallel replicas."""
@@ -441,27 +446,26 @@ class SALTDataModule(LightningDataModule):
     def _log(self) -> None:
         assert self._train is not None
         files, held_out = self._train.files, len(self._eval_rows())
-        message = (
-            f"{self.num_train_rows} rows of {self.block_size} from {files.num_tokens} tokens in "
+        rank_zero_info(
+            f"data: {self.num_train_rows} rows of {self.block_size} from {files.num_tokens} tokens in "
             f"{files.num_documents} documents, {held_out} rows for validation, vocabulary of {self.vocab_size}"
         )
-        trainer = self.trainer  # of a run that goes on, what was read before decides
-        self._say(message, None if trainer is None or trainer.ckpt_path else trainer.max_steps)
 
-    def _say(self, message: str, max_steps: int | None) -> None:
-        if max_steps is not None:
-            reads = self.reads(max_steps)
-            message += f"; {reads.said}" + (f" ({reads.remedy})" if reads.remedy else "")
-        rank_zero_info(f"data: {message}")
+    def _say_plan(self, order: Order | Mixture, steps: int) -> None:
+        if self.selection:
+            check_repeats(order, self.keep)
+            rank_zero_info(self._selected)
+        reads = self.reads(steps)
+        rank_zero_info(f"data: {reads.said}" + (f" ({reads.remedy})" if reads.remedy else ""))
 
     # --- for a look at a model before the first step ---
 
     def reads(self, max_steps: int) -> preflight.Finding:
         """How often a run reads the text, each source where these have weights."""
-        rows, shares = self.rows_before(max_steps), self._shares()
+        rows, shares = rows_before(self.stretches, max_steps), self._shares()
         if shares is None:
-            return preflight.rows(self.num_train_rows, rows, max_steps)
-        return preflight.shares(shares.names, shares.reads(rows), shares.rows_S, max_steps)
+            return preflight.rows(self.num_train_rows, rows, max_steps, len(self.stretches) == 1)
+        return preflight.shares(shares.names, shares.reads(rows), shares.rows_S, (max_steps, rows))
 
     def sample(self, rows: int) -> dict[str, torch.Tensor]:
         """So many validation rows, evenly spaced; the last ones again where there are fewer."""

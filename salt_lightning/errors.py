@@ -75,6 +75,15 @@ def _kind_said(hint: Any) -> str:
     return _SAID.get(hint) or " or ".join(map(_kind_said, get_args(hint))) or f"of class {hint.__name__}"
 
 
+def once(messages: Iterable[str]) -> list[str]:
+    """Those that no earlier one holds already."""
+    kept: list[str] = []
+    for message in messages:
+        if not any(message in earlier for earlier in kept):
+            kept.append(message)
+    return kept
+
+
 def raised(looks: Iterable[Callable[[], object]]) -> list[str]:
     """What each of them refuses."""
     said = []

@@ -158,16 +158,17 @@ def _tokenizer(
 @contextmanager
 def _whole_folder(target: Path) -> Iterator[Path]:
     """A folder beside `target`, which gets its name when all that is in it has reached the disk."""
-    partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    partial, made = target.with_name(f".{target.name}.{os.getpid()}.tmp"), False
     try:
         partial.mkdir(parents=True)
+        made = True
         yield partial
         for path in (*partial.rglob("*"), partial):
             sync_folder(path)
         partial.rename(target)
         sync_folder(target.parent)
     except OSError as error:
-        read_from = error.filename is not None and not str(error.filename).startswith(str(partial))
+        read_from = made and error.filename is not None and not str(error.filename).startswith(str(partial))
         if read_from or isinstance(error, UnansweredError):  # the checkpoint
             raise
         raise failed_write(target, error.strerror or first_line(error), error.errno) from error

@@ -43,20 +43,26 @@ class Finding:
             rank_zero_info(f"{self.level}: {self.about}: {told}")
 
 
-def rows(available: int, needed: int, max_steps: int) -> Finding:
-    """Rows of the training text against those that the run reads."""
+def rows(available: int, needed: int, max_steps: int, alike: bool = True) -> Finding:
+    """Rows of the training text against those that the run reads; `alike`: all its steps read as many."""
     epochs = needed / available
     said = f"{max_steps} steps read {needed} rows of {available}: {epochs:.2f} epochs"
     if epochs <= GOOD_EPOCHS:
         return Finding("ok", "rows", said)
     enough = int(GOOD_EPOCHS * available * max_steps / needed)
-    fewer = f", or --trainer.max_steps {enough}" if enough else ""
+    fewer = f", or --trainer.max_steps {enough}" if enough and alike else ""
     return Finding("warning", "rows", said, f"beyond {GOOD_EPOCHS:g} epochs text teaches ever less: add text{fewer}")
 
 
-def shares(names: Iterable[str], read_S: np.ndarray, rows_S: np.ndarray, max_steps: int) -> Finding:
-    """Of each source with a weight of its own its name, the rows that the run reads, and those that there are."""
-    total, sources = int(read_S.sum()), list(zip(map(printable, names), read_S.tolist(), rows_S.tolist(), strict=True))
+def shares(names: Iterable[str], read_S: np.ndarray, rows_S: np.ndarray, all_of: tuple[int, int]) -> Finding:
+    """Of each source with a weight of its own its name, the rows that the run reads, and those that there are.
+
+    `all_of`: the steps of the run, and the rows that it reads, also while there were no weights.
+    """
+    (max_steps, total), sources = (
+        all_of,
+        list(zip(map(printable, names), read_S.tolist(), rows_S.tolist(), strict=True)),
+    )
     told = (f"{name} {read / total:.1%} ({read / rows:.2f} epochs of {rows} rows)" for name, read, rows in sources)
     said = f"{max_steps} steps read {total} rows: {', '.join(told)}"
     if not (worn := [name for name, read, rows in sources if read > GOOD_EPOCHS * rows]):

@@ -154,16 +154,16 @@ def plan(scores: Scores, rule: KeepRule, seed: int, phase1_rows: int, shares: Sh
     """The order of a run whose first `phase1_rows` rows come from what `rule` keeps, and a line that says so.
 
     Raises:
-        ConfigError: scores are incomplete or damaged, too few rows, or a kept row would be read too often.
+        ConfigError: scores are incomplete or damaged, or too few rows.
     """
     score_R = row_scores(scores, rule.k, rule.masked)
     kept = kept_rows(score_R, rule)
     order = make_order(shares, seed, len(score_R), kept, phase1_rows, rule.unread_first)
-    parts = {"": order} if isinstance(order, Order) else dict(zip(order.shares.names, order.orders, strict=True))
-    _check_repeats(parts, rule)
     drawn = 0.0 if rule.order == "random" else chance(score_R, kept)
     tie = f"; {drawn:.1%} of them score as much as rows that are left out: chance decides" if drawn else ""
-    told = [_told(name, part) for name, part in parts.items()]  # here, so that worker processes share what it takes
+    told = [
+        _told(name, part) for name, part in _parts(order).items()
+    ]  # here, so that worker processes share what it takes
     said = (
         f"selection: {len(kept)} of {len(score_R)} rows ({rule.name}; S {score_R[kept].min():.3f} to "
         f"{score_R[kept].max():.3f}{tie}); {'; '.join(told)}"
@@ -171,9 +171,14 @@ def plan(scores: Scores, rule: KeepRule, seed: int, phase1_rows: int, shares: Sh
     return Plan(order, drawn, said)
 
 
-def _check_repeats(parts: dict[str, Order], rule: KeepRule) -> None:
+def _parts(order: Order | Mixture) -> dict[str, Order]:
+    """By source where these have weights."""
+    return {"": order} if isinstance(order, Order) else dict(zip(order.shares.names, order.orders, strict=True))
+
+
+def check_repeats(order: Order | Mixture, rule: KeepRule) -> None:
     """Raises ConfigError where phase 1 would read the kept rows too often, by source where these have weights."""
-    name, worst = max(parts.items(), key=lambda part: part[1].repeats)
+    name, worst = max(_parts(order).items(), key=lambda part: part[1].repeats)
     assert worst.kept is not None
     of_source = f" of {name!r}" if name else ""
     if not len(worst.kept):

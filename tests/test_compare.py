@@ -1185,6 +1185,8 @@ def test_a_boundary_that_a_margin_found_is_known_after_it(tmp_path):
     run = lineage.read(write_run(tmp_path / "branch", {300: 4.0}, **on, **margin), "branch")
     assert (run.method, run.kd_steps, run.last("probe/stop_step")) == ("SALT step, margin 0.1", 75, 75)
     assert "val/ce" not in lineage.read(write_run(tmp_path / "silent", {}, **on, **margin), "silent").curves
+    anew = {"teacher": "t", "weight": 0.5, "kd_steps": 260}  # KD again, without a margin
+    assert lineage.read(write_run(tmp_path / "anew", {300: 4.0}, **on, **anew), "anew").kd_steps == 260
     sooner = {"after": 50, "ckpt_path": "trunk/checkpoints/step-00000050.ckpt"}
     assert lineage.read(write_run(tmp_path / "sooner", {300: 4.0}, **sooner, **margin), "sooner").kd_steps == 200
 

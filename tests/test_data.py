@@ -144,9 +144,12 @@ def some_rows(folder: Path, num_rows: int = 37, width: int = 8) -> PackedRows:
 @pytest.mark.parametrize(("world", "accumulate"), [(w, a) for w in (1, 2, 4) for a in (1, 2, 4)])
 def test_a_step_reads_the_same_rows_for_any_ranks_and_accumulation(world, accumulate, tmp_path):
     packed, size = some_rows(tmp_path), 16
-    whole = TrainBatches(packed, Order(5, packed.num_rows), (size, size), (0, 1))
+    whole = TrainBatches(packed, Order(5, packed.num_rows), (size, size), (0, 1), size.__mul__)
     micro = size // (world * accumulate)
-    ranks = [TrainBatches(packed, Order(5, packed.num_rows), (size, micro), (rank, world)) for rank in range(world)]
+    ranks = [
+        TrainBatches(packed, Order(5, packed.num_rows), (size, micro), (rank, world), size.__mul__)
+        for rank in range(world)
+    ]
     assert {rank.accumulate for rank in ranks} == {accumulate}
     for step in range(6):  # 96 positions: two epochs and a half
         parts = [rank[step * accumulate + m] for m in range(accumulate) for rank in ranks]
@@ -645,6 +648,7 @@ def test_the_log_says_how_often_the_text_is_read(make, tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         data = make()
         trainer(tmp_path, max_steps=30, val_check_interval=30).fit(Toy(), datamodule=data)
-    (line,) = [record.message for record in caplog.records if record.message.startswith("data:")]
-    assert line.endswith(f"30 steps read 240 rows of {data.num_train_rows}: {240 / data.num_train_rows:.2f} epochs")
-    assert f"{data.num_train_rows} rows of 16 from {data.num_train_tokens} tokens" in line
+    text, reads = [record.message for record in caplog.records if record.message.startswith("data:")]
+    rows = data.num_train_rows
+    assert reads == f"data: 30 steps read 240 rows of {rows}: {240 / rows:.2f} epochs"
+    assert text.startswith(f"data: {rows} rows of 16 from {data.num_train_tokens} tokens")

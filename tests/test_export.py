@@ -580,3 +580,9 @@ def test_a_full_disk_leaves_nothing(salt, tmp_path, capsys):
     said = f"{tmp_path}/out cannot be written (File too large); mend that and do it again"
     assert err.strip().splitlines()[-1] == f"error: {said}"
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_made_is_named(salt, capsys):
+    assert cli.main(["export", str(checkpoints(salt)[-1]), "/proc/none/out"]) == 1
+    said = "/proc/none/out cannot be written (No such file or directory); choose another folder"
+    assert capsys.readouterr().err.strip().splitlines()[-1] == f"error: {said}"

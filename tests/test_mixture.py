@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from salt_lightning.batches.mixture import CYCLE, Mixture, Shares, make_order, shares_of
 from salt_lightning.batches.order import Order
-from salt_lightning.batches.stretches import Stretch, Stretches, go_on, one_stretch, rows_before, with_past
+from salt_lightning.batches.stretches import Stretch, Stretches, go_on, one_stretch, rows_before, where, with_past
 from salt_lightning.data import SALTDataModule
 from salt_lightning.errors import ConfigError
 from salt_lightning.models import read_checkpoint
@@ -204,11 +204,13 @@ def test_a_source_that_comes_later_begins_at_its_first_row_and_one_that_left_is_
     assert back.reads(60).tolist() == [30, 20]
     turns, ab = {"a": 5000, "b": 5000}, Shares(("a", "b"), (1, 1), (0, 40, 80))
     assert with_past(ab, (Stretch(0, 10, turns), Stretch(3, 20, turns))) == ab  # larger steps are no other shares
-    alike = (
-        Stretch(0, 10, None),
-        Stretch(3, 10, {"a": 5000, "b": 5000}),
-    )  # until then no source had an order of its own
-    assert with_past(Shares(("a", "b"), (1, 1), (0, 40, 80)), alike).reads(50).tolist() == [10, 10]
+    # until step 3 no source had an order of its own, and from 5 to 6 neither
+    parts = (Stretch(0, 10, None), Stretch(3, 10, turns), Stretch(5, 30, None), Stretch(6, 10, turns))
+    assert with_past(ab, parts).reads(50).tolist() == [10, 10]
+    assert with_past(ab, parts).reads(80).tolist() == [10, 10]
+    assert with_past(ab, parts).reads(100).tolist() == [20, 20]
+    for stretches, told in ((parts, True), (parts[:1], False), ((Stretch(0, 10, turns), Stretch(3, 20, turns)), False)):
+        assert ("may come again" in where(stretches, 7)) == told
 
 
 GOOD = {"step": 0, "rows": 8, "turns": {"a": 4000, "b": 6000}}
@@ -422,7 +424,8 @@ def test_a_run_goes_on_in_other_shares_and_batches_with_what_is_unread(weighted,
 
     more_code = {"data.source_weights": [1, 7], "data.global_batch_size": 16}
     go_on(4, 9, more_code)
-    assert "data: step 5 goes on with row 33 of the order; 9 steps read 112 rows: web 16.1% (" in caplog.text  # 8 + 10
+    assert "data: step 5 goes on with row 33 of the order" in caplog.text
+    assert "data: 9 steps read 112 rows: web 16.1% (" in caplog.text  # 8 + 10
     assert "code 83.9% (" in caplog.text  # 24 + 70
     go_on(9, 10, {"data.source_weights": [1, 1]})
     saved = read_checkpoint(str(tmp_path / "run/checkpoints/step-00000010.ckpt"), "--ckpt_path")
@@ -435,6 +438,28 @@ def test_a_run_goes_on_in_other_shares_and_batches_with_what_is_unread(weighted,
         of_source = [row - begin for row in read if begin <= row < end]
         assert of_source == order(np.arange(len(of_source))).tolist()
     made.source_weights = [1, 1]
-    made.go_on_from(saved, 12)
+    made.go_on_from(saved)
     shown = made.describe_batches(9, 1)  # of 8 rows, as a step
     assert [int(row) for row in re.findall(r"(\d+) \(", shown)] == read[112:116]
+
+
+def test_phase_1_is_over_whatever_the_batch_is_now(weighted, teacher, tmp_path, caplog, capsys):
+    """Ten steps of 8 rows; at 64 a step they would have read each kept row too often."""
+    scored = {"run": str(tmp_path / "scores"), "model.teacher.path": teacher, "data.micro_batch_size": 8}
+    own = {key: value for key, value in weighted.items() if key.startswith(("data.", "trainer.acc"))}
+    own = {key: value for key, value in own.items() if key != "data.source_weights"}
+    own["data.tokenizer"] = str(Path(teacher).parents[1] / "tokenizer")
+    assert run(["predict", *arguments(own, scored)]) == 0
+    taught = {**weighted, **own, "data.source_weights": None, "data.selection": str(tmp_path / "scores"),
+              "kd.weight": 0.5, "kd.steps": 4, "model.teacher.path": teacher, "checkpoint.at_steps": [6]}  # fmt: skip
+    assert run(["fit", *arguments(taught)]) == 0
+    step_6 = str(tmp_path / "run/checkpoints/step-00000006.ckpt")
+    larger = {"data.global_batch_size": 256, "ckpt_path": step_6, "trainer.max_steps": 7, "data.keep.max_repeats": 1.5}
+    caplog.clear()
+    assert run(["fit", *arguments(taught, larger)]) == 0, capsys.readouterr().err
+    said = [record.message for record in caplog.records if record.message.startswith("selection:")]
+    assert len(said) == 1
+    assert "phase 1 reads 32, each kept row" in said[0]
+    begun = {"ckpt_path": None, "run": str(tmp_path / "anew")}
+    assert run(["fit", *arguments(taught, larger, begun)]) == 2
+    assert "--data.keep: phase 1 takes 1024 rows" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from salt_lightning.batches.mixture import Shares, make_order
 from salt_lightning.batches.order import Order, gaps, outside, row_at, scatter
 from salt_lightning.errors import ConfigError
-from salt_lightning.selection import KeepRule, chance, kept_rows, plan, row_scores, score_rows
+from salt_lightning.selection import KeepRule, chance, check_repeats, kept_rows, plan, row_scores, score_rows
 from salt_lightning.teacher.score_report import _overlap
 from salt_lightning.teacher.scores import NO_LABEL, RANK_CAP, Scored, Scores, write_table
 
@@ -292,8 +292,10 @@ def test_reading_the_kept_rows_too_often_is_refused(scores):
         ConfigError,
         match="takes 40 rows and 4 are kept, so each is read 10.0 times; keep more.*--data.keep.max_repeats 10$",
     ):
-        plan(scores, KeepRule(rows=4), 0, 40)
-    assert plan(scores, KeepRule(rows=4, max_repeats=10.0), 0, 40)[0].phase1 == 40
+        check_repeats(plan(scores, KeepRule(rows=4), 0, 40).order, KeepRule(rows=4))
+    order, allowed = plan(scores, KeepRule(rows=4), 0, 40).order, KeepRule(rows=4, max_repeats=10.0)
+    check_repeats(order, allowed)
+    assert order.phase1 == 40
 
 
 def test_a_selection_of_sources_with_weights(scores):
@@ -303,7 +305,7 @@ def test_a_selection_of_sources_with_weights(scores):
     with pytest.raises(
         ConfigError, match="takes 6 rows of 'web' and 1 are kept, so each is read 6.0 times; .*repeats 6$"
     ):
-        plan(scores, KeepRule(rows=4), 0, 8, shares)
+        check_repeats(plan(scores, KeepRule(rows=4), 0, 8, shares).order, KeepRule(rows=4))
     order, _, message = plan(scores, KeepRule(rows=4, max_repeats=6.0), 0, 8, shares)
     rows = order(np.arange(8)).tolist()
     assert rows.count(kept[0]) == 6
@@ -313,7 +315,7 @@ def test_a_selection_of_sources_with_weights(scores):
     assert f"; code: 3 of {9 - kept[0]} rows, phase 1 reads 2, each kept row 0.67 times; phase 2 begins" in message
     apart = Shares(("web", "code"), (1.0, 1.0), (0, kept[0], 10))
     with pytest.raises(ConfigError, match="of the rows kept none is of 'web', of which --data.source_weights has 4 in"):
-        plan(scores, KeepRule(rows=4), 0, 8, apart)
+        check_repeats(plan(scores, KeepRule(rows=4), 0, 8, apart).order, KeepRule(rows=4))
 
 
 @pytest.mark.parametrize("shares", [None, Shares(("web", "code"), (1.0, 1.0), (0, 5, 10))])

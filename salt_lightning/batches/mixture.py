@@ -49,6 +49,7 @@ class Shares:
         starts: the first row of each source, and last the number of rows; each has one.
         begin: the position from which on these are the shares.
         earlier: those until then; None: there were none.
+        end: the position until which they are, where that lies before the `begin` of the later ones.
     """
 
     names: tuple[str, ...]
@@ -56,6 +57,7 @@ class Shares:
     starts: tuple[int, ...]
     begin: int = 0
     earlier: "Shares | None" = None
+    end: int | None = None
 
     @property
     def rows_S(self) -> np.ndarray:
@@ -90,7 +92,8 @@ class Shares:
     def _reads(self, count: int) -> dict[str, int]:
         """Likewise by name, also of sources that earlier shares alone had."""
         before = {} if self.earlier is None else self.earlier._reads(min(count, self.begin))
-        cycles, turns = divmod(max(0, count - self.begin), CYCLE)
+        until = count if self.end is None else min(count, self.end)
+        cycles, turns = divmod(max(0, until - self.begin), CYCLE)
         now_S = cycles * self.turns_S + np.bincount(self.cycle[0][:turns], minlength=len(self.turns_S))
         now = dict(zip(self.names, now_S.tolist(), strict=True))
         return before | {name: before.get(name, 0) + rows for name, rows in now.items()}

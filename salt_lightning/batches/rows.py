@@ -164,10 +164,10 @@ class TrainBatches(Dataset):
         order: Order | Mixture,
         sizes: tuple[int, int],
         place: tuple[int, int],
-        before: Callable[[int], int] | None = None,
+        before: Callable[[int], int],
     ) -> None:
         self.packed, self.order = packed, order
-        self.before = before or sizes[0].__mul__
+        self.before = before
         self.global_batch, self.micro_batch = sizes
         self.rank, self.world = place
         self.accumulate = self.global_batch // (self.micro_batch * self.world)

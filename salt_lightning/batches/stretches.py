@@ -74,12 +74,21 @@ def _of_checkpoint(checkpoint: Mapping[str, Any], now: Stretch) -> Stretches:
     return found
 
 
+def where(stretches: Stretches, step: int) -> str:
+    """With which row a run goes on after so many steps."""
+    said = f"step {step + 1} goes on with row {rows_before(stretches, step) + 1} of the order"
+    if len({stretch.turns is None for stretch in stretches}) > 1:
+        said += "; what was read with --data.source_weights and without lies in other orders, and may come again"
+    return said
+
+
 def with_past(shares: Shares, stretches: Stretches) -> Shares:
     """The shares of the last stretch, with what was read of each source before them."""
     past, begin = None, 0
     for before, after in pairwise(stretches):
         if before.turns != after.turns:
-            turns = before.turns or {}
-            past = Shares(tuple(turns), tuple(turns.values()), (), begin, past) if turns else None
-            begin = rows_before(stretches, after.step)
+            end = rows_before(stretches, after.step)
+            if before.turns is not None:
+                past = Shares(tuple(before.turns), tuple(before.turns.values()), (), begin, past, end)
+            begin = end
     return replace(shares, begin=begin, earlier=past)

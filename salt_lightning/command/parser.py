@@ -136,7 +136,8 @@ def explain(message: str, known: list[str]) -> str:
         name, rest = f"--{found[1]}{found[2]}", found[3]
         if part := re.search(r"NestedArg\(key='([^']+)', val='?(.*?)'?\)", rest):
             said = f"{name}.{part[1]} {part[2]} is a setting of a class, and {name} names none"
-            return f"{said}; give the class itself, e.g. --trainer.strategy DDPStrategy for ddp"
+            example = ", e.g. --trainer.strategy DDPStrategy for ddp" if name == "--trainer.strategy" else ""
+            return f"{said}; give the class itself{example}"
         if union := re.search(r"Subtypes: [\[(](.*?)[\])] Errors:.*Given value: (.*)$", rest):
             return f"{name} {union[2]} must be {_type_names(union[1])}{_why_no_class(name, union[2], rest)}"
         if union := re.search(r" Given value: (.*)$", rest):
@@ -193,9 +194,9 @@ def _given(args: list[str]) -> list[tuple[str, str]]:
     for file in _values(args):
         text = file if file.lstrip().startswith("{") else Path(file).read_text(encoding="utf-8")
         found += _leaves(yaml.safe_load(text), "")
-    for word, following in pairwise([*args, ""]):
+    for word, following in pairwise([*args, "--"]):
         name, joined, value = word.partition("=")
-        if name.startswith("--"):
+        if name.startswith("--") and (joined or not following.startswith("--")):
             found.append((name[2:], value if joined else following))
     return [(name, value) for name, value in found if _ALONE.fullmatch(f"--{name}")]
 

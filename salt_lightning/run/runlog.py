@@ -117,7 +117,7 @@ class Run:
         for start, end, config in zip(starts, [*starts[1:], math.inf], configs, strict=True):
             if config.get("model.teacher.path") and config.get("kd.weight"):
                 steps = config.get("kd.steps")
-                if "probe/stop_step" in self.curves:
+                if config.get("kd.stop_margin") is not None and "probe/stop_step" in self.curves:
                     steps = self.last("probe/stop_step")
                 if (steps := min(end, math.inf if steps is None else steps)) > start:
                     found.append((steps, config))

@@ -82,6 +82,7 @@ class ScoreWriter(pl.Callback):
             origin = {
                 "teacher": {"path": spec.path, "revision": spec.revision},
                 "scoring_flops": per_token * (scored.num_rows * scored.block_size),
+                "scoring_s": 0.0,
                 "versions": {name: version(name) for name in ("torch", "transformers", "lightning", "pyarrow")},
             }
             Scores.create(run, scored, origin)
