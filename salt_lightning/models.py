@@ -383,9 +383,9 @@ def read_checkpoint(path: str, setting: str) -> dict[str, Any]:
     Raises:
         ConfigError: it is missing, cut off, lacks a file, or is no checkpoint; the message starts with `setting`.
     """
-    remedy = "give one of RUN/checkpoints/step-*.ckpt" + ", or last, which finds a whole one" * (
-        setting == "--ckpt_path"
-    )
+    remedy = "give one of RUN/checkpoints/step-*.ckpt"
+    if setting == "--ckpt_path":
+        remedy += ", or last, which finds a whole one"
     if not Path(path).exists():
         raise ConfigError(f"{setting} {path} does not exist; {remedy}")
     if Path(path).is_dir() and any(Path(path).glob("checkpoints/*.ckpt")):

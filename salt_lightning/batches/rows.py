@@ -229,8 +229,9 @@ class ShardBatches(Dataset):
         self.packed, (self.shard_rows, self.micro_batch) = packed, sizes
         starts = (np.array([shard, shard + 1]) * self.shard_rows for shard in shards)
         firsts = [np.arange(start, min(stop, packed.num_rows), self.micro_batch) for start, stop in starts]
-        none = [packed.num_rows] * company
-        self.firsts = np.concatenate(firsts) if firsts else np.array(none, np.int64)  # the first row of each batch
+        if company and not firsts:
+            firsts = [np.array([packed.num_rows])]
+        self.firsts = np.concatenate([np.zeros(0, np.int64), *firsts])  # the first row of each batch
 
     def __len__(self) -> int:
         return len(self.firsts)

@@ -194,11 +194,15 @@ def _given(args: list[str]) -> list[tuple[str, str]]:
     for file in _values(args):
         text = file if file.lstrip().startswith("{") else Path(file).read_text(encoding="utf-8")
         found += _leaves(yaml.safe_load(text), "")
+    return [(name, value) for name, value in [*found, *_typed(args)] if _ALONE.fullmatch(f"--{name}")]
+
+
+def _typed(args: list[str]) -> Iterator[tuple[str, str]]:
+    """(name, value) of each setting of a command line that has its value."""
     for word, following in pairwise([*args, "--"]):
         name, joined, value = word.partition("=")
         if name.startswith("--") and (joined or not following.startswith("--")):
-            found.append((name[2:], value if joined else following))
-    return [(name, value) for name, value in found if _ALONE.fullmatch(f"--{name}")]
+            yield name.removeprefix("--"), value if joined else following
 
 
 def _leaves(value: Any, name: str) -> list[tuple[str, str]]:
@@ -237,11 +241,9 @@ def check_configs(args: list[str], known: list[str]) -> None:
 
 def require_no_comments(args: list[str], given: Namespace) -> None:
     """Raises ConfigError where YAML has taken a value that was typed for a comment, and so for null."""
-    typed = [arg.partition("=")[::2] for arg in args if "=" in arg] + list(pairwise(args))
-    for name, value in typed:
-        key = name.removeprefix("--")
-        if name.startswith("--") and value.lstrip().startswith("#") and key in given and given[key] is None:
-            raise ConfigError(f"{name} {value!r} reads as a comment, so as null; say null, or what it should be")
+    for name, value in _typed(args):
+        if value.lstrip().startswith("#") and name in given and given[name] is None:
+            raise ConfigError(f"--{name} {value!r} reads as a comment, so as null; say null, or what it should be")
 
 
 def configs_first(args: list[str]) -> list[str]:

@@ -55,15 +55,21 @@ def whole(run: Run, named: Sequence[Run] = (), generations: int = 9) -> Run:
 
 def _parent(run: Run, named: Sequence[Run]) -> Run | None:
     """The run whose checkpoint this one began with: a folder with settings and a log."""
+
+    def is_trunk(other: Run) -> bool:
+        return bool(other.config and other.curves) and other.path.resolve() != run.path.resolve()
+
     for checkpoint in _places(run, run.origin):
+        folder, before = checkpoint.parent.resolve(), checkpoint.parent.parent  # RUN/checkpoints/step-N.ckpt
         there = [
-            o for o in named if checkpoint.parent.resolve() in {p.resolve() for p in places(o, "checkpoint.folder")}
+            other for other in named if folder in {place.resolve() for place in places(other, "checkpoint.folder")}
         ]
-        with suppress(ConfigError):  # of a folder that nobody has named
-            there.append(read_run(checkpoint.parent.parent, run.name))  # RUN/checkpoints/step-N.ckpt
-        for other in there:
-            if other.config and other.curves and other.path.resolve() != run.path.resolve():
-                return other
+        there += [other for other in named if other.path.resolve() == before.resolve()]
+        if not any(map(is_trunk, there)):
+            with suppress(ConfigError):  # of a folder that nobody has named
+                there.append(read_run(before, run.name))
+        for other in filter(is_trunk, there):
+            return other
     return None
 
 

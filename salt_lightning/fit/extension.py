@@ -143,12 +143,13 @@ def seed_random(seed: int, device: torch.device) -> None:
     For each kind of device that this machine lacks torch's own writes down where it was called, which took a tenth of
     the host's time for a micro-batch.
     """
+    seed %= 2**63
     if device.type not in ("cpu", "cuda"):
-        torch.manual_seed(seed % 2**63)
+        torch.manual_seed(seed)
         return
-    torch.default_generator.manual_seed(seed % 2**63)
+    torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
-        torch.cuda.manual_seed(seed % 2**63)  # of the current device, which is the process's own
+        torch.cuda.manual_seed(seed)  # of the current device, which is the process's own
 
 
 def keep_random(device: torch.device) -> Callable[[], None]:
