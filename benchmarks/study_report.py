@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from salt_lightning import compare
 from salt_lightning.comparison.report import flop_unit, number, table
-from salt_lightning.run.runlog import THIRDS
+from salt_lightning.run.curves import THIRDS
 from salt_lightning.teacher.difficulty import thirds
 
 if TYPE_CHECKING:

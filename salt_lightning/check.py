@@ -6,7 +6,6 @@ is written into the run's folder.
 
 import os
 import shutil
-import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -29,7 +28,8 @@ from salt_lightning.hugging_face.spec import DTYPES, ModelSpec, family_config, u
 from salt_lightning.hugging_face.token_ids import check_fit
 from salt_lightning.models import CausalLM
 from salt_lightning.module import SALTModule
-from salt_lightning.preflight import Finding, size_said
+from salt_lightning.preflight import Finding, listed, size_said
+from salt_lightning.run.peers import writes_elsewhere
 from salt_lightning.schedule import KDScheduleCallback, kd_callbacks
 from salt_lightning.selection import LESS_CHANCE
 from salt_lightning.teacher import probe
@@ -379,27 +379,6 @@ def report(check: Check, wrong: Iterable[str], instead: Mapping[str, Any]) -> in
         check.findings.append(Finding("note", "the rest", "text, models, memory and disk, when these are mended"))
     else:
         check.run()
-    if not parallel.writes_elsewhere():
+    if not writes_elsewhere():
         print(listed(check.findings, min(120, shutil.get_terminal_size((120, 24)).columns)))
     return int(any(finding.level == "error" for finding in check.findings))
-
-
-def listed(findings: list[Finding], width: int) -> str:
-    """The findings, one after the other, with what is wrong in capitals, and a sum at the end."""
-    about = max(len(f.about) for f in findings)
-    wrap = partial(textwrap.wrap, width=width, break_long_words=False, break_on_hyphens=False)
-    lines: list[str] = []
-    for finding in findings:
-        mark = finding.level.upper() if finding.level in ("warning", "error") else finding.level
-        indent = " " * (len("warning") + about + 4)
-        first = f"{mark:<7}  {finding.about:<{about}}  "
-        lines += wrap(first + finding.said, subsequent_indent=indent)
-        if finding.remedy:
-            lines += wrap("-> " + finding.remedy, initial_indent=indent, subsequent_indent=indent + "   ")
-    errors, warnings = (sum(f.level == level for f in findings) for level in ("error", "warning"))
-    end = "fit would stop or fail" if errors else "fit can start"
-    return "\n".join([*lines, "", f"{_plural(errors, 'error')}, {_plural(warnings, 'warning')}: {end}"])
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count or 'no'} {noun}{'' if count == 1 else 's'}"

@@ -17,13 +17,13 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from salt_lightning import check, checkpoint, compare, export, parallel
+from salt_lightning import check, compare, export, parallel
 from salt_lightning.answers import AnswerTest
-from salt_lightning.checkpoint import AtomicCheckpointIO, RunCheckpoint, savers
+from salt_lightning.checkpoint import FIRST_RANK_S, AtomicCheckpointIO, RunCheckpoint, savers
 from salt_lightning.command import settings
 from salt_lightning.command.parser import Parser, check_configs, configs_first, require_no_comments, reword, to_defaults
 from salt_lightning.command.quiet import silence_libraries, steady_streams
-from salt_lightning.command.resume import rank, resolve, say_once
+from salt_lightning.command.resume import resolve
 from salt_lightning.comparison.report import evaluation
 from salt_lightning.data import SALTDataModule
 from salt_lightning.errors import (
@@ -37,13 +37,15 @@ from salt_lightning.errors import (
     refuse,
     say,
 )
+from salt_lightning.fit.restart import settings_of
 from salt_lightning.models import check_path, read_checkpoint
 from salt_lightning.module import SALTModule
-from salt_lightning.run import run_lock, slurm
+from salt_lightning.run import peers, run_lock, slurm
 from salt_lightning.run.event_log import quiet_threads, trackers
+from salt_lightning.run.peers import rank, say_once
 from salt_lightning.run.progress_bar import ProgressBar, close_bars, keep_off_bars
 from salt_lightning.run.run_config import SaveRunConfig, taken
-from salt_lightning.run.runlog import flat
+from salt_lightning.run.run_folder import flat, is_over
 from salt_lightning.schedule import KDScheduleCallback
 from salt_lightning.storage import damage
 from salt_lightning.teacher.difficulty import DocumentLossWriter
@@ -116,7 +118,7 @@ class SALTCLI(LightningCLI):
         config["ckpt_path"] = None if path is None else str(path)
         if path is None:
             return
-        held = checkpoint.settings_of(path, whole=subcommand == "fit")
+        held = settings_of(path, whole=subcommand == "fit")
         if chosen != "last" and (reason := damage.of(path)):
             raise ConfigError(f"--ckpt_path {path} is damaged ({reason}); take an older one, or last, which finds one")
         given, before = self._settings(self._explicit).get("model") or Namespace(), flat(held)
@@ -172,7 +174,7 @@ class SALTCLI(LightningCLI):
         if student.path and student.config and not resumed:
             say_once(f"--model.student.config is not used: the sizes are those of --model.student.path {student.path}")
         teaches = config.kd.weight > 0 and not resumed  # phase 2 goes on where the teacher is gone
-        target = None if checkpoint.is_over(config.ckpt_path, self.trainer.max_steps) else config.checkpoint.export
+        target = None if is_over(config.ckpt_path, self.trainer.max_steps) else config.checkpoint.export
         if wrong := raised(check.without_text(self.model, self.trainer, target, teaches)):
             refuse([*wrong, *raised([partial(self.datamodule._corpus, "source")])])  # files take seconds to find
 
@@ -246,7 +248,7 @@ class SALTCLI(LightningCLI):
             trainer = super().instantiate_trainer(**kwargs)
             trainer._checkpoint_connector._ckpt_path = config.get("ckpt_path")  # Lightning: after prepare_data alone
             parallel.check(trainer, config.get("ckpt_path"))
-            parallel.limit_connecting(trainer.strategy)
+            peers.limit_connecting(trainer.strategy)
             return trainer
         except ConfigError:
             raise
@@ -362,17 +364,17 @@ def main(args: list[str] | None = None) -> int:
     except (ConfigError, NonFiniteLossError, OSError, MisconfigurationException, ModuleNotFoundError) as error:
         close_bars()
         if rank():  # the first rank says the same, and its end is ours; else we speak
-            time.sleep(checkpoint.FIRST_RANK_S)
+            time.sleep(FIRST_RANK_S)
         code = say(error)
         return 2 if isinstance(error, MisconfigurationException) else code
     except (MemoryError, RuntimeError) as error:
         said = of_machine(error)
-        if said is None and not parallel.has_lost_others(error):
+        if said is None and not peers.has_lost_others(error):
             raise
         close_bars()
-        print(f"\nerror: {said}" if said else parallel.loss_of_others(rank(), str(error), *first), file=sys.stderr)
+        print(f"\nerror: {said}" if said else peers.loss_of_others(rank(), str(error), *first), file=sys.stderr)
         return 1
-    parallel.leave_at_exit()
+    peers.leave_at_exit()
     trainer = cli.trainer
     if not trainer.is_global_zero:  # a code of theirs would look like a crash
         return 0

@@ -36,7 +36,8 @@ from salt_lightning.errors import ConfigError, VerbParser, failed_write, few, fi
 from salt_lightning.hugging_face.card import model_card
 from salt_lightning.hugging_face.spec import DTYPES, ModelSpec, as_config_error
 from salt_lightning.models import from_config, own_parts, read_checkpoint, require_undamaged
-from salt_lightning.parallel import check_same_model, writes_elsewhere
+from salt_lightning.parallel import check_same_model
+from salt_lightning.run.peers import writes_elsewhere
 from salt_lightning.storage.shards import STUDENT, Tensors, UnansweredError, sync_folder
 from salt_lightning.text.tokenizer import (
     SUBFOLDER,

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from salt_lightning.errors import ConfigError
-from salt_lightning.run.runlog import THIRDS
+from salt_lightning.run.curves import THIRDS
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:

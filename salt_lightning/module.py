@@ -17,13 +17,14 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from salt_lightning import flops, models, parallel
-from salt_lightning.checkpoint import go_on_from, how_to_go_on, require_same, say_other_share
+from salt_lightning.checkpoint import how_to_go_on
 from salt_lightning.command.settings import seed_or_global
 from salt_lightning.data import SALTDataModule
 from salt_lightning.errors import ConfigError, NonFiniteLossError, refuse, wrong_kinds
 from salt_lightning.fit import alike, cadence, extension
 from salt_lightning.fit.meter import SUMS, Meter, loss_values, peak_memory
 from salt_lightning.fit.optim import OptimSpec, by_name
+from salt_lightning.fit.restart import go_on_from, require_same, say_other_share
 from salt_lightning.fit.watch import Watch, problem
 from salt_lightning.hugging_face import attention, token_ids
 from salt_lightning.hugging_face.spec import DTYPES, ModelLike, ModelSpec, resolved

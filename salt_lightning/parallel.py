@@ -4,10 +4,6 @@ Each transformer block is a group of its own. Embedding, final norm and head are
 the loss: there the head weight is whole, tied or not.
 """
 
-import atexit
-import os
-import sys
-import threading
 from collections.abc import Mapping
 from datetime import timedelta
 from functools import partial
@@ -17,7 +13,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins.environments import KubeflowEnvironment, LightningEnvironment, TorchElasticEnvironment
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import (
     DDPStrategy,
@@ -37,7 +32,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from salt_lightning.errors import ConfigError
 from salt_lightning.models import CausalLM, read_checkpoint
-from salt_lightning.run import slurm
+from salt_lightning.run import peers
 from salt_lightning.storage import shards
 
 # Weights travel and compute in bf16 and gradients are reduced in fp32. What enters a forward is not cast: the loss
@@ -53,7 +48,6 @@ _FSDP1_POLICIES = {
     "bf16-mixed": MixedPrecision(torch.bfloat16, torch.float32, torch.float32, cast_root_forward_inputs=False),
     "bf16-true": MixedPrecision(reduce_dtype=torch.float32, cast_root_forward_inputs=False),
 }
-_SLACK_S = 2.0  # where torch itself ends the wait it has more to say
 
 
 class FSDP2(ModelParallelStrategy):
@@ -334,18 +328,7 @@ def check(trainer: pl.Trainer, ckpt_path: str | None = None) -> None:
         raise ConfigError(
             f"{name} is not supported; use ddp, fsdp (FSDP1), or --config configs/fsdp.yaml (FSDP2 over all devices)"
         )
-    # With one device Lightning overlooks that torchrun has started several processes: each would train alone.
-    started = TorchElasticEnvironment().world_size() if TorchElasticEnvironment.detect() else None
-    if started is None:
-        environment = trainer._accelerator_connector.cluster_environment
-        connects = not isinstance(strategy, SingleDeviceStrategy)
-        slurm.require_processes(environment, trainer.num_devices, trainer.num_nodes, connects)
-        _require_place(trainer, environment)
-    elif started != trainer.num_devices * trainer.num_nodes:
-        raise ConfigError(
-            f"--trainer.devices {trainer.num_devices} times --trainer.num_nodes {trainer.num_nodes} is not the number "
-            f"of processes that torchrun has started, {started}"
-        )
+    peers.require_place(trainer)
     if isinstance(strategy, FSDP2) and (strategy.replicas < 1 or world % strategy.replicas):
         fitting = ", ".join(str(n) for n in range(1, world + 1) if world % n == 0)
         raise ConfigError(
@@ -376,24 +359,6 @@ def check(trainer: pl.Trainer, ckpt_path: str | None = None) -> None:
         raise ConfigError(f"{name} on {world} GPUs needs NCCL, which this torch {torch.__version__} was built without")
 
 
-def _require_place(trainer: pl.Trainer, environment: Any) -> None:
-    """Raises ConfigError where an operator's variables give this process another place than it has: Lightning reads
-    them under torchrun alone, and each of its processes would train by itself, as the first."""
-    told, rank = os.environ.get("WORLD_SIZE") or "1", os.environ.get("RANK")
-    if told in ("0", "1") or rank is None or type(environment) not in (LightningEnvironment, KubeflowEnvironment):
-        return
-    if trainer.num_nodes > 1 and "NODE_RANK" in os.environ:  # told by the user, who may start several a node
-        return
-    # those that Lightning starts have inherited the RANK of the one that starts them
-    is_there = rank == str(trainer.global_rank) or "LOCAL_RANK" in os.environ
-    if told != str(trainer.world_size) or not is_there:
-        raise ConfigError(
-            f"RANK {rank} and WORLD_SIZE {told} are set, as by an operator of Kubernetes, but this would be process "
-            f"{trainer.global_rank} of {trainer.world_size}: start it by torchrun, or with NODE_RANK=$RANK before the "
-            f"command and --trainer.num_nodes {told}; unset both where it is to train alone"
-        )
-
-
 def device_remark(trainer: pl.Trainer) -> tuple[str, str] | None:
     """What is not as one would think of the device that a run is to be on, and what to do; None: nothing is."""
     device = trainer.strategy.root_device
@@ -404,56 +369,3 @@ def device_remark(trainer: pl.Trainer) -> tuple[str, str] | None:
         said = f"{torch.cuda.get_device_name(device)} emulates bf16, slower than fp32, and compiles nothing in it"
         return said, "--trainer.precision 32-true"
     return None
-
-
-def has_lost_others(error: BaseException) -> bool:
-    """Whether it says that another process ended or no longer answers. gloo has no class of its own for that."""
-    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
-
-
-def writes_elsewhere() -> bool:
-    """Whether torchrun or srun has started this process beside a first one, which alone writes and prints."""
-    by_torchrun = TorchElasticEnvironment.detect() and TorchElasticEnvironment().global_rank() > 0
-    return by_torchrun or (slurm.tasks() > 1 and os.environ.get("SLURM_PROCID", "0") != "0")
-
-
-def leave_at_exit() -> None:
-    """After a good end: gloo's threads, left to themselves, abort a process at its exit now and then."""
-    atexit.register(_leave)  # of NCCL Lightning takes care
-
-
-def _leave() -> None:
-    if dist.is_available() and dist.is_initialized() and dist.get_backend() == "gloo":
-        dist.destroy_process_group()
-
-
-def loss_of_others(rank: int, why: str, verb: str | None = None) -> str:
-    """What a process says whose others have ended or no longer answer, in a fit or another verb."""
-    if "EADDRINUSE" in why:
-        return f"\nerror: MASTER_PORT {os.environ.get('MASTER_PORT')} is taken by another process; choose another one"
-    remedy = "then the same command" if verb in ("predict", "validate", "test") else "go on with --ckpt_path last"
-    return (
-        f"\nerror: process {rank} has lost the others ({why.splitlines()[0][:200]}); what ended them stands in their "
-        f"output; {remedy}"
-    )
-
-
-def limit_connecting(strategy: Any) -> None:
-    """Ends the process where connecting takes longer than the strategy's time-out: torch tries again after it."""
-    if (limit := getattr(strategy, "_timeout", None)) is not None:
-        strategy.setup_environment = partial(_connect, strategy, limit.total_seconds())
-
-
-def _connect(strategy: Any, limit_s: float) -> None:
-    def give_up() -> None:  # the main thread is within torch, where no exception reaches it
-        why = f"no connection within the strategy's time-out of {limit_s:g} s"
-        print(loss_of_others(strategy.global_rank, why), file=sys.stderr, flush=True)
-        os._exit(1)
-
-    timer = threading.Timer(limit_s + _SLACK_S, give_up)
-    timer.daemon = True
-    timer.start()
-    try:
-        type(strategy).setup_environment(strategy)
-    finally:
-        timer.cancel()

@@ -4,8 +4,10 @@ Functions of figures; module, data and checkpoints refuse a run for an error.
 """
 
 import shutil
+import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -208,3 +210,24 @@ def disk(folder: Path, weight_bytes: int, most: int) -> Finding:
 def size_said(size: float) -> str:
     """Bytes, for messages."""
     return f"{size / 2**30:.3g} GiB" if size >= 0.1 * 2**30 else f"{size / 2**20:.3g} MiB"
+
+
+def listed(findings: list[Finding], width: int) -> str:
+    """The findings, one after the other, with what is wrong in capitals, and a sum at the end."""
+    about = max(len(f.about) for f in findings)
+    wrap = partial(textwrap.wrap, width=width, break_long_words=False, break_on_hyphens=False)
+    lines: list[str] = []
+    for finding in findings:
+        mark = finding.level.upper() if finding.level in ("warning", "error") else finding.level
+        indent = " " * (len("warning") + about + 4)
+        first = f"{mark:<7}  {finding.about:<{about}}  "
+        lines += wrap(first + finding.said, subsequent_indent=indent)
+        if finding.remedy:
+            lines += wrap("-> " + finding.remedy, initial_indent=indent, subsequent_indent=indent + "   ")
+    errors, warnings = (sum(f.level == level for f in findings) for level in ("error", "warning"))
+    end = "fit would stop or fail" if errors else "fit can start"
+    return "\n".join([*lines, "", f"{_plural(errors, 'error')}, {_plural(warnings, 'warning')}: {end}"])
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count or 'no'} {noun}{'' if count == 1 else 's'}"

@@ -26,8 +26,10 @@ from torch.utils.tensorboard import SummaryWriter
 from salt_lightning.compare import compare, evaluate, first_reach, main
 from salt_lightning.comparison import lineage, report
 from salt_lightning.errors import ConfigError
+from salt_lightning.run.curves import Curve
 from salt_lightning.run.event_log import EventLog
-from salt_lightning.run.runlog import Curve, changed, read_run
+from salt_lightning.run.run_folder import changed
+from salt_lightning.run.runlog import read_run
 
 STEPS = 300
 # A step is 2 tokens, 0.5 s, 10 student and 5 teacher FLOPs (while it teaches). All CEs are exact in float32.

@@ -24,6 +24,7 @@ from salt_lightning import cli, parallel
 from salt_lightning.checkpoint import newest
 from salt_lightning.errors import ConfigError
 from salt_lightning.models import CausalLM, read_checkpoint
+from salt_lightning.run import peers
 from salt_lightning.storage import shards
 
 ROOT = Path(__file__).parents[1]
@@ -371,7 +372,7 @@ def test_a_rank_that_nobody_joins_ends_at_the_time_out(settings, tmp_path):
     process = start(settings, own, **nobody, MASTER_PORT="9")  # of the discard service: nobody listens
     seen_s = {line.split(":")[0].strip(): time.monotonic() for line in process.stdout}
     assert end(process)[0] == 1
-    assert limit_s <= seen_s["error"] - seen_s["Initializing distributed"] < limit_s + parallel._SLACK_S + 3
+    assert limit_s <= seen_s["error"] - seen_s["Initializing distributed"] < limit_s + peers._SLACK_S + 3
 
 
 def test_an_error_of_all_ranks_is_one_line(settings, tmp_path):
@@ -460,7 +461,7 @@ def test_slurm_without_srun_is_refused_where_it_would_wait(settings, tmp_path, c
 )
 def test_what_a_rank_without_the_others_says(why, verb, said, monkeypatch):
     monkeypatch.setenv("MASTER_PORT", "29")
-    assert said in parallel.loss_of_others(1, why, verb)
+    assert said in peers.loss_of_others(1, why, verb)
 
 
 @pytest.mark.parametrize("own", [{**DDP, "trainer.devices": 4}, {"trainer.devices": 1}], ids=["four", "one"])

@@ -1,15 +1,14 @@
 """Which checkpoint --ckpt_path means."""
 
-import sys
 from pathlib import Path
 
 from jsonargparse import Namespace
-from lightning.pytorch.utilities import rank_zero_only
 
 from salt_lightning.checkpoint import newest
 from salt_lightning.command import settings
-from salt_lightning.errors import ConfigError, printable_lines
-from salt_lightning.run.runlog import saved
+from salt_lightning.errors import ConfigError
+from salt_lightning.run.peers import say_once
+from salt_lightning.run.run_folder import saved
 
 
 def resolve(path: str, config: Namespace, subcommand: str) -> Path | None:
@@ -30,14 +29,3 @@ def resolve(path: str, config: Namespace, subcommand: str) -> Path | None:
         raise ConfigError(f"--ckpt_path last: no checkpoint in {folder}; is --run {config.run} right?")
     say_once(f"--ckpt_path last: {found or f'no checkpoint in {config.run}, starting at step 0'}")
     return found
-
-
-def rank() -> int:
-    """Of this process, as far as it knows one."""
-    return getattr(rank_zero_only, "rank", 0)
-
-
-def say_once(message: str) -> None:
-    """Says it on stderr, where one process speaks for all."""
-    if rank() == 0:
-        print(printable_lines(message), file=sys.stderr)

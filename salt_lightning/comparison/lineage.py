@@ -13,7 +13,9 @@ import numpy as np
 
 from salt_lightning.comparison.report import UNITS
 from salt_lightning.errors import ConfigError
-from salt_lightning.run.runlog import OF_LINEAGE, Curve, Run, read_run, small_text, step_named
+from salt_lightning.run.curves import CUMULATIVE, Curve
+from salt_lightning.run.run_folder import small_text, step_named
+from salt_lightning.run.runlog import Run, read_run
 
 
 def places(run: Run, setting: str) -> list[Path]:
@@ -78,7 +80,8 @@ def _behind(parent: Run, run: Run) -> Run:
     curves = dict(run.curves)
     for tag, there in parent.curves.items():
         until = there.steps <= run.began  # it may have gone on itself
-        if until.any() and (tag in run.curves or tag in OF_LINEAGE):
+        of_lineage = tag in CUMULATIVE or tag == "probe/stop_step"  # which hold on, logged again or not
+        if until.any() and (tag in run.curves or of_lineage):
             steps, values = there.steps[until], there.values[until]
             if tag in run.curves:
                 steps = np.concatenate([steps, run.curves[tag].steps])

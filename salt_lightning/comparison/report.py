@@ -16,7 +16,8 @@ from matplotlib.lines import Line2D
 
 from salt_lightning.comparison.results import Comparison, Group, Row
 from salt_lightning.errors import printable
-from salt_lightning.run.runlog import THIRDS, Run
+from salt_lightning.run.curves import THIRDS
+from salt_lightning.run.runlog import Run
 
 UNITS = ((1e21, "ZFLOP"), (1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"))
 # Okabe and Ito's palette without black and yellow: told apart with any kind of colour vision.

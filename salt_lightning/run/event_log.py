@@ -12,7 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from salt_lightning.errors import one_line
-from salt_lightning.run.runlog import start_number
+from salt_lightning.run.curves import start_number
 from salt_lightning.storage.shards import writing
 
 

@@ -15,7 +15,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 
 from salt_lightning.command.settings import IDENTITY
 from salt_lightning.errors import ConfigError, one_line
-from salt_lightning.run.runlog import changed, earlier_configs, read_config, saved, step_named
+from salt_lightning.run.run_folder import changed, earlier_configs, read_config, saved, step_named
 from salt_lightning.storage import shards
 
 

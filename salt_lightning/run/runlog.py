@@ -1,69 +1,19 @@
 """A run's folder read back: its settings and, of what it logged, the curves that compare needs. NaN: not known."""
 
 import math
-import os
 import re
-from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
-from google.protobuf.message import DecodeError
-from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
-from salt_lightning.errors import ConfigError, few, one_line, printable
+from salt_lightning.errors import ConfigError
+from salt_lightning.run.curves import Curve, read_curves
+from salt_lightning.run.run_folder import changed, earlier_configs, read_config, same_setting, step_named
 
-CUMULATIVE = (
-    "train/tokens",
-    "train/time_s",
-    "train/teacher_time_s",
-    "train/flops_student_total",
-    "train/flops_teacher_total",
-)
-OF_LINEAGE = (*CUMULATIVE, "probe/stop_step")  # which hold for a run that goes on from another one, logged again or not
 AXES = ("steps", "tokens", "FLOPs", "seconds")
-THIRDS = ("easy", "medium", "hard")  # of the documents, by a teacher's loss: val/ce/easy, ...
-
-
-def step_named(path: str) -> int | None:
-    """The optimizer step in the name of a run's checkpoint; None: another name."""
-    found = re.fullmatch(r"step-(\d+)\.ckpt", Path(path).name)
-    return int(found[1]) if found else None
-
-
-def saved(folder: Path) -> list[tuple[int, Path]]:
-    """Optimizer step and path of each checkpoint of a run, oldest first; none where there is no such folder.
-
-    Raises:
-        OSError: it is there and cannot be listed: a new run would start beside its checkpoints (glob says nothing).
-    """
-    try:
-        names = os.listdir(folder)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as error:
-        raise OSError(f"{folder} cannot be listed ({error.strerror}); nothing was changed, try again") from error
-    return sorted((step, folder / name) for name in names if (step := step_named(name)) is not None)
-
-
-@dataclass(frozen=True, eq=False)
-class Curve:
-    """A logged scalar over optimizer steps, in order."""
-
-    steps: np.ndarray
-    values: np.ndarray
-
-    def total_at(self, step: float, end: float = math.inf) -> float:
-        """A cumulative scalar: 0 at step 0, linear between points, then on at its mean rate until `end`."""
-        steps, values = np.append(0, self.steps), np.append(0.0, self.values)
-        beyond = max(0.0, min(step, end) - steps[-1])
-        rate = values[-1] / steps[-1] if steps[-1] > 0 else 0.0
-        return float(np.interp(step, steps, values) + beyond * rate)
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +79,7 @@ class Run:
         paths: list[str] = []
         for config in [config for _, config in self.taught] or [self.config]:
             path = str(config.get("model.teacher.path") or "")
-            if path and not any(_same(path, other) for other in paths):
+            if path and not any(same_setting(path, other) for other in paths):
                 paths.append(path)
         return paths
 
@@ -296,32 +246,10 @@ def read_run(path: Path, name: str) -> Run:
             earlier.append((step, read_config(file)))
         except ConfigError as error:
             unread.append(f"{error}; what was set before step {step} is not known")
-    curves, damaged = _read_curves(path)
-    tested, damaged_too = _read_curves(path / "test")  # what `cli.py test` logs beside the run
+    curves, damaged = read_curves(path)
+    tested, damaged_too = read_curves(path / "test")  # what `cli.py test` logs beside the run
     curves |= {tag: curve for tag, curve in tested.items() if tag.startswith("test/")}
     return Run(name, path, settings, curves, (*damaged, *damaged_too, *unread), tuple(earlier))
-
-
-def read_config(file: Path) -> dict[str, Any]:
-    """The settings of a run, by dotted names.
-
-    Raises:
-        ConfigError: it is no YAML, or holds no settings.
-    """
-    try:
-        config = yaml.safe_load(small_text(file))  # no tag makes an object
-        if not isinstance(config, (dict, type(None))):
-            raise yaml.YAMLError("it holds no settings")
-        settings = flat(config or {})
-        seeds = {key for key in ("model.seed", "data.seed") if key in settings and settings[key] is None}
-        settings |= dict.fromkeys(seeds, settings.get("seed_everything"))
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:  # YAML's own are of many
-        raise ConfigError(f"compare: {file} is not YAML: {one_line(error)}") from error  # kinds, as in `!!int x`
-    odd = [key for key in _NUMBERS if not isinstance(settings.get(key), (int, float, type(None)))]
-    odd += [key for key, value in settings.items() if _is_odd(value)]
-    if odd:
-        raise ConfigError(f"compare: {file}: no run has such a value of {few(odd)}")
-    return settings
 
 
 # What changes no result. Half a micro-batch, as after out of memory, is the same run.
@@ -354,48 +282,6 @@ def _without_watchers(settings: dict[str, Any]) -> dict[str, Any]:
     return {numbered_anew(k): v for k, v in settings.items() if not (_SHOWN.match(k) or k.startswith(watchers))}
 
 
-def _is_odd(value: Any) -> bool:
-    return (isinstance(value, str) and "\0" in value) or (isinstance(value, int) and value.bit_length() > 64)
-
-
-def small_text(file: Path) -> str:
-    """What a regular file holds, of 16 MiB at most: the folder may be a stranger's.
-
-    Raises:
-        ValueError: it is none, larger, or no UTF-8.
-    """
-    if not file.is_file() or file.stat().st_size > 1 << 24:
-        raise ValueError("no file, or of more than 16 MiB")
-    return file.read_text(encoding="utf-8")
-
-
-def earlier_configs(run: Path) -> list[tuple[int, Path]]:
-    """(step, file of the settings until there) of a run that went on under other settings, in order."""
-    found = ((re.fullmatch(r"config\.until-(\d+)\.yaml", path.name), path) for path in run.glob("config.until-*.yaml"))
-    return sorted((int(match[1]), path) for match, path in found if match)
-
-
-# Of settings, what is trained or measured. No run goes on with another tokenizer, by whatever name it is given.
-_DECIDES = re.compile(
-    r"model\.(student\.config|teacher|optim|accuracy)|kd\.(?!allow|probe)|trainer\.(max_steps|gradient_clip_val|precision)"
-    r"|data\.(?!\w+_workers|cache_dir|micro_batch_size|tokenizer|vocab_size)|seed_everything"
-)
-
-
-def changed(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Settings that both know, and that decide what is trained or measured: (before, now) where they differ."""
-    was, is_now = _gathered(before), _gathered(now)
-    return {k: (was[k], is_now[k]) for k in sorted(was.keys() & is_now.keys()) if not _same(was[k], is_now[k])}
-
-
-def _same(was: Any, now: Any) -> bool:
-    """Also the same path, once from the root and once from where a command was given."""
-    if isinstance(was, str) and isinstance(now, str) and was.startswith("/") != now.startswith("/"):
-        whole, part = sorted((was, now), key=lambda path: not path.startswith("/"))
-        return whole.endswith(f"/{os.path.normpath(part)}")
-    return was == now
-
-
 def changes_said(run: Run) -> list[str]:
     """Each of a run's `changes`, as what follows "went on"."""
     return [f"at step {step} under other settings: {_shown(found)}" for step, found in run.changes.items()]
@@ -404,77 +290,3 @@ def changes_said(run: Run) -> list[str]:
 def _shown(found: dict[str, tuple[Any, Any]]) -> str:
     said = [f"{key} {now} (before {was})" for key, (was, now) in found.items()]
     return ", ".join(said[:4]) + (f" and {len(said) - 4} more" if len(said) > 4 else "")
-
-
-def _gathered(settings: dict[str, Any]) -> dict[str, Any]:
-    """With lists as one value, one of a single entry as that."""
-    lists: dict[str, list[Any]] = {}
-    for key, value in settings.items():
-        if _DECIDES.match(key):
-            lists.setdefault(re.sub(r"\.\d+$", "", key), []).append(value)
-    return {key: values[0] if len(values) == 1 else values for key, values in lists.items()}
-
-
-def flat(tree: dict[str, Any] | list[Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted names."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
-        if isinstance(value, (dict, list)) and value:
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found
-
-
-_NUMBERS = ("kd.steps", "kd.weight", "kd.anneal_steps", "kd.stop_margin")
-_FRAME_BYTES = 16  # around the content of a record: its length in 8 bytes, and the checksums of both
-
-
-def start_number(file: Path) -> int:
-    """Which start of the run wrote an event file, by the end of its name, from 1; 0: not known."""
-    found = re.search(r"\.start-(\d{1,9})$", file.name)
-    return int(found[1]) if found else 0
-
-
-def _in_order(files: Iterable[Path]) -> list[Path]:
-    """By start; a file without a number, as other loggers write it, belongs to the start before it, by its name."""
-    highest, placed = 0, []
-    for file in sorted(files, key=lambda file: file.name):
-        number = start_number(file)
-        highest = max(highest, number)
-        placed.append((number or highest, file.name, file))
-    return [file for *_, file in sorted(placed)]
-
-
-def _read_curves(folder: Path) -> tuple[dict[str, Curve], tuple[str, ...]]:
-    """The curves, and of each file that holds more than could be read up to which step it was read.
-
-    In the order in which it was written, whatever the clocks of the machines said: of a step logged twice the later
-    one wins.
-    """
-    points: dict[str, dict[int, float]] = {}
-    damaged = []
-    for file in _in_order(file for file in folder.glob("*tfevents*") if file.is_file()):
-        size, read, step = file.stat().st_size, 0, 0  # before it is read: a run under way may write on
-        # TensorBoard's raw loader, which ends without a word at a record that is cut off or fails its checksum; its
-        # EventAccumulator keeps a sample of the points alone.
-        with suppress(DecodeError, OverflowError, MemoryError):  # of a length or a content that was made up
-            for record in RawEventFileLoader(str(file)).Load():
-                event = Event.FromString(record)
-                _follow(points, event)
-                read, step = read + len(record) + _FRAME_BYTES, max(step, event.step)
-        if read < size:
-            rest = "the rest is damaged, or still being written"
-            damaged.append(f"{printable(str(file))} could be read up to step {step}: {rest}")
-    ordered = {tag: sorted(curve.items()) for tag, curve in points.items() if curve}
-    return {tag: Curve(*map(np.array, zip(*curve, strict=True))) for tag, curve in ordered.items()}, tuple(damaged)
-
-
-def _follow(points: dict[str, dict[int, float]], event: Event) -> None:
-    if event.session_log.status == SessionLog.START:  # a resume: what came after its checkpoint is void
-        for curve in points.values():
-            for step in [s for s in curve if s >= event.step]:
-                del curve[step]
-    for value in event.summary.value:
-        if value.tag in CUMULATIVE or value.tag.startswith(("val/", "test/", "probe/")):
-            points.setdefault(value.tag, {})[event.step] = value.simple_value

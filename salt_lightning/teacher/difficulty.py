@@ -22,7 +22,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from salt_lightning.errors import ConfigError, first_line
 from salt_lightning.metrics import TokenMetrics
-from salt_lightning.run.runlog import THIRDS
+from salt_lightning.run.curves import THIRDS
 from salt_lightning.teacher.scores import write_table
 
 _FILE = "documents.parquet"

@@ -1,0 +1,115 @@
+"""What a run goes on from: whether a checkpoint is of this student and text, and what will differ from here on."""
+
+from collections.abc import Callable, Container
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info
+
+from salt_lightning.errors import ConfigError, few
+from salt_lightning.fit import alike
+from salt_lightning.fit.optim import OptimSpec
+from salt_lightning.hugging_face.spec import setting_of, settings_without_code, shape_settings
+from salt_lightning.models import own_parts, read_checkpoint
+from salt_lightning.preflight import Finding
+from salt_lightning.storage import shards
+
+
+def require_same(
+    checkpoint: dict[str, Any], student: dict[str, Any], data: Any, weights: Callable[[], Container[str]]
+) -> None:
+    """Raises ConfigError unless a checkpoint holds that student, trained with the tokenizer of `data`, where known.
+
+    What a subclass has put beside the student's model has to be among the module's `weights`, which are asked for only
+    where there is such a thing: under FSDP1 their names alone would gather them.
+    """
+    parts = own_parts(checkpoint.get("state_dict", ()))
+    there = weights() if parts else ()
+    if lost := [name for name in parts if name not in there]:
+        raise ConfigError(
+            f"the checkpoint holds what a subclass of SALTModule has added ({few(lost)}): go on in Python with that "
+            "class, or export it, which leaves this out"
+        )
+    tokenizer = getattr(data, "tokenizer_fingerprint", None)
+    if tokenizer is not None and checkpoint["tokenizer"] not in (None, tokenizer):
+        raise ConfigError(
+            "the checkpoint was trained with another tokenizer than --data.tokenizer gives: its token ids mean "
+            "something else (one that is trained changes with the text). Point --data.tokenizer to the run's own, "
+            "RUN/tokenizer"
+        )
+    saved, now = (shape_settings(spec) for spec in (checkpoint["hyper_parameters"]["student"], student))
+    rows = None if (width := getattr(data, "block_size", 0)) == checkpoint["data"].get("--data.block_size") else width
+    names = {key: setting_of(key, now.get(key), rows) for key in saved if saved[key] != now.get(key)}
+    if names:
+        changed = (f"{name} {now.get(key)} (checkpoint: {saved[key]})" for key, name in names.items())
+        raise ConfigError(
+            f"the checkpoint holds another student: {', '.join(list(changed)[:5])}; give what the checkpoint has, or "
+            "start a new --run, with its weights by --model.student.path CHECKPOINT"
+        )
+
+
+def settings_of(path: Path, whole: bool) -> dict[str, Any]:
+    """The module's settings in a checkpoint. `whole`: it has to have what a fit goes on from."""
+    checkpoint = read_checkpoint(str(path), "--ckpt_path")
+    if whole:
+        shards.require_whole(checkpoint)
+    return settings_without_code(checkpoint["hyper_parameters"], path)
+
+
+def go_on_from(
+    checkpoint: dict[str, Any], trainer: pl.Trainer, accumulate: int | None, data: Any, optim: OptimSpec
+) -> None:
+    """Makes a fit go on right after the checkpoint's optimizer step; says so if it will read other rows, or step
+    otherwise.
+
+    `data`: the run's SALTDataModule, or None.
+
+    A checkpoint may come from inside an accumulation window, from the end of a validation, or from a run with
+    another accumulation; the position in the data depends on the step alone, and so do Lightning's counters here
+    (accumulate None: the loader is the user's own, and its position what Lightning has saved, micro-batches).
+
+    Raises:
+        ConfigError: the run is to end before that step, or the checkpoint holds weights alone.
+    """
+    shards.require_whole(checkpoint)
+    step, max_steps = checkpoint["global_step"], trainer.max_steps
+    if step > max_steps:
+        raise ConfigError(f"--trainer.max_steps {max_steps}: the checkpoint is at step {step} already")
+    if accumulate is not None:
+        done = step * accumulate
+        counts = {"ready": done, "started": done, "processed": done, "completed": max(done - 1, 0)}
+        loop = checkpoint["loops"]["fit_loop"]
+        loop["epoch_loop.batch_progress"] |= {"total": dict(counts), "current": dict(counts), "is_last_batch": False}
+        loop["epoch_loop.state_dict"]["_batches_that_stepped"] = max(step - 1, 0)
+    if data is not None:
+        data.go_on_from(checkpoint)
+    now = alike.identity(data)
+    if other := [_other(key, now[key], was) for key, was in checkpoint["data"].items() if now[key] != was]:
+        rank_zero_info(f"going on with other data than the checkpoint's: {', '.join(other)}")
+    for said in filter(None, (alike.other_steps(checkpoint, trainer), optim.jump(checkpoint, max_steps))):
+        rank_zero_info(said)
+
+
+def say_other_share(checkpoint: dict[str, Any], data: Any) -> None:
+    """Warns where an evaluation reads documents that the run has not held out of the text that it was trained on."""
+    same_text = data.held_out_by == "source" and checkpoint["text"].get("source") == data.source
+    if same_text and data.held_out.tokens not in checkpoint["data"]["--data.held_out"]:
+        said = "this share of --data.source is not what the run has held out: it has trained on it"
+        remedy = "give the run's own --data settings (its config.yaml), or other text by --data.val_source"
+        Finding("warning", "held-out text", said, remedy).require()
+
+
+# entries that no setting says, and what says them
+_SAID_BY = {
+    "--data.num_train_tokens": "tokens of --data.source",
+    "--data.train_fingerprint": "training text (--data.source)",
+    "--data.selection_fingerprint": "rows of phase 1, or shares (--data.selection, keep, source_weights, --kd.steps)",
+    "--data.difficulty_fingerprint": "thirds (--data.difficulty)",
+    "--data.held_out": "held-out text or rows",
+}
+
+
+def _other(key: str, now: Any, was: Any) -> str:
+    name = _SAID_BY.get(key, key)
+    return f"{name} {now} (checkpoint: {was})" if isinstance(now, int) else f"other {name}"

@@ -1,0 +1,117 @@
+"""The processes of a run: which one this is, how they find each other, and what is said where one is lost."""
+
+import atexit
+import os
+import sys
+import threading
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+import torch.distributed as dist
+from lightning.fabric.plugins.environments import KubeflowEnvironment, LightningEnvironment, TorchElasticEnvironment
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_only
+
+from salt_lightning.errors import ConfigError, printable_lines
+from salt_lightning.run import slurm
+
+_SLACK_S = 2.0  # where torch itself ends the wait it has more to say
+
+
+def rank() -> int:
+    """Of this process, as far as it knows one."""
+    return getattr(rank_zero_only, "rank", 0)
+
+
+def say_once(message: str) -> None:
+    """Says it on stderr, where one process speaks for all."""
+    if rank() == 0:
+        print(printable_lines(message), file=sys.stderr)
+
+
+def writes_elsewhere() -> bool:
+    """Whether torchrun or srun has started this process beside a first one, which alone writes and prints."""
+    by_torchrun = TorchElasticEnvironment.detect() and TorchElasticEnvironment().global_rank() > 0
+    return by_torchrun or (slurm.tasks() > 1 and os.environ.get("SLURM_PROCID", "0") != "0")
+
+
+def require_place(trainer: pl.Trainer) -> None:
+    """Raises ConfigError where what started this process, and the trainer, do not mean the same processes."""
+    # With one device Lightning overlooks that torchrun has started several processes: each would train alone.
+    started = TorchElasticEnvironment().world_size() if TorchElasticEnvironment.detect() else None
+    if started is None:
+        environment = trainer._accelerator_connector.cluster_environment
+        connects = not isinstance(trainer.strategy, SingleDeviceStrategy)
+        slurm.require_processes(environment, trainer.num_devices, trainer.num_nodes, connects)
+        _require_told_place(trainer, environment)
+    elif started != trainer.num_devices * trainer.num_nodes:
+        raise ConfigError(
+            f"--trainer.devices {trainer.num_devices} times --trainer.num_nodes {trainer.num_nodes} is not the number "
+            f"of processes that torchrun has started, {started}"
+        )
+
+
+def _require_told_place(trainer: pl.Trainer, environment: Any) -> None:
+    """Raises ConfigError where an operator's variables give this process another place than it has: Lightning reads
+    them under torchrun alone, and each of its processes would train by itself, as the first."""
+    told, rank = os.environ.get("WORLD_SIZE") or "1", os.environ.get("RANK")
+    if told in ("0", "1") or rank is None or type(environment) not in (LightningEnvironment, KubeflowEnvironment):
+        return
+    if trainer.num_nodes > 1 and "NODE_RANK" in os.environ:  # told by the user, who may start several a node
+        return
+    # those that Lightning starts have inherited the RANK of the one that starts them
+    is_there = rank == str(trainer.global_rank) or "LOCAL_RANK" in os.environ
+    if told != str(trainer.world_size) or not is_there:
+        raise ConfigError(
+            f"RANK {rank} and WORLD_SIZE {told} are set, as by an operator of Kubernetes, but this would be process "
+            f"{trainer.global_rank} of {trainer.world_size}: start it by torchrun, or with NODE_RANK=$RANK before the "
+            f"command and --trainer.num_nodes {told}; unset both where it is to train alone"
+        )
+
+
+def loss_of_others(rank: int, why: str, verb: str | None = None) -> str:
+    """What a process says whose others have ended or no longer answer, in a fit or another verb."""
+    if "EADDRINUSE" in why:
+        return f"\nerror: MASTER_PORT {os.environ.get('MASTER_PORT')} is taken by another process; choose another one"
+    remedy = "then the same command" if verb in ("predict", "validate", "test") else "go on with --ckpt_path last"
+    return (
+        f"\nerror: process {rank} has lost the others ({why.splitlines()[0][:200]}); what ended them stands in their "
+        f"output; {remedy}"
+    )
+
+
+def limit_connecting(strategy: Any) -> None:
+    """Ends the process where connecting takes longer than the strategy's time-out: torch tries again after it."""
+    if (limit := getattr(strategy, "_timeout", None)) is not None:
+        strategy.setup_environment = partial(_connect, strategy, limit.total_seconds())
+
+
+def _connect(strategy: Any, limit_s: float) -> None:
+    def give_up() -> None:  # the main thread is within torch, where no exception reaches it
+        why = f"no connection within the strategy's time-out of {limit_s:g} s"
+        print(loss_of_others(strategy.global_rank, why), file=sys.stderr, flush=True)
+        os._exit(1)
+
+    timer = threading.Timer(limit_s + _SLACK_S, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        type(strategy).setup_environment(strategy)
+    finally:
+        timer.cancel()
+
+
+def has_lost_others(error: BaseException) -> bool:
+    """Whether it says that another process ended or no longer answers. gloo has no class of its own for that."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+
+
+def leave_at_exit() -> None:
+    """After a good end: gloo's threads, left to themselves, abort a process at its exit now and then."""
+    atexit.register(_leave)  # of NCCL Lightning takes care
+
+
+def _leave() -> None:
+    if dist.is_available() and dist.is_initialized() and dist.get_backend() == "gloo":
+        dist.destroy_process_group()
