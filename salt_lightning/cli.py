@@ -23,7 +23,7 @@ from salt_lightning.checkpoint import FIRST_RANK_S, AtomicCheckpointIO, RunCheck
 from salt_lightning.command import settings
 from salt_lightning.command.parser import Parser, check_configs, configs_first, require_no_comments, reword, to_defaults
 from salt_lightning.command.quiet import silence_libraries, steady_streams
-from salt_lightning.command.resume import resolve
+from salt_lightning.command.resume import resolve, settings_held
 from salt_lightning.comparison.report import evaluation
 from salt_lightning.data import SALTDataModule
 from salt_lightning.errors import (
@@ -37,7 +37,6 @@ from salt_lightning.errors import (
     refuse,
     say,
 )
-from salt_lightning.fit.restart import settings_of
 from salt_lightning.models import check_path, read_checkpoint
 from salt_lightning.module import SALTModule
 from salt_lightning.run import peers, run_lock, slurm
@@ -47,7 +46,6 @@ from salt_lightning.run.progress_bar import ProgressBar, close_bars, keep_off_ba
 from salt_lightning.run.run_config import SaveRunConfig, taken
 from salt_lightning.run.run_folder import flat, is_over
 from salt_lightning.schedule import KDScheduleCallback
-from salt_lightning.storage import damage
 from salt_lightning.teacher.difficulty import DocumentLossWriter
 from salt_lightning.teacher.scoring import ScoreWriter, check_strategy
 
@@ -56,7 +54,6 @@ os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 
 _HELD = ExitStack()  # the run's folder, by this process until main() returns
 _WRITERS = {"predict": ScoreWriter, "validate": DocumentLossWriter, "test": DocumentLossWriter}
-_EVALUATED = ("compile", "logits_budget_gib")  # the settings of a model that validate and test use
 
 
 class SALTCLI(LightningCLI):
@@ -118,16 +115,8 @@ class SALTCLI(LightningCLI):
         config["ckpt_path"] = None if path is None else str(path)
         if path is None:
             return
-        held = settings_of(path, whole=subcommand == "fit")
-        if chosen != "last" and (reason := damage.of(path)):
-            raise ConfigError(f"--ckpt_path {path} is damaged ({reason}); take an older one, or last, which finds one")
-        given, before = self._settings(self._explicit).get("model") or Namespace(), flat(held)
-        for key, now in sorted(vars(given.as_flat()).items() if given else []):
-            if subcommand != "fit" and key not in _EVALUATED:
-                continue
-            if now != before.get(key, now) and not isinstance(now, dict) and key != "student.path":
-                say_once(f"--model.{key} {now} (checkpoint: {before[key]}): the given value is used")
-        held.pop("seed", None)  # follows --seed_everything
+        given = self._settings(self._explicit).get("model") or Namespace()
+        held = settings_held(path, subcommand, given, proved=chosen == "last")
         if subcommand != "fit" and given:
             given.pop("student", None)  # what is looked at is what the checkpoint holds
         merged = self.parser.parse_object({subcommand: {"model": held}}, self.config)

@@ -1,14 +1,19 @@
-"""Which checkpoint --ckpt_path means."""
+"""Which checkpoint --ckpt_path means, and which of its settings hold."""
 
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import Namespace
 
 from salt_lightning.checkpoint import newest
 from salt_lightning.command import settings
 from salt_lightning.errors import ConfigError
+from salt_lightning.fit.restart import settings_of
 from salt_lightning.run.peers import say_once
-from salt_lightning.run.run_folder import saved
+from salt_lightning.run.run_folder import flat, saved
+from salt_lightning.storage import damage
+
+_EVALUATED = ("compile", "logits_budget_gib")  # the settings of a model that validate and test use
 
 
 def resolve(path: str, config: Namespace, subcommand: str) -> Path | None:
@@ -29,3 +34,22 @@ def resolve(path: str, config: Namespace, subcommand: str) -> Path | None:
         raise ConfigError(f"--ckpt_path last: no checkpoint in {folder}; is --run {config.run} right?")
     say_once(f"--ckpt_path last: {found or f'no checkpoint in {config.run}, starting at step 0'}")
     return found
+
+
+def settings_held(path: Path, subcommand: str, given: Namespace, proved: bool) -> dict[str, Any]:
+    """The module's settings in a checkpoint; says in which of them the user's own, `given`, take their place.
+
+    Raises:
+        ConfigError: it is damaged, unless that has been looked for (`proved`), or it is not what the subcommand needs.
+    """
+    held = settings_of(path, whole=subcommand == "fit")
+    if not proved and (reason := damage.of(path)):
+        raise ConfigError(f"--ckpt_path {path} is damaged ({reason}); take an older one, or last, which finds one")
+    before = flat(held)
+    for key, now in sorted(vars(given.as_flat()).items() if given else []):
+        if subcommand != "fit" and key not in _EVALUATED:
+            continue
+        if now != before.get(key, now) and not isinstance(now, dict) and key != "student.path":
+            say_once(f"--model.{key} {now} (checkpoint: {before[key]}): the given value is used")
+    held.pop("seed", None)  # follows --seed_everything
+    return held
