@@ -78,6 +78,16 @@ def test_memory():
     assert float(cells[5].replace(",", "")) < float(cells[2].replace(",", ""))  # the teacher has left
 
 
+def test_export_memory():
+    out = run("export_memory.py")
+    rows = re.findall(r"^\| (file|shards) \| (.+?) \| (\d+) \| (\d+) \| [\d.]+ \|$", out, re.M)
+    assert [way for _, way, *_ in rows] == [
+        *("ours", "ours, to bf16", "torch.load, save_pretrained"),
+        *("ours", "ours, to bf16", "dcp_to_torch_save before these"),
+    ]
+    assert all(int(peak) < 200 for *_, peak in rows)
+
+
 def test_data_path():
     out = run("data_path.py")
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines() if line[:2] == "| "]
