@@ -972,6 +972,19 @@ def test_the_figure_shows_curves_boundary_and_the_point_of_reach(three):
     assert entries.count("a teacher leaves") == 1
 
 
+def test_a_method_has_its_colour_whichever_runs_are_beside_it(three):
+    baseline, salt, rkd = three
+
+    def colours(runs):
+        lines = report.figure(evaluate(load(runs))).axes[0].lines
+        return {line.get_label().split("  ")[0]: line.get_color() for line in lines if "  " in line.get_label()}
+
+    all_of_them = colours([baseline, salt, rkd])
+    assert len(set(all_of_them.values())) == 3
+    assert colours([baseline, rkd, salt]) == all_of_them
+    assert colours([baseline, rkd])["RKD"] == all_of_them["RKD"]
+
+
 def test_shares_that_are_reached_close_together_cover_none_of_another(three, tmp_path):
     kd = {"teacher": "elsewhere/teacher", "weight": 0.5, "kd_steps": 60}
     for name, ce in (("ramp", 4.2), ("weak", 4.1), ("late", 4.0)):  # reached at 244, 228 and 200

@@ -325,7 +325,10 @@ def _panel(ax: Axes, comparison: Comparison, axis: str, divisor: float) -> None:
     rows = {row.run: row for row in comparison.rows}
     level = comparison.reference_val_ce
     ax.axhline(level, color=REFERENCE_COLOUR, lw=0.6, label="the reference at its end")
-    looks = cycle(product(STYLES, COLOURS))
+    looks, methods = list(product(STYLES, COLOURS)), {row.method for row in comparison.rows}
+    # the same in each figure, whichever runs are beside them
+    known = {method: look for method, look in zip(("SALT step", "RKD"), looks[:2], strict=True) if method in methods}
+    others = cycle([look for look in looks if look not in known.values()])
     noted: list[tuple[float, str, str]] = []
     width = 1.0 if any(len(group.runs) > 1 for group in comparison.groups) else 2.0
     for group in comparison.groups:
@@ -333,7 +336,10 @@ def _panel(ax: Axes, comparison: Comparison, axis: str, divisor: float) -> None:
         if not shown:
             continue
         is_reference = comparison.reference in group.runs
-        style, colour = ("-", REFERENCE_COLOUR) if is_reference else next(looks)
+        if is_reference:
+            style, colour = "-", REFERENCE_COLOUR
+        else:
+            style, colour = known.pop(rows[shown[0].name].method, None) or next(others)
         label = f"{group.label}  {number(group.mean, '.3f')}" + (f"  (n = {group.n})" if group.n > 1 else "")
         for run in shown:
             ax.plot(x_of(run, run.val_ce.steps), run.val_ce.values, color=colour, ls=style, lw=width, label=label)
