@@ -3,6 +3,7 @@
 import ast
 import io
 import re
+import statistics
 import tokenize
 from pathlib import Path
 
@@ -96,13 +97,21 @@ def test_imports_point_one_way(path):
             assert stems <= allowed, f"{path.name} imports {stems}"
 
 
-def test_every_file_is_in_the_readme():
-    readme = (ROOT / "README.md").read_text()
-    assert [path.stem for path in FILES if path.stem != "__init__" and not re.search(rf"\b{path.stem}\b", readme)] == []
-    assert [folder for folder in {*map(Path, NAMES)} if str(folder.parent) not in readme] == []
+def test_every_file_is_in_contributing():
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    assert [path.stem for path in FILES if path.stem != "__init__" and not re.search(rf"\b{path.stem}\b", page)] == []
+    assert [folder for folder in {*map(Path, NAMES)} if str(folder.parent) not in page] == []
 
 
-PAGES = ["README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "docs/troubleshooting.md", "docs/scaling.md"]
+PAGES = sorted(
+    str(path.relative_to(ROOT)) for folder in (".", "docs", "benchmarks") for path in (ROOT / folder).glob("*.md")
+)
+
+
+def anchors(page: Path) -> set[str]:
+    """Those that GitHub makes of headings."""
+    heads = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -110,8 +119,10 @@ def test_files_and_targets_that_a_page_names_exist(page):
     text = (ROOT / page).read_text()
     named = re.findall(r"\b((?:tests|docs|benchmarks|configs|salt_lightning)/[\w./-]+\.(?:py|md|yaml|png))\b", text)
     assert [path for path in named if not (ROOT / path).exists()] == []
-    links = re.findall(r"\]\((?!http)([^)#]+)\)", text)
-    assert [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == []
+    links = [link.partition("#") for link in re.findall(r"\]\((?!http)([^)]+)\)", text)]
+    to = [((ROOT / page).parent.joinpath(link) if link else ROOT / page, anchor) for link, _, anchor in links]
+    assert [path for path, _ in to if not path.exists()] == []
+    assert [(path, anchor) for path, anchor in to if anchor and anchor not in anchors(path)] == []
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
     assert [target for target in re.findall(r"`make ([\w-]+)`", text) if target not in targets] == []
 
@@ -120,3 +131,18 @@ def test_the_readme_is_short_and_starts_with_a_command():
     lines = (ROOT / "README.md").read_text().splitlines()
     assert len(lines) <= 200
     assert next(i for i, line in enumerate(lines) if line.startswith("```")) < 25
+
+
+def test_means_and_spreads_in_the_results_follow_from_the_raw_values_beside_them():
+    looked_at = 0
+    for row in (ROOT / "RESULTS.md").read_text().replace("*", "").splitlines():
+        cells = [cell.strip() for cell in row.split("|")]
+        raw = next((cell for cell in cells if re.fullmatch(r"\d\.\d{4}(, \d\.\d{4}){2,}", cell)), None)
+        told = next((cell for cell in cells if re.fullmatch(r"\d\.\d{4} \(\d\.\d{4}\)", cell)), None)
+        if raw and told:
+            values, (mean, std) = [float(x) for x in raw.split(", ")], [float(x.strip("()")) for x in told.split()]
+            # the raw values are themselves rounded: half a digit each, and half of what is told
+            assert abs(statistics.fmean(values) - mean) <= 1.01e-4, row
+            assert abs(statistics.stdev(values) - std) <= 1.51e-4, row
+            looked_at += 1
+    assert looked_at > 25
