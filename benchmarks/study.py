@@ -221,12 +221,15 @@ class Study:
             student = f"{row}-s{seed}"
             needs = (*tuned, student)
             cells.append(Cell(f"sft-{task}-{row}", seed, "sft", self._tuning(task, student), needs))
-        names = {cell.name for cell in cells}
+        names, slower = {cell.name for cell in cells}, {"model.optim.lr": wide_rate / 2}
+        rows |= self._half(rows, rate) | {"large-salt": salt, "large-half-lr-salt": salt | slower}
+        rows["large-half-lr-baseline"] = self._base(large | slower)
         return cells + [self._asked(name, rows, ready) for name in dict.fromkeys(self.more) if name not in names]
 
     def _single(self, row: str, seed: int, settings: Settings, ready: tuple[str, ...]) -> Cell:
         """An experiment other than the main rows."""
         own = tuple(self._name(kind) for kind in ("weak", "long") if row.startswith(f"{kind}-teacher"))
+        own += (self._name("large-teacher"),) if row.startswith("large-") else ()
         scored = (self._name("score"),) if "data.selection" in settings else ()
         first = self._stretch(settings["model.optim.lr"]) if row.startswith("high-lr") else None
         return Cell(row, seed, "one seed", settings, (*ready, *scored, *own), first)

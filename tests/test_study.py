@@ -101,6 +101,22 @@ def test_cells_beside_the_plan(tmp_path):
             Study("cpu-long", tmp_path, tmp_path, [name]).cells()
 
 
+def test_half_the_rate_and_the_larger_student_have_lengths_of_their_own(tmp_path):
+    names = ["half-lr-salt-f0.7-s1", "large-salt-f0.8-s0", "large-half-lr-salt-s2", "large-half-lr-baseline-s0"]
+    study = Study("cpu-long", tmp_path, tmp_path, names)
+    for row, best in {"baseline": 8e-3, "large-baseline": 2e-3}.items():
+        for rate in (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 16e-3):
+            study.done[f"{row}-lr{rate:g}-s0"] = {"val/ce": abs(rate - best), "row": row}
+    cells = {cell.name: cell for cell in study.cells()}
+    half, large, slow, plain = (cells[name] for name in names)
+    assert (half.settings["model.optim.lr"], half.settings["trainer.max_steps"]) == (4e-3, 1120)
+    assert (large.settings["model.optim.lr"], large.settings["kd.steps"]) == (2e-3, 256)
+    whole = cells["large-salt-s0"].settings
+    assert slow.settings == whole | {"model.optim.lr": 1e-3}
+    assert plain.settings == cells["large-baseline-lr0.002-s1"].settings | {"model.optim.lr": 1e-3}
+    assert {"large-teacher-s17", "teacher-s17"} <= {*large.needs, *half.needs}
+
+
 def test_a_changed_learning_rate_curve_is_run_as_baseline_too(tmp_path):
     """Every SALT cell has a BASELINE with the same optimizer, steps and first stretch."""
 
