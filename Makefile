@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SEED ?= 0
 DEMO := runs/demo/seed$(SEED)
+GPU_TESTS := tests/test_losses.py tests/test_triton_rows.py tests/test_attention.py
 # One process owns the machine; the tokenizer's own threads would fight the workers.
 export TOKENIZERS_PARALLELISM := false
 
@@ -47,3 +48,4 @@ check: .venv/installed
 
 test: check
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -W default -m gpu $(GPU_TESTS)

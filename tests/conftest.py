@@ -20,6 +20,12 @@ hypothesis_settings.load_profile("house")
 torch.set_num_threads(1)  # models of a few thousand weights: threads would only wait for each other
 
 
+def pytest_configure(config):
+    """A GPU is hidden from all but `-m gpu`: Lightning warns of one that a run leaves unused, `auto` would take it."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(autouse=True)
 def no_global_seed():
     """The command leaves its seed in this process, where a later test's own modules would take it."""

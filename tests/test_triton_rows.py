@@ -25,7 +25,7 @@ gpu = [pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs a GPU")]
 triton = pytest.importorskip("triton")
 
 
-@pytest.fixture
+@pytest.fixture(params=[pytest.param("", marks=pytest.mark.gpu)])
 def kernels(monkeypatch):
     """The kernels in blocks of 32, so that small rows take several."""
     if not CUDA and not INTERPRETED:
