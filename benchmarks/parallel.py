@@ -133,6 +133,8 @@ def logged(run: Path) -> dict[str, dict[int, float]]:
     for file in sorted(run.glob("events.*")):
         for event in EventFileLoader(str(file)).Load():
             for value in event.summary.value:
+                if not value.tag.startswith(("train/", "val/")):  # text: the run's settings
+                    continue
                 values.setdefault(value.tag, {})[event.step] = make_ndarray(value.tensor).item()
     return values
 
