@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.fabric.strategies import fsdp as fabric_fsdp
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.strategies import fsdp as pytorch_fsdp
@@ -59,9 +60,11 @@ class FSDP1OnCPU(FSDPStrategy):
 class FSDP2OverGloo(FSDP2):
     """Two processes on one card: NCCL wants a card for each."""
 
-    def setup_environment(self) -> None:
+    def _setup_distributed(self) -> None:
         self._process_group_backend = "gloo"
-        super().setup_environment()
+        super()._setup_distributed()
+        # Bound to a GPU, torch splits it for a mesh as it does with NCCL, and copies options, which gloo's refuse.
+        dist.group.WORLD.bound_device_id = None
 
 
 @contextmanager
