@@ -199,6 +199,7 @@ def settings_of(name: str, folder: Path) -> dict[str, Any]:
         "data.num_workers": 2, "trainer.precision": pair.precision, "trainer.accelerator": "gpu" if on_gpu else "cpu",
         "trainer.limit_val_batches": 0, "trainer.enable_progress_bar": "false", "model.compile": json.dumps(on_gpu),
         "kd.weight": WEIGHT, "kd.allow_untrained": "true", "model.teacher.path": folder / name / "teacher",
+        "model.optim.warmup_steps": 0, "model.optim.lr": 1e-4,  # a config's warm-up is longer than these runs
     }  # fmt: skip
     if pair.config is None:
         settings["model.student.config"] = json.dumps(sizes(*pair.student, pair.vocab))
