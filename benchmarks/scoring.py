@@ -31,7 +31,7 @@ from transformers.models.llama import modeling_llama
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from head_loss import named
-from step import mark, save_model, sizes, spans, write_text
+from step import mark, save_model, sizes, spans, whole_heads, write_text
 
 from salt_lightning import cli
 from salt_lightning.batches.rows import document_borders
@@ -133,7 +133,9 @@ def predict_rate(size: Size, folder: Path) -> float:
         "model.teacher.path": folder / "teacher",
     }  # fmt: skip
     save_model(size.model, size.vocab, size.block, folder / "teacher")
-    if cli.main(["predict", *(f"--{key}={value}" for key, value in settings.items())]) != 0:
+    with whole_heads():
+        code = cli.main(["predict", *(f"--{key}={value}" for key, value in settings.items())])
+    if code != 0:
         raise RuntimeError("predict failed")
     scores = Scores(folder / "score", "--run")
     times = sorted(scores.path(shard).stat().st_mtime for shard in range(scores.scored.num_shards))
