@@ -15,6 +15,7 @@ _CHATTER = (
     "Restored all states",
     "GPU available",
     "TPU available",
+    "You are using a CUDA device",  # and should let fp32 products round to TF32, for which there is no setting here
     "💡 Tip",
     "Seed set to",
 )
@@ -24,6 +25,7 @@ def silence_libraries() -> None:
     """Keeps out what is not about this run: advertising, and deprecations inside the libraries."""
     warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*", FutureWarning)  # lightning with torch 2.13
     warnings.filterwarnings("ignore", ".*Total length of `Loader` across ranks is zero.*")  # all rows are scored
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # torch.compile's advice, likewise
     # not so here: the first and the last step are always logged
     warnings.filterwarnings("ignore", ".*is smaller than the logging interval.*")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line for each retry without a network
