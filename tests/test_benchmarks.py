@@ -26,7 +26,7 @@ class LigerFusedLinearJSDLoss:  # beta 0: forward KL
 
 
 def run(name: str, *options: str, **variables: str) -> str:
-    command = [sys.executable, ROOT / "benchmarks" / name, "--tiny", *options]
+    command = [sys.executable, ROOT / "benchmarks" / name, *(options or ["--tiny"])]
     # several threads of one process would wait for each other
     env = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
@@ -57,7 +57,7 @@ def test_step(tmp_path):
 
 
 def test_step_after_the_boundary():
-    row = next(line for line in run("step.py", "--boundary").splitlines() if line.startswith("| tiny"))
+    row = next(line for line in run("step.py", "--tiny", "--boundary").splitlines() if line.startswith("| tiny"))
     after_ms, baseline_ms = (float(cell) for cell in row.split("|")[2:4])
     assert after_ms > 0
     assert baseline_ms > 0
@@ -86,6 +86,13 @@ def test_export_memory():
         *("ours", "ours, to bf16", "dcp_to_torch_save before these"),
     ]
     assert all(int(peak) < 200 for *_, peak in rows)
+
+
+def test_strategies_are_compared():
+    """In one process each: several are in tests/test_parallel.py."""
+    out = run("parallel.py", "--processes", "4", "--only", "FSDP2 1")
+    (row,) = re.findall(r"^\| FSDP2 1 \| 1 to 20 \| (.+) \| - / - \|$", out, re.M)
+    assert [float(difference) for difference in row.split("|")] == [0, 0, 0, 0]
 
 
 def test_data_path():
