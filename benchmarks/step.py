@@ -34,6 +34,7 @@ from unittest.mock import patch
 
 import lightning.pytorch as pl
 import torch
+import yaml
 from torch.nn.functional import cross_entropy
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -206,8 +207,9 @@ def settings_of(name: str, folder: Path) -> dict[str, Any]:
     if pair.config is None:
         settings["model.student.config"] = json.dumps(sizes(*pair.student, pair.vocab))
     else:
-        settings["config"] = Path(__file__).parents[1] / pair.config
-        settings["model.student.config"] = json.dumps({"vocab_size": pair.vocab})
+        settings["config"] = config = Path(__file__).parents[1] / pair.config
+        student = yaml.safe_load(config.read_text())["model"]["student"]["config"]
+        settings["model.student.config"] = json.dumps(student | {"vocab_size": pair.vocab})  # replaced as a whole
     if pair.precision == "bf16-true":
         settings["model.student.dtype"] = "bfloat16"
     save_model(pair.teacher, pair.vocab, pair.block, folder / name / "teacher")

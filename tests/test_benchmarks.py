@@ -1,5 +1,6 @@
 """The benchmarks run from end to end at tiny sizes; their figures mean nothing here."""
 
+import importlib
 import os
 import re
 import subprocess
@@ -7,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from salt_lightning import cli, models
 
 ROOT = Path(__file__).parents[1]
 
@@ -54,6 +57,30 @@ def test_step(tmp_path):
     assert len(cells) == 13
     assert float(cells[4]) > 1  # the teacher's forward costs FLOPs
     assert all(float(rival) > 0 for rival in cells[8].split(", "))  # nan where one computes another loss
+
+
+@pytest.mark.filterwarnings("ignore:.*script_method. is deprecated:DeprecationWarning")  # of Inductor, imported there
+@pytest.mark.parametrize("name", ["124m", "350m", "1.3b", "2.8b", "paper"])
+def test_the_sizes_for_a_gpu_are_what_they_are_called(name, tmp_path, monkeypatch):
+    """A fit of each is built, without weights."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    step = importlib.import_module("step")
+    for written in ("write_text", "save_model"):
+        monkeypatch.setattr(step, written, lambda *_: None)
+    settings = step.settings_of(name, tmp_path) | {
+        "run": tmp_path,
+        "trainer.max_steps": step.PAIRS[name].steps * step.BLOCKS,
+    }
+    command = cli.SALTCLI(
+        cli.SALTModule, cli.SALTDataModule, run=False, parser_class=cli.Parser, trainer_defaults=cli.TRAINER_DEFAULTS,
+        seed_everything_default=0, auto_configure_optimizers=False, save_config_callback=None,
+        args=[f"--{key}={value}" for key, value in settings.items()],
+    )  # fmt: skip
+    command.model.optim_spec.check(command.trainer.max_steps)
+    command.datamodule.tokenizer_name = "train"
+    student = models.build_empty(command.model.student_spec, command.datamodule)
+    millions = sum(p.numel() for p in student.parameters()) / 1e6
+    assert millions == pytest.approx({"124m": 124, "350m": 350, "1.3b": 1300}.get(name, 2800), rel=0.1)
 
 
 def test_step_after_the_boundary():

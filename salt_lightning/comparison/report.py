@@ -23,7 +23,13 @@ UNITS = ((1e21, "ZFLOP"), (1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e
 # Okabe and Ito's palette without black and yellow: told apart with any kind of colour vision.
 REFERENCE_COLOUR = "#444444"
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-STYLES = ("-", ":", "-.", (0, (1, 3)), (0, (5, 1, 1, 1, 1, 1)))  # one after the other, where the colours are used up
+STYLES: tuple[Any, ...] = (
+    "-",
+    ":",
+    "-.",
+    (0, (1, 3)),
+    (0, (5, 1, 1, 1, 1, 1)),
+)  # one after the other, where the colours are used up
 LEAVES, DASHES = "a teacher leaves", (0, (4, 3))
 COUNTS = re.compile(r"\w+/(tokens|examples)")  # as validate and test name them; a source may have such a name
 MOST_PARTS = 12  # columns of a table that still reads as text
@@ -336,10 +342,11 @@ def _panel(ax: Axes, comparison: Comparison, axis: str, divisor: float) -> None:
         if not shown:
             continue
         is_reference = comparison.reference in group.runs
+        method = rows[shown[0].name].method
         if is_reference:
             style, colour = "-", REFERENCE_COLOUR
         else:
-            style, colour = known.pop(rows[shown[0].name].method, None) or next(others)
+            style, colour = known.pop(method) if method in known else next(others)
         label = f"{group.label}  {number(group.mean, '.3f')}" + (f"  (n = {group.n})" if group.n > 1 else "")
         for run in shown:
             ax.plot(x_of(run, run.val_ce.steps), run.val_ce.values, color=colour, ls=style, lw=width, label=label)
