@@ -236,13 +236,13 @@ class Check:
     # -------------------------------------------------- weights, time, memory
 
     def _weights(self, student: CausalLM) -> None:
-        named = list(student.named_parameters())
-        matrices = [p for _, p in named if p.ndim >= 2]
-        kind = type(student.model).__name__
+        trained = [p for p in student.parameters() if p.requires_grad]
+        matrices = [p for p in trained if p.ndim >= 2]
+        frozen = _count(student) - sum(p.numel() for p in trained)
         said = (
-            f"{kind}, all {_count(student) / 1e6:.1f}M parameters train; {len(matrices)} matrices "
-            f"({sum(p.numel() for p in matrices) / 1e6:.1f}M) decay by {self.module.optim_spec.weight_decay:g}, "
-            f"{len(named) - len(matrices)} vectors do not; "
+            f"{type(student.model).__name__}, all {f'but {frozen} of ' if frozen else ''}{_count(student) / 1e6:.1f}M "
+            f"parameters train; {len(matrices)} matrices ({sum(p.numel() for p in matrices) / 1e6:.1f}M) decay by "
+            f"{self.module.optim_spec.weight_decay:g}, {len(trained) - len(matrices)} vectors do not; "
         )
         in_blocks = isinstance(self.trainer.strategy, parallel.FSDP2 | parallel.FSDPStrategy)
         compiled = "its blocks" if in_blocks else "its backbone, whole"

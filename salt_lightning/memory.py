@@ -150,7 +150,7 @@ def peaks(module: SALTModule, step: Step) -> list[Peak]:
         ledger = Ledger()
         sim = _simulated(module, step, ledger)
         student = [*sim.student.parameters(), *sim.student.buffers()]
-        trained = _bytes(list(sim.student.parameters()))
+        trained = _bytes([p for p in sim.student.parameters() if p.requires_grad])
         batch: dict[str, Tensor] = {
             name: torch.empty(step.rows, step.block_size, dtype=torch.int64)
             for name in ("input_ids", "labels", "positions", "rows")
@@ -314,7 +314,8 @@ def _build(model: Model, name: str) -> CausalLM:
 def _backward(sim: SALTModule, step: Step, loss: Tensor) -> None:
     hooks = []
     if step.accumulate > 1:  # added to what is there, and gone
-        hooks = [p.register_post_accumulate_grad_hook(_drop) for p in sim.student.parameters()]
+        trained = (p for p in sim.student.parameters() if p.requires_grad)
+        hooks = [p.register_post_accumulate_grad_hook(_drop) for p in trained]
     loss.backward()
     for hook in hooks:
         hook.remove()

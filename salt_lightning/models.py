@@ -323,7 +323,17 @@ def load_pretrained(spec: ModelSpec, name: str, dtype: torch.dtype, empty: bool 
                 )
             said = f"{len(unused)} weights that its config.json does not use: {few(unused)}"
             rank_zero_info(f"{name}: {spec.path} has {said}")
+        _freeze_as_made(model)
         return model
+
+
+def _freeze_as_made(model: PreTrainedModel) -> None:
+    """Freezes again what a family does not train, as biases of routers; reading weights has made all trainable."""
+    with torch.device("meta"):
+        made = type(model)(model.config)
+    frozen = {name for name, p in made.named_parameters() if not p.requires_grad}
+    for name, p in model.named_parameters():
+        p.requires_grad_(name not in frozen)
 
 
 def _loading(spec: ModelSpec, name: str) -> AbstractContextManager[None]:

@@ -157,7 +157,7 @@ class SALTModule(extension.KeepsModes):
         dtype, device = DTYPES[spec.dtype or "float32"], parallel.build_device(strategy, torch.device("cpu"))
         lm = models.build(spec, "student", self._data, dtype, device, self.hparams["seed"])
         self.meter.forward_flops["student"], self._num_ids = self._count_flops(lm), len(lm.head.weight)
-        extension.extend(self, lm.train().requires_grad_(True))
+        extension.extend(self, lm.train())  # as the family has it: some freeze biases of their routers
         # What a checkpoint needs to be loaded on its own: no path, every size.
         self.hparams["student"] = asdict(resolved(spec, lm.model.config))
         attention.pack(lm, spec.attention, strategy)

@@ -6,11 +6,13 @@ import pytest
 import torch
 import transformers
 from conftest import arguments
+from lightning.pytorch.callbacks import Callback
 from transformers import AutoModelForCausalLM
 from transformers.integrations import moe
 
 from salt_lightning import cli
 from salt_lightning.hugging_face.experts import follow_autocast
+from salt_lightning.models import read_checkpoint
 
 SIZES = {
     "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -95,3 +97,36 @@ def test_check_tells_their_memory(settings, tmp_path, capsys, precision):
     assert "iB at its peak with 8 rows a micro-batch" in " ".join(out.split())
     assert "not estimated" not in out
     assert moe._grouped_mm is original
+
+
+ERNIE = {  # freezes a bias of its routers, which no gradient reaches
+    **{key: SIZES[key] for key in SIZES if key not in ("vocab_size", "num_experts_per_tok", "num_local_experts")},
+    **{"moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 1, "moe_num_shared_experts": 1},
+}
+
+
+class AllHaveGradients(Callback):
+    """As DDP needs it of all that trains."""
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        named = dict(pl_module.named_parameters())
+        assert [name for name, p in named.items() if p.requires_grad and p.grad is None] == []
+        assert [name for name, p in named.items() if not p.requires_grad] == [
+            "student.model.model.layers.1.mlp.gate.moe_statics.e_score_correction_bias"
+        ]
+
+
+def test_what_a_family_freezes_is_not_trained(fit_with, tmp_path, capsys):
+    fresh = {"model.student.family": "ernie4_5_moe", "model.student.config": ERNIE, "trainer.max_steps": 2}
+    assert fit_with(tmp_path / "fresh", AllHaveGradients(), **fresh) == 0
+    saved = tmp_path / "fresh/checkpoints/step-00000002.ckpt"
+    groups = read_checkpoint(str(saved), "--ckpt_path")["optimizer_states"][0]["param_groups"]
+    assert not any("e_score_correction_bias" in name for group in groups for name in group["param_names"])
+    folder = str(tmp_path / "exported")
+    assert cli.main(["export", str(saved), folder]) == 0
+    longer = {"model.student.path": folder, "data.tokenizer": folder, "trainer.max_steps": 2}
+    assert fit_with(tmp_path / "longer", AllHaveGradients(), **{"model.student.config": {}, **longer}) == 0
+    assert fit_with(tmp_path / "looked at", verb="check", **fresh) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "all but 4 of 0.0M parameters train" in out
+    assert "iB at its peak with 8 rows a micro-batch" in out
