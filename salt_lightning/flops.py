@@ -6,6 +6,7 @@ Backward counts twice the forward; a recomputed forward (activation checkpointin
 
 import math
 import re
+from typing import Any
 
 import torch
 from torch import nn
@@ -50,7 +51,8 @@ def forward_flops_per_token(model: nn.Module, block_size: int) -> float:
             of_experts = [p for p in module.parameters(recurse=False) if p.ndim > 1 and len(p) == module.num_experts]
             counted.update(map(id, of_experts))
             weights += sum(_active(module, model.config, p) for p in of_experts)
-    if any(p.ndim > 1 and id(p) not in counted for p in model.parameters()):
+    # one row alone is a vector, as ernie's bias of a router
+    if any(sum(size > 1 for size in p.shape) > 1 and id(p) not in counted for p in model.parameters()):
         return math.nan
     return 2.0 * weights + _attention_flops_per_token(model.config, block_size)
 
@@ -59,22 +61,27 @@ def _active(module: nn.Module, config: object, parameter: nn.Parameter) -> float
     """The part of a router's weight (experts, width) or of the experts' (experts, in, out) that multiplies a token."""
     if parameter.ndim == 2:
         return parameter.numel() if parameter is getattr(module, "weight", None) else 0.0  # else biases
-    used = getattr(config.get_text_config(), "num_experts_per_tok", math.nan)  # type: ignore[attr-defined]
+    text = config.get_text_config()  # type: ignore[attr-defined]
+    used: Any = getattr(text, "num_experts_per_tok", None) or getattr(text, "top_k_experts", math.nan)  # gemma 4's name
     return parameter.numel() * used / len(parameter)
 
 
 def _attention_flops_per_token(config: object, block_size: int) -> float:
     text = config.get_text_config()  # type: ignore[attr-defined]  # that of the language model where there are several
-    num_layers, num_heads = text.num_hidden_layers, text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // num_heads
-    if (part := getattr(text, "qk_nope_head_dim", None)) is not None:  # MLA, where head_dim is the rotary part alone
-        head_dim = (part + text.qk_rope_head_dim + text.v_head_dim) / 2  # scores and values have widths of their own
-    width = num_heads * head_dim
+    each = list(getattr(text, "per_layer_config", ())) or [text] * text.num_hidden_layers  # gemma 4: two widths
     window = getattr(text, "sliding_window", None)
-    default = ["full_attention" if window is None else "sliding_attention"] * num_layers
+    default = ["full_attention" if window is None else "sliding_attention"] * len(each)
     spans = {"full_attention": attention_span(block_size), "sliding_attention": attention_span(block_size, window)}
-    layers = (getattr(text, "layer_types", None) or default)[:num_layers]
-    return 4.0 * width * sum(spans.get(layer, math.nan) for layer in layers)
+    layers = getattr(text, "layer_types", None) or default
+    return 4.0 * sum(_width(own) * spans.get(layer, math.nan) for own, layer in zip(each, layers, strict=False))
+
+
+def _width(layer: Any) -> float:
+    """Heads times their width, mean of scores and values."""
+    head_dim = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
+    if (part := getattr(layer, "qk_nope_head_dim", None)) is not None:  # MLA, where head_dim is the rotary part alone
+        head_dim = (part + layer.qk_rope_head_dim + layer.v_head_dim) / 2  # scores and values have widths of their own
+    return layer.num_attention_heads * head_dim
 
 
 def student_flops(forward_per_token: float, tokens: int) -> float:

@@ -28,6 +28,12 @@ MLA = {
     "num_key_value_heads": 4, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6,
 }  # fmt: skip
 EXPERTS = {"num_experts_per_tok": 2, "num_experts": 5, "num_local_experts": 5, "moe_intermediate_size": 20}
+ERNIE = {"moe_num_experts": 5, "moe_k": 2, "moe_intermediate_size": 20, "moe_layer_start_index": 1}
+GEMMA4 = {  # heads of the layers that see all have another width
+    "enable_moe_block": True, "num_experts": 5, "top_k_experts": 2, "moe_intermediate_size": 20,
+    "global_head_dim": 16, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    "hidden_size_per_layer_input": 0, "sliding_window": BLOCK,
+}  # fmt: skip
 
 # name -> (config, width of the attention = heads * head_dim)
 FAMILIES = {
@@ -45,6 +51,11 @@ FAMILIES = {
     "gpt_oss": (lambda: transformers.GptOssConfig(**SIZES, **MLP, **GROUPED, **HEAD_DIM, **EXPERTS), 48),
     "deepseek_v3": (lambda: transformers.DeepseekV3Config(**SIZES, **MLP, **MLA), 4 * (8 + 4 + 6) / 2),
     "mixtral": (lambda: transformers.MixtralConfig(**SIZES, **MLP, **GROUPED, **EXPERTS), 32),
+    "ernie4_5_moe": (lambda: transformers.Ernie4_5_MoeConfig(**SIZES, **MLP, **GROUPED, **ERNIE), 32),
+    "gemma4": (
+        lambda: transformers.Gemma4TextConfig(**SIZES, **MLP, **GROUPED, **HEAD_DIM, **GEMMA4),
+        (48 + 48 + 64) / 3,
+    ),
 }
 
 
@@ -52,7 +63,9 @@ def build(config, device="meta"):
     # eager attention: the counter has to see its two products on every device
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    if hasattr(config, "num_experts_per_tok"):  # grouped products are not counted by torch
+    if hasattr(config, "num_experts_per_tok") or hasattr(
+        config, "top_k_experts"
+    ):  # grouped products are not counted by torch
         model.set_experts_implementation("eager")
     return model
 
