@@ -22,7 +22,7 @@ from salt_lightning.checkpoint import savers
 from salt_lightning.data import SALTDataModule
 from salt_lightning.errors import ConfigError, one_line, raised
 from salt_lightning.export import check_target
-from salt_lightning.fit import cadence
+from salt_lightning.fit import cadence, extension
 from salt_lightning.hugging_face import attention
 from salt_lightning.hugging_face.spec import DTYPES, ModelSpec, family_config, unnamed_sizes
 from salt_lightning.hugging_face.token_ids import check_fit
@@ -244,12 +244,12 @@ class Check:
             f"parameters train; {len(matrices)} matrices ({sum(p.numel() for p in matrices) / 1e6:.1f}M) decay by "
             f"{self.module.optim_spec.weight_decay:g}, {len(trained) - len(matrices)} vectors do not; "
         )
-        in_blocks = isinstance(self.trainer.strategy, parallel.FSDP2 | parallel.FSDPStrategy)
-        compiled = "its blocks" if in_blocks else "its backbone, whole"
-        self.add("ok", "student", said + f"compiled: {compiled if self.module.hparams['compile'] else 'nothing'}")
+        blocks = isinstance(self.trainer.strategy, parallel.FSDP2 | parallel.FSDPStrategy)
+        compiled = ("its blocks" if blocks else "its backbone, whole") if self.module.hparams["compile"] else "nothing"
+        self.add("ok", "student", f"{said}compiled: {compiled}")
         if rest := unnamed_sizes(self.module.student_spec, student.model.config):
-            sizes = ", ".join(f"{name} {size}" for name, size in rest.items())
-            self.add("note", "student sizes", f"not given, so the family's own: {sizes}")
+            self.add("note", "student sizes", f"not given, so the family's own: {rest}")
+        self.findings += extension.balance(student)
         for callback in savers(self.trainer):
             self.findings.append(callback.space(self.trainer, student.parameters()))
 

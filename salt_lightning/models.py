@@ -57,7 +57,7 @@ class CausalLM(nn.Module):
                 f"--model.{name}: {type(model).__name__} takes no position_ids, which keep packed documents apart, or "
                 "has no backbone of its own; use a family that does, e.g. llama"
             )
-        follow_autocast(model, name)
+        follow_autocast(model)
         self._scale = logit_scale(model.config, name)
         self._attention = model.config._attn_implementation
         self.apart: Apart = "positions"

@@ -53,7 +53,7 @@ def outcome(model, autocast=True):
 
 def test_in_autocast_they_compute_as_a_loop_over_experts_does(model):
     ours, loop = copy.deepcopy(model), copy.deepcopy(model)
-    follow_autocast(ours, "student")
+    follow_autocast(ours)
     loop.set_experts_implementation("eager")
     assert outcome(copy.deepcopy(model))[2] == {torch.float32}  # the premise: transformers' own do not
     logits, gradients, used = outcome(ours)
@@ -67,7 +67,7 @@ def test_in_autocast_they_compute_as_a_loop_over_experts_does(model):
 
 def test_without_autocast_nothing_changes(model):
     ours = copy.deepcopy(model)
-    follow_autocast(ours, "student")
+    follow_autocast(ours)
     assert ours.state_dict().keys() == model.state_dict().keys()
     logits, gradients, used = outcome(ours, autocast=False)
     expected, expected_gradients, _ = outcome(model, autocast=False)
@@ -78,7 +78,7 @@ def test_without_autocast_nothing_changes(model):
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a .functools.lru_cache.")  # of transformers
 def test_they_compile_into_one_graph(model):
-    follow_autocast(model, "student")
+    follow_autocast(model)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         assert torch.allclose(compiled(IDS).logits, model(IDS).logits, atol=1e-2)
@@ -86,7 +86,8 @@ def test_they_compile_into_one_graph(model):
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_check_tells_their_memory(settings, tmp_path, capsys, precision):
-    config = {key: value for key, value in SIZES.items() if key not in ("vocab_size", "num_local_experts")}
+    typed = ("vocab_size", "num_local_experts", "moe_intermediate_size")
+    config = {key: value for key, value in SIZES.items() if key not in typed}
     own = {
         "run": str(tmp_path / "run"), "kd.weight": 0.0, "model.student.family": "qwen3_moe",
         "model.student.config": {**config, "num_experts": 4}, "trainer.precision": precision,
@@ -96,6 +97,8 @@ def test_check_tells_their_memory(settings, tmp_path, capsys, precision):
     out = capsys.readouterr().out
     assert "iB at its peak with 8 rows a micro-batch" in " ".join(out.split())
     assert "not estimated" not in out
+    assert " ".join(out.split()).count("layers of experts, and nothing evens out what the routers send to each") == 1
+    assert "not given, so the family's own: moe_intermediate_size 768" in " ".join(out.split())
     assert moe._grouped_mm is original
 
 

@@ -73,8 +73,8 @@ T = TypeVar("T")
 
 def test_the_page_has_a_block_for_each_part():
     assert [title for title, _ in BLOCKS] == [
-        "The loss alone", "Another course of the KD weight", "Another loss beside it", "Another optimizer",
-        "A model of your own", "A sweep in one process",
+        "The loss alone", "Another course of the KD weight", "Another loss beside it", "Balancing experts",
+        "Another optimizer", "A model of your own", "A sweep in one process",
     ]  # fmt: skip
 
 
@@ -253,6 +253,32 @@ def test_the_loss_of_the_page_trains_a_projection_that_decays_and_resumes(data, 
     resumed, _ = fit("resumed", ckpt_path=str(tmp_path / "whole/checkpoints/step-00000003.ckpt"))
     for key, value in module.student.state_dict().items():
         assert torch.equal(value, resumed.student.state_dict()[key]), key
+
+
+def test_the_balance_of_the_page_is_a_loss_that_a_plain_student_lacks(data, teacher, tmp_path, caplog):
+    caplog.set_level("INFO")
+    names = block("Balancing experts", sizes=SIZES, teacher=teacher)
+    strong = replace(names["student"], config={**names["student"].config, "router_aux_loss_coef": 0.5})
+    logits, said = {}, {}
+    for cls in (SALTModule, names["Balanced"]):
+        module = cls(strong, optim=OptimSpec(lr=1e-2))
+        run = trainer(tmp_path / cls.__name__, max_steps=6)
+        run.fit(module, data)
+        said[cls] = caplog.text
+        caplog.clear()
+        lm = module.student.eval()
+        ids = next(iter(data.val_dataloader()))["input_ids"]
+        with torch.no_grad():
+            logits[cls] = lm.model.model(input_ids=ids, use_cache=False).router_logits
+    share = {}  # of Switch's equations 4 to 6, by hand: experts x sum of (share of tokens x mean probability)
+    for cls, routed in logits.items():
+        probability = torch.cat(routed).softmax(-1)
+        chosen = torch.zeros_like(probability).scatter(1, probability.topk(2).indices, 1.0)
+        share[cls] = float(4 * (chosen.mean(0) * probability.mean(0)).sum())
+    assert share[names["Balanced"]] < share[SALTModule]
+    assert float(run.callback_metrics["train/balance"]) == pytest.approx(share[names["Balanced"]], rel=0.1)
+    assert "note: balance: 1 layers of experts, and nothing evens out" in said[SALTModule]
+    assert "note: balance" not in said[names["Balanced"]]
 
 
 def test_first_values_of_a_part_follow_from_the_seed_of_the_module_alone():

@@ -16,8 +16,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from salt_lightning.errors import ConfigError, few, refuse
+from salt_lightning.hugging_face.experts import count_layers
 from salt_lightning.models import CausalLM
 from salt_lightning.parallel import has_finite_weights, plain_name
+from salt_lightning.preflight import Finding
 from salt_lightning.schedule import kd_callbacks, trained_schedule
 
 _BATCH = "docs/own-data.md says what a batch holds"
@@ -62,7 +64,8 @@ def count_again(module: Any) -> None:
 
 
 def check_subclass(trainer: Trainer) -> None:
-    """Raises ConfigError for parts that a subclass of SALTModule has added and that a step would pass over."""
+    """Raises ConfigError for parts that a subclass of SALTModule has added and that a step would pass over; tells of
+    experts whose balance nobody cares for."""
     module: Any = trainer.lightning_module
     if not module.automatic_optimization:
         raise ConfigError("automatic_optimization False: SALTModule's steps are Lightning's; leave it True")
@@ -79,6 +82,9 @@ def check_subclass(trainer: Trainer) -> None:
             f"{few(others)}: parameters beside the student would be trained, but neither clipped nor watched; make "
             "them a part of it in extend_student"
         )
+    if type(module).step_loss.__module__ == "salt_lightning.module":  # none of its own, which may balance
+        for finding in balance(module.student):
+            finding.require()
     sharded = isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy)
     if sharded and not module._ndim:
         raise ConfigError("a student made in configure_model is not sharded: train it on one device, or by ddp")
@@ -94,6 +100,18 @@ def check_subclass(trainer: Trainer) -> None:
             f"{few(late)}: added after the student was sharded, so each rank would train its own; add it in "
             "extend_student, or use ddp"
         )
+
+
+def balance(student: torch.nn.Module) -> list[Finding]:
+    """What to know of a student with experts before it is trained."""
+    if not (count := count_layers(student)):
+        return []
+    said = (
+        f"{count} layers of experts, and nothing evens out what the routers send to each: output_router_logits and "
+        "router_aux_loss_coef add no loss here, and biases that correct routers stay as they are"
+    )
+    remedy = "a few experts may come to do all: docs/extending.md, Balancing experts"
+    return [Finding("note", "balance", said, remedy)]
 
 
 def require_callbacks(trainer: Trainer, checkpoint: dict[str, Any]) -> None:

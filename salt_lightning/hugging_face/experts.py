@@ -6,24 +6,30 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 from transformers.integrations import moe
 
 
-def follow_autocast(model: PreTrainedModel, name: str) -> None:
-    """Makes the experts of a transformers model ("student" or "teacher") compute in autocast's dtype, in place.
+def follow_autocast(model: PreTrainedModel) -> None:
+    """Makes the experts of a transformers model compute in autocast's dtype, in place.
 
     Their grouped products are no op that autocast knows: in bf16-mixed they would take fp32 weights as they are, at a
     fraction of the speed, where a loop over experts and every other layer computes in bf16.
     """
     for module in model.modules():
-        if hasattr(module, "num_experts") and any(p.ndim == 3 for p in module.parameters(recurse=False)):
+        if _is_experts(module):
             module.forward = partial(_in_autocast, module, module.forward)
-    if name == "student" and getattr(model.config, "output_router_logits", False):
-        rank_zero_info("student: output_router_logits is set, but the routers' balancing loss is not computed")
+
+
+def count_layers(model: nn.Module) -> int:
+    """Layers with experts."""
+    return sum(map(_is_experts, model.modules()))
+
+
+def _is_experts(module: nn.Module) -> bool:
+    return hasattr(module, "num_experts") and any(p.ndim == 3 for p in module.parameters(recurse=False))
 
 
 def _in_autocast(module: nn.Module, forward: Callable[..., Any], hidden_ND: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -110,12 +110,19 @@ def wrong_sizes(settings: dict[str, Any], known: PreTrainedConfig) -> dict[str, 
     return {name: size for name, size in sizes.items() if not (isinstance(size, int) and size >= 1)}
 
 
-def unnamed_sizes(spec: ModelSpec, config: PreTrainedConfig) -> dict[str, int]:
+def unnamed_sizes(spec: ModelSpec, config: PreTrainedConfig) -> str:
     """What makes a fresh model large and was not given: a later --model.student.config replaces a former one whole."""
-    main = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    names = {name: config.attribute_map.get(name, name) for name in main if spec.path is None}
-    rest = {own: getattr(config, own, None) for name, own in names.items() if not {name, own} & set(spec.config)}
-    return {name: size for name, size in rest.items() if size is not None}
+    if spec.path is not None:
+        return ""
+    typed, own = ({config.attribute_map.get(name, name): 0 for name in names} for names in (spec.config, _LARGE))
+    rest = {name: getattr(config, name, None) for name in own if name not in typed}
+    return ", ".join(f"{name} {size}" for name, size in rest.items() if size is not None)
+
+
+_LARGE = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "moe_intermediate_size"),
+    *("num_experts", "num_local_experts", "n_routed_experts"),
+)
 
 
 # What a config.json says, and what it is to be said by here.
