@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.wrap import wrap
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint as recompute
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -83,17 +83,22 @@ class FSDP2(ModelParallelStrategy):
         # Lightning's default shards across nodes and splits tensors within one; "over all" cannot be said in YAML.
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
         super().setup_environment()
-        sizes = (self.replicas, self.world_size // self.replicas)
+        self._sizes = (self.replicas, self.world_size // self.replicas)
         self._mesh = self.device_mesh["data_parallel"]
         if self.replicas > 1:
-            self._mesh = init_device_mesh(self.root_device.type, sizes, mesh_dim_names=("replicate", "shard"))
+            self._mesh = init_device_mesh(self.root_device.type, self._sizes, mesh_dim_names=("replicate", "shard"))
 
     def shard(self, lm: CausalLM, policy: MixedPrecisionPolicy) -> None:
         """Spreads the first rank's model over all ranks, group by group, in place."""
         lm.keep_apart(self.broadcast(lm.apart))
         for group in (*blocks(lm), lm):
             _receive(group, self)
-            fully_shard(group, mesh=self._mesh, mp_policy=policy)
+            fully_shard(group, mesh=self._mesh, mp_policy=policy, shard_placement_fn=self._placement)
+
+    def _placement(self, p: nn.Parameter) -> Shard | None:
+        """Splits experts (experts, in, out) inside, where they do not divide over the devices: else, with fewer experts
+        than devices, some hold a whole one and others none. None: by the first dimension."""
+        return next((Shard(i) for i, n in enumerate(p.shape) if p.ndim == 3 and n % self._sizes[1] == 0), None)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.lightning_module is not None
