@@ -80,6 +80,17 @@ def test_experts_are_stored_one_by_one_as_the_hub_has_them(tmp_path):
     assert torch.equal(load(tmp_path / "out")(IDS).logits, own(IDS).logits)
 
 
+@pytest.mark.parametrize(("family", "name"), [("qwen3_moe", "num_experts"), ("deepseek_v3", "n_routed_experts"),
+                                              ("gpt_oss", "num_local_experts")])  # fmt: skip
+def test_the_card_says_how_many_experts_there_are(tmp_path, family, name):
+    sizes = {**FAMILIES["llama"], name: 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}
+    own = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes))
+    export(save(own, tmp_path / "x.ckpt"), tmp_path / "out")
+    said = (tmp_path / "out/README.md").read_text()
+    assert ", num_experts 4, num_experts_per_tok 2, " in said
+    assert ("moe_intermediate_size" in said) == (family != "gpt_oss")
+
+
 @pytest.fixture(scope="module")
 def salt(settings, teacher, tmp_path_factory) -> Path:
     """A run with a teacher in its first 4 of 12 steps, exported at its end; the export is in salt/out."""

@@ -23,6 +23,9 @@ _SIZES = (
     "num_attention_heads",
     "num_key_value_heads",
     "intermediate_size",
+    "moe_intermediate_size",
+    "num_experts",
+    "num_experts_per_tok",
     "vocab_size",
     "max_position_embeddings",
     "tie_word_embeddings",
@@ -101,6 +104,8 @@ def _as_trained(checkpoint: dict[str, Any], run: Run | None) -> Run:
 def _student(model: PreTrainedModel, run: Run) -> dict[str, str]:
     config = model.config
     sizes = {size: getattr(config, size, None) for size in _SIZES}
+    others = (getattr(config, name, None) for name in ("num_local_experts", "n_routed_experts"))
+    sizes["num_experts"] = sizes["num_experts"] or next(filter(None, others), None)
     return {
         "student": f"{config.model_type}, {sum(p.numel() for p in model.parameters()):,} parameters",
         "sizes": ", ".join(f"{size} {value}" for size, value in sizes.items() if value is not None),
