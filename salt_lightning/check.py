@@ -22,7 +22,7 @@ from salt_lightning.checkpoint import savers
 from salt_lightning.data import SALTDataModule
 from salt_lightning.errors import ConfigError, one_line, raised
 from salt_lightning.export import check_target
-from salt_lightning.fit import cadence, extension
+from salt_lightning.fit import cadence, extension, optim
 from salt_lightning.hugging_face import attention
 from salt_lightning.hugging_face.spec import DTYPES, ModelSpec, family_config, unnamed_sizes
 from salt_lightning.hugging_face.token_ids import check_fit
@@ -236,9 +236,9 @@ class Check:
     # -------------------------------------------------- weights, time, memory
 
     def _weights(self, student: CausalLM) -> None:
-        trained = [p for p in student.parameters() if p.requires_grad]
-        matrices = [p for p in trained if p.ndim >= 2]
-        frozen = _count(student) - sum(p.numel() for p in trained)
+        trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
+        matrices = [p for name, p in trained.items() if optim.decays(name, p.ndim)]
+        frozen = _count(student) - sum(p.numel() for p in trained.values())
         said = (
             f"{type(student.model).__name__}, all {f'but {frozen} of ' if frozen else ''}{_count(student) / 1e6:.1f}M "
             f"parameters train; {len(matrices)} matrices ({sum(p.numel() for p in matrices) / 1e6:.1f}M) decay by "

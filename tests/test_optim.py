@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from salt_lightning.errors import ConfigError
-from salt_lightning.fit.optim import OptimSpec
+from salt_lightning.fit.optim import OptimSpec, by_name
 
 
 def test_cosine_corners():
@@ -111,3 +111,21 @@ def test_a_run_of_fewer_than_five_steps_has_no_decay_by_default():
 def test_a_run_without_a_length_is_refused():
     with pytest.raises(ConfigError, match=r"--trainer.max_steps: -1 is no length of a run"):
         OptimSpec().check(-1)
+
+
+def test_biases_of_experts_do_not_decay_also_where_a_checkpoint_had_them_among_the_matrices():
+    net = nn.ParameterDict({name: torch.ones(2, 3) for name in ("up_proj", "up_proj_bias", "frozen_bias")})
+    was = torch.optim.AdamW([{"params": list(net.named_parameters()), "decays": True}], lr=1.0)  # as all with two
+    for name in ("up_proj", "up_proj_bias"):
+        net[name].grad = torch.full((2, 3), float(len(name)))
+    was.step()
+    net["frozen_bias"].requires_grad_(False)
+    optimizer = OptimSpec().build(net.named_parameters())
+    names = {group["decays"]: group["param_names"] for group in optimizer.param_groups}
+    assert names == {True: ["up_proj"], False: ["up_proj_bias"]}
+    optimizer.load_state_dict(by_name(was.state_dict()))
+    for name in ("up_proj", "up_proj_bias"):
+        assert torch.equal(optimizer.state[net[name]]["exp_avg"], was.state[net[name]]["exp_avg"])
+    other = OptimSpec().build({"another": net["up_proj"]}.items())
+    with pytest.raises(ValueError, match="doesn't match the size"):
+        other.load_state_dict(by_name(was.state_dict()))

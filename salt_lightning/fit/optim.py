@@ -23,7 +23,7 @@ class OptimSpec:
 
     Args:
         lr: Peak learning rate.
-        weight_decay: Decoupled decay of every parameter with two or more dimensions.
+        weight_decay: Decoupled decay of every parameter with two or more dimensions but biases (of experts).
         beta1: Decay of the first moment.
         beta2: Decay of the second moment.
         eps: Added to the root of the second moment.
@@ -114,23 +114,39 @@ class OptimSpec:
 
         Args:
             named: parameters with their names, which the state keeps: sharding changes torch's numbers for them.
-            ndim: dimensions by name, where sharding has made vectors of matrices; those with two or more decay.
+            ndim: dimensions by name, where sharding has made vectors of matrices.
         """
         groups: dict[bool, list[tuple[str, nn.Parameter]]] = {True: [], False: []}
         for name, p in named:
             if p.requires_grad:
-                groups[(ndim or {}).get(name, p.ndim) >= 2].append((name, p))
+                groups[decays(name, (ndim or {}).get(name, p.ndim))].append((name, p))
         if not any(groups.values()):
             raise ConfigError("no parameter of the student trains: all have requires_grad False")
         fused = all(p.device.type in ("cuda", "cpu") for group in groups.values() for _, p in group)
-        filled = [{"params": group, "decays": decays} for decays, group in groups.items() if group]
-        return torch.optim.AdamW(filled, lr=self.lr, fused=fused)
+        filled = [{"params": group, "decays": which} for which, group in groups.items() if group]
+        optimizer = torch.optim.AdamW(filled, lr=self.lr, fused=fused)
+        optimizer.register_load_state_dict_pre_hook(_in_its_groups)
+        return optimizer
 
     def write(self, optimizer: torch.optim.Optimizer, step: int, max_steps: int) -> None:
         """Writes this spec's values for `step` into the optimizer, over what a checkpoint restored."""
         for group in optimizer.param_groups:
             group.update(lr=self.lr_at(step, max_steps), betas=(self.beta1, self.beta2), eps=self.eps)
             group["weight_decay"] = self.weight_decay if group["decays"] else 0.0
+
+
+def decays(name: str, ndim: int) -> bool:
+    """Whether a parameter is a matrix, or several; biases of experts (experts x out) are a vector of each."""
+    return ndim >= 2 and not name.endswith("bias")
+
+
+def _in_its_groups(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's state, named, in the groups of today: others decayed before, or were listed and never stepped."""
+    own = [name for group in optimizer.param_groups for name in group["param_names"]]
+    saved = {name for group in state["param_groups"] for name in group["params"]}
+    if not set(own) <= saved or not state["state"].keys() <= set(own):
+        return state  # of another model, or not named: torch says so
+    return {**state, "param_groups": [{**group, "params": group["param_names"]} for group in optimizer.param_groups]}
 
 
 def by_name(state: dict[str, Any]) -> dict[str, Any]:
