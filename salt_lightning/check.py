@@ -4,6 +4,7 @@ Text and tokenizer are prepared as the fit would do it (and it finds them in the
 is written into the run's folder.
 """
 
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -261,15 +262,17 @@ class Check:
         taught = self._kd.schedule.kd_steps(steps)
         plain = flops.student_flops(per_token[0], tokens)
         extra = per_token[1] * tokens
-        said = f"{plain:.3g} FLOPs a step"
-        if extra:
+        known = not math.isnan(plain + extra)
+        said = f"{plain:.3g} FLOPs a step" if known else "FLOPs unknown for such layers: log and compare go without"
+        if extra and known:
             said += f", {plain + extra:.3g} with the teacher (+{extra / plain:.0%})"
-        said += f"; the run {plain * steps + extra * taught:.3g}"
-        if peak := flops.peak_of(self.trainer.strategy.root_device, self.module.compute_dtype, self.trainer.world_size):
+        said += f"; the run {plain * steps + extra * taught:.3g}" if known else ""
+        peak = flops.peak_of(self.trainer.strategy.root_device, self.module.compute_dtype, self.trainer.world_size)
+        if peak and known:
             said += f"; by the card's data sheet at most {peak / (plain / tokens):,.0f} tokens/s without a teacher"
         if teacher is not None:
             said += f"; teacher: {_count(teacher) / 1e6:.1f}M parameters, frozen"
-        self.add("ok", "compute", said)
+        self.add("ok" if known else "note", "compute", said)
 
     def _memory(self, student: CausalLM, teacher: CausalLM | None) -> None:
         data, device = self.data, self._device()

@@ -149,6 +149,14 @@ def test_the_parameters_and_flops_of_the_student(checked, settings):
     assert f"{3 * forward * 8 * 32:.3g} FLOPs a step" in of(found, "compute")[1]
 
 
+def test_flops_that_are_not_known_are_a_note(checked, monkeypatch):
+    monkeypatch.setattr(check.flops, "forward_flops_per_token", lambda *_: math.nan)
+    _, found = checked()
+    level, said = of(found, "compute")
+    assert level == "note"
+    assert said == "FLOPs unknown for such layers: log and compare go without; teacher: 0.0M parameters, frozen"
+
+
 def test_all_findings_at_once(checked, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     code, found = checked(**{
