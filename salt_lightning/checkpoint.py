@@ -26,7 +26,7 @@ from salt_lightning.errors import ConfigError, refuse, wrong_kinds
 from salt_lightning.export import check_target, export
 from salt_lightning.fit.cadence import require_time_left, timers
 from salt_lightning.preflight import Finding
-from salt_lightning.run import slurm
+from salt_lightning.run import peers, slurm
 from salt_lightning.run.run_folder import is_over, saved
 from salt_lightning.schedule import in_training, kd_callbacks
 from salt_lightning.storage import damage, shards
@@ -283,6 +283,7 @@ class RunCheckpoint(Checkpoint):
         """The processes that this one has started would wait for it, some of them for ever."""
         for process in getattr(trainer.strategy.launcher, "procs", ()):
             process.kill()
+        peers.abandon(trainer)
 
     def _path(self, trainer: pl.Trainer) -> Path:
         return self._dir / f"step-{trainer.global_step:08d}.ckpt"

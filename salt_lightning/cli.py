@@ -238,6 +238,7 @@ class SALTCLI(LightningCLI):
             trainer._checkpoint_connector._ckpt_path = config.get("ckpt_path")  # Lightning: after prepare_data alone
             parallel.check(trainer, config.get("ckpt_path"))
             peers.limit_connecting(trainer.strategy)
+            peers.end_with_starter()
             return trainer
         except ConfigError:
             raise
@@ -330,6 +331,16 @@ VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {
 @steady_streams()
 def main(args: list[str] | None = None) -> int:
     """Runs one command line; returns its exit code: 0, 1 for an error of the run, 2 of the settings, 128 + signal."""
+    try:
+        code = _main(args)
+    except BaseException as error:
+        peers.end_abandoned(error)
+        raise
+    peers.end_abandoned(code)
+    return code
+
+
+def _main(args: list[str] | None) -> int:
     first = (sys.argv[1:] if args is None else args)[:1]
     silence_libraries()
     quiet_threads()

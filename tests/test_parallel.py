@@ -303,11 +303,11 @@ def test_another_model_is_refused_by_its_first_weights():
 # ------------------------------------------------------------ the command as typed
 
 
-def start(settings: dict, own: dict, **env: str) -> subprocess.Popen:
+def start(settings: dict, own: dict, script: Path = ROOT / "cli.py", **env: str) -> subprocess.Popen:
     """`python cli.py fit ...` as a user types it: Lightning starts the second process, unless `env` says otherwise."""
     keys = {**settings, "kd.weight": 0.0, **FSDP2, **own}
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "cli.py"), "fit", *arguments(keys)],
+        [sys.executable, str(script), "fit", *arguments(keys)],
         env={**os.environ, "OMP_NUM_THREADS": "1", **env},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
@@ -363,6 +363,62 @@ def test_a_dead_rank_ends_the_others(settings, tmp_path):
     assert code == 1
     assert output.count("error: process 0 has lost the others (") == 1
     assert "Traceback" not in output
+
+
+ALONE_OVER_NCCL = """
+import atexit, sys, time
+from lightning.fabric.utilities import distributed
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DDPStrategy
+distributed._destroy_dist_connection = DDPStrategy.teardown = lambda *_: time.sleep(600)
+sys.path[:0] = [{tests!r}]
+import ranks
+from salt_lightning.run import peers
+peers._backend = lambda: "nccl"
+atexit.register(distributed._destroy_dist_connection)
+
+class Fails(Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_rank == 1 and batch_idx == 2:
+            raise {error}
+
+sys.exit(ranks.run(sys.argv[1:], Fails()))
+"""
+
+
+@pytest.mark.parametrize("error", ["RuntimeError('CUDA out of memory')", "AssertionError('of one alone')"])
+def test_the_error_of_one_rank_ends_all_where_teardown_and_exit_would_wait(error, settings, tmp_path):
+    """As over NCCL, where a rank that leaves waits for the others and they for it."""
+    script = tmp_path / "alone.py"
+    script.write_text(ALONE_OVER_NCCL.format(tests=str(ROOT / "tests"), error=error))
+    process = start(settings, {**ENDLESS, **DDP, "run": str(tmp_path / "run")}, script=script)
+    code, output = end(process)
+    assert code in (1, -signal.SIGKILL), output  # by its own knowledge, or by Lightning's
+    assert ("error: out of memory (" if "memory" in error else "AssertionError: of one alone") in output
+
+
+STARTED = """
+import os, subprocess, sys, time
+from salt_lightning.run import peers
+peers._GRACE_S = 0.1
+peers.end_with_starter()
+if "LOCAL_RANK" not in os.environ:
+    print(subprocess.Popen([sys.executable, *sys.argv], env={**os.environ, "LOCAL_RANK": "1"}).pid, flush=True)
+else:
+    print("started", flush=True)
+time.sleep(600)
+"""
+
+
+def test_processes_end_with_the_one_that_started_them(tmp_path):
+    (tmp_path / "started.py").write_text(STARTED)
+    command = [sys.executable, str(tmp_path / "started.py")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               start_new_session=True, env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+    said = [process.stdout.readline() for _ in range(2)]
+    assert "started\n" in said
+    process.kill()
+    assert "the process that has started this one is gone" in end(process)[1]
 
 
 def test_a_rank_that_nobody_joins_ends_at_the_time_out(settings, tmp_path):

@@ -4,12 +4,14 @@ import atexit
 import os
 import sys
 import threading
+import time
 from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import torch.distributed as dist
 from lightning.fabric.plugins.environments import KubeflowEnvironment, LightningEnvironment, TorchElasticEnvironment
+from lightning.fabric.utilities.distributed import _destroy_dist_connection
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -17,6 +19,8 @@ from salt_lightning.errors import ConfigError, printable_lines
 from salt_lightning.run import slurm
 
 _SLACK_S = 2.0  # where torch itself ends the wait it has more to say
+_STARTER = "SALT_LIGHTNING_STARTER"  # the process that starts the others of its node, in their environment
+_GRACE_S = 30.0  # after a good end the first process may go a little before the others
 
 
 def rank() -> int:
@@ -113,5 +117,59 @@ def leave_at_exit() -> None:
 
 
 def _leave() -> None:
-    if dist.is_available() and dist.is_initialized() and dist.get_backend() == "gloo":
+    if _backend() == "gloo":
         dist.destroy_process_group()
+
+
+def _backend() -> str | None:
+    return dist.get_backend() if dist.is_available() and dist.is_initialized() else None
+
+
+def end_with_starter() -> None:
+    """Lets a process that Lightning has started end with the one that did: over NCCL nothing else would tell of its
+    death, and the rest would hold their GPUs until the time-out."""
+    starter = os.getppid()
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        os.environ[_STARTER] = str(os.getpid())
+    elif os.environ.get(_STARTER) == str(starter):
+        threading.Thread(target=_end_after, args=(starter,), daemon=True).start()
+
+
+def _end_after(starter: int) -> None:
+    while os.getppid() == starter:
+        time.sleep(1.0)
+    time.sleep(_GRACE_S)
+    print(loss_of_others(rank(), "the process that has started this one is gone"), file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+_ABANDONED = False  # the others, by this process
+
+
+def abandon(trainer: pl.Trainer) -> None:
+    """For a process that ends with an error, perhaps alone: over NCCL its end must not wait for the others.
+
+    They wait for it, in a collective that it never joins, and Lightning's teardown and exit wait for them in turn: to
+    move tensors or to empty the allocator takes a device that has done all, and to destroy a process group takes all
+    its ranks. No launcher would see an end before the time-out.
+    """
+    global _ABANDONED
+    if trainer.world_size > 1 and _backend() == "nccl":
+        _ABANDONED = True
+        trainer._teardown = lambda: None  # type: ignore[method-assign]
+
+
+def end_abandoned(end: int | BaseException) -> None:
+    """Where `abandon` was called, ends the process: with an exit code, or as what was raised would end it."""
+    if not _ABANDONED:
+        return
+    code = end if isinstance(end, int) else 1
+    if isinstance(end, SystemExit):
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    elif isinstance(end, BaseException):
+        sys.excepthook(type(end), end, end.__traceback__)
+    atexit.unregister(_destroy_dist_connection)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # at an ordinary end torch would abort the process group, which may wait as well
