@@ -83,6 +83,26 @@ def run(args: list[str], *callbacks: Callback) -> int:
         cli.SALTCLI.instantiate_trainer = original
 
 
+def force_fsdp1() -> None:
+    """FSDP1 over gloo. Lightning and this project leave it to GPUs, to whose memory it takes what it gathers for a file
+    by a copy; on a CPU that would be the memory itself, which it frees."""
+    from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
+    from torch.distributed.fsdp import FullOptimStateDictConfig, FullStateDictConfig, FullyShardedDataParallel
+
+    from salt_lightning.command import settings
+
+    def given(cls: type, name: str, value: Any) -> None:
+        original = cls.__init__
+        cls.__init__ = lambda self, *args, **kwargs: original(self, *args, **{**kwargs, name: value})
+
+    given(FullyShardedDataParallel, "device_id", torch.device("cpu"))
+    given(FullStateDictConfig, "offload_to_cpu", False)
+    given(FullOptimStateDictConfig, "offload_to_cpu", False)
+    _AcceleratorConnector._check_strategy_and_fallback = lambda self: None
+    refused = settings.wrong_trainer_settings
+    settings.wrong_trainer_settings = lambda trainer: [w for w in refused(trainer) if "needs GPUs" not in w]
+
+
 def launch(jobs: list[dict[str, Any]], folder: Path, world: int = 2, timeout_s: float = 240.0) -> None:
     """Runs the jobs one after the other in `world` processes; raises with the output of the first that failed."""
     file = folder / "jobs.json"
@@ -111,6 +131,7 @@ def launch(jobs: list[dict[str, Any]], folder: Path, world: int = 2, timeout_s: 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    force_fsdp1()
     for job in json.loads(Path(sys.argv[1]).read_text()):
         callbacks = [Spy(Path(job["spy"]))] if "spy" in job else [Spoil(*job["spoil"])] if "spoil" in job else []
         code = run(job["args"] + job.get(f"args of {os.environ['LOCAL_RANK']}", []), *callbacks)

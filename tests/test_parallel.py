@@ -30,6 +30,8 @@ from salt_lightning.storage import shards
 ROOT = Path(__file__).parents[1]
 FSDP2 = {"config": str(ROOT / "configs/fsdp.yaml"), "trainer.precision": "32-true", "trainer.devices": 2}
 DDP = {"config": str(ROOT / "configs/ddp.yaml"), "trainer.devices": 2}
+FSDP1 = {"config": str(ROOT / "configs/fsdp1.yaml"), "trainer.precision": "32-true", "trainer.devices": 2,
+         "kd.probe_gradients": False}  # fmt: skip
 STEPS, SAVED = 20, 5
 UNTIED = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
           "tie_word_embeddings": False}  # fmt: skip
@@ -87,10 +89,13 @@ def runs(salt, settings, teacher, tmp_path_factory) -> Path:
         "fsdp again": {**FSDP2, "ckpt_path": str(folder / "fsdp" / SAVED_NAME)},
         "fsdp from one": {**FSDP2, "ckpt_path": str(folder / "one" / SAVED_NAME)},
         "fsdp taught by shards": taught,
+        "fsdp1": FSDP1,
+        "fsdp1 from one": {**FSDP1, "ckpt_path": str(folder / "one" / SAVED_NAME)},
     }
     ranks.launch(
         [
-            {"args": ["fit", *arguments(salt, own, {"run": str(folder / name)})], "spy": str(folder / f"{name}.spy")}
+            {"args": ["fit", *arguments(salt, own, {"run": str(folder / name)})]}
+            | ({} if "fsdp1" in name else {"spy": str(folder / f"{name}.spy")})
             for name, own in jobs.items()
         ]
         + [
@@ -109,6 +114,7 @@ def runs(salt, settings, teacher, tmp_path_factory) -> Path:
     )
     for name, own in {
         "one from fsdp": {"ckpt_path": str(folder / "fsdp" / SAVED_NAME)},
+        "one from fsdp1": {"ckpt_path": str(folder / "fsdp1" / SAVED_NAME)},
         "one from fsdp untied": {
             "ckpt_path": str(folder / "fsdp untied" / SAVED_NAME),
             "model.student.config": UNTIED,
@@ -145,6 +151,15 @@ def test_the_same_losses_in_both_phases(runs, name):
     for tag in ("val/ce", "val/ce/easy", "val/ce/medium", "val/ce/hard"):
         assert ours[tag] == pytest.approx(theirs[tag], abs=SAME_LOSS, rel=0), tag
     assert ours["train/flops_teacher_total"] == theirs["train/flops_teacher_total"]
+
+
+@pytest.mark.parametrize("name", ["fsdp1", "fsdp1 from one", "one from fsdp1"])
+def test_fsdp1_trains_the_same_and_its_files_are_those_of_one_device(runs, name):
+    """By force on a CPU: all but the GPUs' streams and copies."""
+    ours, theirs = scalars(runs / name), scalars(runs / "one")
+    first = 1 if name == "fsdp1" else SAVED + 1
+    for tag in ("train/loss", "train/kd", "train/grad_norm", "val/ce", "val/ce/hard"):
+        assert ours[tag] == pytest.approx({s: v for s, v in theirs[tag].items() if s >= first}, abs=SAME_LOSS, rel=0)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
