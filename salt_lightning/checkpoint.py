@@ -42,7 +42,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         if not Path(path).is_dir():
-            return torch.load(path, map_location=map_location or "cpu", weights_only=True)
+            # mapped, the ranks of a node share its pages; on a CPU the optimizer would go on in them
+            shared = torch.cuda.is_available()
+            return torch.load(path, map_location=map_location or "cpu", weights_only=True, mmap=shared)
         checkpoint = shards.read(Path(path))
         if "param_groups" in checkpoint:
             checkpoint["optimizer_states"] = shards.optimizer_states(checkpoint)

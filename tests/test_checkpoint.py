@@ -277,6 +277,19 @@ def test_loading_runs_no_code_even_when_asked_to(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_ranks_beside_gpus_share_the_pages_of_a_checkpoint(tmp_path, on_gpu, monkeypatch):
+    """On a CPU the optimizer would train in them."""
+    path, state = tmp_path / "x.ckpt", torch.full((1000,), 7.0)
+    AtomicCheckpointIO().save_checkpoint({"x": state}, path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    loaded = AtomicCheckpointIO().load_checkpoint(path)["x"]
+    assert torch.equal(loaded, state)
+    mapped = [line.split("-") for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(path))]
+    spans = [(int(first, 16), int(rest.split()[0], 16)) for first, rest, *_ in mapped]
+    assert any(first <= loaded.data_ptr() < end for first, end in spans) == on_gpu
+
+
 def test_the_command_saves_and_loads_by_it(fit_with, tmp_path):
     class Look(Callback):
         def on_train_start(self, trainer, pl_module):
