@@ -328,12 +328,14 @@ def load_pretrained(spec: ModelSpec, name: str, dtype: torch.dtype, empty: bool 
 
 
 def _freeze_as_made(model: PreTrainedModel) -> None:
-    """Freezes again what a family does not train, as biases of routers; reading weights has made all trainable."""
+    """Freezes again what a family does not train, as biases of routers; reading weights has made all trainable but
+    what cannot be, as the integers of a quantized teacher."""
     with torch.device("meta"):
         made = type(model)(model.config)
     frozen = {name for name, p in made.named_parameters() if not p.requires_grad}
     for name, p in model.named_parameters():
-        p.requires_grad_(name not in frozen)
+        if name in frozen:
+            p.requires_grad_(False)
 
 
 def _loading(spec: ModelSpec, name: str) -> AbstractContextManager[None]:

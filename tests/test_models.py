@@ -11,6 +11,7 @@ import pytest
 import torch
 from families import FAMILIES, LLAMA_LIKE, SIZES, SPECIAL, tiny
 from torch.nn.functional import cross_entropy, log_softmax, softmax
+from transformers import AutoModelForCausalLM
 
 from salt_lightning.data import SALTDataModule
 from salt_lightning.errors import ConfigError
@@ -405,6 +406,24 @@ def test_a_checkpoint_does_not_say_that_its_weights_are_quantized():
     config = tiny("llama").model.config
     config.quantization_config = {"quant_method": "fp8"}
     assert "quantization_config" not in resolved(ModelSpec(path="x"), config).config
+
+
+def test_a_folder_of_quantized_weights_loads(tmp_path, monkeypatch):
+    """transformers' loaders of such weights need a GPU or packages: one that leaves integers stands in for them."""
+    tiny("llama").model.save_pretrained(tmp_path)
+    original = AutoModelForCausalLM.from_pretrained
+
+    def quantized(*args, **kwargs):
+        model, found = original(*args, **kwargs)
+        integers = torch.zeros_like(model.model.layers[0].mlp.up_proj.weight, dtype=torch.int8)
+        model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(integers, requires_grad=False)
+        return model, found
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", quantized)
+    loaded = load_pretrained(ModelSpec(path=str(tmp_path)), "teacher", torch.float32)
+    assert [name for name, p in loaded.named_parameters() if not p.requires_grad] == [
+        "model.layers.0.mlp.up_proj.weight"
+    ]
 
 
 def test_the_attention_asked_for_is_the_one_used(teacher, tmp_path):
