@@ -237,8 +237,8 @@ class SALTCLI(LightningCLI):
             trainer = super().instantiate_trainer(**kwargs)
             trainer._checkpoint_connector._ckpt_path = config.get("ckpt_path")  # Lightning: after prepare_data alone
             parallel.check(trainer, config.get("ckpt_path"))
-            peers.limit_connecting(trainer.strategy)
-            peers.end_with_starter()
+            peers.limit_connecting(trainer.strategy, self.subcommand)
+            peers.end_with_starter(self.subcommand)
             return trainer
         except ConfigError:
             raise

@@ -416,7 +416,7 @@ STARTED = """
 import os, subprocess, sys, time
 from salt_lightning.run import peers
 peers._GRACE_S = 0.1
-peers.end_with_starter()
+peers.end_with_starter("predict")
 if "LOCAL_RANK" not in os.environ:
     print(subprocess.Popen([sys.executable, *sys.argv], env={**os.environ, "LOCAL_RANK": "1"}).pid, flush=True)
 else:
@@ -433,7 +433,37 @@ def test_processes_end_with_the_one_that_started_them(tmp_path):
     said = [process.stdout.readline() for _ in range(2)]
     assert "started\n" in said
     process.kill()
-    assert "the process that has started this one is gone" in end(process)[1]
+    output = end(process)[1]
+    assert "the process that has started this one is gone" in output
+    assert "then the same command" in output  # a predict has no --ckpt_path last
+
+
+def test_the_command_tells_its_processes_who_has_started_them(settings, tmp_path, monkeypatch):
+    monkeypatch.setenv(peers._STARTER, "of before")
+    assert cli.main(["fit", *arguments(settings, {"run": str(tmp_path / "run"), "kd.weight": 0.0})]) == 0
+    assert os.environ[peers._STARTER] == str(os.getpid())
+
+
+ENDS = """
+import os, sys
+from salt_lightning.run import peers
+peers.end_abandoned(7)  # nobody was abandoned
+peers._ABANDONED = True
+for end in (3, SystemExit(4), SystemExit(), SystemExit("said so"), ValueError("as raised")):
+    if not (child := os.fork()):
+        print("written")
+        if isinstance(end, ValueError):
+            sys.stdout = None  # as where it was closed before
+        peers.end_abandoned(end)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=sys.stderr, flush=True)
+"""
+
+
+def test_an_abandoning_process_ends_as_it_would_have():
+    command, env = [sys.executable, "-c", ENDS], {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60)
+    assert done.stderr.splitlines() == ["3", "4", "0", "said so", "1", "ValueError: as raised", "1"]
+    assert done.stdout.splitlines() == ["written"] * 4  # also what stood in a buffer
 
 
 def test_a_rank_that_nobody_joins_ends_at_the_time_out(settings, tmp_path):

@@ -85,16 +85,16 @@ def loss_of_others(rank: int, why: str, verb: str | None = None) -> str:
     )
 
 
-def limit_connecting(strategy: Any) -> None:
+def limit_connecting(strategy: Any, verb: str | None = None) -> None:
     """Ends the process where connecting takes longer than the strategy's time-out: torch tries again after it."""
     if (limit := getattr(strategy, "_timeout", None)) is not None:
-        strategy.setup_environment = partial(_connect, strategy, limit.total_seconds())
+        strategy.setup_environment = partial(_connect, strategy, limit.total_seconds(), verb)
 
 
-def _connect(strategy: Any, limit_s: float) -> None:
+def _connect(strategy: Any, limit_s: float, verb: str | None) -> None:
     def give_up() -> None:  # the main thread is within torch, where no exception reaches it
         why = f"no connection within the strategy's time-out of {limit_s:g} s"
-        print(loss_of_others(strategy.global_rank, why), file=sys.stderr, flush=True)
+        print(loss_of_others(strategy.global_rank, why, verb), file=sys.stderr, flush=True)
         os._exit(1)
 
     timer = threading.Timer(limit_s + _SLACK_S, give_up)
@@ -125,21 +125,22 @@ def _backend() -> str | None:
     return dist.get_backend() if dist.is_available() and dist.is_initialized() else None
 
 
-def end_with_starter() -> None:
+def end_with_starter(verb: str | None = None) -> None:
     """Lets a process that Lightning has started end with the one that did: over NCCL nothing else would tell of its
     death, and the rest would hold their GPUs until the time-out."""
     starter = os.getppid()
     if os.environ.get("LOCAL_RANK", "0") == "0":
         os.environ[_STARTER] = str(os.getpid())
     elif os.environ.get(_STARTER) == str(starter):
-        threading.Thread(target=_end_after, args=(starter,), daemon=True).start()
+        threading.Thread(target=_end_after, args=(starter, verb), daemon=True).start()
 
 
-def _end_after(starter: int) -> None:
+def _end_after(starter: int, verb: str | None) -> None:
     while os.getppid() == starter:
         time.sleep(1.0)
     time.sleep(_GRACE_S)
-    print(loss_of_others(rank(), "the process that has started this one is gone"), file=sys.stderr, flush=True)
+    why = "the process that has started this one is gone"
+    print(loss_of_others(rank(), why, verb), file=sys.stderr, flush=True)
     os._exit(1)
 
 
@@ -163,13 +164,15 @@ def end_abandoned(end: int | BaseException) -> None:
     """Where `abandon` was called, ends the process: with an exit code, or as what was raised would end it."""
     if not _ABANDONED:
         return
-    code = end if isinstance(end, int) else 1
-    if isinstance(end, SystemExit):
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    elif isinstance(end, BaseException):
-        sys.excepthook(type(end), end, end.__traceback__)
+    code = end.code if isinstance(end, SystemExit) else end
+    if isinstance(code, BaseException):
+        sys.excepthook(type(code), code, code.__traceback__)
+        code = 1
+    if not isinstance(code, int | None):  # a message, which Python prints at such an exit
+        print(code, file=sys.stderr)
+        code = 1
     atexit.unregister(_destroy_dist_connection)
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # at an ordinary end torch would abort the process group, which may wait as well
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it was closed before
+        stream.flush()
+    os._exit(code or 0)  # at an ordinary end torch would abort the process group, which may wait as well
