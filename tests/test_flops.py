@@ -63,9 +63,8 @@ def build(config, device="meta"):
     # eager attention: the counter has to see its two products on every device
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    if hasattr(config, "num_experts_per_tok") or hasattr(
-        config, "top_k_experts"
-    ):  # grouped products are not counted by torch
+    # grouped products are not counted by torch
+    if hasattr(config, "num_experts_per_tok") or hasattr(config, "top_k_experts"):
         model.set_experts_implementation("eager")
     return model
 

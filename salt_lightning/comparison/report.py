@@ -23,13 +23,8 @@ UNITS = ((1e21, "ZFLOP"), (1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e
 # Okabe and Ito's palette without black and yellow: told apart with any kind of colour vision.
 REFERENCE_COLOUR = "#444444"
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-STYLES: tuple[Any, ...] = (
-    "-",
-    ":",
-    "-.",
-    (0, (1, 3)),
-    (0, (5, 1, 1, 1, 1, 1)),
-)  # one after the other, where the colours are used up
+# one after the other, where the colours are used up
+STYLES: tuple[Any, ...] = ("-", ":", "-.", (0, (1, 3)), (0, (5, 1, 1, 1, 1, 1)))
 LEAVES, DASHES = "a teacher leaves", (0, (4, 3))
 COUNTS = re.compile(r"\w+/(tokens|examples)")  # as validate and test name them; a source may have such a name
 MOST_PARTS = 12  # columns of a table that still reads as text
