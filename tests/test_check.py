@@ -149,6 +149,16 @@ def test_the_parameters_and_flops_of_the_student(checked, settings):
     assert f"{3 * forward * 8 * 32:.3g} FLOPs a step" in of(found, "compute")[1]
 
 
+def test_biases_of_experts_are_told_among_what_does_not_decay(checked):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+             "head_dim": 8, "intermediate_size": 32, "num_local_experts": 4, "tie_word_embeddings": False}  # fmt: skip
+    alone = {"kd.weight": 0.0, "model.teacher.path": None, "kd.steps": None}
+    _, found = checked(**{**alone, "model.student.family": "gpt_oss", "model.student.config": sizes})
+    # q, k, v, o, router and two of the experts; their biases, sinks and two norms; embedding, head and the last norm
+    assert f"{2 * 7 + 2} matrices" in of(found, "student")[1]
+    assert f"{2 * (7 + 1 + 2) + 1} vectors do not" in of(found, "student")[1]
+
+
 def test_flops_that_are_not_known_are_a_note(checked, monkeypatch):
     monkeypatch.setattr(check.flops, "forward_flops_per_token", lambda *_: math.nan)
     _, found = checked()

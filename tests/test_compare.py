@@ -985,6 +985,13 @@ def test_a_method_has_its_colour_whichever_runs_are_beside_it(three):
     assert colours([baseline, rkd])["RKD"] == all_of_them["RKD"]
 
 
+def test_two_experiments_of_one_method_look_different(three, tmp_path):
+    write_run(tmp_path / "more", SALT, teacher="elsewhere/teacher", weight=0.9, kd_steps=60)
+    lines = report.figure(evaluate(load([*three, tmp_path / "more"]))).axes[0].lines
+    looks = {line.get_label(): (line.get_color(), line.get_linestyle()) for line in lines if "  " in line.get_label()}
+    assert len(set(looks.values())) == len(looks) == 4
+
+
 def test_shares_that_are_reached_close_together_cover_none_of_another(three, tmp_path):
     kd = {"teacher": "elsewhere/teacher", "weight": 0.5, "kd_steps": 60}
     for name, ce in (("ramp", 4.2), ("weak", 4.1), ("late", 4.0)):  # reached at 244, 228 and 200
