@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -103,7 +104,7 @@ def command(folder: Path, run: str, own: list[str]) -> list[str]:
 
 
 def execute(folder: Path, run: str, own: list[str], nodes: int = 1, processes: int = 1) -> str | None:
-    """One run, by Lightning's launcher, or by torchrun as so many nodes. Returns the last lines of a failure."""
+    """One run, by Lightning's launcher, or by torchrun as so many nodes. Returns what a failure says."""
     args = [a.replace("FOLDER", str(folder)) for a in command(folder, run, own)]
     paths = filter(None, (str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH")))
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
@@ -128,7 +129,14 @@ def execute(folder: Path, run: str, own: list[str], nodes: int = 1, processes: i
                 os.killpg(process.pid, signal.SIGKILL)
     if late:
         outputs = [process.communicate()[0] for process in started]
-    return late + "\n".join(outputs)[-1500:] if any(p.returncode for p in started) else None
+    return late + "\n".join(map(reason, outputs)) if any(p.returncode for p in started) else None
+
+
+def reason(output: str) -> str:
+    """The end of what failed, and its errors: torchrun writes a traceback of its own behind them."""
+    named = re.compile(r"(\[rank\d+\]: )?(error: |[\w.]+(Error|Exception): )")
+    told = [line for line in output.splitlines() if named.match(line)]
+    return "\n".join([*told[:5], output[-1500:]])
 
 
 def logged(run: Path) -> dict[str, dict[int, float]]:

@@ -122,6 +122,15 @@ def test_strategies_are_compared():
     assert [float(difference) for difference in row.split("|")] == [0, 0, 0, 0]
 
 
+def test_what_stopped_a_node_is_not_lost_behind_torchruns_traceback(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    reason = importlib.import_module("parallel").reason
+    own = "[rank0]:   File cli.py\n[rank0]: RuntimeError: the mesh is torn\nerror: --data.source: none\n"
+    said = reason(own + "Traceback of torchrun\n" * 200)
+    assert said.startswith("[rank0]: RuntimeError: the mesh is torn\nerror: --data.source: none\n")
+    assert len(said) < 1700
+
+
 def test_data_path():
     out = run("data_path.py")
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines() if line[:2] == "| "]
