@@ -415,6 +415,7 @@ def speed(num_rows: int, sizes: tuple[int, int, int], rounds: int) -> Iterator[s
     for tiling in TILINGS:
         calls[str(tiling)] = lambda tiling=tiling: product(hidden_ND[part], head_VD, labels_N[part], 1.0, tiling)
     flops = 2 * len(hidden_ND[part]) * head_VD.numel()
+    yield f"\nStudent width, teacher width, vocabulary {sizes}; {num_rows} rows, products of {len(hidden_ND[part])}\n"
     yield "| the student's product | ms | TFLOP/s | GiB |\n|---|---:|---:|---:|"
     peaks: dict[str, float] = {}
     yield from head_loss.first_calls(calls, peaks, True)
@@ -446,6 +447,7 @@ def main() -> None:
     if args.errors:
         print("\n".join(format_table()))
         return
+    print(f"{'CPU' if args.tiny else torch.cuda.get_device_name()}, {head_loss.versions()}\n")
     print("| teacher | loss | d hidden | d head | sums | larger gradient error / naive fp32 logits |")
     print("|---|---:|---:|---:|---:|---:|")
     tables = [check("cpu", 40, (64, 48, 500), Tiling(16, 64, 32, 2, 4, 1))]
