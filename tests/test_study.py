@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -264,6 +265,17 @@ def test_finished_cells_are_skipped_and_a_killed_one_goes_on(tiny, first_start):
     )
     after = records(tiny)["high-lr-salt-s0"]
     assert after["val/ce"] == before["high-lr-salt-s0"]["val/ce"]  # bit for bit on a CPU
+
+
+def test_a_cell_that_the_time_stops_is_no_failure(tmp_path, monkeypatch, capsys):
+    """`study.py run --minutes 9` again and again: each start but the last ends in the middle of a cell."""
+    study = queue(tmp_path)
+    monkeypatch.setattr(study, "_in_child", lambda cell, deadline: time.sleep(0.1))  # None, as of a killed one
+    monkeypatch.setattr(study, "minutes", lambda cell: 0.0005)
+    assert study.run(0.001, "") == 0
+    assert capsys.readouterr().out.count("is out of time") == 1
+    monkeypatch.setattr(study, "_in_child", lambda cell, deadline: None)
+    assert study.run(1, "^baseline-lr0.001-s0") == 1
 
 
 def test_the_report(tiny, first_start):
