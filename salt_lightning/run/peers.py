@@ -165,14 +165,15 @@ def end_abandoned(end: int | BaseException) -> None:
     if not _ABANDONED:
         return
     code = end.code if isinstance(end, SystemExit) else end
-    if isinstance(code, BaseException):
-        sys.excepthook(type(code), code, code.__traceback__)
-        code = 1
-    if not isinstance(code, int | None):  # a message, which Python prints at such an exit
-        print(code, file=sys.stderr)
-        code = 1
-    atexit.unregister(_destroy_dist_connection)
-    atexit._run_exitfuncs()
-    for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it was closed before
-        stream.flush()
-    os._exit(code or 0)  # at an ordinary end torch would abort the process group, which may wait as well
+    number = (code or 0) if isinstance(code, int | None) else 1
+    try:
+        if isinstance(code, BaseException):
+            sys.excepthook(type(code), code, code.__traceback__)
+        elif not isinstance(code, int | None):  # a message, which Python prints at such an exit
+            print(code, file=sys.stderr)
+        atexit.unregister(_destroy_dist_connection)
+        atexit._run_exitfuncs()
+        for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it was closed before
+            stream.flush()
+    finally:  # a full or broken stream keeps nothing either
+        os._exit(number)  # at an ordinary end torch would abort the process group, which may wait as well
