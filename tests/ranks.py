@@ -131,8 +131,11 @@ def launch(jobs: list[dict[str, Any]], folder: Path, world: int = 2, timeout_s: 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    force_fsdp1()
+    is_forced = False  # not before it is asked for
     for job in json.loads(Path(sys.argv[1]).read_text()):
+        if not is_forced and any("fsdp1.yaml" in argument for argument in job["args"]):
+            is_forced = True
+            force_fsdp1()
         callbacks = [Spy(Path(job["spy"]))] if "spy" in job else [Spoil(*job["spoil"])] if "spoil" in job else []
         code = run(job["args"] + job.get(f"args of {os.environ['LOCAL_RANK']}", []), *callbacks)
         expected = job.get("code", 0)
