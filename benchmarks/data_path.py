@@ -96,9 +96,9 @@ def rival(work: Path, workers: int) -> dict[str, float]:
     return {"s": seconds, "tokens": blocks.num_rows * BLOCK}
 
 
-def in_a_process(name: str, work: Path, workers: int) -> dict[str, float]:
-    """Its figures, with the peak memory of the process and of the largest that it started, bytes."""
-    command = [sys.executable, __file__, "--do", name, str(work), str(workers)]
+def in_a_process(script: str, *words: object) -> Any:
+    """What a script prints last in a process of its own, by `--do WORDS`."""
+    command = [sys.executable, script, "--do", *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.stderr.write(done.stderr)
@@ -113,7 +113,7 @@ def prepare(work: Path, size: int, cores: list[int], rounds: int) -> None:
         found: dict[str, list[dict[str, float]]] = {"ours": [], "run_clm.py's way": []}
         for _ in range(rounds):
             for name, way in zip(found, ("ours", "rival"), strict=True):
-                found[name].append(in_a_process(way, work, workers))
+                found[name].append(in_a_process(__file__, way, work, workers))
         for name, runs in found.items():
             rates = sorted(size / 1e6 / each["s"] for each in runs)
             middle, (first, *_) = statistics.median(rates), runs

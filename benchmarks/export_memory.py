@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import transformers
+from data_path import in_a_process
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -109,11 +110,7 @@ def main() -> None:
             checkpoint = train(work, kind, args.tiny)
             for way in ("ours", "ours, to bf16", "rival"):
                 target = work / "exported"
-                command = [sys.executable, __file__, "--do", way, str(checkpoint), str(target)]
-                done = subprocess.run(command, capture_output=True, text=True)
-                if done.returncode:
-                    raise SystemExit(done.stderr[-2000:])
-                peak, seconds = json.loads(done.stdout.splitlines()[-1])
+                peak, seconds = in_a_process(__file__, way, checkpoint, target)
                 size = sum(file.stat().st_size for file in target.glob("*.safetensors"))
                 name = theirs if way == "rival" else way
                 print(f"| {kind} | {name} | {size / 1e6:.0f} | {peak / 1e6:.0f} | {seconds:.1f} |", flush=True)

@@ -263,13 +263,16 @@ class Check:
         plain = flops.student_flops(per_token[0], tokens)
         extra = per_token[1] * tokens
         known = not math.isnan(plain + extra)
-        said = f"{plain:.3g} FLOPs a step" if known else "FLOPs unknown for such layers: log and compare go without"
-        if extra and known:
-            said += f", {plain + extra:.3g} with the teacher (+{extra / plain:.0%})"
-        said += f"; the run {plain * steps + extra * taught:.3g}" if known else ""
-        peak = flops.peak_of(self.trainer.strategy.root_device, self.module.compute_dtype, self.trainer.world_size)
-        if peak and known:
-            said += f"; by the card's data sheet at most {peak / (plain / tokens):,.0f} tokens/s without a teacher"
+        said = "FLOPs unknown for such layers: log and compare go without"
+        if known:
+            said = f"{plain:.3g} FLOPs a step"
+            if extra:
+                said += f", {plain + extra:.3g} with the teacher (+{extra / plain:.0%})"
+            said += f"; the run {plain * steps + extra * taught:.3g}"
+            device, world = self.trainer.strategy.root_device, self.trainer.world_size
+            if peak := flops.peak_of(device, self.module.compute_dtype, world):
+                most = peak / (plain / tokens)
+                said += f"; by the card's data sheet at most {most:,.0f} tokens/s without a teacher"
         if teacher is not None:
             said += f"; teacher: {_count(teacher) / 1e6:.1f}M parameters, frozen"
         self.add("ok" if known else "note", "compute", said)

@@ -84,6 +84,16 @@ def run(args: list[str]) -> int:
         return stop.code
 
 
+def built(*args: str):
+    """The command with its trainer, model and data, of which nothing has run."""
+    from salt_lightning import cli
+
+    return cli.SALTCLI(
+        cli.SALTModule, cli.SALTDataModule, run=False, parser_class=cli.Parser, trainer_defaults=cli.TRAINER_DEFAULTS,
+        seed_everything_default=0, auto_configure_optimizers=False, save_config_callback=None, args=list(args),
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
     return write_corpus(tmp_path_factory.mktemp("corpus") / "text.jsonl")

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import built
 
-from salt_lightning import cli, models
+from salt_lightning import models
 
 ROOT = Path(__file__).parents[1]
 
@@ -71,11 +72,7 @@ def test_the_sizes_for_a_gpu_are_what_they_are_called(name, tmp_path, monkeypatc
         "run": tmp_path,
         "trainer.max_steps": step.PAIRS[name].steps * step.BLOCKS,
     }
-    command = cli.SALTCLI(
-        cli.SALTModule, cli.SALTDataModule, run=False, parser_class=cli.Parser, trainer_defaults=cli.TRAINER_DEFAULTS,
-        seed_everything_default=0, auto_configure_optimizers=False, save_config_callback=None,
-        args=[f"--{key}={value}" for key, value in settings.items()],
-    )  # fmt: skip
+    command = built(*(f"--{key}={value}" for key, value in settings.items()))
     command.model.optim_spec.check(command.trainer.max_steps)
     command.datamodule.tokenizer_name = "train"
     student = models.build_empty(command.model.student_spec, command.datamodule)

@@ -19,7 +19,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
-from conftest import arguments, one_line, run, scalars, write_corpus
+from conftest import arguments, built, one_line, run, scalars, write_corpus
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -88,19 +88,15 @@ def test_every_config_parses_and_builds(path, tmp_path, monkeypatch):
     below = BASES.get(path.name) or BASES.get(path.parent.name)
     base = [f"--config={ROOT / 'configs' / below}"] if below else []
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    built = cli.SALTCLI(
-        cli.SALTModule, cli.SALTDataModule, run=False, parser_class=cli.Parser, trainer_defaults=cli.TRAINER_DEFAULTS,
-        seed_everything_default=0, auto_configure_optimizers=False, save_config_callback=None,
-        args=[*base, f"--config={path}", "--trainer.accelerator=cpu", f"--run={tmp_path}"],
-    )  # fmt: skip
+    command = built(*base, f"--config={path}", "--trainer.accelerator=cpu", f"--run={tmp_path}")
     if path.name == "score.yaml":  # for predict
-        assert built.model.has_teacher
+        assert command.model.has_teacher
         return
-    built.model.optim_spec.check(built.trainer.max_steps)
-    schedule = next(c.schedule for c in built.trainer.callbacks if isinstance(c, cli.KDScheduleCallback))
-    assert (schedule.weight > 0) == built.model.has_teacher
-    assert built.trainer.max_steps % built.trainer.val_check_interval == 0  # the last step is validated
-    assert (schedule.steps or 0) < built.trainer.max_steps
+    command.model.optim_spec.check(command.trainer.max_steps)
+    schedule = next(c.schedule for c in command.trainer.callbacks if isinstance(c, cli.KDScheduleCallback))
+    assert (schedule.weight > 0) == command.model.has_teacher
+    assert command.trainer.max_steps % command.trainer.val_check_interval == 0  # the last step is validated
+    assert (schedule.steps or 0) < command.trainer.max_steps
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/**/*.yaml")), ids=lambda path: path.name)
@@ -334,11 +330,7 @@ def test_files_of_a_folder_that_are_left_out_are_named(settings, tmp_path, caplo
 
 
 def build(*args):
-    return cli.SALTCLI(
-        cli.SALTModule, cli.SALTDataModule, run=False, parser_class=cli.Parser, trainer_defaults=cli.TRAINER_DEFAULTS,
-        seed_everything_default=0, auto_configure_optimizers=False, save_config_callback=None,
-        args=[f"--config={ROOT / 'configs/baseline.yaml'}", "--trainer.accelerator=cpu", *args],
-    )  # fmt: skip
+    return built(f"--config={ROOT / 'configs/baseline.yaml'}", "--trainer.accelerator=cpu", *args)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from conftest import arguments, write_corpus
+from conftest import arguments, built, write_corpus
 
 from salt_lightning import cli
 
@@ -52,11 +52,7 @@ def test_commands_for_a_gpu_parse_and_build(command, tmp_path, monkeypatch):
     verb, *args = shlex.split(command)[2:]
     assert verb in ("fit", "check", "validate", "test", "predict")
     args = [a for a in args if a not in ("--ckpt_path", "last")]
-    cli.SALTCLI(
-        cli.SALTModule, cli.SALTDataModule, run=False, parser_class=cli.Parser, trainer_defaults=cli.TRAINER_DEFAULTS,
-        seed_everything_default=0, auto_configure_optimizers=False, save_config_callback=None,
-        args=[*args, "--trainer.accelerator=cpu", f"--run={tmp_path}"],
-    )  # fmt: skip
+    built(*args, "--trainer.accelerator=cpu", f"--run={tmp_path}")
 
 
 def test_the_shorter_try_is_consistent(teacher, tmp_path, monkeypatch, capsys):
