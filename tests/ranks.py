@@ -21,16 +21,18 @@ from salt_lightning import cli
 
 
 class Spy(Callback):
-    """Gradients of every optimizer step, labels of every micro-batch, and whether the teacher really goes."""
+    """Gradients of every optimizer step, rows and labels of every micro-batch, and whether the teacher really goes."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.gradients: list[dict[str, torch.Tensor]] = []
+        self.rows: list[list[int]] = []
         self.labels: list[int] = []
         self.teacher: list[Any] = []
         self.teacher_bytes, self.teacher_has_left = 0, False
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.rows.append(batch["rows"].tolist())
         self.labels.append(int((batch["labels"] != -100).sum()))
         if pl_module.teacher is not None and not self.teacher:
             teacher = pl_module.teacher
@@ -50,8 +52,8 @@ class Spy(Callback):
             self.teacher, self.teacher_has_left = [], True
 
     def on_train_end(self, trainer, pl_module):
-        seen = {"gradients": self.gradients, "labels": self.labels, "teacher_has_left": self.teacher_has_left,
-                "teacher_bytes": self.teacher_bytes}  # fmt: skip
+        seen = {"gradients": self.gradients, "rows": self.rows, "labels": self.labels,
+                "teacher_has_left": self.teacher_has_left, "teacher_bytes": self.teacher_bytes}  # fmt: skip
         torch.save(seen, f"{self.path}.{trainer.global_rank}")
 
 

@@ -577,34 +577,6 @@ def test_one_pass_over_all_rows_is_one_epoch_of_data(make, tmp_path):
     assert flat[:num_rows] != flat[num_rows : 2 * num_rows]
 
 
-def test_two_ranks_share_the_rows_of_a_step(make, tmp_path):
-    data = make(micro_batch_size=2)
-    data.prepare_data()
-    # use_distributed_sampler is left on: Lightning does not touch these loaders
-    run = trainer(
-        tmp_path,
-        devices=2,
-        strategy="ddp_fork",
-        callbacks=[Record(tmp_path)],
-        max_steps=3,
-        val_check_interval=3,
-    )
-    run.fit(Toy(), datamodule=data)
-    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
-    data.setup("predict")
-    for step, rows in expected_rows(data, range(3)).items():
-        parts = [[rank[str(step)][m * 2 : m * 2 + 2] for m in range(2)] for rank in ranks]
-        assert [*parts[0][0], *parts[1][0], *parts[0][1], *parts[1][1]] == rows
-
-
-class Record(Callback):
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def on_train_end(self, trainer, toy):
-        (self.folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(toy.rows))
-
-
 def test_the_other_verbs(make, tmp_path):
     data, run, toy = make(), trainer(tmp_path), Toy()
     run.validate(toy, datamodule=data, verbose=False)

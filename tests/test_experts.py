@@ -1,13 +1,11 @@
 """Layers of experts: autocast reaches them, nothing else changes, and their memory can be told without data."""
 
 import copy
-from pathlib import Path
 
 import pytest
-import ranks
 import torch
 import transformers
-from conftest import arguments, scalars
+from conftest import arguments
 from lightning.pytorch.callbacks import Callback
 from transformers import AutoModelForCausalLM
 from transformers.integrations import moe
@@ -15,7 +13,6 @@ from transformers.integrations import moe
 from salt_lightning import cli
 from salt_lightning.hugging_face.experts import follow_autocast
 from salt_lightning.models import read_checkpoint
-from salt_lightning.storage import shards
 
 SIZES = {
     "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -136,25 +133,3 @@ def test_what_a_family_freezes_is_not_trained(fit_with, tmp_path, capsys):
     out = " ".join(capsys.readouterr().out.split())
     assert "all but 4 of 0.0M parameters train" in out
     assert "iB at its peak with 8 rows a micro-batch" in out
-
-
-def test_under_fsdp2_experts_that_do_not_divide_are_split_inside(settings, fit_with, tmp_path):
-    """Three over two devices: by the first dimension one of them would hold twice as much as the other."""
-    config = {key: value for key, value in SIZES.items() if key not in ("vocab_size", "num_local_experts")}
-    own = {"model.student.family": "qwen3_moe", "model.student.config": {**config, "num_experts": 3},
-           "kd.weight": 0.0, "checkpoint.at_steps": [6], "data.micro_batch_size": 4}  # fmt: skip
-    assert fit_with(tmp_path / "one", **own) == 0
-    fsdp = {"config": str(Path(__file__).parents[1] / "configs/fsdp.yaml"), "trainer.devices": 2}
-    job = {**own, **fsdp, "run": str(tmp_path / "two"), "trainer.precision": "32-true"}
-    ranks.launch([{"args": ["fit", *arguments(settings, job)]}], tmp_path)
-    saved = tmp_path / "two/checkpoints/step-00000006.ckpt"
-    found = shards.table_of(saved).state_dict_metadata
-    pieces = {
-        name: [chunk.sizes.numel() for chunk in info.chunks] for name, info in found.items() if "experts." in name
-    }
-    whole = [sizes for name, sizes in pieces.items() if not name.endswith(".step")]
-    assert len(whole) == 3 * 4  # weights and AdamW's two states, of two layers
-    assert all(len(sizes) == 2 and sizes[0] == sizes[1] for sizes in whole)
-    assert fit_with(tmp_path / "on", **own, ckpt_path=str(saved)) == 0
-    losses = [scalars(tmp_path / name)["val/ce"][12] for name in ("one", "two", "on")]
-    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)  # sums of gradients in another order

@@ -1,11 +1,9 @@
 """TokenMetrics against plain Python, merged over shards, and reduced over two real processes."""
 
 import math
-import socket
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -162,28 +160,6 @@ def test_update_never_reads_on_the_host():
     metric.update(*(torch.zeros(4, dtype=d, device="meta") for d in (torch.bfloat16, *[torch.int64] * 3)))
     with pytest.raises(RuntimeError):
         metric.nll_sum_S.sum().item()
-
-
-SHARDS = [[(1.5, 0, 0, 3), (2.5, 1, 1, 2), (0.0, -1, 0, 0)], [(4.0, 0, 1, 5)]]
-
-
-def _rank(rank, port, queue):
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
-    metric = TokenMetrics(SOURCES)
-    update(metric, SHARDS[rank])
-    queue.put(values(metric))
-    torch.distributed.destroy_process_group()
-
-
-def test_two_processes_agree_on_the_whole():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = mp.get_context("spawn")
-    queue = context.SimpleQueue()
-    mp.spawn(_rank, args=(port, queue), nprocs=2)
-    for got in (queue.get(), queue.get()):
-        assert got == pytest.approx(reference(SHARDS[0] + SHARDS[1]), rel=1e-6)
 
 
 def test_labels_of_one_source_with_known_bytes():

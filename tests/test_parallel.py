@@ -36,6 +36,9 @@ STEPS, SAVED = 20, 5
 UNTIED = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
           "tie_word_embeddings": False}  # fmt: skip
 SAVED_NAME = f"checkpoints/step-{SAVED:08d}.ckpt"
+EXPERTS = {"kd.weight": 0.0, "checkpoint.at_steps": [6], "data.micro_batch_size": 4,
+           "model.student.family": "qwen3_moe", "model.student.config": {
+               **UNTIED, "num_experts": 3, "num_experts_per_tok": 2, "num_key_value_heads": 4}}  # fmt: skip
 VARIANTS = {  # name -> its own settings; names with "untied" are compared with the untied run of one device
     "ddp": DDP,
     "fsdp": FSDP2,
@@ -109,6 +112,7 @@ def runs(salt, settings, teacher, tmp_path_factory) -> Path:
                 "code": 2,
             }
         ]
+        + [{"args": ["fit", *arguments(settings, EXPERTS, FSDP2, {"run": str(folder / "experts")})]}]
         + [{"args": ["fit", *arguments(salt, DDP, {"run": str(folder / "bad")})], "spoil": [1, 5], "code": 1}],
         folder,
     )
@@ -148,7 +152,7 @@ def test_the_same_losses_in_both_phases(runs, name):
     assert min(theirs["train/grad_norm"].values()) < 0.4 < max(theirs["train/grad_norm"].values())  # clipping bites
     for tag in ("loss", "ce", "kd", "grad_norm", "kl", "gap"):
         assert ours[f"train/{tag}"] == pytest.approx(theirs[f"train/{tag}"], abs=SAME_LOSS, rel=0), tag
-    for tag in ("val/ce", "val/ce/easy", "val/ce/medium", "val/ce/hard"):
+    for tag in ("val/ce", "val/ce/easy", "val/ce/medium", "val/ce/hard", "val/bits_per_byte", "val/accuracy"):
         assert ours[tag] == pytest.approx(theirs[tag], abs=SAME_LOSS, rel=0), tag
     assert ours["train/flops_teacher_total"] == theirs["train/flops_teacher_total"]
 
@@ -196,6 +200,13 @@ def test_a_rank_with_other_settings_is_named_before_the_first_step(runs):
         "--data.seed 1 (process 0: 0), --kd.steps 15 (process 0: 16); start all with the same command and version, and "
         "let them see the same files"
     ]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_ranks_share_the_rows_of_a_step(runs, name):
+    """Micro-batch by micro-batch what one device reads."""
+    by_rank = [spied(runs, name, rank)["rows"] for rank in (0, 1)]
+    assert [rows for pair in zip(*by_rank, strict=True) for rows in pair] == spied(runs, one_of(name))["rows"]
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -315,6 +326,22 @@ def test_another_model_is_refused_by_its_first_weights():
         parallel.check_same_model(ours, saved, "x.ckpt holds another student")
 
 
+def test_under_fsdp2_experts_that_do_not_divide_are_split_inside(settings, runs, fit_with):
+    """Three over two devices: by the first dimension one of them would hold twice as much as the other."""
+    saved = runs / "experts/checkpoints/step-00000006.ckpt"
+    found = shards.table_of(saved).state_dict_metadata
+    pieces = {
+        name: [chunk.sizes.numel() for chunk in info.chunks] for name, info in found.items() if "experts." in name
+    }
+    whole = [sizes for name, sizes in pieces.items() if not name.endswith(".step")]
+    assert len(whole) == 3 * 4  # weights and AdamW's two states, of two layers
+    assert all(len(sizes) == 2 and sizes[0] == sizes[1] for sizes in whole)
+    assert fit_with(runs / "experts of one", **EXPERTS) == 0
+    assert fit_with(runs / "experts on", **EXPERTS, ckpt_path=str(saved)) == 0
+    losses = [scalars(runs / name)["val/ce"][12] for name in ("experts of one", "experts", "experts on")]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)  # sums of gradients in another order
+
+
 # ------------------------------------------------------------ the command as typed
 
 
@@ -354,8 +381,9 @@ def end(process: subprocess.Popen) -> tuple[int, str]:
 
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(settings, tmp_path):
+    """In a job with one pod: both inherit its RANK, and would take themselves for the first."""
     own = {**ENDLESS, "run": str(tmp_path / "run")}
-    process = start(settings, own)
+    process = start(settings, own, **ALONE)
     child = child_of(process, tmp_path / "run")
     os.kill(child, signal.SIGTERM)
     code, output = end(process)
@@ -606,15 +634,6 @@ def test_the_variables_of_an_operator_that_lightning_does_not_read_are_refused(c
     said = f"RANK {variables['RANK']} and WORLD_SIZE {size} are set, .* but this would be process {place}: start it by"
     with pytest.raises(ConfigError, match=f"^{said} torchrun, or with NODE_RANK=.* --trainer.num_nodes {size}; unset"):
         parallel.check(trainer)
-
-
-def test_lightning_starts_the_processes_of_a_job_with_one_pod(settings, tmp_path):
-    """They inherit its RANK, and all took themselves for the first."""
-    args = arguments(settings, {"run": str(tmp_path / "run"), "kd.weight": 0.0, "data.micro_batch_size": 4}, DDP)
-    command = [sys.executable, str(ROOT / "cli.py"), "fit", *args]
-    done = subprocess.run(command, env={**os.environ, **ALONE}, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    assert "done: step 12" in done.stdout
 
 
 def test_other_strategies_are_refused_by_name(monkeypatch):
