@@ -225,7 +225,6 @@ NONSENSE = {  # what stands in a checkpoint -> what is said of it
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*[Ss]parse:UserWarning")  # torch 2.11's, of any such tensor
 @pytest.mark.parametrize("what", NONSENSE)
 def test_plain_data_of_other_kinds_is_one_line(what, teacher, tmp_path, capsys):
     content, said = NONSENSE[what]

@@ -42,7 +42,8 @@ def _changed(path: Path, where: str = "", part: Any = None, entries: slice = sli
     """The first of an archive's entries whose bytes are others than were written. `part`: its place in the file."""
     try:
         with (
-            _Part(path, part.offset, part.length) if part else open(path, "rb") as file,
+            open(path, "rb") as whole,
+            _Part(whole, part.offset, part.length) if part else whole as file,
             zipfile.ZipFile(file) as files,
         ):
             shards.require_stored(file)
@@ -64,8 +65,8 @@ def _changed(path: Path, where: str = "", part: Any = None, entries: slice = sli
 class _Part(io.RawIOBase):
     """A part of a file as a file of its own, none of it in memory: a piece has gigabytes."""
 
-    def __init__(self, path: Path, start: int, length: int) -> None:
-        self._file = open(path, "rb")  # noqa: SIM115  closed by close()
+    def __init__(self, file: io.BufferedReader, start: int, length: int) -> None:
+        self._file = file
         self._start, self._length, self._at = start, length, 0
 
     def readable(self) -> bool:
@@ -87,7 +88,3 @@ class _Part(io.RawIOBase):
         count = self._file.readinto(memoryview(buffer)[:left])
         self._at += count
         return count
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
