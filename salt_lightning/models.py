@@ -23,7 +23,15 @@ from salt_lightning.errors import ConfigError, few
 from salt_lightning.hugging_face import folders
 from salt_lightning.hugging_face.attention import PACKED, Apart, document_mask, layer_kinds, limited_distance
 from salt_lightning.hugging_face.experts import follow_autocast
-from salt_lightning.hugging_face.spec import DTYPES, ModelSpec, as_config_error, fresh_config, padded_vocab, wrong_sizes
+from salt_lightning.hugging_face.spec import (
+    DTYPES,
+    ModelSpec,
+    as_config_error,
+    fresh_config,
+    padded_vocab,
+    uneven_heads,
+    wrong_sizes,
+)
 from salt_lightning.storage import damage, shards
 
 # Without a word on it transformers asks at the terminal where a config names code.
@@ -157,7 +165,8 @@ class CausalLM(nn.Module):
         Raises:
             ConfigError: naming what this family does that we cannot honour.
         """
-        with as_config_error(f"--model.{self.name}: {type(self.model).__name__} cannot be run with its settings"):
+        said = f"{type(self.model).__name__} cannot be run with its settings{uneven_heads(self.model.config)}"
+        with as_config_error(f"--model.{self.name}: {said}"):
             return self._check()
 
     def _check(self) -> float:

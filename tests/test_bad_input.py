@@ -336,7 +336,8 @@ ERRORS = {
     ),
     "shapes that do not match": (
         {"model.student.config": {**NARROW, "num_key_value_heads": 3}},
-        r"--model.student: LlamaForCausalLM cannot be run with its settings: RuntimeError: The size of tensor a \(4\)",
+        r"--model.student: LlamaForCausalLM cannot be run with its settings \(num_key_value_heads 3 does not divide "
+        r"num_attention_heads 4\): RuntimeError: The size of tensor a \(4\)",
     ),
     "sizes below one, before any text is read": (
         {

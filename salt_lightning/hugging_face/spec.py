@@ -110,6 +110,15 @@ def wrong_sizes(settings: dict[str, Any], known: PreTrainedConfig) -> dict[str, 
     return {name: size for name, size in sizes.items() if not (isinstance(size, int) and size >= 1)}
 
 
+def uneven_heads(config: PreTrainedConfig) -> str:
+    """For the error of a model that does not run: some families bring a number of key heads, qwen3_moe 4."""
+    text = config.get_text_config()
+    heads, of_keys = (getattr(text, f"num_{kind}_heads", None) for kind in ("attention", "key_value"))
+    if not (isinstance(heads, int) and isinstance(of_keys, int) and of_keys) or heads % of_keys == 0:
+        return ""
+    return f" (num_key_value_heads {of_keys} does not divide num_attention_heads {heads})"
+
+
 def unnamed_sizes(spec: ModelSpec, config: PreTrainedConfig) -> str:
     """What makes a fresh model large and was not given: a later --model.student.config replaces a former one whole."""
     if spec.path is not None:
