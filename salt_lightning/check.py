@@ -240,9 +240,11 @@ class Check:
         trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
         matrices = [p for name, p in trained.items() if optim.decays(name, p.ndim)]
         frozen = _count(student) - sum(p.numel() for p in trained.values())
+        active = flops.active_parameters(student.model)  # as people name such models: 30B with 3B active
+        met = f" ({active / 1e6:.1f}M for each token)" if active < _count(student) else ""
         said = (
             f"{type(student.model).__name__}, all {f'but {frozen} of ' if frozen else ''}{_count(student) / 1e6:.1f}M "
-            f"parameters train; {len(matrices)} matrices ({sum(p.numel() for p in matrices) / 1e6:.1f}M) decay by "
+            f"parameters{met} train; {len(matrices)} matrices ({sum(p.numel() for p in matrices) / 1e6:.1f}M) decay by "
             f"{self.module.optim_spec.weight_decay:g}, {len(trained) - len(matrices)} vectors do not; "
         )
         blocks = isinstance(self.trainer.strategy, parallel.FSDP2 | parallel.FSDPStrategy)

@@ -47,14 +47,27 @@ def forward_flops_per_token(model: nn.Module, block_size: int) -> float:
             weights += module.weight.numel()
         if isinstance(module, (nn.Linear, Conv1D, nn.Embedding)):
             counted.add(id(module.weight))
-        elif hasattr(module, "num_experts"):
-            of_experts = [p for p in module.parameters(recurse=False) if p.ndim > 1 and len(p) == module.num_experts]
+        else:
+            of_experts = _of_experts(module)
             counted.update(map(id, of_experts))
             weights += sum(_active(module, model.config, p) for p in of_experts)
     # one row alone is a vector, as ernie's bias of a router
     if any(sum(size > 1 for size in p.shape) > 1 and id(p) not in counted for p in model.parameters()):
         return math.nan
     return 2.0 * weights + _attention_flops_per_token(model.config, block_size)
+
+
+def active_parameters(model: nn.Module) -> float:
+    """Parameters that one token meets: of a layer's experts those that it is sent to. NaN where that is not known."""
+    pairs = [(module, p) for module in model.modules() for p in _of_experts(module) if p.ndim > 2]
+    idle = sum(p.numel() - _active(module, model.config, p) for module, p in pairs)
+    return sum(p.numel() for p in model.parameters()) - idle
+
+
+def _of_experts(module: nn.Module) -> list[nn.Parameter]:
+    """Its own weights that have a row for each expert."""
+    own = module.parameters(recurse=False) if hasattr(module, "num_experts") else ()
+    return [p for p in own if p.ndim > 1 and len(p) == module.num_experts]
 
 
 def _active(module: nn.Module, config: object, parameter: nn.Parameter) -> float:

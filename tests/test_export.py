@@ -83,12 +83,22 @@ def test_experts_are_stored_one_by_one_as_the_hub_has_them(tmp_path):
 @pytest.mark.parametrize(("family", "name"), [("qwen3_moe", "num_experts"), ("deepseek_v3", "n_routed_experts"),
                                               ("gpt_oss", "num_local_experts")])  # fmt: skip
 def test_the_card_says_how_many_experts_there_are(tmp_path, family, name):
-    sizes = {**FAMILIES["llama"], name: 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}
+    sizes = {
+        **FAMILIES["llama"],
+        name: 4,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+    }
     own = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes))
     export(save(own, tmp_path / "x.ckpt"), tmp_path / "out")
     said = (tmp_path / "out/README.md").read_text()
     assert ", num_experts 4, num_experts_per_tok 2, " in said
     assert ("moe_intermediate_size" in said) == (family != "gpt_oss")
+    rest = sum(p.numel() for name, p in own.named_parameters() if p.ndim < 3 or ".experts." not in name)
+    all_of_them = sum(p.numel() for name, p in own.named_parameters() if p.ndim == 3 and ".experts." in name)
+    assert f" parameters, {rest + all_of_them // 2:,} for each token\n" in said
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from transformers.utils import cached_file
 from salt_lightning.comparison import lineage, report
 from salt_lightning.errors import printable
 from salt_lightning.fit.meter import Totals
+from salt_lightning.flops import active_parameters
 from salt_lightning.run.runlog import Run, changes_said
 from salt_lightning.schedule import KDSchedule, Shape, trained_schedule
 
@@ -106,8 +107,10 @@ def _student(model: PreTrainedModel, run: Run) -> dict[str, str]:
     sizes = {size: getattr(config, size, None) for size in _SIZES}
     others = (getattr(config, name, None) for name in ("num_local_experts", "n_routed_experts"))
     sizes["num_experts"] = sizes["num_experts"] or next(filter(None, others), None)
+    count, active = sum(p.numel() for p in model.parameters()), active_parameters(model)
     return {
-        "student": f"{config.model_type}, {sum(p.numel() for p in model.parameters()):,} parameters",
+        "student": f"{config.model_type}, {count:,} parameters"
+        + (f", {active:,.0f} for each token" * (active < count)),
         "sizes": ", ".join(f"{size} {value}" for size, value in sizes.items() if value is not None),
         "started from": run.config.get("model.student.path") or "",
         "weights": str(config.dtype).removeprefix("torch."),
