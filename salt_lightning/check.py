@@ -7,7 +7,7 @@ is written into the run's folder.
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -372,18 +372,21 @@ def _usable(total: int) -> int:
     return int((total - _OUTSIDE_BYTES) * (1 - _GAPS))
 
 
-def report(check: Check, wrong: Iterable[str], instead: Mapping[str, Any]) -> int:
+def besides(instead: Iterable[str], module: SALTModule, data: SALTDataModule, trainer: pl.Trainer) -> list[str]:
+    """What is wrong besides settings that a class refused and that others stand `instead` of."""
+    looks = without_text(module, trainer, None, next(iter(kd_callbacks(trainer))).schedule.weight > 0)
+    found = raised([*looks, partial(data._corpus, "source")])
+    return [said for said in found if not any(f"--{name}" in said for name in instead)]
+
+
+def report(check: Check, wrong: Iterable[str], refused: bool) -> int:
     """Prints all findings, `wrong` settings first; the exit code.
 
-    `instead`: what stands for settings that a class refused; then no text is prepared and no model built, of sizes that
+    `refused`: settings that a class refused are among them; then no text is prepared and no model built, of sizes that
     nobody has asked for.
     """
     check.findings += [Finding("error", "settings", message) for message in wrong]
-    if instead:
-        looks = without_text(check.module, check.trainer, None, check._kd.schedule.weight > 0)
-        for said in raised([*looks, partial(check.data._corpus, "source")]):
-            if not any(f"--{name}" in said for name in instead):
-                check.findings.append(Finding("error", "settings", said))
+    if refused:
         check.findings.append(Finding("note", "the rest", "text, models, memory and disk, when these are mended"))
     else:
         check.run()

@@ -142,10 +142,10 @@ class SALTCLI(LightningCLI):
             wrong += taken(Path(config.run), settings.checkpoints(config), flat(config.as_dict()))
         if self.subcommand in ("validate", "test") and not has_checkpoint and not config.model.student.path:
             wrong.append(f"{self.subcommand} needs --ckpt_path (a .ckpt file, or last): a fresh student knows nothing")
-        self.refuse(wrong)
+        self.wrong = wrong  # told with what the classes refuse
 
-    def refuse(self, wrong: list[str]) -> None:
-        refuse(wrong)
+    def refuse(self) -> None:
+        refuse(self.wrong)
 
     def say_device(self) -> None:
         """Where it runs, where that may be a surprise."""
@@ -189,19 +189,24 @@ class SALTCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """What a class refuses gives way to its default, so that all that is wrong is told at once."""
-        told: list[str] = []
         self.instead: dict[str, Any] = {}
         while True:
             try:
                 self._instantiate()
                 break
             except ConfigError as error:
-                told.append(str(error))
-                settled = to_defaults(told[-1], self._settings(self.config), self._parser(self.subcommand))
+                self.wrong.append(str(error))
+                settled = to_defaults(str(error), self._settings(self.config), self._parser(self.subcommand))
                 if not settled:
-                    refuse(once(told))
+                    refuse(once(self.wrong))
                 self.instead |= settled
-        self.refuse(once(told))
+            except Exception:  # Lightning's, perhaps of what is wrong already
+                refuse(once(self.wrong))
+                raise
+        if self.instead and self.subcommand == "fit":
+            self.wrong += check.besides(self.instead, self.model, self.datamodule, self.trainer)
+        self.wrong = once(self.wrong)
+        self.refuse()
 
     def _instantiate(self) -> None:
         try:
@@ -257,8 +262,6 @@ class SALTCLI(LightningCLI):
 class CheckCLI(SALTCLI):
     """The command line of a fit, which is looked at instead of run."""
 
-    wrong: tuple[str, ...] | list[str] = ()
-
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
         parser.add_argument(
@@ -273,8 +276,8 @@ class CheckCLI(SALTCLI):
     def hold(self, run: Path) -> None:
         """Nothing: one may look while another trains."""
 
-    def refuse(self, wrong: list[str]) -> None:
-        self.wrong = [*self.wrong, *wrong]
+    def refuse(self) -> None:
+        """Nothing: it is among the findings."""
 
     def before_fit(self) -> None:
         """Nothing: what it refuses is among the findings."""
@@ -284,7 +287,7 @@ class CheckCLI(SALTCLI):
         looked = check.Check(
             self.model, self.datamodule, self.trainer, str(config.trainer.accelerator), config.check.memory_gib
         )
-        self.code = check.report(looked, self.wrong, self.instead)
+        self.code = check.report(looked, self.wrong, bool(self.instead))
 
 
 TRAINER_DEFAULTS: dict[str, Any] = {

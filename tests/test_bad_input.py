@@ -46,7 +46,18 @@ ERRORS = {
     ),
     "unknown key in a spec": ({"model.student.famly": "llama"}, r"famly"),
     "unknown size": ({"model.student.config": {"hiden_size": 32}}, r"config.hiden_size: llama has no such setting"),
-    "steps below zero": ({"kd.steps": -1}, r"error: --kd.steps -1 must not be negative \(null = the whole run\)$"),
+    "of Lightning, of a class, of the model and of the text at once": (
+        {
+            "trainer.limit_train_batches": 5,
+            "kd.weight": 1.5,
+            "kd.steps": 99,
+            "data.source": "no/*",
+            "model.student.config": {**NARROW, "hiden": 1},
+        },
+        r"error: --trainer.limit_train_batches 5, .*; --kd.weight 1.5 must .*; --kd.steps 99 is larger .*"
+        r"; --model.student.config.hiden: llama has no .*; --data.source: ",
+    ),
+    "steps below zero": ({"kd.steps": -1}, r"error: --kd.steps -1 must not be negative \(null = the whole run\); --kd"),
     "wrong type": ({"kd.steps": "many"}, r"--kd.steps many must be a whole number or null"),
     "wrong type, model": ({"model.compile": 1}, r"--model.compile 1 must be true or false"),
     "wrong type, data": ({"data.block_size": [1]}, r"--data.block_size \[1\] must be a whole number"),

@@ -126,7 +126,11 @@ def wrong_counts(trainer: Mapping[str, Any] | Namespace) -> list[str]:
 
 
 def wrong_accelerator(trainer: Namespace) -> list[str]:
-    """A device that is not here."""
+    """Devices that are not here; told before the trainer is made, which would look for them."""
+    for name in ("devices", "num_nodes"):
+        # text, too, where it is a number: Lightning makes a list of so many
+        if (number := str(trainer.get(name))).isdigit() and int(number) > _MOST_DEVICES:
+            return [f"--trainer.{name} {number} must be {_MOST_DEVICES} at most"]
     asked = trainer.get("accelerator")
     kinds = ("cuda", "mps") if asked == "gpu" else (asked,)
     known = [AcceleratorRegistry[kind]["accelerator"] for kind in kinds if kind in AcceleratorRegistry]
@@ -148,10 +152,6 @@ def wrong_trainer_settings(trainer: Namespace) -> list[str]:
         )
     if every is not None and every < 1:
         wrong.append(f"--trainer.log_every_n_steps {every} must be at least 1")
-    for name in ("devices", "num_nodes"):
-        # text, too, where it is a number: Lightning makes a list of so many
-        if (number := str(trainer.get(name))).isdigit() and int(number) > _MOST_DEVICES:
-            wrong.append(f"--trainer.{name} {number} must be {_MOST_DEVICES} at most")
     if trainer.get("max_epochs") not in (None, -1):
         wrong.append(f"--trainer.max_epochs {trainer.max_epochs}: a run is counted in steps, use --trainer.max_steps")
     if (trainer.get("gradient_clip_val") or 0) < 0:
