@@ -251,6 +251,40 @@ def test_nulls_of_a_table_are_none_and_those_of_a_line_are_said(tmp_path):
     assert '"day": "Sunday"' in said
 
 
+@pytest.mark.parametrize(
+    ("arguments", "written"),
+    [
+        ("c.function.arguments | tojson", '{"city": "Köln"}'),  # Llama 3.1, Qwen2.5, Mistral, gpt-oss: a text in quotes
+        ("c.function | tojson", '{"name": "w", "arguments": {"city": "Köln"}}'),
+        ("c.function.arguments.items() | list", "[('city', 'Köln')]"),  # Qwen3.5, GLM: it fails on a text
+        ("'args ' + c.function.arguments", 'args {"city":"Köln"}'),  # DeepSeek: on all else
+    ],
+)
+@pytest.mark.parametrize("of_table", [True, False])
+def test_arguments_that_are_json_are_written_once(tmp_path, arguments, written, of_table):
+    """As OpenAI's format has them, and tables, where each tool has other ones. What is no object stays what it is."""
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = CALLS.replace("c.name", arguments)
+    call = {"type": "function", "function": {"name": "w", "arguments": '{"city":"Köln"}'}}
+    rows = [{"messages": [turn("user", "rain?"), {"role": "assistant", "content": None, "tool_calls": [call]}]}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    (tmp_path / "a.jsonl").write_text(json.dumps(rows[0]))
+    source = str(tmp_path / ("a.parquet" if of_table else "a.jsonl"))
+    corpus = Corpus("x", resolve("--data.source", [source], Hub()), examples=CHAT)
+    files = TokenFiles(prepare_tokens(corpus, tokenizer, 1.0, tmp_path / "cache", 1), "val")
+    learned = tokenizer.decode(files.tokens[files.learned == 1].tolist())
+    assert learned == f"<call>{written}</call><|end|><|endoftext|>"
+
+
+@pytest.mark.parametrize("text", ['"a text"', "[1]", "{no JSON", "[" * 9999])
+def test_arguments_that_are_json_of_no_object_stay_as_they_are(tmp_path, text):
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = CALLS.replace("c.name", "c.arguments | tojson")
+    rows = [{"messages": [turn("user", "a"), {**turn("assistant", ""), "tool_calls": [{"arguments": text}]}]}]
+    files, _ = prepared(tmp_path, rows, CHAT, tokenizer)
+    assert f"<call>{json.dumps(text)}</call>" in tokenizer.decode(files.tokens.tolist())
+
+
 def test_no_calls_are_none(tmp_path):
     empty = {"messages": [turn("user", "a"), {**turn("assistant", "b"), "tool_calls": [], "refusal": None}]}
     assert prepared(tmp_path, [empty], CHAT, chat_tokenizer())[0].num_documents == 1

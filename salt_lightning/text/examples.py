@@ -8,6 +8,7 @@ A plain example is a conversation, too: its prompt is the user's message, its re
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from string import Formatter
@@ -169,6 +170,7 @@ def segments(conversation: Conversation, render: Callable[..., Any] | None) -> l
     if render is None:
         return [[(message["content"], message["role"] == "assistant") for message in messages]]
     write = partial(render, tools=tools) if tools else render
+    messages = _readable(messages, write)
     text, asked, heard, found = "", 0, set[_Heard](), list[list[Segment]]()
     for i, message in enumerate(messages):
         if not _is_learned(message) or (i == 0 and not _begins(write)):
@@ -200,6 +202,33 @@ def segments(conversation: Conversation, render: Callable[..., Any] | None) -> l
             found, text = [*found, []], ""
         found[-1] += [(before[len(text) :], False), (answer, True)]
         text, asked = before + answer, i + 1
+    return found
+
+
+def _readable(messages: list[Message], render: Callable[..., str]) -> list[Message]:
+    """Arguments of calls that are JSON in a text (OpenAI's format) as objects, where the chat template takes no text
+    (Qwen3.5, GLM) or writes one in quotes (Llama 3.1, Qwen2.5); DeepSeek's takes nothing else."""
+    texts: list[str] = []
+    parsed = [{**m, "tool_calls": _parsed(m["tool_calls"], texts)} if m.get("tool_calls") else m for m in messages]
+    with suppress(Exception):
+        written = render(messages) if texts else ""
+        if not any(json.dumps(text, ensure_ascii=False) in written for text in texts):
+            return messages
+    return parsed
+
+
+def _parsed(part: Any, texts: list[str]) -> Any:
+    """Calls, with arguments that are JSON of an object as that object; `texts` gets what they were."""
+    if isinstance(part, list):
+        return [_parsed(each, texts) for each in part]
+    if not isinstance(part, dict):
+        return part
+    found = {key: _parsed(value, texts) for key, value in part.items()}
+    if isinstance(text := part.get("arguments"), str):
+        with suppress(ValueError, RecursionError):
+            if isinstance(value := json.loads(text), dict):
+                found["arguments"] = value
+                texts.append(text)
     return found
 
 

@@ -82,7 +82,7 @@ def prepare_tokenizer(corpus: Corpus, vocab_size: int, val_fraction: float, cach
     return folder
 
 
-_CUT = 2  # another number, another way of cutting conversations into what is learned and what is not
+_CUT = 3  # another number, another way of cutting conversations into what is learned and what is not
 
 
 def token_folder(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, val_fraction: float, cache_dir: Path) -> Path:
