@@ -148,6 +148,31 @@ def test_a_template_that_drops_what_a_role_says_is_refused(tmp_path, role, said)
         prepared(tmp_path, rows, CHAT, tokenizer)
 
 
+THOUGHT = TEMPLATE.replace(
+    "{{ m.content }}", "{% if m.thinking and loop.last %}<think>{{ m.thinking }}</think>{% endif %}{{ m.content }}"
+)
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_thinking_that_a_template_drops_is_refused(tmp_path, key):
+    """The student would learn to answer without a thought."""
+    thinks = {**turn("assistant", "no"), key: "It is dry."}
+    unlearned = [{**turn("user", "rain?"), key: None}, {**thinks, "weight": 0}]
+    rows = [{"messages": [*unlearned, *RAIN]}, {"messages": [*RAIN, RAIN[0], thinks]}]
+    with pytest.raises(ConfigError, match=f"chat template does not write {key}; give .*: line 2; --data.bad_lines"):
+        prepared(tmp_path, rows, CHAT, chat_tokenizer())
+
+
+def test_thinking_is_learned_where_the_template_writes_it(tmp_path):
+    """In its own turn; later on it is dropped. Of several names for it a template reads one."""
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = THOUGHT
+    thinks = {**turn("assistant", "no"), "thinking": "dry", "reasoning_content": "dry"}
+    files, _ = prepared(tmp_path, [{"messages": [RAIN[0], thinks, RAIN[0], thinks]}], CHAT, tokenizer)
+    learned = tokenizer.decode(files.tokens[files.learned == 1].tolist())
+    assert learned == "<think>dry</think>no<|end|><|endoftext|>" * 2
+
+
 def test_what_a_template_writes_in_its_own_way_is_written(tmp_path):
     """As Qwen3's, which drops the thinking of earlier turns, or one that writes an answer of a tool as JSON."""
     tokenizer = chat_tokenizer()

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from salt_lightning.errors import ConfigError, one_line, refuse, wrong_kinds
 
 Message = dict[str, Any]  # role, content, and what else a chat template may write (tool_calls)
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # what the assistant thinks before it says something
 Segment = tuple[str, bool]  # text, and whether it is learned
 _Heard = tuple[str, bool, bool]  # a role that says something; not as the first message; beside a call of tools
 
@@ -273,6 +274,9 @@ def _dropped(
             heard.add(kind)
         if message.get("tool_calls"):
             others["tool_calls"] = {key: part for key, part in message.items() if key != "tool_calls"}
+        thoughts = [key for key in _THOUGHTS if message.get(key)] if i == asked[-1] else []  # of others many drop it
+        if thoughts:
+            others[thoughts[0]] = {key: part for key, part in message.items() if key not in _THOUGHTS}
         for what, other in others.items():
             if _around([*messages[:i], other, *messages[i + 1 :]], asked[-1], render) == written:
                 return what
