@@ -63,8 +63,10 @@ class AnswerTest(pl.Callback):
             raise ConfigError(f"--answers.max_new_tokens {max_new_tokens} must be 0 or more")
         if max_examples is not None and max_examples < 1:
             raise ConfigError(f"--answers.max_examples {max_examples} must be 1 or more, or null")
-        if choices is not None and (len(choices) < 2 or len(set(choices)) < len(choices)):
-            raise ConfigError(f"--answers.choices {choices} must be two responses or more, all different")
+        if choices is not None and (
+            len(choices) < 2 or len(set(choices)) < len(choices) or not all(map(str.strip, choices))
+        ):
+            raise ConfigError(f"--answers.choices {choices} must be two responses or more, all different, none blank")
         try:
             self.extract = re.compile(extract) if extract is not None else None
         except re.error as error:

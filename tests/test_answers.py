@@ -201,6 +201,7 @@ def test_figures_by_hand():
         ({"max_examples": 0}, "--answers.max_examples 0 must be 1 or more, or null"),
         ({"choices": ["a"]}, "must be two responses or more, all different"),
         ({"choices": ["a", "a"]}, "must be two responses or more, all different"),
+        ({"choices": ["a", " "]}, r"--answers.choices \['a', ' '\] must be two responses or more, .*, none blank"),
         ({"extract": "(", "max_new_tokens": 1}, r"--answers.extract '\(' is no regular expression"),
     ],
 )
