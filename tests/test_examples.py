@@ -354,6 +354,16 @@ def test_a_message_without_a_role_is_named():
     assert wrong.problems("x") == ["--data.examples.messages: message 1 has no role, e.g. user"]
 
 
+def test_a_key_that_a_message_of_templates_does_not_write_is_refused():
+    """It was dropped: the thinking was not learned."""
+    answer = {"role": "assistant", "content": "{answer}", "reasoning_content": "{why}"}
+    (said,) = Examples(messages=[turn("user", "{question}"), answer]).problems("x")
+    assert said == (
+        "--data.examples.messages: message 2 has 'reasoning_content', and a message of templates is role and content; "
+        "what else a chat template reads stands in a column of conversations"
+    )
+
+
 def test_prompt_and_response_are_tokenized_apart(tmp_path):
     """The ids that generation begins with are those of the prompt alone, whatever is answered."""
     text = tmp_path / "text.jsonl"

@@ -14,7 +14,7 @@ from functools import partial
 from string import Formatter
 from typing import Any, NamedTuple
 
-from salt_lightning.errors import ConfigError, one_line, refuse, wrong_kinds
+from salt_lightning.errors import ConfigError, few, one_line, refuse, wrong_kinds
 
 Message = dict[str, Any]  # role, content, and what else a chat template may write (tool_calls)
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # what the assistant thinks before it says something
@@ -95,6 +95,13 @@ class Examples:
         if self.chat_column:
             return []
         wrong = [problem for setting, template in self._templates() for problem in _problems(setting, template)]
+        messages = self.messages if isinstance(self.messages, list) else []
+        wrong += [
+            f"--data.examples.messages: message {i} has {few(map(repr, others))}, and a message of templates is role "
+            "and content; what else a chat template reads stands in a column of conversations"
+            for i, message in enumerate(messages, 1)
+            if (others := [key for key in message if key not in ("role", "content")])
+        ]
         if self.messages and "" in self._roles():
             wrong.append(f"--data.examples.messages: message {self._roles().index('') + 1} has no role, e.g. user")
         elif self.messages and self._roles()[-1:] != ["assistant"]:
