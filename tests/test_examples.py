@@ -4,6 +4,9 @@ import itertools
 import json
 import logging
 import re
+import shutil
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -329,6 +332,54 @@ def test_a_chat_has_the_ids_that_the_tokenizer_gives_its_template(tmp_path, rule
     marks = {tokenizer.eos_token_id, *tokenizer.added_tokens_decoder}
     text = [int(i) for i, is_learned in zip(ours, files.learned, strict=True) if is_learned and i not in marks]
     assert "".join(tokenizer.convert_ids_to_tokens(text)).replace("▁", "") == "7Awa"
+
+
+OTHER_FORMS = {
+    ".conversations": (
+        {
+            "conversations": [
+                {"from": "system", "value": "s"},
+                {"from": "human", "value": "u"},
+                {"from": "gpt", "value": "a"},
+            ]
+        },
+        [turn("system", "s"), turn("user", "u"), turn("assistant", "a")],
+    ),
+    ".completion": (
+        {"prompt": [turn("user", "u"), turn("assistant", "a")], "completion": [turn("assistant", "b")]},
+        [{**turn("user", "u"), "train": False}, {**turn("assistant", "a"), "train": False}, turn("assistant", "b")],
+    ),
+    "fromjson": ({"messages": json.dumps([turn("user", "u")])}, [turn("user", "u")]),
+    "[].content": (
+        {
+            "messages": [
+                turn("user", [{"type": "text", "text": "u"}, {"type": "text", "text": "v"}]),
+                turn("assistant", "a"),
+            ]
+        },
+        [turn("user", "uv"), turn("assistant", "a")],
+    ),
+}
+
+
+@pytest.mark.skipif(not shutil.which("jq"), reason="needs jq")
+@pytest.mark.parametrize("form", OTHER_FORMS)
+def test_other_forms_become_conversations_as_the_docs_say(form):
+    docs = (Path(__file__).parents[1] / "docs/fine-tuning.md").read_text()
+    (program,) = (line.split("'")[1] for line in docs.splitlines() if line.startswith("jq ") and form in line)
+    row, messages = OTHER_FORMS[form]
+    made = subprocess.run(["jq", "-c", program], input=json.dumps(row), capture_output=True, text=True, check=True)
+    assert json.loads(made.stdout)["messages"] == messages
+
+
+@pytest.mark.skipif(not shutil.which("jq"), reason="needs jq")
+@pytest.mark.parametrize(("text", "question"), [("", "do"), ("this", "do\n\nthis"), (None, "do")])
+def test_alpaca_becomes_questions_and_answers_as_the_docs_say(text, question):
+    docs = (Path(__file__).parents[1] / "docs/fine-tuning.md").read_text()
+    (program,) = (line.split("'")[1] for line in docs.splitlines() if line.startswith("jq ") and ".instruction" in line)
+    row = json.dumps({"instruction": "do", "input": text, "output": "done"})
+    made = subprocess.run(["jq", "-c", program], input=row, capture_output=True, text=True, check=True)
+    assert json.loads(made.stdout) == {"question": question, "answer": "done"}
 
 
 def test_what_the_chat_template_refuses_is_named_by_its_line_or_left_out(tmp_path):
@@ -688,7 +739,7 @@ ERRORS = {
     "no word": ({"prompt": "{q}", "response": "{a:1=one}"}, r"{a} holds 'b', and there are words for 1; .*: line 1"),
     "a list": ({"prompt": "{q}", "response": "{l}"}, r"{l} holds list, no text or number; .* {l\[0\]}; .*: line 1"),
     "past the end": ({"prompt": "{q}", "response": "{l[7]}"}, r"{l\[7\]} is not in the row \(IndexError\)"),
-    "no conversation": ({"messages": "m"}, r"is a list of messages with the texts role and content, not 'x'"),
+    "no conversation": ({"messages": "m"}, r"with the texts role and content, not 'x'; docs/fine-t.*: line 1"),
 }  # fmt: skip
 
 

@@ -387,5 +387,5 @@ def _tools(value: Any, of_table: bool) -> list[dict[str, Any]] | None:
 def _no_conversation(value: Any) -> ConfigError:
     return ConfigError(
         "--data.examples.messages: a conversation is a list of messages with the texts role and content, not "
-        f"{str(value)[:60]!r}"
+        f"{str(value)[:60]!r}; docs/fine-tuning.md says how other forms become one"
     )
