@@ -137,6 +137,19 @@ def test_tool_calls_are_learned_where_the_template_writes_them(tmp_path, content
         prepared(tmp_path, rows, CHAT, tokenizer)
 
 
+def test_a_template_that_writes_the_first_of_several_calls_is_refused(tmp_path):
+    """gpt-oss's; the second would be answered all the same."""
+    asks = [turn("user", "rain?"), {**turn("assistant", ""), "tool_calls": [{"name": "w"}, {"name": "w"}]}]
+    rows = [{"messages": [*asks, turn("tool", "no"), turn("tool", "no"), turn("assistant", "No.")]}]
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = CALLS
+    files, _ = prepared(tmp_path, rows, CHAT, tokenizer)
+    assert "<call>w</call><call>w</call><|end|>" in tokenizer.decode(files.tokens[files.learned == 1].tolist())
+    tokenizer.chat_template = CALLS.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]")
+    with pytest.raises(ConfigError, match="chat template does not write all tool_calls; give .*: line 1; --data.bad"):
+        prepared(tmp_path, rows, CHAT, tokenizer)
+
+
 @pytest.mark.parametrize("said", ["42", "Four, and a day of rain."])
 @pytest.mark.parametrize("role", ["tool", "assistant"])
 def test_a_template_that_drops_what_a_role_says_is_refused(tmp_path, role, said):

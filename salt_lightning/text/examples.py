@@ -279,8 +279,10 @@ def _dropped(
         if message["content"].strip() and kind not in heard:
             others[f"what the role {message['role']} says"] = {**message, "content": message["content"] + "?"}
             heard.add(kind)
-        if message.get("tool_calls"):
+        if calls := message.get("tool_calls"):
             others["tool_calls"] = {key: part for key, part in message.items() if key != "tool_calls"}
+            if isinstance(calls, list) and len(calls) > 1:  # gpt-oss's writes the first
+                others["all tool_calls"] = {**message, "tool_calls": calls[:-1]}
         thoughts = [key for key in _THOUGHTS if message.get(key)] if i == asked[-1] else []  # of others many drop it
         if thoughts:
             others[thoughts[0]] = {key: part for key, part in message.items() if key not in _THOUGHTS}
