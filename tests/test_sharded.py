@@ -92,6 +92,22 @@ def test_a_byte_that_changes_in_any_piece_is_found(copy, monkeypatch):
     assert seen > 20
 
 
+def test_the_look_for_damage_opens_each_file_for_some_threads_and_not_for_each_piece(saved, monkeypatch):
+    """256 ranks that each open 256 files for each of 900 tensors keep a network's file system busy for many minutes."""
+    opened: list[str] = []
+
+    def counted(path, mode):
+        opened.append(path.name)
+        return open(path, mode)
+
+    monkeypatch.setattr(damage, "open", counted, raising=False)
+    for threads in (1, 8):
+        opened.clear()
+        monkeypatch.setattr(damage, "num_cores", lambda threads=threads: threads)
+        assert damage.of(saved / "step-00000001.ckpt") is None
+        assert sorted(opened) == sorted(["__0_0.distcp", "__1_0.distcp"] * max(1, threads // 2) + ["meta.pt"])
+
+
 def test_the_look_for_damage_holds_no_piece_in_memory(tmp_path):
     with open(tmp_path / "two", "wb") as file:
         torch.save(torch.zeros(8, 1 << 20), file)
@@ -100,14 +116,13 @@ def test_the_look_for_damage_holds_no_piece_in_memory(tmp_path):
         place = SimpleNamespace(offset=start, length=file.tell() - start)
     tracemalloc.start()
     try:
-        assert damage._changed(tmp_path / "two", part=place) is None
+        assert damage._changed(tmp_path / "two", [("", place)]) is None
         peak_bytes = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     assert peak_bytes < place.length / 4
-    assert (
-        damage._changed(tmp_path / "two", part=SimpleNamespace(offset=start + 1, length=place.length - 1)) is not None
-    )
+    cut = SimpleNamespace(offset=start + 1, length=place.length - 1)
+    assert damage._changed(tmp_path / "two", [("", place), ("second: ", cut)]) == "second: cut off or damaged"
 
 
 def test_a_sharded_checkpoint_is_a_teacher(saved):

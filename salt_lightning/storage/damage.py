@@ -29,31 +29,36 @@ def of(path: Path) -> str | None:
     threads = min(num_cores(), _THREADS)
     looks: list[Callable[[], str | None]]
     if path.is_dir():
-        looks = [partial(_changed, path / shards.META, f"{shards.META}: ")]
+        looks = [partial(_changed, path / shards.META, [(f"{shards.META}: ", None)])]
+        pieces: dict[str, list[tuple[str, Any]]] = {}  # by file: to open it for each takes minutes on a network
         for key, info in shards.table_of(path).storage_data.items():
-            looks.append(partial(_changed, path / info.relative_path, f"{info.relative_path}, {key.fqn}: ", info))
+            pieces.setdefault(info.relative_path, []).append((f"{info.relative_path}, {key.fqn}: ", info))
+        parts = -(-threads // max(1, len(pieces)))
+        for name, places in pieces.items():
+            looks += [partial(_changed, path / name, places[first::parts]) for first in range(parts)]
     else:
-        looks = [partial(_changed, path, entries=slice(first, None, threads)) for first in range(threads)]
+        looks = [partial(_changed, path, [("", None)], slice(first, None, threads)) for first in range(threads)]
     with ThreadPoolExecutor(threads) as pool:  # zlib computes beside Python
         return next(filter(None, pool.map(operator.call, looks)), None)
 
 
-def _changed(path: Path, where: str = "", part: Any = None, entries: slice = slice(None)) -> str | None:
-    """The first of an archive's entries whose bytes are others than were written. `part`: its place in the file."""
+def _changed(path: Path, archives: list[tuple[str, Any]], entries: slice = slice(None)) -> str | None:
+    """The first entry whose bytes are others than were written, of archives in a file: what to call each, and its place
+    there (None: it is the file)."""
+    where = archives[0][0] if archives else ""
     try:
-        with (
-            open(path, "rb") as whole,
-            _Part(whole, part.offset, part.length) if part else whole as file,
-            zipfile.ZipFile(file) as files,
-        ):
-            shards.require_stored(file)
-            for name in files.namelist()[entries]:
-                try:
-                    with files.open(name) as entry:
-                        while entry.read(1 << 20):
-                            pass
-                except zipfile.BadZipFile:
-                    return f"{where}{name} has other bytes than were written"
+        with open(path, "rb") as whole:
+            for where, place in archives:
+                file = _Part(whole, place.offset, place.length) if place else whole
+                with zipfile.ZipFile(file) as files:
+                    shards.refuse_compressed(files)
+                    for info in files.infolist()[entries]:
+                        try:
+                            with files.open(info) as entry:
+                                while entry.read(1 << 20):
+                                    pass
+                        except zipfile.BadZipFile:
+                            return f"{where}{info.filename} has other bytes than were written"
     except shards.DamageError as error:
         return f"{where}{error}"
     except Exception as error:  # a damaged archive meets errors of every kind

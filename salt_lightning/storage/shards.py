@@ -241,8 +241,12 @@ def _is_dense(tensor: Any) -> bool:
 def require_stored(archive: Any) -> None:
     """torch.save compresses nothing: what is would take any memory, and mapped it is read as if it were not."""
     with zipfile.ZipFile(archive) as files:
-        if packed := [info.filename for info in files.infolist() if info.compress_type != zipfile.ZIP_STORED]:
-            raise DamageError(f"{packed[0]} in it is compressed")
+        refuse_compressed(files)
+
+
+def refuse_compressed(files: zipfile.ZipFile) -> None:
+    if packed := [info.filename for info in files.infolist() if info.compress_type != zipfile.ZIP_STORED]:
+        raise DamageError(f"{packed[0]} in it is compressed")
 
 
 def require_whole(checkpoint: Mapping[str, Any]) -> None:
