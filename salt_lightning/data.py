@@ -176,9 +176,8 @@ class SALTDataModule(LightningDataModule):
 
     def _check_models(self) -> None:
         """Tokenizing may take hours: what the run's models mean by a token id is asked before."""
-        module: Any = getattr(self.trainer, "lightning_module", None)
-        if hasattr(module, "check_token_ids"):
-            module.check_token_ids()
+        module = getattr(self.trainer, "lightning_module", None)
+        getattr(module, "check_token_ids", lambda: None)()
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -267,6 +266,8 @@ class SALTDataModule(LightningDataModule):
                 is too short.
         """
         self.seed = seed_or_global(self.seed, self._unset_seed)
+        if self.trainer is not None:  # one process of a node has looked for files in prepare_data: the others need not
+            self._groups = (self._groups, self.trainer.strategy.broadcast(self._groups))[self.trainer.local_rank > 0]
         if stage in (None, "fit"):
             self.set_trainer()
         if stage in (None, "fit", "predict"):
@@ -410,9 +411,8 @@ class SALTDataModule(LightningDataModule):
         """The order of the training rows, with those of phase 1 where there is a selection."""
         if not self.selection:
             return make_order(self._shares(), self.seed, self.num_train_rows)
-        found = self.plan_selection(final=False)
-        self._selected = found.said
-        return found.order
+        order, _, self._selected = self.plan_selection(final=False)
+        return order
 
     def plan_selection(self, final: bool = True) -> Plan:
         """Which rows phase 1 reads, by the scores that `selection` names. `final`: nothing was read before.

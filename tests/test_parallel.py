@@ -112,7 +112,12 @@ def runs(salt, settings, teacher, tmp_path_factory) -> Path:
                 "code": 2,
             }
         ]
-        + [{"args": ["fit", *arguments(settings, EXPERTS, FSDP2, {"run": str(folder / "experts")})]}]
+        + [
+            {
+                "args": ["fit", *arguments(settings, EXPERTS, FSDP2, {"run": str(folder / "experts")})],
+                "args of 1": arguments({"data.source": str(folder / "not listed by each rank/*.jsonl")}),
+            }
+        ]
         + [{"args": ["fit", *arguments(salt, DDP, {"run": str(folder / "bad")})], "spoil": [1, 5], "code": 1}],
         folder,
     )

@@ -250,6 +250,24 @@ def test_thousands_of_files_are_looked_for_once(tmp_path, monkeypatch):
     assert data.num_train_rows > rows  # of a second fit, to which more has come
 
 
+def test_a_folder_is_listed_twice_and_not_for_each_way_to_name_a_split(tmp_path, monkeypatch):
+    """Of 5,000 files a listing is 5,000 questions to a network's file system."""
+    for i in range(3):
+        write_corpus(tmp_path / f"part-{i}.jsonl")
+    listed, scandir = [], os.scandir
+
+    def counted(path="."):
+        listed.append(str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", counted)
+    for _ in range(2):  # what came in between is seen
+        (group,) = resolve("--data.source", [str(tmp_path)], Hub())
+        write_corpus(tmp_path / "part-3.jsonl")
+    assert len(group.files) == 4
+    assert listed.count(str(tmp_path)) == 4
+
+
 def test_a_folder_of_several_subsets_asks_for_one(tmp_path):
     """By the card of a hub data set."""
     for name in ("zh", "th"):

@@ -4,7 +4,8 @@ import glob
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import chain
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import fsspec
 import yaml
 from huggingface_hub import metadata_load
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -178,7 +180,9 @@ def _folder_files(setting: str, folder: str, hub: Hub, split_setting: str = "--d
         raise ConfigError(f"{setting}: {folder} holds Arrow files, which are not read; write it by Dataset.to_parquet")
     try:
         elsewhere = _elsewhere(folder)
-        splits: dict = {} if elsewhere else datasets.load_dataset_builder(folder, hub.subset).config.data_files or {}
+        with _listed_once():
+            builder = None if elsewhere else datasets.load_dataset_builder(folder, hub.subset)
+        splits: dict = builder.config.data_files or {} if builder else {}
     except Exception as error:
         raise ConfigError(f"{setting}: cannot read the folder {folder!r}: {hub_error(error)}") from error
     if elsewhere:
@@ -211,6 +215,17 @@ def _folder_files(setting: str, folder: str, hub: Hub, split_setting: str = "--d
             f"{few(os.path.relpath(file, folder) for file in left)}"
         )
     return read
+
+
+@contextmanager
+def _listed_once() -> Iterator[None]:
+    """`datasets` looks for splits by 33 globs, and for each it lists the folder and asks about every file."""
+    own = vars(fsspec.filesystem("file"))  # the one that it has, too
+    own["ls"] = cache(fsspec.filesystem("file").ls)
+    try:
+        yield
+    finally:
+        del own["ls"]
 
 
 def _elsewhere(folder: str) -> str | None:
