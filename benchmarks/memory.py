@@ -152,6 +152,7 @@ def estimate(module: Any, rows: int, device: str) -> list[memory.Peak]:
         student = CausalLM(AutoModelForCausalLM.from_config(fresh_config(module.student_spec, data)), "student")
     spec = module.teacher_spec
     teacher = CausalLM(load_pretrained(spec, "teacher", module.compute_dtype, empty=True), "teacher")
+    student.apart = teacher.apart = module.student.apart
     return memory.Fit(module, student, teacher, device).peaks(rows)
 
 

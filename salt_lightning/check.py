@@ -56,6 +56,7 @@ class Check:
     findings: list[Finding] = field(default_factory=list)
     _untrained: float | None = None  # CE of a student before its first step
     _unfit: set[str] = field(default_factory=set)  # models that cannot read the data's rows
+    _apart: dict[str, attention.Apart] = field(default_factory=dict)  # how a GPU will keep a model's documents apart
 
     def add(self, level: preflight.Level, about: str, said: str, remedy: str = "") -> None:
         self.findings.append(Finding(level, about, said, remedy))
@@ -230,7 +231,8 @@ class Check:
             )
             asked = (self.module.student_spec if lm.name == "student" else self.module.teacher_spec).attention
             on_gpu = self._device() == "cuda" and self.module.compute_dtype == torch.bfloat16
-            if on_gpu and (how := attention.foresee(lm, asked, lm.name == "student")):
+            if on_gpu and (foreseen := attention.foresee(lm, asked, lm.name == "student")):
+                self._apart[lm.name], how = foreseen
                 self.add("ok", f"{lm.name} attention", f"on a GPU {how}")
         return off is not None
 
@@ -281,6 +283,8 @@ class Check:
 
     def _memory(self, student: CausalLM, teacher: CausalLM | None) -> None:
         data, device = self.data, self._device()
+        for lm in filter(None, (student, teacher)):
+            lm.apart = self._apart.get(lm.name, lm.apart)
         fit = memory.Fit(self.module, student, teacher, device)
         found = fit.peaks(data.micro_batch_size)
         taught = self._kd.schedule.kd_steps(self.trainer.max_steps)

@@ -30,7 +30,8 @@ from salt_lightning import parallel
 from salt_lightning.fit.meter import SUMS
 from salt_lightning.head.chunked_head import CPU_BLOCK_ELEMENTS, Plan, padded_width, rows_and_dtypes
 from salt_lightning.head.row_pass import NUM_SUMS, math_dtype
-from salt_lightning.hugging_face.experts import on_fake_tensors
+from salt_lightning.hugging_face import attention, experts
+from salt_lightning.hugging_face.attention import PACKED, Apart
 from salt_lightning.losses import SaltLoss
 from salt_lightning.models import CausalLM
 from salt_lightning.module import SALTModule
@@ -47,12 +48,12 @@ class Model:
     Args:
         config: its transformers config.
         dtype: of its parameters.
-        own_mask: whether CausalLM gives it the mask of documents.
+        apart: what keeps its documents apart on the device.
     """
 
     config: PreTrainedConfig
     dtype: torch.dtype
-    own_mask: bool = False
+    apart: Apart = "positions"
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def peaks(module: SALTModule, step: Step) -> list[Peak]:
     """
     found = []
     # checkpointing hands on a state of random numbers
-    with FakeTensorMode(allow_non_fake_inputs=True), on_fake_tensors():
+    with FakeTensorMode(allow_non_fake_inputs=True), experts.on_fake_tensors(), attention.on_fake_tensors():
         ledger = Ledger()
         sim = _simulated(module, step, ledger)
         student = [*sim.student.parameters(), *sim.student.buffers()]
@@ -156,6 +157,7 @@ def peaks(module: SALTModule, step: Step) -> list[Peak]:
             for name in ("input_ids", "labels", "positions", "rows")
         }
         batch["step_tokens"] = torch.empty((), dtype=torch.int64)
+        batch["cu_seqlens"] = torch.empty(step.rows + 1, dtype=torch.int32)
         teacher = [] if sim.teacher is None else [*sim.teacher.parameters(), *sim.teacher.buffers()]
         ledger.overlook([*student, *teacher])
         ledger.hold(_bytes(student) + 3 * trained)  # gradients, and AdamW's two states
@@ -270,7 +272,7 @@ def _groups(lm: CausalLM) -> tuple[int, int, int]:
 
 
 def _model(lm: CausalLM) -> Model:
-    return Model(lm.model.config, next(lm.parameters()).dtype, lm.apart == "mask")
+    return Model(lm.model.config, next(lm.parameters()).dtype, lm.apart)
 
 
 def _bytes(tensors: list[Tensor]) -> int:
@@ -297,17 +299,19 @@ def _simulated(module: SALTModule, step: Step, ledger: Ledger) -> SALTModule:
 
 
 def _build(model: Model, name: str) -> CausalLM:
-    implementation = model.config._attn_implementation
+    implementation = PACKED if model.apart == "packed" else model.config._attn_implementation
+    known = ("eager", "sdpa", PACKED)
     lm = CausalLM(
         AutoModelForCausalLM.from_config(
             model.config,
             dtype=model.dtype,
-            # kernels that no CPU has keep what sdpa keeps, and no mask
-            attn_implementation=implementation if implementation in ("eager", "sdpa") else "sdpa",
+            attn_implementation=implementation if implementation in known else "sdpa",
         ),
         name,
     )
-    lm.apart = "mask" if model.own_mask else "positions"
+    lm.apart = model.apart
+    if implementation not in known:  # kernels that no CPU has keep what sdpa keeps, and no mask of T x T
+        lm.apart, lm.__dict__["_mask"] = "mask", lambda _: torch.ones((1, 1, 1, 1), dtype=torch.bool)
     return lm
 
 

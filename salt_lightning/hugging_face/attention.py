@@ -8,6 +8,8 @@ Shapes: B rows, T tokens a row, H heads, K heads of keys and values, E width of 
 """
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from typing import Any, Literal
 
@@ -27,7 +29,7 @@ from salt_lightning.errors import is_out_of_memory
 Apart = Literal["positions", "mask", "packed"]
 PACKED = "packed"  # as transformers' attn_implementation
 _TAKES_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch 2.11 does not
-_WITH_KERNEL = ("cuda",)
+_WITH_KERNEL: tuple[str, ...] = ("cuda",)
 _16_BIT = (torch.bfloat16, torch.float16)
 
 
@@ -89,6 +91,17 @@ def _flash(
         query_NHE, key_NKE, value_NKE, cu_seqlens, cu_seqlens, width, width, scale=scale, window_size=(-1, 0), **more
     )
     return attended_NHE.unflatten(0, (rows, width))
+
+
+@contextmanager
+def on_fake_tensors() -> Iterator[None]:
+    """Tensors without data, which are a CPU's, have the kernel of a GPU: it takes its memory and computes nothing."""
+    global _WITH_KERNEL
+    before, _WITH_KERNEL = _WITH_KERNEL, ("cuda", "cpu")
+    try:
+        yield
+    finally:
+        _WITH_KERNEL = before
 
 
 def _mask(cu_seqlens: Tensor, rows: int, width: int) -> Tensor:
@@ -167,8 +180,9 @@ def pack(lm: Any, asked: str | None, strategy: Strategy | None) -> None:
 
 
 @torch.no_grad()
-def foresee(lm: Any, asked: str | None, training: bool) -> str | None:
-    """What `pack` will say on a GPU in 16 bits of a model that is on a CPU now, as far as that can tell; None: nothing.
+def foresee(lm: Any, asked: str | None, training: bool) -> tuple[Apart, str] | None:
+    """What `pack` will do on a GPU in 16 bits, and say, of a model that is on a CPU now, as far as that can tell; None:
+    nothing.
 
     A kernel that this machine's own GPU has is tried.
     """
@@ -177,7 +191,7 @@ def foresee(lm: Any, asked: str | None, training: bool) -> str | None:
     before, device = lm.apart, torch.device("cuda") if torch.cuda.is_available() else None
     reason = _hindrance(lm.model.config.get_text_config(), training, device) or _change_over(lm.eval())
     lm.keep_apart(before)
-    return _said(reason)
+    return before if reason else "packed", _said(reason)
 
 
 def _may_pack(lm: Any, asked: str | None) -> bool:
