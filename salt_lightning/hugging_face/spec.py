@@ -261,12 +261,14 @@ def fresh_config(spec: ModelSpec, data: Any) -> PreTrainedConfig:
 def check_positions(config: PreTrainedConfig, setting: str, data: Any) -> None:
     config = config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and positions < data.block_size:
-        raise ConfigError(
-            f"{setting} {positions} is smaller than --data.block_size {data.block_size}: set that to at most "
-            f"{positions}"
-        )
     ropes = getattr(config, "rope_parameters", None) or {}
+    if positions is not None and positions < data.block_size:
+        remedy = f"set that to at most {positions}"
+        if ropes and ".path" in setting:
+            remedy += (
+                ", or raise it in the config.json of the folder, of a .ckpt in that of its export (docs/own-data.md)"
+            )
+        raise ConfigError(f"{setting} {positions} is smaller than --data.block_size {data.block_size}: {remedy}")
     for rope in (ropes, *ropes.values()):  # of the model, or one for each kind of layer
         if isinstance(rope, dict) and rope.get("rope_type") == "longrope":
             short = rope.get("original_max_position_embeddings", positions)
