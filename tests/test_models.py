@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -374,6 +375,30 @@ def test_a_teacher_checkpoint_that_lacks_a_weight_is_refused(teacher, tmp_path):
     torch.save(checkpoint, tmp_path / "x.ckpt")
     with pytest.raises(ConfigError, match=r"holds another model than its settings say: .*Missing key.*norm.weight"):
         load_pretrained(ModelSpec(path=str(tmp_path / "x.ckpt")), "teacher", torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "says"),
+    [
+        (
+            "llama",
+            {"rope_parameters": {"factor": 8.0}},
+            "rope_type'='default': {'factor'}, so they would change nothing",
+        ),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "beta_fasst": 1}},
+            "{'beta_fasst'}, so they",
+        ),
+        ("gemma3_text", {"rope_parameters": {"rope_theta": 5e5}}, "rope_theta 500000.0 would change nothing: gemma3_t"),
+        ("llama", {"rope_theta": 5e5}, "rope_theta: llama has no such setting; did you mean rope_parameters?"),
+    ],
+)
+def test_what_would_leave_a_rope_as_it_is_is_refused(family, settings, says):
+    data = SimpleNamespace(tokenizer=SimpleNamespace(eos_token_id=0), vocab_size=64, block_size=32)
+    spec = ModelSpec(family=family, config=FAMILIES[family] | settings)
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        fresh_config(spec, data)
 
 
 def test_a_rope_that_depends_on_the_neighbours_is_told(recwarn):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -180,6 +182,8 @@ def family_config(spec: ModelSpec) -> PreTrainedConfig:
         if key == "head_dim" and not hasattr(known, key) and _reads_head_dim(spec.family):
             continue
         near = difflib.get_close_matches(key, names, 1)
+        if key.startswith(("rope_", "rotary_", "partial_rotary_")) and "rope_parameters" in names:  # as once
+            near = ["rope_parameters"]
         hint = f"; did you mean {near[0]}?" if near else ""
         wrong.append(f"--model.student.config.{key}: {spec.family} has no such setting{hint}")
     for key, size in wrong_sizes(spec.config, known).items():
@@ -241,8 +245,10 @@ def fresh_config(spec: ModelSpec, data: Any) -> PreTrainedConfig:
         }
         if "max_position_embeddings" in spec.config:
             del defaults[positions]
-    with as_config_error("--model.student.config"):
-        config = AutoConfig.for_model(spec.family, **defaults | spec.config)
+    with as_config_error("--model.student.config"), _heard(_ROPES) as said:
+        config = AutoConfig.for_model(spec.family, **defaults | deepcopy(spec.config))
+    if "rope_parameters" in spec.config and not _is_whole(spec.config):
+        _refuse_idle_rope(config, said)
     if data is None and "vocab_size" not in spec.config:
         raise ConfigError(
             f"--model.student.config.vocab_size is not given: without a SALTDataModule nobody else knows it, and "
@@ -256,6 +262,41 @@ def fresh_config(spec: ModelSpec, data: Any) -> PreTrainedConfig:
             )
         check_positions(config, "--model.student.config.max_position_embeddings", data)
     return config
+
+
+_ROPES = "transformers.modeling_rope_utils"
+
+
+@contextmanager
+def _heard(name: str) -> Iterator[list[str]]:
+    """What a logger says meanwhile."""
+    said: list[str] = []
+
+    def listen(record: logging.LogRecord) -> bool:
+        said.append(record.getMessage())
+        return True
+
+    logging.getLogger(name).addFilter(listen)
+    try:
+        yield said
+    finally:
+        logging.getLogger(name).removeFilter(listen)
+
+
+def _refuse_idle_rope(config: PreTrainedConfig, said: list[str]) -> None:
+    """Raises ConfigError for keys that change nothing: transformers trains as if they were not there."""
+    setting, ropes = "--model.student.config.rope_parameters", config.rope_parameters
+    if unused := [one_line(message) for message in said if message.startswith("Unrecognized keys")]:
+        raise ConfigError(
+            f"{setting}: {unused[0]}, so they would change nothing; give the rope_type (linear, yarn, llama3 ...) that "
+            "they belong to, or leave them out"
+        )
+    kinds = [kind for kind, rope in ropes.items() if isinstance(rope, dict)]
+    if kinds and (idle := sorted(set(ropes) - set(kinds))):
+        raise ConfigError(
+            f"{setting}.{idle[0]} {ropes[idle[0]]} would change nothing: {config.model_type} has a rope for each kind "
+            f"of layer; give it in {' and '.join(kinds)}"
+        )
 
 
 def check_positions(config: PreTrainedConfig, setting: str, data: Any) -> None:
