@@ -145,7 +145,7 @@ class SALTCLI(LightningCLI):
         self.wrong = wrong  # told with what the classes refuse
 
     def refuse(self) -> None:
-        refuse(self.wrong)
+        refuse(once(self.wrong))
 
     def say_device(self) -> None:
         """Where it runs, where that may be a surprise."""
@@ -205,7 +205,6 @@ class SALTCLI(LightningCLI):
                 raise
         if self.instead and self.subcommand == "fit":
             self.wrong += check.besides(self.instead, self.model, self.datamodule, self.trainer)
-        self.wrong = once(self.wrong)
         self.refuse()
 
     def _instantiate(self) -> None:
@@ -287,7 +286,7 @@ class CheckCLI(SALTCLI):
         looked = check.Check(
             self.model, self.datamodule, self.trainer, str(config.trainer.accelerator), config.check.memory_gib
         )
-        self.code = check.report(looked, self.wrong, bool(self.instead))
+        self.code = check.report(looked, once(self.wrong), bool(self.instead))
 
 
 TRAINER_DEFAULTS: dict[str, Any] = {
