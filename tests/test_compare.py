@@ -18,8 +18,10 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import torch
 import yaml
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 from torch.utils.tensorboard import SummaryWriter
 
@@ -235,6 +237,19 @@ def test_of_a_step_logged_twice_the_later_start_wins_whatever_the_clocks_say(tmp
         log.finalize("success")
     ce = read_run(tmp_path / "r", "r").val_ce
     assert (ce.steps.tolist(), ce.values.tolist()) == ([0, 100, 200], [10.0, 100.0, 210.0])
+
+
+def test_the_numbers_of_a_step_are_one_record(tmp_path):
+    """TensorBoard opens its file for each record."""
+    write_run(tmp_path / "r", {}, steps=0)
+    log = EventLog(tmp_path, name="r", version="")
+    log.log_metrics({"train/loss": torch.tensor(2.5), "val/ce": 3, "pair": {"a": 1.0, "b": 2.0}}, 7)
+    log.finalize("success")
+    files = [EventFileLoader(str(path)).Load() for path in (tmp_path / "r").glob("*tfevents*")]
+    steps = [[v.tag for v in event.summary.value] for events in files for event in events if event.step == 7]
+    assert steps == [["train/loss", "val/ce"]]
+    assert read_run(tmp_path / "r", "r").val_ce.values.tolist() == [3.0]
+    assert len(list((tmp_path / "r").glob("pair_*/*tfevents*"))) == 2  # as Lightning writes several curves of one plot
 
 
 def test_a_file_of_another_logger_belongs_to_the_start_before_it(tmp_path):

@@ -8,6 +8,7 @@ from typing import Any
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
@@ -44,9 +45,14 @@ class EventLog(TensorBoardLogger):
             self._experiment = _Writer(self.log_dir, **{"filename_suffix": f".start-{number}", **self._kwargs})
         return self._experiment
 
-    def log_metrics(self, *args: Any, **kwargs: Any) -> None:
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """All numbers of a step as one record: TensorBoard opens its file for each, perhaps over a network."""
+        numbers = {tag: value for tag, value in metrics.items() if not isinstance(value, dict)}
         with writing(Path(self.log_dir)):
-            super().log_metrics(*args, **kwargs)
+            record = Summary(value=[Summary.Value(tag=tag, simple_value=float(n)) for tag, n in numbers.items()])
+            self.experiment._get_file_writer().add_summary(record, step)
+            super().log_metrics({tag: value for tag, value in metrics.items() if tag not in numbers}, step)
 
     def flush(self) -> None:
         """Has all that was logged on the disk."""
