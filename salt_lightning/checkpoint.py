@@ -17,6 +17,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -283,7 +284,10 @@ class RunCheckpoint(Checkpoint):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
         """The processes that this one has started would wait for it, some of them for ever."""
-        for process in getattr(trainer.strategy.launcher, "procs", ()):
+        launcher = trainer.strategy.launcher
+        if isinstance(exception, KeyboardInterrupt) and isinstance(launcher, _MultiProcessingLauncher):
+            peers.await_stop(launcher.procs)
+        for process in getattr(launcher, "procs", ()):
             process.kill()
         peers.abandon(trainer)
 

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import ranks
 import torch
-from conftest import arguments, scalars
+from conftest import alive, arguments, scalars
 from lightning.fabric.plugins.environments import KubeflowEnvironment
 from lightning.pytorch import Trainer
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -402,6 +402,24 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(settings, tmp_path):
     assert "Traceback" not in output
     more = {**own, "trainer.max_steps": step + 1, "trainer.val_check_interval": step + 1, "ckpt_path": "last"}
     assert cli.main(["fit", *arguments(settings, {"kd.weight": 0.0}, more)]) == 0  # on one device
+
+
+@pytest.mark.parametrize("kill", [os.kill, os.killpg])  # a notebook's kernel has its processes interrupted with it
+def test_forked_processes_save_after_the_ctrl_c_of_the_one_that_waits_for_them(kill, settings, tmp_path):
+    """As under ddp_notebook, which is the same strategy."""
+    saves = {"checkpoint.every_n_steps": None, "checkpoint.at_steps": [1]}
+    own = {**ENDLESS, **saves, "trainer.strategy": "ddp_fork", "run": str(tmp_path / "run")}
+    process = start(settings, own)
+    child = child_of(process, tmp_path / "run")
+    kill(process.pid, signal.SIGINT)
+    code, output = end(process)
+    assert code == 128 + signal.SIGINT, output
+    assert "saving after the next logged step" in output
+    step = int(newest(tmp_path / "run/checkpoints").stem.removeprefix("step-"))
+    assert step > 1, output
+    assert step % 3 == 0  # where the ranks agree
+    assert "Traceback" not in output
+    assert not alive(child)
 
 
 def test_a_dead_rank_ends_the_others(settings, tmp_path):

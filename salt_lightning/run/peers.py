@@ -5,7 +5,10 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from functools import partial
+from multiprocessing import connection
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import lightning.pytorch as pl
@@ -142,6 +145,18 @@ def _end_after(starter: int, verb: str | None) -> None:
     why = "the process that has started this one is gone"
     print(loss_of_others(rank(), why, verb), file=sys.stderr, flush=True)
     os._exit(1)
+
+
+def await_stop(processes: Sequence[BaseProcess]) -> None:
+    """Lets processes that this one has started, and that train instead of it, save and end after its Ctrl-C.
+
+    They may have had that too, as all of a terminal or a notebook's kernel have: a SIGTERM after it changes nothing.
+    """
+    for process in processes:
+        process.terminate()
+    connection.wait([process.sentinel for process in processes])
+    for process in processes:  # an end that is not for all leaves the others waiting for it
+        process.join(_GRACE_S)
 
 
 _ABANDONED = False  # the others, by this process
