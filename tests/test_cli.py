@@ -21,12 +21,14 @@ import torch
 import yaml
 from conftest import arguments, built, one_line, run, scalars, write_corpus
 from jsonargparse import Namespace
+from lightning.pytorch.callbacks.progress import tqdm_progress
 from lightning.pytorch.cli import LightningArgumentParser
 
 import salt_lightning
 from salt_lightning import cli
 from salt_lightning.command.parser import _WORDS, configs_first
 from salt_lightning.command.settings import wrong_trainer_settings
+from salt_lightning.run import progress_bar
 
 ROOT = Path(__file__).parents[1]
 OVERLAYS = {"ddp.yaml", "fsdp.yaml", "fsdp1.yaml"}  # for another config: tests/test_parallel.py
@@ -247,6 +249,29 @@ def test_the_progress_bar_shows_loss_weight_and_speed(settings, teacher, tmp_pat
     for shown, first in ((out, 0), (capsys.readouterr().out, 6)):  # optimizer steps, where a step has 4 micro-batches
         counts = set(re.findall(r"Training: .*?\| *(\d+/\S+) \[", shown)) - {"0/?"}
         assert counts == {f"{step}/12" for step in range(first, 13)}
+
+
+def test_a_notebooks_bar_has_a_length_and_is_drawn_as_in_a_terminal(settings, tmp_path, capsys, monkeypatch):
+    """Its widget is drawn in place, where text of a log would stay; but each bar of a validation would stay too."""
+
+    class Widget(progress_bar.Tqdm):
+        __module__ = "tqdm.notebook"
+
+        def reset(self, total=None):
+            self.length = total
+            super().reset(total)
+
+    monkeypatch.setattr(progress_bar, "Tqdm", Widget)
+    monkeypatch.setattr(tqdm_progress, "Tqdm", Widget)
+    monkeypatch.setattr(cli.ProgressBar, "TERMINAL_S", 0.0)
+    lengths = []
+    monkeypatch.setattr(cli.ProgressBar, "on_train_end", lambda bar, *_: lengths.append(bar.train_progress_bar.length))
+    own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, "trainer.enable_progress_bar": True}
+    assert cli.main(["fit", *arguments(settings, own)]) == 0
+    out = capsys.readouterr().out
+    assert lengths == [12]
+    assert {f"{step}/12" for step in range(1, 13)} <= set(re.findall(r"Training: .*?\| *(\d+/\S+) \[", out))
+    assert "Validation" not in out
 
 
 def test_what_is_typed_wins_over_files_wherever_it_stands(tmp_path):

@@ -32,6 +32,11 @@ def close_bars() -> None:
         bar.close()
 
 
+def _is_widget() -> bool:
+    """Whether a bar is a notebook's, which is drawn in place."""
+    return any(base.__module__ == "tqdm.notebook" for base in Tqdm.__mro__)
+
+
 class ProgressBar(TQDMProgressBar):
     """Counts optimizer steps, from 0 also after a resume, and shows the values of the last logged one.
 
@@ -43,7 +48,8 @@ class ProgressBar(TQDMProgressBar):
     _drawn_s = -math.inf
 
     def _should_update(self, current: int, total: int) -> bool:
-        now_s, every_s = time.monotonic(), self.TERMINAL_S if sys.stdout.isatty() else self.LOG_S
+        in_place = sys.stdout.isatty() or _is_widget()
+        now_s, every_s = time.monotonic(), self.TERMINAL_S if in_place else self.LOG_S
         if not self.is_enabled or (now_s - self._drawn_s < every_s and current != total):
             return False
         self._drawn_s = now_s
@@ -59,6 +65,8 @@ class ProgressBar(TQDMProgressBar):
     def init_train_tqdm(self) -> Any:
         bar = super().init_train_tqdm()
         bar.unit, bar.total = " steps", self.trainer.max_steps
+        if _is_widget():  # which takes its length from nothing else
+            bar.reset(bar.total)
         bar.initial = bar.n = self.trainer.global_step
         return bar
 
@@ -70,7 +78,7 @@ class ProgressBar(TQDMProgressBar):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, trainer.global_step - 1)
 
     def init_validation_tqdm(self) -> Any:
-        in_a_log = self.trainer.state.fn == TrainerFn.FITTING and not sys.stdout.isatty()
+        in_a_log = self.trainer.state.fn == TrainerFn.FITTING and not sys.stdout.isatty()  # each leaves its line there
         return Tqdm(disable=True) if in_a_log else super().init_validation_tqdm()
 
     def on_predict_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, *args: Any) -> None:
