@@ -2,10 +2,9 @@
 
 import os
 import re
-import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -16,8 +15,9 @@ import torch
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.multiprocessing import ProcessRaisedException
 
-from salt_lightning import check, compare, export, parallel
+from salt_lightning import check, compare, errors, export, parallel
 from salt_lightning.answers import AnswerTest
 from salt_lightning.checkpoint import FIRST_RANK_S, AtomicCheckpointIO, RunCheckpoint, savers
 from salt_lightning.command import settings
@@ -26,17 +26,7 @@ from salt_lightning.command.quiet import silence_libraries, steady_streams
 from salt_lightning.command.resume import resolve, settings_held
 from salt_lightning.comparison.report import evaluation
 from salt_lightning.data import SALTDataModule
-from salt_lightning.errors import (
-    ConfigError,
-    NonFiniteLossError,
-    Stopped,
-    of_machine,
-    once,
-    one_line,
-    raised,
-    refuse,
-    say,
-)
+from salt_lightning.errors import ConfigError, NonFiniteLossError, Stopped, one_line, raised, refuse, say
 from salt_lightning.models import check_path, read_checkpoint
 from salt_lightning.module import SALTModule
 from salt_lightning.run import peers, run_lock, slurm
@@ -145,7 +135,7 @@ class SALTCLI(LightningCLI):
         self.wrong = wrong  # told with what the classes refuse
 
     def refuse(self) -> None:
-        refuse(once(self.wrong))
+        refuse(errors.once(self.wrong))
 
     def say_device(self) -> None:
         """Where it runs, where that may be a surprise."""
@@ -198,10 +188,10 @@ class SALTCLI(LightningCLI):
                 self.wrong.append(str(error))
                 settled = to_defaults(str(error), self._settings(self.config), self._parser(self.subcommand))
                 if not settled:
-                    refuse(once(self.wrong))
+                    refuse(errors.once(self.wrong))
                 self.instead |= settled
             except Exception:  # Lightning's, perhaps of what is wrong already
-                refuse(once(self.wrong))
+                refuse(errors.once(self.wrong))
                 raise
         if self.instead and self.subcommand == "fit":
             self.wrong += check.besides(self.instead, self.model, self.datamodule, self.trainer)
@@ -286,7 +276,7 @@ class CheckCLI(SALTCLI):
         looked = check.Check(
             self.model, self.datamodule, self.trainer, str(config.trainer.accelerator), config.check.memory_gib
         )
-        self.code = check.report(looked, once(self.wrong), bool(self.instead))
+        self.code = check.report(looked, errors.once(self.wrong), bool(self.instead))
 
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -331,10 +321,14 @@ VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {
 
 
 @steady_streams()
-def main(args: list[str] | None = None) -> int:
-    """Runs one command line; returns its exit code: 0, 1 for an error of the run, 2 of the settings, 128 + signal."""
+def main(args: Sequence[object] | None = None) -> int:
+    """Runs one command line; returns its exit code: 0, 1 for an error of the run, 2 of the settings, 128 + signal.
+
+    Args:
+        args: what would be typed, as texts, paths and numbers; null: what was.
+    """
     try:
-        code = _main(args)
+        code = _main(None if args is None else [str(arg) for arg in args])
     except BaseException as error:
         peers.end_abandoned(error)
         raise
@@ -356,21 +350,20 @@ def _main(args: list[str] | None) -> int:
         print(f"\n{stopped}")
         return 128 + stopped.number
     except (KeyboardInterrupt, SystemExit) as stop:
-        # Lightning makes an exit with code 1 of a Ctrl-C in validate and test, and of a second one in fit
-        cause = stop.__context__ if isinstance(stop, SystemExit) else stop
-        if not isinstance(cause, KeyboardInterrupt):
-            raise
-        number = signal.Signals(cause.args[0]) if cause.args else signal.SIGINT
-        print(f"\nstopped by {number.name}", file=sys.stderr)
-        return 128 + number
+        return errors.exit_code(stop, args is not None)
     except (ConfigError, NonFiniteLossError, OSError, MisconfigurationException, ModuleNotFoundError) as error:
         close_bars()
         if rank():  # the first rank says the same, and its end is ours; else we speak
             time.sleep(FIRST_RANK_S)
         code = say(error)
         return 2 if isinstance(error, MisconfigurationException) else code
+    except ProcessRaisedException as error:  # ddp_notebook, ddp_fork and ddp_spawn bring a traceback as text
+        if (cause := errors.of_process(str(error))) is None:
+            raise
+        close_bars()
+        return say(cause)
     except (MemoryError, RuntimeError) as error:
-        said = of_machine(error)
+        said = errors.of_machine(error)
         if said is None and not peers.has_lost_others(error):
             raise
         close_bars()

@@ -153,6 +153,13 @@ class NonFiniteLossError(RuntimeError):
     """The training loss became NaN or infinite; the last checkpoint is still good."""
 
 
+def of_process(traceback: str) -> Exception | None:
+    """The error of ours that another process has ended with; None: it is none of them."""
+    name, _, message = traceback.rstrip().rpartition("\n")[2].partition(": ")
+    kinds = {f"{kind.__module__}.{kind.__name__}": kind for kind in (ConfigError, NonFiniteLossError)}
+    return kinds[name](message) if name in kinds else None
+
+
 class VerbParser(argparse.ArgumentParser):
     """Arguments of a verb that needs no trainer: what is wrong with them is one line, without the usage."""
 
@@ -167,6 +174,20 @@ def say(error: Exception) -> int:
         message = f"{error.filename}: {error.strerror}"
     print(f"\nerror: {printable(message)}", file=sys.stderr)  # on a line of its own, after a progress bar
     return 2 if isinstance(error, ConfigError) else 1
+
+
+def exit_code(stop: BaseException, in_python: bool) -> int:
+    """What ends the command by a KeyboardInterrupt or a SystemExit; one that says something else is raised again."""
+    # Lightning makes an exit with code 1 of a Ctrl-C in validate and test, and of a second one in fit
+    cause = stop.__context__ if isinstance(stop, SystemExit) else stop
+    if isinstance(cause, KeyboardInterrupt):
+        number = signal.Signals(cause.args[0]) if cause.args else signal.SIGINT
+        print(f"\nstopped by {number.name}", file=sys.stderr)
+        return 128 + number
+    code = getattr(stop, "code", None) or 0
+    if in_python and isinstance(code, int):  # of a parser, which has spoken: a caller has more to do
+        return code
+    raise stop
 
 
 class Stopped(RuntimeError):

@@ -78,10 +78,7 @@ def one_line(capsys) -> str:
 def run(args: list[str]) -> int:
     from salt_lightning import cli
 
-    try:
-        return cli.main(args)
-    except SystemExit as stop:  # jsonargparse's own way out
-        return stop.code
+    return cli.main(args)
 
 
 def built(*args: str):

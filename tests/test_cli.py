@@ -26,6 +26,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 import salt_lightning
 from salt_lightning import cli
+from salt_lightning.checkpoint import newest
 from salt_lightning.command.parser import _WORDS, configs_first
 from salt_lightning.command.settings import wrong_trainer_settings
 from salt_lightning.run import progress_bar
@@ -44,13 +45,11 @@ BASES = {
 
 
 def test_help_shows_every_setting_and_verb(capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["--help"])
+    assert cli.main(["--help"]) == 0
     text = capsys.readouterr().out
     for verb in ("fit", "validate", "test", "compare", "export"):
         assert verb in text
-    with pytest.raises(SystemExit):
-        cli.main(["fit", "--help"])
+    assert cli.main(["fit", "--help"]) == 0
     text = capsys.readouterr().out
     for key in (
         "--run", "--kd.weight", "--kd.steps", "--kd.anneal_steps", "--kd.shape", "--kd.allow_change", "--ckpt_path",
@@ -69,9 +68,19 @@ REFUSED = {
 }  # fmt: skip
 
 
+def test_from_python_paths_and_numbers_may_be_given_and_no_error_of_settings_is_an_exit(settings, tmp_path, capsys):
+    """In a notebook's cell a SystemExit is an error of its own, and it ends a sweep."""
+    run, short = tmp_path / "run", ["--trainer.max_steps", 3, "--trainer.val_check_interval", 3]
+    assert cli.main(["fit", *arguments(settings, {"kd.weight": 0.0}), "--run", run, *short]) == 0
+    assert cli.main(["compare", run, "--out", tmp_path]) == 0
+    assert cli.main(["export", newest(run / "checkpoints"), tmp_path / "exported"]) == 0
+    capsys.readouterr()
+    assert cli.main(["fit", "--trainer.max_stepz", 3]) == 2
+    assert "did you mean --trainer.max_steps?" in one_line(capsys)
+
+
 def test_help_says_what_this_project_does(capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["fit", "--help"])
+    assert cli.main(["fit", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
     for name in REFUSED:
         assert re.search(rf"--trainer.{name} \S+ Not to be set in this project: ", text), name

@@ -526,8 +526,9 @@ def test_a_rank_that_nobody_joins_ends_at_the_time_out(settings, tmp_path):
     assert limit_s <= seen_s["error"] - seen_s["Initializing distributed"] < limit_s + peers._SLACK_S + 3
 
 
-def test_an_error_of_all_ranks_is_one_line(settings, tmp_path):
-    process = start(settings, {"run": str(tmp_path / "run"), "data.micro_batch_size": 3})
+@pytest.mark.parametrize("strategy", [{}, {"trainer.strategy": "ddp_fork"}])
+def test_an_error_of_all_ranks_is_one_line(strategy, settings, tmp_path):
+    process = start(settings, {"run": str(tmp_path / "run"), "data.micro_batch_size": 3, **strategy})
     code, output = end(process)
     assert code == 2
     assert output.count("error: ") == 1
