@@ -5,6 +5,7 @@ told to stop, which may leave no time for one that nothing depends on.
 """
 
 import math
+import os
 import signal
 import threading
 import time
@@ -108,7 +109,7 @@ class RunCheckpoint(Checkpoint):
             wrong.append(f"--checkpoint.at_steps {at_steps} must be optimizer steps, 1 or more")
         refuse(wrong)
         self.every_n_steps, self.keep, self.at_steps = every_n_steps, keep, tuple(at_steps or ())
-        self.folder, self.export = folder, export
+        self.folder, self.export = folder and os.path.expanduser(folder), export and os.path.expanduser(export)
         self._begin()
 
     def _begin(self) -> None:

@@ -73,7 +73,7 @@ def export(
         ConfigError: the target exists, the checkpoint is damaged or holds another model than it says, or the
             tokenizer is not the one that it was trained with.
     """
-    checkpoint, target = Path(checkpoint), Path(target)  # in Python a text does, too
+    checkpoint, target = Path(checkpoint).expanduser(), Path(target).expanduser()  # in Python a text does, too
     setting = f"export: CKPT {checkpoint}"
     check_target(target, "export: DIR")
     saved = read_checkpoint(str(checkpoint), "export: CKPT")
@@ -143,7 +143,7 @@ def _tokenizer(
     """The tokenizer `name`, if it is the one that the student was trained with."""
     if name is None:
         return None
-    tokenizer = load_tokenizer(str(name), "export: --tokenizer")
+    tokenizer = load_tokenizer(os.path.expanduser(name), "export: --tokenizer")
     trained_with = saved.get("tokenizer")
     if len(tokenizer) > model.config.vocab_size or trained_with not in (None, tokenizer_fingerprint(tokenizer)):
         raise ConfigError(

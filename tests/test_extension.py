@@ -107,6 +107,26 @@ def test_the_loss_alone():
     assert out.loss == out.ce_sum / 128  # the last step has no teacher
 
 
+def test_in_python_too_paths_begin_at_home(data, settings, teacher, tmp_path, monkeypatch):
+    """No shell sees them there: weights went into a folder named ~."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    for name in ("checkpoints", "tokenizer"):
+        (tmp_path / "home" / name).symlink_to(Path(teacher).parents[1] / name)
+    of_teacher = f"~/checkpoints/{Path(teacher).name}"
+    own = {key[5:]: value for key, value in settings.items() if key.startswith("data.")}
+    there = SALTDataModule(**{**own, "tokenizer": "~/tokenizer"})
+    saver = RunCheckpoint(folder="~/mine", export="~/exported")
+    trainer(tmp_path, KDScheduleCallback(steps=2), saver, enable_checkpointing=True).fit(
+        SALTModule(ModelSpec(config=SIZES), of_teacher), there
+    )
+    export(newest(tmp_path / "home/mine"), "~/again", tokenizer="~/tokenizer")
+    assert (tmp_path / "home/exported/config.json").is_file()
+    assert (tmp_path / "home/again/config.json").is_file()
+    assert not (tmp_path / "~").exists()
+
+
 # --- schedules ---
 
 

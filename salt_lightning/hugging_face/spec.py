@@ -53,8 +53,8 @@ class ModelSpec:
         if isinstance(self.dtype, torch.dtype):
             object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
         refuse(wrong_kinds(ModelSpec, vars(self), "ModelSpec."))
-        if isinstance(self.path, os.PathLike):  # from Python
-            object.__setattr__(self, "path", os.fspath(self.path))
+        if self.path is not None:  # from Python perhaps a Path, or with a ~ that no shell has seen
+            object.__setattr__(self, "path", os.path.expanduser(self.path))
 
     @classmethod
     def of(cls, spec: ModelSpec | dict[str, Any] | str | os.PathLike[str] | None) -> ModelSpec:

@@ -231,12 +231,13 @@ class Run:
         return {key: anonymous(value) if _PLACES.match(key) else value for key, value in self.deciding.items()}
 
 
-def read_run(path: Path, name: str) -> Run:
+def read_run(path: str | Path, name: str) -> Run:
     """Reads config.yaml and every TensorBoard event file of a run's folder, finished or not.
 
     Raises:
         ConfigError: no such folder, or an unreadable config.yaml.
     """
+    path = Path(path).expanduser()
     if not path.is_dir():
         raise ConfigError(f"compare: RUN {path} is no folder; give a run's own folder, e.g. runs/salt")
     settings = read_config(path / "config.yaml") if (path / "config.yaml").is_file() else {}
