@@ -39,6 +39,29 @@ def test_the_python_example_runs(settings, tmp_path, monkeypatch):
     assert scope["module"].teacher is None  # came and went
 
 
+def test_the_cells_of_the_notebook_page_run_one_after_another(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_corpus(tmp_path / "text.jsonl", 400)
+    cells = re.findall(r"```python\n(.*?)```", (ROOT / "docs/notebooks.md").read_text(), re.S)
+    assert len(cells) == 4
+    small = {
+        "hidden_size: 128": "hidden_size: 32",
+        ", 300": ", 20",
+        ", 50": ", 10",
+        '"--data.num_w': '*OTHERS, "--data.num_w',
+    }
+    for long, short in small.items():
+        assert long in cells[0]
+        cells[0] = cells[0].replace(long, short)
+    others = {"data.vocab_size": 300, "data.block_size": 32, "data.global_batch_size": 8, "data.micro_batch_size": 8}
+    scope: dict[str, object] = {"OTHERS": [f"--{key}={value}" for key, value in others.items()]}
+    for cell in cells:
+        exec(cell, scope)
+    assert list(scope["curves"]["val/ce"].steps) == [10, 20]
+    assert [row["run"] for row in scope["rows"]] == ["baseline"]
+    assert scope["model"].config.hidden_size == 32
+
+
 @pytest.mark.parametrize(
     "command",
     [
