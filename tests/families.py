@@ -14,6 +14,8 @@ FAMILIES = {
     "gpt_neox": LLAMA_LIKE,
     "qwen3": {**LLAMA_LIKE, "num_key_value_heads": 2, "head_dim": 8},
     "gemma3_text": {**LLAMA_LIKE, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4},
+    "mistral": {**LLAMA_LIKE, "num_key_value_heads": 2, "sliding_window": 4},
+    "olmo3": {**LLAMA_LIKE, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 3},
     "phi": LLAMA_LIKE,  # a bias in the head
     "cohere": LLAMA_LIKE,  # scales its logits
     "opt": {**SIZES, **SPECIAL, "ffn_dim": 48, "word_embed_proj_dim": 16},  # projects before the head

@@ -318,9 +318,13 @@ def test_attention_is_foreseen_where_there_is_a_choice(checked, but):
     assert "teacher attention" not in {about for _, about, _ in found}
 
 
-def test_memory_where_a_gpu_needs_no_mask(checked):
+@pytest.mark.parametrize(
+    ("family", "windows"), [("llama", {}), ("mistral", {"num_key_value_heads": 4, "sliding_window": 64})]
+)
+def test_memory_where_a_gpu_needs_no_mask(checked, settings, family, windows):
     """A mask of 8 rows of T x T, T = 256: a boolean one, and of each of 2 layers one in bf16, kept for backward."""
     alone = {"kd.weight": 0, "model.teacher.path": None, "kd.steps": None, "data.block_size": 256}
+    alone |= {"model.student.family": family, "model.student.config": settings["model.student.config"] | windows}
     packed, masked = (
         float(re.match(r"(\S+) MiB at its peak", of(checked(**ON_A_GPU | alone | how)[1], "memory")[1])[1])
         for how in ({}, {"model.student.attention": "sdpa"})

@@ -13,7 +13,9 @@ SCRIPT = Path(__file__).parent / "fake_cuda.py"
 
 @pytest.mark.skipif(torch.version.cuda is not None or torch.version.hip is not None, reason="torch has its own CUDA")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
-@pytest.mark.parametrize("how", ["llama bf16 packed", "gpt_oss bf16 mask"])
+@pytest.mark.parametrize(
+    "how", ["llama bf16 packed", "gemma3_text bf16 packed", "olmo3 bf16 packed", "gpt_oss bf16 mask"]
+)
 def test_a_step_reads_nothing_from_a_gpu_and_mixes_no_devices(settings, teacher, how):
     where = [str(settings["data.source"]), str(settings["data.cache_dir"]), teacher]
     done = subprocess.run([sys.executable, SCRIPT, *where, *how.split()], capture_output=True, text=True, check=False)
