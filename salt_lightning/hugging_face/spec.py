@@ -245,10 +245,13 @@ def fresh_config(spec: ModelSpec, data: Any) -> PreTrainedConfig:
         }
         if "max_position_embeddings" in spec.config:
             del defaults[positions]
+    ropes = None if _is_whole(spec.config) else spec.config.get("rope_parameters")
+    if isinstance(ropes, dict):
+        _refuse_flat_rope(known, ropes)
     with as_config_error("--model.student.config"), _heard(_ROPES) as said:
         config = AutoConfig.for_model(spec.family, **defaults | deepcopy(spec.config))
-    if "rope_parameters" in spec.config and not _is_whole(spec.config):
-        _refuse_idle_rope(config, said)
+    if ropes is not None:
+        _refuse_idle_rope(said)
     if data is None and "vocab_size" not in spec.config:
         raise ConfigError(
             f"--model.student.config.vocab_size is not given: without a SALTDataModule nobody else knows it, and "
@@ -283,19 +286,22 @@ def _heard(name: str) -> Iterator[list[str]]:
         logging.getLogger(name).removeFilter(listen)
 
 
-def _refuse_idle_rope(config: PreTrainedConfig, said: list[str]) -> None:
+def _refuse_idle_rope(said: list[str]) -> None:
     """Raises ConfigError for keys that change nothing: transformers trains as if they were not there."""
-    setting, ropes = "--model.student.config.rope_parameters", config.rope_parameters
     if unused := [one_line(message) for message in said if message.startswith("Unrecognized keys")]:
         raise ConfigError(
-            f"{setting}: {unused[0]}, so they would change nothing; give the rope_type (linear, yarn, llama3 ...) that "
-            "they belong to, or leave them out"
+            f"--model.student.config.rope_parameters: {unused[0]}, so they would change nothing; give the rope_type "
+            "(linear, yarn, llama3 ...) that they belong to, or leave them out"
         )
-    kinds = [kind for kind, rope in ropes.items() if isinstance(rope, dict)]
+
+
+def _refuse_flat_rope(known: PreTrainedConfig, ropes: dict[str, Any]) -> None:
+    """The like where each kind of layer has a rope of its own, as gemma3_text's; transformers 5.17 ends by an error."""
+    kinds = [kind for kind, rope in (getattr(known, "rope_parameters", None) or {}).items() if isinstance(rope, dict)]
     if kinds and (idle := sorted(set(ropes) - set(kinds))):
         raise ConfigError(
-            f"{setting}.{idle[0]} {ropes[idle[0]]} would change nothing: {config.model_type} has a rope for each kind "
-            f"of layer; give it in {' and '.join(kinds)}"
+            f"--model.student.config.rope_parameters.{idle[0]} {ropes[idle[0]]} would change nothing: "
+            f"{known.model_type} has a rope for each kind of layer; give it in {' and '.join(kinds)}"
         )
 
 
