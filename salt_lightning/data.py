@@ -131,7 +131,7 @@ class SALTDataModule(LightningDataModule):
         self.hub = Hub(split, subset, revision)
         self.text_column, self.source_column, self.source_per_file = text_column, source_column, source_per_file
         self.source_weights, self.bad_lines, self.difficulty = source_weights, bad_lines, difficulty
-        self.tokenizer_name, self.trained_vocab_size = str(Path(tokenizer).expanduser()), vocab_size
+        self.tokenizer_name, self.trained_vocab_size = tokenizer, vocab_size
         self.block_size, self.isolate_documents = block_size, isolate_documents
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.val_fraction, self.val_rows, self.seed = val_fraction, val_rows, seed_or_global(seed)

@@ -143,7 +143,7 @@ def _tokenizer(
     """The tokenizer `name`, if it is the one that the student was trained with."""
     if name is None:
         return None
-    tokenizer = load_tokenizer(os.path.expanduser(name), "export: --tokenizer")
+    tokenizer = load_tokenizer(str(name), "export: --tokenizer")
     trained_with = saved.get("tokenizer")
     if len(tokenizer) > model.config.vocab_size or trained_with not in (None, tokenizer_fingerprint(tokenizer)):
         raise ConfigError(

@@ -48,10 +48,11 @@ def load_tokenizer(name: str, setting: str = "--data.tokenizer") -> PreTrainedTo
         ConfigError: not found, without end-of-text token, or without the fast implementation that gives
             offsets.
     """
-    if not os.path.isdir(name) and (name.startswith((".", "/")) or name.count("/") > 1):  # no name of the hub
+    folder = os.path.expanduser(name)  # in Python no shell does it
+    if not os.path.isdir(folder) and (folder.startswith((".", "/")) or folder.count("/") > 1):  # no name of the hub
         raise ConfigError(f"{setting}: the folder {name!r} does not exist; give a folder, hub name or train")
     try:
-        tokenizer = open_tokenizer(name, trust_remote_code=False)
+        tokenizer = open_tokenizer(folder, trust_remote_code=False)
     except Exception as error:
         raise ConfigError(
             f"{setting}: cannot load {name!r} ({first_line(error)}); give a folder, hub name or train"
