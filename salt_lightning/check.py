@@ -376,10 +376,11 @@ def _usable(total: int) -> int:
     return int((total - _OUTSIDE_BYTES) * (1 - _GAPS))
 
 
-def besides(instead: Iterable[str], module: SALTModule, data: SALTDataModule, trainer: pl.Trainer) -> list[str]:
+def besides(
+    instead: Iterable[str], module: SALTModule, data: SALTDataModule, trainer: pl.Trainer, teaches: bool
+) -> list[str]:
     """What is wrong besides settings that a class refused and that others stand `instead` of."""
-    looks = without_text(module, trainer, None, next(iter(kd_callbacks(trainer))).schedule.weight > 0)
-    found = raised([*looks, partial(data._corpus, "source")])
+    found = raised([*without_text(module, trainer, None, teaches), partial(data._corpus, "source")])
     return [said for said in found if not any(f"--{name}" in said for name in instead)]
 
 

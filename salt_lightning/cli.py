@@ -145,6 +145,11 @@ class SALTCLI(LightningCLI):
         if remark := parallel.device_remark(self.trainer):
             say_once(f"device: {'; '.join(remark)}")
 
+    def _teaches(self) -> bool:
+        """Whether the teacher has to be there: a fit that is resumed in phase 2 goes on where it is gone."""
+        config = self._settings(self.config)
+        return bool(config.kd.weight > 0 and not config.get("ckpt_path"))
+
     def before_fit(self) -> None:
         """What can be refused without the text, which takes minutes, is refused before it, and all at once."""
         self.say_device()
@@ -152,9 +157,8 @@ class SALTCLI(LightningCLI):
         resumed = bool(config.get("ckpt_path"))
         if student.path and student.config and not resumed:
             say_once(f"--model.student.config is not used: the sizes are those of --model.student.path {student.path}")
-        teaches = config.kd.weight > 0 and not resumed  # phase 2 goes on where the teacher is gone
         target = None if is_over(config.ckpt_path, self.trainer.max_steps) else config.checkpoint.export
-        if wrong := raised(check.without_text(self.model, self.trainer, target, teaches)):
+        if wrong := raised(check.without_text(self.model, self.trainer, target, self._teaches())):
             refuse([*wrong, *raised([partial(self.datamodule._corpus, "source")])])  # files take seconds to find
 
     def before_predict(self) -> None:
@@ -194,7 +198,7 @@ class SALTCLI(LightningCLI):
                 refuse(errors.once(self.wrong))
                 raise
         if self.instead and self.subcommand == "fit":
-            self.wrong += check.besides(self.instead, self.model, self.datamodule, self.trainer)
+            self.wrong += check.besides(self.instead, self.model, self.datamodule, self.trainer, self._teaches())
         self.refuse()
 
     def _instantiate(self) -> None:
