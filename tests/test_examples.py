@@ -256,6 +256,19 @@ def test_tools_are_never_dropped_in_silence(tmp_path, examples, tools, message):
         prepared(tmp_path, [{"messages": RAIN, "tools": tools}], examples, chat_tokenizer())
 
 
+def test_a_column_of_tools_that_no_line_has_is_told_at_each_start(tmp_path):
+    """A line may go without it; a misspelt name would train without tools."""
+    rows = [{"messages": RAIN, "functions": [{"name": "weather"}]}, {"messages": RAIN}]
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = TOOLS
+    for _ in range(2):
+        with pytest.warns(
+            UserWarning, match="examples.tools: no row of --data.source has tools in a column 'function'"
+        ):
+            prepared(tmp_path, rows, Examples(messages="messages", tools="function"), tokenizer)
+    prepared(tmp_path, rows, Examples(messages="messages", tools="functions"), tokenizer)
+
+
 def test_a_table_may_hold_tools(tmp_path):
     pq.write_table(pa.table({"messages": [RAIN], "tools": [[{"name": "weather"}]]}), tmp_path / "a.parquet")
     groups = resolve("--data.source", [str(tmp_path / "a.parquet")], Hub())

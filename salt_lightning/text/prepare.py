@@ -19,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
@@ -115,9 +115,12 @@ def prepare_tokens(
     if not folder.exists():
         first()
         _prepare(folder, corpus, tokenizer, val_fraction, workers)
-    skipped = Skipped(**TokenFiles(folder, "train").manifest.get("skipped", {}))
+    manifest = TokenFiles(folder, "train").manifest
+    skipped, column = Skipped(**manifest.get("skipped", {})), corpus.examples.tools
     if skipped.lines:
         rank_zero_info(f"{corpus.setting}: {skipped}")
+    if column and not manifest.get("num_tools", 1):  # which a line of JSON may go without, but all?
+        rank_zero_warn(f"--data.examples.tools: no row of {corpus.setting} has tools in a column {column!r}")
     return folder
 
 
@@ -221,6 +224,7 @@ class _Written:
     num_left_out: int = 0  # rows
     num_split: int = 0  # conversations that are several examples
     num_more: int = 0  # examples that these are besides the first
+    num_tools: int = 0  # conversations with tools
     raws_hash: str = ""
     read_bytes: int = 0
     sources: dict[str, int] = field(default_factory=dict)  # name -> index
@@ -280,6 +284,7 @@ def _write(encoder: Encoder, origin: dict[str, Any], unfinished: Unfinished, wor
                     writers[split].add(block, _source_ids(block, written.sources, encoder.corpus))
                     written.num_split += block.num_split
                     written.num_more += block.num_more
+                    written.num_tools += block.num_tools
                 kept = sum(len(block.lengths) - block.num_more for block in blocks.values())
                 written.num_left_out += len(raw.rows) - kept - skipped.lines
                 written.follow(raw_hash, raw.read_bytes)
@@ -307,6 +312,7 @@ def _write(encoder: Encoder, origin: dict[str, Any], unfinished: Unfinished, wor
         "sources": list(written.sources),
         "splits": {split: writer.entry() for split, writer in writers.items()},
         "skipped": asdict(written.skipped),
+        **({"num_tools": written.num_tools} if encoder.corpus.examples.tools else {}),
     }
 
 

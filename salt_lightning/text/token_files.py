@@ -60,6 +60,7 @@ class Block:
     learned: np.ndarray | None = None  # of each id, where documents are examples
     num_split: int = 0  # conversations that are several documents
     num_more: int = 0  # documents that these are besides the first
+    num_tools: int = 0  # conversations with tools
 
 
 def columns(split: str, dtype: str, examples: bool = False) -> dict[str, tuple[str, str]]:

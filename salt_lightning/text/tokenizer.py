@@ -333,11 +333,11 @@ class ExampleEncoder(Encoder):
         """Whether the tokenizer puts one before what it takes for a whole text (SentencePiece)."""
         return self._plain(_ANCHOR + "a")[0] != self._plain(_ANCHOR)[0] + self._plain("a")[0]
 
-    def _take(self, content: Conversation) -> tuple[list[_Example], bytes] | None:
+    def _take(self, content: Conversation) -> tuple[tuple[list[_Example], bool], bytes] | None:
         examples = self._encode(content)
         if not examples or examples[0][1][0]:  # nothing comes before an empty prompt's response to learn it from
             return None
-        return examples, utf8(content.asked())
+        return (examples, content.tools is not None), utf8(content.asked())
 
     def response(self, text: str) -> list[int]:
         """The ids of a response, with its EOS."""
@@ -345,18 +345,19 @@ class ExampleEncoder(Encoder):
         ((ids, learned, _),) = self._encode(Conversation(messages))
         return ids[learned].tolist()
 
-    def _block(self, docs: list[tuple[list[_Example], str]], with_bytes: bool) -> Block:
-        examples = [example for of_row, _ in docs for example in of_row]
+    def _block(self, docs: list[tuple[tuple[list[_Example], bool], str]], with_bytes: bool) -> Block:
+        examples = [example for (of_row, _), _ in docs for example in of_row]
         ids, learned, counts = (np.concatenate(column) for column in zip(*examples, strict=True))
         return Block(
             ids.astype(self.dtype),
             np.array([len(ids) for ids, _, _ in examples], np.int64),
-            [source for of_row, source in docs for _ in of_row],
+            [source for (of_row, _), source in docs for _ in of_row],
             counts.astype(np.int32) if with_bytes else None,
             int(counts.sum()),
             learned.astype(np.uint8),
-            sum(len(of_row) > 1 for of_row, _ in docs),
+            sum(len(of_row) > 1 for (of_row, _), _ in docs),
             len(examples) - len(docs),
+            sum(has_tools for (_, has_tools), _ in docs),
         )
 
     def _encode(self, conversation: Conversation) -> list[_Example]:
