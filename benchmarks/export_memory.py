@@ -14,20 +14,22 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
+from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import transformers
-from data_path import in_a_process
+from selection import in_a_process
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from salt_lightning.cli import main as command
 from salt_lightning.export import export
 from salt_lightning.hugging_face.spec import ModelSpec
 from salt_lightning.models import read_checkpoint
@@ -50,11 +52,10 @@ def train(work: Path, kind: str, tiny: bool) -> Path:
         "trainer.accelerator": "cpu", "trainer.devices": 1, "trainer.precision": "32-true",
         "trainer.enable_progress_bar": "false", "kd.weight": 0,
     }  # fmt: skip
-    sharded = ["--config", "configs/fsdp.yaml"] if kind == "shards" else []
-    command = [sys.executable, "cli.py", "fit", *sharded, *(f"--{key}={value}" for key, value in settings.items())]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    if done.returncode:
-        raise SystemExit(done.stderr[-2000:])
+    sharded = ["--config", str(ROOT / "configs/fsdp.yaml")] if kind == "shards" else []
+    with redirect_stdout(sys.stderr):
+        if code := command(["fit", *sharded, *(f"--{key}={value}" for key, value in settings.items())]):
+            raise SystemExit(code)
     return work / kind / "checkpoints" / "step-00000001.ckpt"
 
 
@@ -93,12 +94,7 @@ def resident(name: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--do", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.do:
-        way, checkpoint, target = args.do
-        print(json.dumps(measured(way, Path(checkpoint), Path(target))))
-        return
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         (work / "text.txt").write_text(" ".join(f"word{i % 97}" for i in range(500)))
@@ -107,10 +103,10 @@ def main() -> None:
         print("| checkpoint | way | weights written, MB | peak above the start, MB | seconds |")
         print("|---|---|--:|--:|--:|")
         for kind, theirs in (("file", "torch.load, save_pretrained"), ("shards", "dcp_to_torch_save before these")):
-            checkpoint = train(work, kind, args.tiny)
+            checkpoint = in_a_process(partial(train, work, kind, args.tiny))
             for way in ("ours", "ours, to bf16", "rival"):
                 target = work / "exported"
-                peak, seconds = in_a_process(__file__, way, checkpoint, target)
+                peak, seconds = in_a_process(partial(measured, way, checkpoint, target))
                 size = sum(file.stat().st_size for file in target.glob("*.safetensors"))
                 name = theirs if way == "rival" else way
                 print(f"| {kind} | {name} | {size / 1e6:.0f} | {peak / 1e6:.0f} | {seconds:.1f} |", flush=True)

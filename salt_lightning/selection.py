@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from salt_lightning.batches.mixture import Mixture, Shares, make_order
 from salt_lightning.batches.order import Order, scatter
+from salt_lightning.batches.row_set import RowSet
 from salt_lightning.errors import ConfigError, refuse, wrong_kinds
 from salt_lightning.teacher.scores import NO_LABEL, RANK_CAP, Scores, write_table
 
@@ -107,15 +108,22 @@ class Plan(NamedTuple):
     said: str
 
 
-def chance(score_R: np.ndarray, kept: np.ndarray) -> float:
-    """Share of the rows kept whose score rows that are left out have, too: a lot has decided among them."""
-    out = np.ones(len(score_R), bool)
-    out[kept] = False
-    return float(np.isin(score_R[kept], score_R[out]).mean()) if len(kept) else 0.0
+def chance(score_R: np.ndarray, kept_R: np.ndarray) -> float:
+    """Share of the rows kept (a mask) whose score rows that are left out have, too: a lot has decided among them."""
+    inside, outside = score_R[kept_R], score_R[~kept_R]
+    if not len(inside):
+        return 0.0
+    shared = np.unique(outside[(outside >= inside.min()) & (outside <= inside.max())])  # few: a rule cuts twice at most
+    return float(np.isin(inside, shared).mean())
 
 
 def kept_rows(scores_R: np.ndarray, rule: KeepRule) -> np.ndarray:
-    """Sorted numbers of the rows that a rule keeps. Rows of equal score are taken in a fixed random order.
+    """Sorted numbers of the rows that a rule keeps: 8 bytes each; as of `kept_mask`."""
+    return np.flatnonzero(kept_mask(scores_R, rule))
+
+
+def kept_mask(scores_R: np.ndarray, rule: KeepRule) -> np.ndarray:
+    """Which rows a rule keeps. Rows of equal score are taken in a fixed random order.
 
     Raises:
         ConfigError: more rows are wanted than there are.
@@ -127,27 +135,29 @@ def kept_rows(scores_R: np.ndarray, rule: KeepRule) -> np.ndarray:
         setting = f"rows {rule.rows}" if rule.rows else f"fraction {rule.fraction}"
         tail = f" less the {dropped} of --data.keep.drop_top {rule.drop_top}" if dropped else ""
         raise ConfigError(f"--data.keep.{setting}: {wanted} rows are wanted, there are {num_rows}{tail}; keep fewer")
-    lot_R = scatter(np.arange(num_rows))
-    best_R = _first(scores_R, lot_R, dropped)
     if rule.order == "random":
-        return np.flatnonzero(~best_R)[np.sort(np.argsort(lot_R[~best_R])[:wanted])]
+        return _of_lowest_lots(~_first(scores_R, dropped), wanted)
     # From the highest score down, rows [begin, begin + wanted) are kept.
     begin = {"highest": dropped, "middle": dropped + (num_rows - dropped - wanted) // 2, "lowest": num_rows - wanted}
     start = begin[rule.order]
-    return np.flatnonzero(_first(scores_R, lot_R, start + wanted) & ~_first(scores_R, lot_R, start))
+    return _first(scores_R, start + wanted) & ~_first(scores_R, start)
 
 
-def _first(scores_R: np.ndarray, lot_R: np.ndarray, count: int) -> np.ndarray:
+def _first(scores_R: np.ndarray, count: int) -> np.ndarray:
     """The `count` rows of the highest scores, as a mask; among equals those of the lowest lots. O(R), no sort."""
     if count == 0:
         return np.zeros(len(scores_R), bool)
     level = np.partition(scores_R, len(scores_R) - count)[len(scores_R) - count]
     mask_R = scores_R > level
-    ties = np.flatnonzero(scores_R == level)
-    lots = lot_R[ties]
-    need = count - int(mask_R.sum())
-    mask_R[ties[np.argpartition(lots, need - 1)[:need]]] = True
-    return mask_R
+    return mask_R | _of_lowest_lots(scores_R == level, count - int(mask_R.sum()))
+
+
+def _of_lowest_lots(mask_R: np.ndarray, count: int) -> np.ndarray:
+    """`count` > 0 of the rows of a mask, as a mask."""
+    lots = scatter(np.flatnonzero(mask_R))
+    taken_R = np.zeros(len(mask_R), bool)
+    taken_R[mask_R] = lots <= np.partition(lots, count - 1)[count - 1]  # no two lots are equal
+    return taken_R
 
 
 def plan(scores: Scores, rule: KeepRule, seed: int, phase1_rows: int, shares: Shares | None = None) -> Plan:
@@ -157,17 +167,16 @@ def plan(scores: Scores, rule: KeepRule, seed: int, phase1_rows: int, shares: Sh
         ConfigError: scores are incomplete or damaged, or too few rows.
     """
     score_R = row_scores(scores, rule.k, rule.masked)
-    kept = kept_rows(score_R, rule)
-    order = make_order(shares, seed, len(score_R), kept, phase1_rows, rule.unread_first)
-    drawn = 0.0 if rule.order == "random" else chance(score_R, kept)
+    kept_R = kept_mask(score_R, rule)
+    kept, inside = RowSet(kept_R), score_R[kept_R]
+    drawn = 0.0 if rule.order == "random" else chance(score_R, kept_R)
     tie = f"; {drawn:.1%} of them score as much as rows that are left out: chance decides" if drawn else ""
-    told = [
-        _told(name, part) for name, part in _parts(order).items()
-    ]  # here, so that worker processes share what it takes
-    said = (
-        f"selection: {len(kept)} of {len(score_R)} rows ({rule.name}; S {score_R[kept].min():.3f} to "
-        f"{score_R[kept].max():.3f}{tie}); {'; '.join(told)}"
-    )
+    which = f"{rule.name}; S {inside.min():.3f} to {inside.max():.3f}{tie}"
+    del score_R, kept_R, inside
+    pa.default_memory_pool().release_unused()  # else 20 bytes a row stay with Arrow in each process
+    order = make_order(shares, seed, kept.num_rows, kept, phase1_rows, rule.unread_first)
+    told = [_told(*part) for part in _parts(order).items()]  # here, so that worker processes share what it takes
+    said = f"selection: {len(kept)} of {kept.num_rows} rows ({which}); {'; '.join(told)}"
     return Plan(order, drawn, said)
 
 

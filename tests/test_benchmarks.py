@@ -87,6 +87,12 @@ def test_step_after_the_boundary():
     assert baseline_ms > 0
 
 
+def test_selection():
+    lines = [line.split("|")[2:] for line in run("selection.py").splitlines() if line.startswith("| 20,000")]
+    assert [line[0].strip() for line in lines] == ["S(x) from the shards", "report"]
+    assert all(float(cell) > 0 for line in lines for cell in line[1:4])
+
+
 def test_scoring():
     out = run("scoring.py")
     assert re.search(r"^\| tiny \| [\d.]+ \(.*\| [\d.]+% \|$", out, re.M)

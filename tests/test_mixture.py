@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from salt_lightning.batches.mixture import CYCLE, Mixture, Shares, make_order, shares_of
 from salt_lightning.batches.order import Order
+from salt_lightning.batches.row_set import RowSet
 from salt_lightning.batches.stretches import Stretch, Stretches, go_on, one_stretch, rows_before, where, with_past
 from salt_lightning.data import SALTDataModule
 from salt_lightning.errors import ConfigError
@@ -119,15 +120,16 @@ def test_a_row_depends_on_nothing_but_its_position():
     assert order(np.arange(8)).tolist() == first  # a release that moved this would spoil every resume
 
 
-KEPT = np.array([3, 4, 9, *range(20, 200, 3), *range(513, 540)])
+ROWS = np.array([3, 4, 9, *range(20, 200, 3), *range(513, 540)])
+KEPT = RowSet.of(ROWS, 583)
 
 
 def test_phase_1_reads_the_kept_rows_of_each_source_and_the_shares_stay():
     order = mixture(kept=KEPT, phase1=100)
     rows = order(np.arange(100))
-    assert set(rows.tolist()) <= set(KEPT.tolist())
+    assert set(rows.tolist()) <= set(ROWS.tolist())
     assert [len(read) for read in by_source(rows)] == order.shares.reads(100).tolist()
-    for read, kept in zip(by_source(rows), by_source(KEPT), strict=True):
+    for read, kept in zip(by_source(rows), by_source(ROWS), strict=True):
         times = np.unique(read, return_counts=True)[1]
         assert times.max() - (times.min() if len(times) == len(kept) else 0) <= 1  # pass by pass
     assert [part.repeats for part in order.orders] == pytest.approx([50 / 3, 20 / 60, 30 / 27])
@@ -189,7 +191,7 @@ def test_under_other_shares_phase_2_reads_what_phase_1_has_not():
     """KD ends within the second stretch, which the third and the fourth have to know."""
     phase1 = 150
     found = np.concatenate(rows_of(kept=KEPT, phase1=phase1))
-    assert set(found[:phase1].tolist()) <= set(KEPT.tolist())
+    assert set(found[:phase1].tolist()) <= set(ROWS.tolist())
     for s, (read, late) in enumerate(zip(by_source(found[:phase1]), by_source(found[phase1:]), strict=True)):
         unread = set(range(STARTS[s], STARTS[s + 1])) - set(read)
         assert len(set(late[: len(unread)])) == min(len(late), len(unread))
@@ -241,7 +243,7 @@ def test_a_checkpoint_from_before_they_were_kept_is_of_one_stretch():
 
 def test_the_fingerprint_tells_other_shares_and_other_kept_rows():
     changed = [{}, {"weights": (0.4, 0.3, 0.3)}, {"starts": (0, 12, 513, 583)}, {"kept": KEPT},
-               {"kept": KEPT[1:]}, {"kept": KEPT, "phase1": 9}]  # fmt: skip
+               {"kept": RowSet.of(ROWS[1:], 583)}, {"kept": KEPT, "phase1": 9}]  # fmt: skip
     assert len({mixture(**change).fingerprint for change in changed}) == len(changed)
     assert mixture(weights=(5, 2, 3)).fingerprint == mixture().fingerprint  # the unit does not matter
     assert mixture(seed=1).fingerprint == mixture().fingerprint  # the seed is compared apart

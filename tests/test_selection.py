@@ -1,6 +1,8 @@
 """S(x), what a rule keeps, and the order of a run that reads it first."""
 
+import pickle
 import statistics
+import tracemalloc
 
 import numpy as np
 import pyarrow as pa
@@ -10,9 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from salt_lightning.batches.mixture import Shares, make_order
-from salt_lightning.batches.order import Order, gaps, outside, row_at, scatter
+from salt_lightning.batches.order import Order, row_at, scatter
+from salt_lightning.batches.row_set import RowSet, _find
 from salt_lightning.errors import ConfigError
-from salt_lightning.selection import KeepRule, chance, check_repeats, kept_rows, plan, row_scores, score_rows
+from salt_lightning.selection import (
+    KeepRule,
+    chance,
+    check_repeats,
+    kept_rows,
+    plan,
+    row_scores,
+    score_rows,
+)
 from salt_lightning.teacher.score_report import _overlap
 from salt_lightning.teacher.scores import NO_LABEL, RANK_CAP, Scored, Scores, write_table
 
@@ -170,11 +181,25 @@ def test_more_rows_than_there_are():
 # --- the order of a run ---
 
 
-@given(st.sets(st.integers(0, 60), max_size=61), st.integers(0, 80))
-def test_outside_counts_the_others(rows, number):
-    others = [row for row in range(200) if row not in rows]
-    rows = np.array(sorted(rows), np.int64)
-    assert outside(gaps(rows), np.array([number])) == [others[number]]
+@given(st.integers(1, 3000), st.floats(0, 1), st.integers(0, 2**32 - 1))
+def test_a_set_of_rows_is_the_list_of_them(num_rows, share, seed):
+    rows = np.flatnonzero(np.random.default_rng(seed).random(num_rows) < share)
+    others, found = np.setdiff1d(np.arange(num_rows), rows), RowSet.of(rows, num_rows)
+    assert len(found) == len(rows)
+    assert found.nth(np.arange(len(rows))).tolist() == rows.tolist()
+    assert found.nth_other(np.arange(len(others))).tolist() == others.tolist()
+    assert np.flatnonzero(found.mask_R).tolist() == np.concatenate([*found.chunks()]).tolist() == rows.tolist()
+    start, end = sorted(np.random.default_rng(seed).integers(0, num_rows + 1, 2).tolist())
+    part = RowSet(found.mask_R[start:end])
+    assert part.nth(np.arange(len(part))).tolist() == [row - start for row in rows.tolist() if start <= row < end]
+
+
+def test_a_row_past_2_to_the_31_is_found():
+    """Of blocks of 128 rows that are all in the set: they share one block's memory."""
+    blocks = (9 << 28) // 128
+    bits, before = np.broadcast_to(np.full(16, 0xFF, np.uint8), (blocks, 16)), np.arange(blocks + 1) * 128
+    rows = np.array([(1 << 31) + 5, (9 << 28) - 1])
+    assert _find(bits, before, rows).tolist() == rows.tolist()
 
 
 def test_without_a_selection_nothing_changes():
@@ -182,15 +207,16 @@ def test_without_a_selection_nothing_changes():
     assert np.array_equal(Order(7, 100)(positions), row_at(positions, 7, 100))
 
 
-KEPT = np.sort(np.random.default_rng(0).choice(1000, 400, replace=False))
+ROWS = np.sort(np.random.default_rng(0).choice(1000, 400, replace=False))
+KEPT = RowSet.of(ROWS, 1000)
 
 
 def test_phase_1_reads_the_kept_rows_once_each_before_any_twice():
     order = Order(3, 1000, KEPT, phase1=900)
     rows = order(np.arange(900))
-    assert sorted(rows[:400]) == sorted(rows[400:800]) == KEPT.tolist()
+    assert sorted(rows[:400]) == sorted(rows[400:800]) == ROWS.tolist()
     assert rows[:400].tolist() != rows[400:800].tolist()
-    assert set(rows[800:]) < set(KEPT)
+    assert set(rows[800:]) < set(ROWS)
 
 
 @pytest.mark.parametrize("phase1", [0, 1, 250, 399, 400, 900])
@@ -219,17 +245,36 @@ def test_the_order_has_no_memory(start, count, unread_first):
 
 
 def test_all_rows_kept_and_read():
-    everything = np.arange(50)
+    everything = RowSet(np.ones(50, bool))
     rows = Order(1, 50, everything, 75)(np.arange(175))
     assert sorted(rows[:50]) == sorted(rows[75:125]) == sorted(rows[125:]) == list(range(50))
 
 
+@pytest.mark.parametrize(
+    ("phase1", "rows", "fingerprint"),
+    [
+        (250, [908, 452, 300, 294, 806, 432, 829], "2d1fc6df94f4143ad74c"),
+        (900, [908, 452, 300, 634, 756, 919, 131], "bb952cfb8827603c65a2"),
+    ],
+)
+def test_an_order_stays_what_it_was_in_checkpoints(phase1, rows, fingerprint):
+    """A release that moved this would spoil every resume."""
+    order = Order(3, 1000, KEPT, phase1)
+    assert order(np.array([0, 1, 249, phase1, phase1 + 1, phase1 + 599, phase1 + 1999])).tolist() == rows
+    assert order.fingerprint == fingerprint
+
+
 def test_a_fingerprint_of_what_decides_the_order():
-    orders = [Order(1, 1000), Order(1, 1000, KEPT, 10), Order(1, 1000, KEPT, 20), Order(1, 1000, KEPT[1:], 10)]
+    orders = [
+        Order(1, 1000),
+        Order(1, 1000, KEPT, 10),
+        Order(1, 1000, KEPT, 20),
+        Order(1, 1000, RowSet.of(ROWS[1:], 1000), 10),
+    ]
     prints = [order.fingerprint for order in [*orders, Order(1, 1000, KEPT, 10, False)]]
     assert prints[0] == "none"
     assert len(set(prints)) == 5
-    assert Order(2, 1000, KEPT.copy(), 10).fingerprint == prints[1]  # the seed is compared apart
+    assert Order(2, 1000, RowSet.of(ROWS, 1000), 10).fingerprint == prints[1]  # the seed is compared apart
 
 
 # --- from a folder of scores ---
@@ -271,6 +316,26 @@ def test_row_scores_of_all_shards_are_kept_beside_them(scores):
         row_scores(scores, 10, "zero")
 
 
+def test_a_start_takes_a_few_bytes_a_row_and_keeps_a_fraction_of_one(tmp_path, monkeypatch):
+    """Each rank's own: eight of a node, of 10^9 rows. A worker process that does not come by fork gets a copy."""
+    monkeypatch.setattr("salt_lightning.batches.order._AT_ONCE", 1 << 12)
+    num_rows = 1 << 20
+    scores = Scores.create(tmp_path, Scored("rows", "tokens", num_rows, 1, True), {})
+    for shard in scores.missing():
+        nll_RT = np.random.default_rng(shard).random((len(scores.rows(shard)), 1), np.float32)
+        scores.write(shard, nll_RT, np.zeros_like(nll_RT))
+    row_scores(scores, 10, "zero")  # the first process of a node has been there
+    tracemalloc.start()
+    order = plan(scores, KeepRule(), 0, num_rows // 4).order
+    assert len(order.fingerprint) == 20
+    order(num_rows // 4 + np.arange(64))
+    held, peak = (size / num_rows for size in tracemalloc.get_traced_memory())
+    tracemalloc.stop()
+    assert peak < 20  # bytes: S and a copy to find its level, or of the rows kept and of the others; masks
+    assert held < 0.5  # two sets of a bit and its half, and of the one how many others come before
+    assert len(pickle.dumps(order)) / num_rows < 0.5
+
+
 def test_the_plan_says_what_it_does(scores):
     order, _, message = plan(scores, KeepRule(rows=4), 0, 6)
     assert order.phase1 == 6
@@ -280,7 +345,7 @@ def test_the_plan_says_what_it_does(scores):
     message = plan(scores, KeepRule(rows=4, unread_first=False), 0, 6).said
     assert "phase 2 reads all, read before or not (--data.keep.unread_first false)" in message
     order, by_chance, message = plan(scores, KeepRule(rows=9, k=1), 0, 6)
-    assert by_chance == chance(row_scores(scores, 1, "zero"), order.kept) > 0
+    assert by_chance == chance(row_scores(scores, 1, "zero"), order.kept.mask_R) > 0
     assert f"; {by_chance:.1%} of them score as much as rows that are left out: chance decides)" in message
     _, by_chance, message = plan(scores, KeepRule(rows=9, k=1, order="random"), 0, 6)
     assert by_chance == 0
@@ -330,16 +395,16 @@ def test_the_rule_says_how_phase_2_goes_on(scores, shares):
 
 def test_chance_is_the_share_of_kept_rows_that_tie_with_rows_left_out():
     score_R = np.array([0.0, 0.0, 1.0, 1.0, 2.0])
-    assert chance(score_R, np.array([4, 2])) == 0.5  # row 3 scores as row 2 does
-    assert chance(score_R, np.array([2, 3, 4])) == 0
-    assert chance(np.zeros(6), np.array([1, 5])) == 1
-    assert chance(score_R, np.array([], int)) == 0
+    assert chance(score_R, np.isin(np.arange(5), [4, 2])) == 0.5  # row 3 scores as row 2 does
+    assert chance(score_R, np.isin(np.arange(5), [2, 3, 4])) == 0
+    assert chance(np.zeros(6), np.isin(np.arange(6), [1, 5])) == 1
+    assert chance(score_R, np.zeros(5, bool)) == 0
 
 
 def test_the_report_shows_no_overlap_where_chance_has_chosen():
     """The same lots for every k would make it 100%."""
     clear, zeros = np.arange(6.0), np.zeros(6)
-    kept = {5: np.array([3, 4, 5]), 10: np.array([3, 4, 5]), 20: np.array([0, 1, 2])}
+    kept = {5: clear >= 3, 10: clear >= 3, 20: clear < 3}
     of_k = {5: clear, 10: clear, 20: zeros}
     rows = [line.split("|")[2:-1] for line in _overlap(kept, of_k, KeepRule()).splitlines() if line.startswith("| k =")]
     assert [[cell.strip() for cell in row] for row in rows] == [["100.0%", "100.0%", "-"]] * 2 + [["-"] * 3]

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from salt_lightning.batches.order import Order, scatter
+from salt_lightning.batches.row_set import RowSet
 from salt_lightning.errors import ConfigError, few, refuse
 
 SETTING = "--data.source_weights"
@@ -154,7 +155,7 @@ class Mixture:
         self,
         shares: Shares,
         seed: int,
-        kept: np.ndarray | None = None,
+        kept: RowSet | None = None,
         phase1: int = 0,
         unread_first: bool = True,
     ) -> None:
@@ -164,7 +165,7 @@ class Mixture:
         seeds_S = scatter(np.array([seed])) + np.arange(1, len(shares.names) + 1, dtype=np.uint64)
         self.orders = []
         for own_seed, (start, end), reads in zip(seeds_S, pairwise(shares.starts), shares.reads(phase1), strict=True):
-            own = None if kept is None else kept[np.searchsorted(kept, start) : np.searchsorted(kept, end)] - start
+            own = None if kept is None else RowSet(kept.mask_R[start:end])
             self.orders.append(Order(int(own_seed), end - start, own, int(reads), unread_first))
 
     def __call__(self, position: np.ndarray) -> np.ndarray:
@@ -190,7 +191,7 @@ def make_order(
     shares: Shares | None,
     seed: int,
     num_rows: int,
-    kept: np.ndarray | None = None,
+    kept: RowSet | None = None,
     phase1: int = 0,
     unread_first: bool = True,
 ) -> Order | Mixture:

@@ -11,7 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from salt_lightning.batches.row_set import RowSet
+
 _ROUNDS = 8
+_AT_ONCE = 1 << 16  # positions: any number of them takes the same memory
 
 
 def row_at(position: np.ndarray, seed: int, num_rows: int) -> np.ndarray:
@@ -54,16 +57,6 @@ def _mix(values: np.ndarray) -> np.ndarray:
     return mixed ^ (mixed >> np.uint64(31))
 
 
-def gaps(rows: np.ndarray) -> np.ndarray:
-    """How many row numbers before each of the sorted `rows` are not among them."""
-    return rows - np.arange(len(rows))
-
-
-def outside(gaps: np.ndarray, number: np.ndarray) -> np.ndarray:
-    """The `number`-th (from 0) of all row numbers that are not among those that `gaps` is of."""
-    return number + np.searchsorted(gaps, number, side="right")
-
-
 @dataclass(frozen=True, eq=False)
 class Order:
     """The row at each position of the run: a pure function, whatever was read before.
@@ -76,14 +69,14 @@ class Order:
     Args:
         seed: another seed is another order.
         num_rows: rows of the training split.
-        kept: sorted int64 row numbers; costs 8 bytes each, and as many again for `unread_first`.
+        kept: the rows that a selection keeps: a bit for each row that there is, and as many again for `unread_first`.
         phase1: positions (rows read) in phase 1.
         unread_first: see above.
     """
 
     seed: int
     num_rows: int
-    kept: np.ndarray | None = None
+    kept: RowSet | None = None
     phase1: int = 0
     unread_first: bool = True
 
@@ -91,7 +84,7 @@ class Order:
         rows = np.empty_like(position)
         selected = position < self.phase1 if self.kept is not None else np.zeros(position.shape, bool)
         if self.kept is not None and selected.any():
-            rows[selected] = self.kept[row_at(position[selected], self.seed, len(self.kept))]
+            rows[selected] = self.kept.nth(row_at(position[selected], self.seed, len(self.kept)))
         rows[~selected] = self._of_all(position[~selected])
         return rows
 
@@ -101,23 +94,25 @@ class Order:
         position, num_unread = position - self.phase1, self.num_unread
         rows, unread = np.empty_like(position), position < num_unread
         if unread.any():
-            rows[unread] = outside(self._gaps, row_at(position[unread], self.seed, num_unread))
+            rows[unread] = self._read.nth_other(row_at(position[unread], self.seed, num_unread))
         rows[~unread] = row_at(position[~unread] - num_unread, self.seed, self.num_rows)
         return rows
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Hash of what phase 1 reads and how it goes on; "none" without a selection."""
         if self.kept is None:
             return "none"
-        hashed = hashlib.blake2b(self.kept.astype(np.int64).tobytes(), digest_size=10)
+        hashed = hashlib.blake2b(digest_size=10)
+        for rows in self.kept.chunks():
+            hashed.update(rows.astype(np.int64).tobytes())
         hashed.update(f"{self.phase1} {self.unread_first}".encode())
         return hashed.hexdigest()
 
     @property
     def num_unread(self) -> int:
         """How many rows phase 1 does not read."""
-        return self.num_rows - len(self._gaps)
+        return self.num_rows - len(self._read)
 
     @property
     def repeats(self) -> float:
@@ -126,12 +121,18 @@ class Order:
         return self.phase1 / len(self.kept) if len(self.kept) else math.inf if self.phase1 else 0.0
 
     @cached_property
-    def _gaps(self) -> np.ndarray:
-        """Of the rows that phase 1 reads. Kept: to make it takes seconds where these are millions."""
+    def _read(self) -> RowSet:
+        """What phase 1 reads. Kept: to make it takes seconds where rows are many."""
         assert self.kept is not None
         if self.phase1 >= len(self.kept):
-            return gaps(self.kept)
-        return gaps(np.sort(self.kept[row_at(np.arange(self.phase1), self.seed, len(self.kept))]))
+            return self.kept
+        chosen = np.zeros(len(self.kept), bool)
+        for first in range(0, self.phase1, _AT_ONCE):
+            positions = np.arange(first, min(first + _AT_ONCE, self.phase1))
+            chosen[row_at(positions, self.seed, len(self.kept))] = True
+        read_R = self.kept.mask_R
+        read_R[self.kept.mask_R] = chosen
+        return RowSet(read_R)
 
 
 def scatter(numbers: np.ndarray) -> np.ndarray:

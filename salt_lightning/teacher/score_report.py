@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from salt_lightning.batches.order import scatter
 from salt_lightning.comparison.report import COLOURS, REFERENCE_COLOUR, table
-from salt_lightning.selection import LESS_CHANCE, KeepRule, chance, kept_rows, row_scores
+from salt_lightning.selection import LESS_CHANCE, KeepRule, chance, kept_mask, kept_rows, row_scores
 from salt_lightning.teacher.scores import NO_LABEL, Scores
 
 KS = (5, 10, 20, 50)
@@ -29,7 +29,7 @@ def write(scores: Scores, rule: KeepRule, decode: Callable[[int], str]) -> tuple
         The two files.
     """
     of_k = {k: row_scores(scores, k, rule.masked) for k in sorted({*KS, rule.k})}
-    kept = {k: kept_rows(score_R, replace(rule, k=k)) for k, score_R in of_k.items()}
+    kept = {k: kept_mask(score_R, replace(rule, k=k)) for k, score_R in of_k.items()}
     text, image = scores.run / "report.md", scores.run / "report.png"
     parts = [
         "# Scores of the training rows",
@@ -45,15 +45,15 @@ def write(scores: Scores, rule: KeepRule, decode: Callable[[int], str]) -> tuple
 
 
 def overlap(kept: dict[int, np.ndarray]) -> np.ndarray:
-    """Share of rows that two selections of equal size have in common, for all pairs."""
+    """Share of rows that two selections (masks) of equal size have in common, for all pairs."""
     sets = list(kept.values())
-    return np.array([[len(np.intersect1d(a, b, assume_unique=True)) / len(a) for b in sets] for a in sets])
+    return np.array([[np.count_nonzero(a & b) / np.count_nonzero(a) for b in sets] for a in sets])
 
 
 def _summary(scores: Scores, score_R: np.ndarray, kept: np.ndarray, rule: KeepRule) -> str:
     teacher = scores.manifest.get("teacher", {})
     name = f"{teacher.get('path')}" + (f" at {teacher['revision']}" if teacher.get("revision") else "")
-    zeros = np.mean(score_R == 0)
+    zeros, inside = np.mean(score_R == 0), score_R[kept]
     low, middle, high = np.quantile(score_R, (0.1, 0.5, 0.9))
     by_chance = chance(score_R, kept)
     remark = (
@@ -67,8 +67,8 @@ def _summary(scores: Scores, score_R: np.ndarray, kept: np.ndarray, rule: KeepRu
             f"- S(x), k {rule.k}, tokens outside the top k: {rule.masked}. Share of rows that score 0: "
             f"{zeros:.1%}. Mean {score_R.mean():.4f}; 10%, 50%, 90% quantile: {low:.4f}, {middle:.4f}, "
             f"{high:.4f}; highest {score_R.max():.4f}.",
-            f"- The rule {rule.name} keeps {len(kept)} rows ({len(kept) / len(score_R):.1%}), "
-            f"S {score_R[kept].min():.4f} to {score_R[kept].max():.4f}.",
+            f"- The rule {rule.name} keeps {len(inside)} rows ({len(inside) / len(score_R):.1%}), "
+            f"S {inside.min():.4f} to {inside.max():.4f}.",
             *([remark] if by_chance > 0.01 and rule.order != "random" else []),
         ]
     )
@@ -96,13 +96,11 @@ def _overlap(kept: dict[int, np.ndarray], of_k: dict[int, np.ndarray], rule: Kee
 
 
 def _examples(scores: Scores, score_R: np.ndarray, rule: KeepRule, decode: Callable[[int], str]) -> str:
-    order = np.lexsort((scatter(np.arange(len(score_R))), -score_R))
-    middle = (len(order) - EXAMPLES) // 2
-    places = {"highest": order[:EXAMPLES], "middle": order[max(0, middle) :][:EXAMPLES], "lowest": order[-EXAMPLES:]}
     lines = ["## Examples"]
-    for name, rows in places.items():
-        lines.append(f"### {name.capitalize()} scores")
-        for row in rows:
+    for which in ("highest", "middle", "lowest"):
+        lines.append(f"### {which.capitalize()} scores")
+        rows = kept_rows(score_R, KeepRule(rows=min(EXAMPLES, len(score_R)), order=which))
+        for row in rows[np.lexsort((scatter(rows), -score_R[rows]))]:
             shard, within = divmod(int(row), scores.scored.shard_rows)
             nll_RT, rank_RT = scores.read(shard)
             labelled_T = rank_RT[within] != NO_LABEL
@@ -126,7 +124,7 @@ def _figure(score_R: np.ndarray, kept: np.ndarray, rule: KeepRule) -> Figure:
     edges = np.linspace(0, float(np.quantile(above, 0.999)), 61).tolist()
     in_view = [np.clip(values[values > 0], None, edges[-1]) for values in (score_R, score_R[kept])]
     ax.hist(in_view[0], edges, color=REFERENCE_COLOUR, alpha=0.35, label=f"all {len(score_R)} rows")
-    ax.hist(in_view[1], edges, color=COLOURS[1], alpha=0.8, label=f"kept: {len(kept)}, {rule.order}")
+    ax.hist(in_view[1], edges, color=COLOURS[1], alpha=0.8, label=f"kept: {np.count_nonzero(kept)}, {rule.order}")
     ax.plot([], [], " ", label=f"at 0, not shown: {np.mean(score_R == 0):.1%} of all")
     ax.set_xlabel(f"S(x): median loss of a row's tokens, {rule.masked} outside the top {rule.k} (nats)")
     ax.set_ylabel("rows")

@@ -1,0 +1,68 @@
+"""Some of many rows, a bit each: a list of their numbers would take 8 bytes each, in every process."""
+
+from collections.abc import Iterator
+from functools import cached_property
+
+import numpy as np
+
+_BLOCK_BYTES = 16  # for which it is kept how many rows come before: another half a bit a row
+_BLOCK_ROWS = 8 * _BLOCK_BYTES
+_CHUNK_BLOCKS = 1 << 11  # looked through at a time: any number of rows takes the same memory
+
+
+class RowSet:
+    """A set of rows out of `0 .. num_rows - 1`.
+
+    Args:
+        mask_R: whether each row is in it.
+    """
+
+    def __init__(self, mask_R: np.ndarray) -> None:
+        self.num_rows = len(mask_R)
+        packed = np.packbits(mask_R)
+        self._bits = np.zeros((-(-len(packed) // _BLOCK_BYTES), _BLOCK_BYTES), np.uint8)
+        self._bits.reshape(-1)[: len(packed)] = packed
+        counts = np.concatenate([[0], *(np.unpackbits(part, axis=1).sum(1) for part in self._parts())])
+        self._before = np.cumsum(counts, dtype=np.int64)  # rows of the set before each block
+
+    @classmethod
+    def of(cls, rows: np.ndarray, num_rows: int) -> "RowSet":
+        """From row numbers."""
+        mask_R = np.zeros(num_rows, bool)
+        mask_R[rows] = True
+        return cls(mask_R)
+
+    def __len__(self) -> int:
+        return int(self._before[-1])
+
+    @property
+    def mask_R(self) -> np.ndarray:
+        return np.unpackbits(self._bits.reshape(-1), count=self.num_rows).view(bool)
+
+    def chunks(self) -> Iterator[np.ndarray]:
+        """Their numbers in ascending order, int64, some at a time."""
+        for i, part in enumerate(self._parts()):
+            yield np.flatnonzero(np.unpackbits(part)) + i * _CHUNK_BLOCKS * _BLOCK_ROWS
+
+    def nth(self, number: np.ndarray) -> np.ndarray:
+        """The `number`-th (from 0) of the rows in it."""
+        return _find(self._bits, self._before, number)
+
+    def nth_other(self, number: np.ndarray) -> np.ndarray:
+        """The `number`-th (from 0) of the rows that are not in it."""
+        return _find(self._bits, self._others_before, number, flip=True)
+
+    @cached_property
+    def _others_before(self) -> np.ndarray:
+        return np.arange(len(self._before)) * _BLOCK_ROWS - self._before
+
+    def _parts(self) -> Iterator[np.ndarray]:
+        return (self._bits[i : i + _CHUNK_BLOCKS] for i in range(0, len(self._bits), _CHUNK_BLOCKS))
+
+
+def _find(bits: np.ndarray, before: np.ndarray, number: np.ndarray, flip: bool = False) -> np.ndarray:
+    """Where the `number`-th bit is that is set, or that is not: its block and its place there."""
+    block = np.searchsorted(before, number, side="right") - 1
+    bits_NB = np.unpackbits(~bits[block] if flip else bits[block], axis=1)
+    nth_N1 = (number - before[block])[:, None]
+    return block * _BLOCK_ROWS + np.argmax(np.cumsum(bits_NB, axis=1, dtype=np.uint8) > nth_N1, axis=1)
