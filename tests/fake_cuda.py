@@ -4,7 +4,8 @@
 Its tensors are torch's FakeTensors of cuda:0: they have shapes, dtypes and gradients. To read one, to copy it to the
 CPU, or an op of tensors that lie on two devices raises: what a GPU would wait for, or refuse, is seen without one.
 
-python tests/fake_cuda.py CORPUS CACHE TEACHER FAMILY bf16|fp32 packed|mask; needs g++ and torch's CPU build.
+python tests/fake_cuda.py CORPUS CACHE TEACHER "FAMILY bf16|fp32 packed|mask"...; needs g++ and torch's CPU build.
+Each case in a process of its own, which begins after the imports.
 """
 
 import ctypes
@@ -13,6 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 
 NOT_BUILT = 77  # exit code where the compiler has not what it takes
@@ -170,10 +172,16 @@ def main(corpus: str, cache: str, teacher: str, family: str, precision: str, doc
     try:
         trainer.fit(module, data)
     except Done:
-        print("done: no sync, no device beside another, one graph a model")
+        print(f"{family} {precision} {documents}: no sync, no device beside another, one graph a model", flush=True)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
-    sys.stdout.flush()
-    os._exit(0)  # autograd's thread for a device that is none would abort an ordinary exit now and then
+    where, cases = sys.argv[1:4], sys.argv[4:]
+    for case in cases:
+        if not (child := os.fork()):
+            try:
+                main(*where, *case.split())
+            except BaseException:
+                traceback.print_exc()
+            os._exit(0)  # autograd's thread for a device that is none would abort an ordinary exit now and then
+        os.waitpid(child, 0)
