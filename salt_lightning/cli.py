@@ -49,6 +49,8 @@ _WRITERS = {"predict": ScoreWriter, "validate": DocumentLossWriter, "test": Docu
 class SALTCLI(LightningCLI):
     """LightningCLI plus --kd, --checkpoint, --answers and --run; settings that contradict each other are refused."""
 
+    verb = ""  # the only one whose settings are wanted; "": of all
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(KDScheduleCallback, "kd")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
@@ -61,6 +63,11 @@ class SALTCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         verbs = LightningCLI.subcommands()
         return {verb: verbs[verb] for verb in ("fit", "validate", "test", "predict")}
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        if self.verb in ("", subcommand):
+            return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        return Parser(**kwargs)  # to be listed: to make its settings takes long
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         super()._add_subcommands(parser, **kwargs)
@@ -293,6 +300,8 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 
 
 def _start(kind: type[SALTCLI], args: list[str] | None) -> Any:
+    first = next(iter(sys.argv[1:] if args is None else args), "")
+    kind.verb = first if first in kind.subcommands() else ""
     return kind(
         SALTModule,
         SALTDataModule,
