@@ -134,7 +134,7 @@ class CausalLM(nn.Module):
     def _mask(self, positions_BT: Tensor) -> Any:
         """What transformers takes as it is, for each kind of layer where there are several."""
         # eager attention adds its mask to the scores, where a boolean one would be silently wrong
-        dtype = torch.bool if self.model.config._attn_implementation == "sdpa" else self.model.dtype
+        dtype = torch.bool if self.model.config._attn_implementation in ("sdpa", PACKED) else self.model.dtype
         full, window = document_mask(positions_BT, dtype), self._window()
         if window is None:
             return full

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import arguments, scalars
-from families import FAMILIES, tiny
+from families import FAMILIES, LLAMA_LIKE, tiny
 from lightning.pytorch.plugins import HalfPrecision, MixedPrecision, Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.nn.attention import varlen
@@ -198,6 +198,28 @@ def test_what_the_kernel_would_not_know_keeps_the_mask(caplog, family, sizes, ha
     assert torch.equal(lm(IDS, POSITIONS)[0], before)
 
 
+def test_masks_of_a_family_s_own_making_stay(caplog):
+    """doge's layers add to the mask what they learn, which is zero in a fresh model."""
+    lm = CausalLM(from_config(CONFIG_MAPPING["doge"](**LLAMA_LIKE)), "student").eval()
+    lm.check()
+    attention.pack(lm, "packed", None)
+    assert lm.apart == "positions"
+    assert "DogeForCausalLM has other masks than its documents and windows make" in caplog.text
+
+
+def test_windows_beside_our_mask(monkeypatch):
+    """A family that takes our mask alone, and hands it on by its name."""
+    sizes = {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4, "num_dense_layers": 2}
+    monkeypatch.setitem(FAMILIES, "afmoe", {**LLAMA_LIKE, **sizes})
+    plain, packed = tiny("afmoe").eval(), tiny("afmoe").eval()
+    plain.check()
+    packed.check()
+    assert packed.apart == "mask"
+    attention.pack(packed, "packed", None)
+    assert packed.apart == "packed"
+    same_numbers(plain, packed)
+
+
 def test_layers_of_chunks_keep_their_masks():
     config = CONFIG_MAPPING["llama4_text"](attention_chunk_size=4)
     assert attention._hindrance(config, False) == "llama4_text has layers that look back over a limited distance"
@@ -352,7 +374,8 @@ def test_dropout_of_the_attention_has_no_kernel(caplog):
 @pytest.mark.parametrize(
     ("name", "value", "reason"),
     [("_NOT_COMPUTED", ("position_ids",), "packed attention knows no position_ids"),
-     ("_same_document", lambda *_: torch.ones(2, 1, 8, 8).bool().tril(), "LlamaForCausalLM computes something")],
+     ("_same_document", lambda *_: torch.ones(2, 1, 8, 8).bool().tril(), "LlamaForCausalLM has other masks"),
+     ("sdpa_attention_forward", lambda _, q, *a, **k: (q.transpose(1, 2), None), "LlamaForCausalLM computes somethi")],
 )  # fmt: skip
 def test_what_the_kernel_does_not_compute_keeps_the_mask(caplog, monkeypatch, name, value, reason):
     """A model that hands its attention something more, as those with a soft cap do; or computes something else."""

@@ -265,15 +265,17 @@ def _layers(lm: Any) -> list[tuple[int, int, int, int | None]]:
         raise ValueError(f"{type(lm.model).__name__} has windows of several lengths")
     seen = {}
 
-    def follow(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
+    def follow(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> Any:
         _refuse_unknown(kwargs)
         window = kwargs.pop("sliding_window", None)
-        if windows and (window not in (None, 2) or not _is_mask(mask, query, window)):
+        if window not in (None, 2) or not _is_mask(attention_mask, query, window):
             raise ValueError(f"{type(lm.model).__name__} has other masks than its documents and windows make")
         if query.shape[-1] > _WIDEST:
             raise ValueError(f"heads are {query.shape[-1]} wide, and the kernel takes {_WIDEST}")
         seen[query.shape[1], key.shape[1], query.shape[3], min(_PROVED, *lengths) if window else None] = True
-        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
     AttentionInterface.register(PACKED, follow)
     try:
