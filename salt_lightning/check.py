@@ -21,7 +21,7 @@ from torch import Tensor
 from salt_lightning import flops, memory, models, parallel, preflight
 from salt_lightning.checkpoint import savers
 from salt_lightning.data import SALTDataModule
-from salt_lightning.errors import ConfigError, one_line, raised
+from salt_lightning.errors import ConfigError, of_others, one_line, raised
 from salt_lightning.export import check_target
 from salt_lightning.fit import cadence, extension, optim
 from salt_lightning.hugging_face import attention
@@ -380,8 +380,7 @@ def besides(
     instead: Iterable[str], module: SALTModule, data: SALTDataModule, trainer: pl.Trainer, teaches: bool
 ) -> list[str]:
     """What is wrong besides settings that a class refused and that others stand `instead` of."""
-    found = raised([*without_text(module, trainer, None, teaches), partial(data._corpus, "source")])
-    return [said for said in found if not any(f"--{name}" in said for name in instead)]
+    return of_others(raised([*without_text(module, trainer, None, teaches), partial(data._corpus, "source")]), instead)
 
 
 def report(check: Check, wrong: Iterable[str], refused: bool) -> int:

@@ -196,7 +196,7 @@ class SALTCLI(LightningCLI):
                 self._instantiate()
                 break
             except ConfigError as error:
-                self.wrong.append(str(error))
+                self.wrong += errors.of_others([str(error)], self.instead)
                 settled = to_defaults(str(error), self._settings(self.config), self._parser(self.subcommand))
                 if not settled:
                     refuse(errors.once(self.wrong))

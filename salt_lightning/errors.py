@@ -3,6 +3,7 @@
 import argparse
 import errno
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -82,6 +83,14 @@ def once(messages: Iterable[str]) -> list[str]:
         if not any(message in earlier for earlier in kept):
             kept.append(message)
     return kept
+
+
+def of_others(messages: Iterable[str], settled: Iterable[str]) -> list[str]:
+    """Problems without those that name a setting which stands at its default by now: nobody has asked for that."""
+    named = re.compile("|".join(rf"--{re.escape(name)}(?!\w)" for name in settled) or r"(?!)")
+    parts = (re.split(r"; (?=--)", message) for message in messages)
+    kept = ("; ".join(part for part in problems if not named.search(part)) for problems in parts)
+    return [said for said in kept if said]
 
 
 def raised(looks: Iterable[Callable[[], object]]) -> list[str]:

@@ -57,6 +57,14 @@ ERRORS = {
         r"error: --trainer.limit_train_batches 5, .*; --kd.weight 1.5 must .*; --kd.steps 99 is larger .*"
         r"; --model.student.config.hiden: llama has no .*; --data.source: ",
     ),
+    "a ramp without its end, and what its shape would miss without a ramp": (
+        {"kd.shape": "linear", "kd.anneal_steps": 2},
+        r"error: --kd.anneal_steps 2 needs --kd.steps, where the ramp ends; --kd.weight 0.5 needs a teacher: [^;]*$",
+    ),
+    "a ramp of negative length, among others": (
+        {"kd.weight": 0.0, "kd.shape": "linear", "kd.steps": 4, "kd.anneal_steps": -2, "model.optim.warmup_steps": 99},
+        r"error: --kd.anneal_steps -2 must not be negative; --model.optim.warmup_steps 99 [^;]*$",
+    ),
     "steps below zero": ({"kd.steps": -1}, r"error: --kd.steps -1 must not be negative \(null = the whole run\); --kd"),
     "wrong type": ({"kd.steps": "many"}, r"--kd.steps many must be a whole number or null"),
     "wrong type, model": ({"model.compile": 1}, r"--model.compile 1 must be true or false"),
