@@ -391,6 +391,16 @@ def test_a_teacher_checkpoint_that_lacks_a_weight_is_refused(teacher, tmp_path):
             "{'beta_fasst'}, so they",
         ),
         ("gemma3_text", {"rope_parameters": {"rope_theta": 5e5}}, "rope_theta 500000.0 would change nothing: gemma3_t"),
+        (
+            "llama",
+            {"rope_parameters": {"partial_rotary_factor": 0.5}},
+            "_factor 0.5 would change nothing: llama turns wh",
+        ),
+        (
+            "olmo3",
+            {"rope_parameters": {"full_attention": {"partial_rotary_factor": 0.5}}},
+            "--model.student.config.rope_parameters.full_attention.partial_rotary_factor 0.5 would change nothing",
+        ),
         ("llama", {"rope_theta": 5e5}, "rope_theta: llama has no such setting; did you mean rope_parameters?"),
     ],
 )
@@ -399,6 +409,13 @@ def test_what_would_leave_a_rope_as_it_is_is_refused(family, settings, says):
     spec = ModelSpec(family=family, config=FAMILIES[family] | settings)
     with pytest.raises(ConfigError, match=re.escape(says)):
         fresh_config(spec, data)
+
+
+@pytest.mark.parametrize(("family", "share", "turned"), [("phi", 0.25, 1), ("gpt_neox", 0.5, 2), ("llama", 1.0, 4)])
+def test_the_share_of_a_head_that_turns(family, share, turned):
+    """Of heads of 8, in pairs."""
+    lm = tiny(family, rope_parameters={"partial_rotary_factor": share})
+    assert [len(b) for name, b in lm.named_buffers() if name.endswith("rotary_emb.inv_freq")] == [turned]
 
 
 def test_a_rope_that_depends_on_the_neighbours_is_told(recwarn):

@@ -252,6 +252,7 @@ def fresh_config(spec: ModelSpec, data: Any) -> PreTrainedConfig:
         config = AutoConfig.for_model(spec.family, **defaults | deepcopy(spec.config))
     if ropes is not None:
         _refuse_idle_rope(said)
+        _refuse_idle_share(config)
     if data is None and "vocab_size" not in spec.config:
         raise ConfigError(
             f"--model.student.config.vocab_size is not given: without a SALTDataModule nobody else knows it, and "
@@ -303,6 +304,35 @@ def _refuse_flat_rope(known: PreTrainedConfig, ropes: dict[str, Any]) -> None:
             f"--model.student.config.rope_parameters.{idle[0]} {ropes[idle[0]]} would change nothing: "
             f"{known.model_type} has a rope for each kind of layer; give it in {' and '.join(kinds)}"
         )
+
+
+_SHARE = "partial_rotary_factor"
+
+
+def _refuse_idle_share(config: PreTrainedConfig) -> None:
+    """The like of a share of each head that turns: transformers takes it for every rope, and few families read it."""
+    ropes = getattr(config, "rope_parameters", None) or {}
+    kinds = {kind: rope for kind, rope in ropes.items() if isinstance(rope, dict)} or {"": ropes}
+    for kind, rope in kinds.items():
+        if (share := rope.get(_SHARE, 1.0)) == 1.0:
+            continue
+        whole, turned = deepcopy(config), {**rope, _SHARE: 1.0}
+        whole.rope_parameters = {**ropes, kind: turned} if kind else turned
+        if (own := _frequencies(config)) and own == _frequencies(whole):
+            raise ConfigError(
+                f"--model.student.config.rope_parameters{kind and f'.{kind}'}.{_SHARE} {share} would change nothing: "
+                f"{config.model_type} turns whole heads; leave it out"
+            )
+
+
+def _frequencies(config: PreTrainedConfig) -> list[tuple[str, int]]:
+    """How many frequencies each rope of a model has; none where that is not seen."""
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception:  # of many kinds; whoever builds it says so
+        return []
+    return [(name, buffer.numel()) for name, buffer in model.named_buffers() if name.endswith("inv_freq")]
 
 
 def check_positions(config: PreTrainedConfig, setting: str, data: Any) -> None:
