@@ -5,7 +5,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from salt_lightning.answers import AnswerTest
 from salt_lightning.checkpoint import FIRST_RANK_S, AtomicCheckpointIO, RunCheckpoint, savers
 from salt_lightning.command import settings
 from salt_lightning.command.parser import Parser, check_configs, configs_first, require_no_comments, reword, to_defaults
-from salt_lightning.command.quiet import silence_libraries, steady_streams
+from salt_lightning.command.quiet import silence_libraries, steady_interrupts, steady_streams
 from salt_lightning.command.resume import resolve, settings_held
 from salt_lightning.comparison.report import evaluation
 from salt_lightning.data import SALTDataModule
@@ -341,7 +341,8 @@ def main(args: Sequence[object] | None = None) -> int:
         args: what would be typed, as texts, paths and numbers; null: what was.
     """
     try:
-        code = _main(None if args is None else [str(arg) for arg in args])
+        with nullcontext() if args is None else steady_interrupts():
+            code = _main(None if args is None else [str(arg) for arg in args])
     except BaseException as error:
         peers.end_abandoned(error)
         raise

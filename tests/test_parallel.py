@@ -422,6 +422,25 @@ def test_forked_processes_save_after_the_ctrl_c_of_the_one_that_waits_for_them(k
     assert not alive(child)
 
 
+def test_a_ctrl_c_while_processes_are_being_started_ends_at_once(settings, tmp_path):
+    """Of those that were started none is known yet. Afterwards Ctrl-C does what it did before."""
+    own = {"trainer.strategy": "ddp_fork", "trainer.devices": 2, "data.micro_batch_size": 4, "kd.weight": 0.0}
+    program = f"""if True:
+        import signal, torch
+        def interrupted(*args, **kwargs):
+            raise KeyboardInterrupt
+        torch.multiprocessing.start_processes = interrupted
+        from salt_lightning.cli import main
+        before = signal.getsignal(signal.SIGINT)
+        code = main({["fit", *arguments(settings, own, {"run": str(tmp_path / "run")})]!r})
+        assert signal.getsignal(signal.SIGINT) is before, signal.getsignal(signal.SIGINT)
+        raise SystemExit(code)
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 128 + signal.SIGINT, done.stderr
+    assert "stopped by SIGINT" in done.stderr
+
+
 def test_a_dead_rank_ends_the_others(settings, tmp_path):
     process = start(settings, {**ENDLESS, "run": str(tmp_path / "run")})
     os.kill(child_of(process, tmp_path / "run"), signal.SIGKILL)

@@ -1,8 +1,10 @@
-"""Keeps out of the terminal what the libraries say and no user could act on."""
+"""Keeps out of the terminal what the libraries say and no user could act on; streams and Ctrl-C stay as they are."""
 
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -72,6 +74,18 @@ def steady_streams() -> Iterator[None]:
         for stream in filter(None, (sys.stdout, sys.stderr)):
             stream.flush()
         sys.stdout, sys.stderr = before
+
+
+@contextmanager
+def steady_interrupts() -> Iterator[None]:
+    """For a process that goes on: afterwards Ctrl-C does what it did before. Where others have trained, Lightning would
+    ignore all that follow the first."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        if before is not None and threading.current_thread() is threading.main_thread():  # others may not set it
+            signal.signal(signal.SIGINT, before)
 
 
 def _escape_and_select(record: logging.LogRecord) -> bool:

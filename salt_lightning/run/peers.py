@@ -151,7 +151,10 @@ def await_stop(processes: Sequence[BaseProcess]) -> None:
     """Lets processes that this one has started, and that train instead of it, save and end after its Ctrl-C.
 
     They may have had that too, as all of a terminal or a notebook's kernel have: a SIGTERM after it changes nothing.
+    None are known while they are being started: the rest of a start ends with this process.
     """
+    if not processes:  # for nothing one would wait for ever
+        return
     for process in processes:
         process.terminate()
     connection.wait([process.sentinel for process in processes])
