@@ -25,7 +25,7 @@ from salt_lightning.errors import ConfigError, of_others, one_line, raised
 from salt_lightning.export import check_target
 from salt_lightning.fit import cadence, extension, optim
 from salt_lightning.hugging_face import attention
-from salt_lightning.hugging_face.spec import DTYPES, ModelSpec, family_config, unnamed_sizes
+from salt_lightning.hugging_face.spec import DTYPES, ModelSpec, family_config, shallow, unnamed_sizes
 from salt_lightning.hugging_face.token_ids import check_fit
 from salt_lightning.models import CausalLM
 from salt_lightning.module import SALTModule
@@ -178,8 +178,9 @@ class Check:
             return None
         small = spec
         if not spec.path and _count(lm) > _WHOLE_PARAMETERS:
-            small = replace(spec, config={**spec.config, "num_hidden_layers": 2})
-            self.add("note", "student", f"looked at with 2 of its {lm.model.config.num_hidden_layers} layers, for time")
+            layers = lm.model.config.num_hidden_layers
+            small = shallow(spec, layers)
+            self.add("note", "student", f"looked at with 2 of its {layers} layers, for time")
         if spec.path:
             real = lm
         elif self.data._train is None:  # without a tokenizer

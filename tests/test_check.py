@@ -312,6 +312,18 @@ def test_the_attention_that_a_gpu_will_have(checked):
     assert of(found, "teacher attention")[1] == "on a GPU within each document alone, without a mask"
 
 
+@pytest.mark.parametrize("own", [{}, {"layer_types": ["sliding_attention"] * 3 + ["full_attention"]}])
+def test_a_large_student_is_looked_at_by_two_of_its_layers(checked, settings, monkeypatch, own):
+    """The last among them, and with what its config says of each."""
+    monkeypatch.setattr(check, "_WHOLE_PARAMETERS", 0)
+    sizes = {**settings["model.student.config"], "num_hidden_layers": 4, **own}
+    alone = {"kd.weight": 0, "model.teacher.path": None, "kd.steps": None}
+    code, found = checked(**ON_A_GPU | alone, **{"model.student.family": "olmo3", "model.student.config": sizes})
+    assert code == 0
+    assert of(found, "student") == ("note", "looked at with 2 of its 4 layers, for time")
+    assert of(found, "student attention")[1] == "on a GPU within each document alone, without a mask"
+
+
 @pytest.mark.parametrize("but", [{"model.teacher.attention": "eager"}, {"trainer.precision": "32-true"}])
 def test_attention_is_foreseen_where_there_is_a_choice(checked, but):
     _, found = checked(**ON_A_GPU | but)

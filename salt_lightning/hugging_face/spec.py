@@ -363,6 +363,13 @@ def resolved(spec: ModelSpec, config: PreTrainedConfig) -> ModelSpec:
     return replace(spec, path=None, revision=None, family=config.model_type, config=settings)
 
 
+def shallow(spec: ModelSpec, layers: int) -> ModelSpec:
+    """The spec of the first and the last of a fresh model's layers, with what it says of each."""
+    each = {key: value for key, value in spec.config.items() if isinstance(value, list) and len(value) == layers}
+    ends = {key: [value[0], value[-1]] for key, value in each.items()}
+    return replace(spec, config={**spec.config, **ends, _LAYERS: 2})
+
+
 _NOT_SETTINGS = (
     "model_type",
     "transformers_version",
