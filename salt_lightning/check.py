@@ -363,6 +363,7 @@ def without_text(
         partial(cadence.check_trainer, trainer),
         *(partial(kd.check, trainer, module.has_teacher) for kd in kd_callbacks(trainer)[:1]),
         *([partial(check_target, Path(export_to), "--checkpoint.export")] if export_to else ()),
+        partial(models.check_path, student, "student"),
     ]
     if not student.path:
         looks.append(partial(family_config, student))

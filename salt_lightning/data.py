@@ -165,12 +165,12 @@ class SALTDataModule(LightningDataModule):
         scores = Scores(Path(self.selection), "--data.selection") if self.selection and fits else None
         if self.difficulty:
             find_files(Path(self.difficulty), "fit")
-        for setting in ("source", "val_source", "test_source"):
-            if getattr(self, setting):
-                corpus, fraction, workers = self._corpus(setting), self._val_share(setting), self.prepare_workers
-                if setting == "source" and self.tokenizer_name == "train":
-                    prepare_tokenizer(corpus, self.trained_vocab_size, fraction, self.cache_dir, workers)
-                prepare_tokens(corpus, self.tokenizer, fraction, self.cache_dir, workers, self._check_models)
+        given = [setting for setting in ("source", "val_source", "test_source") if getattr(self, setting)]
+        for setting, corpus in {each: self._corpus(each) for each in given}.items():  # the first may take hours
+            fraction, workers = self._val_share(setting), self.prepare_workers
+            if setting == "source" and self.tokenizer_name == "train":
+                prepare_tokenizer(corpus, self.trained_vocab_size, fraction, self.cache_dir, workers)
+            prepare_tokens(corpus, self.tokenizer, fraction, self.cache_dir, workers, self._check_models)
         if scores is not None:
             row_scores(scores, self.keep.k, self.keep.masked)
 

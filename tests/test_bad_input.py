@@ -510,6 +510,24 @@ def test_one_fit_at_a_time_where_folders_come_and_go(tmp_path, name):
         racer.join()
 
 
+@pytest.mark.parametrize(
+    ("own", "says"),
+    [
+        (
+            {"model.student.path": "./nowhere", "kd.weight": 0.5, "model.teacher.path": "./nobody"},
+            r"--model.student.path ./nowhere does not exist; .*--model.teacher.path ./nobody does not exist; ",
+        ),
+        ({"data.val_source": "no/*.txt"}, r"--data.val_source: 'no/\*.txt' matches no file; "),
+        ({"data.test_source": "no/*.txt"}, r"--data.test_source: 'no/\*.txt' matches no file; "),
+    ],
+)
+def test_what_is_not_there_is_told_before_text_is_prepared(own, says, settings, tmp_path, capsys):
+    own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, "data.cache_dir": str(tmp_path / "cache"), **own}
+    assert run(["fit", *arguments(settings, own)]) == 2
+    assert re.search(says, one_line(capsys))
+    assert not list(tmp_path.glob("cache/*"))
+
+
 def test_a_folder_of_both_kinds_says_which(settings, tmp_path, capsys):
     for name in ("a.txt", "b.txt", "c.jsonl"):
         (tmp_path / name).write_text('{"text": "a"}')
