@@ -32,7 +32,7 @@ from salt_lightning.losses import salt_loss, token_stats
 from salt_lightning.metrics import TokenMetrics
 from salt_lightning.models import CausalLM
 from salt_lightning.run.event_log import log_settings
-from salt_lightning.schedule import KDScheduleCallback, kd_callbacks
+from salt_lightning.schedule import kd_callbacks
 from salt_lightning.storage.kinds import plain
 
 Batch = dict[str, Tensor]
@@ -89,7 +89,6 @@ class SALTModule(extension.KeepsModes):
         self._loss = partial(
             salt_loss, teacher_temperature=teacher_temperature, accuracy=accuracy, logits_budget_gib=logits_budget_gib
         )
-        self._token_stats = partial(token_stats, logits_budget_gib=logits_budget_gib)
         # Plain data only: such checkpoints load with weights_only=True.
         self.save_hyperparameters(
             {
@@ -150,7 +149,7 @@ class SALTModule(extension.KeepsModes):
             self._build_student()
 
     def _build_student(self) -> None:
-        spec, strategy = self.student_spec, self._strategy
+        spec, strategy = self.student_spec, self.trainer.strategy if self._trainer is not None else None
         # not in setup alone: WeightAveraging comes before that
         self.hparams["seed"] = seed_or_global(self.hparams["seed"], self._unset_seed)
         token_ids.tell_fit(spec, "student", self._data)
@@ -174,18 +173,18 @@ class SALTModule(extension.KeepsModes):
 
     def load_teacher(self) -> None:
         """Loads, freezes, casts and places the teacher; checks that it speaks the student's vocabulary."""
-        spec, start_s = self.teacher_spec, time.perf_counter()
+        spec, strategy, start_s = self.teacher_spec, self.trainer.strategy, time.perf_counter()
         dtype = DTYPES[spec.dtype] if spec.dtype else self.compute_dtype
-        root = self.trainer.strategy.root_device  # self.device is still the CPU in setup
-        device = parallel.build_device(self._strategy, root)
+        root = strategy.root_device  # self.device is still the CPU in setup
+        device = parallel.build_device(strategy, root)
         token_ids.tell_fit(spec, "teacher", self._data)
         with torch.random.fork_rng(devices=[root] if root.type == "cuda" else []):
             lm = models.build(spec, "teacher", self._data, dtype, device).eval().requires_grad_(False)
         lm.num_ids = self._num_ids if self._data is None else self._data.vocab_size
-        attention.pack(lm, spec.attention, self._strategy)
+        attention.pack(lm, spec.attention, strategy)
         self.meter.forward_flops["teacher"] = self._count_flops(lm)
         size = sum(p.numel() for p in lm.parameters())
-        self.__dict__["teacher"] = parallel.distribute_teacher(lm, self._strategy, self.hparams["compile"])
+        self.__dict__["teacher"] = parallel.distribute_teacher(lm, strategy, self.hparams["compile"])
         rank_zero_info(
             f"teacher: {spec.path}, {size / 1e6:.1f}M parameters in {dtype}, "
             f"loaded in {time.perf_counter() - start_s:.1f} s"
@@ -214,14 +213,12 @@ class SALTModule(extension.KeepsModes):
         self.kd_weight = self.kd_weight.to(self.device)
         self._watch = Watch(self.device)
         self._sums, self._step_tokens = torch.zeros(len(SUMS), device=self.device), torch.zeros((), device=self.device)
-        self._first_look = extension.FirstLook(self._data is None)
+        self._unseen = self._data is None  # a loader of the user's own, until its first batch
 
     def on_train_start(self) -> None:
-        data, kd = self._data, self._kd
-        self.meter.follow(
-            data.global_batch_size * data.block_size if data is not None else 0,
-            None if kd is None else kd.kd_steps,
-        )
+        data, kd = self._data, kd_callbacks(self.trainer)
+        step_tokens = data.global_batch_size * data.block_size if data is not None else 0
+        self.meter.follow(step_tokens, kd[0].kd_steps if kd else None)
         extension.check_weights(self, self._loaded_step)
         log_settings(self.trainer.loggers, alike.told(self._settings, data))
         self.meter.start(self.global_step, self._wait_s)
@@ -238,7 +235,9 @@ class SALTModule(extension.KeepsModes):
         extension.seed_random(hash((self.hparams["seed"], self.global_step, micro, self.global_rank)), self.device)
         if micro == 0:
             self._sums.zero_()
-        self._first_look(batch)
+        if self._unseen:
+            extension.check_batch(batch)
+            self._unseen = False
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         ids_BT, positions_BT = batch["input_ids"], batch["positions"]
@@ -369,7 +368,7 @@ class SALTModule(extension.KeepsModes):
     def _label_stats(
         self, labels_N: Tensor, hidden_ND: Tensor, head_VD: Tensor, bias_V: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        return self._token_stats(hidden_ND, head_VD, labels_N, bias_V)
+        return token_stats(hidden_ND, head_VD, labels_N, bias_V, self.hparams["logits_budget_gib"])
 
     test_step = validation_step
 
@@ -435,11 +434,3 @@ class SALTModule(extension.KeepsModes):
         """The run's SALTDataModule, where there is one."""
         found = self.trainer.datamodule if self._trainer is not None else None  # type: ignore[attr-defined]
         return found if isinstance(found, SALTDataModule) else None
-
-    @property
-    def _strategy(self) -> Any:
-        return self.trainer.strategy if self._trainer is not None else None
-
-    @property
-    def _kd(self) -> KDScheduleCallback | None:
-        return next(iter(kd_callbacks(self.trainer)), None)

@@ -219,18 +219,6 @@ def require_schedule(module: Any) -> None:
         )
 
 
-class FirstLook:
-    """`check_batch` of the first batch, where that is wanted."""
-
-    def __init__(self, wanted: bool) -> None:
-        self._wanted = wanted
-
-    def __call__(self, batch: Any) -> None:
-        if self._wanted:
-            check_batch(batch)
-        self._wanted = False
-
-
 def check_batch(batch: Any) -> None:
     """Looks at the first batch of a user's own loader; it waits for the device.
 
