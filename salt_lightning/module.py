@@ -420,9 +420,8 @@ class SALTModule(extension.KeepsModes):
         require_same(checkpoint, self.hparams["student"], self._data, self.state_dict)
         self._loaded_step = checkpoint["global_step"]
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            accumulate = self.trainer.accumulate_grad_batches if self._data is not None else None
             extension.require_callbacks(self.trainer, checkpoint)
-            go_on_from(checkpoint, self.trainer, accumulate, self._data, self.optim_spec)
+            go_on_from(checkpoint, self.trainer, self._data, self.optim_spec)
             self.meter.load(checkpoint)
         elif self._data is not None:
             say_other_share(checkpoint, self._data)

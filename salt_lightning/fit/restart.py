@@ -57,17 +57,13 @@ def settings_of(path: Path, whole: bool) -> dict[str, Any]:
     return settings_without_code(checkpoint["hyper_parameters"], path)
 
 
-def go_on_from(
-    checkpoint: dict[str, Any], trainer: pl.Trainer, accumulate: int | None, data: Any, optim: OptimSpec
-) -> None:
+def go_on_from(checkpoint: dict[str, Any], trainer: pl.Trainer, data: Any, optim: OptimSpec) -> None:
     """Makes a fit go on right after the checkpoint's optimizer step; says so if it will read other rows, or step
     otherwise.
 
-    `data`: the run's SALTDataModule, or None.
-
     A checkpoint may come from inside an accumulation window, from the end of a validation, or from a run with
-    another accumulation; the position in the data depends on the step alone, and so do Lightning's counters here
-    (accumulate None: the loader is the user's own, and its position what Lightning has saved, micro-batches).
+    another accumulation; the position in a SALTDataModule depends on the step alone, and so do Lightning's counters
+    here. That in a loader of the user's own (`data` None) is what Lightning has saved, micro-batches.
 
     Raises:
         ConfigError: the run is to end before that step, or the checkpoint holds weights alone.
@@ -76,13 +72,12 @@ def go_on_from(
     step, max_steps = checkpoint["global_step"], trainer.max_steps
     if step > max_steps:
         raise ConfigError(f"--trainer.max_steps {max_steps}: the checkpoint is at step {step} already")
-    if accumulate is not None:
-        done = step * accumulate
+    if data is not None:
+        done = step * trainer.accumulate_grad_batches
         counts = {"ready": done, "started": done, "processed": done, "completed": max(done - 1, 0)}
         loop = checkpoint["loops"]["fit_loop"]
         loop["epoch_loop.batch_progress"] |= {"total": dict(counts), "current": dict(counts), "is_last_batch": False}
         loop["epoch_loop.state_dict"]["_batches_that_stepped"] = max(step - 1, 0)
-    if data is not None:
         data.go_on_from(checkpoint)
     now = alike.identity(data)
     if other := [_other(key, now[key], was) for key, was in checkpoint["data"].items() if now[key] != was]:
