@@ -250,7 +250,7 @@ class Check:
             f"parameters{met} train; {len(matrices)} matrices ({sum(p.numel() for p in matrices) / 1e6:.1f}M) decay by "
             f"{self.module.optim_spec.weight_decay:g}, {len(trained) - len(matrices)} vectors do not; "
         )
-        blocks = isinstance(self.trainer.strategy, parallel.FSDP2 | parallel.FSDPStrategy)
+        blocks = isinstance(self.trainer.strategy, parallel.SHARDS_MODELS)
         compiled = ("its blocks" if blocks else "its backbone, whole") if self.module.hparams["compile"] else "nothing"
         self.add("ok", "student", f"{said}compiled: {compiled}")
         if rest := unnamed_sizes(self.module.student_spec, student.model.config):

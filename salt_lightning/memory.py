@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode, _pop_mode_temporarily
@@ -197,7 +197,7 @@ class Fit:
         self.student, self.teacher = _model(student), None if teacher is None else _model(teacher)
         self.device = device
         strategy = self.trainer.strategy
-        self.sharded = isinstance(strategy, parallel.FSDP2 | FSDPStrategy)
+        self.sharded = isinstance(strategy, parallel.SHARDS_MODELS)
         self.shards = self.trainer.world_size // getattr(strategy, "replicas", 1) if self.sharded else 1
         self._found: dict[tuple[int, bool], list[Peak]] = {}
 
@@ -292,7 +292,7 @@ def _simulated(module: SALTModule, step: Step, ledger: Ledger) -> SALTModule:
         torch._dynamo.reset()  # it stops compiling after a few shapes of the same code
         for lm in (sim.student, sim.teacher):
             if lm is not None:
-                _compile(lm, ledger, isinstance(module.trainer.strategy, parallel.FSDP2 | FSDPStrategy))
+                _compile(lm, ledger, isinstance(module.trainer.strategy, parallel.SHARDS_MODELS))
     sim._sums = torch.zeros(len(SUMS))
     sim._loss = partial(_head_loss, sim, step)
     return sim

@@ -149,6 +149,9 @@ class FSDP2(ModelParallelStrategy):
         return {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
 
 
+SHARDS_MODELS = FSDP2 | FSDPStrategy  # the strategies that do, among those that `check` lets through
+
+
 def _empty_state(optimizer: Optimizer, saved: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
     """Room for what a checkpoint holds of an optimizer's state, put into it and named: loading fills it in place."""
     state: dict[str, dict[str, Tensor]] = {}
@@ -213,7 +216,7 @@ def build_device(strategy: Strategy | None, whole: torch.device) -> torch.device
 def distribute(lm: CausalLM, strategy: Strategy | None, compile: bool) -> nn.Module:
     """The student as the strategy wants it: in shards, or as it is. Collective."""
     if compile:
-        _compile(lm, in_blocks=isinstance(strategy, FSDP2 | FSDPStrategy))
+        _compile(lm, in_blocks=isinstance(strategy, SHARDS_MODELS))
     if isinstance(strategy, FSDP2):
         strategy.shard(lm, POLICIES[strategy.precision_plugin.precision])
     elif isinstance(strategy, FSDPStrategy):
@@ -329,7 +332,7 @@ def check(trainer: pl.Trainer, ckpt_path: str | None = None) -> None:
     """Raises ConfigError for a strategy that cannot train this project's module, or not here, or not from there."""
     strategy, world = trainer.strategy, trainer.world_size
     name = f"--trainer.strategy {type(strategy).__name__}"
-    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | FSDPStrategy | FSDP2):
+    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | SHARDS_MODELS):
         raise ConfigError(
             f"{name} is not supported; use ddp, fsdp (FSDP1), or --config configs/fsdp.yaml (FSDP2 over all devices)"
         )
@@ -341,11 +344,11 @@ def check(trainer: pl.Trainer, ckpt_path: str | None = None) -> None:
             f"--trainer.num_nodes); use one of {fitting}"
         )
     averages = [c for c in trainer.callbacks if isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
-    if isinstance(strategy, FSDP2 | FSDPStrategy) and averages:
+    if isinstance(strategy, SHARDS_MODELS) and averages:
         raise ConfigError(
             f"--trainer.callbacks {type(averages[0]).__name__} copies whole models, {name} has shards of them: use ddp"
         )
-    if isinstance(strategy, FSDP2 | FSDPStrategy) and trainer.precision not in POLICIES:
+    if isinstance(strategy, SHARDS_MODELS) and trainer.precision not in POLICIES:
         raise ConfigError(f"--trainer.precision {trainer.precision}: {name} has {', '.join(POLICIES)}")
     if isinstance(strategy, FSDPStrategy) and strategy._state_dict_type == "sharded":
         raise ConfigError(

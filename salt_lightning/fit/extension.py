@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from salt_lightning.errors import ConfigError, few, refuse
 from salt_lightning.hugging_face.experts import count_layers
 from salt_lightning.models import CausalLM
-from salt_lightning.parallel import has_finite_weights, plain_name
+from salt_lightning.parallel import SHARDS_MODELS, has_finite_weights, plain_name
 from salt_lightning.preflight import Finding
 from salt_lightning.schedule import kd_callbacks, trained_schedule
 
@@ -85,7 +85,7 @@ def check_subclass(trainer: Trainer) -> None:
     if type(module).step_loss.__module__ == "salt_lightning.module":  # none of its own, which may balance
         for finding in balance(module.student):
             finding.require()
-    sharded = isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy)
+    sharded = isinstance(trainer.strategy, SHARDS_MODELS)
     if sharded and not module._ndim:
         raise ConfigError("a student made in configure_model is not sharded: train it on one device, or by ddp")
     wrapped = FullyShardedDataParallel if isinstance(trainer.strategy, FSDPStrategy) else FSDPModule
