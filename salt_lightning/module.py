@@ -310,9 +310,7 @@ class SALTModule(extension.KeepsModes):
 
     def _log_step(self, step: int) -> None:
         """Reads the device, once, and logs optimizer step `step`, just done; its weight is still in kd_weight."""
-        sums = torch.cat([self._sums, self._watch.is_bad()[None]])
-        if self.trainer.world_size > 1:
-            sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
+        sums = self.trainer.strategy.reduce(torch.cat([self._sums, self._watch.is_bad()[None]]), reduce_op="sum")
         on_all = torch.stack([self.kd_weight, self._grad_norm, self._step_tokens])
         *read, not_finite, weight, grad_norm, step_tokens = torch.cat([sums, on_all]).tolist()
         if not_finite:
@@ -340,9 +338,8 @@ class SALTModule(extension.KeepsModes):
             NonFiniteLossError: naming the first step of any rank whose loss or gradient was not finite, and its rows;
                 or the weights are not, or so large that their squares are not.
         """
-        first, weights = self._watch.first, parallel.has_finite_weights(self.trainer, self.student)
-        if self.trainer.world_size > 1:
-            first = self.trainer.strategy.reduce(first, reduce_op="min")
+        weights = parallel.has_finite_weights(self.trainer, self.student)
+        first = self.trainer.strategy.reduce(self._watch.first, reduce_op="min")
         rows = getattr(self._data, "describe_batches", lambda *_: "unknown")
         per_step = self.trainer.accumulate_grad_batches * self.trainer.world_size
         if what := problem(first.tolist(), weights, self.global_step, per_step, rows):

@@ -316,8 +316,7 @@ def weight_norm(student: nn.Module) -> Tensor:
 
 def has_finite_weights(trainer: pl.Trainer, student: nn.Module) -> bool:
     """Whether all weights, and their squares, are finite, on all ranks. Collective; reads the device."""
-    finite = weight_norm(student).isfinite().long()
-    return bool(trainer.strategy.reduce(finite, reduce_op="min") if trainer.world_size > 1 else finite)
+    return bool(trainer.strategy.reduce(weight_norm(student).isfinite().long(), reduce_op="min"))
 
 
 def plain_name(name: str) -> str:

@@ -68,7 +68,7 @@ class Probe:
         """The values, over all ranks; empty where no batch was added. Collective."""
         if self._sums is None:
             return {}
-        ce, teacher_ce, better, tokens = _over_ranks(trainer, self._sums)
+        ce, teacher_ce, better, tokens = trainer.strategy.reduce(self._sums, reduce_op="sum").tolist()
         values = {"gap": (ce - teacher_ce) / max(tokens, 1), "student_better": better / max(tokens, 1)}
         if self.gradients:
             values["grad_cosine"] = _cosine(trainer, self._ce, self._kd)
@@ -113,12 +113,9 @@ def _cosine(trainer: pl.Trainer, ce: Gradients, kd: Gradients) -> float:
             dist.all_reduce(a)
             dist.all_reduce(b)
         products += torch.stack([(x * y).sum(dtype=dtype) for x, y in ((a, b), (a, a), (b, b))])
-    dot, ce_square, kd_square = _over_ranks(trainer, products)  # of shards; of whole gradients so many times each
+    # of shards; of whole gradients so many times each
+    dot, ce_square, kd_square = trainer.strategy.reduce(products, reduce_op="sum").tolist()
     return dot / (ce_square * kd_square) ** 0.5 if ce_square * kd_square > 0 else 0.0
-
-
-def _over_ranks(trainer: pl.Trainer, sums: Tensor) -> list[float]:
-    return (trainer.strategy.reduce(sums, reduce_op="sum") if trainer.world_size > 1 else sums).tolist()
 
 
 @torch.no_grad()
