@@ -25,7 +25,7 @@ from salt_lightning.errors import ConfigError, of_others, one_line, raised
 from salt_lightning.export import check_target
 from salt_lightning.fit import cadence, extension, optim
 from salt_lightning.hugging_face import attention
-from salt_lightning.hugging_face.spec import DTYPES, ModelSpec, family_config, shallow, unnamed_sizes
+from salt_lightning.hugging_face.spec import ModelSpec, family_config, shallow, unnamed_sizes
 from salt_lightning.hugging_face.token_ids import check_fit
 from salt_lightning.models import CausalLM
 from salt_lightning.module import SALTModule
@@ -171,7 +171,7 @@ class Check:
         """The student, without data, and what a real one says of the text."""
         spec = self.module.student_spec
         if spec.path:
-            lm = self._pretrained(spec, "student", DTYPES[spec.dtype or "float32"])
+            lm = self._pretrained(spec, "student", spec.dtype_or(torch.float32))
         else:
             lm = self.probe("student", lambda: models.build_empty(spec, self.data))
         if lm is None:
@@ -201,8 +201,7 @@ class Check:
         spec, module = self.module.teacher_spec, self.module
         if not (spec.path and self._kd.schedule.weight > 0):
             return None
-        dtype = DTYPES[spec.dtype] if spec.dtype else module.compute_dtype
-        lm = self._pretrained(spec, "teacher", dtype)
+        lm = self._pretrained(spec, "teacher", spec.dtype_or(module.compute_dtype))
         if lm is None:
             return None
         lm.eval().requires_grad_(False)

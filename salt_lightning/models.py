@@ -24,7 +24,6 @@ from salt_lightning.hugging_face import folders
 from salt_lightning.hugging_face.attention import PACKED, Apart, document_mask, layer_kinds, limited_distance
 from salt_lightning.hugging_face.experts import follow_autocast
 from salt_lightning.hugging_face.spec import (
-    DTYPES,
     ModelSpec,
     as_config_error,
     fresh_config,
@@ -273,7 +272,7 @@ def build_empty(spec: ModelSpec, data: Any) -> CausalLM:
         sizes = {"vocab_size": padded_vocab(data.trained_vocab_size), "max_position_embeddings": data.block_size}
         config = fresh_config(replace(spec, config={**sizes, **spec.config}), None)
     with torch.device("meta"), as_config_error("--model.student.config"):
-        model = from_config(config, dtype=DTYPES[spec.dtype or "float32"], attn_implementation=spec.attention)
+        model = from_config(config, dtype=spec.dtype_or(torch.float32), attn_implementation=spec.attention)
     return CausalLM(model, "student")
 
 
@@ -286,7 +285,7 @@ def build_fresh(spec: ModelSpec, data: Any, seed: int) -> PreTrainedModel:
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices), as_config_error("--model.student.config"):
         torch.manual_seed(seed)
-        return from_config(config, dtype=DTYPES[spec.dtype or "float32"], attn_implementation=spec.attention)
+        return from_config(config, dtype=spec.dtype_or(torch.float32), attn_implementation=spec.attention)
 
 
 def load_pretrained(spec: ModelSpec, name: str, dtype: torch.dtype, empty: bool = False) -> PreTrainedModel:

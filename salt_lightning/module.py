@@ -27,7 +27,7 @@ from salt_lightning.fit.optim import OptimSpec, by_name
 from salt_lightning.fit.restart import go_on_from, require_same, say_other_share
 from salt_lightning.fit.watch import Watch, problem
 from salt_lightning.hugging_face import attention, token_ids
-from salt_lightning.hugging_face.spec import DTYPES, ModelLike, ModelSpec, resolved
+from salt_lightning.hugging_face.spec import ModelLike, ModelSpec, resolved
 from salt_lightning.losses import salt_loss, token_stats
 from salt_lightning.metrics import TokenMetrics
 from salt_lightning.models import CausalLM
@@ -153,7 +153,7 @@ class SALTModule(extension.KeepsModes):
         # not in setup alone: WeightAveraging comes before that
         self.hparams["seed"] = seed_or_global(self.hparams["seed"], self._unset_seed)
         token_ids.tell_fit(spec, "student", self._data)
-        dtype, device = DTYPES[spec.dtype or "float32"], parallel.build_device(strategy, torch.device("cpu"))
+        dtype, device = spec.dtype_or(torch.float32), parallel.build_device(strategy, torch.device("cpu"))
         lm = models.build(spec, "student", self._data, dtype, device, self.hparams["seed"])
         self.meter.forward_flops["student"], self._num_ids = self._count_flops(lm), len(lm.head.weight)
         extension.extend(self, lm.train())  # as the family has it: some freeze biases of their routers
@@ -174,7 +174,7 @@ class SALTModule(extension.KeepsModes):
     def load_teacher(self) -> None:
         """Loads, freezes, casts and places the teacher; checks that it speaks the student's vocabulary."""
         spec, strategy, start_s = self.teacher_spec, self.trainer.strategy, time.perf_counter()
-        dtype = DTYPES[spec.dtype] if spec.dtype else self.compute_dtype
+        dtype = spec.dtype_or(self.compute_dtype)
         root = strategy.root_device  # self.device is still the CPU in setup
         device = parallel.build_device(strategy, root)
         token_ids.tell_fit(spec, "teacher", self._data)

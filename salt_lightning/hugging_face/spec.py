@@ -78,6 +78,10 @@ class ModelSpec:
     def is_checkpoint(self) -> bool:
         return self.path is not None and self.path.endswith(".ckpt")
 
+    def dtype_or(self, default: torch.dtype) -> torch.dtype:
+        """Of the parameters; `default` where it is null."""
+        return DTYPES[self.dtype] if self.dtype else default
+
 
 if TYPE_CHECKING:
     ModelLike = ModelSpec | str | os.PathLike[str] | dict[str, Any]  # what ModelSpec.of takes
