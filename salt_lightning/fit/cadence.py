@@ -2,7 +2,6 @@
 
 import math
 from datetime import timedelta
-from numbers import Integral
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -21,6 +20,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from salt_lightning.command.settings import wrong_counts
 from salt_lightning.errors import ConfigError, refuse
+from salt_lightning.fit.optim import require_length
 from salt_lightning.schedule import kd_callbacks
 
 # What the user gave the trainer, before `setup` wrote micro-batches over it (setup may run twice).
@@ -40,8 +40,7 @@ def set_cadence(trainer: Trainer, accumulation: int) -> None:
     )
     limits = {name: getattr(trainer, name) for name in ("limit_train_batches", "check_val_every_n_epoch")}
     refuse(wrong_counts({"accumulate_grad_batches": accumulate, "val_check_interval": interval, **limits}))
-    if not isinstance(trainer.max_steps, Integral) or trainer.max_steps < 1:
-        raise ConfigError(f"--trainer.max_steps: {trainer.max_steps} is no length of a run; give optimizer steps")
+    require_length(trainer.max_steps)
     trainer.fit_loop.min_epochs = 0  # of min_steps Lightning makes an epoch, the whole run, which nothing could end
     trainer.accumulate_grad_batches = accumulation
     if interval is not None:

@@ -63,8 +63,7 @@ class OptimSpec:
 
     def check(self, max_steps: int) -> None:
         """Raises ConfigError where warm-up and decay do not fit into the run, or that has no length."""
-        if not isinstance(max_steps, Integral) or max_steps < 1:
-            raise ConfigError(f"--trainer.max_steps: {max_steps} is no length of a run; give optimizer steps")
+        require_length(max_steps)
         decay_steps = self.decay_steps or 0
         if self.warmup_steps + decay_steps > max_steps:
             raise ConfigError(
@@ -133,6 +132,12 @@ class OptimSpec:
         for group in optimizer.param_groups:
             group.update(lr=self.lr_at(step, max_steps), betas=(self.beta1, self.beta2), eps=self.eps)
             group["weight_decay"] = self.weight_decay if group["decays"] else 0.0
+
+
+def require_length(max_steps: Any) -> None:
+    """Raises ConfigError where a trainer's max_steps is no number of optimizer steps, as Lightning's -1."""
+    if not isinstance(max_steps, Integral) or max_steps < 1:
+        raise ConfigError(f"--trainer.max_steps: {max_steps} is no length of a run; give optimizer steps")
 
 
 def decays(name: str, ndim: int) -> bool:
