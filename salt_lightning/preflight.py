@@ -61,10 +61,8 @@ def shares(names: Iterable[str], read_S: np.ndarray, rows_S: np.ndarray, all_of:
 
     `all_of`: the steps of the run, and the rows that it reads, also while there were no weights.
     """
-    (max_steps, total), sources = (
-        all_of,
-        list(zip(map(printable, names), read_S.tolist(), rows_S.tolist(), strict=True)),
-    )
+    max_steps, total = all_of
+    sources = list(zip(map(printable, names), read_S.tolist(), rows_S.tolist(), strict=True))
     told = (f"{name} {read / total:.1%} ({read / rows:.2f} epochs of {rows} rows)" for name, read, rows in sources)
     said = f"{max_steps} steps read {total} rows: {', '.join(told)}"
     if not (worn := [name for name, read, rows in sources if read > GOOD_EPOCHS * rows]):

@@ -34,12 +34,12 @@ def check(folder: Path, setting: str, trust_remote_code: bool) -> None:
             f"{setting} {folder}: config.json's model_type or architectures are no names; download it again"
         )
     refuse_requests(config, f"{setting} {folder}")
-    if config.get("auto_map") and not is_causal(kind) and not trust_remote_code:
-        raise ConfigError(
-            f"{setting} {folder} needs model code that comes with it ({kind!r} is not in this transformers); read that "
-            f"code, and if you trust it: {setting.removesuffix('path')}trust_remote_code true"
-        )
     if not is_causal(kind) and not trust_remote_code:
+        if config.get("auto_map"):
+            raise ConfigError(
+                f"{setting} {folder} needs model code that comes with it ({kind!r} is not in this transformers); read "
+                f"that code, and if you trust it: {setting.removesuffix('path')}trust_remote_code true"
+            )
         raise ConfigError(
             f"{setting} {folder} holds no causal language model that this transformers knows (model_type {kind!r} in "
             "config.json); give one, e.g. a llama, gpt2 or qwen3"
