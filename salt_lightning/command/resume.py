@@ -8,10 +8,11 @@ from jsonargparse import Namespace
 from salt_lightning.checkpoint import newest
 from salt_lightning.command import settings
 from salt_lightning.errors import ConfigError
-from salt_lightning.fit.restart import settings_of
+from salt_lightning.hugging_face.spec import settings_without_code
+from salt_lightning.models import read_checkpoint
 from salt_lightning.run.peers import say_once
 from salt_lightning.run.run_folder import flat, saved
-from salt_lightning.storage import damage
+from salt_lightning.storage import damage, shards
 
 _EVALUATED = ("compile", "logits_budget_gib")  # the settings of a model that validate and test use
 
@@ -42,7 +43,10 @@ def settings_held(path: Path, subcommand: str, given: Namespace, proved: bool) -
     Raises:
         ConfigError: it is damaged, unless that has been looked for (`proved`), or it is not what the subcommand needs.
     """
-    held = settings_of(path, whole=subcommand == "fit")
+    checkpoint = read_checkpoint(str(path), "--ckpt_path")
+    if subcommand == "fit":
+        shards.require_whole(checkpoint)
+    held = settings_without_code(checkpoint["hyper_parameters"], path)
     if not proved and (reason := damage.of(path)):
         raise ConfigError(f"--ckpt_path {path} is damaged ({reason}); take an older one, or last, which finds one")
     before = flat(held)

@@ -1,7 +1,6 @@
 """What a run goes on from: whether a checkpoint is of this student and text, and what will differ from here on."""
 
 from collections.abc import Callable, Container
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -10,8 +9,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from salt_lightning.errors import ConfigError, few
 from salt_lightning.fit import alike
 from salt_lightning.fit.optim import OptimSpec
-from salt_lightning.hugging_face.spec import setting_of, settings_without_code, shape_settings
-from salt_lightning.models import own_parts, read_checkpoint
+from salt_lightning.hugging_face.spec import setting_of, shape_settings
+from salt_lightning.models import own_parts
 from salt_lightning.preflight import Finding
 from salt_lightning.storage import shards
 
@@ -47,14 +46,6 @@ def require_same(
             f"the checkpoint holds another student: {', '.join(list(changed)[:5])}; give what the checkpoint has, or "
             "start a new --run, with its weights by --model.student.path CHECKPOINT"
         )
-
-
-def settings_of(path: Path, whole: bool) -> dict[str, Any]:
-    """The module's settings in a checkpoint. `whole`: it has to have what a fit goes on from."""
-    checkpoint = read_checkpoint(str(path), "--ckpt_path")
-    if whole:
-        shards.require_whole(checkpoint)
-    return settings_without_code(checkpoint["hyper_parameters"], path)
 
 
 def go_on_from(checkpoint: dict[str, Any], trainer: pl.Trainer, data: Any, optim: OptimSpec) -> None:
