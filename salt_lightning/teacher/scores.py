@@ -77,7 +77,7 @@ class Scores:
         ConfigError: there are none, or scores.json is damaged; the message starts with `setting`.
     """
 
-    def __init__(self, run: str | Path, setting: str = "scores") -> None:
+    def __init__(self, run: str | Path, setting: str) -> None:
         run = Path(run)
         self.run, self.setting = (run.parent if run.name == "scores.json" else run), setting
         path = self.run / "scores.json"
@@ -101,15 +101,21 @@ class Scores:
             extra: more for the manifest (the teacher's path, FLOPs, versions), for people to read.
         """
         (run / "scores").mkdir(parents=True, exist_ok=True)
-        there = cls(run, "--run") if (run / "scores.json").exists() else None
-        if there is not None and there.begun:
-            there.require(scored)
+        there = cls.require_begun(run, scored)
         for left in (*(run / "scores").glob(".*.tmp"), *run.glob(".scores.json.*.tmp")):  # of a kill
             left.unlink(missing_ok=True)
-        if there is not None and there.begun:
-            return there
-        write_json(run / "scores.json", {"scored": asdict(scored), **extra})
-        return cls(run, "--run")
+        if there is None:
+            write_json(run / "scores.json", {"scored": asdict(scored), **extra})
+        return there or cls(run, "--run")
+
+    @classmethod
+    def require_begun(cls, run: Path, scored: Scored) -> Scores | None:
+        """Those in `run` with a shard, else nothing is lost with the manifest; raises ConfigError unless they fit."""
+        there = cls(run, "--run") if (run / "scores.json").exists() else None
+        if there is None or len(there.missing()) == there.scored.num_shards:
+            return None
+        there.require(scored)
+        return there
 
     def note(self, **more: Any) -> None:
         """Add to the manifest, for people and `compare` to read."""
@@ -140,11 +146,6 @@ class Scores:
 
     def path(self, shard: int) -> Path:
         return self.run / "scores" / f"{shard:08d}.parquet"
-
-    @property
-    def begun(self) -> bool:
-        """Whether any shard is there: else nothing is lost with the manifest."""
-        return len(self.missing()) < self.scored.num_shards
 
     def missing(self) -> list[int]:
         """Numbers of the shards that are not there yet."""

@@ -75,8 +75,7 @@ class ScoreWriter(pl.Callback):
             teacher=weights_fingerprint(teacher), precision=f"{teacher.head.weight.dtype}, {trainer.precision}"
         )
         alike.require(trainer, {**asdict(scored), "--data.micro_batch_size": data.micro_batch_size})
-        if (run / "scores.json").exists() and (before := Scores(run, "--run")).begun:
-            before.require(scored)  # on every rank: all stop alike
+        Scores.require_begun(run, scored)  # on every rank: all stop alike
         if trainer.is_global_zero:
             spec, per_token = pl_module.teacher_spec, pl_module.meter.forward_flops["teacher"]
             origin = {
