@@ -231,14 +231,13 @@ class RunCheckpoint(Checkpoint):
         self._due = follows
         if stop:
             trainer.should_stop = True
-            self._change(trainer.fit_loop, "min_epochs", 0)  # else the run would not end
-            self._change(loop, "min_steps", 0)
+            # else the run would not end
+            none: list[tuple[Any, str]] = [(trainer.fit_loop, "min_epochs"), (loop, "min_steps")]
             if not follows:  # Lightning validates once more before it stops, whatever the interval: no time for that
-                self._change(trainer, "limit_val_batches", 0)
-
-    def _change(self, owner: Any, name: str, value: Any) -> None:
-        self._until_end.append((owner, name, getattr(owner, name)))
-        setattr(owner, name, value)
+                none.append((trainer, "limit_val_batches"))
+            for owner, name in none:
+                self._until_end.append((owner, name, getattr(owner, name)))
+                setattr(owner, name, 0)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         # Lightning takes the validation of a saved step as done on resume. A boundary may have been found just here.
