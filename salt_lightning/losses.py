@@ -98,7 +98,7 @@ def salt_loss(  # noqa: PLR0913
         chunk_tokens: rows of a chunk, instead of the budget.
 
     Returns:
-        SaltLoss; without a teacher its sums are zeros.
+        SaltLoss; without a teacher all sums but ce_sum and correct_sum are zeros.
 
     Raises:
         ConfigError: shapes, dtypes or options that do not fit together.

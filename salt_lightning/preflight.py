@@ -137,7 +137,7 @@ class TeacherLoss:
     """Cross-entropies on the same tokens of the run's own text, nats.
 
     Args:
-        teacher: of the teacher.
+        teacher: of the teacher; in check also of a student before its first step.
         uniform: of one that knows nothing, ln(rows of its head).
         counts: of one that knows how often each token occurs in the training text and nothing of its context.
         tokens: how many they are.
