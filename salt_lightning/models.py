@@ -297,16 +297,14 @@ def load_pretrained(spec: ModelSpec, name: str, dtype: torch.dtype, empty: bool 
     if spec.is_checkpoint:
         return _load_checkpoint(spec, name, dtype, empty)
     config = read_config(spec, name)
-    source = {"revision": spec.revision or "main", "trust_remote_code": spec.trust_remote_code}
     kwargs = {"dtype": dtype, "attn_implementation": spec.attention}
     with _loading(spec, name):
         if empty:
             with torch.device("meta"):
                 return AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code, **kwargs)
         # safetensors: never unpickle a .bin
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            spec.path, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **source, **kwargs
-        )
+        how = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True, **spec.source}
+        loaded: Any = AutoModelForCausalLM.from_pretrained(spec.path, **how, **kwargs)
         model, found = loaded
         wrong = [f"{key} is {tuple(was)}, not {tuple(wanted)}" for key, was, wanted in sorted(found["mismatched_keys"])]
         if wrong:
@@ -361,9 +359,7 @@ def read_config(spec: ModelSpec, name: str) -> PreTrainedConfig:
         with _loading(spec, name):
             return AutoConfig.for_model(saved.family, **saved.config)
     with _loading(spec, name):
-        config: PreTrainedConfig = AutoConfig.from_pretrained(
-            str(spec.path), revision=spec.revision or "main", trust_remote_code=spec.trust_remote_code
-        )
+        config: PreTrainedConfig = AutoConfig.from_pretrained(str(spec.path), **spec.source)
     folders.refuse_requests(vars(config), f"--model.{name}.path {spec.path}")  # of the hub, too
     return config
 

@@ -78,6 +78,11 @@ class ModelSpec:
     def is_checkpoint(self) -> bool:
         return self.path is not None and self.path.endswith(".ckpt")
 
+    @property
+    def source(self) -> dict[str, Any]:
+        """What transformers takes of it to read a folder or hub name, besides that."""
+        return {"revision": self.revision or "main", "trust_remote_code": self.trust_remote_code}
+
     def dtype_or(self, default: torch.dtype) -> torch.dtype:
         """Of the parameters; `default` where it is null."""
         return DTYPES[self.dtype] if self.dtype else default

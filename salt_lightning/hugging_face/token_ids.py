@@ -116,12 +116,11 @@ def _rules(tokenizer: Any) -> list[Any]:
 
 def _own_tokenizer(spec: ModelSpec, name: str) -> Any:
     """The tokenizer that lies beside a model, or in the run's folder of a checkpoint; None: there is none."""
-    path, revision = str(spec.path), spec.revision or "main"
+    path = str(spec.path)
     if spec.is_checkpoint:
         folder = Path(path).parent.parent / "tokenizer"
         return AutoTokenizer.from_pretrained(folder) if folder.is_dir() else None
-    if not any(cached_file(path, file, revision=revision, **_QUIET) for file in _TOKENIZER_FILES):
+    if not any(cached_file(path, file, revision=spec.source["revision"], **_QUIET) for file in _TOKENIZER_FILES):
         return None
     with as_config_error(f"--model.{name}.path {path}: its tokenizer cannot be loaded"):
-        source = {"revision": revision, "trust_remote_code": spec.trust_remote_code}
-        return open_tokenizer(path, **source)
+        return open_tokenizer(path, **spec.source)
