@@ -18,12 +18,13 @@ from salt_lightning.run.run_folder import small_text, step_named
 from salt_lightning.run.runlog import Run, read_run
 
 
-def places(run: Run, setting: str) -> list[Path]:
-    """Where the path in a run's setting may lie, if it has one: a relative one may count from any parent."""
-    return _places(run, str(run.config.get(setting) or ""))
+def _named(run: Run, setting: str) -> set[Path]:
+    """Where the path in a run's setting may lie, if it has one; links followed."""
+    return {place.resolve() for place in _places(run, str(run.config.get(setting) or ""))}
 
 
 def _places(run: Run, path: str) -> list[Path]:
+    """Where a path that a run's settings have may lie: a relative one may count from any parent."""
     bases = (Path.cwd(), *run.path.absolute().parents)
     return [Path(os.path.normpath(base / path)) for base in bases] if path else []
 
@@ -49,7 +50,7 @@ def whole(run: Run, named: Sequence[Run] = (), generations: int = 9) -> Run:
         return run
     parent = _parent(run, named) if generations else None
     if parent is None:
-        own = {(run.path / "checkpoints").resolve(), *(place.resolve() for place in places(run, "checkpoint.folder"))}
+        own = {(run.path / "checkpoints").resolve(), *_named(run, "checkpoint.folder")}
         is_own = any(place.parent.resolve() in own for place in _places(run, run.origin))
         return run if is_own else replace(run, lost=run.origin)
     return _behind(whole(parent, named, generations - 1), run)
@@ -63,9 +64,7 @@ def _parent(run: Run, named: Sequence[Run]) -> Run | None:
 
     for checkpoint in _places(run, run.origin):
         folder, before = checkpoint.parent.resolve(), checkpoint.parent.parent  # RUN/checkpoints/step-N.ckpt
-        there = [
-            other for other in named if folder in {place.resolve() for place in places(other, "checkpoint.folder")}
-        ]
+        there = [other for other in named if folder in _named(other, "checkpoint.folder")]
         there += [other for other in named if other.path.resolve() == before.resolve()]
         if not any(map(is_trunk, there)):
             with suppress(ConfigError):  # of a folder that nobody has named
@@ -101,8 +100,8 @@ def teacher_runs(run: Run, runs: list[Run]) -> dict[str, Run | None]:
 def _trained(run: Run, path: str, runs: list[Run]) -> Run | None:
     there = {place.resolve() for place in _places(run, path)}
     for other in runs:
-        exported = {place.resolve() for place in places(other, "checkpoint.export")}
-        folders = [other.path.resolve(), *(place.resolve() for place in places(other, "checkpoint.folder"))]
+        exported = _named(other, "checkpoint.export")
+        folders = {other.path.resolve(), *_named(other, "checkpoint.folder")}
         inside = any(place.is_relative_to(folder) for place in there for folder in folders)
         if other is not run and (inside or there & exported):
             return other

@@ -50,10 +50,14 @@ class Run:
         return steps if isinstance(steps, int) and steps > 0 else None  # Lightning's -1 is "no limit"
 
     @property
+    def _configs(self) -> list[dict[str, Any]]:
+        """The settings of each start under others, in order."""
+        return [*(config for _, config in self.earlier), self.config]
+
+    @property
     def selecting(self) -> dict[str, Any]:
         """The settings of the newest start that read selected rows; empty without one."""
-        configs = [*(config for _, config in self.earlier), self.config]
-        return next((config for config in reversed(configs) if config.get("data.selection")), {})
+        return next((config for config in reversed(self._configs) if config.get("data.selection")), {})
 
     @property
     def selected(self) -> bool:
@@ -62,9 +66,8 @@ class Run:
     @property
     def taught(self) -> list[tuple[float, dict[str, Any]]]:
         """Where the steps with a teacher end, and the settings that held there, for each start that had some."""
-        starts, configs = [0, *(step for step, _ in self.earlier)], [*(c for _, c in self.earlier), self.config]
-        found = []
-        for start, end, config in zip(starts, [*starts[1:], math.inf], configs, strict=True):
+        starts, found = [0, *(step for step, _ in self.earlier)], []
+        for start, end, config in zip(starts, [*starts[1:], math.inf], self._configs, strict=True):
             if config.get("model.teacher.path") and config.get("kd.weight"):
                 steps = config.get("kd.steps")
                 if config.get("kd.stop_margin") is not None and "probe/stop_step" in self.curves:
@@ -116,7 +119,7 @@ class Run:
     @property
     def origin(self) -> str:
         """The checkpoint that its first start in this folder went on from, if any; `last` is one of its own."""
-        return str((self.earlier[0][1] if self.earlier else self.config).get("ckpt_path") or "")
+        return str(self._configs[0].get("ckpt_path") or "")
 
     @property
     def began(self) -> int:
@@ -137,8 +140,7 @@ class Run:
     @cached_property
     def changes(self) -> dict[int, dict[str, tuple[Any, Any]]]:
         """Steps at which it went on under other settings -> setting -> (before, from there on)."""
-        configs = [*(config for _, config in self.earlier), self.config]
-        steps = [step for step, _ in self.earlier]
+        steps, configs = [step for step, _ in self.earlier], self._configs
         found = dict(zip(steps, map(changed, configs, configs[1:]), strict=True))
         for step, settings in found.items():
             if step >= self.kd_steps:  # the teacher is gone
