@@ -15,6 +15,7 @@ Shapes: N tokens, V vocabulary, D student width, E teacher width, C rows of a ch
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -177,6 +178,7 @@ class _HeadLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         student = cast_side(hidden_ND, head_VD, bias_V, plan.student_dtype)
         needs = tuple(plan.with_grad and need for need in ctx.needs_input_grad[:3])
+        plan = replace(plan, with_grad=any(needs))
         ctx.dtypes = [None if t is None else t.dtype for t in (hidden_ND, head_VD, bias_V)]
         sums_7N, ctx.grads = chunked_pass(student, teacher, labels_N, mix, plan, (needs, ctx.dtypes))
         sums = sums_7N.sum(1)

@@ -28,8 +28,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from salt_lightning import parallel
 from salt_lightning.fit.meter import SUMS
-from salt_lightning.head.chunked_head import CPU_BLOCK_ELEMENTS, Plan, padded_width, rows_and_dtypes
-from salt_lightning.head.row_pass import NUM_SUMS, math_dtype
+from salt_lightning.head.chunked_head import CPU_BLOCK_ELEMENTS, GradBuffers, Plan, Side, padded_width, rows_and_dtypes
+from salt_lightning.head.row_pass import NUM_SUMS
 from salt_lightning.hugging_face import attention, experts
 from salt_lightning.hugging_face.attention import PACKED, Apart
 from salt_lightning.losses import SaltLoss
@@ -353,19 +353,19 @@ class _HeadLoss(torch.autograd.Function):
         ctx: Any, hidden_ND: Tensor, head_VD: Tensor, teacher: tuple[Tensor, ...], sim: SALTModule, step: Step
     ) -> Tensor:
         compute = [_compute_dtype(step, hidden.dtype) for hidden in (hidden_ND, *teacher[:1])]
-        exact, num_rows, vocab = math_dtype(compute[0]), len(hidden_ND), len(head_VD)
+        num_rows, vocab = len(hidden_ND), len(head_VD)
         plan = Plan(sim.hparams["accuracy"], sim.hparams["logits_budget_gib"], None, compute[0], True)
-        rows, dtypes = rows_and_dtypes((num_rows, vocab), compute, plan, True)
+        rows, dtypes = rows_and_dtypes((num_rows, vocab), compute, plan)
         width = padded_width(vocab, step.device)
         held = [t.to(compute[0]) for t in (hidden_ND, head_VD)] + [t.to(compute[1]) for t in teacher]
         held += [torch.empty(rows.chunk, width, dtype=compute[0]), torch.empty(NUM_SUMS, num_rows)]
         held += [torch.empty(rows.strip, width, dtype=dtype) for dtype in dtypes]
         if step.device == "cpu":
             held += [torch.empty(_ROW_PASS_BUFFERS[bool(teacher)], min(CPU_BLOCK_ELEMENTS, rows.strip * vocab))]
-        own = [t.dtype if t.dtype in (compute[0], exact) else compute[0] for t in (hidden_ND, head_VD)]
-        ctx.sim, ctx.dtype = sim, hidden_ND.dtype
-        ctx.hidden_ND = torch.empty_like(hidden_ND, dtype=own[0])
-        sim.head_gradient = torch.empty_like(head_VD, dtype=own[1] if rows.chunk >= num_rows else exact)
+        ctx.sim, ctx.dtype, student = sim, hidden_ND.dtype, Side(held[0], held[1], None)
+        needs, one_chunk = (True, True, False), rows.chunk >= num_rows
+        grads: Any = GradBuffers(student, needs, [hidden_ND.dtype, head_VD.dtype], one_chunk)
+        ctx.hidden_ND, sim.head_gradient = grads.hidden_ND, grads.head_VD
         return torch.zeros(())
 
     @staticmethod

@@ -59,16 +59,15 @@ def chunked_pass(
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """Per-token sums (7, N) and the gradients of the student's hidden states, head and bias, where wanted."""
     num_rows, vocab = labels_N.numel(), student.head_VD.shape[0]
-    with_grad = any(wanted[0])
     sides = [student] if teacher is None else [student, teacher]
-    rows_of, dtypes = rows_and_dtypes((num_rows, vocab), [side.hidden_ND.dtype for side in sides], plan, with_grad)
+    rows_of, dtypes = rows_and_dtypes((num_rows, vocab), [side.hidden_ND.dtype for side in sides], plan)
     in_place = len(dtypes) < len(sides)  # the gradient takes the student logits' memory
-    grad_GV = _buffer(rows_of.chunk if with_grad else 0, vocab, plan.student_dtype, labels_N.device)
+    grad_GV = _buffer(rows_of.chunk if plan.with_grad else 0, vocab, plan.student_dtype, labels_N.device)
     buffers = [_buffer(rows_of.strip, vocab, dtype, labels_N.device) for dtype in dtypes]
     if teacher is not None:
         buffers[-1][:, teacher.head_VD.shape[0] :] = NO_LOGIT  # for good: the products write their own columns
     sums_7N = mix.scale.new_empty(NUM_SUMS, num_rows)
-    grads = _GradBuffers(student, *wanted, one_chunk=rows_of.chunk >= num_rows)
+    grads = GradBuffers(student, *wanted, one_chunk=rows_of.chunk >= num_rows)
     for chunk in _slices(0, num_rows, rows_of.chunk):
         for strip in _slices(chunk.start, chunk.stop, rows_of.strip):
             held = slice(0, strip.stop - strip.start)
@@ -76,8 +75,8 @@ def chunked_pass(
             logits = [grad_CV, *(b[held] for b in buffers)] if in_place else [b[held] for b in buffers]
             for side, logits_CV in zip(sides, logits, strict=True):
                 _write_logits(side, strip, logits_CV)
-            _fill_rows(logits, labels_N[strip], mix, sums_7N[:, strip], grad_CV if with_grad else None)
-        if with_grad:
+            _fill_rows(logits, labels_N[strip], mix, sums_7N[:, strip], grad_CV if plan.with_grad else None)
+        if plan.with_grad:
             grads.add(chunk, grad_GV[: chunk.stop - chunk.start])
     return sums_7N, (grads.hidden_ND, grads.head_VD, grads.bias_V)
 
@@ -107,7 +106,7 @@ class ChunkRows(NamedTuple):
 
 
 def rows_and_dtypes(
-    size: tuple[int, int], compute_dtypes: list[torch.dtype], plan: Plan, with_grad: bool
+    size: tuple[int, int], compute_dtypes: list[torch.dtype], plan: Plan
 ) -> tuple[ChunkRows, list[torch.dtype]]:
     """How many rows are held at a time, and the dtypes of the buffers for logits besides the gradient's.
 
@@ -115,9 +114,9 @@ def rows_and_dtypes(
     """
     num_rows, vocab = size
     dtypes = [dtype if plan.accuracy == "fast" else math_dtype(dtype) for dtype in compute_dtypes]
-    if with_grad and dtypes[0] == plan.student_dtype:
+    if plan.with_grad and dtypes[0] == plan.student_dtype:
         del dtypes[0]
-    grad_bytes = vocab * plan.student_dtype.itemsize if with_grad else 0
+    grad_bytes = vocab * plan.student_dtype.itemsize if plan.with_grad else 0
     strip_bytes = vocab * sum(dtype.itemsize for dtype in dtypes)
     return chunk_and_strip_rows(num_rows, grad_bytes, strip_bytes, plan.budget_gib, plan.chunk_tokens), dtypes
 
@@ -165,7 +164,7 @@ def padded_width(vocab: int, device: str) -> int:
     return vocab if device == "cpu" else -(-vocab // TILE_ROWS) * TILE_ROWS
 
 
-class _GradBuffers:
+class GradBuffers:
     """Gradients of one call. The head's is summed over chunks in fp32: sums in bf16 bias training."""
 
     def __init__(
