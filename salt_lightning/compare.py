@@ -182,8 +182,7 @@ def _row(run: Run, method: str, teachers: dict[str, Run | None], goal: Goal) -> 
     reached = first_reach(ce.steps, ce.values, goal.ce)
     if run.began > 0 and len(ce.steps) and reached == ce.steps[0]:
         reached = math.nan  # perhaps before
-    reached_flops = math.nan if math.isnan(reached) else run.flops(reached)
-    reached_s = math.nan if math.isnan(reached) else run.total("train/time_s", reached)
+    reached_flops, reached_s = run.flops(reached), run.total("train/time_s", reached)
     training_flops, training_s = lineage.training(run, teachers)
     scoring = lineage.scoring(run)
     scoring_flops, scoring_s = (scoring.get(key, math.nan) for key in ("scoring_flops", "scoring_s"))
