@@ -285,8 +285,9 @@ def normalized(text: str) -> str:
     return text[:-1].rstrip() if text.endswith(_FULL_STOPS) else text
 
 
-def wilson(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson(successes: int, trials: int) -> tuple[float, float]:
     """95% interval of a share (Wilson 1927): (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)."""
+    z = 1.959964
     p, z2 = successes / trials, z * z / trials
     middle, half = p + z2 / 2, z * (p * (1 - p) / trials + z2 / 4 / trials) ** 0.5
     return max(0.0, (middle - half) / (1 + z2)), min(1.0, (middle + half) / (1 + z2))

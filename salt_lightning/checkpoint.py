@@ -123,7 +123,6 @@ class RunCheckpoint(Checkpoint):
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         self._begin()
         self._dir = Path(self.folder or Path(trainer.default_root_dir) / "checkpoints")
-        self._stop_step = "this step" if trainer.world_size == 1 else "the next logged step"
         # Outside of training nothing is lost. Lightning's own would broadcast among the ranks' other messages, and end
         # a validation with exit code 0 and a first step with a traceback.
         trainer._signal_connector._sigterm_notifier_fn = _stop_at_once  # type: ignore
@@ -196,7 +195,8 @@ class RunCheckpoint(Checkpoint):
     def _stop_after_step(self, trainer: pl.Trainer, number: int, frame: Any) -> None:
         if self.stopped_by is None:
             self.stopped_by, self._told_s = signal.Signals(number), time.monotonic()
-            after = f"this validation and {self._stop_step}" if trainer.validating else self._stop_step
+            step = "this step" if trainer.world_size == 1 else "the next logged step"
+            after = f"this validation and {step}" if trainer.validating else step
             rank_zero_info(f"{self.stopped_by.name}: saving after {after}; Ctrl-C once more stops at once")
         # SLURM at a job's limit, and torchrun, send SIGTERM twice, which is one request
         elif number == signal.SIGINT or time.monotonic() > self._told_s + 10.0:
