@@ -1,4 +1,4 @@
-"""What all processes of a run must have alike.
+"""What all processes of a run must have alike, and what of that a checkpoint tells and a later start compares.
 
 Nothing else would notice: a process with another setting, text or checkpoint than the others trains something else with
 them in silence, or waits for what they do not send.

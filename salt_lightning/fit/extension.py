@@ -1,6 +1,7 @@
 """A user's own code around SALTModule, in Python: what of it would go wrong silently is refused here.
 
-Subclasses, optimizers, and batches of a loader of one's own; docs/extending.md shows each as it works.
+Subclasses, optimizers, and batches of a loader of one's own; docs/extending.md shows each as it works. Here is
+also what a fit does to modes and random numbers, which are the user's again behind it.
 """
 
 import inspect

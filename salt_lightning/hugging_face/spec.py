@@ -345,6 +345,7 @@ def _frequencies(config: PreTrainedConfig) -> list[tuple[str, int]]:
 
 
 def check_positions(config: PreTrainedConfig, setting: str, data: Any) -> None:
+    """Raises ConfigError where the data's rows are longer than a model has positions; warns of longrope's switch."""
     config = config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
     ropes = getattr(config, "rope_parameters", None) or {}
