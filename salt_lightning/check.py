@@ -345,10 +345,12 @@ def _count(lm: CausalLM) -> int:
 
 
 def _cut(batch: dict[str, Tensor], lm: CausalLM) -> dict[str, Tensor]:
-    """The first tokens of the batch, so many that the model gets through them in seconds; 256 at least."""
+    """The first tokens of the batch, so many that the model gets through them in seconds; 256 at least, and what comes
+    behind a longer prompt."""
     rows, width = batch["labels"].shape
     tokens = max(256, int(_LOOK_FLOPS / (2 * _count(lm))))
-    width = min(width, tokens)
+    prompt = int((batch["labels"][0] >= 0).int().argmax())
+    width = min(width, max(tokens, prompt + 64))
     return {name: t[: max(1, min(rows, tokens // width)), :width] for name, t in batch.items() if t.ndim == 2}
 
 
