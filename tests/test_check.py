@@ -384,6 +384,17 @@ def test_a_teacher_that_knows_nothing(checked, teacher, tmp_path, fit_with, caps
     assert not (tmp_path / "fit").exists()
 
 
+def test_of_a_long_prompt_a_large_student_sees_some_of_the_response(checked, teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(check, "_LOOK_FLOPS", 1.0)  # as from 300M parameters on: 256 tokens of the first row
+    rows = [{"q": f"{i} " + "the frozen teacher helps " * 60, "a": f"so {i}"} for i in range(40)]
+    (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    examples = {"data.examples.prompt": "{q}", "data.examples.response": "{a}", "data.block_size": 512}
+    own = {"data.source": str(tmp_path / "tasks.jsonl"), "data.tokenizer": str(Path(teacher).parents[1] / "tokenizer")}
+    alone = {"model.teacher.path": None, "kd.weight": 0.0, "kd.steps": None, "data.cache_dir": str(tmp_path / "cache")}
+    code, found = checked(**own, **examples, **alone)
+    assert code == 0, found
+
+
 def test_it_may_be_allowed(checked, teacher, tmp_path, fit_with):
     path = damaged(teacher, tmp_path / "bad.ckpt", randomize)
     own = {"kd.weight": 0.5, "kd.steps": 6, "model.teacher.path": path, "kd.allow_untrained": True}
