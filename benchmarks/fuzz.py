@@ -56,6 +56,7 @@ from reference import packed_rows
 
 from salt_lightning import KDScheduleCallback, ModelSpec, OptimSpec, SALTDataModule, SALTModule, cli
 from salt_lightning.batches.order import Order
+from salt_lightning.batches.row_set import RowSet
 from salt_lightning.batches.rows import IGNORE, NO_ROW, EvalBatches, PackedRows, TrainBatches
 from salt_lightning.checkpoint import RunCheckpoint
 from salt_lightning.errors import ConfigError
@@ -403,7 +404,7 @@ def check_order(case: Case, num_rows: int) -> Order:
     assert sorted(two[:num_rows]) == sorted(two[num_rows:]) == list(range(num_rows))
     kept = sorted(draw.sample(range(num_rows), draw.randint(1, num_rows)))
     phase1, unread_first = draw.randint(0, 2 * len(kept)), draw.random() < 0.5
-    selected = Order(case.seed, num_rows, np.array(kept), phase1, unread_first)
+    selected = Order(case.seed, num_rows, RowSet.of(np.array(kept), num_rows), phase1, unread_first)
     rows = selected(np.arange(phase1 + 2 * num_rows)).tolist()
     one_pass = min(phase1, len(kept))
     assert len(set(rows[:one_pass])) == one_pass

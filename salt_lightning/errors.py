@@ -199,6 +199,12 @@ def exit_code(stop: BaseException, in_python: bool) -> int:
     raise stop
 
 
+def require_length(max_steps: Any) -> None:
+    """Raises ConfigError where a trainer's max_steps is no number of optimizer steps, as Lightning's -1."""
+    if not isinstance(max_steps, Integral) or max_steps < 1:
+        raise ConfigError(f"--trainer.max_steps: {max_steps} is no length of a run; give optimizer steps")
+
+
 class Stopped(RuntimeError):
     """A signal ended the work; what was done is kept, and the same command goes on with the rest."""
 

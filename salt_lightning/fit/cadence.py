@@ -19,8 +19,7 @@ from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from salt_lightning.command.settings import wrong_counts
-from salt_lightning.errors import ConfigError, refuse
-from salt_lightning.fit.optim import require_length
+from salt_lightning.errors import ConfigError, refuse, require_length
 from salt_lightning.schedule import kd_callbacks
 
 # What the user gave the trainer, before `setup` wrote micro-batches over it (setup may run twice).

@@ -6,13 +6,12 @@ No Lightning scheduler: it would restore the old rate over an explicit new one o
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from numbers import Integral
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from salt_lightning.errors import ConfigError, refuse, wrong_kinds
+from salt_lightning.errors import ConfigError, refuse, require_length, wrong_kinds
 
 
 @dataclass(frozen=True)
@@ -132,12 +131,6 @@ class OptimSpec:
         for group in optimizer.param_groups:
             group.update(lr=self.lr_at(step, max_steps), betas=(self.beta1, self.beta2), eps=self.eps)
             group["weight_decay"] = self.weight_decay if group["decays"] else 0.0
-
-
-def require_length(max_steps: Any) -> None:
-    """Raises ConfigError where a trainer's max_steps is no number of optimizer steps, as Lightning's -1."""
-    if not isinstance(max_steps, Integral) or max_steps < 1:
-        raise ConfigError(f"--trainer.max_steps: {max_steps} is no length of a run; give optimizer steps")
 
 
 def decays(name: str, ndim: int) -> bool:
