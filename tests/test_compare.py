@@ -252,6 +252,16 @@ def test_the_numbers_of_a_step_are_one_record(tmp_path):
     assert len(list((tmp_path / "r").glob("pair_*/*tfevents*"))) == 2  # as Lightning writes several curves of one plot
 
 
+@pytest.mark.parametrize("value", [None, "high"])
+def test_what_is_no_number_is_named_and_the_rest_of_the_step_is_logged(value, tmp_path):
+    write_run(tmp_path / "r", {}, steps=0)
+    log = EventLog(tmp_path, name="r", version="")
+    with pytest.raises(ValueError, match=r"you tried to log (None|high)"):
+        log.log_metrics({"mine": value, "val/ce": 3}, 7)
+    log.finalize("success")
+    assert read_run(tmp_path / "r", "r").val_ce.values.tolist() == [3.0]
+
+
 def test_a_file_of_another_logger_belongs_to_the_start_before_it(tmp_path):
     path = write_run(tmp_path / "r", {}, steps=0)
     for start, name in enumerate(("10.a.start-1", "20.a.start-2", "30.a")):

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterable, Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from tensorboard.compat.proto.summary_pb2 import Summary
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
@@ -48,7 +50,7 @@ class EventLog(TensorBoardLogger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """All numbers of a step as one record: TensorBoard opens its file for each, perhaps over a network."""
-        numbers = {tag: value for tag, value in metrics.items() if not isinstance(value, dict)}
+        numbers = {tag: value for tag, value in metrics.items() if _is_number(value)}
         with writing(Path(self.log_dir)):
             record = Summary(value=[Summary.Value(tag=tag, simple_value=float(n)) for tag, n in numbers.items()])
             self.experiment._get_file_writer().add_summary(record, step)
@@ -100,6 +102,11 @@ def log_settings(trackers: Iterable[Logger], settings: Mapping[str, Any]) -> Non
             raise
         except Exception as error:  # each has its own
             rank_zero_warn(f"{type(tracker).__name__} has not taken the settings: {one_line(error)}")
+
+
+def _is_number(value: Any) -> bool:
+    """Lightning names any other in its error, or has a way of its own for it."""
+    return isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
 
 
 _show = threading.excepthook
