@@ -228,15 +228,16 @@ def main() -> None:
             "--kd.shape=linear",
         ]
         failed = failed or execute(folder, "one device", salt)
-        if not args.gpu:
+        chosen = [
+            way for way in (gpu_variants() if args.gpu else variants(args.processes)) if way[0].startswith(args.only)
+        ]
+        if any(reference == "one device, untied head" for _, reference, *_ in chosen):
             failed = failed or execute(folder, "one device, untied head", [*salt, *UNTIED])
         if failed:
             sys.exit(failed)
         print("| run | steps | loss | KD | gradient norm | val CE | peak GiB with / without teacher |")
         print("|---|---|--:|--:|--:|--:|--:|")
-        for run, reference, own, nodes, processes in gpu_variants() if args.gpu else variants(args.processes):
-            if not run.startswith(args.only):
-                continue
+        for run, reference, own, nodes, processes in chosen:
             failed = execute(folder, run, [*salt, *own], nodes, processes)
             print(f"| {run} | FAILED |\n{failed}" if failed else row(folder, run, reference), flush=True)
 
