@@ -67,11 +67,11 @@ def read_config(file: Path) -> dict[str, Any]:
         seeds = {key for key in ("model.seed", "data.seed") if key in settings and settings[key] is None}
         settings |= dict.fromkeys(seeds, settings.get("seed_everything"))
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:  # YAML's own are of many
-        raise ConfigError(f"compare: {file} is not YAML: {one_line(error)}") from error  # kinds, as in `!!int x`
+        raise ConfigError(f"{file} is not YAML: {one_line(error)}") from error  # kinds, as in `!!int x`
     odd = [key for key in _NUMBERS if not isinstance(settings.get(key), (int, float, type(None)))]
     odd += [key for key, value in settings.items() if _is_odd(value)]
     if odd:
-        raise ConfigError(f"compare: {file}: no run has such a value of {few(odd)}")
+        raise ConfigError(f"{file}: no run has such a value of {few(odd)}")
     return settings
 
 
