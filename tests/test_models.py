@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from salt_lightning.data import SALTDataModule
 from salt_lightning.errors import ConfigError
 from salt_lightning.hugging_face.attention import document_mask
-from salt_lightning.hugging_face.spec import ModelSpec, as_config_error, fresh_config, resolved
+from salt_lightning.hugging_face.spec import ModelSpec, as_config_error, family_config, fresh_config, resolved
 from salt_lightning.losses import salt_loss
 from salt_lightning.models import CausalLM, build_fresh, check_path, load_pretrained
 
@@ -409,6 +409,24 @@ def test_what_would_leave_a_rope_as_it_is_is_refused(family, settings, says):
     spec = ModelSpec(family=family, config=FAMILIES[family] | settings)
     with pytest.raises(ConfigError, match=re.escape(says)):
         fresh_config(spec, data)
+
+
+@pytest.mark.parametrize(
+    ("family", "ropes", "says"),
+    [
+        ("llama", {"rope_type": "yarnn"}, r"rope_parameters.rope_type yarnn is not known; give one of default, .*yarn"),
+        ("llama", {"rope_type": ["yarn"]}, r"rope_parameters.rope_type \['yarn'\] is not known; give one of default,"),
+        ("llama", {"rope_theta": 0.0}, r"rope_parameters.rope_theta 0.0 must be above 0, and finite"),
+        (
+            "gemma3_text",
+            {"full_attention": {"rope_type": "foo"}, "sliding_attention": {"rope_theta": -1}},
+            r"rope_parameters.full_attention.rope_type foo .*; --model.*sliding_attention.rope_theta -1 must be above",
+        ),
+    ],
+)
+def test_ropes_that_there_are_not_are_refused_before_any_text_is_read(family, ropes, says):
+    with pytest.raises(ConfigError, match=f"^--model.student.config.{says}"):
+        family_config(ModelSpec(family=family, config=FAMILIES[family] | {"rope_parameters": ropes}))
 
 
 @pytest.mark.parametrize(("family", "share", "turned"), [("phi", 0.25, 1), ("gpt_neox", 0.5, 2), ("llama", 1.0, 4)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from huggingface_hub.errors import StrictDataclassError
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from salt_lightning.errors import ConfigError, is_out_of_memory, one_line, refuse, wrong_kinds
 from salt_lightning.hugging_face import folders
@@ -204,7 +206,7 @@ def family_config(spec: ModelSpec) -> PreTrainedConfig:
     for key, value in spec.config.items():  # a fit would meet it at its first step, or never notice
         if "drop" in key and isinstance(value, float | int) and not 0 <= value <= 1:
             wrong.append(f"--model.student.config.{key} {value} must lie in 0..1")
-    refuse(wrong)
+    refuse([*wrong, *_wrong_ropes(spec.config.get("rope_parameters"))])
     if not spec.config:
         raise ConfigError(
             f"--model.student.config is empty: {spec.family}'s own defaults are a model of billions of weights. Give "
@@ -280,6 +282,23 @@ def fresh_config(spec: ModelSpec, data: Any) -> PreTrainedConfig:
 _ROPES = "transformers.modeling_rope_utils"
 
 
+def _by_kind(ropes: Any) -> dict[str, dict[str, Any]]:
+    """The one rope of a model, or that of each kind of its layers, by what stands before its settings."""
+    ropes = ropes if isinstance(ropes, dict) else {}
+    return {f".{kind}": rope for kind, rope in ropes.items() if isinstance(rope, dict)} or {"": ropes}
+
+
+def _wrong_ropes(ropes: Any) -> Iterator[str]:
+    """transformers ends by a KeyError of the type's name, or by weights that are not finite."""
+    types = ["default", *ROPE_INIT_FUNCTIONS]
+    for kind, rope in _by_kind(ropes).items():
+        setting, theta = f"--model.student.config.rope_parameters{kind}", rope.get("rope_theta", 1.0)
+        if (name := rope.get("rope_type", "default")) not in types:
+            yield f"{setting}.rope_type {name} is not known; give one of {', '.join(types)}"
+        if isinstance(theta, float | int) and not 0 < theta < math.inf:
+            yield f"{setting}.rope_theta {theta} must be above 0, and finite"
+
+
 @contextmanager
 def _heard(name: str) -> Iterator[list[str]]:
     """What a logger says meanwhile."""
@@ -321,15 +340,14 @@ _SHARE = "partial_rotary_factor"
 def _refuse_idle_share(config: PreTrainedConfig) -> None:
     """The like of a share of each head that turns: transformers takes it for every rope, and few families read it."""
     ropes = getattr(config, "rope_parameters", None) or {}
-    kinds = {kind: rope for kind, rope in ropes.items() if isinstance(rope, dict)} or {"": ropes}
-    for kind, rope in kinds.items():
+    for kind, rope in _by_kind(ropes).items():
         if (share := rope.get(_SHARE, 1.0)) == 1.0:
             continue
         whole, turned = deepcopy(config), {**rope, _SHARE: 1.0}
-        whole.rope_parameters = {**ropes, kind: turned} if kind else turned
+        whole.rope_parameters = {**ropes, kind[1:]: turned} if kind else turned
         if (own := _frequencies(config)) and own == _frequencies(whole):
             raise ConfigError(
-                f"--model.student.config.rope_parameters{kind and f'.{kind}'}.{_SHARE} {share} would change nothing: "
+                f"--model.student.config.rope_parameters{kind}.{_SHARE} {share} would change nothing: "
                 f"{config.model_type} turns whole heads; leave it out"
             )
 
