@@ -299,9 +299,8 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 }
 
 
-def _start(kind: type[SALTCLI], args: list[str] | None) -> Any:
-    first = next(iter(sys.argv[1:] if args is None else args), "")
-    kind.verb = first if first in kind.subcommands() else ""
+def _start(kind: type[SALTCLI], args: list[str]) -> Any:
+    kind.verb = args[0] if args and args[0] in kind.subcommands() else ""
     return kind(
         SALTModule,
         SALTDataModule,
@@ -342,7 +341,7 @@ def main(args: Sequence[object] | None = None) -> int:
     """
     try:
         with nullcontext() if args is None else steady_interrupts():
-            code = _main(None if args is None else [str(arg) for arg in args])
+            code = _main(list(map(str, sys.argv[1:] if args is None else args)), args is not None)
     except BaseException as error:
         peers.end_abandoned(error)
         raise
@@ -350,21 +349,21 @@ def main(args: Sequence[object] | None = None) -> int:
     return code
 
 
-def _main(args: list[str] | None) -> int:
-    first = (sys.argv[1:] if args is None else args)[:1]
+def _main(args: list[str], in_python: bool) -> int:
+    first = args[:1]
     silence_libraries()
     quiet_threads()
     keep_off_bars()
     try:
         if first and first[0] in VERBS:
-            return VERBS[first[0]][0](sys.argv[2:] if args is None else args[1:])
+            return VERBS[first[0]][0](args[1:])
         with _HELD:
             cli = _start(SALTCLI, args)
     except Stopped as stopped:
         print(f"\n{stopped}")
         return 128 + stopped.number
     except (KeyboardInterrupt, SystemExit) as stop:
-        return errors.exit_code(stop, args is not None)
+        return errors.exit_code(stop, in_python)
     except (ConfigError, NonFiniteLossError, OSError, MisconfigurationException, ModuleNotFoundError) as error:
         close_bars()
         if rank():  # the first rank says the same, and its end is ours; else we speak
