@@ -163,9 +163,9 @@ class Mixture:
         self._source_P, self._number_P = shares.cycle
         self._before_S = shares.reads(shares.begin)
         seeds_S = scatter(np.array([seed])) + np.arange(1, len(shares.names) + 1, dtype=np.uint64)
-        self.orders = []
+        self.orders, mask_R = [], None if kept is None else kept.mask_R
         for own_seed, (start, end), reads in zip(seeds_S, pairwise(shares.starts), shares.reads(phase1), strict=True):
-            own = None if kept is None else RowSet(kept.mask_R[start:end])
+            own = None if mask_R is None else RowSet(mask_R[start:end])
             self.orders.append(Order(int(own_seed), end - start, own, int(reads), unread_first))
 
     def __call__(self, position: np.ndarray) -> np.ndarray:

@@ -105,7 +105,7 @@ class Order:
             return "none"
         hashed = hashlib.blake2b(digest_size=10)
         for rows in self.kept.chunks():
-            hashed.update(rows.astype(np.int64).tobytes())
+            hashed.update(rows.tobytes())
         hashed.update(f"{self.phase1} {self.unread_first}".encode())
         return hashed.hexdigest()
 

@@ -283,16 +283,20 @@ _ROPES = "transformers.modeling_rope_utils"
 
 
 def _by_kind(ropes: Any) -> dict[str, dict[str, Any]]:
-    """The one rope of a model, or that of each kind of its layers, by what stands before its settings."""
+    """The one rope of a model, under "", or that of each kind of its layers."""
     ropes = ropes if isinstance(ropes, dict) else {}
-    return {f".{kind}": rope for kind, rope in ropes.items() if isinstance(rope, dict)} or {"": ropes}
+    return {kind: rope for kind, rope in ropes.items() if isinstance(rope, dict)} or {"": ropes}
+
+
+def _rope_setting(kind: str) -> str:
+    return f"--model.student.config.rope_parameters{kind and f'.{kind}'}"
 
 
 def _wrong_ropes(ropes: Any) -> Iterator[str]:
     """transformers ends by a KeyError of the type's name, or by weights that are not finite."""
     types = ["default", *ROPE_INIT_FUNCTIONS]
     for kind, rope in _by_kind(ropes).items():
-        setting, theta = f"--model.student.config.rope_parameters{kind}", rope.get("rope_theta", 1.0)
+        setting, theta = _rope_setting(kind), rope.get("rope_theta", 1.0)
         if (name := rope.get("rope_type", "default")) not in types:
             yield f"{setting}.rope_type {name} is not known; give one of {', '.join(types)}"
         if isinstance(theta, float | int) and not 0 < theta < math.inf:
@@ -319,17 +323,17 @@ def _refuse_idle_rope(said: list[str]) -> None:
     """Raises ConfigError for keys that change nothing: transformers trains as if they were not there."""
     if unused := [one_line(message) for message in said if message.startswith("Unrecognized keys")]:
         raise ConfigError(
-            f"--model.student.config.rope_parameters: {unused[0]}, so they would change nothing; give the rope_type "
+            f"{_rope_setting('')}: {unused[0]}, so they would change nothing; give the rope_type "
             "(linear, yarn, llama3 ...) that they belong to, or leave them out"
         )
 
 
 def _refuse_flat_rope(known: PreTrainedConfig, ropes: dict[str, Any]) -> None:
     """The like where each kind of layer has a rope of its own, as gemma3_text's; transformers 5.17 ends by an error."""
-    kinds = [kind for kind, rope in (getattr(known, "rope_parameters", None) or {}).items() if isinstance(rope, dict)]
+    kinds = list(filter(None, _by_kind(getattr(known, "rope_parameters", None))))
     if kinds and (idle := sorted(set(ropes) - set(kinds))):
         raise ConfigError(
-            f"--model.student.config.rope_parameters.{idle[0]} {ropes[idle[0]]} would change nothing: "
+            f"{_rope_setting(idle[0])} {ropes[idle[0]]} would change nothing: "
             f"{known.model_type} has a rope for each kind of layer; give it in {' and '.join(kinds)}"
         )
 
@@ -344,10 +348,10 @@ def _refuse_idle_share(config: PreTrainedConfig) -> None:
         if (share := rope.get(_SHARE, 1.0)) == 1.0:
             continue
         whole, turned = deepcopy(config), {**rope, _SHARE: 1.0}
-        whole.rope_parameters = {**ropes, kind[1:]: turned} if kind else turned
+        whole.rope_parameters = {**ropes, kind: turned} if kind else turned
         if (own := _frequencies(config)) and own == _frequencies(whole):
             raise ConfigError(
-                f"--model.student.config.rope_parameters{kind}.{_SHARE} {share} would change nothing: "
+                f"{_rope_setting(kind)}.{_SHARE} {share} would change nothing: "
                 f"{config.model_type} turns whole heads; leave it out"
             )
 
@@ -374,8 +378,8 @@ def check_positions(config: PreTrainedConfig, setting: str, data: Any) -> None:
                 ", or raise it in the config.json of the folder, of a .ckpt in that of its export (docs/own-data.md)"
             )
         raise ConfigError(f"{setting} {positions} is smaller than --data.block_size {data.block_size}: {remedy}")
-    for rope in (ropes, *ropes.values()):  # of the model, or one for each kind of layer
-        if isinstance(rope, dict) and rope.get("rope_type") == "longrope":
+    for rope in _by_kind(ropes).values():
+        if rope.get("rope_type") == "longrope":
             short = rope.get("original_max_position_embeddings", positions)
             if short < data.block_size:
                 rank_zero_warn(
