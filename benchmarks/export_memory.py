@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -25,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import transformers
-from selection import in_a_process
+from selection import forked, resident
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -85,12 +84,6 @@ def measured(way: str, checkpoint: Path, target: Path) -> tuple[int, float]:
     return resident("VmHWM") - before, time.perf_counter() - began
 
 
-def resident(name: str) -> int:
-    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found
-    return int(found[1]) * 1024
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true")
@@ -103,10 +96,10 @@ def main() -> None:
         print("| checkpoint | way | weights written, MB | peak above the start, MB | seconds |")
         print("|---|---|--:|--:|--:|")
         for kind, theirs in (("file", "torch.load, save_pretrained"), ("shards", "dcp_to_torch_save before these")):
-            checkpoint = in_a_process(partial(train, work, kind, args.tiny))
+            checkpoint = forked(partial(train, work, kind, args.tiny))
             for way in ("ours", "ours, to bf16", "rival"):
                 target = work / "exported"
-                peak, seconds = in_a_process(partial(measured, way, checkpoint, target))
+                peak, seconds = forked(partial(measured, way, checkpoint, target))
                 size = sum(file.stat().st_size for file in target.glob("*.safetensors"))
                 name = theirs if way == "rival" else way
                 print(f"| {kind} | {name} | {size / 1e6:.0f} | {peak / 1e6:.0f} | {seconds:.1f} |", flush=True)

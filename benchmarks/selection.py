@@ -35,9 +35,10 @@ STEP_ROWS = 512
 Found = TypeVar("Found")
 
 
-def resident_mib(field: str = "VmRSS") -> float:
+def resident(field: str) -> int:
+    """Bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
 
 
 def write(run: Path, rows: int, tokens: int) -> None:
@@ -78,7 +79,7 @@ def parts(scores: Scores) -> dict[str, Callable[[], Any]]:
     }
 
 
-def in_a_process(work: Callable[[], Found]) -> Found:
+def forked(work: Callable[[], Found]) -> Found:
     """What `work` returns in a process of its own, which begins after the imports."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
         return pool.submit(work).result()
@@ -87,11 +88,11 @@ def in_a_process(work: Callable[[], Found]) -> Found:
 def measure(run: Path, name: str) -> dict[str, Any]:
     work = parts(Scores(run, "--run"))[name]
     Path("/proc/self/clear_refs").write_text("5")  # the peak anew
-    before, began = resident_mib(), time.perf_counter()
+    before, began = resident("VmRSS"), time.perf_counter()
     found = work()
-    seconds, peak = time.perf_counter() - began, resident_mib("VmHWM") - before
+    seconds, peak, after = time.perf_counter() - began, resident("VmHWM"), resident("VmRSS")
     more = {key: value for key, value in found.items() if key != "order"} if isinstance(found, dict) else {}
-    return {"s": seconds, "peak, MiB": peak, "stays, MiB": resident_mib() - before, **more}
+    return {"s": seconds, "peak, MiB": (peak - before) / 2**20, "stays, MiB": (after - before) / 2**20, **more}
 
 
 def main() -> None:
@@ -104,9 +105,9 @@ def main() -> None:
     print("| rows | |", " | ".join(columns), "|\n|--:|---|" + "--:|" * len(columns))
     for rows in [20_000] if args.tiny else args.rows:
         with tempfile.TemporaryDirectory() as folder:
-            in_a_process(partial(write, Path(folder), rows, args.tokens))
+            forked(partial(write, Path(folder), rows, args.tokens))
             for name in list(parts(Scores(folder, "--run")))[:: 5 if args.tiny else 1]:
-                found = in_a_process(partial(measure, Path(folder), name))
+                found = forked(partial(measure, Path(folder), name))
                 cells = (f"{found[column]:,.1f}" if column in found else "" for column in columns)
                 print(f"| {rows:,} | {name} |", " | ".join(cells), "|", flush=True)
 
