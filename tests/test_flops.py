@@ -13,6 +13,7 @@ from salt_lightning.flops import (
     attention_span,
     forward_flops_per_token,
     peak_flops,
+    peak_of,
     student_flops,
 )
 
@@ -200,3 +201,10 @@ def test_peaks_of_known_cards(name, dtype, tflops):
 )
 def test_an_unknown_peak_is_none(name, dtype):
     assert peak_flops(name, dtype) is None
+
+
+def test_devices_add_up_and_a_cpu_has_no_peak(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: ["NVIDIA L4", "another"][device.index])
+    assert peak_of(torch.device("cuda", 0), bf16, 4) == 4 * 121e12
+    assert peak_of(torch.device("cuda", 1), bf16, 4) is None
+    assert peak_of(torch.device("cpu"), bf16, 4) is None

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from salt_lightning.batches.mixture import Shares, make_order
@@ -181,6 +181,7 @@ def test_more_rows_than_there_are():
 # --- the order of a run ---
 
 
+@example(600_000, 0.1, 0)  # read in three chunks
 @given(st.integers(1, 3000), st.floats(0, 1), st.integers(0, 2**32 - 1))
 def test_a_set_of_rows_is_the_list_of_them(num_rows, share, seed):
     rows = np.flatnonzero(np.random.default_rng(seed).random(num_rows) < share)
