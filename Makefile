@@ -6,6 +6,8 @@ DEMO := runs/demo/seed$(SEED)
 GPU_TESTS := tests/test_losses.py tests/test_triton_rows.py tests/test_attention.py
 # One process owns the machine; the tokenizer's own threads would fight the workers.
 export TOKENIZERS_PARALLELISM := false
+# Bytecode is compiled and kept when a module is first imported: compiling all of it takes half of the install.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo demo-ds test check
 .DELETE_ON_ERROR:
@@ -13,7 +15,7 @@ export TOKENIZERS_PARALLELISM := false
 .venv/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -e '.[dev]'
+	$(BIN)/python -m pip install -q --no-compile -e '.[dev]'
 	touch $@
 
 cache/demo/corpus.jsonl: configs/demo/corpus.py | .venv/installed
