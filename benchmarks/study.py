@@ -1,17 +1,17 @@
-"""Does SALT pay? A queue of real `cli.py fit` runs, completed over as many short starts as it takes.
+"""Does SALT pay? A queue of real `cli.py fit` runs (cells), completed over as many short starts as it takes.
 
-    export CORPUS=.../train.jsonl.xz               documents with id, source and text; valid.jsonl.xz lies beside it
+    export CORPUS=.../train.jsonl.xz               documents with id, source and text; valid.jsonl.xz beside it
     python benchmarks/study.py plan                what is left, most important first, with minutes
-    python benchmarks/study.py run --minutes 25    the next cells that fit into 25 minutes; again until none is left
-    python benchmarks/study.py report              tables (Markdown) and figures of what there is
+    python benchmarks/study.py run --minutes 25    the next cells that fit into 25 minutes; repeat until none is left
+    python benchmarks/study.py report              tables (Markdown) and figures of the results so far
 
-Each finished cell is a line of STATE/results.jsonl and is not run again; a killed one goes on by `--ckpt_path last`
-where WORK is still there. WORK (prepared text, checkpoints) can be lost between starts. STATE is all that the rest
-needs: results, curves, losses of documents, scores of rows, teachers and students as exported (a cell reads those that
-its settings name); in pieces by `tar c STATE | split -b 15M - state.tar.`, back by `cat state.tar.* | tar x`.
+Each finished cell is a line of STATE/results.jsonl and is not run again. A killed one continues with `--ckpt_path
+last` if WORK still exists. WORK (prepared text, checkpoints) may be lost between starts. STATE is all that the other
+cells need: results, curves, losses of documents, scores of rows, exported teachers and students (a cell reads those
+that its settings name). Split it by `tar c STATE | split -b 15M - state.tar.`, restore it by `cat state.tar.* | tar x`.
 
-Of the corpus one source is never trained on: an eighth of it is validated on at the end, as `val/ce/ood`. It is a run
-of `cli.py validate` of its own, so that `val/ce`, the main figure, holds none of it, and compare may be used.
+One source of the corpus is never trained on: an eighth of it is validated on at the end, as `val/ce/ood`. This is a
+separate run of `cli.py validate`, so that `val/ce`, the main figure, contains none of it, and compare can be used.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ SEEDS = (0, 1, 2)  # named before the first run; none is dropped
 TEACHER_SEED = 17
 OOD_SOURCE, OOD_SHARE = "speeches", 8
 OMEGA, KD_SHARE = 0.667, 0.2
-EARLY = 0.125  # of the teacher's steps: the checkpoint that scores rows for SALT_DS
+EARLY = 0.125  # share of the teacher's steps: the checkpoint that scores rows for SALT_DS
 MAX_EPOCHS = 4.0
-GAP: Settings = {"kd.stop_margin": 0.0}  # KD ends where the student has caught up, between 5% and 60% of the steps
-# Fine-tuning of BASELINE's and SALT's main students, overlays of configs/sft.yaml; $TASKS holds the files.
+GAP: Settings = {"kd.stop_margin": 0.0}  # KD ends when the student has caught up, between 5% and 60% of the steps
+# Fine-tuning of BASELINE's and SALT's main students, on top of configs/sft.yaml; the files are in $TASKS.
 SFT_RATE = 3e-4
 SFT: dict[str, Settings] = {
     "asdiv": {"data.source": "asdiv.jsonl", "trainer.max_steps": 40},
@@ -73,7 +73,7 @@ SFT: dict[str, Settings] = {
 
 @dataclass(frozen=True)
 class Size:
-    """A scale of the whole study. Models are (width, layers); rates are BASELINE's candidates, in order."""
+    """One scale of the whole study. Models are (width, layers); rates are BASELINE's candidates, in ascending order."""
 
     student: tuple[int, int]
     teacher: tuple[int, int]
@@ -82,18 +82,18 @@ class Size:
     large_teacher: tuple[int, int]
     vocab: int
     steps: int
-    rows: int  # of an optimizer step
+    rows: int  # per optimizer step
     block: int
     val_every: int
     rates: tuple[float, ...]
     large_rates: tuple[float, ...]
-    tokens_per_s: tuple[float, float]  # of student and large student, for the plan; corrected by what is measured
+    tokens_per_s: tuple[float, float]  # student and large student, for the plan; corrected by measured times
     start_s: float
     val_rows: int | None = None
-    keep_one_in: int = 1  # documents of the corpus
+    keep_one_in: int = 1  # keep one in this many documents of the corpus
     seeds: tuple[int, ...] = SEEDS
     shares: tuple[float, ...] = (0.7, 0.8, 0.9)  # f
-    long_teacher: int = 0  # one more teacher, trained for so many times the steps; 0: the text is too short for it
+    long_teacher: int = 0  # another teacher, trained for this many times the steps; 0: the text is too short for it
     fixed: Settings = field(default_factory=dict)
 
 
@@ -114,7 +114,7 @@ SIZES = {
         tokens_per_s=(8e3, 4e3), start_s=5.0, long_teacher=4,
         fixed={"trainer.accelerator": "cpu", "checkpoint.every_n_steps": 100},
     ),
-    # shows that it runs
+    # only shows that it runs
     "tiny": Size(
         student=(32, 1), teacher=(16, 1), weak=(8, 1), large=(32, 2), large_teacher=(32, 1),
         vocab=300, steps=10, rows=4, block=32, val_every=2, val_rows=16, seeds=(0, 1), shares=(0.5, 0.8),
@@ -126,7 +126,7 @@ SIZES["cpu-long"] = replace(
     SIZES["cpu"], steps=1600, val_every=200, rates=(1e-3, 2e-3, 4e-3), large_rates=(5e-4, 1e-3, 2e-3),
     fixed=SIZES["cpu"].fixed | {"checkpoint.every_n_steps": 400},
 )  # fmt: skip
-# 9.4 tokens a parameter, all of them new: does what the short runs gain last?
+# 9.4 tokens per parameter, each read at most once: does the gain of the short runs last?
 SIZES["cpu-epoch"] = replace(
     SIZES["cpu-long"], steps=6400, val_every=400, val_rows=512, keep_one_in=8, rates=(2e-3, 4e-3, 8e-3),
     fixed=SIZES["cpu"].fixed | {"checkpoint.every_n_steps": 800},
@@ -134,7 +134,7 @@ SIZES["cpu-epoch"] = replace(
 
 
 def model(width: int, layers: int) -> Settings:
-    """A llama with heads of 64 (32 where it is narrow) and an MLP of 8/3 of the width."""
+    """A llama config with heads of 64 (32 if narrow) and an MLP of 8/3 of the width."""
     return {
         "hidden_size": width, "num_hidden_layers": layers,
         "num_attention_heads": max(1, width // (64 if width >= 256 else 32)),
@@ -151,8 +151,8 @@ class Cell:
     part: str  # sweep | teacher | score | main | reached | half rate | one seed | large | best | sft | more
     settings: Settings
     needs: tuple[str, ...] = ()
-    first: Settings | None = None  # other settings for a first stretch, which ends at its trainer.max_steps
-    about: str = ""  # of a best row: which
+    first: Settings | None = None  # settings that differ in a first part, which ends at its own trainer.max_steps
+    about: str = ""  # the row that a "best" row repeats
 
     @property
     def name(self) -> str:
@@ -160,7 +160,7 @@ class Cell:
 
 
 class Study:
-    """The queue of a size, as far as the results so far decide it, and where its files lie."""
+    """The queue of one size, as far as the results so far determine it, and the paths of its files."""
 
     def __init__(self, size: str, state: Path, work: Path, more: Iterable[str] = ()) -> None:
         self.size_name, self.size, self.state, self.work, self.more = size, SIZES[size], state, work, tuple(more)
@@ -172,7 +172,7 @@ class Study:
     # ----------------------------------------------------------------- the queue
 
     def cells(self) -> list[Cell]:
-        """All cells, most important first. What is not decided yet (rates, the best row) stands as 0."""
+        """All cells, most important first. A rate that is not decided yet is 0."""
         size, s0 = self.size, self.size.seeds[0]
         main, rate = self._sweep("baseline", size.student, size.rates)
         wide, wide_rate = self._sweep("large-baseline", size.large, size.large_rates)
@@ -189,7 +189,7 @@ class Study:
             cells.append(Cell(row, seed, "main", rows[row], scored))
         for seed, f in itertools.product(size.seeds, size.shares):
             cells.append(Cell(f"salt-f{f:g}", seed, "reached", self._shortened(rows["salt"], f), ready))
-        # At half the rate: is the gain a cure of a rate near its limit alone?
+        # At half the rate: does SALT only repair a rate that is too close to the limit?
         for seed, (row, settings) in itertools.product(size.seeds, self._half(rows, rate).items()):
             if (row, seed) not in {(cell.row, cell.seed) for cell in cells}:  # the sweep has one
                 cells.append(Cell(row, seed, "half rate", settings, ready))
@@ -208,7 +208,7 @@ class Study:
                 name = f"large-baseline-lr{wide_rate:g}"
                 cells.append(Cell(name, seed, "large", self._base(large), tuple(c.name for c in wide)))
             cells.append(Cell("large-salt", seed, "large", salt, (*ready, self._name("large-teacher"))))
-        # The best setting of SALT on the first seed, where that is not the main rows', is measured on the others.
+        # The best SALT setting on the first seed, unless it is that of the main rows, is measured on the other seeds.
         tried = [c for c in cells if c.part == "one seed" and "model.teacher.path" in c.settings and c.first is None]
         names = (f"salt-s{s0}", *(c.name for c in tried))
         known = [self.done[name] for name in names if name in self.done]
@@ -227,7 +227,7 @@ class Study:
         return cells + [self._asked(name, rows, ready) for name in dict.fromkeys(self.more) if name not in names]
 
     def _single(self, row: str, seed: int, settings: Settings, ready: tuple[str, ...]) -> Cell:
-        """An experiment other than the main rows."""
+        """A cell of an experiment other than the main rows."""
         own = tuple(self._name(kind) for kind in ("weak", "long") if row.startswith(f"{kind}-teacher"))
         own += (self._name("large-teacher"),) if row.startswith("large-") else ()
         scored = (self._name("score"),) if "data.selection" in settings else ()
@@ -235,7 +235,7 @@ class Study:
         return Cell(row, seed, "one seed", settings, (*ready, *scored, *own), first)
 
     def _asked(self, name: str, rows: dict[str, Settings], ready: tuple[str, ...]) -> Cell:
-        """--more: an experiment of the plan with another seed or length."""
+        """A cell of --more: an experiment of the plan with another seed or length."""
         found = re.fullmatch(r"(.+?)(?:-f(\d*\.?\d+))?-s(\d+)", name)
         if found is None or found[1] not in rows or (found[2] and found[1].startswith("high-lr")):
             raise SystemExit(f"--more {name}: ROW-sSEED or ROW-fSHARE-sSEED, ROW one of {', '.join(rows)}")
@@ -244,7 +244,10 @@ class Study:
         return replace(cell, row=name.removesuffix(f"-s{found[3]}"), part="more")
 
     def _sweep(self, row: str, shape: tuple[int, int], rates: tuple[float, ...]) -> tuple[list[Cell], float]:
-        """BASELINE's candidates on the first seed, the best (0: undecided); one at an end brings one more, twice."""
+        """BASELINE's candidate cells on the first seed, and the best rate (0: undecided).
+
+        If the best is the lowest or highest candidate, another is added beyond it, at most twice.
+        """
 
         def known() -> dict[float, float]:
             names = {rate: f"{row}-lr{rate:g}-s{self.size.seeds[0]}" for rate in rates}
@@ -277,16 +280,16 @@ class Study:
         }  # fmt: skip
 
     def _rows(self, rate: float) -> dict[str, Settings]:
-        """Every experiment at the main size by name. 'salt' is the step at 20%, omega .667, T 1."""
+        """Settings of every experiment at the main size, by name. 'salt' is the step at 20%, omega .667, T 1."""
         base = self._base({"model.optim.lr": rate})
         taught = {"kd.weight": OMEGA, "model.teacher.path": self._path("teachers/teacher")}
         salt = {**base, **taught, "kd.steps": self._at(KD_SHARE)}
-        # A ramp that begins at 10% and ends at 30% has the step's area.
+        # A ramp from 10% to 30% of the steps has the same area as the step at 20%.
         ramp = {**salt, "kd.steps": self._at(0.3), "kd.anneal_steps": self._at(0.2)}
         zeros = self.done.get(self._name("score"), {}).get("zero_share", 0.0)
         chosen = {
             "data.selection": self._path("scores"), "data.keep.fraction": 0.5,
-            # Where more than half of all rows score 0, half of the rows could not be chosen by their score.
+            # If more than half of all rows score 0, the score cannot choose half of the rows.
             "data.keep.masked": "drop" if zeros > 0.5 else "zero",
         }  # fmt: skip
         more: Settings = {"kd.steps": self._at(0.4), "kd.weight": 0.9}
@@ -325,12 +328,12 @@ class Study:
         return {row: rows[full] | half for row, full in names.items()}
 
     def _stretch(self, rate: float) -> Settings:
-        """Twice the rate, constant, until KD ends; from there on the usual curve: two fits, no setting of its own."""
+        """Twice the rate, constant, until KD ends, then the usual curve: two fits, so no extra setting is needed."""
         return {"model.optim.lr": 2 * rate, "model.optim.schedule": "wsd", "model.optim.decay_steps": 0,
                 "trainer.max_steps": self._at(KD_SHARE)}  # fmt: skip
 
     def _shortened(self, settings: Settings, f: float) -> Settings:
-        """A complete run of f x the steps: its lengths shrink alike, the warm-up apart, which serves the start."""
+        """A complete run of f x the steps: lengths shrink in proportion, except the warm-up, which serves the start."""
         lengths = ("kd.steps", "kd.anneal_steps", "kd.min_steps", "trainer.max_steps")
         short = {key: max(1, round(f * settings[key])) for key in lengths if settings.get(key)}
         every = max(1, round(f * self.size.val_every))
@@ -372,7 +375,7 @@ class Study:
         return str(self.state / name)
 
     def minutes(self, cell: Cell) -> float:
-        """What a cell is expected to take; the plan's figures are corrected by those of the cells done before."""
+        """The expected minutes of a cell: the plan's estimate, corrected by the times of finished cells."""
         ratios = [r["wall_s"] / r["planned_s"] for r in self.done.values() if r["part"] not in ("score", "sft")]
         return self.planned_s(cell) * (statistics.median(ratios) if len(ratios) > 2 else 1.0) / 60
 
@@ -390,7 +393,7 @@ class Study:
     # ------------------------------------------------------------------ one start
 
     def run(self, minutes: float, only: str) -> int:
-        """Does cells until none is left that is ready and fits; the number of those that failed."""
+        """Runs cells until none that is ready fits into the time; returns how many failed."""
         deadline = time.monotonic() + 60 * minutes
         failed: set[str] = set()
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -399,7 +402,7 @@ class Study:
             print(f"{time.strftime('%H:%M:%S')} {cell.name}: {self.minutes(cell):.1f} minutes expected", flush=True)
             record = self._in_child(cell, deadline)
             if record is None and time.monotonic() > deadline:
-                print(f"{cell.name} is out of time; the next start goes on with it", flush=True)
+                print(f"{cell.name} is out of time; the next start continues it", flush=True)
                 break
             if record is None:
                 failed.add(cell.name)
@@ -423,7 +426,7 @@ class Study:
         return None
 
     def _forget_students(self) -> None:
-        """Those of the rates that were not chosen."""
+        """Deletes the exported students of rates that were not chosen."""
         _, rate = self._sweep("baseline", self.size.student, self.size.rates)
         for path in (self.state / "students").glob("baseline-lr*") if rate else ():
             if not path.name.startswith(f"baseline-lr{rate:g}-"):
@@ -434,7 +437,7 @@ class Study:
         return ", ".join(f"{key} {record[key]:.4f}" for key in ("val/ce", "test/ce", "zero_share") if key in record)
 
     def _in_child(self, cell: Cell, deadline: float) -> Record | None:
-        """Runs a cell in a fork of this process, which has imported all and computed nothing."""
+        """Runs a cell in a fork of this process, which has imported everything and computed nothing."""
         run = self.work / "runs" / cell.name
         run.mkdir(parents=True, exist_ok=True)
         began_s, target = time.monotonic(), run / "record.json"
@@ -442,21 +445,21 @@ class Study:
         child.start()
         try:
             child.join(max(1.0, deadline - time.monotonic()))
-        finally:  # out of time, or told to stop: the run saves itself and goes on the next time
+        finally:  # out of time, or asked to stop: the run saves a checkpoint, and the next start continues it
             child.terminate()
             child.join()
         if child.exitcode != 0 or not target.exists():
-            print(f"{cell.name} did not finish (code {child.exitcode}); its output ends:", file=sys.stderr)
+            print(f"{cell.name} did not finish (exit code {child.exitcode}); its output ends:", file=sys.stderr)
             print("\n".join((run / "log.txt").read_text(errors="replace").splitlines()[-5:]), file=sys.stderr)
             return None
         record = json.loads(target.read_text())
         return record | {"wall_s": time.monotonic() - began_s, "planned_s": self.planned_s(cell)}
 
     def perform(self, cell: Cell, run: Path) -> Record:
-        """The cell itself, in this process."""
+        """Runs a cell in this process; returns its result."""
         told, kept = json.dumps(derive(self.work / "corpus", self.size.keep_one_in)), self.state / "corpus.json"
         if kept.exists() and kept.read_text() != told:
-            raise SystemExit(f"$CORPUS is another text than that of {self.state}: choose another --state and --work")
+            raise SystemExit(f"$CORPUS is not the text of {self.state}; use another --state and --work")
         kept.write_text(told)
         record: Record = {
             "cell": cell.name, "part": cell.part, "row": cell.row, "seed": cell.seed, "about": cell.about,
@@ -486,7 +489,7 @@ class Study:
         return record
 
     def _fit(self, cell: Cell, run: Path, settings: Settings) -> Path:
-        """A run to its end, from its newest checkpoint; the last checkpoint."""
+        """Runs a fit to its end, from its newest checkpoint if there is one; returns the last checkpoint."""
         final = run / f"checkpoints/step-{settings['trainer.max_steps']:08d}.ckpt"
         if not final.exists():
             args = ["fit", *arguments(settings), f"--run={run}", f"--seed_everything={cell.seed}"]
@@ -503,7 +506,7 @@ class Study:
         for text in (
             "valid",
             "ood",
-        ):  # the second is what `validate` then holds; of the first each document's loss is kept
+        ):  # the folder `validate` ends up with the second; the first one's losses by document are kept
             source = {"data.val_source": str(self.work / f"corpus/{text}.jsonl")}
             _call(["validate", *arguments(looked | source), f"--run={run}", f"--ckpt_path={final}"])
             if text == "valid":
@@ -524,13 +527,13 @@ class Study:
         return {tag: log.last(tag) for tag in log.curves if tag.startswith("test/")}
 
     def _export(self, checkpoint: Path, target: Path) -> None:
-        """As the teacher will compute: in bf16 where the run does."""
+        """Exports in the dtype that the model will compute in as a teacher: bf16 if the run does."""
         shutil.rmtree(target, ignore_errors=True)
         bf16 = "bf16" in str(self.size.fixed.get("trainer.precision"))
         export.export(checkpoint, target, torch.bfloat16 if bf16 else None)
 
     def _scores(self, cell: Cell) -> Record:
-        """Rows scored by the early teacher. Of the scores what a selection reads is kept: S of each row."""
+        """Scores rows with the early teacher, and keeps only what a selection reads: S of each row."""
         run, kept = self.work / "runs/scores", self.state / "scores"
         _call(["predict", *arguments(cell.settings), f"--run={run}"])
         found = Scores(run, "study")
@@ -563,7 +566,7 @@ def arguments(settings: Settings) -> list[str]:
 
 
 def commit() -> str:
-    """Of this code; $COMMIT where it is no checkout."""
+    """The commit of this code; $COMMIT if this is not a git checkout."""
     if given := os.environ.get("COMMIT"):
         return given
     if shutil.which("git") is None:
@@ -584,13 +587,13 @@ def card() -> str:
 
 
 def derive(folder: Path, keep_one_in: int) -> dict[str, Any]:
-    """train.jsonl and valid.jsonl without the source held out, ood.jsonl of it, and what they are. Made once."""
+    """Writes train.jsonl and valid.jsonl without the held-out source, and ood.jsonl from it, once; returns facts."""
     facts = folder / "corpus.json"
     if facts.exists():
         return json.loads(facts.read_text())
     if not os.environ.get("CORPUS"):
         raise SystemExit(
-            "set CORPUS to train.jsonl(.xz), documents with id, source and text, valid.jsonl(.xz) beside it"
+            "set CORPUS to train.jsonl(.xz), documents with id, source and text, with valid.jsonl(.xz) beside it"
         )
     train = Path(os.environ["CORPUS"])
     valid = train.with_name(train.name.replace("train", "valid"))
@@ -640,7 +643,7 @@ def plan(study: Study) -> str:
     minutes = [study.minutes(cell) for cell in left]
     return table({
         "cell": [c.name for c in left], "part": [c.part for c in left], "minutes": [f"{m:.1f}" for m in minutes],
-        "in all": [f"{t:.0f}" for t in itertools.accumulate(minutes)],
+        "total": [f"{t:.0f}" for t in itertools.accumulate(minutes)],
     }, text=("cell", "part"))  # fmt: skip
 
 
@@ -649,19 +652,19 @@ def main() -> int:
     parser.add_argument("verb", choices=["plan", "run", "report"])
     parser.add_argument("--size", choices=SIZES, default="gpu")
     parser.add_argument(
-        "--minutes", type=float, default=1440, help="run: of this start; a cell that does not fit waits"
+        "--minutes", type=float, default=1440, help="run: minutes of this start; a cell that does not fit waits"
     )
-    parser.add_argument("--only", default="", help="run: cells whose name matches this regular expression")
+    parser.add_argument("--only", default="", help="run: only cells whose name matches this regular expression")
     parser.add_argument("--seeds", type=int, help="seeds 0 to SEEDS - 1 instead of 0 to 2; with --only for some rows")
     parser.add_argument(
-        "--more", nargs="+", default=(), metavar="CELL", help="cells beside the plan's: ROW-sSEED or ROW-fSHARE-sSEED"
+        "--more", nargs="+", default=(), metavar="CELL", help="additional cells: ROW-sSEED or ROW-fSHARE-sSEED"
     )
-    parser.add_argument("--state", type=Path, help="carried from start to start (runs/study-SIZE)")
-    parser.add_argument("--work", type=Path, help="may be lost between starts (cache/study-SIZE)")
+    parser.add_argument("--state", type=Path, help="folder kept between starts (runs/study-SIZE)")
+    parser.add_argument("--work", type=Path, help="folder that may be lost between starts (cache/study-SIZE)")
     args = parser.parse_args()
     state, work = args.state or Path(f"runs/study-{args.size}"), args.work or Path(f"cache/study-{args.size}")
     study = Study(args.size, state, work, args.more)
-    if args.seeds:  # a row that looks certain is tried again on seeds that nobody had seen
+    if args.seeds:  # to repeat a row that looks certain on seeds not seen before
         study.size = replace(study.size, seeds=tuple(range(args.seeds)))
     if args.verb == "run":
         return 1 if study.run(args.minutes, args.only) else 0

@@ -1,4 +1,4 @@
-"""What benchmarks/study.py has measured, as Markdown; figures by `compare`."""
+"""The report of benchmarks/study.py: its results as Markdown, and figures made by `compare`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Rows = dict[str, dict[int, Record]]  # row -> seed -> result
 
 
 def report(study: Study) -> str:
-    """Markdown of all that was measured, and the figures beside it."""
+    """Returns all results as Markdown, and writes the figures."""
     _add_thirds(study)
     cells = study.cells()
     order = list(dict.fromkeys(cell.row for cell in cells))
@@ -59,7 +59,7 @@ def report(study: Study) -> str:
 
 
 def _add_thirds(study: Study) -> None:
-    """Each result's val/ce/easy, medium and hard: thirds of the validation text by the teacher's own loss."""
+    """Adds val/ce/easy, medium and hard to each result: thirds of the validation text by the teacher's own loss."""
     read = {path.stem: pq.read_table(path) for path in (study.state / "documents").glob("*.parquet")}
     teacher = next((read[name] for name, r in study.done.items() if r["row"] == "teacher" and name in read), None)
     if teacher is None:
@@ -82,15 +82,15 @@ def _facts(study: Study) -> str:
         lines.append(f"{name}: {f['documents']:,} documents, {sum(f['text_bytes'].values()) / 1e6:.1f} MB ({sources})")
     told = [" ".join(f"{k} {v}" for k, v in r["versions"].items()) for r in records]
     lines += [
-        (f"one document in {size.keep_one_in} of the text: " if size.keep_one_in > 1 else "")
-        + f"{run['unique_tokens']:,} unique tokens of a BPE of {size.vocab:,}; a run reads "
+        (f"one in {size.keep_one_in} documents of the text: " if size.keep_one_in > 1 else "")
+        + f"{run['unique_tokens']:,} unique tokens with a BPE of {size.vocab:,}; a run reads "
         f"{size.steps * size.rows * size.block:,} ({size.steps} steps of {size.rows} rows of {size.block}), "
         f"{run['epochs']:.2f} epochs",
         f"`python benchmarks/study.py run --size {study.size_name}`; commit {_distinct(r['commit'] for r in records)}; "
         f"{_distinct(r['card'] for r in records)}; {_distinct(told)}; {_distinct(r['date'] for r in records)}; "
         f"{sum(r['wall_s'] for r in records) / 60:.0f} minutes in {len(records)} cells",
-        f"seeds {', '.join(map(str, size.seeds))}, named beforehand; one teacher of each kind, with a seed of its own",
-        "val/ce in nats a token, std over n - 1; the source held out is in val/ce/ood alone",
+        f"seeds {', '.join(map(str, size.seeds))}, named beforehand; one teacher of each kind, with its own seed",
+        "val/ce in nats per token, std over n - 1; the held-out source is only in val/ce/ood",
     ]
     return "\n".join(f"- {line}" for line in lines)
 
@@ -146,7 +146,7 @@ def _mean_std(records: dict[int, Record], key: str = "val/ce") -> str:
 
 
 def crossing(record: Record, level: float, whole_flops: float) -> tuple[float, float]:
-    """Where val/ce first falls to `level`: share of the run's steps; FLOPs so far, teacher's too, of whole_flops."""
+    """Where val/ce first falls to `level`: share of the run's steps; FLOPs so far (both models) / whole_flops."""
     steps, ce = map(np.array, zip(*record["curve"], strict=True))
     step = compare.first_reach(steps, ce, level)
     taught = record["settings"]["kd.steps"] or record["steps"]
@@ -155,7 +155,7 @@ def crossing(record: Record, level: float, whole_flops: float) -> tuple[float, f
 
 
 def _seeds(rows: Rows, title: str, names: list[str]) -> str:
-    """The rows of several seeds; the first is BASELINE."""
+    """Table of rows with several seeds; the first row is BASELINE."""
     base, there = rows.get(names[0]), {name: rows[name] for name in names if rows.get(name)}
     if not base or len(there) < 2:
         return ""
@@ -165,8 +165,8 @@ def _seeds(rows: Rows, title: str, names: list[str]) -> str:
         return _each((r[key] - base[s][key] for s, r in sorted(found.items()) if s in base), "+.4f")
 
     columns: dict[str, list[str]] = {
-        "experiment": [], "n": [], "val/ce: mean (std)": [], "each seed": [], "to BASELINE of its seed": [],
-        "crosses BASELINE's mean at: steps": [], "FLOPs": [], "val/ce/ood: mean (std)": [], "ood to BASELINE": [],
+        "experiment": [], "n": [], "val/ce: mean (std)": [], "each seed": [], "minus BASELINE of its seed": [],
+        "crosses BASELINE's mean at: steps": [], "FLOPs": [], "val/ce/ood: mean (std)": [], "ood minus BASELINE": [],
         "student": [], "teacher's forward": [], "seconds": [],
     }  # fmt: skip
     for name, found in there.items():
@@ -180,13 +180,13 @@ def _seeds(rows: Rows, title: str, names: list[str]) -> str:
         ]  # fmt: skip
         for column, cell in zip(columns.values(), cells, strict=True):
             column.append(cell)
-    for column in ("to BASELINE of its seed", "ood to BASELINE"):
+    for column in ("minus BASELINE of its seed", "ood minus BASELINE"):
         columns[column][0] = ""
     return f"### {title}\n\n" + table(columns, text=("experiment",))
 
 
 def _singles(study: Study, rows: Rows, base: str) -> str:
-    """One seed each. A row with a learning-rate curve of its own is compared with BASELINE under that curve."""
+    """Table of rows with one seed. A row with its own learning-rate curve is compared with BASELINE on that curve."""
     seed = study.size.seeds[0]
     plain, salt = rows[base].get(seed), rows["salt"].get(seed)
     found = [r for records in rows.values() for r in records.values() if r["part"] == "one seed"]
@@ -201,18 +201,18 @@ def _singles(study: Study, rows: Rows, base: str) -> str:
     found = [plain, salt, *found]
     columns = {
         "experiment": [r["row"] for r in found], "val/ce": [number(r["val/ce"], ".4f") for r in found],
-        "to BASELINE": [number(against(r), "+.4f") for r in found],
-        "to SALT": [number(r["val/ce"] - salt["val/ce"], "+.4f") for r in found],
+        "minus BASELINE": [number(against(r), "+.4f") for r in found],
+        "minus SALT": [number(r["val/ce"] - salt["val/ce"], "+.4f") for r in found],
         "val/ce/ood": [number(r["val/ce/ood"], ".4f") for r in found],
         "FLOPs": [_flops(r["flops_student"] + r["flops_teacher"]) for r in found],
     }  # fmt: skip
-    note = "high-lr-salt is compared with high-lr-baseline, which has its learning-rate curve."
+    note = "high-lr-salt is compared with high-lr-baseline, which has the same learning-rate curve."
     title = f"### One seed each (seed {seed}, n = 1: no spread known)"
     return "\n\n".join([title, table(columns, text=("experiment",)), note])
 
 
 def reached_at(shares: list[float], losses: list[float], goal: float) -> float:
-    """The smallest f, linear between those measured, whose final loss is at or below `goal`; NaN if none is."""
+    """The smallest f with a final loss of at most `goal`, interpolated linearly between those measured; NaN if none."""
     return compare.first_reach(np.array(shares), np.array(losses), goal)
 
 
@@ -236,8 +236,8 @@ def _reached(study: Study, rows: Rows, base: str, kind: str) -> str:
     columns = {
         "run": list(shown), "n": [str(len(r)) for r in shown.values()],
         "val/ce at its end": [_each(r[s]["val/ce"] for s in sorted(r)) for r in shown.values()],
-        "mean to BASELINE's mean": [f"{_mean(r) - goal:+.4f}" for r in shown.values()],
-        "FLOPs of BASELINE's": [f"{share(r):.1%}" for r in shown.values()],
+        "mean minus BASELINE's mean": [f"{_mean(r) - goal:+.4f}" for r in shown.values()],
+        "share of BASELINE's FLOPs": [f"{share(r):.1%}" for r in shown.values()],
     }  # fmt: skip
     told = f"BASELINE's mean final loss, {goal:.4f}, is not reached"
     if not math.isnan(f):
@@ -246,7 +246,9 @@ def _reached(study: Study, rows: Rows, base: str, kind: str) -> str:
         own = next(r["flops_student"] for r in rows[teacher].values())
         less = " or less (the smallest measured)" if f == shares_there[0] else ""
         told = f"BASELINE's mean final loss, {goal:.4f}, is reached at f = {f:.3f}{less} in steps and {flops:.3f} in "
-        told += f"FLOPs with the teacher's forward; {flops + own / whole:.3f} with its own training ({_flops(own)}) too"
+        told += (
+            f"FLOPs with the teacher's forward pass; {flops + own / whole:.3f} also with its training ({_flops(own)})"
+        )
     low, high = bootstrap(full, found)
     ends = " to ".join("not reached" if math.isinf(end) else f"{end:.3f}" for end in (low, high))
     about = next((r["about"] for r in study.done.values() if r["part"] == "best"), "")
@@ -258,7 +260,7 @@ def _reached(study: Study, rows: Rows, base: str, kind: str) -> str:
 
 
 def bootstrap(full: dict[int, Record], found: dict[float, dict[int, Record]], draws: int = 4000) -> tuple[float, float]:
-    """2.5% and 97.5% of f, seeds of each row drawn with replacement; infinite: not reached."""
+    """2.5% and 97.5% quantiles of f, with each row's seeds drawn with replacement; infinite: not reached."""
     rng = random.Random(0)
 
     def drawn(records: dict[int, Record]) -> float:
@@ -271,7 +273,7 @@ def bootstrap(full: dict[int, Record], found: dict[float, dict[int, Record]], dr
 
 
 def _splits(rows: Rows, names: list[str]) -> str:
-    """Every part of the validation text: BASELINE's mean, and each row's mean difference to it on the same seeds."""
+    """By part of the validation text: BASELINE's mean, and each row's mean difference from it on the same seeds."""
     base = rows[names[0]]
     there = [name for name in names[1:] if rows[name].keys() & base.keys()]
     tags = sorted({tag for r in base.values() for tag in r if tag.startswith("val/ce/")})
@@ -284,11 +286,11 @@ def _splits(rows: Rows, names: list[str]) -> str:
 
     columns = {"part": tags, names[0]: [number(_mean(base, tag), ".4f") for tag in tags]}
     columns |= {name: [difference(name, tag) for tag in tags] for name in there}
-    return "### By part of the validation text: mean difference to BASELINE\n\n" + table(columns, text=("part",))
+    return "### By part of the validation text: mean difference from BASELINE\n\n" + table(columns, text=("part",))
 
 
 def _tuned(rows: Rows) -> str:
-    """Fine-tuned students on the test text of their task: each seed, and mean (std)."""
+    """Fine-tuned students on the test text of their task: each seed, and the mean."""
     found = {row: records for row, records in rows.items() if row.startswith("sft-") and records}
     tags = sorted({tag for records in found.values() for r in records.values() for tag in r if tag.startswith("test/")})
     if not found:
@@ -301,7 +303,7 @@ def _tuned(rows: Rows) -> str:
 
 
 def _figures(study: Study, base: str, main: list[str]) -> str:
-    """compare's table and figure of the main rows, and of SALT's lengths on the first seed."""
+    """Writes compare's table and figure of the main rows, and of SALT's lengths on the first seed."""
     lengths = re.compile(rf"({re.escape(base)}|(salt|best)(-f.*)?)")
     of_figure = {
         "main": [name for name, r in study.done.items() if r["row"] in main],
