@@ -1,11 +1,11 @@
-"""What text costs on its way into a step: preparation, its memory, opening, checking, and the loader alone.
+"""The cost of text before a step: preparation and its memory, opening and checking files, and the loader alone.
 
     python benchmarks/data_path.py --source corpus/train.jsonl.xz     any CPU, about ten minutes on two cores
-    python benchmarks/data_path.py --tiny                             seconds, of made-up text: shows that it runs
+    python benchmarks/data_path.py --tiny                             seconds, on made-up text: shows that it runs
 
-The rival is the way of transformers' own example (run_clm.py): datasets' `map` of the tokenizer, then of blocks, and a
-DataLoader over them. Both tokenize with one tokenizer, trained before, in as many processes, each way in
-processes of its own, in turn. Of --megabytes of text from the head of the source, as plain jsonl.
+The competitor works like transformers' own example (run_clm.py): datasets' `map` of the tokenizer, then of blocks, and
+a DataLoader over them. Both use the same tokenizer, trained beforehand, and the same number of processes; they run
+alternately in separate processes. The text is the first --megabytes of the source, as plain jsonl.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ BLOCK, ROWS = 1024, 8
 
 
 def excerpt(source: str, megabytes: float, file: Path) -> int:
-    """Writes the head of a source as jsonl; bytes of its text."""
+    """Writes the first `megabytes` of a source as jsonl; returns the bytes of its text."""
     size = 0
     with file.open("w", encoding="utf-8") as out:
         for row in datasets.load_dataset("json", data_files=source, split="train", streaming=True):
@@ -75,7 +75,7 @@ def ours(work: Path, workers: int) -> dict[str, float]:
 
 
 def rival(work: Path, workers: int) -> dict[str, float]:
-    """As run_clm.py has it, into a cache of its own."""
+    """Tokenizes as run_clm.py does, into a separate cache."""
     shutil.rmtree(work / "rival", ignore_errors=True)
     tokenizer = module(work, "none", tokenizer=str(work / "tokenizer")).tokenizer
 
@@ -97,7 +97,7 @@ def rival(work: Path, workers: int) -> dict[str, float]:
 
 
 def in_a_process(script: str, *words: object) -> Any:
-    """What a script prints last in a process of its own, by `--do WORDS`."""
+    """Runs `script --do WORDS` in a separate process; returns the last line that it prints, parsed as JSON."""
     command = [sys.executable, script, "--do", *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -107,7 +107,7 @@ def in_a_process(script: str, *words: object) -> Any:
 
 
 def prepare(work: Path, size: int, cores: list[int], rounds: int) -> None:
-    print("| tokenizing | processes | MB of text a second | a core | tokens | GiB, parent and largest worker |")
+    print("| tokenizing | processes | MB of text per second | per core | tokens | GiB, parent and largest worker |")
     print("|---|--:|--:|--:|--:|--:|")
     for workers in cores:
         found: dict[str, list[dict[str, float]]] = {"ours": [], "run_clm.py's way": []}
@@ -126,7 +126,7 @@ def prepare(work: Path, size: int, cores: list[int], rounds: int) -> None:
 
 
 def rate(batches: Any, seconds: float) -> float:
-    """Tokens a second that come out, after the first eight batches."""
+    """Tokens per second of a loader, after the first eight batches."""
     began, tokens = 0.0, 0
     for number, batch in enumerate(batches):
         if number == 8:
@@ -138,7 +138,7 @@ def rate(batches: Any, seconds: float) -> float:
 
 
 def loader(work: Path, workers: list[int], seconds: float) -> None:
-    print("\n| loader alone, 8 rows of 1024, M tokens a second | workers | ours | DataLoader over blocks | ratio |")
+    print("\n| loader alone, 8 rows of 1024, M tokens per second | workers | ours | DataLoader over blocks | ratio |")
     print("|---|--:|--:|--:|--:|")
     blocks = datasets.load_from_disk(str(work / "blocks")).with_format("torch")
     for number in workers:
@@ -152,7 +152,7 @@ def loader(work: Path, workers: list[int], seconds: float) -> None:
 
 
 def files(work: Path) -> None:
-    """Opening a prepared folder, and reading all of it for its checksums."""
+    """Times opening a prepared folder, and reading all of it to verify its checksums."""
     folder = next(path for path in (work / "ours").iterdir() if (path / "manifest.json").exists())
     ms = []
     for _ in range(20):
@@ -166,12 +166,12 @@ def files(work: Path) -> None:
         f"\nOpening a prepared folder: {statistics.median(ms):.1f} ms; all checksums of its {size / 1e6:.0f} MB: ",
         end="",
     )
-    print(f"{size / 1e6 / (time.process_time() - began):.0f} MB a CPU second.")
+    print(f"{size / 1e6 / (time.process_time() - began):.0f} MB per CPU second.")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", help="a .jsonl, packed or not, with texts under `text`")
+    parser.add_argument("--source", help="a .jsonl file, compressed or not, with texts under `text`")
     parser.add_argument("--megabytes", type=float, default=60.0)
     parser.add_argument("--vocab-size", type=int, default=32768)
     parser.add_argument("--rounds", type=int, default=3)
@@ -191,7 +191,7 @@ def main() -> None:
         if args.tiny:
             size, cores, rounds, seconds = made_up(work / "text.jsonl"), [1], 1, 0.2
         elif args.source is None:
-            parser.error("--source is needed (or --tiny)")
+            parser.error("--source is missing; give it, or use --tiny")
         else:
             size, cores, rounds = excerpt(args.source, args.megabytes, work / "text.jsonl"), [1, 2], args.rounds
             seconds = 5.0

@@ -1,10 +1,11 @@
-"""What an export takes, memory and seconds, from one file and from a folder of shards, beside torch's own ways.
+"""Memory and seconds of an export, from one file and from a folder of shards, compared with torch's own ways.
 
-    python benchmarks/export_memory.py           any CPU, two minutes: 169M parameters with their optimizer
+    python benchmarks/export_memory.py           any CPU, two minutes: 169M parameters with their optimizer state
     python benchmarks/export_memory.py --tiny    seconds: shows that it runs
 
-The rivals: torch.load and save_pretrained for the file; for the shards torch's dcp_to_torch_save before these. Each in
-a process of its own; memory is the peak of the resident set above what it was before the call, mapped files included.
+The competitors: torch.load and save_pretrained for the file; for the shards, torch's dcp_to_torch_save before these.
+Each runs in a separate process; memory is the peak of the resident set above its value before the call, mapped files
+included.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ from salt_lightning.models import read_checkpoint
 from salt_lightning.storage.shards import STUDENT
 
 ROOT = Path(__file__).parents[1]
-FILE_BYTES = 100_000_000  # of a file of weights
+FILE_BYTES = 100_000_000  # at most, per weight file
 
 
 def train(work: Path, kind: str, tiny: bool) -> Path:
-    """The checkpoint of a run of one step."""
+    """Trains one step; returns the checkpoint."""
     width, layers = (64, 2) if tiny else (1024, 10)
     student = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": 4,
                "intermediate_size": 4 * width}  # fmt: skip
@@ -65,7 +66,7 @@ def rival(checkpoint: Path, target: Path) -> None:
         whole = target.with_suffix(".pt")
         dcp_to_torch_save(checkpoint, whole)
     saved = torch.load(whole, weights_only=True)
-    state = saved.get("state_dict", saved)  # of shards all by names in dots
+    state = saved.get("state_dict", saved)  # shards have flat dotted names, without a "state_dict" level
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(settings.family, **settings.config))
     weights = {k.partition(STUDENT)[2]: v for k, v in state.items() if not k.startswith("optimizer")}
     model.load_state_dict(weights)
@@ -73,8 +74,8 @@ def rival(checkpoint: Path, target: Path) -> None:
 
 
 def measured(way: str, checkpoint: Path, target: Path) -> tuple[int, float]:
-    """Bytes and seconds."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    """Peak bytes and seconds of one export."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before, began = resident("VmRSS"), time.perf_counter()
     if way == "rival":
         rival(checkpoint, target)

@@ -1,14 +1,14 @@
-"""The head loss against its floor and its rivals: time, memory, and error to float64, all in one process.
+"""The head loss compared with its floor and its competitors: time, memory and error, all in one process.
 
     python benchmarks/head_loss.py             one GPU, under 9 minutes; without one the first size on the CPU, in fp32
     python benchmarks/head_loss.py --tiny      any CPU, seconds: shows that it runs
 
-Liger's loss and TRL's are rows of the tables where liger-kernel and trl are installed.
+The tables include Liger's and TRL's losses if liger-kernel and trl are installed.
 
 The floor is the matrix products alone (four with a teacher, three without). Times are medians of rounds in which
-all variants take turns, so that drift of the card cancels; ratios to the floor are the claim. "Without the row
-pass" is our own products in our own chunks: what a row lies above it is the row pass, what it lies above the floor
-is chunking. Errors are measured in memory that was filled with NaN before.
+all variants alternate, so that drift of the GPU cancels; the claim is the ratios to the floor. "Without the row
+pass" is our own products in our own chunks: a row's excess over it is the row pass, and its own excess over the floor
+is chunking. Errors are relative to float64, in memory that was filled with NaN before.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Case:
 
     @classmethod
     def make(cls, num_rows: int, sizes: tuple[int, int, int], device: str, dtype: torch.dtype) -> Case:
-        """Unrelated models, logits of standard deviation 3, every label valid."""
+        """Two unrelated models, logits of standard deviation 3, every label valid."""
         d, e, vocab = sizes
         draw = partial(torch.randn, generator=torch.Generator(device).manual_seed(0), device=device)
         hidden_ND, head_VD = draw(num_rows, d).to(dtype), (draw(vocab, d) * 3 / math.sqrt(d)).to(dtype)
@@ -61,12 +61,12 @@ class Case:
         return cls(hidden_ND.requires_grad_(), head_VD.requires_grad_(), labels_N, *taught, WEIGHT)
 
     def masked(self) -> Case:
-        """Every tenth label ignored."""
+        """Ignores every tenth label."""
         self.labels_N[::10] = -100
         return self
 
     def near(self) -> Case:
-        """A teacher that is the student but for 3% of noise, and nothing else to learn from."""
+        """Makes the teacher a copy of the student with 3% noise, and the loss KD alone."""
 
         def shaken(t: Tensor) -> Tensor:
             noise = torch.randn(t.shape, generator=torch.Generator().manual_seed(2)).to(t.device)
@@ -89,7 +89,7 @@ def ours(case: Case, teacher: bool = True, **options: Any) -> Tensor:
 
 
 def with_plain_rows(case: Case, compiled: bool = False, **options: Any) -> Tensor:
-    """The same walk without the Triton kernels: eager, or one compiled graph for all rows of a strip."""
+    """Our loss without the Triton kernels: eager, or one compiled graph for all rows of a strip."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(patch.object(chunked_head, "_triton_rows", lambda: None))
         if compiled:
@@ -99,7 +99,7 @@ def with_plain_rows(case: Case, compiled: bool = False, **options: Any) -> Tenso
 
 
 def without_rows(case: Case, grad_buffer: Callable[..., Tensor] = BUFFER, **options: Any) -> Tensor:
-    """`grad_buffer` makes what nothing fills then: the time of a product depends on the values."""
+    """Our loss without the row pass. `grad_buffer` makes the gradient, as a product's time depends on its values."""
 
     def buffer(rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return (grad_buffer if dtype == case.head_VD.dtype else BUFFER)(rows, vocab, dtype, device)
@@ -112,7 +112,7 @@ COMPILED_ROWS = torch.compile(chunked_head.row_pass, dynamic=False)
 
 
 class Fp32Logits(torch.autograd.Function):
-    """16-bit inputs, fp32 logits; their gradient is rounded for the products, as in any 16-bit training."""
+    """fp32 logits of 16-bit inputs; their gradient is rounded for the products, as in any 16-bit training."""
 
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, head_VD: Tensor) -> Tensor:
@@ -145,7 +145,7 @@ def naive(case: Case, teacher: bool = True) -> Tensor:
 
 
 def naive_fp32_logits(case: Case) -> Tensor:
-    """All logits in fp32 from the product on: what "accurate" is measured against."""
+    """All logits in fp32 from the product on: the reference for "accurate"."""
     teacher_NV = Fp32Logits.apply(case.teacher_hidden_NE, case.teacher_head_VE)
     return full_loss(Fp32Logits.apply(case.hidden_ND, case.head_VD), teacher_NV, case)
 
@@ -156,7 +156,7 @@ def truth(case: Case) -> Tensor:
 
 
 def liger(c: Case) -> Tensor:
-    """The library loss with the hard and soft mix in one call; its soft term is the KL: the same gradient."""
+    """Liger's loss, hard and soft terms in one call; its soft term is the KL, which has the same gradient."""
     return _liger()(c.hidden_ND, c.head_VD, c.teacher_hidden_NE, c.teacher_head_VE, c.labels_N)
 
 
@@ -168,7 +168,7 @@ def _liger() -> Any:
 
 
 def trl(case: Case) -> Tensor:
-    """The library's own function on whole logits, beside the cross-entropy that its GKDTrainer leaves out."""
+    """TRL's function on all logits, plus the cross-entropy that its GKDTrainer leaves out."""
     teacher_NV = case.teacher_hidden_NE @ case.teacher_head_VE.T
     logits_NV = case.hidden_ND @ case.head_VD.T
     kl = _trl()(logits_NV, teacher_NV, case.labels_N, beta=0)  # forward KL
@@ -194,7 +194,7 @@ def floor(case: Case, teacher: bool = True) -> None:
 
 def variants(on_gpu: bool, teacher: bool) -> dict[str, Loss]:
     accurate, fast = {"teacher": teacher}, {"teacher": teacher, "accuracy": "fast"}
-    filled_once = functools.cache(lambda *size: BUFFER(*size).normal_())  # its GiB are not in the table
+    filled_once = functools.cache(lambda *size: BUFFER(*size).normal_())  # the table does not count its memory
     found: dict[str, Loss] = {
         "ours, accurate": partial(ours, **accurate),
         "ours, fast": partial(ours, **fast),
@@ -223,9 +223,11 @@ def timed(call: Callable[[], object], on_gpu: bool) -> float:
         call()
         return 1e3 * (time.perf_counter() - start)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    for _ in range(3):  # again where memory had to be asked of the driver: a rival of 60 GiB has emptied the cache
+    for _ in range(3):  # repeat if the driver had to allocate: a competitor of 60 GiB has emptied the cache
         asked = torch.cuda.memory_stats().get("num_device_alloc", 0)
-        torch.cuda._sleep(20_000_000)  # cycles, some 10 ms: the host runs ahead, as in a step; its time does not count
+        torch.cuda._sleep(
+            20_000_000
+        )  # cycles, about 10 ms: the host runs ahead, as in a step, so its time does not count
         begin.record()
         call()
         end.record()
@@ -236,11 +238,13 @@ def timed(call: Callable[[], object], on_gpu: bool) -> float:
 
 
 def forward_backward(loss: Loss, case: Case) -> None:
-    torch.autograd.grad(loss(case), [case.hidden_ND, case.head_VD])  # keeps none, as a peak is measured above them
+    torch.autograd.grad(
+        loss(case), [case.hidden_ND, case.head_VD]
+    )  # does not keep them: a later peak would include them
 
 
 def peak_gib(call: Callable[[], object], on_gpu: bool) -> float:
-    """Memory above the inputs, the gradients included."""
+    """Peak memory above the inputs, including the gradients."""
     if not on_gpu:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             call()
@@ -254,7 +258,7 @@ def peak_gib(call: Callable[[], object], on_gpu: bool) -> float:
 
 
 def allocated(profile: Any) -> Iterator[tuple[int, int]]:
-    """What a CPU's profiler has seen allocated: nanoseconds, and bytes held from then on."""
+    """Allocations that a CPU profile recorded: nanoseconds, and bytes held from then on."""
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
@@ -263,18 +267,18 @@ def allocated(profile: Any) -> Iterator[tuple[int, int]]:
 
 
 def first_calls(calls: dict[str, Callable[[], object]], peaks: dict[str, float], on_gpu: bool) -> Iterator[str]:
-    """Compiles, fills caches and finds the peaks. A rival that fails is taken out and named, but for the first."""
+    """Compiles, fills caches and finds the peaks. Removes and reports a variant that fails, unless it is the first."""
     for name in list(calls):
         try:
             calls[name]()
             peaks[name] = peak_gib(calls[name], on_gpu)
         except Exception as error:
-            if not peaks:  # the rest is measured against it
+            if not peaks:  # all others are compared with the first
                 raise
             del calls[name]
             yield f"| {name} | {named(error)} | | |"
         if on_gpu:
-            torch.cuda.empty_cache()  # a rival's leftovers are not ours
+            torch.cuda.empty_cache()  # one variant must not inherit another's cache
 
 
 def named(error: BaseException) -> str:
@@ -282,7 +286,7 @@ def named(error: BaseException) -> str:
 
 
 def speed_table(case: Case, teacher: bool, rounds: int, on_gpu: bool) -> Iterator[str]:
-    torch.compiler.reset()  # else the second size counts as a dynamic shape and gets another, slower graph
+    torch.compiler.reset()  # otherwise the second size counts as a dynamic shape and gets a slower graph
     calls: dict[str, Callable[[], object]] = {"floor": partial(floor, case, teacher)}
     calls |= {name: partial(forward_backward, v, case) for name, v in variants(on_gpu, teacher).items()}
     peaks: dict[str, float] = {}
@@ -329,7 +333,7 @@ def error_table(device: str, dtype: torch.dtype, tiny: bool) -> Iterator[str]:
 def results(loss: Loss, case: Case) -> list[Tensor]:
     case.hidden_ND.grad = case.head_VD.grad = None
     leftover = torch.full((2**25,), math.nan, device=case.hidden_ND.device)
-    del leftover  # what is allocated next, and not written, is NaN
+    del leftover  # memory that is allocated next and not written holds NaN
     value = loss(case)
     value.backward()
     assert case.hidden_ND.grad is not None
@@ -357,7 +361,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--rows", type=int, help="default: 8192 on a GPU, 512 on a CPU")
     parser.add_argument("--rounds", type=int, help="default: 20 on a GPU, 7 on a CPU")
-    parser.add_argument("--deadline", type=float, default=480, help="seconds after which no further table is begun")
+    parser.add_argument("--deadline", type=float, default=480, help="seconds after which no further table is started")
     args = parser.parse_args()
     on_gpu = torch.cuda.is_available() and not args.tiny
     device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
@@ -370,20 +374,20 @@ def main() -> None:
         if on_gpu
         else f"CPU, threads: {torch.get_num_threads()}"
     )
-    print(f"{card}, {versions()}; {rows} rows, {dtype}, {rounds} rounds\n\nErrors to float64\n")
+    print(f"{card}, {versions()}; {rows} rows, {dtype}, {rounds} rounds\n\nErrors relative to float64\n")
     for line in error_table(device, dtype, args.tiny):
         print(line, flush=True)
     for teacher in (True, False):
         for size in sizes:
             print(f"\nStudent width, teacher width, vocabulary {size}; {'KD' if teacher else 'plain phase'}\n")
             if time.perf_counter() - start > args.deadline:
-                print("left out: the deadline has passed")
+                print("skipped: the deadline has passed")
                 continue
             case = Case.make(rows, size, device, dtype)
             for line in speed_table(case, teacher, rounds, on_gpu):
                 print(line, flush=True)
             del case
-    print(f"\n{time.perf_counter() - start:.0f} s in all")
+    print(f"\n{time.perf_counter() - start:.0f} s in total")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""The estimate of `cli.py check` against the memory that real short runs take, in both phases.
+"""The estimate of `cli.py check` compared with the memory of real short runs, in both phases.
 
     python benchmarks/memory.py --sizes 124m 350m 1.3b       one GPU, under 4 minutes
     python benchmarks/memory.py --cpu                        CPU, some minutes: many settings, small models
     python benchmarks/memory.py --tiny                       any CPU, seconds: shows that it runs
 
-Runs `cli.py fit` with a teacher of about half the student's size; one process a row. On a GPU the measure is
-torch.cuda.max_memory_allocated, on a CPU what torch's profiler saw allocated. Each is of the steps after the first,
-which makes AdamW's states.
+Runs `cli.py fit` with a teacher of about half the student's size, one process per row. The measure is
+torch.cuda.max_memory_allocated on a GPU, and torch's memory profiler on a CPU. Both cover the steps after the first,
+which creates AdamW's state.
 """
 
 from __future__ import annotations
@@ -70,10 +70,10 @@ TINY = {"student": (128, 3), "teacher": (64, 2), "vocab": 512, "rows": 8, "block
 
 
 class Measured(pl.Callback):
-    """The peak of every optimizer step, bytes, and whether it had the teacher."""
+    """Finds the peak of the optimizer steps in bytes, with and without the teacher."""
 
     def __init__(self) -> None:
-        self.steps: list[tuple[bool, int, int]] = []  # with the teacher; from and to in ns, or the peak
+        self.steps: list[tuple[bool, int, int]] = []  # with the teacher or not; start and end in ns
         self.peaks: dict[bool, int] = {}
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
@@ -91,7 +91,7 @@ class Measured(pl.Callback):
             self.steps.append((self._taught, self._since, time.time_ns()))
 
     def read(self, profile: Any) -> None:
-        """Sums up the allocations that a CPU's profiler has seen."""
+        """Finds the peaks in the allocations that a CPU profile recorded."""
         for at_ns, held in allocated(profile):
             for taught, since, until in self.steps:
                 if since <= at_ns <= until:
@@ -166,10 +166,10 @@ def line(name: str, result: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", choices=ROWS, default=["124m", "350m", "1.3b"])
-    parser.add_argument("--cpu", action="store_true", help="many settings at small sizes")
+    parser.add_argument("--cpu", action="store_true", help="many settings with small models")
     parser.add_argument("--tiny", action="store_true", help="one model of a few thousand weights")
     parser.add_argument("--one", help="measure the row of this name and print its result")
-    parser.add_argument("--deadline", type=float, default=540, help="seconds after which what runs is stopped")
+    parser.add_argument("--deadline", type=float, default=540, help="seconds after which the current run is stopped")
     args = parser.parse_args()
     deadline_s = time.monotonic() + args.deadline
     rows = CPU if args.cpu else {name: ROWS[name] for name in args.sizes}
@@ -185,13 +185,13 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             print(line("tiny", measure(TINY, Path(folder))))
         return
-    for name in rows:  # each in a process of its own: the memory of one must not stay for the next
+    for name in rows:  # each in a separate process, so that its memory is free for the next
         left_s = max(1.0, deadline_s - time.monotonic())
         command = [sys.executable, __file__, "--one", name]
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=left_s)
         except subprocess.TimeoutExpired:
-            print(f"| {name} | left out: the deadline has passed |", flush=True)
+            print(f"| {name} | skipped: the deadline has passed |", flush=True)
             continue
         failed = f"| {name} | FAILED |\n{done.stderr[-1500:]}"
         print(failed if done.returncode else line(name, json.loads(done.stdout.splitlines()[-1])), flush=True)

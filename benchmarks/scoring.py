@@ -1,11 +1,11 @@
-"""What scoring costs beside the teacher's bare forward pass, and document isolation beside plain causal attention.
+"""Scoring compared with the teacher's bare forward pass, and separated documents with plain causal attention.
 
     python benchmarks/scoring.py                one GPU, under 9 minutes
     python benchmarks/scoring.py --tiny         any CPU, seconds: shows that it runs
 
-"Bare" and "plain causal" are sdpa without a mask, which compiled transformers makes even for one document; they have a
-model of their own. The ways alternate, one batch each in turn; figures are medians with the quartiles. Ratios are the
-claim, not times.
+"Bare" and "plain causal" are sdpa without a mask (compiled transformers creates one even for a single document), in a
+separate model. The variants alternate, one batch each; figures are medians with quartiles. The claim is the ratios,
+not the times.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from salt_lightning.teacher.scores import Scores
 
 @dataclass(frozen=True)
 class Size:
-    """A teacher (width, layers), its vocabulary, rows of a batch and tokens of a row."""
+    """A teacher (width, layers), its vocabulary, rows per batch and tokens per row."""
 
     model: tuple[int, int]
     vocab: int = 50304
@@ -61,17 +61,17 @@ SIZES = {
 
 
 def in_turn(ways: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Milliseconds of each way, measured one after the other in every round; the first fifth warms up."""
+    """Milliseconds of each variant, measured one after the other in every round; the first fifth warms up."""
     marks = [mark(device)]
     for way in [*ways.values()] * rounds:
         way()
         marks.append(mark(device))
-    ms = spans(marks)  # once: a GPU that waits for the host at the head of a round would slow the first way alone
+    ms = spans(marks)  # only once: if the GPU waited for the host each round, only the first variant would look slower
     return {name: ms[i :: len(ways)][rounds // 5 :] for i, name in enumerate(ways)}
 
 
 def model_of(size: Size, device: torch.device, attention: str | None = None) -> CausalLM:
-    torch.compiler.reset()  # after eight graphs of one function dynamo would compile no more
+    torch.compiler.reset()  # after eight graphs of one function dynamo stops compiling
     config = sizes(*size.model, size.vocab) | {"max_position_embeddings": size.block}
     on_gpu = device.type == "cuda"
     spec = ModelSpec(config=config, attention=attention, dtype="bfloat16" if on_gpu else "float32")
@@ -84,7 +84,7 @@ def model_of(size: Size, device: torch.device, attention: str | None = None) -> 
 
 
 def no_mask(*args: Any, **kwargs: Any) -> None:
-    """Then sdpa is causal by itself. One function, since dynamo compiles anew for another."""
+    """Returns no mask, so that sdpa is causal by itself. A single function, because dynamo recompiles for another."""
 
 
 def bare_hidden(lm: CausalLM, ids_BT: torch.Tensor) -> torch.Tensor:
@@ -93,7 +93,7 @@ def bare_hidden(lm: CausalLM, ids_BT: torch.Tensor) -> torch.Tensor:
 
 
 def batch_of(size: Size, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Token ids, positions that start anew about every 400 tokens, labels, where documents begin."""
+    """Token ids, positions that restart about every 400 tokens, labels, and where documents begin."""
     generator = torch.Generator().manual_seed(0)
     ids_BT = torch.randint(size.vocab, (size.rows, size.block), generator=generator)
     starts_BT = torch.rand(ids_BT.shape, generator=generator) < 1 / 400
@@ -105,7 +105,7 @@ def batch_of(size: Size, device: torch.device) -> tuple[torch.Tensor, torch.Tens
 
 
 def scoring(size: Size, rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """A forward pass to the logits, in chunks and whole, and ours with loss and rank of every label."""
+    """Times a forward pass to the logits, in chunks, and ours with loss and rank of every label."""
     plain, lm = model_of(size, device, "sdpa").eval(), model_of(size, device).eval()
     ids_BT, positions_BT, labels_N, cu_seqlens = batch_of(size, device)
 
@@ -121,7 +121,7 @@ def scoring(size: Size, rounds: int, device: torch.device) -> dict[str, list[flo
 
 
 def predict_rate(size: Size, folder: Path) -> float:
-    """Tokens a second of `cli.py predict`, reading and writing included."""
+    """Tokens per second of `cli.py predict`, including reading and writing."""
     on_gpu = torch.cuda.is_available()
     text = folder / "text.jsonl"
     write_text(text, 25 if size.vocab == 512 else 8000)
@@ -145,7 +145,7 @@ def predict_rate(size: Size, folder: Path) -> float:
 
 
 def isolation(size: Size, attention: str | None, rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Forward and backward of a training micro-batch with documents apart, and as one plain causal row."""
+    """Times forward and backward of a training micro-batch with documents separated, and with plain causal rows."""
     plain, lm = model_of(size, device, "sdpa").train(), model_of(size, device, attention).train()
     ids_BT, positions_BT, _, cu_seqlens = batch_of(size, device)
 
@@ -185,9 +185,9 @@ def isolation_rows(label: str, *measured: Any) -> Iterator[str]:
 
 
 def show(label: str, rows: Iterator[str], deadline_s: float) -> None:
-    """Rows as they come; what fails (not installed, not for this device) is said, and the others go on."""
+    """Prints rows as they are ready; reports one that fails (not installed, not for this device) and continues."""
     if time.monotonic() > deadline_s:
-        print(f"| {label} | left out: the deadline has passed | | |", flush=True)
+        print(f"| {label} | skipped: the deadline has passed | | |", flush=True)
         return
     try:
         for row in rows:
@@ -200,7 +200,7 @@ def show(label: str, rows: Iterator[str], deadline_s: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="a model of a few thousand weights, on any machine")
-    parser.add_argument("--deadline", type=float, default=420, help="seconds after which no further row is begun")
+    parser.add_argument("--deadline", type=float, default=420, help="seconds after which no further row is started")
     args = parser.parse_args()
     deadline_s = time.monotonic() + args.deadline
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -209,7 +209,7 @@ def main() -> None:
     print("| teacher | bare forward, ms | with loss and rank, ms | speed of bare |\n|---|---:|---:|---:|")
     for name in names:
         show(name, scoring_rows(name, rounds, device, predict=name == names[0]), deadline_s)
-    print("\n| student, attention | plain causal, ms | documents apart, ms | cost |\n|---|---:|---:|---:|")
+    print("\n| student, attention | plain causal, ms | documents separated, ms | cost |\n|---|---:|---:|---:|")
     on_gpu_alone = ("sdpa", "flex_attention", "flash_attention_2") if device.type == "cuda" else ()
     for attention in (None, *on_gpu_alone):
         for name in names[:2]:

@@ -1,11 +1,11 @@
-"""What SALT_DS's selection takes of a large corpus: scores from their shards, a rank's start, its steps, the report.
+"""The cost of SALT_DS's selection on a large corpus: S(x) from the shards, a rank's start, its steps, the report.
 
     python benchmarks/selection.py --rows 1000000 10000000 100000000     any CPU, 1 GB of disk, about four minutes
     python benchmarks/selection.py --tiny                                seconds: shows that it runs
 
-Scores are drawn by lot, without a teacher, rows of --tokens tokens, a third of which lies outside the top ten. Each
-line is a process of its own. Memory is the peak of the resident set above what it was before, and what stays, some 60
-MiB of libraries included; a pickle is what a worker process gets that does not come by fork.
+Scores are random, without a teacher: rows of --tokens tokens, a third of them outside the top ten. Each line runs in a
+separate process. Memory is the peak of the resident set above its value before, and what remains afterwards, including
+about 60 MiB of libraries; the pickle is what a worker process receives if it is not forked.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Found = TypeVar("Found")
 
 
 def resident(field: str) -> int:
-    """Bytes."""
+    """Bytes of a field of /proc/self/status."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
 
@@ -60,8 +60,8 @@ def start(scores: Scores, rule: KeepRule, shares: Shares | None = None) -> dict[
     rows = scores.scored.num_rows
     phase1 = rows // 4
     order = plan(scores, rule, 1, phase1, shares).order
-    order.fingerprint  # noqa: B018 (a fit asks for it)
-    found: dict[str, Any] = {"ms a step, phase 1": ms_a_step(order, 0), "phase 2": ms_a_step(order, phase1)}
+    order.fingerprint  # noqa: B018 (a fit computes it too)
+    found: dict[str, Any] = {"ms per step, phase 1": ms_a_step(order, 0), "phase 2": ms_a_step(order, phase1)}
     found["pickle, MiB"] = len(pickle.dumps(order, protocol=5)) / 2**20
     return found | {"order": order}
 
@@ -80,19 +80,19 @@ def parts(scores: Scores) -> dict[str, Callable[[], Any]]:
 
 
 def forked(work: Callable[[], Found]) -> Found:
-    """What `work` returns in a process of its own, which begins after the imports."""
+    """Returns the result of `work` in a forked process, which starts after the imports."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
         return pool.submit(work).result()
 
 
 def measure(run: Path, name: str) -> dict[str, Any]:
     work = parts(Scores(run, "--run"))[name]
-    Path("/proc/self/clear_refs").write_text("5")  # the peak anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before, began = resident("VmRSS"), time.perf_counter()
     found = work()
     seconds, peak, after = time.perf_counter() - began, resident("VmHWM"), resident("VmRSS")
     more = {key: value for key, value in found.items() if key != "order"} if isinstance(found, dict) else {}
-    return {"s": seconds, "peak, MiB": (peak - before) / 2**20, "stays, MiB": (after - before) / 2**20, **more}
+    return {"s": seconds, "peak, MiB": (peak - before) / 2**20, "remains, MiB": (after - before) / 2**20, **more}
 
 
 def main() -> None:
@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1)
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
-    columns = "s", "peak, MiB", "stays, MiB", "ms a step, phase 1", "phase 2", "pickle, MiB"
+    columns = "s", "peak, MiB", "remains, MiB", "ms per step, phase 1", "phase 2", "pickle, MiB"
     print("| rows | |", " | ".join(columns), "|\n|--:|---|" + "--:|" * len(columns))
     for rows in [20_000] if args.tiny else args.rows:
         with tempfile.TemporaryDirectory() as folder:

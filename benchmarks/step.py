@@ -1,14 +1,14 @@
-"""What a training step costs, through `cli.py fit`: KD against plain, against a hand-written loop, and memory.
+"""The cost of a training step with `cli.py fit`: KD step, plain step, hand-written loops, and memory.
 
-    python benchmarks/step.py --sizes 124m 350m       one GPU; what is not done after 8 minutes (--deadline) is left out
-    python benchmarks/step.py --boundary --sizes 124m the plain phase after a boundary against BASELINE, in turn
+    python benchmarks/step.py --sizes 124m 350m       one GPU; skips what is not done after 8 minutes (--deadline)
+    python benchmarks/step.py --boundary --sizes 124m the plain phase after a boundary and BASELINE, alternately
     python benchmarks/step.py --tiny                  any CPU, seconds: shows that it runs
 
-One process a size, whose own output goes to stderr. Blocks of KD and plain steps alternate, so that drift of the card
-cancels; a step's time is the mean of its block, logged steps and waiting for data included, and the 95% interval comes
-from the blocks. Ratios are the claim, not times. The teacher's weights are random: what a step costs does not depend on
-them. `paper` is configs/paper_2.8b.yaml with one micro-batch a step; `2.8b` the same pair without recomputation, its
-weights in bf16.
+Each size runs in its own process, whose output goes to stderr. Blocks of KD and plain steps alternate, so that drift of
+the GPU cancels. A step's time is the mean of its block, including logged steps and waiting for data; the 95% interval
+comes from the blocks. The claim is the ratios, not the times. The teacher's weights are random: they do not affect the
+cost of a step. `paper` is configs/paper_2.8b.yaml with one micro-batch per step; `2.8b` is the same pair without
+activation checkpointing, with weights in bf16.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ from salt_lightning.hugging_face.spec import ModelSpec
 from salt_lightning.models import CausalLM, build_fresh
 from salt_lightning.text.journal import whole
 
-BLOCKS = 8  # KD and plain in turn
-TURNS = 4  # fits with a boundary, and as many of BASELINE
+BLOCKS = 8  # KD and plain, alternating
+TURNS = 4  # fits with a boundary, and the same number of BASELINE
 WEIGHT = 0.667
-T_975 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36)  # of 1, 2 ... degrees of freedom
+T_975 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36)  # for 1, 2 ... degrees of freedom
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Student and teacher (width, layers), vocabulary, rows of a step; what the student needs to fit a card.
+    """Student and teacher as (width, layers), vocabulary, rows per step, and what the student needs to fit on a GPU.
 
-    `steps`: of a block of steps with or without the teacher; fewer where a step takes long.
+    `steps`: the length of a block of steps with or without the teacher; shorter if a step takes long.
     """
 
     student: tuple[int, int]
@@ -66,7 +66,7 @@ class Pair:
     block: int = 1024
     precision: str = "bf16-mixed"
     steps: int = 100
-    config: str | None = None  # of the student, instead of its width and layers
+    config: str | None = None  # a config file for the student, instead of its width and layers
 
 
 PAIRS = {
@@ -80,7 +80,7 @@ PAIRS = {
 
 
 def sizes(width: int, layers: int, vocab: int) -> dict[str, Any]:
-    """A llama of GPT-2's proportions: heads of 64, an MLP of 8/3 of the width."""
+    """A llama config with GPT-2's proportions: heads of 64, an MLP of 8/3 of the width."""
     return {
         "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": max(1, width // 64),
         "intermediate_size": -(-width * 8 // 3 // 64) * 64, "vocab_size": vocab, "tie_word_embeddings": True,
@@ -88,7 +88,7 @@ def sizes(width: int, layers: int, vocab: int) -> dict[str, Any]:
 
 
 class Alternate(pl.Callback):
-    """Takes the teacher away and brings it back every `block` steps, and times each optimizer step."""
+    """Removes the teacher or puts it back every `block` steps, and times each optimizer step."""
 
     def __init__(self, block: int, skip: int) -> None:
         self.block, self.skip = block, skip
@@ -100,7 +100,7 @@ class Alternate(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self._teacher = self._teacher or pl_module.teacher
         taught = (trainer.global_step // self.block) % 2 == 0
-        if trainer.global_step % self.block == 0:  # away from the card: the plain phase has none on it
+        if trainer.global_step % self.block == 0:  # off the GPU: in the plain phase there is no teacher on it
             self._teacher.to(pl_module.device if taught else "cpu")
         pl_module.__dict__["teacher"] = self._teacher if taught else None
         if not taught:
@@ -111,7 +111,7 @@ class Alternate(pl.Callback):
         self.marks.append(mark(pl_module.device))
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
-        # Not after the step: a logged one starts the peak anew (SALTModule._log_step).
+        # Not after the step: a logged step resets the peak (SALTModule._log_step).
         if trainer.global_step % self.block >= self.skip and pl_module.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated() / 2**30
             self.peaks[self.kinds[-1]] = max(peak, self.peaks.get(self.kinds[-1], 0))
@@ -122,7 +122,7 @@ class Alternate(pl.Callback):
         pl_module.__dict__["teacher"] = self._teacher
 
     def blocks(self, kind: str) -> list[float]:
-        """Mean step of each block of a kind, ms, without the steps that compile or refill."""
+        """Mean step of each block of a kind in ms, without the steps that compile or refill caches."""
         found = []
         for start in range(0, len(self.milliseconds), self.block):
             block = self.milliseconds[start : start + self.block][self.skip :]
@@ -132,7 +132,7 @@ class Alternate(pl.Callback):
 
 
 class After(pl.Callback):
-    """Times the optimizer steps from number `first` on, and finds the peak of their memory."""
+    """Times the optimizer steps from step `first` on, and finds their peak memory."""
 
     def __init__(self, first: int) -> None:
         self.first, self.marks, self.peak = first, [], 0.0
@@ -168,13 +168,13 @@ def spans(marks: list[Any]) -> list[float]:
 
 
 def interval(blocks: list[float]) -> float:
-    """Half width of the 95% interval of the mean of blocks, by Student's t."""
+    """Half the width of the 95% interval of the blocks' mean, by Student's t."""
     freedom = min(len(blocks) - 1, len(T_975))
     return T_975[freedom - 1] * statistics.stdev(blocks) / math.sqrt(len(blocks)) if freedom else math.nan
 
 
 def write_text(path: Path, num_documents: int) -> None:
-    """Text with enough different words for a tokenizer; what it says does not matter for time."""
+    """Writes text with enough different words for a tokenizer; its content does not affect times."""
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9))) for _ in range(20000)]
     with open(path, "w", encoding="utf-8") as out:
@@ -183,14 +183,14 @@ def write_text(path: Path, num_documents: int) -> None:
 
 
 def save_model(size: tuple[int, int], vocab: int, block: int, folder: Path) -> None:
-    """A model of random weights as a Hugging Face folder."""
+    """Saves a model with random weights as a Hugging Face folder."""
     config = sizes(*size, vocab) | {"max_position_embeddings": block}
     dtype = "bfloat16" if torch.cuda.is_available() else "float32"
     build_fresh(ModelSpec(config=config, dtype=dtype), None, 0).save_pretrained(folder)
 
 
 def settings_of(name: str, folder: Path) -> dict[str, Any]:
-    """Of a fit of a size; text and teacher are there afterwards."""
+    """Settings of a fit of one size; also writes its text and teacher."""
     pair = PAIRS[name]
     text = folder / "text.jsonl"
     if not text.exists():
@@ -217,13 +217,13 @@ def settings_of(name: str, folder: Path) -> dict[str, Any]:
 
 
 def boundary(name: str, folder: Path) -> dict[str, Any]:
-    """Fits of a few steps with a teacher and a block without, and fits of BASELINE, in turn."""
+    """Alternates fits of a few steps with a teacher and a block without it, and fits of BASELINE."""
     pair, settings = PAIRS[name], settings_of(name, folder)
     first = min(20, pair.steps)
     own = {"trainer.max_steps": first + pair.steps, "kd.steps": first // 2}
     found: dict[str, list[After]] = {"after": [], "baseline": []}
     for turn in range(TURNS):
-        for kind in list(found)[:: 1 if turn % 2 == 0 else -1]:  # a drift of the card cancels
+        for kind in list(found)[:: 1 if turn % 2 == 0 else -1]:  # so that drift of the GPU cancels
             found[kind].append(After(first))
             without = {"kd.weight": 0.0} if kind == "baseline" else {}
             run_fit(settings | own | without | {"run": folder / name / f"{kind}{turn}"}, [found[kind][-1]])
@@ -237,7 +237,7 @@ def boundary(name: str, folder: Path) -> dict[str, Any]:
 
 
 def measure(name: str, folder: Path, save: Callable[[dict[str, Any]], None]) -> None:
-    """One size: a teacher, the alternating run through the command line, the loops beside it; saved as it goes."""
+    """Measures one size: a teacher, the alternating run by command line, then the loops; saves each result at once."""
     pair, settings = PAIRS[name], settings_of(name, folder)
     settings |= {"run": folder / name / "student", "trainer.max_steps": pair.steps * BLOCKS, "kd.steps": "null"}
     alternate = Alternate(pair.steps, skip=min(10, pair.steps // 3))
@@ -262,13 +262,13 @@ def measure(name: str, folder: Path, save: Callable[[dict[str, Any]], None]) -> 
 
 @contextmanager
 def whole_heads() -> Iterator[None]:
-    """A teacher's head is not cut to the tokenizer's ids, which are few here, so that it is soon made."""
+    """Does not cut a teacher's head to the tokenizer's ids: the tokenizer is small here, to be trained quickly."""
     with patch.object(CausalLM, "num_ids", property(lambda lm: None, lambda lm, ids: None)):
         yield
 
 
 def run_fit(settings: dict[str, Any], callbacks: list[pl.Callback]) -> Any:
-    """`cli.py fit` in this process; returns its module. With callbacks it saves no checkpoint: of 1.3b it is 16 GB."""
+    """Runs `cli.py fit` in this process; returns its module. With callbacks it saves no checkpoint: 16 GB for 1.3b."""
     kept: list[Any] = []
 
     class Observed(cli.SALTCLI):
@@ -294,7 +294,7 @@ def run_fit(settings: dict[str, Any], callbacks: list[pl.Callback]) -> Any:
 
 
 def chunks(case: Case) -> torch.Tensor:
-    """As torchtune: logits of the model in bf16, the loss in eight parts of the tokens, each in fp32."""
+    """Like torchtune: the model's logits in bf16, the loss in eight chunks of tokens, each in fp32."""
     s_NV, t_NV = case.hidden_ND @ case.head_VD.T, case.teacher_hidden_NE @ case.teacher_head_VE.T
     parts = zip(s_NV.chunk(8), t_NV.chunk(8), case.labels_N.chunk(8), strict=True)
     losses = [full_loss(s.float(), t.float(), replace(case, labels_N=labels)) for s, t, labels in parts]
@@ -302,11 +302,11 @@ def chunks(case: Case) -> torch.Tensor:
 
 
 def own_loops(module: Any, pair: Pair, steps: int) -> Iterator[tuple[str, float]]:
-    """Hand-written loops over the same compiled models in the same process: name and ms a step; nan: it does not fit,
-    fails, or computes another loss.
+    """Hand-written loops over the same compiled models in the same process: yields name and ms per step.
 
-    Plain: `hand`, our loss without Lightning, and `full_logits`, compiled cross-entropy over all logits at once. KD:
-    `kd_hand`, ours; `kd_full`, all logits of both, compiled, as scripts over Hugging Face do; `kd_chunks`; `kd_liger`.
+    NaN: it does not fit, fails, or computes another loss. Plain: `hand`, our loss without Lightning, and `full_logits`,
+    compiled cross-entropy over all logits at once. KD: `kd_hand`, our loss; `kd_full`, all logits of both models,
+    compiled, as in scripts on top of Hugging Face; `kd_chunks`; `kd_liger`.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # a fit leaves its module on the CPU
     student, teacher = module.student.to(device).train(), module.teacher.to(device)
@@ -347,27 +347,29 @@ def own_loops(module: Any, pair: Pair, steps: int) -> Iterator[tuple[str, float]
 
     def step(batch: dict[str, Any], kind: str) -> None:
         loss = loss_on(batch, kind)
-        getattr(loss, "loss", loss).backward()  # of ours its sums too
+        getattr(loss, "loss", loss).backward()  # our loss comes with its sums
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    first, entropy = {}, 0.0  # losses, and the teacher's entropy in nats a token
-    for kind in ways:  # before any step: all of the same weights
+    first, entropy = {}, 0.0  # losses, and the teacher's entropy in nats per token
+    for kind in ways:  # before any step, so that all have the same weights
         try:
             loss = loss_on(batches[0], kind)
             first[kind] = getattr(loss, "loss", loss).item()
             if kind == "kd_hand":
                 entropy = (loss.teacher_entropy_sum / loss.tokens).item()
-        except Exception:  # named below
+        except Exception:  # reported below
             continue
         finally:
-            loss = None  # its graph
+            loss = None  # frees its graph
     for kind in ways:
         same_as = first.get("kd_hand" if kind.startswith("kd") else "hand", math.nan)
-        same_as -= WEIGHT * entropy if kind == "kd_liger" else 0.0  # its soft term is the KL, of the same gradient
-        if abs(first.get(kind, same_as) - same_as) > 0.02 * same_as:  # rivals round logits to bf16
-            print(f"{kind} computes {first[kind]:.4f}, ours is {same_as:.4f}: not the same", file=sys.stderr)
+        same_as -= (
+            WEIGHT * entropy if kind == "kd_liger" else 0.0
+        )  # its soft term is the KL, which has the same gradient
+        if abs(first.get(kind, same_as) - same_as) > 0.02 * same_as:  # competitors round logits to bf16
+            print(f"{kind} computes {first[kind]:.4f}, ours is {same_as:.4f}: not the same loss", file=sys.stderr)
             yield kind, math.nan
             continue
         try:
@@ -386,7 +388,7 @@ def own_loops(module: Any, pair: Pair, steps: int) -> Iterator[tuple[str, float]
 
 
 def matrix_rates() -> tuple[float, float]:
-    """FLOP/s of bf16 products of 8192 cubed, as a burst and after two seconds of them: clocks fall under load."""
+    """FLOP/s of bf16 products of 8192 cubed, in a burst and after two seconds: clocks fall under load."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     rates = []
     for count in (30, 1500, 200):
@@ -402,8 +404,8 @@ def matrix_rates() -> tuple[float, float]:
 def heading() -> str:
     return (
         "| size | KD ms | plain ms | KD / plain | FLOP ratio | x ideal | plain / hand loop | plain / full logits | "
-        "KD of full logits, chunks, Liger / ours | MFU of the matrix rate under load, of a burst (TFLOP/s), of the "
-        "vendor's peak | tokens/s KD / plain | loader wait | peak GiB KD / plain |\n|---" + "|---:" * 12 + "|"
+        "KD with full logits, chunks, Liger / ours | MFU relative to the matrix rate under load, in a burst (TFLOP/s), "
+        "the vendor's peak | tokens/s KD / plain | loader wait | peak GiB KD / plain |\n|---" + "|---:" * 12 + "|"
     )
 
 
@@ -438,14 +440,14 @@ def boundary_line(r: dict[str, Any]) -> str:
 
 
 def line_of(size: str, folder: Path, left_s: float, at_boundary: bool) -> str:
-    """Of a process of its own: the memory of one size must not stay for the next."""
+    """Measures a size in a separate process, so that its memory is free for the next; returns the table's line."""
     target = folder / f"{size}.json"
     command = [sys.executable, __file__, "--sizes", size, "--json", str(target), *["--boundary"] * at_boundary]
     try:
         subprocess.run(command, check=True, stdout=sys.stderr, timeout=left_s)
     except subprocess.TimeoutExpired:
         if not target.exists():
-            return f"| {size} | left out: the deadline has passed |"
+            return f"| {size} | skipped: the deadline has passed |"
     except subprocess.CalledProcessError as error:
         return f"| {size} | FAILED with exit code {error.returncode} |"
     return (boundary_line if at_boundary else line)(json.loads(target.read_text()))
@@ -456,9 +458,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", choices=PAIRS, default=["124m", "350m"])
     parser.add_argument("--tiny", action="store_true", help="a model of a few thousand weights, on any machine")
-    parser.add_argument("--boundary", action="store_true", help="the plain phase after a boundary against BASELINE")
-    parser.add_argument("--deadline", type=float, default=480, help="seconds after which what runs is stopped")
-    parser.add_argument("--json", type=Path, help="measure one size and write its result here, beside its files")
+    parser.add_argument(
+        "--boundary", action="store_true", help="compare the plain phase after a boundary with BASELINE"
+    )
+    parser.add_argument("--deadline", type=float, default=480, help="seconds after which the current run is stopped")
+    parser.add_argument(
+        "--json", type=Path, help="measure one size and write its result here, with its files beside it"
+    )
     args = parser.parse_args()
     if args.json:
         on_gpu = torch.cuda.is_available()
@@ -467,7 +473,7 @@ def main() -> None:
         rates = {"burst": burst, "steady": steady, "peak": peak}
 
         def save(result: dict[str, Any]) -> None:
-            with whole(args.json) as file:  # a deadline may come at any time
+            with whole(args.json) as file:  # the deadline can pass at any time
                 file.write(json.dumps(result | rates).encode())
 
         if args.boundary:
