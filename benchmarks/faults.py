@@ -1,12 +1,12 @@
-"""Faults: real runs of the real command are killed, or their disk, checkpoints and teacher fail; then they go on.
+"""Kills real runs of the real command, or makes their disk, checkpoints or teacher fail; then continues them.
 
     python benchmarks/faults.py                 all kills and faults; about 20 minutes on two cores
     python benchmarks/faults.py --tiny          eight cases, under a minute
-    python benchmarks/faults.py --only 17       one case again, by its number
+    python benchmarks/faults.py --only 17       repeats one case, by its number
 
-A case is right if the run goes on by `--ckpt_path last` (or the same command) and ends with the bits of the run that
-was never stopped, or if it ends with one line that says what to do. Every process is forked from this one, which has
-imported the program and computed nothing: a start costs no import.
+A case passes if the run continues with `--ckpt_path last` (or the same command) and ends with the bits of a run that
+was never stopped, or if it ends with one error line that says what to do. Every process is forked from this one, which
+has imported the program and computed nothing, so a start costs no import.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from salt_lightning.models import read_checkpoint
 from salt_lightning.teacher import scores
 from salt_lightning.text import prepare
 
-HANG_S = 60.0  # no process may outlive a dead one by this long
+HANG_S = 60.0  # a process that outlives a dead one by this long hangs
 MODEL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 PER_RANK = {"trainer.devices": 2, "data.micro_batch_size": 4}
 
@@ -53,7 +53,7 @@ PER_RANK = {"trainer.devices": 2, "data.micro_batch_size": 4}
 
 @dataclass
 class Started:
-    """The ranks of one start, each with its own session and one log."""
+    """The ranks of one start, each with its own session, and their common log."""
 
     log: Path
     pids: list[int]
@@ -69,19 +69,19 @@ class Started:
         return len(self.codes) == len(self.pids)
 
     def living(self) -> list[int]:
-        """All processes of the start, those that its ranks have started too."""
+        """All living processes of the start, including those that its ranks started."""
         found = []
         for entry in Path("/proc").glob("[0-9]*/stat"):
             try:
                 state, _, _, session = entry.read_text().rpartition(")")[2].split()[:4]
-            except OSError:  # it has just ended
+            except OSError:  # the process has just ended
                 continue
             if int(session) in self.pids and state != "Z":
                 found.append(int(entry.parent.name))
         return found
 
     def wait(self, limit_s: float = HANG_S) -> bool:
-        """Whether every process has ended in time; those that have not are killed."""
+        """Whether every process ended in time; kills those that did not."""
         deadline = time.monotonic() + limit_s
         while not self.reap() or self.living():
             if time.monotonic() > deadline:
@@ -117,11 +117,11 @@ def _fork(args: list[str], log: Path, rank: int, ranks: int, port: int, largest_
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(out, 1)
         os.dup2(out, 2)
-        scores._SHARD_TOKENS = 256  # some 20 shards of a small text
+        scores._SHARD_TOKENS = 256  # about 20 shards for a small text
         prepare._JOURNAL_S = 0.1
         if largest_file is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-        if ranks > 1:  # as a cluster's launcher starts them
+        if ranks > 1:  # like a cluster's launcher
             os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
             os.environ["MASTER_PORT"] = str(port)
             rank_zero_only.rank = rank
@@ -142,15 +142,15 @@ def _fork(args: list[str], log: Path, rank: int, ranks: int, port: int, largest_
 
 @dataclass(frozen=True)
 class Scenario:
-    """A command, how many ranks it has, and what of its folder must come out the same."""
+    """A command, its number of ranks, and the part of its folder that must come out the same."""
 
     name: str
     verb: str
     own: dict[str, Any]
     result: Callable[[Path], Any]
     ranks: int = 1
-    kills: int = 0  # of a whole campaign
-    moments: dict[str, str] = field(default_factory=dict)  # name -> files that appear then, or text of the log
+    kills: int = 0  # in a full campaign
+    moments: dict[str, str] = field(default_factory=dict)  # name -> files that appear then, or text in the log
 
     def args(self, folder: Path, again: bool) -> list[str]:
         own = {k: v.replace("CASE", str(folder)) if isinstance(v, str) else v for k, v in self.own.items()}
@@ -221,7 +221,7 @@ def run_whole(scenario: Scenario, folder: Path, again: bool = False, **limits: A
 
 
 def make_shared(shared: Path) -> None:
-    """Text and a teacher in Hugging Face's format."""
+    """Writes text, and a teacher in Hugging Face's format."""
     shared.mkdir(parents=True)
     write_corpus(shared / "text.jsonl")
     write_corpus(shared / "long.jsonl", num_documents=30_000, seed=1)
@@ -248,7 +248,7 @@ class Outcome:
 @dataclass
 class Campaign:
     folder: Path
-    references: dict[str, tuple[Any, float]] = field(default_factory=dict)  # result and duration in seconds
+    references: dict[str, tuple[Any, float]] = field(default_factory=dict)  # name -> result and duration in seconds
 
     def __post_init__(self) -> None:
         self.shared = self.folder / "shared"
@@ -264,13 +264,13 @@ class Campaign:
             self.references[name] = scenario.result(folder), time.monotonic() - began_s
 
     def go_on(self, scenario: Scenario, folder: Path) -> tuple[str, str]:
-        """Starts it again until it ends by itself, at most three times; the verdict."""
+        """Continues the run until it ends by itself, at most three times; returns the verdict and its detail."""
         for _ in range(3):
             there = sorted(path.name for path in folder.glob("run/checkpoints/step-*.ckpt"))
             started = run_whole(scenario, folder, again=True)
             text = started.text()
             if scenario.verb == "fit" and there and f"{there[-1]}" not in text:
-                return "lost work", f"{there[-1]} was not taken"
+                return "lost work", f"{there[-1]} was not used"
             if started.code() == 0:
                 same = scenario.result(folder) == self.references[scenario.name][0]
                 return ("same result" if same else "another result"), ""
@@ -280,18 +280,18 @@ class Campaign:
 
     @staticmethod
     def error(text: str, code: int) -> tuple[str, str] | None:
-        """One line or not; None after a signal."""
+        """Whether a failed run printed one error line; None after a signal."""
         if code in (-signal.SIGTERM, 128 + signal.SIGTERM):
             return None
-        lines = {line for line in text.splitlines() if line.startswith("error: ")}  # of several ranks the same
-        if len(lines) > 1:  # the cause, which one has met
+        lines = {line for line in text.splitlines() if line.startswith("error: ")}  # several ranks print the same line
+        if len(lines) > 1:  # keep the cause, which one rank reports
             lines = {line for line in lines if "has lost the others" not in line}
         if "Traceback" in text or len(lines) != 1:
             return "no clear error", text[-300:]
         return "one clear error", lines.pop()
 
     def kill(self, number: int, scenario: Scenario, kind: str, attempt: int) -> Outcome:
-        """One kill, its kind "WHICH SIGNAL at MOMENT", and the starts after it."""
+        """Kills a run as `kind`, "WHICH SIGNAL at MOMENT", says, and continues it."""
         rng, folder = random.Random(3 * number + attempt), self.folder / f"case-{number:04d}"
         which, signal_name, moment = re.fullmatch(r"(\w+) (\w+) at (.+)", kind).groups()  # type: ignore[union-attr]
         folder.mkdir()
@@ -319,7 +319,7 @@ class Campaign:
         return Outcome(number, scenario.name, kind, verdict, detail, seconds)
 
     def _await(self, started: Started, scenario: Scenario, moment: str, rng: random.Random, folder: Path) -> bool:
-        """Sleeps until the moment; whether the run still lives then."""
+        """Sleeps until the moment; returns whether the run is still alive then."""
         if moment == "any time":
             until_s = time.monotonic() + rng.uniform(0.05, 0.95) * self.references[scenario.name][1]
             while time.monotonic() < until_s and not started.reap():
@@ -342,7 +342,7 @@ class Campaign:
     # ------------------------------------------------------------- other faults
 
     def base(self, scenario: Scenario, folder: Path, step: int) -> None:
-        """A run that was killed once the checkpoint of `step` was there."""
+        """Starts a run and kills it once the checkpoint of `step` exists."""
         folder.mkdir()
         started = start(scenario.args(folder, False), folder / "log.0", scenario.ranks)
         while not (folder / f"run/checkpoints/step-{step:08d}.ckpt").exists() and not started.reap():
@@ -396,7 +396,7 @@ class Campaign:
         return ("same result", "") if same else ("another result", at)
 
     def _disk_full(self, scenario: Scenario, folder: Path, rng: random.Random) -> tuple[str, str]:
-        """No file can grow beyond a size that the run's own files need."""
+        """Limits the size of files below what the run's own files need."""
         pattern = {"preparation": "cache/**/*", "scoring": "run/scores/*"}.get(scenario.name, "run/checkpoints/**/*")
         reference = self.folder / "reference" / scenario.name
         largest = max(path.stat().st_size for path in reference.glob(pattern) if path.is_file())
@@ -445,7 +445,7 @@ TINY = (
 
 
 def cases(scenarios: dict[str, Scenario], share: float) -> Iterator[tuple[str, str]]:
-    """(scenario, kind) of every case, in the order of their numbers."""
+    """Yields (scenario, kind) of every case, in the order of their numbers."""
     for scenario in scenarios.values():
         which = (
             ("one", "all") if scenario.ranks > 1 else ("worker", "one") if scenario.name == "preparation" else ("one",)
@@ -485,13 +485,13 @@ def table(outcomes: list[Outcome]) -> str:
     done, traces = sum(o.verdict != "not hit" for o in outcomes), sum("traceback" in o.detail for o in kills)
     lines.append(
         f"\n{len(kills)} kills, {same} with the uninterrupted result ({traces} left a traceback of a survivor); "
-        f"{done} cases in all; {len(outcomes) - done} more had ended before their moment came"
+        f"{done} cases in total; {len(outcomes) - done} more ended before the moment of their fault"
     )
     return "\n".join(lines)
 
 
 def run_case(campaign: Campaign, number: int, name: str, kind: str) -> Outcome:
-    """The case, tried up to three times where its run ends before the moment of the fault."""
+    """Runs a case, up to three times if its run ends before the moment of the fault."""
     scenario, run = campaign.scenarios[name], campaign.kill if "SIG" in kind else campaign.fault
     try:
         for attempt in range(3):
@@ -500,16 +500,16 @@ def run_case(campaign: Campaign, number: int, name: str, kind: str) -> Outcome:
                 break
             shutil.rmtree(campaign.folder / f"case-{number:04d}")
         return outcome
-    except Exception as error:  # a case that breaks the campaign is a failure of that case
+    except Exception as error:  # a case that breaks the campaign counts as failed
         return Outcome(number, name, kind, f"campaign: {type(error).__name__}", str(error)[-300:])
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=220, help="about so many in all")
-    parser.add_argument("--tiny", action="store_true", help="eight cases of all kinds")
-    parser.add_argument("--only", type=int, nargs="*", help="numbers of cases")
-    parser.add_argument("--lanes", type=int, default=2, help="cases at a time")
+    parser.add_argument("--kills", type=int, default=220, help="approximate number of kills in total")
+    parser.add_argument("--tiny", action="store_true", help="only eight cases, of all kinds")
+    parser.add_argument("--only", type=int, nargs="*", help="numbers of the cases to run")
+    parser.add_argument("--lanes", type=int, default=2, help="cases that run in parallel")
     parser.add_argument("--folder", type=Path, default=None)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -521,7 +521,7 @@ def main() -> int:
     campaign.prepare(list(dict.fromkeys(name for _, (name, _) in numbered)))
     for name, (_, seconds) in campaign.references.items():
         print(f"{name}: {seconds:.1f} s undisturbed", flush=True)
-    random.Random(0).shuffle(numbered)  # an unfinished campaign has some of everything
+    random.Random(0).shuffle(numbered)  # so that an unfinished campaign has cases of every kind
     lanes = []
     for lane in range(options.lanes):
         if not (pid := os.fork()):
@@ -539,7 +539,7 @@ def main() -> int:
     wrong = [o for o in outcomes if o.verdict not in ("same result", "one clear error", "not hit")]
     for outcome in wrong:
         print(f"case {outcome.number}: {outcome.scenario}, {outcome.kind}: {outcome.verdict}: {outcome.detail}")
-    print(f"logs of what was wrong: {campaign.folder}" if wrong else "nothing was wrong")
+    print(f"logs of the wrong cases: {campaign.folder}" if wrong else "nothing was wrong")
     return bool(wrong)
 
 

@@ -1,16 +1,16 @@
-"""Fuzzing: random text, files, settings and runs go through the real library, beside references in plain Python.
+"""Fuzzing: random text, files, settings and runs through the real library, compared with references in plain Python.
 
-    python benchmarks/fuzz.py                          the whole campaign; about an hour on two busy cores
+    python benchmarks/fuzz.py                          the full campaign; about an hour on two busy cores
     python benchmarks/fuzz.py --only documents --cases 500 --seed 3
 
-    documents   text -> files of any kind -> tokens -> packed rows -> batches, each step against its definition
-    broken      files of random or mutilated bytes: one line that says what is wrong, or text
-    killed      a preparation killed anywhere and gone on with by other workers has the bytes of an undisturbed one
-    settings    constructors with random values: every wrong one is named in one line, or the thing works
-    commands    random command lines and YAML: parsed, or one line
-    steps       `fit` of one or two steps of tiny models under random settings: finite, or one line
+    documents   text -> files of any kind -> tokens -> packed rows -> batches, each step compared with its definition
+    broken      files of random or corrupted bytes: either text, or a one-line error
+    killed      preparation killed anywhere and continued with other workers: the bytes of an undisturbed one
+    settings    constructors with random values: either the object works, or one line names a wrong value
+    commands    random command lines and YAML: parsed, or a one-line error
+    steps       `fit` of one or two steps of tiny models with random settings: finite values, or a one-line error
 
-The strategies and the properties are here; tests/test_fuzz.py runs a small share of them, always the same.
+The strategies and properties are defined here; tests/test_fuzz.py runs a small share of them, always the same cases.
 """
 
 from __future__ import annotations
@@ -79,11 +79,16 @@ PIECES = [
     "", " ", "a", "Z9", "é", "€", "😀", "日本", "e\u0301", "\0", "\n", "\r", "\r\n", "\t", "\u2028", "\u0085", "\x1c",
     "\ufeff", "\u200f", EOS, '"', "\\", "{}", "\uffff", "\U0010ffff", "the teacher ", "x = 1;\n",
 ]  # fmt: skip
-HALVES = ["\ud800", "\udbff", "\udc00", "\udfff"]  # of surrogate pairs: JSON may hold them, UTF-8 and Arrow may not
+HALVES = [
+    "\ud800",
+    "\udbff",
+    "\udc00",
+    "\udfff",
+]  # halves of surrogate pairs: JSON may contain them, UTF-8 and Arrow may not
 
 
 def texts(halves: bool) -> SearchStrategy[str]:
-    """Any Unicode; unruly characters more often than chance has them; repeats up to some hundred thousand."""
+    """Any Unicode; troublesome characters more often than by chance; repeats up to some hundred thousand characters."""
     characters = st.characters(exclude_categories=()) if halves else st.characters(codec="utf-8")
     mixed = st.lists(st.sampled_from(PIECES + HALVES * halves), max_size=30).map("".join)
     long = st.builds(str.__mul__, st.sampled_from(["ab ", "x", "日本 ", "\n", "1 2", "😀"]), st.integers(100, 3000))
@@ -97,12 +102,12 @@ def texts(halves: bool) -> SearchStrategy[str]:
 
 @dataclass(frozen=True)
 class File:
-    """A file of documents. `rows` are (text or None, source)."""
+    """A file of documents; `rows` are (text or None, source)."""
 
     kind: str  # "text" | "jsonl" | "parquet"
     name: str
     rows: list[tuple[str | None, Any]]
-    style: random.Random  # of what does not matter: line ends, other fields, order of keys ...
+    style: random.Random  # draws what does not matter: line ends, other fields, order of keys ...
 
     def write(self, folder: Path, columns: tuple[str, str]) -> None:
         content = {"text": self._text, "jsonl": self._jsonl, "parquet": self._parquet}[self.kind](columns)
@@ -145,7 +150,7 @@ class File:
         return out.getvalue()
 
     def documents(self, own_source: str | None) -> list[tuple[str, str]]:
-        """What is to come out, by the definition. `own_source`: the name where there is no column of sources."""
+        """The expected documents, by definition. `own_source`: the source's name if there is no column of sources."""
         found = []
         for text, source in self.rows:
             if self.kind == "text":
@@ -161,7 +166,7 @@ _HALF = [chr(code) for code in range(0xD800, 0xE000)]
 
 
 def whole_characters(text: str) -> str:
-    """JSON's two escapes of a pair are one character; a half that is alone becomes a question mark."""
+    """Joins JSON's two escapes of a surrogate pair into one character; replaces an unpaired half by a question mark."""
     joined = re.sub(
         "[\ud800-\udbff][\udc00-\udfff]", lambda m: m[0].encode("utf-16", "surrogatepass").decode("utf-16"), text
     )
@@ -195,10 +200,10 @@ def files(draw: Any, number: int, columns_alike: bool) -> File:
 
 @dataclass(frozen=True)
 class Case:
-    """Everything of one preparation."""
+    """All inputs of one preparation."""
 
     files: list[File]
-    how: str  # the files are named one by one, or by a "glob" or as a "folder" where they are of one kind
+    how: str  # files named one by one ("each"), or by a "glob" or as a "folder" if all are of one kind
     columns: tuple[str, str]
     by_column: bool
     tokenizer: str
@@ -236,7 +241,7 @@ def cases(draw: Any) -> Case:
 
 @cache
 def tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """Byte-level BPE, so that any text comes back: without a single merge, or with some."""
+    """Byte-level BPE, so that any text can be decoded: without merges ("bytes"), or with some."""
     words = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made = Tokenizer(models.BPE())
     trainer = trainers.BpeTrainer(
@@ -252,7 +257,7 @@ def tokenizer(name: str) -> PreTrainedTokenizerFast:
 
 @contextlib.contextmanager
 def constants(**values: tuple[Any, Any]) -> Iterator[None]:
-    """Module constants set for a while: NAME=(module, value)."""
+    """Sets module constants within the context: NAME=(module, value)."""
     before = {name: getattr(module, name) for name, (module, _) in values.items()}
     try:
         for name, (module, value) in values.items():
@@ -267,7 +272,7 @@ def constants(**values: tuple[Any, Any]) -> Iterator[None]:
 
 
 def laid_out(case: Case, folder: Path) -> tuple[Corpus, list[tuple[str, str]]]:
-    """The case's files on disk, and the documents that are to come out, in order."""
+    """Writes the case's files; returns their corpus and the expected documents, in order."""
     folder.mkdir()
     for file in case.files:
         file.write(folder, case.columns)
@@ -299,7 +304,7 @@ def _short_name(file: File, all_files: list[File], folder: Path) -> str:
 
 
 def is_held_out(text: str, fraction: float) -> bool:
-    """The definition: the first 53 bits of a hash of the text, as a number in [0, 1), lie below the fraction."""
+    """The definition: 53 bits of the text's hash, as a number in [0, 1), are below the fraction."""
     return (int.from_bytes(blake2b(text.encode(), digest_size=16).digest()[:8], "little") >> 11) / 2**53 < fraction
 
 
@@ -331,7 +336,7 @@ Docs = list[tuple[list[int], list[int] | None, int]]  # ids without EOS, bytes o
 
 
 def check_tokens(written: TokenFiles, expected: list[tuple[str, str]], words: PreTrainedTokenizerFast) -> Docs:
-    """Every text comes back, in order, once, with its EOS, its source and its bytes."""
+    """Checks that every text comes back once, in order, with its EOS, source and bytes."""
     assert written.num_documents == len(expected)
     assert written.num_tokens == (int(written.doc_ends[-1]) if len(expected) else 0)
     start, found = 0, []
@@ -354,7 +359,7 @@ def check_tokens(written: TokenFiles, expected: list[tuple[str, str]], words: Pr
 
 
 def check_rows(case: Case, written: TokenFiles, docs: Docs) -> None:
-    """Rows are the definition's, counts are those of the rows, orders are permutations, ranks share a step."""
+    """Checks rows against the definition, counts against the rows, orders, and how ranks share a step."""
     packed = PackedRows(written, case.block_size, case.isolate)
     widths = [bytes_of if bytes_of is not None else [0] * len(ids) for ids, bytes_of, _ in docs]
     expected = packed_rows(
@@ -397,7 +402,7 @@ def check_rows(case: Case, written: TokenFiles, docs: Docs) -> None:
 
 
 def check_order(case: Case, num_rows: int) -> Order:
-    """Every pass reads each row once; with a selection phase 1 reads the kept rows in passes, then the unread."""
+    """Checks that a pass reads each row once, and with a selection: phase 1 kept rows, phase 2 the unread first."""
     draw = random.Random(case.seed)
     order = Order(case.seed, num_rows)
     two = order(np.arange(2 * num_rows)).tolist()
@@ -433,7 +438,7 @@ def assert_one_line(error: ConfigError, *wanted: str) -> None:
 
 @st.composite
 def broken(draw: Any) -> tuple[str, bytes]:
-    """A name and a content that need not fit each other."""
+    """A file name and content that need not match."""
     suffix = draw(
         st.sampled_from(
             ["", ".txt", ".jsonl", ".json.gz", ".jsonl.xz", ".jsonl.bz2", ".txt.gz", ".parquet", ".zip", ".zst"]
@@ -510,7 +515,7 @@ def check_killed(case: tuple[Case, int, bool], folder: Path) -> None:
 
 
 def _prepare_and_die(call: int, in_journal: bool, *arguments: Any) -> None:
-    """As prepare_tokens, but the process is gone at the n-th block or journal: written, half written, or said to be."""
+    """Like prepare_tokens, but the process dies at the n-th block or journal entry, before or after writing it."""
     owner, name = (prepare_module, "write_json") if in_journal else (SplitWriter, "add")
     original, calls = getattr(owner, name), []
 
@@ -546,7 +551,7 @@ STRINGS = st.one_of(
 
 
 def values(annotation: str) -> SearchStrategy[Any]:
-    """Of the type that a setting has, good and bad ones; now and then one of another kind, as YAML lets pass."""
+    """Valid and invalid values of a setting's type; now and then one of another type, as YAML allows."""
     choices = re.findall(r"'(\w+)'", annotation)
     kinds = {"int": NUMBERS, "float": REALS, "str": STRINGS, "bool": st.booleans()}
     found = [kinds[kind] for kind in kinds if re.search(rf"\b{kind}\b", annotation)]
@@ -705,7 +710,7 @@ def dotted() -> list[str]:
 
 @st.composite
 def commands(draw: Any) -> tuple[list[tuple[str, str]], str | None]:
-    """Settings by flag, and a YAML file: of any text, or of settings."""
+    """Settings as flags, and a YAML file: of any text, or of settings."""
     keys = st.one_of(
         st.sampled_from(dotted()), st.sampled_from(dotted()), st.text(st.characters(codec="ascii"), max_size=6)
     )
@@ -721,11 +726,11 @@ def commands(draw: Any) -> tuple[list[tuple[str, str]], str | None]:
 def check_commands(case: tuple[list[tuple[str, str]], str | None], folder: Path) -> None:
     flags, text = case
     args = [f"--{key}={value}" for key, value in flags]
-    assume(not any("\0" in arg for arg in args))  # no shell can pass it
+    assume(not any("\0" in arg for arg in args))  # a shell cannot pass it
     if text is not None:
         (folder / "x.yaml").write_bytes(text.encode())
         args.insert(0, f"--config={folder / 'x.yaml'}")
-    # a fit that cannot begin: everything up to the text is looked at
+    # a fit that cannot start: everything up to the text is checked
     args += [f"--run={folder / 'run'}", "--data.source=no/such/*.txt", "--trainer.accelerator=cpu"]
     code, err = called(["fit", *args], folder)
     assert code in (1, 2), (code, err)
@@ -733,7 +738,7 @@ def check_commands(case: tuple[list[tuple[str, str]], str | None], folder: Path)
 
 
 def called(args: list[str], folder: Path) -> tuple[int, str]:
-    """Exit code and error output of the real command, in this process."""
+    """Runs the real command in this process; returns exit code and error output."""
     err, before = io.StringIO(), os.getcwd()
     os.chdir(folder)
     try:
@@ -766,7 +771,7 @@ FAMILIES = {
 
 
 def often(good: list[Any], rare: list[Any]) -> SearchStrategy[Any]:
-    """One of the good values, in one of twelve cases one of the rare."""
+    """One of the good values, or in one of twelve cases a rare one."""
     return st.integers(0, 11).flatmap(lambda lot: st.sampled_from(rare if lot == 5 and rare else good))
 
 
@@ -810,7 +815,7 @@ OPTIONS: dict[str, SearchStrategy[Any]] = {
 
 @st.composite
 def runs(draw: Any) -> tuple[dict[str, Any], list[tuple[str, Any]], str]:
-    """Settings, documents, and whether there is a teacher."""
+    """Settings, documents, and the kind of teacher, if any."""
     chosen = draw(st.lists(st.sampled_from(sorted(OPTIONS)), unique=True, min_size=2, max_size=14))
     given = {name: draw(OPTIONS[name]) for name in chosen}
     family = draw(st.sampled_from(sorted(FAMILIES)))
@@ -822,7 +827,7 @@ def runs(draw: Any) -> tuple[dict[str, Any], list[tuple[str, Any]], str]:
 
 @cache
 def equipment() -> dict[str, str]:
-    """A tokenizer, and a teacher as a checkpoint of ours and as a Hugging Face folder."""
+    """Makes a tokenizer, and a teacher as our checkpoint and as a Hugging Face folder; returns their paths."""
     folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
     tokenizer("merges").save_pretrained(folder / "tokenizer")
     (folder / "x.jsonl").write_text("".join(json.dumps({"text": f"the teacher {i}"}) + "\n" for i in range(200)))
@@ -892,8 +897,10 @@ PARTS: dict[str, tuple[SearchStrategy[Any], Callable[[Any, Path], None]]] = {
 def property_of(
     part: str, num_cases: int, number: int | None, shrink: bool = False
 ) -> tuple[Callable[[], None], list[int]]:
-    """A function that tries a property on `num_cases` cases, and the list that counts them; `number` None: always
-    the same cases."""
+    """A function that tries a property on `num_cases` cases, and the list that counts them.
+
+    With `number` None the cases are always the same.
+    """
     strategy, check = PARTS[part]
     tried: list[int] = []
 
@@ -920,10 +927,10 @@ def property_of(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=list(PARTS), action="append")
-    parser.add_argument("--cases", type=int, help="of each part")
+    parser.add_argument("--cases", type=int, help="number of cases of each part")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--shrink", action="store_true", help="a failing case to its smallest form, which takes minutes"
+        "--shrink", action="store_true", help="reduce a failing case to its smallest form, which takes minutes"
     )
     args = parser.parse_args()
     failed = 0

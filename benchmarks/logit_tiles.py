@@ -1,19 +1,19 @@
-"""A candidate for the head loss: logits in 16 bits with the gradient error of 32, softmax sums made with the product.
+"""A candidate for the head loss: 16-bit logits with the gradient error of 32 bits, softmax sums made in the product.
 
     python benchmarks/logit_tiles.py             one GPU, under 3 minutes: errors, rate of the product, time of the loss
-    python benchmarks/logit_tiles.py --tiny      any CPU: errors alone, through the same code under Triton's interpreter
-    python benchmarks/logit_tiles.py --errors    any CPU: errors of ways to store logits, in plain PyTorch
+    python benchmarks/logit_tiles.py --tiny      any CPU: only errors, of the same code under Triton's interpreter
+    python benchmarks/logit_tiles.py --errors    any CPU: errors of formats for logits, in plain PyTorch
 
-bf16 and fp16 spend their digits on the distance of a logit to 0; what the softmax needs is its distance to the largest
-one. A tile of the product knows the largest of each of its rows, so it stores how far each logit lies below it, without
-the sign: 5 bits of exponent, 11 of fraction. Where a probability is large the distance is small, and its rounding too.
-The tile also leaves the sum of its exponentials, so the row pass walks once over 2 x 2 bytes a token and entry, and
-puts the gradient in their place: 10 bytes moved instead of 26 with fp32 logits, 14 with bf16.
+bf16 and fp16 spend their digits on a logit's distance from 0, but the softmax needs its distance from the largest
+logit. A tile of the product knows the largest logit of each of its rows, so it stores how far each logit is below it,
+without a sign: 5 bits of exponent, 11 of fraction. Where a probability is large, the distance and its error are small.
+The tile also stores the sum of its exponentials, so the row pass reads 2 x 2 bytes per token and entry once, and
+writes the gradient in their place: it moves 10 bytes instead of 26 with fp32 logits, or 14 with bf16.
 
-No part of the library: it is here to be measured on a GPU against `salt_loss`, and takes its place if it wins.
+This is not part of the library: it is to be compared with `salt_loss` on a GPU, and replaces it if it is faster.
 Shapes: C rows, V vocabulary, D width, S tiles of the vocabulary.
 """
-# ruff: noqa: ANN001, ANN202, PLR0913  (a kernel's arguments are typed by the launch)
+# ruff: noqa: ANN001, ANN202, PLR0913  (the launch gives a kernel's arguments their types)
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ except ImportError:
     triton = None
 
 IGNORE = -100
-BLOCK, WARPS = 2048, 8  # of the row pass: 62 registers a thread on sm_90 (Triton 3.6), so four rows share a processor
+BLOCK, WARPS = 2048, 8  # row pass: 62 registers per thread on sm_90 (Triton 3.6), so four rows share a multiprocessor
 LOG2E = 1.4426950408889634
 DOWN, UP = 2.0**-112, 2.0**112  # 5 bits of exponent out of 8, and back
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """How the product is cut: rows, entries of the vocabulary, width; tiles whose rows stay in the L2 cache."""
+    """Tile size of the product: rows, vocabulary entries, width; `group`: row tiles that share the L2 cache."""
 
     rows: int
     columns: int
@@ -61,7 +61,7 @@ class Tiling:
     stages: int
 
 
-# Under Triton 3.6 all but the first spill registers on sm_90: 80, 96 and 216 bytes a thread.
+# Under Triton 3.6 all but the first spill registers on sm_90: 80, 96 and 216 bytes per thread.
 TILINGS = (
     Tiling(128, 128, 64, 8, 8, 4),
     Tiling(128, 128, 64, 8, 4, 4),
@@ -74,12 +74,12 @@ TILINGS = (
 
 @dataclass
 class Side:
-    """One model's logits as the product leaves them."""
+    """One model's logits as the product stores them."""
 
-    code_CV: Tensor  # uint16: how far below the tile's largest
+    code_CV: Tensor  # uint16: distance below the tile's largest logit
     max_CS: Tensor
     sum_CS: Tensor  # of exp(logit - max)
-    soft_CS: Tensor  # of exp((logit - max) / T); the same tensor where T is 1
+    soft_CS: Tensor  # of exp((logit - max) / T); the same tensor if T is 1
     label_C: Tensor  # the label's logit
 
 
@@ -87,7 +87,7 @@ if triton is not None:
 
     @triton.jit
     def _encode(distance):
-        """A distance >= 0 in 5 bits of exponent and 11 of fraction, rounded to the nearest; too far ones saturate."""
+        """A distance >= 0 as 5 bits of exponent and 11 of fraction, rounded to nearest; too large ones saturate."""
         bits = (distance * 1.925929944387236e-34).to(tl.uint32, bitcast=True)  # 2^-112
         return tl.minimum((bits + 0x7FF + ((bits >> 12) & 1)) >> 12, 0xFFFF).to(tl.uint16)
 
@@ -101,7 +101,7 @@ if triton is not None:
         num_rows, vocab, width, hidden_stride, head_stride, code_stride, tile_stride, soft,
         SOFTENED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr,
     ):  # fmt: skip
-        # Neighbouring programs share rows and columns, which then come out of the L2 cache.
+        # Neighboring programs share rows and columns, which then come from the L2 cache.
         program = tl.program_id(0)
         row_tiles, column_tiles = tl.cdiv(num_rows, ROWS), tl.cdiv(vocab, COLUMNS)
         group = program // (GROUP * column_tiles)
@@ -111,7 +111,7 @@ if triton is not None:
         at_row = row_tile * ROWS + tl.arange(0, ROWS)
         at_column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
         lanes = tl.arange(0, WIDTH)
-        rows = tl.where(at_row < num_rows, at_row, 0).to(tl.int64)  # read something rather than mask every load
+        rows = tl.where(at_row < num_rows, at_row, 0).to(tl.int64)  # reading any row is cheaper than masking every load
         columns = tl.where(at_column < vocab, at_column, 0).to(tl.int64)
         left = hidden + rows[:, None] * hidden_stride + lanes[None, :]
         right = head + columns[None, :] * head_stride + lanes[:, None]
@@ -152,7 +152,7 @@ if triton is not None:
         lanes = tl.arange(0, BLOCK)
         s_code += row * code_stride
         t_code += row * code_stride
-        grad = s_code.to(tl.pointer_type(tl.bfloat16))  # takes the student's place
+        grad = s_code.to(tl.pointer_type(tl.bfloat16))  # overwrites the student's codes
         out += row
         if label == -100:
             for i in range(7):
@@ -216,13 +216,13 @@ if triton is not None:
 
 def product(hidden_CD: Tensor, head_VD: Tensor, labels_C: Tensor, temperature: float, tiling: Tiling) -> Side:
     num_rows, vocab = hidden_CD.shape[0], head_VD.shape[0]
-    if hidden_CD.device.type == "cpu":  # the interpreter multiplies bf16 as if they were integers
+    if hidden_CD.device.type == "cpu":  # the interpreter multiplies bf16 values as if they were integers
         hidden_CD, head_VD = hidden_CD.float(), head_VD.float()
     tiles = -(-vocab // tiling.columns)
     empty = {"device": hidden_CD.device, "dtype": torch.float32}
     max_SC, sum_SC = (torch.empty(tiles, num_rows, **empty) for _ in range(2))
     soft_SC = sum_SC if temperature == 1 else torch.empty(tiles, num_rows, **empty)
-    # Products in bf16 of CPUs with AMX read what lies behind a row's end, and a NaN there spoils them.
+    # bf16 products on CPUs with AMX read beyond the end of a row, where a NaN would spoil them.
     padded = vocab if hidden_CD.device.type == "cpu" else -(-vocab // 128) * 128
     code_CV = torch.empty(num_rows, padded, dtype=torch.uint16, device=hidden_CD.device)[:, :vocab]
     label_C = torch.empty(num_rows, **empty)
@@ -240,7 +240,7 @@ def row_pass(
     student: Side, teacher: Side | None, labels_C: Tensor, kd_weight: Tensor, scale: Tensor, temperature: float,
     tiling: Tiling,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Sums (7, C) in the order of SaltLoss, and the gradient (C, V), which takes the place of the student's codes."""
+    """Sums (7, C) in the order of SaltLoss, and the gradient (C, V), which overwrites the student's codes."""
     other, (num_rows, vocab) = teacher or student, student.code_CV.shape
     sums_7C = torch.empty(7, num_rows, device=labels_C.device)
     _row_kernel[(num_rows,)](
@@ -257,7 +257,7 @@ def row_pass(
 
 
 def candidate(case: head_loss.Case, temperature: float, tiling: Tiling, budget_gib: float = 2.0) -> list[Tensor]:
-    """Loss, gradients of hidden states and head, and the seven sums, without autograd."""
+    """Returns loss, gradients of hidden states and head, and the seven sums, without autograd."""
     hidden_ND, head_VD = case.hidden_ND.detach(), case.head_VD.detach()
     (num_rows, _), vocab = hidden_ND.shape, head_VD.shape[0]
     scale = (case.labels_N != IGNORE).sum().float().reciprocal()
@@ -289,7 +289,7 @@ def candidate(case: head_loss.Case, temperature: float, tiling: Tiling, budget_g
 
 
 def coded(logits_CV: Tensor, columns: int, unsigned: bool) -> Tensor:
-    """What comes back of logits stored as distances to their tile's largest, in 16 bits."""
+    """Logits after storing them in 16 bits as distances from their tile's largest."""
     tiles_CST = torch.nn.functional.pad(logits_CV, (0, -logits_CV.shape[1] % columns), value=-math.inf)
     tiles_CST = tiles_CST.unflatten(1, (-1, columns))
     max_CS1 = tiles_CST.amax(2, keepdim=True)
@@ -315,7 +315,7 @@ TILED: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def logit_gradient(logits: list[Tensor], summed: list[Tensor], case: head_loss.Case, temperature: float) -> Tensor:
-    """Of student and teacher logits (C, V), the softmax sums being those of `summed`."""
+    """Gradient of the loss by the student's logits (C, V), with the softmax sums taken from `summed`."""
     s_lse_C1, t_lse_C1 = summed[0].logsumexp(1, keepdim=True), (summed[1] / temperature).logsumexp(1, keepdim=True)
     w, labels_C1 = case.kd_weight, case.labels_N[:, None]
     grad_CV = (logits[0] - s_lse_C1).exp() - w * (logits[1] / temperature - t_lse_C1).exp()
@@ -324,9 +324,9 @@ def logit_gradient(logits: list[Tensor], summed: list[Tensor], case: head_loss.C
 
 
 def format_table() -> Iterator[str]:
-    """Errors relative to those of fp32 logits; the gradient of the logits and the results are rounded to bf16.
+    """Table of errors relative to those of fp32 logits; the logits' gradient and the results are rounded to bf16.
 
-    A plain format's softmax sums come of what was stored, a tiled one's of the product before it is rounded.
+    Softmax sums come from the stored logits for a plain format, and from the unrounded product for a tiled one.
     """
     yield "| logits stored as | " + " | ".join(f"{n}, T {t:g}" for n, t in CASES) + " |"
     yield "|---|" + "---:|" * len(CASES)
@@ -354,7 +354,7 @@ CASES = (("unrelated", 1.0), ("unrelated", 0.25), ("30%", 1.0), ("3%", 1.0), ("3
 
 
 def shaken(case: head_loss.Case, noise: str) -> head_loss.Case:
-    """A teacher that is the student but for so much noise in hidden states and head."""
+    """Makes the teacher a copy of the student with this much noise in hidden states and head."""
     if noise == "unrelated":
         return case
     part = float(noise.rstrip("%")) / 100
@@ -372,7 +372,7 @@ def shaken(case: head_loss.Case, noise: str) -> head_loss.Case:
 
 
 def check(device: str, num_rows: int, sizes: tuple[int, int, int], tiling: Tiling) -> Iterator[str]:
-    """Loss, sums and gradients against `salt_loss` in fp32 on the same values, gradient errors against float64."""
+    """Table of errors of loss, sums and gradients relative to `salt_loss` in float64 on the same values."""
     for noise, temperature in (("unrelated", 1.0), ("unrelated", 2.0), ("3%", 1.0)):
         case = shaken(head_loss.Case.make(num_rows, sizes, device, torch.bfloat16).masked(), noise)
         exact = [t.double() for t in reference(case, temperature, torch.float64)]
@@ -380,7 +380,7 @@ def check(device: str, num_rows: int, sizes: tuple[int, int, int], tiling: Tilin
         errors = head_loss.errors(got[:3], exact[:3])
         sums = ((got[3] - exact[3]).abs() / exact[3].abs().clamp(min=1)).max()
         ratio = math.nan
-        if temperature == 1 and device == "cuda":  # a CPU has no product of bf16 into fp32
+        if temperature == 1 and device == "cuda":  # CPUs have no bf16 product with fp32 output
             naive = head_loss.errors(head_loss.results(head_loss.naive_fp32_logits, case)[1:], exact[1:3])
             ratio = max(e / n for e, n in zip(errors[1:], naive, strict=True))
         shown = " | ".join(f"{e:.1e}" for e in (*errors, sums))
@@ -402,7 +402,7 @@ def reference(case: head_loss.Case, temperature: float, dtype: torch.dtype) -> l
 
 
 def medians(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Milliseconds, the calls in turns."""
+    """Median milliseconds of each call; the calls alternate."""
     times = [{name: head_loss.timed(call, True) for name, call in calls.items()} for _ in range(rounds)]
     return {name: statistics.median(t[name] for t in times) for name in calls}
 
@@ -439,8 +439,8 @@ def speed(num_rows: int, sizes: tuple[int, int, int], rounds: int) -> Iterator[s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tiny", action="store_true", help="under Triton's interpreter, on a CPU")
-    parser.add_argument("--errors", action="store_true", help="of ways to store logits, alone")
+    parser.add_argument("--tiny", action="store_true", help="check errors under Triton's interpreter, on a CPU")
+    parser.add_argument("--errors", action="store_true", help="print only the errors of formats for logits")
     parser.add_argument("--rows", type=int, default=8192)
     parser.add_argument("--rounds", type=int, default=20)
     args = parser.parse_args()
@@ -461,7 +461,7 @@ def main() -> None:
         except Exception:
             if args.tiny:
                 raise
-            traceback.print_exc()  # and on to the next
+            traceback.print_exc()  # continue with the next table
 
 
 if __name__ == "__main__":

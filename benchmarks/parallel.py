@@ -1,9 +1,9 @@
-"""One device = DDP = FSDP2 = FSDP1, in real processes, by `cli.py fit`: losses, gradient norms, validation, resume.
+"""One device = DDP = FSDP2 = FSDP1, in real `cli.py fit` processes: losses, gradient norms, validation, resume.
 
     python benchmarks/parallel.py --processes 4       CPUs (gloo), some minutes
-    python benchmarks/parallel.py --gpu               one card: FSDP2 and FSDP1, two processes on it over gloo, memory
+    python benchmarks/parallel.py --gpu               one GPU: FSDP2 and FSDP1, two processes on it over gloo, memory
 
-Prints a Markdown table of the largest differences to one device over the run. Times mean nothing here.
+Prints a Markdown table of the largest differences from one device over the run. Times mean nothing here.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from salt_lightning.parallel import FSDP2
 
 ROOT = Path(__file__).parents[1]
 STEPS, BOUNDARY, SAVED = 20, 12, 5
-LIMIT_S = 100 if torch.cuda.is_available() else 500  # of one run
+LIMIT_S = 100 if torch.cuda.is_available() else 500  # per run
 SIZES = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128}
 FSDP2_CONFIG = [f"--config={ROOT}/configs/fsdp.yaml"]
 DDP = [f"--config={ROOT}/configs/ddp.yaml"]
@@ -55,22 +55,22 @@ UNTIED = [f"--model.student.config={json.dumps({**SIZES, 'tie_word_embeddings': 
 
 
 class FSDP1OnCPU(FSDPStrategy):
-    """FSDP1 for this check alone: Lightning refuses its own class on CPUs, by its type."""
+    """FSDP1, only for this check: Lightning refuses its own class on CPUs, but not a subclass."""
 
 
 class FSDP2OverGloo(FSDP2):
-    """Two processes on one card: NCCL wants a card for each."""
+    """FSDP2 for two processes on one GPU: NCCL needs one GPU for each."""
 
     def _setup_distributed(self) -> None:
         self._process_group_backend = "gloo"
         super()._setup_distributed()
-        # Bound to a GPU, torch splits it for a mesh as it does with NCCL, and copies options, which gloo's refuse.
+        # If the group is bound to a GPU, torch splits it for a mesh as with NCCL and copies its options; gloo's refuse.
         dist.group.WORLD.bound_device_id = None
 
 
 @contextmanager
 def _full_state(module: Any, world_size: int, rank0_only: bool = True) -> Iterator[None]:
-    """Lightning's, without the offload to the CPU, which crashes where the weights are there already."""
+    """Lightning's context without the offload to the CPU, which crashes if the weights are already there."""
     kind = StateDictType.FULL_STATE_DICT
     weights = FullStateDictConfig(offload_to_cpu=False, rank0_only=rank0_only)
     optimizer = FullOptimStateDictConfig(offload_to_cpu=False, rank0_only=rank0_only)
@@ -104,7 +104,7 @@ def command(folder: Path, run: str, own: list[str]) -> list[str]:
 
 
 def execute(folder: Path, run: str, own: list[str], nodes: int = 1, processes: int = 1) -> str | None:
-    """One run, by Lightning's launcher, or by torchrun as so many nodes. Returns what a failure says."""
+    """Runs a fit with Lightning's launcher, or with torchrun on this many nodes. Returns the reason of a failure."""
     args = [a.replace("FOLDER", str(folder)) for a in command(folder, run, own)]
     paths = filter(None, (str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH")))
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
@@ -125,7 +125,7 @@ def execute(folder: Path, run: str, own: list[str], nodes: int = 1, processes: i
         late = f"stopped after {LIMIT_S} s\n"
     finally:
         for process in started:
-            with suppress(ProcessLookupError):  # with the processes that it has started
+            with suppress(ProcessLookupError):  # the whole session, with the processes that it started
                 os.killpg(process.pid, signal.SIGKILL)
     if late:
         outputs = [process.communicate()[0] for process in started]
@@ -133,7 +133,7 @@ def execute(folder: Path, run: str, own: list[str], nodes: int = 1, processes: i
 
 
 def reason(output: str) -> str:
-    """The end of what failed, and its errors: torchrun writes a traceback of its own behind them."""
+    """The errors in the output of a failed run, and its end: torchrun appends its own traceback after the errors."""
     named = re.compile(r"(\[rank\d+\]: )?(error: |[\w.]+(Error|Exception): )")
     told = [line for line in output.splitlines() if named.match(line)]
     return "\n".join([*told[:5], output[-1500:]])
@@ -144,7 +144,7 @@ def logged(run: Path) -> dict[str, dict[int, float]]:
     for file in sorted(run.glob("events.*")):
         for event in EventFileLoader(str(file)).Load():
             for value in event.summary.value:
-                if not value.tag.startswith(("train/", "val/")):  # text: the run's settings
+                if not value.tag.startswith(("train/", "val/")):  # the run's settings, as text
                     continue
                 values.setdefault(value.tag, {})[event.step] = make_ndarray(value.tensor).item()
     return values
@@ -154,7 +154,7 @@ def row(folder: Path, run: str, reference: str) -> str:
     ours, theirs = logged(folder / run), logged(folder / reference)
     cells = []
     for tag in ("train/loss", "train/kd", "train/grad_norm", "val/ce"):
-        shared = ours.get(tag, {}).keys() & theirs.get(tag, {}).keys()  # none where the other has failed
+        shared = ours.get(tag, {}).keys() & theirs.get(tag, {}).keys()  # none if the other failed
         cells.append(f"{max(abs(ours[tag][s] - theirs[tag][s]) for s in shared):.1e}" if shared else "-")
     steps = sorted(ours["train/loss"])
     memory = [ours.get("train/peak_memory_gib", {}).get(step) for step in (2, STEPS)]
@@ -163,18 +163,18 @@ def row(folder: Path, run: str, reference: str) -> str:
 
 
 def variants(n: int) -> list[tuple[str, str, list[str], int, int]]:
-    """Name, what it is compared with, its settings, nodes, processes of a node."""
+    """Name, run it is compared with, its settings, nodes, processes per node."""
     fsdp = [*FSDP2_CONFIG, "--trainer.precision=32-true"]
     resumed = [*fsdp, resume(f"FSDP2 {n}")]
     replicas, whole = "--trainer.strategy.replicas=2", "--trainer.strategy.shard_teacher=false"
     single = "--trainer.strategy.save_distributed_checkpoint=false"
-    fsdp1 = ["--config=FOLDER/fsdp1.yaml"]  # a class is named in YAML alone
+    fsdp1 = ["--config=FOLDER/fsdp1.yaml"]  # a class can only be named in YAML
     return [
         (f"DDP {n}", "one device", DDP, 1, n),
         (f"FSDP2 {n}", "one device", fsdp, 1, n),
         ("FSDP2 1", "one device", fsdp, 1, 1),
         (f"FSDP2 {n}, 2 replicas (hybrid)", "one device", [*fsdp, replicas], 1, n),
-        (f"FSDP2 {n}, teacher whole on each, single file", "one device", [*fsdp, whole, single], 1, n),
+        (f"FSDP2 {n}, whole teacher on each rank, single file", "one device", [*fsdp, whole, single], 1, n),
         (f"FSDP2 {n}, activations recomputed", "one device", [*fsdp, "--model.activation_checkpointing=true"], 1, n),
         (f"FSDP2 {n}, compiled", "one device", [*fsdp, "--model.compile=true"], 1, n),
         (f"FSDP2 {n}, untied head", "one device, untied head", [*fsdp, *UNTIED], 1, n),
@@ -189,7 +189,7 @@ def variants(n: int) -> list[tuple[str, str, list[str], int, int]]:
 
 
 def gpu_variants() -> list[tuple[str, str, list[str], int, int]]:
-    mixed, two = "--trainer.precision=bf16-mixed", "2 processes on one card, gloo"
+    mixed, two = "--trainer.precision=bf16-mixed", "2 processes on one GPU, gloo"
     return [
         ("one device, bf16-mixed", "one device", [mixed], 1, 1),
         ("FSDP2 1", "one device", [*FSDP2_CONFIG, "--trainer.precision=32-true"], 1, 1),
@@ -203,9 +203,9 @@ def gpu_variants() -> list[tuple[str, str, list[str], int, int]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--processes", type=int, default=4, help="even")
-    parser.add_argument("--gpu", action="store_true", help="one card instead of several CPU processes")
-    parser.add_argument("--only", default="", help="the runs whose names begin so, e.g. FSDP1")
+    parser.add_argument("--processes", type=int, default=4, help="number of CPU processes, an even number")
+    parser.add_argument("--gpu", action="store_true", help="one GPU instead of several CPU processes")
+    parser.add_argument("--only", default="", help="only runs whose names begin with this, e.g. FSDP1")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
