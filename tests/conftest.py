@@ -13,22 +13,22 @@ from hypothesis import settings as hypothesis_settings
 from lightning.pytorch.callbacks import Callback
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network, nor does a process that it starts
-constants.HF_HUB_OFFLINE = True  # which was read from there before
-hypothesis_settings.register_profile("house", deadline=None)  # a busy machine is no fault of the code
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test, nor a process that it starts, uses the network
+constants.HF_HUB_OFFLINE = True  # huggingface_hub has already read the variable
+hypothesis_settings.register_profile("house", deadline=None)  # slowness of a busy machine is not a failure
 hypothesis_settings.load_profile("house")
 torch.set_num_threads(1)  # models of a few thousand weights: threads would only wait for each other
 
 
 def pytest_configure(config):
-    """A GPU is hidden from all but `-m gpu`: Lightning warns of one that a run leaves unused, `auto` would take it."""
+    """Hides GPUs except for `-m gpu`: Lightning warns about an unused GPU, and `auto` would use it."""
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(autouse=True)
 def no_global_seed():
-    """The command leaves its seed in this process, where a later test's own modules would take it."""
+    """Removes the seed that the command leaves in this process, so that a later test's modules do not use it."""
     os.environ.pop("PL_GLOBAL_SEED", None)
     yield
     os.environ.pop("PL_GLOBAL_SEED", None)
@@ -37,7 +37,7 @@ def no_global_seed():
 WORDS = "the a small frozen teacher helps large student reads what it wrote before and then leaves so".split()  # noqa: SIM905
 
 
-# What every checkpoint has besides settings and weights.
+# Entries of every checkpoint besides settings and weights.
 ALWAYS = {
     **{"global_step": 3, "max_steps": 3, "tokenizer": None, "pytorch-lightning_version": "2.6.6"},
     **{name: {} for name in ("text", "data", "forward_flops", "totals", "totals_before")},
@@ -46,7 +46,7 @@ ALWAYS = {
 
 
 def write_corpus(path: Path, num_documents: int = 120, seed: int = 0) -> Path:
-    """Sentences with some structure to learn, in documents of very different lengths."""
+    """Writes sentences with some structure to learn, in documents of very different lengths."""
     rng = random.Random(seed)
     with open(path, "w", encoding="utf-8") as out:
         for _ in range(num_documents):
@@ -82,7 +82,7 @@ def run(args: list[str]) -> int:
 
 
 def built(*args: str):
-    """The command with its trainer, model and data, of which nothing has run."""
+    """The command with its trainer, model and data, before anything has run."""
     from salt_lightning import cli
 
     return cli.SALTCLI(
@@ -98,7 +98,7 @@ def corpus(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def settings(corpus) -> dict[str, object]:
-    """Settings of a run of a few seconds that goes through both phases."""
+    """Settings of a run that takes a few seconds and goes through both phases."""
     return {
         "model.student.config": {
             "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
@@ -157,7 +157,7 @@ class StopAt(Callback):
 
 @pytest.fixture
 def slurm(monkeypatch, tmp_path):
-    """slurm(queue="there", **variables) -> () -> what scontrol has been told; a job of one process from here on."""
+    """slurm(queue="there", **variables) starts a job of one process; returns a function for the calls of scontrol."""
 
     def begin(queue: str = "there", **variables: str):
         folder, told = tmp_path / "slurm-bin", tmp_path / "told"
@@ -176,7 +176,7 @@ def slurm(monkeypatch, tmp_path):
 
 
 def scalars(run: Path, tags: tuple[str, ...] = ("train/", "val/")) -> dict[str, dict[int, float]]:
-    """All logged values of a run by tag and step; where a step was logged twice, the later value."""
+    """All logged values of a run by tag and step; if a step was logged twice, the later value."""
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
     from tensorboard.util.tensor_util import make_ndarray
 
@@ -189,7 +189,7 @@ def scalars(run: Path, tags: tuple[str, ...] = ("train/", "val/")) -> dict[str, 
     return values
 
 
-CLOCK = {"train/time_s", "train/teacher_time_s", "train/tokens_per_s", "train/data_wait_s"}  # what may differ
+CLOCK = {"train/time_s", "train/teacher_time_s", "train/tokens_per_s", "train/data_wait_s"}  # tags that may differ
 
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:

@@ -1,11 +1,11 @@
-# ruff: noqa: E402  (torch asks for its devices when it is imported)
-"""One optimizer step of a real fit, a batch of its validation, and compiled steps, on a CUDA device that holds no data.
+# ruff: noqa: E402  (torch detects its devices when it is imported)
+"""One optimizer step of a real fit, a batch of its validation, and compiled steps, on a CUDA device without data.
 
-Its tensors are torch's FakeTensors of cuda:0: they have shapes, dtypes and gradients. To read one, to copy it to the
-CPU, or an op of tensors that lie on two devices raises: what a GPU would wait for, or refuse, is seen without one.
+Its tensors are torch's FakeTensors of cuda:0: they have shapes, dtypes and gradients. Reading one, copying it to the
+CPU, or an op on tensors of two devices raises: this shows without a GPU what a GPU would wait for or refuse.
 
 python tests/fake_cuda.py CORPUS CACHE TEACHER "FAMILY bf16|fp32 packed|mask"...; needs g++ and torch's CPU build.
-Each case in a process of its own, which begins after the imports.
+Each case runs in a separate process, forked after the imports.
 """
 
 import ctypes
@@ -17,20 +17,20 @@ import tempfile
 import traceback
 from pathlib import Path
 
-NOT_BUILT = 77  # exit code where the compiler has not what it takes
+NOT_BUILT = 77  # exit code if the compiler lacks headers or libraries
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 TORCH = Path(importlib.util.find_spec("torch").origin).parent
 
 
 def load_device() -> None:
-    """Torch asks for its devices once: before it is imported."""
+    """Loads the device before torch is imported, because torch detects its devices only once."""
     with tempfile.TemporaryDirectory() as folder:
         built = f"{folder}/fake_cuda.so"
         include, libraries = f"-I{TORCH}/include", ["-lc10", "-ltorch_cpu"]
         flags = ["-shared", "-fPIC", "-std=c++20", include, str(HERE / "fake_cuda.cpp"), f"-L{TORCH}/lib", *libraries]
         done = subprocess.run(["g++", *flags, "-o", built], capture_output=True, text=True, check=False)
-        if "No such file or directory" in done.stderr:  # headers, or what it links to
+        if "No such file or directory" in done.stderr:  # headers or libraries
             sys.exit(NOT_BUILT)
         assert done.returncode == 0, done.stderr
         for library in (TORCH / "lib" / "libc10.so", TORCH / "lib" / "libtorch_cpu.so", built):
@@ -60,7 +60,7 @@ class Event:
 
 
 class NoCopies(TorchDispatchMode):
-    """Refuses copies from one device to another, for which the one waits."""
+    """Refuses copies between devices, because they make one device wait."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -75,7 +75,7 @@ class Done(Exception):
 
 
 class OnFakeGPU(pl.Callback):
-    """Moves what a fit has built onto the device, before its first step, and ends it after one step there."""
+    """Moves a fit's objects to the device before the first step, and ends the fit after one step there."""
 
     def __init__(self, bf16: bool, packed: bool) -> None:
         self.bf16, self.packed = bf16, packed
@@ -84,7 +84,7 @@ class OnFakeGPU(pl.Callback):
         try:
             self._step(module, batch)
         finally:
-            del module.student  # which Lightning would move to the CPU
+            del module.student  # otherwise Lightning would move it to the CPU
 
     def _step(self, module, batch):
         lms = [module.student, module.teacher]
@@ -123,9 +123,9 @@ class OnFakeGPU(pl.Callback):
         raise Done
 
     def _compiled(self, lms, module, batch, autocast):
-        """Each model is one graph, whatever the number of documents; traced as for torch.compile, without kernels."""
+        """Checks that each model is one graph for any number of documents; traced for torch.compile, no kernels."""
         for lm in lms:
-            lm.backbone.compile(dynamic=False, fullgraph=True, backend="aot_eager")  # as parallel._compile, but whole
+            lm.backbone.compile(dynamic=False, fullgraph=True, backend="aot_eager")  # a full parallel._compile
         counters.clear()
         for borders in (13, 9, 30, 2):
             cu_seqlens = torch.zeros(borders, dtype=torch.int32, device="cuda")
@@ -140,7 +140,7 @@ def on_gpu(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def move(mode: FakeTensorMode, model: torch.nn.Module) -> None:
-    moved: dict[int, torch.Tensor] = {}  # tied weights stay one
+    moved: dict[int, torch.Tensor] = {}  # keeps tied weights tied
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
@@ -157,7 +157,7 @@ def main(corpus: str, cache: str, teacher: str, family: str, precision: str, doc
     torch.cuda.is_bf16_supported = lambda: True
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
-    chunked_head._triton_rows = lambda: None  # kernels take no fake tensors; tests/test_triton_rows.py is of them
+    chunked_head._triton_rows = lambda: None  # kernels do not accept fake tensors; tests/test_triton_rows.py tests them
     module = SALTModule(
         ModelSpec(family=family, config=FAMILIES[family] | {"vocab_size": 320}), ModelSpec(path=teacher)
     )
@@ -183,5 +183,5 @@ if __name__ == "__main__":
                 main(*where, *case.split())
             except BaseException:
                 traceback.print_exc()
-            os._exit(0)  # autograd's thread for a device that is none would abort an ordinary exit now and then
+            os._exit(0)  # autograd's thread for the fake device would sometimes abort an ordinary exit
         os.waitpid(child, 0)

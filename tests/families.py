@@ -1,4 +1,4 @@
-"""Tiny models of the families that the project promises, with weights large enough that a wrong formula shows."""
+"""Tiny models of the supported families, with weights large enough that a wrong formula shows."""
 
 import torch
 
@@ -26,7 +26,7 @@ FAMILIES = {
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 16,
     },
-    "gpt_oss": {  # takes our mask alone, and has layers that look back over a limited distance
+    "gpt_oss": {  # needs our mask, and has layers that look back over a limited distance
         **LLAMA_LIKE,
         "num_key_value_heads": 2,
         "head_dim": 8,

@@ -21,7 +21,7 @@ from salt_lightning import cli
 
 
 class Spy(Callback):
-    """Gradients of every optimizer step, rows and labels of every micro-batch, and whether the teacher really goes."""
+    """Records each step's gradients, each micro-batch's rows and labels, and whether the teacher is freed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -36,7 +36,7 @@ class Spy(Callback):
         self.labels.append(int((batch["labels"] != -100).sum()))
         if pl_module.teacher is not None and not self.teacher:
             teacher = pl_module.teacher
-            getattr(teacher, "reshard", lambda: None)()  # the look at it before the first step left its root whole
+            getattr(teacher, "reshard", lambda: None)()  # the check before the first step left its root unsharded
             self.teacher = [weakref.ref(teacher), *map(weakref.ref, teacher.parameters())]
             self.teacher_bytes = sum(getattr(p, "_local_tensor", p).nbytes for p in teacher.parameters())
 
@@ -58,7 +58,7 @@ class Spy(Callback):
 
 
 class Spoil(Callback):
-    """One rank's weights are not finite from one of its micro-batches on; prints the rows of that."""
+    """Makes one rank's weights infinite from one of its micro-batches on, and prints that micro-batch's rows."""
 
     def __init__(self, rank: int, batch: int) -> None:
         self.rank, self.batch = rank, batch
@@ -70,7 +70,7 @@ class Spoil(Callback):
 
 
 def run(args: list[str], *callbacks: Callback) -> int:
-    """The command `args` in this process, with callbacks besides its own."""
+    """Runs the command `args` in this process, with callbacks besides its own."""
     original = cli.SALTCLI.instantiate_trainer
 
     def with_callbacks(self, **kwargs):
@@ -86,8 +86,11 @@ def run(args: list[str], *callbacks: Callback) -> int:
 
 
 def force_fsdp1() -> None:
-    """FSDP1 over gloo. Lightning and this project leave it to GPUs, to whose memory it takes what it gathers for a file
-    by a copy; on a CPU that would be the memory itself, which it frees."""
+    """Allows FSDP1 over gloo, which Lightning and this project refuse on CPUs.
+
+    For a file FSDP1 copies gathered weights from the GPU to the CPU, then frees them on the GPU; on a CPU there is no
+    copy, so it would free the result.
+    """
     from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
     from torch.distributed.fsdp import FullOptimStateDictConfig, FullStateDictConfig, FullyShardedDataParallel
 
@@ -133,7 +136,7 @@ def launch(jobs: list[dict[str, Any]], folder: Path, world: int = 2, timeout_s: 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    is_forced = False  # not before it is asked for
+    is_forced = False  # only once a job needs it
     for job in json.loads(Path(sys.argv[1]).read_text()):
         if not is_forced and any("fsdp1.yaml" in argument for argument in job["args"]):
             is_forced = True

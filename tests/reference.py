@@ -1,4 +1,4 @@
-"""The SALT loss from its formulas (arXiv 2410.18779), in float64 and with full logits; packed rows. Slow on purpose."""
+"""The SALT loss by its formulas (arXiv 2410.18779), in float64 with full logits, and packed rows. Slow on purpose."""
 
 import torch
 
@@ -35,7 +35,7 @@ def salt_reference(
         teacher_nll_M = -log_softmax(teacher_MV)[torch.arange(len(kept_M)), kept_M]
         log_q_MV = log_softmax(teacher_MV / teacher_temperature)
         q_MV = log_q_MV.exp()
-        out["kd_sum"] = -(q_MV * log_p_MV[:, : q_MV.shape[1]]).sum()  # what the teacher's head lacks has no q
+        out["kd_sum"] = -(q_MV * log_p_MV[:, : q_MV.shape[1]]).sum()  # entries that the teacher's head lacks have no q
         out["teacher_ce_sum"] = teacher_nll_M.sum()
         out["teacher_entropy_sum"] = -(q_MV * log_q_MV).sum()
         out["agree_sum"] = (student_MV.argmax(1) == teacher_MV.argmax(1)).sum().double()
@@ -62,7 +62,7 @@ def _logits(hidden_ND, head_VD, bias_V):
 
 
 def packed_rows(docs, byte_counts, sources, width, isolate, eos):
-    """Every row of a split, by the definition, token by token. `docs`: ids without EOS; `byte_counts`: of each id."""
+    """Every row of a split by definition, token by token. `docs`: ids without EOS; `byte_counts`: bytes of each id."""
     stream = []
     for d, doc in enumerate(docs):
         for i, token in enumerate([*doc, eos]):
@@ -74,7 +74,7 @@ def packed_rows(docs, byte_counts, sources, width, isolate, eos):
         for place in range(start, start + width):
             inside = place < len(stream)
             if isolate and place > start and ((inside and stream[place - 1][2]) or place == len(stream)):
-                position = 0  # a document begins, or the filling after the last one
+                position = 0  # a document begins, or the padding after the last one
             predicts = inside and not stream[place][2] and place + 1 < len(stream)
             row["input_ids"].append(stream[place][0] if inside else eos)
             row["labels"].append(stream[place + 1][0] if predicts else -100)

@@ -1,4 +1,4 @@
-"""Two real processes shard a student by FSDP2, train it one step and save it, as Lightning saves: one file per rank.
+"""Two real processes shard a student with FSDP2, train it for one step and save it as Lightning does: a file per rank.
 
 python tests/sharded_run.py DIR writes DIR/step-00000001.ckpt/ and DIR/whole.pt, the same weights gathered.
 """
@@ -20,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from salt_lightning.hugging_face.spec import ModelSpec, resolved
 from salt_lightning.models import CausalLM, build_fresh
 
-# Sizes that two ranks cannot share evenly.
+# Sizes that two ranks cannot divide evenly.
 SIZES = {**FAMILIES["llama"], "vocab_size": 65, "intermediate_size": 45, "num_key_value_heads": 1, "head_dim": 2}
 SPEC = ModelSpec(config={**SIZES, "max_position_embeddings": 16, "tie_word_embeddings": True})
 
@@ -61,5 +61,5 @@ if __name__ == "__main__":
     whole = get_model_state_dict(module.student.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if trainer.is_global_zero:
         torch.save(whole, out / "whole.pt")
-    torch.distributed.barrier()  # a rank whose peer is gone may be ended by gloo's own threads
+    torch.distributed.barrier()  # gloo's threads may abort a rank whose peer is gone
     torch.distributed.destroy_process_group()

@@ -31,7 +31,7 @@ class LigerFusedLinearJSDLoss:  # beta 0: forward KL
 
 def run(name: str, *options: str, **variables: str) -> str:
     command = [sys.executable, ROOT / "benchmarks" / name, *(options or ["--tiny"])]
-    # several threads of one process would wait for each other
+    # several threads in one process would only wait for each other
     env = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -57,13 +57,13 @@ def test_step(tmp_path):
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert len(cells) == 13
     assert float(cells[4]) > 1  # the teacher's forward costs FLOPs
-    assert all(float(rival) > 0 for rival in cells[8].split(", "))  # nan where one computes another loss
+    assert all(float(rival) > 0 for rival in cells[8].split(", "))  # NaN if a competitor computes another loss
 
 
-@pytest.mark.filterwarnings("ignore:.*script_method. is deprecated:DeprecationWarning")  # of Inductor, imported there
+@pytest.mark.filterwarnings("ignore:.*script_method. is deprecated:DeprecationWarning")  # from importing Inductor
 @pytest.mark.parametrize("name", ["124m", "350m", "1.3b", "2.8b", "paper"])
 def test_the_sizes_for_a_gpu_are_what_they_are_called(name, tmp_path, monkeypatch):
-    """A fit of each is built, without weights."""
+    """Builds a fit of each size, without weights."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     step = importlib.import_module("step")
     for written in ("write_text", "save_model"):
@@ -101,7 +101,7 @@ def test_scoring():
 
 
 def test_memory():
-    """Known but for what the kernels of a CPU take themselves: blocks of the row pass, 1 MiB each, of some 60 MiB."""
+    """The estimate holds except for memory of CPU kernels: row pass blocks of 1 MiB each, in about 60 MiB."""
     row = next(line for line in run("memory.py").splitlines() if line.startswith("| tiny"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert all(0.95 < float(ratio) < 1.05 for ratio in (cells[3], cells[6])), row
@@ -119,7 +119,7 @@ def test_export_memory():
 
 
 def test_strategies_are_compared():
-    """In one process each: several are in tests/test_parallel.py."""
+    """With one process each; tests/test_parallel.py uses several."""
     out = run("parallel.py", "--processes", "4", "--only", "FSDP2 1")
     (row,) = re.findall(r"^\| FSDP2 1 \| 1 to 20 \| (.+) \| - / - \|$", out, re.M)
     assert [float(difference) for difference in row.split("|")] == [0, 0, 0, 0]
@@ -139,6 +139,6 @@ def test_data_path():
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines() if line[:2] == "| "]
     assert [row[0] for row in rows[:3]] == ["tokenizing", "ours", "run_clm.py's way"]
     tokens = [int(row[4].replace(",", "")) for row in rows[1:3]]
-    assert tokens[0] == pytest.approx(tokens[1], rel=0.03)  # 1% is held out, and theirs ends in a whole block
+    assert tokens[0] == pytest.approx(tokens[1], rel=0.03)  # 1% is held out, and theirs drops the last incomplete block
     assert [row[1] for row in rows[4:]] == ["0", "2"]
     assert all(float(row[-1]) > 0 for row in rows[4:])

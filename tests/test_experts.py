@@ -1,4 +1,4 @@
-"""Layers of experts: autocast reaches them, nothing else changes, and their memory can be told without data."""
+"""Expert layers: autocast reaches them, nothing else changes, and their memory can be estimated without data."""
 
 import copy
 
@@ -33,7 +33,7 @@ def model(request):
 
 
 def outcome(model, autocast=True):
-    """Logits, gradients of the experts, dtypes of the weights in the grouped products."""
+    """Logits, gradients of the experts, and dtypes of the weights in the grouped products."""
     used, original = set(), moe._grouped_mm
 
     def spy(hidden, weight, offs):
@@ -102,7 +102,7 @@ def test_check_tells_their_memory(settings, tmp_path, capsys, precision):
     assert moe._grouped_mm is original
 
 
-ERNIE = {  # freezes a bias of its routers, which no gradient reaches
+ERNIE = {  # freezes a bias in its routers, which gets no gradient
     **{key: SIZES[key] for key in SIZES if key not in ("vocab_size", "num_experts_per_tok", "num_local_experts")},
     **{"moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 1, "moe_num_shared_experts": 1},
 }

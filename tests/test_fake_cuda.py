@@ -1,4 +1,4 @@
-"""What a GPU would wait for or refuse in a step, seen without one."""
+"""Finds without a GPU what a GPU would wait for or refuse in a step."""
 
 import shutil
 import subprocess

@@ -1,4 +1,4 @@
-"""Eight cases of the fault campaign (benchmarks/faults.py): real runs are killed or damaged, and go on."""
+"""Eight cases of the fault campaign (benchmarks/faults.py): real runs are killed or damaged, then continued."""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def campaign(tmp_path_factory) -> str:
-    """Its output. In a process of its own: it forks, and this one has threads."""
+    """Output of the campaign, in a separate process: it forks, and this process has threads."""
     folder = tmp_path_factory.mktemp("faults") / "campaign"
     command = [sys.executable, str(ROOT / "benchmarks/faults.py"), "--tiny", "--folder", str(folder)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}

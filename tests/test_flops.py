@@ -1,4 +1,4 @@
-"""The compute meter against torch's own counter, and against arithmetic by hand."""
+"""The compute meter compared with torch's counter, and with arithmetic by hand."""
 
 import math
 
@@ -22,7 +22,7 @@ SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 3, "num_at
 MLP = {"intermediate_size": 48}
 GROUPED = {"num_key_value_heads": 2}
 HEAD_DIM = {"head_dim": 12}  # heads * head_dim is not hidden_size
-# of 5 experts a token is sent to 2
+# a token is sent to 2 of 5 experts
 MLA = {
     "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "n_shared_experts": 1,
     "moe_intermediate_size": 20, "first_k_dense_replace": 1, "kv_lora_rank": 10, "q_lora_rank": 14,
@@ -30,7 +30,7 @@ MLA = {
 }  # fmt: skip
 EXPERTS = {"num_experts_per_tok": 2, "num_experts": 5, "num_local_experts": 5, "moe_intermediate_size": 20}
 ERNIE = {"moe_num_experts": 5, "moe_k": 2, "moe_intermediate_size": 20, "moe_layer_start_index": 1}
-GEMMA4 = {  # heads of the layers that see all have another width
+GEMMA4 = {  # layers with full attention have heads of another width
     "enable_moe_block": True, "num_experts": 5, "top_k_experts": 2, "moe_intermediate_size": 20,
     "global_head_dim": 16, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
     "hidden_size_per_layer_input": 0, "sliding_window": BLOCK,
@@ -61,10 +61,10 @@ FAMILIES = {
 
 
 def build(config, device="meta"):
-    # eager attention: the counter has to see its two products on every device
+    # eager attention: the counter must see its two products on every device
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    # grouped products are not counted by torch
+    # torch does not count grouped products
     if hasattr(config, "num_experts_per_tok") or hasattr(config, "top_k_experts"):
         model.set_experts_implementation("eager")
     return model
@@ -75,13 +75,13 @@ def test_forward_is_torchs_count_less_the_acausal_half(family):
     make_config, width = FAMILIES[family]
     config = make_config()
     if hasattr(config, "sliding_window"):
-        config.sliding_window = None if "qwen3" in family else BLOCK  # as wide as the row: nothing is cut off
+        config.sliding_window = None if "qwen3" in family else BLOCK  # as wide as the row, so that nothing is cut off
     model = build(config, "cpu")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(input_ids=torch.zeros(1, BLOCK, dtype=torch.long), use_cache=False)
-    # torch counts all T x T scores: 2 products * 2 FLOPs * width * T a token and layer; ours is the half
+    # torch counts all T x T scores: 2 products * 2 FLOPs * width * T per token and layer; we count half
     acausal_half = 3 * 2 * 2 * width * BLOCK / 2
-    # torch also counts the angles of rotary positions, a product with inner dimension 1: no weights, not ours
+    # torch also counts the angles of rotary positions, a product with inner dimension 1; we do not: it has no weights
     rotary = sum(
         flops
         for name, ops in counter.get_flop_counts().items()
@@ -90,7 +90,7 @@ def test_forward_is_torchs_count_less_the_acausal_half(family):
     )
     expected = (counter.get_total_flops() - rotary) / BLOCK - acausal_half
     assert forward_flops_per_token(model, BLOCK) == expected
-    assert forward_flops_per_token(build(config), BLOCK) == expected  # the meta device says the same
+    assert forward_flops_per_token(build(config), BLOCK) == expected  # the same on the meta device
 
 
 def test_a_span_is_the_mean_of_the_pairs_with_and_without_the_diagonal():
@@ -134,7 +134,7 @@ def test_what_cannot_be_counted_is_nan():
     state_space = build(transformers.MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=1))
     assert math.isnan(forward_flops_per_token(state_space, BLOCK))
     experts = build(transformers.MixtralConfig(**SIZES, **MLP, **EXPERTS))
-    experts.config = transformers.LlamaConfig(**SIZES, **MLP)  # does not say how many of them a token is sent to
+    experts.config = transformers.LlamaConfig(**SIZES, **MLP)  # without the number of experts that a token is sent to
     assert math.isnan(forward_flops_per_token(experts, BLOCK))
 
 
@@ -188,7 +188,7 @@ def test_peaks_of_known_cards(name, dtype, tflops):
     [
         ("cpu", fp32),
         ("", bf16),
-        ("NVIDIA A100", bf16),  # no such name; guessing would hide it
+        ("NVIDIA A100", bf16),  # unknown name: a guess would hide it
         ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", bf16),
         ("NVIDIA GeForce RTX 3090 Ti", bf16),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", bf16),

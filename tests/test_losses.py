@@ -1,4 +1,4 @@
-"""salt_loss and token_stats against the float64 formulas, with every uninitialised tensor filled with NaN."""
+"""salt_loss and token_stats compared with the float64 formulas, with every uninitialized tensor filled with NaN."""
 
 import math
 
@@ -28,7 +28,7 @@ DEVICES = [
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
-    """Whatever the loss allocates and forgets to write shows up as NaN."""
+    """Memory that the loss allocates and forgets to write shows up as NaN."""
     for name in ("empty", "empty_like"):
         real = getattr(torch, name)
 
@@ -41,7 +41,7 @@ def poisoned_memory(monkeypatch):
 
 
 def make_case(dtype=torch.float64, device="cpu", seed=0, num_tokens=N, vocab=V, widths=(D, E), logit_std=2.0):
-    """Random inputs by the names of salt_loss; every fifth label is ignored."""
+    """Random inputs by salt_loss's argument names; every fifth label is ignored."""
     gen = torch.Generator().manual_seed(seed)
 
     def draw(*shape, std=1.0):
@@ -70,7 +70,7 @@ def trainable(case):
 
 
 def upcast(case, through=None):
-    """The same case in float64 on the CPU, matrices rounded through a dtype on the way."""
+    """The same case in float64 on the CPU, with matrices rounded to a dtype first."""
 
     def convert(t):
         t = t.detach().cpu().to(through if through and t.dim() == 2 else t.dtype)
@@ -161,7 +161,7 @@ def test_a_weight_tensor_counts_like_the_number_and_not_at_all_without_teacher()
 @pytest.mark.parametrize("teacher", [True, False])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, EXACT), (torch.float32, FP32)])
 def test_several_strips_in_several_chunks(device, teacher, dtype, tolerance, monkeypatch):
-    """What a budget does to real sizes: the gradient of a chunk is gathered from strips of logits."""
+    """As with a budget at real sizes: the gradient of a chunk is collected from strips of logits."""
     for name, rows in (("MIN_ROWS", 15), ("MIN_CHUNK_ROWS", 15), ("MIN_STRIP_ROWS", 4), ("TILE_ROWS", 2)):
         monkeypatch.setattr(f"salt_lightning.head.chunked_head.{name}", rows)
     case = make_case(dtype, device)
@@ -170,7 +170,7 @@ def test_several_strips_in_several_chunks(device, teacher, dtype, tolerance, mon
     options = {"kd_weight": 0.6 if teacher else 0.0, "logits_budget_gib": 1e-9}
     with _Products() as products:
         salt_loss(**case, **options)
-    # KD: 2 chunks of 20 rows in strips of 10. Plain: 3 chunks of 14, whose logits lie where the gradient will be.
+    # KD: 2 chunks of 20 rows in strips of 10. Plain: 3 chunks of 14, with logits stored where the gradient will be.
     assert products.count == (2 * 4 + 2 * 2 if teacher else 3 + 2 * 3)
     assert_matches_reference(case, tolerance, **options)
 
@@ -223,7 +223,7 @@ def test_gradient_reaches_a_tied_embedding_from_both_ends():
     assert relative_error(ours.grad, truth.grad) <= EXACT
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])  # bf16 is cast on the way
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])  # bf16 needs a cast
 def test_incoming_gradient_scales_and_a_second_backward_is_refused(dtype):
     case = make_case(dtype)
     once = gradients(salt_loss(**case, kd_weight=0.4).loss, case)
@@ -287,7 +287,7 @@ def test_masked_vocabulary_by_an_infinite_bias():
 )
 def test_any_sizes_and_weights(num_tokens, vocab, chunk_tokens, kd_weight, temperature, logit_std, seed):
     case = make_case(seed=seed, num_tokens=num_tokens, vocab=vocab, widths=(3, 5), logit_std=logit_std)
-    # Loss and gradients may cancel to almost nothing, so errors are measured against the terms, not the result.
+    # Loss and gradients may cancel to almost nothing, so errors are relative to the terms, not the result.
     options = {"kd_weight": kd_weight, "teacher_temperature": temperature}
     out = salt_loss(**case, **options, chunk_tokens=chunk_tokens)
     truth = salt_reference(**case, **options)
@@ -302,7 +302,7 @@ def test_any_sizes_and_weights(num_tokens, vocab, chunk_tokens, kd_weight, tempe
 
 
 def close_teacher(case, noise=0.03):
-    """A teacher that nearly equals the student, where rounded logits do most harm."""
+    """A teacher that nearly equals the student, where rounded logits do the most harm."""
     gen = torch.Generator().manual_seed(1)
     near = dict(case)
     for student, teacher in (
@@ -317,7 +317,7 @@ def close_teacher(case, noise=0.03):
 
 
 def naive_fp32_logits(case, kd_weight, teacher_temperature):
-    """Full fp32 logits of the 16-bit inputs; their gradient is rounded for the products, as autograd does."""
+    """Full fp32 logits of 16-bit inputs; their gradient is rounded for the products, as in autograd."""
     hidden_ND, head_VD = case["student_hidden_ND"].detach(), case["student_head_VD"].detach()
     valid_N = case["labels_N"] != -100
     logits_NV = (hidden_ND.double() @ head_VD.double().T).float() + case["student_bias_V"].detach().float()
@@ -429,7 +429,7 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits(mode):
     ("num_rows", "grad_bytes", "strip_bytes", "expected"),
     [
         (8192, 100, 100, (8192, 8192)),  # all fits
-        (8192, 100, 800, (8192, 1280)),  # all, with the logits of few rows
+        (8192, 100, 800, (8192, 1280)),  # all rows, with room for the logits of a few
         (8193, 200, 0, (4224, 4224)),  # one row too many: two chunks, rounded up to whole tiles
         (16384, 200, 200, (5504, 1920)),  # three chunks; room for 2,688 rows of logits: three strips of each
         (1000, 1000, 600, (1000, 1000)),
@@ -465,7 +465,7 @@ def test_any_chunk_keeps_the_budget(num_rows, student_bytes, teacher_bytes, grad
     assert strip >= min(chunk, 1024) or -(-chunk // strip) == -(-chunk // 1024)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo looks at it
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo inspects it
 def test_beside_torch_compile():
     case = make_case(torch.float32)
 

@@ -1,4 +1,4 @@
-"""The meter by a clock of our own: every time and rate that a logged step says, by literal values."""
+"""The meter with our own clock: every time and rate that a logged step reports, by literal values."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from salt_lightning.fit.meter import Meter, Totals
 
 @pytest.fixture
 def clock(monkeypatch):
-    """clock(seconds) lets that much time pass."""
+    """clock(seconds) lets this much time pass."""
     now = [1000.0]
     monkeypatch.setattr("salt_lightning.fit.meter.time.perf_counter", lambda: now[0])
 
@@ -40,7 +40,7 @@ def test_a_logged_step_speaks_of_the_time_since_the_one_before(clock):
 
 def test_a_resumed_run_counts_its_own_steps_and_adds_to_the_time(clock):
     meter = new()
-    meter.time_s = 60.0  # of the starts before
+    meter.time_s = 60.0  # from earlier starts
     meter.start(8, wait_s=0.0)
     clock(2.0)
     values = meter.read(10, wait_s=0.0, peak=None)
@@ -53,7 +53,7 @@ def test_a_checkpoint_has_the_time_since_the_last_logged_step_without_a_validati
     clock(10.0)
     meter.read(2, wait_s=0.0, peak=None)
     clock(3.0)
-    assert meter.state(2)["time_s"] == 10.0  # what came after it is of no step that is done
+    assert meter.state(2)["time_s"] == 10.0  # later time belongs to an unfinished step
     assert meter.state(3)["time_s"] == 13.0
     meter.pause()
     clock(50.0)
@@ -62,9 +62,9 @@ def test_a_checkpoint_has_the_time_since_the_last_logged_step_without_a_validati
     clock(1.0)
     assert meter.state(4)["time_s"] == 14.0
     assert meter.read(4, wait_s=0.0, peak=None)["time_s"] == 14.0
-    meter.pause()  # a validation that ended in an error
+    meter.pause()  # a validation that ended with an error
     clock(50.0)
-    meter.start(0, wait_s=0.0)  # and another fit
+    meter.start(0, wait_s=0.0)  # another fit
     clock(1.0)
     assert meter.state(1)["time_s"] == 15.0
 
@@ -98,7 +98,7 @@ def test_the_teachers_seconds_are_those_of_its_forward(clock):
     values = meter.read(2, wait_s=0.0, peak=None)
     assert (values["time_s"], values["teacher_time_s"]) == (5.0, 1.0)
     clock(1.0)
-    meter._watched = [(Event(100.0), Event(150.0)), (Event(200.0), Event(450.0))]  # milliseconds, as a GPU notes them
+    meter._watched = [(Event(100.0), Event(150.0)), (Event(200.0), Event(450.0))]  # milliseconds, as on a GPU
     assert meter.read(3, wait_s=0.0, peak=None)["teacher_time_s"] == 1.3
     clock(1.0)
     assert meter.read(4, wait_s=0.0, peak=None)["teacher_time_s"] == 1.3

@@ -1,4 +1,4 @@
-"""TokenMetrics against plain Python, merged over shards, and reduced over two real processes."""
+"""TokenMetrics compared with plain Python, merged over shards, and reduced over two real processes."""
 
 import math
 
@@ -19,7 +19,7 @@ TOKENS = st.lists(
 
 
 def test_a_loss_that_is_not_finite_is_no_right_answer():
-    """No logit lies above one that is NaN."""
+    """No logit is greater than NaN, so its rank is 0, which must not count as correct."""
     metrics = TokenMetrics()
     metrics.update(torch.tensor([math.nan, math.inf, 0.5]), torch.tensor([0, 0, 0]))
     assert metrics.compute()["accuracy"] == pytest.approx(1 / 3)
@@ -75,7 +75,7 @@ def test_equals_plain_python_and_two_shards_merge(tokens, cut):
 
 def test_by_hand_with_eos_and_an_ignored_position():
     metric = TokenMetrics()
-    # "ab" (2 bytes, ln 2 nats), EOS (0 bytes, 3 ln 2 nats), an ignored position with rubbish in it
+    # "ab" (2 bytes, ln 2 nats), EOS (0 bytes, 3 ln 2 nats), an ignored position with garbage values
     update(metric, [(math.log(2), 0, 0, 2), (3 * math.log(2), 4, 0, 0), (math.nan, -1, 0, 99)])
     assert values(metric) == pytest.approx(
         {"ce": 2 * math.log(2), "perplexity": 4.0, "accuracy": 0.5, "tokens": 2, "bits_per_byte": 2.0}
@@ -134,7 +134,7 @@ def test_a_million_tokens_lose_nothing():
 
 
 def test_float32_sums_lose_no_token():
-    """As on MPS. 2^24 nats are passed, from where on float32 has even numbers alone: tokens of 1 nat would vanish."""
+    """As on MPS. Above 2^24 nats float32 has only even integers, so tokens of 1 nat would vanish."""
     metric = TokenMetrics()
     metric._defaults["nll_sum_S"], metric.nll_sum_S = (torch.zeros(1, dtype=torch.float32) for _ in range(2))
     nll_N, rank_N = torch.ones(2**20), torch.ones(2**20, dtype=torch.int64)
@@ -155,7 +155,7 @@ def test_reset_and_moves_keep_the_states_dtypes():
 
 
 def test_update_never_reads_on_the_host():
-    # a read of a meta tensor's value raises
+    # reading a meta tensor's value raises
     metric = TokenMetrics(SOURCES).to("meta")
     metric.update(*(torch.zeros(4, dtype=d, device="meta") for d in (torch.bfloat16, *[torch.int64] * 3)))
     with pytest.raises(RuntimeError):

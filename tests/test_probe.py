@@ -1,4 +1,4 @@
-"""Student and teacher side by side while training, against full logits in float64, and the boundary found by that."""
+"""Probes of student and teacher compared with full logits in float64, and the boundary that they find."""
 
 import copy
 import itertools
@@ -21,7 +21,7 @@ KD = {"kd.weight": 0.667, "kd.steps": 10, "trainer.val_check_interval": 2, "data
 
 
 class Look(Callback):
-    """Both models and the held-out rows at the first validation, before anything is computed of them."""
+    """Records both models and the held-out rows at the first validation, before anything is computed."""
 
     def on_validation_start(self, trainer, pl_module):
         if not hasattr(self, "student"):
@@ -74,7 +74,7 @@ def test_values_are_those_of_full_logits_in_float64(fit_with, teacher, tmp_path)
 
 
 def test_the_look_before_the_first_step_leaves_ignored_labels_out(settings, teacher):
-    """As the prompts of fine-tuning are."""
+    """Ignored like the prompts in fine-tuning."""
     data = SALTDataModule(**{k.removeprefix("data."): v for k, v in settings.items() if k.startswith("data.")})
     data.prepare_data()
     data.setup("fit")
@@ -91,7 +91,7 @@ def test_the_look_before_the_first_step_leaves_ignored_labels_out(settings, teac
 
 
 class NoGradients(Callback):
-    """Lightning takes the gradients away before a validation, and none is left behind by it."""
+    """Checks that Lightning removes the gradients before a validation, and that the validation leaves none."""
 
     looks = 0
 
@@ -104,7 +104,7 @@ class NoGradients(Callback):
 
 
 def test_probes_change_nothing(fit_with, teacher, tmp_path):
-    """Accumulation and dropout: neither gradients, nor random numbers, nor weights; and a resume is as it was."""
+    """Neither gradients, random numbers nor weights, with accumulation and dropout, also after a resume."""
     own = {**KD, "model.teacher.path": teacher, "model.student.family": "gpt2",
            "model.student.config": {"n_embd": 32, "n_layer": 2, "n_head": 4}}  # fmt: skip
     assert fit_with(tmp_path / "without", **own) == 0
@@ -123,7 +123,7 @@ def test_probes_change_nothing(fit_with, teacher, tmp_path):
 
 
 class Taught(Callback):
-    """The steps, counted from 0, that begin with a teacher."""
+    """Records the steps, counted from 0, that begin with a teacher."""
 
     def __init__(self):
         self.steps = set()
@@ -135,7 +135,7 @@ class Taught(Callback):
 
 @pytest.mark.parametrize("anneal", [0, 3])
 def test_the_boundary_is_found_and_every_resume_agrees(fit_with, teacher, tmp_path, anneal):
-    """A margin that the second validation (step 4) meets: the schedule from then on is that of a run told so."""
+    """The second validation (step 4) meets the margin; from then on the schedule is that of a run given this step."""
     ramp = {"kd.anneal_steps": anneal, "kd.shape": "linear"} if anneal else {}
     own = {**KD, "model.teacher.path": teacher, **ramp}
     assert fit_with(tmp_path / "plain", **own) == 0
@@ -148,7 +148,7 @@ def test_the_boundary_is_found_and_every_resume_agrees(fit_with, teacher, tmp_pa
     assert taught.steps == set(range(stop))
     assert scalars(tmp_path / "found", ("probe/",))["probe/stop_step"] == {4: stop}
     assert fit_with(tmp_path / "told", **{**own, "kd.steps": stop}) == 0
-    for number, step in enumerate([2, 4, 5, 9]):  # before, at, right after and long after
+    for number, step in enumerate([2, 4, 5, 9]):  # before, at, right after and long after it
         resumed = {"ckpt_path": "last"} if number else {}
         assert fit_with(tmp_path / "broken", StopAt(step), **found, **resumed) == 128 + signal.SIGTERM
     assert fit_with(tmp_path / "broken", **found, ckpt_path="last") == 0

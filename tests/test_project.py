@@ -1,4 +1,4 @@
-"""Rules of the house that a machine can check."""
+"""House rules that a machine can check."""
 
 import ast
 import io
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "salt_lightning"
 FILES = sorted(PACKAGE.rglob("*.py"))
 NAMES = [path.relative_to(PACKAGE).as_posix() for path in FILES]
-LAYERS = [  # a file imports from files of earlier layers alone
+LAYERS = [  # a file imports only from files of earlier layers
     {
         "errors",
         "experts",
@@ -110,7 +110,7 @@ PAGES = sorted(
 
 
 def anchors(page: Path) -> set[str]:
-    """Those that GitHub makes of headings."""
+    """The anchors that GitHub makes from headings."""
     heads = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
     return {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
 
@@ -142,7 +142,7 @@ def test_means_and_spreads_in_the_results_follow_from_the_raw_values_beside_them
         told = next((cell for cell in cells if re.fullmatch(r"\d\.\d{4} \(\d\.\d{4}\)", cell)), None)
         if raw and told:
             values, (mean, std) = [float(x) for x in raw.split(", ")], [float(x.strip("()")) for x in told.split()]
-            # the raw values are themselves rounded: half a digit each, and half of what is told
+            # the raw values and the printed ones are each rounded by up to half a digit
             assert abs(statistics.fmean(values) - mean) <= 1.01e-4, row
             assert abs(statistics.stdev(values) - std) <= 1.51e-4, row
             looked_at += 1

@@ -1,4 +1,4 @@
-"""What the README says is run, shortened; commands for a GPU are parsed and built."""
+"""Runs the README's examples, shortened; commands for a GPU are parsed and built."""
 
 import re
 import shlex
@@ -14,7 +14,7 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.S)
 COMMANDS = [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines()]
 PAGES = [line for path in sorted((ROOT / "docs").glob("*.md")) for line in path.read_text().splitlines()]
-OTHER_OPTIONS = {"compare", "export"}  # check has those of a fit
+OTHER_OPTIONS = {"compare", "export"}  # check has the options of fit
 
 
 def test_the_python_example_runs(settings, tmp_path, monkeypatch):
@@ -36,7 +36,7 @@ def test_the_python_example_runs(settings, tmp_path, monkeypatch):
     scope: dict[str, object] = {}
     exec(code, scope)
     assert scope["trainer"].global_step == 4
-    assert scope["module"].teacher is None  # came and went
+    assert scope["module"].teacher is None  # loaded and unloaded
 
 
 def test_the_cells_of_the_notebook_page_run_one_after_another(tmp_path, monkeypatch):
@@ -79,7 +79,7 @@ def test_commands_for_a_gpu_parse_and_build(command, tmp_path, monkeypatch):
 
 
 def test_the_shorter_try_is_consistent(teacher, tmp_path, monkeypatch, capsys):
-    """Its settings are accepted together, up to the text that is not there."""
+    """Its settings are accepted together; only the missing text is an error."""
     monkeypatch.chdir(ROOT)
     options = re.search(r"\*\*A shorter try\*\*: `([^`]*)`", README)[1]
     args = ["--config=configs/salt.yaml", *shlex.split(options), "--trainer.accelerator=cpu", "--data.source=no/*.txt"]

@@ -1,4 +1,4 @@
-"""KDSchedule at its corners, by literal values, and as a property over all settings."""
+"""KDSchedule: corner cases by literal values, and a property over all settings."""
 
 import itertools
 import math

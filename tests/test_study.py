@@ -1,4 +1,4 @@
-"""benchmarks/study.py: what its queue holds and in which order, what its report says, and a few real cells."""
+"""benchmarks/study.py: the contents and order of its queue, its report, and a few real cells."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from study import SEEDS, SIZES, Study, model  # noqa: E402
 
 
 def queue(tmp_path, **losses: float) -> Study:
-    """A study of the GPU's size whose cells named so (baseline_lr0_001_s0) have these losses."""
+    """A study of size "gpu" whose cells with these names (baseline_lr0_001_s0) have these losses."""
     study = Study("gpu", tmp_path, tmp_path)
     for name, loss in losses.items():
         cell = name.replace("lr0_", "lr0.").replace("_", "-")
@@ -38,9 +38,9 @@ def test_nothing_runs_before_the_learning_rate_is_decided(tmp_path):
     assert len(SIZES["gpu"].large_rates) >= 4
     teachers = [cell for cell in study.cells() if cell.part == "teacher"]
     for cell in study.cells():
-        assert set(cell.needs) <= {other.name for other in study.cells()} | {"baseline-lr0-s0"}  # the chosen rate's
+        assert set(cell.needs) <= {other.name for other in study.cells()} | {"baseline-lr0-s0"}  # rate not chosen
         path = cell.settings.get("model.teacher.path")
-        if path and cell.part != "score":  # a taught cell waits for the teacher that it names
+        if path and cell.part != "score":  # a cell with a teacher waits for the teacher that it names
             assert {f"{t.name}" for t in teachers if path.endswith(f"/{t.row}")} <= set(cell.needs)
             assert any(path.endswith(f"/{t.row}") for t in teachers)
 
@@ -83,7 +83,7 @@ def test_the_queue_holds_the_rows_of_the_study(tmp_path):
 
 
 def test_cells_beside_the_plan(tmp_path):
-    """--more: any experiment with another seed or length; what the plan holds is not held twice."""
+    """--more: any experiment with another seed or length; cells of the plan are not repeated."""
     study = Study(
         "cpu-long", tmp_path, tmp_path, ["rkd-s5", "long-teacher-more-kd-f0.5-s1", "without-kd-s2", "salt-s0"]
     )
@@ -119,7 +119,7 @@ def test_half_the_rate_and_the_larger_student_have_lengths_of_their_own(tmp_path
 
 
 def test_a_changed_learning_rate_curve_is_run_as_baseline_too(tmp_path):
-    """Every SALT cell has a BASELINE with the same optimizer, steps and first stretch."""
+    """Every SALT cell has a BASELINE with the same optimizer, steps and first part."""
 
     def curve(cell):
         shared = {**cell.settings, **(cell.first or {})}
@@ -197,7 +197,7 @@ def write_sources(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """tiny(*arguments): a start in a folder of its own. It forks, and this process has threads."""
+    """tiny(*arguments) runs study.py in a separate folder and process: it forks, and this process has threads."""
     folder = tmp_path_factory.mktemp("study")
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CORPUS": str(write_sources(folder))}
 
@@ -233,7 +233,7 @@ def test_cells_of_each_kind(tiny, first_start):
     salt = found["salt-s0"]
     assert {"val/ce", "val/ce/books", "val/ce/code", "val/ce/ood", "flops_teacher", "seconds"} < set(salt)
     low, high = sorted((salt["val/ce/books"], salt["val/ce/code"]))
-    assert low <= salt["val/ce"] <= high  # the held-out source is in neither
+    assert low <= salt["val/ce"] <= high  # neither contains the held-out source
     assert [step for step, _ in found["salt-f0.5-s0"]["curve"]] == [1, 2, 3, 4, 5]
     assert salt["flops_student"] == found["salt-ds-s0"]["flops_student"] == 2 * found["salt-f0.5-s0"]["flops_student"]
     assert (
@@ -255,7 +255,7 @@ def test_finished_cells_are_skipped_and_a_killed_one_goes_on(tiny, first_start):
     state, run = tiny.folder / "runs/study-tiny", tiny.folder / "cache/study-tiny/runs/high-lr-salt-s0"
     kept = [json.dumps(record) + "\n" for name, record in before.items() if name != "high-lr-salt-s0"]
     (state / "results.jsonl").write_text("".join(kept))
-    for file in run.glob("checkpoints/step-00000010.ckpt*"):  # what a kill after the first stretch leaves behind
+    for file in run.glob("checkpoints/step-00000010.ckpt*"):  # the state after a kill at the end of the first part
         file.unlink()
     out = tiny("--only", CELLS)
     assert out.count("minutes expected") == 1
@@ -268,9 +268,9 @@ def test_finished_cells_are_skipped_and_a_killed_one_goes_on(tiny, first_start):
 
 
 def test_a_cell_that_the_time_stops_is_no_failure(tmp_path, monkeypatch, capsys):
-    """`study.py run --minutes 9` again and again: each start but the last ends in the middle of a cell."""
+    """When `study.py run --minutes 9` is repeated, each start but the last ends in the middle of a cell."""
     study = queue(tmp_path)
-    monkeypatch.setattr(study, "_in_child", lambda cell, deadline: time.sleep(0.1))  # None, as of a killed one
+    monkeypatch.setattr(study, "_in_child", lambda cell, deadline: time.sleep(0.1))  # returns None, like a killed cell
     monkeypatch.setattr(study, "minutes", lambda cell: 0.0005)
     assert study.run(0.001, "") == 0
     assert capsys.readouterr().out.count("is out of time") == 1
@@ -283,14 +283,14 @@ def test_the_report(tiny, first_start):
     out, found = study_report.report(Study("tiny", state, tiny.folder)), records(tiny)
     assert f"{found['salt-s0']['val/ce']:.4f}" in next(line for line in out.splitlines() if line.startswith("| salt "))
     assert "### Reached at f: salt" in out
-    half = found["half-lr-salt-s0"]["val/ce"] - found["baseline-lr0.015-s0"]["val/ce"]  # BASELINE at its rate
+    half = found["half-lr-salt-s0"]["val/ce"] - found["baseline-lr0.015-s0"]["val/ce"]  # BASELINE at the same rate
     assert f" {half:+.4f} " in next(line for line in out.splitlines() if line.startswith("| half-lr-salt "))
     base, salt = (
         [float(line.split("|")[column]) for third in ("easy", "medium", "hard") for line in out.splitlines()
          if line.startswith(f"| val/ce/{third} ")]
         for column in (2, 3)
     )  # fmt: skip
-    assert min(base) < found["baseline-lr0.03-s0"]["val/ce"] < max(base)  # thirds of the text that val/ce is a mean of
+    assert min(base) < found["baseline-lr0.03-s0"]["val/ce"] < max(base)  # val/ce is the mean over the thirds
     assert min(salt) < found["salt-s0"]["val/ce"] - found["baseline-lr0.03-s0"]["val/ce"] < max(salt)
     assert "Not run: " in out
     assert (state / "main/compare.png").exists()

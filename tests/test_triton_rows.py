@@ -1,4 +1,4 @@
-"""The Triton row pass against the plain one: on a GPU, or under Triton's interpreter on a CPU."""
+"""The Triton row pass compared with the plain one: on a GPU, or under Triton's interpreter on a CPU."""
 
 import importlib
 import math
@@ -37,7 +37,7 @@ def kernels(monkeypatch):
 
 @pytest.mark.skipif(CUDA or INTERPRETED, reason="the tests run here")
 def test_under_the_interpreter():
-    """Triton decides at its import whether it interprets, so these tests get a process of their own."""
+    """Triton decides on import whether to interpret, so these tests run in a separate process."""
     its_numpy_warnings = ["-W", "ignore::RuntimeWarning", "-W", "ignore::DeprecationWarning"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *its_numpy_warnings, __file__]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
@@ -61,7 +61,7 @@ def test_candidate_under_the_interpreter():
 @pytest.mark.parametrize("logits", ["bf16", "fp32"])
 @pytest.mark.parametrize("flags", [(True, False, True), (True, True, True), (False, False, True), (True, True, False)])
 def test_kernels_compile_for_a_gpu(logits, flags, monkeypatch, tmp_path):
-    """The interpreter accepts what the compiler does not (a variable that changes its type), and needs no GPU."""
+    """Needs no GPU. The interpreter accepts what the compiler refuses, such as a variable that changes its type."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernels = importlib.import_module("salt_lightning.head.triton_rows")
     integers = {"vocab", "width", "student_stride", "teacher_stride", "grad_stride", "sums_stride", "stride"}
@@ -102,15 +102,15 @@ def assert_compiles(kernel, types, integers, constants, warps):
     options = {
         "num_warps": warps,
         "enable_fp_fusion": True,
-    }  # the default so far; Triton 3.9 warns where it is not said
+    }  # the default so far; Triton 3.9 warns if it is not given
     assert triton.compile(source, target=target, options=options).asm["ptx"]
 
 
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # ten units in the last place (1e-6) of the logits near 10 that sums are made of
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # ten units in the last place (1e-6) of the summed logits, which are near 10
 
 
 def make_rows(dtype, vocab=101, num_rows=9, padded=128, seed=0):
-    """Logits of both models as rows of a wider buffer, its rest NaN (but in row 3); labels with ignored rows."""
+    """Logits of both models as rows of a wider buffer, filled with NaN (except row 3); labels with ignored rows."""
     gen = torch.Generator().manual_seed(seed)
     rows = []
     for _ in range(2):
@@ -121,7 +121,7 @@ def make_rows(dtype, vocab=101, num_rows=9, padded=128, seed=0):
     labels_C = torch.randint(0, vocab, (num_rows,), generator=gen)
     labels_C[[0, 4]] = -100
     labels_C[1] = int(rows[0][1].argmax())  # one correct token
-    rows[1][1, labels_C[1]] = 50  # which is the teacher's too
+    rows[1][1, labels_C[1]] = 50  # also for the teacher
     return *rows, labels_C.to(DEVICE)
 
 
@@ -145,7 +145,7 @@ def test_fp32_rows_are_the_plain_ones(kernels, temperature, kd_weight, vocab):
     buffer = torch.full((9, 128), math.nan, device=DEVICE)
     ours_CV = buffer[:, :vocab]
     ours_7C = run(kernels, [student_CV, teacher_CV], labels_C, mix, ours_CV)
-    # behind a row is written only where that allows wide stores, and only up to the next row
+    # beyond a row, only what wide stores need is written, and only up to the next row
     assert (buffer[:, vocab:] == 0).all() if vocab % 16 else buffer[:, vocab:].isnan().all()
     assert relative_error(ours_CV, grad_CV) <= 1e-6  # fp32, exponents of up to 40 in base 2
     assert torch.allclose(ours_7C, sums_7C, **CLOSE)
@@ -196,7 +196,7 @@ def test_without_kernels_that_run_the_plain_pass_is_taken_and_said(error, monkey
 
 
 def test_rows_that_touch_stay_apart(kernels):
-    """Contiguous rows of a vocabulary that no wide load fits: nothing behind them is theirs."""
+    """Contiguous rows of a vocabulary that no wide load fits: the kernels must not write beyond them."""
     student_CV, teacher_CV, labels_C = (t.contiguous() for t in make_rows(torch.float32))
     mix, around = make_mix(0.4, 1.0), torch.full((11, 101), math.nan, device=DEVICE)
     expected_CV = row_pass(student_CV, teacher_CV, labels_C, mix, True)[1]
@@ -221,8 +221,8 @@ def test_masked_vocabulary_and_broken_rows(kernels):
     teacher_CV[:, 90:] = -math.inf
     mix = make_mix(0.4, 1.0)
     cut = row_pass(student_CV[:, :90], teacher_CV[:, :90], labels_C, mix, True)
-    student_CV[2, 5] = math.nan  # must show, not vanish
-    labels_C[3] = 101  # outside of the vocabulary: must neither be read nor pass unseen
+    student_CV[2, 5] = math.nan  # must show in the result, not vanish
+    labels_C[3] = 101  # outside the vocabulary: must be neither read nor ignored
     grad_CV = torch.full_like(student_CV, 7.0)
     sums_7C = run(kernels, [student_CV, teacher_CV], labels_C, mix, grad_CV)
     good = [0, 1, 4, 5, 6, 7, 8]

@@ -1,4 +1,4 @@
-"""docs/troubleshooting.md speaks of messages that exist: each is looked up among the strings of the sources."""
+"""The messages in docs/troubleshooting.md exist: each is looked up among the strings of the sources."""
 
 import ast
 import re
@@ -12,7 +12,7 @@ MESSAGES = re.findall(r"^\| `(.+?)` \| [^|]+ \| [^|]+ \|$", PAGE, re.M)
 
 
 def strings(path: Path) -> list[str]:
-    """Every string of a file but the docstrings, with … where a value is put in."""
+    """Every string of a file except docstrings, with … in place of inserted values."""
     found, tree = [], ast.parse(path.read_text())
     docs = {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):
