@@ -1,4 +1,4 @@
-"""What test finds out besides the loss: generation, choices, and the figures made of them."""
+"""What `test` measures besides the loss: generation, choices, and figures from them."""
 
 import json
 import math
@@ -37,7 +37,7 @@ EOS = 0
 
 
 def packed_logits(lm, prompts):
-    """The last logits of each prompt, by the forward that trains: all in one row, isolated by their positions."""
+    """The last logits of each prompt by the training forward: all in one row, isolated by their positions."""
     ids = torch.tensor([[token for prompt in prompts for token in prompt]])
     positions = torch.cat([torch.arange(len(prompt)) for prompt in prompts])[None]
     logits = lm(ids, positions, then=torch.nn.functional.linear)
@@ -66,7 +66,7 @@ def test_generation_begins_where_the_packed_forward_ends(family):
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @torch.no_grad()
 def test_generation_is_greedy_and_ends_at_the_first_mark_of_an_end(family):
-    """Against a loop without cache, padding or batch."""
+    """Compared with a loop without cache, padding or batch."""
     lm = tiny(family).eval()
     longest = {}
     for prompt in PROMPTS:
@@ -77,7 +77,7 @@ def test_generation_is_greedy_and_ends_at_the_first_mark_of_an_end(family):
     stops = [longest[tuple(PROMPTS[0])][4], longest[tuple(PROMPTS[1])][2]]  # so that two of them end early
     ends = ([place for place, token in enumerate(answer) if token in stops] for answer in longest.values())
     expected = [answer[: min(found, default=8)] for answer, found in zip(longest.values(), ends, strict=True)]
-    lm.model.generation_config.update(repetition_penalty=9.0, temperature=0.1, do_sample=True)  # as of a hub model
+    lm.model.generation_config.update(repetition_penalty=9.0, temperature=0.1, do_sample=True)  # as in a hub model
     before = torch.get_rng_state()
     assert generate(lm.model, PROMPTS, 8, stops, torch.device("cpu")) == expected
     assert torch.equal(before, torch.get_rng_state())
@@ -217,7 +217,7 @@ CAPITALS = {"France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Norway": "Os
 
 @pytest.fixture(scope="module")
 def learned(settings, tmp_path_factory) -> dict[str, object]:
-    """A run that has learned four answers by heart, and the settings to test it."""
+    """A run that has memorized four answers, and the settings to test it."""
     folder = tmp_path_factory.mktemp("answers")
     byte_tokenizer().save_pretrained(folder / "tokenizer")
     rows = [{"q": country, "a": city} for country, city in CAPITALS.items()] * 3
@@ -289,7 +289,7 @@ def test_what_cannot_be_tested_is_refused(own, message, learned, capsys):
 
 
 def test_a_prompt_near_the_end_of_a_row_gets_what_is_left(learned, monkeypatch):
-    """And some examples alone are looked at: evenly spaced ones."""
+    """Only some examples are tested, evenly spaced ones."""
     asked = []
 
     def spy(model, prompts, max_new_tokens, *others):
@@ -306,7 +306,7 @@ def test_a_prompt_near_the_end_of_a_row_gets_what_is_left(learned, monkeypatch):
 
 
 def test_an_example_without_room_for_the_longest_choice_is_left_out(learned):
-    """18 bytes of prompt and the 8 tokens of ' Madrid' and EOS are more than 25; 17 and 8 are not."""
+    """18 bytes of prompt and the 8 tokens of ' Madrid' and EOS are more than 25 tokens; 17 and 8 are not."""
     assert cli.main(["test", *arguments(learned, {"data.block_size": 25, "answers.max_new_tokens": 0})]) == 0
     assert [record["example"] for record in answers(learned["run"])] == [1, 2, 5, 6, 9, 10]
 

@@ -1,6 +1,6 @@
-"""Packed attention: the formula, the families that it fits, when it is refused, and how often it is compiled.
+"""Packed attention: the formula, the families that can use it, when it is refused, and how often it is compiled.
 
-torch's kernel runs on GPUs alone: here its op (its signature and place in autograd) has the formula in its place.
+torch's kernel runs only on GPUs: here the formula replaces it in its op (with its signature and place in autograd).
 """
 
 import copy
@@ -40,7 +40,7 @@ windowed, with_llama = (
 
 
 def reached(length, window_size):
-    """[Q, K]: the keys of a document that a query attends to, as torch's varlen_attn says it; -1: all."""
+    """[Q, K]: the keys of a document that a query attends to, as torch's varlen_attn defines it; -1: all."""
     left, right = (length if size == -1 else size for size in window_size)
     back_QK = torch.arange(length)[:, None] - torch.arange(length)
     return (back_QK <= left) & (back_QK >= -right)
@@ -67,7 +67,7 @@ def forward(q_NHE, k_NKE, v_NKE, cu_q, cu_k, max_q, max_k, _causal, scale, windo
 
 
 def backward(g_NHE, q_NHE, k_NKE, v_NKE, _out, _lse, cu_q, _cu_k, _max_q, _max_k, _causal, _rng, scale, window_size):
-    """ds = p (dp - sum(p dp)); the kernel is below autograd, so by hand."""
+    """ds = p (dp - sum(p dp)), by hand because the kernel is below autograd."""
     grads = dq_NHE, dk_NKE, dv_NKE = [torch.zeros_like(x) for x in (q_NHE, k_NKE, v_NKE)]
     groups, scale = q_NHE.shape[1] // k_NKE.shape[1], scale or q_NHE.shape[2] ** -0.5
     for first, end in zip(cu_q[:-1].tolist(), cu_q[1:].tolist(), strict=True):
@@ -88,7 +88,7 @@ varlen._varlen_attn_backward.register_kernel("cpu", backward)
 
 @pytest.fixture
 def kernel(monkeypatch):
-    """kernel(function): in the place of torch's varlen_attn; and CPUs count as devices that have it."""
+    """kernel(function) replaces torch's varlen_attn, and lets CPUs count as devices that have it."""
     monkeypatch.setattr(attention, "_WITH_KERNEL", ("cpu",))
     attention.fault.cache_clear()
     yield partial(monkeypatch.setattr, attention, "varlen_attn")
@@ -122,7 +122,7 @@ def test_a_window_reaches_as_far_as_in_transformers_masks(monkeypatch, window):
 @pytest.mark.parametrize("key_heads", [4, 2])
 @pytest.mark.parametrize("takes_groups", [True, False])  # torch 2.13, and 2.11
 def test_with_a_mask_and_without(monkeypatch, key_heads, takes_groups, window):
-    """Both ways on any device, with their gradients."""
+    """Both give the same on any device, with gradients."""
     monkeypatch.setattr(attention, "_TAKES_GROUPS", takes_groups and attention._TAKES_GROUPS)
     q, k, v = (
         torch.randn(2, heads, 10, 8, generator=torch.Generator().manual_seed(heads), requires_grad=True)
@@ -144,7 +144,7 @@ def same_numbers(plain, packed):
     outs = plain(IDS, POSITIONS)[0], packed(IDS, POSITIONS, cu_seqlens=BORDERS)[0]
     # two orders of summing ten products in fp32, through two layers
     assert torch.allclose(*outs, rtol=0, atol=64 * 2**-23 * outs[0].abs().max().item())
-    assert torch.equal(outs[1], packed(IDS, POSITIONS)[0])  # the borders are found where nobody gives them
+    assert torch.equal(outs[1], packed(IDS, POSITIONS)[0])  # borders are found if they are not given
     grads = [torch.autograd.grad(out.square().sum(), list(lm.backbone.parameters()), materialize_grads=True)
              for out, lm in zip(outs, (plain, packed), strict=True)]  # fmt: skip
     for a, b in zip(*grads, strict=True):
@@ -153,7 +153,7 @@ def same_numbers(plain, packed):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_same_numbers_as_with_transformers_masks(family):
-    """Hidden states and gradients; a family whose scores are capped, or have sinks beside them, stays as it is."""
+    """Hidden states and gradients; a family with capped scores or attention sinks keeps its masks."""
     plain, packed = tiny(family).eval(), tiny(family).eval()
     plain.check()
     packed.check()
@@ -208,7 +208,7 @@ def test_masks_of_a_family_s_own_making_stay(caplog):
 
 
 def test_windows_beside_our_mask(monkeypatch):
-    """A family that takes our mask alone, and hands it on by its name."""
+    """A family that accepts only our mask, and passes it on by name."""
     sizes = {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4, "num_dense_layers": 2}
     monkeypatch.setitem(FAMILIES, "afmoe", {**LLAMA_LIKE, **sizes})
     plain, packed = tiny("afmoe").eval(), tiny("afmoe").eval()
@@ -263,7 +263,7 @@ def another_window(by):
 )
 def test_the_kernel_is_proved_before_it_is_used(kernel, function, reason):
     kernel(function)
-    with torch.inference_mode(), torch.device("meta"):  # as where a predict loads its teacher, or a fit its student
+    with torch.inference_mode(), torch.device("meta"):  # as when predict loads its teacher, or fit its student
         told = attention.fault(CPU, 4, 2, 8)
     assert told is None if reason is None else reason in told
 
@@ -284,7 +284,7 @@ def test_a_window_is_proved_before_it_is_used(kernel, caplog, by, window):
 
 
 def test_what_is_proved_is_what_layers_have(kernel, monkeypatch):
-    """Each once: full layers and windows, the long ones as one that cuts within the documents of the proof."""
+    """Each is checked once: full layers and windows; a long window as one that cuts the check's documents."""
     asked = []
     monkeypatch.setattr(attention, "fault", lambda device, *layer: asked.append(layer))
     monkeypatch.setattr(attention.fault, "cache_clear", lambda: None, raising=False)
@@ -404,7 +404,7 @@ def test_the_kernel_of_this_gpu(key_heads, width, window):
 
 
 def test_settings_of_a_text_part_are_found():
-    """As the hub has gemma3: sizes and windows are in the config of its text model."""
+    """Like gemma3 on the hub: sizes and windows are in the config of its text model."""
     sizes = FAMILIES["gemma3_text"] | {"model_type": "gemma3_text", "max_position_embeddings": 16}
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
               "image_size": 28, "patch_size": 14}  # fmt: skip

@@ -1,4 +1,4 @@
-"""Rows, their order, the loaders, and what the data module does to a trainer."""
+"""Rows, their order, the loaders, and the data module in a trainer."""
 
 import ast
 import errno
@@ -47,7 +47,7 @@ def test_every_epoch_is_a_permutation(num_rows, seed, epoch):
 
 
 def test_order_is_the_same_for_ever():
-    # Golden values: a change reorders every run that is resumed. Change them only with a new major version.
+    # Golden values: a change reorders every resumed run. Change them only with a new major version.
     assert row_at(np.arange(8), 0, 10).tolist() == [6, 1, 3, 0, 2, 5, 9, 8]
     far = row_at(np.array([0, 1, 2, 10**9, 10**15]), 7, 10**9).tolist()
     assert far == [29034874, 490811151, 799699231, 950846372, 147046970]
@@ -57,18 +57,18 @@ def test_order_differs_by_epoch_and_seed():
     first = row_at(np.arange(100), 3, 100)
     assert (first != row_at(100 + np.arange(100), 3, 100)).mean() > 0.9
     assert (first != row_at(np.arange(100), 4, 100)).mean() > 0.9
-    both = row_at(np.arange(50, 150), 3, 100)  # a step may lie across two epochs
+    both = row_at(np.arange(50, 150), 3, 100)  # a step may span two epochs
     assert both[:50].tolist() == first[50:].tolist()
 
 
 def test_order_mixes():
     n = 10_007
     rows = row_at(np.arange(n), 1, n)
-    # Of a random permutation: correlation with the position 0 +- 1/sqrt(n), distance between neighbours
+    # For a random permutation: correlation with the position 0 +- 1/sqrt(n), distance between neighbors
     # n/3 +- n/sqrt(18 n).
     assert abs(np.corrcoef(np.arange(n), rows)[0, 1]) < 4 / np.sqrt(n)
     assert abs(np.abs(np.diff(rows)).mean() - n / 3) < 4 * n / np.sqrt(18 * n)
-    # Of one position, the row over many epochs: uniform; chi-squared with 99 degrees of freedom, 5 sigma.
+    # For one position, the row over many epochs is uniform: chi-squared with 99 degrees of freedom, 5 sigma.
     row = row_at(np.arange(0, 20_000 * 100, 100), 1, 100)
     chi = ((np.bincount(row, minlength=100) - 200) ** 2 / 200).sum()
     assert abs(chi - 99) < 5 * np.sqrt(2 * 99)
@@ -85,7 +85,7 @@ def test_order_of_a_billion_rows_costs_nothing():
 
 
 def token_files(folder: Path, docs: list[list[int]], byte_counts=None, sources=None) -> TokenFiles:
-    """A prepared folder with these documents, EOS added, as validation split."""
+    """A prepared folder with these documents (EOS added) as validation split."""
     folder.mkdir(parents=True, exist_ok=True)
     writer = SplitWriter(folder / "val", "uint16", no_counts())
     byte_counts = byte_counts or [[1] * len(doc) for doc in docs]
@@ -137,7 +137,7 @@ def some_rows(folder: Path, num_rows: int = 37, width: int = 8) -> PackedRows:
     rng = np.random.default_rng(0)
     docs = [rng.integers(1, 500, size).tolist() for size in rng.integers(1, 20, 200)]
     packed = PackedRows(token_files(folder, docs), width, True)
-    packed.num_rows = num_rows  # a prime, so that nothing divides
+    packed.num_rows = num_rows  # a prime, so that no size divides it
     return packed
 
 
@@ -151,7 +151,7 @@ def test_a_step_reads_the_same_rows_for_any_ranks_and_accumulation(world, accumu
         for rank in range(world)
     ]
     assert {rank.accumulate for rank in ranks} == {accumulate}
-    for step in range(6):  # 96 positions: two epochs and a half
+    for step in range(6):  # 96 positions: two and a half epochs
         parts = [rank[step * accumulate + m] for m in range(accumulate) for rank in ranks]
         rows = np.concatenate([part["rows"] for part in parts])
         assert rows.tolist() == whole[step]["rows"].tolist()
@@ -186,7 +186,7 @@ def test_the_documents_of_rows_are_those_of_their_tokens(tmp_path):
 
 @pytest.mark.parametrize("micro", [1, 4, 5, 11])
 def test_shards_are_read_whole_whatever_the_batch(micro, tmp_path):
-    """37 rows in shards of 10: the last has 7, and no batch beyond them. Without shards there is one without rows."""
+    """37 rows in shards of 10: the last has 7 rows and no batch beyond them. Without shards there is an empty batch."""
     packed = some_rows(tmp_path)
     packed.num_rows = 37
     for shards, rows in (([1, 3], [*range(10, 20), *range(30, 37)]), ([2], list(range(20, 30))), ([], [])):
@@ -196,7 +196,7 @@ def test_shards_are_read_whole_whatever_the_batch(micro, tmp_path):
         assert {len(batch) for batch in seen} == {micro}
         assert [row for batch in seen for row in batch if row != NO_ROW] == rows
         if len(shards) == 2:
-            assert seen[-(-10 // micro)][0] == 30  # no batch lies across two shards
+            assert seen[-(-10 // micro)][0] == 30  # no batch spans two shards
     assert len(ShardBatches(packed, [], (10, micro))) == 0
 
 
@@ -314,7 +314,7 @@ def test_validation_bytes_are_those_of_the_text(make):
     data = ready(make())
     total = sum(int(batch["bytes"].sum()) for batch in data.val_dataloader())
     files = data._eval.files
-    first = files.token_bytes[np.concatenate([[0], files.doc_ends[:-1]])].sum()  # no label: nothing comes before it
+    first = files.token_bytes[np.concatenate([[0], files.doc_ends[:-1]])].sum()  # no label: nothing precedes it
     assert total == files.manifest["splits"]["val"]["text_bytes"] - first
 
 
@@ -467,7 +467,7 @@ def test_data_imports_no_training_code():
 
 
 class Toy(pl.LightningModule):
-    """Learns one number; remembers which rows each optimizer step read, and when it was validated."""
+    """Learns one number; records which rows each optimizer step read, and when it was validated."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -561,7 +561,7 @@ def test_resume_goes_on_with_the_next_row(make, tmp_path):
 
     trainer(tmp_path, callbacks=[Save()]).fit(Toy(), datamodule=make(micro_batch_size=4))
     data, toy = make(micro_batch_size=4, num_workers=2), Toy()
-    assert ready(data).num_train_rows < 60 * 8  # the epoch wraps on the way
+    assert ready(data).num_train_rows < 60 * 8  # a new epoch begins in between
     again = trainer(tmp_path, max_steps=60)
     again.fit(toy, datamodule=data, ckpt_path=tmp_path / "5.ckpt", weights_only=True)
     assert toy.rows == expected_rows(data, range(5, 60))

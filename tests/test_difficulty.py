@@ -1,4 +1,4 @@
-"""The thirds of the held-out text: by the definition, through the real command, and what is refused."""
+"""Thirds of the held-out text: by definition, through the real command, and what is refused."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ from salt_lightning.teacher.difficulty import thirds
 
 
 def reference(nll, tokens):
-    """Twice the tokens before the middle of a document, in the order of the losses, over twice all tokens."""
+    """The third of each document, in integers: twice the tokens before its middle, by loss, over twice all tokens."""
     place = []
     for i, n in enumerate(tokens):
         easier = [j for j, m in enumerate(tokens) if m and n and (nll[j] / m, j) < (nll[i] / n, i)]
@@ -26,7 +26,7 @@ def reference(nll, tokens):
     return place
 
 
-# few values of either kind: most examples have ties and documents on a cut
+# few different values, so that most examples have ties and documents on a cut
 @hypothesis_settings(deadline=None, max_examples=200)
 @given(st.lists(st.tuples(st.sampled_from([1.0, 2.0, 3.5]), st.sampled_from([0, 1, 2, 6])), min_size=1, max_size=12))
 def test_equals_the_definition(documents):
@@ -37,16 +37,16 @@ def test_equals_the_definition(documents):
 
 
 def test_by_hand():
-    # losses 3, 1, 1, 2 in documents of 2, 1, 3, 3 tokens, one without: 9 tokens, cuts at 3 and 6
+    # losses 3, 1, 1, 2 in documents of 2, 1, 3, 3 tokens, and one document without: 9 tokens, cuts at 3 and 6
     nll, tokens = np.array([6.0, 1.0, 0.0, 3.0, 6.0]), np.array([2, 1, 0, 3, 3])
-    # in order: no. 1 (middle 0.5), no. 3 (2.5), no. 4 (5.5), no. 0 (8): of the equal ones the lower number comes first
+    # in order: no. 1 (middle 0.5), no. 3 (2.5), no. 4 (5.5), no. 0 (8): equal ones are ordered by number
     assert thirds(nll, tokens).tolist() == [2, 0, -1, 0, 1]
     assert thirds(np.full(6, 1.0), np.full(6, 1)).tolist() == [0, 0, 1, 1, 2, 2]
 
 
 @pytest.fixture(scope="module")
 def looked_at(settings, teacher, tmp_path_factory):
-    """The run of the teacher, after its `validate`."""
+    """The teacher's run after its `validate`."""
     run = tmp_path_factory.mktemp("judge") / "run"
     own = {k: v for k, v in settings.items() if not k.startswith(("checkpoint.", "model."))}
     assert cli.main(["validate", *arguments(own, {"run": str(run), "ckpt_path": teacher})]) == 0
@@ -54,7 +54,7 @@ def looked_at(settings, teacher, tmp_path_factory):
 
 
 def nll_by_document(checkpoint, settings):
-    """Float64: document -> nll of its labels. Documents are told apart by the EOS before them."""
+    """Document -> nll of its labels, in float64. Documents are separated by the EOS before them."""
     module = SALTModule.load_from_checkpoint(checkpoint, weights_only=True).double()
     data = SALTDataModule(**{k.removeprefix("data."): v for k, v in settings.items() if k.startswith("data.")})
     data.prepare_data()

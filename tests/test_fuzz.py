@@ -1,4 +1,4 @@
-"""A small share of the fuzzing of benchmarks/fuzz.py, always the same cases; and what the campaign has found."""
+"""A small share of benchmarks/fuzz.py's cases, always the same, and the defects that the campaign found."""
 
 import json
 import logging
@@ -61,7 +61,7 @@ def test_half_a_surrogate_pair_in_the_name_of_a_source(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"text": "a", "kind": "\\ud800"}\n')
     corpus = corpus_of(tmp_path / "x.jsonl", source_column="kind")
     folder = prepare_tokens(corpus, byte_tokenizer(), 0.0, tmp_path / "cache", 1)
-    assert stored(folder, "train", byte_tokenizer()) == [("a", "?")]  # a log's tag has to be UTF-8
+    assert stored(folder, "train", byte_tokenizer()) == [("a", "?")]  # tags in logs must be UTF-8
 
 
 def test_an_error_is_one_line_whatever_a_file_is_called(tmp_path):

@@ -1,4 +1,4 @@
-"""Families of transformers: head, isolation of documents, a KD step; loading; what is refused."""
+"""Model families of transformers: head, isolation of documents, a KD step; loading; what is refused."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def test_hidden_times_head_are_the_models_logits(family):
     own_NV = lm.model(input_ids=IDS, use_cache=False).logits.flatten(0, 1)
     # two ways of rounding a sum of 32 products in fp32
     assert torch.allclose(logits_NV, own_NV, rtol=0, atol=32 * 2**-23 * own_NV.abs().max().item())
-    assert own_NV.std() > 0.05  # the premise: not all alike
+    assert own_NV.std() > 0.05  # the premise: not all equal
 
 
 @families
@@ -63,15 +63,15 @@ def test_packed_documents_do_not_see_each_other(family, attention):
     changed = IDS.clone()
     changed[0, :3] = torch.tensor([1, 2, 3])  # document 1 of row 0
     after = lm(changed, POSITIONS)[0].view(2, 10, -1)
-    if "num_experts_per_tok" in FAMILIES[family]:  # experts multiply tokens in groups, whose sums differ by roundings
+    if "num_experts_per_tok" in FAMILIES[family]:  # experts multiply tokens in groups, whose sums differ by rounding
         assert (after - before)[0, 3:].abs().max() <= 32 * 2**-23 * before.abs().max()
     else:
         assert torch.equal(before[0, 3:], after[0, 3:])
     assert not torch.allclose(before[0, :3], after[0, :3])
-    # and a document reads the same as it does alone
+    # and a document gives the same as alone
     alone = lm(IDS[:1, 3:], POSITIONS[:1, 3:])[0]
     assert torch.allclose(before[0, 3:], alone, atol=1e-5 * alone.abs().max().item())
-    # while within a document the past is seen
+    # but within a document the past is visible
     changed = IDS.clone()
     changed[0, 3] = 11
     assert not torch.allclose(before[0, 9], lm(changed, POSITIONS)[0].view(2, 10, -1)[0, 9])
@@ -155,7 +155,7 @@ def test_a_leak_in_a_batch_alone_is_noticed():
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
 def test_rows_laid_end_to_end_give_the_same_hidden_states(family):
-    """The way of flash attention, here under sdpa."""
+    """As with flash attention, here with sdpa."""
     lm = tiny(family).eval()
     expected = lm(IDS, POSITIONS)[0]
     lm._one_row = True
@@ -186,10 +186,10 @@ def test_hidden_states_that_are_no_numbers_are_no_proof():
 
 @families
 def test_a_cast_leaves_the_frequencies_of_positions_in_fp32(family):
-    """In bf16 they are off by 0.4%: far positions would be others than in the export and for a student taught by it."""
+    """In bf16 they are off by 0.4%: far positions would differ in the export, and for a student taught by it."""
     lm = tiny(family)
     before = {name: buffer.clone() for name, buffer in lm.named_buffers() if name.endswith("inv_freq")}
-    torch.nn.Sequential(lm).to(torch.bfloat16)  # as Lightning casts it: within another module
+    torch.nn.Sequential(lm).to(torch.bfloat16)  # as Lightning casts it: inside another module
     assert {p.dtype for p in lm.parameters()} == {torch.bfloat16}
     buffers = dict(lm.named_buffers())
     assert all(torch.equal(buffers[name], buffer) for name, buffer in before.items())
@@ -204,7 +204,7 @@ def test_fresh_weights_depend_on_the_seed_alone():
         torch.rand(7)  # other consumers of the global generator
         state = torch.random.get_rng_state()
         weights.append(tiny("llama", seed=3).state_dict())
-        assert torch.equal(torch.random.get_rng_state(), state)  # and it leaves that generator alone
+        assert torch.equal(torch.random.get_rng_state(), state)  # and does not change that generator
     assert all(torch.equal(a, b) for a, b in zip(weights[0].values(), weights[1].values(), strict=True))
     other = tiny("llama", seed=4).state_dict()
     assert not torch.equal(weights[0]["model.lm_head.weight"], other["model.lm_head.weight"])
@@ -289,11 +289,11 @@ def test_misspelt_students_are_named(spec, message):
 
 def test_heads_of_any_width_are_built_where_the_family_does_not_list_them():
     query = tiny("qwen3_moe", head_dim=16).model.model.layers[0].self_attn.q_proj
-    assert query.out_features == 4 * 16  # four heads; 32 / 4 each without the setting
+    assert query.out_features == 4 * 16  # four heads; without the setting 32 / 4 each
 
 
 def test_a_checkpoint_of_a_student_whose_folder_has_settings_of_its_own_loads_on_its_own(tmp_path):
-    """GLM 4 and Qwen 3 with experts have a head_dim that their families do not list; others, names of their tools."""
+    """GLM 4 and Qwen 3 with experts have a head_dim that their families do not list; others name their tools."""
     config = build_fresh(ModelSpec(config={**LLAMA_LIKE, "max_position_embeddings": 16}), None, 0).config
     config.unsloth_version = "2026.1"
     spec = resolved(ModelSpec(path="hub/name"), config)
@@ -469,7 +469,7 @@ def test_a_checkpoint_does_not_say_that_its_weights_are_quantized():
 
 
 def test_a_folder_of_quantized_weights_loads(tmp_path, monkeypatch):
-    """transformers' loaders of such weights need a GPU or packages: one that leaves integers stands in for them."""
+    """transformers' loaders of such weights need a GPU or packages: one that leaves integers replaces them here."""
     tiny("llama").model.save_pretrained(tmp_path)
     original = AutoModelForCausalLM.from_pretrained
 
@@ -495,7 +495,7 @@ def test_the_attention_asked_for_is_the_one_used(teacher, tmp_path):
     paths = (str(tmp_path / "hf"), teacher)
     loaded = [load_pretrained(ModelSpec(path=path, attention="eager"), "teacher", torch.float32) for path in paths]
     assert [model.config._attn_implementation for model in (fresh, *loaded)] == ["eager"] * 3
-    assert lm.model.config._attn_implementation == "sdpa"  # the premise: not what they would take anyway
+    assert lm.model.config._attn_implementation == "sdpa"  # the premise: not the default
 
 
 def test_a_checkpoint_is_loaded_without_drawing_weights_and_tied_as_it_was(teacher):

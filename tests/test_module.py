@@ -1,4 +1,4 @@
-"""SALTModule in a real Trainer: the teacher's life, one division, what is logged, what is refused."""
+"""SALTModule in a real Trainer: loading and unloading the teacher, one division, what is logged, what is refused."""
 
 import gc
 import math
@@ -35,7 +35,7 @@ CONFIG = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "
 
 
 class Spy(Callback):
-    """Looks at each micro-batch and each optimizer step."""
+    """Records each micro-batch and each optimizer step."""
 
     def __init__(self):
         self.rows, self.gradients, self.weights_of_kd, self.teachers = [], [], [], []
@@ -63,7 +63,7 @@ class Spy(Callback):
 
 @pytest.fixture
 def train(settings, tmp_path):
-    """train(teacher path, steps, spy, module settings ..., data settings ...) -> module, by the Python interface."""
+    """train(teacher path, steps, spy, module settings ..., data settings ...) -> module, with the Python interface."""
 
     def run(teacher=None, kd=None, steps=4, spy=None, data=None, **module_settings):
         module = SALTModule(
@@ -107,7 +107,7 @@ def test_a_validate_after_a_fit_is_of_its_last_step(train, settings):
 
 @pytest.mark.parametrize("accumulate", [1, 2, 4])
 def test_no_pass_scales_the_gradients_of_the_loss(train, teacher, monkeypatch, accumulate):
-    """Those of the head are as large as it, and made in the forward of every micro-batch."""
+    """The head's gradients are as large as the head, and are made in the forward of every micro-batch."""
     came_back = []
     original = losses.scale_and_cast
 
@@ -138,7 +138,7 @@ def test_the_student_is_drawn_on_the_cpu_wherever_it_trains():
 
 
 def test_in_bf16_the_tokens_of_a_step_are_counted_exactly(fit_with, tmp_path):
-    """Lightning makes bf16 the default there: an integer divided by another would become one of 8 bits."""
+    """Lightning makes bf16 the default dtype there: dividing two integers would give 8 bits of precision."""
 
     class Look(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
@@ -159,7 +159,7 @@ def test_in_bf16_the_tokens_of_a_step_are_counted_exactly(fit_with, tmp_path):
 
 
 def test_a_stop_is_of_one_fit_alone(settings, tmp_path):
-    """From Python: Ctrl-C, another look at something, and on with the same objects."""
+    """From Python: Ctrl-C, then another fit with the same objects."""
     saver, own = RunCheckpoint(folder=str(tmp_path)), {k[5:]: v for k, v in settings.items() if k.startswith("data.")}
     trainer = pl.Trainer(
         max_steps=6, callbacks=[saver, StopAt(2)], accelerator="cpu", logger=False, enable_progress_bar=False,
@@ -169,7 +169,7 @@ def test_a_stop_is_of_one_fit_alone(settings, tmp_path):
     trainer.fit(module, SALTDataModule(**own))
     assert (saver.stopped_by, trainer.global_step, "val/ce" in trainer.callback_metrics) == (signal.SIGTERM, 2, False)
     (tmp_path / ".step-00000003.ckpt.tmp").write_bytes(b"a save that was killed")
-    trainer.should_stop = False  # Lightning's own to reset
+    trainer.should_stop = False  # left to Lightning to reset
     trainer.fit(module, SALTDataModule(**own), ckpt_path=str(tmp_path / "step-00000002.ckpt"))
     assert (saver.stopped_by, trainer.global_step, "val/ce" in trainer.callback_metrics) == (None, 6, True)
     assert [path.name for path in tmp_path.glob(".*")] == []
@@ -225,7 +225,7 @@ def test_a_teacher_changes_neither_initial_weights_nor_data(train, teacher):
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("micro", [8, 2, 1])
 def test_one_division_whatever_the_micro_batch(train, teacher, micro, tied):
-    """The gradient of one step against the formula in float64, for 1x8, 4x2 and 8x1 rows with uneven label counts."""
+    """The gradient of one step equals the formula in float64, for 1x8, 4x2 and 8x1 rows with uneven label counts."""
     spy = Spy()
     module = train(
         teacher, KDScheduleCallback(0.7), 1, spy, data={"micro_batch_size": micro},
@@ -277,7 +277,7 @@ def test_a_smaller_vocabulary_is_named_with_both_sizes(train, teacher):
 
 @pytest.mark.parametrize("rows", [384, 300])
 def test_heads_may_have_different_sizes(train, teacher, rows):
-    """The teacher's has 320 rows, and the tokenizer 300: the student's may have more, or just these."""
+    """The teacher's has 320 rows and the tokenizer 300 ids: the student's may have more rows, or exactly 300."""
     module = train(teacher, KDScheduleCallback(0.5), 2, config={**CONFIG, "vocab_size": rows})
     assert len(module.student.head.weight) == rows
     assert len(module.teacher.head.weight) == 320
@@ -286,7 +286,7 @@ def test_heads_may_have_different_sizes(train, teacher, rows):
 @pytest.mark.parametrize("teacher_size", [40, 48])
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_students_loss_is_over_all_its_ids_whatever_the_teacher_has(teacher_size, bias):
-    """The formula: an id that the teacher lacks has probability 0 there."""
+    """By the formula: an id that the teacher lacks has probability 0 in it."""
     torch.manual_seed(0)
     module = SALTModule(ModelSpec(config=CONFIG))
     module.kd_weight = torch.tensor(0.4)
@@ -317,7 +317,7 @@ def test_the_students_loss_is_over_all_its_ids_whatever_the_teacher_has(teacher_
 
 
 class Rows(Callback):
-    """The rows of every micro-batch; `do` runs before it."""
+    """Records the rows of every micro-batch; `do` runs before it."""
 
     def __init__(self, do) -> None:
         self.do, self.rows = do, []
@@ -364,7 +364,7 @@ def test_a_gradient_that_is_not_finite_is_named_before_the_loss_that_it_spoils(t
     ("loss", "gradient", "expected"),
     [
         (NEVER, NEVER, None),
-        (6, NEVER, "train/loss is not finite at step 2, which read rows 6, 1"),  # 4 micro-batches a step
+        (6, NEVER, "train/loss is not finite at step 2, which read rows 6, 1"),  # 4 micro-batches per step
         (6, 4, "train/loss is not finite at step 2, which read rows 6, 1"),  # the loss made the gradient
         (8, 4, "train/grad_norm is not finite at step 2, which read rows 4, 4"),  # the gradient made the next loss
         (NEVER, 4, "train/grad_norm is not finite at step 2, which read rows 4, 4"),
@@ -384,7 +384,7 @@ def test_the_watch_keeps_the_smallest_number():
 
 
 def test_what_is_logged(settings, teacher, tmp_path):
-    """Every tag of the design, on the optimizer-step axis, and the relations between them."""
+    """Every documented tag, on the optimizer-step axis, and the relations between them."""
     own = {"run": str(tmp_path / "run"), "model.teacher.path": teacher, "kd.weight": 0.6, "kd.steps": 6,
            "model.teacher_temperature": 2.0, "data.micro_batch_size": 4}  # fmt: skip
     assert cli.main(["fit", *arguments(settings, own)]) == 0
@@ -450,7 +450,7 @@ def test_validate_and_test_agree_with_the_formula(settings, teacher, tmp_path, c
 
 @pytest.fixture(scope="module")
 def shallow(settings, tmp_path_factory) -> dict[str, object]:
-    """A student of one layer and a teacher of its kind: each kernel that differs is compiled for a second or two."""
+    """A student of one layer and a similar teacher: compiling each different kernel takes a second or two."""
     config = {**settings["model.student.config"], "num_hidden_layers": 1}
     own = {"run": str(tmp_path_factory.mktemp("shallow") / "run"), "model.student.config": config, "kd.weight": 0.0}
     assert cli.main(["fit", *arguments(settings, own)]) == 0
@@ -466,7 +466,7 @@ def test_compiled_models_train_the_same(settings, shallow, tmp_path):
                "model.compile": compiled}  # fmt: skip
         counters.clear()
         assert cli.main(["fit", *arguments(settings, own)]) == 0
-        # student and teacher in training, the student in validation
+        # student and teacher for training, the student for validation
         assert counters["stats"]["unique_graphs"] == 3 * compiled
         losses[compiled] = scalars(run)["train/loss"]
         assert all("_orig_mod" not in key for key in weights(run / "checkpoints/step-00000003.ckpt"))
@@ -517,7 +517,7 @@ def test_the_optimizer_steps_at_the_scheduled_rate(train):
 
 
 def test_the_teacher_builds_no_graph_and_stays_in_eval(train, teacher):
-    """Whatever happens to the module around it."""
+    """Regardless of what happens to the module around it."""
     seen = []
 
     class Watch(Callback):
@@ -560,7 +560,7 @@ def test_a_hugging_face_teacher_of_other_token_ids_is_refused(train, settings, t
 
 
 def test_a_plain_step_has_no_teacher(train, teacher):
-    """Already the first step of weight 0 runs without it."""
+    """The first step with weight 0 already runs without it."""
 
     class Look(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
@@ -601,7 +601,7 @@ def test_gradients_are_clipped_and_their_norm_before_that_is_logged(fit_with, tm
 
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_logged_losses_are_the_formula(fit_with, teacher, tmp_path, with_bias):
-    """A taught step, a plain one and a validation, recomputed in float64 from the weights and batches of the run."""
+    """A step with KD, one without and a validation, recomputed in float64 from the weights and batches of the run."""
     import copy
 
     from families import tiny
@@ -650,7 +650,7 @@ def test_logged_losses_are_the_formula(fit_with, teacher, tmp_path, with_bias):
 @pytest.mark.parametrize("padding", [0.0, 5.0])
 @pytest.mark.parametrize("family", ["llama", "phi"])
 def test_the_padding_of_a_teachers_head_is_no_token(train, tmp_path, family, padding):
-    """300 tokens, 384 rows, as exported models come: neither loss, nor probe, nor score sees the other 84."""
+    """300 tokens, 384 rows, as in exported models: neither loss, probe nor score sees the other 84."""
     from families import tiny
 
     torch.manual_seed(0)
@@ -732,7 +732,7 @@ def test_a_pretrained_student_trains_and_its_checkpoint_needs_the_folder_no_more
 
     class Look(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            assert all(module.training for module in pl_module.student.modules())  # dropout, where it has some
+            assert all(module.training for module in pl_module.student.modules())  # dropout, if it has any
 
     tiny("llama", vocab_size=320, max_position_embeddings=64).model.save_pretrained(tmp_path / "hf")
     own = {"model.student.path": str(tmp_path / "hf"), "trainer.max_steps": 2, "trainer.val_check_interval": 1}
@@ -778,7 +778,7 @@ def test_the_time_of_a_run_leaves_validation_out_and_goes_on_after_a_resume(fit_
     time_s = [seconds for _, seconds in sorted(scalars(tmp_path / "run")["train/time_s"].items())]
     assert len(time_s) == 6
     assert time_s[0] >= 0.5
-    assert 0 < time_s[2] - time_s[1] < 2  # the validation of step 2 lies between
+    assert 0 < time_s[2] - time_s[1] < 2  # the validation of step 2 is in between
     assert time_s == sorted(time_s)
 
 
@@ -824,7 +824,7 @@ def test_a_tuner_is_refused(settings):
 
 
 def test_batches_of_ones_own_with_a_teacher(teacher):
-    """The probe looks at the teacher in each validation of phase 1."""
+    """The probe evaluates the teacher in each validation of phase 1."""
     batch = {"input_ids": torch.arange(32).view(2, 16), "labels": torch.arange(1, 33).view(2, 16),
              "positions": torch.arange(16).repeat(2, 1), "step_tokens": torch.tensor(32)}  # fmt: skip
     loader = torch.utils.data.DataLoader([batch] * 3, batch_size=None)
@@ -847,7 +847,7 @@ class OwnData(pl.LightningDataModule):
 
 @pytest.mark.parametrize("in_a_module", [False, True])
 def test_batches_of_ones_own_are_enough(in_a_module):
-    """docs/own-data.md: the loss of the first step, and of validation, by full logits."""
+    """docs/own-data.md: the loss of the first step and of validation equals that of full logits."""
     generator = torch.Generator().manual_seed(0)
     tokens_BT = torch.randint(64, (4, 17), generator=generator)
     batch = {"input_ids": tokens_BT[:, :-1], "labels": tokens_BT[:, 1:], "positions": torch.arange(16).repeat(4, 1),
@@ -870,7 +870,7 @@ def test_batches_of_ones_own_are_enough(in_a_module):
 
 
 class Loader:
-    """Five batches an epoch; says where it is, and goes on from there."""
+    """Five batches per epoch; saves its position and continues from it."""
 
     def __init__(self) -> None:
         self.next, self.resumed = 0, False

@@ -1,4 +1,4 @@
-"""The learning rate at its corners, and which parameters decay."""
+"""The learning rate at corner cases, and which parameters decay."""
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ def test_only_matrices_decay_and_all_are_trained():
     net[1].weight.requires_grad_(False)
     spec = OptimSpec(weight_decay=0.3, lr=0.5, beta1=0.8, beta2=0.9, eps=1e-6)
     optimizer = spec.build(net.named_parameters())
-    for group in optimizer.param_groups:  # what a checkpoint might have restored
+    for group in optimizer.param_groups:  # as if restored from a checkpoint
         group["lr"], group["weight_decay"] = 99.0, 99.0
     spec.write(optimizer, step=0, max_steps=10)
     decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
@@ -65,7 +65,7 @@ def test_only_matrices_decay_and_all_are_trained():
 
 
 def test_a_step_follows_the_formula():
-    """One AdamW step from zero moments moves by lr * sign(g), after decay by lr * weight_decay."""
+    """One AdamW step from zero moments moves weights by lr * sign(g), after a decay by lr * weight_decay."""
     weight = nn.Parameter(torch.tensor([[1.0, -2.0]]))
     spec = OptimSpec(lr=0.1, weight_decay=0.5, eps=1e-12)
     optimizer = spec.build([("weight", weight)])

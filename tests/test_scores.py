@@ -1,4 +1,4 @@
-"""Scores on disk: whole shards or none, and none that belong to something else."""
+"""Scores on disk: whole shards or none, and never those that belong to something else."""
 
 from dataclasses import replace
 
@@ -28,7 +28,7 @@ def test_shards_have_a_million_tokens_and_are_never_too_many():
     assert large.num_shards <= 4096
     assert large.num_shards * large.shard_rows >= 10**9 > (large.num_shards - 1) * large.shard_rows
     assert replace(SCORED, num_rows=3, block_size=1 << 21).shard_rows == 1
-    assert replace(SCORED, num_rows=300, block_size=64).shard_rows == 300  # a batch of no row takes as long as another
+    assert replace(SCORED, num_rows=300, block_size=64).shard_rows == 300  # an empty batch takes as long as any other
 
 
 def test_what_is_written_is_read(tmp_path):
@@ -59,7 +59,7 @@ def test_missing_shards_are_known_and_the_rest_of_a_kill_is_swept(scores):
 
 
 def test_a_folder_without_a_shard_holds_nothing_back(scores):
-    """Of a predict that was stopped early, with the wrong text, say."""
+    """For example, of a predict with the wrong text that was stopped early."""
     for shard in range(3):
         scores.path(shard).unlink()
     left = scores.run / "scores" / ".00000000.parquet.99.tmp"

@@ -1,4 +1,4 @@
-"""The verb predict, and what a fit makes of its scores: real runs of the real command."""
+"""The predict command, and how a fit uses its scores: real runs of the real command."""
 
 import itertools
 import json
@@ -44,7 +44,7 @@ def small_shards(monkeypatch):
 
 @pytest.fixture(scope="module")
 def of_data(settings):
-    """What a predict run shares with the fits of conftest."""
+    """Settings that a predict run shares with the fits of conftest."""
     names = ("source", "vocab_size", "block_size", "val_fraction", "cache_dir", "prepare_workers")
     shared = {f"data.{name}": settings[f"data.{name}"] for name in names}
     return {**shared, "data.micro_batch_size": 8, "trainer.accelerator": "cpu", "trainer.enable_progress_bar": False}
@@ -52,7 +52,7 @@ def of_data(settings):
 
 @pytest.fixture(scope="module")
 def scored(of_data, teacher, tmp_path_factory):
-    """A run of predict, never interrupted."""
+    """A predict run that was never interrupted."""
     run = tmp_path_factory.mktemp("score") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("salt_lightning.teacher.scores._SHARD_TOKENS", SHARD_TOKENS)
@@ -91,9 +91,9 @@ def read_all(run):
 
 
 def test_scores_are_those_of_a_float64_reference(scored, settings, teacher):
-    """Each document on its own through transformers' own logits, in float64; no line of ours but the reading."""
+    """Each document alone, with transformers' own logits in float64; only the reading uses our code."""
     wanted = json.loads((scored / "scores.json").read_text())["scored"]["rows"]
-    prepared = [p.parent for p in Path(settings["data.cache_dir"]).glob("*/manifest.json")]  # other tests' as well
+    prepared = [p.parent for p in Path(settings["data.cache_dir"]).glob("*/manifest.json")]  # other tests use it too
     folder = next(p for p in prepared if TokenFiles(p, "train").fingerprint == wanted)
     dtype = json.loads((folder / "manifest.json").read_text())["dtype"]
     tokens = np.fromfile(folder / "train" / "tokens.bin", dtype).astype(np.int64)
@@ -117,7 +117,7 @@ def test_scores_are_those_of_a_float64_reference(scored, settings, teacher):
                 nll[position - start] = np.log(np.exp(logits[i] - top).sum()) + top - logits[i][label]
                 rank[position - start] = (logits[i] > logits[i][label]).sum()
         assert np.array_equal(rank_RT[row] == NO_LABEL, rank == NO_LABEL)
-        # fp32 logits of size 10 carry some 1e-6 of rounding; a rank may change where two logits are as close
+        # fp32 logits of size 10 have rounding errors of about 1e-6; a rank may change if two logits are that close
         np.testing.assert_allclose(nll_RT[row], nll, rtol=0, atol=2e-5)
         assert (rank_RT[row] != rank).mean() <= 0.02
     assert max(num_documents) >= 3
@@ -357,7 +357,7 @@ def test_a_row_whose_loss_is_not_finite_is_named(of_data, teacher, tmp_path, cap
 
 @pytest.fixture
 def ds(scored, teacher):
-    """SALT_DS in twelve steps: six of phase 1, a ramp in them."""
+    """SALT_DS in twelve steps: six of phase 1, including a ramp."""
     return {"data.selection": str(scored), "data.keep.fraction": 0.4, "data.keep.masked": "drop", "kd.weight": 0.5,
             "kd.steps": 6, "kd.anneal_steps": 2, "kd.shape": "linear", "model.teacher.path": teacher}  # fmt: skip
 
@@ -389,7 +389,7 @@ def test_phase_1_reads_the_kept_rows_and_phase_2_the_rest_first(fit_with, ds, sc
 
 @pytest.mark.parametrize("stop", [3, 6, 9])
 def test_stopped_and_resumed_with_a_selection(fit_with, ds, tmp_path, stop):
-    """In phase 1, at the boundary, in phase 2; another accumulation on the way does not matter for the rows."""
+    """In phase 1, at the boundary, in phase 2; changing the accumulation does not change the rows."""
     whole, cut, reads = tmp_path / "whole", tmp_path / "cut", Reads()
     assert fit_with(whole, Reads(), **ds) == 0
     assert fit_with(cut, StopAt(stop), reads, **ds) == 128 + signal.SIGTERM

@@ -1,4 +1,4 @@
-"""S(x), what a rule keeps, and the order of a run that reads it first."""
+"""S(x), the rows that a rule keeps, and the order of a run that reads them first."""
 
 import pickle
 import statistics
@@ -31,14 +31,14 @@ from salt_lightning.teacher.scores import NO_LABEL, RANK_CAP, Scored, Scores, wr
 
 
 def by_definition(nll_T, rank_T, k, masked):
-    """The median of the formula in design, written with the standard library."""
+    """The median by the formula, written with the standard library."""
     tokens = [(x, r) for x, r in zip(nll_T, rank_T, strict=True) if r != NO_LABEL]
     values = [float(x) if r < k else 0.0 for x, r in tokens if masked == "zero" or r < k]
     return statistics.median(values) if values else 0.0
 
 
 def test_by_hand():
-    """Five tokens: losses 1 2 3 4 5, ranks 0 9 10 11 3. Within the top ten: 1, 2, 5."""
+    """Five tokens: losses 1 2 3 4 5, ranks 0 9 10 11 3; losses within the top ten: 1, 2, 5."""
     nll = np.array([[1, 2, 3, 4, 5]], np.float32)
     rank = np.array([[0, 9, 10, 11, 3]], np.uint16)
     assert score_rows(nll, rank, 10, "zero") == [1.0]  # 0 0 1 2 5
@@ -59,7 +59,7 @@ def test_even_counts_take_the_mean_of_the_middle():
 def test_positions_without_label_do_not_count():
     nll = np.array([[5, 0, 7, 0, 0]], np.float32)
     rank = np.array([[0, NO_LABEL, 0, NO_LABEL, NO_LABEL]], np.uint16)
-    assert score_rows(nll, rank, 10, "zero") == [6.0]  # as zeros they would make it 0
+    assert score_rows(nll, rank, 10, "zero") == [6.0]  # counted as zeros they would make it 0
     assert score_rows(nll, rank, 10, "drop") == [6.0]
 
 
@@ -85,7 +85,7 @@ ranks = st.sampled_from([0, 1, 4, 5, 9, 10, 19, 20, 300, RANK_CAP, NO_LABEL])
     st.sampled_from(["zero", "drop"]),
 )
 def test_the_score_is_the_median_of_the_formula(rows, k, masked):
-    nll = np.array([[t[0] / 4 for t in row] for row in rows], np.float32)  # quarters: no rounding in either
+    nll = np.array([[t[0] / 4 for t in row] for row in rows], np.float32)  # quarters: exact in both
     rank = np.array([[t[1] for t in row] for row in rows], np.uint16)
     expected = [by_definition(x, r, k, masked) for x, r in zip(nll, rank, strict=True)]
     assert score_rows(nll, rank, k, masked).tolist() == expected
@@ -196,7 +196,7 @@ def test_a_set_of_rows_is_the_list_of_them(num_rows, share, seed):
 
 
 def test_a_row_past_2_to_the_31_is_found():
-    """Of blocks of 128 rows that are all in the set: they share one block's memory."""
+    """In blocks of 128 rows that are all in the set: they share one block's memory."""
     blocks = (9 << 28) // 128
     bits, before = np.broadcast_to(np.full(16, 0xFF, np.uint8), (blocks, 16)), np.arange(blocks + 1) * 128
     rows = np.array([(1 << 31) + 5, (9 << 28) - 1])
@@ -259,7 +259,7 @@ def test_all_rows_kept_and_read():
     ],
 )
 def test_an_order_stays_what_it_was_in_checkpoints(phase1, rows, fingerprint):
-    """A release that moved this would spoil every resume."""
+    """A release that changed this would break every resume."""
     order = Order(3, 1000, KEPT, phase1)
     assert order(np.array([0, 1, 249, phase1, phase1 + 1, phase1 + 599, phase1 + 1999])).tolist() == rows
     assert order.fingerprint == fingerprint
@@ -275,7 +275,7 @@ def test_a_fingerprint_of_what_decides_the_order():
     prints = [order.fingerprint for order in [*orders, Order(1, 1000, KEPT, 10, False)]]
     assert prints[0] == "none"
     assert len(set(prints)) == 5
-    assert Order(2, 1000, RowSet.of(ROWS, 1000), 10).fingerprint == prints[1]  # the seed is compared apart
+    assert Order(2, 1000, RowSet.of(ROWS, 1000), 10).fingerprint == prints[1]  # the seed is compared separately
 
 
 # --- from a folder of scores ---
@@ -285,7 +285,7 @@ SCORED = Scored("rows", "tokens", num_rows=10, block_size=4, isolate_documents=T
 
 @pytest.fixture
 def scores(tmp_path, monkeypatch):
-    monkeypatch.setattr("salt_lightning.teacher.scores._SHARD_TOKENS", 16)  # 4 rows a shard: 4 + 4 + 2
+    monkeypatch.setattr("salt_lightning.teacher.scores._SHARD_TOKENS", 16)  # 4 rows per shard: 4 + 4 + 2
     scores = Scores.create(tmp_path / "run", SCORED, {"scoring_flops": 1.0})
     rng = np.random.default_rng(1)
     for shard in scores.missing():
@@ -318,22 +318,22 @@ def test_row_scores_of_all_shards_are_kept_beside_them(scores):
 
 
 def test_a_start_takes_a_few_bytes_a_row_and_keeps_a_fraction_of_one(tmp_path, monkeypatch):
-    """Each rank's own: eight of a node, of 10^9 rows. A worker process that does not come by fork gets a copy."""
+    """Per rank, with eight on a node and 10^9 rows. A worker process that is not forked gets a copy."""
     monkeypatch.setattr("salt_lightning.batches.order._AT_ONCE", 1 << 12)
     num_rows = 1 << 20
     scores = Scores.create(tmp_path, Scored("rows", "tokens", num_rows, 1, True), {})
     for shard in scores.missing():
         nll_RT = np.random.default_rng(shard).random((len(scores.rows(shard)), 1), np.float32)
         scores.write(shard, nll_RT, np.zeros_like(nll_RT))
-    row_scores(scores, 10, "zero")  # the first process of a node has been there
+    row_scores(scores, 10, "zero")  # the node's first process has done it
     tracemalloc.start()
     order = plan(scores, KeepRule(), 0, num_rows // 4).order
     assert len(order.fingerprint) == 20
     order(num_rows // 4 + np.arange(64))
     held, peak = (size / num_rows for size in tracemalloc.get_traced_memory())
     tracemalloc.stop()
-    assert peak < 20  # bytes: S and a copy to find its level, or of the rows kept and of the others; masks
-    assert held < 0.5  # two sets of a bit and its half, and of the one how many others come before
+    assert peak < 20  # bytes: S and a copy to find its level, or the kept rows and the others; masks
+    assert held < 0.5  # two sets of a bit and a half per row, and for one how many others come before
     assert len(pickle.dumps(order)) / num_rows < 0.5
 
 
@@ -396,14 +396,14 @@ def test_the_rule_says_how_phase_2_goes_on(scores, shares):
 
 def test_chance_is_the_share_of_kept_rows_that_tie_with_rows_left_out():
     score_R = np.array([0.0, 0.0, 1.0, 1.0, 2.0])
-    assert chance(score_R, np.isin(np.arange(5), [4, 2])) == 0.5  # row 3 scores as row 2 does
+    assert chance(score_R, np.isin(np.arange(5), [4, 2])) == 0.5  # row 3 scores like row 2
     assert chance(score_R, np.isin(np.arange(5), [2, 3, 4])) == 0
     assert chance(np.zeros(6), np.isin(np.arange(6), [1, 5])) == 1
     assert chance(score_R, np.zeros(5, bool)) == 0
 
 
 def test_the_report_shows_no_overlap_where_chance_has_chosen():
-    """The same lots for every k would make it 100%."""
+    """The same random draw for every k would make it 100%."""
     clear, zeros = np.arange(6.0), np.zeros(6)
     kept = {5: clear >= 3, 10: clear >= 3, 20: clear < 3}
     of_k = {5: clear, 10: clear, 20: zeros}

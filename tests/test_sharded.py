@@ -1,4 +1,4 @@
-"""Sharded checkpoints of real FSDP2, read by one process; what is refused."""
+"""Sharded checkpoints of real FSDP2, read by one process; which ones are refused."""
 
 import errno
 import io
@@ -44,7 +44,7 @@ def copy(saved, tmp_path) -> Path:
 
 
 def write_table(folder: Path, table) -> None:
-    """As somebody would who means it: with the right checksum."""
+    """Like an attacker: with the right checksum."""
     (folder / ".metadata").write_bytes(pickle.dumps(table))
     meta = torch.load(folder / "meta.pt", weights_only=True)
     torch.save({**meta, shards._DIGEST: shards._digest(folder)}, folder / "meta.pt")
@@ -52,7 +52,7 @@ def write_table(folder: Path, table) -> None:
 
 def test_every_tensor_is_the_one_that_was_gathered(saved):
     path = saved / "step-00000001.ckpt"
-    assert (path / "__0_0.distcp").exists()  # the premises: two ranks, and pieces of different sizes
+    assert (path / "__0_0.distcp").exists()  # the premises: two ranks, pieces of different sizes
     assert (path / "__1_0.distcp").exists()
     table = shards.table_of(path)
     chunks = table.state_dict_metadata["state_dict.student.model.model.embed_tokens.weight"].chunks
@@ -69,7 +69,7 @@ def test_every_tensor_is_the_one_that_was_gathered(saved):
 
 
 def test_a_byte_that_changes_in_any_piece_is_found(copy, monkeypatch):
-    """With more threads than cores, so that each has some."""
+    """With more threads than cores, so that each thread has some pieces."""
     monkeypatch.setattr(damage, "num_cores", lambda: 3)
     assert damage.of(copy) is None
     pieces = shards.table_of(copy).storage_data
@@ -93,7 +93,7 @@ def test_a_byte_that_changes_in_any_piece_is_found(copy, monkeypatch):
 
 
 def test_the_look_for_damage_opens_each_file_for_some_threads_and_not_for_each_piece(saved, monkeypatch):
-    """256 ranks that each open 256 files for each of 900 tensors keep a network's file system busy for many minutes."""
+    """256 ranks that each open 256 files for each of 900 tensors keep a network file system busy for many minutes."""
     opened: list[str] = []
 
     def counted(path, mode):
@@ -227,7 +227,7 @@ def test_a_file_that_the_storage_does_not_give_is_no_damage(copy, name, number, 
 
 
 class Call:
-    """Pickled, it is a call of `function`."""
+    """Unpickling it calls `function`."""
 
     def __init__(self, function, *args):
         self.call = function, args
