@@ -1,6 +1,6 @@
-"""Every bad input that is known, in one table: one clear line that names the setting, and nothing is lost.
+"""Every known bad input, in one table: one clear line that names the setting, and nothing is lost.
 
-What a message says of files and tokens in all its forms is tested beside the code (test_prepare.py, test_models.py).
+Further forms of messages on files and tokens are tested beside the code (test_prepare.py, test_models.py).
 """
 
 import json
@@ -393,7 +393,7 @@ ERRORS = {
 
 @pytest.fixture(scope="module")
 def bad(tmp_path_factory, teacher, settings) -> Path:
-    """A folder of files, teachers and tokenizers each of which is bad in one way."""
+    """A folder of files, teachers and tokenizers, each bad in one way."""
     folder = tmp_path_factory.mktemp("bad")
     texts = {
         "empty.jsonl": b"", "broken.jsonl": b'{"text": "a"}\n\n{"text": "b\n', "array.jsonl": b'{"text": "a"}\n[1]\n',
@@ -496,7 +496,7 @@ def race(run: Path, inside: Path, end_s: float, counts) -> None:
 
 @pytest.mark.parametrize("name", ["new", "stays"])
 def test_one_fit_at_a_time_where_folders_come_and_go(tmp_path, name):
-    """Real processes that take and leave a run's folder: never two of them inside."""
+    """Real processes that take and release a run folder: never two at once."""
     (tmp_path / "stays").mkdir()
     fork = multiprocessing.get_context("fork")
     counts, args = fork.Queue(), (tmp_path / name, tmp_path / "inside", time.time() + 4)
@@ -505,7 +505,7 @@ def test_one_fit_at_a_time_where_folders_come_and_go(tmp_path, name):
         racer.start()
     found = [counts.get(timeout=60) for _ in racers]
     assert [bad for _, bad in found] == [0, 0, 0]
-    assert sum(turns > 0 for turns, _ in found) > 1, found  # on a busy machine one may come too late
+    assert sum(turns > 0 for turns, _ in found) > 1, found  # on a busy machine one may be too late
     for racer in racers:
         racer.join()
 
@@ -578,7 +578,7 @@ CONFIGS = {
         b"model:\n  student.config.hidden_size: 8\n  student: {config: {num_hidden_layers: 2}}\n",
         r"--config .*c.yaml, line 2: model.student.config.hidden_size stands beside model.student, a mapping; write it",
     ),
-    "a key beside two merges": (  # of which the later one wins
+    "a key beside two merges": (  # the later one wins
         b"trainer:\n  <<: {max_steps: 3}\n  <<: {max_steps: 4}\n  max_stps: 1\n",
         r"trainer.max_stps: there is no such setting",
     ),
@@ -665,7 +665,7 @@ def test_no_folder_to_write_to_at_the_imports_is_one_line(which):
 
 
 def limited(args: list[str], largest_file: int) -> subprocess.CompletedProcess:
-    """The command in a process that can write no file larger than that: what a full disk looks like from inside."""
+    """Runs the command in a process that cannot write larger files than this: it acts like a full disk."""
     code = "import sys; from salt_lightning.cli import main; sys.exit(main(sys.argv[1:]))"
     return subprocess.run(
         [sys.executable, "-c", code, *args],

@@ -1,4 +1,4 @@
-"""The verb check: each finding once good and once bad, all of them at once, and what it says of memory."""
+"""The check command: each finding with a good and a bad case, all at once, and the memory estimate."""
 
 import json
 import math
@@ -134,7 +134,7 @@ def test_a_good_run(checked, tmp_path, settings):
         assert float(re.search(r"difference (\S+)\)", of(found, f"{name} head")[1])[1]) < 1e-5
     assert "AdamW" in of(found, "memory, phase 1")[1]
     assert "teacher" not in of(found, "memory, phase 2")[1]
-    assert not (tmp_path / "run").exists()  # nothing is written there
+    assert not (tmp_path / "run").exists()  # nothing was written there
 
 
 def test_the_parameters_and_flops_of_the_student(checked, settings):
@@ -314,7 +314,7 @@ def test_the_attention_that_a_gpu_will_have(checked):
 
 @pytest.mark.parametrize("own", [{}, {"layer_types": ["sliding_attention"] * 3 + ["full_attention"]}])
 def test_a_large_student_is_looked_at_by_two_of_its_layers(checked, settings, monkeypatch, own):
-    """The last among them, and with what its config says of each."""
+    """Including the last layer, with the config's values for each layer."""
     monkeypatch.setattr(check, "_WHOLE_PARAMETERS", 0)
     sizes = {**settings["model.student.config"], "num_hidden_layers": 4, **own}
     alone = {"kd.weight": 0, "model.teacher.path": None, "kd.steps": None}
@@ -334,7 +334,7 @@ def test_attention_is_foreseen_where_there_is_a_choice(checked, but):
     ("family", "windows"), [("llama", {}), ("mistral", {"num_key_value_heads": 4, "sliding_window": 64})]
 )
 def test_memory_where_a_gpu_needs_no_mask(checked, settings, family, windows):
-    """A mask of 8 rows of T x T, T = 256: a boolean one, and of each of 2 layers one in bf16, kept for backward."""
+    """Masks of 8 rows of T x T, T = 256: a boolean one, and for each of 2 layers one in bf16 kept for backward."""
     alone = {"kd.weight": 0, "model.teacher.path": None, "kd.steps": None, "data.block_size": 256}
     alone |= {"model.student.family": family, "model.student.config": settings["model.student.config"] | windows}
     packed, masked = (
@@ -366,7 +366,7 @@ def randomize(name, tensor):
 
 
 def shuffle_ids(name, tensor):
-    if "embed" in name or "lm_head" in name:  # as made for a tokenizer with other ids
+    if "embed" in name or "lm_head" in name:  # as if made for a tokenizer with other ids
         tensor.copy_(tensor.roll(101, 0))
 
 
@@ -385,7 +385,7 @@ def test_a_teacher_that_knows_nothing(checked, teacher, tmp_path, fit_with, caps
 
 
 def test_of_a_long_prompt_a_large_student_sees_some_of_the_response(checked, teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr(check, "_LOOK_FLOPS", 1.0)  # as from 300M parameters on: 256 tokens of the first row
+    monkeypatch.setattr(check, "_LOOK_FLOPS", 1.0)  # as for 300M parameters and more: 256 tokens of the first row
     rows = [{"q": f"{i} " + "the frozen teacher helps " * 60, "a": f"so {i}"} for i in range(40)]
     (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     examples = {"data.examples.prompt": "{q}", "data.examples.response": "{a}", "data.block_size": 512}
@@ -409,7 +409,7 @@ def test_it_may_be_allowed(checked, teacher, tmp_path, fit_with):
     [(2.0, "ok"), (3.9, "ok"), (4.1, "warning"), (7.5, "warning"), (7.7, "error"), (9.0, "error"), (math.nan, "error")],
 )
 def test_the_rule(ce, level):
-    """A tenth of the way from ln(V) = 8 to the counts' 4 is 7.6."""
+    """A tenth of the way from ln(V) = 8 to the unigram loss of 4 is 7.6."""
     assert preflight.teacher(TeacherLoss(ce, 8.0, 4.0, 1000), "t", False).level == level
 
 
@@ -421,7 +421,7 @@ def test_knowing_nothing_is_the_smaller_of_the_two(untrained, least):
 
 def test_four_epochs_and_no_more():
     assert preflight.rows(103, 410, 41) == Finding("ok", "rows", "41 steps read 410 rows of 103: 3.98 epochs")
-    assert preflight.rows(10, 6400, 100).remedy.endswith("add text")  # no number of steps would do
+    assert preflight.rows(10, 6400, 100).remedy.endswith("add text")  # no number of steps is enough
     finding = preflight.rows(103, 420, 42)
     assert (finding.level, finding.remedy[-23:]) == ("warning", " --trainer.max_steps 41")
 
@@ -569,7 +569,7 @@ def test_an_error_is_raised_and_nothing_else():
 
 
 def simulated(settings, rows=8, compiled=False, **own):
-    """Peak of a small student, estimated for a CPU, through the class that check uses."""
+    """Peak of a small student, estimated for a CPU by the class that check uses."""
     import lightning.pytorch as pl
 
     from salt_lightning import SALTDataModule, SALTModule
@@ -615,7 +615,7 @@ def test_shards_divide_what_is_sharded(settings):
 
 
 def test_the_largest_is_run_before_it_is_named(settings):
-    """In proportion 32 rows take 116; the run shows more, so it is the next smaller size."""
+    """By proportion 32 rows take 116; the run shows more, so the next smaller size is chosen."""
     fit, _ = simulated(settings)  # 8 rows
     fit.peaks = lambda n, compiled=None: [
         memory.Peak(100 + (n if compiled is False else n // 2 + 50 * (n > 16)), 0, 0, 0)
@@ -631,7 +631,7 @@ def test_what_a_fused_kernel_makes_and_uses_takes_no_memory():
 
     graph = make_fx(function)(torch.ones(2, 2), torch.ones(2, 2))
     written = {str(node.target).split(".")[1] for node in memory._written(graph)}
-    assert written == {"add", "mm", "relu"}  # the product reads the sum, through a view; nobody reads x * 2 later
+    assert written == {"add", "mm", "relu"}  # the product reads the sum through a view; nothing reads x * 2 later
 
 
 def test_a_fit_says_what_is_no_error(caplog):

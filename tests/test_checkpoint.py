@@ -1,4 +1,4 @@
-"""Files on disk: which one is `last`, what a failed write leaves, which are kept."""
+"""Checkpoint files: which one is `last`, what a failed write leaves, which ones are kept."""
 
 import errno
 import os
@@ -27,7 +27,7 @@ from salt_lightning.storage import damage
 
 
 def save(path: Path, **more) -> None:
-    """The least that is a checkpoint."""
+    """Writes a minimal checkpoint."""
     settings = {"student": {"config": {"hidden_size": 1}}}
     torch.save({**ALWAYS, "state_dict": {}, "hyper_parameters": settings, **more}, path)
 
@@ -153,7 +153,7 @@ def test_a_folder_of_checkpoints_that_cannot_be_listed_is_not_an_empty_one(
 
 
 def test_no_flipped_bit_goes_unnoticed_and_changes_something(tmp_path):
-    """Anywhere in the file: in tensors, in the pickle, in the zip's headers and its directory at the end."""
+    """Anywhere in the file: in tensors, the pickle, the zip's headers or its directory at the end."""
     path, rng = tmp_path / "step-00000001.ckpt", random.Random(0)
     save(path, x=torch.arange(100), step=3)
     content, found, harmless = path.read_bytes(), Counter(), 0
@@ -243,7 +243,7 @@ def steps_in(tmp_path):
 
 
 def test_what_a_start_has_kept_for_good_a_later_one_keeps(settings, teacher, tmp_path):
-    """Another run may have one of them as its teacher."""
+    """Another run may use one of them as its teacher."""
     own = {"run": str(tmp_path / "run"), "model.teacher.path": teacher, "kd.steps": 5, "checkpoint.every_n_steps": 1,
            "checkpoint.keep": 1}  # fmt: skip
     assert cli.main(["fit", *arguments(settings, own, {"checkpoint.at_steps": [3], "trainer.max_steps": 8})]) == 0
@@ -279,7 +279,7 @@ def test_loading_runs_no_code_even_when_asked_to(tmp_path):
 
 @pytest.mark.parametrize("on_gpu", [True, False])
 def test_ranks_beside_gpus_share_the_pages_of_a_checkpoint(tmp_path, on_gpu, monkeypatch):
-    """On a CPU the optimizer would train in them."""
+    """On a CPU the optimizer would write to them."""
     path, state = tmp_path / "x.ckpt", torch.full((1000,), 7.0)
     AtomicCheckpointIO().save_checkpoint({"x": state}, path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
@@ -348,7 +348,7 @@ def test_slurm_s_signal_outside_of_training_queues_the_job_again(fit_with, tmp_p
 
 
 def test_a_signal_that_comes_while_the_ranks_agree_stops_no_rank_alone():
-    """The others have been told 0: this rank would save with nobody, until the time-out."""
+    """The others received 0: this rank would wait alone in its save until the time-out."""
     checkpoint = RunCheckpoint()
 
     def reduce(number, reduce_op):

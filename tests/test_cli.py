@@ -1,4 +1,4 @@
-"""The command line as a user meets it: help, configs, and every error of the main road in one line."""
+"""The command line as users see it: help, configs, and one line for each common error."""
 
 import fcntl
 import os
@@ -41,7 +41,7 @@ BASES = {
     "cpu.yaml": "salt.yaml",
     "gap.yaml": "salt.yaml",
     "hub.yaml": "salt.yaml",
-}  # overlays, and what they go on top of
+}  # overlays, and their base configs
 
 
 def test_help_shows_every_setting_and_verb(capsys):
@@ -298,7 +298,7 @@ def test_what_is_typed_wins_over_files_wherever_it_stands(tmp_path):
 
 
 def test_a_home_is_one_in_every_path(settings, teacher, tmp_path, monkeypatch):
-    """A shell does it for `--run ~/x` alone."""
+    """A shell only expands it in `--run ~/x`."""
     monkeypatch.setenv("HOME", str(tmp_path))
     shutil.copy(teacher, tmp_path / "teacher.ckpt")
     own = {"kd.weight": 0.5, "kd.steps": 6, "model.teacher.path": "~/teacher.ckpt", "run": "~/run",

@@ -1,4 +1,4 @@
-"""`compare` on synthetic runs, whose every number is worked out by hand."""
+"""`compare` on synthetic runs whose numbers are all worked out by hand."""
 
 import json
 import math
@@ -63,7 +63,7 @@ def settings(path, teacher=None, weight=0.0, kd_steps=None, **overrides):
 
 
 def write_run(path, ce, steps=STEPS, log_every=10, student=10, after=0, **config):
-    """With `after`, the log of a run that went on from another's checkpoint of that step."""
+    """Writes a run's log. With `after`, the run continued from another run's checkpoint of that step."""
     path.mkdir(parents=True)
     tree = settings(path, **config)
     (path / "config.yaml").write_text(yaml.safe_dump(tree))
@@ -151,7 +151,7 @@ def test_equal_points_are_at_the_smallest_common_end(three):
     assert equal["steps"] == (300, {"baseline": 4.0, "salt": 3.75, "rkd": 4.25, "long": 4.0})
     assert equal["tokens"] == (600, equal["steps"][1])
     assert equal["seconds"] == (150, equal["steps"][1])
-    assert comparison.rows[3].reached_steps_share == 1  # of the reference's steps, not of its own
+    assert comparison.rows[3].reached_steps_share == 1  # of the reference's steps, not its own
     # 3000 FLOPs: salt is at step 270 (2700 + 300) and rkd at 200 (200 * 15)
     assert equal["FLOPs"] == (3000, {"baseline": 4.0, "salt": pytest.approx(3.9), "rkd": 4.5, "long": 4.0})
 
@@ -240,7 +240,7 @@ def test_of_a_step_logged_twice_the_later_start_wins_whatever_the_clocks_say(tmp
 
 
 def test_the_numbers_of_a_step_are_one_record(tmp_path):
-    """TensorBoard opens its file for each record."""
+    """TensorBoard would open its file for each record."""
     write_run(tmp_path / "r", {}, steps=0)
     log = EventLog(tmp_path, name="r", version="")
     log.log_metrics({"train/loss": torch.tensor(2.5), "val/ce": 3, "pair": {"a": 1.0, "b": 2.0}}, 7)
@@ -249,7 +249,7 @@ def test_the_numbers_of_a_step_are_one_record(tmp_path):
     steps = [[v.tag for v in event.summary.value] for events in files for event in events if event.step == 7]
     assert steps == [["train/loss", "val/ce"]]
     assert read_run(tmp_path / "r", "r").val_ce.values.tolist() == [3.0]
-    assert len(list((tmp_path / "r").glob("pair_*/*tfevents*"))) == 2  # as Lightning writes several curves of one plot
+    assert len(list((tmp_path / "r").glob("pair_*/*tfevents*"))) == 2  # as Lightning writes several curves in one plot
 
 
 @pytest.mark.parametrize("value", [None, "high"])
@@ -452,7 +452,7 @@ def test_seeds_of_one_experiment_are_a_group(tmp_path):
     assert "4.0000, 4.1250, 4.2500" in text
     shares = [100 * share for share in salt.reached_steps_share]
     each = ", ".join(f"{share:.1f}%" for share in shares)
-    assert "-: -, -, -" in text  # with the teacher's training: not known
+    assert "-: -, -, -" in text  # unknown with the teacher's training
     assert f"{statistics.mean(shares):.1f}% ({statistics.stdev(shares):.1f}%): {each}" in text
     assert f"{statistics.mean(salt.val_ce):.4f} ({statistics.stdev(salt.val_ce):.4f})" in text
 
@@ -575,7 +575,7 @@ def test_seeds_that_decide_make_the_sample_whatever_seed_everything_says(tmp_pat
     assert comparison.notes == [
         "s1 repeats s0 (same seeds, and settings but for what changes no result), which alone is counted"
     ]
-    unset = {"model.seed": None, "data.seed": None}  # as config.yaml has them now
+    unset = {"model.seed": None, "data.seed": None}  # as in config.yaml now
     runs = [write_run(tmp_path / f"u{seed}", BASELINE, seed_everything=seed, **unset) for seed in range(2)]
     assert [group.n for group in evaluate(load(runs)).groups] == [2]
     assert changed(load(runs)[0].config, {"data.seed": 0}) == {}
@@ -679,7 +679,7 @@ def test_one_seed_is_said_to_have_no_spread(three):
 
 
 def test_where_no_run_has_finished_no_seed_is_counted(three, tmp_path):
-    """As EarlyStopping leaves them."""
+    """As after EarlyStopping."""
     early = [write_run(tmp_path / f"e{seed}", {100: 4.5}, 100, seed_everything=seed) for seed in range(2)]
     text = report.markdown(evaluate(load(early)))
     assert "(n = 1)" not in text
@@ -701,10 +701,10 @@ def test_the_teachers_own_training_stands_apart(tmp_path, monkeypatch):
         kd_steps=60,
     )
     baseline = write_run(tmp_path / "runs" / "baseline", BASELINE)
-    monkeypatch.chdir("/")  # not where the runs were started: the path still tells which run it was
+    monkeypatch.chdir("/")  # not where the runs were started: the path still identifies the run
     comparison = evaluate(load([teacher, baseline, salt]))
     rows = {row.run: row for row in comparison.rows}
-    assert comparison.reference == "baseline"  # the teacher comes first and has no teacher, and is no baseline
+    assert comparison.reference == "baseline"  # the teacher comes first and has no teacher, but is not a baseline
     assert rows["teacher"].method == "TEACHER"
     assert rows["salt"].teacher_training_flops == 1200
     assert rows["salt"].reached_flops_share_with_teacher_training == (2500 + 300 + 1200) / 3000
@@ -749,7 +749,7 @@ def test_a_teacher_that_was_moved_once_it_had_left_is_known_by_its_new_place(tmp
     off = write_run(tmp_path / "off", SALT)  # its settings name none any more
     earlier(off, 100, teacher="new/checkpoints/step-00000300.ckpt", **kd)
     assert evaluate(load([teacher, off])).rows[1].teacher_training_flops == 1200
-    named = write_run(tmp_path / "named", BASELINE, teacher="new/checkpoints/step-00000300.ckpt")  # by settings alone
+    named = write_run(tmp_path / "named", BASELINE, teacher="new/checkpoints/step-00000300.ckpt")  # only by settings
     assert evaluate(load([teacher, named])).rows[0].method == "TEACHER"
 
 
@@ -772,7 +772,7 @@ def test_the_scoring_of_a_selection_stands_apart(tmp_path):
                   rows["ds"].reached_seconds_share_with_teacher_training)  # fmt: skip
         if with_teacher:
             assert shares == ((2500 + 300 + 1200 + 400) / 3000, (125 + 150 + 20) / 150)
-        else:  # scoring alone would pass for the whole
+        else:  # otherwise scoring alone would count as the total
             assert all(map(math.isnan, shares))
         assert math.isnan(rows["gone"].reached_flops_share_with_teacher_training)
         text = report.markdown(comparison)
@@ -828,12 +828,12 @@ def test_runs_without_a_validation_show_a_dash(three, tmp_path):
     row = next(line for line in report.markdown(comparison).splitlines() if line.startswith("| silent"))
     assert [cell.strip() for cell in row.split("|")[4:10]] == ["-"] * 6
     assert json.loads((tmp_path / "out" / "compare.json").read_text())["rows"][3]["val_ce"] is None
-    alone = compare([silent], tmp_path / "alone")  # nothing to compare, and no failure
+    alone = compare([silent], tmp_path / "alone")  # nothing to compare, but not a failure
     assert math.isnan(alone.reference_val_ce)
 
 
 def test_the_same_run_again_is_no_second_sample(three, tmp_path):
-    """Settings and seed decide a run: its repetition would halve the error bar for nothing."""
+    """Settings and seed determine a run: counting a repetition would shrink the error bar for nothing."""
     lower = {step: ce - 0.5 for step, ce in BASELINE.items()}
     unfinished = write_run(tmp_path / "a-first-start", {100: 5.0}, steps=100)
     again = write_run(tmp_path / "again", lower)
@@ -894,7 +894,7 @@ def test_folders_that_are_no_runs(tmp_path):
 
 
 def test_runs_without_config_are_no_seeds_of_one_experiment(three, tmp_path):
-    """As scripts of one's own leave them: nothing says that they are alike."""
+    """As left by a user's own scripts: nothing shows that they belong together."""
     for path in three:
         (path / "config.yaml").unlink()
     found = compare(list(map(str, three)), str(tmp_path / "out"))
@@ -1039,8 +1039,8 @@ def test_flop_unit(flops, unit):
 
 @pytest.fixture
 def branch(tmp_path):
-    """The trunk; a branch of it from step 100 on; a branch of that from step 200 on."""
-    trunk = {100: 5.0, 104: 3.0, 200: 4.5}  # step 104 lies behind the branch, and before its first logged step
+    """The trunk, a branch of it from step 100 on, and a branch of that branch from step 200 on."""
+    trunk = {100: 5.0, 104: 3.0, 200: 4.5}  # step 104: after the branch point, before the branch's first logged step
     write_run(tmp_path / "trunk", trunk, log_every=1)  # the first step is always logged
     write_run(
         tmp_path / "branch",
@@ -1064,7 +1064,7 @@ def test_a_branch_in_a_folder_of_its_own_has_the_log_of_what_it_went_on_from(bra
 
 
 def test_where_a_branch_reaches_a_loss_is_not_made_up(branch, tmp_path):
-    """What it went on from is gone: at its first validation it is below the level, perhaps since long."""
+    """The run that it continued is gone: at its first validation it is below the level, perhaps for long already."""
     (tmp_path / "branch").rename(tmp_path / "moved")
     level = write_run(tmp_path / "level", {100: 5.0, 200: 4.75, 300: 4.5})
     found = compare([level, branch], tmp_path / "out")
@@ -1072,7 +1072,7 @@ def test_where_a_branch_reaches_a_loss_is_not_made_up(branch, tmp_path):
     assert math.isnan(found.rows[1].reached_flops_share)
     (tmp_path / "branch").mkdir()
     (tmp_path / "branch/config.yaml").write_text("a: [")
-    assert math.isnan(compare([level, branch], tmp_path / "out").rows[1].reached_step)  # nobody asked for that folder
+    assert math.isnan(compare([level, branch], tmp_path / "out").rows[1].reached_step)  # that folder was not given
     assert "twig has no log before step 200, and the run that it went on from is not found" in str(found.notes)
 
 
@@ -1113,7 +1113,7 @@ def test_a_run_whose_beginning_is_not_known_is_no_seed_of_one_from_scratch(tmp_p
 
 
 def test_the_trunk_of_a_branch_may_keep_its_checkpoints_apart(branch, tmp_path):
-    """In a folder that its settings name, which is known where that run is named too."""
+    """In a folder that its settings name; it is known if that run is given too."""
     for name in ("branch", "twig"):
         config = yaml.safe_load((tmp_path / name / "config.yaml").read_text())
         config["ckpt_path"] = config["ckpt_path"].replace("branch/checkpoints", "big/ckpt")
@@ -1136,7 +1136,7 @@ def test_a_run_that_has_lost_a_log_of_its_own_is_known_by_its_settings(tmp_path)
 
 
 def earlier(run, step, **config):
-    """What a start before has left beside config.yaml."""
+    """Writes what an earlier start left beside config.yaml."""
     (run / f"config.until-{step:08d}.yaml").write_text(yaml.safe_dump(settings(run, **config)))
 
 
@@ -1147,7 +1147,7 @@ def test_a_run_that_went_on_under_other_settings_is_an_experiment_of_its_own(tmp
     again = write_run(tmp_path / "again", {300: 3.0}, log_every=1, **{"trainer.enable_progress_bar": False})
     earlier(again, 200, **{"trainer.enable_progress_bar": True, "ckpt_path": "x"})
     found = evaluate(load([longer, whole, again]))
-    assert (found.reference, found.reference_val_ce) == ("whole", 4.25)  # the first that is BASELINE all along
+    assert (found.reference, found.reference_val_ce) == ("whole", 4.25)  # the first that is BASELINE throughout
     assert [group.n for group in found.groups] == [1, 1]
     assert found.groups[0].changed == {"until step 100: trainer.max_steps": (None, 100)}
     assert found.notes == [
@@ -1158,7 +1158,7 @@ def test_a_run_that_went_on_under_other_settings_is_an_experiment_of_its_own(tmp
 
 def test_a_branch_tells_what_its_trunk_had_set(branch, tmp_path):
     trunk = yaml.safe_load((tmp_path / "trunk/config.yaml").read_text())
-    trunk["trainer"]["max_steps"] = 600  # of a later start of the trunk, which is no part of the branch
+    trunk["trainer"]["max_steps"] = 600  # of a later start of the trunk, which is not part of the branch
     (tmp_path / "trunk/config.yaml").write_text(yaml.safe_dump(trunk))
     earlier(tmp_path / "trunk", 150, **{"data.source": ["a", "b"]})
     own = yaml.safe_load((tmp_path / "branch/config.yaml").read_text()) | {"data": {"source": ["c"]}}
@@ -1169,7 +1169,7 @@ def test_a_branch_tells_what_its_trunk_had_set(branch, tmp_path):
 
 
 def test_a_branch_that_went_on_by_itself_still_comes_from_its_trunk(branch, tmp_path):
-    """Its newest start names `last`, and its first one the trunk; `branch` itself has none of this."""
+    """Its newest start names `last`, its first one the trunk; `branch` itself has neither."""
     first = yaml.safe_load((tmp_path / "branch/config.yaml").read_text())
     (tmp_path / "branch/config.until-00000200.yaml").write_text(yaml.safe_dump(first))
     (tmp_path / "branch/config.yaml").write_text(yaml.safe_dump(first | {"ckpt_path": "last"}))
@@ -1182,7 +1182,7 @@ def test_a_branch_that_went_on_by_itself_still_comes_from_its_trunk(branch, tmp_
 
 
 def test_a_run_that_a_teacher_has_helped_before_is_no_baseline(tmp_path):
-    """SALT until step 60, from step 100 on in a folder of its own without KD."""
+    """SALT until step 60; from step 100 on without KD, in a separate folder."""
     kd = {"teacher": "teacher/checkpoints/step-00000300.ckpt", "weight": 0.5, "kd_steps": 60}
     rows = {"data.selection": "rows", "data.keep.order": "lowest"}
     write_run(tmp_path / "salt", SALT, log_every=1, **kd, **{"kd.shape": "cosine"}, **rows)
@@ -1215,7 +1215,7 @@ def test_a_run_that_a_teacher_has_helped_before_is_no_baseline(tmp_path):
     ],
 )
 def test_the_method_is_that_of_all_starts(tmp_path, before, now, method, kd_steps):
-    """By settings until step 100, and from there on."""
+    """By the settings until step 100, and by those from there on."""
     kd = {"teacher": "t", "weight": 0.5}
     path = write_run(tmp_path / "r", SALT, **kd | now)
     earlier(path, 100, **kd | before)
@@ -1288,9 +1288,9 @@ def test_a_checkpoint_brings_sizes_that_nobody_had_given(tmp_path):
 
 
 def count(run, kind, tokens, size, steps, ce=4.0):
-    """What a validation (or test) of so many tokens and bytes logs."""
+    """The values that a validation (or test) of this many tokens and bytes logs."""
     folder = run if kind == "val" else run / "test"
-    start = 1 + len(list(folder.glob("*tfevents*")))  # within a second names alone do not tell which came first
+    start = 1 + len(list(folder.glob("*tfevents*")))  # within a second, names do not show which came first
     with SummaryWriter(str(folder), filename_suffix=f".start-{start}") as writer:
         for step in steps:
             writer.add_scalar(f"{kind}/tokens", tokens, step)

@@ -47,7 +47,7 @@ WORDS = ["red", "green", "blue", "seven", "a long word or two", "no"]
 
 def prepared(tmp_path, rows, examples=PLAIN, tokenizer=None, val_fraction=1.0, **corpus):
     file = tmp_path / "rows.jsonl"
-    if not file.exists():  # written again it would be another corpus to the cache
+    if not file.exists():  # if written again, the cache would treat it as another corpus
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     groups = resolve("--data.source", [str(file)], Hub())
     tokenizer = tokenizer or byte_tokenizer()
@@ -92,7 +92,7 @@ def test_a_plain_example_by_hand(tmp_path):
 
 
 def character_tokenizer(rule: str) -> PreTrainedTokenizerFast:
-    """A token a character, so that parts are parts; `rule` says how a space is put before a text."""
+    """One token per character, so that parts stay parts; `rule` says how a space is put before a text."""
     chars = sorted(set("▁Q: wa?\nA7é"))
     backend = Tokenizer(models.BPE({char: i for i, char in enumerate(["<s>", "</s>", *chars])}, []))
     if rule == "prepend":
@@ -105,7 +105,7 @@ def character_tokenizer(rule: str) -> PreTrainedTokenizerFast:
 @pytest.mark.parametrize("bos", [False, True])
 @pytest.mark.parametrize("rule", ["prepend", "metaspace", "none"])
 def test_parts_are_what_they_are_in_the_whole_text(tmp_path, bos, rule):
-    """As the tokenizer itself writes a text: BOS where it has one, a false space at its very beginning at most."""
+    """As the tokenizer itself encodes a text: with BOS if it has one, and at most one added space at the start."""
     tokenizer = character_tokenizer(rule)
     if bos:
         mark = [("<s>", 0)]
@@ -442,7 +442,7 @@ def test_a_key_that_a_message_of_templates_does_not_write_is_refused():
 
 
 def test_prompt_and_response_are_tokenized_apart(tmp_path):
-    """The ids that generation begins with are those of the prompt alone, whatever is answered."""
+    """The ids that generation starts from depend only on the prompt, not on the response."""
     text = tmp_path / "text.jsonl"
     text.write_text("\n".join(json.dumps({"text": f"A: yes A: no {i}"}) for i in range(50)))
     corpus = Corpus("--data.source", resolve("--data.source", [str(text)], Hub()))
@@ -604,7 +604,7 @@ def test_what_is_learned_of_conversations_with_gaps(tmp_path, messages, template
 
 
 def test_what_a_tokenizer_does_not_know_of_a_response_is_text(tmp_path):
-    """It counts in bits per byte, and is told."""
+    """It counts in bits per byte, and is reported."""
     words = {word: i for i, word in enumerate(["<unk>", "</s>", *"Q: wa?\nA"])}
     backend = Tokenizer(models.BPE(words, [], unk_token="<unk>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
@@ -703,7 +703,7 @@ def test_every_example_that_fits_is_in_one_row(lengths, size):
     assert sorted(packed.tolist()) == [i for i, length in enumerate(lengths) if length <= size]
     used = [sum(lengths[i] for i in packed[a:b]) for a, b in itertools.pairwise(starts)]
     assert all(0 < tokens <= size for tokens in used)
-    assert sum(tokens <= size / 2 for tokens in used) <= 1  # two such rows would have shared one
+    assert sum(tokens <= size / 2 for tokens in used) <= 1  # two such rows would have been one
 
 
 def test_rows_by_hand(tmp_path):
@@ -826,7 +826,7 @@ def test_a_hub_entry_may_name_its_split():
 
 @pytest.fixture(scope="session")
 def sft(settings, tokenizer_folder, tmp_path_factory) -> dict[str, object]:
-    """Settings of a fine-tuning run of a few seconds, with examples of very different lengths."""
+    """Settings of a fine-tuning run that takes a few seconds, with examples of very different lengths."""
     file = tmp_path_factory.mktemp("sft") / "examples.jsonl"
     rows = [{"question": WORDS[i % 6] * (1 + i % 3), "answer": WORDS[(i + i // 6) % 6]} for i in range(120)]
     file.write_text(
@@ -847,7 +847,7 @@ class Batches(Callback):
 
 @pytest.mark.parametrize("micro_batch", [8, 2, 1])
 def test_the_gradient_of_a_step_is_that_of_its_examples_one_by_one(micro_batch, sft, tmp_path):
-    """From the definition, in float64: each example on its own, nothing packed or padded, one division."""
+    """By definition, in float64: each example alone, no packing or padding, one division."""
     seen, spy = Batches(), Spy(tmp_path / "spy")
     own = {"run": str(tmp_path / "run"), "data.micro_batch_size": micro_batch, "trainer.max_steps": 1,
            "trainer.gradient_clip_val": 0.0, "trainer.val_check_interval": 1, "model.optim.warmup_steps": 0,
@@ -861,9 +861,9 @@ def test_the_gradient_of_a_step_is_that_of_its_examples_one_by_one(micro_batch, 
     model.load_state_dict({k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items()})
     eos, losses, tokens = byte_tokenizer().eos_token_id, [], 0
     examples = [row for batch in seen.batches for ids in batch["input_ids"].tolist() for row in whole(ids, eos)]
-    assert len(examples) > 8  # some rows hold several
+    assert len(examples) > 8  # some rows contain several
     for ids in examples:
-        asked = byte_tokenizer().decode(ids).index("A:") + 2  # one id a byte
+        asked = byte_tokenizer().decode(ids).index("A:") + 2  # one id per byte
         logits = model(torch.tensor([ids])).logits[0]
         losses.append(F.cross_entropy(logits[asked - 1 : -1], torch.tensor(ids[asked:]), reduction="sum"))
         tokens += len(ids) - asked
@@ -876,7 +876,7 @@ def test_the_gradient_of_a_step_is_that_of_its_examples_one_by_one(micro_batch, 
 
 
 def whole(ids: list[int], eos: int) -> list[list[int]]:
-    """The examples of a row; what only fills it up is EOS after EOS."""
+    """The examples of a row; padding is EOS after EOS."""
     found, start = [], 0
     for i, token in enumerate(ids):
         if token == eos:
@@ -908,7 +908,7 @@ def test_starting_from_a_pretrained_student_lowers_the_loss_of_responses_alone(s
 
 
 def test_a_tokenizer_is_trained_on_words_that_end():
-    """Of 3 million letters without a space training would take hours."""
+    """On 3 million letters without a space, training would take hours."""
     text = "a word " + "x" * 2500 + " " * 1500 + "end"
     assert "".join(_cut(text)) == text
     assert max(len(word) for piece in _cut(text) for word in piece.split()) <= 1000

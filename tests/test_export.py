@@ -1,4 +1,4 @@
-"""Exports: what transformers loads from them, the card, the chain of teachers, the memory, what is refused."""
+"""Exports: loading in transformers, the model card, chains of teachers, memory, and what is refused."""
 
 import json
 import resource
@@ -31,7 +31,7 @@ IDS = torch.tensor([[5, 9, 3, 60, 7, 7, 22, 1, 30, 2]])
 
 
 def save(model, path: Path, **extra: object) -> Path:
-    """A checkpoint of `model` as a run writes it."""
+    """Writes a checkpoint of `model` as a run does."""
     state = {f"student.model.{name}": tensor for name, tensor in model.state_dict().items()}
     spec = asdict(resolved(ModelSpec(), model.config))
     torch.save({"state_dict": state, "hyper_parameters": {"student": spec}, **ALWAYS, **extra}, path)
@@ -39,7 +39,7 @@ def save(model, path: Path, **extra: object) -> Path:
 
 
 def load(folder: Path):
-    """The exported model; whatever the loading had to make up or to leave out fails."""
+    """Loads the exported model; fails if a weight was missing or unused."""
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info
     return model.eval()
@@ -103,7 +103,7 @@ def test_the_card_says_how_many_experts_there_are(tmp_path, family, name):
 
 @pytest.fixture(scope="module")
 def salt(settings, teacher, tmp_path_factory) -> Path:
-    """A run with a teacher in its first 4 of 12 steps, exported at its end; the export is in salt/out."""
+    """A run with a teacher in the first 4 of 12 steps, exported at its end to salt/out."""
     run = tmp_path_factory.mktemp("export") / "salt"
     own = {"run": str(run), "model.teacher.path": teacher, "kd.steps": 4, "checkpoint.export": str(run / "out"),
            "checkpoint.every_n_steps": 6}  # fmt: skip
@@ -125,7 +125,7 @@ def test_a_finished_run_is_exported(salt):
     }  # fmt: skip
     assert not list(salt.glob(".*"))
     modes = {path.stat().st_mode for path in (salt / "out").iterdir()}
-    assert len(modes) == 1  # whoever may read one file may read all
+    assert len(modes) == 1  # all files have the same read permissions
     tokenizer = AutoTokenizer.from_pretrained(salt / "out")
     assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(salt / "tokenizer").get_vocab()
     ids = tokenizer("the small teacher", return_tensors="pt")
@@ -175,7 +175,7 @@ def test_generation_ends_where_the_tokenizer_says(salt, tmp_path):
 
 
 def test_a_chats_marks_go_on_to_end_a_generation(salt, tmp_path):
-    """A config that names several, the tokenizer's EOS among them; what its weights were packed by is gone."""
+    """The config keeps several end ids, including the tokenizer's EOS."""
     checkpoint = torch.load(checkpoints(salt)[-1], weights_only=True)
     checkpoint["hyper_parameters"]["student"]["config"] |= {"eos_token_id": [0, 7]}
     torch.save(checkpoint, tmp_path / "x.ckpt")
@@ -225,7 +225,7 @@ def test_the_card_says_what_was_trained_on_what(salt, teacher, corpus):
         "Licence: not stated.",
     ):
         assert line in lines, line
-    # what compare reads of it, where this model is a teacher
+    # compare reads this if the model is a teacher
     taught_by = Run("x", salt, {"model.teacher.path": str(salt / "out")}, {})
     assert lineage.training(taught_by, lineage.teacher_runs(taught_by, []))[0] == pytest.approx(
         student[12] + taught[4], rel=1e-3
@@ -290,7 +290,7 @@ def test_the_card_says_where_it_went_on_under_other_settings(salt):
     lines = model_card("x", checkpoint, model, replace(run, earlier=tuple(starts)), None).splitlines()
     found = f"data.source {now} (before old/*.jsonl), trainer.max_steps 99 (before 12)"
     assert f"- went on: at step 4 under other settings: {found}" in lines  # what holds from step 12 on is not of it
-    assert "- tokens: 3,072" in lines  # of which text, nobody knows
+    assert "- tokens: 3,072" in lines  # on unknown text
 
 
 def test_the_card_of_a_run_that_went_on_without_its_teacher(salt):
@@ -347,7 +347,7 @@ def test_scoring_is_counted_where_its_manifest_says_so(manifest, said, salt, tmp
 
 
 def test_a_student_is_the_next_teacher_and_the_next_start(salt, settings, tmp_path):
-    """Two generations on: what was exported teaches a third model, and is where a fourth one starts."""
+    """Two generations later: the exported model teaches a third model, and a fourth one starts from it."""
     out = str(salt / "out")
     grown = {**settings["model.student.config"], "hidden_size": 48}
     third = {"run": str(tmp_path / "third"), "model.teacher.path": out, "kd.steps": 3, "trainer.max_steps": 4,
@@ -357,7 +357,7 @@ def test_a_student_is_the_next_teacher_and_the_next_start(salt, settings, tmp_pa
     assert load(tmp_path / "third" / "out").config.hidden_size == 48
     assert f"- teacher: {out}" in (tmp_path / "third" / "out" / "README.md").read_text()
 
-    cut, plain = str(tmp_path / "cut"), load(Path(out))  # a student has a softmax over its padding, too
+    cut, plain = str(tmp_path / "cut"), load(Path(out))  # a student's softmax includes its padding
     plain.resize_token_embeddings(settings["data.vocab_size"])
     plain.save_pretrained(cut)
     start = {"model.student.path": out, "model.student.config": {}, "kd.weight": 0.0, "data.tokenizer": out}
@@ -372,7 +372,7 @@ def test_a_student_is_the_next_teacher_and_the_next_start(salt, settings, tmp_pa
     export(checkpoints(tmp_path / "fourth")[-1], tmp_path / "fourth" / "out")
     assert f"- started from: {cut}" in (tmp_path / "fourth" / "out" / "README.md").read_text()
 
-    # What teaches the third and what the fourth starts from is one model: the same loss on the same first rows,
+    # The third's teacher and the fourth's initial model are the same: equal loss on the same first rows,
     teaches, starts = scalars(tmp_path / "third")["train/teacher_ce"][1], scalars(tmp_path / "fourth")["train/ce"][1]
     assert teaches == starts
     # and it is the one that was trained.

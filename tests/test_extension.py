@@ -1,4 +1,4 @@
-"""A user's own code around SALTModule: what docs/extending.md shows works; what would go wrong silently is refused."""
+"""A user's own code around SALTModule: the code in docs/extending.md works; silent errors are refused."""
 
 import csv
 import json
@@ -108,7 +108,7 @@ def test_the_loss_alone():
 
 
 def test_in_python_too_paths_begin_at_home(data, settings, teacher, tmp_path, monkeypatch):
-    """No shell sees them there: weights went into a folder named ~."""
+    """No shell expands them there: weights used to go into a folder named ~."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "home").mkdir()
@@ -179,7 +179,7 @@ def test_a_schedule_of_ones_own_trains_and_is_known_to_checkpoint_and_card(data,
 
 
 def test_a_weight_of_0_on_the_way_keeps_the_teacher(data, teacher, tmp_path):
-    """A warm-up from 0, and a rhythm: the teacher is there until `steps`, whatever its weight."""
+    """With a warm-up from 0, and a periodic weight: the teacher stays until `steps`, whatever its weight."""
     rhythm = type("Rhythm", (KDSchedule,), {"__call__": lambda self, step: (step % 2) * 0.5 if step < 4 else 0.0})
     weights = Weights()
     module = SALTModule(ModelSpec(config=SIZES), teacher)
@@ -642,7 +642,7 @@ def test_a_loader_that_shuffles_is_compared_with_the_teacher_row_by_row(data, te
         run = trainer(tmp_path, kd, max_epochs=-1, val_check_interval=3,
                       logger=CSVLogger(tmp_path / str(shuffle)), log_every_n_steps=1)  # fmt: skip
         torch.manual_seed(0)
-        own = torch.Generator().manual_seed(0)  # torch's global one is put back, and would shuffle alike
+        own = torch.Generator().manual_seed(0)  # torch's global generator is restored, and would shuffle the same way
         loaders = DataLoader(Batches(9), batch_size=None), DataLoader(Batches(6), None, shuffle, generator=own)
         run.fit(SALTModule(spec, teacher, optim=OptimSpec(lr=1e-2), seed=0), *loaders)
         with open(Path(run.logger.log_dir) / "metrics.csv") as file:
@@ -838,7 +838,7 @@ def test_without_a_seed_that_of_seed_everything_counts(data, tmp_path, monkeypat
     assert SALTModule(ModelSpec()).hparams["seed"] == SALTDataModule("x").seed == 7
     assert SALTModule(ModelSpec(), seed=0).hparams["seed"] == SALTDataModule("x", seed=0).seed == 0
     module = SALTModule(ModelSpec(config=SIZES))
-    monkeypatch.setenv("PL_GLOBAL_SEED", "8")  # in processes that Lightning starts it is there from the beginning
+    monkeypatch.setenv("PL_GLOBAL_SEED", "8")  # in processes that Lightning starts it is set from the beginning
     trainer(tmp_path).fit(module, data)
     assert (module.hparams["seed"], data.seed) == (8, 8)
     data.seed = 5  # by hand

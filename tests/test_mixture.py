@@ -1,4 +1,4 @@
-"""mixture.py: sources in fixed shares, through the data module and real runs too."""
+"""mixture.py: sources in fixed shares, also through the data module and real runs."""
 
 import math
 import re
@@ -32,7 +32,7 @@ def mixture(weights=WEIGHTS, starts=STARTS, seed=0, **selection) -> Mixture:
 
 
 def by_source(rows: np.ndarray) -> list[list[int]]:
-    """What was read of each source, in order."""
+    """The rows read from each source, in order."""
     return [[int(row) for row in rows if start <= row < end] for start, end in pairwise(STARTS)]
 
 
@@ -62,7 +62,7 @@ def test_shares_are_as_fine_as_a_cycle(weights):
     assert turns_S.sum() == CYCLE
     assert turns_S.min() >= 1
     exact = [weight / math.fsum(weights) * CYCLE for weight in weights]
-    raised = sum(1 - want for want in exact if want < 1)  # what those below one have got the others have given
+    raised = sum(1 - want for want in exact if want < 1)  # sources below one row got it from the others
     for have, want in zip(turns_S, exact, strict=True):
         assert -raised - 1 < have - want < 1 + (want < 1)
 
@@ -93,7 +93,7 @@ def test_every_source_is_read_pass_by_pass_in_an_order_of_its_own():
     ids=str,
 )
 def test_no_source_is_ever_a_row_ahead_or_behind(weights):
-    """So each step has the shares, to less than two rows."""
+    """So each step has the shares, to within two rows."""
     shares = Shares(tuple(map(str, range(len(weights)))), weights, tuple(range(len(weights) + 1)))
     source_P, number_P = shares.cycle
     read_PS = np.cumsum(source_P[:, None] == np.arange(len(weights)), axis=0)
@@ -117,7 +117,7 @@ def test_a_row_depends_on_nothing_but_its_position():
     assert mixture(seed=5)(positions).tolist() == together.tolist()
     assert mixture(seed=6)(positions).tolist() != together.tolist()
     first = [0, 566, 4, 29, 6, 534, 8, 326]
-    assert order(np.arange(8)).tolist() == first  # a release that moved this would spoil every resume
+    assert order(np.arange(8)).tolist() == first  # a release that changed this would break every resume
 
 
 ROWS = np.array([3, 4, 9, *range(20, 200, 3), *range(513, 540)])
@@ -147,14 +147,14 @@ def test_phase_2_reads_the_unread_rows_of_each_source_first():
     assert again(np.arange(100, 400)).tolist() == plain(np.arange(100, 400)).tolist()
 
 
-# three stretches of steps: their first step, rows of a step, weights
+# three stretches of steps: first step, rows per step, weights
 HISTORY = ((0, 10, WEIGHTS), (7, 40, (0.1, 0.8, 0.1)), (12, 25, WEIGHTS), (13, 25, WEIGHTS))
 NAMES = ("source 0", "source 1", "source 2")
 NO_DATA = {"data": {"--data.global_batch_size": 0}}
 
 
 def parts(history=HISTORY) -> list[tuple[Stretches, Shares]]:
-    """The stretches so far, and the shares, of each part of the run."""
+    """The stretches so far, and the shares, for each part of the run."""
     found, stretches = [], ()
     for step, rows, weights in history:
         begun = one_stretch(rows, Shares(NAMES, weights, STARTS))
@@ -164,7 +164,7 @@ def parts(history=HISTORY) -> list[tuple[Stretches, Shares]]:
 
 
 def rows_of(**selection) -> list[np.ndarray]:
-    """What each part of the run reads, up to step 40."""
+    """The rows that each part of the run reads, up to step 40."""
     ends = [step for step, *_ in HISTORY[1:]] + [40]
     return [
         Mixture(shares, 0, **selection)(np.arange(rows_before(stretches, begin), rows_before(stretches, end)))
@@ -175,7 +175,7 @@ def rows_of(**selection) -> list[np.ndarray]:
 def test_under_other_shares_each_source_goes_on_in_its_order():
     found = rows_of()
     assert [len(rows) for rows in found] == [7 * 10, 5 * 40, 25, 27 * 25]
-    assert [len(stretches) for stretches, _ in parts()] == [1, 2, 3, 3]  # the last goes on as before
+    assert [len(stretches) for stretches, _ in parts()] == [1, 2, 3, 3]  # the last one continues as before
     for s, read in enumerate(by_source(np.concatenate(found))):
         own = STARTS[s] + mixture().orders[s](np.arange(len(read)))
         assert read == own.tolist()
@@ -188,7 +188,7 @@ def test_under_other_shares_each_source_goes_on_in_its_order():
 
 
 def test_under_other_shares_phase_2_reads_what_phase_1_has_not():
-    """KD ends within the second stretch, which the third and the fourth have to know."""
+    """KD ends within the second stretch, which the third and the fourth must take into account."""
     phase1 = 150
     found = np.concatenate(rows_of(kept=KEPT, phase1=phase1))
     assert set(found[:phase1].tolist()) <= set(ROWS.tolist())
@@ -205,7 +205,7 @@ def test_a_source_that_comes_later_begins_at_its_first_row_and_one_that_left_is_
     back = with_past(Shares(("a", "b"), (1, 1), (0, 40, 80)), (*stretches, Stretch(4, 10, {"a": 5000, "b": 5000})))
     assert back.reads(60).tolist() == [30, 20]
     turns, ab = {"a": 5000, "b": 5000}, Shares(("a", "b"), (1, 1), (0, 40, 80))
-    assert with_past(ab, (Stretch(0, 10, turns), Stretch(3, 20, turns))) == ab  # larger steps are no other shares
+    assert with_past(ab, (Stretch(0, 10, turns), Stretch(3, 20, turns))) == ab  # larger steps do not change the shares
     # until step 3 no source had an order of its own, and from 5 to 6 neither
     parts = (Stretch(0, 10, None), Stretch(3, 10, turns), Stretch(5, 30, None), Stretch(6, 10, turns))
     assert with_past(ab, parts).reads(50).tolist() == [10, 10]
@@ -238,7 +238,7 @@ def test_a_checkpoint_from_before_they_were_kept_is_of_one_stretch():
     assert go_on({"global_step": 9, "data": data}, begun) == (Stretch(0, 4, None), Stretch(9, 8, None))
     assert go_on({"global_step": 9, "data": {"--data.global_batch_size": 8}}, begun) == begun
     assert go_on({"global_step": 0, "data": data}, begun) == begun
-    assert go_on({"global_step": 9, "stretches": [], **NO_DATA}, begun) == begun  # with a loader of one's own
+    assert go_on({"global_step": 9, "stretches": [], **NO_DATA}, begun) == begun  # with a user's own loader
 
 
 def test_the_fingerprint_tells_other_shares_and_other_kept_rows():
@@ -246,7 +246,7 @@ def test_the_fingerprint_tells_other_shares_and_other_kept_rows():
                {"kept": RowSet.of(ROWS[1:], 583)}, {"kept": KEPT, "phase1": 9}]  # fmt: skip
     assert len({mixture(**change).fingerprint for change in changed}) == len(changed)
     assert mixture(weights=(5, 2, 3)).fingerprint == mixture().fingerprint  # the unit does not matter
-    assert mixture(seed=1).fingerprint == mixture().fingerprint  # the seed is compared apart
+    assert mixture(seed=1).fingerprint == mixture().fingerprint  # the seed is compared separately
 
 
 def test_without_weights_all_rows_are_read_alike():

@@ -159,7 +159,7 @@ def test_in_bf16_the_tokens_of_a_step_are_counted_exactly(fit_with, tmp_path):
 
 
 def test_a_stop_is_of_one_fit_alone(settings, tmp_path):
-    """From Python: Ctrl-C, then another fit with the same objects."""
+    """From Python: a signal, then another fit with the same objects."""
     saver, own = RunCheckpoint(folder=str(tmp_path)), {k[5:]: v for k, v in settings.items() if k.startswith("data.")}
     trainer = pl.Trainer(
         max_steps=6, callbacks=[saver, StopAt(2)], accelerator="cpu", logger=False, enable_progress_bar=False,
@@ -169,7 +169,7 @@ def test_a_stop_is_of_one_fit_alone(settings, tmp_path):
     trainer.fit(module, SALTDataModule(**own))
     assert (saver.stopped_by, trainer.global_step, "val/ce" in trainer.callback_metrics) == (signal.SIGTERM, 2, False)
     (tmp_path / ".step-00000003.ckpt.tmp").write_bytes(b"a save that was killed")
-    trainer.should_stop = False  # left to Lightning to reset
+    trainer.should_stop = False  # Lightning's flag, not ours
     trainer.fit(module, SALTDataModule(**own), ckpt_path=str(tmp_path / "step-00000002.ckpt"))
     assert (saver.stopped_by, trainer.global_step, "val/ce" in trainer.callback_metrics) == (None, 6, True)
     assert [path.name for path in tmp_path.glob(".*")] == []

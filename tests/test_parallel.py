@@ -1,4 +1,4 @@
-"""One device, DDP and FSDP2 train the same; real processes on a CPU (gloo), driven by the real command."""
+"""One device, DDP and FSDP2 train the same: real processes on a CPU (gloo), with the real command."""
 
 import contextlib
 import os
@@ -39,7 +39,7 @@ SAVED_NAME = f"checkpoints/step-{SAVED:08d}.ckpt"
 EXPERTS = {"kd.weight": 0.0, "checkpoint.at_steps": [6], "data.micro_batch_size": 4,
            "model.student.family": "qwen3_moe", "model.student.config": {
                **UNTIED, "num_experts": 3, "num_experts_per_tok": 2, "num_key_value_heads": 4}}  # fmt: skip
-VARIANTS = {  # name -> its own settings; names with "untied" are compared with the untied run of one device
+VARIANTS = {  # name -> its settings; names with "untied" are compared with the untied run on one device
     "ddp": DDP,
     "fsdp": FSDP2,
     "ddp untied": {**DDP, "model.student.config": UNTIED},
@@ -55,7 +55,7 @@ VARIANTS = {  # name -> its own settings; names with "untied" are compared with 
 
 @pytest.fixture(scope="module")
 def judge(settings, teacher, tmp_path_factory) -> Path:
-    """The teacher's run after `validate` on one device."""
+    """The teacher's run, after `validate` on one device."""
     run = tmp_path_factory.mktemp("judge") / "run"
     assert cli.main(["validate", *looked_at(settings, run, teacher)]) == 0
     return run
@@ -68,9 +68,9 @@ def looked_at(settings, run, checkpoint, **own) -> list[str]:
 
 @pytest.fixture(scope="module")
 def salt(settings, teacher, judge) -> dict[str, object]:
-    """Both phases and a ramp, clipping that bites, on each of two ranks two micro-batches of uneven masks.
+    """Both phases and a ramp, with effective clipping; two micro-batches with uneven masks on each of two ranks.
 
-    The validation of step 8 finds the boundary: a ramp to step 12. That of step 4 comes too early.
+    The validation of step 8 finds the boundary: a ramp to step 12. The validation of step 4 is too early.
     """
     return {
         **settings, "model.teacher.path": teacher, "kd.weight": 0.667, "kd.steps": 16, "kd.anneal_steps": 4,
@@ -82,7 +82,7 @@ def salt(settings, teacher, judge) -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def runs(salt, settings, teacher, tmp_path_factory) -> Path:
-    """A folder of runs: of one process, `one` and `one untied`; of two, VARIANTS and resumes. One launch for all."""
+    """A folder of runs: `one` and `one untied` with one process; VARIANTS and resumes with two, in a single launch."""
     folder = tmp_path_factory.mktemp("parallel")
     for name, own in {"one": {}, "one untied": {"model.student.config": UNTIED}}.items():
         args = ["fit", *arguments(salt, {"run": str(folder / name)}, own)]
@@ -143,7 +143,7 @@ def one_of(name: str) -> str:
     return "one untied" if "untied" in name else "one"
 
 
-# A loss of about 5.7 has an ulp of 4.8e-7; sums of 256 tokens over two ranks differ in their order alone.
+# A loss of about 5.7 has an ulp of 4.8e-7; sums of 256 tokens over two ranks differ only in their order.
 SAME_LOSS = 4 * 4.8e-7
 
 
@@ -164,7 +164,7 @@ def test_the_same_losses_in_both_phases(runs, name):
 
 @pytest.mark.parametrize("name", ["fsdp1", "fsdp1 from one", "one from fsdp1"])
 def test_fsdp1_trains_the_same_and_its_files_are_those_of_one_device(runs, name):
-    """By force on a CPU: all but the GPUs' streams and copies."""
+    """Forced to run on a CPU: everything except the GPUs' streams and copies."""
     ours, theirs = scalars(runs / name), scalars(runs / "one")
     first = 1 if name == "fsdp1" else SAVED + 1
     for tag in ("train/loss", "train/kd", "train/grad_norm", "val/ce", "val/ce/hard"):
@@ -178,7 +178,7 @@ def test_the_same_probes_and_the_same_boundary(runs, name):
     assert ours["probe/stop_step"] == theirs["probe/stop_step"] == {8: 12}
     assert sorted(theirs["probe/gap"]) == sorted(theirs["probe/grad_cosine"]) == [4, 8]
     assert ours["probe/gap"] == pytest.approx(theirs["probe/gap"], abs=SAME_LOSS, rel=0)
-    # a token where both models are all but equal may fall either way; a cosine of sums that differ by 1e-6 or so
+    # a token where both models nearly tie may fall either way; the cosine is of sums that differ by about 1e-6
     assert ours["probe/student_better"] == pytest.approx(theirs["probe/student_better"], abs=2e-3)
     assert ours["probe/grad_cosine"] == pytest.approx(theirs["probe/grad_cosine"], abs=1e-5)
 
@@ -209,7 +209,7 @@ def test_a_rank_with_other_settings_is_named_before_the_first_step(runs):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_ranks_share_the_rows_of_a_step(runs, name):
-    """Micro-batch by micro-batch what one device reads."""
+    """Together they read what one device reads, micro-batch by micro-batch."""
     by_rank = [spied(runs, name, rank)["rows"] for rank in (0, 1)]
     assert [rows for pair in zip(*by_rank, strict=True) for rows in pair] == spied(runs, one_of(name))["rows"]
 
@@ -217,12 +217,12 @@ def test_ranks_share_the_rows_of_a_step(runs, name):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_same_gradients_in_both_phases(runs, name):
     labels = [spied(runs, name, rank)["labels"] for rank in (0, 1)]
-    assert any(a != b for a, b in zip(*labels, strict=True))  # the premise: a mean per rank would be another number
+    assert any(a != b for a, b in zip(*labels, strict=True))  # the premise: a mean per rank would be different
     ours, theirs = spied(runs, name)["gradients"], spied(runs, one_of(name))["gradients"]
     for step in (0, 1, 11, 12, STEPS - 1):
         assert ours[step].keys() == theirs[step].keys()
         for key, gradient in theirs[step].items():
-            # 1.2e-7 a rounding, about 10 in a chain of sums; later steps start from weights that differ by as much
+            # 1.2e-7 per rounding, about 10 in a chain of sums; later steps start from weights that differ by as much
             atol = (1e-6 if step == 0 else 1e-5) * gradient.abs().max().item()
             assert torch.allclose(ours[step][key], gradient, rtol=0, atol=atol), (step, key)
 
@@ -231,7 +231,7 @@ def test_the_teacher_is_sharded_or_whole_and_leaves_every_rank(runs):
     for name in VARIANTS:
         assert all(spied(runs, name, rank)["teacher_has_left"] for rank in (0, 1)), name
     sizes = {name: [spied(runs, name, rank)["teacher_bytes"] for rank in (0, 1)] for name in VARIANTS}
-    assert sizes["ddp"] == sizes["fsdp untied"]  # whole on each, as asked for
+    assert sizes["ddp"] == sizes["fsdp untied"]  # whole on each, as requested
     assert sizes["fsdp"] == [sizes["ddp"][0] // 2] * 2
     ours, theirs = scalars(runs / "fsdp taught by shards"), scalars(runs / "one taught by shards")
     assert ours["train/kd"] == pytest.approx(theirs["train/kd"], abs=SAME_LOSS, rel=0)
@@ -239,7 +239,7 @@ def test_the_teacher_is_sharded_or_whole_and_leaves_every_rank(runs):
 
 
 def test_resumed_on_other_ranks(runs):
-    """With the same ranks bit for bit; on others the same rows, and the same numbers up to rounding."""
+    """With the same ranks, bit for bit; with others, the same rows, and the same numbers up to rounding."""
     same, again = read_checkpoint(last(runs / "fsdp"), "x"), read_checkpoint(last(runs / "fsdp again"), "x")
     assert all(torch.equal(tensor, again["state_dict"][name]) for name, tensor in same["state_dict"].items())
     assert all(torch.equal(tensor, again["optimizer"][name]) for name, tensor in same["optimizer"].items())
@@ -273,7 +273,7 @@ def test_both_forms_of_a_checkpoint_hold_the_same(runs):
 
 @pytest.fixture
 def folder(runs, tmp_path) -> Path:
-    """A run's checkpoints, step 5 and step 12, to be damaged."""
+    """A run's checkpoints at steps 5 and 12, to be damaged."""
     shutil.copytree(runs / "fsdp" / "checkpoints", tmp_path / "checkpoints")
     shutil.rmtree(tmp_path / "checkpoints" / f"step-{STEPS:08d}.ckpt")
     return tmp_path / "checkpoints"
@@ -332,7 +332,7 @@ def test_another_model_is_refused_by_its_first_weights():
 
 
 def test_under_fsdp2_experts_that_do_not_divide_are_split_inside(settings, runs, fit_with):
-    """Three over two devices: by the first dimension one of them would hold twice as much as the other."""
+    """Three over two devices: split by the first dimension, one device would hold twice as much as the other."""
     saved = runs / "experts/checkpoints/step-00000006.ckpt"
     found = shards.table_of(saved).state_dict_metadata
     pieces = {
@@ -344,7 +344,7 @@ def test_under_fsdp2_experts_that_do_not_divide_are_split_inside(settings, runs,
     assert fit_with(runs / "experts of one", **EXPERTS) == 0
     assert fit_with(runs / "experts on", **EXPERTS, ckpt_path=str(saved)) == 0
     losses = [scalars(runs / name)["val/ce"][12] for name in ("experts of one", "experts", "experts on")]
-    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)  # sums of gradients in another order
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)  # gradients summed in another order
 
 
 # ------------------------------------------------------------ the command as typed
@@ -376,7 +376,7 @@ ENDLESS = {"trainer.max_steps": 100_000, "trainer.val_check_interval": 100_000, 
 
 
 def end(process: subprocess.Popen) -> tuple[int, str]:
-    """Exit code and output; whatever of the run is still there is killed."""
+    """Exit code and output; kills all processes of the run that are left."""
     try:
         output, _ = process.communicate(timeout=60)
     finally:
@@ -386,7 +386,7 @@ def end(process: subprocess.Popen) -> tuple[int, str]:
 
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(settings, tmp_path):
-    """In a job with one pod: both inherit its RANK, and would take themselves for the first."""
+    """In a job with one pod, both inherit its RANK and would each believe to be the first."""
     own = {**ENDLESS, "run": str(tmp_path / "run")}
     process = start(settings, own, **ALONE)
     child = child_of(process, tmp_path / "run")
@@ -404,9 +404,9 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(settings, tmp_path):
     assert cli.main(["fit", *arguments(settings, {"kd.weight": 0.0}, more)]) == 0  # on one device
 
 
-@pytest.mark.parametrize("kill", [os.kill, os.killpg])  # a notebook's kernel has its processes interrupted with it
+@pytest.mark.parametrize("kill", [os.kill, os.killpg])  # a notebook's kernel and its processes are interrupted together
 def test_forked_processes_save_after_the_ctrl_c_of_the_one_that_waits_for_them(kill, settings, tmp_path):
-    """As under ddp_notebook, which is the same strategy."""
+    """As with ddp_notebook, which is the same strategy."""
     saves = {"checkpoint.every_n_steps": None, "checkpoint.at_steps": [1]}
     own = {**ENDLESS, **saves, "trainer.strategy": "ddp_fork", "run": str(tmp_path / "run")}
     process = start(settings, own)
@@ -472,7 +472,7 @@ sys.exit(ranks.run(sys.argv[1:], Fails()))
 
 
 def test_the_error_of_one_rank_ends_all_where_teardown_and_exit_would_wait(settings, tmp_path):
-    """As over NCCL, where a rank that leaves waits for the others and they for it."""
+    """As with NCCL, where a rank that leaves and the others wait for each other."""
     script = tmp_path / "alone.py"
     script.write_text(ALONE_OVER_NCCL.format(tests=str(ROOT / "tests")))
     process = start(settings, {**ENDLESS, **DDP, "run": str(tmp_path / "run")}, script=script)
@@ -649,7 +649,7 @@ def test_another_number_of_processes_than_asked_for_is_refused(own, settings, tm
 
 FIRST, SECOND, ALONE = ({"WORLD_SIZE": size, "RANK": rank} for size, rank in (("2", "0"), ("2", "1"), ("1", "0")))
 MANY = {"strategy": "ddp", "num_nodes": 2}
-PLACES = {  # variables of an operator, what the Trainer is told, and the place that this process would have
+PLACES = {  # an operator's variables, the Trainer's settings, and the place that this process would have
     "nothing but the variables": (FIRST, {}, "0 of 1"),
     "of the second": (SECOND, {}, "0 of 1"),
     "as many, without the rank": (SECOND, MANY, "0 of 2"),
@@ -716,7 +716,7 @@ def lm() -> CausalLM:
 
 
 def gradients(lm: CausalLM) -> tuple[list[torch.Tensor], int]:
-    """Gradients of a step, and how often the first block's MLP ran for it."""
+    """Gradients of a step, and how often the first block's MLP ran."""
     calls = []
     hook = parallel.blocks(lm)[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     lm.zero_grad()

@@ -1,4 +1,4 @@
-"""Documents -> tokens -> files: formats, errors, bytes per token, the cache and its accidents."""
+"""Documents -> tokens -> files: formats, errors, bytes per token, the cache and its failures."""
 
 import errno
 import gzip
@@ -56,7 +56,7 @@ TEXTS = [
 def byte_tokenizer(vocab: int = 256, gap: bool = False) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer without merges: ids are bytes, so any text comes back; EOS is the last id.
 
-    `gap`: no token has an id between the bytes' and that of EOS.
+    `gap`: no token has an id between those of the bytes and EOS.
     """
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     rest = {"<|endoftext|>": vocab} if gap else {f"<unused{i}>": i for i in range(256, vocab)}
@@ -239,7 +239,7 @@ def test_half_a_surrogate_pair_becomes_a_question_mark(tmp_path):
 
 
 def bos_tokenizer(marks: str) -> PreTrainedTokenizerFast:
-    """As Llama 3's and Gemma's: `marks` stand around every text."""
+    """Like Llama 3's and Gemma's: `marks` are put around every text."""
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"bos_token": "<s>"})
     known = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "<|endoftext|>")]
@@ -400,7 +400,7 @@ def test_where_every_line_is_bad_the_first_is_named(tmp_path):
 
 
 def test_a_byte_order_mark_is_no_fault(tmp_path):
-    """Of each file: both are read in one task."""
+    """In each file: both are read in one task."""
     for name in "xy":
         (tmp_path / f"{name}.jsonl").write_bytes(f'\ufeff{{"text": "{name * 3}"}}\n'.encode())
     tokenizer = byte_tokenizer()
@@ -522,8 +522,8 @@ def test_number_of_processes_changes_nothing(tmp_path, monkeypatch):
 
 
 def reference_bytes(text: str, tokens: list[str]) -> list[int]:
-    """By the definition, for byte-level tokens: a character counts at the first token that touches it."""
-    lengths = [len(token) for token in tokens]  # byte-level: one letter a byte
+    """By definition, for byte-level tokens: a character counts for the first token that touches it."""
+    lengths = [len(token) for token in tokens]  # byte-level: one letter per byte
     counts = [0] * len(tokens)
     position = 0
     owner = [i for i, length in enumerate(lengths) for _ in range(length)]
@@ -548,7 +548,7 @@ def test_bytes_of_tokens_against_the_definition(text):
 def test_bytes_where_a_tokenizer_drops_text():
     # tokens "b" and "d" of "aäb cd€": what lies before a token's end counts for it, the rest for the last
     assert token_bytes("aäb cd€", [(2, 3), (5, 6)]).tolist() == [1 + 2 + 1, 1 + 1 + 1 + 3]
-    assert token_bytes("xyz", [(0, 2), (0, 1), (2, 3)]).tolist() == [2, 0, 1]  # ends that go back
+    assert token_bytes("xyz", [(0, 2), (0, 1), (2, 3)]).tolist() == [2, 0, 1]  # ends that decrease
 
 
 def test_bytes_of_a_split_are_the_bytes_of_its_texts(tmp_path):
@@ -582,7 +582,7 @@ def test_trained_tokenizer_is_a_folder_for_transformers(tmp_path):
 
 
 def test_words_keep_their_vowel_signs_and_text_its_bytes(tmp_path):
-    """GPT-2's rule, which cuts at each sign, makes seven tokens or more of the second word, however often it occurs."""
+    """GPT-2's rule, which cuts at each sign, makes at least seven tokens of the second word, however frequent it is."""
     words = ["हिन्दी", "विद्यालय", "กรุงเทพ", "မြန်မာ", "it's", "e\u0301te\u0301"]
     text = " ".join(words)
     rows = [json.dumps({"text": f"{text} {i}\r\n\t x₂  {text}"}) for i in range(50)]
@@ -630,7 +630,7 @@ def test_parts_of_an_enormous_document_are_the_document(text):
     assert all(0 < len(part) <= 40 for part in parts) or parts == [""]
 
 
-CL100K = (  # of GPT-4, Llama 3 and Qwen: punctuation takes the line breaks behind it along
+CL100K = (  # GPT-4, Llama 3 and Qwen: punctuation includes the line breaks after it
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -738,7 +738,7 @@ def test_prepared_once(tmp_path, monkeypatch):
     tokenizer = load_tokenizer(str(prepare_tokenizer(corpus, 300, 0.1, cache)))
     prepare_tokens(corpus, tokenizer, 0.1, cache, 1)
     before = stamps(cache)
-    monkeypatch.setattr(processes, "ProcessPoolExecutor", None)  # a second tokenizing would call it
+    monkeypatch.setattr(processes, "ProcessPoolExecutor", None)  # tokenizing again would call it
     prepare_tokenizer(corpus, 300, 0.1, cache)
     prepare_tokens(corpus, load_tokenizer(str(tokenizer_folder(corpus, 300, 0.1, cache))), 0.1, cache, 1)
     assert stamps(cache) == before
@@ -832,14 +832,14 @@ def in_fork(function, *args) -> multiprocessing.Process:
 
 
 def small_steps(monkeypatch) -> None:
-    """About 40 tasks, two or three under way, and the journal is written behind each."""
+    """About 40 tasks, two or three at a time, and a journal entry after each."""
     monkeypatch.setattr(documents, "_RAW_CHARS", 500)
     monkeypatch.setattr(prepare, "_CHARS_PER_WORKER", 500)
     monkeypatch.setattr(prepare, "_JOURNAL_S", 0.0)
 
 
 def die_at(function: str, call: int, pids=None) -> None:
-    """In a child: SIGKILL at the n-th call, its block written though no journal says so."""
+    """In a child process: SIGKILL at the n-th call, after its block is written but before the journal entry."""
     owner = {"add": SplitWriter, "entry": SplitWriter, "write_json": prepare}[function]
     original, calls = getattr(owner, function), []
 
@@ -851,7 +851,7 @@ def die_at(function: str, call: int, pids=None) -> None:
                 self.sync()
             if pids is not None:
                 pids.put(list_children())
-                time.sleep(0.2)  # the queue sends from a thread
+                time.sleep(0.2)  # the queue sends in a thread
             os.kill(os.getpid(), signal.SIGKILL)
         return original(self, *args)
 
@@ -905,7 +905,7 @@ def test_kill_before_the_first_journal_and_no_worker_stays(tmp_path):
     deadline = time.time() + 10
     while any(alive(pid) for pid in workers) and time.time() < deadline:
         time.sleep(0.05)
-    assert not [pid for pid in workers if alive(pid)]  # they end with their parent
+    assert not [pid for pid in workers if alive(pid)]  # they end with their parent process
     folder = prepare_many(path, cache)
     assert list(cache.iterdir()) == [folder]
     assert TokenFiles(folder, "train").num_documents > 300
@@ -1097,8 +1097,8 @@ def test_who_waited_for_a_lock_file_that_was_removed_waits_for_the_new_one(tmp_p
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(journal._lock, path)
         time.sleep(0.3)
-        path.unlink()  # as its owner does in the end
-        new = journal._lock(path)  # a third process was faster
+        path.unlink()  # as its owner does at the end
+        new = journal._lock(path)  # a third process was first
         old.close()
         with pytest.raises(TimeoutError):
             waiting.result(timeout=0.5)
@@ -1232,7 +1232,7 @@ def test_tasks_under_way_are_bounded_and_their_results_in_order(size, most, tmp_
 
     for count, (task, result) in enumerate(processes.ordered_map(negative, tasks(), 2, max_size=10)):
         assert (task.number, result) == (count, -count)
-        assert len(taken) - count == min(most, 40 - count)  # this one is still held
+        assert len(taken) - count == min(most, 40 - count)  # this one is still locked
 
 
 @pytest.mark.parametrize("train", [True, False])
@@ -1290,7 +1290,7 @@ def test_interrupt_ends_at_once_and_leaves_nothing(train, tmp_path):
 
     def run():
         os.setsid()
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell starts its jobs with it ignored
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell starts jobs with it ignored
         prepare.train_tokenizer = prepare.Encoder.__call__ = endless
         try:
             train_or_encode(train, path, cache)

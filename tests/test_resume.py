@@ -1,4 +1,4 @@
-"""A run stopped anywhere and started again equals the run never stopped, bit for bit: weights and logged values."""
+"""A run stopped anywhere and resumed equals a run never stopped, bit for bit: weights and logged values."""
 
 import csv
 import errno
@@ -99,7 +99,7 @@ def test_stopped_in_each_phase_equals_never_stopped(fit, tmp_path, variant):
 
 
 def test_stopped_where_a_validation_is_due(fit, tmp_path):
-    """The save waits for the validation of its step: after the resume it is neither repeated nor missing."""
+    """The save waits for the step's validation, so after the resume that is neither repeated nor missing."""
     assert fit(tmp_path / "whole") == 0
     assert fit(tmp_path / "broken", stop_at=6) == 128 + signal.SIGTERM
     assert sorted(scalars(tmp_path / "broken")["val/ce"]) == [6]
@@ -118,7 +118,7 @@ def test_across_an_epoch_of_the_data(fit, tmp_path, caplog):
 
 
 def test_phase_2_resumes_without_the_teacher(fit, tmp_path, teacher):
-    """Nothing of the teacher is needed any more: not even its file."""
+    """The teacher is no longer needed, not even its file."""
     gone = tmp_path / "teacher.ckpt"
     shutil.copy(teacher, gone)
     with_copy = {"model.teacher.path": str(gone)}
@@ -183,7 +183,7 @@ def test_kill_9_then_last(settings, teacher, tmp_path):
 
 
 def test_sigterm_ends_the_first_process_of_a_container_before_it_trains(settings, tmp_path):
-    """The kernel drops a signal that it does not handle; Python handles none while it imports and prepares text."""
+    """There the kernel drops signals without a handler, and Python has none while it imports and prepares text."""
     contained = ["unshare", "-rpf", "--mount-proc", "--kill-child"]
     if not shutil.which("unshare") or subprocess.run([*contained, "true"], capture_output=True).returncode:
         pytest.skip("no namespaces of processes here")
@@ -426,7 +426,7 @@ def test_only_what_validate_uses_is_said_to_be_used(fit, settings, tmp_path, cap
 
 
 def test_values_not_given_come_from_the_checkpoint(fit, settings, teacher, tmp_path):
-    """lr is not in the second command at all."""
+    """The second command does not give lr."""
     assert fit(tmp_path / "run", stop_at=3) == 128 + signal.SIGTERM
     fewer = {key: value for key, value in settings.items() if not key.startswith("model.")}
     again = {**RAMP, "run": str(tmp_path / "run"), "model.teacher.path": teacher, "ckpt_path": "last"}
@@ -669,7 +669,7 @@ def test_a_run_that_ends_early_is_saved_and_says_so(fit, tmp_path, monkeypatch, 
 
 
 def test_a_least_number_of_steps_holds_no_run_that_is_told_to_stop(fit, tmp_path):
-    """Of min_steps Lightning makes an epoch, the whole run."""
+    """With min_steps Lightning requires a whole epoch, which is the whole run."""
     assert fit(tmp_path / "run", stop_at=3, **{"trainer.min_steps": 9}) == 128 + signal.SIGTERM
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["step-00000003.ckpt"]
 
@@ -705,7 +705,7 @@ def test_without_a_logger_a_run_still_lives_in_its_folder(fit, tmp_path, monkeyp
 
 
 def test_other_loggers_write_beside_the_run_s_own(settings, tmp_path):
-    """By CSV: the settings once, the same curves, and nothing that a save came after is lost to a kill."""
+    """As CSV: the settings once, the same curves, and a kill loses nothing from before the last save."""
 
     class Look(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
@@ -732,7 +732,7 @@ def test_other_loggers_write_beside_the_run_s_own(settings, tmp_path):
 
 
 def test_a_board_of_one_s_own_takes_the_place_of_the_run_s(fit, settings, tmp_path):
-    """With the same care for what a killed start had logged."""
+    """It treats values logged by a killed start the same way."""
     place = {"save_dir": str(tmp_path), "name": "board", "version": ""}
     own = {"trainer.logger": [{"class_path": "TensorBoardLogger", "init_args": place}]}
     assert fit(tmp_path / "run", stop_at=6, **own) == 128 + signal.SIGTERM
@@ -745,7 +745,7 @@ def test_a_board_of_one_s_own_takes_the_place_of_the_run_s(fit, settings, tmp_pa
     plain = {key: value for key, value in settings.items() if key.startswith(("data.", "trainer."))}
     assert cli.main(["validate", *arguments(plain, looked_at)]) == 0
     page = EventAccumulator(str(tmp_path / "board")).Reload()
-    assert [event.step for event in page.Scalars("train/ce")] == [*range(1, 13)]  # an evaluation takes nothing away
+    assert [event.step for event in page.Scalars("train/ce")] == [*range(1, 13)]  # an evaluation removes nothing
 
 
 def test_a_tracker_that_refuses_the_settings_ends_no_run():
@@ -981,7 +981,7 @@ def test_other_training_text_of_as_many_tokens_is_said(fit, corpus, teacher, tmp
 
 
 def test_what_held_before_a_change_of_settings_stays_beside_the_run(fit_with, tmp_path):
-    """compare and the model card tell of it. A start that changes nothing leaves nothing."""
+    """compare and the model card report it. A start that changes nothing leaves nothing."""
     run, on = tmp_path / "run", {"ckpt_path": "last", "checkpoint.keep": None, "checkpoint.every_n_steps": 3}
     assert fit_with(run, **on, **{"trainer.max_steps": 6}) == 0
     assert fit_with(run, StopAt(9), **on, **{"trainer.max_steps": 12, "model.optim.lr": 5e-4}) == 128 + signal.SIGTERM
@@ -992,7 +992,7 @@ def test_what_held_before_a_change_of_settings_stays_beside_the_run(fit_with, tm
     assert list(changes[9]) == ["model.optim.lr"]
     back = {**on, "ckpt_path": str(run / "checkpoints/step-00000003.ckpt"), "model.optim.lr": 2e-4}
     assert fit_with(run, **back, **{"trainer.max_steps": 6}) == 0
-    assert read_run(run, "run").changes == {3: {"model.optim.lr": (3e-3, 2e-4)}}  # what came after is left behind
+    assert read_run(run, "run").changes == {3: {"model.optim.lr": (3e-3, 2e-4)}}  # later values are dropped
     (run / "config.yaml").write_text("a: [")
     assert fit_with(run, **on, **{"trainer.max_steps": 7}) == 0
     assert list(read_run(run, "run").changes) == [3]
@@ -1004,12 +1004,12 @@ def test_a_branch_that_is_requeued_still_comes_from_its_trunk(fit_with, tmp_path
     start = str(trunk / "checkpoints/step-00000006.ckpt")
     own = {"model.optim.lr": 1e-3, "checkpoint.keep": 1}
     assert fit_with(branch, StopAt(7), **own, ckpt_path=start) == 128 + signal.SIGTERM
-    assert fit_with(branch, StopAt(8), **own, ckpt_path=start) == 128 + signal.SIGTERM  # its own checkpoint not taken
+    assert fit_with(branch, StopAt(8), **own, ckpt_path=start) == 128 + signal.SIGTERM  # its own checkpoint is not used
     assert fit_with(branch, StopAt(9), **own, ckpt_path="last") == 128 + signal.SIGTERM
     assert fit_with(branch, **own, ckpt_path="last") == 0
     assert [step for step, _ in read_run(branch, "b").earlier] == [8]
     run = lineage.read(branch, "b")
     assert (run.began, run.changes) == (0, {6: {"model.optim.lr": (3e-3, 1e-3)}})
     assert list(run.val_ce.steps) == [6, 12]
-    # the trunk's checkpoints kept for good are none of the branch's
+    # checkpoints that the trunk keeps for good are not the branch's
     assert read_checkpoint(str(branch / "checkpoints/step-00000012.ckpt"), "test")["kept_steps"] == [12]

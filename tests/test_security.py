@@ -1,6 +1,6 @@
-"""Hostile files: a checkpoint, a tokenizer, a model folder, a config, text. None runs code, none reaches elsewhere.
+"""Hostile files: checkpoint, tokenizer, model folder, config, text. None may run code or reach outside.
 
-Each plants a call that makes a file, `ran`; it must not appear.
+Each plants a call that creates a file, `ran`, which must not appear.
 """
 
 import io
@@ -41,7 +41,7 @@ CPU = torch.device("cpu")
 
 
 class Touch:
-    """Pickled, it is a program that makes a file."""
+    """Unpickling it runs a program that creates a file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -52,7 +52,7 @@ class Touch:
 
 @pytest.fixture
 def ran(tmp_path):
-    """The file that code from a hostile file would make; looked for at the end of each test."""
+    """The file that hostile code would create; checked at the end of each test."""
     yield tmp_path / "ran"
     assert not (tmp_path / "ran").exists()
 
@@ -75,7 +75,7 @@ def refused(capsys, *args: str) -> str:
 
 
 def with_program(path: Path, teacher: str, where: str, ran: Path) -> Path:
-    """A checkpoint with a program in it, as a file of its own."""
+    """A checkpoint with a program in it, as a separate file."""
     saved = torch.load(teacher, weights_only=True)
     if where == "optimizer":
         saved["optimizer_states"][0]["state"] = Touch(ran)
@@ -133,7 +133,7 @@ def test_a_sharded_checkpoint_with_a_program_in_one_file(name, ran, tmp_path):
 
 
 def sharded(folder: Path, file: str = "") -> Path:
-    """A checkpoint folder of one rank. `file`: the name that its table gives to the file of tensors."""
+    """A checkpoint folder of one rank. `file`: the name of the tensor file in its table."""
     from torch.distributed import checkpoint as dcp
 
     folder.mkdir(parents=True)
@@ -193,7 +193,7 @@ for _ in range(45):
     MANY = [MANY, MANY]
 SPEC = {"path": None, "revision": None, "family": "llama", "config": {"hidden_size": 8}, "dtype": None}
 WEIGHT = "student.model.model.norm.weight"
-NONSENSE = {  # what stands in a checkpoint -> what is said of it
+NONSENSE = {  # content of a checkpoint -> what the error says
     "a list in itself": ({"text": {"x": ITSELF}}, "hold themselves"),
     "a list many times over": ({"hyper_parameters": {"student": SPEC, "x": MANY}}, "hold themselves"),
     "a text for a step": ({"global_step": "3"}, "other contents"),
@@ -244,7 +244,7 @@ def test_what_python_callers_write_is_no_nonsense(teacher, tmp_path):
 
 
 def compressed(path: Path) -> Path:
-    """The same archive with its members deflated."""
+    """The same archive with compressed members."""
     whole = path.read_bytes()
     with zipfile.ZipFile(io.BytesIO(whole)) as old, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
         for name in old.namelist():
@@ -322,7 +322,7 @@ def test_a_sparse_piece_of_a_sharded_checkpoint(tmp_path):
 
 
 def code_folder(folder: Path, ran: Path, **config: object) -> Path:
-    """A model folder that names code of its own for all that transformers loads."""
+    """A model folder that names its own code for everything that transformers loads."""
     folder.mkdir(exist_ok=True)
     (folder / "evil.py").write_text(f"open({str(ran)!r}, 'w')\nclass C: pass\n")
     names = ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer")
@@ -539,7 +539,7 @@ def test_a_tokenizer_that_names_a_file_elsewhere(key, model_folder, ran, tmp_pat
 
 
 def test_a_tokenizer_that_pads_and_cuts_by_itself(model_folder):
-    """Its ids would be as many as it says; what decides the ids of a text stays the same."""
+    """Otherwise it would decide how many ids a text has; the ids themselves stay the same."""
     before = rules_fingerprint(load_tokenizer(str(model_folder)))
     rules = json.loads((model_folder / "tokenizer.json").read_text())
     kind = {"pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0, "pad_token": EOS}
@@ -696,7 +696,7 @@ def test_a_data_folder_with_a_script(tmp_path, ran):
 
 
 def test_parquet_with_a_pickle_in_its_schema(ran, tmp_path):
-    """How Arrow once stored Python's own types (CVE-2023-47248)."""
+    """As Arrow once stored Python's own types (CVE-2023-47248)."""
     names = {b"ARROW:extension:name": b"arrow.py_extension_type"}
     metadata = {**names, b"ARROW:extension:metadata": pickle.dumps(Touch(ran))}
     field = pa.field("text", pa.string(), metadata=metadata)

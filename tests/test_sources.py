@@ -1,4 +1,4 @@
-"""What a source setting names, and packed files: nothing of the text may be missed or read twice in silence."""
+"""Source settings and compressed files: no text may be silently missed or read twice."""
 
 import bz2
 import gzip
@@ -41,7 +41,7 @@ def lines(*numbers: int) -> bytes:
 
 
 def read(*entries, hub: Hub = Hub(), **options) -> list[str]:  # noqa: B008 (frozen)
-    """The texts of jsonl, or the files' whole content, in order."""
+    """The texts of jsonl files, or the whole content of other files, in order."""
     corpus = Corpus("--data.source", resolve("--data.source", list(map(str, entries)), hub), **options)
     rows = [row for raw in read_raw(corpus) for row in raw.rows]
     return [json.loads(row)["text"] if row.startswith(b"{") else row.decode() for row in rows]
@@ -56,7 +56,7 @@ def texts(data: bytes) -> list[str]:
 
 @pytest.mark.parametrize("kind", PACK)
 def test_all_streams_of_a_packed_file_are_read(kind, tmp_path):
-    """As pbzip2, pixz and concatenation write them."""
+    """As written by pbzip2, pixz and concatenation."""
     path, parts = tmp_path / f"x.jsonl.{kind}", [lines(*range(40)), b"", lines(*range(40, 20_000)), lines(7)]
     path.write_bytes(b"".join(map(PACK[kind], parts)))
     assert read(path) == texts(b"".join(parts))
@@ -247,11 +247,11 @@ def test_thousands_of_files_are_looked_for_once(tmp_path, monkeypatch):
     write_corpus(tmp_path / "y.jsonl", seed=9)
     data.prepare_data()
     data.setup("fit")
-    assert data.num_train_rows > rows  # of a second fit, to which more has come
+    assert data.num_train_rows > rows  # in a second fit, after more text was added
 
 
 def test_a_folder_is_listed_twice_and_not_for_each_way_to_name_a_split(tmp_path, monkeypatch):
-    """Of 5,000 files a listing is 5,000 questions to a network's file system."""
+    """Listing 5,000 files sends 5,000 requests to a network file system."""
     for i in range(3):
         write_corpus(tmp_path / f"part-{i}.jsonl")
     listed, scandir = [], os.scandir
@@ -261,7 +261,7 @@ def test_a_folder_is_listed_twice_and_not_for_each_way_to_name_a_split(tmp_path,
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", counted)
-    for _ in range(2):  # what came in between is seen
+    for _ in range(2):  # files added in between are seen
         (group,) = resolve("--data.source", [str(tmp_path)], Hub())
         write_corpus(tmp_path / "part-3.jsonl")
     assert len(group.files) == 4
@@ -330,7 +330,7 @@ def test_a_tokenizer_that_drops_text_is_found_out(tmp_path):
 
 
 def english(**special) -> PreTrainedTokenizerFast:
-    """Letters and words of English alone; what else there is becomes <unk>, a whole run of it one."""
+    """A tokenizer of only English letters and words; any run of other characters becomes one <unk>."""
     tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(["<unk>", "<eos>", *string.printable])}, [],
                                      unk_token=special.get("unk_token", "<unk>"), fuse_unk=True))  # fmt: skip
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{"eos_token": "<eos>", "unk_token": "<unk>"} | special)
@@ -373,7 +373,7 @@ def test_an_unknown_token_that_is_eos_too_is_found_out(tmp_path):
 
 
 def test_special_tokens_spelled_out_are_text_to_a_unigram_too(tmp_path):
-    """They are among its own words, and cheap."""
+    """They are in its own vocabulary, with a low cost."""
     special = ["<unk>", "<s>", "</s>"]
     tokenizer = Tokenizer(models.Unigram([(w, 0.0) for w in special] + [(c, -3.0) for c in "</s>unk the fox"], 0))
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
@@ -401,7 +401,7 @@ def test_letters_that_a_tokenizer_changes_are_told(tmp_path):
 
 
 def test_what_a_test_looks_at_is_not_measured_by_the_training_text(tmp_path):
-    """From Python: a fit and then a test of the same data, whose files of one test are others."""
+    """From Python: a fit, then a test of the same data object with other test files."""
     test = write_texts(tmp_path / "test.jsonl", "a test")
     files = [write_texts(tmp_path / f"{name}.jsonl", f"the quick brown fox {name}") for name in "abc"]
     data = ready(files, english(), tmp_path, test_source=[test])
