@@ -83,46 +83,46 @@ class SALTDataModule(LightningDataModule):
         """Check the settings; no file is opened yet.
 
         Args:
-            source: Training text: a file, folder, glob (``**`` goes into folders), hub data set (owner/name, or
-                owner/name:split), or a list of these. Files of .jsonl or .parquet hold a document a row, any
-                other file is one document; .gz, .bz2, .xz and .zst are unpacked, .json, .jsonlines and .ndjson are
-                .jsonl. Of a folder with .jsonl or .parquet the commoner kind is read, of one split (FOLDER:split), and
-                the log says what is left out; a folder with more files of plain text is refused.
-            val_source: Validation text, likewise. Without it, `val_fraction` of the documents of `source`.
-            test_source: Text for the test verb, likewise. Without it, the validation text.
-            split: Split of a hub data set, or of a folder laid out like one.
+            source: Training text: a file, folder, glob (``**`` matches subfolders), hub data set (owner/name or
+                owner/name:split), or a list of these. Each row of a .jsonl or .parquet file is a document; any
+                other file is one document. .gz, .bz2, .xz and .zst are unpacked; .json, .jsonlines and .ndjson are
+                read as .jsonl. In a folder with .jsonl or .parquet files, only the more common kind is read, and only
+                one split (FOLDER:split); the log lists the other files. It is an error if plain text is more common.
+            val_source: Validation text, in the same forms. Without it, `val_fraction` of the documents of `source`.
+            test_source: Text for the test verb, in the same forms. Without it, the validation text.
+            split: Split of a hub data set, or of a folder with the same layout.
             subset: Configuration of a hub data set.
             revision: Branch, tag or commit of a hub data set.
-            text_column: Field of a row that holds the text.
-            source_column: Field of a row that names its source, for the validation loss by source. Without
+            text_column: Column that holds the text.
+            source_column: Column that names a row's source, for the validation loss by source. Without
                 it, each entry of `source` is one source.
-            source_per_file: Each file is a source, by its name, so that a folder has a validation loss by file.
-            source_weights: Share of each entry of `source` in the rows that are read, in any unit ([7, 3], [0.7, 0.3]),
-                one in 10,000 or more. Without it all rows are read alike.
-            bad_lines: What becomes of a line (of a .txt: a file) that is not UTF-8, no JSON object, or without a
-                text: refuse stops at it by file and line, skip leaves it out and counts it in log and manifest.
-            tokenizer: Folder or hub name of one; "train" makes a byte-level BPE from the training text.
-            vocab_size: Size of the tokenizer to train.
-            block_size: Tokens in a row.
-            global_batch_size: Rows in an optimizer step, over all devices and accumulated micro-batches.
-            micro_batch_size: Rows that one device takes at once.
-            val_fraction: Share of documents kept for validation, drawn by a hash of their text.
-            val_rows: Validate on this many rows, evenly spaced, at most.
-            difficulty: Folder of a run (the teacher's) that `validate`, or `test`, has looked at with the same held-out
+            source_per_file: Each file is a source, named after the file, for the validation loss by file.
+            source_weights: Share of each entry of `source` in the rows that are read, in any unit ([7, 3], [0.7, 0.3]);
+                each share is at least 1 in 10,000. Without it, all rows are read equally often.
+            bad_lines: What to do with a line (of a .txt: a file) that is not UTF-8, not a JSON object, or lacks its
+                text: refuse stops and names file and line; skip leaves it out and counts it in log and manifest.
+            tokenizer: Folder or hub name of a tokenizer; "train" trains a byte-level BPE on the training text.
+            vocab_size: Vocabulary size of a tokenizer to train.
+            block_size: Tokens per row.
+            global_batch_size: Rows per optimizer step, over all devices and accumulated micro-batches.
+            micro_batch_size: Rows per micro-batch on each device.
+            val_fraction: Share of documents kept for validation, chosen by a hash of their text.
+            val_rows: Validate on at most this many rows, evenly spaced.
+            difficulty: Folder of a run (the teacher's) in which `validate` or `test` has measured the same held-out
                 text: its loss splits the documents into an easy, a medium and a hard third (val/ce/easy ...).
-            seed: Order of the training rows. null: that of seed_everything.
-            isolate_documents: Documents in one row do not see each other: positions start anew at each.
+            seed: Seed for the order of the training rows. null: the one of seed_everything.
+            isolate_documents: Documents in one row do not see each other; positions restart at each document.
             cache_dir: Folder for prepared text and trained tokenizers.
-            prepare_workers: Processes that tokenize; 0 is one per core, with 1 no other is started.
-            num_workers: Processes that load training batches. 0, in the training process, is the fastest
-                unless the token files lie on a slow disk.
-            selection: Folder of a run of predict (or its scores.json): phase 1, the steps before --kd.steps,
-                reads the rows that `keep` takes by their scores, phase 2 all rows (SALT_DS).
+            prepare_workers: Processes that tokenize. 0: one per core; 1: no extra process.
+            num_workers: Processes that load training batches. 0 (the training process loads them) is the fastest
+                unless the token files are on a slow disk.
+            selection: Folder of a predict run (or its scores.json). Phase 1, the steps before --kd.steps, reads
+                the rows that `keep` selects by their scores; phase 2 reads all rows (SALT_DS).
             keep: Which of the scored rows phase 1 reads.
-            examples: Fine-tuning: rows of data are prompts and responses, of which the responses are learned.
+            examples: Fine-tuning: rows are prompts and responses; only the responses are learned.
 
         Raises:
-            ConfigError: any setting is out of its range.
+            ConfigError: a setting is out of range.
         """
         refuse(wrong_kinds(SALTDataModule.__init__, locals(), "--data."))
         super().__init__()
@@ -253,7 +253,7 @@ class SALTDataModule(LightningDataModule):
     @property
     def test_examples(self) -> ExampleRows:
         """The examples that the test verb looks at."""
-        assert isinstance(self._eval, ExampleRows), "setup('test') comes first"
+        assert isinstance(self._eval, ExampleRows), "call setup('test') first"
         return self._eval
 
     # --- Lightning's hooks, in its order ---
@@ -283,7 +283,7 @@ class SALTDataModule(LightningDataModule):
             self.source_names = self._eval.files.manifest["sources"]
             read, there = len(self._eval_rows()), self._eval.num_rows
             if read < there and stage in ("validate", "test"):
-                rank_zero_info(f"data: {read} of {there} rows are looked at; all of them: --data.val_rows null")
+                rank_zero_info(f"data: reads {read} of {there} rows; for all of them, set --data.val_rows null")
             if self.difficulty:
                 self._thirds_D = read_thirds(Path(self.difficulty), self.held_out, stage or "fit")
         if stage in (None, "fit"):
@@ -297,7 +297,7 @@ class SALTDataModule(LightningDataModule):
 
     def train_dataloader(self) -> Loader:
         """All micro-batches of the run, as one epoch; without a trainer those of one pass over the rows."""
-        assert self._train is not None, "setup('fit') comes first"
+        assert self._train is not None, "call setup('fit') first"
         assert self._order is not None
         trainer = self.trainer
         steps = trainer.max_steps if trainer else -(-self._train.num_rows // self.global_batch_size)
@@ -313,7 +313,7 @@ class SALTDataModule(LightningDataModule):
 
     def val_dataloader(self) -> Loader:
         """Validation rows in order, with bytes and sources of every label."""
-        assert self._eval is not None, "setup comes first"
+        assert self._eval is not None, "call setup first"
         batches = EvalBatches(self._eval, self._eval_rows(), self.micro_batch_size, self._place(), self._thirds_D)
         return self._loader(batches, len(batches), lambda: 0)
 
@@ -321,7 +321,7 @@ class SALTDataModule(LightningDataModule):
 
     def predict_dataloader(self) -> Loader:
         """All training rows in order, shard by shard, or the shards that `score_only` names."""
-        assert self._train is not None, "setup('predict') comes first"
+        assert self._train is not None, "call setup('predict') first"
         scored, (rank, world) = self.scored(), self._place()
         every = list(range(scored.num_shards))
         shards, company = self._shards or (every[rank::world], True)
@@ -334,13 +334,13 @@ class SALTDataModule(LightningDataModule):
 
     def scored(self, teacher: str = "", precision: str = "") -> Scored:
         """What scores of the training rows are of; without a teacher those two are left open."""
-        assert self._train is not None, "setup comes first"
+        assert self._train is not None, "call setup first"
         rows, size = self._train.files.fingerprint, (self._train.num_rows, self.block_size)
         return Scored(rows, self.tokenizer_fingerprint, *size, self.isolate_documents, teacher, precision)
 
     def decode_row(self, row: int) -> str:
         """The text of a training row."""
-        assert self._train is not None, "setup comes first"
+        assert self._train is not None, "call setup first"
         return str(self.tokenizer.decode(self._train.build(np.array([row]))["input_ids"][0].tolist()))
 
     def describe_batches(self, first: int, count: int) -> str:
@@ -348,7 +348,7 @@ class SALTDataModule(LightningDataModule):
 
         Micro-batches count over the run and all ranks: they lie in the order of the rows one after the other.
         """
-        assert self._train is not None, "setup('fit') comes first"
+        assert self._train is not None, "call setup('fit') first"
         assert self._order is not None
         files, size = self._train.files, self.micro_batch_size
         step, part = divmod(first, self.global_batch_size // size)
@@ -366,7 +366,7 @@ class SALTDataModule(LightningDataModule):
     @property
     def held_out_files(self) -> TokenFiles:
         """What validation (or test) reads; of it, `held_out` says which rows."""
-        assert self._eval is not None, "setup comes first"
+        assert self._eval is not None, "call setup first"
         return self._eval.files
 
     @property
@@ -447,8 +447,8 @@ class SALTDataModule(LightningDataModule):
         assert self._train is not None
         files, held_out = self._train.files, len(self._eval_rows())
         rank_zero_info(
-            f"data: {self.num_train_rows} rows of {self.block_size} from {files.num_tokens} tokens in "
-            f"{files.num_documents} documents, {held_out} rows for validation, vocabulary of {self.vocab_size}"
+            f"data: {self.num_train_rows} rows of {self.block_size} tokens, from {files.num_tokens} tokens in "
+            f"{files.num_documents} documents; {held_out} validation rows; vocabulary size {self.vocab_size}"
         )
 
     def _say_plan(self, order: Order | Mixture, steps: int) -> None:
@@ -469,10 +469,10 @@ class SALTDataModule(LightningDataModule):
 
     def sample(self, rows: int) -> dict[str, torch.Tensor]:
         """So many validation rows, evenly spaced; the last ones again where there are fewer."""
-        assert self._eval is not None, "setup comes first"
+        assert self._eval is not None, "call setup first"
         return as_tensors(self._eval.build(np.arange(rows) * self._eval.num_rows // rows))
 
     def counts_nll(self, labels_N: torch.Tensor) -> float:
         """Mean -log p of some labels, nats, where p is how often a token occurs in the training text."""
-        assert self._train is not None, "setup comes first"
+        assert self._train is not None, "call setup first"
         return counts_nll(self._train.files.tokens, labels_N[labels_N != IGNORE].numpy())

@@ -396,7 +396,9 @@ def test_workers_that_cannot_be_started_are_one_line(make, monkeypatch):
 
     loader = ready(make(num_workers=1)).train_dataloader()
     monkeypatch.setattr("os.fork", no_more)
-    with pytest.raises(ConfigError, match=r"^--data.num_workers: no process .* \(Resource .*\); with 0 none is$"):
+    with pytest.raises(
+        ConfigError, match=r"^--data.num_workers: cannot start a process \(Resource .*\); use 0, which starts none$"
+    ):
         next(iter(loader))
 
 
@@ -623,4 +625,4 @@ def test_the_log_says_how_often_the_text_is_read(make, tmp_path, caplog):
     text, reads = [record.message for record in caplog.records if record.message.startswith("data:")]
     rows = data.num_train_rows
     assert reads == f"data: 30 steps read 240 rows of {rows}: {240 / rows:.2f} epochs"
-    assert text.startswith(f"data: {rows} rows of 16 from {data.num_train_tokens} tokens")
+    assert text.startswith(f"data: {rows} rows of 16 tokens, from {data.num_train_tokens} tokens")
