@@ -155,7 +155,7 @@ ERRORS = {
     ),
     "folders alone": (
         {"data.source": "{bad}/fold*"},
-        r"--data.source: '.*' matches folders alone, no file; give a file",
+        r"--data.source: '.*' matches only folders, no file; give a file",
     ),
     "a broken line": (
         {"data.source": "{bad}/broken.jsonl"},
@@ -163,7 +163,7 @@ ERRORS = {
     ),
     "no object": (
         {"data.source": "{bad}/array.jsonl"},
-        r"array.jsonl: line 2 is no JSON object but '\[1\]'; write one object a line \(jq",
+        r"array.jsonl: line 2 is not a JSON object but '\[1\]'; write one object per line \(jq",
     ),
     "bytes that are no UTF-8": ({"data.source": "{bad}/latin.txt"}, r"latin.txt: line 1 is not UTF-8 text; convert"),
     "no text in its column": (
@@ -533,8 +533,9 @@ def test_a_folder_of_both_kinds_says_which(settings, tmp_path, capsys):
         (tmp_path / name).write_text('{"text": "a"}')
     own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, "data.source": str(tmp_path)}
     assert run(["fit", *arguments(settings, own)]) == 2
-    assert f"{tmp_path} holds .jsonl files and more of text; say which by a glob, e.g. {tmp_path}/*.jsonl" in one_line(
-        capsys
+    assert (
+        f"{tmp_path} holds .jsonl files and more text files; choose with a glob, e.g. {tmp_path}/*.jsonl"
+        in one_line(capsys)
     )
 
 

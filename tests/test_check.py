@@ -645,5 +645,5 @@ def test_a_fit_says_what_is_no_error(caplog):
 def test_arrow_files_are_named(tmp_path):
     (tmp_path / "data-00000-of-00001.arrow").write_bytes(b"x")
     (tmp_path / "state.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"holds Arrow files, which are not read; write it by Dataset.to_parquet"):
+    with pytest.raises(ConfigError, match=r"holds Arrow files, which are not read; convert it with Dataset.to_parquet"):
         resolve("--data.source", [str(tmp_path)], Hub())

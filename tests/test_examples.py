@@ -132,7 +132,7 @@ def test_tool_calls_are_learned_where_the_template_writes_them(tmp_path, content
     assert learned == f"{content or ''}<call>weather</call><|end|><|endoftext|>"
     tokenizer.chat_template = TEMPLATE
     with pytest.raises(
-        ConfigError, match=r"template does not write tool_calls; .*; \S+rows.jsonl: line 1; --data.bad_lines"
+        ConfigError, match=r"template does not write tool_calls; .*; \S+rows.jsonl: line 1; use --data.bad_lines"
     ):
         prepared(tmp_path, rows, CHAT, tokenizer)
 
@@ -146,7 +146,9 @@ def test_a_template_that_writes_the_first_of_several_calls_is_refused(tmp_path):
     files, _ = prepared(tmp_path, rows, CHAT, tokenizer)
     assert "<call>w</call><call>w</call><|end|>" in tokenizer.decode(files.tokens[files.learned == 1].tolist())
     tokenizer.chat_template = CALLS.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]")
-    with pytest.raises(ConfigError, match="chat template does not write all tool_calls; give .*: line 1; --data.bad"):
+    with pytest.raises(
+        ConfigError, match="chat template does not write all tool_calls; give .*: line 1; use --data.bad"
+    ):
         prepared(tmp_path, rows, CHAT, tokenizer)
 
 
@@ -160,7 +162,9 @@ def test_a_template_that_drops_what_a_role_says_is_refused(tmp_path, role, said)
     asked = [turn("user", "rain?"), turn("assistant", said)]
     rows = [{"messages": asked}, {"messages": [*asked, turn("tool", said), turn("assistant", "yes")]}]
     line = 2 if role == "tool" else 1
-    with pytest.raises(ConfigError, match=f"does not write what the role {role} says; give .*: line {line}; --data"):
+    with pytest.raises(
+        ConfigError, match=f"does not write what the role {role} says; give .*: line {line}; use --data"
+    ):
         prepared(tmp_path, rows, CHAT, tokenizer)
 
 
@@ -175,7 +179,7 @@ def test_thinking_that_a_template_drops_is_refused(tmp_path, key):
     thinks = {**turn("assistant", "no"), key: "It is dry."}
     unlearned = [{**turn("user", "rain?"), key: None}, {**thinks, "weight": 0}]
     rows = [{"messages": [*unlearned, *RAIN]}, {"messages": [*RAIN, RAIN[0], thinks]}]
-    with pytest.raises(ConfigError, match=f"chat template does not write {key}; give .*: line 2; --data.bad_lines"):
+    with pytest.raises(ConfigError, match=f"chat template does not write {key}; give .*: line 2; use --data.bad_lines"):
         prepared(tmp_path, rows, CHAT, chat_tokenizer())
 
 
@@ -234,20 +238,20 @@ def test_tools_draw_the_split_and_are_in_the_cache(tmp_path):
         (
             CHAT,
             [{"name": "w"}],
-            "rows.jsonl: line 1 has a column 'tools', .* by --data.examples.tools tools, or leave it",
+            "rows.jsonl: line 1 has a column 'tools', .* set --data.examples.tools tools to read it",
         ),
         (Examples(messages="messages", tools="tolls"), [], "rows.jsonl: line 1 has a column 'tools'"),
         (
             Examples(messages="messages", tools="tools"),
             "[" * 9999,
-            r"a list of tools or JSON of one is needed, not '\[\[",
+            r"must hold a list of tools or JSON of one, not '\[\[",
         ),
         (
             Examples(messages="messages", tools="tools"),
             "no JSON",
-            "a list of tools or JSON of one is needed, not 'no J",
+            "must hold a list of tools or JSON of one, not 'no J",
         ),
-        (Examples(messages="messages", tools="tools"), ["w"], r"a list of tools or JSON of one is needed, not \"\['w'"),
+        (Examples(messages="messages", tools="tools"), ["w"], r"must hold a list of tools or JSON of one, not \"\['w'"),
         (Examples(messages="messages", tools="tools"), [{"name": "w"}], "chat template does not write tools; give the"),
     ],
 )
@@ -414,7 +418,7 @@ def test_what_the_chat_template_refuses_is_named_by_its_line_or_left_out(tmp_pat
     good = {"messages": [turn("user", "a"), turn("assistant", "b")]}
     rows = [good, {"messages": [turn("system", "s"), turn("user", "a"), turn("assistant", "b")]}, good]
     with pytest.raises(
-        ConfigError, match=r"the chat template fails \(.*\); \S+rows.jsonl: line 2; --data.bad_lines skip"
+        ConfigError, match=r"the chat template fails \(.*\); \S+rows.jsonl: line 2; use --data.bad_lines skip"
     ):
         prepared(tmp_path, rows, CHAT, tokenizer)
     files, _ = prepared(tmp_path, rows, CHAT, tokenizer, skip_bad_lines=True)
@@ -428,7 +432,7 @@ def test_rows_without_an_example_say_what_one_needs(tmp_path):
 
 def test_a_message_without_a_role_is_named():
     wrong = Examples(messages=[{"content": "{question}"}, {"role": "assistant", "content": "{answer}"}])
-    assert wrong.problems("x") == ["--data.examples.messages: message 1 has no role, e.g. user"]
+    assert wrong.problems("x") == ["--data.examples.messages: message 1 has no role; give one, e.g. user"]
 
 
 def test_a_key_that_a_message_of_templates_does_not_write_is_refused():
@@ -436,8 +440,8 @@ def test_a_key_that_a_message_of_templates_does_not_write_is_refused():
     answer = {"role": "assistant", "content": "{answer}", "reasoning_content": "{why}"}
     (said,) = Examples(messages=[turn("user", "{question}"), answer]).problems("x")
     assert said == (
-        "--data.examples.messages: message 2 has 'reasoning_content', and a message of templates is role and content; "
-        "what else a chat template reads stands in a column of conversations"
+        "--data.examples.messages: message 2 has 'reasoning_content', but a message of templates has only role and "
+        "content; put what else a chat template reads into a column of conversations"
     )
 
 
@@ -466,7 +470,7 @@ def test_nulls_and_blanks_are_left_out_and_counted(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         files, _ = prepared(tmp_path, rows)
     assert files.num_documents == 1
-    assert "2 rows without a response to learn, or with a null, are left out" in caplog.text
+    assert "2 rows left out (no response to learn, or a null)" in caplog.text
 
 
 def test_a_conversation_with_a_null_is_left_out_and_counted(tmp_path, caplog):
@@ -475,7 +479,7 @@ def test_a_conversation_with_a_null_is_left_out_and_counted(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         files, _ = prepared(tmp_path, rows, Examples(messages="messages"), chat_tokenizer())
     assert files.num_documents == 1
-    assert "2 rows without a response to learn, or with a null, are left out" in caplog.text
+    assert "2 rows left out (no response to learn, or a null)" in caplog.text
 
 
 def test_a_prompt_is_never_in_both_splits(tmp_path):
@@ -649,7 +653,8 @@ def test_each_answer_is_learned_behind_what_generation_would_see(tmp_path, templ
     with caplog.at_level(logging.INFO):
         files, _ = prepared(tmp_path, rows, CHAT, tokenizer)
     assert (
-        "1 conversations are 3 examples, as the chat template writes what was said in another way later" in caplog.text
+        "1 conversations became 3 examples, because the chat template writes earlier messages differently"
+        in caplog.text
     )
     assert "left out" not in caplog.text
     examples = ExampleRows(files, 256, True)
@@ -683,7 +688,7 @@ def test_a_template_that_asks_for_an_answer_in_another_way_than_it_writes_one_is
     def thinking(messages, add_generation_prompt):
         return "".join(m["content"] for m in messages) + "<think>" * add_generation_prompt
 
-    with pytest.raises(ConfigError, match=r"begins an answer in another way than it asks for one \('u<think>'\)"):
+    with pytest.raises(ConfigError, match=r"begins an answer differently from its generation prompt \('u<think>'\)"):
         segments(Conversation([turn("user", "u"), turn("assistant", "one")]), thinking)
 
 
@@ -747,25 +752,35 @@ def test_label_counts_are_those_of_the_rows(data, size, tmp_path_factory):
 # --- settings ---
 
 ERRORS = {
-    "no response": ({"prompt": "{q}"}, r"--data.examples.response: '' is empty; it must write at least one {column}"),
-    "both forms": ({"messages": "m", "prompt": "{q}"}, r"or messages \(.*\); those .* --data.examples.prompt ''"),
-    "tools without a chat": ({"prompt": "{q}", "response": "{a}", "tools": "t"}, r"tools 't' are for a chat template"),
-    "an open brace": ({"prompt": "{q", "response": "{a}"}, r"--data.examples.prompt: '{q' is no template \(.*\); col"),
-    "no name": ({"prompt": "{}", "response": "{a}"}, r"--data.examples.prompt: '{}': {} is no column; write {column}"),
+    "no response": (
+        {"prompt": "{q}"},
+        r"--data.examples.response: '' is empty; give a template with at least one {column}",
+    ),
+    "both forms": ({"messages": "m", "prompt": "{q}"}, r"or messages \(.*\), not both; .* --data.examples.prompt ''"),
+    "tools without a chat": ({"prompt": "{q}", "response": "{a}", "tools": "t"}, r"tools 't' needs a chat template"),
+    "an open brace": (
+        {"prompt": "{q", "response": "{a}"},
+        r"--data.examples.prompt: '{q' is not a template \(.*\); write {column}",
+    ),
+    "no name": (
+        {"prompt": "{}", "response": "{a}"},
+        r"--data.examples.prompt: '{}': {} is not a column; write {column}",
+    ),
     "no column": ({"prompt": "Say:", "response": "{a}"}, r"--data.examples.prompt: 'Say:': it names no column; write"),
-    "an attribute": ({"prompt": "{q.x}", "response": "{a}"}, r"prompt: '{q.x}': {q.x} is no column"),
-    "a conversion": ({"prompt": "{q!r}", "response": "{a}"}, r"prompt: '{q!r}': {q!r} is no column"),
-    "a format": ({"prompt": "{q:>8}", "response": "{a}"}, r"prompt: '{q:>8}': {q} is no column"),
+    "an attribute": ({"prompt": "{q.x}", "response": "{a}"}, r"prompt: '{q.x}': {q.x} is not a column"),
+    "a conversion": ({"prompt": "{q!r}", "response": "{a}"}, r"prompt: '{q!r}': {q!r} is not a column"),
+    "a format": ({"prompt": "{q:>8}", "response": "{a}"}, r"prompt: '{q:>8}': {q} is not a column"),
     "the last role": ({"messages": [turn("user", "{q}")]}, r"the last of the roles \['user'\] must be assistant"),
     "a column that is not there": (
         {"prompt": "{q}", "response": "{b}"},
-        r"--data.examples.response: no column 'b' in .*rows.jsonl: line 1; there are: q, a, n, l, m; --data.bad_lines",
+        r"--data.examples.response: no column 'b' in .*rows.jsonl: line 1; there are: q, a, n, l, m; "
+        "use --data.bad_lines",
     ),
     "a conversation that is not there": ({"messages": "talk"}, r"--data.examples.messages: no column 'talk' in"),
-    "no word": ({"prompt": "{q}", "response": "{a:1=one}"}, r"{a} holds 'b', and there are words for 1; .*: line 1"),
-    "a list": ({"prompt": "{q}", "response": "{l}"}, r"{l} holds list, no text or number; .* {l\[0\]}; .*: line 1"),
+    "no word": ({"prompt": "{q}", "response": "{a:1=one}"}, r"{a} holds 'b', but has words only for 1; .*: line 1"),
+    "a list": ({"prompt": "{q}", "response": "{l}"}, r"{l} holds list, not text or a number; .* {l\[0\]}; .*: line 1"),
     "past the end": ({"prompt": "{q}", "response": "{l[7]}"}, r"{l\[7\]} is not in the row \(IndexError\)"),
-    "no conversation": ({"messages": "m"}, r"with the texts role and content, not 'x'; docs/fine-t.*: line 1"),
+    "no conversation": ({"messages": "m"}, r"with role and content as text, not 'x'; docs/fine-t.*: line 1"),
 }  # fmt: skip
 
 
@@ -794,11 +809,14 @@ def tokenizer_folder(tmp_path_factory) -> str:
 @pytest.mark.parametrize(
     ("own", "message"),
     [
-        ({"data.tokenizer": "train"}, "--data.tokenizer: 'train' makes a new one, and examples need the one that"),
-        ({"data.source": "{txt}"}, "a.txt is plain text, and --data.examples reads columns: give jsonl, parquet"),
+        (
+            {"data.tokenizer": "train"},
+            "--data.tokenizer: 'train' makes a new tokenizer, but examples need the one that",
+        ),
+        ({"data.source": "{txt}"}, "a.txt is plain text, but --data.examples reads columns; give jsonl, parquet"),
         (
             {"data.val_fraction": 0.999999},
-            "--data.val_fraction: of the examples in --data.source none is left for train",
+            "--data.val_fraction: none of the examples in --data.source is left for train",
         ),
         ({"data.block_size": 4}, "--data.block_size: none of the .* examples for train"),
         (

@@ -745,7 +745,7 @@ def test_values_of_a_kind_that_does_are_taken():
 
 
 def test_the_tokenizer_that_is_yet_to_be_trained(settings, tmp_path):
-    with pytest.raises(ConfigError, match=r"trained by prepare_data\(\), which comes first"):
+    with pytest.raises(ConfigError, match=r"trained by prepare_data\(\); call that first"):
         _ = SALTDataModule(settings["data.source"], cache_dir=tmp_path).tokenizer
 
 

@@ -87,7 +87,8 @@ def test_a_document_that_no_memory_can_hold_is_refused(name, tmp_path, monkeypat
     assert prepared(tmp_path, name, b'{"text": "a"}')
     line = r"line 11" if name == "x.jsonl" else "line 1"
     with pytest.raises(
-        ConfigError, match=rf"^--data.source: .*{name}: the document from {line} on is longer than 1 MiB; split it"
+        ConfigError,
+        match=rf"^--data.source: .*{name}: the document from {line} is longer than 1 MiB; split it",
     ):
         prepared(tmp_path, name, b'{"text": "a"}\n' * 10 + b'{"text": "' + b"a" * (1 << 20) + b'"}')
 

@@ -212,7 +212,7 @@ def test_a_source_that_comes_later_begins_at_its_first_row_and_one_that_left_is_
     assert with_past(ab, parts).reads(80).tolist() == [10, 10]
     assert with_past(ab, parts).reads(100).tolist() == [20, 20]
     for stretches, told in ((parts, True), (parts[:1], False), ((Stretch(0, 10, turns), Stretch(3, 20, turns)), False)):
-        assert ("may come again" in where(stretches, 7)) == told
+        assert ("may be read again" in where(stretches, 7)) == told
 
 
 GOOD = {"step": 0, "rows": 8, "turns": {"a": 4000, "b": 6000}}
@@ -229,7 +229,9 @@ GOOD = {"step": 0, "rows": 8, "turns": {"a": 4000, "b": 6000}}
 def test_stretches_that_no_run_has(stretches):
     begun = one_stretch(8, None)
     assert go_on({"global_step": 9, "stretches": [GOOD]}, begun) == (Stretch(**GOOD), Stretch(9, 8, None))
-    with pytest.raises(ConfigError, match="the checkpoint is damaged: its stretches are not those of a run"):
+    with pytest.raises(
+        ConfigError, match=r"the checkpoint is damaged: its record of rows read \(stretches\) is impossible"
+    ):
         go_on({"global_step": 9, "stretches": stretches}, begun)
 
 
@@ -316,7 +318,7 @@ def test_weights_that_cannot_be_meant(data, changes, said):
 
 
 def test_an_entry_named_twice_has_one_weight(data, sources):
-    with pytest.raises(ConfigError, match="an entry of --data.source twice: name it once"):
+    with pytest.raises(ConfigError, match="an entry of --data.source twice; name it once"):
         data(source=[sources[0], sources[0]], source_weights=[1, 2])
 
 
@@ -327,7 +329,7 @@ def test_a_source_no_longer_than_a_row_is_named(place, data, sources, tmp_path):
     named = [*sources[:place], str(tmp_path / "word.txt"), *sources[place:]]
     made = data(source=named, source_weights=[1, 1, 1])
     made.prepare_data()
-    said = r"--data.source_weights: 'word' has \d training tokens, .* no more than a row of --data.block_size 32; give"
+    said = r"--data.source_weights: 'word' has \d training tokens .* not more than one row of --data.block_size 32; add"
     with pytest.raises(ConfigError, match=said):
         made.setup("fit")
 
@@ -337,7 +339,7 @@ def test_a_source_that_is_all_held_out_is_told_so(data, sources, tmp_path):
     made = data(source=[*sources, str(one)], source_weights=[1, 1, 1], val_fraction=0.5)
     made.prepare_data()
     with pytest.raises(
-        ConfigError, match="'one' has 0 training tokens, what is held out aside, .* lower --data.val_frac"
+        ConfigError, match=r"'one' has 0 training tokens \(held-out text excluded\), .* lower --data.val_frac"
     ):
         made.setup("fit")
 
@@ -356,7 +358,7 @@ def test_a_source_longer_than_a_row_has_one_that_begins_in_it(before, tokens, fi
 
 
 def test_entries_that_end_up_with_one_name_are_refused():
-    with pytest.raises(ConfigError, match="entries of --data.source have one name among web; rename a folder"):
+    with pytest.raises(ConfigError, match=r"entries of --data.source share a name \(web\); rename a folder"):
         shares_of(["web"], [1.0, 1.0], [0, 64], 32)
 
 
@@ -426,7 +428,7 @@ def test_a_run_goes_on_in_other_shares_and_batches_with_what_is_unread(weighted,
 
     more_code = {"data.source_weights": [1, 7], "data.global_batch_size": 16}
     go_on(4, 9, more_code)
-    assert "data: step 5 goes on with row 33 of the order" in caplog.text
+    assert "data: step 5 continues with row 33 of the order" in caplog.text
     assert "data: 9 steps read 112 rows: web 16.1% (" in caplog.text  # 8 + 10
     assert "code 83.9% (" in caplog.text  # 24 + 70
     go_on(9, 10, {"data.source_weights": [1, 1]})

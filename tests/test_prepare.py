@@ -290,14 +290,14 @@ BAD_FILES = [
     (
         "x.jsonl",
         OTHER_COLUMNS,
-        r"--data.text_column: no column 'text' in .*/x.jsonl: line 1; there are: id, content; -",
+        r"--data.text_column: no column 'text' in .*/x.jsonl: line 1; there are: id, content; use -",
     ),
     (
         "x.jsonl",
         b'{"text": 17}\n',
-        r"--data.text_column: 'text' of .*/x.jsonl: line 1 holds int, not text; name a column of text; -",
+        r"--data.text_column: 'text' of .*/x.jsonl: line 1 holds int, not text; name a column with text; u",
     ),
-    ("x.jsonl", b'["text"]\n', r"""--data.source: .*x.jsonl: line 1 is no JSON object but '\["text"\]"""),
+    ("x.jsonl", b'["text"]\n', r"""--data.source: .*x.jsonl: line 1 is not a JSON object but '\["text"\]"""),
     ("x.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"--data.source: .*x.jsonl: line 2 is not UTF-8 text"),
     ("x.jsonl", b"[" * 200_000, r"--data.source: .*x.jsonl: line 1 is not JSON \(.*recursion"),
     (
@@ -309,12 +309,12 @@ BAD_FILES = [
     (
         "x.jsonl.gz",
         CUT_OFF,
-        r".*x.jsonl.gz: cannot be read \(.*\); bring back a whole copy of it, or leave it out of",
+        r".*x.jsonl.gz: cannot be read \(.*\); get a whole copy of it, or leave it out of",
     ),
     (
         "x.parquet",
         b"PAR1 no",
-        r"--data.source: .*x.parquet: cannot be read \(.*\); bring back a whole copy of it, or leave it",
+        r"--data.source: .*x.parquet: cannot be read \(.*\); get a whole copy of it, or leave it",
     ),
 ]
 
@@ -342,7 +342,7 @@ def test_bad_line_is_found_behind_other_files_and_tasks(suffix, tmp_path, monkey
 def test_empty_files_and_folders_alone_are_named(folders_too, tmp_path):
     (tmp_path / "x.txt").touch()
     (tmp_path / "folder").mkdir()
-    name, message = ("fol*", "matches folders alone, no file; ") if folders_too else ("x.txt", "holds no text: its fil")
+    name, message = ("fol*", "matches only folders, no file; ") if folders_too else ("x.txt", "holds no text: its fil")
     with pytest.raises(ConfigError, match=rf"^--data.source: '{re.escape(str(tmp_path / name))}' {message}"):
         corpus_of(tmp_path / name)
 
@@ -371,7 +371,7 @@ def test_bad_lines_are_left_out_and_counted(tmp_path, monkeypatch, caplog):
     with caplog.at_level(logging.INFO):
         folder = prepare_tokens(corpus, tokenizer, 0.0, cache, 2)
         assert prepare_tokens(corpus, tokenizer, 0.0, cache, 2) == folder
-    assert "going on from" in caplog.text
+    assert "resumed after" in caplog.text
     said = f"--data.source: 7 bad lines left out (--data.bad_lines skip), first {first}"
     assert [record.message for record in caplog.records].count(said) == 2  # each time, also from the cache
     assert "without text" not in caplog.text  # such are another kind
@@ -382,7 +382,9 @@ def test_bad_lines_are_left_out_and_counted(tmp_path, monkeypatch, caplog):
     assert len(stored(folder, "train", tokenizer)) == 45
     refusing = corpus_of(tmp_path / "x.jsonl", tmp_path / "y.txt")
     assert token_folder(refusing, tokenizer, 0.0, cache) != folder
-    with pytest.raises(ConfigError, match=re.escape(f"--data.source: {first}; write one object a line, or let --data")):
+    with pytest.raises(
+        ConfigError, match=re.escape(f"--data.source: {first}; write one object per line, or use --data")
+    ):
         prepare_tokens(refusing, tokenizer, 0.0, cache, 1)
 
 
@@ -432,7 +434,7 @@ def test_a_row_of_parquet_that_is_no_utf8_is_named_and_can_be_left_out(where, tm
     pq.write_table(pa.table(columns), tmp_path / "x.parquet")
     corpus = corpus_of(tmp_path / "x.parquet", **options)
     row = 9 if where == "messages" else 17
-    said = rf"^--data.source: {tmp_path}/x.parquet: row {row} is not UTF-8 text; mend that row, or .* skip"
+    said = rf"^--data.source: {tmp_path}/x.parquet: row {row} is not UTF-8 text; fix that row, .* skip"
     with pytest.raises(ConfigError, match=said):
         [parse.documents(raw, corpus) for raw in read_raw(corpus)]
     corpus = replace(corpus, skip_bad_lines=True)
@@ -463,13 +465,14 @@ def test_bad_input_is_found_while_the_tokenizer_is_trained(tmp_path):
 
 def test_unknown_split_of_a_folder(tmp_path):
     with pytest.raises(
-        ConfigError, match=r"^--data.split: no 'dev' in '.*books'; there are: train, validation \(by the names of"
+        ConfigError,
+        match=r"^--data.split: no split 'dev' in '.*books'; there are: train, validation \(from its file names",
     ):
         corpus_of(*hub_layout(tmp_path), hub=Hub(split="dev"))
 
 
 def test_hub_out_of_reach():
-    expected = r"^--data.source: cannot read owner/name: .*; it is no local file, folder or glob match either$"
+    expected = r"^--data.source: cannot read owner/name: .*; it is not a local file, folder or glob match either$"
     with pytest.raises(ConfigError, match=expected) as caught:
         list(read_raw(corpus_of("owner/name")))
     assert "\n" not in str(caught.value)
@@ -481,7 +484,7 @@ def test_too_many_sources(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"^--data.source_column: 'url' has more than 2 values"):
         prepare_tokens(corpus_of(path, source_column="url"), byte_tokenizer(), 0.0, tmp_path / "cache", 1)
     paths = [write_jsonl(tmp_path / f"{i}.jsonl", [{"text": "a"}]) for i in range(3)]
-    with pytest.raises(ConfigError, match=r"^--data.source: more than 2 sources, as each entry is one"):
+    with pytest.raises(ConfigError, match=r"^--data.source: more than 2 sources \(each entry is one;"):
         prepare_tokens(corpus_of(*paths), byte_tokenizer(), 0.0, tmp_path / "cache", 1)
 
 
@@ -694,7 +697,7 @@ def test_line_of_progress_by_hand():
     assert "tokens" not in line
     assert summary_line(start, now) == (
         "tokenized 1510 documents, 2501000 tokens, 24.0 MB of text in 10.0 s (2.0 MB/s), "
-        "going on from 10 documents of a stopped preparation"
+        "resumed after 10 documents of a stopped preparation"
     )
 
 
@@ -810,7 +813,7 @@ def test_a_prepared_folder_under_the_name_of_another_text_is_refused(tmp_path):
     theirs = prepare_tokens(corpus_of(first), byte_tokenizer(), 0.0, cache, 1)
     ours = token_folder(corpus_of(second), byte_tokenizer(), 0.0, cache)
     shutil.copytree(theirs, ours)
-    with pytest.raises(ConfigError, match=rf"{ours}/manifest.json is that of {theirs.name}; delete {ours} to"):
+    with pytest.raises(ConfigError, match=rf"{ours}/manifest.json belongs to {theirs.name}; delete {ours} to"):
         prepare_tokens(corpus_of(second), byte_tokenizer(), 0.0, cache, 1)
 
 
@@ -885,7 +888,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_files(tmp_path, monkeypatch, cap
         folder = prepare_many(path, cache)
     assert contents(folder) == expected
     assert list(cache.iterdir()) == [folder]
-    assert re.search(r"tokenized 450 documents, .* going on from 450 documents of a stopped preparation", caplog.text)
+    assert re.search(r"tokenized 450 documents, .* resumed after 450 documents of a stopped preparation", caplog.text)
 
 
 def test_kill_before_the_first_journal_and_no_worker_stays(tmp_path):
@@ -954,7 +957,7 @@ def test_a_journal_that_does_not_fit_is_not_followed(accident, goes_on, tmp_path
         accident(partial, monkeypatch)
     with caplog.at_level(logging.INFO):
         folder = prepare_tokens(corpus, byte_tokenizer(), 0.1, cache, 1)
-    assert ("going on from" in caplog.text) == goes_on
+    assert ("resumed after" in caplog.text) == goes_on
     assert contents(folder) == contents(prepare_tokens(corpus, byte_tokenizer(), 0.1, tmp_path / "other", 1))
 
 
@@ -983,7 +986,7 @@ def test_what_is_done_is_kept_where_the_same_text_may_still_be_read(hub, problem
     assert [file.suffix for file in cache.iterdir()] == [".partial"] * is_kept
     with caplog.at_level(logging.INFO):
         prepare_tokens(corpus, byte_tokenizer(), 0.1, cache, 1)
-    assert ("going on from" in caplog.text) == is_kept
+    assert ("resumed after" in caplog.text) == is_kept
 
 
 def test_what_is_done_is_kept_when_a_worker_is_killed(tmp_path, monkeypatch, caplog):
@@ -1001,7 +1004,7 @@ def test_what_is_done_is_kept_when_a_worker_is_killed(tmp_path, monkeypatch, cap
             prepare_many(path, cache)
     with caplog.at_level(logging.INFO):
         prepare_many(path, cache)
-    assert "going on from" in caplog.text
+    assert "resumed after" in caplog.text
 
 
 @pytest.mark.parametrize("first_dies", [False, True])
@@ -1041,8 +1044,10 @@ def test_second_process_waits_for_the_first_or_takes_over(first_dies, tmp_path, 
         folder = prepare_many(path, cache)
     child.join(timeout=30)
     assert child.exitcode == (-signal.SIGKILL if first_dies else 0)
-    assert re.match(rf"waiting for process {child.pid} on \S+, which prepares the same in .*cache$", messages[0])
-    assert ("going on from" in caplog.text) == first_dies
+    assert re.match(
+        rf"waiting for process {child.pid} on \S+, which is preparing the same data in .*cache$", messages[0]
+    )
+    assert ("resumed after" in caplog.text) == first_dies
     assert contents(folder) == expected
     assert list(cache.iterdir()) == [folder]
 
@@ -1112,7 +1117,7 @@ def test_a_lock_that_does_not_reach_another_machine_is_noticed(tmp_path):
             unfinished.lock.write_text("process 7 on node2 (abc)")
             yield unfinished
 
-    expected = "no file locks between machines, and process 7 on node2 writes there, too"
+    expected = "no file locks between machines, and process 7 on node2 also writes there"
     generator = other_machine()
     with pytest.raises(OSError, match=expected):
         next(generator).write_journal({})
@@ -1154,7 +1159,7 @@ def test_no_locks_is_said_of_locks_alone(tmp_path, number, what, monkeypatch):
 
     monkeypatch.setattr(f"salt_lightning.text.journal.{what}", fail)
     locks = what == "fcntl.flock" or number == errno.ENOLCK
-    problem = "lies where no file can be locked" if locks else "cannot be written"
+    problem = "is on a file system without file locks" if locks else "cannot be written"
     with pytest.raises(ConfigError, match=rf"cache {problem} \({os.strerror(number)}\)"):
         prepare_tokens(corpus_of(many(tmp_path)), byte_tokenizer(), 0.5, tmp_path / "cache", 1)
 
@@ -1166,7 +1171,7 @@ def test_full_disk_is_one_line_and_what_is_done_is_kept(tmp_path, monkeypatch, c
 
     def run():
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(expected["train/tokens.bin"]) // 2,) * 2)
-        message = r"^--data.cache_dir: \S+ cannot be written \(File too large\); .* what is done is kept$"
+        message = r"^--data.cache_dir: \S+ cannot be written \(File too large\); .* finished work is kept$"
         with pytest.raises(ConfigError, match=message):
             prepare_many(path, cache)
 
@@ -1175,7 +1180,7 @@ def test_full_disk_is_one_line_and_what_is_done_is_kept(tmp_path, monkeypatch, c
     assert child.exitcode == 0
     with caplog.at_level(logging.INFO):
         assert contents(prepare_many(path, cache)) == expected
-    assert "going on from" in caplog.text
+    assert "resumed after" in caplog.text
 
 
 def test_text_that_will_not_fit_the_disk_is_refused_while_there_is_room(tmp_path, monkeypatch, caplog):
@@ -1185,7 +1190,9 @@ def test_text_that_will_not_fit_the_disk_is_refused_while_there_is_room(tmp_path
     small_steps(monkeypatch)
     with monkeypatch.context() as small:
         small.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=size // 4))
-        message = r"^--data.cache_dir: \S+ cannot be written \(the rest of the text needs about \S+ MiB, \S+ MiB are"
+        message = (
+            r"^--data.cache_dir: \S+ cannot be written \(the rest of the text needs about \S+ MiB, but \S+ MiB are"
+        )
         with pytest.raises(ConfigError, match=message) as refused:
             prepare_many(path, cache)
     needed, free = (float(number) for number in re.findall(r"(\S+) MiB", str(refused.value)))
@@ -1194,7 +1201,7 @@ def test_text_that_will_not_fit_the_disk_is_refused_while_there_is_room(tmp_path
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=2 * size))
     with caplog.at_level(logging.INFO):
         assert contents(prepare_many(path, cache)) == expected
-    assert "going on in" in caplog.text
+    assert "resuming in" in caplog.text
 
 
 def test_full_disk_while_a_trained_tokenizer_is_saved(tmp_path):
@@ -1257,7 +1264,7 @@ def test_where_no_process_can_be_started_one_setting_needs_none(tmp_path, monkey
     path, cache = many(tmp_path), tmp_path / "cache"
     for train in (True, False):
         with pytest.raises(
-            ConfigError, match=r"^--data.prepare_workers: no process can be started \(Resource .*1 none"
+            ConfigError, match=r"^--data.prepare_workers: cannot start a process \(Resource .*1, which starts none"
         ):
             train_or_encode(train, path, cache)
     corpus = corpus_of(path)
@@ -1322,7 +1329,8 @@ def test_truncated_or_foreign_file_is_refused_by_name(name, tmp_path):
     file.write_bytes(bytes(byte ^ 1 for byte in file.read_bytes()))
     for check in (lambda: TokenFiles(folder, "val"), lambda: verify(folder)):
         with pytest.raises(
-            ConfigError, match=rf"^--data.cache_dir: .*/val/{name} is not what was written there, .* del"
+            ConfigError,
+            match=rf"^--data.cache_dir: .*/val/{name} has the right size, but other content than was written; del",
         ):
             check()
     os.truncate(file, file.stat().st_size - 1)
@@ -1353,7 +1361,7 @@ def test_part_of_a_large_file_that_is_missing_is_found_at_opening(start, tmp_pat
     with open(tmp_path / "x" / "train" / "tokens.bin", "r+b") as file:
         file.seek(int(start * 5_000_000))
         file.write(bytes(400_000))  # pages lie 329 KB apart
-    with pytest.raises(ConfigError, match=r"/train/tokens.bin is not what was written there, though of the right size"):
+    with pytest.raises(ConfigError, match=r"/train/tokens.bin has the right size, but other content than was written"):
         TokenFiles(tmp_path / "x", "train")
 
 
@@ -1402,5 +1410,5 @@ def test_learning_a_tokenizer_says_how_far_it_is(tmp_path, caplog, monkeypatch):
     with caplog.at_level("INFO"):
         data.prepare_data()
     assert re.search(r"reading for the tokenizer: 100%, 30 documents \(\d[^t]*MB/s, 00:00 left", caplog.text)
-    assert re.search(r"tokenizer: 30 documents read; it is learned from 0\.0 M characters", caplog.text)
-    assert re.search(r"tokenizer: a BPE of 280, learned in \d+\.\d s", caplog.text)
+    assert re.search(r"tokenizer: read 30 documents; training on 0\.0 M characters", caplog.text)
+    assert re.search(r"tokenizer: trained a BPE of 280 in \d+\.\d s", caplog.text)

@@ -298,7 +298,7 @@ def test_another_batch_counts_on_from_the_checkpoints_totals(fit, settings, tmp_
     assert fit(tmp_path / "run", ckpt_path="last", **larger) == 0
     for change in ("--data.global_batch_size 16 (checkpoint: 8)", "--data.block_size 16 (checkpoint: 32)"):
         assert change in caplog.text
-    assert "data: step 4 goes on with row 25 of the order" in caplog.text
+    assert "data: step 4 continues with row 25 of the order" in caplog.text
     assert "data: 12 steps read 168 rows of" in caplog.text  # 3 x 8 and 9 x 16
     assert fit(tmp_path / "fresh", **larger) == 0  # what a step of the new settings costs
     found, fresh = scalars(tmp_path / "run"), scalars(tmp_path / "fresh")

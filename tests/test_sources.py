@@ -107,16 +107,14 @@ def test_a_linked_folder_is_read_or_named(suffix, tmp_path, caplog):
         assert sorted(found) == sorted(texts(lines(1, 2)))
     else:  # of folders as on the hub, which does not follow links
         assert found == texts(lines(1))
-        assert "1 of 2 files are read; left out: more/x.jsonl" in caplog.text
+        assert "reads 1 of 2 files; left out: more/x.jsonl" in caplog.text
 
 
 @pytest.mark.parametrize("suffix", ["txt", "jsonl"])
 def test_a_link_that_leads_nowhere_is_refused(suffix, tmp_path):
     (tmp_path / f"x.{suffix}").write_bytes(lines(1))
     (tmp_path / f"y.{suffix}").symlink_to(tmp_path / "never fetched")
-    with pytest.raises(
-        ConfigError, match=rf"^--data.source: .*y.{suffix} is a link that leads nowhere; bring its file"
-    ):
+    with pytest.raises(ConfigError, match=rf"^--data.source: .*y.{suffix} is a broken symbolic link; fetch its file"):
         read(tmp_path)
 
 
@@ -152,7 +150,9 @@ def test_a_folder_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(ConfigError, match="^--data.source: cannot read the folder '.*more': Permission denied; allow"):
+    with pytest.raises(
+        ConfigError, match="^--data.source: cannot read the folder '.*more': Permission denied; grant access"
+    ):
         read(tmp_path)
 
 
@@ -167,7 +167,9 @@ def test_a_split_of_a_local_folder_is_that_of_files(tmp_path, caplog):
     assert Corpus("", (whole,)).shared_with(Corpus("", resolve("", [f"{tmp_path}:train"], Hub()))) == [
         str(tmp_path / "train.jsonl")
     ]
-    with pytest.raises(ConfigError, match="^--data.source: '.*:test': no 'test' in .*; there are: train, validation"):
+    with pytest.raises(
+        ConfigError, match="^--data.source: '.*:test': no split 'test' in .*; there are: train, validation"
+    ):
         read(f"{tmp_path}:test")
     (tmp_path / "plain").mkdir()
     (tmp_path / "plain" / "x.txt").write_text("a")
@@ -185,7 +187,7 @@ def test_files_that_are_read_twice_are_named(again, tmp_path, caplog):
         (tmp_path / "y.jsonl").hardlink_to(path)
     with caplog.at_level("INFO"):
         assert read(path, tmp_path / "*.jsonl") == texts(lines(1)) * (2 if again == "pattern" else 3)
-    assert f"1 of the files are read more than once ({path} for one)" in caplog.text
+    assert f"1 of the files are read more than once (e.g. {path})" in caplog.text
     caplog.clear()
     with caplog.at_level("INFO"):
         read(tmp_path / "x*.jsonl")
@@ -197,8 +199,8 @@ def test_what_has_no_effect_or_is_no_text_is_said(tmp_path, caplog):
     (tmp_path / "x.csv").write_text("a,b")
     with caplog.at_level("INFO"):
         read(tmp_path, hub=Hub(split="test"))
-    assert "holds plain text, which has no splits: 'test' has no effect on it" in caplog.text
-    assert f"1 tables are read as plain text, each one document ({tmp_path / 'x.csv'} for one)" in caplog.text
+    assert "holds plain text, which has no splits; 'test' has no effect" in caplog.text
+    assert f"1 tables are read as plain text, each as one document (e.g. {tmp_path / 'x.csv'})" in caplog.text
 
 
 def test_what_names_part_of_a_data_set_has_no_effect_on_files(tmp_path, caplog):
@@ -208,7 +210,7 @@ def test_what_names_part_of_a_data_set_has_no_effect_on_files(tmp_path, caplog):
         assert caplog.text == ""
         for named in (tmp_path / "x.txt", tmp_path / "*.txt"):
             read(named, hub=Hub(subset="x", revision="v9"))
-            assert f"{named} names files, on which --data.subset and --data.revision has no effect" in caplog.text
+            assert f"{named} names files, so --data.subset and --data.revision has no effect" in caplog.text
 
 
 def test_jsonlines_are_lines(tmp_path):
@@ -315,7 +317,7 @@ def test_a_tokenizer_without_a_word_for_the_text_is_one_line(tmp_path):
     tokenizer = Tokenizer(models.WordLevel({"a": 0, "<eos>": 1}, unk_token="<gone>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
-    with pytest.raises(ConfigError, match=r"^--data.tokenizer: it cannot encode the text of --data.source \(.*UNK"):
+    with pytest.raises(ConfigError, match=r"^--data.tokenizer: cannot encode the text of --data.source \(.*UNK"):
         ready(path, fast, tmp_path)
 
 

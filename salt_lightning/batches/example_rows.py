@@ -136,13 +136,13 @@ def open_examples(setting: str, files: TokenFiles, block_size: int, isolate_docu
     rows = ExampleRows(files, block_size, isolate_documents)
     if not files.num_documents:
         raise ConfigError(
-            f"--data.val_fraction: of the examples in --data.{setting} none is left for {files.folder.name}; "
+            f"--data.val_fraction: none of the examples in --data.{setting} is left for {files.folder.name}; "
             "change it, or give --data.val_source"
         )
     if not rows.num_rows:
         raise ConfigError(
             f"--data.block_size: none of the {files.num_documents} examples for {files.folder.name} in "
-            f"--data.{setting} fits a row of {block_size} tokens"
+            f"--data.{setting} fits a row of {block_size} tokens; raise it"
         )
     rank_zero_info(
         f"--data.{setting} ({'training' if files.folder.name == 'train' else 'held out'}): {len(rows.examples)} "

@@ -31,9 +31,9 @@ def weight_problems(weights: Sequence[float] | None, entries: Sequence[str], oth
     fits = len(weights) == len(entries) and all(0 < w < math.inf for w in weights)
     checks = (
         (fits, f"must be a number above 0 for each of the {len(entries)} entries of --data.source, or null"),
-        (len(entries) <= CYCLE, f"goes with {CYCLE} entries of --data.source at most"),
-        (len(set(entries)) == len(entries), "and an entry of --data.source twice: name it once, with more weight"),
-        (not also, f"is of the entries of --data.source: leave out {', '.join(also)}, or the weights (null)"),
+        (len(entries) <= CYCLE, f"supports at most {CYCLE} entries of --data.source"),
+        (len(set(entries)) == len(entries), "with an entry of --data.source twice; name it once, with more weight"),
+        (not also, f"weights the entries of --data.source; leave out {', '.join(also)}, or the weights (null)"),
     )
     return [f"{SETTING} {weights!r} {wanted}" for good, wanted in checks if not good]
 
@@ -132,11 +132,11 @@ def shares_of(names: list[str], weights: list[float], tokens: list[int], block_s
         ConfigError: two sources of one name, or one that is no longer than a row.
     """
     if len(names) != len(weights):
-        raise ConfigError(f"{SETTING}: entries of --data.source have one name among {few(names)}; rename a folder")
+        raise ConfigError(f"{SETTING}: entries of --data.source share a name ({few(names)}); rename a folder")
     sizes = {name: end - start for name, (start, end) in zip(names, pairwise(tokens), strict=True)}
     refuse(
-        f"{SETTING}: {name!r} has {size} training tokens, what is held out aside, which is no more than a row of "
-        f"--data.block_size {block_size}; give more text, lower --data.val_fraction, or leave it out"
+        f"{SETTING}: {name!r} has {size} training tokens (held-out text excluded), not more than one row of "
+        f"--data.block_size {block_size}; add text, lower --data.val_fraction, or leave it out"
         for name, size in sizes.items()
         if size <= block_size
     )

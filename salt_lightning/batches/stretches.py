@@ -70,15 +70,15 @@ def _of_checkpoint(checkpoint: Mapping[str, Any], now: Stretch) -> Stretches:
     except (TypeError, IndexError, ValueError):
         good = False
     if not good:
-        raise ConfigError("the checkpoint is damaged: its stretches are not those of a run")
+        raise ConfigError("the checkpoint is damaged: its record of rows read (stretches) is impossible")
     return found
 
 
 def where(stretches: Stretches, step: int) -> str:
     """With which row a run goes on after so many steps."""
-    said = f"step {step + 1} goes on with row {rows_before(stretches, step) + 1} of the order"
+    said = f"step {step + 1} continues with row {rows_before(stretches, step) + 1} of the order"
     if len({stretch.turns is None for stretch in stretches}) > 1:
-        said += "; what was read with --data.source_weights and without lies in other orders, and may come again"
+        said += "; with and without --data.source_weights the orders differ, so rows may be read again"
     return said
 
 

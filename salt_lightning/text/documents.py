@@ -144,7 +144,7 @@ def _read_files(group: Group, corpus: Corpus) -> Iterator[Raw]:
         except ConfigError:
             raise
         except Exception as error:
-            hint = "allow it" if isinstance(error, PermissionError) else "bring back a whole copy of it"
+            hint = "grant access" if isinstance(error, PermissionError) else "get a whole copy of it"
             hint = "pip install backports.zstd" if isinstance(error, ImportError) else hint
             raise ConfigError(
                 f"{corpus.setting}: {file}: cannot be read ({first_line(error)}); {hint}, or leave it out of "
@@ -178,7 +178,7 @@ def _check_size(data: bytes, file: str, line: int, setting: str) -> None:
     """A few megabytes of a packed file can hold a line that no memory can."""
     if len(data) > _MAX_BYTES:
         raise ConfigError(
-            f"{setting}: {file}: the document from line {line} on is longer than {_MAX_BYTES >> 20} MiB; split it"
+            f"{setting}: {file}: the document from line {line} is longer than {_MAX_BYTES >> 20} MiB; split it"
         )
 
 
@@ -228,7 +228,7 @@ def _read_hub(group: Group, corpus: Corpus) -> Iterator[Raw]:
     except Exception as error:
         raise ConfigError(
             f"{corpus.setting}: cannot read {group.hub_name}: {hub_error(error)}; "
-            "it is no local file, folder or glob match either"
+            "it is not a local file, folder or glob match either"
         ) from error
 
 
@@ -248,8 +248,8 @@ def check_columns(corpus: Corpus, found: list[str], where: str) -> None:
     columns, examples = corpus.columns(), corpus.examples
     if examples.chat_column and examples.tools != "" and "tools" in found and "tools" not in columns:
         raise ConfigError(
-            f"--data.examples.tools: {where} has a column 'tools', which the chat template may write; name it by "
-            "--data.examples.tools tools, or leave it unread by --data.examples.tools ''"
+            f"--data.examples.tools: {where} has a column 'tools', which the chat template may write; set "
+            "--data.examples.tools tools to read it, or --data.examples.tools '' to ignore it"
         )
     for column, setting in columns.items():
         if column not in found:

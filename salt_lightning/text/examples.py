@@ -43,14 +43,14 @@ class Examples:
     r"""How rows of data become examples for fine-tuning: either `prompt` and `response`, or `messages`.
 
     Args:
-        prompt: The text before the response, with columns in braces: "Question: {question}\nAnswer:" (in YAML, whose
-            double quotes make \n a new line). {answers[text][0]} is a value inside a column, {label:0=no|1=yes} writes
-            words for values.
-        response: The text to learn, likewise, with the space that divides it from the prompt: " {answer}".
+        prompt: Text before the response, with columns in braces: "Question: {question}\nAnswer:" (in YAML, where
+            double quotes make \n a new line). {answers[text][0]} is a value inside a column; {label:0=no|1=yes}
+            replaces values with words.
+        response: Text to learn, in the same form, with the space that separates it from the prompt: " {answer}".
         messages: For the tokenizer's chat template: a column of conversations (lists of role and content), or a list
-            of such messages, whose contents are templates. What the assistant says is learned.
-        tools: A column of what the assistant may call, for the chat template: a list of tools, or JSON of one. null:
-            none, and a column "tools" is refused; "" leaves such a column unread.
+            of such messages whose contents are templates. What the assistant says is learned.
+        tools: Column of tools that the assistant may call, for the chat template: a list of tools, or JSON of one.
+            null: no tools, and a column named "tools" is an error; "" ignores such a column.
     """
 
     prompt: str = ""
@@ -82,28 +82,30 @@ class Examples:
             return []
         if tokenizer == "train":
             return [
-                "--data.tokenizer: 'train' makes a new one, and examples need the one that the student was pretrained "
-                "with, RUN/tokenizer"
+                "--data.tokenizer: 'train' makes a new tokenizer, but examples need the one that the student was "
+                "pretrained with; give RUN/tokenizer"
             ]
         if bool(self.messages) == bool(self.prompt or self.response):
             return [
-                "--data.examples: give prompt and response, or messages (configs/tasks/chat.yaml); those of a config "
-                "go by --data.examples.prompt '' --data.examples.response ''"
+                "--data.examples: give prompt and response, or messages (configs/tasks/chat.yaml), not both; to clear "
+                "those of a config, use --data.examples.prompt '' --data.examples.response ''"
             ]
         if self.tools and not self.messages:
-            return [f"--data.examples.tools {self.tools!r} are for a chat template; give messages, or leave it out"]
+            return [f"--data.examples.tools {self.tools!r} needs a chat template; give messages, or leave it out"]
         if self.chat_column:
             return []
         wrong = [problem for setting, template in self._templates() for problem in _problems(setting, template)]
         messages = self.messages if isinstance(self.messages, list) else []
         wrong += [
-            f"--data.examples.messages: message {i} has {few(map(repr, others))}, and a message of templates is role "
-            "and content; what else a chat template reads stands in a column of conversations"
+            f"--data.examples.messages: message {i} has {few(map(repr, others))}, but a message of templates has "
+            "only role and content; put what else a chat template reads into a column of conversations"
             for i, message in enumerate(messages, 1)
             if (others := [key for key in message if key not in ("role", "content")])
         ]
         if self.messages and "" in self._roles():
-            wrong.append(f"--data.examples.messages: message {self._roles().index('') + 1} has no role, e.g. user")
+            wrong.append(
+                f"--data.examples.messages: message {self._roles().index('') + 1} has no role; give one, e.g. user"
+            )
         elif self.messages and self._roles()[-1:] != ["assistant"]:
             wrong.append(f"--data.examples.messages: the last of the roles {self._roles()} must be assistant")
         return wrong
@@ -195,16 +197,16 @@ def segments(conversation: Conversation, render: Callable[..., Any] | None) -> l
         if dropped:
             raise ConfigError(
                 f"--data.examples.messages: the tokenizer's chat template does not write {dropped}; give the tokenizer "
-                "one that does, or leave it out of the data"
+                "a template that does, or leave it out of the data"
             )
         answer = _answer(before, after, messages[i - 1]["content"].strip() if i else "", message["content"].strip())
         if answer is None and i == 0:  # of a template that writes BOS, or a system's text, before a first message
             continue
         if answer is None:
             raise ConfigError(
-                "--data.examples.messages: the tokenizer's chat template begins an answer in another way than it asks "
-                f"for one ({before[-20:]!r}), so what the assistant says cannot be told apart; give the tokenizer a "
-                "template whose answers begin with its generation prompt, or use --data.examples.prompt and .response"
+                "--data.examples.messages: the tokenizer's chat template begins an answer differently from its "
+                f"generation prompt ({before[-20:]!r}), so the assistant's text cannot be located; give the tokenizer "
+                "a template whose answers begin with its generation prompt, or use --data.examples.prompt and .response"
             )
         if not (found and before.startswith(text)):
             found, text = [*found, []], ""
@@ -311,12 +313,12 @@ def _problems(setting: str, template: str) -> list[str]:
     try:
         fields = list(_fields(template))
     except ValueError as error:
-        return [f"{where} is no template ({error}); columns are {{column}}, braces of the text {{{{ and }}}}"]
+        return [f"{where} is not a template ({error}); write {{column}} for a column, {{{{ and }}}} for braces"]
     if not template.strip():
-        return [f"{where} is empty; it must write at least one {{column}}"]
+        return [f"{where} is empty; give a template with at least one {{column}}"]
     wrong = [f for f, words in fields if not _column(f).isidentifier() or "." in f or not _is_map(words)]
     if wrong or (not fields and setting != "examples.messages"):
-        found = f"{{{wrong[0]}}} is no column" if wrong else "it names no column"
+        found = f"{{{wrong[0]}}} is not a column" if wrong else "it names no column"
         return [f"{where}: {found}; write {{column}}, {{column[key][0]}} or {{column:value=word|value=word}}"]
     return []
 
@@ -340,11 +342,11 @@ def _filled(setting: str, template: str, fields: dict[str, Any]) -> str | None:
             return None
         if not isinstance(value, str | int | float):
             hint = "" if "[" in field else f"; name a value inside it, e.g. {{{field}[0]}}"
-            raise ConfigError(f"--data.{setting}: {{{field}}} holds {type(value).__name__}, no text or number{hint}")
+            raise ConfigError(f"--data.{setting}: {{{field}}} holds {type(value).__name__}, not text or a number{hint}")
         names = dict(pair.split("=", 1) for pair in words.split("|")) if words else {}
         if names and str(value) not in names:
             raise ConfigError(
-                f"--data.{setting}: {{{field}}} holds {str(value)[:40]!r}, and there are words for {', '.join(names)}"
+                f"--data.{setting}: {{{field}}} holds {str(value)[:40]!r}, but has words only for {', '.join(names)}"
             )
         text += names.get(str(value), str(value))
     return text
@@ -382,12 +384,14 @@ def _tools(value: Any, of_table: bool) -> list[dict[str, Any]] | None:
     except (ValueError, RecursionError):
         tools = [value]
     if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise ConfigError(f"--data.examples.tools: a list of tools or JSON of one is needed, not {str(value)[:60]!r}")
+        raise ConfigError(
+            f"--data.examples.tools: the column must hold a list of tools or JSON of one, not {str(value)[:60]!r}"
+        )
     return (_without_nulls(tools) if of_table and not isinstance(value, str) else tools) or None
 
 
 def _no_conversation(value: Any) -> ConfigError:
     return ConfigError(
-        "--data.examples.messages: a conversation is a list of messages with the texts role and content, not "
-        f"{str(value)[:60]!r}; docs/fine-tuning.md says how other forms become one"
+        "--data.examples.messages: a conversation must be a list of messages with role and content as text, not "
+        f"{str(value)[:60]!r}; docs/fine-tuning.md shows how to convert other forms"
     )

@@ -74,7 +74,7 @@ class Unfinished:
 
     def check_owned(self) -> None:
         if not self.is_owned():
-            raise OSError(ENOLCK, f"no file locks between machines, and {_who(self.lock)} writes there, too")
+            raise OSError(ENOLCK, f"no file locks between machines, and {_who(self.lock)} also writes there")
 
 
 @contextmanager
@@ -128,7 +128,7 @@ def _lock(path: Path) -> IO[str]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                rank_zero_info(f"waiting for {_who(path)}, which prepares the same in {path.parent}")
+                rank_zero_info(f"waiting for {_who(path)}, which is preparing the same data in {path.parent}")
                 fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
             file.close()

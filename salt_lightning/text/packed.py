@@ -55,7 +55,7 @@ class _Streams(io.RawIOBase):
                 if not packed and self._is_between:
                     return 0
                 if not packed:
-                    raise EOFError("it ends within a stream")
+                    raise EOFError("it ends in the middle of a stream")
             if self._is_between:
                 packed = packed.lstrip(b"\0")  # padding
                 if not packed:

@@ -88,7 +88,7 @@ def _parse(raw: Raw, row: int, corpus: Corpus) -> tuple[Any, str]:
     if raw.kind in ("parquet", "hub"):
         values = list(data.values()) if isinstance(data, dict) else [data]
         if not all(map(_is_utf8, [*values, *raw.sources[row : row + 1]])):
-            remedy = "mend that row, or leave the file out with a narrower glob"
+            remedy = "fix that row, leave the file out with a narrower glob"
             raise _bad_line(corpus, _place(raw, row), "is not UTF-8 text", remedy)
         return _checked(data, corpus, raw.name, of_table=True), _name(raw.sources[row]) if raw.sources else raw.name
     if data.startswith(BOM_UTF8) and raw.place(row)[1] == 1:  # a mark of the file, as Windows writes it, and no text
@@ -97,21 +97,21 @@ def _parse(raw: Raw, row: int, corpus: Corpus) -> tuple[Any, str]:
         text = data.decode()
     except UnicodeDecodeError as error:
         problem, lines_on = "is not UTF-8 text", data.count(b"\n", 0, error.start)
-        remedy = "convert the file, or leave it out with a narrower glob"
+        remedy = "convert the file, leave it out with a narrower glob"
         raise _bad_line(corpus, _place(raw, row, lines_on), problem, remedy) from error
     if raw.kind == "text":
         return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text, raw.name
     if not text.strip():
         return None, raw.name
-    of_array = " (jq -c '.[]' makes them of an array)" if text.lstrip().startswith("[") else ""
-    remedy = f"write one object a line{of_array}"
+    of_array = " (jq -c '.[]' converts an array)" if text.lstrip().startswith("[") else ""
+    remedy = f"write one object per line{of_array}"
     try:
         fields = json.loads(text)
     except (ValueError, RecursionError) as error:
         problem = f"is not JSON ({getattr(error, 'msg', first_line(error))})"
         raise _bad_line(corpus, _place(raw, row), problem, remedy) from error
     if not isinstance(fields, dict):
-        problem = f"is no JSON object but {text[:40].strip()!r}"
+        problem = f"is not a JSON object but {text[:40].strip()!r}"
         raise _bad_line(corpus, _place(raw, row), problem, remedy)
     if corpus.examples.tools:  # which a line may go without
         fields = {corpus.examples.tools: None, **fields}
@@ -133,7 +133,7 @@ def _checked(content: Any, corpus: Corpus, where: str, of_table: bool = False) -
     if content is not None and not isinstance(content, str):
         raise ConfigError(
             f"--data.text_column: {corpus.text_column!r} of {where} holds {type(content).__name__}, not text; name a "
-            "column of text"
+            "column with text"
         )
     return content
 
@@ -153,11 +153,11 @@ def _is_utf8(value: Any) -> bool:
 
 
 def _refused(said: str) -> BadLine:
-    return BadLine(f"{said}; --data.bad_lines skip leaves such lines out", said)
+    return BadLine(f"{said}; use --data.bad_lines skip to leave such lines out", said)
 
 
 def _bad_line(corpus: Corpus, place: str, problem: str, remedy: str) -> BadLine:
-    message = f"{corpus.setting}: {place} {problem}; {remedy}, or let --data.bad_lines skip leave such lines out"
+    message = f"{corpus.setting}: {place} {problem}; {remedy}, or use --data.bad_lines skip to leave such lines out"
     return BadLine(message, f"{place} {problem}")
 
 
@@ -172,6 +172,6 @@ def empty_error(corpus: Corpus, skipped: Skipped) -> ConfigError:
     names = ", ".join(dict.fromkeys(group.name for group in corpus.groups))
     why = f": {skipped}" if skipped.lines else "; check the files and --data.text_column"
     if corpus.examples.given and not skipped.lines:
-        where = "(in a conversation of the role assistant, behind a question)"
+        where = "(in a conversation: from the role assistant, after a question)"
         why = f"; an example needs a response that is not blank {where}"
     return ConfigError(f"{corpus.setting}: no document with text in {names}{why}")

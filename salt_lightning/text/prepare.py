@@ -60,7 +60,7 @@ def trained_tokenizer(corpus: Corpus, vocab_size: int, val_fraction: float, cach
     """That folder, where it is there."""
     folder = tokenizer_folder(corpus, vocab_size, val_fraction, cache_dir)
     if not folder.exists():
-        raise ConfigError("--data.tokenizer: 'train' is trained by prepare_data(), which comes first")
+        raise ConfigError("--data.tokenizer: 'train' is trained by prepare_data(); call that first")
     return str(folder)
 
 
@@ -168,7 +168,7 @@ def make_encoder(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, val_fractio
     plain = [file for group in corpus.groups if group.kind == "text" for file in group.files]
     if plain:
         raise ConfigError(
-            f"{corpus.setting}: {plain[0]} is plain text, and --data.examples reads columns: give jsonl, parquet or a "
+            f"{corpus.setting}: {plain[0]} is plain text, but --data.examples reads columns; give jsonl, parquet or a "
             "hub data set"
         )
     chat = tokenizer if chats else None
@@ -197,18 +197,18 @@ def _accidents(cache_dir: Path) -> Iterator[None]:
         yield
     except BrokenProcessPool as error:
         raise ConfigError(
-            "--data.prepare_workers: a tokenizing process was killed, as it happens for want of memory; take fewer (1 "
-            "starts none) and start again, what is done is kept"
+            "--data.prepare_workers: a tokenizing process was killed, usually for lack of memory; use fewer (1 "
+            "starts none) and start again; finished work is kept"
         ) from error
     except OSError as error:
         if error.errno == errno.ENOLCK:
             raise ConfigError(
-                f"--data.cache_dir: {cache_dir} lies where no file can be locked ({error.strerror}), so two runs could "
-                "prepare the same text there; choose a folder on another file system, as one of each node's own"
+                f"--data.cache_dir: {cache_dir} is on a file system without file locks ({error.strerror}), so two runs "
+                "could prepare the same text at once; choose a folder on another file system, e.g. local to each node"
             ) from error
         raise ConfigError(
-            f"--data.cache_dir: {cache_dir} cannot be written ({error.strerror or error}); make that possible or "
-            "choose another folder, then start again: what is done is kept"
+            f"--data.cache_dir: {cache_dir} cannot be written ({error.strerror or error}); fix that or "
+            "choose another folder, then start again; finished work is kept"
         ) from error
 
 
@@ -256,7 +256,7 @@ def _resume(unfinished: Unfinished, origin: str, encoder: Encoder) -> tuple[_Wri
             for name, size in sizes(split, encoder.dtype, counts, encoder.corpus.examples.given).items()
         }
         if all(path.exists() and path.stat().st_size >= size for path, size in least.items()):
-            rank_zero_info(f"tokenizing: going on in {unfinished.path}")
+            rank_zero_info(f"tokenizing: resuming in {unfinished.path}")
             raws = read_raw(encoder.corpus)
             for raw in islice(raws, written.num_raws):  # reading takes a hundredth of the time of tokenizing
                 read.follow(raw.digest(), raw.read_bytes)
@@ -301,11 +301,11 @@ def _write(encoder: Encoder, origin: dict[str, Any], unfinished: Unfinished, wor
         progress.close()
         for writer in writers.values():
             writer.close()
-    what = "a response to learn, or with a null," if encoder.corpus.examples.given else "text"
-    left_out = f"; {written.num_left_out} rows without {what} are left out" if written.num_left_out else ""
+    what = "no response to learn, or a null" if encoder.corpus.examples.given else "no text"
+    left_out = f"; {written.num_left_out} rows left out ({what})" if written.num_left_out else ""
     split = (
-        f"; {written.num_split} conversations are {written.num_split + written.num_more} examples, as the chat "
-        "template writes what was said in another way later on"
+        f"; {written.num_split} conversations became {written.num_split + written.num_more} examples, because the chat "
+        "template writes earlier messages differently later on"
     )
     rank_zero_info(summary_line(start, written.done()) + left_out + (split if written.num_split else ""))
     return {
@@ -326,7 +326,9 @@ def _require_room(folder: Path, encoder: Encoder, written: _Written, text_bytes:
     )
     rest = sum(here) * (text_bytes / max(written.read_bytes, 1) - 1)
     if rest > (free := shutil.disk_usage(folder).free):
-        raise OSError(errno.ENOSPC, f"the rest of the text needs about {size_said(rest)}, {size_said(free)} are free")
+        raise OSError(
+            errno.ENOSPC, f"the rest of the text needs about {size_said(rest)}, but {size_said(free)} are free"
+        )
 
 
 def _write_journal(unfinished: Unfinished, writers: dict[str, SplitWriter], written: _Written) -> None:
@@ -340,8 +342,8 @@ def _source_ids(block: Block, ids: dict[str, int], corpus: Corpus) -> list[int]:
     if len(ids) > MAX_SOURCES:
         if corpus.source_column is None:
             raise ConfigError(
-                f"{corpus.setting}: more than {MAX_SOURCES} sources, as each entry is one, and each file by "
-                "--data.source_per_file; give a folder or a glob, without that"
+                f"{corpus.setting}: more than {MAX_SOURCES} sources (each entry is one; with --data.source_per_file, "
+                "each file); give a folder or a glob, without --data.source_per_file"
             )
         raise ConfigError(
             f"--data.source_column: {corpus.source_column!r} has more than {MAX_SOURCES} values; "

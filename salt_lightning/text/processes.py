@@ -98,8 +98,8 @@ def in_child(function: Callable[..., None], *args: Any) -> None:
         error = receiver.recv()
     except EOFError:
         error = ConfigError(
-            "--data.tokenizer: the process that trained it was killed; is there enough memory? With "
-            "--data.prepare_workers 1 none is started"
+            "--data.tokenizer: the process that trained it was killed, perhaps for lack of memory; "
+            "--data.prepare_workers 1 starts none"
         )
     finally:
         child.kill()
@@ -154,5 +154,5 @@ def starting(setting: str = "--data.prepare_workers", none: int = 1) -> Iterator
             yield
     except OSError as error:  # no more processes are allowed, or no semaphores: /dev/shm is missing or read-only
         raise ConfigError(
-            f"{setting}: no process can be started ({error.strerror or error}); with {none} none is"
+            f"{setting}: cannot start a process ({error.strerror or error}); use {none}, which starts none"
         ) from error

@@ -38,7 +38,7 @@ def summary_line(start: Done, now: Done) -> str:
     """What was done, and at which rate since `start`."""
     seconds = max(now.time_s - start.time_s, 1e-9)
     text_rate = (now.text_bytes - start.text_bytes) / seconds
-    resumed = f", going on from {start.documents} documents of a stopped preparation" if start.documents else ""
+    resumed = f", resumed after {start.documents} documents of a stopped preparation" if start.documents else ""
     return (
         f"tokenized {now.documents} documents, {now.tokens} tokens, {now.text_bytes / 1e6:.1f} MB of text "
         f"in {seconds:.1f} s ({text_rate / 1e6:.1f} MB/s){resumed}"

@@ -80,10 +80,10 @@ def resolve(setting: str, entries: list[str], hub: Hub) -> tuple[Group, ...]:
     times = Counter(map(_identity, files))
     if again := next((file for file in files if times[_identity(file)] > 1), None):
         repeated = sum(count > 1 for count in times.values())
-        said = f"{setting}: {repeated} of the files are read more than once ({again} for one)"
-        _say_once(f"{said}, and so is what is held out of them")
+        said = f"{setting}: {repeated} of the files are read more than once (e.g. {again})"
+        _say_once(f"{said}, and so are the documents held out from them")
     if tables := [file for file in files if _suffix(file) in _TABLES]:
-        _say_once(f"{setting}: {len(tables)} tables are read as plain text, each one document ({tables[0]} for one)")
+        _say_once(f"{setting}: {len(tables)} tables are read as plain text, each as one document (e.g. {tables[0]})")
     return tuple(groups)
 
 
@@ -109,17 +109,19 @@ def _resolve_one(setting: str, entry: str, name: str, hub: Hub) -> list[Group]:
             if os.path.getsize(file):  # the readers stumble over empty files
                 of_kind[_kind(file)].append(file)
         if not any(of_kind.values()):
-            raise ConfigError(f"{setting}: {entry!r} holds no text: its files ({len(files)}) are empty; give others")
+            raise ConfigError(
+                f"{setting}: {entry!r} holds no text: its files ({len(files)}) are empty; give other files"
+            )
         return [Group(name, kind, tuple(found)) for kind, found in of_kind.items() if found]
     hub_name, _, split = entry.partition(":")
     if _HUB_NAME.fullmatch(hub_name) and Path(entry).suffix not in {".txt", ".md", ".py", *_KINDS, *SUFFIXES}:
         return [Group(name, "hub", hub_name=hub_name, hub=replace(hub, split=split or hub.split))]
     there = glob.glob(path)
-    special = "matches folders alone, no file" if all(map(os.path.isdir, there)) else "is no regular file"
+    special = "matches only folders, no file" if all(map(os.path.isdir, there)) else "is not a regular file"
     what = special if there else "matches no file"
     raise ConfigError(
         f"{setting}: {entry!r} {what}; give a file, a folder, a glob such as 'books/**/*.txt', "
-        "or a hub data set 'owner/name' or 'owner/name:split' (of a local folder FOLDER:split)"
+        "or a hub data set 'owner/name' or 'owner/name:split' (for a local folder, FOLDER:split)"
     )
 
 
@@ -139,7 +141,7 @@ def _files(setting: str, path: str, hub: Hub) -> list[str]:
 def _say_no_split(setting: str, path: str, files: list[str], hub: Hub) -> list[str]:
     given = [f"--data.{name}" for name, value in vars(hub).items() if value != getattr(Hub, name)]
     if given:
-        _say_once(f"{setting}: {path} names files, on which {' and '.join(given)} has no effect")
+        _say_once(f"{setting}: {path} names files, so {' and '.join(given)} has no effect")
     return files
 
 
@@ -150,8 +152,8 @@ def _visible_files(setting: str, folder: str) -> list[str]:
 
     def refuse(error: OSError) -> None:
         raise ConfigError(
-            f"{setting}: cannot read the folder {error.filename!r}: {error.strerror}; allow it, or name the others by "
-            "a glob"
+            f"{setting}: cannot read the folder {error.filename!r}: {error.strerror}; grant access, or name other "
+            "files with a glob"
         ) from error
 
     for root, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
@@ -162,7 +164,7 @@ def _visible_files(setting: str, folder: str) -> list[str]:
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
         paths = [os.path.join(root, file) for file in files if not file.startswith(".")]
         if nowhere := [path for path in paths if not os.path.exists(path)]:
-            raise ConfigError(f"{setting}: {nowhere[0]} is a link that leads nowhere; bring its file, or remove it")
+            raise ConfigError(f"{setting}: {nowhere[0]} is a broken symbolic link; fetch its file, or remove it")
         found += [path for path in paths if os.path.isfile(path)]  # neither sockets nor pipes
     return found
 
@@ -172,12 +174,14 @@ def _folder_files(setting: str, folder: str, hub: Hub, split_setting: str = "--d
     found = _visible_files(setting, folder)
     if all(_kind(file) == "text" for file in found):
         if split_setting != "--data.split":
-            raise ConfigError(f"{split_setting}: {folder} holds plain text, which has no splits; name the folder alone")
+            raise ConfigError(f"{split_setting}: {folder} holds plain text, which has no splits; name only the folder")
         if hub.split != Hub.split:
-            _say_once(f"{setting}: {folder} holds plain text, which has no splits: {hub.split!r} has no effect on it")
+            _say_once(f"{setting}: {folder} holds plain text, which has no splits; {hub.split!r} has no effect")
         return sorted(found)
     if any(file.endswith(".arrow") for file in found):
-        raise ConfigError(f"{setting}: {folder} holds Arrow files, which are not read; write it by Dataset.to_parquet")
+        raise ConfigError(
+            f"{setting}: {folder} holds Arrow files, which are not read; convert it with Dataset.to_parquet"
+        )
     try:
         elsewhere = _elsewhere(folder)
         with _listed_once():
@@ -187,31 +191,31 @@ def _folder_files(setting: str, folder: str, hub: Hub, split_setting: str = "--d
         raise ConfigError(f"{setting}: cannot read the folder {folder!r}: {hub_error(error)}") from error
     if elsewhere:
         raise ConfigError(
-            f"{setting}: the README.md of {folder!r} names {elsewhere!r}, which is no file of that folder; remove it "
-            "there, download what it names, and give that in the setting if you mean it"
+            f"{setting}: the README.md of {folder!r} names {elsewhere!r}, which is not a file of that folder; "
+            "remove it there; if you need it, download it and name it in the setting"
         )
     if hub.split not in splits:
         raise ConfigError(
-            f"{split_setting}: no {hub.split!r} in {folder!r}; there are: {', '.join(map(str, splits))} (by the "
-            f"names of its files, as on the hub); name one, or give the files by a glob, {folder}/*"
+            f"{split_setting}: no split {hub.split!r} in {folder!r}; there are: {', '.join(map(str, splits))} (from "
+            f"its file names, as on the hub); name one, or give the files with a glob, {folder}/*"
         )
     read = sorted(splits[hub.split])
     # by name: links within the folder are its owner's, as in the hub's own cache
     if strangers := [file for file in read if not Path(os.path.abspath(file)).is_relative_to(folder)]:
         raise ConfigError(
-            f"{setting}: the README.md of {folder!r} names {strangers[0]!r}, which lies outside of that folder; name "
-            "it in the setting if you mean it"
+            f"{setting}: the README.md of {folder!r} names {strangers[0]!r}, which is outside that folder; if "
+            "you trust it, name it in the setting"
         )
     kinds = [sorted({Path(file).suffix for file in files if _kind(file) != "text"}) for files in (found, read)]
     if kinds[0] and not kinds[1]:  # as many on the hub: the commoner kind
         raise ConfigError(
-            f"{setting}: {folder} holds {' and '.join(kinds[0])} files and more of text; say which by a glob, e.g. "
+            f"{setting}: {folder} holds {' and '.join(kinds[0])} files and more text files; choose with a glob, e.g. "
             f"{folder}/*{kinds[0][0]}, or give both"
         )
     are_read = set(map(_identity, read))
     if left := sorted(file for file in found if _identity(file) not in are_read):
         _say_once(
-            f"{setting}: of {folder} split {hub.split}, {len(read)} of {len(found)} files are read; left out: "
+            f"{setting}: {folder}, split {hub.split}: reads {len(read)} of {len(found)} files; left out: "
             f"{few(os.path.relpath(file, folder) for file in left)}"
         )
     return read
@@ -253,7 +257,7 @@ def _say_outside(setting: str, folder: str, files: list[str]) -> list[str]:
     folders = {name: os.path.realpath(name) for name in set(map(os.path.dirname, files))}
     real = (os.path.realpath(file) if os.path.islink(file) else folders[os.path.dirname(file)] for file in files)
     if outside := [file for file, lies in zip(files, real, strict=True) if not Path(lies).is_relative_to(here)]:
-        _say_once(f"{setting}: {len(outside)} files of {folder} are links that lead out of it ({outside[0]} for one)")
+        _say_once(f"{setting}: {len(outside)} files of {folder} are links to files outside it (e.g. {outside[0]})")
     return files
 
 

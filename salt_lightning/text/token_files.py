@@ -151,7 +151,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if not path.exists():
         raise ConfigError(
             f"--data.cache_dir: {folder} holds no prepared text: prepare_data() has not run, the sources "
-            "changed after it, or the folder is damaged; delete it and start again"
+            "have changed since, or the folder is damaged; delete it and start again"
         )
     try:
         manifest = json.loads(path.read_bytes())
@@ -161,7 +161,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if not good:
         raise _damage(path, "is not as it was written", folder)
     if manifest.get("folder", folder.name) != folder.name:  # a copy under a name that says other text
-        raise _damage(path, f"is that of {manifest['folder']}", folder)
+        raise _damage(path, f"belongs to {manifest['folder']}", folder)
     return manifest
 
 
@@ -201,7 +201,7 @@ class TokenFiles:
             if size != file["bytes"]:
                 raise _damage(path, f"has {size} bytes instead of {file['bytes']}", folder)
             if file["bytes"] and _page_checksum(path) != file["pages"]:
-                raise _damage(path, "is not what was written there, though of the right size", folder)
+                raise _damage(path, "has the right size, but other content than was written", folder)
         self.num_tokens: int = entry["tokens"]
         self.num_documents: int = entry["documents"]
         self.eos_id: int = self.manifest["tokenizer"]["eos_id"]

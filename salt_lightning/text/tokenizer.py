@@ -201,7 +201,7 @@ def train_tokenizer(corpus: Corpus, vocab_size: int, val_fraction: float, folder
         show_progress=False,  # its bars know no end, and would draw over ours
     )
     tokenizer.train_from_iterator(chain.from_iterable(map(_cut, _training_texts(corpus, val_fraction))), trainer)
-    rank_zero_info(f"tokenizer: a BPE of {tokenizer.get_vocab_size()}, learned in {time.monotonic() - began:.1f} s")
+    rank_zero_info(f"tokenizer: trained a BPE of {tokenizer.get_vocab_size()} in {time.monotonic() - began:.1f} s")
     try:
         PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS).save_pretrained(folder)
     except Exception as error:  # the Rust library has nothing more special for a full disk
@@ -233,7 +233,7 @@ def _training_texts(corpus: Corpus, val_fraction: float) -> Iterator[str]:
             f"--data.val_fraction: {val_fraction} left none of {num_documents} documents for training; lower it, split "
             "the text into more documents, or give --data.val_source"
         )
-    rank_zero_info(f"tokenizer: {num_documents} documents read; it is learned from {chars / 1e6:.1f} M characters")
+    rank_zero_info(f"tokenizer: read {num_documents} documents; training on {chars / 1e6:.1f} M characters")
 
 
 @dataclass
@@ -275,8 +275,8 @@ class Encoder:
                 encodings = encode([part for _, part in batch], add_special_tokens=False)
             except Exception as error:  # of a word that a model without unknown token does not have
                 raise ConfigError(
-                    f"--data.tokenizer: it cannot encode the text of {self.corpus.setting} ({one_line(error)}); give "
-                    "it an unknown token, or take a byte-level one"
+                    f"--data.tokenizer: cannot encode the text of {self.corpus.setting} ({one_line(error)}); give "
+                    "it an unknown token, or use a byte-level tokenizer"
                 ) from error
             for (number, part), encoding in zip(batch, encodings, strict=True):
                 lengths[number] += len(encoding)
