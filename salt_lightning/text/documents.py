@@ -5,10 +5,9 @@
     Raw                ->  (text, source) pairs                  documents()     the worker processes, parse.py
                            or (conversation, source)             for fine-tuning
 
-Memory stays constant, and the one process that reads does so little that it keeps many workers busy: decoding and
-parsing are theirs. Data sets of the hub are read by `datasets` in streaming mode: no copy in Arrow files is made, none
-of their code is run. Files are read here: `datasets` takes 10 times as long for plain lines, and tells neither the line
-nor the share of the file that it has come to.
+Memory stays constant. One process reads, and does so little else that it keeps many workers busy: they decode and
+parse. `datasets` reads hub data sets in streaming mode, so it writes no Arrow files and runs none of their code. Files
+are read here: `datasets` takes 10 times as long for plain lines, and reports neither the line nor the progress.
 """
 
 import bisect
@@ -28,8 +27,8 @@ from salt_lightning.text.examples import Examples
 from salt_lightning.text.packed import unpacked
 from salt_lightning.text.sources import Group, hub_error
 
-_RAW_CHARS = 1 << 19  # text per task of a worker: long enough to hide the pickling, short enough for even progress
-_MAX_BYTES = 1 << 30  # of a document in a file
+_RAW_CHARS = 1 << 19  # text per worker task: long enough to hide the pickling, short enough for even progress
+_MAX_BYTES = 1 << 30  # largest document in a file
 _TABLE_ROWS = 100  # read at once from parquet and the hub, where a row may be a whole book
 
 
@@ -45,25 +44,25 @@ class Corpus:
     examples: Examples = Examples()  # noqa: RUF009 (frozen)
 
     def inputs(self) -> list[Any]:
-        """All that decides the documents, as plain data (part of the cache's fingerprint)."""
+        """Everything that determines the documents, as plain data (part of the cache's fingerprint)."""
         groups = [group.inputs() for group in self.groups]
         return [self.text_column, self.source_column, groups, self.skip_bad_lines, self.examples.inputs()]
 
     def shared_with(self, other: "Corpus") -> list[str]:
-        """Files, and splits of hub data sets, that both read."""
+        """Files and hub splits that both corpora read."""
         here, there = ({k: v for group in corpus.groups for k, v in group.read().items()} for corpus in (self, other))
         return sorted(here[key] for key in here.keys() & there.keys())
 
     def num_bytes(self) -> int:
-        """Size on disk; the hub counts 0."""
+        """Size on disk; hub data sets count as 0."""
         return sum(stamp[0] for stamp in self.stamps().values() if stamp)
 
     def reads_hub(self) -> bool:
-        """Some of it may change, or be out of reach, without a trace in `inputs`."""
+        """Whether some text is on the hub, where it may change or be unreachable without a trace in `inputs`."""
         return any(group.kind == "hub" for group in self.groups)
 
     def stamps(self) -> dict[str, tuple[int, int] | None]:
-        """File -> its size and time of change, None if it is gone: another stamp, another content."""
+        """File -> its size and modification time, None if it is gone; another stamp means other content."""
         found = {}
         for file in (file for group in self.groups for file in group.files):
             stat = os.stat(file) if os.path.exists(file) else None
@@ -71,12 +70,12 @@ class Corpus:
         return found
 
     def columns(self) -> dict[str, str]:
-        """Column that is read of a table -> the setting that names it."""
+        """Column to read -> the setting that names it."""
         own = self.examples.columns() if self.examples.given else {self.text_column: "text_column"}
         return {**({self.source_column: "source_column"} if self.source_column else {}), **own}
 
     def content(self, fields: dict[str, Any]) -> Any:
-        """What a row holds: a text, or the fields of an example."""
+        """A row's content: a text, or the fields of an example."""
         if self.examples.given:
             return {column: fields[column] for column in self.examples.columns()}
         return fields[self.text_column]
@@ -87,10 +86,10 @@ class Raw:
     """Rows as read: bytes still to be decoded and parsed (files), or texts (tables)."""
 
     name: str  # of the source
-    kind: str  # as Group's
-    rows: list[Any] = field(default_factory=list)  # bytes of files; of tables texts, or the fields of examples
-    sources: list[Any] = field(default_factory=list)  # of tables with a source column; else empty
-    places: list[tuple[int, str, int]] = field(default_factory=list)  # from row i on: file, its line or row there
+    kind: str  # see Group
+    rows: list[Any] = field(default_factory=list)  # files: bytes; tables: texts, or the fields of examples
+    sources: list[Any] = field(default_factory=list)  # only for tables with a source column
+    places: list[tuple[int, str, int]] = field(default_factory=list)  # from row i on: file, line or row number there
     size: int = 0  # of the rows, in bytes or characters
     read_bytes: int = 0  # of the corpus's files, up to here
 
@@ -102,7 +101,7 @@ class Raw:
         self.read_bytes = more.read_bytes
 
     def place(self, row: int) -> tuple[str, int]:
-        """File and line that a row was read from."""
+        """File and line (or row) that a row was read from."""
         first, file, line = self.places[bisect.bisect(self.places, row, key=lambda place: place[0]) - 1]
         return file, line + row - first
 
@@ -116,7 +115,7 @@ def read_raw(corpus: Corpus) -> Iterator[Raw]:
     """Read a corpus in order, about half a million characters at a time.
 
     Raises:
-        ConfigError: unreadable file (named), unknown column, hub out of reach.
+        ConfigError: a file cannot be read, a column is missing, or the hub cannot be reached.
     """
     bytes_before = read_bytes = 0
     for group in corpus.groups:
@@ -175,7 +174,7 @@ def _read_lines(file: str, group: Group, corpus: Corpus) -> Iterator[Raw]:
 
 
 def _check_size(data: bytes, file: str, line: int, setting: str) -> None:
-    """A few megabytes of a packed file can hold a line that no memory can."""
+    """Refuse a document that is too long: a few compressed megabytes can unpack to a line larger than memory."""
     if len(data) > _MAX_BYTES:
         raise ConfigError(
             f"{setting}: {file}: the document from line {line} is longer than {_MAX_BYTES >> 20} MiB; split it"
@@ -184,7 +183,7 @@ def _check_size(data: bytes, file: str, line: int, setting: str) -> None:
 
 @contextmanager
 def _open(file: str) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
-    """The unpacked content, and the file itself, whose position says how far it is read."""
+    """The unpacked content, and the file itself, whose position shows the progress."""
     with open(file, "rb") as disk, unpacked(disk, Path(file).suffix.lower()) as content:
         yield content, disk
 
@@ -200,7 +199,7 @@ def _read_parquet(file: str, group: Group, corpus: Corpus) -> Iterator[Raw]:
 
 
 def _values(column: Any) -> list[Any]:
-    """Those of a column; in the place of text that is no UTF-8, in whatever it lies, its bytes."""
+    """The values of a column; one with text that is not UTF-8, at any depth, becomes the bytes of that text."""
     try:
         return column.to_pylist()
     except UnicodeDecodeError:
@@ -258,9 +257,9 @@ def check_columns(corpus: Corpus, found: list[str], where: str) -> None:
             raise ConfigError(f"--data.{setting}: {where} has several columns named {column!r}; rename one")
 
 
-# --- of use to all that read text ---
+# --- shared by all readers of text ---
 
 
 def utf8(text: str) -> bytes:
-    """The text's bytes. Half a surrogate pair, which JSON may hold and UTF-8 may not, becomes '?'."""
+    """The text as UTF-8. Half a surrogate pair, which is valid in JSON but not in UTF-8, becomes '?'."""
     return text.encode("utf-8", errors="replace")

@@ -1,4 +1,4 @@
-"""Packed files as what they hold: .gz, .bz2, .xz, .zst, each of one or more streams."""
+"""Read compressed files: .gz, .bz2, .xz, .zst, each of one or more streams."""
 
 import bz2
 import gzip
@@ -14,10 +14,10 @@ _READ = 1 << 17  # bytes at once
 
 
 def unpacked(disk: IO[bytes], suffix: str) -> IO[bytes]:
-    """The content of an open file whose name ends with one of `SUFFIXES`; of any other the file itself.
+    """The content of an open file whose name ends with one of `SUFFIXES`; any other file as it is.
 
-    Raises (also while it is read):
-        EOFError, OSError, and errors of the format: it is cut off, damaged, or followed by something else.
+    Raises (also during reading):
+        EOFError, OSError, and errors of the format: the file is cut off, damaged, or followed by something else.
         ImportError: .zst without its package.
     """
     if suffix == ".gz":
@@ -35,11 +35,11 @@ def _zstd() -> Any:
 
 
 class _Streams(io.RawIOBase):
-    """Streams one after the other. The readers of Python take a later one that is damaged for the end of the file."""
+    """Streams one after the other. Python's own readers take a damaged later stream for the end of the file."""
 
     def __init__(self, disk: IO[bytes], begin: Callable[[], Any]) -> None:
         self._disk, self._begin, self._stream = disk, begin, begin()
-        self._is_between = False  # behind a whole stream
+        self._is_between = False  # a whole stream has just ended
 
     def readable(self) -> bool:
         return True

@@ -1,6 +1,6 @@
-"""Rows as they are read -> documents: text with the name of its source, or for fine-tuning a conversation.
+"""Rows as read -> documents: text, or for fine-tuning a conversation, with the name of its source.
 
-The worker processes do this (documents.py is what one process reads for them).
+This runs in the worker processes; one process reads for them (documents.py).
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from salt_lightning.text.documents import Corpus, Raw, check_columns, utf8
 
 
 class BadLine(ConfigError):
-    """A line of a file that holds no document as it should; `place` says where and why, without a remedy."""
+    """A line of a file that does not hold a valid document; `place` says where and why, without a remedy."""
 
     def __init__(self, message: str, place: str = "") -> None:
         super().__init__(message)
@@ -26,7 +26,7 @@ class BadLine(ConfigError):
 
 @dataclass
 class Skipped:
-    """Bad lines that were left out: how many, and what the first was."""
+    """Bad lines that were left out: how many, and where the first is."""
 
     lines: int = 0
     first: str = ""
@@ -42,16 +42,15 @@ class Skipped:
 def documents(
     raw: Raw, corpus: Corpus, take: Callable[[Any], Any] = lambda content: content
 ) -> tuple[list[tuple[Any, str]], Skipped]:
-    """(text, source name) of every row with text in it, and what was skipped; empty rows (null, blank) are left out.
+    """(text, source name) of every row with text, and what was skipped; empty rows (null, blank) are left out.
 
-    Of examples it is the conversation (examples.py) instead of the text. `take` makes something else of it; None
-    leaves it out.
+    For examples, the conversation (examples.py) takes the place of the text. `take` converts it; None leaves it out.
 
     Raises:
-        BadLine: bytes that are no UTF-8, a line that is no JSON object or lacks a column, a text that is no string,
-            fields that the templates of the examples cannot write, a conversation that the chat template or `take`
-            refuses; unless the corpus skips them.
-        ConfigError: the like of a text or of fields in a table.
+        BadLine: bytes are not UTF-8, a line is not a JSON object or lacks a column, a text is not a string, the
+            examples' templates cannot write the fields, or the chat template or `take` refuses a conversation; not
+            raised if the corpus skips bad lines.
+        ConfigError: the same for a text or fields in a table.
     """
     kept, skipped = [], Skipped()
     for row in range(len(raw.rows)):
@@ -69,7 +68,7 @@ def documents(
 
 
 def _name(source: Any) -> str:
-    """What a column says of a row's source, as one line for tags and tables."""
+    """A row's source as one line, for tags and tables."""
     return "(none)" if source is None else " ".join(str(source).split()) or "(none)"
 
 
@@ -91,7 +90,7 @@ def _parse(raw: Raw, row: int, corpus: Corpus) -> tuple[Any, str]:
             remedy = "fix that row, leave the file out with a narrower glob"
             raise _bad_line(corpus, _place(raw, row), "is not UTF-8 text", remedy)
         return _checked(data, corpus, raw.name, of_table=True), _name(raw.sources[row]) if raw.sources else raw.name
-    if data.startswith(BOM_UTF8) and raw.place(row)[1] == 1:  # a mark of the file, as Windows writes it, and no text
+    if data.startswith(BOM_UTF8) and raw.place(row)[1] == 1:  # a file mark of Windows, not text
         data = data.removeprefix(BOM_UTF8)
     try:
         text = data.decode()
@@ -113,7 +112,7 @@ def _parse(raw: Raw, row: int, corpus: Corpus) -> tuple[Any, str]:
     if not isinstance(fields, dict):
         problem = f"is not a JSON object but {text[:40].strip()!r}"
         raise _bad_line(corpus, _place(raw, row), problem, remedy)
-    if corpus.examples.tools:  # which a line may go without
+    if corpus.examples.tools:  # a line may lack this column
         fields = {corpus.examples.tools: None, **fields}
     try:
         check_columns(corpus, list(fields), _place(raw, row))
@@ -139,7 +138,7 @@ def _checked(content: Any, corpus: Corpus, where: str, of_table: bool = False) -
 
 
 def _place(raw: Raw, row: int, lines_on: int = 0) -> str:
-    if not raw.places:  # of the hub
+    if not raw.places:  # from the hub
         return raw.name
     file, line = raw.place(row)
     return f"{file}: {'row' if raw.kind == 'parquet' else 'line'} {line + lines_on}"
@@ -162,13 +161,13 @@ def _bad_line(corpus: Corpus, place: str, problem: str, remedy: str) -> BadLine:
 
 
 def lots(data: bytes) -> tuple[float, float]:
-    """Two numbers in [0, 1) drawn by a text alone: for its split (so duplicates share it), for sampling."""
+    """Two numbers in [0, 1) that depend only on the text: one for its split (duplicates share it), one for sampling."""
     hashed = np.frombuffer(hashlib.blake2b(data, digest_size=16).digest(), "<u8")
     return float(hashed[0] >> np.uint64(11)) / 2**53, float(hashed[1] >> np.uint64(11)) / 2**53
 
 
 def empty_error(corpus: Corpus, skipped: Skipped) -> ConfigError:
-    """No document has text."""
+    """The error for a corpus without text."""
     names = ", ".join(dict.fromkeys(group.name for group in corpus.groups))
     why = f": {skipped}" if skipped.lines else "; check the files and --data.text_column"
     if corpus.examples.given and not skipped.lines:

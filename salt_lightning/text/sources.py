@@ -22,7 +22,7 @@ from salt_lightning.errors import ConfigError, few, one_line
 from salt_lightning.text.packed import SUFFIXES
 
 _KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".jsonlines": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
-_TABLES = {".csv", ".tsv"}  # nobody means one document with the commas in it
+_TABLES = {".csv", ".tsv"}  # read as one document, which is rarely meant
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -46,14 +46,14 @@ class Group:
     hub: Hub = Hub()
 
     def read(self) -> dict[Any, str]:
-        """What it reads: a file by any of its names, or a split; and a name to show."""
+        """What it reads -> a name to show. A file has one key under all its names; a hub split has its name."""
         if self.kind == "hub":
             name = ":".join(filter(None, (self.hub_name, self.hub.subset, self.hub.split)))
             return {name: name}
         return {_identity(file): file for file in self.files}
 
     def inputs(self) -> list[Any]:
-        """All that decides what this group reads, as plain data: file stamps, or the hub's coordinates."""
+        """Everything that determines what this group reads, as plain data: file stamps, or the place on the hub."""
         if self.kind == "hub":
             return [self.name, self.hub_name, self.hub.split, self.hub.subset, self.hub.revision]
         stats = [(file, os.stat(file)) for file in self.files]
@@ -61,7 +61,7 @@ class Group:
 
 
 def entries(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None) -> list[str]:
-    """Those of a source setting: one or several, strings or paths."""
+    """The entries of a source setting: one or several, strings or paths."""
     several = [source] if isinstance(source, str | os.PathLike) else source or []
     return [name for entry in several if (name := os.fspath(entry))]
 
@@ -88,9 +88,9 @@ def resolve(setting: str, entries: list[str], hub: Hub) -> tuple[Group, ...]:
 
 
 def each_file(groups: tuple[Group, ...]) -> tuple[Group, ...]:
-    """The same files in the same order, each a group by its own name: the shortest end of its path that no other has.
+    """The same files in the same order, one group each, named by the shortest end of the path that makes names unique.
 
-    Data sets of the hub stay as they are.
+    Hub data sets stay as they are.
     """
     paths = {Path(file).parts for group in groups for file in group.files}
     depth = next(d for d in range(1, 999) if len({parts[-d:] for parts in paths}) == len(paths))
@@ -106,7 +106,7 @@ def _resolve_one(setting: str, entry: str, name: str, hub: Hub) -> list[Group]:
     if files := _files(setting, path, hub):
         of_kind: dict[str, list[str]] = {"text": [], "jsonl": [], "parquet": []}
         for file in files:
-            if os.path.getsize(file):  # the readers stumble over empty files
+            if os.path.getsize(file):  # the readers fail on empty files
                 of_kind[_kind(file)].append(file)
         if not any(of_kind.values()):
             raise ConfigError(
@@ -126,7 +126,7 @@ def _resolve_one(setting: str, entry: str, name: str, hub: Hub) -> list[Group]:
 
 
 def _files(setting: str, path: str, hub: Hub) -> list[str]:
-    """Those that a path, a glob, or FOLDER:split names."""
+    """The files that a path, a glob, or FOLDER:split names."""
     if os.path.isdir(path):
         return _say_outside(setting, path, _folder_files(setting, path, hub))
     if os.path.isfile(path):
@@ -146,7 +146,7 @@ def _say_no_split(setting: str, path: str, files: list[str], hub: Hub) -> list[s
 
 
 def _visible_files(setting: str, folder: str) -> list[str]:
-    """Those in a folder and what lies below it, also behind links, each folder once."""
+    """Visible files in a folder and its subfolders, including linked folders, each once."""
     found: list[str] = []
     seen: set[tuple[int, int]] = set()
 
@@ -170,7 +170,7 @@ def _visible_files(setting: str, folder: str) -> list[str]:
 
 
 def _folder_files(setting: str, folder: str, hub: Hub, split_setting: str = "--data.split") -> list[str]:
-    """Every visible file; of a folder with jsonl or parquet in it only these, of one split as on the hub."""
+    """Every visible file; if the folder has jsonl or parquet files, only one split of these, as on the hub."""
     found = _visible_files(setting, folder)
     if all(_kind(file) == "text" for file in found):
         if split_setting != "--data.split":
@@ -200,14 +200,14 @@ def _folder_files(setting: str, folder: str, hub: Hub, split_setting: str = "--d
             f"its file names, as on the hub); name one, or give the files with a glob, {folder}/*"
         )
     read = sorted(splits[hub.split])
-    # by name: links within the folder are its owner's, as in the hub's own cache
+    # by name, not target: the folder's owner made its links, as in the hub's own cache
     if strangers := [file for file in read if not Path(os.path.abspath(file)).is_relative_to(folder)]:
         raise ConfigError(
             f"{setting}: the README.md of {folder!r} names {strangers[0]!r}, which is outside that folder; if "
             "you trust it, name it in the setting"
         )
     kinds = [sorted({Path(file).suffix for file in files if _kind(file) != "text"}) for files in (found, read)]
-    if kinds[0] and not kinds[1]:  # as many on the hub: the commoner kind
+    if kinds[0] and not kinds[1]:  # as on the hub: the more common kind
         raise ConfigError(
             f"{setting}: {folder} holds {' and '.join(kinds[0])} files and more text files; choose with a glob, e.g. "
             f"{folder}/*{kinds[0][0]}, or give both"
@@ -223,8 +223,8 @@ def _folder_files(setting: str, folder: str, hub: Hub, split_setting: str = "--d
 
 @contextmanager
 def _listed_once() -> Iterator[None]:
-    """`datasets` looks for splits by 33 globs, and for each it lists the folder and asks about every file."""
-    own = vars(fsspec.filesystem("file"))  # the one that it has, too
+    """Cache folder listings: `datasets` finds splits by 33 globs, and lists the folder and all files for each."""
+    own = vars(fsspec.filesystem("file"))  # the instance that `datasets` uses, too
     own["ls"] = cache(fsspec.filesystem("file").ls)
     try:
         yield
@@ -233,7 +233,7 @@ def _listed_once() -> Iterator[None]:
 
 
 def _elsewhere(folder: str) -> str | None:
-    """What the description of a data folder names that `datasets` would ask the network, or an archive, for."""
+    """An entry in a data folder's description that `datasets` would fetch from the network or an archive, if any."""
     card, more = Path(folder, "README.md"), Path(folder, ".huggingface.yaml")
     told = [metadata_load(card)] if card.is_file() else []
     told += [yaml.safe_load(more.read_bytes())] if more.is_file() else []
@@ -244,16 +244,16 @@ def _elsewhere(folder: str) -> str | None:
         node = nodes.pop()
         if isinstance(node, str) and ("://" in node or "::" in node):
             return node
-        if isinstance(node, dict | list | tuple | set) and id(node) not in seen:  # some hold themselves
+        if isinstance(node, dict | list | tuple | set) and id(node) not in seen:  # YAML nodes may contain themselves
             seen.add(id(node))
             nodes += node.values() if isinstance(node, dict) else node
     return None
 
 
 def _say_outside(setting: str, folder: str, files: list[str]) -> list[str]:
-    """Links are followed: the hub's cache and many a large data set live by them."""
+    """Report links out of the folder; they are followed, since the hub's cache and many large data sets use them."""
     here = Path(os.path.realpath(folder))
-    here = here.parents[1] if here.parent.name == "snapshots" else here  # of the hub's cache, beside its blobs
+    here = here.parents[1] if here.parent.name == "snapshots" else here  # the hub's cache, with its blobs
     folders = {name: os.path.realpath(name) for name in set(map(os.path.dirname, files))}
     real = (os.path.realpath(file) if os.path.islink(file) else folders[os.path.dirname(file)] for file in files)
     if outside := [file for file, lies in zip(files, real, strict=True) if not Path(lies).is_relative_to(here)]:
@@ -262,7 +262,7 @@ def _say_outside(setting: str, folder: str, files: list[str]) -> list[str]:
 
 
 def hub_error(error: Exception) -> str:
-    """What `datasets` says, in one line and in terms of our settings."""
+    """The message of `datasets` in one line, in terms of our settings."""
     said, _, example = one_line(error).partition(" Example of usage")
     return f"{said}: --data.subset NAME" if example else said
 
@@ -271,7 +271,7 @@ _say_once = cache(rank_zero_info)
 
 
 def _identity(path: str) -> tuple[int, int]:
-    """Of a file or folder under any of its names."""
+    """Device and inode: the same under all names of a file or folder."""
     stat = os.stat(path)
     return stat.st_dev, stat.st_ino
 
@@ -281,15 +281,15 @@ def _kind(file: str) -> str:
 
 
 def _suffix(file: str) -> str:
-    """Of what is packed in it."""
+    """The suffix, without that of a compression."""
     path = Path(file)
     return (Path(path.stem).suffix if path.suffix.lower() in SUFFIXES else path.suffix).lower()
 
 
 def _source_name(entry: str) -> str:
-    """Short name for logs: the last part of a path that is no pattern, a file's without its suffixes."""
+    """Short name for logs: the last part of a path that is not a pattern; a file's without its suffixes."""
     path = os.path.abspath(os.path.expanduser(entry))
-    there = os.path.exists(path)  # then its brackets are no pattern
+    there = os.path.exists(path)  # then brackets in it are not a pattern
     parts = [part for part in path.split(os.sep) if part and (there or not glob.has_magic(part))]
     last = parts[-1] if parts else entry
     return last.split(".")[0] or last if os.path.isfile(path) else last
