@@ -1,9 +1,9 @@
-"""Fine-tuning examples: what a row of data asks, and what is learned of it.
+"""Fine-tuning examples: what a row of data asks, and what is learned from it.
 
     fields of a row  ->  conversation: messages of user and assistant     Examples.conversation
     conversation     ->  examples: segments of text, learned or not       segments
 
-A plain example is a conversation, too: its prompt is the user's message, its response the assistant's.
+A plain example is also a conversation: its prompt is the user's message, its response the assistant's.
 """
 
 import json
@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 from salt_lightning.errors import ConfigError, few, one_line, refuse, wrong_kinds
 
 Message = dict[str, Any]  # role, content, and what else a chat template may write (tool_calls)
-_THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # what the assistant thinks before it says something
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # keys of what the assistant thinks before it answers
 Segment = tuple[str, bool]  # text, and whether it is learned
-_Heard = tuple[str, bool, bool]  # a role that says something; not as the first message; beside a call of tools
+_Heard = tuple[str, bool, bool]  # a role with text; not in the first message; beside tool calls
 
 
 class Conversation(NamedTuple):
-    """What a row holds: the messages up to the last that is learned, and the tools that the assistant may call."""
+    """A row's messages up to the last one that is learned, and the tools that the assistant may call."""
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None = None
@@ -32,7 +32,7 @@ class Conversation(NamedTuple):
         return str(self.messages)
 
     def asked(self) -> str:
-        """All that its first answer behind a question depends on: conversations that begin alike are on one side."""
+        """All text before the first answer to a question; it draws the split, so equal beginnings share one."""
         answers = [i for i, message in enumerate(self.messages) if i and _is_learned(message)]
         said = "\0".join(message["content"] for message in self.messages[: answers[0] if answers else 0])
         return said if self.tools is None else f"{said}\0{json.dumps(self.tools, default=str)}"
@@ -63,21 +63,23 @@ class Examples:
 
     @property
     def given(self) -> bool:
-        """Rows are examples, not documents."""
+        """Whether rows are examples, not documents."""
         return bool(self.prompt or self.response or self.messages)
 
     @property
     def chat_column(self) -> str:
-        """The column of conversations; "" where `messages` are templates, or none."""
+        """The column of conversations; "" if `messages` are templates or not set."""
         return self.messages if isinstance(self.messages, str) else ""
 
     def inputs(self) -> dict[str, Any]:
-        """All that decides what is learned of a row, as plain data. Without tools it is what it was before there were
-        any: a text that is tokenized is found again."""
+        """Everything that determines what is learned from a row, as plain data.
+
+        Unset tools are left out, so that text tokenized before there was that setting is still found in the cache.
+        """
         return {name: value for name, value in asdict(self).items() if value or name != "tools"}
 
     def problems(self, tokenizer: str) -> list[str]:
-        """All that is wrong with the settings, beside --data.tokenizer."""
+        """All that is wrong with the settings, together with --data.tokenizer."""
         if not self.given:
             return []
         if tokenizer == "train":
@@ -119,15 +121,15 @@ class Examples:
         return {**read, **tools}
 
     def conversation(self, fields: dict[str, Any], of_table: bool = False) -> Conversation | None:
-        """The example that a row holds, up to its last response; None where a value is null or nothing is learned.
+        """A row's example, up to its last response; None if a value is null or nothing is learned.
 
         Args:
-            fields: by column.
-            of_table: of parquet or the hub, where all keys are in every row, and those of all tools in every call:
-                there null is no value.
+            fields: values by column.
+            of_table: the row is from parquet or the hub, where every row has all keys, and every call those of all
+                tools: null means that the key is absent.
 
         Raises:
-            ConfigError: a value that is no text and no number, or that a template has no word for.
+            ConfigError: a value is neither text nor a number, or a template has no word for it.
         """
         if self.chat_column:
             messages = _messages(fields[self.chat_column], of_table)
@@ -137,7 +139,7 @@ class Examples:
                 return None
             messages = [{"role": role, "content": str(text)} for role, text in zip(self._roles(), texts, strict=True)]
             for message, (_, template) in zip(messages, self._templates(), strict=True):
-                if not any(_fields(template)):  # an answer of every row shows how, and is not learned again and again
+                if not any(_fields(template)):  # a fixed answer is a demonstration: do not learn it in every row
                     message["train"] = False
         answers = [i for i, message in enumerate(messages) if _is_learned(message)]
         if not answers:
@@ -154,27 +156,27 @@ class Examples:
 
 
 def _is_learned(message: Message) -> bool:
-    """The assistant says something in it, and neither OpenAI's weight 0 nor axolotl's train: false has it only read."""
+    """Whether the assistant says something, and neither OpenAI's weight 0 nor axolotl's train: false excludes it."""
     says = message["role"] == "assistant" and (message["content"].strip() or message.get("tool_calls"))
     return bool(says) and 0 not in (message.get("weight"), message.get("train"))  # False is 0
 
 
 def segments(conversation: Conversation, render: Callable[..., Any] | None) -> list[list[Segment]]:
-    """The text of a conversation, cut where what the assistant says begins and ends.
+    """Cut the text of a conversation where the assistant's answers begin and end.
 
-    It is one example, unless the template writes what was said in another way later on (Qwen3 without its thinking):
-    there another example begins, with the text that comes before the next answer, so that each answer is learned
-    behind the text that generation would see. It is none where nothing comes before the only answer.
+    This gives one example, unless the template writes earlier messages differently later on (Qwen3 drops their
+    thinking): then another example begins with the text before the next answer, so that each answer is learned after
+    the text that generation would see. It gives none if nothing comes before the only answer.
 
     Args:
         conversation: ends with the assistant.
-        render: (messages, add_generation_prompt=, tools= where there are any) -> text, the chat template; None:
-            contents are laid end to end. What is learned goes from where generation would begin up to the mark that
-            ends the turn.
+        render: the chat template, (messages, add_generation_prompt=, tools= if there are any) -> text; None: contents
+            are concatenated. What is learned starts where generation would start, and includes the mark that ends
+            the turn.
 
     Raises:
-        ConfigError: the chat template refuses the conversation, does not write all of it, or begins an answer in
-            another way than it asks for one.
+        ConfigError: the chat template refuses the conversation, does not write all of it, or begins an answer
+            differently from its generation prompt.
     """
     messages, tools = conversation
     if render is None:
@@ -191,7 +193,7 @@ def segments(conversation: Conversation, render: Callable[..., Any] | None) -> l
             if tools and (before, after) == _around(messages, i, render):
                 dropped = "tools"
         except Exception as error:
-            if messages[0]["role"] == "assistant":  # no template says that it may begin
+            if messages[0]["role"] == "assistant":  # no template promises to accept that
                 return []
             raise ConfigError(f"--data.examples.messages: the chat template fails ({one_line(error)})") from error
         if dropped:
@@ -200,7 +202,7 @@ def segments(conversation: Conversation, render: Callable[..., Any] | None) -> l
                 "a template that does, or leave it out of the data"
             )
         answer = _answer(before, after, messages[i - 1]["content"].strip() if i else "", message["content"].strip())
-        if answer is None and i == 0:  # of a template that writes BOS, or a system's text, before a first message
+        if answer is None and i == 0:  # the template writes BOS or a system text before a first message
             continue
         if answer is None:
             raise ConfigError(
@@ -216,8 +218,11 @@ def segments(conversation: Conversation, render: Callable[..., Any] | None) -> l
 
 
 def _readable(messages: list[Message], render: Callable[..., str]) -> list[Message]:
-    """Arguments of calls that are JSON in a text (OpenAI's format) as objects, where the chat template takes no text
-    (Qwen3.5, GLM) or writes one in quotes (Llama 3.1, Qwen2.5); DeepSeek's takes nothing else."""
+    """The messages, with arguments of tool calls as objects where the chat template needs that.
+
+    In OpenAI's format they are JSON strings. Some templates take no string (Qwen3.5, GLM) or write it in quotes
+    (Llama 3.1, Qwen2.5); DeepSeek's takes only strings.
+    """
     texts: list[str] = []
     parsed = [{**m, "tool_calls": _parsed(m["tool_calls"], texts)} if m.get("tool_calls") else m for m in messages]
     with suppress(Exception):
@@ -228,7 +233,7 @@ def _readable(messages: list[Message], render: Callable[..., str]) -> list[Messa
 
 
 def _parsed(part: Any, texts: list[str]) -> Any:
-    """Calls, with arguments that are JSON of an object as that object; `texts` gets what they were."""
+    """Tool calls with JSON arguments parsed, if they are an object; their strings are added to `texts`."""
     if isinstance(part, list):
         return [_parsed(each, texts) for each in part]
     if not isinstance(part, dict):
@@ -243,10 +248,10 @@ def _parsed(part: Any, texts: list[str]) -> Any:
 
 
 def _begins(render: Callable[..., str]) -> bool:
-    """The chat template writes something in front of the first message, from which an answer there can be learned."""
+    """Whether the chat template writes text before the first message, so that an answer can be learned there."""
     try:
         return bool(render([], add_generation_prompt=True))
-    except Exception:  # many ask for the first message's role
+    except Exception:  # many templates read the first message's role
         return False
 
 
@@ -257,13 +262,13 @@ def _around(messages: list[Message], answer: int, render: Callable[..., str]) ->
 
 
 def _answer(before: str, after: str, asked: str, said: str) -> str | None:
-    """What `after` has behind `before`, up to the mark that ends it, not the new line after the mark; None: it has not.
+    """What follows `before` in `after`, without whitespace after the mark that ends it; None: `before` is not in it.
 
-    Mistral v0.3 writes the system's text in front of a last question alone: from that question on they are the same.
+    Mistral v0.3 writes the system text only before the last question: the two texts are equal from that question on.
     """
     if not after.startswith(before):
         before = before[before.rfind(asked) :] if asked and asked in before else ""
-        at = after.rfind(before, 0, max(0, after.rfind(said)))  # the answer may quote what it answers
+        at = after.rfind(before, 0, max(0, after.rfind(said)))  # the answer may quote its question
         before = after[: at + len(before)] if before and at >= 0 else ""
     return after[len(before) :].rstrip() if before else None
 
@@ -271,9 +276,9 @@ def _answer(before: str, after: str, asked: str, said: str) -> str | None:
 def _dropped(
     messages: list[Message], asked: range, heard: set[_Heard], render: Callable[..., str], written: tuple[str, str]
 ) -> str:
-    """What the chat template does not write of an answer and of the messages that it answers; "": it writes all.
+    """A part of an answer, or of the messages before it, that the chat template does not write; "": it writes all.
 
-    The text is the same without it. `heard`: what has been found written before; one time is enough.
+    If the text is the same without a part, it is not written. `heard`: parts found written before, not checked again.
     """
     for i in asked:
         message, others = messages[i], dict[str, Message]()
@@ -283,9 +288,9 @@ def _dropped(
             heard.add(kind)
         if calls := message.get("tool_calls"):
             others["tool_calls"] = {key: part for key, part in message.items() if key != "tool_calls"}
-            if isinstance(calls, list) and len(calls) > 1:  # gpt-oss's writes the first
+            if isinstance(calls, list) and len(calls) > 1:  # gpt-oss's writes only the first
                 others["all tool_calls"] = {**message, "tool_calls": calls[:-1]}
-        thoughts = [key for key in _THOUGHTS if message.get(key)] if i == asked[-1] else []  # of others many drop it
+        thoughts = [key for key in _THOUGHTS if message.get(key)] if i == asked[-1] else []  # many drop earlier ones
         if thoughts:
             others[thoughts[0]] = {key: part for key, part in message.items() if key not in _THOUGHTS}
         for what, other in others.items():
@@ -298,7 +303,7 @@ def _dropped(
 
 
 def _fields(template: str) -> Iterator[tuple[str, str]]:
-    """(column with what stands behind it in brackets, words) of each field."""
+    """(column and what follows it in brackets, words) of each field."""
     for _, field, words, conversion in Formatter().parse(template):
         if field is not None:
             yield f"{field}!{conversion}" if conversion else field, words or ""
@@ -328,7 +333,7 @@ def _is_map(words: str) -> bool:
 
 
 def _filled(setting: str, template: str, fields: dict[str, Any]) -> str | None:
-    """The template with a row's values in it; None where one of them is null."""
+    """The template filled with a row's values; None if one of them is null."""
     text, formatter = "", Formatter()
     for literal, field, words, _ in formatter.parse(template):
         text += literal
@@ -377,7 +382,7 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _tools(value: Any, of_table: bool) -> list[dict[str, Any]] | None:
-    """A column of tools: tables often hold JSON, for each tool has other arguments."""
+    """The tools in a column's value; tables often hold JSON, since each tool has other arguments."""
     try:
         value = value.strip() if isinstance(value, str) else value
         tools = json.loads(value) if isinstance(value, str) and value else value or None
