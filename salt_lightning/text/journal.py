@@ -1,8 +1,8 @@
-"""A folder that takes long to make: one process makes it, another waits, and a killed one's successor goes on.
+"""A folder that takes long to make: one process makes it, others wait, and after a kill the next one continues.
 
-.NAME.lock         locked by the process that makes the folder; the system unlocks it when that process has died
+.NAME.lock         locked by the process that makes the folder; the system unlocks it when that process dies
 .NAME.partial/     the folder while it is made
-    journal.json   what of it is surely on the disk; without it there is nothing to go on from
+    journal.json   what is certainly on the disk; without it, the folder is made from scratch
 NAME/              complete
 """
 
@@ -21,13 +21,13 @@ from uuid import uuid4
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-NO_LOCKS = (ENOLCK, EOPNOTSUPP, ENOSYS)  # of a file system without them
+NO_LOCKS = (ENOLCK, EOPNOTSUPP, ENOSYS)  # the file system has no locks
 _JOURNAL = "journal.json"
 
 
 @contextmanager
 def whole(path: Path) -> Iterator[IO[bytes]]:
-    """Under the name is the old content or the new one, whole, whatever happens and whoever else writes it."""
+    """Replace a file atomically: readers see the whole old or the whole new content, whoever else writes it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -46,30 +46,30 @@ def write_json(path: Path, data: Any) -> None:
 
 @dataclass(frozen=True)
 class Unfinished:
-    """A folder in the making, held by this process alone."""
+    """A folder that only this process is making."""
 
     path: Path
     lock: Path
     owner: str
 
     def journal(self) -> dict[str, Any]:
-        """What the process before this one wrote; empty if there is nothing, or nothing that can be read."""
+        """The journal of the previous process; empty if there is none, or it cannot be read."""
         with suppress(FileNotFoundError, ValueError, RecursionError):
             found = json.loads((self.path / _JOURNAL).read_bytes())
             return found if isinstance(found, dict) else {}
         return {}
 
     def write_journal(self, state: dict[str, Any]) -> None:
-        """Say what is on the disk. It must be there already."""
+        """Record what is on the disk; it must be there already."""
         self.check_owned()
         write_json(self.path / _JOURNAL, state)
 
     def forget(self) -> None:
-        """There is nothing to go on from."""
+        """Delete the journal, so that nothing is resumed."""
         (self.path / _JOURNAL).unlink(missing_ok=True)
 
     def is_owned(self) -> bool:
-        """The lock held other processes off. On some network file systems it does so within one machine alone."""
+        """Whether the lock has kept others away; on some network file systems it works only within one machine."""
         return self.lock.exists() and self.lock.read_text() == self.owner
 
     def check_owned(self) -> None:
@@ -79,12 +79,12 @@ class Unfinished:
 
 @contextmanager
 def making(folder: Path) -> Iterator[Unfinished | None]:
-    """Make `folder`: the block fills the unfinished one, which takes its name at the end. None: it is there.
+    """Make `folder`: the `with` block fills an unfinished one, which is then renamed. None: it already exists.
 
-    Where the block raises, the unfinished folder stays if it has a journal. Waits while another process makes it.
+    If the block raises, the unfinished folder stays if it has a journal. Waits while another process makes it.
 
     Raises:
-        OSError: nothing can be written there, or another machine's process writes there in spite of the lock.
+        OSError: the folder cannot be written, or a process of another machine writes there in spite of the lock.
     """
     partial, lock = folder.parent / f".{folder.name}.partial", folder.parent / f".{folder.name}.lock"
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -100,7 +100,7 @@ def making(folder: Path) -> Iterator[Unfinished | None]:
             yield unfinished
             unfinished.check_owned()
             os.replace(partial, folder)
-            (folder / _JOURNAL).unlink(missing_ok=True)  # only now: a kill before it costs nothing
+            (folder / _JOURNAL).unlink(missing_ok=True)  # only now: a kill before this loses nothing
         finally:
             if unfinished.is_owned() and not (partial / _JOURNAL).exists():
                 shutil.rmtree(partial, ignore_errors=True)
@@ -108,7 +108,7 @@ def making(folder: Path) -> Iterator[Unfinished | None]:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[str]:
-    """Hold the lock; what the file then says of its owner."""
+    """Hold the lock; yields the owner that the file names."""
     owner = f"process {os.getpid()} on {socket.gethostname()} ({uuid4().hex})"
     file = _lock(path)
     try:
@@ -117,7 +117,7 @@ def _locked(path: Path) -> Iterator[str]:
     finally:
         if path.exists() and path.read_text() == owner:
             path.unlink()
-        fcntl.flock(file, fcntl.LOCK_UN)  # closing would not do while a forked child has it open, too
+        fcntl.flock(file, fcntl.LOCK_UN)  # closing does not unlock while a forked child has it open
         file.close()
 
 
@@ -136,7 +136,7 @@ def _lock(path: Path) -> IO[str]:
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 return file
-        file.close()  # its last owner has removed it: others may have locked a new file of that name
+        file.close()  # its last owner removed it: another process may hold a new file of that name
 
 
 def _who(path: Path) -> str:

@@ -1,8 +1,8 @@
-"""Text -> token files and trained tokenizers, once: what is in the cache, and what is put there.
+"""Text -> token files and trained tokenizers, once: finds them in the cache, or makes them.
 
 cache/tokenizer-FINGERPRINT/     a tokenizer trained here, as transformers saves it
 cache/FINGERPRINT/               token files (token_files.py)
-cache/.FINGERPRINT.partial/      the same while they are made (journal.py)
+cache/.FINGERPRINT.partial/      either one while it is made (journal.py)
 """
 
 import errno
@@ -47,17 +47,17 @@ from salt_lightning.text.tokenizer import (
 )
 
 MAX_SOURCES = 1000
-_JOURNAL_S = 10.0  # work that a kill may cost
-_CHARS_PER_WORKER = 3 << 19  # three tasks: one in work, one on its way, one whose turn to be written has not come
+_JOURNAL_S = 10.0  # the work that a kill may lose
+_CHARS_PER_WORKER = 3 << 19  # three tasks: one being processed, one queued, one waiting to be written
 
 
 def tokenizer_folder(corpus: Corpus, vocab_size: int, val_fraction: float, cache_dir: Path) -> Path:
-    """Where the tokenizer trained on a corpus is kept."""
+    """The cache folder of the tokenizer trained on a corpus."""
     return cache_dir / f"tokenizer-{digest([FORMAT, WORDS, corpus.inputs(), vocab_size, val_fraction])}"
 
 
 def trained_tokenizer(corpus: Corpus, vocab_size: int, val_fraction: float, cache_dir: Path) -> str:
-    """That folder, where it is there."""
+    """That folder; an error if it does not exist."""
     folder = tokenizer_folder(corpus, vocab_size, val_fraction, cache_dir)
     if not folder.exists():
         raise ConfigError("--data.tokenizer: 'train' is trained by prepare_data(); call that first")
@@ -65,7 +65,7 @@ def trained_tokenizer(corpus: Corpus, vocab_size: int, val_fraction: float, cach
 
 
 def prepare_tokenizer(corpus: Corpus, vocab_size: int, val_fraction: float, cache_dir: Path, workers: int = 0) -> Path:
-    """Train a tokenizer on the training documents of a corpus unless the cache has it; its folder. `workers`: as of
+    """Train a tokenizer on a corpus's training documents unless the cache has it; return its folder. `workers`: as in
     `prepare_tokens`."""
     folder = tokenizer_folder(corpus, vocab_size, val_fraction, cache_dir)
     if not folder.exists():
@@ -76,17 +76,17 @@ def prepare_tokenizer(corpus: Corpus, vocab_size: int, val_fraction: float, cach
                 if workers == 1:
                     with _serial_tokenizers():
                         train_tokenizer(*arguments)
-                else:  # once the Rust library has started threads here, it would object to every later fork
+                else:  # if the Rust library starts threads here, it complains at every later fork
                     in_child(train_tokenizer, *arguments)
                 _check_unchanged(corpus, stamps)
     return folder
 
 
-_CUT = 3  # another number, another way of cutting conversations into what is learned and what is not
+_CUT = 3  # version of how conversations are cut into parts that are learned or not
 
 
 def token_folder(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, val_fraction: float, cache_dir: Path) -> Path:
-    """Where a corpus is kept as tokens: named by a fingerprint of all that determines them."""
+    """The cache folder of a corpus's tokens, named by a fingerprint of everything that determines them."""
     # a template may write any of the named tokens
     chat = [_CUT, tokenizer.chat_template, tokenizer.special_tokens_map] if corpus.examples.messages else None
     rules, begins = rules_fingerprint(tokenizer), beginning(tokenizer.backend_tokenizer)
@@ -101,15 +101,15 @@ def prepare_tokens(
     workers: int = 0,
     first: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Tokenize a corpus in several processes unless the cache has it, after `first`; its folder.
+    """Tokenize a corpus in several processes unless the cache has it, after calling `first`; return its folder.
 
     A document goes to `val` if the hash of its text is below `val_fraction` (0: all to train, 1: all to val).
-    Killed at any time and started again it goes on, and the files are those of a preparation that was never stopped.
-    A second process waits for the first, and takes over where that one dies.
+    If it is killed, the next start continues, and writes the same files as a preparation that was never stopped.
+    A second process waits for the first, and takes over if that one dies.
 
     Raises:
-        ConfigError: no text, an unreadable file, files that changed while they were read, a cache folder that cannot
-            be written or has no room for the rest, a worker that was killed.
+        ConfigError: there is no text, a file cannot be read or changed while it was read, the cache folder cannot be
+            written or has no room for the rest, or a worker was killed.
     """
     folder = token_folder(corpus, tokenizer, val_fraction, cache_dir)
     if not folder.exists():
@@ -119,7 +119,7 @@ def prepare_tokens(
     skipped, column = Skipped(**manifest.get("skipped", {})), corpus.examples.tools
     if skipped.lines:
         rank_zero_info(f"{corpus.setting}: {skipped}")
-    if column and not manifest.get("num_tools", 1):  # which a line of JSON may go without, but all?
+    if column and not manifest.get("num_tools", 1):  # one JSON line may lack the column, but all?
         rank_zero_warn(f"--data.examples.tools: no row of {corpus.setting} has tools in a column {column!r}")
     return folder
 
@@ -148,7 +148,7 @@ def _prepare(
                 contents = _write(encoder, origin, unfinished, workers or num_cores())
                 _check_unchanged(corpus, stamps)
             except ConfigError as error:
-                # Wrong text gets another fingerprint when it is mended. A disk or a hub that failed may answer again.
+                # Corrected text gets another fingerprint. A disk or hub that failed may work again.
                 if not (corpus.reads_hub() or getattr(error.__cause__, "errno", None)):
                     unfinished.forget()
                 raise
@@ -156,7 +156,7 @@ def _prepare(
 
 
 def make_encoder(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, val_fraction: float) -> Encoder:
-    """What turns the rows of a corpus into tokens."""
+    """The encoder that turns the rows of a corpus into tokens."""
     chats = bool(corpus.examples.messages)
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()) if chats else of_text(tokenizer)
     backend.no_truncation()
@@ -177,7 +177,7 @@ def make_encoder(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, val_fractio
             "--data.examples.messages: the tokenizer of --data.tokenizer has no chat template; use "
             "--data.examples.prompt and --data.examples.response, or a tokenizer that has one"
         )
-    unknown = set(unknown_ids(tokenizer)) - {eos_id}  # which stands for text
+    unknown = set(unknown_ids(tokenizer)) - {eos_id}  # unknown tokens stand for text
     marks = sorted(set(special_ids(tokenizer)) - unknown)
     return ExampleEncoder(backend, eos_id, dtype, corpus, val_fraction, chat, marks)
 
@@ -192,7 +192,7 @@ def _check_unchanged(corpus: Corpus, stamps: dict[str, Any]) -> None:
 
 @contextmanager
 def _accidents(cache_dir: Path) -> Iterator[None]:
-    """One line for what is no fault of the text."""
+    """Report errors that are not the text's fault in one line."""
     try:
         yield
     except BrokenProcessPool as error:
@@ -219,11 +219,11 @@ def _accidents(cache_dir: Path) -> Iterator[None]:
 class _Written:
     """How far the files are written: the content of the journal."""
 
-    origin: str  # digest of what the manifest says of the files' making
+    origin: str  # digest of the manifest's entries that determine the files
     num_raws: int = 0
     num_left_out: int = 0  # rows
-    num_split: int = 0  # conversations that are several examples
-    num_more: int = 0  # examples that these are besides the first
+    num_split: int = 0  # conversations that became several examples
+    num_more: int = 0  # their examples after the first
     num_tools: int = 0  # conversations with tools
     raws_hash: str = ""
     read_bytes: int = 0
@@ -232,7 +232,7 @@ class _Written:
     counts: dict[str, dict[str, int]] = field(default_factory=lambda: {split: no_counts() for split in SPLITS})
 
     def follow(self, raw_hash: bytes, read_bytes: int) -> None:
-        """One raw more."""
+        """Count one more raw."""
         self.num_raws += 1
         self.raws_hash = hashlib.blake2b(self.raws_hash.encode() + raw_hash, digest_size=16).hexdigest()
         self.read_bytes = read_bytes
@@ -245,7 +245,7 @@ class _Written:
 
 
 def _resume(unfinished: Unfinished, origin: str, encoder: Encoder) -> tuple[_Written, Iterator[Raw]]:
-    """What is written and what is still to be read. All is, unless a journal of the same origin fits files and text."""
+    """What is written, and what is still to read (all, unless a journal of this origin fits files and text)."""
     journal = unfinished.journal()
     if journal.get("origin") == origin:
         written, read = _Written(**journal), _Written(origin)
@@ -258,7 +258,7 @@ def _resume(unfinished: Unfinished, origin: str, encoder: Encoder) -> tuple[_Wri
         if all(path.exists() and path.stat().st_size >= size for path, size in least.items()):
             rank_zero_info(f"tokenizing: resuming in {unfinished.path}")
             raws = read_raw(encoder.corpus)
-            for raw in islice(raws, written.num_raws):  # reading takes a hundredth of the time of tokenizing
+            for raw in islice(raws, written.num_raws):  # reading takes 1% of the time of tokenizing
                 read.follow(raw.digest(), raw.read_bytes)
             if read.raws_hash == written.raws_hash:
                 return written, raws
@@ -267,7 +267,7 @@ def _resume(unfinished: Unfinished, origin: str, encoder: Encoder) -> tuple[_Wri
 
 
 def _write(encoder: Encoder, origin: dict[str, Any], unfinished: Unfinished, workers: int) -> dict[str, Any]:
-    """Fill the folder from where its journal ends; what the manifest says of the files."""
+    """Fill the folder from where its journal ends; return the manifest's entries about the files."""
     written, raws = _resume(unfinished, digest(origin), encoder)
     writers = {
         split: SplitWriter(unfinished.path / split, encoder.dtype, counts, encoder.corpus.examples.given)
@@ -317,8 +317,8 @@ def _write(encoder: Encoder, origin: dict[str, Any], unfinished: Unfinished, wor
 
 
 def _require_room(folder: Path, encoder: Encoder, written: _Written, text_bytes: int) -> None:
-    """Raises OSError where the rest does not fit on the disk, if a byte of text goes on taking what it took so far."""
-    if encoder.corpus.reads_hub():  # of unknown size
+    """Raises OSError if the rest does not fit on the disk, at the space per byte of text used so far."""
+    if encoder.corpus.reads_hub():  # its size is unknown
         return
     here = (
         sum(sizes(split, encoder.dtype, counts, encoder.corpus.examples.given).values())
@@ -354,7 +354,7 @@ def _source_ids(block: Block, ids: dict[str, int], corpus: Corpus) -> list[int]:
 
 @contextmanager
 def _serial_tokenizers() -> Iterator[None]:
-    """One thread per worker process; also keeps the Rust library from printing about forks."""
+    """One thread per worker process; also stops the Rust library's warnings about forks."""
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:

@@ -1,4 +1,4 @@
-"""Worker processes that end with their parent, in silence."""
+"""Worker processes that end silently with their parent."""
 
 import math
 import os
@@ -20,7 +20,7 @@ _FORK = get_context("fork")  # spawned workers would run the user's script again
 
 
 class Task(Protocol):
-    size: int  # of what it holds in memory
+    size: int  # of its content in memory
 
 
 T = TypeVar("T", bound=Task)
@@ -30,12 +30,12 @@ R = TypeVar("R")
 def ordered_map(
     function: Callable[[T], R], tasks: Iterator[T], workers: int, max_size: int
 ) -> Generator[tuple[T, R], None, None]:
-    """(task, result) in the order of the tasks, of which those under way have about `max_size` in all, or are no more
-    than the workers. One worker is this process.
+    """(task, result) in the order of the tasks. Tasks under way have a total size of about `max_size`, or are at most
+    as many as the workers. One worker: this process does the work.
 
     Raises:
         BrokenProcessPool: a worker was killed.
-        ConfigError: none can be started.
+        ConfigError: no worker can be started.
     """
     if workers == 1:
         yield from ((task, function(task)) for task in tasks)
@@ -71,7 +71,7 @@ _FUNCTION: Callable[[Any], Any] | None = None  # one per worker process
 def _start_worker(function: Callable[[Any], Any] | None = None) -> None:
     global _FUNCTION
     _FUNCTION = function
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: die in silence, the parent has something to say
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: die silently, the parent reports it
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
@@ -79,7 +79,7 @@ def end_with_parent() -> None:
     parent = parent_process()
     assert parent is not None
     parent.join()
-    os._exit(1)  # a killed parent would leave its workers waiting for ever
+    os._exit(1)  # otherwise a killed parent leaves its workers waiting forever
 
 
 def _work(task: Any) -> Any:
@@ -88,7 +88,7 @@ def _work(task: Any) -> Any:
 
 
 def in_child(function: Callable[..., None], *args: Any) -> None:
-    """Call a function in a process of its own; what it raises is raised here."""
+    """Call a function in a process of its own; its exceptions are raised here."""
     receiver, sender = _FORK.Pipe(duplex=False)
     child = _FORK.Process(target=_call, args=(sender, function, args))
     with starting():
@@ -119,13 +119,13 @@ def _call(sender: Connection, function: Callable[..., None], args: tuple[Any, ..
 
 
 def num_cores() -> int:
-    """CPUs that this process may use: a container sees all of its machine's, and may have the time of a few."""
+    """CPUs that this process may use: a container sees all CPUs of the machine, but may have the time of a few."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min([allowed, *(max(1, math.ceil(quota)) for quota in _quotas())])
 
 
 def _quotas(mounted: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Iterator[float]:
-    """CPUs whose time Linux's cgroups grant: version 2 at each level, version 1 as a container mounts its own."""
+    """CPU limits of Linux cgroups: version 2 at each level, version 1 where a container mounts its own."""
     with suppress(OSError, ValueError):
         quota_us, period_us = (float((mounted / f"cpu/cpu.cfs_{n}_us").read_text()) for n in ("quota", "period"))
         if quota_us > 0:  # -1: no limit
@@ -141,12 +141,12 @@ def _quotas(mounted: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self
 
 @contextmanager
 def starting(setting: str = "--data.prepare_workers", none: int = 1) -> Iterator[None]:
-    """For what starts processes. `none`: the value of `setting` with which none are.
+    """Wrap code that starts processes. `none`: the value of `setting` that starts none.
 
-    Python 3.12 warns of forks beside threads. Our children compute with tokenizers and numpy alone.
+    Python 3.12 warns about forks beside threads; it is ignored, as our children use only tokenizers and numpy.
 
     Raises:
-        ConfigError: none can be started.
+        ConfigError: no process can be started.
     """
     try:
         with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""How far the preparation is: one line, redrawn on a terminal, logged now and then elsewhere."""
+"""Progress of the preparation: one line, redrawn on a terminal, otherwise logged every 30 seconds."""
 
 import sys
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ class Done:
 
     time_s: float
     documents: int
-    tokens: int | None  # None: none are made
+    tokens: int | None  # None: nothing is tokenized
     text_bytes: int
-    read_bytes: int  # of the input files, packed as they are
+    read_bytes: int  # of the input files, compressed as they are
 
 
 def progress_line(start: Done, now: Done, total_bytes: int, doing: str = "tokenizing") -> str:
-    """Counts, rates since `start`, and the time left if the input's size is known (0: it is not)."""
+    """Counts, rates since `start`, and the time left unless the input's size is unknown (0)."""
     seconds = max(now.time_s - start.time_s, 1e-9)
     line = f"{_short(now.documents)} documents ({_short((now.documents - start.documents) / seconds)}/s), "
     if now.tokens is not None and start.tokens is not None:
@@ -35,7 +35,7 @@ def progress_line(start: Done, now: Done, total_bytes: int, doing: str = "tokeni
 
 
 def summary_line(start: Done, now: Done) -> str:
-    """What was done, and at which rate since `start`."""
+    """What was done, and the rate since `start`."""
     seconds = max(now.time_s - start.time_s, 1e-9)
     text_rate = (now.text_bytes - start.text_bytes) / seconds
     resumed = f", resumed after {start.documents} documents of a stopped preparation" if start.documents else ""
@@ -50,7 +50,7 @@ def _short(number: float) -> str:
 
 
 class Progress:
-    """Says it."""
+    """Shows or logs the line."""
 
     def __init__(self, total_bytes: int, start: Done, doing: str = "tokenizing") -> None:
         self._start, self._total_bytes, self._doing = start, total_bytes, doing

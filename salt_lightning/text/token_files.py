@@ -1,17 +1,17 @@
 """Token files: written in order, opened as memory maps, checked.
 
-    FOLDER/manifest.json     inputs, versions, counts, names of the sources; sizes and checksums of files, and its own
+    FOLDER/manifest.json     inputs, versions, counts, source names; sizes and checksums of the files, own checksum
     FOLDER/{train,val}/
         tokens.bin           uint16 or uint32   all documents one after the other, each followed by EOS
         doc_ends.bin         int64              exclusive end of each document in tokens.bin
-        doc_sources.bin      int32              each document's index into the manifest's names of sources
+        doc_sources.bin      int32              each document's index into the manifest's source names
         token_bytes.bin      int32              val only: UTF-8 bytes of text that each token stands for (EOS: 0)
         learned.bin          uint8              examples only: 1 where a token belongs to a response
 
-What is checked when:
+Checks:
 
     opening   the manifest's own checksum, the size of each file, and a checksum of 16 pages of 64 KiB spread evenly
-              over it (all of a file up to 1 MiB): what is truncated, foreign or copied in part is refused by name,
+              over it (all of a file up to 1 MiB): a truncated, foreign or partly copied file is refused by name
               within milliseconds; a few bytes changed in a large file are not found
     verify()  every byte of every file, about 1 GB a second
 """
@@ -52,19 +52,19 @@ def no_counts() -> dict[str, int]:
 class Block:
     """Some documents of one split, tokenized."""
 
-    ids: np.ndarray  # of all documents, each with its EOS
+    ids: np.ndarray  # of all documents, each with EOS
     lengths: np.ndarray  # ids of each document
     sources: list[str]  # of each document
     token_bytes: np.ndarray | None  # of each id
     text_bytes: int = 0
     learned: np.ndarray | None = None  # of each id, where documents are examples
-    num_split: int = 0  # conversations that are several documents
-    num_more: int = 0  # documents that these are besides the first
+    num_split: int = 0  # conversations that became several documents
+    num_more: int = 0  # their documents after the first
     num_tools: int = 0  # conversations with tools
 
 
 def columns(split: str, dtype: str, examples: bool = False) -> dict[str, tuple[str, str]]:
-    """File name -> (its dtype, which of a split's counts it has an entry for)."""
+    """File name -> (dtype, which of the split's counts is its length)."""
     files = {
         "tokens.bin": (dtype, "tokens"),
         "doc_ends.bin": ("int64", "documents"),
@@ -83,7 +83,7 @@ def sizes(split: str, dtype: str, counts: dict[str, int], examples: bool = False
 
 
 class SplitWriter:
-    """Appends blocks to the files of one split, behind the entries that `counts` counts; others are cut off.
+    """Appends blocks to the files of one split, after the entries in `counts`; any later entries are cut off.
 
     `counts` grows with each block.
     """
@@ -109,18 +109,18 @@ class SplitWriter:
         self.counts["text_bytes"] += block.text_bytes
 
     def sync(self) -> None:
-        """Have all that was added on the disk."""
+        """Flush all that was added to the disk."""
         for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())
 
     def close(self) -> None:
         for file in self._files.values():
-            with suppress(OSError):  # what `sync` would not have said is lost with good reason
+            with suppress(OSError):  # `sync` reports errors of data that must be kept
                 file.close()
 
     def entry(self) -> dict[str, Any]:
-        """The split's entry in the manifest, of the files as they are on the disk."""
+        """The split's entry in the manifest, from the files on the disk."""
         files = {name: self._folder / name for name in self._files}
         checked = {
             name: {"bytes": path.stat().st_size, "blake2b": _full_checksum(path), "pages": _page_checksum(path)}
@@ -156,11 +156,11 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_bytes())
         good = manifest.pop("checksum") == digest(manifest)
-    except (ValueError, LookupError, AttributeError, TypeError):  # no JSON, or JSON of another kind
+    except (ValueError, LookupError, AttributeError, TypeError):  # not JSON, or not a manifest
         good = False
     if not good:
         raise _damage(path, "is not as it was written", folder)
-    if manifest.get("folder", folder.name) != folder.name:  # a copy under a name that says other text
+    if manifest.get("folder", folder.name) != folder.name:  # a copy under the name of other text
         raise _damage(path, f"belongs to {manifest['folder']}", folder)
     return manifest
 
@@ -170,10 +170,10 @@ def _damage(path: Path, problem: str, folder: Path) -> ConfigError:
 
 
 def verify(folder: Path) -> None:
-    """Read every byte of a prepared folder against its checksums.
+    """Check every byte of a prepared folder against its checksums.
 
     Raises:
-        ConfigError: names the first file that is not as it was written.
+        ConfigError: a file is not as it was written; names the first one.
     """
     for split, entry in _read_manifest(folder)["splits"].items():
         TokenFiles(folder, split)
@@ -183,15 +183,15 @@ def verify(folder: Path) -> None:
 
 
 class TokenFiles:
-    """One split of a prepared folder. The memory maps are opened on first use, in each process anew.
+    """One split of a prepared folder. Each process opens the memory maps on first use.
 
     Raises:
-        ConfigError: not prepared, or a file is missing, has another size, or is not what was written (by its pages).
+        ConfigError: the text is not prepared, or a file is missing, has another size or changed pages.
     """
 
     def __init__(self, folder: Path, split: str) -> None:
         self.manifest = _read_manifest(folder)
-        if self.manifest["dtype"] not in ("uint16", "uint32"):  # numpy would follow the bytes of a file as pointers
+        if self.manifest["dtype"] not in ("uint16", "uint32"):  # an object dtype would read file bytes as pointers
             raise _damage(folder / "manifest.json", "is not as it was written", folder)
         self.folder = folder / split
         entry = self.manifest["splits"][split]
@@ -234,7 +234,7 @@ class TokenFiles:
         # As a plain array: slices of np.memmap's own class are slow. An empty file cannot be mapped.
         try:
             return np.asarray(np.memmap(path, dtype, mode="r")) if path.stat().st_size else np.zeros(0, dtype)
-        except OSError as error:  # of some file systems (FUSE), or of a limit on memory
+        except OSError as error:  # from some file systems (FUSE), or a memory limit
             raise ConfigError(
                 f"--data.cache_dir: {path} cannot be mapped into memory ({error.strerror or error}); choose a folder "
                 "on another file system"
