@@ -24,16 +24,16 @@ from salt_lightning.text.progress import Done, Progress
 from salt_lightning.text.token_files import Block, TokenFiles, digest
 
 EOS = "<|endoftext|>"
-# GPT-2's, but that vowel signs and other marks belong to their word: there they cut each word of Hindi or Thai.
+# GPT-2's, except that vowel signs and other marks belong to their word: GPT-2's cuts words of Hindi or Thai at each.
 WORDS = r"'(?:[sdmt]|ll|ve|re)| ?[\p{L}\p{M}]+| ?\p{N}+| ?[^\s\p{L}\p{M}\p{N}]+|\s+(?!\S)|\s+"
-_TRAINING_BYTES = 256 << 20  # of files that a new tokenizer reads; of larger corpora an even sample
-_PIECE_CHARS = 1 << 20  # encoded at once: an encoding takes about 100 bytes of memory a character
+_TRAINING_BYTES = 256 << 20  # read to train a tokenizer; larger corpora are sampled evenly
+_PIECE_CHARS = 1 << 20  # encoded at once: an encoding takes about 100 bytes of memory per character
 _WORD_END = re.compile(r"\S(?= [^\W\d_])")
-SUBFOLDER = "tokenizer"  # of a model, where transformers would read one beside it by other rules than its own
+SUBFOLDER = "tokenizer"  # of a model folder: beside the model, transformers would read it by other rules
 
 
 def open_tokenizer(name: str, **source: Any) -> PreTrainedTokenizerBase:
-    """What transformers makes of a folder or hub name; it makes an empty one up where there are no files."""
+    """The tokenizer that transformers loads from a folder or hub name; an empty one if there are no files."""
     for place in ("", SUBFOLDER):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, subfolder=place, **source)
         if len(tokenizer) > len(tokenizer.added_tokens_decoder):
@@ -42,14 +42,14 @@ def open_tokenizer(name: str, **source: Any) -> PreTrainedTokenizerBase:
 
 
 def load_tokenizer(name: str, setting: str = "--data.tokenizer") -> PreTrainedTokenizerBase:
-    """A tokenizer from a folder or the hub; no code of theirs is run.
+    """Load a tokenizer from a folder or the hub; none of their code is run.
 
     Raises:
-        ConfigError: not found, without end-of-text token, or without the fast implementation that gives
+        ConfigError: it is not found, or has no end-of-text token, or not the fast implementation that gives
             offsets.
     """
-    folder = os.path.expanduser(name)  # in Python no shell does it
-    if not os.path.isdir(folder) and (folder.startswith((".", "/")) or folder.count("/") > 1):  # no name of the hub
+    folder = os.path.expanduser(name)  # from Python, no shell does it
+    if not os.path.isdir(folder) and (folder.startswith((".", "/")) or folder.count("/") > 1):  # not a hub name
         raise ConfigError(f"{setting}: the folder {name!r} does not exist; give a folder, hub name or train")
     try:
         tokenizer = open_tokenizer(folder, trust_remote_code=False)
@@ -72,12 +72,12 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def num_ids(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Every id lies below it. It may be more than the number of tokens: some vocabularies have gaps."""
+    """All ids are below this number. It may exceed the number of tokens: some vocabularies have gaps."""
     return max(len(tokenizer), *(i + 1 for i in tokenizer.get_vocab().values()))
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that stand for no text: those with a name (BOS, EOS), and marks of a chat, which often have none."""
+    """The ids that stand for no text: named ones (BOS, EOS), and chat marks, which often have no name."""
     marks = (i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
     return sorted({*tokenizer.all_special_ids, *marks})
 
@@ -86,7 +86,7 @@ _SAMPLE_TOKENS = 1 << 19  # in all
 
 
 def beginnings(files: TokenFiles) -> Iterator[tuple[str, np.ndarray]]:
-    """Of each source of held-out text its name and where the first tokens of some documents stand, evenly spaced."""
+    """(name, positions of the first tokens of some documents, evenly spaced) of each source of held-out text."""
     ends, names = files.doc_ends, files.manifest["sources"]
     starts, by_source = np.append(0, ends[:-1]), np.argsort(files.doc_sources, kind="stable")
     borders = np.searchsorted(files.doc_sources[by_source], np.arange(len(names) + 1))
@@ -100,42 +100,42 @@ def beginnings(files: TokenFiles) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def kept_text(tokenizer: PreTrainedTokenizerBase, files: TokenFiles) -> list[tuple[str, float, float]]:
-    """By the beginnings of held-out documents: each source, the share of its bytes that the tokenizer has no token for,
-    and the share that its tokens decode to."""
+    """(source, share of its bytes that the tokenizer has no token for, share that its tokens decode to) of each source,
+    measured on `beginnings` of held-out documents."""
     unknown, found = unknown_ids(tokenizer), []
     for name, at in beginnings(files):
         tokens, counts = files.tokens[at], files.token_bytes[at]
         there = max(1, int(counts.sum()))
-        # Bytes, since one unknown token may be a sentence. EOS may be the same token, and stands for no byte.
+        # Count bytes: one unknown token may be a sentence. EOS may be the same token, and stands for no byte.
         no_token = int(counts[np.isin(tokens, unknown)].sum())
         found.append((name, no_token / there, len(utf8(decode(tokenizer, tokens.tolist()))) / there))
     return found
 
 
 def unknown_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Those that stand for what the tokenizer does not know, by its own word and by its model's."""
+    """The ids for unknown text, according to the tokenizer and to its model."""
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     by_name = tokenizer.get_vocab().get(model.get("unk_token"))
     return sorted({tokenizer.unk_token_id, by_name, model.get("unk_id")} - {None})
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    """The text of ids, special ones left out."""
+    """The text of ids, without special ones."""
     backend, special = tokenizer.backend_tokenizer, set(special_ids(tokenizer))
     ids = [i for i in ids if i not in special]
-    if backend.decoder is None and type(backend.model).__name__ in ("BPE", "Unigram"):  # it would put spaces between
+    if backend.decoder is None and type(backend.model).__name__ in ("BPE", "Unigram"):  # decode would insert spaces
         return "".join(str(backend.id_to_token(i)) for i in ids)
     return str(backend.decode(ids))
 
 
-# A capital, accents, vowel signs of Devanagari and Thai, Arabic's, a wide character.
+# A capital letter, accents, vowel signs of Devanagari, Thai and Arabic, a wide character.
 _WORDS = ("Paris", "été", "में", "ที่", "عربيّ", "東京")
 
 
 def changed_words(tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
-    """Words that a tokenizer has tokens for and makes others of, with these; how Unicode writes them aside."""
+    """(word, what its tokens decode to) where a tokenizer knows a word but changes it, beyond its Unicode form."""
     changed, foreign = [], {*special_ids(tokenizer), *unknown_ids(tokenizer)}
-    for word in _WORDS if tokenizer.backend_tokenizer.decoder is not None else ():  # how else would it read?
+    for word in _WORDS if tokenizer.backend_tokenizer.decoder is not None else ():  # else it has no text to compare
         ids = tokenizer.backend_tokenizer.encode(word, add_special_tokens=False).ids
         back = unicodedata.normalize("NFC", "".join(decode(tokenizer, ids).split()))
         if not set(ids) & foreign and back != unicodedata.normalize("NFC", word):
@@ -144,26 +144,26 @@ def changed_words(tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
 
 
 def rules_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of all that decides the ids of a text: also merges, normalizer, pre-tokenizer."""
+    """Hash of everything that determines the ids of a text, including merges, normalizer and pre-tokenizer."""
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     return digest([{**rules, "truncation": None, "padding": None}, tokenizer.eos_token_id])
 
 
 def of_text(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    """A tokenizer for text alone: with `encode_special_tokens` set, what spells a special token out is text."""
+    """A tokenizer for plain text: with `encode_special_tokens` set, a spelled-out special token is text."""
     told = tokenizer.backend_tokenizer.to_str()
-    if type(tokenizer.backend_tokenizer.model).__name__ != "Unigram":  # which has them among its own words
+    if type(tokenizer.backend_tokenizer.model).__name__ != "Unigram":  # which has them in its vocabulary
         return Tokenizer.from_str(told)
     rules, special = json.loads(told), set(special_ids(tokenizer))
     words = enumerate(rules["model"]["vocab"])
     rules["model"]["vocab"] = [[_NO_TEXT.format(i) if i in special else word, p] for i, (word, p) in words]
-    for token in rules["added_tokens"]:  # all of them, or the others would get other ids
+    for token in rules["added_tokens"]:  # keep all tokens, so that no id changes
         if token["id"] in special:
             token["content"] = _NO_TEXT.format(token["id"])
     return Tokenizer.from_str(json.dumps(rules))
 
 
-_NO_TEXT = "\ufffe{}\uffff"  # of what Unicode keeps out of texts
+_NO_TEXT = "\ufffe{}\uffff"  # Unicode noncharacters, which texts do not contain
 
 
 def beginning(tokenizer: Tokenizer) -> list[int]:
@@ -178,7 +178,7 @@ _RUN = re.compile(r"\S{1000}|\s{1000}")
 
 
 def _cut(text: str) -> Iterator[str]:
-    """Text with words of at most 1,000 characters: training takes the square of a word's length (200,000: 34 s)."""
+    """Cut text after 1,000 characters of one word: training time grows with its length squared (200,000: 34 s)."""
     start = 0
     for run in _RUN.finditer(text):
         yield text[start : run.end()]
@@ -187,7 +187,7 @@ def _cut(text: str) -> Iterator[str]:
 
 
 def train_tokenizer(corpus: Corpus, vocab_size: int, val_fraction: float, folder: str) -> None:
-    """Train a byte-level BPE on the training documents of a corpus; save it as transformers does."""
+    """Train a byte-level BPE on the training documents of a corpus; save it in the format of transformers."""
     began = time.monotonic()
     tokenizer = Tokenizer(models.BPE())
     words = pre_tokenizers.Split(Regex(WORDS), "isolated")
@@ -198,13 +198,13 @@ def train_tokenizer(corpus: Corpus, vocab_size: int, val_fraction: float, folder
         vocab_size=vocab_size,
         special_tokens=[EOS],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,  # its bars know no end, and would draw over ours
+        show_progress=False,  # its bars have no total, and would overwrite ours
     )
     tokenizer.train_from_iterator(chain.from_iterable(map(_cut, _training_texts(corpus, val_fraction))), trainer)
     rank_zero_info(f"tokenizer: trained a BPE of {tokenizer.get_vocab_size()} in {time.monotonic() - began:.1f} s")
     try:
         PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS).save_pretrained(folder)
-    except Exception as error:  # the Rust library has nothing more special for a full disk
+    except Exception as error:  # the Rust library has no special error for a full disk
         raise OSError(first_line(error)) from error
 
 
@@ -223,7 +223,7 @@ def _training_texts(corpus: Corpus, val_fraction: float) -> Iterator[str]:
                 chars += len(text)
                 yield from pieces(utf8(text).decode())
         progress.update(Done(time.monotonic(), num_documents, None, chars, raw.read_bytes))
-        if chars > 4 * _TRAINING_BYTES:  # the hub tells no sizes, and files may be compressed
+        if chars > 4 * _TRAINING_BYTES:  # hub sizes are unknown, and files may be compressed
             break
     progress.close()
     if not num_documents:
@@ -238,7 +238,7 @@ def _training_texts(corpus: Corpus, val_fraction: float) -> Iterator[str]:
 
 @dataclass
 class Encoder:
-    """Turns raw rows into blocks of ids by split, and their hash; travels to the worker processes."""
+    """Turns raw rows into their hash and blocks of ids by split; sent to the worker processes."""
 
     tokenizer: Tokenizer
     eos_id: int
@@ -259,21 +259,21 @@ class Encoder:
         return beginning(self.tokenizer)
 
     def _take(self, content: Any) -> tuple[Any, bytes] | None:
-        """What `_block` takes of a document, and the bytes that draw its split; None: it is left out."""
+        """What `_block` needs of a document, and the bytes that draw its split; None: it is left out."""
         data = utf8(content)
         return data, data
 
     def _block(self, docs: list[tuple[Any, str]], with_bytes: bool) -> Block:
-        # Pickling forgets this flag. A text that spells a special token out is still text.
+        # Pickling loses this flag. A special token spelled out in a text is still text.
         self.tokenizer.encode_special_tokens = True
         ids, counts, lengths = [np.zeros(0, self.dtype)], [np.zeros(0, np.int32)], np.zeros(len(docs), np.int64)
-        # Offsets cost time: only where bytes per token are wanted.
+        # Offsets cost time: only where bytes per token are needed.
         encode = self.tokenizer.encode_batch if with_bytes else self.tokenizer.encode_batch_fast
         for batch in _batches(docs):
             batch_ids: list[int] = []
             try:
                 encodings = encode([part for _, part in batch], add_special_tokens=False)
-            except Exception as error:  # of a word that a model without unknown token does not have
+            except Exception as error:  # a word that is not in a model without an unknown token
                 raise ConfigError(
                     f"--data.tokenizer: cannot encode the text of {self.corpus.setting} ({one_line(error)}); give "
                     "it an unknown token, or use a byte-level tokenizer"
@@ -284,7 +284,7 @@ class Encoder:
                 if with_bytes and len(encoding):
                     counts.append(token_bytes(part, encoding.offsets))
             ids.append(np.array(batch_ids, self.dtype))
-        kept = lengths > 0  # a normalizer may drop all there is
+        kept = lengths > 0  # a normalizer may drop all text
         marks = [*self._beginning, self.eos_id]
         ends = np.cumsum(lengths[kept])
         starts = ends - lengths[kept]
@@ -299,27 +299,27 @@ class Encoder:
 
 
 _ANCHOR = "\n"
-_Example = tuple[np.ndarray, np.ndarray, np.ndarray]  # ids up to EOS, which are learned, their bytes of text
+_Example = tuple[np.ndarray, np.ndarray, np.ndarray]  # ids up to EOS, whether each is learned, its bytes of text
 
 
 @dataclass
 class ExampleEncoder(Encoder):
-    """The same for rows of fine-tuning examples.
+    """The encoder for rows of fine-tuning examples.
 
-    Each segment is tokenized on its own, so that the ids of a prompt are the same whatever is answered: training and
-    generation see the same. A conversation goes to a split, with all its examples, by the hash of what comes before its
-    first answer.
+    Each segment is tokenized on its own, so that the ids of a prompt do not depend on the answer: training and
+    generation see the same prompt. A conversation, with all its examples, goes to a split by the hash of what comes
+    before its first answer.
     """
 
-    chat: PreTrainedTokenizerBase | None  # writes its template; None: plain text
-    marks: list[int]  # of a chat template, and EOS: no text, so no bytes
+    chat: PreTrainedTokenizerBase | None  # applies its chat template; None: plain text
+    marks: list[int]  # of a chat template, and EOS: not text, so no bytes
 
     def _plain(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
     def _continued(self, text: str, before: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
-        """The same where `before` stands before it: behind the like, whose ids are cut off again."""
+        """The same for text after the ids `before`: tokenized behind a similar anchor, whose ids are cut off again."""
         if self._begins_with_a_space:
             is_mark = self.chat is not None and before[-1] in self.marks
             anchor = str(self.tokenizer.id_to_token(before[-1])) if is_mark else _ANCHOR
@@ -330,12 +330,12 @@ class ExampleEncoder(Encoder):
 
     @cached_property
     def _begins_with_a_space(self) -> bool:
-        """Whether the tokenizer puts one before what it takes for a whole text (SentencePiece)."""
+        """Whether the tokenizer puts a space before each text it encodes (SentencePiece)."""
         return self._plain(_ANCHOR + "a")[0] != self._plain(_ANCHOR)[0] + self._plain("a")[0]
 
     def _take(self, content: Conversation) -> tuple[tuple[list[_Example], bool], bytes] | None:
         examples = self._encode(content)
-        if not examples or examples[0][1][0]:  # nothing comes before an empty prompt's response to learn it from
+        if not examples or examples[0][1][0]:  # after an empty prompt, nothing predicts the response
             return None
         return (examples, content.tools is not None), utf8(content.asked())
 
@@ -361,14 +361,14 @@ class ExampleEncoder(Encoder):
         )
 
     def _encode(self, conversation: Conversation) -> list[_Example]:
-        # A template's marks are special tokens. Elsewhere a text that spells one out is still text.
+        # A template's marks are special tokens. Elsewhere, one spelled out in a text is still text.
         self.tokenizer.encode_special_tokens = self.chat is None
         render = self._written if self.chat is not None else None
         return [self._tokenized(example) for example in segments(conversation, render)]
 
     def _written(self, messages: list[Message], **how: Any) -> str:
         assert self.chat is not None
-        return str(self.chat.apply_chat_template([messages], tokenize=False, **how)[0])  # alone it must not be empty
+        return str(self.chat.apply_chat_template([messages], tokenize=False, **how)[0])  # in a list: it may be empty
 
     def _tokenized(self, example: list[Segment]) -> _Example:
         ids = [] if self.chat is not None else list(self._beginning)  # a template writes its own
@@ -388,7 +388,7 @@ class ExampleEncoder(Encoder):
 
 
 def _batches(docs: list[tuple[bytes, str]]) -> Iterator[list[tuple[int, str]]]:
-    """(document's number, text), so much at a time as an encoding in memory may be of."""
+    """(document's number, text) pairs, in batches small enough to encode in memory."""
     batch, chars = [], 0
     for number, (data, _) in enumerate(docs):
         for part in pieces(data.decode()):
@@ -401,10 +401,10 @@ def _batches(docs: list[tuple[bytes, str]]) -> Iterator[list[tuple[int, str]]]:
 
 
 def pieces(text: str) -> Iterator[str]:
-    """The text itself, or if it is enormous its parts, which take memory one after the other.
+    """The text itself, or the parts of a huge one, so that memory holds one part's encoding at a time.
 
-    Cut where a space follows no space and a letter follows it: there the usual tokenizers begin a word, so the ids are
-    those of the whole text. Where there is no such place it is cut anyway.
+    Cut before a space that follows a non-space and precedes a letter: the usual tokenizers begin a word there, so the
+    ids are those of the whole text. Without such a place, it is cut anyway.
     """
     start = 0
     while len(text) - start > _PIECE_CHARS:
@@ -417,9 +417,9 @@ def pieces(text: str) -> Iterator[str]:
 
 
 def token_bytes(text: str, offsets: list[tuple[int, int]]) -> np.ndarray:
-    """UTF-8 bytes of `text` that each token accounts for (int32); their sum is the text's, always.
+    """UTF-8 bytes of `text` that each token accounts for (int32); their sum is always the text's size.
 
-    Cumulative: a token has the bytes from the furthest end before it to its own end, the last one has the
+    A token gets the bytes from the furthest end of earlier tokens to its own end; the last one gets the
     rest. A character that several tokens share belongs to the first. `offsets`: (start, end) in characters.
     """
     code_points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
