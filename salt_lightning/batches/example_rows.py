@@ -1,4 +1,4 @@
-"""Rows that hold whole fine-tuning examples, and labels at their responses alone.
+"""Rows of whole fine-tuning examples, with labels only at their responses.
 
 B rows of a batch · T tokens of a row (block_size)
 """
@@ -14,18 +14,18 @@ from salt_lightning.text.token_files import TokenFiles
 
 
 def pack(lengths: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which examples share a row: best fit, the longest first, equal ones as they come; a pure function of both.
+    """Choose which examples share a row: best fit, longest first, ties in their order; a pure function.
 
     Args:
         lengths: tokens of each example.
-        size: tokens of a row. What is longer is in none.
+        size: tokens of a row. Longer examples are left out.
 
     Returns:
-        Numbers of examples, row after row, and where each row begins in them (one more than there are rows).
+        Numbers of examples, row after row, and where each row begins in them (one more entry than rows).
     """
     rows: list[list[int]] = []
     with_space: list[list[int]] = [[] for _ in range(size + 1)]  # rows by the tokens left in them
-    spaces: list[int] = []  # sorted: those for which there is a row
+    spaces: list[int] = []  # sorted: numbers of free tokens that some row has
     for example in np.argsort(-lengths, kind="stable").tolist():
         length = int(lengths[example])
         if length > size:
@@ -48,9 +48,9 @@ def pack(lengths: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 class ExampleRows:
-    """Rows of `block_size` tokens with whole examples in them; EOS without labels fills them up.
+    """Rows of `block_size` tokens that hold whole examples, filled up with EOS without labels.
 
-    An example longer than a row is left out: half of a question has no answer.
+    An example longer than a row is left out: cut off, it would lose its answer or part of its question.
     """
 
     def __init__(self, files: TokenFiles, block_size: int, isolate_documents: bool) -> None:
@@ -61,13 +61,13 @@ class ExampleRows:
         self.num_rows = len(self._row_starts) - 1
         self.num_left_out = files.num_documents - len(self._packed)
         self.fill = float(lengths[self._packed].sum() / max(1, self.num_rows * block_size))
-        # An example's first token is BOS or its prompt's: no learned token is without one that it is predicted from.
+        # An example begins with BOS or its prompt, so every learned token has one before it that predicts it.
         learned = np.add.reduceat(files.learned, self._starts, dtype=np.int64) if len(lengths) else lengths
         counts = np.concatenate([[0], np.cumsum(learned[self._packed])])
         self._label_counts = np.diff(counts[self._row_starts])
 
     def documents(self, rows: np.ndarray) -> np.ndarray:
-        """Those with a token in some rows."""
+        """The examples in these rows."""
         parts = (self._packed[self._row_starts[row] : self._row_starts[row + 1]] for row in rows)
         return np.concatenate([np.zeros(0, np.int64), *parts])
 
@@ -76,7 +76,7 @@ class ExampleRows:
         return self._label_counts[rows]
 
     def build(self, rows: np.ndarray) -> Batch:
-        """Inputs, labels and positions of some rows, B x T; a NO_ROW is all EOS without a label."""
+        """Inputs, labels and positions of these rows, B x T; a NO_ROW is all EOS, without labels."""
         width = self.block_size
         ids_BT = np.full((len(rows), width), self.files.eos_id, np.int64)
         labels_BT = np.full((len(rows), width), IGNORE, np.int64)
@@ -95,7 +95,7 @@ class ExampleRows:
         return {"input_ids": ids_BT, "labels": labels_BT, "positions": positions_BT, "rows": rows}
 
     def origins(self, batch: Batch) -> Batch:
-        """UTF-8 bytes of each label token (0 where ignored), its example and the source of that (-1 there)."""
+        """UTF-8 bytes of each label token (0 if ignored), its example and that one's source (-1 if ignored)."""
         labels_BT = batch["labels"]
         bytes_BT, documents_BT = np.zeros_like(labels_BT), np.full_like(labels_BT, -1)
         for b, row in enumerate(batch["rows"]):
@@ -115,14 +115,14 @@ class ExampleRows:
         return np.sort(self._packed)
 
     def prompt_and_response(self, example: int) -> tuple[list[int], list[int]]:
-        """Ids of all up to the last response, and of that, with its EOS."""
+        """Ids of everything before the last response, and of that response with its EOS."""
         start, stop = self._starts[example], self.files.doc_ends[example]
         asked = np.flatnonzero(self.files.learned[start:stop] == 0)[-1] + 1
         ids = self.files.tokens[start:stop].tolist()
         return ids[:asked], ids[asked:]
 
     def _places(self, row: int) -> list[tuple[int, int, int]]:
-        """Of each example in a row: its place there, its start and its stop in the files."""
+        """(place in the row, start and stop in the files) of each example in a row."""
         if row == NO_ROW:
             return []
         examples = self._packed[self._row_starts[row] : self._row_starts[row + 1]]
@@ -132,7 +132,7 @@ class ExampleRows:
 
 
 def open_examples(setting: str, files: TokenFiles, block_size: int, isolate_documents: bool) -> ExampleRows:
-    """The rows of prepared examples; says how they are packed, and raises ConfigError where none fits a row."""
+    """The rows of prepared examples; logs how they are packed, and raises ConfigError if none is left or fits a row."""
     rows = ExampleRows(files, block_size, isolate_documents)
     if not files.num_documents:
         raise ConfigError(

@@ -1,6 +1,6 @@
-"""Several sources read in fixed shares, however long they are: --data.source_weights.
+"""Several sources read in fixed shares, regardless of their length: --data.source_weights.
 
-A pure function of the position, as order.py; S sources, P turns of a cycle (CYCLE).
+Like order.py, a pure function of the position; S sources, P turns of a cycle (CYCLE).
 """
 
 import hashlib
@@ -19,12 +19,12 @@ from salt_lightning.batches.row_set import RowSet
 from salt_lightning.errors import ConfigError, few, refuse
 
 SETTING = "--data.source_weights"
-CYCLE = 10_000  # rows in which each source has its share to the row; a share is as fine as that
+CYCLE = 10_000  # rows in which each source gets its exact share; shares are multiples of 1 / CYCLE
 _OTHERS = "--data.source_column", "--data.source_per_file", "--data.examples"
 
 
 def weight_problems(weights: Sequence[float] | None, entries: Sequence[str], others: Sequence[Any]) -> list[str]:
-    """What is wrong with the weights of the entries of a source setting; `others`: what _OTHERS are set to."""
+    """What is wrong with the weights of the entries of --data.source; `others`: the values of _OTHERS."""
     also = [name for name, given in zip(_OTHERS, others, strict=True) if given]
     if weights is None or not entries:  # no source at all is another problem
         return []
@@ -40,17 +40,17 @@ def weight_problems(weights: Sequence[float] | None, entries: Sequence[str], oth
 
 @dataclass(frozen=True)
 class Shares:
-    """How much of what is read comes from each source, however long it is.
+    """The share of the rows read that comes from each source, regardless of its length.
 
     A share is a multiple of 1 / CYCLE, and at least that.
 
     Args:
         names: of the sources.
         weights: above 0, in any unit.
-        starts: the first row of each source, and last the number of rows; each has one.
-        begin: the position from which on these are the shares.
-        earlier: those until then; None: there were none.
-        end: the position until which they are, where that lies before the `begin` of the later ones.
+        starts: the first row of each source, then the number of rows; each source has at least one row.
+        begin: the position from which these shares apply.
+        earlier: the shares before that; None: there were none.
+        end: the position at which they end, if that is before the `begin` of the later shares.
     """
 
     names: tuple[str, ...]
@@ -67,7 +67,7 @@ class Shares:
 
     @cached_property
     def turns_S(self) -> np.ndarray:
-        """Rows of each source in a cycle: at least one, else by largest remainders; of the decimals as typed."""
+        """Rows of each source in a cycle: at least one, else by largest remainders, exact for the decimals typed."""
         weights = [Fraction(str(weight)) for weight in self.weights]
         exact = [CYCLE * weight / sum(weights) for weight in weights]
         while min(exact) < 1:
@@ -82,16 +82,16 @@ class Shares:
 
     @property
     def cycle(self) -> tuple[np.ndarray, np.ndarray]:
-        """The source of each turn, and which of its turns that is, from 0."""
+        """The source of each turn, and the turn's number within that source, from 0."""
         return _cycle(tuple(self.turns_S.tolist()))
 
     def reads(self, count: int) -> np.ndarray:
-        """Rows of each source among the first `count`, as far as there were shares."""
+        """Rows of each source among the first `count`; counts only positions with shares."""
         by_name = self._reads(count)
         return np.array([by_name[name] for name in self.names])
 
     def _reads(self, count: int) -> dict[str, int]:
-        """Likewise by name, also of sources that earlier shares alone had."""
+        """The same by name, including sources that only earlier shares had."""
         before = {} if self.earlier is None else self.earlier._reads(min(count, self.begin))
         until = count if self.end is None else min(count, self.end)
         cycles, turns = divmod(max(0, until - self.begin), CYCLE)
@@ -102,11 +102,11 @@ class Shares:
 
 @cache  # tens of milliseconds, and a start asks several times
 def _cycle(turns: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Shares.cycle of sources with so many turns.
+    """Shares.cycle of sources with these numbers of turns.
 
-    Turn j of n may come from floor(j P / n) on and has to come before ceil((j + 1) P / n). Of those that may, the one
-    that has to come first is taken: so all do, and no source is ever a whole row ahead or behind (the chairman
-    assignment problem, Tijdeman 1980).
+    Turn j of n may come from floor(j P / n) on, and must come before ceil((j + 1) P / n). Of the turns that may come,
+    the one with the earliest deadline is next: all meet theirs, and no source is ever a whole row ahead or behind (the
+    chairman assignment problem, Tijdeman 1980).
     """
     turns_S, done_S = np.array(turns), np.zeros(len(turns), np.int64)
     source_P, number_P = np.empty(CYCLE, np.int64), np.empty(CYCLE, np.int64)
@@ -120,16 +120,16 @@ def _cycle(turns: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def shares_of(names: list[str], weights: list[float], tokens: list[int], block_size: int) -> Shares:
-    """The shares of sources that lie in the stream one after the other; a row is of the source that it begins in.
+    """The shares of sources that lie one after the other in the stream; a row belongs to the source it begins in.
 
     Args:
         names: of the sources.
-        weights: as of Shares.
-        tokens: where each begins in the stream, and last its end.
+        weights: as in Shares.
+        tokens: where each source begins in the stream, then the end of the stream.
         block_size: tokens of a row.
 
     Raises:
-        ConfigError: two sources of one name, or one that is no longer than a row.
+        ConfigError: two sources share a name, or one is not longer than a row.
     """
     if len(names) != len(weights):
         raise ConfigError(f"{SETTING}: entries of --data.source share a name ({few(names)}); rename a folder")
@@ -145,10 +145,10 @@ def shares_of(names: list[str], weights: list[float], tokens: list[int], block_s
 
 
 class Mixture:
-    """An order that draws from several sources in fixed shares, from each in an order of its own.
+    """An order that draws from several sources in fixed shares, each source in an order of its own.
 
-    Of any rows that follow one another each source has its share, to less than two. A selection's rows are read source
-    by source, so it leaves the shares as they are. Arguments as of `Order`.
+    In any run of consecutive rows, each source is less than two rows off its share. A selection applies to each source
+    separately, so it does not change the shares. Arguments as in `Order`.
     """
 
     def __init__(
@@ -180,7 +180,7 @@ class Mixture:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the shares, of what was read before them, and of what phase 1 reads of each source."""
+        """Hash of the shares, what was read before them, and what phase 1 reads of each source."""
         told = [self.shares.turns_S.tolist(), self.shares.starts, [order.fingerprint for order in self.orders]]
         if self.shares.begin:
             told.append([self.shares.begin, *self._before_S.tolist()])
@@ -195,7 +195,7 @@ def make_order(
     phase1: int = 0,
     unread_first: bool = True,
 ) -> Order | Mixture:
-    """The order of a run's rows, all read alike unless there are shares."""
+    """The order of a run's rows: all read equally often, unless there are shares."""
     if shares is None:
         return Order(seed, num_rows, kept, phase1, unread_first)
     return Mixture(shares, seed, kept, phase1, unread_first)

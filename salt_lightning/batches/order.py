@@ -1,4 +1,4 @@
-"""The row at each position of a run: a pure function of seed and selection, whatever was read before.
+"""The row at each position of a run: a pure function of position, seed and selection.
 
 There is no list of rows in memory and no state to save.
 """
@@ -14,7 +14,7 @@ import numpy as np
 from salt_lightning.batches.row_set import RowSet
 
 _ROUNDS = 8
-_AT_ONCE = 1 << 16  # positions: any number of them takes the same memory
+_AT_ONCE = 1 << 16  # positions at a time, to bound memory
 
 
 def row_at(position: np.ndarray, seed: int, num_rows: int) -> np.ndarray:
@@ -22,11 +22,11 @@ def row_at(position: np.ndarray, seed: int, num_rows: int) -> np.ndarray:
 
     A Feistel network over pairs (left, right) of numbers below ceil(sqrt(num_rows)) permutes a square of at
     least num_rows cells; cells past the end are sent through again until they land inside (cycle walking).
-    So 10^9 rows cost no memory.
+    So 10^9 rows need no memory.
 
     Args:
         position: int64 array, counted over the whole run (pass = position // num_rows).
-        seed: another seed is another order.
+        seed: determines the order.
         num_rows: rows of the training split.
     """
     side = np.uint64(math.isqrt(num_rows - 1) + 1)
@@ -59,17 +59,17 @@ def _mix(values: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Order:
-    """The row at each position of the run: a pure function, whatever was read before.
+    """The row at each position of the run: a pure function, independent of what was read before.
 
-    Without `kept` every pass is a permutation of all rows. With it (SALT_DS, arXiv 2410.18779) the first
-    `phase1` positions read passes over `kept` alone, the later ones all rows. `unread_first`: what phase 1 has
-    read comes back only after all the rest; else phase 2 reads at each position what a run without selection
+    Without `kept`, every pass is a permutation of all rows. With it (SALT_DS, arXiv 2410.18779), the first
+    `phase1` positions read passes over `kept` only, later ones read all rows. `unread_first`: rows that phase 1
+    has read come back only after all others; otherwise phase 2 reads at each position what a run without selection
     reads there.
 
     Args:
-        seed: another seed is another order.
+        seed: determines the order.
         num_rows: rows of the training split.
-        kept: the rows that a selection keeps: a bit for each row that there is, and as many again for `unread_first`.
+        kept: the rows that a selection keeps; takes one bit per training row, and as much again for `unread_first`.
         phase1: positions (rows read) in phase 1.
         unread_first: see above.
     """
@@ -100,7 +100,7 @@ class Order:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of what phase 1 reads and how it goes on; "none" without a selection."""
+        """Hash of what phase 1 reads and how phase 2 continues; "none" without a selection."""
         if self.kept is None:
             return "none"
         hashed = hashlib.blake2b(digest_size=10)
@@ -111,7 +111,7 @@ class Order:
 
     @property
     def num_unread(self) -> int:
-        """How many rows phase 1 does not read."""
+        """Number of rows that phase 1 does not read."""
         return self.num_rows - len(self._read)
 
     @property
@@ -122,7 +122,7 @@ class Order:
 
     @cached_property
     def _read(self) -> RowSet:
-        """What phase 1 reads. Kept: to make it takes seconds where rows are many."""
+        """The rows that phase 1 reads. Cached, since this takes seconds for many rows."""
         assert self.kept is not None
         if self.phase1 >= len(self.kept):
             return self.kept
@@ -136,5 +136,5 @@ class Order:
 
 
 def scatter(numbers: np.ndarray) -> np.ndarray:
-    """A fixed random uint64 for each number, no two alike."""
+    """A fixed pseudorandom uint64 for each number, all distinct."""
     return _mix(numbers.astype(np.uint64))

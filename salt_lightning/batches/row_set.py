@@ -1,20 +1,20 @@
-"""Some of many rows, a bit each: a list of their numbers would take 8 bytes each, in every process."""
+"""A subset of many rows as one bit per row: a list of row numbers would take 8 bytes each, in every process."""
 
 from collections.abc import Iterator
 from functools import cached_property
 
 import numpy as np
 
-_BLOCK_BYTES = 16  # for which it is kept how many rows come before: another half a bit a row
+_BLOCK_BYTES = 16  # each block also stores how many rows come before it: another half bit per row
 _BLOCK_ROWS = 8 * _BLOCK_BYTES
-_CHUNK_BLOCKS = 1 << 11  # looked through at a time: any number of rows takes the same memory
+_CHUNK_BLOCKS = 1 << 11  # unpacked at a time, to bound memory
 
 
 class RowSet:
     """A set of rows out of `0 .. num_rows - 1`.
 
     Args:
-        mask_R: whether each row is in it.
+        mask_R: whether each row is in the set.
     """
 
     def __init__(self, mask_R: np.ndarray) -> None:
@@ -27,7 +27,7 @@ class RowSet:
 
     @classmethod
     def of(cls, rows: np.ndarray, num_rows: int) -> "RowSet":
-        """From row numbers."""
+        """The set of these row numbers."""
         mask_R = np.zeros(num_rows, bool)
         mask_R[rows] = True
         return cls(mask_R)
@@ -40,16 +40,16 @@ class RowSet:
         return np.unpackbits(self._bits.reshape(-1), count=self.num_rows).view(bool)
 
     def chunks(self) -> Iterator[np.ndarray]:
-        """Their numbers in ascending order, int64, some at a time."""
+        """The row numbers in ascending order, int64, in chunks."""
         for i, part in enumerate(self._parts()):
             yield np.flatnonzero(np.unpackbits(part)) + i * _CHUNK_BLOCKS * _BLOCK_ROWS
 
     def nth(self, number: np.ndarray) -> np.ndarray:
-        """The `number`-th (from 0) of the rows in it."""
+        """The `number`-th (from 0) of the rows in the set."""
         return _find(self._bits, self._before, number)
 
     def nth_other(self, number: np.ndarray) -> np.ndarray:
-        """The `number`-th (from 0) of the rows that are not in it."""
+        """The `number`-th (from 0) of the rows not in the set."""
         return _find(self._bits, self._others_before, number, flip=True)
 
     @cached_property
@@ -61,7 +61,7 @@ class RowSet:
 
 
 def _find(bits: np.ndarray, before: np.ndarray, number: np.ndarray, flip: bool = False) -> np.ndarray:
-    """Where the `number`-th bit is that is set, or that is not: its block and its place there."""
+    """The position of the `number`-th set bit, or with `flip` of the `number`-th bit that is not set."""
     block = np.searchsorted(before, number, side="right") - 1
     bits_NB = np.unpackbits(~bits[block] if flip else bits[block], axis=1)
     nth_N1 = (number - before[block])[:, None]

@@ -1,11 +1,11 @@
-"""Rows of tokens: how they are cut from the stream, and the batches they form, in the order of order.py.
+"""Rows of tokens: cut from the stream, and batched in the order of order.py.
 
     B rows of a micro-batch · T tokens of a row (block_size) · G rows of an optimizer step
 
 The stream of a split is all its documents, each followed by EOS. Row r reads tokens [rT, (r+1)T) and
 predicts the next token of each, but nothing after a document's EOS. Which rows step s reads is a pure
-function of (seed, selection, shares, s): there is no state to save, and neither ranks, nor workers, nor accumulation,
-nor a resume change it.
+function of (seed, selection, shares, s): there is no state to save, and ranks, workers, accumulation and
+a resume do not change it.
 """
 
 import atexit
@@ -29,14 +29,14 @@ from salt_lightning.text.token_files import TokenFiles
 
 Batch = dict[str, np.ndarray]  # int64
 IGNORE = -100  # as in row_pass.py: data imports no training code
-NO_ROW = -1  # fills the last evaluation batch up: a row without labels
+NO_ROW = -1  # fills up the last evaluation batch: a row without labels
 _COUNTED_TOKENS = 1 << 24
 
 # --- rows ---
 
 
 class Rows(Protocol):
-    """Rows of one split: what batches need of them."""
+    """Rows of one split, as batches need them."""
 
     files: TokenFiles
     num_rows: int
@@ -47,7 +47,7 @@ class Rows(Protocol):
 
 
 def with_sources(files: TokenFiles, labels_BT: np.ndarray, bytes_BT: np.ndarray, documents_BT: np.ndarray) -> Batch:
-    """Nothing of ignored labels, and the source of each document."""
+    """Clear bytes and document of ignored labels, and add the source of each document."""
     ignored_BT = labels_BT == IGNORE
     bytes_BT[ignored_BT], documents_BT[ignored_BT] = 0, -1
     sources_BT = np.where(documents_BT < 0, -1, files.doc_sources[documents_BT])
@@ -55,7 +55,7 @@ def with_sources(files: TokenFiles, labels_BT: np.ndarray, bytes_BT: np.ndarray,
 
 
 def require_text(files: TokenFiles, split: str, block_size: int | None, val_fraction: float) -> None:
-    """Raises ConfigError where a split has no text, or not enough for a row (None: that is looked at elsewhere)."""
+    """Raises ConfigError if a split has no text, or too little for a row (`block_size` None: checked elsewhere)."""
     tokens = files.num_tokens
     if split == "train" and block_size and tokens < block_size:
         raise ConfigError(
@@ -76,16 +76,16 @@ class PackedRows:
 
     def __init__(self, files: TokenFiles, block_size: int, isolate_documents: bool) -> None:
         self.files, self.block_size, self.isolate_documents = files, block_size, isolate_documents
-        # The stream's last token is an EOS, which predicts nothing: no row for it alone.
+        # The stream's last token is an EOS, which predicts nothing, so it needs no row of its own.
         self.num_rows = max(0, -(-(files.num_tokens - 1) // block_size))
 
     def label_counts(self, rows: np.ndarray) -> np.ndarray:
-        """Labels of each row, without building it: its tokens less the documents that end in it."""
+        """Labels of each row, without building it: its tokens minus the documents that end in it."""
         starts, low, high = self._ends(rows)
         return np.minimum(self.block_size, self.files.num_tokens - starts) - (high - low)
 
     def build(self, rows: np.ndarray) -> Batch:
-        """Inputs, labels and positions of some rows, B x T; a NO_ROW is all EOS without a label."""
+        """Inputs, labels and positions of these rows, B x T; a NO_ROW is all EOS, without labels."""
         width = self.block_size
         stream_BT1 = np.full((len(rows), width + 1), self.files.eos_id, np.int64)
         labels_BT = np.full((len(rows), width), IGNORE, np.int64)
@@ -104,7 +104,7 @@ class PackedRows:
         return {"input_ids": stream_BT1[:, :-1].copy(), "labels": labels_BT, "positions": positions_BT, "rows": rows}
 
     def origins(self, batch: Batch) -> Batch:
-        """UTF-8 bytes of each label token (0 where ignored), its document and the source of that (-1 there)."""
+        """UTF-8 bytes of each label token (0 if ignored), its document and that one's source (-1 if ignored)."""
         labels_BT = batch["labels"]
         bytes_BT, documents_BT = np.zeros_like(labels_BT), np.full_like(labels_BT, -1)
         for b, row in enumerate(batch["rows"]):
@@ -122,7 +122,7 @@ class PackedRows:
         return np.searchsorted(self.files.doc_ends, rows * self.block_size, side="right")
 
     def documents(self, rows: np.ndarray) -> np.ndarray:
-        """Those with a token in some rows."""
+        """The documents with a token in these rows."""
         starts = rows * self.block_size
         stops = np.minimum(starts + self.block_size, self.files.num_tokens)
         first, last = (np.searchsorted(self.files.doc_ends, at, side="right") for at in (starts, stops - 1))
@@ -130,32 +130,32 @@ class PackedRows:
         return np.unique(np.concatenate([np.zeros(0, np.int64), *ranges]))
 
     def source_tokens(self, names: list[str]) -> list[int]:
-        """Where in the stream each source begins, where they lie one after the other, and last its end."""
+        """Where each source begins in the stream, if they lie one after the other, then the end of the stream."""
         place_S, sources_D = [names.index(name) for name in self.files.manifest["sources"]], self.files.doc_sources
         first = (bisect_left(sources_D, i, key=lambda source: place_S[source]) for i in range(len(names)))
         return [*(int(self.files.doc_ends[d - 1]) if d else 0 for d in first), self.files.num_tokens]
 
     def _ends(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Start of each row, and the range of documents that end in it: after its start, up to its stop."""
+        """Start of each row, and the range of documents that end in it, after its start and up to its stop."""
         starts = rows * self.block_size
         low, high = np.searchsorted(self.files.doc_ends, np.stack([starts, starts + self.block_size]), side="right")
         return starts, low, high
 
 
 def counts_nll(tokens: np.ndarray, labels: np.ndarray) -> float:
-    """Mean -log p of some labels, nats, where p is how often a token occurs in a stream."""
+    """Mean -log p of labels in nats, where p is the frequency of a token in a stream."""
     counts_V = np.bincount(tokens[:_COUNTED_TOKENS], minlength=int(labels.max()) + 1)
-    counts_V += 1  # a token that did not occur may still do so
+    counts_V += 1  # a token that has not occurred yet may still do so
     return float(-np.log(counts_V[labels] / counts_V.sum()).mean())
 
 
-# --- batches (arrays: they pass from worker processes several times faster than tensors do) ---
+# --- batches (as arrays, which come from worker processes several times faster than tensors) ---
 
 
 class TrainBatches(Dataset):
     """Micro-batch i of one rank, counted over the whole run: step i // accumulate, part i % accumulate.
 
-    `before`: how many rows are read before a step.
+    `before`: number of rows read before a step.
     """
 
     def __init__(
@@ -185,9 +185,9 @@ class TrainBatches(Dataset):
 
 
 class EvalBatches(Dataset):
-    """Rows in order, every world-th for this rank; all batches and ranks are alike in shape and number.
+    """Rows in order, every world-th for this rank; all batches have the same shape, all ranks the same number.
 
-    With `thirds_D`, a third for each document, batches say that of each label.
+    With `thirds_D` (the third of each document), batches contain the third of each label.
     """
 
     def __init__(
@@ -220,9 +220,9 @@ class EvalBatches(Dataset):
 class ShardBatches(Dataset):
     """Rows of whole shards in order, for scoring: shard s holds rows [s * size, (s + 1) * size).
 
-    No batch lies across two shards: the last one of a shard is filled up with NO_ROW. Ranks score with whole teachers
-    that wait for nobody, so each has the batches of its own shards alone. Where it has none and others have some
-    (`company`) it is one batch without a row, since Lightning refuses a rank without batches.
+    No batch spans two shards: the last one of a shard is filled up with NO_ROW. Each rank scores with a whole teacher
+    and waits for no other, so it has only the batches of its own shards. If it has none and others have some
+    (`company`), it gets one batch without rows, since Lightning refuses a rank without batches.
     """
 
     def __init__(self, packed: Rows, shards: list[int], sizes: tuple[int, int], company: bool = False) -> None:
@@ -250,22 +250,22 @@ Batches = TrainBatches | EvalBatches | ShardBatches
 
 
 def document_borders(positions_BT: np.ndarray) -> np.ndarray:
-    """Where documents begin in the rows laid end to end, then their end, int32. A row begins one, whatever it says."""
+    """Where documents begin in the concatenated rows, then the end, int32. Each row's start counts as a beginning."""
     begins_BT = positions_BT == 0
     begins_BT[:, 0] = True
     return np.append(np.flatnonzero(begins_BT), positions_BT.size).astype(np.int32)
 
 
 def as_tensors(arrays: Batch) -> dict[str, torch.Tensor]:
-    """A batch for the models; with `cu_seqlens`, since on a GPU nobody could find that without waiting."""
+    """A batch for the models; adds `cu_seqlens`, which cannot be computed on a GPU without a synchronization."""
     arrays = {**arrays, "cu_seqlens": document_borders(arrays["positions"])}
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 class Loader:
-    """Batches from number `start()` on, as tensors; counts the seconds in which the training waited for them.
+    """Batches from number `start()` on, as tensors; counts the seconds that training waited for them.
 
-    No DataLoader: Lightning re-creates those to give them samplers of its own; other iterables it leaves
+    It is not a DataLoader: Lightning re-creates those with its own samplers, but leaves other iterables
     alone, whatever trainer.use_distributed_sampler says.
     """
 
@@ -290,7 +290,7 @@ class Loader:
     def _arrays(self, indices: range) -> Iterator[Batch]:
         if not self.num_workers:
             return map(self.batches.__getitem__, indices)
-        # An own generator: DataLoader would draw from the global one, before the model does.
+        # A separate generator: DataLoader would draw from the global one, before the model does.
         loader = DataLoader(
             self.batches,
             batch_size=None,
@@ -306,7 +306,7 @@ class Loader:
         return iterator
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: the position follows from the step. Lightning warns of loaders without this method."""
+        """Empty: the position follows from the step. Lightning warns about loaders without this method."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -318,16 +318,16 @@ _WORKERS: WeakSet = WeakSet()
 
 @atexit.register
 def _end_workers() -> None:
-    """After an error some are left. They ignore the signal by which multiprocessing would end them, and wait."""
+    """Kill workers that are left after an error: they ignore the signal with which multiprocessing would end them."""
     for worker in _WORKERS:
         worker.kill()
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C and a cluster's signals reach all processes, and the parent still needs the batches of its step."""
+    """Ignore Ctrl-C and a cluster's signals, which reach all processes: the parent still needs its step's batches."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=end_with_parent, daemon=True).start()  # a killed parent can no longer end us
+    threading.Thread(target=end_with_parent, daemon=True).start()  # a killed parent cannot end us
 
 
 def _as_is(batch: Any) -> Any:

@@ -1,6 +1,6 @@
-"""The rows that a run has read before each step, where its batch size or its shares have changed at a resume.
+"""The rows that a run has read before each step, if its batch size or shares changed at a resume.
 
-A pure function of the step still, of the stretches that the run is made of: a checkpoint names them.
+It is still a pure function of the step and of the stretches that make up the run, which the checkpoint stores.
 """
 
 from collections.abc import Mapping
@@ -14,12 +14,12 @@ from salt_lightning.errors import ConfigError
 
 @dataclass(frozen=True)
 class Stretch:
-    """From optimizer step `step` (from 0) on a step reads so many rows, in such shares.
+    """From optimizer step `step` (from 0) on, each step reads `rows` rows, in the shares `turns`.
 
     Args:
         step: the first one.
-        rows: of a step, --data.global_batch_size.
-        turns: of each source in a cycle of mixture.py, by name; None: all rows are read alike.
+        rows: per step, --data.global_batch_size.
+        turns: of each source in a cycle of mixture.py, by name; None: all rows are read equally often.
     """
 
     step: int
@@ -31,13 +31,13 @@ Stretches = tuple[Stretch, ...]
 
 
 def one_stretch(rows: int, shares: Shares | None) -> Stretches:
-    """Those of a run that begins."""
+    """The stretches of a new run."""
     turns = None if shares is None else dict(zip(shares.names, shares.turns_S.tolist(), strict=True))
     return (Stretch(0, rows, turns),)
 
 
 def rows_before(stretches: Stretches, step: int) -> int:
-    """Rows that a run has read before an optimizer step."""
+    """Number of rows that a run has read before an optimizer step."""
     ends = [*(stretch.step for stretch in stretches[1:]), step]
     return sum(
         max(0, min(end, step) - stretch.step) * stretch.rows for stretch, end in zip(stretches, ends, strict=True)
@@ -45,10 +45,10 @@ def rows_before(stretches: Stretches, step: int) -> int:
 
 
 def go_on(checkpoint: Mapping[str, Any], begun: Stretches) -> Stretches:
-    """Those of a run that goes on from a checkpoint, where it would begin with `begun`.
+    """The stretches of a run that resumes from a checkpoint with the settings of `begun`.
 
     Raises:
-        ConfigError: those that the checkpoint names cannot be of a run.
+        ConfigError: the checkpoint's stretches are impossible.
     """
     step, (now,) = checkpoint["global_step"], begun
     past = [stretch for stretch in _of_checkpoint(checkpoint, now) if stretch.step < step]
@@ -58,7 +58,7 @@ def go_on(checkpoint: Mapping[str, Any], begun: Stretches) -> Stretches:
 
 
 def _of_checkpoint(checkpoint: Mapping[str, Any], now: Stretch) -> Stretches:
-    if not checkpoint.get("stretches"):  # of before they were kept, or with a loader of one's own: one of all steps
+    if not checkpoint.get("stretches"):  # an older checkpoint, or the user's own loader: one stretch for all steps
         return (replace(now, step=0, rows=checkpoint["data"]["--data.global_batch_size"] or now.rows),)
     try:
         found = tuple(Stretch(**each) for each in checkpoint["stretches"])
@@ -75,7 +75,7 @@ def _of_checkpoint(checkpoint: Mapping[str, Any], now: Stretch) -> Stretches:
 
 
 def where(stretches: Stretches, step: int) -> str:
-    """With which row a run goes on after so many steps."""
+    """Message: the row with which a run continues after `step` steps."""
     said = f"step {step + 1} continues with row {rows_before(stretches, step) + 1} of the order"
     if len({stretch.turns is None for stretch in stretches}) > 1:
         said += "; with and without --data.source_weights the orders differ, so rows may be read again"
@@ -83,7 +83,7 @@ def where(stretches: Stretches, step: int) -> str:
 
 
 def with_past(shares: Shares, stretches: Stretches) -> Shares:
-    """The shares of the last stretch, with what was read of each source before them."""
+    """The shares of the last stretch, together with the earlier ones."""
     past, begin = None, 0
     for before, after in pairwise(stretches):
         if before.turns != after.turns:
