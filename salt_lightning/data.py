@@ -1,6 +1,6 @@
-"""SALTDataModule: what the trainer sees of the data.
+"""SALTDataModule: the data as the trainer sees it.
 
-Text becomes token files once (text/); batches/ cuts these into rows and says which of them a step reads.
+text/ turns text into token files, once; batches/ cuts these into rows and determines which rows each step reads.
 """
 
 from collections.abc import Callable
@@ -48,7 +48,7 @@ from salt_lightning.text.tokenizer import changed_words, kept_text, load_tokeniz
 
 
 class SALTDataModule(LightningDataModule):
-    """Text, tokenized once, in packed rows, in an order that depends on nothing but the seed and the step."""
+    """Text, tokenized once, in packed rows, in an order that depends only on the settings and the step."""
 
     def __init__(  # noqa: PLR0913 (the constructor is the schema)
         self,
@@ -147,7 +147,7 @@ class SALTDataModule(LightningDataModule):
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._train: PackedRows | ExampleRows | None = None
         self.stretches: Stretches = one_stretch(global_batch_size, None)
-        self._selected = ""  # what is said of the selection
+        self._selected = ""  # message about the selection
         self._order: Order | Mixture | None = None
         self._shards: tuple[list[int], bool] | None = None
         self._eval: PackedRows | ExampleRows | None = None
@@ -157,16 +157,16 @@ class SALTDataModule(LightningDataModule):
     # --- text and tokenizer (need no trainer) ---
 
     def prepare_data(self) -> None:
-        """Tokenize what is not in the cache yet, and score rows by their tokens; one process per node does this."""
-        self._groups.clear()  # files may have come since an earlier fit
+        """Tokenize what is not in the cache yet, and compute row scores from token scores; in one process per node."""
+        self._groups.clear()  # files may have been added since an earlier fit
         fits = self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING
-        if fits and not self.selection and self.keep != KeepRule():  # a predict reports by it
+        if fits and not self.selection and self.keep != KeepRule():  # predict uses it in its report
             raise ConfigError(f"--data.keep: {self.keep.name!r} needs --data.selection")
         scores = Scores(Path(self.selection), "--data.selection") if self.selection and fits else None
         if self.difficulty:
             find_files(Path(self.difficulty), "fit")
         given = [setting for setting in ("source", "val_source", "test_source") if getattr(self, setting)]
-        for setting, corpus in {each: self._corpus(each) for each in given}.items():  # the first may take hours
+        for setting, corpus in {each: self._corpus(each) for each in given}.items():  # find all: one may take hours
             fraction, workers = self._val_share(setting), self.prepare_workers
             if setting == "source" and self.tokenizer_name == "train":
                 prepare_tokenizer(corpus, self.trained_vocab_size, fraction, self.cache_dir, workers)
@@ -175,13 +175,13 @@ class SALTDataModule(LightningDataModule):
             row_scores(scores, self.keep.k, self.keep.masked)
 
     def _check_models(self) -> None:
-        """Tokenizing may take hours: what the run's models mean by a token id is asked before."""
+        """Check the token ids of the run's models before tokenizing, which may take hours."""
         module = getattr(self.trainer, "lightning_module", None)
         getattr(module, "check_token_ids", lambda: None)()
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer; one to be trained is there after `prepare_data`."""
+        """The tokenizer; one that is trained exists only after `prepare_data`."""
         if self._tokenizer is None:
             name = self.tokenizer_name
             if name == "train":
@@ -196,9 +196,9 @@ class SALTDataModule(LightningDataModule):
         return num_ids(self.tokenizer)
 
     def doubts(self) -> list[preflight.Finding]:
-        """What makes the held-out text a bad measure."""
+        """Reasons why the held-out text may be a bad measure."""
         files, trained = self.held_out_files, []
-        with suppress(ConfigError):  # a validate may be where the training text is not
+        with suppress(ConfigError):  # validate may run where there is no training text
             held_out = [self._corpus(setting) for setting in ("val_source", "test_source") if getattr(self, setting)]
             trained = [name for corpus in held_out for name in self._corpus("source").shared_with(corpus)]
         if self.val_source and files.fingerprint == self.train_fingerprint:  # a copy
@@ -209,7 +209,7 @@ class SALTDataModule(LightningDataModule):
             longest = int(np.diff(files.doc_ends, prepend=0).max(initial=0))
             found.append(preflight.large_share(files.num_tokens, longest, self.num_train_tokens, self.val_fraction))
             names, trained_on = files.manifest["sources"], self._train.files.doc_sources
-            if len(trained_on) < 1 << 24:  # of more it takes time
+            if len(trained_on) < 1 << 24:  # more would take too long
                 read = self._eval.documents(self._eval_rows())
                 found.append(preflight.unwatched([names[i] for i in np.setdiff1d(trained_on, files.doc_sources[read])]))
         return [finding for finding in found if finding]
@@ -221,7 +221,7 @@ class SALTDataModule(LightningDataModule):
 
     @property
     def selection_fingerprint(self) -> str:
-        """Hash of the shares of the sources and of the rows that phase 1 reads; "none" where all are read alike."""
+        """Hash of the sources' shares and of the rows that phase 1 reads; "none" if all rows are read alike."""
         return self._order.fingerprint if self._order else "none"
 
     @property
@@ -230,8 +230,8 @@ class SALTDataModule(LightningDataModule):
         return tokenizer_fingerprint(self.tokenizer)
 
     def _corpus(self, setting: str) -> Corpus:
-        """What a source setting reads."""
-        if setting not in self._groups:  # looked for once: thousands of files take seconds
+        """The documents of a source setting."""
+        if setting not in self._groups:  # find files once: thousands take seconds
             groups = resolve(f"--data.{setting}", getattr(self, setting), self.hub)
             self._groups[setting] = each_file(groups) if self.source_per_file else groups
         how = self.text_column, self.source_column, self.bad_lines == "skip", self.examples
@@ -252,7 +252,7 @@ class SALTDataModule(LightningDataModule):
 
     @property
     def test_examples(self) -> ExampleRows:
-        """The examples that the test verb looks at."""
+        """The examples that the test verb uses."""
         assert isinstance(self._eval, ExampleRows), "call setup('test') first"
         return self._eval
 
@@ -262,11 +262,10 @@ class SALTDataModule(LightningDataModule):
         """Open the prepared files that a stage needs; give the trainer its accumulation and cadence.
 
         Raises:
-            ConfigError: batch sizes do not divide, the trainer's settings stand against them, or the text
-                is too short.
+            ConfigError: batch sizes do not divide or conflict with the trainer's settings, or the text is too short.
         """
         self.seed = seed_or_global(self.seed, self._unset_seed)
-        if self.trainer is not None:  # one process of a node has looked for files in prepare_data: the others need not
+        if self.trainer is not None:  # prepare_data has found the files in one process per node: share them
             self._groups = (self._groups, self.trainer.strategy.broadcast(self._groups))[self.trainer.local_rank > 0]
         if stage in (None, "fit"):
             self.set_trainer()
@@ -291,17 +290,17 @@ class SALTDataModule(LightningDataModule):
             self._order, self._train_loader = self._plan_order(), None
         if stage == "fit":
             self._log()
-        asked = self.trainer.state.fn if self.trainer else stage  # check, a fit, lists what it finds by itself
+        asked = self.trainer.state.fn if self.trainer else stage  # check also sets up a fit, but reports them itself
         for finding in self.doubts() if stage == asked and stage in ("fit", "validate", "test") else ():
             finding.require()
 
     def train_dataloader(self) -> Loader:
-        """All micro-batches of the run, as one epoch; without a trainer those of one pass over the rows."""
+        """All micro-batches of the run as one epoch; without a trainer, one pass over the rows."""
         assert self._train is not None, "call setup('fit') first"
         assert self._order is not None
         trainer = self.trainer
         steps = trainer.max_steps if trainer else -(-self._train.num_rows // self.global_batch_size)
-        if self._train_loader is None:  # not before: a checkpoint may have said what was read until then
+        if self._train_loader is None:  # not earlier: a checkpoint may say what was read before
             self._say_plan(self._order, steps)
         sizes, before = (self.global_batch_size, self.micro_batch_size), partial(rows_before, self.stretches)
         batches = TrainBatches(self._train, self._order, sizes, self._place(), before)
@@ -312,7 +311,7 @@ class SALTDataModule(LightningDataModule):
         return self._train_loader
 
     def val_dataloader(self) -> Loader:
-        """Validation rows in order, with bytes and sources of every label."""
+        """Validation rows in order, with the bytes and source of every label."""
         assert self._eval is not None, "call setup first"
         batches = EvalBatches(self._eval, self._eval_rows(), self.micro_batch_size, self._place(), self._thirds_D)
         return self._loader(batches, len(batches), lambda: 0)
@@ -329,11 +328,11 @@ class SALTDataModule(LightningDataModule):
         return self._loader(batches, len(batches), lambda: 0)
 
     def score_only(self, shards: list[int], company: bool) -> None:
-        """Shards that this rank's predict_dataloader reads; `company`: whether any rank has one."""
+        """Set the shards that this rank's predict_dataloader reads; `company`: whether any rank has one."""
         self._shards = shards, company
 
     def scored(self, teacher: str = "", precision: str = "") -> Scored:
-        """What scores of the training rows are of; without a teacher those two are left open."""
+        """Identity of the rows that scores belong to; teacher and precision stay empty if not given."""
         assert self._train is not None, "call setup first"
         rows, size = self._train.files.fingerprint, (self._train.num_rows, self.block_size)
         return Scored(rows, self.tokenizer_fingerprint, *size, self.isolate_documents, teacher, precision)
@@ -346,7 +345,7 @@ class SALTDataModule(LightningDataModule):
     def describe_batches(self, first: int, count: int) -> str:
         """Number, source and first words of the rows that micro-batches `first` to `first + count - 1` read.
 
-        Micro-batches count over the run and all ranks: they lie in the order of the rows one after the other.
+        Micro-batches are counted over the run and all ranks, one after the other in the order of the rows.
         """
         assert self._train is not None, "call setup('fit') first"
         assert self._order is not None
@@ -360,18 +359,18 @@ class SALTDataModule(LightningDataModule):
 
     @property
     def data_wait_s(self) -> float:
-        """Seconds so far that the training waited for its next batch."""
+        """Seconds that training has waited for batches so far."""
         return self._train_loader.wait_s if self._train_loader else 0.0
 
     @property
     def held_out_files(self) -> TokenFiles:
-        """What validation (or test) reads; of it, `held_out` says which rows."""
+        """The token files that validation (or test) reads; `held_out` says which of their rows."""
         assert self._eval is not None, "call setup first"
         return self._eval.files
 
     @property
     def held_out(self) -> HeldOut:
-        """The text that validation (or test) reads."""
+        """Identity of the text that validation (or test) reads."""
         fingerprints = self.held_out_files.fingerprint, self.tokenizer_fingerprint
         return HeldOut(*fingerprints, self.block_size, self.isolate_documents, len(self._eval_rows()))
 
@@ -380,7 +379,7 @@ class SALTDataModule(LightningDataModule):
         """Hash of the third of each held-out document; "none" where they are not known."""
         return "none" if self._thirds_D is None else digest(self._thirds_D.tolist())
 
-    # --- how that is done ---
+    # --- implementation ---
 
     def _loader(self, batches: Batches, length: int, start: Callable[[], int]) -> Loader:
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
@@ -392,7 +391,7 @@ class SALTDataModule(LightningDataModule):
         return np.arange(count) * self._eval.num_rows // count
 
     def _shares(self) -> Shares | None:
-        """Where each entry of `source` begins in the rows, and its weight."""
+        """Each entry's first row and weight; None without `source_weights`."""
         if self.source_weights is None:
             return None
         assert isinstance(self._train, PackedRows)
@@ -401,24 +400,24 @@ class SALTDataModule(LightningDataModule):
         return with_past(now, self.stretches)
 
     def go_on_from(self, checkpoint: dict[str, Any]) -> None:
-        """Rows go on where a run has stopped, also under another batch size or in other shares."""
+        """Continue with the row at which a run stopped, even with another batch size or other shares."""
         self.stretches = go_on(checkpoint, one_stretch(self.global_batch_size, self._shares()))
         if len(self.stretches) > 1:
             self._order = self._plan_order()
         rank_zero_info(f"data: {where(self.stretches, checkpoint['global_step'])}")
 
     def _plan_order(self) -> Order | Mixture:
-        """The order of the training rows, with those of phase 1 where there is a selection."""
+        """The order of the training rows; with a selection, phase 1 has its own rows."""
         if not self.selection:
             return make_order(self._shares(), self.seed, self.num_train_rows)
         order, _, self._selected = self.plan_selection(final=False)
         return order
 
     def plan_selection(self, final: bool = True) -> Plan:
-        """Which rows phase 1 reads, by the scores that `selection` names. `final`: nothing was read before.
+        """Plan which rows phase 1 reads, by the scores in `selection`. `final`: also check how often it reads a row.
 
         Raises:
-            ConfigError: scores are incomplete or damaged, too few rows, or a kept row would be read too often.
+            ConfigError: scores are incomplete or damaged, rows are too few, or a kept row would be read too often.
         """
         scores = Scores(Path(str(self.selection)), "--data.selection")
         scores.require(self.scored())
@@ -429,7 +428,7 @@ class SALTDataModule(LightningDataModule):
         return found
 
     def _place(self) -> tuple[int, int]:
-        """(rank, number) of data-parallel replicas."""
+        """This process's data-parallel rank, and the number of ranks."""
         kwargs = (self.trainer.distributed_sampler_kwargs if self.trainer else None) or {}
         return int(kwargs.get("rank", 0)), int(kwargs.get("num_replicas", 1))
 
@@ -437,7 +436,7 @@ class SALTDataModule(LightningDataModule):
         """Give the trainer its accumulation and cadence.
 
         Raises:
-            ConfigError: batch sizes do not divide, or the trainer's settings stand against them.
+            ConfigError: batch sizes do not divide, or conflict with the trainer's settings.
         """
         self.accumulate = accumulation(self.global_batch_size, self.micro_batch_size, self._place()[1])
         if self.trainer is not None:
@@ -458,21 +457,21 @@ class SALTDataModule(LightningDataModule):
         reads = self.reads(steps)
         rank_zero_info(f"data: {reads.said}" + (f" ({reads.remedy})" if reads.remedy else ""))
 
-    # --- for a look at a model before the first step ---
+    # --- for checks before the first step ---
 
     def reads(self, max_steps: int) -> preflight.Finding:
-        """How often a run reads the text, each source where these have weights."""
+        """How often a run reads the text, or each source if sources have weights."""
         rows, shares = rows_before(self.stretches, max_steps), self._shares()
         if shares is None:
             return preflight.rows(self.num_train_rows, rows, max_steps, len(self.stretches) == 1)
         return preflight.shares(shares.names, shares.reads(rows), shares.rows_S, (max_steps, rows))
 
     def sample(self, rows: int) -> dict[str, torch.Tensor]:
-        """So many validation rows, evenly spaced; the last ones again where there are fewer."""
+        """`rows` validation rows, evenly spaced; rows repeat if there are fewer."""
         assert self._eval is not None, "call setup first"
         return as_tensors(self._eval.build(np.arange(rows) * self._eval.num_rows // rows))
 
     def counts_nll(self, labels_N: torch.Tensor) -> float:
-        """Mean -log p of some labels, nats, where p is how often a token occurs in the training text."""
+        """Mean -log p of labels in nats, where p is the frequency of a token in the training text."""
         assert self._train is not None, "call setup first"
         return counts_nll(self._train.files.tokens, labels_N[labels_N != IGNORE].numpy())
