@@ -39,17 +39,17 @@ from salt_lightning.schedule import KDScheduleCallback
 from salt_lightning.teacher.difficulty import DocumentLossWriter
 from salt_lightning.teacher.scoring import ScoreWriter, check_strategy
 
-# Lightning 2.6 calls jsonargparse by names that it deprecates: nothing a user of ours could mend.
+# Lightning 2.6 uses names that jsonargparse has deprecated; our users cannot fix that.
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 
-_HELD = ExitStack()  # the run's folder, by this process until main() returns
+_HELD = ExitStack()  # the lock on the run's folder, until main() returns
 _WRITERS = {"predict": ScoreWriter, "validate": DocumentLossWriter, "test": DocumentLossWriter}
 
 
 class SALTCLI(LightningCLI):
-    """LightningCLI plus --kd, --checkpoint, --answers and --run; settings that contradict each other are refused."""
+    """LightningCLI plus --kd, --checkpoint, --answers and --run; refuses settings that contradict each other."""
 
-    verb = ""  # the only one whose settings are wanted; "": of all
+    verb = ""  # the only verb whose settings are needed; "": all verbs
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(KDScheduleCallback, "kd")
@@ -67,7 +67,7 @@ class SALTCLI(LightningCLI):
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         if self.verb in ("", subcommand):
             return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        return Parser(**kwargs)  # to be listed: to make its settings takes long
+        return Parser(**kwargs)  # only to be listed: adding its settings is slow
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         super()._add_subcommands(parser, **kwargs)
@@ -81,7 +81,7 @@ class SALTCLI(LightningCLI):
         known = [action.dest for each in parsers for action in each._actions]
         Parser.typed = args = configs_first(sys.argv[1:] if args is None else args)
         check_configs(args, known)
-        self.config = parser.parse_args(args)  # not super(): it warns of arguments given from Python
+        self.config = parser.parse_args(args)  # not super(): it warns about arguments given from Python
         self._explicit = parser.parse_args(args, defaults=False)
         require_no_comments(args, self._settings(self._explicit))
         for config in (self.config, self._explicit):
@@ -95,14 +95,14 @@ class SALTCLI(LightningCLI):
         return config[subcommand] if subcommand else config
 
     def _add_instantiators(self) -> None:
-        """Nothing: they would put class paths into the checkpoint, which holds plain settings of one class."""
+        """Does nothing: instantiators would put class paths into the checkpoint, which holds one class's settings."""
 
     def _parse_ckpt_path(self) -> None:
-        """Defaults < checkpoint < what the user gave. Lightning's own order lets the checkpoint win, silently."""
+        """Precedence: defaults < checkpoint < the user's settings. Lightning silently lets the checkpoint win."""
         config = self._settings(self.config)
         path = config.get("ckpt_path")
         subcommand = self.config.get("subcommand")
-        if subcommand in ("fit", "predict") and config.run:  # before anything is read there
+        if subcommand in ("fit", "predict") and config.run:  # before anything is read from it
             self.hold(Path(config.run))
         if path is None or subcommand is None:
             return
@@ -115,14 +115,14 @@ class SALTCLI(LightningCLI):
         given = self._settings(self._explicit).get("model") or Namespace()
         held = settings_held(path, subcommand, given, proved=chosen == "last")
         if subcommand != "fit" and given:
-            given.pop("student", None)  # what is looked at is what the checkpoint holds
+            given.pop("student", None)  # the student is always the checkpoint's
         merged = self.parser.parse_object({subcommand: {"model": held}}, self.config)
         if given:
             merged = self.parser.parse_object({subcommand: {"model": given.as_dict()}}, merged)
         self.config = merged
 
     def hold(self, run: Path) -> None:
-        # those that Lightning starts take an operator's RANK, inherited, for their own
+        # processes that Lightning starts inherit RANK from an operator, and take it for their own
         if rank() == 0 and all(os.environ.get(name, "0") == "0" for name in ("NODE_RANK", "LOCAL_RANK")):
             _HELD.enter_context(run_lock.held(run))
 
@@ -138,14 +138,14 @@ class SALTCLI(LightningCLI):
         if self.subcommand == "fit" and not has_checkpoint:
             wrong += taken(Path(config.run), settings.checkpoints(config), flat(config.as_dict()))
         if self.subcommand in ("validate", "test") and not has_checkpoint and not config.model.student.path:
-            wrong.append(f"{self.subcommand} needs --ckpt_path (a .ckpt file, or last): a fresh student knows nothing")
-        self.wrong = wrong  # told with what the classes refuse
+            wrong.append(f"{self.subcommand} needs --ckpt_path (a .ckpt file, or last): a new student is untrained")
+        self.wrong = wrong  # reported together with what the classes refuse
 
     def refuse(self) -> None:
         refuse(errors.once(self.wrong))
 
     def say_device(self) -> None:
-        """Where it runs, where that may be a surprise."""
+        """Reports the device where it may be a surprise."""
         asked = self._settings(self.config).trainer.accelerator
         if self.trainer.strategy.root_device.type == "cpu" and asked == "auto":
             say_once(f"device: the CPU, since torch {torch.__version__} finds no GPU (--trainer.accelerator auto)")
@@ -153,12 +153,12 @@ class SALTCLI(LightningCLI):
             say_once(f"device: {'; '.join(remark)}")
 
     def _teaches(self) -> bool:
-        """Whether the teacher has to be there: a fit that is resumed in phase 2 goes on where it is gone."""
+        """Whether the teacher must exist; not when resuming, since in phase 2 it may be gone."""
         config = self._settings(self.config)
         return bool(config.kd.weight > 0 and not config.get("ckpt_path"))
 
     def before_fit(self) -> None:
-        """What can be refused without the text, which takes minutes, is refused before it, and all at once."""
+        """Reports all problems that need no text at once, before the text is prepared, which takes minutes."""
         self.say_device()
         config, student = self._settings(self.config), self.model.student_spec
         resumed = bool(config.get("ckpt_path"))
@@ -166,7 +166,7 @@ class SALTCLI(LightningCLI):
             say_once(f"--model.student.config is not used: the sizes are those of --model.student.path {student.path}")
         target = None if is_over(config.ckpt_path, self.trainer.max_steps) else config.checkpoint.export
         if wrong := raised(check.without_text(self.model, self.trainer, target, self._teaches())):
-            refuse([*wrong, *raised([partial(self.datamodule._corpus, "source")])])  # files take seconds to find
+            refuse([*wrong, *raised([partial(self.datamodule._corpus, "source")])])  # finding files takes seconds
 
     def before_predict(self) -> None:
         self.say_device()
@@ -174,7 +174,7 @@ class SALTCLI(LightningCLI):
         check_path(self.model.teacher_spec, "teacher")
 
     def predict(self, **kwargs: Any) -> None:
-        """Scores: what Lightning would return for every batch is in files already."""
+        """Scores without returning predictions: they are already in files."""
         self.trainer.predict(**{**kwargs, "return_predictions": False})
 
     def validate(self, **kwargs: Any) -> None:
@@ -184,12 +184,12 @@ class SALTCLI(LightningCLI):
         self._evaluate(self.trainer.test, **kwargs)
 
     def _evaluate(self, verb: Callable[..., object], verbose: bool, **kwargs: Any) -> None:
-        verb(**kwargs, verbose=False)  # Lightning's own table has 17 digits
+        verb(**kwargs, verbose=False)  # Lightning's own table prints 17 digits
         if verbose and self.trainer.is_global_zero:
             print(evaluation(self.trainer.callback_metrics))
 
     def instantiate_classes(self) -> None:
-        """What a class refuses gives way to its default, so that all that is wrong is told at once."""
+        """Resets each setting that a class refuses to its default, so that all problems are reported at once."""
         self.instead: dict[str, Any] = {}
         while True:
             try:
@@ -201,7 +201,7 @@ class SALTCLI(LightningCLI):
                 if not settled:
                     refuse(errors.once(self.wrong))
                 self.instead |= settled
-            except Exception:  # Lightning's, perhaps of what is wrong already
+            except Exception:  # from Lightning, perhaps due to a problem found before
                 refuse(errors.once(self.wrong))
                 raise
         if self.instead and self.subcommand == "fit":
@@ -213,7 +213,7 @@ class SALTCLI(LightningCLI):
             super().instantiate_classes()
         except ConfigError:
             raise
-        except (ValueError, ImportError) as error:  # of a class that the user names
+        except (ValueError, ImportError) as error:  # from a class that the user named
             causes = re.findall(r"Problem with given class_path '(\S+)':\s+(.+)", str(error))
             said = re.sub(r"(?s)^Does not validate against any of the Union.*?Errors:\s+- ", "", str(error))
             raise ConfigError("; ".join(map(": ".join, causes)) or one_line(said)) from error
@@ -240,7 +240,7 @@ class SALTCLI(LightningCLI):
         kwargs["callbacks"] = [*others, *own]
         try:
             trainer = super().instantiate_trainer(**kwargs)
-            trainer._checkpoint_connector._ckpt_path = config.get("ckpt_path")  # Lightning: after prepare_data alone
+            trainer._checkpoint_connector._ckpt_path = config.get("ckpt_path")  # else only after prepare_data
             parallel.check(trainer, config.get("ckpt_path"))
             peers.limit_connecting(trainer.strategy, self.subcommand)
             peers.end_with_starter(self.subcommand)
@@ -254,18 +254,18 @@ class SALTCLI(LightningCLI):
             raise ConfigError(f"{setting}: {one_line(error)}") from error
 
     def _instances(self, name: str) -> list[Any]:
-        """What the user gave for a --trainer setting that takes one object or a list of them."""
+        """The user's objects for a --trainer setting that takes one object or a list."""
         found = self._get(self.config_init, "trainer").get(name) or []
         return found if isinstance(found, list) else [found]
 
 
 class CheckCLI(SALTCLI):
-    """The command line of a fit, which is looked at instead of run."""
+    """The command line of fit, which `check` examines instead of running it."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
         parser.add_argument(
-            "--check.memory_gib", type=float | None, default=None, help="Memory of the GPU that the run is meant for."
+            "--check.memory_gib", type=float | None, default=None, help="Memory of the GPU that will run it, GiB."
         )
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
@@ -274,13 +274,13 @@ class CheckCLI(SALTCLI):
         shown.prog, shown.description = shown.prog.replace(" fit", " check"), VERBS["check"][1]
 
     def hold(self, run: Path) -> None:
-        """Nothing: one may look while another trains."""
+        """Does nothing: check may run while another process trains."""
 
     def refuse(self) -> None:
-        """Nothing: it is among the findings."""
+        """Does nothing: the problems are among the findings."""
 
     def before_fit(self) -> None:
-        """Nothing: what it refuses is among the findings."""
+        """Does nothing: the findings include what it would refuse."""
 
     def fit(self, **kwargs: Any) -> None:
         config = self._settings(self.config)
@@ -291,7 +291,7 @@ class CheckCLI(SALTCLI):
 
 
 TRAINER_DEFAULTS: dict[str, Any] = {
-    "max_epochs": -1,  # the run is one Lightning epoch of max_steps; epochs of the data live in its order
+    "max_epochs": -1,  # a run is one Lightning epoch of max_steps; the data's order handles its own epochs
     "num_sanity_val_steps": 0,
     "log_every_n_steps": 10,
     "gradient_clip_val": 1.0,
@@ -319,25 +319,25 @@ def _check(args: list[str]) -> int:
         return _start(CheckCLI, ["fit", *args]).code
     except ConfigError as error:
         say(error)
-    except SystemExit as refused:  # by the parser, which has said why
+    except SystemExit as refused:  # the parser has printed the reason
         if not refused.code:
             raise
     return 1
 
 
 VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {
-    "compare": (compare.main, "Table and plot of several runs: where each reaches the baseline's loss, and its cost."),
-    "export": (export.main, "The student of a checkpoint as a Hugging Face folder, with tokenizer and model card."),
-    "check": (_check, "What would stop or spoil a fit with these settings: teacher, text, memory, disk. Same options."),
+    "compare": (compare.main, "Compares runs in a table and a plot: where each reaches BASELINE's loss, at what cost."),
+    "export": (export.main, "Writes a checkpoint's student as a Hugging Face folder, with tokenizer and model card."),
+    "check": (_check, "Reports what would stop or spoil a fit: teacher, text, memory, disk. Same settings as fit."),
 }
 
 
 @steady_streams()
 def main(args: Sequence[object] | None = None) -> int:
-    """Runs one command line; returns its exit code: 0, 1 for an error of the run, 2 of the settings, 128 + signal.
+    """Runs one command line; returns its exit code: 0, 1 for a failed run, 2 for wrong settings, 128 + signal.
 
     Args:
-        args: what would be typed, as texts, paths and numbers; null: what was.
+        args: the words of the command line: strings, paths and numbers. None: those of this process.
     """
     try:
         with nullcontext() if args is None else steady_interrupts():
@@ -366,11 +366,11 @@ def _main(args: list[str], in_python: bool) -> int:
         return errors.exit_code(stop, in_python)
     except (ConfigError, NonFiniteLossError, OSError, MisconfigurationException, ModuleNotFoundError) as error:
         close_bars()
-        if rank():  # the first rank says the same, and its end is ours; else we speak
+        if rank():  # the first rank reports the same error, and its end ends this one too; else report it here
             time.sleep(FIRST_RANK_S)
         code = say(error)
         return 2 if isinstance(error, MisconfigurationException) else code
-    except ProcessRaisedException as error:  # ddp_notebook, ddp_fork and ddp_spawn bring a traceback as text
+    except ProcessRaisedException as error:  # ddp_notebook, ddp_fork and ddp_spawn pass the traceback as text
         if (cause := errors.of_process(str(error))) is None:
             raise
         close_bars()
@@ -384,13 +384,13 @@ def _main(args: list[str], in_python: bool) -> int:
         return 1
     peers.leave_at_exit()
     trainer = cli.trainer
-    if not trainer.is_global_zero:  # a code of theirs would look like a crash
+    if not trainer.is_global_zero:  # an exit code of other ranks would look like a crash
         return 0
     if cli.subcommand == "fit" and trainer.global_step >= trainer.max_steps:
         return _say_done(trainer)
     if not (sent := next((saver.stopped_by for saver in savers(trainer) if saver.stopped_by), None)):
         return 0
-    print(f"stopped by {sent.name} at step {trainer.global_step}, saved; go on with --ckpt_path last")
+    print(f"stopped by {sent.name} at step {trainer.global_step}, saved; resume with --ckpt_path last")
     return 128 + sent
 
 

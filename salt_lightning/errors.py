@@ -1,4 +1,4 @@
-"""The errors a user is meant to see: one line, no traceback (cli.main catches them)."""
+"""Errors meant for the user: one line, no traceback (cli.main catches them)."""
 
 import argparse
 import errno
@@ -24,18 +24,18 @@ class ConfigError(ValueError):
 
 
 def refuse(wrong: Iterable[str]) -> None:
-    """Raises ConfigError with all that is wrong; nothing where nothing is."""
+    """Raises one ConfigError that lists all problems; does nothing if there are none."""
     if said := "; ".join(wrong):
         raise ConfigError(said)
 
 
 def wrong_kinds(takes: Callable[..., Any], given: Mapping[str, Any], prefix: str) -> list[str]:
-    """Arguments that are of no kind that a function or a class takes: from Python, nobody else looks at them.
+    """Problems with arguments of a wrong type: in a call from Python, nothing else checks them.
 
     Args:
-        takes: what its annotations say; names without one are passed over.
+        takes: the function or class; arguments without annotation are skipped.
         given: values by name.
-        prefix: of the settings that the names are.
+        prefix: put before each name in the message, e.g. --kd.
     """
     wanted = {name: hint for name, hint in _hints(takes).items() if name in given}
     return [
@@ -45,7 +45,7 @@ def wrong_kinds(takes: Callable[..., Any], given: Mapping[str, Any], prefix: str
     ]
 
 
-_hints = cache(get_type_hints)  # some specs are made at every step
+_hints = cache(get_type_hints)  # cached: some specs are created at every step
 
 
 def _is_of(value: Any, hint: Any) -> bool:
@@ -55,17 +55,17 @@ def _is_of(value: Any, hint: Any) -> bool:
         return isinstance(value, str) and value in get_args(hint)
     if get_origin(hint) is list:
         return isinstance(value, list | tuple | range) and all(_is_of(each, get_args(hint)[0]) for each in value)
-    if hint in _NUMBERS:  # numpy's, too
+    if hint in _NUMBERS:  # numpy's too
         return isinstance(value, _NUMBERS[hint]) and not isinstance(value, bool)
     if hint is bool:
-        return type(value).__name__ == "bool"  # Python's, and numpy's
+        return type(value).__name__ == "bool"  # Python's or numpy's
     if hint is str:
         return isinstance(value, str | os.PathLike)
     return not isinstance(hint, type) or isinstance(value, hint)
 
 
 _NUMBERS: dict[Any, type] = {int: Integral, float: Real}
-_SAID = {int: "a whole number", float: "a number", str: "a text", bool: "True or False", NoneType: "None"}
+_SAID = {int: "a whole number", float: "a number", str: "a string", bool: "True or False", NoneType: "None"}
 
 
 def _kind_said(hint: Any) -> str:
@@ -77,7 +77,7 @@ def _kind_said(hint: Any) -> str:
 
 
 def once(messages: Iterable[str]) -> list[str]:
-    """Those that no earlier one holds already."""
+    """The messages, without those that are part of an earlier one."""
     kept: list[str] = []
     for message in messages:
         if not any(message in earlier for earlier in kept):
@@ -86,7 +86,7 @@ def once(messages: Iterable[str]) -> list[str]:
 
 
 def of_others(messages: Iterable[str], settled: Iterable[str]) -> list[str]:
-    """Problems without those that name a setting which stands at its default by now: nobody has asked for that."""
+    """Drops problems that name a setting of `settled`: it was reset to its default, which the user did not give."""
     named = re.compile("|".join(rf"--{re.escape(name)}(?!\w)" for name in settled) or r"(?!)")
     parts = (re.split(r"; (?=--)", message) for message in messages)
     kept = ("; ".join(part for part in problems if not named.search(part)) for problems in parts)
@@ -94,7 +94,7 @@ def of_others(messages: Iterable[str], settled: Iterable[str]) -> list[str]:
 
 
 def raised(looks: Iterable[Callable[[], object]]) -> list[str]:
-    """What each of them refuses."""
+    """The messages of the ConfigErrors that the calls raise."""
     said = []
     for look in looks:
         try:
@@ -105,52 +105,52 @@ def raised(looks: Iterable[Callable[[], object]]) -> list[str]:
 
 
 def printable(text: str) -> str:
-    """One line that does nothing to a terminal: a file's name may hold line ends, and text any escape sequence."""
+    """The text on one line, with control characters escaped: file names and data may contain any of them."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def printable_lines(text: str) -> str:
-    """The same of a text whose lines are ours."""
+    """Like `printable`, but keeps line breaks, for text whose lines are our own."""
     return "\n".join(map(printable, text.split("\n")))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Of the device, or of the host."""
-    import torch  # not above: compare speaks through this file, too, and torch takes seconds
+    """Whether the device or the host ran out of memory."""
+    import torch  # here, because compare uses this file too, and importing torch takes seconds
 
-    # libraries and the allocators of CPUs and of MPS have no type of error for it
+    # libraries and the allocators of CPU and MPS have no error type for it
     said = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
     typed = isinstance(error, MemoryError | torch.OutOfMemoryError)
     return typed or (isinstance(error, RuntimeError) and any(text in str(error) for text in said))
 
 
 def of_machine(error: BaseException) -> str | None:
-    """What to do about an error of the machine that a run is on; None: none that a user could do something about."""
+    """The message for an error caused by the machine, with a remedy; None: not an error that a user can fix."""
     if is_out_of_memory(error):
         return (
             f"out of memory ({one_line(error, 200)}); halve --data.micro_batch_size (the result stays the same), or "
-            "set --model.activation_checkpointing true, and go on with --ckpt_path last"
+            "set --model.activation_checkpointing true, and resume with --ckpt_path last"
         )
-    if "DataLoader worker (pid" in str(error):  # not what one of them has raised
+    if "DataLoader worker (pid" in str(error):  # it was killed; an exception raised in a worker reads differently
         return (
-            f"a process that loads data was killed, as it happens for want of memory ({one_line(error, 200)}); give "
-            "fewer --data.num_workers, and go on with --ckpt_path last"
+            f"a data loading process was killed, usually for lack of memory ({one_line(error, 200)}); use fewer "
+            "--data.num_workers, and resume with --ckpt_path last"
         )
     if "no kernel image" in str(error):
-        return f"this torch has no code for this card ({one_line(error, 200)}); install a build of torch that has"
+        return f"this torch build does not support this GPU ({one_line(error, 200)}); install one that does"
     return None
 
 
-def failed_write(path: os.PathLike[str], reason: str, number: int | None, again: str = "do it again") -> OSError:
-    """What is said of a write that failed, as on a full disk.
+def failed_write(path: os.PathLike[str], reason: str, number: int | None, again: str = "try again") -> OSError:
+    """The error to raise for a failed write, e.g. on a full disk, with a remedy.
 
     Args:
-        path: what was to be there, whatever it was called while it was made.
-        reason: what the system said.
-        number: its errno, where there is one.
-        again: how to go on when that is mended.
+        path: the intended file, not its temporary name.
+        reason: the system's message.
+        number: its errno, if there is one.
+        again: what to do once the problem is fixed.
     """
-    remedy = f"mend that and {again}"
+    remedy = f"fix that and {again}"
     if number in (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR):
         remedy = "choose another folder"
     elif number in (None, errno.ENOSPC, errno.EDQUOT):
@@ -163,21 +163,21 @@ class NonFiniteLossError(RuntimeError):
 
 
 def of_process(traceback: str) -> Exception | None:
-    """The error of ours that another process has ended with; None: it is none of them."""
+    """Our own error that ended another process, made again from its traceback; None: it is not one of ours."""
     name, _, message = traceback.rstrip().rpartition("\n")[2].partition(": ")
     kinds = {f"{kind.__module__}.{kind.__name__}": kind for kind in (ConfigError, NonFiniteLossError)}
     return kinds[name](message) if name in kinds else None
 
 
 class VerbParser(argparse.ArgumentParser):
-    """Arguments of a verb that needs no trainer: what is wrong with them is one line, without the usage."""
+    """Argument parser of a verb that needs no trainer: an error is one line, without the usage text."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{self.prog.split()[-1]}: {message}")
 
 
 def say(error: Exception) -> int:
-    """Prints the error as one line; returns the exit code of the process: 2 for one of the settings, 1 for others."""
+    """Prints the error as one line; returns the exit code of the process: 2 for wrong settings, 1 for other errors."""
     message = str(error) if isinstance(error, ConfigError | NonFiniteLossError) else one_line(error)
     if isinstance(error, OSError) and error.filename is not None:
         message = f"{error.filename}: {error.strerror}"
@@ -186,27 +186,29 @@ def say(error: Exception) -> int:
 
 
 def exit_code(stop: BaseException, in_python: bool) -> int:
-    """What ends the command by a KeyboardInterrupt or a SystemExit; one that says something else is raised again."""
-    # Lightning makes an exit with code 1 of a Ctrl-C in validate and test, and of a second one in fit
+    """The exit code after a Ctrl-C, or in Python after a SystemExit with a number; raises any other `stop` again."""
+    # Lightning turns a Ctrl-C in validate and test, and a second one in fit, into an exit with code 1
     cause = stop.__context__ if isinstance(stop, SystemExit) else stop
     if isinstance(cause, KeyboardInterrupt):
         number = signal.Signals(cause.args[0]) if cause.args else signal.SIGINT
         print(f"\nstopped by {number.name}", file=sys.stderr)
         return 128 + number
     code = getattr(stop, "code", None) or 0
-    if in_python and isinstance(code, int):  # of a parser, which has spoken: a caller has more to do
+    if in_python and isinstance(code, int):  # the parser has printed its error; the caller continues
         return code
     raise stop
 
 
 def require_length(max_steps: Any) -> None:
-    """Raises ConfigError where a trainer's max_steps is no number of optimizer steps, as Lightning's -1."""
+    """Raises ConfigError if a trainer's max_steps is not a number of optimizer steps, e.g. Lightning's -1."""
     if not isinstance(max_steps, Integral) or max_steps < 1:
-        raise ConfigError(f"--trainer.max_steps: {max_steps} is no length of a run; give optimizer steps")
+        raise ConfigError(
+            f"--trainer.max_steps: {max_steps} is not a valid run length; give a number of optimizer steps"
+        )
 
 
 class Stopped(RuntimeError):
-    """A signal ended the work; what was done is kept, and the same command goes on with the rest."""
+    """A signal stopped the work; finished parts are kept, and the same command continues."""
 
     def __init__(self, number: signal.Signals, message: str) -> None:
         super().__init__(message)
@@ -214,16 +216,16 @@ class Stopped(RuntimeError):
 
 
 def first_line(error: BaseException) -> str:
-    """The error's message, cut to one line."""
+    """The first line of the error's message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def one_line(error: BaseException | str, limit: int = 400) -> str:
-    """The whole message as one line, cut to so many characters."""
+    """The whole message on one line, cut to `limit` characters."""
     return " ".join(str(error).split())[:limit]
 
 
 def few(names: Iterable[object]) -> str:
-    """The first three of a list that may be long."""
+    """The first three of the names, which may be many."""
     shown = list(map(str, names))
     return ", ".join(shown[:3]) + (" ..." if len(shown) > 3 else "")

@@ -36,7 +36,7 @@ ERRORS = {
     "unknown key": ({"kd.wieght": 0.5}, r"--kd.wieght: there is no such setting; did you mean --kd.weight\?"),
     "an address to write to": (
         {"run": "s3://bucket/run", "checkpoint.folder": "gs://b/c", "checkpoint.export": "abfss://b@c/d"},
-        r"^error: --run s3://bucket/run is an address: give .* mounted; --checkpoint.folder gs://b/c is an .*; "
+        r"^error: --run s3://bucket/run is an address; give .* mounted; --checkpoint.folder gs://b/c is an .*; "
         r"--checkpoint.export abfss://b@c/d is an",
     ),
     "an address to read from": (
@@ -92,8 +92,8 @@ ERRORS = {
         {"trainer.gradient_clip_val": -1},
         r"--trainer.gradient_clip_val -1.* must not be negative",
     ),
-    "no steps": ({"trainer.max_steps": 0}, r"--trainer.max_steps: 0 is no length of a run"),
-    "endless": ({"trainer.max_steps": -1}, r"--trainer.max_steps: -1 is no length of a run"),
+    "no steps": ({"trainer.max_steps": 0}, r"--trainer.max_steps: 0 is not a valid run length"),
+    "endless": ({"trainer.max_steps": -1}, r"--trainer.max_steps: -1 is not a valid run length"),
     "no devices": ({"trainer.devices": 0}, r"--trainer.devices 0: "),
     "epochs": ({"trainer.max_epochs": 0}, r"--trainer.max_epochs 0: a run is counted in steps"),
     "epochs of validation": ({"trainer.check_val_every_n_epoch": 0}, r"n_epoch 0: .*use --trainer.val_check_interval"),
@@ -107,13 +107,13 @@ ERRORS = {
     ),
     "a TPU that is not there": (
         {"trainer.accelerator": "tpu"},
-        r"^error: --trainer.accelerator tpu: torch \S+ finds no such device here; give auto, .* or cpu",
+        r"^error: --trainer.accelerator tpu: torch \S+ finds no such device here; use auto, .* or cpu",
     ),
     "an accelerator that is none": ({"trainer.accelerator": "foo"}, r"--trainer.accelerator foo: "),
     "a setting of a strategy that is no class": (
         {"trainer.strategy": "ddp", "trainer.strategy.process_group_backend": "nccl"},
-        r"^error: --trainer.strategy.process_group_backend nccl is a setting of a class, and --trainer.strategy names "
-        r"none; give the class itself, e.g. --trainer.strategy DDPStrategy for ddp$",
+        r"^error: --trainer.strategy.process_group_backend nccl is a setting of a class, but --trainer.strategy names "
+        r"no class; give the class name, e.g. --trainer.strategy DDPStrategy for ddp$",
     ),
     "NCCL on a CPU": (
         {
@@ -134,8 +134,11 @@ ERRORS = {
         {"model.student.family": "t5"},
         r"--model.student.family t5 is no causal",
     ),
-    "a run that is a file": ({"run": "{bad}/empty.jsonl"}, r"--run .*empty.jsonl: .*empty.jsonl is no folder; choose"),
-    "a run below a file": ({"run": "{bad}/empty.jsonl/run"}, r"--run .*/run: .*empty.jsonl is no folder; choose"),
+    "a run that is a file": (
+        {"run": "{bad}/empty.jsonl"},
+        r"--run .*empty.jsonl: .*empty.jsonl is not a folder; choose",
+    ),
+    "a run below a file": ({"run": "{bad}/empty.jsonl/run"}, r"--run .*/run: .*empty.jsonl is not a folder; choose"),
     "checkpoints below a file": (
         {"checkpoint.folder": "/dev/null/x"},
         r"--checkpoint.folder /dev/null/x: /dev/null is no",
@@ -304,26 +307,26 @@ ERRORS = {
         {"trainer.gradient_clip_algorithm": "value"},
         r"--trainer.gradient_clip_algorithm value is not supported; use norm",
     ),
-    "more devices than there are": ({"trainer.devices": 2**63}, rf"--trainer.devices {2**63} must be 1048576 at most"),
+    "more devices than there are": ({"trainer.devices": 2**63}, rf"--trainer.devices {2**63} must be at most 1048576"),
     "a class that is not there": (
         {"trainer.logger": "no.such.Logger"},
         r"--trainer.logger no.such.Logger must be Logger or true or false or null: No module named 'no'$",
     ),
     "a name of no class": (
         {"trainer.callbacks": "NoSuch"},
-        r"NoSuch must be Callback or null; no such class is installed here \(in full: package.module.Class\)$",
+        r"NoSuch must be Callback or null; no such class is installed; give its full name, package.module.Class$",
     ),
     "a class without what it needs": (
         {"trainer.logger": "CSVLogger"},
-        r"a class of --trainer.\* requires save_dir: give it as .init_args.save_dir$",
+        r"a class of --trainer.\* requires save_dir; give it as .init_args.save_dir$",
     ),
     "an argument that a class does not take": (
         {"trainer.callbacks": "EarlyStopping", "trainer.callbacks.monitr": "x"},
-        r"a class of --trainer.\* does not take monitr$",
+        r"a class of --trainer.\* has no argument monitr$",
     ),
     "a number that reads as a comment": (
         {"kd.steps": "#5"},
-        r"--kd.steps '#5' reads as a comment, so as null; say null, or what it should be",
+        r"--kd.steps '#5' is a comment in YAML, so it reads as null; give null, or a value",
     ),
     "a callback that chooses the start": (
         {"trainer.callbacks": [{"class_path": f"lightning.pytorch.callbacks.{CRASH}", "init_args": {"dirpath": "x"}}]},
@@ -372,13 +375,13 @@ ERRORS = {
     ),
     "sizes for a teacher": (
         {"model.teacher.config": {"hidden_size": 0}},
-        r"--model.teacher.config {'hidden_size': 0}: it has the sizes of --model.teacher.path; leave it out",
+        r"--model.teacher.config {'hidden_size': 0}: the sizes come from --model.teacher.path; leave it out",
     ),
     "no sizes": ({"model.student.config": {}}, r"--model.student.config is empty: .* Give sizes, e.g. hidden_size"),
     "no such attention": ({"model.student.attention": "nope"}, r"--model.student.config: .*nope"),
     "no GPU": (
         {"trainer.accelerator": "gpu"},
-        r"^error: --trainer.accelerator gpu: torch \S+ finds no such device here; give auto, .* or cpu",
+        r"^error: --trainer.accelerator gpu: torch \S+ finds no such device here; use auto, .* or cpu",
     ),
     "a precision that is none": ({"trainer.precision": "fp17"}, r"^error: .{0,300}fp17.{0,300}$"),
     "interval of zero": ({"checkpoint.every_n_steps": 0}, r"--checkpoint.every_n_steps 0 must be at least 1"),
@@ -551,33 +554,36 @@ def test_a_card_that_this_torch_has_no_code_for(settings, tmp_path, capsys, monk
 
     monkeypatch.setattr(SALTModule, "training_step", launch)
     assert run(["fit", *arguments(settings, {"run": str(tmp_path / "run"), "kd.weight": 0.0})]) == 1
-    assert "error: this torch has no code for this card (CUDA error: no kernel image is available" in one_line(capsys)
+    assert "error: this torch build does not support this GPU (CUDA error: no kernel image is available" in one_line(
+        capsys
+    )
 
 
 CONFIGS = {
     "missing": (None, r"--config .*c.yaml does not exist; give a YAML file"),
     "no UTF-8": (b"\xff\xfe\x00", r"--config .*c.yaml is not UTF-8 text"),
-    "a checkpoint": (b"PK\x03\x04\x00", r"--config .*c.yaml: no YAML"),
-    "a tab": (b"model:\n\tcompile: true\n", r"--config .*c.yaml, line 2, column 1: no YAML \(found character"),
-    "an open bracket": (b"model: [1, 2\n", r"--config .*c.yaml, line 2, column 1: no YAML"),
-    "a list": (b"- 1\n", r"--config .*c.yaml is no mapping of settings"),
-    "nothing": (b"# run: x\n", r"--config .*c.yaml is no mapping of settings; write lines such as"),
-    "a word": (b"hello\n", r"--config .*c.yaml is no mapping of settings"),
+    "a checkpoint": (b"PK\x03\x04\x00", r"--config .*c.yaml: not valid YAML"),
+    "a tab": (b"model:\n\tcompile: true\n", r"--config .*c.yaml, line 2, column 1: not valid YAML \(found character"),
+    "an open bracket": (b"model: [1, 2\n", r"--config .*c.yaml, line 2, column 1: not valid YAML"),
+    "a list": (b"- 1\n", r"--config .*c.yaml is not a mapping of settings"),
+    "nothing": (b"# run: x\n", r"--config .*c.yaml is not a mapping of settings; write lines such as"),
+    "a word": (b"hello\n", r"--config .*c.yaml is not a mapping of settings"),
     "a tag": (
         b"model: !!python/object/apply:os.system ['touch ran']\n",
         r"could not determine a constructor for the tag",
     ),
     "a key twice": (
         b"kd:\n  weight: 0\nrun: x\nkd:\n  steps: 1\n",
-        r"--config .*c.yaml, line 4: kd stands there twice",
+        r"--config .*c.yaml, line 4: kd is set twice",
     ),
     "a key in dots besides": (
         b"data:\n  block_size: 7\ndata.block_size: 9\n",
-        r"--config .*c.yaml, line 3: data.block_size stands there twice; leave one",
+        r"--config .*c.yaml, line 3: data.block_size is set twice; remove one",
     ),
     "a key in dots beside its group": (
         b"model:\n  student.config.hidden_size: 8\n  student: {config: {num_hidden_layers: 2}}\n",
-        r"--config .*c.yaml, line 2: model.student.config.hidden_size stands beside model.student, a mapping; write it",
+        r"--config .*c.yaml, line 2: model.student.config.hidden_size is given in addition to the mapping "
+        r"model.student; move it",
     ),
     "a key beside two merges": (  # the later one wins
         b"trainer:\n  <<: {max_steps: 3}\n  <<: {max_steps: 4}\n  max_stps: 1\n",
@@ -659,8 +665,8 @@ def test_no_folder_to_write_to_at_the_imports_is_one_line(which):
     command = [sys.executable, "-c", f"{code}; sys.exit(main())", "fit"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     assert done.stderr == (
-        f"error: [Errno 2] {said}; let TMPDIR, and TORCHINDUCTOR_CACHE_DIR where it is set, name folders that can be "
-        "written\n"
+        f"error: [Errno 2] {said}; set TMPDIR (and TORCHINDUCTOR_CACHE_DIR, if you use it) to a folder that can "
+        "be written\n"
     )
     assert done.returncode == 1
 
@@ -683,7 +689,7 @@ def limited(args: list[str], largest_file: int) -> subprocess.CompletedProcess:
         (
             {"trainer.max_steps": 100, "checkpoint.every_n_steps": None},
             12_000,
-            r"error: .*/run cannot be written \(.*File too large\); mend that and go on with --ckpt_path last",
+            r"error: .*/run cannot be written \(.*File too large\); fix that and go on with --ckpt_path last",
         ),
         ({"checkpoint.every_n_steps": 2}, 60_000, r"error: .*/step-00000002.ckpt cannot be written \(.*File too large"),
     ],

@@ -205,7 +205,7 @@ def test_exit_code_of_refused_settings(settings, capsys):
     for said in (
         "ERROR settings --kd.weight 2.0 must lie in 0..1",
         "ERROR settings --model.optim.lr -1.0 must be above 0",
-        "ERROR settings --data.val_fraction: 7.0 must lie between 0 and 1",
+        "ERROR settings --data.val_fraction: 7.0 must be between 0 and 1",
         "ERROR settings --data.source: 'none.jsonl' matches no file",
         "note the rest text, models, memory and disk, when these are mended",
     ):
@@ -260,7 +260,7 @@ def test_help_has_the_settings_of_a_fit(capsys):
     assert cli.main(["check", "--help"]) == 0
     shown = capsys.readouterr().out
     assert re.match(r"usage: \S+ check \[--config FILE\]", shown), shown[:100]
-    assert "\n\nWhat would stop or spoil a fit with these settings" in shown
+    assert "\n\nReports what would stop or spoil a fit: teacher, text, memory, disk" in shown
     assert all(name in shown for name in ("--data.source", "--kd.steps", "--check.memory_gib", "--checkpoint.keep"))
 
 

@@ -103,8 +103,8 @@ def test_what_the_storage_does_not_give_is_no_damage(tmp_path, fault, monkeypatc
     [
         (errno.ENOSPC, "is the disk full? Make room and go on with --ckpt_path last"),
         (errno.EDQUOT, "is the disk full? Make room and go on with --ckpt_path last"),
-        (errno.EIO, "mend that and go on with --ckpt_path last"),
-        (errno.ESTALE, "mend that and go on with --ckpt_path last"),
+        (errno.EIO, "fix that and go on with --ckpt_path last"),
+        (errno.ESTALE, "fix that and go on with --ckpt_path last"),
         (errno.EROFS, "choose another folder"),
     ],
 )

@@ -83,8 +83,8 @@ def test_help_says_what_this_project_does(capsys):
     assert cli.main(["fit", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
     for name in REFUSED:
-        assert re.search(rf"--trainer.{name} \S+ Not to be set in this project: ", text), name
-    assert "--ckpt_path CKPT_PATH A checkpoint (.ckpt), or last: the newest one of the run's folder that is" in text
+        assert re.search(rf"--trainer.{name} \S+ Cannot be set in this project: ", text), name
+    assert "--ckpt_path CKPT_PATH A checkpoint (.ckpt), or last: the newest undamaged checkpoint in the run's" in text
     assert not re.search("Default: ``|known subclasses", text)  # Lightning's: other than those here
     assert text.index("The model to train") < text.index("--kd.weight") < text.index("--trainer.strategy")
     assert re.match(r"usage: \S+ fit \[--config FILE\]... \[--SETTING VALUE\]... Trains a student", text)
@@ -193,7 +193,7 @@ def test_what_lightning_refuses_is_one_line(settings, tmp_path, capsys, setting,
     ("options", "asked", "code", "said"),
     [
         ([], "--version", 0, f"salt_lightning {salt_lightning.__version__}\n"),
-        (["-OO"], "fit", 1, "error: -OO (PYTHONOPTIMIZE=2) takes docstrings away, which transformers' models need"),
+        (["-OO"], "fit", 1, "error: -OO (PYTHONOPTIMIZE=2) removes docstrings, which transformers' models need"),
     ],
 )
 def test_what_is_said_before_anything_is_imported(options, asked, code, said):
@@ -449,7 +449,7 @@ def test_a_few_micro_batches_are_no_run(settings, tmp_path, capsys, name):
 def test_nothing_is_validated_without_a_checkpoint(settings, tmp_path, capsys):
     own = {k: v for k, v in settings.items() if not k.startswith("checkpoint.")}
     assert run(["validate", *arguments(own, {"run": str(tmp_path / "typo"), "ckpt_path": "last"})]) == 2
-    assert re.search(r"no checkpoint in .*typo/checkpoints; is --run .*typo right\?", one_line(capsys))
+    assert re.search(r"no checkpoint in .*typo/checkpoints; check --run .*typo", one_line(capsys))
 
 
 def test_validate_needs_no_teacher_says_what_it_found_and_leaves_the_runs_config(settings, tmp_path, capsys):
@@ -483,7 +483,7 @@ def test_a_plugin_of_the_user_is_used(tmp_path, form):
 
 def test_a_pattern_without_quotes_is_explained(capsys):
     assert run(["fit", "--data.source", "a.jsonl", "b.jsonl"]) == 2
-    assert "unrecognized arguments: b.jsonl; a pattern of files goes in quotes, 'my_text/*.jsonl'" in one_line(capsys)
+    assert "unrecognized arguments: b.jsonl; put a glob in quotes, 'my_text/*.jsonl'" in one_line(capsys)
 
 
 def test_on_a_terminal_messages_stand_on_lines_of_their_own(settings, tmp_path):

@@ -137,7 +137,7 @@ def test_what_cannot_be_written_is_named_with_a_remedy(three, tmp_path):
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
     try:
-        with pytest.raises(OSError, match=r"/out/compare.\* cannot be written \(File too large\); mend that and do it"):
+        with pytest.raises(OSError, match=r"/out/compare.\* cannot be written \(File too large\); fix that and try"):
             compare(three, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -177,4 +177,4 @@ def test_each_file_is_a_source_by_the_end_of_its_path(tmp_path, fit_with, capsys
     lowest, highest = (f(v[12] for t, v in logged.items() if "ce/" in t) for f in (min, max))
     assert lowest < logged["val/ce"][12] < highest
     assert fit_with(tmp_path / "two", **own, **{"data.source_column": "text"}) == 2
-    assert "--data.source_per_file: True and --data.source_column both say" in capsys.readouterr().err
+    assert "--data.source_per_file: True and --data.source_column both define" in capsys.readouterr().err

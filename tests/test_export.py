@@ -598,7 +598,7 @@ def test_a_full_disk_leaves_nothing(salt, tmp_path, capsys):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, handler)
     err = capsys.readouterr().err
-    said = f"{tmp_path}/out cannot be written (File too large); mend that and do it again"
+    said = f"{tmp_path}/out cannot be written (File too large); fix that and try again"
     assert err.strip().splitlines()[-1] == f"error: {said}"
     assert not list(tmp_path.iterdir())
 

@@ -713,7 +713,7 @@ def test_a_checkpoint_that_is_written_later_is_no_error(data, tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ModelSpec(SIZES), r"ModelSpec.path {.*} must be a text or None"),
+        (lambda: ModelSpec(SIZES), r"ModelSpec.path {.*} must be a string or None"),
         (lambda: ModelSpec(dtype=torch.float16), "ModelSpec.dtype 'float16' must be float32 or bfloat16 or None"),
         (lambda: SALTDataModule("x", keep={}), "--data.keep {} must be of class KeepRule"),
         (lambda: SALTDataModule("x", block_size=32.0), "--data.block_size 32.0 must be a whole number"),
@@ -723,13 +723,13 @@ def test_a_checkpoint_that_is_written_later_is_no_error(data, tmp_path):
         (lambda: KDScheduleCallback(True), "--kd.weight True must be a number"),
         (lambda: OptimSpec(lr="1e-3"), "--model.optim.lr '1e-3' must be a number"),
         (lambda: KeepRule(k=None), "--data.keep.k None must be a whole number"),
-        (lambda: Examples(prompt=1), "--data.examples.prompt 1 must be a text"),
+        (lambda: Examples(prompt=1), "--data.examples.prompt 1 must be a string"),
         (lambda: AnswerTest(max_new_tokens="5"), "--answers.max_new_tokens '5' must be a whole number"),
         (lambda: RunCheckpoint(at_steps=5), "--checkpoint.at_steps 5 must be a list"),
         (lambda: KDSchedule(shape=np.array(["step", "linear"])), "--kd.shape .* must be step or linear or"),
         (lambda: SALTModule(ModelSpec(), optim=torch.optim.AdamW), "--model.optim .* must be of class OptimSpec"),
         (lambda: SALTModule(ModelSpec(), compile=1), "--model.compile 1 must be True or False"),
-        (lambda: OptimSpec().check(20.0), "--trainer.max_steps: 20.0 is no length of a run"),
+        (lambda: OptimSpec().check(20.0), "--trainer.max_steps: 20.0 is not a valid run length"),
     ],
 )
 def test_values_of_another_kind_are_named_where_they_are_given(make, message):

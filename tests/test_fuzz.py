@@ -120,9 +120,9 @@ def test_values_that_are_no_numbers_to_work_with(make, message):
 
 
 CONFIGS = {
-    'run: x\ndata: "\\0"': r"line 2: a zero byte is no setting",
-    "model: &a {student: *a}": r"settings contain themselves, or are nested too deep",
-    "model: " + "[" * 3000: r"settings contain themselves, or are nested too deep",
+    'run: x\ndata: "\\0"': r"line 2: a value contains a zero byte",
+    "model: &a {student: *a}": r"settings contain themselves, or are nested too deeply",
+    "model: " + "[" * 3000: r"settings contain themselves, or are nested too deeply",
 }
 
 

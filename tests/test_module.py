@@ -917,5 +917,5 @@ def test_a_loader_of_ones_own_that_knows_its_place_goes_on_there(tmp_path):
 def test_validation_by_epochs_is_refused(settings):
     own = {key[5:]: value for key, value in settings.items() if key.startswith("data.")}
     trainer = pl.Trainer(max_steps=2, accelerator="cpu", logger=False, check_val_every_n_epoch=2)
-    with pytest.raises(ConfigError, match="--trainer.check_val_every_n_epoch 2: a run is one epoch of Lightning's"):
+    with pytest.raises(ConfigError, match="--trainer.check_val_every_n_epoch 2: a run is one Lightning epoch"):
         trainer.fit(SALTModule(ModelSpec(config=CONFIG)), SALTDataModule(**own))

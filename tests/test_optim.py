@@ -109,7 +109,7 @@ def test_a_run_of_fewer_than_five_steps_has_no_decay_by_default():
 
 
 def test_a_run_without_a_length_is_refused():
-    with pytest.raises(ConfigError, match=r"--trainer.max_steps: -1 is no length of a run"):
+    with pytest.raises(ConfigError, match=r"--trainer.max_steps: -1 is not a valid run length"):
         OptimSpec().check(-1)
 
 

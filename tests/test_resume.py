@@ -350,7 +350,7 @@ def test_a_stream_that_breaks_ends_no_run(stream, fit_with, tmp_path, monkeypatc
         monkeypatch.setattr("sys.stdout", full if stream == "full" else pipe)
         assert fit_with(tmp_path / "run", **{"trainer.enable_progress_bar": True}) == 0
     reason = {"full": "No space left on device", "pipe": "Broken pipe"}[stream]
-    assert capsys.readouterr().err.count(f"stdout cannot be written ({reason}): going on without") == 1
+    assert capsys.readouterr().err.count(f"stdout cannot be written ({reason}): continuing without it") == 1
 
 
 def test_streams_that_were_closed_before(tmp_path):
@@ -391,7 +391,7 @@ def test_a_loader_worker_that_is_killed_is_one_line(fit_with, tmp_path, capsys):
     many = {"data.num_workers": 1, "trainer.max_steps": 200}
     assert fit_with(tmp_path / "run", KillWorker(), **many) == 1
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert re.match(r"error: a process that loads data was killed, .* \(DataLoader worker .*--ckpt_path last$", said)
+    assert re.match(r"error: a data loading process was killed, .* \(DataLoader worker .*--ckpt_path last$", said)
 
 
 def test_going_back_leaves_the_other_branch_aside(fit, tmp_path, caplog):
@@ -957,12 +957,12 @@ def test_a_config_of_another_run_gives_its_settings_and_no_seed(fit, tmp_path, c
     """Nor its checkpoint, without a word: a start that went on has written the one that it went on from."""
     assert fit(tmp_path / "s0", stop_at=3) == 128 + signal.SIGTERM
     assert fit(tmp_path / "s0", ckpt_path="last") == 0
-    assert "going on from there" not in capsys.readouterr().err
+    assert "resuming from there" not in capsys.readouterr().err
     config = yaml.safe_load((tmp_path / "s0" / "config.yaml").read_text())
     assert (config["seed_everything"], config["model"]["seed"], config["data"]["seed"]) == (0, None, None)
     copy = ["fit", "--config", str(tmp_path / "s0" / "config.yaml"), "--seed_everything", "1"]
     assert cli.main([*copy, "--run", str(tmp_path / "on"), "--trainer.max_steps", "13"]) == 0
-    named = f"--ckpt_path {config['ckpt_path']}: going on from there, not from a checkpoint of --run {tmp_path / 'on'}"
+    named = f"--ckpt_path {config['ckpt_path']}: resuming from there, not from a checkpoint of --run {tmp_path / 'on'}"
     assert named in capsys.readouterr().err
     assert cli.main([*copy, "--run", str(tmp_path / "s1"), "--ckpt_path", "null"]) == 0
     assert fit(tmp_path / "other", seed_everything=1) == 0

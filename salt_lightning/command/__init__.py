@@ -1,1 +1,1 @@
-"""Around the command line: parser, settings that contradict each other, streams."""
+"""The command line: parser, checks of settings, resume, streams."""

@@ -1,4 +1,4 @@
-"""The command line's parser: its errors are one line, with the setting as typed, the value and what is allowed."""
+"""The command-line parser: an error is one line with the setting as typed, its value and what is allowed."""
 
 import argparse
 import difflib
@@ -30,7 +30,7 @@ _TYPES = {
 
 
 class HelpFormatter(DefaultHelpFormatter):
-    """Without the classes that a setting would take, some of which are in no use here."""
+    """Leaves out the lists of known subclasses, some of which this project does not use."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         return re.sub(r",? ?known subclasses: [^)]*", "", super()._get_help_string(action))
@@ -40,7 +40,7 @@ _load_yaml = get_loader("yaml")
 
 
 def _load(text: str) -> Any:
-    """YAML, but that a value which begins with # is that text: a comment would be read as null, and so in silence."""
+    """Reads YAML, but keeps a value that begins with # as text: YAML would silently read a comment, so null."""
     value = _load_yaml(text)
     return text if value is None and text.lstrip().startswith("#") and "\n" not in text else value
 
@@ -49,7 +49,7 @@ set_loader("yaml", _load, (yaml.YAMLError,))
 
 
 class Parser(LightningArgumentParser):
-    """Errors are one line: the usage text of some 70 lines would bury them."""
+    """Reports errors on one line, without the usage text of some 70 lines."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # No abbreviations: --trainer.max_step would be taken for max_steps.
@@ -65,36 +65,36 @@ class Parser(LightningArgumentParser):
         if asked._one_by_one:
             raise ConfigError(said)
         asked._one_by_one, others = True, list[str]()
-        if "run" in known:  # else it is the parser of a class's own settings
-            with suppress(yaml.YAMLError):  # jsonargparse stops at the first
+        if "run" in known:  # else this parses the settings of one class
+            with suppress(yaml.YAMLError):  # jsonargparse stops at the first error, so parse the others one by one
                 others = raised(partial(asked.parse_args, [f"--{name}={value}"]) for name, value in _given(self.typed))
         sys.stderr.write(f"error: {printable('; '.join(dict.fromkeys([said, *others])))}\n")
         raise SystemExit(2)
 
 
 _VERBS = {
-    "fit": "Trains a student: BASELINE, SALT, RKD or SALT_DS, by the settings; also fine-tuning.",
-    "validate": "Losses of a checkpoint on the validation text; of a teacher, also the loss of each document.",
-    "test": "The same on the test text; of a fine-tuned student, what it generates and chooses.",
-    "predict": "SALT_DS: the teacher's loss and rank of every training token, and a report of the scores.",
+    "fit": "Trains a student: BASELINE, SALT, RKD or SALT_DS, depending on the settings; also fine-tunes.",
+    "validate": "Measures a checkpoint's losses on the validation text; for a teacher, also each document's loss.",
+    "test": "Does the same on the test text; for a fine-tuned student, also checks its answers.",
+    "predict": "For SALT_DS: writes the teacher's loss and rank of every training token, and a report of the scores.",
 }
-# How Lightning's trainer describes its methods, cut in the middle.
+# Beginnings of Lightning's descriptions of its trainer's methods, which jsonargparse cuts in the middle.
 _OF_TRAINER = ("Perform one evaluation", "Runs the full", "Run inference")
 _TRAINER = "Customize every aspect of training via flags"  # Lightning's title of its trainer's settings
-_REFUSED = "Not to be set in this project"
-# Where Lightning's own words are not true here.
+_REFUSED = "Cannot be set in this project"
+# Help texts where Lightning's own are not true here.
 _WORDS = {
-    "config": "YAML file of settings. Of several the later one wins, and what is typed wins over all.",
-    "seed_everything": "Of initial weights, dropout and order, unless --model.seed or --data.seed is given.",
-    "ckpt_path": "A checkpoint (.ckpt), or last: the newest one of the run's folder that is not damaged.",
-    "trainer.strategy": "auto, ddp, fsdp (FSDP1), or FSDP2 by --config configs/fsdp.yaml.",
-    "trainer.logger": "Trackers beside TensorBoard in the run's folder, which compare reads. false: nothing.",
-    "trainer.gradient_clip_val": "Largest norm of the gradient of an optimizer step; null clips nothing.",
+    "config": "YAML file of settings. Later files win over earlier ones, and command-line options win over all files.",
+    "seed_everything": "Seed of initial weights, dropout and data order, unless --model.seed or --data.seed is given.",
+    "ckpt_path": "A checkpoint (.ckpt), or last: the newest undamaged checkpoint in the run's folder.",
+    "trainer.strategy": "auto, ddp or fsdp (FSDP1); for FSDP2 use --config configs/fsdp.yaml.",
+    "trainer.logger": "Trackers in addition to TensorBoard in the run's folder, which compare reads. false: no log.",
+    "trainer.gradient_clip_val": "Largest gradient norm of an optimizer step; null: no clipping.",
     "trainer.num_sanity_val_steps": "Validation batches before the first step.",
     "trainer.max_steps": "Optimizer steps of the run.",
     "trainer.precision": "32-true, bf16-mixed or bf16-true.",
     "trainer.val_check_interval": "Optimizer steps between validations (a whole number), or a share of the run (0..1).",
-    "trainer.log_every_n_steps": "Optimizer steps between two logged ones.",
+    "trainer.log_every_n_steps": "Log every so many optimizer steps.",
     "weights_only": "Not used: a checkpoint is never unpickled.",
     "trainer.accumulate_grad_batches": f"{_REFUSED}: it follows from --data.global_batch_size.",
     "trainer.barebones": f"{_REFUSED}: it would leave no log and no checkpoint.",
@@ -109,39 +109,39 @@ _WORDS = {
 
 
 def reword(action: argparse.Action, parsers: dict[str, LightningArgumentParser]) -> None:
-    """Says in `--help` what Lightning's verbs (`action` lists them) and settings do in this project."""
+    """Makes `--help` say what Lightning's verbs (`action` lists them) and settings do in this project."""
     for verb in action._choices_actions:  # type: ignore[attr-defined]
         verb.help = _VERBS.get(verb.dest, verb.help)
     for verb, parser in parsers.items():
         parser.description = _VERBS[verb]
         for setting in parser._actions:
             setting.help = _WORDS.get(setting.dest, setting.help)
-            if setting.dest.endswith(".help"):  # they work, and fill a page
+            if setting.dest.endswith(".help"):  # these options work, but fill a page
                 setting.help = argparse.SUPPRESS
-            elif setting.dest.startswith("trainer."):  # Lightning's texts name its own defaults, not those here
+            elif setting.dest.startswith("trainer."):  # Lightning's texts name its own defaults, not ours
                 setting.help = re.sub(r"\s*Default: ``[^`]*``\.?$", "", setting.help or "")
         parser.prog = parser.prog.replace(" [options]", "")
-        parser.usage = "%(prog)s [--config FILE]... [--SETTING VALUE]..."  # all of them would be 120 lines
+        parser.usage = "%(prog)s [--config FILE]... [--SETTING VALUE]..."  # listing all settings would take 120 lines
         groups: list[Any] = parser._action_groups  # type: ignore[assignment]
         for group in groups:
             if (group.title or "").startswith(_OF_TRAINER):
-                group.title = f"What {verb} itself takes"
-        groups.sort(key=lambda group: group.title == _TRAINER)  # Lightning's own come last
+                group.title = f"Options of {verb} itself"
+        groups.sort(key=lambda group: group.title == _TRAINER)  # Lightning's own settings come last
 
 
 def explain(message: str, known: list[str]) -> str:
-    """What jsonargparse says, on one line and as a user would say it; with the nearest of the known settings."""
+    """Rewrites an error of jsonargparse as one line in the user's terms, with the nearest of the known settings."""
     line = " ".join(message.split())
     if found := re.match(r"Parser key \"([^\"]+)\"(\S*): (.*)", line):
         name, rest = f"--{found[1]}{found[2]}", found[3]
         if part := re.search(r"NestedArg\(key='([^']+)', val='?(.*?)'?\)", rest):
-            said = f"{name}.{part[1]} {part[2]} is a setting of a class, and {name} names none"
+            said = f"{name}.{part[1]} {part[2]} is a setting of a class, but {name} names no class"
             example = ", e.g. --trainer.strategy DDPStrategy for ddp" if name == "--trainer.strategy" else ""
-            return f"{said}; give the class itself{example}"
+            return f"{said}; give the class name{example}"
         if union := re.search(r"Subtypes: [\[(](.*?)[\])] Errors:.*Given value: (.*)$", rest):
             return f"{name} {union[2]} must be {_type_names(union[1])}{_why_no_class(name, union[2], rest)}"
         if union := re.search(r" Given value: (.*)$", rest):
-            return f"{name} {union[1]} is none of the values allowed here (see --help)"
+            return f"{name} {union[1]} is not one of the allowed values (see --help)"
         if single := re.match(r"Expected an? (.*?)\. Got value: (.*)$", rest):
             return f"{name} {single[2]} must be {_type_names(single[1])}"
         if group := re.match(r"Unable to load config ['\"](.*?)['\"] - ", rest):
@@ -151,11 +151,11 @@ def explain(message: str, known: list[str]) -> str:
     if wrong:
         return _no_such(wrong[1] or wrong[2], known)
     if (lacking := re.match(r"the following arguments are required: (\w+)$", line)) and lacking[1] != "subcommand":
-        return f"a class of --trainer.* requires {lacking[1]}: give it as .init_args.{lacking[1]}"
+        return f"a class of --trainer.* requires {lacking[1]}; give it as .init_args.{lacking[1]}"
     if other := re.match(r"Option '([^']+)' is not accepted", line):
-        return f"a class of --trainer.* does not take {other[1]}"
+        return f"a class of --trainer.* has no argument {other[1]}"
     if line.startswith("unrecognized arguments: "):
-        line += "; a pattern of files goes in quotes, 'my_text/*.jsonl', or the shell makes several words of it"
+        line += "; put a glob in quotes, 'my_text/*.jsonl', or the shell expands it to several words"
     return line
 
 
@@ -165,11 +165,11 @@ def _no_such(name: str, known: list[str]) -> str:
 
 
 def _why_no_class(name: str, value: str, rest: str) -> str:
-    """What is wrong with a value that names a class, where the setting takes one; else nothing."""
+    """What is wrong with a value that names a class, if the setting takes a class; else an empty string."""
     if not re.match(r"--trainer\.(logger|callbacks|plugins)\b", name) or not re.fullmatch(r"[A-Za-z_][\w.]*", value):
         return ""
     problem = re.search(r"Problem with given class_path '[^']+': (.*?) - ", rest)
-    return f": {problem[1]}" if problem else "; no such class is installed here (in full: package.module.Class)"
+    return f": {problem[1]}" if problem else "; no such class is installed; give its full name, package.module.Class"
 
 
 def _type_names(text: str) -> str:
@@ -182,14 +182,14 @@ def _type_names(text: str) -> str:
     return " or ".join(dict.fromkeys(names)) or text
 
 
-# --- all that is wrong at once ---
+# --- all problems at once ---
 
-# Settings that take a class, whose own are nothing without it, and those that stop the parser.
+# Matches settings that can be parsed alone: not those that take a class with its own settings or stop the parser.
 _ALONE = re.compile(r"--(?!config\b|print_config|help|trainer\.(strategy|callbacks|logger|plugins|profiler)\b)([\w.]+)")
 
 
 def _given(args: list[str]) -> list[tuple[str, str]]:
-    """(name, value as typed) of each setting of a command line and its files, as far as it has a meaning alone."""
+    """(name, value as typed) of each setting of a command line and its files that can be parsed alone."""
     found = []
     for file in _values(args):
         text = file if file.lstrip().startswith("{") else Path(file).read_text(encoding="utf-8")
@@ -198,7 +198,7 @@ def _given(args: list[str]) -> list[tuple[str, str]]:
 
 
 def _typed(args: list[str]) -> Iterator[tuple[str, str]]:
-    """(name, value) of each setting of a command line that has its value."""
+    """(name, value) of each setting of a command line that has a value."""
     for word, following in pairwise([*args, "--"]):
         name, joined, value = word.partition("=")
         if name.startswith("--") and (joined or not following.startswith("--")):
@@ -212,7 +212,7 @@ def _leaves(value: Any, name: str) -> list[tuple[str, str]]:
 
 
 def to_defaults(said: str, settings: Namespace, parser: LightningArgumentParser) -> dict[str, Any]:
-    """Gives each setting that begins a problem of `said` its default, and says which, where it had another value."""
+    """Resets each setting that begins a problem of `said` to its default; returns those that it changed."""
     defaults = parser.get_defaults()
     names = [name for name in re.findall(r"(?:^|; )--([\w.]+)", said) if name in settings and name in defaults]
     changed = {name: defaults[name] for name in names if settings[name] != defaults[name]}
@@ -228,28 +228,28 @@ def check_configs(args: list[str], known: list[str]) -> None:
     """Reads every `--config FILE` of a command line, whose settings are `known`.
 
     Raises:
-        ConfigError: a file that is missing or a folder, no text, no YAML, no mapping, or has a setting twice, of which
-            YAML would take the last in silence, or an unknown group with nothing in it, which jsonargparse passes over.
+        ConfigError: a file is missing, a folder, or not a YAML mapping in UTF-8; it has a setting twice, of which
+            YAML would silently take the last; or it has an unknown empty group, which jsonargparse ignores.
     """
     for value in _values(args):
-        if not value.lstrip().startswith("{"):  # settings themselves instead of a file
+        if not value.lstrip().startswith("{"):  # otherwise the value itself contains settings
             try:
                 _check_config(value, known)
             except RecursionError as error:
-                raise ConfigError(f"--config {value}: settings contain themselves, or are nested too deep") from error
+                raise ConfigError(f"--config {value}: settings contain themselves, or are nested too deeply") from error
 
 
 def require_no_comments(args: list[str], given: Namespace) -> None:
-    """Raises ConfigError where YAML has taken a value that was typed for a comment, and so for null."""
+    """Raises ConfigError if YAML has read a typed value as a comment, and so as null."""
     for name, value in _typed(args):
         if value.lstrip().startswith("#") and name in given and given[name] is None:
-            raise ConfigError(f"--{name} {value!r} reads as a comment, so as null; say null, or what it should be")
+            raise ConfigError(f"--{name} {value!r} is a comment in YAML, so it reads as null; give null, or a value")
 
 
 def configs_first(args: list[str]) -> list[str]:
-    """A command line with its files moved ahead: what is typed wins, wherever it stands; of files the later one wins.
+    """A command line with its --config files first: typed settings win wherever they stand, and later files win.
 
-    jsonargparse takes a file's settings over what was typed before it.
+    In jsonargparse, a file wins over settings typed before it.
     """
     files: list[str] = []
     rest: list[str] = []
@@ -264,7 +264,7 @@ def configs_first(args: list[str]) -> list[str]:
     return [*rest[:verb], *files, *rest[verb:]]
 
 
-_JOINED = ("--config=", "-c")  # -cFILE and -c=FILE, too
+_JOINED = ("--config=", "-c")  # also -cFILE and -c=FILE
 
 
 def _values(args: list[str]) -> list[str]:
@@ -284,15 +284,15 @@ def _check_config(path: str, known: list[str]) -> None:
         node = yaml.compose(text, yaml.SafeLoader)
         zeros = [token for token in yaml.scan(text) if "\0" in getattr(token, "value", "")]
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{setting} is not UTF-8 text, so no YAML file; give one, e.g. configs/salt.yaml") from error
+        raise ConfigError(f"{setting} is not UTF-8 text; give a YAML file, e.g. configs/salt.yaml") from error
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ConfigError(f"{setting}{where}: no YAML ({one_line(problem)})") from error
-    if zeros:  # jsonargparse would take it for the name of a file
-        raise ConfigError(f"{setting}, line {zeros[0].start_mark.line + 1}: a zero byte is no setting; remove it")
+        raise ConfigError(f"{setting}{where}: not valid YAML ({one_line(problem)})") from error
+    if zeros:  # jsonargparse would take it for a file name
+        raise ConfigError(f"{setting}, line {zeros[0].start_mark.line + 1}: a value contains a zero byte; remove it")
     if not isinstance(node, yaml.MappingNode):
-        raise ConfigError(f"{setting} is no mapping of settings; write lines such as 'run: runs/mine'")
+        raise ConfigError(f"{setting} is not a mapping of settings; write lines such as 'run: runs/mine'")
     for key, value in node.value:
         if value.tag.endswith(":null") and any(name.startswith(f"{key.value}.") for name in known):
             where = f"{setting}, line {key.start_mark.line + 1}"
@@ -304,7 +304,7 @@ def _check_config(path: str, known: list[str]) -> None:
 
 
 def _means(name: str, known: list[str]) -> bool:
-    """Whether it is a setting, a group of them, or lies in the value of one."""
+    """Whether it is a setting, a group of settings, or part of a setting's value."""
     groups = {setting.rpartition(".")[0] for setting in known if not setting.endswith(".help")}
     parents = {name[:i] for i, letter in enumerate(name) if letter == "."}
     return name in known or name in groups or bool(parents & (set(known) - groups))
@@ -321,23 +321,23 @@ def _empty(node: Any, prefix: str) -> list[str]:
 
 
 def _twice(node: Any) -> Iterator[tuple[int, str]]:
-    """(line, what is wrong) of each key that is there already, or whose group is, of which one would be lost."""
+    """(line, problem) of each key that occurs twice, or both dotted and within its group; one would be lost."""
     keys = list(_keys(node, ""))
     names = {name for name, *_ in keys}
     seen = set()
     for name, own, line in keys:
         if name in seen and own != "<<":
-            yield line, f"{name} stands there twice; leave one"
+            yield line, f"{name} is set twice; remove one"
         seen.add(name)
         groups = [name[: len(name) - len(own) + i] for i, letter in enumerate(own) if letter == "."]
         if group := next((group for group in groups if group in names), None):
-            yield line, f"{name} stands beside {group}, a mapping; write it into that"
+            yield line, f"{name} is given in addition to the mapping {group}; move it into that mapping"
 
 
 def _keys(node: Any, prefix: str) -> Iterator[tuple[str, str, int]]:
-    """(dotted name, the key itself, line) of each, in order."""
+    """(dotted name, the key itself, line) of each key, in order."""
     for key, value in node.value if isinstance(node, yaml.MappingNode) else []:
         own = str(getattr(key, "value", ""))
         yield f"{prefix}{own}", own, key.start_mark.line + 1
-        if own != "<<":  # what it brings in may be there already
+        if own != "<<":  # merged keys may repeat others
             yield from _keys(value, f"{prefix}{own}.")

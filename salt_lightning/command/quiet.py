@@ -1,4 +1,4 @@
-"""Keeps out of the terminal what the libraries say and no user could act on; streams and Ctrl-C stay as they are."""
+"""Silences library messages that users cannot act on; keeps streams and Ctrl-C working."""
 
 import logging
 import os
@@ -17,18 +17,18 @@ _CHATTER = (
     "Restored all states",
     "GPU available",
     "TPU available",
-    "You are using a CUDA device",  # and should let fp32 products round to TF32, for which there is no setting here
+    "You are using a CUDA device",  # advises TF32 for fp32 products, for which there is no setting here
     "💡 Tip",
     "Seed set to",
 )
 
 
 def silence_libraries() -> None:
-    """Keeps out what is not about this run: advertising, and deprecations inside the libraries."""
+    """Hides messages that are not about this run: advertising, and deprecations within the libraries."""
     warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*", FutureWarning)  # lightning with torch 2.13
     warnings.filterwarnings("ignore", ".*Total length of `Loader` across ranks is zero.*")  # all rows are scored
-    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # torch.compile's advice, likewise
-    # not so here: the first and the last step are always logged
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # torch.compile's advice, as above
+    # not true here: the first and the last step are always logged
     warnings.filterwarnings("ignore", ".*is smaller than the logging interval.*")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line for each retry without a network
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
@@ -36,13 +36,13 @@ def silence_libraries() -> None:
 
 
 class _Steady:
-    """A stream that falls silent where its reader has gone or its disk is full: no run ends for want of a listener."""
+    """A stream that goes silent when its reader is gone or its disk is full, so that this does not end the run."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
 
     def __getattr__(self, name: str) -> Any:
-        if name == "_stream":  # of a copy that has none yet
+        if name == "_stream":  # a copy has no stream yet
             raise AttributeError(name)
         return getattr(self._stream, name)
 
@@ -60,12 +60,12 @@ class _Steady:
             with open(os.devnull, "w") as nothing:  # also for what is still in its buffer
                 os.dup2(nothing.fileno(), self._stream.fileno())
             if self is sys.stdout:
-                print(f"stdout cannot be written ({error.strerror}): going on without", file=sys.stderr)
+                print(f"stdout cannot be written ({error.strerror}): continuing without it", file=sys.stderr)
 
 
 @contextmanager
 def steady_streams() -> Iterator[None]:
-    """Of this process, stdout and stderr."""
+    """Makes this process's stdout and stderr steady."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (stream and _Steady(stream) for stream in before)  # None where it was closed before
     try:
@@ -78,17 +78,17 @@ def steady_streams() -> Iterator[None]:
 
 @contextmanager
 def steady_interrupts() -> Iterator[None]:
-    """For a process that goes on: afterwards Ctrl-C does what it did before. Where others have trained, Lightning would
-    ignore all that follow the first."""
+    """Restores the effect of Ctrl-C afterwards, for a process that continues. If other processes have trained,
+    Lightning would ignore every Ctrl-C after the first."""
     before = signal.getsignal(signal.SIGINT)
     try:
         yield
     finally:
-        if before is not None and threading.current_thread() is threading.main_thread():  # others may not set it
+        if before is not None and threading.current_thread() is threading.main_thread():  # other threads cannot set it
             signal.signal(signal.SIGINT, before)
 
 
 def _escape_and_select(record: logging.LogRecord) -> bool:
     message = record.getMessage()
-    record.msg, record.args = printable_lines(message), ()  # names of a stranger's files and weights are in some
+    record.msg, record.args = printable_lines(message), ()  # may contain names of untrusted files and weights
     return not message.startswith(_CHATTER)

@@ -1,4 +1,4 @@
-"""Which checkpoint --ckpt_path means, and which of its settings hold."""
+"""Finds the checkpoint that --ckpt_path means, and which of its settings apply."""
 
 from pathlib import Path
 from typing import Any
@@ -14,41 +14,41 @@ from salt_lightning.run.peers import say_once
 from salt_lightning.run.run_folder import flat, saved
 from salt_lightning.storage import damage, shards
 
-_EVALUATED = ("compile", "logits_budget_gib")  # the settings of a model that validate and test use
+_EVALUATED = ("compile", "logits_budget_gib")  # the model settings that validate and test use
 
 
 def resolve(path: str, config: Namespace, subcommand: str) -> Path | None:
-    """`last` is the newest checkpoint of the run's folder; without one a fit starts at step 0, and says so."""
+    """The checkpoint's path; `last` is the newest one in the run's folder, or None if fit is to start at step 0."""
     folder = settings.checkpoints(config)
     if path != "last":
         elsewhere = Path(path).absolute().parent != folder.absolute()
-        if subcommand == "fit" and elsewhere:  # as a config.yaml that was copied names it
-            say_once(f"--ckpt_path {path}: going on from there, not from a checkpoint of --run {config.run}")
+        if subcommand == "fit" and elsewhere:  # e.g. named by a copied config.yaml
+            say_once(f"--ckpt_path {path}: resuming from there, not from a checkpoint of --run {config.run}")
         return Path(path)
     found = newest(folder)
     if found is None and saved(folder):
         raise ConfigError(
             f"--ckpt_path last: every checkpoint in {folder} is damaged (see above); start anew in another --run, or "
-            "bring back a copy"
+            "restore a copy"
         )
     if found is None and subcommand != "fit":
-        raise ConfigError(f"--ckpt_path last: no checkpoint in {folder}; is --run {config.run} right?")
+        raise ConfigError(f"--ckpt_path last: no checkpoint in {folder}; check --run {config.run}")
     say_once(f"--ckpt_path last: {found or f'no checkpoint in {config.run}, starting at step 0'}")
     return found
 
 
 def settings_held(path: Path, subcommand: str, given: Namespace, proved: bool) -> dict[str, Any]:
-    """The module's settings in a checkpoint; says in which of them the user's own, `given`, take their place.
+    """The module's settings in a checkpoint; reports those that the user's settings, `given`, replace.
 
     Raises:
-        ConfigError: it is damaged, unless that has been looked for (`proved`), or it is not what the subcommand needs.
+        ConfigError: the checkpoint is damaged (not checked if `proved`), or is not what the subcommand needs.
     """
     checkpoint = read_checkpoint(str(path), "--ckpt_path")
     if subcommand == "fit":
         shards.require_whole(checkpoint)
     held = settings_without_code(checkpoint["hyper_parameters"], path)
     if not proved and (reason := damage.of(path)):
-        raise ConfigError(f"--ckpt_path {path} is damaged ({reason}); take an older one, or last, which finds one")
+        raise ConfigError(f"--ckpt_path {path} is damaged ({reason}); use an older one, or last, which finds one")
     before = flat(held)
     for key, now in sorted(vars(given.as_flat()).items() if given else []):
         if subcommand != "fit" and key not in _EVALUATED:

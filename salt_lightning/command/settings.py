@@ -1,4 +1,4 @@
-"""Settings that cannot work, all at once, before anything is read; each a line that a user can act on."""
+"""Checks settings before anything is read: reports all that cannot work, each on a line that a user can act on."""
 
 import os
 import re
@@ -17,7 +17,7 @@ _GROUPS = (
     *("model", "model.student", "model.student.config", "model.teacher", "model.teacher.config", "model.optim"),
     *("data", "data.keep", "data.examples", "kd", "checkpoint", "answers", "trainer"),
 )
-# what a run is: with another of these it is another run
+# what identifies a run: a change of one of these makes it another run
 IDENTITY = (
     *("model.student.", "model.teacher.", "kd.", "data.source", "data.val_source", "data.tokenizer", "data.vocab_size"),
     *("data.block_size", "data.selection", "data.keep."),
@@ -31,22 +31,22 @@ _PATHS = (
 
 
 def seed_or_global(seed: int | None, unset: int | None = None) -> int:
-    """The seed; without one (None, or `unset`, what it was for want of one) that of Lightning's seed_everything, or 0.
+    """The seed; if None or `unset` (a stand-in for None), Lightning's seed_everything, or 0.
 
-    That may come after the constructors; in processes that Lightning starts it is there before.
+    That may run after the constructors; in processes that Lightning starts, it is set before.
     """
     return int(os.environ.get("PL_GLOBAL_SEED") or 0) if seed in (None, unset) else seed
 
 
 def local_paths(config: Namespace) -> None:
-    """Expands ~: a shell does it for `--run ~/x`, and neither for `--run=~/x` nor in a file. Sources do it themselves.
+    """Expands ~: a shell does it for `--run ~/x`, but not for `--run=~/x` or in a file. Sources do it themselves.
 
     Raises:
-        ConfigError: an address, which would be a folder named s3: here.
+        ConfigError: a path is an address, which would become a local folder named s3:.
     """
     paths = {name: path for name in _PATHS if isinstance(path := config.get(name), str)}
     refuse(
-        f"--{name} {path} is an address: give a folder of this machine, as one where that storage is mounted"
+        f"--{name} {path} is an address; give a local folder, e.g. one where that storage is mounted"
         for name, path in paths.items()
         if is_address(path)
     )
@@ -56,12 +56,12 @@ def local_paths(config: Namespace) -> None:
 
 
 def is_address(path: str | Path) -> bool:
-    """s3://bucket, which is s3:/bucket as a Path; a letter alone is a drive."""
+    """Whether it is an address such as s3://bucket, which becomes s3:/bucket as a Path; a single letter is a drive."""
     return re.match(r"[a-zA-Z][\w+.-]+:/", str(path)) is not None
 
 
 def wrong_groups(config: Namespace) -> list[str]:
-    """Groups of settings that are something else, as an empty `model:` in a file is."""
+    """Groups of settings that are not mappings, e.g. an empty `model:` in a file."""
     for name in _GROUPS:
         if name in config and not isinstance(config[name], Namespace | dict):
             return [f"--{name} {config[name]} must be a mapping of its settings; leave it out for the defaults"]
@@ -69,9 +69,9 @@ def wrong_groups(config: Namespace) -> list[str]:
 
 
 def wrong_teacher(config: Namespace) -> list[str]:
-    """Settings of a fresh model, given to one that never is."""
+    """Sizes of a fresh model, given for the teacher, which is always loaded."""
     sizes = config.model.teacher.config
-    return [f"--model.teacher.config {sizes}: it has the sizes of --model.teacher.path; leave it out"] if sizes else []
+    return [f"--model.teacher.config {sizes}: the sizes come from --model.teacher.path; leave it out"] if sizes else []
 
 
 def checkpoints(config: Namespace) -> Path:
@@ -80,7 +80,7 @@ def checkpoints(config: Namespace) -> Path:
 
 
 def wrong_folders(config: Namespace) -> list[str]:
-    """Folders that could not be written, which a run would meet at its first checkpoint, or its end."""
+    """Folders that cannot be written: a run would fail only at its first checkpoint, or at its end."""
     of = config.get("checkpoint") or {}
     folders = {"run": config.run, "checkpoint.folder": of.get("folder"), "checkpoint.export": of.get("export")}
     wrong = [] if config.run else ["--run '' names no folder"]
@@ -88,7 +88,7 @@ def wrong_folders(config: Namespace) -> list[str]:
         if folder:
             there = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
             if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-                why = "cannot be written" if there.is_dir() else "is no folder"
+                why = "cannot be written" if there.is_dir() else "is not a folder"
                 wrong.append(f"--{name} {folder}: {there} {why}; choose another folder")
     return wrong
 
@@ -98,7 +98,7 @@ _PRECISIONS = ("32", "32-true", "bf16", "bf16-mixed", "bf16-true")
 
 
 def wrong_counts(trainer: Mapping[str, Any] | Namespace) -> list[str]:
-    """Settings of Lightning's that count micro-batches, epochs or time, where a run counts optimizer steps."""
+    """Lightning's settings that count micro-batches, epochs or time, while a run counts optimizer steps."""
     accumulate, limit = trainer.get("accumulate_grad_batches"), trainer.get("limit_train_batches")
     epochs, interval = trainer.get("check_val_every_n_epoch"), trainer.get("val_check_interval")
     wrong = []
@@ -110,11 +110,11 @@ def wrong_counts(trainer: Mapping[str, Any] | Namespace) -> list[str]:
     if limit not in (None, 1.0) or isinstance(limit, int):  # 1: one, 1.0: all
         wrong.append(
             f"--trainer.limit_train_batches {limit:g}, which overfit_batches and fast_dev_run set too, counts "
-            "micro-batches: use --trainer.max_steps"
+            "micro-batches; use --trainer.max_steps"
         )
     if epochs not in (None, 1):
         wrong.append(
-            f"--trainer.check_val_every_n_epoch {epochs}: a run is one epoch of Lightning's, use "
+            f"--trainer.check_val_every_n_epoch {epochs}: a run is one Lightning epoch; use "
             "--trainer.val_check_interval (optimizer steps)"
         )
     steps, share = isinstance(interval, int) and interval >= 1, isinstance(interval, float) and 0 < interval <= 1
@@ -126,24 +126,24 @@ def wrong_counts(trainer: Mapping[str, Any] | Namespace) -> list[str]:
 
 
 def wrong_accelerator(trainer: Namespace) -> list[str]:
-    """Devices that are not here; told before the trainer is made, which would look for them."""
+    """Devices that do not exist here; checked before the trainer is created, which would look for them."""
     for name in ("devices", "num_nodes"):
-        # text, too, where it is a number: Lightning makes a list of so many
+        # also a number given as text: Lightning makes a list of that length
         if (number := str(trainer.get(name))).isdigit() and int(number) > _MOST_DEVICES:
-            return [f"--trainer.{name} {number} must be {_MOST_DEVICES} at most"]
+            return [f"--trainer.{name} {number} must be at most {_MOST_DEVICES}"]
     asked = trainer.get("accelerator")
     kinds = ("cuda", "mps") if asked == "gpu" else (asked,)
     known = [AcceleratorRegistry[kind]["accelerator"] for kind in kinds if kind in AcceleratorRegistry]
     if not known or any(kind.is_available() for kind in known):
         return []
     return [
-        f"--trainer.accelerator {asked}: torch {torch.__version__} finds no such device here; give auto, which takes "
-        "what there is, or cpu (for a look at a run elsewhere: check --check.memory_gib 24)"
+        f"--trainer.accelerator {asked}: torch {torch.__version__} finds no such device here; use auto, which takes "
+        "what there is, or cpu (to check a run for another machine: check --check.memory_gib 24)"
     ]
 
 
 def wrong_trainer_settings(trainer: Namespace) -> list[str]:
-    """Settings of Lightning's that would break a run late, or change what a step is."""
+    """Lightning's settings that would break a run late, or change what a step is."""
     every, wrong = trainer.get("log_every_n_steps"), wrong_counts(trainer)
     if str(trainer.get("strategy")).startswith("fsdp") and not torch.cuda.is_available():
         wrong.append(
@@ -153,31 +153,33 @@ def wrong_trainer_settings(trainer: Namespace) -> list[str]:
     if every is not None and every < 1:
         wrong.append(f"--trainer.log_every_n_steps {every} must be at least 1")
     if trainer.get("max_epochs") not in (None, -1):
-        wrong.append(f"--trainer.max_epochs {trainer.max_epochs}: a run is counted in steps, use --trainer.max_steps")
+        wrong.append(f"--trainer.max_epochs {trainer.max_epochs}: a run is counted in steps; use --trainer.max_steps")
     if (trainer.get("gradient_clip_val") or 0) < 0:
         wrong.append(f"--trainer.gradient_clip_val {trainer.gradient_clip_val} must not be negative (0 or null: off)")
     if str(trainer.get("precision") or "32") not in _PRECISIONS:
         wrong.append(f"--trainer.precision {trainer.precision} must be {' or '.join(_PRECISIONS)}")
     if trainer.get("enable_checkpointing") is False:
-        wrong.append("--trainer.enable_checkpointing false: use --checkpoint.every_n_steps null for the end alone")
+        wrong.append(
+            "--trainer.enable_checkpointing false: use --checkpoint.every_n_steps null to save only at the end"
+        )
     if trainer.get("default_root_dir"):
         wrong.append(f"--trainer.default_root_dir {trainer.default_root_dir}: use --run")
     if trainer.get("barebones"):
         wrong.append("--trainer.barebones true: a run without log and checkpoint leaves nothing; leave it out")
     if trainer.get("fast_dev_run"):
         wrong.append(
-            f"--trainer.fast_dev_run {trainer.fast_dev_run} counts micro-batches and fits no warm-up: use the verb "
-            "`check` with the same settings, or --trainer.max_steps in a --run of its own"
+            f"--trainer.fast_dev_run {trainer.fast_dev_run} counts micro-batches and leaves no room for a warm-up; use "
+            "the verb `check` with the same settings, or a small --trainer.max_steps in a separate --run"
         )
     if (limit := trainer.get("limit_predict_batches")) not in (None, 1.0) or isinstance(limit, int):
-        wrong.append("--trainer.limit_predict_batches would leave rows without scores: give a small --data.source")
+        wrong.append("--trainer.limit_predict_batches would leave rows without scores; use a small --data.source")
     if trainer.get("overfit_batches"):
-        wrong.append(f"--trainer.overfit_batches {trainer.overfit_batches}: give a small --data.source instead")
+        wrong.append(f"--trainer.overfit_batches {trainer.overfit_batches}: use a small --data.source instead")
     return wrong
 
 
 def wrong_data(data: Any) -> list[str]:
-    """Every setting of a SALTDataModule that is out of its range."""
+    """Every setting of a SALTDataModule that is out of range."""
     vocab_fits = data.tokenizer_name != "train" or 257 <= data.trained_vocab_size < 2**31
     share_fits = bool(data.val_source) or 0 < data.val_fraction < 1
     one_source = not (data.source_per_file and data.source_column)
@@ -186,9 +188,9 @@ def wrong_data(data: Any) -> list[str]:
         ("tokenizer", data.tokenizer_name, data.tokenizer_name, "must be 'train', a folder or a hub name"),
         ("vocab_size", data.trained_vocab_size, vocab_fits, "must be 257 or more, and below 2**31"),
         ("block_size", data.block_size, 2 <= data.block_size < 2**31, "must be 2 or more, and below 2**31"),
-        ("val_fraction", data.val_fraction, share_fits, "must lie between 0 and 1, or give --data.val_source"),
+        ("val_fraction", data.val_fraction, share_fits, "must be between 0 and 1, unless --data.val_source is given"),
         ("val_rows", data.val_rows, data.val_rows is None or data.val_rows >= 1, "must be 1 or more, or null"),
-        ("source_per_file", True, one_source, "and --data.source_column both say what a source is; give one"),
+        ("source_per_file", True, one_source, "and --data.source_column both define sources; give one of them"),
     ]  # fmt: skip
     at_least = {"global_batch_size": 1, "micro_batch_size": 1, "seed": 0, "prepare_workers": 0, "num_workers": 0}
     for name, least in at_least.items():
