@@ -192,7 +192,7 @@ def scenarios(shared: Path) -> dict[str, Scenario]:
         "kd.weight": 0.5, "kd.steps": 10, "checkpoint.every_n_steps": 4, "checkpoint.keep": 2,
         "trainer.max_steps": 24, "trainer.val_check_interval": 8, "trainer.log_every_n_steps": 1,
     }  # fmt: skip
-    at = {"save": "run/checkpoints/.*.tmp", "boundary": "the teacher has left"}
+    at = {"save": "run/checkpoints/.*.tmp", "boundary": "the teacher was unloaded"}
     ddp = {"trainer.strategy": "lightning.pytorch.strategies.DDPStrategy", "trainer.strategy.timeout": "0:00:30"}
     fsdp = {"trainer.strategy": "salt_lightning.parallel.FSDP2", "trainer.strategy.timeout_minutes": 0.5}
     prepared = {**fit, "data.source": str(shared / "long.jsonl"), "data.cache_dir": "CASE/cache",

@@ -1,6 +1,6 @@
-"""What is looked at before the first step: findings, and the rules that `check` and `fit` share.
+"""Checks before the first step: findings, and the rules that `check` and `fit` share.
 
-Functions of figures; module, data and checkpoints refuse a run for an error.
+Pure functions of numbers; module, data and checkpoints refuse a run if one gives an error.
 """
 
 import shutil
@@ -22,12 +22,12 @@ GOOD_EPOCHS = 4.0  # repeated text is worth nearly as much as new text up to her
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """The result of one check.
 
     Args:
-        level: ok, note (worth knowing), warning (probably not meant), error (a fit is refused, or fails).
-        about: what was looked at, in two words.
-        said: the figures.
+        level: ok, note (worth knowing), warning (probably not intended), error (a fit is refused, or would fail).
+        about: what was checked, in two words.
+        said: the result, with its numbers.
         remedy: what to do, with the setting as typed.
     """
 
@@ -37,7 +37,7 @@ class Finding:
     remedy: str = ""
 
     def require(self) -> None:
-        """For a fit: raises ConfigError where it is an error, says a note or a warning, and nothing of the rest."""
+        """For a fit: raises ConfigError for an error, prints a note or warning, and is silent if ok."""
         told = "; ".join(filter(None, (self.said, self.remedy)))
         if self.level == "error":
             raise ConfigError(told)
@@ -46,20 +46,22 @@ class Finding:
 
 
 def rows(available: int, needed: int, max_steps: int, alike: bool = True) -> Finding:
-    """Rows of the training text against those that the run reads; `alike`: all its steps read as many."""
+    """Compares the rows of the training text with those that the run reads. `alike`: every step reads equally many."""
     epochs = needed / available
     said = f"{max_steps} steps read {needed} rows of {available}: {epochs:.2f} epochs"
     if epochs <= GOOD_EPOCHS:
         return Finding("ok", "rows", said)
     enough = int(GOOD_EPOCHS * available * max_steps / needed)
     fewer = f", or --trainer.max_steps {enough}" if enough and alike else ""
-    return Finding("warning", "rows", said, f"beyond {GOOD_EPOCHS:g} epochs text teaches ever less: add text{fewer}")
+    return Finding(
+        "warning", "rows", said, f"beyond {GOOD_EPOCHS:g} epochs text teaches less and less: add text{fewer}"
+    )
 
 
 def shares(names: Iterable[str], read_S: np.ndarray, rows_S: np.ndarray, all_of: tuple[int, int]) -> Finding:
-    """Of each source with a weight of its own its name, the rows that the run reads, and those that there are.
+    """Checks how often each source with a weight is read: its name, the rows that the run reads, the rows it has.
 
-    `all_of`: the steps of the run, and the rows that it reads, also while there were no weights.
+    `all_of`: the steps of the run, and the rows that it reads, also before there were weights.
     """
     max_steps, total = all_of
     sources = list(zip(map(printable, names), read_S.tolist(), rows_S.tolist(), strict=True))
@@ -67,24 +69,24 @@ def shares(names: Iterable[str], read_S: np.ndarray, rows_S: np.ndarray, all_of:
     said = f"{max_steps} steps read {total} rows: {', '.join(told)}"
     if not (worn := [name for name, read, rows in sources if read > GOOD_EPOCHS * rows]):
         return Finding("ok", "rows", said)
-    remedy = f"beyond {GOOD_EPOCHS:g} epochs text teaches ever less: add to {few(worn)}, or lower its weight"
+    remedy = f"beyond {GOOD_EPOCHS:g} epochs text teaches less and less: add to {few(worn)}, or lower its weight"
     return Finding("warning", "rows", said, remedy)
 
 
 def unread_text(sources: list[tuple[str, float, float]]) -> Finding | None:
-    """Of each source of held-out text its name, the share of its bytes that a tokenizer has no token for, and the
-    share that its tokens decode to. None: next to none, and next to all."""
+    """Warns if the tokenizer loses held-out text. Each source: its name, the share of its bytes without a token, and
+    the share that its tokens decode to. None: nearly nothing is lost."""
     name, unknown, _ = max(sources, key=lambda source: source[1])
     if unknown >= 0.001:
         where = _of(name, sources)
-        said = f"{unknown:.1%} of {where} is unknown to --data.tokenizer: all of it counts as one easy token"
-        remedy = "no loss and no bits per byte can be compared; take a byte-level one"
+        said = f"{unknown:.1%} of {where} is unknown to --data.tokenizer: all of it becomes the same easy token"
+        remedy = "neither losses nor bits per byte can be compared; use a byte-level tokenizer"
         return Finding("warning", "unknown tokens", said, remedy)
     name, _, kept = min(sources, key=lambda source: source[2])
     if kept < 0.9:
         where = _of(name, sources)
-        said = f"the tokens of {where} decode to {kept:.0%} of its bytes: --data.tokenizer drops the others"
-        return Finding("warning", "lost text", said, "the student never sees them; take a byte-level one")
+        said = f"the tokens of {where} decode to {kept:.0%} of its bytes: --data.tokenizer drops the rest"
+        return Finding("warning", "lost text", said, "the student never sees that; use a byte-level tokenizer")
     return None
 
 
@@ -93,55 +95,55 @@ def _of(name: str, sources: list[Any]) -> str:
 
 
 def changed_text(words: list[tuple[str, str]]) -> Finding | None:
-    """`words`: some of those that a tokenizer makes others of, with these. None: it has none."""
+    """Notes words that a tokenizer changes. `words`: pairs of a word and what it becomes. None: no such words."""
     if not words:
         return None
     said = ", ".join(f"{word!r} becomes {other!r}" for word, other in words)
-    remedy = "no bits per byte can be compared with those of a tokenizer that keeps text as it is"
+    remedy = "bits per byte cannot be compared with those of a tokenizer that keeps text unchanged"
     return Finding("note", "changed text", f"--data.tokenizer does not keep all letters: {said}", remedy)
 
 
 def large_share(held_out: int, longest: int, training: int, fraction: float) -> Finding | None:
-    """Tokens drawn for validation, of its longest document, left for training; the share that was asked for. None:
-    about that."""
+    """Warns if validation took a far larger share than `fraction`. Tokens: drawn for validation, in its longest
+    document, left for training. None: about `fraction`."""
     share = held_out / (held_out + training)
     if share <= fraction + max(0.1, 2 * fraction):
         return None
     said = (
-        f"--data.val_fraction {fraction} of the documents has drawn {share:.0%} of the tokens (the longest document "
-        f"{longest / held_out:.0%} of these; equal ones stay together)"
+        f"--data.val_fraction {fraction} of the documents took {share:.0%} of the tokens (the longest document is "
+        f"{longest / held_out:.0%} of these; equal documents stay together)"
     )
     return Finding("warning", "held-out text", said, "split long documents into several, or give --data.val_source")
 
 
 def unwatched(sources: list[str]) -> Finding | None:
-    """`sources`: those with training text of which validation reads no document. None: there are none."""
+    """Notes `sources` that have training text but no validation document. None: there are none."""
     if not sources:
         return None
-    said = f"no document of {few(sources)} is validated, so there is no val/ce of it"
+    said = f"validation reads no document of {few(sources)}, so there is no val/ce for it"
     return Finding("note", "sources", said, "raise --data.val_fraction or --data.val_rows, or give --data.val_source")
 
 
 def seen_in_training(names: list[str]) -> Finding | None:
-    """`names`: files or splits that are training text and held-out text at once. None: none are."""
+    """Warns about `names`, files or splits that are both training and held-out text. None: there are none."""
     if not names:
         return None
-    said = f"{len(names)} of the held-out files are training text too ({few(names)})"
+    said = f"{len(names)} of the held-out files are also training text ({few(names)})"
     return Finding(
-        "warning", "held-out text", said, "losses on them say nothing of new text; take them out of --data.source"
+        "warning", "held-out text", said, "losses on them say nothing about new text; remove them from --data.source"
     )
 
 
 @dataclass(frozen=True)
 class TeacherLoss:
-    """Cross-entropies on the same tokens of the run's own text, nats.
+    """Cross-entropies in nats on the same tokens of the run's own text.
 
     Args:
-        teacher: of the teacher; in check also of a student before its first step.
-        uniform: of one that knows nothing, ln(rows of its head).
-        counts: of one that knows how often each token occurs in the training text and nothing of its context.
-        tokens: how many they are.
-        untrained: of a student before its first step; None: not measured.
+        teacher: the teacher's; in check also that of a student before its first step.
+        uniform: that of a uniform guess, ln(rows of the head).
+        counts: that of a model that knows how often each token occurs in the training text, but uses no context.
+        tokens: the number of tokens.
+        untrained: that of a student before its first step; None: not measured.
     """
 
     teacher: float
@@ -152,25 +154,25 @@ class TeacherLoss:
 
 
 def teacher(loss: TeacherLoss, path: str, allowed: bool) -> Finding:
-    """Whether a teacher has learned anything of this text.
+    """Checks whether a teacher has learned anything about this text.
 
-    Weights that do not depend on the text (random, zeroed, made for other token ids) give ln(V) or more in the mean,
+    Weights that do not depend on the text (random, zeroed, made for other token ids) give ln(V) or more on average,
     since -log is convex. What any model learns first, within some hundred steps, is the counts of tokens. A teacher
-    that has not come a tenth of the way from ln(V) to these has learned nothing: on real text that is 0.3 nats, many
+    that has not covered a tenth of the way from ln(V) to those has learned nothing: on real text that is 0.3 nats, many
     times the sampling error of an untrained model (about 0.5 / sqrt(tokens)), and an early teacher is far below it.
     """
     nothing = loss.uniform if loss.untrained is None else min(loss.uniform, loss.untrained)
     least = nothing - (nothing - loss.counts) / 10
     said = f"{loss.teacher:.2f} nats on {loss.tokens} tokens of validation text; ln(V) {loss.uniform:.2f}"
     if loss.untrained is not None:
-        said += f", a student not trained {loss.untrained:.2f}"
-    said += f", counts of tokens alone {loss.counts:.2f}"
+        said += f", untrained student {loss.untrained:.2f}"
+    said += f", token counts alone {loss.counts:.2f}"
     if not loss.teacher <= least:
         return Finding(
             "note" if allowed else "error",
             "teacher CE",
-            f"--model.teacher.path {path} knows nothing of this text: {said}",
-            "its weights are not trained, damaged, or belong to another tokenizer: give a trained one with its own "
+            f"--model.teacher.path {path} knows nothing about this text: {said}",
+            "its weights are untrained, damaged, or for another tokenizer: use a trained teacher with its own "
             "--data.tokenizer, or --kd.allow_untrained true for a control",
         )
     if loss.teacher > loss.counts:
@@ -180,19 +182,19 @@ def teacher(loss: TeacherLoss, path: str, allowed: bool) -> Finding:
 
 
 def disk(folder: Path, weight_bytes: int, most: int) -> Finding:
-    """Checkpoints (weights and AdamW's two states) against the free space of the run's folder.
+    """Checks that checkpoints (weights and AdamW's two states) fit into the free space of their folder.
 
     Args:
-        folder: where they go; need not exist yet.
-        weight_bytes: of the student's parameters.
-        most: checkpoints that lie there at once.
+        folder: where they are saved; need not exist yet.
+        weight_bytes: size of the student's parameters.
+        most: the largest number of checkpoints kept at once.
     """
     parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    # what is there gives way, but for what another branch has left
+    # existing files are replaced, except those set aside from another branch
     there = (file for file in folder.glob("**/*") if file.is_file() and ".aside" not in str(file.relative_to(folder)))
     free = shutil.disk_usage(parent).free + sum(file.stat().st_size for file in there)
     size = 3 * weight_bytes
-    fitting = free // size - 1  # a new one is whole before an old one goes
+    fitting = free // size - 1  # a new one is complete before an old one is removed
     said = f"{size_said(size)} each, {most} at once, {size_said(free)} free in {folder}"
     if most <= fitting:
         return Finding("ok", "checkpoints", said)
@@ -200,8 +202,8 @@ def disk(folder: Path, weight_bytes: int, most: int) -> Finding:
         "error",
         "checkpoints",
         f"checkpoints do not fit: {said}",
-        f"there is room for {max(fitting, 0)} and the one being written: free some, set --checkpoint.folder to a "
-        "larger disk, or lower --checkpoint.keep and --checkpoint.at_steps",
+        f"there is room for {max(fitting, 0)} and the one being written: free space, set --checkpoint.folder to a "
+        "larger disk, or use a smaller --checkpoint.keep and fewer --checkpoint.at_steps",
     )
 
 
@@ -211,7 +213,7 @@ def size_said(size: float) -> str:
 
 
 def listed(findings: list[Finding], width: int) -> str:
-    """The findings, one after the other, with what is wrong in capitals, and a sum at the end."""
+    """The findings as text, warnings and errors in capitals, with a count of them at the end."""
     about = max(len(f.about) for f in findings)
     wrap = partial(textwrap.wrap, width=width, break_long_words=False, break_on_hyphens=False)
     lines: list[str] = []

@@ -24,18 +24,18 @@ Shape = Literal["step", "linear", "linear_ratio", "cosine"]
 
 @dataclass(frozen=True)
 class KDSchedule:
-    """w(step) for an integer optimizer step, counted from 0: the weight of the step about to be taken.
+    """w(step), the KD weight of an optimizer step, counted from 0.
 
-    A subclass with a `__call__` of its own is a shape of one's own; its weights lie in 0..1, and are 0 from `steps` on.
+    For a shape of your own, override `__call__` in a subclass; weights must be in 0..1, and 0 from `steps` on.
 
     Args:
         weight: omega, the KD weight before the ramp; 0 is BASELINE.
         steps: n_KD; w is exactly 0.0 from this step on. None is the whole run (RKD).
-        anneal_steps: Length of the ramp, the last of the `steps`: w(steps - anneal_steps) = omega, w(steps) = 0.
+        anneal_steps: Length of the ramp at the end of `steps`: w(steps - anneal_steps) = omega, w(steps) = 0.
         shape: step (no ramp), linear, linear_ratio (r = w / (1 - w) falls linearly) or cosine (half a period).
 
     Raises:
-        ConfigError: listing every setting that is out of range or contradicts another.
+        ConfigError: lists every setting that is out of range or contradicts another.
     """
 
     weight: float = 0.667
@@ -47,7 +47,7 @@ class KDSchedule:
         refuse(wrong_kinds(KDSchedule, vars(self), "--kd."))
         wrong = []
         if not 0.0 <= self.weight <= 1.0:
-            wrong.append(f"--kd.weight {self.weight} must lie in 0..1")
+            wrong.append(f"--kd.weight {self.weight} must be in 0..1")
         if self.steps is not None and self.steps < 0:
             wrong.append(f"--kd.steps {self.steps} must not be negative (null = the whole run)")
         if self.anneal_steps < 0:
@@ -64,7 +64,9 @@ class KDSchedule:
         elif self.steps is not None and self.anneal_steps > max(0, self.steps):
             wrong.append(f"--kd.anneal_steps {self.anneal_steps} is longer than --kd.steps {self.steps}")
         if self.shape == "linear_ratio" and self.weight == 1.0:
-            wrong.append("--kd.weight 1.0 has an infinite ratio w / (1 - w): --kd.shape linear_ratio needs less")
+            wrong.append(
+                "--kd.weight 1.0 makes w / (1 - w) infinite; use a smaller weight with --kd.shape linear_ratio"
+            )
         refuse(wrong)
 
     def __call__(self, step: int) -> float:
@@ -87,29 +89,31 @@ class KDSchedule:
         return steps_done if self.steps is None else min(steps_done, self.steps)
 
     def is_taught(self, step: int) -> bool:
-        """Whether a teacher is there in `step`, of whatever weight."""
+        """Whether `step` has a teacher, whatever its weight."""
         return self.kd_steps(step + 1) > self.kd_steps(step)
 
     def stop_at(self, step: int) -> KDSchedule:
-        """The same with the ramp beginning at `step`, or where it is, if that is earlier."""
+        """The same schedule with its ramp starting at `step`, or where it starts now if that is earlier."""
         steps = step + self.anneal_steps
         return self if self.steps is not None and self.steps <= steps else replace(self, steps=steps)
 
 
 def trained_schedule(checkpoint: dict[str, Any]) -> KDSchedule | None:
-    """The schedule behind a checkpoint's weights, its boundary where the run has found one; None: trained without."""
+    """The schedule that a checkpoint was trained with, with the boundary that the run found; None: without one."""
     saved = checkpoint.get("kd_schedule")
     if saved is None:
         return None
     given = {field.name: saved[field.name] for field in fields(KDSchedule)}
-    own = {} if saved["shape"] in get_args(Shape) else {"shape": "step", "anneal_steps": 0}  # what is known of it
+    own = (
+        {} if saved["shape"] in get_args(Shape) else {"shape": "step", "anneal_steps": 0}
+    )  # a subclass: all that is known of it
     planned = KDSchedule(**given | own)
     stop_step = checkpoint.get("kd_stop_step")
     return planned if stop_step is None else replace(planned, steps=stop_step)
 
 
 def kd_callbacks(trainer: pl.Trainer) -> list[KDScheduleCallback]:
-    """Those of the trainer; a fit has at most one."""
+    """The trainer's KDScheduleCallbacks; a fit has at most one."""
     return [c for c in trainer.callbacks if isinstance(c, KDScheduleCallback)]  # type: ignore[attr-defined]
 
 
@@ -118,27 +122,27 @@ def in_training(trainer: pl.Trainer) -> bool:
 
 
 class KDScheduleCallback(pl.Callback):
-    """Sets the KD weight before each batch, lets the teacher go at the boundary, and looks at both models meanwhile.
+    """Sets the KD weight before each batch, unloads the teacher at the boundary, and until then compares both models.
 
     The weight follows from the schedule and trainer.global_step, so accumulation, resume and the number of ranks cannot
-    change it. The schedule goes into the checkpoint; resuming under another one is refused unless `allow_change`. The
-    only thing a run finds out is `stop_step`, where there is a `stop_margin`: one integer, in the checkpoint too.
+    change it. The checkpoint contains the schedule; resuming with another one is refused unless `allow_change`. The run
+    itself determines only `stop_step`, if there is a `stop_margin`: one integer, saved in the checkpoint too.
 
-    Another shape in Python: a subclass of KDSchedule, as `callback.schedule = Mine(...)`.
+    For another shape in Python, write a subclass of KDSchedule and set `callback.schedule = Mine(...)`.
 
-    At each validation while the teacher is there, probe/gap and probe/student_better are logged (probe.py).
+    Each validation while the teacher is loaded logs probe/gap and probe/student_better (probe.py).
 
     Args:
         weight: KD weight before the ramp (omega), 0..1; 0 trains BASELINE and loads no teacher.
-        steps: Optimizer steps with a teacher (n_KD); from this step on the weight is 0. null = the whole run (RKD).
-        anneal_steps: Length of the ramp at the end of those steps; 0 for shape step.
+        steps: Optimizer steps with a teacher (n_KD); from this step on the weight is 0. null: the whole run (RKD).
+        anneal_steps: Length in steps of the ramp at the end of phase 1; 0 for shape step.
         shape: How the weight falls: step, linear, linear_ratio or cosine.
         stop_margin: End KD (begin the ramp) at the first validation where the student's CE is at most this many nats
-            above the teacher's on the same held-out rows; `steps` is the latest end. null: at `steps` alone.
-        min_steps: Validations before this step end nothing.
+            above the teacher's on the same held-out rows, at the latest at `steps`. null: at `steps`.
+        min_steps: Validations before this step cannot end KD.
         probe_gradients: Also log probe/grad_cosine, the cosine between the gradients of CE and KD.
-        allow_change: Go on from a checkpoint that was trained under another schedule.
-        allow_untrained: Take a teacher that predicts the text no better than one that was never trained: a control.
+        allow_change: Resume from a checkpoint that was trained with another schedule.
+        allow_untrained: Accept a teacher that predicts the text no better than an untrained one, as a control.
     """
 
     def __init__(  # noqa: PLR0913 - the constructor is the command line
@@ -158,14 +162,14 @@ class KDScheduleCallback(pl.Callback):
         if stop_margin is None and min_steps:
             raise ConfigError(f"--kd.min_steps {min_steps} needs --kd.stop_margin")
         if min_steps < 0 or (steps is not None and min_steps >= steps > 0):
-            raise ConfigError(f"--kd.min_steps {min_steps} must lie in 0..{'' if steps is None else steps - 1}")
+            raise ConfigError(f"--kd.min_steps {min_steps} must be in 0..{'' if steps is None else steps - 1}")
         self.stop_margin, self.min_steps = stop_margin, min_steps
         self.allow_change, self.allow_untrained = allow_change, allow_untrained
         self.probe_gradients, self._probe = probe_gradients, Probe(probe_gradients)
 
     @property
     def schedule(self) -> KDSchedule:
-        """What the run follows: as planned, or up to the boundary that it has found."""
+        """The schedule in use: as planned, but ending at `stop_step` once the run has found it."""
         return self.planned if self.stop_step is None else replace(self.planned, steps=self.stop_step)
 
     @schedule.setter
@@ -174,12 +178,12 @@ class KDScheduleCallback(pl.Callback):
         self.stop_step: int | None = None
 
     def kd_steps(self, steps_done: int) -> int:
-        """How many of the first `steps_done` optimizer steps had a teacher; a validation may change it."""
+        """How many of the first `steps_done` optimizer steps had a teacher; a validation may change this."""
         return self.schedule.kd_steps(steps_done)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a checkpoint keeps, and a resume compares."""
+        """The settings that a checkpoint saves and a resume compares."""
         own = {} if type(self.planned) is KDSchedule else {"shape": type(self.planned).__name__}
         return {**asdict(self.planned), **own, "stop_margin": self.stop_margin, "min_steps": self.min_steps}
 
@@ -188,19 +192,19 @@ class KDScheduleCallback(pl.Callback):
             return
         if not hasattr(pl_module, "load_teacher"):
             raise ConfigError(
-                f"KDScheduleCallback goes with a SALTModule, not with {type(pl_module).__name__}; train that, or a "
+                f"KDScheduleCallback needs a SALTModule, not a {type(pl_module).__name__}; train a SALTModule, or a "
                 "subclass of it"
             )
         self.stop_step = None
-        self._probe.forget()  # of a fit before
+        self._probe.forget()  # values from an earlier fit
         self.check(trainer, pl_module.has_teacher)
         if self.schedule.kd_steps(1):
             self._check_probe(trainer)
 
     def check(self, trainer: pl.Trainer, has_teacher: bool) -> None:
-        """Raises ConfigError where the schedule does not fit the run; needs no text."""
+        """Raises ConfigError if the schedule does not fit the run; needs no text."""
         if (number := len(kd_callbacks(trainer))) > 1:
-            raise ConfigError(f"the Trainer has {number} KDScheduleCallbacks: one sets the weight; use --kd.*")
+            raise ConfigError(f"the Trainer has {number} KDScheduleCallbacks, but only one can be used; use --kd.*")
         steps, max_steps = self.schedule.steps, trainer.max_steps
         if self.schedule.weight > 0 and steps is not None and 0 < max_steps < steps:
             short = max(1, max_steps // 5)
@@ -218,35 +222,39 @@ class KDScheduleCallback(pl.Callback):
 
     def _check_probe(self, trainer: pl.Trainer) -> None:
         if self._probe.gradients and isinstance(trainer.strategy, FSDPStrategy):
-            raise ConfigError("--kd.probe_gradients true: not with FSDP1; use --config configs/fsdp.yaml, or ddp")
+            raise ConfigError(
+                "--kd.probe_gradients true: not supported with FSDP1; use --config configs/fsdp.yaml, or ddp"
+            )
         if self.stop_margin is None:
             return
         name, last = f"--kd.stop_margin {self.stop_margin}", self.schedule.steps or trainer.max_steps
         if getattr(trainer.datamodule, "selection", None):  # type: ignore[attr-defined]
             raise ConfigError(
-                f"{name} does not go with --data.selection: which rows phase 1 reads is settled before it begins, by "
-                "the --kd.steps that it has. Set one of them to null"
+                f"{name} does not work with --data.selection: the rows of phase 1 are chosen before it begins, for "
+                "exactly --kd.steps steps; set one of the two to null"
             )
-        every = getattr(trainer, "val_check_interval", None)  # micro-batches by now; a share of the run; by the clock
+        every = getattr(
+            trainer, "val_check_interval", None
+        )  # an int: micro-batches by now; else a share of the run, or a time
         first = every // trainer.accumulate_grad_batches if isinstance(every, int) else trainer.max_steps
         first *= max(1, math.ceil(self.min_steps / max(1, first)))  # 0 is refused elsewhere
         if trainer.limit_val_batches == 0 or first >= last:
             after = f" from --kd.min_steps {self.min_steps} on" if self.min_steps else ""
             raise ConfigError(
-                f"{name}: no validation lies before step {last}{after}, where the teacher leaves anyway; set "
+                f"{name}: there is no validation before step {last}{after}, where the teacher leaves anyway; set "
                 "--trainer.val_check_interval to fewer steps"
             )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        # Here, not earlier: global_step is restored by now, so a resume in phase 2 never loads the teacher.
+        # Not earlier: global_step is restored by now, so a resume in phase 2 never loads the teacher.
         if self.schedule.is_taught(trainer.global_step):
             pl_module.load_teacher()
             self._check_teacher(trainer, pl_module)
 
     def _check_teacher(self, trainer: pl.Trainer, module: Any) -> None:
-        """Refuses a teacher that knows nothing of the text; one forward of a micro-batch. Collective."""
+        """Refuses a teacher that knows nothing of this text, after one forward of a micro-batch. Collective."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        if not hasattr(data, "counts_nll"):  # a loader of the user's own
+        if not hasattr(data, "counts_nll"):  # the user's own loader
             return
         batch = {name: tensor.to(module.device) for name, tensor in data.sample(data.micro_batch_size).items()}
         with trainer.precision_plugin.train_step_context():
@@ -260,8 +268,8 @@ class KDScheduleCallback(pl.Callback):
             raise ConfigError(f"step {step}: the schedule ({name}) gives weight {weight}, not 0..1")
         if weight > 0 and not schedule.is_taught(step):
             raise ConfigError(
-                f"step {step}: the schedule ({name}) gives weight {weight} to a teacher that is there for --kd.steps "
-                f"{schedule.steps} alone; it has to be 0 from there on"
+                f"step {step}: the schedule ({name}) gives weight {weight} to a teacher that leaves at --kd.steps "
+                f"{schedule.steps}; the weight must be 0 from there on"
             )
         pl_module.kd_weight.fill_(weight)  # in place: a new float would recompile
 
@@ -272,7 +280,7 @@ class KDScheduleCallback(pl.Callback):
         if pl_module.teacher is not None and not self.schedule.is_taught(trainer.global_step):
             self._probe.forget()
             held_bytes = pl_module.release_teacher()
-            rank_zero_info(f"step {trainer.global_step}: the teacher has left, {size_said(held_bytes)} returned")
+            rank_zero_info(f"step {trainer.global_step}: the teacher was unloaded, {size_said(held_bytes)} freed")
 
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -281,7 +289,7 @@ class KDScheduleCallback(pl.Callback):
             self._probe.add(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Before RunCheckpoint's: what is found here belongs to this step's checkpoint."""
+        """Runs before RunCheckpoint's hook, so that this step's checkpoint contains a boundary found here."""
         values = self._probe.read(trainer, pl_module) if in_training(trainer) else {}
         if not values:
             return
@@ -302,7 +310,7 @@ class KDScheduleCallback(pl.Callback):
 
     @property
     def looks_for_boundary(self) -> bool:
-        """A validation may end KD yet."""
+        """Whether a validation may still end KD."""
         return self.stop_margin is not None and self.stop_step is None
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
@@ -322,7 +330,7 @@ class KDScheduleCallback(pl.Callback):
             return
         if not self.allow_change:
             raise ConfigError(
-                f"the KD schedule differs from the checkpoint's: {changed}. Use the checkpoint's, "
-                "or --kd.allow_change true to go on with the new one"
+                f"the KD schedule differs from the checkpoint's: {changed}; use the checkpoint's, "
+                "or --kd.allow_change true to resume with the new one"
             )
-        rank_zero_info(f"going on under another KD schedule: {changed}")
+        rank_zero_info(f"resuming with another KD schedule: {changed}")

@@ -278,7 +278,7 @@ ERRORS = {
         {"ckpt_path": "{bad}/empty.jsonl"},
         r"is not a whole checkpoint of this project \(empty\); give one of .*, or last",
     ),
-    "weight outside 0..1": ({"kd.weight": 1.5}, r"--kd.weight 1.5 must lie in 0..1"),
+    "weight outside 0..1": ({"kd.weight": 1.5}, r"--kd.weight 1.5 must be in 0..1"),
     "two at once": ({"kd.weight": 1.5, "kd.anneal_steps": -2}, r"--kd.weight 1.5 .*--kd.anneal_steps -2"),
     "phase longer than the run": (
         {"kd.steps": 99, "model.teacher.path": "{teacher}"},
@@ -350,7 +350,7 @@ ERRORS = {
     "an abbreviation": ({"trainer.max_step": 3}, r"max_step"),
     "validation interval of zero": ({"trainer.val_check_interval": 0}, r"--trainer.val_check_interval 0 must be"),
     "log interval of zero": ({"trainer.log_every_n_steps": 0}, r"--trainer.log_every_n_steps 0 must be at least 1"),
-    "limited batches": ({"trainer.limit_train_batches": 5}, r"limit_train_batches 5, .*: use --trainer.max_steps"),
+    "limited batches": ({"trainer.limit_train_batches": 5}, r"limit_train_batches 5, .*; use --trainer.max_steps"),
     "rows left unscored": ({"trainer.limit_predict_batches": 0.5}, "limit_predict_batches would leave rows without"),
     "heads that do not divide": (
         {"model.student.config": {"hidden_size": 33, "num_attention_heads": 2}},

@@ -79,7 +79,7 @@ def test_held_out_text_that_is_trained_on(checked, corpus, tmp_path, fit_with, c
     for held_out in ("val_source", "test_source"):
         level, said = of(checked(**own, **{f"data.{held_out}": str(tmp_path / "linked.jsonl")})[1], "held-out text")
         assert level == "warning"
-        assert f"1 of the held-out files are training text too ({apart}/x.jsonl)" in said
+        assert f"1 of the held-out files are also training text ({apart}/x.jsonl)" in said
     copied = {"data.source": str(apart / "y.jsonl"), "data.val_source": str(apart / "x.jsonl")}
     assert f"({apart}/x.jsonl)" in of(checked(**{**own, **copied})[1], "held-out text")[1]
     (apart / "x.jsonl").write_bytes(b"".join(Path(corpus).read_bytes().splitlines(True)[:-1]))
@@ -87,7 +87,7 @@ def test_held_out_text_that_is_trained_on(checked, corpus, tmp_path, fit_with, c
     assert "held-out text" not in {about for _, about, _ in found}
     assert "held-out text" not in caplog.text  # check lists it, and does not log it as well
     assert fit_with(tmp_path / "fit", **own, **{"data.val_source": str(apart / "y.jsonl")}) == 0
-    assert "held-out text: 1 of the held-out files are training text too" in caplog.text
+    assert "held-out text: 1 of the held-out files are also training text" in caplog.text
 
 
 def test_an_evaluation_on_what_the_run_has_trained_on(corpus, settings, tmp_path, caplog):
@@ -107,7 +107,7 @@ def test_an_evaluation_on_what_the_run_has_trained_on(corpus, settings, tmp_path
         assert (said in caplog.text) == warned
     caplog.clear()
     assert cli.main(["validate", *arguments(fewer, again, {"data.val_source": str(corpus)})]) == 0
-    assert f"1 of the held-out files are training text too ({corpus})" in caplog.text
+    assert f"1 of the held-out files are also training text ({corpus})" in caplog.text
 
 
 def test_sizes_that_were_not_given_are_named(checked):
@@ -203,7 +203,7 @@ def test_exit_code_of_refused_settings(settings, capsys):
     assert cli.main(["check", *arguments(settings, wrong)]) == 1
     out = " ".join(capsys.readouterr().out.split())
     for said in (
-        "ERROR settings --kd.weight 2.0 must lie in 0..1",
+        "ERROR settings --kd.weight 2.0 must be in 0..1",
         "ERROR settings --model.optim.lr -1.0 must be above 0",
         "ERROR settings --data.val_fraction: 7.0 must be between 0 and 1",
         "ERROR settings --data.source: 'none.jsonl' matches no file",
@@ -378,9 +378,9 @@ def test_a_teacher_that_knows_nothing(checked, teacher, tmp_path, fit_with, caps
     level, said = of(found, "teacher CE")
     assert level == "error"
     assert float(re.search(r"text: ([\d.]+) nats", said)[1]) > 0.97 * math.log(320)
-    assert "a student not trained" in said
+    assert "untrained student" in said
     assert fit_with(tmp_path / "fit", **{"kd.weight": 0.5, "kd.steps": 6, "model.teacher.path": path}) == 2
-    assert "knows nothing of this text" in capsys.readouterr().err
+    assert "knows nothing about this text" in capsys.readouterr().err
     assert not (tmp_path / "fit").exists()
 
 

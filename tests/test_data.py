@@ -596,7 +596,7 @@ def test_the_other_verbs(make, tmp_path):
             {"max_steps": -1, "max_epochs": 1},
             r"^--trainer.max_steps: -1 is not a valid run length; give a number of optimizer steps$",
         ),
-        ({"limit_train_batches": 5}, r"^--trainer.limit_train_batches 5, which .*: use --trainer.max_steps$"),
+        ({"limit_train_batches": 5}, r"^--trainer.limit_train_batches 5, which .*; use --trainer.max_steps$"),
         ({"fast_dev_run": True}, r"^--trainer.limit_train_batches 1, which overfit_batches and fast_dev_run set too, "),
         ({"overfit_batches": 2}, r"^--trainer.limit_train_batches 2, which overfit_batches and fast_dev_run set too, "),
     ],

@@ -198,7 +198,9 @@ def test_a_weight_outside_0_to_1_is_refused(weight, data, teacher, tmp_path):
 
 def test_a_weight_without_its_teacher_is_refused(data, teacher, tmp_path):
     late = type("Late", (KDSchedule,), {"__call__": lambda self, step: 0.5})
-    with pytest.raises(ConfigError, match=r"step 3: the schedule \(Late\) gives weight 0.5 to a teacher that is there"):
+    with pytest.raises(
+        ConfigError, match=r"step 3: the schedule \(Late\) gives weight 0.5 to a teacher that leaves at"
+    ):
         trainer(tmp_path, following(late(0.5, 3))).fit(SALTModule(ModelSpec(config=SIZES), teacher), data)
 
 

@@ -375,7 +375,7 @@ def test_a_run_says_how_often_it_reads_each_source(weighted, capsys, caplog, tmp
     long = {"trainer.max_steps": 80, "trainer.val_check_interval": 80}
     assert run(["fit", *arguments(weighted, long)]) == 0
     assert "80 steps read 640 rows: web 25.0% (" in caplog.text
-    assert "(beyond 4 epochs text teaches ever less: add to code, or lower its weight)" in caplog.text
+    assert "(beyond 4 epochs text teaches less and less: add to code, or lower its weight)" in caplog.text
     assert run(["check", *arguments(weighted, long, {"run": str(tmp_path / "other")})]) == 0
     out = capsys.readouterr().out
     assert "WARNING  rows           80 steps read 640 rows: web 25.0% (" in out

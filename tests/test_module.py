@@ -758,7 +758,7 @@ def test_the_log_says_that_the_teacher_left_and_once_what_it_brought(fit_with, t
     own = {"kd.weight": 0.5, "kd.steps": 6, "model.teacher.path": teacher}
     assert fit_with(tmp_path / "run", **own) == 0
     said = [record.getMessage() for record in caplog.records]
-    assert len([line for line in said if line.startswith("step 6: the teacher has left, ")]) == 1
+    assert len([line for line in said if line.startswith("step 6: the teacher was unloaded, ")]) == 1
     assert len([line for line in said if "tokens/s without the teacher" in line]) == 1
 
 
@@ -790,7 +790,7 @@ def test_a_schedule_on_another_module_is_refused(teacher):
             self.training_step, self.configure_optimizers = self.inner.training_step, self.inner.configure_optimizers
 
     trainer = pl.Trainer(max_steps=1, callbacks=[KDScheduleCallback(0.5, 1)], accelerator="cpu", logger=False)
-    with pytest.raises(ConfigError, match="KDScheduleCallback goes with a SALTModule, not with Mine"):
+    with pytest.raises(ConfigError, match="KDScheduleCallback needs a SALTModule, not a Mine"):
         trainer.fit(Mine(), torch.utils.data.DataLoader([]))
 
 

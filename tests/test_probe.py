@@ -197,12 +197,12 @@ def test_a_ramp_cut_short_by_the_maximum_is_the_ramp_of_the_maximum():
     ("own", "message"),
     [
         ({"kd.min_steps": 3}, "--kd.min_steps 3 needs --kd.stop_margin"),
-        ({"kd.stop_margin": 0.1, "kd.min_steps": 10}, "--kd.min_steps 10 must lie in 0..9"),
-        ({"kd.stop_margin": 0.1, "trainer.val_check_interval": 10}, "no validation lies before step 10"),
-        ({"kd.stop_margin": 0.1, "trainer.limit_val_batches": 0}, "no validation lies before step 10"),
+        ({"kd.stop_margin": 0.1, "kd.min_steps": 10}, "--kd.min_steps 10 must be in 0..9"),
+        ({"kd.stop_margin": 0.1, "trainer.val_check_interval": 10}, "there is no validation before step 10"),
+        ({"kd.stop_margin": 0.1, "trainer.limit_val_batches": 0}, "there is no validation before step 10"),
         (
             {"kd.stop_margin": 0.1, "kd.min_steps": 6, "trainer.val_check_interval": 5},
-            "no validation lies before step 10 from --kd.min_steps 6 on",
+            "there is no validation before step 10 from --kd.min_steps 6 on",
         ),
     ],
 )
@@ -218,4 +218,4 @@ def test_a_selection_needs_a_boundary_that_is_known(settings, teacher, tmp_path,
     assert cli.main(["predict", *arguments(score, {"run": str(run), "model.teacher.path": teacher})]) == 0
     own = {**KD, "model.teacher.path": teacher, "run": str(tmp_path / "run"), "data.selection": str(run)}
     assert cli.main(["fit", *arguments(settings, own, {"kd.stop_margin": 0.1})]) == 2
-    assert "--kd.stop_margin 0.1 does not go with --data.selection" in capsys.readouterr().err
+    assert "--kd.stop_margin 0.1 does not work with --data.selection" in capsys.readouterr().err

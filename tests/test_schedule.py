@@ -79,7 +79,7 @@ def test_never_rises_never_leaves_its_range(weight, steps, share, shape):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"weight": 1.5}, r"--kd.weight 1.5 must lie in 0..1"),
+        ({"weight": 1.5}, r"--kd.weight 1.5 must be in 0..1"),
         ({"weight": -0.1}, r"--kd.weight -0.1"),
         ({"weight": float("nan")}, r"--kd.weight nan"),
         ({"steps": -1}, r"--kd.steps -1 must not be negative"),
@@ -90,7 +90,7 @@ def test_never_rises_never_leaves_its_range(weight, steps, share, shape):
         ({"anneal_steps": 6, "shape": "linear"}, r"--kd.anneal_steps 6 needs --kd.steps"),
         ({"steps": 5, "anneal_steps": 2}, r"needs --kd.shape linear"),
         ({"steps": 5, "shape": "cosine"}, r"--kd.shape cosine needs --kd.anneal_steps"),
-        ({"steps": 5, "anneal_steps": 2, "shape": "linear_ratio", "weight": 1.0}, r"infinite ratio"),
+        ({"steps": 5, "anneal_steps": 2, "shape": "linear_ratio", "weight": 1.0}, r"infinite; use a smaller weight"),
         ({"shape": "sqrt"}, r"--kd.shape 'sqrt' must be step or linear or linear_ratio or cosine"),
     ],
 )

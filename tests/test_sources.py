@@ -416,7 +416,7 @@ def test_a_source_that_no_validation_figure_watches_is_told(tmp_path):
     (tmp_path / "rare.jsonl").write_text(json.dumps({"text": rare}))
     files = [write_texts(tmp_path / "much.jsonl", "the quick brown fox"), str(tmp_path / "rare.jsonl")]
     (found,) = ready(files, english(), tmp_path).doubts()
-    assert (found.level, found.said) == ("note", "no document of rare is validated, so there is no val/ce of it")
+    assert (found.level, found.said) == ("note", "validation reads no document of rare, so there is no val/ce for it")
 
 
 @pytest.mark.parametrize("own", [{}, {"examples": Examples(prompt="{text}", response="{text}")}])
@@ -424,7 +424,7 @@ def test_a_source_outside_of_the_rows_that_validation_reads_is_told(own, tmp_pat
     files = [write_texts(tmp_path / f"{name}.jsonl", f"fox {name}") for name in "ab"]
     assert ready(files, english(), tmp_path, **own).doubts() == []
     (found,) = ready(files, english(), tmp_path, val_rows=1, **own).doubts()  # of more than one
-    assert re.match("no document of [ab] is validated, so there is no val/ce of it", found.said)
+    assert re.match("validation reads no document of [ab], so there is no val/ce for it", found.said)
 
 
 @pytest.mark.parametrize("held_out", [True, False])
@@ -441,5 +441,5 @@ def test_one_document_that_is_nearly_all_is_named_where_it_is_held_out(held_out,
     data.setup("fit")
     found = [finding.said for finding in data.doubts()]
     assert len(found) == held_out
-    said = r"--data.val_fraction 0.1 of the documents has drawn \d\d% of the tokens \(the longest document 9\d% of"
+    said = r"--data.val_fraction 0.1 of the documents took \d\d% of the tokens \(the longest document is 9\d% of"
     assert not held_out or re.match(said, found[0])
