@@ -1,9 +1,9 @@
-"""AnswerTest: what `test` finds out about a fine-tuned student besides the loss of its responses.
+"""AnswerTest: what `test` measures of a fine-tuned student besides the loss of its responses.
 
-Generation is greedy and batched, with transformers' KV cache. Choices go by the log-likelihood of each as a whole
-response, its EOS included, in the forward that trains. Prompts are the ids that training reads.
+Generation is greedy and batched, with transformers' KV cache. Choices are compared by the log-likelihood of each as a
+whole response, EOS included, in the forward used for training. Prompts are the token ids that training reads.
 
-    B rows of a batch · T tokens of a row, of the longest in it · N = B * T
+    B rows of a batch · T tokens of its longest row · N = B * T
 """
 
 import json
@@ -32,22 +32,22 @@ from salt_lightning.text.documents import Corpus
 from salt_lightning.text.prepare import make_encoder
 from salt_lightning.text.tokenizer import ExampleEncoder, special_ids
 
-Pair = tuple[list[int], list[int]]  # ids of a prompt and of a response, with its EOS
+Pair = tuple[list[int], list[int]]  # token ids of a prompt and of its response, EOS included
 
 
 class AnswerTest(pl.Callback):
-    """What `test` looks at in the answers to its examples; nothing of it is done while training.
+    """Checks answers to the examples in `test`; does nothing during training.
 
     Args:
-        max_new_tokens: Generate so many tokens at most for each test example, greedily, and report how many answers
-            are exactly the response. 0 generates none.
-        extract: Regular expression of the part that is compared: its last match, or the first group in that. Where a
-            text has no match, all of it is. GSM8K: '#### *(.+)'.
+        max_new_tokens: Greedily generate at most this many tokens for each test example, and report how many answers
+            match the response exactly. 0: generate nothing.
+        extract: Regular expression for the part to compare: its last match, or the first group in that. A text
+            without a match is compared whole. GSM8K: '#### *(.+)'.
         choices: Responses as --data.examples writes them (" yes"): report how often the right one is the likeliest.
-        max_examples: Look at so many test examples, evenly spaced. null: all.
+        max_examples: Use this many test examples, evenly spaced. null: all.
 
     Raises:
-        ConfigError: for a setting out of range, an example whose response is none of the choices, a strategy that
+        ConfigError: a setting is out of range, an example's response is not one of the choices, or the strategy
             shards the model that generates.
     """
 
@@ -66,13 +66,13 @@ class AnswerTest(pl.Callback):
         if choices is not None and (
             len(choices) < 2 or len(set(choices)) < len(choices) or not all(map(str.strip, choices))
         ):
-            raise ConfigError(f"--answers.choices {choices} must be two responses or more, all different, none blank")
+            raise ConfigError(f"--answers.choices {choices} must be two or more responses, all different, none blank")
         try:
             self.extract = re.compile(extract) if extract is not None else None
         except re.error as error:
-            raise ConfigError(f"--answers.extract {extract!r} is no regular expression ({error})") from error
+            raise ConfigError(f"--answers.extract {extract!r} is not a regular expression ({error})") from error
         self.max_new_tokens, self.choices, self.max_examples = max_new_tokens, choices or [], max_examples
-        self._pairs: dict[int, Pair] = {}  # by number of the example: what this rank looks at
+        self._pairs: dict[int, Pair] = {}  # by example number: this rank's examples
         self._choice_ids: list[list[int]] = []
         self._stops: list[int] = []
 
@@ -81,11 +81,11 @@ class AnswerTest(pl.Callback):
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
         if not data.examples.given:
-            raise ConfigError("--answers looks at examples; say by --data.examples what they are")
+            raise ConfigError("--answers needs examples; define them with --data.examples")
         if self.max_new_tokens and not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
             raise ConfigError(
-                f"--trainer.strategy {type(trainer.strategy).__name__} shards the student, and each device generates "
-                "with a whole one: test on one device or with --trainer.strategy ddp, which read the same checkpoint, "
+                f"--trainer.strategy {type(trainer.strategy).__name__} shards the student, but each device generates "
+                "with a whole one; test on one device or with --trainer.strategy ddp, which read the same checkpoint, "
                 "or set --answers.max_new_tokens 0"
             )
         rows = data.test_examples
@@ -106,7 +106,7 @@ class AnswerTest(pl.Callback):
         self._stops = [rows.files.eos_id, *sorted(turn_ends(responses, marks, data.tokenizer.decode))]
         count = min(self.max_examples or len(fitting), len(fitting))
         chosen = [fitting[i * len(fitting) // count] for i in range(count)]
-        # Ranks take turns; where one has none left it takes another's, so that all have as many batches.
+        # Ranks take turns; a rank that runs out repeats another's example, so that all have equally many batches.
         turns = range(trainer.global_rank, -(-count // trainer.world_size) * trainer.world_size, trainer.world_size)
         self._pairs = {i: pairs[i] for i in (chosen[turn % count] for turn in turns)}
         rank_zero_info(f"test: answers to {count} of {rows.files.num_documents} examples")
@@ -115,12 +115,12 @@ class AnswerTest(pl.Callback):
         if not self._pairs:
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
-        whole = partial(data.tokenizer.decode, clean_up_tokenization_spaces=False)  # with the marks of a chat
+        whole = partial(data.tokenizer.decode, clean_up_tokenization_spaces=False)  # with chat markers
         decode = partial(whole, skip_special_tokens=True)
         records = {
             i: {"prompt": whole(prompt), "response": decode(response)} for i, (prompt, response) in self._pairs.items()
         }
-        # Shapes differ from batch to batch: compiled code would be made anew for each.
+        # Shapes differ from batch to batch: each would be compiled anew.
         with torch.no_grad(), torch.compiler.set_stance("force_eager"), trainer.precision_plugin.forward_context():
             if self.choices:
                 self._choose(pl_module, data.micro_batch_size, records)
@@ -139,7 +139,7 @@ class AnswerTest(pl.Callback):
                 for name, of in (("response", "responses"), ("generated", "generated texts"))
             )
             rank_zero_info(
-                f"--answers.extract {self.extract.pattern!r} is found in {' and '.join(said)} of {len(records)}; the "
+                f"--answers.extract {self.extract.pattern!r} matches {' and '.join(said)} of {len(records)}; the "
                 "others are compared whole"
             )
         pl_module.log_dict({f"test/{name}": value for name, value in values.items()}, sync_dist=True)
@@ -164,8 +164,8 @@ class AnswerTest(pl.Callback):
             record["choice"], record["right"] = self.choices[best], self._choice_ids[best] == self._pairs[i][1]
 
     def _generate(self, pl_module: Any, data: Any, records: dict[int, dict[str, Any]], decode: Any) -> None:
-        # A prompt near the end of the model's positions gets fewer tokens, in a batch of its like: what an example is
-        # given depends on nothing but the example.
+        # A prompt near the end of the model's positions gets fewer tokens, in a batch of such prompts: the number of
+        # tokens depends only on the example.
         room = {i: min(self.max_new_tokens, data.block_size - len(prompt)) for i, (prompt, _) in self._pairs.items()}
         order = sorted(self._pairs, key=lambda i: (room[i], len(self._pairs[i][0])))
         batches = [
@@ -195,11 +195,11 @@ def _shown(batches: list[Any], what: str, pl_module: Any) -> Iterable[Any]:
     return tqdm(batches, desc=what, unit=" batches", disable=not shown, leave=False)
 
 
-# --- of a model ---
+# --- of the model ---
 
 
 def response_nll(student: Any, pairs: list[Pair], device: torch.device, budget_gib: float) -> Tensor:
-    """-log p of each response given its prompt, summed over its tokens, EOS included: float64, B."""
+    """-log p of each response given its prompt, summed over its tokens including EOS: float64, shape B."""
     width = max(len(prompt) + len(response) for prompt, response in pairs) - 1
     ids_BT = torch.zeros((len(pairs), width), dtype=torch.int64)
     labels_BT = torch.full((len(pairs), width), IGNORE)
@@ -220,14 +220,14 @@ def response_nll(student: Any, pairs: list[Pair], device: torch.device, budget_g
 def generate(
     model: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int, stops: list[int], device: torch.device
 ) -> list[list[int]]:
-    """The likeliest next token, again and again, behind each prompt; up to the first of `stops` and without it."""
+    """Greedy continuations of the prompts, each up to the first of `stops`, which is left out."""
     width = max(map(len, prompts))
     ids_BT = torch.full((len(prompts), width), stops[0])
     mask_BT = torch.zeros_like(ids_BT)
-    for b, prompt in enumerate(prompts):  # padded on the left: all continue at the same place
+    for b, prompt in enumerate(prompts):  # padded on the left, so all continue at the same position
         ids_BT[b, width - len(prompt) :] = torch.tensor(prompt)
         mask_BT[b, width - len(prompt) :] = 1
-    # The model's own settings, e.g. a hub model's temperature and repetition penalty, would come into it.
+    # The model's own settings, e.g. a hub model's temperature and repetition penalty, would apply otherwise.
     own, model.generation_config = model.generation_config, GenerationConfig(eos_token_id=stops, pad_token_id=stops[0])
     try:
         out_BT = model.generate(  # type: ignore[operator]
@@ -243,14 +243,14 @@ def generate(
     return [list(takewhile(lambda i: i not in stops, answer)) for answer in answers]
 
 
-# --- of texts and numbers ---
+# --- text and numbers ---
 
 
 def turn_ends(responses: Iterable[list[int]], marks: set[int], decode: Callable[[list[int]], str]) -> set[int]:
-    """The marks that end a turn where EOS does not: the last of each response, with blanks and EOS alone behind it.
+    """The markers that end a turn before EOS: the last marker of each response, if only whitespace and EOS follow it.
 
-    A student need not say EOS there (Gemma: <end_of_turn>, Phi-3: <|end|>, a new line and EOS). A mark with text behind
-    it is of another kind (<|message|> of gpt-oss).
+    A student need not generate EOS there (Gemma: <end_of_turn>, Phi-3: <|end|>, a new line and EOS). A marker with
+    text after it is of another kind (<|message|> of gpt-oss).
     """
     ends = set()
     for response in responses:
@@ -260,21 +260,21 @@ def turn_ends(responses: Iterable[list[int]], marks: set[int], decode: Callable[
 
 
 def extracted(text: str, pattern: re.Pattern[str] | None) -> str:
-    """The last match of a pattern in a text, or the first group in it; without pattern or match, the text."""
+    """The last match of a pattern in a text, or its first group; without pattern or match, the whole text."""
     matches = list(pattern.finditer(text)) if pattern is not None else []
     return (matches[-1][min(1, matches[-1].re.groups)] or "") if matches else text
 
 
-_FULL_STOPS = tuple(".\u3002\u0964\u06d4\u0589\u1362")  # also of CJK, Devanagari, Urdu, Armenian, Ethiopic
-_BETWEEN = "[,\uff0c\u066c\xa0\u202f\u2009]"  # groups of digits
+_FULL_STOPS = tuple(".\u3002\u0964\u06d4\u0589\u1362")  # also CJK, Devanagari, Urdu, Armenian, Ethiopic
+_BETWEEN = "[,\uff0c\u066c\xa0\u202f\u2009]"  # separators of digit groups
 _GROUPED = re.compile(rf"(?<=\d){_BETWEEN}(?=(?:\d{{2,3}}{_BETWEEN})*\d{{3}}(?!\d))")
 _POWER = re.compile("[\u2070\xb9\xb2\xb3\u2074-\u207b]+")  # superscript digits and signs
 
 
 def normalized(text: str) -> str:
-    """What two answers are compared by: NFKC (5² as 5^2), case folded, spaces single, digits of any script as 0 to 9.
+    """Normalizes an answer for comparison: NFKC (5² as 5^2), case folded, single spaces, digits of any script as 0-9.
 
-    1,000 is 1000, also as 1,00,000 and by a no-break space; left out are a full stop at the end, in several scripts,
+    Removes separators of digit groups (1,000, 1,00,000, and no-break spaces), a final full stop in several scripts,
     and invisible marks of direction and joining.
     """
     text = "".join(c for c in text if unicodedata.category(c) != "Cf")
@@ -286,7 +286,7 @@ def normalized(text: str) -> str:
 
 
 def wilson(successes: int, trials: int) -> tuple[float, float]:
-    """95% interval of a share (Wilson 1927): (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)."""
+    """95% interval of a proportion (Wilson 1927): (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)."""
     z = 1.959964
     p, z2 = successes / trials, z * z / trials
     middle, half = p + z2 / 2, z * (p * (1 - p) / trials + z2 / 4 / trials) ** 0.5
@@ -294,10 +294,10 @@ def wilson(successes: int, trials: int) -> tuple[float, float]:
 
 
 def figures(records: list[dict[str, Any]], num_choices: int) -> dict[str, float]:
-    """What is reported of the answers.
+    """The values that `test` reports about the answers.
 
-    exact_match and choice_accuracy are shares of `examples`, each with its 95% interval (NAME_low, NAME_high); beside
-    them NAME_majority, the share of the most frequent right answer, and choice_chance.
+    exact_match and choice_accuracy are shares of `examples`, each with its 95% interval (NAME_low, NAME_high) and
+    NAME_majority, the share of the most frequent right answer; choice_accuracy_chance is that of guessing.
     """
     values = {"examples": float(len(records))}
     for name, hit, right in (("choice_accuracy", "right", "response"), ("exact_match", "exact", "expected")):
@@ -311,7 +311,7 @@ def figures(records: list[dict[str, Any]], num_choices: int) -> dict[str, float]
 
 
 def summary(values: dict[str, float]) -> str:
-    """The figures in words."""
+    """The values as one line of text."""
     parts = []
     for name in ("choice_accuracy", "exact_match"):
         if name in values:

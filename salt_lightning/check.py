@@ -1,7 +1,7 @@
-"""The verb check: all that would stop or spoil a fit with these settings, looked at before its first step.
+"""The verb check: finds everything that would stop or spoil a fit with these settings, before its first step.
 
-Text and tokenizer are prepared as the fit would do it (and it finds them in the cache); nothing is trained, and nothing
-is written into the run's folder.
+Text and tokenizer are prepared as in the fit, which then finds them in the cache; nothing is trained, and nothing is
+written into the run's folder.
 """
 
 import math
@@ -37,16 +37,16 @@ from salt_lightning.teacher import probe
 from salt_lightning.teacher.difficulty import find_files
 from salt_lightning.teacher.scores import Scores
 
-_LOOK_FLOPS = 1.5e11  # of a CPU, for one look at a model: some seconds
-_WHOLE_PARAMETERS = 5e8  # a fresh student beyond this is looked at with two of its layers
-_OUTSIDE_BYTES = 3 << 28  # CUDA's context and what its libraries take, 0.75 GiB
-_GAPS = 0.04  # of the memory: between the allocator's blocks
+_LOOK_FLOPS = 1.5e11  # FLOPs for one test of a model: some seconds on a CPU
+_WHOLE_PARAMETERS = 5e8  # a larger fresh student is tested with two of its layers
+_OUTSIDE_BYTES = 3 << 28  # CUDA's context and libraries, 0.75 GiB
+_GAPS = 0.04  # share of the memory lost between the allocator's blocks
 _CARDS_GIB = (16, 24, 40, 80)
 
 
 @dataclass
 class Check:
-    """Collects findings; what fails is one of them and hides none of the others."""
+    """Collects findings; a failed check is one of them and does not hide the others."""
 
     module: SALTModule
     data: SALTDataModule
@@ -56,13 +56,13 @@ class Check:
     findings: list[Finding] = field(default_factory=list)
     _untrained: float | None = None  # CE of a student before its first step
     _unfit: set[str] = field(default_factory=set)  # models that cannot read the data's rows
-    _apart: dict[str, attention.Apart] = field(default_factory=dict)  # how a GPU will keep a model's documents apart
+    _apart: dict[str, attention.Apart] = field(default_factory=dict)  # how a GPU will separate a model's documents
 
     def add(self, level: preflight.Level, about: str, said: str, remedy: str = "") -> None:
         self.findings.append(Finding(level, about, said, remedy))
 
     def probe(self, about: str, function: Callable[[], Any]) -> Any:
-        """What `function` returns, or None where it refuses."""
+        """What `function` returns; None if it raises an error, which becomes a finding."""
         try:
             return function()
         except (ConfigError, OSError) as error:
@@ -70,14 +70,14 @@ class Check:
             return None
 
     def works(self, about: str, function: Callable[..., Any], *args: Any) -> bool:
-        """Whether it does not refuse."""
+        """Whether `function` raises no error."""
         before = len(self.findings)
         self.probe(about, partial(function, *args))
         return len(self.findings) == before
 
     def run(self) -> list[Finding]:
         attach(self.module, self.data, self.trainer)
-        self._batch()  # before what counts validations in micro-batches
+        self._batch()  # first: the next ones count validations in micro-batches
         self._plan()
         batch = self._text()
         student = self._student(batch)
@@ -87,7 +87,7 @@ class Check:
             self._compute(student, teacher)
             try:
                 self._memory(student, teacher)
-            except Exception as error:  # any model's own code runs there, on tensors that it was not made for
+            except Exception as error:  # it runs any model's code on tensors that the code was not written for
                 self.add("warning", "memory", f"not estimated: {type(error).__name__}: {one_line(error, 200)}")
         return self.findings
 
@@ -98,26 +98,26 @@ class Check:
         return kd_callbacks(self.trainer)[0]
 
     def _plan(self) -> None:
-        """The run's steps: phases, warm-up, and what contradicts them."""
+        """Checks the run's steps: phases, warm-up, and settings that contradict them."""
         max_steps, schedule, optim = self.trainer.max_steps, self._kd.schedule, self.module.optim_spec
         if self.works("phases", self._kd.setup, self.trainer, self.module, "fit"):
             taught = schedule.kd_steps(max_steps)
             said = f"teacher in {taught} of {max_steps} steps ({taught / max_steps:.0%})" if taught else "no teacher"
             if schedule.anneal_steps and taught:
                 said += f", its weight falls in the last {schedule.anneal_steps} of them"
-            many, late = taught > max_steps / 2, "more than half, and a teacher that stays too long harms"
+            many, late = taught > max_steps / 2, "more than half: a teacher that stays too long does harm"
             if taught == max_steps:
                 late = "it never leaves (RKD)"
             self.add("note" if many else "ok", "phases", f"{said}; {late}" if many else said)
         if self.works("learning rate", optim.check, max_steps):
-            said = f"{optim.lr:g} after {optim.warmup_steps} steps of warm-up, then {optim.schedule}"
+            said = f"{optim.lr:g} after {optim.warmup_steps} warm-up steps, then {optim.schedule}"
             self.add("ok", "learning rate", said)
         self.works("trainer", cadence.check_trainer, self.trainer)
         for callback in savers(self.trainer):
             self.works("export", callback.setup, self.trainer, self.module, "fit")
 
     def _batch(self) -> None:
-        """Batches and validation."""
+        """Checks batches and validation."""
         data, trainer = self.data, self.trainer
         if not self.works("batch", data.set_trainer):
             return
@@ -132,17 +132,19 @@ class Check:
         every = interval // data.accumulate
         said = f"every {every} steps, {trainer.max_steps // every} times"
         if left := trainer.max_steps % every:
-            remedy = "the run's last loss is not measured: let --trainer.val_check_interval divide --trainer.max_steps"
+            remedy = (
+                "the final loss is not measured: use a --trainer.val_check_interval that divides --trainer.max_steps"
+            )
             self.add("warning", "validation", f"{said}, not in the last {left} steps", remedy)
         else:
-            self.add("ok", "validation", f"{said}, the last step too")
+            self.add("ok", "validation", f"{said}, also after the last step")
 
     # ----------------------------------------------------------------- text
 
     def _text(self) -> dict[str, Tensor] | None:
-        """Rows; some validation rows to look at models with, where there are any."""
+        """Checks the text and its rows; returns some validation rows to test models with, if there are any."""
         data, trainer = self.data, self.trainer
-        # without what they name the text is looked at all the same
+        # if what these settings name is missing, the text is checked without it
         if data.selection and not self.works("selection", Scores, Path(data.selection), "--data.selection"):
             data.selection = None
         if data.difficulty and not self.works("thirds", find_files, Path(data.difficulty), "fit"):
@@ -168,7 +170,7 @@ class Check:
     # --------------------------------------------------------------- models
 
     def _student(self, batch: dict[str, Tensor] | None) -> CausalLM | None:
-        """The student, without data, and what a real one says of the text."""
+        """The student without weights; checks its head and its loss on the text with real weights."""
         spec = self.module.student_spec
         if spec.path:
             lm = self._pretrained(spec, "student", spec.dtype_or(torch.float32))
@@ -180,7 +182,7 @@ class Check:
         if not spec.path and _count(lm) > _WHOLE_PARAMETERS:
             layers = lm.model.config.num_hidden_layers
             small = shallow(spec, layers)
-            self.add("note", "student", f"looked at with 2 of its {layers} layers, for time")
+            self.add("note", "student", f"tested with only 2 of its {layers} layers, to save time")
         if spec.path:
             real = lm
         elif self.data._train is None:  # without a tokenizer
@@ -222,12 +224,12 @@ class Check:
         return lm
 
     def _proof(self, lm: CausalLM) -> bool:
-        """Whether it does what the head loss asks of it."""
+        """Checks that the model does what the head loss needs; whether it does."""
         off = self.probe(f"{lm.name} head", lm.check)
         if off is not None:
             said = f"hidden states x head equal {type(lm.model).__name__}'s own logits (largest difference {off:.1g})"
             self.add(
-                "ok", f"{lm.name} head", said + ("; documents are kept apart by our mask" if lm.apart == "mask" else "")
+                "ok", f"{lm.name} head", said + ("; our own mask separates documents" if lm.apart == "mask" else "")
             )
             asked = (self.module.student_spec if lm.name == "student" else self.module.teacher_spec).attention
             on_gpu = self._device() == "cuda" and self.module.compute_dtype == torch.bfloat16
@@ -242,7 +244,7 @@ class Check:
         trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
         matrices = [p for name, p in trained.items() if optim.decays(name, p.ndim)]
         frozen = _count(student) - sum(p.numel() for p in trained.values())
-        active = flops.active_parameters(student.model)  # as people name such models: 30B with 3B active
+        active = flops.active_parameters(student.model)  # as such models are named: 30B with 3B active
         met = f" ({active / 1e6:.1f}M for each token)" if active < _count(student) else ""
         said = (
             f"{type(student.model).__name__}, all {f'but {frozen} of ' if frozen else ''}{_count(student) / 1e6:.1f}M "
@@ -253,7 +255,7 @@ class Check:
         compiled = ("its blocks" if blocks else "its backbone, whole") if self.module.hparams["compile"] else "nothing"
         self.add("ok", "student", f"{said}compiled: {compiled}")
         if rest := unnamed_sizes(self.module.student_spec, student.model.config):
-            self.add("note", "student sizes", f"not given, so the family's own: {rest}")
+            self.add("note", "student sizes", f"not given, so the family's defaults: {rest}")
         self.findings += extension.balance(student)
         for callback in savers(self.trainer):
             self.findings.append(callback.space(self.trainer, student.parameters()))
@@ -267,7 +269,7 @@ class Check:
         plain = flops.student_flops(per_token[0], tokens)
         extra = per_token[1] * tokens
         known = not math.isnan(plain + extra)
-        said = "FLOPs unknown for such layers: log and compare go without"
+        said = "the FLOPs of some layers are unknown, so log and compare leave FLOPs out"
         if known:
             said = f"{plain:.3g} FLOPs a step"
             if extra:
@@ -276,7 +278,7 @@ class Check:
             device, world = self.trainer.strategy.root_device, self.trainer.world_size
             if peak := flops.peak_of(device, self.module.compute_dtype, world):
                 most = peak / (plain / tokens)
-                said += f"; by the card's data sheet at most {most:,.0f} tokens/s without a teacher"
+                said += f"; at most {most:,.0f} tokens/s without a teacher by the GPU's data sheet"
         if teacher is not None:
             said += f"; teacher: {_count(teacher) / 1e6:.1f}M parameters, frozen"
         self.add("ok" if known else "note", "compute", said)
@@ -292,7 +294,7 @@ class Check:
             found = found[:1]  # it never leaves
         names = ["memory, phase 1", "memory, phase 2"] if len(found) == 2 else ["memory"]
         if taught and teacher is None:
-            self.add("note", "memory", "with the teacher, which is missing, it is more than this:")
+            self.add("note", "memory", "the missing teacher needs additional memory:")
         for name, peak in zip(names, found, strict=True):
             self.add("ok", name, peak.described(data.micro_batch_size))
         limit = self._limit(device)
@@ -300,7 +302,7 @@ class Check:
             largest = (fit.largest(_usable(gib << 30), prove=False) for gib in _CARDS_GIB)
             most = ", ".join(f"{gib} GiB {rows or 'none'}" for gib, rows in zip(_CARDS_GIB, largest, strict=True))
             said = f"no GPU here; the largest that fits, in rows: on {most}"
-            self.add("note", "micro-batch", said, "--check.memory_gib 24 says how much yours has")
+            self.add("note", "micro-batch", said, "give your GPU's memory, e.g. --check.memory_gib 24")
             return
         fitting = fit.largest(_usable(limit))
         said = f"of {size_said(limit)} a run can use {size_said(_usable(limit))}; the largest that fits: "
@@ -316,12 +318,12 @@ class Check:
         self.add("error", "micro-batch", said, remedy)
 
     def _device(self) -> str:
-        """What the estimate is for: the CPU only where it is asked for by name."""
-        on_cpu = self.accelerator == "cpu" or self.trainer.strategy.root_device.type == "mps"  # which shares its memory
+        """The device to estimate for: the CPU only if the user named it."""
+        on_cpu = self.accelerator == "cpu" or self.trainer.strategy.root_device.type == "mps"  # shares the CPU's memory
         return "cpu" if on_cpu and self.memory_gib is None else "cuda"
 
     def _limit(self, device: str) -> int | None:
-        """Memory of the device, bytes; None: not known."""
+        """Memory of the device in bytes; None: not known."""
         if self.memory_gib is not None:
             return int(self.memory_gib * 2**30)
         if device == "cpu":
@@ -329,11 +331,11 @@ class Check:
         return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 
-# ---------------------------------------------------------------------- how it is done
+# ---------------------------------------------------------------------- functions
 
 
 def attach(module: SALTModule, data: SALTDataModule, trainer: pl.Trainer) -> None:
-    """Makes the three know each other as in a fit; starts no process and touches no device."""
+    """Connects the three as in a fit; starts no process and touches no device."""
     trainer.state.fn = TrainerFn.FITTING
     trainer.strategy._lightning_module = module
     module.trainer = data.trainer = trainer
@@ -345,8 +347,8 @@ def _count(lm: CausalLM) -> int:
 
 
 def _cut(batch: dict[str, Tensor], lm: CausalLM) -> dict[str, Tensor]:
-    """The first tokens of the batch, so many that the model gets through them in seconds; 256 at least, and what comes
-    behind a longer prompt."""
+    """The first tokens of the batch, as many as the model can process in seconds; at least 256, and enough to go past
+    a longer prompt."""
     rows, width = batch["labels"].shape
     tokens = max(256, int(_LOOK_FLOPS / (2 * _count(lm))))
     prompt = int((batch["labels"][0] >= 0).int().argmax())
@@ -357,7 +359,7 @@ def _cut(batch: dict[str, Tensor], lm: CausalLM) -> dict[str, Tensor]:
 def without_text(
     module: SALTModule, trainer: pl.Trainer, export_to: str | None, teaches: bool
 ) -> list[Callable[[], object]]:
-    """The looks at a fit's settings that need no text. `teaches`: the teacher will be loaded."""
+    """The checks of a fit's settings that need no text. `teaches`: the teacher will be loaded."""
     student, teacher = module.student_spec, module.teacher_spec
     looks: list[Callable[[], object]] = [
         partial(module.optim_spec.check, trainer.max_steps),
@@ -382,19 +384,21 @@ def _usable(total: int) -> int:
 def besides(
     instead: Iterable[str], module: SALTModule, data: SALTDataModule, trainer: pl.Trainer, teaches: bool
 ) -> list[str]:
-    """What is wrong besides settings that a class refused and that others stand `instead` of."""
+    """What else is wrong, apart from the refused settings that have defaults `instead`."""
     return of_others(raised([*without_text(module, trainer, None, teaches), partial(data._corpus, "source")]), instead)
 
 
 def report(check: Check, wrong: Iterable[str], refused: bool) -> int:
-    """Prints all findings, `wrong` settings first; the exit code.
+    """Prints all findings, `wrong` settings first; returns the exit code.
 
-    `refused`: settings that a class refused are among them; then no text is prepared and no model built, of sizes that
-    nobody has asked for.
+    `refused`: a class refused some settings, so the sizes may not be the user's; then prepares no text and builds no
+    model.
     """
     check.findings += [Finding("error", "settings", message) for message in wrong]
     if refused:
-        check.findings.append(Finding("note", "the rest", "text, models, memory and disk, when these are mended"))
+        check.findings.append(
+            Finding("note", "the rest", "text, models, memory and disk are checked once this is fixed")
+        )
     else:
         check.run()
     if not writes_elsewhere():

@@ -1,7 +1,7 @@
-"""What is sharded, and how: FSDP2 over all devices, FSDP1, DDP and one device train the same module.
+"""How a model is sharded: FSDP2 over all devices, FSDP1, DDP and one device train the same module.
 
-Each transformer block is a group of its own. Embedding, final norm and head are the root's, whose forward evaluates
-the loss: there the head weight is whole, tied or not.
+Each transformer block is its own FSDP group. Embedding, final norm and head belong to the root group, whose forward
+computes the loss: there the head weight is whole, tied or not.
 """
 
 from collections.abc import Mapping
@@ -35,14 +35,14 @@ from salt_lightning.models import CausalLM, read_checkpoint
 from salt_lightning.run import peers
 from salt_lightning.storage import shards
 
-# Weights travel and compute in bf16 and gradients are reduced in fp32. What enters a forward is not cast: the loss
-# gets its KD weight and its number of tokens that way, and bf16 has 8 bits for them.
+# Weights are gathered and used in bf16, and gradients are reduced in fp32. Inputs of a forward are not cast: among
+# them are the loss's KD weight and number of tokens, for which bf16 has only 8 bits.
 POLICIES = {
     "32-true": MixedPrecisionPolicy(),
     "bf16-mixed": MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False),
     "bf16-true": MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False),
 }
-# FSDP1 likewise; Lightning's own choice reduces in bf16 and rounds the frequencies of rotary embeddings.
+# The same for FSDP1; Lightning's default reduces in bf16 and rounds the frequencies of rotary embeddings.
 _FSDP1_POLICIES = {
     "32-true": None,
     "bf16-mixed": MixedPrecision(torch.bfloat16, torch.float32, torch.float32, cast_root_forward_inputs=False),
@@ -51,17 +51,17 @@ _FSDP1_POLICIES = {
 
 
 class FSDP2(ModelParallelStrategy):
-    """FSDP2 over all devices: weights, gradients and optimizer lie in shards, whole block by block while in use.
+    """FSDP2 over all devices: weights, gradients and optimizer are sharded; each block is gathered while in use.
 
-    The first rank reads or makes a model, the others get their shards from it: no other process ever holds it whole.
+    The first rank reads or creates a model and sends the others their shards: no other process ever holds it whole.
 
     Args:
-        replicas: Copies of the model (hybrid sharding), each sharded over world size / replicas neighbouring devices.
-            1: one copy over all devices; the number of nodes: shards stay within a node, gradients go across.
-        shard_teacher: Shard the teacher too, on its own. false: a whole copy on each device, with nothing to gather.
-        save_distributed_checkpoint: A checkpoint is a folder with a file per rank. false: one file, which the first
-            rank gathers.
-        timeout_minutes: How long a rank waits for the others before it gives up.
+        replicas: Copies of the model (hybrid sharding), each sharded over world size / replicas neighboring devices.
+            1: one copy over all devices; the number of nodes: shards stay within a node, only gradients cross nodes.
+        shard_teacher: Shard the teacher too, separately. false: a whole copy on each device, with nothing to gather.
+        save_distributed_checkpoint: Save a checkpoint as a folder with one file per rank. false: as one file, gathered
+            on the first rank.
+        timeout_minutes: Minutes that a rank waits for the others before it gives up.
     """
 
     def __init__(
@@ -76,11 +76,11 @@ class FSDP2(ModelParallelStrategy):
         self.replicas, self.shard_teacher = replicas, shard_teacher
 
     @property
-    def distributed_sampler_kwargs(self) -> dict[str, Any]:  # also before there are processes
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:  # also before the processes exist
         return {"num_replicas": self.num_nodes * self.num_processes, "rank": self.global_rank}
 
     def setup_environment(self) -> None:
-        # Lightning's default shards across nodes and splits tensors within one; "over all" cannot be said in YAML.
+        # Lightning's default uses data parallelism across nodes and tensor parallelism within one.
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
         super().setup_environment()
         self._sizes = (self.replicas, self.world_size // self.replicas)
@@ -89,15 +89,15 @@ class FSDP2(ModelParallelStrategy):
             self._mesh = init_device_mesh(self.root_device.type, self._sizes, mesh_dim_names=("replicate", "shard"))
 
     def shard(self, lm: CausalLM, policy: MixedPrecisionPolicy) -> None:
-        """Spreads the first rank's model over all ranks, group by group, in place."""
+        """Shards the first rank's model over all ranks, group by group, in place."""
         lm.keep_apart(self.broadcast(lm.apart))
         for group in (*blocks(lm), lm):
             _receive(group, self)
             fully_shard(group, mesh=self._mesh, mp_policy=policy, shard_placement_fn=self._placement)
 
     def _placement(self, p: nn.Parameter) -> Shard | None:
-        """Splits experts (experts, in, out) inside, where they do not divide over the devices: else, with fewer experts
-        than devices, some hold a whole one and others none. None: by the first dimension."""
+        """The dimension to split experts (experts, in, out) by: the first that divides by the number of devices. With
+        fewer experts than devices, splitting by expert would leave some devices with none. None: by the first."""
         return next((Shard(i) for i, n in enumerate(p.shape) if p.ndim == 3 and n % self._sizes[1] == 0), None)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -105,7 +105,7 @@ class FSDP2(ModelParallelStrategy):
         return self._for_saving(self.lightning_module.state_dict())
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """torch's, gathered where a checkpoint is one file."""
+        """The optimizer's state_dict, gathered if a checkpoint is one file."""
         state = optimizer.state_dict()
         return {**state, "state": {number: self._for_saving(tensors) for number, tensors in state["state"].items()}}
 
@@ -113,7 +113,7 @@ class FSDP2(ModelParallelStrategy):
         if self._save_distributed_checkpoint:
             return tensors
         kept = {}
-        for name, tensor in tensors.items():  # one after the other: all ranks gather, the first keeps
+        for name, tensor in tensors.items():  # one by one: all ranks gather, only the first keeps it
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             if self.is_global_zero:
                 kept[name] = whole.cpu()
@@ -127,7 +127,7 @@ class FSDP2(ModelParallelStrategy):
             Strategy.save_checkpoint(self, checkpoint, path)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Fills module and optimizer, each rank its shards, from what any strategy has written; returns the rest."""
+        """Loads this rank's shards of module and optimizer from any strategy's checkpoint; returns the rest of it."""
         assert self.lightning_module is not None
         path = Path(self.broadcast(checkpoint_path))
         checkpoint = read_checkpoint(str(path), "--ckpt_path")
@@ -136,7 +136,7 @@ class FSDP2(ModelParallelStrategy):
         weights = self.lightning_module.state_dict()
         check_same_model(weights, checkpoint["state_dict"], f"--ckpt_path {path} holds another student")
         saved = shards.optimizer_layout(checkpoint) if self.optimizers else {}
-        states = [_empty_state(optimizer, saved) for optimizer in self.optimizers]  # none but in a fit
+        states = [_empty_state(optimizer, saved) for optimizer in self.optimizers]  # empty except in fit
         if path.is_dir():
             shards.load_into({"state_dict": weights, "optimizer_states": states}, path)
         else:
@@ -149,11 +149,11 @@ class FSDP2(ModelParallelStrategy):
         return {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
 
 
-SHARDS_MODELS = FSDP2 | FSDPStrategy  # the strategies that do, among those that `check` lets through
+SHARDS_MODELS = FSDP2 | FSDPStrategy  # the strategies that shard models, of those that `check` accepts
 
 
 def _empty_state(optimizer: Optimizer, saved: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
-    """Room for what a checkpoint holds of an optimizer's state, put into it and named: loading fills it in place."""
+    """Empty tensors, by name, for the optimizer state in a checkpoint; the optimizer has them, loading fills them."""
     state: dict[str, dict[str, Tensor]] = {}
     for group in optimizer.param_groups:
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
@@ -171,7 +171,7 @@ def _empty_state(optimizer: Optimizer, saved: Mapping[str, Mapping[str, Tensor]]
 
 @torch.no_grad()
 def _copy(target: Tensor, whole: Tensor) -> None:
-    """Copies into `target` what it holds of `whole`, which may lie on disk, mapped."""
+    """Copies this rank's part of `whole`, which may be mapped from disk, into `target`."""
     if isinstance(target, DTensor):
         whole = distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None).to_local()
         target = target.to_local()
@@ -179,13 +179,13 @@ def _copy(target: Tensor, whole: Tensor) -> None:
 
 
 def check_same_model(ours: Mapping[str, Tensor], saved: Mapping[str, Tensor], said: str) -> None:
-    """Raises ConfigError, after what is `said`, with the first weights that a model and a checkpoint do not share."""
+    """Raises ConfigError, beginning with `said`, that names the first weights where model and checkpoint differ."""
     shapes = getattr(saved, "shapes", None) or {name: tensor.shape for name, tensor in saved.items()}
     here = {name: tensor.shape for name, tensor in ours.items()}
     differing = [name for name in sorted({*here, *shapes}) if here.get(name) != shapes.get(name)]
     if differing:
         shown = (f"{name} {_size(here.get(name))} (checkpoint: {_size(shapes.get(name))})" for name in differing[:5])
-        raise ConfigError(f"{said}, {len(differing)} of its weights differ: {', '.join(shown)}")
+        raise ConfigError(f"{said} ({len(differing)} of its weights differ: {', '.join(shown)})")
 
 
 def _size(shape: torch.Size | None) -> str:
@@ -200,21 +200,21 @@ def blocks(lm: CausalLM) -> list[nn.Module]:
     found: list[nn.Module] = [module for module in lm.model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not found:
         raise ConfigError(
-            f"--model.{lm.name}: {type(lm.model).__name__} has no blocks of transformers' kind (GradientCheckpointing"
-            "Layer), which sharding and --model.activation_checkpointing need; train it with --trainer.strategy ddp"
+            f"--model.{lm.name}: {type(lm.model).__name__} has no transformers blocks (GradientCheckpointingLayer), "
+            "which sharding and --model.activation_checkpointing need; train it with --trainer.strategy ddp"
         )
     return found
 
 
 def build_device(strategy: Strategy | None, whole: torch.device) -> torch.device:
-    """Where a model is built before it is distributed: `whole`, or, to be sharded, on the first rank's CPU alone."""
+    """Where to build a model before it is distributed: `whole`, or, if sharded by FSDP2, only the first rank's CPU."""
     if isinstance(strategy, FSDP2):
         return torch.device("cpu" if strategy.is_global_zero else "meta")
     return whole
 
 
 def distribute(lm: CausalLM, strategy: Strategy | None, compile: bool) -> nn.Module:
-    """The student as the strategy wants it: in shards, or as it is. Collective."""
+    """The student as the strategy needs it: sharded or unchanged. Collective."""
     if compile:
         _compile(lm, in_blocks=isinstance(strategy, SHARDS_MODELS))
     if isinstance(strategy, FSDP2):
@@ -232,10 +232,10 @@ def distribute(lm: CausalLM, strategy: Strategy | None, compile: bool) -> nn.Mod
 
 
 def distribute_teacher(lm: CausalLM, strategy: Strategy, compile: bool) -> CausalLM:
-    """The frozen teacher on this rank's device: sharded on its own under FSDP2, else whole. Collective.
+    """The frozen teacher on this rank's device: sharded separately with FSDP2, else whole. Collective.
 
     Its root group stays whole after a forward, so that the student's forward can use the head weight that the
-    teacher's has returned.
+    teacher's forward returns.
     """
     in_shards = isinstance(strategy, FSDP2) and strategy.shard_teacher
     if compile:
@@ -251,7 +251,7 @@ def distribute_teacher(lm: CausalLM, strategy: Strategy, compile: bool) -> Causa
 
 @torch.no_grad()
 def _receive(group: nn.Module, strategy: FSDP2) -> None:
-    """Gives every whole tensor of `group` the first rank's values, on this rank's device. Ties stay tied."""
+    """Replaces every whole tensor of `group` by the first rank's, on this rank's device. Tied weights stay tied."""
     whole = {id(t): t for t in (*group.parameters(), *group.buffers()) if not isinstance(t, DTensor)}
     layout = strategy.broadcast([(t.shape, t.dtype) for t in whole.values()])
     received: dict[int, Any] = {}
@@ -269,19 +269,19 @@ def _receive(group: nn.Module, strategy: FSDP2) -> None:
 
 
 def local_bytes(module: nn.Module) -> int:
-    """What the weights take on this rank."""
+    """Bytes of the weights on this rank."""
     locals_ = (p.to_local() if isinstance(p, DTensor) else p for p in module.parameters())
     return sum(p.numel() * p.element_size() for p in locals_)
 
 
 def recompute_activations(lm: CausalLM) -> None:
-    """Each block keeps its input alone and is computed again in backward. Hooks of the block stay outside."""
+    """Makes each block keep only its input and run again in backward. Hooks of the block stay outside."""
     for block in blocks(lm):
         block.forward = partial(recompute, block.forward, use_reentrant=False)
 
 
 def _compile(lm: CausalLM, in_blocks: bool) -> None:
-    """torch.compile without new names in the state dict; in blocks where shards are gathered between them."""
+    """torch.compile without new names in the state dict; block by block if shards are gathered between blocks."""
     if in_blocks:
         for block in blocks(lm):
             block.forward = torch.compile(block.forward, dynamic=False)
@@ -293,7 +293,7 @@ def _compile(lm: CausalLM, in_blocks: bool) -> None:
 
 
 def clip_gradients(student: nn.Module, limit: float | None) -> Tensor:
-    """Scales the gradients down to a total norm of `limit` (None or 0: not at all); the norm before, over all ranks."""
+    """Clips the gradients to a total norm of `limit` (None or 0: no clipping); returns the total norm before."""
     if isinstance(student, FullyShardedDataParallel):
         return student.clip_grad_norm_(limit or float("inf"))
     weights = list(student.parameters())
@@ -306,29 +306,29 @@ def clip_gradients(student: nn.Module, limit: float | None) -> Tensor:
 
 
 def weight_norm(student: nn.Module) -> Tensor:
-    """Root of the sum of all weights' squares; with FSDP1 of this rank's shards."""
+    """L2 norm of all weights; with FSDP1, of this rank's shards only."""
     weights = [p.detach() for p in student.parameters()]
-    # FSDP2 shards all but what a forward without backward, as of a validation, has left whole.
+    # With FSDP2, a forward without backward, e.g. of a validation, leaves some weights whole.
     sharded, whole = ([w for w in weights if isinstance(w, DTensor) is kind] for kind in (True, False))
     norms = [nn.utils.get_total_norm(group) for group in (sharded, whole) if group]
     return torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).norm()
 
 
 def has_finite_weights(trainer: pl.Trainer, student: nn.Module) -> bool:
-    """Whether all weights, and their squares, are finite, on all ranks. Collective; reads the device."""
+    """Whether all weights and their squares are finite on all ranks. Collective; waits for the device."""
     return bool(trainer.strategy.reduce(weight_norm(student).isfinite().long(), reduce_op="min"))
 
 
 def plain_name(name: str) -> str:
-    """The name of a weight without what FSDP1's wrappers add to it."""
+    """The name of a weight without the parts that FSDP1's wrappers add."""
     return name.replace("_fsdp_wrapped_module.", "")
 
 
-# -------------------------------------------------------------------- refusals
+# ---------------------------------------------------------------------- checks
 
 
 def check(trainer: pl.Trainer, ckpt_path: str | None = None) -> None:
-    """Raises ConfigError for a strategy that cannot train this project's module, or not here, or not from there."""
+    """Raises ConfigError if the strategy cannot train this project's module, or not on this machine or checkpoint."""
     strategy, world = trainer.strategy, trainer.world_size
     name = f"--trainer.strategy {type(strategy).__name__}"
     if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | SHARDS_MODELS):
@@ -345,34 +345,34 @@ def check(trainer: pl.Trainer, ckpt_path: str | None = None) -> None:
     averages = [c for c in trainer.callbacks if isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
     if isinstance(strategy, SHARDS_MODELS) and averages:
         raise ConfigError(
-            f"--trainer.callbacks {type(averages[0]).__name__} copies whole models, {name} has shards of them: use ddp"
+            f"--trainer.callbacks {type(averages[0]).__name__} copies whole models, but {name} shards them; use ddp"
         )
     if isinstance(strategy, SHARDS_MODELS) and trainer.precision not in POLICIES:
-        raise ConfigError(f"--trainer.precision {trainer.precision}: {name} has {', '.join(POLICIES)}")
+        raise ConfigError(f"--trainer.precision {trainer.precision}: {name} supports {', '.join(POLICIES)}")
     if isinstance(strategy, FSDPStrategy) and strategy._state_dict_type == "sharded":
         raise ConfigError(
-            f"{name} with state_dict_type sharded is not supported: its folders are not written whole or not at all. "
-            "Use full, or --config configs/fsdp.yaml, which writes a file per rank"
+            f"{name} with state_dict_type sharded is not supported: a crash could leave half a checkpoint; use full, "
+            "or --config configs/fsdp.yaml, which writes a file per rank atomically"
         )
     if isinstance(strategy, FSDPStrategy) and ckpt_path is not None and Path(ckpt_path).is_dir():
         raise ConfigError(
-            f"--ckpt_path {ckpt_path} is a folder of shards, which {name} (FSDP1) does not read; go on from it with "
+            f"--ckpt_path {ckpt_path} is a folder of shards, which {name} (FSDP1) cannot read; resume from it with "
             "--config configs/fsdp.yaml, ddp, or one device"
         )
     asked, on_gpu = getattr(strategy, "_process_group_backend", None), strategy.root_device.type == "cuda"
     if asked == "nccl" and not on_gpu:
-        raise ConfigError(f"--trainer.strategy.process_group_backend {asked} is for GPUs; leave it out, or give gloo")
+        raise ConfigError(f"--trainer.strategy.process_group_backend {asked} is for GPUs; leave it out, or use gloo")
     if world > 1 and on_gpu and not dist.is_nccl_available():
         raise ConfigError(f"{name} on {world} GPUs needs NCCL, which this torch {torch.__version__} was built without")
 
 
 def device_remark(trainer: pl.Trainer) -> tuple[str, str] | None:
-    """What is not as one would think of the device that a run is to be on, and what to do; None: nothing is."""
+    """What may be a surprise about a run's device, and what to do; None: nothing."""
     device = trainer.strategy.root_device
     if device.type not in ("cuda", "cpu"):
-        return f"{device.type}: the project was never run on such a device", "--trainer.accelerator cpu is tested"
+        return f"{device.type}: this project has never been run on such a device", "--trainer.accelerator cpu is tested"
     bf16 = "bf16" in str(trainer.precision) and device.type == "cuda"
     if bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
-        said = f"{torch.cuda.get_device_name(device)} emulates bf16, slower than fp32, and compiles nothing in it"
+        said = f"{torch.cuda.get_device_name(device)} emulates bf16, which is slower than fp32 and cannot be compiled"
         return said, "--trainer.precision 32-true"
     return None

@@ -199,10 +199,10 @@ def test_figures_by_hand():
     [
         ({"max_new_tokens": -1}, "--answers.max_new_tokens -1 must be 0 or more"),
         ({"max_examples": 0}, "--answers.max_examples 0 must be 1 or more, or null"),
-        ({"choices": ["a"]}, "must be two responses or more, all different"),
-        ({"choices": ["a", "a"]}, "must be two responses or more, all different"),
-        ({"choices": ["a", " "]}, r"--answers.choices \['a', ' '\] must be two responses or more, .*, none blank"),
-        ({"extract": "(", "max_new_tokens": 1}, r"--answers.extract '\(' is no regular expression"),
+        ({"choices": ["a"]}, "must be two or more responses, all different"),
+        ({"choices": ["a", "a"]}, "must be two or more responses, all different"),
+        ({"choices": ["a", " "]}, r"--answers.choices \['a', ' '\] must be two or more responses, .*, none blank"),
+        ({"extract": "(", "max_new_tokens": 1}, r"--answers.extract '\(' is not a regular expression"),
     ],
 )
 def test_settings_out_of_range(own, message):
@@ -279,7 +279,7 @@ def test_it_is_told_how_often_the_part_to_compare_is_found(learned, caplog):
         ({"answers.choices": [" Paris", " Rome", " Madrid"]}, r"--answers.choices .*: none .* example 3, ' Oslo'"),
         (
             {"data.examples.prompt": "", "data.examples.response": "", "data.text_column": "q"},
-            "--answers looks at examples; say by --data.examples",
+            "--answers needs examples; define them with --data.examples",
         ),
     ],
 )
@@ -326,7 +326,7 @@ def test_the_same_answers_of_two_ranks(learned, tmp_path):
         ],
         tmp_path,
     )  # fmt: skip
-    assert "FSDP2 shards the student, and each device generates" in (tmp_path / "out.0").read_text()
+    assert "FSDP2 shards the student, but each device generates" in (tmp_path / "out.0").read_text()
     for name in ("ddp", "fsdp"):
         for one, other in zip(expected, answers(tmp_path / name), strict=True):
             likelihood = other.pop("log_likelihood")

@@ -120,7 +120,7 @@ ERRORS = {
             "trainer.strategy": {"class_path": "DDPStrategy", "init_args": {"process_group_backend": "nccl"}},
             "trainer.devices": 2,
         },
-        r"^error: --trainer.strategy.process_group_backend nccl is for GPUs; leave it out, or give gloo$",
+        r"^error: --trainer.strategy.process_group_backend nccl is for GPUs; leave it out, or use gloo$",
     ),
     "a strategy that is none": ({"trainer.strategy": "foo"}, r"--trainer.strategy foo: .*invalid strategy"),
     "checkpoints off": ({"trainer.enable_checkpointing": False}, r"--trainer.enable_checkpointing false: use --check"),
@@ -627,7 +627,7 @@ def test_a_bad_config_file_is_one_line_that_names_it(case, tmp_path, monkeypatch
 
 VERBS = {
     "no run": (["compare", "{bad}/folder"], r"compare: RUN .*folder: no TensorBoard event file with a value"),
-    "a file for a run": (["compare", "{bad}/word.txt"], r"compare: RUN .*word.txt is no folder"),
+    "a file for a run": (["compare", "{bad}/word.txt"], r"compare: RUN .*word.txt is not a folder"),
     "no checkpoint": (["export", "{bad}/word.txt", "out"], r"export: CKPT .*word.txt is not a whole checkpoint"),
     "a damaged checkpoint": (["export", "{bad}/flipped.ckpt", "out"], r"export: CKPT .*flipped.ckpt is damaged \(arc"),
     "a target that is there": (
@@ -726,7 +726,7 @@ def test_a_folder_of_another_run_is_not_taken(settings, tmp_path, capsys):
     own = {"run": str(tmp_path / "run"), "kd.weight": 0.0}
     assert run(["fit", *arguments(settings, own)]) == 0
     assert run(["fit", *arguments(settings, own)]) == 2
-    assert "holds a run already: go on with it by --ckpt_path last, or choose another folder" in one_line(capsys)
+    assert "already contains a run; resume it with --ckpt_path last, or choose another folder" in one_line(capsys)
     shutil.rmtree(tmp_path / "run/checkpoints")
     assert run(["fit", *arguments(settings, own, {"data.block_size": 16})]) == 2
     assert re.search(
@@ -739,6 +739,6 @@ def test_last_looks_where_the_checkpoints_are(settings, tmp_path, capsys):
     own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, "checkpoint.folder": str(tmp_path / "elsewhere")}
     assert run(["fit", *arguments(settings, own)]) == 0
     assert run(["fit", *arguments(settings, own)]) == 2
-    assert "holds a run already" in one_line(capsys)
+    assert "already contains a run" in one_line(capsys)
     assert run(["fit", *arguments(settings, own, {"ckpt_path": "last"})]) == 0
     assert f"--ckpt_path last: {tmp_path / 'elsewhere' / 'step-00000012.ckpt'}" in capsys.readouterr().err

@@ -114,10 +114,10 @@ def test_sizes_that_were_not_given_are_named(checked):
     _, found = checked(
         **{"model.student.config": {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}}
     )
-    assert of(found, "student sizes") == ("note", "not given, so the family's own: intermediate_size 11008")
+    assert of(found, "student sizes") == ("note", "not given, so the family's defaults: intermediate_size 11008")
     other = {"model.student.family": "gpt2", "model.student.config": {"n_embd": 48, "n_layer": 1}}
     _, found = checked(**other)
-    assert of(found, "student sizes") == ("note", "not given, so the family's own: n_head 12")
+    assert of(found, "student sizes") == ("note", "not given, so the family's defaults: n_head 12")
 
 
 def test_a_good_run(checked, tmp_path, settings):
@@ -128,7 +128,7 @@ def test_a_good_run(checked, tmp_path, settings):
     assert "8 rows = 1 x 8 on 1 device" in of(found, "batch")[1]
     assert "12 steps read 96 rows of" in of(found, "rows")[1]
     assert re.search(r"vocabulary of 300; \S+ MiB in \S+/cache, \S+ GiB free$", of(found, "text")[1])
-    assert "the last step too" in of(found, "validation")[1]
+    assert "also after the last step" in of(found, "validation")[1]
     assert "same map" in of(found, "teacher tokens")[1]
     for name in ("student", "teacher"):
         assert float(re.search(r"difference (\S+)\)", of(found, f"{name} head")[1])[1]) < 1e-5
@@ -164,7 +164,10 @@ def test_flops_that_are_not_known_are_a_note(checked, monkeypatch):
     _, found = checked()
     level, said = of(found, "compute")
     assert level == "note"
-    assert said == "FLOPs unknown for such layers: log and compare go without; teacher: 0.0M parameters, frozen"
+    assert (
+        said
+        == "the FLOPs of some layers are unknown, so log and compare leave FLOPs out; teacher: 0.0M parameters, frozen"
+    )
 
 
 def test_all_findings_at_once(checked, tmp_path, monkeypatch):
@@ -207,7 +210,7 @@ def test_exit_code_of_refused_settings(settings, capsys):
         "ERROR settings --model.optim.lr -1.0 must be above 0",
         "ERROR settings --data.val_fraction: 7.0 must be between 0 and 1",
         "ERROR settings --data.source: 'none.jsonl' matches no file",
-        "note the rest text, models, memory and disk, when these are mended",
+        "note the rest text, models, memory and disk are checked once this is fixed",
     ):
         assert out.count(said) == 1, out
     assert out.count("ERROR") == 5, out  # none of the defaults that stand for these
@@ -269,7 +272,7 @@ def test_a_run_folder_that_is_taken(checked, tmp_path):
     (tmp_path / "run/checkpoints/step-00000003.ckpt").touch()
     code, found = checked()
     assert code == 1
-    assert "holds a run already" in of(found, "settings")[1]
+    assert "already contains a run" in of(found, "settings")[1]
 
 
 @pytest.mark.parametrize(
@@ -320,7 +323,7 @@ def test_a_large_student_is_looked_at_by_two_of_its_layers(checked, settings, mo
     alone = {"kd.weight": 0, "model.teacher.path": None, "kd.steps": None}
     code, found = checked(**ON_A_GPU | alone, **{"model.student.family": "olmo3", "model.student.config": sizes})
     assert code == 0
-    assert of(found, "student") == ("note", "looked at with 2 of its 4 layers, for time")
+    assert of(found, "student") == ("note", "tested with only 2 of its 4 layers, to save time")
     assert of(found, "student attention")[1] == "on a GPU within each document alone, without a mask"
 
 
@@ -547,7 +550,7 @@ def test_disk_counts_what_lies_there_at_once(tmp_path, monkeypatch):
         ("cuda", "bf16-mixed", True, None),
         ("cuda", "32-true", False, None),
         ("cuda", "bf16-true", False, "Tesla T4 emulates bf16, .*; --trainer.precision 32-true"),
-        ("mps", "32-true", False, "mps: the project was never run on such a device; --trainer.accelerator cpu"),
+        ("mps", "32-true", False, "mps: this project has never been run on such a device; --trainer.accelerator cpu"),
     ],
 )
 def test_devices_that_surprise(kind, precision, native, said, monkeypatch):

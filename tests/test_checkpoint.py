@@ -341,8 +341,8 @@ def test_slurm_s_signal_outside_of_training_queues_the_job_again(fit_with, tmp_p
         signal.signal(signal.SIGINT, handler)
     assert capsys.readouterr().err.strip().splitlines()[-1] == "stopped by SIGUSR1"
     assert asked() == ([] if queue == "missing" else ["requeue 77"])
-    assert ("SLURM job 77: queued again" in caplog.text) == (queue == "there")
-    assert ("do it by hand, scontrol requeue 77" in caplog.text) == (queue != "there")
+    assert ("SLURM job 77: requeued" in caplog.text) == (queue == "there")
+    assert ("requeue it by hand: scontrol requeue 77" in caplog.text) == (queue != "there")
     assert ("job may not be requeued" in caplog.text) == (queue == "refuses")
     assert not list(tmp_path.glob("run/**/*.ckpt"))
 

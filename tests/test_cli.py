@@ -153,7 +153,7 @@ def test_compare_starts_without_the_libraries_of_training(tmp_path):
     done = subprocess.run(imports, capture_output=True, text=True)
     *loaded, _, said = done.stderr.splitlines()
     assert done.returncode == 2
-    assert said == f"error: compare: RUN {tmp_path}/none is no folder; give a run's own folder, e.g. runs/salt"
+    assert said == f"error: compare: RUN {tmp_path}/none is not a folder; give a run's own folder, e.g. runs/salt"
     assert {line.split()[-1].partition(".")[0] for line in loaded} & {"torch", "lightning", "transformers"} == set()
 
 
@@ -207,7 +207,7 @@ def test_an_argument_that_is_no_text_is_named(settings, tmp_path, capsys):
     own = {"run": str(tmp_path / "run"), "kd.weight": 0.0}
     timer = ["--trainer.callbacks+=Timer", "--trainer.callbacks.duration=00:01:00:00"]
     assert cli.main(["fit", *arguments(settings, own), *timer]) == 2
-    assert "an argument is <Interval.step: 'step'>: give it as text, for Timer interval step" in one_line(capsys)
+    assert "an argument is <Interval.step: 'step'>; give it as text, e.g. Timer interval step" in one_line(capsys)
     assert cli.main(["fit", *arguments(settings, own), *timer, "--trainer.callbacks.interval=step"]) == 0
 
 

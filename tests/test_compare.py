@@ -326,7 +326,7 @@ def test_what_is_no_file_is_not_read(tmp_path):
     (path / "config.until-00000050.yaml").symlink_to("/dev/zero")
     (tmp_path / "card").mkdir()
     os.mkfifo(tmp_path / "card/README.md")
-    assert "no file, or of more than 16 MiB" in read_run(path, "r").damaged[0]
+    assert "not a file, or larger than 16 MiB" in read_run(path, "r").damaged[0]
     assert math.isnan(evaluate([read_run(path, "r")]).rows[0].teacher_training_flops)
 
 
@@ -371,7 +371,7 @@ def test_a_running_run_with_a_half_written_record(three):
     assert group.n == 0
     assert math.isnan(group.mean)
     assert math.isnan(comparison.equal["steps"][1]["more"])
-    rest = "the rest is damaged, or still being written"
+    rest = "the rest is damaged or still being written"
     assert comparison.notes == [f"{events} could be read up to step 150: {rest}", "more is at step 150 of 300"]
     assert "| 150 of 300 |" in report.markdown(comparison)
 
@@ -394,7 +394,7 @@ def test_a_damaged_log_is_named_with_the_step_up_to_which_it_was_read(three, tmp
     comparison = compare(three, tmp_path / "out")
     assert comparison.rows[1].steps == 140
     assert [note for note in comparison.notes if "tfevents" in note] == [
-        f"{events} could be read up to step 140: the rest is damaged, or still being written"
+        f"{events} could be read up to step 140: the rest is damaged or still being written"
     ]
     events.write_bytes(b"no log")
     with pytest.raises(ConfigError, match=r"RUN .*salt: no TensorBoard event file .*could be read up to step 0: the r"):
@@ -884,7 +884,7 @@ def test_folders_that_are_no_runs(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="empty: no TensorBoard event file with a value in it; give a run's own fo"):
         compare([tmp_path / "empty"], tmp_path)
-    with pytest.raises(ConfigError, match="gone is no folder"):
+    with pytest.raises(ConfigError, match="gone is not a folder"):
         compare([tmp_path / "gone"], tmp_path)
     path = write_run(tmp_path / "broken", BASELINE)
     (path / "config.yaml").write_text("kd: [")
@@ -958,9 +958,9 @@ def test_a_glob_takes_in_what_compare_has_written(three, tmp_path):
         row["run"] for row in json.loads(before)["rows"]
     )
     (tmp_path / "notes.md").touch()
-    with pytest.raises(ConfigError, match="notes.md is no folder"):
+    with pytest.raises(ConfigError, match="notes.md is not a folder"):
         main([*everything, str(tmp_path / "notes.md")])
-    with pytest.raises(ConfigError, match=r"compare.json is no folder"):
+    with pytest.raises(ConfigError, match=r"compare.json is not a folder"):
         main([str(tmp_path / "compare.json")])
 
 
@@ -1267,7 +1267,7 @@ def test_earlier_settings_that_cannot_be_read_are_told(tmp_path):
     (run / "config.until-00000100.yaml").write_text("a: [")
     (note,) = evaluate(load([run])).notes
     assert "config.until-00000100.yaml is not YAML" in note
-    assert note.endswith("what was set before step 100 is not known")
+    assert note.endswith("the settings before step 100 are not known")
 
 
 def test_a_baseline_that_has_no_loss_yet_is_no_reference(tmp_path):

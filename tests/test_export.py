@@ -547,7 +547,7 @@ def test_a_checkpoint_of_another_model_is_refused(salt, tmp_path, capsys):
         torch.save({**whole, "state_dict": changed}, tmp_path / "x.ckpt")
         said = refused(capsys, tmp_path / "x.ckpt", tmp_path / "out")
         assert (
-            f"export: CKPT {tmp_path}/x.ckpt holds another model than its settings say, 1 of its weights differ: "
+            f"export: CKPT {tmp_path}/x.ckpt holds another model than its settings say (1 of its weights differ: "
             in said
         )
         assert message in said

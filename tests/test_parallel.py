@@ -503,8 +503,8 @@ def test_processes_end_with_the_one_that_started_them(tmp_path):
     assert "started\n" in said
     process.kill()
     output = end(process)[1]
-    assert "the process that has started this one is gone" in output
-    assert "then the same command" in output  # a predict has no --ckpt_path last
+    assert "the process that started this one is gone" in output
+    assert "then run the same command" in output  # a predict has no --ckpt_path last
 
 
 def test_the_command_tells_its_processes_who_has_started_them(settings, tmp_path, monkeypatch):
@@ -592,13 +592,13 @@ def test_processes_of_srun_that_would_each_train_alone_are_refused(settings, tmp
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     one = {"kd.weight": 0.0, "run": str(tmp_path / "run"), "trainer.devices": 1}
     assert cli.main(["fit", *arguments(settings, one)]) == 2
-    said = "times --trainer.num_nodes 1 is not the number of processes that srun has started, 2: let srun start as many"
+    said = "times --trainer.num_nodes 1 is not the number of processes that srun started, 2; start that many with srun"
     assert said in capsys.readouterr().err
     monkeypatch.setenv("SLURM_JOB_NAME", "interactive")  # as salloc has it
     monkeypatch.setenv("SLURM_TASK_PID", str(os.getpid()))
     for devices in (1, 2):
         assert cli.main(["fit", *arguments(settings, {**one, "trainer.devices": devices})]) == 2
-        assert "srun has started 2 processes in a job named interactive, which Lightning" in capsys.readouterr().err
+        assert "srun started 2 processes in a job named interactive, which Lightning" in capsys.readouterr().err
     monkeypatch.setenv("SLURM_TASK_PID", "1")  # srun --pty bash: one of its tasks is the shell
     assert cli.main(["fit", *arguments(settings, one)]) == 0
 
@@ -610,12 +610,12 @@ def test_slurm_without_srun_is_refused_where_it_would_wait(settings, tmp_path, c
     assert "error: You set `--ntasks=2` in your SLURM bash script" in capsys.readouterr().err
     monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "2")  # a batch script
     assert cli.main(["fit", *arguments(settings, two)]) == 2
-    assert "that srun has started, 1: start it with srun, or leave out --ntasks" in capsys.readouterr().err
+    assert "that srun started, 1; start it with srun, or leave out --ntasks" in capsys.readouterr().err
     assert cli.main(["fit", *arguments(settings, {**two, "trainer.devices": 1})]) == 2
     assert "--trainer.devices 1: You set `devices=1` in Lightning" in capsys.readouterr().err
     monkeypatch.delenv("SLURM_NODEID")  # salloc's shell
     assert cli.main(["fit", *arguments(settings, two)]) == 2
-    said = "this shell has the variables of SLURM's job 77, but no SLURM_NODEID: start it with srun"
+    said = "this shell has the variables of SLURM's job 77, but no SLURM_NODEID; start the command with srun"
     assert said in capsys.readouterr().err
     monkeypatch.setenv("SLURM_NODEID", "0")
     alone = {**two, "trainer.strategy": "auto", "trainer.devices": 1}
@@ -626,8 +626,8 @@ def test_slurm_without_srun_is_refused_where_it_would_wait(settings, tmp_path, c
     ("why", "verb", "said"),
     [
         ("[c10d] EADDRINUSE, address already in use", "fit", "MASTER_PORT 29 is taken by another process"),
-        ("gloo/transport: closed", "fit", "go on with --ckpt_path last"),
-        ("gloo/transport: closed", "predict", "stands in their output; then the same command"),
+        ("gloo/transport: closed", "fit", "resume with --ckpt_path last"),
+        ("gloo/transport: closed", "predict", "their output says why they ended; then run the same command"),
     ],
 )
 def test_what_a_rank_without_the_others_says(why, verb, said, monkeypatch):
@@ -674,8 +674,12 @@ def test_the_variables_of_an_operator_that_lightning_does_not_read_are_refused(c
     if place is None:
         return parallel.check(trainer)
     size = variables["WORLD_SIZE"]
-    said = f"RANK {variables['RANK']} and WORLD_SIZE {size} are set, .* but this would be process {place}: start it by"
-    with pytest.raises(ConfigError, match=f"^{said} torchrun, or with NODE_RANK=.* --trainer.num_nodes {size}; unset"):
+    said = (
+        f"RANK {variables['RANK']} and WORLD_SIZE {size} are set, .* but this would be process {place}; start it with"
+    )
+    with pytest.raises(
+        ConfigError, match=f"^{said} torchrun, or put NODE_RANK=.* --trainer.num_nodes {size}, or unset"
+    ):
         parallel.check(trainer)
 
 
@@ -691,13 +695,15 @@ def test_other_strategies_are_refused_by_name(monkeypatch):
     trainer = pl.Trainer(strategy=OnCPU(state_dict_type="sharded"), accelerator="cpu", devices=2, logger=False)
     averaging = [pl.callbacks.EMAWeightAveraging()]
     averaged = pl.Trainer(strategy=OnCPU(), accelerator="cpu", devices=2, logger=False, callbacks=averaging)
-    with pytest.raises(ConfigError, match="callbacks EMAWeightAveraging copies whole models, .* has shards of them"):
+    with pytest.raises(
+        ConfigError, match="callbacks EMAWeightAveraging copies whole models, but .* shards them; use ddp"
+    ):
         parallel.check(averaged)
     with pytest.raises(ConfigError, match="state_dict_type sharded is not supported"):
         parallel.check(trainer)
     trainer = pl.Trainer(strategy=OnCPU(), accelerator="cpu", devices=2, logger=False)
     parallel.check(trainer, str(ROOT / "cli.py"))
-    with pytest.raises(ConfigError, match=r"is a folder of shards, which .* \(FSDP1\) does not read"):
+    with pytest.raises(ConfigError, match=r"is a folder of shards, which .* \(FSDP1\) cannot read"):
         parallel.check(trainer, str(ROOT))
     monkeypatch.setattr(OnCPU, "root_device", torch.device("cuda", 0))
     monkeypatch.setattr("torch.distributed.is_nccl_available", lambda: False)
@@ -738,7 +744,9 @@ def test_activations_are_computed_again_and_give_the_same_gradients(lm):
 
 def test_a_model_without_blocks_of_transformers_kind_is_refused(lm):
     lm.model.model.layers = torch.nn.ModuleList()
-    with pytest.raises(ConfigError, match="--model.student: LlamaForCausalLM has no blocks.*--trainer.strategy ddp"):
+    with pytest.raises(
+        ConfigError, match="--model.student: LlamaForCausalLM has no transformers blocks.*--trainer.strategy ddp"
+    ):
         parallel.blocks(lm)
 
 

@@ -497,7 +497,7 @@ def test_a_run_that_is_under_way_is_left_alone(fit, settings, tmp_path, capsys, 
         assert process.poll() is None  # it said why on stderr
         who = f"process {process.pid} on {socket.gethostname()}"
         assert fit(tmp_path / "run", ckpt_path="last") == 2
-        said = f"error: --run {tmp_path}/run: {who} works there; wait for its end, or choose another folder"
+        said = f"error: --run {tmp_path}/run: {who} is using it; wait until it ends, or choose another folder"
         assert capsys.readouterr().err.strip().splitlines()[-1] == said
         assert cli.main(["predict", f"--run={tmp_path / 'run'}"]) == 2
         assert capsys.readouterr().err.strip().splitlines()[-1] == said
@@ -540,7 +540,7 @@ def test_a_lock_of_a_machine_that_may_be_dead_is_waited_for(tmp_path, where, mon
         (tmp_path / ".lock").write_text(lines[1])
     monkeypatch.setattr("salt_lightning.run.run_lock.time.sleep", lambda _: (until.set(), process.join()))
     waited = where.startswith("another")
-    refused = pytest.raises(ConfigError, match=rf" {process.pid} on \S+ works there; wait")
+    refused = pytest.raises(ConfigError, match=rf" {process.pid} on \S+ is using it; wait")
     with nullcontext() if waited else refused, run_lock.held(tmp_path):
         pass
     assert (f"waiting for {lines[1]}, at most 120 s" in caplog.text) == waited
@@ -560,7 +560,7 @@ def test_a_file_system_without_locks_is_said(tmp_path, number, monkeypatch, capl
         return
     with run_lock.held(tmp_path / "run"):
         pass
-    assert f"run: its file system has no locks ({os.strerror(number)}); start no other fit" in caplog.text
+    assert f"run: its file system has no locks ({os.strerror(number)}); do not start another fit" in caplog.text
     assert not (tmp_path / "run").exists()
 
 
@@ -573,7 +573,7 @@ def test_a_lock_of_another_user_is_no_missing_lock(tmp_path, number, monkeypatch
 
     monkeypatch.setattr(run_lock, "open", deny, raising=False)
     refused = pytest.raises(
-        ConfigError, match=rf"^--run {tmp_path}: \.lock belongs to another user, .* wait for its end"
+        ConfigError, match=rf"^--run {tmp_path}: \.lock belongs to another user, .* wait until it ends"
     )
     with nullcontext() if number == errno.EROFS else refused, run_lock.held(tmp_path):
         pass
@@ -584,7 +584,7 @@ def test_a_lock_of_another_user_is_no_missing_lock(tmp_path, number, monkeypatch
 def test_a_run_is_not_started_twice_in_one_folder(fit, tmp_path, capsys):
     assert fit(tmp_path / "run", stop_at=3) == 128 + signal.SIGTERM
     assert fit(tmp_path / "run") == 2
-    assert "holds a run already: go on with it by --ckpt_path last" in capsys.readouterr().err
+    assert "already contains a run; resume it with --ckpt_path last" in capsys.readouterr().err
 
 
 def test_last_without_a_checkpoint_starts_and_says_so(fit, tmp_path, capsys):
@@ -753,7 +753,7 @@ def test_a_tracker_that_refuses_the_settings_ends_no_run():
         def log_hyperparams(self, params):
             raise KeyError("changed")
 
-    with pytest.warns(UserWarning, match="Refusing has not taken the settings: 'changed'"):
+    with pytest.warns(UserWarning, match="Refusing did not accept the settings: 'changed'"):
         log_settings([Refusing("unused")], {"model.optim.lr": 0.1})
 
 

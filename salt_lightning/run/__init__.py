@@ -1,1 +1,1 @@
-"""A run's folder and terminal: its log, config, lock, progress, scheduler."""
+"""A run's folder, terminal and processes: log, config, lock, progress, scheduler."""

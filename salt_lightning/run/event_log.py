@@ -1,4 +1,4 @@
-"""What a run logs to: its own TensorBoard files, where one that cannot be written is one line, and other trackers."""
+"""A run's loggers: its own TensorBoard files, whose write errors are one line, and other trackers."""
 
 import threading
 from collections.abc import Iterable, Mapping
@@ -20,7 +20,7 @@ from salt_lightning.storage.shards import writing
 
 
 class _Writer(SummaryWriter):
-    """Opens its file for the first value: a start that is refused leaves none, nor a mark that voids earlier values."""
+    """Opens its file at the first value: a refused start leaves no file, and no mark that voids earlier values."""
 
     _built = False
 
@@ -33,10 +33,10 @@ class _Writer(SummaryWriter):
 
 
 class EventLog(TensorBoardLogger):
-    """TensorBoard writes in a thread, which keeps what it met to itself until the next call.
+    """The run's TensorBoard log. Its thread writes; an error there shows only at the next call.
 
     Raises:
-        OSError: naming the folder, whichever call meets it.
+        OSError: names the folder, from whichever call hits the error.
     """
 
     @property
@@ -49,7 +49,7 @@ class EventLog(TensorBoardLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """All numbers of a step as one record: TensorBoard opens its file for each, perhaps over a network."""
+        """Writes all numbers of a step as one record: TensorBoard opens its file for each, perhaps over a network."""
         numbers = {tag: value for tag, value in metrics.items() if _is_number(value)}
         with writing(Path(self.log_dir)):
             record = Summary(value=[Summary.Value(tag=tag, simple_value=float(n)) for tag, n in numbers.items()])
@@ -57,19 +57,19 @@ class EventLog(TensorBoardLogger):
             super().log_metrics({tag: value for tag, value in metrics.items() if tag not in numbers}, step)
 
     def flush(self) -> None:
-        """Has all that was logged on the disk."""
+        """Writes everything logged so far to disk."""
         with writing(Path(self.log_dir)):
             self.experiment.flush()
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any], *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
-        """For the page HPARAMS, beside val/ce; Lightning's own would begin that curve with a value of nobody's."""
+        """Logs the settings for the HPARAMS page, with val/ce; Lightning's own method would log a made-up val/ce."""
         with writing(Path(self.log_dir)):
             for summary in hparams({k: v for k, v in params.items() if v is not None}, {"val/ce": 0.0}):
                 self.experiment._get_file_writer().add_summary(summary)
 
     def save(self) -> None:
-        """Nothing: Lightning would write an empty hparams.yaml; the settings are in config.yaml."""
+        """Does nothing: Lightning would write an empty hparams.yaml; the settings are in config.yaml."""
 
     def finalize(self, status: str) -> None:
         with writing(Path(self.log_dir)):
@@ -77,35 +77,35 @@ class EventLog(TensorBoardLogger):
 
 
 def trackers(given: list[Logger], run: Path, verb: str, steps: int) -> list[Logger]:
-    """What a verb logs to: the run's own event files, which compare reads, then whatever else the user has given.
+    """The loggers of a verb: the run's own event files, which compare reads, then the user's loggers.
 
-    A TensorBoard logger among these takes the place of the first. A fit takes off the page what a killed start had
+    A TensorBoard logger among the user's replaces the run's own. A fit removes from the page what a killed start
     logged after the checkpoint at `steps`.
     """
     boards = [logger for logger in given if isinstance(logger, TensorBoardLogger)]
     if not boards:
-        # version "": the run's folder itself, so that a resumed run goes on in it; evaluations beside the run's curve
+        # version "": the run's folder itself, so that a resumed run continues there; evaluations get a subfolder
         boards = [EventLog(run.parent, run.name, "") if verb == "fit" else EventLog(run, verb, "")]
         given = [*boards, *given]
     for board in boards if verb == "fit" else ():
-        if board._kwargs.get("purge_step") is None:  # the command line gives None itself
+        if board._kwargs.get("purge_step") is None:  # the command line sets None
             board._kwargs["purge_step"] = steps + 1
     return given
 
 
 def log_settings(trackers: Iterable[Logger], settings: Mapping[str, Any]) -> None:
-    """What a run is, for pages and tables of runs. A tracker that refuses it, as for a changed value, ends no run."""
+    """Logs the run's settings. A tracker that refuses them, e.g. for a changed value, does not end the run."""
     for tracker in trackers:
         try:
             tracker.log_hyperparams(dict(settings))
         except OSError:
             raise
-        except Exception as error:  # each has its own
-            rank_zero_warn(f"{type(tracker).__name__} has not taken the settings: {one_line(error)}")
+        except Exception as error:  # each tracker has its own errors
+            rank_zero_warn(f"{type(tracker).__name__} did not accept the settings: {one_line(error)}")
 
 
 def _is_number(value: Any) -> bool:
-    """Lightning names any other in its error, or has a way of its own for it."""
+    """Whether it is one number; Lightning handles other values, or names them in its error."""
     return isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
 
 
@@ -113,7 +113,7 @@ _show = threading.excepthook
 
 
 def quiet_threads() -> None:
-    """What a thread meets of a full disk is raised by the call that comes after: no traceback of the thread besides."""
+    """Hides the tracebacks of TensorBoard's threads on a full disk: the next call raises the error anyway."""
     threading.excepthook = _unless_full
 
 

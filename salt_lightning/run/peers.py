@@ -1,4 +1,4 @@
-"""The processes of a run: which one this is, how they find each other, and what is said where one is lost."""
+"""The processes of a run: which one this is, how they connect, and what to report when one is lost."""
 
 import atexit
 import os
@@ -21,31 +21,31 @@ from lightning.pytorch.utilities import rank_zero_only
 from salt_lightning.errors import ConfigError, printable_lines
 from salt_lightning.run import slurm
 
-_SLACK_S = 2.0  # where torch itself ends the wait it has more to say
-_STARTER = "SALT_LIGHTNING_STARTER"  # the process that starts the others of its node, in their environment
-_GRACE_S = 30.0  # after a good end the first process may go a little before the others
+_SLACK_S = 2.0  # lets torch end the wait first, with a better message
+_STARTER = "SALT_LIGHTNING_STARTER"  # environment variable: the process that started the others of its node
+_GRACE_S = 30.0  # after success, the first process may end a little before the others
 
 
 def rank() -> int:
-    """Of this process, as far as it knows one."""
+    """This process's rank, as far as it is known."""
     return getattr(rank_zero_only, "rank", 0)
 
 
 def say_once(message: str) -> None:
-    """Says it on stderr, where one process speaks for all."""
+    """Prints the message on stderr, on the first rank only."""
     if rank() == 0:
         print(printable_lines(message), file=sys.stderr)
 
 
 def writes_elsewhere() -> bool:
-    """Whether torchrun or srun has started this process beside a first one, which alone writes and prints."""
+    """Whether torchrun or srun started this process as another than the first, which alone writes and prints."""
     by_torchrun = TorchElasticEnvironment.detect() and TorchElasticEnvironment().global_rank() > 0
     return by_torchrun or (slurm.tasks() > 1 and os.environ.get("SLURM_PROCID", "0") != "0")
 
 
 def require_place(trainer: pl.Trainer) -> None:
-    """Raises ConfigError where what started this process, and the trainer, do not mean the same processes."""
-    # With one device Lightning overlooks that torchrun has started several processes: each would train alone.
+    """Raises ConfigError if the launcher and the trainer disagree about the processes."""
+    # With one device, Lightning does not notice that torchrun started several processes: each would train alone.
     started = TorchElasticEnvironment().world_size() if TorchElasticEnvironment.detect() else None
     if started is None:
         environment = trainer._accelerator_connector.cluster_environment
@@ -55,48 +55,48 @@ def require_place(trainer: pl.Trainer) -> None:
     elif started != trainer.num_devices * trainer.num_nodes:
         raise ConfigError(
             f"--trainer.devices {trainer.num_devices} times --trainer.num_nodes {trainer.num_nodes} is not the number "
-            f"of processes that torchrun has started, {started}"
+            f"of processes that torchrun started, {started}; make them equal"
         )
 
 
 def _require_told_place(trainer: pl.Trainer, environment: Any) -> None:
-    """Raises ConfigError where an operator's variables give this process another place than it has: Lightning reads
-    them under torchrun alone, and each of its processes would train by itself, as the first."""
+    """Raises ConfigError if an operator's variables give this process another rank than it has: Lightning reads them
+    only under torchrun, so each process would train alone, as the first."""
     told, rank = os.environ.get("WORLD_SIZE") or "1", os.environ.get("RANK")
     if told in ("0", "1") or rank is None or type(environment) not in (LightningEnvironment, KubeflowEnvironment):
         return
-    if trainer.num_nodes > 1 and "NODE_RANK" in os.environ:  # told by the user, who may start several a node
+    if trainer.num_nodes > 1 and "NODE_RANK" in os.environ:  # set by the user, who may start several per node
         return
-    # those that Lightning starts have inherited the RANK of the one that starts them
+    # processes that Lightning starts inherit the RANK of the one that starts them
     is_there = rank == str(trainer.global_rank) or "LOCAL_RANK" in os.environ
     if told != str(trainer.world_size) or not is_there:
         raise ConfigError(
             f"RANK {rank} and WORLD_SIZE {told} are set, as by an operator of Kubernetes, but this would be process "
-            f"{trainer.global_rank} of {trainer.world_size}: start it by torchrun, or with NODE_RANK=$RANK before the "
-            f"command and --trainer.num_nodes {told}; unset both where it is to train alone"
+            f"{trainer.global_rank} of {trainer.world_size}; start it with torchrun, or put NODE_RANK=$RANK before "
+            f"the command with --trainer.num_nodes {told}, or unset both variables if it is to train alone"
         )
 
 
 def loss_of_others(rank: int, why: str, verb: str | None = None) -> str:
-    """What a process says whose others have ended or no longer answer, in a fit or another verb."""
+    """The message of a process that lost the others, because they ended or no longer answer; `verb` None is fit."""
     if "EADDRINUSE" in why:
         return f"\nerror: MASTER_PORT {os.environ.get('MASTER_PORT')} is taken by another process; choose another one"
-    remedy = "then the same command" if verb in ("predict", "validate", "test") else "go on with --ckpt_path last"
+    remedy = "then run the same command" if verb in ("predict", "validate", "test") else "resume with --ckpt_path last"
     return (
-        f"\nerror: process {rank} has lost the others ({why.splitlines()[0][:200]}); what ended them stands in their "
-        f"output; {remedy}"
+        f"\nerror: process {rank} has lost the others ({why.splitlines()[0][:200]}); their output says why they ended; "
+        f"{remedy}"
     )
 
 
 def limit_connecting(strategy: Any, verb: str | None = None) -> None:
-    """Ends the process where connecting takes longer than the strategy's time-out: torch tries again after it."""
+    """Ends the process if connecting takes longer than the strategy's timeout: torch would try again after it."""
     if (limit := getattr(strategy, "_timeout", None)) is not None:
         strategy.setup_environment = partial(_connect, strategy, limit.total_seconds(), verb)
 
 
 def _connect(strategy: Any, limit_s: float, verb: str | None) -> None:
-    def give_up() -> None:  # the main thread is within torch, where no exception reaches it
-        why = f"no connection within the strategy's time-out of {limit_s:g} s"
+    def give_up() -> None:  # the main thread is inside torch, where no exception reaches it
+        why = f"no connection within the strategy's timeout of {limit_s:g} s"
         print(loss_of_others(strategy.global_rank, why, verb), file=sys.stderr, flush=True)
         os._exit(1)
 
@@ -110,13 +110,13 @@ def _connect(strategy: Any, limit_s: float, verb: str | None) -> None:
 
 
 def has_lost_others(error: BaseException) -> bool:
-    """Whether it says that another process ended or no longer answers. gloo has no class of its own for that."""
+    """Whether the error means that another process ended or no longer answers. gloo has no error class for that."""
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
 def leave_at_exit() -> None:
-    """After a good end: gloo's threads, left to themselves, abort a process at its exit now and then."""
-    atexit.register(_leave)  # of NCCL Lightning takes care
+    """Destroys gloo's process group at exit after success: its threads would sometimes abort the process."""
+    atexit.register(_leave)  # Lightning does it for NCCL
 
 
 def _leave() -> None:
@@ -129,8 +129,8 @@ def _backend() -> str | None:
 
 
 def end_with_starter(verb: str | None = None) -> None:
-    """Lets a process that Lightning has started end with the one that did: over NCCL nothing else would tell of its
-    death, and the rest would hold their GPUs until the time-out."""
+    """Ends a process that Lightning started when its starter ends: over NCCL nothing else reports that, and the others
+    would hold their GPUs until the timeout."""
     starter = os.getppid()
     if os.environ.get("LOCAL_RANK", "0") == "0":
         os.environ[_STARTER] = str(os.getpid())
@@ -142,35 +142,35 @@ def _end_after(starter: int, verb: str | None) -> None:
     while os.getppid() == starter:
         time.sleep(1.0)
     time.sleep(_GRACE_S)
-    why = "the process that has started this one is gone"
+    why = "the process that started this one is gone"
     print(loss_of_others(rank(), why, verb), file=sys.stderr, flush=True)
     os._exit(1)
 
 
 def await_stop(processes: Sequence[BaseProcess]) -> None:
-    """Lets processes that this one has started, and that train instead of it, save and end after its Ctrl-C.
+    """After Ctrl-C, lets the processes that this one started, and that train instead of it, save and end.
 
-    They may have had that too, as all of a terminal or a notebook's kernel have: a SIGTERM after it changes nothing.
-    None are known while they are being started: the rest of a start ends with this process.
+    They may have received it too, as all processes of a terminal or a notebook's kernel do: another SIGTERM does no
+    harm. While they are being started none are known; those end with this process.
     """
-    if not processes:  # for nothing one would wait for ever
+    if not processes:  # waiting for an empty list would never end
         return
     for process in processes:
         process.terminate()
     connection.wait([process.sentinel for process in processes])
-    for process in processes:  # an end that is not for all leaves the others waiting for it
+    for process in processes:  # if only some end, the others wait for them
         process.join(_GRACE_S)
 
 
-_ABANDONED = False  # the others, by this process
+_ABANDONED = False  # this process has abandoned the others
 
 
 def abandon(trainer: pl.Trainer) -> None:
-    """For a process that ends with an error, perhaps alone: over NCCL its end must not wait for the others.
+    """Lets a process that ends with an error, perhaps alone, end without waiting for the others, over NCCL.
 
-    They wait for it, in a collective that it never joins, and Lightning's teardown and exit wait for them in turn: to
-    move tensors or to empty the allocator takes a device that has done all, and to destroy a process group takes all
-    its ranks. No launcher would see an end before the time-out.
+    They wait for it in a collective that it never joins, and Lightning's teardown would wait for them in turn: moving
+    tensors or emptying the allocator waits for the device, and destroying a process group needs all its ranks. No
+    launcher would see the end before the timeout.
     """
     global _ABANDONED
     if trainer.world_size > 1 and _backend() == "nccl":
@@ -179,7 +179,7 @@ def abandon(trainer: pl.Trainer) -> None:
 
 
 def end_abandoned(end: int | BaseException) -> None:
-    """Where `abandon` was called, ends the process: with an exit code, or as what was raised would end it."""
+    """If `abandon` was called, ends the process, with an exit code or as the raised exception would."""
     if not _ABANDONED:
         return
     code = end.code if isinstance(end, SystemExit) else end
@@ -193,5 +193,5 @@ def end_abandoned(end: int | BaseException) -> None:
         atexit._run_exitfuncs()
         for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it was closed before
             stream.flush()
-    finally:  # a full or broken stream keeps nothing either
-        os._exit(number)  # at an ordinary end torch would abort the process group, which may wait as well
+    finally:  # also if a stream is full or broken
+        os._exit(number)  # an ordinary exit would let torch abort the process group, which may wait too

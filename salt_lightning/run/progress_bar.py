@@ -1,4 +1,4 @@
-"""Lightning's progress bar, counting what a user counts."""
+"""Lightning's progress bar, but counting optimizer steps."""
 
 import logging
 import math
@@ -15,7 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 
 def keep_off_bars() -> None:
-    """Messages stand on a line of their own: a bar goes for them, and comes back below."""
+    """Prints log messages on their own lines: a bar is cleared for them, and drawn again below."""
     for handler in logging.getLogger("lightning.pytorch").handlers:
         if not isinstance(handler.emit, partial):
             handler.emit = partial(_above_bars, handler.emit)  # type: ignore[method-assign]
@@ -27,24 +27,24 @@ def _above_bars(emit: Callable[[logging.LogRecord], None], record: logging.LogRe
 
 
 def close_bars() -> None:
-    """Before the last message, which a bar would follow else."""
+    """Closes all bars; called before the last message, so that no bar is drawn after it."""
     for bar in list(getattr(Tqdm, "_instances", ())):
         bar.close()
 
 
 def _is_widget() -> bool:
-    """Whether a bar is a notebook's, which is drawn in place."""
+    """Whether bars are notebook widgets, which are drawn in place."""
     return any(base.__module__ == "tqdm.notebook" for base in Tqdm.__mro__)
 
 
 class ProgressBar(TQDMProgressBar):
-    """Counts optimizer steps, from 0 also after a resume, and shows the values of the last logged one.
+    """Counts optimizer steps, from 0 even after a resume, and shows the values of the last logged step.
 
-    Reading the device at every step would hold it up. Lightning counts micro-batches, against the steps that are left,
-    and draws each: a log file of a long run would hold little else.
+    Reading the device at every step would slow it down. Lightning counts micro-batches against the remaining steps
+    and draws each: a log file of a long run would contain little else.
     """
 
-    TERMINAL_S, LOG_S = 0.1, 30.0  # between two drawings
+    TERMINAL_S, LOG_S = 0.1, 30.0  # seconds between two drawings
     _drawn_s = -math.inf
 
     def _should_update(self, current: int, total: int) -> bool:
@@ -65,20 +65,22 @@ class ProgressBar(TQDMProgressBar):
     def init_train_tqdm(self) -> Any:
         bar = super().init_train_tqdm()
         bar.unit, bar.total = " steps", self.trainer.max_steps
-        if _is_widget():  # which takes its length from nothing else
+        if _is_widget():  # a widget takes its length only from reset
             bar.reset(bar.total)
         bar.initial = bar.n = self.trainer.global_step
         return bar
 
     def on_train_epoch_start(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Nothing: the run is one epoch of Lightning's, which would count and call it anew."""
+        """Does nothing: Lightning would count from 0 again and show the epoch, of which a run has only one."""
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.train_progress_bar.n = trainer.global_step  # drawn or not
         super().on_train_batch_end(trainer, pl_module, outputs, batch, trainer.global_step - 1)
 
     def init_validation_tqdm(self) -> Any:
-        in_a_log = self.trainer.state.fn == TrainerFn.FITTING and not sys.stdout.isatty()  # each leaves its line there
+        in_a_log = (
+            self.trainer.state.fn == TrainerFn.FITTING and not sys.stdout.isatty()
+        )  # each would leave a line in the log
         return Tqdm(disable=True) if in_a_log else super().init_validation_tqdm()
 
     def on_predict_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, *args: Any) -> None:

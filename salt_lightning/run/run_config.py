@@ -1,7 +1,7 @@
-"""A run's settings on disk: config.yaml of this start, and of earlier ones what they had set otherwise.
+"""A run's settings on disk: config.yaml of this start, and the configs of earlier starts with other settings.
 
-config.yaml                   of the newest start
-config.until-00000040.yaml    up to step 40, where a start went on under other settings
+config.yaml                   settings of the newest start
+config.until-00000040.yaml    settings up to step 40, where the run was resumed with others
 """
 
 import os
@@ -20,12 +20,12 @@ from salt_lightning.storage import shards
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Writes config and tokenizer into the run's folder at the first step: a start that is refused changes nothing."""
+    """Writes config and tokenizer into the run's folder at the first step: a refused start changes nothing."""
 
     _written = False
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
-        """Too early: checkpoint, teacher and disk may still be refused."""
+        """Does nothing: checkpoint, teacher and disk may still be refused."""
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if trainer.is_global_zero and not self._written:
@@ -36,10 +36,12 @@ class SaveRunConfig(SaveConfigCallback):
                 new = run / ".config.tmp"
                 try:
                     self.parser.save(self.config, new, skip_none=False, overwrite=True, multifile=False)
-                except (TypeError, ValueError) as error:  # a callback with an argument that YAML cannot say
+                except (TypeError, ValueError) as error:  # a callback has an argument that YAML cannot express
                     odd = re.search(r"cannot represent an object', (<.*?>)\)", str(error))
                     said = (
-                        f"an argument is {odd[1]}: give it as text, for Timer interval step" if odd else one_line(error)
+                        f"an argument is {odd[1]}; give it as text, e.g. Timer interval step"
+                        if odd
+                        else one_line(error)
                     )
                     raise ConfigError(f"--trainer.*: {said} (it cannot be written into config.yaml)") from error
                 set_aside(run, trainer.global_step, read_config(new))
@@ -48,15 +50,15 @@ class SaveRunConfig(SaveConfigCallback):
 
 
 def set_aside(run: Path, step: int, now: dict[str, Any]) -> None:
-    """Before a start at `step` writes its settings: keeps those that held until there, where they say other things.
+    """Keeps the settings that applied until `step`, if they differ from those that the start at `step` writes.
 
-    Also where they name another run's checkpoint, which this one went on from.
+    Also keeps them if they name another run's checkpoint, from which this run was resumed.
     """
-    later = [path for until, path in earlier_configs(run) if until >= step]  # of starts that this one leaves behind
+    later = [path for until, path in earlier_configs(run) if until >= step]  # of starts that this one replaces
     held, kept = [*later, run / "config.yaml"][0], run / f"config.until-{step:08d}.yaml"
     was = readable(held)
     origin = Path(was.get("ckpt_path") or "last")
-    first = step_named(origin.name) or 0  # the step that they held from, as far as that is known
+    first = step_named(origin.name) or 0  # the step from which they applied, as far as it is known
     own = Path(now.get("checkpoint.folder") or run / "checkpoints")
     elsewhere = first > 0 and origin.absolute().parent != own.absolute()
     if step > first and (changed(was, now) or elsewhere):
@@ -69,21 +71,21 @@ def set_aside(run: Path, step: int, now: dict[str, Any]) -> None:
 
 
 def taken(run: Path, checkpoints: Path, now: dict[str, Any]) -> list[str]:
-    """What is wrong with a new run in this folder under the settings `now` (flat): it holds another."""
+    """Problems with a new run with the settings `now` (flat) in a folder that contains another run."""
     if saved(checkpoints):
-        return [f"--run {run} holds a run already: go on with it by --ckpt_path last, or choose another folder"]
+        return [f"--run {run} already contains a run; resume it with --ckpt_path last, or choose another folder"]
     before = readable(run / "config.yaml")
     kept = (key for key in before if key.startswith(IDENTITY) and key in now and now[key] != before[key])
     if not (others := [f"--{key} {before[key]} (here {now[key]})" for key in kept][:3]):
         return []
     return [
-        f"--run {run} has the logs of another run, whose config.yaml says {', '.join(others)}; choose another folder, "
+        f"--run {run} has the logs of another run, whose config.yaml has {', '.join(others)}; choose another folder, "
         "or remove this one"
     ]
 
 
 def readable(file: Path) -> dict[str, Any]:
-    """The settings in a run's folder; none where there are none, or what was edited or damaged, which ends no run."""
+    """The settings in a file of a run's folder; empty if missing, invalid or damaged, which must not end a run."""
     try:
         return read_config(file)
     except (ConfigError, OSError):

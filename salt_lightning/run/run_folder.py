@@ -1,4 +1,4 @@
-"""What lies in a run's folder: its checkpoints by step, its settings, and in what two of these differ."""
+"""The contents of a run's folder: its checkpoints by step, its settings, and how two settings differ."""
 
 import os
 import re
@@ -11,16 +11,16 @@ from salt_lightning.errors import ConfigError, few, one_line
 
 
 def step_named(path: str) -> int | None:
-    """The optimizer step in the name of a run's checkpoint; None: another name."""
+    """The optimizer step in a checkpoint's file name; None: not the name of a run's checkpoint."""
     found = re.fullmatch(r"step-(\d+)\.ckpt", Path(path).name)
     return int(found[1]) if found else None
 
 
 def saved(folder: Path) -> list[tuple[int, Path]]:
-    """Optimizer step and path of each checkpoint of a run, oldest first; none where there is no such folder.
+    """Optimizer step and path of each checkpoint of a run, by step; empty if the folder does not exist.
 
     Raises:
-        OSError: it is there and cannot be listed: a new run would start beside its checkpoints (glob says nothing).
+        OSError: the folder exists but cannot be listed: a new run would start beside its checkpoints (glob is silent).
     """
     try:
         names = os.listdir(folder)
@@ -32,23 +32,23 @@ def saved(folder: Path) -> list[tuple[int, Path]]:
 
 
 def is_over(ckpt_path: Any, max_steps: int) -> bool:
-    """Whether a checkpoint is the last one of a run of so many steps."""
+    """Whether a checkpoint is the last one of a run of `max_steps` steps."""
     return (step_named(str(ckpt_path or "")) or 0) >= max_steps > 0
 
 
 def small_text(file: Path) -> str:
-    """What a regular file holds, of 16 MiB at most: the folder may be a stranger's.
+    """The text of a regular file of at most 16 MiB: the folder may be untrusted.
 
     Raises:
-        ValueError: it is none, larger, or no UTF-8.
+        ValueError: it is not a regular file, larger, or not UTF-8.
     """
     if not file.is_file() or file.stat().st_size > 1 << 24:
-        raise ValueError("no file, or of more than 16 MiB")
+        raise ValueError("not a file, or larger than 16 MiB")
     return file.read_text(encoding="utf-8")
 
 
 def earlier_configs(run: Path) -> list[tuple[int, Path]]:
-    """(step, file of the settings until there) of a run that went on under other settings, in order."""
+    """(step, file with the settings until that step) of a run that was resumed with other settings, in order."""
     found = ((re.fullmatch(r"config\.until-(\d+)\.yaml", path.name), path) for path in run.glob("config.until-*.yaml"))
     return sorted((int(match[1]), path) for match, path in found if match)
 
@@ -57,12 +57,12 @@ def read_config(file: Path) -> dict[str, Any]:
     """The settings of a run, by dotted names.
 
     Raises:
-        ConfigError: it is no YAML, or holds no settings.
+        ConfigError: the file is not YAML, or contains no settings.
     """
     try:
-        config = yaml.safe_load(small_text(file))  # no tag makes an object
+        config = yaml.safe_load(small_text(file))  # safe: no tag creates an object
         if not isinstance(config, (dict, type(None))):
-            raise yaml.YAMLError("it holds no settings")
+            raise yaml.YAMLError("it contains no settings")
         settings = flat(config or {})
         seeds = {key for key in ("model.seed", "data.seed") if key in settings and settings[key] is None}
         settings |= dict.fromkeys(seeds, settings.get("seed_everything"))
@@ -71,7 +71,7 @@ def read_config(file: Path) -> dict[str, Any]:
     odd = [key for key in _NUMBERS if not isinstance(settings.get(key), (int, float, type(None)))]
     odd += [key for key, value in settings.items() if _is_odd(value)]
     if odd:
-        raise ConfigError(f"{file}: no run has such a value of {few(odd)}")
+        raise ConfigError(f"{file}: no run writes such values for {few(odd)}; restore the run's own file")
     return settings
 
 
@@ -93,7 +93,7 @@ def flat(tree: dict[str, Any] | list[Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-# Of settings, what is trained or measured. No run goes on with another tokenizer, by whatever name it is given.
+# Settings that decide what is trained or measured. No run continues with another tokenizer, whatever its name.
 _DECIDES = re.compile(
     r"model\.(student\.config|teacher|optim|accuracy)|kd\.(?!allow|probe)|trainer\.(max_steps|gradient_clip_val|precision)"
     r"|data\.(?!\w+_workers|cache_dir|micro_batch_size|tokenizer|vocab_size)|seed_everything"
@@ -101,13 +101,13 @@ _DECIDES = re.compile(
 
 
 def changed(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Settings that both know, and that decide what is trained or measured: (before, now) where they differ."""
+    """(before, now) of the settings that decide what is trained or measured, are in both, and differ."""
     was, is_now = _gathered(before), _gathered(now)
     return {k: (was[k], is_now[k]) for k in sorted(was.keys() & is_now.keys()) if not same_setting(was[k], is_now[k])}
 
 
 def same_setting(was: Any, now: Any) -> bool:
-    """Also the same path, once from the root and once from where a command was given."""
+    """Whether two values are equal; an absolute path and the same path relative to a working directory are."""
     if isinstance(was, str) and isinstance(now, str) and was.startswith("/") != now.startswith("/"):
         whole, part = sorted((was, now), key=lambda path: not path.startswith("/"))
         return whole.endswith(f"/{os.path.normpath(part)}")
@@ -115,7 +115,7 @@ def same_setting(was: Any, now: Any) -> bool:
 
 
 def _gathered(settings: dict[str, Any]) -> dict[str, Any]:
-    """With lists as one value, one of a single entry as that."""
+    """The settings with each list as one value; a list of one entry becomes that entry."""
     lists: dict[str, list[Any]] = {}
     for key, value in settings.items():
         if _DECIDES.match(key):

@@ -1,4 +1,4 @@
-"""One fit or predict at a time in a run's folder: two would mix their logs and remove each other's checkpoints."""
+"""Lets one fit or predict at a time use a run's folder: two would mix logs and remove each other's checkpoints."""
 
 import fcntl
 import os
@@ -16,18 +16,18 @@ from salt_lightning.errors import ConfigError, printable
 from salt_lightning.text.journal import NO_LOCKS
 
 _NAME = ".lock"
-# A network file system may take that long to notice that a machine has died with its locks (NFSv4: 90 s).
+# A network file system may take this long to notice that a machine with locks has died (NFSv4: 90 s).
 _OTHER_MACHINE_S = 120.0
 
 
 @contextmanager
 def held(run: Path) -> Iterator[None]:
-    """Hold the folder, made if it is not there, and removed again where the block leaves nothing in it.
+    """Locks the folder; creates it if missing, and removes it again if the block leaves it empty.
 
-    The system frees it when the process dies, whatever its workers do: such locks are not inherited.
+    The system frees the lock when the process dies, whatever its workers do: such locks are not inherited.
 
     Raises:
-        ConfigError: another process holds it; one of another machine is waited for first.
+        ConfigError: another process holds the lock; waits first if that is on another machine.
     """
     made = [folder for folder in (run, *run.parents) if not folder.exists()]
     try:
@@ -46,24 +46,24 @@ def held(run: Path) -> Iterator[None]:
 
 
 def _say_unlocked(run: Path, error: OSError) -> None:
-    """What it means that the folder cannot be locked; nothing where it cannot be written at all, which others say."""
+    """Reports that the folder cannot be locked; silent if it cannot be written at all, which others report."""
     if error.errno in NO_LOCKS:
         (run / _NAME).unlink(missing_ok=True)
         rank_zero_info(
-            f"--run {run}: its file system has no locks ({error.strerror}); start no other fit or predict there before "
-            "this one ends"
+            f"--run {run}: its file system has no locks ({error.strerror}); do not start another fit or predict there "
+            "before this one ends"
         )
     elif error.errno in (EACCES, EPERM) and os.path.exists(run / _NAME):
         raise ConfigError(
-            f"--run {run}: {_NAME} belongs to another user, whose fit or predict works there or was killed; wait for "
-            "its end, remove that file if there is none, or choose another folder"
+            f"--run {run}: {_NAME} belongs to another user, whose fit or predict is running there or was killed; wait "
+            "until it ends, remove that file if none is running, or choose another folder"
         ) from error
     elif error.errno not in (EROFS, EACCES, EPERM, EEXIST, ENOTDIR):
         raise OSError(error.errno, error.strerror, str(run / _NAME)) from error
 
 
 def _remove_empty(folders: list[Path]) -> None:
-    with suppress(OSError):  # something is in it
+    with suppress(OSError):  # it is not empty
         for folder in folders:
             folder.rmdir()
 
@@ -75,7 +75,7 @@ def _lock(run: Path) -> IO[str]:
         run.mkdir(parents=True, exist_ok=True)
         try:
             file = open(path, "a+")  # noqa: SIM115 (the caller closes it)
-        except FileNotFoundError:  # its last owner has just removed the folder
+        except FileNotFoundError:  # the last owner has just removed the folder
             continue
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -85,12 +85,12 @@ def _lock(run: Path) -> IO[str]:
             file.close()
             if error.errno not in (EACCES, EAGAIN):
                 raise
-            # another boot: another machine has this name, as a pod keeps its own wherever it starts anew
+            # another boot ID: another machine with this name, e.g. a pod, which keeps its name when it is restarted
             here = owner.endswith(f" on {socket.gethostname()}") and boot in ("", _boot())
             owner = owner or "another process"
             if here or time.monotonic() > end_s:
                 raise ConfigError(
-                    f"--run {run}: {owner} works there; wait for its end, or choose another folder"
+                    f"--run {run}: {owner} is using it; wait until it ends, or choose another folder"
                 ) from error
             if not said:
                 rank_zero_info(f"--run {run}: waiting for {owner}, at most {_OTHER_MACHINE_S:g} s")
@@ -103,11 +103,11 @@ def _lock(run: Path) -> IO[str]:
                 file.write(f"{_boot()}\nprocess {os.getpid()} on {socket.gethostname()}")
                 file.flush()
                 return file
-        file.close()  # its last owner has removed it: others may have locked a new file of that name
+        file.close()  # the last owner has removed it: others may have locked a new file with this name
 
 
 def _boot() -> str:
-    """What Linux calls this start of this machine; nothing elsewhere."""
+    """Linux's boot ID of this machine; empty on other systems."""
     with suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return ""

@@ -1,4 +1,4 @@
-"""A run's folder read back: its settings and, of what it logged, the curves that compare needs. NaN: not known."""
+"""Reads a run's folder: its settings and the logged curves that compare needs. NaN: not known."""
 
 import math
 import re
@@ -18,15 +18,15 @@ AXES = ("steps", "tokens", "FLOPs", "seconds")
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One run's folder: its settings with dotted names, what it logged, and which files of that are damaged."""
+    """One run's folder: its settings with dotted names, what it logged, and which of its files are damaged."""
 
     name: str
     path: Path
     config: dict[str, Any]
     curves: dict[str, Curve]
     damaged: tuple[str, ...] = ()
-    earlier: tuple[tuple[int, dict[str, Any]], ...] = ()  # (step, the settings until there) of earlier starts, in order
-    lost: str = ""  # the checkpoint that it began with, where the run that wrote it is not found
+    earlier: tuple[tuple[int, dict[str, Any]], ...] = ()  # (step, settings until that step) of earlier starts, in order
+    lost: str = ""  # the checkpoint that it started from, if the run that wrote that is not found
 
     @property
     def seed(self) -> int | None:
@@ -34,13 +34,13 @@ class Run:
 
     @property
     def seeds(self) -> dict[str, Any]:
-        """What decided initial weights, dropout and order: a run with another of them is another sample."""
+        """The seeds of initial weights, dropout and data order: a run with other seeds is another sample."""
         own = {k: v for k, v in self.config.items() if k.endswith(".seed")}
         return own or ({} if self.seed is None else {"seed_everything": self.seed})
 
     @property
     def sample(self) -> str:
-        """The seeds in a word, where they are one."""
+        """The seeds as text; one number if all are equal."""
         said = [f"{name} {seed}" for name, seed in sorted(self.seeds.items())]
         return ", ".join(said) if len(set(self.seeds.values())) > 1 else str(next(iter(self.seeds.values()), None))
 
@@ -51,7 +51,7 @@ class Run:
 
     @property
     def _configs(self) -> list[dict[str, Any]]:
-        """The settings of each start under others, in order."""
+        """The settings of each start that changed them, in order."""
         return [*(config for _, config in self.earlier), self.config]
 
     @property
@@ -65,7 +65,7 @@ class Run:
 
     @property
     def taught(self) -> list[tuple[float, dict[str, Any]]]:
-        """Where the steps with a teacher end, and the settings that held there, for each start that had some."""
+        """(end of the steps with a teacher, settings) for each start that had such steps."""
         starts, found = [0, *(step for step, _ in self.earlier)], []
         for start, end, config in zip(starts, [*starts[1:], math.inf], self._configs, strict=True):
             if config.get("model.teacher.path") and config.get("kd.weight"):
@@ -78,7 +78,7 @@ class Run:
 
     @property
     def teachers(self) -> list[str]:
-        """Paths of those that taught it, in order; where none has, of the one that its settings name, if any."""
+        """Paths of the teachers that it used, in order; if none, of the one that its settings name, if any."""
         paths: list[str] = []
         for config in [config for _, config in self.taught] or [self.config]:
             path = str(config.get("model.teacher.path") or "")
@@ -88,15 +88,15 @@ class Run:
 
     @property
     def kd_steps(self) -> float:
-        """n_KD: steps with a teacher, as set or as a margin has found it; 0 without one, infinite where it stays.
+        """n_KD over all starts: the end of the steps with a teacher, as set or as found by a margin.
 
-        Of all starts. NaN where none of them has one, and what came before is not known.
+        0 without a teacher, infinite if it never leaves, NaN if no start has one and what came before is not known.
         """
         return self.taught[-1][0] if self.taught else math.nan if self.lost else 0
 
     @property
     def method(self) -> str:
-        """The name that design and README give to these settings."""
+        """The name of the method with these settings, as in the README."""
         if not self.config or math.isnan(self.kd_steps):
             return "unknown"
         kd = self.taught[-1][1] if self.taught else {}
@@ -118,12 +118,12 @@ class Run:
 
     @property
     def origin(self) -> str:
-        """The checkpoint that its first start in this folder went on from, if any; `last` is one of its own."""
+        """The checkpoint that its first start in this folder resumed from, if any; `last` is one of its own."""
         return str(self._configs[0].get("ckpt_path") or "")
 
     @property
     def began(self) -> int:
-        """The step that it went on from in this folder, where the log of what came before is not; else 0."""
+        """The step that it resumed from, if the log of the steps before is not in this folder; else 0."""
         path = self.origin
         first = self.curves.get("train/tokens") if path else None
         if first is None or first.steps[0] <= 1:  # the first step is always logged
@@ -132,14 +132,14 @@ class Run:
         return int(min(curve.steps[0] for curve in self.curves.values())) - 1 if step is None else step
 
     def settings_until(self, step: int) -> tuple[dict[str, Any], tuple[tuple[int, dict[str, Any]], ...]]:
-        """The settings that held up to a step, and of those before them what `earlier` has."""
+        """The settings that applied up to a step, and the entries of `earlier` before them."""
         before = tuple((until, config) for until, config in self.earlier if until < step)
         rest = self.earlier[len(before) :]
         return (rest[0][1] if rest else self.config), before
 
     @cached_property
     def changes(self) -> dict[int, dict[str, tuple[Any, Any]]]:
-        """Steps at which it went on under other settings -> setting -> (before, from there on)."""
+        """Step at which it was resumed with other settings -> setting -> (before, after)."""
         steps, configs = [step for step, _ in self.earlier], self._configs
         found = dict(zip(steps, map(changed, configs, configs[1:]), strict=True))
         for step, settings in found.items():
@@ -153,12 +153,12 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """At its last step as far as is known, and validated."""
+        """Whether it is at its last step, as far as is known, and was validated."""
         return not self.running and "val/ce" in self.curves
 
     @property
     def is_plain(self) -> bool:
-        """A BASELINE that no teacher has had a part in, also not in an earlier start."""
+        """Whether it is a BASELINE that never had a teacher, not even in an earlier start."""
         return self.method == "BASELINE" and not self.last("train/flops_teacher_total") > 0
 
     @property
@@ -174,7 +174,7 @@ class Run:
             return 0.0 if tag == "train/flops_teacher_total" and self.kd_steps == 0 else math.nan
         curve, end = self.curves[tag], math.inf
         if self.began > 0 and step < curve.steps[0]:
-            return math.nan  # of other settings perhaps
+            return math.nan  # perhaps trained with other settings
         if tag == "train/flops_teacher_total":
             student = self.curves.get("train/flops_student_total", curve).steps
             after = student[student > curve.steps[-1]]  # the teacher had left when these were logged
@@ -196,8 +196,8 @@ class Run:
     def deciding(self) -> dict[str, Any]:
         """The settings that decide the result, without seeds and the run's own folder.
 
-        Where it went on under other settings, also what held before: it is no run of these settings alone. A run whose
-        settings are not known is like no other.
+        If it was resumed with other settings, the earlier ones are included: it is not a run of the new settings alone.
+        A run with unknown settings equals no other.
         """
         if not self.config:
             return {"folder": str(self.path.absolute())}
@@ -205,17 +205,17 @@ class Run:
         trained = {k: v for k, v in _without_watchers(self.config).items() if k not in own and not _AROUND.match(k)}
         before = {f"until step {n}: {k}": was for n, found in self.changes.items() for k, (was, _) in found.items()}
         before |= {"ckpt_path": self.lost} if self.lost else {}
-        # null is as in a version that had no such setting
+        # null equals a missing setting: an older version did not have it
         return {key: value for key, value in (trained | before).items() if value is not None}
 
     @cached_property
     def variant(self) -> dict[str, Any]:
-        """`deciding`, where places of runs do not tell the seed: equal for all seeds of an experiment."""
+        """`deciding` with seeds in paths of runs made anonymous: equal for all seeds of an experiment."""
         seed = re.compile(rf"(?<![A-Za-z0-9])(seed|s)[-_=]?{re.escape(str(self.seed))}(?![0-9])")
         folders = [
             str(folder).rstrip("/").split("/") for folder in (self.config.get("run") or "", self.path.absolute())
         ]
-        # runs/0/salt: what lies in runs/0 belongs to the seed
+        # runs/0/salt: everything in runs/0 belongs to this seed
         of_seed = [folder[: folder.index(str(self.seed)) + 1] for folder in folders if str(self.seed) in folder]
 
         def anonymous(value: Any) -> Any:
@@ -241,24 +241,24 @@ def read_run(path: str | Path, name: str) -> Run:
     """
     path = Path(path).expanduser()
     if not path.is_dir():
-        raise ConfigError(f"compare: RUN {path} is no folder; give a run's own folder, e.g. runs/salt")
+        raise ConfigError(f"compare: RUN {path} is not a folder; give a run's own folder, e.g. runs/salt")
     settings = read_config(path / "config.yaml") if (path / "config.yaml").is_file() else {}
     earlier, unread = [], []
     for step, file in earlier_configs(path):
         try:
             earlier.append((step, read_config(file)))
         except ConfigError as error:
-            unread.append(f"{error}; what was set before step {step} is not known")
+            unread.append(f"{error}; the settings before step {step} are not known")
     curves, damaged = read_curves(path)
-    tested, damaged_too = read_curves(path / "test")  # what `cli.py test` logs beside the run
+    tested, damaged_too = read_curves(path / "test")  # `cli.py test` logs there
     curves |= {tag: curve for tag, curve in tested.items() if tag.startswith("test/")}
     return Run(name, path, settings, curves, (*damaged, *damaged_too, *unread), tuple(earlier))
 
 
-# What changes no result. Half a micro-batch, as after out of memory, is the same run.
+# Settings that change no result. With half the micro-batch, e.g. after running out of memory, it is the same run.
 _AROUND = re.compile(r"data\.(\w+_workers|cache_dir|micro_batch_size)$|checkpoint\.|kd\.allow_|answers\.")
 _SHOWN = re.compile(r"trainer\.(enable_progress_bar|enable_model_summary|logger|callbacks$)")
-# Where something of a run may lie. Never a text: s1.jsonl and s2.jsonl are two.
+# Settings whose path may point into a run. Not those of texts: s1.jsonl and s2.jsonl are different texts.
 _PLACES = re.compile(
     r"(until step \d+: )?(ckpt_path|model\.(student|teacher)\.path|data\.(tokenizer|selection|difficulty)"
     r"|trainer\.callbacks)\b"
@@ -271,7 +271,7 @@ _WATCHERS = {
 
 
 def _without_watchers(settings: dict[str, Any]) -> dict[str, Any]:
-    """Without what shows and logs a run alone: loggers, bars, and callbacks of Lightning's that look on."""
+    """The settings without those that only show and log a run: loggers, bars, and Lightning's watching callbacks."""
     callbacks = [(at[1], str(name).rpartition(".")[2]) for k, name in settings.items() if (at := _CALLBACK.match(k))]
     watchers = tuple(prefix for prefix, name in callbacks if name in _WATCHERS)
     others = [prefix for prefix, name in callbacks if name not in _WATCHERS]
@@ -286,7 +286,7 @@ def _without_watchers(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def changes_said(run: Run) -> list[str]:
-    """Each of a run's `changes`, as what follows "went on"."""
+    """Each of a run's `changes`, as text to follow "went on"."""
     return [f"at step {step} under other settings: {_shown(found)}" for step, found in run.changes.items()]
 
 
