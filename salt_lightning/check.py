@@ -132,9 +132,7 @@ class Check:
         every = interval // data.accumulate
         said = f"every {every} steps, {trainer.max_steps // every} times"
         if left := trainer.max_steps % every:
-            remedy = (
-                "the final loss is not measured: use a --trainer.val_check_interval that divides --trainer.max_steps"
-            )
+            remedy = "the final loss is missing: use a --trainer.val_check_interval that divides --trainer.max_steps"
             self.add("warning", "validation", f"{said}, not in the last {left} steps", remedy)
         else:
             self.add("ok", "validation", f"{said}, also after the last step")
@@ -271,7 +269,7 @@ class Check:
         known = not math.isnan(plain + extra)
         said = "the FLOPs of some layers are unknown, so log and compare leave FLOPs out"
         if known:
-            said = f"{plain:.3g} FLOPs a step"
+            said = f"{plain:.3g} FLOPs per step"
             if extra:
                 said += f", {plain + extra:.3g} with the teacher (+{extra / plain:.0%})"
             said += f"; the run {plain * steps + extra * taught:.3g}"
@@ -300,12 +298,12 @@ class Check:
         limit = self._limit(device)
         if limit is None:
             largest = (fit.largest(_usable(gib << 30), prove=False) for gib in _CARDS_GIB)
-            most = ", ".join(f"{gib} GiB {rows or 'none'}" for gib, rows in zip(_CARDS_GIB, largest, strict=True))
-            said = f"no GPU here; the largest that fits, in rows: on {most}"
+            most = ", ".join(f"{rows or 'none'} on {gib} GiB" for gib, rows in zip(_CARDS_GIB, largest, strict=True))
+            said = f"no GPU here; the largest that fits, in rows: {most}"
             self.add("note", "micro-batch", said, "give your GPU's memory, e.g. --check.memory_gib 24")
             return
         fitting = fit.largest(_usable(limit))
-        said = f"of {size_said(limit)} a run can use {size_said(_usable(limit))}; the largest that fits: "
+        said = f"a run can use {size_said(_usable(limit))} of {size_said(limit)}; the largest that fits: "
         all_of_step = fitting == data.global_batch_size // data._place()[1]
         said += f"{fitting or 'none'}{' (all of a step)' if all_of_step else ''}"
         if max(peak.total for peak in found) <= _usable(limit):
@@ -396,9 +394,7 @@ def report(check: Check, wrong: Iterable[str], refused: bool) -> int:
     """
     check.findings += [Finding("error", "settings", message) for message in wrong]
     if refused:
-        check.findings.append(
-            Finding("note", "the rest", "text, models, memory and disk are checked once this is fixed")
-        )
+        check.findings.append(Finding("note", "the rest", "text, models, memory and disk: checked once this is fixed"))
     else:
         check.run()
     if not writes_elsewhere():

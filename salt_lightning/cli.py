@@ -163,7 +163,7 @@ class SALTCLI(LightningCLI):
         config, student = self._settings(self.config), self.model.student_spec
         resumed = bool(config.get("ckpt_path"))
         if student.path and student.config and not resumed:
-            say_once(f"--model.student.config is not used: the sizes are those of --model.student.path {student.path}")
+            say_once(f"--model.student.config is not used: the sizes come from --model.student.path {student.path}")
         target = None if is_over(config.ckpt_path, self.trainer.max_steps) else config.checkpoint.export
         if wrong := raised(check.without_text(self.model, self.trainer, target, self._teaches())):
             refuse([*wrong, *raised([partial(self.datamodule._corpus, "source")])])  # finding files takes seconds

@@ -64,9 +64,7 @@ class KDSchedule:
         elif self.steps is not None and self.anneal_steps > max(0, self.steps):
             wrong.append(f"--kd.anneal_steps {self.anneal_steps} is longer than --kd.steps {self.steps}")
         if self.shape == "linear_ratio" and self.weight == 1.0:
-            wrong.append(
-                "--kd.weight 1.0 makes w / (1 - w) infinite; use a smaller weight with --kd.shape linear_ratio"
-            )
+            wrong.append("--kd.weight 1.0 makes w / (1 - w) infinite: --kd.shape linear_ratio needs a smaller weight")
         refuse(wrong)
 
     def __call__(self, step: int) -> float:
@@ -104,9 +102,7 @@ def trained_schedule(checkpoint: dict[str, Any]) -> KDSchedule | None:
     if saved is None:
         return None
     given = {field.name: saved[field.name] for field in fields(KDSchedule)}
-    own = (
-        {} if saved["shape"] in get_args(Shape) else {"shape": "step", "anneal_steps": 0}
-    )  # a subclass: all that is known of it
+    own = {} if saved["shape"] in get_args(Shape) else {"shape": "step", "anneal_steps": 0}  # of a subclass
     planned = KDSchedule(**given | own)
     stop_step = checkpoint.get("kd_stop_step")
     return planned if stop_step is None else replace(planned, steps=stop_step)
@@ -209,10 +205,10 @@ class KDScheduleCallback(pl.Callback):
         if self.schedule.weight > 0 and steps is not None and 0 < max_steps < steps:
             short = max(1, max_steps // 5)
             raise ConfigError(
-                f"--kd.steps {steps} is larger than --trainer.max_steps {max_steps}: the teacher would never leave. "
-                f"For a shorter run shorten both, e.g. --trainer.max_steps {max_steps} --kd.steps {short}"
+                f"--kd.steps {steps} is larger than --trainer.max_steps {max_steps}: the teacher would never leave; "
+                f"for a shorter run, shorten both, e.g. --trainer.max_steps {max_steps} --kd.steps {short}"
                 + (f" --kd.anneal_steps {short // 2}" if self.schedule.anneal_steps else "")
-                + "; for a teacher that stays (RKD) set --kd.steps null"
+                + "; for a teacher that stays (RKD), set --kd.steps null"
             )
         if self.schedule.kd_steps(1) and not has_teacher:
             raise ConfigError(
@@ -233,9 +229,7 @@ class KDScheduleCallback(pl.Callback):
                 f"{name} does not work with --data.selection: the rows of phase 1 are chosen before it begins, for "
                 "exactly --kd.steps steps; set one of the two to null"
             )
-        every = getattr(
-            trainer, "val_check_interval", None
-        )  # an int: micro-batches by now; else a share of the run, or a time
+        every = getattr(trainer, "val_check_interval", None)  # an int: micro-batches by now; a float: share of the run
         first = every // trainer.accumulate_grad_batches if isinstance(every, int) else trainer.max_steps
         first *= max(1, math.ceil(self.min_steps / max(1, first)))  # 0 is refused elsewhere
         if trainer.limit_val_batches == 0 or first >= last:

@@ -146,7 +146,7 @@ def test_the_parameters_and_flops_of_the_student(checked, settings):
     assert f"{vectors} vectors do not" in text
     weights = 320 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 64)
     forward = 2 * weights + 2 * 4 * 32 * 16  # scores and values of two layers, the causal half of 32 keys
-    assert f"{3 * forward * 8 * 32:.3g} FLOPs a step" in of(found, "compute")[1]
+    assert f"{3 * forward * 8 * 32:.3g} FLOPs per step" in of(found, "compute")[1]
 
 
 def test_biases_of_experts_are_told_among_what_does_not_decay(checked):
@@ -210,7 +210,7 @@ def test_exit_code_of_refused_settings(settings, capsys):
         "ERROR settings --model.optim.lr -1.0 must be above 0",
         "ERROR settings --data.val_fraction: 7.0 must be between 0 and 1",
         "ERROR settings --data.source: 'none.jsonl' matches no file",
-        "note the rest text, models, memory and disk are checked once this is fixed",
+        "note the rest text, models, memory and disk: checked once this is fixed",
     ):
         assert out.count(said) == 1, out
     assert out.count("ERROR") == 5, out  # none of the defaults that stand for these

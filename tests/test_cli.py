@@ -207,7 +207,7 @@ def test_an_argument_that_is_no_text_is_named(settings, tmp_path, capsys):
     own = {"run": str(tmp_path / "run"), "kd.weight": 0.0}
     timer = ["--trainer.callbacks+=Timer", "--trainer.callbacks.duration=00:01:00:00"]
     assert cli.main(["fit", *arguments(settings, own), *timer]) == 2
-    assert "an argument is <Interval.step: 'step'>; give it as text, e.g. Timer interval step" in one_line(capsys)
+    assert "an argument is <Interval.step: 'step'>; give it as text (Timer interval: step)" in one_line(capsys)
     assert cli.main(["fit", *arguments(settings, own), *timer, "--trainer.callbacks.interval=step"]) == 0
 
 

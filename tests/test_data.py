@@ -597,8 +597,14 @@ def test_the_other_verbs(make, tmp_path):
             r"^--trainer.max_steps: -1 is not a valid run length; give a number of optimizer steps$",
         ),
         ({"limit_train_batches": 5}, r"^--trainer.limit_train_batches 5, which .*; use --trainer.max_steps$"),
-        ({"fast_dev_run": True}, r"^--trainer.limit_train_batches 1, which overfit_batches and fast_dev_run set too, "),
-        ({"overfit_batches": 2}, r"^--trainer.limit_train_batches 2, which overfit_batches and fast_dev_run set too, "),
+        (
+            {"fast_dev_run": True},
+            r"^--trainer.limit_train_batches 1, which overfit_batches and fast_dev_run also set, ",
+        ),
+        (
+            {"overfit_batches": 2},
+            r"^--trainer.limit_train_batches 2, which overfit_batches and fast_dev_run also set, ",
+        ),
     ],
 )
 def test_trainer_settings_that_are_refused(changes, message, make, tmp_path):

@@ -90,7 +90,10 @@ def test_never_rises_never_leaves_its_range(weight, steps, share, shape):
         ({"anneal_steps": 6, "shape": "linear"}, r"--kd.anneal_steps 6 needs --kd.steps"),
         ({"steps": 5, "anneal_steps": 2}, r"needs --kd.shape linear"),
         ({"steps": 5, "shape": "cosine"}, r"--kd.shape cosine needs --kd.anneal_steps"),
-        ({"steps": 5, "anneal_steps": 2, "shape": "linear_ratio", "weight": 1.0}, r"infinite; use a smaller weight"),
+        (
+            {"steps": 5, "anneal_steps": 2, "shape": "linear_ratio", "weight": 1.0},
+            r"infinite: --kd.shape linear_ratio needs a smaller weight",
+        ),
         ({"shape": "sqrt"}, r"--kd.shape 'sqrt' must be step or linear or linear_ratio or cosine"),
     ],
 )

@@ -83,7 +83,7 @@ def wrong_folders(config: Namespace) -> list[str]:
     """Folders that cannot be written: a run would fail only at its first checkpoint, or at its end."""
     of = config.get("checkpoint") or {}
     folders = {"run": config.run, "checkpoint.folder": of.get("folder"), "checkpoint.export": of.get("export")}
-    wrong = [] if config.run else ["--run '' names no folder"]
+    wrong = [] if config.run else ["--run '' is empty; give a folder"]
     for name, folder in folders.items():
         if folder:
             there = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
@@ -109,7 +109,7 @@ def wrong_counts(trainer: Mapping[str, Any] | Namespace) -> list[str]:
         )
     if limit not in (None, 1.0) or isinstance(limit, int):  # 1: one, 1.0: all
         wrong.append(
-            f"--trainer.limit_train_batches {limit:g}, which overfit_batches and fast_dev_run set too, counts "
+            f"--trainer.limit_train_batches {limit:g}, which overfit_batches and fast_dev_run also set, counts "
             "micro-batches; use --trainer.max_steps"
         )
     if epochs not in (None, 1):

@@ -187,7 +187,7 @@ def end_abandoned(end: int | BaseException) -> None:
     try:
         if isinstance(code, BaseException):
             sys.excepthook(type(code), code, code.__traceback__)
-        elif not isinstance(code, int | None):  # a message, which Python prints at such an exit
+        elif not isinstance(code, int | None):  # a message, which Python prints at exit
             print(code, file=sys.stderr)
         atexit.unregister(_destroy_dist_connection)
         atexit._run_exitfuncs()

@@ -78,9 +78,7 @@ class ProgressBar(TQDMProgressBar):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, trainer.global_step - 1)
 
     def init_validation_tqdm(self) -> Any:
-        in_a_log = (
-            self.trainer.state.fn == TrainerFn.FITTING and not sys.stdout.isatty()
-        )  # each would leave a line in the log
+        in_a_log = self.trainer.state.fn == TrainerFn.FITTING and not sys.stdout.isatty()  # each would leave a line
         return Tqdm(disable=True) if in_a_log else super().init_validation_tqdm()
 
     def on_predict_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, *args: Any) -> None:

@@ -39,9 +39,7 @@ class SaveRunConfig(SaveConfigCallback):
                 except (TypeError, ValueError) as error:  # a callback has an argument that YAML cannot express
                     odd = re.search(r"cannot represent an object', (<.*?>)\)", str(error))
                     said = (
-                        f"an argument is {odd[1]}; give it as text, e.g. Timer interval step"
-                        if odd
-                        else one_line(error)
+                        f"an argument is {odd[1]}; give it as text (Timer interval: step)" if odd else one_line(error)
                     )
                     raise ConfigError(f"--trainer.*: {said} (it cannot be written into config.yaml)") from error
                 set_aside(run, trainer.global_step, read_config(new))
