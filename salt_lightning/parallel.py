@@ -80,7 +80,7 @@ class FSDP2(ModelParallelStrategy):
         return {"num_replicas": self.num_nodes * self.num_processes, "rank": self.global_rank}
 
     def setup_environment(self) -> None:
-        # Lightning's default uses data parallelism across nodes and tensor parallelism within one.
+        # Lightning's default is data parallel across nodes, tensor parallel within one; YAML cannot say "over all".
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
         super().setup_environment()
         self._sizes = (self.replicas, self.world_size // self.replicas)
@@ -96,8 +96,8 @@ class FSDP2(ModelParallelStrategy):
             fully_shard(group, mesh=self._mesh, mp_policy=policy, shard_placement_fn=self._placement)
 
     def _placement(self, p: nn.Parameter) -> Shard | None:
-        """The dimension to split experts (experts, in, out) by: the first that divides by the number of devices. With
-        fewer experts than devices, splitting by expert would leave some devices with none. None: by the first."""
+        """The dimension to split experts (experts, in, out) by: the first that is divisible by the devices. With fewer
+        experts than devices, splitting by expert would leave some devices without one. None: the first dimension."""
         return next((Shard(i) for i, n in enumerate(p.shape) if p.ndim == 3 and n % self._sizes[1] == 0), None)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:

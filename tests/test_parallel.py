@@ -504,7 +504,7 @@ def test_processes_end_with_the_one_that_started_them(tmp_path):
     process.kill()
     output = end(process)[1]
     assert "the process that started this one is gone" in output
-    assert "then run the same command" in output  # a predict has no --ckpt_path last
+    assert "run the same command again" in output  # a predict has no --ckpt_path last
 
 
 def test_the_command_tells_its_processes_who_has_started_them(settings, tmp_path, monkeypatch):
@@ -627,7 +627,7 @@ def test_slurm_without_srun_is_refused_where_it_would_wait(settings, tmp_path, c
     [
         ("[c10d] EADDRINUSE, address already in use", "fit", "MASTER_PORT 29 is taken by another process"),
         ("gloo/transport: closed", "fit", "resume with --ckpt_path last"),
-        ("gloo/transport: closed", "predict", "their output says why they ended; then run the same command"),
+        ("gloo/transport: closed", "predict", "their output says why they ended; run the same command again"),
     ],
 )
 def test_what_a_rank_without_the_others_says(why, verb, said, monkeypatch):

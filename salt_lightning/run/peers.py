@@ -73,7 +73,7 @@ def _require_told_place(trainer: pl.Trainer, environment: Any) -> None:
         raise ConfigError(
             f"RANK {rank} and WORLD_SIZE {told} are set, as by an operator of Kubernetes, but this would be process "
             f"{trainer.global_rank} of {trainer.world_size}; start it with torchrun, or put NODE_RANK=$RANK before "
-            f"the command with --trainer.num_nodes {told}, or unset both variables if it is to train alone"
+            f"the command and add --trainer.num_nodes {told}, or unset both variables if it is to train alone"
         )
 
 
@@ -81,7 +81,7 @@ def loss_of_others(rank: int, why: str, verb: str | None = None) -> str:
     """The message of a process that lost the others, because they ended or no longer answer; `verb` None is fit."""
     if "EADDRINUSE" in why:
         return f"\nerror: MASTER_PORT {os.environ.get('MASTER_PORT')} is taken by another process; choose another one"
-    remedy = "then run the same command" if verb in ("predict", "validate", "test") else "resume with --ckpt_path last"
+    remedy = "run the same command again" if verb in ("predict", "validate", "test") else "resume with --ckpt_path last"
     return (
         f"\nerror: process {rank} has lost the others ({why.splitlines()[0][:200]}); their output says why they ended; "
         f"{remedy}"
