@@ -644,7 +644,7 @@ def test_another_number_of_processes_than_asked_for_is_refused(own, settings, tm
     assert cli.main(["fit", *arguments(settings, {"kd.weight": 0.0, "run": str(tmp_path / "run")}, own)]) == 2
     error = capsys.readouterr().err
     assert f"--trainer.devices {own['trainer.devices']} times --trainer.num_nodes 1 is not the number of proc" in error
-    assert "has started, 2" in error
+    assert "torchrun started, 2; make them equal" in error
 
 
 FIRST, SECOND, ALONE = ({"WORLD_SIZE": size, "RANK": rank} for size, rank in (("2", "0"), ("2", "1"), ("1", "0")))
