@@ -269,7 +269,7 @@ def test_it_is_told_how_often_the_part_to_compare_is_found(learned, caplog):
     """A pattern for another task's answers finds nothing, and all would be compared whole in silence."""
     own = {"answers.choices": "null", "answers.extract": "#+ *(.+)|(?:Rome|Oslo)"}
     assert cli.main(["test", *arguments(learned, own)]) == 0
-    said = "--answers.extract '#+ *(.+)|(?:Rome|Oslo)' is found in 6 responses and 6 generated texts of 12; the others"
+    said = "--answers.extract '#+ *(.+)|(?:Rome|Oslo)' matches 6 responses and 6 generated texts of 12; the others"
     assert f"{said} are compared whole" in caplog.text
 
 
