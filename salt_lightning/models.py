@@ -33,12 +33,12 @@ from salt_lightning.hugging_face.spec import (
 )
 from salt_lightning.storage import damage, shards
 
-# Without a word on it transformers asks at the terminal where a config names code.
+# Without trust_remote_code, transformers asks at the terminal when a config names code.
 from_config = partial(AutoModelForCausalLM.from_config, trust_remote_code=False)
 
 
 def own_parts(state: Iterable[str]) -> list[str]:
-    """Names in a checkpoint of what a subclass of SALTModule has put beside the student's model."""
+    """Names in a checkpoint of what a subclass of SALTModule has added beside the student's model."""
     return [name for name in state if name.startswith("student.") and not name.startswith(shards.STUDENT)]
 
 
@@ -47,10 +47,10 @@ class CausalLM(nn.Module):
 
     `forward(ids_BT, positions_BT)` returns `(hidden_ND, head_VD, bias_V or None)`; hidden_ND @ head_VD.T + bias_V are
     the model's own logits (a logit scale is folded into hidden_ND). With `then`, it returns
-    then(hidden_ND, head_VD, bias_V) evaluated inside this forward, where a sharded head weight is whole.
+    then(hidden_ND, head_VD, bias_V), evaluated inside this forward, where a sharded head weight is whole.
     Tokens attend to nothing before the last position 0 of their row: packed documents do not see each other.
-    `cu_seqlens` (rows.document_borders) says the same; where it is not given it is found, which waits for a GPU.
-    The rows of the head from `num_ids` on are padding, which no token has: they are left out.
+    `cu_seqlens` (rows.document_borders) says where documents begin; without it they are found from the positions, which
+    waits for a GPU. Rows of the head from `num_ids` on are padding, which no token uses: they are left out.
     """
 
     num_ids: int | None = None
@@ -62,19 +62,18 @@ class CausalLM(nn.Module):
         if model.base_model is model or "position_ids" not in inspect.signature(model.base_model.forward).parameters:
             raise ConfigError(
                 f"--model.{name}: {type(model).__name__} takes no position_ids, which keep packed documents apart, or "
-                "has no backbone of its own; use a family that does, e.g. llama"
+                "has no separate backbone; use a family that has both, e.g. llama"
             )
         follow_autocast(model)
         self._scale = logit_scale(model.config, name)
         self._attention = model.config._attn_implementation
         self.apart: Apart = "positions"
-        # transformers' flash attention keeps documents apart in a batch of one row alone; every row of ours starts
-        # at position 0, so they can be laid end to end.
+        # transformers' flash attention keeps documents apart only in a batch of one row. Each of our rows starts at
+        # position 0, so they can be laid end to end.
         self._one_row = "flash" in str(model.config._attn_implementation)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CausalLM":
-        """A cast leaves the frequencies of rotary embeddings as they are: in bf16 they would be others than in its
-        export."""
+        """A cast keeps the dtype of rotary frequencies: in bf16 they would differ from those of the exported model."""
         named = [(m, name, buffer) for m in self.modules() for name, buffer in m._buffers.items()]
         buffers = [(m, name, buffer) for m, name, buffer in named if name.endswith("inv_freq")]
         super()._apply(fn, recurse)
@@ -93,7 +92,7 @@ class CausalLM(nn.Module):
         return self.model.get_output_embeddings()
 
     def keep_apart(self, how: Apart) -> None:
-        """Choose what `check` has found to work."""
+        """Keep packed documents apart in this way."""
         self.apart = how
         wanted = PACKED if how == "packed" else self._attention
         if self.model.config._attn_implementation != wanted:
@@ -106,8 +105,8 @@ class CausalLM(nn.Module):
         then: Callable[..., Any] | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> Any:
-        # transformers finds documents in position_ids by itself, given no mask and no cache: use_cache=True, its
-        # default, would let them see each other silently. `check` finds the families where it does not.
+        # transformers finds documents in position_ids itself if it gets no mask and no cache. With use_cache=True, its
+        # default, they would silently see each other. `check` finds the families that do not do this.
         if self._one_row:
             ids_BT, positions_BT = ids_BT.reshape(1, -1), positions_BT.reshape(1, -1)
         mask = self._mask(positions_BT) if self.apart == "mask" else None
@@ -116,7 +115,7 @@ class CausalLM(nn.Module):
             if cu_seqlens is None:
                 cu_seqlens = torch.from_numpy(document_borders(positions_BT.cpu().numpy())).to(ids_BT.device)
             torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)
-            # a mask of four dimensions is taken as it is: none is made
+            # transformers takes a mask of four dimensions as it is, and builds none
             mask, more = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=ids_BT.device), {"cu_seq_lens_q": cu_seqlens}
         hidden_BTD = self.backbone(
             input_ids=ids_BT, position_ids=positions_BT, attention_mask=mask, use_cache=False, **more
@@ -131,8 +130,8 @@ class CausalLM(nn.Module):
         return out if then is None else then(*out)
 
     def _mask(self, positions_BT: Tensor) -> Any:
-        """What transformers takes as it is, for each kind of layer where there are several."""
-        # eager attention adds its mask to the scores, where a boolean one would be silently wrong
+        """A mask that transformers takes as it is: one for each kind of layer where there are several kinds."""
+        # eager attention adds its mask to the scores: a boolean one would be silently wrong
         dtype = torch.bool if self.model.config._attn_implementation in ("sdpa", PACKED) else self.model.dtype
         full, window = document_mask(positions_BT, dtype), self._window()
         if window is None:
@@ -140,7 +139,7 @@ class CausalLM(nn.Module):
         return {"full_attention": full, "sliding_attention": document_mask(positions_BT, dtype, window)}
 
     def _window(self) -> int | None:
-        """How far layers of the sliding kind look back; None where there are none."""
+        """How far sliding-window layers look back; None if there are none."""
         config = self.model.config.get_text_config()
         kinds = layer_kinds(config)
         if kinds == {"full_attention"} or not (kinds or limited_distance(config)):
@@ -148,21 +147,21 @@ class CausalLM(nn.Module):
         if kinds <= {"full_attention", "sliding_attention"} and getattr(config, "sliding_window", None):
             return int(config.sliding_window)
         raise ConfigError(
-            f"--model.{self.name}: {type(self.model).__name__} keeps packed documents apart by a mask alone, which "
-            f"does not reach its layers of other kinds ({', '.join(sorted(kinds)) or 'a limited distance'}); use "
+            f"--model.{self.name}: {type(self.model).__name__} keeps packed documents apart only by a mask, which "
+            f"its layers of other kinds ({', '.join(sorted(kinds)) or 'a limited distance'}) do not use; use "
             "another family, e.g. llama"
         )
 
     @torch.no_grad()
     def check(self) -> float:
-        """Proves on eight tokens that hidden x head are the model's logits, none sees a later one, and that
-        packed documents are isolated.
+        """Checks on eight tokens that hidden x head are the model's logits, no token sees a later one, and packed
+        documents are isolated.
 
         Returns:
             the largest difference of a logit.
 
         Raises:
-            ConfigError: naming what this family does that we cannot honour.
+            ConfigError: the family does something that is not supported here; the message says what.
         """
         said = f"{type(self.model).__name__} cannot be run with its settings{uneven_heads(self.model.config)}"
         with as_config_error(f"--model.{self.name}: {said}"):
@@ -175,16 +174,16 @@ class CausalLM(nn.Module):
         self.keep_apart("positions")
         if self.sees([7], [0, 1, 2, 3, 4, 5, 6]):
             raise ConfigError(
-                f"--model.{self.name}: tokens of this {type(self.model).__name__} see later ones, so it cannot predict "
-                "them; use a causal model, without settings such as use_bidirectional_attention"
+                f"--model.{self.name}: tokens of this {type(self.model).__name__} see later ones, so it would learn to "
+                "copy them; use a causal model, without settings such as use_bidirectional_attention"
             )
         if self.sees([0, 1, 2, 3], [4, 5, 6, 7]):
             self.apart = "mask"
             if self.sees([0, 1, 2, 3], [4, 5, 6, 7]):
                 raise ConfigError(
                     f"--model.{self.name}: packed documents see each other in {type(self.model).__name__} with "
-                    f"--model.{self.name}.attention {self.model.config._attn_implementation}; use sdpa or eager, or "
-                    "where that is in force already (layers that carry a state along), another family, e.g. llama"
+                    f"--model.{self.name}.attention {self.model.config._attn_implementation}; use sdpa or eager, or, "
+                    "if it is one of these already (layers with a recurrent state), another family, e.g. llama"
                 )
         self.train(training)
         return off
@@ -201,7 +200,7 @@ class CausalLM(nn.Module):
                 f"--model.{self.name}.path: the {self.name}'s logits are not finite: its weights are damaged, or too "
                 f"large for --model.{self.name}.dtype {str(weight.dtype).removeprefix('torch.')}"
             )
-        # Both sides round a logit a few times in the model's dtype; a real mismatch is orders of magnitude larger.
+        # Both sides round each logit a few times in the model's dtype; a real mismatch is orders of magnitude larger.
         if not off <= 32 * torch.finfo(weight.dtype).eps * own_NV.abs().max():
             raise ConfigError(
                 f"--model.{self.name}: hidden states times head differ from {type(self.model).__name__}'s own logits "
@@ -210,14 +209,15 @@ class CausalLM(nn.Module):
         return float(off)
 
     def sees(self, changed: list[int], kept: list[int]) -> bool:
-        """Whether other ids at some places of a row move the hidden states at others; places 4 to 7 are its document 2.
+        """Whether other ids at the places `changed` of a row change the hidden states at the places `kept`; its second
+        document is at places 4 to 7.
 
-        Two rows: kernels take one row by another way than a batch.
+        Two rows, as some kernels treat a single row differently.
         """
         before_BTD, after_BTD = (self.hidden(ids).unflatten(0, (2, 8)) for ids in ([], changed))
         off = (after_BTD - before_BTD)[:, kept].abs().max()
-        # experts multiply tokens in groups: another token in the group moves a result by some roundings of fp32
-        return not off <= 32 * torch.finfo(torch.float32).eps * before_BTD.abs().max()  # so also of NaN
+        # experts multiply tokens in groups: another token in the group changes a result by a few fp32 roundings
+        return not off <= 32 * torch.finfo(torch.float32).eps * before_BTD.abs().max()  # True for NaN, too
 
     def hidden(self, changed: list[int] | None = None) -> Tensor:
         """Hidden states (16 x D) of two rows of eight tokens, two documents each; the ids at `changed` are 0."""
@@ -229,7 +229,7 @@ class CausalLM(nn.Module):
 
 
 def logit_scale(config: PreTrainedConfig, name: str) -> float:
-    """The factor between hidden x head and the model's logits; a soft cap is refused by name."""
+    """The factor between hidden x head and the model's logits. Raises ConfigError for a soft cap of the logits."""
     config = config.get_text_config()
     cap = getattr(config, "final_logit_softcapping", None)
     if cap:
@@ -246,9 +246,9 @@ def logit_scale(config: PreTrainedConfig, name: str) -> float:
 
 
 def build(spec: ModelSpec, name: str, data: Any, dtype: torch.dtype, device: torch.device, seed: int = 0) -> CausalLM:
-    """The model of a spec on a device, proved to fit the head loss; a fresh one's sizes follow the data.
+    """The model of a spec on a device, checked to fit the head loss; sizes of a fresh one follow from the data.
 
-    On the meta device it has no weights, and is proved where it gets them from.
+    On the meta device it has no weights; it is checked where it gets them.
     """
     empty = device.type == "meta"
     if spec.path is not None:
@@ -263,7 +263,7 @@ def build(spec: ModelSpec, name: str, data: Any, dtype: torch.dtype, device: tor
 
 
 def build_empty(spec: ModelSpec, data: Any) -> CausalLM:
-    """The fresh student without weights. Where there is no tokenizer yet, of the size that one is to have."""
+    """The fresh student without weights. If the tokenizer is not trained yet, its planned size is used."""
     try:
         config = fresh_config(spec, data)
     except ConfigError:
@@ -279,7 +279,7 @@ def build_empty(spec: ModelSpec, data: Any) -> CausalLM:
 def build_fresh(spec: ModelSpec, data: Any, seed: int) -> PreTrainedModel:
     """A model with random weights that depend on nothing but the spec, the data's sizes and the seed.
 
-    `data` (None: the config is complete) has vocab_size, block_size and tokenizer, as SALTDataModule has.
+    `data` (None if the config is complete) has vocab_size, block_size and tokenizer, like SALTDataModule.
     """
     config = fresh_config(spec, data)
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
@@ -289,9 +289,9 @@ def build_fresh(spec: ModelSpec, data: Any, seed: int) -> PreTrainedModel:
 
 
 def load_pretrained(spec: ModelSpec, name: str, dtype: torch.dtype, empty: bool = False) -> PreTrainedModel:
-    """The model at `spec.path`: our checkpoint, a Hugging Face folder or a hub name. No remote code unless asked.
+    """The model at `spec.path`: our checkpoint, a Hugging Face folder or a hub name.
 
-    `empty`: without weights, on the meta device.
+    Runs no remote code unless the spec allows it. `empty`: without weights, on the meta device.
     """
     assert spec.path is not None
     if spec.is_checkpoint:
@@ -309,13 +309,13 @@ def load_pretrained(spec: ModelSpec, name: str, dtype: torch.dtype, empty: bool 
         wrong = [f"{key} is {tuple(was)}, not {tuple(wanted)}" for key, was, wanted in sorted(found["mismatched_keys"])]
         if wrong:
             raise ConfigError(
-                f"--model.{name}.path {spec.path} has {len(wrong)} weights of other sizes than its config.json says: "
+                f"--model.{name}.path {spec.path} has {len(wrong)} weights with other sizes than its config.json says: "
                 f"{few(wrong)}; do they belong together?"
             )
         if sizes := wrong_sizes(model.config.to_dict(), model.config):
             said = ", ".join(f"{size} {value}" for size, value in sizes.items())
             raise ConfigError(f"--model.{name}.path {spec.path}: its config.json says {said}; it must be 1 or more")
-        if missing := sorted(found["missing_keys"]):  # transformers would leave them as random as they were made
+        if missing := sorted(found["missing_keys"]):  # transformers would leave them at their random initial values
             raise ConfigError(
                 f"--model.{name}.path {spec.path} lacks {len(missing)} of its weights: {few(missing)}; is the download "
                 "complete, and does config.json belong to it?"
@@ -324,7 +324,7 @@ def load_pretrained(spec: ModelSpec, name: str, dtype: torch.dtype, empty: bool 
             used = {re.sub(r"\d+", "N", key) for key in model.state_dict()}
             if layers := [key for key in unused if re.sub(r"\d+", "N", key) in used]:
                 raise ConfigError(
-                    f"--model.{name}.path {spec.path} has weights of more layers than its config.json says: "
+                    f"--model.{name}.path {spec.path} has weights for more layers than its config.json says: "
                     f"{few(layers)}; do they belong together?"
                 )
             said = f"{len(unused)} weights that its config.json does not use: {few(unused)}"
@@ -334,8 +334,8 @@ def load_pretrained(spec: ModelSpec, name: str, dtype: torch.dtype, empty: bool 
 
 
 def _freeze_as_made(model: PreTrainedModel) -> None:
-    """Freezes again what a family does not train, as biases of routers; reading weights has made all trainable but
-    what cannot be, as the integers of a quantized teacher."""
+    """Freezes again what a family does not train, e.g. biases of routers: loading has made everything trainable except
+    integers, as in a quantized teacher."""
     with torch.device("meta"):
         made = type(model)(model.config)
     frozen = {name for name, p in made.named_parameters() if not p.requires_grad}
@@ -345,9 +345,7 @@ def _freeze_as_made(model: PreTrainedModel) -> None:
 
 
 def _loading(spec: ModelSpec, name: str) -> AbstractContextManager[None]:
-    where = (
-        "" if Path(str(spec.path)).exists() else " (there is no folder of that name here, so it is sought on the hub)"
-    )
+    where = "" if Path(str(spec.path)).exists() else " (no such folder here, so it was looked for on the hub)"
     return as_config_error(f"--model.{name}.path {spec.path} cannot be loaded{where}")
 
 
@@ -360,20 +358,22 @@ def read_config(spec: ModelSpec, name: str) -> PreTrainedConfig:
             return AutoConfig.for_model(saved.family, **saved.config)
     with _loading(spec, name):
         config: PreTrainedConfig = AutoConfig.from_pretrained(str(spec.path), **spec.source)
-    folders.refuse_requests(vars(config), f"--model.{name}.path {spec.path}")  # of the hub, too
+    folders.refuse_requests(vars(config), f"--model.{name}.path {spec.path}")  # also if it is from the hub
     return config
 
 
 def check_path(spec: ModelSpec, name: str) -> None:
-    """Raises ConfigError where `spec.path` is neither a file, nor a folder with a config, nor like a hub name."""
+    """Raises ConfigError unless `spec.path` is a checkpoint, a folder with a config.json, or looks like a hub name."""
     if spec.path is None:
         return
     path, setting = Path(spec.path), f"--model.{name}.path"
     if spec.revision and path.exists():
-        raise ConfigError(f"--model.{name}.revision {spec.revision} is for hub names; {setting} {path} lies here")
+        raise ConfigError(
+            f"--model.{name}.revision {spec.revision} is for hub names; leave it out for the local {setting} {path}"
+        )
     if path.is_file() and not spec.is_checkpoint:
         raise ConfigError(
-            f"{setting} {path} is a file; give the folder with its config.json, or one of our checkpoints (.ckpt)"
+            f"{setting} {path} is a file; give the folder with its config.json, or a .ckpt of this project"
         )
     looks_local = path.is_absolute() or spec.path.startswith((".", "~")) or spec.path.count("/") > 1
     if spec.is_checkpoint or (looks_local and not path.is_dir()):
@@ -385,23 +385,23 @@ def check_path(spec: ModelSpec, name: str) -> None:
     elif path.is_dir():
         if not (path / "config.json").is_file():
             raise ConfigError(
-                f"{setting} {spec.path} is a folder without config.json; give a Hugging Face folder, or one of "
-                "our checkpoints by its file name (.ckpt)"
+                f"{setting} {spec.path} is a folder without config.json; give a Hugging Face folder, or the "
+                "name of a .ckpt of this project"
             )
         folders.check(path, setting, spec.trust_remote_code)
 
 
 def read_checkpoint(path: str, setting: str) -> dict[str, Any]:
-    """A checkpoint of this project, file or folder, as plain data and tensors. No unpickling.
+    """Reads a checkpoint of this project, file or folder, as plain data and tensors, without unpickling.
 
-    What is not used stays on disk: a file is mapped, a folder's `state_dict` reads a tensor when it is asked for.
+    What is not used stays on disk: a file is mapped, and a folder's `state_dict` reads each tensor on access.
 
     Raises:
-        ConfigError: it is missing, cut off, lacks a file, or is no checkpoint; the message starts with `setting`.
+        ConfigError: it is missing, cut off, lacks a file, or is not a checkpoint; the message starts with `setting`.
     """
     remedy = "give one of RUN/checkpoints/step-*.ckpt"
     if setting == "--ckpt_path":
-        remedy += ", or last, which finds a whole one"
+        remedy += ", or last, which finds the newest whole one"
     if not Path(path).exists():
         raise ConfigError(f"{setting} {path} does not exist; {remedy}")
     if Path(path).is_dir() and any(Path(path).glob("checkpoints/*.ckpt")):
@@ -413,17 +413,17 @@ def read_checkpoint(path: str, setting: str) -> dict[str, Any]:
 
 
 def require_undamaged(path: str, setting: str) -> None:
-    """Raises ConfigError unless every byte of a checkpoint is the one that was written."""
+    """Raises ConfigError unless every byte of a checkpoint is as it was written."""
     if reason := damage.of(Path(path)):
-        raise ConfigError(f"{setting} {path} is damaged ({reason}); take another one")
+        raise ConfigError(f"{setting} {path} is damaged ({reason}); use another one")
 
 
 def _load_checkpoint(spec: ModelSpec, name: str, dtype: torch.dtype, empty: bool) -> PreTrainedModel:
     """The student of one of our checkpoints."""
     config, checkpoint = read_config(spec, name), read_checkpoint(str(spec.path), f"--model.{name}.path")
-    with torch.device("meta") if empty else no_init_weights():  # random ones take longer than the file
+    with torch.device("meta") if empty else no_init_weights():  # drawing them takes longer than reading the file
         model = from_config(config, dtype=dtype, attn_implementation=spec.attention)
-    model.tie_weights()  # which goes with drawing them
+    model.tie_weights()  # skipped along with drawing them
     if not empty:
         require_undamaged(str(spec.path), f"--model.{name}.path")
         state = checkpoint["state_dict"]

@@ -132,7 +132,7 @@ ERRORS = {
     ),
     "a family without causal language model": (
         {"model.student.family": "t5"},
-        r"--model.student.family t5 is no causal",
+        r"--model.student.family t5 is not a causal language model",
     ),
     "a run that is a file": (
         {"run": "{bad}/empty.jsonl"},
@@ -224,11 +224,11 @@ ERRORS = {
     ),
     "a teacher of more layers": (
         {"kd.steps": 6, "model.teacher.path": "{bad}/shallow"},
-        r"shallow has weights of more layers than its config.json says: model.layers.1.input_layernorm.weight, ",
+        r"shallow has weights for more layers than its config.json says: model.layers.1.input_layernorm.weight, ",
     ),
     "a teacher of other sizes": (
         {"kd.steps": 6, "model.teacher.path": "{bad}/sizes"},
-        r"sizes has \d+ weights of other sizes than its config.json says: .* is \(\d+, \d+\), not \(\d+, \d+\)",
+        r"sizes has \d+ weights with other sizes than its config.json says: .* is \(\d+, \d+\), not \(\d+, \d+\)",
     ),
     "a teacher without layers": (
         {"kd.steps": 6, "model.teacher.path": "{bad}/layerless"},
@@ -377,7 +377,7 @@ ERRORS = {
         {"model.teacher.config": {"hidden_size": 0}},
         r"--model.teacher.config {'hidden_size': 0}: the sizes come from --model.teacher.path; leave it out",
     ),
-    "no sizes": ({"model.student.config": {}}, r"--model.student.config is empty: .* Give sizes, e.g. hidden_size"),
+    "no sizes": ({"model.student.config": {}}, r"--model.student.config is empty: .*; give sizes, e.g. hidden_size"),
     "no such attention": ({"model.student.attention": "nope"}, r"--model.student.config: .*nope"),
     "no GPU": (
         {"trainer.accelerator": "gpu"},
@@ -387,7 +387,7 @@ ERRORS = {
     "interval of zero": ({"checkpoint.every_n_steps": 0}, r"--checkpoint.every_n_steps 0 must be at least 1"),
     "an activation that is none": (
         {"model.student.config": {**NARROW, "hidden_act": "sily"}},
-        r"error: --model.student.config.hidden_act sily is not known; e.g. silu$",
+        r"error: --model.student.config.hidden_act sily is not known; use e.g. silu$",
     ),
     "a short position table": (SHORT, r"max_position_embeddings 8 is smaller than --data.block_size 32"),
     "a small vocabulary": (SMALL, r"vocab_size 99 is smaller than the tokenizer's 300"),

@@ -489,7 +489,7 @@ def test_other_rules_with_the_same_map_are_a_warning(checked, teacher, tmp_path)
             "runs/nope.ckpt",
             "--model.teacher.path runs/nope.ckpt does not exist; give a .ckpt of this project, a Hugging",
         ),
-        (__file__, f"--model.teacher.path {__file__} is a file; give the folder with its config.json, or one of our"),
+        (__file__, f"--model.teacher.path {__file__} is a file; give the folder with its config.json, or a .ckpt of"),
     ],
 )
 def test_a_teacher_that_is_not_there_comes_with_a_remedy(checked, path, said):

@@ -513,7 +513,7 @@ def test_a_registered_model_is_one_of_transformers(data, teacher, tmp_path, monk
     class MineForCausalLM(LlamaForCausalLM):
         config_class = MineConfig
 
-    with pytest.raises(ConfigError, match="transformers knows no such model type"):
+    with pytest.raises(ConfigError, match="transformers has no such model type"):
         SALTModule(ModelSpec(family="mine_of_the_test", config=SIZES)).configure_model()
     AutoConfig.register("mine_of_the_test", MineConfig)
     AutoModelForCausalLM.register(MineConfig, MineForCausalLM)
@@ -529,7 +529,7 @@ def test_a_registered_model_is_one_of_transformers(data, teacher, tmp_path, monk
 @pytest.mark.parametrize("given", [torch.nn.Linear(2, 2), 3])
 def test_a_model_where_a_spec_is_wanted(given):
     for arguments in ((given,), (ModelSpec(config=SIZES), given)):
-        with pytest.raises(ConfigError, match=f"takes a ModelSpec, or a path, not a {type(given).__name__}: save"):
+        with pytest.raises(ConfigError, match=f"takes a ModelSpec, or a path, not a {type(given).__name__}; save"):
             SALTModule(*arguments)
     assert not SALTModule(ModelSpec(config=SIZES), None).has_teacher
 
@@ -655,7 +655,9 @@ def test_a_loader_that_shuffles_is_compared_with_the_teacher_row_by_row(data, te
 
 def test_a_vocabulary_that_nobody_knows_is_asked_for(tmp_path):
     loader = DataLoader([BATCH], batch_size=None)
-    with pytest.raises(ConfigError, match="vocab_size is not given: without a SALTDataModule .* would take 32000"):
+    with pytest.raises(
+        ConfigError, match="vocab_size is not given: without a SALTDataModule .* would use 32000; set it"
+    ):
         trainer(tmp_path).fit(SALTModule(ModelSpec(config=SIZES)), loader, loader)
 
 

@@ -1,4 +1,4 @@
-"""ModelSpec: which model a setting means, and the transformers config of a fresh one."""
+"""ModelSpec, which names a model in the settings, and the transformers config of a fresh model."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ class ModelSpec:
 
     Args:
         path: A checkpoint of this project (.ckpt), a Hugging Face folder (safetensors) or a hub name. null: a fresh
-            model for the student, no teacher for the teacher.
+            student, or no teacher.
         revision: Branch, tag or commit of a hub name.
         family: transformers' model type of a fresh model: llama, gpt2, gpt_neox, qwen3, gemma3_text, phi, opt ...
-        config: Settings of that family's transformers config, e.g. hidden_size. vocab_size and
-            max_position_embeddings follow the tokenizer and the block size unless given.
+        config: Settings of that family's transformers config, e.g. hidden_size. If not given, vocab_size and
+            max_position_embeddings follow from the tokenizer and the block size.
         dtype: Dtype of the parameters. null: float32 for the student, the student's compute dtype for the teacher.
-        attention: transformers' attention implementation (sdpa, eager, flex_attention ...), or packed: torch's kernel
-            for documents of any length, without a mask. null: packed on a GPU in 16 bits, else transformers' choice.
-        trust_remote_code: Run model code that comes with `path`. Off unless you have read that code.
+        attention: transformers' attention implementation (sdpa, eager, flex_attention ...), or packed: torch's
+            variable-length kernel, without a mask. null: packed on a GPU in 16 bits, otherwise transformers' choice.
+        trust_remote_code: Run model code that comes with `path`. Set it only if you have read that code.
     """
 
     path: str | None = None
@@ -55,15 +55,15 @@ class ModelSpec:
         if isinstance(self.dtype, torch.dtype):
             object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
         refuse(wrong_kinds(ModelSpec, vars(self), "ModelSpec."))
-        if self.path is not None:  # from Python perhaps a Path, or with a ~ that no shell has seen
+        if self.path is not None:  # in Python it may be a Path, or have a ~ that no shell has expanded
             object.__setattr__(self, "path", os.path.expanduser(self.path))
 
     @classmethod
     def of(cls, spec: ModelSpec | dict[str, Any] | str | os.PathLike[str] | None) -> ModelSpec:
-        """The spec itself, or one made of a path, of a checkpoint's plain dict, which trusts no code, or of nothing.
+        """The spec itself, or one made from a path, from a checkpoint's plain dict (trusting no code), or from nothing.
 
         Raises:
-            ConfigError: it is something else, as a model would be.
+            ConfigError: it is something else, e.g. a model.
         """
         if isinstance(spec, dict):
             return cls(**folders.without_code(spec, "the checkpoint"))
@@ -71,8 +71,8 @@ class ModelSpec:
             return cls(path=os.fspath(spec))
         if spec is not None and not isinstance(spec, ModelSpec):
             raise ConfigError(
-                f"SALTModule takes a ModelSpec, or a path, not a {type(spec).__name__}: save a model by "
-                "save_pretrained and give its folder, or see docs/extending.md for one of your own"
+                f"SALTModule takes a ModelSpec, or a path, not a {type(spec).__name__}; save the model "
+                "with save_pretrained and give its folder, or see docs/extending.md for a model of your own"
             )
         return spec or cls()
 
@@ -82,23 +82,23 @@ class ModelSpec:
 
     @property
     def source(self) -> dict[str, Any]:
-        """What transformers takes of it to read a folder or hub name, besides that."""
+        """The arguments with which transformers reads a folder or hub name, besides the name itself."""
         return {"revision": self.revision or "main", "trust_remote_code": self.trust_remote_code}
 
     def dtype_or(self, default: torch.dtype) -> torch.dtype:
-        """Of the parameters; `default` where it is null."""
+        """Dtype of the parameters; `default` if it is null."""
         return DTYPES[self.dtype] if self.dtype else default
 
 
 if TYPE_CHECKING:
     ModelLike = ModelSpec | str | os.PathLike[str] | dict[str, Any]  # what ModelSpec.of takes
 else:
-    ModelLike = ModelSpec  # what the command line makes settings of
+    ModelLike = ModelSpec  # the command line derives its settings from this
 
 
 @contextmanager
 def as_config_error(setting: str) -> Iterator[None]:
-    """transformers checks settings in many places and ways; all that it says of them is the user's business."""
+    """Turns every error into a ConfigError: transformers checks settings in many places, with errors of many kinds."""
     try:
         yield
     except ConfigError:
@@ -117,14 +117,14 @@ _SIZES = {
 
 
 def wrong_sizes(settings: dict[str, Any], known: PreTrainedConfig) -> dict[str, Any]:
-    """Of a model's settings the sizes that none can have; transformers builds some: a model without layers trains."""
+    """Sizes in the settings that no model can have. transformers accepts some: a model without layers trains."""
     names = _SIZES | {known.attribute_map.get(name, name) for name in _SIZES}
     sizes = {name: size for name, size in settings.items() if name in names and isinstance(size, int | float | str)}
     return {name: size for name, size in sizes.items() if not (isinstance(size, int) and size >= 1)}
 
 
 def uneven_heads(config: PreTrainedConfig) -> str:
-    """For the error of a model that does not run: some families bring a number of key heads, qwen3_moe 4."""
+    """A hint for the error of a model that does not run: some families set num_key_value_heads, qwen3_moe to 4."""
     text = config.get_text_config()
     heads, of_keys = (getattr(text, f"num_{kind}_heads", None) for kind in ("attention", "key_value"))
     if not (isinstance(heads, int) and isinstance(of_keys, int) and of_keys) or heads % of_keys == 0:
@@ -133,7 +133,7 @@ def uneven_heads(config: PreTrainedConfig) -> str:
 
 
 def unnamed_sizes(spec: ModelSpec, config: PreTrainedConfig) -> str:
-    """What makes a fresh model large and was not given: a later --model.student.config replaces a former one whole."""
+    """Sizes not given that make a fresh model large: a later --model.student.config replaces an earlier one whole."""
     if spec.path is not None:
         return ""
     typed, own = ({config.attribute_map.get(name, name): 0 for name in names} for names in (spec.config, _LARGE))
@@ -147,20 +147,24 @@ _LARGE = (
 )
 
 
-# What a config.json says, and what it is to be said by here.
+# Keys of a config.json that have a setting of their own here.
 _SAID_BY = {
     "model_type": "family",
     **dict.fromkeys(("dtype", "torch_dtype"), "dtype"),
     **dict.fromkeys(("attn_implementation", "_attn_implementation"), "attention"),
 }
-_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # every config takes them, not every one lists them
+_SPECIAL_TOKENS = (
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)  # every config accepts them, but not every one lists them
 
 
 def family_config(spec: ModelSpec) -> PreTrainedConfig:
-    """The family's own config, of which a fresh model is made; no data is needed to see that a spec fits it.
+    """The family's own config, the base of a fresh model; checks without data that the spec fits it.
 
     Raises:
-        ConfigError: no such family, or settings that it does not have or that are out of range: all at once.
+        ConfigError: no such family, or settings that it does not have or that are out of range (all at once).
     """
     try:
         with as_config_error(f"--model.student.family {spec.family}"):
@@ -169,31 +173,32 @@ def family_config(spec: ModelSpec) -> PreTrainedConfig:
         if not isinstance(error.__cause__, ValueError):
             raise
         raise ConfigError(
-            f"--model.student.family {spec.family}: transformers knows no such model type; e.g. llama, gpt2, qwen3"
+            f"--model.student.family {spec.family}: transformers has no such model type; use e.g. llama, gpt2 or qwen3"
         ) from None
     if (text := known.get_text_config()) is not known:
         raise ConfigError(
-            f"--model.student.family {spec.family} is a model of more than text; --model.student.family "
-            f"{text.model_type} is its text part"
+            f"--model.student.family {spec.family} is not a text-only model; use --model.student.family "
+            f"{text.model_type}, its text part"
         )
     if not folders.is_causal(spec.family):
         raise ConfigError(
-            f"--model.student.family {spec.family} is no causal language model of transformers; e.g. llama, gpt2, qwen3"
+            f"--model.student.family {spec.family} is not a causal language model of transformers; use e.g. llama, "
+            "gpt2 or qwen3"
         )
     names = set(known.to_dict()) | set(known.attribute_map) | set(_SPECIAL_TOKENS)
     elsewhere = [key for key in _SAID_BY if key in spec.config]
     wrong = [
-        f"--model.student.config.{key}: leave it out; --model.student.{_SAID_BY[key]} says it" for key in elsewhere
+        f"--model.student.config.{key}: leave it out; use --model.student.{_SAID_BY[key]} instead" for key in elsewhere
     ]
     others = sorted(set(spec.config) - names - set(elsewhere))
     if others and _is_whole(spec.config):
-        rank_zero_info(f"{spec.family} does not list {', '.join(others)}; taken as they are")
+        rank_zero_info(f"{spec.family} does not list {', '.join(others)}; used as given")
         others = []
     for key in others:
         if key == "head_dim" and not hasattr(known, key) and _reads_head_dim(spec.family):
             continue
         near = difflib.get_close_matches(key, names, 1)
-        if key.startswith(("rope_", "rotary_", "partial_rotary_")) and "rope_parameters" in names:  # as once
+        if key.startswith(("rope_", "rotary_", "partial_rotary_")) and "rope_parameters" in names:  # the old names
             near = ["rope_parameters"]
         hint = f"; did you mean {near[0]}?" if near else ""
         wrong.append(f"--model.student.config.{key}: {spec.family} has no such setting{hint}")
@@ -202,34 +207,34 @@ def family_config(spec: ModelSpec) -> PreTrainedConfig:
     for key in {"hidden_act", "hidden_activation", "activation_function"} & set(spec.config):
         if isinstance(name := spec.config[key], str) and name not in ACT2FN:
             near = difflib.get_close_matches(name, ACT2FN, 3) or ["silu", "gelu", "relu"]
-            wrong.append(f"--model.student.config.{key} {name} is not known; e.g. {', '.join(near)}")
-    for key, value in spec.config.items():  # a fit would meet it at its first step, or never notice
+            wrong.append(f"--model.student.config.{key} {name} is not known; use e.g. {', '.join(near)}")
+    for key, value in spec.config.items():  # a fit would fail at its first step, or never notice
         if "drop" in key and isinstance(value, float | int) and not 0 <= value <= 1:
             wrong.append(f"--model.student.config.{key} {value} must lie in 0..1")
     refuse([*wrong, *_wrong_ropes(spec.config.get("rope_parameters"))])
     if not spec.config:
         raise ConfigError(
-            f"--model.student.config is empty: {spec.family}'s own defaults are a model of billions of weights. Give "
-            "sizes, e.g. hidden_size and num_hidden_layers, or --model.student.path to go on from pretrained weights"
+            f"--model.student.config is empty: {spec.family}'s own defaults are a model of billions of weights; give "
+            "sizes, e.g. hidden_size and num_hidden_layers, or --model.student.path to start from pretrained weights"
         )
     return known
 
 
 def _is_whole(settings: dict[str, Any]) -> bool:
-    """Whether they are all of a model's, as a checkpoint has them: then no key is misspelt, and a hub folder's
-    config.json may have brought some that its family does not list. Nobody types what every config has."""
+    """Whether these are all settings of a model, as in a checkpoint. Then no key is misspelled: those that the family
+    does not list came from a hub folder's config.json. Nobody types the keys tested here, which every config has."""
     return {"return_dict", "output_hidden_states", "is_encoder_decoder"} <= set(settings)
 
 
 def _reads_head_dim(family: str) -> bool:
-    """Whether a family has heads of any width without listing it, as transformers' qwen2, phi3 and qwen3_moe do."""
+    """Whether a family accepts any head_dim without listing it, as transformers' qwen2, phi3 and qwen3_moe do."""
     own, numels = AutoConfig.for_model(family).attribute_map, set()
     for width in (8, 16):
         try:
             config = AutoConfig.for_model(family, **{own.get(_LAYERS, _LAYERS): 1, "head_dim": width})
             with torch.device("meta"):
                 numels.add(sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters()))
-        except Exception:  # of many kinds: some have no such model, or no such sizes
+        except Exception:  # of many kinds: some families have no such model or sizes
             return False
     return len(numels) == 2
 
@@ -238,12 +243,12 @@ _LAYERS = "num_hidden_layers"
 
 
 def padded_vocab(num_ids: int) -> int:
-    """Rows of a fresh model's head: whole tiles for its matrix products."""
+    """Rows of a fresh model's head: the ids, rounded up to whole tiles of its matrix products."""
     return -(-num_ids // 64) * 64
 
 
 def fresh_config(spec: ModelSpec, data: Any) -> PreTrainedConfig:
-    """The transformers config of a fresh model; missing sizes follow the data."""
+    """The transformers config of a fresh model; sizes that are not given follow from the data."""
     known = family_config(spec)
     defaults: dict[str, Any] = {}
     if data is not None:
@@ -266,14 +271,14 @@ def fresh_config(spec: ModelSpec, data: Any) -> PreTrainedConfig:
         _refuse_idle_share(config)
     if data is None and "vocab_size" not in spec.config:
         raise ConfigError(
-            f"--model.student.config.vocab_size is not given: without a SALTDataModule nobody else knows it, and "
-            f"{spec.family} would take {config.vocab_size}"
+            f"--model.student.config.vocab_size is not given: without a SALTDataModule nothing else determines it, "
+            f"and {spec.family} would use {config.vocab_size}; set it"
         )
     if data is not None:
         if config.vocab_size < data.vocab_size:
             raise ConfigError(
                 f"--model.student.config.vocab_size {config.vocab_size} is smaller than the tokenizer's "
-                f"{data.vocab_size}"
+                f"{data.vocab_size}; set at least that, or leave it out"
             )
         check_positions(config, "--model.student.config.max_position_embeddings", data)
     return config
@@ -283,7 +288,7 @@ _ROPES = "transformers.modeling_rope_utils"
 
 
 def _by_kind(ropes: Any) -> dict[str, dict[str, Any]]:
-    """The one rope of a model, under "", or that of each kind of its layers."""
+    """The rope parameters of a model under "", or those of each kind of layer under its name."""
     ropes = ropes if isinstance(ropes, dict) else {}
     return {kind: rope for kind, rope in ropes.items() if isinstance(rope, dict)} or {"": ropes}
 
@@ -293,7 +298,8 @@ def _rope_setting(kind: str) -> str:
 
 
 def _wrong_ropes(ropes: Any) -> Iterator[str]:
-    """transformers ends by a KeyError of the type's name, or by weights that are not finite."""
+    """What is wrong with rope parameters: transformers would raise a bare KeyError, or compute values that are not
+    finite."""
     types = ["default", *ROPE_INIT_FUNCTIONS]
     for kind, rope in _by_kind(ropes).items():
         setting, theta = _rope_setting(kind), rope.get("rope_theta", 1.0)
@@ -305,7 +311,7 @@ def _wrong_ropes(ropes: Any) -> Iterator[str]:
 
 @contextmanager
 def _heard(name: str) -> Iterator[list[str]]:
-    """What a logger says meanwhile."""
+    """Collects the messages of a logger in this block."""
     said: list[str] = []
 
     def listen(record: logging.LogRecord) -> bool:
@@ -320,7 +326,7 @@ def _heard(name: str) -> Iterator[list[str]]:
 
 
 def _refuse_idle_rope(said: list[str]) -> None:
-    """Raises ConfigError for keys that change nothing: transformers trains as if they were not there."""
+    """Raises ConfigError for keys that change nothing: transformers ignores them."""
     if unused := [one_line(message) for message in said if message.startswith("Unrecognized keys")]:
         raise ConfigError(
             f"{_rope_setting('')}: {unused[0]}, so they would change nothing; give the rope_type "
@@ -329,12 +335,12 @@ def _refuse_idle_rope(said: list[str]) -> None:
 
 
 def _refuse_flat_rope(known: PreTrainedConfig, ropes: dict[str, Any]) -> None:
-    """The like where each kind of layer has a rope of its own, as gemma3_text's; transformers 5.17 ends by an error."""
+    """The same for families with a rope per kind of layer (gemma3_text); transformers 5.17 ends with an error there."""
     kinds = list(filter(None, _by_kind(getattr(known, "rope_parameters", None))))
     if kinds and (idle := sorted(set(ropes) - set(kinds))):
         raise ConfigError(
             f"{_rope_setting(idle[0])} {ropes[idle[0]]} would change nothing: "
-            f"{known.model_type} has a rope for each kind of layer; give it in {' and '.join(kinds)}"
+            f"{known.model_type} has a rope for each kind of layer; set it in {' and '.join(kinds)}"
         )
 
 
@@ -342,7 +348,7 @@ _SHARE = "partial_rotary_factor"
 
 
 def _refuse_idle_share(config: PreTrainedConfig) -> None:
-    """The like of a share of each head that turns: transformers takes it for every rope, and few families read it."""
+    """The same for the share of a head that is rotated: transformers accepts it in every rope, few families read it."""
     ropes = getattr(config, "rope_parameters", None) or {}
     for kind, rope in _by_kind(ropes).items():
         if (share := rope.get(_SHARE, 1.0)) == 1.0:
@@ -352,22 +358,22 @@ def _refuse_idle_share(config: PreTrainedConfig) -> None:
         if (own := _frequencies(config)) and own == _frequencies(whole):
             raise ConfigError(
                 f"{_rope_setting(kind)}.{_SHARE} {share} would change nothing: "
-                f"{config.model_type} turns whole heads; leave it out"
+                f"{config.model_type} rotates whole heads; leave it out"
             )
 
 
 def _frequencies(config: PreTrainedConfig) -> list[tuple[str, int]]:
-    """How many frequencies each rope of a model has; none where that is not seen."""
+    """How many frequencies each rope of a model has; empty if that cannot be seen."""
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception:  # of many kinds; whoever builds it says so
+    except Exception:  # of many kinds; reported when the model is built
         return []
     return [(name, buffer.numel()) for name, buffer in model.named_buffers() if name.endswith("inv_freq")]
 
 
 def check_positions(config: PreTrainedConfig, setting: str, data: Any) -> None:
-    """Raises ConfigError where the data's rows are longer than a model has positions; warns of longrope's switch."""
+    """Raises ConfigError if the data's rows are longer than the model's positions; warns of longrope's switch."""
     config = config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
     ropes = getattr(config, "rope_parameters", None) or {}
@@ -375,28 +381,28 @@ def check_positions(config: PreTrainedConfig, setting: str, data: Any) -> None:
         remedy = f"set that to at most {positions}"
         if ropes and ".path" in setting:
             remedy += (
-                ", or raise it in the config.json of the folder, of a .ckpt in that of its export (docs/own-data.md)"
+                ", or raise it in the folder's config.json (for a .ckpt, in that of its export; see docs/own-data.md)"
             )
-        raise ConfigError(f"{setting} {positions} is smaller than --data.block_size {data.block_size}: {remedy}")
+        raise ConfigError(f"{setting} {positions} is smaller than --data.block_size {data.block_size}; {remedy}")
     for rope in _by_kind(ropes).values():
         if rope.get("rope_type") == "longrope":
             short = rope.get("original_max_position_embeddings", positions)
             if short < data.block_size:
                 rank_zero_warn(
-                    f"{setting} {positions}: longrope takes other frequencies for a whole micro-batch once one of "
-                    f"its documents is longer than {short} tokens, so figures depend a little on how rows are grouped; "
-                    f"--data.block_size {short} avoids that"
+                    f"{setting} {positions}: longrope uses other frequencies for a whole micro-batch as soon as one of "
+                    f"its documents is longer than {short} tokens, so results depend slightly on how rows are grouped; "
+                    f"set --data.block_size {short} to avoid that"
                 )
 
 
 def resolved(spec: ModelSpec, config: PreTrainedConfig) -> ModelSpec:
-    """The spec of a fresh model of exactly these sizes: what a checkpoint needs to be built again on its own."""
+    """The spec of a fresh model of exactly these sizes: all that is needed to build a checkpoint's model again."""
     settings = {k: v for k, v in config.to_dict().items() if k not in _NOT_SETTINGS}
     return replace(spec, path=None, revision=None, family=config.model_type, config=settings)
 
 
 def shallow(spec: ModelSpec, layers: int) -> ModelSpec:
-    """The spec of the first and the last of a fresh model's layers, with what it says of each."""
+    """The spec of a fresh model with only its first and last layer, and the settings of those two."""
     each = {key: value for key, value in spec.config.items() if isinstance(value, list) and len(value) == layers}
     ends = {key: [value[0], value[-1]] for key, value in each.items()}
     return replace(spec, config={**spec.config, **ends, _LAYERS: 2})
@@ -415,19 +421,19 @@ _NOT_SHAPE = ("use_cache", "attention_dropout", "initializer_range")
 
 
 def shape_settings(spec: dict[str, Any]) -> dict[str, Any]:
-    """What must agree between a checkpoint's student and the configured one, of a spec as plain dict."""
+    """The settings in which a checkpoint's student and the configured one must agree; `spec`: as a plain dict."""
     settings = {k: v for k, v in spec["config"].items() if k not in _NOT_SHAPE}
     return {"family": spec.get("family")} | {f"config.{k}": v for k, v in settings.items()}
 
 
 def setting_of(key: str, value: Any, rows: int | None) -> str:
-    """What a user has typed for a `key` of `shape_settings`; a fresh model's positions are the tokens of its rows."""
+    """The setting that decides a `key` of `shape_settings`; a fresh model has as many positions as its rows tokens."""
     follows = key in ("config.max_position_embeddings", "config.n_positions") and value == rows
     return "--data.block_size" if follows else f"--model.student.{key}"
 
 
 def settings_without_code(saved: dict[str, Any], path: Path) -> dict[str, Any]:
-    """A checkpoint's settings. No file decides that code is run: jsonargparse imports what is named as a class."""
+    """A checkpoint's settings without what would run code; jsonargparse would import any class that they name."""
     specs = [saved.get(name) for name in ("student", "teacher", "optim")]
     if _names_class(saved) or not all(isinstance(spec, dict) for spec in specs):
         raise ConfigError(f"--ckpt_path {path} is not a whole checkpoint of this project (its settings name a class)")
