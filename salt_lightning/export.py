@@ -1,7 +1,7 @@
-"""The verb `export`: the student of a checkpoint -> a folder as `transformers` writes it, with a model card.
+"""The command `export`: writes the student of a checkpoint as a Hugging Face folder, with a model card.
 
-Weights are read and written one file at a time, each of a few gigabytes at most: the memory that takes does not grow
-with the model. No GPU, no teacher and no process group is needed.
+Weights are read and written one file at a time, each of a few gigabytes at most, so the memory needed does not grow
+with the model. Needs no GPU, no teacher and no process group.
 """
 
 import json
@@ -58,34 +58,36 @@ def export(
     run: Path | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> str:
-    """Writes the student of `checkpoint` into the new folder `target`; returns a line that says what is there.
+    """Writes the student of `checkpoint` into the new folder `target`; returns a line that says what was written.
 
     Args:
-        checkpoint: one of ours, a file or a folder.
-        target: under this name there will be a whole export or nothing.
-        dtype: of the weights; None: as they were trained.
+        checkpoint: of this project, a file or a folder.
+        target: will be a complete export, or not exist.
+        dtype: of the weights; None: as trained.
         tokenizer: folder or hub name; None: the run's own.
-        run: the run's folder, for tokenizer and model card; None: the one that the checkpoint lies in.
-        max_file_bytes: of a file of weights. The memory taken is up to three times that, and of a sharded checkpoint
-            three times its largest tensor besides.
+        run: the run's folder, for tokenizer and model card; None: the one that contains the checkpoint.
+        max_file_bytes: size of a weight file. Takes up to three times that in memory, plus three times the largest
+            tensor of a sharded checkpoint.
 
     Raises:
-        ConfigError: the target exists, the checkpoint is damaged or holds another model than it says, or the
-            tokenizer is not the one that it was trained with.
+        ConfigError: the target exists, the checkpoint is damaged or contains another model than its settings say, or
+            the tokenizer is not the one that it was trained with.
     """
-    checkpoint, target = Path(checkpoint).expanduser(), Path(target).expanduser()  # in Python a text does, too
+    checkpoint, target = Path(checkpoint).expanduser(), Path(target).expanduser()  # Python users may pass strings
     setting = f"export: CKPT {checkpoint}"
     check_target(target, "export: DIR")
     saved = read_checkpoint(str(checkpoint), "export: CKPT")
     require_undamaged(str(checkpoint), "export: CKPT")
     model = _on_meta(saved, setting)
     weights = _described(saved["state_dict"], dtype)
-    check_same_model(model.state_dict(), weights, f"{setting} holds another model than its settings say")
+    check_same_model(model.state_dict(), weights, f"{setting} contains another model than its settings say")
     run = run or checkpoint.absolute().parent.parent
     words = _tokenizer(saved, model, tokenizer or (run / "tokenizer" if (run / "tokenizer").is_dir() else None))
 
     def read(names: list[str]) -> dict[str, Tensor]:
-        state = read_checkpoint(str(checkpoint), "export: CKPT")["state_dict"]  # anew: what was mapped before is let go
+        state = read_checkpoint(str(checkpoint), "export: CKPT")[
+            "state_dict"
+        ]  # read again, to free what was mapped before
         return {name: state[STUDENT + name].to(weights[name].dtype) for name in names}
 
     with _whole_folder(target) as folder:
@@ -101,14 +103,14 @@ def export(
     num_parameters, kind = sum(p.numel() for p in model.parameters()), str(model.config.dtype).removeprefix("torch.")
     return (
         f"{target}: {num_parameters:,} parameters in {kind}, {num_files} file{'s' if num_files > 1 else ''} of "
-        f"weights, model card, {'tokenizer' if words else f'no tokenizer (none in {run}; name one by --tokenizer)'}"
+        f"weights, model card, {'tokenizer' if words else f'no tokenizer (none in {run}; give one with --tokenizer)'}"
         + (f" in {target / place} (beside a {model.config.model_type} transformers would misread it)" if place else "")
-        + (f"; left out, as no part of the model: {few(rest)}" if rest else "")
+        + (f"; left out, not part of the model: {few(rest)}" if rest else "")
     )
 
 
 def check_target(target: Path, setting: str) -> None:
-    """Raises ConfigError where `target` exists: nothing is ever overwritten; or where it is an address."""
+    """Raises ConfigError if `target` exists, as nothing is ever overwritten, or if it is an address."""
     if is_address(target):
         raise ConfigError(f"{setting} {target} is an address: give a folder of this machine, and copy it from there")
     if target.exists() or target.is_symlink():
@@ -128,7 +130,7 @@ def _on_meta(saved: dict[str, Any], setting: str) -> PreTrainedModel:
 
 
 def _described(state: Any, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Name -> tensor on the meta device, as it is to be written."""
+    """Name -> tensor on the meta device, in the dtype to be written."""
     found = {}
     for name in state:
         if name.startswith(STUDENT):
@@ -140,7 +142,7 @@ def _described(state: Any, dtype: torch.dtype | None) -> dict[str, Tensor]:
 def _tokenizer(
     saved: dict[str, Any], model: PreTrainedModel, name: str | Path | None
 ) -> PreTrainedTokenizerBase | None:
-    """The tokenizer `name`, if it is the one that the student was trained with."""
+    """The tokenizer `name`, which must be the one that the student was trained with."""
     if name is None:
         return None
     tokenizer = load_tokenizer(str(name), "export: --tokenizer")
@@ -148,7 +150,7 @@ def _tokenizer(
     if len(tokenizer) > model.config.vocab_size or trained_with not in (None, tokenizer_fingerprint(tokenizer)):
         raise ConfigError(
             f"export: --tokenizer {name} is not the one that this student was trained with: its {len(tokenizer)} token "
-            "ids mean something else. Name the run's own, RUN/tokenizer"
+            "ids mean something else; use the run's own, RUN/tokenizer"
         )
     return tokenizer
 
@@ -158,7 +160,7 @@ def _tokenizer(
 
 @contextmanager
 def _whole_folder(target: Path) -> Iterator[Path]:
-    """A folder beside `target`, which gets its name when all that is in it has reached the disk."""
+    """A folder beside `target`, renamed to it when all of its contents have reached the disk."""
     partial, made = target.with_name(f".{target.name}.{os.getpid()}.tmp"), False
     try:
         partial.mkdir(parents=True)
@@ -184,7 +186,7 @@ def _write_weights(
     folder: Path,
     max_file_bytes: int,
 ) -> int:
-    """Writes safetensors files, with an index where there are several; returns how many. Tied weights stand once."""
+    """Writes safetensors files, with an index if there are several; returns their number. Tied weights appear once."""
     once = {name: tensor for name, tensor in weights.items() if name not in model.all_tied_weights_keys}
     plan = split_torch_state_dict_into_shards(once, max_shard_size=max_file_bytes)
     place: dict[str, str] = {}
@@ -197,44 +199,44 @@ def _write_weights(
 
 
 def _write_file(model: PreTrainedModel, weights: dict[str, Tensor], path: Path) -> list[str]:
-    """Writes weights under the names, and of some families in the parts, that the hub has; returns those names."""
+    """Writes weights under the hub's names, for some families split as on the hub; returns those names."""
     parts = {name: part.contiguous() for name, part in revert_weight_conversion(model, weights).items()}
     try:
         save_file(parts, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # a full disk, say
+    except SafetensorError as error:  # e.g. a full disk
         found = re.search(r"\(os error (\d+)\)", str(error))
         raise OSError(*((int(found[1]), os.strerror(int(found[1]))) if found else (first_line(error),))) from error
     return list(parts)
 
 
 def _write_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
-    """config.json, and generation_config.json, which goes by the tokenizer's special tokens; these two in agreement.
+    """Writes config.json, and generation_config.json with the tokenizer's special tokens.
 
-    Tokenizers made for no model in particular name neither a token to pad with nor a length to cut at.
+    Sets the padding token and the maximum length of a tokenizer that was made for no particular model.
     """
     model.config.save_pretrained(folder)
     special = {name: getattr(model.config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if tokenizer is not None:
         named = {name: token for name in special if (token := getattr(tokenizer, name)) is not None}
         if isinstance(stops := special["eos_token_id"], list) and named.get("eos_token_id") in stops:
-            del named["eos_token_id"]  # a chat's model stops at the end of a turn, too
+            del named["eos_token_id"]  # a chat model also stops at the end of a turn
         special |= named
         pad_id, length = special["pad_token_id"], getattr(model.config, "max_position_embeddings", None)
-        if tokenizer.pad_token_id is None and pad_id in special_ids(tokenizer):  # another one stands for text
+        if tokenizer.pad_token_id is None and pad_id in special_ids(tokenizer):  # an ordinary token also occurs in text
             tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
         if tokenizer.model_max_length >= LARGE_INTEGER and length:
             tokenizer.model_max_length = length
     GenerationConfig(**special).save_pretrained(folder)
-    for path in folder.glob("*.safetensors"):  # safetensors lets nobody else read them
+    for path in folder.glob("*.safetensors"):  # safetensors writes them for their owner only
         path.chmod((folder / "config.json").stat().st_mode)
 
 
 def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> str:
-    """Beside the model, unless transformers goes by the model's family there, whatever the files say; returns where."""
+    """Writes it beside the model, or into a subfolder if transformers would ignore its files there; returns which."""
     apart = folder / SUBFOLDER
     tokenizer.save_pretrained(apart)
     tokenizer.save_pretrained(folder)
-    with suppress(Exception):  # of another family's tokenizer, whatever that lacks here
+    with suppress(Exception):  # the family's own tokenizer may lack files here
         if rules_fingerprint(AutoTokenizer.from_pretrained(folder)) == rules_fingerprint(tokenizer):
             shutil.rmtree(apart)
             return ""
@@ -244,10 +246,10 @@ def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> str:
 
 
 def verify(folder: Path) -> None:
-    """Asserts from the files alone that they hold just the weights, in name and shape, that config.json asks for."""
+    """Asserts that the files contain exactly the weights, by name and shape, that config.json asks for."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    # of all weights at once, as save_pretrained does it: a family whose parts need each other would show here
+    # all weights at once, as in save_pretrained: shows a family in which splitting needs several of them together
     once = {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
     wanted = {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, once).items()}
     found: dict[str, tuple[int, ...]] = {}
@@ -258,17 +260,17 @@ def verify(folder: Path) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """`export CKPT DIR [--dtype D] [--tokenizer T]`: writes the folder, says what is in it."""
-    parser = VerbParser(prog="cli.py export", description="The student of a checkpoint as a Hugging Face folder.")
+    """`export CKPT DIR [--dtype D] [--tokenizer T]`: writes the folder, and prints what it contains."""
+    parser = VerbParser(prog="cli.py export", description="Write a checkpoint's student as a Hugging Face folder.")
     parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="runs/NAME/checkpoints/step-XXXXXXXX.ckpt")
     parser.add_argument("target", metavar="DIR", type=Path, help="folder to write; it must not exist")
-    parser.add_argument("--dtype", choices=list(DTYPES), help="of the weights (default: as they were trained)")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="dtype of the weights (default: as trained)")
     parser.add_argument(
         "--tokenizer", metavar="T", help="folder or hub name (default: the run's own, runs/NAME/tokenizer)"
     )
     args = parser.parse_args(argv)
     if writes_elsewhere():
-        print("export: the first process writes it")
+        print("export: skipped here, the first process writes it")
         return 0
     written = export(args.checkpoint, args.target, DTYPES.get(args.dtype), args.tokenizer)
     print(f"written: {printable(written)}")

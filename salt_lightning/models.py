@@ -428,6 +428,6 @@ def _load_checkpoint(spec: ModelSpec, name: str, dtype: torch.dtype, empty: bool
         require_undamaged(str(spec.path), f"--model.{name}.path")
         state = checkpoint["state_dict"]
         weights = {name.removeprefix(shards.STUDENT): state[name] for name in state if name.startswith(shards.STUDENT)}
-        with as_config_error(f"--model.{name}.path {spec.path} holds another model than its settings say"):
+        with as_config_error(f"--model.{name}.path {spec.path} contains another model than its settings say"):
             model.load_state_dict(weights)
     return model

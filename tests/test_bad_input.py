@@ -236,11 +236,11 @@ ERRORS = {
     ),
     "an encoder": (
         {"kd.steps": 6, "model.teacher.path": "{bad}/bert"},
-        r"bert holds a BertForMaskedLM, whose tokens see",
+        r"bert contains a BertForMaskedLM, whose tokens see",
     ),
     "another kind of model": (
         {"kd.steps": 6, "model.teacher.path": "{bad}/t5"},
-        r"t5 holds no causal language model that",
+        r"t5 is not a causal language model that",
     ),
     "a teacher with code": (
         {"kd.steps": 6, "model.teacher.path": "{bad}/code"},
@@ -248,7 +248,7 @@ ERRORS = {
     ),
     "a teacher of a broken config": (
         {"kd.steps": 6, "model.teacher.path": "{bad}/json"},
-        r"json/config.json is no JSON",
+        r"json/config.json is not valid JSON",
     ),
     "a revision of a folder": (
         {"kd.steps": 6, "model.teacher.path": "{bad}/folder", "model.teacher.revision": "v1"},

@@ -479,7 +479,7 @@ def test_other_rules_with_the_same_map_are_a_warning(checked, teacher, tmp_path)
     code, found = checked(**{"data.tokenizer": str(folder)})
     level, said = of(found, "teacher tokens")
     assert (code, level) == (0, "warning")
-    assert "but --data.tokenizer cuts text by other rules than that of" in said
+    assert "but --data.tokenizer splits text by other rules than that of" in said
 
 
 @pytest.mark.parametrize(

@@ -1454,7 +1454,7 @@ def test_a_run_that_began_with_weights_is_no_baseline(tmp_path):
 @pytest.mark.parametrize(
     ("said", "flops"),
     [
-        ("- FLOPs of the student: 1.5 TFLOP\n- FLOPs of the teacher: 250 GFLOP, its own training apart\n", 1.75e12),
+        ("- FLOPs of the student: 1.5 TFLOP\n- FLOPs of the teacher: 250 GFLOP, without its own training\n", 1.75e12),
         ("- FLOPs of the student: not known\n- FLOPs of the teacher: 0 FLOP\n", math.nan),
         ("a model\n", math.nan),
     ],

@@ -98,7 +98,7 @@ def test_the_card_says_how_many_experts_there_are(tmp_path, family, name):
     assert ("moe_intermediate_size" in said) == (family != "gpt_oss")
     rest = sum(p.numel() for name, p in own.named_parameters() if p.ndim < 3 or ".experts." not in name)
     all_of_them = sum(p.numel() for name, p in own.named_parameters() if p.ndim == 3 and ".experts." in name)
-    assert f" parameters, {rest + all_of_them // 2:,} for each token\n" in said
+    assert f" parameters, {rest + all_of_them // 2:,} active per token\n" in said
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +159,7 @@ def test_the_exported_tokenizer_cuts_text_as_in_training(settings, tmp_path, cap
              "kd.weight": 0.0, "trainer.max_steps": 2}  # fmt: skip
     plain = {key: value for key, value in settings.items() if not key.startswith(("model.student", "data.vocab_size"))}
     assert cli.main(["fit", *arguments(plain, again)]) == 0
-    assert "cuts text by other rules" not in caplog.text
+    assert "splits text by other rules" not in caplog.text
     saved = [torch.load(checkpoints(each)[-1], weights_only=True)["data"] for each in (run, tmp_path / "again")]
     assert saved[0] == saved[1]  # the same tokens
 
@@ -211,18 +211,18 @@ def test_the_card_says_what_was_trained_on_what(salt, teacher, corpus):
         "- weights: float32",
         "- method: SALT step",
         f"- teacher: {teacher}",
-        "- KD: weight 0.667 in the first 4 steps, then 0; teacher's temperature 1",
+        "- KD: weight 0.667 in the first 4 steps, then 0; teacher temperature 1",
         f"- training text: {corpus}",
-        "- its size: 108 documents, 10,126 tokens",
-        "- rows: 8 of 32 tokens a step",
+        "- text size: 108 documents, 10,126 tokens",
+        "- rows: 8 of 32 tokens per step",
         "- steps: 12 of 12, 4 of them with the teacher",
         "- tokens: 3,072 (0.30 times the text)",
         f"- FLOPs of the student: {student[12] / 1e6:.4g} MFLOP",
-        f"- FLOPs of the teacher: {taught[4] / 1e6:.4g} MFLOP, its own training apart",
+        f"- FLOPs of the teacher: {taught[4] / 1e6:.4g} MFLOP, without its own training",
         "- FLOPs of scoring: 0 FLOP",
         "## Validation after step 12",
         f"- ce: {logged['val/ce'][12]:.4f}",
-        "Licence: not stated.",
+        "License: not stated.",
     ):
         assert line in lines, line
     # compare reads this if the model is a teacher
@@ -264,10 +264,10 @@ def card_lines(salt: Path, config: dict[str, object], **changed: object) -> list
     [
         ({"weight": 0.0}, 0, ["- method: BASELINE", "- steps: 12 of 12", "- FLOPs of the teacher: 0 FLOP"]),
         ({"steps": None}, 12, ["- method: RKD", "- steps: 12 of 12, 12 of them with the teacher",
-                           "- KD: weight 0.667 in every step; teacher's temperature 1"]),
+                           "- KD: weight 0.667 in every step; teacher temperature 1"]),
         ({"anneal_steps": 2, "shape": "linear"}, 4,
          ["- method: SALT linear", "- KD: weight 0.667 in the first 4 steps, falling (linear) in the last 2 of them, "
-          "then 0; teacher's temperature 1"]),
+          "then 0; teacher temperature 1"]),
     ],
 )  # fmt: skip
 def test_the_card_names_the_method(schedule, taught_steps, lines, salt):
@@ -289,7 +289,7 @@ def test_the_card_says_where_it_went_on_under_other_settings(salt):
     model = AutoModelForCausalLM.from_pretrained(salt / "out")
     lines = model_card("x", checkpoint, model, replace(run, earlier=tuple(starts)), None).splitlines()
     found = f"data.source {now} (before old/*.jsonl), trainer.max_steps 99 (before 12)"
-    assert f"- went on: at step 4 under other settings: {found}" in lines  # what holds from step 12 on is not of it
+    assert f"- resumed: at step 4 under other settings: {found}" in lines  # what holds from step 12 on is not of it
     assert "- tokens: 3,072" in lines  # on unknown text
 
 
@@ -303,7 +303,7 @@ def test_the_card_of_a_run_that_went_on_without_its_teacher(salt):
 
 def test_the_card_says_what_a_margin_did_and_that_a_schedule_was_changed(salt):
     planned = {"weight": 0.667, "steps": 4, "anneal_steps": 0, "shape": "step", "stop_margin": 0.2}
-    for stop_step, said in ((3, "the last of them found by a"), (None, "no validation being within a")):
+    for stop_step, said in ((3, "ended by a validation within a"), (None, "with no validation within a")):
         changed = {"kd_schedule": planned, "kd_stop_step": stop_step}
         taught = {"totals": {"step": 12, "taught_steps": stop_step or 4}}
         (line,) = [line for line in card_lines(salt, {}, **changed, **taught) if line.startswith("- KD: ")]
@@ -547,7 +547,7 @@ def test_a_checkpoint_of_another_model_is_refused(salt, tmp_path, capsys):
         torch.save({**whole, "state_dict": changed}, tmp_path / "x.ckpt")
         said = refused(capsys, tmp_path / "x.ckpt", tmp_path / "out")
         assert (
-            f"export: CKPT {tmp_path}/x.ckpt holds another model than its settings say (1 of its weights differ: "
+            f"export: CKPT {tmp_path}/x.ckpt contains another model than its settings say (1 of its weights differ: "
             in said
         )
         assert message in said

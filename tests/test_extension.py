@@ -173,7 +173,7 @@ def test_a_schedule_of_ones_own_trains_and_is_known_to_checkpoint_and_card(data,
     data.tokenizer.save_pretrained(tmp_path / "tokenizer")
     assert cli.main(["export", str(newest(tmp_path / "checkpoints")), str(tmp_path / "hf")]) == 0
     assert (
-        "weight 0.8 in the first 3 steps, then 0, by a schedule of its own (Halving)"
+        "weight 0.8 in the first 3 steps, then 0, by a custom schedule (Halving)"
         in (tmp_path / "hf/README.md").read_text()
     )
 
@@ -269,7 +269,7 @@ def test_the_loss_of_the_page_trains_a_projection_that_decays_and_resumes(data, 
     data.tokenizer.save_pretrained(tmp_path / "whole/tokenizer")
     last = str(tmp_path / "whole/checkpoints/step-00000006.ckpt")
     assert cli.main(["export", last, str(tmp_path / "hf")]) == 0
-    assert "left out, as no part of the model: student.projection.weight" in capsys.readouterr().out
+    assert "left out, not part of the model: student.projection.weight" in capsys.readouterr().out
     with pytest.raises(ConfigError, match=r"what a subclass .* has added \(student.projection.weight\): go on"):
         trainer(tmp_path).validate(SALTModule(ModelSpec(config=SIZES)), data, ckpt_path=last)
     resumed, _ = fit("resumed", ckpt_path=str(tmp_path / "whole/checkpoints/step-00000003.ckpt"))

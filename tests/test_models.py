@@ -376,7 +376,7 @@ def test_a_teacher_checkpoint_that_lacks_a_weight_is_refused(teacher, tmp_path):
     checkpoint = torch.load(teacher, weights_only=True)
     del checkpoint["state_dict"]["student.model.model.norm.weight"]
     torch.save(checkpoint, tmp_path / "x.ckpt")
-    with pytest.raises(ConfigError, match=r"holds another model than its settings say: .*Missing key.*norm.weight"):
+    with pytest.raises(ConfigError, match=r"contains another model than its settings say: .*Missing key.*norm.weight"):
         load_pretrained(ModelSpec(path=str(tmp_path / "x.ckpt")), "teacher", torch.float32)
 
 

@@ -167,7 +167,7 @@ def test_the_boundary_is_found_and_every_resume_agrees(fit_with, teacher, tmp_pa
     assert cli.main(["export", str(tmp_path / "found" / last), str(tmp_path / "out")]) == 0
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"in the first {stop} steps" in card
-    assert "then 0, the last of them found by a margin of " in card
+    assert "then 0, ended by a validation within a margin of " in card
     assert f"{stop} of them with the teacher" in card
     assert "- method: SALT " + ("linear" if anneal else "step") + ", margin " in card
 

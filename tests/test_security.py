@@ -408,7 +408,7 @@ NAMES = [{"architectures": 5}, {"architectures": [5]}, {"model_type": []}, {"mod
 def test_a_config_whose_names_are_none(names, model_folder):
     config = json.loads((model_folder / "config.json").read_text())
     (model_folder / "config.json").write_text(json.dumps({**config, **names}))
-    with pytest.raises(ConfigError, match="config.json's model_type or architectures are no names"):
+    with pytest.raises(ConfigError, match="config.json's model_type or architectures are not names"):
         load_pretrained(ModelSpec(path=str(model_folder)), "teacher", torch.float32)
 
 

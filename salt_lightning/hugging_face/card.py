@@ -1,4 +1,4 @@
-"""The model card of an exported student: what was trained on what, how long, and at which cost."""
+"""The model card of an exported student: what was trained, on which text, for how long, and at which cost."""
 
 import math
 import re
@@ -37,14 +37,14 @@ _PACKAGES = ("salt-lightning", "torch", "lightning", "transformers", "tokenizers
 def model_card(
     name: str, checkpoint: dict[str, Any], model: PreTrainedModel, run: Run | None, tokenizer: str | None
 ) -> str:
-    """README.md of an exported folder: front matter as the hub reads it, then what is known of the training.
+    """README.md of an exported folder: front matter for the hub, then what is known about the training.
 
     Args:
         name: of the folder.
-        checkpoint: without need of its tensors.
+        checkpoint: its tensors are not needed.
         model: the student, on any device.
-        run: the folder that the checkpoint lies in; None: not known.
-        tokenizer: the folder that it lies in, "" for beside the card; None: there is none.
+        run: the run of the checkpoint; None if not known.
+        tokenizer: subfolder of the tokenizer, "" if it is beside the card; None if there is none.
     """
     run = _as_trained(checkpoint, run)
     taught = _is_taught(checkpoint, run)
@@ -70,27 +70,27 @@ def model_card(
         _list(rows),
         _figures("Validation", "val/", checkpoint["global_step"], run),
         _figures("Test", "test/", checkpoint["global_step"], run),
-        "Licence: not stated.",
+        "License: not stated.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _is_taught(checkpoint: dict[str, Any], run: Run) -> bool:
-    """Whether a teacher has had a part in it, also where a later start of the run left it out."""
+    """Whether a teacher took part, even if a later start of the run left it out."""
     return run.kd_steps > 0 or checkpoint.get("totals", {}).get("taught_steps", 0) > 0
 
 
 def _how_to_load(name: str, tokenizer: str | None) -> str:
     classes, lines = "AutoModelForCausalLM", [f'model = AutoModelForCausalLM.from_pretrained("{name}")']
     if tokenizer is not None:
-        rest = f', subfolder="{tokenizer}")  # beside the model it would be misread' if tokenizer else ")"
+        rest = f', subfolder="{tokenizer}")  # transformers would misread it beside the model' if tokenizer else ")"
         classes += ", AutoTokenizer"
         lines.append(f'tokenizer = AutoTokenizer.from_pretrained("{name}"{rest}')
     return "\n".join(["```python", f"from transformers import {classes}", "", *lines, "```"])
 
 
 def _as_trained(checkpoint: dict[str, Any], run: Run | None) -> Run:
-    """The run as the checkpoint knows it: config.yaml may be of a later start."""
+    """The run with the settings in the checkpoint: config.yaml may be from a later start."""
     spec = checkpoint["hyper_parameters"]
     schedule = trained_schedule(checkpoint) or KDSchedule(weight=0.0)
     known = {"model.teacher.path": (spec.get("teacher") or {}).get("path")}
@@ -99,7 +99,9 @@ def _as_trained(checkpoint: dict[str, Any], run: Run | None) -> Run:
     if run is None:
         return Run("", Path(), known, {})
     config, earlier = run.settings_until(checkpoint["global_step"])
-    return replace(run, config=config | known, earlier=earlier, lost="")  # its own totals tell of a teacher
+    return replace(
+        run, config=config | known, earlier=earlier, lost=""
+    )  # the checkpoint's own totals say whether there was a teacher
 
 
 def _student(model: PreTrainedModel, run: Run) -> dict[str, str]:
@@ -110,7 +112,7 @@ def _student(model: PreTrainedModel, run: Run) -> dict[str, str]:
     count, active = sum(p.numel() for p in model.parameters()), active_parameters(model)
     return {
         "student": f"{config.model_type}, {count:,} parameters"
-        + (f", {active:,.0f} for each token" * (active < count)),
+        + (f", {active:,.0f} active per token" * (active < count)),
         "sizes": ", ".join(f"{size} {value}" for size, value in sizes.items() if value is not None),
         "started from": run.config.get("model.student.path") or "",
         "weights": str(config.dtype).removeprefix("torch."),
@@ -122,17 +124,17 @@ def _training(checkpoint: dict[str, Any], run: Run) -> dict[str, str]:
     teacher, taught = spec.get("teacher") or {}, _is_taught(checkpoint, run)
     counts = [(text.get("documents"), "documents"), (_data(checkpoint, "num_train_tokens"), "tokens")]
     return {
-        "went on": "; ".join(changes_said(run)),
+        "resumed": "; ".join(changes_said(run)),
         "method": run.method + ("" if taught == (run.kd_steps > 0) else ", after steps with a teacher"),
         "teacher": " at revision ".join(filter(None, (teacher.get("path"), teacher.get("revision")))) if taught else "",
-        "KD": f"{_schedule(checkpoint, run)}; teacher's temperature {spec.get('teacher_temperature', 1.0):g}"
+        "KD": f"{_schedule(checkpoint, run)}; teacher temperature {spec.get('teacher_temperature', 1.0):g}"
         if taught
         else "",
         "training text": _sources(text),
         "prompt and response": _examples(settings),
-        "its size": ", ".join(f"{count:,} {unit}" for count, unit in counts if count),
+        "text size": ", ".join(f"{count:,} {unit}" for count, unit in counts if count),
         "selected by": str(settings.get("data.selection") or ""),
-        "rows": f"{_data(checkpoint, 'global_batch_size')} of {_data(checkpoint, 'block_size')} tokens a step",
+        "rows": f"{_data(checkpoint, 'global_batch_size')} of {_data(checkpoint, 'block_size')} tokens per step",
         "AdamW": ", ".join(f"{key} {v}" for key, v in (spec.get("optim") or {}).items() if v is not None),
         "precision": str(settings.get("trainer.precision") or ""),
         "seed": str(spec.get("seed", "")),
@@ -147,7 +149,7 @@ def _sources(text: dict[str, Any]) -> str:
 
 
 def _examples(settings: dict[str, Any]) -> str:
-    """How a prompt was written, where the text was examples: whoever asks the model has to write it so."""
+    """How prompts were written if the text was examples: users of the model must write them in the same way."""
     prompt, response = (settings.get(f"data.examples.{name}") for name in ("prompt", "response"))
     if prompt:
         return f"{prompt!r}, {response!r}"
@@ -164,11 +166,13 @@ def _schedule(checkpoint: dict[str, Any], run: Run) -> str:
     said = f"weight {weight} in " + ("every step" if steps is None else f"the first {steps} steps{ramp}, then 0")
     if (margin := run.config.get("kd.stop_margin")) is not None:
         found = checkpoint.get("kd_stop_step") is not None
-        said += f", {'the last of them found by' if found else 'no validation being within'} a margin of {margin} nats "
-        said += "to the teacher's loss"
+        said += (
+            f", {'ended by a validation within' if found else 'with no validation within'} a margin of {margin} nats "
+        )
+        said += "of the teacher's loss"
     schedule, shape = trained_schedule(checkpoint), (checkpoint.get("kd_schedule") or {}).get("shape")
     if schedule and shape not in get_args(Shape):
-        said += f", by a schedule of its own ({shape})"
+        said += f", by a custom schedule ({shape})"
     counted = checkpoint.get("totals")
     if schedule and counted and counted["taught_steps"] != schedule.kd_steps(checkpoint["global_step"]):
         said += "; an earlier start of the run followed another schedule"
@@ -179,7 +183,7 @@ def _cost(checkpoint: dict[str, Any], run: Run) -> dict[str, str]:
     step, text_tokens = checkpoint["global_step"], _data(checkpoint, "num_train_tokens")
     totals = Totals(**checkpoint.get("totals", {}))
     tokens, taught = totals.tokens, totals.taught_steps
-    by_student = totals.student_flops or math.nan  # 0: trained without the command line's data, not counted
+    by_student = totals.student_flops or math.nan  # 0: not counted, trained without the command line's data
     by_teacher = (totals.teacher_flops or math.nan) if taught else 0.0
     planned = f" of {run.max_steps:,}" if run.max_steps else ""
     mixed = (checkpoint.get("text") or {}).get("weights") or any("data.source" in was for was in run.changes.values())
@@ -190,7 +194,7 @@ def _cost(checkpoint: dict[str, Any], run: Run) -> dict[str, str]:
         "steps": f"{step:,}{planned}" + (f", {taught:,} of them with the teacher" if taught else ""),
         "tokens": f"{tokens:,}{passes}" if tokens else "",
         "FLOPs of the student": _flops(by_student),
-        "FLOPs of the teacher": _flops(by_teacher) + (", its own training apart" if taught else ""),
+        "FLOPs of the teacher": _flops(by_teacher) + (", without its own training" if taught else ""),
         "FLOPs of scoring": _flops(scoring),
         "versions": _versions(),
     }
@@ -210,7 +214,7 @@ def _versions() -> str:
     for package in _PACKAGES:
         try:
             found.append(f"{package} {version(package)}")
-        except PackageNotFoundError:  # run from its folder without being installed
+        except PackageNotFoundError:  # run from its folder, not installed
             continue
     return ", ".join(found)
 
@@ -230,13 +234,13 @@ def _figures(of: str, prefix: str, step: int, run: Run) -> str:
 
 
 def _list(rows: dict[str, str]) -> str:
-    """What files and settings say stays text: one line, neither HTML nor links."""
+    """A list in which text from files and settings stays plain text: one line each, without HTML or links."""
     lines = (printable(f"{name}: {value}") for name, value in rows.items() if value)
     return "\n".join("- " + re.sub(r"[<\[`]", r"\\\g<0>", line) for line in lines)
 
 
 def _hub_name(path: str | None) -> str | None:
-    """`path` where it is a name on the hub, which the hub's cache on this machine tells from a folder not here."""
+    """`path` if it is a hub name. The hub's cache on this machine tells it from a folder that is not here."""
     if path is None or path.endswith(".ckpt") or Path(path).exists():
         return None
     try:

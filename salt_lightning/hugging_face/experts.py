@@ -1,4 +1,4 @@
-"""Layers of experts: under autocast, and where there is no data."""
+"""Layers of experts, under autocast and on fake tensors."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,8 +15,8 @@ from transformers.integrations import moe
 def follow_autocast(model: PreTrainedModel) -> None:
     """Makes the experts of a transformers model compute in autocast's dtype, in place.
 
-    Their grouped products are no op that autocast knows: in bf16-mixed they would take fp32 weights as they are, at a
-    fraction of the speed, where a loop over experts and every other layer computes in bf16.
+    Autocast does not know their grouped products: in bf16-mixed these would use the fp32 weights, at a fraction of the
+    speed, while a loop over experts and every other layer compute in bf16.
     """
     for module in model.modules():
         if _is_experts(module):
@@ -24,7 +24,7 @@ def follow_autocast(model: PreTrainedModel) -> None:
 
 
 def count_layers(model: nn.Module) -> int:
-    """Layers with experts."""
+    """The number of layers with experts."""
     return sum(map(_is_experts, model.modules()))
 
 
@@ -36,7 +36,7 @@ def _in_autocast(module: nn.Module, forward: Callable[..., Any], hidden_ND: Tens
     device = hidden_ND.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     weights = dict(module.named_parameters(recurse=False))
-    if dtype is None or all(p.dtype == dtype for p in weights.values()):  # the second time, too
+    if dtype is None or all(p.dtype == dtype for p in weights.values()):  # also when called again from below
         return forward(hidden_ND, *args, **kwargs)
     cast = {name: p.to(dtype) for name, p in weights.items()}
     return functional_call(module, cast, (hidden_ND.to(dtype), *args), kwargs)
@@ -44,7 +44,7 @@ def _in_autocast(module: nn.Module, forward: Callable[..., Any], hidden_ND: Tens
 
 @contextmanager
 def on_fake_tensors() -> Iterator[None]:
-    """Grouped products that take their memory and compute nothing; those of torch and transformers look at data."""
+    """Grouped products that allocate memory and compute nothing; those of torch and transformers read data."""
     original = moe._grouped_mm
     moe._grouped_mm = _no_grouped_mm
     try:
@@ -57,7 +57,7 @@ def _no_grouped_mm(input: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
     return _no_product(input.to(weight.dtype), weight)
 
 
-# ops of their own: to a compiler kernels that it does not write itself
+# custom ops: a compiler treats them as kernels of a library
 @torch.library.custom_op("salt_lightning::no_product", mutates_args=())
 def _no_product(hidden_SD: Tensor, weight_EDF: Tensor) -> Tensor:
     return hidden_SD.new_empty(hidden_SD.shape[0], weight_EDF.shape[2])

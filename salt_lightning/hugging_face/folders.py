@@ -1,6 +1,6 @@
-"""A Hugging Face folder, looked at before anything is loaded from it: what is missing, cut off or not ours to run.
+"""Checks a Hugging Face folder before anything is loaded from it: what is missing, cut off, or must not be run.
 
-Reads config.json and the headers of the weights: milliseconds, however large they are.
+Reads only config.json and the headers of the weights, which takes milliseconds for any size.
 """
 
 import json
@@ -19,39 +19,41 @@ from salt_lightning.errors import ConfigError, few
 
 
 def is_causal(kind: Any) -> bool:
-    """Whether transformers has a causal language model of that model_type, its own or a registered one."""
+    """Whether transformers has a causal language model of this model_type, built in or registered."""
     if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return True
     return kind in CONFIG_MAPPING and CONFIG_MAPPING[kind] in MODEL_FOR_CAUSAL_LM_MAPPING
 
 
 def check(folder: Path, setting: str, trust_remote_code: bool) -> None:
-    """Raises ConfigError, starting with `setting`, unless the folder holds a whole causal language model."""
+    """Raises ConfigError, starting with `setting`, unless the folder has a complete causal language model."""
     config = _read(folder / "config.json", setting)
     kind, names = config.get("model_type"), config.get("architectures") or []
     if not isinstance(kind, str | None) or not (isinstance(names, list) and all(isinstance(n, str) for n in names)):
         raise ConfigError(
-            f"{setting} {folder}: config.json's model_type or architectures are no names; download it again"
+            f"{setting} {folder}: config.json's model_type or architectures are not names; download it again"
         )
     refuse_requests(config, f"{setting} {folder}")
     if not is_causal(kind) and not trust_remote_code:
         if config.get("auto_map"):
             raise ConfigError(
                 f"{setting} {folder} needs model code that comes with it ({kind!r} is not in this transformers); read "
-                f"that code, and if you trust it: {setting.removesuffix('path')}trust_remote_code true"
+                f"that code, and if you trust it set {setting.removesuffix('path')}trust_remote_code true"
             )
         raise ConfigError(
-            f"{setting} {folder} holds no causal language model that this transformers knows (model_type {kind!r} in "
-            "config.json); give one, e.g. a llama, gpt2 or qwen3"
+            f"{setting} {folder} is not a causal language model that this transformers knows (model_type {kind!r} in "
+            "config.json); use one, e.g. a llama, gpt2 or qwen3"
         )
     if bidirectional := [name for name in names if "MaskedLM" in name]:
         raise ConfigError(
-            f"{setting} {folder} holds a {bidirectional[0]}, whose tokens see what comes after them; give a causal "
-            "language model, e.g. a llama, gpt2 or qwen3"
+            f"{setting} {folder} contains a {bidirectional[0]}, whose tokens see later ones; use a causal language "
+            "model, e.g. a llama, gpt2 or qwen3"
         )
     for name in _files(folder, setting):
         if Path(name).name != name:
-            raise ConfigError(f"{setting} {folder}: {INDEX} names {name!r}, which lies outside of the folder")
+            raise ConfigError(
+                f"{setting} {folder}: {INDEX} names {name!r}, which lies outside of the folder; do not trust it"
+            )
         if not (folder / name).is_file():
             raise ConfigError(f"{setting} {folder} lacks {name}, which its {INDEX} names; download the rest")
         try:
@@ -64,51 +66,51 @@ def check(folder: Path, setting: str, trust_remote_code: bool) -> None:
 
 
 def refuse_requests(settings: dict[str, Any], where: str) -> None:
-    """Raises ConfigError where a model's settings, as a file has them, ask for code or files that only a user may."""
+    """Raises ConfigError if a model's settings in a file ask for code or files that only the user may ask for."""
     if "transformers_weights" in settings:
-        raise ConfigError(f"{where}: its config names other files of weights (transformers_weights); remove that key")
+        raise ConfigError(f"{where}: its config names other files of weights (transformers_weights); remove the key")
     nodes, seen = [(settings, False)], set()
     while nodes:
         node, is_kernel = nodes.pop()
         if is_kernel and isinstance(node, str) and "/" in node:
             raise ConfigError(
-                f"{where}: its config names {node!r}, compiled code of the hub; remove that key, and if you trust the "
-                "code give it as --model.student.attention or --model.teacher.attention"
+                f"{where}: its config names {node!r}, compiled code of the hub; remove that key, or if you trust the "
+                "code set --model.student.attention or --model.teacher.attention to it"
             )
         node = vars(node) if isinstance(node, PreTrainedConfig) else node
-        if isinstance(node, dict | list) and (id(node), is_kernel) not in seen:  # some hold themselves
+        if isinstance(node, dict | list) and (id(node), is_kernel) not in seen:  # some contain themselves
             seen.add((id(node), is_kernel))
             items = node.items() if isinstance(node, dict) else enumerate(node)
             nodes += [(each, is_kernel or "_implementation" in str(key)) for key, each in items]
 
 
 def without_code(spec: dict[str, Any], where: str) -> dict[str, Any]:
-    """A ModelSpec as a file has it: what would run code is left out.
+    """A ModelSpec from a file, without what would run code.
 
     Raises:
-        ConfigError: its config asks for code.
+        ConfigError: its config asks for code or for other files.
     """
     if isinstance(config := spec.get("config"), dict):
         refuse_requests(config, where)
     attention = spec.get("attention")
-    is_name = isinstance(attention, str) and "/" not in attention  # no kernel of the hub
+    is_name = isinstance(attention, str) and "/" not in attention  # with "/": a kernel of the hub
     return {**spec, "attention": attention if is_name else None, "trust_remote_code": False}
 
 
 def _files(folder: Path, setting: str) -> Iterable[str]:
-    """Names of the files of weights that have to be there."""
+    """Names of the weight files that must be there."""
     if (folder / SINGLE).exists():
         return [SINGLE]
     if (folder / INDEX).exists():
         names = _read(folder / INDEX, setting).get("weight_map")
         if isinstance(names, dict) and names:
             return sorted(set(map(str, names.values())))
-        raise ConfigError(f"{setting} {folder}: {INDEX} names no file of weights; download it again")
+        raise ConfigError(f"{setting} {folder}: {INDEX} names no weight files; download it again")
     others = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".safetensors"))
     raise ConfigError(
         f"{setting} {folder} has no weights: neither {SINGLE} nor {INDEX}"
         + (f", only {few(others)}" if others else "")
-        + "; download them, or write them anew by save_pretrained (files that are pickles are not read)"
+        + "; download them, or convert them with save_pretrained (pickles are not read)"
     )
 
 
@@ -116,7 +118,7 @@ def _read(path: Path, setting: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, OSError, RecursionError) as error:
-        raise ConfigError(f"{setting} {path} is no JSON ({error}); download it again") from error
+        raise ConfigError(f"{setting} {path} is not valid JSON ({error}); download it again") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"{setting} {path} holds no settings but {str(content)[:40]!r}; download it again")
+        raise ConfigError(f"{setting} {path} contains {str(content)[:40]!r} instead of settings; download it again")
     return content

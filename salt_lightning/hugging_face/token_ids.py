@@ -1,4 +1,4 @@
-"""Do a pretrained model and the data mean the same by every token id?"""
+"""Checks that a pretrained model and the data agree on the meaning of every token id."""
 
 import json
 from contextlib import suppress
@@ -22,15 +22,15 @@ _QUIET = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for
 
 
 def check_fit(spec: ModelSpec, name: str, data: Any, config: PreTrainedConfig | None = None) -> tuple[bool, str]:
-    """Whether the pretrained model at `spec.path` is known to mean the same token ids as the data, and how.
+    """Whether the pretrained model at `spec.path` is known to use the same token ids as the data, and an explanation.
 
-    Its weights are not read, and its `config` only where that is not given. `data`: a SALTDataModule.
+    Does not read its weights, and reads its `config` only if that is not given. `data`: a SALTDataModule.
 
-    The tokenizer of a checkpoint is known by its fingerprint, that of a folder or hub name by the files beside the
-    model. Compared are the ids that the text can contain: all but special tokens, of which BOS and EOS are written.
+    A checkpoint's tokenizer is identified by its fingerprint, that of a folder or hub name by the files beside the
+    model. Only ids that the text can contain are compared: all except special tokens other than BOS and EOS.
 
     Raises:
-        ConfigError: it cannot read the data's rows, or means other ids; the first of these are shown.
+        ConfigError: it cannot read the data's rows, or uses other ids; the message shows the first of these.
     """
     config = config or read_config(spec, name)
     check_positions(config, f"--model.{name}.path {spec.path}: its max_position_embeddings", data)
@@ -38,8 +38,8 @@ def check_fit(spec: ModelSpec, name: str, data: Any, config: PreTrainedConfig | 
     if config.vocab_size < data.vocab_size:
         raise ConfigError(
             f"--model.{name}.path {spec.path} has a vocabulary of {config.vocab_size}, --data.tokenizer "
-            f"{data.vocab_size}: use the tokenizer that this {name} was trained with; where tokens were added to it, "
-            "give the model rows for them first (resize_token_embeddings of transformers) and save it"
+            f"{data.vocab_size}: use the tokenizer that this {name} was trained with; if tokens were added to it, "
+            "first add rows to the model (resize_token_embeddings in transformers) and save it"
         )
     size = f"{data.vocab_size} tokens, {config.vocab_size} rows in the head"
     own = _own_tokenizer(spec, name)
@@ -50,14 +50,14 @@ def check_fit(spec: ModelSpec, name: str, data: Any, config: PreTrainedConfig | 
     if spec.is_checkpoint:
         saved = read_checkpoint(str(spec.path), f"--model.{name}.path").get("tokenizer")
         if saved is None:
-            return False, f"{size}: it does not say which tokenizer it was trained with"
+            return False, f"{size}: not checked, the checkpoint does not record its tokenizer"
         if saved == data.tokenizer_fingerprint:
             differing, same = [], "same map"
     elif own is None:
         return False, f"{size}: not checked, {spec.path} has no tokenizer files"
     if not differing:
         if own is not None and _rules(own) != _rules(data.tokenizer):
-            return False, f"{size}: {same}, but --data.tokenizer cuts text by other rules than that of {spec.path}"
+            return False, f"{size}: {same}, but --data.tokenizer splits text by other rules than that of {spec.path}"
         return True, f"{size}: {same}"
     names = {i: token for token, i in vocabulary.items()}
     shown = ", ".join(f"id {i} is {token!r} here and {names.get(i)!r} there" for i, token in differing[:5])
@@ -68,12 +68,12 @@ def check_fit(spec: ModelSpec, name: str, data: Any, config: PreTrainedConfig | 
     known = f" ({len(differing)} of them: {shown})" if vocabulary else ""
     raise ConfigError(
         f"--model.{name}.path {spec.path} was trained with another tokenizer than --data.tokenizer: its token "
-        f"ids mean something else{known}. Point --data.tokenizer to that run's own, RUN/tokenizer"
+        f"ids mean something else{known}; set --data.tokenizer to that run's own, RUN/tokenizer"
     )
 
 
 def tell_fit(spec: ModelSpec, name: str, data: Any) -> None:
-    """`check_fit` where there is something to compare; what is not known is logged."""
+    """`check_fit` if there is something to compare; logs what cannot be checked."""
     if spec.path is not None and data is not None:
         known, said = check_fit(spec, name, data)
         if not known:
@@ -81,12 +81,12 @@ def tell_fit(spec: ModelSpec, name: str, data: Any) -> None:
 
 
 def check_models(trainer: Any, student: ModelSpec, teacher: ModelSpec) -> None:
-    """`check_fit` of all models that this run will load, before they are. What cannot be read is refused then.
+    """`check_fit` of all models that this run will load, before it loads them. Loading reports what cannot be read.
 
-    `trainer.ckpt_path` is known at this time where the command line has set it.
+    `trainer.ckpt_path` is known by now if the command line set it.
     """
     fits, predicts = (trainer.state.fn == fn for fn in (TrainerFn.FITTING, TrainerFn.PREDICTING))
-    starts = not trainer.ckpt_path  # where a resumed run goes on in phase 2 the teacher may be gone
+    starts = not trainer.ckpt_path  # a run resumed in phase 2 needs no teacher, which may be gone
     taught = predicts or (fits and starts and any(kd.schedule.weight > 0 for kd in kd_callbacks(trainer)))
     looks = []
     for spec, name, loaded in ((student, "student", fits or (starts and not predicts)), (teacher, "teacher", taught)):
@@ -97,7 +97,7 @@ def check_models(trainer: Any, student: ModelSpec, teacher: ModelSpec) -> None:
 
 
 def emitted_ids(tokenizer: Any, chats: bool = False) -> dict[int, str]:
-    """The ids that a tokenized text (or chat) can contain, in order, with their tokens."""
+    """The ids, in order, that a tokenized text (or chat) can contain, with their tokens."""
     written = {tokenizer.eos_token, *tokenizer.convert_ids_to_tokens(beginning(tokenizer.backend_tokenizer))}
     special = set(tokenizer.convert_ids_to_tokens(special_ids(tokenizer))) - written
     if chats:
@@ -106,7 +106,7 @@ def emitted_ids(tokenizer: Any, chats: bool = False) -> dict[int, str]:
 
 
 def _rules(tokenizer: Any) -> list[Any]:
-    """What decides how a text is cut, special tokens aside, which other models may have under other names."""
+    """The rules that split text into tokens, without special tokens, which may have other names in other models."""
     rules, special = json.loads(tokenizer.backend_tokenizer.to_str()), set(special_ids(tokenizer))
     vocab = rules["model"]["vocab"]
     words = vocab.items() if isinstance(vocab, dict) else ((tuple(word), i) for i, word in enumerate(vocab))
@@ -115,7 +115,7 @@ def _rules(tokenizer: Any) -> list[Any]:
 
 
 def _own_tokenizer(spec: ModelSpec, name: str) -> Any:
-    """The tokenizer that lies beside a model, or in the run's folder of a checkpoint; None: there is none."""
+    """The tokenizer beside a model, or in the run's folder of a checkpoint; None if there is none."""
     path = str(spec.path)
     if spec.is_checkpoint:
         folder = Path(path).parent.parent / "tokenizer"
