@@ -1,7 +1,7 @@
-"""When a run is saved, how a file gets onto the disk, and which one `last` is.
+"""When a run is saved, how its checkpoint gets onto the disk, and which one is `last`.
 
-A checkpoint is the state right after an optimizer step whose validation, if one was due, is done; but where a run is
-told to stop, which may leave no time for one that nothing depends on.
+A checkpoint is the state right after an optimizer step and its validation, if one is due. If a run is asked to stop,
+there may be no time for a validation that nothing depends on.
 """
 
 import math
@@ -34,17 +34,17 @@ from salt_lightning.schedule import in_training, kd_callbacks
 from salt_lightning.storage import damage, shards
 from salt_lightning.text.journal import whole
 
-FIRST_RANK_S = 10.0  # that the others wait, whose end with an error may end all, for the first to act or speak
+FIRST_RANK_S = 10.0  # how long other ranks wait for the first to act or report: their error may end all processes
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target, syncs, renames: under the final name there is a whole file or none. Never unpickles."""
+    """Writes beside the target, syncs and renames, so the final name has a complete file or none. Never unpickles."""
 
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         if not Path(path).is_dir():
-            # mapped, the ranks of a node share its pages; on a CPU the optimizer would go on in them
+            # mapped: the ranks of a node share its pages; not on a CPU, where the optimizer would update them in place
             shared = torch.cuda.is_available()
             return torch.load(path, map_location=map_location or "cpu", weights_only=True, mmap=shared)
         checkpoint = shards.read(Path(path))
@@ -58,37 +58,37 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         with shards.writing(target):
             with whole(target) as file:
                 torch.save(checkpoint, file)
-            shards.sync_folder(target.parent)  # the rename itself has to reach the disk
+            shards.sync_folder(target.parent)  # the rename must reach the disk, too
 
 
 def newest(folder: str | Path) -> Path | None:
-    """The checkpoint of the highest optimizer step in `folder`; one that is damaged is passed over, by name."""
+    """The undamaged checkpoint of the highest optimizer step in `folder`; logs the names of damaged ones it skips."""
     folder = Path(folder)
     for unfinished in sorted(folder.glob(".step-*.tmp")):
-        rank_zero_info(f"{unfinished} was never finished and is passed over")
+        rank_zero_info(f"{unfinished} was never finished and is skipped")
     for _, path in reversed(saved(folder)):
         reason = damage.of(path)
         if reason is None:
             return path
-        rank_zero_info(f"{path} is passed over: {reason}")
+        rank_zero_info(f"{path} is skipped: {reason}")
     return None
 
 
 class RunCheckpoint(Checkpoint):
-    """Saves the run into its folder: every so many steps, at the phase boundary, at the end, and when told to stop.
+    """Saves the run in its folder: at regular steps, at the phase boundary, at the end, and when asked to stop.
 
-    Ctrl-C, SIGTERM and a closed terminal (SIGHUP) finish the running optimizer step, save, and end the run; a second
-    Ctrl-C ends it at once, and so does another signal more than 10 seconds after the first. With several processes it
-    is enough that one gets the signal: all stop after the same step, the next that is logged. Under SLURM so does
-    SIGUSR1, or Lightning's `requeue_signal`, after which the job is queued again.
+    On Ctrl-C, SIGTERM or a closed terminal (SIGHUP), the run finishes its optimizer step, saves, and ends. A second
+    Ctrl-C ends it at once, and so does another signal more than 10 seconds after the first. With several processes, a
+    signal to one of them is enough: all stop after the same step, the next one that is logged. Under SLURM, SIGUSR1 (or
+    Lightning's `requeue_signal`) does the same, and the job is queued again.
 
     Args:
-        every_n_steps: Optimizer steps between two checkpoints; null saves at the boundary and the end alone.
-        keep: How many of those to keep, newest first; null keeps all. The boundary, `at_steps` and the end stay, also
-            those of earlier starts of the run.
-        at_steps: Optimizer steps after which a checkpoint is kept for good, e.g. an early teacher for SALT_DS.
-        folder: Where to; null is `checkpoints` in the run's folder.
-        export: A new folder for the student of the finished run, as a Hugging Face model; null writes none.
+        every_n_steps: Optimizer steps between two checkpoints; null saves only at the boundary and the end.
+        keep: How many of those to keep, newest first; null keeps all. Checkpoints at the boundary, at `at_steps` and at
+            the end are always kept, including those of earlier starts of the run.
+        at_steps: Optimizer steps whose checkpoints are always kept, e.g. an early teacher for SALT_DS.
+        folder: Folder of the checkpoints; null is `checkpoints` in the run's folder.
+        export: A new folder for the finished run's student, as a Hugging Face model; null writes none.
     """
 
     def __init__(
@@ -114,29 +114,27 @@ class RunCheckpoint(Checkpoint):
 
     def _begin(self) -> None:
         self.stopped_by: signal.Signals | None = None
-        self._told_s = math.inf  # when a signal came to this process itself
-        self._trained = False  # no step yet, perhaps none at all
-        self._due = False  # a save that waits for the validation of its step
-        self._until_end: list[tuple[Any, str, Any]] = []  # what a stop has changed: of whom, its name, what it was
-        self._kept: set[int] = set()  # steps whose checkpoints an earlier start has kept for good
+        self._told_s = math.inf  # when this process itself got a signal
+        self._trained = False  # whether training has started
+        self._due = False  # whether a save waits for the validation of its step
+        self._until_end: list[tuple[Any, str, Any]] = []  # attributes that a stop has changed: owner, name, old value
+        self._kept: set[int] = set()  # steps whose checkpoints an earlier start keeps for good
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         self._begin()
         self._dir = Path(self.folder or Path(trainer.default_root_dir) / "checkpoints")
-        # Outside of training nothing is lost. Lightning's own would broadcast among the ranks' other messages, and end
-        # a validation with exit code 0 and a first step with a traceback.
+        # Outside training there is nothing to save. Lightning's own handler would broadcast between the ranks' other
+        # messages, and would end a validation with exit code 0 and a first step with a traceback.
         trainer._signal_connector._sigterm_notifier_fn = _stop_at_once  # type: ignore
-        # Lightning's own saves from within whatever line of a step the signal meets, each rank elsewhere.
+        # Lightning's own handler saves in the middle of a step, at another line on each rank.
         trainer._signal_connector._slurm_sigusr_handler_fn = partial(_requeue_at_once, trainer)  # type: ignore
         if late := [step for step in self.at_steps if step > trainer.max_steps > 0]:
-            rank_zero_info(
-                f"--checkpoint.at_steps {late} lie behind --trainer.max_steps {trainer.max_steps}: not saved"
-            )
+            rank_zero_info(f"--checkpoint.at_steps {late} are after --trainer.max_steps {trainer.max_steps}: not saved")
         if self.export and stage == "fit" and not is_over(trainer.ckpt_path, trainer.max_steps):
             check_target(Path(self.export), "--checkpoint.export")
 
     def _for_good(self, trainer: pl.Trainer) -> set[int]:
-        """Steps whose checkpoints stay; a validation may have set the boundary."""
+        """Steps whose checkpoints are always kept; a validation may have set the boundary."""
         boundaries = [steps for kd in kd_callbacks(trainer) if (steps := kd.schedule.steps) is not None]
         return {*self.at_steps, *boundaries, trainer.max_steps, *self._kept}
 
@@ -144,13 +142,13 @@ class RunCheckpoint(Checkpoint):
         checkpoint["kept_steps"] = sorted(step for step in self._for_good(trainer) if step <= trainer.global_step)
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        # of those that are here: not of the run that a branch comes from
+        # only those in this folder, not those of the run that this one branches from
         self._kept = {step for step, _ in saved(self._dir)} & set(checkpoint.get("kept_steps", ()))
         if trainer.state.fn == TrainerFn.FITTING:
             require_time_left(trainer, checkpoint)
 
     def space(self, trainer: pl.Trainer, weights: Iterable[Tensor]) -> Finding:
-        """Whether all that the run keeps at once fits the disk."""
+        """Whether all checkpoints that the run keeps at once fit on the disk."""
         regular = trainer.max_steps // self.every_n_steps if self.every_n_steps else 0
         kept = regular if self.keep is None else min(regular, self.keep)
         for_good = sum(0 < step <= trainer.max_steps for step in self._for_good(trainer))
@@ -163,26 +161,26 @@ class RunCheckpoint(Checkpoint):
         there = trainer.strategy.broadcast([str(path) for _, path in saved(self._dir)])
         if there and trainer.global_step == 0:
             raise ConfigError(
-                f"{self._dir} holds checkpoints of a run, the newest at {Path(there[-1]).name}, and this one starts at "
-                f"step 0: go on from that (--ckpt_path last, in Python trainer.fit(ckpt_path={there[-1]!r})), or "
+                f"{self._dir} contains checkpoints of a run, the newest {Path(there[-1]).name}, but this run starts at "
+                f"step 0; continue from that (--ckpt_path last, in Python trainer.fit(ckpt_path={there[-1]!r})), or "
                 "choose another folder"
             )
         trainer.strategy.broadcast(self.space(trainer, pl_module.parameters())).require()
         if trainer.is_global_zero:
             self._tidy(trainer.global_step)
         if threading.current_thread() is threading.main_thread():
-            # Over Lightning's; at the end it puts back what was there before.
+            # Replaces Lightning's handlers; at the end Lightning restores the earlier ones.
             asked = {signal.SIGINT, signal.SIGTERM, slurm.requeue_signal(trainer) or signal.SIGTERM}
-            if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+            if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
                 asked.add(signal.SIGHUP)
             for number in asked:
                 signal.signal(number, partial(self._stop_after_step, trainer))
-        # Lightning's own agreement on SIGTERM makes the host wait for the device at every micro-batch.
+        # Lightning's own SIGTERM broadcast makes the host wait for the device at every micro-batch.
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
     def _tidy(self, step: int) -> None:
-        """What a kill within a save has left goes; what lies after `step` is of another branch, which `last` must not
-        find."""
+        """Deletes what a killed save left. Sets aside checkpoints after `step`, which are of another branch that `last`
+        must not find."""
         for left in (*self._dir.glob(".step-*.tmp"), *self._dir.glob(".step-*.old")):
             shards.delete(left)
         for path in [path for number, path in saved(self._dir) if number > step]:
@@ -190,26 +188,26 @@ class RunCheckpoint(Checkpoint):
             if aside.exists():
                 shards.delete(aside)
             path.rename(aside)
-            rank_zero_info(f"{path} lies after step {step}, where this run goes on: set aside as {aside.name}")
+            rank_zero_info(f"{path} is after step {step}, where this run resumes: set aside as {aside.name}")
 
     def _stop_after_step(self, trainer: pl.Trainer, number: int, frame: Any) -> None:
         if self.stopped_by is None:
             self.stopped_by, self._told_s = signal.Signals(number), time.monotonic()
             step = "this step" if trainer.world_size == 1 else "the next logged step"
             after = f"this validation and {step}" if trainer.validating else step
-            rank_zero_info(f"{self.stopped_by.name}: saving after {after}; Ctrl-C once more stops at once")
-        # SLURM at a job's limit, and torchrun, send SIGTERM twice, which is one request
+            rank_zero_info(f"{self.stopped_by.name}: saving after {after}; press Ctrl-C again to stop at once")
+        # SLURM at a job's time limit, and torchrun, send SIGTERM twice for one request
         elif number == signal.SIGINT or time.monotonic() > self._told_s + 10.0:
             _stop_at_once(number, frame)
 
     def _is_told_to_stop(self, trainer: pl.Trainer) -> bool:
-        """Whether any rank is; ranks agree at logged steps, where the host waits for the device anyway."""
+        """Whether any rank got a signal; ranks agree at logged steps, where the host waits for the device anyway."""
         if trainer.world_size > 1:
             if trainer.global_step % max(1, trainer.log_every_n_steps):  # type: ignore[attr-defined]
                 return False
             number = torch.tensor(self.stopped_by or 0, device=trainer.strategy.root_device)
             highest = int(trainer.strategy.reduce(number, reduce_op="max"))
-            # a signal that came while the ranks agreed waits for the next agreement: no rank stops alone
+            # a signal that arrives during this waits for the next agreement: no rank stops alone
             if not highest:
                 return False
             self.stopped_by = signal.Signals(highest)
@@ -224,66 +222,66 @@ class RunCheckpoint(Checkpoint):
             return
         loop = trainer.fit_loop.epoch_loop
         follows = loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
-        # A validation may take longer than there is time; but no later start makes one up that ends the run, or KD.
+        # There may be no time for a validation. One that ends the run or KD is needed: no later start repeats it.
         decides = step >= trainer.max_steps or any(kd.looks_for_boundary for kd in kd_callbacks(trainer))
         if not follows or (stop and not decides):
             self._save(trainer, pl_module)
         self._due = follows
         if stop:
             trainer.should_stop = True
-            # else the run would not end
+            # otherwise the run would not end
             none: list[tuple[Any, str]] = [(trainer.fit_loop, "min_epochs"), (loop, "min_steps")]
-            if not follows:  # Lightning validates once more before it stops, whatever the interval: no time for that
+            if not follows:  # there is no time for the validation that Lightning adds before it stops
                 none.append((trainer, "limit_val_batches"))
             for owner, name in none:
                 self._until_end.append((owner, name, getattr(owner, name)))
                 setattr(owner, name, 0)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        # Lightning takes the validation of a saved step as done on resume. A boundary may have been found just here.
+        # On resume, Lightning treats the validation of a saved step as done. It may just have found the boundary.
         if self._due or (in_training(trainer) and trainer.global_step in self._for_good(trainer)):
             self._save(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Before on_train_end, in which WeightAveraging puts its average in the place of what is trained."""
+        """Saves before on_train_end, where WeightAveraging replaces the trained weights by their average."""
         if trainer.should_stop:
             self._save_end(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """A run that ends early (max_time, another callback's should_stop) loses nothing."""
+        """Saves also a run that ends early (max_time, another callback's should_stop)."""
         while self._until_end:
             setattr(*self._until_end.pop())
         self._save_end(trainer, pl_module)
         if self.stopped_by is None and trainer.global_step < trainer.max_steps:
             rank_zero_info(
                 f"step {trainer.global_step} of {trainer.max_steps}: the run has ended early, by a limit of time or "
-                "data or by a callback; it is saved, go on with --ckpt_path last (--trainer.max_time counts over all "
+                "data or by a callback; it is saved, continue with --ckpt_path last (--trainer.max_time counts all "
                 "starts)"
             )
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Here, as Lightning leaves out the end of the training where a start finds it done: a kill may have come
-        between the last save and the export."""
+        """Exports here, as Lightning skips on_train_end if a start finds the training finished: an earlier start may
+        have been killed between its last save and the export."""
         left_s = [timer.time_remaining() for timer in timers(trainer)]
         out_of_time = any(seconds is not None and seconds <= 0 for seconds in left_s)
         ended = trainer.global_step >= trainer.max_steps or not (self.stopped_by or out_of_time)
         if not self.export or not ended or not trainer.is_global_zero:
             return
         if not self._trained and (Path(self.export) / "config.json").exists():
-            rank_zero_info(f"--checkpoint.export {self.export} is there already, from an earlier start")
+            rank_zero_info(f"--checkpoint.export {self.export} exists already, from an earlier start")
             return
         checkpoint = self._path(trainer) if self._trained else Path(str(trainer.ckpt_path))
         written = export(checkpoint, Path(self.export), run=Path(trainer.default_root_dir))
         rank_zero_info(f"exported to {written}")
 
     def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
-        """Last, as the scheduler may end the processes right away."""
+        """Requeues last, as the scheduler may end the processes right away."""
         stopped = self.stopped_by is not None and trainer.global_step < trainer.max_steps
         if stopped and self.stopped_by == slurm.requeue_signal(trainer) and trainer.is_global_zero:
             slurm.requeue()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """The processes that this one has started would wait for it, some of them for ever."""
+        """Ends the processes that this one started: they would wait for it, some of them forever."""
         launcher = trainer.strategy.launcher
         if isinstance(exception, KeyboardInterrupt) and isinstance(launcher, _MultiProcessingLauncher):
             peers.await_stop(launcher.procs)
@@ -301,7 +299,7 @@ class RunCheckpoint(Checkpoint):
     def _save(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._due = False
         pl_module.require_finite()
-        for logger in trainer.loggers:  # a kill right after the save must not lose what was logged before it
+        for logger in trainer.loggers:  # a kill right after the save must not lose the log before it
             getattr(logger, "flush", logger.save)()
         trainer.save_checkpoint(self._path(trainer), weights_only=False)
         self._prove(trainer)
@@ -309,7 +307,7 @@ class RunCheckpoint(Checkpoint):
             self._forget(trainer)
 
     def _prove(self, trainer: pl.Trainer) -> None:
-        """Reads back what was just written, before a run relies on it."""
+        """Reads back what was just written, before the run relies on it."""
         path = self._path(trainer)
         found = trainer.strategy.broadcast(shards.unreadable(path) if trainer.is_global_zero else None)
         if found is None:
@@ -317,12 +315,12 @@ class RunCheckpoint(Checkpoint):
         if trainer.is_global_zero:
             shards.remove(path)
         raise ConfigError(
-            f"{path} could not be read back: it held a {found}, in a setting, or in the state of a callback or of a "
-            "subclass; save numbers, texts, lists, dictionaries and tensors alone"
+            f"{path} could not be read back: it contained a {found}, in a setting, or in the state of a callback or "
+            "of a subclass; save only numbers, strings, lists, dictionaries and tensors"
         )
 
     def _forget(self, trainer: pl.Trainer) -> None:
-        """Removes the oldest regular checkpoints, after the newest is safely there."""
+        """Removes the oldest regular checkpoints, once the newest is safely on disk."""
         if self.keep is None:
             return
         for_good = self._for_good(trainer)
@@ -343,11 +341,11 @@ def _requeue_at_once(trainer: pl.Trainer, number: int, frame: Any) -> None:
 
 
 def savers(trainer: pl.Trainer) -> list[RunCheckpoint]:
-    """Those of the trainer."""
+    """The RunCheckpoint callbacks of a trainer."""
     return [c for c in trainer.callbacks if isinstance(c, RunCheckpoint)]  # type: ignore[attr-defined]
 
 
 def how_to_go_on(trainer: pl.Trainer) -> str:
-    """Names the newest good checkpoint of a run that has met something bad."""
+    """How to continue a run that failed: names its newest good checkpoint."""
     found = next((newest(saver._dir) for saver in savers(trainer)), None)
-    return f"{found} is good: go on from it by --ckpt_path last" if found else "There is no checkpoint: start again"
+    return f"{found} is good: resume from it (--ckpt_path last)" if found else "There is no checkpoint: start again"

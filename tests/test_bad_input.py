@@ -264,7 +264,7 @@ ERRORS = {
     ),
     "a teacher's damaged checkpoint": (
         {"kd.steps": 6, "model.teacher.path": "{bad}/flipped.ckpt"},
-        r"--model.teacher.path .*flipped.ckpt is damaged \(.* has other bytes than were written\)",
+        r"--model.teacher.path .*flipped.ckpt is damaged \(.* has changed since it was written\)",
     ),
     "a checkpoint that is something else": (
         {"ckpt_path": "{bad}/word.txt"},
@@ -689,7 +689,7 @@ def limited(args: list[str], largest_file: int) -> subprocess.CompletedProcess:
         (
             {"trainer.max_steps": 100, "checkpoint.every_n_steps": None},
             12_000,
-            r"error: .*/run cannot be written \(.*File too large\); fix that and go on with --ckpt_path last",
+            r"error: .*/run cannot be written \(.*File too large\); fix that and continue with --ckpt_path last",
         ),
         ({"checkpoint.every_n_steps": 2}, 60_000, r"error: .*/step-00000002.ckpt cannot be written \(.*File too large"),
     ],

@@ -60,7 +60,7 @@ def test_a_damaged_file_is_passed_over_by_name(tmp_path, how, caplog):
     if how == "other contents":
         torch.save({"x": 1}, files[1])
     assert newest(tmp_path) == files[0]
-    assert f"{files[1]} is passed over: " in caplog.text
+    assert f"{files[1]} is skipped: " in caplog.text
 
 
 def fails(number: int):
@@ -93,7 +93,7 @@ def test_what_the_storage_does_not_give_is_no_damage(tmp_path, fault, monkeypatc
     said = rf"/step-00000002.ckpt cannot be read \({os.strerror(number)}\); nothing was changed, try again$"
     with pytest.raises(OSError, match=said):
         newest(tmp_path)
-    assert "passed over" not in caplog.text
+    assert "skipped" not in caplog.text
     monkeypatch.undo()
     assert newest(tmp_path) == tmp_path / "step-00000002.ckpt"
 
@@ -101,10 +101,10 @@ def test_what_the_storage_does_not_give_is_no_damage(tmp_path, fault, monkeypatc
 @pytest.mark.parametrize(
     ("number", "remedy"),
     [
-        (errno.ENOSPC, "is the disk full? Make room and go on with --ckpt_path last"),
-        (errno.EDQUOT, "is the disk full? Make room and go on with --ckpt_path last"),
-        (errno.EIO, "fix that and go on with --ckpt_path last"),
-        (errno.ESTALE, "fix that and go on with --ckpt_path last"),
+        (errno.ENOSPC, "is the disk full? Make room and continue with --ckpt_path last"),
+        (errno.EDQUOT, "is the disk full? Make room and continue with --ckpt_path last"),
+        (errno.EIO, "fix that and continue with --ckpt_path last"),
+        (errno.ESTALE, "fix that and continue with --ckpt_path last"),
         (errno.EROFS, "choose another folder"),
     ],
 )
@@ -185,7 +185,7 @@ def test_a_fit_goes_on_from_a_whole_checkpoint_alone(settings, tmp_path, capsys)
     assert ranks.run(["fit", *arguments(settings, {"kd.weight": 0.0, "run": str(tmp_path / "run")})], weights) == 0
     again = {"ckpt_path": str(tmp_path / "own" / "weights.ckpt"), "run": str(tmp_path / "again")}
     assert cli.main(["fit", *arguments(settings, {"kd.weight": 0.0}, again)]) == 2
-    assert "this checkpoint holds weights alone, as by ModelCheckpoint's save_weights_only; a" in one_line(capsys)
+    assert "this checkpoint contains only weights, as with ModelCheckpoint's save_weights_only; use" in one_line(capsys)
     looked_at = {key: value for key, value in settings.items() if key.startswith(("data.", "trainer."))}
     assert cli.main(["validate", *arguments(looked_at, again)]) == 0
 
@@ -204,7 +204,7 @@ def test_another_version_s_checkpoint_serves_for_all_but_going_on(settings, teac
     capsys.readouterr()
     assert cli.main(["fit", *arguments(looked_at, {"run": str(tmp_path / "old"), "ckpt_path": "last"})]) == 2
     said = (
-        "lacks max_steps, totals, totals_before, as one of another version of this project (it names None, this is 0."
+        "lacks max_steps, totals, totals_before, as if from another version of this project (it names None, this is 0."
     )
     assert said in capsys.readouterr().err.splitlines()[-1]
     assert held["salt_lightning_version"] == salt_lightning.__version__

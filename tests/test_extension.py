@@ -668,7 +668,7 @@ def test_a_start_in_the_folder_of_a_run_is_refused_in_python_too(data, tmp_path)
     trainer(tmp_path, SAVE).fit(SALTModule(ModelSpec(config=SIZES)), data)
     there = sorted((tmp_path / "checkpoints").iterdir())
     assert newest(str(tmp_path / "checkpoints")) == tmp_path / "checkpoints/step-00000006.ckpt"
-    with pytest.raises(ConfigError, match=r"holds checkpoints of a run, the newest at step-00000006.ckpt, and"):
+    with pytest.raises(ConfigError, match=r"contains checkpoints of a run, the newest step-00000006.ckpt, but"):
         trainer(tmp_path, SAVE).fit(SALTModule(ModelSpec(config=SIZES)), data)
     assert sorted((tmp_path / "checkpoints").iterdir()) == there
 
@@ -700,7 +700,7 @@ class Counts(pl.Callback):
 
 
 def test_a_state_that_cannot_be_read_back_ends_a_run_at_its_first_checkpoint(data, tmp_path):
-    with pytest.raises(ConfigError, match=r"step-00000003.ckpt could not be read back: it held a numpy"):
+    with pytest.raises(ConfigError, match=r"step-00000003.ckpt could not be read back: it contained a numpy"):
         trainer(tmp_path, Counts(0), SAVE).fit(SALTModule(ModelSpec(config=SIZES)), data)
     assert not list((tmp_path / "checkpoints").glob("*"))
     with pytest.raises(ConfigError, match=r"step-00000006.ckpt could not be read back"):

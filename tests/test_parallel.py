@@ -294,7 +294,7 @@ def test_an_incomplete_folder_is_passed_over_by_name_or_refused(folder, reason, 
     assert newest(folder) == damaged
     DAMAGES[reason](damaged)
     assert newest(folder) == whole
-    assert f"{damaged} is passed over: {reason}" in caplog.text
+    assert f"{damaged} is skipped: {reason}" in caplog.text
     with pytest.raises(ConfigError, match=f"--ckpt_path {damaged} is not a whole checkpoint.*{re.escape(reason)}"):
         read_checkpoint(str(damaged), "--ckpt_path")
 
@@ -302,7 +302,7 @@ def test_an_incomplete_folder_is_passed_over_by_name_or_refused(folder, reason, 
 def test_what_a_killed_save_leaves_is_passed_over_by_name(folder, caplog):
     (folder / "step-00000012.ckpt").rename(folder / ".step-00000012.ckpt.tmp")
     assert newest(folder) == folder / "step-00000005.ckpt"
-    assert ".step-00000012.ckpt.tmp was never finished and is passed over" in caplog.text
+    assert ".step-00000012.ckpt.tmp was never finished and is skipped" in caplog.text
 
 
 def test_a_folder_cannot_run_code(folder, tmp_path):

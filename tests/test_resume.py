@@ -404,7 +404,7 @@ def test_going_back_leaves_the_other_branch_aside(fit, tmp_path, caplog):
     )
     assert sorted(path.name for path in folder.iterdir()) == [
         "step-00000004.ckpt", "step-00000006.ckpt", "step-00000008.ckpt.aside", "step-00000012.ckpt.aside"]  # fmt: skip
-    assert f"{folder}/step-00000012.ckpt lies after step 4, where this run goes on: set aside as" in caplog.text
+    assert f"{folder}/step-00000012.ckpt is after step 4, where this run resumes: set aside as" in caplog.text
     assert fit(tmp_path / "run", ckpt_path="last", **{**often, "model.optim.lr": 1e-3}) == 0
     assert max(v for step, v in scalars(tmp_path / "run")["train/lr"].items() if step > 4) <= 1e-3  # one branch
 
@@ -597,7 +597,7 @@ def test_a_truncated_checkpoint_is_named(fit, tmp_path, capsys, caplog):
     path = tmp_path / "run/checkpoints/step-00000003.ckpt"
     path.write_bytes(path.read_bytes()[:5000])
     assert fit(tmp_path / "run", ckpt_path="last") == 2  # no silent start at step 0
-    assert any(said.startswith(f"{path} is passed over: cut off, damaged") for said in caplog.messages)
+    assert any(said.startswith(f"{path} is skipped: cut off, damaged") for said in caplog.messages)
     assert "every checkpoint in" in capsys.readouterr().err
     assert fit(tmp_path / "run", ckpt_path=str(path)) == 2
     assert f"{path} is not a whole checkpoint" in capsys.readouterr().err

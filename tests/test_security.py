@@ -126,7 +126,7 @@ def test_a_sharded_checkpoint_with_a_program_in_one_file(name, ran, tmp_path):
         (folder / ".metadata").write_bytes(pickle.dumps(table))
     reason = {
         "meta.pt": "meta.pt: cut off, damaged, or another kind of file",
-        ".metadata": r"system does not belong into",
+        ".metadata": r"system does not belong in",
     }
     with pytest.raises(ConfigError, match=reason.get(name, r"state_dict.a cannot be read \(UnpicklingError\)")):
         dict(read_checkpoint(str(folder), "CKPT")["state_dict"])
@@ -194,8 +194,8 @@ for _ in range(45):
 SPEC = {"path": None, "revision": None, "family": "llama", "config": {"hidden_size": 8}, "dtype": None}
 WEIGHT = "student.model.model.norm.weight"
 NONSENSE = {  # content of a checkpoint -> what the error says
-    "a list in itself": ({"text": {"x": ITSELF}}, "hold themselves"),
-    "a list many times over": ({"hyper_parameters": {"student": SPEC, "x": MANY}}, "hold themselves"),
+    "a list in itself": ({"text": {"x": ITSELF}}, "contain themselves"),
+    "a list many times over": ({"hyper_parameters": {"student": SPEC, "x": MANY}}, "contain themselves"),
     "a text for a step": ({"global_step": "3"}, "other contents"),
     "an endless step": ({"global_step": 10**300}, "other contents"),
     "a number for text": ({"text": 5}, "other contents"),
@@ -215,10 +215,10 @@ NONSENSE = {  # content of a checkpoint -> what the error says
     ),
     "a number for rates": ({"lr_schedulers": 5}, "other contents"),
     "text for loops": ({"loops": "x"}, "other contents"),
-    "text for weights of the model": ({"state_dict": {WEIGHT: "x"}}, "no plain tensor"),
+    "text for weights of the model": ({"state_dict": {WEIGHT: "x"}}, "not a plain tensor"),
     "numbers for names": ({"state_dict": {1: torch.ones(2)}}, "AttributeError"),
-    "sparse": ({"state_dict": {WEIGHT: torch.ones(2).to_sparse()}}, "no plain tensor"),
-    "no values": ({"state_dict": {WEIGHT: torch.ones(2, device="meta")}}, "no plain tensor"),
+    "sparse": ({"state_dict": {WEIGHT: torch.ones(2).to_sparse()}}, "not a plain tensor"),
+    "no values": ({"state_dict": {WEIGHT: torch.ones(2, device="meta")}}, "not a plain tensor"),
 }
 
 
@@ -289,12 +289,12 @@ def with_place(table: Metadata, **where: object) -> None:
 TABLES = {
     "a size below 0": (lambda table: with_size(table, [-1]), "outside of its tensor"),
     "a piece beyond the tensor": (lambda table: with_size(table, [7]), "outside of its tensor"),
-    "an endless size": (lambda table: with_size(table, [1 << 62]), "more elements than its files hold"),
-    "more than there is": (lambda table: with_size(table, [1 << 36]), "more elements than its files hold"),
-    "a place before the file": (lambda table: with_place(table, offset=-5), "of no file"),
-    "a length below 0": (lambda table: with_place(table, length=-5), "of no file"),
-    "text for a place": (lambda table: with_place(table, offset="5"), "of no file"),
-    "a number for a name": (lambda table: with_place(table, relative_path=5), "of no file"),
+    "an endless size": (lambda table: with_size(table, [1 << 62]), "more elements than its files contain"),
+    "more than there is": (lambda table: with_size(table, [1 << 36]), "more elements than its files contain"),
+    "a place before the file": (lambda table: with_place(table, offset=-5), "without a valid place"),
+    "a length below 0": (lambda table: with_place(table, length=-5), "without a valid place"),
+    "text for a place": (lambda table: with_place(table, offset="5"), "without a valid place"),
+    "a number for a name": (lambda table: with_place(table, relative_path=5), "without a valid place"),
 }
 
 
@@ -317,7 +317,7 @@ def test_a_sparse_piece_of_a_sharded_checkpoint(tmp_path):
     table = shards.table_of(folder)
     with_place(table, offset=0, length=len(piece.getvalue()))
     (folder / ".metadata").write_bytes(pickle.dumps(table))
-    with pytest.raises(ConfigError, match="state_dict.a cannot be read .*no plain tensor"):
+    with pytest.raises(ConfigError, match="state_dict.a cannot be read .*not a plain tensor"):
         dict(read_checkpoint(str(folder), "CKPT")["state_dict"])
 
 

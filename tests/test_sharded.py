@@ -244,6 +244,6 @@ def test_a_table_that_is_a_program_does_not_run(copy, function, tmp_path):
     table = shards.table_of(copy)
     table.planner_data = Call(function, *args)
     write_table(copy, table)
-    with pytest.raises(ConfigError, match=r".metadata cannot be read: [\w.]+ does not belong into .metadata"):
+    with pytest.raises(ConfigError, match=r".metadata cannot be read: [\w.]+ does not belong in .metadata"):
         read_checkpoint(str(copy), "CKPT")
     assert not marker.exists()

@@ -1,1 +1,1 @@
-"""How a checkpoint lies on the disk, what it holds, and whether it is whole."""
+"""How a checkpoint is stored, what it contains, and whether it is undamaged."""

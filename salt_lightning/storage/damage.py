@@ -1,4 +1,4 @@
-"""Whether a checkpoint is what was written: every byte of it is read, by some threads."""
+"""Checks that a checkpoint is as it was written, by reading every byte in several threads."""
 
 import errno
 import io
@@ -14,13 +14,13 @@ from typing import Any
 from salt_lightning.storage import shards
 from salt_lightning.text.processes import num_cores
 
-_THREADS = 8  # each rank of a node has as many
+_THREADS = 8  # per rank, so several times that on a node
 
 
 def of(path: Path) -> str | None:
-    """Why a checkpoint, file or folder, is not what was written, in a few words; None if it is. Reads all of it.
+    """Why a checkpoint, file or folder, is not as it was written, in a few words; None if it is. Reads all of it.
 
-    torch.save writes zip archives with a CRC-32 of each tensor; torch.load does not look at them.
+    torch.save writes zip archives with a CRC-32 of each tensor, which torch.load does not check.
     """
     try:
         shards.load(path)
@@ -30,7 +30,7 @@ def of(path: Path) -> str | None:
     looks: list[Callable[[], str | None]]
     if path.is_dir():
         looks = [partial(_changed, path / shards.META, [(f"{shards.META}: ", None)])]
-        pieces: dict[str, list[tuple[str, Any]]] = {}  # by file: to open it for each takes minutes on a network
+        pieces: dict[str, list[tuple[str, Any]]] = {}  # by file: opening it per piece takes minutes on a network
         for key, info in shards.table_of(path).storage_data.items():
             pieces.setdefault(info.relative_path, []).append((f"{info.relative_path}, {key.fqn}: ", info))
         parts = -(-threads // max(1, len(pieces)))
@@ -38,13 +38,13 @@ def of(path: Path) -> str | None:
             looks += [partial(_changed, path / name, places[first::parts]) for first in range(parts)]
     else:
         looks = [partial(_changed, path, [("", None)], slice(first, None, threads)) for first in range(threads)]
-    with ThreadPoolExecutor(threads) as pool:  # zlib computes beside Python
+    with ThreadPoolExecutor(threads) as pool:  # zlib releases the GIL
         return next(filter(None, pool.map(operator.call, looks)), None)
 
 
 def _changed(path: Path, archives: list[tuple[str, Any]], entries: slice = slice(None)) -> str | None:
-    """The first entry whose bytes are others than were written, of archives in a file: what to call each, and its place
-    there (None: it is the file)."""
+    """The first entry with changed bytes in the `archives` of a file; for each a prefix for the message and its place
+    in the file (None: all of it)."""
     where = archives[0][0] if archives else ""
     try:
         with open(path, "rb") as whole:
@@ -58,17 +58,17 @@ def _changed(path: Path, archives: list[tuple[str, Any]], entries: slice = slice
                                 while entry.read(1 << 20):
                                     pass
                         except zipfile.BadZipFile:
-                            return f"{where}{info.filename} has other bytes than were written"
+                            return f"{where}{info.filename} has changed since it was written"
     except shards.DamageError as error:
         return f"{where}{error}"
-    except Exception as error:  # a damaged archive meets errors of every kind
+    except Exception as error:  # a damaged archive raises errors of any kind
         shards.require_answer(path, error)
         return f"{where}cut off or damaged"
     return None
 
 
 class _Part(io.RawIOBase):
-    """A part of a file as a file of its own, none of it in memory: a piece has gigabytes."""
+    """A part of a file as a file of its own, without reading it into memory: a piece can have gigabytes."""
 
     def __init__(self, file: io.BufferedReader, start: int, length: int) -> None:
         self._file = file

@@ -1,4 +1,4 @@
-"""What a checkpoint of this project holds: the kinds of its values, which a stranger's file may have otherwise."""
+"""The types of the values in a checkpoint of this project; a file from someone else may have others."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -19,7 +19,7 @@ _SPEC: dict[Any, Any] = {
 _STEPS: dict[Any, Any] = {"weight": _NUMBER, "steps": _NUMBER | None, "anneal_steps": _NUMBER}
 _LOSS: dict[Any, Any] = dict.fromkeys(("teacher_temperature", "logits_budget_gib"), _NUMBER)
 _TOTALS: dict[Any, Any] = {**dict.fromkeys(Totals.__dataclass_fields__, _NUMBER), ...: ()}
-# Kinds of what is read of a checkpoint, where it is there; ... stands for all other names, () for none at all.
+# Types of what is read from a checkpoint, if it is there. `...` stands for all other names, () for no type at all.
 _CHECKPOINT: dict[Any, Any] = {
     **dict.fromkeys(("global_step", "max_steps"), int),
     "kept_steps": [int],
@@ -41,15 +41,15 @@ _CHECKPOINT: dict[Any, Any] = {
 }
 
 
-# what every checkpoint of a SALTModule has
+# keys that every checkpoint of a SALTModule has
 _ALWAYS = {"global_step", "tokenizer", "hyper_parameters", "state_dict", "text", "data", "pytorch-lightning_version"}
 VERSION = "salt_lightning_version"  # of the code that wrote it
-# what a fit that goes on reads besides
+# keys that a fit needs in addition to continue
 TO_GO_ON = {"max_steps", "forward_flops", "totals", "totals_before", "time_s", "teacher_time_s"}
 
 
 def is_checkpoint(checkpoint: Any) -> bool:
-    """Whether it has a student's settings and weights, and of all that is read values of the right kinds.
+    """Whether it has a student's settings and weights, and values of the right types wherever they are read.
 
     Raises:
         KeyError, TypeError: it has no such settings.
@@ -59,20 +59,20 @@ def is_checkpoint(checkpoint: Any) -> bool:
 
 
 def plain(value: Any, depth: int = 0) -> Any:
-    """Numbers and texts of Python's own for numpy's and for paths, which nobody reads without unpickling; also within
-    dictionaries, lists and tuples."""
+    """Converts numpy numbers and paths, which cannot be read without unpickling, to Python's own numbers and strings;
+    also inside dictionaries, lists and tuples."""
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, PurePath):
         return str(value)
     inside = partial(plain, depth=depth + 1)
-    if type(value) not in (dict, list, tuple) or depth > _DEEPEST:  # a list may hold itself
+    if type(value) not in (dict, list, tuple) or depth > _DEEPEST:  # a list may contain itself
         return value
     return {inside(k): inside(v) for k, v in value.items()} if type(value) is dict else type(value)(map(inside, value))
 
 
 def is_bounded(checkpoint: dict[str, Any]) -> bool:
-    """Whether to walk through what is read ends: a list may hold itself, or one list many times over."""
+    """Whether walking through what is read ends soon: a list may contain itself, or another list many times over."""
     read = _CHECKPOINT.keys() - {"state_dict", "optimizer_states", "callbacks"}
     left, nodes = _MOST_VALUES, [(checkpoint[name], 0) for name in read & checkpoint.keys()]
     while nodes:
@@ -86,7 +86,7 @@ def is_bounded(checkpoint: dict[str, Any]) -> bool:
 
 
 def _is_like(kind: Any, value: Any) -> bool:
-    """Whether what is there of a value is of the kinds in the same places of `kind`."""
+    """Whether a value, as far as it is there, has the types in the same places of `kind`."""
     if isinstance(kind, dict):
         rest = kind.get(..., object)
         return isinstance(value, dict) and all(_is_like(kind.get(name, rest), value[name]) for name in value)

@@ -1,16 +1,16 @@
-"""A checkpoint as a folder, one file of tensors per rank, written by all ranks and readable by one process.
+"""A checkpoint as a folder with one file of tensors per rank, written by all ranks and readable by one process.
 
     step-00000100.ckpt/
-        meta.pt            what is no tensor: settings, counters, names; loads with weights_only
-        .metadata          which piece of which tensor lies where (torch.distributed.checkpoint)
+        meta.pt            all that is not a tensor: settings, counters, names; loads with weights_only
+        .metadata          which piece of which tensor is where (torch.distributed.checkpoint)
         __R_0.distcp       the pieces of rank R
     state_dict.NAME        a weight
     optimizer.NAME.KEY     the optimizer's KEY (exp_avg, ...) of that weight
 
-It is written under a temporary name and renamed at the end: what has its final name is complete. Each piece has a
-checksum in its own archive, `.metadata` one in meta.pt.
-torch stores `.metadata` as a pickle. It is read with an unpickler that knows the few classes it is made of and refuses
-all others, so nothing in a folder can run code.
+It is written under a temporary name and renamed at the end, so under its final name it is complete. Each piece has a
+checksum in its own archive; that of `.metadata` is in meta.pt.
+torch stores `.metadata` as a pickle. It is read with an unpickler that accepts only the few classes it consists of, so
+nothing in a folder can run code.
 """
 
 import errno
@@ -61,7 +61,7 @@ _KNOWN = {
 }
 
 
-_InPython: Any = pickle._Unpickler  # the one in C lets nobody look at BUILD
+_InPython: Any = pickle._Unpickler  # the one in C does not let a subclass override BUILD
 
 
 class _Unpickler(_InPython):
@@ -70,20 +70,20 @@ class _Unpickler(_InPython):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _KNOWN or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} does not belong into {METADATA}")
+        raise pickle.UnpicklingError(f"{module}.{name} does not belong in {METADATA}")
 
     def load_build(self) -> None:
-        """Sets attributes: of a class or a function it would change them for the whole process."""
+        """Allows only known objects: attributes of a class or a function would change for the whole process."""
         made, state = self.stack[-2:]
         if type(made) not in _BUILT or not (type(state) is dict or type(made) is tables.TensorProperties):
-            raise pickle.UnpicklingError(f"attributes of a {type(made).__name__} do not belong into {METADATA}")
+            raise pickle.UnpicklingError(f"attributes of a {type(made).__name__} do not belong in {METADATA}")
         super().load_build()
 
     dispatch[pickle.BUILD[0]] = load_build
 
 
 class _Reader(dcp.FileSystemReader):
-    """torch's reader, without its pickle.load."""
+    """torch's reader without its pickle.load."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         metadata = table_of(Path(self.path))
@@ -93,7 +93,7 @@ class _Reader(dcp.FileSystemReader):
 
 
 def table_of(folder: Path) -> Metadata:
-    """Read once: a table of many ranks takes seconds, and a start asks several times."""
+    """The contents of `.metadata`, cached: with many ranks, reading takes seconds, and a start needs it repeatedly."""
     file = (folder / METADATA).stat()
     return _read_metadata(folder, file.st_mtime_ns, file.st_size)
 
@@ -104,7 +104,7 @@ def _read_metadata(folder: Path, *_: int) -> Metadata:
         metadata = _Unpickler(file).load()
     for key, info in metadata.state_dict_metadata.items():
         if type(key) is not str:
-            raise pickle.UnpicklingError("a tensor without name")
+            raise pickle.UnpicklingError("a tensor without a name")
         if type(info) is tables.TensorStorageMetadata:
             sizes = [info.size, *(size for chunk in info.chunks for size in (chunk.offsets, chunk.sizes))]
             if {torch.Size} != set(map(type, sizes)) or not isinstance(info.properties.dtype, torch.dtype):
@@ -116,14 +116,14 @@ def _read_metadata(folder: Path, *_: int) -> Metadata:
         name = place.relative_path
         kinds = tuple(map(type, (index, index.fqn, name, place.offset, place.length)))
         if kinds != (MetadataIndex, str, str, int, int) or min(place.offset, place.length) < 0:
-            raise pickle.UnpicklingError("a place of no file")
+            raise pickle.UnpicklingError("an entry without a valid place in a file")
         if "/" in name or name in ("", ".", ".."):
             raise pickle.UnpicklingError(f"{name!r} lies outside of the folder")
     return metadata
 
 
 def forget() -> None:
-    """Lets go of the table that was read last, of some kB a rank and tensor."""
+    """Clears the cached `.metadata`, which takes a few kB per rank and tensor."""
     _read_metadata.cache_clear()
 
 
@@ -132,7 +132,7 @@ def _digest(folder: Path) -> str:
 
 
 def missing(folder: Path) -> str | None:
-    """What a folder lacks to be a whole checkpoint, in a few words; None if it is one. Opens no tensor."""
+    """What a folder lacks to be a whole checkpoint, in a few words; None if it is one. Reads no tensor."""
     for name in (META, METADATA):
         if not _is_file(folder / name):
             return f"{name} is missing"
@@ -141,7 +141,7 @@ def missing(folder: Path) -> str | None:
         metadata = table_of(folder)
         for place in metadata.storage_data.values():
             sizes[place.relative_path] = max(sizes.get(place.relative_path, 0), place.offset + place.length)
-    except Exception as error:  # a damaged pickle meets errors of every kind
+    except Exception as error:  # a damaged pickle raises errors of any kind
         require_answer(folder, error)
         return f"{METADATA} cannot be read: {error or type(error).__name__}"
     for name, size in sorted(sizes.items()):
@@ -152,12 +152,12 @@ def missing(folder: Path) -> str | None:
     total, tensors = sum(sizes.values()), dict[str, Any](metadata.state_dict_metadata)
     for key, info in tensors.items():
         if hasattr(info, "size") and math.prod(info.size) * info.properties.dtype.itemsize > total:
-            return f"{METADATA} gives {key} more elements than its files hold"
+            return f"{METADATA} gives {key} more elements than its files contain"
     return None
 
 
 def _is_file(path: Path) -> bool:
-    """As Path.is_file, which from Python 3.14 on takes every error for a no."""
+    """Like Path.is_file, but raises errors: from Python 3.14 on, that returns False for every error."""
     try:
         return stat.S_ISREG(path.stat().st_mode)
     except FileNotFoundError:
@@ -165,14 +165,14 @@ def _is_file(path: Path) -> bool:
 
 
 class UnansweredError(OSError):
-    """The file system did not give what it may give at the next try."""
+    """The file system failed to read something; another try may succeed."""
 
 
 def require_answer(path: Path, error: BaseException) -> None:
-    """Raises UnansweredError where the file system's own error is among what has led to `error`.
+    """Raises UnansweredError if an error of the file system itself has led to `error`.
 
-    That says nothing of what is in the file: as damage it would have a run pass over a whole checkpoint. A damaged
-    file has its readers look for a file that is missing, or for places before its beginning.
+    It says nothing about the file: taken as damage, it would make a run skip a whole checkpoint. Two errors do not
+    count, as damage causes them: a missing file, and a place before the beginning of a file.
     """
     for each in _led_to(error):
         by_torch = re.search(r"unable to (?:mmap|open) .*: (.+) \((\d+)\)$", str(each))
@@ -183,32 +183,32 @@ def require_answer(path: Path, error: BaseException) -> None:
 
 
 def _led_to(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and those that it came from: libraries hide the file system's behind their own."""
+    """An error and the errors that led to it: libraries hide that of the file system behind their own."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
 class DamageError(Exception):
-    """Why a path is no whole checkpoint, in a few words."""
+    """Why a path is not a whole checkpoint, in a few words."""
 
 
-STUDENT = "student.model."  # of the student's weights
+STUDENT = "student.model."  # prefix of the student's weights
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A checkpoint of this project, file or folder, as plain data and tensors, which stay on disk until they are used.
+    """Reads a checkpoint of this project, file or folder, as plain data and tensors, which stay on disk until used.
 
     Raises:
-        DamageError: it is cut off, lacks a file, or is no checkpoint.
-        OSError: the file system cannot say.
+        DamageError: it is cut off, lacks a file, or is not a checkpoint.
+        OSError: the file system cannot read it now.
     """
     try:
         if path.is_dir() and (reason := missing(path)):
             raise DamageError(reason)
         checkpoint = read(path) if path.is_dir() else _read_file(path)
         if not is_bounded(checkpoint):
-            raise DamageError("its settings hold themselves, or millions of values")
+            raise DamageError("its settings contain themselves, or millions of values")
         if is_checkpoint(checkpoint):
             return checkpoint
         reason = "other contents"
@@ -216,7 +216,7 @@ def load(path: Path) -> dict[str, Any]:
         raise
     except (KeyError, TypeError):
         reason = "other contents"
-    except Exception as error:  # torch's reader meets damage with errors of every kind
+    except Exception as error:  # on damage, torch's reader raises errors of any kind
         require_answer(path, error)
         kind = f"cut off, damaged, or another kind of file: {type(error).__name__}"
         kind = "a link to nothing" if not path.exists() else kind if path.stat().st_size else "empty"
@@ -229,7 +229,7 @@ def _read_file(path: Path) -> dict[str, Any]:
     checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     for name, tensor in checkpoint["state_dict"].items():
         if name.startswith(STUDENT) and not _is_dense(tensor):
-            raise DamageError(f"{name} is no plain tensor")
+            raise DamageError(f"{name} is not a plain tensor")
     return checkpoint
 
 
@@ -239,7 +239,8 @@ def _is_dense(tensor: Any) -> bool:
 
 
 def require_stored(archive: Any) -> None:
-    """torch.save compresses nothing: what is would take any memory, and mapped it is read as if it were not."""
+    """Refuses compressed archives, which torch.save never writes: they could need any amount of memory, and mapped they
+    would be read as if uncompressed."""
     with zipfile.ZipFile(archive) as files:
         refuse_compressed(files)
 
@@ -250,23 +251,23 @@ def refuse_compressed(files: zipfile.ZipFile) -> None:
 
 
 def require_whole(checkpoint: Mapping[str, Any]) -> None:
-    """Raises ConfigError where there is no more than weights, and counters, to go on from."""
+    """Raises ConfigError if a checkpoint has only weights, or lacks counters that a fit needs to continue."""
     if not checkpoint.keys() >= {"lr_schedulers", "callbacks", "loops"}:
         raise ConfigError(
-            "--ckpt_path: this checkpoint holds weights alone, as by ModelCheckpoint's save_weights_only; a fit goes "
-            "on from a whole one, and --model.student.path takes it for the start of a new run"
+            "--ckpt_path: this checkpoint contains only weights, as with ModelCheckpoint's save_weights_only; use "
+            "a whole one to continue, or give this one as --model.student.path to start a new run"
         )
     if lacking := sorted(TO_GO_ON - checkpoint.keys()):
         raise ConfigError(
-            f"--ckpt_path: this checkpoint lacks {few(lacking)}, as one of another version of this project (it names "
-            f"{checkpoint.get(VERSION)}, this is {__version__}); a fit goes on with the version that wrote it, and "
-            "--model.student.path takes it for the start of a new run"
+            f"--ckpt_path: this checkpoint lacks {few(lacking)}, as if from another version of this project (it names "
+            f"{checkpoint.get(VERSION)}, this is {__version__}); use that version to continue, or give the checkpoint "
+            "as --model.student.path to start a new run"
         )
 
 
 def unreadable(path: Path) -> str | None:
-    """What there is in a checkpoint, file or folder, that torch does not load without unpickling; None: nothing that
-    was seen, as of one that is yet to be written."""
+    """The class in a checkpoint, file or folder, that torch would have to unpickle; None if none was found, also if
+    the checkpoint is not written yet."""
     found = None
     try:
         torch.load(path / META if path.is_dir() else path, map_location="cpu", weights_only=True, mmap=path.is_file())
@@ -279,16 +280,16 @@ def unreadable(path: Path) -> str | None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """A write that fails, as on a full disk, becomes one line; torch hides the cause behind errors of its own."""
+    """Turns a failed write, e.g. on a full disk, into one line with its cause, which torch hides in other errors."""
     try:
         yield
     except (OSError, RuntimeError, CheckpointException) as error:
-        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # not of writing
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # not about writing
             raise
         failure = next((failure for failure, _ in getattr(error, "failures", {}).values()), error)
         reason = str(failure).strip().splitlines()[0]
         number = next((each.errno for each in _led_to(failure) if isinstance(each, OSError)), None)
-        raise failed_write(path, reason, number, "go on with --ckpt_path last") from error
+        raise failed_write(path, reason, number, "continue with --ckpt_path last") from error
 
 
 def write(checkpoint: dict[str, Any], path: Path) -> None:
@@ -296,7 +297,7 @@ def write(checkpoint: dict[str, Any], path: Path) -> None:
 
     Args:
         checkpoint: Lightning's, with `state_dict` and, in `optimizer_states`, one optimizer's state by names.
-        path: the folder; one that is there already gives way once the new one is complete.
+        path: the folder; an existing one is replaced when the new one is complete.
     """
     tensors, meta = _split(checkpoint)
     temporary, first = path.with_name(f".{path.name}.tmp"), dist.get_rank() == 0
@@ -305,7 +306,7 @@ def write(checkpoint: dict[str, Any], path: Path) -> None:
         temporary.mkdir(parents=True)
     dist.barrier()
     with writing(path):
-        # Returns on the first rank when all ranks have written and synced their files.
+        # On the first rank, this returns when all ranks have written and synced their files.
         dcp.save(tensors, storage_writer=dcp.FileSystemWriter(temporary))
         if first:
             with whole(temporary / META) as file:
@@ -319,7 +320,7 @@ def write(checkpoint: dict[str, Any], path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Removes a checkpoint, file or folder. It loses its name first: there is never half a folder under it."""
+    """Removes a checkpoint, file or folder. Renames it first, so that its name never stands for half a folder."""
     delete(_retire(path))
 
 
@@ -333,14 +334,14 @@ def _retire(path: Path) -> Path:
 
 def delete(path: Path) -> None:
     """Removes a file, a folder or a link."""
-    if path.is_dir() and not path.is_symlink():  # what a link leads to is not ours
+    if path.is_dir() and not path.is_symlink():  # never delete the target of a link
         shutil.rmtree(path)
     else:
         path.unlink()
 
 
 def sync_folder(folder: Path) -> None:
-    """A rename reaches the disk with its folder, where the file system syncs folders: many of a network do not."""
+    """Syncs a folder, so that a rename in it reaches the disk. Many network file systems do not sync folders."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -354,7 +355,7 @@ def sync_folder(folder: Path) -> None:
 def _split(checkpoint: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     meta = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
     tensors = {f"{_WEIGHTS}{name}": tensor for name, tensor in checkpoint["state_dict"].items()}
-    for optimizer in checkpoint.get("optimizer_states", []):  # there is one
+    for optimizer in checkpoint.get("optimizer_states", []):  # exactly one
         meta["param_groups"] = optimizer["param_groups"]
         for name, state in optimizer["state"].items():
             tensors |= {f"{_OPTIMIZER}{name}.{key}": tensor for key, tensor in state.items()}
@@ -362,7 +363,7 @@ def _split(checkpoint: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any
 
 
 class Tensors(Mapping[str, Tensor]):
-    """The tensors of a folder under a prefix, each read from disk when it is asked for, whole, on the CPU."""
+    """The tensors of a folder under a prefix; each is read from disk on access, whole, onto the CPU."""
 
     def __init__(self, folder: Path, metadata: Metadata, prefix: str) -> None:
         self._folder, self._where, self._prefix = folder, metadata, prefix
@@ -371,7 +372,7 @@ class Tensors(Mapping[str, Tensor]):
         self.shapes = {name: info.size for name, info in of_tensors.items() if hasattr(info, "size")}
 
     def on_meta(self, name: str) -> Tensor:
-        """Shape and dtype alone: nothing is read."""
+        """An empty tensor with shape and dtype; reads nothing."""
         info: Any = self._where.state_dict_metadata[self._prefix + name]
         return torch.empty(info.size, dtype=info.properties.dtype, device="meta")
 
@@ -386,7 +387,7 @@ class Tensors(Mapping[str, Tensor]):
                 raise self._damaged(key, f"{tuple(piece.shape)} {piece.dtype} instead of {tuple(chunk.sizes)}")
             whole[tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))] = piece
             filled += piece.numel()
-        if filled != whole.numel():  # the rest would be whatever was in memory
+        if filled != whole.numel():  # the rest would be uninitialized memory
             raise self._damaged(key, f"{filled} of {whole.numel()} elements")
         return whole
 
@@ -404,7 +405,7 @@ class Tensors(Mapping[str, Tensor]):
         except (KeyError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
             raise self._damaged(key, type(error).__name__) from error
         if not _is_dense(tensor):
-            raise self._damaged(key, "it is no plain tensor")
+            raise self._damaged(key, "it is not a plain tensor")
         return tensor
 
     def _damaged(self, key: str, reason: str) -> ConfigError:
@@ -418,17 +419,17 @@ class Tensors(Mapping[str, Tensor]):
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """A folder as the dict that a single-file checkpoint holds; `state_dict` reads a tensor when it is asked for.
+    """Reads a folder as the dict that a single-file checkpoint contains; `state_dict` reads each tensor on access.
 
-    `optimizer` has the optimizer's tensors likewise, as NAME.KEY; `optimizer_states` makes them whole.
+    So does `optimizer`, the optimizer's tensors as NAME.KEY; `optimizer_states` assembles them.
 
     Raises:
-        DamageError: .metadata is not what was written.
+        DamageError: .metadata has changed since it was written.
     """
     require_stored(folder / META)
     checkpoint = torch.load(folder / META, map_location="cpu", weights_only=True)
-    if checkpoint.pop(_DIGEST, None) not in (None, _digest(folder)):  # None: of before it was written
-        raise DamageError(f"{METADATA} has other bytes than were written")
+    if checkpoint.pop(_DIGEST, None) not in (None, _digest(folder)):  # None: from a version that did not write it
+        raise DamageError(f"{METADATA} has changed since it was written")
     metadata = table_of(folder)
     checkpoint["state_dict"] = Tensors(folder, metadata, _WEIGHTS)
     checkpoint["optimizer"] = Tensors(folder, metadata, _OPTIMIZER)
@@ -436,13 +437,13 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def optimizer_states(checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
-    """The one optimizer of what `read` returned, whole, as torch's optimizers load it."""
+    """The one optimizer in what `read` returned, in the form that torch's optimizers load."""
     tensors = checkpoint["optimizer"]
     return [{"state": _by_weight(tensors, tensors.__getitem__), "param_groups": checkpoint["param_groups"]}]
 
 
 def optimizer_layout(checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
-    """The optimizer's tensors in a checkpoint, file or folder, by weight and key; of a folder without their data."""
+    """The optimizer's tensors in a checkpoint, file or folder, by weight and key; for a folder, on the meta device."""
     if "optimizer" not in checkpoint:
         return checkpoint["optimizer_states"][0]["state"]
     return _by_weight(checkpoint["optimizer"], checkpoint["optimizer"].on_meta)
@@ -457,9 +458,9 @@ def _by_weight(names: Iterable[str], read: Callable[[str], Tensor]) -> dict[str,
 
 
 def load_into(checkpoint: dict[str, Any], folder: Path) -> None:
-    """Fills the tensors of a checkpoint-like dict, sharded in any way, from a folder; all ranks together.
+    """Fills the tensors of a checkpoint-like dict, sharded in any way, from a folder; all ranks call it together.
 
-    Each rank reads what its shards need.
+    Each rank reads only what its shards need.
     """
     tensors, _ = _split(checkpoint)
     dcp.load(tensors, storage_reader=_Reader(folder))
