@@ -75,7 +75,7 @@ def newest(folder: str | Path) -> Path | None:
 
 
 class RunCheckpoint(Checkpoint):
-    """Saves the run in its folder: at regular steps, at the phase boundary, at the end, and when asked to stop.
+    """Saves the run in its folder: regularly, at the phase boundary, at the end, and when asked to stop.
 
     On Ctrl-C, SIGTERM or a closed terminal (SIGHUP), the run finishes its optimizer step, saves, and ends. A second
     Ctrl-C ends it at once, and so does another signal more than 10 seconds after the first. With several processes, a
@@ -179,8 +179,7 @@ class RunCheckpoint(Checkpoint):
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
     def _tidy(self, step: int) -> None:
-        """Deletes what a killed save left. Sets aside checkpoints after `step`, which are of another branch that `last`
-        must not find."""
+        """Deletes what a killed save left. Sets aside checkpoints after `step`: `last` must not find another branch."""
         for left in (*self._dir.glob(".step-*.tmp"), *self._dir.glob(".step-*.old")):
             shards.delete(left)
         for path in [path for number, path in saved(self._dir) if number > step]:
@@ -207,7 +206,7 @@ class RunCheckpoint(Checkpoint):
                 return False
             number = torch.tensor(self.stopped_by or 0, device=trainer.strategy.root_device)
             highest = int(trainer.strategy.reduce(number, reduce_op="max"))
-            # a signal that arrives during this waits for the next agreement: no rank stops alone
+            # a signal that arrives now waits for the next agreement: no rank stops alone
             if not highest:
                 return False
             self.stopped_by = signal.Signals(highest)
@@ -222,7 +221,7 @@ class RunCheckpoint(Checkpoint):
             return
         loop = trainer.fit_loop.epoch_loop
         follows = loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
-        # There may be no time for a validation. One that ends the run or KD is needed: no later start repeats it.
+        # There may be no time for a validation. But no later start repeats one that ends the run or KD.
         decides = step >= trainer.max_steps or any(kd.looks_for_boundary for kd in kd_callbacks(trainer))
         if not follows or (stop and not decides):
             self._save(trainer, pl_module)

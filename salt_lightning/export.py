@@ -85,9 +85,7 @@ def export(
     words = _tokenizer(saved, model, tokenizer or (run / "tokenizer" if (run / "tokenizer").is_dir() else None))
 
     def read(names: list[str]) -> dict[str, Tensor]:
-        state = read_checkpoint(str(checkpoint), "export: CKPT")[
-            "state_dict"
-        ]  # read again, to free what was mapped before
+        state = read_checkpoint(str(checkpoint), "export: CKPT")["state_dict"]  # again: frees what was mapped before
         return {name: state[STUDENT + name].to(weights[name].dtype) for name in names}
 
     with _whole_folder(target) as folder:

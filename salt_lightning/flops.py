@@ -1,7 +1,7 @@
-"""The compute meter: FLOPs of the models by formula, of a run by its step, and the peak of known cards.
+"""The compute meter: FLOPs of models and of training, by formula, and the peak of known cards.
 
-One multiply-add is two FLOPs. Norms, activations, softmax and embedding lookups count nothing, as is usual.
-Backward counts twice the forward; a recomputed forward (activation checkpointing) counts nothing.
+One multiply-add is two FLOPs. As usual, norms, activations, softmax and embedding lookups are not counted.
+Backward counts as twice the forward; a recomputed forward (activation checkpointing) is not counted.
 """
 
 import math
@@ -18,7 +18,7 @@ TRAIN_OVER_FORWARD = 3  # forward, gradient of the inputs, gradient of the weigh
 def attention_span(block_size: int, window: int | None = None) -> float:
     """Keys that a query sees, mean over a row of `block_size` T tokens: w - w^2 / (2 T), w = min(window, T).
 
-    Without a window that is the causal half, T / 2 (half of the diagonal counts: T^2 / 2 pairs in a row).
+    Without a window this is the causal half, T / 2 (half of the diagonal counts: T^2 / 2 pairs per row).
     """
     span = min(window or block_size, block_size)
     return span - span**2 / (2 * block_size)
@@ -29,16 +29,16 @@ def forward_flops_per_token(model: nn.Module, block_size: int) -> float:
 
         2 * weights that multiply + sum_layers 2 * 2 * heads * head_dim * attention_span(T, window)
 
-    The weights are those of every `nn.Linear` and `Conv1D`, the head among them even where it is tied to the
-    embedding, and of a layer's experts the share that a token is sent to. Attention has two products, scores and
-    values. A row counts as one document: what document isolation saves is not taken off.
+    The weights are those of every `nn.Linear` and `Conv1D`, including a head that is tied to the embedding, and the
+    share of a layer's experts that a token is sent to. Attention has two products, scores and values. A row counts as
+    one document: what document isolation saves is not subtracted.
 
     Args:
-        model: a causal LM of transformers, not yet sharded; the meta device will do.
+        model: a causal LM of transformers, not yet sharded; it may be on the meta device.
         block_size: tokens of a row.
 
     Returns:
-        NaN for a model with weights or layers of another kind (state spaces): better than too few.
+        NaN for a model with weights or layers of other kinds (state spaces), instead of a number that is too small.
     """
     counted: set[int] = set()
     weights = 0.0
@@ -51,27 +51,27 @@ def forward_flops_per_token(model: nn.Module, block_size: int) -> float:
             of_experts = _of_experts(module)
             counted.update(map(id, of_experts))
             weights += sum(_active(module, model.config, p) for p in of_experts)
-    # one row alone is a vector, as ernie's bias of a router
+    # a single row is a vector, such as the router's bias in ernie
     if any(sum(size > 1 for size in p.shape) > 1 and id(p) not in counted for p in model.parameters()):
         return math.nan
     return 2.0 * weights + _attention_flops_per_token(model.config, block_size)
 
 
 def active_parameters(model: nn.Module) -> float:
-    """Parameters that one token meets: of a layer's experts those that it is sent to. NaN where that is not known."""
+    """Parameters that one token uses: of a layer's experts, those that it is sent to. NaN if that is not known."""
     pairs = [(module, p) for module in model.modules() for p in _of_experts(module) if p.ndim > 2]
     idle = sum(p.numel() - _active(module, model.config, p) for module, p in pairs)
     return sum(p.numel() for p in model.parameters()) - idle
 
 
 def _of_experts(module: nn.Module) -> list[nn.Parameter]:
-    """Its own weights that have a row for each expert."""
+    """The module's own weights with an entry for each expert."""
     own = module.parameters(recurse=False) if hasattr(module, "num_experts") else ()
     return [p for p in own if p.ndim > 1 and len(p) == module.num_experts]
 
 
 def _active(module: nn.Module, config: object, parameter: nn.Parameter) -> float:
-    """The part of a router's weight (experts, width) or of the experts' (experts, in, out) that multiplies a token."""
+    """How much of a router's weight (experts, width) or of the experts' (experts, in, out) multiplies one token."""
     if parameter.ndim == 2:
         return parameter.numel() if parameter is getattr(module, "weight", None) else 0.0  # else biases
     text = config.get_text_config()  # type: ignore[attr-defined]
@@ -80,7 +80,7 @@ def _active(module: nn.Module, config: object, parameter: nn.Parameter) -> float
 
 
 def _attention_flops_per_token(config: object, block_size: int) -> float:
-    text = config.get_text_config()  # type: ignore[attr-defined]  # that of the language model where there are several
+    text = config.get_text_config()  # type: ignore[attr-defined]  # of the language model, if there are several
     each = list(getattr(text, "per_layer_config", ())) or [text] * text.num_hidden_layers  # gemma 4: two widths
     window = getattr(text, "sliding_window", None)
     default = ["full_attention" if window is None else "sliding_attention"] * len(each)
@@ -90,21 +90,22 @@ def _attention_flops_per_token(config: object, block_size: int) -> float:
 
 
 def _width(layer: Any) -> float:
-    """Heads times their width, mean of scores and values."""
+    """Heads times their width (mean of scores and values)."""
     head_dim = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
-    if (part := getattr(layer, "qk_nope_head_dim", None)) is not None:  # MLA, where head_dim is the rotary part alone
-        head_dim = (part + layer.qk_rope_head_dim + layer.v_head_dim) / 2  # scores and values have widths of their own
+    if (part := getattr(layer, "qk_nope_head_dim", None)) is not None:  # MLA: head_dim is only the rotary part
+        head_dim = (part + layer.qk_rope_head_dim + layer.v_head_dim) / 2  # scores and values differ in width
     return layer.num_attention_heads * head_dim
 
 
 def student_flops(forward_per_token: float, tokens: int) -> float:
-    """FLOPs of training on `tokens` tokens: forward and twice that for backward. A teacher, and scoring: forward."""
+    """FLOPs of training on `tokens` tokens: forward, and twice that for backward. A teacher and scoring take only the
+    forward."""
     return TRAIN_OVER_FORWARD * forward_per_token * tokens
 
 
-# Dense TFLOP/s of the vendors' data sheets at (bf16, fp32); None where the hardware has no such unit.
-# GeForce: bf16 with fp32 accumulation, as training uses it. MI250X: one of its two dies, each being a
-# device. fp32 on AMD is the matrix rate. Whole names match: a laptop, Ti, D or MIG part is another card.
+# Dense TFLOP/s from the vendors' data sheets at (bf16, fp32); None if the hardware has no such unit.
+# GeForce: bf16 with fp32 accumulation, as in training. MI250X: one of its two dies, each of which is a
+# device. fp32 on AMD is the matrix rate. Full names must match: a laptop, Ti, D or MIG part is another card.
 _PEAK_TFLOPS: tuple[tuple[str, float | None, float], ...] = (
     (r"NVIDIA B200", 2250, 75),
     (r"NVIDIA H200", 989.4, 66.9),
@@ -127,7 +128,7 @@ _PEAK_TFLOPS: tuple[tuple[str, float | None, float], ...] = (
 
 
 def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
-    """The vendor's dense peak of one device in FLOP/s, or None where it is not known.
+    """The vendor's dense peak of one device in FLOP/s; None if it is not known.
 
     Args:
         device_name: as `torch.cuda.get_device_name` gives it.
@@ -141,7 +142,7 @@ def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
 
 
 def peak_of(device: torch.device, dtype: torch.dtype, num_devices: int) -> float | None:
-    """The peak of so many devices like this one together; None where it is not known, as on CPUs."""
+    """The total peak of `num_devices` devices like this one, in FLOP/s; None if it is not known, as on CPUs."""
     if device.type != "cuda":
         return None
     peak = peak_flops(torch.cuda.get_device_name(device), dtype)

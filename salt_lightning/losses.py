@@ -6,9 +6,9 @@
 
     d loss / d z_student = (p - (1 - w) e_y - w q) / num_tokens
 
-T softens the teacher alone, so one student softmax serves both terms. One walk over chunks of tokens
-computes both models' logits, every sum and the gradients (in forward); the plain phase is the same code
-without a teacher.
+T softens only the teacher, so one student softmax serves both terms. One pass over chunks of tokens
+computes both models' logits, all sums and the gradients (in forward); phase 2 is the same code without a
+teacher.
 
 Shapes: N tokens, V vocabulary, D student width, E teacher width, C rows of a chunk.
 """
@@ -43,9 +43,9 @@ class SaltLoss(NamedTuple):
     kd_sum: Tensor
     teacher_ce_sum: Tensor  # at temperature 1
     teacher_entropy_sum: Tensor  # at the teacher's temperature, so KL = kd_sum - teacher_entropy_sum
-    agree_sum: Tensor  # the two models share a top token
-    correct_sum: Tensor  # no token scores above the label
-    student_better_sum: Tensor  # the student's nll is below the teacher's
+    agree_sum: Tensor  # tokens where the two models share a top token
+    correct_sum: Tensor  # tokens where no logit is above the label's
+    student_better_sum: Tensor  # tokens where the student's nll is below the teacher's
     tokens: Tensor
 
 
@@ -53,7 +53,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def _eager(function: _Function) -> _Function:
-    """torch.compiler.disable, but that type checkers still know the function."""
+    """torch.compiler.disable that keeps the function's type for type checkers."""
     return cast(_Function, torch.compiler.disable(function))
 
 
@@ -73,33 +73,33 @@ def salt_loss(  # noqa: PLR0913
     logits_budget_gib: float = 2.0,
     chunk_tokens: int | None = None,
 ) -> SaltLoss:
-    """Cross-entropy and distillation of a linear head, chunked over tokens (arXiv 2410.18779).
+    """Cross-entropy and distillation loss of a linear head, chunked over tokens (arXiv 2410.18779).
 
     Nothing is read from the device, so the call can be captured in a CUDA graph. The products run in the
-    autocast dtype where autocast is on, else in the dtype of each model's hidden states (on a CPU in fp32
-    instead of bf16); gradients come back in the dtype of their input, to the student's hidden states, head and
-    bias alone. They are made in forward: a second backward through one call is refused, and so are torch.func and
-    second derivatives.
+    autocast dtype if autocast is on, otherwise in the dtype of each model's hidden states (on a CPU in fp32
+    instead of bf16). Only the student's hidden states, head and bias get gradients, in the dtype of each input.
+    They are computed in forward: a second backward through one call, torch.func and second derivatives raise
+    errors.
 
     Args:
         student_hidden_ND: (N, D) last hidden states, fp32 or bf16.
         student_head_VD: (V, D) output embedding.
         labels_N: (N,) int64 next tokens, -100 = ignored.
-        teacher_hidden_NE: (N, E) of the teacher, any width and dtype; together with `teacher_head_VE`.
-        teacher_head_VE: (V, E), or fewer rows: the ids that it lacks have no probability there.
+        teacher_hidden_NE: (N, E) of the teacher, any width and dtype; needs `teacher_head_VE`.
+        teacher_head_VE: (V, E), or fewer rows: missing ids have probability 0.
         kd_weight: w in 0..1; a 0-dim tensor is never read on the host (without a teacher it counts as 0).
         teacher_temperature: T > 0 of the teacher's softmax; the student stays at 1, there is no T^2 factor.
-        num_tokens: the denominator; default the number of valid labels. 0 (no valid label) divides by 1.
+        num_tokens: the denominator, by default the number of valid labels. If it is 0, divides by 1.
         student_bias_V: (V,) added to the student's logits.
         teacher_bias_V: (V,) added to the teacher's logits.
-        accuracy: "accurate" keeps the rounding of logits out of the gradients, also where student and
+        accuracy: "accurate" keeps the rounding of logits out of the gradients, even where student and
             teacher are close; "fast" may store logits in bf16.
-        logits_budget_gib: memory for logits (both models') and their gradient at a time, in GiB; what 2,048
-            rows need, or the gradient of 4,096 with logits of 1,024, is always granted.
+        logits_budget_gib: memory in GiB for both models' logits and their gradient at a time. Enough for 2,048
+            rows, or for the gradient of 4,096 rows with the logits of 1,024, is always granted.
         chunk_tokens: rows of a chunk, instead of the budget.
 
     Returns:
-        SaltLoss; without a teacher all sums but ce_sum and correct_sum are zeros.
+        SaltLoss; without a teacher, all sums except ce_sum and correct_sum are zeros.
 
     Raises:
         ConfigError: shapes, dtypes or options that do not fit together.
@@ -148,8 +148,8 @@ def token_stats(
         chunk_tokens: rows of a chunk, instead of the budget.
 
     Returns:
-        nll_N (fp32, ignored: 0) and rank_N (int64: how many logits are strictly larger than the label's;
-        ignored: -1).
+        nll_N (fp32; 0 if ignored) and rank_N (int64: the number of logits strictly larger than the label's;
+        -1 if ignored).
 
     Raises:
         ConfigError: shapes, dtypes or options that do not fit together.
@@ -190,7 +190,7 @@ class _HeadLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.grads is None:
-            raise RuntimeError("backward went twice through one salt_loss call; it hands its gradients over once")
+            raise RuntimeError("backward ran twice through one salt_loss call; it returns its gradients only once")
         grads, ctx.grads = ctx.grads, None  # scaled in place: a second head gradient would not fit
         scaled = (scale_and_cast(g, grad_loss, dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True))
         return (*scaled, None, None, None, None)
@@ -200,7 +200,7 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def _scalar(value: float | Tensor, like: Tensor) -> Tensor:
-    """A 0-dim tensor of that dtype and device; a number is filled in there: a copy would wait."""
+    """A 0-dim tensor with the dtype and device of `like`; numbers are filled in there, as a copy would wait."""
     if isinstance(value, Tensor):
         return value.detach().to(like).reshape(())
     return torch.full_like(like, value)
@@ -222,19 +222,19 @@ def _check_side(name: str, hidden_ND: Tensor, head_VD: Tensor, bias_V: Tensor | 
     hidden, head = tuple(hidden_ND.shape), tuple(head_VD.shape)
     if hasattr(head_VD, "full_tensor"):
         raise ConfigError(
-            f"{prefix}head is a sharded DTensor; call the loss inside the forward of the module that owns it"
+            f"{prefix}head is a sharded DTensor; call the loss inside the forward of the module that has it"
         )
     if len(hidden) != 2 or len(head) != 2 or hidden[1] != head[1]:
-        raise ConfigError(f"{prefix}hidden {hidden} and {prefix}head {head} do not fit: expected (N, D) and (V, D)")
+        raise ConfigError(f"{prefix}hidden {hidden} and {prefix}head {head} do not fit; use (N, D) and (V, D)")
     if bias_V is not None and tuple(bias_V.shape) != head[:1]:
-        raise ConfigError(f"{prefix}bias {tuple(bias_V.shape)} does not fit {prefix}head {head}: expected (V,)")
+        raise ConfigError(f"{prefix}bias {tuple(bias_V.shape)} does not fit {prefix}head {head}; use (V,)")
 
 
 def _check_labels(labels_N: Tensor, hidden_ND: Tensor, head_VD: Tensor) -> None:
     if labels_N.dtype != torch.int64 or tuple(labels_N.shape) != tuple(hidden_ND.shape[:1]):
         raise ConfigError(
             f"labels {tuple(labels_N.shape)} {labels_N.dtype} do not fit "
-            f"hidden states {tuple(hidden_ND.shape)}: expected (N,) torch.int64"
+            f"hidden states {tuple(hidden_ND.shape)}; use (N,) torch.int64"
         )
     if labels_N.device.type == "cpu" and labels_N.numel():  # reading a CUDA tensor would wait for the device
         low, high = labels_N.masked_fill(labels_N == IGNORE, 0).aminmax()
@@ -269,8 +269,10 @@ def _check_teacher(
     student, teacher = tuple(student_head_VD.shape), tuple(teacher_head_VE.shape)
     if student[0] < teacher[0]:
         raise ConfigError(
-            f"teacher head {teacher} has more rows than student head {student}; cut it to the ids that there are"
+            f"teacher head {teacher} has more rows than student head {student}; cut it to the ids of the student"
         )
     student, teacher = tuple(student_hidden_ND.shape), tuple(teacher_hidden_NE.shape)
     if student[0] != teacher[0]:
-        raise ConfigError(f"student hidden {student} and teacher hidden {teacher} differ in tokens")
+        raise ConfigError(
+            f"student hidden {student} and teacher hidden {teacher} differ in tokens; use the same tokens for both"
+        )

@@ -1,10 +1,10 @@
-"""What a training step takes of a device's memory, found by running it on tensors that have shapes and no data.
+"""The device memory of a training step, found by running it on fake tensors, which have shapes but no data.
 
-Models, training step and backward are the real ones; fake tensors stand for all data, and a ledger follows every
-storage from its making to its end. A compiled model runs as the graphs that torch.compile would hand to Inductor: what
-these keep for backward is exact, and of the rest what one fused kernel makes and uses itself takes no memory.
+Models, training step and backward are the real ones; a ledger follows every storage from allocation to release. A
+compiled model runs as the graphs that torch.compile would pass to Inductor: what these keep for backward is exact;
+apart from that, what a fused kernel makes and uses itself counts as no memory.
 
-What only the device can tell is not in it: its context, workspaces of its libraries, gaps between blocks.
+Not included is what only the device knows: its context, the workspaces of its libraries, gaps between blocks.
 """
 
 import math
@@ -37,18 +37,18 @@ from salt_lightning.models import CausalLM
 from salt_lightning.module import SALTModule
 from salt_lightning.preflight import size_said
 
-_ROUNDING = 512  # the allocator of CUDA gives memory in such pieces
-_ROW_PASS_BUFFERS = {False: 6, True: 8}  # blocks of a CPU's row pass that are alive at once: plain, with a teacher
+_ROUNDING = 512  # CUDA's allocator rounds sizes up to this
+_ROW_PASS_BUFFERS = {False: 6, True: 8}  # blocks alive at once in a CPU's row pass: without and with a teacher
 
 
 @dataclass(frozen=True)
 class Model:
-    """What decides the memory of a model.
+    """The properties of a model that decide its memory.
 
     Args:
         config: its transformers config.
         dtype: of its parameters.
-        apart: what keeps its documents apart on the device.
+        apart: how documents are kept apart on the device.
     """
 
     config: PreTrainedConfig
@@ -58,7 +58,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Step:
-    """What decides the memory of a device's training step, beside the settings of the module.
+    """What decides the memory of a device's training step, besides the settings of the module.
 
     Args:
         student: to be trained.
@@ -66,9 +66,9 @@ class Step:
         rows: of a micro-batch.
         block_size: tokens of a row.
         precision: Lightning's.
-        accumulate: micro-batches of an optimizer step.
+        accumulate: micro-batches per optimizer step.
         device: cuda or cpu.
-        compiled: whether by torch.compile.
+        compiled: whether torch.compile is used.
     """
 
     student: Model
@@ -83,7 +83,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Peak:
-    """Bytes: the most that a step takes at any time, and what of it stays from step to step."""
+    """The peak memory of a step in bytes, and the parts that stay from step to step."""
 
     total: int
     weights: int
@@ -99,11 +99,11 @@ class Peak:
         parts = {"weights": self.weights, "AdamW": self.optimizer, "teacher": self.teacher}
         parts["gradients, activations and head loss"] = self.step
         shown = ", ".join(f"{name} {size_said(size)}" for name, size in parts.items() if size)
-        return f"{size_said(self.total)} at its peak with {rows} rows a micro-batch: {shown}"
+        return f"{size_said(self.total)} at its peak with {rows} rows per micro-batch: {shown}"
 
 
 class Ledger(TorchDispatchMode):
-    """Follows storages: what lives now, and the most so far."""
+    """Follows storages: the bytes alive now, and the peak so far."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -123,13 +123,13 @@ class Ledger(TorchDispatchMode):
             self._known[tensor.untyped_storage()] = 0
 
     def hold(self, size: int) -> None:
-        """Memory that no tensor here stands for; negative: it is free again."""
+        """Counts memory that has no tensor here; a negative size frees it."""
         self.now += size
         self.peak = max(self.peak, self.now)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Ops are not followed."""
+        """A block in which ops are not followed."""
         with _pop_mode_temporarily() if _get_current_dispatch_mode() is self else nullcontext():
             yield
 
@@ -140,13 +140,13 @@ class Ledger(TorchDispatchMode):
 
 
 def peaks(module: SALTModule, step: Step) -> list[Peak]:
-    """The peak of an optimizer step of `module`'s settings with the teacher and without, or without alone.
+    """The peaks of an optimizer step with `module`'s settings: with the teacher and without, or only without.
 
-    On one device that holds all of both; of any step but the first, in Lightning's order: the gradients of the step
-    before live until the first forward is done.
+    On one device that holds both models. Of any step after the first, in Lightning's order: the gradients of the
+    previous step live until the first forward is done.
     """
     found = []
-    # checkpointing hands on a state of random numbers
+    # activation checkpointing passes on a real RNG state
     with FakeTensorMode(allow_non_fake_inputs=True), experts.on_fake_tensors(), attention.on_fake_tensors():
         ledger = Ledger()
         sim = _simulated(module, step, ledger)
@@ -181,11 +181,11 @@ def peaks(module: SALTModule, step: Step) -> list[Peak]:
 
 
 class Fit:
-    """What a fit of `module`, which is attached to its trainer and data, takes on each of its devices.
+    """The memory that a fit of `module` takes on each of its devices.
 
     Args:
-        module: its settings count, its models need not exist.
-        student: as it is to be trained; the meta device will do.
+        module: attached to its trainer and data; its models need not exist.
+        student: as it will be trained; it may be on the meta device.
         teacher: likewise; None without one.
         device: cuda or cpu.
     """
@@ -202,12 +202,12 @@ class Fit:
         self._found: dict[tuple[int, bool], list[Peak]] = {}
 
     def peaks(self, rows: int, compiled: bool | None = None) -> list[Peak]:
-        """With the teacher and without, or without alone, for micro-batches of so many rows."""
+        """The peaks with the teacher and without, or only without, for micro-batches of `rows` rows."""
         compiled = self.module.hparams["compile"] if compiled is None else compiled
         if (rows, compiled) not in self._found:
             accumulate = max(1, self.data.global_batch_size // (rows * self.trainer.world_size))
             student = self.student
-            if self.sharded and str(self.trainer.precision) == "bf16-mixed":  # it is gathered in bf16, nothing is cast
+            if self.sharded and str(self.trainer.precision) == "bf16-mixed":  # gathered in bf16, without casts
                 student = replace(student, dtype=torch.bfloat16)
             step = Step(
                 student,
@@ -223,9 +223,9 @@ class Fit:
         return self._found[rows, compiled]
 
     def largest(self, usable: int, prove: bool = True) -> int | None:
-        """Rows of the largest micro-batch that divides the global batch and fits; None: not even one row.
+        """Rows of the largest micro-batch that divides the global batch and fits; None if not even one row fits.
 
-        `prove`: by runs without torch.compile, and one with it; else in proportion to the rows of the settings.
+        `prove`: by runs without torch.compile and one with it; otherwise scaled from the rows of the settings.
         """
         per_step = self.data.global_batch_size // self.trainer.world_size
         halves = [n for n in range(1, math.isqrt(per_step) + 1) if per_step % n == 0]
@@ -236,7 +236,8 @@ class Fit:
         return sizes[fitting - 1] if fitting else None
 
     def _about(self, rows: int, run: bool) -> int:
-        """The peak with so many rows, from that of the settings: torch.compile saves the same share of what grows."""
+        """The peak with `rows` rows, from that of the settings, assuming that torch.compile always saves the same share
+        of what grows with the rows."""
         before = self.data.micro_batch_size
         eager, twice = (max(p.total for p in self.peaks(n, compiled=False)) for n in (before, 2 * before))
         total, grows = max(p.total for p in self.peaks(before)), twice - eager
@@ -246,14 +247,14 @@ class Fit:
         return int(total + more * min(1.0, (total - (eager - grows)) / grows))
 
     def _share(self, peak: Peak) -> Peak:
-        """Of one device, where weights, gradients and optimizer lie in shards; by arithmetic, not by a run."""
+        """The peak on one of several devices, computed from that on a single one: sharded models, or DDP's buckets."""
         if isinstance(self.trainer.strategy, DDPStrategy) and self.trainer.world_size > 1:
-            return replace(peak, total=peak.total + peak.optimizer // 2)  # gradients, once more, in its buckets
+            return replace(peak, total=peak.total + peak.optimizer // 2)  # DDP's buckets hold a copy of the gradients
         if not self.sharded:
             return peak
         size, root, block = _groups(self.student_lm)
         stored, used = self.student.dtype.itemsize, peak.optimizer // (2 * size)  # bytes of a parameter
-        # the root, two blocks, and a block's gradients before they are reduced
+        # the root, two blocks, and one block's gradients before they are reduced
         whole = root * used + block * (3 * used + 4)
         teacher = peak.teacher
         if teacher and self.teacher_lm is not None and getattr(self.trainer.strategy, "shard_teacher", False):
@@ -265,7 +266,7 @@ class Fit:
 
 
 def _groups(lm: CausalLM) -> tuple[int, int, int]:
-    """Parameters in all, outside of the blocks, and of the largest block."""
+    """The number of parameters: in total, outside the blocks, and in the largest block."""
     size = sum(p.numel() for p in lm.parameters())
     blocks = [sum(p.numel() for p in block.parameters()) for block in parallel.blocks(lm)]
     return size, size - sum(blocks), max(blocks)
@@ -280,7 +281,7 @@ def _bytes(tensors: list[Tensor]) -> int:
 
 
 def _simulated(module: SALTModule, step: Step, ledger: Ledger) -> SALTModule:
-    """The module with models that have no data, and a head loss that takes memory and computes nothing."""
+    """The module with models of fake tensors, and a head loss that allocates memory and computes nothing."""
     sim = SALTModule(**module.hparams)
     sim.trainer = module.trainer
     sim.student = _build(step.student, "student").train()
@@ -289,7 +290,7 @@ def _simulated(module: SALTModule, step: Step, ledger: Ledger) -> SALTModule:
     if step.teacher is not None:
         sim.__dict__["teacher"] = _build(step.teacher, "teacher").eval().requires_grad_(False)
     if step.compiled:
-        torch._dynamo.reset()  # it stops compiling after a few shapes of the same code
+        torch._dynamo.reset()  # dynamo stops compiling after a few shapes of the same code
         for lm in (sim.student, sim.teacher):
             if lm is not None:
                 _compile(lm, ledger, isinstance(module.trainer.strategy, parallel.SHARDS_MODELS))
@@ -310,14 +311,14 @@ def _build(model: Model, name: str) -> CausalLM:
         name,
     )
     lm.apart = model.apart
-    if implementation not in known:  # kernels that no CPU has keep what sdpa keeps, and no mask of T x T
+    if implementation not in known:  # kernels that a CPU lacks keep what sdpa keeps, without a T x T mask
         lm.apart, lm.__dict__["_mask"] = "mask", lambda _: torch.ones((1, 1, 1, 1), dtype=torch.bool)
     return lm
 
 
 def _backward(sim: SALTModule, step: Step, loss: Tensor) -> None:
     hooks = []
-    if step.accumulate > 1:  # added to what is there, and gone
+    if step.accumulate > 1:  # added to the existing gradient, then freed
         trained = (p for p in sim.student.parameters() if p.requires_grad)
         hooks = [p.register_post_accumulate_grad_hook(_drop) for p in trained]
     loss.backward()
@@ -336,7 +337,7 @@ def _drop(parameter: Tensor) -> None:
 
 
 def _head_loss(sim: SALTModule, step: Step, hidden_ND: Tensor, head_VD: Tensor, *rest: Any, **_: Any) -> SaltLoss:
-    """Takes the place of losses.salt_loss. `rest`: labels; of a teacher its hidden states, head and weight."""
+    """Replaces losses.salt_loss. `rest`: labels; with a teacher also its hidden states, its head and the KD weight."""
     loss = _HeadLoss.apply(hidden_ND, head_VD.detach(), rest[1:3], sim, step)
     return SaltLoss(loss, *(torch.zeros(()) for _ in range(NUM_SUMS + 1)))
 
@@ -344,7 +345,7 @@ def _head_loss(sim: SALTModule, step: Step, hidden_ND: Tensor, head_VD: Tensor, 
 class _HeadLoss(torch.autograd.Function):
     """Allocates what losses.salt_loss does.
 
-    The gradient of the head does not go to its parameter: autograd adds fake gradients of tied weights out of place,
+    The head's gradient is not passed to its parameter: for tied weights, autograd adds fake gradients out of place, but
     real ones in place.
     """
 
@@ -386,14 +387,14 @@ def _compute_dtype(step: Step, dtype: torch.dtype) -> torch.dtype:
 
 
 def _compile(lm: CausalLM, ledger: Ledger, in_blocks: bool) -> None:
-    """torch.compile up to the graphs that Inductor would get; these run node by node."""
-    from torch._inductor.compile_fx import compile_fx  # seconds, which no other verb is to wait for
+    """Compiles up to the graphs that Inductor would get, and runs these node by node."""
+    from torch._inductor.compile_fx import compile_fx  # takes seconds, which other commands need not wait for
 
     compiled = partial(
         torch.compile,
         dynamic=False,
         backend=partial(compile_fx, inner_compile=partial(_as_inductor, ledger)),  # type: ignore[arg-type]
-        # each shape is compiled once here, and dynamo takes its own fake tensors for other ones
+        # each shape is compiled only once here, but dynamo would see its own fake tensors as different
         options={"guard_filter_fn": lambda guards: [guard.guard_type != "TENSOR_MATCH" for guard in guards]},
     )
     for part in parallel.blocks(lm) if in_blocks else [lm.backbone]:
@@ -414,9 +415,9 @@ def _as_inductor(ledger: Ledger, graph: fx.GraphModule, inputs: Any, **_: Any) -
 
 
 class _Kernels(fx.Interpreter):
-    """Counts what is written to memory: what a kernel of a library makes, and what leaves a fused kernel.
+    """Counts what is written to memory: the output of library kernels, and what leaves a fused kernel.
 
-    Ops between two such kernels count as fused; of them only what a later kernel, or the caller, reads is written.
+    Ops between two library kernels count as fused: only what a later kernel or the caller reads is written.
     """
 
     def __init__(self, graph: fx.GraphModule, ledger: Ledger) -> None:

@@ -1,6 +1,6 @@
 """Validation and test metrics: sums per source and per third, the same for any number of batches and ranks.
 
-Shape suffixes: N token positions of a batch, S sources, then the three thirds where there are any.
+Shape suffixes: N token positions of a batch, S sources, followed by the three thirds if there are any.
 """
 
 import math
@@ -22,19 +22,19 @@ def sum_dtype(device: torch.device) -> torch.dtype:
 class TokenMetrics(Metric):
     """Cross-entropy, next-token accuracy and bits per byte over one or more sources, weighted by token.
 
-        ce            = sum_i nll_i / tokens                     nats a token
+        ce            = sum_i nll_i / tokens                     nats per token
         perplexity    = exp(ce)
         accuracy      = |{i: rank_i = 0}| / tokens
-        tokens        = how many that are                        another number: another text
+        tokens        = number of tokens                         a different number means different text
         bits_per_byte = sum_i nll_i / ln 2 / sum_i bytes_i       an EOS adds nats and no bytes
-        ce/SOURCE     = ce over the tokens of SOURCE             only where there is more than one source
-        ce/THIRD      = ce over the easy, medium or hard third of the documents (difficulty.py), where they are known
+        ce/SOURCE     = ce over the tokens of SOURCE             only if there is more than one source
+        ce/THIRD      = ce over the easy, medium or hard third of the documents (difficulty.py), if they are known
 
     The states are sums, so ranks and shards merge by addition; `update` reads nothing on the host.
 
     Args:
         sources: names in the order of their numbers.
-        thirds: whether `update` is told the third of each token.
+        thirds: whether `update` gets the third of each token.
     """
 
     full_state_update = False
@@ -48,7 +48,7 @@ class TokenMetrics(Metric):
         super().__init__()
         self.sources, self.thirds = tuple(sources), thirds
         if thirds and (taken := sorted({*THIRDS} & {*sources})):
-            raise ConfigError(f"--data.difficulty: a source is called {taken[0]!r}, as a third would be; rename it")
+            raise ConfigError(f"--data.difficulty: a source has the name of a third, {taken[0]!r}; rename it")
         zeros_S = torch.zeros(len(self.sources) + (len(THIRDS) if thirds else 0), dtype=torch.int64)
         self.add_state("nll_sum_S", zeros_S.double(), dist_reduce_fx="sum")
         self.add_state("correct_S", zeros_S.clone(), dist_reduce_fx="sum")
@@ -63,14 +63,14 @@ class TokenMetrics(Metric):
         bytes_N: Tensor | None = None,
         thirds_N: Tensor | None = None,
     ) -> None:
-        """Add a batch.
+        """Adds a batch.
 
         Args:
             nll_N: -log p(label), nats (`losses.token_stats`).
             rank_N: number of logits strictly above the label's; -1 marks an ignored position.
             sources_N: int64, the number of each position's source. None: the first.
             bytes_N: int64, UTF-8 bytes of each position's label; 0 for special tokens. None: not known.
-            thirds_N: int64, 0 easy, 1 medium, 2 hard, -1 not known; where the metric has thirds.
+            thirds_N: int64, 0 easy, 1 medium, 2 hard, -1 not known; only if the metric has thirds.
         """
         sources_N = torch.zeros_like(rank_N) if sources_N is None else sources_N
         bytes_N = torch.zeros_like(rank_N) if bytes_N is None else bytes_N
@@ -78,7 +78,7 @@ class TokenMetrics(Metric):
         for group_N, first in groups:
             valid_N = (rank_N >= 0) & (group_N >= 0)
             index_N = torch.where(valid_N, group_N + first, 0)
-            # The batch's own sums first: on MPS, in float32, single tokens would be lost in a large sum.
+            # Sum the batch first: on MPS, in float32, single tokens would be lost in a large sum.
             nll_S = torch.zeros_like(self.nll_sum_S)
             self.nll_sum_S += nll_S.index_add_(0, index_N, torch.where(valid_N, nll_N, 0).to(nll_S.dtype))
             self.correct_S.index_add_(0, index_N, (valid_N & (rank_N == 0) & nll_N.isfinite()).long())
@@ -86,7 +86,7 @@ class TokenMetrics(Metric):
             self.bytes_S.index_add_(0, index_N, torch.where(valid_N, bytes_N, 0).long())
 
     def compute(self) -> dict[str, Tensor]:
-        """The metrics as 0-dim tensors. What has no tokens (or no bytes) to be divided by is left out."""
+        """The metrics as 0-dim tensors, without those that would divide by zero tokens or bytes."""
         sources = slice(len(self.sources))
         nll_sum, tokens = self.nll_sum_S[sources].sum(), self.tokens_S[sources].sum()
         num_bytes = self.bytes_S[sources].sum()
@@ -105,7 +105,7 @@ class TokenMetrics(Metric):
         return metrics
 
     def _apply(self, fn: Callable, exclude_state: Sequence[str] = "") -> "TokenMetrics":
-        # A move to MPS fails on a float64 state; the dtype has to change before the device does.
+        # MPS has no float64: the dtype must change before the device does.
         dtype = sum_dtype(fn(torch.empty(0)).device)
         self._defaults["nll_sum_S"] = self._defaults["nll_sum_S"].to(dtype)  # type: ignore[union-attr]
         self.nll_sum_S = self.nll_sum_S.to(dtype)

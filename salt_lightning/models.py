@@ -105,8 +105,8 @@ class CausalLM(nn.Module):
         then: Callable[..., Any] | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> Any:
-        # transformers finds documents in position_ids itself if it gets no mask and no cache. With use_cache=True, its
-        # default, they would silently see each other. `check` finds the families that do not do this.
+        # transformers finds documents in position_ids if it gets no mask and no cache; with its default use_cache=True
+        # they would silently see each other. `check` finds the families that do not do this.
         if self._one_row:
             ids_BT, positions_BT = ids_BT.reshape(1, -1), positions_BT.reshape(1, -1)
         mask = self._mask(positions_BT) if self.apart == "mask" else None
@@ -130,7 +130,7 @@ class CausalLM(nn.Module):
         return out if then is None else then(*out)
 
     def _mask(self, positions_BT: Tensor) -> Any:
-        """A mask that transformers takes as it is: one for each kind of layer where there are several kinds."""
+        """A mask that transformers takes as it is: one per kind of layer, if there are several kinds."""
         # eager attention adds its mask to the scores: a boolean one would be silently wrong
         dtype = torch.bool if self.model.config._attn_implementation in ("sdpa", PACKED) else self.model.dtype
         full, window = document_mask(positions_BT, dtype), self._window()
@@ -209,8 +209,8 @@ class CausalLM(nn.Module):
         return float(off)
 
     def sees(self, changed: list[int], kept: list[int]) -> bool:
-        """Whether other ids at the places `changed` of a row change the hidden states at the places `kept`; its second
-        document is at places 4 to 7.
+        """Whether other ids at the places `changed` of a row change hidden states at the places `kept`; places 4 to 7
+        are its second document.
 
         Two rows, as some kernels treat a single row differently.
         """
@@ -334,7 +334,7 @@ def load_pretrained(spec: ModelSpec, name: str, dtype: torch.dtype, empty: bool 
 
 
 def _freeze_as_made(model: PreTrainedModel) -> None:
-    """Freezes again what a family does not train, e.g. biases of routers: loading has made everything trainable except
+    """Freezes again what a family does not train, e.g. router biases: loading made all weights trainable except
     integers, as in a quantized teacher."""
     with torch.device("meta"):
         made = type(model)(model.config)

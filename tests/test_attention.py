@@ -172,7 +172,7 @@ def test_windows_without_masks(monkeypatch, caplog, family, sizes, with_kernel):
         monkeypatch.setattr(attention, "_WITH_KERNEL", ("cpu",))
         monkeypatch.setattr(attention, "_16_BIT", (torch.float32,))
     attention.pack(packed, "packed", None)
-    assert "within each document alone, without a mask" in caplog.text
+    assert "within each document, without a mask" in caplog.text
     settings._attn_implementation = "packed"
     assert packed.model.config.to_dict() == settings.to_dict()  # the windows are as they were
     monkeypatch.setitem(AttentionMaskInterface._global_mapping, "packed", broken)
@@ -183,9 +183,9 @@ def test_windows_without_masks(monkeypatch, caplog, family, sizes, with_kernel):
 
 @pytest.mark.parametrize(
     ("family", "sizes", "handed", "reason"),
-    [("gemma3_text", TWO_KINDS, None, "other masks than its documents and windows make"),
+    [("gemma3_text", TWO_KINDS, None, "other masks than its documents and windows give"),
      ("gemma3_text", TWO_KINDS, 99, "windows of several lengths"),
-     ("llama", {"head_dim": 264}, None, "heads are 264 wide, and the kernel takes 256")],
+     ("llama", {"head_dim": 264}, None, "heads are 264 wide, and the kernel takes at most 256")],
 )  # fmt: skip
 def test_what_the_kernel_would_not_know_keeps_the_mask(caplog, family, sizes, handed, reason):
     """A layer whose window is in its mask alone: eight tokens tell, whatever its length; two lengths; wide heads."""
@@ -204,7 +204,7 @@ def test_masks_of_a_family_s_own_making_stay(caplog):
     lm.check()
     attention.pack(lm, "packed", None)
     assert lm.apart == "positions"
-    assert "DogeForCausalLM has other masks than its documents and windows make" in caplog.text
+    assert "DogeForCausalLM has other masks than its documents and windows give" in caplog.text
 
 
 def test_windows_beside_our_mask(monkeypatch):
@@ -303,7 +303,7 @@ def test_it_is_chosen_on_a_device_with_a_kernel_in_16_bits(kernel, caplog, plugi
     lm = tiny("llama")
     attention.pack(lm, None, SingleDeviceStrategy("cpu", precision_plugin=plugin))
     assert lm.apart == apart
-    assert ("student: attention within each document alone, without a mask" in caplog.text) == (apart == "packed")
+    assert ("student: attention within each document, without a mask" in caplog.text) == (apart == "packed")
     kernel(broken)
     attention.fault.cache_clear()
     lm = tiny("llama")
@@ -337,7 +337,7 @@ def test_a_run_with_the_kernel_has_the_losses_of_one_with_masks(
         found.append(scalars(tmp_path / name))
         assert calls == (set() if name == "masked" else asked_for)
         for model in ("teacher", "student"):
-            assert (f"{model}: attention within each document alone" in caplog.text) == (name == "flash")
+            assert (f"{model}: attention within each document, without" in caplog.text) == (name == "flash")
     for tag in ("train/ce", "train/kd", "train/grad_norm", "val/ce"):
         for step, value in found[0][tag].items():
             assert found[1][tag][step] == pytest.approx(value, rel=2**-6)
@@ -366,14 +366,14 @@ def test_dropout_of_the_attention_has_no_kernel(caplog):
     lm = tiny("gpt2")
     attention.pack(lm.train(), "packed", None)
     assert lm.apart == "positions"
-    assert "gpt2's config drops 10% of the attention" in caplog.text
+    assert "gpt2's config sets 10% attention dropout" in caplog.text
     attention.pack(lm.eval(), "packed", None)  # a teacher drops nothing
     assert lm.apart == "packed"
 
 
 @pytest.mark.parametrize(
     ("name", "value", "reason"),
-    [("_NOT_COMPUTED", ("position_ids",), "packed attention knows no position_ids"),
+    [("_NOT_COMPUTED", ("position_ids",), "packed attention does not support position_ids"),
      ("_same_document", lambda *_: torch.ones(2, 1, 8, 8).bool().tril(), "LlamaForCausalLM has other masks"),
      ("sdpa_attention_forward", lambda _, q, *a, **k: (q.transpose(1, 2), None), "LlamaForCausalLM computes somethi")],
 )  # fmt: skip
@@ -390,7 +390,7 @@ def test_what_the_kernel_does_not_compute_keeps_the_mask(caplog, monkeypatch, na
 
 def test_values_narrower_than_queries_keep_the_mask():
     q, v = torch.zeros(1, 2, 4, 8), torch.zeros(1, 2, 4, 6)
-    with pytest.raises(ValueError, match="not as wide"):
+    with pytest.raises(ValueError, match="differ in width"):
         attention.packed_attention(torch.nn.Module(), q, q, v, None, cu_seq_lens_q=torch.tensor([0, 4]))
 
 

@@ -310,9 +310,9 @@ ON_A_GPU = {"check.memory_gib": 80, "trainer.precision": "bf16-mixed"}
 def test_the_attention_that_a_gpu_will_have(checked):
     _, found = checked(**ON_A_GPU, **GPT2)
     assert of(found, "student attention")[1] == (
-        "on a GPU with a mask, which is slower: gpt2's config drops 10% of the attention"
+        "on a GPU with a mask, which is slower: gpt2's config sets 10% attention dropout"
     )
-    assert of(found, "teacher attention")[1] == "on a GPU within each document alone, without a mask"
+    assert of(found, "teacher attention")[1] == "on a GPU within each document, without a mask"
 
 
 @pytest.mark.parametrize("own", [{}, {"layer_types": ["sliding_attention"] * 3 + ["full_attention"]}])
@@ -324,7 +324,7 @@ def test_a_large_student_is_looked_at_by_two_of_its_layers(checked, settings, mo
     code, found = checked(**ON_A_GPU | alone, **{"model.student.family": "olmo3", "model.student.config": sizes})
     assert code == 0
     assert of(found, "student") == ("note", "tested with only 2 of its 4 layers, to save time")
-    assert of(found, "student attention")[1] == "on a GPU within each document alone, without a mask"
+    assert of(found, "student attention")[1] == "on a GPU within each document, without a mask"
 
 
 @pytest.mark.parametrize("but", [{"model.teacher.attention": "eager"}, {"trainer.precision": "32-true"}])

@@ -146,7 +146,7 @@ def test_a_source_with_the_name_of_a_third(settings, teacher, looked_at, fit_wit
     assert fit_with(tmp_path / "fit", **own) == 0
     assert cli.main(["validate", *arguments(fewer, own, {"run": run, "ckpt_path": last(tmp_path / "fit")})]) == 0
     assert fit_with(tmp_path / "run", **own, **{"data.difficulty": run}) == 2
-    assert "--data.difficulty: a source is called 'easy'" in capsys.readouterr().err
+    assert "--data.difficulty: a source has the name of a third, 'easy'" in capsys.readouterr().err
 
 
 def test_too_few_documents(settings, fit_with, tmp_path, capsys):

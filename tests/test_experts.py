@@ -95,7 +95,7 @@ def test_check_tells_their_memory(settings, tmp_path, capsys, precision):
     original = moe._grouped_mm
     assert cli.main(["check", *arguments(settings, own)]) == 0
     out = capsys.readouterr().out
-    assert "iB at its peak with 8 rows a micro-batch" in " ".join(out.split())
+    assert "iB at its peak with 8 rows per micro-batch" in " ".join(out.split())
     assert "not estimated" not in out
     assert " ".join(out.split()).count("layers of experts, and nothing evens out what the routers send to each") == 1
     assert "not given, so the family's defaults: moe_intermediate_size 768" in " ".join(out.split())
@@ -132,4 +132,4 @@ def test_what_a_family_freezes_is_not_trained(fit_with, tmp_path, capsys):
     assert fit_with(tmp_path / "looked at", verb="check", **fresh) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "all but 4 of 0.0M parameters (0.0M for each token) train" in out
-    assert "iB at its peak with 8 rows a micro-batch" in out
+    assert "iB at its peak with 8 rows per micro-batch" in out

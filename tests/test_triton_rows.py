@@ -188,7 +188,7 @@ def test_without_kernels_that_run_the_plain_pass_is_taken_and_said(error, monkey
 
     monkeypatch.setattr(chunked_head.importlib, "import_module", raises)
     first = str(error).strip()
-    with pytest.warns(UserWarning, match=f"goes without its Triton kernels, .*: {type(error).__name__}: {first}"):
+    with pytest.warns(UserWarning, match=f"runs without its Triton kernels, .*: {type(error).__name__}: {first}"):
         assert chunked_head._triton_rows.__wrapped__() is None
     error = torch.OutOfMemoryError("CUDA out of memory")  # tells nothing of the kernels
     with pytest.raises(torch.OutOfMemoryError):

@@ -1,1 +1,1 @@
-"""The inside of the loss: chunks of products, and the pass over rows of logits."""
+"""Internals of the loss: the chunked products, and the pass over rows of logits."""

@@ -1,7 +1,7 @@
-"""The products of the head around the row pass, chunk by chunk of tokens.
+"""The matrix products of the head around the row pass, in chunks of tokens.
 
-A chunk is what one product for the head's gradient takes (each costs a pass over an fp32 gradient as large as
-the head); a strip, a part of it, is what logits are held of at a time. Shapes as in `losses`; G rows of a chunk.
+A chunk is the rows of one product for the head's gradient (each costs a pass over an fp32 gradient as large as the
+head). A strip is a part of it whose logits are in memory at a time. Shapes as in `losses`; G rows of a chunk.
 """
 
 import dataclasses
@@ -18,20 +18,20 @@ from torch import Tensor
 from salt_lightning.errors import ConfigError, first_line, is_out_of_memory
 from salt_lightning.head.row_pass import NUM_SUMS, Mix, label_stats, math_dtype, row_pass
 
-# What these need is granted whatever the budget, since less costs speed: so many rows with all their logits, and a
-# gradient of so many (each chunk is a pass over the head's fp32 gradient) with the logits of one strip.
+# Always granted, whatever the budget, as less costs speed: MIN_ROWS rows with all their logits, and a gradient of
+# MIN_CHUNK_ROWS rows (each chunk costs a pass over the head's fp32 gradient) with the logits of one strip.
 MIN_ROWS = 2048
 MIN_CHUNK_ROWS = 4096
 MIN_STRIP_ROWS = 1024  # below this the products of the logits lose speed
-NO_LOGIT = -3e4  # of an id that a head lacks: no probability, also at temperatures up to 3,000
+NO_LOGIT = -3e4  # logit of an id that a head lacks: probability 0, even at temperatures up to 3,000
 TILE_ROWS = 128  # a matrix unit's tile
-CPU_BLOCK_ELEMENTS = 2**18  # rows x vocabulary that one eager pass handles, so that its temporaries stay in cache
+CPU_BLOCK_ELEMENTS = 2**18  # rows x vocabulary of one eager pass, so that its temporaries stay in cache
 GPU_BLOCK_ELEMENTS = 2**26
 
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """One model's inputs to the product, in its compute dtype."""
+    """One model's inputs of the product, in its compute dtype."""
 
     hidden_ND: Tensor
     head_VD: Tensor
@@ -40,7 +40,7 @@ class Side:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How to walk over the tokens."""
+    """How to process the tokens."""
 
     accuracy: str
     budget_gib: float
@@ -61,11 +61,11 @@ def chunked_pass(
     num_rows, vocab = labels_N.numel(), student.head_VD.shape[0]
     sides = [student] if teacher is None else [student, teacher]
     rows_of, dtypes = rows_and_dtypes((num_rows, vocab), [side.hidden_ND.dtype for side in sides], plan)
-    in_place = len(dtypes) < len(sides)  # the gradient takes the student logits' memory
+    in_place = len(dtypes) < len(sides)  # the gradient uses the memory of the student's logits
     grad_GV = _buffer(rows_of.chunk if plan.with_grad else 0, vocab, plan.student_dtype, labels_N.device)
     buffers = [_buffer(rows_of.strip, vocab, dtype, labels_N.device) for dtype in dtypes]
     if teacher is not None:
-        buffers[-1][:, teacher.head_VD.shape[0] :] = NO_LOGIT  # for good: the products write their own columns
+        buffers[-1][:, teacher.head_VD.shape[0] :] = NO_LOGIT  # stays: the products write only their own columns
     sums_7N = mix.scale.new_empty(NUM_SUMS, num_rows)
     grads = GradBuffers(student, *wanted, one_chunk=rows_of.chunk >= num_rows)
     for chunk in _slices(0, num_rows, rows_of.chunk):
@@ -88,7 +88,7 @@ def chunked_label_stats(
     num_rows, vocab = labels_N.numel(), side.head_VD.shape[0]
     logits_dtype = math_dtype(side.hidden_ND.dtype)
     strip_rows = chunk_and_strip_rows(num_rows, 0, vocab * logits_dtype.itemsize, budget_gib, chunk_tokens).strip
-    if labels_N.device.type == "cpu" and chunk_tokens is None:  # a strip's logits stay in the cache
+    if labels_N.device.type == "cpu" and chunk_tokens is None:  # so that a strip's logits stay in cache
         strip_rows = min(strip_rows, max(64, CPU_BLOCK_ELEMENTS // vocab))
     buffer_CV = _buffer(strip_rows, vocab, logits_dtype, labels_N.device)
     nll_N = torch.empty(num_rows, dtype=torch.float32, device=labels_N.device)
@@ -108,9 +108,9 @@ class ChunkRows(NamedTuple):
 def rows_and_dtypes(
     size: tuple[int, int], compute_dtypes: list[torch.dtype], plan: Plan
 ) -> tuple[ChunkRows, list[torch.dtype]]:
-    """How many rows are held at a time, and the dtypes of the buffers for logits besides the gradient's.
+    """How many rows are in memory at a time, and the dtypes of the logits' buffers (the gradient's not included).
 
-    One buffer for each side; none for the student where the gradient takes its logits' memory.
+    One buffer for each side; none for the student if the gradient uses the memory of its logits.
     """
     num_rows, vocab = size
     dtypes = [dtype if plan.accuracy == "fast" else math_dtype(dtype) for dtype in compute_dtypes]
@@ -124,10 +124,10 @@ def rows_and_dtypes(
 def chunk_and_strip_rows(
     num_rows: int, grad_row_bytes: int, strip_row_bytes: int, budget_gib: float, chunk_tokens: int | None
 ) -> ChunkRows:
-    """The fewest equal chunks whose gradient, with the logits of a strip, fits the budget.
+    """The fewest equal chunks whose gradient fits the budget together with the logits of a strip.
 
-    Each chunk costs a pass over the head's fp32 gradient, each strip only its launches: so memory goes to
-    chunks first, and what is left to strips.
+    Each chunk costs a pass over the head's fp32 gradient, each strip only kernel launches. So memory goes to chunks
+    first, and the rest to strips.
     """
     if num_rows == 0 or chunk_tokens is not None:
         rows = max(1, min(chunk_tokens or 1, num_rows))
@@ -145,7 +145,7 @@ def chunk_and_strip_rows(
 
 
 def _equal_rows(num_rows: int, fitting_rows: int) -> int:
-    """Rows of the fewest equal parts that fit, in whole tiles of the matrix unit where there are several."""
+    """Rows of the fewest equal parts that fit; several parts have whole tiles of the matrix unit."""
     parts = -(-num_rows // max(1, fitting_rows))
     rows = -(-num_rows // parts)
     return rows if parts == 1 else min(-(-rows // TILE_ROWS) * TILE_ROWS, max(1, fitting_rows))
@@ -160,12 +160,12 @@ def _buffer(rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> 
 
 
 def padded_width(vocab: int, device: str) -> int:
-    """The length of a row of logits in memory: aligned for the matrix units, whatever the vocabulary."""
+    """The length of a row of logits in memory, aligned for the matrix units."""
     return vocab if device == "cpu" else -(-vocab // TILE_ROWS) * TILE_ROWS
 
 
 class GradBuffers:
-    """Gradients of one call. The head's is summed over chunks in fp32: sums in bf16 bias training."""
+    """Gradients of one call. The head's is summed over chunks in fp32, as sums in bf16 bias training."""
 
     def __init__(
         self, student: Side, needs: tuple[bool, ...], dtypes: list[torch.dtype | None], one_chunk: bool
@@ -173,7 +173,7 @@ class GradBuffers:
         self.student = student
         compute = student.hidden_ND.dtype
         exact = math_dtype(compute)
-        # The products can write their inputs' dtype or fp32; what an input wants beyond that, backward casts.
+        # The products can write their inputs' dtype or fp32; backward casts to any other dtype.
         own = [dtype if dtype in (compute, exact) else compute for dtype in dtypes]
         self.hidden_ND = torch.empty_like(student.hidden_ND, dtype=own[0]) if needs[0] else None
         head_dtype = own[1] if one_chunk else exact
@@ -200,7 +200,7 @@ def cast_side(hidden_ND: Tensor, head_VD: Tensor, bias_V: Tensor | None, dtype: 
 
 
 def compute_dtype(hidden_ND: Tensor) -> torch.dtype:
-    """The dtype of the products' inputs. Other devices than GPUs upcast: their bf16 products cannot write fp32."""
+    """The dtype of the products' inputs. Devices other than GPUs upcast bf16: their bf16 products cannot write fp32."""
     device = hidden_ND.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
     if dtype not in (torch.float32, torch.bfloat16, torch.float64):
@@ -245,7 +245,7 @@ def scale_and_cast(grad: Tensor | None, by: Tensor, dtype: torch.dtype | None) -
 
 
 def _fill_rows(logits: list[Tensor], labels_C: Tensor, mix: Mix, sums_7C: Tensor, grad_CV: Tensor | None) -> None:
-    """Fill the sums and, unless None, the gradient, which may share the memory of the student's logits."""
+    """Fills the sums and, unless None, the gradient, which may share memory with the student's logits."""
     kernels = _kernels(*logits)
     if kernels is not None:
         return kernels.fill_rows(logits, labels_C, mix, sums_7C, grad_CV)
@@ -267,31 +267,31 @@ def _label_stats(logits_CV: Tensor, labels_C: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _kernels(*tensors: Tensor) -> ModuleType | None:
-    """The Triton kernels, where they apply: they compute in fp32."""
+    """The Triton kernels, if they can handle these tensors; they compute in fp32."""
     fitting = all(t.device.type == "cuda" and t.dtype in (torch.float32, torch.bfloat16) for t in tensors)
     return _triton_rows() if fitting else None
 
 
 @functools.cache
 def _triton_rows() -> ModuleType | None:
-    """The module of the kernels; None, and said, where they do not run here or compute something else."""
+    """The kernels' module; None, with a warning, if they do not run here or compute wrong values."""
     if importlib.util.find_spec("triton") is None:
         return None
     try:
         kernels = importlib.import_module("salt_lightning.head.triton_rows")
         reason = kernels.fault(torch.device("cuda"))
-    except Exception as error:  # of a Triton that does not fit this torch or card, or that finds no C compiler
+    except Exception as error:  # Triton does not fit this torch or card, or finds no C compiler
         if is_out_of_memory(error):
             raise
         reason = f"{type(error).__name__}: {first_line(error)[:200]}"
     if reason is None:
         return kernels
-    warnings.warn(f"the loss goes without its Triton kernels, which is slower: {reason}", stacklevel=2)
+    warnings.warn(f"the loss runs without its Triton kernels, which is slower: {reason}", stacklevel=2)
     return None
 
 
 def _blocks(logits_CV: Tensor) -> Iterator[slice]:
-    """Rows for one eager pass, so that its temporaries stay in a CPU's cache or small beside the chunk."""
+    """Rows for one eager pass: its temporaries stay in a CPU's cache, or small compared with the chunk."""
     num_rows, vocab = logits_CV.shape
     elements = CPU_BLOCK_ELEMENTS if logits_CV.device.type == "cpu" else GPU_BLOCK_ELEMENTS
     return _slices(0, num_rows, max(1, elements // vocab))

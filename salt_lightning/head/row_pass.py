@@ -1,7 +1,7 @@
-"""What one row of logits contributes: its sums and its gradient, in plain PyTorch.
+"""The sums and the gradient of each row of logits, in plain PyTorch.
 
-The reference, the CPU path and what `torch.compile` can take; `triton_rows` does the same in one kernel.
-Shapes: C rows, V vocabulary.
+This is the reference and the CPU path, and `torch.compile` can compile it; `triton_rows` does the same in one
+kernel. Shapes: C rows, V vocabulary.
 """
 
 from typing import NamedTuple
@@ -11,11 +11,11 @@ from torch import Tensor
 
 IGNORE = -100
 NUM_SUMS = 7  # the fields of SaltLoss between loss and tokens, in this order
-FINITE_LOW = -1e30  # stands for -inf in shifted logits: 0 x -1e30 is 0, 0 x -inf is NaN
+FINITE_LOW = -1e30  # replaces -inf in shifted logits: 0 x -1e30 is 0, 0 x -inf is NaN
 
 
 class Mix(NamedTuple):
-    """What the loss needs besides logits and labels."""
+    """The inputs of the loss besides logits and labels."""
 
     kd_weight: Tensor  # 0-dim, on the device
     scale: Tensor  # 0-dim, 1 / num_tokens
@@ -25,9 +25,9 @@ class Mix(NamedTuple):
 def row_pass(
     student_CV: Tensor, teacher_CV: Tensor | None, labels_C: Tensor, mix: Mix, with_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The plain row pass: reference, CPU path and target for torch.compile. Pure: writes nothing in place.
+    """The row pass in plain PyTorch; writes nothing in place.
 
-    Returns sums (7, C) in the order of SaltLoss (zeros where ignored) and d loss / d student logits (C, V).
+    Returns sums (7, C) in the order of SaltLoss (zeros if ignored) and d loss / d student logits (C, V).
     """
     valid_C = labels_C != IGNORE
     labels_C1 = torch.where(valid_C, labels_C, 0)[:, None]
@@ -62,7 +62,7 @@ def row_pass(
 
 
 def _shifted_softmax(logits_CV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits minus the row's maximum, their exponentials, and the exponentials' sum."""
+    """Logits minus the row's maximum, their exponentials, and the sum of these."""
     math_CV = logits_CV.to(math_dtype(logits_CV.dtype))
     shifted_CV = (math_CV - math_CV.amax(1, keepdim=True)).clamp(min=FINITE_LOW)
     exp_CV = shifted_CV.exp()
@@ -73,7 +73,7 @@ def label_stats(logits_CV: Tensor, labels_C: Tensor) -> tuple[Tensor, Tensor]:
     valid_C = labels_C != IGNORE
     label_logits_C1 = logits_CV.gather(1, torch.where(valid_C, labels_C, 0)[:, None])
     nll_C = logits_CV.logsumexp(1) - label_logits_C1[:, 0]
-    # Counted in the logits' dtype, exactly while V < 2^24: five times as fast on a CPU as a sum of booleans.
+    # Counting in the logits' dtype is exact for V < 2^24, and on a CPU five times as fast as summing booleans.
     rank_C = torch.gt(logits_CV, label_logits_C1, out=torch.empty_like(logits_CV)).sum(1).long()
     return torch.where(valid_C, nll_C, 0.0).float(), torch.where(valid_C, rank_C, -1)
 

@@ -1,10 +1,10 @@
 # ruff: noqa: ANN001, ANN202, PLR0913  (a kernel's arguments are typed by the launch)
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
-"""The row pass as Triton kernels: one program walks one row of logits, in fp32 registers.
+"""The row pass as Triton kernels: one program processes one row of logits, in fp32 registers.
 
 Same results as `row_pass`, without its temporaries: two loops over the row, the first for the sums, the
-second for the gradient, which may take the memory of the student's logits. Import this only where Triton is
-installed. Shapes: C rows, V vocabulary.
+second for the gradient, which may overwrite the student's logits. Import this only if Triton is installed.
+Shapes: C rows, V vocabulary.
 """
 
 import torch
@@ -15,9 +15,9 @@ from torch import Tensor
 from salt_lightning.head import row_pass as plain
 from salt_lightning.head.row_pass import FINITE_LOW, IGNORE, NUM_SUMS, Mix
 
-BLOCK = 4096  # elements one program holds of a row at a time
+BLOCK = 4096  # elements of a row that a program holds at a time
 WARPS = 8
-WIDE = 16  # a length with this factor lets Triton load and store 16 bytes at once
+WIDE = 16  # for lengths divisible by this, Triton loads and stores 16 bytes at once
 
 _IGNORE = tl.constexpr(IGNORE)
 _NUM_SUMS = tl.constexpr(NUM_SUMS)
@@ -26,7 +26,7 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 
 
 def fill_rows(logits: list[Tensor], labels_C: Tensor, mix: Mix, sums_7C: Tensor, grad_CV: Tensor | None) -> None:
-    """Fill the sums (7, C) and, unless None, the gradient. `logits`: the student's, then the teacher's."""
+    """Fills the sums (7, C) and, unless None, the gradient. `logits`: the student's, then the teacher's."""
     student_CV, teacher_CV = logits[0], logits[-1]
     target_CV = student_CV if grad_CV is None else grad_CV
     num_rows, vocab = student_CV.shape
@@ -55,7 +55,7 @@ def fill_rows(logits: list[Tensor], labels_C: Tensor, mix: Mix, sums_7C: Tensor,
 
 
 def label_stats(logits_CV: Tensor, labels_C: Tensor) -> tuple[Tensor, Tensor]:
-    """Negative log-likelihood (fp32) and rank (int64) of each label; 0 and -1 where ignored."""
+    """Negative log-likelihood (fp32) and rank (int64) of each label; 0 and -1 if ignored."""
     num_rows, vocab = logits_CV.shape
     nll_C = torch.empty(num_rows, dtype=torch.float32, device=logits_CV.device)
     rank_C = torch.empty(num_rows, dtype=torch.int64, device=logits_CV.device)
@@ -77,15 +77,15 @@ def label_stats(logits_CV: Tensor, labels_C: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def fault(device: torch.device) -> str | None:
-    """Why the kernels cannot be used on a device, found by running them beside the plain row pass; None: they can.
+    """Why the kernels cannot be used on a device, found by comparing them with the plain row pass; None if they can.
 
     Raises:
-        Exception: of many kinds, where they cannot be compiled or launched.
+        Exception: of many kinds, if they cannot be compiled or launched.
     """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return None  # what is captured has run before; to look at values would end the capture
-    generator, fp32 = torch.Generator("cpu").manual_seed(0), torch.float32  # whatever the default is
-    vocab = BLOCK + WIDE + 5  # two blocks, the second a few values long
+        return None  # captured code has run before, and reading values would end the capture
+    generator, fp32 = torch.Generator("cpu").manual_seed(0), torch.float32  # explicit: the default may differ
+    vocab = BLOCK + WIDE + 5  # two blocks, the second with a few values
     student_CV, teacher_CV = (
         4 * torch.randn(4, vocab, generator=generator, device="cpu", dtype=fp32).to(device) for _ in range(2)
     )
@@ -97,7 +97,7 @@ def fault(device: torch.device) -> str | None:
     true_7C, true_CV = plain.row_pass(student_CV, teacher_CV, labels_C, mix, True)
     assert true_CV is not None
     true = [true_7C, true_CV, *plain.label_stats(student_CV, labels_C)]
-    # fp32 rounds in the sixth digit; a row, a label or a block that is missed moves values by their own size
+    # fp32 rounds in the sixth digit; missing a row, label or block changes values by their own size
     for name, a, b in zip(("sums", "gradient", "losses", "ranks"), ours, true, strict=True):
         if not (a - b).abs().max() <= 1e-3 * b.abs().max():
             return f"wrong values ({name})"
@@ -105,13 +105,13 @@ def fault(device: torch.device) -> str | None:
 
 
 def _width(*rows: Tensor) -> int:
-    """How far each row may be read and written: the vocabulary, or where no wide load fits that, the rows' padding."""
+    """How far each row may be read and written: the vocabulary, or the padded row if wide loads do not fit that."""
     vocab = rows[0].shape[1]
     return vocab if vocab % WIDE == 0 else min(t.stride(0) for t in rows)
 
 
 def scale_in_place(grad: Tensor, by: Tensor) -> Tensor:
-    """grad *= by for a contiguous tensor; nothing is moved where `by` is 1, as it is without accumulation."""
+    """grad *= by for a contiguous tensor; no memory is moved if `by` is 1, as without accumulation."""
     num_elements = grad.numel()
     with torch.cuda.device_of(grad):
         _scale_kernel[(triton.cdiv(num_elements, BLOCK),)](grad, by, num_elements, BLOCK=BLOCK, num_warps=WARPS)
@@ -121,7 +121,7 @@ def scale_in_place(grad: Tensor, by: Tensor) -> Tensor:
 @triton.jit
 def _load(row, at, vocab, width):
     values = tl.load(row + at, mask=at < width, other=float("-inf")).to(tl.float32)
-    return tl.where((at >= vocab) | (values == float("-inf")), _LOW, values)  # unlike a maximum this keeps NaN
+    return tl.where((at >= vocab) | (values == float("-inf")), _LOW, values)  # unlike maximum(), this keeps NaN
 
 
 @triton.jit
@@ -145,7 +145,7 @@ def _row_kernel(
     GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)  # rows x vocabulary passes 2^31
+    row = tl.program_id(0).to(tl.int64)  # rows x vocabulary can exceed 2^31
     student += row * student_stride
     teacher += row * teacher_stride
     grad += row * grad_stride
@@ -170,8 +170,8 @@ def _row_kernel(
         t_max = _LOW
         t_total = 0.0  # of exp(teacher)
         q_total = 0.0  # of exp(teacher / T)
-        q_student = 0.0  # the same weights times the student's logits, counted from the label's: a common
-        q_teacher = 0.0  # offset of all logits would cost digits
+        q_student = 0.0  # the same weights times the student's logits minus the label's: a common
+        q_teacher = 0.0  # offset of all logits would cost precision
         for start in range(0, vocab, BLOCK):
             at = start + lanes
             s = _load(student, at, vocab, width)
@@ -214,7 +214,7 @@ def _row_kernel(
             if TEACHER:
                 q_scale /= q_total
             agree = tl.zeros([BLOCK], tl.int32)
-            tl.debug_barrier()  # every warp has read the label's logit before one overwrites it
+            tl.debug_barrier()  # every warp must have read the label's logit before one overwrites it
             for start in range(0, vocab, BLOCK):
                 at = start + lanes
                 s = _load(student, at, vocab, width)

@@ -1,11 +1,11 @@
 """Attention within packed documents, without a mask: torch's variable-length flash attention on CUDA.
 
-transformers keeps documents apart by a mask of T x T entries a row, which no flash kernel takes, and in compiled models
-it makes one even where there is a single document. Here a micro-batch is one sequence of tokens with the places where
-documents begin (`cu_seqlens`, as flash attention calls them); whoever passes none has transformers' sdpa. A layer that
-looks back over a window of tokens hands its length over; `_layers` finds the families whose layers do not.
+transformers keeps documents apart by a mask of T x T entries per row, which no flash kernel accepts; in compiled models
+it builds one even for a single document. Here a micro-batch is one sequence of tokens, plus the places where documents
+begin (flash attention's `cu_seqlens`); without these, transformers' sdpa is used. A layer with a sliding window passes
+its length; `_layers` finds the families whose layers do not.
 
-Shapes: B rows, T tokens a row, H heads, K heads of keys and values, E width of a head, S documents.
+Shapes: B rows, T tokens per row, H heads, K heads of keys and values, E width of a head, S documents.
 """
 
 import inspect
@@ -26,14 +26,14 @@ from transformers.masking_utils import sdpa_mask
 
 from salt_lightning.errors import is_out_of_memory
 
-# What keeps packed documents apart: transformers, which finds them in the positions; our mask; this file.
+# What keeps packed documents apart: transformers, by the positions; our mask; this file.
 Apart = Literal["positions", "mask", "packed"]
 PACKED = "packed"  # as transformers' attn_implementation
 _TAKES_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch 2.11 does not
 _WITH_KERNEL: tuple[str, ...] = ("cuda",)
 _16_BIT = (torch.bfloat16, torch.float16)
-_WIDEST = 256  # head of the kernel
-_PROVED = 70  # longest window that `fault` tries: a key more or less shows, and the kernel leaves out whole blocks
+_WIDEST = 256  # widest head that the kernel takes
+_PROVED = 70  # longest window that `fault` tries: one key more or less shows, and the kernel skips whole blocks
 
 
 def packed_attention(  # noqa: PLR0913 - transformers' signature
@@ -48,11 +48,11 @@ def packed_attention(  # noqa: PLR0913 - transformers' signature
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' AttentionInterface: B x T x H x E. A token attends to its own document up to itself, and no further
-    back than `sliding_window` tokens with itself.
+    """An attention function for transformers' AttentionInterface; returns B x T x H x E. A token attends to its own
+    document up to itself, and to the last `sliding_window` tokens at most, including itself.
 
     Raises:
-        ValueError: the model wants something that is not computed here.
+        ValueError: the model asks for something that is not supported here.
     """
     if cu_seq_lens_q is None:  # generation, with a cache
         return sdpa_attention_forward(
@@ -60,7 +60,7 @@ def packed_attention(  # noqa: PLR0913 - transformers' signature
         )
     _refuse_unknown(kwargs)
     if query_BHTE.shape[-1] != value_BKTE.shape[-1]:
-        raise ValueError("values are not as wide as queries")
+        raise ValueError("values and queries differ in width")
     kind = query_BHTE.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query_BHTE.dtype
     if kind in _WITH_KERNEL and dtype in _16_BIT and not dropout:
@@ -71,7 +71,7 @@ def packed_attention(  # noqa: PLR0913 - transformers' signature
 
 def _refuse_unknown(kwargs: dict[str, Any]) -> None:
     if wanted := [name for name in _NOT_COMPUTED if kwargs.get(name) is not None]:
-        raise ValueError(f"packed attention knows no {', '.join(wanted)}")
+        raise ValueError(f"packed attention does not support {', '.join(wanted)}")
 
 
 _NOT_COMPUTED = ("softcap", "s_aux", "position_bias", "head_mask")
@@ -92,7 +92,7 @@ def _flash(
     query_NHE, key_NKE, value_NKE = (
         x.transpose(1, 2).flatten(0, 1).to(dtype) for x in (query_BHTE, key_BKTE, value_BKTE)
     )
-    # the kernel counts the keys before a token's own; a window that no document of a row fills is none
+    # the kernel's window does not count the token itself; a window as long as a row has no effect
     more["window_size"] = (-1 if window is None or window >= width else window - 1, 0)
     attended_NHE: Any = varlen_attn(
         query_NHE, key_NKE, value_NKE, cu_seqlens, cu_seqlens, width, width, scale=scale, **more
@@ -102,7 +102,7 @@ def _flash(
 
 @contextmanager
 def on_fake_tensors() -> Iterator[None]:
-    """Tensors without data, which are a CPU's, have the kernel of a GPU: it takes its memory and computes nothing."""
+    """Uses the GPU kernel for fake tensors, which are on the CPU: it allocates memory and computes nothing."""
     global _WITH_KERNEL
     before, _WITH_KERNEL = _WITH_KERNEL, ("cuda", "cpu")
     try:
@@ -122,15 +122,15 @@ def _same_document(document_BT: Tensor, window: int | None) -> Tensor:
 
 
 @lru_cache
-@torch.inference_mode(False)  # in which a predict is; it has no gradients
+@torch.inference_mode(False)  # predict runs in inference mode, which has no gradients
 @torch.enable_grad()
 def fault(device: torch.device, heads: int, key_heads: int, head_width: int, window: int | None = None) -> str | None:
-    """Why the kernel cannot be used on a device, found by running it there, forward and backward; None if it can."""
+    """Why the kernel cannot be used on a device, found by running it forward and backward; None if it can."""
     generator = torch.Generator().manual_seed(0)
     query, key = (2, heads, 320, head_width), (2, key_heads, 320, head_width)
     sizes = (query, key, key)
     inputs = [torch.randn(size, generator=generator, device="cpu").to(device, torch.bfloat16) for size in sizes]
-    ends = [1, 8, 300, 320, 610, *[640] * 3]  # of documents: one token, across the kernel's blocks, empty ones behind
+    ends = [1, 8, 300, 320, 610, *[640] * 3]  # documents: one token, across the kernel's blocks, empty ones at the end
     cu_seqlens = torch.tensor([0, *ends], dtype=torch.int32, device=device)
     try:
         with torch.autocast(device.type, enabled=False):
@@ -139,10 +139,10 @@ def fault(device: torch.device, heads: int, key_heads: int, head_width: int, win
             masked = partial(scaled_dot_product_attention, attn_mask=mask_B1TT, enable_gqa=True)
             true = _with_gradients(lambda q, k, v: masked(q, k, v).transpose(1, 2), [x.float() for x in inputs])
     except Exception as error:
-        if is_out_of_memory(error):  # tells nothing of the kernel
+        if is_out_of_memory(error):  # says nothing about the kernel
             raise
         return f"{type(error).__name__}: {error}".splitlines()[0][:200]
-    # bf16 rounds a few times by 2^-9; a border or a scale that is wrong moves values by their own size.
+    # bf16 rounds a few times by 2^-9; a wrong border or scale changes values by their own size.
     for name, a, b in zip(("output", "query", "key", "value"), ours, true, strict=True):
         if not (a.float() - b).abs().max() <= 0.04 * b.abs().max():
             return f"wrong values ({name})"
@@ -156,8 +156,8 @@ def _with_gradients(attend: Any, inputs: list[Tensor]) -> list[Tensor]:
 
 
 def document_mask(positions_BT: Tensor, dtype: torch.dtype, window: int | None = None) -> Tensor:
-    """[B, 1, T, T]: a token attends to its own document up to itself, and no further back than `window` tokens with
-    itself. Boolean, or 0 / lowest to be added."""
+    """The mask [B, 1, T, T] by which a token attends to its own document up to itself, and to the last `window` tokens
+    at most, including itself. Boolean, or additive with 0 and the dtype's lowest value."""
     allowed_B1TT = _same_document((positions_BT == 0).cumsum(1), window)
     if dtype == torch.bool:
         return allowed_B1TT
@@ -166,12 +166,12 @@ def document_mask(positions_BT: Tensor, dtype: torch.dtype, window: int | None =
 
 @torch.no_grad()
 def pack(lm: Any, asked: str | None, strategy: Strategy | None) -> None:
-    """Change a models.CausalLM over to packed attention if that is asked for, or faster; says which it is.
+    """Switches a models.CausalLM to packed attention if that is requested, or faster; logs which attention it has.
 
     Args:
-        lm: where it has its weights; on the meta device nothing is done.
-        asked: the attention of the model's spec.
-        strategy: where and in which precision the model will run.
+        lm: with its weights; nothing is done on the meta device.
+        asked: the attention in the model's spec.
+        strategy: gives the device and the precision of the run.
     """
     training, device = lm.training, None
     if (
@@ -179,7 +179,7 @@ def pack(lm: Any, asked: str | None, strategy: Strategy | None) -> None:
         and strategy.root_device.type in _WITH_KERNEL
         and "16" in strategy.precision_plugin.precision
     ):
-        device = strategy.root_device  # its kernel computes in 16 bits alone
+        device = strategy.root_device  # the kernel computes only in 16 bits
     if _may_pack(lm, asked) and (asked or device) and lm.head.weight.device.type != "meta":
         reason = _hindrance(lm.model.config.get_text_config(), training) or _change_over(lm.eval(), device)
         rank_zero_info(f"{lm.name}: attention {_said(reason)}")
@@ -188,10 +188,9 @@ def pack(lm: Any, asked: str | None, strategy: Strategy | None) -> None:
 
 @torch.no_grad()
 def foresee(lm: Any, asked: str | None, training: bool) -> tuple[Apart, str] | None:
-    """What `pack` will do on a GPU in 16 bits, and say, of a model that is on a CPU now, as far as that can tell; None:
-    nothing.
+    """What `pack` will do and log on a GPU in 16 bits, as far as a model on a CPU can tell; None if it does nothing.
 
-    A kernel that this machine's own GPU has is tried.
+    If this machine has a GPU, its kernel is tried.
     """
     if not _may_pack(lm, asked):
         return None
@@ -202,36 +201,36 @@ def foresee(lm: Any, asked: str | None, training: bool) -> tuple[Apart, str] | N
 
 
 def _may_pack(lm: Any, asked: str | None) -> bool:
-    """Packed attention is asked for, or nothing is, and it would stand in for sdpa."""
+    """Whether packed attention is requested, or may replace sdpa because nothing is requested."""
     return asked == PACKED or (asked is None and lm.model.config._attn_implementation == "sdpa")
 
 
 def _said(reason: str | None) -> str:
-    return f"with a mask, which is slower: {reason}" if reason else "within each document alone, without a mask"
+    return f"with a mask, which is slower: {reason}" if reason else "within each document, without a mask"
 
 
 def _hindrance(config: Any, training: bool) -> str | None:
-    """Why a model of these settings cannot have packed attention; None: none is seen."""
+    """Why a model with these settings cannot have packed attention; None if no reason is found."""
     if training and (rate := getattr(config, "attention_dropout", 0) or getattr(config, "attn_pdrop", 0)):
-        return f"{config.model_type}'s config drops {rate:.0%} of the attention"
+        return f"{config.model_type}'s config sets {rate:.0%} attention dropout"
     if layer_kinds(config) - {"full_attention", "sliding_attention"} or getattr(config, "attention_chunk_size", None):
         return f"{config.model_type} has layers that look back over a limited distance"
     return None
 
 
 def layer_kinds(config: Any) -> set[str]:
-    """The kinds of layers that a model's settings name; none where they name none."""
+    """The kinds of layers that a model's settings name, if any."""
     return {*(getattr(config, "layer_types", None) or ())}
 
 
 def limited_distance(config: Any) -> bool:
-    """Whether some layers of the model do not look back over the whole document, as far as its settings say."""
+    """Whether, according to the settings, some layers do not look back over the whole document."""
     return any(getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
 
 
 def _change_over(lm: Any, device: torch.device | None = None) -> str | None:
-    """Changes over, where a device's kernel is right; back again, with the reason, where it is not, or hidden states
-    are not what they were."""
+    """Switches to packed attention. If the device's kernel is wrong, or hidden states change, switches back and returns
+    the reason."""
     before, hidden = lm.apart, lm.hidden()
     try:
         layers = _layers(lm)
@@ -241,7 +240,7 @@ def _change_over(lm: Any, device: torch.device | None = None) -> str | None:
             off, near = (lm.hidden() - hidden).abs().max(), 32 * torch.finfo(hidden.dtype).eps * hidden.abs().max()
             if off <= near and not lm.sees([0, 1, 2, 3], [4, 5, 6, 7]):
                 return None
-            reason = f"{type(lm.model).__name__} computes something else than packed attention"
+            reason = f"{type(lm.model).__name__} computes something other than packed attention"
     except (ValueError, TypeError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise
@@ -251,13 +250,13 @@ def _change_over(lm: Any, device: torch.device | None = None) -> str | None:
 
 
 def _layers(lm: Any) -> list[tuple[int, int, int, int | None]]:
-    """What `fault` is to prove for the layers of a model, as its masks have it: heads, heads of keys, width, window.
+    """What `fault` must check for a model's layers, read from their masks: heads, heads of keys, width, window.
 
-    Two documents of four tokens a row go through with every window cut to two: a longer one would show in no mask.
+    Runs rows of two documents of four tokens with every window cut to two: a longer one would not show in a mask.
 
     Raises:
-        ValueError: a mask is not the layer's documents and the window that it hands over, or the kernel takes no such
-            heads.
+        ValueError: a mask is not that of the documents and the window that the layer passes, or the kernel does not
+            take heads of this width.
     """
     parts: Any = {id(x): x for m in lm.modules() for x in (m, getattr(m, "config", None))}.values()
     windows = [(part, part.sliding_window) for part in parts if getattr(part, "sliding_window", None)]
@@ -271,9 +270,9 @@ def _layers(lm: Any) -> list[tuple[int, int, int, int | None]]:
         _refuse_unknown(kwargs)
         window = kwargs.pop("sliding_window", None)
         if window not in (None, 2) or not _is_mask(attention_mask, query, window):
-            raise ValueError(f"{type(lm.model).__name__} has other masks than its documents and windows make")
+            raise ValueError(f"{type(lm.model).__name__} has other masks than its documents and windows give")
         if query.shape[-1] > _WIDEST:
-            raise ValueError(f"heads are {query.shape[-1]} wide, and the kernel takes {_WIDEST}")
+            raise ValueError(f"heads are {query.shape[-1]} wide, and the kernel takes at most {_WIDEST}")
         seen[query.shape[1], key.shape[1], query.shape[3], min(_PROVED, *lengths) if window else None] = True
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
@@ -292,7 +291,7 @@ def _layers(lm: Any) -> list[tuple[int, int, int, int | None]]:
 
 
 def _is_mask(mask: Tensor | None, query_BHTE: Tensor, window: int | None) -> bool:
-    """Whether a mask is that of rows of documents of four tokens."""
+    """Whether a mask is that of rows with documents of four tokens."""
     rows, width = len(query_BHTE), query_BHTE.shape[2]
     true_B1TT = _mask(torch.arange(0, rows * width + 1, 4, device=query_BHTE.device), rows, width, window)
     return mask is not None and torch.equal(mask, true_B1TT)

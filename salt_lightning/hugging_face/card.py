@@ -99,9 +99,7 @@ def _as_trained(checkpoint: dict[str, Any], run: Run | None) -> Run:
     if run is None:
         return Run("", Path(), known, {})
     config, earlier = run.settings_until(checkpoint["global_step"])
-    return replace(
-        run, config=config | known, earlier=earlier, lost=""
-    )  # the checkpoint's own totals say whether there was a teacher
+    return replace(run, config=config | known, earlier=earlier, lost="")  # its own totals know of a teacher
 
 
 def _student(model: PreTrainedModel, run: Run) -> dict[str, str]:
@@ -166,10 +164,8 @@ def _schedule(checkpoint: dict[str, Any], run: Run) -> str:
     said = f"weight {weight} in " + ("every step" if steps is None else f"the first {steps} steps{ramp}, then 0")
     if (margin := run.config.get("kd.stop_margin")) is not None:
         found = checkpoint.get("kd_stop_step") is not None
-        said += (
-            f", {'ended by a validation within' if found else 'with no validation within'} a margin of {margin} nats "
-        )
-        said += "of the teacher's loss"
+        said += f", {'ended by a validation within' if found else 'with no validation within'} a margin of {margin} "
+        said += "nats of the teacher's loss"
     schedule, shape = trained_schedule(checkpoint), (checkpoint.get("kd_schedule") or {}).get("shape")
     if schedule and shape not in get_args(Shape):
         said += f", by a custom schedule ({shape})"

@@ -1,4 +1,4 @@
-"""ModelSpec, which names a model in the settings, and the transformers config of a fresh model."""
+"""ModelSpec, the settings that name a model, and the transformers config of a fresh one."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ else:
 
 @contextmanager
 def as_config_error(setting: str) -> Iterator[None]:
-    """Turns every error into a ConfigError: transformers checks settings in many places, with errors of many kinds."""
+    """Turns all errors into ConfigError: transformers checks settings in many places, with errors of many kinds."""
     try:
         yield
     except ConfigError:
@@ -153,11 +153,7 @@ _SAID_BY = {
     **dict.fromkeys(("dtype", "torch_dtype"), "dtype"),
     **dict.fromkeys(("attn_implementation", "_attn_implementation"), "attention"),
 }
-_SPECIAL_TOKENS = (
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-)  # every config accepts them, but not every one lists them
+_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # every config takes them, but not all list them
 
 
 def family_config(spec: ModelSpec) -> PreTrainedConfig:
@@ -298,8 +294,7 @@ def _rope_setting(kind: str) -> str:
 
 
 def _wrong_ropes(ropes: Any) -> Iterator[str]:
-    """What is wrong with rope parameters: transformers would raise a bare KeyError, or compute values that are not
-    finite."""
+    """Errors in rope parameters, for which transformers raises a bare KeyError or computes non-finite values."""
     types = ["default", *ROPE_INIT_FUNCTIONS]
     for kind, rope in _by_kind(ropes).items():
         setting, theta = _rope_setting(kind), rope.get("rope_theta", 1.0)
@@ -396,7 +391,7 @@ def check_positions(config: PreTrainedConfig, setting: str, data: Any) -> None:
 
 
 def resolved(spec: ModelSpec, config: PreTrainedConfig) -> ModelSpec:
-    """The spec of a fresh model of exactly these sizes: all that is needed to build a checkpoint's model again."""
+    """The spec of a fresh model of exactly these sizes, from which a checkpoint's model can be built again."""
     settings = {k: v for k, v in config.to_dict().items() if k not in _NOT_SETTINGS}
     return replace(spec, path=None, revision=None, family=config.model_type, config=settings)
 
@@ -421,13 +416,13 @@ _NOT_SHAPE = ("use_cache", "attention_dropout", "initializer_range")
 
 
 def shape_settings(spec: dict[str, Any]) -> dict[str, Any]:
-    """The settings in which a checkpoint's student and the configured one must agree; `spec`: as a plain dict."""
+    """The settings of a spec (a plain dict) that a checkpoint's student and the configured one must share."""
     settings = {k: v for k, v in spec["config"].items() if k not in _NOT_SHAPE}
     return {"family": spec.get("family")} | {f"config.{k}": v for k, v in settings.items()}
 
 
 def setting_of(key: str, value: Any, rows: int | None) -> str:
-    """The setting that decides a `key` of `shape_settings`; a fresh model has as many positions as its rows tokens."""
+    """The setting that decides a `key` of `shape_settings`; a fresh model has one position per token of a row."""
     follows = key in ("config.max_position_embeddings", "config.n_positions") and value == rows
     return "--data.block_size" if follows else f"--model.student.{key}"
 

@@ -171,8 +171,8 @@ class UnansweredError(OSError):
 def require_answer(path: Path, error: BaseException) -> None:
     """Raises UnansweredError if an error of the file system itself has led to `error`.
 
-    It says nothing about the file: taken as damage, it would make a run skip a whole checkpoint. Two errors do not
-    count, as damage causes them: a missing file, and a place before the beginning of a file.
+    It says nothing about the file, and taken as damage it would make a run skip a whole checkpoint. Damage itself leads
+    to two such errors, which do not count: a missing file, and a place before its beginning.
     """
     for each in _led_to(error):
         by_torch = re.search(r"unable to (?:mmap|open) .*: (.+) \((\d+)\)$", str(each))
@@ -239,8 +239,8 @@ def _is_dense(tensor: Any) -> bool:
 
 
 def require_stored(archive: Any) -> None:
-    """Refuses compressed archives, which torch.save never writes: they could need any amount of memory, and mapped they
-    would be read as if uncompressed."""
+    """Refuses compressed archives, which torch.save never writes: they could need any amount of memory, and would be
+    misread if mapped."""
     with zipfile.ZipFile(archive) as files:
         refuse_compressed(files)
 
@@ -266,8 +266,8 @@ def require_whole(checkpoint: Mapping[str, Any]) -> None:
 
 
 def unreadable(path: Path) -> str | None:
-    """The class in a checkpoint, file or folder, that torch would have to unpickle; None if none was found, also if
-    the checkpoint is not written yet."""
+    """The class in a checkpoint, file or folder, that torch would have to unpickle; None if none is found, e.g. before
+    it is written."""
     found = None
     try:
         torch.load(path / META if path.is_dir() else path, map_location="cpu", weights_only=True, mmap=path.is_file())
@@ -419,7 +419,7 @@ class Tensors(Mapping[str, Tensor]):
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """Reads a folder as the dict that a single-file checkpoint contains; `state_dict` reads each tensor on access.
+    """Reads a folder as the dict of a single-file checkpoint; `state_dict` reads each tensor on access.
 
     So does `optimizer`, the optimizer's tensors as NAME.KEY; `optimizer_states` assembles them.
 
