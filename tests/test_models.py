@@ -397,7 +397,7 @@ def test_a_teacher_checkpoint_that_lacks_a_weight_is_refused(teacher, tmp_path):
         (
             "llama",
             {"rope_parameters": {"partial_rotary_factor": 0.5}},
-            "_factor 0.5 would change nothing: llama turns wh",
+            "_factor 0.5 would change nothing: llama rotates wh",
         ),
         (
             "olmo3",
