@@ -124,7 +124,7 @@ def evaluate(runs: list[Run], baseline: str | None = None) -> Comparison:
     notes += remarks(silent, runs, experiments, repeated, reference)
     firsts = {run.name: run.val_ce.steps[0] for run in students if run not in seeds and len(run.val_ce.steps)}
     if at_once := [row.run for row in rows if row.reached_step == firsts.get(row.run, math.nan)]:
-        notes.append(f"the reference's loss was reached by the first validation, perhaps before: {', '.join(at_once)}")
+        notes.append(f"the first validation, or an earlier step, reached the reference's loss: {', '.join(at_once)}")
     equal, between = _equal_points([run for run in students if run.name not in apart])
     groups = _groups(experiments, {row.run: row for row in rows}, reference, seeds, apart)
     for group in groups:
@@ -156,7 +156,7 @@ def _reference(students: list[Run]) -> tuple[Run, list[str]]:
 
     if plain:
         return min(plain, key=doubts), []
-    return students[0], [f"no BASELINE among the runs: {students[0].name}, the first, is the reference"]
+    return students[0], [f"no BASELINE among the runs: {students[0].name}, the first run, is the reference"]
 
 
 def _repeated(students: list[Run], named: Run | None) -> dict[str, str]:
@@ -296,12 +296,12 @@ def main(argv: list[str]) -> int:
     parser = VerbParser(prog="cli.py compare", description="Table and figure of several runs, finished or running.")
     parser.add_argument("runs", metavar="RUN", nargs="+", type=_path, help="a run's folder, e.g. runs/salt")
     parser.add_argument(
-        "--out", metavar="DIR", type=_path, help="folder of compare.md, .json and .png (default: where the runs lie)"
+        "--out", metavar="DIR", type=_path, help="folder for compare.md, .json and .png (default: that of the runs)"
     )
     parser.add_argument(
         "--baseline",
         metavar="RUN",
-        help="the run to compare with (default: the first BASELINE, a finished one before others)",
+        help="the reference run (default: the first BASELINE, finished runs before others)",
     )
     args = parser.parse_args(argv)
     common = os.path.commonpath([path.absolute().parent for path in args.runs])

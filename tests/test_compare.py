@@ -172,7 +172,7 @@ def test_what_lies_between_two_validations_is_marked(three):
     assert comparison.between == {"steps": [], "tokens": [], "FLOPs": ["salt"], "seconds": []}  # rkd: at 200 exactly
     text = report.markdown(comparison).partition("## Validation CE at")[2]
     assert re.search(r"\| salt +\| +3.7500 \| +3.7500 \| +~3.9000 \| +3.7500 \|", text)
-    assert "~: between two validations, on a straight line." in text
+    assert "~: linear interpolation between two validations." in text
     again = write_run(three[1].parent / "salt1", SALT, teacher="elsewhere/teacher", weight=0.5, kd_steps=60,
                       seed_everything=1)  # fmt: skip
     assert "~3.9000 (0.0000)" in report.markdown(evaluate(load([*three, again])))
@@ -573,7 +573,7 @@ def test_seeds_that_decide_make_the_sample_whatever_seed_everything_says(tmp_pat
     comparison = evaluate(load(runs))
     assert [group.n for group in comparison.groups] == [1]
     assert comparison.notes == [
-        "s1 repeats s0 (same seeds, and settings but for what changes no result), which alone is counted"
+        "s1 repeats s0 (same seeds, and no setting differs that affects results), so only the latter is counted"
     ]
     unset = {"model.seed": None, "data.seed": None}  # as in config.yaml now
     runs = [write_run(tmp_path / f"u{seed}", BASELINE, seed_everything=seed, **unset) for seed in range(2)]
@@ -675,7 +675,7 @@ def test_an_early_teacher_took_its_own_steps_alone(tmp_path):
 
 
 def test_one_seed_is_said_to_have_no_spread(three):
-    assert "One seed for each experiment (n = 1)" in report.markdown(evaluate(load(three)))
+    assert "One seed per experiment (n = 1)" in report.markdown(evaluate(load(three)))
 
 
 def test_where_no_run_has_finished_no_seed_is_counted(three, tmp_path):
@@ -683,11 +683,11 @@ def test_where_no_run_has_finished_no_seed_is_counted(three, tmp_path):
     early = [write_run(tmp_path / f"e{seed}", {100: 4.5}, 100, seed_everything=seed) for seed in range(2)]
     text = report.markdown(evaluate(load(early)))
     assert "(n = 1)" not in text
-    assert "No run has reached its last step (n = 0): no mean over seeds, and no spread between them." in text
-    assert "Reference: e0, not at its last step, last validation CE 4.5000." in text
+    assert "No run has reached its last step (n = 0), so there is no mean over seeds and no spread." in text
+    assert "Reference: e0, not finished, latest validation CE 4.5000." in text
     taught = write_run(tmp_path / "t", {100: 4.5}, 100, teacher="x", weight=0.5, kd_steps=9)
     text = report.markdown(evaluate(load([three[0], taught])))
-    assert "One seed for each experiment (n = 1), none of SALT step at its last step (n = 0): nothing is known" in text
+    assert "One seed per experiment (n = 1), and no finished run of SALT step (n = 0): the spread between" in text
     assert "Reference: baseline, final validation CE 4.0000." in text
 
 
@@ -716,7 +716,7 @@ def test_the_teachers_own_training_stands_apart(tmp_path, monkeypatch):
     assert "teacher" not in comparison.equal["steps"][1]
     text = report.markdown(comparison)
     assert "its teacher's own training 1200.000 FLOP (150 s)" in text
-    assert "with it the reference is reached at 133.3% of its FLOPs and 183.3% of its seconds" in text
+    assert "with that, it reaches the reference's loss at 133.3% of its FLOPs and 183.3% of its seconds" in text
     (tmp_path / "link").symlink_to(teacher)
     assert evaluate(load([tmp_path / "link", baseline, salt])).rows[0].method == "TEACHER"
 
@@ -735,7 +735,7 @@ def test_all_teachers_of_a_run_are_counted_each_up_to_its_furthest_checkpoint(tm
     assert (row.teacher_training_flops, row.teacher_training_seconds) == (60 * 4 + 100 * 6, 0.5 * 160)
     gone = evaluate(load([second, salt, baseline]))  # no part of it passes for the whole
     assert math.isnan(gone.rows[1].teacher_training_flops)
-    said = "lies in none of these runs: what its training took, beside another's, is not known"
+    said = "is in none of these runs: the cost of training it besides another is unknown"
     assert f"the teacher of salt, first/checkpoints/step-00000030.ckpt, {said}" in gone.notes
 
 
@@ -776,9 +776,9 @@ def test_the_scoring_of_a_selection_stands_apart(tmp_path):
             assert all(map(math.isnan, shares))
         assert math.isnan(rows["gone"].reached_flops_share_with_teacher_training)
         text = report.markdown(comparison)
-        assert ("the scoring of its rows 400.000 FLOP (20 s); with it" in text) == with_teacher
+        assert ("the scoring of its rows 400.000 FLOP (20 s); with that" in text) == with_teacher
         assert "the scoring of its rows 400.000 FLOP (20 s)" in text
-        assert ("- gone: apart" in text) == with_teacher
+        assert ("- gone: not included above" in text) == with_teacher
 
 
 @pytest.mark.parametrize(
@@ -810,7 +810,7 @@ def test_the_method_follows_from_the_config(tmp_path, config, method):
 def test_without_a_baseline_the_first_run_is_the_reference(three):
     comparison = evaluate(load(three[1:]))
     assert comparison.reference == "salt"
-    assert comparison.notes == ["no BASELINE among the runs: salt, the first, is the reference"]
+    assert comparison.notes == ["no BASELINE among the runs: salt, the first run, is the reference"]
     assert "Note: no BASELINE among the runs" in report.markdown(comparison)
 
 
@@ -839,7 +839,8 @@ def test_the_same_run_again_is_no_second_sample(three, tmp_path):
     again = write_run(tmp_path / "again", lower)
     comparison = evaluate(load([unfinished, *three, again]))
     assert comparison.notes[-2:] == [
-        f"{name} repeats baseline (same seeds, and settings but for what changes no result), which alone is counted"
+        f"{name} repeats baseline (same seeds, and no setting differs that affects results), so only the latter is "
+        "counted"
         for name in ("a-first-start", "again")
     ]
     assert [(group.label, group.n) for group in comparison.groups] == [("BASELINE", 1), ("SALT step", 1), ("RKD", 1)]
@@ -857,7 +858,7 @@ def test_a_last_step_without_a_validation_is_said(three, tmp_path):
     before = {step: ce for step, ce in BASELINE.items() if step < STEPS}
     early = write_run(tmp_path / "early", before, seed_everything=1)
     (note,) = evaluate(load([*three, early])).notes
-    assert note == f"early was last validated at step {max(set(BASELINE) - {STEPS})} of 300: val CE is of that step"
+    assert note == f"early was last validated at step {max(set(BASELINE) - {STEPS})} of 300: its val CE is from there"
 
 
 def test_a_run_that_logged_nothing_is_left_out_by_name(three, tmp_path):
@@ -867,12 +868,12 @@ def test_a_run_that_logged_nothing_is_left_out_by_name(three, tmp_path):
     cut.write_bytes(b"")
     comparison = compare([tmp_path / "empty", begun, cut.parent, *three], tmp_path / "out")
     assert comparison.notes == [
-        f"{name} has logged nothing that compare reads (its own event files) and is left out"
+        f"{name} is left out: its TensorBoard event files, all that compare reads, have no values"
         for name in ("empty", "begun", "cut")
     ]
     assert [row.run for row in comparison.rows] == ["baseline", "salt", "rkd"]
     text = (tmp_path / "out" / "compare.md").read_text()
-    assert "Note: begun has logged nothing that compare reads (its own event files) and is left out." in text
+    assert "Note: begun is left out: its TensorBoard event files, all that compare reads, have no values." in text
     assert "| begun" not in text
     with pytest.raises(ConfigError, match=r"compare: RUN .*/empty, .*/begun: no TensorBoard event file with a value"):
         compare([tmp_path / "empty", begun], tmp_path)
@@ -1073,7 +1074,7 @@ def test_where_a_branch_reaches_a_loss_is_not_made_up(branch, tmp_path):
     (tmp_path / "branch").mkdir()
     (tmp_path / "branch/config.yaml").write_text("a: [")
     assert math.isnan(compare([level, branch], tmp_path / "out").rows[1].reached_step)  # that folder was not given
-    assert "twig has no log before step 200, and the run that it went on from is not found" in str(found.notes)
+    assert "twig has no log before step 200, and the run that it resumed from was not found" in str(found.notes)
 
 
 def test_a_run_whose_beginning_is_not_known_is_no_seed_of_one_from_scratch(tmp_path):
@@ -1101,7 +1102,7 @@ def test_a_run_whose_beginning_is_not_known_is_no_seed_of_one_from_scratch(tmp_p
     assert [group.runs for group in found.groups] == [["copied"], ["scratch"], ["off"], ["baseline"]]
     assert [row.method for row in found.rows[:3]] == ["SALT step", "SALT step", "unknown"]
     assert found.groups[0].changed["ckpt_path"] == (None, "starts/x/step-00000100.ckpt")
-    said = "and the run that it went on from is not found (starts/x/step-00000100.ckpt): its settings and losses until"
+    said = "and the run that it resumed from was not found (starts/x/step-00000100.ckpt): its earlier settings and loss"
     assert [note.split(", ", 1)[0] for note in found.notes if said in note] == [
         f"{name} has no log before step 100" for name in ("copied", "off")
     ]
@@ -1132,7 +1133,7 @@ def test_a_run_that_has_lost_a_log_of_its_own_is_known_by_its_settings(tmp_path)
     ]
     found = compare(runs, tmp_path / "out")
     assert [group.n for group in found.groups] == [2]
-    assert "a has no log before step 100: where it reaches a loss may not be known" in found.notes
+    assert "a has no log before step 100: the step at which it reaches a loss may be unknown" in found.notes
 
 
 def earlier(run, step, **config):
@@ -1151,8 +1152,8 @@ def test_a_run_that_went_on_under_other_settings_is_an_experiment_of_its_own(tmp
     assert [group.n for group in found.groups] == [1, 1]
     assert found.groups[0].changed == {"until step 100: trainer.max_steps": (None, 100)}
     assert found.notes == [
-        "again repeats whole (same seeds, and settings but for what changes no result), which alone is counted",
-        "longer went on at step 100 under other settings: trainer.max_steps 300 (before 100)",
+        "again repeats whole (same seeds, and no setting differs that affects results), so only the latter is counted",
+        "longer continued at step 100 under other settings: trainer.max_steps 300 (before 100)",
     ]
 
 
@@ -1164,7 +1165,7 @@ def test_a_branch_tells_what_its_trunk_had_set(branch, tmp_path):
     own = yaml.safe_load((tmp_path / "branch/config.yaml").read_text()) | {"data": {"source": ["c"]}}
     (tmp_path / "branch/config.yaml").write_text(yaml.safe_dump(own))
     found = compare([tmp_path / "branch"], tmp_path / "out")
-    assert "branch went on at step 100 under other settings: data.source c (before ['a', 'b'])" in found.notes
+    assert "branch continued at step 100 under other settings: data.source c (before ['a', 'b'])" in found.notes
     assert "max_steps" not in str(found.notes)
 
 
@@ -1316,11 +1317,12 @@ def test_losses_of_other_text_are_no_comparison(tmp_path):
     shown = [line.get_label() for line in report.figure(found).axes[0].lines]
     assert sum(name in " ".join(shown) for name in names) == 3
     assert found.notes == [
-        "more was validated on other text than first (901, there 900): their losses are no comparison",
-        "other was validated on other text than first (900, there 900): their losses are no comparison",
-        "moved was validated on other text from step 200 on (900 tokens, before 800)",
-        "coarser was validated in other tokens than first (800, there 900): bits per byte can be compared, CE can not",
-        "the reference's loss was reached by the first validation, perhaps before: same, moved",
+        "more was validated on other text than first (901 tokens, there 900): their losses cannot be compared",
+        "other was validated on other text than first (900 tokens, there 900): their losses cannot be compared",
+        "moved was validated on other text from step 200 on (900 tokens, before that 800)",
+        "coarser was validated in other tokens than first (800 tokens, there 900): bits per byte can be compared, CE "
+        "cannot",
+        "the first validation, or an earlier step, reached the reference's loss: same, moved",
     ]
 
 
@@ -1342,8 +1344,8 @@ def test_a_better_tuned_baseline_is_told(tmp_path):
     salt = write_run(tmp_path / "salt", SALT, teacher="t", weight=0.5, kd_steps=60)
     found = evaluate(load([first, *tuned, lower, larger, shorter, salt]))
     assert found.reference == "first"
-    said = "lower, a BASELINE of the same model that has read as much, ends 0.1250 below the reference: judge by the"
-    assert [note for note in found.notes if "a BASELINE of" in note] == [f"{said} better one, --baseline lower"]
+    said = "lower, a BASELINE of the same model that has read as much, ends 0.1250 below the reference; compare with"
+    assert [note for note in found.notes if "a BASELINE of" in note] == [f"{said} the better one: --baseline lower"]
     assert "a BASELINE of" not in str(evaluate(load([first, larger, shorter, salt])).notes)
     assert "a BASELINE of" not in str(evaluate(load([first, *tuned, salt]), "tuned0").notes)  # 4.0 on the mean as first
     taught = write_run(tmp_path / "taught", low, **{lr: 4e-3})
@@ -1392,8 +1394,8 @@ def test_a_test_of_another_step_or_text_is_told(three):
     for run, step, tokens in zip(three, (300, 200, 300), (50, 50, 60), strict=True):
         count(run, "test", tokens, 3 * tokens, [step])
     assert evaluate(load(three)).notes == [
-        "the test CE of salt is of step 200, not of step 300",
-        "the test CE of rkd is of other text than that of baseline",
+        "the test CE of salt is from step 200, not from step 300",
+        "the test CE of rkd is from other text than that of baseline",
     ]
 
 
@@ -1421,10 +1423,10 @@ def test_a_teacher_whose_run_is_not_named_is_asked_for(tmp_path):
     begun = write_run(tmp_path / "begun", BASELINE, **{"model.student.path": "a", "trainer.max_steps": 200})
     notes = evaluate(load([write_run(tmp_path / "baseline", BASELINE), salt, rkd, begun])).notes
     assert notes[-1] == (
-        f"the teacher of salt, rkd, {path}, lies in none of these runs: its own training is counted where "
-        f"{tmp_path}/teacher is named too"
+        f"the teacher of salt, rkd, {path}, is in none of these runs; to count its own training, name "
+        f"{tmp_path}/teacher too"
     )
-    assert sum("lies in none" in note for note in notes) == 1
+    assert sum("is in none" in note for note in notes) == 1
 
 
 def test_a_teacher_that_was_moved_is_not_taken_for_the_baseline(tmp_path):
@@ -1438,8 +1440,8 @@ def test_a_teacher_that_was_moved_is_not_taken_for_the_baseline(tmp_path):
     found = evaluate(load([teacher, salt, *two]))
     assert found.reference == "baseline"
     assert found.notes == [
-        f"the teacher of salt, {path}, lies in none of these runs. If it is moved, which has another model, that one's "
-        "cost is missing here"
+        f"the teacher of salt, {path}, is in none of these runs; if it is from moved, which has another model, the "
+        "cost of that run is missing here"
     ]
 
 
@@ -1448,7 +1450,7 @@ def test_a_run_that_began_with_weights_is_no_baseline(tmp_path):
     found = evaluate(load([on, write_run(tmp_path / "baseline", BASELINE)]))
     assert found.reference == "baseline"
     assert [row.method for row in found.rows] == ["CONTINUED", "BASELINE"]
-    assert "on began with the weights of models/salt: what those took is not counted" in found.notes
+    assert "on started from the weights of models/salt: the cost of training those is not counted" in found.notes
 
 
 @pytest.mark.parametrize(

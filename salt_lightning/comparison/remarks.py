@@ -29,18 +29,18 @@ def remarks(
     """
     notes = [what for run in (*silent, *runs) for what in run.damaged]
     notes += [
-        f"{run.name} has logged nothing that compare reads (its own event files) and is left out" for run in silent
+        f"{run.name} is left out: its TensorBoard event files, all that compare reads, have no values" for run in silent
     ]
     notes += [f"{run.name} is at step {run.steps_done} of {run.max_steps}" for run in runs if run.running]
     notes += [
-        f"{run.name} was last validated at step {run.val_ce.steps[-1]} of {run.steps_done}: val CE is of that step"
+        f"{run.name} was last validated at step {run.val_ce.steps[-1]} of {run.steps_done}: its val CE is from there"
         for run in runs
         if not run.running and len(run.val_ce.steps) and run.val_ce.steps[-1] < run.steps_done
     ]
     notes += [f"{run.name} has no validation yet" for run in runs if not len(run.val_ce.steps)]
     notes += [
-        f"{run.name} repeats {repeated[run.name]} (same seeds, and settings but for what changes no result), "
-        "which alone is counted"
+        f"{run.name} repeats {repeated[run.name]} (same seeds, and no setting differs that affects results), "
+        "so only the latter is counted"
         for run in runs
         if run.name in repeated
     ]
@@ -55,14 +55,14 @@ def remarks(
 def _beginning(run: Run) -> list[str]:
     notes = []
     if run.began > 0:
-        where = "where it reaches a loss may not be known"
+        where = "the step at which it reaches a loss may be unknown"
         if run.lost:
-            where = "its settings and losses until there, and what its teachers took, are not known"
-        lost = f", and the run that it went on from is not found ({run.lost})" if run.lost else ""
+            where = "its earlier settings and losses, and the cost of its teachers, are unknown"
+        lost = f", and the run that it resumed from was not found ({run.lost})" if run.lost else ""
         notes.append(f"{run.name} has no log before step {run.began}{lost}: {where}")
     if start := run.config.get("model.student.path"):
-        notes.append(f"{run.name} began with the weights of {start}: what those took is not counted")
-    return notes + [f"{run.name} went on {said}" for said in changes_said(run)]
+        notes.append(f"{run.name} started from the weights of {start}: the cost of training those is not counted")
+    return notes + [f"{run.name} continued {said}" for said in changes_said(run)]
 
 
 def _better(experiments: list[list[Run]], reference: Run) -> list[str]:
@@ -78,7 +78,7 @@ def _better(experiments: list[list[Run]], reference: Run) -> list[str]:
         return []
     return [
         f"{best}, a BASELINE of the same model that has read as much, ends {here - ends[best]:.4f} below the "
-        f"reference: judge by the better one, --baseline {best}"
+        f"reference; compare with the better one: --baseline {best}"
     ]
 
 
@@ -103,14 +103,14 @@ def _lost_teachers(runs: list[Run], reference: Run) -> list[str]:
         who, which = f"the teacher of {few(names)}, {path},", " or ".join(others)
         if os.path.exists(path):
             folder = Path(path).parent.parent
-            notes.append(f"{who} lies in none of these runs: its own training is counted where {folder} is named too")
+            notes.append(f"{who} is in none of these runs; to count its own training, name {folder} too")
         elif others:  # it has been moved, and one of these may be it
             notes.append(
-                f"{who} lies in none of these runs. If it is {which}, which has another model, that one's cost is "
-                "missing here"
+                f"{who} is in none of these runs; if it is from {which}, which has another model, the cost of that run "
+                "is missing here"
             )
         elif any(run.name in names and len(run.teachers) > 1 for run in runs):
-            notes.append(f"{who} lies in none of these runs: what its training took, beside another's, is not known")
+            notes.append(f"{who} is in none of these runs: the cost of training it besides another is unknown")
     return notes
 
 
@@ -150,16 +150,17 @@ def _other_text(students: list[Run], reference: Run) -> list[str]:
             at = where[-1]
             notes.append(
                 f"{run.name} was validated on other text from step {counts.steps[at + 1]} on "
-                f"({counts.values[at + 1]:,.0f} tokens, before {counts.values[at]:,.0f})"
+                f"({counts.values[at + 1]:,.0f} tokens, before that {counts.values[at]:,.0f})"
             )
         if other_text(run, reference, "val"):
             (tokens, size), (there, other_size) = _text(run, "val"), _text(reference, "val")
             if math.isclose(size, other_size, rel_tol=_ROUNDING):
-                what, so = "in other tokens", "bits per byte can be compared, CE can not"
+                what, so = "in other tokens", "bits per byte can be compared, CE cannot"
             else:
-                what, so = "on other text", "their losses are no comparison"
+                what, so = "on other text", "their losses cannot be compared"
             notes.append(
-                f"{run.name} was validated {what} than {reference.name} ({tokens:,.0f}, there {there:,.0f}): {so}"
+                f"{run.name} was validated {what} than {reference.name} "
+                f"({tokens:,.0f} tokens, there {there:,.0f}): {so}"
             )
     return notes
 
@@ -170,7 +171,7 @@ def _tests(runs: list[Run]) -> list[str]:
     for run in tested:
         step = int(run.curves["test/ce"].steps[-1])
         if step != run.steps_done:
-            notes.append(f"the test CE of {run.name} is of step {step}, not of step {run.steps_done}")
+            notes.append(f"the test CE of {run.name} is from step {step}, not from step {run.steps_done}")
         if other_text(run, tested[0], "test"):
-            notes.append(f"the test CE of {run.name} is of other text than that of {tested[0].name}")
+            notes.append(f"the test CE of {run.name} is from other text than that of {tested[0].name}")
     return notes

@@ -74,7 +74,7 @@ def markdown(comparison: Comparison) -> str:
     seeds = next((g.n for g in comparison.groups if comparison.reference in g.runs), 1)
     whose = f"mean of the {seeds} seeds of {comparison.reference}" if seeds > 1 else comparison.reference
     is_over = not any(row.running for row in comparison.rows if row.run == comparison.reference)
-    reference = f"Reference: {whose}, {'final' if is_over else 'not at its last step, last'} validation CE {final}."
+    reference = f"Reference: {whose}, {'final' if is_over else 'not finished, latest'} validation CE {final}."
     parts = [
         "# Comparison",
         "\n".join([reference, *(f"Note: {note}." for note in comparison.notes)]),
@@ -137,17 +137,17 @@ def _apart(row: Row, scale: float, unit: str) -> str:
         "seconds": row.reached_seconds_share_with_teacher_training,
     }
     at = " and ".join(f"{share:.1%} of its {name}" for name, share in shares.items() if not math.isnan(share))
-    reached = f"; with it the reference is reached at {at}" if at else ""
-    return f"- {row.run}: apart from these took {' and '.join(known)}{reached}."
+    reached = f"; with that, it reaches the reference's loss at {at}" if at else ""
+    return f"- {row.run}: not included above: {' and '.join(known)}{reached}."
 
 
 def _seeds_table(groups: list[Group]) -> str:
     if all(group.n <= 1 for group in groups):
         under_way = [group.label for group in groups if not group.n]
         if len(under_way) == len(groups):
-            return "No run has reached its last step (n = 0): no mean over seeds, and no spread between them."
-        but = f", none of {', '.join(under_way)} at its last step (n = 0)" if under_way else ""
-        return f"One seed for each experiment (n = 1){but}: nothing is known of the spread between seeds."
+            return "No run has reached its last step (n = 0), so there is no mean over seeds and no spread."
+        but = f", and no finished run of {', '.join(under_way)} (n = 0)" if under_way else ""
+        return f"One seed per experiment (n = 1){but}: the spread between seeds is unknown."
 
     def each(form: str, values: Callable[[Group], Iterable[float]]) -> list[str]:
         return [", ".join(number(value, form) for value in values(group)) or "-" for group in groups]
@@ -228,7 +228,7 @@ def _reach_table(groups: list[Group]) -> str:
             mean if group.n < 2 else f"{mean}: {own}" for group, mean, own in zip(groups, means, each, strict=True)
         ]
     return (
-        "## Where the seeds reach the reference's loss\n\nShares of what the reference took: mean (std): each.\n\n"
+        "## Where the seeds reach the reference's loss\n\nShares of the reference's cost; mean (std): each seed.\n\n"
         + table(columns, text=("experiment",))
     )
 
@@ -248,7 +248,7 @@ def _equal_table(comparison: Comparison) -> str:
         columns[f"at {end / scale:{form}} {unit}"] = [
             f"~{cell}" if is_line and cell != "-" else cell for cell, is_line in cells
         ]
-    line = "\n\n~: between two validations, on a straight line." if any(comparison.between.values()) else ""
+    line = "\n\n~: linear interpolation between two validations." if any(comparison.between.values()) else ""
     is_running = {row.running for row in comparison.rows if row.run in names}
     who = "all finished runs" if len(is_running) > 1 else "all"
     return f"## Validation CE at the last point that {who} have reached\n\n" + table(columns, text=("run",)) + line
@@ -325,7 +325,7 @@ def _panel(ax: Axes, comparison: Comparison, axis: str, divisor: float) -> None:
     runs = {run.name: run for run in comparison.runs}
     rows = {row.run: row for row in comparison.rows}
     level = comparison.reference_val_ce
-    ax.axhline(level, color=REFERENCE_COLOUR, lw=0.6, label="the reference at its end")
+    ax.axhline(level, color=REFERENCE_COLOUR, lw=0.6, label="final CE of the reference")
     looks, methods = list(product(STYLES, COLOURS)), {row.method for row in comparison.rows}
     # the same in each figure, whichever runs are beside them
     known = {method: look for method, look in zip(("SALT step", "RKD"), looks[:2], strict=True) if method in methods}
