@@ -34,15 +34,15 @@ class KeepRule:
     """Which of the scored rows phase 1 reads.
 
     Args:
-        fraction: Share of the rows to keep, 0..1.
+        fraction: Share of the rows to keep, above 0 and at most 1.
         rows: Number of rows to keep, instead of a share.
         order: highest (SALT_DS), or a control: lowest, middle, random.
-        k: A token counts if fewer than k tokens are more likely by the teacher.
-        masked: Tokens outside the top k: zero counts them as 0, drop leaves them out.
-        drop_top: Share of the rows, those of the highest scores, never to be kept: the tail of noise.
-        unread_first: Phase 2 begins with all that phase 1 has not read. false: it goes on in the order of a run
-            without selection.
-        max_repeats: How often phase 1 may read a kept row, on average.
+        k: A token is in the teacher's top k if fewer than k tokens are more likely.
+        masked: Tokens outside the top k: zero counts their loss as 0, drop leaves them out.
+        drop_top: Share of the rows, those with the highest scores, that is never kept: mostly noise.
+        unread_first: Phase 2 begins with all rows that phase 1 has not read. false: it reads rows in the order of a
+            run without selection.
+        max_repeats: How many times phase 1 may read a kept row, on average.
 
     Raises:
         ConfigError: listing every setting that is out of range.
@@ -60,10 +60,10 @@ class KeepRule:
     def __post_init__(self) -> None:
         refuse(wrong_kinds(KeepRule, vars(self), "--data.keep."))
         checks = (
-            ("fraction", 0.0 < self.fraction <= 1.0, "must lie above 0 and at most at 1"),
+            ("fraction", 0.0 < self.fraction <= 1.0, "must be above 0 and at most 1"),
             ("rows", self.rows is None or self.rows >= 1, "must be 1 or more, or null"),
-            ("k", 1 <= self.k <= RANK_CAP, f"must lie in 1..{RANK_CAP}"),
-            ("drop_top", 0.0 <= self.drop_top < 1.0, "must lie at 0 or above, and below 1"),
+            ("k", 1 <= self.k <= RANK_CAP, f"must be in 1..{RANK_CAP}"),
+            ("drop_top", 0.0 <= self.drop_top < 1.0, "must be at least 0 and below 1"),
             ("max_repeats", self.max_repeats > 0, "must be above 0"),
         )  # fmt: skip
         refuse(f"--data.keep.{name} {getattr(self, name)} {wanted}" for name, good, wanted in checks if not good)
@@ -133,8 +133,8 @@ def kept_mask(scores_R: np.ndarray, rule: KeepRule) -> np.ndarray:
     wanted = rule.rows or max(1, round(rule.fraction * num_rows))
     if wanted > num_rows - dropped:
         setting = f"rows {rule.rows}" if rule.rows else f"fraction {rule.fraction}"
-        tail = f" less the {dropped} of --data.keep.drop_top {rule.drop_top}" if dropped else ""
-        raise ConfigError(f"--data.keep.{setting}: {wanted} rows are wanted, there are {num_rows}{tail}; keep fewer")
+        tail = f" minus the {dropped} of --data.keep.drop_top {rule.drop_top}" if dropped else ""
+        raise ConfigError(f"--data.keep.{setting} asks for {wanted} rows, but there are {num_rows}{tail}; keep fewer")
     if rule.order == "random":
         return _of_lowest_lots(~_first(scores_R, dropped), wanted)
     # From the highest score down, rows [begin, begin + wanted) are kept.
@@ -170,7 +170,7 @@ def plan(scores: Scores, rule: KeepRule, seed: int, phase1_rows: int, shares: Sh
     kept_R = kept_mask(score_R, rule)
     kept, inside = RowSet(kept_R), score_R[kept_R]
     drawn = 0.0 if rule.order == "random" else chance(score_R, kept_R)
-    tie = f"; {drawn:.1%} of them score as much as rows that are left out: chance decides" if drawn else ""
+    tie = f"; {drawn:.1%} of them have the same score as rows left out: chance decides" if drawn else ""
     which = f"{rule.name}; S {inside.min():.3f} to {inside.max():.3f}{tie}"
     del score_R, kept_R, inside
     pa.default_memory_pool().release_unused()  # else 20 bytes a row stay with Arrow in each process
@@ -192,13 +192,13 @@ def check_repeats(order: Order | Mixture, rule: KeepRule) -> None:
     of_source = f" of {name!r}" if name else ""
     if not len(worst.kept):
         raise ConfigError(
-            f"--data.keep: of the rows kept none is{of_source}, of which --data.source_weights has {worst.phase1} in "
-            "phase 1; keep more (--data.keep.fraction), or leave --data.source_weights out"
+            f"--data.keep: none of the kept rows is{of_source}, but --data.source_weights asks for {worst.phase1} of "
+            "those in phase 1; keep more (--data.keep.fraction), or leave --data.source_weights out"
         )
     if worst.repeats > rule.max_repeats:
         raise ConfigError(
-            f"--data.keep: phase 1 takes {worst.phase1} rows{of_source} and {len(worst.kept)} are kept, so each is "
-            f"read {worst.repeats:.1f} times; keep more (--data.keep.fraction), shorten --kd.steps, or allow it by "
+            f"--data.keep: phase 1 reads {worst.phase1} rows{of_source}, but {len(worst.kept)} are kept, so each is "
+            f"read {worst.repeats:.1f} times; keep more (--data.keep.fraction), shorten --kd.steps, or allow it with "
             f"--data.keep.max_repeats {math.ceil(worst.repeats)}"
         )
 
@@ -206,7 +206,7 @@ def check_repeats(order: Order | Mixture, rule: KeepRule) -> None:
 def _told(name: str, part: Order) -> str:
     assert part.kept is not None
     kept = f"{name}: {len(part.kept)} of {part.num_rows} rows, " if name else ""
-    then = "reads all, read before or not (--data.keep.unread_first false)"
+    then = "reads all rows, those read before too (--data.keep.unread_first false)"
     if part.unread_first:
         then = f"begins with the {part.num_unread} unread rows"
     return f"{kept}phase 1 reads {part.phase1}, each kept row {part.repeats:.2f} times; phase 2 {then}"
@@ -229,8 +229,8 @@ def row_scores(scores: Scores, k: int, masked: Masked) -> np.ndarray:
         pass  # not there, or damaged
     if missing := scores.missing():
         raise ConfigError(
-            f"{scores.setting}: {scores.run} has {len(missing)} of {scores.scored.num_shards} shards of scores still "
-            "to be made; run the same `cli.py predict` again, it goes on where it stopped"
+            f"{scores.setting}: {scores.run} lacks {len(missing)} of {scores.scored.num_shards} shards of scores; run "
+            "the same `cli.py predict` again, it continues where it stopped"
         )
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         parts = pool.map(lambda shard: score_rows(*scores.read(shard), k, masked), range(scores.scored.num_shards))

@@ -102,14 +102,14 @@ def test_a_baseline_is_split_by_the_teachers_loss(settings, teacher, looked_at, 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"data.val_fraction": 0.2}, "was made on other held-out text (--data.source, val_source, test_source"),
-        ({"data.val_rows": 5}, "was made on other --data.val_rows"),
-        ({"data.block_size": 16}, "was made on other --data.block_size and --data.val_rows"),
-        ({"data.isolate_documents": False}, "was made on other --data.isolate_documents"),
+        ({"data.val_fraction": 0.2}, "was made with other held-out text (--data.source, val_source, test_source"),
+        ({"data.val_rows": 5}, "was made with other --data.val_rows"),
+        ({"data.block_size": 16}, "was made with other --data.block_size and --data.val_rows"),
+        ({"data.isolate_documents": False}, "was made with other --data.isolate_documents"),
         ({"data.vocab_size": 290}, "and --data.tokenizer"),
         (
             {"data.difficulty": "/nowhere"},
-            "--data.difficulty /nowhere: no validate/documents.parquet in it; `cli.py va",
+            "--data.difficulty /nowhere: no validate/documents.parquet in it; to write it, run `cli.py va",
         ),
     ],
 )
@@ -124,7 +124,7 @@ def test_a_part_of_the_text_makes_no_file(settings, teacher, tmp_path, caplog):
     base = {"run": str(tmp_path / "run"), "ckpt_path": teacher, "data.micro_batch_size": 2}
     for part in ({"trainer.limit_val_batches": 2}, {"trainer.limit_val_batches": 0.5}):
         assert cli.main(["validate", *arguments(own, base, part)]) == 0
-    assert caplog.text.count("batches were read: no losses of documents are written") == 2
+    assert caplog.text.count("batches were read, so losses per document are not written") == 2
     assert not list(tmp_path.rglob("*.parquet"))
 
 

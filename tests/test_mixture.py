@@ -466,4 +466,4 @@ def test_phase_1_is_over_whatever_the_batch_is_now(weighted, teacher, tmp_path, 
     assert "phase 1 reads 32, each kept row" in said[0]
     begun = {"ckpt_path": None, "run": str(tmp_path / "anew")}
     assert run(["fit", *arguments(taught, larger, begun)]) == 2
-    assert "--data.keep: phase 1 takes 1024 rows" in capsys.readouterr().err
+    assert "--data.keep: phase 1 reads 1024 rows" in capsys.readouterr().err

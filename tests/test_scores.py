@@ -92,7 +92,7 @@ def test_scores_of_something_else_are_refused(scores, change, named):
     if set(change) <= {"teacher", "precision"}:
         used.require(replace(SCORED, teacher="", precision=""))
     else:
-        with pytest.raises(ConfigError, match=f"--data.selection .*{named}.*score this data by `cli.py predict`"):
+        with pytest.raises(ConfigError, match=f"--data.selection .*{named}.*score this data with `cli.py predict`"):
             used.require(replace(SCORED, teacher="", precision="", **change))
 
 
@@ -101,7 +101,7 @@ def test_the_folder_or_its_manifest_may_be_given(scores, tmp_path):
     with pytest.raises(ConfigError, match=r"--data.selection: .*scores.json does not exist; give the folder of a run"):
         Scores(tmp_path / "nothing", "--data.selection")
     (scores.run / "scores.json").write_text("{}")
-    with pytest.raises(ConfigError, match="is no manifest of scores"):
+    with pytest.raises(ConfigError, match="is not a manifest of scores"):
         Scores(scores.run, "--data.selection")
 
 
@@ -125,7 +125,7 @@ def test_a_damaged_or_foreign_shard_is_named(scores, damage):
         other = Scores.create(scores.run.parent / "other", replace(SCORED, teacher="other"), {})
         other.write(1, np.zeros((4, 4), np.float32), np.zeros((4, 4)))
         path.write_bytes(other.path(1).read_bytes())
-    reason = "of other scores" if damage in ("swapped", "foreign") else "damaged"
+    reason = "from other scores" if damage in ("swapped", "foreign") else "damaged"
     with pytest.raises(ConfigError, match=f"00000001.parquet is {reason}.*; delete it and run the same predict again"):
         scores.read(1)
 

@@ -217,7 +217,7 @@ def test_the_last_shard_alone_takes_its_own_rows_and_adds_its_own_seconds(
     after = json.loads((run / "scores.json").read_text())
     seconds = after["scoring_s"] - 1000
     assert 0 < seconds < wall_s
-    found = re.search(r"scored ([\d,]+) tokens in ([\d.]+) s, [\d,]+ a second and device", caplog.text)
+    found = re.search(r"scored ([\d,]+) tokens in ([\d.]+) s, [\d,]+ per second and device", caplog.text)
     assert int(found[1].replace(",", "")) == rows * 32
     assert float(found[2]) == pytest.approx(seconds, abs=0.06)
     assert f"all rows: {after['scoring_flops']:.3g} FLOPs, {after['scoring_s']:.1f} s; " in caplog.text
@@ -236,7 +236,7 @@ def test_a_signal_keeps_what_is_done_and_says_how_to_go_on(of_data, teacher, tmp
     with with_callback(StopScoring(5, number)):  # 2 batches a shard: the last of the third
         assert cli.main(["predict", *args]) == 128 + number
     total = Scores(tmp_path, "--run").scored.num_shards
-    expected = f"stopped by {number.name}; {total - 3} of {total} shards are left, the same command goes on with them"
+    expected = f"stopped by {number.name}; {total - 3} of {total} shards are left; to continue, run the same command"
     assert expected in capsys.readouterr().out
     assert signal.getsignal(number) == before
     assert cli.main(["predict", *args]) == 0
@@ -297,13 +297,13 @@ def test_a_complete_folder_is_left_as_it_is(scored, of_data, teacher, capsys):
         ({"model.teacher.dtype": "bfloat16"}, "that do not fit --model.teacher.dtype"),
         (
             {"trainer.strategy": {"class_path": "salt_lightning.parallel.FSDP2"}},
-            "FSDP2 shards models, and each device scores with a",
+            "FSDP2 shards models, but predict needs the whole",
         ),
         (
             {"ckpt_path": "some.ckpt"},
             "--ckpt_path some.ckpt: predict scores with the teacher; give it as --model.teacher",
         ),
-        ({"model.teacher.path": None}, "--model.teacher.path is null: predict scores with the teacher"),
+        ({"model.teacher.path": None}, "--model.teacher.path is null, but predict scores with the teacher"),
         ({"model.teacher.path": "/no/such.ckpt"}, "--model.teacher.path /no/such.ckpt does not exist"),
     ],
 )
@@ -424,11 +424,11 @@ def test_the_control_without_kd_reads_the_same_rows(fit_with, ds, tmp_path):
         ),
         ({"data.val_fraction": 0.3, "kd.weight": 0.0}, "do not fit --data.source"),
         ({"data.vocab_size": 290}, "do not fit --data.source .* and --data.tokenizer"),
-        ({"data.keep.fraction": 1.5}, "--data.keep.fraction 1.5 must lie above 0 and at most at 1"),
+        ({"data.keep.fraction": 1.5}, "--data.keep.fraction 1.5 must be above 0 and at most 1"),
         ({"data.selection": "/nowhere"}, "--data.selection: /nowhere/scores.json does not exist; give the folder"),
         ({"data.selection": None}, "--data.keep: .* needs --data.selection"),
         ({"data.keep.rows": 5}, "so each is read 9.6 times; keep more"),
-        ({"data.keep.rows": 10**6}, "--data.keep.rows 1000000: 1000000 rows are wanted, there are"),
+        ({"data.keep.rows": 10**6}, "--data.keep.rows 1000000 asks for 1000000 rows, but there are"),
     ],
 )
 def test_selections_that_do_not_fit(fit_with, ds, tmp_path, capsys, change, message):
@@ -449,4 +449,4 @@ def test_a_corrupt_or_missing_shard_is_named(fit_with, ds, scored, tmp_path, cap
     assert "00000002.parquet is damaged" in capsys.readouterr().err
     shard.unlink()
     assert fit_with(tmp_path / "run", **{**ds, "data.selection": str(copy / "scores.json")}) == 2
-    assert re.search(r"1 of \d+ shards of scores still to be made", capsys.readouterr().err)
+    assert re.search(r"lacks 1 of \d+ shards of scores", capsys.readouterr().err)

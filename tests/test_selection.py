@@ -149,11 +149,11 @@ def test_random_rows_do_not_follow_the_scores():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"fraction": 1.5}, "--data.keep.fraction 1.5 must lie above 0 and at most at 1"),
+        ({"fraction": 1.5}, "--data.keep.fraction 1.5 must be above 0 and at most 1"),
         ({"fraction": 0.0}, "--data.keep.fraction 0.0 must"),
         ({"fraction": -0.1}, "--data.keep.fraction -0.1 must"),
         ({"rows": 0}, "--data.keep.rows 0 must be 1 or more"),
-        ({"k": 0}, "--data.keep.k 0 must lie in 1..65534"),
+        ({"k": 0}, "--data.keep.k 0 must be in 1..65534"),
         ({"k": 65535}, "--data.keep.k 65535"),
         ({"masked": "x"}, "--data.keep.masked 'x' must be zero or drop"),
         ({"order": "best"}, "--data.keep.order 'best' must be highest or lowest or middle or random"),
@@ -172,9 +172,9 @@ def test_all_wrong_settings_at_once():
 
 
 def test_more_rows_than_there_are():
-    with pytest.raises(ConfigError, match=r"--data.keep.rows 11: 11 rows are wanted, there are 10; keep fewer"):
+    with pytest.raises(ConfigError, match=r"--data.keep.rows 11 asks for 11 rows, but there are 10; keep fewer"):
         kept_rows(SCORES, KeepRule(rows=11))
-    with pytest.raises(ConfigError, match=r"fraction 0.95: 10 rows .* less the 1 of --data.keep.drop_top 0.1"):
+    with pytest.raises(ConfigError, match=r"fraction 0.95 asks for 10 rows.* minus the 1 of --data.keep.drop_top 0.1"):
         kept_rows(SCORES, KeepRule(fraction=0.95, drop_top=0.1))
 
 
@@ -310,10 +310,10 @@ def test_row_scores_of_all_shards_are_kept_beside_them(scores):
         assert row_scores(scores, 10, "zero").tolist() == found.tolist()
     scores.path(1).unlink()
     assert row_scores(scores, 10, "zero").tolist() == found.tolist()  # from the file
-    with pytest.raises(ConfigError, match="has 1 of 3 shards of scores still to be made"):
+    with pytest.raises(ConfigError, match="lacks 1 of 3 shards of scores; run the same"):
         row_scores(scores, 5, "zero")
     (scores.run / "scores" / "S-k10-zero.parquet").write_bytes(b"damaged")
-    with pytest.raises(ConfigError, match="still to be made"):
+    with pytest.raises(ConfigError, match="shards of scores; run the same"):
         row_scores(scores, 10, "zero")
 
 
@@ -344,10 +344,10 @@ def test_the_plan_says_what_it_does(scores):
     assert "4 of 10 rows (highest, k 10, masked zero; S " in message
     assert "phase 1 reads 6, each kept row 1.50 times; phase 2 begins with the 6 unread rows" in message
     message = plan(scores, KeepRule(rows=4, unread_first=False), 0, 6).said
-    assert "phase 2 reads all, read before or not (--data.keep.unread_first false)" in message
+    assert "phase 2 reads all rows, those read before too (--data.keep.unread_first false)" in message
     order, by_chance, message = plan(scores, KeepRule(rows=9, k=1), 0, 6)
     assert by_chance == chance(row_scores(scores, 1, "zero"), order.kept.mask_R) > 0
-    assert f"; {by_chance:.1%} of them score as much as rows that are left out: chance decides)" in message
+    assert f"; {by_chance:.1%} of them have the same score as rows left out: chance decides)" in message
     _, by_chance, message = plan(scores, KeepRule(rows=9, k=1, order="random"), 0, 6)
     assert by_chance == 0
     assert "chance" not in message
@@ -356,7 +356,7 @@ def test_the_plan_says_what_it_does(scores):
 def test_reading_the_kept_rows_too_often_is_refused(scores):
     with pytest.raises(
         ConfigError,
-        match="takes 40 rows and 4 are kept, so each is read 10.0 times; keep more.*--data.keep.max_repeats 10$",
+        match="reads 40 rows, but 4 are kept, so each is read 10.0 times; keep more.*--data.keep.max_repeats 10$",
     ):
         check_repeats(plan(scores, KeepRule(rows=4), 0, 40).order, KeepRule(rows=4))
     order, allowed = plan(scores, KeepRule(rows=4), 0, 40).order, KeepRule(rows=4, max_repeats=10.0)
@@ -369,7 +369,7 @@ def test_a_selection_of_sources_with_weights(scores):
     kept = kept_rows(row_scores(scores, 10, "zero"), KeepRule(rows=4)).tolist()
     shares = Shares(("web", "code"), (3.0, 1.0), (0, kept[0] + 1, 10))
     with pytest.raises(
-        ConfigError, match="takes 6 rows of 'web' and 1 are kept, so each is read 6.0 times; .*repeats 6$"
+        ConfigError, match="reads 6 rows of 'web', but 1 are kept, so each is read 6.0 times; .*repeats 6$"
     ):
         check_repeats(plan(scores, KeepRule(rows=4), 0, 8, shares).order, KeepRule(rows=4))
     order, _, message = plan(scores, KeepRule(rows=4, max_repeats=6.0), 0, 8, shares)
@@ -380,7 +380,7 @@ def test_a_selection_of_sources_with_weights(scores):
     assert f"; web: 1 of {kept[0] + 1} rows, phase 1 reads 6, each kept row 6.00 times; phase 2 begins with" in message
     assert f"; code: 3 of {9 - kept[0]} rows, phase 1 reads 2, each kept row 0.67 times; phase 2 begins" in message
     apart = Shares(("web", "code"), (1.0, 1.0), (0, kept[0], 10))
-    with pytest.raises(ConfigError, match="of the rows kept none is of 'web', of which --data.source_weights has 4 in"):
+    with pytest.raises(ConfigError, match="none of the kept rows is of 'web', but --data.source_weights asks for 4 of"):
         check_repeats(plan(scores, KeepRule(rows=4), 0, 8, apart).order, KeepRule(rows=4))
 
 

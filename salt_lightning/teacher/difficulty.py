@@ -82,8 +82,8 @@ def find_files(place: Path, verb: str) -> list[Path]:
     files = [place] if place.is_file() else [file for v in verbs if (file := place / v / _FILE).is_file()]
     if not files:
         raise ConfigError(
-            f"--data.difficulty {place}: no validate/{_FILE} in it; `cli.py validate --run {place} --ckpt_path last`, "
-            "with the teacher's config and the --data of this run, writes it"
+            f"--data.difficulty {place}: no validate/{_FILE} in it; to write it, run `cli.py validate --run {place} "
+            "--ckpt_path last` with the teacher's config and the --data settings of this run"
         )
     return files
 
@@ -105,9 +105,9 @@ def read_thirds(place: Path, held_out: HeldOut, verb: str) -> np.ndarray:
         differing = [_MEANING[key] for key, value in asdict(held_out).items() if made_on.get(key) != value]
         if not differing:
             break
-        problems.append(f"--data.difficulty {file} was made on other {' and '.join(differing)}")
+        problems.append(f"--data.difficulty {file} was made with other {' and '.join(differing)}")
     else:
-        raise ConfigError(f"{problems[0]}; validate the teacher with the --data of this run, or set it to null")
+        raise ConfigError(f"{problems[0]}; validate the teacher with this run's --data settings, or set it to null")
     nll_D, tokens_D = table["nll"].to_numpy(), table["tokens"].to_numpy()
     third_D = thirds(nll_D, tokens_D)
     if (judged := int((third_D >= 0).sum())) < len(THIRDS):
@@ -118,7 +118,7 @@ def read_thirds(place: Path, held_out: HeldOut, verb: str) -> np.ndarray:
         tokens = tokens_D[inside_D].sum()
         parts.append(
             f"{name} {inside_D.sum()} documents"
-            + (f" of {tokens} tokens, CE {nll_D[inside_D].sum() / tokens:.4f}" if tokens else "")
+            + (f" with {tokens} tokens, CE {nll_D[inside_D].sum() / tokens:.4f}" if tokens else "")
         )
     rank_zero_info(f"difficulty by {origin}: {'; '.join(parts)}")
     return third_D
@@ -130,7 +130,7 @@ def _read(file: Path) -> tuple[pa.Table, str, dict[str, Any]]:
         about = json.loads((table.schema.metadata or {})[b"documents"])
         if table.column_names == ["document", "nll", "tokens"]:
             return table, about["model"], about["held_out"]
-        reason = "other columns"
+        reason = "unexpected columns"
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
         reason = first_line(error)
     raise ConfigError(
@@ -161,7 +161,7 @@ class DocumentLossWriter(pl.Callback):
         batches = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
         read, all_batches = sum(batches), len(trainer.datamodule.val_dataloader())  # type: ignore[attr-defined]
         if read < all_batches:
-            rank_zero_info(f"{read} of {all_batches} batches were read: no losses of documents are written")
+            rank_zero_info(f"{read} of {all_batches} batches were read, so losses per document are not written")
             return
         if not trainer.is_global_zero:
             return

@@ -57,15 +57,15 @@ def _summary(scores: Scores, score_R: np.ndarray, kept: np.ndarray, rule: KeepRu
     low, middle, high = np.quantile(score_R, (0.1, 0.5, 0.9))
     by_chance = chance(score_R, kept)
     remark = (
-        f"- **{by_chance:.0%} of the rows kept score as much as rows that are left out**: chance decides among these. "
-        f"Take {LESS_CHANCE}."
+        f"- **{by_chance:.0%} of the rows kept have the same score as rows left out**: chance decides between them. "
+        f"Use {LESS_CHANCE}."
     )
     return "\n".join(
         [
             f"- {len(score_R)} rows of {scores.scored.block_size} tokens, scored by {name} "
             f"({scores.scored.precision}; {scores.manifest.get('scoring_flops', float('nan')):.3g} FLOPs).",
             f"- S(x), k {rule.k}, tokens outside the top k: {rule.masked}. Share of rows that score 0: "
-            f"{zeros:.1%}. Mean {score_R.mean():.4f}; 10%, 50%, 90% quantile: {low:.4f}, {middle:.4f}, "
+            f"{zeros:.1%}. Mean {score_R.mean():.4f}; 10%, 50%, 90% quantiles: {low:.4f}, {middle:.4f}, "
             f"{high:.4f}; highest {score_R.max():.4f}.",
             f"- The rule {rule.name} keeps {len(inside)} rows ({len(inside) / len(score_R):.1%}), "
             f"S {inside.min():.4f} to {inside.max():.4f}.",
@@ -81,7 +81,7 @@ def _by_k(of_k: dict[int, np.ndarray], rule: KeepRule) -> str:
         "mean S": [f"{s.mean():.4f}" for s in of_k.values()],
         "highest S": [f"{s.max():.4f}" for s in of_k.values()],
     }
-    return f"## Other k (masked: {rule.masked})\n\n" + table(columns)
+    return f"## Other values of k (masked: {rule.masked})\n\n" + table(columns)
 
 
 def _overlap(kept: dict[int, np.ndarray], of_k: dict[int, np.ndarray], rule: KeepRule) -> str:
@@ -91,8 +91,8 @@ def _overlap(kept: dict[int, np.ndarray], of_k: dict[int, np.ndarray], rule: Kee
         columns[f"k = {k}"] = [
             "-" if {k, other} & drawn else f"{share:.1%}" for other, share in zip(kept, shares, strict=True)
         ]
-    note = "\n\n-: most of the rows kept tie with rows that are left out." if drawn else ""
-    return f"## Rows that two k would keep alike ({rule.order})\n\n" + table(columns, text=("kept by both",)) + note
+    note = "\n\n-: most of the rows kept have the same score as rows left out." if drawn else ""
+    return f"## Rows that two values of k both keep ({rule.order})\n\n" + table(columns, text=("kept by both",)) + note
 
 
 def _examples(scores: Scores, score_R: np.ndarray, rule: KeepRule, decode: Callable[[int], str]) -> str:

@@ -60,7 +60,7 @@ class Scored:
 
 
 _MEANING = {
-    "rows": "--data.source (another text, or another share of it for validation)",
+    "rows": "--data.source (other text, or another share of it held out)",
     "tokenizer": "--data.tokenizer",
     "num_rows": "--data.source (another number of rows)",
     "block_size": "--data.block_size",
@@ -89,7 +89,7 @@ class Scores:
             self.manifest: dict[str, Any] = json.loads(path.read_text())
             self.scored = Scored(**self.manifest["scored"])
         except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{setting}: {path} is no manifest of scores ({error}); run predict again") from error
+            raise ConfigError(f"{setting}: {path} is not a manifest of scores ({error}); run predict again") from error
 
     @classmethod
     def create(cls, run: Path, scored: Scored, extra: dict[str, Any]) -> Scores:
@@ -141,7 +141,7 @@ class Scores:
         if other:
             raise ConfigError(
                 f"{self.setting} {self.run} holds scores that do not fit {' and '.join(other)}; "
-                + ("choose another --run" if self.setting == "--run" else "score this data by `cli.py predict` first")
+                + ("choose another --run" if self.setting == "--run" else "score this data with `cli.py predict` first")
             )
 
     def path(self, shard: int) -> Path:
@@ -189,7 +189,7 @@ class Scores:
                 flat = (table[name].combine_chunks().flatten().to_numpy() for name in ("nll", "rank"))
                 nll_RT, rank_RT = (column.reshape(-1, self.scored.block_size) for column in flat)
                 return nll_RT, rank_RT
-            reason = "of other scores"
+            reason = "from other scores"
         except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
             reason = f"damaged: {first_line(error)}"
         raise ConfigError(f"{self.setting}: {path} is {reason}; delete it and run the same predict again")

@@ -33,8 +33,8 @@ def check_strategy(trainer: pl.Trainer) -> None:
     """Raises ConfigError for a strategy that shards models."""
     if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
         raise ConfigError(
-            f"--trainer.strategy {type(trainer.strategy).__name__} shards models, and each device scores with a whole "
-            "teacher: use --trainer.strategy ddp"
+            f"--trainer.strategy {type(trainer.strategy).__name__} shards models, but predict needs the whole teacher "
+            "on each device; use --trainer.strategy ddp"
         )
 
 
@@ -64,7 +64,7 @@ class ScoreWriter(pl.Callback):
         self._stopped_by, self._filled = None, 0
         if not pl_module.has_teacher:
             raise ConfigError(
-                "--model.teacher.path is null: predict scores with the teacher. Give an early checkpoint of it, a "
+                "--model.teacher.path is null, but predict scores with the teacher; give an early checkpoint of it, a "
                 "Hugging Face folder or a hub name"
             )
         check_strategy(trainer)
@@ -95,7 +95,7 @@ class ScoreWriter(pl.Callback):
         done = scored.num_shards - len(missing)
         self._spent_s = self.scores.manifest.get("scoring_s", math.nan if done else 0.0)
         rank_zero_info(
-            f"scoring {scored.num_rows} rows of {scored.block_size} in {scored.num_shards} shards, {done} done"
+            f"scoring {scored.num_rows} rows of {scored.block_size} tokens in {scored.num_shards} shards, {done} done"
         )
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -127,8 +127,8 @@ class ScoreWriter(pl.Callback):
             left = len(self.scores.missing())
             raise Stopped(
                 self._stopped_by,
-                f"stopped by {self._stopped_by.name}; {left} of {self.scores.scored.num_shards} shards are left, the "
-                "same command goes on with them",
+                f"stopped by {self._stopped_by.name}; {left} of {self.scores.scored.num_shards} shards are left; to "
+                "continue, run the same command",
             )
 
     def _write(self, shard: int, is_first: bool) -> None:
@@ -138,7 +138,7 @@ class ScoreWriter(pl.Callback):
             row = rows[np.flatnonzero(~np.isfinite(nll_RT).all(1))[0]]
             raise ConfigError(
                 f"--model.teacher.path: the teacher's loss is not finite in row {row}; is it a trained model? "
-                "--model.teacher.dtype float32 helps one that overflows"
+                "if it overflows, set --model.teacher.dtype float32"
             )
         self._wait()
         assert self._pool is not None
@@ -182,7 +182,7 @@ class ScoreWriter(pl.Callback):
         if self._num_tokens and trainer.is_global_zero:
             seconds = self._seconds
             speed = self._num_tokens / seconds / trainer.world_size
-            rank_zero_info(f"scored {self._num_tokens:,} tokens in {seconds:.1f} s, {speed:,.0f} a second and device")
+            rank_zero_info(f"scored {self._num_tokens:,} tokens in {seconds:.1f} s, {speed:,.0f} per second and device")
             self._note(seconds)
         pl_module.release_teacher()
         if trainer.is_global_zero:
