@@ -47,14 +47,14 @@ class SALTModule(extension.KeepsModes):
     Args:
         student: The model to train.
         teacher: The model to learn from; path null is BASELINE.
-        teacher_temperature: T of the teacher's softmax; the student stays at 1 and there is no factor T^2.
+        teacher_temperature: Temperature T of the teacher's softmax; the student's stays 1, and there is no factor T^2.
         optim: Optimizer and learning rate.
         compile: Compile student and teacher with torch.compile, in place.
-        activation_checkpointing: Keep each block's input alone and compute the block again in backward: a third more
-            compute of the student for most of its memory.
+        activation_checkpointing: Store only each block's input and recompute the block in backward: saves most
+            activation memory for a third more compute of the student.
         accuracy: How the head loss stores logits: accurate, or fast (bf16).
-        logits_budget_gib: Memory that the head loss may use for logits, GiB; what a few thousand rows need is granted.
-        seed: Of the student's initial weights and of dropout. null: that of seed_everything.
+        logits_budget_gib: Memory in GiB that the head loss may use for logits; a few thousand rows always fit.
+        seed: Seed of the student's initial weights and of dropout. null: that of seed_everything.
 
     Raises:
         ConfigError: for a setting out of range, a teacher that does not fit, a checkpoint of another student.
@@ -372,7 +372,9 @@ class SALTModule(extension.KeepsModes):
     def predict_step(self, batch: Batch, batch_idx: int) -> Batch:
         """The teacher's loss and rank of every label, B x T; -1 is the rank of a position without label."""
         if self.teacher is None:
-            raise ConfigError("predict scores with the teacher: add a salt_lightning.teacher.scoring.ScoreWriter")
+            raise ConfigError(
+                "predict needs a loaded teacher; add the callback salt_lightning.teacher.scoring.ScoreWriter"
+            )
         labels_BT = batch["labels"]
         stats = partial(self._label_stats, labels_BT.flatten())
         nll_N, rank_N = self.teacher(batch["input_ids"], batch["positions"], stats, batch.get("cu_seqlens"))

@@ -330,15 +330,15 @@ ERRORS = {
     ),
     "a callback that chooses the start": (
         {"trainer.callbacks": [{"class_path": f"lightning.pytorch.callbacks.{CRASH}", "init_args": {"dirpath": "x"}}]},
-        rf"--trainer.callbacks {CRASH} is not supported: the next run would start from its file, whatever that run is",
+        rf"--trainer.callbacks {CRASH} is not supported: any later run would start from its file; use --checkpoint",
     ),
     "a callback that counts epochs": (
         {"trainer.callbacks": [{"class_path": f"lightning.pytorch.callbacks.{SWA}", "init_args": {"swa_lrs": 0.01}}]},
-        rf"--trainer.callbacks {SWA} is not supported: it counts epochs, of which a run has one",
+        rf"--trainer.callbacks {SWA} is not supported: it counts epochs, and a run has only one, so",
     ),
     "a callback that monitors what nobody logs": (
         {"trainer.callbacks": [{"class_path": EARLY, "init_args": {"monitor": "val_loss"}}]},
-        r"--trainer.callbacks EarlyStopping: monitor val_loss is logged by nobody; use val/ce",
+        r"--trainer.callbacks EarlyStopping: monitor val_loss is never logged; use val/ce",
     ),
     "warm-up longer than the run": ({"model.optim.warmup_steps": 50}, r"--model.optim.warmup_steps 50"),
     "rate of zero": ({"model.optim.lr": 0}, r"--model.optim.lr 0.* must be above 0"),

@@ -95,7 +95,7 @@ def test_an_evaluation_on_what_the_run_has_trained_on(corpus, settings, tmp_path
     assert cli.main(["fit", *arguments(settings, own)]) == 0
     fewer = {k: v for k, v in settings.items() if not k.startswith(("checkpoint.", "model."))}
     again = {"run": str(tmp_path / "run"), "ckpt_path": "last", "data.tokenizer": str(tmp_path / "run/tokenizer")}
-    said = "warning: held-out text: this share of --data.source is not what the run has held out: it has trained on it"
+    said = "warning: held-out text: this share of --data.source is not the one that the run held out, so the run has "
     for verb, others, warned in (
         ("validate", {}, False),
         ("validate", {"data.val_rows": 1}, False),

@@ -618,9 +618,9 @@ def test_sizes_that_do_not_divide_name_the_nearest():
         accumulation(64, 6, 4)
     assert str(caught.value) == (
         "--data.global_batch_size: 64 rows do not divide into micro-batches of 6 (--data.micro_batch_size) "
-        "on 4 devices; take 48 or 72, or --data.micro_batch_size 4 or 8"
+        "on 4 devices; use 48 or 72, or --data.micro_batch_size 4 or 8"
     )
-    with pytest.raises(ConfigError, match=r"2 rows .* on 3 devices; take 3$"):
+    with pytest.raises(ConfigError, match=r"2 rows .* on 3 devices; use 3$"):
         accumulation(2, 1, 3)
 
 

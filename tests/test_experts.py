@@ -97,7 +97,7 @@ def test_check_tells_their_memory(settings, tmp_path, capsys, precision):
     out = capsys.readouterr().out
     assert "iB at its peak with 8 rows per micro-batch" in " ".join(out.split())
     assert "not estimated" not in out
-    assert " ".join(out.split()).count("layers of experts, and nothing evens out what the routers send to each") == 1
+    assert " ".join(out.split()).count("layers of experts, but nothing balances the load of the experts") == 1
     assert "not given, so the family's defaults: moe_intermediate_size 768" in " ".join(out.split())
     assert moe._grouped_mm is original
 

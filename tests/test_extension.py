@@ -213,10 +213,10 @@ HOOKS = ["on_before_optimizer_step", "on_train_batch_start", "configure_gradient
 
 @pytest.mark.parametrize("hook", HOOKS)
 def test_a_hook_that_does_not_call_super_is_refused(hook):
-    with pytest.raises(ConfigError, match=rf"^Mine.{hook} has to call super\(\).{hook}\(...\)"):
+    with pytest.raises(ConfigError, match=rf"^Mine.{hook} must call super\(\).{hook}\(...\)"):
         type("Mine", (SALTModule,), {hook: lambda self, *args, **kwargs: None})
     mixin = type("Mixin", (), {hook: lambda self, *args, **kwargs: None})
-    with pytest.raises(ConfigError, match=rf"^Mine.{hook} has"):
+    with pytest.raises(ConfigError, match=rf"^Mine.{hook} must"):
         type("Mine", (mixin, SALTModule), {})
 
 
@@ -270,7 +270,7 @@ def test_the_loss_of_the_page_trains_a_projection_that_decays_and_resumes(data, 
     last = str(tmp_path / "whole/checkpoints/step-00000006.ckpt")
     assert cli.main(["export", last, str(tmp_path / "hf")]) == 0
     assert "left out, not part of the model: student.projection.weight" in capsys.readouterr().out
-    with pytest.raises(ConfigError, match=r"what a subclass .* has added \(student.projection.weight\): go on"):
+    with pytest.raises(ConfigError, match=r"parts that a subclass .* added \(student.projection.weight\); resume"):
         trainer(tmp_path).validate(SALTModule(ModelSpec(config=SIZES)), data, ckpt_path=last)
     resumed, _ = fit("resumed", ckpt_path=str(tmp_path / "whole/checkpoints/step-00000003.ckpt"))
     for key, value in module.student.state_dict().items():
@@ -299,7 +299,7 @@ def test_the_balance_of_the_page_is_a_loss_that_a_plain_student_lacks(data, teac
         share[cls] = float(4 * (chosen.mean(0) * probability.mean(0)).sum())
     assert share[names["Balanced"]] < share[SALTModule]
     assert float(run.callback_metrics["train/balance"]) == pytest.approx(share[names["Balanced"]], rel=0.1)
-    assert "note: balance: 1 layers of experts, and nothing evens out" in said[SALTModule]
+    assert "note: balance: 1 layers of experts, but nothing balances the load" in said[SALTModule]
     assert "note: balance" not in said[names["Balanced"]]
 
 
@@ -355,7 +355,7 @@ def test_the_optimizer_of_the_page(data, tmp_path):
     run = trainer(tmp_path, max_steps=12)
     run.fit(slow, data, ckpt_path=middle)
     assert {group["momentum"] for group in run.optimizers[0].param_groups} == {0.1}  # not the checkpoint's
-    with pytest.raises(ConfigError, match="is of another OptimSpec, which differs in momentum: go on with the class"):
+    with pytest.raises(ConfigError, match="another OptimSpec class, which differs in momentum; resume with that class"):
         trainer(tmp_path, max_steps=12).fit(SALTModule(ModelSpec(config=SIZES)), data, ckpt_path=middle)
 
 
@@ -454,11 +454,11 @@ def frozen(module):
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ({"configure_optimizers": own_optimizer}, "an optimizer of your own .* does not go with SALTModule"),
+        ({"configure_optimizers": own_optimizer}, "an optimizer of your own .* does not work with SALTModule"),
         ({"configure_optimizers": own_scheduler}, "a learning-rate scheduler of your own would be overwritten"),
-        ({"configure_optimizers": frozen}, "no parameter of the student trains: all have requires_grad False"),
-        ({"scale": torch.nn.Parameter(torch.ones(3))}, "^scale: parameters beside the student .* in extend_student$"),
-        ({"automatic_optimization": False}, "automatic_optimization False: SALTModule's steps are Lightning's"),
+        ({"configure_optimizers": frozen}, "no parameter of the student is trained: all have requires_grad False"),
+        ({"scale": torch.nn.Parameter(torch.ones(3))}, "^scale: parameters outside the student .* in extend_student$"),
+        ({"automatic_optimization": False}, "automatic_optimization False: SALTModule needs Lightning to do"),
     ],
 )
 def test_parts_of_a_subclass_that_a_step_would_pass_over_are_refused(parts, message, data, tmp_path):
@@ -471,7 +471,7 @@ def test_parts_of_a_subclass_that_a_step_would_pass_over_are_refused(parts, mess
 
 
 def test_a_call_of_the_name_on_something_else_is_not_enough():
-    with pytest.raises(ConfigError, match=r"^Mine.setup has to call super\(\).setup"):
+    with pytest.raises(ConfigError, match=r"^Mine.setup must call super\(\).setup"):
 
         class Mine(SALTModule):
             def setup(self, stage):
@@ -544,16 +544,16 @@ BATCH = {"input_ids": IDS, "labels": IDS + 1, "positions": torch.arange(16).repe
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
-        ([BATCH["input_ids"], BATCH["labels"]], "a batch is a dictionary with input_ids, labels, .* not a list"),
+        ([BATCH["input_ids"], BATCH["labels"]], "a batch must be a dict with input_ids, labels, .* not a list"),
         ({k: v for k, v in BATCH.items() if k not in ("positions", "step_tokens")}, "no tensor positions, step_tokens"),
         ({**BATCH, "step_tokens": 32}, "a batch has no tensor step_tokens"),
-        ({**BATCH, "labels": BATCH["labels"][:, 1:]}, "must be of one shape, rows x tokens, not {'input_ids': "),
-        ({k: v.flatten() if v.ndim else v for k, v in BATCH.items()}, "must be of one shape, rows x tokens"),
-        ({**BATCH, "labels": IDS}, "labels equal its input_ids: a label is the token that comes next"),
+        ({**BATCH, "labels": BATCH["labels"][:, 1:]}, "must have one shape, rows x tokens, not {'input_ids': "),
+        ({k: v.flatten() if v.ndim else v for k, v in BATCH.items()}, "must have one shape, rows x tokens"),
+        ({**BATCH, "labels": IDS}, "labels equal its input_ids: each label must be the next token"),
         ({**BATCH, "labels": torch.where(IDS % 3 > 0, IDS, -100)}, "labels equal its input_ids"),
         ({**BATCH, "step_tokens": torch.tensor([32, 32])}, r"step_tokens must be one number, not \[2\]"),
-        ({**BATCH, "step_tokens": torch.tensor(1)}, "step_tokens of the batches is 1, and the first .* had 32 labels"),
-        ({**BATCH, "step_tokens": torch.tensor(64)}, "step_tokens of the batches is 64, and .* scaled by that"),
+        ({**BATCH, "step_tokens": torch.tensor(1)}, "step_tokens of the batches is 1, but the first .* had 32 labels"),
+        ({**BATCH, "step_tokens": torch.tensor(64)}, "step_tokens of the batches is 64, but .* scaled wrongly"),
     ],
 )
 def test_batches_that_would_train_something_else_are_refused(batch, message, tmp_path):
@@ -575,7 +575,7 @@ def test_other_kinds_of_batches_that_say_the_same_are_taken(batch, tmp_path):
 def test_sums_of_fp32_may_round():
     check_step_tokens(1, 33_550_336.0, 33_548_324.0)  # 6e-5, as 4,096 micro-batches of 8,191 labels sum up
     check_step_tokens(2, 64.0, 32.0)  # a loader that ends inside a step
-    with pytest.raises(ConfigError, match="step_tokens of the batches is 64, and the first optimizer step had 32"):
+    with pytest.raises(ConfigError, match="step_tokens of the batches is 64, but the first optimizer step had 32"):
         check_step_tokens(1, 64.0, 32.0)
 
 
@@ -817,7 +817,7 @@ def test_a_fit_after_a_broken_evaluation_trains(verb, data, tmp_path):
     assert all(seen)
 
 
-@pytest.mark.filterwarnings("ignore:Found 1 module", "ignore:this student was trained")
+@pytest.mark.filterwarnings("ignore:Found 1 module", "ignore:this student was already trained")
 def test_what_a_user_has_set_to_eval_stays_so(data, tmp_path):
     module, seen, often = HalfFrozen(ModelSpec(config=SIZES)), [], {"val_check_interval": 3}
     look = pl.callbacks.LambdaCallback(on_train_batch_start=lambda *_: seen.append(module.student.frozen.training))
@@ -853,7 +853,7 @@ def test_without_a_seed_that_of_seed_everything_counts(data, tmp_path, monkeypat
 def test_a_second_fit_of_one_module_is_told(data, tmp_path):
     module = SALTModule(ModelSpec(config=SIZES))
     trainer(tmp_path).fit(module, data)
-    with pytest.warns(UserWarning, match="this student was trained for 6 steps before, and goes on from there"):
+    with pytest.warns(UserWarning, match="this student was already trained for 6 steps: this fit starts from its weig"):
         trainer(tmp_path).fit(module, data)
 
 
@@ -863,7 +863,7 @@ def test_a_second_fit_counts_the_flops_of_its_own_rows(data, settings, tmp_path)
     module, fresh = (SALTModule(ModelSpec(config={**SIZES, "max_position_embeddings": 64}), seed=1) for _ in range(2))
     trainer(tmp_path / "a").fit(module, data)
     short = module.meter.forward_flops["student"]
-    with pytest.warns(UserWarning, match="trained for 6 steps before"):
+    with pytest.warns(UserWarning, match="already trained for 6 steps"):
         trainer(tmp_path / "b").fit(module, longer)
     trainer(tmp_path / "c").fit(fresh, longer)
     assert short < module.meter.forward_flops["student"] == fresh.meter.forward_flops["student"]
@@ -908,7 +908,7 @@ def test_without_the_callback_of_the_checkpoint_no_teacher_is_dropped_or_taken_u
     taught = {"teacher": ModelSpec(path=teacher), "seed": 1}
     trainer(tmp_path / "a", kd, StopAfter(2), SAVE).fit(SALTModule(spec, **taught), data)
     path = str(tmp_path / "a" / "checkpoints" / "step-00000002.ckpt")
-    with pytest.raises(ConfigError, match=r"at step 2 of a phase with a teacher \(--kd.steps 4\), and the Trainer"):
+    with pytest.raises(ConfigError, match=r"at step 2 of a phase with a teacher \(--kd.steps 4\), but the Trainer"):
         trainer(tmp_path / "b", SAVE).fit(SALTModule(spec, seed=1), data, ckpt_path=path)
     trainer(tmp_path / "c", SAVE).fit(SALTModule(spec, seed=1), data)
     path = str(tmp_path / "c" / "checkpoints" / "step-00000003.ckpt")
@@ -930,7 +930,7 @@ def test_ruined_weights_are_refused_before_the_first_step(data, tmp_path):
 
 def test_weights_that_come_to_a_module_without_a_student_are_told():
     module = SALTModule(ModelSpec(config=SIZES))
-    with pytest.warns(UserWarning, match="this module has no student, and takes no weights"):
+    with pytest.warns(UserWarning, match="this module has no student, so it cannot take weights"):
         module.load_state_dict({"student.x": torch.zeros(1)}, strict=False)
 
 

@@ -102,7 +102,7 @@ def test_a_document_that_no_memory_can_hold_is_refused(name, tmp_path, monkeypat
         ),
         (
             lambda: OptimSpec(weight_decay=float("inf")),
-            r"--model.optim.weight_decay inf must not be negative, and finite",
+            r"--model.optim.weight_decay inf must be 0 or more, and finite",
         ),
         (
             lambda: SALTModule(ModelSpec(), teacher_temperature=float("nan"), logits_budget_gib=float("inf")),

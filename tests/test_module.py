@@ -819,7 +819,7 @@ def test_callbacks_that_set_what_follows_from_elsewhere(callback):
 def test_a_tuner_is_refused(settings):
     own = {k[5:]: v for k, v in settings.items() if k.startswith("data.")}
     trainer = pl.Trainer(max_steps=1, accelerator="cpu", logger=False, use_distributed_sampler=False)
-    with pytest.raises(ConfigError, match="LearningRateFinder is not supported: it sets rates, which follow"):
+    with pytest.raises(ConfigError, match="LearningRateFinder is not supported: it sets the learning rate, which foll"):
         Tuner(trainer).lr_find(SALTModule(ModelSpec(config=CONFIG)), datamodule=SALTDataModule(**own))
 
 

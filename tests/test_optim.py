@@ -27,7 +27,7 @@ def test_a_jump_is_said_where_it_shows():
     saved = {"global_step": 500, "hyper_parameters": {"optim": vars(spec)}, "max_steps": 300_000}
     assert spec.jump(saved, 300_000) is None
     assert spec.jump(saved, 100_000_000) is None  # both are 0.003
-    assert "goes on from step 500 at 0.0003, and not at 0.003" in spec.jump(saved, 500)
+    assert "continues from step 500 at 0.0003 instead of 0.003" in spec.jump(saved, 500)
     assert spec.jump({**saved, "max_steps": 500}, 500) is None
 
 
@@ -92,7 +92,7 @@ def test_wrong_settings_are_named(settings, message):
 
 def test_warmup_longer_than_the_run_says_how_to_shorten():
     with pytest.raises(
-        ConfigError, match=r"warmup_steps 300 .* --trainer.max_steps 100: .* --model.optim.warmup_steps 5"
+        ConfigError, match=r"warmup_steps 300 .* --trainer.max_steps 100; .* --model.optim.warmup_steps 5"
     ):
         OptimSpec(warmup_steps=300).check(100)
 

@@ -201,9 +201,9 @@ def test_a_loss_that_is_not_finite_on_one_rank_is_named_with_its_rows(runs):
 def test_a_rank_with_other_settings_is_named_before_the_first_step(runs):
     lines = (runs / "out.0").read_text().splitlines()
     assert [line for line in lines if line.startswith("error: process 1")] == [
-        f"error: process 1 is not like process 0: --ckpt_path 'one/{SAVED_NAME}' (process 0: None), "
+        f"error: process 1 differs from process 0: --ckpt_path 'one/{SAVED_NAME}' (process 0: None), "
         "--data.seed 1 (process 0: 0), --kd.steps 15 (process 0: 16); start all with the same command and version, and "
-        "let them see the same files"
+        "give all of them the same files"
     ]
 
 

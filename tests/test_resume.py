@@ -316,10 +316,10 @@ def test_another_batch_counts_on_from_the_checkpoints_totals(fit, settings, tmp_
 def test_another_end_of_the_run_moves_the_rate_and_that_is_said(fit, tmp_path, caplog):
     assert fit(tmp_path / "run", stop_at=6) == 128 + signal.SIGTERM
     assert fit(tmp_path / "run", ckpt_path="last", stop_at=8) == 128 + signal.SIGTERM
-    assert "the learning rate goes on" not in caplog.text
+    assert "the learning rate continues" not in caplog.text
     assert fit(tmp_path / "run", ckpt_path="last", **{"trainer.max_steps": 20}) == 0
     was, now = (OptimSpec(lr=3e-3, warmup_steps=2).lr_at(8, steps) for steps in (12, 20))
-    assert f"goes on from step 8 at {now:.3g}, and not at {was:.3g}: " in caplog.text
+    assert f"continues from step 8 at {now:.3g} instead of {was:.3g}: " in caplog.text
     assert scalars(tmp_path / "run")["train/lr"][9] == pytest.approx(now)
 
 
@@ -440,7 +440,7 @@ def test_averaged_weights_go_on_with_what_averages_them_alone(fit, tmp_path, cap
     ema = {"trainer.callbacks": [{"class_path": "EMAWeightAveraging", "init_args": {"decay": 0.9}}]}
     assert fit(tmp_path / "run", stop_at=6, **ema) == 128 + signal.SIGTERM
     assert fit(tmp_path / "run", ckpt_path="last") == 2
-    assert "go on with that callback (--trainer.callbacks EMAWeightAveraging)" in one_line(capsys)
+    assert "resume with that callback (--trainer.callbacks EMAWeightAveraging)" in one_line(capsys)
     assert fit(tmp_path / "run", ckpt_path="last", **ema) == 0
     assert fit(tmp_path / "whole", **ema) == 0
     assert_same(tmp_path / "run", tmp_path / "whole")
@@ -467,7 +467,7 @@ def test_another_student_is_refused_by_its_settings(fit, settings, tmp_path, cap
     assert fit(tmp_path / "run", ckpt_path="last", **{"model.student.config": wider}) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
     change = "--model.student.config.intermediate_size 128 (checkpoint: 64)"
-    remedy = "give what the checkpoint has, or start a new --run, with its weights by --model.student.path CHECKPOINT"
+    remedy = "use the checkpoint's values, or start a new --run from its weights with --model.student.path CHECKPOINT"
     assert message == f"error: the checkpoint holds another student: {change}; {remedy}"
 
 
@@ -478,7 +478,7 @@ def test_positions_that_follow_the_rows_are_named_by_these(fit, settings, tmp_pa
     assert fit(tmp_path / "run", stop_at=3, **own) == 128 + signal.SIGTERM
     assert fit(tmp_path / "run", ckpt_path="last", **own, **{"data.block_size": 16}) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "the checkpoint holds another student: --data.block_size 16 (checkpoint: 32); give what" in message
+    assert "the checkpoint holds another student: --data.block_size 16 (checkpoint: 32); use the" in message
 
 
 def test_a_run_that_is_under_way_is_left_alone(fit, settings, tmp_path, capsys, caplog, monkeypatch):
@@ -512,7 +512,7 @@ def test_a_run_that_is_under_way_is_left_alone(fit, settings, tmp_path, capsys, 
         process.kill()  # its workers live on for some seconds
         process.wait()
     assert fit(tmp_path / "run", ckpt_path="last", **{"kd.weight": 0.0, "trainer.max_steps": 1}) == 2
-    assert "--trainer.max_steps 1: for a shorter run" in capsys.readouterr().err  # the lock was free
+    assert "--trainer.max_steps 1; for a shorter run" in capsys.readouterr().err  # the lock was free
 
 
 def hold(run: Path, held: Any, until: Any) -> None:
@@ -652,7 +652,7 @@ def test_a_refused_resume_leaves_the_run_as_it_is(fit, tmp_path):
 def test_a_shorter_run_than_the_checkpoint_is_refused(fit, tmp_path, capsys):
     assert fit(tmp_path / "run", stop_at=10) == 128 + signal.SIGTERM
     assert fit(tmp_path / "run", ckpt_path="last", **{"trainer.max_steps": 9}) == 2
-    assert "--trainer.max_steps 9: the checkpoint is at step 10 already" in capsys.readouterr().err
+    assert "--trainer.max_steps 9: the checkpoint is already at step 10" in capsys.readouterr().err
 
 
 def test_a_run_that_ends_early_is_saved_and_says_so(fit, tmp_path, monkeypatch, caplog):
@@ -686,7 +686,7 @@ def test_a_run_without_time_left_is_refused(fit, tmp_path, capsys):
     assert fit(tmp_path / "run", **long) == 0
     capsys.readouterr()
     assert fit(tmp_path / "run", ckpt_path="last", **long) == 2
-    assert "--trainer.max_time 0:00:01 counts over all starts of a run, and this one has" in capsys.readouterr().err
+    assert "--trainer.max_time 0:00:01 counts over all starts of a run, and this run has" in capsys.readouterr().err
     step = max(int(path.stem.removeprefix("step-")) for path in (tmp_path / "run/checkpoints").glob("*.ckpt"))
     more = {**long, "trainer.max_time": "00:01:00:00", "ckpt_path": "last"}
     assert fit(tmp_path / "run", stop_at=step + 2, **more) == 128 + signal.SIGTERM
@@ -905,7 +905,7 @@ def test_other_data_than_the_checkpoints_is_said(fit, tmp_path, caplog):
     assert fit(tmp_path / "run", stop_at=5, ckpt_path="last") == 128 + signal.SIGTERM
     assert "other data than the checkpoint's" not in caplog.text
     assert fit(tmp_path / "run", ckpt_path="last", **{"data.seed": 5}) == 0
-    assert "going on with other data than the checkpoint's: --data.seed 5 (checkpoint: 0)" in caplog.text
+    assert "continuing with other data than the checkpoint's: --data.seed 5 (checkpoint: 0)" in caplog.text
     assert "held-out" not in caplog.text
 
 
@@ -916,7 +916,7 @@ def test_another_clip_or_precision_than_the_checkpoints_is_said(fit, tmp_path, c
     own = {"trainer.gradient_clip_val": 0.5, "trainer.precision": "bf16-mixed"}
     assert fit(tmp_path / "run", stop_at=7, ckpt_path="last", **own) == 128 + signal.SIGTERM
     said = "--trainer.precision bf16-mixed (checkpoint: 32-true), --trainer.gradient_clip_val 0.5 (checkpoint: 1.0)"
-    assert f"going on with {said}: the steps that follow are taken otherwise" in caplog.text
+    assert f"continuing with {said}: the steps that follow are computed differently" in caplog.text
     caplog.clear()
     newest = tmp_path / "run/checkpoints/step-00000007.ckpt"
     older = torch.load(newest, weights_only=True)
@@ -938,13 +938,13 @@ def test_sources_with_weights_resume_to_the_bit_and_other_weights_are_said(fit, 
     assert fit(tmp_path / "other", stop_at=5, **own) == 128 + signal.SIGTERM
     assert fit(tmp_path / "other", ckpt_path="last", **{**own, "data.source_weights": [2, 2]}) == 0
     said = "other rows of phase 1, or shares (--data.selection, keep, source_weights, --kd.steps)"
-    assert f"going on with other data than the checkpoint's: {said}" in caplog.text
+    assert f"continuing with other data than the checkpoint's: {said}" in caplog.text
 
 
 def test_other_held_out_text_than_the_checkpoints_is_said(fit, tmp_path, caplog):
     assert fit(tmp_path / "run", stop_at=3) == 128 + signal.SIGTERM
     assert fit(tmp_path / "run", stop_at=5, ckpt_path="last", **{"data.val_rows": 2}) == 128 + signal.SIGTERM
-    assert "going on with other data than the checkpoint's: other held-out text or rows" in caplog.text
+    assert "continuing with other data than the checkpoint's: other held-out text or rows" in caplog.text
 
 
 def test_documents_that_see_each_other_from_here_on_are_said(fit, tmp_path, caplog):
@@ -977,7 +977,7 @@ def test_other_training_text_of_as_many_tokens_is_said(fit, corpus, teacher, tmp
     assert fit(tmp_path / "run", stop_at=3, **own) == 128 + signal.SIGTERM
     text.write_text("".join(f"{line}\n" for line in reversed(text.read_text().splitlines())))
     assert fit(tmp_path / "run", stop_at=5, ckpt_path="last", **own) == 128 + signal.SIGTERM
-    assert "going on with other data than the checkpoint's: other training text (--data.source)\n" in caplog.text
+    assert "continuing with other data than the checkpoint's: other training text (--data.source)\n" in caplog.text
 
 
 def test_what_held_before_a_change_of_settings_stays_beside_the_run(fit_with, tmp_path):

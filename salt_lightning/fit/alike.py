@@ -51,7 +51,7 @@ def other_steps(checkpoint: Mapping[str, Any], trainer: pl.Trainer) -> str | Non
     other = [
         f"{name} {now[name]} (checkpoint: {before[name]})" for name in now if before.get(name, now[name]) != now[name]
     ]
-    return f"going on with {', '.join(other)}: the steps that follow are taken otherwise" if other else None
+    return f"continuing with {', '.join(other)}: the steps that follow are computed differently" if other else None
 
 
 def about(data: Any, trainer: pl.Trainer) -> dict[str, Any]:
@@ -140,6 +140,6 @@ def require(trainer: pl.Trainer, found: Mapping[str, Any]) -> None:
     for process, differs in enumerate(said):
         if differs:
             raise ConfigError(
-                f"process {process} is not like process 0: {differs}; start all with the same command and version, and "
-                "let them see the same files"
+                f"process {process} differs from process 0: {differs}; start all with the same command and version, "
+                "and give all of them the same files"
             )

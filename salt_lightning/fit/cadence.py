@@ -48,12 +48,12 @@ def set_cadence(trainer: Trainer, accumulation: int) -> None:
 
 
 _REFUSED: dict[type[Callback], str] = {
-    LearningRateFinder: "it sets rates, which follow from --model.optim.* at each step: try several runs",
-    StochasticWeightAveraging: "it counts epochs, of which a run has one, and would average nothing",
+    LearningRateFinder: "it sets the learning rate, which follows from --model.optim.*; compare several runs instead",
+    StochasticWeightAveraging: "it counts epochs, and a run has only one, so it would average nothing",
     GradientAccumulationScheduler: "accumulation follows from --data.global_batch_size",
-    OnExceptionCheckpoint: "the next run would start from its file, whatever that run is; --checkpoint.every_n_steps "
-    "saves, and --ckpt_path last goes on",
-    BatchSizeFinder: "the verb `check` says which --data.micro_batch_size fits",
+    OnExceptionCheckpoint: "any later run would start from its file; use --checkpoint.every_n_steps to save, and "
+    "--ckpt_path last to resume",
+    BatchSizeFinder: "`cli.py check` reports which --data.micro_batch_size fits",
 }
 
 
@@ -73,7 +73,7 @@ def check_trainer(trainer: Trainer) -> None:
         name = getattr(callback, "monitor", None)
         if name is not None and name not in _MONITORED and not name.startswith("val/ce/"):
             raise ConfigError(
-                f"--trainer.callbacks {type(callback).__name__}: monitor {name} is logged by nobody; use val/ce, "
+                f"--trainer.callbacks {type(callback).__name__}: monitor {name} is never logged; use val/ce, "
                 f"val/ce/SOURCE or one of {', '.join(_MONITORED[1:])}"
             )
 
@@ -116,7 +116,7 @@ def accumulation(global_batch: int, micro_batch: int, world: int) -> int:
     other = f", or --data.micro_batch_size {' or '.join(map(str, sorted(nearest)))}" if nearest else ""
     raise ConfigError(
         f"--data.global_batch_size: {global_batch} rows do not divide into micro-batches of {micro_batch} "
-        f"(--data.micro_batch_size) on {world} devices; take {sizes}{other}"
+        f"(--data.micro_batch_size) on {world} devices; use {sizes}{other}"
     )
 
 
@@ -131,6 +131,6 @@ def require_time_left(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         used_s = state.get("time_elapsed", {}).get(RunningStage.TRAINING, 0.0)
         if limit_s is not None and used_s >= limit_s:
             raise ConfigError(
-                f"--trainer.max_time {timedelta(seconds=limit_s)} counts over all starts of a run, and this one has "
-                f"trained for {timedelta(seconds=round(used_s))}: give more, or leave it out"
+                f"--trainer.max_time {timedelta(seconds=limit_s)} counts over all starts of a run, and this run has "
+                f"already trained for {timedelta(seconds=round(used_s))}; give more, or leave it out"
             )

@@ -23,7 +23,7 @@ from salt_lightning.parallel import SHARDS_MODELS, has_finite_weights, plain_nam
 from salt_lightning.preflight import Finding
 from salt_lightning.schedule import kd_callbacks, trained_schedule
 
-_BATCH = "docs/own-data.md says what a batch holds"
+_BATCH = "docs/own-data.md describes a batch"
 _FREE = {  # hooks that may be replaced altogether
     "configure_model", "configure_optimizers", "validation_step", "test_step", "predict_step"
 }  # fmt: skip
@@ -37,7 +37,7 @@ def require_super(cls: type, base: type) -> None:
     own = [(name, inspect.unwrap(vars(c)[name])) for c in above for name in hooks if name in vars(c)]
     lost = [name for name, hook in own if hook not in vars(base).values() and not _calls(hook, name, base.__name__)]
     refuse(
-        f"{cls.__name__}.{name} has to call super().{name}(...): {base.__name__} does a part of each step there"
+        f"{cls.__name__}.{name} must call super().{name}(...): {base.__name__} does part of each step there"
         for name in lost
     )
 
@@ -69,36 +69,37 @@ def check_subclass(trainer: Trainer) -> None:
     experts whose balance nobody cares for."""
     module: Any = trainer.lightning_module
     if not module.automatic_optimization:
-        raise ConfigError("automatic_optimization False: SALTModule's steps are Lightning's; leave it True")
+        raise ConfigError("automatic_optimization False: SALTModule needs Lightning to do the steps; leave it True")
     if trainer.lr_scheduler_configs:
-        raise ConfigError("a learning-rate scheduler of your own would be overwritten: set OptimSpec(...), model.optim")
+        raise ConfigError("a learning-rate scheduler of your own would be overwritten; set OptimSpec(...), model.optim")
     if any("decays" not in group for optimizer in trainer.optimizers for group in optimizer.param_groups):
         raise ConfigError(
-            "an optimizer of your own (configure_optimizers) does not go with SALTModule, which writes rate and weight "
-            "decay into its AdamW at every step: set OptimSpec(...), model.optim, or a subclass of it that builds yours"
+            "an optimizer of your own (configure_optimizers) does not work with SALTModule, which sets the learning "
+            "rate and weight decay of its AdamW at every step; set OptimSpec(...), model.optim, or a subclass of it "
+            "that builds your optimizer"
         )
     trained = [name for name, p in module.named_parameters() if p.requires_grad]
     if others := [name for name in trained if not name.startswith("student.")]:
         raise ConfigError(
-            f"{few(others)}: parameters beside the student would be trained, but neither clipped nor watched; make "
-            "them a part of it in extend_student"
+            f"{few(others)}: parameters outside the student would be trained, but neither clipped nor checked for NaN; "
+            "add them to the student in extend_student"
         )
     if type(module).step_loss.__module__ == "salt_lightning.module":  # none of its own, which may balance
         for finding in balance(module.student):
             finding.require()
     sharded = isinstance(trainer.strategy, SHARDS_MODELS)
     if sharded and not module._ndim:
-        raise ConfigError("a student made in configure_model is not sharded: train it on one device, or by ddp")
+        raise ConfigError("a student made in configure_model is not sharded; train it on one device, or with ddp")
     wrapped = FullyShardedDataParallel if isinstance(trainer.strategy, FSDPStrategy) else FSDPModule
     if sharded and not isinstance(module.student, wrapped):
         raise ConfigError(
             "the student was made before this fit (load_from_checkpoint, validate or a fit on one device) and is not "
-            "sharded: each rank would train its own. Make a new SALTModule; trainer.fit(ckpt_path=...) or "
-            "ModelSpec(path=...) reads the weights"
+            "sharded, so each rank would train its own copy; make a new SALTModule, and load the weights with "
+            "trainer.fit(ckpt_path=...) or ModelSpec(path=...)"
         )
     if sharded and (late := [name for name in map(plain_name, trained) if name not in module._ndim]):
         raise ConfigError(
-            f"{few(late)}: added after the student was sharded, so each rank would train its own; add it in "
+            f"{few(late)}: added after the student was sharded, so each rank would train its own copy; add it in "
             "extend_student, or use ddp"
         )
 
@@ -108,10 +109,10 @@ def balance(student: torch.nn.Module) -> list[Finding]:
     if not (count := count_layers(student)):
         return []
     said = (
-        f"{count} layers of experts, and nothing evens out what the routers send to each: output_router_logits and "
-        "router_aux_loss_coef add no loss here, and biases that correct routers stay as they are"
+        f"{count} layers of experts, but nothing balances the load of the experts: output_router_logits and "
+        "router_aux_loss_coef add no loss here, and the routers' correction biases are not updated"
     )
-    remedy = "a few experts may come to do all: docs/extending.md, Balancing experts"
+    remedy = "a few experts may end up with all tokens; see docs/extending.md, Balancing experts"
     return [Finding("note", "balance", said, remedy)]
 
 
@@ -121,16 +122,16 @@ def require_callbacks(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     step, schedule = checkpoint["global_step"], trained_schedule(checkpoint)
     if schedule is not None and schedule(step) > 0 and not kd_callbacks(trainer):
         raise ConfigError(
-            f"the checkpoint is at step {step} of a phase with a teacher (--kd.steps {schedule.steps}), and the "
-            "Trainer has no KDScheduleCallback: add it, and the teacher to SALTModule; or "
-            "KDScheduleCallback(weight=0.0, allow_change=True) to go on without"
+            f"the checkpoint is at step {step} of a phase with a teacher (--kd.steps {schedule.steps}), but the "
+            "Trainer has no KDScheduleCallback; add it, and give SALTModule the teacher; or use "
+            "KDScheduleCallback(weight=0.0, allow_change=True) to continue without"
         )
     averages = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)  # type: ignore[attr-defined]
     if "current_model_state" in checkpoint and not averages:
         raise ConfigError(
-            "--ckpt_path: this checkpoint holds the weights that a WeightAveraging callback has averaged, beside those "
-            "trained: go on with that callback (--trainer.callbacks EMAWeightAveraging), or start a new run from them "
-            "by --model.student.path"
+            "--ckpt_path: this checkpoint holds weights averaged by a WeightAveraging callback, and the trained ones "
+            "apart; resume with that callback (--trainer.callbacks EMAWeightAveraging), or start a new run from the "
+            "averaged weights with --model.student.path"
         )
 
 
@@ -191,14 +192,14 @@ def check_weights(module: Any, trained_steps: int) -> None:
     """
     if not has_finite_weights(module.trainer, module.student):
         raise ConfigError(
-            "the student's weights are not finite before the first step, or so large that their squares are not, as an "
-            "earlier fit may have left them; make a new SALTModule, or go on from a checkpoint "
+            "the student's weights are not finite before the first step, or so large that their squares are not, "
+            "perhaps after an earlier fit; make a new SALTModule, or resume from a checkpoint "
             "(trainer.fit(ckpt_path=...))"
         )
     if module.global_step == 0 and trained_steps:
         rank_zero_warn(
-            f"this student was trained for {trained_steps} steps before, and goes on from there, as a run that counts "
-            "from 0; a new run takes a SALTModule of its own, and ckpt_path goes on with the optimizer too"
+            f"this student was already trained for {trained_steps} steps: this fit starts from its weights, but counts "
+            "steps from 0; for a new run make a new SALTModule, or use ckpt_path to resume, with the optimizer's state"
         )
 
 
@@ -206,8 +207,8 @@ def say_lost(module: LightningModule, weights: Mapping[str, Any]) -> None:
     """ddp_notebook and ddp_spawn train in processes of their own; a module without a student cannot take weights."""
     if not hasattr(module, "student") and any(name.startswith("student.") for name in weights):
         rank_zero_warn(
-            "this module has no student, and takes no weights: what other processes have trained is in the run's "
-            "checkpoints; SALTModule.load_from_checkpoint(PATH) reads it"
+            "this module has no student, so it cannot take weights: what other processes trained is in the run's "
+            "checkpoints; load it with SALTModule.load_from_checkpoint(PATH)"
         )
 
 
@@ -215,8 +216,8 @@ def require_schedule(module: Any) -> None:
     """Raises ConfigError where there is a teacher, and nobody to set the KD weight."""
     if module.has_teacher and not kd_callbacks(module.trainer):
         raise ConfigError(
-            f"SALTModule has a teacher ({module.teacher_spec.path}) and the Trainer no KDScheduleCallback: it would "
-            "silently train BASELINE. Add Trainer(callbacks=[KDScheduleCallback(steps=...)])"
+            f"SALTModule has a teacher ({module.teacher_spec.path}), but the Trainer has no KDScheduleCallback: it "
+            "would silently train BASELINE; add Trainer(callbacks=[KDScheduleCallback(steps=...)])"
         )
 
 
@@ -228,18 +229,18 @@ def check_batch(batch: Any) -> None:
     """
     wanted = (*_SHAPED, "step_tokens")
     if not isinstance(batch, Mapping):
-        raise ConfigError(f"a batch is a dictionary with {', '.join(wanted)}, not a {type(batch).__name__}; {_BATCH}")
+        raise ConfigError(f"a batch must be a dict with {', '.join(wanted)}, not a {type(batch).__name__}; {_BATCH}")
     if missing := [name for name in wanted if not isinstance(batch.get(name), torch.Tensor)]:
         raise ConfigError(f"a batch has no tensor {', '.join(missing)}; {_BATCH}")
     shapes = {name: list(batch[name].shape) for name in _SHAPED}
     if len(shapes["input_ids"]) != 2 or len({*map(tuple, shapes.values())}) > 1:
-        raise ConfigError(f"a batch's {', '.join(_SHAPED)} must be of one shape, rows x tokens, not {shapes}; {_BATCH}")
+        raise ConfigError(f"a batch's {', '.join(_SHAPED)} must have one shape, rows x tokens, not {shapes}; {_BATCH}")
     if batch["step_tokens"].numel() != 1:
         raise ConfigError(f"a batch's step_tokens must be one number, not {list(batch['step_tokens'].shape)}; {_BATCH}")
     ids_BT, labels_BT = batch["input_ids"], batch["labels"]
     counted_BT = labels_BT >= 0
     if counted_BT.sum() > 1 and bool((ids_BT == labels_BT)[counted_BT].all()):
-        raise ConfigError(f"a batch's labels equal its input_ids: a label is the token that comes next; {_BATCH}")
+        raise ConfigError(f"a batch's labels equal its input_ids: each label must be the next token; {_BATCH}")
 
 
 def check_step_tokens(step: int, said: float, counted: float) -> None:
@@ -249,6 +250,6 @@ def check_step_tokens(step: int, said: float, counted: float) -> None:
     """
     if step == 1 and abs(said - counted) > 1e-3 * counted:  # sums of fp32, of which rounding takes its part
         raise ConfigError(
-            f"step_tokens of the batches is {said:,.0f}, and the first optimizer step had {counted:,.0f} labels, over "
-            f"all micro-batches and ranks: gradients would be scaled by that; {_BATCH}"
+            f"step_tokens of the batches is {said:,.0f}, but the first optimizer step had {counted:,.0f} labels over "
+            f"all micro-batches and ranks: gradients would be scaled wrongly; {_BATCH}"
         )

@@ -22,15 +22,15 @@ class OptimSpec:
 
     Args:
         lr: Peak learning rate.
-        weight_decay: Decoupled decay of every parameter with two or more dimensions but biases (of experts).
+        weight_decay: Decoupled weight decay of every parameter with two or more dimensions, except biases (of experts).
         beta1: Decay of the first moment.
         beta2: Decay of the second moment.
-        eps: Added to the root of the second moment.
-        schedule: How the rate falls at the end: cosine, or wsd (linearly, after a stable stretch).
+        eps: Added to the square root of the second moment.
+        schedule: How the learning rate decays: cosine, or wsd (stable, then linear).
         warmup_steps: Optimizer steps of linear warm-up.
-        decay_steps: The last steps, over which the rate falls. null: for cosine all after the warm-up, for wsd a fifth
-            of the run.
-        min_lr_ratio: The rate at the end of the run, as a share of lr.
+        decay_steps: Number of final steps over which the learning rate decays. null: for cosine all steps after the
+            warm-up, for wsd a fifth of the run.
+        min_lr_ratio: Learning rate at the end of the run, as a share of lr.
 
     Raises:
         ConfigError: listing every setting out of range.
@@ -50,13 +50,13 @@ class OptimSpec:
         refuse(wrong_kinds(OptimSpec, vars(self), "--model.optim."))
         ranges = [
             ("lr", 0 < self.lr < math.inf, "must be above 0, and finite"),
-            ("weight_decay", 0 <= self.weight_decay < math.inf, "must not be negative, and finite"),
-            ("beta1", 0 <= self.beta1 < 1, "must lie in 0..1, below 1"),
-            ("beta2", 0 <= self.beta2 < 1, "must lie in 0..1, below 1"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "must be 0 or more, and finite"),
+            ("beta1", 0 <= self.beta1 < 1, "must be at least 0 and below 1"),
+            ("beta2", 0 <= self.beta2 < 1, "must be at least 0 and below 1"),
             ("eps", 0 < self.eps < math.inf, "must be above 0, and finite"),
             ("warmup_steps", self.warmup_steps >= 0, "must not be negative"),
             ("decay_steps", self.decay_steps is None or self.decay_steps >= 0, "must not be negative"),
-            ("min_lr_ratio", 0 <= self.min_lr_ratio <= 1, "must lie in 0..1"),
+            ("min_lr_ratio", 0 <= self.min_lr_ratio <= 1, "must be in 0..1"),
         ]
         refuse(f"--model.optim.{name} {getattr(self, name)} {why}" for name, ok, why in ranges if not ok)
 
@@ -67,7 +67,7 @@ class OptimSpec:
         if self.warmup_steps + decay_steps > max_steps:
             raise ConfigError(
                 f"--model.optim.warmup_steps {self.warmup_steps} and decay_steps {decay_steps} do not fit into "
-                f"--trainer.max_steps {max_steps}: for a shorter run shorten them too, e.g. "
+                f"--trainer.max_steps {max_steps}; for a shorter run, shorten them too, e.g. "
                 f"--model.optim.warmup_steps {max_steps // 20} --model.optim.decay_steps null"
             )
 
@@ -92,8 +92,8 @@ class OptimSpec:
         names = {field.name for field in fields(self)}
         if other := (saved.keys() ^ names) - {field.name for field in fields(OptimSpec)}:
             raise ConfigError(
-                f"the checkpoint's optimizer is of another OptimSpec, which differs in {', '.join(sorted(other))}: go "
-                "on with the class that it was trained with"
+                "the checkpoint was trained with another OptimSpec class, which differs in "
+                f"{', '.join(sorted(other))}; resume with that class"
             )
         before = type(self)(**{name: saved[name] for name in names if name in saved})
         planned = checkpoint["max_steps"]
@@ -101,7 +101,7 @@ class OptimSpec:
         if f"{was:.3g}" == f"{now:.3g}":
             return None
         return (
-            f"the learning rate goes on from step {step} at {now:.3g}, and not at {was:.3g}: --model.optim.* or "
+            f"the learning rate continues from step {step} at {now:.3g} instead of {was:.3g}: --model.optim.* or "
             f"--trainer.max_steps {max_steps} (checkpoint: {planned}) has changed"
         )
 
@@ -119,7 +119,7 @@ class OptimSpec:
             if p.requires_grad:
                 groups[decays(name, (ndim or {}).get(name, p.ndim))].append((name, p))
         if not any(groups.values()):
-            raise ConfigError("no parameter of the student trains: all have requires_grad False")
+            raise ConfigError("no parameter of the student is trained: all have requires_grad False")
         fused = all(p.device.type in ("cuda", "cpu") for group in groups.values() for _, p in group)
         filled = [{"params": group, "decays": which} for which, group in groups.items() if group]
         optimizer = torch.optim.AdamW(filled, lr=self.lr, fused=fused)

@@ -27,14 +27,14 @@ def require_same(
     there = weights() if parts else ()
     if lost := [name for name in parts if name not in there]:
         raise ConfigError(
-            f"the checkpoint holds what a subclass of SALTModule has added ({few(lost)}): go on in Python with that "
-            "class, or export it, which leaves this out"
+            f"the checkpoint holds parts that a subclass of SALTModule added ({few(lost)}); resume in Python with that "
+            "class, or export the checkpoint, which leaves them out"
         )
     tokenizer = getattr(data, "tokenizer_fingerprint", None)
     if tokenizer is not None and checkpoint["tokenizer"] not in (None, tokenizer):
         raise ConfigError(
             "the checkpoint was trained with another tokenizer than --data.tokenizer gives: its token ids mean "
-            "something else (one that is trained changes with the text). Point --data.tokenizer to the run's own, "
+            "something else (a tokenizer trained on the text changes with it); set --data.tokenizer to the run's own, "
             "RUN/tokenizer"
         )
     saved, now = (shape_settings(spec) for spec in (checkpoint["hyper_parameters"]["student"], student))
@@ -43,8 +43,8 @@ def require_same(
     if names:
         changed = (f"{name} {now.get(key)} (checkpoint: {saved[key]})" for key, name in names.items())
         raise ConfigError(
-            f"the checkpoint holds another student: {', '.join(list(changed)[:5])}; give what the checkpoint has, or "
-            "start a new --run, with its weights by --model.student.path CHECKPOINT"
+            f"the checkpoint holds another student: {', '.join(list(changed)[:5])}; use the checkpoint's values, "
+            "or start a new --run from its weights with --model.student.path CHECKPOINT"
         )
 
 
@@ -62,7 +62,7 @@ def go_on_from(checkpoint: dict[str, Any], trainer: pl.Trainer, data: Any, optim
     shards.require_whole(checkpoint)
     step, max_steps = checkpoint["global_step"], trainer.max_steps
     if step > max_steps:
-        raise ConfigError(f"--trainer.max_steps {max_steps}: the checkpoint is at step {step} already")
+        raise ConfigError(f"--trainer.max_steps {max_steps}: the checkpoint is already at step {step}")
     if data is not None:
         done = step * trainer.accumulate_grad_batches
         counts = {"ready": done, "started": done, "processed": done, "completed": max(done - 1, 0)}
@@ -72,7 +72,7 @@ def go_on_from(checkpoint: dict[str, Any], trainer: pl.Trainer, data: Any, optim
         data.go_on_from(checkpoint)
     now = alike.identity(data)
     if other := [_other(key, now[key], was) for key, was in checkpoint["data"].items() if now[key] != was]:
-        rank_zero_info(f"going on with other data than the checkpoint's: {', '.join(other)}")
+        rank_zero_info(f"continuing with other data than the checkpoint's: {', '.join(other)}")
     for said in filter(None, (alike.other_steps(checkpoint, trainer), optim.jump(checkpoint, max_steps))):
         rank_zero_info(said)
 
@@ -81,8 +81,8 @@ def say_other_share(checkpoint: dict[str, Any], data: Any) -> None:
     """Warns where an evaluation reads documents that the run has not held out of the text that it was trained on."""
     same_text = data.held_out_by == "source" and checkpoint["text"].get("source") == data.source
     if same_text and data.held_out.tokens not in checkpoint["data"]["--data.held_out"]:
-        said = "this share of --data.source is not what the run has held out: it has trained on it"
-        remedy = "give the run's own --data settings (its config.yaml), or other text by --data.val_source"
+        said = "this share of --data.source is not the one that the run held out, so the run has trained on it"
+        remedy = "use the run's own --data settings (its config.yaml), or other text with --data.val_source"
         Finding("warning", "held-out text", said, remedy).require()
 
 

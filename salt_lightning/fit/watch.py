@@ -46,4 +46,4 @@ def problem(
         at, name, number, count = gradient // per_step, "train/grad_norm", gradient, per_step
     if number < NEVER:
         return f"{name} is not finite at step {at + 1}, which read rows {rows_of(number, count)}"
-    return None if weights_finite else f"the weights after step {step} are not finite, or about to be"
+    return None if weights_finite else f"the weights after step {step} are not finite, or too large"
