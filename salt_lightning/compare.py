@@ -1,4 +1,4 @@
-"""The verb `compare`: several runs' logs -> one table, one JSON file and one figure, drawn by comparison/report.py."""
+"""The verb `compare`: reads several runs' logs and writes a table, a JSON file and a figure (comparison/report.py)."""
 
 import math
 import os
@@ -18,7 +18,7 @@ from salt_lightning.run.runlog import AXES, Run, read_run
 
 @dataclass(frozen=True)
 class Goal:
-    """The reference's final validation CE, and the steps, FLOPs (student and teacher) and seconds that it took."""
+    """The reference's final validation CE, and the steps, FLOPs (student and teacher) and seconds to get there."""
 
     ce: float
     steps: float
@@ -43,13 +43,13 @@ def compare(runs: Sequence[str | Path], out: str | Path, baseline: str | None = 
 
     Args:
         runs: the runs' folders.
-        out: folder of the three files; made if it is not there.
-        baseline: name or path of the reference run; default: the first BASELINE, a finished one of the others' model
-            and of the same settings all along before others.
+        out: folder for the three files; created if missing.
+        baseline: name or path of the reference run; default: the first BASELINE, preferably finished, of the same
+            model as the runs with a teacher, and with settings that never changed.
 
     Raises:
-        ConfigError: a path that is no folder (what it has written itself is passed over), no run that logged
-            something, or a baseline that is not among these.
+        ConfigError: a path is not a folder (compare's own output files are skipped), no run has logged anything, or
+            `baseline` is not among the runs that have.
     """
     folders = list({os.path.abspath(path): Path(os.path.normpath(path)) for path in runs}.values())
     folders = [path for path in folders if not (path.name in _WRITTEN and path.is_file())] or folders
@@ -68,7 +68,7 @@ def compare(runs: Sequence[str | Path], out: str | Path, baseline: str | None = 
 
 
 def _names(folders: list[Path]) -> list[str]:
-    """The shortest ends of the paths that tell the runs apart."""
+    """The shortest path endings that distinguish the runs."""
     parts = [folder.absolute().parts for folder in folders]
     depth = next(d for d in range(1, 99) if len({p[-d:] for p in parts}) == len(parts))
     return [printable("/".join(p[-depth:])) for p in parts]
@@ -76,12 +76,12 @@ def _names(folders: list[Path]) -> list[str]:
 
 _WRITTEN = ("compare.md", "compare.json", "compare.png")
 _ROUNDING = 1e-6  # TensorBoard keeps seven digits
-_OF_RUNS = ("*/config.yaml", "**/*tfevents*")  # marks of a run, below the folder that was named
+_OF_RUNS = ("*/config.yaml", "**/*tfevents*")  # signs of a run somewhere below a named folder
 
 
-@np.errstate(invalid="ignore")  # of runs that diverged: inf - inf
+@np.errstate(invalid="ignore")  # inf - inf, in runs that diverged
 def evaluate(runs: list[Run], baseline: str | None = None) -> Comparison:
-    """The numbers of `compare`. The reference's are means over the finished runs of its settings."""
+    """Computes the numbers of `compare`. The reference's are means over the finished runs with its settings."""
     silent = [run for run in runs if not run.curves]
     runs = [run for run in runs if run.curves]
     if not runs:
@@ -105,7 +105,7 @@ def evaluate(runs: list[Run], baseline: str | None = None) -> Comparison:
     took_flops = float(np.mean([run.flops(steps) for run in seeds]))
     took_s = float(np.mean([run.total("train/time_s", steps) for run in seeds]))
     goal = Goal(float(np.mean([run.last("val/ce") for run in seeds])), steps, took_flops, took_s)
-    apart = [run.name for run in runs if other_text(run, reference, "val")]  # nothing of them is set beside the rest
+    apart = [run.name for run in runs if other_text(run, reference, "val")]  # not compared with the rest
     rows = [
         _row(
             run,
@@ -124,7 +124,7 @@ def evaluate(runs: list[Run], baseline: str | None = None) -> Comparison:
     notes += remarks(silent, runs, experiments, repeated, reference)
     firsts = {run.name: run.val_ce.steps[0] for run in students if run not in seeds and len(run.val_ce.steps)}
     if at_once := [row.run for row in rows if row.reached_step == firsts.get(row.run, math.nan)]:
-        notes.append(f"the first validation, or an earlier step, reached the reference's loss: {', '.join(at_once)}")
+        notes.append(f"the reference's loss was reached by the first validation, or earlier: {', '.join(at_once)}")
     equal, between = _equal_points([run for run in students if run.name not in apart])
     groups = _groups(experiments, {row.run: row for row in rows}, reference, seeds, apart)
     for group in groups:
@@ -150,7 +150,7 @@ def _reference(students: list[Run]) -> tuple[Run, list[str]]:
     taught = [run for run in students if run.kd_steps > 0]
 
     def doubts(run: Run) -> tuple[bool, bool, bool]:
-        """No last loss; perhaps a teacher that is not known as one; settings that were not the same all along."""
+        """Not finished or without a final loss; perhaps an unrecognized teacher; settings that changed on the way."""
         unlike = bool(taught) and not any(lineage.same_model(run, other) for other in taught)
         return not run.finished or math.isnan(run.last("val/ce")), unlike, bool(run.changes)
 
@@ -160,9 +160,9 @@ def _reference(students: list[Run]) -> tuple[Run, list[str]]:
 
 
 def _repeated(students: list[Run], named: Run | None) -> dict[str, str]:
-    """Names of runs that have settings and seeds of another, and that one's: no second sample.
+    """Maps runs with the same settings and seeds as another, so no second sample, to that other run, by name.
 
-    The run that is named as the reference leads, then a finished one.
+    The run named as the reference takes precedence, then finished runs.
     """
     repeated: dict[str, str] = {}
     firsts: list[Run] = []
@@ -181,7 +181,7 @@ def _row(run: Run, method: str, teachers: dict[str, Run | None], goal: Goal) -> 
     ce, done = run.val_ce, run.steps_done
     reached = first_reach(ce.steps, ce.values, goal.ce)
     if run.began > 0 and len(ce.steps) and reached == ce.steps[0]:
-        reached = math.nan  # perhaps before
+        reached = math.nan  # perhaps reached before its log begins
     reached_flops, reached_s = run.flops(reached), run.total("train/time_s", reached)
     training_flops, training_s = lineage.training(run, teachers)
     scoring = lineage.scoring(run)
@@ -218,7 +218,7 @@ def _row(run: Run, method: str, teachers: dict[str, Run | None], goal: Goal) -> 
 
 
 def _besides(run: Run, training: float, scoring: float) -> float:
-    """What a run needed besides, its teacher's training and the scoring of its rows; NaN where a part is not known."""
+    """Cost of a run besides its own: its teacher's training and the scoring of its rows; NaN if a part is unknown."""
     parts = ([training] if run.kd_steps > 0 or run.lost else []) + ([scoring] if run.selected else [])
     return sum(parts) if parts else math.nan
 
@@ -260,7 +260,7 @@ def _groups(
 
 
 def _changed(reference: Run, run: Run) -> dict[str, tuple[Any, Any]]:
-    """Settings of an experiment that are not the reference's, as set; none where one of them has no config.yaml."""
+    """Settings in which an experiment differs from the reference, as set; empty if either has no config.yaml."""
     if not (reference.config and run.config):
         return {}
     there, here = reference.variant, run.variant
@@ -269,9 +269,9 @@ def _changed(reference: Run, run: Run) -> dict[str, tuple[Any, Any]]:
 
 
 def _equal_points(students: list[Run]) -> tuple[dict[str, tuple[float, dict[str, float]]], dict[str, list[str]]]:
-    """Validation CE of each run at the furthest point that all finished ones have reached, along each of AXES.
+    """Validation CE of each run at the furthest point that all finished runs have reached, along each of AXES.
 
-    And which of these lie between two validations, on a straight line. NaN where a run has not come so far.
+    Also says which values are interpolated linearly between two validations. NaN where a run has not come so far.
     """
     equal, between = {}, {}
     finished = {run.name for run in students if run.finished}
@@ -296,7 +296,7 @@ def main(argv: list[str]) -> int:
     parser = VerbParser(prog="cli.py compare", description="Table and figure of several runs, finished or running.")
     parser.add_argument("runs", metavar="RUN", nargs="+", type=_path, help="a run's folder, e.g. runs/salt")
     parser.add_argument(
-        "--out", metavar="DIR", type=_path, help="folder for compare.md, .json and .png (default: that of the runs)"
+        "--out", metavar="DIR", type=_path, help="folder for compare.md, .json and .png (default: the runs' parent)"
     )
     parser.add_argument(
         "--baseline",

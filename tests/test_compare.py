@@ -735,7 +735,7 @@ def test_all_teachers_of_a_run_are_counted_each_up_to_its_furthest_checkpoint(tm
     assert (row.teacher_training_flops, row.teacher_training_seconds) == (60 * 4 + 100 * 6, 0.5 * 160)
     gone = evaluate(load([second, salt, baseline]))  # no part of it passes for the whole
     assert math.isnan(gone.rows[1].teacher_training_flops)
-    said = "is in none of these runs: the cost of training it besides another is unknown"
+    said = "is in none of these runs: the total training cost of the teachers is unknown"
     assert f"the teacher of salt, first/checkpoints/step-00000030.ckpt, {said}" in gone.notes
 
 
@@ -858,7 +858,7 @@ def test_a_last_step_without_a_validation_is_said(three, tmp_path):
     before = {step: ce for step, ce in BASELINE.items() if step < STEPS}
     early = write_run(tmp_path / "early", before, seed_everything=1)
     (note,) = evaluate(load([*three, early])).notes
-    assert note == f"early was last validated at step {max(set(BASELINE) - {STEPS})} of 300: its val CE is from there"
+    assert note == f"early was last validated at step {max(set(BASELINE) - {STEPS})} of 300: val CE is from that step"
 
 
 def test_a_run_that_logged_nothing_is_left_out_by_name(three, tmp_path):
@@ -868,12 +868,12 @@ def test_a_run_that_logged_nothing_is_left_out_by_name(three, tmp_path):
     cut.write_bytes(b"")
     comparison = compare([tmp_path / "empty", begun, cut.parent, *three], tmp_path / "out")
     assert comparison.notes == [
-        f"{name} is left out: its TensorBoard event files, all that compare reads, have no values"
+        f"{name} is left out: no values in its own TensorBoard event files, the only ones that compare reads"
         for name in ("empty", "begun", "cut")
     ]
     assert [row.run for row in comparison.rows] == ["baseline", "salt", "rkd"]
     text = (tmp_path / "out" / "compare.md").read_text()
-    assert "Note: begun is left out: its TensorBoard event files, all that compare reads, have no values." in text
+    assert "Note: begun is left out: no values in its own TensorBoard event files, the only ones that " in text
     assert "| begun" not in text
     with pytest.raises(ConfigError, match=r"compare: RUN .*/empty, .*/begun: no TensorBoard event file with a value"):
         compare([tmp_path / "empty", begun], tmp_path)
@@ -1322,7 +1322,7 @@ def test_losses_of_other_text_are_no_comparison(tmp_path):
         "moved was validated on other text from step 200 on (900 tokens, before that 800)",
         "coarser was validated in other tokens than first (800 tokens, there 900): bits per byte can be compared, CE "
         "cannot",
-        "the first validation, or an earlier step, reached the reference's loss: same, moved",
+        "the reference's loss was reached by the first validation, or earlier: same, moved",
     ]
 
 

@@ -1,1 +1,1 @@
-"""Behind the verb compare: where runs come from, notes, table and figure."""
+"""Parts of the verb compare: where runs come from, notes, table and figure."""

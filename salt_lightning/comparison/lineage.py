@@ -1,4 +1,4 @@
-"""Where a run comes from: the run that it goes on from, its teacher's run, the scores of its rows. NaN: not known."""
+"""Where a run comes from: the run that it resumed from, its teachers' runs, the scores of its rows. NaN: unknown."""
 
 import json
 import math
@@ -19,18 +19,18 @@ from salt_lightning.run.runlog import Run, read_run
 
 
 def _named(run: Run, setting: str) -> set[Path]:
-    """Where the path in a run's setting may lie, if it has one; links followed."""
+    """Possible locations of the path in a run's setting, if set, with links resolved."""
     return {place.resolve() for place in _places(run, str(run.config.get(setting) or ""))}
 
 
 def _places(run: Run, path: str) -> list[Path]:
-    """Where a path that a run's settings have may lie: a relative one may count from any parent."""
+    """Possible locations of a path from a run's settings: a relative one may start at any parent of the run."""
     bases = (Path.cwd(), *run.path.absolute().parents)
     return [Path(os.path.normpath(base / path)) for base in bases] if path else []
 
 
 def read(path: Path, name: str) -> Run:
-    """A run and what it comes from, as far as its settings name that.
+    """Reads a run and the runs that it resumed from, as far as its settings name them.
 
     Raises:
         ConfigError: no such folder, or an unreadable config.yaml.
@@ -39,12 +39,12 @@ def read(path: Path, name: str) -> Run:
 
 
 def whole(run: Run, named: Sequence[Run] = (), generations: int = 9) -> Run:
-    """A run that went on from another one's checkpoint with that one's log up to there; `lost` where it is not found.
+    """A run with the log of the run that it resumed from put before its own; `lost` is set if that is not found.
 
     Args:
-        run: as its folder has it.
-        named: runs among which the other one may be, its checkpoints in a folder apart.
-        generations: how many of them are followed.
+        run: as read from its folder.
+        named: runs among which to look for the other one, too, as its checkpoints may be in a separate folder.
+        generations: how many such runs to follow back.
     """
     if run.began == 0 or run.origin == "last":
         return run
@@ -57,7 +57,7 @@ def whole(run: Run, named: Sequence[Run] = (), generations: int = 9) -> Run:
 
 
 def _parent(run: Run, named: Sequence[Run]) -> Run | None:
-    """The run whose checkpoint this one began with: a folder with settings and a log."""
+    """The run whose checkpoint this one started from: a folder with settings and a log."""
 
     def is_trunk(other: Run) -> bool:
         return bool(other.config and other.curves) and other.path.resolve() != run.path.resolve()
@@ -67,7 +67,7 @@ def _parent(run: Run, named: Sequence[Run]) -> Run | None:
         there = [other for other in named if folder in _named(other, "checkpoint.folder")]
         there += [other for other in named if other.path.resolve() == before.resolve()]
         if not any(map(is_trunk, there)):
-            with suppress(ConfigError):  # of a folder that nobody has named
+            with suppress(ConfigError):  # the user has not named this folder
                 there.append(read_run(before, run.name))
         for other in filter(is_trunk, there):
             return other
@@ -75,11 +75,11 @@ def _parent(run: Run, named: Sequence[Run]) -> Run | None:
 
 
 def _behind(parent: Run, run: Run) -> Run:
-    """A run with the log and the settings of the one that it went on from before its own."""
+    """A run with the log and settings of its parent put before its own."""
     curves = dict(run.curves)
     for tag, there in parent.curves.items():
-        until = there.steps <= run.began  # it may have gone on itself
-        of_lineage = tag in CUMULATIVE or tag == "probe/stop_step"  # which hold on, logged again or not
+        until = there.steps <= run.began  # the parent may have continued after that
+        of_lineage = tag in CUMULATIVE or tag == "probe/stop_step"  # these stay valid, logged again or not
         if until.any() and (tag in run.curves or of_lineage):
             steps, values = there.steps[until], there.values[until]
             if tag in run.curves:
@@ -91,9 +91,9 @@ def _behind(parent: Run, run: Run) -> Run:
 
 
 def teacher_runs(run: Run, runs: list[Run]) -> dict[str, Run | None]:
-    """By the path of each of its teachers: the given run in whose folder that lies, or which has exported it."""
+    """Maps the path of each of a run's teachers to the given run that holds or has exported it; None: none does."""
     now = str(run.config.get("model.teacher.path") or "")
-    moved = "" if now in run.teachers else now  # once it had taught
+    moved = "" if now in run.teachers else now  # the teacher's new path, if it was moved after KD
     return {path: _trained(run, path, runs) or _trained(run, moved, runs) for path in run.teachers}
 
 
@@ -109,15 +109,15 @@ def _trained(run: Run, path: str, runs: list[Run]) -> Run | None:
 
 
 def same_model(a: Run, b: Run) -> bool:
-    """Whether both train a model of the same settings, as far as both say them: a checkpoint brings all of its own."""
+    """Whether two runs train the same model, by the settings that both give: a checkpoint brings all of its own."""
     shared = [key for key in a.config.keys() & b.config.keys() if key.startswith("model.student.")]
     return all(a.config[key] == b.config[key] for key in shared)
 
 
 def training(run: Run, teachers: dict[str, Run | None]) -> tuple[float, float]:
-    """FLOPs and seconds that training all of its teachers took; of one run the furthest checkpoint, with all before it.
+    """FLOPs and seconds to train all teachers of a run; each teacher's run counts once, up to its furthest checkpoint.
 
-    The name of a checkpoint tells its step; an exported one is taken for the last.
+    The step is in a checkpoint's name; an exported teacher counts as the last step.
     """
     if run.lost or not teachers:
         return math.nan, math.nan
@@ -135,7 +135,7 @@ def training(run: Run, teachers: dict[str, Run | None]) -> tuple[float, float]:
 
 
 def _card_flops(run: Run, path: str) -> float:
-    """What the model card of an exported teacher says of its training: student, teacher and scoring."""
+    """FLOPs of an exported teacher's training, from its model card: student, teacher and scoring."""
     for place in _places(run, path):
         with suppress(OSError, ValueError):
             said = small_text(place / "README.md")
@@ -147,7 +147,7 @@ def _card_flops(run: Run, path: str) -> float:
 
 
 def scoring(run: Run) -> dict[str, float]:
-    """What the predict run that `data.selection` names has cost; empty without a selection, or where it is gone."""
+    """Cost of the predict run that `data.selection` names; empty without a selection, or if that run is gone."""
     for place in _places(run, str(run.selecting.get("data.selection", ""))):
         manifest = place / "scores.json" if place.is_dir() else place
         if manifest.is_file() and manifest.name == "scores.json":

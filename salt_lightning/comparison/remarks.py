@@ -1,4 +1,4 @@
-"""What a reader of a comparison has to know besides its numbers: a sentence each, without its full stop."""
+"""Notes that a comparison needs besides its numbers: one sentence each, without the full stop."""
 
 import math
 import os
@@ -18,22 +18,23 @@ def remarks(
     repeated: dict[str, str],
     reference: Run,
 ) -> list[str]:
-    """All of them.
+    """All notes on a comparison.
 
     Args:
         silent: runs without a value in their logs.
         runs: the others.
-        experiments: of these, what is compared: no teacher of another one, no repetition; seeds together.
-        repeated: names of runs that repeat another, and that one's.
-        reference: what the students are compared with.
+        experiments: the compared runs, the seeds of an experiment together; without teachers and repetitions.
+        repeated: name of each run that repeats another -> name of that one.
+        reference: the run that the students are compared with.
     """
     notes = [what for run in (*silent, *runs) for what in run.damaged]
     notes += [
-        f"{run.name} is left out: its TensorBoard event files, all that compare reads, have no values" for run in silent
+        f"{run.name} is left out: no values in its own TensorBoard event files, the only ones that compare reads"
+        for run in silent
     ]
     notes += [f"{run.name} is at step {run.steps_done} of {run.max_steps}" for run in runs if run.running]
     notes += [
-        f"{run.name} was last validated at step {run.val_ce.steps[-1]} of {run.steps_done}: its val CE is from there"
+        f"{run.name} was last validated at step {run.val_ce.steps[-1]} of {run.steps_done}: val CE is from that step"
         for run in runs
         if not run.running and len(run.val_ce.steps) and run.val_ce.steps[-1] < run.steps_done
     ]
@@ -66,9 +67,9 @@ def _beginning(run: Run) -> list[str]:
 
 
 def _better(experiments: list[list[Run]], reference: Run) -> list[str]:
-    """The best BASELINE of as much of the same text, where the reference is another: of several learning rates, say.
+    """Names the best BASELINE on as much of the same text, if not the reference: e.g. with another learning rate.
 
-    Experiments are the finished runs of one, its seeds.
+    Each entry of `experiments` has the finished runs (seeds) of one.
     """
     ends = {group[0].name: float(np.mean([run.last("val/ce") for run in group])) for group in experiments if group}
     here = next((ends[group[0].name] for group in experiments if reference in group), math.nan)
@@ -91,7 +92,7 @@ def _could_be(run: Run, reference: Run) -> bool:
 
 
 def _lost_teachers(runs: list[Run], reference: Run) -> list[str]:
-    """Teachers whose run is not among these, so that their own training is in no figure."""
+    """Teachers whose run is not among these, so the cost of training them is not counted."""
     taught: dict[str, list[str]] = {}
     for run in runs:
         for path, teacher in lineage.teacher_runs(run, runs).items():
@@ -104,36 +105,36 @@ def _lost_teachers(runs: list[Run], reference: Run) -> list[str]:
         if os.path.exists(path):
             folder = Path(path).parent.parent
             notes.append(f"{who} is in none of these runs; to count its own training, name {folder} too")
-        elif others:  # it has been moved, and one of these may be it
+        elif others:  # it was moved, and one of these may have trained it
             notes.append(
                 f"{who} is in none of these runs; if it is from {which}, which has another model, the cost of that run "
                 "is missing here"
             )
         elif any(run.name in names and len(run.teachers) > 1 for run in runs):
-            notes.append(f"{who} is in none of these runs: the cost of training it besides another is unknown")
+            notes.append(f"{who} is in none of these runs: the total training cost of the teachers is unknown")
     return notes
 
 
 def _may_be(run: Run, taught: list[str], runs: list[Run]) -> bool:
-    """Whether a run may have trained the teacher of others: another model, and not begun with weights."""
+    """Whether a run may have trained the teacher of others: it has another model, and started from scratch."""
     students = [other for other in runs if other.name in taught]
     return not run.config.get("model.student.path") and not any(lineage.same_model(run, s) for s in students)
 
 
-# --- which text a loss is of ---
+# --- which text a loss was measured on ---
 
 
 _ROUNDING = 1e-5  # TensorBoard keeps seven digits of each loss
 
 
 def _text(run: Run, kind: str) -> tuple[float, float]:
-    """Tokens and bytes that the last val or test loss is of."""
+    """Tokens and bytes of the text that the last val or test loss was measured on."""
     ce, tokens, bits = (run.last(f"{kind}/{name}") for name in ("ce", "tokens", "bits_per_byte"))
     return tokens, ce * tokens / (bits * math.log(2) or math.nan)
 
 
 def other_text(a: Run, b: Run, kind: str) -> bool:
-    """Whether two losses are of other text or tokens, as far as the logs tell."""
+    """Whether two losses were measured on different text or tokens, as far as the logs show."""
     (tokens, size), (other_tokens, other_size) = _text(a, kind), _text(b, kind)
     if math.isnan(tokens + other_tokens):
         return False

@@ -1,4 +1,4 @@
-"""How comparisons of runs and evaluations look: Markdown that reads as text, JSON, a figure. Computes no result."""
+"""Renders comparisons and evaluations as Markdown that is readable as text, JSON and a figure; computes no results."""
 
 import json
 import math
@@ -20,29 +20,29 @@ from salt_lightning.run.curves import THIRDS
 from salt_lightning.run.runlog import Run
 
 UNITS = ((1e21, "ZFLOP"), (1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"))
-# Okabe and Ito's palette without black and yellow: told apart with any kind of colour vision.
+# Okabe and Ito's palette without black and yellow: distinguishable with any kind of color vision.
 REFERENCE_COLOUR = "#444444"
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-# one after the other, where the colours are used up
+# used in turn when the colors run out
 STYLES: tuple[Any, ...] = ("-", ":", "-.", (0, (1, 3)), (0, (5, 1, 1, 1, 1, 1)))
 LEAVES, DASHES = "a teacher leaves", (0, (4, 3))
-COUNTS = re.compile(r"\w+/(tokens|examples)")  # as validate and test name them; a source may have such a name
-MOST_PARTS = 12  # columns of a table that still reads as text
-FIRST_SHOWN = 0.25  # the figure cuts off the fall of this share of the steps, which would flatten the rest
+COUNTS = re.compile(r"\w+/(tokens|examples)")  # tags of validate and test, fully matched: a source may be called tokens
+MOST_PARTS = 12  # columns of a table that is still readable as text
+FIRST_SHOWN = 0.25  # the figure cuts off the fall in this first share of the steps, which would flatten the rest
 
 
 def flop_unit(flops: float) -> tuple[float, str]:
-    """The largest unit of which `flops` holds at least one."""
+    """The largest unit that is not above `flops`: its size and name."""
     return next((unit for unit in UNITS if flops >= unit[0]), (1.0, "FLOP"))
 
 
 def number(value: float | None, form: str) -> str:
-    """`value` in a format; '-' where it is not known."""
+    """`value` in a format, or '-' if it is unknown."""
     return "-" if value is None or math.isnan(value) else format(value, form)
 
 
 def table(columns: dict[str, list[str]], text: tuple[str, ...] = ()) -> str:
-    """A Markdown table, padded to read as text; columns named in `text` to the left, numbers to the right."""
+    """A Markdown table, padded to be readable as text; columns named in `text` are aligned left, numbers right."""
     lines = [list(columns), *map(list, zip(*columns.values(), strict=True))]
     widths = [max(len(cells[i]) for cells in lines) for i in range(len(columns))]
 
@@ -58,16 +58,16 @@ def table(columns: dict[str, list[str]], text: tuple[str, ...] = ()) -> str:
 
 
 def evaluation(metrics: Mapping[str, Any]) -> str:
-    """What validate or test found, as they logged it: `val/ce` and the like, numbers or tensors of one, and `step`."""
+    """A table of what validate or test logged: `val/ce` etc., as numbers or tensors with one element, and `step`."""
     values = {name: float(value) for name, value in metrics.items()}
     step = f"step {values.pop('step', 0):.0f}"
-    # the five of all text before those of its parts
+    # the five metrics of all text before those of its parts
     names = sorted(values, key=lambda name: (name.count("/") > 1, "ce" not in name.split("/"), name))
     shown = [format(values[name], ",.0f" if COUNTS.fullmatch(name) else ".4f") for name in names]
     return table({"metric": [*map(printable, names)], step: shown}, text=("metric",))
 
 
-@np.errstate(invalid="ignore")  # of runs that diverged: inf - inf
+@np.errstate(invalid="ignore")  # inf - inf, in runs that diverged
 def markdown(comparison: Comparison) -> str:
     """The whole report: runs, seeds, equal points, changed settings."""
     final = number(comparison.reference_val_ce, ".4f")
@@ -120,7 +120,7 @@ def _runs_table(comparison: Comparison) -> str:
 
 
 def _apart(row: Row, scale: float, unit: str) -> str:
-    """What a run needed besides its own FLOPs, and what it comes to with that."""
+    """What a run cost besides its own FLOPs, and its shares of the reference's cost with that included."""
     costs = {
         "its teacher's own training": (row.teacher_training_flops, row.teacher_training_seconds),
         "the scoring of its rows": (row.scoring_flops, row.scoring_seconds),
@@ -166,7 +166,7 @@ def _seeds_table(groups: list[Group]) -> str:
 
 
 def _parts_table(rows: list[Row]) -> str:
-    """Thirds and sources, where there are few enough for a table; compare.json has them all."""
+    """CE by third and source, if few enough for a table; compare.json has them all."""
     parts = sorted({tag for row in rows for tag in row.last if tag.startswith("val/ce/")}, key=_third_first)
     if not parts or len(parts) > MOST_PARTS:
         return ""
@@ -177,8 +177,8 @@ def _parts_table(rows: list[Row]) -> str:
 
 
 def _answers_table(rows: list[Row]) -> str:
-    """What `test` found of answers, beside whoever always gives the most frequent one, or any."""
-    kinds = (  # with what their most frequent answer would get, which is not the same for both
+    """Accuracy of the answers in `test`, next to that of always giving the most frequent one."""
+    kinds = (  # with the heading of what the most frequent answer gets, which differs between the two
         ("exact match", "test/exact_match", "the commonest answer's"),
         ("choice accuracy", "test/choice_accuracy", "the majority's"),
     )
@@ -203,7 +203,7 @@ def _third_first(tag: str) -> tuple[int, str]:
 
 
 def _mean_std(values: list[float], form: str) -> str:
-    """Mean (std); '-' where one of the values is not known: a mean of the others would say too much."""
+    """Mean (std), or '-' if any value is unknown: a mean of the others would mislead."""
     if not values or any(math.isnan(value) for value in values):
         return "-"
     spread = f" ({np.std(values, ddof=1):{form}})" if len(values) > 1 else ""
@@ -255,7 +255,7 @@ def _equal_table(comparison: Comparison) -> str:
 
 
 def _changes(groups: list[Group]) -> str:
-    lines, text = [], partial(json.dumps, default=str)  # a date is text
+    lines, text = [], partial(json.dumps, default=str)  # writes dates as text
     for group in groups:
         told = [f"`{key}` {text(before)} -> {text(now)}" for key, (before, now) in group.changed.items()]
         if told:
@@ -264,14 +264,14 @@ def _changes(groups: list[Group]) -> str:
 
 
 def json_text(comparison: Comparison) -> str:
-    """The comparison, and of each run its folder, settings and validations; null where a number is not known."""
+    """The comparison as JSON, with each run's folder, settings and validations; unknown numbers are null."""
     tree = {name: value for name, value in vars(comparison).items() if name != "runs"}
     tree["rows"], tree["groups"] = ([asdict(item) for item in tree[name]] for name in ("rows", "groups"))
     for row, run in zip(tree["rows"], comparison.runs, strict=True):
         curves = {tag: curve for tag, curve in run.curves.items() if tag.startswith("val/")}
         row |= {"folder": str(run.path), "settings": run.config}
         row["curves"] = {tag: {"steps": c.steps.tolist(), "values": c.values.tolist()} for tag, c in curves.items()}
-    return json.dumps(_null_for_nan(tree), indent=2, allow_nan=False, default=str) + "\n"  # a date in a setting
+    return json.dumps(_null_for_nan(tree), indent=2, allow_nan=False, default=str) + "\n"  # a setting may be a date
 
 
 def _null_for_nan(value: Any) -> Any:
@@ -283,10 +283,10 @@ def _null_for_nan(value: Any) -> Any:
 
 
 def figure(comparison: Comparison) -> Figure:
-    """Validation CE over steps and over FLOPs of student and teacher, one colour for each experiment.
+    """Validation CE over steps and over FLOPs of student and teacher, one color per experiment.
 
-    A dashed line of its colour marks where a teacher leaves, a dot where a run reaches the reference, at which share
-    of the reference's steps or FLOPs.
+    A dashed line in that color marks where a teacher leaves; a dot marks where a run reaches the reference's loss,
+    with the share of the reference's steps or FLOPs.
     """
     fig = Figure(figsize=(12, max(4.2, 1.0 + 0.22 * len(comparison.groups))), layout="constrained")
     axes = fig.subplots(1, 2, sharey=True)
@@ -305,12 +305,12 @@ def figure(comparison: Comparison) -> Figure:
     if validated:
         axes[0].set_ylim(*_shown_range(validated))
         legend = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
-        if legend.pop(LEAVES, None):  # one entry for the lines of all colours
+        if legend.pop(LEAVES, None):  # one entry for the lines of all colors
             legend[LEAVES] = Line2D([], [], color=REFERENCE_COLOUR, lw=0.8, ls=DASHES)
         fig.legend(
             list(legend.values()),
             list(legend),
-            loc="outside right upper",  # over no curve
+            loc="outside right upper",  # covers no curve
             title="final validation CE",
             alignment="left",
             frameon=False,
@@ -327,7 +327,7 @@ def _panel(ax: Axes, comparison: Comparison, axis: str, divisor: float) -> None:
     level = comparison.reference_val_ce
     ax.axhline(level, color=REFERENCE_COLOUR, lw=0.6, label="final CE of the reference")
     looks, methods = list(product(STYLES, COLOURS)), {row.method for row in comparison.rows}
-    # the same in each figure, whichever runs are beside them
+    # these look the same in every figure, whatever else is in it
     known = {method: look for method, look in zip(("SALT step", "RKD"), looks[:2], strict=True) if method in methods}
     others = cycle([look for look in looks if look not in known.values()])
     noted: list[tuple[float, str, str]] = []
@@ -345,7 +345,7 @@ def _panel(ax: Axes, comparison: Comparison, axis: str, divisor: float) -> None:
         label = f"{group.label}  {number(group.mean, '.3f')}" + (f"  (n = {group.n})" if group.n > 1 else "")
         for run in shown:
             ax.plot(x_of(run, run.val_ce.steps), run.val_ce.values, color=colour, ls=style, lw=width, label=label)
-            label = "_"  # one entry of the legend for all seeds
+            label = "_"  # one legend entry for all seeds
             row = rows[run.name]
             if not is_reference and not math.isnan(row.reached_step):
                 (x,) = x_of(run, [row.reached_step])
@@ -360,14 +360,14 @@ def _panel(ax: Axes, comparison: Comparison, axis: str, divisor: float) -> None:
     ax.spines[["top", "right"]].set_visible(False)
     ax.set_xlim(left=0)
     lines, right = 0, math.inf
-    for x, text, colour in sorted(noted, reverse=True):  # from the right: where two are close the left one goes below
+    for x, text, colour in sorted(noted, reverse=True):  # from the right: of two close ones, the left goes lower
         lines = lines + 1 if right - x < 0.08 * ax.get_xlim()[1] else 0
         right, off = x, (-4, -4 - 11 * lines)
         ax.annotate(text, (x, level), off, textcoords="offset points", ha="right", va="top", color=colour, fontsize=9)
 
 
 def _shown_range(runs: list[Run]) -> tuple[float, float]:
-    known = [(run.val_ce, np.isfinite(run.val_ce.values)) for run in runs]  # a run that diverged has no loss
+    known = [(run.val_ce, np.isfinite(run.val_ce.values)) for run in runs]  # a diverged run has none
     curves = [(ce.steps[is_known], ce.values[is_known]) for ce, is_known in known if is_known.any()]
     if not curves:
         return 0.0, 1.0

@@ -1,6 +1,6 @@
-"""What the verb compare finds.
+"""Results of the verb compare.
 
-NaN stands for "not known" in every number here; it shows as '-' and is null in the JSON file.
+NaN means "unknown" in every number here; it is shown as '-' and is null in the JSON file.
 """
 
 from dataclasses import dataclass, field
@@ -11,9 +11,9 @@ from salt_lightning.run.runlog import Run
 
 @dataclass
 class Row:
-    """What the table says of one run. Shares are of the reference's steps, FLOPs (student and teacher) and seconds.
+    """One run in the table. Shares are relative to the reference's steps, FLOPs (student and teacher) and seconds.
 
-    What a run needed besides, apart: its teacher's training, and the scoring of the rows that a selection was made of.
+    Other costs are kept apart: its teacher's training, and the scoring of the rows for a selection.
     """
 
     run: str
@@ -30,11 +30,11 @@ class Row:
     reached_step: float  # where validation CE first falls to the reference's
     reached_steps_share: float
     reached_flops_share: float
-    reached_flops_share_with_teacher_training: float  # and with the scoring of a selection
+    reached_flops_share_with_teacher_training: float  # and with the scoring for a selection
     reached_seconds_share: float
     reached_seconds_share_with_teacher_training: float  # likewise
     seconds: float
-    teacher_seconds: float  # of these, in the teacher's forward
+    teacher_seconds: float  # of `seconds`, in the teacher's forward
     student_flops: float
     teacher_flops: float
     teacher_training_flops: float
@@ -46,7 +46,7 @@ class Row:
 
 @dataclass
 class Group:
-    """The seeds of one experiment. The numbers are of the `n` finished runs, in their order; std divides by n - 1."""
+    """The seeds of one experiment. Numbers are of the `n` finished runs, in order; std divides by n - 1."""
 
     label: str
     runs: list[str]
@@ -66,14 +66,14 @@ class Group:
 
 @dataclass
 class Comparison:
-    """All that `compare` found; `runs` keeps the curves for the figure."""
+    """All results of `compare`; `runs` keeps the curves for the figure."""
 
     reference: str
     reference_val_ce: float
     rows: list[Row]
     groups: list[Group]
     equal: dict[str, tuple[float, dict[str, float]]]  # axis -> (where, run -> validation CE there)
-    between: dict[str, list[str]]  # axis -> runs that were not validated there: theirs is on a line between two
+    between: dict[str, list[str]]  # axis -> runs that were not validated there: interpolated
     notes: list[str]
     other_text: list[str]  # runs that were validated on other text than the reference
     runs: list[Run]
