@@ -2,8 +2,8 @@
 
     S(x) = median_i  1{rank_i < k} * nll_i          challenging (large) yet learnable (not zero), k = 10
 
-A row x is one of block_size tokens; only positions with a label count. Where more than half of them lie outside
-the top k, S is 0. Pure functions of arrays, but for `row_scores`, which reads shards and keeps what it found.
+A row x has block_size tokens; only positions with a label count. If more than half of them are outside the top k,
+S is 0. Pure functions of arrays, except `row_scores`, which reads shards and saves the result.
 Shapes: R rows, T tokens a row.
 """
 
@@ -70,7 +70,7 @@ class KeepRule:
 
     @property
     def name(self) -> str:
-        """For logs."""
+        """The rule in words, for logs."""
         rule = "" if self.order == "random" else f", k {self.k}, masked {self.masked}"
         tail = f", without the top {self.drop_top:.3%}" if self.drop_top else ""
         return f"{self.order}{rule}{tail}"
@@ -83,7 +83,7 @@ def score_rows(nll_RT: np.ndarray, rank_RT: np.ndarray, k: int, masked: Masked) 
         nll_RT: -log p(label), nats.
         rank_RT: number of logits strictly above the label's; NO_LABEL: no label there.
         k: the top k have ranks below k.
-        masked: "zero": tokens outside the top k count as 0; "drop": they do not count. Nothing left scores 0.
+        masked: "zero": tokens outside the top k count as 0; "drop": they are left out. No token left: 0.
     """
     within_RT = rank_RT < k
     if masked == "drop":
@@ -98,18 +98,18 @@ def score_rows(nll_RT: np.ndarray, rank_RT: np.ndarray, k: int, masked: Masked) 
     return np.where(counts_R > 0, medians_R, 0.0)
 
 
-# what to do where chance decides
+# what to do if chance decides
 LESS_CHANCE = "a later teacher, a larger --data.keep.k, --data.keep.masked drop, or fewer rows kept"
 
 
 class Plan(NamedTuple):
     order: Order | Mixture
-    chance: float  # share of the rows kept that a lot has chosen where the scores should; 0 of a random subset
+    chance: float  # share of the kept rows that a lot chose instead of the scores; 0 for a random subset
     said: str
 
 
 def chance(score_R: np.ndarray, kept_R: np.ndarray) -> float:
-    """Share of the rows kept (a mask) whose score rows that are left out have, too: a lot has decided among them."""
+    """Share of the kept rows (a mask) whose score is also that of a row left out: chance decided between them."""
     inside, outside = score_R[kept_R], score_R[~kept_R]
     if not len(inside):
         return 0.0
@@ -118,7 +118,7 @@ def chance(score_R: np.ndarray, kept_R: np.ndarray) -> float:
 
 
 def kept_rows(scores_R: np.ndarray, rule: KeepRule) -> np.ndarray:
-    """Sorted numbers of the rows that a rule keeps: 8 bytes each; as of `kept_mask`."""
+    """Sorted numbers of the rows that a rule keeps, 8 bytes each; see `kept_mask`."""
     return np.flatnonzero(kept_mask(scores_R, rule))
 
 
@@ -126,7 +126,7 @@ def kept_mask(scores_R: np.ndarray, rule: KeepRule) -> np.ndarray:
     """Which rows a rule keeps. Rows of equal score are taken in a fixed random order.
 
     Raises:
-        ConfigError: more rows are wanted than there are.
+        ConfigError: the rule asks for more rows than there are.
     """
     num_rows = len(scores_R)
     dropped = round(rule.drop_top * num_rows)
@@ -144,7 +144,7 @@ def kept_mask(scores_R: np.ndarray, rule: KeepRule) -> np.ndarray:
 
 
 def _first(scores_R: np.ndarray, count: int) -> np.ndarray:
-    """The `count` rows of the highest scores, as a mask; among equals those of the lowest lots. O(R), no sort."""
+    """Mask of the `count` rows with the highest scores; of equal ones, those with the lowest lots. O(R), no sort."""
     if count == 0:
         return np.zeros(len(scores_R), bool)
     level = np.partition(scores_R, len(scores_R) - count)[len(scores_R) - count]
@@ -153,7 +153,7 @@ def _first(scores_R: np.ndarray, count: int) -> np.ndarray:
 
 
 def _of_lowest_lots(mask_R: np.ndarray, count: int) -> np.ndarray:
-    """`count` > 0 of the rows of a mask, as a mask."""
+    """Mask of the `count` > 0 rows of a mask that have the lowest lots."""
     lots = scatter(np.flatnonzero(mask_R))
     taken_R = np.zeros(len(mask_R), bool)
     taken_R[mask_R] = lots <= np.partition(lots, count - 1)[count - 1]  # no two lots are equal
@@ -161,10 +161,10 @@ def _of_lowest_lots(mask_R: np.ndarray, count: int) -> np.ndarray:
 
 
 def plan(scores: Scores, rule: KeepRule, seed: int, phase1_rows: int, shares: Shares | None = None) -> Plan:
-    """The order of a run whose first `phase1_rows` rows come from what `rule` keeps, and a line that says so.
+    """The order of a run whose first `phase1_rows` rows are from those that `rule` keeps, and a line for the log.
 
     Raises:
-        ConfigError: scores are incomplete or damaged, or too few rows.
+        ConfigError: scores are incomplete or damaged, or there are too few rows.
     """
     score_R = row_scores(scores, rule.k, rule.masked)
     kept_R = kept_mask(score_R, rule)
@@ -173,20 +173,20 @@ def plan(scores: Scores, rule: KeepRule, seed: int, phase1_rows: int, shares: Sh
     tie = f"; {drawn:.1%} of them have the same score as rows left out: chance decides" if drawn else ""
     which = f"{rule.name}; S {inside.min():.3f} to {inside.max():.3f}{tie}"
     del score_R, kept_R, inside
-    pa.default_memory_pool().release_unused()  # else 20 bytes a row stay with Arrow in each process
+    pa.default_memory_pool().release_unused()  # else Arrow keeps 20 bytes per row in each process
     order = make_order(shares, seed, kept.num_rows, kept, phase1_rows, rule.unread_first)
-    told = [_told(*part) for part in _parts(order).items()]  # here, so that worker processes share what it takes
+    told = [_told(*part) for part in _parts(order).items()]  # here, so that worker processes share its memory
     said = f"selection: {len(kept)} of {kept.num_rows} rows ({which}); {'; '.join(told)}"
     return Plan(order, drawn, said)
 
 
 def _parts(order: Order | Mixture) -> dict[str, Order]:
-    """By source where these have weights."""
+    """The orders by source, if sources have weights."""
     return {"": order} if isinstance(order, Order) else dict(zip(order.shares.names, order.orders, strict=True))
 
 
 def check_repeats(order: Order | Mixture, rule: KeepRule) -> None:
-    """Raises ConfigError where phase 1 would read the kept rows too often, by source where these have weights."""
+    """Raises ConfigError if phase 1 would read kept rows too often, in any source if these have weights."""
     name, worst = max(_parts(order).items(), key=lambda part: part[1].repeats)
     assert worst.kept is not None
     of_source = f" of {name!r}" if name else ""
@@ -213,7 +213,7 @@ def _told(name: str, part: Order) -> str:
 
 
 def row_scores(scores: Scores, k: int, masked: Masked) -> np.ndarray:
-    """S of all rows, float64, from a file beside the shards; computed from these the first time.
+    """S of all rows, float64, from a file next to the shards; computed from the shards the first time.
 
     Raises:
         ConfigError: shards are missing or damaged.
@@ -222,7 +222,7 @@ def row_scores(scores: Scores, k: int, masked: Masked) -> np.ndarray:
     try:
         table = pq.read_table(path, page_checksum_verification=True)
         found, about = table["S"].to_numpy(), table.schema.metadata or {}
-        # shards made anew leave this file behind; parquet's own checksums leave out how many rows there are
+        # new shards leave an old file behind; parquet's own checksums do not cover the number of rows
         if (about.get(b"scored"), about.get(b"digest")) == (scores.identity, _digest(found)):
             return found
     except (OSError, pa.ArrowException, KeyError):
@@ -235,7 +235,7 @@ def row_scores(scores: Scores, k: int, masked: Masked) -> np.ndarray:
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         parts = pool.map(lambda shard: score_rows(*scores.read(shard), k, masked), range(scores.scored.num_shards))
         found = np.concatenate(list(parts))
-    with suppress(OSError):  # a folder that may only be read: computed again the next time
+    with suppress(OSError):  # a read-only folder: computed again next time
         about = {"scored": scores.identity, "digest": _digest(found)}
         write_table(path, pa.table({"S": found}).replace_schema_metadata(about))
     return found

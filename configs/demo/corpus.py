@@ -1,6 +1,6 @@
 """Writes the demo's corpus: the source of Python's standard library, which is on every machine, without its tests.
 
-One document a file. Validation is split off by document later, in SALTDataModule.
+Each file is one document. SALTDataModule later splits off documents for validation.
 """
 
 import json

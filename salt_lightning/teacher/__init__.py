@@ -1,1 +1,1 @@
-"""What a teacher says of the text: scores, thirds by its loss, whether it still helps."""
+"""What follows from a teacher's outputs: scores, thirds by its loss, whether it still helps."""

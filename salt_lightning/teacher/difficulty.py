@@ -2,9 +2,9 @@
 
     RUN/validate/documents.parquet     document int64 · nll float64 · tokens int64     (RUN/test: of the test text)
 
-The verbs `validate` and `test` write it for the model they look at. Of the teacher it is the split that all runs share,
-BASELINE too: `--data.difficulty RUN`. A held-out document with a label in the rows that are evaluated has its sum of
-nll in nats and its number of labels there. The file says which text that was; a run on other text refuses it.
+The verbs `validate` and `test` write it for the model that they evaluate. The teacher's file gives the split that all
+runs share, BASELINE too: `--data.difficulty RUN`. It has the sum of nll in nats and the number of labels of each
+held-out document in the evaluated rows, and records which text that was; a run on other text refuses it.
 
 Shapes: D held-out documents, N token positions of a batch.
 """
@@ -31,14 +31,14 @@ _VERBS = ("validate", "test")
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The text that an evaluation reads: all of it must agree before a split made on it is used.
+    """The text that an evaluation reads; all fields must agree with those of a split before that is used.
 
     Args:
         tokens: Hash of the held-out tokens and documents, wherever their files lie.
         tokenizer: Hash of the token -> id map.
         block_size: Tokens in a row.
         isolate_documents: Whether each document of a row is read on its own.
-        num_rows: Rows that are evaluated.
+        num_rows: Number of evaluated rows.
     """
 
     tokens: str
@@ -58,15 +58,15 @@ _MEANING = {
 
 
 def thirds(nll_D: np.ndarray, tokens_D: np.ndarray) -> np.ndarray:
-    """0 easy, 1 medium, 2 hard for each document, -1 where it has no tokens.
+    """0 easy, 1 medium, 2 hard for each document, -1 if it has no tokens.
 
-    Documents in the order of nll / tokens, equal ones in that of their numbers, are cut where a third and two thirds
-    of the tokens are reached: a document belongs where the middle one of its tokens lies. Thirds of the tokens, not of
-    the documents: so the three means weigh alike, and many short documents do not make a third of few tokens.
+    Documents are sorted by nll / tokens, equal ones by number, and split at one and two thirds of the tokens: a
+    document belongs where its middle token lies. Thirds are of the tokens, not of the documents: so the three means
+    have equal weight, and many short documents do not make a third of few tokens.
 
     Args:
         nll_D: sums of -log p, nats.
-        tokens_D: int64, how many summands each has.
+        tokens_D: int64, number of terms in each sum.
     """
     third_D = np.full(len(tokens_D), -1, np.int64)
     judged = np.flatnonzero(tokens_D)
@@ -77,7 +77,7 @@ def thirds(nll_D: np.ndarray, tokens_D: np.ndarray) -> np.ndarray:
 
 
 def find_files(place: Path, verb: str) -> list[Path]:
-    """The files of losses in a run's folder, or the file itself. See `read_thirds`."""
+    """The files of losses in a run's folder, or the given file itself. See `read_thirds`."""
     verbs = _VERBS[::-1] if verb == "test" else _VERBS
     files = [place] if place.is_file() else [file for v in verbs if (file := place / v / _FILE).is_file()]
     if not files:
@@ -89,15 +89,15 @@ def find_files(place: Path, verb: str) -> list[Path]:
 
 
 def read_thirds(place: Path, held_out: HeldOut, verb: str) -> np.ndarray:
-    """The third of each held-out document; says by whose loss, and what the thirds are.
+    """The third of each held-out document; logs whose loss made the thirds, and their sizes.
 
     Args:
-        place: folder of a run that was looked at by `validate` or `test`, or the file itself.
+        place: folder of a run that `validate` or `test` has evaluated, or the file itself.
         held_out: what is evaluated now.
-        verb: "fit", "validate" or "test": which of a run's files is looked at first.
+        verb: "fit", "validate" or "test": decides which of a run's files is tried first.
 
     Raises:
-        ConfigError: there is no such file, it is damaged, of other text, or of fewer than three documents.
+        ConfigError: the file is missing, damaged, made with other text, or has fewer than three documents.
     """
     problems = []
     for file in find_files(place, verb):
@@ -139,7 +139,7 @@ def _read(file: Path) -> tuple[pa.Table, str, dict[str, Any]]:
 
 
 class DocumentLossWriter(pl.Callback):
-    """Writes the loss of each held-out document when a validate or test has gone through all of them."""
+    """Writes the loss of each held-out document after a validate or test that read all of them."""
 
     _metric: TokenMetrics | None = None
 

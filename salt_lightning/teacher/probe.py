@@ -1,12 +1,12 @@
-"""What says when the teacher stops helping: student and teacher side by side on the held-out rows of a validation.
+"""Measures when the teacher stops helping: student against teacher on the held-out rows of a validation.
 
     probe/gap             CE of the student - CE of the teacher (at temperature 1), nats a token, all held-out rows
     probe/student_better  share of their tokens where the student's nll is below the teacher's
     probe/grad_cosine     cosine between the gradients of CE and KD over the student's weights (optional), on the first
                           held-out rows, as many as an optimizer step takes
 
-The teacher is frozen, so it reads the held-out rows once and its nll is kept: 4 bytes a token. Nothing here touches a
-weight, a gradient under accumulation, or a random number. `look` is for before the first step. Shapes: N token
+The teacher is frozen, so it reads the held-out rows once and its nll is kept: 4 bytes per token. Nothing here changes a
+weight, an accumulated gradient or the random state. `look` is for the check before the first step. Shapes: N token
 positions of a batch.
 """
 
@@ -29,11 +29,11 @@ Gradients = list[Tensor | None]
 
 
 class Probe:
-    """Gathers one validation; `read` gives its values and makes room for the next.
+    """Collects one validation; `read` returns its values and resets for the next.
 
     Args:
-        gradients: whether to look at the gradients too: two more forwards and backwards of an optimizer step, and the
-            memory of two more gradients.
+        gradients: whether to compare gradients too: two more forwards and backwards of an optimizer step, and memory
+            for two more gradients.
     """
 
     def __init__(self, gradients: bool) -> None:
@@ -47,12 +47,12 @@ class Probe:
         self._kd: Gradients = []
 
     def forget(self) -> None:
-        """The teacher has gone."""
+        """Discards all values, for when the teacher is unloaded."""
         self._teacher_nll.clear()
         self._begin()
 
     def add(self, trainer: pl.Trainer, module: Any, student: dict[str, Tensor], batch: Any, batch_idx: int) -> None:
-        """Add a batch of the validation, `student` being the nll and rank of its labels by the student."""
+        """Adds a batch of the validation; `student` has the student's nll and rank of its labels."""
         if batch_idx not in self._teacher_nll or module._data is None:  # a user's own loader may shuffle
             with trainer.precision_plugin.val_step_context():
                 self._teacher_nll[batch_idx] = module.predict_step(batch, batch_idx)["nll"].flatten()
@@ -60,12 +60,12 @@ class Probe:
         each_4N = torch.stack([student_N, teacher_N, student_N < teacher_N, torch.ones_like(student_N)])
         sums = torch.where(valid_N, each_4N, 0).sum(1, dtype=sum_dtype(student_N.device))
         self._sums = sums if self._sums is None else self._sums + sums
-        # So many batches hold as many rows as an optimizer step, and with other ranks the same ones.
+        # This many batches hold the rows of one optimizer step, the same ones for any number of ranks.
         if self.gradients and batch_idx < trainer.accumulate_grad_batches:
             self._add_gradients(trainer, module, batch)
 
     def read(self, trainer: pl.Trainer, module: Any) -> dict[str, float]:
-        """The values, over all ranks; empty where no batch was added. Collective."""
+        """The values over all ranks; empty if no batch was added. Collective."""
         if self._sums is None:
             return {}
         ce, teacher_ce, better, tokens = trainer.strategy.reduce(self._sums, reduce_op="sum").tolist()
@@ -76,15 +76,15 @@ class Probe:
         return {f"probe/{name}": value for name, value in values.items()}
 
     def _add_gradients(self, trainer: pl.Trainer, module: Any, batch: Any) -> None:
-        # The optimizer's: those of the module are whole at times, where they are sharded.
+        # The optimizer's parameters: the module's are at times unsharded, where it is sharded.
         weights = [p for group in trainer.optimizers[0].param_groups for p in group["params"]]
         with torch.inference_mode(False), trainer.precision_plugin.train_step_context():
-            batch = {name: tensor.clone() for name, tensor in batch.items()}  # made in inference mode
+            batch = {name: tensor.clone() for name, tensor in batch.items()}  # these were made in inference mode
             ids_BT, positions_BT, cu_seqlens = batch["input_ids"], batch["positions"], batch.get("cu_seqlens")
             with torch.no_grad():
                 teacher_out = module.teacher(ids_BT, positions_BT, cu_seqlens=cu_seqlens)
-            num_tokens = torch.full_like(module.kd_weight, ids_BT.numel())  # the cosine knows no scale
-            module.kd_weight.fill_(1.0)  # until the next batch brings its own
+            num_tokens = torch.full_like(module.kd_weight, ids_BT.numel())  # any scale: the cosine is the same
+            module.kd_weight.fill_(1.0)  # until the next batch sets its own
             for gradients, taught_by in ((self._ce, None), (self._kd, teacher_out)):
                 with torch.enable_grad():
                     loss = partial(module.step_loss, batch["labels"].flatten(), taught_by, num_tokens)
@@ -92,7 +92,7 @@ class Probe:
 
 
 def _backward(loss: Tensor, weights: list[Tensor], gradients: Gradients) -> None:
-    """Adds the gradient of `loss` to `gradients`. The weights have none in a validation, and none afterwards."""
+    """Adds the gradient of `loss` to `gradients`; the weights themselves have no gradient before or after."""
     for p, gradient in zip(weights, gradients or [None] * len(weights), strict=True):
         p.grad = gradient
     loss.backward()
@@ -109,20 +109,20 @@ def _cosine(trainer: pl.Trainer, ce: Gradients, kd: Gradients) -> float:
         a, b = (g.to_local() if isinstance(g, DTensor) else g for g in pair)
         if a is None or b is None:
             continue
-        if isinstance(trainer.strategy, DDPStrategy):  # its own reduction waits for a forward through its wrapper
+        if isinstance(trainer.strategy, DDPStrategy):  # it reduces only after a forward through its wrapper
             dist.all_reduce(a)
             dist.all_reduce(b)
         products += torch.stack([(x * y).sum(dtype=dtype) for x, y in ((a, b), (a, a), (b, b))])
-    # of shards; of whole gradients so many times each
+    # a sum over shards; whole gradients count once per rank, which cancels out
     dot, ce_square, kd_square = trainer.strategy.reduce(products, reduce_op="sum").tolist()
     return dot / (ce_square * kd_square) ** 0.5 if ce_square * kd_square > 0 else 0.0
 
 
 @torch.no_grad()
 def look(lm: Any, batch: dict[str, Tensor], data: Any) -> TeacherLoss:
-    """The CE of a models.CausalLM on rows of a SALTDataModule, beside what is known without a model."""
+    """The CE of a models.CausalLM on rows of a SALTDataModule, next to losses that need no model."""
     labels_N = batch["labels"].flatten()
-    # all that training hands over, so that it is compiled once
+    # the same arguments as in training, so that it is compiled once
     hidden_ND, head_VD, bias_V = lm(batch["input_ids"], batch["positions"], cu_seqlens=batch.get("cu_seqlens"))
     nll_N, _ = token_stats(hidden_ND, head_VD, labels_N, bias_V)
     tokens = int((labels_N >= 0).sum())

@@ -1,4 +1,4 @@
-"""The report of scores: histogram, share of zeros, what rows look like, how much k matters. Text and a figure."""
+"""The report of scores: histogram, share of zeros, examples of rows, how much k matters. Text and a figure."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,11 +18,11 @@ _CHARS = 400
 
 
 def write(scores: Scores, rule: KeepRule, decode: Callable[[int], str]) -> tuple[Path, Path]:
-    """Write report.md and report.png into the folder of the scores.
+    """Writes report.md and report.png into the folder of the scores.
 
     Args:
-        scores: complete ones.
-        rule: what would be kept of them; its k and `masked` are those of the report.
+        scores: must be complete.
+        rule: decides which rows would be kept; the report uses its k and `masked`.
         decode: row number -> its text.
 
     Returns:
@@ -86,7 +86,7 @@ def _by_k(of_k: dict[int, np.ndarray], rule: KeepRule) -> str:
 
 def _overlap(kept: dict[int, np.ndarray], of_k: dict[int, np.ndarray], rule: KeepRule) -> str:
     columns = {"kept by both": [f"k = {k}" for k in kept]}
-    drawn = {k for k in kept if chance(of_k[k], kept[k]) > 0.5}  # by the same lots for every k: alike, but by no score
+    drawn = {k for k in kept if chance(of_k[k], kept[k]) > 0.5}  # the same lots for every k: equal, but not by score
     for k, shares in zip(kept, overlap(kept).T, strict=True):
         columns[f"k = {k}"] = [
             "-" if {k, other} & drawn else f"{share:.1%}" for other, share in zip(kept, shares, strict=True)

@@ -1,11 +1,11 @@
-"""What a teacher says of every token of the training rows, on disk: written by the verb `predict`, read by selection.
+"""A teacher's loss and rank of every token of the training rows, on disk: `predict` writes them, selection reads them.
 
-    RUN/scores.json               what was scored, and by whom
+    RUN/scores.json               what was scored, and by which teacher
     RUN/scores/00000012.parquet   row int64 · nll list<float32>[T] · rank list<uint16>[T]
 
 T is block_size. nll is -log p(label) in nats. rank counts the logits strictly above the label's, at most RANK_CAP;
-NO_LABEL marks a position without label (nll 0). So S(x) follows for any k up to the cap and either rule, without
-the teacher. Shards hold fixed rows whatever wrote them: what is there after a kill is kept.
+NO_LABEL marks a position without a label (nll 0). So S(x) for any k up to the cap and either rule needs no teacher.
+The rows of a shard do not depend on which process wrote it, so finished shards are kept after a kill.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _SHARD_TOKENS, _MAX_SHARDS = 1 << 20, 4096
 
 @dataclass(frozen=True)
 class Scored:
-    """What the scores are of: all of it must agree before a shard is added or rows are selected by it.
+    """What was scored; all fields must agree before a shard is added or rows are selected.
 
     Args:
         rows: Hash of the training tokens and documents, wherever their files lie.
@@ -51,7 +51,7 @@ class Scored:
 
     @property
     def shard_rows(self) -> int:
-        """Rows of a shard: about a million tokens, more where these would be more than 4096 files; at most all."""
+        """Rows per shard: about a million tokens, more if that would make over 4096 files; at most all rows."""
         return min(max(1, _SHARD_TOKENS // self.block_size, -(-self.num_rows // _MAX_SHARDS)), self.num_rows)
 
     @property
@@ -93,16 +93,16 @@ class Scores:
 
     @classmethod
     def create(cls, run: Path, scored: Scored, extra: dict[str, Any]) -> Scores:
-        """The scores in `run`, begun there or before.
+        """Opens the scores in `run`, or starts them.
 
         Args:
             run: folder of the run.
-            scored: what is to be scored now; scores of anything else are refused, if any are there.
+            scored: what is to be scored now; existing scores of anything else are refused.
             extra: more for the manifest (the teacher's path, FLOPs, versions), for people to read.
         """
         (run / "scores").mkdir(parents=True, exist_ok=True)
         there = cls.require_begun(run, scored)
-        for left in (*(run / "scores").glob(".*.tmp"), *run.glob(".scores.json.*.tmp")):  # of a kill
+        for left in (*(run / "scores").glob(".*.tmp"), *run.glob(".scores.json.*.tmp")):  # by a kill
             left.unlink(missing_ok=True)
         if there is None:
             write_json(run / "scores.json", {"scored": asdict(scored), **extra})
@@ -110,7 +110,7 @@ class Scores:
 
     @classmethod
     def require_begun(cls, run: Path, scored: Scored) -> Scores | None:
-        """Those in `run` with a shard, else nothing is lost with the manifest; raises ConfigError unless they fit."""
+        """The scores in `run`, None without a shard (nothing to lose); raises ConfigError unless they fit `scored`."""
         there = cls(run, "--run") if (run / "scores.json").exists() else None
         if there is None or len(there.missing()) == there.scored.num_shards:
             return None
@@ -118,24 +118,24 @@ class Scores:
         return there
 
     def note(self, **more: Any) -> None:
-        """Add to the manifest, for people and `compare` to read."""
+        """Adds to the manifest, for people and `compare` to read."""
         self.manifest |= more
         write_json(self.run / "scores.json", self.manifest)
 
     @property
     def identity(self) -> bytes:
-        """What a file of these scores carries, to be known again."""
+        """Identifies these scores in each of their files."""
         return json.dumps(asdict(self.scored)).encode()
 
     def require(self, now: Scored) -> None:
         """Refuses scores of something else. A field that `now` leaves empty (the teacher's, in a fit) is not compared.
 
         Raises:
-            ConfigError: names each setting by which they differ.
+            ConfigError: names each setting in which they differ.
         """
         before, here = asdict(self.scored), asdict(now)
         keys = [key for key, value in here.items() if value != "" and before[key] != value]
-        if "precision" in keys:  # the hash is of the weights as cast, so it may follow from that
+        if "precision" in keys:  # the teacher's hash is of the cast weights, so this may explain it
             keys = [key for key in keys if key != "teacher"]
         other = [_MEANING[key] for key in keys if key != "num_rows" or keys == ["num_rows"]]  # it follows from the rest
         if other:
@@ -148,7 +148,7 @@ class Scores:
         return self.run / "scores" / f"{shard:08d}.parquet"
 
     def missing(self) -> list[int]:
-        """Numbers of the shards that are not there yet."""
+        """Numbers of the shards that do not exist yet."""
         there = {int(path.stem) for path in (self.run / "scores").glob("*.parquet") if path.stem.isdigit()}
         return [shard for shard in range(self.scored.num_shards) if shard not in there]
 
@@ -157,7 +157,7 @@ class Scores:
         return np.arange(first, min(first + self.scored.shard_rows, self.scored.num_rows))
 
     def write(self, shard: int, nll_RT: np.ndarray, rank_RT: np.ndarray) -> None:
-        """Write one whole shard: beside its place, synced, then renamed.
+        """Writes one whole shard: to a temporary file, synced, then renamed.
 
         Args:
             shard: its number.
@@ -171,7 +171,7 @@ class Scores:
             "nll": pa.FixedSizeListArray.from_arrays(nll_RT.astype(np.float32).reshape(-1), width),
             "rank": pa.FixedSizeListArray.from_arrays(stored_RT.reshape(-1), width),
         }
-        # use_byte_stream_split, bytes of equal significance side by side: 4.1 instead of 4.8 bytes a token, 4 x as fast
+        # use_byte_stream_split groups bytes of equal significance: 4.1 instead of 4.8 bytes per token, 4 x as fast
         table = pa.table(columns).replace_schema_metadata({"scored": self.identity})
         write_table(self.path(shard), table, use_byte_stream_split=["nll.list.element", "rank.list.element"])
 
@@ -196,6 +196,6 @@ class Scores:
 
 
 def write_table(path: Path, table: pa.Table, **options: Any) -> None:
-    """Write a parquet file beside its place, with checksums, sync it, rename it."""
+    """Writes a parquet file with checksums: to a temporary file, synced, then renamed."""
     with whole(path) as file:
         pq.write_table(table, file, compression="zstd", use_dictionary=False, write_page_checksum=True, **options)

@@ -1,7 +1,7 @@
 """ScoreWriter: lets the teacher score the training rows (the verb `predict`), shard by shard.
 
-Nothing waits for the device within a shard: the teacher's statistics gather there, are fetched once, and written
-by a thread while the next shard is scored.
+Nothing waits for the device within a shard: the teacher's statistics collect there, are fetched once per shard, and
+are written by a thread while the next shard is scored.
 """
 
 import hashlib
@@ -39,11 +39,11 @@ def check_strategy(trainer: pl.Trainer) -> None:
 
 
 class ScoreWriter(pl.Callback):
-    """Writes loss and rank of every label of the training rows, as the teacher sees them, and a report.
+    """Writes the teacher's loss and rank of every label of the training rows, and a report.
 
-    Shards that are there already are kept, so the same command goes on after a kill. Ranks take shards in turn.
-    scores.json has the seconds of scoring (`scoring_s`): of the job, not of each device, as compare's others; over all
-    starts, of each up to the last shard that it has left.
+    Existing shards are kept, so the same command continues after a kill. Ranks take shards in turn. scores.json has
+    the seconds of scoring (`scoring_s`): of the job, not summed over devices, like all seconds in compare; added up
+    over all starts, each up to its last finished shard.
 
     Raises:
         ConfigError: the folder holds scores of other rows or of another teacher.
@@ -51,8 +51,8 @@ class ScoreWriter(pl.Callback):
 
     def __init__(self) -> None:
         self._num_tokens = 0  # of this start, on all ranks
-        self._filled = 0  # rows of the shard under way
-        self._spent_s = math.nan  # by the starts before, where that is known
+        self._filled = 0  # rows done of the current shard
+        self._spent_s = math.nan  # by earlier starts; NaN: unknown
         self._pool: ThreadPoolExecutor | None = None
         self._written: Future | None = None
         self._handlers: dict[signal.Signals, Any] = {}
@@ -75,7 +75,7 @@ class ScoreWriter(pl.Callback):
             teacher=weights_fingerprint(teacher), precision=f"{teacher.head.weight.dtype}, {trainer.precision}"
         )
         alike.require(trainer, {**asdict(scored), "--data.micro_batch_size": data.micro_batch_size})
-        Scores.require_begun(run, scored)  # on every rank: all stop alike
+        Scores.require_begun(run, scored)  # on every rank, so that all stop
         if trainer.is_global_zero:
             spec, per_token = pl_module.teacher_spec, pl_module.meter.forward_flops["teacher"]
             origin = {
@@ -87,7 +87,7 @@ class ScoreWriter(pl.Callback):
             Scores.create(run, scored, origin)
         trainer.strategy.barrier("scores are there")
         self.scores = Scores(run, "--run")
-        # the first rank's, whatever the others see of the folder yet
+        # as the first rank sees the folder: others may not see all of it yet
         missing = trainer.strategy.broadcast(self.scores.missing())
         self._shards = missing[trainer.global_rank :: trainer.world_size]
         data.score_only([*self._shards], bool(missing))
@@ -114,7 +114,7 @@ class ScoreWriter(pl.Callback):
         self, trainer: pl.Trainer, pl_module: Any, outputs: dict[str, Tensor], batch: Any, batch_idx: int, *_: Any
     ) -> None:
         nll_BT, rank_BT = outputs["nll"], outputs["rank"]
-        if self._shards:  # else this rank only keeps the others company
+        if self._shards:  # else this rank only waits for the others
             rows = len(self.scores.rows(self._shards[0]))
             into = slice(self._filled, min(self._filled + len(nll_BT), rows))
             self._nll_RT[into] = nll_BT[: into.stop - into.start]
@@ -154,19 +154,19 @@ class ScoreWriter(pl.Callback):
             self._note(seconds)
 
     def _note(self, seconds: float) -> None:
-        if not math.isnan(self._spent_s):  # of a folder that an older version has begun
+        if not math.isnan(self._spent_s):  # unknown in a folder started by an older version
             self.scores.note(scoring_s=self._spent_s + seconds)
 
     def _wait(self) -> None:
         if self._written is not None:
-            self._written.result()  # raises what the thread met, a full disk for one
+            self._written.result()  # raises the thread's error, e.g. of a full disk
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
         self._close()
 
     def _close(self) -> None:
         if self._pool is not None:
-            self._pool.shutdown()  # the shard under way is whole, and kept
+            self._pool.shutdown()  # waits for the shard that is being written
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
@@ -175,7 +175,7 @@ class ScoreWriter(pl.Callback):
         self._close()
 
     def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
-        """Here, not in on_predict_end: where all shards were there already, Lightning runs no prediction."""
+        """Writes the report; not in on_predict_end: if all shards exist already, Lightning runs no prediction."""
         if stage != "predict":
             return
         trainer.strategy.barrier("all shards are written")
@@ -196,7 +196,7 @@ class ScoreWriter(pl.Callback):
 
 
 def weights_fingerprint(module: nn.Module) -> str:
-    """Hash of all weights by name, dtype and bits: where they came from does not count."""
+    """Hash of all weights by name, dtype and bits, wherever they came from."""
     hashed = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(module.state_dict().items()):
         hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
