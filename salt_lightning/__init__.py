@@ -47,7 +47,7 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    """Imported when first asked for: the command must be able to speak before torch and Lightning are there."""
+    """Imports a name on first use, so that the command can print before torch and Lightning are imported."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"salt_lightning.{_HOMES[name]}"), name)

@@ -41,8 +41,8 @@ Batch = dict[str, Tensor]
 class SALTModule(extension.KeepsModes):
     """Trains a student, with the help of a teacher for as long as the KD weight is above 0.
 
-    The teacher is no submodule: it is in no checkpoint, not in parameters(), out of reach of train(), and validation
-    does not need it. KDScheduleCallback loads it, sets the weight and lets it go.
+    The teacher is not a submodule: it is in no checkpoint, not in parameters(), not affected by train(), and not
+    needed for validation. KDScheduleCallback loads it, sets the weight and unloads it.
 
     Args:
         student: The model to train.
@@ -104,13 +104,13 @@ class SALTModule(extension.KeepsModes):
             },
             logger=False,
         )
-        self.__dict__["teacher"] = None  # past nn.Module's registration, here and in load_teacher
-        self.kd_weight = torch.zeros((), dtype=torch.float32)  # of the running step; KDScheduleCallback writes it
+        self.__dict__["teacher"] = None  # bypasses nn.Module's registration, here and in load_teacher
+        self.kd_weight = torch.zeros((), dtype=torch.float32)  # of the current step; KDScheduleCallback sets it
         self.progress: dict[str, str] = {}  # what the progress bar shows, as of the last logged step
         self._grad_norm = torch.zeros(())
         self._watch = Watch()
         self.meter = Meter()
-        self._ndim: dict[str, int] = {}  # of the student's parameters
+        self._ndim: dict[str, int] = {}  # of the student's parameters before sharding
 
     # ---------------------------------------------------------------- models
 
@@ -124,7 +124,7 @@ class SALTModule(extension.KeepsModes):
             self.hparams["seed"] = seed_or_global(self.hparams["seed"], self._unset_seed)
             self._settings = alike.of_fit(self, self._data)
             alike.require(self.trainer, self._settings)
-            self.__dict__["teacher"] = None  # of a fit before that was ended, or of RKD
+            self.__dict__["teacher"] = None  # left by an earlier fit that was stopped, or by RKD
             self.optim_spec.check(self.trainer.max_steps)
             extension.require_schedule(self)
             parallel.check(self.trainer)
@@ -137,27 +137,27 @@ class SALTModule(extension.KeepsModes):
         self.eval_metrics = TokenMetrics(sources, thirds=bool(getattr(self._data, "difficulty", None)))
 
     def check_token_ids(self) -> None:
-        """For the data to call as soon as it has a tokenizer: refuses pretrained models that do not fit it."""
+        """Refuses pretrained models that do not fit the tokenizer; the data calls this as soon as it has one."""
         if self._data is not None:
             token_ids.check_models(self.trainer, self.student_spec, self.teacher_spec)
 
     def configure_model(self) -> None:
         if hasattr(self, "student") or (self._trainer and self._trainer.state.fn == TrainerFn.PREDICTING):
-            return  # the teacher alone scores
-        # Lightning calls it in the context of the training device, whose random numbers are others
+            return  # only the teacher scores
+        # Lightning calls this in the context of the training device, which has other random numbers
         with torch.device("cpu"):
             self._build_student()
 
     def _build_student(self) -> None:
         spec, strategy = self.student_spec, self.trainer.strategy if self._trainer is not None else None
-        # not in setup alone: WeightAveraging comes before that
+        # not only in setup: WeightAveraging calls this earlier
         self.hparams["seed"] = seed_or_global(self.hparams["seed"], self._unset_seed)
         token_ids.tell_fit(spec, "student", self._data)
         dtype, device = spec.dtype_or(torch.float32), parallel.build_device(strategy, torch.device("cpu"))
         lm = models.build(spec, "student", self._data, dtype, device, self.hparams["seed"])
         self.meter.forward_flops["student"], self._num_ids = self._count_flops(lm), len(lm.head.weight)
-        extension.extend(self, lm.train())  # as the family has it: some freeze biases of their routers
-        # What a checkpoint needs to be loaded on its own: no path, every size.
+        extension.extend(self, lm.train())  # frozen parts stay so: some families freeze router biases
+        # So that a checkpoint can be loaded on its own: no path, all sizes.
         self.hparams["student"] = asdict(resolved(spec, lm.model.config))
         attention.pack(lm, spec.attention, strategy)
         self._ndim = {f"student.{name}": p.ndim for name, p in lm.named_parameters()}
@@ -166,13 +166,13 @@ class SALTModule(extension.KeepsModes):
         self.student = parallel.distribute(lm, strategy, self.hparams["compile"])
 
     def extend_student(self, lm: CausalLM) -> None:
-        """For a subclass: adds parts of its own (`lm.NAME = ...`), before the student is moved and sharded."""
+        """For a subclass: adds its own parts (`lm.NAME = ...`) before the student is moved and sharded."""
 
     def _count_flops(self, lm: CausalLM) -> float:
         return flops.forward_flops_per_token(lm.model, self._data.block_size) if self._data is not None else 0.0
 
     def load_teacher(self) -> None:
-        """Loads, freezes, casts and places the teacher; checks that it speaks the student's vocabulary."""
+        """Loads, freezes, casts and places the teacher; checks that it has the student's vocabulary."""
         spec, strategy, start_s = self.teacher_spec, self.trainer.strategy, time.perf_counter()
         dtype = spec.dtype_or(self.compute_dtype)
         root = strategy.root_device  # self.device is still the CPU in setup
@@ -191,10 +191,10 @@ class SALTModule(extension.KeepsModes):
         )
 
     def release_teacher(self) -> int:
-        """Drops the teacher and returns its memory to the device. Returns what its weights took here, bytes."""
+        """Unloads the teacher and frees its memory; returns the bytes that its weights took on this device."""
         held_bytes = parallel.local_bytes(self.teacher) if self.teacher else 0
         self.__dict__["teacher"] = None
-        gc.collect()  # compiled modules sit in reference cycles
+        gc.collect()  # compiled modules are in reference cycles
         if self.device.type in ("cuda", "mps"):
             getattr(torch, self.device.type).empty_cache()
         self.meter.teacher_left()
@@ -209,11 +209,11 @@ class SALTModule(extension.KeepsModes):
     def on_fit_start(self) -> None:
         extension.check_subclass(self.trainer)
         self.give_back_modes()
-        self._give_back_random = extension.keep_random(self.device)  # each micro-batch seeds anew
+        self._give_back_random = extension.keep_random(self.device)  # every micro-batch sets a seed
         self.kd_weight = self.kd_weight.to(self.device)
         self._watch = Watch(self.device)
         self._sums, self._step_tokens = torch.zeros(len(SUMS), device=self.device), torch.zeros((), device=self.device)
-        self._unseen = self._data is None  # a loader of the user's own, until its first batch
+        self._unseen = self._data is None  # a user's own loader, until its first batch is checked
 
     def on_train_start(self) -> None:
         data, kd = self._data, kd_callbacks(self.trainer)
@@ -227,10 +227,10 @@ class SALTModule(extension.KeepsModes):
         self._give_back_random()
 
     def on_train_end(self) -> None:
-        self._loaded_step = self.global_step  # for a validate of this module
+        self._loaded_step = self.global_step  # for a later validate of this module
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        # Lightning restores no RNG state: dropout after a resume equals the run never stopped only so.
+        # Lightning does not restore RNG state. With this, dropout after a resume equals that of an uninterrupted run.
         micro = batch_idx % self.trainer.accumulate_grad_batches
         extension.seed_random(hash((self.hparams["seed"], self.global_step, micro, self.global_rank)), self.device)
         if micro == 0:
@@ -246,7 +246,7 @@ class SALTModule(extension.KeepsModes):
             with torch.no_grad(), self.meter.teacher_runs(ids_BT.is_cuda):
                 teacher_out = self.teacher(ids_BT, positions_BT, cu_seqlens=batch.get("cu_seqlens"))
         self._step_tokens = batch["step_tokens"].float().reshape(())
-        # DDP divides by the ranks: what is left is one division by the tokens of the whole optimizer step.
+        # DDP divides by the ranks: this leaves one division by the tokens of the whole optimizer step.
         loss = partial(
             self.step_loss, batch["labels"].flatten(), teacher_out, self._step_tokens / self.trainer.world_size
         )
@@ -255,8 +255,8 @@ class SALTModule(extension.KeepsModes):
             self._sums += torch.stack([getattr(out, name).float() for name in SUMS])
         micro = batch_idx % self.trainer.accumulate_grad_batches
         self._watch.see(0, out.loss, self._batch_number(micro) + self.global_rank)
-        # Lightning divides by the accumulated micro-batches. What comes back to the loss then is 1 (at some counts 1
-        # and a rounding), so the gradients that its forward has made need no pass that scales them.
+        # Lightning divides by the number of accumulated micro-batches. So the gradient that reaches out.loss is 1 (for
+        # some numbers 1 up to rounding), and the gradients computed in its forward need no scaling pass.
         return out.loss * self.trainer.accumulate_grad_batches
 
     def _batch_number(self, micro: int) -> int:
@@ -272,10 +272,10 @@ class SALTModule(extension.KeepsModes):
         head_VD: Tensor,
         bias_V: Tensor | None,
     ) -> Any:
-        """The loss at the weight `kd_weight`; plain CE where `teacher_out` is None. Called in the student's forward.
+        """The loss at KD weight `kd_weight`; plain CE if `teacher_out` is None. Called in the student's forward.
 
-        A subclass adds a loss of its own to what this returns: `out._replace(loss=out.loss + mine)`, where `mine` is
-        one micro-batch's part of a mean over the step's tokens: a sum over labels, divided by `num_tokens`.
+        A subclass can add its own loss to the result: `out._replace(loss=out.loss + mine)`, where `mine` is one
+        micro-batch's part of a mean over the step's tokens: a sum over labels, divided by `num_tokens`.
         """
         loss = partial(self._loss, hidden_ND, head_VD, labels_N, num_tokens=num_tokens, student_bias_V=bias_V)
         if teacher_out is None:
@@ -301,7 +301,7 @@ class SALTModule(extension.KeepsModes):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
-        # Here, not in on_train_batch_end: callbacks come before that, and a save must not precede its step's log.
+        # Not in on_train_batch_end: callbacks run before that, and a step must be logged before it is saved.
         step, every = self.global_step + 1, self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if step == 1 or (every and step % every == 0) or step == self.trainer.max_steps:
             self._log_step(step)
@@ -309,7 +309,7 @@ class SALTModule(extension.KeepsModes):
     # --------------------------------------------------------------- logging
 
     def _log_step(self, step: int) -> None:
-        """Reads the device, once, and logs optimizer step `step`, just done; its weight is still in kd_weight."""
+        """Reads the device once and logs the optimizer step just done, `step`; kd_weight still has its weight."""
         sums = self.trainer.strategy.reduce(torch.cat([self._sums, self._watch.is_bad()[None]]), reduce_op="sum")
         on_all = torch.stack([self.kd_weight, self._grad_norm, self._step_tokens])
         *read, not_finite, weight, grad_norm, step_tokens = torch.cat([sums, on_all]).tolist()
@@ -332,11 +332,11 @@ class SALTModule(extension.KeepsModes):
         return getattr(self._data, "data_wait_s", 0.0)
 
     def require_finite(self) -> None:
-        """Reads the device: before each save.
+        """Checks losses, gradients and weights before each save; reads the device.
 
         Raises:
-            NonFiniteLossError: naming the first step of any rank whose loss or gradient was not finite, and its rows;
-                or the weights are not, or so large that their squares are not.
+            NonFiniteLossError: names the first step of any rank whose loss or gradient was not finite, and its rows;
+                or the weights are not finite, or so large that their squares are not.
         """
         weights = parallel.has_finite_weights(self.trainer, self.student)
         first = self.trainer.strategy.reduce(self._watch.first, reduce_op="min")
@@ -370,7 +370,7 @@ class SALTModule(extension.KeepsModes):
     test_step = validation_step
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Batch:
-        """The teacher's loss and rank of every label, B x T; -1 is the rank of a position without label."""
+        """The teacher's loss and rank of every label, B x T; the rank is -1 where there is no label."""
         if self.teacher is None:
             raise ConfigError(
                 "predict needs a loaded teacher; add the callback salt_lightning.teacher.scoring.ScoreWriter"
@@ -396,14 +396,14 @@ class SALTModule(extension.KeepsModes):
             self._write(values, self.global_step)
             self.progress["val_ce"] = f"{values.get('val/ce', math.nan):.3f}"
             self.log_dict(values, logger=False, sync_dist=True)
-        else:  # by Lightning, which also prints and returns them
+        else:  # Lightning also prints and returns these
             self.log_dict({**values, "step": float(self._loaded_step)}, sync_dist=True)
 
     on_test_epoch_end = on_validation_epoch_end
 
     # ----------------------------------------------------------- checkpoints
 
-    _loaded_step = 0  # optimizer steps behind the weights that validate and test look at
+    _loaded_step = 0  # optimizer steps that trained the weights which validate and test evaluate
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if states := checkpoint.get("optimizer_states"):
@@ -425,10 +425,10 @@ class SALTModule(extension.KeepsModes):
         elif self._data is not None:
             say_other_share(checkpoint, self._data)
 
-    # ------------------------------------------------------ what the run is made of
+    # ------------------------------------------------------------------ data
 
     @property
     def _data(self) -> SALTDataModule | None:
-        """The run's SALTDataModule, where there is one."""
+        """The run's SALTDataModule, if it has one."""
         found = self.trainer.datamodule if self._trainer is not None else None  # type: ignore[attr-defined]
         return found if isinstance(found, SALTDataModule) else None

@@ -203,7 +203,7 @@ def test_a_rank_with_other_settings_is_named_before_the_first_step(runs):
     assert [line for line in lines if line.startswith("error: process 1")] == [
         f"error: process 1 differs from process 0: --ckpt_path 'one/{SAVED_NAME}' (process 0: None), "
         "--data.seed 1 (process 0: 0), --kd.steps 15 (process 0: 16); start all with the same command and version, and "
-        "give all of them the same files"
+        "let all of them see the same files"
     ]
 
 

@@ -1,1 +1,1 @@
-"""What a fit does beside the model: optimizer, cadence, measurement, and what it refuses."""
+"""What a fit needs besides the model: optimizer, cadence, measurement and checks."""

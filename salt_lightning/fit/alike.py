@@ -1,7 +1,7 @@
-"""What all processes of a run must have alike, and what of that a checkpoint tells and a later start compares.
+"""What must be the same in all processes of a run, and what of it a checkpoint records for a later start to compare.
 
-Nothing else would notice: a process with another setting, text or checkpoint than the others trains something else with
-them in silence, or waits for what they do not send.
+Nothing else would notice: a process with another setting, text or checkpoint than the others would silently train
+something else with them, or wait for messages that they never send.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from salt_lightning.errors import ConfigError, few
 from salt_lightning.schedule import kd_callbacks
 from salt_lightning.storage.kinds import VERSION, plain
 
-# What decides numbers, or when processes meet.
+# What affects results, or when processes communicate.
 _TRAINER = (
     *("max_steps", "precision", "gradient_clip_val", "accumulate_grad_batches", "val_check_interval"),
     *("limit_train_batches", "limit_val_batches", "num_sanity_val_steps", "log_every_n_steps"),
@@ -33,7 +33,7 @@ _DATA = ("micro_batch_size", "val_rows", "tokenizer_fingerprint")
 
 
 def identity(data: Any) -> dict[str, Any]:
-    """What decides which rows a step reads; of a SALTDataModule, or None."""
+    """What determines which rows a step reads; `data` is a SALTDataModule or None."""
     settings = ["seed", "global_batch_size", "block_size", "num_train_tokens", "isolate_documents"]
     fingerprints = [f"{name}_fingerprint" for name in ("train", "selection", "difficulty")]
     found = {f"--data.{name}": getattr(data, name, 0) for name in settings + fingerprints}
@@ -41,12 +41,12 @@ def identity(data: Any) -> dict[str, Any]:
 
 
 def of_trainer(trainer: pl.Trainer) -> dict[str, Any]:
-    """What a step is besides its rows, rate and loss, as a checkpoint tells it."""
+    """What determines a step besides its rows, rate and loss, as a checkpoint records it."""
     return {f"--trainer.{name}": value for name, value in _of(trainer, ("precision", "gradient_clip_val")).items()}
 
 
 def other_steps(checkpoint: Mapping[str, Any], trainer: pl.Trainer) -> str | None:
-    """What to say where a run that goes on takes its steps otherwise than before; older versions have not noted how."""
+    """A message if a resumed run computes steps differently than before; older versions did not record how."""
     before, now = checkpoint.get("trainer", {}), of_trainer(trainer)
     other = [
         f"{name} {now[name]} (checkpoint: {before[name]})" for name in now if before.get(name, now[name]) != now[name]
@@ -55,7 +55,7 @@ def other_steps(checkpoint: Mapping[str, Any], trainer: pl.Trainer) -> str | Non
 
 
 def about(data: Any, trainer: pl.Trainer) -> dict[str, Any]:
-    """What a checkpoint says of its run: a later start's to compare, a model card's to tell."""
+    """What a checkpoint records about its run, for a later start to compare and a model card to show."""
     tokenizer, text = getattr(data, "tokenizer_fingerprint", None), getattr(data, "text", {})
     stretches = [asdict(stretch) for stretch in getattr(data, "stretches", ())]
     text_of = {"tokenizer": tokenizer, "data": identity(data), "text": text, "stretches": stretches}
@@ -64,10 +64,10 @@ def about(data: Any, trainer: pl.Trainer) -> dict[str, Any]:
 
 
 def of_fit(module: Any, data: Any) -> dict[str, Any]:
-    """What decides what a fit of a SALTModule does, as this process has it; by the settings that say it.
+    """What determines a fit of a SALTModule in this process, by the name of the setting.
 
-    Of paths the last part alone, as nodes have disks of their own, and of a checkpoint its run, too. Not callbacks: one
-    may be on the first process alone.
+    Only the last part of a path counts, as nodes have their own disks; of a checkpoint's path its run, too. Callbacks
+    are left out: one may exist only on the first process.
     """
     trainer = module.trainer
     savers = [callback for callback in trainer.callbacks if hasattr(callback, "at_steps")]
@@ -89,7 +89,7 @@ _TOLD = re.compile(r"--(model|kd|data\.(?!\w+_fingerprint|held_out)|trainer\.(ma
 
 
 def told(settings: Mapping[str, Any], data: Any) -> dict[str, Any]:
-    """Of `of_fit` what a table of runs is sorted by, and the text that is read."""
+    """The entries of `of_fit` that a table of runs is sorted by, and the text that is read."""
     source = getattr(data, "text", {}).get("source", ())
     return {name[2:]: value for name, value in settings.items() if _TOLD.match(name)} | {"data.source": few(source)}
 
@@ -99,7 +99,7 @@ def _end(path: str) -> str:
     return "/".join(parts[-3:] if path.endswith(".ckpt") else parts[-1:])
 
 
-_PLAIN = int | float | str | bool | None  # of others, as sets and functions, the text differs from process to process
+_PLAIN = int | float | str | bool | None  # others, such as sets and functions, print differently in each process
 
 
 def _of(holder: Any, names: Iterable[str]) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def _of(holder: Any, names: Iterable[str]) -> dict[str, Any]:
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Values by dotted names; entries of a list by their numbers, but where there is one alone."""
+    """Values by dotted names; entries of a list by index, unless there is only one."""
     if isinstance(value, list | tuple):
         value = dict(enumerate(value)) if len(value) > 1 or not value else value[0]
     if isinstance(value, dict):
@@ -124,10 +124,10 @@ def _code() -> str:
 
 
 def require(trainer: pl.Trainer, found: Mapping[str, Any]) -> None:
-    """Compares the values of each process with the first one's. Collective.
+    """Compares the values of each process with those of the first. Collective.
 
     Raises:
-        ConfigError: on all of them, naming a process that has others, and which.
+        ConfigError: on all processes; names one that differs, and its values.
     """
     if trainer.world_size == 1:
         return
@@ -141,5 +141,5 @@ def require(trainer: pl.Trainer, found: Mapping[str, Any]) -> None:
         if differs:
             raise ConfigError(
                 f"process {process} differs from process 0: {differs}; start all with the same command and version, "
-                "and give all of them the same files"
+                "and let all of them see the same files"
             )

@@ -1,4 +1,4 @@
-"""Optimizer steps said in Lightning's terms, which counts micro-batches: accumulation, validation, phase 1, time."""
+"""Converts optimizer steps for Lightning, which counts micro-batches: accumulation, validation, phase 1, time."""
 
 import math
 from datetime import timedelta
@@ -22,17 +22,17 @@ from salt_lightning.command.settings import wrong_counts
 from salt_lightning.errors import ConfigError, refuse, require_length
 from salt_lightning.schedule import kd_callbacks
 
-# What the user gave the trainer, before `setup` wrote micro-batches over it (setup may run twice).
+# What the user gave the trainer, before `setup` overwrites it with micro-batches (setup may run twice).
 _CADENCE: "WeakKeyDictionary[Trainer, tuple[int, int | float | None]]" = WeakKeyDictionary()
 
 
 def set_cadence(trainer: Trainer, accumulation: int) -> None:
-    """Gives the trainer its accumulation, and its interval of validation, steps or a share of them, in micro-batches.
+    """Sets the trainer's accumulation, and converts its validation interval (steps or a share) to micro-batches.
 
-    One longer than the run becomes the run: Lightning would refuse it, or validate nothing.
+    An interval longer than the run is cut to the run: Lightning would refuse it, or never validate.
 
     Raises:
-        ConfigError: it has an accumulation or a limit of its own, or no length.
+        ConfigError: the trainer has its own accumulation or limit, or no run length.
     """
     accumulate, interval = _CADENCE.setdefault(
         trainer, (trainer.accumulate_grad_batches, getattr(trainer, "val_check_interval", None))
@@ -40,7 +40,7 @@ def set_cadence(trainer: Trainer, accumulation: int) -> None:
     limits = {name: getattr(trainer, name) for name in ("limit_train_batches", "check_val_every_n_epoch")}
     refuse(wrong_counts({"accumulate_grad_batches": accumulate, "val_check_interval": interval, **limits}))
     require_length(trainer.max_steps)
-    trainer.fit_loop.min_epochs = 0  # of min_steps Lightning makes an epoch, the whole run, which nothing could end
+    trainer.fit_loop.min_epochs = 0  # else min_steps means one epoch, the whole run: nothing could end it early
     trainer.accumulate_grad_batches = accumulation
     if interval is not None:
         steps = interval if isinstance(interval, int) else max(1, int(interval * trainer.max_steps))
@@ -58,7 +58,7 @@ _REFUSED: dict[type[Callback], str] = {
 
 
 def check_trainer(trainer: Trainer) -> None:
-    """Raises ConfigError for what of Lightning's would do nothing here, or something else than it says."""
+    """Raises ConfigError for features of Lightning that would do nothing here, or something else than they say."""
     if getattr(trainer, "_val_check_time_interval", None) is not None:
         raise ConfigError("--trainer.val_check_interval: a time is not supported; give optimizer steps")
     if (algorithm := trainer.gradient_clip_algorithm) == GradClipAlgorithmType.VALUE:
@@ -67,7 +67,7 @@ def check_trainer(trainer: Trainer) -> None:
         for kind, why in _REFUSED.items():
             if isinstance(callback, kind):
                 raise ConfigError(f"--trainer.callbacks {kind.__name__} is not supported: {why}")
-    # a subclass, or a callback of the user's own, may log what we do not know of
+    # a subclass, or a user's own callback, may log other names
     ours = [type(known).__module__.startswith(_KNOWN) for known in (*trainer.callbacks, trainer.lightning_module)]  # type: ignore[attr-defined]
     for callback in trainer.callbacks if all(ours) else ():  # type: ignore[attr-defined]
         name = getattr(callback, "monitor", None)
@@ -83,7 +83,7 @@ _MONITORED = ("val/ce", "val/perplexity", "val/accuracy", "val/tokens", "val/bit
 
 
 def plan_validation(trainer: Trainer) -> None:
-    """An interval in micro-batches that is longer than the run becomes it, as `set_cadence` does with one in steps."""
+    """Cuts a validation interval in micro-batches to the run, as `set_cadence` does with one in steps."""
     interval = getattr(trainer, "val_check_interval", None)
     steps = trainer.max_steps * trainer.accumulate_grad_batches
     if isinstance(interval, int) and interval > steps > 0:
@@ -93,7 +93,7 @@ def plan_validation(trainer: Trainer) -> None:
 
 
 def phase1_steps(trainer: Trainer) -> int:
-    """The steps before --kd.steps, also where --kd.weight is 0 (selection without KD); all of them where it is null."""
+    """The steps before --kd.steps, even if --kd.weight is 0 (selection without KD); all steps if it is null."""
     steps = next((kd.schedule.steps for kd in kd_callbacks(trainer)), None)
     return trainer.max_steps if steps is None else min(steps, trainer.max_steps)
 
@@ -102,7 +102,7 @@ def accumulation(global_batch: int, micro_batch: int, world: int) -> int:
     """Micro-batches that one device accumulates for an optimizer step.
 
     Raises:
-        ConfigError: they do not divide; names the nearest sizes that do.
+        ConfigError: the sizes do not divide; names the nearest that do.
     """
     per_pass = micro_batch * world
     if global_batch % per_pass == 0:
@@ -125,7 +125,7 @@ def timers(trainer: Trainer) -> list[Timer]:
 
 
 def require_time_left(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-    """Lightning would end the run without a word: its timer goes on from the checkpoint's."""
+    """Raises ConfigError if no time is left: Lightning resumes the checkpoint's timer and ends the run silently."""
     for timer in timers(trainer):
         state, limit_s = checkpoint["callbacks"].get(timer.state_key, {}), timer._duration
         used_s = state.get("time_elapsed", {}).get(RunningStage.TRAINING, 0.0)

@@ -1,7 +1,7 @@
-"""A user's own code around SALTModule, in Python: what of it would go wrong silently is refused here.
+"""Refuses a user's own code around SALTModule, in Python, that would go wrong silently.
 
-Subclasses, optimizers, and batches of a loader of one's own; docs/extending.md shows each as it works. Here is
-also what a fit does to modes and random numbers, which are the user's again behind it.
+Checks subclasses, optimizers, and batches of a user's own loader; docs/extending.md shows how each works. Also
+restores the user's train or eval modes and random numbers after a fit.
 """
 
 import inspect
@@ -24,14 +24,14 @@ from salt_lightning.preflight import Finding
 from salt_lightning.schedule import kd_callbacks, trained_schedule
 
 _BATCH = "docs/own-data.md describes a batch"
-_FREE = {  # hooks that may be replaced altogether
+_FREE = {  # hooks that may be replaced entirely
     "configure_model", "configure_optimizers", "validation_step", "test_step", "predict_step"
 }  # fmt: skip
 _SHAPED = ("input_ids", "labels", "positions")
 
 
 def require_super(cls: type, base: type) -> None:
-    """Raises ConfigError where a subclass replaces a hook in which `base` does its work, and does not call that."""
+    """Raises ConfigError if a subclass overrides a hook in which `base` does its work, without calling it."""
     hooks = [name for name in vars(base) if name[0] != "_" and hasattr(LightningModule, name) and name not in _FREE]
     above = cls.__mro__[: cls.__mro__.index(base)]
     own = [(name, inspect.unwrap(vars(c)[name])) for c in above for name in hooks if name in vars(c)]
@@ -43,30 +43,30 @@ def require_super(cls: type, base: type) -> None:
 
 
 def _calls(function: Any, name: str, base: str) -> bool:
-    """Whether a function, or one inside it, speaks of super's, or the base's, attribute of that name."""
+    """Whether a function, or one nested in it, uses the attribute of that name of super() or of the base."""
     if not hasattr(code := getattr(function, "__code__", function), "co_names"):
-        return True  # no function of Python
+        return True  # not a Python function
     spoken = {*code.co_names, *code.co_freevars}
     here = name in spoken and not spoken.isdisjoint({"super", base})
     return here or any(_calls(inner, name, base) for inner in code.co_consts if hasattr(inner, "co_names"))
 
 
 def extend(module: Any, lm: torch.nn.Module) -> None:
-    """Lets a subclass add its parts, whose first values follow from the module's seed, alike on all ranks."""
+    """Lets a subclass add its parts; their initial values follow from the module's seed, the same on all ranks."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(module.hparams["seed"])
         module.extend_student(lm)
 
 
 def count_again(module: Any) -> None:
-    """FLOPs of a student that was made before this fit, perhaps with rows of another length or with none."""
+    """Recounts the FLOPs of a student made before this fit, perhaps with rows of another length or without data."""
     if isinstance(student := getattr(module, "student", None), CausalLM):
         module.meter.forward_flops["student"] = module._count_flops(student)
 
 
 def check_subclass(trainer: Trainer) -> None:
-    """Raises ConfigError for parts that a subclass of SALTModule has added and that a step would pass over; tells of
-    experts whose balance nobody cares for."""
+    """Raises ConfigError for parts added by a subclass of SALTModule that a step would ignore; reports experts whose
+    load nothing balances."""
     module: Any = trainer.lightning_module
     if not module.automatic_optimization:
         raise ConfigError("automatic_optimization False: SALTModule needs Lightning to do the steps; leave it True")
@@ -84,7 +84,7 @@ def check_subclass(trainer: Trainer) -> None:
             f"{few(others)}: parameters outside the student would be trained, but neither clipped nor checked for NaN; "
             "add them to the student in extend_student"
         )
-    if type(module).step_loss.__module__ == "salt_lightning.module":  # none of its own, which may balance
+    if type(module).step_loss.__module__ == "salt_lightning.module":  # a subclass's own may balance
         for finding in balance(module.student):
             finding.require()
     sharded = isinstance(trainer.strategy, SHARDS_MODELS)
@@ -105,20 +105,20 @@ def check_subclass(trainer: Trainer) -> None:
 
 
 def balance(student: torch.nn.Module) -> list[Finding]:
-    """What to know of a student with experts before it is trained."""
+    """A note on a student with experts, to report before training."""
     if not (count := count_layers(student)):
         return []
     said = (
         f"{count} layers of experts, but nothing balances the load of the experts: output_router_logits and "
         "router_aux_loss_coef add no loss here, and the routers' correction biases are not updated"
     )
-    remedy = "a few experts may end up with all tokens; see docs/extending.md, Balancing experts"
+    remedy = "a few experts may end up doing all the work; see docs/extending.md, Balancing experts"
     return [Finding("note", "balance", said, remedy)]
 
 
 def require_callbacks(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-    """Raises ConfigError where a fit would go on from averaged weights, whose optimizer belongs to those trained, or
-    drop the teacher of a checkpoint, for want of the callback that the checkpoint was made with."""
+    """Raises ConfigError if a callback of the checkpoint's run is missing: the fit would drop the teacher, or resume
+    from averaged weights with the optimizer state of the trained ones."""
     step, schedule = checkpoint["global_step"], trained_schedule(checkpoint)
     if schedule is not None and schedule(step) > 0 and not kd_callbacks(trainer):
         raise ConfigError(
@@ -136,8 +136,8 @@ def require_callbacks(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
 
 
 class KeepsModes(LightningModule):
-    """Keeps whether each part is in train or eval, while an evaluation has all of them in eval. Lightning loses that
-    where an error ends the evaluation; here the next start finds it."""
+    """Remembers whether each part is in train or eval mode while an evaluation sets all to eval. Lightning loses this
+    if an error ends the evaluation; here the next start restores it."""
 
     _modes: Sequence[tuple[torch.nn.Module, bool]] = ()
 
@@ -158,10 +158,10 @@ class KeepsModes(LightningModule):
 
 
 def seed_random(seed: int, device: torch.device) -> None:
-    """torch.manual_seed, of the host and one device alone.
+    """torch.manual_seed, for the host and one device only.
 
-    For each kind of device that this machine lacks torch's own writes down where it was called, which took a tenth of
-    the host's time for a micro-batch.
+    For each kind of device that the machine lacks, torch's own function records where it was called, which took a
+    tenth of the host's time for a micro-batch.
     """
     seed %= 2**63
     if device.type not in ("cpu", "cuda"):
@@ -173,7 +173,7 @@ def seed_random(seed: int, device: torch.device) -> None:
 
 
 def keep_random(device: torch.device) -> Callable[[], None]:
-    """What puts torch's random numbers back to where they are now."""
+    """Returns a function that restores torch's random state as it is now."""
     cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     return partial(_give_back, torch.get_rng_state(), cuda, device)
 
@@ -185,7 +185,7 @@ def _give_back(host: torch.Tensor, cuda: torch.Tensor | None, device: torch.devi
 
 
 def check_weights(module: Any, trained_steps: int) -> None:
-    """Before a fit's first step: tells of weights that a fit has trained before, refuses ruined ones. Collective.
+    """Before a fit's first step: warns about already trained weights, refuses non-finite ones. Collective.
 
     Raises:
         ConfigError: some are not finite.
@@ -204,7 +204,7 @@ def check_weights(module: Any, trained_steps: int) -> None:
 
 
 def say_lost(module: LightningModule, weights: Mapping[str, Any]) -> None:
-    """ddp_notebook and ddp_spawn train in processes of their own; a module without a student cannot take weights."""
+    """Warns if weights come to a module without a student: ddp_notebook and ddp_spawn train in other processes."""
     if not hasattr(module, "student") and any(name.startswith("student.") for name in weights):
         rank_zero_warn(
             "this module has no student, so it cannot take weights: what other processes trained is in the run's "
@@ -213,7 +213,7 @@ def say_lost(module: LightningModule, weights: Mapping[str, Any]) -> None:
 
 
 def require_schedule(module: Any) -> None:
-    """Raises ConfigError where there is a teacher, and nobody to set the KD weight."""
+    """Raises ConfigError if there is a teacher but no callback to set the KD weight."""
     if module.has_teacher and not kd_callbacks(module.trainer):
         raise ConfigError(
             f"SALTModule has a teacher ({module.teacher_spec.path}), but the Trainer has no KDScheduleCallback: it "
@@ -222,10 +222,10 @@ def require_schedule(module: Any) -> None:
 
 
 def check_batch(batch: Any) -> None:
-    """Looks at the first batch of a user's own loader; it waits for the device.
+    """Checks the first batch of a user's own loader; waits for the device.
 
     Raises:
-        ConfigError: no such dictionary of tensors, or labels that are not shifted.
+        ConfigError: it is not a dictionary of the right tensors, or its labels are not shifted.
     """
     wanted = (*_SHAPED, "step_tokens")
     if not isinstance(batch, Mapping):
@@ -244,11 +244,11 @@ def check_batch(batch: Any) -> None:
 
 
 def check_step_tokens(step: int, said: float, counted: float) -> None:
-    """Raises ConfigError where `step_tokens` is not what the first step had: gradients would be scaled by it.
+    """Raises ConfigError if `step_tokens` is not the number of labels in the first step: it would scale gradients.
 
-    The first alone: where a loader ends inside a step, that step has less.
+    Only the first step is checked: one in which the loader ends has fewer labels.
     """
-    if step == 1 and abs(said - counted) > 1e-3 * counted:  # sums of fp32, of which rounding takes its part
+    if step == 1 and abs(said - counted) > 1e-3 * counted:  # fp32 sums have rounding errors
         raise ConfigError(
             f"step_tokens of the batches is {said:,.0f}, but the first optimizer step had {counted:,.0f} labels over "
             f"all micro-batches and ranks: gradients would be scaled wrongly; {_BATCH}"

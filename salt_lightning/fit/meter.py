@@ -1,4 +1,4 @@
-"""What a logged step says: losses from their sums, and time, speed and compute since the step logged before it."""
+"""Values of a logged step: losses from their sums, and time, speed and compute since the previous logged step."""
 
 import math
 import time
@@ -27,7 +27,7 @@ def loss_values(sums: list[float], weight: float) -> dict[str, float]:
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:
-    """The most memory that tensors took on a GPU since it was last asked; nothing elsewhere."""
+    """Peak memory of tensors on a GPU since the last call; nothing on other devices."""
     if device.type != "cuda":
         return {}
     peak_bytes = torch.cuda.max_memory_allocated(device)
@@ -53,8 +53,8 @@ class Totals:
 class Meter:
     """Clock and compute meter of a run. Validation is not counted.
 
-    Totals are a pure function of the step. Where a run goes on with other settings (another batch, schedule or
-    teacher), what its checkpoint has counted stays, and the function counts on from there.
+    Totals are a pure function of the step. If a run resumes with other settings (another batch, schedule or
+    teacher), the checkpoint's totals are kept, and the function counts from there.
     """
 
     def __init__(self) -> None:
@@ -65,16 +65,16 @@ class Meter:
         self.follow(0, None)
         self._step = 0
         self._since_s = self._wait_s = 0.0
-        self._paused_s: float | None = None  # when; None: it runs
+        self._paused_s: float | None = None  # when it was paused; None: it runs
         self._taught_tokens_per_s: float | None = None
-        self._untaught_reads = 0  # since the teacher has left
+        self._untaught_reads = 0  # since the teacher left
 
     def forget(self) -> None:
-        """A fit begins; a checkpoint may say more."""
+        """Resets the totals for a new fit; a checkpoint may then load others."""
         self.time_s = 0.0  # of training, over all starts of this run
-        self.teacher_time_s = 0.0  # of it, the teacher's forward; its head is computed in the loss, and not in here
+        self.teacher_time_s = 0.0  # of it, the teacher's forward, without its head, which is part of the loss
         self.before = Totals()  # counted under settings that have changed since
-        self._counted = Totals()  # by the checkpoint that is gone on from
+        self._counted = Totals()  # by the checkpoint that the run resumed from
 
     def totals(self, step: int) -> Totals:
         before, per_token = self.before, self.forward_flops
@@ -102,18 +102,18 @@ class Meter:
         self.forward_flops["teacher"] = saved["forward_flops"]["teacher"]
 
     def follow(self, step_tokens: int, kd_steps: Callable[[int], int] | None) -> None:
-        """The settings of this start; where they would say something else of the past, the checkpoint's word stays.
+        """Sets the settings of this start; past totals stay those of the checkpoint, even if the settings differ.
 
         Args:
             step_tokens: tokens of an optimizer step, over all ranks.
-            kd_steps: how many of the first so many steps have a teacher; None: none.
+            kd_steps: n -> how many of the first n steps have a teacher; None: none.
         """
         self.step_tokens, self.kd_steps = step_tokens, kd_steps or _none
         if self.totals(self._counted.step) != self._counted:
             self.before = self._counted
 
     def start(self, step: int, wait_s: float) -> None:
-        """Opens the stretch that the next logged step speaks of. `wait_s`: what the loader made us wait so far."""
+        """Begins the interval that the next logged step covers. `wait_s`: time waited for the loader so far."""
         self._step, self._since_s, self._wait_s, self._paused_s = step, time.perf_counter(), wait_s, None
 
     def pause(self) -> None:
@@ -126,7 +126,7 @@ class Meter:
 
     @contextmanager
     def teacher_runs(self, on_cuda: bool) -> Iterator[None]:
-        """Counts the seconds of what is inside as the teacher's. A GPU notes them, and is asked in `read` alone."""
+        """Counts the time of the code inside as the teacher's. A GPU records events, for which only `read` waits."""
         if on_cuda:
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
@@ -139,12 +139,12 @@ class Meter:
             self.teacher_time_s += time.perf_counter() - since_s
 
     def read(self, step: int, wait_s: float, peak: float | None) -> dict[str, float]:
-        """Values as of optimizer step `step`, and opens the next stretch. The device has to have done that step.
+        """Values as of optimizer step `step`; begins the next interval. The device must have finished that step.
 
         Args:
             step: optimizer steps done.
-            wait_s: seconds that the loader made the training wait, since its start.
-            peak: FLOP/s of all devices together, None where it is not known.
+            wait_s: seconds that training has waited for the loader since its start.
+            peak: FLOP/s of all devices together, None if unknown.
         """
         seconds, steps = time.perf_counter() - self._since_s, step - self._step
         done, before = self.totals(step), self.totals(self._step)
@@ -170,9 +170,9 @@ class Meter:
         self._taught_tokens_per_s, self._untaught_reads = self.tokens_per_s, 0
 
     def what_it_brought(self) -> str | None:
-        """Once, at the second logged step without the teacher: the speeds with it and without it.
+        """The speeds with and without the teacher, once, at the second logged step without it.
 
-        The stretch before the first holds the boundary, with its checkpoint and, where models are compiled, a compile.
+        The interval before the first includes the boundary, with its checkpoint and, for compiled models, a compile.
         """
         self._untaught_reads += 1
         if not self._taught_tokens_per_s or self._untaught_reads < 2:

@@ -1,6 +1,6 @@
 """AdamW and the learning rate, a pure function of the optimizer step.
 
-No Lightning scheduler: it would restore the old rate over an explicit new one on resume.
+No Lightning scheduler: on resume it would replace an explicit new rate with the old one.
 """
 
 import math
@@ -16,13 +16,13 @@ from salt_lightning.errors import ConfigError, refuse, require_length, wrong_kin
 
 @dataclass(frozen=True)
 class OptimSpec:
-    """AdamW, decay on matrices only; warm-up, then cosine or WSD (warm-up, stable, decay).
+    """AdamW with weight decay on matrices only; warm-up, then cosine or WSD (warm-up, stable, decay).
 
     In Python a subclass may build another optimizer (`build`, `write`) or have other rates (`lr_at`).
 
     Args:
         lr: Peak learning rate.
-        weight_decay: Decoupled weight decay of every parameter with two or more dimensions, except biases (of experts).
+        weight_decay: Decoupled weight decay of every parameter with two or more dimensions, except biases of experts.
         beta1: Decay of the first moment.
         beta2: Decay of the second moment.
         eps: Added to the square root of the second moment.
@@ -61,7 +61,7 @@ class OptimSpec:
         refuse(f"--model.optim.{name} {getattr(self, name)} {why}" for name, ok, why in ranges if not ok)
 
     def check(self, max_steps: int) -> None:
-        """Raises ConfigError where warm-up and decay do not fit into the run, or that has no length."""
+        """Raises ConfigError if warm-up and decay do not fit into the run, or the run has no length."""
         require_length(max_steps)
         decay_steps = self.decay_steps or 0
         if self.warmup_steps + decay_steps > max_steps:
@@ -72,7 +72,7 @@ class OptimSpec:
             )
 
     def lr_at(self, step: int, max_steps: int) -> float:
-        """The rate of optimizer step `step` (counted from 0) of a run of `max_steps`."""
+        """The learning rate of optimizer step `step` (counted from 0) in a run of `max_steps`."""
         if step < self.warmup_steps:
             return self.lr * (step + 1) / self.warmup_steps
         decay_steps = self.decay_steps
@@ -87,7 +87,7 @@ class OptimSpec:
         return self.lr * (self.min_lr_ratio + (1.0 - self.min_lr_ratio) * shape)
 
     def jump(self, checkpoint: dict[str, Any], max_steps: int) -> str | None:
-        """What to say where a run that goes on gives its next step another rate than the run before had for it."""
+        """A message if a resumed run gives its next step another rate than the checkpoint's settings would."""
         step, saved = checkpoint["global_step"], checkpoint["hyper_parameters"]["optim"]
         names = {field.name for field in fields(self)}
         if other := (saved.keys() ^ names) - {field.name for field in fields(OptimSpec)}:
@@ -111,8 +111,8 @@ class OptimSpec:
         """AdamW over every trainable parameter, each in exactly one of two groups; fused.
 
         Args:
-            named: parameters with their names, which the state keeps: sharding changes torch's numbers for them.
-            ndim: dimensions by name, where sharding has made vectors of matrices.
+            named: parameters with their names, which the state keeps: torch's indices change with sharding.
+            ndim: number of dimensions by name, where sharding has flattened matrices to vectors.
         """
         groups: dict[bool, list[tuple[str, nn.Parameter]]] = {True: [], False: []}
         for name, p in named:
@@ -127,28 +127,28 @@ class OptimSpec:
         return optimizer
 
     def write(self, optimizer: torch.optim.Optimizer, step: int, max_steps: int) -> None:
-        """Writes this spec's values for `step` into the optimizer, over what a checkpoint restored."""
+        """Writes this spec's values for `step` into the optimizer, replacing those that a checkpoint restored."""
         for group in optimizer.param_groups:
             group.update(lr=self.lr_at(step, max_steps), betas=(self.beta1, self.beta2), eps=self.eps)
             group["weight_decay"] = self.weight_decay if group["decays"] else 0.0
 
 
 def decays(name: str, ndim: int) -> bool:
-    """Whether a parameter is a matrix, or several; biases of experts (experts x out) are a vector of each."""
+    """Whether weight decay applies: to matrices and stacks of them; experts' biases (experts x out) are vectors."""
     return ndim >= 2 and not name.endswith("bias")
 
 
 def _in_its_groups(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint's state, named, in the groups of today: others decayed before, or were listed and never stepped."""
+    """A checkpoint's named state in the current groups: formerly others decayed, or were listed but never stepped."""
     own = [name for group in optimizer.param_groups for name in group["param_names"]]
     saved = {name for group in state["param_groups"] for name in group["params"]}
     if not set(own) <= saved or not state["state"].keys() <= set(own):
-        return state  # of another model, or not named: torch says so
+        return state  # from another model, or without names: torch reports it
     return {**state, "param_groups": [{**group, "params": group["param_names"]} for group in optimizer.param_groups]}
 
 
 def by_name(state: dict[str, Any]) -> dict[str, Any]:
-    """An optimizer's state with names for torch's numbers, which depend on how the parameters are sharded."""
+    """An optimizer's state with names instead of torch's indices, which depend on how parameters are sharded."""
     names = {n: name for g in state["param_groups"] for n, name in zip(g["params"], g["param_names"], strict=True)}
     return {
         "state": {names[number]: values for number, values in state["state"].items()},

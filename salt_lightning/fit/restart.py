@@ -1,4 +1,4 @@
-"""What a run goes on from: whether a checkpoint is of this student and text, and what will differ from here on."""
+"""Resuming from a checkpoint: whether it fits this student and text, and what will differ from there on."""
 
 from collections.abc import Callable, Container
 from typing import Any
@@ -18,10 +18,10 @@ from salt_lightning.storage import shards
 def require_same(
     checkpoint: dict[str, Any], student: dict[str, Any], data: Any, weights: Callable[[], Container[str]]
 ) -> None:
-    """Raises ConfigError unless a checkpoint holds that student, trained with the tokenizer of `data`, where known.
+    """Raises ConfigError unless a checkpoint holds that student, trained with the tokenizer of `data`, if known.
 
-    What a subclass has put beside the student's model has to be among the module's `weights`, which are asked for only
-    where there is such a thing: under FSDP1 their names alone would gather them.
+    Parts that a subclass added to the student must be among the module's `weights`, which are requested only if there
+    are such parts: under FSDP1 even their names would gather them.
     """
     parts = own_parts(checkpoint.get("state_dict", ()))
     there = weights() if parts else ()
@@ -49,15 +49,15 @@ def require_same(
 
 
 def go_on_from(checkpoint: dict[str, Any], trainer: pl.Trainer, data: Any, optim: OptimSpec) -> None:
-    """Makes a fit go on right after the checkpoint's optimizer step; says so if it will read other rows, or step
-    otherwise.
+    """Makes a fit resume right after the checkpoint's optimizer step; reports if it will read other rows, or compute
+    steps differently.
 
     A checkpoint may come from inside an accumulation window, from the end of a validation, or from a run with
-    another accumulation; the position in a SALTDataModule depends on the step alone, and so do Lightning's counters
-    here. That in a loader of the user's own (`data` None) is what Lightning has saved, micro-batches.
+    another accumulation; the position in a SALTDataModule depends only on the step, and so do Lightning's counters
+    here. The position in a user's own loader (`data` None) is what Lightning saved, in micro-batches.
 
     Raises:
-        ConfigError: the run is to end before that step, or the checkpoint holds weights alone.
+        ConfigError: the run would end before that step, or the checkpoint holds only weights.
     """
     shards.require_whole(checkpoint)
     step, max_steps = checkpoint["global_step"], trainer.max_steps
@@ -78,7 +78,7 @@ def go_on_from(checkpoint: dict[str, Any], trainer: pl.Trainer, data: Any, optim
 
 
 def say_other_share(checkpoint: dict[str, Any], data: Any) -> None:
-    """Warns where an evaluation reads documents that the run has not held out of the text that it was trained on."""
+    """Warns if an evaluation reads documents of the training text that the run did not hold out."""
     same_text = data.held_out_by == "source" and checkpoint["text"].get("source") == data.source
     if same_text and data.held_out.tokens not in checkpoint["data"]["--data.held_out"]:
         said = "this share of --data.source is not the one that the run held out, so the run has trained on it"
@@ -86,7 +86,7 @@ def say_other_share(checkpoint: dict[str, Any], data: Any) -> None:
         Finding("warning", "held-out text", said, remedy).require()
 
 
-# entries that no setting says, and what says them
+# entries that are not settings, and the settings that determine them
 _SAID_BY = {
     "--data.num_train_tokens": "tokens of --data.source",
     "--data.train_fingerprint": "training text (--data.source)",

@@ -1,4 +1,4 @@
-"""Losses and gradients that stop being finite: the first is remembered on the device, which nobody waits for.
+"""Remembers the first loss or gradient that is not finite, on the device, without waiting for it.
 
 Micro-batches are numbered over the whole run and all ranks: (step * accumulation + micro) * ranks + rank, steps from 0.
 So the smallest number is the first bad micro-batch, and its rows follow from the data's order.
@@ -19,7 +19,7 @@ class Watch:
         self.first = torch.full((2,), NEVER, device=device)
 
     def see(self, kind: int, value: Tensor, number: int) -> None:
-        """Looks at the loss (kind 0) or the gradient norm (kind 1) of micro-batch `number`; reads nothing."""
+        """Checks the loss (kind 0) or gradient norm (kind 1) of micro-batch `number`, without reading the device."""
         first = self.first[kind]
         first.copy_(torch.where(value.detach().isfinite(), first, first.clamp(max=number)))
 
@@ -35,14 +35,14 @@ def problem(
 
     Args:
         first: `Watch.first`, the minimum over ranks.
-        weights_finite: of the student, now.
+        weights_finite: whether the student's weights are finite now.
         step: optimizer steps done.
         per_step: micro-batches of an optimizer step, over all ranks.
-        rows_of: says which rows micro-batches are, by the number of the first and how many.
+        rows_of: (number of the first micro-batch, how many) -> the rows that they read.
     """
     loss, gradient = first
     at, name, number, count = loss // per_step, "train/loss", loss, 1
-    if gradient // per_step < at:  # else the loss made the gradient of its step what it is
+    if gradient // per_step < at:  # else the bad loss caused the bad gradient
         at, name, number, count = gradient // per_step, "train/grad_norm", gradient, per_step
     if number < NEVER:
         return f"{name} is not finite at step {at + 1}, which read rows {rows_of(number, count)}"
