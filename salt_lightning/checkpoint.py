@@ -86,7 +86,7 @@ class RunCheckpoint(Checkpoint):
         every_n_steps: Optimizer steps between two checkpoints; null saves only at the boundary and the end.
         keep: How many of those to keep, newest first; null keeps all. Checkpoints at the boundary, at `at_steps` and at
             the end are always kept, including those of earlier starts of the run.
-        at_steps: Optimizer steps whose checkpoints are always kept, e.g. an early teacher for SALT_DS.
+        at_steps: Optimizer steps after which a checkpoint is saved and always kept, e.g. an early teacher for SALT_DS.
         folder: Folder of the checkpoints; null is `checkpoints` in the run's folder.
         export: A new folder for the finished run's student, as a Hugging Face model; null writes none.
     """
@@ -254,8 +254,8 @@ class RunCheckpoint(Checkpoint):
         if self.stopped_by is None and trainer.global_step < trainer.max_steps:
             rank_zero_info(
                 f"step {trainer.global_step} of {trainer.max_steps}: the run has ended early, by a limit of time or "
-                "data or by a callback; it is saved, continue with --ckpt_path last (--trainer.max_time counts all "
-                "starts)"
+                "data or by a callback; it is saved; continue with --ckpt_path last (--trainer.max_time counts "
+                "over all starts)"
             )
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:

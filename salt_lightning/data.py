@@ -87,7 +87,7 @@ class SALTDataModule(LightningDataModule):
                 owner/name:split), or a list of these. Each row of a .jsonl or .parquet file is a document; any
                 other file is one document. .gz, .bz2, .xz and .zst are unpacked; .json, .jsonlines and .ndjson are
                 read as .jsonl. In a folder with .jsonl or .parquet files, only the more common kind is read, and only
-                one split (FOLDER:split); the log lists the other files. It is an error if plain text is more common.
+                one split (FOLDER:split); the log says what is left out. It is an error if plain text is more common.
             val_source: Validation text, in the same forms. Without it, `val_fraction` of the documents of `source`.
             test_source: Text for the test verb, in the same forms. Without it, the validation text.
             split: Split of a hub data set, or of a folder with the same layout.

@@ -174,8 +174,8 @@ class CausalLM(nn.Module):
         self.keep_apart("positions")
         if self.sees([7], [0, 1, 2, 3, 4, 5, 6]):
             raise ConfigError(
-                f"--model.{self.name}: tokens of this {type(self.model).__name__} see later ones, so it would learn to "
-                "copy them; use a causal model, without settings such as use_bidirectional_attention"
+                f"--model.{self.name}: tokens of this {type(self.model).__name__} see later ones, so it cannot predict "
+                "them; use a causal model, without settings such as use_bidirectional_attention"
             )
         if self.sees([0, 1, 2, 3], [4, 5, 6, 7]):
             self.apart = "mask"

@@ -537,7 +537,7 @@ def test_a_folder_of_both_kinds_says_which(settings, tmp_path, capsys):
     own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, "data.source": str(tmp_path)}
     assert run(["fit", *arguments(settings, own)]) == 2
     assert (
-        f"{tmp_path} holds .jsonl files and more text files; choose with a glob, e.g. {tmp_path}/*.jsonl"
+        f"{tmp_path} holds .jsonl files but more plain text files; choose with a glob, e.g. {tmp_path}/*.jsonl"
         in one_line(capsys)
     )
 

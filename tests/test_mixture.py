@@ -358,7 +358,9 @@ def test_a_source_longer_than_a_row_has_one_that_begins_in_it(before, tokens, fi
 
 
 def test_entries_that_end_up_with_one_name_are_refused():
-    with pytest.raises(ConfigError, match=r"entries of --data.source share a name \(web\); rename a folder"):
+    with pytest.raises(
+        ConfigError, match=r"entries of --data.source share a name \(distinct ones: web\); rename a folder"
+    ):
         shares_of(["web"], [1.0, 1.0], [0, 64], 32)
 
 

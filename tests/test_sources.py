@@ -210,7 +210,7 @@ def test_what_names_part_of_a_data_set_has_no_effect_on_files(tmp_path, caplog):
         assert caplog.text == ""
         for named in (tmp_path / "x.txt", tmp_path / "*.txt"):
             read(named, hub=Hub(subset="x", revision="v9"))
-            assert f"{named} names files, so --data.subset and --data.revision has no effect" in caplog.text
+            assert f"{named} names files, so --data.subset and --data.revision cannot take effect" in caplog.text
 
 
 def test_jsonlines_are_lines(tmp_path):

@@ -132,7 +132,9 @@ def shares_of(names: list[str], weights: list[float], tokens: list[int], block_s
         ConfigError: two sources share a name, or one is not longer than a row.
     """
     if len(names) != len(weights):
-        raise ConfigError(f"{SETTING}: entries of --data.source share a name ({few(names)}); rename a folder")
+        raise ConfigError(
+            f"{SETTING}: entries of --data.source share a name (distinct ones: {few(names)}); rename a folder"
+        )
     sizes = {name: end - start for name, (start, end) in zip(names, pairwise(tokens), strict=True)}
     refuse(
         f"{SETTING}: {name!r} has {size} training tokens (held-out text excluded), not more than one row of "

@@ -74,7 +74,7 @@ def refuse_requests(settings: dict[str, Any], where: str) -> None:
         node, is_kernel = nodes.pop()
         if is_kernel and isinstance(node, str) and "/" in node:
             raise ConfigError(
-                f"{where}: its config names {node!r}, compiled code of the hub; remove that key, or if you trust the "
+                f"{where}: its config names {node!r}, compiled code of the hub; remove that key, and if you trust the "
                 "code set --model.student.attention or --model.teacher.attention to it"
             )
         node = vars(node) if isinstance(node, PreTrainedConfig) else node

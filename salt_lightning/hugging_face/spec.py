@@ -98,7 +98,7 @@ else:
 
 @contextmanager
 def as_config_error(setting: str) -> Iterator[None]:
-    """Turns all errors into ConfigError: transformers checks settings in many places, with errors of many kinds."""
+    """Turns errors, except out of memory, into ConfigError: transformers checks settings with errors of many kinds."""
     try:
         yield
     except ConfigError:

@@ -138,7 +138,7 @@ class ScoreWriter(pl.Callback):
             row = rows[np.flatnonzero(~np.isfinite(nll_RT).all(1))[0]]
             raise ConfigError(
                 f"--model.teacher.path: the teacher's loss is not finite in row {row}; is it a trained model? "
-                "if it overflows, set --model.teacher.dtype float32"
+                "If it overflows, set --model.teacher.dtype float32"
             )
         self._wait()
         assert self._pool is not None

@@ -98,8 +98,8 @@ def in_child(function: Callable[..., None], *args: Any) -> None:
         error = receiver.recv()
     except EOFError:
         error = ConfigError(
-            "--data.tokenizer: the process that trained it was killed, perhaps for lack of memory; "
-            "--data.prepare_workers 1 starts none"
+            "--data.tokenizer: the process that trained it was killed, perhaps for lack of memory; use "
+            "--data.prepare_workers 1, which starts none"
         )
     finally:
         child.kill()

@@ -141,7 +141,7 @@ def _files(setting: str, path: str, hub: Hub) -> list[str]:
 def _say_no_split(setting: str, path: str, files: list[str], hub: Hub) -> list[str]:
     given = [f"--data.{name}" for name, value in vars(hub).items() if value != getattr(Hub, name)]
     if given:
-        _say_once(f"{setting}: {path} names files, so {' and '.join(given)} has no effect")
+        _say_once(f"{setting}: {path} names files, so {' and '.join(given)} cannot take effect")
     return files
 
 
@@ -209,8 +209,8 @@ def _folder_files(setting: str, folder: str, hub: Hub, split_setting: str = "--d
     kinds = [sorted({Path(file).suffix for file in files if _kind(file) != "text"}) for files in (found, read)]
     if kinds[0] and not kinds[1]:  # as on the hub: the more common kind
         raise ConfigError(
-            f"{setting}: {folder} holds {' and '.join(kinds[0])} files and more text files; choose with a glob, e.g. "
-            f"{folder}/*{kinds[0][0]}, or give both"
+            f"{setting}: {folder} holds {' and '.join(kinds[0])} files but more plain text files; choose with a glob, "
+            f"e.g. {folder}/*{kinds[0][0]}, or give both"
         )
     are_read = set(map(_identity, read))
     if left := sorted(file for file in found if _identity(file) not in are_read):
