@@ -168,7 +168,7 @@ class Check:
     # --------------------------------------------------------------- models
 
     def _student(self, batch: dict[str, Tensor] | None) -> CausalLM | None:
-        """The student without weights; checks its head and its loss on the text with real weights."""
+        """The student, without weights if it is fresh; checks its head and its loss on the text with real weights."""
         spec = self.module.student_spec
         if spec.path:
             lm = self._pretrained(spec, "student", spec.dtype_or(torch.float32))
@@ -292,7 +292,7 @@ class Check:
             found = found[:1]  # it never leaves
         names = ["memory, phase 1", "memory, phase 2"] if len(found) == 2 else ["memory"]
         if taught and teacher is None:
-            self.add("note", "memory", "the missing teacher needs additional memory:")
+            self.add("note", "memory", "not counting the missing teacher, which needs memory too:")
         for name, peak in zip(names, found, strict=True):
             self.add("ok", name, peak.described(data.micro_batch_size))
         limit = self._limit(device)

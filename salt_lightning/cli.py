@@ -390,7 +390,7 @@ def _main(args: list[str], in_python: bool) -> int:
         return _say_done(trainer)
     if not (sent := next((saver.stopped_by for saver in savers(trainer) if saver.stopped_by), None)):
         return 0
-    print(f"stopped by {sent.name} at step {trainer.global_step}, saved; resume with --ckpt_path last")
+    print(f"stopped by {sent.name} at step {trainer.global_step}, saved; continue with --ckpt_path last")
     return 128 + sent
 
 

@@ -296,7 +296,10 @@ def main(argv: list[str]) -> int:
     parser = VerbParser(prog="cli.py compare", description="Table and figure of several runs, finished or running.")
     parser.add_argument("runs", metavar="RUN", nargs="+", type=_path, help="a run's folder, e.g. runs/salt")
     parser.add_argument(
-        "--out", metavar="DIR", type=_path, help="folder for compare.md, .json and .png (default: the runs' parent)"
+        "--out",
+        metavar="DIR",
+        type=_path,
+        help="folder for compare.md, .json and .png (default: the runs' common parent)",
     )
     parser.add_argument(
         "--baseline",

@@ -129,12 +129,12 @@ def of_machine(error: BaseException) -> str | None:
     if is_out_of_memory(error):
         return (
             f"out of memory ({one_line(error, 200)}); halve --data.micro_batch_size (the result stays the same), or "
-            "set --model.activation_checkpointing true, and resume with --ckpt_path last"
+            "set --model.activation_checkpointing true, and continue with --ckpt_path last"
         )
     if "DataLoader worker (pid" in str(error):  # it was killed; an exception raised in a worker reads differently
         return (
             f"a data loading process was killed, usually for lack of memory ({one_line(error, 200)}); use fewer "
-            "--data.num_workers, and resume with --ckpt_path last"
+            "--data.num_workers, and continue with --ckpt_path last"
         )
     if "no kernel image" in str(error):
         return f"this torch build does not support this GPU ({one_line(error, 200)}); install one that does"

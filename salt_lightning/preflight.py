@@ -202,7 +202,7 @@ def disk(folder: Path, weight_bytes: int, most: int) -> Finding:
         "error",
         "checkpoints",
         f"checkpoints do not fit: {said}",
-        f"there is room for {max(fitting, 0)} and the one being written: free space, set --checkpoint.folder to a "
+        f"there is room for {max(fitting, 0)} and the one being written: free some space, set --checkpoint.folder to a "
         "larger disk, or use a smaller --checkpoint.keep and fewer --checkpoint.at_steps",
     )
 

@@ -726,7 +726,7 @@ def test_a_folder_of_another_run_is_not_taken(settings, tmp_path, capsys):
     own = {"run": str(tmp_path / "run"), "kd.weight": 0.0}
     assert run(["fit", *arguments(settings, own)]) == 0
     assert run(["fit", *arguments(settings, own)]) == 2
-    assert "already contains a run; resume it with --ckpt_path last, or choose another folder" in one_line(capsys)
+    assert "already contains a run; continue it with --ckpt_path last, or choose another folder" in one_line(capsys)
     shutil.rmtree(tmp_path / "run/checkpoints")
     assert run(["fit", *arguments(settings, own, {"data.block_size": 16})]) == 2
     assert re.search(

@@ -584,7 +584,7 @@ def test_a_lock_of_another_user_is_no_missing_lock(tmp_path, number, monkeypatch
 def test_a_run_is_not_started_twice_in_one_folder(fit, tmp_path, capsys):
     assert fit(tmp_path / "run", stop_at=3) == 128 + signal.SIGTERM
     assert fit(tmp_path / "run") == 2
-    assert "already contains a run; resume it with --ckpt_path last" in capsys.readouterr().err
+    assert "already contains a run; continue it with --ckpt_path last" in capsys.readouterr().err
 
 
 def test_last_without_a_checkpoint_starts_and_says_so(fit, tmp_path, capsys):

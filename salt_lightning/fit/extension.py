@@ -129,9 +129,9 @@ def require_callbacks(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     averages = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)  # type: ignore[attr-defined]
     if "current_model_state" in checkpoint and not averages:
         raise ConfigError(
-            "--ckpt_path: this checkpoint holds weights averaged by a WeightAveraging callback, and the trained ones "
-            "apart; resume with that callback (--trainer.callbacks EMAWeightAveraging), or start a new run from the "
-            "averaged weights with --model.student.path"
+            "--ckpt_path: this checkpoint holds weights averaged by a WeightAveraging callback, and separately the "
+            "trained ones; resume with that callback (--trainer.callbacks EMAWeightAveraging), or start a new run from "
+            "the averaged weights with --model.student.path"
         )
 
 

@@ -81,7 +81,9 @@ def loss_of_others(rank: int, why: str, verb: str | None = None) -> str:
     """The message of a process that lost the others, because they ended or no longer answer; `verb` None is fit."""
     if "EADDRINUSE" in why:
         return f"\nerror: MASTER_PORT {os.environ.get('MASTER_PORT')} is taken by another process; choose another one"
-    remedy = "run the same command again" if verb in ("predict", "validate", "test") else "resume with --ckpt_path last"
+    remedy = (
+        "run the same command again" if verb in ("predict", "validate", "test") else "continue with --ckpt_path last"
+    )
     return (
         f"\nerror: process {rank} has lost the others ({why.splitlines()[0][:200]}); their output says why they ended; "
         f"{remedy}"

@@ -71,7 +71,7 @@ def set_aside(run: Path, step: int, now: dict[str, Any]) -> None:
 def taken(run: Path, checkpoints: Path, now: dict[str, Any]) -> list[str]:
     """Problems with a new run with the settings `now` (flat) in a folder that contains another run."""
     if saved(checkpoints):
-        return [f"--run {run} already contains a run; resume it with --ckpt_path last, or choose another folder"]
+        return [f"--run {run} already contains a run; continue it with --ckpt_path last, or choose another folder"]
     before = readable(run / "config.yaml")
     kept = (key for key in before if key.startswith(IDENTITY) and key in now and now[key] != before[key])
     if not (others := [f"--{key} {before[key]} (here {now[key]})" for key in kept][:3]):

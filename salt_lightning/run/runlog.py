@@ -286,7 +286,7 @@ def _without_watchers(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def changes_said(run: Run) -> list[str]:
-    """Each of a run's `changes`, as text to follow "went on"."""
+    """Each of a run's `changes`, as text to follow "NAME continued" or "resumed:"."""
     return [f"at step {step} under other settings: {_shown(found)}" for step, found in run.changes.items()]
 
 

@@ -58,7 +58,7 @@ def require_processes(environment: Any, num_devices: int, num_nodes: int, connec
         try:
             environment.validate_settings(num_devices, num_nodes)
         except ValueError as error:
-            raise ConfigError(f"--trainer.devices {num_devices}: {one_line(error)}, or change srun's") from error
+            raise ConfigError(f"--trainer.devices {num_devices}: {one_line(error)}, or change srun's number") from error
 
 
 def requeue_signal(trainer: pl.Trainer) -> signal.Signals | None:
