@@ -63,7 +63,7 @@ ERRORS = {
     ),
     "a ramp of negative length, among others": (
         {"kd.weight": 0.0, "kd.shape": "linear", "kd.steps": 4, "kd.anneal_steps": -2, "model.optim.warmup_steps": 99},
-        r"error: --kd.anneal_steps -2 must not be negative; --model.optim.warmup_steps 99 [^;]*$",
+        r"error: --kd.anneal_steps -2 must not be negative; --model.optim.warmup_steps 99 [^;]*; for a shorter [^;]*$",
     ),
     "steps below zero": ({"kd.steps": -1}, r"error: --kd.steps -1 must not be negative \(null = the whole run\); --kd"),
     "wrong type": ({"kd.steps": "many"}, r"--kd.steps many must be a whole number or null"),
