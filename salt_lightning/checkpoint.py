@@ -78,7 +78,7 @@ class RunCheckpoint(Checkpoint):
     """Saves the run in its folder: regularly, at the phase boundary, at the end, and when asked to stop.
 
     On Ctrl-C, SIGTERM or a closed terminal (SIGHUP), the run finishes its optimizer step, saves, and ends. A second
-    Ctrl-C ends it at once, and so does another signal more than 10 seconds after the first. With several processes, a
+    Ctrl-C ends it at once, and so does the same signal again more than 10 seconds after the first. With several processes, a
     signal to one of them is enough: all stop after the same step, the next one that is logged. Under SLURM, SIGUSR1 (or
     Lightning's `requeue_signal`) does the same, and the job is queued again.
 
@@ -114,7 +114,7 @@ class RunCheckpoint(Checkpoint):
 
     def _begin(self) -> None:
         self.stopped_by: signal.Signals | None = None
-        self._told_s = math.inf  # when this process itself got a signal
+        self._told = (0, math.inf)  # the first signal to this process itself, and when it came
         self._trained = False  # whether training has started
         self._due = False  # whether a save waits for the validation of its step
         self._until_end: list[tuple[Any, str, Any]] = []  # attributes that a stop has changed: owner, name, old value
@@ -191,12 +191,13 @@ class RunCheckpoint(Checkpoint):
 
     def _stop_after_step(self, trainer: pl.Trainer, number: int, frame: Any) -> None:
         if self.stopped_by is None:
-            self.stopped_by, self._told_s = signal.Signals(number), time.monotonic()
+            self.stopped_by, self._told = signal.Signals(number), (number, time.monotonic())
             step = "this step" if trainer.world_size == 1 else "the next logged step"
             after = f"this validation and {step}" if trainer.validating else step
             rank_zero_info(f"{self.stopped_by.name}: saving after {after}; press Ctrl-C again to stop at once")
-        # SLURM at a job's time limit, and torchrun, send SIGTERM twice for one request
-        elif number == signal.SIGINT or time.monotonic() > self._told_s + 10.0:
+        # One request may come as several signals: SLURM at a job's time limit, and torchrun, send SIGTERM twice; SLURM
+        # sends it after the signal to requeue, and a process that waits for its children after their Ctrl-C.
+        elif number == signal.SIGINT or (number == self._told[0] and time.monotonic() > self._told[1] + 10.0):
             _stop_at_once(number, frame)
 
     def _is_told_to_stop(self, trainer: pl.Trainer) -> bool:

@@ -226,28 +226,32 @@ def test_a_signal_to_the_whole_process_group(settings, tmp_path, number, slurm):
     assert asked is None or asked() == ["requeue 70_3"]
 
 
-@pytest.mark.parametrize(("number", "apart_s", "saved"), [(15, 0, True), (15, 11, False), (2, 0, False)])
-def test_sigterm_twice_is_one_request(settings, tmp_path, monkeypatch, capsys, number, apart_s, saved):
-    """As SLURM sends it at a job's limit, and torchrun to its workers; a later one, and Ctrl-C, is impatience."""
+@pytest.mark.parametrize(
+    ("first", "second", "apart_s", "saved"),
+    [(15, 15, 0, True), (15, 15, 11, False), (2, 15, 11, True), (15, 2, 0, False), (2, 2, 0, False)],
+)
+def test_several_signals_may_be_one_request(settings, tmp_path, monkeypatch, capsys, first, second, apart_s, saved):
+    """SLURM at a job's limit, and torchrun to its workers, send SIGTERM twice; who waits for processes after Ctrl-C, and
+    SLURM after SIGUSR1, sends it whenever its time has come. The same one later, and Ctrl-C, is impatience."""
 
     class Twice(Callback):
         def on_before_backward(self, trainer, pl_module, loss):
             if trainer.global_step == 2:
                 now = time.monotonic()
-                os.kill(os.getpid(), number)
+                os.kill(os.getpid(), first)
                 monkeypatch.setattr("salt_lightning.checkpoint.time.monotonic", lambda: now + apart_s)
-                os.kill(os.getpid(), number)
+                os.kill(os.getpid(), second)
 
     own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, "checkpoint.every_n_steps": None}
     handler = signal.getsignal(signal.SIGINT)  # Lightning ignores Ctrl-C from there on
     try:
-        assert ranks.run(["fit", *arguments(settings, own)], Twice()) == 128 + number
+        assert ranks.run(["fit", *arguments(settings, own)], Twice()) == 128 + (first if saved else second)
     finally:
         signal.signal(signal.SIGINT, handler)
     assert (tmp_path / "run/checkpoints/step-00000003.ckpt").exists() == saved
     out, err = capsys.readouterr()
-    assert ("stopped by SIGTERM at step 3, saved" in out) == saved
-    assert saved or err.strip().splitlines()[-1] == f"stopped by {signal.Signals(number).name}"
+    assert (f"stopped by {signal.Signals(first).name} at step 3, saved" in out) == saved
+    assert saved or err.strip().splitlines()[-1] == f"stopped by {signal.Signals(second).name}"
 
 
 def test_ctrl_c_in_a_validation_ends_in_one_line(fit, settings, tmp_path, capsys, monkeypatch):
