@@ -422,6 +422,18 @@ def test_forked_processes_save_after_the_ctrl_c_of_the_one_that_waits_for_them(k
     assert not alive(child)
 
 
+def test_forked_processes_that_fail_to_save_after_ctrl_c_are_reported(settings, tmp_path):
+    own = {**ENDLESS, "checkpoint.every_n_steps": None, "checkpoint.at_steps": [1], "trainer.strategy": "ddp_fork"}
+    process = start(settings, {**own, "run": str(tmp_path / "run")})
+    child_of(process, tmp_path / "run")
+    (tmp_path / "run/checkpoints").rename(tmp_path / "elsewhere")
+    (tmp_path / "run/checkpoints").write_text("no folder")
+    os.kill(process.pid, signal.SIGINT)
+    code, output = end(process)
+    assert code == 128 + signal.SIGINT, output
+    assert re.search(r"error: process (0|1|0 and 1) failed while it stopped; the last step may not be saved", output)
+
+
 def test_a_ctrl_c_while_processes_are_being_started_ends_at_once(settings, tmp_path):
     """Of those that were started none is known yet. Afterwards Ctrl-C does what it did before."""
     own = {"trainer.strategy": "ddp_fork", "trainer.devices": 2, "data.micro_batch_size": 4, "kd.weight": 0.0}

@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import signal
 import sys
 import threading
 import time
@@ -162,6 +163,14 @@ def await_stop(processes: Sequence[BaseProcess]) -> None:
     connection.wait([process.sentinel for process in processes])
     for process in processes:  # if only some end, the others wait for them
         process.join(_GRACE_S)
+    # a process that ends before it resets its handlers dies of the SIGTERM, after its save
+    failed = [str(i) for i, each in enumerate(processes) if each.exitcode not in (0, -signal.SIGTERM)]
+    if failed:  # Lightning, which would pass on their errors, no longer listens
+        print(
+            f"\nerror: process {' and '.join(failed)} failed while it stopped; the last step may not be saved: see the "
+            "newest checkpoint",
+            file=sys.stderr,
+        )
 
 
 _ABANDONED = False  # this process has abandoned the others
