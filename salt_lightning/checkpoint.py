@@ -78,9 +78,9 @@ class RunCheckpoint(Checkpoint):
     """Saves the run in its folder: regularly, at the phase boundary, at the end, and when asked to stop.
 
     On Ctrl-C, SIGTERM or a closed terminal (SIGHUP), the run finishes its optimizer step, saves, and ends. A second
-    Ctrl-C ends it at once, and so does the same signal again more than 10 seconds after the first. With several processes, a
-    signal to one of them is enough: all stop after the same step, the next one that is logged. Under SLURM, SIGUSR1 (or
-    Lightning's `requeue_signal`) does the same, and the job is queued again.
+    Ctrl-C ends it at once, and so does the same signal again more than 10 seconds after the first. With several
+    processes, a signal to one of them is enough: all stop after the same step, the next one that is logged. Under
+    SLURM, SIGUSR1 (or Lightning's `requeue_signal`) does the same, and the job is queued again.
 
     Args:
         every_n_steps: Optimizer steps between two checkpoints; null saves only at the boundary and the end.

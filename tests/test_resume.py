@@ -231,8 +231,8 @@ def test_a_signal_to_the_whole_process_group(settings, tmp_path, number, slurm):
     [(15, 15, 0, True), (15, 15, 11, False), (2, 15, 11, True), (15, 2, 0, False), (2, 2, 0, False)],
 )
 def test_several_signals_may_be_one_request(settings, tmp_path, monkeypatch, capsys, first, second, apart_s, saved):
-    """SLURM at a job's limit, and torchrun to its workers, send SIGTERM twice; who waits for processes after Ctrl-C, and
-    SLURM after SIGUSR1, sends it whenever its time has come. The same one later, and Ctrl-C, is impatience."""
+    """SLURM at a job's limit, and torchrun to its workers, send SIGTERM twice. SLURM sends one after SIGUSR1, and so
+    does a process that waits for others after Ctrl-C. The same one later, and Ctrl-C, is impatience."""
 
     class Twice(Callback):
         def on_before_backward(self, trainer, pl_module, loss):
