@@ -146,10 +146,10 @@ class CausalLM(nn.Module):
             return None
         if kinds <= {"full_attention", "sliding_attention"} and getattr(config, "sliding_window", None):
             return int(config.sliding_window)
+        others = ", ".join(sorted(kinds - {"full_attention"})) or "a limited distance"
         raise ConfigError(
             f"--model.{self.name}: {type(self.model).__name__} keeps packed documents apart only by a mask, which "
-            f"its layers of other kinds ({', '.join(sorted(kinds)) or 'a limited distance'}) do not use; use "
-            "another family, e.g. llama"
+            f"its layers of other kinds ({others}) do not use; use another family, e.g. llama"
         )
 
     @torch.no_grad()

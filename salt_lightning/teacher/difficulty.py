@@ -111,7 +111,10 @@ def read_thirds(place: Path, held_out: HeldOut, verb: str) -> np.ndarray:
     nll_D, tokens_D = table["nll"].to_numpy(), table["tokens"].to_numpy()
     third_D = thirds(nll_D, tokens_D)
     if (judged := int((third_D >= 0).sum())) < len(THIRDS):
-        raise ConfigError(f"--data.difficulty {file} has {judged} documents with labels: too few for three thirds")
+        raise ConfigError(
+            f"--data.difficulty {file} has {judged} documents with labels: too few for three thirds; "
+            "use more held-out text (e.g. --data.val_fraction) and validate the teacher with it, or set it to null"
+        )
     parts = []
     for number, name in enumerate(THIRDS):
         inside_D = third_D == number

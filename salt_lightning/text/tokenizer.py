@@ -49,14 +49,13 @@ def load_tokenizer(name: str, setting: str = "--data.tokenizer") -> PreTrainedTo
             offsets.
     """
     folder = os.path.expanduser(name)  # from Python, no shell does it
+    allowed = "a folder, hub name or train" if setting == "--data.tokenizer" else "a folder or hub name"
     if not os.path.isdir(folder) and (folder.startswith((".", "/")) or folder.count("/") > 1):  # not a hub name
-        raise ConfigError(f"{setting}: the folder {name!r} does not exist; give a folder, hub name or train")
+        raise ConfigError(f"{setting}: the folder {name!r} does not exist; give {allowed}")
     try:
         tokenizer = open_tokenizer(folder, trust_remote_code=False)
     except Exception as error:
-        raise ConfigError(
-            f"{setting}: cannot load {name!r} ({first_line(error)}); give a folder, hub name or train"
-        ) from error
+        raise ConfigError(f"{setting}: cannot load {name!r} ({first_line(error)}); give {allowed}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError(f"{setting}: {name!r} has no tokenizer.json; save it as a fast tokenizer first")
     if tokenizer.eos_token_id is None:
