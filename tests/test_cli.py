@@ -1,6 +1,7 @@
 """The command line as users see it: help, configs, and one line for each common error."""
 
 import fcntl
+import gc
 import os
 import pty
 import re
@@ -26,6 +27,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 import salt_lightning
 from salt_lightning import cli
+from salt_lightning.__main__ import _imported
 from salt_lightning.checkpoint import newest
 from salt_lightning.command.parser import _WORDS, configs_first
 from salt_lightning.command.settings import wrong_trainer_settings
@@ -201,6 +203,13 @@ def test_what_is_said_before_anything_is_imported(options, asked, code, said):
     command = [sys.executable, *options, "-m", "salt_lightning", asked]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, (done.stdout + done.stderr).startswith(said)) == (code, True), done.stderr
+
+
+def test_garbage_is_collected_after_the_imports_but_not_among_them():
+    gc.unfreeze()
+    assert _imported() is cli.main
+    assert gc.isenabled()
+    assert gc.get_freeze_count() > 100_000
 
 
 def test_an_argument_that_is_no_text_is_named(settings, tmp_path, capsys):
