@@ -1,5 +1,7 @@
 """A small real run, driven by the real command line: corpus, settings, and how to read what it logged."""
 
+import atexit
+import gc
 import json
 import os
 import random
@@ -24,6 +26,17 @@ def pytest_configure(config):
     """Hides GPUs except for `-m gpu`: Lightning warns about an unused GPU, and `auto` would use it."""
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    # a job in the background ignores them, and so would all processes that it starts
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    gc.disable()
+
+
+def pytest_collection_finish():
+    """As the command does: a search for garbage among all that is imported takes a third of a second."""
+    gc.freeze()
+    atexit.register(gc.unfreeze)
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
