@@ -130,7 +130,6 @@ class SALTDataModule(LightningDataModule):
         self.test_source = entries(test_source)
         self.hub = Hub(split, subset, revision)
         self.text_column, self.source_column, self.source_per_file = text_column, source_column, source_per_file
-        self.source_weights, self.bad_lines, self.difficulty = source_weights, bad_lines, difficulty
         self.tokenizer_name, self.trained_vocab_size = tokenizer, vocab_size
         self.block_size, self.isolate_documents = block_size, isolate_documents
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
@@ -138,7 +137,8 @@ class SALTDataModule(LightningDataModule):
         self._unset_seed = self.seed if seed is None else None
         self.cache_dir = Path(cache_dir).expanduser()
         self.prepare_workers, self.num_workers = prepare_workers, num_workers
-        self.selection, self.keep, self.examples = selection, keep, examples
+        self.difficulty, self.selection = (name and str(Path(name).expanduser()) for name in (difficulty, selection))
+        self.source_weights, self.bad_lines, self.keep, self.examples = source_weights, bad_lines, keep, examples
         refuse(wrong_data(self) + examples.problems(tokenizer))
         self.accumulate, self.num_train_rows, self.num_train_tokens = 1, 0, 0
         self.source_names: list[str] = []

@@ -125,6 +125,8 @@ def test_in_python_too_paths_begin_at_home(data, settings, teacher, tmp_path, mo
     assert (tmp_path / "home/exported/config.json").is_file()
     assert (tmp_path / "home/again/config.json").is_file()
     assert not (tmp_path / "~").exists()
+    named = SALTDataModule(**own, selection="~/scores", difficulty="~/teacher")
+    assert (named.selection, named.difficulty) == (f"{tmp_path}/home/scores", f"{tmp_path}/home/teacher")
 
 
 # --- schedules ---
