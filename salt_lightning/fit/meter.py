@@ -92,8 +92,8 @@ class Meter:
         totals = {"totals": asdict(self.totals(step)), "totals_before": asdict(self.before)}
         now_s = time.perf_counter() if self._paused_s is None else self._paused_s
         since_s = now_s - self._since_s if step > self._step else 0.0  # the last logged step
-        watched_s = sum(begin.elapsed_time(end) for begin, end in self._watched if end.query()) / 1000
-        times = {"time_s": self.time_s + since_s, "teacher_time_s": self.teacher_time_s + watched_s}
+        self._settle()
+        times = {"time_s": self.time_s + since_s, "teacher_time_s": self.teacher_time_s}
         return {**totals, **times, "forward_flops": dict(self.forward_flops)}
 
     def load(self, saved: dict[str, Any]) -> None:
@@ -138,6 +138,12 @@ class Meter:
             yield
             self.teacher_time_s += time.perf_counter() - since_s
 
+    def _settle(self) -> None:
+        """Adds the time between events that the device has reached, without waiting for others."""
+        watched = [(end.query(), begin, end) for begin, end in self._watched]  # asked once: the device goes on
+        self.teacher_time_s += sum(begin.elapsed_time(end) for reached, begin, end in watched if reached) / 1000
+        self._watched = [(begin, end) for reached, begin, end in watched if not reached]
+
     def read(self, step: int, wait_s: float, peak: float | None) -> dict[str, float]:
         """Values as of optimizer step `step`; begins the next interval. The device must have finished that step.
 
@@ -149,8 +155,7 @@ class Meter:
         seconds, steps = time.perf_counter() - self._since_s, step - self._step
         done, before = self.totals(step), self.totals(self._step)
         self.time_s += seconds
-        self.teacher_time_s += sum(begin.elapsed_time(end) for begin, end in self._watched) / 1000
-        self._watched.clear()
+        self._settle()
         self.tokens_per_s = steps * self.step_tokens / seconds
         values = {
             "time_s": self.time_s,
