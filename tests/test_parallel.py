@@ -404,14 +404,14 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(settings, tmp_path):
     assert cli.main(["fit", *arguments(settings, {"kd.weight": 0.0}, more)]) == 0  # on one device
 
 
-@pytest.mark.parametrize("kill", [os.kill, os.killpg])  # a notebook's kernel and its processes are interrupted together
-def test_forked_processes_save_after_the_ctrl_c_of_the_one_that_waits_for_them(kill, settings, tmp_path):
-    """As with ddp_notebook, which is the same strategy."""
+def test_forked_processes_save_after_a_ctrl_c(settings, tmp_path):
+    """As with ddp_notebook, which is the same strategy: a notebook's kernel and its processes are interrupted together,
+    and the kernel, which waits for them, then ends them."""
     saves = {"checkpoint.every_n_steps": None, "checkpoint.at_steps": [1]}
     own = {**ENDLESS, **saves, "trainer.strategy": "ddp_fork", "run": str(tmp_path / "run")}
     process = start(settings, own)
     child = child_of(process, tmp_path / "run")
-    kill(process.pid, signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)
     code, output = end(process)
     assert code == 128 + signal.SIGINT, output
     assert "saving after the next logged step" in output
@@ -422,7 +422,7 @@ def test_forked_processes_save_after_the_ctrl_c_of_the_one_that_waits_for_them(k
     assert not alive(child)
 
 
-def test_forked_processes_that_fail_to_save_after_ctrl_c_are_reported(settings, tmp_path):
+def test_forked_processes_that_fail_to_save_after_the_ctrl_c_of_the_one_that_waits_for_them(settings, tmp_path):
     own = {**ENDLESS, "checkpoint.every_n_steps": None, "checkpoint.at_steps": [1], "trainer.strategy": "ddp_fork"}
     process = start(settings, {**own, "run": str(tmp_path / "run")})
     child_of(process, tmp_path / "run")
@@ -431,6 +431,7 @@ def test_forked_processes_that_fail_to_save_after_ctrl_c_are_reported(settings, 
     os.kill(process.pid, signal.SIGINT)
     code, output = end(process)
     assert code == 128 + signal.SIGINT, output
+    assert "SIGTERM: saving after the next logged step" in output
     assert re.search(r"error: process (0|1|0 and 1) failed while it stopped; the last step may not be saved", output)
 
 
