@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-import datasets
 import pyarrow.parquet as pq
 
 from salt_lightning.errors import ConfigError, first_line
@@ -216,6 +215,8 @@ def _value(scalar: Any) -> Any:
 def _read_hub(group: Group, corpus: Corpus) -> Iterator[Raw]:
     hub = group.hub
     try:
+        import datasets  # here, because it takes half a second
+
         stream = datasets.load_dataset(
             group.hub_name, hub.subset, split=hub.split, revision=hub.revision, streaming=True
         )

@@ -12,7 +12,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import datasets
 import fsspec
 import yaml
 from huggingface_hub import metadata_load
@@ -183,6 +182,8 @@ def _folder_files(setting: str, folder: str, hub: Hub, split_setting: str = "--d
             f"{setting}: {folder} holds Arrow files, which are not read; convert it with Dataset.to_parquet"
         )
     try:
+        import datasets  # here, because it takes half a second, and files and prepared text need none of it
+
         elsewhere = _elsewhere(folder)
         with _listed_once():
             builder = None if elsewhere else datasets.load_dataset_builder(folder, hub.subset)
