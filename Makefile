@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM := false
 # Bytecode is compiled and kept when a module is first imported: compiling all of it takes half of the install.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo demo-ds test check
+.PHONY: demo demo-ds test check style types pytest
 .DELETE_ON_ERROR:
 
 .venv/installed: pyproject.toml
@@ -43,11 +43,19 @@ demo-ds: .venv/installed $(DEMO)/compare.json
 		--data.difficulty $(DEMO)/teacher --data.selection $(DEMO)/score --model.teacher.path $(DEMO)/teacher/checkpoints/step-00000300.ckpt
 	$(BIN)/python cli.py compare $(DEMO)/baseline $(DEMO)/salt $(DEMO)/salt_ds $(DEMO)/rkd $(DEMO)/teacher --out $(DEMO)
 
-check: .venv/installed
+check: style types
+
+style: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+
+types: .venv/installed
 	$(BIN)/mypy
 
-test: check
+# mypy takes a minute on one core, and the tests' processes often wait
+test: style
+	$(MAKE) -j 2 types pytest
+
+pytest: .venv/installed
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 	$(BIN)/python -m pytest -q -W default -m gpu $(GPU_TESTS)
