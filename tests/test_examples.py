@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from salt_lightning import cli
-from salt_lightning.batches.example_rows import ExampleRows, pack
+from salt_lightning.batches.example_rows import ExampleRows, open_examples, pack
 from salt_lightning.batches.rows import IGNORE, NO_ROW
 from salt_lightning.errors import ConfigError
 from salt_lightning.text.documents import Corpus
@@ -709,9 +709,16 @@ def test_every_example_that_fits_is_in_one_row(lengths, size):
     used = [sum(lengths[i] for i in packed[a:b]) for a, b in itertools.pairwise(starts)]
     assert all(0 < tokens <= size for tokens in used)
     assert sum(tokens <= size / 2 for tokens in used) <= 1  # two such rows would have been one
+    best: list[int] = []  # tokens left in each row, one example after the other
+    for length in sorted((length for length in lengths if length <= size), reverse=True):
+        space = min((space for space in best if space >= length), default=size)
+        if space in best:
+            best.remove(space)
+        best.append(space - length)
+    assert sorted(size - tokens for tokens in used) == sorted(best)
 
 
-def test_rows_by_hand(tmp_path):
+def test_rows_by_hand(tmp_path, caplog):
     rows = [{"question": "a", "answer": "b", "from": "x"}, {"question": "", "answer": "cd", "from": "y"},
             {"question": "too long" * 9, "answer": "e", "from": "x"}]  # fmt: skip
     examples = Examples(prompt="{question}:", response="{answer}")
@@ -730,7 +737,10 @@ def test_rows_by_hand(tmp_path):
     assert origins["bytes"].tolist() == [[0, 1, 0, 0, 1, 1, 0, 0, 0, 0], [0] * 10]
     assert origins["documents"].tolist() == origins["sources"].tolist()  # one of each here
     assert origins["sources"].tolist() == [[-1, 0, 0, -1, 1, 1, 1, -1, -1, -1], [-1] * 10]
-    assert ExampleRows(files, 10, False).build(np.array([0]))["positions"].tolist() == [list(range(10))]
+    with caplog.at_level(logging.INFO):
+        together = open_examples("source", files, 10, False)
+    assert together.build(np.array([0]))["positions"].tolist() == [list(range(10))]
+    assert "2 examples in 1 rows, 80.0% filled; 1 are longer" in caplog.text
 
 
 @hypothesis_settings(max_examples=15, deadline=None)

@@ -147,6 +147,14 @@ def test_phase_2_reads_the_unread_rows_of_each_source_first():
     assert again(np.arange(100, 400)).tolist() == plain(np.arange(100, 400)).tolist()
 
 
+def test_a_source_that_phase_1_does_not_come_to_needs_no_kept_row():
+    order = mixture((1, 500, 500), kept=RowSet.of(ROWS[ROWS >= 13], 583), phase1=100)
+    assert order.orders[0].repeats == 0
+    rows = order(np.arange(2 * CYCLE))
+    assert set(rows[:100].tolist()) <= set(ROWS.tolist())
+    assert sorted(by_source(rows)[0][:13]) == list(range(13))
+
+
 # three stretches of steps: first step, rows per step, weights
 HISTORY = ((0, 10, WEIGHTS), (7, 40, (0.1, 0.8, 0.1)), (12, 25, WEIGHTS), (13, 25, WEIGHTS))
 NAMES = ("source 0", "source 1", "source 2")

@@ -62,6 +62,8 @@ def test_only_matrices_decay_and_all_are_trained():
         id(net[2].bias): 0.0,
     }
     assert all((g["lr"], g["betas"], g["eps"]) == (0.5, (0.8, 0.9), 1e-6) for g in optimizer.param_groups)
+    flat = spec.build([("matrix", nn.Parameter(torch.ones(6)))], ndim={"matrix": 2})  # as FSDP1 holds it
+    assert [group["decays"] for group in flat.param_groups] == [True]
 
 
 def test_a_step_follows_the_formula():
@@ -80,7 +82,9 @@ def test_a_step_follows_the_formula():
     ("settings", "message"),
     [
         ({"lr": 0}, "--model.optim.lr 0 must be above 0"),
-        ({"beta2": 1.0}, "--model.optim.beta2 1.0"),
+        ({"beta1": 1.0, "beta2": 1.0}, "--model.optim.beta1 1.0 .*--model.optim.beta2 1.0"),
+        ({"eps": 0, "weight_decay": -0.1}, "weight_decay -0.1 .*--model.optim.eps 0"),
+        ({"decay_steps": -1, "min_lr_ratio": -0.1}, "decay_steps -1 .*--model.optim.min_lr_ratio -0.1"),
         ({"schedule": "linear"}, "--model.optim.schedule 'linear' must be cosine or wsd"),
         ({"warmup_steps": -1, "min_lr_ratio": 2}, "warmup_steps -1.*min_lr_ratio 2"),
     ],
@@ -88,6 +92,13 @@ def test_a_step_follows_the_formula():
 def test_wrong_settings_are_named(settings, message):
     with pytest.raises(ConfigError, match=message):
         OptimSpec(**settings)
+
+
+def test_the_least_and_the_largest_values_are_taken():
+    least = dict.fromkeys(("beta1", "beta2", "weight_decay", "min_lr_ratio", "warmup_steps", "decay_steps"), 0)
+    assert OptimSpec(lr=1.0, **least).lr_at(9, 10) == 1.0  # no decay at all
+    assert OptimSpec(lr=1.0, min_lr_ratio=1).lr_at(10, 10) == 1.0
+    OptimSpec(warmup_steps=100).check(100)
 
 
 def test_warmup_longer_than_the_run_says_how_to_shorten():

@@ -62,7 +62,7 @@ class ExampleRows:
         self.num_left_out = files.num_documents - len(self._packed)
         self.fill = float(lengths[self._packed].sum() / max(1, self.num_rows * block_size))
         # An example begins with BOS or its prompt, so every learned token has one before it that predicts it.
-        learned = np.add.reduceat(files.learned, self._starts, dtype=np.int64) if len(lengths) else lengths
+        learned = np.add.reduceat(files.learned, self._starts, dtype=np.int64)
         counts = np.concatenate([[0], np.cumsum(learned[self._packed])])
         self._label_counts = np.diff(counts[self._row_starts])
 
