@@ -275,6 +275,16 @@ def test_masked_vocabulary_by_an_infinite_bias():
     assert all(grad.isfinite().all() for grad in gradients(out.loss, case).values())
 
 
+def test_among_equal_logits_every_top_token_counts():
+    hidden_ND, labels_N = torch.ones(4, 1), torch.tensor([1, 2, 0, -100])
+    student_VD, teacher_VE = (torch.tensor(logits)[:, None] for logits in ([1.0, 2.0, 2.0], [2.0, 0.0, 2.0]))
+    out = salt_loss(hidden_ND, student_VD, labels_N, hidden_ND, teacher_VE, kd_weight=0.5)
+    assert out.correct_sum == 2  # 1 and 2
+    assert out.agree_sum == 3  # on 2
+    same = salt_loss(hidden_ND, student_VD, labels_N, hidden_ND, student_VD, kd_weight=0.5)
+    assert (same.agree_sum, same.student_better_sum) == (3, 0)
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     num_tokens=st.integers(1, 20),
@@ -524,8 +534,10 @@ def test_errors_say_what_does_not_fit():
         (wrong(case, labels_N=case["labels_N"].int()), "int32.*int64"),
         (wrong(case, labels_N=case["labels_N"][1:]), rf"\({N - 1},\).*\({N}, {D}\)"),
         (wrong(case, labels_N=torch.full((N,), V)), f"labels range.*{V} rows"),
+        (wrong(case, labels_N=torch.full((N,), -1)), f"labels range from -1 .*{V} rows"),
         (wrong(case, accuracy="exact"), "accuracy='exact'.*'accurate' or 'fast'"),
         (wrong(case, teacher_temperature=0.0), "teacher_temperature=0.0"),
+        (wrong(case, teacher_temperature=math.inf), "teacher_temperature=inf"),
         (wrong(case, kd_weight=1.5), "kd_weight=1.5.*0..1"),
         (wrong(case, kd_weight=torch.zeros(2)), "0-dim"),
         (wrong(plain, kd_weight=0.5), "kd_weight=0.5 needs a teacher"),
@@ -536,6 +548,8 @@ def test_errors_say_what_does_not_fit():
     for arguments, message in bad:
         with pytest.raises(ConfigError, match=message):
             salt_loss(**arguments)
+    with pytest.raises(ConfigError, match=rf"^hidden \({N}, {D}\) and head \({V}, {E}\) do not fit"):
+        token_stats(case["student_hidden_ND"], case["teacher_head_VE"], case["labels_N"])
 
 
 def test_the_compiled_row_pass_equals_the_plain_one():
