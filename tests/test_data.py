@@ -182,6 +182,7 @@ def test_the_documents_of_rows_are_those_of_their_tokens(tmp_path):
     for rows in (np.array([r]) for r in range(packed.num_rows)):
         assert packed.documents(rows).tolist() == sorted({*owner_N[rows[0] * width : (rows[0] + 1) * width].tolist()})
     assert packed.documents(np.array([], np.int64)).tolist() == []
+    assert packed.first_documents(every := np.arange(packed.num_rows)).tolist() == owner_N[every * width].tolist()
 
 
 @pytest.mark.parametrize("micro", [1, 4, 5, 11])

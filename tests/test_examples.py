@@ -754,6 +754,10 @@ def test_label_counts_are_those_of_the_rows(data, size, tmp_path_factory):
     packed = ExampleRows(files, size, True)
     every = np.arange(packed.num_rows)
     labels = packed.build(every)["labels"]
+    for row in every:
+        documents = packed.origins(packed.build(np.array([row])))["documents"]
+        assert sorted(packed.documents(np.array([row])).tolist()) == np.unique(documents[documents >= 0]).tolist()
+        assert packed.first_documents(np.array([row])) == documents[documents >= 0][0]
     assert (labels != IGNORE).sum(1).tolist() == packed.label_counts(every).tolist()
     kept = [len(row["answer"]) + 1 for row in rows if len(row["question"]) + len(row["answer"]) + 2 <= size]
     assert (labels != IGNORE).sum() == sum(kept)

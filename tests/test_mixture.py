@@ -236,7 +236,8 @@ GOOD = {"step": 0, "rows": 8, "turns": {"a": 4000, "b": 6000}}
 )  # fmt: skip
 def test_stretches_that_no_run_has(stretches):
     begun = one_stretch(8, None)
-    assert go_on({"global_step": 9, "stretches": [GOOD]}, begun) == (Stretch(**GOOD), Stretch(9, 8, None))
+    for more in ([], [{**GOOD, "step": 9}]):  # one that has begun, but was stopped before its first step
+        assert go_on({"global_step": 9, "stretches": [GOOD, *more]}, begun) == (Stretch(**GOOD), Stretch(9, 8, None))
     with pytest.raises(
         ConfigError, match=r"the checkpoint is damaged: its record of rows read \(stretches\) is impossible"
     ):
