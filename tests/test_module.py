@@ -26,7 +26,7 @@ from torch._dynamo.utils import counters
 from salt_lightning import KDScheduleCallback, ModelSpec, OptimSpec, SALTDataModule, SALTModule, cli, losses
 from salt_lightning.checkpoint import RunCheckpoint
 from salt_lightning.errors import ConfigError, NonFiniteLossError
-from salt_lightning.fit.cadence import check_trainer
+from salt_lightning.fit.cadence import check_trainer, plan_validation, set_cadence
 from salt_lightning.fit.watch import NEVER, Watch, problem
 from salt_lightning.models import read_checkpoint
 from salt_lightning.teacher import probe
@@ -792,6 +792,31 @@ def test_a_schedule_on_another_module_is_refused(teacher):
     trainer = pl.Trainer(max_steps=1, callbacks=[KDScheduleCallback(0.5, 1)], accelerator="cpu", logger=False)
     with pytest.raises(ConfigError, match="KDScheduleCallback needs a SALTModule, not a Mine"):
         trainer.fit(Mine(), torch.utils.data.DataLoader([]))
+
+
+@pytest.mark.parametrize(
+    ("interval", "planned", "said"),
+    [
+        (4, 8, False),
+        (12, 24, False),
+        (100, 24, False),
+        (5, 10, True),
+        (0.25, 6, False),
+        (0.4, 8, False),
+        (1.0, 24, False),
+    ],
+)
+def test_an_interval_that_leaves_out_the_last_step_is_said(interval, planned, said, caplog):
+    trainer = pl.Trainer(max_steps=12, val_check_interval=interval, accelerator="cpu", logger=False)
+    set_cadence(trainer, 2)
+    with caplog.at_level("INFO"):
+        plan_validation(trainer)
+    assert trainer.val_check_interval == planned
+    assert ("validation every 5 steps leaves out the last step" in caplog.text) == said
+    assert ("leaves out" in caplog.text) == said
+    trainer.val_check_interval = 25  # micro-batches, as with a user's own loader
+    plan_validation(trainer)
+    assert trainer.val_check_interval == 24
 
 
 @pytest.mark.parametrize("monitor", ["val/ce", "val/ce/books", "val/tokens"])

@@ -86,7 +86,7 @@ def plan_validation(trainer: Trainer) -> None:
     """Cuts a validation interval in micro-batches to the run, as `set_cadence` does with one in steps."""
     interval = getattr(trainer, "val_check_interval", None)
     steps = trainer.max_steps * trainer.accumulate_grad_batches
-    if isinstance(interval, int) and interval > steps > 0:
+    if isinstance(interval, int) and interval > steps:
         trainer.val_check_interval = steps
     elif isinstance(interval, int) and steps % interval:
         rank_zero_info(f"validation every {interval * trainer.max_steps // steps} steps leaves out the last step")
