@@ -108,6 +108,7 @@ SCORES = np.array([0.3, 0.0, 2.0, 0.5, 0.0, 1.0, 0.0, 0.1, 9.0, 0.0])
         (KeepRule(fraction=1.0), list(range(10))),
         (KeepRule(rows=9, drop_top=0.1), [0, 1, 2, 3, 4, 5, 6, 7, 9]),
         (KeepRule(fraction=1e-9), [8]),  # at least one
+        (KeepRule(rows=1, k=RANK_CAP, max_repeats=0.5), [8]),  # at the ends of what is allowed
     ],
 )
 def test_which_rows_a_rule_keeps(rule, rows):
@@ -305,8 +306,9 @@ def test_row_scores_of_all_shards_are_kept_beside_them(scores):
     assert found.tolist() == pytest.approx(expected, rel=1e-7)  # one float32 rounding in the mean of two
     path = scores.run / "scores" / "S-k10-zero.parquet"
     about = pq.read_schema(path).metadata
-    for values, key in ((found + 1, b"scored"), (found[:-1], None)):  # of earlier shards; cut off by a damaged footer
-        write_table(path, pa.table({"S": values}).replace_schema_metadata({**about, **({key: b"x"} if key else {})}))
+    # of earlier shards; cut off by a damaged footer; without a word on what it is
+    for values, said in ((found + 1, {**about, b"scored": b"x"}), (found[:-1], about), (found + 1, None)):
+        write_table(path, pa.table({"S": values}).replace_schema_metadata(said))
         assert row_scores(scores, 10, "zero").tolist() == found.tolist()
     scores.path(1).unlink()
     assert row_scores(scores, 10, "zero").tolist() == found.tolist()  # from the file
