@@ -2,8 +2,10 @@
 
 import json
 import shutil
+from dataclasses import asdict, replace
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -13,7 +15,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from salt_lightning import SALTDataModule, SALTModule, cli
-from salt_lightning.teacher.difficulty import thirds
+from salt_lightning.teacher.difficulty import HeldOut, read_thirds, thirds
+from salt_lightning.teacher.scores import write_table
 
 
 def reference(nll, tokens):
@@ -42,6 +45,38 @@ def test_by_hand():
     # in order: no. 1 (middle 0.5), no. 3 (2.5), no. 4 (5.5), no. 0 (8): equal ones are ordered by number
     assert thirds(nll, tokens).tolist() == [2, 0, -1, 0, 1]
     assert thirds(np.full(6, 1.0), np.full(6, 1)).tolist() == [0, 0, 1, 1, 2, 2]
+
+
+HELD_OUT = HeldOut("text", "tokenizer", block_size=32, isolate_documents=True, num_rows=4)
+
+
+def write_losses(folder, nll, tokens, held_out=HELD_OUT):
+    folder.mkdir(parents=True)
+    about = {"held_out": asdict(held_out), "model": "teacher"}
+    columns = {"document": np.arange(len(nll)), "nll": np.array(nll, float), "tokens": np.array(tokens)}
+    table = pa.table(columns).replace_schema_metadata({"documents": json.dumps(about)})
+    write_table(folder / "documents.parquet", table)
+
+
+def test_each_verb_reads_the_losses_of_its_own_text(tmp_path):
+    """`validate` and `test` of one run; where both read the same text, that of the verb goes first."""
+    write_losses(tmp_path / "validate", [1, 2, 3], [1, 1, 1])
+    write_losses(tmp_path / "test", [3, 2, 1], [1, 1, 1])
+    found = [read_thirds(tmp_path, HELD_OUT, verb).tolist() for verb in ("fit", "validate", "test")]
+    assert found == [[0, 1, 2], [0, 1, 2], [2, 1, 0]]
+    apart = replace(HELD_OUT, tokens="other")
+    write_losses(tmp_path / "run/validate", [1, 2, 3], [1, 1, 1])
+    write_losses(tmp_path / "run/test", [3, 2, 1], [1, 1, 1], apart)
+    found = [read_thirds(tmp_path / "run", held_out, "validate").tolist() for held_out in (HELD_OUT, apart)]
+    assert found == [[0, 1, 2], [2, 1, 0]]
+
+
+def test_one_long_document_may_leave_a_third_empty(tmp_path, caplog):
+    """Its middle is past the first cut: none is easy."""
+    write_losses(tmp_path / "validate", [100, 2, 3], [100, 1, 1])
+    with caplog.at_level("INFO"):
+        assert read_thirds(tmp_path, HELD_OUT, "fit").tolist() == [1, 2, 2]
+    assert "easy 0 documents; medium 1 documents with 100 tokens, CE 1.0000; hard 2 documents with 2" in caplog.text
 
 
 @pytest.fixture(scope="module")

@@ -153,7 +153,7 @@ class DocumentLossWriter(pl.Callback):
 
     def _add(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
         if self._metric is not None:
-            self._metric.update(outputs["nll"], outputs["rank"], batch["documents"].flatten(), batch["bytes"].flatten())
+            self._metric.update(outputs["nll"], outputs["rank"], batch["documents"].flatten())
 
     def _end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         metric, self._metric = self._metric, None
