@@ -106,7 +106,7 @@ class Scores:
             left.unlink(missing_ok=True)
         if there is None:
             write_json(run / "scores.json", {"scored": asdict(scored), **extra})
-        return there or cls(run, "--run")
+        return cls(run, "--run")
 
     @classmethod
     def require_begun(cls, run: Path, scored: Scored) -> Scores | None:
