@@ -32,7 +32,7 @@ def first_reach(steps: np.ndarray, values: np.ndarray, level: float) -> float:
     if not len(below):
         return math.nan
     i = below[0]
-    if i == 0 or not values[i - 1] > level:
+    if i == 0 or not level < values[i - 1] < math.inf:
         return float(steps[i])
     share = (values[i - 1] - level) / (values[i - 1] - values[i])
     return float(steps[i - 1] + share * (steps[i] - steps[i - 1]))

@@ -204,6 +204,7 @@ def test_an_equal_point_before_a_runs_first_validation_is_not_made_up(three):
         ([5, 4, 3], 2, math.nan),
         ([5, 3, 4], 3.5, 17.5),  # the first time counts
         ([math.nan, 3, 2], 3.5, 20),
+        ([math.inf, 3, 2], 3.5, 20),
         ([5, math.nan, 3], math.nan, math.nan),
     ],
 )
@@ -1077,6 +1078,15 @@ def test_where_a_branch_reaches_a_loss_is_not_made_up(branch, tmp_path):
     assert "twig has no log before step 200, and the run that it resumed from was not found" in str(found.notes)
 
 
+@pytest.mark.parametrize("gone", ["config.yaml", "*tfevents*"])
+def test_a_trunk_without_settings_or_log_is_as_good_as_gone(branch, tmp_path, gone):
+    for path in (tmp_path / "branch").glob(gone):
+        path.unlink()
+    twig = lineage.read(branch, "twig")
+    assert twig.lost == "branch/checkpoints/step-00000200.ckpt"
+    assert list(twig.val_ce.steps) == [300]
+
+
 def test_a_run_whose_beginning_is_not_known_is_no_seed_of_one_from_scratch(tmp_path):
     """Its checkpoint was copied: the folder above is there, and is no run."""
     (tmp_path / "starts/x").mkdir(parents=True)
@@ -1126,14 +1136,15 @@ def test_the_trunk_of_a_branch_may_keep_its_checkpoints_apart(branch, tmp_path):
     assert "twig has no log before step 200" in str(compare([branch], tmp_path / "out").notes)
 
 
-def test_a_run_that_has_lost_a_log_of_its_own_is_known_by_its_settings(tmp_path):
+@pytest.mark.parametrize(("checkpoint", "step"), [("a/checkpoints/step-00000100.ckpt", 100), ("last", 109)])
+def test_a_run_that_has_lost_a_log_of_its_own_is_known_by_its_settings(tmp_path, checkpoint, step):
     runs = [
-        write_run(tmp_path / "a", {200: 4.5, 300: 4.0}, after=100, ckpt_path="a/checkpoints/step-00000100.ckpt"),
+        write_run(tmp_path / "a", {200: 4.5, 300: 4.0}, after=100, ckpt_path=checkpoint),
         write_run(tmp_path / "b", BASELINE, seed_everything=1),
     ]
     found = compare(runs, tmp_path / "out")
     assert [group.n for group in found.groups] == [2]
-    assert "a has no log before step 100: the step at which it reaches a loss may be unknown" in found.notes
+    assert f"a has no log before step {step}: the step at which it reaches a loss may be unknown" in found.notes
 
 
 def earlier(run, step, **config):
@@ -1354,6 +1365,10 @@ def test_a_better_tuned_baseline_is_told(tmp_path):
     elsewhere = write_run(tmp_path / "elsewhere", low, **{"data.source": "better.jsonl"})
     assert "a BASELINE of" not in str(evaluate(load([first, taught, salt])).notes)
     assert "a BASELINE of" not in str(evaluate(load([first, elsewhere, salt])).notes)
+    apart = write_run(tmp_path / "apart", low, **{lr: 4e-3})
+    for run, tokens, ce in ((first, 900, 4.0), (apart, 800, 3.75)):
+        count(run, "val", tokens, 3 * tokens, [300], ce)
+    assert "a BASELINE of" not in str(evaluate(load([first, apart, salt])).notes)
     lost = write_run(tmp_path / "lost", {**BASELINE, 300: math.nan}, **{lr: 9.0})
     assert evaluate(load([lost, first, salt])).reference == "first"
 
@@ -1421,7 +1436,9 @@ def test_a_teacher_whose_run_is_not_named_is_asked_for(tmp_path):
     own = {"teacher": str(path), "weight": 0.5}
     salt, rkd = write_run(tmp_path / "salt", SALT, kd_steps=60, **own), write_run(tmp_path / "rkd", RKD, **own)
     begun = write_run(tmp_path / "begun", BASELINE, **{"model.student.path": "a", "trainer.max_steps": 200})
-    notes = evaluate(load([write_run(tmp_path / "baseline", BASELINE), salt, rkd, begun])).notes
+    unused = write_run(tmp_path / "baseline", BASELINE, teacher=str(path))  # of weight 0
+    folder = write_run(tmp_path / "folder", SALT, teacher=str(tmp_path), weight=0.5, kd_steps=60)  # of no run, perhaps
+    notes = evaluate(load([unused, salt, rkd, begun, folder])).notes
     assert notes[-1] == (
         f"the teacher of salt, rkd, {path}, is in none of these runs; to count its own training, name "
         f"{tmp_path}/teacher too"

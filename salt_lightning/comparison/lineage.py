@@ -150,7 +150,7 @@ def scoring(run: Run) -> dict[str, float]:
     """Cost of the predict run that `data.selection` names; empty without a selection, or if that run is gone."""
     for place in _places(run, str(run.selecting.get("data.selection", ""))):
         manifest = place / "scores.json" if place.is_dir() else place
-        if manifest.is_file() and manifest.name == "scores.json":
+        if manifest.name == "scores.json":
             with suppress(OSError, ValueError, TypeError, AttributeError, RecursionError):
                 found = json.loads(small_text(manifest))
                 return {key: float(found.get(key, math.nan)) for key in ("scoring_flops", "scoring_s")}
