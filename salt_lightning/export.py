@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -159,7 +160,7 @@ def _tokenizer(
 @contextmanager
 def _whole_folder(target: Path) -> Iterator[Path]:
     """A folder beside `target`, renamed to it when all of its contents have reached the disk."""
-    partial, made = target.with_name(f".{target.name}.{os.getpid()}.tmp"), False
+    partial, made = target.with_name(f".{target.name}.{uuid4().hex}.tmp"), False
     try:
         partial.mkdir(parents=True)
         made = True

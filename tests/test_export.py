@@ -603,6 +603,23 @@ def test_a_full_disk_leaves_nothing(salt, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_two_exports_at_once_leave_each_others_files_alone(salt, tmp_path, monkeypatch, capsys):
+    """They have the same process ID, as the first processes of two containers do."""
+    module, again = sys.modules["salt_lightning.export"], ["export", str(checkpoints(salt)[-1]), str(tmp_path / "out")]
+    verify, codes = module.verify, []
+
+    def verify_late(folder: Path) -> None:
+        monkeypatch.undo()
+        codes.append(cli.main(again))
+        verify(folder)
+
+    monkeypatch.setattr(module, "verify", verify_late)
+    assert (cli.main(again), codes) == (1, [0])
+    assert f"error: {tmp_path}/out cannot be written (Directory not empty)" in capsys.readouterr().err
+    load(tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_folder_that_cannot_be_made_is_named(salt, capsys):
     assert cli.main(["export", str(checkpoints(salt)[-1]), "/proc/none/out"]) == 1
     said = "/proc/none/out cannot be written (No such file or directory); choose another folder"

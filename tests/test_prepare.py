@@ -1096,6 +1096,17 @@ def test_two_processes_at_once(tmp_path):
     assert len(stored(folder, "train", tokenizer)) + len(stored(folder, "val", tokenizer)) == 450
 
 
+def test_files_written_by_the_first_processes_of_two_containers_are_whole(tmp_path):
+    """Both have process ID 1, as both writers here have one ID."""
+    with journal.whole(tmp_path / "file") as one:
+        one.write(b"one" * 1000)
+        with journal.whole(tmp_path / "file") as two:
+            two.write(b"two")
+        assert (tmp_path / "file").read_bytes() == b"two"
+    assert (tmp_path / "file").read_bytes() == b"one" * 1000
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_who_waited_for_a_lock_file_that_was_removed_waits_for_the_new_one(tmp_path):
     path = tmp_path / ".x.lock"
     old = journal._lock(path)

@@ -28,7 +28,7 @@ _JOURNAL = "journal.json"
 @contextmanager
 def whole(path: Path) -> Iterator[IO[bytes]]:
     """Replace a file atomically: readers see the whole old or the whole new content, whoever else writes it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")  # not its process ID: in containers all are 1
     try:
         with open(temporary, "wb") as file:
             yield file
