@@ -9,6 +9,7 @@ import re
 import string
 import sys
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -268,6 +269,13 @@ def test_a_folder_is_listed_twice_and_not_for_each_way_to_name_a_split(tmp_path,
         write_corpus(tmp_path / "part-3.jsonl")
     assert len(group.files) == 4
     assert listed.count(str(tmp_path)) == 4
+
+
+def test_a_folder_is_read_without_a_home(tmp_path, monkeypatch):
+    """In a container, HOME may be unset, and is / for a user without an entry in /etc/passwd."""
+    (tmp_path / "a.jsonl").write_bytes(lines(1, 2))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "/proc/none")
+    assert read(tmp_path) == texts(lines(1, 2))
 
 
 def test_a_folder_of_several_subsets_asks_for_one(tmp_path):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import fsspec
@@ -185,8 +186,9 @@ def _folder_files(setting: str, folder: str, hub: Hub, split_setting: str = "--d
         import datasets  # here, because it takes half a second, and files and prepared text need none of it
 
         elsewhere = _elsewhere(folder)
-        with _listed_once():
-            builder = None if elsewhere else datasets.load_dataset_builder(folder, hub.subset)
+        # otherwise `datasets` puts a lock file into its cache, for which a container's user may have no home
+        with _listed_once(), TemporaryDirectory() as unused:
+            builder = None if elsewhere else datasets.load_dataset_builder(folder, hub.subset, cache_dir=unused)
         splits: dict = builder.config.data_files or {} if builder else {}
     except Exception as error:
         raise ConfigError(f"{setting}: cannot read the folder {folder!r}: {hub_error(error)}") from error
