@@ -5,7 +5,6 @@ written into the run's folder.
 """
 
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -36,6 +35,7 @@ from salt_lightning.selection import LESS_CHANCE
 from salt_lightning.teacher import probe
 from salt_lightning.teacher.difficulty import find_files
 from salt_lightning.teacher.scores import Scores
+from salt_lightning.text.processes import memory_bytes
 
 _LOOK_FLOPS = 1.5e11  # FLOPs for one test of a model: some seconds on a CPU
 _WHOLE_PARAMETERS = 5e8  # a larger fresh student is tested with two of its layers
@@ -325,7 +325,7 @@ class Check:
         if self.memory_gib is not None:
             return int(self.memory_gib * 2**30)
         if device == "cpu":
-            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            return memory_bytes()
         return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 

@@ -23,6 +23,7 @@ from salt_lightning.hugging_face.spec import ModelSpec
 from salt_lightning.hugging_face.token_ids import emitted_ids
 from salt_lightning.models import build_fresh
 from salt_lightning.preflight import Finding, TeacherLoss
+from salt_lightning.text import processes
 from salt_lightning.text.sources import Hub, resolve
 
 LEVELS = ("ok", "note", "warning", "error")
@@ -301,6 +302,15 @@ def test_one_finding(checked, overrides, about, level, says):
     assert of(found, about)[0] == level
     assert says in of(found, about)[1]
     assert code == (level == "error")
+
+
+def test_on_a_cpu_the_memory_is_what_a_container_is_granted(checked, tmp_path, monkeypatch):
+    (tmp_path / "memory.max").write_text(f"{770 << 20}\n")  # of which 0.75 GiB are for libraries
+    monkeypatch.setattr(processes._cgroups, "__defaults__", (tmp_path, tmp_path / "none"))
+    code, found = checked()
+    level, said = of(found, "micro-batch")
+    assert (code, level) == (1, "error")
+    assert "1.92 MiB of 0.752 GiB" in said
 
 
 GPT2 = {"model.student.family": "gpt2", "model.student.config": {"n_embd": 32, "n_layer": 2, "n_head": 2}}

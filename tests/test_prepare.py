@@ -1069,14 +1069,35 @@ CGROUPS = {  # files under /sys/fs/cgroup, /proc/self/cgroup -> of 8 CPUs
 @pytest.mark.parametrize("case", CGROUPS)
 def test_processes_are_as_many_as_the_cpus_that_a_container_is_granted(case, tmp_path, monkeypatch):
     files, own, expected = CGROUPS[case]
+    limit(tmp_path, monkeypatch, files, own)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    assert processes.num_cores() == expected
+
+
+def limit(tmp_path, monkeypatch, files: dict[str, str], own: str | None) -> None:
+    """Puts these files in place of the machine's cgroups."""
     for name, text in files.items():
         (tmp_path / "fs" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "fs" / name).write_text(text)
     if own is not None:
         (tmp_path / "own").write_text(own)
-    monkeypatch.setattr(processes._quotas, "__defaults__", (tmp_path / "fs", tmp_path / "own"))
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    assert processes.num_cores() == expected
+    monkeypatch.setattr(processes._cgroups, "__defaults__", (tmp_path / "fs", tmp_path / "own"))
+
+
+@pytest.mark.parametrize(
+    ("files", "own", "mib"),
+    [
+        ({"memory.max": f"{64 << 20}\n"}, "0::/\n", 64),
+        ({"a/memory.max": f"{48 << 20}\n", "a/b/memory.max": "max\n"}, "0::/a/b\n", 48),
+        ({"memory/memory.limit_in_bytes": f"{32 << 20}\n"}, "4:memory:/k\n0::/\n", 32),
+        ({"memory/memory.limit_in_bytes": "9223372036854771712\n", "memory.max": "max\n"}, "0::/\n", None),
+        ({}, None, None),
+    ],
+)
+def test_memory_is_what_a_container_is_granted(files, own, mib, tmp_path, monkeypatch):
+    limit(tmp_path, monkeypatch, files, own)
+    machine = int(re.search(r"MemTotal: +(\d+) kB", Path("/proc/meminfo").read_text())[1]) << 10
+    assert processes.memory_bytes() == (machine if mib is None else mib << 20)
 
 
 def test_two_processes_at_once(tmp_path):

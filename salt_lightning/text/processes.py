@@ -124,19 +124,35 @@ def num_cores() -> int:
     return min([allowed, *(max(1, math.ceil(quota)) for quota in _quotas())])
 
 
-def _quotas(mounted: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Iterator[float]:
-    """CPU limits of Linux cgroups: version 2 at each level, version 1 where a container mounts its own."""
+def memory_bytes() -> int:
+    """Memory that this process may use: a container sees all of the machine's, but may have a part of it."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    mounted, *levels = _cgroups()
+    for file in (mounted / "memory/memory.limit_in_bytes", *(folder / "memory.max" for folder in levels)):
+        with suppress(OSError, ValueError):  # "max": no limit
+            limits.append(int(file.read_text()))
+    return min(limits)
+
+
+def _quotas() -> Iterator[float]:
+    """CPU limits of Linux cgroups."""
+    mounted, *levels = _cgroups()
     with suppress(OSError, ValueError):
         quota_us, period_us = (float((mounted / f"cpu/cpu.cfs_{n}_us").read_text()) for n in ("quota", "period"))
         if quota_us > 0:  # -1: no limit
             yield quota_us / period_us
+    for folder in levels:
+        with suppress(OSError, ValueError):  # "max": no limit
+            quota_us, period_us = map(float, (folder / "cpu.max").read_text().split())
+            yield quota_us / period_us
+
+
+def _cgroups(mounted: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[Path]:
+    """Folders with limits of Linux cgroups: of version 1 where a container mounts its own; then each level of 2."""
     level = Path()
     with suppress(OSError):
         level = Path(own.read_text().rpartition("0::/")[2].strip())
-    for folder in (level, *level.parents):
-        with suppress(OSError, ValueError):  # "max": no limit
-            quota_us, period_us = map(float, (mounted / folder / "cpu.max").read_text().split())
-            yield quota_us / period_us
+    return [mounted, *(mounted / folder for folder in (level, *level.parents))]
 
 
 @contextmanager
