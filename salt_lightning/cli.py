@@ -351,6 +351,7 @@ def main(args: Sequence[object] | None = None) -> int:
 
 def _main(args: list[str], in_python: bool) -> int:
     first = args[:1]
+    peers.limit_threads()
     silence_libraries()
     quiet_threads()
     keep_off_bars()

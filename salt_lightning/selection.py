@@ -9,7 +9,6 @@ Shapes: R rows, T tokens a row.
 
 import hashlib
 import math
-import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from salt_lightning.batches.order import Order, scatter
 from salt_lightning.batches.row_set import RowSet
 from salt_lightning.errors import ConfigError, refuse, wrong_kinds
 from salt_lightning.teacher.scores import NO_LABEL, RANK_CAP, Scores, write_table
+from salt_lightning.text.processes import num_cores
 
 Masked = Literal["zero", "drop"]
 Which = Literal["highest", "lowest", "middle", "random"]
@@ -232,7 +232,7 @@ def row_scores(scores: Scores, k: int, masked: Masked) -> np.ndarray:
             f"{scores.setting}: {scores.run} lacks {len(missing)} of {scores.scored.num_shards} shards of scores; run "
             "the same `cli.py predict` again, it continues where it stopped"
         )
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(8, num_cores())) as pool:
         parts = pool.map(lambda shard: score_rows(*scores.read(shard), k, masked), range(scores.scored.num_shards))
         found = np.concatenate(list(parts))
     with suppress(OSError):  # a read-only folder: computed again next time

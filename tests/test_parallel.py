@@ -696,6 +696,14 @@ def test_the_variables_of_an_operator_that_lightning_does_not_read_are_refused(c
         parallel.check(trainer)
 
 
+def test_the_variable_of_a_service_is_no_port(monkeypatch):
+    monkeypatch.setenv("MASTER_PORT", "tcp://10.0.0.1:29500")
+    told = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+    parallel.check(Trainer(devices=1, **told))
+    with pytest.raises(ConfigError, match=r"^MASTER_PORT tcp://10.0.0.1:29500 is not a port number: .* or unset it$"):
+        parallel.check(Trainer(devices=2, strategy="ddp", **told))
+
+
 def test_other_strategies_are_refused_by_name(monkeypatch):
     import lightning.pytorch as pl
     from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy

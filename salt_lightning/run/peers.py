@@ -13,6 +13,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments import KubeflowEnvironment, LightningEnvironment, TorchElasticEnvironment
 from lightning.fabric.utilities.distributed import _destroy_dist_connection
@@ -21,6 +22,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from salt_lightning.errors import ConfigError, printable_lines
 from salt_lightning.run import slurm
+from salt_lightning.text.processes import num_cores
 
 _SLACK_S = 2.0  # lets torch end the wait first, with a better message
 _STARTER = "SALT_LIGHTNING_STARTER"  # environment variable: the process that started the others of its node
@@ -44,6 +46,12 @@ def writes_elsewhere() -> bool:
     return by_torchrun or (slurm.tasks() > 1 and os.environ.get("SLURM_PROCID", "0") != "0")
 
 
+def limit_threads() -> None:
+    """Keeps torch from starting more threads than a container's CPU limit, which it does not see."""
+    if "OMP_NUM_THREADS" not in os.environ and num_cores() < torch.get_num_threads():
+        torch.set_num_threads(num_cores())
+
+
 def require_place(trainer: pl.Trainer) -> None:
     """Raises ConfigError if the launcher and the trainer disagree about the processes."""
     # With one device, Lightning does not notice that torchrun started several processes: each would train alone.
@@ -64,6 +72,12 @@ def _require_told_place(trainer: pl.Trainer, environment: Any) -> None:
     """Raises ConfigError if an operator's variables give this process another rank than it has: Lightning reads them
     only under torchrun, so each process would train alone, as the first."""
     told, rank = os.environ.get("WORLD_SIZE") or "1", os.environ.get("RANK")
+    port = os.environ.get("MASTER_PORT", "0")
+    if trainer.world_size > 1 and not port.isdecimal():
+        raise ConfigError(
+            f"MASTER_PORT {port} is not a port number: Kubernetes sets it so for a Service named master; set it to a "
+            "free port, or unset it"
+        )
     if told in ("0", "1") or rank is None or type(environment) not in (LightningEnvironment, KubeflowEnvironment):
         return
     if trainer.num_nodes > 1 and "NODE_RANK" in os.environ:  # set by the user, who may start several per node

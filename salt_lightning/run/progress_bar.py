@@ -32,9 +32,36 @@ def close_bars() -> None:
         bar.close()
 
 
+def _is_in_place() -> bool:
+    """Whether a drawing replaces the one before."""
+    return sys.stdout.isatty() or _is_widget()
+
+
 def _is_widget() -> bool:
     """Whether bars are notebook widgets, which are drawn in place."""
     return any(base.__module__ == "tqdm.notebook" for base in Tqdm.__mro__)
+
+
+class _Lines(Tqdm):
+    """A bar in a log: each drawing is a line, as a collector of logs passes on whole lines only."""
+
+    _shown: tuple[Any, ...] = (0, None)
+
+    def display(self, *args: Any, **kwargs: Any) -> bool:
+        """Writes a line if something has changed; also called where a bar is drawn again."""
+        if (self.n, self.postfix) != self._shown:
+            self._shown = self.n, self.postfix
+            self.fp.write(f"{self}\n")
+            self.fp.flush()
+        return True
+
+    def clear(self, *args: Any, **kwargs: Any) -> None:
+        """Does nothing: what is in a log stays."""
+
+    def close(self) -> None:
+        """Writes nothing: the end is already drawn."""
+        self.disable = True
+        self._decr_instances(self)
 
 
 class ProgressBar(TQDMProgressBar):
@@ -48,8 +75,7 @@ class ProgressBar(TQDMProgressBar):
     _drawn_s = -math.inf
 
     def _should_update(self, current: int, total: int) -> bool:
-        in_place = sys.stdout.isatty() or _is_widget()
-        now_s, every_s = time.monotonic(), self.TERMINAL_S if in_place else self.LOG_S
+        now_s, every_s = time.monotonic(), self.TERMINAL_S if _is_in_place() else self.LOG_S
         if not self.is_enabled or (now_s - self._drawn_s < every_s and current != total):
             return False
         self._drawn_s = now_s
@@ -63,7 +89,7 @@ class ProgressBar(TQDMProgressBar):
         return self.trainer.max_steps
 
     def init_train_tqdm(self) -> Any:
-        bar = super().init_train_tqdm()
+        bar = self._bar(super().init_train_tqdm, self.train_description)
         bar.unit, bar.total = " steps", self.trainer.max_steps
         if _is_widget():  # a widget takes its length only from reset
             bar.reset(bar.total)
@@ -74,12 +100,26 @@ class ProgressBar(TQDMProgressBar):
         """Does nothing: Lightning would count from 0 again and show the epoch, of which a run has only one."""
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.train_progress_bar.n = trainer.global_step  # drawn or not
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, trainer.global_step - 1)
+        bar = self.train_progress_bar
+        bar.n = trainer.global_step  # drawn or not
+        if self._should_update(bar.n, bar.total):
+            bar.set_postfix(self.get_metrics(trainer, pl_module))
 
     def init_validation_tqdm(self) -> Any:
         in_a_log = self.trainer.state.fn == TrainerFn.FITTING and not sys.stdout.isatty()  # each would leave a line
-        return Tqdm(disable=True) if in_a_log else super().init_validation_tqdm()
+        return Tqdm(disable=True) if in_a_log else self._bar(super().init_validation_tqdm, self.validation_description)
+
+    def init_test_tqdm(self) -> Any:
+        return self._bar(super().init_test_tqdm, self.test_description)
+
+    def init_predict_tqdm(self) -> Any:
+        return self._bar(super().init_predict_tqdm, self.predict_description)
+
+    def _bar(self, in_place: Callable[[], Tqdm], description: str) -> Tqdm:
+        """The bar that `in_place` makes, or one for a log."""
+        if _is_in_place():
+            return in_place()
+        return _Lines(desc=description, disable=self.is_disabled, file=sys.stdout, smoothing=0)
 
     def on_predict_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, *args: Any) -> None:
         super().on_predict_batch_start(trainer, pl_module, batch, *args)
