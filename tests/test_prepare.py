@@ -1100,6 +1100,26 @@ def test_memory_is_what_a_container_is_granted(files, own, mib, tmp_path, monkey
     assert processes.memory_bytes() == (machine if mib is None else mib << 20)
 
 
+def test_if_some_workers_cannot_start_the_others_end(monkeypatch):
+    """As with a container's limit on processes: the command waited for them forever."""
+    fork, calls = os.fork, []
+
+    def fork_once() -> int:
+        calls.append(1)
+        if len(calls) > 1:
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        return fork()
+
+    monkeypatch.setattr(os, "fork", fork_once)
+    tasks = iter([SimpleNamespace(size=1)])
+    with pytest.raises(ConfigError, match="cannot start a process .* use 1, which starts none"):
+        next(processes.ordered_map(len, tasks, 3, 10))
+    children = multiprocessing.active_children()
+    for child in children:
+        child.join(20)
+    assert not [child for child in children if child.is_alive()]
+
+
 def test_two_processes_at_once(tmp_path):
     path, cache, barrier = many(tmp_path), tmp_path / "cache", multiprocessing.get_context("fork").Barrier(2)
 

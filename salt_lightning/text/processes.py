@@ -47,7 +47,7 @@ def ordered_map(
     with started as pool:
         try:
             for task in tasks:
-                with starting():
+                with starting(), _all_or_none(pool):
                     pending.append((task, pool.submit(_work, task)))
                 size += task.size
                 while size >= max_size and len(pending) > workers:
@@ -58,6 +58,17 @@ def ordered_map(
         finally:
             for _, future in pending:
                 future.cancel()
+
+
+@contextmanager
+def _all_or_none(pool: ProcessPoolExecutor) -> Iterator[None]:
+    """If only some of the pool's processes start, kills them: nothing would end them, and Python waits for them."""
+    try:
+        yield
+    except OSError:
+        for child in (pool._processes or {}).values():
+            child.kill()
+        raise
 
 
 def _first(pending: deque[tuple[T, Future]]) -> tuple[T, R]:
