@@ -102,6 +102,7 @@ def evaluate(runs: list[Run], baseline: str | None = None) -> Comparison:
     seeds = [run for run in students if run.variant == reference.variant] or [reference]
     seeds = [run for run in seeds if run.finished and not other_text(run, reference, "val")] or [reference]
     steps = float(np.mean([run.val_ce.steps[-1] if len(run.val_ce.steps) else math.nan for run in seeds]))
+    steps = steps or math.nan  # validated before its first step alone: no cost to take a share of
     took_flops = float(np.mean([run.flops(steps) for run in seeds]))
     took_s = float(np.mean([run.total("train/time_s", steps) for run in seeds]))
     goal = Goal(float(np.mean([run.last("val/ce") for run in seeds])), steps, took_flops, took_s)

@@ -1289,6 +1289,19 @@ def test_a_baseline_that_has_no_loss_yet_is_no_reference(tmp_path):
     assert evaluate(load([running, long])).reference == "long"
 
 
+def test_a_reference_validated_before_its_first_step_alone_has_no_cost(tmp_path):
+    """As after trainer.validate and the first steps of trainer.fit."""
+    begun = write_run(tmp_path / "begun", {0: 6.0}, steps=50)
+    salt = write_run(tmp_path / "salt", {0: 6.0, **SALT}, teacher="t", weight=0.5, kd_steps=60)
+    found = evaluate(load([begun, salt]))
+    assert (found.reference, found.reference_val_ce) == ("begun", 6.0)
+    row = found.rows[1]
+    assert row.reached_step == 0
+    shares = (row.reached_steps_share, row.reached_flops_share, row.reached_seconds_share)
+    assert all(map(math.isnan, shares))
+    assert [[text.get_text() for text in ax.texts] for ax in report.figure(found).axes] == [["-"], ["-"]]
+
+
 def test_a_checkpoint_brings_sizes_that_nobody_had_given(tmp_path):
     sizes = {"model.student.config.hidden_size": 8}
     run = write_run(tmp_path / "run", BASELINE, **sizes)

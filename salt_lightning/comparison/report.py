@@ -352,7 +352,7 @@ def _panel(ax: Axes, comparison: Comparison, axis: str, divisor: float) -> None:
                 share = row.reached_steps_share if axis == "steps" else row.reached_flops_share
                 ax.plot(x, level, "o", color=colour, ms=5)
                 if len(group.runs) == 1:
-                    noted.append((x, f"{share:.0%}", colour))
+                    noted.append((x, number(share, ".0%"), colour))
         first = shown[0]
         if 0 < first.kd_steps < (first.max_steps or math.inf):
             (x,) = x_of(first, [first.kd_steps])
