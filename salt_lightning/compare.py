@@ -152,7 +152,7 @@ def _reference(students: list[Run]) -> tuple[Run, list[str]]:
 
     def doubts(run: Run) -> tuple[bool, bool, bool]:
         """Not finished or without a final loss; perhaps an unrecognized teacher; settings that changed on the way."""
-        unlike = bool(taught) and not any(lineage.same_model(run, other) for other in taught)
+        unlike = not any(lineage.same_model(run, other) for other in taught)
         return not run.finished or math.isnan(run.last("val/ce")), unlike, bool(run.changes)
 
     if plain:

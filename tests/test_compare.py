@@ -192,6 +192,7 @@ def test_an_equal_point_before_a_runs_first_validation_is_not_made_up(three):
     where, ce = evaluate(load([three[0], early])).equal["steps"]
     assert (where, ce["early"]) == (50, 6.0)
     assert math.isnan(ce["baseline"])
+    assert evaluate(load([three[0], early])).between["steps"] == []
 
 
 @pytest.mark.parametrize(
@@ -460,6 +461,7 @@ def test_seeds_of_one_experiment_are_a_group(tmp_path):
 
 def test_parts_are_shown_thirds_first(tmp_path):
     paths = [write_run(tmp_path / name, BASELINE) for name in ("one", "two")]
+    assert "by part" not in report.markdown(evaluate(load(paths)))
     with SummaryWriter(str(paths[0])) as writer:
         for number, part in enumerate(("hard", "books", "easy", "medium")):
             writer.add_scalar(f"val/ce/{part}", 4.0 + number, 300)
@@ -485,8 +487,21 @@ def test_a_boundary_found_by_a_margin_is_where_the_teacher_left(tmp_path):
 def test_the_reference_is_the_mean_of_its_finished_seeds(tmp_path):
     done = write_run(tmp_path / "seed0", BASELINE)
     running = write_run(tmp_path / "seed1", {100: 5.0}, steps=100, seed_everything=1)
-    assert evaluate(load([running, done])).reference_val_ce == 4.0
+    found = evaluate(load([running, done]))
+    assert (found.reference_val_ce, found.groups[0].equal["steps"]) == (4.0, [4.0])
     assert evaluate(load([running])).reference_val_ce == 5.0  # nothing better yet
+
+
+def test_the_cost_of_the_reference_is_the_mean_over_its_seeds(tmp_path):
+    seeds = [write_run(tmp_path / f"seed{s}", BASELINE, student=10 * (s + 1), seed_everything=s) for s in (0, 1)]
+    with SummaryWriter(str(seeds[1]), filename_suffix=".start-2") as writer:
+        writer.add_scalar("train/time_s", 250, 300)
+    salt = write_run(tmp_path / "salt", SALT, teacher="t", weight=0.5, kd_steps=60)  # there at step 250
+    found = evaluate(load([*seeds, salt]))
+    row = found.rows[2]
+    assert row.reached_flops_share == (2500 + 300) / 4500
+    assert row.reached_seconds_share == 125 / 200
+    assert found.groups[0].std == 0.0  # two seeds have a spread
 
 
 def test_what_logs_and_shows_a_run_makes_no_other_experiment(tmp_path):
@@ -621,6 +636,7 @@ def test_a_reference_seed_on_other_text_is_no_part_of_the_mean(tmp_path):
     assert comparison.reference_val_ce == 4.0
     assert [(group.n, group.mean) for group in comparison.groups] == [(2, 4.0), (1, 3.75)]
     assert comparison.rows[-1].difference == -0.25
+    assert comparison.notes[-1] == "the reference's loss was reached by the first validation, or earlier: salt"
 
 
 @pytest.mark.parametrize("order", [1, -1])
@@ -817,7 +833,8 @@ def test_without_a_baseline_the_first_run_is_the_reference(three):
 
 def test_a_named_baseline(three):
     for name in ("rkd", str(three[2])):
-        assert evaluate(load(three), baseline=name).reference_val_ce == 4.25
+        found = evaluate(load(three), baseline=name)
+        assert (found.reference_val_ce, found.notes) == (4.25, [])  # no advice on BASELINEs: it is none
     with pytest.raises(ConfigError, match="--baseline other is not among .*; choose one of baseline, salt, rkd"):
         evaluate(load(three), baseline="other")
 
@@ -829,6 +846,8 @@ def test_runs_without_a_validation_show_a_dash(three, tmp_path):
     row = next(line for line in report.markdown(comparison).splitlines() if line.startswith("| silent"))
     assert [cell.strip() for cell in row.split("|")[4:10]] == ["-"] * 6
     assert json.loads((tmp_path / "out" / "compare.json").read_text())["rows"][3]["val_ce"] is None
+    unseen = write_run(tmp_path / "unseen", {}, seed_everything=2)  # to its end
+    assert evaluate(load([*three, unseen])).notes == ["unseen has no validation yet"]
     alone = compare([silent], tmp_path / "alone")  # nothing to compare, but not a failure
     assert math.isnan(alone.reference_val_ce)
 
@@ -1145,6 +1164,8 @@ def test_a_run_that_has_lost_a_log_of_its_own_is_known_by_its_settings(tmp_path,
     found = compare(runs, tmp_path / "out")
     assert [group.n for group in found.groups] == [2]
     assert f"a has no log before step {step}: the step at which it reaches a loss may be unknown" in found.notes
+    whole = write_run(tmp_path / "whole", BASELINE)  # of the same seed: the one that knows its beginning counts
+    assert [group.runs for group in compare([*runs, whole], tmp_path / "out").groups] == [["b", "whole"]]
 
 
 def earlier(run, step, **config):
@@ -1338,6 +1359,8 @@ def test_losses_of_other_text_are_no_comparison(tmp_path):
     assert found.other_text == ["more", "other", "coarser"]
     assert [row.run for row in found.rows if math.isnan(row.difference + row.reached_step)] == found.other_text
     assert list(found.equal["steps"][1]) == ["first", "same", "moved"]
+    assert [(group.n, group.mean) for group in found.groups] == [(1, 4.0)] * 6  # each has a loss of its own
+    assert [group.runs[0] for group in found.groups if group.paired_differences] == ["same", "moved"]
     shown = [line.get_label() for line in report.figure(found).axes[0].lines]
     assert sum(name in " ".join(shown) for name in names) == 3
     assert found.notes == [
@@ -1382,6 +1405,8 @@ def test_a_better_tuned_baseline_is_told(tmp_path):
     for run, tokens, ce in ((first, 900, 4.0), (apart, 800, 3.75)):
         count(run, "val", tokens, 3 * tokens, [300], ce)
     assert "a BASELINE of" not in str(evaluate(load([first, apart, salt])).notes)
+    late = write_run(tmp_path / "late", low, after=50, ckpt_path="last", **{lr: 4e-3})  # with what before?
+    assert "a BASELINE of" not in str(evaluate(load([first, late, salt])).notes)
     lost = write_run(tmp_path / "lost", {**BASELINE, 300: math.nan}, **{lr: 9.0})
     assert evaluate(load([lost, first, salt])).reference == "first"
 
@@ -1467,9 +1492,10 @@ def test_a_teacher_that_was_moved_is_not_taken_for_the_baseline(tmp_path):
     two = [
         write_run(tmp_path / name, BASELINE, **own, seed_everything=n) for n, name in enumerate(("baseline", "other"))
     ]
-    found = evaluate(load([teacher, salt, *two]))
+    begun = write_run(tmp_path / "begun", SALT, **small, **{"model.student.path": "models/small"})  # not from scratch
+    found = evaluate(load([teacher, salt, *two, begun]))
     assert found.reference == "baseline"
-    assert found.notes == [
+    assert found.notes[1:] == [
         f"the teacher of salt, {path}, is in none of these runs; if it is from moved, which has another model, the "
         "cost of that run is missing here"
     ]
