@@ -459,6 +459,52 @@ def test_seeds_of_one_experiment_are_a_group(tmp_path):
     assert f"{statistics.mean(salt.val_ce):.4f} ({statistics.stdev(salt.val_ce):.4f})" in text
 
 
+def rows_of(text):
+    """The first table in a text, as one dict per row."""
+    lines = [line for line in text.partition("\n|")[2].partition("\n\n")[0].splitlines() if "---" not in line]
+    head, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    return [dict(zip(head, row, strict=True)) for row in rows]
+
+
+def test_each_number_of_a_run_is_in_its_column(three):
+    columns = {
+        "run": ["baseline", "salt", "rkd"],
+        "method": ["BASELINE", "SALT step", "RKD"],
+        "step": ["300"] * 3,
+        "val CE": ["4.0000", "3.7500", "4.2500"],
+        "to ref.": ["+0.0000", "-0.2500", "+0.2500"],
+        "accuracy": ["25.00%", "26.67%", "23.53%"],
+        "bits/byte": ["2.0000", "1.8750", "2.1250"],
+        "reaches ref. at": ["300 (100.0%)", "250 (83.3%)", "-"],
+        "of its FLOPs": ["100.0%", "93.3%", "-"],
+        "seconds": ["150"] * 3,
+        "teacher s": ["0", "8", "38"],
+        "student FLOP": ["3000.000"] * 3,
+        "teacher FLOP": ["0.000", "300.000", "1500.000"],
+    }
+    rows = rows_of(report.markdown(evaluate(load(three))))
+    assert {name: [row[name] for row in rows] for name in rows[0]} == columns
+    large = write_run(three[0].parent / "large", BASELINE, student=10**7, seed_everything=1)
+    assert [row["student GFLOP"] for row in rows_of(report.markdown(evaluate(load([large]))))] == ["3.000"]
+
+
+def test_each_number_of_the_seeds_is_in_its_column(tmp_path):
+    kd = {"teacher": "t", "weight": 0.5, "kd_steps": 60}
+    runs = [write_run(tmp_path / "b0", BASELINE), write_run(tmp_path / "s0", SALT, **kd)]
+    runs.append(write_run(tmp_path / "b1", {100: 5.0, 200: 4.75, 300: 4.5}, seed_everything=1))
+    runs.append(write_run(tmp_path / "s1", SALT | {300: 4.0}, seed_everything=1, **kd))
+    text = report.markdown(evaluate(load(runs)))
+    assert [[*row.values()] for row in rows_of(text.partition("## Seeds")[2])] == [
+        ["BASELINE", "2", "4.2500", "0.3536", "4.0000 to 4.5000", "+0.0000", "4.0000, 4.5000", "-"],
+        ["SALT step", "2", "3.8750", "0.1768", "3.7500 to 4.0000", "-0.3750", "3.7500, 4.0000", "-0.2500, -0.5000"],
+    ]
+    share, with_kd = "66.7% (0.0%): 66.7%, 66.7%", "76.7% (0.0%): 76.7%, 76.7%"  # 4.25 at 200: of 300 steps; 2300 FLOPs
+    assert [[*row.values()] for row in rows_of(text.partition("## Where the seeds")[2])] == [
+        ["BASELINE", "-: 83.3%, -", "-: 83.3%, -", "-: -, -", "-: 83.3%, -"],
+        ["SALT step", share, with_kd, "-: -, -", share],
+    ]
+
+
 def test_parts_are_shown_thirds_first(tmp_path):
     paths = [write_run(tmp_path / name, BASELINE) for name in ("one", "two")]
     assert "by part" not in report.markdown(evaluate(load(paths)))
