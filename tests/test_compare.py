@@ -1569,6 +1569,7 @@ def test_the_card_of_an_exported_teacher_tells_its_cost(tmp_path, said, flops):
     salt = write_run(tmp_path / "salt", SALT, teacher="models/teacher", weight=0.5, kd_steps=60)
     (row,) = evaluate(load([salt])).rows
     assert row.teacher_training_flops == pytest.approx(flops, nan_ok=True)
+    assert math.isnan(row.teacher_training_seconds)  # a card has none
     (row,) = evaluate(load([write_run(tmp_path / "models/teacher/baseline", BASELINE)])).rows  # has none
     assert math.isnan(row.teacher_training_flops)
 
