@@ -293,6 +293,20 @@ def test_a_notebooks_bar_has_a_length_and_is_drawn_as_in_a_terminal(settings, tm
     assert "Validation" not in out
 
 
+def test_a_bar_in_a_log_shows_steps_per_second_and_nothing_from_another_process(capsys):
+    """Lightning disables the bars of all processes but the first, and closes them as it does the others."""
+    bar, shown = cli.ProgressBar(), []
+    for change in (bar.enable, bar.disable):
+        change()
+        lines = bar.init_test_tqdm()
+        lines.total, lines.n, lines.start_t = 4, 2, time.time() - 1000
+        lines.refresh()
+        lines.close()
+        shown.append(capsys.readouterr().out)
+    assert re.fullmatch(r"Testing: .*\| 2/4 \[16:4\d<16:4\d, +0\.00it/s\]\n", shown[0])  # not 500 s/it
+    assert shown[1] == ""
+
+
 def test_what_is_typed_wins_over_files_wherever_it_stands(tmp_path):
     for number in (1, 2):
         (tmp_path / f"{number}.yaml").write_text(

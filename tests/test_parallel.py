@@ -40,7 +40,7 @@ EXPERTS = {"kd.weight": 0.0, "checkpoint.at_steps": [6], "data.micro_batch_size"
            "model.student.family": "qwen3_moe", "model.student.config": {
                **UNTIED, "num_experts": 3, "num_experts_per_tok": 2, "num_key_value_heads": 4}}  # fmt: skip
 VARIANTS = {  # name -> its settings; names with "untied" are compared with the untied run on one device
-    "ddp": DDP,
+    "ddp": {**DDP, "trainer.enable_progress_bar": True},
     "fsdp": FSDP2,
     "ddp untied": {**DDP, "model.student.config": UNTIED},
     "fsdp untied": {

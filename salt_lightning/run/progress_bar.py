@@ -45,6 +45,7 @@ def _is_widget() -> bool:
 class _Lines(Tqdm):
     """A bar in a log: each drawing is a line, as a collector of logs passes on whole lines only."""
 
+    disable: bool
     _shown: tuple[Any, ...] = (0, None)
 
     def display(self, *args: Any, **kwargs: Any) -> bool:
@@ -60,8 +61,9 @@ class _Lines(Tqdm):
 
     def close(self) -> None:
         """Writes nothing: the end is already drawn."""
-        self.disable = True
-        self._decr_instances(self)
+        if not self.disable:  # as in other processes than the first
+            self.disable = True
+            self._decr_instances(self)
 
 
 class ProgressBar(TQDMProgressBar):
@@ -119,7 +121,9 @@ class ProgressBar(TQDMProgressBar):
         """The bar that `in_place` makes, or one for a log."""
         if _is_in_place():
             return in_place()
-        return _Lines(desc=description, disable=self.is_disabled, file=sys.stdout, smoothing=0)
+        return _Lines(
+            desc=description, disable=self.is_disabled, file=sys.stdout, smoothing=0, bar_format=self.BAR_FORMAT
+        )
 
     def on_predict_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, *args: Any) -> None:
         super().on_predict_batch_start(trainer, pl_module, batch, *args)
