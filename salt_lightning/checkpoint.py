@@ -4,7 +4,6 @@ A checkpoint is the state right after an optimizer step and its validation, if o
 there may be no time for a validation that nothing depends on.
 """
 
-import math
 import os
 import signal
 import threading
@@ -78,7 +77,7 @@ class RunCheckpoint(Checkpoint):
     """Saves the run in its folder: regularly, at the phase boundary, at the end, and when asked to stop.
 
     On Ctrl-C, SIGTERM or a closed terminal (SIGHUP), the run finishes its optimizer step, saves, and ends. A second
-    Ctrl-C ends it at once, and so does the same signal again more than 10 seconds after the first. With several
+    Ctrl-C ends it at once, and so does another signal that comes again more than 10 seconds later. With several
     processes, a signal to one of them is enough: all stop after the same step, the next one that is logged. Under
     SLURM, SIGUSR1 (or Lightning's `requeue_signal`) does the same, and the job is queued again.
 
@@ -114,7 +113,7 @@ class RunCheckpoint(Checkpoint):
 
     def _begin(self) -> None:
         self.stopped_by: signal.Signals | None = None
-        self._told = (0, math.inf)  # the first signal to this process itself, and when it came
+        self._told_s: dict[int, float] = {}  # when each signal to this process itself first came
         self._trained = False  # whether training has started
         self._due = False  # whether a save waits for the validation of its step
         self._until_end: list[tuple[Any, str, Any]] = []  # attributes that a stop has changed: owner, name, old value
@@ -190,14 +189,15 @@ class RunCheckpoint(Checkpoint):
             rank_zero_info(f"{path} is after step {step}, where this run resumes: set aside as {aside.name}")
 
     def _stop_after_step(self, trainer: pl.Trainer, number: int, frame: Any) -> None:
+        first_s = self._told_s.setdefault(number, time.monotonic())
         if self.stopped_by is None:
-            self.stopped_by, self._told = signal.Signals(number), (number, time.monotonic())
+            self.stopped_by = signal.Signals(number)
             step = "this step" if trainer.world_size == 1 else "the next logged step"
             after = f"this validation and {step}" if trainer.validating else step
             rank_zero_info(f"{self.stopped_by.name}: saving after {after}; press Ctrl-C again to stop at once")
         # One request may come as several signals: SLURM at a job's time limit, and torchrun, send SIGTERM twice; SLURM
         # sends it after the signal to requeue, and a process that waits for its children after their Ctrl-C.
-        elif number == signal.SIGINT or (number == self._told[0] and time.monotonic() > self._told[1] + 10.0):
+        elif number == signal.SIGINT or time.monotonic() > first_s + 10.0:
             _stop_at_once(number, frame)
 
     def _is_told_to_stop(self, trainer: pl.Trainer) -> bool:

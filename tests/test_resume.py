@@ -227,31 +227,33 @@ def test_a_signal_to_the_whole_process_group(settings, tmp_path, number, slurm):
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "apart_s", "saved"),
-    [(15, 15, 0, True), (15, 15, 11, False), (2, 15, 11, True), (15, 2, 0, False), (2, 2, 0, False)],
-)
-def test_several_signals_may_be_one_request(settings, tmp_path, monkeypatch, capsys, first, second, apart_s, saved):
+    ("sent", "apart_s", "saved"),
+    [([15, 15], 0, True), ([15, 15], 11, False), ([2, 15], 11, True), ([2, 15, 15], 0, True),
+     ([2, 15, 15], 11, False), ([15, 2], 0, False), ([2, 2], 0, False)],
+)  # fmt: skip
+def test_several_signals_may_be_one_request(settings, tmp_path, monkeypatch, capsys, sent, apart_s, saved):
     """SLURM at a job's limit, and torchrun to its workers, send SIGTERM twice. SLURM sends one after SIGUSR1, and so
     does a process that waits for others after Ctrl-C. The same one later, and Ctrl-C, is impatience."""
 
-    class Twice(Callback):
+    class Told(Callback):
         def on_before_backward(self, trainer, pl_module, loss):
             if trainer.global_step == 2:
-                now = time.monotonic()
-                os.kill(os.getpid(), first)
-                monkeypatch.setattr("salt_lightning.checkpoint.time.monotonic", lambda: now + apart_s)
-                os.kill(os.getpid(), second)
+                begin_s = time.monotonic()
+                for i, number in enumerate(sent):
+                    now_s = begin_s + i * apart_s
+                    monkeypatch.setattr("salt_lightning.checkpoint.time.monotonic", lambda now_s=now_s: now_s)
+                    os.kill(os.getpid(), number)
 
     own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, "checkpoint.every_n_steps": None}
     handler = signal.getsignal(signal.SIGINT)  # Lightning ignores Ctrl-C from there on
     try:
-        assert ranks.run(["fit", *arguments(settings, own)], Twice()) == 128 + (first if saved else second)
+        assert ranks.run(["fit", *arguments(settings, own)], Told()) == 128 + sent[0 if saved else -1]
     finally:
         signal.signal(signal.SIGINT, handler)
     assert (tmp_path / "run/checkpoints/step-00000003.ckpt").exists() == saved
     out, err = capsys.readouterr()
-    assert (f"stopped by {signal.Signals(first).name} at step 3, saved" in out) == saved
-    assert saved or err.strip().splitlines()[-1] == f"stopped by {signal.Signals(second).name}"
+    assert (f"stopped by {signal.Signals(sent[0]).name} at step 3, saved" in out) == saved
+    assert saved or err.strip().splitlines()[-1] == f"stopped by {signal.Signals(sent[-1]).name}"
 
 
 def test_ctrl_c_in_a_validation_ends_in_one_line(fit, settings, tmp_path, capsys, monkeypatch):
