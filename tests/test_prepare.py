@@ -13,6 +13,7 @@ import resource
 import shutil
 import signal
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -1100,9 +1101,10 @@ def test_memory_is_what_a_container_is_granted(files, own, mib, tmp_path, monkey
     assert processes.memory_bytes() == (machine if mib is None else mib << 20)
 
 
-def test_if_some_workers_cannot_start_the_others_end(monkeypatch):
-    """As with a container's limit on processes: the command waited for them forever."""
-    fork, calls = os.fork, []
+@pytest.mark.parametrize("what", ["process", "thread"])
+def test_if_some_workers_cannot_start_the_others_end(what, monkeypatch):
+    """As with a container's limit on processes, which counts threads: the command waited for them forever."""
+    fork, start, calls = os.fork, threading.Thread.start, []
 
     def fork_once() -> int:
         calls.append(1)
@@ -1110,7 +1112,15 @@ def test_if_some_workers_cannot_start_the_others_end(monkeypatch):
             raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
         return fork()
 
-    monkeypatch.setattr(os, "fork", fork_once)
+    def start_none(thread: threading.Thread) -> None:
+        if "Executor" in type(thread).__name__:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    if what == "process":
+        monkeypatch.setattr(os, "fork", fork_once)
+    else:
+        monkeypatch.setattr(threading.Thread, "start", start_none)
     tasks = iter([SimpleNamespace(size=1)])
     with pytest.raises(ConfigError, match="cannot start a process .* use 1, which starts none"):
         next(processes.ordered_map(len, tasks, 3, 10))

@@ -62,13 +62,18 @@ def ordered_map(
 
 @contextmanager
 def _all_or_none(pool: ProcessPoolExecutor) -> Iterator[None]:
-    """If only some of the pool's processes start, kills them: nothing would end them, and Python waits for them."""
+    """If only some of the pool's processes start, or not its thread, which counts as one, kills them: nothing would end
+    them, and Python waits for them."""
     try:
         yield
-    except OSError:
+    except (OSError, RuntimeError) as error:
         for child in (pool._processes or {}).values():
             child.kill()
-        raise
+        thread: Any = pool._executor_manager_thread
+        if thread is None or thread.ident is not None:
+            raise
+        pool._executor_manager_thread = None  # type: ignore[assignment]  # not started, so it cannot be joined
+        raise OSError(str(error)) from error
 
 
 def _first(pending: deque[tuple[T, Future]]) -> tuple[T, R]:
