@@ -242,8 +242,7 @@ class SALTCLI(LightningCLI):
             trainer = super().instantiate_trainer(**kwargs)
             trainer._checkpoint_connector._ckpt_path = config.get("ckpt_path")  # else only after prepare_data
             parallel.check(trainer, config.get("ckpt_path"))
-            peers.limit_connecting(trainer.strategy, self.subcommand)
-            peers.end_with_starter(self.subcommand)
+            peers.expect_others(trainer, self.subcommand)
             return trainer
         except ConfigError:
             raise

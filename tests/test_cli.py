@@ -22,6 +22,7 @@ import torch
 import yaml
 from conftest import arguments, built, one_line, run, scalars, write_corpus
 from jsonargparse import Namespace
+from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.callbacks.progress import tqdm_progress
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -346,12 +347,17 @@ def test_torch_starts_no_more_threads_than_a_container_may_run(tmp_path, capsys,
     before = torch.get_num_threads()
     try:
         for given, threads, expected in (("32", 3, 3), (None, 3, 2), (None, 1, 1)):
-            monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-            if given:
-                monkeypatch.setenv("OMP_NUM_THREADS", given)
+            monkeypatch.setenv("OMP_NUM_THREADS", given or "")
+            if not given:
+                monkeypatch.delenv("OMP_NUM_THREADS")
             torch.set_num_threads(threads)
             assert cli.main(["--help"]) == 0
             assert torch.get_num_threads() == expected
+        (tmp_path / "cpu.max").write_text("400000 100000")
+        torch.set_num_threads(3)
+        build(f"--run={tmp_path}", "--trainer.strategy=ddp", "--trainer.devices=2")
+        _set_num_threads_if_needed(2)  # in each process that Lightning starts
+        assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
 

@@ -46,10 +46,16 @@ def writes_elsewhere() -> bool:
     return by_torchrun or (slurm.tasks() > 1 and os.environ.get("SLURM_PROCID", "0") != "0")
 
 
-def limit_threads() -> None:
-    """Keeps torch from starting more threads than a container's CPU limit, which it does not see."""
-    if "OMP_NUM_THREADS" not in os.environ and num_cores() < torch.get_num_threads():
-        torch.set_num_threads(num_cores())
+def limit_threads(started: int = 1) -> None:
+    """Keeps torch from starting more threads than a container's CPU limit, which it does not see. `started`: processes
+    that share it."""
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    threads = max(1, num_cores() // started)
+    if threads < torch.get_num_threads():
+        torch.set_num_threads(threads)
+    if started > 1:  # otherwise Lightning does the same with the machine's CPUs
+        os.environ["OMP_NUM_THREADS"] = str(threads)
 
 
 def require_place(trainer: pl.Trainer) -> None:
@@ -73,7 +79,7 @@ def _require_told_place(trainer: pl.Trainer, environment: Any) -> None:
     only under torchrun, so each process would train alone, as the first."""
     told, rank = os.environ.get("WORLD_SIZE") or "1", os.environ.get("RANK")
     port = os.environ.get("MASTER_PORT", "0")
-    if trainer.world_size > 1 and not port.isdecimal():
+    if not isinstance(trainer.strategy, SingleDeviceStrategy) and not port.isdecimal():
         raise ConfigError(
             f"MASTER_PORT {port} is not a port number: Kubernetes sets it so for a Service named master; set it to a "
             "free port, or unset it"
@@ -103,6 +109,14 @@ def loss_of_others(rank: int, why: str, verb: str | None = None) -> str:
         f"\nerror: process {rank} has lost the others ({why.splitlines()[0][:200]}); their output says why they ended; "
         f"{remedy}"
     )
+
+
+def expect_others(trainer: pl.Trainer, verb: str | None = None) -> None:
+    """Called before Lightning starts the other processes of this node, or connects to them."""
+    if trainer.strategy.launcher is not None:  # it starts them
+        limit_threads(trainer.num_devices)
+    limit_connecting(trainer.strategy, verb)
+    end_with_starter(verb)
 
 
 def limit_connecting(strategy: Any, verb: str | None = None) -> None:
