@@ -3,6 +3,7 @@
 text/ turns text into token files, once; batches/ cuts these into rows and determines which rows each step reads.
 """
 
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -126,8 +127,7 @@ class SALTDataModule(LightningDataModule):
         """
         refuse(wrong_kinds(SALTDataModule.__init__, locals(), "--data."))
         super().__init__()
-        self.source, self.val_source = entries(source), entries(val_source)
-        self.test_source = entries(test_source)
+        self.source, self.val_source, self.test_source = map(entries, (source, val_source, test_source))
         self.hub = Hub(split, subset, revision)
         self.text_column, self.source_column, self.source_per_file = text_column, source_column, source_per_file
         self.tokenizer_name, self.trained_vocab_size = tokenizer, vocab_size
@@ -137,7 +137,7 @@ class SALTDataModule(LightningDataModule):
         self._unset_seed = self.seed if seed is None else None
         self.cache_dir = Path(cache_dir).expanduser()
         self.prepare_workers, self.num_workers = prepare_workers, num_workers
-        self.difficulty, self.selection = (name and str(Path(name).expanduser()) for name in (difficulty, selection))
+        self.difficulty, self.selection = (name and os.path.expanduser(name) for name in (difficulty, selection))
         self.source_weights, self.bad_lines, self.keep, self.examples = source_weights, bad_lines, keep, examples
         refuse(wrong_data(self) + examples.problems(tokenizer))
         self.accumulate, self.num_train_rows, self.num_train_tokens = 1, 0, 0

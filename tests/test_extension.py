@@ -127,6 +127,7 @@ def test_in_python_too_paths_begin_at_home(data, settings, teacher, tmp_path, mo
     assert not (tmp_path / "~").exists()
     named = SALTDataModule(**own, selection="~/scores", difficulty="~/teacher")
     assert (named.selection, named.difficulty) == (f"{tmp_path}/home/scores", f"{tmp_path}/home/teacher")
+    assert SALTDataModule(**own, selection="~nobody-here/scores").selection == "~nobody-here/scores"
 
 
 # --- schedules ---
