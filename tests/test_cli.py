@@ -306,6 +306,8 @@ def test_a_bar_in_a_log_shows_steps_per_second_and_nothing_from_another_process(
         shown.append(capsys.readouterr().out)
     assert re.fullmatch(r"Testing: .*\| 2/4 \[16:4\d<16:4\d, +0\.00it/s\]\n", shown[0])  # not 500 s/it
     assert shown[1] == ""
+    others = bar.init_sanity_tqdm(), bar.init_predict_tqdm()  # Lightning's own trainer has the first
+    assert {type(other) for other in others} == {progress_bar._Lines}
 
 
 def test_what_is_typed_wins_over_files_wherever_it_stands(tmp_path):

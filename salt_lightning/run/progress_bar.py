@@ -111,6 +111,9 @@ class ProgressBar(TQDMProgressBar):
         in_a_log = self.trainer.state.fn == TrainerFn.FITTING and not sys.stdout.isatty()  # each would leave a line
         return Tqdm(disable=True) if in_a_log else self._bar(super().init_validation_tqdm, self.validation_description)
 
+    def init_sanity_tqdm(self) -> Any:
+        return self._bar(super().init_sanity_tqdm, self.sanity_check_description)
+
     def init_test_tqdm(self) -> Any:
         return self._bar(super().init_test_tqdm, self.test_description)
 
