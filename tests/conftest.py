@@ -26,9 +26,8 @@ def pytest_configure(config):
     """Hides GPUs except for `-m gpu`: Lightning warns about an unused GPU, and `auto` would use it."""
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    # a job in the background ignores them, and so would all processes that it starts
+    # a job in the background ignores it, and so would all processes that it starts
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     gc.disable()
 
 

@@ -798,7 +798,7 @@ def test_all_teachers_of_a_run_are_counted_each_up_to_its_furthest_checkpoint(tm
     assert (row.teacher_training_flops, row.teacher_training_seconds) == (60 * 4 + 100 * 6, 0.5 * 160)
     gone = evaluate(load([second, salt, baseline]))  # no part of it passes for the whole
     assert math.isnan(gone.rows[1].teacher_training_flops)
-    said = "is in none of these runs: the total training cost of the teachers is unknown"
+    said = "is in none of these runs: the cost of its training is unknown"
     assert f"the teacher of salt, first/checkpoints/step-00000030.ckpt, {said}" in gone.notes
 
 
@@ -1544,6 +1544,9 @@ def test_a_teacher_that_was_moved_is_not_taken_for_the_baseline(tmp_path):
     assert found.notes[1:] == [
         f"the teacher of salt, {path}, is in none of these runs; if it is from moved, which has another model, the "
         "cost of that run is missing here"
+    ]
+    assert evaluate(load([salt, *two])).notes == [
+        f"the teacher of salt, {path}, is in none of these runs: the cost of its training is unknown"
     ]
 
 

@@ -110,8 +110,8 @@ def _lost_teachers(runs: list[Run], reference: Run) -> list[str]:
                 f"{who} is in none of these runs; if it is from {which}, which has another model, the cost of that run "
                 "is missing here"
             )
-        elif any(run.name in names and len(run.teachers) > 1 for run in runs):
-            notes.append(f"{who} is in none of these runs: the total training cost of the teachers is unknown")
+        else:
+            notes.append(f"{who} is in none of these runs: the cost of its training is unknown")
     return notes
 
 
