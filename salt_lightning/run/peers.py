@@ -66,6 +66,8 @@ def require_place(trainer: pl.Trainer) -> None:
         environment = trainer._accelerator_connector.cluster_environment
         connects = not isinstance(trainer.strategy, SingleDeviceStrategy)
         slurm.require_processes(environment, trainer.num_devices, trainer.num_nodes, connects)
+        if connects:
+            _require_port()
         _require_told_place(trainer, environment)
     elif started != trainer.num_devices * trainer.num_nodes:
         raise ConfigError(
@@ -74,16 +76,19 @@ def require_place(trainer: pl.Trainer) -> None:
         )
 
 
-def _require_told_place(trainer: pl.Trainer, environment: Any) -> None:
-    """Raises ConfigError if an operator's variables give this process another rank than it has: Lightning reads them
-    only under torchrun, so each process would train alone, as the first."""
-    told, rank = os.environ.get("WORLD_SIZE") or "1", os.environ.get("RANK")
+def _require_port() -> None:
     port = os.environ.get("MASTER_PORT", "0")
-    if not isinstance(trainer.strategy, SingleDeviceStrategy) and not port.isdecimal():
+    if not port.isdecimal():
         raise ConfigError(
             f"MASTER_PORT {port} is not a port number: Kubernetes sets it so for a Service named master; set it to a "
             "free port, or unset it"
         )
+
+
+def _require_told_place(trainer: pl.Trainer, environment: Any) -> None:
+    """Raises ConfigError if an operator's variables give this process another rank than it has: Lightning reads them
+    only under torchrun, so each process would train alone, as the first."""
+    told, rank = os.environ.get("WORLD_SIZE") or "1", os.environ.get("RANK")
     if told in ("0", "1") or rank is None or type(environment) not in (LightningEnvironment, KubeflowEnvironment):
         return
     if trainer.num_nodes > 1 and "NODE_RANK" in os.environ:  # set by the user, who may start several per node
