@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,13 +60,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             shards.sync_folder(target.parent)  # the rename must reach the disk, too
 
 
-def newest(folder: str | Path) -> Path | None:
-    """The undamaged checkpoint of the highest optimizer step in `folder`; logs the names of damaged ones it skips."""
+def newest(folder: str | Path, look: Callable[[Path], str | None] = damage.of) -> Path | None:
+    """The checkpoint of the highest optimizer step in `folder` in which `look` finds no damage; logs the names of the
+    damaged ones it skips."""
     folder = Path(folder)
     for unfinished in sorted(folder.glob(".step-*.tmp")):
         rank_zero_info(f"{unfinished} was never finished and is skipped")
     for _, path in reversed(saved(folder)):
-        reason = damage.of(path)
+        reason = look(path)
         if reason is None:
             return path
         rank_zero_info(f"{path} is skipped: {reason}")

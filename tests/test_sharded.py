@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tracemalloc
 import zipfile
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -106,6 +107,26 @@ def test_the_look_for_damage_opens_each_file_for_some_threads_and_not_for_each_p
         monkeypatch.setattr(damage, "num_cores", lambda threads=threads: threads)
         assert damage.of(saved / "step-00000001.ckpt") is None
         assert sorted(opened) == sorted(["__0_0.distcp", "__1_0.distcp"] * max(1, threads // 2) + ["meta.pt"])
+
+
+@pytest.mark.parametrize("parts", [1, 2, 5, 200])
+def test_parts_of_the_look_for_damage_are_of_about_equal_size_and_together_all_of_it(saved, parts):
+    """More parts than pieces, too: some are empty then. Laid end to end, so that a process reads a file or a few."""
+    places = shards.table_of(saved / "step-00000001.ckpt").storage_data
+    shared = [[place for _, place in damage._part_of(places, part, parts)] for part in range(parts)]
+    assert list(chain(*shared)) == sorted(places.values(), key=lambda place: (place.relative_path, place.offset))
+    lengths = [place.length for place in places.values()]
+    assert max(sum(place.length for place in part) for part in shared) < sum(lengths) / parts + max(lengths)
+
+
+def test_a_changed_byte_is_found_in_one_part_of_the_look(copy, saved):
+    weight = read_checkpoint(str(copy), "CKPT")["state_dict"]["student.model.model.norm.weight"]
+    path = copy / "__1_0.distcp"
+    content = path.read_bytes()
+    at = content.index(weight.numpy().tobytes()[-16:])
+    path.write_bytes(content[:at] + b"\xff" + content[at + 1 :])
+    found = [damage.of(copy, part, 3) for part in range(3)]
+    assert sorted(found, key=bool) == [None, None, damage.of(copy)]
 
 
 def test_the_look_for_damage_holds_no_piece_in_memory(tmp_path):

@@ -1,5 +1,6 @@
 """Finds the checkpoint that --ckpt_path means, and which of its settings apply."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from salt_lightning.command import settings
 from salt_lightning.errors import ConfigError
 from salt_lightning.hugging_face.spec import settings_without_code
 from salt_lightning.models import read_checkpoint
-from salt_lightning.run.peers import say_once
+from salt_lightning.run.peers import divide, gather, say_once
 from salt_lightning.run.run_folder import flat, saved
 from salt_lightning.storage import damage, shards
 
@@ -25,7 +26,8 @@ def resolve(path: str, config: Namespace, subcommand: str) -> Path | None:
         if subcommand == "fit" and elsewhere:  # e.g. named by a copied config.yaml
             say_once(f"--ckpt_path {path}: resuming from there, not from a checkpoint of --run {config.run}")
         return Path(path)
-    found = newest(folder)
+    gather()  # the first process may have waited for another start's last save
+    found = newest(folder, _damage)
     if found is None and saved(folder):
         raise ConfigError(
             f"--ckpt_path last: every checkpoint in {folder} is damaged (see above); start anew in another --run, or "
@@ -35,6 +37,19 @@ def resolve(path: str, config: Namespace, subcommand: str) -> Path | None:
         raise ConfigError(f"--ckpt_path last: no checkpoint in {folder}; check --run {config.run}")
     say_once(f"--ckpt_path last: {found or f'no checkpoint in {config.run}, starting at step 0'}")
     return found
+
+
+def _damage(path: Path) -> str | None:
+    """Like damage.of. Processes of a run that see the same file, not copies on their own disks, share the reading."""
+    return divide(f"{path.name} {_identity(path)}", partial(damage.of, path))
+
+
+def _identity(path: Path) -> str:
+    try:
+        found = (path / shards.META if path.is_dir() else path).stat()
+    except OSError:
+        return "cannot be read"
+    return f"{found.st_ino} {found.st_ctime_ns}"
 
 
 def settings_held(path: Path, subcommand: str, given: Namespace, proved: bool) -> dict[str, Any]:
@@ -47,7 +62,7 @@ def settings_held(path: Path, subcommand: str, given: Namespace, proved: bool) -
     if subcommand == "fit":
         shards.require_whole(checkpoint)
     held = settings_without_code(checkpoint["hyper_parameters"], path)
-    if not proved and (reason := damage.of(path)):
+    if not proved and (reason := _damage(path)):
         raise ConfigError(f"--ckpt_path {path} is damaged ({reason}); use an older one, or last, which finds one")
     before = flat(held)
     for key, now in sorted(vars(given.as_flat()).items() if given else []):

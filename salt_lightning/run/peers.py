@@ -6,8 +6,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from functools import partial
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import timedelta
+from functools import lru_cache, partial
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -15,7 +18,13 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins.environments import KubeflowEnvironment, LightningEnvironment, TorchElasticEnvironment
+from lightning.fabric.plugins.environments import (
+    ClusterEnvironment,
+    KubeflowEnvironment,
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 from lightning.fabric.utilities.distributed import _destroy_dist_connection
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_only
@@ -26,6 +35,8 @@ from salt_lightning.text.processes import num_cores
 
 _SLACK_S = 2.0  # lets torch end the wait first, with a better message
 _STARTER = "SALT_LIGHTNING_STARTER"  # environment variable: the process that started the others of its node
+_SEEN = "SALT_LIGHTNING_SEEN"  # environment variable: what that process has looked at and found right
+_MEETING = timedelta(minutes=5)  # longer than the first process may wait for an earlier start to end
 _GRACE_S = 30.0  # after success, the first process may end a little before the others
 
 
@@ -44,6 +55,86 @@ def writes_elsewhere() -> bool:
     """Whether torchrun or srun started this process as another than the first, which alone writes and prints."""
     by_torchrun = TorchElasticEnvironment.detect() and TorchElasticEnvironment().global_rank() > 0
     return by_torchrun or (slurm.tasks() > 1 and os.environ.get("SLURM_PROCID", "0") != "0")
+
+
+class _Others:
+    """The processes that torchrun or srun started together with this one, before they are connected: they meet at the
+    store by which they connect later, which torch takes over from here."""
+
+    def __init__(self, environment: ClusterEnvironment) -> None:
+        self.rank, self.number, self._round = environment.global_rank(), environment.world_size(), 0
+        os.environ["MASTER_ADDR"] = environment.main_address  # as Lightning does later
+        os.environ["MASTER_PORT"] = str(environment.main_port)
+        store, *_ = next(dist.rendezvous("env://", self.rank, self.number, timeout=_MEETING))
+        store = dist.PrefixStore("salt_lightning", store)
+        self._store = dist.PrefixStore(self._meet(store), store)
+
+    def _meet(self, store: dist.Store) -> str:
+        """A name for this meeting. Under torchrun the store outlives a restart, so what an earlier process left must
+        not be taken for what the others say: a process of the same rank goes by another name each time."""
+        own = uuid.uuid4().hex
+        if self.rank == 0:
+            store.set("first", own)
+            names = store.multi_get([f"{own}/{rank}" for rank in range(1, self.number)])
+            store.set(f"{own}/all", b" ".join(names).decode())
+            return own
+        deadline = time.monotonic() + _MEETING.total_seconds()
+        while time.monotonic() < deadline:
+            first = store.get("first").decode()
+            store.set(f"{first}/{self.rank}", own)
+            if store.check([f"{first}/all"]) and own in store.get(f"{first}/all").decode():
+                return first
+            time.sleep(0.1)
+        raise TimeoutError
+
+    def exchange(self, text: str) -> list[str]:
+        """The text of each process, by rank, once all have called this."""
+        self._round += 1
+        keys = [f"{self._round}/{rank}" for rank in range(self.number)]
+        self._store.set(keys[self.rank], text)
+        return [value.decode() for value in self._store.multi_get(keys)]
+
+
+@lru_cache(maxsize=1)
+def _others() -> _Others | None:
+    """None if there are none, or they cannot be reached in time; connecting will say so."""
+    if TorchElasticEnvironment.detect():
+        environment: ClusterEnvironment = TorchElasticEnvironment()
+    elif slurm.tasks() > 1 and SLURMEnvironment.detect():
+        environment = SLURMEnvironment()
+    else:
+        return None
+    with suppress(RuntimeError, ValueError, TimeoutError):  # of torch; of a MASTER_PORT that is no number
+        return _Others(environment) if environment.world_size() > 1 else None
+    return None
+
+
+def gather() -> None:
+    """Waits until all processes that torchrun or srun started have called this, if they can be reached."""
+    if others := _others():
+        with suppress(RuntimeError):
+            others.exchange("")
+
+
+def divide(what: str, look: Callable[[int, int], str | None]) -> str | None:
+    """What one of a run's processes has found wrong with something that each must know to be right, before they are
+    connected; None if nothing.
+
+    `look(part, parts)` looks at a part. Processes with the same `what` take a part each, and all get the same answer.
+    Without others, or if they do not come in time, a process looks at everything by itself. One that Lightning starts
+    relies on the one that started it.
+    """
+    if "LOCAL_RANK" in os.environ and os.environ.get(_SEEN) == f"{os.getppid()} {what}":
+        return None
+    if others := _others():
+        with suppress(RuntimeError):
+            same = [rank for rank, other in enumerate(others.exchange(what)) if other == what]
+            own = look(same.index(others.rank), len(same))
+            return next(filter(None, others.exchange(own or "")), None)
+    if found := look(0, 1):
+        return found
+    os.environ[_SEEN] = f"{os.getpid()} {what}"
+    return None
 
 
 def limit_threads(started: int = 1) -> None:

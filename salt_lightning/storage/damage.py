@@ -5,9 +5,10 @@ import io
 import operator
 import os
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from salt_lightning.text.processes import num_cores
 _THREADS = 8  # per rank, so several times that on a node
 
 
-def of(path: Path) -> str | None:
-    """Why a checkpoint, file or folder, is not as it was written, in a few words; None if it is. Reads all of it.
+def of(path: Path, part: int = 0, parts: int = 1) -> str | None:
+    """Why a checkpoint, file or folder, is not as it was written, in a few words; None if it is. Reads all of it, or
+    one of `parts` of about equal size, e.g. of one process each.
 
     torch.save writes zip archives with a CRC-32 of each tensor, which torch.load does not check.
     """
@@ -31,15 +33,25 @@ def of(path: Path) -> str | None:
     if path.is_dir():
         looks = [partial(_changed, path / shards.META, [(f"{shards.META}: ", None)])]
         pieces: dict[str, list[tuple[str, Any]]] = {}  # by file: opening it per piece takes minutes on a network
-        for key, info in shards.table_of(path).storage_data.items():
+        for key, info in _part_of(shards.table_of(path).storage_data, part, parts):
             pieces.setdefault(info.relative_path, []).append((f"{info.relative_path}, {key.fqn}: ", info))
-        parts = -(-threads // max(1, len(pieces)))
+        shares = -(-threads // max(1, len(pieces)))
         for name, places in pieces.items():
-            looks += [partial(_changed, path / name, places[first::parts]) for first in range(parts)]
+            looks += [partial(_changed, path / name, places[first::shares]) for first in range(shares)]
     else:
-        looks = [partial(_changed, path, [("", None)], slice(first, None, threads)) for first in range(threads)]
+        own = range(part, parts * threads, parts)
+        looks = [partial(_changed, path, [("", None)], slice(first, None, parts * threads)) for first in own]
     with ThreadPoolExecutor(threads) as pool:  # zlib releases the GIL
         return next(filter(None, pool.map(operator.call, looks)), None)
+
+
+def _part_of(places: Mapping[Any, Any], part: int, parts: int) -> list[tuple[Any, Any]]:
+    """The pieces whose last byte lies in this part of all files laid end to end: those of one file, or of a few."""
+    ordered = sorted(places.items(), key=lambda item: (item[1].relative_path, item[1].offset))
+    ends = list(accumulate(info.length for _, info in ordered))
+    return [
+        item for item, end in zip(ordered, ends, strict=True) if max(0, end - 1) * parts // max(1, ends[-1]) == part
+    ]
 
 
 def _changed(path: Path, archives: list[tuple[str, Any]], entries: slice = slice(None)) -> str | None:

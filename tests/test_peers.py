@@ -1,0 +1,179 @@
+"""What processes do together before they are connected: real processes at torch's real store."""
+
+import multiprocessing
+import os
+import socket
+import time
+from datetime import timedelta
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from salt_lightning.command import resume
+from salt_lightning.run import peers
+from salt_lightning.storage import damage
+
+
+@pytest.fixture
+def apart(monkeypatch):
+    """apart(work, world) runs work(rank) in forked processes that torchrun or srun seems to have started."""
+    peers._others.cache_clear()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+
+    def place(launcher: str, rank: int, world: int) -> dict[str, str]:
+        if launcher == "torchrun":
+            return {"TORCHELASTIC_RUN_ID": "x", "LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(world)}
+        return {"SLURM_JOB_ID": "77", "SLURM_JOB_NAME": "train", "SLURM_STEP_NUM_TASKS": str(world),
+                "SLURM_NTASKS": str(world), "SLURM_NTASKS_PER_NODE": str(world), "SLURM_PROCID": str(rank),
+                "SLURM_LOCALID": str(rank), "SLURM_NODEID": "0"}  # fmt: skip
+
+    def run(work, world: int, launcher: str = "torchrun", there: tuple[int, ...] | None = None) -> list:
+        fork = multiprocessing.get_context("fork")
+        ranks = there or tuple(range(world))
+        answers, may_end = [fork.Pipe(duplex=False) for _ in ranks], fork.Event()
+
+        def begin(rank: int, answer) -> None:
+            os.environ.update(place(launcher, rank, world))
+            answer.send(work(rank))
+            may_end.wait(60)  # a run's first process, where the store is, would go on, too
+
+        processes = [
+            fork.Process(target=begin, args=(rank, pipe[1])) for rank, pipe in zip(ranks, answers, strict=True)
+        ]
+        try:
+            for process in processes:
+                process.start()
+            assert all(receiver.poll(60) for receiver, _ in answers)
+            return [receiver.recv() for receiver, _ in answers]
+        finally:
+            may_end.set()
+            for process in processes:
+                process.join(60)
+                process.kill()
+
+    return run
+
+
+def whats(looks: list, told: str | None = None, at: int = 0):
+    """A look that notes its part, and finds something in one of them."""
+
+    def look(part: int, parts: int) -> str | None:
+        looks.append((part, parts))
+        return told if part == at else None
+
+    return look
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "srun"])
+def test_each_looks_at_a_part_and_all_know_what_one_has_found(launcher, apart):
+    """After it they connect as ever, at the same address."""
+
+    def work(rank: int):
+        looks: list = []
+        good = peers.divide("whole", whats(looks))
+        bad = peers.divide("damaged", whats(looks, "cut off", at=2))
+        dist.init_process_group("gloo", rank=rank, world_size=3, timeout=timedelta(seconds=30))
+        dist.all_reduce(total := torch.tensor(rank))
+        dist.destroy_process_group()
+        return looks, good, bad, int(total)
+
+    assert apart(work, 3, launcher) == [([(rank, 3)] * 2, None, "cut off", 3) for rank in range(3)]
+
+
+def test_copies_on_disks_of_their_own_are_looked_at_by_those_who_have_them(apart):
+    def work(rank: int):
+        looks: list = []
+        mine = "node 0" if rank < 2 else "node 1"
+        return looks, peers.divide(mine, whats(looks, "cut off" if mine == "node 1" else None))
+
+    assert apart(work, 3) == [([part], "cut off") for part in [(0, 2), (1, 2), (0, 1)]]
+
+
+@pytest.mark.parametrize("form", ["file", "folder"])
+def test_processes_that_see_the_same_checkpoint_share_the_reading(form, apart, tmp_path, monkeypatch):
+    for folder in ("shared", "own"):
+        path = tmp_path / folder / "step-00000001.ckpt" / ("meta.pt" if form == "folder" else "")
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"the same bytes")
+        os.utime(path, (1, 1))  # as rsync copies it
+    looks: list = []
+    monkeypatch.setattr(damage, "of", lambda path, part, parts: looks.append((part, parts)))
+
+    def work(rank: int):
+        resume._damage(tmp_path / "shared/step-00000001.ckpt")
+        resume._damage(tmp_path / ("own" if rank else "shared") / "step-00000001.ckpt")
+        return looks
+
+    assert apart(work, 2) == [[(0, 2), (0, 1)], [(1, 2), (0, 1)]]
+
+
+def test_all_see_what_the_first_process_has_waited_for(apart, tmp_path):
+    def work(rank: int):
+        if rank == 0:
+            time.sleep(0.5)
+            (tmp_path / "saved").touch()
+        peers.gather()
+        return os.listdir(tmp_path)
+
+    assert apart(work, 2) == [["saved"]] * 2
+
+
+def test_what_processes_said_before_a_restart_does_not_count(apart, monkeypatch):
+    """torchrun's store outlives them."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True)
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+
+    def work(start: int, rank: int):
+        time.sleep(0.3 * (rank == start % 2))  # each finds what the other left
+        looks: list = []
+        found = [peers.divide("checkpoint", whats(looks, f"damaged {start}", start % 2)) for _ in range(2)]
+        return looks, found
+
+    for start in range(3):
+        assert apart(partial(work, start), 2) == [([(rank, 2)] * 2, [f"damaged {start}"] * 2) for rank in range(2)]
+    monkeypatch.setattr(peers, "_MEETING", timedelta(seconds=1))
+    assert apart(partial(work, 3), 2, there=(1,)) == [([(0, 1)] * 2, [None] * 2)]  # the first process did not come
+
+
+@pytest.mark.parametrize("there", [(0,), (0, 1), (1, 2)])
+def test_without_one_of_them_each_looks_at_everything(there, apart, monkeypatch):
+    """Connecting will say that it is not there."""
+    monkeypatch.setattr(peers, "_MEETING", timedelta(seconds=1))
+
+    def work(rank: int):
+        looks: list = []
+        peers.gather()
+        return looks, peers.divide("same", whats(looks, "cut off"))
+
+    assert apart(work, 3, there=there) == [([(0, 1)], "cut off")] * len(there)
+
+
+def test_a_process_relies_on_the_one_that_has_started_it(monkeypatch):
+    """With Lightning's launcher, which sets LOCAL_RANK for those that it starts."""
+    looks: list = []
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setenv(peers._SEEN, "")
+    assert peers.divide("a", whats(looks)) is None
+    assert peers.divide("b", whats(looks, "cut off")) == "cut off"
+    assert looks == [(0, 1)] * 2
+
+    fork = multiprocessing.get_context("fork")
+    receiver, sender = fork.Pipe(duplex=False)
+
+    def begin() -> None:
+        os.environ["LOCAL_RANK"] = "1"
+        for what in ("a", "b"):
+            peers.divide(what, whats(looks))
+        sender.send(looks[2:])
+
+    process = fork.Process(target=begin)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    assert receiver.recv() == [(0, 1)]  # only b, in which its starter has found damage
