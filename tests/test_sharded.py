@@ -48,7 +48,7 @@ def write_table(folder: Path, table) -> None:
     """Like an attacker: with the right checksum."""
     (folder / ".metadata").write_bytes(pickle.dumps(table))
     meta = torch.load(folder / "meta.pt", weights_only=True)
-    torch.save({**meta, shards._DIGEST: shards._digest(folder)}, folder / "meta.pt")
+    torch.save({**meta, shards._DIGEST: shards._digest((folder / ".metadata").read_bytes())}, folder / "meta.pt")
 
 
 def test_every_tensor_is_the_one_that_was_gathered(saved):
@@ -228,6 +228,9 @@ def test_no_flipped_bit_of_the_table_goes_unseen(tmp_path):
     for at in range(0, len(data), 7):
         (path / ".metadata").write_bytes(data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :])
         assert damage.of(path), at
+    # the number of an entry: the parser would reserve memory for any
+    (path / ".metadata").write_bytes(b"\x80\4Nr" + (1 << 20).to_bytes(4, "little") + b".")
+    assert damage.of(path) == ".metadata cannot be read: it has changed since it was written"
     (path / ".metadata").write_bytes(data)
     assert set(shards.load(path)) == {*ALWAYS, "hyper_parameters", "state_dict", "optimizer"}
 

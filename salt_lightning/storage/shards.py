@@ -14,6 +14,7 @@ nothing in a folder can run code.
 """
 
 import errno
+import gc
 import hashlib
 import io
 import math
@@ -27,7 +28,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -61,25 +62,54 @@ _KNOWN = {
 }
 
 
-_InPython: Any = pickle._Unpickler  # the one in C does not let a subclass override BUILD
+class _Call:
+    """Stands for something that a table may only call."""
+
+    __slots__ = ("_real",)
+
+    def __init__(self, real: Callable[..., Any]) -> None:
+        self._real = real
+
+    def __call__(self, *args: Any) -> Any:
+        return self._real(*args)
 
 
-class _Unpickler(_InPython):
-    dispatch: ClassVar = dict(_InPython.dispatch)
+def _stand_in(real: type) -> type:
+    """Makes objects of `real`, without attributes."""
+    return type(real.__name__, (), {"__new__": lambda *_: object.__new__(real)})
+
+
+class _Properties(tables.TensorProperties):
+    def __setstate__(self, state: Any) -> None:
+        *others, memory_format, pin_memory = state
+        super().__setstate__((*others, tables._MEM_FORMAT_ENCODING(memory_format), pin_memory))
+        self.__class__ = tables.TensorProperties  # type: ignore[assignment]
+
+
+class _Unpickler(pickle.Unpickler):
+    """Knows nothing else than the classes in _KNOWN, and sets attributes only on objects of those in _BUILT.
+
+    The opcode BUILD would also set attributes of a class, a function or a choice of an enum, for the whole process. The
+    unpickler in C cannot override it (the one in Python can, but takes several times as long), so it gets none of
+    these, but stand-ins, made anew for each table.
+    """
+
+    def __init__(self, file: io.BufferedIOBase) -> None:
+        super().__init__(file)
+        self._found: dict[tuple[str, str], Any] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _KNOWN or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} does not belong in {METADATA}")
-
-    def load_build(self) -> None:
-        """Allows only known objects: attributes of a class or a function would change for the whole process."""
-        made, state = self.stack[-2:]
-        if type(made) not in _BUILT or not (type(state) is dict or type(made) is tables.TensorProperties):
-            raise pickle.UnpicklingError(f"attributes of a {type(made).__name__} do not belong in {METADATA}")
-        super().load_build()
-
-    dispatch[pickle.BUILD[0]] = load_build
+        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
+            return dtype
+        if (module, name) not in _KNOWN:
+            raise pickle.UnpicklingError(f"{module}.{name} does not belong in {METADATA}")
+        if (module, name) not in self._found:
+            real: Any = super().find_class(module, name)
+            if real in _BUILT:
+                self._found[module, name] = _stand_in(_Properties if real is tables.TensorProperties else real)
+            else:
+                self._found[module, name] = _Call(int if real is tables._MEM_FORMAT_ENCODING else real)
+        return self._found[module, name]
 
 
 class _Reader(dcp.FileSystemReader):
@@ -100,12 +130,22 @@ def table_of(folder: Path) -> Metadata:
 
 @lru_cache(maxsize=1)
 def _read_metadata(folder: Path, *_: int) -> Metadata:
-    with open(folder / METADATA, "rb") as file:
-        metadata = _Unpickler(file).load()
+    data = (folder / METADATA).read_bytes()
+    if _written_digest(folder) not in (None, _digest(data)):  # a changed byte could cost any amount of memory below
+        raise pickle.UnpicklingError("it has changed since it was written")
+    searches = gc.isenabled()
+    gc.disable()  # searching the many objects for garbage would take most of the time
+    try:
+        metadata = _Unpickler(io.BytesIO(data)).load()
+    finally:
+        if searches:
+            gc.enable()
+    if type(metadata) is not Metadata:
+        raise pickle.UnpicklingError("no table")
     for key, info in metadata.state_dict_metadata.items():
         if type(key) is not str:
             raise pickle.UnpicklingError("a tensor without a name")
-        if type(info) is tables.TensorStorageMetadata:
+        if isinstance(info, tables.TensorStorageMetadata):
             sizes = [info.size, *(size for chunk in info.chunks for size in (chunk.offsets, chunk.sizes))]
             if {torch.Size} != set(map(type, sizes)) or not isinstance(info.properties.dtype, torch.dtype):
                 raise pickle.UnpicklingError("a tensor without sizes or dtype")
@@ -127,8 +167,17 @@ def forget() -> None:
     _read_metadata.cache_clear()
 
 
-def _digest(folder: Path) -> str:
-    return hashlib.blake2b((folder / METADATA).read_bytes(), digest_size=16).hexdigest()
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def _written_digest(folder: Path) -> str | None:
+    """The digest of `.metadata` as it was written; None if META does not say."""
+    try:
+        return torch.load(folder / META, map_location="cpu", weights_only=True).get(_DIGEST)
+    except Exception as error:  # `read` says what is wrong with it
+        require_answer(folder / META, error)
+        return None
 
 
 def missing(folder: Path) -> str | None:
@@ -310,7 +359,7 @@ def write(checkpoint: dict[str, Any], path: Path) -> None:
         dcp.save(tensors, storage_writer=dcp.FileSystemWriter(temporary))
         if first:
             with whole(temporary / META) as file:
-                torch.save({**meta, _DIGEST: _digest(temporary)}, file)
+                torch.save({**meta, _DIGEST: _digest((temporary / METADATA).read_bytes())}, file)
             sync_folder(temporary)
             before = _retire(path) if path.exists() else None
             os.replace(temporary, path)
@@ -428,7 +477,10 @@ def read(folder: Path) -> dict[str, Any]:
     """
     require_stored(folder / META)
     checkpoint = torch.load(folder / META, map_location="cpu", weights_only=True)
-    if checkpoint.pop(_DIGEST, None) not in (None, _digest(folder)):  # None: from a version that did not write it
+    if checkpoint.pop(_DIGEST, None) not in (
+        None,
+        _digest((folder / METADATA).read_bytes()),
+    ):  # None: from a version that did not write it
         raise DamageError(f"{METADATA} has changed since it was written")
     metadata = table_of(folder)
     checkpoint["state_dict"] = Tensors(folder, metadata, _WEIGHTS)
