@@ -21,6 +21,7 @@ LAYERS = [  # a file imports only from files of earlier layers
         "journal",
         "row_set",
         "packed",
+        "pieces",
         "progress",
         "progress_bar",
         "row_pass",

@@ -24,7 +24,12 @@ import torch
 from conftest import ALWAYS, arguments, write_corpus
 from test_prepare import byte_tokenizer, corpus_of, prepare_many, stored
 from test_sources import PACK
-from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
+from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+)
 
 from salt_lightning import ModelSpec, SALTDataModule, SALTModule, cli
 from salt_lightning.errors import ConfigError
@@ -286,7 +291,16 @@ def with_place(table: Metadata, **where: object) -> None:
         vars(place).update(where)
 
 
+def with_kind(table: Metadata, kind: type) -> None:
+    for key, tensor in table.state_dict_metadata.items():
+        other = kind.__new__(kind)
+        vars(other).update(vars(tensor) | {"size": torch.Size([-1])})
+        table.state_dict_metadata[key] = other
+
+
 TABLES = {
+    "another kind with a size": (lambda table: with_kind(table, ChunkStorageMetadata), "that is no tensor"),
+    "bytes with a size": (lambda table: with_kind(table, BytesStorageMetadata), "that is no tensor"),
     "a size below 0": (lambda table: with_size(table, [-1]), "outside of its tensor"),
     "a piece beyond the tensor": (lambda table: with_size(table, [7]), "outside of its tensor"),
     "an endless size": (lambda table: with_size(table, [1 << 62]), "more elements than its files contain"),

@@ -9,12 +9,10 @@
 
 It is written under a temporary name and renamed at the end, so under its final name it is complete. Each piece has a
 checksum in its own archive; that of `.metadata` is in meta.pt.
-torch stores `.metadata` as a pickle. It is read with an unpickler that accepts only the few classes it consists of, so
-nothing in a folder can run code.
+torch stores `.metadata` as a pickle, which pieces.py reads; nothing in a folder can run code.
 """
 
 import errno
-import gc
 import hashlib
 import io
 import math
@@ -34,82 +32,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint import filesystem
-from torch.distributed.checkpoint import metadata as tables
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 
 from salt_lightning import __version__
 from salt_lightning.errors import ConfigError, failed_write, few
+from salt_lightning.storage import pieces
 from salt_lightning.storage.kinds import TO_GO_ON, VERSION, is_bounded, is_checkpoint
 from salt_lightning.text.journal import whole
 
-META, METADATA = "meta.pt", ".metadata"
+META, METADATA = "meta.pt", pieces.FILE
 _DIGEST = "metadata_digest"  # key of meta.pt
 _WEIGHTS, _OPTIMIZER = "state_dict.", "optimizer."
-
-_BUILT = {
-    *(filesystem._StorageInfo, tables.Metadata, tables.MetadataIndex, tables.StorageMeta, tables.TensorProperties),
-    *(tables.BytesStorageMetadata, tables.ChunkStorageMetadata, tables.TensorStorageMetadata),
-}
-_KNOWN = {
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
-    ("pathlib", "PosixPath"),
-    ("pathlib._local", "PosixPath"),
-    *((made.__module__, made.__name__) for made in _BUILT),
-}
-
-
-class _Call:
-    """Stands for something that a table may only call."""
-
-    __slots__ = ("_real",)
-
-    def __init__(self, real: Callable[..., Any]) -> None:
-        self._real = real
-
-    def __call__(self, *args: Any) -> Any:
-        return self._real(*args)
-
-
-def _stand_in(real: type) -> type:
-    """Makes objects of `real`, without attributes."""
-    return type(real.__name__, (), {"__new__": lambda *_: object.__new__(real)})
-
-
-class _Properties(tables.TensorProperties):
-    def __setstate__(self, state: Any) -> None:
-        *others, memory_format, pin_memory = state
-        super().__setstate__((*others, tables._MEM_FORMAT_ENCODING(memory_format), pin_memory))
-        self.__class__ = tables.TensorProperties  # type: ignore[assignment]
-
-
-class _Unpickler(pickle.Unpickler):
-    """Knows nothing else than the classes in _KNOWN, and sets attributes only on objects of those in _BUILT.
-
-    The opcode BUILD would also set attributes of a class, a function or a choice of an enum, for the whole process. The
-    unpickler in C cannot override it (the one in Python can, but takes several times as long), so it gets none of
-    these, but stand-ins, made anew for each table.
-    """
-
-    def __init__(self, file: io.BufferedIOBase) -> None:
-        super().__init__(file)
-        self._found: dict[tuple[str, str], Any] = {}
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
-            return dtype
-        if (module, name) not in _KNOWN:
-            raise pickle.UnpicklingError(f"{module}.{name} does not belong in {METADATA}")
-        if (module, name) not in self._found:
-            real: Any = super().find_class(module, name)
-            if real in _BUILT:
-                self._found[module, name] = _stand_in(_Properties if real is tables.TensorProperties else real)
-            else:
-                self._found[module, name] = _Call(int if real is tables._MEM_FORMAT_ENCODING else real)
-        return self._found[module, name]
 
 
 class _Reader(dcp.FileSystemReader):
@@ -133,33 +67,7 @@ def _read_metadata(folder: Path, *_: int) -> Metadata:
     data = (folder / METADATA).read_bytes()
     if _written_digest(folder) not in (None, _digest(data)):  # a changed byte could cost any amount of memory below
         raise pickle.UnpicklingError("it has changed since it was written")
-    searches = gc.isenabled()
-    gc.disable()  # searching the many objects for garbage would take most of the time
-    try:
-        metadata = _Unpickler(io.BytesIO(data)).load()
-    finally:
-        if searches:
-            gc.enable()
-    if type(metadata) is not Metadata:
-        raise pickle.UnpicklingError("no table")
-    for key, info in metadata.state_dict_metadata.items():
-        if type(key) is not str:
-            raise pickle.UnpicklingError("a tensor without a name")
-        if isinstance(info, tables.TensorStorageMetadata):
-            sizes = [info.size, *(size for chunk in info.chunks for size in (chunk.offsets, chunk.sizes))]
-            if {torch.Size} != set(map(type, sizes)) or not isinstance(info.properties.dtype, torch.dtype):
-                raise pickle.UnpicklingError("a tensor without sizes or dtype")
-            ends = ((o, n, end) for c in info.chunks for o, n, end in zip(c.offsets, c.sizes, info.size, strict=True))
-            if min(info.size, default=0) < 0 or any(min(o, n) < 0 or o + n > end for o, n, end in ends):
-                raise pickle.UnpicklingError("a piece that lies outside of its tensor")
-    for index, place in metadata.storage_data.items():
-        name = place.relative_path
-        kinds = tuple(map(type, (index, index.fqn, name, place.offset, place.length)))
-        if kinds != (MetadataIndex, str, str, int, int) or min(place.offset, place.length) < 0:
-            raise pickle.UnpicklingError("an entry without a valid place in a file")
-        if "/" in name or name in ("", ".", ".."):
-            raise pickle.UnpicklingError(f"{name!r} lies outside of the folder")
-    return metadata
+    return pieces.parse(data)
 
 
 def forget() -> None:
