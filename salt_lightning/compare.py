@@ -228,7 +228,7 @@ def _groups(
     experiments: list[list[Run]], rows: dict[str, Row], reference: Run, seeds: list[Run], apart: list[str]
 ) -> list[Group]:
     methods = [group[0].method for group in experiments]
-    by_seed = {run.sample: run.last("val/ce") for run in seeds}
+    by_seed = {run.sample: run.last("val/ce") for run in seeds if run.seeds}
     groups = []
     for members in experiments:
         method = members[0].method

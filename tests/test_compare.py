@@ -113,6 +113,7 @@ def test_every_number_of_three_runs(three):
     baseline, salt, rkd = comparison.rows
     assert [row.method for row in comparison.rows] == ["BASELINE", "SALT step", "RKD"]
     assert [row.val_ce for row in comparison.rows] == [4.0, 3.75, 4.25]
+    assert set(salt.last) == {"val/ce", "val/accuracy", "val/bits_per_byte"}
     assert [row.difference for row in comparison.rows] == [0.0, -0.25, 0.25]
     assert [row.bits_per_byte for row in comparison.rows] == [2.0, 1.875, 2.125]
     assert baseline.accuracy == 0.25
@@ -202,6 +203,7 @@ def test_an_equal_point_before_a_runs_first_validation_is_not_made_up(three):
         ([5, 4, 3], 4, 20),
         ([5, 4, 3], 5, 10),
         ([5, 4, 3], 6, 10),
+        ([4, 5, 6], 4.5, 10),  # and worse from there on
         ([5, 4, 3], 2, math.nan),
         ([5, 3, 4], 3.5, 17.5),  # the first time counts
         ([math.nan, 3, 2], 3.5, 20),
@@ -538,16 +540,20 @@ def test_the_reference_is_the_mean_of_its_finished_seeds(tmp_path):
     assert evaluate(load([running])).reference_val_ce == 5.0  # nothing better yet
 
 
-def test_the_cost_of_the_reference_is_the_mean_over_its_seeds(tmp_path):
-    seeds = [write_run(tmp_path / f"seed{s}", BASELINE, student=10 * (s + 1), seed_everything=s) for s in (0, 1)]
+def test_the_loss_and_cost_of_the_reference_are_means_over_its_seeds(tmp_path):
+    seeds = [
+        write_run(tmp_path / f"seed{s}", BASELINE | {300: ce}, student=student, seed_everything=s)
+        for s, (ce, student) in enumerate(((4.0, 10), (4.0, 20), (4.75, 60)))
+    ]
     with SummaryWriter(str(seeds[1]), filename_suffix=".start-2") as writer:
-        writer.add_scalar("train/time_s", 250, 300)
-    salt = write_run(tmp_path / "salt", SALT, teacher="t", weight=0.5, kd_steps=60)  # there at step 250
+        writer.add_scalar("train/time_s", 240, 300)
+    salt = write_run(tmp_path / "salt", SALT, teacher="t", weight=0.5, kd_steps=60)
     found = evaluate(load([*seeds, salt]))
-    row = found.rows[2]
-    assert row.reached_flops_share == (2500 + 300) / 4500
-    assert row.reached_seconds_share == 125 / 200
-    assert found.groups[0].std == 0.0  # two seeds have a spread
+    assert found.reference_val_ce == found.groups[0].mean == 4.25  # not the middle one, 4.0
+    row = found.rows[3]
+    assert row.reached_step == 200
+    assert row.reached_flops_share == (2000 + 300) / 9000  # of 3000, 6000 and 18000
+    assert row.reached_seconds_share == 100 / 180  # of 150, 240 and 150
 
 
 def test_what_logs_and_shows_a_run_makes_no_other_experiment(tmp_path):
@@ -842,6 +848,10 @@ def test_the_scoring_of_a_selection_stands_apart(tmp_path):
         assert ("the scoring of its rows 400.000 FLOP (20 s); with that" in text) == with_teacher
         assert "the scoring of its rows 400.000 FLOP (20 s)" in text
         assert ("- gone: not included above" in text) == with_teacher
+    alone = write_run(runs / "alone", SALT, **{"data.selection": "runs/score"})  # it needs no teacher besides
+    row = evaluate(load([paths[0], alone])).rows[1]
+    assert row.reached_flops_share_with_teacher_training == (2500 + 400) / 3000
+    assert row.reached_seconds_share_with_teacher_training == (125 + 20) / 150
 
 
 @pytest.mark.parametrize(
@@ -923,7 +933,9 @@ def test_the_same_run_again_is_no_second_sample(three, tmp_path):
 def test_a_last_step_without_a_validation_is_said(three, tmp_path):
     before = {step: ce for step, ce in BASELINE.items() if step < STEPS}
     early = write_run(tmp_path / "early", before, seed_everything=1)
-    (note,) = evaluate(load([*three, early])).notes
+    found = evaluate(load([*three, early]))
+    assert [row.val_step for row in found.rows] == [300, 300, 300, 200]
+    (note,) = found.notes
     assert note == f"early was last validated at step {max(set(BASELINE) - {STEPS})} of 300: val CE is from that step"
 
 
@@ -966,6 +978,7 @@ def test_runs_without_config_are_no_seeds_of_one_experiment(three, tmp_path):
         (path / "config.yaml").unlink()
     found = compare(list(map(str, three)), str(tmp_path / "out"))
     assert [group.n for group in found.groups] == [1, 1, 1]
+    assert not any(group.paired_differences for group in found.groups)
 
 
 def test_a_run_without_config_is_of_unknown_method(three):

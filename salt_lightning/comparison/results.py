@@ -41,7 +41,7 @@ class Row:
     teacher_training_seconds: float
     scoring_flops: float
     scoring_seconds: float
-    last: dict[str, float] = field(default_factory=dict)  # every val/ and test/ tag
+    last: dict[str, float] = field(default_factory=dict)  # every val/, test/ and probe/ tag
 
 
 @dataclass
