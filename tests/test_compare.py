@@ -1073,8 +1073,30 @@ def test_the_figure_shows_curves_boundary_and_the_point_of_reach(three):
         assert [reached] in [list(x) for x in xs if len(x) == 1]
     assert [text.get_text() for text in by_steps.texts] == ["83%"]
     assert [text.get_text() for text in by_flops.texts] == ["93%"]
-    entries = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert entries.count("a teacher leaves") == 1
+    for runs, number in ((three, 1), (three[:1], 0)):
+        entries = report.figure(evaluate(load(runs))).legends[0].get_texts()
+        assert [text.get_text() for text in entries].count("a teacher leaves") == number
+
+
+def test_the_figure_is_scaled_to_what_it_shows(tmp_path):
+    """From a quarter of the steps on, in the unit of the most FLOPs; no teacher's run and none on other text."""
+    path = "teacher/checkpoints/step-00000300.ckpt"
+    runs = [
+        write_run(tmp_path / "teacher", {100: 8.0, 300: 1.0}, student=10**10),
+        write_run(tmp_path / "baseline", {25: 9.0, 75: 6.0, **BASELINE}, student=10**7),
+        write_run(tmp_path / "salt", SALT, teacher=path, weight=0.5, kd_steps=60),
+        write_run(tmp_path / "other", BASELINE, student=10**10, **{"model.optim.lr": 1.0}),
+    ]
+    for run, tokens, ce in ((runs[1], 900, 4.0), (runs[3], 800, 0.5)):
+        count(run, "val", tokens, 3000, [300], ce)
+    by_steps, by_flops = report.figure(evaluate(load(runs))).axes
+    bottom, top = by_steps.get_ylim()
+    assert top == 6.0
+    assert 3.0 < bottom < SALT[300]
+    assert by_flops.get_xlabel() == "GFLOP of student and teacher"
+    lines = {line.get_label(): line for line in by_flops.lines}
+    assert lines["BASELINE (baseline)  4.000"].get_xdata().tolist() == pytest.approx([0.25, 0.75, 1, 2, 3])
+    assert lines["BASELINE (baseline)  4.000"].get_color() == report.REFERENCE_COLOUR
 
 
 def test_a_method_has_its_colour_whichever_runs_are_beside_it(three):
