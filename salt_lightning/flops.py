@@ -24,7 +24,7 @@ def attention_span(block_size: int, window: int | None = None) -> float:
     return span - span**2 / (2 * block_size)
 
 
-def forward_flops_per_token(model: nn.Module, block_size: int) -> float:
+def forward_flops_per_token(model: nn.Module, block_size: int, num_ids: int | None = None) -> float:
     """FLOPs of one token's forward, mean over a row of `block_size` tokens T.
 
         2 * weights that multiply + sum_layers 2 * 2 * heads * head_dim * attention_span(T, window)
@@ -36,6 +36,7 @@ def forward_flops_per_token(model: nn.Module, block_size: int) -> float:
     Args:
         model: a causal LM of transformers, not yet sharded; it may be on the meta device.
         block_size: tokens of a row.
+        num_ids: rows of the head that are used, as in CausalLM; None: all.
 
     Returns:
         NaN for a model with weights or layers of other kinds (state spaces), instead of a number that is too small.
@@ -54,7 +55,9 @@ def forward_flops_per_token(model: nn.Module, block_size: int) -> float:
     # a single row is a vector, such as the router's bias in ernie
     if any(sum(size > 1 for size in p.shape) > 1 and id(p) not in counted for p in model.parameters()):
         return math.nan
-    return 2.0 * weights + _attention_flops_per_token(model.config, block_size)
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    unused = 0 if num_ids is None else head.weight[num_ids:].numel()
+    return 2.0 * (weights - unused) + _attention_flops_per_token(model.config, block_size)
 
 
 def active_parameters(model: nn.Module) -> float:

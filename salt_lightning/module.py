@@ -169,7 +169,11 @@ class SALTModule(extension.KeepsModes):
         """For a subclass: adds its own parts (`lm.NAME = ...`) before the student is moved and sharded."""
 
     def _count_flops(self, lm: CausalLM) -> float:
-        return flops.forward_flops_per_token(lm.model, self._data.block_size) if self._data is not None else 0.0
+        return (
+            flops.forward_flops_per_token(lm.model, self._data.block_size, lm.num_ids)
+            if self._data is not None
+            else 0.0
+        )
 
     def load_teacher(self) -> None:
         """Loads, freezes, casts and places the teacher; checks that it has the student's vocabulary."""

@@ -260,6 +260,7 @@ def test_learned_answers_are_found(learned, capsys, caplog):
     assert cli.main(["export", checkpoint, f"{learned['run']}/out"]) == 0
     card = Path(f"{learned['run']}/out/README.md").read_text()
     assert "A causal language model fine-tuned on responses by salt_lightning" in card
+    assert "times the text" not in card  # of rows that examples do not fill
     shown = card.partition("## Test after step 60\n")[2]
     assert "- choice_accuracy: 1.0000\n" in shown
     assert "- examples: 12\n" in shown

@@ -808,6 +808,26 @@ def test_all_teachers_of_a_run_are_counted_each_up_to_its_furthest_checkpoint(tm
     assert f"the teacher of salt, first/checkpoints/step-00000030.ckpt, {said}" in gone.notes
 
 
+@pytest.mark.parametrize("scored", [True, False])
+def test_a_teacher_of_salt_ds_costs_its_scoring_too_and_its_own_teacher_is_mentioned(scored, tmp_path):
+    (tmp_path / "score").mkdir()
+    if scored:
+        (tmp_path / "score" / "scores.json").write_text('{"scoring_flops": 400.0, "scoring_s": 20.0}')
+    kd = {"weight": 0.5, "kd_steps": 60}
+    first = write_run(tmp_path / "first", {300: 5.0}, student=2)
+    own = {"teacher": "first/checkpoints/step-00000300.ckpt", "data.selection": "score", "student": 4}
+    second = write_run(tmp_path / "second", {300: 4.5}, **own, **kd)
+    salt = write_run(tmp_path / "salt", SALT, teacher="second/checkpoints/step-00000300.ckpt", **kd)
+    found = evaluate(load([first, second, salt, write_run(tmp_path / "baseline", BASELINE)]))
+    flops, seconds = found.rows[2].teacher_training_flops, found.rows[2].teacher_training_seconds
+    alone = evaluate(load([second])).rows[0]  # student and own teacher
+    assert (flops, seconds) == pytest.approx(
+        (alone.student_flops + alone.teacher_flops + 400, 150 + 20) if scored else (math.nan, math.nan), nan_ok=True
+    )
+    said = "second, the teacher of salt, had a teacher too: the cost of training that one is not counted"
+    assert [note for note in found.notes if "had a teacher too" in note] == [said]
+
+
 def test_a_teacher_that_was_moved_once_it_had_left_is_known_by_its_new_place(tmp_path):
     teacher = write_run(tmp_path / "new", {300: 5.0}, student=4)
     kd = {"weight": 0.5, "kd_steps": 60}

@@ -342,7 +342,8 @@ def test_scoring_is_counted_where_its_manifest_says_so(manifest, said, salt, tmp
         (tmp_path / "scores.json").write_text(manifest)
     lines = card_lines(salt, {"data.selection": str(tmp_path)})
     assert "- method: SALT_DS step" in lines
-    assert f"- selected by: {tmp_path}" in lines
+    rule = "fraction 0.5, order highest, k 10, masked zero, drop_top 0.0, unread_first True"
+    assert f"- selected by: {tmp_path}, {rule}" in lines
     assert f"- FLOPs of scoring: {said}" in lines
 
 

@@ -123,6 +123,15 @@ def test_gpt2_small_by_hand():
     assert forward_flops_per_token(build(transformers.GPT2Config()), block) == 2 * weights + attention
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_rows_of_the_head_that_pad_it_do_not_count(tied):
+    model = build(transformers.LlamaConfig(**SIZES, **MLP, tie_word_embeddings=tied))
+    padding = 2 * 5 * model.config.hidden_size
+    whole = forward_flops_per_token(model, BLOCK)
+    assert forward_flops_per_token(model, BLOCK, VOCAB - 5) == whole - padding
+    assert forward_flops_per_token(model, BLOCK, VOCAB) == forward_flops_per_token(model, BLOCK, VOCAB + 5) == whole
+
+
 def test_a_module_reached_by_two_names_counts_once():
     model = build(transformers.LlamaConfig(**SIZES, **MLP))
     before = forward_flops_per_token(model, BLOCK)

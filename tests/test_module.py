@@ -650,7 +650,7 @@ def test_logged_losses_are_the_formula(fit_with, teacher, tmp_path, with_bias):
 @pytest.mark.parametrize("padding", [0.0, 5.0])
 @pytest.mark.parametrize("family", ["llama", "phi"])
 def test_the_padding_of_a_teachers_head_is_no_token(train, tmp_path, family, padding):
-    """300 tokens, 384 rows, as in exported models: neither loss, probe nor score sees the other 84."""
+    """300 tokens, 384 rows, as in exported models: neither loss, probe, score nor cost sees the other 84."""
     from families import tiny
 
     torch.manual_seed(0)
@@ -668,7 +668,8 @@ def test_the_padding_of_a_teachers_head_is_no_token(train, tmp_path, family, pad
         batch = module._data.sample(2)
         scores = module.predict_step(batch, 0)
         look = torch.tensor(probe.look(module.teacher, batch, module._data).teacher)
-        seen.append({**module.student.state_dict(), **scores, "look": look})
+        costs = torch.tensor(module.meter.forward_flops["teacher"])
+        seen.append({**module.student.state_dict(), **scores, "look": look, "costs": costs})
     for key, value in seen[0].items():
         assert torch.equal(value, seen[1][key]), key
 

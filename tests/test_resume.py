@@ -450,6 +450,8 @@ def test_averaged_weights_go_on_with_what_averages_them_alone(fit, tmp_path, cap
     assert fit(tmp_path / "run", ckpt_path="last", **ema) == 0
     assert fit(tmp_path / "whole", **ema) == 0
     assert_same(tmp_path / "run", tmp_path / "whole")
+    assert cli.main(["export", str(tmp_path / "run/checkpoints/step-00000012.ckpt"), str(tmp_path / "hf")]) == 0
+    assert "- weights averaged by: EMAWeightAveraging" in (tmp_path / "hf/README.md").read_text().splitlines()
 
 
 @pytest.mark.filterwarnings("ignore:You.re using the WeightAveraging callback")

@@ -388,12 +388,13 @@ def test_phase_1_reads_the_kept_rows_and_phase_2_the_rest_first(fit_with, ds, sc
 
 
 @pytest.mark.parametrize("stop", [3, 6, 9])
-def test_stopped_and_resumed_with_a_selection(fit_with, ds, tmp_path, stop):
+def test_stopped_and_resumed_with_a_selection(fit_with, ds, tmp_path, stop, caplog):
     """In phase 1, at the boundary, in phase 2; changing the accumulation does not change the rows."""
     whole, cut, reads = tmp_path / "whole", tmp_path / "cut", Reads()
     assert fit_with(whole, Reads(), **ds) == 0
     assert fit_with(cut, StopAt(stop), reads, **ds) == 128 + signal.SIGTERM
     assert fit_with(cut, reads, ckpt_path="last", **ds) == 0
+    assert "may come again" not in caplog.text
     straight = Reads()
     assert fit_with(tmp_path / "rows", straight, **ds) == 0
     assert reads.rows == straight.rows
@@ -403,6 +404,16 @@ def test_stopped_and_resumed_with_a_selection(fit_with, ds, tmp_path, stop):
     timing = ("time_s", "tokens_per_s", "data_wait_s")
     logged = [{k: v for k, v in scalars(run).items() if not k.endswith(timing)} for run in (whole, cut)]
     assert logged[0] == logged[1]
+
+
+def test_rows_that_were_selected_otherwise_before_a_resume_are_said_to_come_again(fit_with, ds, tmp_path, caplog):
+    reads = Reads()
+    assert fit_with(tmp_path / "run", StopAt(6), reads, **ds) == 128 + signal.SIGTERM
+    assert fit_with(tmp_path / "run", reads, ckpt_path="last", **{**ds, "data.keep.order": "lowest"}) == 0
+    assert "those that it has read under others may come again before them" in caplog.text
+    before, after = ({row for step in steps for row in reads.rows[step]} for steps in (range(6), range(6, 12)))
+    assert len(before) == len(after) == 48
+    assert before & after
 
 
 def test_the_control_without_kd_reads_the_same_rows(fit_with, ds, tmp_path):

@@ -115,7 +115,8 @@ def same_model(a: Run, b: Run) -> bool:
 
 
 def training(run: Run, teachers: dict[str, Run | None]) -> tuple[float, float]:
-    """FLOPs and seconds to train all teachers of a run; each teacher's run counts once, up to its furthest checkpoint.
+    """FLOPs and seconds to train all teachers of a run, with their scoring, but not what training their own teachers
+    cost. Each teacher's run counts once, up to its furthest checkpoint.
 
     The step is in a checkpoint's name; an exported teacher counts as the last step.
     """
@@ -130,8 +131,11 @@ def training(run: Run, teachers: dict[str, Run | None]) -> tuple[float, float]:
             step = step_named(path)
             done = teacher.steps_done if step is None else min(step, teacher.steps_done)
             furthest[teacher] = max(done, furthest.get(teacher, 0))
-    flops += sum(teacher.flops(step) for teacher, step in furthest.items())
-    return flops, seconds + sum(teacher.total("train/time_s", step) for teacher, step in furthest.items())
+    for teacher, step in furthest.items():
+        before = scoring(teacher) if teacher.selected else {"scoring_flops": 0.0, "scoring_s": 0.0}
+        flops += teacher.flops(step) + before.get("scoring_flops", math.nan)
+        seconds += teacher.total("train/time_s", step) + before.get("scoring_s", math.nan)
+    return flops, seconds
 
 
 def _card_flops(run: Run, path: str) -> float:

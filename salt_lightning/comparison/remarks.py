@@ -49,7 +49,7 @@ def remarks(
     notes += [f"{run.name} has no config.yaml: its method is not known" for run in runs if not run.config]
     students = [run for group in experiments for run in group]
     notes += _better([[run for run in group if run.finished] for group in experiments], reference)
-    notes += _lost_teachers(runs, reference)
+    notes += _lost_teachers(runs, reference) + _taught_teachers(runs)
     return notes + _other_text(students, reference) + _tests(runs)
 
 
@@ -113,6 +113,16 @@ def _lost_teachers(runs: list[Run], reference: Run) -> list[str]:
         else:
             notes.append(f"{who} is in none of these runs: the cost of its training is unknown")
     return notes
+
+
+def _taught_teachers(runs: list[Run]) -> list[str]:
+    """Teachers that had a teacher themselves, whose training is in no figure of their students."""
+    return [
+        f"{teacher.name}, the teacher of {run.name}, had a teacher too: the cost of training that one is not counted"
+        for run in runs
+        for teacher in lineage.teacher_runs(run, runs).values()
+        if run.kd_steps > 0 and teacher is not None and teacher.kd_steps > 0
+    ]
 
 
 def _may_be(run: Run, taught: list[str], runs: list[Run]) -> bool:

@@ -63,13 +63,19 @@ class OptimSpec:
     def check(self, max_steps: int) -> None:
         """Raises ConfigError if warm-up and decay do not fit into the run, or the run has no length."""
         require_length(max_steps)
-        decay_steps = self.decay_steps or 0
-        if self.warmup_steps + decay_steps > max_steps:
+        if self.warmup_steps + (self.decay_steps or 0) <= max_steps:
+            return
+        shorter = f"--model.optim.warmup_steps {max_steps // 20}"
+        if self.decay_steps:
             raise ConfigError(
-                f"--model.optim.warmup_steps {self.warmup_steps} and decay_steps {decay_steps} do not fit into "
-                f"--trainer.max_steps {max_steps}; for a shorter run, shorten them too, e.g. "
-                f"--model.optim.warmup_steps {max_steps // 20} --model.optim.decay_steps null"
+                f"--model.optim.warmup_steps {self.warmup_steps} and decay_steps {self.decay_steps} do not fit into "
+                f"--trainer.max_steps {max_steps}; for a shorter run, shorten them too, e.g. {shorter} "
+                "--model.optim.decay_steps null"
             )
+        raise ConfigError(
+            f"--model.optim.warmup_steps {self.warmup_steps} does not fit into --trainer.max_steps {max_steps}; for a "
+            f"shorter run, shorten it too, e.g. {shorter}"
+        )
 
     def lr_at(self, step: int, max_steps: int) -> float:
         """The learning rate of optimizer step `step` (counted from 0) in a run of `max_steps`."""

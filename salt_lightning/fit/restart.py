@@ -73,6 +73,13 @@ def go_on_from(checkpoint: dict[str, Any], trainer: pl.Trainer, data: Any, optim
     now = alike.identity(data)
     if other := [_other(key, now[key], was) for key, was in checkpoint["data"].items() if now[key] != was]:
         rank_zero_info(f"continuing with other data than the checkpoint's: {', '.join(other)}")
+    key = "--data.selection_fingerprint"
+    other_rows = step > 0 and checkpoint["data"].get(key, now[key]) != now[key]
+    if other_rows and getattr(data, "selection", None) and data.keep.unread_first:
+        rank_zero_info(
+            "selection: unread are the rows that phase 1 would not read under these settings; those that it has read "
+            "under others may come again before them"
+        )
     for said in filter(None, (alike.other_steps(checkpoint, trainer), optim.jump(checkpoint, max_steps))):
         rank_zero_info(said)
 

@@ -131,12 +131,31 @@ def _training(checkpoint: dict[str, Any], run: Run) -> dict[str, str]:
         "training text": _sources(text),
         "prompt and response": _examples(settings),
         "text size": ", ".join(f"{count:,} {unit}" for count, unit in counts if count),
-        "selected by": str(settings.get("data.selection") or ""),
+        "selected by": _selection(settings),
         "rows": f"{_data(checkpoint, 'global_batch_size')} of {_data(checkpoint, 'block_size')} tokens per step",
         "AdamW": ", ".join(f"{key} {v}" for key, v in (spec.get("optim") or {}).items() if v is not None),
+        "weights averaged by": _averaged_by(checkpoint),
         "precision": str(settings.get("trainer.precision") or ""),
         "seed": str(spec.get("seed", "")),
     }
+
+
+def _selection(settings: dict[str, Any]) -> str:
+    """The scores and the rule by which phase 1's rows were chosen."""
+    if not (scores := settings.get("data.selection")):
+        return ""
+    rule = {key.removeprefix("data.keep."): v for key, v in settings.items() if key.startswith("data.keep.")}
+    return ", ".join(
+        [str(scores), *(f"{key} {value}" for key, value in rule.items() if value is not None and key != "max_repeats")]
+    )
+
+
+def _averaged_by(checkpoint: dict[str, Any]) -> str:
+    """The callback that averaged the weights, by the name under which it saves its state."""
+    if "current_model_state" not in checkpoint:
+        return ""
+    names = [re.split(r"[{(]", key)[0] for key in checkpoint.get("callbacks", {})]
+    return next((name for name in names if name.endswith("Averaging")), "a WeightAveraging callback")
 
 
 def _sources(text: dict[str, Any]) -> str:
@@ -183,7 +202,7 @@ def _cost(checkpoint: dict[str, Any], run: Run) -> dict[str, str]:
     by_teacher = (totals.teacher_flops or math.nan) if taught else 0.0
     planned = f" of {run.max_steps:,}" if run.max_steps else ""
     mixed = (checkpoint.get("text") or {}).get("weights") or any("data.source" in was for was in run.changes.values())
-    of_one_text = text_tokens and not mixed
+    of_one_text = text_tokens and not mixed and not _examples(run.config)  # rows of examples are not full
     passes = f" ({tokens / text_tokens:.2f} times the text)" if of_one_text else ""
     scoring = lineage.scoring(run).get("scoring_flops", math.nan) if run.selected else 0.0
     return {
