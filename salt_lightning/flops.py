@@ -55,9 +55,9 @@ def forward_flops_per_token(model: nn.Module, block_size: int, num_ids: int | No
     # a single row is a vector, such as the router's bias in ernie
     if any(sum(size > 1 for size in p.shape) > 1 and id(p) not in counted for p in model.parameters()):
         return math.nan
-    head: Any = model.get_output_embeddings()  # type: ignore[operator]
-    unused = 0 if num_ids is None else head.weight[num_ids:].numel()
-    return 2.0 * (weights - unused) + _attention_flops_per_token(model.config, block_size)
+    if num_ids is not None:
+        weights -= model.get_output_embeddings().weight[num_ids:].numel()  # type: ignore[operator]
+    return 2.0 * weights + _attention_flops_per_token(model.config, block_size)
 
 
 def active_parameters(model: nn.Module) -> float:

@@ -169,11 +169,8 @@ class SALTModule(extension.KeepsModes):
         """For a subclass: adds its own parts (`lm.NAME = ...`) before the student is moved and sharded."""
 
     def _count_flops(self, lm: CausalLM) -> float:
-        return (
-            flops.forward_flops_per_token(lm.model, self._data.block_size, lm.num_ids)
-            if self._data is not None
-            else 0.0
-        )
+        data = self._data
+        return 0.0 if data is None else flops.forward_flops_per_token(lm.model, data.block_size, lm.num_ids)
 
     def load_teacher(self) -> None:
         """Loads, freezes, casts and places the teacher; checks that it has the student's vocabulary."""

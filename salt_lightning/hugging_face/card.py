@@ -145,9 +145,8 @@ def _selection(settings: dict[str, Any]) -> str:
     if not (scores := settings.get("data.selection")):
         return ""
     rule = {key.removeprefix("data.keep."): v for key, v in settings.items() if key.startswith("data.keep.")}
-    return ", ".join(
-        [str(scores), *(f"{key} {value}" for key, value in rule.items() if value is not None and key != "max_repeats")]
-    )
+    rule.pop("max_repeats", None)  # only a limit
+    return ", ".join([str(scores), *(f"{key} {value}" for key, value in rule.items() if value is not None)])
 
 
 def _averaged_by(checkpoint: dict[str, Any]) -> str:
