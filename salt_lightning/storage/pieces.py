@@ -48,10 +48,15 @@ def _stand_in(real: type) -> type:
     return type(real.__name__, (), {"__new__": lambda *_: object.__new__(real)})
 
 
+class _Choice(int):
+    """Stands for a memory format."""
+
+    __slots__ = ()
+
+
 class _Properties(tables.TensorProperties):
     def __setstate__(self, state: Any) -> None:
-        *others, memory_format, pin_memory = state
-        super().__setstate__((*others, tables._MEM_FORMAT_ENCODING(memory_format), pin_memory))
+        super().__setstate__(tuple(tables._MEM_FORMAT_ENCODING(v) if type(v) is _Choice else v for v in state))
         self.__class__ = tables.TensorProperties  # type: ignore[assignment]
 
 
@@ -77,7 +82,7 @@ class _Unpickler(pickle.Unpickler):
             if real in _BUILT:
                 self._found[module, name] = _stand_in(_Properties if real is tables.TensorProperties else real)
             else:
-                self._found[module, name] = _Call(int if real is tables._MEM_FORMAT_ENCODING else real)
+                self._found[module, name] = _Call(_Choice if real is tables._MEM_FORMAT_ENCODING else real)
         return self._found[module, name]
 
 
