@@ -154,6 +154,70 @@ def test_without_one_of_them_each_looks_at_everything(there, apart, monkeypatch)
     assert apart(work, 3, there=there) == [([(0, 1)], "cut off")] * len(there)
 
 
+@pytest.mark.parametrize("late", [0, 2])
+def test_one_that_comes_too_late_to_share_can_still_connect(late, apart, monkeypatch):
+    """The others connect by the first process's store, also where they did not meet."""
+    monkeypatch.setattr(peers, "_MEETING", timedelta(seconds=1))
+
+    def work(rank: int):
+        time.sleep(3.0 * (rank == late))
+        looks: list = []
+        peers.divide("same", whats(looks))
+        dist.init_process_group("gloo", rank=rank, world_size=3, timeout=timedelta(seconds=30))
+        dist.all_reduce(total := torch.tensor(rank))
+        dist.destroy_process_group()
+        return looks, int(total)
+
+    assert apart(work, 3) == [([(0, 1)], 3)] * 3
+
+
+def test_who_has_a_fast_disk_waits_for_the_others(apart, monkeypatch):
+    monkeypatch.setattr(peers, "_MEETING", timedelta(seconds=1))
+
+    def work(rank: int):
+        looks: list = []
+
+        def look(part: int, parts: int) -> None:
+            looks.append((part, parts))
+            time.sleep(2.0 * part)
+
+        peers.divide("same", look)
+        return looks
+
+    assert apart(work, 2) == [[(0, 2)], [(1, 2)]]
+
+
+def test_after_one_did_not_come_nobody_takes_what_it_says_for_an_answer(apart, monkeypatch):
+    """Here it comes late to the first look, when the other is at the second."""
+    monkeypatch.setattr(peers, "_MEETING", timedelta(seconds=1))
+    monkeypatch.setattr(peers, "_LOOKING", timedelta(seconds=1))
+
+    def work(rank: int):
+        peers.gather()
+        time.sleep(1.5 * rank)
+        looks: list = []
+        return [peers.divide(what, whats(looks, None if rank else "cut off")) for what in ("newest", "older")]
+
+    assert apart(work, 2) == [["cut off"] * 2, [None] * 2]
+
+
+def test_what_they_say_may_contain_any_characters(apart):
+    """Names of files, and of tensors in a hostile table."""
+    assert (
+        apart(lambda rank: peers.divide("\udcff", whats([], "\ud800 \\u00e9 \n", at=1)), 2) == ["\ud800 \\u00e9 \n"] * 2
+    )
+
+
+def test_a_start_that_lightning_refuses_is_left_to_it(monkeypatch):
+    """srun without --ntasks-per-node: a line says so later."""
+    peers._others.cache_clear()
+    for name, value in {"JOB_NAME": "train", "STEP_NUM_TASKS": "2", "NTASKS": "2", "PROCID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.delenv("SLURM_NTASKS_PER_NODE", raising=False)
+    peers.gather()
+    assert peers._others() is None
+
+
 def test_a_process_relies_on_the_one_that_has_started_it(monkeypatch):
     """With Lightning's launcher, which sets LOCAL_RANK for those that it starts."""
     looks: list = []

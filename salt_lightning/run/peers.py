@@ -37,6 +37,7 @@ _SLACK_S = 2.0  # lets torch end the wait first, with a better message
 _STARTER = "SALT_LIGHTNING_STARTER"  # environment variable: the process that started the others of its node
 _SEEN = "SALT_LIGHTNING_SEEN"  # environment variable: what that process has looked at and found right
 _MEETING = timedelta(minutes=5)  # longer than the first process may wait for an earlier start to end
+_LOOKING = timedelta(minutes=30)  # one may read from a slower disk; afterwards, connecting waits as long
 _GRACE_S = 30.0  # after success, the first process may end a little before the others
 
 
@@ -65,9 +66,13 @@ class _Others:
         self.rank, self.number, self._round = environment.global_rank(), environment.world_size(), 0
         os.environ["MASTER_ADDR"] = environment.main_address  # as Lightning does later
         os.environ["MASTER_PORT"] = str(environment.main_port)
-        store, *_ = next(dist.rendezvous("env://", self.rank, self.number, timeout=_MEETING))
-        store = dist.PrefixStore("salt_lightning", store)
-        self._store = dist.PrefixStore(self._meet(store), store)
+        # As if alone, so that it waits for nobody here: it must remain if not all come, since the others connect by it.
+        store, *_ = next(dist.rendezvous("env://", self.rank, world_size=1, timeout=_MEETING))
+        self._store = dist.PrefixStore("salt_lightning", store)
+        self._met = False
+        with suppress(RuntimeError, TimeoutError):
+            self._store = dist.PrefixStore(self._meet(self._store), self._store)
+            self._met = True
 
     def _meet(self, store: dist.Store) -> str:
         """A name for this meeting. Under torchrun the store outlives a restart, so what an earlier process left must
@@ -87,24 +92,31 @@ class _Others:
             time.sleep(0.1)
         raise TimeoutError
 
-    def exchange(self, text: str) -> list[str]:
-        """The text of each process, by rank, once all have called this."""
+    def exchange(self, text: str, limit: timedelta) -> list[str]:
+        """The text of each process, by rank, once all have called this; empty, from then on, if one does not come."""
+        if not self._met:
+            return []
         self._round += 1
         keys = [f"{self._round}/{rank}" for rank in range(self.number)]
-        self._store.set(keys[self.rank], text)
-        return [value.decode() for value in self._store.multi_get(keys)]
+        try:
+            self._store.set(keys[self.rank], text.encode("unicode_escape").decode())
+            self._store.set_timeout(limit)
+            return [value.decode("unicode_escape") for value in self._store.multi_get(keys)]
+        except RuntimeError:  # of torch
+            self._met = False  # what the others say next would be taken for an answer to something else
+            return []
 
 
 @lru_cache(maxsize=1)
 def _others() -> _Others | None:
-    """None if there are none, or they cannot be reached in time; connecting will say so."""
-    if TorchElasticEnvironment.detect():
-        environment: ClusterEnvironment = TorchElasticEnvironment()
-    elif slurm.tasks() > 1 and SLURMEnvironment.detect():
-        environment = SLURMEnvironment()
-    else:
-        return None
-    with suppress(RuntimeError, ValueError, TimeoutError):  # of torch; of a MASTER_PORT that is no number
+    """None if there are none, or their store cannot be reached in time; connecting will say so."""
+    with suppress(RuntimeError, ValueError):  # of torch; of Lightning; of a MASTER_PORT that is no number
+        if TorchElasticEnvironment.detect():
+            environment: ClusterEnvironment = TorchElasticEnvironment()
+        elif slurm.tasks() > 1 and SLURMEnvironment.detect():
+            environment = SLURMEnvironment()
+        else:
+            return None
         return _Others(environment) if environment.world_size() > 1 else None
     return None
 
@@ -112,8 +124,7 @@ def _others() -> _Others | None:
 def gather() -> None:
     """Waits until all processes that torchrun or srun started have called this, if they can be reached."""
     if others := _others():
-        with suppress(RuntimeError):
-            others.exchange("")
+        others.exchange("", _MEETING)
 
 
 def divide(what: str, look: Callable[[int, int], str | None]) -> str | None:
@@ -126,13 +137,13 @@ def divide(what: str, look: Callable[[int, int], str | None]) -> str | None:
     """
     if "LOCAL_RANK" in os.environ and os.environ.get(_SEEN) == f"{os.getppid()} {what}":
         return None
-    if others := _others():
-        with suppress(RuntimeError):
-            same = [rank for rank, other in enumerate(others.exchange(what)) if other == what]
-            own = look(same.index(others.rank), len(same))
-            return next(filter(None, others.exchange(own or "")), None)
-    if found := look(0, 1):
-        return found
+    if (others := _others()) and (named := others.exchange(what, _MEETING)):
+        same = [rank for rank, other in enumerate(named) if other == what]
+        own = look(same.index(others.rank), len(same))
+        if found := others.exchange(own or "", _LOOKING):
+            return next(filter(None, found), None)
+    if alone := look(0, 1):
+        return alone
     os.environ[_SEEN] = f"{os.getpid()} {what}"
     return None
 
