@@ -281,6 +281,16 @@ def test_a_compressed_part_of_a_sharded_checkpoint_is_refused(name, tmp_path):
         dict(read_checkpoint(str(folder), "CKPT")["state_dict"])
 
 
+@NO_RANKS
+def test_a_compressed_part_is_not_unpacked_before_it_is_refused(tmp_path, monkeypatch):
+    folder = sharded(tmp_path / "x.ckpt")
+    compressed(folder / "meta.pt")
+    unpacked: list = []
+    monkeypatch.setattr(torch, "load", lambda *args, **_: unpacked.append(args))
+    assert "is compressed" in str(damage.of(folder))
+    assert unpacked == []
+
+
 def with_size(table: Metadata, size: list[int]) -> None:
     for tensor in table.state_dict_metadata.values():
         tensor.size = torch.Size(size)

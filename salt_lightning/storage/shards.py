@@ -82,6 +82,7 @@ def _digest(data: bytes) -> str:
 def _written_digest(folder: Path) -> str | None:
     """The digest of `.metadata` as it was written; None if META does not say."""
     try:
+        require_stored(folder / META)
         return torch.load(folder / META, map_location="cpu", weights_only=True).get(_DIGEST)
     except Exception as error:  # `read` says what is wrong with it
         require_answer(folder / META, error)
