@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
+    StorageMeta,
 )
 
 from salt_lightning import ModelSpec, SALTDataModule, SALTModule, cli
@@ -308,7 +309,14 @@ def with_kind(table: Metadata, kind: type) -> None:
         table.state_dict_metadata[key] = other
 
 
+def with_lies(table: Metadata) -> None:
+    """What is looked at is empty, whatever a look-up would give."""
+    table.storage_data = StorageMeta()
+    vars(table.storage_data).update(items=torch.Size, values=torch.Size)
+
+
 TABLES = {
+    "places that hide from a look": (with_lies, "no table"),
     "another kind with a size": (lambda table: with_kind(table, ChunkStorageMetadata), "that is no tensor"),
     "bytes with a size": (lambda table: with_kind(table, BytesStorageMetadata), "that is no tensor"),
     "a size below 0": (lambda table: with_size(table, [-1]), "outside of its tensor"),

@@ -99,7 +99,7 @@ def parse(data: bytes) -> Metadata:
     finally:
         if searches:
             gc.enable()
-    if type(metadata) is not Metadata:
+    if type(metadata) is not Metadata or {dict} != {type(metadata.state_dict_metadata), type(metadata.storage_data)}:
         raise pickle.UnpicklingError("no table")
     for key, info in metadata.state_dict_metadata.items():
         if type(key) is not str:
