@@ -166,8 +166,7 @@ def test_no_flipped_bit_goes_unnoticed_and_changes_something(tmp_path):
         reason = damage.of(path)
         found[reason] += 1
         if reason:
-            shared = [damage.of(path, part, 3) for part in range(3)]
-            assert set(shared) == {reason} or (shared.count(None) == 2 and reason in shared), place
+            assert reason in [damage.of(path, part, 3) for part in range(3)], place
         if reason is None:  # dates, attributes, padding
             harmless += 1
             loaded = torch.load(path, weights_only=True)
