@@ -172,12 +172,17 @@ def test_what_lies_between_two_validations_is_marked(three):
     comparison = evaluate(load(three))
     assert comparison.between == {"steps": [], "tokens": [], "FLOPs": ["salt"], "seconds": []}  # rkd: at 200 exactly
     text = report.markdown(comparison).partition("## Validation CE at")[2]
+    assert [*rows_of(text)[0]] == ["run", "at 300 steps", "at 600 tokens", "at 3,000.000 FLOP", "at 150 seconds"]
     assert re.search(r"\| salt +\| +3.7500 \| +3.7500 \| +~3.9000 \| +3.7500 \|", text)
+    assert "mean" not in text  # of one seed
     assert "~: linear interpolation between two validations." in text
     again = write_run(three[1].parent / "salt1", SALT, teacher="elsewhere/teacher", weight=0.5, kd_steps=60,
                       seed_everything=1)  # fmt: skip
     assert "~3.9000 (0.0000)" in report.markdown(evaluate(load([*three, again])))
     assert "~" not in report.markdown(evaluate(load(three[:1])))
+    large = write_run(three[0].parent / "large", {100: 5.0}, 150, student=10**7, **{"trainer.max_steps": 150})
+    (row,) = rows_of(report.markdown(evaluate(load([large]))).partition("## Validation CE at")[2])
+    assert [*row][3:] == ["at 1.000 GFLOP", "at 50.0 seconds"]  # after step 100
     late = write_run(three[1].parent / "salt2", {300: 3.75}, teacher="elsewhere/teacher", weight=0.5, kd_steps=60,
                      seed_everything=2)  # fmt: skip
     assert "~-" not in report.markdown(evaluate(load([*three, again, late])))
@@ -486,8 +491,16 @@ def test_each_number_of_a_run_is_in_its_column(three):
     }
     rows = rows_of(report.markdown(evaluate(load(three))))
     assert {name: [row[name] for row in rows] for name in rows[0]} == columns
-    large = write_run(three[0].parent / "large", BASELINE, student=10**7, seed_everything=1)
-    assert [row["student GFLOP"] for row in rows_of(report.markdown(evaluate(load([large]))))] == ["3.000"]
+    large = write_run(three[0].parent / "large", RKD, student=10**7, teacher="t", weight=0.5, seed_everything=1)
+    with SummaryWriter(str(large), filename_suffix=".start-2") as writer:
+        writer.add_scalar("train/flops_teacher_total", 2e9, 300)
+    none = {"log_every": STEPS + 1, "seed_everything": 2}  # no cost in its log
+    unknown = write_run(three[0].parent / "unknown", BASELINE, **none)
+    found = evaluate(load([unknown, three[0], large]))
+    assert found.equal["seconds"] == (150, {"baseline": 4.0, "large": 4.25})
+    rows = rows_of(report.markdown(found))
+    assert [row["student GFLOP"] for row in rows] == ["-", "0.000", "3.000"]
+    assert [row["teacher GFLOP"] for row in rows] == ["0.000", "0.000", "2.000"]
 
 
 def test_each_number_of_the_seeds_is_in_its_column(tmp_path):
@@ -495,15 +508,21 @@ def test_each_number_of_the_seeds_is_in_its_column(tmp_path):
     runs = [write_run(tmp_path / "b0", BASELINE), write_run(tmp_path / "s0", SALT, **kd)]
     runs.append(write_run(tmp_path / "b1", {100: 5.0, 200: 4.75, 300: 4.5}, seed_everything=1))
     runs.append(write_run(tmp_path / "s1", SALT | {300: 4.0}, seed_everything=1, **kd))
+    runs.append(write_run(tmp_path / "r0", RKD, teacher="t", weight=0.5))
+    runs.append(write_run(tmp_path / "running", {100: 4.75}, 100, **kd, **{"kd.shape": "cosine"}))
     text = report.markdown(evaluate(load(runs)))
     assert [[*row.values()] for row in rows_of(text.partition("## Seeds")[2])] == [
         ["BASELINE", "2", "4.2500", "0.3536", "4.0000 to 4.5000", "+0.0000", "4.0000, 4.5000", "-"],
         ["SALT step", "2", "3.8750", "0.1768", "3.7500 to 4.0000", "-0.3750", "3.7500, 4.0000", "-0.2500, -0.5000"],
+        ["RKD", "1 (no spread)", "4.2500", "-", "-", "+0.0000", "4.2500", "+0.2500"],
+        ["SALT cosine", "0", *["-"] * 6],
     ]
     share, with_kd = "66.7% (0.0%): 66.7%, 66.7%", "76.7% (0.0%): 76.7%, 76.7%"  # 4.25 at 200: of 300 steps; 2300 FLOPs
     assert [[*row.values()] for row in rows_of(text.partition("## Where the seeds")[2])] == [
         ["BASELINE", "-: 83.3%, -", "-: 83.3%, -", "-: -, -", "-: 83.3%, -"],
         ["SALT step", share, with_kd, "-: -, -", share],
+        ["RKD", "100.0%", "150.0%", "-", "100.0%"],
+        ["SALT cosine", *["-"] * 4],
     ]
 
 
@@ -518,6 +537,13 @@ def test_parts_are_shown_thirds_first(tmp_path):
         r"run +\| +easy \| +medium \| +hard \| +books \|\n.*\n\| one \| 6.0000 \| 7.0000 \| 4.0000 \| 5", text
     )
     assert "| two |      - |" in text
+    for number in range(4, report.MOST_PARTS + 1):
+        assert "by part" in report.markdown(evaluate(load(paths)))
+        with SummaryWriter(str(paths[1]), filename_suffix=f".start-{number}") as writer:
+            writer.add_scalar(f"val/ce/{number}", 4.0, 300)
+    found = evaluate(load(paths))
+    assert "by part" not in report.markdown(found)  # too wide to be read
+    assert f"val/ce/{report.MOST_PARTS}" in found.rows[1].last
 
 
 def test_a_boundary_found_by_a_margin_is_where_the_teacher_left(tmp_path):
@@ -611,11 +637,19 @@ def test_two_texts_are_two_experiments_whatever_their_names(tmp_path, source, ke
 
 
 def test_a_setting_that_differs_is_shown_as_it_was_set(tmp_path):
-    plain = write_run(tmp_path / "s0", BASELINE)
-    salt = write_run(tmp_path / "s1", SALT, seed_everything=1, **{"data.tokenizer": "runs/s1/tokenizer"})
-    again = write_run(tmp_path / "s2", SALT, seed_everything=2, **{"data.tokenizer": "runs/s2/tokenizer"})
-    first, second = evaluate(load([plain, salt, again])).groups
-    assert (first.n, second.n, second.changed) == (1, 2, {"data.tokenizer": (None, "runs/s1/tokenizer")})
+    plain = write_run(tmp_path / "s0", BASELINE, noted=True)
+    own = {"noted": date(2026, 1, 2)}
+    salt = write_run(tmp_path / "s1", SALT, seed_everything=1, **own, **{"data.tokenizer": "runs/s1/tokenizer"})
+    again = write_run(tmp_path / "s2", SALT, seed_everything=2, **own, **{"data.tokenizer": "runs/s2/tokenizer"})
+    found = evaluate(load([plain, salt, again]))
+    first, second = found.groups
+    changes = {"data.tokenizer": (None, "runs/s1/tokenizer"), "noted": (True, date(2026, 1, 2))}
+    assert (first.n, second.n, second.changed) == (1, 2, changes)
+    assert report.markdown(found).endswith(
+        "## Settings that differ from the reference\n\n"
+        '- BASELINE (s1): `data.tokenizer` null -> "runs/s1/tokenizer", `noted` true -> "2026-01-02"\n'
+    )
+    assert "Settings that differ" not in report.markdown(evaluate(load([plain])))
 
 
 def test_seeds_may_lie_in_numbered_folders(tmp_path):
@@ -700,6 +734,7 @@ def test_a_run_that_diverged_is_compared(tmp_path, order, value, capsys):
     ]
     assert main([*map(str, runs[::order]), "--out", str(tmp_path / "out")]) == 0
     assert "4.0000" in capsys.readouterr().out
+    assert "4.0000" in (tmp_path / "out/compare.md").read_text()
     assert main([str(runs[0]), "--out", str(tmp_path / "out")]) == 0
 
 
@@ -963,11 +998,14 @@ def test_a_run_that_logged_nothing_is_left_out_by_name(three, tmp_path):
     (tmp_path / "empty").mkdir()
     begun = write_run(tmp_path / "begun", {}, steps=0)  # its event file holds no value
     (cut,) = write_run(tmp_path / "cut", {}, steps=0).glob("*tfevents*")
-    cut.write_bytes(b"")
+    cut.write_bytes(b"no log")
     comparison = compare([tmp_path / "empty", begun, cut.parent, *three], tmp_path / "out")
     assert comparison.notes == [
-        f"{name} is left out: no values in its own TensorBoard event files, the only ones that compare reads"
-        for name in ("empty", "begun", "cut")
+        f"{cut} could be read up to step 0: the rest is damaged or still being written",
+        *(
+            f"{name} is left out: no values in its own TensorBoard event files, the only ones that compare reads"
+            for name in ("empty", "begun", "cut")
+        ),
     ]
     assert [row.run for row in comparison.rows] == ["baseline", "salt", "rkd"]
     text = (tmp_path / "out" / "compare.md").read_text()
@@ -1015,10 +1053,14 @@ def test_main_prints_the_table_and_writes_three_files(three, tmp_path, capsys):
     printed = capsys.readouterr().out
     saved_table, figure = (tmp_path / "compare.md").read_text().rsplit("\n\n", 1)  # where the runs lie
     assert saved_table in printed
+    assert "\n\n\n" not in saved_table
+    files = [str(Path(os.path.relpath(tmp_path)) / f"compare.{end}") for end in ("md", "json", "png")]
+    assert printed.endswith(f"\nwritten: {', '.join(files)}\n")
     assert figure == "![Validation CE over steps and over FLOPs](compare.png)\n"
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
     saved = json.loads((tmp_path / "compare.json").read_text())
     assert saved["reference"] == "salt"
+    assert "runs" not in saved  # what the figure needs
     assert saved["rows"][2]["reached_step"] is None
     assert saved["equal"]["FLOPs"][0] == 3000
     for block in printed.split("\n\n"):
@@ -1453,6 +1495,7 @@ def test_losses_of_other_text_are_no_comparison(tmp_path):
     for run, tokens, size in zip(runs, tokens_of, bytes_of, strict=True):
         count(run, "val", tokens, size, BASELINE)
     count(runs[4], "val", 800, 2700, [100])
+    count(runs[4], "val", 700, 2700, [50])
     for number, run in enumerate(runs):
         tree = settings(run, **{"data.source": f"{run.name}.jsonl", "trainer.precision": f"{number}"})  # moved, perhaps
         (run / "config.yaml").write_text(yaml.safe_dump(tree))
@@ -1472,6 +1515,16 @@ def test_losses_of_other_text_are_no_comparison(tmp_path):
         "cannot",
         "the reference's loss was reached by the first validation, or earlier: same, moved",
     ]
+
+
+def test_two_losses_on_one_text_are_compared_whatever_digits_a_log_has(tmp_path):
+    names = ("first", "same", "coarser", "perfect", "zero")  # of a CE of 0 nats, the bytes are not known
+    runs = [write_run(tmp_path / name, {}, **{"model.optim.lr": n}) for n, name in enumerate(names)]
+    for run, tokens, ce in zip(runs, (900, 900, 800, 900, 800), (4.1, 3.7, 3.9, 0.0, 0.0), strict=True):
+        count(run, "val", tokens, 3000, [300], ce)
+    found = evaluate(load(runs))
+    assert found.other_text == ["coarser", "zero"]
+    assert [" in other tokens " in note for note in found.notes if "was validated" in note] == [True, False]
 
 
 def test_a_better_tuned_baseline_is_told(tmp_path):
@@ -1499,6 +1552,8 @@ def test_a_better_tuned_baseline_is_told(tmp_path):
     taught = write_run(tmp_path / "taught", low, **{lr: 4e-3})
     with SummaryWriter(str(taught), filename_suffix=".start-2") as writer:
         writer.add_scalar("train/flops_teacher_total", 300, 300)
+    running = write_run(tmp_path / "running", low, **{lr: 4e-3, "trainer.max_steps": 600})
+    assert "a BASELINE of" not in str(evaluate(load([first, running, salt])).notes)
     elsewhere = write_run(tmp_path / "elsewhere", low, **{"data.source": "better.jsonl"})
     assert "a BASELINE of" not in str(evaluate(load([first, taught, salt])).notes)
     assert "a BASELINE of" not in str(evaluate(load([first, elsewhere, salt])).notes)
@@ -1545,8 +1600,8 @@ def test_many_experiments_are_told_apart_in_the_figure(tmp_path):
 
 
 def test_a_test_of_another_step_or_text_is_told(three):
-    for run, step, tokens in zip(three, (300, 200, 300), (50, 50, 60), strict=True):
-        count(run, "test", tokens, 3 * tokens, [step])
+    for run, steps, tokens in zip(three, ([300], [100, 200], [300]), (50, 50, 60), strict=True):
+        count(run, "test", tokens, 3 * tokens, steps)
     assert evaluate(load(three)).notes == [
         "the test CE of salt is from step 200, not from step 300",
         "the test CE of rkd is from other text than that of baseline",
@@ -1624,10 +1679,15 @@ def test_a_run_that_began_with_weights_is_no_baseline(tmp_path):
 def test_the_card_of_an_exported_teacher_tells_its_cost(tmp_path, said, flops):
     (tmp_path / "models/teacher").mkdir(parents=True)
     (tmp_path / "models/teacher/README.md").write_text(f"# x\n{said}- FLOPs of scoring: 0 FLOP\n")
-    salt = write_run(tmp_path / "salt", SALT, teacher="models/teacher", weight=0.5, kd_steps=60)
-    (row,) = evaluate(load([salt])).rows
+    salt = write_run(tmp_path / "salt", SALT, student=10**10, teacher="models/teacher", weight=0.5, kd_steps=60)
+    found = evaluate(load([salt]))
+    (row,) = found.rows
     assert row.teacher_training_flops == pytest.approx(flops, nan_ok=True)
     assert math.isnan(row.teacher_training_seconds)  # a card has none
+    told = "- salt: not included above: its teacher's own training 1.750 TFLOP; with that, it reaches the reference's "
+    assert re.findall("- salt: not .*", report.markdown(found)) == [
+        f"{told}loss at {4.75 / 3:.1%} of its FLOPs." for _ in range(not math.isnan(flops))
+    ]
     (row,) = evaluate(load([write_run(tmp_path / "models/teacher/baseline", BASELINE)])).rows  # has none
     assert math.isnan(row.teacher_training_flops)
 
@@ -1635,14 +1695,21 @@ def test_the_card_of_an_exported_teacher_tells_its_cost(tmp_path, said, flops):
 def test_a_reference_of_several_seeds_is_said_to_be_a_mean(tmp_path):
     runs = [write_run(tmp_path / f"s{seed}", BASELINE, seed_everything=seed) for seed in (0, 1)]
     assert "Reference: mean of the 2 seeds of s0, final" in report.markdown(evaluate(load(runs)))
+    path = "teacher/checkpoints/step-00000300.ckpt"
+    runs.append(write_run(tmp_path / "salt", SALT, teacher=path, weight=0.5, kd_steps=60))
+    runs.append(write_run(tmp_path / "teacher", BASELINE))
+    for name in ("salt", "teacher"):  # of one seed; a teacher is in no experiment
+        assert f"Reference: {name}, final" in report.markdown(evaluate(load(runs), name))
 
 
 def test_what_an_evaluation_found_is_read_from_top_to_bottom_and_cannot_draw():
-    found = {"val/tokens": 1234.0, "val/ce/\x1b[31mred": 2.0, "val/perplexity": 3.0041660, "val/ce": 1.1, "step": 7.0}
+    found = {"val/tokens": 1234.0, "val/ce/\x1b[31mred": 2.0, "val/perplexity": 3.0041660, "val/ce": 1.1, "step": 7.0,
+             "val/accuracy": torch.tensor([0.25])}  # fmt: skip
     assert report.evaluation(found).splitlines() == [
         "| metric             | step 7 |",
         "|--------------------|-------:|",
         "| val/ce             | 1.1000 |",
+        "| val/accuracy       | 0.2500 |",
         "| val/perplexity     | 3.0042 |",
         "| val/tokens         |  1,234 |",
         "| val/ce/\\x1b[31mred | 2.0000 |",
