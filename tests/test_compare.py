@@ -231,6 +231,7 @@ def test_the_teacher_stops_costing_between_two_logged_steps(tmp_path):
     run = read_run(write_run(tmp_path / "r", SALT, teacher="t", weight=0.5, kd_steps=65), "r")
     assert run.curves["train/flops_teacher_total"].steps[-1] == 60
     assert run.total("train/flops_teacher_total", 300) == 65 * 5
+    assert run.flops(4) == 4 * (10 + 5)  # before the first logged step
     # gone before the schedule says so, at a boundary that the run chose: at most until the next logged step
     run.config["kd.steps"] = 200
     assert run.total("train/flops_teacher_total", 300) == 70 * 5
@@ -361,6 +362,10 @@ def test_a_resume_voids_what_came_after_its_checkpoint(tmp_path):
     run = read_run(path, "r")
     assert dict(zip(run.val_ce.steps, run.val_ce.values, strict=True)) == {100: 5.0, 200: 4.25}
     assert run.curves["train/tokens"].steps[-1] == 150
+    path = write_run(tmp_path / "all", {200: 4.5})
+    with SummaryWriter(str(path), purge_step=151) as writer:
+        writer.add_scalar("train/tokens", 302, 151)
+    assert "val/ce" not in read_run(path, "all").curves
 
 
 def test_a_running_run_with_a_half_written_record(three):
@@ -650,6 +655,18 @@ def test_a_setting_that_differs_is_shown_as_it_was_set(tmp_path):
         '- BASELINE (s1): `data.tokenizer` null -> "runs/s1/tokenizer", `noted` true -> "2026-01-02"\n'
     )
     assert "Settings that differ" not in report.markdown(evaluate(load([plain])))
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [("seed_{}", [2]), ("seed={}", [2]), ("s-{}", [2]), ("s{}", [2]), ("models{}", [1, 1]), ("s{}0", [1, 1])],
+)
+def test_a_path_with_a_runs_seed_in_it_is_that_of_all_seeds(tmp_path, name, sizes):
+    runs = [
+        write_run(tmp_path / str(s), SALT, seed_everything=s, **{"data.difficulty": f"x/{name.format(s)}/y"})
+        for s in (1, 2)
+    ]
+    assert [group.n for group in evaluate(load(runs)).groups] == sizes
 
 
 def test_seeds_may_lie_in_numbered_folders(tmp_path):
@@ -1120,6 +1137,9 @@ def test_a_test_result_gets_a_column(three):
     assert (comparison.rows[1].last["test/ce"], comparison.rows[1].steps) == (3.5, 300)
     assert "test CE" in report.markdown(comparison)
     assert "3.5000" in report.markdown(comparison)
+    (events,) = (three[1] / "test").glob("*tfevents*")
+    events.write_bytes(events.read_bytes() + b"x")
+    assert any(note.startswith(f"{events} could be read up to step 999") for note in evaluate(load(three)).notes)
 
 
 def test_the_figure_shows_curves_boundary_and_the_point_of_reach(three):
@@ -1332,11 +1352,12 @@ def test_a_run_that_went_on_under_other_settings_is_an_experiment_of_its_own(tmp
     ]
 
 
-def test_a_branch_tells_what_its_trunk_had_set(branch, tmp_path):
+@pytest.mark.parametrize("until", [100, 150])
+def test_a_branch_tells_what_its_trunk_had_set(branch, tmp_path, until):
     trunk = yaml.safe_load((tmp_path / "trunk/config.yaml").read_text())
     trunk["trainer"]["max_steps"] = 600  # of a later start of the trunk, which is not part of the branch
     (tmp_path / "trunk/config.yaml").write_text(yaml.safe_dump(trunk))
-    earlier(tmp_path / "trunk", 150, **{"data.source": ["a", "b"]})
+    earlier(tmp_path / "trunk", until, **{"data.source": ["a", "b"]})
     own = yaml.safe_load((tmp_path / "branch/config.yaml").read_text()) | {"data": {"source": ["c"]}}
     (tmp_path / "branch/config.yaml").write_text(yaml.safe_dump(own))
     found = compare([tmp_path / "branch"], tmp_path / "out")
@@ -1387,6 +1408,13 @@ def test_a_run_that_a_teacher_has_helped_before_is_no_baseline(tmp_path):
         ({"kd_steps": 200}, {"kd_steps": 60}, "SALT step", 100),
         ({"weight": 0.0}, {"kd_steps": 200}, "SALT step", 200),
         ({"weight": 0.0}, {"kd_steps": 60}, "BASELINE", 0),
+        ({"weight": 0.0}, {"kd_steps": 100}, "BASELINE", 0),
+        (
+            {"weight": 0.0, "data.selection": "a", "data.keep.order": "lowest"},
+            {"weight": 0.0, "data.selection": "b", "data.keep.order": "random"},
+            "selection without KD, random rows",
+            0,
+        ),
         ({}, {}, "RKD", math.inf),
     ],
 )
@@ -1423,7 +1451,7 @@ def test_paths_of_the_same_thing_are_no_other_settings():
 
 
 def test_a_teacher_that_has_left_may_lie_elsewhere(tmp_path):
-    for kd_steps, steps in ((60, []), (200, [100])):
+    for kd_steps, steps in ((60, []), (100, []), (200, [100])):
         path = write_run(tmp_path / f"salt{kd_steps}", SALT, teacher="there/t.ckpt", weight=0.5, kd_steps=kd_steps)
         earlier(path, 100, teacher="here/t.ckpt", weight=0.5, kd_steps=kd_steps)
         assert list(read_run(path, "salt").changes) == steps
