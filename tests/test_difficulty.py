@@ -15,6 +15,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from salt_lightning import SALTDataModule, SALTModule, cli
+from salt_lightning.errors import ConfigError
 from salt_lightning.teacher.difficulty import HeldOut, read_thirds, thirds
 from salt_lightning.teacher.scores import write_table
 
@@ -69,6 +70,8 @@ def test_each_verb_reads_the_losses_of_its_own_text(tmp_path):
     write_losses(tmp_path / "run/test", [3, 2, 1], [1, 1, 1], apart)
     found = [read_thirds(tmp_path / "run", held_out, "validate").tolist() for held_out in (HELD_OUT, apart)]
     assert found == [[0, 1, 2], [2, 1, 0]]
+    with pytest.raises(ConfigError, match=r"/run/validate/documents.parquet was made with other held-out text"):
+        read_thirds(tmp_path / "run", replace(HELD_OUT, tokens="third"), "fit")
 
 
 def test_one_long_document_may_leave_a_third_empty(tmp_path, caplog):
@@ -76,7 +79,26 @@ def test_one_long_document_may_leave_a_third_empty(tmp_path, caplog):
     write_losses(tmp_path / "validate", [100, 2, 3], [100, 1, 1])
     with caplog.at_level("INFO"):
         assert read_thirds(tmp_path, HELD_OUT, "fit").tolist() == [1, 2, 2]
-    assert "easy 0 documents; medium 1 documents with 100 tokens, CE 1.0000; hard 2 documents with 2" in caplog.text
+    assert "difficulty by teacher: easy 0 documents; medium 1 documents with 100 tokens, CE 1.0000; " in caplog.text
+    assert "; hard 2 documents with 2 tokens, CE 2.5000" in caplog.text
+
+
+@pytest.mark.parametrize("about", [None, b"[]", b"{}", b"no JSON", "other columns", "another byte"])
+def test_a_table_that_validate_has_not_written_is_refused(tmp_path, about):
+    write_losses(tmp_path / "validate", [1, 2, 3], [1, 1, 1])
+    file = tmp_path / "validate/documents.parquet"
+    table = pq.read_table(file)
+    if about == "another byte":
+        pq.write_table(table, file, compression="none", use_dictionary=False, write_page_checksum=True)
+        content = bytearray(file.read_bytes())
+        content[content.index(np.array([1.0, 2.0, 3.0]).tobytes())] ^= 1
+        file.write_bytes(content)
+    else:
+        columns = table.append_column("rank", table["nll"]) if about == "other columns" else table
+        kept = table.schema.metadata if about == "other columns" else about and {"documents": about}
+        write_table(file, columns.replace_schema_metadata(kept))
+    with pytest.raises(ConfigError, match=rf"{file} is damaged or was not written by `cli.py validate` \(."):
+        read_thirds(file, HELD_OUT, "fit")
 
 
 @pytest.fixture(scope="module")
