@@ -173,6 +173,10 @@ def test_no_flipped_bit_goes_unnoticed_and_changes_something(tmp_path):
             assert torch.equal(loaded["x"], torch.arange(100)), place
             assert loaded["step"] == 3
     assert 0 < harmless < 0.75 * len(places), found
+    at = content.index(torch.arange(100).numpy().tobytes()) + 8
+    path.write_bytes(content[:at] + b"\xff" + content[at + 1 :])
+    shared = [damage.of(path, part, 3) for part in range(3)]  # each reads other entries
+    assert sorted(shared, key=bool) == [None, None, damage.of(path)]
 
 
 @pytest.mark.parametrize("name", ["state_dict", "hyper_parameters", "global_step", "data", "text", "tokenizer"])
