@@ -870,13 +870,15 @@ def test_a_teacher_of_salt_ds_costs_its_scoring_too_and_its_own_teacher_is_menti
     own = {"teacher": "first/checkpoints/step-00000300.ckpt", "data.selection": "score", "student": 4}
     second = write_run(tmp_path / "second", {300: 4.5}, **own, **kd)
     salt = write_run(tmp_path / "salt", SALT, teacher="second/checkpoints/step-00000300.ckpt", **kd)
-    found = evaluate(load([first, second, salt, write_run(tmp_path / "baseline", BASELINE)]))
+    again = write_run(tmp_path / "again", SALT, teacher="second/checkpoints/step-00000200.ckpt", **kd)
+    earlier(again, 20, teacher="second/checkpoints/step-00000100.ckpt", **kd)
+    found = evaluate(load([first, second, salt, again, write_run(tmp_path / "baseline", BASELINE)]))
     flops, seconds = found.rows[2].teacher_training_flops, found.rows[2].teacher_training_seconds
     alone = evaluate(load([second])).rows[0]  # student and own teacher
     assert (flops, seconds) == pytest.approx(
         (alone.student_flops + alone.teacher_flops + 400, 150 + 20) if scored else (math.nan, math.nan), nan_ok=True
     )
-    said = "second, the teacher of salt, had a teacher too: the cost of training that one is not counted"
+    said = "second, the teacher of salt, again, had a teacher too: the cost of training that one is not counted"
     assert [note for note in found.notes if "had a teacher too" in note] == [said]
 
 

@@ -117,11 +117,14 @@ def _lost_teachers(runs: list[Run], reference: Run) -> list[str]:
 
 def _taught_teachers(runs: list[Run]) -> list[str]:
     """Teachers that had a teacher themselves, whose training is in no figure of their students."""
+    students: dict[Run, dict[str, None]] = {}
+    for run in runs:
+        for teacher in lineage.teacher_runs(run, runs).values():
+            if run.kd_steps > 0 and teacher is not None and teacher.kd_steps > 0:
+                students.setdefault(teacher, {})[run.name] = None
     return [
-        f"{teacher.name}, the teacher of {run.name}, had a teacher too: the cost of training that one is not counted"
-        for run in runs
-        for teacher in lineage.teacher_runs(run, runs).values()
-        if run.kd_steps > 0 and teacher is not None and teacher.kd_steps > 0
+        f"{teacher.name}, the teacher of {few(names)}, had a teacher too: the cost of training that one is not counted"
+        for teacher, names in students.items()
     ]
 
 
