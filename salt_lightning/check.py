@@ -260,9 +260,10 @@ class Check:
 
     def _compute(self, student: CausalLM, teacher: CausalLM | None) -> None:
         tokens, steps = self.data.global_batch_size * self.data.block_size, self.trainer.max_steps
+        num_ids = None if self.data._train is None else self.data.vocab_size  # without text there may be no tokenizer
         per_token = [
             flops.forward_flops_per_token(lm.model, self.data.block_size, ids) if lm else 0.0
-            for lm, ids in ((student, None), (teacher, self.data.vocab_size))
+            for lm, ids in ((student, None), (teacher, num_ids))
         ]
         taught = self._kd.schedule.kd_steps(steps)
         plain = flops.student_flops(per_token[0], tokens)
