@@ -386,10 +386,8 @@ def read(folder: Path) -> dict[str, Any]:
     """
     require_stored(folder / META)
     checkpoint = torch.load(folder / META, map_location="cpu", weights_only=True)
-    if checkpoint.pop(_DIGEST, None) not in (
-        None,
-        _digest((folder / METADATA).read_bytes()),
-    ):  # None: from a version that did not write it
+    digest = _digest((folder / METADATA).read_bytes())
+    if checkpoint.pop(_DIGEST, None) not in (None, digest):  # None: from a version that did not write it
         raise DamageError(f"{METADATA} has changed since it was written")
     metadata = table_of(folder)
     checkpoint["state_dict"] = Tensors(folder, metadata, _WEIGHTS)
