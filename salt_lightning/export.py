@@ -31,7 +31,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.tokenization_utils_base import LARGE_INTEGER
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from salt_lightning.command.settings import is_address
+from salt_lightning.command.settings import wrong_path
 from salt_lightning.comparison.lineage import read as read_log
 from salt_lightning.errors import ConfigError, VerbParser, failed_write, few, first_line, printable
 from salt_lightning.hugging_face.card import model_card
@@ -109,9 +109,9 @@ def export(
 
 
 def check_target(target: Path, setting: str) -> None:
-    """Raises ConfigError if `target` exists, as nothing is ever overwritten, or if it is an address."""
-    if is_address(target):
-        raise ConfigError(f"{setting} {target} is an address: give a folder of this machine, and copy it from there")
+    """Raises ConfigError if `target` exists, as nothing is ever overwritten, or if it cannot be a folder's name."""
+    if wrong := wrong_path(target):
+        raise ConfigError(f"{setting} {target} {wrong}")
     if target.exists() or target.is_symlink():
         raise ConfigError(f"{setting} {target} exists already; choose another name or remove it")
 

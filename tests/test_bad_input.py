@@ -44,6 +44,10 @@ ERRORS = {
         r"^error: --model.teacher.path s3://b/c.ckpt is an .*; --data.difficulty file:///d is .*; "
         r"--data.cache_dir hdfs://c is an address",
     ),
+    "a name of bytes that are no text": (
+        {"run": "runs/caf\udce9"},
+        r"^error: --run runs/caf\\udce9 is not valid UTF-8; give another name$",
+    ),
     "unknown key in a spec": ({"model.student.famly": "llama"}, r"famly"),
     "unknown size": ({"model.student.config": {"hiden_size": 32}}, r"config.hiden_size: llama has no such setting"),
     "of Lightning, of a class, of the model and of the text at once": (
@@ -635,6 +639,10 @@ VERBS = {
         r"export: DIR .*folder exists already",
     ),
     "an address": (["export", "{bad}/flipped.ckpt", "s3://bucket/out"], r"export: DIR s3:/bucket/out is an address"),
+    "a name of bytes that are no text": (
+        ["export", "{bad}/flipped.ckpt", "\udce9"],
+        r"export: DIR \\udce9 is not valid",
+    ),
     "no verb": (["fti"], r"invalid choice: 'fti'"),
 }
 

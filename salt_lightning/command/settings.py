@@ -42,22 +42,26 @@ def local_paths(config: Namespace) -> None:
     """Expands ~: a shell does it for `--run ~/x`, but not for `--run=~/x` or in a file. Sources do it themselves.
 
     Raises:
-        ConfigError: a path is an address, which would become a local folder named s3:.
+        ConfigError: a path is one that cannot be used; see wrong_path.
     """
     paths = {name: path for name in _PATHS if isinstance(path := config.get(name), str)}
-    refuse(
-        f"--{name} {path} is an address; give a local folder, e.g. one where that storage is mounted"
-        for name, path in paths.items()
-        if is_address(path)
-    )
+    refuse(f"--{name} {path} {wrong}" for name, path in paths.items() if (wrong := wrong_path(path)))
     for name, path in paths.items():
         if path.startswith("~"):
             config[name] = os.path.expanduser(path)
 
 
-def is_address(path: str | Path) -> bool:
-    """Whether it is an address such as s3://bucket, which becomes s3:/bucket as a Path; a single letter is a drive."""
-    return re.match(r"[a-zA-Z][\w+.-]+:/", str(path)) is not None
+def wrong_path(path: str | Path) -> str:
+    """What is wrong with the name of a local file or folder; empty if nothing is.
+
+    An address such as s3://bucket would become a local folder named s3:. Libraries cannot write to a name that is not
+    UTF-8.
+    """
+    if re.match(r"[a-zA-Z][\w+.-]+:/", str(path)):  # as a Path, it is s3:/bucket; a single letter is a drive
+        return "is an address; give a local folder, e.g. one where that storage is mounted"
+    if str(path).encode(errors="replace").decode() != str(path):
+        return "is not valid UTF-8; give another name"
+    return ""
 
 
 def wrong_groups(config: Namespace) -> list[str]:
