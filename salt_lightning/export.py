@@ -4,6 +4,8 @@ Weights are read and written one file at a time, each of a few gigabytes at most
 with the model. Needs no GPU, no teacher and no process group.
 """
 
+import fcntl
+import glob
 import json
 import os
 import re
@@ -16,6 +18,7 @@ from uuid import uuid4
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from lightning.pytorch.utilities import rank_zero_info
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -160,10 +163,11 @@ def _tokenizer(
 @contextmanager
 def _whole_folder(target: Path) -> Iterator[Path]:
     """A folder beside `target`, renamed to it when all of its contents have reached the disk."""
-    partial, made = target.with_name(f".{target.name}.{uuid4().hex}.tmp"), False
+    _delete_leftovers(target)
+    partial, made, held = target.with_name(f".{target.name}.{uuid4().hex}.tmp"), False, None
     try:
         partial.mkdir(parents=True)
-        made = True
+        made, held = True, _hold(partial)
         yield partial
         for path in (*partial.rglob("*"), partial):
             sync_folder(path)
@@ -176,6 +180,29 @@ def _whole_folder(target: Path) -> Iterator[Path]:
         raise failed_write(target, error.strerror or first_line(error), error.errno) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        if held is not None:
+            os.close(held)
+
+
+def _delete_leftovers(target: Path) -> None:
+    """Deletes the unfinished copies of a model that killed exports to `target` have left."""
+    for left in target.parent.glob(f".{glob.escape(target.name)}.{'[0-9a-f]' * 32}.tmp"):
+        with suppress(OSError):
+            if (held := _hold(left)) is not None:
+                shutil.rmtree(left)
+                os.close(held)
+                rank_zero_info(f"export: deleted {left}, which an export that was killed had left")
+
+
+def _hold(folder: Path) -> int | None:
+    """Locks a folder until the returned descriptor is closed or the process dies. None: it is locked, or cannot be."""
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(held)
+        return None
+    return held
 
 
 def _write_weights(

@@ -621,6 +621,16 @@ def test_two_exports_at_once_leave_each_others_files_alone(salt, tmp_path, monke
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_what_a_killed_export_left_is_deleted_by_the_next(salt, tmp_path, caplog):
+    left, others = tmp_path / f".out.{'3f' * 16}.tmp", tmp_path / f".others.{'3f' * 16}.tmp"
+    for folder in (left, others):  # nobody holds them
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(bytes(9))
+    assert cli.main(["export", str(checkpoints(salt)[-1]), str(tmp_path / "out")]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [others.name, "out"]
+    assert f"export: deleted {left}, which an export that was killed had left" in caplog.text
+
+
 def test_a_folder_that_cannot_be_made_is_named(salt, capsys):
     assert cli.main(["export", str(checkpoints(salt)[-1]), "/proc/none/out"]) == 1
     said = "/proc/none/out cannot be written (No such file or directory); choose another folder"
