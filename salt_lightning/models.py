@@ -385,8 +385,8 @@ def check_path(spec: ModelSpec, name: str) -> None:
     elif path.is_dir():
         if not (path / "config.json").is_file():
             raise ConfigError(
-                f"{setting} {spec.path} is a folder without config.json; give a Hugging Face folder, or the "
-                "name of a .ckpt of this project"
+                f"{setting} {spec.path} is a folder without config.json; give a Hugging Face folder, or a "
+                "checkpoint of this project, whose name ends in .ckpt"
             )
         folders.check(path, setting, spec.trust_remote_code)
 
