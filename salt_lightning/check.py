@@ -31,7 +31,6 @@ from salt_lightning.module import SALTModule
 from salt_lightning.preflight import Finding, listed, size_said
 from salt_lightning.run.peers import writes_elsewhere
 from salt_lightning.schedule import KDScheduleCallback, kd_callbacks
-from salt_lightning.selection import LESS_CHANCE
 from salt_lightning.teacher import probe
 from salt_lightning.teacher.difficulty import find_files
 from salt_lightning.teacher.scores import Scores
@@ -158,8 +157,7 @@ class Check:
             if reads := self.probe("rows", partial(data.reads, trainer.max_steps)):
                 self.findings.append(reads)
             if data.selection and (found := self.probe("selection", data.plan_selection)):
-                many = found.chance > 0.5
-                self.add("warning" if many else "ok", "selection", found.said, LESS_CHANCE if many else "")
+                self.add("warning" if found.remedy else "ok", "selection", found.said, found.remedy)
         if not (self.works("validation text", data.setup, "validate") and data._train):
             return None
         self.findings += data.doubts()

@@ -147,7 +147,7 @@ class SALTDataModule(LightningDataModule):
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._train: PackedRows | ExampleRows | None = None
         self.stretches: Stretches = one_stretch(global_batch_size, None)
-        self._selected = ""  # message about the selection
+        self._selected: Plan | None = None
         self._order: Order | Mixture | None = None
         self._shards: tuple[list[int], bool] | None = None
         self._eval: PackedRows | ExampleRows | None = None
@@ -410,8 +410,8 @@ class SALTDataModule(LightningDataModule):
         """The order of the training rows; with a selection, phase 1 has its own rows."""
         if not self.selection:
             return make_order(self._shares(), self.seed, self.num_train_rows)
-        order, _, self._selected = self.plan_selection(final=False)
-        return order
+        self._selected = self.plan_selection(final=False)
+        return self._selected.order
 
     def plan_selection(self, final: bool = True) -> Plan:
         """Plan which rows phase 1 reads, by the scores in `selection`. `final`: also check how often it reads a row.
@@ -451,9 +451,9 @@ class SALTDataModule(LightningDataModule):
         )
 
     def _say_plan(self, order: Order | Mixture, steps: int) -> None:
-        if self.selection:
+        if self._selected:
             check_repeats(order, self.keep)
-            rank_zero_info(self._selected)
+            self._selected.say()
         reads = self.reads(steps)
         rank_zero_info(f"data: {reads.said}" + (f" ({reads.remedy})" if reads.remedy else ""))
 

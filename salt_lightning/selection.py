@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from salt_lightning.batches.mixture import Mixture, Shares, make_order
 from salt_lightning.batches.order import Order, scatter
@@ -98,7 +99,8 @@ def score_rows(nll_RT: np.ndarray, rank_RT: np.ndarray, k: int, masked: Masked) 
     return np.where(counts_R > 0, medians_R, 0.0)
 
 
-# what to do if chance decides
+# what to do if chance decides between more of the kept rows than this share
+MUCH_CHANCE = 0.5
 LESS_CHANCE = "a later teacher, a larger --data.keep.k, --data.keep.masked drop, or fewer rows kept"
 
 
@@ -106,6 +108,18 @@ class Plan(NamedTuple):
     order: Order | Mixture
     chance: float  # share of the kept rows that a lot chose instead of the scores; 0 for a random subset
     said: str
+
+    @property
+    def remedy(self) -> str:
+        """What to do if chance decides much; empty if not."""
+        return LESS_CHANCE if self.chance > MUCH_CHANCE else ""
+
+    def say(self) -> None:
+        """Logs it, as a warning if chance decides much."""
+        if self.remedy:
+            rank_zero_warn(f"{self.said}; use {self.remedy}")
+        else:
+            rank_zero_info(self.said)
 
 
 def chance(score_R: np.ndarray, kept_R: np.ndarray) -> float:

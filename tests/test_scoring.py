@@ -417,6 +417,13 @@ def test_rows_that_were_selected_otherwise_before_a_resume_are_said_to_come_agai
     assert before & after
 
 
+def test_a_selection_that_chance_decides_is_a_warning(fit_with, ds, tmp_path):
+    with pytest.warns(
+        UserWarning, match=r"rows left out: chance decides\); .* unread rows; use a later teacher, .* kept$"
+    ):
+        assert fit_with(tmp_path, **{**ds, "data.keep.masked": "zero", "data.keep.k": 1}) == 0
+
+
 def test_the_control_without_kd_reads_the_same_rows(fit_with, ds, tmp_path):
     with_kd, without = Reads(), Reads()
     assert fit_with(tmp_path / "a", with_kd, **ds) == 0
