@@ -842,6 +842,30 @@ def test_the_teachers_own_training_stands_apart(tmp_path, monkeypatch):
     assert evaluate(load([tmp_path / "link", baseline, salt])).rows[0].method == "TEACHER"
 
 
+def test_a_teacher_that_was_validated_on_other_text_is_told(tmp_path):
+    teacher = write_run(tmp_path / "teacher", {300: 5.0}, student=4)
+    salt = write_run(tmp_path / "salt", SALT, teacher=f"{teacher}/checkpoints/last.ckpt", weight=0.5, kd_steps=60)
+    baseline = write_run(tmp_path / "baseline", BASELINE)
+    for run, tokens in ((teacher, 90), (salt, 70), (baseline, 70)):
+        count(run, "val", tokens, 3 * tokens, [300])
+    (note,) = (note for note in evaluate(load([teacher, baseline, salt])).notes if "validated on" in note)
+    assert note.startswith("teacher was validated on other text than baseline (90 tokens, there 70): their losses")
+
+
+def test_a_run_with_one_validation_is_a_point_in_the_figure(tmp_path):
+    runs = [
+        write_run(tmp_path / "baseline", BASELINE),
+        write_run(tmp_path / "salt", {300: 5.0}, **{"model.optim.lr": 1}),
+    ]
+    lines = {line.get_label(): line for line in report.figure(evaluate(load(runs))).axes[0].lines}
+    assert [
+        lines[f"BASELINE ({name})  {ce}"].get_marker() for name, ce in (("baseline", "4.000"), ("salt", "5.000"))
+    ] == [
+        "",
+        ".",
+    ]
+
+
 def test_all_teachers_of_a_run_are_counted_each_up_to_its_furthest_checkpoint(tmp_path):
     """One teacher at steps 30 and 60, then another: (60 * 4 + 100 * 6) FLOPs, and both are students of none."""
     first, second = (write_run(tmp_path / name, {300: 5.0}, student=n) for name, n in (("first", 4), ("second", 6)))

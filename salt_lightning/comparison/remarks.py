@@ -47,10 +47,10 @@ def remarks(
     ]
     notes += [note for run in runs for note in _beginning(run)]
     notes += [f"{run.name} has no config.yaml: its method is not known" for run in runs if not run.config]
-    students = [run for group in experiments for run in group]
     notes += _better([[run for run in group if run.finished] for group in experiments], reference)
     notes += _lost_teachers(runs, reference) + _taught_teachers(runs)
-    return notes + _other_text(students, reference) + _tests(runs)
+    once = [run for run in runs if run.name not in repeated]
+    return notes + _other_text(once, reference) + _tests(runs)
 
 
 def _beginning(run: Run) -> list[str]:
@@ -156,9 +156,9 @@ def other_text(a: Run, b: Run, kind: str) -> bool:
     )
 
 
-def _other_text(students: list[Run], reference: Run) -> list[str]:
+def _other_text(runs: list[Run], reference: Run) -> list[str]:
     notes = []
-    for run in students:
+    for run in runs:
         counts = run.curves.get("val/tokens")
         if counts is not None and (where := np.flatnonzero(np.diff(counts.values))).size:
             at = where[-1]

@@ -344,7 +344,9 @@ def _panel(ax: Axes, comparison: Comparison, axis: str, divisor: float) -> None:
             style, colour = known.pop(method) if method in known else next(others)
         label = f"{group.label}  {number(group.mean, '.3f')}" + (f"  (n = {group.n})" if group.n > 1 else "")
         for run in shown:
-            ax.plot(x_of(run, run.val_ce.steps), run.val_ce.values, color=colour, ls=style, lw=width, label=label)
+            point = "." if len(run.val_ce.steps) == 1 else ""  # a line would not be visible
+            xs, ys = x_of(run, run.val_ce.steps), run.val_ce.values
+            ax.plot(xs, ys, marker=point, color=colour, ls=style, lw=width, label=label)
             label = "_"  # one legend entry for all seeds
             row = rows[run.name]
             if not is_reference and not math.isnan(row.reached_step):
