@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import arguments, weights
 from families import tiny
 from ranks import launch
@@ -29,6 +30,7 @@ from salt_lightning.answers import (
 )
 from salt_lightning.errors import ConfigError
 
+ROOT = Path(__file__).parents[1]
 PROMPTS = [[5, 9, 3], [7], [11, 2, 6, 30, 4]]
 EOS = 0
 
@@ -129,6 +131,24 @@ def test_marks_that_end_a_turn(response, ends):
 )
 def test_the_part_that_counts(text, pattern, part):
     assert extracted(text, re.compile(pattern) if pattern else None) == part
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        (" 9 apples", "9"),
+        (" 9, because", "9"),
+        (" 12:", "12"),
+        (" $-1,250.50 in all", "-1,250.50"),
+        (" 3/4 of it", "3/4"),
+        (" 17 years old; 12 years old", "17 years old; 12"),
+        (" 11:55 p.m. on 24 December 2014.", "11:55 p.m. on 24 December 2014"),
+        (" Purple", " Purple"),
+    ],
+)
+def test_the_part_of_an_asdiv_answer_that_counts(text, part):
+    overlay = yaml.safe_load((ROOT / "configs" / "tasks" / "asdiv.yaml").read_text())
+    assert extracted(text, re.compile(overlay["answers"]["extract"])) == part
 
 
 @pytest.mark.parametrize(
