@@ -126,7 +126,7 @@ SIZES["cpu-long"] = replace(
     SIZES["cpu"], steps=1600, val_every=200, rates=(1e-3, 2e-3, 4e-3), large_rates=(5e-4, 1e-3, 2e-3),
     fixed=SIZES["cpu"].fixed | {"checkpoint.every_n_steps": 400},
 )  # fmt: skip
-# 9.4 tokens per parameter, each read at most once: does the gain of the short runs last?
+# 9.0 tokens per parameter, each read at most once: does the gain of the short runs last?
 SIZES["cpu-epoch"] = replace(
     SIZES["cpu-long"], steps=6400, val_every=400, val_rows=512, keep_one_in=8, rates=(2e-3, 4e-3, 8e-3),
     fixed=SIZES["cpu"].fixed | {"checkpoint.every_n_steps": 800},
