@@ -451,3 +451,17 @@ def test_one_document_that_is_nearly_all_is_named_where_it_is_held_out(held_out,
     assert len(found) == held_out
     said = r"--data.val_fraction 0.1 of the documents took \d\d% of the tokens \(the longest document is 9\d% of"
     assert not held_out or re.match(said, found[0])
+
+
+@pytest.mark.parametrize("name", ["pipe", "pipe:train", "folder", "./pipe", "./folder"])
+def test_what_exists_here_is_not_looked_up_on_the_hub(name, tmp_path, monkeypatch):
+    """An empty folder or a pipe may have a name that a hub data set may have too."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    os.mkfifo(tmp_path / "pipe:train")
+    what = "matches only folders, no file" if "folder" in name else "is not a regular file"
+    with pytest.raises(ConfigError, match=rf"^--data.source: '{name}' {what}; give a file"):
+        resolve("--data.source", [name], Hub())
+    (group,) = resolve("--data.source", ["other"], Hub())
+    assert (group.kind, group.hub_name) == ("hub", "other")

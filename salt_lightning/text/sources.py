@@ -113,10 +113,11 @@ def _resolve_one(setting: str, entry: str, name: str, hub: Hub) -> list[Group]:
                 f"{setting}: {entry!r} holds no text: its files ({len(files)}) are empty; give other files"
             )
         return [Group(name, kind, tuple(found)) for kind, found in of_kind.items() if found]
+    there = glob.glob(path)  # an empty folder, or a pipe
     hub_name, _, split = entry.partition(":")
-    if _HUB_NAME.fullmatch(hub_name) and Path(entry).suffix not in {".txt", ".md", ".py", *_KINDS, *SUFFIXES}:
+    named = _HUB_NAME.fullmatch(hub_name) and Path(entry).suffix not in {".txt", ".md", ".py", *_KINDS, *SUFFIXES}
+    if named and not there:
         return [Group(name, "hub", hub_name=hub_name, hub=replace(hub, split=split or hub.split))]
-    there = glob.glob(path)
     special = "matches only folders, no file" if all(map(os.path.isdir, there)) else "is not a regular file"
     what = special if there else "matches no file"
     raise ConfigError(
