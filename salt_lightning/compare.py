@@ -12,7 +12,7 @@ import numpy as np
 from salt_lightning.comparison import lineage, report
 from salt_lightning.comparison.remarks import other_text, remarks
 from salt_lightning.comparison.results import Comparison, Group, Row
-from salt_lightning.errors import ConfigError, VerbParser, failed_write, printable, printable_lines
+from salt_lightning.errors import ConfigError, VerbParser, printable, printable_lines, writing
 from salt_lightning.run.runlog import AXES, Run, read_run
 
 
@@ -57,13 +57,11 @@ def compare(runs: Sequence[str | Path], out: str | Path, baseline: str | None = 
     comparison, out = evaluate([lineage.whole(run, named) for run in named], baseline), Path(out)
     link = "\n![Validation CE over steps and over FLOPs](compare.png)\n"
     text, data, figure = report.markdown(comparison), report.json_text(comparison), report.figure(comparison)
-    try:
+    with writing(out / "compare.*"):
         out.mkdir(parents=True, exist_ok=True)
         (out / "compare.md").write_text(text + link, encoding="utf-8")
         (out / "compare.json").write_text(data, encoding="utf-8")
         figure.savefig(out / "compare.png", dpi=160)
-    except OSError as error:
-        raise failed_write(out / "compare.*", error.strerror or str(error), error.errno) from error
     return comparison
 
 

@@ -6,7 +6,8 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from numbers import Integral, Real
 from types import NoneType, UnionType
@@ -156,6 +157,15 @@ def failed_write(path: os.PathLike[str], reason: str, number: int | None, again:
     elif number in (None, errno.ENOSPC, errno.EDQUOT):
         remedy = f"is the disk full? Make room and {again}"
     return OSError(f"{path} cannot be written ({reason}); {remedy}")
+
+
+@contextmanager
+def writing(path: os.PathLike[str], again: str = "try again") -> Iterator[None]:
+    """Turns an OSError of the block, which writes `path`, into `failed_write`."""
+    try:
+        yield
+    except OSError as error:
+        raise failed_write(path, error.strerror or first_line(error), error.errno, again) from error
 
 
 class NonFiniteLossError(RuntimeError):

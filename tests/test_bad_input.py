@@ -717,6 +717,32 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_after_it(settings, tmp_path
     assert run([*args, "--ckpt_path=last", "--trainer.max_steps=12"]) == 0
 
 
+@pytest.mark.parametrize(
+    ("verb", "largest_file", "file", "remedy"),
+    [
+        ("predict", 300, "scores.json", "try again"),
+        ("predict", 5_000, "scores/00000000.parquet", "run the same command again: finished shards are kept"),
+        ("predict", 1_500, "report.*", "run the same command again: all shards are kept"),
+        ("validate", 1_500, "validate/documents.parquet", "try again"),
+    ],
+)
+def test_scores_that_a_full_disk_does_not_take(settings, teacher, tmp_path, verb, largest_file, file, remedy):
+    own = {"run": str(tmp_path / "run"), "trainer.logger": False}
+    if verb == "predict":
+        names = ("source", "vocab_size", "block_size", "val_fraction", "cache_dir", "prepare_workers")
+        settings = {f"data.{name}": settings[f"data.{name}"] for name in names}
+        own |= {"model.teacher.path": teacher, "data.micro_batch_size": 8, "trainer.accelerator": "cpu"}
+    else:
+        own |= {"ckpt_path": teacher, "kd.weight": 0.0}
+    if file == "report.*":  # smaller than the scores
+        assert run([verb, *arguments(settings, own)]) == 0
+    done = limited([verb, *arguments(settings, own)], largest_file)
+    assert done.returncode == 1, done.stderr
+    said = f"{tmp_path}/run/{file} cannot be written (File too large); fix that and {remedy}"
+    assert done.stderr.splitlines()[-1] == f"error: {said}"
+    assert run([verb, *arguments(settings, own)]) == 0
+
+
 @pytest.mark.parametrize("lr", [1e30, 1e38], ids=["weights", "loss"])
 def test_a_rate_far_too_large_is_one_line_and_no_bad_state_is_kept(settings, tmp_path, capsys, lr):
     own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, "model.optim.lr": lr, "checkpoint.every_n_steps": 1,

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from lightning.pytorch.utilities import rank_zero_info
 
-from salt_lightning.errors import ConfigError, first_line
+from salt_lightning.errors import ConfigError, first_line, writing
 from salt_lightning.metrics import TokenMetrics
 from salt_lightning.run.curves import THIRDS
 from salt_lightning.teacher.scores import write_table
@@ -173,9 +173,10 @@ class DocumentLossWriter(pl.Callback):
             "model": str(trainer.ckpt_path or pl_module.student_spec.path),
         }
         file = Path(trainer.default_root_dir) / ("test" if trainer.testing else "validate") / _FILE
-        file.parent.mkdir(parents=True, exist_ok=True)
         columns = {"document": np.arange(len(tokens_D)), "nll": nll_D.astype(np.float64), "tokens": tokens_D}
-        write_table(file, pa.table(columns).replace_schema_metadata({"documents": json.dumps(about)}))
+        with writing(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_table(file, pa.table(columns).replace_schema_metadata({"documents": json.dumps(about)}))
         rank_zero_info(f"loss of each of {int((tokens_D > 0).sum())} documents: {file}")
 
     on_validation_start = on_test_start = _begin

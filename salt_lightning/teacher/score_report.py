@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from salt_lightning.batches.order import scatter
 from salt_lightning.comparison.report import COLOURS, REFERENCE_COLOUR, table
+from salt_lightning.errors import writing
 from salt_lightning.selection import LESS_CHANCE, KeepRule, chance, kept_mask, kept_rows, row_scores
 from salt_lightning.teacher.scores import NO_LABEL, Scores
 
@@ -39,8 +40,9 @@ def write(scores: Scores, rule: KeepRule, decode: Callable[[int], str]) -> tuple
         _overlap(kept, of_k, rule),
         _examples(scores, of_k[rule.k], rule, decode),
     ]
-    text.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    _figure(of_k[rule.k], kept[rule.k], rule).savefig(image, dpi=160)
+    with writing(scores.run / "report.*", "run the same command again: all shards are kept"):
+        text.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+        _figure(of_k[rule.k], kept[rule.k], rule).savefig(image, dpi=160)
     return text, image
 
 

@@ -19,11 +19,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from salt_lightning.errors import ConfigError, first_line
+from salt_lightning.errors import ConfigError, first_line, writing
 from salt_lightning.text.journal import whole, write_json
 
 NO_LABEL = 65535
 RANK_CAP = 65534
+_AGAIN = "run the same command again: finished shards are kept"
 _SHARD_TOKENS, _MAX_SHARDS = 1 << 20, 4096
 
 
@@ -100,12 +101,14 @@ class Scores:
             scored: what is to be scored now; existing scores of anything else are refused.
             extra: more for the manifest (the teacher's path, FLOPs, versions), for people to read.
         """
-        (run / "scores").mkdir(parents=True, exist_ok=True)
+        with writing(run / "scores"):
+            (run / "scores").mkdir(parents=True, exist_ok=True)
         there = cls.require_begun(run, scored)
         for left in (*(run / "scores").glob(".*.tmp"), *run.glob(".scores.json.*.tmp")):  # by a kill
             left.unlink(missing_ok=True)
         if there is None:
-            write_json(run / "scores.json", {"scored": asdict(scored), **extra})
+            with writing(run / "scores.json"):
+                write_json(run / "scores.json", {"scored": asdict(scored), **extra})
         return cls(run, "--run")
 
     @classmethod
@@ -120,7 +123,8 @@ class Scores:
     def note(self, **more: Any) -> None:
         """Adds to the manifest, for people and `compare` to read."""
         self.manifest |= more
-        write_json(self.run / "scores.json", self.manifest)
+        with writing(self.run / "scores.json", _AGAIN):
+            write_json(self.run / "scores.json", self.manifest)
 
     @property
     def identity(self) -> bytes:
@@ -173,7 +177,8 @@ class Scores:
         }
         # use_byte_stream_split groups bytes of equal significance: 4.1 instead of 4.8 bytes per token, 4 x as fast
         table = pa.table(columns).replace_schema_metadata({"scored": self.identity})
-        write_table(self.path(shard), table, use_byte_stream_split=["nll.list.element", "rank.list.element"])
+        with writing(self.path(shard), _AGAIN):
+            write_table(self.path(shard), table, use_byte_stream_split=["nll.list.element", "rank.list.element"])
 
     def read(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
         """nll_RT (float32) and rank_RT (uint16) of one shard.
