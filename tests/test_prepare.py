@@ -12,6 +12,7 @@ import re
 import resource
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -742,7 +743,8 @@ def test_prepared_once(tmp_path, monkeypatch):
     tokenizer = load_tokenizer(str(prepare_tokenizer(corpus, 300, 0.1, cache)))
     prepare_tokens(corpus, tokenizer, 0.1, cache, 1)
     before = stamps(cache)
-    monkeypatch.setattr(processes, "ProcessPoolExecutor", None)  # tokenizing again would call it
+    for name in ("ordered_map", "in_child"):  # tokenizing or training again would call them
+        monkeypatch.setattr(prepare, name, None)
     prepare_tokenizer(corpus, 300, 0.1, cache)
     prepare_tokens(corpus, load_tokenizer(str(tokenizer_folder(corpus, 300, 0.1, cache))), 0.1, cache, 1)
     assert stamps(cache) == before
@@ -1113,7 +1115,7 @@ def test_if_some_workers_cannot_start_the_others_end(what, monkeypatch):
         return fork()
 
     def start_none(thread: threading.Thread) -> None:
-        if "Executor" in type(thread).__name__:
+        if "ThreadPoolExecutor" in thread.name:
             raise RuntimeError("can't start new thread")
         start(thread)
 
@@ -1375,6 +1377,62 @@ def test_interrupt_ends_at_once_and_leaves_nothing(train, tmp_path):
     child.join(timeout=20)
     assert child.exitcode == 77
     assert list(cache.iterdir()) == []
+
+
+def test_each_of_several_interrupts_ends_the_workers_at_once():
+    """While tasks and results larger than a pipe are under way. Python's own pool often waited for good."""
+    fork = multiprocessing.get_context("fork")
+
+    def half_mib(task):
+        time.sleep(0.01)
+        return bytes(1 << 19)
+
+    def run(started):
+        os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        tasks = (SimpleNamespace(size=1, content=bytes(1 << 19)) for _ in range(10_000))
+        try:
+            for _ in processes.ordered_map(half_mib, tasks, 3, 9):
+                started.set()
+        except KeyboardInterrupt:
+            sys.exit(77)
+
+    for attempt in range(10):
+        started = fork.Event()
+        child = in_fork(run, started)
+        assert started.wait(timeout=30)
+        time.sleep(0.01 * attempt)
+        os.killpg(child.pid, signal.SIGINT)
+        child.join(timeout=10)
+        child.kill()
+        assert child.exitcode == 77, attempt
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_an_interrupt_that_the_run_ignores_does_not_end_its_workers(train, tmp_path):
+    """As in a script's background job: the children died of it, and a lack of memory was named as the cause."""
+    started = multiprocessing.get_context("fork").Event()
+
+    def slow(function):
+        def call(*args):
+            started.set()
+            time.sleep(0.5)
+            return function(*args)
+
+        return call
+
+    def run():
+        os.setsid()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        prepare.train_tokenizer, prepare.Encoder.__call__ = map(slow, (train_tokenizer, prepare.Encoder.__call__))
+        train_or_encode(train, path, tmp_path / "cache")
+
+    path, train_tokenizer = many(tmp_path), prepare.train_tokenizer
+    child = in_fork(run)
+    assert started.wait(timeout=30)
+    os.killpg(child.pid, signal.SIGINT)
+    child.join(timeout=60)
+    assert child.exitcode == 0
 
 
 # --- checks ---

@@ -4,14 +4,18 @@ import math
 import os
 import signal
 import threading
+import traceback
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Protocol, TypeVar
 
 from salt_lightning.errors import ConfigError
@@ -42,37 +46,27 @@ def ordered_map(
         return
     pending: deque[tuple[T, Future]] = deque()
     size = 0
-    with starting():
-        started = ProcessPoolExecutor(workers, _FORK, _start_worker, (function,))
-    with started as pool:
-        try:
-            for task in tasks:
-                with starting(), _all_or_none(pool):
-                    pending.append((task, pool.submit(_work, task)))
-                size += task.size
-                while size >= max_size and len(pending) > workers:
-                    size -= pending[0][0].size
-                    yield _first(pending)
-            while pending:
+    # A thread for each worker keeps it busy while this one writes. Workers end first, so no thread waits for one.
+    with ThreadPoolExecutor(workers) as threads, _children(workers, _serve, function) as connections:
+        idle: SimpleQueue[Connection] = SimpleQueue()
+        for connection in connections:
+            idle.put(connection)
+        for task in tasks:
+            with starting(), _no_thread_as_os_error():
+                pending.append((task, threads.submit(_ask, idle, task)))
+            size += task.size
+            while size >= max_size and len(pending) > workers:
+                size -= pending[0][0].size
                 yield _first(pending)
-        finally:
-            for _, future in pending:
-                future.cancel()
+        while pending:
+            yield _first(pending)
 
 
 @contextmanager
-def _all_or_none(pool: ProcessPoolExecutor) -> Iterator[None]:
-    """If only some of the pool's processes start, or not its thread, which counts as one, kills them: nothing would end
-    them, and Python waits for them."""
+def _no_thread_as_os_error() -> Iterator[None]:
     try:
         yield
-    except (OSError, RuntimeError) as error:
-        for child in (pool._processes or {}).values():
-            child.kill()
-        thread: Any = pool._executor_manager_thread
-        if thread is None or thread.ident is not None:
-            raise
-        pool._executor_manager_thread = None  # type: ignore[assignment]  # not started, so it cannot be joined
+    except RuntimeError as error:  # a thread counts as a process where their number is limited
         raise OSError(str(error)) from error
 
 
@@ -81,14 +75,66 @@ def _first(pending: deque[tuple[T, Future]]) -> tuple[T, R]:
     return task, future.result()
 
 
-_FUNCTION: Callable[[Any], Any] | None = None  # one per worker process
+def _ask(idle: "SimpleQueue[Connection]", task: Any) -> Any:
+    connection = idle.get()  # there are as many as threads
+    try:
+        connection.send(task)
+        result, error = connection.recv()
+    except (EOFError, OSError) as lost:
+        raise BrokenProcessPool("a worker was killed") from lost
+    finally:
+        idle.put(connection)
+    if error is not None:
+        raise error
+    return result
 
 
-def _start_worker(function: Callable[[Any], Any] | None = None) -> None:
-    global _FUNCTION
-    _FUNCTION = function
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: die silently, the parent reports it
+def _serve(connection: Connection, function: Callable[[Any], Any]) -> None:
+    while True:
+        task = connection.recv()
+        result, failed = None, None
+        try:
+            result = function(task)
+        except Exception as error:
+            error.add_note(traceback.format_exc())  # a pickled one has no traceback
+            failed = error
+        connection.send((result, failed))
+
+
+@contextmanager
+def _children(count: int, target: Callable[..., None], *args: Any) -> Iterator[list[Connection]]:
+    """Processes that run `target(connection, *args)`, and the other ends. However the block is left, they are killed.
+
+    Ctrl-C reaches a terminal's whole process group, but only this process may act on it: it may ignore it, and a child
+    that dies by itself looks as if it was killed. So they are forked with the signal blocked, and keep it so.
+    """
+    children: list[BaseProcess] = []
+    connections: list[Connection] = []
+    try:
+        for _ in range(count):
+            with starting():
+                ours, theirs = _FORK.Pipe()
+                connections.append(ours)
+                children.append(_FORK.Process(target=_run, args=(target, theirs, *args), daemon=True))
+                before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+                try:
+                    children[-1].start()
+                finally:
+                    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+                theirs.close()  # or a killed child would not end the connection
+        yield connections
+    finally:
+        started = [child for child in children if child.pid is not None]
+        for child in started:
+            child.kill()
+        for child in started:
+            child.join()
+
+
+def _run(target: Callable[..., None], connection: Connection, *args: Any) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
+    with suppress(EOFError):  # of a parent that was interrupted before it knew this child
+        target(connection, *args)
 
 
 def end_with_parent() -> None:
@@ -98,40 +144,26 @@ def end_with_parent() -> None:
     os._exit(1)  # otherwise a killed parent leaves its workers waiting forever
 
 
-def _work(task: Any) -> Any:
-    assert _FUNCTION is not None
-    return _FUNCTION(task)
-
-
 def in_child(function: Callable[..., None], *args: Any) -> None:
     """Call a function in a process of its own; its exceptions are raised here."""
-    receiver, sender = _FORK.Pipe(duplex=False)
-    child = _FORK.Process(target=_call, args=(sender, function, args))
-    with starting():
-        child.start()
-    sender.close()
-    try:
-        error = receiver.recv()
-    except EOFError:
-        error = ConfigError(
-            "--data.tokenizer: the process that trained it was killed, perhaps for lack of memory; use "
-            "--data.prepare_workers 1, which starts none"
-        )
-    finally:
-        child.kill()
-        child.join()
-        receiver.close()
+    with _children(1, _call, function, args) as (connection,):
+        try:
+            error = connection.recv()
+        except EOFError:
+            error = ConfigError(
+                "--data.tokenizer: the process that trained it was killed, perhaps for lack of memory; use "
+                "--data.prepare_workers 1, which starts none"
+            )
     if error is not None:
         raise error
 
 
-def _call(sender: Connection, function: Callable[..., None], args: tuple[Any, ...]) -> None:
-    _start_worker()
+def _call(connection: Connection, function: Callable[..., None], args: tuple[Any, ...]) -> None:
     try:
         function(*args)
-        sender.send(None)
+        connection.send(None)
     except Exception as error:
-        sender.send(error)
+        connection.send(error)
 
 
 def num_cores() -> int:
