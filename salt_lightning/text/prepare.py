@@ -48,6 +48,7 @@ from salt_lightning.text.tokenizer import (
 
 MAX_SOURCES = 1000
 _JOURNAL_S = 10.0  # the work that a kill may lose
+_KEPT = f"; the same --data.cache_dir keeps all but about the last {_JOURNAL_S:g} s of work"
 _CHARS_PER_WORKER = 3 << 19  # three tasks: one being processed, one queued, one waiting to be written
 
 
@@ -70,7 +71,7 @@ def prepare_tokenizer(corpus: Corpus, vocab_size: int, val_fraction: float, cach
     folder = tokenizer_folder(corpus, vocab_size, val_fraction, cache_dir)
     if not folder.exists():
         stamps = corpus.stamps()
-        with _accidents(cache_dir), making(folder) as unfinished:
+        with _accidents(cache_dir, ""), making(folder) as unfinished:
             if unfinished is not None:
                 arguments = (corpus, vocab_size, val_fraction, str(unfinished.path))
                 if workers == 1:
@@ -142,7 +143,7 @@ def _prepare(
         },
         "dtype": encoder.dtype,
     }
-    with _accidents(folder.parent), making(folder) as unfinished:
+    with _accidents(folder.parent, _KEPT), making(folder) as unfinished:
         if unfinished is not None:
             try:
                 contents = _write(encoder, origin, unfinished, workers or num_cores())
@@ -191,14 +192,14 @@ def _check_unchanged(corpus: Corpus, stamps: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _accidents(cache_dir: Path) -> Iterator[None]:
-    """Report errors that are not the text's fault in one line."""
+def _accidents(cache_dir: Path, kept: str) -> Iterator[None]:
+    """Report errors that are not the text's fault in one line. `kept`: what is, of the work so far."""
     try:
         yield
     except BrokenProcessPool as error:
         raise ConfigError(
             "--data.prepare_workers: a tokenizing process was killed, usually for lack of memory; use fewer (1 "
-            "starts none) and start again; finished work is kept"
+            f"starts none) and start again{kept}"
         ) from error
     except OSError as error:
         if error.errno == errno.ENOLCK:
@@ -208,7 +209,7 @@ def _accidents(cache_dir: Path) -> Iterator[None]:
             ) from error
         raise ConfigError(
             f"--data.cache_dir: {cache_dir} cannot be written ({error.strerror or error}); fix that or "
-            "choose another folder, then start again; finished work is kept"
+            f"choose another folder, then start again{kept}"
         ) from error
 
 
