@@ -717,6 +717,19 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_after_it(settings, tmp_path
     assert run([*args, "--ckpt_path=last", "--trainer.max_steps=12"]) == 0
 
 
+def test_a_run_that_a_full_disk_does_not_begin(tmp_path):
+    def hold() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+        said = rf"^{tmp_path}/run/.lock cannot be written \(File too large\); fix that and try again$"
+        with pytest.raises(OSError, match=said), run_lock.held(tmp_path / "run"):
+            pass
+
+    child = multiprocessing.get_context("fork").Process(target=hold)
+    child.start()
+    child.join(timeout=30)
+    assert child.exitcode == 0
+
+
 @pytest.mark.parametrize(
     ("verb", "largest_file", "file", "remedy"),
     [

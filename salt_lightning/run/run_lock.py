@@ -12,7 +12,7 @@ from typing import IO
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from salt_lightning.errors import ConfigError, printable
+from salt_lightning.errors import ConfigError, failed_write, printable
 from salt_lightning.text.journal import NO_LOCKS
 
 _NAME = ".lock"
@@ -59,7 +59,7 @@ def _say_unlocked(run: Path, error: OSError) -> None:
             "until it ends, remove that file if none is running, or choose another folder"
         ) from error
     elif error.errno not in (EROFS, EACCES, EPERM, EEXIST, ENOTDIR):
-        raise OSError(error.errno, error.strerror, str(run / _NAME)) from error
+        raise failed_write(run / _NAME, error.strerror or str(error), error.errno) from error
 
 
 def _remove_empty(folders: list[Path]) -> None:
