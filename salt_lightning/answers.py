@@ -26,7 +26,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
 from salt_lightning.batches.rows import IGNORE
-from salt_lightning.errors import ConfigError, refuse, wrong_kinds
+from salt_lightning.errors import ConfigError, refuse, writing, wrong_kinds
 from salt_lightning.losses import token_stats
 from salt_lightning.text.documents import Corpus
 from salt_lightning.text.prepare import make_encoder
@@ -145,9 +145,10 @@ class AnswerTest(pl.Callback):
         pl_module.log_dict({f"test/{name}": value for name, value in values.items()}, sync_dist=True)
         if trainer.is_global_zero:
             file = Path(trainer.default_root_dir) / "test" / "answers.jsonl"
-            file.parent.mkdir(parents=True, exist_ok=True)
             lines = [json.dumps({"example": i, **record}, ensure_ascii=False) for i, record in records.items()]
-            file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            with writing(file):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     def _choose(self, pl_module: Any, micro_batch: int, records: dict[int, dict[str, Any]]) -> None:
         asked = sorted(self._pairs, key=lambda i: len(self._pairs[i][0]))

@@ -286,6 +286,15 @@ def test_learned_answers_are_found(learned, capsys, caplog):
     assert "- examples: 12\n" in shown
 
 
+def test_answers_that_cannot_be_written_are_one_line(learned, tmp_path, capsys):
+    (tmp_path / "run" / "test" / "answers.jsonl").mkdir(parents=True)
+    own = {"run": str(tmp_path / "run"), "answers.max_new_tokens": 0}
+    checkpoint = f"{learned['run']}/checkpoints/step-00000060.ckpt"
+    assert cli.main(["test", *arguments(learned, own, {"ckpt_path": checkpoint})]) == 1
+    said = f"error: {tmp_path}/run/test/answers.jsonl cannot be written (Is a directory); fix that and try again"
+    assert capsys.readouterr().err.strip().splitlines()[-1] == said
+
+
 def test_it_is_told_how_often_the_part_to_compare_is_found(learned, caplog):
     """A pattern for another task's answers finds nothing, and all would be compared whole in silence."""
     own = {"answers.choices": "null", "answers.extract": "#+ *(.+)|(?:Rome|Oslo)"}
