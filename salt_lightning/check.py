@@ -203,6 +203,8 @@ class Check:
         if lm is None:
             return None
         lm.eval().requires_grad_(False)
+        if self.data._train is not None:  # else there may be no tokenizer
+            lm.num_ids = self.data.vocab_size
         if self._proof(lm) and batch is not None and "teacher" not in self._unfit:
             loss = replace(probe.look(lm, _cut(batch, lm), self.data), untrained=self._untrained)
             self.findings.append(preflight.teacher(loss, str(spec.path), self._kd.allow_untrained))
@@ -258,10 +260,9 @@ class Check:
 
     def _compute(self, student: CausalLM, teacher: CausalLM | None) -> None:
         tokens, steps = self.data.global_batch_size * self.data.block_size, self.trainer.max_steps
-        num_ids = None if self.data._train is None else self.data.vocab_size  # without text there may be no tokenizer
         per_token = [
-            flops.forward_flops_per_token(lm.model, self.data.block_size, ids) if lm else 0.0
-            for lm, ids in ((student, None), (teacher, num_ids))
+            flops.forward_flops_per_token(lm.model, self.data.block_size, lm.num_ids) if lm else 0.0
+            for lm in (student, teacher)
         ]
         taught = self._kd.schedule.kd_steps(steps)
         plain = flops.student_flops(per_token[0], tokens)

@@ -14,11 +14,12 @@ import tokenizers
 import torch
 from conftest import arguments
 from torch.fx.experimental.proxy_tensor import make_fx
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from salt_lightning import check, cli, memory, parallel, preflight
 from salt_lightning.checkpoint import RunCheckpoint
 from salt_lightning.errors import ConfigError
+from salt_lightning.export import export
 from salt_lightning.hugging_face.spec import ModelSpec
 from salt_lightning.hugging_face.token_ids import emitted_ids
 from salt_lightning.models import build_fresh
@@ -395,6 +396,18 @@ def test_a_teacher_that_knows_nothing(checked, teacher, tmp_path, fit_with, caps
     assert fit_with(tmp_path / "fit", **{"kd.weight": 0.5, "kd.steps": 6, "model.teacher.path": path}) == 2
     assert "knows nothing about this text" in capsys.readouterr().err
     assert not (tmp_path / "fit").exists()
+
+
+def test_rows_that_pad_a_teachers_head_are_no_tokens(checked, teacher, tmp_path):
+    export(teacher, tmp_path / "cut")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "cut")
+    model.resize_token_embeddings(2048, mean_resizing=False)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[-1000:] = 0.0
+    shutil.copytree(tmp_path / "cut", tmp_path / "padded")
+    model.save_pretrained(tmp_path / "padded")
+    said = [of(checked(**{"model.teacher.path": str(tmp_path / name)})[1], "teacher CE") for name in ("cut", "padded")]
+    assert said[0] == said[1]
 
 
 def test_of_a_long_prompt_a_large_student_sees_some_of_the_response(checked, teacher, tmp_path, monkeypatch):
