@@ -154,8 +154,8 @@ class CausalLM(nn.Module):
 
     @torch.no_grad()
     def check(self) -> float:
-        """Checks on eight tokens that hidden x head are the model's logits, no token sees a later one, and packed
-        documents are isolated.
+        """Checks that the weights are finite and, on eight tokens, that hidden x head are the model's logits, no token
+        sees a later one, and packed documents are isolated.
 
         Returns:
             the largest difference of a logit.
@@ -163,6 +163,12 @@ class CausalLM(nn.Module):
         Raises:
             ConfigError: the family does something that is not supported here; the message says what.
         """
+        wrong = [name for name, p in self.model.named_parameters() if p.numel() and not _is_finite(p)]
+        if wrong:
+            raise ConfigError(
+                f"--model.{self.name}.path: its weights are not finite ({few(wrong)}): they are damaged, "
+                f"or too large for --model.{self.name}.dtype {str(self.head.weight.dtype).removeprefix('torch.')}"
+            )
         said = f"{type(self.model).__name__} cannot be run with its settings{uneven_heads(self.model.config)}"
         with as_config_error(f"--model.{self.name}: {said}"):
             return self._check()
@@ -226,6 +232,11 @@ class CausalLM(nn.Module):
         ids_BT = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8], [2, 3, 4, 5, 6, 7, 8, 9]], device=device)
         ids_BT[:, changed or []] = 0
         return self(ids_BT, positions_BT)[0]
+
+
+def _is_finite(weight: Tensor) -> bool:
+    low, high = weight.aminmax()  # takes no memory, and is NaN if a value is
+    return bool(low.isfinite() & high.isfinite())
 
 
 def logit_scale(config: PreTrainedConfig, name: str) -> float:

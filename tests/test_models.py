@@ -1,6 +1,7 @@
 """Model families of transformers: head, isolation of documents, a KD step; loading; what is refused."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -254,6 +255,15 @@ def test_missing_paths_are_named_before_anything_is_built(path, message, monkeyp
     with pytest.raises(ConfigError, match=f"--model.teacher.path {path} {message}"):
         check_path(ModelSpec(path=path), "teacher")
     check_path(ModelSpec(path="owner/name"), "teacher")  # may be on the hub
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_one_bad_weight_of_a_token_that_no_check_reads_is_found(value):
+    lm = tiny("llama")
+    lm.check()
+    lm.model.get_input_embeddings().weight.data[-1, 3] = value
+    with pytest.raises(ConfigError, match=r"its weights are not finite \(.*embed.*\): they are damaged"):
+        lm.check()
 
 
 def test_a_folder_without_config_is_named(tmp_path):

@@ -335,7 +335,8 @@ def test_a_teacher_that_is_not_finite_is_named(of_data, teacher, tmp_path, capsy
     torch.save(checkpoint, tmp_path / "nan.ckpt")
     layers = of_data, {"run": str(tmp_path / "run"), "model.teacher.path": str(tmp_path / "nan.ckpt")}
     assert cli.main(["predict", *arguments(*layers)]) == 2
-    assert "--model.teacher.path: the teacher's logits are not finite" in capsys.readouterr().err
+    said = "--model.teacher.path: its weights are not finite (model.norm.weight): they are damaged"
+    assert said in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
