@@ -4,6 +4,7 @@ A checkpoint is the state right after an optimizer step and its validation, if o
 there may be no time for a validation that nothing depends on.
 """
 
+import math
 import os
 import signal
 import threading
@@ -28,7 +29,7 @@ from salt_lightning.export import check_target, export
 from salt_lightning.fit.cadence import require_time_left, timers
 from salt_lightning.preflight import Finding
 from salt_lightning.run import peers, slurm
-from salt_lightning.run.run_folder import is_over, saved
+from salt_lightning.run.run_folder import is_over, saved, step_named
 from salt_lightning.schedule import in_training, kd_callbacks
 from salt_lightning.storage import damage, shards
 from salt_lightning.text.journal import whole
@@ -346,7 +347,21 @@ def savers(trainer: pl.Trainer) -> list[RunCheckpoint]:
     return [c for c in trainer.callbacks if isinstance(c, RunCheckpoint)]  # type: ignore[attr-defined]
 
 
-def how_to_go_on(trainer: pl.Trainer) -> str:
-    """How to continue a run that failed: names its newest good checkpoint."""
-    found = next((newest(saver._dir) for saver in savers(trainer)), None)
-    return f"{found} is good: resume from it (--ckpt_path last)" if found else "There is no checkpoint: start again"
+def how_to_go_on(trainer: pl.Trainer, failed: float = math.inf) -> str:
+    """How to continue a run that failed: names its newest good checkpoint.
+
+    Args:
+        failed: optimizer steps done before the one that failed. A checkpoint of as many steps fails again, whatever the
+            learning rate: the loss of a step is that of the weights before it.
+    """
+
+    def look(path: Path) -> str | None:
+        return damage.of(path) if (step_named(str(path)) or 0) < failed else "its next step fails"
+
+    for saver in savers(trainer)[:1]:
+        if (found := newest(saver._dir, look)) is not None:
+            last = found == saved(found.parent)[-1][1]
+            return f"{found} is good: resume from it (--ckpt_path {'last' if last else found})"
+        if saved(saver._dir):
+            return "There is no good checkpoint from before that step: start again"
+    return "There is no checkpoint: start again"

@@ -344,8 +344,9 @@ class SALTModule(extension.KeepsModes):
         rows = getattr(self._data, "describe_batches", lambda *_: "unknown")
         per_step = self.trainer.accumulate_grad_batches * self.trainer.world_size
         if what := problem(first.tolist(), weights, self.global_step, per_step, rows):
+            go_on = how_to_go_on(self.trainer, min(first.tolist()) // per_step)  # above any step if nothing was seen
             raise NonFiniteLossError(
-                f"{what}; nothing was saved since. {how_to_go_on(self.trainer)}, with a lower --model.optim.lr (it is "
+                f"{what}; nothing was saved since. {go_on}, with a lower --model.optim.lr (it is "
                 f"{self.optim_spec.lr:g}) or --trainer.gradient_clip_val (it is {self.trainer.gradient_clip_val})"
             )
 

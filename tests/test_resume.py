@@ -833,8 +833,21 @@ def test_what_was_logged_before_a_save_survives_a_kill_right_after_it(settings, 
     assert sorted(scalars(tmp_path / "run")["train/loss"]) == [1, 2, 3]
 
 
-def test_a_bad_state_is_never_saved(settings, tmp_path, monkeypatch, capsys):
-    """Nothing is logged, so nothing is read, between the step that goes wrong and the save."""
+@pytest.mark.parametrize(
+    ("every", "kept", "advice"),
+    [
+        (3, [3], "{run}/checkpoints/step-00000003.ckpt is good: resume from it (--ckpt_path last), with a lower"),
+        (
+            2,
+            [2, 4],
+            "{run}/checkpoints/step-00000002.ckpt is good: resume from it (--ckpt_path {run}/checkpoints/step-00000",
+        ),
+        (4, [4], "There is no good checkpoint from before that step: start again, with a lower"),
+    ],
+)
+def test_a_bad_state_is_never_saved(settings, tmp_path, monkeypatch, capsys, every, kept, advice):
+    """Nothing is logged, so nothing is read, between the step that goes wrong and the save. The weights of step 4 give
+    step 5 its loss, so they are no place to resume from."""
 
     class Break(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
@@ -849,11 +862,13 @@ def test_a_bad_state_is_never_saved(settings, tmp_path, monkeypatch, capsys):
         return trainer
 
     monkeypatch.setattr(cli.SALTCLI, "instantiate_trainer", breaking)
-    own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, "checkpoint.every_n_steps": 3, "trainer.max_steps": 100,
+    own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, "checkpoint.every_n_steps": every, "trainer.max_steps": 100,
            "trainer.log_every_n_steps": 50, "trainer.val_check_interval": 50}  # fmt: skip
     assert cli.main(["fit", *arguments(settings, own)]) == 1
-    assert "train/loss is not finite at step 5, which read rows " in capsys.readouterr().err
-    assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000003.ckpt"]
+    error = capsys.readouterr().err
+    assert "train/loss is not finite at step 5, which read rows " in error
+    assert advice.format(run=tmp_path / "run") in error
+    assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == [f"step-{k:08d}.ckpt" for k in kept]
 
 
 def test_the_tensorboard_page_shows_each_step_once(settings, tmp_path):
