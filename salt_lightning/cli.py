@@ -209,6 +209,7 @@ class SALTCLI(LightningCLI):
         self.refuse()
 
     def _instantiate(self) -> None:
+        parallel.require_supported(self._settings(self.config).trainer.strategy)
         try:
             super().instantiate_classes()
         except ConfigError:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,10 +17,12 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import (
     DDPStrategy,
+    DeepSpeedStrategy,
     FSDPStrategy,
     ModelParallelStrategy,
     SingleDeviceStrategy,
     Strategy,
+    StrategyRegistry,
 )
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -326,15 +329,47 @@ def plain_name(name: str) -> str:
 
 # ---------------------------------------------------------------------- checks
 
+_USE = (
+    "is not supported; use auto, ddp (also ddp_spawn, ddp_fork), fsdp (FSDP1), --config configs/fsdp.yaml (FSDP2 over "
+    "all devices), or --trainer.strategy.class_path with a subclass of these"
+)
+
+
+def _is_supported(kind: type) -> bool:
+    """DeepSpeed's strategy derives from DDP's, but shards, clips and saves in its own way."""
+    supported = issubclass(kind, SingleDeviceStrategy | DDPStrategy | SHARDS_MODELS)
+    return supported and not issubclass(kind, DeepSpeedStrategy)
+
+
+def require_supported(asked: Any) -> None:
+    """Raises ConfigError for a strategy, as a config names it, that cannot train here.
+
+    Called before Lightning sees it: its errors advise other strategies that do not work here, or to install them.
+    """
+    if path := getattr(asked, "class_path", None):
+        name, kind = path.rpartition(".")[2], resolve_name(path)
+        if not isinstance(kind, type):  # a function; `check` sees what it returns
+            return
+    else:
+        name, key = asked, str(asked).lower()  # as Lightning reads names
+        kind = StrategyRegistry[key]["strategy"] if key in StrategyRegistry else None
+        if key == "auto":
+            return
+    if kind is None or not _is_supported(kind):
+        raise ConfigError(f"--trainer.strategy {name} {_USE}")
+    if kind is FSDPStrategy and not torch.cuda.is_available():
+        raise ConfigError(
+            f"--trainer.strategy {name} (FSDP1) needs GPUs; use --config configs/fsdp.yaml (FSDP2), which also runs on "
+            "CPUs"
+        )
+
 
 def check(trainer: pl.Trainer, ckpt_path: str | None = None) -> None:
     """Raises ConfigError if the strategy cannot train this project's module, or not on this machine or checkpoint."""
     strategy, world = trainer.strategy, trainer.world_size
     name = f"--trainer.strategy {type(strategy).__name__}"
-    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | SHARDS_MODELS):
-        raise ConfigError(
-            f"{name} is not supported; use ddp, fsdp (FSDP1), or --config configs/fsdp.yaml (FSDP2 over all devices)"
-        )
+    if not _is_supported(type(strategy)):
+        raise ConfigError(f"{name} {_USE}")
     peers.require_place(trainer)
     if isinstance(strategy, FSDP2) and (strategy.replicas < 1 or world % strategy.replicas):
         fitting = ", ".join(str(n) for n in range(1, world + 1) if world % n == 0)

@@ -94,7 +94,7 @@ def force_fsdp1() -> None:
     from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
     from torch.distributed.fsdp import FullOptimStateDictConfig, FullStateDictConfig, FullyShardedDataParallel
 
-    from salt_lightning.command import settings
+    from salt_lightning import parallel
 
     def given(cls: type, name: str, value: Any) -> None:
         original = cls.__init__
@@ -104,8 +104,7 @@ def force_fsdp1() -> None:
     given(FullStateDictConfig, "offload_to_cpu", False)
     given(FullOptimStateDictConfig, "offload_to_cpu", False)
     _AcceleratorConnector._check_strategy_and_fallback = lambda self: None
-    refused = settings.wrong_trainer_settings
-    settings.wrong_trainer_settings = lambda trainer: [w for w in refused(trainer) if "needs GPUs" not in w]
+    parallel.require_supported = lambda asked: None
 
 
 def launch(jobs: list[dict[str, Any]], folder: Path, world: int = 2, timeout_s: float = 240.0) -> None:

@@ -32,6 +32,10 @@ MISSING = "runs/x/step-00000001.ckpt"
 NARROW = {"hidden_size": 32, "num_attention_heads": 4}
 SHORT = {"model.student.config": {**NARROW, "max_position_embeddings": 8}}
 SMALL = {"model.student.config": {**NARROW, "vocab_size": 99}}
+USE = (
+    r"is not supported; use auto, ddp \(also ddp_spawn, ddp_fork\), fsdp \(FSDP1\), --config configs/fsdp.yaml \(FSDP2 "
+    r"over all devices\), or --trainer.strategy.class_path with a subclass of these"
+)
 ERRORS = {
     "unknown key": ({"kd.wieght": 0.5}, r"--kd.wieght: there is no such setting; did you mean --kd.weight\?"),
     "an address to write to": (
@@ -126,7 +130,20 @@ ERRORS = {
         },
         r"^error: --trainer.strategy.process_group_backend nccl is for GPUs; leave it out, or use gloo$",
     ),
-    "a strategy that is none": ({"trainer.strategy": "foo"}, r"--trainer.strategy foo: .*invalid strategy"),
+    "a strategy that is none": ({"trainer.strategy": "foo"}, rf"^error: --trainer.strategy foo {USE}$"),
+    "a strategy by another name": ({"trainer.strategy": "fsdp2"}, rf"^error: --trainer.strategy fsdp2 {USE}$"),
+    "a strategy that Lightning would have installed": (
+        {"trainer.strategy": "deepspeed_stage_2", "data.block_size": 0},
+        rf"^error: --trainer.strategy deepspeed_stage_2 {USE}; --data.block_size: 0 must be",
+    ),
+    "its class": (
+        {"trainer.strategy": {"class_path": "DeepSpeedStrategy", "init_args": {"stage": 2}}},
+        rf"^error: --trainer.strategy DeepSpeedStrategy {USE}$",
+    ),
+    "a class that needs a mesh": (
+        {"trainer.strategy": {"class_path": "ModelParallelStrategy"}, "trainer.devices": 2},
+        rf"^error: --trainer.strategy ModelParallelStrategy {USE}$",
+    ),
     "checkpoints off": ({"trainer.enable_checkpointing": False}, r"--trainer.enable_checkpointing false: use --check"),
     "barebones": ({"trainer.barebones": True}, r"--trainer.barebones true: a run without log and checkpoint leaves"),
     "another root": ({"trainer.default_root_dir": "x"}, r"--trainer.default_root_dir x: use --run"),

@@ -18,6 +18,7 @@ import torch
 from conftest import alive, arguments, scalars
 from lightning.fabric.plugins.environments import KubeflowEnvironment
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from salt_lightning import cli, parallel
@@ -573,7 +574,7 @@ def test_an_error_of_all_ranks_is_one_line(strategy, settings, tmp_path):
 REFUSED = {
     "fsdp on a cpu": (
         {"trainer.strategy": "fsdp"},
-        "--trainer.strategy fsdp (FSDP1) needs GPUs; --config configs/fsdp.yaml (FSDP2) also runs on CPUs",
+        "--trainer.strategy fsdp (FSDP1) needs GPUs; use --config configs/fsdp.yaml (FSDP2), which also runs on CPUs",
     ),
     "replicas": (
         {**FSDP2, "trainer.strategy.replicas": 3, "trainer.devices": 4},
@@ -599,6 +600,29 @@ def test_what_does_not_fit_is_refused_in_one_line(case, settings, tmp_path, caps
     assert error.startswith("error: ")
     assert message in error
     assert not (tmp_path / "run").exists()
+
+
+class OwnDDP(DDPStrategy):
+    """A user's own."""
+
+
+def own_ddp() -> DDPStrategy:
+    return OwnDDP()
+
+
+@pytest.mark.parametrize("made", [OwnDDP, own_ddp])
+def test_a_class_of_your_own_is_a_strategy(made, settings, tmp_path):
+    path = {"class_path": f"{__name__}.{made.__name__}"}
+    own = {"kd.weight": 0.0, "run": str(tmp_path / "run"), "trainer.strategy": path, "trainer.devices": 1}
+    assert cli.main(["fit", *arguments(settings, own)]) == 0
+
+
+def test_names_of_strategies_that_work_are_let_through(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # for FSDP1
+    names = [name for name in StrategyRegistry if name.startswith(("ddp", "fsdp"))]
+    assert len(names) > 10
+    for name in ("auto", "AUTO", "DDP", "single_device", *names):  # Lightning ignores case
+        parallel.require_supported(name)
 
 
 def test_processes_of_srun_that_would_each_train_alone_are_refused(settings, tmp_path, capsys, monkeypatch):
@@ -712,7 +736,7 @@ def test_other_strategies_are_refused_by_name(monkeypatch):
     class OnCPU(FSDPStrategy):
         """Lightning refuses its own on a CPU."""
 
-    with pytest.raises(ConfigError, match="ModelParallelStrategy is not supported; use ddp, fsdp"):
+    with pytest.raises(ConfigError, match="ModelParallelStrategy is not supported; use auto, ddp "):
         parallel.check(pl.Trainer(strategy=ModelParallelStrategy(), accelerator="cpu", devices=2, logger=False))
     trainer = pl.Trainer(strategy=OnCPU(state_dict_type="sharded"), accelerator="cpu", devices=2, logger=False)
     averaging = [pl.callbacks.EMAWeightAveraging()]

@@ -149,11 +149,6 @@ def wrong_accelerator(trainer: Namespace) -> list[str]:
 def wrong_trainer_settings(trainer: Namespace) -> list[str]:
     """Lightning's settings that would break a run late, or change what a step is."""
     every, wrong = trainer.get("log_every_n_steps"), wrong_counts(trainer)
-    if str(trainer.get("strategy")).startswith("fsdp") and not torch.cuda.is_available():
-        wrong.append(
-            f"--trainer.strategy {trainer.strategy} (FSDP1) needs GPUs; --config configs/fsdp.yaml (FSDP2) also runs "
-            "on CPUs"
-        )
     if every is not None and every < 1:
         wrong.append(f"--trainer.log_every_n_steps {every} must be at least 1")
     if trainer.get("max_epochs") not in (None, -1):
