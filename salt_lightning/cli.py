@@ -215,9 +215,10 @@ class SALTCLI(LightningCLI):
         except ConfigError:
             raise
         except (ValueError, ImportError) as error:  # from a class that the user named
+            ours = re.findall(r"(?m)^\s*- (--.+)$", str(error))  # ConfigErrors that jsonargparse caught
             causes = re.findall(r"Problem with given class_path '(\S+)':\s+(.+)", str(error))
             said = re.sub(r"(?s)^Does not validate against any of the Union.*?Errors:\s+- ", "", str(error))
-            raise ConfigError("; ".join(map(": ".join, causes)) or one_line(said)) from error
+            raise ConfigError("; ".join(ours or map(": ".join, causes)) or one_line(said)) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         config = self._settings(self.config)
@@ -248,10 +249,7 @@ class SALTCLI(LightningCLI):
         except ConfigError:
             raise
         except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
-            found = {key: re.search(rf"\b{key}\b", str(error)) for key in vars(given) if given[key] is not None}
-            named = sorted((at.start(), key) for key, at in found.items() if at)
-            setting = f"--trainer.{named[0][1]} {given[named[0][1]]}" if named else "--trainer"
-            raise ConfigError(f"{setting}: {one_line(error)}") from error
+            raise ConfigError(settings.of_lightning(error, given, self.wrong)) from error
 
     def _instances(self, name: str) -> list[Any]:
         """The user's objects for a --trainer setting that takes one object or a list."""

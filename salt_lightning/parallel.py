@@ -33,7 +33,8 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint as recompute
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from salt_lightning.errors import ConfigError
+from salt_lightning.command.settings import wrong_precision
+from salt_lightning.errors import ConfigError, refuse
 from salt_lightning.models import CausalLM, read_checkpoint
 from salt_lightning.run import peers
 from salt_lightning.storage import shards
@@ -64,7 +65,7 @@ class FSDP2(ModelParallelStrategy):
         shard_teacher: Shard the teacher too, separately. false: a whole copy on each device, with nothing to gather.
         save_distributed_checkpoint: Save a checkpoint as a folder with one file per rank. false: as one file, gathered
             on the first rank.
-        timeout_minutes: Minutes that a rank waits for the others before it gives up.
+        timeout_minutes: Minutes that a rank waits for the others before it gives up, from 0.01 to 1000000.
     """
 
     def __init__(
@@ -74,6 +75,8 @@ class FSDP2(ModelParallelStrategy):
         save_distributed_checkpoint: bool = True,
         timeout_minutes: float = 30.0,
     ) -> None:
+        if not 0.01 <= timeout_minutes <= 1e6:  # torch ends with a trace at 0; a longer one does not fit its clocks
+            raise ConfigError(f"--trainer.strategy.timeout_minutes {timeout_minutes:g} must be from 0.01 to 1000000")
         timeout = timedelta(minutes=timeout_minutes)
         super().__init__(save_distributed_checkpoint=save_distributed_checkpoint, timeout=timeout)
         self.replicas, self.shard_teacher = replicas, shard_teacher
@@ -382,8 +385,8 @@ def check(trainer: pl.Trainer, ckpt_path: str | None = None) -> None:
         raise ConfigError(
             f"--trainer.callbacks {type(averages[0]).__name__} copies whole models, but {name} shards them; use ddp"
         )
-    if isinstance(strategy, SHARDS_MODELS) and trainer.precision not in POLICIES:
-        raise ConfigError(f"--trainer.precision {trainer.precision}: {name} supports {', '.join(POLICIES)}")
+    if isinstance(strategy, SHARDS_MODELS):
+        refuse(wrong_precision(trainer.precision))
     if isinstance(strategy, FSDPStrategy) and strategy._state_dict_type == "sharded":
         raise ConfigError(
             f"{name} with state_dict_type sharded is not supported: a crash could leave half a checkpoint; use full, "

@@ -571,6 +571,7 @@ def test_an_error_of_all_ranks_is_one_line(strategy, settings, tmp_path):
 
 # ------------------------------------------------------------------- refusals
 
+PRECISIONS = "--trainer.precision {} must be 32 or 32-true or bf16 or bf16-mixed or bf16-true"
 REFUSED = {
     "fsdp on a cpu": (
         {"trainer.strategy": "fsdp"},
@@ -581,13 +582,30 @@ REFUSED = {
         "--trainer.strategy.replicas 3 does not fit 4 devices (--trainer.devices times --trainer.num_nodes); use one "
         "of 1, 2, 4",
     ),
+    "a time-out below 0": (
+        {**FSDP2, "trainer.strategy.timeout_minutes": -1, "data.block_size": 0},
+        "--trainer.strategy.timeout_minutes -1 must be from 0.01 to 1000000; --data.block_size: 0 must be 2 or more, "
+        "and below 2**31",
+    ),
+    "a time-out of 0": (
+        {**FSDP2, "trainer.strategy.timeout_minutes": 0.0},
+        "--trainer.strategy.timeout_minutes 0 must be from 0.01 to 1000000",
+    ),
+    "a time-out that no clock can count": (
+        {**FSDP2, "trainer.strategy.timeout_minutes": 1e15},
+        "--trainer.strategy.timeout_minutes 1e+15 must be from 0.01 to 1000000",
+    ),
     "precision": (
         {**FSDP2, "trainer.precision": "16-true"},
-        "--trainer.precision 16-true must be 32 or 32-true or bf16 or bf16-mixed or bf16-true",
+        PRECISIONS.format("16-true"),
     ),
     "precision that Lightning refuses": (
         {**FSDP2, "trainer.precision": "64-true"},
-        r"--trainer.precision 64-true must be 32 or 32-true or bf16",
+        PRECISIONS.format("64-true"),
+    ),
+    "precision for which Lightning names others": (
+        {**FSDP2, "trainer.precision": "16-mixed", "data.block_size": 0},
+        PRECISIONS.format("16-mixed") + "; --data.block_size: 0 must be 2 or more, and below 2**31",
     ),
 }
 
@@ -597,8 +615,7 @@ def test_what_does_not_fit_is_refused_in_one_line(case, settings, tmp_path, caps
     own, message = REFUSED[case]
     assert cli.main(["fit", *arguments(settings, {"kd.weight": 0.0, "run": str(tmp_path / "run")}, own)]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("error: ")
-    assert message in error
+    assert error == f"error: {message}"
     assert not (tmp_path / "run").exists()
 
 

@@ -184,8 +184,9 @@ def _type_names(text: str) -> str:
 
 # --- all problems at once ---
 
-# Matches settings that can be parsed alone: not those that take a class with its own settings or stop the parser.
-_ALONE = re.compile(r"--(?!config\b|print_config|help|trainer\.(strategy|callbacks|logger|plugins|profiler)\b)([\w.]+)")
+_CLASSES = r"trainer\.(?:strategy|callbacks|logger|plugins|profiler)"  # they take a class with its own settings
+# Matches settings that can be parsed alone: not those, nor those that stop the parser.
+_ALONE = re.compile(rf"--(?!config\b|print_config|help|{_CLASSES}\b)([\w.]+)")
 
 
 def _given(args: list[str]) -> list[tuple[str, str]]:
@@ -212,9 +213,13 @@ def _leaves(value: Any, name: str) -> list[tuple[str, str]]:
 
 
 def to_defaults(said: str, settings: Namespace, parser: LightningArgumentParser) -> dict[str, Any]:
-    """Resets each setting that begins a problem of `said` to its default; returns those that it changed."""
+    """Resets each setting that begins a problem of `said` to its default; returns those that it changed.
+
+    For a setting of a class, resets the one that names the class.
+    """
     defaults = parser.get_defaults()
-    names = [name for name in re.findall(r"(?:^|; )--([\w.]+)", said) if name in settings and name in defaults]
+    found = [re.sub(rf"^({_CLASSES})\..*", r"\1", name) for name in re.findall(r"(?:^|; )--([\w.]+)", said)]
+    names = [name for name in found if name in settings and name in defaults]
     changed = {name: defaults[name] for name in names if settings[name] != defaults[name]}
     for name, default in changed.items():
         settings[name] = default

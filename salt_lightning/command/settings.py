@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.accelerators import AcceleratorRegistry
 
 from salt_lightning.batches.mixture import weight_problems
-from salt_lightning.errors import refuse
+from salt_lightning.errors import one_line, refuse
 
 _GROUPS = (
     *("model", "model.student", "model.student.config", "model.teacher", "model.teacher.config", "model.optim"),
@@ -129,6 +129,13 @@ def wrong_counts(trainer: Mapping[str, Any] | Namespace) -> list[str]:
     return wrong
 
 
+def wrong_precision(asked: Any) -> list[str]:
+    """A precision that no run supports, such as fp16, which needs scaled gradients; None: Lightning's default."""
+    if asked is None or str(asked) in _PRECISIONS:
+        return []
+    return [f"--trainer.precision {asked} must be {' or '.join(_PRECISIONS)}"]
+
+
 def wrong_accelerator(trainer: Namespace) -> list[str]:
     """Devices that do not exist here; checked before the trainer is created, which would look for them."""
     for name in ("devices", "num_nodes"):
@@ -148,15 +155,14 @@ def wrong_accelerator(trainer: Namespace) -> list[str]:
 
 def wrong_trainer_settings(trainer: Namespace) -> list[str]:
     """Lightning's settings that would break a run late, or change what a step is."""
-    every, wrong = trainer.get("log_every_n_steps"), wrong_counts(trainer)
+    every = trainer.get("log_every_n_steps")
+    wrong = wrong_counts(trainer) + wrong_precision(trainer.get("precision"))
     if every is not None and every < 1:
         wrong.append(f"--trainer.log_every_n_steps {every} must be at least 1")
     if trainer.get("max_epochs") not in (None, -1):
         wrong.append(f"--trainer.max_epochs {trainer.max_epochs}: a run is counted in steps; use --trainer.max_steps")
     if (trainer.get("gradient_clip_val") or 0) < 0:
         wrong.append(f"--trainer.gradient_clip_val {trainer.gradient_clip_val} must not be negative (0 or null: off)")
-    if str(trainer.get("precision") or "32") not in _PRECISIONS:
-        wrong.append(f"--trainer.precision {trainer.precision} must be {' or '.join(_PRECISIONS)}")
     if trainer.get("enable_checkpointing") is False:
         wrong.append(
             "--trainer.enable_checkpointing false: use --checkpoint.every_n_steps null to save only at the end"
@@ -175,6 +181,18 @@ def wrong_trainer_settings(trainer: Namespace) -> list[str]:
     if trainer.get("overfit_batches"):
         wrong.append(f"--trainer.overfit_batches {trainer.overfit_batches}: use a small --data.source instead")
     return wrong
+
+
+def of_lightning(error: Exception, trainer: Namespace, wrong: Iterable[str]) -> str:
+    """The message for an error of Lightning's trainer, which names a setting only in its text.
+
+    If that setting is already in `wrong`, its message there: Lightning's may advise values that are refused here.
+    """
+    given = {key: value for key, value in vars(trainer).items() if value is not None}
+    named = sorted((at.start(), key) for key in given if (at := re.search(rf"\b{key}\b", str(error))))
+    setting = f"--trainer.{named[0][1]} {given[named[0][1]]}" if named else "--trainer"
+    ours = (said for said in wrong if said.startswith((f"{setting} ", f"{setting}:")))
+    return next(ours, f"{setting}: {one_line(error)}")
 
 
 def wrong_data(data: Any) -> list[str]:
