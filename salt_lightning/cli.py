@@ -79,8 +79,9 @@ class SALTCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         parsers = (parser, *getattr(self, "_subcommand_parsers", {}).values())  # none with run=False
         known = [action.dest for each in parsers for action in each._actions]
-        Parser.typed = args = configs_first(sys.argv[1:] if args is None else args)
+        args = configs_first(sys.argv[1:] if args is None else args)
         check_configs(args, known)
+        Parser.remember(args)
         self.config = parser.parse_args(args)  # not super(): it warns about arguments given from Python
         self._explicit = parser.parse_args(args, defaults=False)
         require_no_comments(args, self._settings(self._explicit))

@@ -23,10 +23,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
 from salt_lightning import SALTModule, cli
+from salt_lightning.command.parser import explain
 from salt_lightning.errors import ConfigError
 from salt_lightning.run import run_lock
 
 SWA, CRASH = "StochasticWeightAveraging", "OnExceptionCheckpoint"
+FSDP2 = {"trainer.strategy": {"class_path": "salt_lightning.parallel.FSDP2"}, "trainer.devices": 2}
 EARLY = "lightning.pytorch.callbacks.EarlyStopping"
 MISSING = "runs/x/step-00000001.ckpt"
 NARROW = {"hidden_size": 32, "num_attention_heads": 4}
@@ -343,7 +345,20 @@ ERRORS = {
     ),
     "an argument that a class does not take": (
         {"trainer.callbacks": "EarlyStopping", "trainer.callbacks.monitr": "x"},
-        r"a class of --trainer.\* has no argument monitr$",
+        r"^error: --trainer.callbacks.monitr: there is no such setting; did you mean --trainer.callbacks.monitor\?$",
+    ),
+    "an argument like none that a class takes": (
+        {**FSDP2, "trainer.strategy.zzz": 1},
+        r"^error: --trainer.strategy.zzz: there is no such setting; there are replicas, shard_teacher, "
+        r"save_distributed_checkpoint, timeout_minutes$",
+    ),
+    "a wrong value of a class's setting": (
+        {**FSDP2, "trainer.strategy.replicas": "x"},
+        r"^error: --trainer.strategy.replicas x must be a whole number$",
+    ),
+    "the same in a list": (
+        {"trainer.callbacks": [{"class_path": "Timer"}, {"class_path": EARLY, "init_args": {"patience": "x"}}]},
+        r"^error: --trainer.callbacks.init_args.patience x must be a whole number$",
     ),
     "a number that reads as a comment": (
         {"kd.steps": "#5"},
@@ -483,6 +498,13 @@ def test_bad_input_is_one_line_that_names_the_setting(case, settings, teacher, b
     line = one_line(capsys)
     assert re.search(message, line), line
     assert not (tmp_path / "run").exists()  # the next start there is a first one
+
+
+def test_of_two_classes_with_the_same_setting_the_one_with_the_value_is_named():
+    said = "Parser key \"verbose\": Expected a <class 'bool'>. Got value: maybe"
+    given = [("trainer.logger.verbose", "true"), ("trainer.callbacks.verbose", "maybe"), ("kd.verbose", "maybe")]
+    for order in (given, given[::-1]):
+        assert explain(said, ["verbose"], order) == "--trainer.callbacks.verbose maybe must be true or false"
 
 
 def test_a_refused_start_leaves_no_folders(settings, tmp_path):

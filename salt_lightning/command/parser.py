@@ -6,7 +6,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 from itertools import islice, pairwise
@@ -55,19 +55,28 @@ class Parser(LightningArgumentParser):
         # No abbreviations: --trainer.max_step would be taken for max_steps.
         super().__init__(*args, **{"allow_abbrev": False, "formatter_class": HelpFormatter, **kwargs})
 
-    typed: ClassVar[list[str]] = []  # the command line
+    given: ClassVar[list[tuple[str, str]]] = []  # (name, value) of each setting as typed
     _one_by_one = False
+
+    @classmethod
+    def remember(cls, args: list[str]) -> None:
+        """For errors, before parsing: jsonargparse changes the working directory while it reads a file."""
+        cls.given = []
+        with suppress(yaml.YAMLError, ValueError):  # e.g. a date that does not exist
+            cls.given = list(_given(args))
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         asked = getattr(ex, "subcommand_parser", None) or self
-        known = [action.dest for action in asked._actions]
-        said = explain(message, known)
-        if asked._one_by_one:
-            raise ConfigError(said)
-        asked._one_by_one, others = True, list[str]()
-        if "run" in known:  # else this parses the settings of one class
-            with suppress(yaml.YAMLError):  # jsonargparse stops at the first error, so parse the others one by one
-                others = raised(partial(asked.parse_args, [f"--{name}={value}"]) for name, value in _given(self.typed))
+        known, others = [action.dest for action in asked._actions], list[str]()
+        if "run" not in known:  # this parses the settings of one class
+            said = explain(message, known, self.given)
+        else:
+            said = explain(message, known)
+            if asked._one_by_one:
+                raise ConfigError(said)
+            asked._one_by_one = True  # jsonargparse stops at the first error, so parse the others one by one
+            alone = [(name, value) for name, value in self.given if _ALONE.fullmatch(f"--{name}")]
+            others = raised(partial(asked.parse_args, [f"--{name}={value}"]) for name, value in alone)
         sys.stderr.write(f"error: {printable('; '.join(dict.fromkeys([said, *others])))}\n")
         raise SystemExit(2)
 
@@ -129,11 +138,14 @@ def reword(action: argparse.Action, parsers: dict[str, LightningArgumentParser])
         groups.sort(key=lambda group: group.title == _TRAINER)  # Lightning's own settings come last
 
 
-def explain(message: str, known: list[str]) -> str:
-    """Rewrites an error of jsonargparse as one line in the user's terms, with the nearest of the known settings."""
+def explain(message: str, known: list[str], given: Iterable[tuple[str, str]] = ()) -> str:
+    """Rewrites an error of jsonargparse as one line in the user's terms, with the nearest of the known settings.
+
+    `given`: for an error in the settings of a class, (name, value) of what was typed; its parser knows only last parts.
+    """
     line = " ".join(message.split())
     if found := re.match(r"Parser key \"([^\"]+)\"(\S*): (.*)", line):
-        name, rest = f"--{found[1]}{found[2]}", found[3]
+        name, rest = f"--{_prefix(found[1], given, line)}{found[1]}{found[2]}", found[3]
         if part := re.search(r"NestedArg\(key='([^']+)', val='?(.*?)'?\)", rest):
             said = f"{name}.{part[1]} {part[2]} is a setting of a class, but {name} names no class"
             example = ", e.g. --trainer.strategy DDPStrategy for ddp" if name == "--trainer.strategy" else ""
@@ -153,15 +165,27 @@ def explain(message: str, known: list[str]) -> str:
     if (lacking := re.match(r"the following arguments are required: (\w+)$", line)) and lacking[1] != "subcommand":
         return f"a class of --trainer.* requires {lacking[1]}; give it as .init_args.{lacking[1]}"
     if other := re.match(r"Option '([^']+)' is not accepted", line):
+        if prefix := _prefix(other[1], given, line):
+            return _no_such(other[1], [name for name in known if name != "help"], prefix)
         return f"a class of --trainer.* has no argument {other[1]}"
     if line.startswith("unrecognized arguments: "):
         line += "; put a glob in quotes, 'my_text/*.jsonl', or the shell expands it to several words"
     return line
 
 
-def _no_such(name: str, known: list[str]) -> str:
+def _prefix(last: str, given: Iterable[tuple[str, str]], line: str) -> str:
+    """What was typed before the last part of the name of a class's setting; "" if it was not typed like that.
+
+    If several classes have such a setting, the one whose value the error (`line`) gives.
+    """
+    found = [(name, value) for name, value in given if re.match(rf"{_CLASSES}\.", name) and name.endswith(f".{last}")]
+    return max(found, key=lambda each: each[1] in line)[0].removesuffix(last) if found else ""
+
+
+def _no_such(name: str, known: list[str], prefix: str = "") -> str:
     near = difflib.get_close_matches(name, known, 1)
-    return f"--{name}: there is no such setting{f'; did you mean --{near[0]}?' if near else ' (see --help)'}"
+    others = f"; there are {', '.join(known)}" if prefix else " (see --help)"
+    return f"--{prefix}{name}: there is no such setting{f'; did you mean --{prefix}{near[0]}?' if near else others}"
 
 
 def _why_no_class(name: str, value: str, rest: str) -> str:
@@ -189,13 +213,13 @@ _CLASSES = r"trainer\.(?:strategy|callbacks|logger|plugins|profiler)"  # they ta
 _ALONE = re.compile(rf"--(?!config\b|print_config|help|{_CLASSES}\b)([\w.]+)")
 
 
-def _given(args: list[str]) -> list[tuple[str, str]]:
-    """(name, value as typed) of each setting of a command line and its files that can be parsed alone."""
-    found = []
+def _given(args: list[str]) -> Iterator[tuple[str, str]]:
+    """(name, value as typed) of each setting of a command line and its files."""
     for file in _values(args):
         text = file if file.lstrip().startswith("{") else Path(file).read_text(encoding="utf-8")
-        found += _leaves(yaml.safe_load(text), "")
-    return [(name, value) for name, value in [*found, *_typed(args)] if _ALONE.fullmatch(f"--{name}")]
+        yield from _leaves(yaml.safe_load(text), "")
+    for name, value in _typed(args):
+        yield from _leaves(yaml.safe_load(value), name) if re.fullmatch(_CLASSES, name) else [(name, value)]
 
 
 def _typed(args: list[str]) -> Iterator[tuple[str, str]]:
@@ -209,6 +233,8 @@ def _typed(args: list[str]) -> Iterator[tuple[str, str]]:
 def _leaves(value: Any, name: str) -> list[tuple[str, str]]:
     if isinstance(value, dict) and value:
         return [leaf for key, inner in value.items() for leaf in _leaves(inner, f"{name}.{key}" if name else str(key))]
+    if isinstance(value, list) and re.fullmatch(_CLASSES, name):
+        return [leaf for inner in value for leaf in _leaves(inner, name)]
     return [(name, value if isinstance(value, str) else json.dumps(value, default=str))]
 
 
