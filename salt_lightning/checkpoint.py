@@ -292,7 +292,7 @@ class RunCheckpoint(Checkpoint):
         peers.abandon(trainer)
 
     def _path(self, trainer: pl.Trainer) -> Path:
-        return self._dir / f"step-{trainer.global_step:08d}.ckpt"
+        return _at(self._dir, trainer.global_step)
 
     def _save_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if not trainer.strategy.broadcast(self._path(trainer).exists()) and trainer.global_step > 0:
@@ -342,9 +342,25 @@ def _requeue_at_once(trainer: pl.Trainer, number: int, frame: Any) -> None:
     _stop_at_once(number, frame)
 
 
+def _at(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}.ckpt"
+
+
 def savers(trainer: pl.Trainer) -> list[RunCheckpoint]:
     """The RunCheckpoint callbacks of a trainer."""
     return [c for c in trainer.callbacks if isinstance(c, RunCheckpoint)]  # type: ignore[attr-defined]
+
+
+def done(trainer: pl.Trainer, folder: Path) -> str | None:
+    """The last line of a finished run with checkpoints in `folder`; None: it has not finished."""
+    step = trainer.global_step
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):  # others have trained; here it is still 0
+        step = max((step for step, _ in saved(folder)), default=0)
+    if step < trainer.max_steps:
+        return None
+    loss = trainer.callback_metrics.get("val/ce")
+    parts = [f"step {step}", None if loss is None else f"val/ce {loss:.4f}", str(_at(folder, step))]
+    return f"done: {', '.join(filter(None, parts))}"
 
 
 def how_to_go_on(trainer: pl.Trainer, failed: float = math.inf) -> str:

@@ -19,7 +19,7 @@ from torch.multiprocessing import ProcessRaisedException
 
 from salt_lightning import check, compare, errors, export, parallel
 from salt_lightning.answers import AnswerTest
-from salt_lightning.checkpoint import FIRST_RANK_S, AtomicCheckpointIO, RunCheckpoint, savers
+from salt_lightning.checkpoint import FIRST_RANK_S, AtomicCheckpointIO, RunCheckpoint, done, savers
 from salt_lightning.command import settings
 from salt_lightning.command.parser import Parser, check_configs, configs_first, require_no_comments, reword, to_defaults
 from salt_lightning.command.quiet import silence_libraries, steady_interrupts, steady_streams
@@ -386,17 +386,10 @@ def _main(args: list[str], in_python: bool) -> int:
     trainer = cli.trainer
     if not trainer.is_global_zero:  # an exit code of other ranks would look like a crash
         return 0
-    if cli.subcommand == "fit" and trainer.global_step >= trainer.max_steps:
-        return _say_done(trainer)
+    if cli.subcommand == "fit" and (line := done(trainer, settings.checkpoints(cli._settings(cli.config)))):
+        print(line)
+        return 0
     if not (sent := next((saver.stopped_by for saver in savers(trainer) if saver.stopped_by), None)):
         return 0
     print(f"stopped by {sent.name} at step {trainer.global_step}, saved; continue with --ckpt_path last")
     return 128 + sent
-
-
-def _say_done(trainer: pl.Trainer) -> int:
-    loss = trainer.callback_metrics.get("val/ce")
-    parts = [f"step {trainer.global_step}", None if loss is None else f"val/ce {loss:.4f}"]
-    parts += [str(saver._path(trainer)) for saver in savers(trainer)]
-    print(f"done: {', '.join(filter(None, parts))}")
-    return 0

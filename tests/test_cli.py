@@ -12,6 +12,7 @@ import subprocess
 import sys
 import termios
 import time
+import warnings
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -536,6 +537,12 @@ def test_a_plugin_of_the_user_is_used(tmp_path, form):
 def test_a_pattern_without_quotes_is_explained(capsys):
     assert run(["fit", "--data.source", "a.jsonl", "b.jsonl"]) == 2
     assert "unrecognized arguments: b.jsonl; put a glob in quotes, 'my_text/*.jsonl'" in one_line(capsys)
+
+
+def test_a_command_in_python_leaves_the_warnings_as_they_were(capsys):
+    before = list(warnings.filters)
+    assert cli.main(["fit", "--kd.steps=x"]) == 2
+    assert warnings.filters == before
 
 
 def test_on_a_terminal_messages_stand_on_lines_of_their_own(settings, tmp_path):

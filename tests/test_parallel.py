@@ -436,6 +436,18 @@ def test_forked_processes_that_fail_to_save_after_the_ctrl_c_of_the_one_that_wai
     assert re.search(r"error: process (0|1|0 and 1) failed while it stopped; the last step may not be saved", output)
 
 
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_processes_of_the_command_itself_end_with_the_usual_line(method, settings, tmp_path):
+    own = {"trainer.strategy": f"ddp_{method}", "trainer.devices": 2, "data.micro_batch_size": 4, "kd.weight": 0.0}
+    code, output = end(start(settings, {**own, "run": str(tmp_path / "run")}))
+    assert code == 0, output
+    steps = settings["trainer.max_steps"]
+    last = tmp_path / f"run/checkpoints/step-{steps:08d}.ckpt"
+    assert last.exists()
+    assert re.fullmatch(rf"done: step {steps}, val/ce \d\.\d{{4}}, {last}", output.splitlines()[-1])
+    assert "this module has no student" not in output
+
+
 def test_a_ctrl_c_while_processes_are_being_started_ends_at_once(settings, tmp_path):
     """Of those that were started none is known yet. Afterwards Ctrl-C does what it did before."""
     own = {"trainer.strategy": "ddp_fork", "trainer.devices": 2, "data.micro_batch_size": 4, "kd.weight": 0.0}

@@ -30,6 +30,7 @@ def silence_libraries() -> None:
     warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # torch.compile's advice, as above
     # not true here: the first and the last step are always logged
     warnings.filterwarnings("ignore", ".*is smaller than the logging interval.*")
+    warnings.filterwarnings("ignore", "this module has no student")  # after ddp_spawn; the last line names its file
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line for each retry without a network
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).addFilter(_escape_and_select)
@@ -78,11 +79,12 @@ def steady_streams() -> Iterator[None]:
 
 @contextmanager
 def steady_interrupts() -> Iterator[None]:
-    """Restores the effect of Ctrl-C afterwards, for a process that continues. If other processes have trained,
-    Lightning would ignore every Ctrl-C after the first."""
+    """Restores the effect of Ctrl-C and the warnings afterwards, for a process that continues. If other processes have
+    trained, Lightning would ignore every Ctrl-C after the first."""
     before = signal.getsignal(signal.SIGINT)
     try:
-        yield
+        with warnings.catch_warnings():
+            yield
     finally:
         if before is not None and threading.current_thread() is threading.main_thread():  # other threads cannot set it
             signal.signal(signal.SIGINT, before)
