@@ -115,8 +115,9 @@ def test_a_linked_folder_is_read_or_named(suffix, tmp_path, caplog):
 def test_a_link_that_leads_nowhere_is_refused(suffix, tmp_path):
     (tmp_path / f"x.{suffix}").write_bytes(lines(1))
     (tmp_path / f"y.{suffix}").symlink_to(tmp_path / "never fetched")
-    with pytest.raises(ConfigError, match=rf"^--data.source: .*y.{suffix} is a broken symbolic link; fetch its file"):
-        read(tmp_path)
+    for source in (tmp_path, tmp_path / f"*.{suffix}", tmp_path / "**" / "*", tmp_path / f"y.{suffix}"):
+        with pytest.raises(ConfigError, match=rf"^--data.source: .*y.{suffix} is a broken symbolic link; fetch its"):
+            read(source)
 
 
 def test_a_snapshot_in_the_hub_s_cache_is_read(tmp_path):

@@ -136,7 +136,14 @@ def _files(setting: str, path: str, hub: Hub) -> list[str]:
     if split and os.path.isdir(folder):
         files = _folder_files(setting, folder, replace(hub, split=split), f"{setting}: {path!r}")
         return _say_outside(setting, folder, files)
-    return _say_no_split(setting, path, sorted(filter(os.path.isfile, glob.glob(path, recursive=True))), hub)
+    found = sorted(glob.glob(path, recursive=True))
+    _refuse_broken_links(setting, found)
+    return _say_no_split(setting, path, list(filter(os.path.isfile, found)), hub)
+
+
+def _refuse_broken_links(setting: str, paths: list[str]) -> None:
+    if nowhere := [path for path in paths if not os.path.exists(path)]:
+        raise ConfigError(f"{setting}: {nowhere[0]} is a broken symbolic link; fetch its file, or remove it")
 
 
 def _say_no_split(setting: str, path: str, files: list[str], hub: Hub) -> list[str]:
@@ -164,8 +171,7 @@ def _visible_files(setting: str, folder: str) -> list[str]:
         seen.add(_identity(root))
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
         paths = [os.path.join(root, file) for file in files if not file.startswith(".")]
-        if nowhere := [path for path in paths if not os.path.exists(path)]:
-            raise ConfigError(f"{setting}: {nowhere[0]} is a broken symbolic link; fetch its file, or remove it")
+        _refuse_broken_links(setting, paths)
         found += [path for path in paths if os.path.isfile(path)]  # neither sockets nor pipes
     return found
 
