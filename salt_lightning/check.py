@@ -356,14 +356,15 @@ def _cut(batch: dict[str, Tensor], lm: CausalLM) -> dict[str, Tensor]:
 
 
 def without_text(
-    module: SALTModule, trainer: pl.Trainer, export_to: str | None, teaches: bool
+    module: SALTModule, data: SALTDataModule, trainer: pl.Trainer, export_to: str | None, teaches: bool
 ) -> list[Callable[[], object]]:
     """The checks of a fit's settings that need no text. `teaches`: the teacher will be loaded."""
     student, teacher = module.student_spec, module.teacher_spec
     looks: list[Callable[[], object]] = [
         partial(module.optim_spec.check, trainer.max_steps),
         partial(cadence.check_trainer, trainer),
-        *(partial(kd.check, trainer, module.has_teacher) for kd in kd_callbacks(trainer)[:1]),
+        partial(cadence.accumulation, data.global_batch_size, data.micro_batch_size, cadence.num_ranks(trainer)),
+        *(partial(kd.check, trainer, module.has_teacher, data) for kd in kd_callbacks(trainer)[:1]),
         *([partial(check_target, Path(export_to), "--checkpoint.export")] if export_to else ()),
         partial(models.check_path, student, "student"),
     ]
@@ -384,7 +385,8 @@ def besides(
     instead: Iterable[str], module: SALTModule, data: SALTDataModule, trainer: pl.Trainer, teaches: bool
 ) -> list[str]:
     """What else is wrong, apart from the refused settings that have defaults `instead`."""
-    return of_others(raised([*without_text(module, trainer, None, teaches), partial(data._corpus, "source")]), instead)
+    looks, find = without_text(module, data, trainer, None, teaches), partial(data._corpus, "source")
+    return of_others(raised([*looks, find]), instead)
 
 
 def report(check: Check, wrong: Iterable[str], refused: bool) -> int:

@@ -166,7 +166,7 @@ class SALTCLI(LightningCLI):
         if student.path and student.config and not resumed:
             say_once(f"--model.student.config is not used: the sizes come from --model.student.path {student.path}")
         target = None if is_over(config.ckpt_path, self.trainer.max_steps) else config.checkpoint.export
-        if wrong := raised(check.without_text(self.model, self.trainer, target, self._teaches())):
+        if wrong := raised(check.without_text(self.model, self.datamodule, self.trainer, target, self._teaches())):
             refuse([*wrong, *raised([partial(self.datamodule._corpus, "source")])])  # finding files takes seconds
 
     def before_predict(self) -> None:

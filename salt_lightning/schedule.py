@@ -193,12 +193,13 @@ class KDScheduleCallback(pl.Callback):
             )
         self.stop_step = None
         self._probe.forget()  # values from an earlier fit
-        self.check(trainer, pl_module.has_teacher)
-        if self.schedule.kd_steps(1):
-            self._check_probe(trainer)
+        self.check(trainer, pl_module.has_teacher, trainer.datamodule)  # type: ignore[attr-defined]
 
-    def check(self, trainer: pl.Trainer, has_teacher: bool) -> None:
-        """Raises ConfigError if the schedule does not fit the run; needs no text."""
+    def check(self, trainer: pl.Trainer, has_teacher: bool, data: Any) -> None:
+        """Raises ConfigError if the schedule does not fit the run; needs no text.
+
+        Before `data` has been set up, a validation interval is in optimizer steps; afterwards, in micro-batches.
+        """
         if (number := len(kd_callbacks(trainer))) > 1:
             raise ConfigError(f"the Trainer has {number} KDScheduleCallbacks, but only one can be used; use --kd.*")
         steps, max_steps = self.schedule.steps, trainer.max_steps
@@ -215,8 +216,10 @@ class KDScheduleCallback(pl.Callback):
                 f"--kd.weight {self.schedule.weight} needs a teacher: set --model.teacher.path to a checkpoint, a "
                 "Hugging Face folder or a hub name, or --kd.weight 0 for BASELINE"
             )
+        if self.schedule.kd_steps(1):
+            self._check_probe(trainer, data)
 
-    def _check_probe(self, trainer: pl.Trainer) -> None:
+    def _check_probe(self, trainer: pl.Trainer, data: Any) -> None:
         if self._probe.gradients and isinstance(trainer.strategy, FSDPStrategy):
             raise ConfigError(
                 "--kd.probe_gradients true: not supported with FSDP1; use --config configs/fsdp.yaml, or ddp"
@@ -224,15 +227,20 @@ class KDScheduleCallback(pl.Callback):
         if self.stop_margin is None:
             return
         name, last = f"--kd.stop_margin {self.stop_margin}", self.schedule.steps or trainer.max_steps
-        if getattr(trainer.datamodule, "selection", None):  # type: ignore[attr-defined]
+        if getattr(data, "selection", None):
             raise ConfigError(
                 f"{name} does not work with --data.selection: the rows of phase 1 are chosen before it begins, for "
                 "exactly --kd.steps steps; set one of the two to null"
             )
-        every = getattr(trainer, "val_check_interval", None)  # an int: micro-batches by now; a float: share of the run
-        first = every // trainer.accumulate_grad_batches if isinstance(every, int) else trainer.max_steps
+        if trainer.limit_val_batches == 0:
+            raise ConfigError(
+                f"{name} acts at validations, but --trainer.limit_val_batches 0 turns them off; leave one of them out"
+            )
+        every = getattr(trainer, "val_check_interval", None)
+        share = every * trainer.max_steps if isinstance(every, float) and 0 <= every <= 1 else trainer.max_steps
+        first = every // trainer.accumulate_grad_batches if isinstance(every, int) else max(1, int(share))
         first *= max(1, math.ceil(self.min_steps / max(1, first)))  # 0 is refused elsewhere
-        if trainer.limit_val_batches == 0 or first >= last:
+        if 0 < last <= first:
             after = f" from --kd.min_steps {self.min_steps} on" if self.min_steps else ""
             raise ConfigError(
                 f"{name}: there is no validation before step {last}{after}, where the teacher leaves anyway; set "

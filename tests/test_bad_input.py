@@ -514,12 +514,22 @@ def test_a_refused_start_leaves_no_folders(settings, tmp_path):
 
 
 def test_what_needs_no_text_is_refused_before_it_all_at_once(settings, teacher, tmp_path, capsys):
-    wrong = {"kd.steps": 50, "model.optim.warmup_steps": 50, "trainer.gradient_clip_algorithm": "value"}
-    told = ["--kd.steps 50 is larger", "--model.optim.warmup_steps 50", "--trainer.gradient_clip_algorithm value"]
+    wrong = {
+        "kd.steps": 50, "model.optim.warmup_steps": 50, "trainer.gradient_clip_algorithm": "value",
+        "data.micro_batch_size": 5,
+    }  # fmt: skip
+    told = [
+        "--kd.steps 50 is larger", "--model.optim.warmup_steps 50", "--trainer.gradient_clip_algorithm value",
+        "rows do not divide into micro-batches of 5",
+    ]  # fmt: skip
     own = {"run": str(tmp_path / "run"), "data.cache_dir": str(tmp_path / "cache"), "model.teacher.path": teacher}
     for key, said in zip(wrong, told, strict=True):
         assert cli.main(["fit", *arguments(settings, own, {key: wrong[key]})]) == 2
         assert said in capsys.readouterr().err
+    late = {"kd.steps": 4, "kd.stop_margin": 0.1}  # the first validation is later
+    for interval in ({"trainer.val_check_interval": 4}, {"trainer.val_check_interval": 0.5}):
+        assert cli.main(["fit", *arguments(settings, own, late, interval)]) == 2
+        assert "there is no validation before step 4" in capsys.readouterr().err
     more = {"data.source": "no/*.txt", "model.teacher.path": MISSING}
     assert cli.main(["fit", *arguments(settings, own, wrong, more)]) == 2
     error = capsys.readouterr().err

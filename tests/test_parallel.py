@@ -572,11 +572,13 @@ def test_a_rank_that_nobody_joins_ends_at_the_time_out(settings, tmp_path):
 
 @pytest.mark.parametrize("strategy", [{}, {"trainer.strategy": "ddp_fork"}])
 def test_an_error_of_all_ranks_is_one_line(strategy, settings, tmp_path):
-    process = start(settings, {"run": str(tmp_path / "run"), "data.micro_batch_size": 3, **strategy})
+    process = start(
+        settings, {"run": str(tmp_path / "run"), "data.block_size": 10**6, "data.micro_batch_size": 2, **strategy}
+    )
     code, output = end(process)
     assert code == 2
     assert output.count("error: ") == 1
-    assert "8 rows do not divide into micro-batches of 3 (--data.micro_batch_size) on 2 devices" in output
+    assert "training tokens do not fill one row of --data.block_size 1000000" in output
     assert "Traceback" not in output
 
 

@@ -98,6 +98,11 @@ def phase1_steps(trainer: Trainer) -> int:
     return trainer.max_steps if steps is None else min(steps, trainer.max_steps)
 
 
+def num_ranks(trainer: Trainer) -> int:
+    """The processes that read different rows; also before they exist."""
+    return int((trainer.distributed_sampler_kwargs or {}).get("num_replicas", 1))
+
+
 def accumulation(global_batch: int, micro_batch: int, world: int) -> int:
     """Micro-batches that one device accumulates for an optimizer step.
 
