@@ -28,7 +28,7 @@ from salt_lightning.hugging_face.spec import ModelSpec, family_config, shallow, 
 from salt_lightning.hugging_face.token_ids import check_fit
 from salt_lightning.models import CausalLM
 from salt_lightning.module import SALTModule
-from salt_lightning.preflight import Finding, listed, size_said
+from salt_lightning.preflight import Finding, listed, once_each, size_said
 from salt_lightning.run.peers import writes_elsewhere
 from salt_lightning.schedule import KDScheduleCallback, kd_callbacks
 from salt_lightning.teacher import probe
@@ -399,7 +399,7 @@ def report(check: Check, wrong: Iterable[str], refused: bool) -> int:
     if refused:
         check.findings.append(Finding("note", "the rest", "text, models, memory and disk: checked once this is fixed"))
     else:
-        check.run()
+        check.findings = once_each(check.run())
     if not writes_elsewhere():
         print(listed(check.findings, min(120, shutil.get_terminal_size((120, 24)).columns)))
     return int(any(finding.level == "error" for finding in check.findings))

@@ -13,6 +13,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from jsonargparse import Namespace
+from jsonargparse.typing import PositiveFloat
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.multiprocessing import ProcessRaisedException
@@ -263,9 +264,8 @@ class CheckCLI(SALTCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
-        parser.add_argument(
-            "--check.memory_gib", type=float | None, default=None, help="Memory of the GPU that will run it, GiB."
-        )
+        told = "Memory of the GPU that will run it, GiB."
+        parser.add_argument("--check.memory_gib", type=PositiveFloat | None, default=None, help=told)
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         super()._add_subcommands(parser, **kwargs)

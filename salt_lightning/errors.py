@@ -86,11 +86,15 @@ def once(messages: Iterable[str]) -> list[str]:
     return kept
 
 
+def problems_of(message: str) -> list[str]:
+    """The problems that `refuse` has put into one message."""
+    return re.split(r"; (?=--)", message)
+
+
 def of_others(messages: Iterable[str], settled: Iterable[str]) -> list[str]:
     """Drops problems that name a setting of `settled`: it was reset to its default, which the user did not give."""
     named = re.compile("|".join(rf"--{re.escape(name)}(?!\w)" for name in settled) or r"(?!)")
-    parts = (re.split(r"; (?=--)", message) for message in messages)
-    kept = ("; ".join(part for part in problems if not named.search(part)) for problems in parts)
+    kept = ("; ".join(part for part in problems_of(each) if not named.search(part)) for each in messages)
     return [said for said in kept if said]
 
 

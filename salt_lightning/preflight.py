@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from salt_lightning.errors import ConfigError, few, printable
+from salt_lightning.errors import ConfigError, few, printable, problems_of
 
 Level = Literal["ok", "note", "warning", "error"]
 GOOD_EPOCHS = 4.0  # repeated text is worth nearly as much as new text up to here (arXiv 2305.16264)
@@ -210,6 +210,17 @@ def disk(folder: Path, weight_bytes: int, most: int) -> Finding:
 def size_said(size: float) -> str:
     """Bytes, for messages."""
     return f"{size / 2**30:.3g} GiB" if size >= 0.1 * 2**30 else f"{size / 2**20:.3g} MiB"
+
+
+def once_each(findings: list[Finding]) -> list[Finding]:
+    """The findings without errors of which earlier ones have told every problem."""
+    kept: list[Finding] = []
+    told: set[str] = set()
+    for finding in findings:
+        problems = set(problems_of(finding.said)) if finding.level == "error" else {""}
+        kept += [finding] if problems - told else []
+        told |= problems - {""}
+    return kept
 
 
 def listed(findings: list[Finding], width: int) -> str:

@@ -251,6 +251,25 @@ def test_a_setting_without_its_value_is_not_given_the_next_one(capsys):
     assert "Got value" not in err
 
 
+@pytest.mark.parametrize("gib", ["-1", "0", ".inf", ".nan"])
+def test_memory_that_no_gpu_has(gib, settings, capsys):
+    assert cli.main(["check", *arguments(settings), "--check.memory_gib", gib]) == 1
+    assert re.match(
+        rf"error: --check.memory_gib -?{gib.strip('-')} must be a finite number above 0", capsys.readouterr().err
+    )
+
+
+def test_a_problem_is_listed_once(checked):
+    """Several settings are refused as they are typed, and by what uses them."""
+    own = {
+        "trainer.val_check_interval": 0,
+        "trainer.limit_train_batches": 5,
+        "trainer.gradient_clip_algorithm": "value",
+    }
+    code, found = checked(**own)
+    assert (code, [level for level, _, _ in found].count("error")) == (1, 3), found
+
+
 def test_a_fit_tells_what_all_its_classes_refuse(settings, capsys):
     wrong = {"kd.weight": 2, "model.optim.lr": -1, "data.block_size": -5, "checkpoint.keep": 0, "trainer.devices": 0}
     said = ("--kd.weight 2.0", "--model.optim.lr -1.0", "--data.block_size: -5", "--checkpoint.keep 0", "--trainer.d")
@@ -283,7 +302,7 @@ def test_a_run_folder_that_is_taken(checked, tmp_path):
         ({"kd.steps": None}, "phases", "note", "it never leaves (RKD)"),
         ({"trainer.val_check_interval": 5}, "validation", "warning", "not in the last 2 steps"),
         ({"trainer.max_steps": 2000, "trainer.val_check_interval": 2000}, "rows", "warning", "--trainer.max_steps"),
-        ({"trainer.val_check_interval": 0}, "batch", "error", "--trainer.val_check_interval 0 must be optimizer steps"),
+        ({"trainer.val_check_interval": 0}, "settings", "error", "--trainer.val_check_interval 0 must be optimizer"),
         ({"kd.stop_margin": 0.1, "trainer.val_check_interval": 0.25}, "phases", "ok", "teacher in"),
         ({"check.memory_gib": 0.001}, "micro-batch", "error", "--data.micro_batch_size 8 does not fit"),
         (

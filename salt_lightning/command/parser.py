@@ -22,6 +22,7 @@ from salt_lightning.errors import ConfigError, one_line, printable, raised
 _TYPES = {
     "int": "a whole number",
     "float": "a finite number",
+    "PositiveFloat": "a finite number above 0",
     "bool": "true or false",
     "str": "text",
     "dict": "a mapping",
