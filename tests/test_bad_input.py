@@ -386,6 +386,10 @@ ERRORS = {
     "an abbreviation": ({"trainer.max_step": 3}, r"max_step"),
     "validation interval of zero": ({"trainer.val_check_interval": 0}, r"--trainer.val_check_interval 0 must be"),
     "log interval of zero": ({"trainer.log_every_n_steps": 0}, r"--trainer.log_every_n_steps 0 must be at least 1"),
+    "a least number of epochs": (
+        {"trainer.min_epochs": 2},
+        r"--trainer.min_epochs 2: a run is counted in steps; use --",
+    ),
     "limited batches": ({"trainer.limit_train_batches": 5}, r"limit_train_batches 5, .*; use --trainer.max_steps"),
     "rows left unscored": ({"trainer.limit_predict_batches": 0.5}, "limit_predict_batches would leave rows without"),
     "heads that do not divide": (

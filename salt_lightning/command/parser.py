@@ -114,6 +114,7 @@ _WORDS = {
     "trainer.fast_dev_run": f"{_REFUSED}: use the verb check, or few --trainer.max_steps.",
     "trainer.limit_train_batches": f"{_REFUSED}: use --trainer.max_steps.",
     "trainer.max_epochs": f"{_REFUSED}: use --trainer.max_steps.",
+    "trainer.min_epochs": f"{_REFUSED}: use --trainer.min_steps.",
     "trainer.overfit_batches": f"{_REFUSED}: use a small --data.source.",
 }
 

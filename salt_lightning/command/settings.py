@@ -161,6 +161,8 @@ def wrong_trainer_settings(trainer: Namespace) -> list[str]:
         wrong.append(f"--trainer.log_every_n_steps {every} must be at least 1")
     if trainer.get("max_epochs") not in (None, -1):
         wrong.append(f"--trainer.max_epochs {trainer.max_epochs}: a run is counted in steps; use --trainer.max_steps")
+    if trainer.get("min_epochs") not in (None, 0):  # in a fit it is always 0, see set_cadence
+        wrong.append(f"--trainer.min_epochs {trainer.min_epochs}: a run is counted in steps; use --trainer.min_steps")
     if (trainer.get("gradient_clip_val") or 0) < 0:
         wrong.append(f"--trainer.gradient_clip_val {trainer.gradient_clip_val} must not be negative (0 or null: off)")
     if trainer.get("enable_checkpointing") is False:
