@@ -635,6 +635,7 @@ CONFIGS = {
     ),
     "a key in dots besides": (
         b"data:\n  block_size: 7\ndata.block_size: 9\n",
+    "no seed": (b"seed_everything: null\n", r"--seed_everything None must be a whole number from 0 to 4294967295"),
         r"--config .*c.yaml, line 3: data.block_size is set twice; remove one",
     ),
     "a key in dots beside its group": (
