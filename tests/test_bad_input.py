@@ -627,15 +627,17 @@ CONFIGS = {
     "a word": (b"hello\n", r"--config .*c.yaml is not a mapping of settings"),
     "a tag": (
         b"model: !!python/object/apply:os.system ['touch ran']\n",
-        r"could not determine a constructor for the tag",
+        r"--config .*c.yaml, line 1, column 8: tags such as !!python/object/apply:os.system are not supported; remove",
     ),
+    "a value that is not what its tag says": (b"run: !!int x\n", r"--config .*c.yaml: not valid YAML \(invalid lit"),
+    "a day that there is not": (b"run: 2024-13-45\n", r"--config .*c.yaml: not valid YAML \(month must be in 1"),
     "a key twice": (
         b"kd:\n  weight: 0\nrun: x\nkd:\n  steps: 1\n",
         r"--config .*c.yaml, line 4: kd is set twice",
     ),
+    "no seed": (b"seed_everything: null\n", r"--seed_everything None must be a whole number from 0 to 4294967295"),
     "a key in dots besides": (
         b"data:\n  block_size: 7\ndata.block_size: 9\n",
-    "no seed": (b"seed_everything: null\n", r"--seed_everything None must be a whole number from 0 to 4294967295"),
         r"--config .*c.yaml, line 3: data.block_size is set twice; remove one",
     ),
     "a key in dots beside its group": (

@@ -316,11 +316,15 @@ def _check_config(path: str, known: list[str]) -> None:
             text = file.read()
         node = yaml.compose(text, yaml.SafeLoader)
         zeros = [token for token in yaml.scan(text) if "\0" in getattr(token, "value", "")]
+        yaml.safe_load(text)  # for tags and values that do not suit theirs
     except UnicodeDecodeError as error:
         raise ConfigError(f"{setting} is not UTF-8 text; give a YAML file, e.g. configs/salt.yaml") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        if tag := re.search(r"constructor for the tag '(.*)'", str(problem)):
+            typed = tag[1].replace("tag:yaml.org,2002:", "!!")
+            raise ConfigError(f"{setting}{where}: tags such as {typed} are not supported; remove it") from error
         raise ConfigError(f"{setting}{where}: not valid YAML ({one_line(problem)})") from error
     if zeros:  # jsonargparse would take it for a file name
         raise ConfigError(f"{setting}, line {zeros[0].start_mark.line + 1}: a value contains a zero byte; remove it")
