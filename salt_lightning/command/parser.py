@@ -324,7 +324,7 @@ def _check_config(path: str, known: list[str]) -> None:
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         if tag := re.search(r"constructor for the tag '(.*)'", str(problem)):
             typed = tag[1].replace("tag:yaml.org,2002:", "!!")
-            raise ConfigError(f"{setting}{where}: tags such as {typed} are not supported; remove it") from error
+            raise ConfigError(f"{setting}{where}: tags such as {typed} are not supported; remove them") from error
         raise ConfigError(f"{setting}{where}: not valid YAML ({one_line(problem)})") from error
     if zeros:  # jsonargparse would take it for a file name
         raise ConfigError(f"{setting}, line {zeros[0].start_mark.line + 1}: a value contains a zero byte; remove it")
