@@ -203,8 +203,7 @@ class Check:
         if lm is None:
             return None
         lm.eval().requires_grad_(False)
-        if self.data._train is not None:  # else there may be no tokenizer
-            lm.num_ids = self.data.vocab_size
+        lm.num_ids = None if self.data._train is None else self.data.vocab_size  # without text maybe no tokenizer
         if self._proof(lm) and batch is not None and "teacher" not in self._unfit:
             loss = replace(probe.look(lm, _cut(batch, lm), self.data), untrained=self._untrained)
             self.findings.append(preflight.teacher(loss, str(spec.path), self._kd.allow_untrained))
