@@ -379,5 +379,5 @@ def how_to_go_on(trainer: pl.Trainer, failed: float = math.inf) -> str:
             last = found == saved(found.parent)[-1][1]
             return f"{found} is good: resume from it (--ckpt_path {'last' if last else found})"
         if saved(saver._dir):
-            return "There is no good checkpoint from before that step: start again"
+            return f"No checkpoint in {saver._dir} is from before that step: start again in another --run"
     return "There is no checkpoint: start again"

@@ -166,8 +166,11 @@ def _whole_folder(target: Path) -> Iterator[Path]:
     _delete_leftovers(target)
     partial, made, held = target.with_name(f".{target.name}.{uuid4().hex}.tmp"), False, None
     try:
-        partial.mkdir(parents=True)
-        made, held = True, _hold(partial)
+        while not made:
+            partial.mkdir(parents=True)
+            with suppress(FileNotFoundError):  # until it is held, another export may take it for a leftover
+                held = _hold(partial, wait=True)
+            made = partial.exists()
         yield partial
         for path in (*partial.rglob("*"), partial):
             sync_folder(path)
@@ -189,16 +192,18 @@ def _delete_leftovers(target: Path) -> None:
     for left in target.parent.glob(f".{glob.escape(target.name)}.{'[0-9a-f]' * 32}.tmp"):
         with suppress(OSError):
             if (held := _hold(left)) is not None:
-                shutil.rmtree(left)
-                os.close(held)
+                try:
+                    shutil.rmtree(left)
+                finally:
+                    os.close(held)
                 rank_zero_info(f"export: deleted {left}, which an export that was killed had left")
 
 
-def _hold(folder: Path) -> int | None:
+def _hold(folder: Path, wait: bool = False) -> int | None:
     """Locks a folder until the returned descriptor is closed or the process dies. None: it is locked, or cannot be."""
     held = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(held, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError:
         os.close(held)
         return None

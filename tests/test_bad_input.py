@@ -506,9 +506,19 @@ def test_bad_input_is_one_line_that_names_the_setting(case, settings, teacher, b
 
 def test_of_two_classes_with_the_same_setting_the_one_with_the_value_is_named():
     said = "Parser key \"verbose\": Expected a <class 'bool'>. Got value: maybe"
-    given = [("trainer.logger.verbose", "true"), ("trainer.callbacks.verbose", "maybe"), ("kd.verbose", "maybe")]
-    for order in (given, given[::-1]):
-        assert explain(said, ["verbose"], order) == "--trainer.callbacks.verbose maybe must be true or false"
+    for other in ("true", "may", "be"):  # parts of the value, too
+        given = [("trainer.logger.verbose", other), ("trainer.callbacks.verbose", "maybe"), ("kd.verbose", "maybe")]
+        for order in (given, given[::-1]):
+            assert explain(said, ["verbose"], order) == "--trainer.callbacks.verbose maybe must be true or false"
+
+
+@pytest.mark.parametrize("bad", ["{a: [", "2020-99-99", "{2020-01-01: [{2020-01-02: 1}]}"])
+def test_a_class_setting_that_yaml_cannot_read_hides_no_other_error(settings, tmp_path, capsys, bad):
+    own = [f"--run={tmp_path}/run", f"--trainer.logger={bad}", "--kd.weight=x", "--data.block_size=y"]
+    assert cli.main(["fit", *arguments(settings), *own]) == 2
+    line = one_line(capsys)
+    for said in ("--trainer.logger {", "--kd.weight x must", "--data.block_size y must"):
+        assert said.replace("{", bad[0]) in line
 
 
 def test_a_refused_start_leaves_no_folders(settings, tmp_path):

@@ -266,6 +266,13 @@ def test_one_bad_weight_of_a_token_that_no_check_reads_is_found(value):
         lm.check()
 
 
+def test_small_floating_types_of_a_quantized_model_are_left_alone():
+    lm = tiny("llama")
+    scale = torch.ones(4, 4).to(torch.float8_e4m3fn)
+    lm.model.register_parameter("scale", torch.nn.Parameter(scale, requires_grad=False))
+    lm.check()
+
+
 def test_a_folder_without_config_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"is a folder without config.json"):
         check_path(ModelSpec(path=str(tmp_path)), "teacher")

@@ -842,7 +842,11 @@ def test_what_was_logged_before_a_save_survives_a_kill_right_after_it(settings, 
             [2, 4],
             "{run}/checkpoints/step-00000002.ckpt is good: resume from it (--ckpt_path {run}/checkpoints/step-00000",
         ),
-        (4, [4], "There is no good checkpoint from before that step: start again, with a lower"),
+        (
+            4,
+            [4],
+            "No checkpoint in {run}/checkpoints is from before that step: start again in another --run, with a lower",
+        ),
     ],
 )
 def test_a_bad_state_is_never_saved(settings, tmp_path, monkeypatch, capsys, every, kept, advice):

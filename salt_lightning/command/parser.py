@@ -181,7 +181,7 @@ def _prefix(last: str, given: Iterable[tuple[str, str]], line: str) -> str:
     If several classes have such a setting, the one whose value the error (`line`) gives.
     """
     found = [(name, value) for name, value in given if re.match(rf"{_CLASSES}\.", name) and name.endswith(f".{last}")]
-    return max(found, key=lambda each: each[1] in line)[0].removesuffix(last) if found else ""
+    return max(found, key=lambda each: line.endswith(f" value: {each[1]}"))[0].removesuffix(last) if found else ""
 
 
 def _no_such(name: str, known: list[str], prefix: str = "") -> str:
@@ -221,7 +221,11 @@ def _given(args: list[str]) -> Iterator[tuple[str, str]]:
         text = file if file.lstrip().startswith("{") else Path(file).read_text(encoding="utf-8")
         yield from _leaves(yaml.safe_load(text), "")
     for name, value in _typed(args):
-        yield from _leaves(yaml.safe_load(value), name) if re.fullmatch(_CLASSES, name) else [(name, value)]
+        leaves = [(name, value)]
+        if re.fullmatch(_CLASSES, name):
+            with suppress(yaml.YAMLError, ValueError):  # the parser will refuse it
+                leaves = _leaves(yaml.safe_load(value), name)
+        yield from leaves
 
 
 def _typed(args: list[str]) -> Iterator[tuple[str, str]]:
@@ -237,7 +241,7 @@ def _leaves(value: Any, name: str) -> list[tuple[str, str]]:
         return [leaf for key, inner in value.items() for leaf in _leaves(inner, f"{name}.{key}" if name else str(key))]
     if isinstance(value, list) and re.fullmatch(_CLASSES, name):
         return [leaf for inner in value for leaf in _leaves(inner, name)]
-    return [(name, value if isinstance(value, str) else json.dumps(value, default=str))]
+    return [(name, value if isinstance(value, str) else json.dumps(value, default=str, skipkeys=True))]
 
 
 def to_defaults(said: str, settings: Namespace, parser: LightningArgumentParser) -> dict[str, Any]:
