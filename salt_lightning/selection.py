@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 
 from salt_lightning.batches.mixture import Mixture, Shares, make_order
 from salt_lightning.batches.order import Order, scatter
@@ -115,11 +115,8 @@ class Plan(NamedTuple):
         return LESS_CHANCE if self.chance > MUCH_CHANCE else ""
 
     def say(self) -> None:
-        """Logs it, as a warning if chance decides much."""
-        if self.remedy:
-            rank_zero_warn(f"{self.said}; use {self.remedy}")
-        else:
-            rank_zero_info(self.said)
+        """Logs it; as a warning, with the remedy, if chance decides much."""
+        rank_zero_info(f"warning: {self.said}; use {self.remedy}" if self.remedy else self.said)
 
 
 def chance(score_R: np.ndarray, kept_R: np.ndarray) -> float:
