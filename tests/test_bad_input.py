@@ -129,6 +129,7 @@ ERRORS = {
         {
             "trainer.strategy": {"class_path": "DDPStrategy", "init_args": {"process_group_backend": "nccl"}},
             "trainer.devices": 2,
+            "data.micro_batch_size": 4,
         },
         r"^error: --trainer.strategy.process_group_backend nccl is for GPUs; leave it out, or use gloo$",
     ),
@@ -143,7 +144,11 @@ ERRORS = {
         rf"^error: --trainer.strategy DeepSpeedStrategy {USE}$",
     ),
     "a class that needs a mesh": (
-        {"trainer.strategy": {"class_path": "ModelParallelStrategy"}, "trainer.devices": 2},
+        {
+            "trainer.strategy": {"class_path": "ModelParallelStrategy"},
+            "trainer.devices": 2,
+            "data.micro_batch_size": 4,
+        },
         rf"^error: --trainer.strategy ModelParallelStrategy {USE}$",
     ),
     "checkpoints off": ({"trainer.enable_checkpointing": False}, r"--trainer.enable_checkpointing false: use --check"),

@@ -563,7 +563,7 @@ def test_an_abandoning_process_ends_as_it_would_have():
 def test_a_rank_that_nobody_joins_ends_at_the_time_out(settings, tmp_path):
     """torch alone pauses after it and tries a second time."""
     limit_s, nobody = 6.0, {"LOCAL_RANK": "1", "NODE_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    own = {"run": str(tmp_path / "run"), "trainer.strategy.timeout_minutes": limit_s / 60}
+    own = {"run": str(tmp_path / "run"), "trainer.strategy.timeout_minutes": limit_s / 60, "data.micro_batch_size": 4}
     process = start(settings, own, **nobody, MASTER_PORT="9")  # of the discard service: nobody listens
     seen_s = {line.split(":")[0].strip(): time.monotonic() for line in process.stdout}
     assert end(process)[0] == 1
@@ -626,7 +626,8 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_does_not_fit_is_refused_in_one_line(case, settings, tmp_path, capsys):
     own, message = REFUSED[case]
-    assert cli.main(["fit", *arguments(settings, {"kd.weight": 0.0, "run": str(tmp_path / "run")}, own)]) == 2
+    fits = {"kd.weight": 0.0, "run": str(tmp_path / "run"), "data.micro_batch_size": 2}
+    assert cli.main(["fit", *arguments(settings, fits, own)]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error == f"error: {message}"
     assert not (tmp_path / "run").exists()
