@@ -120,7 +120,7 @@ class Check:
         data, trainer = self.data, self.trainer
         if not self.works("batch", data.set_trainer):
             return
-        world = data._place()[1]
+        world = cadence.place(data.trainer)[1]
         said = f"{data.global_batch_size} rows = {data.accumulate} x {data.micro_batch_size} on {world} devices"
         self.add("ok", "batch", said.replace("1 devices", "1 device"))
         if remark := parallel.device_remark(trainer):
@@ -304,7 +304,7 @@ class Check:
             return
         fitting = fit.largest(_usable(limit))
         said = f"a run can use {size_said(_usable(limit))} of {size_said(limit)}; the largest that fits: "
-        all_of_step = fitting == data.global_batch_size // data._place()[1]
+        all_of_step = fitting == data.global_batch_size // cadence.place(data.trainer)[1]
         said += f"{fitting or 'none'}{' (all of a step)' if all_of_step else ''}"
         if max(peak.total for peak in found) <= _usable(limit):
             self.add("ok", "micro-batch", said)
@@ -362,7 +362,7 @@ def without_text(
     looks: list[Callable[[], object]] = [
         partial(module.optim_spec.check, trainer.max_steps),
         partial(cadence.check_trainer, trainer),
-        partial(cadence.accumulation, data.global_batch_size, data.micro_batch_size, cadence.num_ranks(trainer)),
+        partial(cadence.accumulation, data.global_batch_size, data.micro_batch_size, cadence.place(trainer)[1]),
         *(partial(kd.check, trainer, module.has_teacher, data) for kd in kd_callbacks(trainer)[:1]),
         *([partial(check_target, Path(export_to), "--checkpoint.export")] if export_to else ()),
         partial(models.check_path, student, "student"),

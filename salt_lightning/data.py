@@ -36,7 +36,7 @@ from salt_lightning.batches.rows import (
 from salt_lightning.batches.stretches import Stretches, go_on, one_stretch, rows_before, where, with_past
 from salt_lightning.command.settings import seed_or_global, wrong_data
 from salt_lightning.errors import ConfigError, refuse, wrong_kinds
-from salt_lightning.fit.cadence import accumulation, phase1_steps, set_cadence
+from salt_lightning.fit.cadence import accumulation, phase1_steps, place, set_cadence
 from salt_lightning.selection import KeepRule, Plan, check_repeats, plan, row_scores
 from salt_lightning.teacher.difficulty import HeldOut, find_files, read_thirds
 from salt_lightning.teacher.scores import Scored, Scores
@@ -303,7 +303,7 @@ class SALTDataModule(LightningDataModule):
         if self._train_loader is None:  # not earlier: a checkpoint may say what was read before
             self._say_plan(self._order, steps)
         sizes, before = (self.global_batch_size, self.micro_batch_size), partial(rows_before, self.stretches)
-        batches = TrainBatches(self._train, self._order, sizes, self._place(), before)
+        batches = TrainBatches(self._train, self._order, sizes, place(self.trainer), before)
         self._train_loader = self._loader(
             batches, steps * batches.accumulate, lambda: trainer.global_step * batches.accumulate if trainer else 0
         )
@@ -313,7 +313,7 @@ class SALTDataModule(LightningDataModule):
     def val_dataloader(self) -> Loader:
         """Validation rows in order, with the bytes and source of every label."""
         assert self._eval is not None, "call setup first"
-        batches = EvalBatches(self._eval, self._eval_rows(), self.micro_batch_size, self._place(), self._thirds_D)
+        batches = EvalBatches(self._eval, self._eval_rows(), self.micro_batch_size, place(self.trainer), self._thirds_D)
         return self._loader(batches, len(batches), lambda: 0)
 
     test_dataloader = val_dataloader
@@ -321,7 +321,7 @@ class SALTDataModule(LightningDataModule):
     def predict_dataloader(self) -> Loader:
         """All training rows in order, shard by shard, or the shards that `score_only` names."""
         assert self._train is not None, "call setup('predict') first"
-        scored, (rank, world) = self.scored(), self._place()
+        scored, (rank, world) = self.scored(), place(self.trainer)
         every = list(range(scored.num_shards))
         shards, company = self._shards or (every[rank::world], True)
         batches = ShardBatches(self._train, shards, (scored.shard_rows, self.micro_batch_size), company)
@@ -427,18 +427,13 @@ class SALTDataModule(LightningDataModule):
             check_repeats(found.order, self.keep)
         return found
 
-    def _place(self) -> tuple[int, int]:
-        """This process's data-parallel rank, and the number of ranks."""
-        kwargs = (self.trainer.distributed_sampler_kwargs if self.trainer else None) or {}
-        return int(kwargs.get("rank", 0)), int(kwargs.get("num_replicas", 1))
-
     def set_trainer(self) -> None:
         """Give the trainer its accumulation and cadence.
 
         Raises:
             ConfigError: batch sizes do not divide, or conflict with the trainer's settings.
         """
-        self.accumulate = accumulation(self.global_batch_size, self.micro_batch_size, self._place()[1])
+        self.accumulate = accumulation(self.global_batch_size, self.micro_batch_size, place(self.trainer)[1])
         if self.trainer is not None:
             set_cadence(self.trainer, self.accumulate)
 

@@ -98,9 +98,10 @@ def phase1_steps(trainer: Trainer) -> int:
     return trainer.max_steps if steps is None else min(steps, trainer.max_steps)
 
 
-def num_ranks(trainer: Trainer) -> int:
-    """The processes that read different rows; also before they exist."""
-    return int((trainer.distributed_sampler_kwargs or {}).get("num_replicas", 1))
+def place(trainer: Trainer | None) -> tuple[int, int]:
+    """This process's data-parallel rank, and the number of ranks; also before the processes exist."""
+    kwargs = (trainer.distributed_sampler_kwargs if trainer else None) or {}
+    return int(kwargs.get("rank", 0)), int(kwargs.get("num_replicas", 1))
 
 
 def accumulation(global_batch: int, micro_batch: int, world: int) -> int:
