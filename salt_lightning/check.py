@@ -20,7 +20,7 @@ from torch import Tensor
 from salt_lightning import flops, memory, models, parallel, preflight
 from salt_lightning.checkpoint import savers
 from salt_lightning.data import SALTDataModule
-from salt_lightning.errors import ConfigError, of_others, one_line, raised
+from salt_lightning.errors import ConfigError, of_others, one_line, problems_of, raised
 from salt_lightning.export import check_target
 from salt_lightning.fit import cadence, extension, optim
 from salt_lightning.hugging_face import attention
@@ -31,6 +31,7 @@ from salt_lightning.module import SALTModule
 from salt_lightning.preflight import Finding, listed, once_each, size_said
 from salt_lightning.run.peers import writes_elsewhere
 from salt_lightning.schedule import KDScheduleCallback, kd_callbacks
+from salt_lightning.selection import KeepRule
 from salt_lightning.teacher import probe
 from salt_lightning.teacher.difficulty import find_files
 from salt_lightning.teacher.scores import Scores
@@ -65,7 +66,7 @@ class Check:
         try:
             return function()
         except (ConfigError, OSError) as error:
-            self.add("error", about, str(error))
+            self.findings += [Finding("error", about, problem) for problem in problems_of(str(error))]
             return None
 
     def works(self, about: str, function: Callable[..., Any], *args: Any) -> bool:
@@ -143,7 +144,7 @@ class Check:
         data, trainer = self.data, self.trainer
         # if what these settings name is missing, the text is checked without it
         if data.selection and not self.works("selection", Scores, Path(data.selection), "--data.selection"):
-            data.selection = None
+            data.selection, data.keep = None, KeepRule()
         if data.difficulty and not self.works("thirds", find_files, Path(data.difficulty), "fit"):
             data.difficulty = None
         if not self.works("text", data.prepare_data):
@@ -225,9 +226,8 @@ class Check:
         off = self.probe(f"{lm.name} head", lm.check)
         if off is not None:
             said = f"hidden states x head equal {type(lm.model).__name__}'s own logits (largest difference {off:.1g})"
-            self.add(
-                "ok", f"{lm.name} head", said + ("; our own mask separates documents" if lm.apart == "mask" else "")
-            )
+            said += "; our own mask separates documents" if lm.apart == "mask" else ""
+            self.add("ok", f"{lm.name} head", said)
             asked = (self.module.student_spec if lm.name == "student" else self.module.teacher_spec).attention
             on_gpu = self._device() == "cuda" and self.module.compute_dtype == torch.bfloat16
             if on_gpu and (foreseen := attention.foresee(lm, asked, lm.name == "student")):
@@ -384,8 +384,8 @@ def besides(
     instead: Iterable[str], module: SALTModule, data: SALTDataModule, trainer: pl.Trainer, teaches: bool
 ) -> list[str]:
     """What else is wrong, apart from the refused settings that have defaults `instead`."""
-    looks, find = without_text(module, data, trainer, None, teaches), partial(data._corpus, "source")
-    return of_others(raised([*looks, find]), instead)
+    looks = without_text(module, data, trainer, None, teaches)
+    return of_others(raised([*looks, data.require_files]), instead)
 
 
 def report(check: Check, wrong: Iterable[str], refused: bool) -> int:
@@ -394,7 +394,7 @@ def report(check: Check, wrong: Iterable[str], refused: bool) -> int:
     `refused`: a class refused some settings, so the sizes may not be the user's; then prepares no text and builds no
     model.
     """
-    check.findings += [Finding("error", "settings", message) for message in wrong]
+    check.findings += [Finding("error", "settings", said) for message in wrong for said in problems_of(message)]
     if refused:
         check.findings.append(Finding("note", "the rest", "text, models, memory and disk: checked once this is fixed"))
     else:

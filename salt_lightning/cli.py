@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +129,8 @@ class SALTCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self._settings(self.config)
-        refuse(settings.wrong_groups(config) or settings.wrong_accelerator(config.trainer))
+        refuse(settings.wrong_groups(config))
+        absent = settings.wrong_accelerator(config.trainer)
         wrong = (
             settings.wrong_trainer_settings(config.trainer)
             + settings.wrong_folders(config)
@@ -141,7 +141,10 @@ class SALTCLI(LightningCLI):
             wrong += taken(Path(config.run), settings.checkpoints(config), flat(config.as_dict()))
         if self.subcommand in ("validate", "test") and not has_checkpoint and not config.model.student.path:
             wrong.append(f"{self.subcommand} needs --ckpt_path (a .ckpt file, or last): a new student is untrained")
-        self.wrong = wrong  # reported together with what the classes refuse
+        self.wrong = absent + wrong  # reported together with what the classes refuse
+        # the trainer would look for the devices, and some strategies need them
+        reset = "; ".join([*absent, "--trainer.devices", "--trainer.strategy"]) if absent else ""
+        self.instead = to_defaults(reset, config, self._parser(self.subcommand))
 
     def refuse(self) -> None:
         refuse(errors.once(self.wrong))
@@ -168,7 +171,7 @@ class SALTCLI(LightningCLI):
             say_once(f"--model.student.config is not used: the sizes come from --model.student.path {student.path}")
         target = None if is_over(config.ckpt_path, self.trainer.max_steps) else config.checkpoint.export
         if wrong := raised(check.without_text(self.model, self.datamodule, self.trainer, target, self._teaches())):
-            refuse([*wrong, *raised([partial(self.datamodule._corpus, "source")])])  # finding files takes seconds
+            refuse([*wrong, *raised([self.datamodule.require_files])])  # finding files takes seconds
 
     def before_predict(self) -> None:
         self.say_device()
@@ -192,7 +195,6 @@ class SALTCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Resets each setting that a class refuses to its default, so that all problems are reported at once."""
-        self.instead: dict[str, Any] = {}
         while True:
             try:
                 self._instantiate()

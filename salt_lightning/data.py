@@ -35,9 +35,9 @@ from salt_lightning.batches.rows import (
 )
 from salt_lightning.batches.stretches import Stretches, go_on, one_stretch, rows_before, where, with_past
 from salt_lightning.command.settings import seed_or_global, wrong_data
-from salt_lightning.errors import ConfigError, refuse, wrong_kinds
+from salt_lightning.errors import ConfigError, raised, refuse, wrong_kinds
 from salt_lightning.fit.cadence import accumulation, phase1_steps, place, set_cadence
-from salt_lightning.selection import KeepRule, Plan, check_repeats, plan, row_scores
+from salt_lightning.selection import KeepRule, Plan, check_repeats, plan, row_scores, scores_of
 from salt_lightning.teacher.difficulty import HeldOut, find_files, read_thirds
 from salt_lightning.teacher.scores import Scored, Scores
 from salt_lightning.text.documents import Corpus
@@ -159,20 +159,31 @@ class SALTDataModule(LightningDataModule):
     def prepare_data(self) -> None:
         """Tokenize what is not in the cache yet, and compute row scores from token scores; in one process per node."""
         self._groups.clear()  # files may have been added since an earlier fit
-        fits = self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING
-        if fits and not self.selection and self.keep != KeepRule():  # predict uses it in its report
-            raise ConfigError(f"--data.keep: {self.keep.name!r} needs --data.selection")
-        scores = Scores(Path(self.selection), "--data.selection") if self.selection and fits else None
-        if self.difficulty:
-            find_files(Path(self.difficulty), "fit")
-        given = [setting for setting in ("source", "val_source", "test_source") if getattr(self, setting)]
-        for setting, corpus in {each: self._corpus(each) for each in given}.items():  # find all: one may take hours
-            fraction, workers = self._val_share(setting), self.prepare_workers
+        fraction, workers = self._val_share, self.prepare_workers
+        for setting, corpus in self.require_files().items():  # all of them first: tokenizing one may take hours
             if setting == "source" and self.tokenizer_name == "train":
-                prepare_tokenizer(corpus, self.trained_vocab_size, fraction, self.cache_dir, workers)
-            prepare_tokens(corpus, self.tokenizer, fraction, self.cache_dir, workers, self._check_models)
-        if scores is not None:
+                prepare_tokenizer(corpus, self.trained_vocab_size, fraction(setting), self.cache_dir, workers)
+            prepare_tokens(corpus, self.tokenizer, fraction(setting), self.cache_dir, workers, self._check_models)
+        if self._fits and (scores := scores_of(self.selection, self.keep)):
             row_scores(scores, self.keep.k, self.keep.masked)
+
+    def require_files(self) -> dict[str, Corpus]:
+        """Find what every setting names, without reading the text; return the documents of each source setting.
+
+        Raises:
+            ConfigError: something is missing or damaged; lists all of it.
+        """
+        given = [setting for setting in ("source", "val_source", "test_source") if getattr(self, setting)]
+        looks: list[Callable[[], object]] = [partial(self._corpus, setting) for setting in given]
+        looks += [lambda: self.tokenizer] if self.tokenizer_name != "train" else []
+        looks += [partial(find_files, Path(self.difficulty), "fit")] if self.difficulty else []
+        looks += [partial(scores_of, self.selection, self.keep)] if self._fits else []  # predict only reports by a rule
+        refuse(raised(looks))
+        return {setting: self._corpus(setting) for setting in given}
+
+    @property
+    def _fits(self) -> bool:
+        return self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING
 
     def _check_models(self) -> None:
         """Check the token ids of the run's models before tokenizing, which may take hours."""
@@ -322,8 +333,7 @@ class SALTDataModule(LightningDataModule):
         """All training rows in order, shard by shard, or the shards that `score_only` names."""
         assert self._train is not None, "call setup('predict') first"
         scored, (rank, world) = self.scored(), place(self.trainer)
-        every = list(range(scored.num_shards))
-        shards, company = self._shards or (every[rank::world], True)
+        shards, company = self._shards or (list(range(rank, scored.num_shards, world)), True)
         batches = ShardBatches(self._train, shards, (scored.shard_rows, self.micro_batch_size), company)
         return self._loader(batches, len(batches), lambda: 0)
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from salt_lightning.errors import ConfigError, few, printable, problems_of
+from salt_lightning.errors import ConfigError, few, printable
 
 Level = Literal["ok", "note", "warning", "error"]
 GOOD_EPOCHS = 4.0  # repeated text is worth nearly as much as new text up to here (arXiv 2305.16264)
@@ -213,13 +213,11 @@ def size_said(size: float) -> str:
 
 
 def once_each(findings: list[Finding]) -> list[Finding]:
-    """The findings without errors of which earlier ones have told every problem."""
+    """The findings without errors that earlier ones have told."""
     kept: list[Finding] = []
-    told: set[str] = set()
     for finding in findings:
-        problems = set(problems_of(finding.said)) if finding.level == "error" else {""}
-        kept += [finding] if problems - told else []
-        told |= problems - {""}
+        if finding.level != "error" or finding.said not in {each.said for each in kept}:
+            kept.append(finding)
     return kept
 
 

@@ -12,6 +12,7 @@ import math
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -221,6 +222,15 @@ def _told(name: str, part: Order) -> str:
     if part.unread_first:
         then = f"begins with the {part.num_unread} unread rows"
     return f"{kept}phase 1 reads {part.phase1}, each kept row {part.repeats:.2f} times; phase 2 {then}"
+
+
+def scores_of(selection: str | None, rule: KeepRule) -> Scores | None:
+    """The scores in the folder `selection`; None without one. Raises ConfigError: they are missing, but rule is set."""
+    if selection:
+        return Scores(Path(selection), "--data.selection")
+    if rule != KeepRule():
+        raise ConfigError(f"--data.keep: {rule.name!r} needs --data.selection")
+    return None
 
 
 def row_scores(scores: Scores, k: int, masked: Masked) -> np.ndarray:

@@ -66,8 +66,8 @@ def require_text(files: TokenFiles, split: str, block_size: int | None, val_frac
         num_documents = files.manifest["splits"]["train"]["documents"]
         raise ConfigError(
             f"--data.val_fraction: {val_fraction} left none of {num_documents} documents for "
-            "validation (equal ones stay together); raise it, split the text into more documents, or give "
-            "--data.val_source"
+            f"validation (equal ones stay together); {'raise it, ' * (num_documents > 1)}split the text into more "
+            "documents, or give --data.val_source"
         )
 
 

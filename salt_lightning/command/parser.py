@@ -17,7 +17,8 @@ import yaml
 from jsonargparse import DefaultHelpFormatter, Namespace, get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 
-from salt_lightning.errors import ConfigError, one_line, printable, raised
+from salt_lightning.command.settings import wrong_precision
+from salt_lightning.errors import ConfigError, one_line, printable, raised, refuse
 
 _TYPES = {
     "int": "a whole number",
@@ -152,6 +153,8 @@ def explain(message: str, known: list[str], given: Iterable[tuple[str, str]] = (
             said = f"{name}.{part[1]} {part[2]} is a setting of a class, but {name} names no class"
             example = ", e.g. --trainer.strategy DDPStrategy for ddp" if name == "--trainer.strategy" else ""
             return f"{said}; give the class name{example}"
+        if (asked := re.search(r"Given value: (\S+)$", rest)) and name == "--trainer.precision":
+            return wrong_precision(asked[1])[0]  # Lightning's list has values that no run supports
         if union := re.search(r"Subtypes: [\[(](.*?)[\])] Errors:.*Given value: (.*)$", rest):
             return f"{name} {union[2]} must be {_type_names(union[1])}{_why_no_class(name, union[2], rest)}"
         if union := re.search(r" Given value: (.*)$", rest):
@@ -268,12 +271,8 @@ def check_configs(args: list[str], known: list[str]) -> None:
         ConfigError: a file is missing, a folder, or not a YAML mapping in UTF-8; it has a setting twice, of which
             YAML would silently take the last; or it has an unknown empty group, which jsonargparse ignores.
     """
-    for value in _values(args):
-        if not value.lstrip().startswith("{"):  # otherwise the value itself contains settings
-            try:
-                _check_config(value, known)
-            except RecursionError as error:
-                raise ConfigError(f"--config {value}: settings contain themselves, or are nested too deeply") from error
+    files = [value for value in _values(args) if not value.lstrip().startswith("{")]  # others contain settings
+    refuse(raised(partial(_check_config, file, known) for file in files))
 
 
 def require_no_comments(args: list[str], given: Namespace) -> None:
@@ -321,6 +320,9 @@ def _check_config(path: str, known: list[str]) -> None:
         node = yaml.compose(text, yaml.SafeLoader)
         zeros = [token for token in yaml.scan(text) if "\0" in getattr(token, "value", "")]
         yaml.safe_load(text)  # for tags and values that do not suit theirs
+        keys = list(_keys(node, ""))
+    except RecursionError as error:
+        raise ConfigError(f"{setting}: settings contain themselves, or are nested too deeply") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{setting} is not UTF-8 text; give a YAML file, e.g. configs/salt.yaml") from error
     except (yaml.YAMLError, ValueError) as error:
@@ -334,14 +336,13 @@ def _check_config(path: str, known: list[str]) -> None:
         raise ConfigError(f"{setting}, line {zeros[0].start_mark.line + 1}: a value contains a zero byte; remove it")
     if not isinstance(node, yaml.MappingNode):
         raise ConfigError(f"{setting} is not a mapping of settings; write lines such as 'run: runs/mine'")
-    for key, value in node.value:
-        if value.tag.endswith(":null") and any(name.startswith(f"{key.value}.") for name in known):
-            where = f"{setting}, line {key.start_mark.line + 1}"
-            raise ConfigError(f"{where}: {key.value} is empty; indent its settings below it, or remove it")
-    for line, problem in _twice(node):
-        raise ConfigError(f"{setting}, line {line}: {problem}")
-    if unknown := [name for name in _empty(node, "") if not _means(name, known)]:
-        raise ConfigError("; ".join(_no_such(name, known) for name in unknown))
+    empty = [
+        (key.start_mark.line + 1, f"{key.value} is empty; indent its settings below it, or remove it")
+        for key, value in node.value
+        if value.tag.endswith(":null") and any(name.startswith(f"{key.value}.") for name in known)
+    ]
+    unknown = [_no_such(name, known) for name in _empty(node, "") if not _means(name, known)]
+    refuse([*(f"{setting}, line {line}: {problem}" for line, problem in [*empty, *_twice(keys)]), *unknown])
 
 
 def _means(name: str, known: list[str]) -> bool:
@@ -361,9 +362,8 @@ def _empty(node: Any, prefix: str) -> list[str]:
     return found
 
 
-def _twice(node: Any) -> Iterator[tuple[int, str]]:
+def _twice(keys: list[tuple[str, str, int]]) -> Iterator[tuple[int, str]]:
     """(line, problem) of each key that occurs twice, or both dotted and within its group; one would be lost."""
-    keys = list(_keys(node, ""))
     names = {name for name, *_ in keys}
     seen = set()
     for name, own, line in keys:

@@ -21,9 +21,11 @@ _EVALUATED = ("compile", "logits_budget_gib")  # the model settings that validat
 def resolve(path: str, config: Namespace, subcommand: str) -> Path | None:
     """The checkpoint's path; `last` is the newest one in the run's folder, or None if fit is to start at step 0."""
     folder = settings.checkpoints(config)
+    if not path:
+        raise ConfigError("--ckpt_path '' is empty; give a .ckpt file, or last, or leave it out")
     if path != "last":
         elsewhere = Path(path).absolute().parent != folder.absolute()
-        if subcommand == "fit" and elsewhere:  # e.g. named by a copied config.yaml
+        if subcommand == "fit" and elsewhere and Path(path).exists():  # e.g. named by a copied config.yaml
             say_once(f"--ckpt_path {path}: resuming from there, not from a checkpoint of --run {config.run}")
         return Path(path)
     gather()  # the first process may have waited for another start's last save

@@ -138,19 +138,22 @@ def wrong_precision(asked: Any) -> list[str]:
 
 def wrong_accelerator(trainer: Namespace) -> list[str]:
     """Devices that do not exist here; checked before the trainer is created, which would look for them."""
-    for name in ("devices", "num_nodes"):
+    wrong = []
+    for name, every in (("devices", -1), ("num_nodes", 1)):
         # also a number given as text: Lightning makes a list of that length
-        if (number := str(trainer.get(name))).isdigit() and int(number) > _MOST_DEVICES:
-            return [f"--trainer.{name} {number} must be at most {_MOST_DEVICES}"]
+        number = str(trainer.get(name))
+        if re.fullmatch(r"-?\d+", number) and int(number) != every and not 1 <= int(number) <= _MOST_DEVICES:
+            wanted = f"must be from 1 to {_MOST_DEVICES}{', or -1 for all' if every < 0 else ''}"
+            wrong.append(f"--trainer.{name} {number} {wanted}")
     asked = trainer.get("accelerator")
     kinds = ("cuda", "mps") if asked == "gpu" else (asked,)
     known = [AcceleratorRegistry[kind]["accelerator"] for kind in kinds if kind in AcceleratorRegistry]
-    if not known or any(kind.is_available() for kind in known):
-        return []
-    return [
-        f"--trainer.accelerator {asked}: torch {torch.__version__} finds no such device here; use auto, which takes "
-        "what there is, or cpu (to check a run for another machine: check --check.memory_gib 24)"
-    ]
+    if known and not any(kind.is_available() for kind in known):
+        wrong.append(
+            f"--trainer.accelerator {asked}: torch {torch.__version__} finds no such device here; use auto, which "
+            "takes what there is, or cpu (to check a run for another machine: check --check.memory_gib 24)"
+        )
+    return wrong
 
 
 def wrong_trainer_settings(trainer: Namespace) -> list[str]:
@@ -191,7 +194,8 @@ def of_lightning(error: Exception, trainer: Namespace, wrong: Iterable[str]) -> 
     If that setting is already in `wrong`, its message there: Lightning's may advise values that are refused here.
     """
     given = {key: value for key, value in vars(trainer).items() if value is not None}
-    named = sorted((at.start(), key) for key in given if (at := re.search(rf"\b{key}\b", str(error))))
+    text = str(error).replace("Timer(duration=", "Timer(max_time=")
+    named = sorted((at.start(), key) for key in given if (at := re.search(rf"\b{key}\b", text)))
     setting = f"--trainer.{named[0][1]} {given[named[0][1]]}" if named else "--trainer"
     ours = (said for said in wrong if said.startswith((f"{setting} ", f"{setting}:")))
     return next(ours, f"{setting}: {one_line(error)}")

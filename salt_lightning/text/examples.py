@@ -80,6 +80,8 @@ class Examples:
 
     def problems(self, tokenizer: str) -> list[str]:
         """All that is wrong with the settings, together with --data.tokenizer."""
+        if self.messages == []:
+            return ["--data.examples.messages [] has no message; give messages of user and assistant, or leave it out"]
         if not self.given:
             return []
         if tokenizer == "train":
