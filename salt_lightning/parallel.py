@@ -311,18 +311,14 @@ def clip_gradients(student: nn.Module, limit: float | None) -> Tensor:
     return norm
 
 
-def weight_norm(student: nn.Module) -> Tensor:
-    """L2 norm of all weights; with FSDP1, of this rank's shards only."""
+def has_finite_weights(trainer: pl.Trainer, student: nn.Module) -> bool:
+    """Whether all weights and their squares are finite on all ranks. Collective; waits for the device."""
     weights = [p.detach() for p in student.parameters()]
     # With FSDP2, a forward without backward, e.g. of a validation, leaves some weights whole.
     sharded, whole = ([w for w in weights if isinstance(w, DTensor) is kind] for kind in (True, False))
     norms = [nn.utils.get_total_norm(group) for group in (sharded, whole) if group]
-    return torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).norm()
-
-
-def has_finite_weights(trainer: pl.Trainer, student: nn.Module) -> bool:
-    """Whether all weights and their squares are finite on all ranks. Collective; waits for the device."""
-    return bool(trainer.strategy.reduce(weight_norm(student).isfinite().long(), reduce_op="min"))
+    norm = torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).norm()
+    return bool(trainer.strategy.reduce(norm.isfinite().long(), reduce_op="min"))
 
 
 def plain_name(name: str) -> str:
