@@ -260,7 +260,7 @@ def fresh_config(spec: ModelSpec, data: Any) -> PreTrainedConfig:
     ropes = None if _is_whole(spec.config) else spec.config.get("rope_parameters")
     if isinstance(ropes, dict):
         _refuse_flat_rope(known, ropes)
-    with as_config_error("--model.student.config"), _heard(_ROPES) as said:
+    with as_config_error("--model.student.config"), _rope_warnings() as said:
         config = AutoConfig.for_model(spec.family, **defaults | deepcopy(spec.config))
     if ropes is not None:
         _refuse_idle_rope(said)
@@ -278,9 +278,6 @@ def fresh_config(spec: ModelSpec, data: Any) -> PreTrainedConfig:
             )
         check_positions(config, "--model.student.config.max_position_embeddings", data)
     return config
-
-
-_ROPES = "transformers.modeling_rope_utils"
 
 
 def _by_kind(ropes: Any) -> dict[str, dict[str, Any]]:
@@ -305,19 +302,20 @@ def _wrong_ropes(ropes: Any) -> Iterator[str]:
 
 
 @contextmanager
-def _heard(name: str) -> Iterator[list[str]]:
-    """Collects the messages of a logger in this block."""
+def _rope_warnings() -> Iterator[list[str]]:
+    """Collects what transformers logs about rope parameters in this block."""
+    logger = logging.getLogger("transformers.modeling_rope_utils")
     said: list[str] = []
 
     def listen(record: logging.LogRecord) -> bool:
         said.append(record.getMessage())
         return True
 
-    logging.getLogger(name).addFilter(listen)
+    logger.addFilter(listen)
     try:
         yield said
     finally:
-        logging.getLogger(name).removeFilter(listen)
+        logger.removeFilter(listen)
 
 
 def _refuse_idle_rope(said: list[str]) -> None:
