@@ -4,7 +4,6 @@ A checkpoint is the state right after an optimizer step and its validation, if o
 there may be no time for a validation that nothing depends on.
 """
 
-import math
 import os
 import signal
 import threading
@@ -363,7 +362,7 @@ def done(trainer: pl.Trainer, folder: Path) -> str | None:
     return f"done: {', '.join(filter(None, parts))}"
 
 
-def how_to_go_on(trainer: pl.Trainer, failed: float = math.inf) -> str:
+def how_to_go_on(trainer: pl.Trainer, failed: int) -> str:
     """How to continue a run that failed: names its newest good checkpoint.
 
     Args:
