@@ -345,8 +345,6 @@ def require_supported(asked: Any) -> None:
 
     Called before Lightning sees it: its errors advise other strategies that do not work here, or to install them.
     """
-    if isinstance(asked, Strategy):  # of a caller in Python; `check` sees it
-        return
     if path := getattr(asked, "class_path", None):
         name, kind = path.rpartition(".")[2], resolve_name(path)
         if not isinstance(kind, type):  # a function; `check` sees what it returns
