@@ -48,7 +48,7 @@ def model_card(
     """
     run = _as_trained(checkpoint, run)
     taught = _is_taught(checkpoint, run)
-    text = checkpoint.get("text") or {}
+    text = checkpoint["text"]
     front: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -118,7 +118,7 @@ def _student(model: PreTrainedModel, run: Run) -> dict[str, str]:
 
 
 def _training(checkpoint: dict[str, Any], run: Run) -> dict[str, str]:
-    settings, spec, text = run.config, checkpoint["hyper_parameters"], checkpoint.get("text") or {}
+    settings, spec, text = run.config, checkpoint["hyper_parameters"], checkpoint["text"]
     teacher, taught = spec.get("teacher") or {}, _is_taught(checkpoint, run)
     counts = [(text.get("documents"), "documents"), (_data(checkpoint, "num_train_tokens"), "tokens")]
     return {
@@ -200,7 +200,7 @@ def _cost(checkpoint: dict[str, Any], run: Run) -> dict[str, str]:
     by_student = totals.student_flops or math.nan  # 0: not counted, trained without the command line's data
     by_teacher = (totals.teacher_flops or math.nan) if taught else 0.0
     planned = f" of {run.max_steps:,}" if run.max_steps else ""
-    mixed = (checkpoint.get("text") or {}).get("weights") or any("data.source" in was for was in run.changes.values())
+    mixed = checkpoint["text"].get("weights") or any("data.source" in was for was in run.changes.values())
     of_one_text = text_tokens and not mixed and not _examples(run.config)  # rows of examples are not full
     passes = f" ({tokens / text_tokens:.2f} times the text)" if of_one_text else ""
     scoring = lineage.scoring(run).get("scoring_flops", math.nan) if run.selected else 0.0
@@ -215,7 +215,7 @@ def _cost(checkpoint: dict[str, Any], run: Run) -> dict[str, str]:
 
 
 def _data(checkpoint: dict[str, Any], name: str) -> int:
-    return (checkpoint.get("data") or {}).get(f"--data.{name}") or 0
+    return checkpoint["data"].get(f"--data.{name}") or 0
 
 
 def _flops(value: float) -> str:
