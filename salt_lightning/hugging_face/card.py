@@ -2,6 +2,7 @@
 
 import math
 import re
+from contextlib import suppress
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -226,10 +227,8 @@ def _flops(value: float) -> str:
 def _versions() -> str:
     found = []
     for package in _PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):  # run from its folder, not installed
             found.append(f"{package} {version(package)}")
-        except PackageNotFoundError:  # run from its folder, not installed
-            continue
     return ", ".join(found)
 
 
