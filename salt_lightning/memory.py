@@ -356,7 +356,7 @@ class _HeadLoss(torch.autograd.Function):
         compute = [_compute_dtype(step, hidden.dtype) for hidden in (hidden_ND, *teacher[:1])]
         num_rows, vocab = len(hidden_ND), len(head_VD)
         plan = Plan(sim.hparams["accuracy"], sim.hparams["logits_budget_gib"], None, compute[0], True)
-        rows, dtypes = rows_and_dtypes((num_rows, vocab), compute, plan)
+        rows, dtypes = rows_and_dtypes(num_rows, vocab, compute, plan)
         width = padded_width(vocab, step.device)
         held = [t.to(compute[0]) for t in (hidden_ND, head_VD)] + [t.to(compute[1]) for t in teacher]
         held += [torch.empty(rows.chunk, width, dtype=compute[0]), torch.empty(NUM_SUMS, num_rows)]

@@ -60,7 +60,7 @@ def chunked_pass(
     """Per-token sums (7, N) and the gradients of the student's hidden states, head and bias, where wanted."""
     num_rows, vocab = labels_N.numel(), student.head_VD.shape[0]
     sides = [student] if teacher is None else [student, teacher]
-    rows_of, dtypes = rows_and_dtypes((num_rows, vocab), [side.hidden_ND.dtype for side in sides], plan)
+    rows_of, dtypes = rows_and_dtypes(num_rows, vocab, [side.hidden_ND.dtype for side in sides], plan)
     in_place = len(dtypes) < len(sides)  # the gradient uses the memory of the student's logits
     grad_GV = _buffer(rows_of.chunk if plan.with_grad else 0, vocab, plan.student_dtype, labels_N.device)
     buffers = [_buffer(rows_of.strip, vocab, dtype, labels_N.device) for dtype in dtypes]
@@ -106,13 +106,12 @@ class ChunkRows(NamedTuple):
 
 
 def rows_and_dtypes(
-    size: tuple[int, int], compute_dtypes: list[torch.dtype], plan: Plan
+    num_rows: int, vocab: int, compute_dtypes: list[torch.dtype], plan: Plan
 ) -> tuple[ChunkRows, list[torch.dtype]]:
     """How many rows are in memory at a time, and the dtypes of the logits' buffers (the gradient's not included).
 
     One buffer for each side; none for the student if the gradient uses the memory of its logits.
     """
-    num_rows, vocab = size
     dtypes = [dtype if plan.accuracy == "fast" else math_dtype(dtype) for dtype in compute_dtypes]
     if plan.with_grad and dtypes[0] == plan.student_dtype:
         del dtypes[0]
