@@ -59,7 +59,6 @@ def label_stats(logits_CV: Tensor, labels_C: Tensor) -> tuple[Tensor, Tensor]:
     num_rows, vocab = logits_CV.shape
     nll_C = torch.empty(num_rows, dtype=torch.float32, device=logits_CV.device)
     rank_C = torch.empty(num_rows, dtype=torch.int64, device=logits_CV.device)
-    block = min(BLOCK, triton.next_power_of_2(vocab))
     with torch.cuda.device_of(logits_CV):
         _label_kernel[(num_rows,)](
             logits_CV,
@@ -69,7 +68,7 @@ def label_stats(logits_CV: Tensor, labels_C: Tensor) -> tuple[Tensor, Tensor]:
             vocab,
             _width(logits_CV),
             logits_CV.stride(0),
-            BLOCK=block,
+            BLOCK=min(BLOCK, triton.next_power_of_2(vocab)),
             num_warps=WARPS,
         )
     return nll_C, rank_C
