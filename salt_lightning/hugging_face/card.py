@@ -20,17 +20,9 @@ from salt_lightning.run.runlog import Run, changes_said
 from salt_lightning.schedule import KDSchedule, Shape, trained_schedule
 
 _SIZES = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "intermediate_size",
-    "moe_intermediate_size",
-    "num_experts",
-    "num_experts_per_tok",
-    "vocab_size",
-    "max_position_embeddings",
-    "tie_word_embeddings",
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size"),
+    *("moe_intermediate_size", "num_experts", "num_experts_per_tok"),
+    *("vocab_size", "max_position_embeddings", "tie_word_embeddings"),
 )
 _PACKAGES = ("salt-lightning", "torch", "lightning", "transformers", "tokenizers")
 

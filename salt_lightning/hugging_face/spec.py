@@ -402,12 +402,7 @@ def shallow(spec: ModelSpec, layers: int) -> ModelSpec:
 
 
 _NOT_SETTINGS = (
-    "model_type",
-    "transformers_version",
-    "architectures",
-    "_name_or_path",
-    "dtype",
-    "torch_dtype",
+    *("model_type", "transformers_version", "architectures", "_name_or_path", "dtype", "torch_dtype"),
     "quantization_config",
 )
 _NOT_SHAPE = ("use_cache", "attention_dropout", "initializer_range")
