@@ -63,9 +63,8 @@ class Meter:
         self.forward_flops = {"student": math.nan, "teacher": 0.0}  # per token
         self.forget()
         self.follow(0, None)
-        self._step = 0
-        self._since_s = self._wait_s = 0.0
-        self._paused_s: float | None = None  # when it was paused; None: it runs
+        self._paused_s: float | None  # when it was paused; None: it runs
+        self.start(0, wait_s=0.0)
         self._taught_tokens_per_s: float | None = None
         self._untaught_reads = 0  # since the teacher left
 
