@@ -86,10 +86,6 @@ class ProgressBar(TQDMProgressBar):
     def get_metrics(self, trainer: pl.Trainer, pl_module: Any) -> dict[str, Any]:
         return pl_module.progress
 
-    @property
-    def total_train_batches(self) -> int | float:
-        return self.trainer.max_steps
-
     def init_train_tqdm(self) -> Any:
         bar = self._bar(super().init_train_tqdm, self.train_description)
         bar.unit, bar.total = " steps", self.trainer.max_steps
