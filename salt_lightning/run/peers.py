@@ -218,21 +218,19 @@ def loss_of_others(rank: int, why: str, verb: str | None = None) -> str:
     )
 
 
-def expect_others(trainer: pl.Trainer, verb: str | None = None) -> None:
+def expect_others(trainer: pl.Trainer, verb: str | None) -> None:
     """Called before Lightning starts the other processes of this node, or connects to them."""
-    if trainer.strategy.launcher is not None:  # it starts them
+    strategy: Any = trainer.strategy
+    if strategy.launcher is not None:  # it starts them
         limit_threads(trainer.num_devices)
-    limit_connecting(trainer.strategy, verb)
+    if (limit := getattr(strategy, "_timeout", None)) is not None:
+        strategy.setup_environment = partial(_connect, strategy, limit.total_seconds(), verb)
     end_with_starter(verb)
 
 
-def limit_connecting(strategy: Any, verb: str | None = None) -> None:
-    """Ends the process if connecting takes longer than the strategy's timeout: torch would try again after it."""
-    if (limit := getattr(strategy, "_timeout", None)) is not None:
-        strategy.setup_environment = partial(_connect, strategy, limit.total_seconds(), verb)
-
-
 def _connect(strategy: Any, limit_s: float, verb: str | None) -> None:
+    """Ends the process if connecting takes longer than the strategy's timeout: torch would try again after it."""
+
     def give_up() -> None:  # the main thread is inside torch, where no exception reaches it
         why = f"no connection within the strategy's timeout of {limit_s:g} s"
         print(loss_of_others(strategy.global_rank, why, verb), file=sys.stderr, flush=True)
@@ -266,7 +264,7 @@ def _backend() -> str | None:
     return dist.get_backend() if dist.is_available() and dist.is_initialized() else None
 
 
-def end_with_starter(verb: str | None = None) -> None:
+def end_with_starter(verb: str | None) -> None:
     """Ends a process that Lightning started when its starter ends: over NCCL nothing else reports that, and the others
     would hold their GPUs until the timeout."""
     starter = os.getppid()
