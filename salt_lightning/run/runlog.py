@@ -219,8 +219,6 @@ class Run:
         of_seed = [folder[: folder.index(str(self.seed)) + 1] for folder in folders if str(self.seed) in folder]
 
         def anonymous(value: Any) -> Any:
-            if isinstance(value, list):
-                return [anonymous(entry) for entry in value]
             if not isinstance(value, str):
                 return value
             parts = value.split("/")
