@@ -183,8 +183,7 @@ def _row(run: Run, method: str, teachers: dict[str, Run | None], goal: Goal) -> 
         reached = math.nan  # perhaps reached before its log begins
     reached_flops, reached_s = run.flops(reached), run.total("train/time_s", reached)
     training_flops, training_s = lineage.training(run, teachers)
-    scoring = lineage.scoring(run)
-    scoring_flops, scoring_s = (scoring.get(key, math.nan) for key in ("scoring_flops", "scoring_s"))
+    scoring_flops, scoring_s = lineage.scoring(run)
     return Row(
         run=run.name,
         method=method,

@@ -132,9 +132,9 @@ def training(run: Run, teachers: dict[str, Run | None]) -> tuple[float, float]:
             done = teacher.steps_done if step is None else min(step, teacher.steps_done)
             furthest[teacher] = max(done, furthest.get(teacher, 0))
     for teacher, step in furthest.items():
-        before = scoring(teacher) if teacher.selected else {"scoring_flops": 0.0, "scoring_s": 0.0}
-        flops += teacher.flops(step) + before.get("scoring_flops", math.nan)
-        seconds += teacher.total("train/time_s", step) + before.get("scoring_s", math.nan)
+        before = scoring(teacher) if teacher.selected else (0.0, 0.0)
+        flops += teacher.flops(step) + before[0]
+        seconds += teacher.total("train/time_s", step) + before[1]
     return flops, seconds
 
 
@@ -150,12 +150,12 @@ def _card_flops(run: Run, path: str) -> float:
     return math.nan
 
 
-def scoring(run: Run) -> dict[str, float]:
-    """Cost of the predict run that `data.selection` names; empty without a selection, or if that run is gone."""
+def scoring(run: Run) -> tuple[float, float]:
+    """FLOPs and seconds of the predict run that `data.selection` names, if any and if it is not gone."""
     for place in _places(run, str(run.selecting.get("data.selection", ""))):
         manifest = place / "scores.json" if place.is_dir() else place
         if manifest.name == "scores.json":
             with suppress(OSError, ValueError, TypeError, AttributeError, RecursionError):
                 found = json.loads(small_text(manifest))
-                return {key: float(found.get(key, math.nan)) for key in ("scoring_flops", "scoring_s")}
-    return {}
+                return float(found.get("scoring_flops", math.nan)), float(found.get("scoring_s", math.nan))
+    return math.nan, math.nan
