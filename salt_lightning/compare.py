@@ -97,14 +97,14 @@ def evaluate(runs: list[Run], baseline: str | None = None) -> Comparison:
     repeated = _repeated(students, named)
     students = [run for run in students if run.name not in repeated]
     reference, notes = (named, []) if named is not None else _reference(students)
-    seeds = [run for run in students if run.variant == reference.variant] or [reference]
-    seeds = [run for run in seeds if run.finished and not other_text(run, reference, "val")] or [reference]
+    apart = [run.name for run in runs if other_text(run, reference, "val")]  # not compared with the rest
+    alike = [run for run in students if run.variant == reference.variant and run.name not in apart]
+    seeds = [run for run in alike if run.finished] or [reference]
     steps = float(np.mean([run.val_ce.steps[-1] if len(run.val_ce.steps) else math.nan for run in seeds]))
     steps = steps or math.nan  # validated before its first step alone: no cost to take a share of
     took_flops = float(np.mean([run.flops(steps) for run in seeds]))
     took_s = float(np.mean([run.total("train/time_s", steps) for run in seeds]))
     goal = Goal(float(np.mean([run.last("val/ce") for run in seeds])), steps, took_flops, took_s)
-    apart = [run.name for run in runs if other_text(run, reference, "val")]  # not compared with the rest
     rows = [
         _row(
             run,
