@@ -3,7 +3,7 @@
 NaN means "unknown" in every number here; it is shown as '-' and is null in the JSON file.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from salt_lightning.run.runlog import Run
@@ -41,7 +41,7 @@ class Row:
     teacher_training_seconds: float
     scoring_flops: float
     scoring_seconds: float
-    last: dict[str, float] = field(default_factory=dict)  # every val/, test/ and probe/ tag
+    last: dict[str, float]  # every val/, test/ and probe/ tag
 
 
 @dataclass
