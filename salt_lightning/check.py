@@ -51,8 +51,8 @@ class Check:
     module: SALTModule
     data: SALTDataModule
     trainer: pl.Trainer
-    accelerator: str = "auto"
-    memory_gib: float | None = None
+    accelerator: str
+    memory_gib: float | None
     findings: list[Finding] = field(default_factory=list)
     _untrained: float | None = None  # CE of a student before its first step
     _unfit: set[str] = field(default_factory=set)  # models that cannot read the data's rows
@@ -61,10 +61,10 @@ class Check:
     def add(self, level: preflight.Level, about: str, said: str, remedy: str = "") -> None:
         self.findings.append(Finding(level, about, said, remedy))
 
-    def probe(self, about: str, function: Callable[[], Any]) -> Any:
+    def probe(self, about: str, function: Callable[..., Any], *args: Any) -> Any:
         """What `function` returns; None if it raises an error, which becomes a finding."""
         try:
-            return function()
+            return function(*args)
         except (ConfigError, OSError) as error:
             self.findings += [Finding("error", about, problem) for problem in problems_of(str(error))]
             return None
@@ -72,7 +72,7 @@ class Check:
     def works(self, about: str, function: Callable[..., Any], *args: Any) -> bool:
         """Whether `function` raises no error."""
         before = len(self.findings)
-        self.probe(about, partial(function, *args))
+        self.probe(about, function, *args)
         return len(self.findings) == before
 
     def run(self) -> list[Finding]:
@@ -155,7 +155,7 @@ class Check:
             size = sum(file.stat().st_size for file in files.folder.parent.glob("*/*"))
             free = shutil.disk_usage(data.cache_dir).free
             self.add("ok", "text", f"{said}; {size_said(size)} in {data.cache_dir}, {size_said(free)} free")
-            if reads := self.probe("rows", partial(data.reads, trainer.max_steps)):
+            if reads := self.probe("rows", data.reads, trainer.max_steps):
                 self.findings.append(reads)
             if data.selection and (found := self.probe("selection", data.plan_selection)):
                 self.add("warning" if found.remedy else "ok", "selection", found.said, found.remedy)
@@ -172,7 +172,7 @@ class Check:
         if spec.path:
             lm = self._pretrained(spec, "student", spec.dtype_or(torch.float32))
         else:
-            lm = self.probe("student", lambda: models.build_empty(spec, self.data))
+            lm = self.probe("student", models.build_empty, spec, self.data)
         if lm is None:
             return None
         small = spec
@@ -213,7 +213,7 @@ class Check:
     def _pretrained(self, spec: ModelSpec, name: str, dtype: torch.dtype) -> CausalLM | None:
         lm = self.probe(name, lambda: CausalLM(models.load_pretrained(spec, name, dtype), name))
         if lm is not None and self.data._train is not None:
-            fit = self.probe(f"{name} tokens", partial(check_fit, spec, name, self.data))
+            fit = self.probe(f"{name} tokens", check_fit, spec, name, self.data)
             if fit is None:
                 self._unfit.add(name)
             else:
@@ -224,16 +224,16 @@ class Check:
     def _proof(self, lm: CausalLM) -> bool:
         """Checks that the model does what the head loss needs; whether it does."""
         off = self.probe(f"{lm.name} head", lm.check)
-        if off is not None:
-            said = f"hidden states x head equal {type(lm.model).__name__}'s own logits (largest difference {off:.1g})"
-            said += "; our own mask separates documents" if lm.apart == "mask" else ""
-            self.add("ok", f"{lm.name} head", said)
-            asked = (self.module.student_spec if lm.name == "student" else self.module.teacher_spec).attention
-            on_gpu = self._device() == "cuda" and self.module.compute_dtype == torch.bfloat16
-            if on_gpu and (foreseen := attention.foresee(lm, asked, lm.name == "student")):
-                self._apart[lm.name], how = foreseen
-                self.add("ok", f"{lm.name} attention", f"on a GPU {how}")
-        return off is not None
+        if off is None:
+            return False
+        said = f"hidden states x head equal {type(lm.model).__name__}'s own logits (largest difference {off:.1g})"
+        self.add("ok", f"{lm.name} head", said + ("; our own mask separates documents" if lm.apart == "mask" else ""))
+        asked = (self.module.student_spec if lm.name == "student" else self.module.teacher_spec).attention
+        on_gpu = self._device() == "cuda" and self.module.compute_dtype == torch.bfloat16
+        if on_gpu and (foreseen := attention.foresee(lm, asked, lm.name == "student")):
+            self._apart[lm.name], how = foreseen
+            self.add("ok", f"{lm.name} attention", f"on a GPU {how}")
+        return True
 
     # -------------------------------------------------- weights, time, memory
 
