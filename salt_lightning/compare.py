@@ -32,7 +32,7 @@ def first_reach(steps: np.ndarray, values: np.ndarray, level: float) -> float:
     if not len(below):
         return math.nan
     i = below[0]
-    if i == 0 or not level < values[i - 1] < math.inf:
+    if i == 0 or not math.isfinite(values[i - 1]):
         return float(steps[i])
     share = (values[i - 1] - level) / (values[i - 1] - values[i])
     return float(steps[i - 1] + share * (steps[i] - steps[i - 1]))
@@ -134,9 +134,9 @@ def evaluate(runs: list[Run], baseline: str | None = None) -> Comparison:
 
 def _named(runs: list[Run], baseline: str) -> Run:
     """The run that --baseline names."""
-    wanted = Path(os.path.abspath(_path(baseline)))
+    wanted = os.path.abspath(_path(baseline))
     for run in runs:
-        if printable(baseline) == run.name or wanted == Path(os.path.abspath(run.path)):
+        if printable(baseline) == run.name or wanted == os.path.abspath(run.path):
             return run
     names = ", ".join(run.name for run in runs)
     raise ConfigError(
