@@ -25,13 +25,6 @@ class RowSet:
         counts = np.concatenate([[0], *(np.unpackbits(part, axis=1).sum(1) for part in self._parts())])
         self._before = np.cumsum(counts, dtype=np.int64)  # rows of the set before each block
 
-    @classmethod
-    def of(cls, rows: np.ndarray, num_rows: int) -> "RowSet":
-        """The set of these row numbers."""
-        mask_R = np.zeros(num_rows, bool)
-        mask_R[rows] = True
-        return cls(mask_R)
-
     def __len__(self) -> int:
         return int(self._before[-1])
 
