@@ -348,7 +348,7 @@ def check_tokens(written: TokenFiles, expected: list[tuple[str, str]], words: Pr
         assert written.eos_id not in ids[:-1]
         assert words.decode(ids[:-1]) == text
         assert written.manifest["sources"][index] == source
-        widths = written.token_bytes[start:end].tolist() if written.has_bytes else None
+        widths = written.token_bytes[start:end].tolist() if written.folder.name == "val" else None
         if widths is not None:
             assert widths[-1] == 0
             assert sum(widths) == len(text.encode())
@@ -375,7 +375,7 @@ def check_rows(case: Case, written: TokenFiles, docs: Docs) -> None:
         return
     rows = np.arange(len(expected))
     batch = packed.build(rows)
-    if written.has_bytes:
+    if written.folder.name == "val":
         batch |= packed.origins(batch)
     for name in batch.keys() & expected[0].keys():
         assert batch[name].tolist() == [row[name] for row in expected], name

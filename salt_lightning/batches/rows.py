@@ -210,8 +210,7 @@ class EvalBatches(Dataset):
 
     def __getitem__(self, index: int) -> Batch:
         batch = self.packed.build(self.rows_NB[index])
-        if self.packed.files.has_bytes:
-            batch |= self.packed.origins(batch)
+        batch |= self.packed.origins(batch)
         if self.thirds_D is not None:
             batch["thirds"] = np.where(batch["documents"] < 0, -1, self.thirds_D[batch["documents"]])
         return batch

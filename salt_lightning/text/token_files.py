@@ -205,7 +205,6 @@ class TokenFiles:
         self.num_tokens: int = entry["tokens"]
         self.num_documents: int = entry["documents"]
         self.eos_id: int = self.manifest["tokenizer"]["eos_id"]
-        self.has_bytes = "token_bytes.bin" in entry["files"]
         decisive = ("tokens.bin", "doc_ends.bin", "learned.bin")
         self.fingerprint = digest([file["blake2b"] for name in decisive if (file := entry["files"].get(name))])
 
