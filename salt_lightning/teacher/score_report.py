@@ -46,12 +46,6 @@ def write(scores: Scores, rule: KeepRule, decode: Callable[[int], str]) -> tuple
     return text, image
 
 
-def overlap(kept: dict[int, np.ndarray]) -> np.ndarray:
-    """Share of rows that two selections (masks) of equal size have in common, for all pairs."""
-    sets = list(kept.values())
-    return np.array([[np.count_nonzero(a & b) / np.count_nonzero(a) for b in sets] for a in sets])
-
-
 def _summary(scores: Scores, score_R: np.ndarray, kept: np.ndarray, rule: KeepRule) -> str:
     teacher = scores.manifest.get("teacher", {})
     name = f"{teacher.get('path')}" + (f" at {teacher['revision']}" if teacher.get("revision") else "")
@@ -89,9 +83,9 @@ def _by_k(of_k: dict[int, np.ndarray], rule: KeepRule) -> str:
 def _overlap(kept: dict[int, np.ndarray], of_k: dict[int, np.ndarray], rule: KeepRule) -> str:
     columns = {"kept by both": [f"k = {k}" for k in kept]}
     drawn = {k for k in kept if chance(of_k[k], kept[k]) > 0.5}  # the same lots for every k: equal, but not by score
-    for k, shares in zip(kept, overlap(kept).T, strict=True):
+    for k in kept:
         columns[f"k = {k}"] = [
-            "-" if {k, other} & drawn else f"{share:.1%}" for other, share in zip(kept, shares, strict=True)
+            "-" if {k, other} & drawn else f"{kept[k][mask_R].mean():.1%}" for other, mask_R in kept.items()
         ]
     note = "\n\n-: most of the rows kept have the same score as rows left out." if drawn else ""
     return f"## Rows that two values of k both keep ({rule.order})\n\n" + table(columns, text=("kept by both",)) + note
