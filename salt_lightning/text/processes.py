@@ -52,22 +52,17 @@ def ordered_map(
         for connection in connections:
             idle.put(connection)
         for task in tasks:
-            with starting(), _no_thread_as_os_error():
-                pending.append((task, threads.submit(_ask, idle, task)))
+            with starting():
+                try:
+                    pending.append((task, threads.submit(_ask, idle, task)))
+                except RuntimeError as error:  # a thread counts as a process where their number is limited
+                    raise OSError(str(error)) from error
             size += task.size
             while size >= max_size and len(pending) > workers:
                 size -= pending[0][0].size
                 yield _first(pending)
         while pending:
             yield _first(pending)
-
-
-@contextmanager
-def _no_thread_as_os_error() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:  # a thread counts as a process where their number is limited
-        raise OSError(str(error)) from error
 
 
 def _first(pending: deque[tuple[T, Future]]) -> tuple[T, R]:
