@@ -123,8 +123,6 @@ class Plan(NamedTuple):
 def chance(score_R: np.ndarray, kept_R: np.ndarray) -> float:
     """Share of the kept rows (a mask) whose score is also that of a row left out: chance decided between them."""
     inside, outside = score_R[kept_R], score_R[~kept_R]
-    if not len(inside):
-        return 0.0
     shared = np.unique(outside[(outside >= inside.min()) & (outside <= inside.max())])  # few: a rule cuts twice at most
     return float(np.isin(inside, shared).mean())
 

@@ -401,7 +401,6 @@ def test_chance_is_the_share_of_kept_rows_that_tie_with_rows_left_out():
     assert chance(score_R, np.isin(np.arange(5), [4, 2])) == 0.5  # row 3 scores like row 2
     assert chance(score_R, np.isin(np.arange(5), [2, 3, 4])) == 0
     assert chance(np.zeros(6), np.isin(np.arange(6), [1, 5])) == 1
-    assert chance(score_R, np.zeros(5, bool)) == 0
 
 
 def test_the_report_shows_no_overlap_where_chance_has_chosen():
