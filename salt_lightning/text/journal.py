@@ -87,12 +87,12 @@ def making(folder: Path) -> Iterator[Unfinished | None]:
         OSError: the folder cannot be written, or a process of another machine writes there in spite of the lock.
     """
     partial, lock = folder.parent / f".{folder.name}.partial", folder.parent / f".{folder.name}.lock"
+    unfinished = Unfinished(partial, lock, f"process {os.getpid()} on {socket.gethostname()} ({uuid4().hex})")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(lock) as owner:
+    with _locked(unfinished):
         if folder.exists():
             yield None
             return
-        unfinished = Unfinished(partial, lock, owner)
         if not unfinished.journal():
             shutil.rmtree(partial, ignore_errors=True)
         try:
@@ -107,16 +107,15 @@ def making(folder: Path) -> Iterator[Unfinished | None]:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[str]:
-    """Hold the lock; yields the owner that the file names."""
-    owner = f"process {os.getpid()} on {socket.gethostname()} ({uuid4().hex})"
-    file = _lock(path)
+def _locked(unfinished: Unfinished) -> Iterator[None]:
+    """Hold the lock, whose file names the owner."""
+    file = _lock(unfinished.lock)
     try:
-        path.write_text(owner)
-        yield owner
+        unfinished.lock.write_text(unfinished.owner)
+        yield
     finally:
-        if path.exists() and path.read_text() == owner:
-            path.unlink()
+        if unfinished.is_owned():
+            unfinished.lock.unlink()
         fcntl.flock(file, fcntl.LOCK_UN)  # closing does not unlock while a forked child has it open
         file.close()
 
