@@ -77,7 +77,7 @@ class PackedRows:
     def __init__(self, files: TokenFiles, block_size: int, isolate_documents: bool) -> None:
         self.files, self.block_size, self.isolate_documents = files, block_size, isolate_documents
         # The stream's last token is an EOS, which predicts nothing, so it needs no row of its own.
-        self.num_rows = max(0, -(-(files.num_tokens - 1) // block_size))
+        self.num_rows = -(-(files.num_tokens - 1) // block_size)
 
     def label_counts(self, rows: np.ndarray) -> np.ndarray:
         """Labels of each row, without building it: its tokens minus the documents that end in it."""
