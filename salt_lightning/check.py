@@ -122,8 +122,8 @@ class Check:
         if not self.works("batch", data.set_trainer):
             return
         world = cadence.place(data.trainer)[1]
-        said = f"{data.global_batch_size} rows = {data.accumulate} x {data.micro_batch_size} on {world} devices"
-        self.add("ok", "batch", said.replace("1 devices", "1 device"))
+        on = f"{world} device{'s' if world > 1 else ''}"
+        self.add("ok", "batch", f"{data.global_batch_size} rows = {data.accumulate} x {data.micro_batch_size} on {on}")
         if remark := parallel.device_remark(trainer):
             self.add("warning", "device", *remark)
         interval = getattr(trainer, "val_check_interval", None)

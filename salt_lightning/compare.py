@@ -286,7 +286,7 @@ def _equal_points(students: list[Run]) -> tuple[dict[str, tuple[float, dict[str,
 
 
 def _path(typed: str) -> Path:
-    return Path(typed).expanduser()
+    return Path(os.path.expanduser(typed))
 
 
 def main(argv: list[str]) -> int:

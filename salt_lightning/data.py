@@ -135,7 +135,7 @@ class SALTDataModule(LightningDataModule):
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.val_fraction, self.val_rows, self.seed = val_fraction, val_rows, seed_or_global(seed)
         self._unset_seed = self.seed if seed is None else None
-        self.cache_dir = Path(cache_dir).expanduser()
+        self.cache_dir = Path(os.path.expanduser(cache_dir))
         self.prepare_workers, self.num_workers = prepare_workers, num_workers
         self.difficulty, self.selection = (name and os.path.expanduser(name) for name in (difficulty, selection))
         self.source_weights, self.bad_lines, self.keep, self.examples = source_weights, bad_lines, keep, examples

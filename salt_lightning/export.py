@@ -77,7 +77,7 @@ def export(
         ConfigError: the target exists, the checkpoint is damaged or contains another model than its settings say, or
             the tokenizer is not the one that it was trained with.
     """
-    checkpoint, target = Path(checkpoint).expanduser(), Path(target).expanduser()  # Python users may pass strings
+    checkpoint, target = (Path(os.path.expanduser(path)) for path in (checkpoint, target))  # from Python: strings
     setting = f"export: CKPT {checkpoint}"
     check_target(target, "export: DIR")
     saved = read_checkpoint(str(checkpoint), "export: CKPT")
@@ -170,7 +170,10 @@ def _whole_folder(target: Path) -> Iterator[Path]:
             partial.mkdir(parents=True)
             with suppress(FileNotFoundError):  # until it is held, another export may take it for a leftover
                 held = _hold(partial, wait=True)
-            made = partial.exists()
+                made = partial.exists()
+                if held is not None and not made:
+                    os.close(held)
+                    held = None
         yield partial
         for path in (*partial.rglob("*"), partial):
             sync_folder(path)

@@ -50,6 +50,10 @@ ERRORS = {
         r"^error: --model.teacher.path s3://b/c.ckpt is an .*; --data.difficulty file:///d is .*; "
         r"--data.cache_dir hdfs://c is an address",
     ),
+    "the home of nobody": (
+        {"run": "~nobody-here/run", "data.cache_dir": "~nobody-here/cache", "ckpt_path": "last"},
+        r"^error: --run ~nobody-here/run begins with ~, but there is no such user; give the folder itself; .*--data.ca",
+    ),
     "a name of bytes that are no text": (
         {"run": "runs/caf\udce9"},
         r"^error: --run runs/caf\\udce9 is not valid UTF-8; give another name$",
@@ -733,6 +737,11 @@ VERBS = {
         r"export: DIR .*folder exists already",
     ),
     "an address": (["export", "{bad}/flipped.ckpt", "s3://bucket/out"], r"export: DIR s3:/bucket/out is an address"),
+    "the home of nobody": (
+        ["export", "{bad}/flipped.ckpt", "~nobody-here/x"],
+        r"export: DIR ~nobody-here/x begins with",
+    ),
+    "a run in the home of nobody": (["compare", "~nobody-here/x"], r"compare: RUN ~nobody-here/x is not a folder"),
     "a name of bytes that are no text": (
         ["export", "{bad}/flipped.ckpt", "\udce9"],
         r"export: DIR \\udce9 is not valid",

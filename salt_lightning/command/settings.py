@@ -59,6 +59,8 @@ def wrong_path(path: str | Path) -> str:
     """
     if re.match(r"[a-zA-Z][\w+.-]+:/", str(path)):  # as a Path, it is s3:/bucket; a single letter is a drive
         return "is an address; give a local folder, e.g. one where that storage is mounted"
+    if os.path.expanduser(path).startswith("~"):
+        return "begins with ~, but there is no such user; give the folder itself"
     if str(path).encode(errors="replace").decode() != str(path):
         return "is not valid UTF-8; give another name"
     return ""

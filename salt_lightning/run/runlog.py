@@ -1,6 +1,7 @@
 """Reads a run's folder: its settings and the logged curves that compare needs. NaN: not known."""
 
 import math
+import os
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -237,7 +238,7 @@ def read_run(path: str | Path, name: str) -> Run:
     Raises:
         ConfigError: no such folder, or an unreadable config.yaml.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     if not path.is_dir():
         raise ConfigError(f"compare: RUN {path} is not a folder; give a run's own folder, e.g. runs/salt")
     settings = read_config(path / "config.yaml") if (path / "config.yaml").is_file() else {}
