@@ -121,7 +121,8 @@ def evaluate(runs: list[Run], baseline: str | None = None) -> Comparison:
             experiments.append(same)
         same.append(run)
     notes += remarks(silent, runs, experiments, repeated, reference)
-    firsts = {run.name: run.val_ce.steps[0] for run in students if run not in seeds and len(run.val_ce.steps)}
+    firsts = {run.name: run.val_ce.steps[0] for run in runs if run not in seeds and len(run.val_ce.steps)}
+    firsts = {name: step for name, step in firsts.items() if name not in repeated}
     if at_once := [row.run for row in rows if row.reached_step == firsts.get(row.run, math.nan)]:
         notes.append(f"the reference's loss was reached by the first validation, or earlier: {', '.join(at_once)}")
     equal, between = _equal_points([run for run in students if run.name not in apart])
@@ -216,8 +217,8 @@ def _row(run: Run, method: str, teachers: dict[str, Run | None], goal: Goal) -> 
 
 
 def _besides(run: Run, training: float, scoring: float) -> float:
-    """Cost of a run besides its own: its teacher's training and the scoring of its rows; NaN if a part is unknown."""
-    parts = ([training] if run.kd_steps > 0 or run.lost else []) + ([scoring] if run.selected else [])
+    """Cost of a run besides its own: its teachers' training and the scoring of its rows; NaN if a part is unknown."""
+    parts = ([training] if run.kd_steps > 0 or run.lost or run.selected else []) + ([scoring] if run.selected else [])
     return sum(parts) if parts else math.nan
 
 

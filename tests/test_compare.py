@@ -946,10 +946,33 @@ def test_the_scoring_of_a_selection_stands_apart(tmp_path):
         assert ("the scoring of its rows 400.000 FLOP (20 s); with that" in text) == with_teacher
         assert "the scoring of its rows 400.000 FLOP (20 s)" in text
         assert ("- gone: not included above" in text) == with_teacher
-    alone = write_run(runs / "alone", SALT, **{"data.selection": "runs/score"})  # it needs no teacher besides
-    row = evaluate(load([paths[0], alone])).rows[1]
-    assert row.reached_flops_share_with_teacher_training == (2500 + 400) / 3000
-    assert row.reached_seconds_share_with_teacher_training == (125 + 20) / 150
+
+
+@pytest.mark.parametrize(("kd_step", "scored_step", "needed"), [(None, 150, 150), (60, 150, 150), (300, 150, 300)])
+def test_the_teacher_that_scored_the_rows_counts(tmp_path, kd_step, scored_step, needed):
+    """Also where it did not teach, and up to the later of the two checkpoints: 4 FLOPs and half a second a step."""
+    runs = tmp_path / "runs"
+    (runs / "score").mkdir(parents=True)
+    named = {"path": f"runs/teacher/checkpoints/step-{scored_step:08d}.ckpt", "revision": None}
+    told = {"scoring_flops": 400.0, "scoring_s": 20.0, "teacher": named}
+    (runs / "score/scores.json").write_text(json.dumps(told))
+    taught = {"teacher": f"runs/teacher/checkpoints/step-{kd_step or 0:08d}.ckpt", "weight": 0.5, "kd_steps": 60}
+    own = {"data.selection": "runs/score", **(taught if kd_step else {})}
+    paths = [write_run(runs / "baseline", BASELINE), write_run(runs / "ds", SALT, **own)]
+    paths.append(write_run(runs / "teacher", {300: 5.0}, student=4))
+    _, ds, teacher = evaluate(load(paths)).rows
+    assert (teacher.method, ds.teacher_training_flops) == ("TEACHER", 4 * needed)
+    with_all = 2500 + (300 if kd_step else 0) + 4 * needed + 400
+    assert ds.reached_flops_share_with_teacher_training == with_all / 3000
+    assert ds.reached_seconds_share_with_teacher_training == (125 + needed / 2 + 20) / 150
+    assert "the teacher of ds, runs/teacher/" in " ".join(evaluate(load(paths[:2])).notes)
+
+
+def test_a_teacher_that_is_better_from_its_first_validation_on_is_mentioned(tmp_path):
+    taught = {"teacher": "runs/teacher/checkpoints/last.ckpt", "weight": 0.5, "kd_steps": 60}
+    paths = [write_run(tmp_path / "runs/baseline", BASELINE), write_run(tmp_path / "runs/salt", SALT, **taught)]
+    paths.append(write_run(tmp_path / "runs/teacher", {100: 1.0, 300: 0.5}, student=4))
+    assert "by the first validation, or earlier: teacher" in " ".join(evaluate(load(paths)).notes)
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from salt_lightning.comparison.report import UNITS
 from salt_lightning.errors import ConfigError
 from salt_lightning.run.curves import CUMULATIVE, Curve
-from salt_lightning.run.run_folder import small_text, step_named
+from salt_lightning.run.run_folder import same_setting, small_text, step_named
 from salt_lightning.run.runlog import Run, read_run
 
 
@@ -91,10 +92,16 @@ def _behind(parent: Run, run: Run) -> Run:
 
 
 def teacher_runs(run: Run, runs: list[Run]) -> dict[str, Run | None]:
-    """Maps the path of each of a run's teachers to the given run that holds or has exported it; None: none does."""
+    """Maps the path of each teacher that a run has learned from, or that has scored its rows, to the given run that
+    holds or has exported it; None: none does."""
     now = str(run.config.get("model.teacher.path") or "")
     moved = "" if now in run.teachers else now  # the teacher's new path, if it was moved after KD
-    return {path: _trained(run, path, runs) or _trained(run, moved, runs) for path in run.teachers}
+    found = {path: _trained(run, path, runs) or _trained(run, moved, runs) for path in run.teachers}
+    found = found if run.taught or not run.selected else {}  # a control: its rows were selected, but nobody taught it
+    scorer = _scorer(run)
+    if scorer and not any(same_setting(scorer, path) for path in found):
+        found[scorer] = _trained(run, scorer, runs)
+    return found
 
 
 def _trained(run: Run, path: str, runs: list[Run]) -> Run | None:
@@ -115,7 +122,7 @@ def same_model(a: Run, b: Run) -> bool:
 
 
 def training(run: Run, teachers: dict[str, Run | None]) -> tuple[float, float]:
-    """FLOPs and seconds to train all teachers of a run, with their scoring, but not what training their own teachers
+    """FLOPs and seconds to train `teacher_runs`, with their own scoring, but not what training their own teachers
     cost. Each teacher's run counts once, up to its furthest checkpoint.
 
     The step is in a checkpoint's name; an exported teacher counts as the last step.
@@ -152,10 +159,24 @@ def _card_flops(run: Run, path: str) -> float:
 
 def scoring(run: Run) -> tuple[float, float]:
     """FLOPs and seconds of the predict run that `data.selection` names, if any and if it is not gone."""
+    with suppress(ValueError, TypeError):
+        found = _scores(run)
+        return float(found.get("scoring_flops", math.nan)), float(found.get("scoring_s", math.nan))
+    return math.nan, math.nan
+
+
+def _scorer(run: Run) -> str:
+    """Path of the teacher that scored a run's rows; empty without a selection, or if the scores are gone."""
+    teacher = _scores(run).get("teacher")
+    return str(teacher.get("path") or "") if isinstance(teacher, dict) else ""
+
+
+def _scores(run: Run) -> dict[str, Any]:
+    """What scores.json says about the selection of a run; empty without one, or if it is gone."""
     for place in _places(run, str(run.selecting.get("data.selection", ""))):
         manifest = place / "scores.json" if place.is_dir() else place
         if manifest.name == "scores.json":
-            with suppress(OSError, ValueError, TypeError, AttributeError, RecursionError):
+            with suppress(OSError, ValueError, RecursionError):
                 found = json.loads(small_text(manifest))
-                return float(found.get("scoring_flops", math.nan)), float(found.get("scoring_s", math.nan))
-    return math.nan, math.nan
+                return found if isinstance(found, dict) else {}
+    return {}

@@ -96,7 +96,7 @@ def _lost_teachers(runs: list[Run], reference: Run) -> list[str]:
     taught: dict[str, list[str]] = {}
     for run in runs:
         for path, teacher in lineage.teacher_runs(run, runs).items():
-            if run.kd_steps > 0 and path.endswith(".ckpt") and teacher is None:
+            if (run.kd_steps > 0 or run.selected) and path.endswith(".ckpt") and teacher is None:
                 taught.setdefault(path, []).append(run.name)
     notes = []
     for path, names in taught.items():
@@ -120,7 +120,7 @@ def _taught_teachers(runs: list[Run]) -> list[str]:
     students: dict[Run, dict[str, None]] = {}
     for run in runs:
         for teacher in lineage.teacher_runs(run, runs).values():
-            if run.kd_steps > 0 and teacher is not None and teacher.kd_steps > 0:
+            if (run.kd_steps > 0 or run.selected) and teacher is not None and teacher.kd_steps > 0:
                 students.setdefault(teacher, {})[run.name] = None
     return [
         f"{teacher.name}, the teacher of {few(names)}, had a teacher too: the cost of training that one is not counted"
