@@ -94,6 +94,10 @@ class FSDP2(ModelParallelStrategy):
         if self.replicas > 1:
             self._mesh = init_device_mesh(self.root_device.type, self._sizes, mesh_dim_names=("replicate", "shard"))
 
+    def _setup_distributed(self) -> None:
+        super()._setup_distributed()
+        peers.require_same_strategy(self)  # the mesh is next: each of its dimensions is made by all ranks together
+
     def shard(self, lm: CausalLM, policy: MixedPrecisionPolicy) -> None:
         """Shards the first rank's model over all ranks, group by group, in place."""
         lm.keep_apart(self.broadcast(lm.apart))

@@ -111,7 +111,12 @@ def runs(salt, settings, teacher, tmp_path_factory) -> Path:
                 "args": ["fit", *arguments(salt, DDP, {"run": str(folder / "unlike")})],
                 "args of 1": arguments({"kd.steps": 15, "data.seed": 1, "ckpt_path": str(folder / "one" / SAVED_NAME)}),
                 "code": 2,
-            }
+            },
+            {
+                "args": ["fit", *arguments(salt, FSDP2, {"run": str(folder / "unlike mesh")})],
+                "args of 1": arguments({"trainer.strategy.replicas": 2}),
+                "code": 2,
+            },
         ]
         + [
             {
@@ -200,11 +205,14 @@ def test_a_loss_that_is_not_finite_on_one_rank_is_named_with_its_rows(runs):
 
 
 def test_a_rank_with_other_settings_is_named_before_the_first_step(runs):
+    """Another strategy is, before the ranks wait for each other: with another mesh they would never meet."""
     lines = (runs / "out.0").read_text().splitlines()
     assert [line for line in lines if line.startswith("error: process 1")] == [
         f"error: process 1 differs from process 0: --ckpt_path 'one/{SAVED_NAME}' (process 0: None), "
         "--data.seed 1 (process 0: 0), --kd.steps 15 (process 0: 16); start all with the same command and version, and "
-        "let all of them see the same files"
+        "let all of them see the same files",
+        "error: process 1 differs from process 0: --trainer.strategy FSDP2 with replicas 2 (process 0: FSDP2 with "
+        "replicas 1); start all with the same command and version",
     ]
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from functools import lru_cache, partial
+from itertools import count
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -241,8 +242,44 @@ def _connect(strategy: Any, limit_s: float, verb: str | None) -> None:
     timer.start()
     try:
         type(strategy).setup_environment(strategy)
+        require_same_strategy(strategy)
     finally:
         timer.cancel()
+
+
+_comparisons = count()
+
+
+def require_same_strategy(strategy: Any) -> None:
+    """Compares the strategy of each connected process with that of the first, once per strategy. Collective.
+
+    Before any other message: under another strategy, a process would wait forever for what the others never send.
+
+    Raises:
+        ConfigError: on all processes; names one that differs.
+        torch.distributed.DistError: the others do not answer within the strategy's timeout.
+    """
+    if not dist.is_initialized() or getattr(strategy, "is_compared", False):
+        return
+    strategy.is_compared = True
+    store, world, place = dist.distributed_c10d._get_default_store(), dist.get_world_size(), dist.get_rank()
+    prefix = f"salt/strategy/{next(_comparisons)}"
+    replicas = getattr(strategy, "replicas", None)
+    mine = type(strategy).__name__ + (f" with replicas {replicas}" if replicas else "")
+    store.set(f"{prefix}/{place}", mine)
+    first = store.get(f"{prefix}/0").decode()
+    if mine != first:
+        store.set(
+            f"{prefix}/other", f"process {place} differs from process 0: --trainer.strategy {mine} (process 0: {first})"
+        )
+    store.add(f"{prefix}/seen", 1)
+    end_s = time.monotonic() + strategy._timeout.total_seconds()
+    while store.add(f"{prefix}/seen", 0) < world:
+        if time.monotonic() > end_s:
+            raise dist.DistError("the others did not say which strategy they have within its timeout")
+        time.sleep(0.01)
+    if store.check([f"{prefix}/other"]):
+        raise ConfigError(f"{store.get(f'{prefix}/other').decode()}; start all with the same command and version")
 
 
 def has_lost_others(error: BaseException) -> bool:
