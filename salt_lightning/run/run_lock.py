@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from errno import EACCES, EAGAIN, EEXIST, ENOTDIR, EPERM, EROFS
 from pathlib import Path
+from stat import S_ISDIR
 from typing import IO
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -72,7 +73,13 @@ def _lock(run: Path) -> IO[str]:
     path, end_s = run / _NAME, time.monotonic() + _OTHER_MACHINE_S
     said = False
     while True:
-        run.mkdir(parents=True, exist_ok=True)
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            with suppress(FileNotFoundError):  # a folder that its last owner was just removing
+                if not S_ISDIR(os.lstat(error.filename).st_mode):
+                    raise
+            continue
         try:
             file = open(path, "a+")  # noqa: SIM115 (the caller closes it)
         except FileNotFoundError:  # the last owner has just removed the folder
