@@ -196,6 +196,19 @@ def test_a_fit_goes_on_from_a_whole_checkpoint_alone(settings, tmp_path, capsys)
     assert cli.main(["validate", *arguments(looked_at, again)]) == 0
 
 
+def test_a_fit_goes_on_from_what_another_version_records(settings, teacher, tmp_path, caplog):
+    """A newer one something more; an older one no shares of sources."""
+    held, path = torch.load(teacher, weights_only=True), tmp_path / "other" / "checkpoints" / "step-00000020.ckpt"
+    path.parent.mkdir(parents=True)
+    torch.save({**held, "data": {**held["data"], "--data.future": 1}, "stretches": []}, path)
+    own = {key: value for key, value in settings.items() if key.startswith(("data.", "trainer."))}
+    own |= {"ckpt_path": str(path), "kd.weight": 0.0, "trainer.max_steps": held["global_step"] + 2}
+    for weights, told in ((None, False), ([1.0], True)):
+        run = {"run": str(tmp_path / f"run {told}"), "data.source_weights": weights, "trainer.val_check_interval": 1.0}
+        assert cli.main(["fit", *arguments(own, run)]) == 0
+        assert ("this checkpoint does not record its --data.source_weights" in caplog.text) == told
+
+
 def test_another_version_s_checkpoint_serves_for_all_but_going_on(settings, teacher, tmp_path, capsys):
     """As versions before the totals wrote them: models as good as any."""
     held, path = torch.load(teacher, weights_only=True), tmp_path / "old" / "checkpoints" / "step-00000020.ckpt"

@@ -1005,6 +1005,11 @@ def test_other_training_text_of_as_many_tokens_is_said(fit, corpus, teacher, tmp
     text.write_text("".join(f"{line}\n" for line in reversed(text.read_text().splitlines())))
     assert fit(tmp_path / "run", stop_at=5, ckpt_path="last", **own) == 128 + signal.SIGTERM
     assert "continuing with other data than the checkpoint's: other training text (--data.source)\n" in caplog.text
+    again = "data: without --data.source_weights, other text is in another order, so rows may be read again"
+    assert again in caplog.text
+    caplog.clear()
+    assert fit(tmp_path / "run", stop_at=7, ckpt_path="last", **own) == 128 + signal.SIGTERM
+    assert again not in caplog.text
 
 
 def test_what_held_before_a_change_of_settings_stays_beside_the_run(fit_with, tmp_path):
