@@ -113,6 +113,7 @@ class Check:
             said = f"{optim.lr:g} after {optim.warmup_steps} warm-up steps, then {optim.schedule}"
             self.add("ok", "learning rate", said)
         self.works("trainer", cadence.check_trainer, self.trainer)
+        self.works("attention", attention.require_gpu, self.module.student_spec.attention, self._device())
         for callback in savers(self.trainer):
             self.works("export", callback.setup, self.trainer, self.module, "fit")
 
@@ -213,12 +214,10 @@ class Check:
     def _pretrained(self, spec: ModelSpec, name: str, dtype: torch.dtype) -> CausalLM | None:
         lm = self.probe(name, lambda: CausalLM(models.load_pretrained(spec, name, dtype), name))
         if lm is not None and self.data._train is not None:
-            fit = self.probe(f"{name} tokens", check_fit, spec, name, self.data)
-            if fit is None:
-                self._unfit.add(name)
+            if fit := self.probe(f"{name} tokens", check_fit, spec, name, self.data):
+                self.add("ok" if fit[0] else "warning", f"{name} tokens", fit[1])
             else:
-                known, said = fit
-                self.add("ok" if known else "warning", f"{name} tokens", said)
+                self._unfit.add(name)
         return lm
 
     def _proof(self, lm: CausalLM) -> bool:
@@ -254,8 +253,7 @@ class Check:
         if rest := unnamed_sizes(self.module.student_spec, student.model.config):
             self.add("note", "student sizes", f"not given, so the family's defaults: {rest}")
         self.findings += extension.balance(student)
-        for callback in savers(self.trainer):
-            self.findings.append(callback.space(self.trainer, student.parameters()))
+        self.findings += [saver.space(self.trainer, student.parameters()) for saver in savers(self.trainer)]
 
     def _compute(self, student: CausalLM, teacher: CausalLM | None) -> None:
         tokens, steps = self.data.global_batch_size * self.data.block_size, self.trainer.max_steps
@@ -365,6 +363,7 @@ def without_text(
         partial(cadence.accumulation, data.global_batch_size, data.micro_batch_size, cadence.place(trainer)[1]),
         *(partial(kd.check, trainer, module.has_teacher, data) for kd in kd_callbacks(trainer)[:1]),
         *([partial(check_target, Path(export_to), "--checkpoint.export")] if export_to else ()),
+        partial(attention.require_gpu, student.attention, trainer.strategy.root_device.type),
         partial(models.check_path, student, "student"),
     ]
     if not student.path:

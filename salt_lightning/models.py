@@ -21,7 +21,7 @@ from transformers.initialization import no_init_weights
 from salt_lightning.batches.rows import document_borders
 from salt_lightning.errors import ConfigError, few
 from salt_lightning.hugging_face import folders
-from salt_lightning.hugging_face.attention import PACKED, Apart, document_mask, layer_kinds, limited_distance
+from salt_lightning.hugging_face.attention import PACKED, Apart, document_mask, layer_kinds, limited_distance, testable
 from salt_lightning.hugging_face.experts import follow_autocast
 from salt_lightning.hugging_face.spec import (
     ModelSpec,
@@ -66,7 +66,7 @@ class CausalLM(nn.Module):
             )
         follow_autocast(model)
         self._scale = logit_scale(model.config, name)
-        self._attention = model.config._attn_implementation
+        self.attention = model.config._attn_implementation
         self.apart: Apart = "positions"
         # transformers' flash attention keeps documents apart only in a batch of one row. Each of our rows starts at
         # position 0, so they can be laid end to end.
@@ -94,7 +94,7 @@ class CausalLM(nn.Module):
     def keep_apart(self, how: Apart) -> None:
         """Keep packed documents apart in this way."""
         self.apart = how
-        wanted = PACKED if how == "packed" else self._attention
+        wanted = PACKED if how == "packed" else self.attention
         if self.model.config._attn_implementation != wanted:
             self.model.set_attn_implementation(wanted)
 
@@ -170,7 +170,7 @@ class CausalLM(nn.Module):
                 f"or too large for --model.{self.name}.dtype {str(self.head.weight.dtype).removeprefix('torch.')}"
             )
         said = f"{type(self.model).__name__} cannot be run with its settings{uneven_heads(self.model.config)}"
-        with as_config_error(f"--model.{self.name}: {said}"):
+        with testable(self), as_config_error(f"--model.{self.name}: {said}"):
             return self._check()
 
     def _check(self) -> float:
@@ -377,13 +377,13 @@ def read_config(spec: ModelSpec, name: str) -> PreTrainedConfig:
 
 def check_path(spec: ModelSpec, name: str) -> None:
     """Raises ConfigError unless `spec.path` is a checkpoint, a folder with a config.json, or looks like a hub name."""
+    setting = f"--model.{name}.path"
+    if spec.revision and (spec.path is None or Path(spec.path).exists()):
+        other = f"leave it out for the local {setting} {spec.path}" if spec.path else f"give one as {setting}"
+        raise ConfigError(f"--model.{name}.revision {spec.revision} is for hub names; {other}")
     if spec.path is None:
         return
-    path, setting = Path(spec.path), f"--model.{name}.path"
-    if spec.revision and path.exists():
-        raise ConfigError(
-            f"--model.{name}.revision {spec.revision} is for hub names; leave it out for the local {setting} {path}"
-        )
+    path = Path(spec.path)
     if path.is_file() and not spec.is_checkpoint:
         raise ConfigError(
             f"{setting} {path} is a file; give the folder with its config.json, or a .ckpt of this project"

@@ -126,6 +126,7 @@ class SALTModule(extension.KeepsModes):
             alike.require(self.trainer, self._settings)
             self.__dict__["teacher"] = None  # left by an earlier fit that was stopped, or by RKD
             self.optim_spec.check(self.trainer.max_steps)
+            attention.require_gpu(self.student_spec.attention, self.trainer.strategy.root_device.type)
             extension.require_schedule(self)
             parallel.check(self.trainer)
             cadence.check_trainer(self.trainer)

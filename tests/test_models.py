@@ -52,6 +52,17 @@ def test_a_packed_document_is_what_it_is_alone(family):
         assert torch.allclose(packed_TV, alone_TV, rtol=0, atol=1e-4 * alone_TV.abs().max().item())
 
 
+def test_flex_attention_is_tested_without_its_kernels_on_a_cpu(monkeypatch):
+    """They take a minute to compile, and some machines have no compiler."""
+    seen = []
+    monkeypatch.setattr(CausalLM, "_check", lambda lm: seen.append(lm.model.config._attn_implementation) or 0.0)
+    lm = CausalLM(tiny("llama").model, "student")
+    lm.model.set_attn_implementation("flex_attention")
+    lm.attention = "flex_attention"
+    lm.check()
+    assert (seen, lm.attention, lm.model.config._attn_implementation) == (["eager"], *["flex_attention"] * 2)
+
+
 @families
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_packed_documents_do_not_see_each_other(family, attention):

@@ -24,11 +24,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from salt_lightning.errors import is_out_of_memory
+from salt_lightning.errors import ConfigError, is_out_of_memory
 
 # What keeps packed documents apart: transformers, by the positions; our mask; this file.
 Apart = Literal["positions", "mask", "packed"]
 PACKED = "packed"  # as transformers' attn_implementation
+_FLEX = "flex_attention"  # transformers' name for it
 _TAKES_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch 2.11 does not
 _WITH_KERNEL: tuple[str, ...] = ("cuda",)
 _16_BIT = (torch.bfloat16, torch.float16)
@@ -187,6 +188,27 @@ def pack(lm: Any, asked: str | None, strategy: Strategy | None) -> None:
 
 
 @torch.no_grad()
+def require_gpu(asked: str | None, device: str) -> None:
+    """Raises ConfigError if a student is to be trained on a type of device that its attention does not work on."""
+    if asked == _FLEX and device == "cpu":
+        raise ConfigError(f"--model.student.attention {asked} cannot be trained on a CPU; use sdpa, or a GPU")
+
+
+@contextmanager
+def testable(lm: Any) -> Iterator[None]:
+    """Flex attention's kernels for CPUs take a minute to compile, so a models.CausalLM is tested there without."""
+    if lm.attention != _FLEX or lm.head.weight.device.type != "cpu":
+        yield
+        return
+    lm.attention = "eager"
+    lm.keep_apart(lm.apart)
+    try:
+        yield
+    finally:
+        lm.attention = _FLEX
+        lm.keep_apart(lm.apart)
+
+
 def foresee(lm: Any, asked: str | None, training: bool) -> tuple[Apart, str] | None:
     """What `pack` will do and log on a GPU in 16 bits, as far as a model on a CPU can tell; None if it does nothing.
 

@@ -21,6 +21,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from salt_lightning.hugging_face.attention import testable
 from salt_lightning.losses import token_stats
 from salt_lightning.metrics import sum_dtype
 from salt_lightning.preflight import TeacherLoss
@@ -123,7 +124,8 @@ def look(lm: Any, batch: dict[str, Tensor], data: Any) -> TeacherLoss:
     """The CE of a models.CausalLM on rows of a SALTDataModule, next to losses that need no model."""
     labels_N = batch["labels"].flatten()
     # the same arguments as in training, so that it is compiled once
-    hidden_ND, head_VD, bias_V = lm(batch["input_ids"], batch["positions"], cu_seqlens=batch.get("cu_seqlens"))
+    with testable(lm):
+        hidden_ND, head_VD, bias_V = lm(batch["input_ids"], batch["positions"], cu_seqlens=batch.get("cu_seqlens"))
     nll_N, _ = token_stats(hidden_ND, head_VD, labels_N, bias_V)
     tokens = int((labels_N >= 0).sum())
     return TeacherLoss(float(nll_N.sum()) / tokens, math.log(len(head_VD)), data.counts_nll(labels_N.cpu()), tokens)
