@@ -83,7 +83,7 @@ class RunCheckpoint(Checkpoint):
     SLURM, SIGUSR1 (or Lightning's `requeue_signal`) does the same, and the job is queued again.
 
     Args:
-        every_n_steps: Optimizer steps between two checkpoints; null saves only at the boundary and the end.
+        every_n_steps: Optimizer steps between two checkpoints; null saves only at the other times named here.
         keep: How many of those to keep, newest first; null keeps all. Checkpoints at the boundary, at `at_steps` and at
             the end are always kept, including those of earlier starts of the run.
         at_steps: Optimizer steps after which a checkpoint is saved and always kept, e.g. an early teacher for SALT_DS.

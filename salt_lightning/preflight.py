@@ -107,7 +107,7 @@ def large_share(held_out: int, longest: int, training: int, fraction: float) -> 
     """Warns if validation took a far larger share than `fraction`. Tokens: drawn for validation, in its longest
     document, left for training. None: about `fraction`."""
     share = held_out / (held_out + training)
-    if share <= fraction + max(0.1, 2 * fraction):
+    if share <= min(fraction + max(0.1, 2 * fraction), (1 + fraction) / 2):
         return None
     said = (
         f"--data.val_fraction {fraction} of the documents took {share:.0%} of the tokens (the longest document is "

@@ -226,8 +226,9 @@ def scores_of(selection: str | None, rule: KeepRule) -> Scores | None:
     """The scores in the folder `selection`; None without one. Raises ConfigError: they are missing, but rule is set."""
     if selection:
         return Scores(Path(selection), "--data.selection")
-    if rule != KeepRule():
-        raise ConfigError(f"--data.keep: {rule.name!r} needs --data.selection")
+    usual = vars(KeepRule())
+    given = [f"--data.keep.{name} {value}" for name, value in vars(rule).items() if value != usual[name]]
+    refuse(f"{setting} needs --data.selection, the folder of a run of `cli.py predict`" for setting in given)
     return None
 
 

@@ -282,6 +282,14 @@ ERRORS = {
         {"kd.steps": 6, "model.teacher.path": "{bad}/json"},
         r"json/config.json is not valid JSON",
     ),
+    "a revision of nothing": (
+        {"model.student.revision": "v1"},
+        r"^error: --model.student.revision v1 is for hub names; give one as --model.student.path$",
+    ),
+    "attention that a CPU cannot train": (
+        {"model.student.attention": "flex_attention"},
+        r"^error: --model.student.attention flex_attention cannot be trained on a CPU; use sdpa, or a GPU$",
+    ),
     "a revision of a folder": (
         {"kd.steps": 6, "model.teacher.path": "{bad}/folder", "model.teacher.revision": "v1"},
         r"--model.teacher.revision v1 is for hub names",

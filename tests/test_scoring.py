@@ -448,7 +448,7 @@ def test_the_control_without_kd_reads_the_same_rows(fit_with, ds, tmp_path):
         ({"data.vocab_size": 290}, "do not fit --data.source .* and --data.tokenizer"),
         ({"data.keep.fraction": 1.5}, "--data.keep.fraction 1.5 must be above 0 and at most 1"),
         ({"data.selection": "/nowhere"}, "--data.selection: /nowhere/scores.json does not exist; give the folder"),
-        ({"data.selection": None}, "--data.keep: .* needs --data.selection"),
+        ({"data.selection": None}, "--data.keep.* needs --data.selection"),
         ({"data.keep.rows": 5}, "so each is read 9.6 times; keep more"),
         ({"data.keep.rows": 10**6}, "--data.keep.rows 1000000 asks for 1000000 rows, but there are"),
     ],

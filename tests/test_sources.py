@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 from salt_lightning.data import SALTDataModule
 from salt_lightning.errors import ConfigError
+from salt_lightning.preflight import large_share
 from salt_lightning.text.documents import Corpus, read_raw
 from salt_lightning.text.examples import Examples
 from salt_lightning.text.parse import lots
@@ -452,6 +453,12 @@ def test_one_document_that_is_nearly_all_is_named_where_it_is_held_out(held_out,
     assert len(found) == held_out
     said = r"--data.val_fraction 0.1 of the documents took \d\d% of the tokens \(the longest document is 9\d% of"
     assert not held_out or re.match(said, found[0])
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.34, 0.5, 0.9])
+def test_a_share_far_above_the_one_asked_for_is_told(fraction):
+    assert large_share(999, 900, 1, fraction).level == "warning"
+    assert large_share(int(1000 * fraction), 9, 1000 - int(1000 * fraction), fraction) is None
 
 
 @pytest.mark.parametrize("name", ["pipe", "pipe:train", "folder", "./pipe", "./folder"])

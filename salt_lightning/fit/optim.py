@@ -28,9 +28,9 @@ class OptimSpec:
         eps: Added to the square root of the second moment.
         schedule: How the learning rate decays: cosine, or wsd (stable, then linear).
         warmup_steps: Optimizer steps of linear warm-up.
-        decay_steps: Number of final steps over which the learning rate decays. null: for cosine all steps after the
-            warm-up, for wsd a fifth of the run.
-        min_lr_ratio: Learning rate at the end of the run, as a share of lr.
+        decay_steps: Number of final steps over which the learning rate decays; the first of them still has all of lr.
+            null: for cosine all steps after the warm-up, for wsd a fifth of the run.
+        min_lr_ratio: Learning rate that the decay would reach one step after the run, as a share of lr.
 
     Raises:
         ConfigError: listing every setting out of range.
