@@ -172,6 +172,13 @@ def test_flops_that_are_not_known_are_a_note(checked, monkeypatch):
     )
 
 
+def test_each_problem_is_a_finding_of_its_own(checked):
+    code, found = checked(**{"data.val_source": "/no/val", "data.tokenizer": "/no/tokenizer", "kd.weight": 0.0})
+    texts = [text for level, about, text in found if (level, about) == ("error", "text")]
+    assert code == 1
+    assert [text.split(": ")[0] for text in texts] == ["--data.val_source", "--data.tokenizer"]
+
+
 def test_all_findings_at_once(checked, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     code, found = checked(**{
