@@ -363,7 +363,6 @@ def without_text(
         partial(cadence.accumulation, data.global_batch_size, data.micro_batch_size, cadence.place(trainer)[1]),
         *(partial(kd.check, trainer, module.has_teacher, data) for kd in kd_callbacks(trainer)[:1]),
         *([partial(check_target, Path(export_to), "--checkpoint.export")] if export_to else ()),
-        partial(attention.require_gpu, student.attention, trainer.strategy.root_device.type),
         partial(models.check_path, student, "student"),
     ]
     if not student.path:
@@ -384,6 +383,8 @@ def besides(
 ) -> list[str]:
     """What else is wrong, apart from the refused settings that have defaults `instead`."""
     looks = without_text(module, data, trainer, None, teaches)
+    if "trainer.accelerator" in instead or "trainer.devices" in instead:  # the number of devices is not known
+        looks = [look for look in looks if getattr(look, "func", None) is not cadence.accumulation]
     return of_others(raised([*looks, data.require_files]), instead)
 
 

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from salt_lightning.command.resume import resolve, settings_held
 from salt_lightning.comparison.report import evaluation
 from salt_lightning.data import SALTDataModule
 from salt_lightning.errors import ConfigError, NonFiniteLossError, Stopped, one_line, raised, refuse, say
+from salt_lightning.hugging_face.attention import require_gpu
 from salt_lightning.models import check_path, read_checkpoint
 from salt_lightning.module import SALTModule
 from salt_lightning.run import peers, run_lock, slurm
@@ -170,7 +172,9 @@ class SALTCLI(LightningCLI):
         if student.path and student.config and not resumed:
             say_once(f"--model.student.config is not used: the sizes come from --model.student.path {student.path}")
         target = None if is_over(config.ckpt_path, self.trainer.max_steps) else config.checkpoint.export
-        if wrong := raised(check.without_text(self.model, self.datamodule, self.trainer, target, self._teaches())):
+        looks = check.without_text(self.model, self.datamodule, self.trainer, target, self._teaches())
+        looks.append(partial(require_gpu, student.attention, self.trainer.strategy.root_device.type))
+        if wrong := raised(looks):
             refuse([*wrong, *raised([self.datamodule.require_files])])  # finding files takes seconds
 
     def before_predict(self) -> None:

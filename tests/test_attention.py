@@ -151,6 +151,14 @@ def same_numbers(plain, packed):
         assert torch.allclose(a, b, rtol=0, atol=1e-5 * a.abs().max().item())
 
 
+def test_what_is_foreseen_takes_no_graph():
+    seen, lm = [], tiny("llama")
+    lm.register_forward_hook(lambda *args: seen.append(args[-1][0].requires_grad))
+    attention.foresee(lm, None, True)
+    assert seen
+    assert not any(seen)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_same_numbers_as_with_transformers_masks(family):
     """Hidden states and gradients; a family with capped scores or attention sinks keeps its masks."""

@@ -108,7 +108,7 @@ ERRORS = {
     ),
     "no steps": ({"trainer.max_steps": 0}, r"--trainer.max_steps: 0 is not a valid run length"),
     "endless": ({"trainer.max_steps": -1}, r"--trainer.max_steps: -1 is not a valid run length"),
-    "no devices": ({"trainer.devices": 0}, r"--trainer.devices 0 must be from 1 to 1048576, or -1 for all$"),
+    "no devices": ({"trainer.devices": 0}, r"--trainer.devices 0 must be from 1 to 1048576, or auto for all$"),
     "epochs": ({"trainer.max_epochs": 0}, r"--trainer.max_epochs 0: a run is counted in steps"),
     "epochs of validation": ({"trainer.check_val_every_n_epoch": 0}, r"n_epoch 0: .*use --trainer.val_check_interval"),
     "an interval of time": (

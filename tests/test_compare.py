@@ -968,6 +968,27 @@ def test_the_teacher_that_scored_the_rows_counts(tmp_path, kd_step, scored_step,
     assert "the teacher of ds, runs/teacher/" in " ".join(evaluate(load(paths[:2])).notes)
 
 
+def test_a_run_that_scored_its_own_rows_needs_no_teacher(tmp_path):
+    runs = tmp_path / "runs"
+    (runs / "score").mkdir(parents=True)
+    told = {"scoring_flops": 400.0, "scoring_s": 20.0, "teacher": {"path": "runs/ds/checkpoints/step-00000050.ckpt"}}
+    (runs / "score/scores.json").write_text(json.dumps(told))
+    paths = [write_run(runs / "baseline", BASELINE), write_run(runs / "ds", SALT, **{"data.selection": "runs/score"})]
+    found = evaluate(load(paths))
+    assert [row.method for row in found.rows] == ["BASELINE", "selection without KD"]
+    assert "the teacher of ds" not in " ".join(found.notes)
+
+
+def test_a_teacher_under_two_names_counts_once(tmp_path):
+    runs = tmp_path / "runs"
+    (runs / "score").mkdir(parents=True)
+    named = {"path": "./runs/teacher/checkpoints/step-00000150.ckpt"}
+    (runs / "score/scores.json").write_text(json.dumps({"scoring_flops": 400.0, "scoring_s": 20.0, "teacher": named}))
+    taught = {"teacher": "runs/teacher/checkpoints/step-00000150.ckpt", "weight": 0.5, "kd_steps": 60}
+    ds = load([write_run(runs / "ds", SALT, **taught, **{"data.selection": "runs/score"})])[0]
+    assert list(lineage.teacher_runs(ds, [])) == ["runs/teacher/checkpoints/step-00000150.ckpt"]
+
+
 def test_a_teacher_that_is_better_from_its_first_validation_on_is_mentioned(tmp_path):
     taught = {"teacher": "runs/teacher/checkpoints/last.ckpt", "weight": 0.5, "kd_steps": 60}
     paths = [write_run(tmp_path / "runs/baseline", BASELINE), write_run(tmp_path / "runs/salt", SALT, **taught)]

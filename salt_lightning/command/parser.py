@@ -274,7 +274,7 @@ def check_configs(args: list[str], known: list[str]) -> None:
             YAML would silently take the last; or it has an unknown empty group, which jsonargparse ignores.
     """
     files = [value for value in _values(args) if not value.lstrip().startswith("{")]  # others contain settings
-    refuse(raised(partial(_check_config, file, known) for file in files))
+    refuse(raised(partial(_check_config, file, known) for file in dict.fromkeys(files)))
 
 
 def require_no_comments(args: list[str], given: Namespace) -> None:
@@ -344,7 +344,7 @@ def _check_config(path: str, known: list[str]) -> None:
         if value.tag.endswith(":null") and any(name.startswith(f"{key.value}.") for name in known)
     ]
     unknown = [_no_such(name, known) for name in _empty(node, "") if not _means(name, known)]
-    refuse([*(f"{setting}, line {line}: {problem}" for line, problem in [*empty, *_twice(keys)]), *unknown])
+    refuse([*(f"{setting}, line {line}: {problem}" for line, problem in sorted([*empty, *_twice(keys)])), *unknown])
 
 
 def _means(name: str, known: list[str]) -> bool:

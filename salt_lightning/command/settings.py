@@ -145,7 +145,7 @@ def wrong_accelerator(trainer: Namespace) -> list[str]:
         # also a number given as text: Lightning makes a list of that length
         number = str(trainer.get(name))
         if re.fullmatch(r"-?\d+", number) and int(number) != every and not 1 <= int(number) <= _MOST_DEVICES:
-            wanted = f"must be from 1 to {_MOST_DEVICES}{', or -1 for all' if every < 0 else ''}"
+            wanted = f"must be from 1 to {_MOST_DEVICES}{', or auto for all' if every < 0 else ''}"
             wrong.append(f"--trainer.{name} {number} {wanted}")
     asked = trainer.get("accelerator")
     kinds = ("cuda", "mps") if asked == "gpu" else (asked,)

@@ -15,7 +15,7 @@ import numpy as np
 from salt_lightning.comparison.report import UNITS
 from salt_lightning.errors import ConfigError
 from salt_lightning.run.curves import CUMULATIVE, Curve
-from salt_lightning.run.run_folder import same_setting, small_text, step_named
+from salt_lightning.run.run_folder import small_text, step_named
 from salt_lightning.run.runlog import Run, read_run
 
 
@@ -99,20 +99,23 @@ def teacher_runs(run: Run, runs: list[Run]) -> dict[str, Run | None]:
     found = {path: _trained(run, path, runs) or _trained(run, moved, runs) for path in run.teachers}
     found = found if run.taught or not run.selected else {}  # a control: its rows were selected, but nobody taught it
     scorer = _scorer(run)
-    if scorer and not any(same_setting(scorer, path) for path in found):
+    there = set(_places(run, scorer))
+    if scorer and not _holds(run, there) and not any(there & set(_places(run, path)) for path in found):
         found[scorer] = _trained(run, scorer, runs)
     return found
 
 
 def _trained(run: Run, path: str, runs: list[Run]) -> Run | None:
-    there = {place.resolve() for place in _places(run, path)}
-    for other in runs:
-        exported = _named(other, "checkpoint.export")
-        folders = {other.path.resolve(), *_named(other, "checkpoint.folder")}
-        inside = any(place.is_relative_to(folder) for place in there for folder in folders)
-        if other is not run and (inside or there & exported):
-            return other
-    return None
+    there = set(_places(run, path))
+    return next((other for other in runs if other is not run and _holds(other, there)), None)
+
+
+def _holds(run: Run, there: set[Path]) -> bool:
+    """Whether a run has saved or exported what is at one of these places."""
+    there = {place.resolve() for place in there}
+    folders = {run.path.resolve(), *_named(run, "checkpoint.folder")}
+    inside = any(place.is_relative_to(folder) for place in there for folder in folders)
+    return inside or bool(there & _named(run, "checkpoint.export"))
 
 
 def same_model(a: Run, b: Run) -> bool:

@@ -120,7 +120,11 @@ def _taught_teachers(runs: list[Run]) -> list[str]:
     students: dict[Run, dict[str, None]] = {}
     for run in runs:
         for teacher in lineage.teacher_runs(run, runs).values():
-            if (run.kd_steps > 0 or run.selected) and teacher is not None and teacher.kd_steps > 0:
+            if (
+                (run.kd_steps > 0 or run.selected)
+                and teacher is not None
+                and (teacher.kd_steps > 0 or teacher.selected)
+            ):
                 students.setdefault(teacher, {})[run.name] = None
     return [
         f"{teacher.name}, the teacher of {few(names)}, had a teacher too: the cost of training that one is not counted"

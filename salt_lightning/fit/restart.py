@@ -74,14 +74,15 @@ def go_on_from(checkpoint: dict[str, Any], trainer: pl.Trainer, data: Any, optim
     if other := [_other(key, now[key], was) for key, was in checkpoint["data"].items() if now.get(key, was) != was]:
         rank_zero_info(f"continuing with other data than the checkpoint's: {', '.join(other)}")
     key = "--data.train_fingerprint"
-    if step > 0 and checkpoint["data"].get(key, now[key]) != now[key] and not getattr(data, "source_weights", None):
+    before = checkpoint["data"].get(key)  # 0: of a loader of the user's own, as `data` None is
+    if step > 0 and before and data is not None and before != now[key] and not data.source_weights:
         rank_zero_info("data: without --data.source_weights, other text is in another order, so rows may be read again")
-    key = "--data.selection_fingerprint"
-    if step > 0 and not checkpoint.get("stretches") and getattr(data, "source_weights", None):
+    if step > 0 and before and data is not None and data.source_weights and not checkpoint.get("stretches"):
         rank_zero_info(
             "data: this checkpoint does not record its --data.source_weights: if they were others, rows may be read "
             "again, and what is said about how often each source is read is wrong"
         )
+    key = "--data.selection_fingerprint"
     other_rows = step > 0 and checkpoint["data"].get(key, now[key]) != now[key]
     if other_rows and getattr(data, "selection", None) and data.keep.unread_first:
         rank_zero_info(

@@ -187,7 +187,6 @@ def pack(lm: Any, asked: str | None, strategy: Strategy | None) -> None:
         lm.train(training)
 
 
-@torch.no_grad()
 def require_gpu(asked: str | None, device: str) -> None:
     """Raises ConfigError if a student is to be trained on a type of device that its attention does not work on."""
     if asked == _FLEX and device == "cpu":
@@ -209,6 +208,7 @@ def testable(lm: Any) -> Iterator[None]:
         lm.keep_apart(lm.apart)
 
 
+@torch.no_grad()
 def foresee(lm: Any, asked: str | None, training: bool) -> tuple[Apart, str] | None:
     """What `pack` will do and log on a GPU in 16 bits, as far as a model on a CPU can tell; None if it does nothing.
 

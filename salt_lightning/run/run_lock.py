@@ -83,6 +83,8 @@ def _lock(run: Path) -> IO[str]:
         try:
             file = open(path, "a+")  # noqa: SIM115 (the caller closes it)
         except FileNotFoundError:  # the last owner has just removed the folder
+            if path.is_symlink():  # to nothing
+                raise
             continue
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
