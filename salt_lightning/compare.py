@@ -121,8 +121,8 @@ def evaluate(runs: list[Run], baseline: str | None = None) -> Comparison:
             experiments.append(same)
         same.append(run)
     notes += remarks(silent, runs, experiments, repeated, reference)
-    firsts = {run.name: run.val_ce.steps[0] for run in runs if run not in seeds and len(run.val_ce.steps)}
-    firsts = {name: step for name, step in firsts.items() if name not in repeated}
+    others = [run for run in runs if run not in seeds and run.name not in repeated and len(run.val_ce.steps)]
+    firsts = {run.name: run.val_ce.steps[0] for run in others}
     if at_once := [row.run for row in rows if row.reached_step == firsts.get(row.run, math.nan)]:
         notes.append(f"the reference's loss was reached by the first validation, or earlier: {', '.join(at_once)}")
     equal, between = _equal_points([run for run in students if run.name not in apart])
@@ -185,6 +185,9 @@ def _row(run: Run, method: str, teachers: dict[str, Run | None], goal: Goal) -> 
     reached_flops, reached_s = run.flops(reached), run.total("train/time_s", reached)
     training_flops, training_s = lineage.training(run, teachers)
     scoring_flops, scoring_s = lineage.scoring(run)
+    by_others = run.kd_steps > 0 or bool(run.lost) or (run.selected and bool(teachers))
+    flops_besides = _besides(([training_flops] if by_others else []) + ([scoring_flops] if run.selected else []))
+    s_besides = _besides(([training_s] if by_others else []) + ([scoring_s] if run.selected else []))
     return Row(
         run=run.name,
         method=method,
@@ -200,10 +203,9 @@ def _row(run: Run, method: str, teachers: dict[str, Run | None], goal: Goal) -> 
         reached_step=reached,
         reached_steps_share=reached / goal.steps,
         reached_flops_share=reached_flops / goal.flops,
-        reached_flops_share_with_teacher_training=(reached_flops + _besides(run, training_flops, scoring_flops))
-        / goal.flops,
+        reached_flops_share_with_teacher_training=(reached_flops + flops_besides) / goal.flops,
         reached_seconds_share=reached_s / goal.seconds,
-        reached_seconds_share_with_teacher_training=(reached_s + _besides(run, training_s, scoring_s)) / goal.seconds,
+        reached_seconds_share_with_teacher_training=(reached_s + s_besides) / goal.seconds,
         seconds=run.total("train/time_s", done),
         teacher_seconds=run.total("train/teacher_time_s", done),
         student_flops=run.total("train/flops_student_total", done),
@@ -216,9 +218,9 @@ def _row(run: Run, method: str, teachers: dict[str, Run | None], goal: Goal) -> 
     )
 
 
-def _besides(run: Run, training: float, scoring: float) -> float:
-    """Cost of a run besides its own: its teachers' training and the scoring of its rows; NaN if a part is unknown."""
-    parts = ([training] if run.kd_steps > 0 or run.lost or run.selected else []) + ([scoring] if run.selected else [])
+def _besides(parts: list[float]) -> float:
+    """Cost of a run besides its own: its teachers' training and the scoring of its rows; NaN if a part is unknown, or
+    there is none."""
     return sum(parts) if parts else math.nan
 
 

@@ -976,6 +976,7 @@ def test_a_run_that_scored_its_own_rows_needs_no_teacher(tmp_path):
     paths = [write_run(runs / "baseline", BASELINE), write_run(runs / "ds", SALT, **{"data.selection": "runs/score"})]
     found = evaluate(load(paths))
     assert [row.method for row in found.rows] == ["BASELINE", "selection without KD"]
+    assert found.rows[1].reached_flops_share_with_teacher_training == (2500 + 400) / 3000
     assert "the teacher of ds" not in " ".join(found.notes)
 
 
