@@ -86,9 +86,8 @@ def _attention_flops_per_token(config: object, block_size: int) -> float:
     text = config.get_text_config()  # type: ignore[attr-defined]  # of the language model, if there are several
     each = list(getattr(text, "per_layer_config", ())) or [text] * text.num_hidden_layers  # gemma 4: two widths
     window = getattr(text, "sliding_window", None)
-    default = ["full_attention" if window is None else "sliding_attention"] * len(each)
     spans = {"full_attention": attention_span(block_size), "sliding_attention": attention_span(block_size, window)}
-    layers = getattr(text, "layer_types", None) or default
+    layers = getattr(text, "layer_types", None) or ["sliding_attention"] * len(each)  # all keys if there is no window
     return 4.0 * sum(_width(own) * spans.get(layer, math.nan) for own, layer in zip(each, layers, strict=False))
 
 

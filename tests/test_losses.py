@@ -10,7 +10,7 @@ from reference import salt_reference, stats_reference
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from salt_lightning.errors import ConfigError
-from salt_lightning.head.chunked_head import chunk_and_strip_rows
+from salt_lightning.head.chunked_head import Plan, chunk_and_strip_rows, rows_and_dtypes
 from salt_lightning.head.row_pass import Mix, row_pass
 from salt_lightning.losses import SaltLoss, salt_loss, token_stats
 
@@ -242,16 +242,25 @@ class _Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_only_what_needs_a_gradient_gets_one():
+@pytest.mark.parametrize(
+    ("wanted", "num_products"),  # both logits, and one for the gradient of hidden states or head
+    [
+        ({"student_hidden_ND"}, 3),
+        ({"student_head_VD"}, 3),
+        ({"student_bias_V"}, 2),
+        ({"student_head_VD", "student_bias_V"}, 3),
+    ],
+)
+def test_only_what_needs_a_gradient_gets_one(wanted, num_products):
     case = make_case()
     full = gradients(salt_loss(**case, kd_weight=0.4).loss, case)
-    case["student_head_VD"].requires_grad_(False)
-    case["student_bias_V"].requires_grad_(False)
+    for name in full.keys() - wanted:
+        case[name].requires_grad_(False)
     with _Products() as products:
         part = gradients(salt_loss(**case, kd_weight=0.4).loss, case)
-    assert products.count == 3  # both logits and the hidden states' gradient
-    assert list(part) == ["student_hidden_ND"]
-    assert torch.equal(part["student_hidden_ND"], full["student_hidden_ND"])
+    assert products.count == num_products
+    assert part.keys() == wanted
+    assert all(torch.equal(grad, full[name]) for name, grad in part.items())
 
 
 def test_without_grad_the_values_are_the_same():
@@ -452,6 +461,31 @@ def test_chunks_and_strips_fill_the_budget(num_rows, grad_bytes, strip_bytes, ex
     assert chunk_and_strip_rows(num_rows, grad_bytes, strip_bytes, budget, None) == expected
     fixed = max(1, min(num_rows, 100))
     assert chunk_and_strip_rows(num_rows, grad_bytes, strip_bytes, budget, 100) == (fixed, fixed)
+
+
+BF16, WIDE = torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "compute", "with_grad", "buffers", "row_bytes"),  # a row's bytes: of the gradient, of the logits
+    [
+        ("accurate", [BF16, BF16], True, [WIDE, WIDE], (2, 4 + 4)),
+        ("accurate", [BF16, WIDE], True, [WIDE, WIDE], (2, 4 + 4)),
+        ("accurate", [BF16], True, [WIDE], (2, 4)),
+        ("accurate", [BF16, BF16], False, [WIDE, WIDE], (0, 4 + 4)),
+        ("fast", [BF16, BF16], True, [BF16], (2, 2)),  # the gradient overwrites the student's logits
+        ("fast", [BF16, WIDE], True, [WIDE], (2, 4)),
+        ("fast", [BF16], True, [], (2, 0)),
+        ("fast", [BF16, BF16], False, [BF16, BF16], (0, 2 + 2)),
+        ("accurate", [WIDE, WIDE], True, [WIDE], (4, 4)),
+        ("accurate", [WIDE, WIDE], False, [WIDE, WIDE], (0, 4 + 4)),
+    ],
+)
+def test_what_a_row_takes_in_memory(accuracy, compute, with_grad, buffers, row_bytes):
+    vocab, budget_gib = 1000, 0.01
+    rows, dtypes = rows_and_dtypes(8192, vocab, compute, Plan(accuracy, budget_gib, None, compute[0], with_grad))
+    assert dtypes == buffers
+    assert rows == chunk_and_strip_rows(8192, *(vocab * size for size in row_bytes), budget_gib, None)
 
 
 @given(
