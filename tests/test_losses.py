@@ -180,6 +180,11 @@ def test_num_tokens_is_the_denominator(num_tokens):
     assert_matches_reference(make_case(), EXACT, kd_weight=0.4, num_tokens=num_tokens)
 
 
+def test_the_denominator_0_counts_as_1():
+    losses = [salt_loss(**make_case(), kd_weight=0.4, num_tokens=num_tokens).loss for num_tokens in (0, 1, 0.5)]
+    assert losses[0] == losses[1] == losses[2] / 2 > 0
+
+
 @pytest.mark.parametrize("num_tokens", [None, 7, 0])
 @pytest.mark.parametrize("device", DEVICES)
 def test_all_masked_is_zero_without_nan(num_tokens, device):
@@ -564,6 +569,9 @@ def test_errors_say_what_does_not_fit():
         (wrong(case, teacher_hidden_NE=None), "teacher_hidden_NE is missing"),
         (wrong(case, teacher_hidden_NE=torch.zeros(N + 1, E)), rf"\({N}, {D}\).*\({N + 1}, {E}\).*tokens"),
         (wrong(case, student_head_VD=torch.zeros(V, D + 1)), rf"\({N}, {D}\).*\({V}, {D + 1}\)"),
+        (wrong(case, student_hidden_ND=torch.zeros(N, D, 1)), rf"\({N}, {D}, 1\).*use \(N, D\)"),
+        (wrong(case, teacher_head_VE=torch.zeros(V, E + 1)), rf"^teacher_hidden \({N}, {E}\).*\({V}, {E + 1}\)"),
+        (wrong(case, teacher_bias_V=torch.zeros(V + 1)), rf"^teacher_bias \({V + 1},\).*\({V}, {E}\)"),
         (wrong(case, student_bias_V=torch.zeros(V + 1)), rf"\({V + 1},\).*\({V}, {D}\)"),
         (wrong(case, labels_N=case["labels_N"].int()), "int32.*int64"),
         (wrong(case, labels_N=case["labels_N"][1:]), rf"\({N - 1},\).*\({N}, {D}\)"),
@@ -582,8 +590,15 @@ def test_errors_say_what_does_not_fit():
     for arguments, message in bad:
         with pytest.raises(ConfigError, match=message):
             salt_loss(**arguments)
-    with pytest.raises(ConfigError, match=rf"^hidden \({N}, {D}\) and head \({V}, {E}\) do not fit"):
-        token_stats(case["student_hidden_ND"], case["teacher_head_VE"], case["labels_N"])
+    hidden_NE, head_VE, labels_N = (case[name] for name in ("teacher_hidden_NE", "teacher_head_VE", "labels_N"))
+    for arguments, options, message in [
+        ((case["student_hidden_ND"], head_VE, labels_N), {}, rf"^hidden \({N}, {D}\) and head \({V}, {E}\) do not fit"),
+        ((hidden_NE, head_VE, labels_N, torch.zeros(V + 1)), {}, rf"^bias \({V + 1},\) does not fit head \({V}, {E}\)"),
+        ((hidden_NE, head_VE, torch.full((N,), V)), {}, f"labels range.*{V} rows"),
+        ((hidden_NE, head_VE, labels_N), {"logits_budget_gib": 0}, "logits_budget_gib=0"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            token_stats(*arguments, **options)
 
 
 def test_the_compiled_row_pass_equals_the_plain_one():
