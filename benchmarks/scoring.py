@@ -75,7 +75,8 @@ def model_of(size: Size, device: torch.device, attention: str | None = None) -> 
     config = sizes(*size.model, size.vocab) | {"max_position_embeddings": size.block}
     on_gpu = device.type == "cuda"
     spec = ModelSpec(config=config, attention=attention, dtype="bfloat16" if on_gpu else "float32")
-    lm = CausalLM(build_fresh(spec, None, 0).to(device), "teacher")
+    with device:
+        lm = CausalLM(build_fresh(spec, None, 0), "teacher")
     lm.check()
     pack(lm, attention, SingleDeviceStrategy(device, precision_plugin=HalfPrecision("bf16-true")))
     if on_gpu:

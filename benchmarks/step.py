@@ -186,7 +186,9 @@ def save_model(size: tuple[int, int], vocab: int, block: int, folder: Path) -> N
     """Saves a model with random weights as a Hugging Face folder."""
     config = sizes(*size, vocab) | {"max_position_embeddings": block}
     dtype = "bfloat16" if torch.cuda.is_available() else "float32"
-    build_fresh(ModelSpec(config=config, dtype=dtype), None, 0).save_pretrained(folder)
+    # on a CPU, torch 2.11 draws bf16 four times slower than fp32: two minutes for 1.5B
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        build_fresh(ModelSpec(config=config, dtype=dtype), None, 0).save_pretrained(folder)
 
 
 def settings_of(name: str, folder: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import importlib
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -66,9 +67,11 @@ def test_kernels_compile_for_a_gpu(logits, flags, monkeypatch, tmp_path):
     kernels = importlib.import_module("salt_lightning.head.triton_rows")
     integers = {"vocab", "width", "student_stride", "teacher_stride", "grad_stride", "sums_stride", "stride"}
     types = {"student": logits, "teacher": logits, "logits": logits, "grad": "bf16", "labels": "i64", "rank": "i64"}
-    constants = dict(zip(("TEACHER", "SOFTENED", "GRADIENT"), flags, strict=True)) | {"BLOCK": kernels.BLOCK}
+    sizes = {"BLOCK": kernels.BLOCK, "RUN": kernels.LOAD_BYTES // {"bf16": 2, "fp32": 4}[logits]}
+    constants = dict(zip(("TEACHER", "SOFTENED", "GRADIENT"), flags, strict=True)) | sizes
     for kernel in (kernels._row_kernel, kernels._label_kernel, kernels._scale_kernel):
-        assert_compiles(kernel, types, integers, constants, kernels.WARPS)
+        ptx = assert_compiles(kernel, types, integers, constants, kernels.WARPS)
+        assert not any("bar.sync" in loop for loop in loops(ptx))  # as a maximum or sum over all threads would need
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
@@ -103,7 +106,14 @@ def assert_compiles(kernel, types, integers, constants, warps):
         "num_warps": warps,
         "enable_fp_fusion": True,
     }  # the default so far; Triton 3.9 warns if it is not given
-    assert triton.compile(source, target=target, options=options).asm["ptx"]
+    return triton.compile(source, target=target, options=options).asm["ptx"]
+
+
+def loops(ptx):
+    """The text of each loop: from a label to a later branch back to it."""
+    labels = {found[1]: found.start() for found in re.finditer(r"^(\$\w+):", ptx, re.MULTILINE)}
+    back = ((labels[found[1]], found.end()) for found in re.finditer(r"\bbra(?:\.uni)?\s+(\$\w+);", ptx))
+    return [ptx[start:end] for start, end in back if start < end]
 
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # ten units in the last place (1e-6) of the summed logits, which are near 10
@@ -244,7 +254,8 @@ def test_label_stats_are_the_plain_ones(kernels, dtype):
 
 @pytest.mark.parametrize("factor", [1.0, 0.25])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_scale_in_place(kernels, factor, dtype):
+def test_scale_in_place(kernels, factor, dtype, monkeypatch):
+    monkeypatch.setattr(kernels, "SCALERS", 2)  # for five blocks
     grad = torch.randn(3, 45, device=DEVICE).to(dtype)
     expected = grad * factor
     assert kernels.scale_in_place(grad, torch.tensor(factor, device=DEVICE)) is grad

@@ -3,8 +3,9 @@
 """The row pass as Triton kernels: one program processes one row of logits, in fp32 registers.
 
 Same results as `row_pass`, without its temporaries: two loops over the row, the first for the sums, the
-second for the gradient, which may overwrite the student's logits. Import this only if Triton is installed.
-Shapes: C rows, V vocabulary.
+second for the gradient, which may overwrite the student's logits. Neither loop waits for other threads: maxima and
+sums are those of runs of elements that one thread loads at once, and are combined after the loop. Import this only if
+Triton is installed. Shapes: C rows, V vocabulary.
 """
 
 import torch
@@ -17,6 +18,8 @@ from salt_lightning.head.row_pass import FINITE_LOW, IGNORE, NUM_SUMS, Mix
 
 BLOCK = 4096  # elements of a row that a program holds at a time
 WARPS = 8
+LOAD_BYTES = 16  # that a thread loads at once: its elements are a run
+SCALERS = 2048  # at most so many programs scale: usually there is nothing to do, and each costs its start
 WIDE = 16  # for lengths divisible by this, Triton loads and stores 16 bytes at once
 
 _IGNORE = tl.constexpr(IGNORE)
@@ -49,7 +52,7 @@ def fill_rows(logits: list[Tensor], labels_C: Tensor, mix: Mix, sums_7C: Tensor,
             TEACHER=len(logits) > 1,
             SOFTENED=mix.temperature != 1,
             GRADIENT=grad_CV is not None,
-            BLOCK=min(BLOCK, triton.next_power_of_2(vocab)),
+            **_block_and_run(student_CV, teacher_CV),
             num_warps=WARPS,
         )
 
@@ -68,7 +71,7 @@ def label_stats(logits_CV: Tensor, labels_C: Tensor) -> tuple[Tensor, Tensor]:
             vocab,
             _width(logits_CV),
             logits_CV.stride(0),
-            BLOCK=min(BLOCK, triton.next_power_of_2(vocab)),
+            **_block_and_run(logits_CV),
             num_warps=WARPS,
         )
     return nll_C, rank_C
@@ -109,18 +112,39 @@ def _width(*rows: Tensor) -> int:
     return vocab if vocab % WIDE == 0 else min(t.stride(0) for t in rows)
 
 
+def _block_and_run(*rows: Tensor) -> dict[str, int]:
+    """The kernels' BLOCK and RUN. The widest dtype's run is a part of one load of the other, too."""
+    block = min(BLOCK, triton.next_power_of_2(rows[0].shape[1]))
+    return {"BLOCK": block, "RUN": min(block, LOAD_BYTES // max(t.itemsize for t in rows))}
+
+
 def scale_in_place(grad: Tensor, by: Tensor) -> Tensor:
     """grad *= by for a contiguous tensor; no memory is moved if `by` is 1, as without accumulation."""
     num_elements = grad.numel()
     with torch.cuda.device_of(grad):
-        _scale_kernel[(triton.cdiv(num_elements, BLOCK),)](grad, by, num_elements, BLOCK=BLOCK, num_warps=WARPS)
+        programs = min(SCALERS, triton.cdiv(num_elements, BLOCK))
+        _scale_kernel[(programs,)](grad, by, num_elements, BLOCK=BLOCK, num_warps=WARPS)
     return grad
 
 
 @triton.jit
 def _load(row, at, vocab, width):
     values = tl.load(row + at, mask=at < width, other=float("-inf")).to(tl.float32)
-    return tl.where((at >= vocab) | (values == float("-inf")), _LOW, values)  # unlike maximum(), this keeps NaN
+    # one instruction that keeps NaN, instead of a comparison and a selection
+    return tl.where(at >= vocab, _LOW, tl.maximum(values, _LOW, propagate_nan=tl.PropagateNan.ALL))
+
+
+@triton.jit
+def _sum_exp(values, shift, soft):
+    """Of each run, the sum of exp2((value - shift) * soft)."""
+    return tl.sum(tl.exp2((values - shift[:, None]) * soft), 1)
+
+
+@triton.jit
+def _combine(totals, maxima, soft):
+    """The runs' sums of exp2((value - their maximum) * soft) as one with the maximum of all, and that maximum."""
+    highest = tl.max(maxima, 0)
+    return tl.sum(totals * tl.exp2((maxima - highest) * soft), 0), highest
 
 
 @triton.jit
@@ -143,6 +167,7 @@ def _row_kernel(
     SOFTENED: tl.constexpr,
     GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
+    RUN: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)  # rows x vocabulary can exceed 2^31
     student += row * student_stride
@@ -164,30 +189,39 @@ def _row_kernel(
         s_label = tl.load(student + column, mask=known, other=float("nan")).to(tl.float32)
         t_label = tl.load(teacher + column, mask=known, other=float("nan")).to(tl.float32)
         soft = inverse_temperature * _LOG2E  # exp(x / T) = exp2(x * soft)
-        s_max = _LOW
-        s_total = 0.0
-        t_max = _LOW
-        t_total = 0.0  # of exp(teacher)
-        q_total = 0.0  # of exp(teacher / T)
-        q_student = 0.0  # the same weights times the student's logits minus the label's: a common
-        q_teacher = 0.0  # offset of all logits would cost precision
+        RUNS: tl.constexpr = BLOCK // RUN
+        s_max = tl.full([RUNS], _LOW, tl.float32)
+        s_total = tl.zeros([RUNS], tl.float32)
+        t_max = tl.full([RUNS], _LOW, tl.float32)
+        t_total = tl.zeros([RUNS], tl.float32)  # of exp(teacher)
+        q_total = tl.zeros([RUNS], tl.float32)  # of exp(teacher / T)
+        q_student = tl.zeros([RUNS], tl.float32)  # the same weights times the student's logits minus the label's: a
+        q_teacher = tl.zeros([RUNS], tl.float32)  # common offset of all logits would cost precision
         for start in range(0, vocab, BLOCK):
             at = start + lanes
-            s = _load(student, at, vocab, width)
-            new_max = tl.maximum(s_max, tl.max(s, 0))
-            s_total = s_total * tl.exp2((s_max - new_max) * _LOG2E) + tl.sum(tl.exp2((s - new_max) * _LOG2E), 0)
+            s = tl.reshape(_load(student, at, vocab, width), [RUNS, RUN])
+            new_max = tl.maximum(s_max, tl.max(s, 1))
+            s_total = s_total * tl.exp2((s_max - new_max) * _LOG2E) + _sum_exp(s, new_max, _LOG2E)
             s_max = new_max
             if TEACHER:
-                t = _load(teacher, at, vocab, width)
-                new_max = tl.maximum(t_max, tl.max(t, 0))
-                q = tl.exp2((t - new_max) * soft)
+                t = tl.reshape(_load(teacher, at, vocab, width), [RUNS, RUN])
+                new_max = tl.maximum(t_max, tl.max(t, 1))
+                q = tl.exp2((t - new_max[:, None]) * soft)
                 fade = tl.exp2((t_max - new_max) * soft)
-                q_total = q_total * fade + tl.sum(q, 0)
-                q_student = q_student * fade + tl.sum(q * (s - s_label), 0)
-                q_teacher = q_teacher * fade + tl.sum(q * (t - t_label), 0)
+                q_total = q_total * fade + tl.sum(q, 1)
+                q_student = q_student * fade + tl.sum(q * (s - s_label), 1)
+                q_teacher = q_teacher * fade + tl.sum(q * (t - t_label), 1)
                 if SOFTENED:
-                    t_total = t_total * tl.exp2((t_max - new_max) * _LOG2E) + tl.sum(tl.exp2((t - new_max) * _LOG2E), 0)
+                    t_total = t_total * tl.exp2((t_max - new_max) * _LOG2E) + _sum_exp(t, new_max, _LOG2E)
                 t_max = new_max
+        s_total, s_max = _combine(s_total, s_max, _LOG2E)
+        if TEACHER:
+            q_student, _ = _combine(q_student, t_max, soft)
+            q_teacher, _ = _combine(q_teacher, t_max, soft)
+            q_total, highest = _combine(q_total, t_max, soft)
+            if SOFTENED:
+                t_total, highest = _combine(t_total, t_max, _LOG2E)
+            t_max = highest
         nll = tl.log(s_total) + (s_max - s_label)
         tl.store(sums, nll)
         tl.store(sums + 5 * sums_stride, (s_label == s_max).to(tl.float32))
@@ -212,15 +246,16 @@ def _row_kernel(
             q_scale = row_scale * weight
             if TEACHER:
                 q_scale /= q_total
-            agree = tl.zeros([BLOCK], tl.int32)
+            agree = tl.zeros([RUNS], tl.int32)
             tl.debug_barrier()  # every warp must have read the label's logit before one overwrites it
-            for start in range(0, vocab, BLOCK):
-                at = start + lanes
+            for done in range(0, vocab, BLOCK):  # backwards: the end of the row is still in the L2 cache
+                at = (vocab - 1) // BLOCK * BLOCK - done + lanes
                 s = _load(student, at, vocab, width)
                 d = tl.exp2((s - s_max) * _LOG2E) * p_scale - tl.where(at == column, row_scale * (1.0 - weight), 0.0)
                 if TEACHER:
                     t = _load(teacher, at, vocab, width)
-                    agree |= ((s == s_max) & (t == t_max)).to(tl.int32)
+                    both = ((s == s_max) & (t == t_max)).to(tl.int32)
+                    agree |= tl.max(tl.reshape(both, [RUNS, RUN]), 1)
                     d -= tl.exp2((t - t_max) * soft) * q_scale
                 if GRADIENT:
                     tl.store(grad + at, d.to(grad.dtype.element_ty), mask=at < width)
@@ -229,7 +264,7 @@ def _row_kernel(
 
 
 @triton.jit
-def _label_kernel(logits, labels, nll, rank, vocab, width, stride, BLOCK: tl.constexpr):
+def _label_kernel(logits, labels, nll, rank, vocab, width, stride, BLOCK: tl.constexpr, RUN: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     label = tl.load(labels + row)
@@ -239,18 +274,19 @@ def _label_kernel(logits, labels, nll, rank, vocab, width, stride, BLOCK: tl.con
     else:
         known = (label >= 0) & (label < vocab)
         at_label = tl.load(logits + label, mask=known, other=float("nan")).to(tl.float32)
-        largest = _LOW
-        total = 0.0
-        larger = tl.zeros([BLOCK], tl.int32)
+        RUNS: tl.constexpr = BLOCK // RUN
+        largest = tl.full([RUNS], _LOW, tl.float32)
+        total = tl.zeros([RUNS], tl.float32)
+        larger = tl.zeros([RUNS], tl.int32)
         lanes = tl.arange(0, BLOCK)
         for start in range(0, vocab, BLOCK):
-            at = start + lanes
-            x = _load(logits, at, vocab, width)
-            new_max = tl.maximum(largest, tl.max(x, 0))
-            total = total * tl.exp2((largest - new_max) * _LOG2E) + tl.sum(tl.exp2((x - new_max) * _LOG2E), 0)
+            x = tl.reshape(_load(logits, start + lanes, vocab, width), [RUNS, RUN])
+            new_max = tl.maximum(largest, tl.max(x, 1))
+            total = total * tl.exp2((largest - new_max) * _LOG2E) + _sum_exp(x, new_max, _LOG2E)
             largest = new_max
-            larger += (x > at_label).to(tl.int32)
-        tl.store(nll + row, largest + tl.log(total) - at_label)
+            larger += tl.sum((x > at_label).to(tl.int32), 1)
+        total, highest = _combine(total, largest, _LOG2E)
+        tl.store(nll + row, highest + tl.log(total) - at_label)
         tl.store(rank + row, tl.sum(larger, 0).to(tl.int64))
 
 
@@ -258,7 +294,9 @@ def _label_kernel(logits, labels, nll, rank, vocab, width, stride, BLOCK: tl.con
 def _scale_kernel(grad, by, num_elements, BLOCK: tl.constexpr):
     factor = tl.load(by).to(tl.float32)
     if factor != 1.0:
-        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        inside = at < num_elements
-        values = tl.load(grad + at, mask=inside).to(tl.float32) * factor
-        tl.store(grad + at, values.to(grad.dtype.element_ty), mask=inside)
+        first = tl.program_id(0).to(tl.int64) * BLOCK
+        for start in range(first, num_elements, tl.num_programs(0) * BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            inside = at < num_elements
+            values = tl.load(grad + at, mask=inside).to(tl.float32) * factor
+            tl.store(grad + at, values.to(grad.dtype.element_ty), mask=inside)
