@@ -103,10 +103,8 @@ class SALTCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Precedence: defaults < checkpoint < the user's settings. Lightning silently lets the checkpoint win."""
         config = self._settings(self.config)
-        path = config.get("ckpt_path")
-        subcommand = self.config.get("subcommand")
-        if subcommand in ("fit", "predict") and config.run:  # before anything is read from it
-            self.hold(Path(config.run))
+        path, subcommand = config.get("ckpt_path"), self.config.get("subcommand")
+        self.hold()  # before anything is read from it
         if path is None or subcommand is None:
             return
         if subcommand == "predict":
@@ -124,10 +122,10 @@ class SALTCLI(LightningCLI):
             merged = self.parser.parse_object({subcommand: {"model": given.as_dict()}}, merged)
         self.config = merged
 
-    def hold(self, run: Path) -> None:
-        # processes that Lightning starts inherit RANK from an operator, and take it for their own
-        if rank() == 0 and all(os.environ.get(name, "0") == "0" for name in ("NODE_RANK", "LOCAL_RANK")):
-            _HELD.enter_context(run_lock.held(run))
+    def hold(self) -> None:
+        run, subcommand = self._settings(self.config).run, self.config.get("subcommand")
+        if run and subcommand in ("fit", "predict") and peers.seems_first():
+            _HELD.enter_context(run_lock.held(Path(run)))
 
     def before_instantiate_classes(self) -> None:
         config = self._settings(self.config)
@@ -252,6 +250,8 @@ class SALTCLI(LightningCLI):
             trainer = super().instantiate_trainer(**kwargs)
             trainer._checkpoint_connector._ckpt_path = config.get("ckpt_path")  # else only after prepare_data
             parallel.check(trainer, config.get("ckpt_path"))
+            if peers.was_misplaced(trainer):
+                self.hold()
             peers.expect_others(trainer, self.subcommand)
             return trainer
         except ConfigError:
@@ -278,7 +278,7 @@ class CheckCLI(SALTCLI):
         shown = self._subcommand_parsers["fit"]
         shown.prog, shown.description = shown.prog.replace(" fit", " check"), VERBS["check"][1]
 
-    def hold(self, run: Path) -> None:
+    def hold(self) -> None:
         """Does nothing: check may run while another process trains."""
 
     def refuse(self) -> None:

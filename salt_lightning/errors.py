@@ -6,7 +6,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from numbers import Integral, Real
@@ -185,6 +185,11 @@ def of_process(traceback: str) -> Exception | None:
 
 class VerbParser(argparse.ArgumentParser):
     """Argument parser of a verb that needs no trainer: an error is one line, without the usage text."""
+
+    def parse_args(self, args: Sequence[str], namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
+        if odd := [word for word in args if re.search("[\ud800-\udfff]", word)]:  # bytes that are no text
+            self.error(f"{odd[0]} is not valid UTF-8; give another name")
+        return super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{self.prog.split()[-1]}: {message}")

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from salt_lightning.errors import ConfigError
 from salt_lightning.head.chunked_head import (
@@ -187,8 +186,10 @@ class _HeadLoss(torch.autograd.Function):
         return loss, sums
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        # not once_differentiable: it raises only where grad_loss has a graph, and otherwise drops the second derivative
+        if torch.is_grad_enabled():
+            raise RuntimeError("salt_loss has no second derivatives, so its backward cannot create a graph")
         if ctx.grads is None:
             raise RuntimeError("backward ran twice through one salt_loss call; it returns its gradients only once")
         grads, ctx.grads = ctx.grads, None  # scaled in place: a second head gradient would not fit

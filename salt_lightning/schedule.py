@@ -45,6 +45,7 @@ class KDSchedule:
 
     def __post_init__(self) -> None:
         refuse(wrong_kinds(KDSchedule, vars(self), "--kd."))
+        object.__setattr__(self, "weight", float(self.weight))  # numpy's, or a whole number
         wrong = []
         if not 0.0 <= self.weight <= 1.0:
             wrong.append(f"--kd.weight {self.weight} must be in 0..1")

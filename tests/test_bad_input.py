@@ -752,7 +752,7 @@ VERBS = {
     "a run in the home of nobody": (["compare", "~nobody-here/x"], r"compare: RUN ~nobody-here/x is not a folder"),
     "a name of bytes that are no text": (
         ["export", "{bad}/flipped.ckpt", "\udce9"],
-        r"export: DIR \\udce9 is not valid",
+        r"export: \\udce9 is not valid UTF-8; give another name$",
     ),
     "no verb": (["fti"], r"invalid choice: 'fti'"),
 }

@@ -282,6 +282,14 @@ def test_a_file_of_another_logger_belongs_to_the_start_before_it(tmp_path):
     assert read_run(path, "r").val_ce.steps.tolist() == [50, 150, 250]
 
 
+def test_a_part_of_an_event_file_beside_it_is_not_read(tmp_path):
+    path = write_run(tmp_path / "r", BASELINE)
+    (whole,) = path.glob("*tfevents*")
+    for name in (f"{whole.name}.filepart", f".{whole.name}.Xy12Zw"):  # as WinSCP and rsync call it
+        (path / name).write_bytes(whole.read_bytes()[:400])
+    assert (read_run(path, "r").steps_done, read_run(path, "r").damaged) == (STEPS, ())
+
+
 def test_a_clock_that_is_set_back_within_a_start_loses_nothing(tmp_path):
     path = write_run(tmp_path / "r", {}, steps=0)
     with SummaryWriter(str(path)) as writer:
@@ -725,6 +733,22 @@ def test_a_setting_that_an_older_version_had_not_is_null(tmp_path):
         write_run(tmp_path / "new", BASELINE, **{"model.seed": 1, "data.x": None}),
     ]
     assert len(evaluate(load(runs)).groups) == 1
+
+
+def test_the_default_precision_by_any_name_is_no_change(tmp_path):
+    precisions = [None, "32-true", "32", 32]
+    runs = [
+        write_run(tmp_path / f"s{seed}", BASELINE, seed_everything=seed, **{"trainer.precision": precision})
+        for seed, precision in enumerate(precisions)
+    ]
+    read = load(runs)
+    assert [group.n for group in evaluate(read).groups] == [4]
+    assert all(changed(read[0].config, run.config).keys() <= {"seed_everything"} for run in read)
+
+
+def test_a_name_of_bytes_that_are_no_text_is_refused():
+    with pytest.raises(ConfigError, match=r"runs/\\udcff is not valid UTF-8; give another name$"):
+        main(["runs/\udcff"])
 
 
 def test_a_reference_seed_on_other_text_is_no_part_of_the_mean(tmp_path):

@@ -239,6 +239,15 @@ def test_incoming_gradient_scales_and_a_second_backward_is_refused(dtype):
         out.loss.backward()
 
 
+@pytest.mark.parametrize("factor", [1.0, torch.tensor(2.0, requires_grad=True)])
+def test_second_derivatives_are_refused(factor):
+    """Also where the incoming gradient has no graph: they would lack the head's part."""
+    case = make_case()
+    loss = salt_loss(**{**case, "student_hidden_ND": case["student_hidden_ND"].tanh()}, kd_weight=0.4).loss
+    with pytest.raises(RuntimeError, match="second derivative"):
+        torch.autograd.grad(loss * factor, case["student_hidden_ND"], create_graph=True)
+
+
 class _Products(TorchDispatchMode):
     count = 0
 

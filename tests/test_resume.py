@@ -23,6 +23,7 @@ import yaml
 from conftest import CLOCK, StopAt, alive, arguments, one_line, scalars, weights, write_corpus
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
@@ -521,6 +522,32 @@ def test_a_run_that_is_under_way_is_left_alone(fit, settings, tmp_path, capsys, 
         process.wait()
     assert fit(tmp_path / "run", ckpt_path="last", **{"kd.weight": 0.0, "trainer.max_steps": 1}) == 2
     assert "--trainer.max_steps 1; for a shorter run" in capsys.readouterr().err  # the lock was free
+
+
+class SeesLock(Callback):
+    def on_train_start(self, trainer, pl_module):
+        self.seen = (Path(trainer.default_root_dir) / ".lock").exists()
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"])
+def test_a_variable_left_by_another_job_makes_no_other_rank(name, fit_with, tmp_path, capsys, monkeypatch, caplog):
+    """The run would have neither log nor lock. Lightning reads the rank when it is imported."""
+    monkeypatch.setenv(name, "1")
+    monkeypatch.setattr(rank_zero_only, "rank", int(name != "NODE_RANK"))
+    lock = SeesLock()
+    assert fit_with(tmp_path / "run", lock, **{"trainer.max_steps": 2, "trainer.val_check_interval": 2}) == 0
+    assert lock.seen
+    assert scalars(tmp_path / "run")["train/loss"].keys() == {1, 2}
+    assert "data: 2 steps read" in caplog.text
+    assert capsys.readouterr().out.splitlines()[-1].startswith("done: step 2")
+
+
+def test_a_variable_in_the_name_of_a_run_stays_in_it(fit_with, tmp_path, monkeypatch):
+    monkeypatch.setenv("HERE", "there")
+    run = tmp_path / "a$HERE~"
+    assert fit_with(run, **{"trainer.max_steps": 2, "trainer.val_check_interval": 2}) == 0
+    assert scalars(run)["train/loss"].keys() == {1, 2}
+    assert not (tmp_path / "athere~").exists()
 
 
 def hold(run: Path, held: Any, until: Any) -> None:

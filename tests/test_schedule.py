@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -35,6 +36,13 @@ def test_ramp_corners(shape, expected):
 def test_step_shape_falls_in_one_step():
     w = KDSchedule(0.667, 36_000)
     assert (w(0), w(35_999), w(36_000), w(208_000)) == (0.667, 0.667, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("weight", [1, np.float32(0.5), np.float64(0.5)])
+@pytest.mark.parametrize("shape", ["step", "linear", "cosine"])
+def test_the_weight_is_a_python_float(weight, shape):
+    w = KDSchedule(weight, 10, 0 if shape == "step" else 4, shape)
+    assert {type(w(step)) for step in range(12)} == {float}
 
 
 def test_no_steps_is_the_whole_run():

@@ -21,6 +21,7 @@ CUMULATIVE = (
     "train/flops_student_total",
     "train/flops_teacher_total",
 )
+_PART = re.compile(r"\.start-\d+\D")  # in the name of an interrupted copy of an event file, perhaps beside the file
 THIRDS = ("easy", "medium", "hard")  # of the documents, by a teacher's loss: val/ce/easy, ...
 _FRAME_BYTES = 16  # in addition to a record's content: its length in 8 bytes, and a checksum of each
 
@@ -64,7 +65,8 @@ def read_curves(folder: Path) -> tuple[dict[str, Curve], tuple[str, ...]]:
     """
     points: dict[str, dict[int, float]] = {}
     damaged = []
-    for file in _in_order(file for file in folder.glob("*tfevents*") if file.is_file()):
+    files = (file for file in folder.glob("*tfevents*") if file.is_file() and not _PART.search(file.name))
+    for file in _in_order(files):
         size, read, step = file.stat().st_size, 0, 0  # size before reading: a running run may append
         # TensorBoard's raw loader silently ends at a record that is cut off or fails its checksum; its EventAccumulator
         # would keep only a sample of the points.

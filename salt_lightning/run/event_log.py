@@ -1,5 +1,6 @@
 """A run's loggers: its own TensorBoard files, whose write errors are one line, and other trackers."""
 
+import os
 import threading
 from collections.abc import Iterable, Mapping
 from numbers import Real
@@ -38,6 +39,11 @@ class EventLog(TensorBoardLogger):
     Raises:
         OSError: names the folder, from whichever call hits the error.
     """
+
+    @property
+    def log_dir(self) -> str:
+        """Lightning's would replace `$NAME` and `~` in it, which may be a part of the run's name."""
+        return os.path.join(self.root_dir, str(self.version))
 
     @property
     @rank_zero_experiment

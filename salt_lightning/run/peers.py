@@ -206,6 +206,23 @@ def _require_told_place(trainer: pl.Trainer, environment: Any) -> None:
         )
 
 
+def seems_first() -> bool:
+    """Whether nothing says, before the processes are connected, that this is not the first of them."""
+    # processes that Lightning starts inherit RANK from an operator, and take it for their own
+    return rank() == 0 and all(os.environ.get(name, "0") == "0" for name in ("NODE_RANK", "LOCAL_RANK"))
+
+
+def was_misplaced(trainer: pl.Trainer) -> bool:
+    """Whether a process that trains alone took itself for another than the first, by variables left in its environment;
+    corrects that. Else it would neither log nor lock its run."""
+    if trainer.world_size > 1 or seems_first():
+        return False
+    for name in ("RANK", "LOCAL_RANK", "NODE_RANK"):
+        os.environ.pop(name, None)
+    rank_zero_only.rank = 0  # type: ignore[attr-defined]
+    return True
+
+
 def loss_of_others(rank: int, why: str, verb: str | None = None) -> str:
     """The message of a process that lost the others, because they ended or no longer answer; `verb` None is fit."""
     if "EADDRINUSE" in why:
