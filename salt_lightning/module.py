@@ -38,7 +38,7 @@ from salt_lightning.storage.kinds import plain
 Batch = dict[str, Tensor]
 
 
-class SALTModule(extension.KeepsModes):
+class SALTModule(extension.Guarded):
     """Trains a student, with the help of a teacher for as long as the KD weight is above 0.
 
     The teacher is not a submodule: it is in no checkpoint, not in parameters(), not affected by train(), and not
@@ -419,6 +419,8 @@ class SALTModule(extension.KeepsModes):
         return super().load_state_dict(state_dict, *args, **kwargs)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self._trainer is not None:  # Lightning tells the path no earlier
+            extension.require_whole(self.trainer.ckpt_path, "ckpt_path")
         require_same(checkpoint, self.hparams["student"], self._data, self.state_dict)
         self._loaded_step = checkpoint["global_step"]
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:

@@ -4,23 +4,25 @@ import errno
 import os
 import random
 import re
+import shutil
 import signal
 import stat
 import zipfile
 from collections import Counter
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import ranks
 import torch
-from conftest import ALWAYS, arguments, one_line
+from conftest import ALWAYS, arguments, built, one_line
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 import salt_lightning
-from salt_lightning import cli
+from salt_lightning import SALTModule, cli
 from salt_lightning.checkpoint import AtomicCheckpointIO, RunCheckpoint, newest
 from salt_lightning.errors import ConfigError
 from salt_lightning.storage import damage
@@ -229,11 +231,36 @@ def test_another_version_s_checkpoint_serves_for_all_but_going_on(settings, teac
     assert held["salt_lightning_version"] == salt_lightning.__version__
 
 
-def test_a_damaged_file_that_was_chosen_is_refused(settings, teacher, tmp_path, capsys):
-    content = bytearray(Path(teacher).read_bytes())
-    weight = torch.load(teacher, weights_only=True)["state_dict"]["student.model.model.norm.weight"]
+def flipped(whole: str, path: Path) -> Path:
+    """A copy of a checkpoint with another bit in a weight."""
+    content = bytearray(Path(whole).read_bytes())
+    weight = torch.load(whole, weights_only=True)["state_dict"]["student.model.model.norm.weight"]
     content[content.index(weight.numpy().tobytes()) + 5] ^= 1
-    (tmp_path / "chosen.ckpt").write_bytes(content)
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("verb", ["fit", "validate", "test", "load"])
+def test_a_damaged_file_is_refused_from_python_too(settings, teacher, tmp_path, verb):
+    chosen = flipped(teacher, tmp_path / "chosen.ckpt")
+    setting, load = "load_from_checkpoint:", partial(SALTModule.load_from_checkpoint, chosen)
+    if verb != "load":
+        own = built(*arguments(settings, {"run": str(tmp_path / "run"), "kd.weight": 0.0}))
+        setting, load = "ckpt_path", partial(getattr(own.trainer, verb), own.model, own.datamodule, ckpt_path=chosen)
+    with pytest.raises(ConfigError, match=rf"^{setting} \S+/chosen.ckpt is damaged \("):
+        load()
+
+
+def test_the_command_looks_for_damage_once(settings, teacher, tmp_path, monkeypatch):
+    looks, look = [], damage.of
+    monkeypatch.setattr(damage, "of", lambda path, *part: looks.append(path) or look(path, *part))
+    for chosen in (teacher, str(shutil.copy(teacher, tmp_path / "copy.ckpt"))):
+        assert cli.main(["validate", *arguments(settings, {"run": str(tmp_path / "run"), "ckpt_path": chosen})]) == 0
+    assert looks == [Path(teacher), tmp_path / "copy.ckpt"]
+
+
+def test_a_damaged_file_that_was_chosen_is_refused(settings, teacher, tmp_path, capsys):
+    flipped(teacher, tmp_path / "chosen.ckpt")
     own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, "ckpt_path": str(tmp_path / "chosen.ckpt")}
     assert cli.main(["fit", *arguments(settings, own)]) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]

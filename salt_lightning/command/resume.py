@@ -43,15 +43,9 @@ def resolve(path: str, config: Namespace, subcommand: str) -> Path | None:
 
 def _damage(path: Path) -> str | None:
     """Like damage.of. Processes of a run that see the same file, not copies on their own disks, share the reading."""
-    return divide(f"{path.name} {_identity(path)}", partial(damage.of, path))
-
-
-def _identity(path: Path) -> str:
-    try:
-        found = (path / shards.META if path.is_dir() else path).stat()
-    except OSError:
-        return "cannot be read"
-    return f"{found.st_ino} {found.st_ctime_ns}"
+    if (reason := divide(damage.identity(path), partial(damage.of, path))) is None:
+        damage.trust(path)
+    return reason
 
 
 def settings_held(path: Path, subcommand: str, given: Namespace, proved: bool) -> dict[str, Any]:

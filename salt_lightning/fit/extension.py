@@ -5,9 +5,11 @@ restores the user's train or eval modes and random numbers after a fit.
 """
 
 import inspect
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -18,10 +20,11 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from salt_lightning.errors import ConfigError, few, refuse
 from salt_lightning.hugging_face.experts import count_layers
-from salt_lightning.models import CausalLM
+from salt_lightning.models import CausalLM, require_undamaged
 from salt_lightning.parallel import SHARDS_MODELS, has_finite_weights, plain_name
 from salt_lightning.preflight import Finding
 from salt_lightning.schedule import kd_callbacks, trained_schedule
+from salt_lightning.storage import damage
 
 _BATCH = "docs/own-data.md describes a batch"
 _FREE = {  # hooks that may be replaced entirely
@@ -135,11 +138,23 @@ def require_callbacks(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         )
 
 
-class KeepsModes(LightningModule):
-    """Remembers whether each part is in train or eval mode while an evaluation sets all to eval. Lightning loses this
-    if an error ends the evaluation; here the next start restores it."""
+def require_whole(path: Any, setting: str) -> None:
+    """Raises ConfigError if a checkpoint that is being loaded is damaged, as Lightning and torch do not look; not again
+    if the command has."""
+    if isinstance(path, str | os.PathLike) and os.path.exists(path) and not damage.is_trusted(Path(path)):
+        require_undamaged(os.fspath(path), setting)
+
+
+class Guarded(LightningModule):
+    """Loads only whole checkpoints, and remembers whether each part is in train or eval mode while an evaluation sets
+    all to eval: Lightning loses this if an error ends the evaluation; here the next start restores it."""
 
     _modes: Sequence[tuple[torch.nn.Module, bool]] = ()
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        require_whole(checkpoint_path, "load_from_checkpoint:")
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     def on_validation_model_eval(self) -> None:
         self.give_back_modes()

@@ -16,6 +16,25 @@ from salt_lightning.storage import shards
 from salt_lightning.text.processes import num_cores
 
 _THREADS = 8  # per rank, so several times that on a node
+_whole: set[str] = set()  # identities of the checkpoints that this process knows to be whole
+
+
+def identity(path: Path) -> str:
+    """Differs from that of any other checkpoint, and of this one once it has changed."""
+    try:
+        found = (path / shards.META if path.is_dir() else path).stat()
+    except OSError:
+        return f"{path.name} cannot be read"
+    return f"{path.name} {found.st_ino} {found.st_ctime_ns}"
+
+
+def trust(path: Path) -> None:
+    """Notes that a checkpoint was found undamaged, so that a Trainer which loads it does not look again."""
+    _whole.add(identity(path))
+
+
+def is_trusted(path: Path) -> bool:
+    return identity(path) in _whole
 
 
 def of(path: Path, part: int = 0, parts: int = 1) -> str | None:
