@@ -315,9 +315,8 @@ class SALTDataModule(LightningDataModule):
             self._say_plan(self._order, steps)
         sizes, before = (self.global_batch_size, self.micro_batch_size), partial(rows_before, self.stretches)
         batches = TrainBatches(self._train, self._order, sizes, place(self.trainer), before)
-        self._train_loader = self._loader(
-            batches, steps * batches.accumulate, lambda: trainer.global_step * batches.accumulate if trainer else 0
-        )
+        done = partial(self._batches_done, batches.accumulate)
+        self._train_loader = self._loader(batches, steps * batches.accumulate, done)
         self._train_loader.num_workers = self.num_workers
         return self._train_loader
 
@@ -325,7 +324,7 @@ class SALTDataModule(LightningDataModule):
         """Validation rows in order, with the bytes and source of every label."""
         assert self._eval is not None, "call setup first"
         batches = EvalBatches(self._eval, self._eval_rows(), self.micro_batch_size, place(self.trainer), self._thirds_D)
-        return self._loader(batches, len(batches), lambda: 0)
+        return self._loader(batches, len(batches))
 
     test_dataloader = val_dataloader
 
@@ -335,7 +334,7 @@ class SALTDataModule(LightningDataModule):
         scored, (rank, world) = self.scored(), place(self.trainer)
         shards, company = self._shards or (list(range(rank, scored.num_shards, world)), True)
         batches = ShardBatches(self._train, shards, (scored.shard_rows, self.micro_batch_size), company)
-        return self._loader(batches, len(batches), lambda: 0)
+        return self._loader(batches, len(batches))
 
     def score_only(self, shards: list[int], company: bool) -> None:
         """Set the shards that this rank's predict_dataloader reads; `company`: whether any rank has one."""
@@ -391,7 +390,10 @@ class SALTDataModule(LightningDataModule):
 
     # --- implementation ---
 
-    def _loader(self, batches: Batches, length: int, start: Callable[[], int]) -> Loader:
+    def _batches_done(self, per_step: int) -> int:
+        return self.trainer.global_step * per_step if self.trainer else 0
+
+    def _loader(self, batches: Batches, length: int, start: Callable[[], int] = int) -> Loader:  # int() is 0
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         return Loader(batches, length, start, pin_memory=on_gpu)
 

@@ -118,8 +118,7 @@ def test_every_config_parses_and_builds(path, tmp_path, monkeypatch):
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/**/*.yaml")), ids=lambda path: path.name)
 def test_every_config_opens_with_a_header(path):
     lines = path.read_text().splitlines()
-    keys = ("Overlay", "Command") if path.parent.name in BASES else ("Trains|Scores", "Command", "Hardware", "Expected")
-    for line, key in zip(lines, keys, strict=False):
+    for line, key in zip(lines, ("Trains|Scores|Overlay", "Command", "Hardware", "Expected"), strict=False):
         assert re.match(f"# ({key}):", line), line
 
 

@@ -937,6 +937,17 @@ def test_weights_that_come_to_a_module_without_a_student_are_told():
         module.load_state_dict({"student.x": torch.zeros(1)}, strict=False)
 
 
+@pytest.mark.parametrize("verb", ["fit", "validate"])
+def test_data_that_was_used_can_be_pickled(settings, tmp_path, verb):
+    """ddp_spawn does."""
+    own = {key[5:]: value for key, value in settings.items() if key.startswith("data.")}
+    module, used = SALTModule(ModelSpec(config=SIZES)), SALTDataModule(**own)
+    getattr(trainer(tmp_path), verb)(module, used)
+    again = pickle.loads(pickle.dumps(used))
+    assert len(again.val_dataloader()) == len(used.val_dataloader())
+    assert verb == "validate" or len(again.train_dataloader()) == 6
+
+
 def test_a_module_that_was_trained_can_be_pickled(data, teacher, tmp_path):
     module = SALTModule(ModelSpec(config=SIZES), teacher)
     trainer(tmp_path, KDScheduleCallback(steps=3)).fit(module, data)
