@@ -93,7 +93,7 @@ def with_plain_rows(case: Case, compiled: bool = False, **options: Any) -> Tenso
     with contextlib.ExitStack() as stack:
         stack.enter_context(patch.object(chunked_head, "_triton_rows", lambda: None))
         if compiled:
-            stack.enter_context(patch.object(chunked_head, "row_pass", COMPILED_ROWS))
+            stack.enter_context(patch.object(chunked_head, "row_pass", compiled_rows))
             stack.enter_context(patch.object(chunked_head, "GPU_BLOCK_ELEMENTS", 2**40))
         return ours(case, **options)
 
@@ -108,7 +108,10 @@ def without_rows(case: Case, grad_buffer: Callable[..., Tensor] = BUFFER, **opti
         return ours(case, **options)
 
 
-COMPILED_ROWS = torch.compile(chunked_head.row_pass, dynamic=False)
+@functools.partial(torch.compile, dynamic=False)
+def compiled_rows(*arguments: Any) -> tuple[Tensor, Tensor | None]:
+    sums_7C, grad_CV = chunked_head.row_pass(*arguments)
+    return sums_7C, None if grad_CV is None else grad_CV.to(torch.bfloat16)  # as its buffer: one graph casts it, too
 
 
 class Fp32Logits(torch.autograd.Function):

@@ -5,10 +5,10 @@
     python benchmarks/step.py --tiny                  any CPU, seconds: shows that it runs
 
 Each size runs in its own process, whose output goes to stderr. Blocks of KD and plain steps alternate, so that drift of
-the GPU cancels. A step's time is the mean of its block, including logged steps and waiting for data; the 95% interval
-comes from the blocks. The claim is the ratios, not the times. The teacher's weights are random: they do not affect the
-cost of a step. `paper` is configs/paper_2.8b.yaml with one micro-batch per step; `2.8b` is the same pair without
-activation checkpointing, with weights in bf16.
+the GPU cancels; the hand-written loops follow one after another. A step's time is the mean of its block, including
+logged steps and waiting for data; the 95% interval comes from the blocks. The claim is the ratios, not the times. The
+teacher's weights are random: they do not affect the cost of a step. `paper` is configs/paper_2.8b.yaml with one
+micro-batch per step; `2.8b` is the same pair without activation checkpointing, with weights in bf16.
 """
 
 from __future__ import annotations
@@ -67,22 +67,23 @@ class Pair:
     precision: str = "bf16-mixed"
     steps: int = 100
     config: str | None = None  # a config file for the student, instead of its width and layers
+    head_dim: int = 64
 
 
 PAIRS = {
     "124m": Pair((768, 12), (512, 8)),
     "350m": Pair((1024, 24), (768, 18)),
-    "1.3b": Pair((2048, 24), (1536, 20), steps=40),
-    "2.8b": Pair((2560, 28), (2048, 19), vocab=256000, precision="bf16-true", steps=30),
-    "paper": Pair((2560, 28), (2048, 19), vocab=256000, steps=20, config="configs/paper_2.8b.yaml"),
+    "1.3b": Pair((2048, 24), (1536, 20), steps=40, head_dim=128),
+    "2.8b": Pair((2560, 28), (2048, 19), vocab=256000, precision="bf16-true", steps=30, head_dim=128),
+    "paper": Pair((2560, 28), (2048, 19), vocab=256000, steps=20, config="configs/paper_2.8b.yaml", head_dim=128),
     "tiny": Pair((64, 2), (32, 2), vocab=512, rows=2, block=64, precision="32-true", steps=6),
 }
 
 
-def sizes(width: int, layers: int, vocab: int) -> dict[str, Any]:
-    """A llama config with GPT-2's proportions: heads of 64, an MLP of 8/3 of the width."""
+def sizes(width: int, layers: int, vocab: int, head_dim: int = 64) -> dict[str, Any]:
+    """A llama config with an MLP of 8/3 of the width; heads of 64 as in GPT-2, or of 128 as is usual above 1B."""
     return {
-        "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": max(1, width // 64),
+        "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": max(1, width // head_dim),
         "intermediate_size": -(-width * 8 // 3 // 64) * 64, "vocab_size": vocab, "tie_word_embeddings": True,
     }  # fmt: skip
 
@@ -93,6 +94,7 @@ class Alternate(pl.Callback):
     def __init__(self, block: int, skip: int) -> None:
         self.block, self.skip = block, skip
         self.marks: list[Any] = []
+        self.waits_s: list[float] = []  # for data, up to each mark
         self.kinds: list[str] = []
         self.peaks: dict[str, float] = {}
         self._teacher: Any = None
@@ -108,7 +110,7 @@ class Alternate(pl.Callback):
         if trainer.global_step % self.block == self.skip and pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         self.kinds.append("kd" if taught else "plain")
-        self.marks.append(mark(pl_module.device))
+        self._mark(trainer, pl_module)
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
         # Not after the step: a logged step resets the peak (SALTModule._log_step).
@@ -117,18 +119,31 @@ class Alternate(pl.Callback):
             self.peaks[self.kinds[-1]] = max(peak, self.peaks.get(self.kinds[-1], 0))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self.marks.append(mark(pl_module.device))
+        self._mark(trainer, pl_module)
         self.milliseconds = spans(self.marks)
         pl_module.__dict__["teacher"] = self._teacher
 
-    def blocks(self, kind: str) -> list[float]:
-        """Mean step of each block of a kind in ms, without the steps that compile or refill caches."""
-        found = []
-        for start in range(0, len(self.milliseconds), self.block):
-            block = self.milliseconds[start : start + self.block][self.skip :]
-            if self.kinds[start] == kind and block:
-                found.append(statistics.mean(block))
+    def _mark(self, trainer: pl.Trainer, module: Any) -> None:
+        self.marks.append(mark(module.device))
+        self.waits_s.append(trainer.datamodule.data_wait_s)  # type: ignore[attr-defined]
+
+    def counted(self, kind: str) -> list[range]:
+        """The steps of each block of a kind, without those that compile or refill caches."""
+        starts = range(0, len(self.milliseconds), self.block)
+        ends = (min(start + self.block, len(self.milliseconds)) for start in starts)
+        found = [range(a + self.skip, b) for a, b in zip(starts, ends, strict=True) if self.kinds[a] == kind]
+        found = [block for block in found if block]
         return found[1:] if len(found) > 2 else found
+
+    def blocks(self, kind: str) -> list[float]:
+        """Mean step of each block of a kind in ms."""
+        return [statistics.mean(self.milliseconds[step] for step in block) for block in self.counted(kind)]
+
+    def wait_share(self) -> float:
+        """How much of the counted steps' time the host waited for data."""
+        steps = [step for kind in ("kd", "plain") for block in self.counted(kind) for step in block]
+        waited_s = sum(self.waits_s[step + 1] - self.waits_s[step] for step in steps)
+        return 1e3 * waited_s / sum(self.milliseconds[step] for step in steps)
 
 
 class After(pl.Callback):
@@ -182,9 +197,9 @@ def write_text(path: Path, num_documents: int) -> None:
             out.write(json.dumps({"text": " ".join(rng.choices(words, k=rng.randint(50, 1500)))}) + "\n")
 
 
-def save_model(size: tuple[int, int], vocab: int, block: int, folder: Path) -> None:
+def save_model(size: tuple[int, int], vocab: int, block: int, folder: Path, head_dim: int = 64) -> None:
     """Saves a model with random weights as a Hugging Face folder."""
-    config = sizes(*size, vocab) | {"max_position_embeddings": block}
+    config = sizes(*size, vocab, head_dim) | {"max_position_embeddings": block}
     dtype = "bfloat16" if torch.cuda.is_available() else "float32"
     # on a CPU, torch 2.11 draws bf16 four times slower than fp32: two minutes for 1.5B
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
@@ -206,15 +221,18 @@ def settings_of(name: str, folder: Path) -> dict[str, Any]:
         "kd.weight": WEIGHT, "kd.allow_untrained": "true", "model.teacher.path": folder / name / "teacher",
         "model.optim.warmup_steps": 0, "model.optim.lr": 1e-4,  # a config's warm-up is longer than these runs
     }  # fmt: skip
-    if pair.config is None:
-        settings["model.student.config"] = json.dumps(sizes(*pair.student, pair.vocab))
+    if pair.config is None and pair.precision == "bf16-true" and on_gpu:  # else drawn on the CPU, in minutes
+        settings["model.student.path"] = weights = folder / name / "weights"
+        save_model(pair.student, pair.vocab, pair.block, weights, pair.head_dim)
+    elif pair.config is None:
+        settings["model.student.config"] = json.dumps(sizes(*pair.student, pair.vocab, pair.head_dim))
     else:
         settings["config"] = config = Path(__file__).parents[1] / pair.config
         student = yaml.safe_load(config.read_text())["model"]["student"]["config"]
         settings["model.student.config"] = json.dumps(student | {"vocab_size": pair.vocab})  # replaced as a whole
     if pair.precision == "bf16-true":
         settings["model.student.dtype"] = "bfloat16"
-    save_model(pair.teacher, pair.vocab, pair.block, folder / name / "teacher")
+    save_model(pair.teacher, pair.vocab, pair.block, folder / name / "teacher", pair.head_dim)
     return settings
 
 
@@ -225,6 +243,10 @@ def boundary(name: str, folder: Path) -> dict[str, Any]:
     own = {"trainer.max_steps": first + pair.steps, "kd.steps": first // 2}
     found: dict[str, list[After]] = {"after": [], "baseline": []}
     for turn in range(TURNS):
+        if (
+            pair.config is not None
+        ):  # with activation checkpointing each fit compiles anew; after eight, Dynamo gives up
+            torch.compiler.reset()
         for kind in list(found)[:: 1 if turn % 2 == 0 else -1]:  # so that drift of the GPU cancels
             found[kind].append(After(first))
             without = {"kd.weight": 0.0} if kind == "baseline" else {}
@@ -248,13 +270,12 @@ def measure(name: str, folder: Path, save: Callable[[dict[str, Any]], None]) -> 
     forward = module.meter.forward_flops
     tokens = pair.rows * pair.block
     student_flops, teacher_flops = flops.student_flops(forward["student"], tokens), forward["teacher"] * tokens
-    wait_s = module.trainer.datamodule.data_wait_s
     result = {
         "size": name, "kd_ms": statistics.mean(kd), "plain_ms": statistics.mean(plain), "tokens": tokens,
         "kd_interval": interval(kd), "plain_interval": interval(plain),
         "flop_ratio": 1 + teacher_flops / student_flops, "student_flops": student_flops,
         "peak_kd_gib": alternate.peaks.get("kd", math.nan), "peak_plain_gib": alternate.peaks.get("plain", math.nan),
-        "wait_share": 1e3 * wait_s / sum(alternate.milliseconds),
+        "wait_share": alternate.wait_share(),
     }  # fmt: skip
     save(result)
     for kind, milliseconds in own_loops(module, pair, min(pair.steps, 60)):

@@ -309,8 +309,7 @@ class SALTDataModule(LightningDataModule):
         """All micro-batches of the run as one epoch; without a trainer, one pass over the rows."""
         assert self._train is not None, "call setup('fit') first"
         assert self._order is not None
-        trainer = self.trainer
-        steps = trainer.max_steps if trainer else -(-self._train.num_rows // self.global_batch_size)
+        steps = self.trainer.max_steps if self.trainer else -(-self._train.num_rows // self.global_batch_size)
         if self._train_loader is None:  # not earlier: a checkpoint may say what was read before
             self._say_plan(self._order, steps)
         sizes, before = (self.global_batch_size, self.micro_batch_size), partial(rows_before, self.stretches)

@@ -334,7 +334,7 @@ def plain_name(name: str) -> str:
 
 _USE = (
     "is not supported; use auto, ddp (also ddp_spawn, ddp_fork), fsdp (FSDP1), --config configs/fsdp.yaml (FSDP2 over "
-    "all devices; in Python salt_lightning.parallel.FSDP2()), or --trainer.strategy.class_path with a subclass of these"
+    "all devices), or --trainer.strategy.class_path with a subclass of these"
 )
 
 
