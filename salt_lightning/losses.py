@@ -114,6 +114,8 @@ def salt_loss(  # noqa: PLR0913
     student_dtype = compute_dtype(student_hidden_ND)
     plan = Plan(accuracy, logits_budget_gib, chunk_tokens, student_dtype, torch.is_grad_enabled())
     tokens = (labels_N != IGNORE).sum().to(math_dtype(student_dtype))
+    if not isinstance(num_tokens, Tensor | None) and not 0 <= num_tokens < math.inf:
+        raise ConfigError(f"num_tokens={num_tokens} must be at least 0, and finite")
     denominator = tokens if num_tokens is None else _scalar(num_tokens, tokens)
     mix = Mix(
         kd_weight=_scalar(kd_weight if teacher else 0.0, tokens),
@@ -212,8 +214,8 @@ def _check_options(accuracy: str, temperature: float, budget_gib: float, chunk_t
         raise ConfigError(f"accuracy={accuracy!r} is unknown; use 'accurate' or 'fast'")
     if not 0 < temperature < math.inf:
         raise ConfigError(f"teacher_temperature={temperature} must be above 0, and finite")
-    if not budget_gib > 0:
-        raise ConfigError(f"logits_budget_gib={budget_gib} must be above 0")
+    if not 0 < budget_gib < math.inf:
+        raise ConfigError(f"logits_budget_gib={budget_gib} must be above 0, and finite")
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ConfigError(f"chunk_tokens={chunk_tokens} must be at least 1, or None for the budget")
 

@@ -46,7 +46,7 @@ def row_pass(
             t_CV = t_CV / mix.temperature
             soft_exp_CV = t_CV.exp()
             soft_total_C1 = soft_exp_CV.sum(1, keepdim=True)
-        q_CV = soft_exp_CV / soft_total_C1
+        q_CV = (soft_exp_CV / soft_total_C1).to(x_CV.dtype)  # a teacher may be in float64 beside an fp32 student
         sums[1] = total_C1.log() - (q_CV * x_CV).sum(1, keepdim=True)
         sums[2] = teacher_nll_C1 + teacher_total_C1.log()
         sums[3] = soft_total_C1.log() - (q_CV * t_CV).sum(1, keepdim=True)
