@@ -243,10 +243,8 @@ def boundary(name: str, folder: Path) -> dict[str, Any]:
     own = {"trainer.max_steps": first + pair.steps, "kd.steps": first // 2}
     found: dict[str, list[After]] = {"after": [], "baseline": []}
     for turn in range(TURNS):
-        if (
-            pair.config is not None
-        ):  # with activation checkpointing each fit compiles anew; after eight, Dynamo gives up
-            torch.compiler.reset()
+        if pair.config is not None:
+            torch.compiler.reset()  # with activation checkpointing each fit compiles anew; after eight, Dynamo gives up
         for kind in list(found)[:: 1 if turn % 2 == 0 else -1]:  # so that drift of the GPU cancels
             found[kind].append(After(first))
             without = {"kd.weight": 0.0} if kind == "baseline" else {}
