@@ -37,7 +37,7 @@ from salt_lightning.head import chunked_head
 from salt_lightning.losses import salt_loss
 
 WEIGHT = 0.667
-BUFFER = chunked_head._buffer
+BUFFER, PLAIN_ROWS = chunked_head._buffer, chunked_head.row_pass
 SIZES = ((768, 512, 50304), (2048, 1024, 50304), (2560, 2048, 256000))  # student width, teacher width, vocabulary
 
 
@@ -110,7 +110,7 @@ def without_rows(case: Case, grad_buffer: Callable[..., Tensor] = BUFFER, **opti
 
 @functools.partial(torch.compile, dynamic=False)
 def compiled_rows(*arguments: Any) -> tuple[Tensor, Tensor | None]:
-    sums_7C, grad_CV = chunked_head.row_pass(*arguments)
+    sums_7C, grad_CV = PLAIN_ROWS(*arguments)
     return sums_7C, None if grad_CV is None else grad_CV.to(torch.bfloat16)  # as its buffer: one graph casts it, too
 
 

@@ -176,7 +176,7 @@ class RunCheckpoint(Checkpoint):
             for number in asked:
                 signal.signal(number, partial(self._stop_after_step, trainer))
         # Lightning's own SIGTERM broadcast makes the host wait for the device at every micro-batch.
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _no_broadcast  # type: ignore[method-assign]
 
     def _tidy(self, step: int) -> None:
         """Deletes what a killed save left. Sets aside checkpoints after `step`: `last` must not find another branch."""
@@ -327,6 +327,10 @@ class RunCheckpoint(Checkpoint):
         for_good = self._for_good(trainer)
         for old in [path for step, path in saved(self._dir) if step not in for_good][: -self.keep]:
             shards.remove(old)
+
+
+def _no_broadcast() -> None:
+    """A function that can be pickled along with the trainer."""
 
 
 def _stop_at_once(number: int, frame: Any) -> None:

@@ -51,6 +51,7 @@ _WRITERS = {"predict": ScoreWriter, "validate": DocumentLossWriter, "test": Docu
 class SALTCLI(LightningCLI):
     """LightningCLI plus --kd, --checkpoint, --answers and --run; refuses settings that contradict each other."""
 
+    holds = False  # whether this process has locked its run
     verb = ""  # the only verb whose settings are needed; "": all verbs
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -123,9 +124,9 @@ class SALTCLI(LightningCLI):
         self.config = merged
 
     def hold(self) -> None:
-        run, subcommand = self._settings(self.config).run, self.config.get("subcommand")
-        if run and subcommand in ("fit", "predict") and peers.seems_first():
-            _HELD.enter_context(run_lock.held(Path(run)))
+        run = self._settings(self.config).run if self.config.get("subcommand") in ("fit", "predict") else None
+        if run and not self.holds and peers.seems_first():
+            self.holds = _HELD.enter_context(run_lock.held(Path(run)))
 
     def before_instantiate_classes(self) -> None:
         config = self._settings(self.config)
@@ -250,9 +251,8 @@ class SALTCLI(LightningCLI):
             trainer = super().instantiate_trainer(**kwargs)
             trainer._checkpoint_connector._ckpt_path = config.get("ckpt_path")  # else only after prepare_data
             parallel.check(trainer, config.get("ckpt_path"))
-            if peers.was_misplaced(trainer):
-                self.hold()
             peers.expect_others(trainer, self.subcommand)
+            self.hold()
             return trainer
         except ConfigError:
             raise

@@ -251,6 +251,16 @@ def test_a_damaged_file_is_refused_from_python_too(settings, teacher, tmp_path, 
         load()
 
 
+@pytest.mark.parametrize("kind", ["objects", "older format"])
+def test_from_python_other_contents_are_no_damage(teacher, tmp_path, kind):
+    saved = {**torch.load(teacher, weights_only=True), "mine": Path("x") if kind == "objects" else 1}
+    torch.save(saved, tmp_path / "x.ckpt", _use_new_zipfile_serialization=kind == "objects")
+    module = SALTModule.load_from_checkpoint(tmp_path / "x.ckpt", weights_only=kind != "objects")
+    assert torch.equal(module.student.head.weight, saved["state_dict"]["student.model.lm_head.weight"])
+    with pytest.raises(TypeError, match="cannot be called on an instance"):
+        module.load_from_checkpoint(tmp_path / "x.ckpt")
+
+
 def test_the_command_looks_for_damage_once(settings, teacher, tmp_path, monkeypatch):
     looks, look = [], damage.of
     monkeypatch.setattr(damage, "of", lambda path, *part: looks.append(path) or look(path, *part))

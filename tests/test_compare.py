@@ -744,6 +744,8 @@ def test_the_default_precision_by_any_name_is_no_change(tmp_path):
     read = load(runs)
     assert [group.n for group in evaluate(read).groups] == [4]
     assert all(changed(read[0].config, run.config).keys() <= {"seed_everything"} for run in read)
+    by_plugin = {"trainer.precision": None, "trainer.plugins.class_path": "HalfPrecision"}
+    assert read_run(write_run(tmp_path / "p", BASELINE, **by_plugin), "p").config["trainer.precision"] is None
 
 
 def test_a_name_of_bytes_that_are_no_text_is_refused():

@@ -942,7 +942,7 @@ def test_data_that_was_used_can_be_pickled(settings, tmp_path, verb):
     """ddp_spawn does."""
     own = {key[5:]: value for key, value in settings.items() if key.startswith("data.")}
     module, used = SALTModule(ModelSpec(config=SIZES)), SALTDataModule(**own)
-    getattr(trainer(tmp_path), verb)(module, used)
+    getattr(trainer(tmp_path, SAVE), verb)(module, used)
     again = pickle.loads(pickle.dumps(used))
     assert len(again.val_dataloader()) == len(used.val_dataloader())
     assert verb == "validate" or len(again.train_dataloader()) == 6

@@ -529,13 +529,19 @@ class SeesLock(Callback):
         self.seen = (Path(trainer.default_root_dir) / ".lock").exists()
 
 
-@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"])
-def test_a_variable_left_by_another_job_makes_no_other_rank(name, fit_with, tmp_path, capsys, monkeypatch, caplog):
+@pytest.mark.parametrize(
+    ("name", "strategy"),
+    [("RANK", "auto"), ("LOCAL_RANK", "auto"), ("NODE_RANK", "auto"), ("SLURM_PROCID", "auto"), ("RANK", "ddp")],
+)
+def test_a_variable_left_by_another_job_makes_no_other_rank(
+    name, strategy, fit_with, tmp_path, capsys, monkeypatch, caplog
+):
     """The run would have neither log nor lock. Lightning reads the rank when it is imported."""
     monkeypatch.setenv(name, "1")
     monkeypatch.setattr(rank_zero_only, "rank", int(name != "NODE_RANK"))
     lock = SeesLock()
-    assert fit_with(tmp_path / "run", lock, **{"trainer.max_steps": 2, "trainer.val_check_interval": 2}) == 0
+    own = {"trainer.max_steps": 2, "trainer.val_check_interval": 2, "trainer.strategy": strategy, "trainer.devices": 1}
+    assert fit_with(tmp_path / "run", lock, **own) == 0
     assert lock.seen
     assert scalars(tmp_path / "run")["train/loss"].keys() == {1, 2}
     assert "data: 2 steps read" in caplog.text

@@ -70,8 +70,8 @@ def test_kernels_compile_for_a_gpu(logits, flags, monkeypatch, tmp_path):
     sizes = {"BLOCK": kernels.BLOCK, "RUN": kernels.LOAD_BYTES // {"bf16": 2, "fp32": 4}[logits]}
     constants = dict(zip(("TEACHER", "SOFTENED", "GRADIENT"), flags, strict=True)) | sizes
     for kernel in (kernels._row_kernel, kernels._label_kernel, kernels._scale_kernel):
-        ptx = assert_compiles(kernel, types, integers, constants, kernels.WARPS)
-        assert not any("bar.sync" in loop for loop in loops(ptx))  # as a maximum or sum over all threads would need
+        ptx = assert_compiles(kernel, types, integers, constants, kernels.WARPS, aligned=integers - {"vocab"})
+        assert not any("bar.sync" in loop or "shfl" in loop for loop in loops(ptx))  # as maxima over all threads need
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
@@ -90,7 +90,8 @@ def test_candidate_compiles_for_a_gpu(flag, monkeypatch, tmp_path):
     assert_compiles(tiles._row_kernel, types, integers, whole_row, tiles.WARPS)
 
 
-def assert_compiles(kernel, types, integers, constants, warps):
+def assert_compiles(kernel, types, integers, constants, warps, aligned=()):
+    """`aligned`: integers that 16 divides, and then also all addresses, as Triton finds at a launch."""
     signature = {}
     for name in kernel.arg_names:
         scalar = (
@@ -100,7 +101,12 @@ def assert_compiles(kernel, types, integers, constants, warps):
         )
         signature[name] = "constexpr" if name in constants else scalar or f"*{types.get(name, 'fp32')}"
     values = {(kernel.arg_names.index(k),): v for k, v in constants.items() if k in kernel.arg_names}
-    source = triton.compiler.ASTSource(kernel, signature, constexprs=values)
+    attrs = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if aligned and (name in aligned or signature[name].startswith("*"))
+    }
+    source = triton.compiler.ASTSource(kernel, signature, constexprs=values, attrs=attrs)
     target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
     options = {
         "num_warps": warps,
@@ -250,6 +256,14 @@ def test_label_stats_are_the_plain_ones(kernels, dtype):
     expected_nll_C, expected_rank_C = label_stats(logits_CV.float(), labels_C)
     assert torch.allclose(nll_C, expected_nll_C, **CLOSE)
     assert torch.equal(rank_C, expected_rank_C)
+
+
+@pytest.mark.parametrize("mask", [-math.inf, torch.finfo(torch.bfloat16).min])
+def test_the_rank_of_a_label_that_is_masked(kernels, mask):
+    logits_CV = torch.randn(2, 101, device=DEVICE)
+    logits_CV[:, 90:] = mask
+    labels_C = torch.tensor([3, 95], device=DEVICE)
+    assert torch.equal(kernels.label_stats(logits_CV, labels_C)[1], label_stats(logits_CV, labels_C)[1])
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.25])

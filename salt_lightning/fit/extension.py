@@ -6,6 +6,7 @@ restores the user's train or eval modes and random numbers after a fit.
 
 import inspect
 import os
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,11 +17,12 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from salt_lightning.errors import ConfigError, few, refuse
 from salt_lightning.hugging_face.experts import count_layers
-from salt_lightning.models import CausalLM, require_undamaged
+from salt_lightning.models import CausalLM
 from salt_lightning.parallel import SHARDS_MODELS, has_finite_weights, plain_name
 from salt_lightning.preflight import Finding
 from salt_lightning.schedule import kd_callbacks, trained_schedule
@@ -141,8 +143,12 @@ def require_callbacks(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
 def require_whole(path: Any, setting: str) -> None:
     """Raises ConfigError if a checkpoint that is being loaded is damaged, as Lightning and torch do not look; not again
     if the command has."""
-    if isinstance(path, str | os.PathLike) and os.path.exists(path) and not damage.is_trusted(Path(path)):
-        require_undamaged(os.fspath(path), setting)
+    if not isinstance(path, str | os.PathLike) or not os.path.exists(path) or damage.is_trusted(Path(path)):
+        return
+    if not os.path.isdir(path) and not zipfile.is_zipfile(path):  # cut off, which torch says, or of its older format
+        return
+    if reason := damage.in_bytes(Path(path)):
+        raise ConfigError(f"{setting} {path} is damaged ({reason}); use another one")
 
 
 class Guarded(LightningModule):
@@ -151,7 +157,7 @@ class Guarded(LightningModule):
 
     _modes: Sequence[tuple[torch.nn.Module, bool]] = ()
 
-    @classmethod
+    @_restricted_classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
         require_whole(checkpoint_path, "load_from_checkpoint:")
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)

@@ -274,6 +274,7 @@ def _label_kernel(logits, labels, nll, rank, vocab, width, stride, BLOCK: tl.con
     else:
         known = (label >= 0) & (label < vocab)
         at_label = tl.load(logits + label, mask=known, other=float("nan")).to(tl.float32)
+        bound = tl.maximum(at_label, _LOW, propagate_nan=tl.PropagateNan.ALL)  # as _load's values
         RUNS: tl.constexpr = BLOCK // RUN
         largest = tl.full([RUNS], _LOW, tl.float32)
         total = tl.zeros([RUNS], tl.float32)
@@ -284,7 +285,7 @@ def _label_kernel(logits, labels, nll, rank, vocab, width, stride, BLOCK: tl.con
             new_max = tl.maximum(largest, tl.max(x, 1))
             total = total * tl.exp2((largest - new_max) * _LOG2E) + _sum_exp(x, new_max, _LOG2E)
             largest = new_max
-            larger += tl.sum((x > at_label).to(tl.int32), 1)
+            larger += tl.sum((x > bound).to(tl.int32), 1)
         total, highest = _combine(total, largest, _LOG2E)
         tl.store(nll + row, highest + tl.log(total) - at_label)
         tl.store(rank + row, tl.sum(larger, 0).to(tl.int64))

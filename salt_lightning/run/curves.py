@@ -21,7 +21,8 @@ CUMULATIVE = (
     "train/flops_student_total",
     "train/flops_teacher_total",
 )
-_PART = re.compile(r"\.start-\d+\D")  # in the name of an interrupted copy of an event file, perhaps beside the file
+# The name of an interrupted copy of an event file, perhaps beside the file: it goes on after the start's number.
+_PART = re.compile(r"\.\d+\.\d+\.start-\d+\D")
 THIRDS = ("easy", "medium", "hard")  # of the documents, by a teacher's loss: val/ce/easy, ...
 _FRAME_BYTES = 16  # in addition to a record's content: its length in 8 bytes, and a checksum of each
 

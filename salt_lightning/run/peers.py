@@ -212,15 +212,12 @@ def seems_first() -> bool:
     return rank() == 0 and all(os.environ.get(name, "0") == "0" for name in ("NODE_RANK", "LOCAL_RANK"))
 
 
-def was_misplaced(trainer: pl.Trainer) -> bool:
-    """Whether a process that trains alone took itself for another than the first, by variables left in its environment;
-    corrects that. Else it would neither log nor lock its run."""
-    if trainer.world_size > 1 or seems_first():
-        return False
-    for name in ("RANK", "LOCAL_RANK", "NODE_RANK"):
+def _take_first_place() -> None:
+    """Makes a process that trains alone the first, whatever rank variables were left in its environment: another would
+    neither log nor lock its run."""
+    for name in ("RANK", "LOCAL_RANK", "NODE_RANK") if not seems_first() else ():
         os.environ.pop(name, None)
     rank_zero_only.rank = 0  # type: ignore[attr-defined]
-    return True
 
 
 def loss_of_others(rank: int, why: str, verb: str | None = None) -> str:
@@ -239,6 +236,8 @@ def loss_of_others(rank: int, why: str, verb: str | None = None) -> str:
 def expect_others(trainer: pl.Trainer, verb: str | None) -> None:
     """Called before Lightning starts the other processes of this node, or connects to them."""
     strategy: Any = trainer.strategy
+    if trainer.world_size == 1:
+        _take_first_place()
     if strategy.launcher is not None:  # it starts them
         limit_threads(trainer.num_devices)
     if (limit := getattr(strategy, "_timeout", None)) is not None:

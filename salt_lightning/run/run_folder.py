@@ -66,7 +66,8 @@ def read_config(file: Path) -> dict[str, Any]:
         settings = flat(config or {})
         seeds = {key for key in ("model.seed", "data.seed") if key in settings and settings[key] is None}
         settings |= dict.fromkeys(seeds, settings.get("seed_everything"))
-        if settings.get("trainer.precision", 0) in (None, 32, "32"):
+        by_plugin = any(key.startswith("trainer.plugins.") for key in settings)
+        if settings.get("trainer.precision", 0) in (None, 32, "32") and not by_plugin:
             settings["trainer.precision"] = "32-true"  # which they mean
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:  # YAML raises many kinds
         raise ConfigError(f"{file} is not YAML: {one_line(error)}") from error  # e.g. for `!!int x`

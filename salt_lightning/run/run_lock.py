@@ -22,8 +22,8 @@ _OTHER_MACHINE_S = 120.0
 
 
 @contextmanager
-def held(run: Path) -> Iterator[None]:
-    """Locks the folder; creates it if missing, and removes it again if the block leaves it empty.
+def held(run: Path) -> Iterator[bool]:
+    """Locks the folder, and gives True; creates it if missing, and removes it again if the block leaves it empty.
 
     The system frees the lock when the process dies, whatever its workers do: such locks are not inherited.
 
@@ -36,10 +36,10 @@ def held(run: Path) -> Iterator[None]:
     except OSError as error:
         _say_unlocked(run, error)
         _remove_empty(made)
-        yield
+        yield True
         return
     try:
-        yield
+        yield True
     finally:
         (run / _NAME).unlink(missing_ok=True)
         file.close()

@@ -20,7 +20,7 @@ _whole: set[str] = set()  # identities of the checkpoints that this process know
 
 
 def identity(path: Path) -> str:
-    """Differs from that of any other checkpoint, and of this one once it has changed."""
+    """Differs from that of any other checkpoint, and of this one once its file, of a folder the table, has changed."""
     try:
         found = (path / shards.META if path.is_dir() else path).stat()
     except OSError:
@@ -47,6 +47,11 @@ def of(path: Path, part: int = 0, parts: int = 1) -> str | None:
         shards.load(path)
     except shards.DamageError as error:
         return str(error)
+    return in_bytes(path, part, parts)
+
+
+def in_bytes(path: Path, part: int = 0, parts: int = 1) -> str | None:
+    """Like `of`, whatever the checkpoint contains, e.g. another model: whether its bytes are those written."""
     threads = min(num_cores(), _THREADS)
     looks: list[Callable[[], str | None]]
     if path.is_dir():
