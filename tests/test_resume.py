@@ -15,10 +15,12 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import ranks
 import torch
+import torch.distributed as dist
 import yaml
 from conftest import CLOCK, StopAt, alive, arguments, one_line, scalars, weights, write_corpus
 from lightning.pytorch.callbacks import Callback
@@ -537,11 +539,13 @@ def test_a_variable_left_by_another_job_makes_no_other_rank(
     name, strategy, fit_with, tmp_path, capsys, monkeypatch, caplog
 ):
     """The run would have neither log nor lock. Lightning reads the rank when it is imported."""
-    monkeypatch.setenv(name, "1")
     monkeypatch.setattr(rank_zero_only, "rank", int(name != "NODE_RANK"))
     lock = SeesLock()
     own = {"trainer.max_steps": 2, "trainer.val_check_interval": 2, "trainer.strategy": strategy, "trainer.devices": 1}
-    assert fit_with(tmp_path / "run", lock, **own) == 0
+    with patch.dict(os.environ, {name: "1"}):  # afterwards as before: Lightning leaves variables and a process group
+        assert fit_with(tmp_path / "run", lock, **own) == 0
+    if dist.is_initialized():
+        dist.destroy_process_group()
     assert lock.seen
     assert scalars(tmp_path / "run")["train/loss"].keys() == {1, 2}
     assert "data: 2 steps read" in caplog.text
