@@ -252,7 +252,7 @@ class SALTCLI(LightningCLI):
             trainer._checkpoint_connector._ckpt_path = config.get("ckpt_path")  # else only after prepare_data
             parallel.check(trainer, config.get("ckpt_path"))
             peers.expect_others(trainer, self.subcommand)
-            self.hold()
+            self.hold()  # if it was not clear before that this process is the first
             return trainer
         except ConfigError:
             raise

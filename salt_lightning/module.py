@@ -420,7 +420,7 @@ class SALTModule(extension.Guarded):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self._trainer is not None:  # Lightning tells the path no earlier
-            extension.require_whole(self.trainer.ckpt_path, "ckpt_path")
+            extension.require_as_written(self.trainer.ckpt_path, "ckpt_path")
         require_same(checkpoint, self.hparams["student"], self._data, self.state_dict)
         self._loaded_step = checkpoint["global_step"]
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:

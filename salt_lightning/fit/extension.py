@@ -140,7 +140,7 @@ def require_callbacks(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         )
 
 
-def require_whole(path: Any, setting: str) -> None:
+def require_as_written(path: Any, setting: str) -> None:
     """Raises ConfigError if a checkpoint that is being loaded is damaged, as Lightning and torch do not look; not again
     if the command has."""
     if not isinstance(path, str | os.PathLike) or not os.path.exists(path) or damage.is_trusted(Path(path)):
@@ -159,7 +159,7 @@ class Guarded(LightningModule):
 
     @_restricted_classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
-        require_whole(checkpoint_path, "load_from_checkpoint:")
+        require_as_written(checkpoint_path, "load_from_checkpoint:")
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     def on_validation_model_eval(self) -> None:
