@@ -15,6 +15,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from conftest import arguments, one_line, run
@@ -792,14 +793,13 @@ def test_no_folder_to_write_to_at_the_imports_is_one_line(which):
 
 def limited(args: list[str], largest_file: int) -> subprocess.CompletedProcess:
     """Runs the command in a process that cannot write larger files than this: it acts like a full disk."""
-    code = "import sys; from salt_lightning.cli import main; sys.exit(main(sys.argv[1:]))"
-    return subprocess.run(
-        [sys.executable, "-c", code, *args],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file)),
-    )
+    code = f"""if True:
+        import resource, sys
+        from salt_lightning.cli import main
+        resource.setrlimit(resource.RLIMIT_FSIZE, ({largest_file}, {largest_file}))
+        sys.exit(main())
+    """
+    return forked.run([sys.executable, "-c", code, *args])
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,10 @@
 import importlib
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 from conftest import built
 
@@ -33,7 +33,7 @@ def run(name: str, *options: str, **variables: str) -> str:
     command = [sys.executable, ROOT / "benchmarks" / name, *(options or ["--tiny"])]
     # several threads in one process would only wait for each other
     env = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
+    done = forked.run(command, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 

@@ -6,12 +6,12 @@ import math
 import os
 import pickle
 import re
-import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, TypeVar
 
+import forked
 import lightning.pytorch as pl
 import numpy as np
 import pytest
@@ -92,7 +92,8 @@ def test_a_sweep_in_one_process(settings, tmp_path):
     tree["trainer"]["callbacks"] = [{"class_path": "LearningRateMonitor"}]
     for name, text in (("prune.py", prune), ("sweep.py", sweep), ("base.yaml", yaml.safe_dump(tree))):
         (tmp_path / name).write_text(text)
-    done = subprocess.run([sys.executable, "sweep.py"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    done = forked.run([sys.executable, "sweep.py"], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     assert "lr_1e-9 is at step 6 of 12" in done.stdout, done.stderr
     rows = {row["run"]: row for row in json.loads((tmp_path / "runs/compare.json").read_text())["rows"]}
     assert [rows[f"lr_{lr}"]["settings"]["model.optim.lr"] for lr in ("1e-9", "1e-2")] == [1e-9, 1e-2]
@@ -435,7 +436,7 @@ def test_in_shards_any_optimizer_goes_on_and_a_student_that_is_none_is_refused(d
     )  # fmt: skip
     places = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # that Lightning leaves behind
     env = {name: value for name, value in os.environ.items() if name not in places}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=280, env=env)
+    done = forked.run([sys.executable, "-c", script], env=env)
     assert done.returncode == 0, done.stderr
     assert "the student was made before this fit" in done.stdout
 

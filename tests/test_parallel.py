@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import pyarrow.parquet as pq
 import pytest
 import ranks
@@ -362,7 +363,7 @@ def test_under_fsdp2_experts_that_do_not_divide_are_split_inside(settings, runs,
 def start(settings: dict, own: dict, script: Path = ROOT / "cli.py", **env: str) -> subprocess.Popen:
     """`python cli.py fit ...` as a user types it: Lightning starts the second process, unless `env` says otherwise."""
     keys = {**settings, "kd.weight": 0.0, **FSDP2, **own}
-    return subprocess.Popen(
+    return forked.Popen(
         [sys.executable, str(script), "fit", *arguments(keys)],
         env={**os.environ, "OMP_NUM_THREADS": "1", **env},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
@@ -377,7 +378,8 @@ def child_of(process: subprocess.Popen, run: Path) -> int:
         assert time.monotonic() < deadline
         time.sleep(0.1)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return next(int(c) for c in children if b"cli.py" in Path(f"/proc/{c}/cmdline").read_bytes())
+    names = (b"cli.py", b"forked.py")  # the second one's own, or that of the first, which has forked it
+    return next(int(c) for c in children if any(n in Path(f"/proc/{c}/cmdline").read_bytes() for n in names))
 
 
 ENDLESS = {"trainer.max_steps": 100_000, "trainer.val_check_interval": 100_000, "trainer.log_every_n_steps": 3,
@@ -469,7 +471,7 @@ def test_a_ctrl_c_while_processes_are_being_started_ends_at_once(settings, tmp_p
         assert signal.getsignal(signal.SIGINT) is before, signal.getsignal(signal.SIGINT)
         raise SystemExit(code)
     """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    done = forked.run([sys.executable, "-c", program], timeout=60)
     assert done.returncode == 128 + signal.SIGINT, done.stderr
     assert "stopped by SIGINT" in done.stderr
 
@@ -530,8 +532,8 @@ time.sleep(600)
 def test_processes_end_with_the_one_that_started_them(tmp_path):
     (tmp_path / "started.py").write_text(STARTED)
     command = [sys.executable, str(tmp_path / "started.py")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                               start_new_session=True, env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+    process = forked.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                           start_new_session=True, env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
     said = [process.stdout.readline() for _ in range(2)]
     assert "started\n" in said
     process.kill()
@@ -563,7 +565,7 @@ for end in (3, SystemExit(4), SystemExit(), SystemExit("said so"), ValueError("a
 
 def test_an_abandoning_process_ends_as_it_would_have():
     command, env = [sys.executable, "-c", ENDS], {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60)
+    done = forked.run(command, env=env, timeout=60)
     assert done.stderr.splitlines() == ["3", "4", "0", "said so", "1", "ValueError: as raised", "1"]
     assert done.stdout.splitlines() == ["written"] * 4  # also what stood in a buffer
 

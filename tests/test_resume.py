@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import forked
 import pytest
 import ranks
 import torch
@@ -170,7 +171,7 @@ def test_kill_9_then_last(settings, teacher, tmp_path):
     command = [*command, f"--run={tmp_path / 'broken'}", "--ckpt_path=last"]
     folder = tmp_path / "broken/checkpoints"
     for wanted in (3, 17):
-        process = subprocess.Popen(
+        process = forked.Popen(
             [sys.executable, "-c", "import sys; from salt_lightning.cli import main; sys.exit(main())", *command],
             env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
@@ -210,7 +211,7 @@ def test_a_signal_to_the_whole_process_group(settings, tmp_path, number, slurm):
     asked = slurm(SLURM_ARRAY_JOB_ID="70", SLURM_ARRAY_TASK_ID="3") if number == signal.SIGUSR1 else None
     own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, "data.num_workers": 2, "trainer.max_steps": 100_000,
            "data.micro_batch_size": 2, "trainer.val_check_interval": 100_000, "checkpoint.keep": 2}  # fmt: skip
-    process = subprocess.Popen(
+    process = forked.Popen(
         [sys.executable, "-c", "import sys; from salt_lightning.cli import main; sys.exit(main())", "fit",
          *arguments(settings, own)],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True, stdout=subprocess.PIPE,
@@ -496,7 +497,7 @@ def test_a_run_that_is_under_way_is_left_alone(fit, settings, tmp_path, capsys, 
     """By real processes: the lock is of a process, and free when it dies, whatever its workers do."""
     own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, "data.num_workers": 2, "trainer.max_steps": 100_000,
            "trainer.val_check_interval": 100_000, "checkpoint.every_n_steps": 1, "checkpoint.keep": 2}  # fmt: skip
-    process = subprocess.Popen(
+    process = forked.Popen(
         [sys.executable, "-c", "import sys; from salt_lightning.cli import main; sys.exit(main())", "fit",
          *arguments(settings, own)],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True, stdout=subprocess.DEVNULL,
@@ -805,7 +806,7 @@ def test_a_tracker_that_refuses_the_settings_ends_no_run():
 def test_killed_runs_leave_no_loader_workers(settings, tmp_path):
     own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, "data.num_workers": 2, "trainer.max_steps": 100_000,
            "trainer.val_check_interval": 100_000, "checkpoint.every_n_steps": 5, "checkpoint.keep": 2}  # fmt: skip
-    process = subprocess.Popen(
+    process = forked.Popen(
         [sys.executable, "-c", "import sys; from salt_lightning.cli import main; sys.exit(main())", "fit",
          *arguments(settings, own)],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -865,7 +866,7 @@ sys.exit(cli.main())
 
 def test_what_was_logged_before_a_save_survives_a_kill_right_after_it(settings, tmp_path):
     own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, "checkpoint.every_n_steps": 3}
-    done = subprocess.run([sys.executable, "-c", DIE_AFTER_SAVE, "fit", *arguments(settings, own)], capture_output=True)
+    done = forked.run([sys.executable, "-c", DIE_AFTER_SAVE, "fit", *arguments(settings, own)])
     assert done.returncode == 9
     assert sorted(scalars(tmp_path / "run")["train/loss"]) == [1, 2, 3]
 

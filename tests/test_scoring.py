@@ -6,12 +6,12 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -167,7 +167,7 @@ def test_the_report(scored):
 def test_killed_and_run_again_gives_the_same_bits(scored, of_data, teacher, tmp_path, caplog):
     run = tmp_path / "run"
     args = arguments(of_data, {"run": str(run), "model.teacher.path": teacher})
-    process = subprocess.Popen([sys.executable, "-c", _CALL, "predict", *args], cwd=ROOT)
+    process = forked.Popen([sys.executable, "-c", _CALL, "predict", *args], cwd=ROOT)
     end = time.monotonic() + 120
     while len(list((run / "scores").glob("*.parquet"))) < 2 and time.monotonic() < end and process.poll() is None:
         time.sleep(0.002)
@@ -256,7 +256,7 @@ def test_other_batch_sizes_and_ranks_agree(scored, of_data, teacher, tmp_path):
     def predict() -> tuple[int, float, float]:
         """Tokens and seconds as said, and the seconds noted."""
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
+        done = forked.run(command, cwd=ROOT, env=env)
         assert done.returncode == 0, done.stderr
         tokens, seconds = re.search(r"scored ([\d,]+) tokens in ([\d.]+) s", done.stderr + done.stdout).groups()
         noted = json.loads((run / "scores.json").read_text())["scoring_s"]

@@ -6,7 +6,6 @@ import os
 import pickle
 import shutil
 import struct
-import subprocess
 import sys
 import tracemalloc
 import zipfile
@@ -14,6 +13,7 @@ from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked
 import pytest
 import torch
 from conftest import ALWAYS
@@ -34,7 +34,7 @@ SCRIPT = Path(__file__).parent / "sharded_run.py"
 def saved(tmp_path_factory) -> Path:
     """Folder with step-00000001.ckpt/, written by two processes, and whole.pt, the same weights gathered."""
     out = tmp_path_factory.mktemp("sharded")
-    done = subprocess.run([sys.executable, SCRIPT, out], capture_output=True, text=True, timeout=200)
+    done = forked.run([sys.executable, SCRIPT, out])
     assert done.returncode == 0, done.stderr
     return out
 
