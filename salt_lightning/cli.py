@@ -28,6 +28,7 @@ from salt_lightning.command.resume import resolve, settings_held
 from salt_lightning.comparison.report import evaluation
 from salt_lightning.data import SALTDataModule
 from salt_lightning.errors import ConfigError, NonFiniteLossError, Stopped, one_line, raised, refuse, say
+from salt_lightning.fit.restart import replace_lost_start
 from salt_lightning.hugging_face.attention import require_gpu
 from salt_lightning.models import check_path, read_checkpoint
 from salt_lightning.module import SALTModule
@@ -132,11 +133,8 @@ class SALTCLI(LightningCLI):
         config = self._settings(self.config)
         refuse(settings.wrong_groups(config))
         absent = settings.wrong_accelerator(config.trainer)
-        wrong = (
-            settings.wrong_trainer_settings(config.trainer)
-            + settings.wrong_folders(config)
-            + settings.wrong_teacher(config)
-        )
+        wrong = settings.wrong_trainer_settings(config.trainer)
+        wrong += settings.wrong_folders(config) + settings.wrong_teacher(config)
         has_checkpoint = bool(config.get("ckpt_path"))
         if self.subcommand == "fit" and not has_checkpoint:
             wrong += taken(Path(config.run), settings.checkpoints(config), flat(config.as_dict()))
@@ -167,8 +165,7 @@ class SALTCLI(LightningCLI):
         """Reports all problems that need no text at once, before the text is prepared, which takes minutes."""
         self.say_device()
         config, student = self._settings(self.config), self.model.student_spec
-        resumed = bool(config.get("ckpt_path"))
-        if student.path and student.config and not resumed:
+        if student.path and student.config and not config.get("ckpt_path"):
             say_once(f"--model.student.config is not used: the sizes come from --model.student.path {student.path}")
         target = None if is_over(config.ckpt_path, self.trainer.max_steps) else config.checkpoint.export
         looks = check.without_text(self.model, self.datamodule, self.trainer, target, self._teaches())
@@ -211,6 +208,7 @@ class SALTCLI(LightningCLI):
             except Exception:  # from Lightning, perhaps due to a problem found before
                 refuse(errors.once(self.wrong))
                 raise
+        replace_lost_start(self.model, self._settings(self.config).get("ckpt_path"))
         if self.instead and self.subcommand == "fit":
             self.wrong += check.besides(self.instead, self.model, self.datamodule, self.trainer, self._teaches())
         self.refuse()

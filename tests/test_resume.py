@@ -162,6 +162,28 @@ def test_another_accumulation_goes_on_at_the_same_step(fit, tmp_path):
     assert ours["train/loss"] == pytest.approx(theirs["train/loss"], abs=2e-4)
 
 
+def test_a_run_goes_on_without_the_weights_that_it_started_from(settings, teacher, tmp_path, capsys, caplog):
+    """And says so; its config.yaml still names them."""
+    start = tmp_path / "start"
+    assert cli.main(["export", teacher, str(start)]) == 0
+    own = {"model.student.path": str(start), "model.student.config": {}, "kd.weight": 0.0, "checkpoint.at_steps": [5]}
+    assert cli.main(["fit", *arguments(settings, own, {"run": str(tmp_path / "whole")})]) == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "broken")
+    (tmp_path / "broken/checkpoints/step-00000012.ckpt").unlink()
+    shutil.rmtree(start)
+    broken = {**own, "run": str(tmp_path / "broken")}
+    assert cli.main(["check", *arguments(settings, broken, {"ckpt_path": "last"})]) == 0
+    assert cli.main(["fit", *arguments(settings, broken, {"ckpt_path": "last"})]) == 0
+    assert_same(tmp_path / "broken", tmp_path / "whole")
+    from_checkpoint = tmp_path / "broken/checkpoints/step-00000005.ckpt"
+    assert f"--model.student.path {start} is gone: the student is built from the checkpoint, {from_checkpoint}" in (
+        caplog.text
+    )
+    assert f"path: {start}" in (tmp_path / "broken/config.yaml").read_text()
+    assert cli.main(["fit", *arguments(settings, own, {"run": str(tmp_path / "new")})]) == 2
+    assert f"--model.student.path {start} does not exist" in one_line(capsys)
+
+
 def test_kill_9_then_last(settings, teacher, tmp_path):
     """A real process, a real SIGKILL at a moment of nobody's choosing."""
     own = {"model.teacher.path": teacher, **RAMP, "checkpoint.every_n_steps": 1, "trainer.max_steps": 40,

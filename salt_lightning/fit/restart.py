@@ -1,6 +1,8 @@
 """Resuming from a checkpoint: whether it fits this student and text, and what will differ from there on."""
 
 from collections.abc import Callable, Container
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -46,6 +48,17 @@ def require_same(
             f"the checkpoint holds another student: {', '.join(list(changed)[:5])}; use the checkpoint's values, "
             "or start a new --run from its weights with --model.student.path CHECKPOINT"
         )
+
+
+def replace_lost_start(module: Any, path: str | None) -> None:
+    """Where the weights that the student started from are gone, a fit that resumes builds it from the checkpoint.
+
+    For the command line: a Trainer tells the path of its checkpoint only after the models are built.
+    """
+    spec = module.student_spec
+    if path and spec.is_local and not Path(spec.path).exists():
+        rank_zero_info(f"--model.student.path {spec.path} is gone: the student is built from the checkpoint, {path}")
+        module.student_spec = replace(spec, path=str(path))
 
 
 def go_on_from(checkpoint: dict[str, Any], trainer: pl.Trainer, data: Any, optim: OptimSpec) -> None:

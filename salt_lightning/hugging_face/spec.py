@@ -81,6 +81,12 @@ class ModelSpec:
         return self.path is not None and self.path.endswith(".ckpt")
 
     @property
+    def is_local(self) -> bool:
+        """Whether the path is certainly not a hub name."""
+        path = self.path or ""
+        return self.is_checkpoint or path.startswith(("/", ".", "~")) or path.count("/") > 1
+
+    @property
     def source(self) -> dict[str, Any]:
         """The arguments with which transformers reads a folder or hub name, besides the name itself."""
         return {"revision": self.revision or "main", "trust_remote_code": self.trust_remote_code}
