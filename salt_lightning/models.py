@@ -388,7 +388,7 @@ def check_path(spec: ModelSpec, name: str) -> None:
         raise ConfigError(
             f"{setting} {path} is a file; give the folder with its config.json, or a .ckpt of this project"
         )
-    if spec.is_local and not path.is_dir():
+    if spec.is_checkpoint or (spec.is_local and not path.is_dir()):
         if not path.exists():
             raise ConfigError(
                 f"{setting} {spec.path} does not exist; give a .ckpt of this project, a Hugging Face folder or a hub "

@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
+from jsonargparse import Namespace
 
 from salt_lightning.command import resume
 from salt_lightning.run import peers
@@ -18,7 +19,8 @@ from salt_lightning.storage import damage
 
 @pytest.fixture
 def apart(monkeypatch):
-    """apart(work, world) runs work(rank) in forked processes that torchrun or srun seems to have started."""
+    """apart(work, world) runs work(rank) in forked processes that torchrun, srun, an operator of pods or, on each of
+    several nodes, a user seems to have started."""
     peers._others.cache_clear()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -26,6 +28,10 @@ def apart(monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
 
     def place(launcher: str, rank: int, world: int) -> dict[str, str]:
+        if launcher == "pods":
+            return {"RANK": str(rank), "WORLD_SIZE": str(world)}
+        if launcher == "nodes":
+            return {"NODE_RANK": str(rank)}
         if launcher == "torchrun":
             return {"TORCHELASTIC_RUN_ID": "x", "LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(world)}
         return {"SLURM_JOB_ID": "77", "SLURM_JOB_NAME": "train", "SLURM_STEP_NUM_TASKS": str(world),
@@ -39,6 +45,8 @@ def apart(monkeypatch):
 
         def begin(rank: int, answer) -> None:
             os.environ.update(place(launcher, rank, world))
+            plugins = [Namespace(class_path="lightning.fabric.plugins.environments.KubeflowEnvironment")]
+            peers.tell(Namespace(num_nodes=world, plugins=plugins if launcher == "pods" else None))
             answer.send(work(rank))
             may_end.wait(60)  # a run's first process, where the store is, would go on, too
 
@@ -69,7 +77,7 @@ def whats(looks: list, told: str | None = None, at: int = 0):
     return look
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "srun"])
+@pytest.mark.parametrize("launcher", ["torchrun", "srun", "pods", "nodes"])
 def test_each_looks_at_a_part_and_all_know_what_one_has_found(launcher, apart):
     """After it they connect as ever, at the same address."""
 
@@ -112,7 +120,8 @@ def test_processes_that_see_the_same_checkpoint_share_the_reading(form, apart, t
     assert apart(work, 2) == [[(0, 2), (0, 1)], [(1, 2), (0, 1)]]
 
 
-def test_all_see_what_the_first_process_has_waited_for(apart, tmp_path):
+@pytest.mark.parametrize("launcher", ["torchrun", "pods", "nodes"])
+def test_all_see_what_the_first_process_has_waited_for(launcher, apart, tmp_path):
     def work(rank: int):
         if rank == 0:
             time.sleep(0.5)
@@ -120,7 +129,26 @@ def test_all_see_what_the_first_process_has_waited_for(apart, tmp_path):
         peers.gather()
         return os.listdir(tmp_path)
 
-    assert apart(work, 2) == [["saved"]] * 2
+    assert apart(work, 2, launcher) == [["saved"]] * 2
+
+
+@pytest.mark.parametrize(
+    ("own", "nodes", "plugins"),
+    [
+        ({}, 1, None),
+        ({"LOCAL_RANK": "1"}, 2, None),  # started by another, on which it relies
+        ({"NODE_RANK": "2"}, 2, None),  # a line about it comes later
+        ({"RANK": "0", "WORLD_SIZE": "many"}, 2, "KubeflowEnvironment"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, 1, "LightningEnvironment"),
+    ],
+)
+def test_who_is_alone_waits_for_nobody(own, nodes, plugins, apart, monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    peers.tell(Namespace(num_nodes=nodes, plugins=plugins and Namespace(class_path=f"a.{plugins}")))
+    assert peers._others() is None
+    peers.tell(Namespace(num_nodes=1))
 
 
 def test_what_processes_said_before_a_restart_does_not_count(apart, monkeypatch):

@@ -589,9 +589,9 @@ def hold(run: Path, held: Any, until: Any) -> None:
         until.wait(60)
 
 
-@pytest.mark.parametrize("where", ["here", "an older lock of here", "another boot", "another host"])
+@pytest.mark.parametrize("where", ["here", "an older lock of here", "another boot or container", "another host"])
 def test_a_lock_of_a_machine_that_may_be_dead_is_waited_for(tmp_path, where, monkeypatch, caplog):
-    """A pod keeps its hostname when its machine dies and it starts anew on another."""
+    """A pod keeps its hostname when its machine dies and it starts anew on another, or beside the old one."""
     fork = multiprocessing.get_context("fork")
     held, until = fork.Event(), fork.Event()
     process = fork.Process(target=hold, args=(tmp_path, held, until))
@@ -601,9 +601,9 @@ def test_a_lock_of_a_machine_that_may_be_dead_is_waited_for(tmp_path, where, mon
         monkeypatch.setattr("salt_lightning.run.run_lock.socket.gethostname", lambda: "another")
     lines = (tmp_path / ".lock").read_text().split("\n")
     assert lines[1] == f"process {process.pid} on {socket.gethostname()}" or where == "another host"
-    assert lines[0] == run_lock._boot() != ("" if sys.platform == "linux" else None)
-    if where == "another boot":
-        monkeypatch.setattr("salt_lightning.run.run_lock._boot", lambda: "0d5b")
+    assert lines[0] == run_lock._machine() != ("" if sys.platform == "linux" else None)
+    if where == "another boot or container":
+        monkeypatch.setattr("salt_lightning.run.run_lock._machine", lambda: "0d5b")
     if where == "an older lock of here":
         (tmp_path / ".lock").write_text(lines[1])
     monkeypatch.setattr("salt_lightning.run.run_lock.time.sleep", lambda _: (until.set(), process.join()))

@@ -19,6 +19,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from jsonargparse import Namespace
 from lightning.fabric.plugins.environments import (
     ClusterEnvironment,
     KubeflowEnvironment,
@@ -59,14 +60,30 @@ def writes_elsewhere() -> bool:
     return by_torchrun or (slurm.tasks() > 1 and os.environ.get("SLURM_PROCID", "0") != "0")
 
 
-class _Others:
-    """The processes that torchrun or srun started together with this one, before they are connected: they meet at the
-    store by which they connect later, which torch takes over from here."""
+_TOLD: tuple[str, str] | None = None
 
-    def __init__(self, environment: ClusterEnvironment) -> None:
-        self.rank, self.number, self._round = environment.global_rank(), environment.world_size(), 0
-        os.environ["MASTER_ADDR"] = environment.main_address  # as Lightning does later
-        os.environ["MASTER_PORT"] = str(environment.main_port)
+
+def tell(trainer: Namespace) -> None:
+    """Takes from the trainer's settings which pod or node this process starts on, and of how many: no launcher has put
+    that into the environment."""
+    global _TOLD
+    _TOLD = None
+    plugins = trainer.get("plugins") or []
+    named = [str(plugin.get("class_path")) for plugin in (plugins if isinstance(plugins, list) else [plugins])]
+    if "LOCAL_RANK" in os.environ or not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        return
+    if any(name.endswith("KubeflowEnvironment") for name in named):
+        _TOLD = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
+    elif trainer.get("num_nodes"):  # on each node, the process that will start the others there
+        _TOLD = os.environ.get("NODE_RANK", "0"), str(trainer.num_nodes)
+
+
+class _Others:
+    """The processes that were started together with this one, before they are connected: they meet at the store by
+    which they connect later, which torch takes over from here."""
+
+    def __init__(self, rank: int, number: int) -> None:
+        self.rank, self.number, self._round = rank, number, 0
         # As if alone, so that it waits for nobody here: it must remain if not all come, since the others connect by it.
         store, *_ = next(dist.rendezvous("env://", self.rank, world_size=1, timeout=_MEETING))
         self._store = dist.PrefixStore("salt_lightning", store)
@@ -117,13 +134,17 @@ def _others() -> _Others | None:
         elif slurm.tasks() > 1 and SLURMEnvironment.detect():
             environment = SLURMEnvironment()
         else:
-            return None
-        return _Others(environment) if environment.world_size() > 1 else None
+            rank, number = map(int, _TOLD or (0, 1))
+            return _Others(rank, number) if 0 <= rank < number > 1 else None
+        os.environ["MASTER_ADDR"] = environment.main_address  # as Lightning does later
+        os.environ["MASTER_PORT"] = str(environment.main_port)
+        return _Others(environment.global_rank(), environment.world_size()) if environment.world_size() > 1 else None
     return None
 
 
 def gather() -> None:
-    """Waits until all processes that torchrun or srun started have called this, if they can be reached."""
+    """Waits until all that were started together have called this, if they can be reached: processes of torchrun and
+    srun, pods, or the first processes of nodes."""
     if others := _others():
         others.exchange("", _MEETING)
 
@@ -141,10 +162,11 @@ def divide(what: str, look: Callable[[int, int], str | None]) -> str | None:
     if (others := _others()) and (named := others.exchange(what, _MEETING)):
         same = [rank for rank, other in enumerate(named) if other == what]
         own = look(same.index(others.rank), len(same))
-        if found := others.exchange(own or "", _LOOKING):
-            return next(filter(None, found), None)
-    if alone := look(0, 1):
-        return alone
+        found = others.exchange(own or "", _LOOKING) or [look(0, 1) or ""]
+    else:
+        found = [look(0, 1) or ""]
+    if wrong := next(filter(None, found), None):
+        return wrong
     os.environ[_SEEN] = f"{os.getpid()} {what}"
     return None
 
@@ -227,6 +249,11 @@ def loss_of_others(rank: int, why: str, verb: str | None = None) -> str:
     remedy = (
         "run the same command again" if verb in ("predict", "validate", "test") else "continue with --ckpt_path last"
     )
+    if "connectFullMesh" in why and "remote=[127." in why:  # gloo tells the others the address of this host's name
+        remedy += (
+            "; if they are on several hosts, whose names may resolve to 127.*, which others cannot reach, set "
+            "GLOO_SOCKET_IFNAME to the network interface, such as eth0"
+        )
     return (
         f"\nerror: process {rank} has lost the others ({why.splitlines()[0][:200]}); their output says why they ended; "
         f"{remedy}"

@@ -94,8 +94,8 @@ def _lock(run: Path) -> IO[str]:
             file.close()
             if error.errno not in (EACCES, EAGAIN):
                 raise
-            # another boot ID: another machine with this name, e.g. a pod, which keeps its name when it is restarted
-            here = owner.endswith(f" on {socket.gethostname()}") and boot in ("", _boot())
+            # another machine or container with this name, e.g. a pod, which keeps its name when it is restarted
+            here = owner.endswith(f" on {socket.gethostname()}") and boot in ("", _machine())
             owner = owner or "another process"
             if here or time.monotonic() > end_s:
                 raise ConfigError(
@@ -109,14 +109,15 @@ def _lock(run: Path) -> IO[str]:
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 file.truncate(0)
-                file.write(f"{_boot()}\nprocess {os.getpid()} on {socket.gethostname()}")
+                file.write(f"{_machine()}\nprocess {os.getpid()} on {socket.gethostname()}")
                 file.flush()
                 return file
         file.close()  # the last owner has removed it: others may have locked a new file with this name
 
 
-def _boot() -> str:
-    """Linux's boot ID of this machine; empty on other systems."""
+def _machine() -> str:
+    """Linux's boot ID of this machine, and the namespace of process IDs of this container; empty on other systems."""
     with suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot_id} {os.readlink('/proc/self/ns/pid')}"
     return ""
