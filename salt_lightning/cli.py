@@ -134,19 +134,19 @@ class SALTCLI(LightningCLI):
         config = self._settings(self.config)
         refuse(settings.wrong_groups(config))
         absent = settings.wrong_accelerator(config.trainer)
-        wrong = settings.wrong_trainer_settings(config.trainer)
-        wrong += settings.wrong_folders(config) + settings.wrong_teacher(config)
-        has_checkpoint = bool(config.get("ckpt_path"))
-        if self.subcommand == "fit" and not has_checkpoint:
-            wrong += taken(Path(config.run), settings.checkpoints(config), flat(config.as_dict()))
-        if self.subcommand in ("validate", "test") and not has_checkpoint and not config.model.student.path:
-            wrong.append(f"{self.subcommand} needs --ckpt_path (a .ckpt file, or last): a new student is untrained")
-        self.wrong = absent + wrong  # reported together with what the classes refuse
+        self.wrong = absent + settings.wrong_trainer_settings(config.trainer)  # reported with what the classes refuse
+        self.wrong += settings.wrong_folders(config) + settings.wrong_teacher(config)
+        if self.subcommand == "fit" and not config.get("ckpt_path"):
+            self.wrong += taken(Path(config.run), settings.checkpoints(config), flat(config.as_dict()))
+        if self.subcommand in ("validate", "test") and not config.get("ckpt_path") and not config.model.student.path:
+            self.wrong += [f"{self.subcommand} needs --ckpt_path (a .ckpt file, or last): a new student is untrained"]
         # the trainer would look for the devices, and some strategies need them
         reset = "; ".join([*absent, "--trainer.devices", "--trainer.strategy"]) if absent else ""
         self.instead = to_defaults(reset, config, self._parser(self.subcommand))
 
     def refuse(self) -> None:
+        if self.wrong and not self.instead and self.subcommand == "fit":
+            self.wrong += check.besides((), self.model, self.datamodule, self.trainer, self._teaches())
         refuse(errors.once(self.wrong))
 
     def say_device(self) -> None:

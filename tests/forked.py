@@ -31,6 +31,8 @@ class Popen(subprocess.Popen):
 
     def _execute_child(self, *values: Any) -> None:
         """Replaces fork and exec. The server forks twice, so that the program, an orphan, becomes our child."""
+        if sys.platform != "linux":  # no subreapers
+            return super()._execute_child(*values)
         asked = inspect.signature(subprocess.Popen._execute_child).bind(self, *values).arguments
         interpreter, *args = asked["args"]
         assert interpreter == sys.executable
@@ -53,7 +55,7 @@ class Popen(subprocess.Popen):
             prctl(_SUBREAPER, 0)
         self._child_created = True
         names = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
-        self._close_pipe_fds(*(asked[name] for name in names))
+        return self._close_pipe_fds(*(asked[name] for name in names))
 
 
 def run(args: list[Any], **options: Any) -> subprocess.CompletedProcess:

@@ -893,6 +893,18 @@ def test_a_folder_of_another_run_is_not_taken(settings, tmp_path, capsys):
     assert run(["fit", *arguments(settings, own, {"model.optim.lr": 1e-3})]) == 0  # the same run, begun again
 
 
+def test_a_used_folder_hides_no_other_problem(settings, tmp_path, capsys):
+    own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, "trainer.max_steps": 2, "trainer.val_check_interval": 2}
+    assert run(["fit", *arguments(settings, own)]) == 0
+    wrong = {"trainer.precision": "16-true", "data.source": str(tmp_path / "none.jsonl"), "kd.weight": 0.5}
+    assert run(["fit", *arguments(settings, own, wrong)]) == 2
+    line = one_line(capsys)
+    assert [re.search(rf"{problem}[^;]*(;|$)", line) is not None for problem in (
+        "--trainer.precision 16-true must be", "already contains a run", "--kd.weight 0.5 needs a teacher",
+        "none.jsonl' matches no file",
+    )] == [True] * 4, line  # fmt: skip
+
+
 def test_last_looks_where_the_checkpoints_are(settings, tmp_path, capsys):
     own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, "checkpoint.folder": str(tmp_path / "elsewhere")}
     assert run(["fit", *arguments(settings, own)]) == 0
