@@ -125,7 +125,7 @@ class SALTCLI(LightningCLI):
         self.config = merged
 
     def hold(self) -> None:
-        peers.tell(self._settings(self.config).trainer)
+        peers.tell(self._settings(self.config).get("trainer"))
         run = self._settings(self.config).run if self.config.get("subcommand") in ("fit", "predict") else None
         if run and not self.holds and peers.seems_first():
             self.holds = _HELD.enter_context(run_lock.held(Path(run)))

@@ -2,8 +2,8 @@
 forks them from one process that has imported torch, Lightning and transformers, and done nothing else.
 
 A program has its own process id, arguments, environment, folder, streams and session, and ends as Python ends. What the
-libraries read from the environment while they are imported is that of the tests. Programs whose imports are tested, or
-that replace a part of Python at the start, belong to `subprocess`.
+libraries read from the environment while they are imported is that of the tests, and all hash strings alike. So
+programs whose imports are tested, or that must agree whatever the order of their sets, belong to `subprocess`.
 """
 
 import atexit
@@ -115,9 +115,12 @@ def _serve(asked: socket.socket) -> dict[str, Any] | None:
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.path.insert(0, str(Path(__file__).parents[1]))
+    import numpy as np
+
     import salt_lightning.cli  # noqa: F401
 
     if (request := _serve(socket.socket(fileno=int(sys.argv[1])))) is not None:
+        np.random.seed()  # as in a new process; `random` does it by itself
         if request["new_session"]:
             os.setsid()
         os.environ.clear()

@@ -7,12 +7,12 @@ import gc
 import json
 import os
 import socket
+import subprocess
 import sys
 import weakref
 from pathlib import Path
 from typing import Any
 
-import forked
 import torch
 from lightning.pytorch.callbacks import Callback
 
@@ -121,7 +121,7 @@ def launch(jobs: list[dict[str, Any]], folder: Path, world: int = 2, timeout_s: 
     for rank, output in enumerate(outputs):
         with open(output, "w") as out:
             processes.append(
-                forked.Popen(
+                subprocess.Popen(
                     [sys.executable, __file__, str(file)], env={**env, "LOCAL_RANK": str(rank)}, stdout=out, stderr=out
                 )
             )

@@ -21,7 +21,7 @@ from salt_lightning.storage import damage
 def apart(monkeypatch):
     """apart(work, world) runs work(rank) in forked processes that torchrun, srun, an operator of pods or, on each of
     several nodes, a user seems to have started."""
-    peers._others.cache_clear()
+    peers._met.cache_clear()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
@@ -127,7 +127,11 @@ def test_all_see_what_the_first_process_has_waited_for(launcher, apart, tmp_path
             time.sleep(0.5)
             (tmp_path / "saved").touch()
         peers.gather()
-        return os.listdir(tmp_path)
+        seen = os.listdir(tmp_path)
+        if launcher != "torchrun":
+            peers.tell(Namespace(num_nodes=1))  # a further command in this process, of this node alone
+            assert peers._others() is None
+        return seen
 
     assert apart(work, 2, launcher) == [["saved"]] * 2
 
@@ -136,6 +140,7 @@ def test_all_see_what_the_first_process_has_waited_for(launcher, apart, tmp_path
     ("own", "nodes", "plugins"),
     [
         ({}, 1, None),
+        ({"NODE_RANK": "0"}, 2, "spawn"),  # its first process would find the port taken
         ({"LOCAL_RANK": "1"}, 2, None),  # started by another, on which it relies
         ({"NODE_RANK": "2"}, 2, None),  # a line about it comes later
         ({"RANK": "0", "WORLD_SIZE": "many"}, 2, "KubeflowEnvironment"),
@@ -146,7 +151,9 @@ def test_who_is_alone_waits_for_nobody(own, nodes, plugins, apart, monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     for name, value in own.items():
         monkeypatch.setenv(name, value)
-    peers.tell(Namespace(num_nodes=nodes, plugins=plugins and Namespace(class_path=f"a.{plugins}")))
+    strategy = "ddp_spawn" if plugins == "spawn" else "ddp"
+    named = Namespace(class_path=f"a.{plugins}") if plugins else None
+    peers.tell(Namespace(num_nodes=nodes, plugins=named if strategy == "ddp" else None, strategy=strategy))
     assert peers._others() is None
     peers.tell(Namespace(num_nodes=1))
 
@@ -238,7 +245,7 @@ def test_what_they_say_may_contain_any_characters(apart):
 
 def test_a_start_that_lightning_refuses_is_left_to_it(monkeypatch):
     """srun without --ntasks-per-node: a line says so later."""
-    peers._others.cache_clear()
+    peers._met.cache_clear()
     for name, value in {"JOB_NAME": "train", "STEP_NUM_TASKS": "2", "NTASKS": "2", "PROCID": "0"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     monkeypatch.delenv("SLURM_NTASKS_PER_NODE", raising=False)

@@ -162,9 +162,13 @@ def test_another_accumulation_goes_on_at_the_same_step(fit, tmp_path):
     assert ours["train/loss"] == pytest.approx(theirs["train/loss"], abs=2e-4)
 
 
-def test_a_run_goes_on_without_the_weights_that_it_started_from(settings, teacher, tmp_path, capsys, caplog):
-    """And says so; its config.yaml still names them."""
-    start = tmp_path / "start"
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_run_goes_on_without_the_weights_that_it_started_from(
+    settings, teacher, tmp_path, capsys, caplog, relative, monkeypatch
+):
+    """And says so; its config.yaml still names them. models/start could be a name on the hub."""
+    start = Path("models/start") if relative else tmp_path / "models/start"
+    monkeypatch.chdir(tmp_path)
     assert cli.main(["export", teacher, str(start)]) == 0
     own = {"model.student.path": str(start), "model.student.config": {}, "kd.weight": 0.0, "checkpoint.at_steps": [5]}
     assert cli.main(["fit", *arguments(settings, own, {"run": str(tmp_path / "whole")})]) == 0
@@ -181,7 +185,7 @@ def test_a_run_goes_on_without_the_weights_that_it_started_from(settings, teache
     )
     assert f"path: {start}" in (tmp_path / "broken/config.yaml").read_text()
     assert cli.main(["fit", *arguments(settings, own, {"run": str(tmp_path / "new")})]) == 2
-    assert f"--model.student.path {start} does not exist" in one_line(capsys)
+    assert f"--model.student.path {start} {'cannot be loaded' if relative else 'does not exist'}" in one_line(capsys)
 
 
 def test_kill_9_then_last(settings, teacher, tmp_path):
@@ -193,7 +197,7 @@ def test_kill_9_then_last(settings, teacher, tmp_path):
     command = [*command, f"--run={tmp_path / 'broken'}", "--ckpt_path=last"]
     folder = tmp_path / "broken/checkpoints"
     for wanted in (3, 17):
-        process = forked.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-c", "import sys; from salt_lightning.cli import main; sys.exit(main())", *command],
             env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
@@ -589,7 +593,13 @@ def hold(run: Path, held: Any, until: Any) -> None:
         until.wait(60)
 
 
-@pytest.mark.parametrize("where", ["here", "an older lock of here", "another boot or container", "another host"])
+@pytest.mark.parametrize(
+    "where",
+    [
+        *("here", "an older lock of here", "a lock of here with the boot ID alone"),
+        *("another boot or container", "another host"),
+    ],
+)
 def test_a_lock_of_a_machine_that_may_be_dead_is_waited_for(tmp_path, where, monkeypatch, caplog):
     """A pod keeps its hostname when its machine dies and it starts anew on another, or beside the old one."""
     fork = multiprocessing.get_context("fork")
@@ -606,6 +616,8 @@ def test_a_lock_of_a_machine_that_may_be_dead_is_waited_for(tmp_path, where, mon
         monkeypatch.setattr("salt_lightning.run.run_lock._machine", lambda: "0d5b")
     if where == "an older lock of here":
         (tmp_path / ".lock").write_text(lines[1])
+    if where == "a lock of here with the boot ID alone":
+        (tmp_path / ".lock").write_text(f"{lines[0].partition(' ')[0]}\n{lines[1]}")
     monkeypatch.setattr("salt_lightning.run.run_lock.time.sleep", lambda _: (until.set(), process.join()))
     waited = where.startswith("another")
     refused = pytest.raises(ConfigError, match=rf" {process.pid} on \S+ is using it; wait")

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
-from functools import lru_cache, partial
+from functools import cache, partial
 from itertools import count
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
@@ -63,19 +63,24 @@ def writes_elsewhere() -> bool:
 _TOLD: tuple[str, str] | None = None
 
 
-def tell(trainer: Namespace) -> None:
+def tell(trainer: Any) -> None:
     """Takes from the trainer's settings which pod or node this process starts on, and of how many: no launcher has put
     that into the environment."""
     global _TOLD
     _TOLD = None
-    plugins = trainer.get("plugins") or []
-    named = [str(plugin.get("class_path")) for plugin in (plugins if isinstance(plugins, list) else [plugins])]
-    if "LOCAL_RANK" in os.environ or not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+    if not isinstance(trainer, Namespace):
+        return  # an error comes later
+    plugins = trainer.get("plugins")
+    named = [
+        str(plugin.get("class_path")) for plugin in (plugins if isinstance(plugins, list) else [plugins]) if plugin
+    ]
+    spawned = "spawn" in str(trainer.get("strategy"))  # then another process listens at the port
+    if spawned or "LOCAL_RANK" in os.environ or not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         return
     if any(name.endswith("KubeflowEnvironment") for name in named):
         _TOLD = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
     elif trainer.get("num_nodes"):  # on each node, the process that will start the others there
-        _TOLD = os.environ.get("NODE_RANK", "0"), str(trainer.num_nodes)
+        _TOLD = os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0")), str(trainer.num_nodes)
 
 
 class _Others:
@@ -125,16 +130,20 @@ class _Others:
             return []
 
 
-@lru_cache(maxsize=1)
 def _others() -> _Others | None:
     """None if there are none, or their store cannot be reached in time; connecting will say so."""
+    return _met(_TOLD)
+
+
+@cache  # a store must live as long as the others may connect to it
+def _met(told: tuple[str, str] | None) -> _Others | None:
     with suppress(RuntimeError, ValueError):  # of torch; of Lightning; of a MASTER_PORT that is no number
         if TorchElasticEnvironment.detect():
             environment: ClusterEnvironment = TorchElasticEnvironment()
         elif slurm.tasks() > 1 and SLURMEnvironment.detect():
             environment = SLURMEnvironment()
         else:
-            rank, number = map(int, _TOLD or (0, 1))
+            rank, number = map(int, told or (0, 1))
             return _Others(rank, number) if 0 <= rank < number > 1 else None
         os.environ["MASTER_ADDR"] = environment.main_address  # as Lightning does later
         os.environ["MASTER_PORT"] = str(environment.main_port)
