@@ -56,9 +56,8 @@ def replace_lost_start(module: Any, path: str | None) -> None:
     For the command line: a Trainer tells the path of its checkpoint only after the models are built.
     """
     spec = module.student_spec
-    is_local = spec.is_local or (
-        "/" in (spec.path or "") and Path(spec.path).parent.is_dir()
-    )  # not an owner on the hub
+    folder = Path(spec.path or "").parent
+    is_local = spec.is_local or (folder.name != "" and folder.is_dir())  # else an owner on the hub
     if path and is_local and not Path(spec.path).exists():
         rank_zero_info(f"--model.student.path {spec.path} is gone: the student is built from the checkpoint, {path}")
         module.student_spec = replace(spec, path=str(path))

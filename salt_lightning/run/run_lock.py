@@ -95,11 +95,9 @@ def _lock(run: Path) -> IO[str]:
             if error.errno not in (EACCES, EAGAIN):
                 raise
             # another machine or container with this name, e.g. a pod, which keeps its name when it is restarted
-            here = owner.endswith(f" on {socket.gethostname()}") and boot in (
-                "",
-                _machine(),
-                _machine().partition(" ")[0],
-            )
+            machine = _machine()
+            of_here = ("", machine, machine.partition(" ")[0])  # older locks have no first line, or the boot ID alone
+            here = owner.endswith(f" on {socket.gethostname()}") and boot in of_here
             owner = owner or "another process"
             if here or time.monotonic() > end_s:
                 raise ConfigError(
