@@ -1,10 +1,10 @@
 """Eight cases of the fault campaign (benchmarks/faults.py): real runs are killed or damaged, then continued."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -27,7 +27,7 @@ def campaign(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("faults") / "campaign"
     command = [sys.executable, str(ROOT / "benchmarks/faults.py"), "--tiny", "--folder", str(folder)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=env)
+    done = forked.run(command, timeout=280, env=env)
     return done.stdout + done.stderr
 
 

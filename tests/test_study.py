@@ -4,11 +4,11 @@ import json
 import math
 import os
 import random
-import subprocess
 import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -203,7 +203,7 @@ def tiny(tmp_path_factory):
 
     def run(*arguments: str) -> str:
         command = [sys.executable, str(ROOT / "benchmarks/study.py"), "run", "--size", "tiny", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=env, cwd=folder)
+        done = forked.run(command, timeout=280, env=env, cwd=folder)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 

@@ -76,9 +76,12 @@ class Parser(LightningArgumentParser):
             said = explain(message, known)
             if asked._one_by_one:
                 raise ConfigError(said)
-            asked._one_by_one = True  # jsonargparse stops at the first error, so parse the others one by one
             alone = [(name, value) for name, value in self.given if _ALONE.fullmatch(f"--{name}")]
-            others = raised(partial(asked.parse_args, [f"--{name}={value}"]) for name, value in alone)
+            asked._one_by_one = True  # jsonargparse stops at the first error, so parse the others one by one
+            try:
+                others = raised(partial(asked.parse_args, [f"--{name}={value}"]) for name, value in alone)
+            finally:
+                asked._one_by_one = False
         sys.stderr.write(f"error: {printable('; '.join(dict.fromkeys([said, *others])))}\n")
         raise SystemExit(2)
 
