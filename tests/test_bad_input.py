@@ -736,6 +736,12 @@ def test_a_bad_config_file_is_one_line_that_names_it(case, tmp_path, monkeypatch
     assert not Path("ran").exists()
 
 
+def test_a_config_file_that_can_be_read_only_once_is_one_line(tmp_path, capsys):
+    os.mkfifo(tmp_path / "typed")
+    assert run(["fit", "--config", str(tmp_path / "typed")]) == 2
+    assert re.search(r"--config .*typed is a pipe or a device, which cannot be read again; give a", one_line(capsys))
+
+
 VERBS = {
     "no run": (["compare", "{bad}/folder"], r"compare: RUN .*folder: no TensorBoard event file with a value"),
     "a file for a run": (["compare", "{bad}/word.txt"], r"compare: RUN .*word.txt is not a folder"),

@@ -317,7 +317,8 @@ def _values(args: list[str]) -> list[str]:
 def _check_config(path: str, known: list[str]) -> None:
     setting = f"--config {path}"
     if not os.path.isfile(path):
-        what = "is a folder" if os.path.isdir(path) else "does not exist"
+        kind = "a folder" if os.path.isdir(path) else "a pipe or a device, which cannot be read again"
+        what = f"is {kind}" if os.path.exists(path) else "does not exist"
         raise ConfigError(f"{setting} {what}; give a YAML file (those in configs/ come with the repository)")
     try:
         with open(path, encoding="utf-8") as file:
