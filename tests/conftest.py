@@ -8,6 +8,9 @@ import random
 import signal
 from pathlib import Path
 
+# Models have a few thousand weights: threads, of this process or one that it starts, would only wait for each other.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 from huggingface_hub import constants
@@ -20,7 +23,6 @@ os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "0"  # kernels without vector instructi
 constants.HF_HUB_OFFLINE = True  # huggingface_hub has already read the variable
 hypothesis_settings.register_profile("house", deadline=None)  # slowness of a busy machine is not a failure
 hypothesis_settings.load_profile("house")
-torch.set_num_threads(1)  # models of a few thousand weights: threads would only wait for each other
 
 
 def pytest_configure(config):

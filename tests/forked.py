@@ -73,7 +73,7 @@ def run(args: list[Any], **options: Any) -> subprocess.CompletedProcess:
 @functools.cache
 def _server() -> socket.socket:
     ours, theirs = socket.socketpair()
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}
+    env = os.environ | {"PYTHONUNBUFFERED": ""}
     process = subprocess.Popen([sys.executable, __file__, str(theirs.fileno())], pass_fds=[theirs.fileno()], env=env,
                                stdin=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
     theirs.close()

@@ -115,7 +115,7 @@ def launch(jobs: list[dict[str, Any]], folder: Path, world: int = 2, timeout_s: 
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world),
-           "NODE_RANK": "0", "OMP_NUM_THREADS": "1"}  # fmt: skip
+           "NODE_RANK": "0"}  # fmt: skip
     outputs = [folder / f"out.{rank}" for rank in range(world)]
     processes = []
     for rank, output in enumerate(outputs):
@@ -134,7 +134,6 @@ def launch(jobs: list[dict[str, Any]], folder: Path, world: int = 2, timeout_s: 
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     is_forced = False  # only once a job needs it
     for job in json.loads(Path(sys.argv[1]).read_text()):
         if not is_forced and any("fsdp1.yaml" in argument for argument in job["args"]):

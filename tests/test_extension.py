@@ -380,7 +380,6 @@ faulthandler.dump_traceback_later(240)
 from pathlib import Path
 import torch
 import yaml
-torch.set_num_threads(1)
 sys.path[:0] = [{tests!r}, {root!r}]
 import lightning.pytorch as pl
 from test_extension import SAVE, SIZES, block, trainer

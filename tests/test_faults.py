@@ -1,6 +1,5 @@
 """Eight cases of the fault campaign (benchmarks/faults.py): real runs are killed or damaged, then continued."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -26,8 +25,7 @@ def campaign(tmp_path_factory) -> str:
     """Output of the campaign, in a separate process: it forks, and this process has threads."""
     folder = tmp_path_factory.mktemp("faults") / "campaign"
     command = [sys.executable, str(ROOT / "benchmarks/faults.py"), "--tiny", "--folder", str(folder)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = forked.run(command, timeout=280, env=env)
+    done = forked.run(command, timeout=280)
     return done.stdout + done.stderr
 
 

@@ -365,7 +365,7 @@ def start(settings: dict, own: dict, script: Path = ROOT / "cli.py", **env: str)
     keys = {**settings, "kd.weight": 0.0, **FSDP2, **own}
     return forked.Popen(
         [sys.executable, str(script), "fit", *arguments(keys)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+        env=os.environ | env,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
 

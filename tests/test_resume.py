@@ -199,7 +199,7 @@ def test_kill_9_then_last(settings, teacher, tmp_path):
     for wanted in (3, 17):
         process = subprocess.Popen(
             [sys.executable, "-c", "import sys; from salt_lightning.cli import main; sys.exit(main())", *command],
-            env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         deadline = time.monotonic() + 120
         while not list(folder.glob(f"step-{wanted:08d}.ckpt")):
@@ -240,7 +240,7 @@ def test_a_signal_to_the_whole_process_group(settings, tmp_path, number, slurm):
     process = forked.Popen(
         [sys.executable, "-c", "import sys; from salt_lightning.cli import main; sys.exit(main())", "fit",
          *arguments(settings, own)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True, stdout=subprocess.PIPE,
+        start_new_session=True, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     deadline = time.monotonic() + 120
@@ -526,7 +526,7 @@ def test_a_run_that_is_under_way_is_left_alone(fit, settings, tmp_path, capsys, 
     process = forked.Popen(
         [sys.executable, "-c", "import sys; from salt_lightning.cli import main; sys.exit(main())", "fit",
          *arguments(settings, own)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True, stdout=subprocess.DEVNULL,
+        start_new_session=True, stdout=subprocess.DEVNULL,
     )  # fmt: skip
     try:
         deadline = time.monotonic() + 120
@@ -843,7 +843,7 @@ def test_killed_runs_leave_no_loader_workers(settings, tmp_path):
     process = forked.Popen(
         [sys.executable, "-c", "import sys; from salt_lightning.cli import main; sys.exit(main())", "fit",
          *arguments(settings, own)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     deadline = time.monotonic() + 120
     while not list((tmp_path / "run/checkpoints").glob("*.ckpt")) and time.monotonic() < deadline:

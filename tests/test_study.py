@@ -199,7 +199,7 @@ def write_sources(folder: Path) -> Path:
 def tiny(tmp_path_factory):
     """tiny(*arguments) runs study.py in a separate folder and process: it forks, and this process has threads."""
     folder = tmp_path_factory.mktemp("study")
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CORPUS": str(write_sources(folder))}
+    env = os.environ | {"CORPUS": str(write_sources(folder))}
 
     def run(*arguments: str) -> str:
         command = [sys.executable, str(ROOT / "benchmarks/study.py"), "run", "--size", "tiny", *arguments]
