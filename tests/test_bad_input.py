@@ -363,6 +363,15 @@ ERRORS = {
         {"trainer.logger": "CSVLogger"},
         r"a class of --trainer.\* requires save_dir; give it as .init_args.save_dir$",
     ),
+    "a class that lacks two settings": (
+        {"trainer.plugins": "MixedPrecision"},
+        r"a class of --trainer.\* requires precision, device; give it as .init_args.precision$",
+    ),
+    "another way to write checkpoints": (
+        {"trainer.plugins": ["AsyncCheckpointIO"]},
+        r"--trainer.plugins: another CheckpointIO is not supported: it would write without checksums; leave it out$",
+    ),
+    "an empty precision": ({"trainer.precision": ""}, r"^error: --trainer.precision '' must be 32 or 32-true or bf16"),
     "an argument that a class does not take": (
         {"trainer.callbacks": "EarlyStopping", "trainer.callbacks.monitr": "x"},
         r"^error: --trainer.callbacks.monitr: there is no such setting; did you mean --trainer.callbacks.monitor\?$",

@@ -158,7 +158,7 @@ def explain(message: str, known: list[str], given: Iterable[tuple[str, str]] = (
             said = f"{name}.{part[1]} {part[2]} is a setting of a class, but {name} names no class"
             example = ", e.g. --trainer.strategy DDPStrategy for ddp" if name == "--trainer.strategy" else ""
             return f"{said}; give the class name{example}"
-        if (asked := re.search(r"Given value: (\S+)$", rest)) and name == "--trainer.precision":
+        if (asked := re.search(r"Given value: ?(\S*)$", rest)) and name == "--trainer.precision":
             return wrong_precision(asked[1])[0]  # Lightning's list has values that no run supports
         if union := re.search(r"Subtypes: [\[(](.*?)[\])] Errors:.*Given value: (.*)$", rest):
             return f"{name} {union[2]} must be {_type_names(union[1])}{_why_no_class(name, union[2], rest)}"
@@ -172,8 +172,8 @@ def explain(message: str, known: list[str], given: Iterable[tuple[str, str]] = (
     wrong = re.search(r"does not accept option '([^']+)'|unrecognized arguments: --([^\s=]+)", line)
     if wrong:
         return _no_such(wrong[1] or wrong[2], known)
-    if (lacking := re.match(r"the following arguments are required: (\w+)$", line)) and lacking[1] != "subcommand":
-        return f"a class of --trainer.* requires {lacking[1]}; give it as .init_args.{lacking[1]}"
+    if (lacking := re.match(r"the following arguments are required: (\w+)(.*)", line)) and lacking[1] != "subcommand":
+        return f"a class of --trainer.* requires {lacking[1]}{lacking[2]}; give it as .init_args.{lacking[1]}"
     if other := re.match(r"Option '([^']+)' is not accepted", line):
         if prefix := _prefix(other[1], given, line):
             return _no_such(other[1], [name for name in known if name != "help"], prefix)

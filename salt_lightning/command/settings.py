@@ -135,7 +135,7 @@ def wrong_precision(asked: Any) -> list[str]:
     """A precision that no run supports, such as fp16, which needs scaled gradients; None: Lightning's default."""
     if asked is None or str(asked) in _PRECISIONS:
         return []
-    return [f"--trainer.precision {asked} must be {' or '.join(_PRECISIONS)}"]
+    return [f"--trainer.precision {asked or repr(asked)} must be {' or '.join(_PRECISIONS)}"]
 
 
 def wrong_accelerator(trainer: Namespace) -> list[str]:
@@ -195,6 +195,10 @@ def of_lightning(error: Exception, trainer: Namespace, wrong: Iterable[str]) -> 
 
     If that setting is already in `wrong`, its message there: Lightning's may advise values that are refused here.
     """
+    if "values for CheckpointIO" in str(error):
+        return (
+            "--trainer.plugins: another CheckpointIO is not supported: it would write without checksums; leave it out"
+        )
     given = {key: value for key, value in vars(trainer).items() if value is not None}
     text = str(error).replace("Timer(duration=", "Timer(max_time=")
     named = sorted((at.start(), key) for key in given if (at := re.search(rf"\b{key}\b", text)))
