@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM := false
 # Bytecode is compiled and kept when a module is first imported: compiling all of it takes half of the install.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo demo-ds test check style types pytest
+.PHONY: demo demo-ds test check style types pytest gpu-tests
 .DELETE_ON_ERROR:
 
 .venv/installed: pyproject.toml
@@ -54,8 +54,10 @@ types: .venv/installed
 
 # mypy takes a minute on one core, and the tests' processes often wait
 test: style
-	$(MAKE) -j 2 types pytest
+	$(MAKE) -j 2 types gpu-tests pytest
 
 pytest: .venv/installed
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+gpu-tests: types
 	$(BIN)/python -m pytest -q -W default -m gpu $(GPU_TESTS)
