@@ -440,6 +440,26 @@ def test_in_shards_any_optimizer_goes_on_and_a_student_that_is_none_is_refused(d
     assert "the student was made before this fit" in done.stdout
 
 
+def test_what_is_frozen_in_extend_student_stays_as_it_is(data, tmp_path):
+    class Frozen(SALTModule):
+        def extend_student(self, lm):
+            lm.get_submodule("model.model.layers.0").requires_grad_(False)
+
+    before, after = {}, {}
+
+    class Look(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            before.update({name: weight.detach().clone() for name, weight in pl_module.student.named_parameters()})
+
+        def on_train_end(self, trainer, pl_module):
+            after.update(pl_module.student.named_parameters())
+
+    module = Frozen(ModelSpec(config={**SIZES, "num_hidden_layers": 2}), optim=OptimSpec(lr=1e-2), seed=1)
+    trainer(tmp_path, Look()).fit(module, data)
+    kept = {name for name, weight in after.items() if torch.equal(weight, before[name])}
+    assert kept == {name for name in after if name.startswith("model.model.layers.0.")} != set()
+
+
 def own_optimizer(module):
     return torch.optim.SGD(module.parameters(), lr=0.1)
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import StopAt, arguments, scalars, weights
 from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
     BatchSizeFinder,
     Callback,
     EarlyStopping,
@@ -835,7 +836,10 @@ def test_monitors_of_checkpoints_and_names_that_another_may_log():
         check_trainer(trainer)
 
 
-@pytest.mark.parametrize("callback", [GradientAccumulationScheduler({0: 2}), BatchSizeFinder(), LearningRateFinder()])
+@pytest.mark.parametrize(
+    "callback",
+    [GradientAccumulationScheduler({0: 2}), BatchSizeFinder(), LearningRateFinder(), BackboneFinetuning()],
+)
 def test_callbacks_that_set_what_follows_from_elsewhere(callback):
     trainer = pl.Trainer(callbacks=[callback], accelerator="cpu", logger=False)
     with pytest.raises(ConfigError, match=f"--trainer.callbacks {type(callback).__name__} is not supported: "):

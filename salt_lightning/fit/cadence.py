@@ -7,6 +7,7 @@ from weakref import WeakKeyDictionary
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import (
+    BaseFinetuning,
     BatchSizeFinder,
     GradientAccumulationScheduler,
     LearningRateFinder,
@@ -53,6 +54,8 @@ _REFUSED: dict[type[Callback], str] = {
     GradientAccumulationScheduler: "accumulation follows from --data.global_batch_size",
     OnExceptionCheckpoint: "any later run would start from its file; use --checkpoint.every_n_steps to save, and "
     "--ckpt_path last to resume",
+    BaseFinetuning: "it thaws parts at later epochs, and a run has only one; freeze what shall stay as it is with "
+    "requires_grad_(False) in extend_student (docs/extending.md)",
     BatchSizeFinder: "`cli.py check` reports which --data.micro_batch_size fits",
 }
 
@@ -66,7 +69,7 @@ def check_trainer(trainer: Trainer) -> None:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         for kind, why in _REFUSED.items():
             if isinstance(callback, kind):
-                raise ConfigError(f"--trainer.callbacks {kind.__name__} is not supported: {why}")
+                raise ConfigError(f"--trainer.callbacks {type(callback).__name__} is not supported: {why}")
     # a subclass, or a user's own callback, may log other names
     ours = [type(known).__module__.startswith(_KNOWN) for known in (*trainer.callbacks, trainer.lightning_module)]  # type: ignore[attr-defined]
     for callback in trainer.callbacks if all(ours) else ():  # type: ignore[attr-defined]
