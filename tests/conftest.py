@@ -198,8 +198,8 @@ def slurm(monkeypatch, tmp_path):
         folder, told = tmp_path / "slurm-bin", tmp_path / "told"
         folder.mkdir()
         if queue != "missing":
-            refusal = "echo job may not be requeued >&2; exit 1" if queue == "refuses" else ""
-            (folder / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {told}\n{refusal}\n')
+            says = {"refuses": "echo job may not be requeued >&2; exit 1", "warns": "echo an old option >&2"}
+            (folder / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {told}\n{says.get(queue, "")}\n')
             (folder / "scontrol").chmod(0o755)
         job = {"NTASKS": "1", "JOB_NAME": "train", "JOB_ID": "77", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}
         for name, value in {**{f"SLURM_{key}": value for key, value in job.items()}, **variables}.items():

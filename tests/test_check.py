@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import pytest
 import tokenizers
 import torch
-from conftest import arguments
+from conftest import arguments, write_corpus
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -110,6 +110,11 @@ def test_an_evaluation_on_what_the_run_has_trained_on(corpus, settings, tmp_path
     caplog.clear()
     assert cli.main(["validate", *arguments(fewer, again, {"data.val_source": str(corpus)})]) == 0
     assert f"1 of the held-out files are also training text ({corpus})" in caplog.text
+    assert said not in caplog.text
+    caplog.clear()
+    others = {"data.source": str(write_corpus(tmp_path / "other.jsonl", seed=1)), "data.val_fraction": 0.5}
+    assert cli.main(["validate", *arguments(fewer, again, others)]) == 0
+    assert said not in caplog.text
 
 
 def test_sizes_that_were_not_given_are_named(checked):

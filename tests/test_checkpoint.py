@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import ranks
 import torch
-from conftest import ALWAYS, arguments, built, one_line
+from conftest import ALWAYS, StopAt, arguments, built, one_line
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
@@ -383,7 +383,7 @@ def test_sigterm_outside_of_training_stops_at_once(fit_with, tmp_path, capsys):
         signal.signal(signal.SIGINT, handler)
 
 
-@pytest.mark.parametrize("queue", ["there", "refuses", "missing"])
+@pytest.mark.parametrize("queue", ["there", "warns", "refuses", "missing"])
 def test_slurm_s_signal_outside_of_training_queues_the_job_again(fit_with, tmp_path, capsys, caplog, slurm, queue):
     class Requeue(Callback):
         def on_validation_batch_start(self, trainer, *_):
@@ -397,10 +397,27 @@ def test_slurm_s_signal_outside_of_training_queues_the_job_again(fit_with, tmp_p
         signal.signal(signal.SIGINT, handler)
     assert capsys.readouterr().err.strip().splitlines()[-1] == "stopped by SIGUSR1"
     assert asked() == ([] if queue == "missing" else ["requeue 77"])
-    assert ("SLURM job 77: requeued" in caplog.text) == (queue == "there")
-    assert ("requeue it by hand: scontrol requeue 77" in caplog.text) == (queue != "there")
+    done = queue in ("there", "warns")
+    assert ("SLURM job 77: requeued" in caplog.text) == done
+    assert ("requeue it by hand: scontrol requeue 77" in caplog.text) == (not done)
     assert ("job may not be requeued" in caplog.text) == (queue == "refuses")
     assert not list(tmp_path.glob("run/**/*.ckpt"))
+
+
+@pytest.mark.parametrize(
+    ("own", "number", "stops"),
+    [({"requeue_signal": "SIGUSR2"}, signal.SIGUSR2, True), ({"auto_requeue": False}, signal.SIGUSR1, False)],
+)
+def test_slurm_s_signal_is_the_one_that_was_asked_for(fit_with, tmp_path, slurm, own, number, stops):
+    asked, heard = slurm(), []
+    before = signal.signal(number, lambda *_: heard.append(number))
+    plugin = {"class_path": "lightning.pytorch.plugins.environments.SLURMEnvironment", "init_args": own}
+    try:
+        code = fit_with(tmp_path / "run", StopAt(3, number), **{"trainer.plugins": plugin})
+    finally:
+        signal.signal(number, before)
+    assert (code, heard) == ((128 + number, []) if stops else (0, [number]))
+    assert asked() == (["requeue 77"] if stops else [])
 
 
 def test_a_signal_that_comes_while_the_ranks_agree_stops_no_rank_alone():

@@ -994,6 +994,18 @@ def test_the_teacher_that_scored_the_rows_counts(tmp_path, kd_step, scored_step,
     assert "the teacher of ds, runs/teacher/" in " ".join(evaluate(load(paths[:2])).notes)
 
 
+def test_a_scorer_that_had_a_teacher_is_told(tmp_path):
+    runs = tmp_path / "runs"
+    (runs / "score").mkdir(parents=True)
+    named = {"path": "runs/teacher/checkpoints/step-00000300.ckpt", "revision": None}
+    told = {"scoring_flops": 400.0, "scoring_s": 20.0, "teacher": named}
+    (runs / "score/scores.json").write_text(json.dumps(told))
+    own = {"teacher": "runs/first/checkpoints/step-00000100.ckpt", "weight": 0.5, "kd_steps": 60}
+    paths = [write_run(runs / "ds", SALT, **{"data.selection": "runs/score"}),
+             write_run(runs / "teacher", {300: 5.0}, student=4, **own)]  # fmt: skip
+    assert "teacher, the teacher of ds, had a teacher too" in " ".join(evaluate(load(paths)).notes)
+
+
 def test_a_run_that_scored_its_own_rows_needs_no_teacher(tmp_path):
     runs = tmp_path / "runs"
     (runs / "score").mkdir(parents=True)
@@ -1355,6 +1367,13 @@ def test_where_a_branch_reaches_a_loss_is_not_made_up(branch, tmp_path):
     (tmp_path / "branch/config.yaml").write_text("a: [")
     assert math.isnan(compare([level, branch], tmp_path / "out").rows[1].reached_step)  # that folder was not given
     assert "twig has no log before step 200, and the run that it resumed from was not found" in str(found.notes)
+
+
+def test_what_was_lost_before_a_branch_is_lost_to_its_branch(branch, tmp_path):
+    (tmp_path / "trunk").rename(tmp_path / "moved")
+    twig = lineage.read(branch, "twig")
+    assert twig.lost == "trunk/checkpoints/step-00000100.ckpt"
+    assert list(twig.val_ce.steps) == [106, 200, 300]
 
 
 @pytest.mark.parametrize("gone", ["config.yaml", "*tfevents*"])
@@ -1731,6 +1750,14 @@ def test_a_test_of_another_step_or_text_is_told(three):
         "the test CE of salt is from step 200, not from step 300",
         "the test CE of rkd is from other text than that of baseline",
     ]
+
+
+def test_a_test_at_the_end_of_a_run_that_is_not_over_is_of_its_last_step(tmp_path):
+    run = write_run(tmp_path / "run", {100: 5.0, 200: 4.0}, steps=200)
+    count(run, "test", 50, 150, [200])
+    notes = evaluate(load([run])).notes
+    assert any("200 of 300" in note for note in notes), notes
+    assert not any("test CE" in note for note in notes)
 
 
 @pytest.mark.parametrize(

@@ -586,7 +586,17 @@ def test_batches_that_would_train_something_else_are_refused(batch, message, tmp
         trainer(tmp_path, limit_val_batches=0).fit(module, loader, loader)
 
 
-@pytest.mark.parametrize("batch", [BatchEncoding(BATCH), {**BATCH, "step_tokens": torch.tensor([32])}])
+ONE_LABEL = torch.where(IDS == 5, IDS, -100)  # may well repeat its token
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        BatchEncoding(BATCH),
+        {**BATCH, "step_tokens": torch.tensor([32])},
+        {**BATCH, "labels": ONE_LABEL, "step_tokens": torch.tensor(1)},
+    ],
+)
 def test_other_kinds_of_batches_that_say_the_same_are_taken(batch, tmp_path):
     loader = DataLoader([batch] * 6, batch_size=None)
     module = SALTModule(ModelSpec(config={**SIZES, "vocab_size": 64, "max_position_embeddings": 16}))

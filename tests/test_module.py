@@ -27,7 +27,7 @@ from torch._dynamo.utils import counters
 from salt_lightning import KDScheduleCallback, ModelSpec, OptimSpec, SALTDataModule, SALTModule, cli, losses
 from salt_lightning.checkpoint import RunCheckpoint
 from salt_lightning.errors import ConfigError, NonFiniteLossError
-from salt_lightning.fit.cadence import check_trainer, plan_validation, set_cadence
+from salt_lightning.fit.cadence import check_trainer, phase1_steps, plan_validation, set_cadence
 from salt_lightning.fit.watch import NEVER, Watch, problem
 from salt_lightning.models import read_checkpoint
 from salt_lightning.teacher import probe
@@ -834,6 +834,12 @@ def test_monitors_of_checkpoints_and_names_that_another_may_log():
         trainer = pl.Trainer(callbacks=callbacks, accelerator="cpu", logger=False)
         trainer.strategy._lightning_module = module
         check_trainer(trainer)
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(0, 0), (4, 4), (20, 9), (None, 9)])
+def test_phase_1_may_be_empty_or_all_of_a_run(steps, expected):
+    trainer = pl.Trainer(max_steps=9, callbacks=[KDScheduleCallback(0.667, steps)], accelerator="cpu", logger=False)
+    assert phase1_steps(trainer) == expected
 
 
 @pytest.mark.parametrize(

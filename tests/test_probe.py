@@ -174,9 +174,9 @@ def test_the_boundary_is_found_and_every_resume_agrees(fit_with, teacher, tmp_pa
 
 def test_min_and_max_steps_bound_it(fit_with, teacher, tmp_path):
     at_once = {**KD, "model.teacher.path": teacher, "kd.stop_margin": 99.0}
-    assert fit_with(tmp_path / "min", **at_once, **{"kd.min_steps": 5}) == 0
+    assert fit_with(tmp_path / "min", **at_once, **{"kd.min_steps": 6}) == 0
     assert scalars(tmp_path / "min", ("probe/",))["probe/stop_step"] == {6: 6}
-    never = {**at_once, "kd.stop_margin": -99.0}
+    never = {**at_once, "kd.stop_margin": -99.0, "data.micro_batch_size": 4, "trainer.val_check_interval": 6}
     assert fit_with(tmp_path / "max", **never) == 0
     logged = scalars(tmp_path / "max", ("probe/", "train/kd_weight"))
     assert "probe/stop_step" not in logged

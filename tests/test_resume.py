@@ -604,6 +604,7 @@ def test_a_lock_of_a_machine_that_may_be_dead_is_waited_for(tmp_path, where, mon
     """A pod keeps its hostname when its machine dies and it starts anew on another, or beside the old one."""
     fork = multiprocessing.get_context("fork")
     held, until = fork.Event(), fork.Event()
+    (tmp_path / ".lock").write_text("of one that was killed\n" * 9)
     process = fork.Process(target=hold, args=(tmp_path, held, until))
     process.start()
     assert held.wait(30)
@@ -611,6 +612,7 @@ def test_a_lock_of_a_machine_that_may_be_dead_is_waited_for(tmp_path, where, mon
         monkeypatch.setattr("salt_lightning.run.run_lock.socket.gethostname", lambda: "another")
     lines = (tmp_path / ".lock").read_text().split("\n")
     assert lines[1] == f"process {process.pid} on {socket.gethostname()}" or where == "another host"
+    assert len(lines) == 2
     assert lines[0] == run_lock._machine() != ("" if sys.platform == "linux" else None)
     if where == "another boot or container":
         monkeypatch.setattr("salt_lightning.run.run_lock._machine", lambda: "0d5b")
@@ -1097,6 +1099,8 @@ def test_what_held_before_a_change_of_settings_stays_beside_the_run(fit_with, tm
     back = {**on, "ckpt_path": str(run / "checkpoints/step-00000003.ckpt"), "model.optim.lr": 2e-4}
     assert fit_with(run, **back, **{"trainer.max_steps": 6}) == 0
     assert read_run(run, "run").changes == {3: {"model.optim.lr": (3e-3, 2e-4)}}  # later values are dropped
+    assert fit_with(run, **{**back, "model.optim.lr": 1e-4}, **{"trainer.max_steps": 6}) == 0
+    assert read_run(run, "run").changes == {3: {"model.optim.lr": (3e-3, 1e-4)}}
     (run / "config.yaml").write_text("a: [")
     assert fit_with(run, **on, **{"trainer.max_steps": 7}) == 0
     assert list(read_run(run, "run").changes) == [3]

@@ -56,6 +56,7 @@ def test_zero_steps_and_zero_weight_have_no_phase_1():
     assert KDSchedule(0.0)(0) == 0.0
     assert KDSchedule(0.0).kd_steps(9) == 0
     assert KDSchedule(0.667, 4).kd_steps(9) == 4
+    assert KDSchedule(0.667, 0).kd_steps(9) == 0
     assert KDSchedule(0.667, 4).kd_steps(3) == 3
 
 
