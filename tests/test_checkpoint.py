@@ -25,6 +25,7 @@ import salt_lightning
 from salt_lightning import SALTModule, cli
 from salt_lightning.checkpoint import AtomicCheckpointIO, RunCheckpoint, newest
 from salt_lightning.errors import ConfigError
+from salt_lightning.run.run_folder import is_over, saved
 from salt_lightning.storage import damage
 
 
@@ -381,6 +382,13 @@ def test_sigterm_outside_of_training_stops_at_once(fit_with, tmp_path, capsys):
             assert capsys.readouterr().err.strip().splitlines()[-1] == "stopped by SIGTERM"
     finally:
         signal.signal(signal.SIGINT, handler)
+
+
+def test_only_whole_names_are_checkpoints(tmp_path):
+    for name in ("step-00000012.ckpt", "step-00000012.ckpt.aside", ".step-00000013.ckpt", "step-.ckpt", "last.ckpt"):
+        (tmp_path / name).touch()
+    assert saved(tmp_path) == [(12, tmp_path / "step-00000012.ckpt")]
+    assert [is_over(tmp_path / "step-00000012.ckpt", steps) for steps in (11, 12, 13, -1)] == [True, True, False, False]
 
 
 @pytest.mark.parametrize("queue", ["there", "warns", "refuses", "missing"])
