@@ -49,7 +49,7 @@ def one_parser_per_verb():
     build, built = cli.SALTCLI.setup_parser, {}
 
     def setup_parser(command, *args, **kwargs):
-        key = type(command), command.verb, command.trainer_defaults is cli.TRAINER_DEFAULTS, *map(str, args)
+        key = type(command), command.verb, *map(str, args)
         if key not in built:
             before = set(vars(command))
             build(command, *args, **kwargs)

@@ -137,23 +137,21 @@ def test_all_see_what_the_first_process_has_waited_for(launcher, apart, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("own", "nodes", "plugins"),
+    ("own", "nodes", "others"),
     [
-        ({}, 1, None),
-        ({"NODE_RANK": "0"}, 2, "spawn"),  # its first process would find the port taken
-        ({"LOCAL_RANK": "1"}, 2, None),  # started by another, on which it relies
-        ({"NODE_RANK": "2"}, 2, None),  # a line about it comes later
-        ({"RANK": "0", "WORLD_SIZE": "many"}, 2, "KubeflowEnvironment"),
-        ({"RANK": "0", "WORLD_SIZE": "2"}, 1, "LightningEnvironment"),
+        ({}, 1, {}),
+        ({"NODE_RANK": "0"}, 2, {"strategy": "ddp_spawn"}),  # its first process would find the port taken
+        ({"LOCAL_RANK": "1"}, 2, {}),  # started by another, on which it relies
+        ({"NODE_RANK": "2"}, 2, {}),  # a line about it comes later
+        ({"RANK": "0", "WORLD_SIZE": "many"}, 2, {"plugins": Namespace(class_path="a.KubeflowEnvironment")}),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, 1, {"plugins": Namespace(class_path="a.LightningEnvironment")}),
     ],
 )
-def test_who_is_alone_waits_for_nobody(own, nodes, plugins, apart, monkeypatch):
+def test_who_is_alone_waits_for_nobody(own, nodes, others, apart, monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     for name, value in own.items():
         monkeypatch.setenv(name, value)
-    strategy = "ddp_spawn" if plugins == "spawn" else "ddp"
-    named = Namespace(class_path=f"a.{plugins}") if plugins else None
-    peers.tell(Namespace(num_nodes=nodes, plugins=named if strategy == "ddp" else None, strategy=strategy))
+    peers.tell(Namespace(num_nodes=nodes, **{"strategy": "ddp", "plugins": None} | others))
     assert peers._others() is None
     peers.tell(Namespace(num_nodes=1))
 
