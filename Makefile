@@ -52,12 +52,12 @@ style: .venv/installed
 types: .venv/installed
 	$(BIN)/mypy
 
-# mypy takes a minute on one core, and the tests' processes often wait
+# mypy takes a minute on one core, and tests often wait: hence three of their processes for two cores
 test: style
 	$(MAKE) -j 2 types gpu-tests pytest
 
 pytest: .venv/installed
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
 
 gpu-tests: types
 	$(BIN)/python -m pytest -q -W default -m gpu $(GPU_TESTS)
