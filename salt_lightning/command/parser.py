@@ -79,7 +79,7 @@ class Parser(LightningArgumentParser):
             alone = [(name, value) for name, value in self.given if _ALONE.fullmatch(f"--{name}")]
             asked._one_by_one = True  # jsonargparse stops at the first error, so parse the others one by one
             try:
-                others = raised(partial(asked.parse_args, [f"--{name}={value}"]) for name, value in alone)
+                others = raised(partial(asked.parse_args, [f"--{name}={value}"], defaults=False) for name, value in alone)
             finally:
                 asked._one_by_one = False
         sys.stderr.write(f"error: {printable('; '.join(dict.fromkeys([said, *others])))}\n")
