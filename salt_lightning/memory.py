@@ -166,7 +166,8 @@ def peaks(module: SALTModule, step: Step) -> list[Peak]:
             ledger.hold(_bytes(teacher))
             ledger.peak = ledger.now
             with ledger:
-                with torch.autocast("cpu", torch.bfloat16, enabled=step.precision == "bf16-mixed"):
+                mixed = step.precision == "bf16-mixed"  # Lightning keeps no casts for later uses
+                with torch.autocast("cpu", torch.bfloat16, enabled=mixed, cache_enabled=False):
                     loss = sim.training_step(batch, 0)
                 if step.accumulate == 1:
                     ledger.hold(-trained)

@@ -625,16 +625,17 @@ def test_an_error_is_raised_and_nothing_else():
 # ------------------------------------------------------------------------------------ memory
 
 
-def simulated(settings, rows=8, compiled=False, **own):
+def simulated(settings, rows=8, precision="32-true", layers=2, **own):
     """Peak of a small student, estimated for a CPU by the class that check uses."""
     import lightning.pytorch as pl
 
     from salt_lightning import SALTDataModule, SALTModule
 
-    module = SALTModule(ModelSpec(config=dict(settings["model.student.config"])), **own)
+    sizes = settings["model.student.config"] | {"num_hidden_layers": layers}
+    module = SALTModule(ModelSpec(config=sizes), **own)
     values = {key.removeprefix("data."): value for key, value in settings.items() if key.startswith("data.")}
     data = SALTDataModule(**{**values, "global_batch_size": 1024, "micro_batch_size": rows})
-    trainer = pl.Trainer(max_steps=4, accelerator="cpu", logger=False, enable_checkpointing=False)
+    trainer = pl.Trainer(max_steps=4, accelerator="cpu", logger=False, enable_checkpointing=False, precision=precision)
     check.attach(module, data, trainer)
     data.prepare_data()
     student = check.CausalLM(build_fresh(module.student_spec, data, 0), "student")
@@ -650,6 +651,19 @@ def test_memory_grows_with_rows_and_shrinks_with_checkpointing(settings):
     assert one.weights == pytest.approx(size, rel=0.01)  # and the frequencies of rotary embeddings
     assert two.total - one.total == pytest.approx((four.total - two.total) / 2, rel=0.05)
     assert recomputed.peaks(128)[0].total < four.total
+
+
+def test_no_block_keeps_its_weights_in_bf16(settings):
+    """With each recomputed, as many are alive of six blocks as of two: Lightning's autocast keeps no casts."""
+
+    def more(precision):
+        two, six = (
+            simulated(settings, precision=precision, layers=n, activation_checkpointing=True)[0].peaks(1)[0]
+            for n in (2, 6)
+        )
+        return six.total - two.total
+
+    assert more("bf16-mixed") <= more("32-true")
 
 
 def test_the_largest_micro_batch(settings):

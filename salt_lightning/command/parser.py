@@ -76,10 +76,10 @@ class Parser(LightningArgumentParser):
             said = explain(message, known)
             if asked._one_by_one:
                 raise ConfigError(said)
-            alone = [(name, value) for name, value in self.given if _ALONE.fullmatch(f"--{name}")]
+            alone = [f"--{name}={value}" for name, value in self.given if _ALONE.fullmatch(f"--{name}")]
             asked._one_by_one = True  # jsonargparse stops at the first error, so parse the others one by one
             try:
-                others = raised(partial(asked.parse_args, [f"--{name}={value}"], defaults=False) for name, value in alone)
+                others = raised(partial(asked.parse_args, [word], defaults=False) for word in alone)
             finally:
                 asked._one_by_one = False
         sys.stderr.write(f"error: {printable('; '.join(dict.fromkeys([said, *others])))}\n")
