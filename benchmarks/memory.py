@@ -2,17 +2,19 @@
 
     python benchmarks/memory.py --sizes 124m 350m 1.3b       one GPU, under 4 minutes
     python benchmarks/memory.py --cpu                        CPU, some minutes: many settings, small models
+    python benchmarks/memory.py --cpu --sizes ddp fsdp2      only these
     python benchmarks/memory.py --tiny                       any CPU, seconds: shows that it runs
 
-Runs `cli.py fit` with a teacher of about half the student's size, one process per row. The measure is
-torch.cuda.max_memory_allocated on a GPU, and torch's memory profiler on a CPU. Both cover the steps after the first,
-which creates AdamW's state.
+Runs `cli.py fit` with a teacher of about half the student's size, one process per row, or two that train together: then
+the first one's memory is measured. The measure is torch.cuda.max_memory_allocated on a GPU, and torch's memory profiler
+on a CPU. Both cover the steps after the first, which creates AdamW's state.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -66,6 +68,18 @@ CPU: dict[str, dict[str, Any]] = {
     "fp32, wide and deep": {**SMALL, "student": (512, 8), "teacher": (256, 6)},
     "fp32, wide and deep, compiled": {**SMALL, "student": (512, 8), "teacher": (256, 6), "compile": True},
 }
+DEEP: dict[str, Any] = {**SMALL, "student": (512, 8), "teacher": (256, 6), "devices": 2}
+FSDP2: dict[str, Any] = {"trainer.strategy": "salt_lightning.parallel.FSDP2"}
+CPU |= {
+    "ddp": {**DEEP, "settings": {"trainer.strategy": "ddp"}},
+    "ddp, accumulation 2": {**DEEP, "settings": {"trainer.strategy": "ddp"}, "accumulate": 2},
+    "fsdp2": {**DEEP, "settings": FSDP2},
+    "fsdp2, bf16": {**DEEP, "settings": FSDP2, "precision": "bf16-mixed"},
+    "fsdp2, bf16, recomputed": {**DEEP, "settings": FSDP2, "precision": "bf16-mixed", "recompute": True},
+    "fsdp2, accumulation 2": {**DEEP, "settings": FSDP2, "accumulate": 2},
+    "fsdp2, untied": {**DEEP, "settings": FSDP2, "tied": False},
+    "fsdp2, whole teacher": {**DEEP, "settings": {**FSDP2, "trainer.strategy.shard_teacher": "false"}},
+}
 TINY = {"student": (128, 3), "teacher": (64, 2), "vocab": 512, "rows": 8, "block": 128}
 
 
@@ -103,14 +117,15 @@ def measure(row: dict[str, Any], folder: Path) -> dict[str, Any]:
     text = folder / "text.jsonl"
     if not text.exists():
         write_text(text, 6000 if on_gpu else 300)
-    accumulate, family = row.get("accumulate", 1), row.get("family", "llama")
+    accumulate, family, devices = row.get("accumulate", 1), row.get("family", "llama"), row.get("devices", 1)
     common = {
         "data.source": text, "data.cache_dir": folder / "cache", "data.vocab_size": min(row["vocab"], 8192),
         "data.block_size": row["block"], "data.micro_batch_size": row["rows"],
-        "data.global_batch_size": row["rows"] * accumulate, "data.prepare_workers": 0 if on_gpu else 1,
+        "data.global_batch_size": row["rows"] * accumulate * devices, "data.prepare_workers": 0 if on_gpu else 1,
         "trainer.accelerator": "gpu" if on_gpu else "cpu", "trainer.precision": row.get("precision", "32-true"),
         "trainer.limit_val_batches": 0, "trainer.enable_progress_bar": "false", "trainer.log_every_n_steps": 100,
-        "checkpoint.every_n_steps": "null", "model.student.family": family,
+        "checkpoint.every_n_steps": "null", "model.student.family": family, "trainer.devices": devices,
+        **row.get("settings", {}),
     }  # fmt: skip
 
     def config(size: tuple[int, int]) -> str:
@@ -165,17 +180,18 @@ def line(name: str, result: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", nargs="+", choices=ROWS, default=["124m", "350m", "1.3b"])
+    parser.add_argument("--sizes", nargs="+", choices=[*ROWS, *CPU], metavar="ROW", help="only these rows")
     parser.add_argument("--cpu", action="store_true", help="many settings with small models")
     parser.add_argument("--tiny", action="store_true", help="one model of a few thousand weights")
-    parser.add_argument("--one", help="measure the row of this name and print its result")
+    parser.add_argument("--one", nargs=2, help="measure the row of this name in this folder and print its result")
     parser.add_argument("--deadline", type=float, default=540, help="seconds after which the current run is stopped")
     args = parser.parse_args()
     deadline_s = time.monotonic() + args.deadline
-    rows = CPU if args.cpu else {name: ROWS[name] for name in args.sizes}
+    rows = CPU | ROWS
     if args.one:
-        with tempfile.TemporaryDirectory() as folder:
-            print(json.dumps(measure((CPU | ROWS)[args.one], Path(folder))))
+        result = measure(rows[args.one[0]], Path(args.one[1]))
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(json.dumps(result))
         return
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(f"{device}, torch {torch.__version__}; MiB\n")
@@ -185,11 +201,14 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             print(line("tiny", measure(TINY, Path(folder))))
         return
-    for name in rows:  # each in a separate process, so that its memory is free for the next
+    # each in processes of its own, so that its memory is free for the next
+    for name in args.sizes or (CPU if args.cpu else ("124m", "350m", "1.3b")):
         left_s = max(1.0, deadline_s - time.monotonic())
-        command = [sys.executable, __file__, "--one", name]
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={rows[name].get('devices', 1)}"]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=left_s)
+            with tempfile.TemporaryDirectory() as folder:
+                command = [sys.executable, *launch[: 4 * ("devices" in rows[name])], __file__, "--one", name, folder]
+                done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=left_s)
         except subprocess.TimeoutExpired:
             print(f"| {name} | skipped: the deadline has passed |", flush=True)
             continue

@@ -91,6 +91,7 @@ class SALTCLI(LightningCLI):
         require_no_comments(args, self._settings(self._explicit))
         for config in (self.config, self._explicit):
             settings.local_paths(self._settings(config))
+            parallel.name_class(self._settings(config))
         seed = self._settings(self.config).get("seed_everything")
         if type(seed) is not int or not 0 <= seed < 1 << 32:  # True is an int, too
             raise ConfigError(f"--seed_everything {seed} must be a whole number from 0 to {(1 << 32) - 1}")

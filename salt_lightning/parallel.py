@@ -5,6 +5,7 @@ computes the loss: there the head weight is whole, tied or not.
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from jsonargparse import Namespace
+from lightning.pytorch import strategies
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import (
     DDPStrategy,
@@ -157,6 +160,9 @@ class FSDP2(ModelParallelStrategy):
                     for key, tensor in tensors.items():
                         _copy(tensor, saved[name][key])
         return {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
+
+
+StrategyRegistry.register("fsdp2", FSDP2, "FSDP2 over all devices", override=True)  # a name, as fsdp and ddp are
 
 
 SHARDS_MODELS = FSDP2 | FSDPStrategy  # the strategies that shard models, of those that `check` accepts
@@ -333,8 +339,8 @@ def plain_name(name: str) -> str:
 # ---------------------------------------------------------------------- checks
 
 _USE = (
-    "is not supported; use auto, ddp (also ddp_spawn, ddp_fork), fsdp (FSDP1), --config configs/fsdp.yaml (FSDP2 over "
-    "all devices), or --trainer.strategy.class_path with a subclass of these"
+    "is not supported; use auto, ddp (also ddp_spawn, ddp_fork), fsdp2, fsdp (FSDP1), or the class path of a subclass "
+    "of these"
 )
 
 
@@ -342,6 +348,17 @@ def _is_supported(kind: type) -> bool:
     """DeepSpeed's strategy derives from DDP's, but shards, clips and saves in its own way."""
     supported = issubclass(kind, SingleDeviceStrategy | DDPStrategy | SHARDS_MODELS)
     return supported and not issubclass(kind, DeepSpeedStrategy)
+
+
+def name_class(config: Namespace) -> None:
+    """Lets --trainer.strategy be a class's name alone, which jsonargparse takes for text."""
+    asked = config.get("trainer.strategy")
+    if not isinstance(asked, str) or asked.lower() in (*StrategyRegistry, "auto"):
+        return
+    with suppress(ImportError, AttributeError, ValueError):
+        kind = {**vars(strategies), "FSDP2": FSDP2}.get(asked) or resolve_name(asked)
+        if isinstance(kind, type) and issubclass(kind, Strategy):
+            config["trainer.strategy"] = Namespace(class_path=f"{kind.__module__}.{kind.__qualname__}")
 
 
 def require_supported(asked: Any) -> None:

@@ -36,8 +36,8 @@ NARROW = {"hidden_size": 32, "num_attention_heads": 4}
 SHORT = {"model.student.config": {**NARROW, "max_position_embeddings": 8}}
 SMALL = {"model.student.config": {**NARROW, "vocab_size": 99}}
 USE = (
-    r"is not supported; use auto, ddp \(also ddp_spawn, ddp_fork\), fsdp \(FSDP1\), --config configs/fsdp.yaml \(FSDP2 "
-    r"over all devices\), or --trainer.strategy.class_path with a subclass of these"
+    r"is not supported; use auto, ddp \(also ddp_spawn, ddp_fork\), fsdp2, fsdp \(FSDP1\), or the class path of a "
+    r"subclass of these"
 )
 ERRORS = {
     "unknown key": ({"kd.wieght": 0.5}, r"--kd.wieght: there is no such setting; did you mean --kd.weight\?"),
@@ -128,7 +128,7 @@ ERRORS = {
     "a setting of a strategy that is no class": (
         {"trainer.strategy": "ddp", "trainer.strategy.process_group_backend": "nccl"},
         r"^error: --trainer.strategy.process_group_backend nccl is a setting of a class, but --trainer.strategy names "
-        r"no class; give the class name, e.g. --trainer.strategy DDPStrategy for ddp$",
+        r"no class; give the class name, e.g. FSDP2 for fsdp2, DDPStrategy for ddp$",
     ),
     "NCCL on a CPU": (
         {
@@ -139,7 +139,8 @@ ERRORS = {
         r"^error: --trainer.strategy.process_group_backend nccl is for GPUs; leave it out, or use gloo$",
     ),
     "a strategy that is none": ({"trainer.strategy": "foo"}, rf"^error: --trainer.strategy foo {USE}$"),
-    "a strategy by another name": ({"trainer.strategy": "fsdp2"}, rf"^error: --trainer.strategy fsdp2 {USE}$"),
+    "a strategy by another name": ({"trainer.strategy": "fsdp_2"}, rf"^error: --trainer.strategy fsdp_2 {USE}$"),
+    "no strategy, but a function": ({"trainer.strategy": "os.path.join"}, rf"^error: --trainer.strategy os.* {USE}$"),
     "a strategy that Lightning would have installed": (
         {"trainer.strategy": "deepspeed_stage_2", "data.block_size": 0},
         rf"^error: --trainer.strategy deepspeed_stage_2 {USE}; --data.block_size: 0 must be",

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import ranks
 import torch
-from conftest import alive, arguments, scalars
+from conftest import alive, arguments, built, scalars
 from lightning.fabric.plugins.environments import KubeflowEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
@@ -665,6 +665,18 @@ def test_names_of_strategies_that_work_are_let_through(monkeypatch):
     assert len(names) > 10
     for name in ("auto", "AUTO", "DDP", "single_device", *names):  # Lightning ignores case
         parallel.require_supported(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *(("fsdp2", parallel.FSDP2), ("FSDP2", parallel.FSDP2), ("salt_lightning.parallel.FSDP2", parallel.FSDP2)),
+        *(("DDPStrategy", DDPStrategy), (f"{__name__}.OwnDDP", OwnDDP)),
+    ],
+)
+def test_a_strategy_by_its_name_alone(name, kind):
+    words = ("--data.source", "x", "--trainer.strategy", name, "--trainer.accelerator", "cpu")
+    assert type(built(*words).trainer.strategy) is kind
 
 
 def test_processes_of_srun_that_would_each_train_alone_are_refused(settings, tmp_path, capsys, monkeypatch):

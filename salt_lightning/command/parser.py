@@ -101,7 +101,7 @@ _WORDS = {
     "config": "YAML file of settings. Later files win over earlier ones, and command-line options win over all files.",
     "seed_everything": "Seed of initial weights, dropout and data order, unless --model.seed or --data.seed is given.",
     "ckpt_path": "A checkpoint (.ckpt), or last: the newest undamaged checkpoint in the run's folder.",
-    "trainer.strategy": "auto, ddp or fsdp (FSDP1); for FSDP2 use --config configs/fsdp.yaml.",
+    "trainer.strategy": "auto, ddp, fsdp2, fsdp (FSDP1), or a class.",
     "trainer.logger": "Trackers in addition to TensorBoard in the run's folder, which compare reads. false: no log.",
     "trainer.gradient_clip_algorithm": "norm; clipping by value is not supported.",
     "trainer.gradient_clip_val": "Largest gradient norm of an optimizer step; null: no clipping.",
@@ -156,7 +156,7 @@ def explain(message: str, known: list[str], given: Iterable[tuple[str, str]] = (
         name, rest = f"--{_prefix(found[1], given, line)}{found[1]}{found[2]}", found[3]
         if part := re.search(r"NestedArg\(key='([^']+)', val='?(.*?)'?\)", rest):
             said = f"{name}.{part[1]} {part[2]} is a setting of a class, but {name} names no class"
-            example = ", e.g. --trainer.strategy DDPStrategy for ddp" if name == "--trainer.strategy" else ""
+            example = ", e.g. FSDP2 for fsdp2, DDPStrategy for ddp" if name == "--trainer.strategy" else ""
             return f"{said}; give the class name{example}"
         if (asked := re.search(r"Given value: ?(\S*)$", rest)) and name == "--trainer.precision":
             return wrong_precision(asked[1])[0]  # Lightning's list has values that no run supports
