@@ -24,13 +24,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from head_loss import allocated
 
 from benchmarks.step import PAIRS, run_fit, sizes, write_text
-from salt_lightning import memory
+from salt_lightning import memory, parallel
 from salt_lightning.hugging_face.spec import fresh_config
 from salt_lightning.models import CausalLM, load_pretrained
 
@@ -87,11 +88,13 @@ class Measured(pl.Callback):
     """Finds the peak of the optimizer steps in bytes, with and without the teacher."""
 
     def __init__(self) -> None:
-        self.steps: list[tuple[bool, int, int]] = []  # with the teacher or not; start and end in ns
+        self.steps: list[
+            tuple[bool, int, int, int]
+        ] = []  # with the teacher or not; start and end in ns; bytes at start
         self.peaks: dict[bool, int] = {}
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
-        self._taught, self._since = pl_module.teacher is not None, time.time_ns()
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self._taught, self._since, self._held = pl_module.teacher is not None, time.time_ns(), held(pl_module, batch)
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
 
@@ -102,14 +105,32 @@ class Measured(pl.Callback):
             now = torch.cuda.max_memory_allocated()
             self.peaks[self._taught] = max(now, self.peaks.get(self._taught, 0))
         else:
-            self.steps.append((self._taught, self._since, time.time_ns()))
+            self.steps.append((self._taught, self._since, time.time_ns(), self._held))
 
-    def read(self, profile: Any) -> None:
-        """Finds the peaks in the allocations that a CPU profile recorded."""
-        for at_ns, held in allocated(profile):
-            for taught, since, until in self.steps:
+    def read(self, profile: Any, sharded: bool) -> None:
+        """Finds the peaks in the allocations that a CPU profile recorded.
+
+        `sharded`: a profile does not see what gloo's threads free, so it drifts from step to step; what was held at a
+        step's start is counted instead, and a peak is too high by what they have freed since.
+        """
+        drifts = dict.fromkeys(range(len(self.steps)), 0)
+        for at_ns, now in allocated(profile):
+            for number, (taught, since, until, at_start) in enumerate(self.steps):
+                if at_ns <= since and sharded:
+                    drifts[number] = now - at_start
                 if since <= at_ns <= until:
-                    self.peaks[taught] = max(held, self.peaks.get(taught, 0))
+                    self.peaks[taught] = max(now - drifts[number], self.peaks.get(taught, 0))
+
+
+def held(module: Any, batch: dict[str, torch.Tensor]) -> int:
+    """Bytes of the tensors that exist between two steps, on this device."""
+    tensors: list[torch.Tensor] = [*batch.values()]
+    for model in filter(None, (module.student, module.teacher)):
+        tensors += [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    for state in module.optimizers().optimizer.state.values():
+        tensors += state.values()
+    local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in local}.values())
 
 
 def measure(row: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -152,7 +173,7 @@ def measure(row: dict[str, Any], folder: Path) -> dict[str, Any]:
     else:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             module = run_fit(common | own, [measured])
-        measured.read(profile)
+        measured.read(profile, isinstance(module.trainer.strategy, parallel.FSDP2))
     start_s = time.process_time()
     estimates = estimate(module, row["rows"], "cuda" if on_gpu else "cpu")
     return {
