@@ -253,6 +253,8 @@ class KDScheduleCallback(pl.Callback):
         if self.schedule.is_taught(trainer.global_step):
             pl_module.load_teacher()
             self._check_teacher(trainer, pl_module)
+            if self.schedule.steps is None and self.stop_margin is None:
+                rank_zero_info("the teacher stays to the last step (RKD), because --kd.steps is null")
 
     def _check_teacher(self, trainer: pl.Trainer, module: Any) -> None:
         """Refuses a teacher that knows nothing of this text, after one forward of a micro-batch. Collective."""

@@ -756,12 +756,15 @@ def test_every_micro_batch_has_random_numbers_of_its_own(train):
     assert len(set(seeds)) == 2 * 3 * 2
 
 
-def test_the_log_says_that_the_teacher_left_and_once_what_it_brought(fit_with, teacher, tmp_path, caplog):
+def test_the_log_says_that_the_teacher_left_and_what_it_brought_or_that_it_stays(fit_with, teacher, tmp_path, caplog):
     own = {"kd.weight": 0.5, "kd.steps": 6, "model.teacher.path": teacher}
     assert fit_with(tmp_path / "run", **own) == 0
     said = [record.getMessage() for record in caplog.records]
     assert len([line for line in said if line.startswith("step 6: the teacher was unloaded, ")]) == 1
     assert len([line for line in said if "tokens/s without the teacher" in line]) == 1
+    assert "stays to the last step" not in caplog.text
+    assert fit_with(tmp_path / "rkd", **{**own, "kd.steps": None}) == 0
+    assert caplog.text.count("the teacher stays to the last step (RKD), because --kd.steps is null") == 1
 
 
 def test_the_time_of_a_run_leaves_validation_out_and_goes_on_after_a_resume(fit_with, tmp_path):
