@@ -333,7 +333,7 @@ class Check:
 def attach(module: SALTModule, data: SALTDataModule, trainer: pl.Trainer) -> None:
     """Connects the three as in a fit; starts no process and touches no device."""
     trainer.state.fn = TrainerFn.FITTING
-    trainer.strategy._lightning_module = module
+    trainer.strategy.connect(module)
     module.trainer = data.trainer = trainer
     trainer._data_connector.attach_datamodule(module, data)
 

@@ -129,7 +129,8 @@ class SALTCLI(LightningCLI):
         peers.tell(self._settings(self.config).get("trainer"))
         run = self._settings(self.config).run if self.config.get("subcommand") in ("fit", "predict") else None
         if run and not self.holds and peers.seems_first():
-            self.holds = _HELD.enter_context(run_lock.held(Path(run)))
+            _HELD.enter_context(run_lock.held(Path(run)))
+            self.holds = True
 
     def before_instantiate_classes(self) -> None:
         config = self._settings(self.config)
@@ -242,9 +243,8 @@ class SALTCLI(LightningCLI):
         kwargs["plugins"] = [*self._instances("plugins"), AtomicCheckpointIO()]
         own: list[pl.Callback] = [_WRITERS[self.subcommand]()] if self.subcommand in _WRITERS else []
         others = self._instances("callbacks")
-        if given.get("enable_progress_bar") is not False and not any(
-            isinstance(c, pl.callbacks.ProgressBar) for c in others
-        ):
+        has_bar = any(isinstance(callback, pl.callbacks.ProgressBar) for callback in others)
+        if given.get("enable_progress_bar") is not False and not has_bar:
             own.append(ProgressBar())
         kwargs["callbacks"] = [*others, *own]
         try:

@@ -7,7 +7,6 @@ apart from that, what a fused kernel makes and uses itself counts as no memory.
 Not included is what only the device knows: its context, the workspaces of its libraries, gaps between blocks.
 """
 
-import math
 import operator
 import weakref
 from bisect import bisect_right
@@ -24,14 +23,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode, _pop_mode_temporarily
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM
 
 from salt_lightning import parallel
+from salt_lightning.fit.cadence import divisors
 from salt_lightning.fit.meter import SUMS
 from salt_lightning.head.chunked_head import CPU_BLOCK_ELEMENTS, GradBuffers, Plan, Side, padded_width, rows_and_dtypes
 from salt_lightning.head.row_pass import NUM_SUMS
 from salt_lightning.hugging_face import attention, experts
-from salt_lightning.hugging_face.attention import PACKED, Apart
+from salt_lightning.hugging_face.attention import PACKED
 from salt_lightning.losses import SaltLoss
 from salt_lightning.models import CausalLM
 from salt_lightning.module import SALTModule
@@ -39,46 +39,6 @@ from salt_lightning.preflight import size_said
 
 _ROUNDING = 512  # CUDA's allocator rounds sizes up to this
 _ROW_PASS_BUFFERS = {False: 6, True: 8}  # blocks alive at once in a CPU's row pass: without and with a teacher
-
-
-@dataclass(frozen=True)
-class Model:
-    """The properties of a model that decide its memory.
-
-    Args:
-        config: its transformers config.
-        dtype: of its parameters.
-        apart: how documents are kept apart on the device.
-    """
-
-    config: PreTrainedConfig
-    dtype: torch.dtype
-    apart: Apart = "positions"
-
-
-@dataclass(frozen=True)
-class Step:
-    """What decides the memory of a device's training step, besides the settings of the module.
-
-    Args:
-        student: to be trained.
-        teacher: None in phase 2.
-        rows: of a micro-batch.
-        block_size: tokens of a row.
-        precision: Lightning's.
-        accumulate: micro-batches per optimizer step.
-        device: cuda or cpu.
-        compiled: whether torch.compile is used.
-    """
-
-    student: Model
-    teacher: Model | None
-    rows: int
-    block_size: int
-    precision: str
-    accumulate: int
-    device: str
-    compiled: bool
 
 
 @dataclass(frozen=True)
@@ -139,48 +99,6 @@ class Ledger(TorchDispatchMode):
         return made
 
 
-def peaks(module: SALTModule, step: Step) -> list[Peak]:
-    """The peaks of an optimizer step with `module`'s settings: with the teacher and without, or only without.
-
-    On one device that holds both models. Of any step after the first, in Lightning's order: the gradients of the
-    previous step live until the first forward is done.
-    """
-    found = []
-    # activation checkpointing passes on a real RNG state
-    with FakeTensorMode(allow_non_fake_inputs=True), experts.on_fake_tensors(), attention.on_fake_tensors():
-        ledger = Ledger()
-        sim = _simulated(module, step, ledger)
-        student = [*sim.student.parameters(), *sim.student.buffers()]
-        trained = _bytes([p for p in sim.student.parameters() if p.requires_grad])
-        batch: dict[str, Tensor] = {
-            name: torch.empty(step.rows, step.block_size, dtype=torch.int64)
-            for name in ("input_ids", "labels", "positions", "rows")
-        }
-        batch["step_tokens"] = torch.empty((), dtype=torch.int64)
-        batch["cu_seqlens"] = torch.empty(step.rows + 1, dtype=torch.int32)
-        teacher = [] if sim.teacher is None else [*sim.teacher.parameters(), *sim.teacher.buffers()]
-        ledger.overlook([*student, *teacher])
-        ledger.hold(_bytes(student) + 3 * trained)  # gradients, and AdamW's two states
-        ledger.count(batch)
-        while True:
-            ledger.hold(_bytes(teacher))
-            ledger.peak = ledger.now
-            with ledger:
-                mixed = step.precision == "bf16-mixed"  # Lightning keeps no casts for later uses
-                with torch.autocast("cpu", torch.bfloat16, enabled=mixed, cache_enabled=False):
-                    loss = sim.training_step(batch, 0)
-                if step.accumulate == 1:
-                    ledger.hold(-trained)
-                _backward(sim, step, loss)
-            if step.accumulate == 1:
-                ledger.hold(trained)
-            found.append(Peak(ledger.peak, _bytes(student), 2 * trained, _bytes(teacher)))
-            if sim.teacher is None:
-                return found
-            ledger.hold(-_bytes(teacher))
-            sim.__dict__["teacher"], teacher = None, []
-
-
 class Fit:
     """The memory that a fit of `module` takes on each of its devices.
 
@@ -194,10 +112,8 @@ class Fit:
     def __init__(self, module: SALTModule, student: CausalLM, teacher: CausalLM | None, device: str) -> None:
         self.module, self.trainer = module, module.trainer
         self.data: Any = module.trainer.datamodule  # type: ignore[attr-defined]
-        self.student_lm, self.teacher_lm = student, teacher
-        self.student, self.teacher = _model(student), None if teacher is None else _model(teacher)
-        self.device = device
-        strategy = self.trainer.strategy
+        self.student, self.teacher, self.device = student, teacher, device
+        self.precision, strategy = str(self.trainer.precision), self.trainer.strategy
         self.sharded = isinstance(strategy, parallel.SHARDS_MODELS)
         self.shards = self.trainer.world_size // getattr(strategy, "replicas", 1) if self.sharded else 1
         self._found: dict[tuple[int, bool], list[Peak]] = {}
@@ -206,21 +122,7 @@ class Fit:
         """The peaks with the teacher and without, or only without, for micro-batches of `rows` rows."""
         compiled = self.module.hparams["compile"] if compiled is None else compiled
         if (rows, compiled) not in self._found:
-            accumulate = max(1, self.data.global_batch_size // (rows * self.trainer.world_size))
-            student = self.student
-            if self.sharded and str(self.trainer.precision) == "bf16-mixed":  # gathered in bf16, without casts
-                student = replace(student, dtype=torch.bfloat16)
-            step = Step(
-                student,
-                self.teacher,
-                rows,
-                self.data.block_size,
-                str(self.trainer.precision),
-                accumulate,
-                self.device,
-                compiled,
-            )
-            self._found[rows, compiled] = [self._share(peak) for peak in peaks(self.module, step)]
+            self._found[rows, compiled] = [self._share(peak) for peak in _peaks(self, rows, compiled)]
         return self._found[rows, compiled]
 
     def largest(self, usable: int, prove: bool = True) -> int | None:
@@ -228,9 +130,7 @@ class Fit:
 
         `prove`: by runs without torch.compile and one with it; otherwise scaled from the rows of the settings.
         """
-        per_step = self.data.global_batch_size // self.trainer.world_size
-        halves = [n for n in range(1, math.isqrt(per_step) + 1) if per_step % n == 0]
-        sizes = sorted({*halves, *(per_step // n for n in halves)})
+        sizes = divisors(self.data.global_batch_size // self.trainer.world_size)
         fitting = bisect_right(sizes, usable, key=lambda n: self._about(n, prove))
         if prove and fitting and max(p.total for p in self.peaks(sizes[fitting - 1])) > usable:
             fitting -= 1
@@ -253,17 +153,59 @@ class Fit:
             return replace(peak, total=peak.total + peak.optimizer // 2)  # DDP's buckets hold a copy of the gradients
         if not self.sharded:
             return peak
-        size, root, block = _groups(self.student_lm)
-        stored, used = self.student.dtype.itemsize, peak.optimizer // (2 * size)  # bytes of a parameter
+        size, root, block = _groups(self.student)
+        stored, used = _dtype(self.student).itemsize, peak.optimizer // (2 * size)  # bytes of a parameter
         # the root, two blocks, and one block's gradients before they are reduced
         whole = root * used + block * (3 * used + 4)
         teacher = peak.teacher
-        if teacher and self.teacher_lm is not None and getattr(self.trainer.strategy, "shard_teacher", False):
-            numel, root, block = _groups(self.teacher_lm)
+        if teacher and self.teacher is not None and getattr(self.trainer.strategy, "shard_teacher", False):
+            numel, root, block = _groups(self.teacher)
             teacher = teacher * ((numel - root) // self.shards + root + 2 * block) // numel
         weights = size * stored // self.shards
         held = peak.weights + 3 * peak.optimizer // 2 + peak.teacher  # on one device that holds all
         return Peak(peak.total - held + 4 * weights + whole + teacher, weights, 2 * weights, teacher)
+
+
+def _peaks(fit: Fit, rows: int, compiled: bool) -> list[Peak]:
+    """The peaks of an optimizer step: with the teacher and without, or only without.
+
+    On one device that holds both models. Of any step after the first, in Lightning's order: the gradients of the
+    previous step live until the first forward is done.
+    """
+    found, accumulates = [], fit.data.global_batch_size // (rows * fit.trainer.world_size) > 1
+    # activation checkpointing passes on a real RNG state
+    with FakeTensorMode(allow_non_fake_inputs=True), experts.on_fake_tensors(), attention.on_fake_tensors():
+        ledger = Ledger()
+        sim = _simulated(fit, compiled, ledger)
+        student = [*sim.student.parameters(), *sim.student.buffers()]
+        trained = _bytes([p for p in sim.student.parameters() if p.requires_grad])
+        batch: dict[str, Tensor] = {
+            name: torch.empty(rows, fit.data.block_size, dtype=torch.int64)
+            for name in ("input_ids", "labels", "positions", "rows")
+        }
+        batch["step_tokens"] = torch.empty((), dtype=torch.int64)
+        batch["cu_seqlens"] = torch.empty(rows + 1, dtype=torch.int32)
+        teacher = [] if sim.teacher is None else [*sim.teacher.parameters(), *sim.teacher.buffers()]
+        ledger.overlook([*student, *teacher])
+        ledger.hold(_bytes(student) + 3 * trained)  # gradients, and AdamW's two states
+        ledger.count(batch)
+        while True:
+            ledger.hold(_bytes(teacher))
+            ledger.peak = ledger.now
+            with ledger:
+                mixed = fit.precision == "bf16-mixed"  # Lightning keeps no casts for later uses
+                with torch.autocast("cpu", torch.bfloat16, enabled=mixed, cache_enabled=False):
+                    loss = sim.training_step(batch, 0)
+                if not accumulates:
+                    ledger.hold(-trained)
+                _backward(sim, accumulates, loss)
+            if not accumulates:
+                ledger.hold(trained)
+            found.append(Peak(ledger.peak, _bytes(student), 2 * trained, _bytes(teacher)))
+            if sim.teacher is None:
+                return found
+            ledger.hold(-_bytes(teacher))
+            sim.__dict__["teacher"], teacher = None, []
 
 
 def _groups(lm: CausalLM) -> tuple[int, int, int]:
@@ -273,53 +215,55 @@ def _groups(lm: CausalLM) -> tuple[int, int, int]:
     return size, size - sum(blocks), max(blocks)
 
 
-def _model(lm: CausalLM) -> Model:
-    return Model(lm.model.config, next(lm.parameters()).dtype, lm.apart)
+def _dtype(lm: CausalLM) -> torch.dtype:
+    return next(lm.parameters()).dtype
 
 
 def _bytes(tensors: list[Tensor]) -> int:
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def _simulated(module: SALTModule, step: Step, ledger: Ledger) -> SALTModule:
+def _simulated(fit: Fit, compiled: bool, ledger: Ledger) -> SALTModule:
     """The module with models of fake tensors, and a head loss that allocates memory and computes nothing."""
-    sim = SALTModule(**module.hparams)
-    sim.trainer = module.trainer
-    sim.student = _build(step.student, "student").train()
+    sim = SALTModule(**fit.module.hparams)
+    sim.trainer = fit.trainer
+    in_bf16 = fit.sharded and fit.precision == "bf16-mixed"  # gathered in bf16, without casts
+    sim.student = _build(fit.student, torch.bfloat16 if in_bf16 else _dtype(fit.student)).train()
     if sim.hparams["activation_checkpointing"]:
         parallel.recompute_activations(sim.student)
-    if step.teacher is not None:
-        sim.__dict__["teacher"] = _build(step.teacher, "teacher").eval().requires_grad_(False)
-    if step.compiled:
+    if fit.teacher is not None:
+        sim.__dict__["teacher"] = _build(fit.teacher, _dtype(fit.teacher)).eval().requires_grad_(False)
+    if compiled:
         torch._dynamo.reset()  # dynamo stops compiling after a few shapes of the same code
         for lm in (sim.student, sim.teacher):
             if lm is not None:
-                _compile(lm, ledger, isinstance(module.trainer.strategy, parallel.SHARDS_MODELS))
+                _compile(lm, ledger, fit.sharded)
     sim._sums = torch.zeros(len(SUMS))
-    sim._loss = partial(_head_loss, sim, step)
+    sim._loss = partial(_head_loss, sim, fit)
     return sim
 
 
-def _build(model: Model, name: str) -> CausalLM:
-    implementation = PACKED if model.apart == "packed" else model.config._attn_implementation
+def _build(like: CausalLM, dtype: torch.dtype) -> CausalLM:
+    config = like.model.config
+    implementation = PACKED if like.apart == "packed" else config._attn_implementation
     known = ("eager", "sdpa", PACKED)
     lm = CausalLM(
         AutoModelForCausalLM.from_config(
-            model.config,
-            dtype=model.dtype,
+            config,
+            dtype=dtype,
             attn_implementation=implementation if implementation in known else "sdpa",
         ),
-        name,
+        like.name,
     )
-    lm.apart = model.apart
+    lm.apart = like.apart
     if implementation not in known:  # kernels that a CPU lacks keep what sdpa keeps, without a T x T mask
         lm.apart, lm.__dict__["_mask"] = "mask", lambda _: torch.ones((1, 1, 1, 1), dtype=torch.bool)
     return lm
 
 
-def _backward(sim: SALTModule, step: Step, loss: Tensor) -> None:
+def _backward(sim: SALTModule, accumulates: bool, loss: Tensor) -> None:
     hooks = []
-    if step.accumulate > 1:  # added to the existing gradient, then freed
+    if accumulates:  # added to the existing gradient, then freed
         trained = (p for p in sim.student.parameters() if p.requires_grad)
         hooks = [p.register_post_accumulate_grad_hook(_drop) for p in trained]
     loss.backward()
@@ -337,9 +281,9 @@ def _drop(parameter: Tensor) -> None:
 # ------------------------------------------------------------------- the head loss
 
 
-def _head_loss(sim: SALTModule, step: Step, hidden_ND: Tensor, head_VD: Tensor, *rest: Any, **_: Any) -> SaltLoss:
+def _head_loss(sim: SALTModule, fit: Fit, hidden_ND: Tensor, head_VD: Tensor, *rest: Any, **_: Any) -> SaltLoss:
     """Replaces losses.salt_loss. `rest`: labels; with a teacher also its hidden states, its head and the KD weight."""
-    loss = _HeadLoss.apply(hidden_ND, head_VD.detach(), rest[1:3], sim, step)
+    loss = _HeadLoss.apply(hidden_ND, head_VD.detach(), rest[1:3], sim, fit)
     return SaltLoss(loss, *(torch.zeros(()) for _ in range(NUM_SUMS + 1)))
 
 
@@ -352,17 +296,17 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, head_VD: Tensor, teacher: tuple[Tensor, ...], sim: SALTModule, step: Step
+        ctx: Any, hidden_ND: Tensor, head_VD: Tensor, teacher: tuple[Tensor, ...], sim: SALTModule, fit: Fit
     ) -> Tensor:
-        compute = [_compute_dtype(step, hidden.dtype) for hidden in (hidden_ND, *teacher[:1])]
+        compute = [_compute_dtype(fit, hidden.dtype) for hidden in (hidden_ND, *teacher[:1])]
         num_rows, vocab = len(hidden_ND), len(head_VD)
         plan = Plan(sim.hparams["accuracy"], sim.hparams["logits_budget_gib"], None, compute[0], True)
         rows, dtypes = rows_and_dtypes(num_rows, vocab, compute, plan)
-        width = padded_width(vocab, step.device)
+        width = padded_width(vocab, fit.device)
         held = [t.to(compute[0]) for t in (hidden_ND, head_VD)] + [t.to(compute[1]) for t in teacher]
         held += [torch.empty(rows.chunk, width, dtype=compute[0]), torch.empty(NUM_SUMS, num_rows)]
         held += [torch.empty(rows.strip, width, dtype=dtype) for dtype in dtypes]
-        if step.device == "cpu":
+        if fit.device == "cpu":
             held += [torch.empty(_ROW_PASS_BUFFERS[bool(teacher)], min(CPU_BLOCK_ELEMENTS, rows.strip * vocab))]
         ctx.sim, ctx.dtype, student = sim, hidden_ND.dtype, Side(held[0], held[1], None)
         needs, one_chunk = (True, True, False), rows.chunk >= num_rows
@@ -378,10 +322,10 @@ class _HeadLoss(torch.autograd.Function):
         return hidden_ND, None, None, None, None
 
 
-def _compute_dtype(step: Step, dtype: torch.dtype) -> torch.dtype:
-    if step.device == "cpu":
+def _compute_dtype(fit: Fit, dtype: torch.dtype) -> torch.dtype:
+    if fit.device == "cpu":
         return torch.float32
-    return torch.bfloat16 if step.precision == "bf16-mixed" else dtype
+    return torch.bfloat16 if fit.precision == "bf16-mixed" else dtype
 
 
 # ------------------------------------------------------------------ compiled models

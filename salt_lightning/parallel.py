@@ -414,7 +414,7 @@ def check(trainer: pl.Trainer, ckpt_path: str | None = None) -> None:
             f"--ckpt_path {ckpt_path} is a folder of shards, which {name} (FSDP1) cannot read; resume from it with "
             "--config configs/fsdp.yaml, ddp, or one device"
         )
-    asked, on_gpu = getattr(strategy, "_process_group_backend", None), strategy.root_device.type == "cuda"
+    asked, on_gpu = getattr(strategy, "process_group_backend", None), strategy.root_device.type == "cuda"
     if asked == "nccl" and not on_gpu:
         raise ConfigError(f"--trainer.strategy.process_group_backend {asked} is for GPUs; leave it out, or use gloo")
     if world > 1 and on_gpu and not dist.is_nccl_available():

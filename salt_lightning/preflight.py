@@ -1,6 +1,6 @@
 """Checks before the first step: findings, and the rules that `check` and `fit` share.
 
-Pure functions of numbers; module, data and checkpoints refuse a run if one gives an error.
+Functions of numbers, and of free space in `disk`; module, data and checkpoints refuse a run if one gives an error.
 """
 
 import shutil

@@ -3,7 +3,7 @@
     S(x) = median_i  1{rank_i < k} * nll_i          challenging (large) yet learnable (not zero), k = 10
 
 A row x has block_size tokens; only positions with a label count. If more than half of them are outside the top k,
-S is 0. Pure functions of arrays, except `row_scores`, which reads shards and saves the result.
+S is 0. Pure functions of arrays, except those that read scores: `row_scores`, which also saves S, and what uses it.
 Shapes: R rows, T tokens a row.
 """
 

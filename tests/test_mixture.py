@@ -158,7 +158,6 @@ def test_a_source_that_phase_1_does_not_come_to_needs_no_kept_row():
 # three stretches of steps: first step, rows per step, weights
 HISTORY = ((0, 10, WEIGHTS), (7, 40, (0.1, 0.8, 0.1)), (12, 25, WEIGHTS), (13, 25, WEIGHTS))
 NAMES = ("source 0", "source 1", "source 2")
-NO_DATA = {"data": {"--data.global_batch_size": 0}}
 
 
 def parts(history=HISTORY) -> list[tuple[Stretches, Shares]]:
@@ -166,7 +165,7 @@ def parts(history=HISTORY) -> list[tuple[Stretches, Shares]]:
     found, stretches = [], ()
     for step, rows, weights in history:
         begun = one_stretch(rows, Shares(NAMES, weights, STARTS))
-        stretches = go_on({"global_step": step, "stretches": [asdict(part) for part in stretches], **NO_DATA}, begun)
+        stretches = go_on({"global_step": step, "stretches": [asdict(part) for part in stretches]}, begun)
         found.append((stretches, with_past(Shares(NAMES, weights, STARTS), stretches)))
     return found
 
@@ -244,12 +243,9 @@ def test_stretches_that_no_run_has(stretches):
         go_on({"global_step": 9, "stretches": stretches}, begun)
 
 
-def test_a_checkpoint_from_before_they_were_kept_is_of_one_stretch():
-    begun, data = one_stretch(8, None), {"--data.global_batch_size": 4}
-    assert go_on({"global_step": 9, "data": data}, begun) == (Stretch(0, 4, None), Stretch(9, 8, None))
-    assert go_on({"global_step": 9, "data": {"--data.global_batch_size": 8}}, begun) == begun
-    assert go_on({"global_step": 0, "data": data}, begun) == begun
-    assert go_on({"global_step": 9, "stretches": [], **NO_DATA}, begun) == begun  # with a user's own loader
+def test_a_checkpoint_of_a_user_s_own_loader_is_of_one_stretch():
+    begun = one_stretch(8, None)
+    assert go_on({"global_step": 9, "stretches": []}, begun) == begun
 
 
 def test_the_fingerprint_tells_other_shares_and_other_kept_rows():

@@ -24,11 +24,11 @@ from torch.utils.data import DataLoader, Dataset
 from salt_lightning.batches.mixture import Mixture
 from salt_lightning.batches.order import Order
 from salt_lightning.errors import ConfigError
+from salt_lightning.head.row_pass import IGNORE
 from salt_lightning.text.processes import end_with_parent, starting
 from salt_lightning.text.token_files import TokenFiles
 
 Batch = dict[str, np.ndarray]  # int64
-IGNORE = -100  # as in row_pass.py: data imports no training code
 NO_ROW = -1  # fills up the last evaluation batch: a row without labels
 _COUNTED_TOKENS = 1 << 24
 

@@ -58,8 +58,8 @@ def go_on(checkpoint: Mapping[str, Any], begun: Stretches) -> Stretches:
 
 
 def _of_checkpoint(checkpoint: Mapping[str, Any], now: Stretch) -> Stretches:
-    if not checkpoint.get("stretches"):  # an older checkpoint, or the user's own loader: one stretch for all steps
-        return (replace(now, step=0, rows=checkpoint["data"]["--data.global_batch_size"] or now.rows),)
+    if not checkpoint["stretches"]:  # of the user's own loader: as if these settings had applied from the start
+        return (now,)
     try:
         found = tuple(Stretch(**each) for each in checkpoint["stretches"])
         steps = [stretch.step for stretch in found]

@@ -62,7 +62,7 @@ def settings_held(path: Path, subcommand: str, given: Namespace, proved: bool) -
         raise ConfigError(f"--ckpt_path {path} is damaged ({reason}); use an older one, or last, which finds one")
     before = flat(held)
     for key, now in sorted(vars(given.as_flat()).items() if given else []):
-        if subcommand != "fit" and key not in _EVALUATED:
+        if (subcommand != "fit" and key not in _EVALUATED) or (key, now) == ("seed", None):  # null: --seed_everything
             continue
         if now != before.get(key, now) and not isinstance(now, dict) and key != "student.path":
             say_once(f"--model.{key} {now} (checkpoint: {before[key]}): the given value is used")

@@ -46,8 +46,8 @@ def of_trainer(trainer: pl.Trainer) -> dict[str, Any]:
 
 
 def other_steps(checkpoint: Mapping[str, Any], trainer: pl.Trainer) -> str | None:
-    """A message if a resumed run computes steps differently than before; older versions did not record how."""
-    before, now = checkpoint.get("trainer", {}), of_trainer(trainer)
+    """A message if a resumed run computes steps differently than before."""
+    before, now = checkpoint["trainer"], of_trainer(trainer)
     other = [
         f"{name} {now[name]} (checkpoint: {before[name]})" for name in now if before.get(name, now[name]) != now[name]
     ]
@@ -66,8 +66,8 @@ def about(data: Any, trainer: pl.Trainer) -> dict[str, Any]:
 def of_fit(module: Any, data: Any) -> dict[str, Any]:
     """What determines a fit of a SALTModule in this process, by the name of the setting.
 
-    Only the last part of a path counts, as nodes have their own disks; of a checkpoint's path its run, too. Callbacks
-    are left out: one may exist only on the first process.
+    Only the last part of a path counts, as nodes have their own disks; of a checkpoint's path its run, too. Of the
+    callbacks, only ours: others may exist only on the first process.
     """
     trainer = module.trainer
     savers = [callback for callback in trainer.callbacks if hasattr(callback, "at_steps")]

@@ -119,14 +119,18 @@ def accumulation(global_batch: int, micro_batch: int, world: int) -> int:
     below, above = global_batch // per_pass * per_pass, -(-global_batch // per_pass) * per_pass
     sizes = " or ".join(str(size) for size in (below, above) if size)
     share = global_batch // world if global_batch % world == 0 else 0  # rows of one device in a step
-    small = [size for size in range(1, math.isqrt(share) + 1) if share % size == 0]
-    fitting = {*small, *(share // size for size in small)}
-    nearest = sorted(fitting, key=lambda size: (abs(size - micro_batch), size))[:2]
+    nearest = sorted(divisors(share), key=lambda size: (abs(size - micro_batch), size))[:2]
     other = f", or --data.micro_batch_size {' or '.join(map(str, sorted(nearest)))}" if nearest else ""
     raise ConfigError(
         f"--data.global_batch_size: {global_batch} rows do not divide into micro-batches of {micro_batch} "
         f"(--data.micro_batch_size) on {world} devices; use {sizes}{other}"
     )
+
+
+def divisors(number: int) -> list[int]:
+    """In order; none for 0."""
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
 
 
 def timers(trainer: Trainer) -> list[Timer]:

@@ -145,7 +145,8 @@ def decays(name: str, ndim: int) -> bool:
 
 
 def _in_its_groups(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint's named state in the current groups: formerly others decayed, or were listed but never stepped."""
+    """A checkpoint's named state in the current groups: torch maps it by position, but families reorder modules, and an
+    older version may have let others decay."""
     own = [name for group in optimizer.param_groups for name in group["param_names"]]
     saved = {name for group in state["param_groups"] for name in group["params"]}
     if not set(own) <= saved or not state["state"].keys() <= set(own):

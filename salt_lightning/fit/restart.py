@@ -89,16 +89,8 @@ def go_on_from(checkpoint: dict[str, Any], trainer: pl.Trainer, data: Any, optim
     if other := [_other(key, now[key], was) for key, was in checkpoint["data"].items() if now.get(key, was) != was]:
         rank_zero_info(f"continuing with other data than the checkpoint's: {', '.join(other)}")
     before = checkpoint["data"].get("--data.train_fingerprint")  # 0: of a loader of the user's own, as `data` None is
-    if step > 0 and before and data is not None:
-        if not data.source_weights and before != data.train_fingerprint:
-            rank_zero_info(
-                "data: without --data.source_weights, other text is in another order, so rows may be read again"
-            )
-        if data.source_weights and not checkpoint.get("stretches"):
-            rank_zero_info(
-                "data: this checkpoint does not record its --data.source_weights: if they were others, rows may be "
-                "read again, and what is said about how often each source is read is wrong"
-            )
+    if step > 0 and before and data is not None and not data.source_weights and before != data.train_fingerprint:
+        rank_zero_info("data: without --data.source_weights, other text is in another order, so rows may be read again")
     key = "--data.selection_fingerprint"
     other_rows = step > 0 and checkpoint["data"].get(key, now[key]) != now[key]
     if other_rows and getattr(data, "selection", None) and data.keep.unread_first:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-IGNORE = -100
+IGNORE = -100  # a label that does not count
 NUM_SUMS = 7  # the fields of SaltLoss between loss and tokens, in this order
 FINITE_LOW = -1e30  # replaces -inf in shifted logits: 0 x -1e30 is 0, 0 x -inf is NaN
 

@@ -24,7 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from salt_lightning.errors import ConfigError, is_out_of_memory
+from salt_lightning.errors import ConfigError, first_line, is_out_of_memory
 
 # What keeps packed documents apart: transformers, by the positions; our mask; this file.
 Apart = Literal["positions", "mask", "packed"]
@@ -142,7 +142,7 @@ def fault(device: torch.device, heads: int, key_heads: int, head_width: int, win
     except Exception as error:
         if is_out_of_memory(error):  # says nothing about the kernel
             raise
-        return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        return f"{type(error).__name__}: {first_line(error)[:200]}"
     # bf16 rounds a few times by 2^-9; a wrong border or scale changes values by their own size.
     for name, a, b in zip(("output", "query", "key", "value"), ours, true, strict=True):
         if not (a.float() - b).abs().max() <= 0.04 * b.abs().max():

@@ -54,7 +54,7 @@ def earlier_configs(run: Path) -> list[tuple[int, Path]]:
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """The settings of a run, by dotted names.
+    """The settings of a run, by dotted names: seeds that are null as --seed_everything gives them, 32 as 32-true.
 
     Raises:
         ConfigError: the file is not YAML, or contains no settings.

@@ -22,8 +22,8 @@ _OTHER_MACHINE_S = 120.0
 
 
 @contextmanager
-def held(run: Path) -> Iterator[bool]:
-    """Locks the folder, and gives True; creates it if missing, and removes it again if the block leaves it empty.
+def held(run: Path) -> Iterator[None]:
+    """Locks the folder; creates it if missing, and removes it again if the block leaves it empty.
 
     The system frees the lock when the process dies, whatever its workers do: such locks are not inherited.
 
@@ -36,10 +36,10 @@ def held(run: Path) -> Iterator[bool]:
     except OSError as error:
         _say_unlocked(run, error)
         _remove_empty(made)
-        yield True
+        yield
         return
     try:
-        yield True
+        yield
     finally:
         (run / _NAME).unlink(missing_ok=True)
         file.close()
@@ -94,10 +94,8 @@ def _lock(run: Path) -> IO[str]:
             file.close()
             if error.errno not in (EACCES, EAGAIN):
                 raise
-            # another machine or container with this name, e.g. a pod, which keeps its name when it is restarted
-            machine = _machine()
-            of_here = ("", machine, machine.partition(" ")[0])  # older locks have no first line, or the boot ID alone
-            here = owner.endswith(f" on {socket.gethostname()}") and boot in of_here
+            # another machine or container may have this name, e.g. a pod, which keeps its name when it is restarted
+            here = owner.endswith(f" on {socket.gethostname()}") and boot == _machine()
             owner = owner or "another process"
             if here or time.monotonic() > end_s:
                 raise ConfigError(

@@ -45,7 +45,7 @@ _CHECKPOINT: dict[Any, Any] = {
 _ALWAYS = {"global_step", "tokenizer", "hyper_parameters", "state_dict", "text", "data", "pytorch-lightning_version"}
 VERSION = "salt_lightning_version"  # of the code that wrote it
 # keys that a fit needs in addition to continue
-TO_GO_ON = {"max_steps", "forward_flops", "totals", "totals_before", "time_s", "teacher_time_s"}
+TO_GO_ON = {"max_steps", "trainer", "stretches", "forward_flops", "totals", "totals_before", "time_s", "teacher_time_s"}
 
 
 def is_checkpoint(checkpoint: Any) -> bool:

@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 
 from salt_lightning import __version__
-from salt_lightning.errors import ConfigError, failed_write, few
+from salt_lightning.errors import ConfigError, failed_write, few, first_line
 from salt_lightning.storage import pieces
 from salt_lightning.storage.kinds import TO_GO_ON, VERSION, is_bounded, is_checkpoint
 from salt_lightning.text.journal import whole
@@ -245,9 +245,8 @@ def writing(path: Path) -> Iterator[None]:
         if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # not about writing
             raise
         failure = next((failure for failure, _ in getattr(error, "failures", {}).values()), error)
-        reason = str(failure).strip().splitlines()[0]
         number = next((each.errno for each in _led_to(failure) if isinstance(each, OSError)), None)
-        raise failed_write(path, reason, number, "continue with --ckpt_path last") from error
+        raise failed_write(path, first_line(failure), number, "continue with --ckpt_path last") from error
 
 
 def write(checkpoint: dict[str, Any], path: Path) -> None:
@@ -380,16 +379,11 @@ def read(folder: Path) -> dict[str, Any]:
     """Reads a folder as the dict of a single-file checkpoint; `state_dict` reads each tensor on access.
 
     So does `optimizer`, the optimizer's tensors as NAME.KEY; `optimizer_states` assembles them.
-
-    Raises:
-        DamageError: .metadata has changed since it was written.
     """
     require_stored(folder / META)
     checkpoint = torch.load(folder / META, map_location="cpu", weights_only=True)
-    digest = _digest((folder / METADATA).read_bytes())
-    if checkpoint.pop(_DIGEST, None) not in (None, digest):  # None: from a version that did not write it
-        raise DamageError(f"{METADATA} has changed since it was written")
-    metadata = table_of(folder)
+    checkpoint.pop(_DIGEST, None)
+    metadata = table_of(folder)  # raises an error if it is not the one of this digest
     checkpoint["state_dict"] = Tensors(folder, metadata, _WEIGHTS)
     checkpoint["optimizer"] = Tensors(folder, metadata, _OPTIMIZER)
     return checkpoint

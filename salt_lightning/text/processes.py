@@ -1,4 +1,4 @@
-"""Worker processes that end silently with their parent."""
+"""Worker processes that end silently with their parent; the cores and the memory that they may use."""
 
 import math
 import os
