@@ -686,13 +686,20 @@ def test_shards_divide_what_is_sharded(settings):
 
 
 def test_the_largest_is_run_before_it_is_named(settings):
-    """By proportion 32 rows take 116; the run shows more, so the next smaller size is chosen."""
+    """By proportion 32 rows take 116; the run shows more, so the next smaller size is chosen. Far from the limit, where
+    no run could show too much, there is none."""
     fit, _ = simulated(settings)  # 8 rows
-    fit.peaks = lambda n, compiled=None: [
-        memory.Peak(100 + (n if compiled is False else n // 2 + 50 * (n > 16)), 0, 0, 0)
-    ]
+    compiled_rows = set()
+
+    def peaks(n, compiled=None):
+        compiled_rows.update({n} if compiled is None else ())
+        return [memory.Peak(100 + (n if compiled is False else n // 2 + 50 * (n > 16)), 0, 0, 0)]
+
+    fit.peaks = peaks
     assert fit.largest(116, prove=False) == 32
     assert fit.largest(116) == 16
+    assert fit.largest(1000) == 1024
+    assert compiled_rows == {8, 32}
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # inside torch's compiler
