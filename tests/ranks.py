@@ -28,6 +28,7 @@ class Spy(Callback):
         self.gradients: list[dict[str, torch.Tensor]] = []
         self.rows: list[list[int]] = []
         self.labels: list[int] = []
+        self.seeds: list[int] = []
         self.teacher: list[Any] = []
         self.teacher_bytes, self.teacher_has_left = 0, False
 
@@ -41,6 +42,7 @@ class Spy(Callback):
             self.teacher_bytes = sum(getattr(p, "_local_tensor", p).nbytes for p in teacher.parameters())
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.seeds.append(torch.initial_seed())
         named = pl_module.named_parameters()
         whole = {n: p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for n, p in named}
         self.gradients.append({name: gradient.clone() for name, gradient in whole.items()})
@@ -52,7 +54,7 @@ class Spy(Callback):
             self.teacher, self.teacher_has_left = [], True
 
     def on_train_end(self, trainer, pl_module):
-        seen = {"gradients": self.gradients, "rows": self.rows, "labels": self.labels,
+        seen = {"gradients": self.gradients, "rows": self.rows, "labels": self.labels, "seeds": self.seeds,
                 "teacher_has_left": self.teacher_has_left, "teacher_bytes": self.teacher_bytes}  # fmt: skip
         torch.save(seen, f"{self.path}.{trainer.global_rank}")
 

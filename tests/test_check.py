@@ -595,6 +595,10 @@ def test_disk_counts_what_lies_there_at_once(tmp_path, monkeypatch):
                 with open(tmp_path / "checkpoints" / name, "wb") as file:
                     file.truncate(size)
     assert asked == [tmp_path] * 2 + [tmp_path / "checkpoints"] * 2
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=99 * size))
+    rarely = RunCheckpoint(every_n_steps=60, keep=5)  # at step 60, and at the end
+    rarely.setup(trainer, None, "fit")
+    assert "2 at once" in rarely.space(trainer, [torch.zeros(2**18)]).said
 
 
 @pytest.mark.parametrize(
@@ -683,6 +687,23 @@ def test_shards_divide_what_is_sharded(settings):
     assert shared.weights == size
     assert shared.optimizer == 2 * size
     assert replace(peak, total=0).step < 0 < shared.step
+
+
+def test_gradients_stay_until_the_last_micro_batch(settings):
+    """Without accumulation they are freed before the backward pass, which has the peak if blocks are recomputed."""
+    fit, _ = simulated(settings, activation_checkpointing=True)
+    accumulated = fit.peaks(64)[0].total
+    fit.data.global_batch_size, fit._found = 64, {}
+    assert accumulated > fit.peaks(64)[0].total
+
+
+def test_replicas_are_not_shards(settings):
+    fit, student = simulated(settings)
+    trainer = SimpleNamespace(
+        world_size=8, strategy=parallel.FSDP2(replicas=2), datamodule=fit.data, precision="32-true"
+    )
+    fit.module.trainer = trainer
+    assert memory.Fit(fit.module, student, None, "cpu").shards == 4
 
 
 def test_the_largest_is_run_before_it_is_named(settings):

@@ -237,6 +237,19 @@ def flipped(whole: str, path: Path) -> Path:
     return path
 
 
+def test_damage_late_in_a_large_tensor_is_found(tmp_path):
+    """A checksum is compared at the end of a tensor, which is read in parts of 1 MiB."""
+    path = tmp_path / "step-00000001.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"x": torch.arange(3 << 18, dtype=torch.int32)}, path)
+    assert damage.in_bytes(path) is None
+    damage.trust(path)
+    content = bytearray(path.read_bytes())
+    content[content.index((600_000).to_bytes(4, "little") + (600_001).to_bytes(4, "little"))] ^= 1
+    path.write_bytes(content)
+    assert "data/0 has changed since it was written" in damage.in_bytes(path)
+    assert not damage.is_trusted(path)  # it is the same file, written again
+
+
 @pytest.mark.parametrize("verb", ["fit", "validate", "test", "load"])
 def test_a_damaged_file_is_refused_from_python_too(settings, teacher, tmp_path, verb):
     chosen = flipped(teacher, tmp_path / "chosen.ckpt")

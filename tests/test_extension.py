@@ -890,16 +890,18 @@ def test_a_second_fit_of_one_module_is_told(data, tmp_path):
         trainer(tmp_path).fit(module, data)
 
 
-def test_a_second_fit_counts_the_flops_of_its_own_rows(data, settings, tmp_path):
+def test_a_second_fit_counts_the_flops_and_time_of_its_own_rows(data, settings, tmp_path):
     own = {key[5:]: value for key, value in settings.items() if key.startswith("data.")}
     longer = SALTDataModule(**{**own, "tokenizer": data.tokenizer_name, "block_size": 64})
     module, fresh = (SALTModule(ModelSpec(config={**SIZES, "max_position_embeddings": 64}), seed=1) for _ in range(2))
     trainer(tmp_path / "a").fit(module, data)
     short = module.meter.forward_flops["student"]
+    module.meter.time_s = 1e6
     with pytest.warns(UserWarning, match="already trained for 6 steps"):
         trainer(tmp_path / "b").fit(module, longer)
     trainer(tmp_path / "c").fit(fresh, longer)
     assert short < module.meter.forward_flops["student"] == fresh.meter.forward_flops["student"]
+    assert module.meter.time_s < 1e6
 
 
 @pytest.mark.filterwarnings("ignore:You.re using the WeightAveraging callback")

@@ -32,8 +32,8 @@ def test_a_jump_is_said_where_it_shows():
 
 
 def test_wsd_after_a_long_warm_up_decays_over_what_is_left():
-    spec = OptimSpec(lr=1.0, schedule="wsd", warmup_steps=6, min_lr_ratio=0.0)  # a fifth would be 2 of 7
-    assert [spec.lr_at(step, 7) for step in range(7)] == [1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1.0, 1.0]
+    spec = OptimSpec(lr=1.0, schedule="wsd", warmup_steps=9, min_lr_ratio=0.0)  # a fifth would be 2 of 10
+    assert [spec.lr_at(step, 10) for step in (7, 8, 9, 10)] == [8 / 9, 1.0, 1.0, 0.0]
 
 
 def test_wsd_decays_over_a_fifth_by_default():

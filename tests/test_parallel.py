@@ -169,6 +169,10 @@ def test_the_same_losses_in_both_phases(runs, name):
     assert ours["train/flops_teacher_total"] == theirs["train/flops_teacher_total"]
 
 
+def test_each_rank_and_step_has_random_numbers_of_its_own(runs):
+    assert len({seed for rank in (0, 1) for seed in spied(runs, "ddp", rank)["seeds"]}) == 2 * STEPS
+
+
 @pytest.mark.parametrize("name", ["fsdp1", "fsdp1 from one", "one from fsdp1"])
 def test_fsdp1_trains_the_same_and_its_files_are_those_of_one_device(runs, name):
     """Forced to run on a CPU: everything except the GPUs' streams and copies."""

@@ -644,7 +644,8 @@ def test_a_data_folder_that_names_files_elsewhere(tmp_path):
     folder.mkdir()
     (tmp_path / "secret.jsonl").write_text('{"text": "top secret"}\n')
     (folder / "a.jsonl").write_text('{"text": "a"}\n')
-    for place in ("../secret.jsonl", str(tmp_path / "secret.jsonl")):
+    (tmp_path / "books-secret.jsonl").write_text('{"text": "top secret"}\n')
+    for place in ("../secret.jsonl", "../books-secret.jsonl", str(tmp_path / "secret.jsonl")):
         (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files: {place}\n---\n")
         with pytest.raises(ConfigError, match=r"README.md of '.*books' names '.*secret.jsonl', which is outside"):
             corpus_of(folder)
