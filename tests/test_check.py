@@ -494,6 +494,8 @@ def test_the_counts_of_tokens(settings, tmp_path):
     labels = torch.tensor([tokens[3], -100, tokens[5]])
     expected = [(tokens.count(t) + 1) / (len(tokens) + max(tokens) + 1) for t in (tokens[3], tokens[5])]
     assert data.counts_nll(labels) == pytest.approx(-sum(map(math.log, expected)) / 2)
+    new = max(tokens) + 3  # only in the held-out text
+    assert data.counts_nll(torch.tensor([new])) == pytest.approx(math.log(len(tokens) + new + 1))
 
 
 def test_token_maps(checked, settings, teacher, tmp_path):
@@ -691,7 +693,8 @@ def test_shards_divide_what_is_sharded(settings):
 
 def test_gradients_stay_until_the_last_micro_batch(settings):
     """Without accumulation they are freed before the backward pass, which has the peak if blocks are recomputed."""
-    fit, _ = simulated(settings, activation_checkpointing=True)
+    sizes = {**settings["model.student.config"], "intermediate_size": 256}
+    fit, _ = simulated({**settings, "model.student.config": sizes}, activation_checkpointing=True)
     accumulated = fit.peaks(64)[0].total
     fit.data.global_batch_size, fit._found = 64, {}
     assert accumulated > fit.peaks(64)[0].total

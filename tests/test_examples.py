@@ -607,6 +607,17 @@ def test_what_is_learned_of_conversations_with_gaps(tmp_path, messages, template
     assert learned_of(tmp_path, messages, template) == learned
 
 
+def test_the_same_tokens_of_which_others_are_learned_are_another_text(tmp_path):
+    prints = set()
+    for weight in (0, 1):
+        (tmp_path / str(weight)).mkdir()
+        messages = [turn("user", "z"), {**GREETS[0], "weight": weight}, *GREETS[1:]]
+        files, _ = prepared(tmp_path / str(weight), [{"messages": messages}], CHAT, chat_tokenizer())
+        prints.add((files.tokens.tobytes(), files.fingerprint))
+    assert len({tokens for tokens, _ in prints}) == 1
+    assert len(prints) == 2
+
+
 def test_what_a_tokenizer_does_not_know_of_a_response_is_text(tmp_path):
     """It counts in bits per byte, and is reported."""
     words = {word: i for i, word in enumerate(["<unk>", "</s>", *"Q: wa?\nA"])}

@@ -172,6 +172,20 @@ def test_generation_ends_where_the_tokenizer_says(salt, tmp_path):
         export(tmp_path / "x.ckpt", tmp_path / name, tokenizer=tokenizer)
         generation = GenerationConfig.from_pretrained(tmp_path / name)
         assert (generation.eos_token_id, generation.pad_token_id) == expected  # this tokenizer has no pad token
+    assert AutoTokenizer.from_pretrained(tmp_path / "with").pad_token is None  # 9 also occurs in text
+
+
+def test_a_tokenizer_keeps_its_own_length(salt, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(salt / "tokenizer", model_max_length=7)
+    tokenizer.save_pretrained(tmp_path / "short")
+    export(checkpoints(salt)[-1], tmp_path / "out", tokenizer=str(tmp_path / "short"))
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").model_max_length == 7
+
+
+def test_a_checkpoint_in_the_working_directory_has_its_run_s_tokenizer(salt, tmp_path, monkeypatch):
+    monkeypatch.chdir(checkpoints(salt)[-1].parent)
+    assert cli.main(["export", checkpoints(salt)[-1].name, str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out/tokenizer.json").exists()
 
 
 def test_a_chats_marks_go_on_to_end_a_generation(salt, tmp_path):

@@ -176,3 +176,11 @@ def test_what_a_checkpoint_has_counted_stays_where_the_settings_change():
     assert meter.totals(6) == counted
     assert meter.totals(7) == Totals(7, 5, 650, 3600.0 + 50 * 6.0, 400.0 + 50 * 3.0)
     assert meter.totals(10) == Totals(10, 6, 800, 3600.0 + 200 * 6.0, 400.0 + 100 * 3.0)
+
+
+def test_a_new_fit_forgets_what_a_checkpoint_had_counted():
+    earlier, meter = new(), new()
+    meter.load(earlier.state(8))
+    meter.forget()
+    meter.follow(50, taught)
+    assert (meter.totals(2).tokens, meter.before) == (100.0, Totals())

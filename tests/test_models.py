@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -327,8 +328,17 @@ def test_a_checkpoint_of_a_student_whose_folder_has_settings_of_its_own_loads_on
     """GLM 4 and Qwen 3 with experts have a head_dim that their families do not list; others name their tools."""
     config = build_fresh(ModelSpec(config={**LLAMA_LIKE, "max_position_embeddings": 16}), None, 0).config
     config.unsloth_version = "2026.1"
-    spec = resolved(ModelSpec(path="hub/name"), config)
+    spec = resolved(ModelSpec(path="hub/name", revision="v1"), config)
+    assert (spec.path, spec.revision) == (None, None)
     assert build_fresh(spec, None, 0).config.unsloth_version == "2026.1"
+
+
+def test_the_users_own_settings_stay_as_they_are():
+    """transformers completes the dict of a rope; a sweep would pass that on to its next run."""
+    own = {**LLAMA_LIKE, "max_position_embeddings": 16, "rope_parameters": {"rope_type": "default"}}
+    before = deepcopy(own)
+    fresh_config(ModelSpec(config=own), None)
+    assert own == before
 
 
 @pytest.mark.parametrize(

@@ -187,6 +187,23 @@ def test_without_one_of_them_each_looks_at_everything(there, apart, monkeypatch)
     assert apart(work, 3, there=there) == [([(0, 1)], "cut off")] * len(there)
 
 
+def test_what_one_that_does_not_come_back_has_looked_at_is_looked_at_again(apart, monkeypatch):
+    """It has found damage, but hangs or dies before it could say so."""
+    monkeypatch.setattr(peers, "_LOOKING", timedelta(seconds=1))
+
+    def work(rank: int):
+        looks: list = []
+
+        def look(part: int, parts: int) -> str | None:
+            looks.append((part, parts))
+            time.sleep(3.0 * (parts == 2 and rank == 1))
+            return "cut off" if part == parts - 1 else None
+
+        return peers.divide("same", look), looks
+
+    assert apart(work, 2)[0] == ("cut off", [(0, 2), (0, 1)])
+
+
 @pytest.mark.parametrize("late", [0, 2])
 def test_one_that_comes_too_late_to_share_can_still_connect(late, apart, monkeypatch):
     """The others connect by the first process's store, also where they did not meet."""

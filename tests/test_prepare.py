@@ -778,14 +778,16 @@ def test_fingerprint_follows_every_input(tmp_path):
     assert tokenizer_folder(corpus_of(path), 300, 0.1, cache) != tokenizer_folder(corpus_of(path), 301, 0.1, cache)
 
 
-@pytest.mark.parametrize("gone", [False, True])
-def test_file_that_changes_meanwhile_is_refused(gone, tmp_path, monkeypatch):
+@pytest.mark.parametrize("how", ["longer", "gone", "of equal size"])
+def test_file_that_changes_meanwhile_is_refused(how, tmp_path, monkeypatch):
     path, other, read = many(tmp_path), write_jsonl(tmp_path / "other.jsonl", [{"text": "abc"}]), prepare.read_raw
 
     def read_and_change(corpus):
         yield from read(corpus)
-        if gone:
+        if how == "gone":
             path.unlink()
+        elif how == "of equal size":
+            path.write_bytes(path.read_bytes().swapcase())
         else:
             with open(path, "a") as out:
                 out.write('{"text": "late"}\n')

@@ -231,12 +231,17 @@ def test_sigterm_ends_the_first_process_of_a_container_before_it_trains(settings
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
 def test_a_signal_to_the_whole_process_group(settings, tmp_path, number, slurm):
-    """What a terminal does on Ctrl-C and a cluster on SIGTERM or, under SLURM, SIGUSR1: loader workers get it too."""
-    asked = slurm(SLURM_ARRAY_JOB_ID="70", SLURM_ARRAY_TASK_ID="3") if number == signal.SIGUSR1 else None
+    """What a terminal does on Ctrl-C and a cluster on SIGTERM or, under SLURM, SIGUSR1 or the requeue_signal that was
+    asked for: loader workers get it too."""
+    of_slurm = number in (signal.SIGUSR1, signal.SIGUSR2)
+    asked = slurm(SLURM_ARRAY_JOB_ID="70", SLURM_ARRAY_TASK_ID="3") if of_slurm else None
     own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, "data.num_workers": 2, "trainer.max_steps": 100_000,
            "data.micro_batch_size": 2, "trainer.val_check_interval": 100_000, "checkpoint.keep": 2}  # fmt: skip
+    if number == signal.SIGUSR2:
+        environment = "lightning.pytorch.plugins.environments.SLURMEnvironment"
+        own["trainer.plugins"] = {"class_path": environment, "init_args": {"requeue_signal": "SIGUSR2"}}
     process = forked.Popen(
         [sys.executable, "-c", "import sys; from salt_lightning.cli import main; sys.exit(main())", "fit",
          *arguments(settings, own)],
@@ -435,6 +440,7 @@ def test_going_back_leaves_the_other_branch_aside(fit, tmp_path, caplog):
     assert fit(tmp_path / "run", **often) == 0
     folder = tmp_path / "run/checkpoints"
     first = str(folder / "step-00000004.ckpt")
+    (folder / "step-00000012.ckpt.aside").mkdir()  # from an earlier time under FSDP2
     assert (
         fit(tmp_path / "run", ckpt_path=first, stop_at=6, **{**often, "model.optim.lr": 1e-3}) == 128 + signal.SIGTERM
     )

@@ -96,6 +96,12 @@ def test_streams_of_any_length(tmp_path_factory, sizes, kind):
 # --- folders, splits, links ---
 
 
+def test_the_texts_of_a_folder_are_read_in_order_of_their_names(tmp_path):
+    for name in "dbhaicgfe":  # most file systems list them in another order
+        (tmp_path / f"{name}.txt").write_text(name)
+    assert read(tmp_path) == sorted("dbhaicgfe")
+
+
 @pytest.mark.parametrize("suffix", ["txt", "jsonl"])
 def test_a_linked_folder_is_read_or_named(suffix, tmp_path, caplog):
     for name, data in (("mine", lines(1)), ("elsewhere", lines(2))):
