@@ -254,6 +254,8 @@ def test_the_fingerprint_tells_other_shares_and_other_kept_rows():
     assert len({mixture(**change).fingerprint for change in changed}) == len(changed)
     assert mixture(weights=(5, 2, 3)).fingerprint == mixture().fingerprint  # the unit does not matter
     assert mixture(seed=1).fingerprint == mixture().fingerprint  # the seed is compared separately
+    after_each = {Mixture(shares, 3).fingerprint for _, shares in parts()}
+    assert len(after_each) == 3  # of four stretches: the last one changes the rows of a step alone
 
 
 def test_without_weights_all_rows_are_read_alike():
