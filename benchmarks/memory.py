@@ -13,6 +13,7 @@ on a CPU. Both cover the steps after the first, which creates AdamW's state.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import subprocess
@@ -94,6 +95,7 @@ class Measured(pl.Callback):
         self.peaks: dict[bool, int] = {}
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        gc.collect()  # what is left of the start, in cycles
         self._taught, self._since, self._held = pl_module.teacher is not None, time.time_ns(), held(pl_module, batch)
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -111,7 +113,8 @@ class Measured(pl.Callback):
         """Finds the peaks in the allocations that a CPU profile recorded.
 
         `sharded`: a profile does not see what gloo's threads free, so it drifts from step to step; what was held at a
-        step's start is counted instead, and a peak is too high by what they have freed since.
+        step's start is counted instead. So a peak is too high by what they have freed since, and too low by the shard
+        of the teacher's root, which stays gathered.
         """
         drifts = dict.fromkeys(range(len(self.steps)), 0)
         for at_ns, now in allocated(profile):
@@ -192,6 +195,20 @@ def estimate(module: Any, rows: int, device: str) -> list[memory.Peak]:
     return memory.Fit(module, student, teacher, device).peaks(rows)
 
 
+def finished(command: list[str], limit_s: float, hide_gpu: bool) -> subprocess.CompletedProcess[str]:
+    """The command, which has ended; after `limit_s` it is told to, and torchrun ends its processes: TimeoutExpired."""
+    env = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ""} if hide_gpu else {})}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env) as process:
+        try:
+            out, err = process.communicate(timeout=limit_s)
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            process.communicate()
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
 def line(name: str, result: dict[str, Any]) -> str:
     cells = []
     for estimate, measured in zip(result["estimates"], result["measured"], strict=True):
@@ -229,7 +246,7 @@ def main() -> None:
         try:
             with tempfile.TemporaryDirectory() as folder:
                 command = [sys.executable, *launch[: 4 * ("devices" in rows[name])], __file__, "--one", name, folder]
-                done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=left_s)
+                done = finished(command, left_s, hide_gpu=name in CPU)
         except subprocess.TimeoutExpired:
             print(f"| {name} | skipped: the deadline has passed |", flush=True)
             continue

@@ -117,7 +117,7 @@ class SALTCLI(LightningCLI):
         if path is None:
             return
         given = self._settings(self._explicit).get("model") or Namespace()
-        held = settings_held(path, subcommand, given, proved=chosen == "last")
+        held = settings_held(path, subcommand, given, config.seed_everything, proved=chosen == "last")
         if subcommand != "fit" and given:
             given.pop("student", None)  # the student is always the checkpoint's
         merged = self.parser.parse_object({subcommand: {"model": held}}, self.config)

@@ -121,9 +121,10 @@ def printable_lines(text: str) -> str:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the device or the host ran out of memory."""
-    # all devices say so in a RuntimeError, of which torch.OutOfMemoryError, which only some raise, is a kind
+    # not all devices raise torch.OutOfMemoryError, which is a RuntimeError, too
     said = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(s in str(error) for s in said))
+    typed = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # compare imports no torch
+    return typed or (isinstance(error, RuntimeError) and any(text in str(error) for text in said))
 
 
 def of_machine(error: BaseException) -> str | None:

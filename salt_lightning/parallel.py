@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
+from inspect import Parameter, signature
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -26,6 +27,7 @@ from lightning.pytorch.strategies import (
     SingleDeviceStrategy,
     Strategy,
     StrategyRegistry,
+    XLAStrategy,
 )
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -345,9 +347,12 @@ _USE = (
 
 
 def _is_supported(kind: type) -> bool:
-    """DeepSpeed's strategy derives from DDP's, but shards, clips and saves in its own way."""
+    """DeepSpeed's and XLA's strategies derive from DDP's, but move data, clip and save in their own ways."""
     supported = issubclass(kind, SingleDeviceStrategy | DDPStrategy | SHARDS_MODELS)
-    return supported and not issubclass(kind, DeepSpeedStrategy)
+    return supported and not issubclass(kind, DeepSpeedStrategy | XLAStrategy)
+
+
+_REST = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
 
 
 def name_class(config: Namespace) -> None:
@@ -355,10 +360,12 @@ def name_class(config: Namespace) -> None:
     asked = config.get("trainer.strategy")
     if not isinstance(asked, str) or asked.lower() in (*StrategyRegistry, "auto"):
         return
-    with suppress(ImportError, AttributeError, ValueError):
-        kind = {**vars(strategies), "FSDP2": FSDP2}.get(asked) or resolve_name(asked)
-        if isinstance(kind, type) and issubclass(kind, Strategy):
-            config["trainer.strategy"] = Namespace(class_path=f"{kind.__module__}.{kind.__qualname__}")
+    with suppress(Exception, SystemExit):  # of the module, when it is imported; `require_supported` refuses the name
+        kind = getattr(strategies, asked, None) or resolve_name(asked)
+        needs = [p for p in signature(kind).parameters.values() if p.default is p.empty and p.kind not in _REST]
+        if isinstance(kind, type) and _is_supported(kind) and not needs:
+            whole = asked if "." in asked else f"{strategies.__name__}.{asked}"
+            config["trainer.strategy"] = Namespace(class_path=whole)
 
 
 def require_supported(asked: Any) -> None:

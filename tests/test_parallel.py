@@ -651,6 +651,11 @@ class OwnDDP(DDPStrategy):
     """A user's own."""
 
 
+class Asks(DDPStrategy):
+    def __init__(self, what) -> None:
+        super().__init__()
+
+
 def own_ddp() -> DDPStrategy:
     return OwnDDP()
 
@@ -681,6 +686,22 @@ def test_names_of_strategies_that_work_are_let_through(monkeypatch):
 def test_a_strategy_by_its_name_alone(name, kind):
     words = ("--data.source", "x", "--trainer.strategy", name, "--trainer.accelerator", "cpu")
     assert type(built(*words).trainer.strategy) is kind
+
+
+@pytest.mark.parametrize(
+    "name", ["XLAStrategy", "xla", f"{__name__}.Asks", "ends.Strategy", "fails.Strategy", "os.path.join"]
+)
+def test_a_name_alone_that_cannot_be_built_is_refused_beside_what_else_is_wrong(
+    name, settings, tmp_path, capsys, monkeypatch
+):
+    (tmp_path / "ends.py").write_text("raise SystemExit(3)")
+    (tmp_path / "fails.py").write_text("1 +")
+    monkeypatch.syspath_prepend(tmp_path)
+    own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, "trainer.strategy": name, "data.block_size": 0}
+    assert cli.main(["fit", *arguments(settings, own)]) == 2
+    shown = re.escape(name.rpartition(".")[2])
+    said = rf"^error: --trainer.strategy \S*{shown} is not supported; use .*; --data.block_size: 0 must be"
+    assert re.search(said, capsys.readouterr().err, re.MULTILINE)
 
 
 def test_processes_of_srun_that_would_each_train_alone_are_refused(settings, tmp_path, capsys, monkeypatch):

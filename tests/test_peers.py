@@ -190,13 +190,17 @@ def test_without_one_of_them_each_looks_at_everything(there, apart, monkeypatch)
 def test_what_one_that_does_not_come_back_has_looked_at_is_looked_at_again(apart, monkeypatch):
     """It has found damage, but hangs or dies before it could say so."""
     monkeypatch.setattr(peers, "_LOOKING", timedelta(seconds=1))
+    again = multiprocessing.get_context("fork").Event()
 
     def work(rank: int):
         looks: list = []
 
         def look(part: int, parts: int) -> str | None:
             looks.append((part, parts))
-            time.sleep(3.0 * (parts == 2 and rank == 1))
+            if (rank, parts) == (0, 1):
+                again.set()
+            if (rank, parts) == (1, 2):
+                again.wait(30)
             return "cut off" if part == parts - 1 else None
 
         return peers.divide("same", look), looks

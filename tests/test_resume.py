@@ -457,6 +457,9 @@ def test_explicit_values_win_over_the_checkpoint_and_say_so(fit, tmp_path, capsy
     said = capsys.readouterr().err
     assert "--model.optim.lr 0.0001 (checkpoint: 0.003): the given value is used" in said
     assert "--model.seed" not in said  # it is still that of --seed_everything
+    assert fit(tmp_path / "other", stop_at=3, **{"model.seed": 5}) == 128 + signal.SIGTERM
+    assert fit(tmp_path / "other", ckpt_path="last", **{"model.seed": "null"}) == 0
+    assert "--model.seed 0 (checkpoint: 5): the given value is used" in capsys.readouterr().err
     assert max(v for step, v in scalars(tmp_path / "run")["train/lr"].items() if step > 3) <= 1e-4
 
 

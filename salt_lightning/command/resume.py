@@ -48,8 +48,10 @@ def _damage(path: Path) -> str | None:
     return reason
 
 
-def settings_held(path: Path, subcommand: str, given: Namespace, proved: bool) -> dict[str, Any]:
+def settings_held(path: Path, subcommand: str, given: Namespace, seed: int, proved: bool) -> dict[str, Any]:
     """The module's settings in a checkpoint; reports those that the user's settings, `given`, replace.
+
+    `seed`: what a null --model.seed means.
 
     Raises:
         ConfigError: the checkpoint is damaged (not checked if `proved`), or is not what the subcommand needs.
@@ -62,8 +64,10 @@ def settings_held(path: Path, subcommand: str, given: Namespace, proved: bool) -
         raise ConfigError(f"--ckpt_path {path} is damaged ({reason}); use an older one, or last, which finds one")
     before = flat(held)
     for key, now in sorted(vars(given.as_flat()).items() if given else []):
-        if (subcommand != "fit" and key not in _EVALUATED) or (key, now) == ("seed", None):  # null: --seed_everything
+        if subcommand != "fit" and key not in _EVALUATED:
             continue
+        if key == "seed" and now is None:
+            now = seed
         if now != before.get(key, now) and not isinstance(now, dict) and key != "student.path":
             say_once(f"--model.{key} {now} (checkpoint: {before[key]}): the given value is used")
     held.pop("seed", None)  # follows --seed_everything
