@@ -89,9 +89,8 @@ class Measured(pl.Callback):
     """Finds the peak of the optimizer steps in bytes, with and without the teacher."""
 
     def __init__(self) -> None:
-        self.steps: list[
-            tuple[bool, int, int, int]
-        ] = []  # with the teacher or not; start and end in ns; bytes at start
+        # with the teacher or not; start and end in ns; bytes at the start
+        self.steps: list[tuple[bool, int, int, int]] = []
         self.peaks: dict[bool, int] = {}
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -195,9 +194,15 @@ def estimate(module: Any, rows: int, device: str) -> list[memory.Peak]:
     return memory.Fit(module, student, teacher, device).peaks(rows)
 
 
-def finished(command: list[str], limit_s: float, hide_gpu: bool) -> subprocess.CompletedProcess[str]:
-    """The command, which has ended; after `limit_s` it is told to, and torchrun ends its processes: TimeoutExpired."""
-    env = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ""} if hide_gpu else {})}
+def measured_apart(name: str, folder: str, limit_s: float) -> tuple[int, str, str]:
+    """Measures a row in processes of its own, so that its memory is free for the next: exit code, output, errors.
+
+    After `limit_s` it is told to end, so that torchrun ends its processes, too, and TimeoutExpired is raised.
+    """
+    devices = (CPU | ROWS)[name].get("devices")
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}"] if devices else []
+    command = [sys.executable, *launch, __file__, "--one", name, folder]
+    env = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ""} if name in CPU else {})}
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env) as process:
         try:
@@ -206,7 +211,7 @@ def finished(command: list[str], limit_s: float, hide_gpu: bool) -> subprocess.C
             process.terminate()
             process.communicate()
             raise
-    return subprocess.CompletedProcess(command, process.returncode, out, err)
+    return process.returncode, out, err
 
 
 def line(name: str, result: dict[str, Any]) -> str:
@@ -225,9 +230,8 @@ def main() -> None:
     parser.add_argument("--deadline", type=float, default=540, help="seconds after which the current run is stopped")
     args = parser.parse_args()
     deadline_s = time.monotonic() + args.deadline
-    rows = CPU | ROWS
     if args.one:
-        result = measure(rows[args.one[0]], Path(args.one[1]))
+        result = measure((CPU | ROWS)[args.one[0]], Path(args.one[1]))
         if int(os.environ.get("RANK", 0)) == 0:
             print(json.dumps(result))
         return
@@ -239,19 +243,16 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             print(line("tiny", measure(TINY, Path(folder))))
         return
-    # each in processes of its own, so that its memory is free for the next
     for name in args.sizes or (CPU if args.cpu else ("124m", "350m", "1.3b")):
         left_s = max(1.0, deadline_s - time.monotonic())
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={rows[name].get('devices', 1)}"]
         try:
             with tempfile.TemporaryDirectory() as folder:
-                command = [sys.executable, *launch[: 4 * ("devices" in rows[name])], __file__, "--one", name, folder]
-                done = finished(command, left_s, hide_gpu=name in CPU)
+                code, out, err = measured_apart(name, folder, left_s)
         except subprocess.TimeoutExpired:
             print(f"| {name} | skipped: the deadline has passed |", flush=True)
             continue
-        failed = f"| {name} | FAILED |\n{done.stderr[-1500:]}"
-        print(failed if done.returncode else line(name, json.loads(done.stdout.splitlines()[-1])), flush=True)
+        failed = f"| {name} | FAILED |\n{err[-1500:]}"
+        print(failed if code else line(name, json.loads(out.splitlines()[-1])), flush=True)
 
 
 if __name__ == "__main__":

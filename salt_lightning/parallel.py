@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
-from inspect import Parameter, signature
+from inspect import signature
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -352,18 +352,16 @@ def _is_supported(kind: type) -> bool:
     return supported and not issubclass(kind, DeepSpeedStrategy | XLAStrategy)
 
 
-_REST = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
-
-
 def name_class(config: Namespace) -> None:
     """Lets --trainer.strategy be a class's name alone, which jsonargparse takes for text."""
     asked = config.get("trainer.strategy")
     if not isinstance(asked, str) or asked.lower() in (*StrategyRegistry, "auto"):
         return
-    with suppress(Exception, SystemExit):  # of the module, when it is imported; `require_supported` refuses the name
+    # of its module when it is imported, or because it needs arguments: `require_supported` refuses the name
+    with suppress(Exception, SystemExit):
         kind = getattr(strategies, asked, None) or resolve_name(asked)
-        needs = [p for p in signature(kind).parameters.values() if p.default is p.empty and p.kind not in _REST]
-        if isinstance(kind, type) and _is_supported(kind) and not needs:
+        signature(kind).bind()
+        if isinstance(kind, type) and _is_supported(kind):
             whole = asked if "." in asked else f"{strategies.__name__}.{asked}"
             config["trainer.strategy"] = Namespace(class_path=whole)
 
