@@ -60,6 +60,7 @@ OOD_SOURCE, OOD_SHARE = "speeches", 8
 OMEGA, KD_SHARE = 0.667, 0.2
 EARLY = 0.125  # share of the teacher's steps: the checkpoint that scores rows for SALT_DS
 MAX_EPOCHS = 4.0
+MORE = "ROW-sSEED, ROW-fSHARE-sSEED, ROW@RATE-sSEED or ROW@RATE-fSHARE-sSEED"
 GAP: Settings = {"kd.stop_margin": 0.0}  # KD ends when the student has caught up, between 5% and 60% of the steps
 # Fine-tuning of BASELINE's and SALT's main students, on top of configs/sft.yaml; the files are in $TASKS.
 SFT_RATE = 3e-4
@@ -236,12 +237,13 @@ class Study:
 
     def _asked(self, name: str, rows: dict[str, Settings], ready: tuple[str, ...]) -> Cell:
         """A cell of --more: an experiment of the plan with another seed or length."""
-        found = re.fullmatch(r"(.+?)(?:-f(\d*\.?\d+))?-s(\d+)", name)
-        if found is None or found[1] not in rows or (found[2] and found[1].startswith("high-lr")):
-            raise SystemExit(f"--more {name}: ROW-sSEED or ROW-fSHARE-sSEED, ROW one of {', '.join(rows)}")
-        settings = self._shortened(rows[found[1]], float(found[2])) if found[2] else rows[found[1]]
-        cell = self._single(found[1], int(found[3]), settings, ready)
-        return replace(cell, row=name.removesuffix(f"-s{found[3]}"), part="more")
+        found = re.fullmatch(r"(.+?)(?:@(\d*\.?\d+))?(?:-f(\d*\.?\d+))?-s(\d+)", name)
+        row, rate, share, seed = found.groups() if found else ("", "", "", "")
+        if row not in rows or (share and row.startswith("high-lr")):
+            raise SystemExit(f"--more {name}: {MORE}, ROW one of {', '.join(rows)}")
+        settings = rows[row] | ({"model.optim.lr": float(rate)} if rate else {})
+        cell = self._single(row, int(seed), self._shortened(settings, float(share)) if share else settings, ready)
+        return replace(cell, row=name.removesuffix(f"-s{seed}"), part="more")
 
     def _sweep(self, row: str, shape: tuple[int, int], rates: tuple[float, ...]) -> tuple[list[Cell], float]:
         """BASELINE's candidate cells on the first seed, and the best rate (0: undecided).
@@ -656,9 +658,7 @@ def main() -> int:
     )
     parser.add_argument("--only", default="", help="run: only cells whose name matches this regular expression")
     parser.add_argument("--seeds", type=int, help="seeds 0 to SEEDS - 1 instead of 0 to 2; with --only for some rows")
-    parser.add_argument(
-        "--more", nargs="+", default=(), metavar="CELL", help="additional cells: ROW-sSEED or ROW-fSHARE-sSEED"
-    )
+    parser.add_argument("--more", nargs="+", default=(), metavar="CELL", help=f"additional cells: {MORE}")
     parser.add_argument("--state", type=Path, help="folder kept between starts (runs/study-SIZE)")
     parser.add_argument("--work", type=Path, help="folder that may be lost between starts (cache/study-SIZE)")
     args = parser.parse_args()
