@@ -22,7 +22,7 @@ from salt_lightning import check, compare, errors, export, parallel
 from salt_lightning.answers import AnswerTest
 from salt_lightning.checkpoint import FIRST_RANK_S, AtomicCheckpointIO, RunCheckpoint, done, savers
 from salt_lightning.command import settings
-from salt_lightning.command.parser import Parser, check_configs, configs_first, require_no_comments, reword, to_defaults
+from salt_lightning.command.parser import Parser, named, parse, readable, reword, to_defaults
 from salt_lightning.command.quiet import silence_libraries, steady_interrupts, steady_streams
 from salt_lightning.command.resume import resolve, settings_held
 from salt_lightning.comparison.report import evaluation
@@ -81,20 +81,17 @@ class SALTCLI(LightningCLI):
             parser._subcommands_action.add_subcommand(name, Parser(description=text), help=text)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Not super(): it warns about arguments given from Python. `wrong` settings get their defaults."""
         parsers = (parser, *getattr(self, "_subcommand_parsers", {}).values())  # none with run=False
-        known = [action.dest for each in parsers for action in each._actions]
-        args = configs_first(sys.argv[1:] if args is None else args)
-        check_configs(args, known)
-        Parser.remember(args)
-        self.config = parser.parse_args(args)  # not super(): it warns about arguments given from Python
-        self._explicit = parser.parse_args(args, defaults=False)
-        require_no_comments(args, self._settings(self._explicit))
-        for config in (self.config, self._explicit):
-            settings.local_paths(self._settings(config))
-            parallel.name_class(self._settings(config))
-        seed = self._settings(self.config).get("seed_everything")
-        if type(seed) is not int or not 0 <= seed < 1 << 32:  # True is an int, too
-            raise ConfigError(f"--seed_everything {seed} must be a whole number from 0 to {(1 << 32) - 1}")
+        self.config, self._explicit, self.wrong = parse(parsers, sys.argv[1:] if args is None else args)
+        for config in map(self._settings, (self._explicit, self.config)):
+            wrong = settings.local_paths(config)
+            parallel.name_class(config)
+        self.wrong += wrong + settings.wrong_seed(config)
+        if config.get("ckpt_path"):
+            refuse(self.wrong)
+        self.instead = named(self.wrong)
+        to_defaults("; ".join(self.wrong), config, self._parser(self.config.get("subcommand")))
 
     def _settings(self, config: Namespace) -> Namespace:
         subcommand = config.get("subcommand")
@@ -120,31 +117,34 @@ class SALTCLI(LightningCLI):
         held = settings_held(path, subcommand, given, config.seed_everything, proved=chosen == "last")
         if subcommand != "fit" and given:
             given.pop("student", None)  # the student is always the checkpoint's
-        merged = self.parser.parse_object({subcommand: {"model": held}}, self.config)
-        if given:
-            merged = self.parser.parse_object({subcommand: {"model": given.as_dict()}}, merged)
+        with readable():
+            merged = self.parser.parse_object({subcommand: {"model": held}}, self.config)
+            if given:
+                merged = self.parser.parse_object({subcommand: {"model": given.as_dict()}}, merged)
         self.config = merged
 
     def hold(self) -> None:
         peers.tell(self._settings(self.config).get("trainer"))
         run = self._settings(self.config).run if self.config.get("subcommand") in ("fit", "predict") else None
-        if run and not self.holds and peers.seems_first():
+        if run and not self.wrong and not self.holds and peers.seems_first():
             _HELD.enter_context(run_lock.held(Path(run)))
             self.holds = True
 
     def before_instantiate_classes(self) -> None:
         config = self._settings(self.config)
-        refuse(settings.wrong_groups(config))
+        if groups := settings.wrong_groups(config):
+            refuse(self.wrong + groups)
         absent = settings.wrong_accelerator(config.trainer)
-        self.wrong = absent + settings.wrong_trainer_settings(config.trainer)  # reported with what the classes refuse
-        self.wrong += settings.wrong_folders(config) + settings.wrong_teacher(config)
+        wrong = absent + settings.wrong_trainer_settings(config.trainer)  # reported with what the classes refuse
+        wrong += settings.wrong_folders(config) + settings.wrong_teacher(config)
         if self.subcommand == "fit" and not config.get("ckpt_path"):
-            self.wrong += taken(Path(config.run), settings.checkpoints(config), flat(config.as_dict()))
+            wrong += taken(Path(config.run), settings.checkpoints(config), flat(config.as_dict()))
         if self.subcommand in ("validate", "test") and not config.get("ckpt_path") and not config.model.student.path:
-            self.wrong += [f"{self.subcommand} needs --ckpt_path (a .ckpt file, or last): a new student is untrained"]
+            wrong += [f"{self.subcommand} needs --ckpt_path (a .ckpt file, or last): a new student is untrained"]
+        self.wrong += errors.of_others(wrong, self.instead)
         # the trainer would look for the devices, and some strategies need them
         reset = "; ".join([*absent, "--trainer.devices", "--trainer.strategy"]) if absent else ""
-        self.instead = to_defaults(reset, config, self._parser(self.subcommand))
+        self.instead |= to_defaults(reset, config, self._parser(self.subcommand))
 
     def refuse(self) -> None:
         if self.wrong and not self.instead and self.subcommand == "fit":
@@ -219,7 +219,8 @@ class SALTCLI(LightningCLI):
     def _instantiate(self) -> None:
         parallel.require_supported(self._settings(self.config).trainer.strategy)
         try:
-            super().instantiate_classes()
+            with readable():
+                super().instantiate_classes()
         except ConfigError:
             raise
         except (ValueError, ImportError) as error:  # from a class that the user named
@@ -324,9 +325,6 @@ def _check(args: list[str]) -> int:
         return _start(CheckCLI, ["fit", *args]).code
     except ConfigError as error:
         say(error)
-    except SystemExit as refused:  # the parser has printed the reason
-        if not refused.code:
-            raise
     return 1
 
 

@@ -72,6 +72,25 @@ ERRORS = {
         r"error: --trainer.limit_train_batches 5, .*; --kd.weight 1.5 must .*; --kd.steps 99 is larger .*"
         r"; --model.student.config.hiden: llama has no .*; --data.source: ",
     ),
+    "what cannot be read, and what cannot work": (
+        {"data.block_size": "x", "kd.weight": 1.5, "trainer.log_every_n_steps": 0, "data.source": "no/*"},
+        r"^error: --data.block_size x must be a whole number; --trainer.log_every_n_steps 0 [^;]*; --kd.weight 1.5 "
+        r"[^;]*; --data.source: 'no/\*' matches no file; give [^;]*$",
+    ),
+    "names of no settings, without what would follow from their absence": (
+        {"kd.step": 2, "model.optim.ir": 1, "kd.steps": None, "model.teacher.pth": "x"},
+        r"^error: --kd.step: there is no such setting; did you mean --kd.steps\?; --model.optim.ir: [^;]*; did you "
+        r"mean --model.optim.lr\?; --model.teacher.pth: [^;]*; did you mean --model.teacher.path\?$",
+    ),
+    "a comment, a seed and an address": (
+        {"data.val_rows": "#9", "seed_everything": -1, "checkpoint.folder": "s3://x", "model.optim.lr": -1},
+        r"^error: --data.val_rows '#9' is a comment [^;]*; give null, or a value; --checkpoint.folder s3://x is an "
+        r"address; give [^;]*; --seed_everything -1 must [^;]*; --model.optim.lr -1.0 must [^;]*$",
+    ),
+    "what cannot be read, when resuming": (
+        {"data.block_size": "x", "kd.weight": 1.5, "ckpt_path": "last"},
+        r"^error: --data.block_size x must be a whole number$",
+    ),
     "a ramp without its end, and what its shape would miss without a ramp": (
         {"kd.shape": "linear", "kd.anneal_steps": 2},
         r"error: --kd.anneal_steps 2 needs --kd.steps, where the ramp ends; --kd.weight 0.5 needs a teacher: [^;]*$",
@@ -378,12 +397,12 @@ ERRORS = {
         r"^error: --trainer.callbacks.monitr: there is no such setting; did you mean --trainer.callbacks.monitor\?$",
     ),
     "an argument like none that a class takes": (
-        {**FSDP2, "trainer.strategy.zzz": 1},
+        {**FSDP2, "trainer.strategy.zzz": 1, "data.micro_batch_size": 4},
         r"^error: --trainer.strategy.zzz: there is no such setting; there are replicas, shard_teacher, "
         r"save_distributed_checkpoint, timeout_minutes$",
     ),
     "a wrong value of a class's setting": (
-        {**FSDP2, "trainer.strategy.replicas": "x"},
+        {**FSDP2, "trainer.strategy.replicas": "x", "data.micro_batch_size": 4},
         r"^error: --trainer.strategy.replicas x must be a whole number$",
     ),
     "the same in a list": (
@@ -548,6 +567,19 @@ def test_bad_input_is_one_line_that_names_the_setting(case, settings, teacher, b
     line = one_line(capsys)
     assert re.search(message, line), line
     assert not (tmp_path / "run").exists()  # the next start there is a first one
+
+
+def test_what_cannot_be_read_in_a_file_hides_nothing_else_in_it(settings, tmp_path, capsys):
+    (tmp_path / "x.yaml").write_text(
+        "data: {block_size: x, val_rows: 0}\nmodel: {optim: {lr: -1}, studnt: {dtype: fp32}}"
+    )
+    words = arguments(settings, {"kd.weight": 0.0, "run": str(tmp_path / "run")}, {})
+    words = [word for word in words if not word.startswith(("--data.block_size", "--model.optim.lr"))]
+    assert run(["fit", f"--config={tmp_path}/x.yaml", *words]) == 2
+    line = one_line(capsys)
+    said = ("--data.block_size x", "--model.studnt", "--data.val_rows: 0", "--model.optim.lr -1.0")
+    assert all(each in line for each in said), line
+    assert line.count("; --") == len(said) - 1, line
 
 
 def test_of_two_classes_with_the_same_setting_the_one_with_the_value_is_named():

@@ -317,9 +317,10 @@ def test_what_is_typed_wins_over_files_wherever_it_stands(tmp_path):
         )
     first, second = (f"--config={tmp_path}/{number}.yaml" for number in (1, 2))
     line = ["fit", "--trainer.max_steps", "5", first, "--kd.weight=0", "--config", "x.yaml", "--run=x"]
-    moved = ["fit", first, "--config", "x.yaml", "--trainer.max_steps", "5", "--kd.weight=0", "--run=x"]
+    moved = ["fit", first, "--config=x.yaml", "--trainer.max_steps", "5", "--kd.weight=0", "--run=x"]
     assert configs_first(line) == moved
-    assert configs_first(["fit", "--run=x", "-cx.yaml", "--config"]) == ["fit", "-cx.yaml", "--run=x", "--config"]
+    moved = ["fit", "--config=x.yaml", "--config=y=1", "--run=x", "--config"]
+    assert configs_first(["fit", "--run=x", "-cx.yaml", "-c=y=1", "--config"]) == moved
     made = build("--trainer.max_steps=5", first, second, "--kd.weight=0", f"--run={tmp_path}")
     assert (made.trainer.max_steps, made.datamodule.block_size) == (5, 9)
 

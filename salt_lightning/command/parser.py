@@ -6,10 +6,10 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,7 +18,7 @@ from jsonargparse import DefaultHelpFormatter, Namespace, get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 
 from salt_lightning.command.settings import wrong_precision
-from salt_lightning.errors import ConfigError, one_line, printable, raised, refuse
+from salt_lightning.errors import ConfigError, one_line, problems_of, raised, refuse
 
 _TYPES = {
     "int": "a whole number",
@@ -71,19 +71,90 @@ class Parser(LightningArgumentParser):
         asked = getattr(ex, "subcommand_parser", None) or self
         known, others = [action.dest for action in asked._actions], list[str]()
         if "run" not in known:  # this parses the settings of one class
-            said = explain(message, known, self.given)
-        else:
-            said = explain(message, known)
-            if asked._one_by_one:
-                raise ConfigError(said)
-            alone = [f"--{name}={value}" for name, value in self.given if _ALONE.fullmatch(f"--{name}")]
-            asked._one_by_one = True  # jsonargparse stops at the first error, so parse the others one by one
+            raise Unreadable(explain(message, known, self.given))
+        said = explain(message, known)
+        if asked._one_by_one:
+            raise ConfigError(said)
+        alone = [f"--{name}={value}" for name, value in self.given if _ALONE.fullmatch(f"--{name}")]
+        asked._one_by_one = True  # jsonargparse stops at the first error, so parse the others one by one
+        try:
+            others = raised(partial(asked.parse_args, [word], defaults=False) for word in alone)
+        finally:
+            asked._one_by_one = False
+        raise Unreadable("; ".join(dict.fromkeys([said, *others])))
+
+
+class Unreadable(SystemExit):
+    """Settings that cannot be read. Not an Exception: jsonargparse would take one for a wrong class, and say less."""
+
+
+@contextmanager
+def readable() -> Iterator[None]:
+    """Turns Unreadable into ConfigError."""
+    try:
+        yield
+    except Unreadable as error:
+        raise ConfigError(str(error)) from None
+
+
+def parse(parsers: Sequence[LightningArgumentParser], args: list[str]) -> tuple[Namespace, Namespace, list[str]]:
+    """The settings of a command line; those given in it; the problems with those that cannot be read, left out of both.
+
+    Args:
+        parsers: the first parses; the others are those of its verbs.
+        args: words.
+
+    Raises:
+        ConfigError: lists the problems, if the rest cannot be read either.
+    """
+    args = configs_first(args)
+    check_configs(args, [action.dest for parser in parsers for action in parser._actions])
+    Parser.remember(args)
+    parser, problems = parsers[0], list[str]()
+    with readable():
+        try:
+            config = parser.parse_args(args)
+        except Unreadable as error:
+            problems = problems_of(str(error))
+            args = _without(args, problems)
             try:
-                others = raised(partial(asked.parse_args, [word], defaults=False) for word in alone)
-            finally:
-                asked._one_by_one = False
-        sys.stderr.write(f"error: {printable('; '.join(dict.fromkeys([said, *others])))}\n")
-        raise SystemExit(2)
+                config = parser.parse_args(args)
+            except Unreadable:
+                raise error from None
+        given = parser.parse_args(args, defaults=False)
+    return config, given, problems + _comments(args, given)
+
+
+def named(problems: Iterable[str]) -> set[str]:
+    """The settings that the problems begin with or suggest."""
+    return {name for each in problems for name in re.findall(r"(?:^|did you mean )--([\w.]+)", each)}
+
+
+def _without(args: list[str], problems: list[str]) -> list[str]:
+    """A command line without the settings that the problems begin with and those below them, typed or in its files."""
+    wrong = [found[1] for each in problems if (found := re.match(r"--([\w.]+)", each))]
+    kept, drops = [], False
+    for word in args:
+        name, _, value = word.partition("=")
+        if name.startswith("--"):
+            drops = _is_below(name.removeprefix("--"), wrong)
+        if word.startswith("--config="):
+            left = _kept(yaml.safe_load(_text(value)), "", wrong)
+            word = f"--config={yaml.safe_dump(left, default_flow_style=True, width=sys.maxsize)}"
+        if not drops:
+            kept.append(word)
+    return kept
+
+
+def _kept(value: Any, prefix: str, wrong: list[str]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    below = {key: f"{prefix}{key}" for key in value}
+    return {key: _kept(value[key], f"{name}.", wrong) for key, name in below.items() if not _is_below(name, wrong)}
+
+
+def _is_below(name: str, others: list[str]) -> bool:
+    return any(f"{name}.".startswith(f"{other}.") for other in others)
 
 
 _VERBS = {
@@ -225,9 +296,8 @@ _ALONE = re.compile(rf"--(?!config\b|print_config|help|{_CLASSES}\b)([\w.]+)")
 
 def _given(args: list[str]) -> Iterator[tuple[str, str]]:
     """(name, value as typed) of each setting of a command line and its files."""
-    for file in _values(args):
-        text = file if file.lstrip().startswith("{") else Path(file).read_text(encoding="utf-8")
-        yield from _leaves(yaml.safe_load(text), "")
+    for file in _files(args):
+        yield from _leaves(yaml.safe_load(_text(file)), "")
     for name, value in _typed(args):
         leaves = [(name, value)]
         if re.fullmatch(_CLASSES, name):
@@ -252,7 +322,7 @@ def _leaves(value: Any, name: str) -> list[tuple[str, str]]:
     return [(name, value if isinstance(value, str) else json.dumps(value, default=str, skipkeys=True))]
 
 
-def to_defaults(said: str, settings: Namespace, parser: LightningArgumentParser) -> dict[str, Any]:
+def to_defaults(said: str, settings: Namespace, parser: LightningArgumentParser) -> set[str]:
     """Resets each setting that begins a problem of `said` to its default; returns those that it changed.
 
     For a setting of a class, resets the one that names the class.
@@ -260,9 +330,9 @@ def to_defaults(said: str, settings: Namespace, parser: LightningArgumentParser)
     defaults = parser.get_defaults()
     found = [re.sub(rf"^({_CLASSES})\..*", r"\1", name) for name in re.findall(r"(?:^|; )--([\w.]+)", said)]
     names = [name for name in found if name in settings and name in defaults]
-    changed = {name: defaults[name] for name in names if settings[name] != defaults[name]}
-    for name, default in changed.items():
-        settings[name] = default
+    changed = {name for name in names if settings[name] != defaults[name]}
+    for name in changed:
+        settings[name] = defaults[name]
     return changed
 
 
@@ -276,42 +346,46 @@ def check_configs(args: list[str], known: list[str]) -> None:
         ConfigError: a file is missing, a folder, or not a YAML mapping in UTF-8; it has a setting twice, of which
             YAML would silently take the last; or it has an unknown empty group, which jsonargparse ignores.
     """
-    files = [value for value in _values(args) if not value.lstrip().startswith("{")]  # others contain settings
+    files = [value for value in _files(args) if not value.lstrip().startswith("{")]  # others contain settings
     refuse(raised(partial(_check_config, file, known) for file in dict.fromkeys(files)))
 
 
-def require_no_comments(args: list[str], given: Namespace) -> None:
-    """Raises ConfigError if YAML has read a typed value as a comment, and so as null."""
-    for name, value in _typed(args):
-        if value.lstrip().startswith("#") and name in given and given[name] is None:
-            raise ConfigError(f"--{name} {value!r} is a comment in YAML, so it reads as null; give null, or a value")
+def _comments(args: list[str], given: Namespace) -> list[str]:
+    """Problems with typed values that YAML has read as comments, and so as null."""
+    found = given[given.subcommand] if given.get("subcommand") else given
+    return [
+        f"--{name} {value!r} is a comment in YAML, so it reads as null; give null, or a value"
+        for name, value in _typed(args)
+        if value.lstrip().startswith("#") and name in found and found[name] is None
+    ]
 
 
 def configs_first(args: list[str]) -> list[str]:
-    """A command line with its --config files first: typed settings win wherever they stand, and later files win.
-
-    In jsonargparse, a file wins over settings typed before it.
+    """A command line with its files first, as --config=FILE: typed settings win wherever they stand, and later files
+    win. In jsonargparse, a file wins over settings typed before it.
     """
     files: list[str] = []
     rest: list[str] = []
     words = iter(args)
     for word in words:
-        if word in ("--config", "-c"):
-            value = list(islice(words, 1))
-            (files if value else rest).extend([word, *value])
+        apart = word in ("--config", "-c")
+        joined = re.match(r"(?:--config=|-c=?)(.+)", word, re.DOTALL)
+        value = next(words, None) if apart else joined and joined[1]
+        if value is None:
+            rest.append(word)
         else:
-            (files if word.startswith(_JOINED) else rest).append(word)
+            files.append(f"--config={value}")
     verb = 1 if rest and not rest[0].startswith("-") else 0
     return [*rest[:verb], *files, *rest[verb:]]
 
 
-_JOINED = ("--config=", "-c")  # also -cFILE and -c=FILE
+def _files(args: list[str]) -> list[str]:
+    """The files, or settings in braces, of a command line from `configs_first`."""
+    return [word.removeprefix("--config=") for word in args if word.startswith("--config=")]
 
 
-def _values(args: list[str]) -> list[str]:
-    joined = [re.sub(r"^(--config=|-c=?)", "", word) for word in args if word.startswith(_JOINED) and word != "-c"]
-    apart = [value for arg, value in pairwise(args) if arg in ("--config", "-c")]
-    return joined + apart
+def _text(file: str) -> str:
+    return file if file.lstrip().startswith("{") else Path(file).read_text(encoding="utf-8")
 
 
 def _check_config(path: str, known: list[str]) -> None:

@@ -11,7 +11,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.accelerators import AcceleratorRegistry
 
 from salt_lightning.batches.mixture import weight_problems
-from salt_lightning.errors import one_line, refuse
+from salt_lightning.errors import one_line
 
 _GROUPS = (
     *("model", "model.student", "model.student.config", "model.teacher", "model.teacher.config", "model.optim"),
@@ -38,17 +38,24 @@ def seed_or_global(seed: int | None, unset: int | None = None) -> int:
     return int(os.environ.get("PL_GLOBAL_SEED") or 0) if seed in (None, unset) else seed
 
 
-def local_paths(config: Namespace) -> None:
+def local_paths(config: Namespace) -> list[str]:
     """Expands ~: a shell does it for `--run ~/x`, but not for `--run=~/x` or in a file. Sources do it themselves.
 
-    Raises:
-        ConfigError: a path is one that cannot be used; see wrong_path.
+    Returns:
+        problems with paths that cannot be used; see wrong_path.
     """
     paths = {name: path for name in _PATHS if isinstance(path := config.get(name), str)}
-    refuse(f"--{name} {path} {wrong}" for name, path in paths.items() if (wrong := wrong_path(path)))
-    for name, path in paths.items():
-        if path.startswith("~"):
-            config[name] = os.path.expanduser(path)
+    wrong = {name: said for name, path in paths.items() if (said := wrong_path(path))}
+    for name in paths.keys() - wrong.keys():
+        config[name] = os.path.expanduser(paths[name])
+    return [f"--{name} {paths[name]} {said}" for name, said in wrong.items()]
+
+
+def wrong_seed(config: Namespace) -> list[str]:
+    """A seed that torch or numpy would not take."""
+    seed = config.get("seed_everything")
+    fits = type(seed) is int and 0 <= seed < 1 << 32  # True is an int, too
+    return [] if fits else [f"--seed_everything {seed} must be a whole number from 0 to {(1 << 32) - 1}"]
 
 
 def wrong_path(path: str | Path) -> str:
