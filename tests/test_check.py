@@ -231,9 +231,9 @@ def test_exit_code_of_refused_settings(settings, capsys):
     assert out.count("--trainer.max_steps") == 1
     assert cli.main(["check", "--kd.wieght=1", "--data.foo", "3", "--trainer.max_steps", "ten"]) == 1
     err = capsys.readouterr().err
-    assert err == (
+    assert err.strip() == (
         "error: --trainer.max_steps ten must be a whole number; --kd.wieght: there is no such setting; did you mean "
-        "--kd.weight?; --data.foo: there is no such setting; did you mean --data?\n"
+        "--kd.weight?; --data.foo: there is no such setting; did you mean --data.source?"
     )
 
 
@@ -250,7 +250,7 @@ def test_the_parser_tells_all_of_a_file_and_a_command_line(settings, tmp_path, c
         "--kd.steps x must",
     ):
         assert err.count(said) == 1, err
-    assert err.count("\n") == 1
+    assert err.strip().count("\n") == 0
     assert "--data.source" not in err
 
 
@@ -266,9 +266,8 @@ def test_a_setting_without_its_value_is_not_given_the_next_one(capsys):
 @pytest.mark.parametrize("gib", ["-1", "0", ".inf", ".nan"])
 def test_memory_that_no_gpu_has(gib, settings, capsys):
     assert cli.main(["check", *arguments(settings), "--check.memory_gib", gib]) == 1
-    assert re.match(
-        rf"error: --check.memory_gib -?{gib.strip('-')} must be a finite number above 0", capsys.readouterr().err
-    )
+    said = rf"ERROR +settings +--check.memory_gib -?{gib.strip('-')} must be a finite number above 0"
+    assert re.match(said, capsys.readouterr().out)
 
 
 def test_a_problem_is_listed_once(checked):

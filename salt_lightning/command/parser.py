@@ -264,7 +264,8 @@ def _prefix(last: str, given: Iterable[tuple[str, str]], line: str) -> str:
 
 
 def _no_such(name: str, known: list[str], prefix: str = "") -> str:
-    near = difflib.get_close_matches(name, known, 1)
+    groups = {setting.rpartition(".")[0] for setting in known}
+    near = difflib.get_close_matches(name, [setting for setting in known if setting not in groups], 1)
     others = f"; there are {', '.join(known)}" if prefix else " (see --help)"
     return f"--{prefix}{name}: there is no such setting{f'; did you mean --{prefix}{near[0]}?' if near else others}"
 
