@@ -264,8 +264,7 @@ def _prefix(last: str, given: Iterable[tuple[str, str]], line: str) -> str:
 
 
 def _no_such(name: str, known: list[str], prefix: str = "") -> str:
-    groups = {setting.rpartition(".")[0] for setting in known}
-    near = difflib.get_close_matches(name, [setting for setting in known if setting not in groups], 1)
+    near = difflib.get_close_matches(name, [each for each in known if not name.startswith(f"{each}.")], 1)
     others = f"; there are {', '.join(known)}" if prefix else " (see --help)"
     return f"--{prefix}{name}: there is no such setting{f'; did you mean --{prefix}{near[0]}?' if near else others}"
 
