@@ -116,7 +116,7 @@ def parse(parsers: Sequence[LightningArgumentParser], args: list[str]) -> tuple[
             config = parser.parse_args(args)
         except Unreadable as error:
             problems = problems_of(str(error))
-            args = _without(args, problems)
+            args = _without(args, _begun(str(error)))
             try:
                 config = parser.parse_args(args)
             except Unreadable:
@@ -130,9 +130,13 @@ def named(problems: Iterable[str]) -> set[str]:
     return {name for each in problems for name in re.findall(r"(?:^|did you mean )--([\w.]+)", each)}
 
 
-def _without(args: list[str], problems: list[str]) -> list[str]:
-    """A command line without the settings that the problems begin with and those below them, typed or in its files."""
-    wrong = [found[1] for each in problems if (found := re.match(r"--([\w.]+)", each))]
+def _begun(said: str) -> list[str]:
+    """The settings that the problems of a message begin with."""
+    return re.findall(r"(?:^|; )--([\w.]+)", said)
+
+
+def _without(args: list[str], wrong: list[str]) -> list[str]:
+    """A command line without these settings and those below them, typed or in its files."""
     kept, drops = [], False
     for word in args:
         name, _, value = word.partition("=")
@@ -327,8 +331,8 @@ def to_defaults(said: str, settings: Namespace, parser: LightningArgumentParser)
 
     For a setting of a class, resets the one that names the class.
     """
-    defaults = parser.get_defaults()
-    found = [re.sub(rf"^({_CLASSES})\..*", r"\1", name) for name in re.findall(r"(?:^|; )--([\w.]+)", said)]
+    found = [re.sub(rf"^({_CLASSES})\..*", r"\1", name) for name in _begun(said)]
+    defaults = parser.get_defaults() if found else Namespace()
     names = [name for name in found if name in settings and name in defaults]
     changed = {name for name in names if settings[name] != defaults[name]}
     for name in changed:
