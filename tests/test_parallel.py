@@ -809,6 +809,29 @@ def test_the_variable_of_a_service_is_no_port(monkeypatch):
             parallel.check(Trainer(devices=devices, strategy="ddp", **told))
 
 
+def test_a_local_rank_left_over_in_the_environment_is_refused(monkeypatch):
+    """Lightning would index the devices by it, or wait for processes that nobody starts."""
+    told = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(
+        ConfigError, match=r"^LOCAL_RANK 1 is set, but must be 0 or more and below --trainer.devices 1; "
+    ):
+        parallel.check(Trainer(devices=1, strategy="ddp", **told))
+    with pytest.raises(ConfigError, match=r"^LOCAL_RANK 1 is set, so .* MASTER_PORT, which is not set; unset LOCAL_R"):
+        parallel.check(Trainer(devices=2, strategy="ddp", **told))
+    parallel.check(Trainer(devices=2, strategy="ddp_spawn", **told))  # starts all, whatever is set
+    parallel.check(Trainer(devices=1, **told))
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    parallel.check(Trainer(devices=1, strategy="ddp", **told))  # a group of one waits for nobody
+    monkeypatch.setenv("LOCAL_RANK", "-1")
+    with pytest.raises(ConfigError, match=r"^LOCAL_RANK -1 is set, but must be 0 or more and below --trainer.devices"):
+        parallel.check(Trainer(devices=2, strategy="ddp", **told))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("MASTER_PORT", "29501")  # as of processes that Lightning, or a script, has started
+    parallel.check(Trainer(devices=2, strategy="ddp", **told))
+
+
 def test_other_strategies_are_refused_by_name(monkeypatch):
     import lightning.pytorch as pl
     from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy

@@ -203,6 +203,7 @@ def require_place(trainer: pl.Trainer) -> None:
         slurm.require_processes(environment, trainer.num_devices, trainer.num_nodes, connects)
         if connects:
             _require_port()
+            _require_local_rank(trainer, environment)
         _require_told_place(trainer, environment)
     elif started != trainer.num_devices * trainer.num_nodes:
         raise ConfigError(
@@ -217,6 +218,25 @@ def _require_port() -> None:
         raise ConfigError(
             f"MASTER_PORT {port} is not a port number: Kubernetes sets it so for a Service named master; set it to a "
             "free port, or unset it"
+        )
+
+
+def _require_local_rank(trainer: pl.Trainer, environment: Any) -> None:
+    """Raises ConfigError if a LOCAL_RANK, perhaps left over from another command, is no device's, or says that somebody
+    else starts the other processes, which could not find this one."""
+    local_rank, devices = os.environ.get("LOCAL_RANK"), trainer.num_devices
+    if type(environment) is not LightningEnvironment or local_rank is None:
+        return
+    remedy = "unset LOCAL_RANK, and all processes are started from here, or start them with torchrun"
+    if not 0 <= int(local_rank) < devices:
+        raise ConfigError(
+            f"LOCAL_RANK {local_rank} is set, but must be 0 or more and below --trainer.devices {devices}; {remedy}"
+        )
+    waits = trainer.world_size > 1 and getattr(trainer.strategy, "_start_method", "popen") == "popen"
+    if waits and "MASTER_PORT" not in os.environ:
+        raise ConfigError(
+            f"LOCAL_RANK {local_rank} is set, so the other processes are to be started by somebody else, but they meet "
+            f"at MASTER_PORT, which is not set; {remedy}"
         )
 
 
