@@ -92,8 +92,9 @@ def evaluate(runs: list[Run], baseline: str | None = None) -> Comparison:
         )
     teachers_of = {run.name: lineage.teacher_runs(run, runs) for run in runs}
     teachers = {teacher.name for found in teachers_of.values() for teacher in found.values() if teacher is not None}
-    students = [run for run in runs if run.name not in teachers] or runs
     named = None if baseline is None else _named(runs, baseline)
+    teachers -= {run.name for run in _also_baselines(runs, teachers_of, teachers)}
+    students = [run for run in runs if run.name not in teachers] or runs
     repeated = _repeated(students, named)
     students = [run for run in students if run.name not in repeated]
     reference, notes = (named, []) if named is not None else _reference(students)
@@ -131,6 +132,19 @@ def evaluate(runs: list[Run], baseline: str | None = None) -> Comparison:
         done = [run.name for run in students if run.name in group.runs and run.finished]
         group.equal = {axis: [ce[name] for name in done if name in ce] for axis, (_, ce) in equal.items()}
     return Comparison(reference.name, goal.ce, rows, groups, equal, between, notes, apart, runs)
+
+
+def _also_baselines(runs: list[Run], teachers_of: dict[str, dict[str, Run | None]], teachers: set[str]) -> list[Run]:
+    """Where no other BASELINE is given: those that taught, or scored the rows of, runs of their own model and length,
+    so that they are what these runs are to be compared with, too."""
+    if any(run.is_plain and run.name not in teachers for run in runs):
+        return []
+    pairs = [(teacher, run) for run in runs for teacher in teachers_of[run.name].values() if teacher is not None]
+    return [
+        teacher
+        for teacher, run in pairs
+        if teacher.is_plain and lineage.same_model(teacher, run) and teacher.steps_done == run.steps_done
+    ]
 
 
 def _named(runs: list[Run], baseline: str) -> Run:

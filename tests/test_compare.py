@@ -868,6 +868,25 @@ def test_the_teachers_own_training_stands_apart(tmp_path, monkeypatch):
     assert evaluate(load([tmp_path / "link", baseline, salt])).rows[0].method == "TEACHER"
 
 
+def test_a_baseline_that_taught_runs_of_its_own_model_and_length_is_their_reference(tmp_path):
+    """As in self-distillation, or where BASELINE's early checkpoint scored the rows; other teachers are none."""
+    model = "model.student.config.hidden_size"
+    kd = {"teacher": f"{tmp_path}/baseline/checkpoints/step-00000100.ckpt", "weight": 0.5, "kd_steps": 60, model: 64}
+    salt = write_run(tmp_path / "salt", SALT, **kd)
+    found = evaluate(load([salt, write_run(tmp_path / "baseline", BASELINE, **{model: 64})]))
+    assert [row.method for row in found.rows] == ["SALT step", "BASELINE"]
+    assert (found.reference, found.notes) == ("baseline", [])
+    assert found.rows[0].teacher_training_flops == 1000
+    other = write_run(tmp_path / "other", BASELINE, **{model: 64}, seed_everything=1)
+    found = evaluate(load([tmp_path / "baseline", salt, other]))
+    assert ([row.method for row in found.rows], found.reference) == (["TEACHER", "SALT step", "BASELINE"], "other")
+    for name, steps, width in (("short", 200, 64), ("small", 300, 32)):
+        run = write_run(tmp_path / name / "baseline", {steps: 4.0}, steps, **{model: width})
+        kd["teacher"] = f"{run}/checkpoints/step-00000100.ckpt"
+        found = evaluate(load([run, write_run(tmp_path / name / "salt", SALT, **kd)]))
+        assert ([row.method for row in found.rows], found.reference) == (["TEACHER", "SALT step"], "salt"), name
+
+
 def test_a_teacher_that_was_validated_on_other_text_is_told(tmp_path):
     teacher = write_run(tmp_path / "teacher", {300: 5.0}, student=4)
     salt = write_run(tmp_path / "salt", SALT, teacher=f"{teacher}/checkpoints/last.ckpt", weight=0.5, kd_steps=60)
@@ -942,7 +961,8 @@ def test_a_teacher_that_was_moved_once_it_had_left_is_known_by_its_new_place(tmp
     off = write_run(tmp_path / "off", SALT)  # its settings name none any more
     earlier(off, 100, teacher="new/checkpoints/step-00000300.ckpt", **kd)
     assert evaluate(load([teacher, off])).rows[1].teacher_training_flops == 1200
-    named = write_run(tmp_path / "named", BASELINE, teacher="new/checkpoints/step-00000300.ckpt")  # only by settings
+    path = "new/checkpoints/step-00000300.ckpt"
+    named = write_run(tmp_path / "named", {**BASELINE, 400: 4.0}, 400, teacher=path)  # only by settings
     assert evaluate(load([teacher, named])).rows[0].method == "TEACHER"
 
 
