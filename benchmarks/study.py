@@ -59,6 +59,7 @@ TEACHER_SEED = 17
 OOD_SOURCE, OOD_SHARE = "speeches", 8
 OMEGA, KD_SHARE = 0.667, 0.2
 EARLY = 0.125  # share of the teacher's steps: the checkpoint that scores rows for SALT_DS
+UNIGRAM = 0.02  # share of the steps after which a teacher knows little but how often tokens occur
 MAX_EPOCHS = 4.0
 MORE = "ROW-sSEED, ROW-fSHARE-sSEED, ROW@RATE-sSEED or ROW@RATE-fSHARE-sSEED"
 GAP: Settings = {"kd.stop_margin": 0.0}  # KD ends when the student has caught up, between 5% and 60% of the steps
@@ -196,6 +197,7 @@ class Study:
                 cells.append(Cell(row, seed, "half rate", settings, ready))
         cells += [Cell(f"baseline-f{f:g}", s0, "reached", self._shortened(rows[base], f), tuned) for f in size.shares]
         cells.append(self._teacher("weak", size.weak, rate, tuned))
+        cells.append(self._teacher("unigram", size.teacher, rate, tuned, UNIGRAM))
         if size.long_teacher:
             cells.append(self._teacher("long", size.teacher, rate, tuned, size.long_teacher))
         for row in rows:
@@ -229,7 +231,7 @@ class Study:
 
     def _single(self, row: str, seed: int, settings: Settings, ready: tuple[str, ...]) -> Cell:
         """A cell of an experiment other than the main rows."""
-        own = tuple(self._name(kind) for kind in ("weak", "long") if row.startswith(f"{kind}-teacher"))
+        own = tuple(self._name(kind) for kind in ("weak", "unigram", "long") if row.startswith(f"{kind}-teacher"))
         own += (self._name("large-teacher"),) if row.startswith("large-") else ()
         scored = (self._name("score"),) if "data.selection" in settings else ()
         first = self._stretch(settings["model.optim.lr"]) if row.startswith("high-lr") else None
@@ -311,6 +313,8 @@ class Study:
             "omega-0.9": {**salt, "kd.weight": 0.9},
             "T-2": {**salt, "model.teacher_temperature": 2.0},
             "weak-teacher": {**salt, "model.teacher.path": self._path("teachers/weak")},
+            # a control: are soft targets enough, whatever they say?
+            "unigram-teacher": {**salt, "model.teacher.path": self._path("teachers/unigram")},
             "without-kd": {**base, **chosen, "kd.steps": self._at(KD_SHARE)},
             "gap": {**salt, **GAP, "kd.min_steps": self._at(0.05), "kd.steps": self._at(0.6)},
             "high-lr-baseline": {**base, "kd.steps": self._at(KD_SHARE)},
@@ -342,9 +346,11 @@ class Study:
         short["trainer.max_steps"] = round(f * self.size.steps / every) * every  # so that the last step is validated
         return {**settings, **short, "trainer.val_check_interval": every}
 
-    def _teacher(self, row: str, shape: tuple[int, int], rate: float, needs: tuple[str, ...], times: int = 1) -> Cell:
-        steps = times * self.size.steps
-        more = {"model.student.config": model(*shape), "model.optim.lr": rate, "trainer.max_steps": steps}
+    def _teacher(self, row: str, shape: tuple[int, int], rate: float, needs: tuple[str, ...], times: float = 1) -> Cell:
+        steps = self._at(times)
+        more: Settings = {"model.student.config": model(*shape), "model.optim.lr": rate, "trainer.max_steps": steps}
+        if times < 1:
+            more |= {"model.optim.warmup_steps": 0, "trainer.val_check_interval": steps}
         early = {"checkpoint.at_steps": [self._at(EARLY)]} if row == "teacher" else {}
         return Cell(row, TEACHER_SEED, "teacher", self._base(more | early), needs)
 
