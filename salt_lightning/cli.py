@@ -143,8 +143,10 @@ class SALTCLI(LightningCLI):
             wrong += [f"{self.subcommand} needs --ckpt_path (a .ckpt file, or last): a new student is untrained"]
         self.wrong += errors.of_others(wrong, self.instead)
         # the trainer would look for the devices, and some strategies need them
-        reset = "; ".join([*absent, "--trainer.devices", "--trainer.strategy"]) if absent else ""
-        self.instead |= to_defaults(reset, config, self._parser(self.subcommand))
+        reset = [*absent, "--trainer.devices", "--trainer.strategy"] if absent else []
+        if config.trainer.fast_dev_run:  # it would set max_steps, for which other settings are then too long
+            reset.append("--trainer.fast_dev_run")
+        self.instead |= to_defaults("; ".join(reset), config, self._parser(self.subcommand))
 
     def refuse(self) -> None:
         if self.wrong and not self.instead and self.subcommand == "fit":

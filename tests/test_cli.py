@@ -494,9 +494,11 @@ def test_models_that_do_not_fit_text_of_the_cache_are_refused_too(settings, teac
 
 @pytest.mark.parametrize("name", ["overfit_batches", "fast_dev_run"])
 def test_a_few_micro_batches_are_no_run(settings, tmp_path, capsys, name):
-    own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, f"trainer.{name}": 1}
+    own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, f"trainer.{name}": 1, "model.optim.warmup_steps": 2}
     assert run(["fit", *arguments(settings, own)]) == 2
-    assert f"--trainer.{name} 1" in one_line(capsys)
+    said = one_line(capsys)
+    assert f"--trainer.{name} 1" in said
+    assert "--model.optim.warmup_steps" not in said  # which fits into max_steps, and not into a micro-batch
 
 
 def test_nothing_is_validated_without_a_checkpoint(settings, tmp_path, capsys):

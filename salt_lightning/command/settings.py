@@ -187,8 +187,8 @@ def wrong_trainer_settings(trainer: Namespace) -> list[str]:
         wrong.append("--trainer.barebones true: a run without log and checkpoint leaves nothing; leave it out")
     if trainer.get("fast_dev_run"):
         wrong.append(
-            f"--trainer.fast_dev_run {trainer.fast_dev_run} counts micro-batches and leaves no room for a warm-up; use "
-            "the verb `check` with the same settings, or a small --trainer.max_steps in a separate --run"
+            f"--trainer.fast_dev_run {trainer.fast_dev_run} counts micro-batches and leaves no log or checkpoint; "
+            "use the verb `check` with the same settings, or a small --trainer.max_steps in a separate --run"
         )
     if (limit := trainer.get("limit_predict_batches")) not in (None, 1.0) or isinstance(limit, int):
         wrong.append("--trainer.limit_predict_batches would leave rows without scores; use a small --data.source")
