@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -241,11 +242,10 @@ def _besides(parts: list[float]) -> float:
 def _groups(
     experiments: list[list[Run]], rows: dict[str, Row], reference: Run, seeds: list[Run], apart: list[str]
 ) -> list[Group]:
-    methods = [group[0].method for group in experiments]
+    labels = _labels([group[0] for group in experiments])
     by_seed = {run.sample: run.last("val/ce") for run in seeds if run.seeds}
     groups = []
-    for members in experiments:
-        method = members[0].method
+    for label, members in zip(labels, experiments, strict=True):
         finished = [run for run in members if run.finished]
         done = [run for run in finished if run.name not in apart] or finished
         ce = [run.last("val/ce") for run in done]
@@ -253,7 +253,7 @@ def _groups(
         paired = [run for run in known if run.sample in by_seed and run not in seeds]
         groups.append(
             Group(
-                label=printable(method) if methods.count(method) == 1 else f"{printable(method)} ({members[0].name})",
+                label=label,
                 runs=[run.name for run in members],
                 n=len(done),
                 val_ce=ce,
@@ -272,6 +272,22 @@ def _groups(
             )
         )
     return groups
+
+
+def _labels(firsts: list[Run]) -> list[str]:
+    """The method of each experiment, given its first run. Several of one method are distinguished by one or two
+    settings, if these are words or numbers, else by that run's name."""
+    labels = []
+    for run in firsts:
+        alike = [other for other in firsts if other.method == run.method]
+        keys = sorted({key for other in alike for key in _changed(run, other)})
+        words = [str(other.deciding.get(key, "not set")) for key in keys for other in alike]
+        if 0 < len(keys) <= 2 and all(re.fullmatch(r"[\w.+-]+", word) for word in (*keys, *words)):
+            told = ", ".join(f"{'.'.join(key.split('.')[-2:])} {run.deciding[key]}" for key in keys)
+        else:
+            told = run.name
+        labels.append(printable(run.method if len(alike) == 1 else f"{run.method} ({told})"))
+    return labels
 
 
 def _changed(reference: Run, run: Run) -> dict[str, tuple[Any, Any]]:

@@ -793,6 +793,35 @@ def test_the_baseline_may_be_named_from_home(three, tmp_path, monkeypatch):
         assert compare(three, tmp_path / "out", baseline=named).reference == "rkd"
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "told"),
+    [
+        ({"model.optim.lr": 0.004}, {"model.optim.lr": 0.008}, ["optim.lr 0.004", "optim.lr 0.008"]),
+        (
+            {"model.optim.lr": 1e-3, "kd.shape": "cosine", "kd.weight": 0.5},
+            {"model.optim.lr": 1e-3, "kd.shape": "cosine", "kd.weight": 0.25},
+            ["kd.weight 0.5", "kd.weight 0.25"],
+        ),
+        (
+            {"model.optim.lr": 1, "kd.weight": 0.5},
+            {"model.optim.lr": 2, "kd.weight": 0.3},
+            ["kd.weight 0.5, optim.lr 1", "kd.weight 0.3, optim.lr 2"],
+        ),
+        ({"model.optim.lr": 1, "a.b": 1, "a.c": 1}, {"model.optim.lr": 2, "a.b": 2, "a.c": 2}, ["one", "other"]),
+        ({"model.optim.lr": 1}, {}, ["one", "other"]),
+        ({"teacher": "at/one"}, {"teacher": "at/other"}, ["one", "other"]),
+    ],
+)
+def test_experiments_of_one_method_are_named_by_what_differs(tmp_path, one, other, told):
+    runs = [
+        write_run(tmp_path / name, SALT, **{"teacher": "t", "weight": 0.5, "kd_steps": 60, **own})
+        for name, own in (("one", one), ("other", other))
+    ]
+    labels = [group.label for group in evaluate(load([write_run(tmp_path / "b", BASELINE), *runs])).groups]
+    shape = one.get("kd.shape", "step")
+    assert labels == ["BASELINE", *(f"SALT {shape} ({name})" for name in told)]
+
+
 def test_where_a_run_and_its_text_lie_is_no_experiment(tmp_path):
     layouts = [
         ("one", {"checkpoint.folder": "/scratch/one"}), ("two", {"checkpoint.folder": "/scratch/two"}),
