@@ -93,8 +93,7 @@ def with_plain_rows(case: Case, compiled: bool = False, **options: Any) -> Tenso
     with contextlib.ExitStack() as stack:
         stack.enter_context(patch.object(chunked_head, "_triton_rows", lambda: None))
         if compiled:
-            stack.enter_context(patch.object(chunked_head, "row_pass", compiled_rows))
-            stack.enter_context(patch.object(chunked_head, "GPU_BLOCK_ELEMENTS", 2**40))
+            stack.enter_context(patch.object(chunked_head, "_fill_rows", compiled_fill))
         return ours(case, **options)
 
 
@@ -109,9 +108,13 @@ def without_rows(case: Case, grad_buffer: Callable[..., Tensor] = BUFFER, **opti
 
 
 @functools.partial(torch.compile, dynamic=False)
-def compiled_rows(*arguments: Any) -> tuple[Tensor, Tensor | None]:
-    sums_7C, grad_CV = PLAIN_ROWS(*arguments)
-    return sums_7C, None if grad_CV is None else grad_CV.to(torch.bfloat16)  # as its buffer: one graph casts it, too
+def compiled_fill(logits: list[Tensor], labels_C: Tensor, mix: Any, sums_7C: Tensor, grad_CV: Tensor | None) -> None:
+    """As chunked_head's, but one graph: it also casts the gradient and writes it where it belongs."""
+    teacher_CV = logits[1] if len(logits) > 1 else None
+    sums, grad = PLAIN_ROWS(logits[0], teacher_CV, labels_C, mix, grad_CV is not None)
+    sums_7C.copy_(sums)
+    if grad_CV is not None:
+        grad_CV.copy_(grad)
 
 
 class Fp32Logits(torch.autograd.Function):

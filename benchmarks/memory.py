@@ -1,6 +1,6 @@
 """The estimate of `cli.py check` compared with the memory of real short runs, in both phases.
 
-    python benchmarks/memory.py --sizes 124m 350m 1.3b       one GPU, under 4 minutes
+    python benchmarks/memory.py --sizes 124m 350m            one GPU; a minute or two for each size, 1.3b alone
     python benchmarks/memory.py --cpu                        CPU, some minutes: many settings, small models
     python benchmarks/memory.py --cpu --sizes ddp fsdp2      only these
     python benchmarks/memory.py --tiny                       any CPU, seconds: shows that it runs

@@ -41,7 +41,7 @@ from salt_lightning.parallel import FSDP2
 
 ROOT = Path(__file__).parents[1]
 STEPS, BOUNDARY, SAVED = 20, 12, 5
-LIMIT_S = 100 if torch.cuda.is_available() else 500  # per run
+LIMIT_S = 150 if torch.cuda.is_available() else 500  # per run; torchrun may wait for a name server
 SIZES = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128}
 FSDP2_CONFIG = [f"--config={ROOT}/configs/fsdp.yaml"]
 DDP = [f"--config={ROOT}/configs/ddp.yaml"]

@@ -42,6 +42,7 @@ from head_loss import Case, full_loss, liger, naive, named
 
 from salt_lightning import cli, flops
 from salt_lightning.checkpoint import RunCheckpoint
+from salt_lightning.head import chunked_head
 from salt_lightning.hugging_face.spec import ModelSpec
 from salt_lightning.models import CausalLM, build_fresh
 from salt_lightning.text.journal import whole
@@ -236,8 +237,9 @@ def settings_of(name: str, folder: Path) -> dict[str, Any]:
     return settings
 
 
-def boundary(name: str, folder: Path) -> dict[str, Any]:
-    """Alternates fits of a few steps with a teacher and a block without it, and fits of BASELINE."""
+def boundary(name: str, folder: Path, save: Callable[[dict[str, Any]], None]) -> None:
+    """Alternates fits of a few steps with a teacher and a block without it, and fits of BASELINE; saves after each
+    pair."""
     pair, settings = PAIRS[name], settings_of(name, folder)
     first = min(20, pair.steps)
     own = {"trainer.max_steps": first + pair.steps, "kd.steps": first // 2}
@@ -249,13 +251,13 @@ def boundary(name: str, folder: Path) -> dict[str, Any]:
             found[kind].append(After(first))
             without = {"kd.weight": 0.0} if kind == "baseline" else {}
             run_fit(settings | own | without | {"run": folder / name / f"{kind}{turn}"}, [found[kind][-1]])
-    after, baseline = ([seen.milliseconds for seen in each] for each in found.values())
-    ratios = [a / b for a, b in zip(after, baseline, strict=True)]
-    return {
-        "size": name, "after_ms": statistics.mean(after), "baseline_ms": statistics.mean(baseline),
-        "ratio": statistics.mean(ratios), "interval": interval(ratios),
-        **{f"{kind}_gib": max(seen.peak for seen in each) for kind, each in found.items()},
-    }  # fmt: skip
+        after, baseline = ([seen.milliseconds for seen in each] for each in found.values())
+        ratios = [a / b for a, b in zip(after, baseline, strict=True)]
+        save({
+            "size": name, "after_ms": statistics.mean(after), "baseline_ms": statistics.mean(baseline),
+            "ratio": statistics.mean(ratios), "interval": interval(ratios), "pairs": len(ratios),
+            **{f"{kind}_gib": max(seen.peak for seen in each) for kind, each in found.items()},
+        })  # fmt: skip
 
 
 def measure(name: str, folder: Path, save: Callable[[dict[str, Any]], None]) -> None:
@@ -269,7 +271,8 @@ def measure(name: str, folder: Path, save: Callable[[dict[str, Any]], None]) -> 
     tokens = pair.rows * pair.block
     student_flops, teacher_flops = flops.student_flops(forward["student"], tokens), forward["teacher"] * tokens
     result = {
-        "size": name, "kd_ms": statistics.mean(kd), "plain_ms": statistics.mean(plain), "tokens": tokens,
+        "size": ", ".join([name, *slow_paths(module)]),
+        "kd_ms": statistics.mean(kd), "plain_ms": statistics.mean(plain), "tokens": tokens,
         "kd_interval": interval(kd), "plain_interval": interval(plain),
         "flop_ratio": 1 + teacher_flops / student_flops, "student_flops": student_flops,
         "peak_kd_gib": alternate.peaks.get("kd", math.nan), "peak_plain_gib": alternate.peaks.get("plain", math.nan),
@@ -279,6 +282,15 @@ def measure(name: str, folder: Path, save: Callable[[dict[str, Any]], None]) -> 
     for kind, milliseconds in own_loops(module, pair, min(pair.steps, 60)):
         result[f"{kind}_ms"] = milliseconds
         save(result)
+
+
+def slow_paths(module: Any) -> list[str]:
+    """What a run on a GPU does without, so that its times are not taken for those of the fast path."""
+    if not torch.cuda.is_available():
+        return []
+    masked = module.student.apart != "packed" and "bf16" in module.trainer.precision
+    rows = "without the Triton row pass" if chunked_head._triton_rows() is None else ""
+    return list(filter(None, (rows, "with an attention mask" if masked else "")))
 
 
 @contextmanager
@@ -335,7 +347,7 @@ def own_loops(module: Any, pair: Pair, steps: int) -> Iterator[tuple[str, float]
     loader.start = lambda: 0
     batches = [{k: v.to(device) for k, v in batch.items()} for batch, _ in zip(loader, range(8), strict=False)]
     optimizer = module.optim_spec.build(student.named_parameters())
-    mixed = torch.autocast(device.type, torch.bfloat16, enabled=pair.precision == "bf16-mixed", cache_enabled=False)
+    in_fit = module.trainer.precision_plugin.train_step_context  # another global state would compile the models anew
     module.kd_weight = torch.tensor(WEIGHT, device=device)
     low = torch.bfloat16 if device.type == "cuda" else torch.float32
 
@@ -351,6 +363,7 @@ def own_loops(module: Any, pair: Pair, steps: int) -> Iterator[tuple[str, float]
     def loss_of(kind: str, labels_N: Any, teacher_out: Any, h: Any, w: Any, b: Any) -> Any:
         if ways[kind] is None:
             return module.step_loss(labels_N, teacher_out, (labels_N >= 0).sum().float(), h, w, b)
+        torch.set_default_dtype(torch.float32)  # for a rival's sums; the fit's context, around this, resets it
         h, w = h.to(low), w.to(low)
         if teacher_out is None:
             return ways[kind](h, w, labels_N)
@@ -359,7 +372,7 @@ def own_loops(module: Any, pair: Pair, steps: int) -> Iterator[tuple[str, float]
 
     def loss_on(batch: dict[str, Any], kind: str) -> Any:
         inputs, teacher_out = (batch["input_ids"], batch["positions"]), None
-        with mixed:
+        with in_fit():
             if kind.startswith("kd"):
                 with torch.no_grad():
                     teacher_out = teacher(*inputs, cu_seqlens=batch["cu_seqlens"])
@@ -455,7 +468,8 @@ BOUNDARY_HEADING = (
 
 def boundary_line(r: dict[str, Any]) -> str:
     return (
-        f"| {r['size']} | {r['after_ms']:.2f} | {r['baseline_ms']:.2f} | {r['ratio']:.4f} ± {r['interval']:.4f} "
+        f"| {r['size']} | {r['after_ms']:.2f} | {r['baseline_ms']:.2f} "
+        f"| {r['ratio']:.4f} ± {r['interval']:.4f} ({r['pairs']} pairs) "
         f"| {r['after_gib']:.2f} / {r['baseline_gib']:.2f} |"
     )
 
@@ -498,7 +512,7 @@ def main() -> None:
                 file.write(json.dumps(result | rates).encode())
 
         if args.boundary:
-            save(boundary(args.sizes[0], args.json.parent))
+            boundary(args.sizes[0], args.json.parent, save)
         else:
             measure(args.sizes[0], args.json.parent, save)
         return
