@@ -80,6 +80,23 @@ CPU |= {
     "fsdp2, bf16, recomputed": {**DEEP, "settings": FSDP2, "precision": "bf16-mixed", "recompute": True},
     "fsdp2, accumulation 2": {**DEEP, "settings": FSDP2, "accumulate": 2},
     "fsdp2, untied": {**DEEP, "settings": FSDP2, "tied": False},
+    "fsdp2, 2 replicas": {**DEEP, "settings": {**FSDP2, "trainer.strategy.replicas": 2}},
+    "fsdp2, 2 replicas, accumulation 2": {
+        **DEEP,
+        "settings": {**FSDP2, "trainer.strategy.replicas": 2},
+        "accumulate": 2,
+    },
+    "fsdp2, 2 replicas, recomputed": {
+        **DEEP,
+        "settings": {**FSDP2, "trainer.strategy.replicas": 2},
+        "recompute": True,
+    },
+    "fsdp2, 2 replicas, recomputed, accumulation 2": {
+        **DEEP,
+        "settings": {**FSDP2, "trainer.strategy.replicas": 2},
+        "recompute": True,
+        "accumulate": 2,
+    },
     "fsdp2, whole teacher": {**DEEP, "settings": {**FSDP2, "trainer.strategy.shard_teacher": "false"}},
 }
 TINY = {"student": (128, 3), "teacher": (64, 2), "vocab": 512, "rows": 8, "block": 128}
