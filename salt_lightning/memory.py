@@ -116,8 +116,7 @@ class Fit:
         self.student, self.teacher, self.device = student, teacher, device
         self.precision, strategy = str(self.trainer.precision), self.trainer.strategy
         self.sharded = isinstance(strategy, parallel.SHARDS_MODELS)
-        self.replicas = getattr(strategy, "replicas", 1) if self.sharded else 1
-        self.shards = self.trainer.world_size // self.replicas if self.sharded else 1
+        self.shards = self.trainer.world_size // getattr(strategy, "replicas", 1) if self.sharded else 1
         self._found: dict[tuple[int, bool], list[Peak]] = {}
 
     def peaks(self, rows: int, compiled: bool | None = None) -> list[Peak]:
@@ -202,7 +201,7 @@ def _peaks(fit: Fit, rows: int, compiled: bool) -> list[Peak]:
                     loss = sim.training_step(batch, 0)
                 if not accumulates:
                     ledger.hold(-trained)
-                _backward(sim, loss, ledger, accumulates, sent=4 / fit.shards if fit.replicas > 1 else 0.0)
+                _backward(sim, accumulates, loss)
             if not accumulates:
                 ledger.hold(trained)
             found.append(Peak(ledger.peak, _bytes(student), 2 * trained, _bytes(teacher)))
@@ -265,28 +264,21 @@ def _build(like: CausalLM, dtype: torch.dtype) -> CausalLM:
     return lm
 
 
-def _backward(sim: SALTModule, loss: Tensor, ledger: Ledger, accumulates: bool, sent: float) -> None:
-    """`sent`: bytes per weight that an accumulating FSDP2 keeps until the backward pass has ended, because a group has
-    sent them to other replicas; without accumulation, they are the gradients themselves."""
+def _backward(sim: SALTModule, accumulates: bool, loss: Tensor) -> None:
     hooks = []
-    kept: dict[Tensor, int] = {p: round(sent * p.numel()) for p in sim.student.parameters() if p.requires_grad}
-    total = sum(kept.values())
-
-    def add(parameter: Tensor) -> None:
-        """Adds it to the existing gradient, and frees it."""
-        parameter.grad = None
-        ledger.hold(kept.pop(parameter))
-
-    if accumulates:
-        hooks = [p.register_post_accumulate_grad_hook(add) for p in kept]
+    if accumulates:  # added to the existing gradient, then freed
+        trained = (p for p in sim.student.parameters() if p.requires_grad)
+        hooks = [p.register_post_accumulate_grad_hook(_drop) for p in trained]
     loss.backward()
     for hook in hooks:
         hook.remove()
-    if accumulates:
-        ledger.hold(sum(kept.values()) - total)
     for p in sim.student.parameters():
         p.grad = None
     del sim.head_gradient
+
+
+def _drop(parameter: Tensor) -> None:
+    parameter.grad = None
 
 
 # ------------------------------------------------------------------- the head loss

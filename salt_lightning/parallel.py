@@ -115,6 +115,14 @@ class FSDP2(ModelParallelStrategy):
         experts than devices, splitting by expert would leave some devices without one. None: the first dimension."""
         return next((Shard(i) for i, n in enumerate(p.shape) if p.ndim == 3 and n % self._sizes[1] == 0), None)
 
+    def pre_backward(self, closure_loss: Tensor) -> None:
+        """Gradients go to the other replicas once per step, with its last micro-batch; torch alone sends each
+        micro-batch's, and keeps what it sends until the backward pass ends."""
+        super().pre_backward(closure_loss)
+        if self.replicas > 1:
+            module: Any = self.lightning_module
+            module.student.set_requires_all_reduce(not module.trainer.fit_loop._should_accumulate())
+
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.lightning_module is not None
         return self._for_saving(self.lightning_module.state_dict())

@@ -28,6 +28,7 @@ class Spy(Callback):
         self.gradients: list[dict[str, torch.Tensor]] = []
         self.rows: list[list[int]] = []
         self.labels: list[int] = []
+        self.reduced: list[bool] = []
         self.seeds: list[int] = []
         self.teacher: list[Any] = []
         self.teacher_bytes, self.teacher_has_left = 0, False
@@ -40,6 +41,9 @@ class Spy(Callback):
             getattr(teacher, "reshard", lambda: None)()  # the check before the first step left its root unsharded
             self.teacher = [weakref.ref(teacher), *map(weakref.ref, teacher.parameters())]
             self.teacher_bytes = sum(getattr(p, "_local_tensor", p).nbytes for p in teacher.parameters())
+
+    def on_after_backward(self, trainer, pl_module):
+        self.reduced.append(all(p.grad is not None for p in pl_module.student.parameters()))
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         self.seeds.append(torch.initial_seed())
@@ -54,8 +58,8 @@ class Spy(Callback):
             self.teacher, self.teacher_has_left = [], True
 
     def on_train_end(self, trainer, pl_module):
-        seen = {"gradients": self.gradients, "rows": self.rows, "labels": self.labels, "seeds": self.seeds,
-                "teacher_has_left": self.teacher_has_left, "teacher_bytes": self.teacher_bytes}  # fmt: skip
+        names = ("gradients", "rows", "labels", "seeds", "reduced", "teacher_has_left", "teacher_bytes")
+        seen = {name: getattr(self, name) for name in names}
         torch.save(seen, f"{self.path}.{trainer.global_rank}")
 
 

@@ -699,23 +699,6 @@ def test_gradients_stay_until_the_last_micro_batch(settings):
     assert accumulated > fit.peaks(64)[0].total
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_what_other_replicas_were_sent_is_kept_until_an_accumulating_backward_ends(settings, tied):
-    """FSDP2 keeps its fp32 buffers, 4 bytes per weight of a shard; here half of the model, of many small blocks."""
-    sizes = {**settings["model.student.config"], "intermediate_size": 512, "tie_word_embeddings": tied}
-    own = {**settings, "model.student.config": sizes}
-    fit, student = simulated(own, rows=1, layers=12, activation_checkpointing=True)
-    fit.sharded, fit.shards, totals = True, 2, {}
-    for fit.replicas, fit.data.global_batch_size in ((1, 1024), (2, 1024), (1, 1), (2, 1)):
-        fit._found = {}
-        totals[fit.replicas, fit.data.global_batch_size] = fit.peaks(1)[0].total
-    buffers = 4 * sum(p.numel() for p in student.parameters()) // 2
-    assert 0.8 * buffers < totals[2, 1024] - totals[1, 1024] <= buffers
-    assert totals[2, 1] == totals[1, 1]  # each step has one micro-batch: they are the gradients
-    fit.teacher, fit.data.global_batch_size, fit._found = student, 1024, {}
-    assert fit.peaks(1)[1].total == totals[2, 1024]  # nothing is left of phase 1
-
-
 def test_replicas_are_not_shards(settings):
     fit, student = simulated(settings)
     trainer = SimpleNamespace(

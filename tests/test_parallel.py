@@ -44,6 +44,7 @@ EXPERTS = {"kd.weight": 0.0, "checkpoint.at_steps": [6], "data.micro_batch_size"
 VARIANTS = {  # name -> its settings; names with "untied" are compared with the untied run on one device
     "ddp": {**DDP, "trainer.enable_progress_bar": True},
     "fsdp": FSDP2,
+    "fsdp replicas": {**FSDP2, "trainer.strategy.replicas": 2},
     "ddp untied": {**DDP, "model.student.config": UNTIED},
     "fsdp untied": {
         **FSDP2,
@@ -167,6 +168,12 @@ def test_the_same_losses_in_both_phases(runs, name):
     for tag in ("val/ce", "val/ce/easy", "val/ce/medium", "val/ce/hard", "val/bits_per_byte", "val/accuracy"):
         assert ours[tag] == pytest.approx(theirs[tag], abs=SAME_LOSS, rel=0), tag
     assert ours["train/flops_teacher_total"] == theirs["train/flops_teacher_total"]
+
+
+def test_replicas_exchange_gradients_with_the_last_micro_batch_of_a_step(runs):
+    """Until then, torch keeps its sums, which are no gradients yet."""
+    assert spied(runs, "fsdp replicas")["reduced"] == [False, True] * STEPS
+    assert spied(runs, "fsdp")["reduced"] == [True, True] * STEPS
 
 
 def test_each_rank_and_step_has_random_numbers_of_its_own(runs):
