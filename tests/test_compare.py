@@ -822,6 +822,16 @@ def test_experiments_of_one_method_are_named_by_what_differs(tmp_path, one, othe
     assert labels == ["BASELINE", *(f"SALT {shape} ({name})" for name in told)]
 
 
+def test_no_difference_is_shown_as_a_negative_zero(tmp_path):
+    """The mean of the reference's own differences from their mean is a rounding error."""
+    finals = (4.4043, 4.3501, 4.3769)
+    runs = [write_run(tmp_path / f"s{n}", {300: ce}, seed_everything=n) for n, ce in enumerate(finals)]
+    found = evaluate(load(runs))
+    found.groups[0].difference = -1e-17
+    assert "| +0.0000 |" in report.markdown(found)
+    assert "-0.0000" not in report.markdown(found)
+
+
 def test_where_a_run_and_its_text_lie_is_no_experiment(tmp_path):
     layouts = [
         ("one", {"checkpoint.folder": "/scratch/one"}), ("two", {"checkpoint.folder": "/scratch/two"}),

@@ -102,7 +102,7 @@ def _runs_table(comparison: Comparison) -> str:
         "method": [row.method for row in rows],
         "step": [f"{row.steps} of {row.max_steps}" if row.running else f"{row.steps}" for row in rows],
         "val CE": cells(".4f", lambda r: r.val_ce),
-        "to ref.": cells("+.4f", lambda r: r.difference),
+        "to ref.": cells("+z.4f", lambda r: r.difference),
         "accuracy": cells(".2%", lambda r: r.accuracy),
         "bits/byte": cells(".4f", lambda r: r.bits_per_byte),
         "test CE": cells(".4f", lambda r: r.last.get("test/ce", math.nan)),
@@ -158,9 +158,9 @@ def _seeds_table(groups: list[Group]) -> str:
         "mean CE": [number(g.mean, ".4f") for g in groups],
         "std": [number(g.std, ".4f") for g in groups],
         "min to max": [f"{min(g.val_ce):.4f} to {max(g.val_ce):.4f}" if g.n > 1 else "-" for g in groups],
-        "to ref.": [number(g.difference, "+.4f") for g in groups],
+        "to ref.": [number(g.difference, "+z.4f") for g in groups],
         "CE of each": each(".4f", lambda g: g.val_ce),
-        "to ref. of its seed": each("+.4f", lambda g: g.paired_differences.values()),
+        "to ref. of its seed": each("+z.4f", lambda g: g.paired_differences.values()),
     }
     return "## Seeds\n\n" + table(columns, text=("experiment",))
 
