@@ -66,7 +66,8 @@ class FSDP2(ModelParallelStrategy):
 
     Args:
         replicas: Copies of the model (hybrid sharding), each sharded over world size / replicas neighboring devices.
-            1: one copy over all devices; the number of nodes: shards stay within a node, only gradients cross nodes.
+            1: one copy over all devices; the number of nodes: shards stay within a node, only gradients cross nodes,
+            once per step.
         shard_teacher: Shard the teacher too, separately. false: a whole copy on each device, with nothing to gather.
         save_distributed_checkpoint: Save a checkpoint as a folder with one file per rank. false: as one file, gathered
             on the first rank.
