@@ -37,7 +37,7 @@ from salt_lightning.head import chunked_head
 from salt_lightning.losses import salt_loss
 
 WEIGHT = 0.667
-BUFFER, PLAIN_ROWS = chunked_head._buffer, chunked_head.row_pass
+BUFFER = chunked_head._buffer
 SIZES = ((768, 512, 50304), (2048, 1024, 50304), (2560, 2048, 256000))  # student width, teacher width, vocabulary
 
 
@@ -111,7 +111,7 @@ def without_rows(case: Case, grad_buffer: Callable[..., Tensor] = BUFFER, **opti
 def compiled_fill(logits: list[Tensor], labels_C: Tensor, mix: Any, sums_7C: Tensor, grad_CV: Tensor | None) -> None:
     """As chunked_head's, but one graph: it also casts the gradient and writes it where it belongs."""
     teacher_CV = logits[1] if len(logits) > 1 else None
-    sums, grad = PLAIN_ROWS(logits[0], teacher_CV, labels_C, mix, grad_CV is not None)
+    sums, grad = chunked_head.row_pass(logits[0], teacher_CV, labels_C, mix, grad_CV is not None)
     sums_7C.copy_(sums)
     if grad_CV is not None:
         grad_CV.copy_(grad)

@@ -72,6 +72,7 @@ CPU: dict[str, dict[str, Any]] = {
 }
 DEEP: dict[str, Any] = {**SMALL, "student": (512, 8), "teacher": (256, 6), "devices": 2}
 FSDP2: dict[str, Any] = {"trainer.strategy": "salt_lightning.parallel.FSDP2"}
+HYBRID = {**FSDP2, "trainer.strategy.replicas": 2}
 CPU |= {
     "ddp": {**DEEP, "settings": {"trainer.strategy": "ddp"}},
     "ddp, accumulation 2": {**DEEP, "settings": {"trainer.strategy": "ddp"}, "accumulate": 2},
@@ -80,23 +81,10 @@ CPU |= {
     "fsdp2, bf16, recomputed": {**DEEP, "settings": FSDP2, "precision": "bf16-mixed", "recompute": True},
     "fsdp2, accumulation 2": {**DEEP, "settings": FSDP2, "accumulate": 2},
     "fsdp2, untied": {**DEEP, "settings": FSDP2, "tied": False},
-    "fsdp2, 2 replicas": {**DEEP, "settings": {**FSDP2, "trainer.strategy.replicas": 2}},
-    "fsdp2, 2 replicas, accumulation 2": {
-        **DEEP,
-        "settings": {**FSDP2, "trainer.strategy.replicas": 2},
-        "accumulate": 2,
-    },
-    "fsdp2, 2 replicas, recomputed": {
-        **DEEP,
-        "settings": {**FSDP2, "trainer.strategy.replicas": 2},
-        "recompute": True,
-    },
-    "fsdp2, 2 replicas, recomputed, accumulation 2": {
-        **DEEP,
-        "settings": {**FSDP2, "trainer.strategy.replicas": 2},
-        "recompute": True,
-        "accumulate": 2,
-    },
+    "fsdp2, 2 replicas": {**DEEP, "settings": HYBRID},
+    "fsdp2, 2 replicas, accumulation 2": {**DEEP, "settings": HYBRID, "accumulate": 2},
+    "fsdp2, 2 replicas, recomputed": {**DEEP, "settings": HYBRID, "recompute": True},
+    "fsdp2, 2 replicas, recomputed, accumulation 2": {**DEEP, "settings": HYBRID, "recompute": True, "accumulate": 2},
     "fsdp2, whole teacher": {**DEEP, "settings": {**FSDP2, "trainer.strategy.shard_teacher": "false"}},
 }
 TINY = {"student": (128, 3), "teacher": (64, 2), "vocab": 512, "rows": 8, "block": 128}

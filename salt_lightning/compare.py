@@ -94,7 +94,7 @@ def evaluate(runs: list[Run], baseline: str | None = None) -> Comparison:
     teachers_of = {run.name: lineage.teacher_runs(run, runs) for run in runs}
     teachers = {teacher.name for found in teachers_of.values() for teacher in found.values() if teacher is not None}
     named = None if baseline is None else _named(runs, baseline)
-    teachers -= {run.name for run in _also_baselines(runs, teachers_of, teachers)}
+    teachers -= _also_baselines(runs, teachers_of, teachers)
     students = [run for run in runs if run.name not in teachers] or runs
     repeated = _repeated(students, named)
     students = [run for run in students if run.name not in repeated]
@@ -135,17 +135,17 @@ def evaluate(runs: list[Run], baseline: str | None = None) -> Comparison:
     return Comparison(reference.name, goal.ce, rows, groups, equal, between, notes, apart, runs)
 
 
-def _also_baselines(runs: list[Run], teachers_of: dict[str, dict[str, Run | None]], teachers: set[str]) -> list[Run]:
+def _also_baselines(runs: list[Run], teachers_of: dict[str, dict[str, Run | None]], teachers: set[str]) -> set[str]:
     """Where no other BASELINE is given: those that taught, or scored the rows of, runs of their own model and length,
     so that they are what these runs are to be compared with, too."""
     if any(run.is_plain and run.name not in teachers for run in runs):
-        return []
+        return set()
     pairs = [(teacher, run) for run in runs for teacher in teachers_of[run.name].values() if teacher is not None]
-    return [
-        teacher
+    return {
+        teacher.name
         for teacher, run in pairs
         if teacher.is_plain and lineage.same_model(teacher, run) and teacher.steps_done == run.steps_done
-    ]
+    }
 
 
 def _named(runs: list[Run], baseline: str) -> Run:
@@ -242,10 +242,10 @@ def _besides(parts: list[float]) -> float:
 def _groups(
     experiments: list[list[Run]], rows: dict[str, Row], reference: Run, seeds: list[Run], apart: list[str]
 ) -> list[Group]:
-    labels = _labels([group[0] for group in experiments])
+    labels = _labels([members[0] for members in experiments])
     by_seed = {run.sample: run.last("val/ce") for run in seeds if run.seeds}
     groups = []
-    for label, members in zip(labels, experiments, strict=True):
+    for members in experiments:
         finished = [run for run in members if run.finished]
         done = [run for run in finished if run.name not in apart] or finished
         ce = [run.last("val/ce") for run in done]
@@ -253,7 +253,7 @@ def _groups(
         paired = [run for run in known if run.sample in by_seed and run not in seeds]
         groups.append(
             Group(
-                label=label,
+                label=labels[members[0].name],
                 runs=[run.name for run in members],
                 n=len(done),
                 val_ce=ce,
@@ -274,19 +274,18 @@ def _groups(
     return groups
 
 
-def _labels(firsts: list[Run]) -> list[str]:
-    """The method of each experiment, given its first run. Several of one method are distinguished by one or two
-    settings, if these are words or numbers, else by that run's name."""
-    labels = []
-    for run in firsts:
-        alike = [other for other in firsts if other.method == run.method]
-        keys = sorted({key for other in alike for key in _changed(run, other)})
-        words = [str(other.deciding.get(key, "not set")) for key in keys for other in alike]
-        if 0 < len(keys) <= 2 and all(re.fullmatch(r"[\w.+-]+", word) for word in (*keys, *words)):
-            told = ", ".join(f"{'.'.join(key.split('.')[-2:])} {run.deciding[key]}" for key in keys)
-        else:
-            told = run.name
-        labels.append(printable(run.method if len(alike) == 1 else f"{run.method} ({told})"))
+def _labels(firsts: list[Run]) -> dict[str, str]:
+    """The method of each experiment, by its first run. Several of one method are distinguished by one or two settings,
+    if these are words or numbers, else by that run's name."""
+    labels = {}
+    for method in {run.method for run in firsts}:
+        alike = [run for run in firsts if run.method == method]
+        keys = sorted({key for run in alike for key in _changed(alike[0], run)})
+        words = [str(run.deciding.get(key, "not set")) for key in keys for run in alike]
+        brief = 0 < len(keys) <= 2 and all(re.fullmatch(r"[\w.+-]+", word) for word in (*keys, *words))
+        for run in alike:
+            settings = ", ".join(f"{'.'.join(key.split('.')[-2:])} {run.deciding[key]}" for key in keys if brief)
+            labels[run.name] = printable(method if len(alike) == 1 else f"{method} ({settings or run.name})")
     return labels
 
 
