@@ -231,9 +231,9 @@ def test_exit_code_of_refused_settings(settings, capsys):
     assert out.count("--trainer.max_steps") == 1
     assert cli.main(["check", "--kd.wieght=1", "--data.foo", "3", "--trainer.max_steps", "ten"]) == 1
     err = capsys.readouterr().err
-    assert err.strip() == (
-        "error: --trainer.max_steps ten must be a whole number; --kd.wieght: there is no such setting; did you mean "
-        "--kd.weight?; --data.foo: there is no such setting; did you mean --data.source?"
+    assert err == (
+        "\nerror: --trainer.max_steps ten must be a whole number; --kd.wieght: there is no such setting; did you mean "
+        "--kd.weight?; --data.foo: there is no such setting; did you mean --data.source?\n"
     )
 
 
@@ -250,7 +250,7 @@ def test_the_parser_tells_all_of_a_file_and_a_command_line(settings, tmp_path, c
         "--kd.steps x must",
     ):
         assert err.count(said) == 1, err
-    assert err.strip().count("\n") == 0
+    assert (err.count("\n"), err[0], err[-1]) == (2, "\n", "\n")
     assert "--data.source" not in err
 
 
