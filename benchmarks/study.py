@@ -61,7 +61,7 @@ OMEGA, KD_SHARE = 0.667, 0.2
 EARLY = 0.125  # share of the teacher's steps: the checkpoint that scores rows for SALT_DS
 UNIGRAM = 0.02  # share of the steps after which a teacher knows little but how often tokens occur
 MAX_EPOCHS = 4.0
-MORE = "ROW-sSEED, ROW-fSHARE-sSEED, ROW@RATE-sSEED or ROW@RATE-fSHARE-sSEED"
+MORE = "ROW[@RATE][-wSHARE][-fSHARE]-sSEED (w: warm-up, as a share of the full steps; f: length of the run)"
 GAP: Settings = {"kd.stop_margin": 0.0}  # KD ends when the student has caught up, between 5% and 60% of the steps
 # Fine-tuning of BASELINE's and SALT's main students, on top of configs/sft.yaml; the files are in $TASKS.
 SFT_RATE = 3e-4
@@ -238,12 +238,13 @@ class Study:
         return Cell(row, seed, "one seed", settings, (*ready, *scored, *own), first)
 
     def _asked(self, name: str, rows: dict[str, Settings], ready: tuple[str, ...]) -> Cell:
-        """A cell of --more: an experiment of the plan with another seed or length."""
-        found = re.fullmatch(r"(.+?)(?:@(\d*\.?\d+))?(?:-f(\d*\.?\d+))?-s(\d+)", name)
-        row, rate, share, seed = found.groups() if found else ("", "", "", "")
+        """A cell of --more: an experiment of the plan with another seed, rate, warm-up or length."""
+        found = re.fullmatch(r"(.+?)(?:@(\d*\.?\d+))?(?:-w(\d*\.?\d+))?(?:-f(\d*\.?\d+))?-s(\d+)", name)
+        row, rate, warm, share, seed = found.groups() if found else ("", "", "", "", "")
         if row not in rows or (share and row.startswith("high-lr")):
             raise SystemExit(f"--more {name}: {MORE}, ROW one of {', '.join(rows)}")
         settings = rows[row] | ({"model.optim.lr": float(rate)} if rate else {})
+        settings |= {"model.optim.warmup_steps": self._at(float(warm))} if warm else {}
         cell = self._single(row, int(seed), self._shortened(settings, float(share)) if share else settings, ready)
         return replace(cell, row=name.removesuffix(f"-s{seed}"), part="more")
 

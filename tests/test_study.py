@@ -83,7 +83,7 @@ def test_the_queue_holds_the_rows_of_the_study(tmp_path):
 
 
 def test_cells_beside_the_plan(tmp_path):
-    """--more: any experiment with another seed, rate or length; cells of the plan are not repeated."""
+    """--more: any experiment with another seed, rate, warm-up or length; cells of the plan are not repeated."""
     study = Study(
         "cpu-long", tmp_path, tmp_path, ["rkd-s5", "long-teacher-more-kd-f0.5-s1", "without-kd-s2", "salt-s0"]
     )
@@ -100,8 +100,10 @@ def test_cells_beside_the_plan(tmp_path):
     (faster,) = Study("cpu-long", tmp_path, tmp_path, ["salt@0.008-f0.5-s1"]).cells()[-1:]
     assert (faster.name, faster.row) == ("salt@0.008-f0.5-s1", "salt@0.008-f0.5")
     assert (faster.settings["model.optim.lr"], faster.settings["trainer.max_steps"]) == (0.008, 800)
+    (steadier,) = Study("cpu-long", tmp_path, tmp_path, ["salt@0.008-w0.2-f0.5-s1"]).cells()[-1:]
+    assert steadier.settings == {**faster.settings, "model.optim.warmup_steps": 320}
     for name in ("nothing-s0", "salt", "salt@fast-s0", "high-lr-salt-f0.5-s1"):
-        with pytest.raises(SystemExit, match=f"--more {name}: ROW-sSEED, .*, ROW one of base"):
+        with pytest.raises(SystemExit, match=rf"--more {name}: ROW\[@RATE\].*, ROW one of base"):
             Study("cpu-long", tmp_path, tmp_path, [name]).cells()
 
 
