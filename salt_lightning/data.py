@@ -146,7 +146,7 @@ class SALTDataModule(LightningDataModule):
         self._groups: dict[str, tuple[Group, ...]] = {}
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._train: PackedRows | ExampleRows | None = None
-        self.stretches: Stretches = one_stretch(global_batch_size, None)
+        self.stretches: Stretches = one_stretch(global_batch_size, block_size, None)
         self._selected: Plan | None = None
         self._order: Order | Mixture | None = None
         self._shards: tuple[list[int], bool] | None = None
@@ -285,19 +285,19 @@ class SALTDataModule(LightningDataModule):
             self.num_train_rows, self.num_train_tokens = self._train.num_rows, self._train.files.num_tokens
             hub = [group.hub_name for group in self._corpus("source").groups if group.hub_name]
             weights, documents = self.source_weights, self._train.files.num_documents
-            self.text = {"source": self.source, "weights": weights, "hub": hub, "documents": documents}
+            cuts = shares.cuts if (shares := self._shares()) else {}
+            self.text = {"source": self.source, "weights": weights, "hub": hub, "documents": documents, "cuts": cuts}
         if stage in (None, "fit", "validate", "test"):
             test_apart = stage == "test" and self.test_source
             held_out = "test_source" if test_apart else "val_source" if self.val_source else "source"
             self._eval, self.held_out_by = self._open(held_out, "val"), held_out
             self.source_names = self._eval.files.manifest["sources"]
-            read, there = len(self._eval_rows()), self._eval.num_rows
-            if read < there and stage in ("validate", "test"):
+            if (read := len(self._eval_rows())) < (there := self._eval.num_rows) and stage in ("validate", "test"):
                 rank_zero_info(f"data: reads {read} of {there} rows; for all of them, set --data.val_rows null")
             if self.difficulty:
                 self._thirds_D = read_thirds(Path(self.difficulty), self.held_out, stage or "fit")
         if stage in (None, "fit"):
-            self.stretches = one_stretch(self.global_batch_size, self._shares())
+            self.stretches = one_stretch(self.global_batch_size, self.block_size, self._shares())
             self._order, self._train_loader = self._plan_order(), None
         if stage == "fit":
             self._log()
@@ -412,10 +412,10 @@ class SALTDataModule(LightningDataModule):
 
     def go_on_from(self, checkpoint: dict[str, Any]) -> None:
         """Continue with the row at which a run stopped, even with another batch size or other shares."""
-        self.stretches = go_on(checkpoint, one_stretch(self.global_batch_size, self._shares()))
+        self.stretches = go_on(checkpoint, one_stretch(self.global_batch_size, self.block_size, self._shares()))
         if len(self.stretches) > 1:
             self._order = self._plan_order()
-        rank_zero_info(f"data: {where(self.stretches, checkpoint['global_step'])}")
+        rank_zero_info(f"data: {where(self.stretches, checkpoint, self.text['cuts'])}")
 
     def _plan_order(self) -> Order | Mixture:
         """The order of the training rows; with a selection, phase 1 has its own rows."""

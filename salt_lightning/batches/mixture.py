@@ -48,6 +48,7 @@ class Shares:
         names: of the sources.
         weights: above 0, in any unit.
         starts: the first row of each source, then the number of rows; each source has at least one row.
+        skipped: tokens of each source before its first row, which belong to a row of the source before it.
         begin: the position from which these shares apply.
         earlier: the shares before that; None: there were none.
         end: the position at which they end, if that is before the `begin` of the later shares.
@@ -56,6 +57,7 @@ class Shares:
     names: tuple[str, ...]
     weights: tuple[float, ...]
     starts: tuple[int, ...]
+    skipped: tuple[int, ...] = ()
     begin: int = 0
     earlier: "Shares | None" = None
     end: int | None = None
@@ -64,6 +66,11 @@ class Shares:
     def rows_S(self) -> np.ndarray:
         """Rows of each source."""
         return np.diff(self.starts)
+
+    @property
+    def cuts(self) -> dict[str, list[int]]:
+        """What decides the order of each source's text: the tokens skipped, and the number of rows."""
+        return dict(zip(self.names, map(list, zip(self.skipped, self.rows_S.tolist(), strict=True)), strict=True))
 
     @cached_property
     def turns_S(self) -> np.ndarray:
@@ -143,7 +150,9 @@ def shares_of(names: list[str], weights: list[float], tokens: list[int], block_s
         if size <= block_size
     )
     starts = [-(-start // block_size) for start in tokens[:-1]]
-    return Shares(tuple(names), tuple(weights), (*starts, -(-(tokens[-1] - 1) // block_size)))  # as PackedRows.num_rows
+    skipped = tuple(row * block_size - start for row, start in zip(starts, tokens[:-1], strict=True))
+    num_rows = -(-(tokens[-1] - 1) // block_size)  # as PackedRows.num_rows
+    return Shares(tuple(names), tuple(weights), (*starts, num_rows), skipped)
 
 
 class Mixture:
@@ -164,7 +173,7 @@ class Mixture:
         self.shares = shares
         self._source_P, self._number_P = shares.cycle
         self._before_S = shares.reads(shares.begin)
-        seeds_S = scatter(np.array([seed])) + np.arange(1, len(shares.names) + 1, dtype=np.uint64)
+        seeds_S = scatter(np.array([seed])) + np.array(list(map(_number, shares.names)), np.uint64)
         self.orders, mask_R = [], None if kept is None else kept.mask_R
         for own_seed, (start, end), reads in zip(seeds_S, pairwise(shares.starts), shares.reads(phase1), strict=True):
             own = None if mask_R is None else RowSet(mask_R[start:end])
@@ -187,6 +196,11 @@ class Mixture:
         if self.shares.begin:
             told.append([self.shares.begin, *self._before_S.tolist()])
         return hashlib.blake2b(repr(told).encode(), digest_size=10).hexdigest()
+
+
+def _number(name: str) -> int:
+    """Of a source, for its order: it must not change where the list of sources does."""
+    return int.from_bytes(hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest(), "little")
 
 
 def make_order(

@@ -1,4 +1,4 @@
-"""The rows that a run has read before each step, if its batch size or shares changed at a resume.
+"""The rows that a run has read before each step, if its batch size, row length or shares changed at a resume.
 
 It is still a pure function of the step and of the stretches that make up the run, which the checkpoint stores.
 """
@@ -9,39 +9,43 @@ from itertools import pairwise
 from typing import Any
 
 from salt_lightning.batches.mixture import CYCLE, Shares
-from salt_lightning.errors import ConfigError
+from salt_lightning.errors import ConfigError, few
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """From optimizer step `step` (from 0) on, each step reads `rows` rows, in the shares `turns`.
+    """From optimizer step `step` (from 0) on, each step reads `rows` rows of `block_size`, in the shares `turns`.
 
     Args:
         step: the first one.
         rows: per step, --data.global_batch_size.
+        block_size: tokens of a row, --data.block_size.
         turns: of each source in a cycle of mixture.py, by name; None: all rows are read equally often.
     """
 
     step: int
     rows: int
+    block_size: int
     turns: dict[str, int] | None
 
 
 Stretches = tuple[Stretch, ...]
 
 
-def one_stretch(rows: int, shares: Shares | None) -> Stretches:
+def one_stretch(rows: int, block_size: int, shares: Shares | None) -> Stretches:
     """The stretches of a new run."""
     turns = None if shares is None else dict(zip(shares.names, shares.turns_S.tolist(), strict=True))
-    return (Stretch(0, rows, turns),)
+    return (Stretch(0, rows, block_size, turns),)
 
 
 def rows_before(stretches: Stretches, step: int) -> int:
-    """Number of rows that a run has read before an optimizer step."""
+    """Number of rows, of the last stretch's length, that a run has read before an optimizer step."""
     ends = [*(stretch.step for stretch in stretches[1:]), step]
-    return sum(
-        max(0, min(end, step) - stretch.step) * stretch.rows for stretch, end in zip(stretches, ends, strict=True)
+    tokens = sum(
+        max(0, min(end, step) - stretch.step) * stretch.rows * stretch.block_size
+        for stretch, end in zip(stretches, ends, strict=True)
     )
+    return tokens // stretches[-1].block_size
 
 
 def go_on(checkpoint: Mapping[str, Any], begun: Stretches) -> Stretches:
@@ -52,7 +56,7 @@ def go_on(checkpoint: Mapping[str, Any], begun: Stretches) -> Stretches:
     """
     step, (now,) = checkpoint["global_step"], begun
     past = [stretch for stretch in _of_checkpoint(checkpoint, now) if stretch.step < step]
-    if past and (past[-1].rows, past[-1].turns) == (now.rows, now.turns):
+    if past and replace(past[-1], step=now.step) == now:
         return tuple(past)
     return (*past, replace(now, step=step if past else 0))
 
@@ -65,20 +69,29 @@ def _of_checkpoint(checkpoint: Mapping[str, Any], now: Stretch) -> Stretches:
         steps = [stretch.step for stretch in found]
         turns = [[*stretch.turns.values()] for stretch in found if stretch.turns is not None]
         good = steps[0] == 0 and steps == sorted(set(steps)) and steps[-1] <= checkpoint["global_step"]
-        good = good and all(0 < stretch.rows < 1 << 31 for stretch in found)
+        sizes = [size for stretch in found for size in (stretch.rows, stretch.block_size)]
+        good = good and all(0 < size < 1 << 31 for size in sizes)
         good = good and all(min(each) > 0 and sum(each) == CYCLE for each in turns)
     except (TypeError, IndexError, ValueError):
         good = False
     if not good:
-        raise ConfigError("the checkpoint is damaged: its record of rows read (stretches) is impossible")
+        raise ConfigError("the checkpoint is damaged: its record of the rows read is impossible; use another one")
     return found
 
 
-def where(stretches: Stretches, step: int) -> str:
-    """Message: the row with which a run continues after `step` steps."""
+def where(stretches: Stretches, checkpoint: Mapping[str, Any], cuts: Mapping[str, list[int]]) -> str:
+    """Message: the row with which a run continues; what may come again, also as sources have other `cuts` now."""
+    step, before = checkpoint["global_step"], checkpoint["text"].get("cuts", {})
     said = f"step {step + 1} continues with row {rows_before(stretches, step) + 1} of the order"
     if len({stretch.turns is None for stretch in stretches}) > 1:
         said += "; with and without --data.source_weights the orders differ, so rows may be read again"
+    if len({stretch.block_size for stretch in stretches}) > 1:
+        said += "; rows of another --data.block_size are in another order, so text may be read again"
+    elif other := [name for name, cut in cuts.items() if list(before.get(name, cut)) != cut]:
+        said += (
+            f"; {few(other)}: in other rows than before, since its text or that of a source before it has changed, so "
+            "text may be read again"
+        )
     return said
 
 
@@ -89,6 +102,6 @@ def with_past(shares: Shares, stretches: Stretches) -> Shares:
         if before.turns != after.turns:
             end = rows_before(stretches, after.step)
             if before.turns is not None:
-                past = Shares(tuple(before.turns), tuple(before.turns.values()), (), begin, past, end)
+                past = Shares(tuple(before.turns), tuple(before.turns.values()), (), (), begin, past, end)
             begin = end
     return replace(shares, begin=begin, earlier=past)
