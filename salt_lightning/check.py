@@ -39,7 +39,7 @@ from salt_lightning.text.processes import memory_bytes
 
 _LOOK_FLOPS = 1.5e11  # FLOPs for one test of a model: some seconds on a CPU
 _WHOLE_PARAMETERS = 5e8  # a larger fresh student is tested with two of its layers
-_OUTSIDE_BYTES = 3 << 28  # CUDA's context and libraries, 0.75 GiB
+_OUTSIDE_BYTES = 3 << 28  # what is not tensors: Python or CUDA's context, and libraries; 0.75 GiB
 _GAPS = 0.04  # share of the memory lost between the allocator's blocks
 _CARDS_GIB = (16, 24, 40, 80)
 
@@ -388,17 +388,17 @@ def besides(
     return of_others(raised([*looks, data.require_files]), instead)
 
 
-def report(check: Check, wrong: Iterable[str], refused: bool) -> int:
+def report(check: Check, wrong: Iterable[str], refused: bool, teaches: bool) -> int:
     """Prints all findings, `wrong` settings first; returns the exit code.
 
     `refused`: a class refused some settings, so the sizes may not be the user's; then prepares no text and builds no
-    model.
+    model. `teaches`: the teacher will be loaded.
     """
+    if not refused and check.trainer.max_steps < 1:  # it has no phases, and reads no rows
+        wrong, refused = [*wrong, *besides((), check.module, check.data, check.trainer, teaches)], True
     check.findings += [Finding("error", "settings", said) for message in wrong for said in problems_of(message)]
-    if refused:
-        check.findings.append(Finding("note", "the rest", "text, models, memory and disk: checked once this is fixed"))
-    else:
-        check.findings = once_each(check.run())
+    rest = Finding("note", "the rest", "text, models, memory and disk: checked once this is fixed")
+    check.findings = [*check.findings, rest] if refused else once_each(check.run())
     if not writes_elsewhere():
         print(listed(check.findings, min(120, shutil.get_terminal_size((120, 24)).columns)))
     return int(any(finding.level == "error" for finding in check.findings))

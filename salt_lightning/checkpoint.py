@@ -53,8 +53,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
         with shards.writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
             with whole(target) as file:
                 torch.save(checkpoint, file)
             shards.sync_folder(target.parent)  # the rename must reach the disk, too
@@ -149,11 +149,12 @@ class RunCheckpoint(Checkpoint):
 
     def space(self, trainer: pl.Trainer, weights: Iterable[Tensor]) -> Finding:
         """Whether all checkpoints that the run keeps at once fit on the disk."""
-        regular = trainer.max_steps // self.every_n_steps if self.every_n_steps else 0
+        for_good = {step for step in self._for_good(trainer) if 0 < step <= trainer.max_steps}
+        every = self.every_n_steps
+        regular = sum(step not in for_good for step in range(every, trainer.max_steps, every)) if every else 0
         kept = regular if self.keep is None else min(regular, self.keep)
-        for_good = sum(0 < step <= trainer.max_steps for step in self._for_good(trainer))
         weight_bytes = sum(weight.numel() * weight.element_size() for weight in weights)
-        return preflight.disk(self._dir, weight_bytes, kept + for_good)
+        return preflight.disk(self._dir, weight_bytes, kept + len(for_good))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._trained = True
@@ -190,6 +191,7 @@ class RunCheckpoint(Checkpoint):
             rank_zero_info(f"{path} is after step {step}, where this run resumes: set aside as {aside.name}")
 
     def _stop_after_step(self, trainer: pl.Trainer, number: int, frame: Any) -> None:
+        again = bool(self._told_s)  # not if only another rank was told: `stopped_by` is of all
         first_s = self._told_s.setdefault(number, time.monotonic())
         if self.stopped_by is None:
             self.stopped_by = signal.Signals(number)
@@ -198,7 +200,7 @@ class RunCheckpoint(Checkpoint):
             rank_zero_info(f"{self.stopped_by.name}: saving after {after}; press Ctrl-C again to stop at once")
         # One request may come as several signals: SLURM at a job's time limit, and torchrun, send SIGTERM twice; SLURM
         # sends it after the signal to requeue, and a process that waits for its children after their Ctrl-C.
-        elif number == signal.SIGINT or time.monotonic() > first_s + 10.0:
+        elif again and (number == signal.SIGINT or time.monotonic() > first_s + 10.0):
             _stop_at_once(number, frame)
 
     def _is_told_to_stop(self, trainer: pl.Trainer) -> bool:

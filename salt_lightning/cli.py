@@ -295,7 +295,7 @@ class CheckCLI(SALTCLI):
         looked = check.Check(
             self.model, self.datamodule, self.trainer, str(config.trainer.accelerator), config.check.memory_gib
         )
-        self.code = check.report(looked, errors.once(self.wrong), bool(self.instead))
+        self.code = check.report(looked, errors.once(self.wrong), bool(self.instead), self._teaches())
 
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -382,7 +382,7 @@ def _main(args: list[str], in_python: bool) -> int:
         close_bars()
         return say(cause)
     except (MemoryError, RuntimeError) as error:
-        said = errors.of_machine(error)
+        said = errors.of_machine(error, *first)
         if said is None and not peers.has_lost_others(error):
             raise
         close_bars()

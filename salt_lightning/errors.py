@@ -127,20 +127,27 @@ def is_out_of_memory(error: BaseException) -> bool:
     return typed or (isinstance(error, RuntimeError) and any(text in str(error) for text in said))
 
 
-def of_machine(error: BaseException) -> str | None:
-    """The message for an error caused by the machine, with a remedy; None: not an error that a user can fix."""
+def going_on(verb: str | None) -> str:
+    """The remedy for a command that was cut off; `verb` None is fit."""
+    return "continue with --ckpt_path last" if verb in (None, "fit") else "run the same command again"
+
+
+def of_machine(error: BaseException, verb: str | None = None) -> str | None:
+    """The message for an error of a `verb` (None: fit) that the machine caused, with a remedy; None: not one that a
+    user can fix."""
+    again, why = going_on(verb), one_line(error, 200)
     if is_out_of_memory(error):
-        return (
-            f"out of memory ({one_line(error, 200)}); halve --data.micro_batch_size (the result stays the same), or "
-            "set --model.activation_checkpointing true, and continue with --ckpt_path last"
-        )
+        if verb in ("check", "export", "compare"):
+            return f"out of memory ({why}); free some memory and {again}"
+        more = ", or set --model.activation_checkpointing true," if verb in (None, "fit") else ""
+        return f"out of memory ({why}); halve --data.micro_batch_size (the result stays the same){more} and {again}"
     if "DataLoader worker (pid" in str(error):  # it was killed; an exception raised in a worker reads differently
         return (
-            f"a data loading process was killed, usually for lack of memory ({one_line(error, 200)}); use fewer "
-            "--data.num_workers, and continue with --ckpt_path last"
+            f"a data loading process was killed, usually for lack of memory ({why}); use fewer --data.num_workers, and "
+            f"{again}"
         )
     if "no kernel image" in str(error):
-        return f"this torch build does not support this GPU ({one_line(error, 200)}); install one that does"
+        return f"this torch build does not support this GPU ({why}); install one that does"
     return None
 
 
@@ -175,10 +182,11 @@ class NonFiniteLossError(RuntimeError):
 
 
 def of_process(traceback: str) -> Exception | None:
-    """Our own error that ended another process, made again from its traceback; None: it is not one of ours."""
+    """Our own error that ended another process, or a full disk, made again from its traceback; None: another error."""
     name, _, message = traceback.rstrip().rpartition("\n")[2].partition(": ")
-    kinds = {f"{kind.__module__}.{kind.__name__}": kind for kind in (ConfigError, NonFiniteLossError)}
-    return kinds[name](message) if name in kinds else None
+    kinds: tuple[type[Exception], ...] = (ConfigError, *ConfigError.__subclasses__(), NonFiniteLossError)
+    known = {f"{kind.__module__}.{kind.__name__}": kind for kind in kinds} | {"OSError": OSError}
+    return known[name](message) if name in known else None
 
 
 class VerbParser(argparse.ArgumentParser):

@@ -114,6 +114,11 @@ def kd_callbacks(trainer: pl.Trainer) -> list[KDScheduleCallback]:
     return [c for c in trainer.callbacks if isinstance(c, KDScheduleCallback)]  # type: ignore[attr-defined]
 
 
+def interval_steps(share: float, max_steps: int) -> int:
+    """Steps between validations, at least 1, for an interval that is a share of the run."""
+    return max(1, int(round(share * max_steps, 6)))  # 0.29 * 100 is 28.999999999999996
+
+
 def in_training(trainer: pl.Trainer) -> bool:
     return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
 
@@ -159,7 +164,8 @@ class KDScheduleCallback(pl.Callback):
         if stop_margin is None and min_steps:
             raise ConfigError(f"--kd.min_steps {min_steps} needs --kd.stop_margin")
         if min_steps < 0 or (steps is not None and min_steps >= steps > 0):
-            raise ConfigError(f"--kd.min_steps {min_steps} must be in 0..{'' if steps is None else steps - 1}")
+            below = f", and below --kd.steps {steps}" if steps else ""
+            raise ConfigError(f"--kd.min_steps {min_steps} must be 0 or more{below}")
         self.stop_margin, self.min_steps = stop_margin, min_steps
         self.allow_change, self.allow_untrained = allow_change, allow_untrained
         self.probe_gradients, self._probe = probe_gradients, Probe(probe_gradients)
@@ -238,8 +244,9 @@ class KDScheduleCallback(pl.Callback):
                 f"{name} acts at validations, but --trainer.limit_val_batches 0 turns them off; leave one of them out"
             )
         every = getattr(trainer, "val_check_interval", None)
-        share = every * trainer.max_steps if isinstance(every, float) and 0 <= every <= 1 else trainer.max_steps
-        first = every // trainer.accumulate_grad_batches if isinstance(every, int) else max(1, int(share))
+        share = every if isinstance(every, float) and 0 <= every <= 1 else 1.0
+        steps = interval_steps(share, trainer.max_steps)
+        first = every // trainer.accumulate_grad_batches if isinstance(every, int) else steps
         first *= max(1, math.ceil(self.min_steps / max(1, first)))  # 0 is refused elsewhere
         if 0 < last <= first:
             after = f" from --kd.min_steps {self.min_steps} on" if self.min_steps else ""

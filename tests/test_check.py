@@ -229,6 +229,16 @@ def test_exit_code_of_refused_settings(settings, capsys):
         assert out.count(said) == 1, out
     assert out.count("ERROR") == 5, out  # none of the defaults that stand for these
     assert out.count("--trainer.max_steps") == 1
+    assert (
+        cli.main(
+            ["check", *arguments(settings, {"trainer.max_steps": -1, "data.source": "none.jsonl", "kd.weight": 0})]
+        )
+        == 1
+    )
+    out = " ".join(capsys.readouterr().out.split())
+    assert "ERROR settings --data.source: 'none.jsonl' matches no file" in out
+    assert "ERROR settings --trainer.max_steps: -1 is not a valid run length" in out
+    assert (out.count("ERROR"), out.count("-1")) == (2, 1)  # and nothing is said of a run of -1 steps
     assert cli.main(["check", "--kd.wieght=1", "--data.foo", "3", "--trainer.max_steps", "ten"]) == 1
     err = capsys.readouterr().err
     assert err == (
@@ -600,6 +610,12 @@ def test_disk_counts_what_lies_there_at_once(tmp_path, monkeypatch):
     rarely = RunCheckpoint(every_n_steps=60, keep=5)  # at step 60, and at the end
     rarely.setup(trainer, None, "fit")
     assert "2 at once" in rarely.space(trainer, [torch.zeros(2**18)]).said
+    both = RunCheckpoint(every_n_steps=10, keep=None, at_steps=[20, 25])  # each tenth step, and step 25
+    both.setup(trainer, None, "fit")
+    assert "11 at once" in both.space(trainer, [torch.zeros(2**18)]).said
+    seldom = RunCheckpoint(every_n_steps=None, at_steps=[25])
+    seldom.setup(trainer, None, "fit")
+    assert "2 at once" in seldom.space(trainer, [torch.zeros(2**18)]).said
 
 
 @pytest.mark.parametrize(

@@ -445,6 +445,15 @@ def test_slurm_s_signal_is_the_one_that_was_asked_for(fit_with, tmp_path, slurm,
     assert asked() == (["requeue 77"] if stops else [])
 
 
+def test_the_first_ctrl_c_of_a_rank_is_no_second_one():
+    """If another rank was told first, the ranks are about to save together; this one must not leave."""
+    checkpoint, trainer = RunCheckpoint(), SimpleNamespace(world_size=2, validating=False)
+    checkpoint.stopped_by = signal.SIGINT  # as the ranks agreed
+    checkpoint._stop_after_step(trainer, signal.SIGINT, None)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint._stop_after_step(trainer, signal.SIGINT, None)
+
+
 def test_a_signal_that_comes_while_the_ranks_agree_stops_no_rank_alone():
     """The others received 0: this rank would wait alone in its save until the time-out."""
     checkpoint = RunCheckpoint()

@@ -464,6 +464,10 @@ def own_optimizer(module):
     return torch.optim.SGD(module.parameters(), lr=0.1)
 
 
+def unnamed(module):
+    return torch.optim.SGD([{"params": list(module.parameters()), "decays": True}], lr=0.1)
+
+
 def own_scheduler(module):
     optimizer = SALTModule.configure_optimizers(module)
     return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.ConstantLR(optimizer)}
@@ -478,6 +482,10 @@ def frozen(module):
     ("parts", "message"),
     [
         ({"configure_optimizers": own_optimizer}, "an optimizer of your own .* does not work with SALTModule"),
+        (
+            {"configure_optimizers": unnamed},
+            "from groups of named parameters, as OptimSpec.build",
+        ),
         ({"configure_optimizers": own_scheduler}, "a learning-rate scheduler of your own would be overwritten"),
         ({"configure_optimizers": frozen}, "no parameter of the student is trained: all have requires_grad False"),
         ({"scale": torch.nn.Parameter(torch.ones(3))}, "^scale: parameters outside the student .* in extend_student$"),

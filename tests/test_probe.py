@@ -197,7 +197,10 @@ def test_a_ramp_cut_short_by_the_maximum_is_the_ramp_of_the_maximum():
     ("own", "message"),
     [
         ({"kd.min_steps": 3}, "--kd.min_steps 3 needs --kd.stop_margin"),
-        ({"kd.stop_margin": 0.1, "kd.min_steps": 10}, "--kd.min_steps 10 must be in 0..9"),
+        (
+            {"kd.stop_margin": 0.1, "kd.min_steps": 10},
+            "--kd.min_steps 10 must be 0 or more, and below --kd.steps 10",
+        ),
         ({"kd.stop_margin": 0.1, "trainer.val_check_interval": 10}, "there is no validation before step 10"),
         (
             {"kd.stop_margin": 0.1, "trainer.limit_val_batches": 0},

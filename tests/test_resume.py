@@ -32,7 +32,7 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 
 from salt_lightning import OptimSpec, SALTModule, cli
 from salt_lightning.comparison import lineage
-from salt_lightning.errors import ConfigError, of_machine
+from salt_lightning.errors import ConfigError, of_machine, of_process
 from salt_lightning.models import read_checkpoint
 from salt_lightning.run import run_lock
 from salt_lightning.run.event_log import log_settings
@@ -422,6 +422,33 @@ def test_what_a_loader_worker_raises_is_shown_and_ends_the_process(tmp_path):
     assert of_machine(RuntimeError("Caught RuntimeError in DataLoader worker process 0.")) is None
 
 
+@pytest.mark.parametrize(
+    ("verb", "said"),
+    [
+        (None, "halve --data.micro_batch_size .*, or set --model.activation_checkpointing true, and continue with"),
+        ("predict", r"halve --data.micro_batch_size \(the result stays the same\) and run the same command again"),
+        ("export", "; free some memory and run the same command again"),
+    ],
+)
+def test_what_to_do_without_memory_depends_on_the_command(verb, said):
+    assert re.search(said, of_machine(MemoryError("no memory"), verb))
+
+
+@pytest.mark.parametrize(
+    ("line", "kind"),
+    [
+        ("salt_lightning.errors.ConfigError: all wrong", ConfigError),
+        ("salt_lightning.text.parse.BadLine: all wrong", ConfigError),
+        ("OSError: all wrong", OSError),
+        ("ValueError: all wrong", type(None)),
+    ],
+)
+def test_an_error_of_a_process_that_lightning_started(line, kind):
+    found = of_process(f"-- Process 0 terminated with the following error:\nTraceback:\n  file\n{line}\n")
+    assert isinstance(found, kind)
+    assert found is None or str(found) == "all wrong"
+
+
 class KillWorker(Callback):
     def on_train_batch_end(self, *args) -> None:
         for child in multiprocessing.active_children():
@@ -641,8 +668,9 @@ def test_a_file_system_without_locks_is_said(tmp_path, number, monkeypatch, capl
         with pytest.raises(OSError, match=os.strerror(number)), run_lock.held(tmp_path / "run"):
             pass
         return
-    with run_lock.held(tmp_path / "run"):
-        pass
+    with pytest.raises(KeyboardInterrupt) as stopped, run_lock.held(tmp_path / "run"):
+        raise KeyboardInterrupt
+    assert stopped.value.__context__ is None  # there, the exit code looks for a Ctrl-C
     assert f"run: its file system has no locks ({os.strerror(number)}); do not start another fit" in caplog.text
     assert not (tmp_path / "run").exists()
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from salt_lightning.errors import ConfigError
-from salt_lightning.schedule import KDSchedule
+from salt_lightning.schedule import KDSchedule, interval_steps
 
 RAMP = {"weight": 0.8, "steps": 10, "anneal_steps": 4}  # constant up to step 6, ramp 6..10
 
@@ -114,3 +114,12 @@ def test_wrong_settings_are_named(settings, message):
 def test_all_problems_at_once():
     with pytest.raises(ConfigError, match=r"kd.weight 2.*kd.steps -3.*kd.anneal_steps -1"):
         KDSchedule(2, -3, -1)
+
+
+@pytest.mark.parametrize(
+    ("share", "max_steps", "steps"),
+    [(0.29, 100, 29), (0.57, 10_000, 5_700), (0.33, 5, 1), (0.999, 1_000, 999), (0.01, 10, 1), (1.0, 7, 7)],
+)
+def test_a_share_of_the_run_is_whole_steps(share, max_steps, steps):
+    """0.29 * 100 is a little below 29 in floating point."""
+    assert interval_steps(share, max_steps) == steps

@@ -103,7 +103,7 @@ def test_the_folder_or_its_manifest_may_be_given(scores, tmp_path):
     with pytest.raises(ConfigError, match=r"--data.selection: .*scores.json does not exist; give the folder of a run"):
         Scores(tmp_path / "nothing", "--data.selection")
     (scores.run / "scores.json").write_text("{}")
-    with pytest.raises(ConfigError, match="is not a manifest of scores"):
+    with pytest.raises(ConfigError, match=r"is not a manifest of scores .*; delete it and run the same predict again"):
         Scores(scores.run, "--data.selection")
 
 

@@ -559,6 +559,27 @@ def test_a_known_model_whose_folder_has_code_too(model_folder, ran, tmp_path, mo
         check_fit(spec, "teacher", data)
 
 
+@pytest.mark.parametrize("damage", ["code", "cut"])
+def test_the_tokenizer_beside_a_checkpoint(damage, settings, teacher, ran, tmp_path, monkeypatch):
+    """It is read to show which tokens differ, or whether they do: of anybody's checkpoint."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    data = SALTDataModule(settings["data.source"], vocab_size=300, cache_dir=str(tmp_path / "cache"), block_size=16)
+    data.prepare_data()
+    data.setup("fit")
+    saved = torch.load(teacher, weights_only=True)
+    path = tmp_path / "run/checkpoints/step-00000001.ckpt"
+    path.parent.mkdir(parents=True)
+    torch.save({**saved, "tokenizer": "another"}, path)
+    folder = path.parent.parent / "tokenizer"
+    if damage == "code":
+        code_folder(folder, ran)
+    else:
+        folder.mkdir()
+        (folder / "tokenizer.json").write_text('{"version": ')
+    with pytest.raises(ConfigError, match=rf"^--model.teacher.path {path}: its tokenizer cannot be loaded"):
+        check_fit(ModelSpec(path=str(path)), "teacher", data)
+
+
 @pytest.mark.parametrize("key", ["tokenizer_file", "vocab_file", "added_tokens_file", "special_tokens_map_file"])
 def test_a_tokenizer_that_names_a_file_elsewhere(key, model_folder, ran, tmp_path):
     """Its own files are read, or it is refused; what it names is neither run nor shown."""

@@ -8,6 +8,7 @@ import os
 import re
 import string
 import sys
+from contextlib import nullcontext
 
 import datasets
 import numpy as np
@@ -220,6 +221,14 @@ def test_what_names_part_of_a_data_set_has_no_effect_on_files(tmp_path, caplog):
         for named in (tmp_path / "x.txt", tmp_path / "*.txt"):
             read(named, hub=Hub(subset="x", revision="v9"))
             assert f"{named} names files, so --data.subset and --data.revision cannot take effect" in caplog.text
+
+
+@pytest.mark.parametrize("named", ["owner/name", "owner/name:validation", "nothing/*.txt"])
+def test_what_names_part_of_a_data_set_is_silent_where_there_are_no_files(named, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    with caplog.at_level("INFO"), nullcontext() if named.startswith("owner") else pytest.raises(ConfigError):
+        resolve("--data.source", [named], Hub(subset="x", revision="v9"))
+    assert "cannot take effect" not in caplog.text
 
 
 def test_jsonlines_are_lines(tmp_path):

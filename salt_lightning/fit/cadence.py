@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from salt_lightning.command.settings import wrong_counts
 from salt_lightning.errors import ConfigError, refuse, require_length
-from salt_lightning.schedule import kd_callbacks
+from salt_lightning.schedule import interval_steps, kd_callbacks
 
 # What the user gave the trainer, before `setup` overwrites it with micro-batches (setup may run twice).
 _CADENCE: "WeakKeyDictionary[Trainer, tuple[int, int | float | None]]" = WeakKeyDictionary()
@@ -44,7 +44,7 @@ def set_cadence(trainer: Trainer, accumulation: int) -> None:
     trainer.fit_loop.min_epochs = 0  # else min_steps means one epoch, the whole run: nothing could end it early
     trainer.accumulate_grad_batches = accumulation
     if interval is not None:
-        steps = interval if isinstance(interval, int) else max(1, int(interval * trainer.max_steps))
+        steps = interval if isinstance(interval, int) else interval_steps(interval, trainer.max_steps)
         trainer.val_check_interval = min(steps, trainer.max_steps) * accumulation
 
 

@@ -77,11 +77,12 @@ def check_subclass(trainer: Trainer) -> None:
         raise ConfigError("automatic_optimization False: SALTModule needs Lightning to do the steps; leave it True")
     if trainer.lr_scheduler_configs:
         raise ConfigError("a learning-rate scheduler of your own would be overwritten; set OptimSpec(...), model.optim")
-    if any("decays" not in group for optimizer in trainer.optimizers for group in optimizer.param_groups):
+    needed = {"decays", "param_names"}
+    if any(not needed <= group.keys() for optimizer in trainer.optimizers for group in optimizer.param_groups):
         raise ConfigError(
             "an optimizer of your own (configure_optimizers) does not work with SALTModule, which sets the learning "
             "rate and weight decay of its AdamW at every step; set OptimSpec(...), model.optim, or a subclass of it "
-            "that builds your optimizer"
+            "that builds your optimizer from groups of named parameters, as OptimSpec.build makes them"
         )
     trained = [name for name, p in module.named_parameters() if p.requires_grad]
     if others := [name for name in trained if not name.startswith("student.")]:

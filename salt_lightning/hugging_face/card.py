@@ -203,7 +203,7 @@ def _cost(checkpoint: dict[str, Any], run: Run) -> dict[str, str]:
         "FLOPs of the student": _flops(by_student),
         "FLOPs of the teacher": _flops(by_teacher) + (", without its own training" if taught else ""),
         "FLOPs of scoring": _flops(scoring),
-        "versions": _versions(),
+        "exported with": _versions(),
     }
 
 

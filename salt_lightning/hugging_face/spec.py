@@ -431,8 +431,8 @@ def settings_without_code(saved: dict[str, Any], path: Path) -> dict[str, Any]:
     specs = [saved.get(name) for name in ("student", "teacher", "optim")]
     if _names_class(saved) or not all(isinstance(spec, dict) for spec in specs):
         raise ConfigError(
-            f"--ckpt_path {path} is not a whole checkpoint of this project (its settings name a class, never run); "
-            "use one as it was saved"
+            f"--ckpt_path {path} is not a whole checkpoint of this project (its settings lack a part, or name a class, "
+            "which is never run); use one as it was saved"
         )
     untrusted = {name: folders.without_code(saved[name], f"--ckpt_path {path}") for name in ("student", "teacher")}
     return {**saved, **untrusted}

@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
-from transformers import AutoTokenizer, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
 from salt_lightning.errors import ConfigError, raised, refuse
@@ -116,11 +116,13 @@ def _rules(tokenizer: Any) -> list[Any]:
 
 def _own_tokenizer(spec: ModelSpec, name: str) -> Any:
     """The tokenizer beside a model, or in the run's folder of a checkpoint; None if there is none."""
-    path = str(spec.path)
+    path, revision = str(spec.path), spec.source["revision"]
     if spec.is_checkpoint:
-        folder = Path(path).parent.parent / "tokenizer"
-        return AutoTokenizer.from_pretrained(folder) if folder.is_dir() else None
-    if not any(cached_file(path, file, revision=spec.source["revision"], **_QUIET) for file in _TOKENIZER_FILES):
+        path = str(Path(path).parent.parent / "tokenizer")
+        there = Path(path).is_dir()
+    else:
+        there = any(cached_file(path, file, revision=revision, **_QUIET) for file in _TOKENIZER_FILES)
+    if not there:
         return None
-    with as_config_error(f"--model.{name}.path {path}: its tokenizer cannot be loaded"):
+    with as_config_error(f"--model.{name}.path {spec.path}: its tokenizer cannot be loaded"):
         return open_tokenizer(path, **spec.source)

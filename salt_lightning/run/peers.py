@@ -31,7 +31,7 @@ from lightning.fabric.utilities.distributed import _destroy_dist_connection
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
-from salt_lightning.errors import ConfigError, printable_lines
+from salt_lightning.errors import ConfigError, going_on, printable_lines
 from salt_lightning.run import slurm
 from salt_lightning.text.processes import num_cores
 
@@ -276,9 +276,7 @@ def loss_of_others(rank: int, why: str, verb: str | None = None) -> str:
     """The message of a process that lost the others, because they ended or no longer answer; `verb` None is fit."""
     if "EADDRINUSE" in why:
         return f"\nerror: MASTER_PORT {os.environ.get('MASTER_PORT')} is taken by another process; choose another one"
-    remedy = (
-        "run the same command again" if verb in ("predict", "validate", "test") else "continue with --ckpt_path last"
-    )
+    remedy = going_on(verb)
     if "connectFullMesh" in why and "remote=[127." in why:  # gloo tells the others the address of this host's name
         remedy += (
             "; if they are on several hosts, whose names may resolve to 127.*, which others cannot reach, set "

@@ -31,19 +31,19 @@ def held(run: Path) -> Iterator[None]:
         ConfigError: another process holds the lock; waits first if that is on another machine.
     """
     made = [folder for folder in (run, *run.parents) if not folder.exists()]
+    file = None
     try:
         file = _lock(run)
     except OSError as error:
         _say_unlocked(run, error)
         _remove_empty(made)
-        yield
-        return
-    try:
+    try:  # not inside the except block, whose error would become the context of all that follow
         yield
     finally:
-        (run / _NAME).unlink(missing_ok=True)
-        file.close()
-        _remove_empty(made)
+        if file is not None:
+            (run / _NAME).unlink(missing_ok=True)
+            file.close()
+            _remove_empty(made)
 
 
 def _say_unlocked(run: Path, error: OSError) -> None:

@@ -260,7 +260,8 @@ def write(checkpoint: dict[str, Any], path: Path) -> None:
     temporary, first = path.with_name(f".{path.name}.tmp"), dist.get_rank() == 0
     if first:
         shutil.rmtree(temporary, ignore_errors=True)  # what a killed save left
-        temporary.mkdir(parents=True)
+        with writing(path):
+            temporary.mkdir(parents=True)
     dist.barrier()
     with writing(path):
         # On the first rank, this returns when all ranks have written and synced their files.
@@ -366,7 +367,7 @@ class Tensors(Mapping[str, Tensor]):
         return tensor
 
     def _damaged(self, key: str, reason: str) -> ConfigError:
-        return ConfigError(f"{self._folder} is damaged: {key} cannot be read ({reason})")
+        return ConfigError(f"{self._folder} is damaged: {key} cannot be read ({reason}); use another checkpoint")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)

@@ -90,7 +90,9 @@ class Scores:
             self.manifest: dict[str, Any] = json.loads(path.read_text())
             self.scored = Scored(**self.manifest["scored"])
         except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{setting}: {path} is not a manifest of scores ({error}); run predict again") from error
+            raise ConfigError(
+                f"{setting}: {path} is not a manifest of scores ({error}); delete it and run the same predict again"
+            ) from error
 
     @classmethod
     def create(cls, run: Path, scored: Scored, extra: dict[str, Any]) -> Scores:

@@ -148,7 +148,7 @@ def _refuse_broken_links(setting: str, paths: list[str]) -> None:
 
 def _say_no_split(setting: str, path: str, files: list[str], hub: Hub) -> list[str]:
     given = [f"--data.{name}" for name, value in vars(hub).items() if value != getattr(Hub, name)]
-    if given:
+    if given and files:
         _say_once(f"{setting}: {path} names files, so {' and '.join(given)} cannot take effect")
     return files
 
