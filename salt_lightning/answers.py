@@ -80,7 +80,7 @@ class AnswerTest(pl.Callback):
         if stage != "test" or not (self.max_new_tokens or self.choices):
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
-        if not data.examples.given:
+        if not getattr(getattr(data, "examples", None), "given", False):
             raise ConfigError("--answers needs examples; define them with --data.examples")
         if self.max_new_tokens and not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
             raise ConfigError(

@@ -84,7 +84,7 @@ def salt_loss(  # noqa: PLR0913
         student_hidden_ND: (N, D) last hidden states, fp32 or bf16.
         student_head_VD: (V, D) output embedding.
         labels_N: (N,) int64 next tokens, -100 = ignored.
-        teacher_hidden_NE: (N, E) of the teacher, any width and dtype; needs `teacher_head_VE`.
+        teacher_hidden_NE: (N, E) of the teacher, any width; fp32 or bf16; needs `teacher_head_VE`.
         teacher_head_VE: (V, E), or fewer rows: missing ids have probability 0.
         kd_weight: w in 0..1; a 0-dim tensor is never read on the host (without a teacher it counts as 0).
         teacher_temperature: T > 0 of the teacher's softmax; the student stays at 1, there is no T^2 factor.

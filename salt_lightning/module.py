@@ -79,7 +79,7 @@ class SALTModule(extension.Guarded):
         seed: int | None = None,
     ) -> None:
         student, teacher = ModelSpec.of(student), ModelSpec.of(teacher)
-        optim = OptimSpec(**optim) if isinstance(optim, dict) else optim
+        optim = OptimSpec.of(optim)
         refuse(wrong_kinds(SALTModule.__init__, locals(), "--model."))
         super().__init__()
         self.student_spec, self.teacher_spec, self.optim_spec = student, teacher, optim
@@ -134,6 +134,8 @@ class SALTModule(extension.Guarded):
             cadence.plan_validation(self.trainer)
             self.meter.forget()
             extension.count_again(self)
+        self._unchecked = {"train", "val"} if self._data is None else set()  # batches of a user's own loaders
+        self._unproved = True  # step_tokens
         sources = getattr(self._data, "source_names", None) or ("all",)
         self.eval_metrics = TokenMetrics(sources, thirds=bool(getattr(self._data, "difficulty", None)))
 
@@ -215,7 +217,6 @@ class SALTModule(extension.Guarded):
         self.kd_weight = self.kd_weight.to(self.device)
         self._watch = Watch(self.device)
         self._sums, self._step_tokens = torch.zeros(len(SUMS), device=self.device), torch.zeros((), device=self.device)
-        self._unseen = self._data is None  # a user's own loader, until its first batch is checked
 
     def on_train_start(self) -> None:
         data, kd = self._data, kd_callbacks(self.trainer)
@@ -224,6 +225,8 @@ class SALTModule(extension.Guarded):
         extension.check_weights(self, self._loaded_step)
         log_settings(self.trainer.loggers, alike.told(self._settings, data))
         self.meter.start(self.global_step, self._wait_s)
+        for optimizer in self.trainer.optimizers:  # for callbacks that look before the first step
+            self.optim_spec.write(optimizer, self.global_step, self.trainer.max_steps)
 
     def on_fit_end(self) -> None:
         self._give_back_random()
@@ -237,9 +240,7 @@ class SALTModule(extension.Guarded):
         extension.seed_random(hash((self.hparams["seed"], self.global_step, micro, self.global_rank)), self.device)
         if micro == 0:
             self._sums.zero_()
-        if self._unseen:
-            extension.check_batch(batch)
-            self._unseen = False
+        extension.check_first(self, batch, "train")
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         ids_BT, positions_BT = batch["input_ids"], batch["positions"]
@@ -317,7 +318,9 @@ class SALTModule(extension.Guarded):
         *read, not_finite, weight, grad_norm, step_tokens = torch.cat([sums, on_all]).tolist()
         if not_finite:
             self.require_finite()
-        extension.check_step_tokens(step, step_tokens, read[SUMS.index("tokens")])
+        if self._unproved and (step == 1 or not self.trainer.is_last_batch):  # where a loader ends, there are fewer
+            extension.check_step_tokens(step, step_tokens, read[SUMS.index("tokens")])
+            self._unproved = False
         values = loss_values(read, weight) | {"grad_norm": grad_norm}
         values["lr"] = self.optim_spec.lr_at(step - 1, self.trainer.max_steps)
         values |= peak_memory(self.device)
@@ -358,6 +361,7 @@ class SALTModule(extension.Guarded):
     # ------------------------------------------------------------ evaluation
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Batch:
+        extension.check_first(self, batch, "val")
         stats = partial(self._label_stats, batch["labels"].flatten())
         nll_N, rank_N = self.student(batch["input_ids"], batch["positions"], stats, batch.get("cu_seqlens"))
         told = ("sources", "bytes", "thirds") if self._data is not None else ("bytes",)
@@ -411,7 +415,7 @@ class SALTModule(extension.Guarded):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if states := checkpoint.get("optimizer_states"):
             checkpoint["optimizer_states"] = [by_name(state) if state else state for state in states]
-        checkpoint |= alike.about(self._data, self.trainer) | self.meter.state(self.global_step)
+        checkpoint |= alike.about(self._data, self.trainer, self.optim_spec) | self.meter.state(self.global_step)
         checkpoint |= plain(checkpoint)
 
     def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from salt_lightning import preflight
 from salt_lightning.errors import ConfigError, refuse, wrong_kinds
@@ -177,6 +177,8 @@ class KDScheduleCallback(pl.Callback):
 
     @schedule.setter
     def schedule(self, planned: KDSchedule) -> None:
+        if not isinstance(planned, KDSchedule):
+            raise ConfigError(f"KDScheduleCallback.schedule must be a KDSchedule, not a {type(planned).__name__}")
         self.planned = planned
         self.stop_step: int | None = None
 
@@ -244,6 +246,8 @@ class KDScheduleCallback(pl.Callback):
                 f"{name} acts at validations, but --trainer.limit_val_batches 0 turns them off; leave one of them out"
             )
         every = getattr(trainer, "val_check_interval", None)
+        if isinstance(every, float) and data is None:  # a share of an epoch of the user's own loader
+            return
         share = every if isinstance(every, float) and 0 <= every <= 1 else 1.0
         steps = interval_steps(share, trainer.max_steps)
         first = every // trainer.accumulate_grad_batches if isinstance(every, int) else steps
@@ -258,6 +262,10 @@ class KDScheduleCallback(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         # Not earlier: global_step is restored by now, so a resume in phase 2 never loads the teacher.
         if self.schedule.is_taught(trainer.global_step):
+            if self.stop_margin is not None and not trainer.enable_validation:
+                raise ConfigError(
+                    f"--kd.stop_margin {self.stop_margin} acts at validations, but there is no loader for them"
+                )
             pl_module.load_teacher()
             self._check_teacher(trainer, pl_module)
             if self.schedule.steps is None and self.stop_margin is None:
@@ -287,6 +295,14 @@ class KDScheduleCallback(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._let_go(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        steps, step = self.schedule.steps, trainer.global_step
+        if pl_module.teacher is not None and steps is not None and not trainer.should_stop and step < trainer.max_steps:
+            rank_zero_warn(
+                f"the run ended after {step} of {trainer.max_steps} steps, before --kd.steps {steps}: the teacher has "
+                "never left; give the trainer as many epochs as its max_steps need"
+            )
 
     def _let_go(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if pl_module.teacher is not None and not self.schedule.is_taught(trainer.global_step):

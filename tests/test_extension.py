@@ -7,7 +7,9 @@ import os
 import pickle
 import re
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -361,6 +363,23 @@ def test_the_optimizer_of_the_page(data, tmp_path):
     assert {group["momentum"] for group in run.optimizers[0].param_groups} == {0.1}  # not the checkpoint's
     with pytest.raises(ConfigError, match="another OptimSpec class, which differs in momentum; resume with that class"):
         trainer(tmp_path, max_steps=12).fit(SALTModule(ModelSpec(config=SIZES)), data, ckpt_path=middle)
+    with pytest.raises(
+        ConfigError, match=r"has momentum, which OptimSpec has not: .*load_from_checkpoint\(PATH, optim="
+    ):
+        SALTModule.load_from_checkpoint(middle)
+    assert SALTModule.load_from_checkpoint(middle, optim=optim).optim_spec == optim
+
+
+def test_another_class_of_rates_is_refused(data, tmp_path):
+    @dataclass(frozen=True)
+    class Constant(OptimSpec):
+        def lr_at(self, step, max_steps):
+            return self.lr
+
+    trainer(tmp_path, SAVE).fit(SALTModule(ModelSpec(config=SIZES), optim=Constant()), data)
+    middle = str(tmp_path / "checkpoints/step-00000003.ckpt")
+    with pytest.raises(ConfigError, match="trained with the OptimSpec class Constant, not OptimSpec; resume with that"):
+        trainer(tmp_path).fit(SALTModule(ModelSpec(config=SIZES)), data, ckpt_path=middle)
 
 
 def test_an_optimizer_spec_with_a_setting_of_its_own_resumes(data, tmp_path):
@@ -582,8 +601,14 @@ BATCH = {"input_ids": IDS, "labels": IDS + 1, "positions": torch.arange(16).repe
         ({k: v.flatten() if v.ndim else v for k, v in BATCH.items()}, "must have one shape, rows x tokens"),
         ({**BATCH, "labels": IDS}, "labels equal its input_ids: each label must be the next token"),
         ({**BATCH, "labels": torch.where(IDS % 3 > 0, IDS, -100)}, "labels equal its input_ids"),
+        ({**BATCH, "labels": torch.where(IDS == 9, 10, IDS)}, "labels equal its input_ids"),
+        ({**BATCH, "labels": torch.where(IDS % 16 < 14, IDS + 2, -100)}, "the next of its input_ids in only 0% of the"),
+        ({**BATCH, "input_ids": IDS + 40, "labels": IDS + 41}, "has the id 72, but the student has only 64 ids; docs"),
         ({**BATCH, "step_tokens": torch.tensor([32, 32])}, r"step_tokens must be one number, not \[2\]"),
-        ({**BATCH, "step_tokens": torch.tensor(1)}, "step_tokens of the batches is 1, but the first .* had 32 labels"),
+        (
+            {**BATCH, "step_tokens": torch.tensor(1)},
+            "step_tokens of the batches is 1, but optimizer step 1 had 32 labels",
+        ),
         ({**BATCH, "step_tokens": torch.tensor(64)}, "step_tokens of the batches is 64, but .* scaled wrongly"),
     ],
 )
@@ -615,9 +640,115 @@ def test_other_kinds_of_batches_that_say_the_same_are_taken(batch, tmp_path):
 
 def test_sums_of_fp32_may_round():
     check_step_tokens(1, 33_550_336.0, 33_548_324.0)  # 6e-5, as 4,096 micro-batches of 8,191 labels sum up
-    check_step_tokens(2, 64.0, 32.0)  # a loader that ends inside a step
-    with pytest.raises(ConfigError, match="step_tokens of the batches is 64, but the first optimizer step had 32"):
+    with pytest.raises(ConfigError, match="step_tokens of the batches is 64, but optimizer step 1 had 32"):
         check_step_tokens(1, 64.0, 32.0)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ([IDS, IDS + 1], "a batch must be a dict with input_ids, labels, positions, not a list"),
+        ({k: v for k, v in BATCH.items() if k != "positions"}, "a batch has no tensor positions"),
+        ({**BATCH, "labels": IDS}, "labels equal its input_ids: each label must be the next token"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["fit", "validate", "test"])
+def test_batches_that_would_measure_something_else_are_refused(verb, batch, message, tmp_path):
+    good = {name: BATCH[name] for name in ("input_ids", "labels", "positions")}  # step_tokens are of training only
+    module = SALTModule(ModelSpec(config={**SIZES, "vocab_size": 64, "max_position_embeddings": 16}))
+    loaders = [DataLoader([one] * 4, batch_size=None) for one in (good, batch)]
+    trained = DataLoader([BATCH] * 6, batch_size=None)
+    getattr(trainer(tmp_path), "validate" if verb == "fit" else verb)(module, loaders[0])
+    run = trainer(tmp_path)
+    call = partial(run.fit, module, trained) if verb == "fit" else partial(getattr(run, verb), module)
+    with pytest.raises(ConfigError, match=message):
+        call(loaders[1])
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
+def test_step_tokens_are_looked_at_again_after_a_resume(tmp_path):
+    def start(**own):
+        module = SALTModule(ModelSpec(config={**SIZES, "vocab_size": 64, "max_position_embeddings": 16}))
+        run = trainer(tmp_path, SAVE, limit_val_batches=0, **own)
+        path = str(tmp_path / "checkpoints/step-00000003.ckpt") if own else None
+        loader = DataLoader([BATCH] * 30, batch_size=None)
+        run.fit(module, loader, loader, ckpt_path=path)
+
+    start()
+    with pytest.raises(ConfigError, match=r"step_tokens of the batches is 32, but optimizer step \d+ had 64 labels"):
+        start(accumulate_grad_batches=2)
+
+
+SMALL = {**SIZES, "vocab_size": 64, "max_position_embeddings": 16}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A folder with a model for BATCH, to be a teacher."""
+    folder = tmp_path_factory.mktemp("small")
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SMALL)).save_pretrained(folder)
+    return folder
+
+
+def test_a_boundary_found_at_validations_needs_some(small, tmp_path):
+    loader = DataLoader([BATCH] * 4, batch_size=None)
+    kd = KDScheduleCallback(0.5, 10, stop_margin=100.0)
+    run = pl.Trainer(max_steps=12, callbacks=[kd], logger=False, accelerator="cpu", enable_checkpointing=False)
+    with (
+        pytest.warns(UserWarning, match="no `val_dataloader`"),
+        pytest.raises(ConfigError, match="--kd.stop_margin 100.0 acts at validations, but there is no loader for them"),
+    ):
+        run.fit(SALTModule(ModelSpec(config=SMALL), small), loader)
+    # Lightning validates at the end of each epoch of a user's own loader, here after 4 steps
+    run = pl.Trainer(max_steps=12, callbacks=[kd], logger=False, accelerator="cpu", enable_checkpointing=False)
+    run.fit(SALTModule(ModelSpec(config=SMALL), small), loader, loader)
+    assert kd.stop_step == 4
+
+
+@pytest.mark.parametrize("epochs", [1, None])
+def test_a_run_that_ends_before_the_teacher_leaves_says_so(epochs, small, tmp_path):
+    loader = DataLoader([BATCH] * 4, batch_size=None)
+    module, kd = SALTModule(ModelSpec(config=SMALL), small), KDScheduleCallback(0.5, 6)
+    run = trainer(tmp_path, kd, max_steps=8, max_epochs=epochs, val_check_interval=4)
+    said = "the run ended after 4 of 8 steps, before --kd.steps 6: the teacher has never left"
+    with pytest.warns(UserWarning, match=said) if epochs else nullcontext():
+        run.fit(module, loader, loader)
+    assert (module.teacher is not None) == bool(epochs)
+
+
+def test_a_schedule_must_be_one():
+    with pytest.raises(ConfigError, match="KDScheduleCallback.schedule must be a KDSchedule, not a function"):
+        KDScheduleCallback().schedule = lambda step: 0.5
+
+
+def test_the_rate_is_right_before_the_first_step(tmp_path):
+    class Look(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            seen.append([(group["lr"], group["weight_decay"]) for group in trainer.optimizers[0].param_groups])
+
+    seen: list[list[tuple[float, float]]] = []
+    module = SALTModule(
+        ModelSpec(config={**SIZES, "vocab_size": 64, "max_position_embeddings": 16}),
+        optim=OptimSpec(lr=1e-2, warmup_steps=4),
+    )
+    loader = DataLoader([BATCH] * 6, batch_size=None)
+    trainer(tmp_path, Look(), limit_val_batches=0).fit(module, loader, loader)
+    assert seen[0] == [(0.0025, 0.1), (0.0025, 0.0)]
+
+
+def test_a_limit_of_gradients_below_0_is_refused(tmp_path):
+    module = SALTModule(ModelSpec(config={**SIZES, "vocab_size": 64, "max_position_embeddings": 16}))
+    loader = DataLoader([BATCH] * 6, batch_size=None)
+    for limit in (-1.0, float("nan")):
+        with pytest.raises(ConfigError, match=rf"--trainer.gradient_clip_val {limit} must not be negative"):
+            trainer(tmp_path, gradient_clip_val=limit).fit(module, loader, loader)
+
+
+def test_a_spec_keeps_the_sizes_that_it_was_made_with():
+    sizes = {**SIZES}
+    spec = ModelSpec(config=sizes)
+    sizes["hidden_size"] = 7
+    assert spec.config == SIZES
 
 
 def test_the_loader_of_a_data_module_without_it_has_another_accumulation(data, tmp_path):

@@ -273,6 +273,12 @@ def test_stretches_that_no_run_has(stretches):
         go_on({"global_step": 9, "stretches": stretches}, begun)
 
 
+def test_stretches_of_an_older_checkpoint_have_its_row_length():
+    older = {name: value for name, value in GOOD.items() if name != "block_size"}
+    checkpoint = {"global_step": 9, "stretches": [older], "data": {"--data.block_size": 32}}
+    assert go_on(checkpoint, one_stretch(8, 64, None)) == (Stretch(**GOOD), Stretch(9, 8, 64, None))
+
+
 def test_a_checkpoint_of_a_user_s_own_loader_is_of_one_stretch():
     begun = one_stretch(8, 32, None)
     assert go_on({"global_step": 9, "stretches": []}, begun) == begun

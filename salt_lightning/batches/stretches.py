@@ -65,7 +65,8 @@ def _of_checkpoint(checkpoint: Mapping[str, Any], now: Stretch) -> Stretches:
     if not checkpoint["stretches"]:  # of the user's own loader: as if these settings had applied from the start
         return (now,)
     try:
-        found = tuple(Stretch(**each) for each in checkpoint["stretches"])
+        width = checkpoint.get("data", {}).get("--data.block_size")  # older checkpoints record only the last one
+        found = tuple(Stretch(**{"block_size": width, **each}) for each in checkpoint["stretches"])
         steps = [stretch.step for stretch in found]
         turns = [[*stretch.turns.values()] for stretch in found if stretch.turns is not None]
         good = steps[0] == 0 and steps == sorted(set(steps)) and steps[-1] <= checkpoint["global_step"]

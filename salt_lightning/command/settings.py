@@ -165,6 +165,12 @@ def wrong_accelerator(trainer: Namespace) -> list[str]:
     return wrong
 
 
+def wrong_clipping(limit: float | None) -> list[str]:
+    """A negative limit would turn gradients around."""
+    good = limit is None or limit >= 0
+    return [] if good else [f"--trainer.gradient_clip_val {limit} must not be negative (0 or null: off)"]
+
+
 def wrong_trainer_settings(trainer: Namespace) -> list[str]:
     """Lightning's settings that would break a run late, or change what a step is."""
     every = trainer.get("log_every_n_steps")
@@ -175,8 +181,7 @@ def wrong_trainer_settings(trainer: Namespace) -> list[str]:
         wrong.append(f"--trainer.max_epochs {trainer.max_epochs}: a run is counted in steps; use --trainer.max_steps")
     if trainer.get("min_epochs") not in (None, 0):  # in a fit it is always 0, see set_cadence
         wrong.append(f"--trainer.min_epochs {trainer.min_epochs}: a run is counted in steps; use --trainer.min_steps")
-    if (trainer.get("gradient_clip_val") or 0) < 0:
-        wrong.append(f"--trainer.gradient_clip_val {trainer.gradient_clip_val} must not be negative (0 or null: off)")
+    wrong += wrong_clipping(trainer.get("gradient_clip_val"))
     if trainer.get("enable_checkpointing") is False:
         wrong.append(
             "--trainer.enable_checkpointing false: use --checkpoint.every_n_steps null to save only at the end"

@@ -54,12 +54,13 @@ def other_steps(checkpoint: Mapping[str, Any], trainer: pl.Trainer) -> str | Non
     return f"continuing with {', '.join(other)}: the steps that follow are computed differently" if other else None
 
 
-def about(data: Any, trainer: pl.Trainer) -> dict[str, Any]:
+def about(data: Any, trainer: pl.Trainer, optim: Any) -> dict[str, Any]:
     """What a checkpoint records about its run, for a later start to compare and a model card to show."""
     tokenizer, text = getattr(data, "tokenizer_fingerprint", None), getattr(data, "text", {})
     stretches = [asdict(stretch) for stretch in getattr(data, "stretches", ())]
     text_of = {"tokenizer": tokenizer, "data": identity(data), "text": text, "stretches": stretches}
     of_run = {"trainer": of_trainer(trainer), "max_steps": trainer.max_steps}
+    of_run["optim_class"] = type(optim).__name__
     return {**text_of, **of_run, VERSION: salt_lightning.__version__}
 
 

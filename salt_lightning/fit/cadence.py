@@ -19,7 +19,7 @@ from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from salt_lightning.command.settings import wrong_counts
+from salt_lightning.command.settings import wrong_clipping, wrong_counts
 from salt_lightning.errors import ConfigError, refuse, require_length
 from salt_lightning.schedule import interval_steps, kd_callbacks
 
@@ -66,6 +66,7 @@ def check_trainer(trainer: Trainer) -> None:
         raise ConfigError("--trainer.val_check_interval: a time is not supported; give optimizer steps")
     if (algorithm := trainer.gradient_clip_algorithm) == GradClipAlgorithmType.VALUE:
         raise ConfigError(f"--trainer.gradient_clip_algorithm {algorithm.value} is not supported; use norm")
+    refuse(wrong_clipping(trainer.gradient_clip_val))
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         for kind, why in _REFUSED.items():
             if isinstance(callback, kind):

@@ -19,6 +19,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from transformers import PreTrainedConfig
 
 from salt_lightning.errors import ConfigError, few, refuse
 from salt_lightning.hugging_face.experts import count_layers
@@ -243,13 +244,26 @@ def require_schedule(module: Any) -> None:
         )
 
 
-def check_batch(batch: Any) -> None:
-    """Checks the first batch of a user's own loader; waits for the device.
+def check_first(module: Any, batch: Any, stage: str) -> None:
+    """Checks the first batch of a user's own loader for a stage, train or val; waits for the device.
 
     Raises:
-        ConfigError: it is not a dictionary of the right tensors, or its labels are not shifted.
+        ConfigError: it is not a dictionary of the right tensors, has ids that a model lacks, or wrong labels.
     """
-    wanted = (*_SHAPED, "step_tokens")
+    if stage not in module._unchecked:
+        return
+    module._unchecked.discard(stage)
+    _check_batch(batch, (*_SHAPED, "step_tokens") if stage == "train" else _SHAPED)
+    highest = max(int(batch[name].max()) for name in ("input_ids", "labels"))
+    for name in ("student", "teacher"):
+        model = getattr(getattr(module, name), "model", None)
+        if isinstance(config := getattr(model, "config", None), PreTrainedConfig):  # else a model of the user's own
+            size = config.get_text_config().vocab_size
+            if highest >= size:
+                raise ConfigError(f"a batch has the id {highest}, but the {name} has only {size} ids; {_BATCH}")
+
+
+def _check_batch(batch: Any, wanted: tuple[str, ...]) -> None:
     if not isinstance(batch, Mapping):
         raise ConfigError(f"a batch must be a dict with {', '.join(wanted)}, not a {type(batch).__name__}; {_BATCH}")
     if missing := [name for name in wanted if not isinstance(batch.get(name), torch.Tensor)]:
@@ -257,21 +271,30 @@ def check_batch(batch: Any) -> None:
     shapes = {name: list(batch[name].shape) for name in _SHAPED}
     if len(shapes["input_ids"]) != 2 or len({*map(tuple, shapes.values())}) > 1:
         raise ConfigError(f"a batch's {', '.join(_SHAPED)} must have one shape, rows x tokens, not {shapes}; {_BATCH}")
-    if batch["step_tokens"].numel() != 1:
+    if "step_tokens" in wanted and batch["step_tokens"].numel() != 1:
         raise ConfigError(f"a batch's step_tokens must be one number, not {list(batch['step_tokens'].shape)}; {_BATCH}")
     ids_BT, labels_BT = batch["input_ids"], batch["labels"]
-    counted_BT = labels_BT >= 0
-    if counted_BT.sum() > 1 and bool((ids_BT == labels_BT)[counted_BT].all()):
+    goes_on_BT = torch.cat([batch["positions"][:, 1:] != 0, torch.zeros_like(ids_BT[:, :1], dtype=torch.bool)], dim=1)
+    known_BT = (labels_BT >= 0) & goes_on_BT  # the next token is in the row
+    right_N, same_N = (labels_BT == ids_BT.roll(-1, dims=1))[known_BT], (labels_BT == ids_BT)[labels_BT >= 0]
+    right, enough = _share(right_N), len(right_N) > 8  # single labels may repeat their token
+    if right < 0.5 and (_share(same_N) > 0.5 if enough else len(same_N) > 1 and bool(same_N.all())):
         raise ConfigError(f"a batch's labels equal its input_ids: each label must be the next token; {_BATCH}")
+    if right < 0.5 and enough:
+        raise ConfigError(
+            f"a batch's labels are the next of its input_ids in only {right:.0%} of the places, as if they were "
+            f"shifted twice: each label must be the next token; {_BATCH}"
+        )
+
+
+def _share(right: torch.Tensor) -> float:
+    return float(right.float().mean()) if right.numel() else 0.0
 
 
 def check_step_tokens(step: int, said: float, counted: float) -> None:
-    """Raises ConfigError if `step_tokens` is not the number of labels in the first step: it would scale gradients.
-
-    Only the first step is checked: one in which the loader ends has fewer labels.
-    """
-    if step == 1 and abs(said - counted) > 1e-3 * counted:  # fp32 sums have rounding errors
+    """Raises ConfigError if `step_tokens` is not the number of labels in a step: it would scale gradients."""
+    if abs(said - counted) > 1e-3 * counted:  # fp32 sums have rounding errors
         raise ConfigError(
-            f"step_tokens of the batches is {said:,.0f}, but the first optimizer step had {counted:,.0f} labels over "
+            f"step_tokens of the batches is {said:,.0f}, but optimizer step {step} had {counted:,.0f} labels over "
             f"all micro-batches and ranks: gradients would be scaled wrongly; {_BATCH}"
         )

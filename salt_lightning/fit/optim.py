@@ -60,6 +60,22 @@ class OptimSpec:
         ]
         refuse(f"--model.optim.{name} {getattr(self, name)} {why}" for name, ok, why in ranges if not ok)
 
+    @classmethod
+    def of(cls, spec: "OptimSpec | dict[str, Any]") -> "OptimSpec":
+        """The spec itself, or one made from a checkpoint's plain dict.
+
+        Raises:
+            ConfigError: the dict is of a subclass with other fields.
+        """
+        if not isinstance(spec, dict):
+            return spec
+        if other := sorted(spec.keys() - {field.name for field in fields(cls)}):
+            raise ConfigError(
+                f"model.optim has {', '.join(other)}, which {cls.__name__} has not: the checkpoint was trained with a "
+                "subclass of it; give that, SALTModule.load_from_checkpoint(PATH, optim=...)"
+            )
+        return cls(**spec)
+
     def check(self, max_steps: int) -> None:
         """Raises ConfigError if warm-up and decay do not fit into the run, or the run has no length."""
         require_length(max_steps)
@@ -100,6 +116,11 @@ class OptimSpec:
             raise ConfigError(
                 "the checkpoint was trained with another OptimSpec class, which differs in "
                 f"{', '.join(sorted(other))}; resume with that class"
+            )
+        if (trained := checkpoint.get("optim_class", type(self).__name__)) != type(self).__name__:
+            raise ConfigError(
+                f"the checkpoint was trained with the OptimSpec class {trained}, not {type(self).__name__}; resume "
+                "with that class"
             )
         before = type(self)(**{name: saved[name] for name in names if name in saved})
         planned = checkpoint["max_steps"]

@@ -205,7 +205,7 @@ def compute_dtype(hidden_ND: Tensor) -> torch.dtype:
     if dtype not in (torch.float32, torch.bfloat16, torch.float64):
         raise ConfigError(
             f"the loss computes in fp32 or bf16, not {dtype}; use --trainer.precision bf16-mixed, or 32-true on a card "
-            "without bf16"
+            "without bf16 (called directly: cast the hidden states)"
         )
     return torch.float32 if device not in ("cuda", "xpu") and dtype == torch.bfloat16 else dtype
 

@@ -126,7 +126,9 @@ def _training(checkpoint: dict[str, Any], run: Run) -> dict[str, str]:
         "text size": ", ".join(f"{count:,} {unit}" for count, unit in counts if count),
         "selected by": _selection(settings),
         "rows": f"{_data(checkpoint, 'global_batch_size')} of {_data(checkpoint, 'block_size')} tokens per step",
-        "AdamW": ", ".join(f"{key} {v}" for key, v in (spec.get("optim") or {}).items() if v is not None),
+        _optimizer(checkpoint): ", ".join(
+            f"{key} {v}" for key, v in (spec.get("optim") or {}).items() if v is not None
+        ),
         "weights averaged by": _averaged_by(checkpoint),
         "precision": str(settings.get("trainer.precision") or ""),
         "seed": str(spec.get("seed", "")),
@@ -205,6 +207,12 @@ def _cost(checkpoint: dict[str, Any], run: Run) -> dict[str, str]:
         "FLOPs of scoring": _flops(scoring),
         "exported with": _versions(),
     }
+
+
+def _optimizer(checkpoint: dict[str, Any]) -> str:
+    """OptimSpec builds AdamW; of a subclass only the name is known."""
+    name = checkpoint.get("optim_class", "OptimSpec")
+    return "AdamW" if name == "OptimSpec" else f"optimizer and schedule of {name}"
 
 
 def _data(checkpoint: dict[str, Any], name: str) -> int:

@@ -55,6 +55,7 @@ class ModelSpec:
         if isinstance(self.dtype, torch.dtype):
             object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
         refuse(wrong_kinds(ModelSpec, vars(self), "ModelSpec."))
+        object.__setattr__(self, "config", deepcopy(self.config))  # the caller may go on to change it
         if self.path is not None:  # in Python it may be a Path, or have a ~ that no shell has expanded
             object.__setattr__(self, "path", os.path.expanduser(self.path))
 

@@ -24,6 +24,7 @@ _CHECKPOINT: dict[Any, Any] = {
     **dict.fromkeys(("global_step", "max_steps"), int),
     "kept_steps": [int],
     "tokenizer": str | None,
+    "optim_class": str,
     "hyper_parameters": {"student": _SPEC, "teacher": (_SPEC, type(None)), "optim": dict, **_LOSS},
     "state_dict": Mapping,
     **{name: [dict] for name in ("optimizer_states", "lr_schedulers")},
