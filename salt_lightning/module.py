@@ -429,7 +429,7 @@ class SALTModule(extension.Guarded):
         self._loaded_step = checkpoint["global_step"]
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             extension.require_callbacks(self.trainer, checkpoint)
-            go_on_from(checkpoint, self.trainer, self._data, self.optim_spec)
+            go_on_from(checkpoint, self.trainer, self._data, self.optim_spec, self.hparams)
             self.meter.load(checkpoint)
         elif self._data is not None:
             say_other_share(checkpoint, self._data)

@@ -1039,7 +1039,7 @@ def test_other_data_than_the_checkpoints_is_said(fit, tmp_path, caplog):
     assert "held-out" not in caplog.text
 
 
-def test_another_clip_or_precision_than_the_checkpoints_is_said(fit, tmp_path, caplog):
+def test_other_settings_of_steps_than_the_checkpoints_are_said(fit, teacher, tmp_path, caplog):
     assert fit(tmp_path / "run", stop_at=3) == 128 + signal.SIGTERM
     assert fit(tmp_path / "run", stop_at=5, ckpt_path="last", **{"trainer.precision": "32"}) == 128 + signal.SIGTERM
     assert "computed differently" not in caplog.text
@@ -1047,6 +1047,16 @@ def test_another_clip_or_precision_than_the_checkpoints_is_said(fit, tmp_path, c
     assert fit(tmp_path / "run", stop_at=7, ckpt_path="last", **own) == 128 + signal.SIGTERM
     said = "--trainer.precision bf16-mixed (checkpoint: 32-true), --trainer.gradient_clip_val 0.5 (checkpoint: 1.0)"
     assert f"continuing with {said}: the steps that follow are computed differently" in caplog.text
+    shutil.copytree(Path(teacher).parents[1], tmp_path / "other")
+    own |= {"model.optim.beta2": 0.5, "model.teacher.path": str(tmp_path / "other/checkpoints" / Path(teacher).name)}
+    own |= {"model.teacher_temperature": 2.0, "kd.steps": 10, "kd.allow_change": True}
+    assert fit(tmp_path / "run", stop_at=9, ckpt_path="last", **own) == 128 + signal.SIGTERM
+    assert "continuing with --model.optim.beta2 0.5 (checkpoint: 0.95), --model.teacher.path " in caplog.text
+    assert "--model.teacher_temperature 2.0 (checkpoint: 1.0): the steps that follow are computed" in caplog.text
+    caplog.clear()
+    own |= {"model.teacher_temperature": 4.0, "kd.steps": 9}
+    assert fit(tmp_path / "run", ckpt_path="last", **own) == 0
+    assert "computed differently" not in caplog.text  # there is no teacher any more
 
 
 def test_sources_with_weights_resume_to_the_bit_and_other_weights_are_said(fit, teacher, tmp_path, corpus, caplog):

@@ -45,9 +45,21 @@ def of_trainer(trainer: pl.Trainer) -> dict[str, Any]:
     return {f"--trainer.{name}": value for name, value in _of(trainer, ("precision", "gradient_clip_val")).items()}
 
 
-def other_steps(checkpoint: Mapping[str, Any], trainer: pl.Trainer) -> str | None:
+def _of_models(settings: Mapping[str, Any], taught: bool) -> dict[str, Any]:
+    """The same of a module's hyperparameters, besides the rate, of which others tell."""
+    found = {f"optim.{name}": settings["optim"].get(name) for name in ("weight_decay", "beta1", "beta2", "eps")}
+    if taught:
+        found["teacher.path"] = (settings["teacher"] or {}).get("path")
+    names = ("accuracy", "teacher_temperature") if taught else ("accuracy",)
+    found |= {name: settings[name] for name in names if name in settings}
+    return {f"--model.{name}": value for name, value in found.items()}
+
+
+def other_steps(checkpoint: Mapping[str, Any], trainer: pl.Trainer, hparams: Mapping[str, Any]) -> str | None:
     """A message if a resumed run computes steps differently than before."""
-    before, now = checkpoint["trainer"], of_trainer(trainer)
+    taught = any(kd.schedule.is_taught(checkpoint["global_step"]) for kd in kd_callbacks(trainer))
+    before = {**checkpoint["trainer"], **_of_models(checkpoint["hyper_parameters"], taught)}
+    now = of_trainer(trainer) | _of_models(hparams, taught)
     other = [
         f"{name} {now[name]} (checkpoint: {before[name]})" for name in now if before.get(name, now[name]) != now[name]
     ]

@@ -1,6 +1,6 @@
 """Resuming from a checkpoint: whether it fits this student and text, and what will differ from there on."""
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,13 +63,16 @@ def replace_lost_start(module: Any, path: str | None) -> None:
         module.student_spec = replace(spec, path=str(path))
 
 
-def go_on_from(checkpoint: dict[str, Any], trainer: pl.Trainer, data: Any, optim: OptimSpec) -> None:
+def go_on_from(
+    checkpoint: dict[str, Any], trainer: pl.Trainer, data: Any, optim: OptimSpec, hparams: Mapping[str, Any]
+) -> None:
     """Makes a fit resume right after the checkpoint's optimizer step; reports if it will read other rows, or compute
     steps differently.
 
     A checkpoint may come from inside an accumulation window, from the end of a validation, or from a run with
     another accumulation; the position in a SALTDataModule depends only on the step, and so do Lightning's counters
-    here. The position in a user's own loader (`data` None) is what Lightning saved, in micro-batches.
+    here. The position in a user's own loader (`data` None) is what Lightning saved, in micro-batches. `hparams`: of the
+    module.
 
     Raises:
         ConfigError: the run would end before that step, or the checkpoint holds only weights.
@@ -98,7 +101,7 @@ def go_on_from(checkpoint: dict[str, Any], trainer: pl.Trainer, data: Any, optim
             "selection: unread are the rows that phase 1 would not read under these settings; those that it has read "
             "under others may come again before them"
         )
-    for said in filter(None, (alike.other_steps(checkpoint, trainer), optim.jump(checkpoint, max_steps))):
+    for said in filter(None, (alike.other_steps(checkpoint, trainer, hparams), optim.jump(checkpoint, max_steps))):
         rank_zero_info(said)
 
 
