@@ -209,7 +209,7 @@ class SALTDataModule(LightningDataModule):
     def doubts(self) -> list[preflight.Finding]:
         """Reasons why the held-out text may be a bad measure."""
         files, trained = self.held_out_files, []
-        with suppress(ConfigError):  # validate may run where there is no training text
+        with suppress(ConfigError):  # setup alone, in Python, may find no training text any more
             held_out = [self._corpus(setting) for setting in ("val_source", "test_source") if getattr(self, setting)]
             trained = [name for corpus in held_out for name in self._corpus("source").shared_with(corpus)]
         if self.val_source and files.fingerprint == self.train_fingerprint:  # a copy

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from salt_lightning.batches.order import scatter
 from salt_lightning.comparison.report import COLOURS, REFERENCE_COLOUR, table
 from salt_lightning.errors import writing
-from salt_lightning.selection import LESS_CHANCE, KeepRule, chance, kept_mask, kept_rows, row_scores
+from salt_lightning.selection import LESS_CHANCE, MUCH_CHANCE, KeepRule, chance, kept_mask, kept_rows, row_scores
 from salt_lightning.teacher.scores import NO_LABEL, Scores
 
 KS = (5, 10, 20, 50)
@@ -82,7 +82,9 @@ def _by_k(of_k: dict[int, np.ndarray], rule: KeepRule) -> str:
 
 def _overlap(kept: dict[int, np.ndarray], of_k: dict[int, np.ndarray], rule: KeepRule) -> str:
     columns = {"kept by both": [f"k = {k}" for k in kept]}
-    drawn = {k for k in kept if chance(of_k[k], kept[k]) > 0.5}  # the same lots for every k: equal, but not by score
+    drawn = {
+        k for k in kept if chance(of_k[k], kept[k]) > MUCH_CHANCE
+    }  # the same lots for every k: equal, but not by score
     for k in kept:
         columns[f"k = {k}"] = [
             "-" if {k, other} & drawn else f"{kept[k][mask_R].mean():.1%}" for other, mask_R in kept.items()

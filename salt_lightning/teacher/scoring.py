@@ -52,7 +52,7 @@ class ScoreWriter(pl.Callback):
     def __init__(self) -> None:
         self._num_tokens = 0  # of this start, on all ranks
         self._filled = 0  # rows done of the current shard
-        self._spent_s = math.nan  # by earlier starts; NaN: unknown
+        self._spent_s = 0.0  # by earlier starts
         self._pool: ThreadPoolExecutor | None = None
         self._written: Future | None = None
         self._handlers: dict[signal.Signals, Any] = {}
@@ -93,7 +93,7 @@ class ScoreWriter(pl.Callback):
         data.score_only([*self._shards], bool(missing))
         self._num_tokens = sum(len(self.scores.rows(shard)) for shard in missing) * scored.block_size
         done = scored.num_shards - len(missing)
-        self._spent_s = self.scores.manifest.get("scoring_s", math.nan if done else 0.0)
+        self._spent_s = self.scores.manifest.get("scoring_s", 0.0)
         rank_zero_info(
             f"scoring {scored.num_rows} rows of {scored.block_size} tokens in {scored.num_shards} shards, {done} done"
         )
@@ -151,10 +151,6 @@ class ScoreWriter(pl.Callback):
     def _keep(self, shard: int, nll_RT: np.ndarray, rank_RT: np.ndarray, seconds: float | None) -> None:
         self.scores.write(shard, nll_RT, rank_RT)
         if seconds is not None:
-            self._note(seconds)
-
-    def _note(self, seconds: float) -> None:
-        if not math.isnan(self._spent_s):  # unknown in a folder started by an older version
             self.scores.note(scoring_s=self._spent_s + seconds)
 
     def _wait(self) -> None:
@@ -183,7 +179,7 @@ class ScoreWriter(pl.Callback):
             seconds = self._seconds
             speed = self._num_tokens / seconds / trainer.world_size
             rank_zero_info(f"scored {self._num_tokens:,} tokens in {seconds:.1f} s, {speed:,.0f} per second and device")
-            self._note(seconds)
+            self.scores.note(scoring_s=self._spent_s + seconds)
         pl_module.release_teacher()
         if trainer.is_global_zero:
             data = trainer.datamodule  # type: ignore[attr-defined]
