@@ -149,6 +149,32 @@ def test_a_link_to_a_folder_beside_it_is_not_left_out(tmp_path, caplog):
     assert "left out" not in caplog.text
 
 
+@pytest.mark.parametrize("name", ["link", "link:train", "link/data", "link/data:train"])
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_folder_below_a_link_is_read(suffix, name, tmp_path, caplog):
+    (tmp_path / "real" / "data").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("real")
+    file = tmp_path / "real" / "data" / f"x.{suffix}"
+    if suffix == "jsonl":
+        file.write_bytes(lines(1))
+    else:
+        pq.write_table(pa.table({"text": texts(lines(1))}), file)
+    with caplog.at_level("INFO"):
+        (group,) = resolve("--data.source", [str(tmp_path / name)], Hub())
+    assert [os.path.realpath(found) for found in group.files] == [os.path.realpath(file)]
+    assert caplog.text == ""  # no file is outside, or left out
+
+
+def test_a_linked_folder_may_not_name_files_outside_of_it(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "real" / "x.jsonl").write_bytes(lines(1))
+    (tmp_path / "y.jsonl").write_bytes(lines(2))
+    (tmp_path / "real" / "README.md").write_text("---\nconfigs:\n- config_name: x\n  data_files: ../y.jsonl\n---\n")
+    with pytest.raises(ConfigError, match=r"README.md of '.*link' names '.*y.jsonl', which is outside that folder"):
+        read(tmp_path / "link")
+
+
 def test_a_folder_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
     (tmp_path / "more").mkdir()
     (tmp_path / "x.txt").write_text("a")

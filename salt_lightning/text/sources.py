@@ -211,7 +211,9 @@ def _folder_files(setting: str, folder: str, hub: Hub, split_setting: str = "--d
         )
     read = sorted(splits[hub.split])
     # by name, not target: the folder's owner made its links, as in the hub's own cache
-    if strangers := [file for file in read if not Path(os.path.abspath(file)).is_relative_to(folder)]:
+    inside = (folder, os.path.realpath(folder))  # `datasets` follows a link to the folder itself
+    paths = {file: Path(os.path.abspath(file)) for file in read}
+    if strangers := [file for file, path in paths.items() if not any(map(path.is_relative_to, inside))]:
         raise ConfigError(
             f"{setting}: the README.md of {folder!r} names {strangers[0]!r}, which is outside that folder; if "
             "you trust it, name it in the setting"
