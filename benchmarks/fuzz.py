@@ -188,7 +188,8 @@ def files(draw: Any, number: int, columns_alike: bool) -> File:
     if columns_alike:
         pair = pair.map(lambda p: (p[0], p[0]))
     if kind == "text":
-        rows, suffixes = [(draw(texts(False)), None)], ["", ".txt", ".md", ".TXT", ".txt.gz", ".txt.xz", ".bz2"]
+        text = draw(texts(False).filter(lambda t: t.count("\0") * 10 <= len(t)))  # more would be refused
+        rows, suffixes = [(text, None)], ["", ".txt", ".md", ".TXT", ".txt.gz", ".txt.xz", ".bz2"]
     else:
         rows = draw(st.lists(pair, max_size=8))
         suffixes = (

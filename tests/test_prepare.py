@@ -308,6 +308,7 @@ BAD_FILES = [
         r"--data.source: .*x.jsonl: line 3 is not JSON \(Expecting ','",
     ),
     ("x.txt", LATIN_1, r"--data.source: .*x.txt: line 2 is not UTF-8 text"),
+    ("x.txt", "a text".encode("utf-16-le"), r"--data.source: \S+/x.txt has a NUL in more than 1 of 10 bytes, .*; conv"),
     (
         "x.jsonl.gz",
         CUT_OFF,
@@ -328,6 +329,16 @@ def test_bad_input_is_one_clear_line(name, content, message, tmp_path):
         prepare_tokens(corpus_of(tmp_path / name), byte_tokenizer(), 0.0, tmp_path / "cache", 1)
     assert "\n" not in str(caught.value)
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_text_with_few_nuls_is_text_and_one_with_many_can_be_left_out(tmp_path, caplog):
+    texts = {"a": "\0" + "x" * 9, "b": "\0" + "x" * 8}  # one in ten, and one in nine
+    for name, text in texts.items():
+        (tmp_path / f"{name}.txt").write_text(text)
+    with caplog.at_level(logging.INFO):
+        folder = prepare_tokens(corpus_of(tmp_path, skip_bad_lines=True), byte_tokenizer(), 0.0, tmp_path / "cache", 1)
+    assert [text for text, _ in stored(folder, "train", byte_tokenizer())] == [texts["a"]]
+    assert f"1 bad line left out (--data.bad_lines skip), first {tmp_path}/b.txt has a NUL in more than" in caplog.text
 
 
 @pytest.mark.parametrize("suffix", ["txt", "jsonl"])

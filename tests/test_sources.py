@@ -2,12 +2,15 @@
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 import os
 import re
 import string
 import sys
+import tarfile
+import zipfile
 from contextlib import nullcontext
 
 import datasets
@@ -260,6 +263,26 @@ def test_what_names_part_of_a_data_set_is_silent_where_there_are_no_files(named,
 def test_jsonlines_are_lines(tmp_path):
     (tmp_path / "x.jsonlines.gz").write_bytes(gzip.compress(lines(1, 2)))
     assert read(tmp_path / "x.jsonlines.gz") == texts(lines(1, 2))
+
+
+@pytest.mark.parametrize("name", ["x.tar", "x.jsonl.tar.gz", "x.TGZ", "x.tar.xz", "x.txt.tar.zst", "x.tbz2", "x.zip"])
+def test_an_archive_is_refused_and_not_read_as_one_document(name, tmp_path):
+    """A tar file of text is valid UTF-8."""
+    (tmp_path / "a.txt").write_text("text")
+    if name == "x.zip":
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            archive.write(tmp_path / "a.txt", "a.txt")
+    else:
+        packed = io.BytesIO()
+        with tarfile.open(fileobj=packed, mode="w") as archive:
+            archive.add(tmp_path / "a.txt", "a.txt")
+        kind = {".tar": "", ".TGZ": "gz", ".tbz2": "bz2"}.get((tmp_path / name).suffix, name.rpartition(".")[2])
+        (tmp_path / name).write_bytes(PACK.get(kind, bytes)(packed.getvalue()))
+    for source in (tmp_path / name, tmp_path, tmp_path / "*"):
+        with pytest.raises(
+            ConfigError, match=rf"^--data.source: \S+/{name} is an archive of files, which is not read; u"
+        ):
+            read(source)
 
 
 def test_two_columns_of_one_name_are_refused(tmp_path):

@@ -47,9 +47,9 @@ def documents(
     For examples, the conversation (examples.py) takes the place of the text. `take` converts it; None leaves it out.
 
     Raises:
-        BadLine: bytes are not UTF-8, a line is not a JSON object or lacks a column, a text is not a string, the
-            examples' templates cannot write the fields, or the chat template or `take` refuses a conversation; not
-            raised if the corpus skips bad lines.
+        BadLine: bytes are not UTF-8, a text file is full of NULs, a line is not a JSON object or lacks a column, a text
+            is not a string, the examples' templates cannot write the fields, or the chat template or `take` refuses a
+            conversation; not raised if the corpus skips bad lines.
         ConfigError: the same for a text or fields in a table.
     """
     kept, skipped = [], Skipped()
@@ -99,6 +99,10 @@ def _parse(raw: Raw, row: int, corpus: Corpus) -> tuple[Any, str]:
         remedy = "convert the file, leave it out with a narrower glob"
         raise _bad_line(corpus, _place(raw, row, lines_on), problem, remedy) from error
     if raw.kind == "text":
+        if data.count(b"\0") * 10 > len(data):  # UTF-16 without a mark is valid UTF-8, too
+            problem = "has a NUL in more than 1 of 10 bytes, as UTF-16 has"
+            remedy = "convert the file to UTF-8, leave it out with a narrower glob"
+            raise _bad_line(corpus, raw.place(row)[0], problem, remedy)
         return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text, raw.name
     if not text.strip():
         return None, raw.name

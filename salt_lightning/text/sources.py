@@ -23,6 +23,7 @@ from salt_lightning.text.packed import SUFFIXES
 
 _KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".jsonlines": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 _TABLES = {".csv", ".tsv"}  # read as one document, which is rarely meant
+_ARCHIVES = {".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".tzst", ".zip", ".7z", ".rar"}
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -70,13 +71,18 @@ def resolve(setting: str, entries: list[str], hub: Hub) -> tuple[Group, ...]:
     """Find what each entry of a source setting names.
 
     Raises:
-        ConfigError: an entry is neither file, folder, glob with a match, nor a possible hub name.
+        ConfigError: an entry is neither file, folder, glob with a match, nor a possible hub name; a file is an archive.
     """
     names = [_source_name(entry) for entry in entries]
     groups: list[Group] = []
     for entry, name in zip(entries, names, strict=True):
         groups += _resolve_one(setting, entry, name if names.count(name) == 1 else entry, hub)
     files = [file for group in groups for file in group.files]
+    if archives := [file for file in files if _suffix(file) in _ARCHIVES]:
+        raise ConfigError(
+            f"{setting}: {archives[0]} is an archive of files, which is not read; unpack it, or leave it out with a "
+            "narrower glob"
+        )
     times = Counter(map(_identity, files))
     if again := next((file for file in files if times[_identity(file)] > 1), None):
         repeated = sum(count > 1 for count in times.values())
