@@ -1,6 +1,7 @@
 """Source settings and compressed files: no text may be silently missed or read twice."""
 
 import bz2
+import glob
 import gzip
 import io
 import json
@@ -263,6 +264,90 @@ def test_what_names_part_of_a_data_set_is_silent_where_there_are_no_files(named,
 def test_jsonlines_are_lines(tmp_path):
     (tmp_path / "x.jsonlines.gz").write_bytes(gzip.compress(lines(1, 2)))
     assert read(tmp_path / "x.jsonlines.gz") == texts(lines(1, 2))
+
+
+def write_files(folder, *names: str) -> list[str]:
+    """Files of the given names with one document each: their own name."""
+    for name in names:
+        file, line = folder / name, json.dumps({"text": name}).encode()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.suffix.lower() == ".parquet":
+            pq.write_table(pa.table({"text": [name]}), file)
+        else:
+            file.write_bytes(PACK.get(file.suffix.lower().removeprefix("."), bytes)(line))
+    return sorted(names)
+
+
+def found(source, hub: Hub = Hub()) -> list[str]:  # noqa: B008 (frozen)
+    """The texts of the jsonl or parquet files that a source names, sorted."""
+    (group,) = resolve("--data.source", [str(source)], hub)
+    if group.kind == "jsonl":
+        return sorted(read(*group.files))
+    assert group.kind == "parquet"
+    return sorted(text for file in group.files for text in pq.read_table(file)["text"].to_pylist())
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["a.jsonl", "b.jsonlines", "c.JSONL", "sub/d.Jsonl.GZ", "sub/e.NDJSON", "sub/f.jsonl.GZ"],
+        ["a.jsonlines"],
+        ["A.PARQUET", "b.parquet"],
+    ],
+)
+@pytest.mark.parametrize("folder", ["books", "books [x]", "books?*"])
+def test_a_folder_reads_what_a_glob_reads(folder, names, tmp_path, caplog):
+    expected = write_files(tmp_path / folder, *names)
+    notes = write_files(tmp_path / folder, "LICENSE", "run.py")  # which do not make it a folder of plain text
+    with caplog.at_level("INFO"):
+        assert found(tmp_path / folder) == expected
+    assert f"reads {len(names)} of {len(names) + 2} files; left out: LICENSE, run.py" in caplog.text
+    for name in notes:
+        (tmp_path / folder / name).unlink()
+    assert sorted(resolve("", [f"{glob.escape(str(tmp_path / folder))}/**/*"], Hub())[0].files) == sorted(
+        resolve("", [str(tmp_path / folder)], Hub())[0].files
+    )
+
+
+@pytest.mark.parametrize("folder", ["books", "[books]"])
+@pytest.mark.parametrize("suffix", ["jsonl", "JSONL", "jsonlines.gz", "parquet", "Parquet"])
+def test_the_splits_of_a_folder_do_not_depend_on_its_path_or_suffixes(suffix, folder, tmp_path):
+    write_files(tmp_path / folder, f"train-train.{suffix}", f"more/val-1.{suffix}", f"other.{suffix}")
+    assert found(tmp_path / folder) == [f"train-train.{suffix}"]
+    assert found(f"{tmp_path / folder}:validation") == [f"more/val-1.{suffix}"]
+    assert found(tmp_path / folder, Hub(split="validation")) == [f"more/val-1.{suffix}"]
+    (group,) = resolve("--data.source", [f"{tmp_path / folder}:validation"], Hub())
+    assert group.name == f"{folder}:validation"
+    with pytest.raises(ConfigError, match=r"no split 'test' in .*; there are: train, validation \("):
+        found(f"{tmp_path / folder}:test")
+
+
+@pytest.mark.parametrize("folder", ["books", "[books]"])
+@pytest.mark.parametrize("suffix", ["jsonl", "JSONL"])
+def test_the_more_common_kind_of_a_folder_is_read(suffix, folder, tmp_path):
+    write_files(tmp_path / folder, f"a.{suffix}", "b.parquet", "c.parquet")
+    assert found(tmp_path / folder) == ["b.parquet", "c.parquet"]
+    write_files(tmp_path / folder, "1.txt", "2.txt", "3.txt")
+    with pytest.raises(ConfigError, match="holds .* files but more plain text files; choose with a glob"):
+        found(tmp_path / folder)
+
+
+def test_a_folder_with_brackets_in_its_path_and_a_description_is_refused_by_name(tmp_path):
+    write_files(tmp_path / "d [x]", "a.jsonl", "b.jsonl")
+    for card, hub in (("", Hub(subset="x")), ("---\nconfigs:\n- config_name: x\n  data_files: a.jsonl\n---\n", Hub())):
+        (tmp_path / "d [x]" / "README.md").write_text(card)
+        with pytest.raises(ConfigError, match=r"^--data.source: '.*/d \[x\]' has brackets, .*; rename the folder, or"):
+            found(tmp_path / "d [x]", hub)
+    (tmp_path / "d [x]" / "README.md").write_text("---\nlicense: mit\n---\n")  # describes no files
+    assert found(tmp_path / "d [x]") == ["a.jsonl", "b.jsonl"]
+
+
+def test_a_description_decides_which_new_suffixes_are_read(tmp_path, caplog):
+    write_files(tmp_path, "a.jsonl", "b.JSONL")
+    (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: x\n  data_files: '*'\n---\n")
+    with caplog.at_level("INFO"):
+        assert found(tmp_path) == ["a.jsonl"]
+    assert "left out: README.md, b.JSONL" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["x.tar", "x.jsonl.tar.gz", "x.TGZ", "x.tar.xz", "x.txt.tar.zst", "x.tbz2", "x.zip"])

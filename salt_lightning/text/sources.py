@@ -195,27 +195,14 @@ def _folder_files(setting: str, folder: str, hub: Hub, split_setting: str = "--d
         raise ConfigError(
             f"{setting}: {folder} holds Arrow files, which are not read; convert it with Dataset.to_parquet"
         )
-    try:
-        import datasets  # here, because it takes half a second, and files and prepared text need none of it
-
-        elsewhere = _elsewhere(folder)
-        # otherwise `datasets` puts a lock file into its cache, for which a container's user may have no home
-        with _listed_once(), TemporaryDirectory() as unused:
-            builder = None if elsewhere else datasets.load_dataset_builder(folder, hub.subset, cache_dir=unused)
-        splits: dict = builder.config.data_files or {} if builder else {}
-    except Exception as error:
-        raise ConfigError(f"{setting}: cannot read the folder {folder!r}: {hub_error(error)}") from error
-    if elsewhere:
-        raise ConfigError(
-            f"{setting}: the README.md of {folder!r} names {elsewhere!r}, which is not a file of that folder; "
-            "remove it there; if you need it, download it and name it in the setting"
-        )
+    splits = _splits(setting, folder, hub, any(map(_is_new_to_hub, found)))
+    pattern = glob.escape(folder)
     if hub.split not in splits:
         raise ConfigError(
             f"{split_setting}: no split {hub.split!r} in {folder!r}; there are: {', '.join(map(str, splits))} (from "
-            f"its file names, as on the hub); name one, or give the files with a glob, {folder}/*"
+            f"its file names, as on the hub); name one, or give the files with a glob, {pattern}/*"
         )
-    read = sorted(splits[hub.split])
+    read = sorted(set(splits[hub.split]))  # `datasets` names a file twice if two of its globs match
     # by name, not target: the folder's owner made its links, as in the hub's own cache
     inside = (folder, os.path.realpath(folder))  # `datasets` follows a link to the folder itself
     paths = {file: Path(os.path.abspath(file)) for file in read}
@@ -228,7 +215,7 @@ def _folder_files(setting: str, folder: str, hub: Hub, split_setting: str = "--d
     if kinds[0] and not kinds[1]:  # as on the hub: the more common kind
         raise ConfigError(
             f"{setting}: {folder} holds {' and '.join(kinds[0])} files but more plain text files; choose with a glob, "
-            f"e.g. {folder}/*{kinds[0][0]}, or give both"
+            f"e.g. {pattern}/*{kinds[0][0]}, or give both"
         )
     are_read = set(map(_identity, read))
     if left := sorted(file for file in found if _identity(file) not in are_read):
@@ -237,6 +224,61 @@ def _folder_files(setting: str, folder: str, hub: Hub, split_setting: str = "--d
             f"{few(os.path.relpath(file, folder) for file in left)}"
         )
     return read
+
+
+def _splits(setting: str, folder: str, hub: Hub, has_new: bool) -> dict[str, list[str]]:
+    """Split -> its files, by the folder's description or its file names, as on the hub.
+
+    Args:
+        has_new: some files are jsonl or parquet by our rules only (_is_new_to_hub).
+    """
+    try:
+        import datasets  # here, because it takes half a second, and files and prepared text need none of it
+
+        configs, real = _configs(folder), os.path.realpath(folder)  # `datasets` looks there
+        if elsewhere := _elsewhere(configs):
+            raise ConfigError(
+                f"{setting}: the README.md of {folder!r} names {elsewhere!r}, which is not a file of that folder; "
+                "remove it there; if you need it, download it and name it in the setting"
+            )
+        script = Path(folder, f"{Path(folder).name}.py")  # which `datasets` refuses
+        by_name = not (configs or hub.subset or script.exists())
+        # otherwise `datasets` puts a lock file into its cache, for which a container's user may have no home
+        with _listed_once(), TemporaryDirectory() as unused:
+            if by_name and (has_new or glob.has_magic(real)):
+                return _splits_by_name(real)
+            if glob.has_magic(real):
+                raise ConfigError(
+                    f"{setting}: {real!r} has brackets, * or ? in its path, so its README.md and --data.subset cannot "
+                    f"be followed; rename the folder, or give the files with a glob, {glob.escape(folder)}/*"
+                )
+            return datasets.load_dataset_builder(folder, hub.subset, cache_dir=unused).config.data_files or {}
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{setting}: cannot read the folder {folder!r}: {hub_error(error)}") from error
+
+
+def _splits_by_name(folder: str) -> dict[str, list[str]]:
+    """Like `_splits` of a folder without a description, for suffixes and paths that `datasets` has no way to read."""
+    from datasets.data_files import DataFilesDict, get_data_patterns
+
+    base = glob.escape(folder)
+    splits = DataFilesDict.from_patterns(get_data_patterns(base), base_path=base)
+    counts = Counter(map(_kind, filter(_counts, chain.from_iterable(splits.values()))))
+    kind = max(("parquet", "jsonl", "text"), key=counts.__getitem__)  # of equally many the first, as on the hub
+    of_kind = {split: [file for file in files if _kind(file) == kind] for split, files in splits.items()}
+    return {split: files for split, files in of_kind.items() if files}
+
+
+def _counts(file: str) -> bool:
+    """Whether the hub counts a file in its choice of a folder's kind: among plain text, it overlooks notes and code."""
+    return _kind(file) != "text" or _suffix(file) in {".txt", *_TABLES}
+
+
+def _is_new_to_hub(file: str) -> bool:
+    """Whether a file is jsonl or parquet by our rules only: .jsonlines, or a suffix in upper case."""
+    return _kind(file) != "text" and (set(_KINDS) - {".jsonlines"}).isdisjoint(Path(file).suffixes)
 
 
 @contextmanager
@@ -250,12 +292,16 @@ def _listed_once() -> Iterator[None]:
         del own["ls"]
 
 
-def _elsewhere(folder: str) -> str | None:
-    """An entry in a data folder's description that `datasets` would fetch from the network or an archive, if any."""
+def _configs(folder: str) -> list[Any]:
+    """The subsets that a data folder's description lists, with their files."""
     card, more = Path(folder, "README.md"), Path(folder, ".huggingface.yaml")
     told = [metadata_load(card)] if card.is_file() else []
     told += [yaml.safe_load(more.read_bytes())] if more.is_file() else []
-    configs = chain.from_iterable(each.get("configs") or () for each in told if isinstance(each, dict))
+    return list(chain.from_iterable(each.get("configs") or () for each in told if isinstance(each, dict)))
+
+
+def _elsewhere(configs: list[Any]) -> str | None:
+    """An entry in a data folder's description that `datasets` would fetch from the network or an archive, if any."""
     named = (each.get(name) for each in configs if isinstance(each, dict) for name in ("data_files", "data_dir"))
     nodes, seen = list(named), set()
     while nodes:
@@ -307,7 +353,7 @@ def _suffix(file: str) -> str:
 def _source_name(entry: str) -> str:
     """Short name for logs: the last part of a path that is not a pattern; a file's without its suffixes."""
     path = os.path.abspath(os.path.expanduser(entry))
-    there = os.path.exists(path)  # then brackets in it are not a pattern
+    there = os.path.exists(path) or os.path.isdir(path.rpartition(":")[0])  # then brackets in it are not a pattern
     parts = [part for part in path.split(os.sep) if part and (there or not glob.has_magic(part))]
     last = parts[-1] if parts else entry
     return last.split(".")[0] or last if os.path.isfile(path) else last
