@@ -423,6 +423,10 @@ def test_what_the_chat_template_refuses_is_named_by_its_line_or_left_out(tmp_pat
         prepared(tmp_path, rows, CHAT, tokenizer)
     files, _ = prepared(tmp_path, rows, CHAT, tokenizer, skip_bad_lines=True)
     assert files.num_documents == 2
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    corpus = Corpus("x", resolve("--data.source", [str(tmp_path / "a.parquet")], Hub()), examples=CHAT)
+    with pytest.raises(ConfigError, match=r"the chat template fails \(.*\); \S+a.parquet: row 2; use --data.bad_lines"):
+        prepare_tokens(corpus, tokenizer, 1.0, tmp_path / "cache", 1)
 
 
 def test_rows_without_an_example_say_what_one_needs(tmp_path):

@@ -331,6 +331,15 @@ def test_bad_input_is_one_clear_line(name, content, message, tmp_path):
     assert list((tmp_path / "cache").iterdir()) == []
 
 
+@pytest.mark.parametrize("examples", [Examples(), Examples(prompt="{text}", response="b")])
+def test_a_row_of_a_table_without_text_is_found_behind_other_files_and_rows(examples, tmp_path):
+    for name, rows in {"a": ["text"], "b": [None] * 299 + [[1]]}.items():
+        pq.write_table(pa.table({"text": rows}), tmp_path / f"{name}.parquet")
+    corpus = replace(corpus_of(tmp_path), examples=examples)
+    with pytest.raises(ConfigError, match=rf"^--data.*{tmp_path}/b.parquet: row 300( holds list, not text; name a|$)"):
+        prepare_tokens(corpus, byte_tokenizer(), 0.0, tmp_path / "cache", 1)
+
+
 def test_a_text_with_few_nuls_is_text_and_one_with_many_can_be_left_out(tmp_path, caplog):
     texts = {"a": "\0" + "x" * 9, "b": "\0" + "x" * 8}  # one in ten, and one in nine
     for name, text in texts.items():

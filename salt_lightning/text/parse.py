@@ -76,8 +76,7 @@ def _taken(take: Callable[[Any], Any], content: Any, raw: Raw, row: int) -> Any:
     try:
         return take(content)
     except ConfigError as error:
-        table = raw.kind in ("parquet", "hub")
-        where = f"{raw.name}: {str(content)[:60]!r} ..." if table else _place(raw, row)
+        where = _place(raw, row) if raw.places else f"{raw.name}: {str(content)[:60]!r} ..."
         raise _refused(f"{error}; {where}") from error
 
 
@@ -89,7 +88,8 @@ def _parse(raw: Raw, row: int, corpus: Corpus) -> tuple[Any, str]:
         if not all(map(_is_utf8, [*values, *raw.sources[row : row + 1]])):
             remedy = "fix that row, leave the file out with a narrower glob"
             raise _bad_line(corpus, _place(raw, row), "is not UTF-8 text", remedy)
-        return _checked(data, corpus, raw.name, of_table=True), _name(raw.sources[row]) if raw.sources else raw.name
+        source = _name(raw.sources[row]) if raw.sources else raw.name
+        return _checked(data, corpus, _place(raw, row), of_table=True), source
     if data.startswith(BOM_UTF8) and raw.place(row)[1] == 1:  # a file mark of Windows, not text
         data = data.removeprefix(BOM_UTF8)
     try:
