@@ -251,6 +251,6 @@ def one_line(error: BaseException | str, limit: int = 400) -> str:
 
 
 def few(names: Iterable[object]) -> str:
-    """The first three of the names, which may be many."""
+    """The first three of the names, which may be many, on one line."""
     shown = list(map(str, names))
-    return ", ".join(shown[:3]) + (" ..." if len(shown) > 3 else "")
+    return ", ".join(map(printable, shown[:3])) + (" ..." if len(shown) > 3 else "")

@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.metadata import (
     StorageMeta,
 )
 
-from salt_lightning import ModelSpec, SALTDataModule, SALTModule, cli
+from salt_lightning import ModelSpec, SALTDataModule, SALTModule, cli, preflight
 from salt_lightning.errors import ConfigError
 from salt_lightning.hugging_face.token_ids import check_fit
 from salt_lightning.models import build, load_pretrained, read_checkpoint
@@ -40,6 +40,7 @@ from salt_lightning.storage import damage, shards
 from salt_lightning.text import documents
 from salt_lightning.text.documents import read_raw
 from salt_lightning.text.prepare import prepare_tokens
+from salt_lightning.text.sources import Hub, resolve
 from salt_lightning.text.token_files import TokenFiles, sealed, verify
 from salt_lightning.text.tokenizer import EOS, load_tokenizer, rules_fingerprint
 
@@ -728,6 +729,35 @@ def test_links_out_of_a_data_folder_are_said(tmp_path, caplog):
     (folder / "sub").symlink_to(tmp_path / "elsewhere")
     corpus_of(folder)
     assert re.search(r"--data.source: 2 files of \S+books are links to files outside it \(e.g. \S+\)", caplog.text)
+
+
+FORGED = "a\nwarning: forged\x1b[2J"
+
+
+def test_a_file_s_name_forges_no_line_of_the_log(tmp_path, caplog):
+    rows, texts = tmp_path / "rows", tmp_path / "texts"
+    rows.mkdir()
+    texts.mkdir()
+    (rows / "a.jsonl").write_text('{"text": "a"}')
+    (rows / f"{FORGED}.md").write_text("not read")
+    (texts / f"{FORGED}.txt").symlink_to(rows / f"{FORGED}.md")
+    bad, table = tmp_path / f"{FORGED}.jsonl", tmp_path / f"{FORGED}.csv"
+    bad.write_text('{"text": "cut')
+    table.write_text("a,b")
+    with caplog.at_level("INFO"):
+        corpus = corpus_of(rows, texts, bad, bad, table, skip_bad_lines=True)
+        resolve("--data.source", [str(table)], Hub(subset="x"))
+        prepare_tokens(corpus, byte_tokenizer(), 0.0, tmp_path / "cache", 1)
+    said = [record.getMessage() for record in caplog.records]
+    for part in ("left out: ", "links to files", "more than once", "tables are read", "names files", "bad lines left"):
+        (line,) = (line for line in said if part in line)
+        assert "a\\nwarning: forged\\x1b[2J" in line
+        assert line.isprintable()
+
+
+@pytest.mark.parametrize("finding", [preflight.seen_in_training, preflight.unwatched])
+def test_a_name_forges_no_line_of_a_finding(finding):
+    assert finding([FORGED]).said.isprintable()
 
 
 def test_the_links_of_the_hubs_cache_are_its_own(tmp_path, caplog):

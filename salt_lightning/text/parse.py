@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from salt_lightning.errors import ConfigError, first_line
+from salt_lightning.errors import ConfigError, first_line, printable
 from salt_lightning.text.documents import Corpus, Raw, check_columns, utf8
 
 
@@ -21,7 +21,7 @@ class BadLine(ConfigError):
 
     def __init__(self, message: str, place: str = "") -> None:
         super().__init__(message)
-        self.place = place
+        self.place = printable(place)  # it will be in a line of the log
 
 
 @dataclass

@@ -18,7 +18,7 @@ import yaml
 from huggingface_hub import metadata_load
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from salt_lightning.errors import ConfigError, few, one_line
+from salt_lightning.errors import ConfigError, few, one_line, printable
 from salt_lightning.text.packed import SUFFIXES
 
 _KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".jsonlines": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
@@ -331,7 +331,9 @@ def hub_error(error: Exception) -> str:
     return f"{said}: --data.subset NAME" if example else said
 
 
-_say_once = cache(rank_zero_info)
+@cache
+def _say_once(said: str) -> None:
+    rank_zero_info(printable(said))  # a line break in a file's name would forge a line of the log
 
 
 def _identity(path: str) -> tuple[int, int]:
