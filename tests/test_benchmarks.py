@@ -1,13 +1,16 @@
 """The benchmarks run from end to end at tiny sizes; their figures mean nothing here."""
 
 import importlib
+import math
 import os
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import forked
 import pytest
+import torch
 from conftest import built
 
 from salt_lightning import models
@@ -89,6 +92,31 @@ def test_selection():
     lines = [line.split("|")[2:] for line in run("selection.py").splitlines() if line.startswith("| 20,000")]
     assert [line[0].strip() for line in lines] == ["S(x) from the shards", "report"]
     assert all(float(cell) > 0 for line in lines for cell in line[1:4])
+
+
+class Repeats(torch.nn.Module):
+    """Knows nothing of a first reading, and gives the right token e**2 times the weight of any other in the second."""
+
+    def forward(self, ids_BT):
+        rows, width = ids_BT.shape
+        logits_BTV = torch.zeros(rows, width, 300)
+        again = torch.arange(width // 2, width - 1)
+        logits_BTV[:, again] += 2.0 * torch.nn.functional.one_hot(ids_BT[:, again + 1], 300)
+        return SimpleNamespace(logits=logits_BTV)
+
+
+def test_copying(teacher, corpus, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    copying = importlib.import_module("copying")
+    gained = math.log(300) + 2 - math.log(math.e**2 + 299)
+    ids_RT = torch.arange(40 * 16).view(40, 16) % 300
+    assert copying.gain(Repeats(), ids_RT) == pytest.approx(gained, rel=1e-5)
+    monkeypatch.setattr(sys, "argv", ["copying.py", str(corpus), str(teacher)])
+    copying.main()
+    row = capsys.readouterr().out.splitlines()[-1]
+    assert (
+        abs(float(row.removeprefix(f"| {teacher} |").strip(" |"))) < 0.2
+    )  # trained for a few steps, it copies nothing
 
 
 def test_scoring():

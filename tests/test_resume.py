@@ -339,8 +339,9 @@ def test_another_batch_counts_on_from_the_checkpoints_totals(fit, settings, tmp_
     assert fit(tmp_path / "run", ckpt_path="last", **larger) == 0
     for change in ("--data.global_batch_size 16 (checkpoint: 8)", "--data.block_size 16 (checkpoint: 32)"):
         assert change in caplog.text
-    assert "data: step 4 continues with row 25 of the order" in caplog.text
-    assert "data: 12 steps read 168 rows of" in caplog.text  # 3 x 8 and 9 x 16
+    again = "; rows of another --data.block_size are in another order, so text may be read again"
+    assert f"data: step 4 continues with row 49 of the order{again}" in caplog.text  # 24 rows of 32 are 48 of 16
+    assert "data: 12 steps read 192 rows of" in caplog.text  # 3 x 8 x 32 / 16 and 9 x 16
     assert fit(tmp_path / "fresh", **larger) == 0  # what a step of the new settings costs
     found, fresh = scalars(tmp_path / "run"), scalars(tmp_path / "fresh")
     assert found["train/tokens"] == {step: 256.0 * step for step in range(1, 13)}  # 8 x 32 and 16 x 16
