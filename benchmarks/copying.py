@@ -32,11 +32,15 @@ OF_A_DOCUMENT, ROWS, BATCH = 2, 256, 32
 def stretches(text: Path, tokenizer: Any) -> Tensor:
     """Stretches of tokens (R, STRETCH), evenly spaced over those at the beginning of the documents of a jsonl file."""
     found = []
-    for line in text.read_text().splitlines():
-        ids = tokenizer(json.loads(line)["text"], add_special_tokens=False)["input_ids"]
-        starts = range(0, len(ids) - STRETCH + 1, STRETCH)[:OF_A_DOCUMENT]
-        found += [ids[start : start + STRETCH] for start in starts]
-    return torch.tensor(found[:: max(1, len(found) // ROWS)][:ROWS])
+    with text.open(encoding="utf-8") as lines:
+        for line in lines:
+            ids = tokenizer(json.loads(line)["text"], add_special_tokens=False)["input_ids"]
+            starts = range(0, len(ids) - STRETCH + 1, STRETCH)[:OF_A_DOCUMENT]
+            found += [ids[start : start + STRETCH] for start in starts]
+    if not found:
+        raise SystemExit(f"{text}: no document has {STRETCH} tokens")
+    rows = min(ROWS, len(found))
+    return torch.tensor([found[i * len(found) // rows] for i in range(rows)])
 
 
 @torch.no_grad()

@@ -241,7 +241,8 @@ class Study:
         """A cell of --more: an experiment of the plan with another seed, rate, warm-up or length."""
         found = re.fullmatch(r"(.+?)(?:@(\d*\.?\d+))?(?:-w(\d*\.?\d+))?(?:-f(\d*\.?\d+))?-s(\d+)", name)
         row, rate, warm, share, seed = found.groups() if found else ("", "", "", "", "")
-        if row not in rows or (share and row.startswith("high-lr")):
+        too_warm = warm and float(warm) > float(share or 1)
+        if row not in rows or too_warm or (share and row.startswith("high-lr")):
             raise SystemExit(f"--more {name}: {MORE}, ROW one of {', '.join(rows)}")
         settings = rows[row] | ({"model.optim.lr": float(rate)} if rate else {})
         settings |= {"model.optim.warmup_steps": self._at(float(warm))} if warm else {}

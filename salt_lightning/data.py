@@ -285,7 +285,7 @@ class SALTDataModule(LightningDataModule):
             self.num_train_rows, self.num_train_tokens = self._train.num_rows, self._train.files.num_tokens
             hub = [group.hub_name for group in self._corpus("source").groups if group.hub_name]
             weights, documents = self.source_weights, self._train.files.num_documents
-            cuts = shares.cuts if (shares := self._shares()) else {}
+            cuts = shares.cuts if stage != "predict" and (shares := self._shares()) else {}
             self.text = {"source": self.source, "weights": weights, "hub": hub, "documents": documents, "cuts": cuts}
         if stage in (None, "fit", "validate", "test"):
             test_apart = stage == "test" and self.test_source

@@ -129,7 +129,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def going_on(verb: str | None) -> str:
     """The remedy for a command that was cut off; `verb` None is fit."""
-    return "continue with --ckpt_path last" if verb in (None, "fit") else "run the same command again"
+    again = verb in ("predict", "validate", "test", "check", "export", "compare")  # else fit, after other options
+    return "run the same command again" if again else "continue with --ckpt_path last"
 
 
 def of_machine(error: BaseException, verb: str | None = None) -> str | None:
@@ -139,7 +140,7 @@ def of_machine(error: BaseException, verb: str | None = None) -> str | None:
     if is_out_of_memory(error):
         if verb in ("check", "export", "compare"):
             return f"out of memory ({why}); free some memory and {again}"
-        more = ", or set --model.activation_checkpointing true," if verb in (None, "fit") else ""
+        more = "" if verb in ("predict", "validate", "test") else ", or set --model.activation_checkpointing true,"
         return f"out of memory ({why}); halve --data.micro_batch_size (the result stays the same){more} and {again}"
     if "DataLoader worker (pid" in str(error):  # it was killed; an exception raised in a worker reads differently
         return (

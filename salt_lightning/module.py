@@ -134,8 +134,7 @@ class SALTModule(extension.Guarded):
             cadence.plan_validation(self.trainer)
             self.meter.forget()
             extension.count_again(self)
-        self._unchecked = {"train", "val"} if self._data is None else set()  # batches of a user's own loaders
-        self._unproved = True  # step_tokens
+        self.unchecked = extension.Unchecked({"train", "val"} if self._data is None else set())
         sources = getattr(self._data, "source_names", None) or ("all",)
         self.eval_metrics = TokenMetrics(sources, thirds=bool(getattr(self._data, "difficulty", None)))
 
@@ -240,6 +239,7 @@ class SALTModule(extension.Guarded):
         extension.seed_random(hash((self.hparams["seed"], self.global_step, micro, self.global_rank)), self.device)
         if micro == 0:
             self._sums.zero_()
+            self.unchecked.whole = True
         extension.check_first(self, batch, "train")
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -318,9 +318,7 @@ class SALTModule(extension.Guarded):
         *read, not_finite, weight, grad_norm, step_tokens = torch.cat([sums, on_all]).tolist()
         if not_finite:
             self.require_finite()
-        if self._unproved and (step == 1 or not self.trainer.is_last_batch):  # where a loader ends, there are fewer
-            extension.check_step_tokens(step, step_tokens, read[SUMS.index("tokens")])
-            self._unproved = False
+        self.unchecked.look_at_step(step, step_tokens, read[SUMS.index("tokens")], self.trainer.is_last_batch)
         values = loss_values(read, weight) | {"grad_norm": grad_norm}
         values["lr"] = self.optim_spec.lr_at(step - 1, self.trainer.max_steps)
         values |= peak_memory(self.device)

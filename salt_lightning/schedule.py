@@ -246,26 +246,37 @@ class KDScheduleCallback(pl.Callback):
                 f"{name} acts at validations, but --trainer.limit_val_batches 0 turns them off; leave one of them out"
             )
         every = getattr(trainer, "val_check_interval", None)
-        if isinstance(every, float) and data is None:  # a share of an epoch of the user's own loader
+        if isinstance(every, float) and not hasattr(data, "counts_nll"):  # a share of an epoch, see on_train_start
             return
         share = every if isinstance(every, float) and 0 <= every <= 1 else 1.0
         steps = interval_steps(share, trainer.max_steps)
         first = every // trainer.accumulate_grad_batches if isinstance(every, int) else steps
-        first *= max(1, math.ceil(self.min_steps / max(1, first)))  # 0 is refused elsewhere
+        self._require_validation(first, last)
+
+    def _require_validation(self, every: int, last: int) -> None:
+        """Raises ConfigError if no validation, each `every` steps, comes before step `last`."""
+        first = every * max(1, math.ceil(self.min_steps / max(1, every)))  # 0 is refused elsewhere
         if 0 < last <= first:
             after = f" from --kd.min_steps {self.min_steps} on" if self.min_steps else ""
             raise ConfigError(
-                f"{name}: there is no validation before step {last}{after}, where the teacher leaves anyway; set "
-                "--trainer.val_check_interval to fewer steps"
+                f"--kd.stop_margin {self.stop_margin}: there is no validation before step {last}{after}, where the "
+                "teacher leaves anyway; set --trainer.val_check_interval to fewer steps"
             )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         # Not earlier: global_step is restored by now, so a resume in phase 2 never loads the teacher.
         if self.schedule.is_taught(trainer.global_step):
-            if self.stop_margin is not None and not trainer.enable_validation:
-                raise ConfigError(
-                    f"--kd.stop_margin {self.stop_margin} acts at validations, but there is no loader for them"
-                )
+            if self.looks_for_boundary:
+                if not trainer.enable_validation:
+                    raise ConfigError(
+                        f"--kd.stop_margin {self.stop_margin} acts at validations, but there is no loader for them"
+                    )
+                epochs = (trainer.check_val_every_n_epoch or 1) - 1  # without a validation
+                batches: Any = trainer.val_check_batch
+                batches += epochs * trainer.num_training_batches if epochs else 0
+                if math.isfinite(batches):  # else the loader has no length
+                    steps = int(batches) // trainer.accumulate_grad_batches
+                    self._require_validation(steps, self.schedule.steps or trainer.max_steps)
             pl_module.load_teacher()
             self._check_teacher(trainer, pl_module)
             if self.schedule.steps is None and self.stop_margin is None:

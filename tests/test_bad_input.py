@@ -124,7 +124,7 @@ ERRORS = {
     "out of range, checkpoint": ({"checkpoint.at_steps": [0]}, r"--checkpoint.at_steps \[0\] must be optimizer steps"),
     "out of range, trainer": (
         {"trainer.gradient_clip_val": -1},
-        r"--trainer.gradient_clip_val -1.* must not be negative",
+        r"--trainer.gradient_clip_val -1.* must be 0 or more",
     ),
     "no steps": ({"trainer.max_steps": 0}, r"--trainer.max_steps: 0 is not a valid run length"),
     "endless": ({"trainer.max_steps": -1}, r"--trainer.max_steps: -1 is not a valid run length"),

@@ -620,6 +620,8 @@ def test_batches_that_would_train_something_else_are_refused(batch, message, tmp
 
 
 ONE_LABEL = torch.where(IDS == 5, IDS, -100)  # may well repeat its token
+PLACE = torch.arange(16).repeat(16, 1)
+ANSWERS = PLACE + torch.arange(16)[:, None]
 
 
 @pytest.mark.parametrize(
@@ -628,6 +630,13 @@ ONE_LABEL = torch.where(IDS == 5, IDS, -100)  # may well repeat its token
         BatchEncoding(BATCH),
         {**BATCH, "step_tokens": torch.tensor([32])},
         {**BATCH, "labels": ONE_LABEL, "step_tokens": torch.tensor(1)},
+        # an answer of one token in each row, then padding
+        {
+            "input_ids": torch.where(PLACE < 8, ANSWERS, 0),
+            "labels": torch.where(PLACE == 7, ANSWERS + 1, -100),
+            "positions": PLACE,
+            "step_tokens": torch.tensor(16),
+        },
     ],
 )
 def test_other_kinds_of_batches_that_say_the_same_are_taken(batch, tmp_path):
@@ -666,17 +675,22 @@ def test_batches_that_would_measure_something_else_are_refused(verb, batch, mess
 
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
-def test_step_tokens_are_looked_at_again_after_a_resume(tmp_path):
-    def start(**own):
+@pytest.mark.parametrize("every", [1, 2, 50])
+def test_step_tokens_are_looked_at_again_after_a_resume(every, tmp_path):
+    """In a whole step: with another accumulation, the first one may begin in its middle."""
+
+    def start(said=32, **own):
         module = SALTModule(ModelSpec(config={**SIZES, "vocab_size": 64, "max_position_embeddings": 16}))
-        run = trainer(tmp_path, SAVE, limit_val_batches=0, **own)
-        path = str(tmp_path / "checkpoints/step-00000003.ckpt") if own else None
-        loader = DataLoader([BATCH] * 30, batch_size=None)
+        run = trainer(tmp_path, SAVE, limit_val_batches=0, max_steps=8 if own else 6, log_every_n_steps=every, **own)
+        path = str(tmp_path / "first/step-00000003.ckpt") if own else None
+        loader = DataLoader([{**BATCH, "step_tokens": torch.tensor(said)}] * 30, batch_size=None)
         run.fit(module, loader, loader, ckpt_path=path)
 
     start()
+    (tmp_path / "checkpoints").rename(tmp_path / "first")
     with pytest.raises(ConfigError, match=r"step_tokens of the batches is 32, but optimizer step \d+ had 64 labels"):
         start(accumulate_grad_batches=2)
+    start(64, accumulate_grad_batches=2)
 
 
 SMALL = {**SIZES, "vocab_size": 64, "max_position_embeddings": 16}
@@ -690,6 +704,12 @@ def small(tmp_path_factory):
     return folder
 
 
+class Loaders(pl.LightningDataModule):
+    def __init__(self, loader):
+        super().__init__()
+        self.train_dataloader = self.val_dataloader = lambda: loader
+
+
 def test_a_boundary_found_at_validations_needs_some(small, tmp_path):
     loader = DataLoader([BATCH] * 4, batch_size=None)
     kd = KDScheduleCallback(0.5, 10, stop_margin=100.0)
@@ -700,9 +720,14 @@ def test_a_boundary_found_at_validations_needs_some(small, tmp_path):
     ):
         run.fit(SALTModule(ModelSpec(config=SMALL), small), loader)
     # Lightning validates at the end of each epoch of a user's own loader, here after 4 steps
-    run = pl.Trainer(max_steps=12, callbacks=[kd], logger=False, accelerator="cpu", enable_checkpointing=False)
-    run.fit(SALTModule(ModelSpec(config=SMALL), small), loader, loader)
-    assert kd.stop_step == 4
+    for data in ((loader, loader), (Loaders(loader),)):
+        run = pl.Trainer(max_steps=12, callbacks=[kd], logger=False, accelerator="cpu", enable_checkpointing=False)
+        run.fit(SALTModule(ModelSpec(config=SMALL), small), *data)
+        assert kd.stop_step == 4
+    late = KDScheduleCallback(0.5, 4, stop_margin=100.0)
+    run = pl.Trainer(max_steps=12, callbacks=[late], logger=False, accelerator="cpu", enable_checkpointing=False)
+    with pytest.raises(ConfigError, match="--kd.stop_margin 100.0: there is no validation before step 4, where the"):
+        run.fit(SALTModule(ModelSpec(config=SMALL), small), loader, loader)
 
 
 @pytest.mark.parametrize("epochs", [1, None])
@@ -714,6 +739,16 @@ def test_a_run_that_ends_before_the_teacher_leaves_says_so(epochs, small, tmp_pa
     with pytest.warns(UserWarning, match=said) if epochs else nullcontext():
         run.fit(module, loader, loader)
     assert (module.teacher is not None) == bool(epochs)
+
+
+def test_the_teacher_may_lack_a_label(small, tmp_path):
+    """Its probability is 0; only inputs index the teacher."""
+    batch = {**BATCH, "labels": torch.where(IDS == 31, 70, IDS + 1)}
+    loader = DataLoader([batch] * 4, batch_size=None)
+    module = SALTModule(ModelSpec(config={**SMALL, "vocab_size": 80}), small)
+    run = trainer(tmp_path, KDScheduleCallback(0.5, 4), max_steps=6, val_check_interval=4)
+    run.fit(module, loader, loader)
+    assert run.global_step == 6
 
 
 def test_a_schedule_must_be_one():
@@ -740,7 +775,7 @@ def test_a_limit_of_gradients_below_0_is_refused(tmp_path):
     module = SALTModule(ModelSpec(config={**SIZES, "vocab_size": 64, "max_position_embeddings": 16}))
     loader = DataLoader([BATCH] * 6, batch_size=None)
     for limit in (-1.0, float("nan")):
-        with pytest.raises(ConfigError, match=rf"--trainer.gradient_clip_val {limit} must not be negative"):
+        with pytest.raises(ConfigError, match=rf"--trainer.gradient_clip_val {limit} must be 0 or more"):
             trainer(tmp_path, gradient_clip_val=limit).fit(module, loader, loader)
 
 

@@ -228,8 +228,24 @@ def test_a_source_that_comes_later_begins_at_its_first_row_and_one_that_left_is_
         ((Stretch(0, 10, 32, turns), larger), None),
         ((Stretch(0, 10, 32, turns), longer), "of another --data.block_size"),
     ):
-        said = where(stretches, {"global_step": 7, "text": {}}, {"a": [0, 9]})
+        said = where(stretches, {"global_step": 7, "text": {"cuts": {"a": [0, 9]}}}, {"a": [0, 9]})
         assert ("may be read again" in said, (told or "continues with row") in said) == (told is not None, True)
+
+
+@pytest.mark.parametrize(
+    ("before", "said"),
+    [
+        ({"cuts": {"a": [0, 9], "b": [3, 9]}}, "row 71 of the order"),
+        ({"cuts": {"a": (0, 9), "b": (3, 9)}}, "row 71 of the order"),
+        ({"cuts": {"a": [0, 9]}}, "row 71 of the order"),  # b is new
+        ({"cuts": {"a": [0, 9], "b": [4, 9]}}, "; b: in other rows than before, .* so text may be read again"),
+        ({"cuts": {"a": [0, 9], "x/b": [3, 9]}}, "; b: new or renamed, so it begins with its first row"),
+        ({}, "; an older version read sources with weights in another order, so text may be read again"),
+    ],
+)
+def test_a_resume_says_which_sources_are_not_as_before(before, said):
+    stretches, checkpoint = (Stretch(0, 10, 32, {"a": 5000, "b": 5000}),), {"global_step": 7, "text": before}
+    assert re.fullmatch(f"step 8 continues with .*{said}", where(stretches, checkpoint, {"a": [0, 9], "b": [3, 9]}))
 
 
 def test_rows_of_another_length_count_by_their_tokens():

@@ -750,6 +750,7 @@ def test_slurm_without_srun_is_refused_where_it_would_wait(settings, tmp_path, c
     [
         ("[c10d] EADDRINUSE, address already in use", "fit", "MASTER_PORT 29 is taken by another process"),
         ("gloo/transport: closed", "fit", "continue with --ckpt_path last"),
+        ("gloo/transport: closed", "--config=c.yaml", "continue with --ckpt_path last"),
         ("Gloo connectFullMesh failed with ... Connection refused, remote=[127.0.1.1]:2", "fit", "GLOO_SOCKET_IFNAME"),
         ("gloo/transport: closed", "predict", "their output says why they ended; run the same command again"),
     ],

@@ -102,7 +102,7 @@ def test_cells_beside_the_plan(tmp_path):
     assert (faster.settings["model.optim.lr"], faster.settings["trainer.max_steps"]) == (0.008, 800)
     (steadier,) = Study("cpu-long", tmp_path, tmp_path, ["salt@0.008-w0.2-f0.5-s1"]).cells()[-1:]
     assert steadier.settings == {**faster.settings, "model.optim.warmup_steps": 320}
-    for name in ("nothing-s0", "salt", "salt@fast-s0", "high-lr-salt-f0.5-s1"):
+    for name in ("nothing-s0", "salt", "salt@fast-s0", "high-lr-salt-f0.5-s1", "salt-w0.6-f0.5-s1"):
         with pytest.raises(SystemExit, match=rf"--more {name}: ROW\[@RATE\].*, ROW one of base"):
             Study("cpu-long", tmp_path, tmp_path, [name]).cells()
 

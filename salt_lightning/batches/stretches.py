@@ -82,17 +82,22 @@ def _of_checkpoint(checkpoint: Mapping[str, Any], now: Stretch) -> Stretches:
 
 def where(stretches: Stretches, checkpoint: Mapping[str, Any], cuts: Mapping[str, list[int]]) -> str:
     """Message: the row with which a run continues; what may come again, also as sources have other `cuts` now."""
-    step, before = checkpoint["global_step"], checkpoint["text"].get("cuts", {})
+    step, before = checkpoint["global_step"], checkpoint["text"].get("cuts")
     said = f"step {step + 1} continues with row {rows_before(stretches, step) + 1} of the order"
     if len({stretch.turns is None for stretch in stretches}) > 1:
         said += "; with and without --data.source_weights the orders differ, so rows may be read again"
     if len({stretch.block_size for stretch in stretches}) > 1:
         said += "; rows of another --data.block_size are in another order, so text may be read again"
-    elif other := [name for name, cut in cuts.items() if list(before.get(name, cut)) != cut]:
+    elif cuts and before is None:
+        said += "; an older version read sources with weights in another order, so text may be read again"
+    elif other := [name for name, cut in cuts.items() if list((before or {}).get(name, cut)) != cut]:
         said += (
-            f"; {few(other)}: in other rows than before, since its text or that of a source before it has changed, so "
+            f"; {few(other)}: in other rows than before, since its text or that of a source beside it has changed, so "
             "text may be read again"
         )
+    new = cuts.keys() - (before or cuts).keys()
+    if new and (before or {}).keys() - cuts.keys():
+        said += f"; {few(sorted(new))}: new or renamed, so it begins with its first row"
     return said
 
 

@@ -166,9 +166,9 @@ def wrong_accelerator(trainer: Namespace) -> list[str]:
 
 
 def wrong_clipping(limit: float | None) -> list[str]:
-    """A negative limit would turn gradients around."""
+    """What is wrong with a limit of gradients: a negative one would turn them around."""
     good = limit is None or limit >= 0
-    return [] if good else [f"--trainer.gradient_clip_val {limit} must not be negative (0 or null: off)"]
+    return [] if good else [f"--trainer.gradient_clip_val {limit} must be 0 or more (0 or null: off)"]
 
 
 def wrong_trainer_settings(trainer: Namespace) -> list[str]:

@@ -49,7 +49,8 @@ def _of_models(settings: Mapping[str, Any], taught: bool) -> dict[str, Any]:
     """The same of a module's hyperparameters, besides the rate, of which others tell."""
     found = {f"optim.{name}": settings["optim"].get(name) for name in ("weight_decay", "beta1", "beta2", "eps")}
     if taught:
-        found["teacher.path"] = (settings["teacher"] or {}).get("path")
+        path = (settings.get("teacher") or {}).get("path")
+        found["teacher.path"] = path and _end(str(path))
     names = ("accuracy", "teacher_temperature") if taught else ("accuracy",)
     found |= {name: settings[name] for name in names if name in settings}
     return {f"--model.{name}": value for name, value in found.items()}
@@ -57,7 +58,8 @@ def _of_models(settings: Mapping[str, Any], taught: bool) -> dict[str, Any]:
 
 def other_steps(checkpoint: Mapping[str, Any], trainer: pl.Trainer, hparams: Mapping[str, Any]) -> str | None:
     """A message if a resumed run computes steps differently than before."""
-    taught = any(kd.schedule.is_taught(checkpoint["global_step"]) for kd in kd_callbacks(trainer))
+    step, found = checkpoint["global_step"], checkpoint.get("kd_stop_step")  # the callback has not read it yet
+    taught = any(kd.schedule.is_taught(step) for kd in kd_callbacks(trainer)) and (found is None or step < found)
     before = {**checkpoint["trainer"], **_of_models(checkpoint["hyper_parameters"], taught)}
     now = of_trainer(trainer) | _of_models(hparams, taught)
     other = [

@@ -8,6 +8,7 @@ import inspect
 import os
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -244,18 +245,40 @@ def require_schedule(module: Any) -> None:
         )
 
 
+@dataclass
+class Unchecked:
+    """What is yet to be checked since this start.
+
+    Args:
+        stages: train and val, until the first batch of a user's own loader for it.
+        whole: whether a step has begun with its first micro-batch; after a resume, one may begin within it.
+        step_tokens: whether no step has shown that it is right.
+    """
+
+    stages: set[str]
+    whole: bool = False
+    step_tokens: bool = True
+
+    def look_at_step(self, step: int, said: float, counted: float, is_last: bool) -> None:
+        """Checks the first whole step that is logged. `is_last`: its loader ended with it, perhaps too early."""
+        if self.step_tokens and self.whole and (step == 1 or not is_last):
+            check_step_tokens(step, said, counted)
+            self.step_tokens = False
+
+
 def check_first(module: Any, batch: Any, stage: str) -> None:
     """Checks the first batch of a user's own loader for a stage, train or val; waits for the device.
 
     Raises:
         ConfigError: it is not a dictionary of the right tensors, has ids that a model lacks, or wrong labels.
     """
-    if stage not in module._unchecked:
+    if stage not in module.unchecked.stages:
         return
-    module._unchecked.discard(stage)
+    module.unchecked.stages.discard(stage)
     _check_batch(batch, (*_SHAPED, "step_tokens") if stage == "train" else _SHAPED)
-    highest = max(int(batch[name].max()) for name in ("input_ids", "labels"))
-    for name in ("student", "teacher"):
+    # a label that the teacher lacks has probability 0
+    for name, read in (("student", ("input_ids", "labels")), ("teacher", ("input_ids",))):
+        highest = max(int(batch[ids].max()) for ids in read)
         model = getattr(getattr(module, name), "model", None)
         if isinstance(config := getattr(model, "config", None), PreTrainedConfig):  # else a model of the user's own
             size = config.get_text_config().vocab_size
@@ -274,8 +297,9 @@ def _check_batch(batch: Any, wanted: tuple[str, ...]) -> None:
     if "step_tokens" in wanted and batch["step_tokens"].numel() != 1:
         raise ConfigError(f"a batch's step_tokens must be one number, not {list(batch['step_tokens'].shape)}; {_BATCH}")
     ids_BT, labels_BT = batch["input_ids"], batch["labels"]
-    goes_on_BT = torch.cat([batch["positions"][:, 1:] != 0, torch.zeros_like(ids_BT[:, :1], dtype=torch.bool)], dim=1)
-    known_BT = (labels_BT >= 0) & goes_on_BT  # the next token is in the row
+    # Where the next place has a label, too, and does not begin a document, its input is this place's label.
+    goes_on_BT = (batch["positions"][:, 1:] != 0) & (labels_BT[:, 1:] >= 0)
+    known_BT = (labels_BT >= 0) & torch.cat([goes_on_BT, torch.zeros_like(goes_on_BT[:, :1])], dim=1)
     right_N, same_N = (labels_BT == ids_BT.roll(-1, dims=1))[known_BT], (labels_BT == ids_BT)[labels_BT >= 0]
     right, enough = _share(right_N), len(right_N) > 8  # single labels may repeat their token
     if right < 0.5 and (_share(same_N) > 0.5 if enough else len(same_N) > 1 and bool(same_N.all())):

@@ -71,8 +71,8 @@ class OptimSpec:
             return spec
         if other := sorted(spec.keys() - {field.name for field in fields(cls)}):
             raise ConfigError(
-                f"model.optim has {', '.join(other)}, which {cls.__name__} has not: the checkpoint was trained with a "
-                "subclass of it; give that, SALTModule.load_from_checkpoint(PATH, optim=...)"
+                f"model.optim has {', '.join(other)}, which {cls.__name__} has not: a wrong name, or the checkpoint "
+                "was trained with a subclass; then give that, SALTModule.load_from_checkpoint(PATH, optim=...)"
             )
         return cls(**spec)
 

@@ -202,7 +202,8 @@ def _folder_files(setting: str, folder: str, hub: Hub, split_setting: str = "--d
             f"{split_setting}: no split {hub.split!r} in {folder!r}; there are: {', '.join(map(str, splits))} (from "
             f"its file names, as on the hub); name one, or give the files with a glob, {pattern}/*"
         )
-    read = sorted(set(splits[hub.split]))  # `datasets` names a file twice if two of its globs match
+    named = sorted(set(splits[hub.split]))  # `datasets` names a file twice if two of its globs match
+    read = [file for file in named if _suffix(file) not in _ARCHIVES] or named  # .zip, which it would unpack
     # by name, not target: the folder's owner made its links, as in the hub's own cache
     inside = (folder, os.path.realpath(folder))  # `datasets` follows a link to the folder itself
     paths = {file: Path(os.path.abspath(file)) for file in read}
