@@ -18,6 +18,7 @@ from typing import Any
 from unittest.mock import patch
 
 import forked
+import lightning.pytorch as pl
 import pytest
 import ranks
 import torch
@@ -30,9 +31,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from salt_lightning import OptimSpec, SALTModule, cli
+from salt_lightning import KDScheduleCallback, OptimSpec, SALTModule, cli
 from salt_lightning.comparison import lineage
 from salt_lightning.errors import ConfigError, of_machine, of_process
+from salt_lightning.fit import alike
 from salt_lightning.models import read_checkpoint
 from salt_lightning.run import run_lock
 from salt_lightning.run.event_log import log_settings
@@ -1117,6 +1119,20 @@ def test_other_training_text_of_as_many_tokens_is_said(fit, corpus, teacher, tmp
     caplog.clear()
     assert fit(tmp_path / "run", stop_at=7, ckpt_path="last", **own) == 128 + signal.SIGTERM
     assert again not in caplog.text
+
+
+@pytest.mark.parametrize(("ended", "told"), [(None, True), (8, True), (4, False)])
+def test_a_teacher_that_a_validation_has_sent_away_is_not_compared(ended, told):
+    trainer = pl.Trainer(callbacks=[KDScheduleCallback(0.5, 10, stop_margin=0.1)], accelerator="cpu", logger=False)
+    now = {"optim": {}, "teacher": {"path": "a"}, "teacher_temperature": 2.0}
+    before = {
+        "global_step": 6,
+        "kd_stop_step": ended,
+        "trainer": {},
+        "hyper_parameters": {**now, "teacher_temperature": 1.0},
+    }
+    said = alike.other_steps(before, trainer, now)
+    assert bool(said) == told
 
 
 def test_what_held_before_a_change_of_settings_stays_beside_the_run(fit_with, tmp_path):
