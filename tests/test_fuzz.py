@@ -134,6 +134,16 @@ def test_yaml_that_parsers_stumble_over_is_one_line(text, tmp_path, capsys):
     assert re.search(CONFIGS[text], err)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("trainer.logger", "&a [*a]"), ("model.student.config", "&a {x: *a}"), ("data.source", "[" * 3000)],
+)
+def test_a_setting_that_contains_itself_is_one_line(name, value, capsys):
+    assert fuzz.cli.main(["fit", f"--{name}={value}", "--run=x"]) == 2
+    fuzz.assert_one_error(err := capsys.readouterr().err)
+    assert f"error: --{name} {value}: settings contain themselves, or are nested too deeply" in err
+
+
 def test_batch_sizes_of_billions_are_refused_at_once():
     with pytest.raises(ConfigError, match=r"--data.micro_batch_size 1 or 2147483629"):
         accumulation(2**31 - 19, 2, 1)  # a prime

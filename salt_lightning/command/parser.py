@@ -17,7 +17,7 @@ import yaml
 from jsonargparse import DefaultHelpFormatter, Namespace, get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 
-from salt_lightning.command.settings import wrong_precision
+from salt_lightning.command.settings import refuse_loops, wrong_precision
 from salt_lightning.errors import ConfigError, one_line, problems_of, raised, refuse
 
 _TYPES = {
@@ -348,10 +348,12 @@ def check_configs(args: list[str], known: list[str]) -> None:
 
     Raises:
         ConfigError: a file is missing, a folder, or not a YAML mapping in UTF-8; it has a setting twice, of which
-            YAML would silently take the last; or it has an unknown empty group, which jsonargparse ignores.
+            YAML would silently take the last; it has an unknown empty group, which jsonargparse ignores; or a value of
+            the command line contains itself.
     """
     files = [value for value in _files(args) if not value.lstrip().startswith("{")]  # others contain settings
-    refuse(raised(partial(_check_config, file, known) for file in dict.fromkeys(files)))
+    looks = [partial(_check_config, file, known) for file in dict.fromkeys(files)]
+    refuse(raised([*looks, *(partial(refuse_loops, *typed) for typed in _typed(args))]))
 
 
 def _comments(args: list[str], given: Namespace) -> list[str]:
@@ -399,8 +401,7 @@ def _check_config(path: str, known: list[str]) -> None:
         what = f"is {kind}" if os.path.exists(path) else "does not exist"
         raise ConfigError(f"{setting} {what}; give a YAML file (those in configs/ come with the repository)")
     try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
+        text = Path(path).read_text(encoding="utf-8")
         node = yaml.compose(text, yaml.SafeLoader)
         zeros = [token for token in yaml.scan(text) if "\0" in getattr(token, "value", "")]
         yaml.safe_load(text)  # for tags and values that do not suit theirs

@@ -1,17 +1,20 @@
 """Checks settings before anything is read: reports all that cannot work, each on a line that a user can act on."""
 
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.accelerators import AcceleratorRegistry
 
 from salt_lightning.batches.mixture import weight_problems
-from salt_lightning.errors import one_line
+from salt_lightning.errors import ConfigError, one_line
 
 _GROUPS = (
     *("model", "model.student", "model.student.config", "model.teacher", "model.teacher.config", "model.optim"),
@@ -28,6 +31,18 @@ _PATHS = (
     *("run", "ckpt_path", "checkpoint.folder", "checkpoint.export", "model.student.path", "model.teacher.path"),
     *("data.tokenizer", "data.selection", "data.difficulty", "data.cache_dir"),
 )
+
+
+def refuse_loops(name: str, value: str) -> None:
+    """Raises ConfigError if the value of a setting, as typed, is a YAML list or mapping that contains itself."""
+    if not re.search(r"[&\[{]", value):
+        return
+    try:
+        with suppress(yaml.YAMLError):  # the parser reports it, if it reads the value as YAML
+            json.dumps(yaml.safe_load(value), default=str, skipkeys=True)
+    except (RecursionError, ValueError) as error:
+        if isinstance(error, RecursionError) or "Circular" in str(error):  # else, e.g., a date that no calendar has
+            raise ConfigError(f"--{name} {value}: settings contain themselves, or are nested too deeply") from error
 
 
 def seed_or_global(seed: int | None, unset: int | None = None) -> int:
