@@ -127,10 +127,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     return typed or (isinstance(error, RuntimeError) and any(text in str(error) for text in said))
 
 
+_READING, _APART = ("predict", "validate", "test"), ("check", "export", "compare")  # verbs; others are fit's options
+
+
 def going_on(verb: str | None) -> str:
     """The remedy for a command that was cut off; `verb` None is fit."""
-    again = verb in ("predict", "validate", "test", "check", "export", "compare")  # else fit, after other options
-    return "run the same command again" if again else "continue with --ckpt_path last"
+    return "run the same command again" if verb in _READING + _APART else "continue with --ckpt_path last"
 
 
 def of_machine(error: BaseException, verb: str | None = None) -> str | None:
@@ -138,9 +140,9 @@ def of_machine(error: BaseException, verb: str | None = None) -> str | None:
     user can fix."""
     again, why = going_on(verb), one_line(error, 200)
     if is_out_of_memory(error):
-        if verb in ("check", "export", "compare"):
+        if verb in _APART:
             return f"out of memory ({why}); free some memory and {again}"
-        more = "" if verb in ("predict", "validate", "test") else ", or set --model.activation_checkpointing true,"
+        more = "" if verb in _READING else ", or set --model.activation_checkpointing true,"
         return f"out of memory ({why}); halve --data.micro_batch_size (the result stays the same){more} and {again}"
     if "DataLoader worker (pid" in str(error):  # it was killed; an exception raised in a worker reads differently
         return (

@@ -267,20 +267,24 @@ class KDScheduleCallback(pl.Callback):
         # Not earlier: global_step is restored by now, so a resume in phase 2 never loads the teacher.
         if self.schedule.is_taught(trainer.global_step):
             if self.looks_for_boundary:
-                if not trainer.enable_validation:
-                    raise ConfigError(
-                        f"--kd.stop_margin {self.stop_margin} acts at validations, but there is no loader for them"
-                    )
-                epochs = (trainer.check_val_every_n_epoch or 1) - 1  # without a validation
-                batches: Any = trainer.val_check_batch
-                batches += epochs * trainer.num_training_batches if epochs else 0
-                if math.isfinite(batches):  # else the loader has no length
-                    steps = int(batches) // trainer.accumulate_grad_batches
-                    self._require_validation(steps, self.schedule.steps or trainer.max_steps)
+                self._check_loaders(trainer)
             pl_module.load_teacher()
             self._check_teacher(trainer, pl_module)
             if self.schedule.steps is None and self.stop_margin is None:
                 rank_zero_info("the teacher stays to the last step (RKD), because --kd.steps is null")
+
+    def _check_loaders(self, trainer: pl.Trainer) -> None:
+        """Refuses what `check` could not know: no validation loader, or none in time with a user's own loaders."""
+        if not trainer.enable_validation:
+            raise ConfigError(
+                f"--kd.stop_margin {self.stop_margin} acts at validations, but there is no loader for them"
+            )
+        epochs = (trainer.check_val_every_n_epoch or 1) - 1  # without a validation
+        batches: Any = trainer.val_check_batch
+        batches += epochs * trainer.num_training_batches if epochs else 0
+        if math.isfinite(batches):  # else the loader has no length
+            steps = int(batches) // trainer.accumulate_grad_batches
+            self._require_validation(steps, self.schedule.steps or trainer.max_steps)
 
     def _check_teacher(self, trainer: pl.Trainer, module: Any) -> None:
         """Refuses a teacher that knows nothing of this text, after one forward of a micro-batch. Collective."""
