@@ -57,6 +57,10 @@ UNTIED = [f"--model.student.config={json.dumps({**SIZES, 'tie_word_embeddings': 
 class FSDP1OnCPU(FSDPStrategy):
     """FSDP1, only for this check: Lightning refuses its own class on CPUs, but not a subclass."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        fabric_fsdp._get_full_state_dict_context = pytorch_fsdp._get_full_state_dict_context = _full_state
+
 
 class FSDP2OverGloo(FSDP2):
     """FSDP2 for two processes on one GPU: NCCL needs one GPU for each."""
@@ -76,10 +80,6 @@ def _full_state(module: Any, world_size: int, rank0_only: bool = True) -> Iterat
     optimizer = FullOptimStateDictConfig(offload_to_cpu=False, rank0_only=rank0_only)
     with FullyShardedDataParallel.state_dict_type(module, kind, weights, optimizer):
         yield
-
-
-if not torch.cuda.is_available():
-    fabric_fsdp._get_full_state_dict_context = pytorch_fsdp._get_full_state_dict_context = _full_state
 
 
 def write_text(path: Path) -> None:

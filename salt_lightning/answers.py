@@ -231,7 +231,7 @@ def generate(
     # The model's own settings, e.g. a hub model's temperature and repetition penalty, would apply otherwise.
     own, model.generation_config = model.generation_config, GenerationConfig(eos_token_id=stops, pad_token_id=stops[0])
     try:
-        out_BT = model.generate(  # type: ignore[operator]
+        out_BT = model.generate(
             ids_BT.to(device),
             attention_mask=mask_BT.to(device),
             max_new_tokens=max_new_tokens,

@@ -341,7 +341,7 @@ def _compile(lm: CausalLM, ledger: Ledger, in_blocks: bool) -> None:
     compiled = partial(
         torch.compile,
         dynamic=False,
-        backend=partial(compile_fx, inner_compile=partial(_as_inductor, ledger)),  # type: ignore[arg-type]
+        backend=partial(compile_fx, inner_compile=partial(_as_inductor, ledger)),
         # each shape is compiled only once here, but dynamo would see its own fake tensors as different
         options={"guard_filter_fn": lambda guards: [guard.guard_type != "TENSOR_MATCH" for guard in guards]},
     )

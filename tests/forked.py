@@ -9,6 +9,7 @@ programs whose imports are tested, or that must agree whatever the order of thei
 import atexit
 import ctypes
 import functools
+import gc
 import inspect
 import json
 import os
@@ -26,14 +27,17 @@ _PDEATHSIG = 1  # PR_SET_PDEATHSIG: the signal that comes when the parent ends
 _SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER: orphans become children of this process
 
 
-class Popen(subprocess.Popen):
+_Exec = subprocess.Popen  # a test may put this module's in its place
+
+
+class Popen(_Exec):
     """subprocess.Popen of [sys.executable, SCRIPT, *ARGS] or [sys.executable, "-c", CODE, *ARGS]; no preexec_fn."""
 
     def _execute_child(self, *values: Any) -> None:
         """Replaces fork and exec. The server forks twice, so that the program, an orphan, becomes our child."""
         if sys.platform != "linux":  # no subreapers
             return super()._execute_child(*values)
-        asked = inspect.signature(subprocess.Popen._execute_child).bind(self, *values).arguments
+        asked = inspect.signature(_Exec._execute_child).bind(self, *values).arguments
         interpreter, *args = asked["args"]
         assert interpreter == sys.executable
         assert not asked["preexec_fn"]
@@ -74,7 +78,7 @@ def run(args: list[Any], **options: Any) -> subprocess.CompletedProcess:
 def _server() -> socket.socket:
     ours, theirs = socket.socketpair()
     env = os.environ | {"PYTHONUNBUFFERED": ""}
-    process = subprocess.Popen([sys.executable, __file__, str(theirs.fileno())], pass_fds=[theirs.fileno()], env=env,
+    process = _Exec([sys.executable, __file__, str(theirs.fileno())], pass_fds=[theirs.fileno()], env=env,
                                stdin=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
     theirs.close()
     atexit.register(process.wait)
@@ -119,6 +123,7 @@ if __name__ == "__main__":
 
     import salt_lightning.cli  # noqa: F401
 
+    gc.freeze()  # as the command does
     if (request := _serve(socket.socket(fileno=int(sys.argv[1])))) is not None:
         np.random.seed()  # as in a new process; `random` does it by itself
         if request["new_session"]:

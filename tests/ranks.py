@@ -140,6 +140,7 @@ def launch(jobs: list[dict[str, Any]], folder: Path, world: int = 2, timeout_s: 
 
 
 if __name__ == "__main__":
+    gc.freeze()  # as the command does
     is_forced = False  # only once a job needs it
     for job in json.loads(Path(sys.argv[1]).read_text()):
         if not is_forced and any("fsdp1.yaml" in argument for argument in job["args"]):

@@ -4,6 +4,8 @@ import importlib
 import math
 import os
 import re
+import runpy
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +17,8 @@ from conftest import built
 
 from salt_lightning import models
 
+# from importing Inductor
+pytestmark = pytest.mark.filterwarnings("ignore:.*script_method. is deprecated:DeprecationWarning")
 ROOT = Path(__file__).parents[1]
 
 
@@ -30,6 +34,21 @@ class LigerFusedLinearJSDLoss:  # beta 0: forward KL
         kl = torch.nn.functional.kl_div(logits.log_softmax(-1), target, reduction="batchmean", log_target=True)
         return self.hard * torch.nn.functional.cross_entropy(logits, labels) + self.soft * kl
 """
+
+
+@pytest.fixture
+def run_apart(monkeypatch, capfd):
+    """run_apart(name, *options) -> the output of a benchmark that only starts other processes: here, forked ones."""
+
+    def run_here(name: str, *options: str) -> str:
+        monkeypatch.syspath_prepend(ROOT / "benchmarks")
+        monkeypatch.setattr(subprocess, "Popen", forked.Popen)
+        monkeypatch.setattr(sys, "argv", [name, *options])
+        capfd.readouterr()
+        runpy.run_path(str(ROOT / "benchmarks" / name), run_name="__main__")
+        return capfd.readouterr().out
+
+    return run_here
 
 
 def run(name: str, *options: str, **variables: str) -> str:
@@ -50,10 +69,11 @@ def test_head_loss():
     assert all(float(ratio) <= 1.2 for _, ratio in errors)
 
 
-def test_step(tmp_path):
+def test_step(tmp_path, run_apart, monkeypatch):
     (tmp_path / "liger_kernel").mkdir()
     (tmp_path / "liger_kernel" / "chunked_loss.py").write_text(LIGER)
-    out = run("step.py", PYTHONPATH=str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    out = run_apart("step.py", "--tiny")
     row = next(line for line in out.splitlines() if line.startswith("| tiny"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert len(cells) == 13
@@ -61,7 +81,6 @@ def test_step(tmp_path):
     assert all(float(rival) > 0 for rival in cells[8].split(", "))  # NaN if a competitor computes another loss
 
 
-@pytest.mark.filterwarnings("ignore:.*script_method. is deprecated:DeprecationWarning")  # from importing Inductor
 @pytest.mark.parametrize("name", ["124m", "350m", "1.3b", "2.8b", "paper"])
 def test_the_sizes_for_a_gpu_are_what_they_are_called(name, tmp_path, monkeypatch):
     """Builds a fit of each size, without weights."""
@@ -81,8 +100,8 @@ def test_the_sizes_for_a_gpu_are_what_they_are_called(name, tmp_path, monkeypatc
     assert millions == pytest.approx({"124m": 124, "350m": 350, "1.3b": 1300}.get(name, 2800), rel=0.1)
 
 
-def test_step_after_the_boundary():
-    row = next(line for line in run("step.py", "--tiny", "--boundary").splitlines() if line.startswith("| tiny"))
+def test_step_after_the_boundary(run_apart):
+    row = next(line for line in run_apart("step.py", "--tiny", "--boundary").splitlines() if line.startswith("| tiny"))
     after_ms, baseline_ms = (float(cell) for cell in row.split("|")[2:4])
     assert after_ms > 0
     assert baseline_ms > 0
@@ -144,9 +163,9 @@ def test_export_memory():
     assert all(int(peak) < 200 for *_, peak in rows)
 
 
-def test_strategies_are_compared():
+def test_strategies_are_compared(run_apart):
     """With one process each; tests/test_parallel.py uses several."""
-    out = run("parallel.py", "--processes", "4", "--only", "FSDP2 1")
+    out = run_apart("parallel.py", "--processes", "4", "--only", "FSDP2 1")
     (row,) = re.findall(r"^\| FSDP2 1 \| 1 to 20 \| (.+) \| - / - \|$", out, re.M)
     assert [float(difference) for difference in row.split("|")] == [0, 0, 0, 0]
 
@@ -160,8 +179,8 @@ def test_what_stopped_a_node_is_not_lost_behind_torchruns_traceback(monkeypatch)
     assert len(said) < 1700
 
 
-def test_data_path():
-    out = run("data_path.py")
+def test_data_path(run_apart):
+    out = run_apart("data_path.py", "--tiny")
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines() if line[:2] == "| "]
     assert [row[0] for row in rows[:3]] == ["tokenizing", "ours", "run_clm.py's way"]
     tokens = [int(row[4].replace(",", "")) for row in rows[1:3]]
