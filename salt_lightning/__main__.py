@@ -22,6 +22,7 @@ def main() -> int:
     try:
         if sys.argv[1:2] == ["compare"]:
             return _compare(sys.argv[2:])
+        _require_ranks()
         if sys.flags.optimize > 1:
             raise SystemExit("error: -OO (PYTHONOPTIMIZE=2) removes docstrings, which transformers' models need")
         run = _imported()
@@ -37,6 +38,17 @@ def main() -> int:
             f"error: {error}; set TMPDIR (and TORCHINDUCTOR_CACHE_DIR, if you use it) to a folder that can be written"
         ) from None
     return run()
+
+
+def _require_ranks() -> None:
+    """Lightning reads them while it is imported. A batch script that exports a variable of SLURM's tasks outside srun
+    leaves one empty."""
+    told = {name: os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK")}
+    if wrong := [f"{name} {value!r}" for name, value in told.items() if not value.isdecimal()]:
+        raise SystemExit(
+            f"error: {', '.join(wrong)} in the environment is no rank (0, 1, ...); unset it, or start the processes "
+            "with torchrun or srun, which set it"
+        )
 
 
 def _imported() -> Callable[[], int]:

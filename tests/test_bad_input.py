@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
 from salt_lightning import SALTModule, cli
+from salt_lightning.__main__ import main as start
 from salt_lightning.command.parser import explain
 from salt_lightning.errors import ConfigError
 from salt_lightning.run import run_lock
@@ -818,6 +819,14 @@ def test_bad_arguments_of_other_verbs_are_one_line(case, bad, tmp_path, monkeypa
 
 
 # --- what happens while a run is under way ---
+
+
+@pytest.mark.parametrize("rank", ["", "x", "-1", "1.0"])
+def test_a_rank_that_is_no_number_is_one_line_before_the_imports(rank, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "")  # nobody reads it
+    with pytest.raises(SystemExit, match=f"^error: LOCAL_RANK '{rank}' in the environment is no rank \\(0, 1, ..."):
+        start()
 
 
 @pytest.mark.parametrize("which", ["for temporary files", "of torch's compiler"])
