@@ -124,6 +124,7 @@ if __name__ == "__main__":
     import salt_lightning.cli  # noqa: F401
 
     gc.freeze()  # as the command does
+    atexit.register(gc.unfreeze)
     if (request := _serve(socket.socket(fileno=int(sys.argv[1])))) is not None:
         np.random.seed()  # as in a new process; `random` does it by itself
         if request["new_session"]:

@@ -182,6 +182,18 @@ def test_no_flipped_bit_goes_unnoticed_and_changes_something(tmp_path):
     assert sorted(shared, key=bool) == [None, None, damage.of(path)]
 
 
+def test_an_entry_that_is_marked_as_a_folder_is_damage(tmp_path):
+    """torch would take what its memory happens to hold for the entry."""
+    path = tmp_path / "step-00000001.ckpt"
+    save(path, x=torch.arange(100))
+    content = bytearray(path.read_bytes())
+    at = content.rindex(b"PK\x01\x02")
+    content[at + 38] ^= 0x10  # the external attributes in the zip format's central directory
+    path.write_bytes(content)
+    assert damage.of(path).endswith("in it is marked as a folder")
+    assert damage.in_bytes(path).endswith("in it is marked as a folder")
+
+
 @pytest.mark.parametrize("name", ["state_dict", "hyper_parameters", "global_step", "data", "text", "tokenizer"])
 def test_a_file_without_what_every_checkpoint_has_is_no_whole_one(name, teacher, tmp_path):
     held = torch.load(teacher, weights_only=True)

@@ -87,7 +87,7 @@ def _changed(path: Path, archives: list[tuple[str, Any]], entries: slice = slice
             for where, place in archives:
                 file = _Part(whole, place.offset, place.length) if place else whole
                 with zipfile.ZipFile(file) as files:
-                    shards.refuse_compressed(files)
+                    shards.require_stored_entries(files)
                     for info in files.infolist()[entries]:
                         try:
                             with files.open(info) as entry:

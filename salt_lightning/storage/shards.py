@@ -152,6 +152,7 @@ class DamageError(Exception):
 
 
 STUDENT = "student.model."  # prefix of the student's weights
+_FOLDER = 0x10  # MS-DOS's attribute, for which torch's zip reader looks
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -197,15 +198,18 @@ def _is_dense(tensor: Any) -> bool:
 
 
 def require_stored(archive: Any) -> None:
-    """Refuses compressed archives, which torch.save never writes: they could need any amount of memory, and would be
-    misread if mapped."""
+    """Raises DamageError if an archive has entries that torch.save never writes: compressed ones could need any amount
+    of memory, and would be misread if mapped; of one marked as a folder, torch reads uninitialized memory."""
     with zipfile.ZipFile(archive) as files:
-        refuse_compressed(files)
+        require_stored_entries(files)
 
 
-def refuse_compressed(files: zipfile.ZipFile) -> None:
-    if packed := [info.filename for info in files.infolist() if info.compress_type != zipfile.ZIP_STORED]:
-        raise DamageError(f"{packed[0]} in it is compressed")
+def require_stored_entries(files: zipfile.ZipFile) -> None:
+    for info in files.infolist():
+        if info.compress_type != zipfile.ZIP_STORED:
+            raise DamageError(f"{info.filename} in it is compressed")
+        if info.external_attr & _FOLDER:
+            raise DamageError(f"{info.filename} in it is marked as a folder")
 
 
 def require_whole(checkpoint: Mapping[str, Any]) -> None:
