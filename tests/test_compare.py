@@ -227,6 +227,25 @@ def test_a_total_between_and_after_the_logged_steps():
     assert curve.total_at(26, end=23) == 230
 
 
+def test_a_total_bends_where_a_start_or_the_teacher_ends_between_two_logged_steps(tmp_path):
+    """Steps 1 and 20 are logged, then 40. A step has 10 tokens until step 24, then 30; its teacher costs half as much
+    again, and leaves after step 33."""
+    taught = {"teacher": "t", "weight": 0.5, "kd_steps": 33}
+    run = write_run(tmp_path / "run", {}, steps=0, **taught, **{"data.global_batch_size": 24})
+    earlier(run, 24, **taught, **{"data.global_batch_size": 8})
+    tokens = {n: 10 * min(n, 24) + 30 * max(0, n - 24) for n in range(61)}
+    teacher = {n: 5 * min(n, 24) + 15 * max(0, min(n, 33) - 24) for n in range(61)}
+    with SummaryWriter(str(run), filename_suffix=".start-1") as writer:
+        for step in (1, 20, 40, 60):
+            writer.add_scalar("train/tokens", tokens[step], step)
+            writer.add_scalar("train/flops_student_total", tokens[step], step)
+            writer.add_scalar("train/flops_teacher_total", teacher[step], step)
+    found = read_run(run, "run")
+    for step in tokens:
+        assert found.total("train/tokens", step) == pytest.approx(tokens[step])
+        assert found.flops(step) == pytest.approx(tokens[step] + teacher[step])
+
+
 def test_the_teacher_stops_costing_between_two_logged_steps(tmp_path):
     run = read_run(write_run(tmp_path / "r", SALT, teacher="t", weight=0.5, kd_steps=65), "r")
     assert run.curves["train/flops_teacher_total"].steps[-1] == 60

@@ -41,6 +41,17 @@ class Curve:
         rate = values[-1] / steps[-1] if steps[-1] > 0 else 0.0
         return float(np.interp(step, steps, values) + beyond * rate)
 
+    def through(self, step: int, value: float | None = None) -> "Curve":
+        """This curve with a point of its own at `step`, if that lies between two logged ones: `value`, by default as
+        it grew until then."""
+        at = int(np.searchsorted(self.steps, step))
+        if not 0 < at < len(self.steps) or self.steps[at] == step:
+            return self
+        if value is None:
+            steps, values = np.append(0, self.steps[:at]), np.append(0.0, self.values[:at])
+            value = values[-1] + (step - steps[-1]) * (values[-1] - values[-2]) / (steps[-1] - steps[-2])
+        return Curve(np.insert(self.steps, at, step), np.insert(self.values, at, value))
+
 
 def start_number(file: Path) -> int:
     """The number of the start of the run that wrote an event file, from its name, counted from 1; 0: not known."""

@@ -176,11 +176,16 @@ class Run:
         curve, end = self.curves[tag], math.inf
         if self.began > 0 and step < curve.steps[0]:
             return math.nan  # perhaps trained with other settings
+        if tag != "train/time_s":  # it grows from one step to the next by what the settings say
+            for change in sorted(self.changes):
+                curve = curve.through(change)
         if tag == "train/flops_teacher_total":
             student = self.curves.get("train/flops_student_total", curve).steps
             after = student[student > curve.steps[-1]]  # the teacher had left when these were logged
             taught = 0 if math.isnan(self.kd_steps) else self.kd_steps
             end = min(taught, after[0] if len(after) else math.inf)
+            if 0 < taught < curve.steps[-1]:  # it grew up to there, and not after
+                curve = curve.through(int(taught), curve.values[np.searchsorted(curve.steps, taught)])
         return curve.total_at(step, end)
 
     def flops(self, step: float) -> float:
