@@ -102,13 +102,8 @@ class Check:
         max_steps, schedule, optim = self.trainer.max_steps, self._kd.schedule, self.module.optim_spec
         if self.works("phases", self._kd.setup, self.trainer, self.module, "fit"):
             taught = schedule.kd_steps(max_steps)
-            said = f"teacher in {taught} of {max_steps} steps ({taught / max_steps:.0%})" if taught else "no teacher"
-            if schedule.anneal_steps and taught:
-                said += f", its weight falls in the last {schedule.anneal_steps} of them"
-            many, late = taught > max_steps / 2, "more than half: a teacher that stays too long does harm"
-            if taught == max_steps:
-                late = "it never leaves (RKD)"
-            self.add("note" if many else "ok", "phases", f"{said}; {late}" if many else said)
+            path = self.module.teacher_spec.path
+            self.findings.append(preflight.phases(taught, max_steps, schedule.anneal_steps, path))
         if self.works("learning rate", optim.check, max_steps):
             said = f"{optim.lr:g} after {optim.warmup_steps} warm-up steps, then {optim.schedule}"
             self.add("ok", "learning rate", said)

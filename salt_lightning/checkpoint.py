@@ -363,8 +363,9 @@ def done(trainer: pl.Trainer, folder: Path) -> str | None:
         step = max((step for step, _ in saved(folder)), default=0)
     if step < trainer.max_steps:
         return None
-    loss = trainer.callback_metrics.get("val/ce")
-    parts = [f"step {step}", None if loss is None else f"val/ce {loss:.4f}", str(_at(folder, step))]
+    loss, at = (trainer.callback_metrics.get(f"val/{name}") for name in ("ce", "step"))
+    when = "" if at is None or at == step else f" at step {at:.0f}"
+    parts = [f"step {step}", None if loss is None else f"val/ce {loss:.4f}{when}", str(_at(folder, step))]
     return f"done: {', '.join(filter(None, parts))}"
 
 

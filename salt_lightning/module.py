@@ -400,7 +400,7 @@ class SALTModule(extension.Guarded):
         if self.trainer.state.fn == TrainerFn.FITTING:
             self._write(values, self.global_step)
             self.progress["val_ce"] = f"{values.get('val/ce', math.nan):.3f}"
-            self.log_dict(values, logger=False, sync_dist=True)
+            self.log_dict({**values, "val/step": float(self.global_step)}, logger=False, sync_dist=True)
         else:  # Lightning also prints and returns these
             self.log_dict({**values, "step": float(self._loaded_step)}, sync_dist=True)
 

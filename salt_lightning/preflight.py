@@ -45,6 +45,21 @@ class Finding:
             rank_zero_info(f"{self.level}: {self.about}: {told}")
 
 
+def phases(taught: int, max_steps: int, anneal_steps: int, path: str | None) -> Finding:
+    """Tells how many steps have a teacher. `anneal_steps`: of them, the ramp; `path`: the teacher's, None without."""
+    if not taught:
+        unused = f": --model.teacher.path {path} is not used with --kd.weight 0" if path else ""
+        return Finding("ok", "phases", f"no teacher{unused}")
+    said = f"teacher in {taught} of {max_steps} steps ({taught / max_steps:.0%})"
+    if anneal_steps:
+        said += f", its weight falls in the last {anneal_steps} of them"
+    if taught == max_steps:
+        return Finding("note", "phases", f"{said}; it never leaves (RKD)")
+    if taught > max_steps / 2:
+        return Finding("note", "phases", f"{said}; more than half: a teacher that stays too long does harm")
+    return Finding("ok", "phases", said)
+
+
 def rows(available: int, needed: int, max_steps: int, alike: bool = True) -> Finding:
     """Compares the rows of the training text with those that the run reads. `alike`: every step reads equally many."""
     epochs = needed / available

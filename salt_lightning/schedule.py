@@ -114,6 +114,14 @@ def kd_callbacks(trainer: pl.Trainer) -> list[KDScheduleCallback]:
     return [c for c in trainer.callbacks if isinstance(c, KDScheduleCallback)]  # type: ignore[attr-defined]
 
 
+def _validates_every(trainer: pl.Trainer) -> int | None:
+    """Optimizer steps from one validation to the next, once the loaders are known; None without a length."""
+    epochs = (trainer.check_val_every_n_epoch or 1) - 1  # without a validation
+    batches: Any = trainer.val_check_batch
+    batches += epochs * trainer.num_training_batches if epochs else 0
+    return int(batches) // trainer.accumulate_grad_batches if math.isfinite(batches) else None
+
+
 def interval_steps(share: float, max_steps: int) -> int:
     """Steps between validations, at least 1, for an interval that is a share of the run."""
     return max(1, int(round(share * max_steps, 6)))  # 0.29 * 100 is 28.999999999999996
@@ -272,6 +280,14 @@ class KDScheduleCallback(pl.Callback):
             self._check_teacher(trainer, pl_module)
             if self.schedule.steps is None and self.stop_margin is None:
                 rank_zero_info("the teacher stays to the last step (RKD), because --kd.steps is null")
+            last = self.schedule.steps or trainer.max_steps
+            if self.probe_gradients and (_validates_every(trainer) or 0) >= last:
+                rank_zero_warn(
+                    f"--kd.probe_gradients true logs nothing: there is no validation before step {last}, where the "
+                    "teacher leaves; set --trainer.val_check_interval to fewer steps"
+                )
+        elif pl_module.has_teacher and not self.schedule.kd_steps(1):
+            rank_zero_info(f"--model.teacher.path {pl_module.teacher_spec.path} is not used with --kd.weight 0")
 
     def _check_loaders(self, trainer: pl.Trainer) -> None:
         """Refuses what `check` could not know: no validation loader, or none in time with a user's own loaders."""
@@ -279,11 +295,7 @@ class KDScheduleCallback(pl.Callback):
             raise ConfigError(
                 f"--kd.stop_margin {self.stop_margin} acts at validations, but there is no loader for them"
             )
-        epochs = (trainer.check_val_every_n_epoch or 1) - 1  # without a validation
-        batches: Any = trainer.val_check_batch
-        batches += epochs * trainer.num_training_batches if epochs else 0
-        if math.isfinite(batches):  # else the loader has no length
-            steps = int(batches) // trainer.accumulate_grad_batches
+        if (steps := _validates_every(trainer)) is not None:
             self._require_validation(steps, self.schedule.steps or trainer.max_steps)
 
     def _check_teacher(self, trainer: pl.Trainer, module: Any) -> None:

@@ -745,7 +745,7 @@ CONFIGS = {
     "a group of callbacks left empty": (b"answers:\n", r"--config .*c.yaml, line 1: answers is empty; indent"),
     "sizes left empty": (
         b"model: {student: {config: }}\n",
-        r"--model.student.config None must be a mapping of its settings; leave it out for the defaults",
+        r"--model.student.config null must be a mapping of its settings; leave it out for the defaults",
     ),
     "a list for a group": (b"data: [1]\n", r"--data .*must be a mapping of its settings"),
     "a misspelt key": (

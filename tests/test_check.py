@@ -336,6 +336,7 @@ def test_a_run_folder_that_is_taken(checked, tmp_path):
         ),
         ({"check.memory_gib": 80}, "micro-batch", "ok", "the largest that fits: 8"),
         ({"kd.weight": 0, "model.teacher.path": None, "kd.steps": None}, "phases", "ok", "no teacher"),
+        ({"kd.weight": 0}, "phases", "ok", "is not used with --kd.weight 0"),
     ],
 )  # fmt: skip
 def test_one_finding(checked, overrides, about, level, says):

@@ -447,6 +447,8 @@ def test_seeds_of_one_experiment_are_a_group(tmp_path):
     for seed in range(3):
         folder = tmp_path / f"seed{seed}"
         add = {"seed_everything": seed, "data.seed": seed, "trainer.enable_progress_bar": [None, True, False][seed]}
+        add |= {"trainer.max_time": [None, "00:01:00:00"][seed % 2], "kd.probe_gradients": seed > 1}
+        add |= {"trainer.log_every_n_steps": 10 + seed, "trainer.num_sanity_val_steps": seed}
         shift = seed / 8
         paths += [
             write_run(folder / f"baseline-s{seed}", {s: c + shift for s, c in BASELINE.items()}, **add),
@@ -1791,23 +1793,23 @@ def test_a_better_tuned_baseline_is_told(tmp_path):
 
 def test_answers_have_a_table_of_their_own(three):
     shares = {"examples": 120, "choice_accuracy": 0.5546, "choice_accuracy_low": 0.4911, "choice_accuracy_high": 0.6164,
-              "choice_accuracy_majority": 0.62}  # fmt: skip
+              "choice_accuracy_majority": 0.62, "choice_accuracy_chance": 0.5}  # fmt: skip
     assert "## Answers" not in report.markdown(evaluate(load(three)))
     with SummaryWriter(str(three[1] / "test")) as writer:
         for name, value in shares.items():
             writer.add_scalar(f"test/{name}", value, 300)
     shown = report.markdown(evaluate(load(three))).partition("## Answers of the test\n\n")[2]
     assert shown.splitlines()[:3] == [
-        "| run  | examples |  choice accuracy (95%) | the majority's |",
-        "|------|---------:|-----------------------:|---------------:|",
-        "| salt |      120 | 55.5% (49.1% to 61.6%) |          62.0% |",
+        "| run  | examples |  choice accuracy (95%) | the majority's | chance |",
+        "|------|---------:|-----------------------:|---------------:|-------:|",
+        "| salt |      120 | 55.5% (49.1% to 61.6%) |          62.0% |  50.0% |",
     ]
     with SummaryWriter(str(three[1] / "test"), filename_suffix=".start-9") as writer:
         for end, value in (("", 0.25), ("_low", 0.125), ("_high", 0.5), ("_majority", 0.0625)):
             writer.add_scalar(f"test/exact_match{end}", value, 300)
     both = report.markdown(evaluate(load(three))).partition("## Answers of the test\n\n")[2].splitlines()[2]
     cells = [cell.strip() for cell in both.strip("|").split("|")]
-    assert cells[2:] == ["25.0% (12.5% to 50.0%)", "6.2%", "55.5% (49.1% to 61.6%)", "62.0%"]
+    assert cells[2:] == ["25.0% (12.5% to 50.0%)", "6.2%", "55.5% (49.1% to 61.6%)", "62.0%", "50.0%"]
 
 
 def test_many_experiments_are_told_apart_in_the_figure(tmp_path):

@@ -768,6 +768,29 @@ def test_the_log_says_that_the_teacher_left_and_what_it_brought_or_that_it_stays
     assert "stays to the last step" not in caplog.text
     assert fit_with(tmp_path / "rkd", **{**own, "kd.steps": None}) == 0
     assert caplog.text.count("the teacher stays to the last step (RKD), because --kd.steps is null") == 1
+    assert "is not used" not in caplog.text
+    assert fit_with(tmp_path / "baseline", **{**own, "kd.weight": 0.0}) == 0
+    assert caplog.text.count(f"--model.teacher.path {teacher} is not used with --kd.weight 0") == 1
+
+
+@pytest.mark.parametrize("every", [5, 6, 12])
+def test_a_gradient_probe_that_no_validation_makes_is_said(fit_with, teacher, tmp_path, every):
+    """Phase 1 has 6 steps; a validation after the last of them finds no teacher."""
+    own = {"kd.weight": 0.5, "kd.steps": 6, "model.teacher.path": teacher, "kd.probe_gradients": True,
+           "trainer.val_check_interval": every}  # fmt: skip
+    said = "--kd.probe_gradients true logs nothing: there is no validation before step 6"
+    with pytest.warns(UserWarning, match=said) if every > 5 else nullcontext():
+        assert fit_with(tmp_path / "run", **own) == 0
+    assert bool(scalars(tmp_path / "run", ("probe/grad_cosine",))) == (every == 5)
+
+
+def test_the_last_line_says_of_which_step_its_loss_is(fit_with, tmp_path, capsys):
+    own = {"kd.weight": 0.0, "trainer.max_steps": 12}
+    assert fit_with(tmp_path / "run", **own, **{"trainer.val_check_interval": 5}) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert re.fullmatch(r"done: step 12, val/ce \d\.\d{4} at step 10, \S+", last)
+    loss = scalars(tmp_path / "run")["val/ce"][10]
+    assert f"val/ce {loss:.4f} at step 10" in last
 
 
 def test_the_time_of_a_run_leaves_validation_out_and_goes_on_after_a_resume(fit_with, tmp_path):

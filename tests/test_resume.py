@@ -804,6 +804,8 @@ def test_a_run_without_time_left_is_refused(fit, tmp_path, capsys):
     step = max(int(path.stem.removeprefix("step-")) for path in (tmp_path / "run/checkpoints").glob("*.ckpt"))
     more = {**long, "trainer.max_time": "00:01:00:00", "ckpt_path": "last"}
     assert fit(tmp_path / "run", stop_at=step + 2, **more) == 128 + signal.SIGTERM
+    # Lightning would warn of the timer's state, which only another limit needs
+    assert fit(tmp_path / "run", stop_at=step + 4, **{**more, "trainer.max_time": None}) == 128 + signal.SIGTERM
 
 
 def stop_softly(self, trainer, pl_module, loss):

@@ -30,6 +30,8 @@ def silence_libraries() -> None:
     warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # torch.compile's advice, as above
     # not true here: the first and the last step are always logged
     warnings.filterwarnings("ignore", ".*is smaller than the logging interval.*")
+    # max_time's; it is a limit of one start
+    warnings.filterwarnings("ignore", r".*Please add the following callbacks: \['Timer'\]")
     warnings.filterwarnings("ignore", "this module has no student")  # after ddp_spawn; the last line names its file
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line for each retry without a network
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):

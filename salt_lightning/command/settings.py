@@ -92,7 +92,8 @@ def wrong_groups(config: Namespace) -> list[str]:
     """Groups of settings that are not mappings, e.g. an empty `model:` in a file."""
     for name in _GROUPS:
         if name in config and not isinstance(config[name], Namespace | dict):
-            return [f"--{name} {config[name]} must be a mapping of its settings; leave it out for the defaults"]
+            value = "null" if config[name] is None else config[name]
+            return [f"--{name} {value} must be a mapping of its settings; leave it out for the defaults"]
     return []
 
 

@@ -177,7 +177,7 @@ def _parts_table(rows: list[Row]) -> str:
 
 
 def _answers_table(rows: list[Row]) -> str:
-    """Accuracy of the answers in `test`, next to that of always giving the most frequent one."""
+    """Accuracy of the answers in `test`, next to that of always giving the most frequent one, and of guessing."""
     kinds = (  # with the heading of what the most frequent answer gets, which differs between the two
         ("exact match", "test/exact_match", "the commonest answer's"),
         ("choice accuracy", "test/choice_accuracy", "the majority's"),
@@ -194,6 +194,9 @@ def _answers_table(rows: list[Row]) -> str:
         if set(share) != {"-"}:
             columns[f"{name} (95%)"] = [f"{s} ({a} to {b})" for s, a, b in zip(share, low, high, strict=True)]
             columns[of_most] = most
+    chance = [number(row.last.get("test/choice_accuracy_chance"), ".1%") for row in tested]
+    if set(chance) != {"-"}:
+        columns["chance"] = chance
     return "## Answers of the test\n\n" + table(columns, text=("run",))
 
 

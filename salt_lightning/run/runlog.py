@@ -260,7 +260,10 @@ def read_run(path: str | Path, name: str) -> Run:
 
 
 # Settings that change no result. With half the micro-batch, e.g. after running out of memory, it is the same run.
-_AROUND = re.compile(r"data\.(\w+_workers|cache_dir|micro_batch_size)$|checkpoint\.|kd\.allow_|answers\.")
+_AROUND = re.compile(
+    r"data\.(\w+_workers|cache_dir|micro_batch_size)$|checkpoint\.|kd\.(allow_|probe_)|answers\."
+    r"|trainer\.(max_time|log_every_n_steps|num_sanity_val_steps)$"
+)
 _SHOWN = re.compile(r"trainer\.(enable_progress_bar|enable_model_summary|logger|callbacks$)")
 # Settings whose path may point into a run. Not those of texts: s1.jsonl and s2.jsonl are different texts.
 _PLACES = re.compile(

@@ -197,8 +197,9 @@ class TokenFiles:
         entry = self.manifest["splits"][split]
         for name, file in entry["files"].items():
             path = self.folder / name
-            size = path.stat().st_size if path.exists() else 0
-            if size != file["bytes"]:
+            if not path.exists():
+                raise _damage(path, "is missing", folder)
+            if (size := path.stat().st_size) != file["bytes"]:
                 raise _damage(path, f"has {size} bytes instead of {file['bytes']}", folder)
             if file["bytes"] and _page_checksum(path) != file["pages"]:
                 raise _damage(path, "has the right size, but other content than was written", folder)
