@@ -418,12 +418,20 @@ def pieces(text: str) -> Iterator[str]:
 def token_bytes(text: str, offsets: list[tuple[int, int]]) -> np.ndarray:
     """UTF-8 bytes of `text` that each token accounts for (int32); their sum is always the text's size.
 
-    A token gets the bytes from the furthest end of earlier tokens to its own end; the last one gets the
-    rest. A character that several tokens share belongs to the first. `offsets`: (start, end) in characters.
+    A token gets the bytes from the furthest end of earlier tokens to its own end; the last one gets the rest. The bytes
+    of a character that several tokens share are divided among them: a document's first token has no label, and would
+    otherwise take the bytes of others that have one. `offsets`: (start, end) in characters.
     """
     code_points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
     widths = 1 + (code_points >= 0x80) + (code_points >= 0x800) + (code_points >= 0x10000)
     bytes_before = np.concatenate([[0], np.cumsum(widths)])
-    ends = bytes_before[np.maximum.accumulate([end for _, end in offsets])]
+    start, end = np.array(offsets).T
+    furthest = np.maximum.accumulate(end)
+    ends = bytes_before[furthest]
+    if not np.diff(furthest).all():
+        last = np.diff(bytes_before, prepend=0)[furthest]  # bytes of the last character so far
+        sharing = np.concatenate([[0], np.cumsum((end == furthest) & (start < end))])
+        before, after = (sharing[np.searchsorted(furthest, furthest, side)] for side in ("left", "right"))
+        ends -= last - last * (sharing[1:] - before) // np.maximum(after - before, 1)
     ends[-1] = bytes_before[-1]
     return np.diff(ends, prepend=0).astype(np.int32)
