@@ -4,6 +4,7 @@ Further forms of messages on files and tokens are tested beside the code (test_p
 """
 
 import json
+import logging
 import multiprocessing
 import os
 import re
@@ -568,6 +569,16 @@ def test_bad_input_is_one_line_that_names_the_setting(case, settings, teacher, b
     line = one_line(capsys)
     assert re.search(message, line), line
     assert not (tmp_path / "run").exists()  # the next start there is a first one
+
+
+def test_of_a_weight_that_is_missing_transformers_prints_no_table(settings, bad, tmp_path, monkeypatch):
+    printed = []
+    handler = logging.Handler()
+    handler.emit = lambda record: printed.append(record.getMessage())
+    monkeypatch.setattr(logging.getLogger("transformers"), "handlers", [handler])
+    own = {"run": str(tmp_path / "run"), "kd.weight": 0.5, "kd.steps": 6, "model.teacher.path": f"{bad}/lacks"}
+    assert run(["fit", *arguments(settings, own)]) == 2
+    assert printed == []
 
 
 def test_what_cannot_be_read_in_a_file_hides_nothing_else_in_it(settings, tmp_path, capsys):

@@ -34,6 +34,8 @@ def silence_libraries() -> None:
     warnings.filterwarnings("ignore", r".*Please add the following callbacks: \['Timer'\]")
     warnings.filterwarnings("ignore", "this module has no student")  # after ddp_spawn; the last line names its file
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line for each retry without a network
+    # a table of all weights that a model folder lacks or has too many: models.py says it in a line
+    logging.getLogger("transformers.modeling_utils").addFilter(_is_no_report)
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).addFilter(_escape_and_select)
 
@@ -90,6 +92,10 @@ def steady_interrupts() -> Iterator[None]:
     finally:
         if before is not None and threading.current_thread() is threading.main_thread():  # other threads cannot set it
             signal.signal(signal.SIGINT, before)
+
+
+def _is_no_report(record: logging.LogRecord) -> bool:
+    return " LOAD REPORT" not in record.getMessage()
 
 
 def _escape_and_select(record: logging.LogRecord) -> bool:
