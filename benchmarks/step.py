@@ -4,10 +4,12 @@
     python benchmarks/step.py --boundary --sizes 124m the plain phase after a boundary and BASELINE, alternately
     python benchmarks/step.py --tiny                  any CPU, seconds: shows that it runs
 
-Each size runs in its own process, whose output goes to stderr. Blocks of KD and plain steps alternate, so that drift of
-the GPU cancels; the hand-written loops follow one after another. A step's time is the mean of its block, including
-logged steps and waiting for data; the 95% interval comes from the blocks. The claim is the ratios, not the times. The
-teacher's weights are random: they do not affect the cost of a step. `paper` is configs/paper_2.8b.yaml with one
+Each size runs in its own process, whose output goes to stderr. Blocks of KD and plain steps alternate, and after each
+plain block every hand-written loop takes a turn of a few steps, all within one fit, so that drift of the GPU cancels.
+The first round of blocks and turns compiles and is not counted. A step's time is the mean of its block or turn (in a
+fit including logged steps and waiting for data); `plain / ...` is the mean of the ratios of each plain block to the
+turn after it. The 95% intervals come from the blocks, or from these ratios. The claim is the ratios, not the times.
+The teacher's weights are random: they do not affect the cost of a step. `paper` is configs/paper_2.8b.yaml with one
 micro-batch per step; `2.8b` is the same pair without activation checkpointing, with weights in bf16.
 """
 
@@ -23,9 +25,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -36,19 +39,25 @@ import lightning.pytorch as pl
 import torch
 import yaml
 from torch.nn.functional import cross_entropy
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.initialization import no_init_weights
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from head_loss import Case, full_loss, liger, naive, named
 
 from salt_lightning import cli, flops
+from salt_lightning.batches.rows import document_borders
 from salt_lightning.checkpoint import RunCheckpoint
 from salt_lightning.head import chunked_head
 from salt_lightning.hugging_face.spec import ModelSpec
-from salt_lightning.models import CausalLM, build_fresh
+from salt_lightning.models import CausalLM, build_fresh, from_config
 from salt_lightning.text.journal import whole
 
-BLOCKS = 8  # KD and plain, alternating
-TURNS = 4  # fits with a boundary, and the same number of BASELINE
+BLOCKS = 8  # KD and plain, alternating; after each plain block a turn of every hand-written loop
+LOOP_STEPS = 60  # of each hand-written loop, at most
+PLAIN_WAYS = ("hand", "full_logits", "transformers")
+FITS = 4  # fits with a boundary, and the same number of BASELINE
 WEIGHT = 0.667
 T_975 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36)  # for 1, 2 ... degrees of freedom
 
@@ -90,10 +99,15 @@ def sizes(width: int, layers: int, vocab: int, head_dim: int = 64) -> dict[str, 
 
 
 class Alternate(pl.Callback):
-    """Removes the teacher or puts it back every `block` steps, and times each optimizer step."""
+    """Removes the teacher or puts it back every `block` steps, and times each optimizer step.
 
-    def __init__(self, block: int, skip: int) -> None:
-        self.block, self.skip = block, skip
+    After each plain block the hand-written loops take a turn; then it calls `done` with itself and the module.
+    """
+
+    def __init__(self, block: int, skip: int, done: Callable[[Alternate, Any], None]) -> None:
+        self.block, self.skip, self.done = block, skip, done
+        self.loops: Loops | None = None
+        self.batches: deque[Any] = deque(maxlen=8)
         self.marks: list[Any] = []
         self.waits_s: list[float] = []  # for data, up to each mark
         self.kinds: list[str] = []
@@ -106,12 +120,15 @@ class Alternate(pl.Callback):
         if trainer.global_step % self.block == 0:  # off the GPU: in the plain phase there is no teacher on it
             self._teacher.to(pl_module.device if taught else "cpu")
         pl_module.__dict__["teacher"] = self._teacher if taught else None
+        self.batches.append(batch)
         if not taught:
             pl_module.kd_weight.zero_()
         if trainer.global_step % self.block == self.skip and pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        self.kinds.append("kd" if taught else "plain")
         self._mark(trainer, pl_module)
+        if taught and trainer.global_step and trainer.global_step % self.block == 0:
+            self._turn(trainer, pl_module)  # counts as part of the next step, which `skip` leaves out
+        self.kinds.append("kd" if taught else "plain")
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
         # Not after the step: a logged step resets the peak (SALTModule._log_step).
@@ -121,8 +138,14 @@ class Alternate(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._mark(trainer, pl_module)
+        pl_module.__dict__["teacher"] = self._teacher.to(pl_module.device)
+        self._turn(trainer, pl_module)
+
+    def _turn(self, trainer: pl.Trainer, module: Any) -> None:
         self.milliseconds = spans(self.marks)
-        pl_module.__dict__["teacher"] = self._teacher
+        self.loops = self.loops or Loops(module, trainer.optimizers[0], list(self.batches))
+        self.loops.take_turn(max(3, min(self.block, LOOP_STEPS) // (BLOCKS // 2)))
+        self.done(self, module)
 
     def _mark(self, trainer: pl.Trainer, module: Any) -> None:
         self.marks.append(mark(module.device))
@@ -186,7 +209,9 @@ def spans(marks: list[Any]) -> list[float]:
 def interval(blocks: list[float]) -> float:
     """Half the width of the 95% interval of the blocks' mean, by Student's t."""
     freedom = min(len(blocks) - 1, len(T_975))
-    return T_975[freedom - 1] * statistics.stdev(blocks) / math.sqrt(len(blocks)) if freedom else math.nan
+    if not freedom or math.isnan(sum(blocks)):
+        return math.nan
+    return T_975[freedom - 1] * statistics.stdev(blocks) / math.sqrt(len(blocks))
 
 
 def write_text(path: Path, num_documents: int) -> None:
@@ -244,7 +269,7 @@ def boundary(name: str, folder: Path, save: Callable[[dict[str, Any]], None]) ->
     first = min(20, pair.steps)
     own = {"trainer.max_steps": first + pair.steps, "kd.steps": first // 2}
     found: dict[str, list[After]] = {"after": [], "baseline": []}
-    for turn in range(TURNS):
+    for turn in range(FITS):
         if pair.config is not None:
             torch.compiler.reset()  # with activation checkpointing each fit compiles anew; after eight, Dynamo gives up
         for kind in list(found)[:: 1 if turn % 2 == 0 else -1]:  # so that drift of the GPU cancels
@@ -261,14 +286,20 @@ def boundary(name: str, folder: Path, save: Callable[[dict[str, Any]], None]) ->
 
 
 def measure(name: str, folder: Path, save: Callable[[dict[str, Any]], None]) -> None:
-    """Measures one size: a teacher, the alternating run by command line, then the loops; saves each result at once."""
+    """Measures one size: a teacher, and the alternating run by command line; saves what is known after each round."""
     pair, settings = PAIRS[name], settings_of(name, folder)
     settings |= {"run": folder / name / "student", "trainer.max_steps": pair.steps * BLOCKS, "kd.steps": "null"}
-    alternate = Alternate(pair.steps, skip=min(10, pair.steps // 3))
-    module = run_fit(settings, [alternate])
+
+    def done(alternate: Alternate, module: Any) -> None:
+        save(result_of(name, alternate, module))
+
+    run_fit(settings, [Alternate(pair.steps, min(10, pair.steps // 3), done)])
+
+
+def result_of(name: str, alternate: Alternate, module: Any) -> dict[str, Any]:
     kd, plain = alternate.blocks("kd"), alternate.blocks("plain")
     forward = module.meter.forward_flops
-    tokens = pair.rows * pair.block
+    tokens = PAIRS[name].rows * PAIRS[name].block
     student_flops, teacher_flops = flops.student_flops(forward["student"], tokens), forward["teacher"] * tokens
     result = {
         "size": ", ".join([name, *slow_paths(module)]),
@@ -278,10 +309,12 @@ def measure(name: str, folder: Path, save: Callable[[dict[str, Any]], None]) -> 
         "peak_kd_gib": alternate.peaks.get("kd", math.nan), "peak_plain_gib": alternate.peaks.get("plain", math.nan),
         "wait_share": alternate.wait_share(),
     }  # fmt: skip
-    save(result)
-    for kind, milliseconds in own_loops(module, pair, min(pair.steps, 60)):
-        result[f"{kind}_ms"] = milliseconds
-        save(result)
+    for kind, turns in alternate.loops.milliseconds.items():
+        turns = turns[-len(plain) :]  # those after the counted plain blocks
+        ratios = [a / b for a, b in zip(plain, turns, strict=True)]
+        result |= {f"{kind}_ms": statistics.mean(turns), f"plain_to_{kind}": statistics.mean(ratios)}
+        result[f"plain_to_{kind}_interval"] = interval(ratios)
+    return result
 
 
 def slow_paths(module: Any) -> list[str]:
@@ -334,91 +367,152 @@ def chunks(case: Case) -> torch.Tensor:
     return torch.stack(losses).mean()
 
 
-def own_loops(module: Any, pair: Pair, steps: int) -> Iterator[tuple[str, float]]:
-    """Hand-written loops over the same compiled models in the same process: yields name and ms per step.
+def transformers_loss(student: CausalLM, recompute: bool) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """transformers' own model with its own loss, compiled as a whole; called with ids_BT and shifted labels_BT.
 
-    NaN: it does not fit, fails, or computes another loss. Plain: `hand`, our loss without Lightning, and `full_logits`,
-    compiled cross-entropy over all logits at once. KD: `kd_hand`, our loss; `kd_full`, all logits of both models,
-    compiled, as in scripts on top of Hugging Face; `kd_chunks`; `kd_liger`.
+    It holds the student's own Parameters, so it needs no memory for weights and no second optimizer. Its attention is
+    transformers' sdpa, causal over whole rows: documents see each other. As it comes, a compiled model builds a mask of
+    T x T at every step, which keeps sdpa from flash attention; a registered mask function that builds none is faster.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # a fit leaves its module on the CPU
-    student, teacher = module.student.to(device).train(), module.teacher.to(device)
-    loader = module.trainer.datamodule.train_dataloader()
-    loader.start = lambda: 0
-    batches = [{k: v.to(device) for k, v in batch.items()} for batch, _ in zip(loader, range(8), strict=False)]
-    optimizer = module.optim_spec.build(student.named_parameters())
-    in_fit = module.trainer.precision_plugin.train_step_context  # another global state would compile the models anew
-    module.kd_weight = torch.tensor(WEIGHT, device=device)
-    low = torch.bfloat16 if device.type == "cuda" else torch.float32
+    AttentionInterface.register("causal_sdpa", sdpa_attention_forward)
+    AttentionMaskInterface.register("causal_sdpa", lambda *_, **__: None)
+    own = student.model
+    with own.device, no_init_weights():  # not on meta: rotary frequencies are in no state dict
+        model = from_config(deepcopy(own.config), dtype=own.dtype, attn_implementation="causal_sdpa").train()
+    model.load_state_dict(own.state_dict(keep_vars=True), assign=True)
+    if recompute:  # the name in newer versions of transformers, and in older ones
+        (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
 
-    def full_plain(hidden_ND: Any, head_VD: Any, labels_N: Any) -> Any:
-        return cross_entropy((hidden_ND @ head_VD.T).float(), labels_N)
+    def loss(ids_BT: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
+        return model(input_ids=ids_BT, labels=labels_BT, shift_labels=labels_BT, use_cache=False).loss
 
-    if device.type == "cuda":
-        full_plain = torch.compile(full_plain)
-    full_kd = torch.compile(naive, dynamic=False) if device.type == "cuda" else naive
-    ways = {"hand": None, "full_logits": full_plain, "kd_hand": None, "kd_full": full_kd, "kd_chunks": chunks}
-    ways["kd_liger"] = liger
+    return torch.compile(loss, dynamic=False) if own.device.type == "cuda" else loss
 
-    def loss_of(kind: str, labels_N: Any, teacher_out: Any, h: Any, w: Any, b: Any) -> Any:
-        if ways[kind] is None:
-            return module.step_loss(labels_N, teacher_out, (labels_N >= 0).sum().float(), h, w, b)
-        torch.set_default_dtype(torch.float32)  # for a rival's sums; the fit's context, around this, resets it
-        h, w = h.to(low), w.to(low)
-        if teacher_out is None:
-            return ways[kind](h, w, labels_N)
-        th, tw = (t.to(low) for t in teacher_out[:2])
-        return ways[kind](Case(h, w, labels_N, th, tw, WEIGHT))
 
-    def loss_on(batch: dict[str, Any], kind: str) -> Any:
+def whole_rows(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch as if each row were one document; its labels stay."""
+    positions_BT = torch.arange(batch["positions"].shape[1]).expand(batch["positions"].shape).contiguous()
+    cu_seqlens = torch.from_numpy(document_borders(positions_BT.numpy()))
+    device = batch["positions"].device
+    return batch | {"positions": positions_BT.to(device), "cu_seqlens": cu_seqlens.to(device)}
+
+
+class Loops:
+    """Hand-written loops over the model, optimizer and batches of a fit, in its process, between its steps.
+
+    Plain: `hand`, our loss without Lightning; `full_logits`, compiled cross-entropy over all logits at once, behind the
+    same compiled model; `transformers`, its own model and loss. KD: `kd_hand`, our loss; `kd_full`, all logits of both
+    models, compiled, as in scripts on top of Hugging Face; `kd_chunks`; `kd_liger`. `milliseconds`: the mean step of
+    each turn. A loop that does not fit, fails, or computes another loss has NaN from then on.
+    """
+
+    def __init__(self, module: Any, optimizer: torch.optim.Optimizer, batches: list[dict[str, Any]]) -> None:
+        self.module, self.optimizer, self.batches = module, optimizer, batches
+        self.student, self.teacher, self.device = module.student, module.teacher, module.device
+        self.low = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.in_fit = module.trainer.precision_plugin.train_step_context  # in another global state all compiles anew
+
+        def full_plain(hidden_ND: Any, head_VD: Any, labels_N: Any) -> Any:
+            return cross_entropy((hidden_ND @ head_VD.T).float(), labels_N)
+
+        full_kd = naive
+        if self.device.type == "cuda":
+            full_plain, full_kd = torch.compile(full_plain), torch.compile(naive, dynamic=False)
+        self.ways: dict[str, Any] = {
+            "hand": None, "full_logits": full_plain, "transformers": None,  # see _check
+            "kd_hand": None, "kd_full": full_kd, "kd_chunks": chunks, "kd_liger": liger,
+        }  # fmt: skip
+        self.milliseconds: dict[str, list[float]] = {kind: [] for kind in self.ways}
+        self.failed: set[str] = set()
+
+    def take_turn(self, steps: int) -> None:
+        """Each loop makes a few steps, every second time in the opposite order."""
+        turn = len(self.milliseconds["hand"])
+        of_next_step = self.module.kd_weight.clone()
+        self.module.kd_weight.fill_(WEIGHT)
+        self.optimizer.zero_grad(set_to_none=True)  # the fit does so later, when it needs gradients
+        if turn == 0:  # before the loops change the weights
+            for kind in self.ways:
+                self._attempt(kind, self._check)
+        for kind in list(self.ways)[:: 1 if turn % 2 == 0 else -1]:
+            self.milliseconds[kind].append(self._attempt(kind, partial(self._run, steps=steps)))
+        self.module.kd_weight.copy_(of_next_step)
+
+    def _attempt(self, kind: str, call: Callable[[str], float]) -> float:
+        """Calls for a loop that has not failed; leaves no memory of it to the next one and to the fit."""
+        found = math.nan
+        if kind not in self.failed:
+            try:
+                found = call(kind)
+            except Exception as error:
+                print(f"{kind}: {named(error)}", file=sys.stderr)
+                self.failed.add(kind)
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        return found
+
+    def _check(self, kind: str) -> float:
+        """Returns the loop's loss; raises ValueError if it or its gradient is not ours. 16-bit logits explain less than
+        these tolerances. The loss alone would not show wrong labels: the models know little more than frequencies."""
+        batch = self.batches[0]
+        if kind == "transformers":
+            self.ways[kind] = transformers_loss(self.student, self.module.hparams["activation_checkpointing"])
+        # transformers' model does not see where documents end
+        alike = whole_rows(batch) if kind == "transformers" else batch
+        same_as, own_grad_D, entropy = self._values(alike, "kd_hand" if kind.startswith("kd") else "hand")
+        found, grad_D, _ = self._values(batch, kind)
+        if kind == "kd_liger":  # its soft term is the KL, which has the same gradient
+            same_as -= WEIGHT * entropy
+        off = ((grad_D - own_grad_D).norm() / own_grad_D.norm()).item()
+        if not (abs(found - same_as) <= 0.02 * same_as and off <= 0.1):
+            raise ValueError(f"computes {found:.4f}, ours is {same_as:.4f}; gradients differ by {off:.1%}")
+        return found
+
+    def _values(self, batch: dict[str, Any], kind: str) -> tuple[float, torch.Tensor, float]:
+        """A loop's loss, its gradient for the last norm's weights, and the teacher's entropy in nats per token."""
+        out = self._loss_on(batch, kind)
+        loss = getattr(out, "loss", out)  # our loss comes with its sums
+        loss.backward()
+        norm_D = [p for p in self.student.parameters() if p.ndim == 1][-1]
+        grad_D = norm_D.grad.float().clone()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.item(), grad_D, 0.0 if out is loss else (out.teacher_entropy_sum / out.tokens).item()
+
+    def _run(self, kind: str, steps: int) -> float:
+        """Milliseconds per step of a turn, without the first steps, which refill caches."""
+        marks = []
+        for number in range(steps):
+            marks.append(mark(self.device))
+            loss = self._loss_on(self.batches[number % len(self.batches)], kind)
+            getattr(loss, "loss", loss).backward()
+            torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        marks.append(mark(self.device))
+        return statistics.mean(spans(marks)[steps // 3 :])
+
+    def _loss_on(self, batch: dict[str, Any], kind: str) -> Any:
         inputs, teacher_out = (batch["input_ids"], batch["positions"]), None
-        with in_fit():
+        with self.in_fit():
+            if kind == "transformers":
+                torch.set_default_dtype(torch.float32)  # as in its own loop; the fit's context, around this, resets it
+                return self.ways[kind](batch["input_ids"], batch["labels"])
             if kind.startswith("kd"):
                 with torch.no_grad():
-                    teacher_out = teacher(*inputs, cu_seqlens=batch["cu_seqlens"])
-            then = partial(loss_of, kind, batch["labels"].flatten(), teacher_out)
-            return student(*inputs, then, batch["cu_seqlens"])
+                    teacher_out = self.teacher(*inputs, cu_seqlens=batch["cu_seqlens"])
+            then = partial(self._head_loss, kind, batch["labels"].flatten(), teacher_out)
+            return self.student(*inputs, then, batch["cu_seqlens"])
 
-    def step(batch: dict[str, Any], kind: str) -> None:
-        loss = loss_on(batch, kind)
-        getattr(loss, "loss", loss).backward()  # our loss comes with its sums
-        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    first, entropy = {}, 0.0  # losses, and the teacher's entropy in nats per token
-    for kind in ways:  # before any step, so that all have the same weights
-        try:
-            loss = loss_on(batches[0], kind)
-            first[kind] = getattr(loss, "loss", loss).item()
-            if kind == "kd_hand":
-                entropy = (loss.teacher_entropy_sum / loss.tokens).item()
-        except Exception:  # reported below
-            continue
-        finally:
-            loss = None  # frees its graph
-    for kind in ways:
-        same_as = first.get("kd_hand" if kind.startswith("kd") else "hand", math.nan)
-        same_as -= (
-            WEIGHT * entropy if kind == "kd_liger" else 0.0
-        )  # its soft term is the KL, which has the same gradient
-        if abs(first.get(kind, same_as) - same_as) > 0.02 * same_as:  # competitors round logits to bf16
-            print(f"{kind} computes {first[kind]:.4f}, ours is {same_as:.4f}: not the same loss", file=sys.stderr)
-            yield kind, math.nan
-            continue
-        try:
-            marks = []
-            for number in range(steps):
-                marks.append(mark(device))
-                step(batches[number % len(batches)], kind)
-            marks.append(mark(device))
-            yield kind, statistics.mean(spans(marks)[min(10, steps // 3) :])
-        except Exception as error:
-            print(f"{kind}: {named(error)}", file=sys.stderr)
-            yield kind, math.nan
-        optimizer.zero_grad(set_to_none=True)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+    def _head_loss(self, kind: str, labels_N: Any, teacher_out: Any, *own: Any) -> Any:
+        if self.ways[kind] is None:
+            return self.module.step_loss(labels_N, teacher_out, (labels_N >= 0).sum().float(), *own)
+        torch.set_default_dtype(torch.float32)  # for a rival's sums, as above
+        hidden_ND, head_VD = (t.to(self.low) for t in own[:2])
+        if teacher_out is None:
+            return self.ways[kind](hidden_ND, head_VD, labels_N)
+        th, tw = (t.to(self.low) for t in teacher_out[:2])
+        return self.ways[kind](Case(hidden_ND, head_VD, labels_N, th, tw, WEIGHT))
 
 
 def matrix_rates() -> tuple[float, float]:
@@ -438,8 +532,9 @@ def matrix_rates() -> tuple[float, float]:
 def heading() -> str:
     return (
         "| size | KD ms | plain ms | KD / plain | FLOP ratio | x ideal | plain / hand loop | plain / full logits | "
-        "KD with full logits, chunks, Liger / ours | MFU relative to the matrix rate under load, in a burst (TFLOP/s), "
-        "the vendor's peak | tokens/s KD / plain | loader wait | peak GiB KD / plain |\n|---" + "|---:" * 12 + "|"
+        "plain / transformers | KD with full logits, chunks, Liger / ours | MFU relative to the matrix rate under "
+        "load, in a burst (TFLOP/s), the vendor's peak | tokens/s KD / plain | loader wait | "
+        "peak GiB KD / plain |\n|---" + "|---:" * 13 + "|"
     )
 
 
@@ -449,12 +544,13 @@ def line(measured: dict[str, Any]) -> str:
     ratio = r["kd_ms"] / fastest
     rate = r["student_flops"] / (r["plain_ms"] / 1e3)
     used = [f"{rate / r[peak]:.1%} of {r[peak] / 1e12:.0f}" for peak in ("steady", "burst", "peak")]
+    loops = " | ".join(f"{r[f'plain_to_{way}']:.3f} ± {r[f'plain_to_{way}_interval']:.3f}" for way in PLAIN_WAYS)
     rivals = ", ".join(f"{r[f'kd_{way}_ms'] / r['kd_hand_ms']:.2f}" for way in ("full", "chunks", "liger"))
     return (
         f"| {r['size']} | {r['kd_ms']:.2f} ± {r['kd_interval']:.2f} "
         f"| {r['plain_ms']:.2f} ± {r['plain_interval']:.2f} "
         f"| {ratio:.3f} | {r['flop_ratio']:.3f} | {ratio / r['flop_ratio']:.3f} "
-        f"| {r['plain_ms'] / r['hand_ms']:.3f} | {r['plain_ms'] / r['full_logits_ms']:.3f} | {rivals} "
+        f"| {loops} | {rivals} "
         f"| {', '.join(used)} | {1e3 * r['tokens'] / r['kd_ms']:,.0f} / {1e3 * r['tokens'] / r['plain_ms']:,.0f} "
         f"| {r['wait_share']:.2%} | {r['peak_kd_gib']:.2f} / {r['peak_plain_gib']:.2f} |"
     )

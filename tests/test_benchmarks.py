@@ -76,9 +76,11 @@ def test_step(tmp_path, run_apart, monkeypatch):
     out = run_apart("step.py", "--tiny")
     row = next(line for line in out.splitlines() if line.startswith("| tiny"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert len(cells) == 13
+    assert len(cells) == 14
     assert float(cells[4]) > 1  # the teacher's forward costs FLOPs
-    assert all(float(rival) > 0 for rival in cells[8].split(", "))  # NaN if a competitor computes another loss
+    plain = [cell.split(" ± ") for cell in cells[6:9]]  # hand-written loop, full logits, transformers
+    assert all(float(ratio) > 0 and float(width) >= 0 for ratio, width in plain)  # NaN if one computes another loss
+    assert all(float(rival) > 0 for rival in cells[9].split(", "))
 
 
 @pytest.mark.parametrize("name", ["124m", "350m", "1.3b", "2.8b", "paper"])
