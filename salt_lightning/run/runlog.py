@@ -176,7 +176,7 @@ class Run:
         curve, end = self.curves[tag], math.inf
         if self.began > 0 and step < curve.steps[0]:
             return math.nan  # perhaps trained with other settings
-        if tag != "train/time_s":  # it grows from one step to the next by what the settings say
+        if not tag.endswith("time_s"):  # the others grow with each step by what the settings say
             for change in sorted(self.changes):
                 curve = curve.through(change)
         if tag == "train/flops_teacher_total":
