@@ -224,24 +224,29 @@ def test_first_reach(values, level, step):
 def test_a_total_between_and_after_the_logged_steps():
     curve = Curve(np.array([10, 20]), np.array([100.0, 200.0]))
     assert [curve.total_at(s) for s in (0, 5, 10, 15, 20, 26)] == [0, 50, 100, 150, 200, 260]
-    assert curve.total_at(26, end=23) == 230
 
 
-def test_a_total_bends_where_a_start_or_the_teacher_ends_between_two_logged_steps(tmp_path):
-    """Steps 1 and 20 are logged, then 40. A step has 10 tokens until step 24, then 30; its teacher costs half as much
-    again, and leaves after step 33."""
-    taught = {"teacher": "t", "weight": 0.5, "kd_steps": 33}
-    run = write_run(tmp_path / "run", {}, steps=0, **taught, **{"data.global_batch_size": 24})
-    earlier(run, 24, **taught, **{"data.global_batch_size": 8})
-    tokens = {n: 10 * min(n, 24) + 30 * max(0, n - 24) for n in range(61)}
-    teacher = {n: 5 * min(n, 24) + 15 * max(0, min(n, 33) - 24) for n in range(61)}
+@pytest.mark.parametrize(
+    ("rows", "kd_steps"),
+    [({0: 8, 24: 24}, 33), ({0: 8, 20: 32, 30: 4}, 60), ({0: 8, 45: 16}, 30), ({0: 8, 24: 2, 27: 9}, 26)],
+)
+def test_a_total_bends_where_a_start_or_the_teacher_ends_between_two_logged_steps(tmp_path, rows, kd_steps):
+    """`rows` of a step from a step on. Steps 1, 20, 40 and 60 are logged. The teacher costs half of a student."""
+    taught = {"teacher": "t", "weight": 0.5, "kd_steps": kd_steps}
+    starts, sizes = list(rows), list(rows.values())
+    run = write_run(tmp_path / "run", {}, steps=0, **taught, **{"data.global_batch_size": sizes[-1]})
+    for until, size in zip(starts[1:], sizes, strict=False):
+        earlier(run, until, **taught, **{"data.global_batch_size": size})
+    of_step = [rows[max(start for start in starts if start <= n)] for n in range(60)]
+    tokens = [10 * sum(of_step[:n]) for n in range(61)]
+    teacher = [5 * sum(of_step[: min(n, kd_steps)]) for n in range(61)]
     with SummaryWriter(str(run), filename_suffix=".start-1") as writer:
         for step in (1, 20, 40, 60):
             writer.add_scalar("train/tokens", tokens[step], step)
             writer.add_scalar("train/flops_student_total", tokens[step], step)
             writer.add_scalar("train/flops_teacher_total", teacher[step], step)
     found = read_run(run, "run")
-    for step in tokens:
+    for step in range(61):
         assert found.total("train/tokens", step) == pytest.approx(tokens[step])
         assert found.flops(step) == pytest.approx(tokens[step] + teacher[step])
 

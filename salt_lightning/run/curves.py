@@ -1,6 +1,5 @@
 """Reads what a run has logged from its TensorBoard event files."""
 
-import math
 import re
 from collections.abc import Iterable
 from contextlib import suppress
@@ -34,23 +33,12 @@ class Curve:
     steps: np.ndarray
     values: np.ndarray
 
-    def total_at(self, step: float, end: float = math.inf) -> float:
-        """A cumulative scalar at `step`: 0 at step 0, linear between points, then growing at its mean rate to `end`."""
+    def total_at(self, step: float) -> float:
+        """A cumulative scalar at `step`: 0 at step 0, linear between points, then growing at its mean rate."""
         steps, values = np.append(0, self.steps), np.append(0.0, self.values)
-        beyond = max(0.0, min(step, end) - steps[-1])
+        beyond = max(0.0, step - steps[-1])
         rate = values[-1] / steps[-1] if steps[-1] > 0 else 0.0
         return float(np.interp(step, steps, values) + beyond * rate)
-
-    def through(self, step: int, value: float | None = None) -> "Curve":
-        """This curve with a point of its own at `step`, if that lies between two logged ones: `value`, by default as
-        it grew until then."""
-        at = int(np.searchsorted(self.steps, step))
-        if not 0 < at < len(self.steps) or self.steps[at] == step:
-            return self
-        if value is None:
-            steps, values = np.append(0, self.steps[:at]), np.append(0.0, self.values[:at])
-            value = values[-1] + (step - steps[-1]) * (values[-1] - values[-2]) / (steps[-1] - steps[-2])
-        return Curve(np.insert(self.steps, at, step), np.insert(self.values, at, value))
 
 
 def start_number(file: Path) -> int:

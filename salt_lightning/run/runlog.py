@@ -173,20 +173,30 @@ class Run:
         """One of CUMULATIVE after `step` optimizer steps, also between and after the logged ones."""
         if tag not in self.curves:
             return 0.0 if tag == "train/flops_teacher_total" and self.kd_steps == 0 else math.nan
-        curve, end = self.curves[tag], math.inf
+        curve = self.curves[tag]
         if self.began > 0 and step < curve.steps[0]:
             return math.nan  # perhaps trained with other settings
-        if not tag.endswith("time_s"):  # the others grow with each step by what the settings say
-            for change in sorted(self.changes):
-                curve = curve.through(change)
+        until = math.inf
         if tag == "train/flops_teacher_total":
             student = self.curves.get("train/flops_student_total", curve).steps
             after = student[student > curve.steps[-1]]  # the teacher had left when these were logged
-            taught = 0 if math.isnan(self.kd_steps) else self.kd_steps
-            end = min(taught, after[0] if len(after) else math.inf)
-            if 0 < taught < curve.steps[-1]:  # it grew up to there, and not after
-                curve = curve.through(int(taught), curve.values[np.searchsorted(curve.steps, taught)])
-        return curve.total_at(step, end)
+            taught = self.kd_steps if self.kd_steps > 0 else curve.steps[-1]
+            until = min(taught, after[0] if len(after) else math.inf)
+        if tag.endswith("time_s"):
+            return curve.total_at(step)
+        # the others grow with the tokens read, those of the teacher until it leaves
+        at = self._tokens(np.minimum(np.append(curve.steps, step), until))
+        return Curve(at[:-1], curve.values).total_at(at[-1])
+
+    def _tokens(self, steps: np.ndarray) -> np.ndarray:
+        """What is proportional to the tokens of the first `steps` steps."""
+        known = [[c.get(f"data.{name}") for name in ("global_batch_size", "block_size")] for c in self._configs]
+        sizes = np.array([[n if isinstance(n, int | float) else 1.0 for n in both] for both in known]).prod(1)
+        if len(set(sizes)) == 1:
+            return steps
+        starts = np.array([0, *(step for step, _ in self.earlier)])
+        of_each = np.clip(steps[:, None] - starts, 0, [*np.diff(starts), math.inf])
+        return of_each @ sizes
 
     def flops(self, step: float) -> float:
         return self.total("train/flops_student_total", step) + self.total("train/flops_teacher_total", step)
