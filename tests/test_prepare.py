@@ -570,6 +570,8 @@ def test_bytes_of_tokens_against_the_definition(text):
     encoding = tokenizer.encode(text, add_special_tokens=False)
     counts = token_bytes(text, encoding.offsets)
     assert counts.tolist() == reference_bytes(text, encoding.tokens)
+    assert token_bytes(text, encoding.offsets, encoding.tokens).tolist() == [len(each) for each in encoding.tokens]
+    assert token_bytes(text, encoding.offsets, [*encoding.tokens, "x"]).tolist() == counts.tolist()
     assert counts.sum() == len(text.encode())
 
 
@@ -593,6 +595,19 @@ def test_bytes_of_a_split_are_the_bytes_of_its_texts(tmp_path):
     # premise: an emoji is spread over several tokens somewhere
     offsets = [each.offsets for each in tokenizer.backend_tokenizer.encode_batch(texts)]
     assert any(one == other for each in offsets for one, other in pairwise(each))
+
+
+def test_bytes_of_half_a_character_are_its_own(tmp_path):
+    """A tokenizer of bytes merges the first two of the three of a Chinese character."""
+    rng = random.Random(0)
+    texts = ["".join(chr(0x4E00 + rng.randrange(300)) for _ in range(4)) for _ in range(200)]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    corpus, cache = corpus_of(str(tmp_path / "t.jsonl")), tmp_path / "cache"
+    tokenizer = load_tokenizer(str(prepare_tokenizer(corpus, 270, 1e-9, cache)))
+    files = TokenFiles(prepare_tokens(corpus, tokenizer, 1.0, cache, 1), "val")
+    letters = [len(token) * (token != tokenizer.eos_token) for token in tokenizer.convert_ids_to_tokens(files.tokens)]
+    assert 2 in letters
+    assert files.token_bytes.tolist() == letters
 
 
 # --- tokenizers ---

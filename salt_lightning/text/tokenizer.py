@@ -5,7 +5,7 @@ import os
 import re
 import time
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, takewhile
@@ -267,6 +267,7 @@ class Encoder:
         self.tokenizer.encode_special_tokens = True
         ids, counts, lengths = [np.zeros(0, self.dtype)], [np.zeros(0, np.int32)], np.zeros(len(docs), np.int64)
         # Offsets cost time: only where bytes per token are needed.
+        by_bytes = isinstance(self.tokenizer.decoder, decoders.ByteLevel)
         encode = self.tokenizer.encode_batch if with_bytes else self.tokenizer.encode_batch_fast
         for batch in _batches(docs):
             batch_ids: list[int] = []
@@ -281,7 +282,7 @@ class Encoder:
                 lengths[number] += len(encoding)
                 batch_ids += encoding.ids
                 if with_bytes and len(encoding):
-                    counts.append(token_bytes(part, encoding.offsets))
+                    counts.append(token_bytes(part, encoding.offsets, encoding.tokens if by_bytes else []))
             ids.append(np.array(batch_ids, self.dtype))
         kept = lengths > 0  # a normalizer may drop all text
         marks = [*self._beginning, self.eos_id]
@@ -415,13 +416,20 @@ def pieces(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def token_bytes(text: str, offsets: list[tuple[int, int]]) -> np.ndarray:
+def token_bytes(text: str, offsets: list[tuple[int, int]], letters: Sequence[str] = ()) -> np.ndarray:
     """UTF-8 bytes of `text` that each token accounts for (int32); their sum is always the text's size.
 
     A token gets the bytes from the furthest end of earlier tokens to its own end; the last one gets the rest. The bytes
     of a character that several tokens share are divided among them: a document's first token has no label, and would
-    otherwise take the bytes of others that have one. `offsets`: (start, end) in characters.
+    otherwise take the bytes of others that have one.
+
+    Args:
+        text: as it was encoded.
+        offsets: (start, end) in characters.
+        letters: of each token of a byte-level tokenizer: one for each byte, unless a normalizer has changed the text.
     """
+    if letters and sum(map(len, letters)) == len(text.encode()):
+        return np.array(list(map(len, letters)), np.int32)
     code_points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
     widths = 1 + (code_points >= 0x80) + (code_points >= 0x800) + (code_points >= 0x10000)
     bytes_before = np.concatenate([[0], np.cumsum(widths)])
