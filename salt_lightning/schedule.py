@@ -281,7 +281,7 @@ class KDScheduleCallback(pl.Callback):
             if self.schedule.steps is None and self.stop_margin is None:
                 rank_zero_info("the teacher stays to the last step (RKD), because --kd.steps is null")
             last = self.schedule.steps or trainer.max_steps
-            if self.probe_gradients and (_validates_every(trainer) or 0) >= last:
+            if self.probe_gradients and trainer.enable_validation and (_validates_every(trainer) or 0) >= last:
                 rank_zero_warn(
                     f"--kd.probe_gradients true logs nothing: there is no validation before step {last}, where the "
                     "teacher leaves; set --trainer.val_check_interval to fewer steps"
