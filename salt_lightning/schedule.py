@@ -273,14 +273,14 @@ class KDScheduleCallback(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         # Not earlier: global_step is restored by now, so a resume in phase 2 never loads the teacher.
+        last = self.schedule.steps or trainer.max_steps
         if self.schedule.is_taught(trainer.global_step):
             if self.looks_for_boundary:
-                self._check_loaders(trainer)
+                self._check_loaders(trainer, last)
             pl_module.load_teacher()
             self._check_teacher(trainer, pl_module)
             if self.schedule.steps is None and self.stop_margin is None:
                 rank_zero_info("the teacher stays to the last step (RKD), because --kd.steps is null")
-            last = self.schedule.steps or trainer.max_steps
             if self.probe_gradients and trainer.enable_validation and (_validates_every(trainer) or 0) >= last:
                 rank_zero_warn(
                     f"--kd.probe_gradients true logs nothing: there is no validation before step {last}, where the "
@@ -289,14 +289,14 @@ class KDScheduleCallback(pl.Callback):
         elif pl_module.has_teacher and not self.schedule.kd_steps(1):
             rank_zero_info(f"--model.teacher.path {pl_module.teacher_spec.path} is not used with --kd.weight 0")
 
-    def _check_loaders(self, trainer: pl.Trainer) -> None:
+    def _check_loaders(self, trainer: pl.Trainer, last: int) -> None:
         """Refuses what `check` could not know: no validation loader, or none in time with a user's own loaders."""
         if not trainer.enable_validation:
             raise ConfigError(
                 f"--kd.stop_margin {self.stop_margin} acts at validations, but there is no loader for them"
             )
         if (steps := _validates_every(trainer)) is not None:
-            self._require_validation(steps, self.schedule.steps or trainer.max_steps)
+            self._require_validation(steps, last)
 
     def _check_teacher(self, trainer: pl.Trainer, module: Any) -> None:
         """Refuses a teacher that knows nothing of this text, after one forward of a micro-batch. Collective."""

@@ -176,15 +176,14 @@ class Run:
         curve = self.curves[tag]
         if self.began > 0 and step < curve.steps[0]:
             return math.nan  # perhaps trained with other settings
-        until = math.inf
+        if tag.endswith("time_s"):
+            return curve.total_at(step)
+        until = math.inf  # the others grow with the tokens read, those of the teacher until it leaves
         if tag == "train/flops_teacher_total":
             student = self.curves.get("train/flops_student_total", curve).steps
             after = student[student > curve.steps[-1]]  # the teacher had left when these were logged
             taught = self.kd_steps if self.kd_steps > 0 else curve.steps[-1]
             until = min(taught, after[0] if len(after) else math.inf)
-        if tag.endswith("time_s"):
-            return curve.total_at(step)
-        # the others grow with the tokens read, those of the teacher until it leaves
         at = self._tokens(np.minimum(np.append(curve.steps, step), until))
         return Curve(at[:-1], curve.values).total_at(at[-1])
 

@@ -266,8 +266,8 @@ class Encoder:
         # Pickling loses this flag. A special token spelled out in a text is still text.
         self.tokenizer.encode_special_tokens = True
         ids, counts, lengths = [np.zeros(0, self.dtype)], [np.zeros(0, np.int32)], np.zeros(len(docs), np.int64)
-        # Offsets cost time: only where bytes per token are needed.
         by_bytes = isinstance(self.tokenizer.decoder, decoders.ByteLevel)
+        # Offsets cost time: only where bytes per token are needed.
         encode = self.tokenizer.encode_batch if with_bytes else self.tokenizer.encode_batch_fast
         for batch in _batches(docs):
             batch_ids: list[int] = []
@@ -428,8 +428,9 @@ def token_bytes(text: str, offsets: list[tuple[int, int]], letters: Sequence[str
         offsets: (start, end) in characters.
         letters: of each token of a byte-level tokenizer: one for each byte, unless a normalizer has changed the text.
     """
-    if letters and sum(map(len, letters)) == len(text.encode()):
-        return np.array(list(map(len, letters)), np.int32)
+    sizes = np.array([len(each) for each in letters], np.int32)
+    if letters and sizes.sum() == len(text.encode()):
+        return sizes
     code_points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
     widths = 1 + (code_points >= 0x80) + (code_points >= 0x800) + (code_points >= 0x10000)
     bytes_before = np.concatenate([[0], np.cumsum(widths)])
