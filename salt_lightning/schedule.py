@@ -6,6 +6,7 @@ SALT, arXiv 2410.18779: loss = (1 - w) CE + w KD with w > 0 only while t < n_KD 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
@@ -114,12 +115,17 @@ def kd_callbacks(trainer: pl.Trainer) -> list[KDScheduleCallback]:
     return [c for c in trainer.callbacks if isinstance(c, KDScheduleCallback)]  # type: ignore[attr-defined]
 
 
-def _validates_every(trainer: pl.Trainer) -> int | None:
-    """Optimizer steps from one validation to the next, once the loaders are known; None without a length."""
-    epochs = (trainer.check_val_every_n_epoch or 1) - 1  # without a validation
-    batches: Any = trainer.val_check_batch
-    batches += epochs * trainer.num_training_batches if epochs else 0
-    return int(batches) // trainer.accumulate_grad_batches if math.isfinite(batches) else None
+def validation_steps(trainer: pl.Trainer) -> Iterator[int]:
+    """The optimizer steps of a fit's validations, once the loaders are known; none without a length."""
+    interval, epochs = trainer.val_check_batch or math.inf, trainer.check_val_every_n_epoch
+    if not math.isfinite(interval):
+        return
+    batches = int(min(trainer.num_training_batches, 1 << 60))
+    steps = -(-batches // trainer.accumulate_grad_batches)  # of an epoch: its last batch ends a step
+    for epoch in range(trainer.max_steps):
+        first = int(interval) - (epoch * batches % int(interval) if epochs is None else 0)
+        for batch in range(first, batches + 1, int(interval)) if (epoch + 1) % (epochs or 1) == 0 else ():
+            yield epoch * steps + (steps if batch == batches else batch // trainer.accumulate_grad_batches)
 
 
 def interval_steps(share: float, max_steps: int) -> int:
@@ -253,17 +259,19 @@ class KDScheduleCallback(pl.Callback):
             raise ConfigError(
                 f"{name} acts at validations, but --trainer.limit_val_batches 0 turns them off; leave one of them out"
             )
-        every = getattr(trainer, "val_check_interval", None)
-        if isinstance(every, float) and not hasattr(data, "counts_nll"):  # a share of an epoch, see on_train_start
+        timed = getattr(trainer, "_val_check_time_interval", None) is not None  # refused elsewhere
+        if timed or not hasattr(data, "counts_nll"):  # the user's own loaders: see on_train_start
             return
+        every = getattr(trainer, "val_check_interval", None)
         share = every if isinstance(every, float) and 0 <= every <= 1 else 1.0
         steps = interval_steps(share, trainer.max_steps)
         first = every // trainer.accumulate_grad_batches if isinstance(every, int) else steps
-        self._require_validation(first, last)
+        self._require_validation(
+            first * max(1, math.ceil(self.min_steps / max(1, first))), last
+        )  # 0: refused elsewhere
 
-    def _require_validation(self, every: int, last: int) -> None:
-        """Raises ConfigError if no validation, each `every` steps, comes before step `last`."""
-        first = every * max(1, math.ceil(self.min_steps / max(1, every)))  # 0 is refused elsewhere
+    def _require_validation(self, first: int, last: int) -> None:
+        """Raises ConfigError if the `first` validation that may end KD comes only when step `last` ends it anyway."""
         if 0 < last <= first:
             after = f" from --kd.min_steps {self.min_steps} on" if self.min_steps else ""
             raise ConfigError(
@@ -281,7 +289,7 @@ class KDScheduleCallback(pl.Callback):
             self._check_teacher(trainer, pl_module)
             if self.schedule.steps is None and self.stop_margin is None:
                 rank_zero_info("the teacher stays to the last step (RKD), because --kd.steps is null")
-            if self.probe_gradients and trainer.enable_validation and (_validates_every(trainer) or 0) >= last:
+            if self.probe_gradients and trainer.enable_validation and next(validation_steps(trainer), 0) >= last:
                 rank_zero_warn(
                     f"--kd.probe_gradients true logs nothing: there is no validation before step {last}, where the "
                     "teacher leaves; set --trainer.val_check_interval to fewer steps"
@@ -295,8 +303,8 @@ class KDScheduleCallback(pl.Callback):
             raise ConfigError(
                 f"--kd.stop_margin {self.stop_margin} acts at validations, but there is no loader for them"
             )
-        if (steps := _validates_every(trainer)) is not None:
-            self._require_validation(steps, last)
+        first = next((step for step in validation_steps(trainer) if step >= self.min_steps), 0)
+        self._require_validation(first, last)
 
     def _check_teacher(self, trainer: pl.Trainer, module: Any) -> None:
         """Refuses a teacher that knows nothing of this text, after one forward of a micro-batch. Collective."""

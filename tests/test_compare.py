@@ -994,6 +994,23 @@ def test_all_teachers_of_a_run_are_counted_each_up_to_its_furthest_checkpoint(tm
     assert f"the teacher of salt, first/checkpoints/step-00000030.ckpt, {said}" in gone.notes
 
 
+def test_what_branches_of_a_teacher_share_is_counted_once(tmp_path):
+    """Trunk until step 200, branches of it from 100 and 150 and a branch of a branch from 250, at 4 to 7 FLOPs."""
+    write_run(tmp_path / "trunk", {300: 5.0}, student=4)
+    for name, start, student in (("trunk", 150, 5), ("trunk", 100, 6), ("low", 250, 7)):
+        given = {"ckpt_path": f"{name}/checkpoints/step-{start:08}.ckpt", "student": student}
+        write_run(tmp_path / {5: "high", 6: "low", 7: "twig"}[student], {300: 5.0}, after=start, **given)
+    kd = {"weight": 0.5, "kd_steps": 200}
+    salt = write_run(tmp_path / "salt", SALT, teacher="trunk/checkpoints/step-00000200.ckpt", **kd)
+    for step, name in ((20, "low"), (40, "twig"), (60, "high")):
+        earlier(salt, step, teacher=f"{name}/checkpoints/step-00000280.ckpt", **kd)
+    runs = [lineage.read(tmp_path / name, name) for name in ("salt", "trunk", "low", "high", "twig")]
+    found = evaluate(runs).rows[0]
+    # write_run logs as a total what the newest student needs for all steps, so a part is a difference of two
+    parts = 4 * 200 + (6 * 280 - 4 * 100) + (5 * 280 - 4 * 150) + (7 * 280 - 6 * 250)
+    assert (found.teacher_training_flops, found.teacher_training_seconds) == (parts, 0.5 * (200 + 180 + 130 + 30))
+
+
 @pytest.mark.parametrize("scored", [True, False])
 def test_a_teacher_of_salt_ds_costs_its_scoring_too_and_its_own_teacher_is_mentioned(scored, tmp_path):
     (tmp_path / "score").mkdir()

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from salt_lightning import SALTDataModule, SALTModule, cli
 from salt_lightning.errors import ConfigError
-from salt_lightning.teacher.difficulty import HeldOut, read_thirds, thirds
+from salt_lightning.teacher.difficulty import HeldOut, find_files, read_thirds, thirds
 from salt_lightning.teacher.scores import write_table
 
 
@@ -154,6 +154,8 @@ def test_a_baseline_is_split_by_the_teachers_loss(settings, teacher, looked_at, 
     whole = sum(n * logged[f"val/ce/{name}"][12] for n, name in zip(sizes, ("easy", "medium", "hard"), strict=True))
     assert whole / sum(sizes) == pytest.approx(logged["val/ce"][12], rel=1e-6)
     assert "test/ce/hard" in capsys.readouterr().out
+    file = looked_at / "validate/documents.parquet"
+    assert [find_files(place, "fit") for place in (looked_at, file.parent, file)] == [[file]] * 3
 
 
 @pytest.mark.parametrize(

@@ -728,6 +728,12 @@ def test_a_boundary_found_at_validations_needs_some(small, tmp_path):
     run = pl.Trainer(max_steps=12, callbacks=[late], logger=False, accelerator="cpu", enable_checkpointing=False)
     with pytest.raises(ConfigError, match="--kd.stop_margin 100.0: there is no validation before step 4, where the"):
         run.fit(SALTModule(ModelSpec(config=SMALL), small), loader, loader)
+    # an interval that does not divide an epoch of 4 steps: validations at steps 3, 7, 11
+    between = KDScheduleCallback(0.5, 8, stop_margin=100.0, min_steps=7)
+    trainer(tmp_path, between, max_steps=12, val_check_interval=3).fit(
+        SALTModule(ModelSpec(config=SMALL), small), loader, loader
+    )
+    assert between.stop_step == 7
 
 
 @pytest.mark.parametrize("epochs", [1, None])

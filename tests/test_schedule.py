@@ -3,13 +3,17 @@
 import itertools
 import math
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning.pytorch.demos.boring_classes import BoringModel
+from torch.utils.data import DataLoader
 
 from salt_lightning.errors import ConfigError
-from salt_lightning.schedule import KDSchedule, interval_steps
+from salt_lightning.schedule import KDSchedule, interval_steps, validation_steps
 
 RAMP = {"weight": 0.8, "steps": 10, "anneal_steps": 4}  # constant up to step 6, ramp 6..10
 
@@ -123,3 +127,44 @@ def test_all_problems_at_once():
 def test_a_share_of_the_run_is_whole_steps(share, max_steps, steps):
     """0.29 * 100 is a little below 29 in floating point."""
     assert interval_steps(share, max_steps) == steps
+
+
+@pytest.mark.filterwarnings("ignore")  # Lightning's advice about loaders
+@pytest.mark.parametrize(
+    ("batches", "accumulate", "interval", "epochs"),
+    [
+        (10, 1, 1.0, 1),
+        (10, 4, 0.4, 1),
+        (10, 4, 7, 1),
+        (10, 3, 7, None),
+        (10, 3, 14, None),
+        (6, 4, 0.5, 2),
+        (4, 1, 4, 3),
+    ],
+)
+def test_the_steps_of_validations_are_those_of_lightning(batches, accumulate, interval, epochs, tmp_path):
+    class Model(BoringModel):
+        def train_dataloader(self):
+            return DataLoader([torch.ones(32)] * batches)
+
+        def on_train_start(self):
+            self.planned, self.found = list(validation_steps(self.trainer)), []
+
+        def on_validation_epoch_end(self):
+            self.found.append(self.trainer.global_step)
+
+    model, quiet = Model(), dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
+    trainer = pl.Trainer(
+        max_steps=31,
+        accumulate_grad_batches=accumulate,
+        val_check_interval=interval,
+        check_val_every_n_epoch=epochs,
+        num_sanity_val_steps=0,
+        limit_val_batches=1,
+        accelerator="cpu",
+        default_root_dir=tmp_path,
+        enable_model_summary=False,
+        **quiet,
+    )
+    trainer.fit(model)
+    assert [step for step in model.found if step < 31] == [step for step in model.planned if step < 31]

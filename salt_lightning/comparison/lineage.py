@@ -88,7 +88,11 @@ def _behind(parent: Run, run: Run) -> Run:
                 values = np.concatenate([values, run.curves[tag].values])
             curves[tag] = Curve(steps, values)
     config, before_it = parent.settings_until(run.began)
-    return replace(run, curves=curves, earlier=(*before_it, (run.began, config), *run.earlier), lost=parent.lost)
+    earlier, trunk = (
+        (*before_it, (run.began, config), *run.earlier),
+        (*parent.trunk, (run.began, parent.path.resolve())),
+    )
+    return replace(run, curves=curves, earlier=earlier, trunk=trunk, lost=parent.lost)
 
 
 def teacher_runs(run: Run, runs: list[Run]) -> dict[str, Run | None]:
@@ -126,13 +130,14 @@ def same_model(a: Run, b: Run) -> bool:
 
 def training(run: Run, teachers: dict[str, Run | None]) -> tuple[float, float]:
     """FLOPs and seconds to train `teacher_runs`, with their own scoring, but not what training their own teachers
-    cost. Each teacher's run counts once, up to its furthest checkpoint.
+    cost. Each step of a teacher's run counts once, also if several checkpoints, or branches of it, have taught.
 
     The step is in a checkpoint's name; an exported teacher counts as the last step.
     """
     if run.lost or not teachers:
         return math.nan, math.nan
-    furthest: dict[Run, int] = {}
+    furthest: dict[Path, tuple[int, int, Run]] = {}  # a run's folder -> its first and last step that teachers needed
+    scored: set[tuple[float, float]] = set()
     flops = seconds = 0.0
     for path, teacher in teachers.items():
         if teacher is None:
@@ -140,11 +145,18 @@ def training(run: Run, teachers: dict[str, Run | None]) -> tuple[float, float]:
         else:
             step = step_named(path)
             done = teacher.steps_done if step is None else min(step, teacher.steps_done)
-            furthest[teacher] = max(done, furthest.get(teacher, 0))
-    for teacher, step in furthest.items():
-        before = scoring(teacher) if teacher.selected else (0.0, 0.0)
-        flops += teacher.flops(step) + before[0]
-        seconds += teacher.total("train/time_s", step) + before[1]
+            scored |= {scoring(teacher)} if teacher.selected else set()
+            start = 0
+            for until, folder in (*teacher.trunk, (done, teacher.path.resolve())):
+                end = min(until, done)
+                if end > furthest.get(folder, (0, start))[1]:
+                    furthest[folder] = start, end, teacher
+                start = end
+    for start, end, teacher in furthest.values():
+        flops += teacher.flops(end) - (teacher.flops(start) if start else 0)
+        seconds += teacher.total("train/time_s", end) - (teacher.total("train/time_s", start) if start else 0)
+    for cost_flops, cost_s in scored:
+        flops, seconds = flops + cost_flops, seconds + cost_s
     return flops, seconds
 
 

@@ -28,6 +28,7 @@ class Run:
     damaged: tuple[str, ...] = ()
     earlier: tuple[tuple[int, dict[str, Any]], ...] = ()  # (step, settings until that step) of earlier starts, in order
     lost: str = ""  # the checkpoint that it started from, if the run that wrote that is not found
+    trunk: tuple[tuple[int, Path], ...] = ()  # (step, folder of the run that it continued until that step), in order
 
     @property
     def seed(self) -> int | None:

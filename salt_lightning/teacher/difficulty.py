@@ -77,9 +77,9 @@ def thirds(nll_D: np.ndarray, tokens_D: np.ndarray) -> np.ndarray:
 
 
 def find_files(place: Path, verb: str) -> list[Path]:
-    """The files of losses in a run's folder, or the given file itself. See `read_thirds`."""
+    """The files of losses in a run's folder or its `validate` folder, or the given file itself. See `read_thirds`."""
     verbs = _VERBS[::-1] if verb == "test" else _VERBS
-    files = [place] if place.is_file() else [file for v in verbs if (file := place / v / _FILE).is_file()]
+    files = [place] if place.is_file() else [file for v in (*verbs, "") if (file := place / v / _FILE).is_file()]
     if not files:
         raise ConfigError(
             f"--data.difficulty {place}: no validate/{_FILE} in it; to write it, run `cli.py validate --run {place} "
@@ -92,7 +92,7 @@ def read_thirds(place: Path, held_out: HeldOut, verb: str) -> np.ndarray:
     """The third of each held-out document; logs whose loss made the thirds, and their sizes.
 
     Args:
-        place: folder of a run that `validate` or `test` has evaluated, or the file itself.
+        place: folder of a run that `validate` or `test` has evaluated, its folder of that name, or the file itself.
         held_out: what is evaluated now.
         verb: "fit", "validate" or "test": decides which of a run's files is tried first.
 
