@@ -136,15 +136,17 @@ def evaluate(runs: list[Run], baseline: str | None = None) -> Comparison:
 
 
 def _also_baselines(runs: list[Run], teachers_of: dict[str, dict[str, Run | None]], teachers: set[str]) -> set[str]:
-    """Where no other BASELINE is given: those that taught, or scored the rows of, runs of their own model and length,
-    so that they are what these runs are to be compared with, too."""
-    if any(run.is_plain and run.name not in teachers for run in runs):
-        return set()
+    """Those that taught, or scored the rows of, runs of their own model and length, so that they are what these runs
+    are to be compared with, too: seeds of another BASELINE, or if no other is given."""
+    others = [run for run in runs if run.is_plain and run.name not in teachers]
     pairs = [(teacher, run) for run in runs for teacher in teachers_of[run.name].values() if teacher is not None]
     return {
         teacher.name
         for teacher, run in pairs
-        if teacher.is_plain and lineage.same_model(teacher, run) and teacher.steps_done == run.steps_done
+        if teacher.is_plain
+        and lineage.same_model(teacher, run)
+        and teacher.steps_done == run.steps_done
+        and (not others or any(run.variant == teacher.variant and run.seeds != teacher.seeds for run in others))
     }
 
 
@@ -195,14 +197,14 @@ def _repeated(students: list[Run], named: Run | None) -> dict[str, str]:
 def _row(run: Run, method: str, teachers: dict[str, Run | None], goal: Goal) -> Row:
     ce, done = run.val_ce, run.steps_done
     reached = first_reach(ce.steps, ce.values, goal.ce)
-    if run.began > 0 and len(ce.steps) and reached == ce.steps[0]:
-        reached = math.nan  # perhaps reached before its log begins
+    if (run.began > 0 or run.measured_since) and len(ce.steps) and reached == ce.steps[0]:
+        reached = math.nan  # perhaps reached before its log, or the validations on this text, begin
     reached_flops, reached_s = run.flops(reached), run.total("train/time_s", reached)
     training_flops, training_s = lineage.training(run, teachers)
     scoring_flops, scoring_s = lineage.scoring(run)
-    by_others = run.kd_steps > 0 or bool(run.lost) or (run.selected and bool(teachers))
-    flops_besides = _besides(([training_flops] if by_others else []) + ([scoring_flops] if run.selected else []))
-    s_besides = _besides(([training_s] if by_others else []) + ([scoring_s] if run.selected else []))
+    by_others = run.kd_steps > 0 or bool(run.lost) or (bool(run.scores) and bool(teachers))
+    flops_besides = _besides(([training_flops] if by_others else []) + ([scoring_flops] if run.scores else []))
+    s_besides = _besides(([training_s] if by_others else []) + ([scoring_s] if run.scores else []))
     return Row(
         run=run.name,
         method=method,

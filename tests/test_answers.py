@@ -127,6 +127,11 @@ def test_marks_that_end_a_turn(response, ends):
         ("Monday", r"\d+", "Monday"),
         (" 9 apples", None, " 9 apples"),
         ("", r"\d+", ""),
+        ("12 apples", r"\d*", "12"),  # matches nothing at each other place, too
+        ("no number", r"\d*", "no number"),
+        ("so it is no", "(it is )?(yes|no)", "it is "),
+        ("well, no", "(it is )?(yes|no)", "no"),
+        ("a: b:", "[ab]:(.*)", " b:"),
     ],
 )
 def test_the_part_that_counts(text, pattern, part):

@@ -942,7 +942,12 @@ def test_a_baseline_that_taught_runs_of_its_own_model_and_length_is_their_refere
     assert [row.method for row in found.rows] == ["SALT step", "BASELINE"]
     assert (found.reference, found.notes) == ("baseline", [])
     assert found.rows[0].teacher_training_flops == 1000
-    other = write_run(tmp_path / "other", BASELINE, **{model: 64}, seed_everything=1)
+    seed = write_run(tmp_path / "seed", {300: 5.0}, **{model: 64}, seed_everything=1)
+    found = evaluate(load([tmp_path / "baseline", salt, seed]))
+    assert [row.method for row in found.rows] == ["BASELINE", "SALT step", "BASELINE"]
+    assert (found.reference, found.reference_val_ce) == ("baseline", 4.5), "a seed that teaches stays in the mean"
+    assert list(found.groups[1].paired_differences.values()) == [3.75 - 4.0]
+    other = write_run(tmp_path / "other", BASELINE, **{model: 64, "model.optim.lr": 1}, seed_everything=1)
     found = evaluate(load([tmp_path / "baseline", salt, other]))
     assert ([row.method for row in found.rows], found.reference) == (["TEACHER", "SALT step", "BASELINE"], "other")
     for name, steps, width in (("short", 200, 64), ("small", 300, 32)):
@@ -1747,7 +1752,10 @@ def test_losses_of_other_text_are_no_comparison(tmp_path):
         (run / "config.yaml").write_text(yaml.safe_dump(tree))
     found = evaluate(load(runs))
     assert found.other_text == ["more", "other", "coarser"]
-    assert [row.run for row in found.rows if math.isnan(row.difference + row.reached_step)] == found.other_text
+    assert [row.run for row in found.rows if math.isnan(row.difference)] == found.other_text
+    # moved is there at its first validation on this text, and perhaps was there before
+    assert [row.run for row in found.rows if math.isnan(row.reached_step)] == ["more", "other", "moved", "coarser"]
+    assert found.runs[4].val_ce.steps.tolist() == [200, 300]
     assert list(found.equal["steps"][1]) == ["first", "same", "moved"]
     assert [(group.n, group.mean) for group in found.groups] == [(1, 4.0)] * 6  # each has a loss of its own
     assert [group.runs[0] for group in found.groups if group.paired_differences] == ["same", "moved"]
@@ -1756,10 +1764,11 @@ def test_losses_of_other_text_are_no_comparison(tmp_path):
     assert found.notes == [
         "more was validated on other text than first (901 tokens, there 900): their losses cannot be compared",
         "other was validated on other text than first (900 tokens, there 900): their losses cannot be compared",
-        "moved was validated on other text from step 200 on (900 tokens, before that 800)",
+        "moved was validated on other text from step 200 on (900 tokens, before that 800): its losses before that are "
+        "left out",
         "coarser was validated in other tokens than first (800 tokens, there 900): bits per byte can be compared, CE "
         "cannot",
-        "the reference's loss was reached by the first validation, or earlier: same, moved",
+        "the reference's loss was reached by the first validation, or earlier: same",
     ]
 
 
@@ -1827,6 +1836,8 @@ def test_answers_have_a_table_of_their_own(three):
         "| salt |      120 | 55.5% (49.1% to 61.6%) |          62.0% |  50.0% |",
     ]
     with SummaryWriter(str(three[1] / "test"), filename_suffix=".start-9") as writer:
+        for name, value in shares.items():
+            writer.add_scalar(f"test/{name}", value, 300)
         for end, value in (("", 0.25), ("_low", 0.125), ("_high", 0.5), ("_majority", 0.0625)):
             writer.add_scalar(f"test/exact_match{end}", value, 300)
     both = report.markdown(evaluate(load(three))).partition("## Answers of the test\n\n")[2].splitlines()[2]
@@ -1951,7 +1962,7 @@ def test_a_reference_of_several_seeds_is_said_to_be_a_mean(tmp_path):
     assert "Reference: mean of the 2 seeds of s0, final" in report.markdown(evaluate(load(runs)))
     path = "teacher/checkpoints/step-00000300.ckpt"
     runs.append(write_run(tmp_path / "salt", SALT, teacher=path, weight=0.5, kd_steps=60))
-    runs.append(write_run(tmp_path / "teacher", BASELINE))
+    runs.append(write_run(tmp_path / "teacher", BASELINE, **{"model.student.config.hidden_size": 9}))
     for name in ("salt", "teacher"):  # of one seed; a teacher is in no experiment
         assert f"Reference: {name}, final" in report.markdown(evaluate(load(runs), name))
 
@@ -1973,3 +1984,142 @@ def test_what_an_evaluation_found_is_read_from_top_to_bottom_and_cannot_draw():
 def test_a_source_may_be_called_tokens():
     found = report.evaluation({"val/ce": 4.25, "val/ce/tokens": 3.25, "val/tokens": 1000.0, "step": 3})
     assert [line.split("|")[2].strip() for line in found.splitlines()[2:]] == ["4.2500", "1,000", "3.2500"]
+
+
+def of_test(run, step, start, **values):
+    """Writes what one `test` logs: into an event file of its own."""
+    with SummaryWriter(str(run / "test"), filename_suffix=f".start-{start}") as writer:
+        for name, value in {"ce": 4.0, "tokens": 50, **values}.items():
+            writer.add_scalar(f"test/{name}", value, step)
+
+
+def test_figures_of_one_test_are_not_put_beside_those_of_another(tmp_path):
+    """Of an earlier checkpoint (choices), or of other text at the same step (ce/v1)."""
+    run = write_run(tmp_path / "run", BASELINE)
+    choices = {"choice_accuracy": 0.25, "choice_accuracy_low": 0.125, "choice_accuracy_high": 0.5}
+    of_test(run, 100, 1, examples=51, exact_match=0.5, **choices)
+    of_test(run, 300, 2, examples=51, exact_match=0.75, **{"ce/v1": 5.0})
+    of_test(run, 300, 3, examples=10, exact_match=0.625)
+    found = evaluate(load([run]))
+    last = {
+        tag: value for tag, value in found.rows[0].last.items() if tag.startswith("test/") and not math.isnan(value)
+    }
+    assert last == {"test/ce": 4.0, "test/tokens": 50, "test/examples": 10, "test/exact_match": 0.625}
+    assert "choice accuracy" not in report.markdown(found)
+    of_test(run, 200, 4, **choices)  # of an earlier checkpoint again
+    assert evaluate(load([run])).rows[0].last["test/exact_match"] == 0.625
+
+
+def test_a_part_that_the_last_validation_had_not_is_none_of_the_final_ones(tmp_path):
+    run, other = write_run(tmp_path / "run", BASELINE), write_run(tmp_path / "other", BASELINE)
+    for folder, steps, part in (
+        (run, (100, 200), "v1"),
+        (run, (300,), "v2"),
+        (other, (300,), "v2"),
+        (other, (100,), "x"),
+    ):
+        with SummaryWriter(str(folder), filename_suffix=".start-2") as writer:
+            for step in steps:
+                writer.add_scalar(f"val/ce/{part}", 6.0, step)
+    shown = report.markdown(evaluate(load([run, other]))).partition("by part\n\n")[2].splitlines()[:4]
+    assert [line.split("|")[1:-1] for line in shown[::2]] == [[" run   ", "     v2 "], [" run   ", " 6.0000 "]]
+
+
+@pytest.mark.parametrize("key", ["data.val_source", "data.block_size", "data.isolate_documents"])
+def test_a_loss_before_the_validation_changed_is_not_where_the_reference_was_reached(key, tmp_path):
+    """As many tokens, but of other text, or with more context: at step 150 it seems to be where BASELINE ends."""
+    baseline = write_run(tmp_path / "baseline", BASELINE, **{key: 1})
+    run = write_run(tmp_path / "run", {100: 4.5, 200: 3.5, 250: 4.25, 300: 3.75}, **{key: 1})
+    earlier(run, 200, **{key: 2})
+    row = evaluate(load([baseline, run])).rows[1]
+    assert (row.reached_step, row.difference) == (275, -0.25)
+    late = write_run(tmp_path / "late", {100: 4.5, 200: 3.5, 300: 3.75}, **{key: 1})
+    earlier(late, 200, **{key: 2})
+    assert math.isnan(evaluate(load([baseline, late])).rows[1].reached_step), "perhaps long before"
+    new = write_run(tmp_path / "new", {100: 4.5, 200: 3.5}, 200, **{key: 1})
+    earlier(new, 200, **{key: 2})
+    assert evaluate(load([baseline, new])).runs[1].val_ce.steps.tolist() == [100, 200], "not validated since"
+
+
+def test_losses_with_other_context_are_told(tmp_path):
+    runs = [write_run(tmp_path / f"t{size}", BASELINE, **{"data.block_size": size}) for size in (64, 32)]
+    (note,) = (note for note in evaluate(load(runs)).notes if "validated" in note)
+    assert note.startswith("t32 was validated with --data.block_size 32 (there 64): the same model has another loss")
+
+
+def test_words_of_another_tokenizer_on_one_text(tmp_path):
+    """The first token of a document is not counted: of 200 documents, some bytes more or less."""
+    runs = [write_run(tmp_path / name, {}, **{"data.tokenizer": name}) for name in ("coarse", "fine", "half")]
+    for run, tokens, size in zip(runs, (800, 900, 450), (3000, 3040, 1520), strict=True):
+        count(run, "val", tokens, size, [300])
+    notes = [note for note in evaluate(load(runs)).notes if "was validated" in note]
+    assert [" in other tokens " in note for note in notes] == [True, False]
+
+
+def test_how_often_it_is_validated_makes_no_experiment_unless_that_may_end_something(tmp_path):
+    def groups(**config):
+        every = "trainer.val_check_interval"
+        name = str(len(list(tmp_path.iterdir())))
+        runs = [
+            write_run(tmp_path / f"{name}-{n}", BASELINE, seed_everything=n, **{every: n}, **config) for n in (1, 2)
+        ]
+        return len(evaluate(load(runs)).groups)
+
+    stops = [{"class_path": "EarlyStopping", "init_args": {"monitor": "val/ce"}}]
+    kd = {"teacher": "t", "weight": 0.5, "kd_steps": 60}
+    none = {"trainer.callbacks": None}
+    assert [groups(**none), groups(**kd, **none), groups(**{"trainer.callbacks": stops})] == [1, 1, 2]
+    assert groups(**kd, **none, **{"kd.stop_margin": 0.1}) == 2
+
+
+def test_a_seed_of_a_baseline_is_better_only_than_the_same_seed(tmp_path):
+    """The reference is a mean of three; a tuned run of one seed is compared with that seed."""
+    ends = (3.75, 4.0, 4.25)
+    runs = [write_run(tmp_path / f"s{n}", {300: ce}, seed_everything=n) for n, ce in enumerate(ends)]
+    for seed, ce, gain in ((0, 3.75, None), (0, 3.625, 0.125), (2, 4.0, 0.25), (7, 3.875, 0.125)):
+        tuned = write_run(tmp_path / f"tuned{seed}{ce}", {300: ce}, seed_everything=seed, **{"model.optim.lr": 1})
+        notes = [note for note in evaluate(load([*runs, tuned])).notes if "a BASELINE of" in note]
+        assert [f"ends {gain:.4f} below" in note for note in notes] == ([] if gain is None else [True]), (seed, ce)
+
+
+def test_each_selection_that_was_read_has_its_cost_and_random_rows_have_none(tmp_path):
+    for name, flops, step in (("one", 400, 100), ("two", 40, 200)):
+        (tmp_path / name).mkdir()
+        scored = {"path": f"teacher/checkpoints/step-{step:08}.ckpt"}
+        about = {"scoring_flops": flops, "scoring_s": flops / 10, "teacher": scored}
+        (tmp_path / name / "scores.json").write_text(json.dumps(about))
+    write_run(tmp_path / "teacher", {300: 5.0}, student=4)
+    kd = {"teacher": "teacher/checkpoints/step-00000100.ckpt", "weight": 0.5, "kd_steps": 60}
+    both = write_run(tmp_path / "both", SALT, **kd, **{"data.selection": "two"})
+    earlier(both, 20, **kd, **{"data.selection": "one"})
+    again = write_run(tmp_path / "again", SALT, **kd, **{"data.selection": "one"})
+    earlier(again, 20, **kd, **{"data.selection": "one", "data.keep.share": 0.5})
+    drawn = write_run(tmp_path / "drawn", SALT, **kd, **{"data.selection": "two", "data.keep.order": "random"})
+    runs = load([tmp_path / "teacher", both, again, drawn, write_run(tmp_path / "baseline", BASELINE)])
+    _, both, again, drawn, _ = evaluate(runs).rows
+    assert (both.scoring_flops, both.scoring_seconds, both.teacher_training_flops) == (440, 44, 4 * 200)
+    assert (again.scoring_flops, again.teacher_training_flops) == (400, 4 * 100)
+    assert drawn.method == "SALT_DS step, random rows"
+    assert (math.isnan(drawn.scoring_flops), drawn.teacher_training_flops) == (True, 4 * 100)
+    assert drawn.reached_flops_share_with_teacher_training == (2500 + 300 + 400) / 3000
+
+
+def test_an_exported_teacher_was_trained_for_the_steps_in_its_card(tmp_path):
+    teacher = write_run(tmp_path / "teacher", BASELINE, student=4, **{"checkpoint.export": "models/teacher"})
+    salt = write_run(tmp_path / "salt", SALT, teacher="models/teacher", weight=0.5, kd_steps=60)
+    (tmp_path / "models/teacher").mkdir(parents=True)
+    for said, steps in (("- steps: 150 of 1,300\n", 150), ("- steps: 99,999\n", 300), ("- steps: many\n", 300)):
+        (tmp_path / "models/teacher/README.md").write_text(f"# x\n\n{said}- FLOPs of the student: 4 FLOP\n")
+        found = evaluate(load([teacher, salt])).rows[1]
+        assert (found.teacher_training_flops, found.teacher_training_seconds) == (4 * steps, 0.5 * steps)
+
+
+def test_what_a_branch_shares_with_its_teacher_is_in_its_own_cost(tmp_path):
+    """It started at step 100 of the run whose step 200 taught it."""
+    write_run(tmp_path / "trunk", BASELINE)
+    kd = {"teacher": "trunk/checkpoints/step-00000200.ckpt", "weight": 0.5, "kd_steps": 200}
+    write_run(
+        tmp_path / "twig", {200: 4.5, 300: 3.75}, after=100, ckpt_path="trunk/checkpoints/step-00000100.ckpt", **kd
+    )
+    row = evaluate([lineage.read(tmp_path / name, name) for name in ("trunk", "twig")]).rows[1]
+    assert (row.teacher_training_flops, row.teacher_training_seconds) == (10 * 100, 0.5 * 100)

@@ -102,10 +102,10 @@ def teacher_runs(run: Run, runs: list[Run]) -> dict[str, Run | None]:
     moved = "" if now in run.teachers else now  # the teacher's new path, if it was moved after KD
     found = {path: _trained(run, path, runs) or _trained(run, moved, runs) for path in run.teachers}
     found = found if run.taught or not run.selected else {}  # a control: its rows were selected, but nobody taught it
-    scorer = _scorer(run)
-    there = set(_places(run, scorer))
-    if scorer and not _holds(run, there) and not any(there & set(_places(run, path)) for path in found):
-        found[scorer] = _trained(run, scorer, runs)
+    for scorer in _scorers(run):
+        there = set(_places(run, scorer))
+        if not _holds(run, there) and not any(there & set(_places(run, path)) for path in found):
+            found[scorer] = _trained(run, scorer, runs)
     return found
 
 
@@ -130,12 +130,14 @@ def same_model(a: Run, b: Run) -> bool:
 
 def training(run: Run, teachers: dict[str, Run | None]) -> tuple[float, float]:
     """FLOPs and seconds to train `teacher_runs`, with their own scoring, but not what training their own teachers
-    cost. Each step of a teacher's run counts once, also if several checkpoints, or branches of it, have taught.
+    cost. Each step of a teacher's run counts once, also if several checkpoints, or branches of it, have taught; not if
+    `run` is a branch of it, with that step.
 
-    The step is in a checkpoint's name; an exported teacher counts as the last step.
+    The step is in a checkpoint's name, or in an exported teacher's card; otherwise, it is the last one.
     """
     if run.lost or not teachers:
         return math.nan, math.nan
+    of_run = {folder: until for until, folder in run.trunk}
     furthest: dict[Path, tuple[int, int, Run]] = {}  # a run's folder -> its first and last step that teachers needed
     scored: set[tuple[float, float]] = set()
     flops = seconds = 0.0
@@ -144,11 +146,12 @@ def training(run: Run, teachers: dict[str, Run | None]) -> tuple[float, float]:
             flops, seconds = flops + _card_flops(run, path), math.nan
         else:
             step = step_named(path)
+            step = _card_step(run, path) if step is None else step
             done = teacher.steps_done if step is None else min(step, teacher.steps_done)
-            scored |= {scoring(teacher)} if teacher.selected else set()
+            scored |= {scoring(teacher)} if teacher.scores else set()
             start = 0
             for until, folder in (*teacher.trunk, (done, teacher.path.resolve())):
-                end = min(until, done)
+                start, end = max(start, of_run.get(folder, 0)), min(until, done)
                 if end > furthest.get(folder, (0, start))[1]:
                     furthest[folder] = start, end, teacher
                 start = end
@@ -162,33 +165,50 @@ def training(run: Run, teachers: dict[str, Run | None]) -> tuple[float, float]:
 
 def _card_flops(run: Run, path: str) -> float:
     """FLOPs of an exported teacher's training, from its model card: student, teacher and scoring."""
-    for place in _places(run, path):
-        with suppress(OSError, ValueError):
-            said = small_text(place / "README.md")
-            found = re.findall(r"^- FLOPs of (?:the student|the teacher|scoring): ([\d.e+]+) (\w+)", said, re.M)
-            sizes = {unit: size for size, unit in UNITS} | {"FLOP": 1.0}
-            if len(found) == 3 and all(unit in sizes for _, unit in found):
-                return sum(float(value) * sizes[unit] for value, unit in found)
+    found = re.findall(r"^- FLOPs of (?:the student|the teacher|scoring): ([\d.e+]+) (\w+)", _card(run, path), re.M)
+    sizes = {unit: size for size, unit in UNITS} | {"FLOP": 1.0}
+    with suppress(ValueError):
+        if len(found) == 3 and all(unit in sizes for _, unit in found):
+            return sum(float(value) * sizes[unit] for value, unit in found)
     return math.nan
 
 
+def _card_step(run: Run, path: str) -> int | None:
+    """The step that an exported teacher was at, from its model card."""
+    found = re.search(r"^- steps: (\d[\d,]{0,15})", _card(run, path), re.M)
+    return int(found[1].replace(",", "")) if found else None
+
+
+def _card(run: Run, path: str) -> str:
+    """An exported teacher's model card, or nothing."""
+    for place in _places(run, path):
+        with suppress(OSError, ValueError):
+            return small_text(place / "README.md")
+    return ""
+
+
 def scoring(run: Run) -> tuple[float, float]:
-    """FLOPs and seconds of the predict run that `data.selection` names, if any and if it is not gone."""
-    with suppress(ValueError, TypeError):
-        found = _scores(run)
-        return float(found.get("scoring_flops", math.nan)), float(found.get("scoring_s", math.nan))
-    return math.nan, math.nan
+    """FLOPs and seconds of the predict runs that scored a run's rows; NaN if there is none, or one is gone."""
+    flops = seconds = 0.0 if run.scores else math.nan
+    for selection in run.scores:
+        found = _scores(run, selection)
+        try:
+            flops += float(found.get("scoring_flops", math.nan))
+            seconds += float(found.get("scoring_s", math.nan))
+        except (ValueError, TypeError):
+            return math.nan, math.nan
+    return flops, seconds
 
 
-def _scorer(run: Run) -> str:
-    """Path of the teacher that scored a run's rows; empty without a selection, or if the scores are gone."""
-    teacher = _scores(run).get("teacher")
-    return str(teacher.get("path") or "") if isinstance(teacher, dict) else ""
+def _scorers(run: Run) -> list[str]:
+    """Paths of the teachers that scored a run's rows, as far as the scores are there."""
+    about = [_scores(run, selection).get("teacher") for selection in run.scores]
+    return [path for each in about if isinstance(each, dict) and (path := str(each.get("path") or ""))]
 
 
-def _scores(run: Run) -> dict[str, Any]:
-    """What scores.json says about the selection of a run; empty without one, or if it is gone."""
-    for place in _places(run, str(run.selecting.get("data.selection", ""))):
+def _scores(run: Run, selection: str) -> dict[str, Any]:
+    """What scores.json says about a selection; empty if it is gone."""
+    for place in _places(run, selection):
         manifest = place / "scores.json" if place.is_dir() else place
         if manifest.name == "scores.json":
             with suppress(OSError, ValueError, RecursionError):

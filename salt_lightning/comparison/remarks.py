@@ -3,6 +3,7 @@
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -71,14 +72,20 @@ def _better(experiments: list[list[Run]], reference: Run) -> list[str]:
 
     Each entry of `experiments` has the finished runs (seeds) of one.
     """
-    ends = {group[0].name: float(np.mean([run.last("val/ce") for run in group])) for group in experiments if group}
-    here = next((ends[group[0].name] for group in experiments if reference in group), math.nan)
-    alike = [group[0].name for group in experiments if group and _could_be(group[0], reference)]
-    best = min((name for name in alike if ends[name] < here), key=lambda name: ends[name], default=None)
+    seeds = next((group for group in experiments if reference in group), [])
+    gains = {}
+    for group in experiments:
+        if group and group is not seeds and _could_be(group[0], reference):
+            of_all = {run.sample for run in seeds}
+            samples = {run.sample for run in group}  # if the reference has all of them, they are compared alone
+            here = [run.last("val/ce") for run in seeds if run.sample in samples or not samples <= of_all]
+            there = [run.last("val/ce") for run in group]
+            gains[group[0].name] = float(np.mean(here) - np.mean(there)) if here else math.nan
+    best = max((name for name, gain in gains.items() if gain > _ROUNDING), key=lambda name: gains[name], default=None)
     if best is None or not reference.is_plain:
         return []
     return [
-        f"{best}, a BASELINE of the same model that has read as much, ends {here - ends[best]:.4f} below the "
+        f"{best}, a BASELINE of the same model that has read as much, ends {gains[best]:.4f} below the "
         f"reference; compare with the better one: --baseline {best}"
     ]
 
@@ -96,7 +103,7 @@ def _lost_teachers(runs: list[Run], reference: Run) -> list[str]:
     taught: dict[str, list[str]] = {}
     for run in runs:
         for path, teacher in lineage.teacher_runs(run, runs).items():
-            if (run.kd_steps > 0 or run.selected) and path.endswith(".ckpt") and teacher is None:
+            if (run.kd_steps > 0 or run.scores) and path.endswith(".ckpt") and teacher is None:
                 taught.setdefault(path, []).append(run.name)
     notes = []
     for path, names in taught.items():
@@ -120,11 +127,7 @@ def _taught_teachers(runs: list[Run]) -> list[str]:
     students: dict[Run, dict[str, None]] = {}
     for run in runs:
         for teacher in lineage.teacher_runs(run, runs).values():
-            if (
-                (run.kd_steps > 0 or run.selected)
-                and teacher is not None
-                and (teacher.kd_steps > 0 or teacher.selected)
-            ):
+            if (run.kd_steps > 0 or run.scores) and teacher is not None and (teacher.kd_steps > 0 or teacher.scores):
                 students.setdefault(teacher, {})[run.name] = None
     return [
         f"{teacher.name}, the teacher of {few(names)}, had a teacher too: the cost of training that one is not counted"
@@ -142,6 +145,8 @@ def _may_be(run: Run, taught: list[str], runs: list[Run]) -> bool:
 
 
 _ROUNDING = 1e-5  # TensorBoard keeps seven digits of each loss
+_FIRST_TOKENS = 0.02  # the first token of a document, which differs between tokenizers, is not counted
+_CONTEXT = ("data.block_size", "data.isolate_documents")
 
 
 def _text(run: Run, kind: str) -> tuple[float, float]:
@@ -168,11 +173,13 @@ def _other_text(runs: list[Run], reference: Run) -> list[str]:
             at = where[-1]
             notes.append(
                 f"{run.name} was validated on other text from step {counts.steps[at + 1]} on "
-                f"({counts.values[at + 1]:,.0f} tokens, before that {counts.values[at]:,.0f})"
+                f"({counts.values[at + 1]:,.0f} tokens, before that {counts.values[at]:,.0f}): its losses before that "
+                "are left out"
             )
         if other_text(run, reference, "val"):
             (tokens, size), (there, other_size) = _text(run, "val"), _text(reference, "val")
-            if math.isclose(size, other_size, rel_tol=_ROUNDING):
+            rounding = _ROUNDING if _words(run) == _words(reference) else _FIRST_TOKENS
+            if math.isclose(size, other_size, rel_tol=rounding):
                 what, so = "in other tokens", "bits per byte can be compared, CE cannot"
             else:
                 what, so = "on other text", "their losses cannot be compared"
@@ -180,7 +187,16 @@ def _other_text(runs: list[Run], reference: Run) -> list[str]:
                 f"{run.name} was validated {what} than {reference.name} "
                 f"({tokens:,.0f} tokens, there {there:,.0f}): {so}"
             )
+        elif differ := [k for k in _CONTEXT if run.config and run.config.get(k) != reference.config.get(k)]:
+            said = ", ".join(f"--{k} {run.config.get(k)} (there {reference.config.get(k)})" for k in differ)
+            notes.append(
+                f"{run.name} was validated with {said}: the same model has another loss with less or more context"
+            )
     return notes
+
+
+def _words(run: Run) -> list[Any]:
+    return [run.config.get(f"data.{name}") for name in ("tokenizer", "vocab_size")]
 
 
 def _tests(runs: list[Run]) -> list[str]:

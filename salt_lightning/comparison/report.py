@@ -167,7 +167,8 @@ def _seeds_table(groups: list[Group]) -> str:
 
 def _parts_table(rows: list[Row]) -> str:
     """CE by third and source, if few enough for a table; compare.json has them all."""
-    parts = sorted({tag for row in rows for tag in row.last if tag.startswith("val/ce/")}, key=_third_first)
+    known = {tag for row in rows for tag, value in row.last.items() if not math.isnan(value)}
+    parts = sorted((tag for tag in known if tag.startswith("val/ce/")), key=_third_first)
     if not parts or len(parts) > MOST_PARTS:
         return ""
     columns = {"run": [row.run for row in rows]}
@@ -182,7 +183,7 @@ def _answers_table(rows: list[Row]) -> str:
         ("exact match", "test/exact_match", "the commonest answer's"),
         ("choice accuracy", "test/choice_accuracy", "the majority's"),
     )
-    tested = [row for row in rows if any(tag in row.last for _, tag, _ in kinds)]
+    tested = [row for row in rows if not all(math.isnan(row.last.get(tag, math.nan)) for _, tag, _ in kinds)]
     if not tested:
         return ""
     columns = {"run": [row.run for row in tested]}

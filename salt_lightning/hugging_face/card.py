@@ -198,7 +198,7 @@ def _cost(checkpoint: dict[str, Any], run: Run) -> dict[str, str]:
     mixed = checkpoint["text"].get("weights") or any("data.source" in was for was in run.changes.values())
     of_one_text = text_tokens and not mixed and not _examples(run.config)  # rows of examples are not full
     passes = f" ({tokens / text_tokens:.2f} times the text)" if of_one_text else ""
-    scoring = lineage.scoring(run)[0] if run.selected else 0.0
+    scoring = lineage.scoring(run)[0] if run.scores else 0.0
     return {
         "steps": f"{step:,}{planned}" + (f", {taught:,} of them with the teacher" if taught else ""),
         "tokens": f"{tokens:,}{passes}" if tokens else "",

@@ -57,24 +57,31 @@ def _in_order(files: Iterable[Path]) -> list[Path]:
     return [file for *_, file in sorted(placed)]
 
 
-def read_curves(folder: Path) -> tuple[dict[str, Curve], tuple[str, ...]]:
+def read_curves(folder: Path, apart: bool = False) -> tuple[dict[str, Curve], tuple[str, ...]]:
     """The curves, and a message for each file that could not be read to its end, with the last step read.
 
     Files are read in the order in which they were written, whatever the machines' clocks said: if a step was logged
-    twice, the later value wins.
+    twice, the later value wins. `apart`: all values of a step are from one file, the last that has that step, as each
+    `test` writes its own.
     """
     points: dict[str, dict[int, float]] = {}
     damaged = []
     files = (file for file in folder.glob("*tfevents*") if file.is_file() and not _PART.search(file.name))
     for file in _in_order(files):
         size, read, step = file.stat().st_size, 0, 0  # size before reading: a running run may append
+        own: dict[str, dict[int, float]] = {} if apart else points
         # TensorBoard's raw loader silently ends at a record that is cut off or fails its checksum; its EventAccumulator
         # would keep only a sample of the points.
         with suppress(DecodeError, OverflowError, MemoryError):  # a forged length or content
             for record in RawEventFileLoader(str(file)).Load():
                 event = Event.FromString(record)
-                _follow(points, event)
+                _follow(own, event)
                 read, step = read + len(record) + _FRAME_BYTES, max(step, event.step)
+        if apart:
+            again = {step for curve in own.values() for step in curve}
+            points = {tag: {s: v for s, v in curve.items() if s not in again} for tag, curve in points.items()}
+            for tag, curve in own.items():
+                points.setdefault(tag, {}).update(curve)
         if read < size:
             rest = "the rest is damaged or still being written"
             damaged.append(f"{printable(str(file))} could be read up to step {step}: {rest}")

@@ -66,6 +66,12 @@ class Run:
         return bool(self.selecting)
 
     @property
+    def scores(self) -> list[str]:
+        """The selections that it read rows of, in order, without random ones, which need no scores."""
+        read = (c for c in self._configs if c.get("data.keep.order") != "random")
+        return list(dict.fromkeys(str(path) for config in read if (path := config.get("data.selection"))))
+
+    @property
     def taught(self) -> list[tuple[float, dict[str, Any]]]:
         """(end of the steps with a teacher, settings) for each start that had such steps."""
         starts, found = [0, *(step for step, _ in self.earlier)], []
@@ -163,12 +169,31 @@ class Run:
         """Whether it is a BASELINE that never had a teacher, not even in an earlier start."""
         return self.method == "BASELINE" and not self.last("train/flops_teacher_total") > 0
 
-    @property
+    @cached_property
     def val_ce(self) -> Curve:
-        return self.curves.get("val/ce", Curve(np.array([], dtype=int), np.array([])))
+        """The validation losses from `measured_since` on: those before cannot be compared with them."""
+        curve = self.curves.get("val/ce", Curve(np.array([], dtype=int), np.array([])))
+        since = curve.steps >= self.measured_since
+        return Curve(curve.steps[since], curve.values[since])
+
+    @cached_property
+    def measured_since(self) -> int:
+        """The first validation on the same text as the last one, in rows as long, if not all of them are; else 0."""
+        if "val/ce" not in self.curves:
+            return 0
+        counts = self.curves.get("val/tokens")
+        where = np.flatnonzero(np.diff(counts.values)) + 1 if counts is not None else ()
+        at = [int(counts.steps[i]) for i in where if counts is not None]
+        at += [step + 1 for step, found in self.changes.items() if any(map(_MEASURE.match, found))]
+        return max((step for step in at if step <= self.curves["val/ce"].steps[-1]), default=0)
 
     def last(self, tag: str) -> float:
-        return float(self.curves[tag].values[-1]) if tag in self.curves else math.nan
+        """The last value of a tag; of a validation or test, NaN if the last one did not log it."""
+        kind, curve = tag.partition("/")[0], self.curves.get(tag)
+        whole = self.curves.get(f"{kind}/ce") if kind in ("val", "test") else None
+        if curve is None or (whole is not None and curve.steps[-1] < whole.steps[-1]):
+            return math.nan
+        return float(curve.values[-1])
 
     def total(self, tag: str, step: float) -> float:
         """One of CUMULATIVE after `step` optimizer steps, also between and after the logged ones."""
@@ -218,7 +243,10 @@ class Run:
         if not self.config:
             return {"folder": str(self.path.absolute())}
         own = {"run", "ckpt_path", "trainer.default_root_dir", "seed_everything", *self.seeds}
-        trained = {k: v for k, v in _without_watchers(self.config).items() if k not in own and not _AROUND.match(k)}
+        given = _without_watchers(self.config)
+        if given.get("kd.stop_margin") is None and not any(key.startswith("trainer.callbacks.") for key in given):
+            own.add("trainer.val_check_interval")  # else a validation may end KD, or the run
+        trained = {k: v for k, v in given.items() if k not in own and not _AROUND.match(k)}
         before = {f"until step {n}: {k}": was for n, found in self.changes.items() for k, (was, _) in found.items()}
         before |= {"ckpt_path": self.lost} if self.lost else {}
         # null equals a missing setting: an older version did not have it
@@ -264,12 +292,13 @@ def read_run(path: str | Path, name: str) -> Run:
         except ConfigError as error:
             unread.append(f"{error}; the settings before step {step} are not known")
     curves, damaged = read_curves(path)
-    tested, damaged_too = read_curves(path / "test")  # `cli.py test` logs there
+    tested, damaged_too = read_curves(path / "test", apart=True)  # `cli.py test` logs there
     curves |= {tag: curve for tag, curve in tested.items() if tag.startswith("test/")}
     return Run(name, path, settings, curves, (*damaged, *damaged_too, *unread), tuple(earlier))
 
 
 # Settings that change no result. With half the micro-batch, e.g. after running out of memory, it is the same run.
+_MEASURE = re.compile(r"data\.(val_source|val_fraction|val_rows|block_size|isolate_documents)\b")
 _AROUND = re.compile(
     r"data\.(\w+_workers|cache_dir|micro_batch_size)$|checkpoint\.|kd\.(allow_|probe_)|answers\."
     r"|trainer\.(max_time|log_every_n_steps|num_sanity_val_steps)$"
