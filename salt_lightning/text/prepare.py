@@ -120,6 +120,9 @@ def prepare_tokens(
     skipped, column = Skipped(**manifest.get("skipped", {})), corpus.examples.tools
     if skipped.lines:
         rank_zero_info(f"{corpus.setting}: {skipped}")
+    if left_out := manifest.get("left_out"):
+        what = "no response to learn, or a null" if corpus.examples.given else "no text"
+        rank_zero_info(f"{corpus.setting}: {left_out} rows left out ({what})")
     if column and not manifest.get("num_tools", 1):  # one JSON line may lack the column, but all?
         rank_zero_warn(f"--data.examples.tools: no row of {corpus.setting} has tools in a column {column!r}")
     return folder
@@ -302,17 +305,16 @@ def _write(encoder: Encoder, origin: dict[str, Any], unfinished: Unfinished, wor
         progress.close()
         for writer in writers.values():
             writer.close()
-    what = "no response to learn, or a null" if encoder.corpus.examples.given else "no text"
-    left_out = f"; {written.num_left_out} rows left out ({what})" if written.num_left_out else ""
     split = (
         f"; {written.num_split} conversations became {written.num_split + written.num_more} examples, because the chat "
         "template writes earlier messages differently later on"
     )
-    rank_zero_info(summary_line(start, written.done()) + left_out + (split if written.num_split else ""))
+    rank_zero_info(summary_line(start, written.done()) + (split if written.num_split else ""))
     return {
         "sources": list(written.sources),
         "splits": {split: writer.entry() for split, writer in writers.items()},
         "skipped": asdict(written.skipped),
+        "left_out": written.num_left_out,
         **({"num_tools": written.num_tools} if encoder.corpus.examples.tools else {}),
     }
 
