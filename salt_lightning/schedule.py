@@ -266,9 +266,8 @@ class KDScheduleCallback(pl.Callback):
         share = every if isinstance(every, float) and 0 <= every <= 1 else 1.0
         steps = interval_steps(share, trainer.max_steps)
         first = every // trainer.accumulate_grad_batches if isinstance(every, int) else steps
-        self._require_validation(
-            first * max(1, math.ceil(self.min_steps / max(1, first))), last
-        )  # 0: refused elsewhere
+        first *= max(1, math.ceil(self.min_steps / max(1, first)))  # 0 is refused elsewhere
+        self._require_validation(first, last)
 
     def _require_validation(self, first: int, last: int) -> None:
         """Raises ConfigError if the `first` validation that may end KD comes only when step `last` ends it anyway."""

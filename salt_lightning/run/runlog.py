@@ -181,10 +181,9 @@ class Run:
         """The first validation on the same text as the last one, in rows as long, if not all of them are; else 0."""
         if "val/ce" not in self.curves:
             return 0
-        counts = self.curves.get("val/tokens")
-        where = np.flatnonzero(np.diff(counts.values)) + 1 if counts is not None else ()
-        at = [int(counts.steps[i]) for i in where if counts is not None]
-        at += [step + 1 for step, found in self.changes.items() if any(map(_MEASURE.match, found))]
+        at = [step + 1 for step, found in self.changes.items() if any(map(_MEASURE.match, found))]
+        if (counts := self.curves.get("val/tokens")) is not None:
+            at += counts.steps[1:][np.diff(counts.values) != 0].tolist()
         return max((step for step in at if step <= self.curves["val/ce"].steps[-1]), default=0)
 
     def last(self, tag: str) -> float:
