@@ -2,6 +2,7 @@
 
 import fcntl
 import gc
+import logging
 import os
 import pty
 import re
@@ -26,12 +27,15 @@ from jsonargparse import Namespace
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.callbacks.progress import tqdm_progress
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.utilities import rank_zero_only
+from transformers.utils.logging import enable_progress_bar, is_progress_bar_enabled
 
 import salt_lightning
 from salt_lightning import cli
 from salt_lightning.__main__ import _imported
 from salt_lightning.checkpoint import newest
 from salt_lightning.command.parser import _WORDS, configs_first
+from salt_lightning.command.quiet import silence_libraries
 from salt_lightning.command.settings import wrong_trainer_settings
 from salt_lightning.run import progress_bar
 from salt_lightning.text import processes
@@ -569,3 +573,18 @@ def test_on_a_terminal_messages_stand_on_lines_of_their_own(settings, tmp_path):
     assert before.splitlines()[-1].strip() == ""  # the bar is gone from where the message stands
     last = text.replace("\r", "\n").split("\n")
     assert [line for line in last if line.strip()][-1].startswith("done: step 12, val/ce ")
+
+
+def test_of_what_every_process_would_say_the_first_one_alone_does(monkeypatch):
+    """Reading weights has a bar of transformers' own; Lightning puts the rank before a line of each other process."""
+    log = logging.getLogger("lightning.fabric.utilities.seed")
+    try:
+        for rank in (0, 1):
+            monkeypatch.setattr(rank_zero_only, "rank", rank)
+            silence_libraries()
+            assert is_progress_bar_enabled() == (rank == 0)
+        for text in ("Seed set to 0", "[rank: 1] Seed set to 0", "[rank: 12] an error"):
+            record = logging.LogRecord(log.name, logging.INFO, "", 0, text, (), None)
+            assert bool(log.filter(record)) == ("error" in text)
+    finally:
+        enable_progress_bar()

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -9,6 +10,9 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_only
+from transformers.utils.logging import disable_progress_bar
 
 from salt_lightning.errors import printable_lines
 
@@ -36,6 +40,8 @@ def silence_libraries() -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line for each retry without a network
     # a table of all weights that a model folder lacks or has too many: models.py says it in a line
     logging.getLogger("transformers.modeling_utils").addFilter(_is_no_report)
+    if getattr(rank_zero_only, "rank", 0):  # each rank reads the same weights
+        disable_progress_bar()
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).addFilter(_escape_and_select)
 
@@ -101,4 +107,4 @@ def _is_no_report(record: logging.LogRecord) -> bool:
 def _escape_and_select(record: logging.LogRecord) -> bool:
     message = record.getMessage()
     record.msg, record.args = printable_lines(message), ()  # may contain names of untrusted files and weights
-    return not message.startswith(_CHATTER)
+    return not re.sub(r"^\[rank: \d+\] ", "", message).startswith(_CHATTER)
