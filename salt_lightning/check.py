@@ -318,7 +318,7 @@ class Check:
         if self.memory_gib is not None:
             return int(self.memory_gib * 2**30)
         if device == "cpu":
-            return memory_bytes()
+            return memory_bytes() // max(1, self.trainer.num_devices)  # its processes share it
         return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 

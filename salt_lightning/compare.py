@@ -297,7 +297,8 @@ def _changed(reference: Run, run: Run) -> dict[str, tuple[Any, Any]]:
         return {}
     there, here = reference.variant, run.variant
     differ = [key for key in sorted(here.keys() | there.keys()) if here.get(key) != there.get(key)]
-    return {key: (reference.deciding.get(key), run.deciding.get(key)) for key in differ}
+    pairs = {key: tuple(r.deciding.get(key, r.config.get(key)) for r in (reference, run)) for key in differ}
+    return {key: (before, now) for key, (before, now) in pairs.items() if before != now or key in there.keys() & here}
 
 
 def _equal_points(students: list[Run]) -> tuple[dict[str, tuple[float, dict[str, float]]], dict[str, list[str]]]:

@@ -23,7 +23,7 @@ from salt_lightning.export import export
 from salt_lightning.hugging_face.spec import ModelSpec
 from salt_lightning.hugging_face.token_ids import emitted_ids
 from salt_lightning.models import build_fresh
-from salt_lightning.preflight import Finding, TeacherLoss
+from salt_lightning.preflight import Finding, TeacherLoss, size_said
 from salt_lightning.text import processes
 from salt_lightning.text.sources import Hub, resolve
 
@@ -335,6 +335,10 @@ def test_a_run_folder_that_is_taken(checked, tmp_path):
             "student", "error", "--model.student.config: ValueError: `embed_dim` must be divisible by num_heads",
         ),
         ({"check.memory_gib": 80}, "micro-batch", "ok", "the largest that fits: 8"),
+        (
+            {"trainer.devices": 2, "trainer.strategy": "ddp", "data.micro_batch_size": 4},  # its processes share it
+            "micro-batch", "ok", f"of {size_said(processes.memory_bytes() // 2)}; the largest that fits: 4",
+        ),
         ({"kd.weight": 0, "model.teacher.path": None, "kd.steps": None}, "phases", "ok", "no teacher"),
         ({"kd.weight": 0}, "phases", "ok", "is not used with --kd.weight 0"),
     ],

@@ -2025,14 +2025,17 @@ def test_a_part_that_the_last_validation_had_not_is_none_of_the_final_ones(tmp_p
     assert [line.split("|")[1:-1] for line in shown[::2]] == [[" run   ", "     v2 "], [" run   ", " 6.0000 "]]
 
 
-@pytest.mark.parametrize("key", ["data.val_source", "data.block_size", "data.isolate_documents"])
+@pytest.mark.parametrize("key", ["data.block_size", "data.isolate_documents"])
 def test_a_loss_before_the_validation_changed_is_not_where_the_reference_was_reached(key, tmp_path):
-    """As many tokens, but of other text, or with more context: at step 150 it seems to be where BASELINE ends."""
+    """With more context: at step 150 it seems to be where BASELINE ends."""
     baseline = write_run(tmp_path / "baseline", BASELINE, **{key: 1})
     run = write_run(tmp_path / "run", {100: 4.5, 200: 3.5, 250: 4.25, 300: 3.75}, **{key: 1})
     earlier(run, 200, **{key: 2})
-    row = evaluate(load([baseline, run])).rows[1]
-    assert (row.reached_step, row.difference) == (275, -0.25)
+    found = evaluate(load([baseline, run]))
+    assert (found.rows[1].reached_step, found.rows[1].difference) == (275, -0.25)
+    assert "run was validated with more or less context from step 201 on: its losses before that are" in str(
+        found.notes
+    )
     late = write_run(tmp_path / "late", {100: 4.5, 200: 3.5, 300: 3.75}, **{key: 1})
     earlier(late, 200, **{key: 2})
     assert math.isnan(evaluate(load([baseline, late])).rows[1].reached_step), "perhaps long before"
@@ -2041,8 +2044,23 @@ def test_a_loss_before_the_validation_changed_is_not_where_the_reference_was_rea
     assert evaluate(load([baseline, new])).runs[1].val_ce.steps.tolist() == [100, 200], "not validated since"
 
 
+def test_the_text_of_a_loss_is_known_by_its_tokens_and_bytes_not_by_its_path(tmp_path):
+    baseline = write_run(tmp_path / "baseline", BASELINE)
+    count(baseline, "val", 900, 3000, [300])
+    for name, before, reached in (("other", 3100, 275), ("moved", 3000, 150)):
+        run = write_run(tmp_path / name, {}, **{"data.val_source": "new/v.jsonl"})
+        earlier(run, 200, **{"data.val_source": "v.jsonl"})
+        for step, ce, size in ((100, 4.5, before), (200, 3.5, before), (250, 4.25, 3000), (300, 3.75, 3000)):
+            count(run, "val", 900, size, [step], ce)
+        found = evaluate(load([baseline, run]))
+        assert found.rows[1].reached_step == reached
+        said = "was validated on other text from step 250 on (900 tokens, before that 900): its losses before that are"
+        assert (said in str(found.notes)) == (name == "other")
+
+
 def test_losses_with_other_context_are_told(tmp_path):
     runs = [write_run(tmp_path / f"t{size}", BASELINE, **{"data.block_size": size}) for size in (64, 32)]
+    runs.append(write_run(tmp_path / "none", {}, seed_everything=1, **{"data.block_size": 32}))  # never validated
     (note,) = (note for note in evaluate(load(runs)).notes if "validated" in note)
     assert note.startswith("t32 was validated with --data.block_size 32 (there 64): the same model has another loss")
 
@@ -2061,15 +2079,33 @@ def test_how_often_it_is_validated_makes_no_experiment_unless_that_may_end_somet
         every = "trainer.val_check_interval"
         name = str(len(list(tmp_path.iterdir())))
         runs = [
-            write_run(tmp_path / f"{name}-{n}", BASELINE, seed_everything=n, **{every: n}, **config) for n in (1, 2)
+            write_run(tmp_path / f"{name}-{n}", BASELINE, seed_everything=n, **{every: 300 // n}, **config)
+            for n in (1, 2)
         ]
-        return len(evaluate(load(runs)).groups)
+        found = evaluate(load(runs))
+        assert all(before != now for group in found.groups for before, now in group.changed.values())
+        return len(found.groups)
 
+    alike = {"trainer.val_check_interval": 100, "trainer.callbacks": None}
+    margin = {"teacher": "t", "weight": 0.5, "kd_steps": 60, "kd.stop_margin": 0.1}
+    runs = [write_run(tmp_path / "all", BASELINE, **alike), write_run(tmp_path / "margin", SALT, **alike, **margin)]
+    assert "trainer.val_check_interval" not in evaluate(load(runs)).groups[1].changed
     stops = [{"class_path": "EarlyStopping", "init_args": {"monitor": "val/ce"}}]
     kd = {"teacher": "t", "weight": 0.5, "kd_steps": 60}
     none = {"trainer.callbacks": None}
     assert [groups(**none), groups(**kd, **none), groups(**{"trainer.callbacks": stops})] == [1, 1, 2]
     assert groups(**kd, **none, **{"kd.stop_margin": 0.1}) == 2
+    assert [groups(**none, **{"trainer.max_steps": steps}) for steps in (300, 450, 200)] == [1, 2, 2], "not at the end"
+
+
+@pytest.mark.parametrize(("every", "groups"), [(0.5, 1), (0.29, 2), (1.0, 1), (400, 1), (7, 2), ("x", 2)])
+def test_losses_of_the_last_step_are_seeds_whatever_the_interval(every, groups, tmp_path):
+    none = {"trainer.callbacks": None}
+    runs = [write_run(tmp_path / "null", BASELINE, **none)]
+    runs.append(
+        write_run(tmp_path / "own", BASELINE, seed_everything=1, **none, **{"trainer.val_check_interval": every})
+    )
+    assert len(evaluate(load(runs)).groups) == groups
 
 
 def test_a_seed_of_a_baseline_is_better_only_than_the_same_seed(tmp_path):
@@ -2102,6 +2138,28 @@ def test_each_selection_that_was_read_has_its_cost_and_random_rows_have_none(tmp
     assert drawn.method == "SALT_DS step, random rows"
     assert (math.isnan(drawn.scoring_flops), drawn.teacher_training_flops) == (True, 4 * 100)
     assert drawn.reached_flops_share_with_teacher_training == (2500 + 300 + 400) / 3000
+    top = write_run(tmp_path / "top", SALT, **kd, **{"data.selection": "two", "data.keep.order": "random",
+                                                     "data.keep.drop_top": 0.1})  # fmt: skip
+    assert evaluate(load([top])).rows[0].scoring_flops == 40
+
+
+def test_a_predict_run_counts_once_wherever_it_is_named(tmp_path):
+    """By two paths, and by the teacher too, whose rows came from the same scores."""
+    (tmp_path / "score").mkdir()
+    (tmp_path / "score/scores.json").write_text('{"scoring_flops": 400.0, "scoring_s": 20.0}')
+    write_run(tmp_path / "teacher", {300: 5.0}, student=4, **{"data.selection": "score"})
+    kd = {"teacher": "teacher/checkpoints/step-00000300.ckpt", "weight": 0.5, "kd_steps": 60}
+    salt = write_run(tmp_path / "salt", SALT, **kd, **{"data.selection": str(tmp_path / "score")})
+    earlier(salt, 20, **kd, **{"data.selection": "score/scores.json"})
+    plain = write_run(tmp_path / "plain", SALT, **kd)
+    gone = write_run(tmp_path / "gone", SALT, **kd, **{"data.selection": "score"})
+    earlier(gone, 20, **kd, **{"data.selection": "lost"})
+    found = evaluate(load([tmp_path / "teacher", salt, plain, gone]))
+    costs = [(row.teacher_training_flops, row.scoring_flops) for row in found.rows]
+    assert costs[1:3] == [(4 * 300, 400), (4 * 300 + 400, pytest.approx(math.nan, nan_ok=True))]
+    assert (costs[3][0], math.isnan(costs[3][1])) == (4 * 300, True)
+    said = "the scores that gone selected rows by, lost, are gone: the cost of scoring is unknown"
+    assert [note for note in found.notes if "selected rows by" in note] == [said]
 
 
 def test_an_exported_teacher_was_trained_for_the_steps_in_its_card(tmp_path):

@@ -139,7 +139,7 @@ def training(run: Run, teachers: dict[str, Run | None]) -> tuple[float, float]:
         return math.nan, math.nan
     of_run = {folder: until for until, folder in run.trunk}
     furthest: dict[Path, tuple[int, int, Run]] = {}  # a run's folder -> its first and last step that teachers needed
-    scored: set[tuple[float, float]] = set()
+    scored: dict[str, dict[str, Any]] = {}
     flops = seconds = 0.0
     for path, teacher in teachers.items():
         if teacher is None:
@@ -148,7 +148,7 @@ def training(run: Run, teachers: dict[str, Run | None]) -> tuple[float, float]:
             step = step_named(path)
             step = _card_step(run, path) if step is None else step
             done = teacher.steps_done if step is None else min(step, teacher.steps_done)
-            scored |= {scoring(teacher)} if teacher.scores else set()
+            scored |= _scores(teacher)
             start = 0
             for until, folder in (*teacher.trunk, (done, teacher.path.resolve())):
                 start, end = max(start, of_run.get(folder, 0)), min(until, done)
@@ -158,8 +158,8 @@ def training(run: Run, teachers: dict[str, Run | None]) -> tuple[float, float]:
     for start, end, teacher in furthest.values():
         flops += teacher.flops(end) - (teacher.flops(start) if start else 0)
         seconds += teacher.total("train/time_s", end) - (teacher.total("train/time_s", start) if start else 0)
-    for cost_flops, cost_s in scored:
-        flops, seconds = flops + cost_flops, seconds + cost_s
+    for place in scored.keys() - _scores(run).keys():  # its own are counted by themselves
+        flops, seconds = flops + _cost(scored[place], "scoring_flops"), seconds + _cost(scored[place], "scoring_s")
     return flops, seconds
 
 
@@ -189,29 +189,46 @@ def _card(run: Run, path: str) -> str:
 
 def scoring(run: Run) -> tuple[float, float]:
     """FLOPs and seconds of the predict runs that scored a run's rows; NaN if there is none, or one is gone."""
-    flops = seconds = 0.0 if run.scores else math.nan
-    for selection in run.scores:
-        found = _scores(run, selection)
-        try:
-            flops += float(found.get("scoring_flops", math.nan))
-            seconds += float(found.get("scoring_s", math.nan))
-        except (ValueError, TypeError):
-            return math.nan, math.nan
-    return flops, seconds
+    found = _scores(run).values()
+    flops, seconds = (sum(_cost(about, key) for about in found) for key in ("scoring_flops", "scoring_s"))
+    return (flops, seconds) if found else (math.nan, math.nan)
+
+
+def lost_scores(run: Run) -> list[str]:
+    """The selections of a run whose scores are gone."""
+    return [place for place, about in _scores(run).items() if not about]
+
+
+def _cost(about: dict[str, Any], key: str) -> float:
+    with suppress(ValueError, TypeError):
+        return float(about.get(key, math.nan))
+    return math.nan
 
 
 def _scorers(run: Run) -> list[str]:
     """Paths of the teachers that scored a run's rows, as far as the scores are there."""
-    about = [_scores(run, selection).get("teacher") for selection in run.scores]
-    return [path for each in about if isinstance(each, dict) and (path := str(each.get("path") or ""))]
+    found = [about.get("teacher") for about in _scores(run).values()]
+    return [path for each in found if isinstance(each, dict) and (path := str(each.get("path") or ""))]
 
 
-def _scores(run: Run, selection: str) -> dict[str, Any]:
-    """What scores.json says about a selection; empty if it is gone."""
-    for place in _places(run, selection):
-        manifest = place / "scores.json" if place.is_dir() else place
-        if manifest.name == "scores.json":
-            with suppress(OSError, ValueError, RecursionError):
-                found = json.loads(small_text(manifest))
-                return found if isinstance(found, dict) else {}
+def _scores(run: Run) -> dict[str, dict[str, Any]]:
+    """Where the scores of a run's selections are -> what scores.json says; nothing, if they are gone."""
+    found: dict[str, dict[str, Any]] = {}
+    for selection in run.scores:
+        manifests = [place / "scores.json" if place.is_dir() else place for place in _places(run, selection)]
+        for manifest in manifests:
+            about = _read_scores(manifest)
+            if about:
+                found[str(manifest.resolve())] = about
+                break
+        else:
+            found[selection] = {}
+    return found
+
+
+def _read_scores(manifest: Path) -> dict[str, Any]:
+    if manifest.name == "scores.json":
+        with suppress(OSError, ValueError, RecursionError):
+            about = json.loads(small_text(manifest))
+            return about if isinstance(about, dict) else {}
     return {}

@@ -9,7 +9,7 @@ import numpy as np
 
 from salt_lightning.comparison import lineage
 from salt_lightning.errors import few
-from salt_lightning.run.runlog import Run, changes_said
+from salt_lightning.run.runlog import Run, changes_said, differ
 
 
 def remarks(
@@ -50,6 +50,11 @@ def remarks(
     notes += [f"{run.name} has no config.yaml: its method is not known" for run in runs if not run.config]
     notes += _better([[run for run in group if run.finished] for group in experiments], reference)
     notes += _lost_teachers(runs, reference) + _taught_teachers(runs)
+    notes += [
+        f"the scores that {run.name} selected rows by, {path}, are gone: the cost of scoring is unknown"
+        for run in runs
+        for path in lineage.lost_scores(run)
+    ]
     once = [run for run in runs if run.name not in repeated]
     return notes + _other_text(once, reference) + _tests(runs)
 
@@ -144,37 +149,34 @@ def _may_be(run: Run, taught: list[str], runs: list[Run]) -> bool:
 # --- which text a loss was measured on ---
 
 
-_ROUNDING = 1e-5  # TensorBoard keeps seven digits of each loss
+_ROUNDING = 1e-5  # of a loss in nats, and of the bytes of a text: TensorBoard keeps seven digits
 _FIRST_TOKENS = 0.02  # the first token of a document, which differs between tokenizers, is not counted
 _CONTEXT = ("data.block_size", "data.isolate_documents")
 
 
 def _text(run: Run, kind: str) -> tuple[float, float]:
     """Tokens and bytes of the text that the last val or test loss was measured on."""
-    ce, tokens, bits = (run.last(f"{kind}/{name}") for name in ("ce", "tokens", "bits_per_byte"))
-    return tokens, ce * tokens / (bits * math.log(2) or math.nan)
+    return next(reversed(run.measured(kind).values()), (math.nan, math.nan))
 
 
 def other_text(a: Run, b: Run, kind: str) -> bool:
-    """Whether two losses were measured on different text or tokens, as far as the logs show."""
-    (tokens, size), (other_tokens, other_size) = _text(a, kind), _text(b, kind)
-    if math.isnan(tokens + other_tokens):
-        return False
-    return tokens != other_tokens or not (
-        math.isnan(size + other_size) or math.isclose(size, other_size, rel_tol=_ROUNDING)
-    )
+    """Whether the last losses of two runs were measured on different text or tokens, as far as the logs show."""
+    return differ(_text(a, kind), _text(b, kind))
 
 
 def _other_text(runs: list[Run], reference: Run) -> list[str]:
     notes = []
     for run in runs:
-        counts = run.curves.get("val/tokens")
-        if counts is not None and (where := np.flatnonzero(np.diff(counts.values))).size:
-            at = where[-1]
+        if since := run.text_since:
+            counts = [tokens for step, (tokens, _) in run.measured("val").items() if step <= since]
             notes.append(
-                f"{run.name} was validated on other text from step {counts.steps[at + 1]} on "
-                f"({counts.values[at + 1]:,.0f} tokens, before that {counts.values[at]:,.0f}): its losses before that "
-                "are left out"
+                f"{run.name} was validated on other text from step {since} on "
+                f"({counts[-1]:,.0f} tokens, before that {counts[-2]:,.0f}): its losses before that are left out"
+            )
+        if run.measured_since > run.text_since:
+            notes.append(
+                f"{run.name} was validated with more or less context from step {run.measured_since} on: its losses "
+                "before that are left out"
             )
         if other_text(run, reference, "val"):
             (tokens, size), (there, other_size) = _text(run, "val"), _text(reference, "val")
@@ -187,8 +189,8 @@ def _other_text(runs: list[Run], reference: Run) -> list[str]:
                 f"{run.name} was validated {what} than {reference.name} "
                 f"({tokens:,.0f} tokens, there {there:,.0f}): {so}"
             )
-        elif differ := [k for k in _CONTEXT if run.config and run.config.get(k) != reference.config.get(k)]:
-            said = ", ".join(f"--{k} {run.config.get(k)} (there {reference.config.get(k)})" for k in differ)
+        elif unlike := [k for k in _CONTEXT if "val/ce" in run.curves and run.config.get(k) != reference.config.get(k)]:
+            said = ", ".join(f"--{k} {run.config.get(k)} (there {reference.config.get(k)})" for k in unlike)
             notes.append(
                 f"{run.name} was validated with {said}: the same model has another loss with less or more context"
             )

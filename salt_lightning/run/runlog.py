@@ -5,6 +5,7 @@ import os
 import re
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +68,14 @@ class Run:
 
     @property
     def scores(self) -> list[str]:
-        """The selections that it read rows of, in order, without random ones, which need no scores."""
-        read = (c for c in self._configs if c.get("data.keep.order") != "random")
-        return list(dict.fromkeys(str(path) for config in read if (path := config.get("data.selection"))))
+        """The selections that it read rows of, in order, without random rows of all, which need no scores."""
+
+        def needs(config: dict[str, Any]) -> bool:
+            return config.get("data.keep.order") != "random" or bool(config.get("data.keep.drop_top"))
+
+        return list(
+            dict.fromkeys(str(c["data.selection"]) for c in self._configs if c.get("data.selection") and needs(c))
+        )
 
     @property
     def taught(self) -> list[tuple[float, dict[str, Any]]]:
@@ -156,6 +162,15 @@ class Run:
         return {step: settings for step, settings in found.items() if settings}
 
     @property
+    def _validated_at_end(self) -> bool:
+        """Whether, by the settings, the last step is followed by a validation."""
+        every, steps = self.config.get("trainer.val_check_interval"), self.max_steps
+        if every is None or steps is None or not isinstance(every, int | float) or every <= 0:
+            return every is None
+        interval = every if isinstance(every, int) else max(1, int(round(every * steps, 6)))
+        return interval >= steps or steps % interval == 0
+
+    @property
     def running(self) -> bool:
         return self.max_steps is not None and 0 < self.steps_done < self.max_steps
 
@@ -181,10 +196,26 @@ class Run:
         """The first validation on the same text as the last one, in rows as long, if not all of them are; else 0."""
         if "val/ce" not in self.curves:
             return 0
-        at = [step + 1 for step, found in self.changes.items() if any(map(_MEASURE.match, found))]
-        if (counts := self.curves.get("val/tokens")) is not None:
-            at += counts.steps[1:][np.diff(counts.values) != 0].tolist()
-        return max((step for step in at if step <= self.curves["val/ce"].steps[-1]), default=0)
+        at = [step + 1 for step, found in self.changes.items() if any(map(_CONTEXT.match, found))]
+        return max((step for step in (*at, self.text_since) if step <= self.curves["val/ce"].steps[-1]), default=0)
+
+    @cached_property
+    def text_since(self) -> int:
+        """The first validation on the same text as the last one, as far as the log shows, if not all are; else 0."""
+        texts = list(self.measured("val").items())
+        return max((step for (_, was), (step, now) in pairwise(texts) if differ(was, now)), default=0)
+
+    def measured(self, kind: str) -> dict[int, tuple[float, float]]:
+        """Step -> tokens and bytes of the text that each val or test loss was measured on; NaN: not known."""
+        ce, tokens, bits = (
+            dict(zip(curve.steps.tolist(), curve.values.tolist(), strict=True)) if curve else {}
+            for curve in (self.curves.get(f"{kind}/{name}") for name in ("ce", "tokens", "bits_per_byte"))
+        )
+        found = {}
+        for step, value in ce.items():
+            count = tokens.get(step, math.nan)
+            found[step] = count, value * count / (bits.get(step, math.nan) * math.log(2) or math.nan)
+        return found
 
     def last(self, tag: str) -> float:
         """The last value of a tag; of a validation or test, NaN if the last one did not log it."""
@@ -243,8 +274,9 @@ class Run:
             return {"folder": str(self.path.absolute())}
         own = {"run", "ckpt_path", "trainer.default_root_dir", "seed_everything", *self.seeds}
         given = _without_watchers(self.config)
-        if given.get("kd.stop_margin") is None and not any(key.startswith("trainer.callbacks.") for key in given):
-            own.add("trainer.val_check_interval")  # else a validation may end KD, or the run
+        may_end = given.get("kd.stop_margin") is not None or any(k.startswith("trainer.callbacks.") for k in given)
+        if self._validated_at_end and not may_end:  # a validation may end KD, or the run
+            own.add("trainer.val_check_interval")
         trained = {k: v for k, v in given.items() if k not in own and not _AROUND.match(k)}
         before = {f"until step {n}: {k}": was for n, found in self.changes.items() for k, (was, _) in found.items()}
         before |= {"ckpt_path": self.lost} if self.lost else {}
@@ -274,6 +306,15 @@ class Run:
         return {key: anonymous(value) if _PLACES.match(key) else value for key, value in self.deciding.items()}
 
 
+def differ(a: tuple[float, float], b: tuple[float, float]) -> bool:
+    """Whether two losses were measured on different text or tokens, as far as `Run.measured` knows."""
+    (tokens, size), (other_tokens, other_size) = a, b
+    if math.isnan(tokens + other_tokens):
+        return False
+    alike = math.isnan(size + other_size) or math.isclose(size, other_size, rel_tol=_ROUNDING)
+    return tokens != other_tokens or not alike
+
+
 def read_run(path: str | Path, name: str) -> Run:
     """Reads config.yaml and every TensorBoard event file of a run's folder, finished or not.
 
@@ -297,7 +338,8 @@ def read_run(path: str | Path, name: str) -> Run:
 
 
 # Settings that change no result. With half the micro-batch, e.g. after running out of memory, it is the same run.
-_MEASURE = re.compile(r"data\.(val_source|val_fraction|val_rows|block_size|isolate_documents)\b")
+_CONTEXT = re.compile(r"data\.(block_size|isolate_documents)$")  # these change a loss on the same text
+_ROUNDING = 1e-5  # TensorBoard keeps seven digits of each loss
 _AROUND = re.compile(
     r"data\.(\w+_workers|cache_dir|micro_batch_size)$|checkpoint\.|kd\.(allow_|probe_)|answers\."
     r"|trainer\.(max_time|log_every_n_steps|num_sanity_val_steps)$"
