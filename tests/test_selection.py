@@ -3,6 +3,8 @@
 import pickle
 import statistics
 import tracemalloc
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +17,7 @@ from salt_lightning.batches.mixture import Shares, make_order
 from salt_lightning.batches.order import Order, row_at, scatter
 from salt_lightning.batches.row_set import RowSet, _find
 from salt_lightning.errors import ConfigError
+from salt_lightning.fit import alike
 from salt_lightning.selection import (
     KeepRule,
     chance,
@@ -410,3 +413,9 @@ def test_the_report_shows_no_overlap_where_chance_has_chosen():
     of_k = {5: clear, 10: clear, 20: zeros}
     rows = [line.split("|")[2:-1] for line in _overlap(kept, of_k, KeepRule()).splitlines() if line.startswith("| k =")]
     assert [[cell.strip() for cell in row] for row in rows] == [["100.0%", "100.0%", "-"]] * 2 + [["-"] * 3]
+
+
+def test_runs_can_be_sorted_by_how_their_rows_were_chosen():
+    told = alike.told({}, SimpleNamespace(selection=Path("runs/score"), keep=KeepRule(k=7)))
+    assert (told["data.selection"], told["data.keep.k"], told["data.keep.order"]) == ("runs/score", 7, "highest")
+    assert list(alike.told({}, SimpleNamespace(selection=None, keep=KeepRule()))) == ["data.source"]

@@ -104,9 +104,11 @@ _TOLD = re.compile(r"--(model|kd|data\.(?!\w+_fingerprint|held_out)|trainer\.(ma
 
 
 def told(settings: Mapping[str, Any], data: Any) -> dict[str, Any]:
-    """The entries of `of_fit` that a table of runs is sorted by, and the text that is read."""
-    source = getattr(data, "text", {}).get("source", ())
-    return {name[2:]: value for name, value in settings.items() if _TOLD.match(name)} | {"data.source": few(source)}
+    """The entries of `of_fit` that a table of runs is sorted by, the text that is read, and how its rows are chosen."""
+    text = {"data.source": few(getattr(data, "text", {}).get("source", ()))}
+    if selection := getattr(data, "selection", None):
+        text |= {"data.selection": str(selection), **{f"data.keep.{k}": v for k, v in asdict(data.keep).items()}}
+    return {name[2:]: value for name, value in settings.items() if _TOLD.match(name)} | text
 
 
 def _end(path: str) -> str:
