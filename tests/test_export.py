@@ -297,13 +297,16 @@ def test_the_card_names_the_method(schedule, taught_steps, lines, salt):
 
 def test_the_card_says_where_it_went_on_under_other_settings(salt):
     run, now = read_run(salt, "salt"), read_run(salt, "salt").config["data.source"]
-    starts = [(4, {**run.config, "data.source": "old/*.jsonl"}), (12, {**run.config, "trainer.max_steps": 99}),
+    other = {"data.source": "old/*.jsonl", "model.teacher.path": "old.ckpt"}
+    starts = [(2, {**run.config, **other}), (12, {**run.config, "trainer.max_steps": 99}),
               (20, {**run.config, "trainer.max_steps": 50})]  # fmt: skip
     checkpoint = torch.load(checkpoints(salt)[-1], weights_only=True)
     model = AutoModelForCausalLM.from_pretrained(salt / "out")
     lines = model_card("x", checkpoint, model, replace(run, earlier=tuple(starts)), None).splitlines()
-    found = f"data.source {now} (before old/*.jsonl), trainer.max_steps 99 (before 12)"
-    assert f"- resumed: at step 4 under other settings: {found}" in lines  # what holds from step 12 on is not of it
+    own = run.config["model.teacher.path"]
+    found = f"data.source {now} (before old/*.jsonl), model.teacher.path {own} (before old.ckpt), trainer.max_steps 99"
+    assert f"- resumed: at step 2 under other settings: {found} (before 12)" in lines  # not what holds from step 12 on
+    assert f"- teacher: old.ckpt, then {own}" in lines
     assert "- tokens: 3,072" in lines  # on unknown text
 
 

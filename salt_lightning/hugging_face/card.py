@@ -16,6 +16,7 @@ from salt_lightning.comparison import lineage, report
 from salt_lightning.errors import printable
 from salt_lightning.fit.meter import Totals
 from salt_lightning.flops import active_parameters
+from salt_lightning.run.run_folder import same_setting
 from salt_lightning.run.runlog import Run, changes_said
 from salt_lightning.schedule import KDSchedule, Shape, trained_schedule
 
@@ -112,12 +113,12 @@ def _student(model: PreTrainedModel, run: Run) -> dict[str, str]:
 
 def _training(checkpoint: dict[str, Any], run: Run) -> dict[str, str]:
     settings, spec, text = run.config, checkpoint["hyper_parameters"], checkpoint["text"]
-    teacher, taught = spec.get("teacher") or {}, _is_taught(checkpoint, run)
+    taught = _is_taught(checkpoint, run)
     counts = [(text.get("documents"), "documents"), (_data(checkpoint, "num_train_tokens"), "tokens")]
     return {
         "resumed": "; ".join(changes_said(run)),
         "method": run.method + ("" if taught == (run.kd_steps > 0) else ", after steps with a teacher"),
-        "teacher": " at revision ".join(filter(None, (teacher.get("path"), teacher.get("revision")))) if taught else "",
+        "teacher": ", then ".join(_teachers(spec.get("teacher") or {}, run)) if taught else "",
         "KD": f"{_schedule(checkpoint, run)}; teacher temperature {spec.get('teacher_temperature', 1.0):g}"
         if taught
         else "",
@@ -133,6 +134,12 @@ def _training(checkpoint: dict[str, Any], run: Run) -> dict[str, str]:
         "precision": str(settings.get("trainer.precision") or ""),
         "seed": str(spec.get("seed", "")),
     }
+
+
+def _teachers(newest: dict[str, Any], run: Run) -> list[str]:
+    """The teachers that a run has learned from, in order; the revision is known of the newest."""
+    path, revision = str(newest.get("path") or ""), newest.get("revision")
+    return [f"{one} at revision {revision}" if revision and same_setting(one, path) else one for one in run.teachers]
 
 
 def _selection(settings: dict[str, Any]) -> str:
