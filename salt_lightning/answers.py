@@ -135,7 +135,7 @@ class AnswerTest(pl.Callback):
         rank_zero_info(summary(values))
         if self.extract is not None and self.max_new_tokens:
             said = (
-                f"{sum(bool(found_by(self.extract, record[name])) for record in records.values())} {of}"
+                f"{sum(bool(found_in(record[name], self.extract)) for record in records.values())} {of}"
                 for name, of in (("response", "responses"), ("generated", "generated texts"))
             )
             rank_zero_info(
@@ -262,10 +262,10 @@ def turn_ends(responses: Iterable[list[int]], marks: set[int], decode: Callable[
 
 def extracted(text: str, pattern: re.Pattern[str] | None) -> str:
     """What the pattern finds in a text; without a pattern, or if it finds nothing, the whole text."""
-    return (found_by(pattern, text) if pattern is not None else "") or text
+    return (found_in(text, pattern) if pattern is not None else "") or text
 
 
-def found_by(pattern: re.Pattern[str], text: str) -> str:
+def found_in(text: str, pattern: re.Pattern[str]) -> str:
     """The last match that is not empty: its first group, if that is part of it, or else all of it; "" without one."""
     found = (match[1] if pattern.groups and match[1] is not None else match[0] for match in pattern.finditer(text))
     return next(filter(None, reversed(list(found))), "")

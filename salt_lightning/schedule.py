@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from salt_lightning import preflight
 from salt_lightning.errors import ConfigError, refuse, wrong_kinds
 from salt_lightning.preflight import size_said
+from salt_lightning.run.run_folder import interval_steps
 from salt_lightning.teacher.probe import Probe, look
 
 Shape = Literal["step", "linear", "linear_ratio", "cosine"]
@@ -126,11 +127,6 @@ def validation_steps(trainer: pl.Trainer) -> Iterator[int]:
         first = int(interval) - (epoch * batches % int(interval) if epochs is None else 0)
         for batch in range(first, batches + 1, int(interval)) if (epoch + 1) % (epochs or 1) == 0 else ():
             yield epoch * steps + (steps if batch == batches else batch // trainer.accumulate_grad_batches)
-
-
-def interval_steps(share: float, max_steps: int) -> int:
-    """Steps between validations, at least 1, for an interval that is a share of the run."""
-    return max(1, int(round(share * max_steps, 6)))  # 0.29 * 100 is 28.999999999999996
 
 
 def in_training(trainer: pl.Trainer) -> bool:

@@ -88,10 +88,8 @@ def _behind(parent: Run, run: Run) -> Run:
                 values = np.concatenate([values, run.curves[tag].values])
             curves[tag] = Curve(steps, values)
     config, before_it = parent.settings_until(run.began)
-    earlier, trunk = (
-        (*before_it, (run.began, config), *run.earlier),
-        (*parent.trunk, (run.began, parent.path.resolve())),
-    )
+    trunk = (*parent.trunk, (run.began, parent.path.resolve()))
+    earlier = (*before_it, (run.began, config), *run.earlier)
     return replace(run, curves=curves, earlier=earlier, trunk=trunk, lost=parent.lost)
 
 

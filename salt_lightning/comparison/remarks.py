@@ -9,7 +9,7 @@ import numpy as np
 
 from salt_lightning.comparison import lineage
 from salt_lightning.errors import few
-from salt_lightning.run.runlog import Run, changes_said, differ
+from salt_lightning.run.runlog import ROUNDING, Run, changes_said, differ
 
 
 def remarks(
@@ -86,7 +86,7 @@ def _better(experiments: list[list[Run]], reference: Run) -> list[str]:
             here = [run.last("val/ce") for run in seeds if run.sample in samples or not samples <= of_all]
             there = [run.last("val/ce") for run in group]
             gains[group[0].name] = float(np.mean(here) - np.mean(there)) if here else math.nan
-    best = max((name for name, gain in gains.items() if gain > _ROUNDING), key=lambda name: gains[name], default=None)
+    best = max((name for name, gain in gains.items() if gain > ROUNDING), key=lambda name: gains[name], default=None)
     if best is None or not reference.is_plain:
         return []
     return [
@@ -149,7 +149,6 @@ def _may_be(run: Run, taught: list[str], runs: list[Run]) -> bool:
 # --- which text a loss was measured on ---
 
 
-_ROUNDING = 1e-5  # of a loss in nats, and of the bytes of a text: TensorBoard keeps seven digits
 _FIRST_TOKENS = 0.02  # the first token of a document, which differs between tokenizers, is not counted
 _CONTEXT = ("data.block_size", "data.isolate_documents")
 
@@ -180,7 +179,7 @@ def _other_text(runs: list[Run], reference: Run) -> list[str]:
             )
         if other_text(run, reference, "val"):
             (tokens, size), (there, other_size) = _text(run, "val"), _text(reference, "val")
-            rounding = _ROUNDING if _words(run) == _words(reference) else _FIRST_TOKENS
+            rounding = ROUNDING if _words(run) == _words(reference) else _FIRST_TOKENS
             if math.isclose(size, other_size, rel_tol=rounding):
                 what, so = "in other tokens", "bits per byte can be compared, CE cannot"
             else:

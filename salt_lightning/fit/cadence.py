@@ -44,8 +44,7 @@ def set_cadence(trainer: Trainer, accumulation: int) -> None:
     trainer.fit_loop.min_epochs = 0  # else min_steps means one epoch, the whole run: nothing could end it early
     trainer.accumulate_grad_batches = accumulation
     if interval is not None:
-        steps = interval if isinstance(interval, int) else interval_steps(interval, trainer.max_steps)
-        trainer.val_check_interval = min(steps, trainer.max_steps) * accumulation
+        trainer.val_check_interval = min(interval_steps(interval, trainer.max_steps), trainer.max_steps) * accumulation
 
 
 _REFUSED: dict[type[Callback], str] = {

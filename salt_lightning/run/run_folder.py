@@ -31,6 +31,13 @@ def saved(folder: Path) -> list[tuple[int, Path]]:
     return sorted((step, folder / name) for name in names if (step := step_named(name)) is not None)
 
 
+def interval_steps(interval: float, max_steps: int) -> int:
+    """Steps between validations, at least 1, for an interval in steps (a whole number) or as a share of the run."""
+    if isinstance(interval, int):
+        return interval
+    return max(1, int(round(interval * max_steps, 6)))  # 0.29 * 100 is 28.999999999999996
+
+
 def is_over(ckpt_path: Any, max_steps: int) -> bool:
     """Whether a checkpoint is the last one of a run of `max_steps` steps."""
     return (step_named(str(ckpt_path or "")) or 0) >= max_steps > 0

@@ -13,7 +13,14 @@ import numpy as np
 
 from salt_lightning.errors import ConfigError
 from salt_lightning.run.curves import Curve, read_curves
-from salt_lightning.run.run_folder import changed, earlier_configs, read_config, same_setting, step_named
+from salt_lightning.run.run_folder import (
+    changed,
+    earlier_configs,
+    interval_steps,
+    read_config,
+    same_setting,
+    step_named,
+)
 
 AXES = ("steps", "tokens", "FLOPs", "seconds")
 
@@ -69,13 +76,8 @@ class Run:
     @property
     def scores(self) -> list[str]:
         """The selections that it read rows of, in order, without random rows of all, which need no scores."""
-
-        def needs(config: dict[str, Any]) -> bool:
-            return config.get("data.keep.order") != "random" or bool(config.get("data.keep.drop_top"))
-
-        return list(
-            dict.fromkeys(str(c["data.selection"]) for c in self._configs if c.get("data.selection") and needs(c))
-        )
+        by_score = (c for c in self._configs if c.get("data.keep.order") != "random" or c.get("data.keep.drop_top"))
+        return list(dict.fromkeys(str(c["data.selection"]) for c in by_score if c.get("data.selection")))
 
     @property
     def taught(self) -> list[tuple[float, dict[str, Any]]]:
@@ -167,7 +169,7 @@ class Run:
         every, steps = self.config.get("trainer.val_check_interval"), self.max_steps
         if every is None or steps is None or not isinstance(every, int | float) or every <= 0:
             return every is None
-        interval = every if isinstance(every, int) else max(1, int(round(every * steps, 6)))
+        interval = interval_steps(every, steps)
         return interval >= steps or steps % interval == 0
 
     @property
@@ -311,7 +313,7 @@ def differ(a: tuple[float, float], b: tuple[float, float]) -> bool:
     (tokens, size), (other_tokens, other_size) = a, b
     if math.isnan(tokens + other_tokens):
         return False
-    alike = math.isnan(size + other_size) or math.isclose(size, other_size, rel_tol=_ROUNDING)
+    alike = math.isnan(size + other_size) or math.isclose(size, other_size, rel_tol=ROUNDING)
     return tokens != other_tokens or not alike
 
 
@@ -337,9 +339,9 @@ def read_run(path: str | Path, name: str) -> Run:
     return Run(name, path, settings, curves, (*damaged, *damaged_too, *unread), tuple(earlier))
 
 
-# Settings that change no result. With half the micro-batch, e.g. after running out of memory, it is the same run.
+ROUNDING = 1e-5  # of a loss in nats, and of the bytes of a text: TensorBoard keeps seven digits
 _CONTEXT = re.compile(r"data\.(block_size|isolate_documents)$")  # these change a loss on the same text
-_ROUNDING = 1e-5  # TensorBoard keeps seven digits of each loss
+# Settings that change no result. With half the micro-batch, e.g. after running out of memory, it is the same run.
 _AROUND = re.compile(
     r"data\.(\w+_workers|cache_dir|micro_batch_size)$|checkpoint\.|kd\.(allow_|probe_)|answers\."
     r"|trainer\.(max_time|log_every_n_steps|num_sanity_val_steps)$"
