@@ -10,6 +10,7 @@ from pathlib import Path
 
 # Models have a few thousand weights: threads, of this process or one that it starts, would only wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.pop("HF_HUB_DISABLE_PROGRESS_BARS", None)  # read at import; with it, no program turns bars on or off
 
 import pytest
 import torch

@@ -579,6 +579,7 @@ def test_of_what_every_process_would_say_the_first_one_alone_does(monkeypatch):
     """Reading weights has a bar of transformers' own; Lightning puts the rank before a line of each other process."""
     log = logging.getLogger("lightning.fabric.utilities.seed")
     try:
+        enable_progress_bar()  # an earlier test of this process may have been another rank's
         for rank in (0, 1):
             monkeypatch.setattr(rank_zero_only, "rank", rank)
             silence_libraries()
