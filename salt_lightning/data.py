@@ -42,7 +42,7 @@ from salt_lightning.teacher.difficulty import HeldOut, find_files, read_thirds
 from salt_lightning.teacher.scores import Scored, Scores
 from salt_lightning.text.documents import Corpus
 from salt_lightning.text.examples import Examples
-from salt_lightning.text.prepare import prepare_tokenizer, prepare_tokens, token_folder, trained_tokenizer
+from salt_lightning.text.prepare import prepare_tokenizer, prepare_tokens, require_hub, token_folder, trained_tokenizer
 from salt_lightning.text.sources import Group, Hub, each_file, entries, resolve
 from salt_lightning.text.token_files import TokenFiles, digest
 from salt_lightning.text.tokenizer import changed_words, kept_text, load_tokenizer, num_ids, tokenizer_fingerprint
@@ -160,10 +160,14 @@ class SALTDataModule(LightningDataModule):
         """Tokenize what is not in the cache yet, and compute row scores from token scores; in one process per node."""
         self._groups.clear()  # files may have been added since an earlier fit
         fraction, workers = self._val_share, self.prepare_workers
-        for setting, corpus in self.require_files().items():  # all of them first: tokenizing one may take hours
+        corpora = self.require_files()  # all of them first: tokenizing one may take hours
+        require_hub(corpora, self._folder, workers)
+        # called before hours of work
+        check_models = getattr(getattr(self.trainer, "lightning_module", None), "check_token_ids", lambda: None)
+        for setting, corpus in corpora.items():
             if setting == "source" and self.tokenizer_name == "train":
                 prepare_tokenizer(corpus, self.trained_vocab_size, fraction(setting), self.cache_dir, workers)
-            prepare_tokens(corpus, self.tokenizer, fraction(setting), self.cache_dir, workers, self._check_models)
+            prepare_tokens(corpus, self.tokenizer, fraction(setting), self.cache_dir, workers, check_models)
         if self._fits and (scores := scores_of(self.selection, self.keep)):
             row_scores(scores, self.keep.k, self.keep.masked)
 
@@ -185,19 +189,13 @@ class SALTDataModule(LightningDataModule):
     def _fits(self) -> bool:
         return self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING
 
-    def _check_models(self) -> None:
-        """Check the token ids of the run's models before tokenizing, which may take hours."""
-        module = getattr(self.trainer, "lightning_module", None)
-        getattr(module, "check_token_ids", lambda: None)()
-
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer; one that is trained exists only after `prepare_data`."""
         if self._tokenizer is None:
-            name = self.tokenizer_name
+            name, share = self.tokenizer_name, self._val_share("source")
             if name == "train":
-                fraction = self._val_share("source")
-                name = trained_tokenizer(self._corpus("source"), self.trained_vocab_size, fraction, self.cache_dir)
+                name = trained_tokenizer(self._corpus("source"), self.trained_vocab_size, share, self.cache_dir)
             self._tokenizer = load_tokenizer(name)
         return self._tokenizer
 
@@ -253,9 +251,11 @@ class SALTDataModule(LightningDataModule):
         of_source = 0.0 if self.val_source else self.val_fraction
         return of_source if setting == "source" else 1.0
 
+    def _folder(self, setting: str) -> Path:
+        return token_folder(self._corpus(setting), self.tokenizer, self._val_share(setting), self.cache_dir)
+
     def _open(self, setting: str, split: str) -> PackedRows | ExampleRows:
-        folder = token_folder(self._corpus(setting), self.tokenizer, self._val_share(setting), self.cache_dir)
-        files = TokenFiles(folder, split)
+        files = TokenFiles(self._folder(setting), split)
         require_text(files, split, None if self.examples.given else self.block_size, self.val_fraction)
         if self.examples.given:
             return open_examples(setting, files, self.block_size, self.isolate_documents)

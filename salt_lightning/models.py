@@ -371,12 +371,11 @@ def read_config(spec: ModelSpec, name: str) -> PreTrainedConfig:
             return AutoConfig.for_model(saved.family, **saved.config)
     with _loading(spec, name):
         config: PreTrainedConfig = AutoConfig.from_pretrained(str(spec.path), **spec.source)
-    folders.refuse_requests(vars(config), f"--model.{name}.path {spec.path}")  # also if it is from the hub
-    return config
+        return config
 
 
 def check_path(spec: ModelSpec, name: str) -> None:
-    """Raises ConfigError unless `spec.path` is a checkpoint, a folder with a config.json, or looks like a hub name."""
+    """Raises ConfigError unless `spec.path` is a checkpoint, or a folder or hub name of a causal language model."""
     setting = f"--model.{name}.path"
     if spec.revision and (spec.path is None or Path(spec.path).exists()):
         other = f"leave it out for the local {setting} {spec.path}" if spec.path else f"give one as {setting}"
@@ -401,6 +400,9 @@ def check_path(spec: ModelSpec, name: str) -> None:
                 "checkpoint of this project, whose name ends in .ckpt"
             )
         folders.check(path, setting, spec.trust_remote_code)
+    else:
+        with _loading(spec, name):
+            folders.check_hub(spec.path, setting, **spec.source)
 
 
 def read_checkpoint(path: str, setting: str) -> dict[str, Any]:

@@ -49,8 +49,9 @@ def _of_models(settings: Mapping[str, Any], taught: bool) -> dict[str, Any]:
     """The same of a module's hyperparameters, besides the rate, of which others tell."""
     found = {f"optim.{name}": settings["optim"].get(name) for name in ("weight_decay", "beta1", "beta2", "eps")}
     if taught:
-        path = (settings.get("teacher") or {}).get("path")
-        found["teacher.path"] = path and _end(str(path))
+        teacher = settings.get("teacher") or {}
+        path = teacher.get("path")
+        found |= {"teacher.path": path and _end(str(path)), "teacher.revision": teacher.get("revision")}
     names = ("accuracy", "teacher_temperature") if taught else ("accuracy",)
     found |= {name: settings[name] for name in names if name in settings}
     return {f"--model.{name}": value for name, value in found.items()}

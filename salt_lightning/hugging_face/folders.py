@@ -1,19 +1,23 @@
-"""Checks a Hugging Face folder before anything is loaded from it: what is missing, cut off, or must not be run.
+"""Checks a Hugging Face model before anything is loaded from it: what is missing, cut off, or must not be run.
 
-Reads only config.json and the headers of the weights, which takes milliseconds for any size.
+Of a folder, reads only config.json and the headers of the weights, which takes milliseconds for any size.
 """
 
 import json
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import file_exists
+from lightning.pytorch.utilities import rank_zero_info
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME as INDEX
 from transformers.utils import SAFE_WEIGHTS_NAME as SINGLE
+from transformers.utils import cached_file
 
 from salt_lightning.errors import ConfigError, few
 
@@ -27,28 +31,7 @@ def is_causal(kind: Any) -> bool:
 
 def check(folder: Path, setting: str, trust_remote_code: bool) -> None:
     """Raises ConfigError, starting with `setting`, unless the folder has a complete causal language model."""
-    config = _read(folder / "config.json", setting)
-    kind, names = config.get("model_type"), config.get("architectures") or []
-    if not isinstance(kind, str | None) or not (isinstance(names, list) and all(isinstance(n, str) for n in names)):
-        raise ConfigError(
-            f"{setting} {folder}: config.json's model_type or architectures are not names; download it again"
-        )
-    refuse_requests(config, f"{setting} {folder}")
-    if not is_causal(kind) and not trust_remote_code:
-        if config.get("auto_map"):
-            raise ConfigError(
-                f"{setting} {folder} needs model code that comes with it ({kind!r} is not in this transformers); read "
-                f"that code, and if you trust it set {setting.removesuffix('path')}trust_remote_code true"
-            )
-        raise ConfigError(
-            f"{setting} {folder} is not a causal language model that this transformers knows (model_type {kind!r} in "
-            "config.json); use one, e.g. a llama, gpt2 or qwen3"
-        )
-    if bidirectional := [name for name in names if "MaskedLM" in name]:
-        raise ConfigError(
-            f"{setting} {folder} contains a {bidirectional[0]}, whose tokens see later ones; use a causal language "
-            "model, e.g. a llama, gpt2 or qwen3"
-        )
+    _check_config(folder / "config.json", setting, folder, trust_remote_code)
     for name in _files(folder, setting):
         if Path(name).name != name:
             raise ConfigError(
@@ -63,6 +46,54 @@ def check(folder: Path, setting: str, trust_remote_code: bool) -> None:
             raise ConfigError(
                 f"{setting} {folder}: {name} is cut off or damaged ({error}); download it again"
             ) from error
+
+
+@cache  # one start asks several times; an error is not kept
+def check_hub(name: str, setting: str, revision: str, trust_remote_code: bool) -> None:
+    """The same for a model on the hub, by its config.json, which is downloaded, and the names of its weights.
+
+    Raises:
+        ConfigError: as `check`.
+        OSError: from transformers, if there is no such repository or revision, or access is denied.
+    """
+    config = Path(cached_file(name, "config.json", revision=revision))
+    _check_config(config, setting, name, trust_remote_code)
+    rank_zero_info(f"{setting} {name}: commit {config.parent.name}")  # a branch moves
+    try:
+        has_weights = any(file_exists(name, file, revision=revision) for file in (SINGLE, INDEX))
+    except Exception:  # of many kinds: without the hub, loading looks into its cache
+        return
+    if not has_weights:
+        raise ConfigError(
+            f"{setting} {name} has neither {SINGLE} nor {INDEX} on the hub; use a revision or model that has, or give "
+            "a folder converted with save_pretrained (pickles are not read)"
+        )
+
+
+def _check_config(file: Path, setting: str, name: str | Path, trust_remote_code: bool) -> None:
+    """Raises ConfigError unless the config.json of the model `name` is that of a causal language model."""
+    config = _read(file, setting)
+    kind, names = config.get("model_type"), config.get("architectures") or []
+    if not isinstance(kind, str | None) or not (isinstance(names, list) and all(isinstance(n, str) for n in names)):
+        raise ConfigError(
+            f"{setting} {name}: config.json's model_type or architectures are not names; download it again"
+        )
+    refuse_requests(config, f"{setting} {name}")
+    if not is_causal(kind) and not trust_remote_code:
+        if config.get("auto_map"):
+            raise ConfigError(
+                f"{setting} {name} needs model code that comes with it ({kind!r} is not in this transformers); read "
+                f"that code, and if you trust it set {setting.removesuffix('path')}trust_remote_code true"
+            )
+        raise ConfigError(
+            f"{setting} {name} is not a causal language model that this transformers knows (model_type {kind!r} in "
+            "config.json); use one, e.g. a llama, gpt2 or qwen3"
+        )
+    if bidirectional := [name for name in names if "MaskedLM" in name]:
+        raise ConfigError(
+            f"{setting} {name} contains a {bidirectional[0]}, whose tokens see later ones; use a causal language "
+            "model, e.g. a llama, gpt2 or qwen3"
+        )
 
 
 def refuse_requests(settings: dict[str, Any], where: str) -> None:

@@ -212,24 +212,40 @@ def _value(scalar: Any) -> Any:
         return error.object
 
 
-def _read_hub(group: Group, corpus: Corpus) -> Iterator[Raw]:
+def open_hub(group: Group, corpus: Corpus) -> Any:
+    """The rows of a hub data set, of which none may have been downloaded yet.
+
+    Raises:
+        ConfigError: it does not exist, lacks a column, or the hub cannot be reached.
+    """
     hub = group.hub
-    try:
+    with _hub_errors(group, corpus):
         import datasets  # here, because it takes half a second
 
         stream = datasets.load_dataset(
             group.hub_name, hub.subset, split=hub.split, revision=hub.revision, streaming=True
         )
         check_columns(corpus, stream.column_names or list(next(iter(stream), {})), group.hub_name)
-        for batch in stream.select_columns(list(corpus.columns())).iter(_TABLE_ROWS):
+        return stream.select_columns(list(corpus.columns()))
+
+
+def _read_hub(group: Group, corpus: Corpus) -> Iterator[Raw]:
+    stream = open_hub(group, corpus)
+    with _hub_errors(group, corpus):
+        for batch in stream.iter(_TABLE_ROWS):
             yield _of_table(group, corpus, batch, 0, [])
+
+
+@contextmanager
+def _hub_errors(group: Group, corpus: Corpus) -> Iterator[None]:
+    try:
+        yield
     except ConfigError:
         raise
     except Exception as error:
-        raise ConfigError(
-            f"{corpus.setting}: cannot read {group.hub_name}: {hub_error(error)}; "
-            "it is not a local file, folder or glob match either"
-        ) from error
+        unknown = isinstance(error, FileNotFoundError | ConnectionError)
+        hint = "; it is not a local file, folder or glob match either" if unknown else ""
+        raise ConfigError(f"{corpus.setting}: cannot read {group.hub_name}: {hub_error(error)}{hint}") from error
 
 
 def _of_table(

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -23,13 +24,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from salt_lightning.errors import ConfigError, few
+from salt_lightning.errors import ConfigError, few, raised, refuse
 from salt_lightning.preflight import size_said
-from salt_lightning.text.documents import Corpus, Raw, read_raw
+from salt_lightning.text.documents import Corpus, Raw, open_hub, read_raw
 from salt_lightning.text.journal import Unfinished, making, write_json
 from salt_lightning.text.parse import Skipped, empty_error
 from salt_lightning.text.processes import in_child, num_cores, ordered_map
 from salt_lightning.text.progress import Done, Progress, summary_line
+from salt_lightning.text.sources import Group
 from salt_lightning.text.token_files import FORMAT, SPLITS, SplitWriter, TokenFiles, digest, no_counts, sealed, sizes
 from salt_lightning.text.tokenizer import (
     WORDS,
@@ -81,6 +83,28 @@ def prepare_tokenizer(corpus: Corpus, vocab_size: int, val_fraction: float, cach
                     in_child(train_tokenizer, *arguments)
                 _check_unchanged(corpus, stamps)
     return folder
+
+
+def require_hub(corpora: dict[str, Corpus], folder: Callable[[str], Path], workers: int = 0) -> None:
+    """Ask the hub for the data sets of all corpora without tokens: with a wrong name, the last one would end hours of
+    work. `folder`: the token folder of a source setting.
+
+    Raises:
+        ConfigError: a data set, split, subset, revision or column does not exist, or the hub cannot be reached.
+    """
+    waiting = []
+    for setting, corpus in corpora.items():
+        try:
+            is_prepared = folder(setting).exists()
+        except ConfigError:  # its tokenizer is not trained yet
+            is_prepared = False
+        waiting += [(group, corpus) for group in corpus.groups if group.kind == "hub" and not is_prepared]
+    if waiting:  # connections and threads are better not forked along
+        (_open_all if workers == 1 else partial(in_child, _open_all))(waiting)
+
+
+def _open_all(waiting: list[tuple[Group, Corpus]]) -> None:
+    refuse(raised([partial(open_hub, group, corpus) for group, corpus in waiting]))
 
 
 _CUT = 3  # version of how conversations are cut into parts that are learned or not

@@ -329,7 +329,7 @@ def _say_outside(setting: str, folder: str, files: list[str]) -> list[str]:
 def hub_error(error: Exception) -> str:
     """The message of `datasets` in one line, in terms of our settings."""
     said, _, example = one_line(error).partition(" Example of usage")
-    return f"{said}: --data.subset NAME" if example else said
+    return f"{said}: --data.subset NAME" if example else said.rstrip(".")
 
 
 @cache

@@ -1,0 +1,127 @@
+"""Names on the hub, read over HTTP from a small hub of the tests' own, and offline from its cache."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import arguments
+from hub import commit, served
+
+from salt_lightning.export import export
+
+# One process, since its imports take longer than all of its commands.
+PROGRAM = """
+import json, sys
+from huggingface_hub import constants
+from salt_lightning.cli import main
+for args in json.loads(sys.argv[1]):
+    constants.HF_HUB_OFFLINE = args[0] == "offline"
+    print("\\nexit", main(args[constants.HF_HUB_OFFLINE:]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def hub(corpus, teacher, tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("hub")
+    models, stories = root / "models/acme", root / "datasets/acme/stories/main"
+    export(Path(teacher), models / "teacher/main")
+    for name in ("teacher/v1", "bert/main", "pickled/main", "strange/main", "gated/main"):
+        shutil.copytree(models / "teacher/main", models / name)
+    for name, settings in {
+        "bert": {"model_type": "bert", "architectures": ["BertForMaskedLM"]},
+        "strange": {"model_type": "strange"},
+    }.items():
+        file = models / name / "main/config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    (models / "pickled/main/model.safetensors").rename(models / "pickled/main/pytorch_model.bin")
+    rows = [json.loads(line) for line in corpus.read_text().splitlines()]
+    for split, part in {"train": rows[:80], "validation": rows[80:]}.items():
+        (stories / "data").mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(part), stories / f"data/{split}-00000-of-00001.parquet")
+    return root
+
+
+@pytest.fixture(scope="module")
+def tried(hub, settings, tmp_path_factory):
+    """Runs commands that use the hub, in order; returns what each printed, which ends with its exit code."""
+    folder = tmp_path_factory.mktemp("tried")
+
+    def try_all(*commands: dict[str, object]) -> list[str]:
+        own = {"run": "run", "kd.steps": None, "kd.allow_untrained": True, "model.teacher.path": "acme/teacher",
+               "data.source": "acme/stories", "data.val_source": "acme/stories:validation", "data.val_fraction": 0.0,
+               "data.tokenizer": "acme/teacher", "data.cache_dir": "cache"}  # fmt: skip
+        lists = []
+        for command in commands:
+            words = command.pop("words", ["fit"])
+            lists.append(words + arguments(settings, own, command))
+        with served(hub) as address:
+            env = os.environ | {"HF_ENDPOINT": address, "HF_HOME": "home", "HF_HUB_OFFLINE": "0"}
+            done = subprocess.run(
+                [sys.executable, "-c", PROGRAM, json.dumps(lists)], env=env, cwd=folder, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=240,
+            )  # fmt: skip
+        assert done.returncode == 0, done.stdout
+        return re.findall(r".*?\nexit \d+\n", done.stdout, re.DOTALL)
+
+    return try_all
+
+
+def test_names_on_the_hub_are_tried_before_text_is_prepared(tried):
+    """Which may take hours. Then offline: what the cache has is enough to start, and to continue."""
+    of_teacher = {
+        "acme/nothing": r"cannot be loaded \(no such folder here, so it was looked for on the hub\): OSError: acme/n",
+        "acme/gated": r"cannot be loaded .*: You are trying to access a gated repo",
+        "acme/bert": "contains a BertForMaskedLM, whose tokens see later ones",
+        "acme/strange": r"is not a causal language model that this transformers knows \(model_type 'strange'",
+        "acme/pickled": "has neither model.safetensors nor model.safetensors.index.json on the hub; use a revision",
+    }
+    of_data = {
+        ("source", "acme/nothing"): r"cannot read acme/nothing: .* doesn't exist .*; it is not a local file, folder",
+        ("val_source", "acme/stories:valid"): r"cannot read acme/stories: Bad split: valid\. Available splits: \['tr",
+        ("test_source", "acme/nothing"): "cannot read acme/nothing: .* doesn't exist",
+        ("revision", "v9"): "cannot read acme/stories: Revision 'v9' doesn't exist .*; it is",
+        ("subset", "small"): "cannot read acme/stories: BuilderConfig 'small' not found",
+        ("text_column", "txt"): "no column 'txt' in acme/stories; there are: text",
+    }
+    wrong = [
+        *(({"model.teacher.path": name}, f"--model.teacher.path {name} {said}") for name, said in of_teacher.items()),
+        ({"model.teacher.revision": "v9"}, "--model.teacher.path acme/teacher cannot be loaded .* v9 is not a valid"),
+        ({"model.student.path": "acme/bert"}, "--model.student.path acme/bert contains a BertForMaskedLM"),
+        ({"words": ["predict"], "model.teacher.path": "acme/bert"}, "--model.teacher.path acme/bert contains"),
+        *(
+            ({f"data.{setting}": value}, rf"--data.({setting}|source|val_source): {said}")
+            for (setting, value), said in of_data.items()
+        ),
+        ({"data.tokenizer": "train", "data.val_source": "acme/x", "kd.weight": 0.0}, "--data.val_source: .* acme/x"),
+    ]
+    version = commit("acme/teacher", "v1")
+    right = [
+        {"model.teacher.revision": "v1", "trainer.max_steps": 4, "trainer.val_check_interval": 2},
+        {"words": ["offline", "fit", "--ckpt_path=last"], "model.teacher.revision": version},
+        {"words": ["offline", "fit"], "run": "other", "model.teacher.revision": "v1"},
+        {"words": ["offline", "fit"], "run": "third", "data.source": "acme/others"},
+    ]
+    shown = tried(*(settings for settings, _ in wrong), *right)
+    assert len(shown) == len(wrong) + len(right), shown[-1]
+    for (settings, expected), text in zip(wrong, shown, strict=False):
+        assert re.search(rf"^error: {expected}", text, re.MULTILINE), (settings, text)
+        assert text.endswith("exit 2\n")
+        assert not re.search("^(tokenized|data:)", text, re.MULTILINE), text
+    first, continued, again, offline = shown[len(wrong) :]
+    assert f"--model.teacher.path acme/teacher: commit {version}\n" in first
+    assert re.search("^tokenized 80 documents", first, re.MULTILINE)
+    assert re.search("^tokenized 40 documents", first, re.MULTILINE)
+    assert re.search("^done: step 4, ", first, re.MULTILINE)
+    assert f"continuing with --model.teacher.revision {version} (checkpoint: v1): the steps that follow" in continued
+    assert "teacher: acme/teacher, 0.0M parameters" in continued
+    assert re.search("^done: step 12, ", continued, re.MULTILINE)
+    assert re.search("^done: step 12, ", again, re.MULTILINE), again
+    assert "error: --data.source: cannot read acme/others: Couldn't reach 'acme/others'" in offline
+    assert not any("tokenized" in text for text in (continued, again, offline))
