@@ -102,10 +102,13 @@ def test_names_on_the_hub_are_tried_before_text_is_prepared(tried):
         ({"data.tokenizer": "train", "data.val_source": "acme/x", "kd.weight": 0.0}, "--data.val_source: .* acme/x"),
     ]
     version = commit("acme/teacher", "v1")
+    tuning = {"run": "tuned", "model.student.revision": "v1", "kd.weight": 0.0}
     right = [
         {"model.teacher.revision": "v1", "trainer.max_steps": 4, "trainer.val_check_interval": 2},
         {"words": ["offline", "fit", "--ckpt_path=last"], "model.teacher.revision": version},
         {"words": ["offline", "fit"], "run": "other", "model.teacher.revision": "v1"},
+        {**tuning, "model.student.path": "acme/teacher", "trainer.max_steps": 6},
+        {**tuning, "model.student.path": "acme/gated", "words": ["fit", "--ckpt_path=last"]},
         {"words": ["offline", "fit"], "run": "third", "data.source": "acme/others"},
     ]
     shown = tried(*(settings for settings, _ in wrong), *right)
@@ -114,7 +117,7 @@ def test_names_on_the_hub_are_tried_before_text_is_prepared(tried):
         assert re.search(rf"^error: {expected}", text, re.MULTILINE), (settings, text)
         assert text.endswith("exit 2\n")
         assert not re.search("^(tokenized|data:)", text, re.MULTILINE), text
-    first, continued, again, offline = shown[len(wrong) :]
+    first, continued, again, tuned, without_start, offline = shown[len(wrong) :]
     assert f"--model.teacher.path acme/teacher: commit {version}\n" in first
     assert re.search("^tokenized 80 documents", first, re.MULTILINE)
     assert re.search("^tokenized 40 documents", first, re.MULTILINE)
@@ -123,5 +126,8 @@ def test_names_on_the_hub_are_tried_before_text_is_prepared(tried):
     assert "teacher: acme/teacher, 0.0M parameters" in continued
     assert re.search("^done: step 12, ", continued, re.MULTILINE)
     assert re.search("^done: step 12, ", again, re.MULTILINE), again
+    assert re.search("^done: step 6, ", tuned, re.MULTILINE), tuned
+    assert "--model.student.path acme/gated is gone: the student is built from the checkpoint, " in without_start
+    assert re.search("^done: step 12, ", without_start, re.MULTILINE), without_start
     assert "error: --data.source: cannot read acme/others: Couldn't reach 'acme/others'" in offline
     assert not any("tokenized" in text for text in (continued, again, offline))

@@ -11,8 +11,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from salt_lightning.errors import ConfigError, few
 from salt_lightning.fit import alike
 from salt_lightning.fit.optim import OptimSpec
-from salt_lightning.hugging_face.spec import setting_of, shape_settings
-from salt_lightning.models import own_parts
+from salt_lightning.hugging_face.spec import ModelSpec, setting_of, shape_settings
+from salt_lightning.models import check_path, own_parts
 from salt_lightning.preflight import Finding
 from salt_lightning.storage import shards
 
@@ -56,11 +56,21 @@ def replace_lost_start(module: Any, path: str | None) -> None:
     For the command line: a Trainer tells the path of its checkpoint only after the models are built.
     """
     spec = module.student_spec
-    folder = Path(spec.path or "").parent
-    is_local = spec.is_local or (folder.name != "" and folder.is_dir())  # else an owner on the hub
-    if path and is_local and not Path(spec.path).exists():
+    if path and spec.path and not Path(spec.path).exists() and not _is_on_hub(spec):
         rank_zero_info(f"--model.student.path {spec.path} is gone: the student is built from the checkpoint, {path}")
-        module.student_spec = replace(spec, path=str(path))
+        module.student_spec = replace(spec, path=str(path), revision=None)
+
+
+def _is_on_hub(spec: ModelSpec) -> bool:
+    """Whether the hub, or its cache, has a model that is not here."""
+    folder = Path(spec.path or "").parent
+    if spec.is_local or (folder.name != "" and folder.is_dir()):  # else an owner on the hub
+        return False
+    try:
+        check_path(spec, "student")
+    except ConfigError:  # removed, no longer allowed, or no network
+        return False
+    return True
 
 
 def go_on_from(
