@@ -151,6 +151,10 @@ class Check:
             size = sum(file.stat().st_size for file in files.folder.parent.glob("*/*"))
             free = shutil.disk_usage(data.cache_dir).free
             self.add("ok", "text", f"{said}; {size_said(size)} in {data.cache_dir}, {size_said(free)} free")
+            if trainer.ckpt_path:  # it may have read more or fewer rows in its steps
+                self.probe(
+                    "rows", lambda: data.go_on_from(models.read_checkpoint(str(trainer.ckpt_path), "--ckpt_path"))
+                )
             if reads := self.probe("rows", data.reads, trainer.max_steps):
                 self.findings.append(reads)
             if data.selection and (found := self.probe("selection", data.plan_selection)):

@@ -117,6 +117,19 @@ def test_an_evaluation_on_what_the_run_has_trained_on(corpus, settings, tmp_path
     assert said not in caplog.text
 
 
+def test_the_rows_that_a_run_has_read_count_as_it_read_them(checked, fit_with, tmp_path, caplog, capsys):
+    own, run = {"kd.weight": 0.0, "trainer.max_steps": 12}, tmp_path / "run"
+    assert fit_with(run, **own) == 0
+    capsys.readouterr()
+    more = {**own, "trainer.max_steps": 42, "ckpt_path": "last", "data.global_batch_size": 16}  # 8 before
+    _, found = checked(**more, run=str(run))
+    caplog.clear()
+    assert fit_with(run, **more) == 0
+    said = f"42 steps read {12 * 8 + 30 * 16} rows of "
+    assert of(found, "rows")[1].startswith(said)
+    assert f"data: {of(found, 'rows')[1]}" in caplog.text
+
+
 def test_sizes_that_were_not_given_are_named(checked):
     _, found = checked(
         **{"model.student.config": {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}}
