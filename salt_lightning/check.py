@@ -7,7 +7,7 @@ written into the run's folder.
 import math
 import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ from salt_lightning.data import SALTDataModule
 from salt_lightning.errors import ConfigError, of_others, one_line, problems_of, raised
 from salt_lightning.export import check_target
 from salt_lightning.fit import cadence, extension, optim
+from salt_lightning.fit.restart import go_on_from, require_same
 from salt_lightning.hugging_face import attention
-from salt_lightning.hugging_face.spec import ModelSpec, family_config, shallow, unnamed_sizes
+from salt_lightning.hugging_face.spec import ModelSpec, family_config, resolved, shallow, unnamed_sizes
 from salt_lightning.hugging_face.token_ids import check_fit
 from salt_lightning.models import CausalLM
 from salt_lightning.module import SALTModule
@@ -91,6 +92,11 @@ class Check:
                 self.add("warning", "memory", f"not estimated: {type(error).__name__}: {one_line(error, 200)}")
         return self.findings
 
+    def resumes(self, function: Callable[..., Any], *args: Any) -> None:
+        """Calls a check of the checkpoint that the fit will continue from, if there is one."""
+        if path := self.trainer.ckpt_path:
+            self.probe("resume", function, models.read_checkpoint(str(path), "--ckpt_path") | {"state_dict": {}}, *args)
+
     # ------------------------------------------------------------- settings
 
     @property
@@ -107,6 +113,7 @@ class Check:
         if self.works("learning rate", optim.check, max_steps):
             said = f"{optim.lr:g} after {optim.warmup_steps} warm-up steps, then {optim.schedule}"
             self.add("ok", "learning rate", said)
+        self.resumes(self._kd.go_on_from)
         self.works("trainer", cadence.check_trainer, self.trainer)
         self.works("attention", attention.require_gpu, self.module.student_spec.attention, self._device())
         for callback in savers(self.trainer):
@@ -137,7 +144,7 @@ class Check:
 
     def _text(self) -> dict[str, Tensor] | None:
         """Checks the text and its rows; returns some validation rows to test models with, if there are any."""
-        data, trainer = self.data, self.trainer
+        module, data, trainer = self.module, self.data, self.trainer
         # if what these settings name is missing, the text is checked without it
         if data.selection and not self.works("selection", Scores, Path(data.selection), "--data.selection"):
             data.selection, data.keep = None, KeepRule()
@@ -145,21 +152,21 @@ class Check:
             data.difficulty = None
         if not self.works("text", data.prepare_data):
             return None
-        if self.works("text", data.setup, "predict"):
+        trains = self.works("text", data.setup, "predict")
+        validates = self.works("validation text", data.setup, "validate")
+        if trains:
             files = data._train.files  # type: ignore[union-attr]
             said = f"{files.num_tokens} tokens of {files.num_documents} documents, vocabulary of {data.vocab_size}"
             size = sum(file.stat().st_size for file in files.folder.parent.glob("*/*"))
-            free = shutil.disk_usage(data.cache_dir).free
-            self.add("ok", "text", f"{said}; {size_said(size)} in {data.cache_dir}, {size_said(free)} free")
-            if trainer.ckpt_path:  # it may have read more or fewer rows in its steps
-                self.probe(
-                    "rows", lambda: data.go_on_from(models.read_checkpoint(str(trainer.ckpt_path), "--ckpt_path"))
-                )
+            free = size_said(shutil.disk_usage(data.cache_dir).free)
+            self.add("ok", "text", f"{said}; {size_said(size)} in {data.cache_dir}, {free} free")
+            if validates:
+                self.resumes(go_on_from, trainer, data, module.optim_spec, module.hparams)
             if reads := self.probe("rows", data.reads, trainer.max_steps):
                 self.findings.append(reads)
             if data.selection and (found := self.probe("selection", data.plan_selection)):
                 self.add("warning" if found.remedy else "ok", "selection", found.said, found.remedy)
-        if not (self.works("validation text", data.setup, "validate") and data._train):
+        if not (trains and validates):
             return None
         self.findings += data.doubts()
         return data.sample(8)
@@ -175,6 +182,7 @@ class Check:
             lm = self.probe("student", models.build_empty, spec, self.data)
         if lm is None:
             return None
+        self.resumes(require_same, asdict(resolved(spec, lm.model.config)), self.data, dict)
         small = spec
         if not spec.path and _count(lm) > _WHOLE_PARAMETERS:
             layers = lm.model.config.num_hidden_layers
@@ -221,8 +229,7 @@ class Check:
 
     def _proof(self, lm: CausalLM) -> bool:
         """Checks that the model does what the head loss needs; whether it does."""
-        off = self.probe(f"{lm.name} head", lm.check)
-        if off is None:
+        if (off := self.probe(f"{lm.name} head", lm.check)) is None:
             return False
         said = f"hidden states x head equal {type(lm.model).__name__}'s own logits (largest difference {off:.1g})"
         self.add("ok", f"{lm.name} head", said + ("; our own mask separates documents" if lm.apart == "mask" else ""))
@@ -261,8 +268,7 @@ class Check:
             for lm in (student, teacher)
         ]
         taught = self._kd.schedule.kd_steps(steps)
-        plain = flops.student_flops(per_token[0], tokens)
-        extra = per_token[1] * tokens
+        plain, extra = flops.student_flops(per_token[0], tokens), per_token[1] * tokens
         known = not math.isnan(plain + extra)
         said = "the FLOPs of some layers are unknown, so log and compare leave FLOPs out"
         if known:
@@ -272,8 +278,7 @@ class Check:
             said += f"; the run {plain * steps + extra * taught:.3g}"
             device, world = self.trainer.strategy.root_device, self.trainer.world_size
             if peak := flops.peak_of(device, self.module.compute_dtype, world):
-                most = peak / (plain / tokens)
-                said += f"; at most {most:,.0f} tokens/s without a teacher by the GPU's data sheet"
+                said += f"; at most {peak * tokens / plain:,.0f} tokens/s without a teacher by the GPU's data sheet"
         if teacher is not None:
             said += f"; teacher: {_count(teacher) / 1e6:.1f}M parameters, frozen"
         self.add("ok" if known else "note", "compute", said)
@@ -292,8 +297,7 @@ class Check:
             self.add("note", "memory", "not counting the missing teacher, which needs memory too:")
         for name, peak in zip(names, found, strict=True):
             self.add("ok", name, peak.described(data.micro_batch_size))
-        limit = self._limit(device)
-        if limit is None:
+        if (limit := self._limit(device)) is None:
             largest = (fit.largest(_usable(gib << 30), prove=False) for gib in _CARDS_GIB)
             most = ", ".join(f"{rows or 'none'} on {gib} GiB" for gib, rows in zip(_CARDS_GIB, largest, strict=True))
             said = f"no GPU here; the largest that fits, in rows: {most}"
@@ -363,9 +367,8 @@ def without_text(
         *(partial(kd.check, trainer, module.has_teacher, data) for kd in kd_callbacks(trainer)[:1]),
         *([partial(check_target, Path(export_to), "--checkpoint.export")] if export_to else ()),
         partial(models.check_path, student, "student"),
+        *([] if student.path else [partial(family_config, student)]),
     ]
-    if not student.path:
-        looks.append(partial(family_config, student))
     if teaches:
         looks.append(partial(models.check_path, teacher, "teacher"))
         if teacher.is_checkpoint and Path(str(teacher.path)).exists():

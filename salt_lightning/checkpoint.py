@@ -365,7 +365,9 @@ def done(trainer: pl.Trainer, folder: Path) -> str | None:
         return None
     loss, at = (trainer.callback_metrics.get(f"val/{name}") for name in ("ce", "step"))
     when = "" if at is None or at == step else f" at step {at:.0f}"
-    parts = [f"step {step}", None if loss is None else f"val/ce {loss:.4f}{when}", str(_at(folder, step))]
+    file = _at(folder, step)  # not there if the run began at its last step, from another run's checkpoint
+    where = str(file) if file.exists() else "no step left to train"
+    parts = [f"step {step}", None if loss is None else f"val/ce {loss:.4f}{when}", where]
     return f"done: {', '.join(filter(None, parts))}"
 
 

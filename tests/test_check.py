@@ -130,6 +130,30 @@ def test_the_rows_that_a_run_has_read_count_as_it_read_them(checked, fit_with, t
     assert f"data: {of(found, 'rows')[1]}" in caplog.text
 
 
+def test_a_checkpoint_that_does_not_fit_is_an_error_in_check_as_in_fit(
+    checked, fit_with, settings, teacher, tmp_path, capsys
+):
+    own, run = {"kd.weight": 0.5, "kd.steps": 6, "model.teacher.path": teacher}, tmp_path / "run"
+    assert fit_with(run, **own) == 0
+    capsys.readouterr()
+    for setting, value in {
+        "trainer.max_steps": 10,
+        "data.block_size": 16,
+        "kd.steps": 8,
+        "model.student.config": {**settings["model.student.config"], "hidden_size": 48},
+        "data.tokenizer": "train",
+    }.items():
+        other = {"data.vocab_size": 280} if setting == "data.tokenizer" else {}
+        asked = {**own, "ckpt_path": "last", "run": str(run), setting: value, **other}
+        code, found = checked(**asked)
+        assert code == 1
+        level, said = of(found, "resume")
+        assert level == "error"
+        assert fit_with(run, **{k: v for k, v in asked.items() if k != "run"}) == 2
+        assert said.split(":")[0][:40] in capsys.readouterr().err
+    assert checked(**own, run=str(run), ckpt_path="last", **{"trainer.max_steps": 20})[0] == 0
+
+
 def test_sizes_that_were_not_given_are_named(checked):
     _, found = checked(
         **{"model.student.config": {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}}

@@ -30,7 +30,7 @@ from salt_lightning.comparison import lineage, report
 from salt_lightning.errors import ConfigError
 from salt_lightning.run.curves import Curve
 from salt_lightning.run.event_log import EventLog
-from salt_lightning.run.run_folder import changed
+from salt_lightning.run.run_folder import changed, flat
 from salt_lightning.run.runlog import read_run
 
 STEPS = 300
@@ -1204,8 +1204,13 @@ def test_the_same_run_again_is_no_second_sample(three, tmp_path):
     comparison = evaluate(load([unfinished, *three, again]))
     assert comparison.notes[-2:] == [
         f"{name} repeats baseline (same seeds, and no setting differs that affects results), so only the latter is "
-        "counted"
-        for name in ("a-first-start", "again")
+        f"counted{yet}"
+        for name, yet in {
+            "a-first-start": "",
+            "again": "; yet its val CE is 3.5000, there 4.0000: a file behind its "
+            "settings (text, teacher, scores) or a library has changed, or the device rounds differently "
+            "from run to run",
+        }.items()
     ]
     assert [(group.label, group.n) for group in comparison.groups] == [("BASELINE", 1), ("SALT step", 1), ("RKD", 1)]
     assert comparison.reference_val_ce == BASELINE[STEPS]
@@ -1570,9 +1575,28 @@ def test_a_run_that_went_on_under_other_settings_is_an_experiment_of_its_own(tmp
     assert [group.n for group in found.groups] == [1, 1]
     assert found.groups[0].changed == {"until step 100: trainer.max_steps": (None, 100)}
     assert found.notes == [
-        "again repeats whole (same seeds, and no setting differs that affects results), so only the latter is counted",
+        "again repeats whole (same seeds, and no setting differs that affects results), so only the latter is counted; "
+        "yet its val CE is 3.0000, there 4.2500: a file behind its settings (text, teacher, scores) or a library has "
+        "changed, or the device rounds differently from run to run",
         "longer continued at step 100 under other settings: trainer.max_steps 300 (before 100)",
     ]
+
+
+def test_callbacks_and_dtypes_that_change_are_changes(tmp_path):
+    ema = {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging", "init_args": {"decay": 0.9}}
+    bar = {"class_path": "lightning.pytorch.callbacks.TQDMProgressBar", "init_args": {"leave": True}}
+    for callbacks in ([], None, [bar]):
+        plain, both, faster = (
+            flat({"trainer": {"callbacks": own}, "model": {"student": {"dtype": None}}})
+            for own in (callbacks, [bar, ema], [{**ema, "init_args": {"decay": 0.5}}])
+        )
+        assert changed(plain, both) == {"trainer.callbacks": (None, "EMAWeightAveraging decay=0.9")}
+        said = "EMAWeightAveraging decay=0.9", "EMAWeightAveraging decay=0.5"
+        assert changed(both, faster) == {"trainer.callbacks": said}
+        assert changed(plain, plain) == changed(both, both) == {}
+        assert changed(plain, plain | {"model.student.dtype": "bfloat16"}) == {
+            "model.student.dtype": (None, "bfloat16")
+        }
 
 
 @pytest.mark.parametrize("until", [100, 150])

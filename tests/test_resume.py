@@ -38,6 +38,7 @@ from salt_lightning.fit import alike
 from salt_lightning.models import read_checkpoint
 from salt_lightning.run import run_lock
 from salt_lightning.run.event_log import log_settings
+from salt_lightning.run.run_folder import earlier_configs
 from salt_lightning.run.runlog import read_run
 from salt_lightning.teacher.probe import Probe
 
@@ -1172,3 +1173,58 @@ def test_a_branch_that_is_requeued_still_comes_from_its_trunk(fit_with, tmp_path
     assert list(run.val_ce.steps) == [6, 12]
     # checkpoints that the trunk keeps for good are not the branch's
     assert read_checkpoint(str(branch / "checkpoints/step-00000012.ckpt"), "test")["kept_steps"] == [12]
+
+
+def test_settings_are_kept_when_a_run_changes_after_it_was_resumed(fit, tmp_path):
+    """config.yaml names the checkpoint that `last` has found, which is the run's own, also where it was moved."""
+    run, moved = tmp_path / "run", tmp_path / "moved"
+    assert fit(run, stop_at=7, **{"checkpoint.every_n_steps": 3}) == 128 + signal.SIGTERM
+    assert fit(run, stop_at=9, ckpt_path="last", **{"checkpoint.every_n_steps": 3}) == 128 + signal.SIGTERM
+    run.rename(moved)
+    assert fit(moved, ckpt_path=str(moved / "checkpoints/step-00000003.ckpt"), **{"model.optim.lr": 1e-5}) == 0
+    assert [step for step, _ in earlier_configs(moved)] == [3]
+    assert read_run(moved, "moved").changes[3] == {"model.optim.lr": (3e-3, 1e-5)}
+
+
+def test_a_test_of_weights_that_a_later_start_has_replaced_is_void(fit, fit_with, tmp_path):
+    run = tmp_path / "run"
+    assert fit(run, **{"checkpoint.at_steps": [6, 9]}) == 0
+    for step in (9, 12, 6):
+        at = {"ckpt_path": str(run / f"checkpoints/step-{step:08d}.ckpt"), "data.tokenizer": str(run / "tokenizer")}
+        assert fit_with(run, verb="test", **at) == 0
+    assert list(read_run(run, "run").curves["test/ce"].steps) == [6, 9, 12]
+    assert fit(run, ckpt_path=str(run / "checkpoints/step-00000009.ckpt"), **{"model.optim.lr": 1e-4}) == 0
+    assert list(read_run(run, "run").curves["test/ce"].steps) == [6, 9]
+    page = EventAccumulator(str(run / "test")).Reload()
+    assert sorted({event.step for event in page.Scalars("test/ce")}) == [6, 9]
+    assert fit_with(run, verb="test", ckpt_path="last", **{"data.tokenizer": str(run / "tokenizer")}) == 0
+    assert list(read_run(run, "run").curves["test/ce"].steps) == [6, 9, 12]
+
+
+def test_a_run_is_not_continued_from_another_runs_checkpoint(fit, tmp_path, capsys):
+    run, other = tmp_path / "run", tmp_path / "other"
+    assert fit(run, stop_at=4) == fit(other, stop_at=4, **{"seed_everything": 1}) == 128 + signal.SIGTERM
+    (there,) = (other / "checkpoints").glob("*.ckpt")
+    before = (run / "config.yaml").read_bytes()
+    assert fit(run, ckpt_path=str(there)) == 2
+    said = f"error: --ckpt_path {there} is of another run than --run {run}, which contains one already; choose another"
+    assert said in capsys.readouterr().err
+    assert (run / "config.yaml").read_bytes() == before
+    copied = shutil.copytree(there, tmp_path / there.name) if there.is_dir() else shutil.copy(there, tmp_path)
+    assert fit(other, ckpt_path=str(copied), seed_everything=1) == 0  # a copy elsewhere may be its own
+    assert fit(tmp_path / "new", ckpt_path=str(other / "checkpoints/step-00000012.ckpt"), seed_everything=1) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "done: step 12, no step left to train"
+
+
+def test_a_boundary_that_no_longer_holds_is_said(fit, tmp_path, caplog):
+    own = {"kd.stop_margin": 99.0, "kd.steps": 10, "kd.anneal_steps": 2, "kd.shape": "linear",
+           "trainer.val_check_interval": 3, "checkpoint.at_steps": [8]}  # fmt: skip
+    run = tmp_path / "run"
+    assert fit(run, **own) == 0
+    stop = int(read_run(run, "run").last("probe/stop_step"))
+    assert read_run(run, "run").kd_steps == stop < 8
+    again = {**own, "kd.stop_margin": -99.0, "kd.allow_change": True}
+    assert fit(run, ckpt_path=str(run / "checkpoints/step-00000008.ckpt"), **again) == 0
+    assert f"; the end of KD that was found, step {stop}, no longer holds" in caplog.text
+    found = read_run(run, "run")
+    assert [steps for steps, _ in found.taught] == [stop, 10]

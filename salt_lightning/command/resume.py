@@ -1,5 +1,6 @@
 """Finds the checkpoint that --ckpt_path means, and which of its settings apply."""
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from salt_lightning.errors import ConfigError
 from salt_lightning.hugging_face.spec import settings_without_code
 from salt_lightning.models import read_checkpoint
 from salt_lightning.run.peers import divide, gather, say_once
-from salt_lightning.run.run_folder import flat, saved
+from salt_lightning.run.run_config import readable
+from salt_lightning.run.run_folder import earlier_configs, flat, saved
 from salt_lightning.storage import damage, shards
 
 _EVALUATED = ("compile", "logits_budget_gib")  # the model settings that validate and test use
@@ -25,6 +27,11 @@ def resolve(path: str, config: Namespace, subcommand: str) -> Path | None:
         raise ConfigError("--ckpt_path '' is empty; give a .ckpt file, or last, or leave it out")
     if path != "last":
         elsewhere = Path(path).absolute().parent != folder.absolute()
+        if subcommand == "fit" and elsewhere and saved(folder) and _is_of_another(Path(path), Path(config.run)):
+            raise ConfigError(
+                f"--ckpt_path {path} is of another run than --run {config.run}, which contains one already; choose "
+                "another --run, or one of its own checkpoints"
+            )
         if subcommand == "fit" and elsewhere and Path(path).exists():  # e.g. named by a copied config.yaml
             say_once(f"--ckpt_path {path}: resuming from there, not from a checkpoint of --run {config.run}")
         return Path(path)
@@ -39,6 +46,13 @@ def resolve(path: str, config: Namespace, subcommand: str) -> Path | None:
         raise ConfigError(f"--ckpt_path last: no checkpoint in {folder}; check --run {config.run}")
     say_once(f"--ckpt_path last: {found or f'no checkpoint in {config.run}, starting at step 0'}")
     return found
+
+
+def _is_of_another(path: Path, run: Path) -> bool:
+    """Whether a checkpoint is in the folder of a run from which this one did not begin: a requeued start names it."""
+    files = [*(file for _, file in earlier_configs(run)), run / "config.yaml"]
+    begun = {os.path.abspath(Path(str(readable(file).get("ckpt_path") or "last")).parent) for file in files}
+    return (path.parent.parent / "config.yaml").exists() and os.path.abspath(path.parent) not in begun
 
 
 def _damage(path: Path) -> str | None:

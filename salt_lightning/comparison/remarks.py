@@ -40,9 +40,10 @@ def remarks(
         if not run.running and len(run.val_ce.steps) and run.val_ce.steps[-1] < run.steps_done
     ]
     notes += [f"{run.name} has no validation yet" for run in runs if not len(run.val_ce.steps)]
+    by_name = {run.name: run for run in runs}
     notes += [
         f"{run.name} repeats {repeated[run.name]} (same seeds, and no setting differs that affects results), "
-        "so only the latter is counted"
+        f"so only the latter is counted{_yet_differs(run, by_name[repeated[run.name]])}"
         for run in runs
         if run.name in repeated
     ]
@@ -147,6 +148,17 @@ def _may_be(run: Run, taught: list[str], runs: list[Run]) -> bool:
 
 
 # --- which text a loss was measured on ---
+
+
+def _yet_differs(run: Run, first: Run) -> str:
+    ours, theirs = run.val_ce, first.val_ce
+    same_step = run.finished and first.finished and ours.steps[-1:] == theirs.steps[-1:]
+    if not same_step or math.isclose(ours.values[-1], theirs.values[-1], rel_tol=ROUNDING):
+        return ""
+    return (
+        f"; yet its val CE is {ours.values[-1]:.4f}, there {theirs.values[-1]:.4f}: a file behind its settings (text, "
+        "teacher, scores) or a library has changed, or the device rounds differently from run to run"
+    )
 
 
 _FIRST_TOKENS = 0.02  # the first token of a document, which differs between tokenizers, is not counted

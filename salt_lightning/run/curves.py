@@ -75,6 +75,8 @@ def read_curves(folder: Path, apart: bool = False) -> tuple[dict[str, Curve], tu
         with suppress(DecodeError, OverflowError, MemoryError):  # a forged length or content
             for record in RawEventFileLoader(str(file)).Load():
                 event = Event.FromString(record)
+                if event.session_log.status == SessionLog.START:
+                    _void([*own.values(), *points.values()], event.step)
                 _follow(own, event)
                 read, step = read + len(record) + _FRAME_BYTES, max(step, event.step)
         if apart:
@@ -89,11 +91,14 @@ def read_curves(folder: Path, apart: bool = False) -> tuple[dict[str, Curve], tu
     return {tag: Curve(*map(np.array, zip(*curve, strict=True))) for tag, curve in ordered.items()}, tuple(damaged)
 
 
+def _void(curves: Iterable[dict[int, float]], since: int) -> None:
+    """A resume: values after its checkpoint are void."""
+    for curve in curves:
+        for step in [s for s in curve if s >= since]:
+            del curve[step]
+
+
 def _follow(points: dict[str, dict[int, float]], event: Event) -> None:
-    if event.session_log.status == SessionLog.START:  # a resume: values after its checkpoint are void
-        for curve in points.values():
-            for step in [s for s in curve if s >= event.step]:
-                del curve[step]
     for value in event.summary.value:
         if value.tag in CUMULATIVE or value.tag.startswith(("val/", "test/", "probe/")):
             points.setdefault(value.tag, {})[event.step] = value.simple_value

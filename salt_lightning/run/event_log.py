@@ -99,6 +99,12 @@ def trackers(given: list[Logger], run: Path, verb: str, steps: int) -> list[Logg
     return given
 
 
+def void_tests(folder: Path, steps: int) -> None:
+    """Marks the results of tests after step `steps` as void: a run that resumes there trains other weights to them."""
+    if numbers := [start_number(file) for file in folder.glob("*tfevents*")]:
+        SummaryWriter(str(folder), purge_step=steps + 1, filename_suffix=f".start-{1 + max(numbers)}").close()
+
+
 def log_settings(trackers: Iterable[Logger], settings: Mapping[str, Any]) -> None:
     """Logs the run's settings. A tracker that refuses them, e.g. for a changed value, does not end the run."""
     for tracker in trackers:

@@ -15,7 +15,8 @@ from lightning.pytorch.cli import SaveConfigCallback
 
 from salt_lightning.command.settings import IDENTITY
 from salt_lightning.errors import ConfigError, one_line
-from salt_lightning.run.run_folder import changed, earlier_configs, read_config, saved, step_named
+from salt_lightning.run.event_log import void_tests
+from salt_lightning.run.run_folder import changed, earlier_configs, read_config, same_setting, saved, step_named
 from salt_lightning.storage import shards
 
 
@@ -43,6 +44,7 @@ class SaveRunConfig(SaveConfigCallback):
                     )
                     raise ConfigError(f"--trainer.*: {said} (it cannot be written into config.yaml)") from error
                 set_aside(run, trainer.global_step, read_config(new))
+                void_tests(run / "test", trainer.global_step)
                 os.replace(new, run / "config.yaml")
                 trainer.datamodule.tokenizer.save_pretrained(run / "tokenizer")  # type: ignore[attr-defined]
 
@@ -55,17 +57,23 @@ def set_aside(run: Path, step: int, now: dict[str, Any]) -> None:
     later = [path for until, path in earlier_configs(run) if until >= step]  # of starts that this one replaces
     held, kept = [*later, run / "config.yaml"][0], run / f"config.until-{step:08d}.yaml"
     was = readable(held)
-    origin = Path(was.get("ckpt_path") or "last")
-    first = step_named(origin.name) or 0  # the step from which they applied, as far as it is known
-    own = Path(now.get("checkpoint.folder") or run / "checkpoints")
-    elsewhere = first > 0 and origin.absolute().parent != own.absolute()
-    if step > first and (changed(was, now) or elsewhere):
+    first = _begun_elsewhere(was, run)
+    if step > first and (changed(was, now) or first):
         if held != kept:
             shutil.copy(held, run / ".config.tmp-until")
             os.replace(run / ".config.tmp-until", kept)
         later = [path for path in later if path != kept]
     for path in later:
         path.unlink()
+
+
+def _begun_elsewhere(settings: dict[str, Any], run: Path) -> int:
+    """The step of another run's checkpoint from which these settings applied first; 0: they went on in this run."""
+    path = Path(settings.get("ckpt_path") or "last")
+    named = Path(settings.get("checkpoint.folder") or Path(settings.get("run") or run, "checkpoints"))
+    here = {os.path.abspath(folder) for folder in (named, run / "checkpoints")}
+    same = os.path.abspath(path.parent) in here or same_setting(os.path.normpath(path.parent), os.path.normpath(named))
+    return 0 if same else step_named(path.name) or 0
 
 
 def taken(run: Path, checkpoints: Path, now: dict[str, Any]) -> list[str]:

@@ -103,9 +103,32 @@ def flat(tree: dict[str, Any] | list[Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+_SHOWN = re.compile(r"trainer\.(enable_progress_bar|enable_model_summary|logger|callbacks$)")
+_CALLBACK = re.compile(r"(trainer\.callbacks(?:\.\d+)?\.)class_path")
+_WATCHERS = {
+    *("LearningRateMonitor", "DeviceStatsMonitor", "ModelSummary", "RichModelSummary", "ThroughputMonitor"),
+    *("ProgressBar", "RichProgressBar", "TQDMProgressBar"),
+}
+
+
+def without_watchers(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings without those that only show and log a run: loggers, bars, and Lightning's watching callbacks."""
+    callbacks = [(at[1], str(name).rpartition(".")[2]) for k, name in settings.items() if (at := _CALLBACK.match(k))]
+    watchers = tuple(prefix for prefix, name in callbacks if name in _WATCHERS)
+    others = [prefix for prefix, name in callbacks if name not in _WATCHERS]
+
+    def numbered_anew(key: str) -> str:
+        for i, prefix in enumerate(others):
+            if key.startswith(prefix):
+                return f"trainer.callbacks.{i}.{key.removeprefix(prefix)}"
+        return key
+
+    return {numbered_anew(k): v for k, v in settings.items() if not (_SHOWN.match(k) or k.startswith(watchers))}
+
+
 # Settings that decide what is trained or measured. No run continues with another tokenizer, whatever its name.
 _DECIDES = re.compile(
-    r"model\.(student\.config|teacher|optim|accuracy)|kd\.(?!allow|probe)|trainer\.(max_steps|gradient_clip_val|precision)"
+    r"model\.(student\.(config|dtype)|teacher|optim|accuracy)|kd\.(?!allow|probe)|trainer\.(max_steps|gradient_clip_val|precision)"
     r"|data\.(?!\w+_workers|cache_dir|micro_batch_size|tokenizer|vocab_size)|seed_everything"
 )
 
@@ -130,4 +153,16 @@ def _gathered(settings: dict[str, Any]) -> dict[str, Any]:
     for key, value in settings.items():
         if _DECIDES.match(key):
             lists.setdefault(re.sub(r"\.\d+$", "", key), []).append(value)
+        elif key.startswith("trainer.callbacks"):
+            lists["trainer.callbacks"] = _callbacks(settings) or [None]
     return {key: values[0] if len(values) == 1 else values for key, values in lists.items()}
+
+
+def _callbacks(settings: dict[str, Any]) -> list[str]:
+    """Class and arguments of each callback that does more than watch; a path in them is a run's own."""
+    named: dict[str, list[str]] = {}
+    for key, value in without_watchers(settings).items():
+        if at := re.match(r"trainer\.callbacks\.(?:(\d+)\.)?(class_path|init_args\.(.+))$", key):
+            said = str(value).rpartition(".")[2] if at[2] == "class_path" else f"{at[3]}={value}"
+            named.setdefault(at[1] or "0", []).extend([said] if "/" not in said else [])
+    return [" ".join(parts) for _, parts in sorted(named.items()) if parts]

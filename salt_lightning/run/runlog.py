@@ -20,6 +20,7 @@ from salt_lightning.run.run_folder import (
     read_config,
     same_setting,
     step_named,
+    without_watchers,
 )
 
 AXES = ("steps", "tokens", "FLOPs", "seconds")
@@ -82,12 +83,16 @@ class Run:
     @property
     def taught(self) -> list[tuple[float, dict[str, Any]]]:
         """(end of the steps with a teacher, settings) for each start that had such steps."""
-        starts, found = [0, *(step for step, _ in self.earlier)], []
+        starts, found, stop = [0, *(step for step, _ in self.earlier)], [], None
         for start, end, config in zip(starts, [*starts[1:], math.inf], self._configs, strict=True):
+            if any(key.startswith("kd.") for key in self.changed_at.get(start, ())):
+                stop = None  # a margin's boundary holds until KD's settings change
+            if (curve := self.curves.get("probe/stop_step")) is not None:
+                stop = next((v for s, v in zip(curve.steps, curve.values, strict=True) if start < s <= end), stop)
             if config.get("model.teacher.path") and config.get("kd.weight"):
                 steps = config.get("kd.steps")
-                if config.get("kd.stop_margin") is not None and "probe/stop_step" in self.curves:
-                    steps = self.last("probe/stop_step")
+                if config.get("kd.stop_margin") is not None and stop is not None:
+                    steps = stop
                 if (steps := min(end, math.inf if steps is None else steps)) > start:
                     found.append((steps, config))
         return found
@@ -154,13 +159,18 @@ class Run:
         return (rest[0][1] if rest else self.config), before
 
     @cached_property
-    def changes(self) -> dict[int, dict[str, tuple[Any, Any]]]:
+    def changed_at(self) -> dict[int, dict[str, tuple[Any, Any]]]:
         """Step at which it was resumed with other settings -> setting -> (before, after)."""
         steps, configs = [step for step, _ in self.earlier], self._configs
-        found = dict(zip(steps, map(changed, configs, configs[1:]), strict=True))
-        for step, settings in found.items():
-            if step >= self.kd_steps:  # the teacher is gone
-                settings.pop("model.teacher.path", None)
+        return dict(zip(steps, map(changed, configs, configs[1:]), strict=True))
+
+    @cached_property
+    def changes(self) -> dict[int, dict[str, tuple[Any, Any]]]:
+        """`changed_at` without what had no effect any more: a teacher's path once the teacher has left."""
+        found = {
+            step: {k: v for k, v in settings.items() if k != "model.teacher.path" or step < self.kd_steps}
+            for step, settings in self.changed_at.items()
+        }
         return {step: settings for step, settings in found.items() if settings}
 
     @property
@@ -275,7 +285,7 @@ class Run:
         if not self.config:
             return {"folder": str(self.path.absolute())}
         own = {"run", "ckpt_path", "trainer.default_root_dir", "seed_everything", *self.seeds}
-        given = _without_watchers(self.config)
+        given = without_watchers(self.config)
         may_end = given.get("kd.stop_margin") is not None or any(k.startswith("trainer.callbacks.") for k in given)
         if self._validated_at_end and not may_end:  # a validation may end KD, or the run
             own.add("trainer.val_check_interval")
@@ -346,32 +356,11 @@ _AROUND = re.compile(
     r"data\.(\w+_workers|cache_dir|micro_batch_size)$|checkpoint\.|kd\.(allow_|probe_)|answers\."
     r"|trainer\.(max_time|log_every_n_steps|num_sanity_val_steps)$"
 )
-_SHOWN = re.compile(r"trainer\.(enable_progress_bar|enable_model_summary|logger|callbacks$)")
 # Settings whose path may point into a run. Not those of texts: s1.jsonl and s2.jsonl are different texts.
 _PLACES = re.compile(
     r"(until step \d+: )?(ckpt_path|model\.(student|teacher)\.path|data\.(tokenizer|selection|difficulty)"
     r"|trainer\.callbacks)\b"
 )
-_CALLBACK = re.compile(r"(trainer\.callbacks(?:\.\d+)?\.)class_path")
-_WATCHERS = {
-    *("LearningRateMonitor", "DeviceStatsMonitor", "ModelSummary", "RichModelSummary", "ThroughputMonitor"),
-    *("ProgressBar", "RichProgressBar", "TQDMProgressBar"),
-}
-
-
-def _without_watchers(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings without those that only show and log a run: loggers, bars, and Lightning's watching callbacks."""
-    callbacks = [(at[1], str(name).rpartition(".")[2]) for k, name in settings.items() if (at := _CALLBACK.match(k))]
-    watchers = tuple(prefix for prefix, name in callbacks if name in _WATCHERS)
-    others = [prefix for prefix, name in callbacks if name not in _WATCHERS]
-
-    def numbered_anew(key: str) -> str:
-        for i, prefix in enumerate(others):
-            if key.startswith(prefix):
-                return f"trainer.callbacks.{i}.{key.removeprefix(prefix)}"
-        return key
-
-    return {numbered_anew(k): v for k, v in settings.items() if not (_SHOWN.match(k) or k.startswith(watchers))}
 
 
 def changes_said(run: Run) -> list[str]:
