@@ -402,7 +402,7 @@ def check_path(spec: ModelSpec, name: str) -> None:
         folders.check(path, setting, spec.trust_remote_code)
     else:
         with _loading(spec, name):
-            folders.check_hub(spec.path, setting, **spec.source)
+            folders.check_hub(spec.path, setting, spec.revision or "main", spec.trust_remote_code)
 
 
 def read_checkpoint(path: str, setting: str) -> dict[str, Any]:

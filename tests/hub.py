@@ -20,8 +20,10 @@ _API = re.compile(rf"/api/(models|datasets)/{_REPO}(?:/(revision|tree|paths-info
 _FILE = re.compile(rf"/(?:(datasets)/)?{_REPO}/resolve/([^/]+)/(.+)")
 
 
-def commit(repo: str, revision: str) -> str:
-    return hashlib.sha1(f"{repo}@{revision}".encode()).hexdigest()
+def commit(folder: Path) -> str:
+    """Of the content: a folder with other files is another commit."""
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    return hashlib.sha1(b"".join(file.name.encode() + file.read_bytes() for file in files)).hexdigest()
 
 
 class _Refused(Exception):
@@ -69,7 +71,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not (folder := self.root / kind / repo).is_dir():
             raise _Refused("RepoNotFound", 401, None)
         for known in folder.iterdir():
-            if revision in (known.name, commit(repo, known.name)):
+            if revision in (known.name, commit(known)):
                 return known
         raise _Refused("RevisionNotFound", 404, None)
 
@@ -89,11 +91,11 @@ class _Handler(BaseHTTPRequestHandler):
         if what == "paths-info":
             return [_entry(name, entries[name]) for name in json.loads(posted)["paths"] if name in entries]
         files = [{"rfilename": name} for name, file in entries.items() if file.is_file()]
-        return {"id": repo, "sha": commit(repo, folder.name), "private": False, "siblings": files}
+        return {"id": repo, "sha": commit(folder), "private": False, "siblings": files}
 
     def _file(self, kind: str, repo: str, revision: str, name: str) -> None:
         folder = self._folder(kind, repo, revision)
-        known = commit(repo, folder.name)
+        known = commit(folder)
         if not (folder / name).is_file():
             raise _Refused("EntryNotFound", 404, known)
         content = (folder / name).read_bytes()

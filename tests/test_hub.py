@@ -13,15 +13,21 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import arguments
 from hub import commit, served
+from safetensors.torch import load_file, save_file
 
 from salt_lightning.export import export
 
 # One process, since its imports take longer than all of its commands.
 PROGRAM = """
-import json, sys
+import json, shutil, sys
 from huggingface_hub import constants
 from salt_lightning.cli import main
+from salt_lightning.hugging_face import folders
 for args in json.loads(sys.argv[1]):
+    if args[0] == "copy":
+        shutil.copytree(*args[1:3], dirs_exist_ok=True)
+        continue
+    folders.COMMITS.clear(), folders.check_hub.cache_clear()  # as in a process of its own
     constants.HF_HUB_OFFLINE = args[0] == "offline"
     print("\\nexit", main(args[constants.HF_HUB_OFFLINE:]), flush=True)
 """
@@ -32,8 +38,12 @@ def hub(corpus, teacher, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("hub")
     models, stories = root / "models/acme", root / "datasets/acme/stories/main"
     export(Path(teacher), models / "teacher/main")
-    for name in ("teacher/v1", "bert/main", "pickled/main", "strange/main", "gated/main"):
-        shutil.copytree(models / "teacher/main", models / name)
+    others = (
+        "v1",
+        *(f"../{name}/main" for name in ("bert", "pickled", "strange", "gated", "cut", "adapter", "moving")),
+    )
+    for name in others:
+        shutil.copytree(models / "teacher/main", models / "teacher" / name)
     for name, settings in {
         "bert": {"model_type": "bert", "architectures": ["BertForMaskedLM"]},
         "strange": {"model_type": "strange"},
@@ -41,6 +51,16 @@ def hub(corpus, teacher, tmp_path_factory) -> Path:
         file = models / name / "main/config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | settings))
     (models / "pickled/main/model.safetensors").rename(models / "pickled/main/pytorch_model.bin")
+    (models / "adapter/main/config.json").rename(models / "adapter/main/adapter_config.json")
+    (models / "cut/main/model.safetensors").rename(models / "cut/main/model-00001-of-00002.safetensors")
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (models / "cut/main/model.safetensors.index.json").write_text(json.dumps(index))
+    file = shutil.copytree(models / "teacher/main", models / "moving/later") / "model.safetensors"
+    save_file({name: 0.5 * weight for name, weight in load_file(file).items()}, file, {"format": "pt"})
+    (root / "datasets/acme/books/main").mkdir(parents=True)
+    for number in range(3):
+        book = "\n\n".join(json.loads(line)["text"] for line in corpus.read_text().splitlines()[number::3])
+        (root / f"datasets/acme/books/main/{number}.txt").write_text(book)
     rows = [json.loads(line) for line in corpus.read_text().splitlines()]
     for split, part in {"train": rows[:80], "validation": rows[80:]}.items():
         (stories / "data").mkdir(parents=True, exist_ok=True)
@@ -60,6 +80,9 @@ def tried(hub, settings, tmp_path_factory):
         lists = []
         for command in commands:
             words = command.pop("words", ["fit"])
+            if words[0] == "copy":
+                lists.append(words)
+                continue
             lists.append(words + arguments(settings, own, command))
         with served(hub) as address:
             env = os.environ | {"HF_ENDPOINT": address, "HF_HOME": "home", "HF_HUB_OFFLINE": "0"}
@@ -73,13 +96,15 @@ def tried(hub, settings, tmp_path_factory):
     return try_all
 
 
-def test_names_on_the_hub_are_tried_before_text_is_prepared(tried):
+def test_names_on_the_hub_are_tried_before_text_is_prepared(tried, hub):
     """Which may take hours. Then offline: what the cache has is enough to start, and to continue."""
     of_teacher = {
         "acme/nothing": r"cannot be loaded \(no such folder here, so it was looked for on the hub\): OSError: acme/n",
         "acme/gated": r"cannot be loaded .*: You are trying to access a gated repo",
         "acme/bert": "contains a BertForMaskedLM, whose tokens see later ones",
         "acme/strange": r"is not a causal language model that this transformers knows \(model_type 'strange'",
+        "acme/adapter": "has no config.json on the hub: it may be an adapter or a GGUF file; give the whole",
+        "acme/cut": "lacks model-00002-of-00002.safetensors on the hub, which its model.safetensors.index.json names",
         "acme/pickled": "has neither model.safetensors nor model.safetensors.index.json on the hub; use a revision",
     }
     of_data = {
@@ -101,7 +126,9 @@ def test_names_on_the_hub_are_tried_before_text_is_prepared(tried):
         ),
         ({"data.tokenizer": "train", "data.val_source": "acme/x", "kd.weight": 0.0}, "--data.val_source: .* acme/x"),
     ]
-    version = commit("acme/teacher", "v1")
+    version = commit(hub / "models/acme/teacher/v1")
+    moving = [hub / "models/acme/moving/main", hub / "models/acme/moving/later"]
+    commits = [commit(folder) for folder in moving]
     tuning = {"run": "tuned", "model.student.revision": "v1", "kd.weight": 0.0}
     right = [
         {"model.teacher.revision": "v1", "trainer.max_steps": 4, "trainer.val_check_interval": 2},
@@ -109,15 +136,23 @@ def test_names_on_the_hub_are_tried_before_text_is_prepared(tried):
         {"words": ["offline", "fit"], "run": "other", "model.teacher.revision": "v1"},
         {**tuning, "model.student.path": "acme/teacher", "trainer.max_steps": 6},
         {**tuning, "model.student.path": "acme/gated", "words": ["fit", "--ckpt_path=last"]},
+        {"run": "moving", "model.teacher.path": "acme/moving", "trainer.max_steps": 4, "data.source": "acme/books"},
+        {"words": ["copy", str(moving[1]), str(moving[0])]},
+        {
+            "words": ["fit", "--ckpt_path=last"],
+            "run": "moving",
+            "model.teacher.path": "acme/moving",
+            "data.source": "acme/books",
+        },
         {"words": ["offline", "fit"], "run": "third", "data.source": "acme/others"},
     ]
     shown = tried(*(settings for settings, _ in wrong), *right)
-    assert len(shown) == len(wrong) + len(right), shown[-1]
+    assert len(shown) == len(wrong) + len(right) - 1, shown[-1]
     for (settings, expected), text in zip(wrong, shown, strict=False):
         assert re.search(rf"^error: {expected}", text, re.MULTILINE), (settings, text)
         assert text.endswith("exit 2\n")
         assert not re.search("^(tokenized|data:)", text, re.MULTILINE), text
-    first, continued, again, tuned, without_start, offline = shown[len(wrong) :]
+    first, continued, again, tuned, without_start, *moved, offline = shown[len(wrong) :]
     assert f"--model.teacher.path acme/teacher: commit {version}\n" in first
     assert re.search("^tokenized 80 documents", first, re.MULTILINE)
     assert re.search("^tokenized 40 documents", first, re.MULTILINE)
@@ -129,5 +164,8 @@ def test_names_on_the_hub_are_tried_before_text_is_prepared(tried):
     assert re.search("^done: step 6, ", tuned, re.MULTILINE), tuned
     assert "--model.student.path acme/gated is gone: the student is built from the checkpoint, " in without_start
     assert re.search("^done: step 12, ", without_start, re.MULTILINE), without_start
+    assert re.search("^tokenized 3 documents", moved[0], re.MULTILINE), moved[0]  # not lines
+    said = f"continuing with --model.teacher.commit {commits[1]} (checkpoint: {commits[0]}): the steps that follow"
+    assert said in moved[1], moved[1]
     assert "error: --data.source: cannot read acme/others: Couldn't reach 'acme/others'" in offline
     assert not any("tokenized" in text for text in (continued, again, offline))

@@ -620,5 +620,12 @@ def test_what_exists_here_is_not_looked_up_on_the_hub(name, tmp_path, monkeypatc
     what = "matches only folders, no file" if "folder" in name else "is not a regular file"
     with pytest.raises(ConfigError, match=rf"^--data.source: '{name}' {what}; give a file"):
         resolve("--data.source", [name], Hub())
-    (group,) = resolve("--data.source", ["other"], Hub())
-    assert (group.kind, group.hub_name) == ("hub", "other")
+    (group,) = resolve("--data.source", ["owner/other"], Hub())
+    assert (group.kind, group.hub_name) == ("hub", "owner/other")
+
+
+@pytest.mark.parametrize("name", ["text", "json:train", "stories"])
+def test_a_name_without_an_owner_is_not_looked_up_on_the_hub(name):
+    """`datasets` takes "text" for every .txt in the working directory."""
+    with pytest.raises(ConfigError, match=rf"^--data.source: '{name}' matches no file; give .* 'owner/name' or "):
+        resolve("--data.source", [name], Hub())

@@ -7,6 +7,7 @@ something else with them, or wait for messages that they never send.
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,8 @@ import torch.distributed as dist
 
 import salt_lightning
 from salt_lightning.errors import ConfigError, few
+from salt_lightning.hugging_face.spec import ModelSpec
+from salt_lightning.models import check_path
 from salt_lightning.schedule import kd_callbacks
 from salt_lightning.storage.kinds import VERSION, plain
 
@@ -57,12 +60,25 @@ def _of_models(settings: Mapping[str, Any], taught: bool) -> dict[str, Any]:
     return {f"--model.{name}": value for name, value in found.items()}
 
 
+def _teacher(trainer: pl.Trainer) -> ModelSpec:
+    return getattr(trainer.lightning_module, "teacher_spec", ModelSpec())
+
+
+def _commit(teacher: ModelSpec) -> dict[str, Any]:
+    """The commit of a teacher on the hub, if it is known."""
+    return {"--model.teacher.commit": teacher.commit} if teacher.commit else {}
+
+
 def other_steps(checkpoint: Mapping[str, Any], trainer: pl.Trainer, hparams: Mapping[str, Any]) -> str | None:
     """A message if a resumed run computes steps differently than before."""
     step, found = checkpoint["global_step"], checkpoint.get("kd_stop_step")  # the callback has not read it yet
     taught = any(kd.schedule.is_taught(step) for kd in kd_callbacks(trainer)) and (found is None or step < found)
     before = {**checkpoint["trainer"], **_of_models(checkpoint["hyper_parameters"], taught)}
     now = of_trainer(trainer) | _of_models(hparams, taught)
+    if taught:
+        with suppress(ConfigError):  # loading says what is wrong
+            check_path(_teacher(trainer), "teacher")
+        now |= _commit(_teacher(trainer))
     other = [
         f"{name} {now[name]} (checkpoint: {before[name]})" for name in now if before.get(name, now[name]) != now[name]
     ]
@@ -74,7 +90,7 @@ def about(data: Any, trainer: pl.Trainer, optim: Any) -> dict[str, Any]:
     tokenizer, text = getattr(data, "tokenizer_fingerprint", None), getattr(data, "text", {})
     stretches = [asdict(stretch) for stretch in getattr(data, "stretches", ())]
     text_of = {"tokenizer": tokenizer, "data": identity(data), "text": text, "stretches": stretches}
-    of_run = {"trainer": of_trainer(trainer), "max_steps": trainer.max_steps}
+    of_run = {"trainer": of_trainer(trainer) | _commit(_teacher(trainer)), "max_steps": trainer.max_steps}
     of_run["optim_class"] = type(optim).__name__
     return {**text_of, **of_run, VERSION: salt_lightning.__version__}
 
@@ -98,6 +114,7 @@ def of_fit(module: Any, data: Any) -> dict[str, Any]:
     }
     found = {name: value for name, value in _flat(plain(parts)) if isinstance(value, _PLAIN)}
     found |= {name: _end(path) for name, path in found.items() if name.endswith("path") and isinstance(path, str)}
+    found |= _commit(module.teacher_spec)
     return found | {"code": _code(), "torch": str(torch.__version__)} | identity(data)
 
 

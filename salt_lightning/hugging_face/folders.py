@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import file_exists
+from huggingface_hub import list_repo_files
 from lightning.pytorch.utilities import rank_zero_info
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
@@ -20,6 +20,9 @@ from transformers.utils import SAFE_WEIGHTS_NAME as SINGLE
 from transformers.utils import cached_file
 
 from salt_lightning.errors import ConfigError, few
+
+# for transformers' cached_file: gives None for a file that is not there
+MAY_LACK = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
 
 
 def is_causal(kind: Any) -> bool:
@@ -48,6 +51,9 @@ def check(folder: Path, setting: str, trust_remote_code: bool) -> None:
             ) from error
 
 
+COMMITS: dict[tuple[str, str], str] = {}  # (hub name, revision) -> commit: a branch must not move within a start
+
+
 @cache  # one start asks several times; an error is not kept
 def check_hub(name: str, setting: str, revision: str, trust_remote_code: bool) -> None:
     """The same for a model on the hub, by its config.json, which is downloaded, and the names of its weights.
@@ -56,18 +62,40 @@ def check_hub(name: str, setting: str, revision: str, trust_remote_code: bool) -
         ConfigError: as `check`.
         OSError: from transformers, if there is no such repository or revision, or access is denied.
     """
-    config = Path(cached_file(name, "config.json", revision=revision))
-    _check_config(config, setting, name, trust_remote_code)
-    rank_zero_info(f"{setting} {name}: commit {config.parent.name}")  # a branch moves
+    found = cached_file(name, "config.json", revision=revision)
+    if found is None:
+        raise ConfigError(
+            f"{setting} {name} has no config.json on the hub: it may be an adapter or a GGUF file; give the whole model"
+        )
+    _check_config(Path(found), setting, name, trust_remote_code)
+    COMMITS[name, revision] = commit = Path(found).parent.name
+    rank_zero_info(f"{setting} {name}: commit {commit}")
+    _check_weights(name, setting, commit)
+
+
+def _check_weights(name: str, setting: str, commit: str) -> None:
+    def cached(file: str) -> Any:
+        return cached_file(name, file, revision=commit, local_files_only=True, **MAY_LACK)
+
     try:
-        has_weights = any(file_exists(name, file, revision=revision) for file in (SINGLE, INDEX))
-    except Exception:  # of many kinds: without the hub, loading looks into its cache
+        there = set(list_repo_files(name, revision=commit))
+    except Exception:  # of many kinds: without the hub, its cache must have them
+        if not (cached(SINGLE) or cached(INDEX)):
+            raise ConfigError(
+                f"{setting} {name}: the hub cannot be reached, and its cache here has no weights of commit {commit}; "
+                "download it first"
+            ) from None
         return
-    if not has_weights:
+    if SINGLE in there:
+        return
+    if INDEX not in there:
         raise ConfigError(
             f"{setting} {name} has neither {SINGLE} nor {INDEX} on the hub; use a revision or model that has, or give "
             "a folder converted with save_pretrained (pickles are not read)"
         )
+    index = _read(Path(cached_file(name, INDEX, revision=commit)), f"{setting} {name}")
+    if lost := sorted(set(map(str, dict(index.get("weight_map") or {}).values())) - there):
+        raise ConfigError(f"{setting} {name} lacks {few(lost)} on the hub, which its {INDEX} names; use another one")
 
 
 def _check_config(file: Path, setting: str, name: str | Path, trust_remote_code: bool) -> None:

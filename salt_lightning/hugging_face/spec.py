@@ -90,7 +90,12 @@ class ModelSpec:
     @property
     def source(self) -> dict[str, Any]:
         """The arguments with which transformers reads a folder or hub name, besides the name itself."""
-        return {"revision": self.revision or "main", "trust_remote_code": self.trust_remote_code}
+        return {"revision": self.commit or self.revision or "main", "trust_remote_code": self.trust_remote_code}
+
+    @property
+    def commit(self) -> str | None:
+        """The commit of a hub name, once it was checked (`models.check_path`)."""
+        return folders.COMMITS.get((self.path or "", self.revision or "main"))
 
     def dtype_or(self, default: torch.dtype) -> torch.dtype:
         """Dtype of the parameters; `default` if it is null."""

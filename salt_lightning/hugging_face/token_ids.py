@@ -10,15 +10,16 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedConfig
 from transformers.utils import cached_file
+from transformers.utils.hub import is_offline_mode
 
 from salt_lightning.errors import ConfigError, raised, refuse
+from salt_lightning.hugging_face import folders
 from salt_lightning.hugging_face.spec import ModelSpec, as_config_error, check_positions
 from salt_lightning.models import read_checkpoint, read_config
 from salt_lightning.schedule import kd_callbacks
 from salt_lightning.text.tokenizer import SUBFOLDER, beginning, open_tokenizer, special_ids
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", f"{SUBFOLDER}/tokenizer.json")
-_QUIET = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
 
 
 def check_fit(spec: ModelSpec, name: str, data: Any, config: PreTrainedConfig | None = None) -> tuple[bool, str]:
@@ -54,7 +55,7 @@ def check_fit(spec: ModelSpec, name: str, data: Any, config: PreTrainedConfig | 
         if saved == data.tokenizer_fingerprint:
             differing, same = [], "same map"
     elif own is None:
-        return False, f"{size}: not checked, {spec.path} has no tokenizer files"
+        return False, f"{size}: not checked, {spec.path} has no tokenizer files{' here' if is_offline_mode() else ''}"
     if not differing:
         if own is not None and _rules(own) != _rules(data.tokenizer):
             return False, f"{size}: {same}, but --data.tokenizer splits text by other rules than that of {spec.path}"
@@ -121,7 +122,9 @@ def _own_tokenizer(spec: ModelSpec, name: str) -> Any:
         path = str(Path(path).parent.parent / "tokenizer")
         there = Path(path).is_dir()
     else:
-        there = any(cached_file(path, file, revision=revision, **_QUIET) for file in _TOKENIZER_FILES)
+        how = folders.MAY_LACK | {"_raise_exceptions_for_connection_errors": not is_offline_mode()}
+        with as_config_error(f"--model.{name}.path {spec.path}: its tokenizer cannot be read"):
+            there = any(cached_file(path, file, revision=revision, **how) for file in _TOKENIZER_FILES)
     if not there:
         return None
     with as_config_error(f"--model.{name}.path {spec.path}: its tokenizer cannot be loaded"):

@@ -16,10 +16,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import IO, Any
 
 import pyarrow.parquet as pq
+from huggingface_hub import dataset_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from salt_lightning.errors import ConfigError, first_line
 from salt_lightning.text.examples import Examples
@@ -222,11 +226,25 @@ def open_hub(group: Group, corpus: Corpus) -> Any:
     with _hub_errors(group, corpus):
         import datasets  # here, because it takes half a second
 
-        stream = datasets.load_dataset(
-            group.hub_name, hub.subset, split=hub.split, revision=hub.revision, streaming=True
-        )
+        revision = _commit(corpus.setting, group.hub_name, hub.revision)
+        builder = datasets.load_dataset_builder(group.hub_name, hub.subset, revision=revision)
+        if hasattr(builder.config, "sample_by"):  # of .txt: a file is a document, as it is for files here
+            builder.config.sample_by = "document"
+        stream = builder.as_streaming_dataset(split=hub.split)
         check_columns(corpus, stream.column_names or list(next(iter(stream), {})), group.hub_name)
         return stream.select_columns(list(corpus.columns()))
+
+
+@cache
+def _commit(setting: str, name: str, revision: str | None) -> str | None:
+    """The commit to read, so that a branch that moves does not mix texts; the revision if the hub does not tell."""
+    try:
+        commit = str(dataset_info(name, revision=revision).sha)
+    except Exception:  # of many kinds; reading says what is wrong
+        return revision
+    if parent_process() is None:
+        rank_zero_info(f"{setting} {name}: commit {commit}")
+    return commit
 
 
 def _read_hub(group: Group, corpus: Corpus) -> Iterator[Raw]:

@@ -24,7 +24,11 @@ from salt_lightning.text.packed import SUFFIXES
 _KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".jsonlines": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 _TABLES = {".csv", ".tsv"}  # read as one document, which is rarely meant
 _ARCHIVES = {".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".tzst", ".zip", ".7z", ".rar"}
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+# with an owner: `datasets` takes "text" or "json" alone for every such file in the working directory
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+_HUB_READER = 2  # version: 1 took each line of a .txt for a document
 
 
 @dataclass(frozen=True)
@@ -47,16 +51,17 @@ class Group:
     hub: Hub = Hub()
 
     def read(self) -> dict[Any, str]:
-        """What it reads -> a name to show. A file has one key under all its names; a hub split has its name."""
+        """What it reads -> a name to show. A file has one key under all its names; each hub split has its name."""
         if self.kind == "hub":
-            name = ":".join(filter(None, (self.hub_name, self.hub.subset, self.hub.split)))
-            return {name: name}
+            parts = self.hub.split.split("+")
+            names = (":".join(filter(None, (self.hub_name, self.hub.subset, part))) for part in parts)
+            return {name: name for name in names}
         return {_identity(file): file for file in self.files}
 
     def inputs(self) -> list[Any]:
         """Everything that determines what this group reads, as plain data: file stamps, or the place on the hub."""
         if self.kind == "hub":
-            return [self.name, self.hub_name, self.hub.split, self.hub.subset, self.hub.revision]
+            return [self.name, self.hub_name, self.hub.split, self.hub.subset, self.hub.revision, _HUB_READER]
         stats = [(file, os.stat(file)) for file in self.files]
         return [self.name, self.kind, [[file, stat.st_size, stat.st_mtime_ns] for file, stat in stats]]
 
