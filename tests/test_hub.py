@@ -145,6 +145,7 @@ def test_names_on_the_hub_are_tried_before_text_is_prepared(tried, hub):
             "data.source": "acme/books",
         },
         {"words": ["offline", "fit"], "run": "third", "data.source": "acme/others"},
+        {"words": ["offline", "fit"], "run": "third", "model.teacher.path": "acme/pickled"},  # its config is here
     ]
     shown = tried(*(settings for settings, _ in wrong), *right)
     assert len(shown) == len(wrong) + len(right) - 1, shown[-1]
@@ -152,7 +153,7 @@ def test_names_on_the_hub_are_tried_before_text_is_prepared(tried, hub):
         assert re.search(rf"^error: {expected}", text, re.MULTILINE), (settings, text)
         assert text.endswith("exit 2\n")
         assert not re.search("^(tokenized|data:)", text, re.MULTILINE), text
-    first, continued, again, tuned, without_start, *moved, offline = shown[len(wrong) :]
+    first, continued, again, tuned, without_start, *moved, offline, no_weights = shown[len(wrong) :]
     assert f"--model.teacher.path acme/teacher: commit {version}\n" in first
     assert re.search("^tokenized 80 documents", first, re.MULTILINE)
     assert re.search("^tokenized 40 documents", first, re.MULTILINE)
@@ -169,3 +170,4 @@ def test_names_on_the_hub_are_tried_before_text_is_prepared(tried, hub):
     assert said in moved[1], moved[1]
     assert "error: --data.source: cannot read acme/others: Couldn't reach 'acme/others'" in offline
     assert not any("tokenized" in text for text in (continued, again, offline))
+    assert "acme/pickled: the hub is offline, and its cache here has no weights of commit" in no_weights

@@ -60,6 +60,17 @@ def remarks(
     return notes + _other_text(once, reference) + _tests(runs)
 
 
+def _yet_differs(run: Run, first: Run) -> str:
+    ours, theirs = run.val_ce, first.val_ce
+    same_step = run.finished and first.finished and ours.steps[-1:] == theirs.steps[-1:]
+    if not same_step or math.isclose(ours.values[-1], theirs.values[-1], rel_tol=ROUNDING):
+        return ""
+    return (
+        f"; yet its val CE is {ours.values[-1]:.4f}, there {theirs.values[-1]:.4f}: a file behind its settings (text, "
+        "teacher, scores) or a library has changed, or the device rounds differently from run to run"
+    )
+
+
 def _beginning(run: Run) -> list[str]:
     notes = []
     if run.began > 0:
@@ -148,17 +159,6 @@ def _may_be(run: Run, taught: list[str], runs: list[Run]) -> bool:
 
 
 # --- which text a loss was measured on ---
-
-
-def _yet_differs(run: Run, first: Run) -> str:
-    ours, theirs = run.val_ce, first.val_ce
-    same_step = run.finished and first.finished and ours.steps[-1:] == theirs.steps[-1:]
-    if not same_step or math.isclose(ours.values[-1], theirs.values[-1], rel_tol=ROUNDING):
-        return ""
-    return (
-        f"; yet its val CE is {ours.values[-1]:.4f}, there {theirs.values[-1]:.4f}: a file behind its settings (text, "
-        "teacher, scores) or a library has changed, or the device rounds differently from run to run"
-    )
 
 
 _FIRST_TOKENS = 0.02  # the first token of a document, which differs between tokenizers, is not counted

@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME as INDEX
 from transformers.utils import SAFE_WEIGHTS_NAME as SINGLE
 from transformers.utils import cached_file
+from transformers.utils.hub import is_offline_mode
 
 from salt_lightning.errors import ConfigError, few
 
@@ -79,11 +80,11 @@ def _check_weights(name: str, setting: str, commit: str) -> None:
 
     try:
         there = set(list_repo_files(name, revision=commit))
-    except Exception:  # of many kinds: without the hub, its cache must have them
-        if not (cached(SINGLE) or cached(INDEX)):
+    except Exception:  # of many kinds; loading says which
+        if is_offline_mode() and not (cached(SINGLE) or cached(INDEX)):
             raise ConfigError(
-                f"{setting} {name}: the hub cannot be reached, and its cache here has no weights of commit {commit}; "
-                "download it first"
+                f"{setting} {name}: the hub is offline, and its cache here has no weights of commit {commit}; download "
+                "them first"
             ) from None
         return
     if SINGLE in there:

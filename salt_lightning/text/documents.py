@@ -226,7 +226,7 @@ def open_hub(group: Group, corpus: Corpus) -> Any:
     with _hub_errors(group, corpus):
         import datasets  # here, because it takes half a second
 
-        revision = _commit(corpus.setting, group.hub_name, hub.revision)
+        revision = _commit(group.hub_name, hub.revision)
         builder = datasets.load_dataset_builder(group.hub_name, hub.subset, revision=revision)
         if hasattr(builder.config, "sample_by"):  # of .txt: a file is a document, as it is for files here
             builder.config.sample_by = "document"
@@ -236,14 +236,14 @@ def open_hub(group: Group, corpus: Corpus) -> Any:
 
 
 @cache
-def _commit(setting: str, name: str, revision: str | None) -> str | None:
+def _commit(name: str, revision: str | None) -> str | None:
     """The commit to read, so that a branch that moves does not mix texts; the revision if the hub does not tell."""
     try:
         commit = str(dataset_info(name, revision=revision).sha)
     except Exception:  # of many kinds; reading says what is wrong
         return revision
     if parent_process() is None:
-        rank_zero_info(f"{setting} {name}: commit {commit}")
+        rank_zero_info(f"data set {name}: commit {commit}")
     return commit
 
 
