@@ -131,7 +131,7 @@ def test_the_rows_that_a_run_has_read_count_as_it_read_them(checked, fit_with, t
 
 
 def test_a_checkpoint_that_does_not_fit_is_an_error_in_check_as_in_fit(
-    checked, fit_with, settings, teacher, tmp_path, capsys
+    checked, fit_with, settings, teacher, tmp_path, capsys, caplog
 ):
     own, run = {"kd.weight": 0.5, "kd.steps": 6, "model.teacher.path": teacher}, tmp_path / "run"
     assert fit_with(run, **own) == 0
@@ -152,6 +152,11 @@ def test_a_checkpoint_that_does_not_fit_is_an_error_in_check_as_in_fit(
         assert fit_with(run, **{k: v for k, v in asked.items() if k != "run"}) == 2
         assert said.split(":")[0][:40] in capsys.readouterr().err
     assert checked(**own, run=str(run), ckpt_path="last", **{"trainer.max_steps": 20})[0] == 0
+    own |= {"data.source": [settings["data.source"]], "data.source_weights": [1.0]}
+    assert fit_with(tmp_path / "weights", **own) == 0
+    capsys.readouterr(), caplog.clear()
+    assert checked(**own, run=str(tmp_path / "weights"), ckpt_path="last")[0] == 0
+    assert "continuing with" not in caplog.text
 
 
 def test_sizes_that_were_not_given_are_named(checked):

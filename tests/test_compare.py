@@ -1585,7 +1585,8 @@ def test_a_run_that_went_on_under_other_settings_is_an_experiment_of_its_own(tmp
 def test_callbacks_and_dtypes_that_change_are_changes(tmp_path):
     ema = {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging", "init_args": {"decay": 0.9}}
     bar = {"class_path": "lightning.pytorch.callbacks.TQDMProgressBar", "init_args": {"leave": True}}
-    for callbacks in ([], None, [bar]):
+    timer = {"class_path": "lightning.pytorch.callbacks.Timer", "init_args": {"duration": "00:01:00:00"}}
+    for callbacks in ([], None, [bar], [bar, timer]):
         plain, both, faster = (
             flat({"trainer": {"callbacks": own}, "model": {"student": {"dtype": None}}})
             for own in (callbacks, [bar, ema], [{**ema, "init_args": {"decay": 0.5}}])

@@ -1175,7 +1175,7 @@ def test_a_branch_that_is_requeued_still_comes_from_its_trunk(fit_with, tmp_path
     assert read_checkpoint(str(branch / "checkpoints/step-00000012.ckpt"), "test")["kept_steps"] == [12]
 
 
-def test_settings_are_kept_when_a_run_changes_after_it_was_resumed(fit, tmp_path):
+def test_settings_are_kept_when_a_run_changes_after_it_was_resumed(fit, tmp_path, monkeypatch):
     """config.yaml names the checkpoint that `last` has found, which is the run's own, also where it was moved."""
     run, moved = tmp_path / "run", tmp_path / "moved"
     assert fit(run, stop_at=7, **{"checkpoint.every_n_steps": 3}) == 128 + signal.SIGTERM
@@ -1183,6 +1183,12 @@ def test_settings_are_kept_when_a_run_changes_after_it_was_resumed(fit, tmp_path
     run.rename(moved)
     assert fit(moved, ckpt_path=str(moved / "checkpoints/step-00000003.ckpt"), **{"model.optim.lr": 1e-5}) == 0
     assert [step for step, _ in earlier_configs(moved)] == [3]
+    monkeypatch.chdir(tmp_path)
+    branch = tmp_path / "scratch/moved"
+    start = Path("moved/checkpoints/step-00000003.ckpt")  # ends like the branch's own folder
+    assert fit(branch, stop_at=7, ckpt_path=str(start), **{"model.optim.lr": 1e-5}) == 128 + signal.SIGTERM
+    assert fit(branch, stop_at=8, ckpt_path="last", **{"model.optim.lr": 1e-5}) == 128 + signal.SIGTERM
+    assert [step for step, _ in earlier_configs(branch)] == [7]
     assert read_run(moved, "moved").changes[3] == {"model.optim.lr": (3e-3, 1e-5)}
 
 
@@ -1210,6 +1216,11 @@ def test_a_run_is_not_continued_from_another_runs_checkpoint(fit, tmp_path, caps
     said = f"error: --ckpt_path {there} is of another run than --run {run}, which contains one already; choose another"
     assert said in capsys.readouterr().err
     assert (run / "config.yaml").read_bytes() == before
+    (tmp_path / "link").symlink_to(other)
+    assert fit(other, stop_at=6, ckpt_path=str(tmp_path / "link/checkpoints" / there.name), seed_everything=1) == 143
+    shutil.copytree(other, tmp_path / "backup/other")
+    backup = tmp_path / "backup/other/checkpoints/step-00000006.ckpt"
+    assert fit(other, stop_at=8, ckpt_path=str(backup), seed_everything=1) == 143
     copied = shutil.copytree(there, tmp_path / there.name) if there.is_dir() else shutil.copy(there, tmp_path)
     assert fit(other, ckpt_path=str(copied), seed_everything=1) == 0  # a copy elsewhere may be its own
     assert fit(tmp_path / "new", ckpt_path=str(other / "checkpoints/step-00000012.ckpt"), seed_everything=1) == 0

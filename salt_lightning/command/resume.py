@@ -14,7 +14,7 @@ from salt_lightning.hugging_face.spec import settings_without_code
 from salt_lightning.models import read_checkpoint
 from salt_lightning.run.peers import divide, gather, say_once
 from salt_lightning.run.run_config import readable
-from salt_lightning.run.run_folder import earlier_configs, flat, saved
+from salt_lightning.run.run_folder import earlier_configs, flat, same_setting, saved
 from salt_lightning.storage import damage, shards
 
 _EVALUATED = ("compile", "logits_budget_gib")  # the model settings that validate and test use
@@ -26,7 +26,7 @@ def resolve(path: str, config: Namespace, subcommand: str) -> Path | None:
     if not path:
         raise ConfigError("--ckpt_path '' is empty; give a .ckpt file, or last, or leave it out")
     if path != "last":
-        elsewhere = Path(path).absolute().parent != folder.absolute()
+        elsewhere = os.path.realpath(Path(path).parent) != os.path.realpath(folder)
         if subcommand == "fit" and elsewhere and saved(folder) and _is_of_another(Path(path), Path(config.run)):
             raise ConfigError(
                 f"--ckpt_path {path} is of another run than --run {config.run}, which contains one already; choose "
@@ -49,10 +49,13 @@ def resolve(path: str, config: Namespace, subcommand: str) -> Path | None:
 
 
 def _is_of_another(path: Path, run: Path) -> bool:
-    """Whether a checkpoint is in the folder of a run from which this one did not begin: a requeued start names it."""
-    files = [*(file for _, file in earlier_configs(run)), run / "config.yaml"]
-    begun = {os.path.abspath(Path(str(readable(file).get("ckpt_path") or "last")).parent) for file in files}
-    return (path.parent.parent / "config.yaml").exists() and os.path.abspath(path.parent) not in begun
+    """Whether a checkpoint is in the folder of another run, from which this one did not begin (a requeued start names
+    that again), and which is no copy of this one."""
+    configs = [readable(file) for file in (*(file for _, file in earlier_configs(run)), run / "config.yaml")]
+    begun = [Path(str(config.get("ckpt_path") or "last")).parent for config in configs]
+    known = {os.path.realpath(folder) for folder in (*begun, run / "checkpoints")}
+    there, here = (readable(folder / "config.yaml").get("run") for folder in (path.parent.parent, run))
+    return bool(there) and not same_setting(there, here) and os.path.realpath(path.parent) not in known
 
 
 def _damage(path: Path) -> str | None:

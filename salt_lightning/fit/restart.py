@@ -98,14 +98,16 @@ def go_on_from(
         loop["epoch_loop.batch_progress"] |= {"total": dict(counts), "current": dict(counts), "is_last_batch": False}
         loop["epoch_loop.state_dict"]["_batches_that_stepped"] = max(step - 1, 0)
         data.go_on_from(checkpoint)
-    now = alike.identity(data)
+    now, key = alike.identity(data), "--data.selection_fingerprint"
+    if getattr(data, "_order", True) is None:  # check plans none
+        now.pop(key)
     if other := [_other(key, now[key], was) for key, was in checkpoint["data"].items() if now.get(key, was) != was]:
         rank_zero_info(f"continuing with other data than the checkpoint's: {', '.join(other)}")
     before = checkpoint["data"].get("--data.train_fingerprint")  # 0: of a loader of the user's own, as `data` None is
     if step > 0 and before and data is not None and not data.source_weights and before != data.train_fingerprint:
         rank_zero_info("data: without --data.source_weights, other text is in another order, so rows may be read again")
-    key = "--data.selection_fingerprint"
-    other_rows = step > 0 and checkpoint["data"].get(key, now[key]) != now[key]
+    was = checkpoint["data"].get(key)
+    other_rows = step > 0 and was is not None and now.get(key, was) != was
     if other_rows and getattr(data, "selection", None) and data.keep.unread_first:
         rank_zero_info(
             "selection: unread are the rows that phase 1 would not read under these settings; those that it has read "

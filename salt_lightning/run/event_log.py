@@ -102,7 +102,10 @@ def trackers(given: list[Logger], run: Path, verb: str, steps: int) -> list[Logg
 def void_tests(folder: Path, steps: int) -> None:
     """Marks the results of tests after step `steps` as void: a run that resumes there trains other weights to them."""
     if numbers := [start_number(file) for file in folder.glob("*tfevents*")]:
-        SummaryWriter(str(folder), purge_step=steps + 1, filename_suffix=f".start-{1 + max(numbers)}").close()
+        try:
+            SummaryWriter(str(folder), purge_step=steps + 1, filename_suffix=f".start-{1 + max(numbers)}").close()
+        except OSError as error:
+            rank_zero_warn(f"{folder} cannot be written ({error.strerror}): its tests after step {steps} are void")
 
 
 def log_settings(trackers: Iterable[Logger], settings: Mapping[str, Any]) -> None:

@@ -71,9 +71,9 @@ def _begun_elsewhere(settings: dict[str, Any], run: Path) -> int:
     """The step of another run's checkpoint from which these settings applied first; 0: they went on in this run."""
     path = Path(settings.get("ckpt_path") or "last")
     named = Path(settings.get("checkpoint.folder") or Path(settings.get("run") or run, "checkpoints"))
-    here = {os.path.abspath(folder) for folder in (named, run / "checkpoints")}
-    same = os.path.abspath(path.parent) in here or same_setting(os.path.normpath(path.parent), os.path.normpath(named))
-    return 0 if same else step_named(path.name) or 0
+    own = os.path.realpath(path.parent) in {os.path.realpath(folder) for folder in (named, run / "checkpoints")}
+    moved = not path.parent.exists() and same_setting(os.path.normpath(path.parent), os.path.normpath(named))
+    return 0 if own or moved else step_named(path.name) or 0
 
 
 def taken(run: Path, checkpoints: Path, now: dict[str, Any]) -> list[str]:

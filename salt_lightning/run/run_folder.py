@@ -159,10 +159,12 @@ def _gathered(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _callbacks(settings: dict[str, Any]) -> list[str]:
-    """Class and arguments of each callback that does more than watch; a path in them is a run's own."""
+    """Class and arguments of each callback that may change a run's weights; a path in them is a run's own."""
     named: dict[str, list[str]] = {}
     for key, value in without_watchers(settings).items():
-        if at := re.match(r"trainer\.callbacks\.(?:(\d+)\.)?(class_path|init_args\.(.+))$", key):
+        at = re.match(r"trainer\.callbacks\.(?:(\d+)\.)?(class_path|init_args\.(.+))$", key)
+        if at and value is not None:
             said = str(value).rpartition(".")[2] if at[2] == "class_path" else f"{at[3]}={value}"
             named.setdefault(at[1] or "0", []).extend([said] if "/" not in said else [])
-    return [" ".join(parts) for _, parts in sorted(named.items()) if parts]
+    found = [parts for _, parts in sorted(named.items()) if parts]
+    return [" ".join(parts) for parts in found if not {"Timer", "ModelCheckpoint"} & set(parts)]
