@@ -85,7 +85,8 @@ def tried(hub, settings, tmp_path_factory):
                 continue
             lists.append(words + arguments(settings, own, command))
         with served(hub) as address:
-            env = os.environ | {"HF_ENDPOINT": address, "HF_HOME": "home", "HF_HUB_OFFLINE": "0"}
+            own = {"HF_ENDPOINT": address, "HF_HOME": "home", "HF_HUB_OFFLINE": "0", "NO_PROXY": "*", "no_proxy": "*"}
+            env = {name: value for name, value in os.environ.items() if not name.startswith("HF_")} | own
             done = subprocess.run(
                 [sys.executable, "-c", PROGRAM, json.dumps(lists)], env=env, cwd=folder, text=True,
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=240,
