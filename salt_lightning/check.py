@@ -113,7 +113,7 @@ class Check:
         if self.works("learning rate", optim.check, max_steps):
             said = f"{optim.lr:g} after {optim.warmup_steps} warm-up steps, then {optim.schedule}"
             self.add("ok", "learning rate", said)
-        self.resumes(self._kd.go_on_from)
+        self.resumes(partial(self._kd.on_load_checkpoint, self.trainer, self.module))
         self.works("trainer", cadence.check_trainer, self.trainer)
         self.works("attention", attention.require_gpu, self.module.student_spec.attention, self._device())
         for callback in savers(self.trainer):

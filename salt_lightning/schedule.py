@@ -375,15 +375,8 @@ class KDScheduleCallback(pl.Callback):
         checkpoint["kd_schedule"], checkpoint["kd_stop_step"] = self.settings, self.stop_step
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        if trainer.state.fn == TrainerFn.FITTING:
-            self.go_on_from(checkpoint)
-
-    def go_on_from(self, checkpoint: dict[str, Any]) -> None:
-        """Continue with the boundary that a run has found.
-
-        Raises:
-            ConfigError: the schedule is another one than the checkpoint's, without `allow_change`.
-        """
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
         saved, now = checkpoint.get("kd_schedule") or {**self.settings, "weight": 0.0}, self.settings
         changed = ", ".join(
             f"--kd.{key} {now.get(key)} (checkpoint: {saved.get(key)})"

@@ -75,13 +75,12 @@ def check_hub(name: str, setting: str, revision: str, trust_remote_code: bool) -
 
 
 def _check_weights(name: str, setting: str, commit: str) -> None:
-    def cached(file: str) -> Any:
-        return cached_file(name, file, revision=commit, local_files_only=True, **MAY_LACK)
-
     try:
         there = set(list_repo_files(name, revision=commit))
     except Exception:  # of many kinds; loading says which
-        if is_offline_mode() and not (cached(SINGLE) or cached(INDEX)):
+        if is_offline_mode() and not any(
+            cached_file(name, file, revision=commit, **MAY_LACK) for file in (SINGLE, INDEX)
+        ):
             raise ConfigError(
                 f"{setting} {name}: the hub is offline, and its cache here has no weights of commit {commit}; download "
                 "them first"
@@ -94,8 +93,8 @@ def _check_weights(name: str, setting: str, commit: str) -> None:
             f"{setting} {name} has neither {SINGLE} nor {INDEX} on the hub; use a revision or model that has, or give "
             "a folder converted with save_pretrained (pickles are not read)"
         )
-    index = _read(Path(cached_file(name, INDEX, revision=commit)), f"{setting} {name}")
-    if lost := sorted(set(map(str, dict(index.get("weight_map") or {}).values())) - there):
+    index = Path(cached_file(name, INDEX, revision=commit))
+    if lost := [file for file in _named(index, setting, name) if file not in there]:
         raise ConfigError(f"{setting} {name} lacks {few(lost)} on the hub, which its {INDEX} names; use another one")
 
 
@@ -162,16 +161,21 @@ def _files(folder: Path, setting: str) -> Iterable[str]:
     if (folder / SINGLE).exists():
         return [SINGLE]
     if (folder / INDEX).exists():
-        names = _read(folder / INDEX, setting).get("weight_map")
-        if isinstance(names, dict) and names:
-            return sorted(set(map(str, names.values())))
-        raise ConfigError(f"{setting} {folder}: {INDEX} names no weight files; download it again")
+        return _named(folder / INDEX, setting, folder)
     others = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".safetensors"))
     raise ConfigError(
         f"{setting} {folder} has no weights: neither {SINGLE} nor {INDEX}"
         + (f", only {few(others)}" if others else "")
         + "; download them, or convert them with save_pretrained (pickles are not read)"
     )
+
+
+def _named(index: Path, setting: str, name: str | Path) -> list[str]:
+    """The files of weights that the index of the model `name` names."""
+    files = _read(index, setting).get("weight_map")
+    if isinstance(files, dict) and files:
+        return sorted(set(map(str, files.values())))
+    raise ConfigError(f"{setting} {name}: {INDEX} names no weight files; download it again")
 
 
 def _read(path: Path, setting: str) -> dict[str, Any]:

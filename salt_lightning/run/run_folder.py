@@ -153,8 +153,8 @@ def _gathered(settings: dict[str, Any]) -> dict[str, Any]:
     for key, value in settings.items():
         if _DECIDES.match(key):
             lists.setdefault(re.sub(r"\.\d+$", "", key), []).append(value)
-        elif key.startswith("trainer.callbacks"):
-            lists["trainer.callbacks"] = _callbacks(settings) or [None]
+    if any(key.startswith("trainer.callbacks") for key in settings):
+        lists["trainer.callbacks"] = _callbacks(settings) or [None]
     return {key: values[0] if len(values) == 1 else values for key, values in lists.items()}
 
 
