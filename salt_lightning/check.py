@@ -8,7 +8,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +94,17 @@ class Check:
 
     def resumes(self, function: Callable[..., Any], *args: Any) -> None:
         """Calls a check of the checkpoint that the fit will continue from, if there is one."""
-        if path := self.trainer.ckpt_path:
-            self.probe("resume", function, models.read_checkpoint(str(path), "--ckpt_path") | {"state_dict": {}}, *args)
+        if self._checkpoint:
+            self.probe("resume", function, self._checkpoint, *args)
+
+    @cached_property
+    def _checkpoint(self) -> dict[str, Any]:
+        path = self.trainer.ckpt_path
+        return models.read_checkpoint(str(path), "--ckpt_path") | {"state_dict": {}} if path else {}
+
+    @property
+    def _first_step(self) -> int:
+        return int(self._checkpoint.get("global_step", 0))
 
     # ------------------------------------------------------------- settings
 
@@ -206,8 +215,8 @@ class Check:
 
     def _teacher(self, batch: dict[str, Tensor] | None) -> CausalLM | None:
         spec, module = self.module.teacher_spec, self.module
-        if not (spec.path and self._kd.schedule.weight > 0):
-            return None
+        if not (spec.path and self._kd.schedule.is_taught(self._first_step)):
+            return None  # a resume in phase 2 does not need it either
         lm = self._pretrained(spec, "teacher", spec.dtype_or(module.compute_dtype))
         if lm is None:
             return None
@@ -267,7 +276,7 @@ class Check:
             flops.forward_flops_per_token(lm.model, self.data.block_size, lm.num_ids) if lm else 0.0
             for lm in (student, teacher)
         ]
-        taught = self._kd.schedule.kd_steps(steps)
+        first, taught = self._first_step, self._kd.schedule.kd_steps(steps)
         plain, extra = flops.student_flops(per_token[0], tokens), per_token[1] * tokens
         known = not math.isnan(plain + extra)
         said = "the FLOPs of some layers are unknown, so log and compare leave FLOPs out"
@@ -275,7 +284,8 @@ class Check:
             said = f"{plain:.3g} FLOPs per step"
             if extra:
                 said += f", {plain + extra:.3g} with the teacher (+{extra / plain:.0%})"
-            said += f"; the run {plain * steps + extra * taught:.3g}"
+            whole = plain * (steps - first) + extra * max(0, taught - first)
+            said += f"; the {'rest of the ' if first else ''}run {whole:.3g}"
             device, world = self.trainer.strategy.root_device, self.trainer.world_size
             if peak := flops.peak_of(device, self.module.compute_dtype, world):
                 said += f"; at most {peak * tokens / plain:,.0f} tokens/s without a teacher by the GPU's data sheet"
@@ -289,11 +299,10 @@ class Check:
             lm.apart = self._apart.get(lm.name, lm.apart)
         fit = memory.Fit(self.module, student, teacher, device)
         found = fit.peaks(data.micro_batch_size)
-        taught = self._kd.schedule.kd_steps(self.trainer.max_steps)
-        if teacher is not None and taught == self.trainer.max_steps:
+        if teacher is not None and self._kd.schedule.kd_steps(self.trainer.max_steps) == self.trainer.max_steps:
             found = found[:1]  # it never leaves
         names = ["memory, phase 1", "memory, phase 2"] if len(found) == 2 else ["memory"]
-        if taught and teacher is None:
+        if teacher is None and self._kd.schedule.is_taught(self._first_step):
             self.add("note", "memory", "not counting the missing teacher, which needs memory too:")
         for name, peak in zip(names, found, strict=True):
             self.add("ok", name, peak.described(data.micro_batch_size))

@@ -151,7 +151,15 @@ def test_a_checkpoint_that_does_not_fit_is_an_error_in_check_as_in_fit(
         assert level == "error"
         assert fit_with(run, **{k: v for k, v in asked.items() if k != "run"}) == 2
         assert said.split(":")[0][:40] in capsys.readouterr().err
-    assert checked(**own, run=str(run), ckpt_path="last", **{"trainer.max_steps": 20})[0] == 0
+    code, found = checked(
+        **own | {"model.teacher.path": str(tmp_path / "gone.ckpt"), "trainer.max_steps": 20},
+        run=str(run),
+        ckpt_path="last",
+    )
+    assert code == 0, found  # in phase 2 there is no teacher any more
+    assert [about for _, about, _ in found if about.startswith(("teacher", "memory"))] == ["memory"]
+    step, rest = re.search(r"(\S+) FLOPs per step; the rest of the run (\S+)$", of(found, "compute")[1]).groups()
+    assert float(rest) == pytest.approx(8 * float(step), rel=1e-2)  # three digits
     own |= {"data.source": [settings["data.source"]], "data.source_weights": [1.0]}
     assert fit_with(tmp_path / "weights", **own) == 0
     capsys.readouterr(), caplog.clear()

@@ -61,6 +61,8 @@ def hub(corpus, teacher, tmp_path_factory) -> Path:
     for number in range(3):
         book = "\n\n".join(json.loads(line)["text"] for line in corpus.read_text().splitlines()[number::3])
         (root / f"datasets/acme/books/main/{number}.txt").write_text(book)
+    (root / "datasets/acme/numbers/main").mkdir(parents=True)
+    (root / "datasets/acme/numbers/main/train.csv").write_text("text\n" + "007\n1.50\nNA\n" * 30)
     rows = [json.loads(line) for line in corpus.read_text().splitlines()]
     for split, part in {"train": rows[:80], "validation": rows[80:]}.items():
         (stories / "data").mkdir(parents=True, exist_ok=True)
@@ -94,6 +96,7 @@ def tried(hub, settings, tmp_path_factory):
         assert done.returncode == 0, done.stdout
         return re.findall(r".*?\nexit \d+\n", done.stdout, re.DOTALL)
 
+    try_all.folder = folder
     return try_all
 
 
@@ -146,6 +149,7 @@ def test_names_on_the_hub_are_tried_before_text_is_prepared(tried, hub):
             "data.source": "acme/books",
         },
         {"words": ["offline", "fit"], "run": "third", "data.source": "acme/others"},
+        {"data.source": "acme/numbers", "words": ["predict"], "run": "numbers", "data.block_size": 8},
         {"words": ["offline", "fit"], "run": "third", "model.teacher.path": "acme/pickled"},  # its config is here
     ]
     shown = tried(*(settings for settings, _ in wrong), *right)
@@ -154,7 +158,7 @@ def test_names_on_the_hub_are_tried_before_text_is_prepared(tried, hub):
         assert re.search(rf"^error: {expected}", text, re.MULTILINE), (settings, text)
         assert text.endswith("exit 2\n")
         assert not re.search("^(tokenized|data:)", text, re.MULTILINE), text
-    first, continued, again, tuned, without_start, *moved, offline, no_weights = shown[len(wrong) :]
+    first, continued, again, tuned, without_start, *moved, offline, numbers, no_weights = shown[len(wrong) :]
     assert f"--model.teacher.path acme/teacher: commit {version}\n" in first
     assert re.search("^tokenized 80 documents", first, re.MULTILINE)
     assert re.search("^tokenized 40 documents", first, re.MULTILINE)
@@ -167,7 +171,9 @@ def test_names_on_the_hub_are_tried_before_text_is_prepared(tried, hub):
     assert "--model.student.path acme/gated is gone: the student is built from the checkpoint, " in without_start
     assert re.search("^done: step 12, ", without_start, re.MULTILINE), without_start
     assert re.search("^tokenized 3 documents", moved[0], re.MULTILINE), moved[0]  # not lines
-    said = f"continuing with --model.teacher.commit {commits[1]} (checkpoint: {commits[0]}): the steps that follow"
+    [report] = tried.folder.glob("numbers/**/report.md")
+    assert {"007", "1.50", "NA"} <= set(re.findall(r"[\w.]+", report.read_text())), numbers
+    said = f"continuing with --model.teacher.weights {commits[1]} (checkpoint: {commits[0]}): the steps that follow"
     assert said in moved[1], moved[1]
     assert "error: --data.source: cannot read acme/others: Couldn't reach 'acme/others'" in offline
     assert not any("tokenized" in text for text in (continued, again, offline))

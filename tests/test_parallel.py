@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from salt_lightning import cli, parallel
 from salt_lightning.checkpoint import newest
 from salt_lightning.errors import ConfigError
+from salt_lightning.hugging_face.folders import sample_hash
 from salt_lightning.models import CausalLM, read_checkpoint
 from salt_lightning.run import peers
 from salt_lightning.storage import shards
@@ -90,6 +91,9 @@ def runs(salt, settings, teacher, tmp_path_factory) -> Path:
     for name, own in {"one": {}, "one untied": {"model.student.config": UNTIED}}.items():
         args = ["fit", *arguments(salt, {"run": str(folder / name)}, own)]
         assert ranks.run(args, ranks.Spy(folder / f"{name}.spy")) == 0
+    elsewhere = folder / "node 1" / "/".join(Path(teacher).parts[-3:])  # so far, nothing tells it from the teacher
+    elsewhere.parent.mkdir(parents=True)
+    shutil.copy(folder / "one" / SAVED_NAME, elsewhere)
     taught = {**FSDP2, "model.teacher.path": str(folder / "fsdp" / SAVED_NAME)}
     jobs = VARIANTS | {
         "fsdp again": {**FSDP2, "ckpt_path": str(folder / "fsdp" / SAVED_NAME)},
@@ -117,6 +121,11 @@ def runs(salt, settings, teacher, tmp_path_factory) -> Path:
             {
                 "args": ["fit", *arguments(salt, FSDP2, {"run": str(folder / "unlike mesh")})],
                 "args of 1": arguments({"trainer.strategy.replicas": 2}),
+                "code": 2,
+            },
+            {
+                "args": ["fit", *arguments(salt, DDP, {"run": str(folder / "unlike teacher")})],
+                "args of 1": arguments({"model.teacher.path": str(elsewhere)}),
                 "code": 2,
             },
         ]
@@ -216,7 +225,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_is_named_with_its_rows(runs):
     assert f", {rows[2]} (" in error
 
 
-def test_a_rank_with_other_settings_is_named_before_the_first_step(runs):
+def test_a_rank_with_other_settings_is_named_before_the_first_step(runs, teacher):
     """Another strategy is, before the ranks wait for each other: with another mesh they would never meet."""
     lines = (runs / "out.0").read_text().splitlines()
     assert [line for line in lines if line.startswith("error: process 1")] == [
@@ -225,6 +234,9 @@ def test_a_rank_with_other_settings_is_named_before_the_first_step(runs):
         "let all of them see the same files",
         "error: process 1 differs from process 0: --trainer.strategy FSDP2 with replicas 2 (process 0: FSDP2 with "
         "replicas 1); start all with the same command and version",
+        f"error: process 1 differs from process 0: --model.teacher.weights '{sample_hash(runs / 'one' / SAVED_NAME)}' "
+        f"(process 0: '{sample_hash(Path(teacher))}'); start all with the same command and version, and let all of "
+        "them see the same files",
     ]
 
 

@@ -35,6 +35,7 @@ from salt_lightning import KDScheduleCallback, OptimSpec, SALTModule, cli
 from salt_lightning.comparison import lineage
 from salt_lightning.errors import ConfigError, of_machine, of_process
 from salt_lightning.fit import alike
+from salt_lightning.hugging_face.folders import sample_hash
 from salt_lightning.models import read_checkpoint
 from salt_lightning.run import run_lock
 from salt_lightning.run.event_log import log_settings
@@ -1059,6 +1060,12 @@ def test_other_settings_of_steps_than_the_checkpoints_are_said(fit, teacher, tmp
     assert fit(tmp_path / "run", stop_at=9, ckpt_path="last", **own) == 128 + signal.SIGTERM
     assert "continuing with --model.optim.beta2 0.5 (checkpoint: 0.95), --model.teacher.path " in caplog.text
     assert "--model.teacher_temperature 2.0 (checkpoint: 1.0): the steps that follow are computed" in caplog.text
+    caplog.clear()
+    first, other = (tmp_path / f"{name}/checkpoints/{Path(teacher).name}" for name in ("other", "run"))
+    shutil.copy(max(other.parent.glob("*.ckpt")), first)  # other weights in its place
+    assert fit(tmp_path / "run", stop_at=10, ckpt_path="last", **own) == 128 + signal.SIGTERM
+    said = f"--model.teacher.weights {sample_hash(first)} (checkpoint: {sample_hash(Path(teacher))}): the steps that"
+    assert f"continuing with {said}" in caplog.text
     caplog.clear()
     own |= {"model.teacher_temperature": 4.0, "kd.steps": 9}
     assert fit(tmp_path / "run", ckpt_path="last", **own) == 0

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 import salt_lightning
 from salt_lightning.errors import ConfigError, few
+from salt_lightning.hugging_face.folders import sample_hash
 from salt_lightning.hugging_face.spec import ModelSpec
 from salt_lightning.models import check_path
 from salt_lightning.schedule import kd_callbacks
@@ -64,9 +65,10 @@ def _teacher(trainer: pl.Trainer) -> ModelSpec:
     return getattr(trainer.lightning_module, "teacher_spec", ModelSpec())
 
 
-def _commit(teacher: ModelSpec) -> dict[str, Any]:
-    """The commit of a teacher on the hub, if it is known."""
-    return {"--model.teacher.commit": teacher.commit} if teacher.commit else {}
+def teacher_weights(teacher: ModelSpec) -> dict[str, str]:
+    """Which weights a teacher has that was checked, if it can be told: the commit of a hub name, or a hash."""
+    found = teacher.commit or sample_hash(Path(str(teacher.path)))
+    return {"--model.teacher.weights": found} if found else {}
 
 
 def other_steps(checkpoint: Mapping[str, Any], trainer: pl.Trainer, hparams: Mapping[str, Any]) -> str | None:
@@ -78,7 +80,7 @@ def other_steps(checkpoint: Mapping[str, Any], trainer: pl.Trainer, hparams: Map
     if taught:
         with suppress(ConfigError):  # loading says what is wrong
             check_path(_teacher(trainer), "teacher")
-        now |= _commit(_teacher(trainer))
+        now |= teacher_weights(_teacher(trainer))
     other = [
         f"{name} {now[name]} (checkpoint: {before[name]})" for name in now if before.get(name, now[name]) != now[name]
     ]
@@ -90,7 +92,8 @@ def about(data: Any, trainer: pl.Trainer, optim: Any) -> dict[str, Any]:
     tokenizer, text = getattr(data, "tokenizer_fingerprint", None), getattr(data, "text", {})
     stretches = [asdict(stretch) for stretch in getattr(data, "stretches", ())]
     text_of = {"tokenizer": tokenizer, "data": identity(data), "text": text, "stretches": stretches}
-    of_run = {"trainer": of_trainer(trainer) | _commit(_teacher(trainer)), "max_steps": trainer.max_steps}
+    weights = getattr(trainer.lightning_module, "teacher_weights", {})
+    of_run = {"trainer": of_trainer(trainer) | weights, "max_steps": trainer.max_steps}
     of_run["optim_class"] = type(optim).__name__
     return {**text_of, **of_run, VERSION: salt_lightning.__version__}
 
@@ -114,7 +117,6 @@ def of_fit(module: Any, data: Any) -> dict[str, Any]:
     }
     found = {name: value for name, value in _flat(plain(parts)) if isinstance(value, _PLAIN)}
     found |= {name: _end(path) for name, path in found.items() if name.endswith("path") and isinstance(path, str)}
-    found |= _commit(module.teacher_spec)
     return found | {"code": _code(), "torch": str(torch.__version__)} | identity(data)
 
 

@@ -3,8 +3,10 @@
 Of a folder, reads only config.json and the headers of the weights, which takes milliseconds for any size.
 """
 
+import hashlib
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from salt_lightning.errors import ConfigError, few
 
 # for transformers' cached_file: gives None for a file that is not there
 MAY_LACK = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+_BLOCKS, _BLOCK_BYTES = 256, 4096
 
 
 def is_causal(kind: Any) -> bool:
@@ -96,6 +99,25 @@ def _check_weights(name: str, setting: str, commit: str) -> None:
     index = Path(cached_file(name, INDEX, revision=commit))
     if lost := [file for file in _named(index, setting, name) if file not in there]:
         raise ConfigError(f"{setting} {name} lacks {few(lost)} on the hub, which its {INDEX} names; use another one")
+
+
+def sample_hash(path: Path) -> str | None:
+    """A hash of the weights of a model here, folder or checkpoint; None if they cannot be read.
+
+    It reads some blocks of each file, as whole ones can have a hundred gigabytes: training changes all of a file.
+    """
+    found, files = hashlib.blake2b(digest_size=8), [path] if path.is_file() else sorted(path.glob("*.*"))
+    files = [file for file in files if file.suffix in (".safetensors", ".distcp", ".ckpt")]
+    with suppress(OSError):
+        for file in files:
+            size = file.stat().st_size
+            found.update(f"{file.name if file != path else ''} {size} ".encode())
+            with open(file, "rb") as content:
+                for number in range(blocks := max(4, _BLOCKS // len(files))):
+                    content.seek(max(0, size - _BLOCK_BYTES) * number // (blocks - 1))
+                    found.update(content.read(_BLOCK_BYTES))
+        return found.hexdigest() if files else None
+    return None
 
 
 def _check_config(file: Path, setting: str, name: str | Path, trust_remote_code: bool) -> None:

@@ -230,6 +230,8 @@ def open_hub(group: Group, corpus: Corpus) -> Any:
         builder = datasets.load_dataset_builder(group.hub_name, hub.subset, revision=revision)
         if hasattr(builder.config, "sample_by"):  # of .txt: a file is a document, as it is for files here
             builder.config.sample_by = "document"
+        if hasattr(builder.config, "converters"):  # of .csv: 007 and NA stay what they are
+            builder.config.converters, builder.config.keep_default_na = dict.fromkeys(corpus.columns(), str), False
         stream = builder.as_streaming_dataset(split=hub.split)
         check_columns(corpus, stream.column_names or list(next(iter(stream), {})), group.hub_name)
         return stream.select_columns(list(corpus.columns()))

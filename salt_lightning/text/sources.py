@@ -28,7 +28,7 @@ _ARCHIVES = {".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".tzst", ".zip", ".7z", ".
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-_HUB_READER = 2  # version: 1 took each line of a .txt for a document
+_HUB_READER = 3  # version: 1 took each line of a .txt for a document, 2 took words of a .csv for numbers
 
 
 @dataclass(frozen=True)
