@@ -38,7 +38,6 @@ from salt_lightning.teacher.difficulty import find_files
 from salt_lightning.teacher.scores import Scores
 from salt_lightning.text.processes import memory_bytes
 
-_LOOK_FLOPS = 1.5e11  # FLOPs for one test of a model: some seconds on a CPU
 _WHOLE_PARAMETERS = 5e8  # a larger fresh student is tested with two of its layers
 _OUTSIDE_BYTES = 3 << 28  # what is not tensors: Python or CUDA's context, and libraries; 0.75 GiB
 _GAPS = 0.04  # share of the memory lost between the allocator's blocks
@@ -206,7 +205,7 @@ class Check:
         proved = self._proof(real)
         lm.apart = real.apart
         if proved and batch is not None and "student" not in self._unfit:
-            loss = probe.look(real, _cut(batch, real), self.data)
+            loss = probe.look(real, probe.cut(batch, _count(real)), self.data)
             if spec.path:
                 self.add("ok", "student CE", f"{loss.teacher:.2f} nats before its first step; ln(V) {loss.uniform:.2f}")
             else:
@@ -223,7 +222,7 @@ class Check:
         lm.eval().requires_grad_(False)
         lm.num_ids = None if self.data._train is None else self.data.vocab_size  # without text maybe no tokenizer
         if self._proof(lm) and batch is not None and "teacher" not in self._unfit:
-            loss = replace(probe.look(lm, _cut(batch, lm), self.data), untrained=self._untrained)
+            loss = replace(probe.look(lm, probe.cut(batch, _count(lm)), self.data), untrained=self._untrained)
             self.findings.append(preflight.teacher(loss, str(spec.path), self._kd.allow_untrained))
         return lm
 
@@ -352,16 +351,6 @@ def attach(module: SALTModule, data: SALTDataModule, trainer: pl.Trainer) -> Non
 
 def _count(lm: CausalLM) -> int:
     return sum(p.numel() for p in lm.parameters())
-
-
-def _cut(batch: dict[str, Tensor], lm: CausalLM) -> dict[str, Tensor]:
-    """The first tokens of the batch, as many as the model can process in seconds; at least 256, and enough to go past
-    a longer prompt."""
-    rows, width = batch["labels"].shape
-    tokens = max(256, int(_LOOK_FLOPS / (2 * _count(lm))))
-    prompt = int((batch["labels"][0] >= 0).int().argmax())
-    width = min(width, max(tokens, prompt + 64))
-    return {name: t[: max(1, min(rows, tokens // width)), :width] for name, t in batch.items() if t.ndim == 2}
 
 
 def without_text(

@@ -188,8 +188,7 @@ class SALTModule(extension.Guarded):
         attention.pack(lm, spec.attention, strategy)
         self.meter.forward_flops["teacher"] = self._count_flops(lm)
         size = sum(p.numel() for p in lm.parameters())
-        self.teacher_weights = alike.teacher_weights(spec)
-        alike.require(self.trainer, self.teacher_weights)
+        self.teacher_weights = alike.require_one_teacher(self.trainer, spec)
         self.__dict__["teacher"] = parallel.distribute_teacher(lm, strategy, self.hparams["compile"])
         rank_zero_info(
             f"teacher: {spec.path}, {size / 1e6:.1f}M parameters in {dtype}, "

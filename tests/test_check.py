@@ -24,6 +24,7 @@ from salt_lightning.hugging_face.spec import ModelSpec
 from salt_lightning.hugging_face.token_ids import emitted_ids
 from salt_lightning.models import build_fresh
 from salt_lightning.preflight import Finding, TeacherLoss, size_said
+from salt_lightning.teacher import probe
 from salt_lightning.text import processes
 from salt_lightning.text.sources import Hub, resolve
 
@@ -506,7 +507,7 @@ def test_rows_that_pad_a_teachers_head_are_no_tokens(checked, teacher, tmp_path)
 
 
 def test_of_a_long_prompt_a_large_student_sees_some_of_the_response(checked, teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr(check, "_LOOK_FLOPS", 1.0)  # as for 300M parameters and more: 256 tokens of the first row
+    monkeypatch.setattr(probe, "_LOOK_FLOPS", 1.0)  # as for 300M parameters and more: 256 tokens of the first row
     rows = [{"q": f"{i} " + "the frozen teacher helps " * 60, "a": f"so {i}"} for i in range(40)]
     (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     examples = {"data.examples.prompt": "{q}", "data.examples.response": "{a}", "data.block_size": 512}

@@ -6,8 +6,8 @@
                           held-out rows, as many as an optimizer step takes
 
 The teacher is frozen, so it reads the held-out rows once and its nll is kept: 4 bytes per token. Nothing here changes a
-weight, an accumulated gradient or the random state. `look` is for the check before the first step. Shapes: N token
-positions of a batch.
+weight, an accumulated gradient or the random state. `cut` and `look` are for the check before the first step. Shapes: N
+token positions of a batch.
 """
 
 import math
@@ -27,6 +27,7 @@ from salt_lightning.metrics import sum_dtype
 from salt_lightning.preflight import TeacherLoss
 
 Gradients = list[Tensor | None]
+_LOOK_FLOPS = 1.5e11  # for one look at a model: some seconds on a CPU
 
 
 class Probe:
@@ -117,6 +118,16 @@ def _cosine(trainer: pl.Trainer, ce: Gradients, kd: Gradients) -> float:
     # a sum over shards; whole gradients count once per rank, which cancels out
     dot, ce_square, kd_square = trainer.strategy.reduce(products, reduce_op="sum").tolist()
     return dot / (ce_square * kd_square) ** 0.5 if ce_square * kd_square > 0 else 0.0
+
+
+def cut(batch: dict[str, Tensor], parameters: int) -> dict[str, Tensor]:
+    """The first tokens of a batch, as many as a model of this size can process in seconds; at least 256, and enough to
+    go past a longer prompt."""
+    rows, width = batch["labels"].shape
+    tokens = max(256, int(_LOOK_FLOPS / (2 * parameters)))
+    prompt = int((batch["labels"][0] >= 0).int().argmax())
+    width = min(width, max(tokens, prompt + 64))
+    return {name: t[: max(1, min(rows, tokens // width)), :width] for name, t in batch.items() if t.ndim == 2}
 
 
 @torch.no_grad()
