@@ -23,7 +23,7 @@ import shutil
 import stat
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -230,14 +230,10 @@ def require_whole(checkpoint: Mapping[str, Any]) -> None:
 def unreadable(path: Path) -> str | None:
     """The class in a checkpoint, file or folder, that torch would have to unpickle; None if none is found, e.g. before
     it is written."""
-    found = None
-    try:
-        torch.load(path / META if path.is_dir() else path, map_location="cpu", weights_only=True, mmap=path.is_file())
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-    except (OSError, RuntimeError):
-        pass
-    return found and found[1]
+    with suppress(OSError, RuntimeError):
+        unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path / META if path.is_dir() else path)
+        return unsafe[0] if unsafe else None
+    return None
 
 
 @contextmanager
