@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import re
@@ -17,6 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -41,7 +43,7 @@ from salt_lightning.parallel import FSDP2
 
 ROOT = Path(__file__).parents[1]
 STEPS, BOUNDARY, SAVED = 20, 12, 5
-LIMIT_S = 150 if torch.cuda.is_available() else 500  # per run; torchrun may wait for a name server
+LIMIT_S = 75 if torch.cuda.is_available() else 500  # per run; torchrun may wait for a name server
 SIZES = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128}
 FSDP2_CONFIG = [f"--config={ROOT}/configs/fsdp.yaml"]
 DDP = [f"--config={ROOT}/configs/ddp.yaml"]
@@ -118,9 +120,9 @@ def execute(folder: Path, run: str, own: list[str], nodes: int = 1, processes: i
         ]  # fmt: skip
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     started = [subprocess.Popen(s, env=env, start_new_session=True, **pipes) for s in starts]
-    outputs, late = [], ""
+    outputs, late, end_s = [], "", time.monotonic() + LIMIT_S
     try:
-        outputs = [process.communicate(timeout=LIMIT_S)[0] for process in started]
+        outputs = [process.communicate(timeout=max(1, end_s - time.monotonic()))[0] for process in started]
     except subprocess.TimeoutExpired:
         late = f"stopped after {LIMIT_S} s\n"
     finally:
@@ -206,7 +208,10 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=4, help="number of CPU processes, an even number")
     parser.add_argument("--gpu", action="store_true", help="one GPU instead of several CPU processes")
     parser.add_argument("--only", default="", help="only runs whose names begin with this, e.g. FSDP1")
-    args = parser.parse_args()
+    parser.add_argument(
+        "--deadline", type=float, default=math.inf, help="seconds after which no further run is started"
+    )
+    args, begin_s = parser.parse_args(), time.monotonic()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_text(folder / "text.jsonl")
@@ -238,6 +243,9 @@ def main() -> None:
         print("| run | steps | loss | KD | gradient norm | val CE | peak GiB with / without teacher |")
         print("|---|---|--:|--:|--:|--:|--:|")
         for run, reference, own, nodes, processes in chosen:
+            if time.monotonic() - begin_s > args.deadline:
+                print(f"| {run} | skipped: the deadline has passed |", flush=True)
+                continue
             failed = execute(folder, run, [*salt, *own], nodes, processes)
             print(f"| {run} | FAILED |\n{failed}" if failed else row(folder, run, reference), flush=True)
 

@@ -61,6 +61,7 @@ OMEGA, KD_SHARE = 0.667, 0.2
 EARLY = 0.125  # share of the teacher's steps: the checkpoint that scores rows for SALT_DS
 UNIGRAM = 0.02  # share of the steps after which a teacher knows little but how often tokens occur
 MAX_EPOCHS = 4.0
+_STOP_S = 40  # for a cell that is asked to stop: a step, perhaps its compilation, and a save
 MORE = "ROW[@RATE][-wSHARE][-fSHARE]-sSEED (w: warm-up, as a share of the full steps; f: length of the run)"
 GAP: Settings = {"kd.stop_margin": 0.0}  # KD ends when the student has caught up, between 5% and 60% of the steps
 # Fine-tuning of BASELINE's and SALT's main students, on top of configs/sft.yaml; the files are in $TASKS.
@@ -457,7 +458,10 @@ class Study:
             child.join(max(1.0, deadline - time.monotonic()))
         finally:  # out of time, or asked to stop: the run saves a checkpoint, and the next start continues it
             child.terminate()
-            child.join()
+            child.join(_STOP_S)
+            if child.is_alive():  # in a compilation: its last checkpoint is what it has
+                child.kill()
+                child.join()
         if child.exitcode != 0 or not target.exists():
             print(f"{cell.name} did not finish (exit code {child.exitcode}); its output ends:", file=sys.stderr)
             print("\n".join((run / "log.txt").read_text(errors="replace").splitlines()[-5:]), file=sys.stderr)

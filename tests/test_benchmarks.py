@@ -76,7 +76,8 @@ def test_step(tmp_path, run_apart, monkeypatch):
     out = run_apart("step.py", "--tiny")
     row = next(line for line in out.splitlines() if line.startswith("| tiny"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert len(cells) == 14
+    assert len(cells) == 15
+    assert all(0 < float(ms) < 10_000 for ms in cells[13].split(" / "))  # of the host
     assert float(cells[4]) > 1  # the teacher's forward costs FLOPs
     plain = [cell.split(" ± ") for cell in cells[6:9]]  # hand-written loop, full logits, transformers
     assert all(float(ratio) > 0 and float(width) >= 0 for ratio, width in plain)  # NaN if one computes another loss
