@@ -79,9 +79,9 @@ class Check:
         attach(self.module, self.data, self.trainer)
         self._batch()  # first: the next ones count validations in micro-batches
         self._plan()
-        batch = self._text()
-        student = self._student(batch)
-        teacher = self._teacher(batch)
+        batches = self._text()
+        student = self._student(batches)
+        teacher = self._teacher(batches)
         if student is not None:
             self._weights(student)
             self._compute(student, teacher)
@@ -150,7 +150,7 @@ class Check:
 
     # ----------------------------------------------------------------- text
 
-    def _text(self) -> dict[str, Tensor] | None:
+    def _text(self) -> list[dict[str, Tensor]]:
         """Checks the text and its rows; returns some validation rows to test models with, if there are any."""
         module, data, trainer = self.module, self.data, self.trainer
         # if what these settings name is missing, the text is checked without it
@@ -159,7 +159,7 @@ class Check:
         if data.difficulty and not self.works("thirds", find_files, Path(data.difficulty), "fit"):
             data.difficulty = None
         if not self.works("text", data.prepare_data):
-            return None
+            return []
         trains = self.works("text", data.setup, "predict")
         validates = self.works("validation text", data.setup, "validate")
         if trains:
@@ -175,13 +175,13 @@ class Check:
             if data.selection and (found := self.probe("selection", data.plan_selection)):
                 self.add("warning" if found.remedy else "ok", "selection", found.said, found.remedy)
         if not (trains and validates):
-            return None
+            return []
         self.findings += data.doubts()
-        return data.sample(8)
+        return list(data.samples(8))
 
     # --------------------------------------------------------------- models
 
-    def _student(self, batch: dict[str, Tensor] | None) -> CausalLM | None:
+    def _student(self, batches: list[dict[str, Tensor]]) -> CausalLM | None:
         """The student, without weights if it is fresh; checks its head and its loss on the text with real weights."""
         spec = self.module.student_spec
         if spec.path:
@@ -204,15 +204,15 @@ class Check:
             real = CausalLM(models.build_fresh(small, self.data, self.module.hparams["seed"]), "student")
         proved = self._proof(real)
         lm.apart = real.apart
-        if proved and batch is not None and "student" not in self._unfit:
-            loss = probe.look(real, probe.cut(batch, _count(real)), self.data)
+        if proved and batches and "student" not in self._unfit:
+            loss = probe.look(real, probe.cut(batches, _count(real)), self.data)
             if spec.path:
                 self.add("ok", "student CE", f"{loss.teacher:.2f} nats before its first step; ln(V) {loss.uniform:.2f}")
             else:
                 self._untrained = loss.teacher
         return lm
 
-    def _teacher(self, batch: dict[str, Tensor] | None) -> CausalLM | None:
+    def _teacher(self, batches: list[dict[str, Tensor]]) -> CausalLM | None:
         spec, module = self.module.teacher_spec, self.module
         if not (spec.path and self._kd.schedule.is_taught(self._first_step)):
             return None  # a resume in phase 2 does not need it either
@@ -221,8 +221,8 @@ class Check:
             return None
         lm.eval().requires_grad_(False)
         lm.num_ids = None if self.data._train is None else self.data.vocab_size  # without text maybe no tokenizer
-        if self._proof(lm) and batch is not None and "teacher" not in self._unfit:
-            loss = replace(probe.look(lm, probe.cut(batch, _count(lm)), self.data), untrained=self._untrained)
+        if self._proof(lm) and batches and "teacher" not in self._unfit:
+            loss = replace(probe.look(lm, probe.cut(batches, _count(lm)), self.data), untrained=self._untrained)
             self.findings.append(preflight.teacher(loss, str(spec.path), self._kd.allow_untrained))
         return lm
 

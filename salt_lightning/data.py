@@ -4,7 +4,7 @@ text/ turns text into token files, once; batches/ cuts these into rows and deter
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ from salt_lightning.batches.rows import (
     as_tensors,
     counts_nll,
     require_text,
+    spread,
 )
 from salt_lightning.batches.stretches import Stretches, go_on, one_stretch, rows_before, where, with_past
 from salt_lightning.command.settings import seed_or_global, wrong_data
@@ -307,8 +308,7 @@ class SALTDataModule(LightningDataModule):
 
     def train_dataloader(self) -> Loader:
         """All micro-batches of the run as one epoch; without a trainer, one pass over the rows."""
-        assert self._train is not None, "call setup('fit') first"
-        assert self._order is not None
+        assert self._train is not None and self._order is not None, "call setup('fit') first"  # noqa: PT018
         steps = self.trainer.max_steps if self.trainer else -(-self._train.num_rows // self.global_batch_size)
         if self._train_loader is None:  # not earlier: a checkpoint may say what was read before
             self._say_plan(self._order, steps)
@@ -355,8 +355,7 @@ class SALTDataModule(LightningDataModule):
 
         Micro-batches are counted over the run and all ranks, one after the other in the order of the rows.
         """
-        assert self._train is not None, "call setup('fit') first"
-        assert self._order is not None
+        assert self._train is not None and self._order is not None, "call setup('fit') first"  # noqa: PT018
         files, size = self._train.files, self.micro_batch_size
         step, part = divmod(first, self.global_batch_size // size)
         rows = self._order(rows_before(self.stretches, step) + part * size + np.arange(count * size))
@@ -472,10 +471,10 @@ class SALTDataModule(LightningDataModule):
             return preflight.rows(self.num_train_rows, rows, max_steps, len(self.stretches) == 1)
         return preflight.shares(shares.names, shares.reads(rows), shares.rows_S, (max_steps, rows))
 
-    def sample(self, rows: int) -> dict[str, torch.Tensor]:
-        """`rows` validation rows, evenly spaced; rows repeat if there are fewer."""
+    def samples(self, rows: int) -> Iterator[dict[str, torch.Tensor]]:
+        """Batches of `rows` validation rows from all over, with enough labels to judge a model by."""
         assert self._eval is not None, "call setup first"
-        return as_tensors(self._eval.build(np.arange(rows) * self._eval.num_rows // rows))
+        return map(as_tensors, spread(self._eval, rows, preflight.ENOUGH_LABELS))
 
     def counts_nll(self, labels_N: torch.Tensor) -> float:
         """Mean -log p of labels in nats, where p is the frequency of a token in the training text."""

@@ -302,13 +302,13 @@ class KDScheduleCallback(pl.Callback):
         self._require_validation(first, last)
 
     def _check_teacher(self, trainer: pl.Trainer, module: Any) -> None:
-        """Refuses a teacher that knows nothing of this text, after one forward of a micro-batch. Collective."""
+        """Refuses a teacher that knows nothing of this text, after a few forwards of a micro-batch. Collective."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         if not hasattr(data, "counts_nll"):  # the user's own loader
             return
-        batch = {name: tensor.to(module.device) for name, tensor in data.sample(data.micro_batch_size).items()}
+        batches = data.samples(data.micro_batch_size)
         with trainer.precision_plugin.train_step_context():
-            loss = look(module.teacher, batch, data)
+            loss = look(module.teacher, ({k: v.to(module.device) for k, v in each.items()} for each in batches), data)
         preflight.teacher(loss, str(module.teacher_spec.path), self.allow_untrained).require()
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:

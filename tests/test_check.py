@@ -517,6 +517,20 @@ def test_of_a_long_prompt_a_large_student_sees_some_of_the_response(checked, tea
     assert code == 0, found
 
 
+def test_a_few_hard_tokens_do_not_refuse_a_teacher(teacher, tmp_path, fit_with, caplog):
+    """One micro-batch can have few labels, of the longest examples first."""
+    assert preflight.teacher(TeacherLoss(8.0, 8.0, 4.0, 7, error=0.3), "t", False).level == "warning"
+    assert preflight.teacher(TeacherLoss(8.0, 8.0, 4.0, 7, error=0.1), "t", False).level == "error"
+    rows = [{"q": f"{i} the teacher " + "helps " * (i % 5), "a": f"{i}"} for i in range(400)]
+    (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    examples = {"data.examples.prompt": "{q}", "data.examples.response": "{a}", "data.micro_batch_size": 1}
+    own = {"data.source": str(tmp_path / "tasks.jsonl"), "data.tokenizer": str(Path(teacher).parents[1] / "tokenizer")}
+    taught = {"model.teacher.path": teacher, "kd.weight": 0.5, "kd.steps": 2, "trainer.max_steps": 2}
+    own |= {"trainer.val_check_interval": 2, "data.val_fraction": 0.5, "kd.allow_untrained": True}
+    assert fit_with(tmp_path / "fit", **examples, **own, **taught) == 0
+    assert int(re.search(r"teacher CE.* nats on (\d+) tokens", caplog.text)[1]) > 300  # all there are
+
+
 def test_it_may_be_allowed(checked, teacher, tmp_path, fit_with):
     path = damaged(teacher, tmp_path / "bad.ckpt", randomize)
     own = {"kd.weight": 0.5, "kd.steps": 6, "model.teacher.path": path, "kd.allow_untrained": True}

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from lightning.pytorch.callbacks import Callback
 from reference import packed_rows
 
+from salt_lightning import preflight
 from salt_lightning.batches.order import Order, row_at
 from salt_lightning.batches.rows import (
     IGNORE,
@@ -342,12 +343,25 @@ def test_val_rows_are_evenly_spaced(make):
     assert ready(make(val_rows=10**6))._eval_rows().tolist() == list(range(every))
 
 
-def test_a_sample_is_evenly_spaced_and_repeats_rows_where_there_are_too_few(make):
+def test_samples_are_from_all_over_and_end_when_they_have_enough_labels(make, monkeypatch):
     held_out = ready(make())
     every = held_out._eval.num_rows
-    for rows in (5, 2 * every):
-        expected = held_out._eval.build(np.array([i * every // rows for i in range(rows)]))["input_ids"]
-        assert held_out.sample(rows)["input_ids"].tolist() == expected.tolist()
+    seen = []
+    monkeypatch.setattr(
+        held_out._eval, "build", lambda rows, build=held_out._eval.build: seen.append(rows) or build(rows)
+    )
+    batches = list(held_out.samples(1))
+    labels = [int((batch["labels"] >= 0).sum()) for batch in batches]
+    assert sum(labels[:-1]) < 512 <= sum(labels)
+    assert len({int(rows[0]) for rows in seen}) == len(batches) < every
+    assert seen != sorted(seen)
+    seen.clear()
+    monkeypatch.setattr(preflight, "ENOUGH_LABELS", 10**9)
+    assert [len(batch["labels"]) for batch in held_out.samples(3)] == [3] * -(-every // 3)
+    assert {*np.concatenate(seen).tolist()} == {*range(every)}
+    assert all(np.diff(rows % every).max() >= every // 4 for rows in seen if rows[0] < rows[-1])
+    [batch] = held_out.samples(2 * every)  # rows repeat
+    assert len(batch["labels"]) == 2 * every
 
 
 def test_validation_and_test_text_of_their_own(make, tmp_path):

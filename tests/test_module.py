@@ -669,9 +669,9 @@ def test_the_padding_of_a_teachers_head_is_no_token(train, tmp_path, family, pad
         module = train(str(tmp_path / name), KDScheduleCallback(0.5, allow_untrained=True), 2)
         assert len(module.teacher.head.weight) == (300 if name == "cut" else 384)
         module.teacher.check()  # as after sharding
-        batch = module._data.sample(2)
+        batch = next(module._data.samples(2))
         scores = module.predict_step(batch, 0)
-        look = torch.tensor(probe.look(module.teacher, batch, module._data).teacher)
+        look = torch.tensor(probe.look(module.teacher, [batch], module._data).teacher)
         costs = torch.tensor(module.meter.forward_flops["teacher"])
         seen.append({**module.student.state_dict(), **scores, "look": look, "costs": costs})
     for key, value in seen[0].items():

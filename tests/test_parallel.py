@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import forked
 import pyarrow.parquet as pq
@@ -20,6 +21,7 @@ from conftest import alive, arguments, built, scalars
 from lightning.fabric.plugins.environments import KubeflowEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from salt_lightning import cli, parallel
@@ -543,18 +545,23 @@ STARTED = """
 import os, subprocess, sys, time
 from salt_lightning.run import peers
 peers._GRACE_S = 0.1
+if peers._STARTER not in os.environ:
+    env = {**os.environ, peers._STARTER: str(os.getpid())}
+    print(subprocess.Popen([sys.executable, *sys.argv], env=env).pid, flush=True)
+    time.sleep(float(sys.argv[1]))
+    sys.exit()
+time.sleep(float(sys.argv[2]))  # imports
 peers.end_with_starter("predict")
-if "LOCAL_RANK" not in os.environ:
-    print(subprocess.Popen([sys.executable, *sys.argv], env={**os.environ, "LOCAL_RANK": "1"}).pid, flush=True)
-else:
-    print("started", flush=True)
+assert peers._STARTER not in os.environ  # for what this process may start
+print("started", flush=True)
 time.sleep(600)
 """
 
 
-def test_processes_end_with_the_one_that_started_them(tmp_path):
+@pytest.mark.parametrize("lasts", [("600", "0"), ("0", "2")])
+def test_processes_end_with_the_one_that_started_them_even_if_it_ended_before_they_could_look(tmp_path, lasts):
     (tmp_path / "started.py").write_text(STARTED)
-    command = [sys.executable, str(tmp_path / "started.py")]
+    command = [sys.executable, str(tmp_path / "started.py"), *lasts]
     process = forked.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                            start_new_session=True, env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
     said = [process.stdout.readline() for _ in range(2)]
@@ -565,10 +572,18 @@ def test_processes_end_with_the_one_that_started_them(tmp_path):
     assert "run the same command again" in output  # a predict has no --ckpt_path last
 
 
-def test_the_command_tells_its_processes_who_has_started_them(settings, tmp_path, monkeypatch):
-    monkeypatch.setenv(peers._STARTER, "of before")
-    assert cli.main(["fit", *arguments(settings, {"run": str(tmp_path / "run"), "kd.weight": 0.0})]) == 0
-    assert os.environ[peers._STARTER] == str(os.getpid())
+def test_only_the_processes_that_lightning_starts_are_told_who_has_started_them(settings, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(
+        DDPStrategy, "setup_environment", lambda *_: told.append(os.environ.get(peers._STARTER)) or 1 / 0
+    )
+    monkeypatch.setattr(
+        _SubprocessScriptLauncher, "_call_children_scripts", lambda *_: told.append(os.environ.get(peers._STARTER))
+    )
+    own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, "data.micro_batch_size": 4, **DDP}
+    with pytest.raises(ZeroDivisionError), patch.dict(os.environ):
+        cli.main(["fit", *arguments(settings, own)])
+    assert told == [str(os.getpid()), None]
 
 
 ENDS = """

@@ -78,10 +78,10 @@ def test_the_look_before_the_first_step_leaves_ignored_labels_out(settings, teac
     data = SALTDataModule(**{k.removeprefix("data."): v for k, v in settings.items() if k.startswith("data.")})
     data.prepare_data()
     data.setup("fit")
-    batch = data.sample(4)
+    batch = next(data.samples(4))
     batch["labels"][:, :20] = -100
     lm = CausalLM(load_pretrained(ModelSpec(path=teacher), "teacher", torch.float32), "teacher")
-    found = probe.look(lm.eval(), batch, data)
+    found = probe.look(lm.eval(), [batch], data)
     labels_N = batch["labels"].flatten()
     valid_N = labels_N != -100
     nll = torch.nn.functional.cross_entropy(full_logits(lm.double(), batch)[valid_N], labels_N[valid_N])

@@ -36,7 +36,7 @@ from salt_lightning.run import slurm
 from salt_lightning.text.processes import num_cores
 
 _SLACK_S = 2.0  # lets torch end the wait first, with a better message
-_STARTER = "SALT_LIGHTNING_STARTER"  # environment variable: the process that started the others of its node
+_STARTER = "SALT_LIGHTNING_STARTER"  # variable for the processes that Lightning starts: the one that starts them
 _SEEN = "SALT_LIGHTNING_SEEN"  # environment variable: what that process has looked at and found right
 _MEETING = timedelta(minutes=5)  # longer than the first process may wait for an earlier start to end
 _LOOKING = timedelta(minutes=30)  # one may read from a slower disk; afterwards, connecting waits as long
@@ -298,6 +298,8 @@ def expect_others(trainer: pl.Trainer, verb: str | None) -> None:
     if (limit := getattr(strategy, "_timeout", None)) is not None:
         strategy.setup_environment = partial(_connect, strategy, limit.total_seconds(), verb)
     end_with_starter(verb)
+    if strategy.launcher is not None and "LOCAL_RANK" not in os.environ:  # until `_connect`: these others alone
+        os.environ[_STARTER] = str(os.getpid())
 
 
 def _connect(strategy: Any, limit_s: float, verb: str | None) -> None:
@@ -311,6 +313,7 @@ def _connect(strategy: Any, limit_s: float, verb: str | None) -> None:
     timer = threading.Timer(limit_s + _SLACK_S, give_up)
     timer.daemon = True
     timer.start()
+    os.environ.pop(_STARTER, None)  # the others have been started
     try:
         type(strategy).setup_environment(strategy)
         require_same_strategy(strategy)
@@ -375,15 +378,12 @@ def _backend() -> str | None:
 def end_with_starter(verb: str | None) -> None:
     """Ends a process that Lightning started when its starter ends: over NCCL nothing else reports that, and the others
     would hold their GPUs until the timeout."""
-    starter = os.getppid()
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        os.environ[_STARTER] = str(os.getpid())
-    elif os.environ.get(_STARTER) == str(starter):
+    if starter := os.environ.pop(_STARTER, None):  # not for commands that this process may start
         threading.Thread(target=_end_after, args=(starter, verb), daemon=True).start()
 
 
-def _end_after(starter: int, verb: str | None) -> None:
-    while os.getppid() == starter:
+def _end_after(starter: str, verb: str | None) -> None:
+    while str(os.getppid()) == starter:
         time.sleep(1.0)
     time.sleep(_GRACE_S)
     why = "the process that started this one is gone"

@@ -11,6 +11,7 @@ token positions of a batch.
 """
 
 import math
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -120,23 +121,34 @@ def _cosine(trainer: pl.Trainer, ce: Gradients, kd: Gradients) -> float:
     return dot / (ce_square * kd_square) ** 0.5 if ce_square * kd_square > 0 else 0.0
 
 
-def cut(batch: dict[str, Tensor], parameters: int) -> dict[str, Tensor]:
-    """The first tokens of a batch, as many as a model of this size can process in seconds; at least 256, and enough to
-    go past a longer prompt."""
-    rows, width = batch["labels"].shape
-    tokens = max(256, int(_LOOK_FLOPS / (2 * parameters)))
-    prompt = int((batch["labels"][0] >= 0).int().argmax())
-    width = min(width, max(tokens, prompt + 64))
-    return {name: t[: max(1, min(rows, tokens // width)), :width] for name, t in batch.items() if t.ndim == 2}
+def cut(batches: list[dict[str, Tensor]], parameters: int) -> Iterator[dict[str, Tensor]]:
+    """The first tokens of each batch, together as many as a model of this size can process in seconds; at least 256,
+    and enough to go past a longer prompt."""
+    left = max(256, int(_LOOK_FLOPS / (2 * parameters)))
+    for batch in batches:
+        rows, width = batch["labels"].shape
+        prompt = int((batch["labels"][0] >= 0).int().argmax())
+        width = min(width, max(left, prompt + 64))
+        rows = max(1, min(rows, left // width))
+        yield {name: t[:rows, :width] for name, t in batch.items() if t.ndim == 2}
+        left -= rows * width
+        if left <= 0:
+            return
 
 
 @torch.no_grad()
-def look(lm: Any, batch: dict[str, Tensor], data: Any) -> TeacherLoss:
-    """The CE of a models.CausalLM on rows of a SALTDataModule, next to losses that need no model."""
-    labels_N = batch["labels"].flatten()
-    # the same arguments as in training, so that it is compiled once
+def look(lm: Any, batches: Iterable[dict[str, Tensor]], data: Any) -> TeacherLoss:
+    """The CE of a models.CausalLM on batches of a SALTDataModule, next to losses that need no model."""
+    labels: list[Tensor] = []
+    nll: list[Tensor] = []
     with testable(lm):
-        hidden_ND, head_VD, bias_V = lm(batch["input_ids"], batch["positions"], cu_seqlens=batch.get("cu_seqlens"))
-    nll_N, _ = token_stats(hidden_ND, head_VD, labels_N, bias_V)
-    tokens = int((labels_N >= 0).sum())
-    return TeacherLoss(float(nll_N.sum()) / tokens, math.log(len(head_VD)), data.counts_nll(labels_N.cpu()), tokens)
+        for batch in batches:
+            labels_N = batch["labels"].flatten()
+            # the same arguments as in training, so that it is compiled once
+            hidden_ND, head_VD, bias_V = lm(batch["input_ids"], batch["positions"], cu_seqlens=batch.get("cu_seqlens"))
+            nll.append(token_stats(hidden_ND, head_VD, labels_N, bias_V)[0].cpu())
+            labels.append(labels_N.cpu())
+    valid_N = torch.cat(labels) >= 0
+    nll_N, labels_N = torch.cat(nll)[valid_N].double(), torch.cat(labels)[valid_N]
+    error = float(nll_N.std() / len(nll_N) ** 0.5) if len(nll_N) > 1 else math.inf
+    return TeacherLoss(float(nll_N.mean()), math.log(len(head_VD)), data.counts_nll(labels_N), len(nll_N), error=error)
