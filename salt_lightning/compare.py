@@ -14,7 +14,7 @@ from salt_lightning.comparison import lineage, report
 from salt_lightning.comparison.remarks import other_text, remarks
 from salt_lightning.comparison.results import Comparison, Group, Row
 from salt_lightning.errors import ConfigError, VerbParser, printable, printable_lines, writing
-from salt_lightning.run.runlog import AXES, Run, read_run
+from salt_lightning.run.runlog import AXES, ROUNDING, Run, read_run
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,15 @@ class Goal:
 
 
 def first_reach(steps: np.ndarray, values: np.ndarray, level: float) -> float:
-    """The first step at which `values`, linear between its points, is at or below `level`; NaN if never."""
-    below = np.flatnonzero(values <= level)
+    """The first step at which `values`, linear between its points, is at or below `level`, up to the rounding of a
+    run that is stopped and resumed on other devices; NaN if never."""
+    below = np.flatnonzero(values <= level + ROUNDING)
     if not len(below):
         return math.nan
     i = below[0]
     if i == 0 or not math.isfinite(values[i - 1]):
         return float(steps[i])
-    share = (values[i - 1] - level) / (values[i - 1] - values[i])
+    share = min(1.0, (values[i - 1] - level) / (values[i - 1] - values[i]))
     return float(steps[i - 1] + share * (steps[i] - steps[i - 1]))
 
 

@@ -285,9 +285,9 @@ class SALTDataModule(LightningDataModule):
             self._train = self._open("source", "train")
             self.num_train_rows, self.num_train_tokens = self._train.num_rows, self._train.files.num_tokens
             hub = [group.hub_name for group in self._corpus("source").groups if group.hub_name]
-            weights, documents = self.source_weights, self._train.files.num_documents
             cuts = shares.cuts if stage != "predict" and (shares := self._shares()) else {}
-            self.text = {"source": self.source, "weights": weights, "hub": hub, "documents": documents, "cuts": cuts}
+            text = {"source": self.source, "weights": self.source_weights, "hub": hub, "cuts": cuts}
+            self.text = text | {"documents": self._train.files.num_documents, "examples": self.examples.inputs()}
         if stage in (None, "fit", "validate", "test"):
             test_apart = stage == "test" and self.test_source
             held_out = "test_source" if test_apart else "val_source" if self.val_source else "source"

@@ -210,6 +210,8 @@ def test_an_equal_point_before_a_runs_first_validation_is_not_made_up(three):
         ([5, 4, 3], 6, 10),
         ([4, 5, 6], 4.5, 10),  # and worse from there on
         ([5, 4, 3], 2, math.nan),
+        ([5, 4, 3 + 9e-6], 3, 30),  # the same but for rounding
+        ([5, 4, 3 + 2e-5], 3, math.nan),
         ([5, 3, 4], 3.5, 17.5),  # the first time counts
         ([math.nan, 3, 2], 3.5, 20),
         ([math.inf, 3, 2], 3.5, 20),
@@ -1580,6 +1582,13 @@ def test_a_run_that_went_on_under_other_settings_is_an_experiment_of_its_own(tmp
         "changed, or the device rounds differently from run to run",
         "longer continued at step 100 under other settings: trainer.max_steps 300 (before 100)",
     ]
+
+
+def test_a_changed_template_is_told_on_one_line(tmp_path):
+    run = write_run(tmp_path / "run", BASELINE, **{"data.examples.prompt": "Q: {q}\nA:", "data.examples.messages": ""})
+    earlier(run, 100, **{"data.examples.prompt": "{q}", "data.examples.messages": "chat"})
+    said = 'data.examples.messages "" (before chat), data.examples.prompt "Q: {q}\\nA:" (before {q})'
+    assert evaluate(load([run])).notes[-1] == f"run continued at step 100 under other settings: {said}"
 
 
 def test_callbacks_and_dtypes_that_change_are_changes(tmp_path):

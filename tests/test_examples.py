@@ -934,7 +934,7 @@ def whole(ids: list[int], eos: int) -> list[list[int]]:
     return found
 
 
-def test_stopped_and_resumed_equals_never_stopped(sft, tmp_path):
+def test_stopped_and_resumed_equals_never_stopped(sft, tmp_path, caplog):
     own = {"data.micro_batch_size": 4}
     for name, stop in (("a", ()), ("b", (StopAt(5),))):
         code = run(["fit", *arguments(sft, own, {"run": str(tmp_path / name)})], *stop)
@@ -942,6 +942,11 @@ def test_stopped_and_resumed_equals_never_stopped(sft, tmp_path):
     assert cli.main(["fit", *arguments(sft, own, {"run": str(tmp_path / "b"), "ckpt_path": "last"})]) == 0
     first, second = (weights(tmp_path / name / "checkpoints/step-00000012.ckpt") for name in "ab")
     assert all(torch.equal(first[name], second[name]) for name in first)
+    assert "other data than" not in caplog.text
+    more = {"run": str(tmp_path / "b"), "ckpt_path": "last", "trainer.max_steps": 13, "trainer.val_check_interval": 13}
+    assert cli.main(["fit", *arguments(sft, own, more, {"data.examples.prompt": "So {question}:"})]) == 0
+    said = "continuing with other data than the checkpoint's: other --data.examples.prompt, "
+    assert said in caplog.text
 
 
 def test_starting_from_a_pretrained_student_lowers_the_loss_of_responses_alone(sft, tmp_path):

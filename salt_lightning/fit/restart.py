@@ -101,7 +101,10 @@ def go_on_from(
     now, key = alike.identity(data), "--data.selection_fingerprint"
     if getattr(data, "_order", True) is None:  # check plans none
         now.pop(key)
-    if other := [_other(key, now[key], was) for key, was in checkpoint["data"].items() if now.get(key, was) != was]:
+    examples, before = (text.get("examples", {}) for text in (getattr(data, "text", {}), checkpoint["text"]))
+    other = [f"other --data.examples.{name}" for name in examples if before.get(name, examples[name]) != examples[name]]
+    other += [_other(key, now[key], was) for key, was in checkpoint["data"].items() if now.get(key, was) != was]
+    if other:
         rank_zero_info(f"continuing with other data than the checkpoint's: {', '.join(other)}")
     before = checkpoint["data"].get("--data.train_fingerprint")  # 0: of a loader of the user's own, as `data` None is
     if step > 0 and before and data is not None and not data.source_weights and before != data.train_fingerprint:

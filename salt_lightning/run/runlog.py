@@ -1,5 +1,6 @@
 """Reads a run's folder: its settings and the logged curves that compare needs. NaN: not known."""
 
+import json
 import math
 import os
 import re
@@ -368,6 +369,11 @@ def changes_said(run: Run) -> list[str]:
     return [f"at step {step} under other settings: {_shown(found)}" for step, found in run.changes.items()]
 
 
+def _on_a_line(value: Any) -> Any:
+    """A value for a message; text such as a template in quotes, as it may be empty or have several lines."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) and value.split() != [value] else value
+
+
 def _shown(found: dict[str, tuple[Any, Any]]) -> str:
-    said = [f"{key} {now} (before {was})" for key, (was, now) in found.items()]
+    said = [f"{key} {_on_a_line(now)} (before {_on_a_line(was)})" for key, (was, now) in found.items()]
     return ", ".join(said[:4]) + (f" and {len(said) - 4} more" if len(said) > 4 else "")
