@@ -307,6 +307,10 @@ def test_the_card_says_where_it_went_on_under_other_settings(salt):
     found = f"data.source {now} (before old/*.jsonl), model.teacher.path {own} (before old.ckpt), trainer.max_steps 99"
     assert f"- resumed: at step 2 under other settings: {found} (before 12)" in lines  # not what holds from step 12 on
     assert f"- teacher: old.ckpt, then {own}" in lines
+    checkpoint["hyper_parameters"]["teacher"]["revision"] = "v1"
+    checkpoint["trainer"]["--model.teacher.weights"] = "0123456789" * 4  # of a hub
+    lines = model_card("x", checkpoint, model, replace(run, earlier=tuple(starts)), None).splitlines()
+    assert f"- teacher: old.ckpt, then {own} at revision v1, commit {'0123456789' * 4}" in lines
     assert "- tokens: 3,072" in lines  # on unknown text
 
 

@@ -1070,6 +1070,8 @@ def test_other_settings_of_steps_than_the_checkpoints_are_said(fit, teacher, tmp
     own |= {"model.teacher_temperature": 4.0, "kd.steps": 9}
     assert fit(tmp_path / "run", ckpt_path="last", **own) == 0
     assert "computed differently" not in caplog.text  # there is no teacher any more
+    newest = read_checkpoint(str(max(other.parent.glob("*.ckpt"))), "x")
+    assert newest["trainer"]["--model.teacher.weights"] == sample_hash(first)  # the card names it
 
 
 def test_sources_with_weights_resume_to_the_bit_and_other_weights_are_said(fit, teacher, tmp_path, corpus, caplog):

@@ -33,6 +33,7 @@ _TRAINER = (
 _STRATEGY = ("replicas", "shard_teacher", "_save_distributed_checkpoint")
 _KD = ("allow_change", "allow_untrained", "probe_gradients")
 _CHECKPOINT = ("every_n_steps", "at_steps", "keep")
+TEACHER_WEIGHTS = "--model.teacher.weights"
 _DATA = ("micro_batch_size", "val_rows", "tokenizer_fingerprint")
 
 
@@ -68,7 +69,7 @@ def _teacher(trainer: pl.Trainer) -> ModelSpec:
 def teacher_weights(teacher: ModelSpec) -> dict[str, str]:
     """Which weights a teacher has that was checked, if it can be told: the commit of a hub name, or a hash."""
     found = teacher.commit or sample_hash(Path(str(teacher.path)))
-    return {"--model.teacher.weights": found} if found else {}
+    return {TEACHER_WEIGHTS: found} if found else {}
 
 
 def require_one_teacher(trainer: pl.Trainer, teacher: ModelSpec) -> dict[str, str]:

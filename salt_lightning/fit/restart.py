@@ -89,6 +89,8 @@ def go_on_from(
     """
     shards.require_whole(checkpoint)
     step, max_steps = checkpoint["global_step"], trainer.max_steps
+    of_teacher = {name: value for name, value in checkpoint["trainer"].items() if name == alike.TEACHER_WEIGHTS}
+    trainer.lightning_module.teacher_weights = of_teacher  # type: ignore[assignment]  # for the record of a run that needs it no more
     if step > max_steps:
         raise ConfigError(f"--trainer.max_steps {max_steps}: the checkpoint is already at step {step}")
     if data is not None:

@@ -118,7 +118,7 @@ def _training(checkpoint: dict[str, Any], run: Run) -> dict[str, str]:
     return {
         "resumed": "; ".join(changes_said(run)),
         "method": run.method + ("" if taught == (run.kd_steps > 0) else ", after steps with a teacher"),
-        "teacher": ", then ".join(_teachers(spec.get("teacher") or {}, run)) if taught else "",
+        "teacher": ", then ".join(_teachers(checkpoint, run)) if taught else "",
         "KD": f"{_schedule(checkpoint, run)}; teacher temperature {spec.get('teacher_temperature', 1.0):g}"
         if taught
         else "",
@@ -136,10 +136,14 @@ def _training(checkpoint: dict[str, Any], run: Run) -> dict[str, str]:
     }
 
 
-def _teachers(newest: dict[str, Any], run: Run) -> list[str]:
-    """The teachers that a run has learned from, in order; the revision is known of the newest."""
-    path, revision = str(newest.get("path") or ""), newest.get("revision")
-    return [f"{one} at revision {revision}" if revision and same_setting(one, path) else one for one in run.teachers]
+def _teachers(checkpoint: dict[str, Any], run: Run) -> list[str]:
+    """The teachers that a run has learned from, in order; revision and commit are known of the newest."""
+    newest = checkpoint["hyper_parameters"].get("teacher") or {}
+    weights = str(checkpoint["trainer"].get("--model.teacher.weights", ""))
+    known = {"revision": newest.get("revision"), "commit": weights if len(weights) == 40 else None}
+    said = ", ".join(f"{name} {value}" for name, value in known.items() if value)
+    path = str(newest.get("path") or "")
+    return [f"{one} at {said}" if said and same_setting(one, path) else one for one in run.teachers]
 
 
 def _selection(settings: dict[str, Any]) -> str:
