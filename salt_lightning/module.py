@@ -105,7 +105,7 @@ class SALTModule(extension.Guarded):
             logger=False,
         )
         self.__dict__["teacher"] = None  # bypasses nn.Module's registration, here and in load_teacher
-        self.teacher_weights: dict[str, str] = {}  # which ones, once loaded
+        self._teacher_weights: dict[str, str] = {}  # which ones, once loaded
         self.kd_weight = torch.zeros((), dtype=torch.float32)  # of the current step; KDScheduleCallback sets it
         self.progress: dict[str, str] = {}  # what the progress bar shows, as of the last logged step
         self._grad_norm = torch.zeros(())
@@ -188,7 +188,7 @@ class SALTModule(extension.Guarded):
         attention.pack(lm, spec.attention, strategy)
         self.meter.forward_flops["teacher"] = self._count_flops(lm)
         size = sum(p.numel() for p in lm.parameters())
-        self.teacher_weights = alike.require_one_teacher(self.trainer, spec)
+        self._teacher_weights = alike.require_one_teacher(self.trainer, spec)
         self.__dict__["teacher"] = parallel.distribute_teacher(lm, strategy, self.hparams["compile"])
         rank_zero_info(
             f"teacher: {spec.path}, {size / 1e6:.1f}M parameters in {dtype}, "

@@ -177,8 +177,8 @@ def teacher(loss: TeacherLoss, path: str, allowed: bool) -> Finding:
     Weights that do not depend on the text (random, zeroed, made for other token ids) give ln(V) or more on average,
     since -log is convex. What any model learns first, within some hundred steps, is the counts of tokens. A teacher
     that has not covered a tenth of the way from ln(V) to those has learned nothing: on real text that is 0.3 nats, and
-    an early teacher is far below it. Twice the standard error is allowed: of an untrained model it is small (about
-    0.5 / sqrt(tokens)), and a trained one is not refused for a few hard tokens.
+    an early teacher is far below it. Twice the standard error is allowed, at most 1 nat: of an untrained model it is
+    small (about 0.5 / sqrt(tokens)), and a trained one is not refused for a few hard tokens.
     """
     nothing = loss.uniform if loss.untrained is None else min(loss.uniform, loss.untrained)
     least = nothing - (nothing - loss.counts) / 10
@@ -186,7 +186,7 @@ def teacher(loss: TeacherLoss, path: str, allowed: bool) -> Finding:
     if loss.untrained is not None:
         said += f", untrained student {loss.untrained:.2f}"
     said += f", token counts alone {loss.counts:.2f}"
-    if not loss.teacher - 2 * loss.error <= least:
+    if not loss.teacher - min(2 * loss.error, 1.0) <= least:
         return Finding(
             "note" if allowed else "error",
             "teacher CE",

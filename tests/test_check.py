@@ -521,6 +521,7 @@ def test_a_few_hard_tokens_do_not_refuse_a_teacher(teacher, tmp_path, fit_with, 
     """One micro-batch can have few labels, of the longest examples first."""
     assert preflight.teacher(TeacherLoss(8.0, 8.0, 4.0, 7, error=0.3), "t", False).level == "warning"
     assert preflight.teacher(TeacherLoss(8.0, 8.0, 4.0, 7, error=0.1), "t", False).level == "error"
+    assert preflight.teacher(TeacherLoss(30.0, 8.0, 4.0, 1, error=math.inf), "t", False).level == "error"
     rows = [{"q": f"{i} the teacher " + "helps " * (i % 5), "a": f"{i}"} for i in range(400)]
     (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     examples = {"data.examples.prompt": "{q}", "data.examples.response": "{a}", "data.micro_batch_size": 1}

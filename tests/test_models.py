@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from copy import deepcopy
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from salt_lightning.data import SALTDataModule
 from salt_lightning.errors import ConfigError
 from salt_lightning.hugging_face.attention import document_mask
+from salt_lightning.hugging_face.folders import sample_hash
 from salt_lightning.hugging_face.spec import ModelSpec, as_config_error, family_config, fresh_config, resolved
 from salt_lightning.losses import salt_loss
 from salt_lightning.models import CausalLM, build_fresh, check_path, load_pretrained
@@ -374,6 +376,32 @@ def test_a_broken_checkpoint_as_teacher_is_named(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=r"is not a whole checkpoint of this project"):
         load_pretrained(ModelSpec(path=str(path)), "teacher", torch.float32)
+
+
+def test_weights_are_known_by_a_hash_of_the_files_that_are_read(tmp_path):
+    model = tiny("llama").model
+    model.save_pretrained(tmp_path / "one")
+    model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert sample_hash(tmp_path / "empty") is None
+    for name in ("one", "shards"):
+        folder = tmp_path / name
+        before = sample_hash(folder)
+        (folder / "consolidated.safetensors").write_bytes(b"not read")
+        (folder / "optimizer.ckpt").mkdir()
+        assert sample_hash(shutil.copytree(folder, tmp_path / f"{name} again")) == before
+        file = max(folder.glob("model*.safetensors"))
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+        assert sample_hash(folder) != before
+        file.unlink()
+        assert sample_hash(folder) is None
+    (tmp_path / "step.ckpt").mkdir()
+    for rank, content in enumerate((b"some", b"more")):
+        (tmp_path / f"step.ckpt/__{rank}_0.distcp").write_bytes(content)
+    before = sample_hash(tmp_path / "step.ckpt")
+    (tmp_path / "step.ckpt/__1_0.distcp").write_bytes(b"other")
+    assert before != sample_hash(tmp_path / "step.ckpt") is not None
 
 
 def test_a_hub_name_with_a_revision(tmp_path):

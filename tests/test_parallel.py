@@ -21,7 +21,7 @@ from conftest import alive, arguments, built, scalars
 from lightning.fabric.plugins.environments import KubeflowEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
-from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from salt_lightning import cli, parallel
@@ -581,8 +581,10 @@ def test_only_the_processes_that_lightning_starts_are_told_who_has_started_them(
         _SubprocessScriptLauncher, "_call_children_scripts", lambda *_: told.append(os.environ.get(peers._STARTER))
     )
     own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, "data.micro_batch_size": 4, **DDP}
-    with pytest.raises(ZeroDivisionError), patch.dict(os.environ):
-        cli.main(["fit", *arguments(settings, own)])
+    with patch.dict(os.environ):
+        with pytest.raises(ZeroDivisionError):
+            cli.main(["fit", *arguments(settings, own)])
+        assert peers._STARTER not in os.environ
     assert told == [str(os.getpid()), None]
 
 

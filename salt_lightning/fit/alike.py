@@ -100,7 +100,7 @@ def about(data: Any, trainer: pl.Trainer, optim: Any) -> dict[str, Any]:
     tokenizer, text = getattr(data, "tokenizer_fingerprint", None), getattr(data, "text", {})
     stretches = [asdict(stretch) for stretch in getattr(data, "stretches", ())]
     text_of = {"tokenizer": tokenizer, "data": identity(data), "text": text, "stretches": stretches}
-    weights = getattr(trainer.lightning_module, "teacher_weights", {})
+    weights = getattr(trainer.lightning_module, "_teacher_weights", {})
     of_run = {"trainer": of_trainer(trainer) | weights, "max_steps": trainer.max_steps}
     of_run["optim_class"] = type(optim).__name__
     return {**text_of, **of_run, VERSION: salt_lightning.__version__}

@@ -89,8 +89,9 @@ def go_on_from(
     """
     shards.require_whole(checkpoint)
     step, max_steps = checkpoint["global_step"], trainer.max_steps
+    # for the record of a run that needs the teacher no more
     of_teacher = {name: value for name, value in checkpoint["trainer"].items() if name == alike.TEACHER_WEIGHTS}
-    trainer.lightning_module.teacher_weights = of_teacher  # type: ignore[assignment]  # for the record of a run that needs it no more
+    trainer.lightning_module._teacher_weights = of_teacher  # type: ignore[assignment]
     if step > max_steps:
         raise ConfigError(f"--trainer.max_steps {max_steps}: the checkpoint is already at step {step}")
     if data is not None:
@@ -103,8 +104,9 @@ def go_on_from(
     now, key = alike.identity(data), "--data.selection_fingerprint"
     if getattr(data, "_order", True) is None:  # check plans none
         now.pop(key)
-    examples, before = (text.get("examples", {}) for text in (getattr(data, "text", {}), checkpoint["text"]))
-    other = [f"other --data.examples.{name}" for name in examples if before.get(name, examples[name]) != examples[name]]
+    texts = getattr(data, "text", {}), checkpoint["text"]
+    ours, theirs = (text.get("examples", {}) if all("examples" in each for each in texts) else {} for text in texts)
+    other = [f"other --data.examples.{name}" for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
     other += [_other(key, now[key], was) for key, was in checkpoint["data"].items() if now.get(key, was) != was]
     if other:
         rank_zero_info(f"continuing with other data than the checkpoint's: {', '.join(other)}")

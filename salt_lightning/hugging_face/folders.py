@@ -106,9 +106,12 @@ def sample_hash(path: Path) -> str | None:
 
     It reads some blocks of each file, as whole ones can have a hundred gigabytes: training changes all of a file.
     """
-    found, files = hashlib.blake2b(digest_size=8), [path] if path.is_file() else sorted(path.glob("*.*"))
-    files = [file for file in files if file.suffix in (".safetensors", ".distcp", ".ckpt")]
-    with suppress(OSError):
+    found = hashlib.blake2b(digest_size=8)
+    with suppress(OSError, ConfigError):
+        if path.is_dir() and (path / "config.json").exists():  # other files beside them are not read
+            files = [path / name for name in _files(path, "")]
+        else:
+            files = [path] if path.is_file() else sorted(path.glob("*.distcp"))
         for file in files:
             size = file.stat().st_size
             found.update(f"{file.name if file != path else ''} {size} ".encode())

@@ -29,6 +29,7 @@ from lightning.fabric.plugins.environments import (
 )
 from lightning.fabric.utilities.distributed import _destroy_dist_connection
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_only
 
 from salt_lightning.errors import ConfigError, going_on, printable_lines
@@ -298,8 +299,17 @@ def expect_others(trainer: pl.Trainer, verb: str | None) -> None:
     if (limit := getattr(strategy, "_timeout", None)) is not None:
         strategy.setup_environment = partial(_connect, strategy, limit.total_seconds(), verb)
     end_with_starter(verb)
-    if strategy.launcher is not None and "LOCAL_RANK" not in os.environ:  # until `_connect`: these others alone
-        os.environ[_STARTER] = str(os.getpid())
+    if isinstance(strategy.launcher, _SubprocessScriptLauncher) and "LOCAL_RANK" not in os.environ:
+        strategy.launcher.launch = partial(_launch, strategy.launcher.launch)  # type: ignore[method-assign]
+
+
+def _launch(launch: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Starts the other processes, which are told by whom; until `_connect`, so nothing else that this one starts is."""
+    os.environ[_STARTER] = str(os.getpid())
+    try:
+        return launch(*args, **kwargs)
+    finally:
+        os.environ.pop(_STARTER, None)
 
 
 def _connect(strategy: Any, limit_s: float, verb: str | None) -> None:

@@ -230,7 +230,7 @@ def require_whole(checkpoint: Mapping[str, Any]) -> None:
 def unreadable(path: Path) -> str | None:
     """The class in a checkpoint, file or folder, that torch would have to unpickle; None if none is found, e.g. before
     it is written."""
-    with suppress(OSError, RuntimeError):
+    with suppress(OSError, RuntimeError, ValueError):
         unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path / META if path.is_dir() else path)
         return unsafe[0] if unsafe else None
     return None
