@@ -23,7 +23,7 @@ from salt_lightning.answers import AnswerTest
 from salt_lightning.checkpoint import FIRST_RANK_S, AtomicCheckpointIO, RunCheckpoint, done, savers
 from salt_lightning.command import settings
 from salt_lightning.command.parser import Parser, named, parse, readable, reword, to_defaults
-from salt_lightning.command.quiet import silence_libraries, steady_interrupts, steady_streams
+from salt_lightning.command.quiet import as_before, silence_libraries, steady_streams
 from salt_lightning.command.resume import resolve, settings_held
 from salt_lightning.comparison.report import evaluation
 from salt_lightning.data import SALTDataModule
@@ -345,7 +345,7 @@ def main(args: Sequence[object] | None = None) -> int:
         args: the words of the command line: strings, paths and numbers. None: those of this process.
     """
     try:
-        with nullcontext() if args is None else steady_interrupts():
+        with nullcontext() if args is None else as_before():
             code = _main(list(map(str, sys.argv[1:] if args is None else args)), args is not None)
     except BaseException as error:
         peers.end_abandoned(error)

@@ -159,7 +159,8 @@ class SALTDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Tokenize what is not in the cache yet, and compute row scores from token scores; in one process per node."""
-        self._groups.clear()  # files may have been added since an earlier fit
+        self._groups.clear()  # files may have been added since an earlier fit, and the tokenizer replaced
+        self._tokenizer = None
         fraction, workers = self._val_share, self.prepare_workers
         corpora = self.require_files()  # all of them first: tokenizing one may take hours
         require_hub(corpora, self._folder, workers)

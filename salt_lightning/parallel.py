@@ -44,6 +44,8 @@ from salt_lightning.models import CausalLM, read_checkpoint
 from salt_lightning.run import peers
 from salt_lightning.storage import shards
 
+_GRAPHS = 64  # of one function; torch's limit is 8
+
 # Weights are gathered and used in bf16, and gradients are reduced in fp32. Inputs of a forward are not cast: among
 # them are the loss's KD weight and number of tokens, for which bf16 has only 8 bits.
 POLICIES = {
@@ -309,6 +311,8 @@ def recompute_activations(lm: CausalLM) -> None:
 
 def _compile(lm: CausalLM, in_blocks: bool) -> None:
     """torch.compile without new names in the state dict; block by block if shards are gathered between blocks."""
+    # All fits of a process compile the same function of transformers; after 8 graphs of it, later fits would not be.
+    torch._dynamo.config.recompile_limit = max(_GRAPHS, torch._dynamo.config.recompile_limit)
     if in_blocks:
         for block in blocks(lm):
             block.forward = torch.compile(block.forward, dynamic=False)

@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 import warnings
 from contextlib import suppress
@@ -573,6 +574,33 @@ def test_on_a_terminal_messages_stand_on_lines_of_their_own(settings, tmp_path):
     assert before.splitlines()[-1].strip() == ""  # the bar is gone from where the message stands
     last = text.replace("\r", "\n").split("\n")
     assert [line for line in last if line.strip()][-1].startswith("done: step 12, val/ce ")
+
+
+def test_a_command_in_python_leaves_the_process_as_it_was(settings, tmp_path, monkeypatch):
+    """Loggers, threads and their hook, which a notebook's own models and later commands go on with."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    names = ("huggingface_hub", "transformers.modeling_utils", "lightning.pytorch.utilities.rank_zero")
+
+    def state() -> list[object]:
+        loggers = [(logger.level, logger.filters[:]) for logger in map(logging.getLogger, names)]
+        return [*loggers, threading.excepthook, torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")]
+
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 + processes.num_cores())
+    for name in names:  # what commands in this process have left before there was this test
+        monkeypatch.setattr(logging.getLogger(name), "filters", [])
+    try:
+        before = state()
+        for code, args in (
+            (0, ["fit", *arguments(settings, {"run": str(tmp_path / "run"), "kd.weight": 0.0})]),
+            (2, ["fit", *arguments(settings, {"run": str(tmp_path / "run"), "data.block_size": 0})]),
+            (2, ["compare", str(tmp_path / "none")]),
+        ):
+            assert cli.main(args) == code, args
+            assert state() == before
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_of_what_every_process_would_say_the_first_one_alone_does(monkeypatch):

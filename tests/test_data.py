@@ -460,6 +460,15 @@ def make_tokenizer(make) -> Path:
     return Path(data.tokenizer.name_or_path)
 
 
+def test_a_data_module_that_is_used_again_trains_its_tokenizer_on_the_new_text(make, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("some words of the first text " * 40)
+    data = ready(make(source=str(text), val_fraction=0.0, val_source=str(text)))
+    text.write_text("zebras quietly fix jumbled vowels " * 40)
+    fresh = ready(make(source=str(text), val_fraction=0.0, val_source=str(text)))
+    assert ready(data).tokenizer_fingerprint == fresh.tokenizer_fingerprint
+
+
 def test_tokenizer_from_a_folder(make):
     folder = make_tokenizer(make)
     data = ready(make(tokenizer=str(folder)))

@@ -22,12 +22,10 @@ PROGRAM = """
 import json, shutil, sys
 from huggingface_hub import constants
 from salt_lightning.cli import main
-from salt_lightning.hugging_face import folders
 for args in json.loads(sys.argv[1]):
     if args[0] == "copy":
         shutil.copytree(*args[1:3], dirs_exist_ok=True)
         continue
-    folders.COMMITS.clear(), folders.check_hub.cache_clear()  # as in a process of its own
     constants.HF_HUB_OFFLINE = args[0] == "offline"
     print("\\nexit", main(args[constants.HF_HUB_OFFLINE:]), flush=True)
 """

@@ -541,6 +541,16 @@ def test_the_error_of_one_rank_ends_all_where_teardown_and_exit_would_wait(setti
     assert "error: out of memory (" in output
 
 
+def test_many_fits_of_a_process_are_compiled(monkeypatch):
+    """They all compile the same function of transformers."""
+    lm = CausalLM(AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", vocab_size=64, **UNTIED)), "student")
+    monkeypatch.setattr(lm.backbone, "compile", lambda **_: None)
+    for limit, kept in ((8, 64), (100, 100)):
+        monkeypatch.setattr(torch._dynamo.config, "recompile_limit", limit)
+        parallel._compile(lm, in_blocks=False)
+        assert torch._dynamo.config.recompile_limit == kept
+
+
 STARTED = """
 import os, subprocess, sys, time
 from salt_lightning.run import peers

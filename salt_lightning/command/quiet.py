@@ -11,10 +11,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities import rank_zero_only
 from transformers.utils.logging import disable_progress_bar
 
 from salt_lightning.errors import printable_lines
+from salt_lightning.hugging_face import folders
+from salt_lightning.text import documents, sources
 
 _CHATTER = (
     "Restoring states",
@@ -24,6 +27,12 @@ _CHATTER = (
     "You are using a CUDA device",  # advises TF32 for fp32 products, for which there is no setting here
     "💡 Tip",
     "Seed set to",
+)
+
+
+_LOGGERS = (
+    *("huggingface_hub", "transformers.modeling_utils"),
+    *("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"),
 )
 
 
@@ -37,12 +46,12 @@ def silence_libraries() -> None:
     # max_time's; it is a limit of one start
     warnings.filterwarnings("ignore", r".*Please add the following callbacks: \['Timer'\]")
     warnings.filterwarnings("ignore", "this module has no student")  # after ddp_spawn; the last line names its file
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line for each retry without a network
+    logging.getLogger(_LOGGERS[0]).setLevel(logging.ERROR)  # a line for each retry without a network
     # a table of all weights that a model folder lacks or has too many: models.py says it in a line
-    logging.getLogger("transformers.modeling_utils").addFilter(_is_no_report)
+    logging.getLogger(_LOGGERS[1]).addFilter(_is_no_report)
     if getattr(rank_zero_only, "rank", 0):  # each rank reads the same weights
         disable_progress_bar()
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+    for name in _LOGGERS[2:]:
         logging.getLogger(name).addFilter(_escape_and_select)
 
 
@@ -88,16 +97,35 @@ def steady_streams() -> Iterator[None]:
 
 
 @contextmanager
-def steady_interrupts() -> Iterator[None]:
-    """Restores the effect of Ctrl-C and the warnings afterwards, for a process that continues. If other processes have
-    trained, Lightning would ignore every Ctrl-C after the first."""
-    before = signal.getsignal(signal.SIGINT)
+def as_before() -> Iterator[None]:
+    """Restores what a command changes, for a process that continues: what libraries say, threads, and the effect of
+    Ctrl-C. If other processes have trained, Lightning would ignore every Ctrl-C after the first."""
+    interrupt, hook = signal.getsignal(signal.SIGINT), threading.excepthook
+    threads, of_others = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
+    loggers = [(logger, logger.level, logger.filters[:]) for logger in map(logging.getLogger, _LOGGERS)]
     try:
+        _forget_hub()
         with warnings.catch_warnings():
             yield
     finally:
-        if before is not None and threading.current_thread() is threading.main_thread():  # other threads cannot set it
-            signal.signal(signal.SIGINT, before)
+        _forget_hub()
+        for logger, level, filters in loggers:
+            logger.setLevel(level)
+            logger.filters[:] = filters
+        threading.excepthook = hook
+        torch.set_num_threads(threads)
+        os.environ.pop("OMP_NUM_THREADS", None)
+        if of_others is not None:
+            os.environ["OMP_NUM_THREADS"] = of_others
+        if interrupt is not None and threading.current_thread() is threading.main_thread():  # others cannot set it
+            signal.signal(signal.SIGINT, interrupt)
+
+
+def _forget_hub() -> None:
+    """Which commits were found: a branch must not move within a start, but may before the next."""
+    folders.COMMITS.clear()
+    for looked in (folders.check_hub, documents.commit, sources.say_once):
+        looked.cache_clear()
 
 
 def _is_no_report(record: logging.LogRecord) -> bool:

@@ -2,7 +2,8 @@
 
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -124,14 +125,11 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
 
 
-_show = threading.excepthook
-
-
 def quiet_threads() -> None:
     """Hides the tracebacks of TensorBoard's threads on a full disk: the next call raises the error anyway."""
-    threading.excepthook = _unless_full
+    threading.excepthook = partial(_unless_full, threading.excepthook)
 
 
-def _unless_full(args: Any) -> None:
+def _unless_full(show: Callable[[Any], object], args: Any) -> None:
     if not (isinstance(args.exc_value, OSError) and type(args.thread).__name__ == "_AsyncWriterThread"):
-        _show(args)
+        show(args)

@@ -226,7 +226,7 @@ def open_hub(group: Group, corpus: Corpus) -> Any:
     with _hub_errors(group, corpus):
         import datasets  # here, because it takes half a second
 
-        revision = _commit(group.hub_name, hub.revision)
+        revision = commit(group.hub_name, hub.revision)
         builder = datasets.load_dataset_builder(group.hub_name, hub.subset, revision=revision)
         if hasattr(builder.config, "sample_by"):  # of .txt: a file is a document, as it is for files here
             builder.config.sample_by = "document"
@@ -238,7 +238,7 @@ def open_hub(group: Group, corpus: Corpus) -> Any:
 
 
 @cache
-def _commit(name: str, revision: str | None) -> str | None:
+def commit(name: str, revision: str | None) -> str | None:
     """The commit to read, so that a branch that moves does not mix texts; the revision if the hub does not tell."""
     try:
         commit = str(dataset_info(name, revision=revision).sha)

@@ -92,9 +92,9 @@ def resolve(setting: str, entries: list[str], hub: Hub) -> tuple[Group, ...]:
     if again := next((file for file in files if times[_identity(file)] > 1), None):
         repeated = sum(count > 1 for count in times.values())
         said = f"{setting}: {repeated} of the files are read more than once (e.g. {again})"
-        _say_once(f"{said}, and so are the documents held out from them")
+        say_once(f"{said}, and so are the documents held out from them")
     if tables := [file for file in files if _suffix(file) in _TABLES]:
-        _say_once(f"{setting}: {len(tables)} tables are read as plain text, each as one document (e.g. {tables[0]})")
+        say_once(f"{setting}: {len(tables)} tables are read as plain text, each as one document (e.g. {tables[0]})")
     return tuple(groups)
 
 
@@ -160,7 +160,7 @@ def _refuse_broken_links(setting: str, paths: list[str]) -> None:
 def _say_no_split(setting: str, path: str, files: list[str], hub: Hub) -> list[str]:
     given = [f"--data.{name}" for name, value in vars(hub).items() if value != getattr(Hub, name)]
     if given and files:
-        _say_once(f"{setting}: {path} names files, so {' and '.join(given)} cannot take effect")
+        say_once(f"{setting}: {path} names files, so {' and '.join(given)} cannot take effect")
     return files
 
 
@@ -194,7 +194,7 @@ def _folder_files(setting: str, folder: str, hub: Hub, split_setting: str = "--d
         if split_setting != "--data.split":
             raise ConfigError(f"{split_setting}: {folder} holds plain text, which has no splits; name only the folder")
         if hub.split != Hub.split:
-            _say_once(f"{setting}: {folder} holds plain text, which has no splits; {hub.split!r} has no effect")
+            say_once(f"{setting}: {folder} holds plain text, which has no splits; {hub.split!r} has no effect")
         return sorted(found)
     if any(file.endswith(".arrow") for file in found):
         raise ConfigError(
@@ -225,7 +225,7 @@ def _folder_files(setting: str, folder: str, hub: Hub, split_setting: str = "--d
         )
     are_read = set(map(_identity, read))
     if left := sorted(file for file in found if _identity(file) not in are_read):
-        _say_once(
+        say_once(
             f"{setting}: {folder}, split {hub.split}: reads {len(read)} of {len(found)} files; left out: "
             f"{few(os.path.relpath(file, folder) for file in left)}"
         )
@@ -327,7 +327,7 @@ def _say_outside(setting: str, folder: str, files: list[str]) -> list[str]:
     folders = {name: os.path.realpath(name) for name in set(map(os.path.dirname, files))}
     real = (os.path.realpath(file) if os.path.islink(file) else folders[os.path.dirname(file)] for file in files)
     if outside := [file for file, lies in zip(files, real, strict=True) if not Path(lies).is_relative_to(here)]:
-        _say_once(f"{setting}: {len(outside)} files of {folder} are links to files outside it (e.g. {outside[0]})")
+        say_once(f"{setting}: {len(outside)} files of {folder} are links to files outside it (e.g. {outside[0]})")
     return files
 
 
@@ -338,7 +338,7 @@ def hub_error(error: Exception) -> str:
 
 
 @cache
-def _say_once(said: str) -> None:
+def say_once(said: str) -> None:
     rank_zero_info(printable(said))  # a line break in a file's name would forge a line of the log
 
 
