@@ -354,13 +354,16 @@ def test_torch_starts_no_more_threads_than_a_container_may_run(tmp_path, capsys,
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
     before = torch.get_num_threads()
     try:
+        start = cli._start
+        monkeypatch.setattr(cli, "_start", lambda *_: sys.exit(torch.get_num_threads()))
         for given, threads, expected in (("32", 3, 3), (None, 3, 2), (None, 1, 1)):
             monkeypatch.setenv("OMP_NUM_THREADS", given or "")
             if not given:
                 monkeypatch.delenv("OMP_NUM_THREADS")
             torch.set_num_threads(threads)
-            assert cli.main(["--help"]) == 0
-            assert torch.get_num_threads() == expected
+            assert cli.main([]) == expected
+            assert torch.get_num_threads() == threads  # for a process that continues
+        monkeypatch.setattr(cli, "_start", start)
         (tmp_path / "cpu.max").write_text("400000 100000")
         torch.set_num_threads(3)
         build(f"--run={tmp_path}", "--trainer.strategy=ddp", "--trainer.devices=2")

@@ -546,9 +546,9 @@ def test_many_fits_of_a_process_are_compiled(monkeypatch):
     lm = CausalLM(AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", vocab_size=64, **UNTIED)), "student")
     monkeypatch.setattr(lm.backbone, "compile", lambda **_: None)
     for limit, kept in ((8, 64), (100, 100)):
-        monkeypatch.setattr(torch._dynamo.config, "recompile_limit", limit)
-        parallel._compile(lm, in_blocks=False)
-        assert torch._dynamo.config.recompile_limit == kept
+        with torch._dynamo.config.patch(recompile_limit=limit):
+            parallel._compile(lm, in_blocks=False)
+            assert torch._dynamo.config.recompile_limit == kept
 
 
 STARTED = """
