@@ -594,8 +594,12 @@ def test_only_the_processes_that_lightning_starts_are_told_who_has_started_them(
     with patch.dict(os.environ):
         with pytest.raises(ZeroDivisionError):
             cli.main(["fit", *arguments(settings, own)])
+        assert told == [str(os.getpid()), None]
+        # a later command of this process must not take itself for one of them
+        monkeypatch.setattr(_SubprocessScriptLauncher, "_call_children_scripts", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            cli.main(["fit", *arguments(settings, own)])
         assert peers._STARTER not in os.environ
-    assert told == [str(os.getpid()), None]
 
 
 ENDS = """
