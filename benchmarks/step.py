@@ -148,7 +148,7 @@ class Alternate(pl.Callback):
         self.milliseconds = spans(self.marks)
         if self.loops is None:  # they compile for minutes, in which the deadline may pass
             self.done(self, module)
-        self.loops = self.loops or Loops(module, trainer.optimizers[0], list(self.batches))
+            self.loops = Loops(module, trainer.optimizers[0], list(self.batches))
         self.loops.take_turn(max(3, min(self.block, LOOP_STEPS) // (BLOCKS // 2)))
         self.done(self, module)
 

@@ -30,10 +30,8 @@ _CHATTER = (
 )
 
 
-_LOGGERS = (
-    *("huggingface_hub", "transformers.modeling_utils"),
-    *("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"),
-)
+_HUB, _LOADING = "huggingface_hub", "transformers.modeling_utils"
+_LIGHTNING = ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed")
 
 
 def silence_libraries() -> None:
@@ -46,12 +44,12 @@ def silence_libraries() -> None:
     # max_time's; it is a limit of one start
     warnings.filterwarnings("ignore", r".*Please add the following callbacks: \['Timer'\]")
     warnings.filterwarnings("ignore", "this module has no student")  # after ddp_spawn; the last line names its file
-    logging.getLogger(_LOGGERS[0]).setLevel(logging.ERROR)  # a line for each retry without a network
+    logging.getLogger(_HUB).setLevel(logging.ERROR)  # a line for each retry without a network
     # a table of all weights that a model folder lacks or has too many: models.py says it in a line
-    logging.getLogger(_LOGGERS[1]).addFilter(_is_no_report)
+    logging.getLogger(_LOADING).addFilter(_is_no_report)
     if getattr(rank_zero_only, "rank", 0):  # each rank reads the same weights
         disable_progress_bar()
-    for name in _LOGGERS[2:]:
+    for name in _LIGHTNING:
         logging.getLogger(name).addFilter(_escape_and_select)
 
 
@@ -102,7 +100,8 @@ def as_before() -> Iterator[None]:
     Ctrl-C. If other processes have trained, Lightning would ignore every Ctrl-C after the first."""
     interrupt, hook = signal.getsignal(signal.SIGINT), threading.excepthook
     threads, of_others = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
-    loggers = [(logger, logger.level, logger.filters[:]) for logger in map(logging.getLogger, _LOGGERS)]
+    named = map(logging.getLogger, (_HUB, _LOADING, *_LIGHTNING))
+    loggers = [(logger, logger.level, logger.filters[:]) for logger in named]
     try:
         _forget_hub()
         with warnings.catch_warnings():

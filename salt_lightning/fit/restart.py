@@ -104,8 +104,8 @@ def go_on_from(
     now, key = alike.identity(data), "--data.selection_fingerprint"
     if getattr(data, "_order", True) is None:  # check plans none
         now.pop(key)
-    texts = getattr(data, "text", {}), checkpoint["text"]
-    ours, theirs = (text.get("examples", {}) if all("examples" in each for each in texts) else {} for text in texts)
+    examples = [text.get("examples", {}) for text in (getattr(data, "text", {}), checkpoint["text"])]
+    ours, theirs = examples if all(examples) else ({}, {})  # older checkpoints do not record them
     other = [f"other --data.examples.{name}" for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
     other += [_other(key, now[key], was) for key, was in checkpoint["data"].items() if now.get(key, was) != was]
     if other:

@@ -300,16 +300,17 @@ def expect_others(trainer: pl.Trainer, verb: str | None) -> None:
         strategy.setup_environment = partial(_connect, strategy, limit.total_seconds(), verb)
     end_with_starter(verb)
     if isinstance(strategy.launcher, _SubprocessScriptLauncher) and "LOCAL_RANK" not in os.environ:
-        strategy.launcher.launch = partial(_launch, strategy.launcher.launch)  # type: ignore[method-assign]
+        start = strategy.launcher._call_children_scripts
+        strategy.launcher._call_children_scripts = partial(_start_others, start)  # type: ignore[method-assign]
 
 
-def _launch(launch: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Starts the other processes, which are told by whom; until `_connect`, so nothing else that this one starts is."""
+def _start_others(start: Callable[[], None]) -> None:
+    """Tells the processes that Lightning starts by whom, and nothing else that this one may start."""
     os.environ[_STARTER] = str(os.getpid())
     try:
-        return launch(*args, **kwargs)
+        start()
     finally:
-        os.environ.pop(_STARTER, None)
+        del os.environ[_STARTER]
 
 
 def _connect(strategy: Any, limit_s: float, verb: str | None) -> None:
@@ -323,7 +324,6 @@ def _connect(strategy: Any, limit_s: float, verb: str | None) -> None:
     timer = threading.Timer(limit_s + _SLACK_S, give_up)
     timer.daemon = True
     timer.start()
-    os.environ.pop(_STARTER, None)  # the others have been started
     try:
         type(strategy).setup_environment(strategy)
         require_same_strategy(strategy)
