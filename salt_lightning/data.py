@@ -60,7 +60,7 @@ class SALTDataModule(LightningDataModule):
         split: str = "train",
         subset: str | None = None,
         revision: str | None = None,
-        text_column: str = "text",
+        text_column: str | list[str] = "text",
         source_column: str | None = None,
         source_per_file: bool = False,
         source_weights: list[float] | None = None,
@@ -85,17 +85,18 @@ class SALTDataModule(LightningDataModule):
         """Check the settings; no file is opened yet.
 
         Args:
-            source: Training text: a file, folder, glob (``**`` matches subfolders), hub data set (owner/name or
-                owner/name:split), or a list of these. Each row of a .jsonl or .parquet file is a document; any
-                other file is one document. .gz, .bz2, .xz and .zst are unpacked; .json, .jsonlines and .ndjson are
-                read as .jsonl. In a folder with .jsonl or .parquet files, only the more common kind is read, and only
-                one split (FOLDER:split); the log says what is left out. It is an error if plain text is more common.
+            source: Training text: a file, folder, glob (``**`` matches subfolders), hub data set (owner/name,
+                owner/name:split, owner/name:subset:split, each also with owner/name@revision), or a list of these. Each
+                row of a .jsonl or .parquet file is a document; any other file is one document. .gz, .bz2, .xz and .zst
+                are unpacked; .json, .jsonlines and .ndjson are read as .jsonl. In a folder with .jsonl or .parquet
+                files, only the more common kind is read, and only one split (FOLDER:split, FOLDER:subset:split); the
+                log says what is left out. It is an error if plain text is more common.
             val_source: Validation text, in the same forms. Without it, `val_fraction` of the documents of `source`.
             test_source: Text for the test verb, in the same forms. Without it, the validation text.
-            split: Split of a hub data set, or of a folder with the same layout.
-            subset: Configuration of a hub data set.
-            revision: Branch, tag or commit of a hub data set.
-            text_column: Column that holds the text.
+            split: Split of each hub data set, or of a folder with the same layout, that names none itself.
+            subset: Configuration of each hub data set that names none itself.
+            revision: Branch, tag or commit of each hub data set that names none itself.
+            text_column: Column that holds the text; of a list, the first that a file (of a .jsonl: a line) has.
             source_column: Column that names a row's source, for the validation loss by source. Without
                 it, each entry of `source` is one source.
             source_per_file: Each file is a source, named after the file, for the validation loss by file.

@@ -862,13 +862,6 @@ def test_what_does_not_fit_examples_is_refused(own, message, sft, tmp_path, caps
     assert re.search(message, one_line(capsys))
 
 
-def test_a_hub_entry_may_name_its_split():
-    hub = Hub(split="train", subset="main", revision="v1")
-    (train, test) = resolve("--data.source", ["owner/set", "owner/set:test"], hub)
-    assert (train.hub_name, train.hub) == ("owner/set", hub)
-    assert (test.hub_name, test.hub) == ("owner/set", Hub("test", "main", "v1"))
-
-
 # --- training on them ---
 
 

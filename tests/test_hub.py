@@ -61,6 +61,13 @@ def hub(corpus, teacher, tmp_path_factory) -> Path:
         (root / f"datasets/acme/books/main/{number}.txt").write_text(book)
     (root / "datasets/acme/numbers/main").mkdir(parents=True)
     (root / "datasets/acme/numbers/main/train.csv").write_text("text\n" + "007\n1.50\nNA\n" * 30)
+    languages = root / "datasets/acme/languages/v2"
+    languages.mkdir(parents=True)
+    configs = ""
+    for name, line in {"en": '{"text": "x"}\n', "de": '{"of": 1, "content": "x"}\n' * 2}.items():
+        configs += f"- config_name: {name}\n  data_files: {name}.jsonl\n"
+        (languages / f"{name}.jsonl").write_text(line)
+    (languages / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
     rows = [json.loads(line) for line in corpus.read_text().splitlines()]
     for split, part in {"train": rows[:80], "validation": rows[80:]}.items():
         (stories / "data").mkdir(parents=True, exist_ok=True)
@@ -147,7 +154,13 @@ def test_names_on_the_hub_are_tried_before_text_is_prepared(tried, hub):
             "data.source": "acme/books",
         },
         {"words": ["offline", "fit"], "run": "third", "data.source": "acme/others"},
-        {"data.source": "acme/numbers", "words": ["predict"], "run": "numbers", "data.block_size": 8},
+        {
+            "words": ["predict"],
+            "run": "numbers",
+            "data.block_size": 8,
+            "data.text_column": "[text, content]",
+            "data.source": "[acme/numbers, 'acme/languages@v2:en:train', 'acme/languages@v2:de:train']",
+        },
         {"words": ["offline", "fit"], "run": "third", "model.teacher.path": "acme/pickled"},  # its config is here
     ]
     shown = tried(*(settings for settings, _ in wrong), *right)
@@ -170,6 +183,7 @@ def test_names_on_the_hub_are_tried_before_text_is_prepared(tried, hub):
     assert re.search("^done: step 12, ", without_start, re.MULTILINE), without_start
     assert re.search("^tokenized 3 documents", moved[0], re.MULTILINE), moved[0]  # not lines
     [report] = tried.folder.glob("numbers/**/report.md")
+    assert re.search("^tokenized 93 documents", numbers, re.MULTILINE), numbers
     assert {"007", "1.50", "NA"} <= set(re.findall(r"[\w.]+", report.read_text())), numbers
     said = f"continuing with --model.teacher.weights {commits[1]} (checkpoint: {commits[0]}): the steps that follow"
     assert said in moved[1], moved[1]

@@ -30,8 +30,8 @@ from salt_lightning.errors import ConfigError
 from salt_lightning.preflight import large_share
 from salt_lightning.text.documents import Corpus, read_raw
 from salt_lightning.text.examples import Examples
-from salt_lightning.text.parse import lots
-from salt_lightning.text.sources import Hub, resolve
+from salt_lightning.text.parse import documents, lots
+from salt_lightning.text.sources import Group, Hub, resolve
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -261,6 +261,45 @@ def test_what_names_part_of_a_data_set_is_silent_where_there_are_no_files(named,
     assert "cannot take effect" not in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("entry", "name", "expected"),
+    [
+        ("acme/web", "web", Hub("test", "en", "abc")),
+        ("acme/web:train", "web:train", Hub("train", "en", "abc")),
+        ("acme/web:train[:10%]", "web:train[:10%]", Hub("train[:10%]", "en", "abc")),
+        ("acme/web:2023.de:train+test", "web:2023.de:train+test", Hub("train+test", "2023.de", "abc")),
+        ("acme/web:de:train[1:]", "web:de:train[1:]", Hub("train[1:]", "de", "abc")),
+        ("acme/web:de:", "web:de:", Hub("test", "de", "abc")),
+        ("acme/web@v2", "web", Hub("test", "en", "v2")),
+        ("acme/web@refs/convert/parquet:de:train", "web:de:train", Hub("train", "de", "refs/convert/parquet")),
+    ],
+)
+def test_an_entry_names_its_part_of_a_hub_data_set(entry, name, expected, tmp_path, monkeypatch):
+    """So that a mixture can hold several subsets and revisions; what an entry leaves open, the settings say."""
+    monkeypatch.chdir(tmp_path)
+    groups = resolve("--data.source", [entry, "acme/x"], Hub("test", "en", "abc"))
+    assert groups[0] == Group(name, "hub", hub_name="acme/web", hub=expected)
+    assert groups[1].hub == Hub("test", "en", "abc")
+    twice = resolve("--data.source", [entry, f"other/{entry.partition('/')[2]}"], Hub())
+    assert [group.name for group in twice] == [entry, f"other/{entry.partition('/')[2]}"]
+
+
+def test_the_text_column_may_differ_from_source_to_source(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "1", "code": "x"}\n{"code": "2", "content": "x"}\n{"text": null}\n')
+    pq.write_table(pa.table({"other": ["x"], "content": ["3"]}), tmp_path / "b.parquet")
+    (tmp_path / "c.jsonl").write_text('{"other": "x"}\n')
+
+    def read_all(*files: str) -> list[str]:
+        groups = resolve("--data.source", [str(tmp_path / file) for file in files], Hub())
+        corpus = Corpus("--data.source", groups, ["text", "code", "content"])
+        return [text for raw in read_raw(corpus) for text, _ in documents(raw, corpus)[0]]
+
+    assert read_all("a.jsonl", "b.parquet") == ["1", "2", "3"]
+    said = r"^--data.text_column: no column 'text or code or content' in .*c.jsonl: line 1; there are: other"
+    with pytest.raises(ConfigError, match=said):
+        read_all("c.jsonl")
+
+
 def test_jsonlines_are_lines(tmp_path):
     (tmp_path / "x.jsonlines.gz").write_bytes(gzip.compress(lines(1, 2)))
     assert read(tmp_path / "x.jsonlines.gz") == texts(lines(1, 2))
@@ -431,14 +470,20 @@ def test_a_folder_is_read_without_a_home(tmp_path, monkeypatch):
 
 def test_a_folder_of_several_subsets_asks_for_one(tmp_path):
     """By the card of a hub data set."""
-    for name in ("zh", "th"):
+    for number, name in enumerate(("zh", "th")):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "a.jsonl").write_bytes(lines(*range(3)))
+        (tmp_path / name / "a.jsonl").write_bytes(lines(number))
     configs = "".join(f"- config_name: {name}\n  data_files: {name}/*.jsonl\n" for name in ("zh", "th"))
     (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
-    with pytest.raises(ConfigError, match=r"available configs: \['zh', 'th'\]: --data.subset NAME$"):
+    said = r"available configs: \['zh', 'th'\]: --data.subset NAME, or NAME in the source, owner/name:NAME:train$"
+    with pytest.raises(ConfigError, match=said):
         read(tmp_path)
-    assert read(tmp_path, hub=Hub(subset="th")) == texts(lines(*range(3)))
+    assert read(tmp_path, hub=Hub(subset="th")) == texts(lines(1))
+    assert read(f"{tmp_path}:zh:train", hub=Hub(subset="th")) == texts(lines(0))
+    names = [group.name for group in resolve("", [f"{tmp_path}:{name}:train" for name in ("zh", "th")], Hub())]
+    assert names == [f"{tmp_path.name}:zh:train", f"{tmp_path.name}:th:train"]
+    with pytest.raises(ConfigError, match="no split 'dev' in .*; there are: train"):
+        read(f"{tmp_path}:zh:dev")
 
 
 # --- tokenizers that do not fit the text ---
@@ -627,5 +672,5 @@ def test_what_exists_here_is_not_looked_up_on_the_hub(name, tmp_path, monkeypatc
 @pytest.mark.parametrize("name", ["text", "json:train", "stories"])
 def test_a_name_without_an_owner_is_not_looked_up_on_the_hub(name):
     """`datasets` takes "text" for every .txt in the working directory."""
-    with pytest.raises(ConfigError, match=rf"^--data.source: '{name}' matches no file; give .* 'owner/name' or "):
+    with pytest.raises(ConfigError, match=rf"^--data.source: '{name}' matches no file; give .* 'owner/name', "):
         resolve("--data.source", [name], Hub())

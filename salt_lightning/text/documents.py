@@ -13,7 +13,7 @@ are read here: `datasets` takes 10 times as long for plain lines, and reports ne
 import bisect
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -28,7 +28,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from salt_lightning.errors import ConfigError, first_line
 from salt_lightning.text.examples import Examples
 from salt_lightning.text.packed import unpacked
-from salt_lightning.text.sources import Group, hub_error
+from salt_lightning.text.sources import Group, entries, hub_error
 
 _RAW_CHARS = 1 << 19  # text per worker task: long enough to hide the pickling, short enough for even progress
 _MAX_BYTES = 1 << 30  # largest document in a file
@@ -41,7 +41,7 @@ class Corpus:
 
     setting: str  # as typed, for messages: "--data.source"
     groups: tuple[Group, ...]
-    text_column: str = "text"
+    text_column: str | list[str] = "text"  # a list: the first that a file or line has
     source_column: str | None = None
     skip_bad_lines: bool = False
     examples: Examples = Examples()  # noqa: RUF009 (frozen)
@@ -72,16 +72,24 @@ class Corpus:
             found[file] = (stat.st_size, stat.st_mtime_ns) if stat else None
         return found
 
-    def columns(self) -> dict[str, str]:
-        """Column to read -> the setting that names it."""
-        own = self.examples.columns() if self.examples.given else {self.text_column: "text_column"}
+    def columns(self, found: Container[str]) -> dict[str, str]:
+        """Column to read -> the setting that names it.
+
+        Args:
+            found: the columns that are there.
+        """
+        own = self.examples.columns() if self.examples.given else {self._text(found): "text_column"}
         return {**({self.source_column: "source_column"} if self.source_column else {}), **own}
+
+    def _text(self, found: Container[str]) -> str:
+        names = entries(self.text_column)
+        return next((name for name in names if name in found), " or ".join(names))
 
     def content(self, fields: dict[str, Any]) -> Any:
         """A row's content: a text, or the fields of an example."""
         if self.examples.given:
             return {column: fields[column] for column in self.examples.columns()}
-        return fields[self.text_column]
+        return fields[self._text(fields)]
 
 
 @dataclass
@@ -194,7 +202,7 @@ def _open(file: str) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
 def _read_parquet(file: str, group: Group, corpus: Corpus) -> Iterator[Raw]:
     table, num_read = pq.ParquetFile(file, buffer_size=1 << 20), 0  # buffered: never a whole column chunk in memory
     check_columns(corpus, table.schema_arrow.names, file)
-    for batch in table.iter_batches(_TABLE_ROWS, columns=list(corpus.columns())):
+    for batch in table.iter_batches(_TABLE_ROWS, columns=list(corpus.columns(table.schema_arrow.names))):
         columns = {name: _values(batch[name]) for name in batch.schema.names}
         place, num_read = (0, file, num_read + 1), num_read + len(batch)
         read_bytes = os.path.getsize(file) * num_read // table.metadata.num_rows
@@ -231,10 +239,12 @@ def open_hub(group: Group, corpus: Corpus) -> Any:
         if hasattr(builder.config, "sample_by"):  # of .txt: a file is a document, as it is for files here
             builder.config.sample_by = "document"
         if hasattr(builder.config, "converters"):  # of .csv: 007 and NA stay what they are
-            builder.config.converters, builder.config.keep_default_na = dict.fromkeys(corpus.columns(), str), False
+            names = [*corpus.columns(()), *entries(corpus.text_column)]
+            builder.config.converters, builder.config.keep_default_na = dict.fromkeys(names, str), False
         stream = builder.as_streaming_dataset(split=hub.split)
-        check_columns(corpus, stream.column_names or list(next(iter(stream), {})), group.hub_name)
-        return stream.select_columns(list(corpus.columns()))
+        found = stream.column_names or list(next(iter(stream), {}))
+        check_columns(corpus, found, group.hub_name)
+        return stream.select_columns(list(corpus.columns(found)))
 
 
 @cache
@@ -281,7 +291,7 @@ def _size(row: Any) -> int:
 
 
 def check_columns(corpus: Corpus, found: list[str], where: str) -> None:
-    columns, examples = corpus.columns(), corpus.examples
+    columns, examples = corpus.columns(found), corpus.examples
     if examples.chat_column and examples.tools != "" and "tools" in found and "tools" not in columns:
         raise ConfigError(
             f"--data.examples.tools: {where} has a column 'tools', which the chat template may write; set "

@@ -25,7 +25,7 @@ _KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".jsonlines": "jsonl", ".ndjson":
 _TABLES = {".csv", ".tsv"}  # read as one document, which is rarely meant
 _ARCHIVES = {".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".tzst", ".zip", ".7z", ".rar"}
 # with an owner: `datasets` takes "text" or "json" alone for every such file in the working directory
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([^:]+))?(?:(?::([^:[]+))?:(.*))?")
 
 
 _HUB_READER = 3  # version: 1 took each line of a .txt for a document, 2 took words of a .csv for numbers
@@ -125,31 +125,39 @@ def _resolve_one(setting: str, entry: str, name: str, hub: Hub) -> list[Group]:
             )
         return [Group(name, kind, tuple(found)) for kind, found in of_kind.items() if found]
     there = glob.glob(path)  # an empty folder, or a pipe
-    hub_name, _, split = entry.partition(":")
-    named = _HUB_NAME.fullmatch(hub_name) and Path(entry).suffix not in {".txt", ".md", ".py", *_KINDS, *SUFFIXES}
-    if named and not there:
-        return [Group(name, "hub", hub_name=hub_name, hub=replace(hub, split=split or hub.split))]
+    if (named := _HUB.fullmatch(entry)) and not there:
+        hub_name, revision, subset, split = named.groups()
+        if Path(hub_name).suffix not in {".txt", ".md", ".py", *_KINDS, *SUFFIXES}:
+            part = Hub(split or hub.split, subset or hub.subset, revision or hub.revision)
+            return [Group(name, "hub", hub_name=hub_name, hub=part)]
     special = "matches only folders, no file" if all(map(os.path.isdir, there)) else "is not a regular file"
     what = special if there else "matches no file"
     raise ConfigError(
         f"{setting}: {entry!r} {what}; give a file, a folder, a glob such as 'books/**/*.txt', "
-        "or a hub data set 'owner/name' or 'owner/name:split' (for a local folder, FOLDER:split)"
+        "or a hub data set 'owner/name', 'owner/name:split', 'owner/name:subset:split' or 'owner/name@revision' (for "
+        "a local folder, FOLDER:split or FOLDER:subset:split)"
     )
 
 
 def _files(setting: str, path: str, hub: Hub) -> list[str]:
-    """The files that a path, a glob, or FOLDER:split names."""
+    """The files that a path, a glob, FOLDER:split or FOLDER:subset:split names."""
     if os.path.isdir(path):
         return _say_outside(setting, path, _folder_files(setting, path, hub))
     if os.path.isfile(path):
         return _say_no_split(setting, path, [path], hub)
-    folder, _, split = path.rpartition(":")
-    if split and os.path.isdir(folder):
-        files = _folder_files(setting, folder, replace(hub, split=split), f"{setting}: {path!r}")
-        return _say_outside(setting, folder, files)
+    if parted := _parted(path):
+        folder, *subset, split = parted
+        part = replace(hub, split=split, **({"subset": subset[0]} if subset else {}))
+        return _say_outside(setting, folder, _folder_files(setting, folder, part, f"{setting}: {path!r}"))
     found = sorted(glob.glob(path, recursive=True))
     _refuse_broken_links(setting, found)
     return _say_no_split(setting, path, list(filter(os.path.isfile, found)), hub)
+
+
+def _parted(path: str) -> list[str]:
+    """FOLDER:split or FOLDER:subset:split in its parts; nothing if there is no such folder."""
+    ways = (path.rsplit(":", colons) for colons in (1, 2))
+    return next((parts for parts in ways if all(parts[1:]) and len(parts) > 1 and os.path.isdir(parts[0])), [])
 
 
 def _refuse_broken_links(setting: str, paths: list[str]) -> None:
@@ -334,7 +342,7 @@ def _say_outside(setting: str, folder: str, files: list[str]) -> list[str]:
 def hub_error(error: Exception) -> str:
     """The message of `datasets` in one line, in terms of our settings."""
     said, _, example = one_line(error).partition(" Example of usage")
-    return f"{said}: --data.subset NAME" if example else said.rstrip(".")
+    return f"{said}: --data.subset NAME, or NAME in the source, owner/name:NAME:train" if example else said.rstrip(".")
 
 
 @cache
@@ -361,7 +369,9 @@ def _suffix(file: str) -> str:
 def _source_name(entry: str) -> str:
     """Short name for logs: the last part of a path that is not a pattern; a file's without its suffixes."""
     path = os.path.abspath(os.path.expanduser(entry))
-    there = os.path.exists(path) or os.path.isdir(path.rpartition(":")[0])  # then brackets in it are not a pattern
+    there = os.path.exists(path) or bool(_parted(path))  # then brackets in it are not a pattern
+    if not there and (named := _HUB.fullmatch(entry)):
+        return entry.partition("/")[2].replace(f"@{named[2]}", "", 1)
     parts = [part for part in path.split(os.sep) if part and (there or not glob.has_magic(part))]
     last = parts[-1] if parts else entry
     return last.split(".")[0] or last if os.path.isfile(path) else last
