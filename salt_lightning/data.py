@@ -209,14 +209,14 @@ class SALTDataModule(LightningDataModule):
 
     def doubts(self) -> list[preflight.Finding]:
         """Reasons why the held-out text may be a bad measure."""
-        files, trained = self.held_out_files, []
+        files, words, trained, part = self.held_out_files, self.tokenizer, [], (0, 0.0)
         with suppress(ConfigError):  # setup alone, in Python, may find no training text any more
             held_out = [self._corpus(setting) for setting in ("val_source", "test_source") if getattr(self, setting)]
             trained = [name for corpus in held_out for name in self._corpus("source").shared_with(corpus)]
-        if self.val_source and files.fingerprint == self.train_fingerprint:  # a copy
-            trained = trained or list(self.val_source)
-        unread = preflight.unread_text(kept_text(self.tokenizer, files))
-        found = [unread or preflight.changed_text(changed_words(self.tokenizer)), preflight.seen_in_training(trained)]
+            if self.source and self.held_out_by != "source":
+                part = files.part_in(TokenFiles(self._folder("source"), "train"))
+        altered = preflight.unread_text(kept_text(words, files)) or preflight.changed_text(changed_words(words))
+        found = [altered, preflight.seen_in_training(trained, *part)]
         if self._train is not None and self._eval is not None and self.held_out_by == "source":
             longest = int(np.diff(files.doc_ends, prepend=0).max(initial=0))
             found.append(preflight.large_share(files.num_tokens, longest, self.num_train_tokens, self.val_fraction))

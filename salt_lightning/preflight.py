@@ -140,14 +140,24 @@ def unwatched(sources: list[str]) -> Finding | None:
     return Finding("note", "sources", said, "raise --data.val_fraction or --data.val_rows, or give --data.val_source")
 
 
-def seen_in_training(names: list[str]) -> Finding | None:
-    """Warns about `names`, files or splits that are both training and held-out text. None: there are none."""
-    if not names:
+def seen_in_training(names: list[str], documents: int, share: float) -> Finding | None:
+    """Tells what is both training and held-out text. None: nothing is.
+
+    Args:
+        names: files or splits that are both.
+        documents: number of held-out documents with an equal one in the training text.
+        share: their share of the held-out tokens.
+    """
+    if not (names or documents):
         return None
-    said = f"{len(names)} of the held-out files are also training text ({few(names)})"
+    said = f"{documents} held-out documents ({share:.1%} of the tokens) are also training text, word for word"
+    if names:
+        said = f"{len(names)} of the held-out files are also training text ({few(names)})"
     return Finding(
-        "warning", "held-out text", said, "losses on them say nothing about new text; remove them from --data.source"
-    )
+        "warning" if names or share > 0.01 else "note", "held-out text", said,
+        "losses on them say nothing about new text; remove them from --data.source, or hold out a share of it "
+        "(--data.val_fraction), which never parts equal documents",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

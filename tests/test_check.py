@@ -84,11 +84,24 @@ def test_held_out_text_that_is_trained_on(checked, corpus, tmp_path, fit_with, c
         assert level == "warning"
         assert f"1 of the held-out files are also training text ({apart}/x.jsonl)" in said
     copied = {"data.source": str(apart / "y.jsonl"), "data.val_source": str(apart / "x.jsonl")}
-    assert f"({apart}/x.jsonl)" in of(checked(**{**own, **copied})[1], "held-out text")[1]
-    (apart / "x.jsonl").write_bytes(b"".join(Path(corpus).read_bytes().splitlines(True)[:-1]))
+    lines = Path(corpus).read_bytes().splitlines(True)
+    said = "{} held-out documents ({:.1%} of the tokens) are also training text, word for word"
+    assert said.format(len(lines), 1) in of(checked(**{**own, **copied})[1], "held-out text")[1]
+    others = [json.dumps({"text": f"{i} {json.loads(line)['text']}"}).encode() + b"\n" for i, line in enumerate(lines)]
+    short = json.dumps({"text": "the"}).encode() + b"\n"
+    (apart / "y.jsonl").write_bytes(b"".join([*lines, short]))
+    for held_out, expected, share in (([*others, short, short], "note", 0.01), (others + lines[:1], "warning", 0.1)):
+        (apart / "x.jsonl").write_bytes(b"".join(held_out))
+        level, said = of(checked(**{**own, **copied})[1], "held-out text")
+        assert level == expected
+        assert 0 < float(re.search(r"^\d held-out documents \(([\d.]+)%", said)[1]) / 100 < share
+        assert said.startswith(f"{len(held_out) - len(others)} held-out")
+    (apart / "x.jsonl").write_bytes(b"".join(others))
     _, found = checked(**{**own, **copied})
     assert "held-out text" not in {about for _, about, _ in found}
     assert "held-out text" not in caplog.text  # check lists it, and does not log it as well
+    (apart / "x.jsonl").write_bytes(Path(corpus).read_bytes())
+    (apart / "y.jsonl").write_bytes(Path(corpus).read_bytes())
     assert fit_with(tmp_path / "fit", **own, **{"data.val_source": str(apart / "y.jsonl")}) == 0
     assert "held-out text: 1 of the held-out files are also training text" in caplog.text
 

@@ -93,7 +93,8 @@ def token_files(folder: Path, docs: list[list[int]], byte_counts=None, sources=N
     ids = [np.array([*doc, EOS], np.uint16) for doc in docs]
     counts = [np.array([*count, 0], np.int32) for count in byte_counts]
     lengths = np.array([len(doc) for doc in ids])
-    writer.add(Block(np.concatenate(ids), lengths, [], np.concatenate(counts)), sources or [0] * len(docs))
+    lots = np.zeros(len(docs))
+    writer.add(Block(np.concatenate(ids), lengths, [], lots, np.concatenate(counts)), sources or [0] * len(docs))
     writer.close()
     manifest = {"dtype": "uint16", "tokenizer": {"eos_id": EOS}, "sources": ["a", "b", "c"]}
     (folder / "manifest.json").write_text(json.dumps(sealed({**manifest, "splits": {"val": writer.entry()}})))

@@ -499,6 +499,20 @@ def test_a_prompt_is_never_in_both_splits(tmp_path):
     assert not texts[0] & texts[1]
 
 
+def test_held_out_examples_with_a_prompt_of_training_are_counted(tmp_path):
+    """Whatever their answers; with their tokens, EOS included."""
+    for name in ("train", "val"):
+        (tmp_path / name).mkdir()
+    asked = [{"question": f"q{i}", "answer": "x"} for i in range(20)]
+    train, _ = prepared(tmp_path / "train", [*asked[5:], *asked[5:]], val_fraction=0.0)
+    again = [{"question": f"q{i}", "answer": "yes"} for i in (0, 3, 7, 12, 12)]
+    held_out, tokenizer = prepared(tmp_path / "val", again)
+    texts = ["Q: q7\nA: yes", "Q: q12\nA: yes", "Q: q12\nA: yes"]
+    tokens = sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) + 1 for text in texts)
+    assert held_out.part_in(train) == (3, tokens / held_out.num_tokens)
+    assert train.part_in(train) == (train.num_documents, 1)
+
+
 def test_parquet_with_values_inside_columns_and_words_for_values(tmp_path):
     table = {"question": ["x", "y"], "answers": [{"text": ["one", "two"]}, {"text": ["three"]}], "label": [True, False]}
     pq.write_table(pa.table(table), tmp_path / "a.parquet")

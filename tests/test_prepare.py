@@ -1488,7 +1488,7 @@ def test_an_interrupt_that_the_run_ignores_does_not_end_its_workers(train, tmp_p
 # --- checks ---
 
 
-FILES = ["tokens.bin", "doc_ends.bin", "doc_sources.bin", "token_bytes.bin"]
+FILES = ["tokens.bin", "doc_ends.bin", "doc_sources.bin", "doc_lots.bin", "token_bytes.bin"]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -1517,7 +1517,7 @@ def large_split(folder: Path) -> None:
     folder.mkdir()
     ids = np.arange(2_500_000).astype(np.uint16)
     writer = SplitWriter(folder / "train", "uint16", no_counts())
-    writer.add(Block(ids, np.array([len(ids)]), ["x"], None, len(ids)), [0])
+    writer.add(Block(ids, np.array([len(ids)]), ["x"], np.zeros(1), None, len(ids)), [0])
     writer.sync()
     writer.close()
     manifest = {"dtype": "uint16", "tokenizer": {"eos_id": 0}, "splits": {"train": writer.entry()}}

@@ -755,9 +755,9 @@ def test_a_file_s_name_forges_no_line_of_the_log(tmp_path, caplog):
         assert line.isprintable()
 
 
-@pytest.mark.parametrize("finding", [preflight.seen_in_training, preflight.unwatched])
+@pytest.mark.parametrize("finding", [preflight.seen_in_training([FORGED], 1, 0.5), preflight.unwatched([FORGED])])
 def test_a_name_forges_no_line_of_a_finding(finding):
-    assert finding([FORGED]).said.isprintable()
+    assert finding.said.isprintable()
 
 
 def test_the_links_of_the_hubs_cache_are_its_own(tmp_path, caplog):

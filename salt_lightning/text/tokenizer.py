@@ -246,10 +246,11 @@ class Encoder:
     val_fraction: float
 
     def __call__(self, raw: Raw) -> tuple[bytes, dict[str, Block], Skipped]:
-        splits: dict[str, list[tuple[Any, str]]] = {"train": [], "val": []}
+        splits: dict[str, list[tuple[Any, float, str]]] = {"train": [], "val": []}
         found, skipped = documents(raw, self.corpus, self._take)
         for (item, drawn_by), source in found:
-            splits["val" if lots(drawn_by)[0] < self.val_fraction else "train"].append((item, source))
+            lot = lots(drawn_by)[0]
+            splits["val" if lot < self.val_fraction else "train"].append((item, lot, source))
         blocks = {split: self._block(items, split == "val") for split, items in splits.items() if items}
         return raw.digest(), blocks, skipped
 
@@ -262,7 +263,7 @@ class Encoder:
         data = utf8(content)
         return data, data
 
-    def _block(self, docs: list[tuple[Any, str]], with_bytes: bool) -> Block:
+    def _block(self, docs: list[tuple[Any, float, str]], with_bytes: bool) -> Block:
         # Pickling loses this flag. A special token spelled out in a text is still text.
         self.tokenizer.encode_special_tokens = True
         ids, counts, lengths = [np.zeros(0, self.dtype)], [np.zeros(0, np.int32)], np.zeros(len(docs), np.int64)
@@ -292,9 +293,10 @@ class Encoder:
         return Block(
             np.insert(np.concatenate(ids), places, np.tile(marks, len(ends))),
             lengths[kept] + len(marks),
-            [source for (_, source), is_kept in zip(docs, kept, strict=True) if is_kept],
+            [source for (_, _, source), is_kept in zip(docs, kept, strict=True) if is_kept],
+            np.array([lot for _, lot, _ in docs])[kept],
             np.insert(np.concatenate(counts), places, 0) if with_bytes else None,
-            sum(len(data) for (data, _), is_kept in zip(docs, kept, strict=True) if is_kept),
+            sum(len(data) for (data, _, _), is_kept in zip(docs, kept, strict=True) if is_kept),
         )
 
 
@@ -345,19 +347,20 @@ class ExampleEncoder(Encoder):
         ((ids, learned, _),) = self._encode(Conversation(messages))
         return ids[learned].tolist()
 
-    def _block(self, docs: list[tuple[tuple[list[_Example], bool], str]], with_bytes: bool) -> Block:
-        examples = [example for (of_row, _), _ in docs for example in of_row]
+    def _block(self, docs: list[tuple[tuple[list[_Example], bool], float, str]], with_bytes: bool) -> Block:
+        examples = [example for (of_row, _), _, _ in docs for example in of_row]
         ids, learned, counts = (np.concatenate(column) for column in zip(*examples, strict=True))
         return Block(
             ids.astype(self.dtype),
             np.array([len(ids) for ids, _, _ in examples], np.int64),
-            [source for (of_row, _), source in docs for _ in of_row],
+            [source for (of_row, _), _, source in docs for _ in of_row],
+            np.array([lot for (of_row, _), lot, _ in docs for _ in of_row]),
             counts.astype(np.int32) if with_bytes else None,
             int(counts.sum()),
             learned.astype(np.uint8),
-            sum(len(of_row) > 1 for (of_row, _), _ in docs),
+            sum(len(of_row) > 1 for (of_row, _), _, _ in docs),
             len(examples) - len(docs),
-            sum(has_tools for (_, has_tools), _ in docs),
+            sum(has_tools for (_, has_tools), _, _ in docs),
         )
 
     def _encode(self, conversation: Conversation) -> list[_Example]:
@@ -387,10 +390,10 @@ class ExampleEncoder(Encoder):
         return found, np.array(learned), np.where(np.isin(found, self.marks), 0, counts)
 
 
-def _batches(docs: list[tuple[bytes, str]]) -> Iterator[list[tuple[int, str]]]:
+def _batches(docs: list[tuple[bytes, float, str]]) -> Iterator[list[tuple[int, str]]]:
     """(document's number, text) pairs, in batches small enough to encode in memory."""
     batch, chars = [], 0
-    for number, (data, _) in enumerate(docs):
+    for number, (data, _, _) in enumerate(docs):
         for part in pieces(data.decode()):
             batch.append((number, part))
             chars += len(part)
