@@ -86,11 +86,12 @@ class SALTDataModule(LightningDataModule):
 
         Args:
             source: Training text: a file, folder, glob (``**`` matches subfolders), hub data set (owner/name,
-                owner/name:split, owner/name:subset:split, each also with owner/name@revision), or a list of these. Each
-                row of a .jsonl or .parquet file is a document; any other file is one document. .gz, .bz2, .xz and .zst
-                are unpacked; .json, .jsonlines and .ndjson are read as .jsonl. In a folder with .jsonl or .parquet
-                files, only the more common kind is read, and only one split (FOLDER:split, FOLDER:subset:split); the
-                log says what is left out. It is an error if plain text is more common.
+                owner/name:split, owner/name:subset:split, each also with owner/name@revision; a split may have a slice
+                of rows, train[10:5000]), or a list of these. Each row of a .jsonl or .parquet file is a document; any
+                other file is one document. .gz, .bz2, .xz and .zst are unpacked; .json, .jsonlines and .ndjson are read
+                as .jsonl. In a folder with .jsonl or .parquet files, only the more common kind is read, and only one
+                split (FOLDER:split, FOLDER:subset:split); the log says what is left out. It is an error if plain text
+                is more common.
             val_source: Validation text, in the same forms. Without it, `val_fraction` of the documents of `source`.
             test_source: Text for the test verb, in the same forms. Without it, the validation text.
             split: Split of each hub data set, or of a folder with the same layout, that names none itself.

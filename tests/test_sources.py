@@ -266,7 +266,7 @@ def test_what_names_part_of_a_data_set_is_silent_where_there_are_no_files(named,
     [
         ("acme/web", "web", Hub("test", "en", "abc")),
         ("acme/web:train", "web:train", Hub("train", "en", "abc")),
-        ("acme/web:train[:10%]", "web:train[:10%]", Hub("train[:10%]", "en", "abc")),
+        ("acme/web:train[:10]", "web:train[:10]", Hub("train[:10]", "en", "abc")),
         ("acme/web:2023.de:train+test", "web:2023.de:train+test", Hub("train+test", "2023.de", "abc")),
         ("acme/web:de:train[1:]", "web:de:train[1:]", Hub("train[1:]", "de", "abc")),
         ("acme/web:de:", "web:de:", Hub("test", "de", "abc")),
@@ -280,8 +280,19 @@ def test_an_entry_names_its_part_of_a_hub_data_set(entry, name, expected, tmp_pa
     groups = resolve("--data.source", [entry, "acme/x"], Hub("test", "en", "abc"))
     assert groups[0] == Group(name, "hub", hub_name="acme/web", hub=expected)
     assert groups[1].hub == Hub("test", "en", "abc")
+    assert groups[0].hub.rows() == {"train[:10]": ("train", 0, 10), "train[1:]": ("train", 1, None)}.get(
+        expected.split, (expected.split, 0, None)
+    )
     twice = resolve("--data.source", [entry, f"other/{entry.partition('/')[2]}"], Hub())
     assert [group.name for group in twice] == [entry, f"other/{entry.partition('/')[2]}"]
+
+
+@pytest.mark.parametrize("part", ["train[:10%]", "train[-5:]", "train[:5]+test", "train[5]", "train[:5"])
+def test_a_slice_that_cannot_be_read_is_refused_before_the_hub_is_asked(part, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for entry, hub in ((f"acme/web:{part}", Hub()), ("acme/web", Hub(part))):
+        with pytest.raises(ConfigError, match=r"^--data.source: 'train.* is no slice that can be read; a slice counts"):
+            resolve("--data.source", [entry], hub)
 
 
 def test_the_text_column_may_differ_from_source_to_source(tmp_path):

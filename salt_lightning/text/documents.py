@@ -241,10 +241,12 @@ def open_hub(group: Group, corpus: Corpus) -> Any:
         if hasattr(builder.config, "converters"):  # of .csv: 007 and NA stay what they are
             names = [*corpus.columns(()), *entries(corpus.text_column)]
             builder.config.converters, builder.config.keep_default_na = dict.fromkeys(names, str), False
-        stream = builder.as_streaming_dataset(split=hub.split)
+        split, first, end = hub.rows()
+        stream = builder.as_streaming_dataset(split=split)
         found = stream.column_names or list(next(iter(stream), {}))
         check_columns(corpus, found, group.hub_name)
-        return stream.select_columns(list(corpus.columns(found)))
+        stream = stream.select_columns(list(corpus.columns(found))).skip(first)
+        return stream if end is None else stream.take(max(end - first, 0))
 
 
 @cache

@@ -27,6 +27,8 @@ _ARCHIVES = {".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".tzst", ".zip", ".7z", ".
 # with an owner: `datasets` takes "text" or "json" alone for every such file in the working directory
 _HUB = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([^:]+))?(?:(?::([^:[]+))?:(.*))?")
 
+_SLICE = re.compile(r"([^[+]+)\[(\d*):(\d*)\]")
+
 
 _HUB_READER = 3  # version: 1 took each line of a .txt for a document, 2 took words of a .csv for numbers
 
@@ -38,6 +40,12 @@ class Hub:
     split: str = "train"
     subset: str | None = None
     revision: str | None = None
+
+    def rows(self) -> tuple[str, int, int | None]:
+        """The split's own name, the first of its rows to read, and where to stop (None: at the end)."""
+        if sliced := _SLICE.fullmatch(self.split):
+            return sliced[1], int(sliced[2] or 0), int(sliced[3]) if sliced[3] else None
+        return self.split, 0, None
 
 
 @dataclass(frozen=True)
@@ -129,6 +137,11 @@ def _resolve_one(setting: str, entry: str, name: str, hub: Hub) -> list[Group]:
         hub_name, revision, subset, split = named.groups()
         if Path(hub_name).suffix not in {".txt", ".md", ".py", *_KINDS, *SUFFIXES}:
             part = Hub(split or hub.split, subset or hub.subset, revision or hub.revision)
+            if "[" in part.split and not _SLICE.fullmatch(part.split):
+                raise ConfigError(
+                    f"{setting}: {part.split!r} is no slice that can be read; a slice counts rows of one split, "
+                    "e.g. train[:5000000] or train[10000:]"
+                )
             return [Group(name, "hub", hub_name=hub_name, hub=part)]
     special = "matches only folders, no file" if all(map(os.path.isdir, there)) else "is not a regular file"
     what = special if there else "matches no file"
