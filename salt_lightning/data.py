@@ -43,7 +43,7 @@ from salt_lightning.teacher.difficulty import HeldOut, find_files, read_thirds
 from salt_lightning.teacher.scores import Scored, Scores
 from salt_lightning.text.documents import Corpus
 from salt_lightning.text.examples import Examples
-from salt_lightning.text.prepare import prepare_tokenizer, prepare_tokens, require_hub, token_folder, trained_tokenizer
+from salt_lightning.text.prepare import look_inside, prepare_tokenizer, prepare_tokens, token_folder, trained_tokenizer
 from salt_lightning.text.sources import Group, Hub, each_file, entries, resolve
 from salt_lightning.text.token_files import TokenFiles, digest
 from salt_lightning.text.tokenizer import changed_words, kept_text, load_tokenizer, num_ids, tokenizer_fingerprint
@@ -165,7 +165,7 @@ class SALTDataModule(LightningDataModule):
         self._tokenizer = None
         fraction, workers = self._val_share, self.prepare_workers
         corpora = self.require_files()  # all of them first: tokenizing one may take hours
-        require_hub(corpora, self._folder, workers)
+        look_inside(corpora, self._folder, workers)
         # called before hours of work
         check_models = getattr(getattr(self.trainer, "lightning_module", None), "check_token_ids", lambda: None)
         for setting, corpus in corpora.items():

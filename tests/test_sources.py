@@ -685,3 +685,17 @@ def test_a_name_without_an_owner_is_not_looked_up_on_the_hub(name):
     """`datasets` takes "text" for every .txt in the working directory."""
     with pytest.raises(ConfigError, match=rf"^--data.source: '{name}' matches no file; give .* 'owner/name', "):
         resolve("--data.source", [name], Hub())
+
+
+def test_every_table_is_looked_into_before_the_first_is_read(tmp_path):
+    """What the last of a thousand files lacks would be found after hours."""
+    for name, column in {"a": "text", "b": "words", "c": "text", "d": "text"}.items():
+        pq.write_table(pa.table({column: ["some text"] * 50}), tmp_path / f"{name}.parquet")
+    (tmp_path / "d.parquet").write_bytes((tmp_path / "d.parquet").read_bytes()[:-9])
+    own = {"tokenizer": "train", "cache_dir": str(tmp_path / "cache"), "prepare_workers": 1}
+    named = {name: str(tmp_path / f"[{name}].parquet") for name in ("ab", "cd")}
+    with pytest.raises(ConfigError) as refused:
+        SALTDataModule(source=named["ab"], val_source=named["cd"], **own).prepare_data()
+    assert re.search(r"--data.text_column: no column 'text' in .*b\.parquet; there are: words", str(refused.value))
+    assert re.search(r"--data.val_source: .*d\.parquet: cannot be read \(.*\); get a whole copy", str(refused.value))
+    assert not (tmp_path / "cache").exists()

@@ -146,20 +146,26 @@ def _read_files(group: Group, corpus: Corpus) -> Iterator[Raw]:
     bytes_before = 0
     for file in group.files:
         read = {"text": _read_text, "jsonl": _read_lines, "parquet": _read_parquet}[group.kind]
-        try:
+        with _file_errors(file, corpus):
             for piece in read(file, group, corpus):
                 piece.read_bytes += bytes_before
                 yield piece
             bytes_before += os.path.getsize(file)
-        except ConfigError:
-            raise
-        except Exception as error:
-            hint = "grant access" if isinstance(error, PermissionError) else "get a whole copy of it"
-            hint = "pip install backports.zstd" if isinstance(error, ImportError) else hint
-            raise ConfigError(
-                f"{corpus.setting}: {file}: cannot be read ({first_line(error)}); {hint}, or leave it out of "
-                f"{corpus.setting}"
-            ) from error
+
+
+@contextmanager
+def _file_errors(file: str, corpus: Corpus) -> Iterator[None]:
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        hint = "grant access" if isinstance(error, PermissionError) else "get a whole copy of it"
+        hint = "pip install backports.zstd" if isinstance(error, ImportError) else hint
+        raise ConfigError(
+            f"{corpus.setting}: {file}: cannot be read ({first_line(error)}); {hint}, or leave it out of "
+            f"{corpus.setting}"
+        ) from error
 
 
 def _read_text(file: str, group: Group, corpus: Corpus) -> Iterator[Raw]:
@@ -222,6 +228,19 @@ def _value(scalar: Any) -> Any:
         return scalar.as_py()
     except UnicodeDecodeError as error:
         return error.object
+
+
+def look_into(group: Group, corpus: Corpus) -> None:
+    """Open a hub data set, or every parquet file (a millisecond each), without reading rows.
+
+    Raises:
+        ConfigError: as `read_raw`, for what can be seen without reading.
+    """
+    if group.kind == "hub":
+        open_hub(group, corpus)
+    for file in group.files if group.kind == "parquet" else ():
+        with _file_errors(file, corpus):
+            check_columns(corpus, pq.read_schema(file).names, file)
 
 
 def open_hub(group: Group, corpus: Corpus) -> Any:

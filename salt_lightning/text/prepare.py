@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from salt_lightning.errors import ConfigError, few, raised, refuse
 from salt_lightning.preflight import size_said
-from salt_lightning.text.documents import Corpus, Raw, open_hub, read_raw
+from salt_lightning.text.documents import Corpus, Raw, look_into, read_raw
 from salt_lightning.text.journal import Unfinished, making, write_json
 from salt_lightning.text.parse import Skipped, empty_error
 from salt_lightning.text.processes import in_child, num_cores, ordered_map
@@ -85,12 +85,13 @@ def prepare_tokenizer(corpus: Corpus, vocab_size: int, val_fraction: float, cach
     return folder
 
 
-def require_hub(corpora: dict[str, Corpus], folder: Callable[[str], Path], workers: int = 0) -> None:
-    """Ask the hub for the data sets of all corpora without tokens: with a wrong name, the last one would end hours of
-    work. `folder`: the token folder of a source setting.
+def look_inside(corpora: dict[str, Corpus], folder: Callable[[str], Path], workers: int = 0) -> None:
+    """Look into the parquet files and hub data sets of all corpora without tokens: what is wrong with the last one
+    would be found after hours of work. `folder`: the token folder of a source setting.
 
     Raises:
-        ConfigError: a data set, split, subset, revision or column does not exist, or the hub cannot be reached.
+        ConfigError: a data set, split, subset, revision or column does not exist, a file is damaged, or the hub cannot
+            be reached.
     """
     waiting = []
     for setting, corpus in corpora.items():
@@ -98,13 +99,15 @@ def require_hub(corpora: dict[str, Corpus], folder: Callable[[str], Path], worke
             is_prepared = folder(setting).exists()
         except ConfigError:  # its tokenizer is not trained yet
             is_prepared = False
-        waiting += [(group, corpus) for group in corpus.groups if group.kind == "hub" and not is_prepared]
-    if waiting:  # connections and threads are better not forked along
-        (_open_all if workers == 1 else partial(in_child, _open_all))(waiting)
+        waiting += [(group, corpus) for group in corpus.groups if not is_prepared]
+    if any(group.kind == "hub" for group, _ in waiting) and workers != 1:
+        in_child(_look_into_all, waiting)  # connections and threads are better not forked along
+    else:
+        _look_into_all(waiting)
 
 
-def _open_all(waiting: list[tuple[Group, Corpus]]) -> None:
-    refuse(raised([partial(open_hub, group, corpus) for group, corpus in waiting]))
+def _look_into_all(waiting: list[tuple[Group, Corpus]]) -> None:
+    refuse(raised([partial(look_into, group, corpus) for group, corpus in waiting]))
 
 
 _CUT = 3  # version of how conversations are cut into parts that are learned or not
