@@ -10,19 +10,23 @@ import struct
 import sys
 import tracemalloc
 import zipfile
+from datetime import timedelta
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import forked
 import pytest
 import torch
 from conftest import ALWAYS
 from safetensors import safe_open
-from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta, TensorProperties
 from transformers import AutoModelForCausalLM
 
 from salt_lightning import cli
+from salt_lightning.checkpoint import newest
 from salt_lightning.errors import ConfigError
 from salt_lightning.hugging_face.spec import ModelSpec
 from salt_lightning.models import load_pretrained, read_checkpoint
@@ -48,6 +52,11 @@ def copy(saved, tmp_path) -> Path:
 def write_table(folder: Path, table) -> None:
     """Like an attacker: with the right checksum."""
     (folder / ".metadata").write_bytes(pickle.dumps(table))
+    forge_digest(folder)
+
+
+def forge_digest(folder: Path) -> None:
+    shards.forget()
     meta = torch.load(folder / "meta.pt", weights_only=True)
     torch.save({**meta, shards._DIGEST: shards._digest((folder / ".metadata").read_bytes())}, folder / "meta.pt")
 
@@ -271,6 +280,34 @@ def test_a_table_that_is_a_program_does_not_run(copy, function, tmp_path):
     table = shards.table_of(copy)
     table.planner_data = Call(function, *args)
     write_table(copy, table)
-    with pytest.raises(ConfigError, match=r".metadata cannot be read: [\w.]+ does not belong in .metadata"):
+    with pytest.raises(OSError, match=r".metadata cannot be read: [\w.]+ does not belong in .metadata"):
         read_checkpoint(str(copy), "CKPT")
     assert not marker.exists()
+
+
+def test_a_table_of_a_newer_torch_and_python_is_read(copy):
+    """Torch 2.15 adds strides to what it says of a tensor, and Python 3.13 has another name for pathlib."""
+    before = shards.table_of(copy)
+    before.storage_meta = StorageMeta(checkpoint_id=Path("x"))
+    state = TensorProperties.__getstate__
+    with patch.object(TensorProperties, "__getstate__", lambda self: (*state(self)[:5], (32, 1))):
+        data = pickle.dumps(before, protocol=2)
+    assert b"cpathlib\nPosixPath\n" in data or b"cpathlib._local\nPosixPath\n" in data
+    (copy / ".metadata").write_bytes(data.replace(b"cpathlib\n", b"cpathlib._local\n"))
+    forge_digest(copy)
+    after = shards.table_of(copy)
+    assert str(after.storage_meta.checkpoint_id) == "x"
+    assert after.state_dict_metadata == before.state_dict_metadata
+    assert damage.of(copy) is None
+
+
+def test_a_table_that_only_another_version_can_read_is_no_damage(copy, caplog):
+    """The run would go on from an older checkpoint, and set aside the whole one after it."""
+    table = shards.table_of(copy)
+    table.planner_data = Call(timedelta, 1)
+    write_table(copy, table)
+    said = r"datetime.timedelta does not belong in .metadata; it is as it was written, so another torch or Python wrote"
+    for look in (partial(newest, copy.parent), partial(damage.of, copy), partial(read_checkpoint, str(copy), "X")):
+        with pytest.raises(OSError, match=said):
+            look()
+    assert "skipped" not in caplog.text

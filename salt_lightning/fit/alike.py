@@ -47,7 +47,8 @@ def identity(data: Any) -> dict[str, Any]:
 
 def of_trainer(trainer: pl.Trainer) -> dict[str, Any]:
     """What determines a step besides its rows, rate and loss, as a checkpoint records it."""
-    return {f"--trainer.{name}": value for name, value in _of(trainer, ("precision", "gradient_clip_val")).items()}
+    settings = _of(trainer, ("precision", "gradient_clip_val"))
+    return {**{f"--trainer.{name}": value for name, value in settings.items()}, "torch": str(torch.__version__)}
 
 
 def _of_models(settings: Mapping[str, Any], taught: bool) -> dict[str, Any]:

@@ -56,7 +56,8 @@ class _Choice(int):
 
 class _Properties(tables.TensorProperties):
     def __setstate__(self, state: Any) -> None:
-        super().__setstate__(tuple(tables._MEM_FORMAT_ENCODING(v) if type(v) is _Choice else v for v in state))
+        known = state[:5]  # torch 2.15 adds strides, which older ones refuse
+        super().__setstate__(tuple(tables._MEM_FORMAT_ENCODING(v) if type(v) is _Choice else v for v in known))
         self.__class__ = tables.TensorProperties  # type: ignore[assignment]
 
 
@@ -78,7 +79,7 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) not in _KNOWN:
             raise pickle.UnpicklingError(f"{module}.{name} does not belong in {FILE}")
         if (module, name) not in self._found:
-            real: Any = super().find_class(module, name)
+            real: Any = super().find_class(module.removesuffix("._local"), name)  # Python 3.13's name for pathlib
             if real in _BUILT:
                 self._found[module, name] = _stand_in(_Properties if real is tables.TensorProperties else real)
             else:

@@ -64,10 +64,18 @@ def table_of(folder: Path) -> Metadata:
 
 @lru_cache(maxsize=1)
 def _read_metadata(folder: Path, *_: int) -> Metadata:
-    data = (folder / METADATA).read_bytes()
-    if _written_digest(folder) not in (None, _digest(data)):  # a changed byte could cost any amount of memory below
+    data, meta = (folder / METADATA).read_bytes(), _meta(folder)
+    if meta.get(_DIGEST) not in (None, _digest(data)):  # a changed byte could cost any amount of memory below
         raise pickle.UnpicklingError("it has changed since it was written")
-    return pieces.parse(data)
+    try:
+        return pieces.parse(data)
+    except Exception as error:  # of any kind
+        if _DIGEST not in meta:
+            raise
+        raise ForeignError(
+            f"{folder}: {METADATA} cannot be read: {error or type(error).__name__}; it is as it was written, so "
+            f"another torch or Python wrote it than this torch {torch.__version__}; use those; nothing was changed"
+        ) from error
 
 
 def forget() -> None:
@@ -79,14 +87,14 @@ def _digest(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
-def _written_digest(folder: Path) -> str | None:
-    """The digest of `.metadata` as it was written; None if META does not say."""
+def _meta(folder: Path) -> dict[str, Any]:
+    """The contents of META; nothing if it cannot be read."""
     try:
         require_stored(folder / META)
-        return torch.load(folder / META, map_location="cpu", weights_only=True).get(_DIGEST)
+        return dict(torch.load(folder / META, map_location="cpu", weights_only=True))
     except Exception as error:  # `read` says what is wrong with it
         require_answer(folder / META, error)
-        return None
+        return {}
 
 
 def missing(folder: Path) -> str | None:
@@ -99,6 +107,8 @@ def missing(folder: Path) -> str | None:
         metadata = table_of(folder)
         for place in metadata.storage_data.values():
             sizes[place.relative_path] = max(sizes.get(place.relative_path, 0), place.offset + place.length)
+    except ForeignError:
+        raise
     except Exception as error:  # a damaged pickle raises errors of any kind
         require_answer(folder, error)
         return f"{METADATA} cannot be read: {error or type(error).__name__}"
@@ -124,6 +134,10 @@ def _is_file(path: Path) -> bool:
 
 class UnansweredError(OSError):
     """The file system failed to read something; another try may succeed."""
+
+
+class ForeignError(UnansweredError):
+    """A checkpoint is as it was written, but by a torch or Python whose tables this one cannot read."""
 
 
 def require_answer(path: Path, error: BaseException) -> None:
