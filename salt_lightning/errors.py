@@ -192,12 +192,20 @@ def of_process(traceback: str) -> Exception | None:
     return known[name](message) if name in known else None
 
 
+def not_a_name() -> str:
+    """Why a name with bytes that are no text cannot be used."""
+    encoding = sys.getfilesystemencoding()
+    if encoding == "utf-8":
+        return "is not valid UTF-8; give another name"
+    return f"cannot be used while Python takes names for {encoding}; set PYTHONUTF8=1"
+
+
 class VerbParser(argparse.ArgumentParser):
     """Argument parser of a verb that needs no trainer: an error is one line, without the usage text."""
 
     def parse_args(self, args: Sequence[str], namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
         if odd := [word for word in args if re.search("[\ud800-\udfff]", word)]:  # bytes that are no text
-            self.error(f"{odd[0]} is not valid UTF-8; give another name")
+            self.error(f"{odd[0]} {not_a_name()}")
         return super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:

@@ -166,6 +166,14 @@ def test_compare_starts_without_the_libraries_of_training(tmp_path):
     assert {line.split()[-1].partition(".")[0] for line in loaded} & {"torch", "lightning", "transformers"} == set()
 
 
+def test_a_python_that_takes_names_for_ascii_says_so():
+    ascii_only = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, str(ROOT / "cli.py"), "compare", "l\u00e4ufe"]
+    done = subprocess.run(command, capture_output=True, text=True, env=ascii_only)
+    assert done.returncode == 2
+    assert done.stderr.rstrip().endswith(" cannot be used while Python takes names for ascii; set PYTHONUTF8=1")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="that is the GPU")
 @pytest.mark.parametrize("accelerator", ["auto", "cpu"])
 def test_a_run_on_the_cpu_that_was_not_asked_for_is_said(settings, tmp_path, capsys, accelerator):

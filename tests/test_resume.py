@@ -216,6 +216,22 @@ def test_kill_9_then_last(settings, teacher, tmp_path):
     assert_same(tmp_path / "broken", tmp_path / "whole", step=40)
 
 
+def test_a_moved_runs_own_config_does_not_start_anew_in_the_old_place(settings, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    own = {"kd.weight": 0.0, "run": "runs/a", "trainer.max_steps": 2}
+    assert cli.main(["fit", *arguments(settings, own)]) == 0
+    Path("runs/a").rename("b")
+    again = ["fit", "--config=b/config.yaml", "--trainer.max_steps=4", "--ckpt_path=last"]
+    assert cli.main(again) == 2
+    said = (
+        "no checkpoint in runs/a/checkpoints, where b/config.yaml says that the run is, but there are some beside that"
+    )
+    assert f"{said} file, so the run was moved; give --run b" in one_line(capsys)
+    assert cli.main([*again, "--run=b"]) == 0
+    assert Path("b/checkpoints/step-00000004.ckpt").exists()
+    assert cli.main([*again, "--run=new"]) == 0  # another run with the settings of this one
+
+
 def test_sigterm_ends_the_first_process_of_a_container_before_it_trains(settings, tmp_path):
     """There the kernel drops signals without a handler, and Python has none while it imports and prepares text."""
     contained = ["unshare", "-rpf", "--mount-proc", "--kill-child"]

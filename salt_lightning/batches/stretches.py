@@ -76,7 +76,10 @@ def _of_checkpoint(checkpoint: Mapping[str, Any], now: Stretch) -> Stretches:
     except (TypeError, IndexError, ValueError):
         good = False
     if not good:
-        raise ConfigError("the checkpoint is damaged: its record of the rows read is impossible; use another one")
+        raise ConfigError(
+            "the checkpoint's record of the rows read is impossible: it is damaged, or of a newer version of this "
+            "project; use another one, or that version"
+        )
     return found
 
 

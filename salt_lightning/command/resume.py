@@ -44,8 +44,23 @@ def resolve(path: str, config: Namespace, subcommand: str) -> Path | None:
         )
     if found is None and subcommand != "fit":
         raise ConfigError(f"--ckpt_path last: no checkpoint in {folder}; check --run {config.run}")
+    if found is None and (moved := _moved(config)):
+        raise ConfigError(
+            f"--ckpt_path last: no checkpoint in {folder}, where {moved} says that the run is, but there are some "
+            f"beside that file, so the run was moved; give --run {moved.parent}"
+        )
     say_once(f"--ckpt_path last: {found or f'no checkpoint in {config.run}, starting at step 0'}")
     return found
+
+
+def _moved(config: Namespace) -> Path | None:
+    """The given config.yaml of a run with checkpoints that is not where this config says."""
+    for file in map(Path, map(str, config.get("config") or ())):
+        said = readable(file).get("run")
+        elsewhere = os.path.realpath(file.parent) != os.path.realpath(config.run)
+        if elsewhere and saved(file.parent / "checkpoints") and said == config.run:
+            return file
+    return None
 
 
 def _is_of_another(path: Path, run: Path) -> bool:
