@@ -298,8 +298,7 @@ def _changed(reference: Run, run: Run) -> dict[str, tuple[Any, Any]]:
         return {}
     there, here = reference.variant, run.variant
     differ = [key for key in sorted(here.keys() | there.keys()) if here.get(key) != there.get(key)]
-    all_along = {key: key.rpartition(": ")[2] for key in differ}  # what a run never changed, it also had until step N
-    pairs = {k: tuple(r.deciding.get(k, r.config.get(name)) for r in (reference, run)) for k, name in all_along.items()}
+    pairs = {key: tuple(r.deciding.get(key, r.config.get(key)) for r in (reference, run)) for key in differ}
     return {key: (before, now) for key, (before, now) in pairs.items() if before != now or key in there.keys() & here}
 
 

@@ -97,7 +97,7 @@ class SALTDataModule(LightningDataModule):
             split: Split of each hub data set, or of a folder with the same layout, that names none itself.
             subset: Configuration of each hub data set that names none itself.
             revision: Branch, tag or commit of each hub data set that names none itself.
-            text_column: Column that holds the text; of a list, the first that a file (of a .jsonl: a line) has.
+            text_column: Column that holds the text; of a list, in each row the first that is there and not null.
             source_column: Column that names a row's source, for the validation loss by source. Without
                 it, each entry of `source` is one source.
             source_per_file: Each file is a source, named after the file, for the validation loss by file.
@@ -214,10 +214,10 @@ class SALTDataModule(LightningDataModule):
         with suppress(ConfigError):  # setup alone, in Python, may find no training text any more
             held_out = [self._corpus(setting) for setting in ("val_source", "test_source") if getattr(self, setting)]
             trained = [name for corpus in held_out for name in self._corpus("source").shared_with(corpus)]
-            if self.source and self.held_out_by != "source":
+            if self.source and self.held_out_by != "source" and getattr(self.trainer, "is_global_zero", True):
                 part = files.part_in(TokenFiles(self._folder("source"), "train"))
         altered = preflight.unread_text(kept_text(words, files)) or preflight.changed_text(changed_words(words))
-        found = [altered, preflight.seen_in_training(trained, *part)]
+        found = [altered, preflight.seen_in_training(trained, *part, self.examples.given)]
         if self._train is not None and self._eval is not None and self.held_out_by == "source":
             longest = int(np.diff(files.doc_ends, prepend=0).max(initial=0))
             found.append(preflight.large_share(files.num_tokens, longest, self.num_train_tokens, self.val_fraction))

@@ -140,23 +140,26 @@ def unwatched(sources: list[str]) -> Finding | None:
     return Finding("note", "sources", said, "raise --data.val_fraction or --data.val_rows, or give --data.val_source")
 
 
-def seen_in_training(names: list[str], documents: int, share: float) -> Finding | None:
+def seen_in_training(names: list[str], documents: int, share: float, are_examples: bool = False) -> Finding | None:
     """Tells what is both training and held-out text. None: nothing is.
 
     Args:
         names: files or splits that are both.
-        documents: number of held-out documents with an equal one in the training text.
+        documents: number of held-out documents with an equal one in the training text; of examples, an equal prompt.
         share: their share of the held-out tokens.
+        are_examples: the text is prompts and responses.
     """
     if not (names or documents):
         return None
-    said = f"{documents} held-out documents ({share:.1%} of the tokens) are also training text, word for word"
+    what = "examples", "have a prompt of the training text, perhaps with another response"
+    what = what if are_examples else ("documents", "are also training text, word for word")
+    said = f"{documents} held-out {what[0]} ({share:.1%} of the tokens) {what[1]}"
     if names:
         said = f"{len(names)} of the held-out files are also training text ({few(names)})"
     return Finding(
         "warning" if names or share > 0.01 else "note", "held-out text", said,
-        "losses on them say nothing about new text; remove them from --data.source, or hold out a share of it "
-        "(--data.val_fraction), which never parts equal documents",
+        "losses on them say little about new text; remove them from --data.source, or hold out a share of it "
+        "(--data.val_fraction), which never parts equal ones",
     )  # fmt: skip
 
 

@@ -1575,7 +1575,7 @@ def test_a_run_that_went_on_under_other_settings_is_an_experiment_of_its_own(tmp
     found = evaluate(load([longer, whole, again]))
     assert (found.reference, found.reference_val_ce) == ("whole", 4.25)  # the first that is BASELINE throughout
     assert [group.n for group in found.groups] == [1, 1]
-    assert found.groups[0].changed == {"until step 100: trainer.max_steps": (300, 100)}
+    assert found.groups[0].changed == {"until step 100: trainer.max_steps": (None, 100)}
     assert found.notes == [
         "again repeats whole (same seeds, and no setting differs that affects results), so only the latter is counted; "
         "yet its val CE is 3.0000, there 4.2500: a file behind its settings (text, teacher, scores) or a library has "

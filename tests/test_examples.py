@@ -29,6 +29,7 @@ from salt_lightning import cli
 from salt_lightning.batches.example_rows import ExampleRows, open_examples, pack
 from salt_lightning.batches.rows import IGNORE, NO_ROW
 from salt_lightning.errors import ConfigError
+from salt_lightning.preflight import seen_in_training
 from salt_lightning.text.documents import Corpus
 from salt_lightning.text.examples import Conversation, Examples, segments
 from salt_lightning.text.prepare import prepare_tokens
@@ -511,6 +512,9 @@ def test_held_out_examples_with_a_prompt_of_training_are_counted(tmp_path):
     tokens = sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) + 1 for text in texts)
     assert held_out.part_in(train) == (3, tokens / held_out.num_tokens)
     assert train.part_in(train) == (train.num_documents, 1)
+    said = seen_in_training([], *held_out.part_in(train), are_examples=True).said
+    assert said.startswith("3 held-out examples (")
+    assert said.endswith("% of the tokens) have a prompt of the training text, perhaps with another response")
 
 
 def test_parquet_with_values_inside_columns_and_words_for_values(tmp_path):

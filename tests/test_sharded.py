@@ -10,7 +10,6 @@ import struct
 import sys
 import tracemalloc
 import zipfile
-from datetime import timedelta
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -280,7 +279,11 @@ def test_a_table_that_is_a_program_does_not_run(copy, function, tmp_path):
     table = shards.table_of(copy)
     table.planner_data = Call(function, *args)
     write_table(copy, table)
-    with pytest.raises(OSError, match=r".metadata cannot be read: [\w.]+ does not belong in .metadata"):
+    # of torch.load: a later torch's name, for all we know
+    with pytest.raises(
+        OSError if function is torch.load else ConfigError,
+        match=r".metadata cannot be read: [\w.]+ does not belong in .metadata",
+    ):
         read_checkpoint(str(copy), "CKPT")
     assert not marker.exists()
 
@@ -304,9 +307,9 @@ def test_a_table_of_a_newer_torch_and_python_is_read(copy):
 def test_a_table_that_only_another_version_can_read_is_no_damage(copy, caplog):
     """The run would go on from an older checkpoint, and set aside the whole one after it."""
     table = shards.table_of(copy)
-    table.planner_data = Call(timedelta, 1)
+    table.planner_data = Call(torch.device, "cpu")
     write_table(copy, table)
-    said = r"datetime.timedelta does not belong in .metadata; it is as it was written, so another torch or Python wrote"
+    said = r"torch.device does not belong in .metadata; it is as it was written, so another torch or Python wrote"
     for look in (partial(newest, copy.parent), partial(damage.of, copy), partial(read_checkpoint, str(copy), "X")):
         with pytest.raises(OSError, match=said):
             look()

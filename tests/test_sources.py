@@ -266,9 +266,9 @@ def test_what_names_part_of_a_data_set_is_silent_where_there_are_no_files(named,
     [
         ("acme/web", "web", Hub("test", "en", "abc")),
         ("acme/web:train", "web:train", Hub("train", "en", "abc")),
-        ("acme/web:train[:10]", "web:train[:10]", Hub("train[:10]", "en", "abc")),
+        ("acme/web:train[:10]", "web:train", Hub("train[:10]", "en", "abc")),
         ("acme/web:2023.de:train+test", "web:2023.de:train+test", Hub("train+test", "2023.de", "abc")),
-        ("acme/web:de:train[1:]", "web:de:train[1:]", Hub("train[1:]", "de", "abc")),
+        ("acme/web:de:train[1:]", "web:de:train", Hub("train[1:]", "de", "abc")),
         ("acme/web:de:", "web:de:", Hub("test", "de", "abc")),
         ("acme/web@v2", "web", Hub("test", "en", "v2")),
         ("acme/web@refs/convert/parquet:de:train", "web:de:train", Hub("train", "de", "refs/convert/parquet")),
@@ -287,7 +287,9 @@ def test_an_entry_names_its_part_of_a_hub_data_set(entry, name, expected, tmp_pa
     assert [group.name for group in twice] == [entry, f"other/{entry.partition('/')[2]}"]
 
 
-@pytest.mark.parametrize("part", ["train[:10%]", "train[-5:]", "train[:5]+test", "train[5]", "train[:5"])
+@pytest.mark.parametrize(
+    "part", ["train[:10%]", "train[-5:]", "train[:5]+test", "train[5]", "train[:5", "train[:0]", "train[5:3]"]
+)
 def test_a_slice_that_cannot_be_read_is_refused_before_the_hub_is_asked(part, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for entry, hub in ((f"acme/web:{part}", Hub()), ("acme/web", Hub(part))):
@@ -297,7 +299,8 @@ def test_a_slice_that_cannot_be_read_is_refused_before_the_hub_is_asked(part, tm
 
 def test_the_text_column_may_differ_from_source_to_source(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "1", "code": "x"}\n{"code": "2", "content": "x"}\n{"text": null}\n')
-    pq.write_table(pa.table({"other": ["x"], "content": ["3"]}), tmp_path / "b.parquet")
+    rows = {"other": ["x"] * 3, "content": ["3", "4", None], "text": [None, "5", None]}
+    pq.write_table(pa.table(rows), tmp_path / "b.parquet")
     (tmp_path / "c.jsonl").write_text('{"other": "x"}\n')
 
     def read_all(*files: str) -> list[str]:
@@ -305,7 +308,7 @@ def test_the_text_column_may_differ_from_source_to_source(tmp_path):
         corpus = Corpus("--data.source", groups, ["text", "code", "content"])
         return [text for raw in read_raw(corpus) for text, _ in documents(raw, corpus)[0]]
 
-    assert read_all("a.jsonl", "b.parquet") == ["1", "2", "3"]
+    assert read_all("a.jsonl", "b.parquet") == ["1", "2", "3", "5"]
     said = r"^--data.text_column: no column 'text or code or content' in .*c.jsonl: line 1; there are: other"
     with pytest.raises(ConfigError, match=said):
         read_all("c.jsonl")
@@ -495,6 +498,28 @@ def test_a_folder_of_several_subsets_asks_for_one(tmp_path):
     assert names == [f"{tmp_path.name}:zh:train", f"{tmp_path.name}:th:train"]
     with pytest.raises(ConfigError, match="no split 'dev' in .*; there are: train"):
         read(f"{tmp_path}:zh:dev")
+    for part in ("[:2]", "[1:2]", "[10:]"):
+        with pytest.raises(ConfigError, match="has a slice, which only hub data sets can have; name the split alone"):
+            read(f"{tmp_path}:train{part}")
+
+
+def test_colons_and_hub_names_in_local_paths(tmp_path, monkeypatch):
+    (tmp_path / "owner/name:12:30").mkdir(parents=True)
+    (tmp_path / "owner/name").mkdir()
+    (tmp_path / "owner/name:12:30/a.jsonl").write_bytes(lines(1))
+    monkeypatch.chdir(tmp_path)
+    assert read("owner/name:12:30/*.jsonl") == read("owner/name:12:30") == texts(lines(1))
+    for entry in ("owner/name@v1", "owner/name@v1:en:train", "owner/name:", "owner/notes:10:30.jsonl"):
+        with pytest.raises(ConfigError, match=f"'{entry}' matches no file; give a file"):
+            resolve("--data.source", [entry], Hub())
+
+
+def test_revisions_and_slices_of_a_data_set_are_not_the_same_text(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = [["a/b@v1:train"], ["a/b@v2:train"], ["a/b:train[:9]"], ["a/b:train[9:]"]]
+    corpora = [Corpus("--data.source", resolve("--data.source", each, Hub())) for each in names]
+    shared = [one.shared_with(other) for one in corpora for other in corpora]
+    assert shared == [entry if entry is other else [] for entry in names for other in names]
 
 
 # --- tokenizers that do not fit the text ---

@@ -1,6 +1,7 @@
 """Finds the checkpoint that --ckpt_path means, and which of its settings apply."""
 
 import os
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def resolve(path: str, config: Namespace, subcommand: str) -> Path | None:
     if found is None and (moved := _moved(config)):
         raise ConfigError(
             f"--ckpt_path last: no checkpoint in {folder}, where {moved} says that the run is, but there are some "
-            f"beside that file, so the run was moved; give --run {moved.parent}"
+            f"beside that file, so the run was moved; give --run {moved.parent}, or leave out --ckpt_path to start anew"
         )
     say_once(f"--ckpt_path last: {found or f'no checkpoint in {config.run}, starting at step 0'}")
     return found
@@ -56,10 +57,10 @@ def resolve(path: str, config: Namespace, subcommand: str) -> Path | None:
 def _moved(config: Namespace) -> Path | None:
     """The given config.yaml of a run with checkpoints that is not where this config says."""
     for file in map(Path, map(str, config.get("config") or ())):
-        said = readable(file).get("run")
         elsewhere = os.path.realpath(file.parent) != os.path.realpath(config.run)
-        if elsewhere and saved(file.parent / "checkpoints") and said == config.run:
-            return file
+        with suppress(ConfigError, OSError):  # of another's folder
+            if elsewhere and readable(file).get("run") == config.run and saved(file.parent / "checkpoints"):
+                return file
     return None
 
 

@@ -31,6 +31,10 @@ _KNOWN = {
 }
 
 
+class UnknownNameError(pickle.UnpicklingError):
+    """A name of torch or Python's own that other versions may use in a table."""
+
+
 class _Call:
     """Stands for something that a table may only call."""
 
@@ -77,7 +81,9 @@ class _Unpickler(pickle.Unpickler):
         if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
             return dtype
         if (module, name) not in _KNOWN:
-            raise pickle.UnpicklingError(f"{module}.{name} does not belong in {FILE}")
+            may_be = module.partition(".")[0] in ("torch", "pathlib", "collections")
+            kind = UnknownNameError if may_be else pickle.UnpicklingError
+            raise kind(f"{module}.{name} does not belong in {FILE}")
         if (module, name) not in self._found:
             real: Any = super().find_class(module.removesuffix("._local"), name)  # Python 3.13's name for pathlib
             if real in _BUILT:

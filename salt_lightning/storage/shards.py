@@ -69,12 +69,12 @@ def _read_metadata(folder: Path, *_: int) -> Metadata:
         raise pickle.UnpicklingError("it has changed since it was written")
     try:
         return pieces.parse(data)
-    except Exception as error:  # of any kind
+    except (pieces.UnknownNameError, TypeError, ValueError, AttributeError, ImportError) as error:
         if _DIGEST not in meta:
             raise
         raise ForeignError(
-            f"{folder}: {METADATA} cannot be read: {error or type(error).__name__}; it is as it was written, so "
-            f"another torch or Python wrote it than this torch {torch.__version__}; use those; nothing was changed"
+            f"{folder}: {METADATA} cannot be read: {error}; it is as it was written, so another torch or Python wrote "
+            f"it than this torch {torch.__version__}; use those; nothing was changed"
         ) from error
 
 
@@ -111,7 +111,7 @@ def missing(folder: Path) -> str | None:
         raise
     except Exception as error:  # a damaged pickle raises errors of any kind
         require_answer(folder, error)
-        return f"{METADATA} cannot be read: {error or type(error).__name__}"
+        return f"{METADATA} cannot be read: {str(error) or type(error).__name__}"
     for name, size in sorted(sizes.items()):
         if not _is_file(folder / name):
             return f"{name} is missing"

@@ -41,7 +41,7 @@ class Corpus:
 
     setting: str  # as typed, for messages: "--data.source"
     groups: tuple[Group, ...]
-    text_column: str | list[str] = "text"  # a list: the first that a file or line has
+    text_column: str | list[str] = "text"  # a list: of each row the first that is there and not null
     source_column: str | None = None
     skip_bad_lines: bool = False
     examples: Examples = Examples()  # noqa: RUF009 (frozen)
@@ -78,18 +78,17 @@ class Corpus:
         Args:
             found: the columns that are there.
         """
-        own = self.examples.columns() if self.examples.given else {self._text(found): "text_column"}
-        return {**({self.source_column: "source_column"} if self.source_column else {}), **own}
-
-    def _text(self, found: Container[str]) -> str:
         names = entries(self.text_column)
-        return next((name for name in names if name in found), " or ".join(names))
+        there = [name for name in names if name in found] or [" or ".join(names)]
+        own = self.examples.columns() if self.examples.given else dict.fromkeys(there, "text_column")
+        return {**({self.source_column: "source_column"} if self.source_column else {}), **own}
 
     def content(self, fields: dict[str, Any]) -> Any:
         """A row's content: a text, or the fields of an example."""
         if self.examples.given:
             return {column: fields[column] for column in self.examples.columns()}
-        return fields[self._text(fields)]
+        texts = (fields.get(column) for column in entries(self.text_column))
+        return next((text for text in texts if text is not None), None)
 
 
 @dataclass
@@ -230,17 +229,18 @@ def _value(scalar: Any) -> Any:
         return error.object
 
 
-def look_into(group: Group, corpus: Corpus) -> None:
-    """Open a hub data set, or every parquet file (a millisecond each), without reading rows.
+def look_into(corpus: Corpus) -> None:
+    """Open the hub data sets, and every parquet file (a millisecond each), without reading rows.
 
     Raises:
         ConfigError: as `read_raw`, for what can be seen without reading.
     """
-    if group.kind == "hub":
-        open_hub(group, corpus)
-    for file in group.files if group.kind == "parquet" else ():
-        with _file_errors(file, corpus):
-            check_columns(corpus, pq.read_schema(file).names, file)
+    for group in corpus.groups:
+        if group.kind == "hub":
+            open_hub(group, corpus)
+        for file in group.files if group.kind == "parquet" else ():
+            with _file_errors(file, corpus):
+                check_columns(corpus, pq.read_schema(file).names, file)
 
 
 def open_hub(group: Group, corpus: Corpus) -> Any:

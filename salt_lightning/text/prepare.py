@@ -31,7 +31,6 @@ from salt_lightning.text.journal import Unfinished, making, write_json
 from salt_lightning.text.parse import Skipped, empty_error
 from salt_lightning.text.processes import in_child, num_cores, ordered_map
 from salt_lightning.text.progress import Done, Progress, summary_line
-from salt_lightning.text.sources import Group
 from salt_lightning.text.token_files import FORMAT, SPLITS, SplitWriter, TokenFiles, digest, no_counts, sealed, sizes
 from salt_lightning.text.tokenizer import (
     WORDS,
@@ -49,6 +48,7 @@ from salt_lightning.text.tokenizer import (
 )
 
 MAX_SOURCES = 1000
+_TRAINED = 4  # version of what a tokenizer is trained on
 _JOURNAL_S = 10.0  # the work that a kill may lose
 _KEPT = f"; the same --data.cache_dir keeps all but about the last {_JOURNAL_S:g} s of work"
 _CHARS_PER_WORKER = 3 << 19  # three tasks: one being processed, one queued, one waiting to be written
@@ -56,7 +56,7 @@ _CHARS_PER_WORKER = 3 << 19  # three tasks: one being processed, one queued, one
 
 def tokenizer_folder(corpus: Corpus, vocab_size: int, val_fraction: float, cache_dir: Path) -> Path:
     """The cache folder of the tokenizer trained on a corpus."""
-    return cache_dir / f"tokenizer-{digest([FORMAT, WORDS, corpus.inputs(), vocab_size, val_fraction])}"
+    return cache_dir / f"tokenizer-{digest([_TRAINED, WORDS, corpus.inputs(), vocab_size, val_fraction])}"
 
 
 def trained_tokenizer(corpus: Corpus, vocab_size: int, val_fraction: float, cache_dir: Path) -> str:
@@ -99,15 +99,15 @@ def look_inside(corpora: dict[str, Corpus], folder: Callable[[str], Path], worke
             is_prepared = folder(setting).exists()
         except ConfigError:  # its tokenizer is not trained yet
             is_prepared = False
-        waiting += [(group, corpus) for group in corpus.groups if not is_prepared]
-    if any(group.kind == "hub" for group, _ in waiting) and workers != 1:
+        waiting += [] if is_prepared else [corpus]
+    if any(corpus.reads_hub() for corpus in waiting) and workers != 1:
         in_child(_look_into_all, waiting)  # connections and threads are better not forked along
     else:
         _look_into_all(waiting)
 
 
-def _look_into_all(waiting: list[tuple[Group, Corpus]]) -> None:
-    refuse(raised([partial(look_into, group, corpus) for group, corpus in waiting]))
+def _look_into_all(waiting: list[Corpus]) -> None:
+    refuse(raised([partial(look_into, corpus) for corpus in waiting]))
 
 
 _CUT = 3  # version of how conversations are cut into parts that are learned or not

@@ -62,7 +62,8 @@ class Group:
         """What it reads -> a name to show. A file has one key under all its names; each hub split has its name."""
         if self.kind == "hub":
             parts = self.hub.split.split("+")
-            names = (":".join(filter(None, (self.hub_name, self.hub.subset, part))) for part in parts)
+            revision = f"@{self.hub.revision}" if self.hub.revision else ""
+            names = (":".join(filter(None, (f"{self.hub_name}{revision}", self.hub.subset, part))) for part in parts)
             return {name: name for name in names}
         return {_identity(file): file for file in self.files}
 
@@ -133,11 +134,13 @@ def _resolve_one(setting: str, entry: str, name: str, hub: Hub) -> list[Group]:
             )
         return [Group(name, kind, tuple(found)) for kind, found in of_kind.items() if found]
     there = glob.glob(path)  # an empty folder, or a pipe
-    if (named := _HUB.fullmatch(entry)) and not there:
+    named = Path(entry).suffix not in {".txt", ".md", ".py", *_KINDS, *SUFFIXES} and _HUB.fullmatch(entry)
+    if named and not there:
         hub_name, revision, subset, split = named.groups()
-        if Path(hub_name).suffix not in {".txt", ".md", ".py", *_KINDS, *SUFFIXES}:
+        if not os.path.exists(hub_name):  # which `datasets` would read instead
             part = Hub(split or hub.split, subset or hub.subset, revision or hub.revision)
-            if "[" in part.split and not _SLICE.fullmatch(part.split):
+            _, first, end = part.rows()
+            if "[" in part.split and (not _SLICE.fullmatch(part.split) or (end is not None and end <= first)):
                 raise ConfigError(
                     f"{setting}: {part.split!r} is no slice that can be read; a slice counts rows of one split, "
                     "e.g. train[:5000000] or train[10000:]"
@@ -160,6 +163,10 @@ def _files(setting: str, path: str, hub: Hub) -> list[str]:
         return _say_no_split(setting, path, [path], hub)
     if parted := _parted(path):
         folder, *subset, split = parted
+        if re.fullmatch(r"\d*\]", split):
+            raise ConfigError(
+                f"{setting}: {path!r} has a slice, which only hub data sets can have; name the split alone"
+            )
         part = replace(hub, split=split, **({"subset": subset[0]} if subset else {}))
         return _say_outside(setting, folder, _folder_files(setting, folder, part, f"{setting}: {path!r}"))
     found = sorted(glob.glob(path, recursive=True))
@@ -169,8 +176,9 @@ def _files(setting: str, path: str, hub: Hub) -> list[str]:
 
 def _parted(path: str) -> list[str]:
     """FOLDER:split or FOLDER:subset:split in its parts; nothing if there is no such folder."""
-    ways = (path.rsplit(":", colons) for colons in (1, 2))
-    return next((parts for parts in ways if all(parts[1:]) and len(parts) > 1 and os.path.isdir(parts[0])), [])
+    ways = (path.rsplit(":", colons) for colons in (1, 2) if path.count(":") >= colons)
+    named = ([folder, *rest] for folder, *rest in ways if all(rest) and not any(os.sep in part for part in rest))
+    return next((parts for parts in named if os.path.isdir(parts[0])), [])
 
 
 def _refuse_broken_links(setting: str, paths: list[str]) -> None:
@@ -384,7 +392,8 @@ def _source_name(entry: str) -> str:
     path = os.path.abspath(os.path.expanduser(entry))
     there = os.path.exists(path) or bool(_parted(path))  # then brackets in it are not a pattern
     if not there and (named := _HUB.fullmatch(entry)):
-        return entry.partition("/")[2].replace(f"@{named[2]}", "", 1)
+        # neither revision nor slice: a source that grows in a resumed run keeps its name, and so its place
+        return entry.partition("/")[2].replace(f"@{named[2]}", "", 1).partition("[")[0]
     parts = [part for part in path.split(os.sep) if part and (there or not glob.has_magic(part))]
     last = parts[-1] if parts else entry
     return last.split(".")[0] or last if os.path.isfile(path) else last
