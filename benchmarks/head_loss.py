@@ -194,6 +194,18 @@ def _trl() -> Any:
     return GKDTrainer.generalized_jsd_loss
 
 
+def trl_chunked(case: Case) -> Tensor:
+    """What its DistillationTrainer computes, forward KL without all logits, plus TRL's own chunked cross-entropy."""
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+
+    student = case.hidden_ND, case.head_VD, None
+    kl_N, _ = ChunkedDivergenceFunction.apply(*student, case.teacher_hidden_NE, case.teacher_head_VE, None, 0.0)
+    ce_N = -ChunkedLogProbFunction.apply(*student, case.labels_N, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ())[0]
+    return (1 - case.kd_weight) * ce_N.mean() + case.kd_weight * kl_N.mean()
+
+
 def floor(case: Case, teacher: bool = True) -> None:
     """The products alone: logits of both models, the gradients of hidden states and head."""
     with torch.no_grad():
@@ -222,7 +234,7 @@ def variants(on_gpu: bool, teacher: bool) -> dict[str, Loss]:
         found["ours, fast, compiled row pass"] = partial(with_plain_rows, **fast, compiled=True)
         found["naive, torch.compile"] = torch.compile(partial(naive, teacher=teacher), dynamic=False)
     if teacher:
-        found |= {"Liger FusedLinearJSD": liger, "TRL generalized_jsd_loss": trl}
+        found |= {"Liger FusedLinearJSD": liger, "TRL generalized_jsd_loss": trl, "TRL chunked": trl_chunked}
     return found
 
 
