@@ -11,6 +11,7 @@ are read here: `datasets` takes 10 times as long for plain lines, and reports ne
 """
 
 import bisect
+import gc
 import hashlib
 import os
 from collections.abc import Container, Iterator
@@ -28,7 +29,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from salt_lightning.errors import ConfigError, first_line
 from salt_lightning.text.examples import Examples
 from salt_lightning.text.packed import unpacked
-from salt_lightning.text.sources import Group, entries, hub_error
+from salt_lightning.text.sources import Group, hub_error
 
 _RAW_CHARS = 1 << 19  # text per worker task: long enough to hide the pickling, short enough for even progress
 _MAX_BYTES = 1 << 30  # largest document in a file
@@ -72,14 +73,17 @@ class Corpus:
             found[file] = (stat.st_size, stat.st_mtime_ns) if stat else None
         return found
 
+    @property
+    def text_columns(self) -> list[str]:
+        return [self.text_column] if isinstance(self.text_column, str) else self.text_column
+
     def columns(self, found: Container[str]) -> dict[str, str]:
         """Column to read -> the setting that names it.
 
         Args:
             found: the columns that are there.
         """
-        names = entries(self.text_column)
-        there = [name for name in names if name in found] or [" or ".join(names)]
+        there = [name for name in self.text_columns if name in found] or [" or ".join(self.text_columns)]
         own = self.examples.columns() if self.examples.given else dict.fromkeys(there, "text_column")
         return {**({self.source_column: "source_column"} if self.source_column else {}), **own}
 
@@ -87,7 +91,7 @@ class Corpus:
         """A row's content: a text, or the fields of an example."""
         if self.examples.given:
             return {column: fields[column] for column in self.examples.columns()}
-        texts = (fields.get(column) for column in entries(self.text_column))
+        texts = (fields.get(column) for column in self.text_columns)
         return next((text for text in texts if text is not None), None)
 
 
@@ -258,7 +262,7 @@ def open_hub(group: Group, corpus: Corpus) -> Any:
         if hasattr(builder.config, "sample_by"):  # of .txt: a file is a document, as it is for files here
             builder.config.sample_by = "document"
         if hasattr(builder.config, "converters"):  # of .csv: 007 and NA stay what they are
-            names = [*corpus.columns(()), *entries(corpus.text_column)]
+            names = [*corpus.columns(()), *corpus.text_columns]
             builder.config.converters, builder.config.keep_default_na = dict.fromkeys(names, str), False
         split, first, end = hub.rows()
         stream = builder.as_streaming_dataset(split=split)
@@ -285,6 +289,7 @@ def _read_hub(group: Group, corpus: Corpus) -> Iterator[Raw]:
     with _hub_errors(group, corpus):
         for batch in stream.iter(_TABLE_ROWS):
             yield _of_table(group, corpus, batch, 0, [])
+        gc.collect()  # behind a slice, the stream still reads ahead in threads, which would abort a process that ends
 
 
 @contextmanager
