@@ -262,8 +262,8 @@ def open_hub(group: Group, corpus: Corpus) -> Any:
         if hasattr(builder.config, "sample_by"):  # of .txt: a file is a document, as it is for files here
             builder.config.sample_by = "document"
         if hasattr(builder.config, "converters"):  # of .csv: 007 and NA stay what they are
-            names = [*corpus.columns(()), *corpus.text_columns]
-            builder.config.converters, builder.config.keep_default_na = dict.fromkeys(names, str), False
+            as_text = dict.fromkeys(corpus.columns(corpus.text_columns), str)
+            builder.config.converters, builder.config.keep_default_na = as_text, False
         split, first, end = hub.rows()
         stream = builder.as_streaming_dataset(split=split)
         found = stream.column_names or list(next(iter(stream), {}))

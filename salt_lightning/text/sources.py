@@ -26,10 +26,7 @@ _TABLES = {".csv", ".tsv"}  # read as one document, which is rarely meant
 _ARCHIVES = {".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".tzst", ".zip", ".7z", ".rar"}
 # with an owner: `datasets` takes "text" or "json" alone for every such file in the working directory
 _HUB = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([^:]+))?(?:(?::([^:[]+))?:(.*))?")
-
 _SLICE = re.compile(r"([^[+]+)\[(\d*):(\d*)\]")
-
-
 _HUB_READER = 3  # version: 1 took each line of a .txt for a document, 2 took words of a .csv for numbers
 
 
