@@ -156,10 +156,21 @@ def test_who_is_alone_waits_for_nobody(own, nodes, others, apart, monkeypatch):
     peers.tell(Namespace(num_nodes=1))
 
 
-def test_what_processes_said_before_a_restart_does_not_count(apart, monkeypatch):
-    """torchrun's store outlives them."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True)
-    monkeypatch.setenv("MASTER_PORT", str(store.port))
+def test_what_processes_said_before_a_restart_does_not_count(apart, monkeypatch, request):
+    """torchrun's store outlives them, in a process of its own: it has threads, whose locks a fork would copy as they
+    are."""
+    fork = multiprocessing.get_context("fork")
+    receiver, sender = fork.Pipe(duplex=False)
+
+    def keep_store() -> None:
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True)
+        sender.send(store.port)
+        time.sleep(600)
+
+    keeper = fork.Process(target=keep_store, daemon=True)
+    keeper.start()
+    request.addfinalizer(keeper.kill)
+    monkeypatch.setenv("MASTER_PORT", str(receiver.recv()))
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
 
     def work(start: int, rank: int):
