@@ -54,37 +54,11 @@ def pytest_collection_finish():
 
 @pytest.fixture(autouse=True, scope="session")
 def one_parser_per_verb():
-    """Keeps each verb's parser: building one takes a fifth of the CPU time of a small fit, and all are alike.
+    import parsers
 
-    Also the list of its settings, which jsonargparse makes anew to find each one of them: a tenth.
-    """
-    from jsonargparse import _subcommands
-
-    from salt_lightning import cli
-
-    build, built = cli.SALTCLI.setup_parser, {}
-    name, kept = "filter_non_parsing_actions", {}
-    filtered = getattr(_subcommands, name, None)  # not in every version
-
-    def filter_once(actions):
-        known = kept.get(id(actions))
-        if known is None or known[0] != actions:
-            known = kept[id(actions)] = list(actions), filtered(actions)
-        return known[1]
-
-    def setup_parser(command, *args, **kwargs):
-        key = type(command), command.verb, *map(str, args)
-        if key not in built:
-            before = set(vars(command))
-            build(command, *args, **kwargs)
-            built[key] = {name: value for name, value in vars(command).items() if name not in before}
-        vars(command).update(built[key])
-
-    cli.SALTCLI.setup_parser = setup_parser
-    setattr(_subcommands, name, filter_once)
+    end = parsers.keep()
     yield
-    cli.SALTCLI.setup_parser = build
-    setattr(_subcommands, name, filtered)
+    end()
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,6 @@
 """Starts Python programs as `subprocess` does, without the six seconds of CPU time in which each imports its libraries:
-forks them from one process that has imported torch, Lightning and transformers, and done nothing else.
+forks them from one process that has imported torch, Lightning and transformers, has built the parsers of fit and
+predict, and done nothing else.
 
 A program has its own process id, arguments, environment, folder, streams and session, and ends as Python ends. What the
 libraries read from the environment while they are imported is that of the tests, and all hash strings alike. So
@@ -120,8 +121,9 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.path.insert(0, str(Path(__file__).parents[1]))
     import numpy as np
+    import parsers
 
-    import salt_lightning.cli  # noqa: F401
+    parsers.keep(["fit", "predict"], only_the_first=True)
 
     gc.freeze()  # as the command does
     atexit.register(gc.unfreeze)

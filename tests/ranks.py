@@ -13,10 +13,13 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import forked
 import torch
 from lightning.pytorch.callbacks import Callback
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import parsers
+
 from salt_lightning import cli
 
 
@@ -114,7 +117,10 @@ def force_fsdp1() -> None:
 
 
 def launch(jobs: list[dict[str, Any]], folder: Path, world: int = 2, timeout_s: float = 240.0) -> None:
-    """Runs the jobs one after the other in `world` processes; raises with the output of the first that failed."""
+    """Runs the jobs one after the other in `world` processes; raises with the output of the first that failed.
+
+    The first process is forked, which saves its imports. The others are new: their sets have other orders.
+    """
     file = folder / "jobs.json"
     file.write_text(json.dumps(jobs))
     with socket.socket() as free:
@@ -126,11 +132,9 @@ def launch(jobs: list[dict[str, Any]], folder: Path, world: int = 2, timeout_s: 
     processes = []
     for rank, output in enumerate(outputs):
         with open(output, "w") as out:
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, __file__, str(file)], env={**env, "LOCAL_RANK": str(rank)}, stdout=out, stderr=out
-                )
-            )
+            command, own = [sys.executable, __file__, str(file)], {**env, "LOCAL_RANK": str(rank)}
+            start = subprocess.Popen if rank else forked.Popen
+            processes.append(start(command, env=own, stdout=out, stderr=out))
     try:
         codes = [process.wait(timeout_s) for process in processes]
     finally:
@@ -141,6 +145,7 @@ def launch(jobs: list[dict[str, Any]], folder: Path, world: int = 2, timeout_s: 
 
 if __name__ == "__main__":
     gc.freeze()  # as the command does
+    parsers.keep()
     is_forced = False  # only once a job needs it
     for job in json.loads(Path(sys.argv[1]).read_text()):
         if not is_forced and any("fsdp1.yaml" in argument for argument in job["args"]):
