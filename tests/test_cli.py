@@ -19,6 +19,7 @@ from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
+import forked
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -137,10 +138,14 @@ def test_the_methods_differ_in_nothing_but_the_method(folder):
 
 
 def test_the_installed_command_is_the_same(tmp_path):
-    for command in ([sys.executable, str(ROOT / "cli.py")], [str(Path(sys.executable).parent / "salt-lightning")]):
-        if not Path(command[-1]).exists():
-            pytest.skip("the package is not installed")
-        done = subprocess.run([*command, "fit", "--kd.wieght", "1"], capture_output=True, text=True, cwd=tmp_path)
+    """Of `python cli.py`, the test on a terminal runs the imports too."""
+    installed, wrong = Path(sys.executable).parent / "salt-lightning", ["fit", "--kd.wieght", "1"]
+    if not installed.exists():
+        pytest.skip("the package is not installed")
+    for done in (
+        forked.run([sys.executable, ROOT / "cli.py", *wrong], cwd=tmp_path),
+        subprocess.run([installed, *wrong], capture_output=True, text=True, cwd=tmp_path),
+    ):
         assert done.returncode == 2
         assert done.stderr.strip().count("\n") == 0, done.stderr
 

@@ -4,11 +4,11 @@ import json
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 import yaml
@@ -516,7 +516,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     dcp.save({"state_dict": whole.pop("state_dict")}, checkpoint_id=tmp_path / "sharded.ckpt", no_dist=True)
     torch.save(whole, tmp_path / "sharded.ckpt" / "meta.pt")
     save(tiny("llama").model, tmp_path / "tiny.ckpt")
-    done = subprocess.run([sys.executable, "-c", MEMORY, tmp_path], capture_output=True, text=True, cwd=ROOT)
+    done = forked.run([sys.executable, "-c", MEMORY, tmp_path])
     assert done.returncode == 0, done.stderr
     one, cast, sharded = map(float, done.stdout.split())
     # A file's worth of the mapped checkpoint; to cast it, twice that and the file's worth of copies; a sharded one is

@@ -21,6 +21,9 @@ from salt_lightning.export import export
 PROGRAM = """
 import json, shutil, sys
 from huggingface_hub import constants
+sys.path.append(sys.argv[2])
+import parsers
+parsers.keep()
 from salt_lightning.cli import main
 for args in json.loads(sys.argv[1]):
     if args[0] == "copy":
@@ -95,8 +98,8 @@ def tried(hub, settings, tmp_path_factory):
             own = {"HF_ENDPOINT": address, "HF_HOME": "home", "HF_HUB_OFFLINE": "0", "NO_PROXY": "*", "no_proxy": "*"}
             env = {name: value for name, value in os.environ.items() if not name.startswith("HF_")} | own
             done = subprocess.run(
-                [sys.executable, "-c", PROGRAM, json.dumps(lists)], env=env, cwd=folder, text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=240,
+                [sys.executable, "-c", PROGRAM, json.dumps(lists), Path(__file__).parent], env=env, cwd=folder,
+                text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=240,
             )  # fmt: skip
         assert done.returncode == 0, done.stdout
         return re.findall(r".*?\nexit \d+\n", done.stdout, re.DOTALL)

@@ -201,7 +201,7 @@ def test_kill_9_then_last(settings, teacher, tmp_path):
     command = [*command, f"--run={tmp_path / 'broken'}", "--ckpt_path=last"]
     folder = tmp_path / "broken/checkpoints"
     for wanted in (3, 17):
-        process = subprocess.Popen(
+        process = forked.Popen(
             [sys.executable, "-c", "import sys; from salt_lightning.cli import main; sys.exit(main())", *command],
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
