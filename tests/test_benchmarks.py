@@ -38,11 +38,14 @@ class LigerFusedLinearJSDLoss:  # beta 0: forward KL
 
 @pytest.fixture
 def run_apart(monkeypatch, capfd):
-    """run_apart(name, *options) -> the output of a benchmark that only starts other processes: here, forked ones."""
+    """run_apart(name, *options) -> the output of a benchmark that only starts other processes: here, forked ones.
 
-    def run_here(name: str, *options: str) -> str:
+    `own`: words that follow each of their commands.
+    """
+
+    def run_here(name: str, *options: str, own: tuple[str, ...] = ()) -> str:
         monkeypatch.syspath_prepend(ROOT / "benchmarks")
-        monkeypatch.setattr(subprocess, "Popen", forked.Popen)
+        monkeypatch.setattr(subprocess, "Popen", lambda command, **how: forked.Popen([*command, *own], **how))
         monkeypatch.setattr(sys, "argv", [name, *options])
         capfd.readouterr()
         runpy.run_path(str(ROOT / "benchmarks" / name), run_name="__main__")
@@ -167,8 +170,8 @@ def test_export_memory():
 
 
 def test_strategies_are_compared(run_apart):
-    """With one process each; tests/test_parallel.py uses several."""
-    out = run_apart("parallel.py", "--processes", "4", "--only", "FSDP2 1")
+    """With one process each, so in fewer micro-batches than four would take; tests/test_parallel.py uses several."""
+    out = run_apart("parallel.py", "--processes", "4", "--only", "FSDP2 1", own=("--data.micro_batch_size=8",))
     (row,) = re.findall(r"^\| FSDP2 1 \| 1 to 20 \| (.+) \| - / - \|$", out, re.M)
     assert [float(difference) for difference in row.split("|")] == [0, 0, 0, 0]
 
