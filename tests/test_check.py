@@ -50,12 +50,23 @@ def checked(settings, teacher, tmp_path, capsys):
     return run
 
 
+@pytest.fixture
+def no_memory(monkeypatch):
+    """Memory without the simulated steps, nine tenths of a check's time: for tests of what is found elsewhere."""
+
+    def peaks(fit, rows, compiled):
+        return [memory.Peak(rows << 20, 0, 0, 0)] * (1 if fit.teacher is None else 2)
+
+    monkeypatch.setattr(memory, "_peaks", peaks)
+
+
 def of(found, about):
     matching = [(level, text) for level, name, text in found if name == about]
     assert matching, (about, found)
     return matching[0]
 
 
+@pytest.mark.usefixtures("no_memory")
 def test_a_tokenizer_that_does_not_know_the_words(checked, tmp_path, corpus, fit_with, caplog):
     words = tokenizers.Tokenizer(
         tokenizers.models.WordLevel({"[UNK]": 0, "[EOS]": 1, "the": 2, "a": 3}, unk_token="[UNK]")
@@ -72,6 +83,7 @@ def test_a_tokenizer_that_does_not_know_the_words(checked, tmp_path, corpus, fit
     assert "of the held-out text is unknown to --data.tokenizer" in caplog.text
 
 
+@pytest.mark.usefixtures("no_memory")
 def test_held_out_text_that_is_trained_on(checked, corpus, tmp_path, fit_with, caplog):
     apart = tmp_path / "apart"
     apart.mkdir()
@@ -131,6 +143,7 @@ def test_an_evaluation_on_what_the_run_has_trained_on(corpus, settings, tmp_path
     assert said not in caplog.text
 
 
+@pytest.mark.usefixtures("no_memory")
 def test_the_rows_that_a_run_has_read_count_as_it_read_them(checked, fit_with, tmp_path, caplog, capsys):
     own, run = {"kd.weight": 0.0, "trainer.max_steps": 12}, tmp_path / "run"
     assert fit_with(run, **own) == 0
@@ -144,6 +157,7 @@ def test_the_rows_that_a_run_has_read_count_as_it_read_them(checked, fit_with, t
     assert f"data: {of(found, 'rows')[1]}" in caplog.text
 
 
+@pytest.mark.usefixtures("no_memory")
 def test_a_checkpoint_that_does_not_fit_is_an_error_in_check_as_in_fit(
     checked, fit_with, settings, teacher, tmp_path, capsys, caplog
 ):
@@ -181,6 +195,7 @@ def test_a_checkpoint_that_does_not_fit_is_an_error_in_check_as_in_fit(
     assert "continuing with" not in caplog.text
 
 
+@pytest.mark.usefixtures("no_memory")
 def test_sizes_that_were_not_given_are_named(checked):
     _, found = checked(
         **{"model.student.config": {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}}
@@ -220,6 +235,7 @@ def test_the_parameters_and_flops_of_the_student(checked, settings):
     assert f"{3 * forward * 8 * 32:.3g} FLOPs per step" in of(found, "compute")[1]
 
 
+@pytest.mark.usefixtures("no_memory")
 def test_biases_of_experts_are_told_among_what_does_not_decay(checked):
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
              "head_dim": 8, "intermediate_size": 32, "num_local_experts": 4, "tie_word_embeddings": False}  # fmt: skip
@@ -230,6 +246,7 @@ def test_biases_of_experts_are_told_among_what_does_not_decay(checked):
     assert f"{2 * (7 + 1 + 2) + 1} vectors do not" in of(found, "student")[1]
 
 
+@pytest.mark.usefixtures("no_memory")
 def test_flops_that_are_not_known_are_a_note(checked, monkeypatch):
     monkeypatch.setattr(check.flops, "forward_flops_per_token", lambda *_: math.nan)
     _, found = checked()
@@ -373,6 +390,7 @@ def test_help_has_the_settings_of_a_fit(capsys):
     assert all(name in shown for name in ("--data.source", "--kd.steps", "--check.memory_gib", "--checkpoint.keep"))
 
 
+@pytest.mark.usefixtures("no_memory")
 def test_a_run_folder_that_is_taken(checked, tmp_path):
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     (tmp_path / "run/checkpoints/step-00000003.ckpt").touch()
@@ -407,7 +425,9 @@ def test_a_run_folder_that_is_taken(checked, tmp_path):
         ({"kd.weight": 0}, "phases", "ok", "is not used with --kd.weight 0"),
     ],
 )  # fmt: skip
-def test_one_finding(checked, overrides, about, level, says):
+def test_one_finding(checked, overrides, about, level, says, request):
+    if about != "micro-batch":
+        request.getfixturevalue("no_memory")
     code, found = checked(**overrides)
     assert of(found, about)[0] == level
     assert says in of(found, about)[1]
@@ -493,6 +513,7 @@ def shuffle_ids(name, tensor):
         tensor.copy_(tensor.roll(101, 0))
 
 
+@pytest.mark.usefixtures("no_memory")
 @pytest.mark.parametrize("change", [zero_head, randomize, shuffle_ids])
 def test_a_teacher_that_knows_nothing(checked, teacher, tmp_path, fit_with, capsys, change):
     path = damaged(teacher, tmp_path / "bad.ckpt", change)
@@ -507,6 +528,7 @@ def test_a_teacher_that_knows_nothing(checked, teacher, tmp_path, fit_with, caps
     assert not (tmp_path / "fit").exists()
 
 
+@pytest.mark.usefixtures("no_memory")
 def test_rows_that_pad_a_teachers_head_are_no_tokens(checked, teacher, tmp_path):
     export(teacher, tmp_path / "cut")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "cut")
@@ -519,6 +541,7 @@ def test_rows_that_pad_a_teachers_head_are_no_tokens(checked, teacher, tmp_path)
     assert said[0] == said[1]
 
 
+@pytest.mark.usefixtures("no_memory")
 def test_of_a_long_prompt_a_large_student_sees_some_of_the_response(checked, teacher, tmp_path, monkeypatch):
     monkeypatch.setattr(probe, "_LOOK_FLOPS", 1.0)  # as for 300M parameters and more: 256 tokens of the first row
     rows = [{"q": f"{i} " + "the frozen teacher helps " * 60, "a": f"so {i}"} for i in range(40)]
@@ -545,6 +568,7 @@ def test_a_few_hard_tokens_do_not_refuse_a_teacher(teacher, tmp_path, fit_with, 
     assert int(re.search(r"teacher CE.* nats on (\d+) tokens", caplog.text)[1]) > 300  # all there are
 
 
+@pytest.mark.usefixtures("no_memory")
 def test_it_may_be_allowed(checked, teacher, tmp_path, fit_with):
     path = damaged(teacher, tmp_path / "bad.ckpt", randomize)
     own = {"kd.weight": 0.5, "kd.steps": 6, "model.teacher.path": path, "kd.allow_untrained": True}
@@ -591,6 +615,7 @@ def test_the_counts_of_tokens(settings, tmp_path):
     assert data.counts_nll(torch.tensor([new])) == pytest.approx(math.log(len(tokens) + new + 1))
 
 
+@pytest.mark.usefixtures("no_memory")
 def test_token_maps(checked, settings, teacher, tmp_path):
     """A tokenizer of the same size that names two ids differently: the first ones are shown."""
     run = Path(teacher).parents[1]
@@ -607,6 +632,7 @@ def test_token_maps(checked, settings, teacher, tmp_path):
     assert f"2 of them: id 70 is {b!r} here and {a!r} there" in said
 
 
+@pytest.mark.usefixtures("no_memory")
 def test_a_teacher_with_too_few_positions_is_a_finding(checked, tmp_path):
     sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 320, "n_positions": 16}
     build_fresh(ModelSpec(family="gpt2", config=sizes), None, 0).save_pretrained(tmp_path / "short")
@@ -618,6 +644,7 @@ def test_a_teacher_with_too_few_positions_is_a_finding(checked, tmp_path):
     ]
 
 
+@pytest.mark.usefixtures("no_memory")
 def test_other_rules_with_the_same_map_are_a_warning(checked, teacher, tmp_path):
     """The ids mean the same, and the text is cut into others."""
     folder = tmp_path / "other"
