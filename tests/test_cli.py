@@ -36,6 +36,7 @@ import salt_lightning
 from salt_lightning import cli
 from salt_lightning.__main__ import _imported
 from salt_lightning.checkpoint import newest
+from salt_lightning.command import wrong_names
 from salt_lightning.command.parser import _WORDS, configs_first
 from salt_lightning.command.quiet import silence_libraries
 from salt_lightning.command.settings import wrong_trainer_settings
@@ -103,6 +104,21 @@ def test_help_says_what_this_project_does(capsys):
     parser = LightningArgumentParser()
     parser.add_lightning_class_args(pl.Trainer, "trainer")
     assert {name for name in _WORDS if "." in name} <= {action.dest for action in parser._actions}  # no other names
+
+
+def test_names_of_other_tools_are_answered_with_settings_that_exist(capsys):
+    assert cli.main(["fit", "--help"]) == 0
+    ours = set(re.findall(r"--[\w.]+", capsys.readouterr().out))
+    texts = " ".join(wrong_names._CALLED)
+    assert {name.rstrip(".") for name in re.findall(r"--[\w.]+", texts)} <= ours
+    assert len(wrong_names._INSTEAD) == sum(map(len, wrong_names._CALLED.values()))  # no name has two answers
+    words = ["--learning_rate=1", "--train.max_tokens", "9", "--per-device-train-batch-size", "3", "--kd.loss", "jsd"]
+    assert cli.main(["fit", *words, "--kd.los", "3"]) == 2
+    err = capsys.readouterr().err
+    said = ("--learning_rate: there is no such setting; use --model.optim.lr;", "--train.max_tokens: there is no such "
+            "setting; use --trainer.max_steps: tokens / (", "--kd.loss: there is no such setting; the KD loss is the ",
+            "--kd.los: there is no such setting (see --help)")  # fmt: skip
+    assert [part for part in said if part not in err] == [], err
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=NAMES)

@@ -1,7 +1,6 @@
 """The command-line parser: an error is one line with the setting as typed, its value and what is allowed."""
 
 import argparse
-import difflib
 import json
 import os
 import re
@@ -18,6 +17,7 @@ from jsonargparse import DefaultHelpFormatter, Namespace, get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 
 from salt_lightning.command.settings import refuse_loops, wrong_precision
+from salt_lightning.command.wrong_names import no_such
 from salt_lightning.errors import ConfigError, one_line, problems_of, raised, refuse
 
 _TYPES = {
@@ -69,7 +69,7 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         asked = getattr(ex, "subcommand_parser", None) or self
-        known, others = [action.dest for action in asked._actions], list[str]()
+        known, others = [action.dest for action in asked._actions if action.dest not in _FIXED], list[str]()
         if "run" not in known:  # this parses the settings of one class
             raise Unreadable(explain(message, known, self.given))
         said = explain(message, known)
@@ -198,6 +198,7 @@ _WORDS = {
     "trainer.min_epochs": f"{_REFUSED}: use --trainer.min_steps.",
     "trainer.overfit_batches": f"{_REFUSED}: use a small --data.source.",
 }
+_FIXED = {name for name, words in _WORDS.items() if words.startswith(_REFUSED)}
 
 
 def reword(action: argparse.Action, parsers: dict[str, LightningArgumentParser]) -> None:
@@ -246,12 +247,12 @@ def explain(message: str, known: list[str], given: Iterable[tuple[str, str]] = (
         return f"{name}: {rest}"
     wrong = re.search(r"does not accept option '([^']+)'|unrecognized arguments: --([^\s=]+)", line)
     if wrong:
-        return _no_such(wrong[1] or wrong[2], known)
+        return no_such(wrong[1] or wrong[2], known)
     if (lacking := re.match(r"the following arguments are required: (\w+)(.*)", line)) and lacking[1] != "subcommand":
         return f"a class of --trainer.* requires {lacking[1]}{lacking[2]}; give it as .init_args.{lacking[1]}"
     if other := re.match(r"Option '([^']+)' is not accepted", line):
         if prefix := _prefix(other[1], given, line):
-            return _no_such(other[1], [name for name in known if name != "help"], prefix)
+            return no_such(other[1], [name for name in known if name != "help"], prefix)
         return f"a class of --trainer.* has no argument {other[1]}"
     if line.startswith("unrecognized arguments: "):
         line += "; put a glob in quotes, 'my_text/*.jsonl', or the shell expands it to several words"
@@ -265,12 +266,6 @@ def _prefix(last: str, given: Iterable[tuple[str, str]], line: str) -> str:
     """
     found = [(name, value) for name, value in given if re.match(rf"{_CLASSES}\.", name) and name.endswith(f".{last}")]
     return max(found, key=lambda each: line.endswith(f" value: {each[1]}"))[0].removesuffix(last) if found else ""
-
-
-def _no_such(name: str, known: list[str], prefix: str = "") -> str:
-    near = difflib.get_close_matches(name, [each for each in known if not name.startswith(f"{each}.")], 1)
-    others = f"; there are {', '.join(known)}" if prefix else " (see --help)"
-    return f"--{prefix}{name}: there is no such setting{f'; did you mean --{prefix}{near[0]}?' if near else others}"
 
 
 def _why_no_class(name: str, value: str, rest: str) -> str:
@@ -426,7 +421,7 @@ def _check_config(path: str, known: list[str]) -> None:
         for key, value in node.value
         if value.tag.endswith(":null") and any(name.startswith(f"{key.value}.") for name in known)
     ]
-    unknown = [_no_such(name, known) for name in _empty(node, "") if not _means(name, known)]
+    unknown = [no_such(name, known) for name in _empty(node, "") if not _means(name, known)]
     refuse([*(f"{setting}, line {line}: {problem}" for line, problem in sorted([*empty, *_twice(keys)])), *unknown])
 
 

@@ -1,0 +1,107 @@
+"""What was meant by a name that is no setting: one of Hugging Face's Trainer, TRL, LitGPT, nanoGPT or plain Lightning,
+by its last part, or a misspelt one."""
+
+import difflib
+from collections.abc import Iterable
+
+_EPOCHS = (
+    "--trainer.max_steps: tokens / (--data.block_size x --data.global_batch_size); check counts the tokens of the text"
+)
+_BATCH = (
+    "--data.global_batch_size, of all devices together, and --data.micro_batch_size, of one device; accumulation "
+    "follows from both"
+)
+_OBJECTIVE = (
+    "the KD loss is the forward KL over the whole vocabulary, on the text; docs/alternatives.md says who has others"
+)
+_PACKED = "text is always packed, and --data.isolate_documents keeps documents apart"
+_PRECISION = "--trainer.precision bf16-mixed, or bf16-true"
+_PLOT = "--trainer.logger, e.g. WandbLogger, beside TensorBoard"
+_TEACHER = "--model.teacher.path"
+_STUDENT = "--model.student.path, or --model.student.family and .config for fresh weights"
+
+_CALLED: dict[str, tuple[str, ...]] = {
+    "--model.optim.lr": ("learning_rate", "max_lr", "peak_lr", "lr"),
+    "--model.optim.weight_decay": ("weight_decay", "wd"),
+    "--model.optim.beta1 and --model.optim.beta2": ("adam_beta1", "adam_beta2", "betas", "adam_betas"),
+    "--model.optim.eps": ("adam_epsilon", "adam_eps", "epsilon"),
+    "--model.optim.schedule": ("lr_scheduler_type", "lr_scheduler", "lr_schedule", "scheduler"),
+    "--model.optim.warmup_steps": (
+        "warmup_ratio", "warmup_steps", "warmup_iters", "lr_warmup_steps", "num_warmup_steps",
+    ),
+    "--model.optim.min_lr_ratio": ("min_lr", "min_learning_rate", "lr_end", "min_lr_rate"),
+    "--trainer.gradient_clip_val": ("max_grad_norm", "grad_clip", "clip_grad", "max_norm", "clip_grad_norm"),
+    _BATCH: (
+        "gradient_accumulation_steps", "grad_accum_steps", "gradient_accumulation_iters", "accumulate_grad_batches",
+        "per_device_train_batch_size", "train_batch_size", "batch_size", "per_device_eval_batch_size",
+    ),
+    "--data.block_size": (
+        "max_length", "max_seq_length", "max_seq_len", "seq_length", "seq_len", "sequence_length", "sequence_len",
+        "context_length", "cutoff_len", "block_size",
+    ),
+    _PACKED: ("packing", "sample_packing", "packed", "padding", "padding_side", "packing_strategy"),
+    _EPOCHS: ("num_train_epochs", "num_epochs", "epochs", "max_epochs", "max_tokens", "train_tokens", "total_tokens"),
+    "--trainer.max_steps": ("max_steps", "max_iters", "total_steps", "train_steps", "num_steps", "max_train_steps"),
+    _PRECISION: ("bf16", "fp16", "mixed_precision", "torch_dtype", "dtype", "precision", "bf16_full_eval", "tf32"),
+    "--run": ("output_dir", "out_dir", "save_dir", "default_root_dir", "run_name", "logging_dir", "log_dir"),
+    "--ckpt_path last": ("resume_from_checkpoint", "resume", "resume_from", "auto_resume", "init_from", "load_from"),
+    "--checkpoint.every_n_steps": ("save_steps", "save_interval", "save_strategy", "save_every"),
+    "--checkpoint.keep": ("save_total_limit", "keep_last", "save_top_k", "keep_checkpoints"),
+    "--trainer.val_check_interval": (
+        "eval_steps", "eval_interval", "eval_strategy", "evaluation_strategy", "eval_every", "eval_freq",
+    ),
+    "--trainer.log_every_n_steps": ("logging_steps", "log_interval", "log_every"),
+    _PLOT: ("report_to", "wandb", "use_wandb", "wandb_project", "logger_name", "wandb_log"),
+    "the verb export writes a folder that any uploader takes": ("push_to_hub", "hub_model_id", "hub_token"),
+    "--seed_everything": ("seed", "random_seed", "data_seed"),
+    _STUDENT: (
+        "model_name_or_path", "model_name", "base_model", "student_model_name_or_path", "student_model",
+        "checkpoint_dir", "initial_checkpoint_dir", "config_name", "model_path",
+    ),
+    _TEACHER: ("teacher_model_name_or_path", "teacher_model", "teacher_model_path", "teacher_name", "teacher_path"),
+    "--model.student.revision": ("model_revision",),
+    "--data.source": (
+        "dataset_name", "dataset", "datasets", "dataset_path", "train_file", "train_data", "train_data_path",
+        "data_path", "data_dir", "train_files",
+    ),
+    "--data.subset": ("dataset_config", "dataset_config_name", "dataset_subset"),
+    "--data.split": ("dataset_train_split", "dataset_split"),
+    "--data.val_source": ("validation_file", "val_file", "eval_dataset", "val_data", "val_data_path", "eval_file"),
+    "--data.text_column": ("dataset_text_field", "text_field", "text_key", "content_key"),
+    "--data.tokenizer": ("tokenizer_name", "tokenizer_name_or_path", "tokenizer_path", "tokenizer_dir", "tokenizer"),
+    "--data.num_workers": ("dataloader_num_workers", "num_workers"),
+    "--data.prepare_workers": ("dataset_num_proc", "num_proc", "preprocessing_num_workers"),
+    "--model.activation_checkpointing": ("gradient_checkpointing", "use_gradient_checkpointing"),
+    "--model.compile": ("torch_compile", "compile", "use_compile"),
+    "--model.student.attention and --model.teacher.attention": (
+        "attn_implementation", "use_flash_attention", "flash_attention", "flash_attn",
+    ),
+    "--model.student.trust_remote_code": ("trust_remote_code",),
+    "--trainer.strategy ddp, or --config configs/fsdp.yaml": ("deepspeed", "fsdp", "fsdp_config", "zero_stage", "ddp"),
+    "--trainer.devices": ("num_gpus", "nproc_per_node", "gpus", "n_gpus"),
+    "--kd.weight": ("kd_ratio", "kd_weight", "kd_alpha", "distill_alpha", "alpha", "distillation_weight"),
+    "--model.teacher_temperature": ("temperature", "kd_temperature", "distill_temperature", "kd_temp", "tau"),
+    _OBJECTIVE: (
+        "lmbda", "beta", "loss_type", "loss", "kd_loss", "loss_fn", "reverse_kl", "divergence", "seq_kd",
+        "loss_top_k", "num_generations", "hidden_loss",
+    ),
+}  # fmt: skip
+_INSTEAD = {name: f"use {ours}" if ours.startswith("-") else ours for ours, names in _CALLED.items() for name in names}
+
+
+def no_such(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """The error about `name`, which is none of the known settings; `prefix`: of the class whose settings they are."""
+    said, known = f"--{prefix}{name}: there is no such setting", list(known)
+    instead = _INSTEAD.get(name.rpartition(".")[2].replace("-", "_").lower())
+    if instead and not prefix:
+        return f"{said}; {instead}"
+    near = difflib.get_close_matches(name, [each for each in known if not name.startswith(f"{each}.")], 3)
+    if meant := next((each for each in near if _ends_alike(name, each)), None):
+        return f"{said}; did you mean --{prefix}{meant}?"
+    return f"{said}; there are {', '.join(known)}" if prefix else f"{said} (see --help)"
+
+
+def _ends_alike(name: str, other: str) -> bool:
+    """Whether the last parts resemble each other: a long common beginning makes any two settings of a group near."""
+    last, of_other = name.rpartition(".")[2], other.rpartition(".")[2]
+    return last in of_other or bool(difflib.get_close_matches(last, [of_other], cutoff=0.5))
