@@ -248,8 +248,8 @@ def logit_scale(config: PreTrainedConfig, name: str) -> float:
     if cap:
         raise ConfigError(
             f"--model.{name}: {config.model_type} caps its logits softly (final_logit_softcapping {cap}), which the "
-            f"head loss does not compute; set --model.{name}.config.final_logit_softcapping null for a fresh model, "
-            "or choose another family"
+            f"head loss does not compute; choose another model, or for fresh weights set "
+            f"--model.{name}.config.final_logit_softcapping null"
         )
     if (scale := getattr(config, "logit_scale", None)) is not None:  # cohere multiplies
         return float(scale)
@@ -329,9 +329,11 @@ def load_pretrained(spec: ModelSpec, name: str, dtype: torch.dtype, empty: bool 
             said = ", ".join(f"{size} {value}" for size, value in sizes.items())
             raise ConfigError(f"--model.{name}.path {spec.path}: its config.json says {said}; it must be 1 or more")
         if missing := sorted(found["missing_keys"]):  # transformers would leave them at their random initial values
+            why = "is the download complete, and does config.json belong to it?"
+            if others := sorted(key for key in found["unexpected_keys"] if key.endswith(tuple(missing))):
+                why = f"it has {few(others)}: save the model again without what wraps it (torch.compile, DDP, FSDP)"
             raise ConfigError(
-                f"--model.{name}.path {spec.path} lacks {len(missing)} of its weights: {few(missing)}; is the download "
-                "complete, and does config.json belong to it?"
+                f"--model.{name}.path {spec.path} lacks {len(missing)} of its weights: {few(missing)}; {why}"
             )
         if unused := sorted(found["unexpected_keys"]):
             used = {re.sub(r"\d+", "N", key) for key in model.state_dict()}
@@ -385,7 +387,8 @@ def check_path(spec: ModelSpec, name: str) -> None:
     path = Path(spec.path)
     if path.is_file() and not spec.is_checkpoint:
         raise ConfigError(
-            f"{setting} {path} is a file; give the folder with its config.json, or a .ckpt of this project"
+            f"{setting} {path} is a file; give the folder with its config.json, or a .ckpt of this project; load other "
+            "weights into a model of transformers and call its save_pretrained"
         )
     if spec.is_checkpoint or (spec.is_local and not path.is_dir()):
         if not path.exists():
@@ -394,11 +397,6 @@ def check_path(spec: ModelSpec, name: str) -> None:
                 "name such as owner/name"
             )
     elif path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ConfigError(
-                f"{setting} {spec.path} is a folder without config.json; give a Hugging Face folder, or a "
-                "checkpoint of this project, whose name ends in .ckpt"
-            )
         folders.check(path, setting, spec.trust_remote_code)
     else:
         with _loading(spec, name):

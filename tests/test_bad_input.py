@@ -277,6 +277,10 @@ ERRORS = {
         {"kd.steps": 6, "model.teacher.path": "{bad}/lacks"},
         r"lacks lacks 1 of its weights: model.norm.weight; is the download complete",
     ),
+    "a teacher saved inside a compiled one": (
+        {"kd.steps": 6, "model.teacher.path": "{bad}/compiled"},
+        r"compiled lacks \d+ of its weights: .*; it has _orig_mod.*: save the model again without what wraps it",
+    ),
     "a teacher of more layers": (
         {"kd.steps": 6, "model.teacher.path": "{bad}/shallow"},
         r"shallow has weights for more layers than its config.json says: model.layers.1.input_layernorm.weight, ",
@@ -515,7 +519,7 @@ def bad(tmp_path_factory, teacher, settings) -> Path:
     (folder / "folder").mkdir()
     model = tiny("llama", vocab_size=320, max_position_embeddings=64).model
     model.save_pretrained(folder / "good")
-    for name in ("noweights", "cut", "lacks", "sizes", "shallow", "layerless", "json", "code", "other_ids"):
+    for name in ("noweights", "cut", "lacks", "sizes", "shallow", "layerless", "json", "code", "other_ids", "compiled"):
         shutil.copytree(folder / "good", folder / name)
     model.save_pretrained(folder / "half", max_shard_size="20KB")
     (folder / "half" / sorted(path.name for path in (folder / "half").glob("*.safetensors"))[1]).unlink()
@@ -524,6 +528,8 @@ def bad(tmp_path_factory, teacher, settings) -> Path:
     (folder / "cut" / "model.safetensors").write_bytes(whole[:-100])
     weights = load_file(folder / "good" / "model.safetensors")
     save_file({k: w for k, w in weights.items() if k != "model.norm.weight"}, folder / "lacks" / "model.safetensors")
+    wrapped = {f"_orig_mod.{name}": weight for name, weight in weights.items()}
+    save_file(wrapped, folder / "compiled" / "model.safetensors", {"format": "pt"})
     config = json.loads((folder / "good" / "config.json").read_text())
     (folder / "sizes" / "config.json").write_text(json.dumps({**config, "intermediate_size": 40}))
     (folder / "shallow" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
@@ -762,7 +768,7 @@ CONFIGS = {
     "a list for a group": (b"data: [1]\n", r"--data .*must be a mapping of its settings"),
     "a misspelt key": (
         b"modle: {compile: true}\n",
-        r"--modle.compile: there is no such setting; did you mean --model.com",
+        r"--modle.compile: there is no such setting; use --model.compile;",
     ),
     "misspelt groups with nothing in them": (
         b"modle: {}\nmodel:\n  student: {config: {rope_parameters: {}}}\n  otpim: {}\n"

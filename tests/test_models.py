@@ -286,8 +286,27 @@ def test_small_floating_types_of_a_quantized_model_are_left_alone():
     lm.check()
 
 
-def test_a_folder_without_config_is_named(tmp_path):
-    with pytest.raises(ConfigError, match=r"is a folder without config.json"):
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ([], "is a folder without config.json; give a Hugging Face folder, or a "),
+        (["adapter_config.json", "adapter_model.safetensors"], "has a LoRA adapter .*merge_and_unload"),
+        (["config.json", "model.safetensors", "adapter_config.json"], "has a LoRA adapter .*or give the model without"),
+        (
+            ["trainer_state.json", "checkpoint-500/config.json", "checkpoint-1000/config.json"],
+            "without config.json; give one of its checkpoints, e.g. .*/checkpoint-1000$",  # the newest
+        ),
+        (["config.yaml", "checkpoints/step-00000005.ckpt"], "e.g. .*/checkpoints/step-00000005.ckpt$"),
+        (["step-00000005.ckpt", "step-00000010.ckpt"], "e.g. .*/step-00000010.ckpt$"),
+        (["lit_model.pth", "model_config.yaml"], "litgpt convert_from_litgpt"),
+    ],
+)
+def test_a_folder_that_is_no_model_is_said_to_be_what_it_is(files, message, tmp_path):
+    for number, file in enumerate(files):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+        os.utime(tmp_path / file, (number, number))
+    with pytest.raises(ConfigError, match=rf"^--model.teacher.path {tmp_path} .*{message}"):
         check_path(ModelSpec(path=str(tmp_path)), "teacher")
 
 

@@ -27,6 +27,11 @@ from salt_lightning.errors import ConfigError, few
 # for transformers' cached_file: gives None for a file that is not there
 MAY_LACK = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
 _BLOCKS, _BLOCK_BYTES = 256, 4096
+_ADAPTER = "adapter_config.json"
+_MERGE = (
+    f"has a LoRA adapter ({_ADAPTER}), which is not read; merge it, "
+    "PeftModel.from_pretrained(BASE, FOLDER).merge_and_unload().save_pretrained(NEW), or give the model without it"
+)
 
 
 def is_causal(kind: Any) -> bool:
@@ -38,6 +43,10 @@ def is_causal(kind: Any) -> bool:
 
 def check(folder: Path, setting: str, trust_remote_code: bool) -> None:
     """Raises ConfigError, starting with `setting`, unless the folder has a complete causal language model."""
+    if (folder / _ADAPTER).is_file():  # beside a whole model, transformers reads it only if peft is installed
+        raise ConfigError(f"{setting} {folder} {_MERGE}")
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{setting} {folder} is a folder without config.json; {_where_the_model_is(folder)}")
     _check_config(folder / "config.json", setting, folder, trust_remote_code)
     for name in _files(folder, setting):
         if Path(name).name != name:
@@ -53,6 +62,20 @@ def check(folder: Path, setting: str, trust_remote_code: bool) -> None:
             raise ConfigError(
                 f"{setting} {folder}: {name} is cut off or damaged ({error}); download it again"
             ) from error
+
+
+def _where_the_model_is(folder: Path) -> str:
+    """What to give instead of a folder that some tool wrote but that is no model."""
+    if own := sorted([*folder.glob("*.ckpt"), *folder.glob("checkpoints/*.ckpt")]):
+        return f"give one of its checkpoints, e.g. {own[-1]}"
+    if saved := sorted(folder.glob("checkpoint-*/config.json"), key=lambda path: path.stat().st_mtime_ns):
+        return f"give one of its checkpoints, e.g. {saved[-1].parent}"
+    if (folder / "lit_model.pth").exists():
+        return "convert LitGPT's weights with litgpt convert_from_litgpt, load them into the model and save_pretrained"
+    return (
+        "give a Hugging Face folder, or a checkpoint of this project, whose name ends in .ckpt; load other weights "
+        "into a model of transformers and call its save_pretrained"
+    )
 
 
 COMMITS: dict[tuple[str, str], str] = {}  # (hub name, revision) -> commit: a branch must not move within a start
@@ -89,6 +112,8 @@ def _check_weights(name: str, setting: str, commit: str) -> None:
                 "them first"
             ) from None
         return
+    if _ADAPTER in there:
+        raise ConfigError(f"{setting} {name} {_MERGE}")
     if SINGLE in there:
         return
     if INDEX not in there:
@@ -187,7 +212,7 @@ def _files(folder: Path, setting: str) -> Iterable[str]:
         return [SINGLE]
     if (folder / INDEX).exists():
         return _named(folder / INDEX, setting, folder)
-    others = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".safetensors"))
+    others = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".safetensors"))
     raise ConfigError(
         f"{setting} {folder} has no weights: neither {SINGLE} nor {INDEX}"
         + (f", only {few(others)}" if others else "")
