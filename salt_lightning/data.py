@@ -216,8 +216,8 @@ class SALTDataModule(LightningDataModule):
             trained = [name for corpus in held_out for name in self._corpus("source").shared_with(corpus)]
             if self.source and self.held_out_by != "source" and getattr(self.trainer, "is_global_zero", True):
                 part = files.part_in(TokenFiles(self._folder("source"), "train"))
-        altered = preflight.unread_text(kept_text(words, files)) or preflight.changed_text(changed_words(words))
-        found = [altered, preflight.seen_in_training(trained, *part, self.examples.given)]
+        found = [*preflight.of_training(self._train), preflight.seen_in_training(trained, *part, self.examples.given)]
+        found.append(preflight.unread_text(kept_text(words, files)) or preflight.changed_text(changed_words(words)))
         if self._train is not None and self._eval is not None and self.held_out_by == "source":
             longest = int(np.diff(files.doc_ends, prepend=0).max(initial=0))
             found.append(preflight.large_share(files.num_tokens, longest, self.num_train_tokens, self.val_fraction))

@@ -119,6 +119,30 @@ def changed_text(words: list[tuple[str, str]]) -> Finding | None:
     return Finding("note", "changed text", f"--data.tokenizer does not keep all letters: {said}", remedy)
 
 
+def of_training(rows: Any) -> list[Finding]:
+    """Warns of marks of an end that the training text spells out, and of many examples that do not fit a row.
+
+    `rows`: the training rows (batches/), or None.
+    """
+    if rows is None:
+        return []
+    found = [
+        Finding(
+            "warning" if times > 0.001 * rows.files.num_documents else "note", "end of text",
+            f"the text spells out {end!r} {times} times ({rows.files.num_documents} documents for training): read as "
+            "plain text, not as an end, so what it separates counts as one document",
+            "split the text there, and remove it at the end of documents (docs/own-data.md)",
+        )
+        for end, times in rows.files.manifest.get("spelled", {}).items()
+    ]  # fmt: skip
+    left_out, examples = getattr(rows, "num_left_out", 0), rows.files.num_documents
+    if left_out > 0.1 * examples:
+        said = f"{left_out} of {examples} training examples are longer than --data.block_size {rows.block_size} tokens"
+        remedy = f"they are left out; a --data.block_size of {rows.length_of(0.95)} holds 95% of them"
+        found.append(Finding("warning", "examples", said, remedy))
+    return found
+
+
 def large_share(held_out: int, longest: int, training: int, fraction: float) -> Finding | None:
     """Warns if validation took a far larger share than `fraction`. Tokens: drawn for validation, in its longest
     document, left for training. None: about `fraction`."""

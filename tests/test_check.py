@@ -8,11 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import lightning.pytorch as pl
 import pytest
 import tokenizers
 import torch
 from conftest import arguments, write_corpus
+from datasets import Dataset, DatasetDict
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -116,6 +118,44 @@ def test_held_out_text_that_is_trained_on(checked, corpus, tmp_path, fit_with, c
     (apart / "y.jsonl").write_bytes(Path(corpus).read_bytes())
     assert fit_with(tmp_path / "fit", **own, **{"data.val_source": str(apart / "y.jsonl")}) == 0
     assert "held-out text: 1 of the held-out files are also training text" in caplog.text
+
+
+def test_ends_of_documents_that_the_text_spells_out(checked, fit_with, tmp_path, caplog):
+    own = {"kd.weight": 0.0, "model.teacher.path": None, "kd.steps": None, "data.val_fraction": 0.2}
+    texts = [f"{'a student reads on and on ' * 40}{i}" for i in range(20)]
+    for spelled in (0, 1, 20):
+        source = tmp_path / f"{spelled}.jsonl"
+        marked = [text + "<|endoftext|>" * (i < spelled) for i, text in enumerate(texts)]
+        source.write_text("".join(json.dumps({"text": text}) + "\n" for text in marked))
+        found = [
+            f"{level} {said}"
+            for level, about, said in checked(**own, **{"data.source": str(source)})[1]
+            if about == "end of text"
+        ]
+        assert len(found) == (spelled > 0)
+        assert all(said.startswith(f"warning the text spells out '<|endoftext|>' {spelled} times (") for said in found)
+    assert "end of text" not in caplog.text
+    assert fit_with(tmp_path / "fit", **own, **{"data.source": str(source)}) == 0
+    assert "warning: end of text: the text spells out '<|endoftext|>' 20 times" in caplog.text
+    rows = SimpleNamespace(files=SimpleNamespace(manifest={"spelled": {"</s>": 1}}, num_documents=1000), block_size=8)
+    assert [finding.level for finding in preflight.of_training(rows)] == ["note"]
+
+
+def test_examples_that_fit_no_row(checked, teacher, tmp_path):
+    source, lengths = tmp_path / "x.jsonl", [*range(5, 25), 40, 45, 200]
+    source.write_text("".join(json.dumps({"q": "the a " * n, "a": "so"}) + "\n" for n in lengths))
+    own = {
+        "data.source": str(source), "data.val_source": str(source), "kd.weight": 0.0, "model.teacher.path": None,
+        "kd.steps": None, "data.examples.prompt": "{q}", "data.examples.response": "{a}",
+        "data.tokenizer": str(Path(teacher).parents[1] / "tokenizer"),
+    }  # fmt: skip
+    level, said = of(checked(**own, **{"data.block_size": 64})[1], "examples")
+    assert level == "warning"
+    found = re.match(
+        r"3 of 23 training examples are longer than --data.block_size 64 tokens.* of (\d+) holds 95%", said
+    )
+    found = checked(**own, **{"data.block_size": int(found[1])})[1]
+    assert "examples" not in {about for _, about, _ in found}
 
 
 def test_an_evaluation_on_what_the_run_has_trained_on(corpus, settings, tmp_path, caplog):
@@ -324,7 +364,8 @@ def test_exit_code_of_refused_settings(settings, capsys):
     err = capsys.readouterr().err
     assert err == (
         "\nerror: --trainer.max_steps ten must be a whole number; --kd.wieght: there is no such setting; did you mean "
-        "--kd.weight?; --data.foo: there is no such setting; did you mean --data.source?\n"
+        "--kd.weight?; --data.foo: there is no such setting (see --help); --data.source: [] names no text; give a "
+        "file, folder, glob or hub data set\n"
     )
 
 
@@ -870,8 +911,12 @@ def test_a_fit_says_what_is_no_error(caplog):
         assert bool(caplog.text) == bool(said)
 
 
-def test_arrow_files_are_named(tmp_path):
-    (tmp_path / "data-00000-of-00001.arrow").write_bytes(b"x")
-    (tmp_path / "state.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"holds Arrow files, which are not read; convert it with Dataset.to_parquet"):
-        resolve("--data.source", [str(tmp_path)], Hub())
+@pytest.mark.parametrize("parts", [None, ["train", "val"]])
+def test_arrow_files_are_named_with_what_converts_them(parts, tmp_path):
+    data = Dataset.from_dict({"text": ["one", "two"]})
+    (DatasetDict(dict.fromkeys(parts, data)) if parts else data).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ConfigError, match=r"holds Arrow files, which are not read; convert it, ") as refused:
+        resolve("--data.source", [str(tmp_path / "saved")], Hub())
+    remedy = str(refused.value).partition("convert it, ")[2].replace("x.parquet", str(tmp_path / "x.parquet"))
+    eval(remedy, {"datasets": datasets})
+    assert Dataset.from_parquet(str(tmp_path / "x.parquet"))["text"][:] == ["one", "two"]

@@ -741,15 +741,15 @@ def test_a_file_s_name_forges_no_line_of_the_log(tmp_path, caplog):
     (rows / "a.jsonl").write_text('{"text": "a"}')
     (rows / f"{FORGED}.md").write_text("not read")
     (texts / f"{FORGED}.txt").symlink_to(rows / f"{FORGED}.md")
-    bad, table = tmp_path / f"{FORGED}.jsonl", tmp_path / f"{FORGED}.csv"
+    bad, text = tmp_path / f"{FORGED}.jsonl", tmp_path / f"{FORGED}.txt"
     bad.write_text('{"text": "cut')
-    table.write_text("a,b")
+    text.write_text("a,b")
     with caplog.at_level("INFO"):
-        corpus = corpus_of(rows, texts, bad, bad, table, skip_bad_lines=True)
-        resolve("--data.source", [str(table)], Hub(subset="x"))
+        corpus = corpus_of(rows, texts, bad, bad, text, skip_bad_lines=True)
+        resolve("--data.source", [str(text)], Hub(subset="x"))
         prepare_tokens(corpus, byte_tokenizer(), 0.0, tmp_path / "cache", 1)
     said = [record.getMessage() for record in caplog.records]
-    for part in ("left out: ", "links to files", "more than once", "tables are read", "names files", "bad lines left"):
+    for part in ("left out: ", "links to files", "more than once", "names files", "bad lines left"):
         (line,) = (line for line in said if part in line)
         assert "a\\nwarning: forged\\x1b[2J" in line
         assert line.isprintable()

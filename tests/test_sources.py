@@ -236,11 +236,53 @@ def test_files_that_are_read_twice_are_named(again, tmp_path, caplog):
 
 def test_what_has_no_effect_or_is_no_text_is_said(tmp_path, caplog):
     (tmp_path / "x.txt").write_text("a")
-    (tmp_path / "x.csv").write_text("a,b")
     with caplog.at_level("INFO"):
         read(tmp_path, hub=Hub(split="test"))
     assert "holds plain text, which has no splits; 'test' has no effect" in caplog.text
-    assert f"1 tables are read as plain text, each as one document (e.g. {tmp_path / 'x.csv'})" in caplog.text
+
+
+def test_a_table_is_refused_with_what_converts_it(tmp_path):
+    (tmp_path / "x.csv").write_text('id,text\n007,"a ""b"",\nc"\n')
+    with pytest.raises(ConfigError, match=rf"--data.source: {tmp_path}/x.csv is a table, .* narrower glob") as refused:
+        read(tmp_path)
+    remedy = re.search(r"datasets.*\)", str(refused.value))[0].replace("FILE", repr(str(tmp_path / "x.csv")))
+    eval(remedy.replace("x.parquet", str(tmp_path / "x.parquet")), {"datasets": datasets})
+    assert pq.read_table(tmp_path / "x.parquet")["text"].to_pylist() == ['a "b",\nc']
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        ["train.bin", "val.bin", "meta.pkl"],
+        ["corpus_text_document.bin", "corpus_text_document.idx"],
+        ["tokens.npy"],
+        ["index.json", "chunk-0-0.bin"],
+        ["index.json", "shard.00000.mds.zstd"],
+    ],
+)
+def test_token_ids_of_other_tools_are_refused(files, tmp_path):
+    for file in files:
+        (tmp_path / file).write_text("{}")
+    ids = next(file for file in files if not file.startswith(("index", "meta")))
+    for source in (tmp_path, tmp_path / ids):
+        with pytest.raises(ConfigError, match=rf"^--data.source: {tmp_path}/{ids} holds token ids, as other tools"):
+            read(source)
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        (["input_ids", "attention_mask"], r" \(token ids; only text is read\)"),
+        (["prompt", "completion"], r"; for fine-tuning, --data.examples names the columns instead"),
+        (["messages"], r"; for fine-tuning, --data.examples names"),
+        (["content"], r"content(?!.*(fine-tuning|token ids))"),
+    ],
+)
+def test_columns_that_are_no_text_are_said_to_be_what_they_are(columns, said, tmp_path):
+    (tmp_path / "x.jsonl").write_text(json.dumps(dict.fromkeys(columns, "x")) + "\n")
+    corpus = Corpus("--data.source", resolve("--data.source", [str(tmp_path / "x.jsonl")], Hub()))
+    with pytest.raises(ConfigError, match=rf"no column 'text' in .*there are: .*{said}"):
+        documents(next(iter(read_raw(corpus))), corpus)
 
 
 def test_what_names_part_of_a_data_set_has_no_effect_on_files(tmp_path, caplog):

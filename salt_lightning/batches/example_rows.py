@@ -66,6 +66,10 @@ class ExampleRows:
         counts = np.concatenate([[0], np.cumsum(learned[self._packed])])
         self._label_counts = np.diff(counts[self._row_starts])
 
+    def length_of(self, share: float) -> int:
+        """The least block size that holds this share of all examples."""
+        return int(np.quantile(self.files.doc_ends - self._starts, share, method="higher"))
+
     def documents(self, rows: np.ndarray) -> np.ndarray:
         """The examples in these rows."""
         parts = (self._packed[self._row_starts[row] : self._row_starts[row + 1]] for row in rows)

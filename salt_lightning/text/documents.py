@@ -33,6 +33,7 @@ from salt_lightning.text.sources import Group, hub_error
 
 _RAW_CHARS = 1 << 19  # text per worker task: long enough to hide the pickling, short enough for even progress
 _MAX_BYTES = 1 << 30  # largest document in a file
+_OF_EXAMPLES = {"messages", "conversations", "completion", "response", "instruction"}  # columns' names
 _TABLE_ROWS = 100  # read at once from parquet and the hub, where a row may be a whole book
 
 
@@ -325,9 +326,21 @@ def check_columns(corpus: Corpus, found: list[str], where: str) -> None:
         )
     for column, setting in columns.items():
         if column not in found:
-            raise ConfigError(f"--data.{setting}: no column {column!r} in {where}; there are: {', '.join(found)}")
+            raise ConfigError(
+                f"--data.{setting}: no column {column!r} in {where}; there are: {', '.join(found)}"
+                f"{_of_what(found, corpus)}"
+            )
         if found.count(column) > 1:
             raise ConfigError(f"--data.{setting}: {where} has several columns named {column!r}; rename one")
+
+
+def _of_what(found: list[str], corpus: Corpus) -> str:
+    """What a row without the text column seems to be."""
+    if "input_ids" in found:
+        return " (token ids; only text is read)"
+    if not corpus.examples.given and _OF_EXAMPLES.intersection(found):
+        return "; for fine-tuning, --data.examples names the columns instead (docs/fine-tuning.md)"
+    return ""
 
 
 # --- shared by all readers of text ---

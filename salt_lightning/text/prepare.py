@@ -48,6 +48,7 @@ from salt_lightning.text.tokenizer import (
 )
 
 MAX_SOURCES = 1000
+_GPT2_EOS = "<|endoftext|>"  # it separates documents in many files of text
 _TRAINED = 4  # version of what a tokenizer is trained on
 _JOURNAL_S = 10.0  # the work that a kill may lose
 _KEPT = f"; the same --data.cache_dir keeps all but about the last {_JOURNAL_S:g} s of work"
@@ -195,7 +196,8 @@ def make_encoder(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, val_fractio
     dtype = "uint16" if num_ids(tokenizer) <= 1 << 16 else "uint32"
     eos_id = int(tokenizer.eos_token_id)
     if not corpus.examples.given:
-        return Encoder(backend, eos_id, dtype, corpus, val_fraction)
+        ends = tuple({str(tokenizer.eos_token), _GPT2_EOS})
+        return Encoder(backend, eos_id, dtype, corpus, val_fraction, ends)
     plain = [file for group in corpus.groups if group.kind == "text" for file in group.files]
     if plain:
         raise ConfigError(
@@ -210,7 +212,7 @@ def make_encoder(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, val_fractio
         )
     unknown = set(unknown_ids(tokenizer)) - {eos_id}  # unknown tokens stand for text
     marks = sorted(set(special_ids(tokenizer)) - unknown)
-    return ExampleEncoder(backend, eos_id, dtype, corpus, val_fraction, chat, marks)
+    return ExampleEncoder(backend, eos_id, dtype, corpus, val_fraction, (), chat, marks)
 
 
 def _check_unchanged(corpus: Corpus, stamps: dict[str, Any]) -> None:
@@ -261,6 +263,7 @@ class _Written:
     sources: dict[str, int] = field(default_factory=dict)  # name -> index
     skipped: Skipped = field(default_factory=Skipped)
     counts: dict[str, dict[str, int]] = field(default_factory=lambda: {split: no_counts() for split in SPLITS})
+    spelled: dict[str, int] = field(default_factory=dict)  # marks of an end that the text spells out -> how often
 
     def follow(self, raw_hash: bytes, read_bytes: int) -> None:
         """Count one more raw."""
@@ -316,6 +319,8 @@ def _write(encoder: Encoder, origin: dict[str, Any], unfinished: Unfinished, wor
                     written.num_split += block.num_split
                     written.num_more += block.num_more
                     written.num_tools += block.num_tools
+                    for end, times in block.spelled.items():
+                        written.spelled[end] = written.spelled.get(end, 0) + times
                 kept = sum(len(block.lengths) - block.num_more for block in blocks.values())
                 written.num_left_out += len(raw.rows) - kept - skipped.lines
                 written.follow(raw_hash, raw.read_bytes)
@@ -342,6 +347,7 @@ def _write(encoder: Encoder, origin: dict[str, Any], unfinished: Unfinished, wor
         "splits": {split: writer.entry() for split, writer in writers.items()},
         "skipped": asdict(written.skipped),
         "left_out": written.num_left_out,
+        "spelled": {end: times for end, times in written.spelled.items() if times},
         **({"num_tools": written.num_tools} if encoder.corpus.examples.tools else {}),
     }
 

@@ -4,7 +4,7 @@ import glob
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -22,7 +22,8 @@ from salt_lightning.errors import ConfigError, few, one_line, printable
 from salt_lightning.text.packed import SUFFIXES
 
 _KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".jsonlines": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
-_TABLES = {".csv", ".tsv"}  # read as one document, which is rarely meant
+_TABLES = {".csv", ".tsv"}
+_TOKEN_IDS = {".bin", ".idx", ".npy", ".npz", ".mds"}  # of Megatron, nanoGPT, litdata and MosaicML
 _ARCHIVES = {".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".tzst", ".zip", ".7z", ".rar"}
 # with an owner: `datasets` takes "text" or "json" alone for every such file in the working directory
 _HUB = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([^:]+))?(?:(?::([^:[]+))?:(.*))?")
@@ -94,14 +95,28 @@ def resolve(setting: str, entries: list[str], hub: Hub) -> tuple[Group, ...]:
             f"{setting}: {archives[0]} is an archive of files, which is not read; unpack it, or leave it out with a "
             "narrower glob"
         )
+    if tables := [file for file in files if _suffix(file) in _TABLES]:
+        raise ConfigError(
+            f"{setting}: {tables[0]} is a table, whose header and quotes are no text; convert it, "
+            "datasets.Dataset.from_csv(FILE).to_parquet('x.parquet'), leave it out with a narrower glob, or rename it "
+            "to .txt"
+        )
+    _refuse_token_ids(setting, files)
     times = Counter(map(_identity, files))
     if again := next((file for file in files if times[_identity(file)] > 1), None):
         repeated = sum(count > 1 for count in times.values())
         said = f"{setting}: {repeated} of the files are read more than once (e.g. {again})"
         say_once(f"{said}, and so are the documents held out from them")
-    if tables := [file for file in files if _suffix(file) in _TABLES]:
-        say_once(f"{setting}: {len(tables)} tables are read as plain text, each as one document (e.g. {tables[0]})")
     return tuple(groups)
+
+
+def _refuse_token_ids(setting: str, files: Iterable[str]) -> None:
+    if ids := [file for file in files if _suffix(file) in _TOKEN_IDS]:
+        raise ConfigError(
+            f"{setting}: {ids[0]} holds token ids, as other tools prepare them; only text is read: give the text that "
+            "they were made of, decode them with their tokenizer into a .jsonl of one document per line, or give "
+            "batches of your own (docs/own-data.md)"
+        )
 
 
 def each_file(groups: tuple[Group, ...]) -> tuple[Group, ...]:
@@ -223,9 +238,13 @@ def _folder_files(setting: str, folder: str, hub: Hub, split_setting: str = "--d
             say_once(f"{setting}: {folder} holds plain text, which has no splits; {hub.split!r} has no effect")
         return sorted(found)
     if any(file.endswith(".arrow") for file in found):
+        split = "['train']" if os.path.exists(os.path.join(folder, "dataset_dict.json")) else ""
         raise ConfigError(
-            f"{setting}: {folder} holds Arrow files, which are not read; convert it with Dataset.to_parquet"
+            f"{setting}: {folder} holds Arrow files, which are not read; convert it, "
+            f"datasets.load_from_disk({folder!r}){split}.to_parquet('x.parquet')"
         )
+    if any(os.path.basename(file) == "index.json" for file in found):  # of litdata or MosaicML
+        _refuse_token_ids(setting, found)
     splits = _splits(setting, folder, hub, any(map(_is_new_to_hub, found)))
     pattern = glob.escape(folder)
     if hub.split not in splits:

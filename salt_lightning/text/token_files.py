@@ -21,7 +21,7 @@ import hashlib
 import json
 import os
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,7 @@ class Block:
     num_split: int = 0  # conversations that became several documents
     num_more: int = 0  # their documents after the first
     num_tools: int = 0  # conversations with tools
+    spelled: dict[str, int] = field(default_factory=dict)  # marks of an end that the text spells out -> how often
 
 
 def columns(split: str, dtype: str, examples: bool = False) -> dict[str, tuple[str, str]]:

@@ -244,6 +244,7 @@ class Encoder:
     dtype: str
     corpus: Corpus
     val_fraction: float
+    ends: tuple[str, ...]  # texts that may have been meant as the end of a document
 
     def __call__(self, raw: Raw) -> tuple[bytes, dict[str, Block], Skipped]:
         splits: dict[str, list[tuple[Any, float, str]]] = {"train": [], "val": []}
@@ -297,6 +298,7 @@ class Encoder:
             np.array([lot for _, lot, _ in docs])[kept],
             np.insert(np.concatenate(counts), places, 0) if with_bytes else None,
             sum(len(data) for (data, _, _), is_kept in zip(docs, kept, strict=True) if is_kept),
+            spelled={end: sum(data.count(utf8(end)) for data, _, _ in docs) for end in self.ends},
         )
 
 
