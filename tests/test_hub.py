@@ -41,7 +41,7 @@ def hub(corpus, teacher, tmp_path_factory) -> Path:
     export(Path(teacher), models / "teacher/main")
     others = (
         "v1",
-        *(f"../{name}/main" for name in ("bert", "pickled", "strange", "gated", "cut", "adapter", "moving")),
+        *(f"../{name}/main" for name in ("bert", "pickled", "strange", "gated", "cut", "adapter", "adapted", "moving")),
     )
     for name in others:
         shutil.copytree(models / "teacher/main", models / "teacher" / name)
@@ -53,6 +53,7 @@ def hub(corpus, teacher, tmp_path_factory) -> Path:
         file.write_text(json.dumps(json.loads(file.read_text()) | settings))
     (models / "pickled/main/model.safetensors").rename(models / "pickled/main/pytorch_model.bin")
     (models / "adapter/main/config.json").rename(models / "adapter/main/adapter_config.json")
+    (models / "adapted/main/adapter_config.json").write_text("{}")
     (models / "cut/main/model.safetensors").rename(models / "cut/main/model-00001-of-00002.safetensors")
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
     (models / "cut/main/model.safetensors.index.json").write_text(json.dumps(index))
@@ -116,6 +117,7 @@ def test_names_on_the_hub_are_tried_before_text_is_prepared(tried, hub):
         "acme/bert": "contains a BertForMaskedLM, whose tokens see later ones",
         "acme/strange": r"is not a causal language model that this transformers knows \(model_type 'strange'",
         "acme/adapter": "has no config.json on the hub: it may be an adapter or a GGUF file; give the whole",
+        "acme/adapted": r"has a LoRA adapter \(adapter_config.json\), which is not read; merge it, ",
         "acme/cut": "lacks model-00002-of-00002.safetensors on the hub, which its model.safetensors.index.json names",
         "acme/pickled": "has neither model.safetensors nor model.safetensors.index.json on the hub; use a revision",
     }
