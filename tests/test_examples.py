@@ -861,21 +861,29 @@ def tokenizer_folder(tmp_path_factory) -> str:
             {"data.tokenizer": "train"},
             "--data.tokenizer: 'train' makes a new tokenizer, but examples need the one that",
         ),
-        ({"data.source": "{txt}"}, "a.txt is plain text, but --data.examples reads columns; give jsonl, parquet"),
+        ({"data.source": "a.txt"}, "a.txt is plain text, but --data.examples reads columns; give jsonl, parquet"),
         (
             {"data.val_fraction": 0.999999},
             "--data.val_fraction: none of the examples in --data.source is left for train",
         ),
         ({"data.block_size": 4}, "--data.block_size: none of the .* examples for train"),
         (
-            {"data.examples.prompt": "", "data.examples.response": "", "data.examples.messages": "question"},
+            {
+                "data.examples.prompt": "",
+                "data.examples.response": "",
+                "data.examples.messages": "messages",
+                "data.source": "a.jsonl",
+            },
             "--data.examples.messages: the tokenizer of --data.tokenizer has no chat template",
         ),
     ],
 )
 def test_what_does_not_fit_examples_is_refused(own, message, sft, tmp_path, capsys):
-    (tmp_path / "a.txt").write_text("text")
-    own = {key: str(tmp_path / "a.txt") if value == "{txt}" else value for key, value in own.items()}
+    turns = [{"role": role, "content": "x"} for role in ("user", "assistant")]
+    files = {"a.txt": "text", "a.jsonl": json.dumps({"messages": turns})}
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    own = {key: str(tmp_path / value) if value in files else value for key, value in own.items()}
     assert cli.main(["fit", *arguments(sft, {"run": str(tmp_path / "run")}, own)]) == 2
     assert re.search(message, one_line(capsys))
 

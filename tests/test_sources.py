@@ -766,3 +766,20 @@ def test_every_table_is_looked_into_before_the_first_is_read(tmp_path):
     assert re.search(r"--data.text_column: no column 'text' in .*b\.parquet; there are: words", str(refused.value))
     assert re.search(r"--data.val_source: .*d\.parquet: cannot be read \(.*\); get a whole copy", str(refused.value))
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("bad_lines", ["refuse", "skip"])
+def test_the_first_line_of_every_file_is_parsed_before_the_first_is_read(bad_lines, tmp_path):
+    for name, line in {"a": '{"text": "a"}', "b": '{"words": "b"}', "c": "", "d": '{"text": "d"}'}.items():
+        (tmp_path / f"{name}.jsonl").write_text(f"{line}\n" + '{"text": "more"}\n' * 50)
+    (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(lines(*range(99)))[:9])
+    own = {"tokenizer": "train", "cache_dir": str(tmp_path / "cache"), "prepare_workers": 1, "bad_lines": bad_lines}
+    named = {name: str(tmp_path / f"[{name}].jsonl*") for name in ("ab", "cd")}
+    with pytest.raises(ConfigError) as refused:
+        SALTDataModule(source=named["ab"], val_source=named["cd"], **own).prepare_data()
+    lacks = re.search(
+        r"--data.text_column: no column 'text' in .*b\.jsonl: line 1; there are: words", str(refused.value)
+    )
+    assert bool(lacks) == (bad_lines == "refuse")
+    assert re.search(r"--data.val_source: .*d\.jsonl\.gz: cannot be read \(.*\); get a whole copy", str(refused.value))
+    assert not (tmp_path / "cache").exists()

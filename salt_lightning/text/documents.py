@@ -33,6 +33,7 @@ from salt_lightning.text.sources import Group, hub_error
 
 _RAW_CHARS = 1 << 19  # text per worker task: long enough to hide the pickling, short enough for even progress
 _MAX_BYTES = 1 << 30  # largest document in a file
+_FIRST_BYTES = 1 << 20  # a longer first line is not looked at beforehand
 _OF_EXAMPLES = {"messages", "conversations", "completion", "response", "instruction"}  # columns' names
 _TABLE_ROWS = 100  # read at once from parquet and the hub, where a row may be a whole book
 
@@ -246,6 +247,20 @@ def look_into(corpus: Corpus) -> None:
         for file in group.files if group.kind == "parquet" else ():
             with _file_errors(file, corpus):
                 check_columns(corpus, pq.read_schema(file).names, file)
+
+
+def first_lines(corpus: Corpus) -> Iterator[Raw]:
+    """The first line of every jsonl file, unless it is long.
+
+    Raises:
+        ConfigError: a file cannot be read.
+    """
+    for group in corpus.groups:
+        for file in group.files if group.kind == "jsonl" else ():
+            with _file_errors(file, corpus), _open(file) as (content, _):
+                line = content.readline(_FIRST_BYTES)
+            if len(line) < _FIRST_BYTES:
+                yield Raw(group.name, group.kind, [line], [], [(0, file, 1)])
 
 
 def open_hub(group: Group, corpus: Corpus) -> Any:

@@ -26,9 +26,9 @@ from transformers import PreTrainedTokenizerBase
 
 from salt_lightning.errors import ConfigError, few, raised, refuse
 from salt_lightning.preflight import size_said
-from salt_lightning.text.documents import Corpus, Raw, look_into, read_raw
+from salt_lightning.text.documents import Corpus, Raw, first_lines, look_into, read_raw
 from salt_lightning.text.journal import Unfinished, making, write_json
-from salt_lightning.text.parse import Skipped, empty_error
+from salt_lightning.text.parse import Skipped, documents, empty_error
 from salt_lightning.text.processes import in_child, num_cores, ordered_map
 from salt_lightning.text.progress import Done, Progress, summary_line
 from salt_lightning.text.token_files import FORMAT, SPLITS, SplitWriter, TokenFiles, digest, no_counts, sealed, sizes
@@ -87,12 +87,12 @@ def prepare_tokenizer(corpus: Corpus, vocab_size: int, val_fraction: float, cach
 
 
 def look_inside(corpora: dict[str, Corpus], folder: Callable[[str], Path], workers: int = 0) -> None:
-    """Look into the parquet files and hub data sets of all corpora without tokens: what is wrong with the last one
-    would be found after hours of work. `folder`: the token folder of a source setting.
+    """Look into the parquet files, first lines and hub data sets of all corpora without tokens: what is wrong with the
+    last one would be found after hours of work. `folder`: the token folder of a source setting.
 
     Raises:
-        ConfigError: a data set, split, subset, revision or column does not exist, a file is damaged, or the hub cannot
-            be reached.
+        ConfigError: a data set, split, subset, revision or column does not exist, a file is damaged or holds something
+            else, or the hub cannot be reached.
     """
     waiting = []
     for setting, corpus in corpora.items():
@@ -108,7 +108,12 @@ def look_inside(corpora: dict[str, Corpus], folder: Callable[[str], Path], worke
 
 
 def _look_into_all(waiting: list[Corpus]) -> None:
-    refuse(raised([partial(look_into, corpus) for corpus in waiting]))
+    refuse(raised(partial(look, corpus) for corpus in waiting for look in (look_into, _parse_first_lines)))
+
+
+def _parse_first_lines(corpus: Corpus) -> None:
+    for raw in first_lines(corpus):
+        documents(raw, corpus)
 
 
 _CUT = 3  # version of how conversations are cut into parts that are learned or not
