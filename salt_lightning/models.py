@@ -42,6 +42,9 @@ def own_parts(state: Iterable[str]) -> list[str]:
     return [name for name in state if name.startswith("student.") and not name.startswith(shards.STUDENT)]
 
 
+_WRAPPERS = ("_orig_mod.", "module.", "_fsdp_wrapped_module.", "base_model.model.")
+
+
 class CausalLM(nn.Module):
     """A transformers model, called for hidden states instead of logits.
 
@@ -330,8 +333,8 @@ def load_pretrained(spec: ModelSpec, name: str, dtype: torch.dtype, empty: bool 
             raise ConfigError(f"--model.{name}.path {spec.path}: its config.json says {said}; it must be 1 or more")
         if missing := sorted(found["missing_keys"]):  # transformers would leave them at their random initial values
             why = "is the download complete, and does config.json belong to it?"
-            if others := sorted(key for key in found["unexpected_keys"] if key.endswith(tuple(missing))):
-                why = f"it has {few(others)}: save the model again without what wraps it (torch.compile, DDP, FSDP)"
+            if wrapped := sorted(key for key in found["unexpected_keys"] if key.startswith(_WRAPPERS)):
+                why = f"it has {few(wrapped)}: save it again without what wraps it (torch.compile, DDP, FSDP, PEFT)"
             raise ConfigError(
                 f"--model.{name}.path {spec.path} lacks {len(missing)} of its weights: {few(missing)}; {why}"
             )

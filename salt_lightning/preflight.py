@@ -129,11 +129,12 @@ def of_training(rows: Any) -> list[Finding]:
     found = [
         Finding(
             "warning" if times > 0.001 * rows.files.num_documents else "note", "end of text",
-            f"the text spells out {end!r} {times} times ({rows.files.num_documents} documents for training): read as "
-            "plain text, not as an end, so what it separates counts as one document",
+            f"the {rows.files.num_documents} documents for training spell out {end!r} {times} times: read as plain "
+            "text, not as an end, so what it separates counts as one document",
             "split the text there, and remove it at the end of documents (docs/own-data.md)",
         )
-        for end, times in rows.files.manifest.get("spelled", {}).items()
+        for end, times in rows.files.manifest.get("spelled", {}).get("train", {}).items()
+        if times
     ]  # fmt: skip
     left_out, examples = getattr(rows, "num_left_out", 0), rows.files.num_documents
     if left_out > 0.1 * examples:

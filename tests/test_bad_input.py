@@ -279,7 +279,7 @@ ERRORS = {
     ),
     "a teacher saved inside a compiled one": (
         {"kd.steps": 6, "model.teacher.path": "{bad}/compiled"},
-        r"compiled lacks \d+ of its weights: .*; it has _orig_mod.*: save the model again without what wraps it",
+        r"compiled lacks \d+ of its weights: .*; it has _orig_mod.*: save it again without what wraps it",
     ),
     "a teacher of more layers": (
         {"kd.steps": 6, "model.teacher.path": "{bad}/shallow"},
@@ -768,7 +768,7 @@ CONFIGS = {
     "a list for a group": (b"data: [1]\n", r"--data .*must be a mapping of its settings"),
     "a misspelt key": (
         b"modle: {compile: true}\n",
-        r"--modle.compile: there is no such setting; use --model.compile;",
+        r"--modle.compile: there is no such setting; did you mean --model.com",
     ),
     "misspelt groups with nothing in them": (
         b"modle: {}\nmodel:\n  student: {config: {rope_parameters: {}}}\n  otpim: {}\n"

@@ -121,24 +121,23 @@ def test_held_out_text_that_is_trained_on(checked, corpus, tmp_path, fit_with, c
 
 
 def test_ends_of_documents_that_the_text_spells_out(checked, fit_with, tmp_path, caplog):
-    own = {"kd.weight": 0.0, "model.teacher.path": None, "kd.steps": None, "data.val_fraction": 0.2}
+    own = {"kd.weight": 0.0, "model.teacher.path": None, "kd.steps": None}
+    files = {split: tmp_path / f"{split}.jsonl" for split in ("source", "val_source")}
+    own |= {f"data.{split}": str(file) for split, file in files.items()}
     texts = [f"{'a student reads on and on ' * 40}{i}" for i in range(20)]
-    for spelled in (0, 1, 20):
-        source = tmp_path / f"{spelled}.jsonl"
-        marked = [text + "<|endoftext|>" * (i < spelled) for i, text in enumerate(texts)]
-        source.write_text("".join(json.dumps({"text": text}) + "\n" for text in marked))
-        found = [
-            f"{level} {said}"
-            for level, about, said in checked(**own, **{"data.source": str(source)})[1]
-            if about == "end of text"
-        ]
-        assert len(found) == (spelled > 0)
-        assert all(said.startswith(f"warning the text spells out '<|endoftext|>' {spelled} times (") for said in found)
+    for training, held_out in ((0, 20), (1, 0), (20, 20)):
+        for file, spelled in zip(files.values(), (training, held_out), strict=True):
+            marked = [text + "<|endoftext|><|endoftext|>" * (i < spelled) for i, text in enumerate(texts)]
+            file.write_text("".join(json.dumps({"text": f"{file.name} {text}"}) + "\n" for text in marked))
+        found = [(level, said) for level, about, said in checked(**own)[1] if about == "end of text"]
+        assert len(found) == (training > 0)
+        said = f"the 20 documents for training spell out '<|endoftext|>' {2 * training} times: "
+        assert all(level == "warning" and told.startswith(said) for level, told in found)
     assert "end of text" not in caplog.text
-    assert fit_with(tmp_path / "fit", **own, **{"data.source": str(source)}) == 0
-    assert "warning: end of text: the text spells out '<|endoftext|>' 20 times" in caplog.text
-    rows = SimpleNamespace(files=SimpleNamespace(manifest={"spelled": {"</s>": 1}}, num_documents=1000), block_size=8)
-    assert [finding.level for finding in preflight.of_training(rows)] == ["note"]
+    assert fit_with(tmp_path / "fit", **own) == 0
+    assert f"warning: end of text: {said}" in caplog.text
+    files = SimpleNamespace(manifest={"spelled": {"train": {"</s>": 1}}}, num_documents=1000)
+    assert [finding.level for finding in preflight.of_training(SimpleNamespace(files=files))] == ["note"]
 
 
 def test_examples_that_fit_no_row(checked, teacher, tmp_path):
@@ -911,12 +910,12 @@ def test_a_fit_says_what_is_no_error(caplog):
         assert bool(caplog.text) == bool(said)
 
 
-@pytest.mark.parametrize("parts", [None, ["train", "val"]])
+@pytest.mark.parametrize("parts", [None, ["val", "test"]])
 def test_arrow_files_are_named_with_what_converts_them(parts, tmp_path):
     data = Dataset.from_dict({"text": ["one", "two"]})
     (DatasetDict(dict.fromkeys(parts, data)) if parts else data).save_to_disk(tmp_path / "saved")
     with pytest.raises(ConfigError, match=r"holds Arrow files, which are not read; convert it, ") as refused:
-        resolve("--data.source", [str(tmp_path / "saved")], Hub())
+        resolve("--data.source", [str(tmp_path)], Hub())
     remedy = str(refused.value).partition("convert it, ")[2].replace("x.parquet", str(tmp_path / "x.parquet"))
     eval(remedy, {"datasets": datasets})
     assert Dataset.from_parquet(str(tmp_path / "x.parquet"))["text"][:] == ["one", "two"]

@@ -117,7 +117,7 @@ def test_names_on_the_hub_are_tried_before_text_is_prepared(tried, hub):
         "acme/bert": "contains a BertForMaskedLM, whose tokens see later ones",
         "acme/strange": r"is not a causal language model that this transformers knows \(model_type 'strange'",
         "acme/adapter": "has no config.json on the hub: it may be an adapter or a GGUF file; give the whole",
-        "acme/adapted": r"has a LoRA adapter \(adapter_config.json\), which is not read; merge it, ",
+        "acme/adapted": r"has an adapter \(adapter_config.json\), as LoRA makes, which is not read; merge it into ",
         "acme/cut": "lacks model-00002-of-00002.safetensors on the hub, which its model.safetensors.index.json names",
         "acme/pickled": "has neither model.safetensors nor model.safetensors.index.json on the hub; use a revision",
     }

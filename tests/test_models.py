@@ -290,8 +290,8 @@ def test_small_floating_types_of_a_quantized_model_are_left_alone():
     ("files", "message"),
     [
         ([], "is a folder without config.json; give a Hugging Face folder, or a "),
-        (["adapter_config.json", "adapter_model.safetensors"], "has a LoRA adapter .*merge_and_unload"),
-        (["config.json", "model.safetensors", "adapter_config.json"], "has a LoRA adapter .*or give the model without"),
+        (["adapter_config.json", "adapter_model.safetensors"], "has an adapter .*merge_and_unload"),
+        (["config.json", "model.safetensors", "adapter_config.json"], "has an adapter .*or give the model without"),
         (
             ["trainer_state.json", "checkpoint-500/config.json", "checkpoint-1000/config.json"],
             "without config.json; give one of its checkpoints, e.g. .*/checkpoint-1000$",  # the newest

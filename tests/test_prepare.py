@@ -371,7 +371,7 @@ def test_empty_files_and_folders_alone_are_named(folders_too, tmp_path):
 
 def test_bad_lines_are_left_out_and_counted(tmp_path, monkeypatch, caplog):
     """Beside what is refused otherwise: the good lines, as if the bad ones had never been there; also after a kill."""
-    good = [json.dumps({"text": f"text {i} " * 10}).encode() for i in range(45)]
+    good = [json.dumps({"text": f"text {i} " * 10 + "<|endoftext|>"}).encode() for i in range(45)]
     bad = [b'{"text": "cut', b"[1]", b'{"text": "\xff"}', b'{"body": "x"}', b'{"text": 1}', b"["]
     lines = [line for i, line in enumerate(good) for line in ([bad[i // 7], line] if i % 7 == 6 else [line])]
     (tmp_path / "good").mkdir()
@@ -397,6 +397,7 @@ def test_bad_lines_are_left_out_and_counted(tmp_path, monkeypatch, caplog):
     said = f"--data.source: 7 bad lines left out (--data.bad_lines skip), first {first}"
     assert [record.message for record in caplog.records].count(said) == 2  # each time, also from the cache
     assert "without text" not in caplog.text  # such are another kind
+    assert TokenFiles(folder, "train").manifest["spelled"]["train"]["<|endoftext|>"] == 45
     expected = prepare_tokens(corpus_of(tmp_path / "good" / "x.jsonl"), tokenizer, 0.0, tmp_path / "other", 1)
     manifests = [json.loads((f / "manifest.json").read_text()) for f in (folder, expected)]
     assert [m["skipped"] for m in manifests] == [{"lines": 7, "first": first}, {"lines": 0, "first": ""}]

@@ -241,41 +241,39 @@ def test_what_has_no_effect_or_is_no_text_is_said(tmp_path, caplog):
     assert "holds plain text, which has no splits; 'test' has no effect" in caplog.text
 
 
-def test_a_table_is_refused_with_what_converts_it(tmp_path):
-    (tmp_path / "x.csv").write_text('id,text\n007,"a ""b"",\nc"\n')
-    with pytest.raises(ConfigError, match=rf"--data.source: {tmp_path}/x.csv is a table, .* narrower glob") as refused:
+@pytest.mark.parametrize(("name", "between"), [("x.csv", ","), ("x.tsv", "\t"), ("x.csv.gz", ",")])
+def test_a_table_is_refused_with_what_converts_it(name, between, tmp_path):
+    table = f'id{between}text\n007{between}"a ""b"",\nc"\n'.encode()
+    (tmp_path / name).write_bytes(gzip.compress(table) if name.endswith(".gz") else table)
+    with pytest.raises(ConfigError, match=rf"--data.source: {tmp_path}/{name} is a table, .* narrower glob") as refused:
         read(tmp_path)
-    remedy = re.search(r"datasets.*\)", str(refused.value))[0].replace("FILE", repr(str(tmp_path / "x.csv")))
+    remedy = re.search(r"datasets.*parquet'\)", str(refused.value))[0].replace("FILE", repr(str(tmp_path / name)))
     eval(remedy.replace("x.parquet", str(tmp_path / "x.parquet")), {"datasets": datasets})
     assert pq.read_table(tmp_path / "x.parquet")["text"].to_pylist() == ['a "b",\nc']
+    named, suffix = re.search(r"replace (\.\w+) by (\.\w+)", str(refused.value)).groups()
+    (tmp_path / name).rename(renamed := tmp_path / name.replace(named, suffix))
+    assert read(renamed) == [table.decode()]
 
 
-@pytest.mark.parametrize(
-    "files",
-    [
-        ["train.bin", "val.bin", "meta.pkl"],
-        ["corpus_text_document.bin", "corpus_text_document.idx"],
-        ["tokens.npy"],
-        ["index.json", "chunk-0-0.bin"],
-        ["index.json", "shard.00000.mds.zstd"],
-    ],
-)
-def test_token_ids_of_other_tools_are_refused(files, tmp_path):
-    for file in files:
-        (tmp_path / file).write_text("{}")
-    ids = next(file for file in files if not file.startswith(("index", "meta")))
-    for source in (tmp_path, tmp_path / ids):
-        with pytest.raises(ConfigError, match=rf"^--data.source: {tmp_path}/{ids} holds token ids, as other tools"):
-            read(source)
+def test_token_ids_of_other_tools_are_said_to_be_that(tmp_path):
+    for name in ("train.bin", "corpus.idx", "tokens.npy"):
+        (tmp_path / name).write_bytes(np.arange(50_000, 50_100, dtype=np.uint16).tobytes())
+        corpus = Corpus("--data.source", resolve("--data.source", [str(tmp_path / name)], Hub()))
+        with pytest.raises(
+            ConfigError, match=r"is not UTF-8 text; if it holds token ids, give the text that they were"
+        ):
+            documents(next(iter(read_raw(corpus))), corpus)
 
 
 @pytest.mark.parametrize(
     ("columns", "said"),
     [
-        (["input_ids", "attention_mask"], r" \(token ids; only text is read\)"),
+        (["input_ids", "attention_mask"], r" \(these are token ids, of which only the text can be read\)"),
+        (["chunks", "config", "updated_at"], r" \(these are token ids"),
+        (["input_ids", "content"], "content(?!.*token ids)"),
         (["prompt", "completion"], r"; for fine-tuning, --data.examples names the columns instead"),
         (["messages"], r"; for fine-tuning, --data.examples names"),
-        (["content"], r"content(?!.*(fine-tuning|token ids))"),
+        (["content"], "content(?!.*fine-tuning)"),
     ],
 )
 def test_columns_that_are_no_text_are_said_to_be_what_they_are(columns, said, tmp_path):

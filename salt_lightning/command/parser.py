@@ -69,7 +69,7 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         asked = getattr(ex, "subcommand_parser", None) or self
-        known, others = [action.dest for action in asked._actions if action.dest not in _FIXED], list[str]()
+        known, others = [action.dest for action in asked._actions], list[str]()
         if "run" not in known:  # this parses the settings of one class
             raise Unreadable(explain(message, known, self.given))
         said = explain(message, known)
@@ -127,7 +127,9 @@ def parse(parsers: Sequence[LightningArgumentParser], args: list[str]) -> tuple[
 
 def named(problems: Iterable[str]) -> set[str]:
     """The settings that the problems begin with or suggest."""
-    return {name for each in problems for name in re.findall(r"(?:^|did you mean )--([\w.]+)", each)}
+    return {
+        name for each in problems for name in re.findall(r"(?:^|did you mean |no such setting; use )--([\w.]+)", each)
+    }
 
 
 def _begun(said: str) -> list[str]:
@@ -198,7 +200,6 @@ _WORDS = {
     "trainer.min_epochs": f"{_REFUSED}: use --trainer.min_steps.",
     "trainer.overfit_batches": f"{_REFUSED}: use a small --data.source.",
 }
-_FIXED = {name for name, words in _WORDS.items() if words.startswith(_REFUSED)}
 
 
 def reword(action: argparse.Action, parsers: dict[str, LightningArgumentParser]) -> None:

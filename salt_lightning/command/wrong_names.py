@@ -26,10 +26,12 @@ _CALLED: dict[str, tuple[str, ...]] = {
     "--model.optim.beta1 and --model.optim.beta2": ("adam_beta1", "adam_beta2", "betas", "adam_betas"),
     "--model.optim.eps": ("adam_epsilon", "adam_eps", "epsilon"),
     "--model.optim.schedule": ("lr_scheduler_type", "lr_scheduler", "lr_schedule", "scheduler"),
-    "--model.optim.warmup_steps": (
+    "--model.optim.warmup_steps, for a ratio times --trainer.max_steps": (
         "warmup_ratio", "warmup_steps", "warmup_iters", "lr_warmup_steps", "num_warmup_steps",
     ),
-    "--model.optim.min_lr_ratio": ("min_lr", "min_learning_rate", "lr_end", "min_lr_rate"),
+    "--model.optim.min_lr_ratio, the lowest rate / --model.optim.lr": (
+        "min_lr", "min_learning_rate", "lr_end", "min_lr_rate",
+    ),
     "--trainer.gradient_clip_val": ("max_grad_norm", "grad_clip", "clip_grad", "max_norm", "clip_grad_norm"),
     _BATCH: (
         "gradient_accumulation_steps", "grad_accum_steps", "gradient_accumulation_iters", "accumulate_grad_batches",
@@ -42,9 +44,9 @@ _CALLED: dict[str, tuple[str, ...]] = {
     _PACKED: ("packing", "sample_packing", "packed", "padding", "padding_side", "packing_strategy"),
     _EPOCHS: ("num_train_epochs", "num_epochs", "epochs", "max_epochs", "max_tokens", "train_tokens", "total_tokens"),
     "--trainer.max_steps": ("max_steps", "max_iters", "total_steps", "train_steps", "num_steps", "max_train_steps"),
-    _PRECISION: ("bf16", "fp16", "mixed_precision", "torch_dtype", "dtype", "precision", "bf16_full_eval", "tf32"),
+    _PRECISION: ("bf16", "fp16", "mixed_precision", "torch_dtype", "dtype", "precision", "bf16_full_eval"),
     "--run": ("output_dir", "out_dir", "save_dir", "default_root_dir", "run_name", "logging_dir", "log_dir"),
-    "--ckpt_path last": ("resume_from_checkpoint", "resume", "resume_from", "auto_resume", "init_from", "load_from"),
+    "--ckpt_path last": ("resume_from_checkpoint", "resume", "resume_from", "auto_resume"),
     "--checkpoint.every_n_steps": ("save_steps", "save_interval", "save_strategy", "save_every"),
     "--checkpoint.keep": ("save_total_limit", "keep_last", "save_top_k", "keep_checkpoints"),
     "--trainer.val_check_interval": (
@@ -53,13 +55,13 @@ _CALLED: dict[str, tuple[str, ...]] = {
     "--trainer.log_every_n_steps": ("logging_steps", "log_interval", "log_every"),
     _PLOT: ("report_to", "wandb", "use_wandb", "wandb_project", "logger_name", "wandb_log"),
     "the verb export writes a folder that any uploader takes": ("push_to_hub", "hub_model_id", "hub_token"),
-    "--seed_everything": ("seed", "random_seed", "data_seed"),
+    "--seed_everything": ("seed", "random_seed"),
+    "--data.seed": ("data_seed", "shuffle_seed"),
     _STUDENT: (
         "model_name_or_path", "model_name", "base_model", "student_model_name_or_path", "student_model",
-        "checkpoint_dir", "initial_checkpoint_dir", "config_name", "model_path",
+        "checkpoint_dir", "initial_checkpoint_dir", "config_name", "model_path", "init_from",
     ),
     _TEACHER: ("teacher_model_name_or_path", "teacher_model", "teacher_model_path", "teacher_name", "teacher_path"),
-    "--model.student.revision": ("model_revision",),
     "--data.source": (
         "dataset_name", "dataset", "datasets", "dataset_path", "train_file", "train_data", "train_data_path",
         "data_path", "data_dir", "train_files",
@@ -76,7 +78,6 @@ _CALLED: dict[str, tuple[str, ...]] = {
     "--model.student.attention and --model.teacher.attention": (
         "attn_implementation", "use_flash_attention", "flash_attention", "flash_attn",
     ),
-    "--model.student.trust_remote_code": ("trust_remote_code",),
     "--trainer.strategy ddp, or --config configs/fsdp.yaml": ("deepspeed", "fsdp", "fsdp_config", "zero_stage", "ddp"),
     "--trainer.devices": ("num_gpus", "nproc_per_node", "gpus", "n_gpus"),
     "--kd.weight": ("kd_ratio", "kd_weight", "kd_alpha", "distill_alpha", "alpha", "distillation_weight"),
@@ -87,21 +88,43 @@ _CALLED: dict[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 _INSTEAD = {name: f"use {ours}" if ours.startswith("-") else ours for ours, names in _CALLED.items() for name in names}
+# The same of settings that both models have.
+_OF_A_MODEL = {
+    "path": ("model_name_or_path", "model_name", "base_model", "model_path", "name", "name_or_path", "model"),
+    "revision": ("model_revision", "revision"),
+    "dtype": ("torch_dtype", "dtype"),
+    "attention": ("attn_implementation", "use_flash_attention", "flash_attention", "flash_attn"),
+    "trust_remote_code": ("trust_remote_code",),
+}
+_PART = {name: ours for ours, names in _OF_A_MODEL.items() for name in names}
 
 
 def no_such(name: str, known: Iterable[str], prefix: str = "") -> str:
     """The error about `name`, which is none of the known settings; `prefix`: of the class whose settings they are."""
     said, known = f"--{prefix}{name}: there is no such setting", list(known)
-    instead = _INSTEAD.get(name.rpartition(".")[2].replace("-", "_").lower())
-    if instead and not prefix:
+    others = [each for each in known if not name.startswith(f"{each}.")]
+    near = difflib.get_close_matches(name, others, 3)
+    if instead := None if prefix or _resembling(name, near, 0.85, 0.8) else _instead(name):
         return f"{said}; {instead}"
-    near = difflib.get_close_matches(name, [each for each in known if not name.startswith(f"{each}.")], 3)
-    if meant := next((each for each in near if _ends_alike(name, each)), None):
+    if meant := _resembling(name, near, 0.6, 0.5):
         return f"{said}; did you mean --{prefix}{meant}?"
     return f"{said}; there are {', '.join(known)}" if prefix else f"{said} (see --help)"
 
 
-def _ends_alike(name: str, other: str) -> bool:
-    """Whether the last parts resemble each other: a long common beginning makes any two settings of a group near."""
-    last, of_other = name.rpartition(".")[2], other.rpartition(".")[2]
-    return last in of_other or bool(difflib.get_close_matches(last, [of_other], cutoff=0.5))
+def _resembling(name: str, near: list[str], whole: float, last: float) -> str | None:
+    """The first that resembles `name` by these ratios: a long common beginning makes any two of a group near."""
+    for other in near:
+        end, of_other = name.rpartition(".")[2], other.rpartition(".")[2]
+        alike = end in of_other or difflib.SequenceMatcher(None, of_other, end).ratio() >= last
+        if alike and difflib.SequenceMatcher(None, other, name).ratio() >= whole:
+            return other
+    return None
+
+
+def _instead(name: str) -> str | None:
+    """What to do instead of setting `name` of another tool."""
+    group, _, last = name.replace("-", "_").lower().rpartition(".")
+    models = [model for model in ("student", "teacher") if difflib.get_close_matches(model, group.split("."), 1, 0.8)]
+    if last in _PART and (models or last in ("trust_remote_code", "model_revision")):
+        return f"use {' or '.join(f'--model.{model}.{_PART[last]}' for model in models or ('student', 'teacher'))}"
+    return None if models or group.startswith("eval") else _INSTEAD.get(last)

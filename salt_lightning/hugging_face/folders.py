@@ -29,8 +29,9 @@ MAY_LACK = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_f
 _BLOCKS, _BLOCK_BYTES = 256, 4096
 _ADAPTER = "adapter_config.json"
 _MERGE = (
-    f"has a LoRA adapter ({_ADAPTER}), which is not read; merge it, "
-    "PeftModel.from_pretrained(BASE, FOLDER).merge_and_unload().save_pretrained(NEW), or give the model without it"
+    f"has an adapter ({_ADAPTER}), as LoRA makes, which is not read; merge it into its model, "
+    "peft.AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(NEW), or give the model "
+    "without it"
 )
 
 

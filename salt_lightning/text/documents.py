@@ -34,7 +34,9 @@ from salt_lightning.text.sources import Group, hub_error
 _RAW_CHARS = 1 << 19  # text per worker task: long enough to hide the pickling, short enough for even progress
 _MAX_BYTES = 1 << 30  # largest document in a file
 _FIRST_BYTES = 1 << 20  # a longer first line is not looked at beforehand
-_OF_EXAMPLES = {"messages", "conversations", "completion", "response", "instruction"}  # columns' names
+_OF_TOKENS = {"input_ids", "attention_mask", "token_type_ids", "labels", "length", "tokens"}  # columns' names
+_OF_INDEX = {"chunks", "shards"}  # of litdata's and MosaicML's index.json
+_OF_EXAMPLES = {"messages", "conversations", "completion", "response", "instruction"}
 _TABLE_ROWS = 100  # read at once from parquet and the hub, where a row may be a whole book
 
 
@@ -199,7 +201,8 @@ def _check_size(data: bytes, file: str, line: int, setting: str) -> None:
     """Refuse a document that is too long: a few compressed megabytes can unpack to a line larger than memory."""
     if len(data) > _MAX_BYTES:
         raise ConfigError(
-            f"{setting}: {file}: the document from line {line} is longer than {_MAX_BYTES >> 20} MiB; split it"
+            f"{setting}: {file}: the document from line {line} is longer than {_MAX_BYTES >> 20} MiB; split it "
+            "into documents (docs/own-data.md)"
         )
 
 
@@ -343,17 +346,17 @@ def check_columns(corpus: Corpus, found: list[str], where: str) -> None:
         if column not in found:
             raise ConfigError(
                 f"--data.{setting}: no column {column!r} in {where}; there are: {', '.join(found)}"
-                f"{_of_what(found, corpus)}"
+                + (_of_what(found) if setting == "text_column" else "")
             )
         if found.count(column) > 1:
             raise ConfigError(f"--data.{setting}: {where} has several columns named {column!r}; rename one")
 
 
-def _of_what(found: list[str], corpus: Corpus) -> str:
+def _of_what(found: list[str]) -> str:
     """What a row without the text column seems to be."""
-    if "input_ids" in found:
-        return " (token ids; only text is read)"
-    if not corpus.examples.given and _OF_EXAMPLES.intersection(found):
+    if _OF_TOKENS.issuperset(found) or _OF_INDEX.intersection(found):
+        return " (these are token ids, of which only the text can be read)"
+    if _OF_EXAMPLES.intersection(found):
         return "; for fine-tuning, --data.examples names the columns instead (docs/fine-tuning.md)"
     return ""
 

@@ -8,12 +8,15 @@ import json
 from codecs import BOM_UTF8
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from salt_lightning.errors import ConfigError, first_line, printable
 from salt_lightning.text.documents import Corpus, Raw, check_columns, utf8
+
+_TOKEN_IDS = {".bin", ".idx", ".npy", ".npz"}  # of Megatron and nanoGPT
 
 
 class BadLine(ConfigError):
@@ -97,6 +100,8 @@ def _parse(raw: Raw, row: int, corpus: Corpus) -> tuple[Any, str]:
     except UnicodeDecodeError as error:
         problem, lines_on = "is not UTF-8 text", data.count(b"\n", 0, error.start)
         remedy = "convert the file, leave it out with a narrower glob"
+        if Path(raw.place(row)[0]).suffix in _TOKEN_IDS:
+            remedy = "if it holds token ids, give the text that they were made of (docs/own-data.md)"
         raise _bad_line(corpus, _place(raw, row, lines_on), problem, remedy) from error
     if raw.kind == "text":
         if data.count(b"\0") * 10 > len(data):  # UTF-16 without a mark is valid UTF-8, too

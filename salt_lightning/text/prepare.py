@@ -201,7 +201,7 @@ def make_encoder(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, val_fractio
     dtype = "uint16" if num_ids(tokenizer) <= 1 << 16 else "uint32"
     eos_id = int(tokenizer.eos_token_id)
     if not corpus.examples.given:
-        ends = tuple({str(tokenizer.eos_token), _GPT2_EOS})
+        ends = tuple(dict.fromkeys([str(tokenizer.eos_token), _GPT2_EOS]))
         return Encoder(backend, eos_id, dtype, corpus, val_fraction, ends)
     plain = [file for group in corpus.groups if group.kind == "text" for file in group.files]
     if plain:
@@ -268,7 +268,7 @@ class _Written:
     sources: dict[str, int] = field(default_factory=dict)  # name -> index
     skipped: Skipped = field(default_factory=Skipped)
     counts: dict[str, dict[str, int]] = field(default_factory=lambda: {split: no_counts() for split in SPLITS})
-    spelled: dict[str, int] = field(default_factory=dict)  # marks of an end that the text spells out -> how often
+    spelled: dict[str, dict[str, int]] = field(default_factory=dict)  # by split, as in a Block
 
     def follow(self, raw_hash: bytes, read_bytes: int) -> None:
         """Count one more raw."""
@@ -324,8 +324,8 @@ def _write(encoder: Encoder, origin: dict[str, Any], unfinished: Unfinished, wor
                     written.num_split += block.num_split
                     written.num_more += block.num_more
                     written.num_tools += block.num_tools
-                    for end, times in block.spelled.items():
-                        written.spelled[end] = written.spelled.get(end, 0) + times
+                    before = written.spelled.get(split, {})
+                    written.spelled[split] = {end: n + before.get(end, 0) for end, n in block.spelled.items()}
                 kept = sum(len(block.lengths) - block.num_more for block in blocks.values())
                 written.num_left_out += len(raw.rows) - kept - skipped.lines
                 written.follow(raw_hash, raw.read_bytes)
@@ -352,7 +352,7 @@ def _write(encoder: Encoder, origin: dict[str, Any], unfinished: Unfinished, wor
         "splits": {split: writer.entry() for split, writer in writers.items()},
         "skipped": asdict(written.skipped),
         "left_out": written.num_left_out,
-        "spelled": {end: times for end, times in written.spelled.items() if times},
+        "spelled": written.spelled,
         **({"num_tools": written.num_tools} if encoder.corpus.examples.tools else {}),
     }
 

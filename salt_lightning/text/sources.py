@@ -4,7 +4,7 @@ import glob
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -23,7 +23,6 @@ from salt_lightning.text.packed import SUFFIXES
 
 _KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".jsonlines": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 _TABLES = {".csv", ".tsv"}
-_TOKEN_IDS = {".bin", ".idx", ".npy", ".npz", ".mds"}  # of Megatron, nanoGPT, litdata and MosaicML
 _ARCHIVES = {".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".tzst", ".zip", ".7z", ".rar"}
 # with an owner: `datasets` takes "text" or "json" alone for every such file in the working directory
 _HUB = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([^:]+))?(?:(?::([^:[]+))?:(.*))?")
@@ -96,27 +95,18 @@ def resolve(setting: str, entries: list[str], hub: Hub) -> tuple[Group, ...]:
             "narrower glob"
         )
     if tables := [file for file in files if _suffix(file) in _TABLES]:
+        tabs = ", sep='\\t'" if _suffix(tables[0]) == ".tsv" else ""
         raise ConfigError(
             f"{setting}: {tables[0]} is a table, whose header and quotes are no text; convert it, "
-            "datasets.Dataset.from_csv(FILE).to_parquet('x.parquet'), leave it out with a narrower glob, or rename it "
-            "to .txt"
+            f"datasets.Dataset.from_csv(FILE{tabs}).to_parquet('x.parquet'), leave it out with a narrower glob, or "
+            f"replace {_suffix(tables[0])} by .txt in its name"
         )
-    _refuse_token_ids(setting, files)
     times = Counter(map(_identity, files))
     if again := next((file for file in files if times[_identity(file)] > 1), None):
         repeated = sum(count > 1 for count in times.values())
         said = f"{setting}: {repeated} of the files are read more than once (e.g. {again})"
         say_once(f"{said}, and so are the documents held out from them")
     return tuple(groups)
-
-
-def _refuse_token_ids(setting: str, files: Iterable[str]) -> None:
-    if ids := [file for file in files if _suffix(file) in _TOKEN_IDS]:
-        raise ConfigError(
-            f"{setting}: {ids[0]} holds token ids, as other tools prepare them; only text is read: give the text that "
-            "they were made of, decode them with their tokenizer into a .jsonl of one document per line, or give "
-            "batches of your own (docs/own-data.md)"
-        )
 
 
 def each_file(groups: tuple[Group, ...]) -> tuple[Group, ...]:
@@ -237,14 +227,14 @@ def _folder_files(setting: str, folder: str, hub: Hub, split_setting: str = "--d
         if hub.split != Hub.split:
             say_once(f"{setting}: {folder} holds plain text, which has no splits; {hub.split!r} has no effect")
         return sorted(found)
-    if any(file.endswith(".arrow") for file in found):
-        split = "['train']" if os.path.exists(os.path.join(folder, "dataset_dict.json")) else ""
+    if arrow := next((file for file in found if file.endswith(".arrow")), None):
+        saved, split = os.path.split(os.path.dirname(arrow))  # if it is a DatasetDict's
+        is_dict = os.path.exists(os.path.join(saved, "dataset_dict.json"))
+        loaded = f"{saved!r})[{split!r}]" if is_dict else f"{os.path.dirname(arrow)!r})"
         raise ConfigError(
             f"{setting}: {folder} holds Arrow files, which are not read; convert it, "
-            f"datasets.load_from_disk({folder!r}){split}.to_parquet('x.parquet')"
+            f"datasets.load_from_disk({loaded}.to_parquet('x.parquet')"
         )
-    if any(os.path.basename(file) == "index.json" for file in found):  # of litdata or MosaicML
-        _refuse_token_ids(setting, found)
     splits = _splits(setting, folder, hub, any(map(_is_new_to_hub, found)))
     pattern = glob.escape(folder)
     if hub.split not in splits:
