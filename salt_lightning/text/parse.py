@@ -101,7 +101,9 @@ def _parse(raw: Raw, row: int, corpus: Corpus) -> tuple[Any, str]:
         problem, lines_on = "is not UTF-8 text", data.count(b"\n", 0, error.start)
         remedy = "convert the file, leave it out with a narrower glob"
         if Path(raw.place(row)[0]).suffix in _TOKEN_IDS:
-            remedy = "if it holds token ids, give the text that they were made of (docs/own-data.md)"
+            remedy = (
+                "if it holds token ids, give the text that they were made of, else leave it out with a narrower glob"
+            )
         raise _bad_line(corpus, _place(raw, row, lines_on), problem, remedy) from error
     if raw.kind == "text":
         if data.count(b"\0") * 10 > len(data):  # UTF-16 without a mark is valid UTF-8, too
