@@ -55,7 +55,9 @@ def phases(taught: int, max_steps: int, anneal_steps: int, path: str | None) -> 
     if anneal_steps:
         said += f", its weight falls in the last {anneal_steps} of them"
     if taught == max_steps:
-        return Finding("note", "phases", f"{said}; it never leaves (RKD)")
+        return Finding(
+            "note", "phases", f"{said}; it never leaves (RKD)", f"for SALT, --kd.steps {max_steps // 5} or so"
+        )
     if taught > max_steps / 2:
         return Finding("note", "phases", f"{said}; more than half: a teacher that stays too long does harm")
     return Finding("ok", "phases", said)
@@ -129,8 +131,8 @@ def of_training(rows: Any) -> list[Finding]:
     found = [
         Finding(
             "warning" if times > 0.001 * rows.files.num_documents else "note", "end of text",
-            f"the {rows.files.num_documents} documents for training spell out {end!r} {times} times: read as plain "
-            "text, not as an end, so what it separates counts as one document",
+            f"{end!r} is spelled out {times} times in {_plural(rows.files.num_documents, 'training document')}: read "
+            "as plain text, not as an end, so what it separates counts as one document",
             "split the text there, and remove it at the end of documents (docs/own-data.md)",
         )
         for end, times in rows.files.manifest.get("spelled", {}).get("train", {}).items()

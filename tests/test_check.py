@@ -131,7 +131,7 @@ def test_ends_of_documents_that_the_text_spells_out(checked, fit_with, tmp_path,
             file.write_text("".join(json.dumps({"text": f"{file.name} {text}"}) + "\n" for text in marked))
         found = [(level, said) for level, about, said in checked(**own)[1] if about == "end of text"]
         assert len(found) == (training > 0)
-        said = f"the 20 documents for training spell out '<|endoftext|>' {2 * training} times: "
+        said = f"'<|endoftext|>' is spelled out {2 * training} times in 20 training documents: "
         assert all(level == "warning" and told.startswith(said) for level, told in found)
     assert "end of text" not in caplog.text
     assert fit_with(tmp_path / "fit", **own) == 0
@@ -442,7 +442,7 @@ def test_a_run_folder_that_is_taken(checked, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "about", "level", "says"),
     [
-        ({"kd.steps": None}, "phases", "note", "it never leaves (RKD)"),
+        ({"kd.steps": None}, "phases", "note", "it never leaves (RKD) -> for SALT, --kd.steps 2 or so"),
         ({"trainer.val_check_interval": 5}, "validation", "warning", "not in the last 2 steps"),
         ({"trainer.max_steps": 2000, "trainer.val_check_interval": 2000}, "rows", "warning", "--trainer.max_steps"),
         ({"trainer.val_check_interval": 0}, "settings", "error", "--trainer.val_check_interval 0 must be optimizer"),
