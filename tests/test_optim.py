@@ -36,6 +36,13 @@ def test_wsd_after_a_long_warm_up_decays_over_what_is_left():
     assert [spec.lr_at(step, 10) for step in (7, 8, 9, 10)] == [8 / 9, 1.0, 1.0, 0.0]
 
 
+def test_wsd_is_also_constant_or_linear():
+    constant = OptimSpec(lr=2.0, schedule="wsd", warmup_steps=2, decay_steps=0)
+    assert [constant.lr_at(step, 6) for step in range(6)] == [1.0, 2.0, 2.0, 2.0, 2.0, 2.0]
+    linear = OptimSpec(lr=2.0, schedule="wsd", warmup_steps=2, decay_steps=4, min_lr_ratio=0.0)
+    assert [linear.lr_at(step, 6) for step in range(6)] == [1.0, 2.0, 2.0, 1.5, 1.0, 0.5]
+
+
 def test_wsd_decays_over_a_fifth_by_default():
     spec = OptimSpec(lr=1.0, schedule="wsd", min_lr_ratio=0.0)
     assert [spec.lr_at(step, 10) for step in range(8, 11)] == [1.0, 0.5, 0.0]

@@ -26,7 +26,8 @@ class OptimSpec:
         beta1: Decay of the first moment.
         beta2: Decay of the second moment.
         eps: Added to the square root of the second moment.
-        schedule: How the learning rate decays: cosine, or wsd (stable, then linear).
+        schedule: How the learning rate decays: cosine, or wsd (stable, then linear). So wsd is linear decay where
+            decay_steps are all steps after the warm-up, and a constant rate where they are 0.
         warmup_steps: Optimizer steps of linear warm-up.
         decay_steps: Number of final steps over which the learning rate decays; the first of them still has all of lr.
             null: for cosine all steps after the warm-up, for wsd a fifth of the run.
