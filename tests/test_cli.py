@@ -123,6 +123,7 @@ def test_names_of_other_tools_are_answered_with_settings_that_exist(capsys):
         ("trainer.save_steps", "use --checkpoint.every_n_steps"),
         ("kd.loss", "the KD loss is the forward KL over"),
         ("trust_remote_code", "use --model.student.trust_remote_code or --model.teacher.trust_remote_code"),
+        ("model.attn_implementation", "use --model.student.attention or --model.teacher.attention"),
         ("model.teacher.model_name_or_path", "use --model.teacher.path"),
         ("teacher.torch_dtype", "use --model.teacher.dtype"),
         ("torch_dtype", "use --trainer.precision"),

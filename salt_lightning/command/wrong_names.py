@@ -75,9 +75,6 @@ _CALLED: dict[str, tuple[str, ...]] = {
     "--data.prepare_workers": ("dataset_num_proc", "num_proc", "preprocessing_num_workers"),
     "--model.activation_checkpointing": ("gradient_checkpointing", "use_gradient_checkpointing"),
     "--model.compile": ("torch_compile", "compile", "use_compile"),
-    "--model.student.attention and --model.teacher.attention": (
-        "attn_implementation", "use_flash_attention", "flash_attention", "flash_attn",
-    ),
     "--trainer.strategy ddp, or --config configs/fsdp.yaml": ("deepspeed", "fsdp", "fsdp_config", "zero_stage", "ddp"),
     "--trainer.devices": ("num_gpus", "nproc_per_node", "gpus", "n_gpus"),
     "--kd.weight": ("kd_ratio", "kd_weight", "kd_alpha", "distill_alpha", "alpha", "distillation_weight"),
@@ -97,6 +94,7 @@ _OF_A_MODEL = {
     "trust_remote_code": ("trust_remote_code",),
 }
 _PART = {name: ours for ours, names in _OF_A_MODEL.items() for name in names}
+_OF_BOTH = {"trust_remote_code", "model_revision", *_OF_A_MODEL["attention"]}
 
 
 def no_such(name: str, known: Iterable[str], prefix: str = "") -> str:
@@ -125,6 +123,6 @@ def _instead(name: str) -> str | None:
     """What to do instead of setting `name` of another tool."""
     group, _, last = name.replace("-", "_").lower().rpartition(".")
     models = [model for model in ("student", "teacher") if difflib.get_close_matches(model, group.split("."), 1, 0.8)]
-    if last in _PART and (models or last in ("trust_remote_code", "model_revision")):
+    if last in _PART and (models or last in _OF_BOTH):
         return f"use {' or '.join(f'--model.{model}.{_PART[last]}' for model in models or ('student', 'teacher'))}"
     return None if models or group.startswith("eval") else _INSTEAD.get(last)
