@@ -2,7 +2,6 @@
 by its last part, or a misspelt one."""
 
 import difflib
-from collections.abc import Iterable
 
 _EPOCHS = (
     "--trainer.max_steps: tokens / (--data.block_size x --data.global_batch_size); check counts the tokens of the text"
@@ -15,9 +14,6 @@ _OBJECTIVE = (
     "the KD loss is the forward KL over the whole vocabulary, on the text; docs/alternatives.md says who has others"
 )
 _PACKED = "text is always packed, and --data.isolate_documents keeps documents apart"
-_PRECISION = "--trainer.precision bf16-mixed, or bf16-true"
-_PLOT = "--trainer.logger, e.g. WandbLogger, beside TensorBoard"
-_TEACHER = "--model.teacher.path"
 _STUDENT = "--model.student.path, or --model.student.family and .config for fresh weights"
 
 _CALLED: dict[str, tuple[str, ...]] = {
@@ -44,7 +40,9 @@ _CALLED: dict[str, tuple[str, ...]] = {
     _PACKED: ("packing", "sample_packing", "packed", "padding", "padding_side", "packing_strategy"),
     _EPOCHS: ("num_train_epochs", "num_epochs", "epochs", "max_epochs", "max_tokens", "train_tokens", "total_tokens"),
     "--trainer.max_steps": ("max_steps", "max_iters", "total_steps", "train_steps", "num_steps", "max_train_steps"),
-    _PRECISION: ("bf16", "fp16", "mixed_precision", "torch_dtype", "dtype", "precision", "bf16_full_eval"),
+    "--trainer.precision bf16-mixed, or bf16-true": (
+        "bf16", "fp16", "mixed_precision", "torch_dtype", "dtype", "precision", "bf16_full_eval",
+    ),
     "--run": ("output_dir", "out_dir", "save_dir", "default_root_dir", "run_name", "logging_dir", "log_dir"),
     "--ckpt_path last": ("resume_from_checkpoint", "resume", "resume_from", "auto_resume"),
     "--checkpoint.every_n_steps": ("save_steps", "save_interval", "save_strategy", "save_every"),
@@ -53,7 +51,9 @@ _CALLED: dict[str, tuple[str, ...]] = {
         "eval_steps", "eval_interval", "eval_strategy", "evaluation_strategy", "eval_every", "eval_freq",
     ),
     "--trainer.log_every_n_steps": ("logging_steps", "log_interval", "log_every"),
-    _PLOT: ("report_to", "wandb", "use_wandb", "wandb_project", "logger_name", "wandb_log"),
+    "--trainer.logger, e.g. WandbLogger, beside TensorBoard": (
+        "report_to", "wandb", "use_wandb", "wandb_project", "logger_name", "wandb_log",
+    ),
     "the verb export writes a folder that any uploader takes": ("push_to_hub", "hub_model_id", "hub_token"),
     "--seed_everything": ("seed", "random_seed"),
     "--data.seed": ("data_seed", "shuffle_seed"),
@@ -61,7 +61,9 @@ _CALLED: dict[str, tuple[str, ...]] = {
         "model_name_or_path", "model_name", "base_model", "student_model_name_or_path", "student_model",
         "checkpoint_dir", "initial_checkpoint_dir", "config_name", "model_path", "init_from",
     ),
-    _TEACHER: ("teacher_model_name_or_path", "teacher_model", "teacher_model_path", "teacher_name", "teacher_path"),
+    "--model.teacher.path": (
+        "teacher_model_name_or_path", "teacher_model", "teacher_model_path", "teacher_name", "teacher_path",
+    ),
     "--data.source": (
         "dataset_name", "dataset", "datasets", "dataset_path", "train_file", "train_data", "train_data_path",
         "data_path", "data_dir", "train_files",
@@ -97,9 +99,9 @@ _PART = {name: ours for ours, names in _OF_A_MODEL.items() for name in names}
 _OF_BOTH = {"trust_remote_code", "model_revision", *_OF_A_MODEL["attention"]}
 
 
-def no_such(name: str, known: Iterable[str], prefix: str = "") -> str:
+def no_such(name: str, known: list[str], prefix: str = "") -> str:
     """The error about `name`, which is none of the known settings; `prefix`: of the class whose settings they are."""
-    said, known = f"--{prefix}{name}: there is no such setting", list(known)
+    said = f"--{prefix}{name}: there is no such setting"
     others = [each for each in known if not name.startswith(f"{each}.")]
     near = difflib.get_close_matches(name, others, 3)
     if instead := None if prefix or _resembling(name, near, 0.85, 0.8) else _instead(name):

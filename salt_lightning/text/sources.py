@@ -228,9 +228,10 @@ def _folder_files(setting: str, folder: str, hub: Hub, split_setting: str = "--d
             say_once(f"{setting}: {folder} holds plain text, which has no splits; {hub.split!r} has no effect")
         return sorted(found)
     if arrow := next((file for file in found if file.endswith(".arrow")), None):
-        saved, split = os.path.split(os.path.dirname(arrow))  # if it is a DatasetDict's
-        is_dict = os.path.exists(os.path.join(saved, "dataset_dict.json"))
-        loaded = f"{saved!r})[{split!r}]" if is_dict else f"{os.path.dirname(arrow)!r})"
+        saved = os.path.dirname(arrow)
+        parent, split = os.path.split(saved)
+        is_dict = os.path.exists(os.path.join(parent, "dataset_dict.json"))
+        loaded = f"{parent!r})[{split!r}]" if is_dict else f"{saved!r})"
         raise ConfigError(
             f"{setting}: {folder} holds Arrow files, which are not read; convert it, "
             f"datasets.load_from_disk({loaded}.to_parquet('x.parquet')"
