@@ -289,7 +289,7 @@ class Check:
             if peak := flops.peak_of(device, self.module.compute_dtype, world):
                 said += f"; at most {peak * tokens / plain:,.0f} tokens/s without a teacher by the GPU's data sheet"
         if teacher is not None:
-            said += f"; teacher: {_count(teacher) / 1e6:.1f}M parameters, frozen"
+            said += f"; teacher: {flops.num_parameters(teacher.model) / 1e6:.1f}M parameters, frozen"
         self.add("ok" if known else "note", "compute", said)
 
     def _memory(self, student: CausalLM, teacher: CausalLM | None) -> None:

@@ -10,7 +10,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+from salt_lightning.hugging_face.quantized import unpacked
 
 TRAIN_OVER_FORWARD = 3  # forward, gradient of the inputs, gradient of the weights
 
@@ -24,7 +27,7 @@ def attention_span(block_size: int, window: int | None = None) -> float:
     return span - span**2 / (2 * block_size)
 
 
-def forward_flops_per_token(model: nn.Module, block_size: int, num_ids: int | None = None) -> float:
+def forward_flops_per_token(model: PreTrainedModel, block_size: int, num_ids: int | None = None) -> float:
     """FLOPs of one token's forward, mean over a row of `block_size` tokens T.
 
         2 * weights that multiply + sum_layers 2 * 2 * heads * head_dim * attention_span(T, window)
@@ -34,13 +37,14 @@ def forward_flops_per_token(model: nn.Module, block_size: int, num_ids: int | No
     one document: what document isolation saves is not subtracted.
 
     Args:
-        model: a causal LM of transformers, not yet sharded; it may be on the meta device.
+        model: a causal LM of transformers, not yet sharded; it may be on the meta device, or quantized.
         block_size: tokens of a row.
         num_ids: rows of the head that are used, as in CausalLM; None: all.
 
     Returns:
         NaN for a model with weights or layers of other kinds (state spaces), instead of a number that is too small.
     """
+    model = unpacked(model)
     counted: set[int] = set()
     weights = 0.0
     for module in model.modules():
@@ -56,8 +60,13 @@ def forward_flops_per_token(model: nn.Module, block_size: int, num_ids: int | No
     if any(sum(size > 1 for size in p.shape) > 1 and id(p) not in counted for p in model.parameters()):
         return math.nan
     if num_ids is not None:
-        weights -= model.get_output_embeddings().weight[num_ids:].numel()  # type: ignore[operator]
+        weights -= model.get_output_embeddings().weight[num_ids:].numel()
     return 2.0 * weights + _attention_flops_per_token(model.config, block_size)
+
+
+def num_parameters(model: PreTrainedModel) -> int:
+    """Parameters, as many as before they were quantized."""
+    return sum(p.numel() for p in unpacked(model).parameters())
 
 
 def active_parameters(model: nn.Module) -> float:

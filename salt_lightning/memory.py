@@ -30,7 +30,7 @@ from salt_lightning.fit.cadence import divisors
 from salt_lightning.fit.meter import SUMS
 from salt_lightning.head.chunked_head import CPU_BLOCK_ELEMENTS, GradBuffers, Plan, Side, padded_width, rows_and_dtypes
 from salt_lightning.head.row_pass import NUM_SUMS
-from salt_lightning.hugging_face import attention, experts
+from salt_lightning.hugging_face import attention, experts, quantized
 from salt_lightning.hugging_face.attention import PACKED
 from salt_lightning.losses import SaltLoss
 from salt_lightning.models import CausalLM
@@ -161,7 +161,8 @@ class Fit:
         # the root, two blocks, and one block's gradients before they are reduced
         whole = root * used + block * (3 * used + 4)
         teacher = peak.teacher
-        if teacher and self.teacher is not None and getattr(self.trainer.strategy, "shard_teacher", False):
+        shards_teacher = getattr(self.trainer.strategy, "shard_teacher", False)
+        if teacher and self.teacher is not None and shards_teacher and not quantized.method(self.teacher.model):
             numel, root, block = _groups(self.teacher)
             teacher = teacher * ((numel - root) // self.shards + root + 2 * block) // numel
         weights = size * stored // self.shards
@@ -190,10 +191,14 @@ def _peaks(fit: Fit, rows: int, compiled: bool) -> list[Peak]:
         batch["cu_seqlens"] = torch.empty(rows + 1, dtype=torch.int32)
         teacher = [] if sim.teacher is None else [*sim.teacher.parameters(), *sim.teacher.buffers()]
         ledger.overlook([*student, *teacher])
+        taught = _bytes(teacher)
+        if fit.teacher is not None and quantized.method(fit.teacher.model):
+            held = (*fit.teacher.parameters(), *fit.teacher.buffers())  # `sim` has them in full precision
+            taught = sum(part.nbytes for tensor in held for part in quantized.stored(tensor))
         ledger.hold(_bytes(student) + 3 * trained)  # gradients, and AdamW's two states
         ledger.count(batch)
         while True:
-            ledger.hold(_bytes(teacher))
+            ledger.hold(taught)
             ledger.peak = ledger.now
             with ledger:
                 mixed = fit.precision == "bf16-mixed"  # Lightning keeps no casts for later uses
@@ -204,11 +209,11 @@ def _peaks(fit: Fit, rows: int, compiled: bool) -> list[Peak]:
                 _backward(sim, accumulates, loss)
             if not accumulates:
                 ledger.hold(trained)
-            found.append(Peak(ledger.peak, _bytes(student), 2 * trained, _bytes(teacher)))
+            found.append(Peak(ledger.peak, _bytes(student), 2 * trained, taught))
             if sim.teacher is None:
                 return found
-            ledger.hold(-_bytes(teacher))
-            sim.__dict__["teacher"], teacher = None, []
+            ledger.hold(-taught)
+            sim.__dict__["teacher"], taught = None, 0
 
 
 def _groups(lm: CausalLM) -> tuple[int, int, int]:

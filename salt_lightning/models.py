@@ -20,7 +20,7 @@ from transformers.initialization import no_init_weights
 
 from salt_lightning.batches.rows import document_borders
 from salt_lightning.errors import ConfigError, few
-from salt_lightning.hugging_face import folders
+from salt_lightning.hugging_face import folders, quantized
 from salt_lightning.hugging_face.attention import PACKED, Apart, document_mask, layer_kinds, limited_distance, testable
 from salt_lightning.hugging_face.experts import follow_autocast
 from salt_lightning.hugging_face.spec import (
@@ -166,7 +166,7 @@ class CausalLM(nn.Module):
         Raises:
             ConfigError: the family does something that is not supported here; the message says what.
         """
-        wrong = [name for name, p in self.model.named_parameters() if not _is_finite(p)]
+        wrong = [name for name, p in self.model.named_parameters() if not all(map(_is_finite, quantized.stored(p)))]
         if wrong:
             raise ConfigError(
                 f"--model.{self.name}.path: its weights are not finite ({few(wrong)}): they are damaged, "
@@ -315,13 +315,18 @@ def load_pretrained(spec: ModelSpec, name: str, dtype: torch.dtype, empty: bool 
     config = read_config(spec, name)
     kwargs = {"dtype": dtype, "attn_implementation": spec.attention}
     with _loading(spec, name):
-        if empty:
+        if empty and getattr(config, "quantization_config", None) is None:  # only its own loader makes packed weights
             with torch.device("meta"):
                 return AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code, **kwargs)
         # safetensors: never unpickle a .bin
         how = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True, **spec.source}
         loaded: Any = AutoModelForCausalLM.from_pretrained(spec.path, **how, **kwargs)
         model, found = loaded
+        if name == "student" and (method := quantized.method(model)):
+            raise ConfigError(
+                f"--model.student.path {spec.path}: its weights are quantized ({method}) and cannot be trained; give "
+                "the model in full precision (bitsandbytes: model.dequantize() and save_pretrained() write it)"
+            )
         wrong = [f"{key} is {tuple(was)}, not {tuple(wanted)}" for key, was, wanted in sorted(found["mismatched_keys"])]
         if wrong:
             raise ConfigError(
@@ -347,19 +352,8 @@ def load_pretrained(spec: ModelSpec, name: str, dtype: torch.dtype, empty: bool 
                 )
             said = f"{len(unused)} weights that its config.json does not use: {few(unused)}"
             rank_zero_info(f"{name}: {spec.path} has {said}")
-        _freeze_as_made(model)
+        quantized.freeze_as_made(model)
         return model
-
-
-def _freeze_as_made(model: PreTrainedModel) -> None:
-    """Freezes again what a family does not train, e.g. router biases: loading made all weights trainable except
-    integers, as in a quantized teacher."""
-    with torch.device("meta"):
-        made = type(model)(model.config)
-    frozen = {name for name, p in made.named_parameters() if not p.requires_grad}
-    for name, p in model.named_parameters():
-        if name in frozen:
-            p.requires_grad_(False)
 
 
 def _loading(spec: ModelSpec, name: str) -> AbstractContextManager[None]:

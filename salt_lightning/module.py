@@ -26,7 +26,7 @@ from salt_lightning.fit.meter import SUMS, Meter, loss_values, peak_memory
 from salt_lightning.fit.optim import OptimSpec, by_name
 from salt_lightning.fit.restart import go_on_from, require_same, say_other_share
 from salt_lightning.fit.watch import Watch, problem
-from salt_lightning.hugging_face import attention, token_ids
+from salt_lightning.hugging_face import attention, quantized, token_ids
 from salt_lightning.hugging_face.spec import ModelLike, ModelSpec, resolved
 from salt_lightning.losses import salt_loss, token_stats
 from salt_lightning.metrics import TokenMetrics
@@ -187,12 +187,12 @@ class SALTModule(extension.Guarded):
         lm.num_ids = self._num_ids if self._data is None else self._data.vocab_size
         attention.pack(lm, spec.attention, strategy)
         self.meter.forward_flops["teacher"] = self._count_flops(lm)
-        size = sum(p.numel() for p in lm.parameters())
+        size, method = flops.num_parameters(lm.model), quantized.method(lm.model)
         self._teacher_weights = alike.require_one_teacher(self.trainer, spec)
         self.__dict__["teacher"] = parallel.distribute_teacher(lm, strategy, self.hparams["compile"])
         rank_zero_info(
             f"teacher: {spec.path}, {size / 1e6:.1f}M parameters in {dtype}, "
-            f"loaded in {time.perf_counter() - start_s:.1f} s"
+            f"{f'quantized ({method}), ' if method else ''}loaded in {time.perf_counter() - start_s:.1f} s"
         )
 
     def release_teacher(self) -> int:

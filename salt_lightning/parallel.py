@@ -40,6 +40,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from salt_lightning.command.settings import wrong_precision
 from salt_lightning.errors import ConfigError, refuse
+from salt_lightning.hugging_face import quantized
 from salt_lightning.models import CausalLM, read_checkpoint
 from salt_lightning.run import peers
 from salt_lightning.storage import shards
@@ -261,12 +262,13 @@ def distribute(lm: CausalLM, strategy: Strategy | None, compile: bool) -> nn.Mod
 
 
 def distribute_teacher(lm: CausalLM, strategy: Strategy, compile: bool) -> CausalLM:
-    """The frozen teacher on this rank's device: sharded separately with FSDP2, else whole. Collective.
+    """The frozen teacher on this rank's device: sharded separately with FSDP2, but whole if quantized. Collective.
 
     Its root group stays whole after a forward, so that the student's forward can use the head weight that the
     teacher's forward returns.
     """
-    in_shards = isinstance(strategy, FSDP2) and strategy.shard_teacher
+    packed = quantized.method(lm.model) is not None
+    in_shards = isinstance(strategy, FSDP2) and strategy.shard_teacher and not packed
     if compile:
         _compile(lm, in_blocks=in_shards)
     if isinstance(strategy, FSDP2):
@@ -274,7 +276,8 @@ def distribute_teacher(lm: CausalLM, strategy: Strategy, compile: bool) -> Causa
             strategy.shard(lm, MixedPrecisionPolicy())
             return lm
         lm.keep_apart(strategy.broadcast(lm.apart))
-        _receive(lm, strategy)
+        if not packed:  # else each process has loaded it
+            _receive(lm, strategy)
     return lm.to(strategy.root_device)
 
 
@@ -299,8 +302,7 @@ def _receive(group: nn.Module, strategy: FSDP2) -> None:
 
 def local_bytes(module: nn.Module) -> int:
     """Bytes of the weights on this rank."""
-    locals_ = (p.to_local() if isinstance(p, DTensor) else p for p in module.parameters())
-    return sum(p.numel() * p.element_size() for p in locals_)
+    return sum(part.nbytes for p in module.parameters() for part in quantized.stored(p))
 
 
 def recompute_activations(lm: CausalLM) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from salt_lightning.errors import ConfigError, Stopped
 from salt_lightning.fit import alike
+from salt_lightning.hugging_face.quantized import stored
 from salt_lightning.selection import row_scores
 from salt_lightning.teacher import score_report
 from salt_lightning.teacher.scores import Scores
@@ -196,5 +197,6 @@ def weights_fingerprint(module: nn.Module) -> str:
     hashed = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(module.state_dict().items()):
         hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        hashed.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        for part in stored(tensor):
+            hashed.update(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return hashed.hexdigest()
