@@ -190,7 +190,7 @@ class Check:
             lm = self.probe("student", models.build_empty, spec, self.data)
         if lm is None:
             return None
-        self.resumes(require_same, asdict(resolved(spec, lm.model.config)), self.data, dict)
+        self.resumes(require_same, "SALTModule", asdict(resolved(spec, lm.model.config)), self.data, dict)
         small = spec
         if not spec.path and _count(lm) > _WHOLE_PARAMETERS:
             layers = lm.model.config.num_hidden_layers

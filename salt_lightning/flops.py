@@ -61,7 +61,10 @@ def forward_flops_per_token(model: PreTrainedModel, block_size: int, num_ids: in
         return math.nan
     if num_ids is not None:
         weights -= model.get_output_embeddings().weight[num_ids:].numel()
-    return 2.0 * weights + _attention_flops_per_token(model.config, block_size)
+    try:
+        return 2.0 * weights + _attention_flops_per_token(model.config, block_size)
+    except AttributeError:  # a family of the user's own, without attention or with other names in its config
+        return math.nan
 
 
 def num_parameters(model: PreTrainedModel) -> int:

@@ -27,6 +27,7 @@ from salt_lightning.hugging_face.spec import (
     ModelSpec,
     as_config_error,
     fresh_config,
+    of_checkpoint,
     padded_vocab,
     uneven_heads,
     wrong_sizes,
@@ -365,7 +366,8 @@ def read_config(spec: ModelSpec, name: str) -> PreTrainedConfig:
     """The config of the model at `spec.path`, without its weights."""
     check_path(spec, name)
     if spec.is_checkpoint:
-        saved = ModelSpec.of(read_checkpoint(str(spec.path), f"--model.{name}.path")["hyper_parameters"]["student"])
+        setting = f"--model.{name}.path"
+        saved = of_checkpoint(read_checkpoint(str(spec.path), setting), f"{setting} {spec.path}")
         with _loading(spec, name):
             return AutoConfig.for_model(saved.family, **saved.config)
     with _loading(spec, name):

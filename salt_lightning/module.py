@@ -135,7 +135,7 @@ class SALTModule(extension.Guarded):
             cadence.plan_validation(self.trainer)
             self.meter.forget()
             extension.count_again(self)
-        self.unchecked = extension.Unchecked({"train", "val"} if self._data is None else set())
+        self.unchecked = extension.Unchecked(ours=self._data is not None)
         sources = getattr(self._data, "source_names", None) or ("all",)
         self.eval_metrics = TokenMetrics(sources, thirds=bool(getattr(self._data, "difficulty", None)))
 
@@ -228,6 +228,7 @@ class SALTModule(extension.Guarded):
         self.meter.start(self.global_step, self._wait_s)
         for optimizer in self.trainer.optimizers:  # for callbacks that look before the first step
             self.optim_spec.write(optimizer, self.global_step, self.trainer.max_steps)
+            extension.remember(optimizer)
 
     def on_fit_end(self) -> None:
         self._give_back_random()
@@ -241,6 +242,7 @@ class SALTModule(extension.Guarded):
         extension.seed_random(hash((self.hparams["seed"], self.global_step, micro, self.global_rank)), self.device)
         if micro == 0:
             self._sums.zero_()
+            self._terms = {}
             self.unchecked.whole = True
         extension.check_first(self, batch, "train")
 
@@ -280,7 +282,8 @@ class SALTModule(extension.Guarded):
         """The loss at KD weight `kd_weight`; plain CE if `teacher_out` is None. Called in the student's forward.
 
         A subclass can add its own loss to the result: `out._replace(loss=out.loss + mine)`, where `mine` is one
-        micro-batch's part of a mean over the step's tokens: a sum over labels, divided by `num_tokens`.
+        micro-batch's part of a mean over the step's tokens: a sum over labels, divided by `num_tokens`. `log_term` logs
+        it. A gradient probe calls this, too.
         """
         loss = partial(self._loss, hidden_ND, head_VD, labels_N, num_tokens=num_tokens, student_bias_V=bias_V)
         if teacher_out is None:
@@ -293,6 +296,7 @@ class SALTModule(extension.Guarded):
         return self.optim_spec.build(named, self._ndim)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        extension.require_untouched(optimizer)
         self.optim_spec.write(optimizer, self.global_step, self.trainer.max_steps)
 
     def configure_gradient_clipping(
@@ -322,13 +326,12 @@ class SALTModule(extension.Guarded):
             self.require_finite()
         self.unchecked.look_at_step(step, step_tokens, read[SUMS.index("tokens")], self.trainer.is_last_batch)
         values = loss_values(read, weight) | {"grad_norm": grad_norm}
-        values["lr"] = self.optim_spec.lr_at(step - 1, self.trainer.max_steps)
-        values |= peak_memory(self.device)
+        values["lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
         peak = flops.peak_of(self.device, self.compute_dtype, self.trainer.world_size)
-        values |= self.meter.read(step, self._wait_s, peak)
+        values |= peak_memory(self.device) | self.meter.read(step, self._wait_s, peak)
         if weight == 0 and (brought := self.meter.what_it_brought()):
             rank_zero_info(f"step {step}: {brought}")
-        self._write({f"train/{name}": value for name, value in values.items()}, step)
+        self._write({f"train/{name}": value for name, value in (values | self.terms()).items()}, step)
         self.progress |= {"loss": f"{values['loss']:.3f}", "kd_weight": f"{weight:.3g}"}
         self.progress["tok/s"] = f"{values['tokens_per_s']:,.0f}"
 
@@ -379,9 +382,7 @@ class SALTModule(extension.Guarded):
     def predict_step(self, batch: Batch, batch_idx: int) -> Batch:
         """The teacher's loss and rank of every label, B x T; the rank is -1 where there is no label."""
         if self.teacher is None:
-            raise ConfigError(
-                "predict needs a loaded teacher; add the callback salt_lightning.teacher.scoring.ScoreWriter"
-            )
+            raise ConfigError("predict needs a teacher; add the callback salt_lightning.teacher.scoring.ScoreWriter")
         labels_BT = batch["labels"]
         stats = partial(self._label_stats, labels_BT.flatten())
         nll_N, rank_N = self.teacher(batch["input_ids"], batch["positions"], stats, batch.get("cu_seqlens"))
@@ -425,7 +426,7 @@ class SALTModule(extension.Guarded):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self._trainer is not None:  # Lightning tells the path no earlier
             extension.require_as_written(self.trainer.ckpt_path, "ckpt_path")
-        require_same(checkpoint, self.hparams["student"], self._data, self.state_dict)
+        require_same(checkpoint, type(self).__name__, self.hparams["student"], self._data, self.state_dict)
         self._loaded_step = checkpoint["global_step"]
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             extension.require_callbacks(self.trainer, checkpoint)

@@ -336,7 +336,6 @@ class KDScheduleCallback(pl.Callback):
 
     def _let_go(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if pl_module.teacher is not None and not self.schedule.is_taught(trainer.global_step):
-            self._probe.forget()
             held_bytes = pl_module.release_teacher()
             rank_zero_info(f"step {trainer.global_step}: the teacher was unloaded, {size_said(held_bytes)} freed")
 

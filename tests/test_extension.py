@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Generic, TypeVar
+from unittest.mock import patch
 
 import forked
 import lightning.pytorch as pl
@@ -19,7 +20,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from conftest import one_line
+from lightning.pytorch.callbacks import BackboneFinetuning, BatchSizeFinder, EMAWeightAveraging, ModelPruning
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import AsyncCheckpointIO
 from torch.utils.data import DataLoader
@@ -75,8 +77,8 @@ T = TypeVar("T")
 
 def test_the_page_has_a_block_for_each_part():
     assert [title for title, _ in BLOCKS] == [
-        "The loss alone", "Another course of the KD weight", "Another loss beside it", "Balancing experts",
-        "Another optimizer", "A model of your own", "A sweep in one process",
+        "The loss alone", "Another course of the KD weight", "Another loss beside it", "Another loss in place of KD",
+        "Balancing experts", "Another optimizer", "A model of your own", "A sweep in one process",
     ]  # fmt: skip
 
 
@@ -283,6 +285,65 @@ def test_the_loss_of_the_page_trains_a_projection_that_decays_and_resumes(data, 
         assert torch.equal(value, resumed.student.state_dict()[key]), key
 
 
+def logged(run: pl.Trainer, name: str) -> dict[int, float]:
+    with open(next(Path(run.logger.root_dir).rglob("metrics.csv"))) as file:
+        return {int(row["step"]): float(row[name]) for row in csv.DictReader(file) if row.get(name)}
+
+
+def test_a_term_is_logged_whole_however_its_step_is_cut(data, teacher, tmp_path):
+    """By accumulation or, in a mean, by processes."""
+    own, found = block("Another loss beside it", sizes=SIZES)["HiddenStates"], []
+    for rows, more in ((8, {}), (2, {}), (2, {"strategy": "ddp_fork_find_unused_parameters_true", "devices": 2})):
+        data.micro_batch_size = rows
+        module = own(ModelSpec(config=SIZES), teacher, optim=OptimSpec(lr=1e-2), seed=0)
+        folder, kd = tmp_path / f"{rows}{len(more)}", KDScheduleCallback(0.5, 4, allow_untrained=True)
+        other = pytest.warns(UserWarning, match="this module has no student") if more else nullcontext()
+        with patch.dict(os.environ), other:
+            run = trainer(folder, kd, logger=CSVLogger(folder), log_every_n_steps=1, **more)
+            run.fit(module, data)
+        found.append((logged(run, "train/hidden"), logged(run, "train/loss")))
+    (whole, loss), *cut = found
+    assert list(whole) == [1, 2, 3, 4]  # only while there is a teacher
+    for hidden, other_loss in cut:
+        # sums of fp32 in another order, carried on by up to 4 steps; a part of a term would be off by half
+        assert hidden == pytest.approx(whole, rel=1e-4)
+        assert other_loss == pytest.approx(loss, rel=1e-4)
+
+
+class Seen(pl.Callback):
+    def __init__(self) -> None:
+        self.batches = []
+
+    def on_train_batch_start(self, run, module, batch, batch_idx):
+        self.batches.append(batch)
+
+
+def test_the_loss_of_the_page_in_place_of_kd(data, teacher, tmp_path):
+    own = block("Another loss in place of KD")["ReverseKL"]
+    module = own(ModelSpec(config=SIZES), teacher, optim=OptimSpec(lr=1e-2), seed=0)
+    fresh = own(ModelSpec(config=SIZES), teacher, seed=0)
+    kd = KDScheduleCallback(0.5, 4, allow_untrained=True)
+    first = Seen()
+    run = trainer(tmp_path, kd, first, logger=CSVLogger(tmp_path), log_every_n_steps=1)
+    run.fit(module, data)
+    kl, ce, loss = (logged(run, f"train/{name}") for name in ("kd", "ce", "loss"))
+    assert list(kl) == [1, 2, 3, 4]
+    assert kl[4] < kl[1]
+    assert loss[1] == pytest.approx(0.5 * ce[1] + 0.5 * kl[1])
+    fresh.trainer = run  # for the sizes that follow from the data
+    fresh.configure_model()
+    fresh.load_teacher()
+    total, tokens = 0.0, 0
+    for batch in first.batches[:2]:  # the micro-batches of a step
+        with torch.no_grad():
+            mine, theirs = (m(batch["input_ids"], batch["positions"]) for m in (fresh.student, fresh.teacher))
+            p, q = ((h.double() @ head[:300].double().T).softmax(-1) for h, head, _ in (mine, theirs))
+        known = batch["labels"].flatten() >= 0
+        total += float((p * (p / q).log())[known].sum())
+        tokens += int(known.sum())
+    assert kl[1] == pytest.approx(total / tokens, rel=1e-4)
+
+
 def test_the_balance_of_the_page_is_a_loss_that_a_plain_student_lacks(data, teacher, tmp_path, caplog):
     caplog.set_level("INFO")
     names = block("Balancing experts", sizes=SIZES, teacher=teacher)
@@ -290,7 +351,7 @@ def test_the_balance_of_the_page_is_a_loss_that_a_plain_student_lacks(data, teac
     logits, said = {}, {}
     for cls in (SALTModule, names["Balanced"]):
         module = cls(strong, optim=OptimSpec(lr=1e-2))
-        run = trainer(tmp_path / cls.__name__, max_steps=6)
+        run = trainer(tmp_path / cls.__name__, logger=CSVLogger(tmp_path / cls.__name__), log_every_n_steps=1)
         run.fit(module, data)
         said[cls] = caplog.text
         caplog.clear()
@@ -304,7 +365,7 @@ def test_the_balance_of_the_page_is_a_loss_that_a_plain_student_lacks(data, teac
         chosen = torch.zeros_like(probability).scatter(1, probability.topk(2).indices, 1.0)
         share[cls] = float(4 * (chosen.mean(0) * probability.mean(0)).sum())
     assert share[names["Balanced"]] < share[SALTModule]
-    assert float(run.callback_metrics["train/balance"]) == pytest.approx(share[names["Balanced"]], rel=0.1)
+    assert logged(run, "train/balance")[6] == pytest.approx(share[names["Balanced"]], rel=0.1)
     assert "note: balance: 1 layers of experts, but nothing balances the load" in said[SALTModule]
     assert "note: balance" not in said[names["Balanced"]]
 
@@ -380,6 +441,71 @@ def test_another_class_of_rates_is_refused(data, tmp_path):
     middle = str(tmp_path / "checkpoints/step-00000003.ckpt")
     with pytest.raises(ConfigError, match="trained with the OptimSpec class Constant, not OptimSpec; resume with that"):
         trainer(tmp_path).fit(SALTModule(ModelSpec(config=SIZES)), data, ckpt_path=middle)
+
+
+@dataclass(frozen=True)
+class Factored(OptimSpec):
+    def build(self, named, ndim=None):
+        groups = super().build(named, ndim).param_groups
+        kept = [
+            {"params": list(zip(g["param_names"], g["params"], strict=True)), "decays": g["decays"]} for g in groups
+        ]
+        return torch.optim.Adafactor(kept, lr=self.lr)
+
+
+def test_an_optimizer_without_betas_keeps_its_own_eps(data, tmp_path):
+    run = trainer(tmp_path)
+    run.fit(SALTModule(ModelSpec(config=SIZES), optim=Factored(lr=1e-2)), data)
+    assert [group["eps"] for group in run.optimizers[0].param_groups] == [(None, 1e-3)] * 2
+    assert [group["weight_decay"] for group in run.optimizers[0].param_groups] == [0.1, 0.0]
+
+
+def test_an_optimizer_that_forgets_parameters_is_refused(data, tmp_path):
+    @dataclass(frozen=True)
+    class Matrices(OptimSpec):
+        def build(self, named, ndim=None):
+            return super().build([(name, p) for name, p in named if p.ndim == 2], ndim)
+
+    message = (
+        r"^student.model.lm_head.weight.*|^student.model.model.layers.0.input_layernorm.weight, .* never be trained"
+    )
+    with pytest.raises(ConfigError, match=message):
+        trainer(tmp_path).fit(SALTModule(ModelSpec(config=SIZES), optim=Matrices()), data)
+
+
+class Sets(pl.Callback):
+    def __init__(self, hook: str, name: str) -> None:
+        setattr(self, hook, partial(self._set, name))
+
+    def _set(self, name, run, *args, **kwargs):
+        if run.global_step == 2:
+            run.optimizers[0].param_groups[0][name] = 0.5
+
+
+@pytest.mark.parametrize("hook", ["on_before_optimizer_step", "on_train_batch_start"])
+@pytest.mark.parametrize("name", ["lr", "weight_decay"])
+def test_a_rate_that_a_callback_sets_is_not_silently_overwritten(data, tmp_path, hook, name):
+    with pytest.raises(
+        ConfigError, match="a callback has changed lr or weight_decay of the optimizer, which SALTModule"
+    ):
+        trainer(tmp_path, Sets(hook, name)).fit(SALTModule(ModelSpec(config=SIZES)), data)
+
+
+def test_a_subclass_may_change_the_rate_last_and_the_log_shows_it(data, tmp_path):
+    class Slower(SALTModule):
+        def on_before_optimizer_step(self, optimizer):
+            super().on_before_optimizer_step(optimizer)
+            for group in optimizer.param_groups:
+                group["lr"] *= 0.25
+
+    rates = {}
+    for cls in (SALTModule, Slower):
+        folder = tmp_path / cls.__name__
+        run = trainer(folder, logger=CSVLogger(folder), log_every_n_steps=1)
+        run.fit(cls(ModelSpec(config=SIZES)), data)
+        rates[cls] = logged(run, "train/lr")
+    assert rates[SALTModule] == {step: OptimSpec().lr_at(step - 1, 6) for step in range(1, 7)}
+    assert rates[Slower] == {step: rate / 4 for step, rate in rates[SALTModule].items()}
 
 
 def test_an_optimizer_spec_with_a_setting_of_its_own_resumes(data, tmp_path):
@@ -543,7 +669,7 @@ def test_a_subclass_may_be_generic_and_take_keywords_of_its_class():
 # --- models ---
 
 
-def test_the_model_of_the_page_learns_and_resumes(data, teacher, tmp_path):
+def test_the_model_of_the_page_learns_and_resumes(data, teacher, tmp_path, capsys):
     own = block("A model of your own", teacher=teacher)["Own"]
 
     def fit(**more):
@@ -552,8 +678,53 @@ def test_the_model_of_the_page_learns_and_resumes(data, teacher, tmp_path):
         return module.student.state_dict()
 
     whole = fit()
-    resumed = fit(ckpt_path=str(tmp_path / "checkpoints/step-00000003.ckpt"))
+    middle = str(tmp_path / "checkpoints/step-00000003.ckpt")
+    resumed = fit(ckpt_path=middle)
     assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
+    assert newest(tmp_path / "checkpoints") == tmp_path / "checkpoints/step-00000006.ckpt"
+    assert cli.main(["export", middle, str(tmp_path / "hf")]) == 2
+    said = f"{middle} holds a student made in configure_model; only its own class can build it, in Python"
+    assert said in one_line(capsys)
+    with pytest.raises(ConfigError, match="teacher.path .* holds a student made in configure_model; only its own"):
+        trainer(tmp_path / "b", KDScheduleCallback(0.5, 4)).fit(SALTModule(ModelSpec(config=SIZES), middle), data)
+    with pytest.raises(ConfigError, match=r"by the class Own, not SALTModule, and its student has other weights \(stu"):
+        trainer(tmp_path / "c").fit(SALTModule(ModelSpec(config=SIZES)), data, ckpt_path=middle)
+
+
+class Rectified(SALTModule):
+    """Computes something else with the same weights."""
+
+    def __init__(self, *args, slope: float = 0.0, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.save_hyperparameters({"slope": slope})
+
+    def extend_student(self, lm):
+        for layer in lm.model.model.layers:
+            layer.mlp.act_fn = torch.nn.LeakyReLU(self.hparams["slope"])
+
+
+def test_a_checkpoint_tells_which_class_trained_it(data, teacher, tmp_path, caplog, capsys):
+    caplog.set_level("INFO")
+    trainer(tmp_path, SAVE).fit(Rectified(ModelSpec(config=SIZES)), data)
+    middle = str(tmp_path / "checkpoints/step-00000003.ckpt")
+    told = "the checkpoint was trained by the class Rectified, not SALTModule: a loss of its own, or what it changes in"
+    plain = SALTModule(ModelSpec(config=SIZES))
+    for start in (
+        lambda: trainer(tmp_path / "fit").fit(plain, data, ckpt_path=middle),
+        lambda: trainer(tmp_path / "val").validate(SALTModule(ModelSpec(config=SIZES)), data, ckpt_path=middle),
+        lambda: SALTModule.load_from_checkpoint(middle),
+    ):
+        caplog.clear()
+        start()
+        assert caplog.text.count(told) == 1
+    caplog.clear()
+    trainer(tmp_path / "own").fit(Rectified(ModelSpec(config=SIZES), slope=0.5), data, ckpt_path=middle)
+    assert "trained by the class" not in caplog.text
+    assert "continuing with --model.slope 0.5 (checkpoint: 0.0): the steps that follow are computed" in caplog.text
+    data.tokenizer.save_pretrained(tmp_path / "tokenizer")
+    assert cli.main(["export", middle, str(tmp_path / "hf")]) == 0
+    assert "; what Rectified changes inside the model is not exported" in capsys.readouterr().out
+    assert "\n- trained by: the class Rectified; what it does" in (tmp_path / "hf/README.md").read_text()
 
 
 def test_a_registered_model_is_one_of_transformers(data, teacher, tmp_path, monkeypatch):
@@ -609,7 +780,8 @@ BATCH = {"input_ids": IDS, "labels": IDS + 1, "positions": torch.arange(16).repe
             {**BATCH, "step_tokens": torch.tensor(1)},
             "step_tokens of the batches is 1, but optimizer step 1 had 32 labels",
         ),
-        ({**BATCH, "step_tokens": torch.tensor(64)}, "step_tokens of the batches is 64, but .* scaled wrongly"),
+        ({**BATCH, "step_tokens": torch.tensor(64)}, "step_tokens of the batches is 64, but .* describes a batch$"),
+        ({**BATCH, "positions": IDS % 16 + 1}, "a batch's positions must begin with 0 in each row, as a document does"),
     ],
 )
 def test_batches_that_would_train_something_else_are_refused(batch, message, tmp_path):
@@ -1178,3 +1350,71 @@ def test_a_micro_batch_is_seeded_as_by_torch_but_writes_down_no_stack(monkeypatc
     monkeypatch.setattr("traceback.format_stack", lambda *args, **kwargs: pytest.fail("a stack was written down"))
     seed_random(2**63 - 5, torch.device("cpu"))
     assert torch.equal(torch.rand(3), expected)
+
+
+class Again(torch.optim.AdamW):
+    """Computes its loss twice, as LBFGS and SAM do."""
+
+    def step(self, closure=None):
+        closure()
+        return torch.optim.AdamW.step(self, closure)
+
+
+def test_an_optimizer_that_computes_its_loss_twice_is_called_what_it_is(data, tmp_path):
+    @dataclass(frozen=True)
+    class Twice(OptimSpec):
+        def build(self, named, ndim=None):
+            made = super().build(named, ndim)
+            made.__class__ = Again
+            return made
+
+    with pytest.raises(ConfigError, match="scaled wrongly; the optimizer computes the loss more than once per"):
+        trainer(tmp_path).fit(SALTModule(ModelSpec(config=SIZES), optim=Twice()), data)
+
+
+def test_a_validation_step_that_keeps_its_losses_for_itself(data, teacher, tmp_path):
+    class Mine(SALTModule):
+        def validation_step(self, batch, batch_idx):
+            super().validation_step(batch, batch_idx)
+
+    message = "^Mine.validation_step must return what SALTModule's does while there is a teacher: a dict with nll and"
+    run = trainer(tmp_path, KDScheduleCallback(0.5, 4, allow_untrained=True), val_check_interval=2)
+    with pytest.raises(ConfigError, match=message):
+        run.fit(Mine(ModelSpec(config=SIZES), teacher), data)
+    trainer(tmp_path / "without").fit(Mine(ModelSpec(config=SIZES)), data)
+
+
+@pytest.mark.parametrize(
+    ("callback", "message"),
+    [
+        (lambda: ModelPruning("l1_unstructured"), "ModelPruning is not supported: it collects what to prune before"),
+        (BatchSizeFinder, "BatchSizeFinder is not supported: `cli.py check` reports"),
+        (BackboneFinetuning, "BackboneFinetuning is not supported: it thaws parts"),
+    ],
+)
+def test_callbacks_that_look_at_the_module_first_are_refused_before_they_do(data, tmp_path, callback, message):
+    with pytest.raises(ConfigError, match=message):
+        trainer(tmp_path, callback()).fit(SALTModule(ModelSpec(config=SIZES)), data)
+
+
+def test_a_teacher_that_changes_is_read_anew_on_held_out_text(data, teacher, tmp_path):
+    """A gap of the first teacher's losses could end KD by --kd.stop_margin."""
+
+    class Spoil(pl.Callback):
+        def on_train_batch_start(self, run, module, batch, batch_idx):
+            if run.global_step == 2:
+                module.release_teacher()
+                module.load_teacher()
+                module.teacher.head.weight.data.zero_()
+
+    gaps = {}
+    for callbacks in ((), (Spoil(),)):
+        folder = tmp_path / str(len(callbacks))
+        kd = KDScheduleCallback(0.5, 6, allow_untrained=True)
+        run = trainer(folder, kd, *callbacks, logger=CSVLogger(folder), val_check_interval=2, log_every_n_steps=1)
+        run.fit(SALTModule(ModelSpec(config=SIZES), teacher, seed=0), data)
+        ce, gap = logged(run, "val/ce"), logged(run, "probe/gap")
+        gaps[len(callbacks)] = {step: ce[step] - gap[step] for step in gap}  # the teacher's
+    assert list(gaps[1]) == [2, 4]
+    assert gaps[1][2] == gaps[0][2]
+    assert gaps[1][4] == pytest.approx(math.log(data.vocab_size), rel=1e-6)  # all logits are 0

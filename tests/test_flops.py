@@ -145,6 +145,9 @@ def test_what_cannot_be_counted_is_nan():
     experts = build(transformers.MixtralConfig(**SIZES, **MLP, **EXPERTS))
     experts.config = transformers.LlamaConfig(**SIZES, **MLP)  # without the number of experts that a token is sent to
     assert math.isnan(forward_flops_per_token(experts, BLOCK))
+    own = build(transformers.LlamaConfig(**SIZES, **MLP))
+    own.config = transformers.PreTrainedConfig(hidden_size=64, num_hidden_layers=1)  # of a family without heads
+    assert math.isnan(forward_flops_per_token(own, BLOCK))
 
 
 def test_an_unknown_kind_of_layer_is_nan():

@@ -51,6 +51,10 @@ def of_trainer(trainer: pl.Trainer) -> dict[str, Any]:
     return {**{f"--trainer.{name}": value for name, value in settings.items()}, "torch": str(torch.__version__)}
 
 
+# hyperparameters that others tell of, or that change no step; what is left are also those of a subclass
+_APART = {"student", "teacher", "optim", "compile", "activation_checkpointing", "logits_budget_gib", "seed"}
+
+
 def _of_models(settings: Mapping[str, Any], taught: bool) -> dict[str, Any]:
     """The same of a module's hyperparameters, besides the rate, of which others tell."""
     found = {f"optim.{name}": settings["optim"].get(name) for name in ("weight_decay", "beta1", "beta2", "eps")}
@@ -58,8 +62,8 @@ def _of_models(settings: Mapping[str, Any], taught: bool) -> dict[str, Any]:
         teacher = settings.get("teacher") or {}
         path = teacher.get("path")
         found |= {"teacher.path": path and _end(str(path)), "teacher.revision": teacher.get("revision")}
-    names = ("accuracy", "teacher_temperature") if taught else ("accuracy",)
-    found |= {name: settings[name] for name in names if name in settings}
+    apart = _APART if taught else {*_APART, "teacher_temperature"}
+    found |= {name: value for name, value in settings.items() if name not in apart and isinstance(value, _PLAIN)}
     return {f"--model.{name}": value for name, value in found.items()}
 
 
@@ -103,7 +107,7 @@ def about(data: Any, trainer: pl.Trainer, optim: Any) -> dict[str, Any]:
     text_of = {"tokenizer": tokenizer, "data": identity(data), "text": text, "stretches": stretches}
     weights = getattr(trainer.lightning_module, "_teacher_weights", {})
     of_run = {"trainer": of_trainer(trainer) | weights, "max_steps": trainer.max_steps}
-    of_run["optim_class"] = type(optim).__name__
+    of_run |= {"optim_class": type(optim).__name__, "module_class": type(trainer.lightning_module).__name__}
     return {**text_of, **of_run, VERSION: salt_lightning.__version__}
 
 

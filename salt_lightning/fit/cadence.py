@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     GradientAccumulationScheduler,
     LearningRateFinder,
+    ModelPruning,
     OnExceptionCheckpoint,
     StochasticWeightAveraging,
     Timer,
@@ -41,6 +42,7 @@ def set_cadence(trainer: Trainer, accumulation: int) -> None:
     limits = {name: getattr(trainer, name) for name in ("limit_train_batches", "check_val_every_n_epoch")}
     refuse(wrong_counts({"accumulate_grad_batches": accumulate, "val_check_interval": interval, **limits}))
     require_length(trainer.max_steps)
+    check_trainer(trainer)  # before the callbacks' own setup, which some need what a SALTModule lacks
     trainer.fit_loop.min_epochs = 0  # else min_steps means one epoch, the whole run: nothing could end it early
     trainer.accumulate_grad_batches = accumulation
     if interval is not None:
@@ -55,6 +57,7 @@ _REFUSED: dict[type[Callback], str] = {
     "--ckpt_path last to resume",
     BaseFinetuning: "it thaws parts at later epochs, and a run has only one; freeze what shall stay as it is with "
     "requires_grad_(False) in extend_student (docs/extending.md)",
+    ModelPruning: "it collects what to prune before the student is built; prune an exported model",
     BatchSizeFinder: "`cli.py check` reports which --data.micro_batch_size fits",
 }
 

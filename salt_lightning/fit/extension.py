@@ -1,4 +1,4 @@
-"""Refuses a user's own code around SALTModule, in Python, that would go wrong silently.
+"""A user's own code around SALTModule, in Python: logs its terms, and refuses what would go wrong silently.
 
 Checks subclasses, optimizers, and batches of a user's own loader; docs/extending.md shows how each works. Also
 restores the user's train or eval modes and random numbers after a fit.
@@ -87,6 +87,14 @@ def check_subclass(trainer: Trainer) -> None:
             "that builds your optimizer from groups of named parameters, as OptimSpec.build makes them"
         )
     trained = [name for name, p in module.named_parameters() if p.requires_grad]
+    kept = {
+        name for optimizer in trainer.optimizers for group in optimizer.param_groups for name in group["param_names"]
+    }
+    if forgotten := [name for name in map(plain_name, trained) if name.startswith("student.") and name not in kept]:
+        raise ConfigError(
+            f"{few(forgotten)}: in no group of the optimizer, so they would never be trained; build it from all that "
+            f"{type(module.optim_spec).__name__}.build is given, or give them requires_grad_(False) in extend_student"
+        )
     if others := [name for name in trained if not name.startswith("student.")]:
         raise ConfigError(
             f"{few(others)}: parameters outside the student would be trained, but neither clipped nor checked for NaN; "
@@ -109,6 +117,30 @@ def check_subclass(trainer: Trainer) -> None:
         raise ConfigError(
             f"{few(late)}: added after the student was sharded, so each rank would train its own copy; add it in "
             "extend_student, or use ddp"
+        )
+
+
+def remember(optimizer: torch.optim.Optimizer) -> None:
+    """Keeps the rates and decays of now, and after each step, for `require_untouched`."""
+    _remember(optimizer)
+    optimizer.register_step_post_hook(_remember)
+
+
+def _remember(optimizer: Any, *_: Any) -> None:
+    optimizer.salt_rates = _rates(optimizer)
+
+
+def _rates(optimizer: torch.optim.Optimizer) -> list[float]:
+    values = [group.get(name) for group in optimizer.param_groups for name in ("lr", "weight_decay")]
+    return [value for value in values if isinstance(value, float | int)]  # to read a tensor may wait for a GPU
+
+
+def require_untouched(optimizer: Any) -> None:
+    """Raises ConfigError if a callback has set a rate or decay since the last step: it would be overwritten."""
+    if _rates(optimizer) != optimizer.salt_rates:
+        raise ConfigError(
+            "a callback has changed lr or weight_decay of the optimizer, which SALTModule writes before each step; "
+            "change them with --model.optim.*, or in a subclass of OptimSpec (lr_at, write)"
         )
 
 
@@ -159,6 +191,24 @@ class Guarded(LightningModule):
     all to eval: Lightning loses this if an error ends the evaluation; here the next start restores it."""
 
     _modes: Sequence[tuple[torch.nn.Module, bool]] = ()
+    _terms: Mapping[str, torch.Tensor] = {}  # of the running step; replaced, never changed
+
+    def log_term(self, name: str, part: torch.Tensor) -> None:
+        """Logs a term of an own step_loss as `train/NAME`, when the loss is logged and against the same steps.
+
+        Args:
+            name: not one that is logged already.
+            part: this micro-batch's part of a mean over the step's tokens, as it is added to the loss.
+        """
+        self._terms = {**self._terms, name: self._terms.get(name, 0.0) + part.detach().float()}
+
+    def terms(self) -> dict[str, float]:
+        """What `log_term` was given in the step just done. Reads the device; collective if there is any."""
+        if not self._terms:
+            return {}
+        parts = torch.stack(list(self._terms.values()))
+        means = self.trainer.strategy.reduce(parts, reduce_op="sum") / self.trainer.world_size
+        return dict(zip(self._terms, means.tolist(), strict=True))
 
     @_restricted_classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
@@ -250,19 +300,22 @@ class Unchecked:
     """What is yet to be checked since this start.
 
     Args:
-        stages: train and val, until the first batch of a user's own loader for it.
+        ours: whether the batches are a SALTDataModule's.
         whole: whether a step has begun with its first micro-batch; after a resume, one may begin within it.
         step_tokens: whether no step has shown that it is right.
     """
 
-    stages: set[str]
+    ours: bool
     whole: bool = False
     step_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        self.stages = set() if self.ours else {"train", "val"}  # until their first batch
 
     def look_at_step(self, step: int, said: float, counted: float, is_last: bool) -> None:
         """Checks the first whole step that is logged. `is_last`: its loader ended with it, perhaps too early."""
         if self.step_tokens and self.whole and (step == 1 or not is_last):
-            check_step_tokens(step, said, counted)
+            check_step_tokens(step, said, counted, self.ours)
             self.step_tokens = False
 
 
@@ -296,6 +349,8 @@ def _check_batch(batch: Any, wanted: tuple[str, ...]) -> None:
         raise ConfigError(f"a batch's {', '.join(_SHAPED)} must have one shape, rows x tokens, not {shapes}; {_BATCH}")
     if "step_tokens" in wanted and batch["step_tokens"].numel() != 1:
         raise ConfigError(f"a batch's step_tokens must be one number, not {list(batch['step_tokens'].shape)}; {_BATCH}")
+    if bool(batch["positions"][:, 0].any()):
+        raise ConfigError(f"a batch's positions must begin with 0 in each row, as a document does; {_BATCH}")
     ids_BT, labels_BT = batch["input_ids"], batch["labels"]
     # Where the next place has a label, too, and does not begin a document, its input is this place's label.
     goes_on_BT = (batch["positions"][:, 1:] != 0) & (labels_BT[:, 1:] >= 0)
@@ -315,10 +370,14 @@ def _share(right: torch.Tensor) -> float:
     return float(right.float().mean()) if right.numel() else 0.0
 
 
-def check_step_tokens(step: int, said: float, counted: float) -> None:
-    """Raises ConfigError if `step_tokens` is not the number of labels in a step: it would scale gradients."""
+def check_step_tokens(step: int, said: float, counted: float, ours: bool = False) -> None:
+    """Raises ConfigError if `step_tokens` is not the number of labels in a step: it would scale gradients.
+
+    `ours`: the batches are a SALTDataModule's, so their step_tokens is right.
+    """
     if abs(said - counted) > 1e-3 * counted:  # fp32 sums have rounding errors
+        why = "the optimizer computes the loss more than once per step, as LBFGS and SAM do, which is not supported"
         raise ConfigError(
             f"step_tokens of the batches is {said:,.0f}, but optimizer step {step} had {counted:,.0f} labels over "
-            f"all micro-batches and ranks: gradients would be scaled wrongly; {_BATCH}"
+            f"all micro-batches and ranks: gradients would be scaled wrongly; {why if ours else _BATCH}"
         )

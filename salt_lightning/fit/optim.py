@@ -157,7 +157,9 @@ class OptimSpec:
     def write(self, optimizer: torch.optim.Optimizer, step: int, max_steps: int) -> None:
         """Writes this spec's values for `step` into the optimizer, replacing those that a checkpoint restored."""
         for group in optimizer.param_groups:
-            group.update(lr=self.lr_at(step, max_steps), betas=(self.beta1, self.beta2), eps=self.eps)
+            group["lr"] = self.lr_at(step, max_steps)
+            if "betas" in group:  # else of another optimizer, whose eps may be something else
+                group.update(betas=(self.beta1, self.beta2), eps=self.eps)
             group["weight_decay"] = self.weight_decay if group["decays"] else 0.0
 
 

@@ -18,20 +18,28 @@ from salt_lightning.storage import shards
 
 
 def require_same(
-    checkpoint: dict[str, Any], student: dict[str, Any], data: Any, weights: Callable[[], Container[str]]
+    checkpoint: dict[str, Any], module: str, student: dict[str, Any], data: Any, weights: Callable[[], Container[str]]
 ) -> None:
-    """Raises ConfigError unless a checkpoint holds that student, trained with the tokenizer of `data`, if known.
+    """Raises ConfigError unless a checkpoint holds that student, trained with the tokenizer of `data`, if known; says
+    so if another class than `module` trained it.
 
     Parts that a subclass added to the student must be among the module's `weights`, which are requested only if there
-    are such parts: under FSDP1 even their names would gather them.
+    are such parts, or another class: under FSDP1 even their names would gather them.
     """
-    parts = own_parts(checkpoint.get("state_dict", ()))
-    there = weights() if parts else ()
-    if lost := [name for name in parts if name not in there]:
+    state = checkpoint.get("state_dict", ())
+    parts, trained_by = own_parts(state), checkpoint.get("module_class", module)
+    there = weights() if parts or trained_by != module else ()
+    of_transformers = checkpoint["hyper_parameters"]["student"]["config"]
+    if of_transformers and (lost := [name for name in parts if name not in there]):
         raise ConfigError(
             f"the checkpoint holds parts that a subclass of SALTModule added ({few(lost)}); resume in Python with that "
             "class, or export the checkpoint, which leaves them out"
         )
+    if trained_by != module:
+        of_class = f"the checkpoint was trained by the class {trained_by}, not {module}"
+        if lost := [name for name in state if name not in there]:
+            raise ConfigError(f"{of_class}, and its student has other weights ({few(lost)}); use that class, in Python")
+        rank_zero_info(f"{of_class}: a loss of its own, or what it changes in the student, is not here")
     tokenizer = getattr(data, "tokenizer_fingerprint", None)
     if tokenizer is not None and checkpoint["tokenizer"] not in (None, tokenizer):
         raise ConfigError(

@@ -114,9 +114,13 @@ def _student(model: PreTrainedModel, run: Run) -> dict[str, str]:
 def _training(checkpoint: dict[str, Any], run: Run) -> dict[str, str]:
     settings, spec, text = run.config, checkpoint["hyper_parameters"], checkpoint["text"]
     taught = _is_taught(checkpoint, run)
+    by = checkpoint.get("module_class", "SALTModule")
     counts = [(text.get("documents"), "documents"), (_data(checkpoint, "num_train_tokens"), "tokens")]
     return {
         "resumed": "; ".join(changes_said(run)),
+        "trained by": ""
+        if by == "SALTModule"
+        else f"the class {by}; what it does otherwise than SALTModule is not known",
         "method": run.method + ("" if taught == (run.kd_steps > 0) else ", after steps with a teacher"),
         "teacher": ", then ".join(_teachers(checkpoint, run)) if taught else "",
         "KD": f"{_schedule(checkpoint, run)}; teacher temperature {spec.get('teacher_temperature', 1.0):g}"

@@ -432,6 +432,16 @@ def setting_of(key: str, value: Any, rows: int | None) -> str:
     return "--data.block_size" if follows else f"--model.student.{key}"
 
 
+def of_checkpoint(checkpoint: dict[str, Any], setting: str) -> ModelSpec:
+    """The spec of a checkpoint's student. Raises ConfigError if it is not a model of transformers."""
+    spec = ModelSpec.of(checkpoint["hyper_parameters"]["student"])
+    if not spec.config:
+        raise ConfigError(
+            f"{setting} holds a student made in configure_model; only its own class can build it, in Python"
+        )
+    return spec
+
+
 def settings_without_code(saved: dict[str, Any], path: Path) -> dict[str, Any]:
     """A checkpoint's settings without what would run code; jsonargparse would import any class that they name."""
     specs = [saved.get(name) for name in ("student", "teacher", "optim")]

@@ -24,7 +24,7 @@ _CHECKPOINT: dict[Any, Any] = {
     **dict.fromkeys(("global_step", "max_steps"), int),
     "kept_steps": [int],
     "tokenizer": str | None,
-    "optim_class": str,
+    **dict.fromkeys(("optim_class", "module_class"), str),
     "hyper_parameters": {"student": _SPEC, "teacher": (_SPEC, type(None)), "optim": dict, **_LOSS},
     "state_dict": Mapping,
     **{name: [dict] for name in ("optimizer_states", "lr_schedulers")},
@@ -58,8 +58,8 @@ def is_checkpoint(checkpoint: Any) -> bool:
     Raises:
         KeyError, TypeError: it has no such settings.
     """
-    settings = checkpoint["hyper_parameters"]["student"]["config"]
-    return bool(settings) and checkpoint.keys() >= _ALWAYS and _is_like(_CHECKPOINT, checkpoint)
+    settings = checkpoint["hyper_parameters"]["student"]["config"]  # empty for a student made in configure_model
+    return isinstance(settings, dict) and checkpoint.keys() >= _ALWAYS and _is_like(_CHECKPOINT, checkpoint)
 
 
 def plain(value: Any, depth: int = 0) -> Any:

@@ -22,6 +22,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from salt_lightning.errors import ConfigError
 from salt_lightning.hugging_face.attention import testable
 from salt_lightning.losses import token_stats
 from salt_lightning.metrics import sum_dtype
@@ -41,25 +42,26 @@ class Probe:
 
     def __init__(self, gradients: bool) -> None:
         self.gradients = gradients
-        self._teacher_nll: dict[int, Tensor] = {}  # of each batch of a validation
-        self._begin()
+        self.forget()
 
-    def _begin(self) -> None:
+    def forget(self) -> None:
+        """Discards what was added."""
         self._sums: Tensor | None = None
         self._ce: Gradients = []
         self._kd: Gradients = []
 
-    def forget(self) -> None:
-        """Discards all values, for when the teacher is unloaded."""
-        self._teacher_nll.clear()
-        self._begin()
-
-    def add(self, trainer: pl.Trainer, module: Any, student: dict[str, Tensor], batch: Any, batch_idx: int) -> None:
+    def add(self, trainer: pl.Trainer, module: Any, student: Any, batch: Any, batch_idx: int) -> None:
         """Adds a batch of the validation; `student` has the student's nll and rank of its labels."""
-        if batch_idx not in self._teacher_nll or module._data is None:  # a user's own loader may shuffle
+        if not isinstance(student, dict) or not {"nll", "rank"} <= student.keys():
+            raise ConfigError(
+                f"{type(module).__name__}.validation_step must return what SALTModule's does while there is a teacher: "
+                "a dict with nll and rank of each label, to compare with the teacher's"
+            )
+        known = module.teacher.__dict__.setdefault("held_out_nll", {})  # by batch of a validation; it leaves with it
+        if batch_idx not in known or module._data is None:  # a user's own loader may shuffle
             with trainer.precision_plugin.val_step_context():
-                self._teacher_nll[batch_idx] = module.predict_step(batch, batch_idx)["nll"].flatten()
-        student_N, teacher_N, valid_N = student["nll"], self._teacher_nll[batch_idx], student["rank"] >= 0
+                known[batch_idx] = module.predict_step(batch, batch_idx)["nll"].flatten()
+        student_N, teacher_N, valid_N = student["nll"], known[batch_idx], student["rank"] >= 0
         each_4N = torch.stack([student_N, teacher_N, student_N < teacher_N, torch.ones_like(student_N)])
         sums = torch.where(valid_N, each_4N, 0).sum(1, dtype=sum_dtype(student_N.device))
         self._sums = sums if self._sums is None else self._sums + sums
@@ -75,7 +77,7 @@ class Probe:
         values = {"gap": (ce - teacher_ce) / max(tokens, 1), "student_better": better / max(tokens, 1)}
         if self.gradients:
             values["grad_cosine"] = _cosine(trainer, self._ce, self._kd)
-        self._begin()
+        self.forget()
         return {f"probe/{name}": value for name, value in values.items()}
 
     def _add_gradients(self, trainer: pl.Trainer, module: Any, batch: Any) -> None:
