@@ -23,11 +23,12 @@ from salt_lightning.answers import AnswerTest
 from salt_lightning.checkpoint import FIRST_RANK_S, AtomicCheckpointIO, RunCheckpoint, done, savers
 from salt_lightning.command import settings
 from salt_lightning.command.parser import Parser, named, parse, readable, reword, to_defaults
-from salt_lightning.command.quiet import as_before, silence_libraries, steady_streams
+from salt_lightning.command.quiet import as_before, silence_libraries
 from salt_lightning.command.resume import resolve, settings_held
+from salt_lightning.command.streams import steady_streams
 from salt_lightning.comparison.report import evaluation
 from salt_lightning.data import SALTDataModule
-from salt_lightning.errors import ConfigError, NonFiniteLossError, Stopped, one_line, raised, refuse, say
+from salt_lightning.errors import ConfigError, NonFiniteLossError, Stopped, one_line, printable, raised, refuse, say
 from salt_lightning.fit.restart import replace_lost_start
 from salt_lightning.hugging_face.attention import require_gpu
 from salt_lightning.models import check_path, read_checkpoint
@@ -393,7 +394,7 @@ def _main(args: list[str], in_python: bool) -> int:
     if not trainer.is_global_zero:  # an exit code of other ranks would look like a crash
         return 0
     if cli.subcommand == "fit" and (line := done(trainer, settings.checkpoints(cli._settings(cli.config)))):
-        print(line)
+        print(printable(line))
         return 0
     if not (sent := next((saver.stopped_by for saver in savers(trainer) if saver.stopped_by), None)):
         return 0

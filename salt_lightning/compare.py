@@ -345,5 +345,5 @@ def main(argv: list[str]) -> int:
     out = args.out if args.out is not None else Path(os.path.relpath(common))
     comparison = compare(args.runs, out, args.baseline)
     print(printable_lines(report.markdown(comparison)))
-    print(f"written: {out / 'compare.md'}, {out / 'compare.json'}, {out / 'compare.png'}")
+    print(printable(f"written: {out / 'compare.md'}, {out / 'compare.json'}, {out / 'compare.png'}"))
     return 0

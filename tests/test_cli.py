@@ -260,7 +260,7 @@ def test_what_lightning_refuses_is_one_line(settings, tmp_path, capsys, setting,
     ("options", "asked", "code", "said"),
     [
         ([], "--version", 0, f"salt_lightning {salt_lightning.__version__}\n"),
-        (["-OO"], "fit", 1, "error: -OO (PYTHONOPTIMIZE=2) removes docstrings, which transformers' models need"),
+        (["-OO"], "fit", 2, "error: -OO (PYTHONOPTIMIZE=2) removes docstrings, which transformers' models need"),
     ],
 )
 def test_what_is_said_before_anything_is_imported(options, asked, code, said):

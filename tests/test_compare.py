@@ -1939,6 +1939,15 @@ def test_a_teacher_whose_run_is_not_named_is_asked_for(tmp_path):
     assert sum("is in none" in note for note in notes) == 1
 
 
+def test_a_teacher_outside_a_run_s_folder_has_no_run_to_name(tmp_path):
+    (path := tmp_path / "models" / "small.ckpt").parent.mkdir()
+    path.touch()
+    salt = write_run(tmp_path / "salt", SALT, kd_steps=60, teacher=str(path), weight=0.5)
+    assert evaluate(load([salt])).notes[-1] == (
+        f"the teacher of salt, {path}, is in none of these runs: the cost of its training is unknown"
+    )
+
+
 def test_a_teacher_that_was_moved_is_not_taken_for_the_baseline(tmp_path):
     small, own = {"model.student.config.hidden_size": 8}, {"model.student.config.hidden_size": 16}
     path = "gone/checkpoints/step-00000300.ckpt"

@@ -25,6 +25,7 @@ LAYERS = [  # a file imports only from files of earlier layers
         "quantized",
         "row_pass",
         "row_set",
+        "streams",
         "watch",
         "wrong_names",
     },

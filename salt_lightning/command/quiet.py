@@ -1,15 +1,13 @@
-"""Silences library messages that users cannot act on; keeps streams and Ctrl-C working."""
+"""Silences library messages that users cannot act on; keeps Ctrl-C working."""
 
 import logging
 import os
 import re
 import signal
-import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only
@@ -51,47 +49,6 @@ def silence_libraries() -> None:
         disable_progress_bar()
     for name in _LIGHTNING:
         logging.getLogger(name).addFilter(_escape_and_select)
-
-
-class _Steady:
-    """A stream that goes silent when its reader is gone or its disk is full, so that this does not end the run."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "_stream":  # a copy has no stream yet
-            raise AttributeError(name)
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        self._attempt(self._stream.write, text)
-        return len(text)
-
-    def flush(self) -> None:
-        self._attempt(self._stream.flush)
-
-    def _attempt(self, function: Callable[..., object], *args: str) -> None:
-        try:
-            function(*args)
-        except OSError as error:
-            with open(os.devnull, "w") as nothing:  # also for what is still in its buffer
-                os.dup2(nothing.fileno(), self._stream.fileno())
-            if self is sys.stdout:
-                print(f"stdout cannot be written ({error.strerror}): continuing without it", file=sys.stderr)
-
-
-@contextmanager
-def steady_streams() -> Iterator[None]:
-    """Makes this process's stdout and stderr steady."""
-    before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (stream and _Steady(stream) for stream in before)  # None where it was closed before
-    try:
-        yield
-    finally:
-        for stream in filter(None, (sys.stdout, sys.stderr)):
-            stream.flush()
-        sys.stdout, sys.stderr = before
 
 
 @contextmanager

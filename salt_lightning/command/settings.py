@@ -115,7 +115,9 @@ def wrong_folders(config: Namespace) -> list[str]:
     wrong = [] if config.run else ["--run '' is empty; give a folder"]
     for name, folder in folders.items():
         if folder:
-            there = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
+            where = Path(folder).absolute()
+            # not Path.exists, which raises if the folder around it may not be read
+            there = next(path for path in (where, *where.parents) if os.path.exists(path))
             if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
                 why = "cannot be written" if there.is_dir() else "is not a folder"
                 wrong.append(f"--{name} {folder}: {there} {why}; choose another folder")

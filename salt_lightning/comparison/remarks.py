@@ -126,8 +126,8 @@ def _lost_teachers(runs: list[Run], reference: Run) -> list[str]:
     for path, names in taught.items():
         others = [o.name for o in runs if o.kd_steps == 0 and o is not reference and _may_be(o, names, runs)]
         who, which = f"the teacher of {few(names)}, {path},", " or ".join(others)
-        if os.path.exists(path):
-            folder = Path(path).parent.parent
+        folder = Path(path).parent.parent
+        if os.path.exists(path) and Path(path).parent.name == "checkpoints":  # else not in its run's folder
             notes.append(f"{who} is in none of these runs; to count its own training, name {folder} too")
         elif others:  # it was moved, and one of these may have trained it
             notes.append(

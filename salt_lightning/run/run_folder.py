@@ -21,11 +21,14 @@ def saved(folder: Path) -> list[tuple[int, Path]]:
 
     Raises:
         OSError: the folder exists but cannot be listed: a new run would start beside its checkpoints (glob is silent).
+        ConfigError: it may not be read.
     """
     try:
         names = os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):
         return []
+    except PermissionError as error:
+        raise ConfigError(f"{folder} cannot be listed ({error.strerror}); choose a folder that you may read") from error
     except OSError as error:
         raise OSError(f"{folder} cannot be listed ({error.strerror}); nothing was changed, try again") from error
     return sorted((step, folder / name) for name in names if (step := step_named(name)) is not None)

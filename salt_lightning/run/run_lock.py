@@ -30,7 +30,7 @@ def held(run: Path) -> Iterator[None]:
     Raises:
         ConfigError: another process holds the lock; waits first if that is on another machine.
     """
-    made = [folder for folder in (run, *run.parents) if not folder.exists()]
+    made = [folder for folder in (run, *run.parents) if not os.path.exists(folder)]
     file = None
     try:
         file = _lock(run)

@@ -31,7 +31,17 @@ from salt_lightning.text.journal import Unfinished, making, write_json
 from salt_lightning.text.parse import Skipped, documents, empty_error
 from salt_lightning.text.processes import in_child, num_cores, ordered_map
 from salt_lightning.text.progress import Done, Progress, summary_line
-from salt_lightning.text.token_files import FORMAT, SPLITS, SplitWriter, TokenFiles, digest, no_counts, sealed, sizes
+from salt_lightning.text.token_files import (
+    FORMAT,
+    SPLITS,
+    SplitWriter,
+    TokenFiles,
+    digest,
+    no_counts,
+    require_readable,
+    sealed,
+    sizes,
+)
 from salt_lightning.text.tokenizer import (
     WORDS,
     Block,
@@ -63,6 +73,7 @@ def tokenizer_folder(corpus: Corpus, vocab_size: int, val_fraction: float, cache
 def trained_tokenizer(corpus: Corpus, vocab_size: int, val_fraction: float, cache_dir: Path) -> str:
     """That folder; an error if it does not exist."""
     folder = tokenizer_folder(corpus, vocab_size, val_fraction, cache_dir)
+    require_readable(folder)
     if not folder.exists():
         raise ConfigError("--data.tokenizer: 'train' is trained by prepare_data(); call that first")
     return str(folder)

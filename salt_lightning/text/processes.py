@@ -127,7 +127,10 @@ def _children(count: int, target: Callable[..., None], *args: Any) -> Iterator[l
 
 
 def _run(target: Callable[..., None], connection: Connection, *args: Any) -> None:
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    try:
+        threading.Thread(target=end_with_parent, daemon=True).start()
+    except RuntimeError:  # no more threads are allowed; the parent sees the end, and says so
+        os._exit(1)
     with suppress(EOFError):  # of a parent that was interrupted before it knew this child
         target(connection, *args)
 

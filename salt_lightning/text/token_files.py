@@ -151,8 +151,18 @@ def _page_checksum(path: Path) -> str:
     return hashed.hexdigest()
 
 
+def require_readable(folder: Path) -> None:
+    """Raises ConfigError if what another user has prepared may not be read."""
+    if folder.exists() and not os.access(folder, os.R_OK | os.X_OK):
+        raise ConfigError(
+            f"--data.cache_dir: {folder} cannot be read, as it belongs to another user; let them run chmod -R a+rX on "
+            "it, or choose another folder"
+        )
+
+
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
+    require_readable(folder)
     if not path.exists():
         raise ConfigError(
             f"--data.cache_dir: {folder} holds no prepared text: prepare_data() has not run, the sources "
