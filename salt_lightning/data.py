@@ -38,7 +38,7 @@ from salt_lightning.batches.stretches import Stretches, go_on, one_stretch, rows
 from salt_lightning.command.settings import seed_or_global, wrong_data
 from salt_lightning.errors import ConfigError, raised, refuse, wrong_kinds
 from salt_lightning.fit.cadence import accumulation, phase1_steps, place, set_cadence
-from salt_lightning.selection import KeepRule, Plan, check_repeats, plan, row_scores, scores_of
+from salt_lightning.selection import KeepRule, Plan, check_repeats, plan, scores_of
 from salt_lightning.teacher.difficulty import HeldOut, find_files, read_thirds
 from salt_lightning.teacher.scores import Scored, Scores
 from salt_lightning.text.documents import Corpus
@@ -173,7 +173,7 @@ class SALTDataModule(LightningDataModule):
                 prepare_tokenizer(corpus, self.trained_vocab_size, fraction(setting), self.cache_dir, workers)
             prepare_tokens(corpus, self.tokenizer, fraction(setting), self.cache_dir, workers, check_models)
         if self._fits and (scores := scores_of(self.selection, self.keep)):
-            row_scores(scores, self.keep.k, self.keep.masked)
+            self.keep.score_all(scores)
 
     def require_files(self) -> dict[str, Corpus]:
         """Find what every setting names, without reading the text; return the documents of each source setting.

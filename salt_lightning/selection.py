@@ -9,9 +9,11 @@ Shapes: R rows, T tokens a row.
 
 import hashlib
 import math
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -70,10 +72,21 @@ class KeepRule:
         )  # fmt: skip
         refuse(f"--data.keep.{name} {getattr(self, name)} {wanted}" for name, good, wanted in checks if not good)
 
+    def score(self, nll_RT: np.ndarray, rank_RT: np.ndarray) -> np.ndarray:
+        """S of some rows, for a subclass to replace; arguments and result are those of `score_rows`."""
+        return score_rows(nll_RT, rank_RT, self.k, self.masked)
+
+    def score_all(self, scores: Scores) -> np.ndarray:
+        """S of all rows, float64, in their order; computed at every start if `score` is a subclass's own."""
+        if type(self).score is KeepRule.score:
+            return row_scores(scores, self.k, self.masked)
+        return _of_shards(scores, self.score)
+
     @property
     def name(self) -> str:
         """The rule in words, for logs."""
-        rule = "" if self.order == "random" else f", k {self.k}, masked {self.masked}"
+        how = f", k {self.k}, masked {self.masked}" if type(self) is KeepRule else f", S of {type(self).__name__}"
+        rule = "" if self.order == "random" else how
         tail = f", without the top {self.drop_top:.3%}" if self.drop_top else ""
         return f"{self.order}{rule}{tail}"
 
@@ -176,7 +189,7 @@ def plan(scores: Scores, rule: KeepRule, seed: int, phase1_rows: int, shares: Sh
     Raises:
         ConfigError: scores are incomplete or damaged, or there are too few rows.
     """
-    score_R = row_scores(scores, rule.k, rule.masked)
+    score_R = rule.score_all(scores)
     kept_R = kept_mask(score_R, rule)
     kept, inside = RowSet(kept_R), score_R[kept_R]
     drawn = 0.0 if rule.order == "random" else chance(score_R, kept_R)
@@ -247,18 +260,21 @@ def row_scores(scores: Scores, k: int, masked: Masked) -> np.ndarray:
             return found
     except (OSError, pa.ArrowException, KeyError):
         pass  # not there, or damaged
+    found = _of_shards(scores, partial(score_rows, k=k, masked=masked))
+    with suppress(OSError):  # a read-only folder: computed again next time
+        about = {"scored": scores.identity, "digest": _digest(found)}
+        write_table(path, pa.table({"S": found}).replace_schema_metadata(about))
+    return found
+
+
+def _of_shards(scores: Scores, score: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
     if missing := scores.missing():
         raise ConfigError(
             f"{scores.setting}: {scores.run} lacks {len(missing)} of {scores.scored.num_shards} shards of scores; run "
             "the same `cli.py predict` again, it continues where it stopped"
         )
     with ThreadPoolExecutor(min(8, num_cores())) as pool:
-        parts = pool.map(lambda shard: score_rows(*scores.read(shard), k, masked), range(scores.scored.num_shards))
-        found = np.concatenate(list(parts))
-    with suppress(OSError):  # a read-only folder: computed again next time
-        about = {"scored": scores.identity, "digest": _digest(found)}
-        write_table(path, pa.table({"S": found}).replace_schema_metadata(about))
-    return found
+        return np.concatenate(list(pool.map(lambda shard: score(*scores.read(shard)), range(scores.scored.num_shards))))
 
 
 def _digest(score_R: np.ndarray) -> bytes:

@@ -6,6 +6,7 @@ import math
 import os
 import pickle
 import re
+import statistics
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import one_line
+from conftest import arguments, one_line
 from lightning.pytorch.callbacks import BackboneFinetuning, BatchSizeFinder, EMAWeightAveraging, ModelPruning
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import AsyncCheckpointIO
@@ -45,6 +46,7 @@ from salt_lightning.export import export
 from salt_lightning.fit.extension import check_step_tokens, seed_random
 from salt_lightning.models import read_checkpoint
 from salt_lightning.selection import KeepRule
+from salt_lightning.teacher.scores import NO_LABEL, Scores
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
 BLOCKS = re.findall(r"^## ([^\n]+)\n(?:(?!^##).)*?```python\n(.*?)```", PAGE, re.S | re.M)
@@ -78,7 +80,7 @@ T = TypeVar("T")
 def test_the_page_has_a_block_for_each_part():
     assert [title for title, _ in BLOCKS] == [
         "The loss alone", "Another course of the KD weight", "Another loss beside it", "Another loss in place of KD",
-        "Balancing experts", "Another optimizer", "A model of your own", "A sweep in one process",
+        "Balancing experts", "Another selection", "Another optimizer", "A model of your own", "A sweep in one process",
     ]  # fmt: skip
 
 
@@ -403,6 +405,28 @@ def test_what_a_subclass_freezes_stays_frozen(data, tmp_path):
     module = Adapter(ModelSpec(config=SIZES))
     trainer(tmp_path).fit(module, data)
     assert [name for name, p in module.named_parameters() if p.requires_grad] == ["student.model.model.norm.weight"]
+
+
+def test_the_selection_of_the_page(data, settings, teacher, tmp_path, caplog):
+    caplog.set_level("INFO")
+    own = {"run": str(tmp_path / "score"), "model.teacher.path": teacher, "data.tokenizer": data.tokenizer_name}
+    assert cli.main(["predict", *arguments(settings, own)]) == 0
+    keep = block("Another selection")["keep"]
+    rule = replace(keep, target=3.5)
+    usual = {key[5:]: value for key, value in settings.items() if key.startswith("data.")}
+    given = {"selection": str(tmp_path / "score"), "tokenizer": data.tokenizer_name, "micro_batch_size": 4}
+    chosen = SALTDataModule(**{**usual, **given}, keep=rule)
+    seen = Seen()
+    trainer(tmp_path / "run", KDScheduleCallback(0.0, 3), seen).fit(SALTModule(ModelSpec(config=SIZES)), chosen)
+    assert f"{len(chosen._order.kept)} of {chosen.num_train_rows} rows (highest, S of ByLoss; S -" in caplog.text
+    scores = Scores(tmp_path / "score", "--run")
+    losses = {}  # by another way: one row at a time
+    for shard in range(scores.scored.num_shards):
+        for nll_T, rank_T in zip(*scores.read(shard), strict=True):
+            losses[len(losses)] = statistics.fmean(nll_T[rank_T != NO_LABEL].tolist())
+    nearest = sorted(losses, key=lambda row: abs(losses[row] - 3.5))[: round(0.3 * len(losses))]
+    assert sorted(np.flatnonzero(chosen._order.kept.mask_R)) == sorted(nearest)
+    assert {int(row) for batch in seen.batches[:6] for row in batch["rows"]} <= set(nearest)  # 3 steps of 2
 
 
 def test_the_optimizer_of_the_page(data, tmp_path):
@@ -749,9 +773,9 @@ def test_a_registered_model_is_one_of_transformers(data, teacher, tmp_path, monk
 
 @pytest.mark.parametrize("given", [torch.nn.Linear(2, 2), 3])
 def test_a_model_where_a_spec_is_wanted(given):
-    for arguments in ((given,), (ModelSpec(config=SIZES), given)):
+    for specs in ((given,), (ModelSpec(config=SIZES), given)):
         with pytest.raises(ConfigError, match=f"takes a ModelSpec, or a path, not a {type(given).__name__}; save"):
-            SALTModule(*arguments)
+            SALTModule(*specs)
     assert not SALTModule(ModelSpec(config=SIZES), None).has_teacher
 
 
