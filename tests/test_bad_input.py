@@ -432,6 +432,8 @@ ERRORS = {
         r"--trainer.callbacks EarlyStopping: monitor val_loss is never logged; use val/ce",
     ),
     "warm-up longer than the run": ({"model.optim.warmup_steps": 50}, r"--model.optim.warmup_steps 50"),
+    "sizes that are null": ({"model.student.config": None}, r"^error: --model.student.config null must be a mapping$"),
+    "no number of steps": ({"trainer.max_steps": None}, r"--trainer.max_steps null must be a whole number"),
     "rate of zero": ({"model.optim.lr": 0}, r"--model.optim.lr 0.* must be above 0"),
     "temperature of zero": ({"model.teacher_temperature": 0}, r"--model.teacher_temperature 0.* must be above 0"),
     "missing checkpoint": (
@@ -742,7 +744,7 @@ CONFIGS = {
         b"kd:\n  weight: 0\nrun: x\nkd:\n  steps: 1\n",
         r"--config .*c.yaml, line 4: kd is set twice",
     ),
-    "no seed": (b"seed_everything: null\n", r"--seed_everything None must be a whole number from 0 to 4294967295"),
+    "no seed": (b"seed_everything: null\n", r"--seed_everything null must be a whole number from 0 to 4294967295"),
     "a key in dots besides": (
         b"data:\n  block_size: 7\ndata.block_size: 9\n",
         r"--config .*c.yaml, line 3: data.block_size is set twice; remove one",

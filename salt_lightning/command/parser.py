@@ -16,7 +16,7 @@ import yaml
 from jsonargparse import DefaultHelpFormatter, Namespace, get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 
-from salt_lightning.command.settings import refuse_loops, wrong_precision
+from salt_lightning.command.settings import as_yaml, refuse_loops, wrong_precision
 from salt_lightning.command.wrong_names import no_such
 from salt_lightning.errors import ConfigError, one_line, problems_of, raised, refuse
 
@@ -228,7 +228,7 @@ def explain(message: str, known: list[str], given: Iterable[tuple[str, str]] = (
 
     `given`: for an error in the settings of a class, (name, value) of what was typed; its parser knows only last parts.
     """
-    line = " ".join(message.split())
+    line = re.sub(r" value: (None|True|False)$", lambda m: f" value: {as_yaml(m[1])}", " ".join(message.split()))
     if found := re.match(r"Parser key \"([^\"]+)\"(\S*): (.*)", line):
         name, rest = f"--{_prefix(found[1], given, line)}{found[1]}{found[2]}", found[3]
         if part := re.search(r"NestedArg\(key='([^']+)', val='?(.*?)'?\)", rest):

@@ -33,6 +33,11 @@ _PATHS = (
 )
 
 
+def as_yaml(value: object) -> str:
+    """A value, or Python's word for one, as it is typed: null, true, false."""
+    return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
+
+
 def refuse_loops(name: str, value: str) -> None:
     """Raises ConfigError if the value of a setting, as typed, is a YAML list or mapping that contains itself."""
     if not re.search(r"[&\[{]", value):
@@ -70,7 +75,7 @@ def wrong_seed(config: Namespace) -> list[str]:
     """A seed that torch or numpy would not take."""
     seed = config.get("seed_everything")
     fits = type(seed) is int and 0 <= seed < 1 << 32  # True is an int, too
-    return [] if fits else [f"--seed_everything {seed} must be a whole number from 0 to {(1 << 32) - 1}"]
+    return [] if fits else [f"--seed_everything {as_yaml(seed)} must be a whole number from 0 to {(1 << 32) - 1}"]
 
 
 def wrong_path(path: str | Path) -> str:
