@@ -315,7 +315,7 @@ def load_pretrained(spec: ModelSpec, name: str, dtype: torch.dtype, empty: bool 
         return _load_checkpoint(spec, name, dtype, empty)
     config = read_config(spec, name)
     kwargs = {"dtype": dtype, "attn_implementation": spec.attention}
-    with _loading(spec, name):
+    with loading(spec, name):
         if empty and getattr(config, "quantization_config", None) is None:  # only its own loader makes packed weights
             with torch.device("meta"):
                 return AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code, **kwargs)
@@ -357,7 +357,7 @@ def load_pretrained(spec: ModelSpec, name: str, dtype: torch.dtype, empty: bool 
         return model
 
 
-def _loading(spec: ModelSpec, name: str) -> AbstractContextManager[None]:
+def loading(spec: ModelSpec, name: str) -> AbstractContextManager[None]:
     where = "" if Path(str(spec.path)).exists() else " (no such folder here, so it was looked for on the hub)"
     return as_config_error(f"--model.{name}.path {spec.path} cannot be loaded{where}")
 
@@ -368,9 +368,9 @@ def read_config(spec: ModelSpec, name: str) -> PreTrainedConfig:
     if spec.is_checkpoint:
         setting = f"--model.{name}.path"
         saved = of_checkpoint(read_checkpoint(str(spec.path), setting), f"{setting} {spec.path}")
-        with _loading(spec, name):
+        with loading(spec, name):
             return AutoConfig.for_model(saved.family, **saved.config)
-    with _loading(spec, name):
+    with loading(spec, name):
         config: PreTrainedConfig = AutoConfig.from_pretrained(str(spec.path), **spec.source)
         return config
 
@@ -398,7 +398,7 @@ def check_path(spec: ModelSpec, name: str) -> None:
     elif path.is_dir():
         folders.check(path, setting, spec.trust_remote_code)
     else:
-        with _loading(spec, name):
+        with loading(spec, name):
             folders.check_hub(spec.path, setting, spec.revision or "main", spec.trust_remote_code)
 
 

@@ -1,7 +1,8 @@
 """A hub for tests: serves a folder over the HTTP interface of huggingface.co, as far as reading needs it.
 
 ROOT/models/OWNER/NAME/REVISION/...   and   ROOT/datasets/OWNER/NAME/REVISION/...
-A repository whose name ends in "gated" is refused, as one whose terms were not accepted.
+A repository whose name ends in "gated" is refused, as one whose terms were not accepted; one that ends in "stopping"
+lists its weights, but does not send them.
 """
 
 import hashlib
@@ -98,6 +99,8 @@ class _Handler(BaseHTTPRequestHandler):
         known = commit(folder)
         if not (folder / name).is_file():
             raise _Refused("EntryNotFound", 404, known)
+        if repo.endswith("stopping") and name.endswith(".safetensors"):
+            raise _Refused("Unknown", 400, known)
         content = (folder / name).read_bytes()
         headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": known, "Accept-Ranges": "bytes"}
         if part := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):

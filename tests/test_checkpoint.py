@@ -148,9 +148,9 @@ def test_a_folder_of_checkpoints_that_cannot_be_listed_is_not_an_empty_one(
     folder.chmod(0)  # root may list it all the same
     deny = fails(errno.EACCES)
     monkeypatch.setattr(os, "listdir", lambda path=".": deny() if Path(path) == folder else listed(path))
-    assert cli.main(["fit", *arguments(settings, {"run": str(tmp_path / "run"), "kd.weight": 0.0}), *options]) == 1
+    assert cli.main(["fit", *arguments(settings, {"run": str(tmp_path / "run"), "kd.weight": 0.0}), *options]) == 2
     folder.chmod(0o700)
-    said = f"error: {folder} cannot be listed (Permission denied); nothing was changed, try again"
+    said = f"error: {folder} cannot be listed (Permission denied); choose a folder that you may read"
     assert one_line(capsys) == said
     assert listed(tmp_path / "run") == ["checkpoints"]
 

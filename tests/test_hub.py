@@ -41,7 +41,10 @@ def hub(corpus, teacher, tmp_path_factory) -> Path:
     export(Path(teacher), models / "teacher/main")
     others = (
         "v1",
-        *(f"../{name}/main" for name in ("bert", "pickled", "strange", "gated", "cut", "adapter", "adapted", "moving")),
+        *(
+            f"../{name}/main"
+            for name in ("bert", "pickled", "strange", "gated", "cut", "adapter", "adapted", "moving", "stopping")
+        ),
     )
     for name in others:
         shutil.copytree(models / "teacher/main", models / "teacher" / name)
@@ -119,6 +122,7 @@ def test_names_on_the_hub_are_tried_before_text_is_prepared(tried, hub):
         "acme/adapter": "has no config.json on the hub: it may be an adapter or a GGUF file; give the whole",
         "acme/adapted": r"has an adapter \(adapter_config.json\), as LoRA makes, which is not read; merge it into ",
         "acme/cut": "lacks model-00002-of-00002.safetensors on the hub, which its model.safetensors.index.json names",
+        "acme/stopping": "cannot be loaded .* check your connection and try again",
         "acme/pickled": "has neither model.safetensors nor model.safetensors.index.json on the hub; use a revision",
     }
     of_data = {

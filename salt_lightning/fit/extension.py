@@ -137,7 +137,7 @@ def _rates(optimizer: torch.optim.Optimizer) -> list[float]:
 
 def require_untouched(optimizer: Any) -> None:
     """Raises ConfigError if a callback has set a rate or decay since the last step: it would be overwritten."""
-    if _rates(optimizer) != optimizer.salt_rates:
+    if _rates(optimizer) != getattr(optimizer, "salt_rates", _rates(optimizer)):
         raise ConfigError(
             "a callback has changed lr or weight_decay of the optimizer, which SALTModule writes before each step; "
             "change them with --model.optim.*, or in a subclass of OptimSpec (lr_at, write)"

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import list_repo_files
+from huggingface_hub import hf_hub_download, list_repo_files
 from lightning.pytorch.utilities import rank_zero_info
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
@@ -125,6 +125,17 @@ def _check_weights(name: str, setting: str, commit: str) -> None:
     index = Path(cached_file(name, INDEX, revision=commit))
     if lost := [file for file in _named(index, setting, name) if file not in there]:
         raise ConfigError(f"{setting} {name} lacks {few(lost)} on the hub, which its {INDEX} names; use another one")
+
+
+def fetch(name: str, setting: str, commit: str) -> None:
+    """Downloads what the hub's cache lacks of a model's weights; loading finds them there. Raises the hub's errors."""
+    try:
+        there = list_repo_files(name, revision=commit)
+    except Exception:  # the hub cannot be reached; they may be in the cache, and loading says if not
+        return
+    index = () if SINGLE in there else _named(Path(hf_hub_download(name, INDEX, revision=commit)), setting, name)
+    for file in index or [SINGLE]:
+        hf_hub_download(name, file, revision=commit)
 
 
 def sample_hash(path: Path) -> str | None:

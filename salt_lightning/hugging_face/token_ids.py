@@ -15,7 +15,7 @@ from transformers.utils.hub import is_offline_mode
 from salt_lightning.errors import ConfigError, raised, refuse
 from salt_lightning.hugging_face import folders
 from salt_lightning.hugging_face.spec import ModelSpec, as_config_error, check_positions
-from salt_lightning.models import read_checkpoint, read_config
+from salt_lightning.models import loading, read_checkpoint, read_config
 from salt_lightning.schedule import kd_callbacks
 from salt_lightning.text.tokenizer import SUBFOLDER, beginning, open_tokenizer, special_ids
 
@@ -82,19 +82,24 @@ def tell_fit(spec: ModelSpec, name: str, data: Any) -> None:
 
 
 def check_models(trainer: Any, student: ModelSpec, teacher: ModelSpec) -> None:
-    """`check_fit` of all models that this run will load, before it loads them. Loading reports what cannot be read.
+    """`check_fit` of all models that this run will load, and the download of those on the hub, before hours of work.
 
     `trainer.ckpt_path` is known by now if the command line set it.
     """
     fits, predicts = (trainer.state.fn == fn for fn in (TrainerFn.FITTING, TrainerFn.PREDICTING))
     starts = not trainer.ckpt_path  # a run resumed in phase 2 needs no teacher, which may be gone
     taught = predicts or (fits and starts and any(kd.schedule.weight > 0 for kd in kd_callbacks(trainer)))
-    looks = []
+    looks, there = [], []
     for spec, name, loaded in ((student, "student", fits or (starts and not predicts)), (teacher, "teacher", taught)):
         if loaded and spec.path is not None:
             with suppress(ConfigError):
                 looks.append(partial(check_fit, spec, name, trainer.datamodule, read_config(spec, name)))
+                there.append((spec, name))
     refuse(raised(looks))
+    for spec, name in there:
+        if spec.commit and not is_offline_mode():
+            with loading(spec, name):
+                folders.fetch(str(spec.path), f"--model.{name}.path", spec.commit)
 
 
 def emitted_ids(tokenizer: Any, chats: bool = False) -> dict[int, str]:
