@@ -172,7 +172,7 @@ class SALTDataModule(LightningDataModule):
             if setting == "source" and self.tokenizer_name == "train":
                 prepare_tokenizer(corpus, self.trained_vocab_size, fraction(setting), self.cache_dir, workers)
             prepare_tokens(corpus, self.tokenizer, fraction(setting), self.cache_dir, workers, check_models)
-        if self._fits and (scores := scores_of(self.selection, self.keep)):
+        if self._fits and not self.keep.is_own and (scores := scores_of(self.selection, self.keep)):
             self.keep.score_all(scores)
 
     def require_files(self) -> dict[str, Corpus]:

@@ -227,8 +227,7 @@ class SALTModule(extension.Guarded):
         log_settings(self.trainer.loggers, alike.told(self._settings, data))
         self.meter.start(self.global_step, self._wait_s)
         for optimizer in self.trainer.optimizers:  # for callbacks that look before the first step
-            self.optim_spec.write(optimizer, self.global_step, self.trainer.max_steps)
-            extension.remember(optimizer)
+            extension.write_rates(self, optimizer, compare=False)
 
     def on_fit_end(self) -> None:
         self._give_back_random()
@@ -296,8 +295,7 @@ class SALTModule(extension.Guarded):
         return self.optim_spec.build(named, self._ndim)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        extension.require_untouched(optimizer)
-        self.optim_spec.write(optimizer, self.global_step, self.trainer.max_steps)
+        extension.write_rates(self, optimizer)
 
     def configure_gradient_clipping(
         self,
@@ -310,6 +308,7 @@ class SALTModule(extension.Guarded):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
+        self._rates = extension.rates(self.trainer.optimizers[0])
         # Not in on_train_batch_end: callbacks run before that, and a step must be logged before it is saved.
         step, every = self.global_step + 1, self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if step == 1 or (every and step % every == 0) or step == self.trainer.max_steps:
@@ -331,7 +330,7 @@ class SALTModule(extension.Guarded):
         values |= peak_memory(self.device) | self.meter.read(step, self._wait_s, peak)
         if weight == 0 and (brought := self.meter.what_it_brought()):
             rank_zero_info(f"step {step}: {brought}")
-        self._write({f"train/{name}": value for name, value in (values | self.terms()).items()}, step)
+        self._write({f"train/{name}": value for name, value in self.with_terms(values).items()}, step)
         self.progress |= {"loss": f"{values['loss']:.3f}", "kd_weight": f"{weight:.3g}"}
         self.progress["tok/s"] = f"{values['tokens_per_s']:,.0f}"
 

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -78,14 +78,19 @@ class KeepRule:
 
     def score_all(self, scores: Scores) -> np.ndarray:
         """S of all rows, float64, in their order; computed at every start if `score` is a subclass's own."""
-        if type(self).score is KeepRule.score:
+        if not self.is_own:
             return row_scores(scores, self.k, self.masked)
-        return _of_shards(scores, self.score)
+        return _of_shards(scores, self.score, type(self).__name__)
+
+    @property
+    def is_own(self) -> bool:
+        """Whether a subclass scores rows."""
+        return (type(self).score, type(self).score_all) != (KeepRule.score, KeepRule.score_all)
 
     @property
     def name(self) -> str:
         """The rule in words, for logs."""
-        how = f", k {self.k}, masked {self.masked}" if type(self) is KeepRule else f", S of {type(self).__name__}"
+        how = f", S of {type(self).__name__}" if self.is_own else f", k {self.k}, masked {self.masked}"
         rule = "" if self.order == "random" else how
         tail = f", without the top {self.drop_top:.3%}" if self.drop_top else ""
         return f"{self.order}{rule}{tail}"
@@ -122,11 +127,7 @@ class Plan(NamedTuple):
     order: Order | Mixture
     chance: float  # share of the kept rows that a lot chose instead of the scores; 0 for a random subset
     said: str
-
-    @property
-    def remedy(self) -> str:
-        """What to do if chance decides much; empty if not."""
-        return LESS_CHANCE if self.chance > MUCH_CHANCE else ""
+    remedy: str  # what to do if chance decides much; empty if not
 
     def say(self) -> None:
         """Logs it; as a warning, with the remedy, if chance decides much."""
@@ -189,7 +190,7 @@ def plan(scores: Scores, rule: KeepRule, seed: int, phase1_rows: int, shares: Sh
     Raises:
         ConfigError: scores are incomplete or damaged, or there are too few rows.
     """
-    score_R = rule.score_all(scores)
+    score_R = _checked(rule.score_all(scores), scores.scored.num_rows, type(rule).__name__)
     kept_R = kept_mask(score_R, rule)
     kept, inside = RowSet(kept_R), score_R[kept_R]
     drawn = 0.0 if rule.order == "random" else chance(score_R, kept_R)
@@ -200,7 +201,8 @@ def plan(scores: Scores, rule: KeepRule, seed: int, phase1_rows: int, shares: Sh
     order = make_order(shares, seed, kept.num_rows, kept, phase1_rows, rule.unread_first)
     told = [_told(*part) for part in _parts(order).items()]  # here, so that worker processes share its memory
     said = f"selection: {len(kept)} of {kept.num_rows} rows ({which}); {'; '.join(told)}"
-    return Plan(order, drawn, said)
+    remedy = "a finer score, or fewer rows kept" if rule.is_own else LESS_CHANCE
+    return Plan(order, drawn, said, remedy if drawn > MUCH_CHANCE else "")
 
 
 def _parts(order: Order | Mixture) -> dict[str, Order]:
@@ -240,7 +242,7 @@ def scores_of(selection: str | None, rule: KeepRule) -> Scores | None:
     if selection:
         return Scores(Path(selection), "--data.selection")
     usual = vars(KeepRule())
-    given = [f"--data.keep.{name} {value}" for name, value in vars(rule).items() if value != usual[name]]
+    given = [f"--data.keep.{name} {value}" for name, value in vars(rule).items() if usual.get(name, rule) != value]
     refuse(f"{setting} needs --data.selection, the folder of a run of `cli.py predict`" for setting in given)
     return None
 
@@ -260,21 +262,34 @@ def row_scores(scores: Scores, k: int, masked: Masked) -> np.ndarray:
             return found
     except (OSError, pa.ArrowException, KeyError):
         pass  # not there, or damaged
-    found = _of_shards(scores, partial(score_rows, k=k, masked=masked))
+    found = _of_shards(scores, partial(score_rows, k=k, masked=masked), "score_rows")
     with suppress(OSError):  # a read-only folder: computed again next time
         about = {"scored": scores.identity, "digest": _digest(found)}
         write_table(path, pa.table({"S": found}).replace_schema_metadata(about))
     return found
 
 
-def _of_shards(scores: Scores, score: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
+def _checked(score_R: Any, num_rows: int, of: str) -> np.ndarray:
+    """The scores as float64. Raises ConfigError unless a user's own code, `of`, gives a number for each row."""
+    found_R = np.asarray(score_R, dtype=np.float64)
+    if found_R.shape != (num_rows,) or np.isnan(found_R).any():
+        of_what = "NaN among them" if found_R.shape == (num_rows,) else f"an array {list(found_R.shape)}"
+        raise ConfigError(f"{of} must give one number, not NaN, for each of {num_rows} rows, but gives {of_what}")
+    return found_R
+
+
+def _of_shards(scores: Scores, score: Callable[[np.ndarray, np.ndarray], np.ndarray], of: str) -> np.ndarray:
+    def of_shard(number: int) -> np.ndarray:
+        nll_RT, rank_RT = scores.read(number)
+        return _checked(score(nll_RT, rank_RT), len(nll_RT), of)
+
     if missing := scores.missing():
         raise ConfigError(
             f"{scores.setting}: {scores.run} lacks {len(missing)} of {scores.scored.num_shards} shards of scores; run "
             "the same `cli.py predict` again, it continues where it stopped"
         )
     with ThreadPoolExecutor(min(8, num_cores())) as pool:
-        return np.concatenate(list(pool.map(lambda shard: score(*scores.read(shard)), range(scores.scored.num_shards))))
+        return np.concatenate(list(pool.map(of_shard, range(scores.scored.num_shards))))
 
 
 def _digest(score_R: np.ndarray) -> bytes:

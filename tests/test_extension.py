@@ -1,5 +1,6 @@
 """A user's own code around SALTModule: the code in docs/extending.md works; silent errors are refused."""
 
+import copy
 import csv
 import json
 import math
@@ -292,6 +293,11 @@ def logged(run: pl.Trainer, name: str) -> dict[int, float]:
         return {int(row["step"]): float(row[name]) for row in csv.DictReader(file) if row.get(name)}
 
 
+# Python 3.12 warns of forks beside threads
+FORKED = "ignore:.*multi-threaded, use of fork.*:DeprecationWarning"
+
+
+@pytest.mark.filterwarnings(FORKED)
 def test_a_term_is_logged_whole_however_its_step_is_cut(data, teacher, tmp_path):
     """By accumulation or, in a mean, by processes."""
     own, found = block("Another loss beside it", sizes=SIZES)["HiddenStates"], []
@@ -318,6 +324,44 @@ class Seen(pl.Callback):
 
     def on_train_batch_start(self, run, module, batch, batch_idx):
         self.batches.append(batch)
+
+
+class Uneven(SALTModule):
+    """Rank 1 logs a term more, and in another order."""
+
+    def step_loss(self, *args):
+        out = super().step_loss(*args)
+        terms = {"one": torch.ones(1), "hundred": 100.0} | ({"rare": 8.0} if self.global_rank else {})
+        for name in terms if self.global_rank else reversed(terms):
+            self.log_term(name, terms[name])
+        return out
+
+
+@pytest.mark.filterwarnings(FORKED)
+def test_ranks_may_log_other_terms_in_another_order(data, tmp_path):
+    run = trainer(tmp_path, logger=CSVLogger(tmp_path), log_every_n_steps=1, strategy="ddp_fork", devices=2)
+    with patch.dict(os.environ), pytest.warns(UserWarning, match="this module has no student"):
+        run.fit(Uneven(ModelSpec(config=SIZES)), data)
+    means = {"one": 1.0, "hundred": 100.0, "rare": 4.0}  # of the ranks
+    for name, mean in means.items():
+        assert logged(run, f"train/{name}") == dict.fromkeys(range(1, 7), mean)
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "message"),
+    [
+        ("loss", 1.0, "log_term: train/loss is already logged; choose another name"),
+        ("mine", torch.ones(2), r"log_term\('mine', ...\) takes one number, not a tensor \[2\]; sum it"),
+    ],
+)
+def test_a_term_that_cannot_be_logged_is_refused(data, tmp_path, name, part, message):
+    class Mine(SALTModule):
+        def step_loss(self, *args):
+            self.log_term(name, part)
+            return super().step_loss(*args)
+
+    with pytest.raises(ConfigError, match=message):
+        trainer(tmp_path).fit(Mine(ModelSpec(config=SIZES)), data)
 
 
 def test_the_loss_of_the_page_in_place_of_kd(data, teacher, tmp_path):
@@ -429,6 +473,32 @@ def test_the_selection_of_the_page(data, settings, teacher, tmp_path, caplog):
     assert {int(row) for batch in seen.batches[:6] for row in batch["rows"]} <= set(nearest)  # 3 steps of 2
 
 
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"score_all": lambda self, scores: np.arange(100.0)}, r"for each of 317 rows, but gives an array \[100\]$"),
+        ({"score": lambda self, nll_RT, rank_RT: nll_RT}, r"for each of \d+ rows, but gives an array \[\d+, 32\]$"),
+        ({"score": lambda self, nll_RT, rank_RT: nll_RT[:, 0] * np.nan}, "rows, but gives NaN among them$"),
+        ({"score_all": lambda self, scores: [1.0] * 317}, None),
+    ],
+)
+def test_scores_of_ones_own_are_one_for_each_row(data, settings, teacher, tmp_path, own, message):
+    run = {"run": str(tmp_path / "score"), "model.teacher.path": teacher, "data.tokenizer": data.tokenizer_name}
+    assert cli.main(["predict", *arguments(settings, run)]) == 0
+    data.selection, data.keep = str(tmp_path / "score"), type("Mine", (KeepRule,), own)()
+    fit = partial(trainer(tmp_path / "run", KDScheduleCallback(0.0, 3)).fit, SALTModule(ModelSpec(config=SIZES)), data)
+    if message is None:
+        return fit()
+    with pytest.raises(ConfigError, match=f"^Mine must give one number, not NaN, {message}|^Mine must .*{message}"):
+        fit()
+
+
+def test_a_rule_of_ones_own_needs_scores(data, tmp_path):
+    data.keep = block("Another selection")["ByLoss"]()
+    with pytest.raises(ConfigError, match=r"^--data.keep.target 3.0 needs --data.selection, the folder of a run"):
+        trainer(tmp_path).fit(SALTModule(ModelSpec(config=SIZES)), data)
+
+
 def test_the_optimizer_of_the_page(data, tmp_path):
     optim = block("Another optimizer")["optim"]
     module = SALTModule(ModelSpec(config=SIZES), optim=optim)
@@ -480,7 +550,7 @@ class Factored(OptimSpec):
 def test_an_optimizer_without_betas_keeps_its_own_eps(data, tmp_path):
     run = trainer(tmp_path)
     run.fit(SALTModule(ModelSpec(config=SIZES), optim=Factored(lr=1e-2)), data)
-    assert [group["eps"] for group in run.optimizers[0].param_groups] == [(None, 1e-3)] * 2
+    assert [group["eps"] for group in run.optimizers[0].param_groups] == [(None, 1e-3)] * 2  # a pair, of other meaning
     assert [group["weight_decay"] for group in run.optimizers[0].param_groups] == [0.1, 0.0]
 
 
@@ -509,10 +579,56 @@ class Sets(pl.Callback):
 @pytest.mark.parametrize("hook", ["on_before_optimizer_step", "on_train_batch_start"])
 @pytest.mark.parametrize("name", ["lr", "weight_decay"])
 def test_a_rate_that_a_callback_sets_is_not_silently_overwritten(data, tmp_path, hook, name):
-    with pytest.raises(
-        ConfigError, match="a callback has changed lr or weight_decay of the optimizer, which SALTModule"
-    ):
+    with pytest.warns(UserWarning, match="lr or weight_decay in the optimizer were changed since the last step"):
         trainer(tmp_path, Sets(hook, name)).fit(SALTModule(ModelSpec(config=SIZES)), data)
+
+
+class Exchange(pl.Callback):
+    """Another optimizer in the run, or the state of an earlier step."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def on_train_batch_start(self, run, module, batch, batch_idx):
+        if run.global_step == 2:
+            self.kept = copy.deepcopy(run.optimizers[0].state_dict())
+        elif run.global_step == 4 and self.what == "new":
+            run.strategy.setup_optimizers(run)
+        elif run.global_step == 4:
+            run.optimizers[0].load_state_dict(self.kept)
+
+
+@pytest.mark.parametrize("what", ["new", "earlier"])
+@pytest.mark.filterwarnings("ignore:lr or weight_decay in the optimizer were changed")
+def test_an_optimizer_may_be_exchanged_in_the_run(data, tmp_path, what):
+    run = trainer(tmp_path, Exchange(what))
+    run.fit(SALTModule(ModelSpec(config=SIZES)), data)
+    assert run.global_step == 6
+    assert run.optimizers[0].param_groups[0]["lr"] == OptimSpec().lr_at(5, 6)
+
+
+class Wrapper:
+    """What Lightning asks of an optimizer, and no more."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.inner, self.defaults = optimizer, optimizer.defaults
+        self.step, self.zero_grad = optimizer.step, optimizer.zero_grad
+        self.state_dict, self.load_state_dict = optimizer.state_dict, optimizer.load_state_dict
+
+    param_groups = property(lambda self: self.inner.param_groups)
+    state = property(lambda self: self.inner.state)
+
+
+def test_an_optimizer_may_be_wrapped(data, tmp_path):
+    @dataclass(frozen=True)
+    class Wrapped(OptimSpec):
+        def build(self, named, ndim=None):
+            return Wrapper(super().build(named, ndim))
+
+    run = trainer(tmp_path, SAVE)
+    run.fit(SALTModule(ModelSpec(config=SIZES), optim=Wrapped()), data)
+    assert type(run.optimizers[0]) is Wrapper
+    assert run.optimizers[0].param_groups[0]["lr"] == OptimSpec().lr_at(5, 6)
 
 
 def test_a_subclass_may_change_the_rate_last_and_the_log_shows_it(data, tmp_path):
@@ -731,7 +847,9 @@ def test_a_checkpoint_tells_which_class_trained_it(data, teacher, tmp_path, capl
     caplog.set_level("INFO")
     trainer(tmp_path, SAVE).fit(Rectified(ModelSpec(config=SIZES)), data)
     middle = str(tmp_path / "checkpoints/step-00000003.ckpt")
-    told = "the checkpoint was trained by the class Rectified, not SALTModule: a loss of its own, or what it changes in"
+    told = (
+        "the checkpoint was trained by the class Rectified, not SALTModule: the loss of its own, or what it changes in"
+    )
     plain = SALTModule(ModelSpec(config=SIZES))
     for start in (
         lambda: trainer(tmp_path / "fit").fit(plain, data, ckpt_path=middle),
@@ -744,7 +862,9 @@ def test_a_checkpoint_tells_which_class_trained_it(data, teacher, tmp_path, capl
     caplog.clear()
     trainer(tmp_path / "own").fit(Rectified(ModelSpec(config=SIZES), slope=0.5), data, ckpt_path=middle)
     assert "trained by the class" not in caplog.text
-    assert "continuing with --model.slope 0.5 (checkpoint: 0.0): the steps that follow are computed" in caplog.text
+    assert (
+        "continuing with hyperparameter slope 0.5 (checkpoint: 0.0): the steps that follow are computed" in caplog.text
+    )
     data.tokenizer.save_pretrained(tmp_path / "tokenizer")
     assert cli.main(["export", middle, str(tmp_path / "hf")]) == 0
     assert "; what Rectified changes inside the model is not exported" in capsys.readouterr().out

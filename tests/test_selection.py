@@ -343,17 +343,17 @@ def test_a_start_takes_a_few_bytes_a_row_and_keeps_a_fraction_of_one(tmp_path, m
 
 
 def test_the_plan_says_what_it_does(scores):
-    order, _, message = plan(scores, KeepRule(rows=4), 0, 6)
+    order, _, message, _ = plan(scores, KeepRule(rows=4), 0, 6)
     assert order.phase1 == 6
     assert len(order.kept) == 4
     assert "4 of 10 rows (highest, k 10, masked zero; S " in message
     assert "phase 1 reads 6, each kept row 1.50 times; phase 2 begins with the 6 unread rows" in message
     message = plan(scores, KeepRule(rows=4, unread_first=False), 0, 6).said
     assert "phase 2 reads all rows, those read before too (--data.keep.unread_first false)" in message
-    order, by_chance, message = plan(scores, KeepRule(rows=9, k=1), 0, 6)
+    order, by_chance, message, _ = plan(scores, KeepRule(rows=9, k=1), 0, 6)
     assert by_chance == chance(row_scores(scores, 1, "zero"), order.kept.mask_R) > 0
     assert f"; {by_chance:.1%} of them have the same score as rows left out: chance decides)" in message
-    _, by_chance, message = plan(scores, KeepRule(rows=9, k=1, order="random"), 0, 6)
+    _, by_chance, message, _ = plan(scores, KeepRule(rows=9, k=1, order="random"), 0, 6)
     assert by_chance == 0
     assert "chance" not in message
 
@@ -377,7 +377,7 @@ def test_a_selection_of_sources_with_weights(scores):
         ConfigError, match="reads 6 rows of 'web', but 1 are kept, so each is read 6.0 times; .*repeats 6$"
     ):
         check_repeats(plan(scores, KeepRule(rows=4), 0, 8, shares).order, KeepRule(rows=4))
-    order, _, message = plan(scores, KeepRule(rows=4, max_repeats=6.0), 0, 8, shares)
+    order, _, message, _ = plan(scores, KeepRule(rows=4, max_repeats=6.0), 0, 8, shares)
     rows = order(np.arange(8)).tolist()
     assert rows.count(kept[0]) == 6
     assert len({*rows} - {kept[0]}) == 2

@@ -105,8 +105,9 @@ def refused(function: Callable[..., object], *args: object) -> str:
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
 def test_what_another_user_may_not_read_is_a_setting(closed):
-    told = f"--data.cache_dir: {closed} cannot be read, as it belongs to another user; let them run chmod -R a+rX on it"
+    told = f"--data.cache_dir: {closed} may not be read by this user; let its owner run chmod -R a+rX on it, or"
     assert refused(require_readable, closed).startswith(told)
+    assert refused(require_readable, closed / "feb2").startswith(told)
     closed.chmod(0o755)
     (closed / "feb2").chmod(0o700)
     assert refused(TokenFiles, closed / "feb2", "train").startswith(told.replace(str(closed), f"{closed}/feb2"))

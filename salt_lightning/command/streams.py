@@ -19,8 +19,8 @@ def open_streams() -> None:
         stream: Any = getattr(sys, name)
         if stream is None:
             setattr(sys, name, os.fdopen(number, "w"))
-        elif hasattr(stream, "reconfigure"):  # not another program's object
-            with suppress(OSError):  # another file has got its number since it was opened
+        elif getattr(stream, "errors", "") == "strict" and hasattr(stream, "reconfigure"):
+            with suppress(OSError, ValueError):  # closed, or another file has got its number since it was opened
                 stream.reconfigure(errors="backslashreplace")
 
 
@@ -46,7 +46,7 @@ class _Steady:
         try:
             function(*args)
         except OSError as error:
-            with open(os.devnull, "w") as nothing:  # also for what is still in its buffer
+            with open(os.devnull, "w") as nothing, suppress(OSError):  # for its buffer too, if it has a file
                 os.dup2(nothing.fileno(), self._stream.fileno())
             if self is sys.stdout and not isinstance(error, self._expected):
                 print(f"stdout cannot be written ({error.strerror}): continuing without it", file=sys.stderr)

@@ -51,8 +51,11 @@ def of_trainer(trainer: pl.Trainer) -> dict[str, Any]:
     return {**{f"--trainer.{name}": value for name, value in settings.items()}, "torch": str(torch.__version__)}
 
 
-# hyperparameters that others tell of, or that change no step; what is left are also those of a subclass
-_APART = {"student", "teacher", "optim", "compile", "activation_checkpointing", "logits_budget_gib", "seed"}
+# SALTModule's hyperparameters; others are a subclass's own
+_OURS = {
+    *("student", "teacher", "teacher_temperature", "optim", "compile", "activation_checkpointing", "accuracy"),
+    *("logits_budget_gib", "seed"),
+}
 
 
 def _of_models(settings: Mapping[str, Any], taught: bool) -> dict[str, Any]:
@@ -62,9 +65,11 @@ def _of_models(settings: Mapping[str, Any], taught: bool) -> dict[str, Any]:
         teacher = settings.get("teacher") or {}
         path = teacher.get("path")
         found |= {"teacher.path": path and _end(str(path)), "teacher.revision": teacher.get("revision")}
-    apart = _APART if taught else {*_APART, "teacher_temperature"}
-    found |= {name: value for name, value in settings.items() if name not in apart and isinstance(value, _PLAIN)}
-    return {f"--model.{name}": value for name, value in found.items()}
+    names = ("accuracy", "teacher_temperature") if taught else ("accuracy",)
+    found |= {name: settings[name] for name in names if name in settings}
+    own = {name: value for name, value in settings.items() if name not in _OURS}
+    of_own = {f"hyperparameter {name}": value for name, value in _flat(plain(own)) if isinstance(value, _PLAIN)}
+    return {f"--model.{name}": value for name, value in found.items()} | of_own
 
 
 def _teacher(trainer: pl.Trainer) -> ModelSpec:

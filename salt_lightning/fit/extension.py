@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
@@ -120,28 +121,23 @@ def check_subclass(trainer: Trainer) -> None:
         )
 
 
-def remember(optimizer: torch.optim.Optimizer) -> None:
-    """Keeps the rates and decays of now, and after each step, for `require_untouched`."""
-    _remember(optimizer)
-    optimizer.register_step_post_hook(_remember)
-
-
-def _remember(optimizer: Any, *_: Any) -> None:
-    optimizer.salt_rates = _rates(optimizer)
-
-
-def _rates(optimizer: torch.optim.Optimizer) -> list[float]:
-    values = [group.get(name) for group in optimizer.param_groups for name in ("lr", "weight_decay")]
-    return [value for value in values if isinstance(value, float | int)]  # to read a tensor may wait for a GPU
-
-
-def require_untouched(optimizer: Any) -> None:
-    """Raises ConfigError if a callback has set a rate or decay since the last step: it would be overwritten."""
-    if _rates(optimizer) != getattr(optimizer, "salt_rates", _rates(optimizer)):
-        raise ConfigError(
-            "a callback has changed lr or weight_decay of the optimizer, which SALTModule writes before each step; "
-            "change them with --model.optim.*, or in a subclass of OptimSpec (lr_at, write)"
+def write_rates(module: Any, optimizer: Any, compare: bool = True) -> None:
+    """Writes the OptimSpec's values of the running step. `compare`: warns if something else than the last step and a
+    subclass's own hooks, such as a callback, has changed a rate or decay, which is lost."""
+    if compare and rates(optimizer) != module._rates:
+        rank_zero_warn(
+            "lr or weight_decay in the optimizer were changed since the last step, perhaps by a callback: this has no "
+            "effect, because SALTModule writes both before each step; change them with --model.optim.*, or in a "
+            "subclass of OptimSpec (lr_at, write)"
         )
+    module.optim_spec.write(optimizer, module.global_step, module.trainer.max_steps)
+    module._rates = rates(optimizer)
+
+
+def rates(optimizer: Any) -> list[float]:
+    """Rates and decays that are numbers: to read tensors may wait for a GPU."""
+    values = [group.get(name) for group in optimizer.param_groups for name in ("lr", "weight_decay")]
+    return [value for value in values if isinstance(value, float | int)]
 
 
 def balance(student: torch.nn.Module) -> list[Finding]:
@@ -191,24 +187,36 @@ class Guarded(LightningModule):
     all to eval: Lightning loses this if an error ends the evaluation; here the next start restores it."""
 
     _modes: Sequence[tuple[torch.nn.Module, bool]] = ()
+    _rates: Sequence[float] = ()
     _terms: Mapping[str, torch.Tensor] = {}  # of the running step; replaced, never changed
 
-    def log_term(self, name: str, part: torch.Tensor) -> None:
+    def log_term(self, name: str, part: torch.Tensor | float) -> None:
         """Logs a term of an own step_loss as `train/NAME`, when the loss is logged and against the same steps.
 
         Args:
             name: not one that is logged already.
-            part: this micro-batch's part of a mean over the step's tokens, as it is added to the loss.
+            part: this micro-batch's part of a mean over the step's tokens, as it is added to the loss. A rank that
+                gives none counts as 0.
         """
-        self._terms = {**self._terms, name: self._terms.get(name, 0.0) + part.detach().float()}
+        number = torch.as_tensor(part, dtype=torch.float32, device=self.device).detach()
+        if number.numel() != 1:
+            raise ConfigError(f"log_term({name!r}, ...) takes one number, not a tensor {list(number.shape)}; sum it")
+        self._terms = {**self._terms, name: self._terms.get(name, 0.0) + number.reshape(())}
 
-    def terms(self) -> dict[str, float]:
-        """What `log_term` was given in the step just done. Reads the device; collective if there is any."""
-        if not self._terms:
-            return {}
-        parts = torch.stack(list(self._terms.values()))
-        means = self.trainer.strategy.reduce(parts, reduce_op="sum") / self.trainer.world_size
-        return dict(zip(self._terms, means.tolist(), strict=True))
+    def with_terms(self, values: dict[str, float]) -> dict[str, float]:
+        """What is logged of the step just done, with what `log_term` was given in it. Collective for a subclass."""
+        names, world = sorted(self._terms), self.trainer.world_size
+        if world > 1 and type(self).__module__ != "salt_lightning.module":  # ranks may have other terms
+            named: list[list[str]] = [[]] * world
+            torch.distributed.all_gather_object(named, names)
+            names = sorted({*chain(*named)})
+        if not names:
+            return values
+        if taken := [name for name in names if name in values]:
+            raise ConfigError(f"log_term: train/{taken[0]} is already logged; choose another name")
+        parts = torch.stack([self._terms.get(name, torch.zeros((), device=self.device)) for name in names])
+        means = self.trainer.strategy.reduce(parts, reduce_op="sum") / world
+        return values | dict(zip(names, means.tolist(), strict=True))
 
     @_restricted_classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:

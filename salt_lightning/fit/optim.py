@@ -158,8 +158,10 @@ class OptimSpec:
         """Writes this spec's values for `step` into the optimizer, replacing those that a checkpoint restored."""
         for group in optimizer.param_groups:
             group["lr"] = self.lr_at(step, max_steps)
-            if "betas" in group:  # else of another optimizer, whose eps may be something else
-                group.update(betas=(self.beta1, self.beta2), eps=self.eps)
+            if isinstance(group.get("eps"), float):  # another optimizer's may be something else
+                group["eps"] = self.eps
+            if "betas" in group:
+                group["betas"] = (self.beta1, self.beta2)
             group["weight_decay"] = self.weight_decay if group["decays"] else 0.0
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 
-from salt_lightning.errors import ConfigError, few
+from salt_lightning.errors import ConfigError, few, printable
 from salt_lightning.fit import alike
 from salt_lightning.fit.optim import OptimSpec
 from salt_lightning.hugging_face.spec import ModelSpec, setting_of, shape_settings
@@ -27,7 +27,7 @@ def require_same(
     are such parts, or another class: under FSDP1 even their names would gather them.
     """
     state = checkpoint.get("state_dict", ())
-    parts, trained_by = own_parts(state), checkpoint.get("module_class", module)
+    parts, trained_by = own_parts(state), printable(str(checkpoint.get("module_class", module)))[:80]
     there = weights() if parts or trained_by != module else ()
     of_transformers = checkpoint["hyper_parameters"]["student"]["config"]
     if of_transformers and (lost := [name for name in parts if name not in there]):
@@ -37,9 +37,10 @@ def require_same(
         )
     if trained_by != module:
         of_class = f"the checkpoint was trained by the class {trained_by}, not {module}"
-        if lost := [name for name in state if name not in there]:
+        if lost := [name for name in state if name.startswith("student.") and name not in there]:
             raise ConfigError(f"{of_class}, and its student has other weights ({few(lost)}); use that class, in Python")
-        rank_zero_info(f"{of_class}: a loss of its own, or what it changes in the student, is not here")
+        missing = "the loss of its own, or what it changes in the student, is not here"
+        rank_zero_info(of_class if trained_by == "SALTModule" else f"{of_class}: {missing}, if it has any")
     tokenizer = getattr(data, "tokenizer_fingerprint", None)
     if tokenizer is not None and checkpoint["tokenizer"] not in (None, tokenizer):
         raise ConfigError(

@@ -26,22 +26,13 @@ from transformers import PreTrainedTokenizerBase
 
 from salt_lightning.errors import ConfigError, few, raised, refuse
 from salt_lightning.preflight import size_said
+from salt_lightning.text import token_files
 from salt_lightning.text.documents import Corpus, Raw, first_lines, look_into, read_raw
 from salt_lightning.text.journal import Unfinished, making, write_json
 from salt_lightning.text.parse import Skipped, documents, empty_error
 from salt_lightning.text.processes import in_child, num_cores, ordered_map
 from salt_lightning.text.progress import Done, Progress, summary_line
-from salt_lightning.text.token_files import (
-    FORMAT,
-    SPLITS,
-    SplitWriter,
-    TokenFiles,
-    digest,
-    no_counts,
-    require_readable,
-    sealed,
-    sizes,
-)
+from salt_lightning.text.token_files import FORMAT, SPLITS, SplitWriter, TokenFiles, digest, no_counts, sealed, sizes
 from salt_lightning.text.tokenizer import (
     WORDS,
     Block,
@@ -73,7 +64,7 @@ def tokenizer_folder(corpus: Corpus, vocab_size: int, val_fraction: float, cache
 def trained_tokenizer(corpus: Corpus, vocab_size: int, val_fraction: float, cache_dir: Path) -> str:
     """That folder; an error if it does not exist."""
     folder = tokenizer_folder(corpus, vocab_size, val_fraction, cache_dir)
-    require_readable(folder)
+    token_files.require_readable(folder)
     if not folder.exists():
         raise ConfigError("--data.tokenizer: 'train' is trained by prepare_data(); call that first")
     return str(folder)
@@ -83,6 +74,7 @@ def prepare_tokenizer(corpus: Corpus, vocab_size: int, val_fraction: float, cach
     """Train a tokenizer on a corpus's training documents unless the cache has it; return its folder. `workers`: as in
     `prepare_tokens`."""
     folder = tokenizer_folder(corpus, vocab_size, val_fraction, cache_dir)
+    token_files.require_readable(folder)
     if not folder.exists():
         stamps = corpus.stamps()
         with _accidents(cache_dir, ""), making(folder) as unfinished:
@@ -157,6 +149,7 @@ def prepare_tokens(
             written or has no room for the rest, or a worker was killed.
     """
     folder = token_folder(corpus, tokenizer, val_fraction, cache_dir)
+    token_files.require_readable(folder)
     if not folder.exists():
         first()
         _prepare(folder, corpus, tokenizer, val_fraction, workers)

@@ -152,12 +152,14 @@ def _page_checksum(path: Path) -> str:
 
 
 def require_readable(folder: Path) -> None:
-    """Raises ConfigError if what another user has prepared may not be read."""
-    if folder.exists() and not os.access(folder, os.R_OK | os.X_OK):
-        raise ConfigError(
-            f"--data.cache_dir: {folder} cannot be read, as it belongs to another user; let them run chmod -R a+rX on "
-            "it, or choose another folder"
-        )
+    """Raises ConfigError if what was prepared, perhaps by another user, may not be read."""
+    for closed in (folder.parent, folder):
+        # not Path.is_dir, which raises if the folder around it may not be read
+        if os.path.isdir(closed) and not os.access(closed, os.R_OK | os.X_OK):
+            raise ConfigError(
+                f"--data.cache_dir: {closed} may not be read by this user; let its owner run chmod -R a+rX on it, or "
+                "choose another folder"
+            )
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
