@@ -325,7 +325,7 @@ class SALTModule(extension.Guarded):
             self.require_finite()
         self.unchecked.look_at_step(step, step_tokens, read[SUMS.index("tokens")], self.trainer.is_last_batch)
         values = loss_values(read, weight) | {"grad_norm": grad_norm}
-        values["lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
+        values["lr"] = float(self.trainer.optimizers[0].param_groups[0]["lr"])
         peak = flops.peak_of(self.device, self.compute_dtype, self.trainer.world_size)
         values |= peak_memory(self.device) | self.meter.read(step, self._wait_s, peak)
         if weight == 0 and (brought := self.meter.what_it_brought()):
