@@ -37,7 +37,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from salt_lightning.command.settings import wrong_path
 from salt_lightning.comparison.lineage import read as read_log
 from salt_lightning.errors import ConfigError, VerbParser, failed_write, few, first_line, printable
-from salt_lightning.hugging_face.card import model_card
+from salt_lightning.hugging_face.card import model_card, own_class
 from salt_lightning.hugging_face.spec import DTYPES, as_config_error, of_checkpoint
 from salt_lightning.models import from_config, own_parts, read_checkpoint, require_undamaged
 from salt_lightning.parallel import check_same_model
@@ -101,14 +101,14 @@ def export(
         card = model_card(target.name, saved, model, logged, place)
         (folder / "README.md").write_text(card, encoding="utf-8")
         verify(folder)
-    rest, trained_by = own_parts(saved["state_dict"]), saved.get("module_class", "SALTModule")
+    rest, by = own_parts(saved["state_dict"]), own_class(saved)
     num_parameters, kind = sum(p.numel() for p in model.parameters()), str(model.config.dtype).removeprefix("torch.")
     return (
         f"{target}: {num_parameters:,} parameters in {kind}, {num_files} file{'s' if num_files > 1 else ''} of "
         f"weights, model card, {'tokenizer' if words else f'no tokenizer (none in {run}; give one with --tokenizer)'}"
         + (f" in {target / place} (beside a {model.config.model_type} transformers would misread it)" if place else "")
         + (f"; left out, not part of the model: {few(rest)}" if rest else "")
-        + (f"; what {trained_by} changes inside the model is not exported" if trained_by != "SALTModule" else "")
+        + (f"; what {by} changes inside the model is not exported" if by else "")
     )
 
 

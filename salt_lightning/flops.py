@@ -76,7 +76,7 @@ def active_parameters(model: nn.Module) -> float:
     """Parameters that one token uses: of a layer's experts, those that it is sent to. NaN if that is not known."""
     pairs = [(module, p) for module in model.modules() for p in _of_experts(module) if p.ndim > 2]
     idle = sum(p.numel() - _active(module, model.config, p) for module, p in pairs)
-    return sum(p.numel() for p in model.parameters()) - idle
+    return num_parameters(model) - idle
 
 
 def _of_experts(module: nn.Module) -> list[nn.Parameter]:

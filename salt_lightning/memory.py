@@ -193,8 +193,8 @@ def _peaks(fit: Fit, rows: int, compiled: bool) -> list[Peak]:
         ledger.overlook([*student, *teacher])
         taught = _bytes(teacher)
         if fit.teacher is not None and quantized.method(fit.teacher.model):
-            held = (*fit.teacher.parameters(), *fit.teacher.buffers())  # `sim` has them in full precision
-            taught = sum(part.nbytes for tensor in held for part in quantized.stored(tensor))
+            # `sim` has them in full precision
+            taught = quantized.num_bytes([*fit.teacher.parameters(), *fit.teacher.buffers()])
         ledger.hold(_bytes(student) + 3 * trained)  # gradients, and AdamW's two states
         ledger.count(batch)
         while True:

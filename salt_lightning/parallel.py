@@ -302,7 +302,7 @@ def _receive(group: nn.Module, strategy: FSDP2) -> None:
 
 def local_bytes(module: nn.Module) -> int:
     """Bytes of the weights on this rank."""
-    return sum(part.nbytes for p in module.parameters() for part in quantized.stored(p))
+    return quantized.num_bytes(module.parameters())
 
 
 def recompute_activations(lm: CausalLM) -> None:

@@ -183,8 +183,9 @@ def require_as_written(path: Any, setting: str) -> None:
 
 
 class Guarded(LightningModule):
-    """Loads only whole checkpoints, and remembers whether each part is in train or eval mode while an evaluation sets
-    all to eval: Lightning loses this if an error ends the evaluation; here the next start restores it."""
+    """Logs a subclass's own terms; loads only whole checkpoints; and remembers whether each part is in train or eval
+    mode while an evaluation sets all to eval: Lightning loses this if an error ends the evaluation; here the next start
+    restores it."""
 
     _modes: Sequence[tuple[torch.nn.Module, bool]] = ()
     _rates: Sequence[float] = ()

@@ -15,7 +15,7 @@ from transformers.utils import cached_file
 from salt_lightning.comparison import lineage, report
 from salt_lightning.errors import printable
 from salt_lightning.fit.meter import Totals
-from salt_lightning.flops import active_parameters
+from salt_lightning.flops import active_parameters, num_parameters
 from salt_lightning.run.run_folder import same_setting
 from salt_lightning.run.runlog import Run, changes_said
 from salt_lightning.schedule import KDSchedule, Shape, trained_schedule
@@ -101,7 +101,7 @@ def _student(model: PreTrainedModel, run: Run) -> dict[str, str]:
     sizes = {size: getattr(config, size, None) for size in _SIZES}
     others = (getattr(config, name, None) for name in ("num_local_experts", "n_routed_experts"))
     sizes["num_experts"] = sizes["num_experts"] or next(filter(None, others), None)
-    count, active = sum(p.numel() for p in model.parameters()), active_parameters(model)
+    count, active = num_parameters(model), active_parameters(model)
     return {
         "student": f"{config.model_type}, {count:,} parameters"
         + (f", {active:,.0f} active per token" * (active < count)),
@@ -114,13 +114,11 @@ def _student(model: PreTrainedModel, run: Run) -> dict[str, str]:
 def _training(checkpoint: dict[str, Any], run: Run) -> dict[str, str]:
     settings, spec, text = run.config, checkpoint["hyper_parameters"], checkpoint["text"]
     taught = _is_taught(checkpoint, run)
-    by = checkpoint.get("module_class", "SALTModule")
+    by = own_class(checkpoint)
     counts = [(text.get("documents"), "documents"), (_data(checkpoint, "num_train_tokens"), "tokens")]
     return {
         "resumed": "; ".join(changes_said(run)),
-        "trained by": ""
-        if by == "SALTModule"
-        else f"the class {by}; what it does otherwise than SALTModule is not known",
+        "trained by": f"the class {by}; what it does otherwise than SALTModule is not known" if by else "",
         "method": run.method + ("" if taught == (run.kd_steps > 0) else ", after steps with a teacher"),
         "teacher": ", then ".join(_teachers(checkpoint, run)) if taught else "",
         "KD": f"{_schedule(checkpoint, run)}; teacher temperature {spec.get('teacher_temperature', 1.0):g}"
@@ -222,6 +220,12 @@ def _cost(checkpoint: dict[str, Any], run: Run) -> dict[str, str]:
         "FLOPs of scoring": _flops(scoring),
         "exported with": _versions(),
     }
+
+
+def own_class(checkpoint: dict[str, Any]) -> str:
+    """The subclass of SALTModule that trained it; empty if there was none."""
+    name = str(checkpoint.get("module_class", "SALTModule"))
+    return "" if name == "SALTModule" else name
 
 
 def _optimizer(checkpoint: dict[str, Any]) -> str:

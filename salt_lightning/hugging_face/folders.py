@@ -98,13 +98,18 @@ def check_hub(name: str, setting: str, revision: str, trust_remote_code: bool) -
     _check_config(Path(found), setting, name, trust_remote_code)
     COMMITS[name, revision] = commit = Path(found).parent.name
     rank_zero_info(f"{setting} {name}: commit {commit}")
-    _check_weights(name, setting, commit)
+    _weights_on_hub(name, setting, commit)
 
 
-def _check_weights(name: str, setting: str, commit: str) -> None:
+def _weights_on_hub(name: str, setting: str, commit: str) -> list[str]:
+    """The files of weights that loading will read; empty if the hub cannot be asked, and loading says why.
+
+    Raises:
+        ConfigError: there are none, or not all.
+    """
     try:
         there = set(list_repo_files(name, revision=commit))
-    except Exception:  # of many kinds; loading says which
+    except Exception:  # of many kinds
         if is_offline_mode() and not any(
             cached_file(name, file, revision=commit, **MAY_LACK) for file in (SINGLE, INDEX)
         ):
@@ -112,29 +117,25 @@ def _check_weights(name: str, setting: str, commit: str) -> None:
                 f"{setting} {name}: the hub is offline, and its cache here has no weights of commit {commit}; download "
                 "them first"
             ) from None
-        return
+        return []
     if _ADAPTER in there:
         raise ConfigError(f"{setting} {name} {_MERGE}")
     if SINGLE in there:
-        return
+        return [SINGLE]
     if INDEX not in there:
         raise ConfigError(
             f"{setting} {name} has neither {SINGLE} nor {INDEX} on the hub; use a revision or model that has, or give "
             "a folder converted with save_pretrained (pickles are not read)"
         )
-    index = Path(cached_file(name, INDEX, revision=commit))
-    if lost := [file for file in _named(index, setting, name) if file not in there]:
+    files = _named(Path(cached_file(name, INDEX, revision=commit)), setting, name)
+    if lost := [file for file in files if file not in there]:
         raise ConfigError(f"{setting} {name} lacks {few(lost)} on the hub, which its {INDEX} names; use another one")
+    return files
 
 
 def fetch(name: str, setting: str, commit: str) -> None:
     """Downloads what the hub's cache lacks of a model's weights; loading finds them there. Raises the hub's errors."""
-    try:
-        there = list_repo_files(name, revision=commit)
-    except Exception:  # the hub cannot be reached; they may be in the cache, and loading says if not
-        return
-    index = () if SINGLE in there else _named(Path(hf_hub_download(name, INDEX, revision=commit)), setting, name)
-    for file in index or [SINGLE]:
+    for file in _weights_on_hub(name, setting, commit):
         hf_hub_download(name, file, revision=commit)
 
 

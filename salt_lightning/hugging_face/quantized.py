@@ -1,7 +1,7 @@
 """What loading makes of a model: weights that are quantized by bitsandbytes, torchao or another of transformers'
 quantizers. The frozen teacher may have them. They are packed, so only their own layers know what is in them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -28,6 +28,11 @@ def stored(tensor: Tensor) -> Iterator[Tensor]:
             yield from stored(getattr(tensor, name))
     else:
         yield tensor
+
+
+def num_bytes(tensors: Iterable[Tensor]) -> int:
+    """What the tensors take in this process."""
+    return sum(part.nbytes for tensor in tensors for part in stored(tensor))
 
 
 def as_made(model: PreTrainedModel) -> PreTrainedModel:
