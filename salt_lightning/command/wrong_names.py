@@ -17,8 +17,8 @@ _PACKED = "text is always packed, and --data.isolate_documents keeps documents a
 _STUDENT = "--model.student.path, or --model.student.family and .config for fresh weights"
 
 _CALLED: dict[str, tuple[str, ...]] = {
-    "--model.optim.lr": ("learning_rate", "max_lr", "peak_lr", "lr"),
-    "--model.optim.weight_decay": ("weight_decay", "wd"),
+    "--model.optim.lr": ("learning_rate", "max_lr", "peak_lr"),
+    "--model.optim.weight_decay": ("wd",),
     "--model.optim.beta1 and --model.optim.beta2": ("adam_beta1", "adam_beta2", "betas", "adam_betas"),
     "--model.optim.eps": ("adam_epsilon", "adam_eps", "epsilon"),
     "--model.optim.schedule": ("lr_scheduler_type", "lr_scheduler", "lr_schedule", "scheduler"),
@@ -35,13 +35,13 @@ _CALLED: dict[str, tuple[str, ...]] = {
     ),
     "--data.block_size": (
         "max_length", "max_seq_length", "max_seq_len", "seq_length", "seq_len", "sequence_length", "sequence_len",
-        "context_length", "cutoff_len", "block_size",
+        "context_length", "cutoff_len",
     ),
     _PACKED: ("packing", "sample_packing", "packed", "padding", "padding_side", "packing_strategy"),
     _EPOCHS: ("num_train_epochs", "num_epochs", "epochs", "max_epochs", "max_tokens", "train_tokens", "total_tokens"),
-    "--trainer.max_steps": ("max_steps", "max_iters", "total_steps", "train_steps", "num_steps", "max_train_steps"),
+    "--trainer.max_steps": ("max_iters", "total_steps", "train_steps", "num_steps", "max_train_steps"),
     "--trainer.precision bf16-mixed, or bf16-true": (
-        "bf16", "fp16", "mixed_precision", "torch_dtype", "dtype", "precision", "bf16_full_eval",
+        "bf16", "fp16", "mixed_precision", "torch_dtype", "dtype", "bf16_full_eval",
     ),
     "--run": ("output_dir", "out_dir", "save_dir", "default_root_dir", "run_name", "logging_dir", "log_dir"),
     "--ckpt_path last": ("resume_from_checkpoint", "resume", "resume_from", "auto_resume"),
@@ -72,11 +72,11 @@ _CALLED: dict[str, tuple[str, ...]] = {
     "--data.split": ("dataset_train_split", "dataset_split"),
     "--data.val_source": ("validation_file", "val_file", "eval_dataset", "val_data", "val_data_path", "eval_file"),
     "--data.text_column": ("dataset_text_field", "text_field", "text_key", "content_key"),
-    "--data.tokenizer": ("tokenizer_name", "tokenizer_name_or_path", "tokenizer_path", "tokenizer_dir", "tokenizer"),
-    "--data.num_workers": ("dataloader_num_workers", "num_workers"),
+    "--data.tokenizer": ("tokenizer_name", "tokenizer_name_or_path", "tokenizer_path", "tokenizer_dir"),
+    "--data.num_workers": ("dataloader_num_workers",),
     "--data.prepare_workers": ("dataset_num_proc", "num_proc", "preprocessing_num_workers"),
     "--model.activation_checkpointing": ("gradient_checkpointing", "use_gradient_checkpointing"),
-    "--model.compile": ("torch_compile", "compile", "use_compile"),
+    "--model.compile": ("torch_compile", "use_compile"),
     "--trainer.strategy ddp, or --config configs/fsdp.yaml": ("deepspeed", "fsdp", "fsdp_config", "zero_stage", "ddp"),
     "--trainer.devices": ("num_gpus", "nproc_per_node", "gpus", "n_gpus"),
     "--kd.weight": ("kd_ratio", "kd_weight", "kd_alpha", "distill_alpha", "alpha", "distillation_weight"),
@@ -104,21 +104,24 @@ def no_such(name: str, known: list[str], prefix: str = "") -> str:
     said = f"--{prefix}{name}: there is no such setting"
     others = [each for each in known if not name.startswith(f"{each}.")]
     near = difflib.get_close_matches(name, others, 3)
-    if instead := None if prefix or _resembling(name, near, 0.85, 0.8) else _instead(name):
+    misspelt = _resembling(name, near, 0.85, 0.8)
+    if instead := None if prefix or misspelt else _instead(name):
         return f"{said}; {instead}"
-    if meant := _resembling(name, near, 0.6, 0.5):
-        return f"{said}; did you mean --{prefix}{meant}?"
+    ends = (f".{name}", f".{name.rpartition('.')[2]}")  # its group is left out, or another
+    same = next((found for end in ends if (found := [each for each in others if f".{each}".endswith(end)])), [])
+    if meant := misspelt or (same if len(same) < 3 else []) or _resembling(name, near, 0.6, 0.5):
+        return f"{said}; did you mean {' or '.join(f'--{prefix}{each}' for each in meant)}?"
     return f"{said}; there are {', '.join(known)}" if prefix else f"{said} (see --help)"
 
 
-def _resembling(name: str, near: list[str], whole: float, last: float) -> str | None:
+def _resembling(name: str, near: list[str], whole: float, last: float) -> list[str]:
     """The first that resembles `name` by these ratios: a long common beginning makes any two of a group near."""
     for other in near:
         end, of_other = name.rpartition(".")[2], other.rpartition(".")[2]
         alike = end in of_other or difflib.SequenceMatcher(None, of_other, end).ratio() >= last
         if alike and difflib.SequenceMatcher(None, other, name).ratio() >= whole:
-            return other
-    return None
+            return [other]
+    return []
 
 
 def _instead(name: str) -> str | None:
