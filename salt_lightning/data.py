@@ -422,7 +422,7 @@ class SALTDataModule(LightningDataModule):
     def _plan_order(self) -> Order | Mixture:
         """The order of the training rows; with a selection, phase 1 has its own rows."""
         if not self.selection:
-            return make_order(self._shares(), self.seed, self.num_train_rows)
+            return make_order(self._shares(), Order(self.seed, self.num_train_rows))
         self._selected = self.plan_selection(final=False)
         return self._selected.order
 

@@ -198,7 +198,7 @@ def plan(scores: Scores, rule: KeepRule, seed: int, phase1_rows: int, shares: Sh
     which = f"{rule.name}; S {inside.min():.3f} to {inside.max():.3f}{tie}"
     del score_R, kept_R, inside
     pa.default_memory_pool().release_unused()  # else Arrow keeps 20 bytes per row in each process
-    order = make_order(shares, seed, kept.num_rows, kept, phase1_rows, rule.unread_first)
+    order = make_order(shares, Order(seed, kept.num_rows, kept, phase1_rows, rule.unread_first))
     told = [_told(*part) for part in _parts(order).items()]  # here, so that worker processes share its memory
     said = f"selection: {len(kept)} of {kept.num_rows} rows ({which}); {'; '.join(told)}"
     remedy = "a finer score, or fewer rows kept" if rule.is_own else LESS_CHANCE

@@ -28,7 +28,7 @@ STARTS = (0, 13, 513, 583)
 
 def mixture(weights=WEIGHTS, starts=STARTS, seed=0, **selection) -> Mixture:
     names = tuple(f"source {s}" for s in range(len(weights)))
-    return Mixture(Shares(names, tuple(weights), tuple(starts)), seed, **selection)
+    return Mixture(Shares(names, tuple(weights), tuple(starts)), Order(seed, starts[-1], **selection))
 
 
 def by_source(rows: np.ndarray) -> list[list[int]]:
@@ -173,8 +173,9 @@ def parts(history=HISTORY) -> list[tuple[Stretches, Shares]]:
 def rows_of(**selection) -> list[np.ndarray]:
     """The rows that each part of the run reads, up to step 40."""
     ends = [step for step, *_ in HISTORY[1:]] + [40]
+    whole = Order(0, STARTS[-1], **selection)
     return [
-        Mixture(shares, 0, **selection)(np.arange(rows_before(stretches, begin), rows_before(stretches, end)))
+        Mixture(shares, whole)(np.arange(rows_before(stretches, begin), rows_before(stretches, end)))
         for (stretches, shares), (begin, *_), end in zip(parts(), HISTORY, ends, strict=True)
     ]
 
@@ -258,7 +259,8 @@ def test_rows_of_another_length_count_by_their_tokens():
 def test_a_source_keeps_its_order_wherever_it_stands_in_the_list():
     def orders(*names):
         shares = Shares(names, (1.0,) * len(names), tuple(range(0, 50 * len(names) + 1, 50)))
-        return dict(zip(names, ([*order(np.arange(50))] for order in Mixture(shares, 3).orders), strict=True))
+        found = Mixture(shares, Order(3, shares.starts[-1])).orders
+        return dict(zip(names, ([*order(np.arange(50))] for order in found), strict=True))
 
     two, three = orders("a", "b"), orders("c", "b", "a")
     assert two == {name: three[name] for name in ("a", "b")}
@@ -307,12 +309,12 @@ def test_the_fingerprint_tells_other_shares_and_other_kept_rows():
     assert len({mixture(**change).fingerprint for change in changed}) == len(changed)
     assert mixture(weights=(5, 2, 3)).fingerprint == mixture().fingerprint  # the unit does not matter
     assert mixture(seed=1).fingerprint == mixture().fingerprint  # the seed is compared separately
-    after_each = {Mixture(shares, 3).fingerprint for _, shares in parts()}
+    after_each = {Mixture(shares, Order(3, STARTS[-1])).fingerprint for _, shares in parts()}
     assert len(after_each) == 3  # of four stretches: the last one changes the rows of a step alone
 
 
 def test_without_weights_all_rows_are_read_alike():
-    order = make_order(None, 3, 100)
+    order = make_order(None, Order(3, 100))
     assert order(np.arange(300)).tolist() == Order(3, 100)(np.arange(300)).tolist()
     assert order.fingerprint == "none"
 

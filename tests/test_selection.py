@@ -396,7 +396,7 @@ def test_the_rule_says_how_phase_2_goes_on(scores, shares):
         for first in (True, False)
     )
     assert first != later
-    assert later == make_order(shares, 0, 10)(np.arange(4, 40)).tolist()
+    assert later == make_order(shares, Order(0, 10))(np.arange(4, 40)).tolist()
 
 
 def test_chance_is_the_share_of_kept_rows_that_tie_with_rows_left_out():

@@ -159,25 +159,19 @@ class Mixture:
     """An order that draws from several sources in fixed shares, each source in an order of its own.
 
     In any run of consecutive rows, each source is less than two rows off its share. A selection applies to each source
-    separately, so it does not change the shares. Arguments as in `Order`.
+    separately, so it does not change the shares. `whole`: the order of all rows if there were no shares.
     """
 
-    def __init__(
-        self,
-        shares: Shares,
-        seed: int,
-        kept: RowSet | None = None,
-        phase1: int = 0,
-        unread_first: bool = True,
-    ) -> None:
+    def __init__(self, shares: Shares, whole: Order) -> None:
         self.shares = shares
         self._source_P, self._number_P = shares.cycle
         self._before_S = shares.reads(shares.begin)
-        seeds_S = scatter(np.array([seed])) + np.array(list(map(_number, shares.names)), np.uint64)
-        self.orders, mask_R = [], None if kept is None else kept.mask_R
-        for own_seed, (start, end), reads in zip(seeds_S, pairwise(shares.starts), shares.reads(phase1), strict=True):
+        seeds_S = scatter(np.array([whole.seed])) + np.array(list(map(_number, shares.names)), np.uint64)
+        self.orders, mask_R = [], None if whole.kept is None else whole.kept.mask_R
+        reads_S = shares.reads(whole.phase1)
+        for seed, (start, end), reads in zip(seeds_S, pairwise(shares.starts), reads_S, strict=True):
             own = None if mask_R is None else RowSet(mask_R[start:end])
-            self.orders.append(Order(int(own_seed), end - start, own, int(reads), unread_first))
+            self.orders.append(Order(int(seed), end - start, own, int(reads), whole.unread_first))
 
     def __call__(self, position: np.ndarray) -> np.ndarray:
         cycle, turn = np.divmod(position - self.shares.begin, CYCLE)
@@ -203,15 +197,6 @@ def _number(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest(), "little")
 
 
-def make_order(
-    shares: Shares | None,
-    seed: int,
-    num_rows: int,
-    kept: RowSet | None = None,
-    phase1: int = 0,
-    unread_first: bool = True,
-) -> Order | Mixture:
+def make_order(shares: Shares | None, whole: Order) -> Order | Mixture:
     """The order of a run's rows: all read equally often, unless there are shares."""
-    if shares is None:
-        return Order(seed, num_rows, kept, phase1, unread_first)
-    return Mixture(shares, seed, kept, phase1, unread_first)
+    return whole if shares is None else Mixture(shares, whole)
