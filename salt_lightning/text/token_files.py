@@ -199,12 +199,23 @@ def verify(folder: Path) -> None:
                 raise _damage(folder / split / name, "is not as it was written", folder)
 
 
+def _mapped(name: str) -> cached_property[np.ndarray]:
+    return cached_property(lambda files: files._map(name))
+
+
 class TokenFiles:
     """One split of a prepared folder. Each process opens the memory maps on first use.
 
     Raises:
         ConfigError: the text is not prepared, or a file is missing, has another size or changed pages.
     """
+
+    tokens = _mapped("tokens.bin")
+    doc_ends = _mapped("doc_ends.bin")
+    doc_sources = _mapped("doc_sources.bin")
+    doc_lots = _mapped("doc_lots.bin")
+    token_bytes = _mapped("token_bytes.bin")
+    learned = _mapped("learned.bin")
 
     def __init__(self, folder: Path, split: str) -> None:
         self.manifest = _read_manifest(folder)
@@ -226,22 +237,6 @@ class TokenFiles:
         decisive = ("tokens.bin", "doc_ends.bin", "learned.bin")
         self.fingerprint = digest([file["blake2b"] for name in decisive if (file := entry["files"].get(name))])
 
-    @cached_property
-    def tokens(self) -> np.ndarray:
-        return self._map("tokens.bin")
-
-    @cached_property
-    def doc_ends(self) -> np.ndarray:
-        return self._map("doc_ends.bin")
-
-    @cached_property
-    def doc_sources(self) -> np.ndarray:
-        return self._map("doc_sources.bin")
-
-    @cached_property
-    def doc_lots(self) -> np.ndarray:
-        return self._map("doc_lots.bin")
-
     def part_in(self, other: "TokenFiles") -> tuple[int, float]:
         """The documents that are also in `other` (its first 67 million), and their share of the tokens."""
         lots_D = np.sort(self.doc_lots)
@@ -257,14 +252,6 @@ class TokenFiles:
         is_shared_D = np.isin(self.doc_lots, lots_D[is_found_D])
         tokens = int(np.diff(self.doc_ends, prepend=0)[is_shared_D].sum())
         return int(is_shared_D.sum()), tokens / max(self.num_tokens, 1)
-
-    @cached_property
-    def token_bytes(self) -> np.ndarray:
-        return self._map("token_bytes.bin")
-
-    @cached_property
-    def learned(self) -> np.ndarray:
-        return self._map("learned.bin")
 
     def _map(self, name: str) -> np.ndarray:
         path, (dtype, _) = self.folder / name, columns(self.folder.name, self.manifest["dtype"], examples=True)[name]
