@@ -306,26 +306,27 @@ def require_schedule(module: Any) -> None:
 
 @dataclass
 class Unchecked:
-    """What is yet to be checked since this start.
+    """What is yet to be checked since this start."""
 
-    Args:
-        ours: whether the batches are a SALTDataModule's.
-        whole: whether a step has begun with its first micro-batch; after a resume, one may begin within it.
-        step_tokens: whether no step has shown that it is right.
-    """
-
-    ours: bool
-    whole: bool = False
-    step_tokens: bool = True
+    ours: bool  # the batches are a SALTDataModule's
+    whole: bool = False  # a step has begun with its first micro-batch; after a resume, one may begin within it
+    step_tokens: bool = True  # no step has shown that it is right
 
     def __post_init__(self) -> None:
         self.stages = set() if self.ours else {"train", "val"}  # until their first batch
 
     def look_at_step(self, step: int, said: float, counted: float, is_last: bool) -> None:
-        """Checks the first whole step that is logged. `is_last`: its loader ended with it, perhaps too early."""
-        if self.step_tokens and self.whole and (step == 1 or not is_last):
-            check_step_tokens(step, said, counted, self.ours)
-            self.step_tokens = False
+        """Raises ConfigError if `step_tokens` is not the number of labels in the first whole step that is logged: it
+        would scale gradients. `is_last`: the loader ended with this step, perhaps too early."""
+        if not (self.step_tokens and self.whole and (step == 1 or not is_last)):
+            return
+        if abs(said - counted) > 1e-3 * counted:  # fp32 sums have rounding errors
+            why = "the optimizer computes the loss more than once per step, as LBFGS and SAM do, which is not supported"
+            raise ConfigError(
+                f"step_tokens of the batches is {said:,.0f}, but optimizer step {step} had {counted:,.0f} labels over "
+                f"all micro-batches and ranks: gradients would be scaled wrongly; {why if self.ours else _BATCH}"
+            )
+        self.step_tokens = False
 
 
 def check_first(module: Any, batch: Any, stage: str) -> None:
@@ -377,16 +378,3 @@ def _check_batch(batch: Any, wanted: tuple[str, ...]) -> None:
 
 def _share(right: torch.Tensor) -> float:
     return float(right.float().mean()) if right.numel() else 0.0
-
-
-def check_step_tokens(step: int, said: float, counted: float, ours: bool = False) -> None:
-    """Raises ConfigError if `step_tokens` is not the number of labels in a step: it would scale gradients.
-
-    `ours`: the batches are a SALTDataModule's, so their step_tokens is right.
-    """
-    if abs(said - counted) > 1e-3 * counted:  # fp32 sums have rounding errors
-        why = "the optimizer computes the loss more than once per step, as LBFGS and SAM do, which is not supported"
-        raise ConfigError(
-            f"step_tokens of the batches is {said:,.0f}, but optimizer step {step} had {counted:,.0f} labels over "
-            f"all micro-batches and ranks: gradients would be scaled wrongly; {why if ours else _BATCH}"
-        )
