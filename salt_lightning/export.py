@@ -35,13 +35,14 @@ from transformers.tokenization_utils_base import LARGE_INTEGER
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from salt_lightning.command.settings import wrong_path
-from salt_lightning.comparison.lineage import read as read_log
+from salt_lightning.comparison import lineage
 from salt_lightning.errors import ConfigError, VerbParser, failed_write, few, first_line, printable
 from salt_lightning.hugging_face.card import model_card, own_class
 from salt_lightning.hugging_face.spec import DTYPES, as_config_error, of_checkpoint
 from salt_lightning.models import from_config, own_parts, read_checkpoint, require_undamaged
 from salt_lightning.parallel import check_same_model
 from salt_lightning.run.peers import writes_elsewhere
+from salt_lightning.run.runlog import read_run
 from salt_lightning.storage.shards import STUDENT, Tensors, UnansweredError, sync_folder
 from salt_lightning.text.tokenizer import (
     SUBFOLDER,
@@ -97,7 +98,7 @@ def export(
         model.config.dtype = next(tensor.dtype for tensor in weights.values() if tensor.is_floating_point())
         _write_settings(model, words, folder)
         place = None if words is None else _write_tokenizer(words, folder)
-        logged = read_log(run, run.name) if any(run.glob("*tfevents*")) else None
+        logged = lineage.whole(read_run(run, run.name)) if any(run.glob("*tfevents*")) else None
         card = model_card(target.name, saved, model, logged, place)
         (folder / "README.md").write_text(card, encoding="utf-8")
         verify(folder)

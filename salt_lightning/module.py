@@ -188,7 +188,8 @@ class SALTModule(extension.Guarded):
         attention.pack(lm, spec.attention, strategy)
         self.meter.forward_flops["teacher"] = self._count_flops(lm)
         size, method = flops.num_parameters(lm.model), quantized.method(lm.model)
-        self._teacher_weights = alike.require_one_teacher(self.trainer, spec)
+        self._teacher_weights = alike.teacher_weights(spec)
+        alike.require(self.trainer, self._teacher_weights)
         self.__dict__["teacher"] = parallel.distribute_teacher(lm, strategy, self.hparams["compile"])
         rank_zero_info(
             f"teacher: {spec.path}, {size / 1e6:.1f}M parameters in {dtype}, "
@@ -197,7 +198,7 @@ class SALTModule(extension.Guarded):
 
     def release_teacher(self) -> int:
         """Unloads the teacher and frees its memory; returns the bytes that its weights took on this device."""
-        held_bytes = parallel.local_bytes(self.teacher) if self.teacher else 0
+        held_bytes = quantized.num_bytes(self.teacher.parameters()) if self.teacher else 0
         self.__dict__["teacher"] = None
         gc.collect()  # compiled modules are in reference cycles
         if self.device.type in ("cuda", "mps"):

@@ -300,11 +300,6 @@ def _receive(group: nn.Module, strategy: FSDP2) -> None:
             tensors.update({name: received[id(old)] for name, old in tensors.items() if id(old) in received})
 
 
-def local_bytes(module: nn.Module) -> int:
-    """Bytes of the weights on this rank."""
-    return quantized.num_bytes(module.parameters())
-
-
 def recompute_activations(lm: CausalLM) -> None:
     """Makes each block keep only its input and run again in backward. Hooks of the block stay outside."""
     for block in blocks(lm):

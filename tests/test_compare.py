@@ -1011,7 +1011,7 @@ def test_what_branches_of_a_teacher_share_is_counted_once(tmp_path):
     salt = write_run(tmp_path / "salt", SALT, teacher="trunk/checkpoints/step-00000200.ckpt", **kd)
     for step, name in ((20, "low"), (40, "twig"), (60, "high")):
         earlier(salt, step, teacher=f"{name}/checkpoints/step-00000280.ckpt", **kd)
-    runs = [lineage.read(tmp_path / name, name) for name in ("salt", "trunk", "low", "high", "twig")]
+    runs = [lineage.whole(read_run(tmp_path / name, name)) for name in ("salt", "trunk", "low", "high", "twig")]
     found = evaluate(runs).rows[0]
     # write_run logs as a total what the newest student needs for all steps, so a part is a difference of two
     parts = 4 * 200 + (6 * 280 - 4 * 100) + (5 * 280 - 4 * 150) + (7 * 280 - 6 * 250)
@@ -1485,7 +1485,7 @@ def test_where_a_branch_reaches_a_loss_is_not_made_up(branch, tmp_path):
 
 def test_what_was_lost_before_a_branch_is_lost_to_its_branch(branch, tmp_path):
     (tmp_path / "trunk").rename(tmp_path / "moved")
-    twig = lineage.read(branch, "twig")
+    twig = lineage.whole(read_run(branch, "twig"))
     assert twig.lost == "trunk/checkpoints/step-00000100.ckpt"
     assert list(twig.val_ce.steps) == [106, 200, 300]
 
@@ -1494,7 +1494,7 @@ def test_what_was_lost_before_a_branch_is_lost_to_its_branch(branch, tmp_path):
 def test_a_trunk_without_settings_or_log_is_as_good_as_gone(branch, tmp_path, gone):
     for path in (tmp_path / "branch").glob(gone):
         path.unlink()
-    twig = lineage.read(branch, "twig")
+    twig = lineage.whole(read_run(branch, "twig"))
     assert twig.lost == "branch/checkpoints/step-00000200.ckpt"
     assert list(twig.val_ce.steps) == [300]
 
@@ -1513,7 +1513,7 @@ def test_a_run_whose_beginning_is_not_known_is_no_seed_of_one_from_scratch(tmp_p
         write_run(tmp_path / "baseline", BASELINE),
         write_run(tmp_path / "teacher", BASELINE),
     ]
-    off = lineage.read(runs[2], "off")
+    off = lineage.whole(read_run(runs[2], "off"))
     assert math.isnan(off.flops(300)), "it logs none of a teacher, which may have been there"
     assert math.isnan(off.total("train/tokens", 105)), "between the branch and its first log"
     assert off.total("train/tokens", 110) == 220
@@ -1690,13 +1690,14 @@ def test_a_boundary_that_a_margin_found_is_known_after_it(tmp_path):
     with SummaryWriter(str(trunk), filename_suffix=".start-2") as writer:
         writer.add_scalar("probe/stop_step", 75, 75)
     on = {"after": 100, "ckpt_path": "trunk/checkpoints/step-00000100.ckpt"}
-    run = lineage.read(write_run(tmp_path / "branch", {300: 4.0}, **on, **margin), "branch")
+    run = lineage.whole(read_run(write_run(tmp_path / "branch", {300: 4.0}, **on, **margin), "branch"))
     assert (run.method, run.kd_steps, run.last("probe/stop_step")) == ("SALT step, margin 0.1", 75, 75)
-    assert "val/ce" not in lineage.read(write_run(tmp_path / "silent", {}, **on, **margin), "silent").curves
+    assert "val/ce" not in lineage.whole(read_run(write_run(tmp_path / "silent", {}, **on, **margin), "silent")).curves
     anew = {"teacher": "t", "weight": 0.5, "kd_steps": 260}  # KD again, without a margin
-    assert lineage.read(write_run(tmp_path / "anew", {300: 4.0}, **on, **anew), "anew").kd_steps == 260
+    assert lineage.whole(read_run(write_run(tmp_path / "anew", {300: 4.0}, **on, **anew), "anew")).kd_steps == 260
     sooner = {"after": 50, "ckpt_path": "trunk/checkpoints/step-00000050.ckpt"}
-    assert lineage.read(write_run(tmp_path / "sooner", {300: 4.0}, **sooner, **margin), "sooner").kd_steps == 200
+    early = write_run(tmp_path / "early", {300: 4.0}, **sooner, **margin)
+    assert lineage.whole(read_run(early, "early")).kd_steps == 200
 
 
 def test_paths_of_the_same_thing_are_no_other_settings():
@@ -2222,5 +2223,5 @@ def test_what_a_branch_shares_with_its_teacher_is_in_its_own_cost(tmp_path):
     write_run(
         tmp_path / "twig", {200: 4.5, 300: 3.75}, after=100, ckpt_path="trunk/checkpoints/step-00000100.ckpt", **kd
     )
-    row = evaluate([lineage.read(tmp_path / name, name) for name in ("trunk", "twig")]).rows[1]
+    row = evaluate([lineage.whole(read_run(tmp_path / name, name)) for name in ("trunk", "twig")]).rows[1]
     assert (row.teacher_training_flops, row.teacher_training_seconds) == (10 * 100, 0.5 * 100)

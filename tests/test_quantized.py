@@ -18,7 +18,6 @@ from salt_lightning.export import export
 from salt_lightning.flops import forward_flops_per_token, num_parameters
 from salt_lightning.hugging_face import quantized
 from salt_lightning.hugging_face.quantized import stored
-from salt_lightning.parallel import local_bytes
 from salt_lightning.teacher.scoring import weights_fingerprint
 
 
@@ -105,11 +104,11 @@ def test_a_student_cannot_be_quantized(folders, settings, tmp_path, capsys):
 def test_a_tensor_of_several_counts_as_all_of_them():
     """torchao's weights are integers with scales and zero points behind the face of one tensor, which has no bits."""
     lm, weight = tiny("llama"), torch.rand(3, 4)
-    before, plain = local_bytes(lm), weights_fingerprint(lm)
+    before, plain = quantized.num_bytes(lm.parameters()), weights_fingerprint(lm)
     for scale in (torch.ones(3, 4), torch.zeros(3, 4)):
         lm.model.both = nn.Parameter(TwoTensor(weight, TwoTensor(weight, scale)))
         assert [part.data_ptr() for part in stored(lm.model.both)] == [t.data_ptr() for t in (weight, weight, scale)]
-        assert local_bytes(lm) == before + 3 * 12 * 4
+        assert quantized.num_bytes(lm.parameters()) == before + 3 * 12 * 4
         before_this, plain = plain, weights_fingerprint(lm)
         assert plain != before_this
         lm.check()

@@ -1193,7 +1193,7 @@ def test_a_branch_that_is_requeued_still_comes_from_its_trunk(fit_with, tmp_path
     assert fit_with(branch, StopAt(9), **own, ckpt_path="last") == 128 + signal.SIGTERM
     assert fit_with(branch, **own, ckpt_path="last") == 0
     assert [step for step, _ in read_run(branch, "b").earlier] == [8]
-    run = lineage.read(branch, "b")
+    run = lineage.whole(read_run(branch, "b"))
     assert (run.began, run.changes) == (0, {6: {"model.optim.lr": (3e-3, 1e-3)}})
     assert list(run.val_ce.steps) == [6, 12]
     # checkpoints that the trunk keeps for good are not the branch's

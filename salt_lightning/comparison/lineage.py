@@ -30,15 +30,6 @@ def _places(run: Run, path: str) -> list[Path]:
     return [Path(os.path.normpath(base / path)) for base in bases] if path else []
 
 
-def read(path: Path, name: str) -> Run:
-    """Reads a run and the runs that it resumed from, as far as its settings name them.
-
-    Raises:
-        ConfigError: no such folder, or an unreadable config.yaml.
-    """
-    return whole(read_run(path, name))
-
-
 def whole(run: Run, named: Sequence[Run] = (), generations: int = 9) -> Run:
     """A run with the log of the run that it resumed from put before its own; `lost` is set if that is not found.
 

@@ -82,13 +82,6 @@ def teacher_weights(teacher: ModelSpec) -> dict[str, str]:
     return {TEACHER_WEIGHTS: found} if found else {}
 
 
-def require_one_teacher(trainer: pl.Trainer, teacher: ModelSpec) -> dict[str, str]:
-    """Its `teacher_weights`, which must be the same in all processes. Collective; raises as `require`."""
-    found = teacher_weights(teacher)
-    require(trainer, found)
-    return found
-
-
 def other_steps(checkpoint: Mapping[str, Any], trainer: pl.Trainer, hparams: Mapping[str, Any]) -> str | None:
     """A message if a resumed run computes steps differently than before."""
     step, found = checkpoint["global_step"], checkpoint.get("kd_stop_step")  # the callback has not read it yet
