@@ -23,19 +23,12 @@ GOOD_EPOCHS = 4.0  # repeated text is worth nearly as much as new text up to her
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of one check.
+    """The result of one check."""
 
-    Args:
-        level: ok, note (worth knowing), warning (probably not intended), error (a fit is refused, or would fail).
-        about: what was checked, in two words.
-        said: the result, with its numbers.
-        remedy: what to do, with the setting as typed.
-    """
-
-    level: Level
-    about: str
-    said: str
-    remedy: str = ""
+    level: Level  # note: worth knowing; warning: probably not intended; error: a fit is refused, or would fail
+    about: str  # what was checked, in two words
+    said: str  # the result, with its numbers
+    remedy: str = ""  # what to do, with the setting as typed
 
     def require(self) -> None:
         """For a fit: raises ConfigError for an error, prints a note or warning, and is silent if ok."""
@@ -192,23 +185,14 @@ def seen_in_training(names: list[str], documents: int, share: float, are_example
 
 @dataclass(frozen=True)
 class TeacherLoss:
-    """Cross-entropies in nats on the same tokens of the run's own text.
+    """Cross-entropies in nats on the same tokens of the run's own text."""
 
-    Args:
-        teacher: the teacher's; in check also that of a student before its first step.
-        uniform: that of a uniform guess, ln(rows of the head).
-        counts: that of a model that knows how often each token occurs in the training text, but uses no context.
-        tokens: the number of tokens.
-        untrained: that of a student before its first step; None: not measured.
-        error: standard error of the teacher's, from the spread of its tokens.
-    """
-
-    teacher: float
-    uniform: float
-    counts: float
-    tokens: int
-    untrained: float | None = None
-    error: float = 0.0
+    teacher: float  # in check also that of a student before its first step
+    uniform: float  # of a uniform guess, ln(rows of the head)
+    counts: float  # of a model that knows how often each token occurs in the training text, but uses no context
+    tokens: int  # their number
+    untrained: float | None = None  # of a student before its first step; None: not measured
+    error: float = 0.0  # standard error of the teacher's, from the spread of its tokens
 
 
 def teacher(loss: TeacherLoss, path: str, allowed: bool) -> Finding:

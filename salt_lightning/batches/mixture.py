@@ -43,24 +43,15 @@ class Shares:
     """The share of the rows read that comes from each source, regardless of its length.
 
     A share is a multiple of 1 / CYCLE, and at least that.
-
-    Args:
-        names: of the sources.
-        weights: above 0, in any unit.
-        starts: the first row of each source, then the number of rows; each source has at least one row.
-        skipped: tokens of each source before its first row, which belong to a row of the source before it.
-        begin: the position from which these shares apply.
-        earlier: the shares before that; None: there were none.
-        end: the position at which they end, if that is before the `begin` of the later shares.
     """
 
     names: tuple[str, ...]
-    weights: tuple[float, ...]
-    starts: tuple[int, ...]
-    skipped: tuple[int, ...] = ()
-    begin: int = 0
-    earlier: "Shares | None" = None
-    end: int | None = None
+    weights: tuple[float, ...]  # above 0, in any unit
+    starts: tuple[int, ...]  # the first row of each source, then the number of rows; each source has at least one row
+    skipped: tuple[int, ...] = ()  # tokens of each source before its first row: part of a row of the source before it
+    begin: int = 0  # the position from which these shares apply
+    earlier: "Shares | None" = None  # before that
+    end: int | None = None  # the position at which they end, if that is before the `begin` of the later shares
 
     @property
     def rows_S(self) -> np.ndarray:

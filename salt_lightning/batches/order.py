@@ -65,19 +65,12 @@ class Order:
     `phase1` positions read passes over `kept` only, later ones read all rows. `unread_first`: rows that phase 1
     has read come back only after all others; otherwise phase 2 reads at each position what a run without selection
     reads there.
-
-    Args:
-        seed: determines the order.
-        num_rows: rows of the training split.
-        kept: the rows that a selection keeps; takes one bit per training row, and as much again for `unread_first`.
-        phase1: positions (rows read) in phase 1.
-        unread_first: see above.
     """
 
     seed: int
-    num_rows: int
-    kept: RowSet | None = None
-    phase1: int = 0
+    num_rows: int  # of the training split
+    kept: RowSet | None = None  # by a selection; one bit per training row, and as much again for `unread_first`
+    phase1: int = 0  # positions (rows read) in phase 1
     unread_first: bool = True
 
     def __call__(self, position: np.ndarray) -> np.ndarray:

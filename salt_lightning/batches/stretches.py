@@ -14,19 +14,12 @@ from salt_lightning.errors import ConfigError, few
 
 @dataclass(frozen=True)
 class Stretch:
-    """From optimizer step `step` (from 0) on, each step reads `rows` rows of `block_size`, in the shares `turns`.
-
-    Args:
-        step: the first one.
-        rows: per step, --data.global_batch_size.
-        block_size: tokens of a row, --data.block_size.
-        turns: of each source in a cycle of mixture.py, by name; None: all rows are read equally often.
-    """
+    """From optimizer step `step` (from 0) on, each step reads `rows` rows of `block_size`, in the shares `turns`."""
 
     step: int
-    rows: int
-    block_size: int
-    turns: dict[str, int] | None
+    rows: int  # --data.global_batch_size
+    block_size: int  # --data.block_size
+    turns: dict[str, int] | None  # of each source in a cycle of mixture.py; None: all rows are read equally often
 
 
 Stretches = tuple[Stretch, ...]

@@ -31,21 +31,13 @@ _VERBS = ("validate", "test")
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The text that an evaluation reads; all fields must agree with those of a split before that is used.
+    """The text that an evaluation reads; all fields must agree with those of a split before that is used."""
 
-    Args:
-        tokens: Hash of the held-out tokens and documents, wherever their files lie.
-        tokenizer: Hash of the token -> id map.
-        block_size: Tokens in a row.
-        isolate_documents: Whether each document of a row is read on its own.
-        num_rows: Number of evaluated rows.
-    """
-
-    tokens: str
-    tokenizer: str
+    tokens: str  # hash of the held-out tokens and documents, wherever their files lie
+    tokenizer: str  # hash of the token -> id map
     block_size: int
     isolate_documents: bool
-    num_rows: int
+    num_rows: int  # evaluated
 
 
 _MEANING = {

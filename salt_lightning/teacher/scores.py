@@ -30,25 +30,15 @@ _SHARD_TOKENS, _MAX_SHARDS = 1 << 20, 4096
 
 @dataclass(frozen=True)
 class Scored:
-    """What was scored; all fields must agree before a shard is added or rows are selected.
+    """What was scored; all fields must agree before a shard is added or rows are selected."""
 
-    Args:
-        rows: Hash of the training tokens and documents, wherever their files lie.
-        tokenizer: Hash of the token -> id map.
-        num_rows: Rows of block_size tokens.
-        block_size: Tokens in a row.
-        isolate_documents: Whether the teacher saw each document of a row on its own.
-        teacher: Hash of the teacher's weights.
-        precision: The teacher's dtype and the trainer's precision.
-    """
-
-    rows: str
-    tokenizer: str
+    rows: str  # hash of the training tokens and documents, wherever their files lie
+    tokenizer: str  # hash of the token -> id map
     num_rows: int
     block_size: int
     isolate_documents: bool
-    teacher: str = ""
-    precision: str = ""
+    teacher: str = ""  # hash of its weights
+    precision: str = ""  # the teacher's dtype and the trainer's precision
 
     @property
     def shard_rows(self) -> int:
