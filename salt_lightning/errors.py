@@ -31,13 +31,8 @@ def refuse(wrong: Iterable[str]) -> None:
 
 
 def wrong_kinds(takes: Callable[..., Any], given: Mapping[str, Any], prefix: str) -> list[str]:
-    """Problems with arguments of a wrong type: in a call from Python, nothing else checks them.
-
-    Args:
-        takes: the function or class; arguments without annotation are skipped.
-        given: values by name.
-        prefix: put before each name in the message, e.g. --kd.
-    """
+    """Problems with `given` arguments of a wrong type: in a call from Python, nothing else checks them. Those without
+    an annotation are skipped; `prefix` comes before each name in the message, e.g. --kd."""
     wanted = {name: hint for name, hint in _hints(takes).items() if name in given}
     return [
         f"{prefix}{name} {given[name]!r} must be {_kind_said(hint)}"
@@ -157,11 +152,8 @@ def of_machine(error: BaseException, verb: str | None = None) -> str | None:
 def failed_write(path: os.PathLike[str], reason: str, number: int | None, again: str = "try again") -> OSError:
     """The error to raise for a failed write, e.g. on a full disk, with a remedy.
 
-    Args:
-        path: the intended file, not its temporary name.
-        reason: the system's message.
-        number: its errno, if there is one.
-        again: what to do once the problem is fixed.
+    `path`: the intended file, not its temporary name. `number`: the errno of the system's reason, if there is one.
+    `again`: what to do once the problem is fixed.
     """
     remedy = f"fix that and {again}"
     if number in (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR):

@@ -101,13 +101,9 @@ class Ledger(TorchDispatchMode):
 
 
 class Fit:
-    """The memory that a fit of `module` takes on each of its devices.
+    """The memory that a fit of `module` takes on each of its devices, cuda or cpu.
 
-    Args:
-        module: attached to its trainer and data; its models need not exist.
-        student: as it will be trained; it may be on the meta device.
-        teacher: likewise; None without one.
-        device: cuda or cpu.
+    The module is attached to its trainer and data, without models; student and teacher may be on the meta device.
     """
 
     def __init__(self, module: SALTModule, student: CausalLM, teacher: CausalLM | None, device: str) -> None:

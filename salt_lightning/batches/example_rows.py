@@ -14,15 +14,8 @@ from salt_lightning.text.token_files import TokenFiles
 
 
 def pack(lengths: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Choose which examples share a row: best fit, longest first, ties in their order; a pure function.
-
-    Args:
-        lengths: tokens of each example.
-        size: tokens of a row. Longer examples are left out.
-
-    Returns:
-        Numbers of examples, row after row, and where each row begins in them (one more entry than rows).
-    """
+    """Choose which examples share a row of `size` tokens: best fit, longest first, ties in their order; longer ones are
+    left out. Returns numbers of examples, row after row, and where each row begins in them (one more than rows)."""
     rows: list[list[int]] = []
     with_space: list[list[int]] = [[] for _ in range(size + 1)]  # rows by the tokens left in them
     spaces: list[int] = []  # sorted: numbers of free tokens that some row has

@@ -120,11 +120,7 @@ def _cycle(turns: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
 def shares_of(names: list[str], weights: list[float], tokens: list[int], block_size: int) -> Shares:
     """The shares of sources that lie one after the other in the stream; a row belongs to the source it begins in.
 
-    Args:
-        names: of the sources.
-        weights: as in Shares.
-        tokens: where each source begins in the stream, then the end of the stream.
-        block_size: tokens of a row.
+    `tokens`: where each source begins in the stream, then the end of the stream.
 
     Raises:
         ConfigError: two sources share a name, or one is not longer than a row.

@@ -22,12 +22,7 @@ def row_at(position: np.ndarray, seed: int, num_rows: int) -> np.ndarray:
 
     A Feistel network over pairs (left, right) of numbers below ceil(sqrt(num_rows)) permutes a square of at
     least num_rows cells; cells past the end are sent through again until they land inside (cycle walking).
-    So 10^9 rows need no memory.
-
-    Args:
-        position: int64 array, counted over the whole run (pass = position // num_rows).
-        seed: determines the order.
-        num_rows: rows of the training split.
+    So 10^9 rows need no memory. Positions (int64) count over the whole run: pass = position // num_rows.
     """
     side = np.uint64(math.isqrt(num_rows - 1) + 1)
     seeds = np.full(position.shape, seed, np.uint64)

@@ -11,11 +11,7 @@ _CHUNK_BLOCKS = 1 << 11  # unpacked at a time, to bound memory
 
 
 class RowSet:
-    """A set of rows out of `0 .. num_rows - 1`.
-
-    Args:
-        mask_R: whether each row is in the set.
-    """
+    """A set of rows out of `0 .. num_rows - 1`: those for which `mask_R` is true."""
 
     def __init__(self, mask_R: np.ndarray) -> None:
         self.num_rows = len(mask_R)

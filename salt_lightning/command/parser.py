@@ -100,9 +100,7 @@ def readable() -> Iterator[None]:
 def parse(parsers: Sequence[LightningArgumentParser], args: list[str]) -> tuple[Namespace, Namespace, list[str]]:
     """The settings of a command line; those given in it; the problems with those that cannot be read, left out of both.
 
-    Args:
-        parsers: the first parses; the others are those of its verbs.
-        args: words.
+    The first of the parsers parses; the others are those of its verbs.
 
     Raises:
         ConfigError: lists the problems, if the rest cannot be read either.

@@ -60,10 +60,7 @@ def seed_or_global(seed: int | None, unset: int | None = None) -> int:
 
 def local_paths(config: Namespace) -> list[str]:
     """Expands ~: a shell does it for `--run ~/x`, but not for `--run=~/x` or in a file. Sources do it themselves.
-
-    Returns:
-        problems with paths that cannot be used; see wrong_path.
-    """
+    Returns problems with paths that cannot be used."""
     paths = {name: path for name in _PATHS if isinstance(path := config.get(name), str)}
     wrong = {name: said for name, path in paths.items() if (said := wrong_path(path))}
     for name in paths.keys() - wrong.keys():

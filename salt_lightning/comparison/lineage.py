@@ -33,10 +33,8 @@ def _places(run: Run, path: str) -> list[Path]:
 def whole(run: Run, named: Sequence[Run] = (), generations: int = 9) -> Run:
     """A run with the log of the run that it resumed from put before its own; `lost` is set if that is not found.
 
-    Args:
-        run: as read from its folder.
-        named: runs among which to look for the other one, too, as its checkpoints may be in a separate folder.
-        generations: how many such runs to follow back.
+    `named`: where to look for the other one, too, as its checkpoints may be in a separate folder. `generations`: how
+    many such runs to follow back.
     """
     if run.began == 0 or run.origin == "last":
         return run

@@ -21,12 +21,8 @@ def remarks(
 ) -> list[str]:
     """All notes on a comparison.
 
-    Args:
-        silent: runs without a value in their logs.
-        runs: the others.
-        experiments: the compared runs, the seeds of an experiment together; without teachers and repetitions.
-        repeated: name of each run that repeats another -> name of that one.
-        reference: the run that the students are compared with.
+    `silent`: runs without a value in their logs; `runs`: the others. `experiments`: the compared runs, the seeds of an
+    experiment together, without teachers and repetitions. `repeated`: name of a repetition -> name of the first.
     """
     notes = [what for run in (*silent, *runs) for what in run.damaged]
     notes += [

@@ -103,9 +103,7 @@ class Meter:
     def follow(self, step_tokens: int, kd_steps: Callable[[int], int] | None) -> None:
         """Sets the settings of this start; past totals stay those of the checkpoint, even if the settings differ.
 
-        Args:
-            step_tokens: tokens of an optimizer step, over all ranks.
-            kd_steps: n -> how many of the first n steps have a teacher; None: none.
+        `step_tokens`: over all ranks. `kd_steps`: n -> how many of the first n steps have a teacher; None: none.
         """
         self.step_tokens, self.kd_steps = step_tokens, kd_steps or _none
         if self.totals(self._counted.step) != self._counted:

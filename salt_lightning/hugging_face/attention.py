@@ -167,13 +167,8 @@ def document_mask(positions_BT: Tensor, dtype: torch.dtype, window: int | None =
 
 @torch.no_grad()
 def pack(lm: Any, asked: str | None, strategy: Strategy | None) -> None:
-    """Switches a models.CausalLM to packed attention if that is requested, or faster; logs which attention it has.
-
-    Args:
-        lm: with its weights; nothing is done on the meta device.
-        asked: the attention in the model's spec.
-        strategy: gives the device and the precision of the run.
-    """
+    """Switches a models.CausalLM to packed attention if its spec has `asked` for that, or if it is faster with this
+    strategy's device and precision; logs which attention it has. Does nothing on the meta device."""
     training, device = lm.training, None
     if (
         strategy is not None

@@ -33,12 +33,7 @@ def model_card(
 ) -> str:
     """README.md of an exported folder: front matter for the hub, then what is known about the training.
 
-    Args:
-        name: of the folder.
-        checkpoint: its tensors are not needed.
-        model: the student, on any device.
-        run: the run of the checkpoint; None if not known.
-        tokenizer: subfolder of the tokenizer, "" if it is beside the card; None if there is none.
+    `name`: of the folder. `run`: None if not known. `tokenizer`: its subfolder, "" beside the card; None without one.
     """
     run = _as_trained(checkpoint, run)
     taught = _is_taught(checkpoint, run)

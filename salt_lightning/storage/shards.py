@@ -264,12 +264,8 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write(checkpoint: dict[str, Any], path: Path) -> None:
-    """Writes a checkpoint whose tensors may be sharded; all ranks call it together.
-
-    Args:
-        checkpoint: Lightning's, with `state_dict` and, in `optimizer_states`, one optimizer's state by names.
-        path: the folder; an existing one is replaced when the new one is complete.
-    """
+    """Writes Lightning's checkpoint, whose tensors may be sharded, with one optimizer's state by names; all ranks call
+    it together. An existing folder is replaced when the new one is complete."""
     tensors, meta = _split(checkpoint)
     temporary, first = path.with_name(f".{path.name}.tmp"), dist.get_rank() == 0
     if first:

@@ -54,11 +54,8 @@ def thirds(nll_D: np.ndarray, tokens_D: np.ndarray) -> np.ndarray:
 
     Documents are sorted by nll / tokens, equal ones by number, and split at one and two thirds of the tokens: a
     document belongs where its middle token lies. Thirds are of the tokens, not of the documents: so the three means
-    have equal weight, and many short documents do not make a third of few tokens.
-
-    Args:
-        nll_D: sums of -log p, nats.
-        tokens_D: int64, number of terms in each sum.
+    have equal weight, and many short documents do not make a third of few tokens. `nll_D`: sums of -log p over
+    `tokens_D` (int64) tokens.
     """
     third_D = np.full(len(tokens_D), -1, np.int64)
     judged = np.flatnonzero(tokens_D)
@@ -69,7 +66,8 @@ def thirds(nll_D: np.ndarray, tokens_D: np.ndarray) -> np.ndarray:
 
 
 def find_files(place: Path, verb: str) -> list[Path]:
-    """The files of losses in a run's folder or its `validate` folder, or the given file itself. See `read_thirds`."""
+    """The files of losses in the folder of a run that `validate` or `test` has evaluated, in its folder of that name,
+    or the given file itself. `verb` (fit, validate, test) decides which comes first."""
     verbs = _VERBS[::-1] if verb == "test" else _VERBS
     files = [place] if place.is_file() else [file for v in (*verbs, "") if (file := place / v / _FILE).is_file()]
     if not files:
@@ -83,10 +81,7 @@ def find_files(place: Path, verb: str) -> list[Path]:
 def read_thirds(place: Path, held_out: HeldOut, verb: str) -> np.ndarray:
     """The third of each held-out document; logs whose loss made the thirds, and their sizes.
 
-    Args:
-        place: folder of a run that `validate` or `test` has evaluated, its folder of that name, or the file itself.
-        held_out: what is evaluated now.
-        verb: "fit", "validate" or "test": decides which of a run's files is tried first.
+    `held_out`: what is evaluated now; `place` and `verb` as in `find_files`.
 
     Raises:
         ConfigError: the file is missing, damaged, made with other text, or has fewer than three documents.

@@ -19,15 +19,9 @@ _CHARS = 400
 
 
 def write(scores: Scores, rule: KeepRule, decode: Callable[[int], str]) -> tuple[Path, Path]:
-    """Writes report.md and report.png into the folder of the scores.
+    """Writes report.md and report.png into the folder of the scores, which must be complete; returns the two files.
 
-    Args:
-        scores: must be complete.
-        rule: decides which rows would be kept; the report uses its k and `masked`.
-        decode: row number -> its text.
-
-    Returns:
-        The two files.
+    `rule` decides which rows would be kept; the report uses its k and `masked`. `decode`: row number -> its text.
     """
     of_k = {k: row_scores(scores, k, rule.masked) for k in sorted({*KS, rule.k})}
     kept = {k: kept_mask(score_R, replace(rule, k=k)) for k, score_R in of_k.items()}

@@ -86,12 +86,9 @@ class Scores:
 
     @classmethod
     def create(cls, run: Path, scored: Scored, extra: dict[str, Any]) -> Scores:
-        """Opens the scores in `run`, or starts them.
+        """Opens the scores in the folder `run`, or starts them; existing scores of anything else are refused.
 
-        Args:
-            run: folder of the run.
-            scored: what is to be scored now; existing scores of anything else are refused.
-            extra: more for the manifest (the teacher's path, FLOPs, versions), for people to read.
+        `extra`: more for the manifest (the teacher's path, FLOPs, versions), for people to read.
         """
         with writing(run / "scores"):
             (run / "scores").mkdir(parents=True, exist_ok=True)
@@ -153,13 +150,7 @@ class Scores:
         return np.arange(first, min(first + self.scored.shard_rows, self.scored.num_rows))
 
     def write(self, shard: int, nll_RT: np.ndarray, rank_RT: np.ndarray) -> None:
-        """Writes one whole shard: to a temporary file, synced, then renamed.
-
-        Args:
-            shard: its number.
-            nll_RT: float32, R rows of T tokens.
-            rank_RT: integers, -1 where there is no label.
-        """
+        """Writes one whole shard; the rank is -1 where there is no label."""
         stored_RT = np.where(rank_RT < 0, NO_LABEL, np.minimum(rank_RT, RANK_CAP)).astype(np.uint16)
         width = self.scored.block_size
         columns = {

@@ -82,11 +82,7 @@ class Corpus:
         return [self.text_column] if isinstance(self.text_column, str) else self.text_column
 
     def columns(self, found: Container[str]) -> dict[str, str]:
-        """Column to read -> the setting that names it.
-
-        Args:
-            found: the columns that are there.
-        """
+        """Column to read, of those `found` -> the setting that names it."""
         there = [name for name in self.text_columns if name in found] or [" or ".join(self.text_columns)]
         own = self.examples.columns() if self.examples.given else dict.fromkeys(there, "text_column")
         return {**({self.source_column: "source_column"} if self.source_column else {}), **own}

@@ -269,11 +269,8 @@ def _folder_files(setting: str, folder: str, hub: Hub, split_setting: str = "--d
 
 
 def _splits(setting: str, folder: str, hub: Hub, has_new: bool) -> dict[str, list[str]]:
-    """Split -> its files, by the folder's description or its file names, as on the hub.
-
-    Args:
-        has_new: some files are jsonl or parquet by our rules only (_is_new_to_hub).
-    """
+    """Split -> its files, by the folder's description or its file names, as on the hub. `has_new`: some files are
+    jsonl or parquet by our rules only (_is_new_to_hub)."""
     try:
         import datasets  # here, because it takes half a second, and files and prepared text need none of it
 
