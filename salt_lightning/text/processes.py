@@ -144,24 +144,17 @@ def end_with_parent() -> None:
 
 def in_child(function: Callable[..., None], *args: Any) -> None:
     """Call a function in a process of its own; its exceptions are raised here."""
-    with _children(1, _call, function, args) as (connection,):
+    with _children(1, _serve, lambda _: function(*args)) as (connection,):
         try:
-            error = connection.recv()
-        except EOFError:
+            connection.send(None)
+            _, error = connection.recv()
+        except (EOFError, OSError):
             error = ConfigError(
                 "--data.tokenizer: the process that trained it was killed, perhaps for lack of memory; use "
                 "--data.prepare_workers 1, which starts none"
             )
     if error is not None:
         raise error
-
-
-def _call(connection: Connection, function: Callable[..., None], args: tuple[Any, ...]) -> None:
-    try:
-        function(*args)
-        connection.send(None)
-    except Exception as error:
-        connection.send(error)
 
 
 def num_cores() -> int:
