@@ -201,11 +201,11 @@ def _row(run: Run, method: str, teachers: dict[str, Run | None], goal: Goal) -> 
     if (run.began > 0 or run.measured_since) and len(ce.steps) and reached == ce.steps[0]:
         reached = math.nan  # perhaps reached before its log, or the validations on this text, begin
     reached_flops, reached_s = run.flops(reached), run.total("train/time_s", reached)
-    training_flops, training_s = lineage.training(run, teachers)
-    scoring_flops, scoring_s = lineage.scoring(run)
+    training, scoring = lineage.training(run, teachers), lineage.scoring(run)
     by_others = run.kd_steps > 0 or bool(run.lost) or (bool(run.scores) and bool(teachers))
-    flops_besides = _besides(([training_flops] if by_others else []) + ([scoring_flops] if run.scores else []))
-    s_besides = _besides(([training_s] if by_others else []) + ([scoring_s] if run.scores else []))
+    besides = ([training] if by_others else []) + ([scoring] if run.scores else [])
+    # NaN if a part is unknown, or there is none
+    flops_besides, s_besides = map(sum, zip(*besides, strict=True)) if besides else (math.nan, math.nan)
     return Row(
         run=run.name,
         method=method,
@@ -228,18 +228,12 @@ def _row(run: Run, method: str, teachers: dict[str, Run | None], goal: Goal) -> 
         teacher_seconds=run.total("train/teacher_time_s", done),
         student_flops=run.total("train/flops_student_total", done),
         teacher_flops=run.total("train/flops_teacher_total", done),
-        teacher_training_flops=training_flops,
-        teacher_training_seconds=training_s,
-        scoring_flops=scoring_flops,
-        scoring_seconds=scoring_s,
+        teacher_training_flops=training[0],
+        teacher_training_seconds=training[1],
+        scoring_flops=scoring[0],
+        scoring_seconds=scoring[1],
         last={tag: run.last(tag) for tag in sorted(run.curves) if not tag.startswith("train/")},
     )
-
-
-def _besides(parts: list[float]) -> float:
-    """Cost of a run besides its own: its teachers' training and the scoring of its rows; NaN if a part is unknown, or
-    there is none."""
-    return sum(parts) if parts else math.nan
 
 
 def _groups(
