@@ -272,10 +272,9 @@ def fresh_config(spec: ModelSpec, data: Any) -> PreTrainedConfig:
     ropes = None if _is_whole(spec.config) else spec.config.get("rope_parameters")
     if isinstance(ropes, dict):
         _refuse_flat_rope(known, ropes)
-    with as_config_error("--model.student.config"), _rope_warnings() as said:
+    with as_config_error("--model.student.config"), _no_idle_rope(ropes is not None):
         config = AutoConfig.for_model(spec.family, **defaults | deepcopy(spec.config))
     if ropes is not None:
-        _refuse_idle_rope(said)
         _refuse_idle_share(config)
     if data is None and "vocab_size" not in spec.config:
         raise ConfigError(
@@ -314,25 +313,21 @@ def _wrong_ropes(ropes: Any) -> Iterator[str]:
 
 
 @contextmanager
-def _rope_warnings() -> Iterator[list[str]]:
-    """Collects what transformers logs about rope parameters in this block."""
-    logger = logging.getLogger("transformers.modeling_rope_utils")
-    said: list[str] = []
+def _no_idle_rope(typed: bool) -> Iterator[None]:
+    """Raises ConfigError for `typed` rope parameters that change nothing: transformers ignores them, and logs that."""
+    logger, unused = logging.getLogger("transformers.modeling_rope_utils"), list[str]()
 
     def listen(record: logging.LogRecord) -> bool:
-        said.append(record.getMessage())
+        if (said := record.getMessage()).startswith("Unrecognized keys"):
+            unused.append(one_line(said))
         return True
 
     logger.addFilter(listen)
     try:
-        yield said
+        yield
     finally:
         logger.removeFilter(listen)
-
-
-def _refuse_idle_rope(said: list[str]) -> None:
-    """Raises ConfigError for keys that change nothing: transformers ignores them."""
-    if unused := [one_line(message) for message in said if message.startswith("Unrecognized keys")]:
+    if typed and unused:
         raise ConfigError(
             f"{_rope_setting('')}: {unused[0]}, so they would change nothing; give the rope_type "
             "(linear, yarn, llama3 ...) that they belong to, or leave them out"
