@@ -106,12 +106,8 @@ def score_rows(nll_RT: np.ndarray, rank_RT: np.ndarray, k: int, masked: Masked) 
         masked: "zero": tokens outside the top k count as 0; "drop": they are left out. No token left: 0.
     """
     within_RT = rank_RT < k
-    if masked == "drop":
-        counts_R, values_RT = within_RT.sum(1), np.where(within_RT, nll_RT, np.inf)
-    else:
-        labelled_RT = rank_RT != NO_LABEL
-        counts_R = labelled_RT.sum(1)
-        values_RT = np.where(labelled_RT, np.where(within_RT, nll_RT, 0), np.inf)
+    counted_RT = within_RT if masked == "drop" else rank_RT != NO_LABEL
+    counts_R, values_RT = counted_RT.sum(1), np.where(counted_RT, np.where(within_RT, nll_RT, 0), np.inf)
     values_RT = np.sort(values_RT.astype(np.float32, copy=False), axis=1)
     middle_R2 = np.maximum(np.stack([counts_R - 1, counts_R], axis=1) // 2, 0)
     medians_R = np.take_along_axis(values_RT, middle_R2, axis=1).mean(axis=1, dtype=np.float64)
