@@ -338,7 +338,8 @@ def _write(encoder: Encoder, origin: dict[str, Any], unfinished: Unfinished, wor
                 if done.time_s - journaled_s >= _JOURNAL_S:
                     journaled_s = done.time_s
                     _write_journal(unfinished, writers, written)
-                    _require_room(unfinished.path, encoder, written, text_bytes)
+                    if not encoder.corpus.reads_hub():  # its size is unknown
+                        _require_room(unfinished.path, text_bytes / max(written.read_bytes, 1))
         if not written.done().documents:
             raise empty_error(encoder.corpus, written.skipped)
         _write_journal(unfinished, writers, written)
@@ -361,15 +362,9 @@ def _write(encoder: Encoder, origin: dict[str, Any], unfinished: Unfinished, wor
     }
 
 
-def _require_room(folder: Path, encoder: Encoder, written: _Written, text_bytes: int) -> None:
-    """Raises OSError if the rest does not fit on the disk, at the space per byte of text used so far."""
-    if encoder.corpus.reads_hub():  # its size is unknown
-        return
-    here = (
-        sum(sizes(split, encoder.dtype, counts, encoder.corpus.examples.given).values())
-        for split, counts in written.counts.items()
-    )
-    rest = sum(here) * (text_bytes / max(written.read_bytes, 1) - 1)
+def _require_room(folder: Path, times: float) -> None:
+    """Raises OSError if token files so many times as large as now do not fit on the disk."""
+    rest = sum(file.stat().st_size for file in folder.glob("*/*.bin")) * (times - 1)
     if rest > (free := shutil.disk_usage(folder).free):
         raise OSError(
             errno.ENOSPC, f"the rest of the text needs about {size_said(rest)}, but {size_said(free)} are free"
