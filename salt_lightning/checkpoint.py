@@ -372,12 +372,8 @@ def done(trainer: pl.Trainer, folder: Path) -> str | None:
 
 
 def how_to_go_on(trainer: pl.Trainer, failed: int) -> str:
-    """How to continue a run that failed: names its newest good checkpoint.
-
-    Args:
-        failed: optimizer steps done before the one that failed. A checkpoint of as many steps fails again, whatever the
-            learning rate: the loss of a step is that of the weights before it.
-    """
+    """How to continue a run that failed after so many optimizer steps: names its newest good checkpoint. One of as many
+    steps fails again, whatever the learning rate: the loss of a step is that of the weights before it."""
 
     def look(path: Path) -> str | None:
         return damage.of(path) if (step_named(str(path)) or 0) < failed else "its next step fails"

@@ -36,13 +36,9 @@ def forward_flops_per_token(model: PreTrainedModel, block_size: int, num_ids: in
     share of a layer's experts that a token is sent to. Attention has two products, scores and values. A row counts as
     one document: what document isolation saves is not subtracted.
 
-    Args:
-        model: a causal LM of transformers, not yet sharded; it may be on the meta device, or quantized.
-        block_size: tokens of a row.
-        num_ids: rows of the head that are used, as in CausalLM; None: all.
-
-    Returns:
-        NaN for a model with weights or layers of other kinds (state spaces), instead of a number that is too small.
+    `model`: not yet sharded; it may be on the meta device, or quantized. `num_ids`: rows of the head that are used, as
+    in CausalLM; None: all. NaN for a model with weights or layers of other kinds (state spaces), instead of a number
+    that is too small.
     """
     model = unpacked(model)
     counted: set[int] = set()
@@ -142,12 +138,8 @@ _PEAK_TFLOPS: tuple[tuple[str, float | None, float], ...] = (
 
 
 def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
-    """The vendor's dense peak of one device in FLOP/s; None if it is not known.
-
-    Args:
-        device_name: as `torch.cuda.get_device_name` gives it.
-        dtype: of the matrix products, bfloat16 or float32.
-    """
+    """The vendor's dense peak of one device, by torch's name for it, in FLOP/s, for products in bfloat16 or float32;
+    None if it is not known."""
     for name, bf16, fp32 in _PEAK_TFLOPS:
         if re.fullmatch(name, device_name.strip()):
             tflops = {torch.bfloat16: bf16, torch.float32: fp32}.get(dtype)

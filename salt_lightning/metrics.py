@@ -30,11 +30,8 @@ class TokenMetrics(Metric):
         ce/SOURCE     = ce over the tokens of SOURCE             only if there is more than one source
         ce/THIRD      = ce over the easy, medium or hard third of the documents (difficulty.py), if they are known
 
-    The states are sums, so ranks and shards merge by addition; `update` reads nothing on the host.
-
-    Args:
-        sources: names in the order of their numbers.
-        thirds: whether `update` gets the third of each token.
+    The states are sums, so ranks and shards merge by addition; `update` reads nothing on the host. `sources`: names in
+    the order of their numbers; `thirds`: whether `update` gets the third of each token.
     """
 
     full_state_update = False

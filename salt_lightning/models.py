@@ -159,10 +159,7 @@ class CausalLM(nn.Module):
     @torch.no_grad()
     def check(self) -> float:
         """Checks that the weights are finite and, on eight tokens, that hidden x head are the model's logits, no token
-        sees a later one, and packed documents are isolated.
-
-        Returns:
-            the largest difference of a logit.
+        sees a later one, and packed documents are isolated; returns the largest difference of a logit.
 
         Raises:
             ConfigError: the family does something that is not supported here; the message says what.

@@ -163,11 +163,8 @@ def unwatched(sources: list[str]) -> Finding | None:
 def seen_in_training(names: list[str], documents: int, share: float, are_examples: bool = False) -> Finding | None:
     """Tells what is both training and held-out text. None: nothing is.
 
-    Args:
-        names: files or splits that are both.
-        documents: number of held-out documents with an equal one in the training text; of examples, an equal prompt.
-        share: their share of the held-out tokens.
-        are_examples: the text is prompts and responses.
+    `names`: files or splits that are both. `documents`: number of held-out documents with an equal one in the training
+    text (of examples, an equal prompt); `share`: theirs of the held-out tokens.
     """
     if not (names or documents):
         return None
@@ -225,13 +222,8 @@ def teacher(loss: TeacherLoss, path: str, allowed: bool) -> Finding:
 
 
 def disk(folder: Path, weight_bytes: int, most: int) -> Finding:
-    """Checks that checkpoints (weights and AdamW's two states) fit into the free space of their folder.
-
-    Args:
-        folder: where they are saved; need not exist yet.
-        weight_bytes: size of the student's parameters.
-        most: the largest number of checkpoints kept at once.
-    """
+    """Checks that checkpoints (weights and AdamW's two states) fit into the free space of their folder, which need not
+    exist yet. `most`: the largest number of them at once."""
     parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     # existing files are replaced, except those set aside from another branch
     there = (file for file in folder.glob("**/*") if file.is_file() and ".aside" not in str(file.relative_to(folder)))

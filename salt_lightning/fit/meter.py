@@ -144,10 +144,7 @@ class Meter:
     def read(self, step: int, wait_s: float, peak: float | None) -> dict[str, float]:
         """Values as of optimizer step `step`; begins the next interval. The device must have finished that step.
 
-        Args:
-            step: optimizer steps done.
-            wait_s: seconds that training has waited for the loader since its start.
-            peak: FLOP/s of all devices together, None if unknown.
+        `wait_s`: waited for the loader since the start. `peak`: FLOP/s of all devices together, None if unknown.
         """
         seconds, steps = time.perf_counter() - self._since_s, step - self._step
         done, before = self.totals(step), self.totals(self._step)

@@ -33,12 +33,8 @@ _LOOK_FLOPS = 1.5e11  # for one look at a model: some seconds on a CPU
 
 
 class Probe:
-    """Collects one validation; `read` returns its values and resets for the next.
-
-    Args:
-        gradients: whether to compare gradients too: two more forwards and backwards of an optimizer step, and memory
-            for two more gradients.
-    """
+    """Collects one validation; `read` returns its values and resets for the next. To compare `gradients` too takes two
+    more forwards and backwards of an optimizer step, and memory for two more gradients."""
 
     def __init__(self, gradients: bool) -> None:
         self.gradients = gradients
