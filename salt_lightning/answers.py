@@ -73,8 +73,6 @@ class AnswerTest(pl.Callback):
             raise ConfigError(f"--answers.extract {extract!r} is not a regular expression ({error})") from error
         self.max_new_tokens, self.choices, self.max_examples = max_new_tokens, choices or [], max_examples
         self._pairs: dict[int, Pair] = {}  # by example number: this rank's examples
-        self._choice_ids: list[list[int]] = []
-        self._stops: list[int] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         if stage != "test" or not (self.max_new_tokens or self.choices):

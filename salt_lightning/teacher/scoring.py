@@ -51,18 +51,15 @@ class ScoreWriter(pl.Callback):
     """
 
     def __init__(self) -> None:
-        self._num_tokens = 0  # of this start, on all ranks
-        self._filled = 0  # rows done of the current shard
-        self._spent_s = 0.0  # by earlier starts
         self._pool: ThreadPoolExecutor | None = None
         self._written: Future | None = None
         self._handlers: dict[signal.Signals, Any] = {}
-        self._stopped_by: signal.Signals | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         if stage != "predict":
             return
-        self._stopped_by, self._filled = None, 0
+        self._stopped_by: signal.Signals | None = None
+        self._filled = 0  # rows done of the current shard
         if not pl_module.has_teacher:
             raise ConfigError(
                 "--model.teacher.path is null, but predict scores with the teacher; give an early checkpoint of it, a "
@@ -92,9 +89,9 @@ class ScoreWriter(pl.Callback):
         missing = trainer.strategy.broadcast(self.scores.missing())
         self._shards = missing[trainer.global_rank :: trainer.world_size]
         data.score_only([*self._shards], bool(missing))
-        self._num_tokens = sum(len(self.scores.rows(shard)) for shard in missing) * scored.block_size
+        self._num_tokens = sum(len(self.scores.rows(shard)) for shard in missing) * scored.block_size  # on all ranks
         done = scored.num_shards - len(missing)
-        self._spent_s = self.scores.manifest.get("scoring_s", 0.0)
+        self._spent_s = self.scores.manifest.get("scoring_s", 0.0)  # by earlier starts
         rank_zero_info(
             f"scoring {scored.num_rows} rows of {scored.block_size} tokens in {scored.num_shards} shards, {done} done"
         )
