@@ -1,4 +1,5 @@
-"""The cost of text before a step: preparation and its memory, opening and checking files, and the loader alone.
+"""The cost of text before a step: preparation and its memory, opening and checking files, the loader alone, and
+text that is not in memory.
 
     python benchmarks/data_path.py --source corpus/train.jsonl.xz     any CPU, about ten minutes on two cores
     python benchmarks/data_path.py --tiny                             seconds, on made-up text: shows that it runs
@@ -14,6 +15,7 @@ import argparse
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import statistics
@@ -29,13 +31,16 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the processes share the cores
 
 import datasets
+import numpy as np
 import tokenizers
 import torch
 from torch.utils.data import DataLoader
 from transformers import default_data_collator
 
+from salt_lightning.batches.order import Order
+from salt_lightning.batches.rows import PackedRows, TrainBatches
 from salt_lightning.data import SALTDataModule
-from salt_lightning.text.token_files import TokenFiles, verify
+from salt_lightning.text.token_files import Block, SplitWriter, TokenFiles, no_counts, sealed, verify
 
 BLOCK, ROWS = 1024, 8
 
@@ -169,6 +174,44 @@ def files(work: Path) -> None:
     print(f"{size / 1e6 / (time.process_time() - began):.0f} MB per CPU second.")
 
 
+def cold(work: Path, pieces: int) -> None:
+    """Time and bytes read from the disk of steps whose text is not in memory, with and without PackedRows.expect."""
+    folder, steps = work / "cold", 60
+    folder.mkdir()
+    writer = SplitWriter(folder / "train", "uint16", no_counts())
+    ids, lengths = np.random.default_rng(0).integers(0, 300, 1 << 25, np.uint16), np.full(1 << 15, 1 << 10)
+    for _ in range(pieces):  # of 64 MiB
+        writer.add(Block(ids, lengths, [], np.zeros(len(lengths)), None), [0] * len(lengths))
+    writer.sync()
+    manifest = {"dtype": "uint16", "tokenizer": {"eos_id": 0}, "sources": ["x"], "splits": {"train": writer.entry()}}
+    writer.close()
+    (folder / "manifest.json").write_text(json.dumps(sealed(manifest)))
+
+    def read_bytes() -> int:
+        return int(re.search(r"^read_bytes: (\d+)", Path("/proc/self/io").read_text(), re.M)[1])
+
+    def measure(told: bool) -> str:
+        packed, ms = PackedRows(TokenFiles(folder, "train"), BLOCK, True), []
+        if not told:
+            packed.expect = lambda rows: None
+        for path in (folder / "train").iterdir():
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        batches = TrainBatches(packed, Order(0, packed.num_rows), (2 * ROWS, 2 * ROWS), (0, 1), (2 * ROWS).__mul__)
+        before = read_bytes()
+        for step in range(steps):
+            time.sleep(0.05)  # of training
+            began = time.perf_counter()
+            batches[step]
+            ms.append(1e3 * (time.perf_counter() - began))
+        return f"{(read_bytes() - before) / 2**20:,.0f} | {statistics.median(ms):.1f} ({min(ms):.1f} to {max(ms):.1f})"
+
+    print(f"\n| {steps} steps of {2 * ROWS} rows of {BLOCK} from {pieces / 16:g} GiB not in memory | MiB read | ms |")
+    print("|---|--:|--:|")
+    for told in (False, True, False, True):
+        print(f"| {'rows known a step ahead' if told else 'read when they are needed'} | {measure(told)} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", help="a .jsonl file, compressed or not, with texts under `text`")
@@ -203,6 +246,7 @@ def main() -> None:
         prepare(work, size, cores, rounds)
         loader(work, [0, 2] if args.tiny else [0, 2, 4], seconds)
         files(work)
+        cold(work, 1 if args.tiny else 48)
 
 
 if __name__ == "__main__":

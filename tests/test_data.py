@@ -1,9 +1,11 @@
 """Rows, their order, the loaders, and the data module in a trainer."""
 
 import ast
+import ctypes
 import errno
 import json
 import logging
+import mmap
 import os
 import time
 from pathlib import Path
@@ -209,10 +211,46 @@ def test_token_files_that_cannot_be_mapped_are_named(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
 
-    monkeypatch.setattr("numpy.memmap", fail)
+    monkeypatch.setattr("mmap.mmap", fail)
     said = rf"^--data.cache_dir: \S+/tokens.bin cannot be mapped into memory \({os.strerror(errno.ENODEV)}\); choose"
     with pytest.raises(ConfigError, match=said):
         _ = files.tokens
+
+
+def resident(array: np.ndarray) -> np.ndarray:
+    """Whether each page of a mapped file is in memory (mincore)."""
+    pages = (ctypes.c_ubyte * -(-array.nbytes // mmap.PAGESIZE))()
+    assert ctypes.CDLL(None).mincore(ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes), pages) == 0
+    return np.frombuffer(pages, np.uint8) % 2 == 1
+
+
+def test_text_that_is_not_in_memory_is_read_a_step_ahead_and_no_more_than_its_rows(tmp_path):
+    """With the system's read-ahead, each row of a random order reads 128 KiB or more."""
+    width, size = 1024, 8
+    packed = PackedRows(token_files(tmp_path, [[1] * 999] * 8000), width, True)  # 16 MB
+    packed.label_counts(np.arange(2))  # opens them; the ends of documents are small, and read as usual
+    tokens = packed.files.tokens
+    fd = os.open(packed.files.folder / "tokens.bin", os.O_RDONLY)
+    os.fsync(fd)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(fd)
+    if resident(tokens).any():
+        pytest.skip("this file system keeps files in memory")
+    order = Order(5, packed.num_rows)
+    batches = TrainBatches(packed, order, (size, size // 2), (1, 2), size.__mul__)
+    for step in range(3):
+        batches[step]
+        own = order(np.arange(size * (step + 2)))
+        own = own.reshape(step + 2, 2, size // 2)[:, 1].ravel()  # of this rank, up to the next step
+        pages = {
+            page
+            for row in own
+            for page in range(row * width * 2 // mmap.PAGESIZE, ((row + 1) * width * 2 + 1) // mmap.PAGESIZE + 1)
+        }
+        until = time.monotonic() + 10
+        while set(np.flatnonzero(resident(tokens)).tolist()) < pages and time.monotonic() < until:
+            time.sleep(0.01)  # it is read in the background
+        assert set(np.flatnonzero(resident(tokens)).tolist()) == pages
 
 
 def test_token_files_travel_closed(tmp_path):

@@ -72,6 +72,9 @@ class ExampleRows:
         """Labels of each row."""
         return self._label_counts[rows]
 
+    def expect(self, rows: np.ndarray) -> None:
+        """Nothing: examples are few, and soon in memory."""
+
     def build(self, rows: np.ndarray) -> Batch:
         """Inputs, labels and positions of these rows, B x T; a NO_ROW is all EOS, without labels."""
         width = self.block_size

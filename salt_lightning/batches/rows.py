@@ -19,7 +19,7 @@ from weakref import WeakSet
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from salt_lightning.batches.mixture import Mixture
 from salt_lightning.batches.order import Order
@@ -42,6 +42,7 @@ class Rows(Protocol):
     num_rows: int
 
     def label_counts(self, rows: np.ndarray) -> np.ndarray: ...
+    def expect(self, rows: np.ndarray) -> None: ...
     def build(self, rows: np.ndarray) -> Batch: ...
     def origins(self, batch: Batch) -> Batch: ...
 
@@ -83,6 +84,10 @@ class PackedRows:
         """Labels of each row, without building it: its tokens minus the documents that end in it."""
         starts, low, high = self._ends(rows)
         return np.minimum(self.block_size, self.files.num_tokens - starts) - (high - low)
+
+    def expect(self, rows: np.ndarray) -> None:
+        """Has the system read these rows in the background."""
+        self.files.expect(rows * self.block_size, self.block_size + 1)
 
     def build(self, rows: np.ndarray) -> Batch:
         """Inputs, labels and positions of these rows, B x T; a NO_ROW is all EOS, without labels."""
@@ -186,16 +191,24 @@ class TrainBatches(Dataset):
         self.rank, self.world = place
         self.accumulate = self.global_batch // (self.micro_batch * self.world)
         self._step = (-1, np.zeros(0, np.int64), np.zeros((), np.int64))  # the last one asked for
+        self._next = (-1, np.zeros(0, np.int64))  # the one after it
 
     def __getitem__(self, index: int) -> Batch:
         step, part = divmod(index, self.accumulate)
         if step != self._step[0]:
-            positions = self.before(step) + np.arange(self.global_batch)
-            rows = self.order(positions)
+            rows = self._next[1] if step == self._next[0] else self._rows(step)
+            if get_worker_info() is None:  # workers are ahead of the step anyway
+                self._next = (step + 1, self._rows(step + 1))
             self._step = (step, rows, np.array(self.packed.label_counts(rows).sum()))
         _, rows, step_tokens = self._step
         first = (part * self.world + self.rank) * self.micro_batch
         return {**self.packed.build(rows[first : first + self.micro_batch]), "step_tokens": step_tokens}
+
+    def _rows(self, step: int) -> np.ndarray:
+        """All rows of a step; those of this rank are read from now on, so that they are there when they are built."""
+        rows = self.order(self.before(step) + np.arange(self.global_batch))
+        self.packed.expect(rows.reshape(self.accumulate, self.world, self.micro_batch)[:, self.rank].ravel())
+        return rows
 
 
 class EvalBatches(Dataset):

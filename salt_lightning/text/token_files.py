@@ -19,6 +19,7 @@ Checks:
 
 import hashlib
 import json
+import mmap
 import os
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -253,11 +254,24 @@ class TokenFiles:
         tokens = int(np.diff(self.doc_ends, prepend=0)[is_shared_D].sum())
         return int(is_shared_D.sum()), tokens / max(self.num_tokens, 1)
 
+    def expect(self, starts: np.ndarray, count: int) -> None:
+        """Has the system read `count` tokens from each start, at once and in the background, and nothing around them:
+        otherwise each row of a random order costs a whole read-ahead (128 KiB or more) of text not in memory."""
+        size, end = self.tokens.itemsize, self.tokens.nbytes
+        for start in starts.tolist():
+            page = start * size // mmap.PAGESIZE * mmap.PAGESIZE
+            self._tokens_map.madvise(mmap.MADV_WILLNEED, page, min((start + count) * size, end) - page)
+
     def _map(self, name: str) -> np.ndarray:
         path, (dtype, _) = self.folder / name, columns(self.folder.name, self.manifest["dtype"], examples=True)[name]
-        # As a plain array: slices of np.memmap's own class are slow. An empty file cannot be mapped.
         try:
-            return np.asarray(np.memmap(path, dtype, mode="r")) if path.stat().st_size else np.zeros(0, dtype)
+            if not path.stat().st_size:  # which cannot be mapped
+                return np.zeros(0, dtype)
+            with path.open("rb") as file:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            if name == "tokens.bin":
+                self._tokens_map = mapped
+            return np.frombuffer(mapped, dtype)
         except OSError as error:  # from some file systems (FUSE), or a memory limit
             raise ConfigError(
                 f"--data.cache_dir: {path} cannot be mapped into memory ({error.strerror or error}); choose a folder "
@@ -265,4 +279,4 @@ class TokenFiles:
             ) from error
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if not isinstance(value, np.ndarray)}
+        return {key: value for key, value in self.__dict__.items() if not isinstance(value, np.ndarray | mmap.mmap)}
