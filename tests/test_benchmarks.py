@@ -191,5 +191,7 @@ def test_data_path(run_apart):
     assert [row[0] for row in rows[:3]] == ["tokenizing", "ours", "run_clm.py's way"]
     tokens = [int(row[4].replace(",", "")) for row in rows[1:3]]
     assert tokens[0] == pytest.approx(tokens[1], rel=0.03)  # 1% is held out, and theirs drops the last incomplete block
-    assert [row[1] for row in rows[4:]] == ["0", "2"]
-    assert all(float(row[-1]) > 0 for row in rows[4:])
+    assert [row[1] for row in rows[4:6]] == ["0", "2"]
+    assert all(float(row[-1]) > 0 for row in rows[4:6])
+    assert rows[6][0] == "60 steps of 16 rows of 1024 from 0.0625 GiB not in memory"
+    assert [row[0] for row in rows[7:]] == ["read when they are needed", "rows known a step ahead"] * 2
