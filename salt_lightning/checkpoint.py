@@ -85,7 +85,7 @@ class RunCheckpoint(Checkpoint):
     Args:
         every_n_steps: Optimizer steps between two checkpoints; null saves only at the other times named here.
         keep: How many of those to keep, newest first; null keeps all. Checkpoints at the boundary, at `at_steps` and at
-            the end are always kept, including those of earlier starts of the run.
+            the end are always kept, including those of earlier starts of the run, and all of a start that kept all.
         at_steps: Optimizer steps after which a checkpoint is saved and always kept, e.g. an early teacher for SALT_DS.
         folder: Folder of the checkpoints; null is `checkpoints` in the run's folder.
         export: A new folder for the finished run's student, as a Hugging Face model; null writes none.
@@ -118,7 +118,9 @@ class RunCheckpoint(Checkpoint):
         self._trained = False  # whether training has started
         self._due = False  # whether a save waits for the validation of its step
         self._until_end: list[tuple[Any, str, Any]] = []  # attributes that a stop has changed: owner, name, old value
-        self._kept: set[int] = set()  # steps whose checkpoints an earlier start keeps for good
+        self._kept: set[int] = (
+            set()
+        )  # steps whose checkpoints an earlier start keeps for good, or this one (keep: null)
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         self._begin()
@@ -150,8 +152,9 @@ class RunCheckpoint(Checkpoint):
     def space(self, trainer: pl.Trainer, weights: Iterable[Tensor]) -> Finding:
         """Whether all checkpoints that the run keeps at once fit on the disk."""
         for_good = {step for step in self._for_good(trainer) if 0 < step <= trainer.max_steps}
-        every = self.every_n_steps
-        regular = sum(step not in for_good for step in range(every, trainer.max_steps, every)) if every else 0
+        every, regular = self.every_n_steps, 0
+        if every is not None:
+            regular = trainer.max_steps // every - sum(step % every == 0 for step in for_good)
         kept = regular if self.keep is None else min(regular, self.keep)
         weight_bytes = sum(weight.numel() * weight.element_size() for weight in weights)
         return preflight.disk(self._dir, weight_bytes, kept + len(for_good))
@@ -304,6 +307,8 @@ class RunCheckpoint(Checkpoint):
         pl_module.require_finite()
         for logger in trainer.loggers:  # a kill right after the save must not lose the log before it
             getattr(logger, "flush", logger.save)()
+        if self.keep is None:
+            self._kept.add(trainer.global_step)
         trainer.save_checkpoint(self._path(trainer), weights_only=False)
         self._prove(trainer)
         if trainer.is_global_zero:

@@ -137,7 +137,7 @@ class SALTCLI(LightningCLI):
             refuse(self.wrong + groups)
         absent = settings.wrong_accelerator(config.trainer)
         wrong = absent + settings.wrong_trainer_settings(config.trainer)  # reported with what the classes refuse
-        wrong += settings.wrong_folders(config) + settings.wrong_teacher(config)
+        wrong += settings.wrong_folders(config, self.subcommand or "fit") + settings.wrong_teacher(config)
         if self.subcommand == "fit" and not config.get("ckpt_path"):
             wrong += taken(Path(config.run), settings.checkpoints(config), flat(config.as_dict()))
         if self.subcommand in ("validate", "test") and not config.get("ckpt_path") and not config.model.student.path:

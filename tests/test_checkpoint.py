@@ -338,6 +338,15 @@ def test_what_a_start_has_kept_for_good_a_later_one_keeps(settings, teacher, tmp
     assert steps_in(tmp_path) == [3, 5, 8, 10, 11, 12]
 
 
+def test_a_start_that_keeps_fewer_removes_none_of_one_that_kept_all(fit_with, tmp_path):
+    often = {"checkpoint.every_n_steps": 2, "trainer.val_check_interval": 100_000}
+    assert fit_with(tmp_path / "run", **often, **{"checkpoint.keep": None, "trainer.max_steps": 6}) == 0
+    fewer = {"checkpoint.keep": 1, "ckpt_path": "last"}
+    for last in (11, 15):  # also the one after that knows
+        assert fit_with(tmp_path / "run", **often, **fewer, **{"trainer.max_steps": last}) == 0
+    assert steps_in(tmp_path) == [2, 4, 6, 11, 14, 15]
+
+
 @pytest.mark.parametrize("setting", ["every_n_steps", "keep"])
 def test_settings_below_one_are_refused(setting):
     with pytest.raises(ConfigError, match=f"--checkpoint.{setting} 0 must be at least 1"):

@@ -110,19 +110,24 @@ def checkpoints(config: Namespace) -> Path:
     return Path((config.get("checkpoint") or {}).get("folder") or Path(config.run) / "checkpoints")
 
 
-def wrong_folders(config: Namespace) -> list[str]:
+_PARTS = {"fit": "checkpoints", "predict": "scores", "validate": "validate", "test": "test"}  # verb -> what it writes
+
+
+def wrong_folders(config: Namespace, verb: str) -> list[str]:
     """Folders that cannot be written: a run would fail only at its first checkpoint, or at its end."""
     of = config.get("checkpoint") or {}
     folders = {"run": config.run, "checkpoint.folder": of.get("folder"), "checkpoint.export": of.get("export")}
     wrong = [] if config.run else ["--run '' is empty; give a folder"]
+    part = "" if verb == "fit" and of.get("folder") else _PARTS[verb]
+    also = ", and give the checkpoint's path" if verb != "fit" and config.get("ckpt_path") == "last" else ""
     for name, folder in folders.items():
         if folder:
-            where = Path(folder).absolute()
+            where = Path(folder, part if name == "run" else "").absolute()  # a part may be another user's
             # not Path.exists, which raises if the folder around it may not be read
             there = next(path for path in (where, *where.parents) if os.path.exists(path))
             if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
                 why = "cannot be written" if there.is_dir() else "is not a folder"
-                wrong.append(f"--{name} {folder}: {there} {why}; choose another folder")
+                wrong.append(f"--{name} {folder}: {there} {why}; choose another folder{also}")
     return wrong
 
 

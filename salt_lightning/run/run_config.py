@@ -4,6 +4,7 @@ config.yaml                   settings of the newest start
 config.until-00000040.yaml    settings up to step 40, where the run was resumed with others
 """
 
+import filecmp
 import os
 import re
 import shutil
@@ -43,10 +44,24 @@ class SaveRunConfig(SaveConfigCallback):
                         f"an argument is {odd[1]}; give it as text (Timer interval: step)" if odd else one_line(error)
                     )
                     raise ConfigError(f"--trainer.*: {said} (it cannot be written into config.yaml)") from error
+                # first what may fail: in another user's run, its settings must stay as they are
+                _keep_tokenizer(trainer.datamodule.tokenizer, run)  # type: ignore[attr-defined]
                 set_aside(run, trainer.global_step, read_config(new))
                 void_tests(run / "test", trainer.global_step)
                 os.replace(new, run / "config.yaml")
-                trainer.datamodule.tokenizer.save_pretrained(run / "tokenizer")  # type: ignore[attr-defined]
+
+
+def _keep_tokenizer(tokenizer: Any, run: Path) -> None:
+    """Writes the tokenizer's files, except those that are there already: others may be reading them, or own them."""
+    new = run / ".tokenizer.tmp"
+    shutil.rmtree(new, ignore_errors=True)
+    tokenizer.save_pretrained(new)
+    for file in (path for path in new.rglob("*") if path.is_file()):
+        kept = run / "tokenizer" / file.relative_to(new)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        if not kept.exists() or not filecmp.cmp(file, kept, shallow=False):
+            os.replace(file, kept)
+    shutil.rmtree(new)
 
 
 def set_aside(run: Path, step: int, now: dict[str, Any]) -> None:
@@ -56,6 +71,11 @@ def set_aside(run: Path, step: int, now: dict[str, Any]) -> None:
     """
     later = [path for until, path in earlier_configs(run) if until >= step]  # of starts that this one replaces
     held, kept = [*later, run / "config.yaml"][0], run / f"config.until-{step:08d}.yaml"
+    if held.exists() and not os.access(held, os.R_OK):
+        raise ConfigError(
+            f"{held} cannot be read, so the settings until step {step} would be lost; ask its owner for the right to "
+            "read it, or branch off into another --run with --ckpt_path CHECKPOINT"
+        )
     was = readable(held)
     first = _begun_elsewhere(was, run)
     if step > first and (changed(was, now) or first):

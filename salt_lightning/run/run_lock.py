@@ -41,7 +41,8 @@ def held(run: Path) -> Iterator[None]:
         yield
     finally:
         if file is not None:
-            (run / _NAME).unlink(missing_ok=True)
+            with suppress(OSError):  # it may be another user's, in a folder that only lets owners remove
+                (run / _NAME).unlink()
             file.close()
             _remove_empty(made)
 
@@ -49,7 +50,8 @@ def held(run: Path) -> Iterator[None]:
 def _say_unlocked(run: Path, error: OSError) -> None:
     """Reports that the folder cannot be locked; silent if it cannot be written at all, which others report."""
     if error.errno in NO_LOCKS:
-        (run / _NAME).unlink(missing_ok=True)
+        with suppress(OSError):
+            (run / _NAME).unlink()
         rank_zero_info(
             f"--run {run}: its file system has no locks ({error.strerror}); do not start another fit or predict there "
             "before this one ends"

@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
@@ -289,7 +290,8 @@ def write(checkpoint: dict[str, Any], path: Path) -> None:
 
 def remove(path: Path) -> None:
     """Removes a checkpoint, file or folder. Renames it first, so that its name never stands for half a folder."""
-    delete(_retire(path))
+    with _if_permitted(path):
+        delete(_retire(path))
 
 
 def _retire(path: Path) -> Path:
@@ -301,11 +303,21 @@ def _retire(path: Path) -> Path:
 
 
 def delete(path: Path) -> None:
-    """Removes a file, a folder or a link."""
-    if path.is_dir() and not path.is_symlink():  # never delete the target of a link
-        shutil.rmtree(path)
-    else:
-        path.unlink()
+    """Removes a file, a folder or a link; says so if that is not permitted."""
+    with _if_permitted(path):
+        if path.is_dir() and not path.is_symlink():  # never delete the target of a link
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+@contextmanager
+def _if_permitted(path: Path) -> Iterator[None]:
+    """What another user has left need not end a run that can go on without removing it."""
+    try:
+        yield
+    except PermissionError as error:
+        rank_zero_info(f"{path} cannot be removed ({error.strerror}); it takes room until its owner removes it")
 
 
 def sync_folder(folder: Path) -> None:

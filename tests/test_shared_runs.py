@@ -1,0 +1,133 @@
+"""What people of one group leave each other: runs and files of another user, with real permissions."""
+
+import ctypes
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import arguments
+
+from salt_lightning import cli
+from salt_lightning.run import run_lock
+from salt_lightning.run.run_folder import saved
+from salt_lightning.storage import shards
+
+pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
+OWNER = 65534
+
+
+@pytest.fixture
+def without_rights(capfd):
+    """without_rights(call) -> what a call returns and prints in a process that has root's files, but none of its rights
+    to those of others."""
+
+    def run_call(call: Callable[[], object]) -> tuple[int, str]:
+        capfd.readouterr()
+        child = os.fork()
+        if child == 0:
+            code = 99
+            try:
+                header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+                assert ctypes.CDLL(None).capset(header, sets) == 0  # no capability is effective, or permitted
+                logging.getLogger("lightning.pytorch").addHandler(logging.StreamHandler(sys.stderr))
+                code = int(call() or 0)
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        return status, "".join(capfd.readouterr())
+
+    return run_call
+
+
+def give(path: Path, mode: int, files: int = 0o644) -> None:
+    """Makes a folder, or a file, another user's."""
+    for each in (path, *path.rglob("*")):
+        os.chown(each, OWNER, OWNER)
+        each.chmod(mode if each.is_dir() else files)
+
+
+@pytest.fixture(scope="module")
+def run_of_six(settings, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("shared") / "run"
+    own = {"run": str(run), "kd.weight": 0.0, "trainer.max_steps": 6, "checkpoint.every_n_steps": 2}
+    assert cli.main(["fit", *arguments(settings, own)]) == 0
+    return run
+
+
+@pytest.fixture
+def run(run_of_six, tmp_path) -> Path:
+    """A run of another user, whose folders all may write."""
+    shutil.copytree(run_of_six, tmp_path / "run")
+    give(tmp_path / "run", 0o777)
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def resume(settings, run, without_rights) -> Callable[[], tuple[int, str]]:
+    given = {"run": str(run), "kd.weight": 0.0, "trainer.max_steps": 8}
+    words = ["fit", *arguments(settings, given), "--ckpt_path", "last"]
+    return lambda: without_rights(lambda: cli.main(words))
+
+
+def test_a_run_of_another_user_goes_on_where_folders_may_be_written(resume, run):
+    code, out = resume()
+    assert code == 0, out
+    assert [step for step, _ in saved(run / "checkpoints")] == [2, 4, 6, 8]
+    assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["max_steps"] == 8
+    assert (run / "config.until-00000006.yaml").exists()
+    assert not (run / ".tokenizer.tmp").exists()
+    assert (run / "tokenizer" / "tokenizer.json").stat().st_uid == OWNER  # equal files stay
+
+
+@pytest.mark.parametrize("part", ["config.yaml", "checkpoints", "tokenizer"])
+def test_what_may_not_be_touched_is_refused_and_nothing_changes(part, resume, run):
+    if part == "tokenizer":  # other words, which cannot be written
+        (run / "tokenizer" / "tokenizer_config.json").write_text("{}")
+    (run / part).chmod(0o600 if part == "config.yaml" else 0o755)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    code, out = resume()
+    said = {
+        "config.yaml": f"error: {run}/config.yaml cannot be read, so the settings until step 6 would be lost; ask its ",
+        "checkpoints": f"error: --run {run}: {run}/checkpoints cannot be written; choose another folder",
+        "tokenizer": f"error: {run} cannot be written (",
+    }
+    assert code != 0
+    assert out.strip().splitlines()[-1].startswith(said[part]), out
+    after = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    left = {path.name for path in after.keys() - before.keys()}
+    assert not {name for name in left if "until" in name or name.startswith("step-")}
+    assert {path: after[path] for path in before} == before
+
+
+def test_a_checkpoint_of_another_user_that_cannot_be_removed_is_named_and_no_error(without_rights, tmp_path):
+    (tmp_path / "step-00000002.ckpt").mkdir()
+    (tmp_path / "step-00000002.ckpt" / "__0_0.distcp").write_bytes(b"x")
+    give(tmp_path, 0o755)
+    tmp_path.chmod(0o777)
+    code, out = without_rights(lambda: shards.remove(tmp_path / "step-00000002.ckpt"))
+    left = tmp_path / ".step-00000002.ckpt.old"
+    assert (code, left.is_dir()) == (0, True)
+    assert f"{left} cannot be removed (Permission denied); it takes room until its owner removes it" in out
+    tmp_path.chmod(0o755)
+    code, out = without_rights(lambda: shards.remove(left))
+    assert (code, "cannot be removed (Permission denied)" in out) == (0, True)
+
+
+def test_a_lock_that_cannot_be_removed_ends_no_run(without_rights, tmp_path):
+    (tmp_path / ".lock").touch()
+    give(tmp_path, 0o777, 0o666)
+    tmp_path.chmod(0o1777)  # only owners remove
+
+    def hold():
+        with run_lock.held(tmp_path):
+            print("held")
+
+    code, out = without_rights(hold)
+    assert (code, out) == (0, "held\n")
