@@ -225,7 +225,7 @@ def test_first_reach(values, level, step):
 
 def test_a_total_between_and_after_the_logged_steps():
     curve = Curve(np.array([10, 20]), np.array([100.0, 200.0]))
-    assert [curve.total_at(s) for s in (0, 5, 10, 15, 20, 26)] == [0, 50, 100, 150, 200, 260]
+    assert curve.totals_at(np.array([0, 5, 10, 15, 20, 26])).tolist() == [0, 50, 100, 150, 200, 260]
 
 
 @pytest.mark.parametrize(
@@ -2225,3 +2225,39 @@ def test_what_a_branch_shares_with_its_teacher_is_in_its_own_cost(tmp_path):
     )
     row = evaluate([lineage.whole(read_run(tmp_path / name, name)) for name in ("trunk", "twig")]).rows[1]
     assert (row.teacher_training_flops, row.teacher_training_seconds) == (10 * 100, 0.5 * 100)
+
+
+@pytest.mark.parametrize("here", ["a", "b", "."])
+def test_relative_paths_begin_where_the_run_does_and_not_where_the_reader_is(here, tmp_path, monkeypatch):
+    """Two people with the same layout: each run belongs to its own neighbours, whoever compares."""
+    for person, cost in (("a", 1.0), ("b", 2.0)):
+        trunk = write_run(tmp_path / person / "runs/base", {10: 5.0 + cost, 100: 4.0 + cost}, run="runs/base")
+        write_run(tmp_path / person / "runs/teacher", {100: 3.0}, run="runs/teacher")
+        on = {"run": "runs/more", "after": 50, "ckpt_path": "runs/base/checkpoints/step-00000050.ckpt"}
+        taught = {"teacher": "runs/teacher/checkpoints/step-00000100.ckpt", "kd_steps": 20}
+        write_run(tmp_path / person / "runs/more", {60: 4.5, 100: 4.0}, **on)
+        write_run(tmp_path / person / "runs/salt", {100: 4.0}, run="runs/salt", **taught)
+        (trunk / "checkpoints").mkdir()
+        (tmp_path / person / "runs/teacher/checkpoints").mkdir()
+    monkeypatch.chdir(tmp_path / here)
+    for person, cost in (("a", 1.0), ("b", 2.0)):
+        more = lineage.whole(read_run(tmp_path / person / "runs/more", "more"))
+        assert more.val_ce.values.tolist() == [5.0 + cost, 4.5, 4.0]
+        runs = [read_run(tmp_path / who / "runs" / name, name) for who in "ba" for name in ("teacher", "base")]
+        salt = read_run(tmp_path / person / "runs/salt", "salt")
+        (teacher,) = lineage.teacher_runs(salt, runs).values()
+        assert teacher.path == tmp_path / person / "runs/teacher"
+        others = [run for run in runs if run.path.parents[1].name != person]
+        assert list(lineage.teacher_runs(salt, others).values()) == [None]  # it is there, but not given
+
+
+@pytest.mark.parametrize(("resumed", "told"), [(140, False), (120, False), (160, True)])
+def test_a_damaged_end_is_told_unless_a_later_start_has_logged_it_again(resumed, told, tmp_path):
+    """A kill may cut a record off; what comes after its checkpoint is logged again."""
+    run = write_run(tmp_path / "salt", {100: 5.0}, steps=140)
+    (file,) = run.glob("*tfevents*")
+    file.write_bytes(file.read_bytes() + b"half a record")
+    with SummaryWriter(str(run), filename_suffix=".start-2", purge_step=resumed + 1) as writer:
+        writer.add_scalar("val/ce", 4.0, 300)
+    rest = "the rest is damaged or still being written"
+    assert read_run(run, "salt").damaged == ((f"{file} could be read up to step 140: {rest}",) if told else ())

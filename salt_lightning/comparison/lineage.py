@@ -25,9 +25,18 @@ def _named(run: Run, setting: str) -> set[Path]:
 
 
 def _places(run: Run, path: str) -> list[Path]:
-    """Possible locations of a path from a run's settings: a relative one may start at any parent of the run."""
-    bases = (Path.cwd(), *run.path.absolute().parents)
-    return [Path(os.path.normpath(base / path)) for base in bases] if path else []
+    """Possible locations of a path from a run's settings, likeliest first. A relative one starts where the run's own
+    path does; if it is not there, the run has been moved, and it may start at any parent of the run, or here."""
+    if not path:
+        return []
+    folder, own = Path(os.path.abspath(run.path)), str(run.config.get("run") or "")
+    places = [Path(os.path.normpath(base / path)) for base in (*folder.parents, Path.cwd())]
+    if own and not os.path.isabs(own):
+        for base, place in zip((*folder.parents, Path.cwd()), places, strict=True):
+            is_there = place.exists() or (place.suffix == ".ckpt" and place.parent.exists())  # it may be removed by now
+            if is_there and os.path.normpath(base / own) == str(folder):
+                return [place]
+    return places
 
 
 def whole(run: Run, named: Sequence[Run] = (), generations: int = 9) -> Run:
@@ -97,8 +106,8 @@ def teacher_runs(run: Run, runs: list[Run]) -> dict[str, Run | None]:
 
 
 def _trained(run: Run, path: str, runs: list[Run]) -> Run | None:
-    there = set(_places(run, path))
-    return next((other for other in runs if other is not run and _holds(other, there)), None)
+    others = [other for other in runs if other is not run]
+    return next((other for place in _places(run, path) for other in others if _holds(other, {place})), None)
 
 
 def _holds(run: Run, there: set[Path]) -> bool:

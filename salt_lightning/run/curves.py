@@ -33,12 +33,11 @@ class Curve:
     steps: np.ndarray
     values: np.ndarray
 
-    def total_at(self, step: float) -> float:
-        """A cumulative scalar at `step`: 0 at step 0, linear between points, then growing at its mean rate."""
+    def totals_at(self, at: np.ndarray) -> np.ndarray:
+        """A cumulative scalar at these steps: 0 at step 0, linear between points, then growing at its mean rate."""
         steps, values = np.append(0, self.steps), np.append(0.0, self.values)
-        beyond = max(0.0, step - steps[-1])
         rate = values[-1] / steps[-1] if steps[-1] > 0 else 0.0
-        return float(np.interp(step, steps, values) + beyond * rate)
+        return np.interp(at, steps, values) + np.maximum(0.0, at - steps[-1]) * rate
 
 
 def start_number(file: Path) -> int:
@@ -58,14 +57,15 @@ def _in_order(files: Iterable[Path]) -> list[Path]:
 
 
 def read_curves(folder: Path, apart: bool = False) -> tuple[dict[str, Curve], tuple[str, ...]]:
-    """The curves, and a message for each file that could not be read to its end, with the last step read.
+    """The curves, and messages about files that could not be read to their end: only if no later start began at or
+    before the last step read, and so logged the rest again.
 
     Files are read in the order in which they were written, whatever the machines' clocks said: if a step was logged
     twice, the later value wins. `apart`: all values of a step are from one file, the last that has that step, as each
     `test` writes its own.
     """
     points: dict[str, dict[int, float]] = {}
-    damaged = []
+    damaged: list[tuple[int, str]] = []
     files = (file for file in folder.glob("*tfevents*") if file.is_file() and not _PART.search(file.name))
     for file in _in_order(files):
         size, read, step = file.stat().st_size, 0, 0  # size before reading: a running run may append
@@ -76,7 +76,8 @@ def read_curves(folder: Path, apart: bool = False) -> tuple[dict[str, Curve], tu
             for record in RawEventFileLoader(str(file)).Load():
                 event = Event.FromString(record)
                 if event.session_log.status == SessionLog.START:
-                    _void([*own.values(), *points.values()], event.step)
+                    damaged = [(last, said) for last, said in damaged if last < event.step - 1]
+                    _void([*own.values(), *(points.values() if apart else ())], event.step)
                 _follow(own, event)
                 read, step = read + len(record) + _FRAME_BYTES, max(step, event.step)
         if apart:
@@ -86,9 +87,11 @@ def read_curves(folder: Path, apart: bool = False) -> tuple[dict[str, Curve], tu
                 points.setdefault(tag, {}).update(curve)
         if read < size:
             rest = "the rest is damaged or still being written"
-            damaged.append(f"{printable(str(file))} could be read up to step {step}: {rest}")
+            damaged.append((step, f"{printable(str(file))} could be read up to step {step}: {rest}"))
     ordered = {tag: sorted(curve.items()) for tag, curve in points.items() if curve}
-    return {tag: Curve(*map(np.array, zip(*curve, strict=True))) for tag, curve in ordered.items()}, tuple(damaged)
+    return {tag: Curve(*map(np.array, zip(*curve, strict=True))) for tag, curve in ordered.items()}, tuple(
+        said for _, said in damaged
+    )
 
 
 def _void(curves: Iterable[dict[int, float]], since: int) -> None:

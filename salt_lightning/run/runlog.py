@@ -240,21 +240,24 @@ class Run:
 
     def total(self, tag: str, step: float) -> float:
         """One of CUMULATIVE after `step` optimizer steps, also between and after the logged ones."""
+        return float(self._totals(tag, np.array([step]))[0])
+
+    def _totals(self, tag: str, steps: np.ndarray) -> np.ndarray:
         if tag not in self.curves:
-            return 0.0 if tag == "train/flops_teacher_total" and self.kd_steps == 0 else math.nan
+            return np.full(len(steps), 0.0 if tag == "train/flops_teacher_total" and self.kd_steps == 0 else math.nan)
         curve = self.curves[tag]
-        if self.began > 0 and step < curve.steps[0]:
-            return math.nan  # perhaps trained with other settings
+        if self.began > 0:  # before its log, perhaps trained with other settings
+            steps = np.where(steps < curve.steps[0], math.nan, steps)
         if tag.endswith("time_s"):
-            return curve.total_at(step)
+            return curve.totals_at(steps)
         until = math.inf  # the others grow with the tokens read, those of the teacher until it leaves
         if tag == "train/flops_teacher_total":
             student = self.curves.get("train/flops_student_total", curve).steps
             after = student[student > curve.steps[-1]]  # the teacher had left when these were logged
             taught = self.kd_steps if self.kd_steps > 0 else curve.steps[-1]
             until = min(taught, after[0] if len(after) else math.inf)
-        at = self._tokens(np.minimum(np.append(curve.steps, step), until))
-        return Curve(at[:-1], curve.values).total_at(at[-1])
+        at = self._tokens(np.minimum(np.append(curve.steps, steps), until))
+        return Curve(at[: len(curve.steps)], curve.values).totals_at(at[len(curve.steps) :])
 
     def _tokens(self, steps: np.ndarray) -> np.ndarray:
         """What is proportional to the tokens of the first `steps` steps."""
@@ -267,14 +270,15 @@ class Run:
         return of_each @ sizes
 
     def flops(self, step: float) -> float:
-        return self.total("train/flops_student_total", step) + self.total("train/flops_teacher_total", step)
+        return float(self.axis("FLOPs", np.array([step]))[0])
 
     def axis(self, axis: str, steps: np.ndarray) -> np.ndarray:
         """Optimizer steps -> one of AXES."""
-        tags = {"tokens": "train/tokens", "seconds": "train/time_s"}
         if axis == "steps":
             return steps.astype(float)
-        return np.array([self.flops(s) if axis == "FLOPs" else self.total(tags[axis], s) for s in steps])
+        if axis == "FLOPs":
+            return self._totals("train/flops_student_total", steps) + self._totals("train/flops_teacher_total", steps)
+        return self._totals({"tokens": "train/tokens", "seconds": "train/time_s"}[axis], steps)
 
     @cached_property
     def deciding(self) -> dict[str, Any]:
