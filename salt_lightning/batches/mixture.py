@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from salt_lightning.batches.order import Order, scatter
+from salt_lightning.batches.order import Order, rows_at, scatter, side
 from salt_lightning.batches.row_set import RowSet
 from salt_lightning.errors import ConfigError, few, refuse
 
@@ -67,7 +67,8 @@ class Shares:
     def turns_S(self) -> np.ndarray:
         """Rows of each source in a cycle: at least one, else by largest remainders, exact for the decimals typed."""
         weights = [Fraction(str(weight)) for weight in self.weights]
-        exact = [CYCLE * weight / sum(weights) for weight in weights]
+        unit = CYCLE / sum(weights)
+        exact = [unit * weight for weight in weights]
         while min(exact) < 1:
             exact = [max(turns, Fraction(1)) for turns in exact]
             large = sum(turns for turns in exact if turns > 1)
@@ -150,10 +151,11 @@ class Mixture:
     """
 
     def __init__(self, shares: Shares, whole: Order) -> None:
-        self.shares = shares
+        self.shares, self._selects = shares, whole.kept is not None
         self._source_P, self._number_P = shares.cycle
         self._before_S = shares.reads(shares.begin)
         seeds_S = scatter(np.array([whole.seed])) + np.array(list(map(_number, shares.names)), np.uint64)
+        self._of_S = np.array([seeds_S, shares.rows_S, [side(int(rows)) for rows in shares.rows_S]], np.uint64)
         self.orders, mask_R = [], None if whole.kept is None else whole.kept.mask_R
         reads_S = shares.reads(whole.phase1)
         for seed, (start, end), reads in zip(seeds_S, pairwise(shares.starts), reads_S, strict=True):
@@ -163,12 +165,14 @@ class Mixture:
     def __call__(self, position: np.ndarray) -> np.ndarray:
         cycle, turn = np.divmod(position - self.shares.begin, CYCLE)
         source = self._source_P[turn]
+        number = self._before_S[source] + cycle * self.shares.turns_S[source] + self._number_P[turn]
+        starts = np.array(self.shares.starts)[source]
+        if not self._selects:
+            return starts + rows_at(number, *self._of_S[:, source])
         rows = np.empty_like(position)
         for s in np.unique(source):
-            of_s = source == s
-            number = self._before_S[s] + cycle[of_s] * self.shares.turns_S[s] + self._number_P[turn[of_s]]
-            rows[of_s] = self.shares.starts[s] + self.orders[s](number)
-        return rows
+            rows[source == s] = self.orders[s](number[source == s])
+        return starts + rows
 
     @property
     def fingerprint(self) -> str:

@@ -24,22 +24,30 @@ def row_at(position: np.ndarray, seed: int, num_rows: int) -> np.ndarray:
     least num_rows cells; cells past the end are sent through again until they land inside (cycle walking).
     So 10^9 rows need no memory. Positions (int64) count over the whole run: pass = position // num_rows.
     """
-    side = np.uint64(math.isqrt(num_rows - 1) + 1)
-    seeds = np.full(position.shape, seed, np.uint64)
-    keys = _mix(_mix(seeds) + (position // num_rows).astype(np.uint64))
-    cell = (position % num_rows).astype(np.uint64)
+    return rows_at(position, *(np.full(position.shape, n, np.uint64) for n in (seed, num_rows, side(num_rows))))
+
+
+def side(num_rows: int) -> int:
+    """Of the square in `row_at`."""
+    return math.isqrt(num_rows - 1) + 1
+
+
+def rows_at(position: np.ndarray, seeds: np.ndarray, num_rows: np.ndarray, sides: np.ndarray) -> np.ndarray:
+    """`row_at` where each position (int64) is of an order of its own (uint64)."""
+    number, cell = np.divmod(position.astype(np.uint64), num_rows)
+    keys = _mix(_mix(seeds) + number)
     todo = np.ones(cell.shape, bool)
     while todo.any():
-        cell[todo] = _feistel(cell[todo], keys[todo], side)
-        todo = cell >= np.uint64(num_rows)
+        cell[todo] = _feistel(cell[todo], keys[todo], sides[todo])
+        todo = cell >= num_rows
     return cell.astype(np.int64)
 
 
-def _feistel(cell: np.ndarray, keys: np.ndarray, side: np.uint64) -> np.ndarray:
-    left, right = np.divmod(cell, side)
+def _feistel(cell: np.ndarray, keys: np.ndarray, sides: np.ndarray) -> np.ndarray:
+    left, right = np.divmod(cell, sides)
     for number in range(_ROUNDS):
-        left, right = right, (left + _mix(keys + right + np.uint64(number << 56)) % side) % side
-    return left * side + right
+        left, right = right, (left + _mix(keys + right + np.uint64(number << 56)) % sides) % sides
+    return left * sides + right
 
 
 def _mix(values: np.ndarray) -> np.ndarray:

@@ -34,6 +34,7 @@ from salt_lightning.text.sources import Group, hub_error
 _RAW_CHARS = 1 << 19  # text per worker task: long enough to hide the pickling, short enough for even progress
 _MAX_BYTES = 1 << 30  # largest document in a file
 _FIRST_BYTES = 1 << 20  # a longer first line is not looked at beforehand
+MAX_SOURCES = 1000  # each has its own losses
 _OF_TOKENS = {"input_ids", "attention_mask", "token_type_ids", "labels", "length", "tokens"}  # columns' names
 _OF_INDEX = {"chunks", "shards"}  # of litdata's and MosaicML's index.json
 _OF_EXAMPLES = {"messages", "conversations", "completion", "response", "instruction"}
@@ -42,7 +43,11 @@ _TABLE_ROWS = 100  # read at once from parquet and the hub, where a row may be a
 
 @dataclass(frozen=True)
 class Corpus:
-    """The documents of one source setting, in a fixed order."""
+    """The documents of one source setting, in a fixed order.
+
+    Raises:
+        ConfigError: it has too many sources; those of a `source_column` are known only when they are read.
+    """
 
     setting: str  # as typed, for messages: "--data.source"
     groups: tuple[Group, ...]
@@ -50,6 +55,14 @@ class Corpus:
     source_column: str | None = None
     skip_bad_lines: bool = False
     examples: Examples = Examples()  # noqa: RUF009 (frozen)
+
+    def __post_init__(self) -> None:
+        names = {group.name for group in self.groups}
+        if self.source_column is None and len(names) > MAX_SOURCES:
+            raise ConfigError(
+                f"{self.setting}: {len(names)} sources, more than {MAX_SOURCES} (each entry is one; with "
+                "--data.source_per_file, each file); give a folder or a glob, without --data.source_per_file"
+            )
 
     def inputs(self) -> list[Any]:
         """Everything that determines the documents, as plain data (part of the cache's fingerprint)."""

@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from salt_lightning.errors import ConfigError, few, raised, refuse
 from salt_lightning.preflight import size_said
 from salt_lightning.text import token_files
-from salt_lightning.text.documents import Corpus, Raw, first_lines, look_into, read_raw
+from salt_lightning.text.documents import MAX_SOURCES, Corpus, Raw, first_lines, look_into, read_raw
 from salt_lightning.text.journal import Unfinished, making, write_json
 from salt_lightning.text.parse import Skipped, documents, empty_error
 from salt_lightning.text.processes import in_child, num_cores, ordered_map
@@ -48,7 +48,6 @@ from salt_lightning.text.tokenizer import (
     unknown_ids,
 )
 
-MAX_SOURCES = 1000
 _GPT2_EOS = "<|endoftext|>"  # it separates documents in many files of text
 _TRAINED = 4  # version of what a tokenizer is trained on
 _JOURNAL_S = 10.0  # the work that a kill may lose
@@ -380,11 +379,6 @@ def _write_journal(unfinished: Unfinished, writers: dict[str, SplitWriter], writ
 def _source_ids(block: Block, ids: dict[str, int], corpus: Corpus) -> list[int]:
     of_block = [ids.setdefault(source, len(ids)) for source in block.sources]
     if len(ids) > MAX_SOURCES:
-        if corpus.source_column is None:
-            raise ConfigError(
-                f"{corpus.setting}: more than {MAX_SOURCES} sources (each entry is one; with --data.source_per_file, "
-                "each file); give a folder or a glob, without --data.source_per_file"
-            )
         raise ConfigError(
             f"--data.source_column: {corpus.source_column!r} has more than {MAX_SOURCES} values; "
             "choose a column with few"
