@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 import yaml
 from conftest import CLOCK, StopAt, alive, arguments, one_line, scalars, weights, write_corpus
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -733,6 +734,22 @@ def test_a_truncated_checkpoint_is_named(fit, tmp_path, capsys, caplog):
     assert "every checkpoint in" in capsys.readouterr().err
     assert fit(tmp_path / "run", ckpt_path=str(path)) == 2
     assert f"{path} is not a whole checkpoint" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_read_is_not_called_damaged(tmp_path, monkeypatch):
+    """As by a run that trains on, whose newest checkpoint somebody else validates."""
+    from salt_lightning.command import resume
+
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step-00000002.ckpt").touch()
+
+    def replaced(path: Path) -> str:
+        path.rename(path.with_name("step-00000004.ckpt"))
+        return "is gone"
+
+    monkeypatch.setattr(resume, "_damage", replaced)
+    with pytest.raises(ConfigError, match=r"^--ckpt_path last: the run that trains in .* has replaced its checkpoints"):
+        resume.resolve("last", Namespace(run=str(tmp_path)), "validate")
 
 
 def test_a_checkpoint_that_would_run_code_is_refused(tmp_path, settings, capsys):

@@ -13,9 +13,12 @@ import yaml
 from conftest import arguments
 
 from salt_lightning import cli
+from salt_lightning.data import SALTDataModule
+from salt_lightning.errors import ConfigError
 from salt_lightning.run import run_lock
 from salt_lightning.run.run_folder import saved
 from salt_lightning.storage import shards
+from salt_lightning.text.sources import Hub, resolve
 
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
 OWNER = 65534
@@ -131,3 +134,40 @@ def test_a_lock_that_cannot_be_removed_ends_no_run(without_rights, tmp_path):
 
     code, out = without_rights(hold)
     assert (code, out) == (0, "held\n")
+
+
+@pytest.mark.parametrize("pattern", ["g/**/*.jsonl", "g/*/*.jsonl", "g/two/*.jsonl", "g/two/x.json*", "g/*/x.jsonl"])
+def test_a_glob_leaves_out_no_folder_that_may_not_be_read(pattern, without_rights, tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / "g" / name).mkdir(parents=True)
+        (tmp_path / "g" / name / "x.jsonl").write_text('{"text": "a"}\n')
+    give(tmp_path, 0o755)
+
+    def find():
+        try:
+            print(len(resolve("--data.source", [str(tmp_path / pattern)], Hub())[0].files))
+        except ConfigError as error:
+            print(error)
+
+    assert without_rights(find) == (0, "1\n" if "two" in pattern else "2\n")
+    (tmp_path / "g" / "two").chmod(0o700)
+    _, out = without_rights(find)
+    said = f"--data.source: cannot read the folder '{tmp_path}/g/two': Permission denied; grant access"
+    assert out.startswith(said)
+    (tmp_path / "g" / "two").chmod(0o711)  # a file of a known name may be read
+    _, out = without_rights(find)
+    assert out == "2\n" if pattern.endswith("/x.jsonl") else out.startswith(said)
+
+
+def test_text_that_another_user_prepares_or_was_killed_preparing_is_named(settings, without_rights, tmp_path):
+    own = {"run": str(tmp_path / "run"), "data.cache_dir": str(tmp_path / "cache"), "kd.weight": 0.0}
+    data = SALTDataModule(settings["data.source"], vocab_size=300, val_fraction=0.1, cache_dir=str(tmp_path / "cache"))
+    data.prepare_data()
+    (made,) = (path.parent for path in (tmp_path / "cache").glob("*/manifest.json"))
+    lock = made.with_name(f".{made.name}.lock")
+    shutil.rmtree(made)
+    lock.touch()
+    give(tmp_path / "cache", 0o777)
+    code, out = without_rights(lambda: cli.main(["fit", *arguments(settings, own)]))
+    assert code == 2
+    assert f"error: --data.cache_dir: {lock} belongs to another user, who is preparing the same text or was " in out

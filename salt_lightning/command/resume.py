@@ -37,8 +37,14 @@ def resolve(path: str, config: Namespace, subcommand: str) -> Path | None:
             say_once(f"--ckpt_path {path}: resuming from there, not from a checkpoint of --run {config.run}")
         return Path(path)
     gather()  # the first process may have waited for another start's last save
+    there = saved(folder)
     found = newest(folder, _damage)
-    if found is None and saved(folder):
+    if found is None and there != saved(folder):
+        raise ConfigError(
+            f"--ckpt_path last: the run that trains in {folder} has replaced its checkpoints while they were read; try "
+            "again, or name one that it keeps (--checkpoint.at_steps)"
+        )
+    if found is None and there:
         raise ConfigError(
             f"--ckpt_path last: every checkpoint in {folder} is damaged (see above); start anew in another --run, or "
             "restore a copy"

@@ -247,6 +247,11 @@ def _accidents(cache_dir: Path, kept: str) -> Iterator[None]:
                 f"--data.cache_dir: {cache_dir} is on a file system without file locks ({error.strerror}), so two runs "
                 "could prepare the same text at once; choose a folder on another file system, e.g. local to each node"
             ) from error
+        if error.errno in (errno.EACCES, errno.EPERM) and os.path.lexists(error.filename or ""):
+            raise ConfigError(
+                f"--data.cache_dir: {error.filename} belongs to another user, who is preparing the same text or was "
+                "killed while doing so; wait until it is done, let its owner remove it, or choose another folder"
+            ) from error
         raise ConfigError(
             f"--data.cache_dir: {cache_dir} cannot be written ({error.strerror or error}); fix that or "
             f"choose another folder, then start again{kept}"

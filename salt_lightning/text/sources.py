@@ -1,5 +1,6 @@
 """What a source setting names: files, folders, globs and hub data sets -> groups of files, in one fixed order."""
 
+import errno
 import glob
 import os
 import re
@@ -172,6 +173,7 @@ def _files(setting: str, path: str, hub: Hub) -> list[str]:
         part = replace(hub, split=split, **({"subset": subset[0]} if subset else {}))
         return _say_outside(setting, folder, _folder_files(setting, folder, part, f"{setting}: {path!r}"))
     found = sorted(glob.glob(path, recursive=True))
+    _refuse_closed(setting, path)
     _refuse_broken_links(setting, found)
     return _say_no_split(setting, path, list(filter(os.path.isfile, found)), hub)
 
@@ -181,6 +183,19 @@ def _parted(path: str) -> list[str]:
     ways = (path.rsplit(":", colons) for colons in (1, 2) if path.count(":") >= colons)
     named = ([folder, *rest] for folder, *rest in ways if all(rest) and not any(os.sep in part for part in rest))
     return next((parts for parts in named if os.path.isdir(parts[0])), [])
+
+
+def _refuse_closed(setting: str, pattern: str) -> None:
+    """A glob leaves out folders that this user may not enter, without a word."""
+    parts = Path(pattern).parts
+    for number, part in enumerate(parts[1:], 1):
+        needed = os.R_OK | os.X_OK if glob.has_magic(part) else os.X_OK
+        entered = glob.glob(os.path.join(*parts[:number]), recursive=True)
+        if closed := next((path for path in entered if os.path.isdir(path) and not os.access(path, needed)), None):
+            raise ConfigError(
+                f"{setting}: cannot read the folder {closed!r}: {os.strerror(errno.EACCES)}; grant access, or name "
+                "other files with a glob"
+            )
 
 
 def _refuse_broken_links(setting: str, paths: list[str]) -> None:
