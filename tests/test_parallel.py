@@ -1,6 +1,7 @@
 """One device, DDP and FSDP2 train the same: real processes on a CPU (gloo), with the real command."""
 
 import contextlib
+import fnmatch
 import os
 import pickle
 import re
@@ -30,7 +31,7 @@ from salt_lightning.errors import ConfigError
 from salt_lightning.hugging_face.folders import sample_hash
 from salt_lightning.models import CausalLM, read_checkpoint
 from salt_lightning.run import peers
-from salt_lightning.storage import shards
+from salt_lightning.storage import damage, shards
 
 ROOT = Path(__file__).parents[1]
 FSDP2 = {"config": str(ROOT / "configs/fsdp.yaml"), "trainer.precision": "32-true", "trainer.devices": 2}
@@ -317,17 +318,35 @@ def folder(runs, tmp_path) -> Path:
 DAMAGES = {
     "meta.pt is missing": lambda newest: (newest / "meta.pt").unlink(),
     ".metadata is missing": lambda newest: (newest / ".metadata").unlink(),
-    "__1_0.distcp is missing": lambda newest: (newest / "__1_0.distcp").unlink(),
-    "__0_0.distcp is cut off": lambda newest: os.truncate(newest / "__0_0.distcp", 1000),
+    "__1_* is missing": lambda newest: next(newest.glob("__1_*")).unlink(),
+    "__0_* is cut off": lambda newest: os.truncate(next(newest.glob("__0_*")), 1000),
     ".metadata cannot be read": lambda newest: os.truncate(newest / ".metadata", 100),
 }
+
+
+def test_files_of_two_saves_are_not_taken_for_one(folder):
+    """As an interrupted copy leaves them, over a checkpoint of the same model: each file alone is as it was written."""
+    old, new = folder / "step-00000005.ckpt", folder / "step-00000012.ckpt"
+    before = {name: tensor.clone() for name, tensor in read_checkpoint(str(new), "CKPT")["state_dict"].items()}
+    for file in old.glob("*.distcp"):
+        shutil.copy(file, new)
+    after = read_checkpoint(str(new), "CKPT")["state_dict"]
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    for name in ("meta.pt", ".metadata"):
+        shutil.copy(new / name, old)
+    assert re.fullmatch(r"__0_\w{8}_0.distcp is missing", str(damage.of(old)))
 
 
 @pytest.mark.parametrize("reason", DAMAGES)
 def test_an_incomplete_folder_is_passed_over_by_name_or_refused(folder, reason, caplog):
     whole, damaged = folder / "step-00000005.ckpt", folder / "step-00000012.ckpt"
     assert newest(folder) == damaged
+    names = os.listdir(damaged)
     DAMAGES[reason](damaged)
+    if "*" in reason:
+        pattern, _, what = reason.partition(" ")
+        reason = f"{next(name for name in names if fnmatch.fnmatch(name, pattern))} {what}"
     assert newest(folder) == whole
     assert f"{damaged} is skipped: {reason}" in caplog.text
     with pytest.raises(ConfigError, match=f"--ckpt_path {damaged} is not a whole checkpoint.*{re.escape(reason)}"):

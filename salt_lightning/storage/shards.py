@@ -3,7 +3,7 @@
     step-00000100.ckpt/
         meta.pt            all that is not a tensor: settings, counters, names; loads with weights_only
         .metadata          which piece of which tensor is where (torch.distributed.checkpoint)
-        __R_0.distcp       the pieces of rank R
+        __R_ID_0.distcp    the pieces of rank R; ID is that of the save: files of two saves are never taken for one
     state_dict.NAME        a weight
     optimizer.NAME.KEY     the optimizer's KEY (exp_avg, ...) of that weight
 
@@ -24,9 +24,11 @@ import stat
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -264,6 +266,14 @@ def writing(path: Path) -> Iterator[None]:
         raise failed_write(path, first_line(failure), number, "continue with --ckpt_path last") from error
 
 
+class _Writer(dcp.FileSystemWriter):
+    def prepare_global_plan(self, plans: list[Any]) -> list[Any]:  # on the first rank
+        save = uuid4().hex[:8]
+        named = super().prepare_global_plan(plans)
+        prefixes = (replace(plan.storage_data, prefix=f"{plan.storage_data.prefix}{save}_") for plan in named)
+        return [replace(plan, storage_data=prefix) for plan, prefix in zip(named, prefixes, strict=True)]
+
+
 def write(checkpoint: dict[str, Any], path: Path) -> None:
     """Writes Lightning's checkpoint, whose tensors may be sharded, with one optimizer's state by names; all ranks call
     it together. An existing folder is replaced when the new one is complete."""
@@ -276,7 +286,7 @@ def write(checkpoint: dict[str, Any], path: Path) -> None:
     dist.barrier()
     with writing(path):
         # On the first rank, this returns when all ranks have written and synced their files.
-        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(temporary))
+        dcp.save(tensors, storage_writer=_Writer(temporary))
         if first:
             with whole(temporary / META) as file:
                 torch.save({**meta, _DIGEST: _digest((temporary / METADATA).read_bytes())}, file)
