@@ -118,12 +118,14 @@ class RunCheckpoint(Checkpoint):
         self._trained = False  # whether training has started
         self._due = False  # whether a save waits for the validation of its step
         self._until_end: list[tuple[Any, str, Any]] = []  # attributes that a stop has changed: owner, name, old value
-        self._kept: set[int] = (
-            set()
-        )  # steps whose checkpoints an earlier start keeps for good, or this one (keep: null)
+        # Steps whose checkpoints an earlier start keeps for good, and all of a start with `keep` None
+        self._kept: set[int] = set()
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        kept = self._kept
         self._begin()
+        if trainer.global_step > 0:  # another fit of the same trainer
+            self._kept = kept
         self._dir = Path(self.folder or Path(trainer.default_root_dir) / "checkpoints")
         # Outside training there is nothing to save. Lightning's own handler would broadcast between the ranks' other
         # messages, and would end a validation with exit code 0 and a first step with a traceback.
@@ -136,12 +138,14 @@ class RunCheckpoint(Checkpoint):
             check_target(Path(self.export), "--checkpoint.export")
 
     def _for_good(self, trainer: pl.Trainer) -> set[int]:
-        """Steps whose checkpoints are always kept; a validation may have set the boundary."""
+        """Steps at which this start saves, to keep that always; a validation may have set the boundary."""
         boundaries = [steps for kd in kd_callbacks(trainer) if (steps := kd.schedule.steps) is not None]
-        return {*self.at_steps, *boundaries, trainer.max_steps, *self._kept}
+        return {*self.at_steps, *boundaries, trainer.max_steps}
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        checkpoint["kept_steps"] = sorted(step for step in self._for_good(trainer) if step <= trainer.global_step)
+        checkpoint["kept_steps"] = sorted(
+            step for step in self._for_good(trainer) | self._kept if step <= trainer.global_step
+        )
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         # only those in this folder, not those of the run that this one branches from
@@ -151,7 +155,7 @@ class RunCheckpoint(Checkpoint):
 
     def space(self, trainer: pl.Trainer, weights: Iterable[Tensor]) -> Finding:
         """Whether all checkpoints that the run keeps at once fit on the disk."""
-        for_good = {step for step in self._for_good(trainer) if 0 < step <= trainer.max_steps}
+        for_good = {step for step in self._for_good(trainer) | self._kept if 0 < step <= trainer.max_steps}
         every, regular = self.every_n_steps, 0
         if every is not None:
             regular = trainer.max_steps // every - sum(step % every == 0 for step in for_good)
@@ -331,7 +335,7 @@ class RunCheckpoint(Checkpoint):
         """Removes the oldest regular checkpoints, once the newest is safely on disk."""
         if self.keep is None:
             return
-        for_good = self._for_good(trainer)
+        for_good = self._for_good(trainer) | self._kept
         for old in [path for step, path in saved(self._dir) if step not in for_good][: -self.keep]:
             shards.remove(old)
 

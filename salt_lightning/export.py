@@ -264,7 +264,8 @@ def _write_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase |
             tokenizer.model_max_length = length
     GenerationConfig(**special).save_pretrained(folder)
     for path in folder.glob("*.safetensors"):  # safetensors writes them for their owner only
-        path.chmod((folder / "config.json").stat().st_mode)
+        with suppress(PermissionError):  # of a file system that has one mode for all
+            path.chmod((folder / "config.json").stat().st_mode)
 
 
 def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> str:

@@ -237,8 +237,9 @@ def disk(folder: Path, weight_bytes: int, most: int) -> Finding:
         "error",
         "checkpoints",
         f"checkpoints do not fit: {said}",
-        f"there is room for {max(fitting, 0)} and the one being written: free some space, set --checkpoint.folder to a "
-        "larger disk, or use a smaller --checkpoint.keep and fewer --checkpoint.at_steps",
+        f"there is room for {max(fitting, 0)} and the one being written: free some space (in the folder itself, delete "
+        "checkpoints that earlier starts have kept), set --checkpoint.folder to a larger disk, or use a smaller "
+        "--checkpoint.keep and fewer --checkpoint.at_steps",
     )
 
 

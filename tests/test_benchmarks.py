@@ -185,6 +185,14 @@ def test_what_stopped_a_node_is_not_lost_behind_torchruns_traceback(monkeypatch)
     assert len(said) < 1700
 
 
+def test_a_long_run_in_short(run_apart):
+    rows = re.findall(
+        r"^\| \d+ \| (loaded|gone) \| [\d.]+ \| (\d+) \| \d+ \| .+ \|$", run_apart("long_run.py", "--steps", "60"), re.M
+    )
+    assert [teacher for teacher, _ in rows] == ["loaded"] * 5 + ["gone"] * 5
+    assert int(rows[-1][1]) < int(rows[0][1])  # the teacher's file is closed
+
+
 def test_data_path(run_apart):
     out = run_apart("data_path.py", "--tiny")
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines() if line[:2] == "| "]

@@ -130,7 +130,7 @@ def test_names_of_other_tools_are_answered_with_settings_that_exist(capsys):
         # the group is left out, or another
         ("at_steps", "did you mean --checkpoint.at_steps?"),
         ("model.lr", "did you mean --model.optim.lr?"),
-        ("keep", "did you mean --data.keep or --checkpoint.keep?"),
+        ("keep", "did you mean --checkpoint.keep?"),
         ("teacher.path", "did you mean --model.teacher.path?"),
         # misspelt, although the last part is another tool's
         ("dta.seed", "did you mean --data.seed?"),

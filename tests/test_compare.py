@@ -2251,7 +2251,7 @@ def test_relative_paths_begin_where_the_run_does_and_not_where_the_reader_is(her
         assert list(lineage.teacher_runs(salt, others).values()) == [None]  # it is there, but not given
 
 
-@pytest.mark.parametrize(("resumed", "told"), [(140, False), (120, False), (160, True)])
+@pytest.mark.parametrize(("resumed", "told"), [(139, False), (120, False), (140, True), (160, True)])
 def test_a_damaged_end_is_told_unless_a_later_start_has_logged_it_again(resumed, told, tmp_path):
     """A kill may cut a record off; what comes after its checkpoint is logged again."""
     run = write_run(tmp_path / "salt", {100: 5.0}, steps=140)

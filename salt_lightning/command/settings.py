@@ -110,25 +110,32 @@ def checkpoints(config: Namespace) -> Path:
     return Path((config.get("checkpoint") or {}).get("folder") or Path(config.run) / "checkpoints")
 
 
-_PARTS = {"fit": "checkpoints", "predict": "scores", "validate": "validate", "test": "test"}  # verb -> what it writes
+# verb -> folders in that of the run, which it writes into
+_WRITES = {"fit": ("", "checkpoints"), "predict": ("", "scores"), "validate": ("validate",), "test": ("test",)}
 
 
 def wrong_folders(config: Namespace, verb: str) -> list[str]:
     """Folders that cannot be written: a run would fail only at its first checkpoint, or at its end."""
-    of = config.get("checkpoint") or {}
-    folders = {"run": config.run, "checkpoint.folder": of.get("folder"), "checkpoint.export": of.get("export")}
-    wrong = [] if config.run else ["--run '' is empty; give a folder"]
-    part = "" if verb == "fit" and of.get("folder") else _PARTS[verb]
-    also = ", and give the checkpoint's path" if verb != "fit" and config.get("ckpt_path") == "last" else ""
-    for name, folder in folders.items():
-        if folder:
-            where = Path(folder, part if name == "run" else "").absolute()  # a part may be another user's
-            # not Path.exists, which raises if the folder around it may not be read
-            there = next(path for path in (where, *where.parents) if os.path.exists(path))
-            if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-                why = "cannot be written" if there.is_dir() else "is not a folder"
-                wrong.append(f"--{name} {folder}: {there} {why}; choose another folder{also}")
-    return wrong
+    of, run = config.get("checkpoint") or {}, config.run
+    parts = [part for part in _WRITES[verb] if run and not (part == "checkpoints" and of.get("folder"))]
+    folders = [("run", run, Path(run, part)) for part in parts]
+    folders += [(f"checkpoint.{name}", of[name], Path(of[name])) for name in ("folder", "export") if of.get(name)]
+    wrong: dict[str, str] = {} if run else {"run": "--run '' is empty; give a folder"}
+    also = f", with --ckpt_path {config.ckpt_path}" if "" not in parts and config.get("ckpt_path") else ""
+    for name, typed, folder in folders:
+        where = folder.absolute()
+        # not Path.exists, which raises if the folder around it may not be read
+        there = next(path for path in (where, *where.parents) if os.path.exists(path))
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            why = "cannot be written" if there.is_dir() else "is not a folder"
+            wrong.setdefault(name, f"--{name} {typed}: {there} {why}; choose another folder{also}")
+    settings = Path(run, "config.yaml")
+    if verb == "fit" and run and os.path.exists(settings) and not os.access(settings, os.R_OK):
+        wrong["config.yaml"] = (
+            f"--run {run}: {settings} cannot be read, and so the run's settings until now would be lost; ask its owner "
+            "for the right to read it, or branch off into another --run with --ckpt_path CHECKPOINT"
+        )
+    return [*wrong.values()]
 
 
 _MOST_DEVICES = 1 << 20

@@ -41,7 +41,7 @@ _CALLED: dict[str, tuple[str, ...]] = {
     _EPOCHS: ("num_train_epochs", "num_epochs", "epochs", "max_epochs", "max_tokens", "train_tokens", "total_tokens"),
     "--trainer.max_steps": ("max_iters", "total_steps", "train_steps", "num_steps", "max_train_steps"),
     "--trainer.precision bf16-mixed, or bf16-true": (
-        "bf16", "fp16", "mixed_precision", "torch_dtype", "dtype", "bf16_full_eval",
+        "bf16", "fp16", "mixed_precision", "torch_dtype", "dtype", "precision", "bf16_full_eval",
     ),
     "--run": ("output_dir", "out_dir", "save_dir", "default_root_dir", "run_name", "logging_dir", "log_dir"),
     "--ckpt_path last": ("resume_from_checkpoint", "resume", "resume_from", "auto_resume"),
@@ -108,7 +108,8 @@ def no_such(name: str, known: list[str], prefix: str = "") -> str:
     if instead := None if prefix or misspelt else _instead(name):
         return f"{said}; {instead}"
     ends = (f".{name}", f".{name.rpartition('.')[2]}")  # its group is left out, or another
-    same = next((found for end in ends if (found := [each for each in others if f".{each}".endswith(end)])), [])
+    leaves = [each for each in others if not any(other.startswith(f"{each}.") for other in others)]
+    same = next((found for end in ends if (found := [each for each in leaves if f".{each}".endswith(end)])), [])
     if meant := misspelt or (same if len(same) < 3 else []) or _resembling(name, near, 0.6, 0.5):
         return f"{said}; did you mean {' or '.join(f'--{prefix}{each}' for each in meant)}?"
     return f"{said}; there are {', '.join(known)}" if prefix else f"{said} (see --help)"

@@ -26,17 +26,17 @@ def _named(run: Run, setting: str) -> set[Path]:
 
 def _places(run: Run, path: str) -> list[Path]:
     """Possible locations of a path from a run's settings, likeliest first. A relative one starts where the run's own
-    path does; if it is not there, the run has been moved, and it may start at any parent of the run, or here."""
+    path does; if it is not there, or that is not known, it may start here, or at any parent of the run."""
     if not path:
         return []
-    folder, own = Path(os.path.abspath(run.path)), str(run.config.get("run") or "")
-    places = [Path(os.path.normpath(base / path)) for base in (*folder.parents, Path.cwd())]
-    if own and not os.path.isabs(own):
-        for base, place in zip((*folder.parents, Path.cwd()), places, strict=True):
-            is_there = place.exists() or (place.suffix == ".ckpt" and place.parent.exists())  # it may be removed by now
-            if is_there and os.path.normpath(base / own) == str(folder):
-                return [place]
-    return places
+    folder, own = Path(os.path.abspath(run.path)), str(run.config.get("run") or "/")
+    bases = [Path.cwd(), *folder.parents]
+    if not os.path.isabs(own):
+        bases.sort(key=lambda base: os.path.normpath(base / own) != str(folder))
+    first, *others = (Path(os.path.normpath(base / path)) for base in bases)
+    is_there = first.exists() or (first.suffix == ".ckpt" and first.parent.exists())  # it may be removed by now
+    is_home = not os.path.isabs(own) and os.path.normpath(bases[0] / own) == str(folder)
+    return [first] if is_there and is_home else [first, *others]
 
 
 def whole(run: Run, named: Sequence[Run] = (), generations: int = 9) -> Run:
@@ -106,16 +106,24 @@ def teacher_runs(run: Run, runs: list[Run]) -> dict[str, Run | None]:
 
 
 def _trained(run: Run, path: str, runs: list[Run]) -> Run | None:
-    others = [other for other in runs if other is not run]
-    return next((other for place in _places(run, path) for other in others if _holds(other, {place})), None)
+    others = [(other, _holdings(other)) for other in runs if other is not run]
+    places = [place.resolve() for place in _places(run, path)]
+    return next((other for place in places for other, held in others if _is_in(place, held)), None)
 
 
 def _holds(run: Run, there: set[Path]) -> bool:
     """Whether a run has saved or exported what is at one of these places."""
-    there = {place.resolve() for place in there}
-    folders = {run.path.resolve(), *_named(run, "checkpoint.folder")}
-    inside = any(place.is_relative_to(folder) for place in there for folder in folders)
-    return inside or bool(there & _named(run, "checkpoint.export"))
+    held = _holdings(run)
+    return any(_is_in(place.resolve(), held) for place in there)
+
+
+def _holdings(run: Run) -> tuple[set[Path], set[Path]]:
+    """The folders in which a run saves, and those that it has exported."""
+    return {run.path.resolve(), *_named(run, "checkpoint.folder")}, _named(run, "checkpoint.export")
+
+
+def _is_in(place: Path, held: tuple[set[Path], set[Path]]) -> bool:
+    return place in held[1] or any(place.is_relative_to(folder) for folder in held[0])
 
 
 def same_model(a: Run, b: Run) -> bool:

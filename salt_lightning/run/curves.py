@@ -1,5 +1,6 @@
 """Reads what a run has logged from its TensorBoard event files."""
 
+import os
 import re
 from collections.abc import Iterable
 from contextlib import suppress
@@ -57,7 +58,7 @@ def _in_order(files: Iterable[Path]) -> list[Path]:
 
 
 def read_curves(folder: Path, apart: bool = False) -> tuple[dict[str, Curve], tuple[str, ...]]:
-    """The curves, and messages about files that could not be read to their end: only if no later start began at or
+    """The curves, and messages about files that could not be read to their end: only if no later start began
     before the last step read, and so logged the rest again.
 
     Files are read in the order in which they were written, whatever the machines' clocks said: if a step was logged
@@ -72,11 +73,11 @@ def read_curves(folder: Path, apart: bool = False) -> tuple[dict[str, Curve], tu
         own: dict[str, dict[int, float]] = {} if apart else points
         # TensorBoard's raw loader silently ends at a record that is cut off or fails its checksum; its EventAccumulator
         # would keep only a sample of the points.
-        with suppress(DecodeError, OverflowError, MemoryError):  # a forged length or content
+        with suppress(DecodeError, OverflowError, MemoryError, PermissionError):  # a forged length or content
             for record in RawEventFileLoader(str(file)).Load():
                 event = Event.FromString(record)
                 if event.session_log.status == SessionLog.START:
-                    damaged = [(last, said) for last, said in damaged if last < event.step - 1]
+                    damaged = [(last, said) for last, said in damaged if last <= event.step - 1]
                     _void([*own.values(), *(points.values() if apart else ())], event.step)
                 _follow(own, event)
                 read, step = read + len(record) + _FRAME_BYTES, max(step, event.step)
@@ -86,7 +87,8 @@ def read_curves(folder: Path, apart: bool = False) -> tuple[dict[str, Curve], tu
             for tag, curve in own.items():
                 points.setdefault(tag, {}).update(curve)
         if read < size:
-            rest = "the rest is damaged or still being written"
+            closed = not os.access(file, os.R_OK)
+            rest = "this user may not read it" if closed else "the rest is damaged or still being written"
             damaged.append((step, f"{printable(str(file))} could be read up to step {step}: {rest}"))
     ordered = {tag: sorted(curve.items()) for tag, curve in points.items() if curve}
     return {tag: Curve(*map(np.array, zip(*curve, strict=True))) for tag, curve in ordered.items()}, tuple(

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning.pytorch as pl
@@ -35,33 +36,32 @@ class SaveRunConfig(SaveConfigCallback):
             run = Path(trainer.default_root_dir)
             with shards.writing(run):
                 run.mkdir(parents=True, exist_ok=True)
-                new = run / ".config.tmp"
-                try:
-                    self.parser.save(self.config, new, skip_none=False, overwrite=True, multifile=False)
-                except (TypeError, ValueError) as error:  # a callback has an argument that YAML cannot express
-                    odd = re.search(r"cannot represent an object', (<.*?>)\)", str(error))
-                    said = (
-                        f"an argument is {odd[1]}; give it as text (Timer interval: step)" if odd else one_line(error)
-                    )
-                    raise ConfigError(f"--trainer.*: {said} (it cannot be written into config.yaml)") from error
-                # first what may fail: in another user's run, its settings must stay as they are
-                _keep_tokenizer(trainer.datamodule.tokenizer, run)  # type: ignore[attr-defined]
-                set_aside(run, trainer.global_step, read_config(new))
-                void_tests(run / "test", trainer.global_step)
-                os.replace(new, run / "config.yaml")
+                self._write(trainer, run)
+
+    def _write(self, trainer: pl.Trainer, run: Path) -> None:
+        with TemporaryDirectory(prefix=".config.", dir=run) as made:
+            new = Path(made, "config.yaml")
+            try:
+                self.parser.save(self.config, new, skip_none=False, overwrite=True, multifile=False)
+            except (TypeError, ValueError) as error:  # a callback has an argument that YAML cannot express
+                odd = re.search(r"cannot represent an object', (<.*?>)\)", str(error))
+                said = f"an argument is {odd[1]}; give it as text (Timer interval: step)" if odd else one_line(error)
+                raise ConfigError(f"--trainer.*: {said} (it cannot be written into config.yaml)") from error
+            # first what may fail: in another user's run, its settings must stay as they are
+            _keep_tokenizer(trainer.datamodule.tokenizer, Path(made, "tokenizer"), run)  # type: ignore[attr-defined]
+            set_aside(run, trainer.global_step, read_config(new))
+            void_tests(run / "test", trainer.global_step)
+            os.replace(new, run / "config.yaml")
 
 
-def _keep_tokenizer(tokenizer: Any, run: Path) -> None:
+def _keep_tokenizer(tokenizer: Any, made: Path, run: Path) -> None:
     """Writes the tokenizer's files, except those that are there already: others may be reading them, or own them."""
-    new = run / ".tokenizer.tmp"
-    shutil.rmtree(new, ignore_errors=True)
-    tokenizer.save_pretrained(new)
-    for file in (path for path in new.rglob("*") if path.is_file()):
-        kept = run / "tokenizer" / file.relative_to(new)
+    tokenizer.save_pretrained(made)
+    for file in (path for path in made.rglob("*") if path.is_file()):
+        kept = run / "tokenizer" / file.relative_to(made)
         kept.parent.mkdir(parents=True, exist_ok=True)
         if not kept.exists() or not filecmp.cmp(file, kept, shallow=False):
             os.replace(file, kept)
-    shutil.rmtree(new)
 
 
 def set_aside(run: Path, step: int, now: dict[str, Any]) -> None:
@@ -71,15 +71,11 @@ def set_aside(run: Path, step: int, now: dict[str, Any]) -> None:
     """
     later = [path for until, path in earlier_configs(run) if until >= step]  # of starts that this one replaces
     held, kept = [*later, run / "config.yaml"][0], run / f"config.until-{step:08d}.yaml"
-    if held.exists() and not os.access(held, os.R_OK):
-        raise ConfigError(
-            f"{held} cannot be read, so the settings until step {step} would be lost; ask its owner for the right to "
-            "read it, or branch off into another --run with --ckpt_path CHECKPOINT"
-        )
     was = readable(held)
     first = _begun_elsewhere(was, run)
     if step > first and (changed(was, now) or first):
         if held != kept:
+            (run / ".config.tmp-until").unlink(missing_ok=True)  # perhaps of another user, who was killed
             shutil.copy(held, run / ".config.tmp-until")
             os.replace(run / ".config.tmp-until", kept)
         later = [path for path in later if path != kept]

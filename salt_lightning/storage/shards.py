@@ -25,7 +25,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -280,8 +280,9 @@ def write(checkpoint: dict[str, Any], path: Path) -> None:
     tensors, meta = _split(checkpoint)
     temporary, first = path.with_name(f".{path.name}.tmp"), dist.get_rank() == 0
     if first:
-        shutil.rmtree(temporary, ignore_errors=True)  # what a killed save left
         with writing(path):
+            if temporary.exists():
+                delete(temporary)  # what a killed save left
             temporary.mkdir(parents=True)
     dist.barrier()
     with writing(path):
@@ -300,8 +301,12 @@ def write(checkpoint: dict[str, Any], path: Path) -> None:
 
 def remove(path: Path) -> None:
     """Removes a checkpoint, file or folder. Renames it first, so that its name never stands for half a folder."""
-    with _if_permitted(path):
-        delete(_retire(path))
+    try:
+        retired = _retire(path)
+    except PermissionError as error:  # in a folder that lets only owners remove
+        _say_left(path, error.strerror)
+    else:
+        delete(retired)
 
 
 def _retire(path: Path) -> Path:
@@ -313,21 +318,24 @@ def _retire(path: Path) -> Path:
 
 
 def delete(path: Path) -> None:
-    """Removes a file, a folder or a link; says so if that is not permitted."""
-    with _if_permitted(path):
+    """Removes a file, a folder or a link. What another user has left, and this one may not remove, ends no run: it is
+    named, and renamed, as its name may be needed."""
+    try:
         if path.is_dir() and not path.is_symlink():  # never delete the target of a link
             shutil.rmtree(path)
         else:
             path.unlink()
-
-
-@contextmanager
-def _if_permitted(path: Path) -> Iterator[None]:
-    """What another user has left need not end a run that can go on without removing it."""
-    try:
-        yield
     except PermissionError as error:
-        rank_zero_info(f"{path} cannot be removed ({error.strerror}); it takes room until its owner removes it")
+        left = path
+        if not re.search(r"\.[0-9a-f]{8}\.old$", path.name):
+            left = path.with_name(f"{path.name}.{uuid4().hex[:8]}.old")
+            os.replace(path, left)
+        _say_left(left, error.strerror)
+
+
+@cache
+def _say_left(path: Path, reason: str) -> None:
+    rank_zero_info(f"{path} cannot be removed ({reason}); it takes room until its owner removes it")
 
 
 def sync_folder(folder: Path) -> None:

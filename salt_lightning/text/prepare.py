@@ -250,7 +250,8 @@ def _accidents(cache_dir: Path, kept: str) -> Iterator[None]:
         if error.errno in (errno.EACCES, errno.EPERM) and os.path.lexists(error.filename or ""):
             raise ConfigError(
                 f"--data.cache_dir: {error.filename} belongs to another user, who is preparing the same text or was "
-                "killed while doing so; wait until it is done, let its owner remove it, or choose another folder"
+                "killed while doing so; wait until it is done, let its owner remove it and the folder .partial beside "
+                "it, or choose another folder"
             ) from error
         raise ConfigError(
             f"--data.cache_dir: {cache_dir} cannot be written ({error.strerror or error}); fix that or "

@@ -188,13 +188,14 @@ def _parted(path: str) -> list[str]:
 def _refuse_closed(setting: str, pattern: str) -> None:
     """A glob leaves out folders that this user may not enter, without a word."""
     parts = Path(pattern).parts
-    for number, part in enumerate(parts[1:], 1):
-        needed = os.R_OK | os.X_OK if glob.has_magic(part) else os.X_OK
-        entered = glob.glob(os.path.join(*parts[:number]), recursive=True)
-        if closed := next((path for path in entered if os.path.isdir(path) and not os.access(path, needed)), None):
+    for number in range(1, len(parts) + (parts[-1] == "**")):
+        needed = os.R_OK | os.X_OK if glob.has_magic("".join(parts[number : number + 1]) or "**") else os.X_OK
+        entered = glob.glob(os.path.join(*parts[:number], ""), recursive=True)  # folders only
+        closed = (path.rstrip(os.sep) for path in entered if not os.access(path, needed))
+        if (first := next((path for path in closed if os.path.basename(path) != "lost+found"), None)) is not None:
             raise ConfigError(
-                f"{setting}: cannot read the folder {closed!r}: {os.strerror(errno.EACCES)}; grant access, or name "
-                "other files with a glob"
+                f"{setting}: cannot read the folder {first!r}: {os.strerror(errno.EACCES)}; grant access, or name "
+                "folders or a glob that leave it out"
             )
 
 

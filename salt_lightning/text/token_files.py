@@ -260,7 +260,8 @@ class TokenFiles:
         size, end = self.tokens.itemsize, self.tokens.nbytes
         for start in starts.tolist():
             page = start * size // mmap.PAGESIZE * mmap.PAGESIZE
-            self._tokens_map.madvise(mmap.MADV_WILLNEED, page, min((start + count) * size, end) - page)
+            with suppress(OSError):  # only advice
+                self._tokens_map.madvise(mmap.MADV_WILLNEED, page, min((start + count) * size, end) - page)
 
     def _map(self, name: str) -> np.ndarray:
         path, (dtype, _) = self.folder / name, columns(self.folder.name, self.manifest["dtype"], examples=True)[name]
