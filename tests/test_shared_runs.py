@@ -1,11 +1,13 @@
 """What people of one group leave each other: runs and files of another user, with real permissions."""
 
 import ctypes
+import json
 import logging
 import os
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from salt_lightning.errors import ConfigError
 from salt_lightning.run import run_lock
 from salt_lightning.run.run_folder import saved
 from salt_lightning.storage import shards
+from salt_lightning.teacher.scores import Scored, Scores
 from salt_lightning.text.sources import Hub, resolve
 
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
@@ -192,3 +195,23 @@ def test_a_closed_log_is_named_and_the_others_are_compared(without_rights, run, 
     code, out = without_rights(lambda: cli.main(["compare", str(run_of_six), str(run), "--out", str(tmp_path)]))
     assert code == 0, out
     assert f"{log} could be read up to step 0: this user may not read it" in out
+
+
+def test_scores_that_cannot_be_listed_are_not_taken_for_none(without_rights, tmp_path):
+    """As none, they would be scored again, or lack shards for ever."""
+    (tmp_path / "scores").mkdir()
+    (tmp_path / "scores.json").write_text(json.dumps({"scored": asdict(Scored("a", "b", 10, 4, True))}))
+    give(tmp_path, 0o755)
+
+    def look():
+        try:
+            print(Scores(tmp_path, "--data.selection").missing())
+        except ConfigError as error:
+            print(error)
+
+    assert without_rights(look) == (0, "[0]\n")
+    (tmp_path / "scores").chmod(0o700)
+    _, out = without_rights(look)
+    assert out.startswith(
+        f"--data.selection: {tmp_path}/scores cannot be listed (Permission denied); let its owner run"
+    )

@@ -11,6 +11,7 @@ The rows of a shard do not depend on which process wrote it, so finished shards 
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -141,8 +142,18 @@ class Scores:
         return self.run / "scores" / f"{shard:08d}.parquet"
 
     def missing(self) -> list[int]:
-        """Numbers of the shards that do not exist yet."""
-        there = {int(path.stem) for path in (self.run / "scores").glob("*.parquet") if path.stem.isdigit()}
+        """Numbers of the shards that do not exist yet; raises ConfigError if that cannot be known (glob is silent)."""
+        folder, names = self.run / "scores", list[str]()
+        try:
+            names = os.listdir(folder)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise ConfigError(
+                f"{self.setting}: {folder} cannot be listed ({error.strerror}); let its owner run chmod -R a+rX on it, "
+                "or score the rows into another folder"
+            ) from error
+        there = {int(name[:-8]) for name in names if name.endswith(".parquet") and name[:-8].isdigit()}
         return [shard for shard in range(self.scored.num_shards) if shard not in there]
 
     def rows(self, shard: int) -> np.ndarray:
