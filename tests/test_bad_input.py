@@ -123,6 +123,8 @@ ERRORS = {
         {"seed_everything": -1},
         r"--seed_everything -1 must be a whole number from 0 to 4294967295",
     ),
+    "a model's seed too large": ({"model.seed": 2**63}, r"--model.seed \d+ must be a whole number from 0 to \d+$"),
+    "a model's seed below 0": ({"model.seed": -1}, r"--model.seed -1 must be a whole number from 0 to \d+$"),
     "out of range, checkpoint": ({"checkpoint.at_steps": [0]}, r"--checkpoint.at_steps \[0\] must be optimizer steps"),
     "out of range, trainer": (
         {"trainer.gradient_clip_val": -1},

@@ -69,10 +69,13 @@ def local_paths(config: Namespace) -> list[str]:
 
 
 def wrong_seed(config: Namespace) -> list[str]:
-    """A seed that torch or numpy would not take."""
-    seed = config.get("seed_everything")
-    fits = type(seed) is int and 0 <= seed < 1 << 32  # True is an int, too
-    return [] if fits else [f"--seed_everything {as_yaml(seed)} must be a whole number from 0 to {(1 << 32) - 1}"]
+    """Seeds that torch or numpy would not take."""
+    bits, wrong = {"seed_everything": 32, "model.seed": 63}, []
+    for name, seed in ((name, config.get(name)) for name in bits):
+        fits = type(seed) is int and 0 <= seed < 1 << bits[name]  # True is an int, too
+        if not fits and not (name == "model.seed" and seed is None):
+            wrong.append(f"--{name} {as_yaml(seed)} must be a whole number from 0 to {(1 << bits[name]) - 1}")
+    return wrong
 
 
 def wrong_path(path: str | Path) -> str:
