@@ -59,7 +59,7 @@ class Sample(pl.Callback):
 
 
 def fit(run: Path, **settings: object) -> None:
-    given = {**SETTINGS, "run": str(run), **{name.replace("__", "."): value for name, value in settings.items()}}
+    given = {**SETTINGS, "run": str(run), **settings}
     words = [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in given.items()]
     if code := cli.main(["fit", *words]):
         sys.exit(code)

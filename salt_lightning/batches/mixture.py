@@ -153,7 +153,7 @@ class Mixture:
     def __init__(self, shares: Shares, whole: Order) -> None:
         self.shares, self._selects = shares, whole.kept is not None
         self._source_P, self._number_P = shares.cycle
-        self._before_S = shares.reads(shares.begin)
+        self._before_S, self._starts_S = shares.reads(shares.begin), np.array(shares.starts[:-1])
         seeds_S = scatter(np.array([whole.seed])) + np.array(list(map(_number, shares.names)), np.uint64)
         self._of_S = np.array([seeds_S, shares.rows_S, [side(int(rows)) for rows in shares.rows_S]], np.uint64)
         self.orders, mask_R = [], None if whole.kept is None else whole.kept.mask_R
@@ -166,7 +166,7 @@ class Mixture:
         cycle, turn = np.divmod(position - self.shares.begin, CYCLE)
         source = self._source_P[turn]
         number = self._before_S[source] + cycle * self.shares.turns_S[source] + self._number_P[turn]
-        starts = np.array(self.shares.starts)[source]
+        starts = self._starts_S[source]
         if not self._selects:
             return starts + rows_at(number, *self._of_S[:, source])
         rows = np.empty_like(position)

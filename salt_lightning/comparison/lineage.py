@@ -31,12 +31,10 @@ def _places(run: Run, path: str) -> list[Path]:
         return []
     folder, own = Path(os.path.abspath(run.path)), str(run.config.get("run") or "/")
     bases = [Path.cwd(), *folder.parents]
-    if not os.path.isabs(own):
-        bases.sort(key=lambda base: os.path.normpath(base / own) != str(folder))
-    first, *others = (Path(os.path.normpath(base / path)) for base in bases)
+    home = [] if os.path.isabs(own) else [base for base in bases if os.path.normpath(base / own) == str(folder)]
+    first, *others = (Path(os.path.normpath(base / path)) for base in (*home, *bases))
     is_there = first.exists() or (first.suffix == ".ckpt" and first.parent.exists())  # it may be removed by now
-    is_home = not os.path.isabs(own) and os.path.normpath(bases[0] / own) == str(folder)
-    return [first] if is_there and is_home else [first, *others]
+    return [first] if home and is_there else [first, *others]
 
 
 def whole(run: Run, named: Sequence[Run] = (), generations: int = 9) -> Run:

@@ -73,12 +73,18 @@ def _first(pending: deque[tuple[T, Future]]) -> tuple[T, R]:
 def _ask(idle: "SimpleQueue[Connection]", task: Any) -> Any:
     connection = idle.get()  # there are as many as threads
     try:
+        return _answer(connection, task)
+    finally:
+        idle.put(connection)
+
+
+def _answer(connection: Connection, task: Any) -> Any:
+    """What `_serve` returns at the other end; raises what it raises, or BrokenProcessPool if it has been killed."""
+    try:
         connection.send(task)
         result, error = connection.recv()
     except (EOFError, OSError) as lost:
         raise BrokenProcessPool("a worker was killed") from lost
-    finally:
-        idle.put(connection)
     if error is not None:
         raise error
     return result
@@ -146,15 +152,12 @@ def in_child(function: Callable[..., None], *args: Any) -> None:
     """Call a function in a process of its own; its exceptions are raised here."""
     with _children(1, _serve, lambda _: function(*args)) as (connection,):
         try:
-            connection.send(None)
-            _, error = connection.recv()
-        except (EOFError, OSError):
-            error = ConfigError(
+            _answer(connection, None)
+        except BrokenProcessPool as killed:
+            raise ConfigError(
                 "--data.tokenizer: the process that trained it was killed, perhaps for lack of memory; use "
                 "--data.prepare_workers 1, which starts none"
-            )
-    if error is not None:
-        raise error
+            ) from killed
 
 
 def num_cores() -> int:
