@@ -223,11 +223,14 @@ def test_what_one_that_does_not_come_back_has_looked_at_is_looked_at_again(apart
 def test_one_that_comes_too_late_to_share_can_still_connect(late, apart, monkeypatch):
     """The others connect by the first process's store, also where they did not meet."""
     monkeypatch.setattr(peers, "_MEETING", timedelta(seconds=1))
+    alone = multiprocessing.get_context("fork").Semaphore(0)
 
     def work(rank: int):
-        time.sleep(3.0 * (rank == late))
         looks: list = []
+        for _ in range(2 * (rank == late)):  # until the two others have given it up
+            assert alone.acquire(timeout=30)
         peers.divide("same", whats(looks))
+        alone.release()
         dist.init_process_group("gloo", rank=rank, world_size=3, timeout=timedelta(seconds=30))
         dist.all_reduce(total := torch.tensor(rank))
         dist.destroy_process_group()
@@ -237,8 +240,6 @@ def test_one_that_comes_too_late_to_share_can_still_connect(late, apart, monkeyp
 
 
 def test_who_has_a_fast_disk_waits_for_the_others(apart, monkeypatch):
-    monkeypatch.setattr(peers, "_MEETING", timedelta(seconds=1))
-
     def work(rank: int):
         looks: list = []
 
@@ -246,6 +247,8 @@ def test_who_has_a_fast_disk_waits_for_the_others(apart, monkeypatch):
             looks.append((part, parts))
             time.sleep(2.0 * part)
 
+        peers.gather()
+        monkeypatch.setattr(peers, "_MEETING", timedelta(seconds=1))
         peers.divide("same", look)
         return looks
 
@@ -254,14 +257,22 @@ def test_who_has_a_fast_disk_waits_for_the_others(apart, monkeypatch):
 
 def test_after_one_did_not_come_nobody_takes_what_it_says_for_an_answer(apart, monkeypatch):
     """Here it comes late to the first look, when the other is at the second."""
-    monkeypatch.setattr(peers, "_MEETING", timedelta(seconds=1))
     monkeypatch.setattr(peers, "_LOOKING", timedelta(seconds=1))
+    alone = multiprocessing.get_context("fork").Event()
 
     def work(rank: int):
-        peers.gather()
-        time.sleep(1.5 * rank)
         looks: list = []
-        return [peers.divide(what, whats(looks, None if rank else "cut off")) for what in ("newest", "older")]
+
+        def look(part: int, parts: int) -> str | None:
+            looks.append((part, parts))
+            alone.set()
+            return None if rank else "cut off"
+
+        peers.gather()
+        monkeypatch.setattr(peers, "_MEETING", timedelta(seconds=1))
+        if rank == 1:
+            assert alone.wait(30)
+        return [peers.divide(what, look) for what in ("newest", "older")]
 
     assert apart(work, 2) == [["cut off"] * 2, [None] * 2]
 
