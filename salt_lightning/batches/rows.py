@@ -68,7 +68,7 @@ def require_text(files: TokenFiles, split: str, block_size: int | None, val_frac
         raise ConfigError(
             f"--data.val_fraction: {val_fraction} left none of {num_documents} documents for "
             f"validation (equal ones stay together); {'raise it, ' * (num_documents > 1)}split the text into more "
-            "documents, or give --data.val_source"
+            "documents (a text file is one, as is each line of a .jsonl), or give --data.val_source"
         )
 
 

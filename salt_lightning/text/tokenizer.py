@@ -230,7 +230,8 @@ def _training_texts(corpus: Corpus, val_fraction: float) -> Iterator[str]:
     if not chars:
         raise ConfigError(
             f"--data.val_fraction: {val_fraction} left none of {num_documents} documents for training; "
-            f"{'lower it, ' * (num_documents > 1)}split the text into more documents, or give --data.val_source"
+            f"{'lower it, ' * (num_documents > 1)}split the text into more documents (a text file is one, as is each "
+            "line of a .jsonl), or give --data.val_source"
         )
     rank_zero_info(f"tokenizer: read {num_documents} documents; training on {chars / 1e6:.1f} M characters")
 
