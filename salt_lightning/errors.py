@@ -156,7 +156,9 @@ def failed_write(path: os.PathLike[str], reason: str, number: int | None, again:
     `again`: what to do once the problem is fixed.
     """
     remedy = f"fix that and {again}"
-    if number in (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR):
+    if number == errno.ENOENT:
+        remedy = "was its folder removed? Otherwise choose another folder"
+    elif number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR):
         remedy = "choose another folder"
     elif number in (None, errno.ENOSPC, errno.EDQUOT):
         remedy = f"is the disk full? Make room and {again}"

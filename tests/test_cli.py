@@ -37,7 +37,8 @@ from salt_lightning import cli
 from salt_lightning.__main__ import _imported
 from salt_lightning.checkpoint import newest
 from salt_lightning.command import wrong_names
-from salt_lightning.command.parser import _WORDS, configs_first
+from salt_lightning.command.command_line import configs_first
+from salt_lightning.command.parser import _WORDS
 from salt_lightning.command.quiet import silence_libraries
 from salt_lightning.command.settings import wrong_trainer_settings
 from salt_lightning.run import progress_bar
@@ -330,12 +331,11 @@ def test_the_progress_bar_shows_loss_weight_and_speed(settings, teacher, tmp_pat
            "data.micro_batch_size": 2, "trainer.enable_progress_bar": True, "checkpoint.at_steps": [6]}  # fmt: skip
     assert cli.main(["fit", *arguments(settings, own)]) == 0
     out = capsys.readouterr().out
-    assert re.search(r"loss=\d\.\d{3}, kd_weight=0\.5, tok/s=[\d,]+", out)
-    assert "val_ce=" in out
+    assert re.search(r"loss=\d\.\d{3}, val_ce=\d\.\d{3}, tok/s=[\d,]+, kd_weight=0\.5, ", out)
     (tmp_path / "run/checkpoints/step-00000012.ckpt").unlink()
     assert cli.main(["fit", *arguments(settings, own, {"ckpt_path": "last"})]) == 0
     for shown, first in ((out, 0), (capsys.readouterr().out, 6)):  # optimizer steps, where a step has 4 micro-batches
-        counts = set(re.findall(r"Training: .*?\| *(\d+/\S+) \[", shown)) - {"0/?"}
+        counts = set(re.findall(r"step (\d+/\S+) \[", shown))
         assert counts == {f"{step}/12" for step in range(first, 13)}
 
 
@@ -358,7 +358,7 @@ def test_a_notebooks_bar_has_a_length_and_is_drawn_as_in_a_terminal(settings, tm
     assert cli.main(["fit", *arguments(settings, own)]) == 0
     out = capsys.readouterr().out
     assert lengths == [12]
-    assert {f"{step}/12" for step in range(1, 13)} <= set(re.findall(r"Training: .*?\| *(\d+/\S+) \[", out))
+    assert {f"{step}/12" for step in range(1, 13)} <= set(re.findall(r"step (\d+/\S+) \[", out))
     assert "Validation" not in out
 
 
@@ -436,14 +436,18 @@ def test_torch_starts_no_more_threads_than_a_container_may_run(tmp_path, capsys,
         torch.set_num_threads(before)
 
 
-def test_a_log_file_holds_few_drawings_of_the_progress_bar(settings, tmp_path, capsys):
-    own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, "trainer.enable_progress_bar": True}
+def test_a_log_file_holds_few_drawings_of_the_progress_bar(settings, teacher, tmp_path, capsys):
+    own = {"run": str(tmp_path / "run"), "kd.weight": 0.5, "kd.steps": 4, "model.teacher.path": teacher,
+           "trainer.enable_progress_bar": True}  # fmt: skip
     assert cli.main(["fit", *arguments(settings, own)]) == 0
     out = capsys.readouterr().out
     assert "\r" not in out  # a collector of logs passes on whole lines
-    # 6 and the second 12: validations
-    assert re.findall(r"^Training: .*?\| *(\d+)/12 \[.*\]$", out, re.MULTILINE) == ["1", "6", "12", "12"]
+    # before a message (4: the teacher leaves; 5: what that brought), at 6 and the second 12 after a validation
+    assert re.findall(r"^step (\d+)/12 \[.*\] +\d+%$", out, re.MULTILINE) == ["1", "4", "5", "6", "12", "12"]
     assert "val_ce=" in out
+    logged = scalars(tmp_path / "run")["train/loss"]
+    for step, loss in re.findall(r"^step (\d+)/12 \[.*loss=(\d\.\d{3})", out, re.MULTILINE):
+        assert loss == f"{logged[int(step)]:.3f}"
     assert not {"Validation", "Epoch"} & set(re.findall(r"\w+", out))
 
 

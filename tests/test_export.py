@@ -654,5 +654,5 @@ def test_what_a_killed_export_left_is_deleted_by_the_next(salt, tmp_path, caplog
 
 def test_a_folder_that_cannot_be_made_is_named(salt, capsys):
     assert cli.main(["export", str(checkpoints(salt)[-1]), "/proc/none/out"]) == 1
-    said = "/proc/none/out cannot be written (No such file or directory); choose another folder"
-    assert capsys.readouterr().err.strip().splitlines()[-1] == f"error: {said}"
+    said = "cannot be written (No such file or directory); was its folder removed? Otherwise choose another folder"
+    assert capsys.readouterr().err.strip().splitlines()[-1] == f"error: /proc/none/out {said}"

@@ -282,6 +282,25 @@ def test_a_signal_to_the_whole_process_group(settings, tmp_path, number, slurm):
     assert asked is None or asked() == ["requeue 70_3"]
 
 
+def test_a_run_whose_folder_is_removed_ends_with_one_line_also_with_workers(settings, tmp_path):
+    """They are killed at exit, and torch would raise an error for each in a handler of the signal that says so."""
+    own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, "data.num_workers": 2, "trainer.max_steps": 100_000,
+           "trainer.val_check_interval": 100_000}  # fmt: skip
+    process = forked.Popen(
+        [sys.executable, "-c", "import sys; from salt_lightning.cli import main; sys.exit(main())", "fit",
+         *arguments(settings, own)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not len(scalars(tmp_path / "run").get("train/loss", {})) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    while (tmp_path / "run").exists():
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+    err = process.communicate(timeout=60)[1].strip().splitlines()
+    assert process.returncode == 1
+    assert err[-1].endswith("; was its folder removed? Otherwise choose another folder")
+    assert not [line for line in err if "Traceback" in line]
+
+
 @pytest.mark.parametrize(
     ("sent", "apart_s", "saved"),
     [([15, 15], 0, True), ([15, 15], 11, False), ([2, 15], 11, True), ([2, 15, 15], 0, True),

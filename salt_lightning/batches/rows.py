@@ -345,6 +345,8 @@ _WORKERS: WeakSet = WeakSet()
 @atexit.register
 def _end_workers() -> None:
     """Kill workers that are left after an error: they ignore the signal with which multiprocessing would end them."""
+    if _WORKERS and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise, in the middle of another exit
     for worker in _WORKERS:
         worker.kill()
 

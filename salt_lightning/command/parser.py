@@ -1,24 +1,29 @@
 """The command-line parser: an error is one line with the setting as typed, its value and what is allowed."""
 
 import argparse
-import json
-import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from itertools import pairwise
-from pathlib import Path
 from typing import Any, ClassVar
 
 import yaml
 from jsonargparse import DefaultHelpFormatter, Namespace, get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 
-from salt_lightning.command.settings import as_yaml, refuse_loops, wrong_precision
+from salt_lightning.command.command_line import (
+    CLASSES,
+    check_configs,
+    comments,
+    configs_first,
+    given_in,
+    no_mapping,
+    text_of,
+)
+from salt_lightning.command.settings import as_yaml, wrong_precision
 from salt_lightning.command.wrong_names import no_such
-from salt_lightning.errors import ConfigError, one_line, problems_of, raised, refuse
+from salt_lightning.errors import ConfigError, problems_of, raised
 
 _TYPES = {
     "int": "a whole number",
@@ -65,7 +70,7 @@ class Parser(LightningArgumentParser):
         """For errors, before parsing: jsonargparse changes the working directory while it reads a file."""
         cls.given = []
         with suppress(yaml.YAMLError, ValueError):  # e.g. a date that does not exist
-            cls.given = list(_given(args))
+            cls.given = list(given_in(args))
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         asked = getattr(ex, "subcommand_parser", None) or self
@@ -120,7 +125,7 @@ def parse(parsers: Sequence[LightningArgumentParser], args: list[str]) -> tuple[
             except Unreadable:
                 raise error from None
         given = parser.parse_args(args, defaults=False)
-    return config, given, problems + _comments(args, given)
+    return config, given, problems + comments(args, given)
 
 
 def named(problems: Iterable[str]) -> set[str]:
@@ -143,7 +148,7 @@ def _without(args: list[str], wrong: list[str]) -> list[str]:
         if name.startswith("--"):
             drops = _is_below(name.removeprefix("--"), wrong)
         if word.startswith("--config="):
-            left = _kept(yaml.safe_load(_text(value)), "", wrong)
+            left = _kept(yaml.safe_load(text_of(value)), "", wrong)
             word = f"--config={yaml.safe_dump(left, default_flow_style=True, width=sys.maxsize)}"
         if not drops:
             kept.append(word)
@@ -193,7 +198,9 @@ _WORDS = {
     "trainer.enable_checkpointing": f"{_REFUSED}: use --checkpoint.*.",
     "trainer.fast_dev_run": f"{_REFUSED}: use the verb check, or few --trainer.max_steps.",
     "trainer.limit_predict_batches": f"{_REFUSED}: use a small --data.source.",
+    "trainer.limit_test_batches": "0: no test. Other limits: use --data.val_rows.",
     "trainer.limit_train_batches": f"{_REFUSED}: use --trainer.max_steps.",
+    "trainer.limit_val_batches": "0: no validation. Other limits: use --data.val_rows.",
     "trainer.max_epochs": f"{_REFUSED}: use --trainer.max_steps.",
     "trainer.min_epochs": f"{_REFUSED}: use --trainer.min_steps.",
     "trainer.overfit_batches": f"{_REFUSED}: use a small --data.source.",
@@ -242,7 +249,7 @@ def explain(message: str, known: list[str], given: Iterable[tuple[str, str]] = (
         if single := re.match(r"Expected an? (.*?)\. Got value: (.*)$", rest):
             return f"{name} {single[2]} must be {_type_names(single[1])}"
         if group := re.match(r"Unable to load config ['\"](.*?)['\"] - ", rest):
-            return f"{name} {group[1]} must be a mapping of its settings (see --help); leave it out for the defaults"
+            return no_mapping(name, group[1])
         return f"{name}: {rest}"
     wrong = re.search(r"does not accept option '([^']+)'|unrecognized arguments: --([^\s=]+)", line)
     if wrong:
@@ -263,7 +270,7 @@ def _prefix(last: str, given: Iterable[tuple[str, str]], line: str) -> str:
 
     If several classes have such a setting, the one whose value the error (`line`) gives.
     """
-    found = [(name, value) for name, value in given if re.match(rf"{_CLASSES}\.", name) and name.endswith(f".{last}")]
+    found = [(name, value) for name, value in given if re.match(rf"{CLASSES}\.", name) and name.endswith(f".{last}")]
     return max(found, key=lambda each: line.endswith(f" value: {each[1]}"))[0].removesuffix(last) if found else ""
 
 
@@ -287,37 +294,8 @@ def _type_names(text: str) -> str:
 
 # --- all problems at once ---
 
-_CLASSES = r"trainer\.(?:strategy|callbacks|logger|plugins|profiler)"  # they take a class with its own settings
 # Matches settings that can be parsed alone: not those, nor those that stop the parser.
-_ALONE = re.compile(rf"--(?!config\b|print_config|help|{_CLASSES}\b)([\w.]+)")
-
-
-def _given(args: list[str]) -> Iterator[tuple[str, str]]:
-    """(name, value as typed) of each setting of a command line and its files."""
-    for file in _files(args):
-        yield from _leaves(yaml.safe_load(_text(file)), "")
-    for name, value in _typed(args):
-        leaves = [(name, value)]
-        if re.fullmatch(_CLASSES, name):
-            with suppress(yaml.YAMLError, ValueError):  # the parser will refuse it
-                leaves = _leaves(yaml.safe_load(value), name)
-        yield from leaves
-
-
-def _typed(args: list[str]) -> Iterator[tuple[str, str]]:
-    """(name, value) of each setting of a command line that has a value."""
-    for word, following in pairwise([*args, "--"]):
-        name, joined, value = word.partition("=")
-        if name.startswith("--") and (joined or not following.startswith("--")):
-            yield name.removeprefix("--"), value if joined else following
-
-
-def _leaves(value: Any, name: str) -> list[tuple[str, str]]:
-    if isinstance(value, dict) and value:
-        return [leaf for key, inner in value.items() for leaf in _leaves(inner, f"{name}.{key}" if name else str(key))]
-    if isinstance(value, list) and re.fullmatch(_CLASSES, name):
-        return [leaf for inner in value for leaf in _leaves(inner, name)]
-    return [(name, value if isinstance(value, str) else json.dumps(value, default=str, skipkeys=True))]
+_ALONE = re.compile(rf"--(?!config\b|print_config|help|{CLASSES}\b)([\w.]+)")
 
 
 def to_defaults(said: str, settings: Namespace, parser: LightningArgumentParser) -> set[str]:
@@ -325,139 +303,10 @@ def to_defaults(said: str, settings: Namespace, parser: LightningArgumentParser)
 
     For a setting of a class, resets the one that names the class.
     """
-    found = [re.sub(rf"^({_CLASSES})\..*", r"\1", name) for name in _begun(said)]
+    found = [re.sub(rf"^({CLASSES})\..*", r"\1", name) for name in _begun(said)]
     defaults = parser.get_defaults() if found else Namespace()
     names = [name for name in found if name in settings and name in defaults]
     changed = {name for name in names if settings[name] != defaults[name]}
     for name in changed:
         settings[name] = defaults[name]
     return changed
-
-
-# --- the files of --config, before jsonargparse reads them ---
-
-
-def check_configs(args: list[str], known: list[str]) -> None:
-    """Reads every `--config FILE` of a command line, whose settings are `known`.
-
-    Raises:
-        ConfigError: a file is missing, a folder, or not a YAML mapping in UTF-8; it has a setting twice, of which
-            YAML would silently take the last; it has an unknown empty group, which jsonargparse ignores; or a value of
-            the command line contains itself.
-    """
-    files = [value for value in _files(args) if not value.lstrip().startswith("{")]  # others contain settings
-    looks = [partial(_check_config, file, known) for file in dict.fromkeys(files)]
-    refuse(raised([*looks, *(partial(refuse_loops, *typed) for typed in _typed(args))]))
-
-
-def _comments(args: list[str], given: Namespace) -> list[str]:
-    """Problems with typed values that YAML has read as comments, and so as null."""
-    found = given[given.subcommand] if given.get("subcommand") else given
-    return [
-        f"--{name} {value!r} is a comment in YAML, so it reads as null; give null, or a value"
-        for name, value in _typed(args)
-        if value.lstrip().startswith("#") and name in found and found[name] is None
-    ]
-
-
-def configs_first(args: list[str]) -> list[str]:
-    """A command line with its files first, as --config=FILE: typed settings win wherever they stand, and later files
-    win. In jsonargparse, a file wins over settings typed before it.
-    """
-    files: list[str] = []
-    rest: list[str] = []
-    words = iter(args)
-    for word in words:
-        apart = word in ("--config", "-c")
-        joined = re.match(r"(?:--config=|-c=?)(.+)", word, re.DOTALL)
-        value = next(words, None) if apart else joined and joined[1]
-        if value is None:
-            rest.append(word)
-        else:
-            files.append(f"--config={value}")
-    verb = 1 if rest and not rest[0].startswith("-") else 0
-    return [*rest[:verb], *files, *rest[verb:]]
-
-
-def _files(args: list[str]) -> list[str]:
-    """The files, or settings in braces, of a command line from `configs_first`."""
-    return [word.removeprefix("--config=") for word in args if word.startswith("--config=")]
-
-
-def _text(file: str) -> str:
-    return file if file.lstrip().startswith("{") else Path(file).read_text(encoding="utf-8")
-
-
-def _check_config(path: str, known: list[str]) -> None:
-    setting = f"--config {path}"
-    if not os.path.isfile(path):
-        kind = "a folder" if os.path.isdir(path) else "a pipe or a device, which cannot be read again"
-        what = f"is {kind}" if os.path.exists(path) else "does not exist"
-        raise ConfigError(f"{setting} {what}; give a YAML file (those in configs/ come with the repository)")
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        node = yaml.compose(text, yaml.SafeLoader)
-        zeros = [token for token in yaml.scan(text) if "\0" in getattr(token, "value", "")]
-        yaml.safe_load(text)  # for tags and values that do not suit theirs
-        keys = list(_keys(node, ""))
-    except RecursionError as error:
-        raise ConfigError(f"{setting}: settings contain themselves, or are nested too deeply") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{setting} is not UTF-8 text; give a YAML file, e.g. configs/salt.yaml") from error
-    except (yaml.YAMLError, ValueError) as error:
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
-        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        if tag := re.search(r"constructor for the tag '(.*)'", str(problem)):
-            typed = tag[1].replace("tag:yaml.org,2002:", "!!")
-            raise ConfigError(f"{setting}{where}: tags such as {typed} are not supported; remove them") from error
-        raise ConfigError(f"{setting}{where}: not valid YAML ({one_line(problem)})") from error
-    if zeros:  # jsonargparse would take it for a file name
-        raise ConfigError(f"{setting}, line {zeros[0].start_mark.line + 1}: a value contains a zero byte; remove it")
-    if not isinstance(node, yaml.MappingNode):
-        raise ConfigError(f"{setting} is not a mapping of settings; write lines such as 'run: runs/mine'")
-    empty = [
-        (key.start_mark.line + 1, f"{key.value} is empty; indent its settings below it, or remove it")
-        for key, value in node.value
-        if value.tag.endswith(":null") and any(name.startswith(f"{key.value}.") for name in known)
-    ]
-    unknown = [no_such(name, known) for name in _empty(node, "") if not _means(name, known)]
-    refuse([*(f"{setting}, line {line}: {problem}" for line, problem in sorted([*empty, *_twice(keys)])), *unknown])
-
-
-def _means(name: str, known: list[str]) -> bool:
-    """Whether it is a setting, a group of settings, or part of a setting's value."""
-    groups = {setting.rpartition(".")[0] for setting in known if not setting.endswith(".help")}
-    parents = {name[:i] for i, letter in enumerate(name) if letter == "."}
-    return name in known or name in groups or bool(parents & (set(known) - groups))
-
-
-def _empty(node: Any, prefix: str) -> list[str]:
-    """Dotted names of the keys that hold an empty mapping."""
-    found = []
-    for key, value in node.value if isinstance(node, yaml.MappingNode) else []:
-        name = f"{prefix}{getattr(key, 'value', '')}"
-        empty = value.tag.endswith(":null") or (isinstance(value, yaml.MappingNode) and not value.value)
-        found += [name] if empty else _empty(value, f"{name}.")
-    return found
-
-
-def _twice(keys: list[tuple[str, str, int]]) -> Iterator[tuple[int, str]]:
-    """(line, problem) of each key that occurs twice, or both dotted and within its group; one would be lost."""
-    names = {name for name, *_ in keys}
-    seen = set()
-    for name, own, line in keys:
-        if name in seen and own != "<<":
-            yield line, f"{name} is set twice; remove one"
-        seen.add(name)
-        groups = [name[: len(name) - len(own) + i] for i, letter in enumerate(own) if letter == "."]
-        if group := next((group for group in groups if group in names), None):
-            yield line, f"{name} is given in addition to the mapping {group}; move it into that mapping"
-
-
-def _keys(node: Any, prefix: str) -> Iterator[tuple[str, str, int]]:
-    """(dotted name, the key itself, line) of each key, in order."""
-    for key, value in node.value if isinstance(node, yaml.MappingNode) else []:
-        own = str(getattr(key, "value", ""))
-        yield f"{prefix}{own}", own, key.start_mark.line + 1
-        if own != "<<":  # merged keys may repeat others
-            yield from _keys(value, f"{prefix}{own}.")

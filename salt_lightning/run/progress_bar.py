@@ -13,6 +13,8 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.trainer.states import TrainerFn
 
+from salt_lightning.text.progress import is_terminal
+
 
 def keep_off_bars() -> None:
     """Prints log messages on their own lines: a bar is cleared for them, and drawn again below."""
@@ -34,7 +36,7 @@ def close_bars() -> None:
 
 def _is_in_place() -> bool:
     """Whether a drawing replaces the one before."""
-    return sys.stdout.isatty() or _is_widget()
+    return is_terminal(sys.stdout) or _is_widget()
 
 
 def _is_widget() -> bool:
@@ -74,6 +76,8 @@ class ProgressBar(TQDMProgressBar):
     """
 
     TERMINAL_S, LOG_S = 0.1, 30.0  # seconds between two drawings
+    # What matters comes first: a narrow terminal cuts off the end. A log has no room for art.
+    TRAIN_FORMAT = "{desc} {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}, {rate_noinv_fmt}] {percentage:3.0f}%"
     _drawn_s = -math.inf
 
     def _should_update(self, current: int, total: int) -> bool:
@@ -84,11 +88,18 @@ class ProgressBar(TQDMProgressBar):
         return True
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: Any) -> dict[str, Any]:
-        return pl_module.progress
+        """The loss and what follows from it first; a subclass's own values last."""
+        shown: dict[str, Any] = pl_module.progress
+        return {name: shown[name] for name in ("loss", "val_ce", "tok/s", *shown) if name in shown}
+
+    @property
+    def train_description(self) -> str:
+        return "step"
 
     def init_train_tqdm(self) -> Any:
         bar = self._bar(super().init_train_tqdm, self.train_description)
         bar.unit, bar.total = " steps", self.trainer.max_steps
+        bar.bar_format = self.TRAIN_FORMAT + ("|{bar}|" if _is_in_place() else "")
         if _is_widget():  # a widget takes its length only from reset
             bar.reset(bar.total)
         bar.initial = bar.n = self.trainer.global_step
@@ -99,12 +110,13 @@ class ProgressBar(TQDMProgressBar):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         bar = self.train_progress_bar
-        bar.n = trainer.global_step  # drawn or not
+        bar.n = trainer.global_step  # drawn or not: a log message draws it, too
+        bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=False)
         if self._should_update(bar.n, bar.total):
-            bar.set_postfix(self.get_metrics(trainer, pl_module))
+            bar.refresh()
 
     def init_validation_tqdm(self) -> Any:
-        in_a_log = self.trainer.state.fn == TrainerFn.FITTING and not sys.stdout.isatty()  # each would leave a line
+        in_a_log = self.trainer.state.fn == TrainerFn.FITTING and not is_terminal(sys.stdout)  # each would leave a line
         return Tqdm(disable=True) if in_a_log else self._bar(super().init_validation_tqdm, self.validation_description)
 
     def init_sanity_tqdm(self) -> Any:

@@ -1,7 +1,9 @@
 """Progress of the preparation: one line, redrawn on a terminal, otherwise logged every 30 seconds."""
 
+import os
 import sys
 from dataclasses import dataclass
+from typing import TextIO
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from tqdm import tqdm
@@ -49,12 +51,17 @@ def _short(number: float) -> str:
     return tqdm.format_sizeof(number) if number >= 1000 else f"{number:.0f}"
 
 
+def is_terminal(stream: TextIO) -> bool:
+    """Whether a line there can be drawn again in place: TERM=dumb means that it cannot, or shall not."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
 class Progress:
     """Shows or logs the line."""
 
     def __init__(self, total_bytes: int, start: Done, doing: str = "tokenizing") -> None:
         self._start, self._total_bytes, self._doing = start, total_bytes, doing
-        self._on_terminal = sys.stderr.isatty()
+        self._on_terminal = is_terminal(sys.stderr)
         self._said_s = start.time_s
         self._bar = tqdm(bar_format="{desc}", disable=not self._on_terminal, leave=False)
 

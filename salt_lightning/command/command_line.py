@@ -1,0 +1,195 @@
+"""The words of a command line and the files of its --config, before jsonargparse reads them."""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import Namespace
+
+from salt_lightning.command.settings import refuse_loops
+from salt_lightning.command.wrong_names import no_such
+from salt_lightning.errors import ConfigError, one_line, raised, refuse
+
+CLASSES = r"trainer\.(?:strategy|callbacks|logger|plugins|profiler)"  # they take a class with its own settings
+
+
+def given_in(args: list[str]) -> Iterator[tuple[str, str]]:
+    """(name, value as typed) of each setting of a command line and its files."""
+    for file in files_in(args):
+        yield from _leaves(yaml.safe_load(text_of(file)), "")
+    for name, value in typed_in(args):
+        leaves = [(name, value)]
+        if re.fullmatch(CLASSES, name):
+            with suppress(yaml.YAMLError, ValueError):  # the parser will refuse it
+                leaves = _leaves(yaml.safe_load(value), name)
+        yield from leaves
+
+
+def typed_in(args: list[str]) -> Iterator[tuple[str, str]]:
+    """(name, value) of each setting of a command line that has a value."""
+    for word, following in pairwise([*args, "--"]):
+        name, joined, value = word.partition("=")
+        if name.startswith("--") and (joined or not following.startswith("--")):
+            yield name.removeprefix("--"), value if joined else following
+
+
+def _leaves(value: Any, name: str) -> list[tuple[str, str]]:
+    if isinstance(value, dict) and value:
+        return [leaf for key, inner in value.items() for leaf in _leaves(inner, f"{name}.{key}" if name else str(key))]
+    if isinstance(value, list) and re.fullmatch(CLASSES, name):
+        return [leaf for inner in value for leaf in _leaves(inner, name)]
+    return [(name, value if isinstance(value, str) else json.dumps(value, default=str, skipkeys=True))]
+
+
+def check_configs(args: list[str], known: list[str]) -> None:
+    """Reads every `--config FILE` of a command line, whose settings are `known`.
+
+    Raises:
+        ConfigError: a file is missing, a folder, or not a YAML mapping in UTF-8; it has a setting twice, of which
+            YAML would silently take the last; it has an unknown empty group, which jsonargparse ignores; or a value of
+            the command line contains itself.
+    """
+    files = [value for value in files_in(args) if not value.lstrip().startswith("{")]  # others contain settings
+    looks = [partial(_check_config, file, known) for file in dict.fromkeys(files)]
+    looks += [
+        partial(look, *typed) for typed in typed_in(args) for look in (refuse_loops, partial(_check_group, known))
+    ]
+    refuse(raised(looks))
+
+
+def _check_group(known: list[str], name: str, value: str) -> None:
+    """For a group of settings, jsonargparse reads a file of that name, whatever it is."""
+    if any(setting.startswith(f"{name}.") for setting in known) and os.path.isfile(value):
+        try:
+            Path(value).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(no_mapping(f"--{name}", value)) from error
+
+
+def no_mapping(name: str, value: str) -> str:
+    remedy = "leave it out for the defaults"
+    if name in ("--model.student", "--model.teacher"):
+        remedy = f"for a checkpoint, a folder or a hub name, use {name}.path"
+    elif name in ("--model", "--data"):
+        remedy = "classes of your own are used in Python (docs/extending.md)"
+    return f"{name} {value} must be a mapping of its settings (see --help); {remedy}"
+
+
+def comments(args: list[str], given: Namespace) -> list[str]:
+    """Problems with typed values that YAML has read as comments, and so as null."""
+    found = given[given.subcommand] if given.get("subcommand") else given
+    return [
+        f"--{name} {value!r} is a comment in YAML, so it reads as null; give null, or a value"
+        for name, value in typed_in(args)
+        if value.lstrip().startswith("#") and name in found and found[name] is None
+    ]
+
+
+def configs_first(args: list[str]) -> list[str]:
+    """A command line with its files first, as --config=FILE: typed settings win wherever they stand, and later files
+    win. In jsonargparse, a file wins over settings typed before it.
+    """
+    files: list[str] = []
+    rest: list[str] = []
+    words = iter(args)
+    for word in words:
+        apart = word in ("--config", "-c")
+        joined = re.match(r"(?:--config=|-c=?)(.+)", word, re.DOTALL)
+        value = next(words, None) if apart else joined and joined[1]
+        if value is None:
+            rest.append(word)
+        else:
+            files.append(f"--config={value}")
+    verb = 1 if rest and not rest[0].startswith("-") else 0
+    return [*rest[:verb], *files, *rest[verb:]]
+
+
+def files_in(args: list[str]) -> list[str]:
+    """The files, or settings in braces, of a command line from `configs_first`."""
+    return [word.removeprefix("--config=") for word in args if word.startswith("--config=")]
+
+
+def text_of(file: str) -> str:
+    return file if file.lstrip().startswith("{") else Path(file).read_text(encoding="utf-8")
+
+
+def _check_config(path: str, known: list[str]) -> None:
+    setting = f"--config {path}"
+    if not os.path.isfile(path):
+        kind = "a folder" if os.path.isdir(path) else "a pipe or a device, which cannot be read again"
+        what = f"is {kind}" if os.path.exists(path) else "does not exist"
+        raise ConfigError(f"{setting} {what}; give a YAML file (those in configs/ come with the repository)")
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        node = yaml.compose(text, yaml.SafeLoader)
+        zeros = [token for token in yaml.scan(text) if "\0" in getattr(token, "value", "")]
+        yaml.safe_load(text)  # for tags and values that do not suit theirs
+        keys = list(_keys(node, ""))
+    except RecursionError as error:
+        raise ConfigError(f"{setting}: settings contain themselves, or are nested too deeply") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{setting} is not UTF-8 text; give a YAML file, e.g. configs/salt.yaml") from error
+    except (yaml.YAMLError, ValueError) as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        if tag := re.search(r"constructor for the tag '(.*)'", str(problem)):
+            typed = tag[1].replace("tag:yaml.org,2002:", "!!")
+            raise ConfigError(f"{setting}{where}: tags such as {typed} are not supported; remove them") from error
+        raise ConfigError(f"{setting}{where}: not valid YAML ({one_line(problem)})") from error
+    if zeros:  # jsonargparse would take it for a file name
+        raise ConfigError(f"{setting}, line {zeros[0].start_mark.line + 1}: a value contains a zero byte; remove it")
+    if not isinstance(node, yaml.MappingNode):
+        raise ConfigError(f"{setting} is not a mapping of settings; write lines such as 'run: runs/mine'")
+    empty = [
+        (key.start_mark.line + 1, f"{key.value} is empty; indent its settings below it, or remove it")
+        for key, value in node.value
+        if value.tag.endswith(":null") and any(name.startswith(f"{key.value}.") for name in known)
+    ]
+    unknown = [no_such(name, known) for name in _empty(node, "") if not _means(name, known)]
+    refuse([*(f"{setting}, line {line}: {problem}" for line, problem in sorted([*empty, *_twice(keys)])), *unknown])
+
+
+def _means(name: str, known: list[str]) -> bool:
+    """Whether it is a setting, a group of settings, or part of a setting's value."""
+    groups = {setting.rpartition(".")[0] for setting in known if not setting.endswith(".help")}
+    parents = {name[:i] for i, letter in enumerate(name) if letter == "."}
+    return name in known or name in groups or bool(parents & (set(known) - groups))
+
+
+def _empty(node: Any, prefix: str) -> list[str]:
+    """Dotted names of the keys that hold an empty mapping."""
+    found = []
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else []:
+        name = f"{prefix}{getattr(key, 'value', '')}"
+        empty = value.tag.endswith(":null") or (isinstance(value, yaml.MappingNode) and not value.value)
+        found += [name] if empty else _empty(value, f"{name}.")
+    return found
+
+
+def _twice(keys: list[tuple[str, str, int]]) -> Iterator[tuple[int, str]]:
+    """(line, problem) of each key that occurs twice, or both dotted and within its group; one would be lost."""
+    names = {name for name, *_ in keys}
+    seen = set()
+    for name, own, line in keys:
+        if name in seen and own != "<<":
+            yield line, f"{name} is set twice; remove one"
+        seen.add(name)
+        groups = [name[: len(name) - len(own) + i] for i, letter in enumerate(own) if letter == "."]
+        if group := next((group for group in groups if group in names), None):
+            yield line, f"{name} is given in addition to the mapping {group}; move it into that mapping"
+
+
+def _keys(node: Any, prefix: str) -> Iterator[tuple[str, str, int]]:
+    """(dotted name, the key itself, line) of each key, in order."""
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else []:
+        own = str(getattr(key, "value", ""))
+        yield f"{prefix}{own}", own, key.start_mark.line + 1
+        if own != "<<":  # merged keys may repeat others
+            yield from _keys(value, f"{prefix}{own}.")
