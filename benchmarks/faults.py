@@ -197,7 +197,7 @@ def scenarios(shared: Path) -> dict[str, Scenario]:
     fsdp = {"trainer.strategy": "salt_lightning.parallel.FSDP2", "trainer.strategy.timeout_minutes": 0.5}
     prepared = {**fit, "data.source": str(shared / "long.jsonl"), "data.cache_dir": "CASE/cache",
                 "data.vocab_size": 400, "data.prepare_workers": 2, "trainer.max_steps": 1,
-                "trainer.val_check_interval": 1, "trainer.limit_val_batches": 2,
+                "trainer.val_check_interval": 1, "data.val_rows": 16,
                 "model.optim.warmup_steps": 0, "model.teacher.path": None, "kd.weight": 0.0}  # fmt: skip
     scored = {**data, "model.teacher.path": str(shared / "teacher")}
     shards, cache = files_of("run/scores/*"), files_of("cache/**/*")

@@ -177,7 +177,7 @@ class Check:
         if not (trains and validates):
             return []
         self.findings += data.doubts()
-        return list(data.samples(8))
+        return list(data.samples(min(8, data.micro_batch_size)))  # as fit, if they are few
 
     # --------------------------------------------------------------- models
 

@@ -63,7 +63,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 def newest(folder: str | Path, look: Callable[[Path], str | None] = damage.of) -> Path | None:
     """The checkpoint of the highest optimizer step in `folder` in which `look` finds no damage; logs the names of the
     damaged ones it skips."""
-    folder = Path(folder)
+    folder = Path(os.path.expanduser(folder))
     for unfinished in sorted(folder.glob(".step-*.tmp")):
         rank_zero_info(f"{unfinished} was never finished and is skipped")
     for _, path in reversed(saved(folder)):
@@ -281,7 +281,10 @@ class RunCheckpoint(Checkpoint):
             rank_zero_info(f"--checkpoint.export {self.export} exists already, from an earlier start")
             return
         checkpoint = self._path(trainer) if self._trained else Path(str(trainer.ckpt_path))
-        written = export(checkpoint, Path(self.export), run=Path(trainer.default_root_dir))
+        run, data = Path(trainer.default_root_dir), getattr(trainer, "datamodule", None)
+        # the command line has put it into the run's folder; there it remains, whatever becomes of another place
+        words = None if (run / "tokenizer").is_dir() else getattr(data, "tokenizer", None)
+        written = export(checkpoint, Path(self.export), tokenizer=getattr(words, "name_or_path", None), run=run)
         rank_zero_info(f"exported to {written}")
 
     def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:

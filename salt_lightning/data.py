@@ -39,6 +39,7 @@ from salt_lightning.command.settings import seed_or_global, wrong_data
 from salt_lightning.errors import ConfigError, raised, refuse, wrong_kinds
 from salt_lightning.fit.cadence import accumulation, phase1_steps, place, set_cadence
 from salt_lightning.selection import KeepRule, Plan, check_repeats, plan, scores_of
+from salt_lightning.storage.kinds import plain
 from salt_lightning.teacher.difficulty import HeldOut, find_files, read_thirds
 from salt_lightning.teacher.scores import Scored, Scores
 from salt_lightning.text.documents import Corpus
@@ -133,10 +134,11 @@ class SALTDataModule(LightningDataModule):
         self.source, self.val_source, self.test_source = map(entries, (source, val_source, test_source))
         self.hub = Hub(split, subset, revision)
         self.text_column, self.source_column, self.source_per_file = text_column, source_column, source_per_file
-        self.tokenizer_name, self.trained_vocab_size = tokenizer, vocab_size
-        self.block_size, self.isolate_documents = block_size, isolate_documents
-        self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
-        self.val_fraction, self.val_rows, self.seed = val_fraction, val_rows, seed_or_global(seed)
+        # plain: Lightning and JSON know no numbers of numpy
+        self.tokenizer_name, self.trained_vocab_size = tokenizer, plain(vocab_size)
+        self.block_size, self.isolate_documents = plain(block_size), isolate_documents
+        self.global_batch_size, self.micro_batch_size = plain((global_batch_size, micro_batch_size))
+        self.val_fraction, self.val_rows, self.seed = plain((val_fraction, val_rows, seed_or_global(seed)))
         self._unset_seed = self.seed if seed is None else None
         self.cache_dir = Path(os.path.expanduser(cache_dir))
         self.prepare_workers, self.num_workers = prepare_workers, num_workers
@@ -149,7 +151,7 @@ class SALTDataModule(LightningDataModule):
         self._groups: dict[str, tuple[Group, ...]] = {}
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._train: PackedRows | ExampleRows | None = None
-        self.stretches: Stretches = one_stretch(global_batch_size, block_size, None)
+        self.stretches: Stretches = one_stretch(self.global_batch_size, self.block_size, None)
         self._selected: Plan | None = None
         self._order: Order | Mixture | None = None
         self._shards: tuple[list[int], bool] | None = None
@@ -252,8 +254,7 @@ class SALTDataModule(LightningDataModule):
 
     def _val_share(self, setting: str) -> float:
         """The share of a source setting's documents that goes to its `val` split."""
-        of_source = 0.0 if self.val_source else self.val_fraction
-        return of_source if setting == "source" else 1.0
+        return 1.0 if setting != "source" else 0.0 if self.val_source else self.val_fraction
 
     def _folder(self, setting: str) -> Path:
         return token_folder(self._corpus(setting), self.tokenizer, self._val_share(setting), self.cache_dir)

@@ -171,6 +171,8 @@ class KDScheduleCallback(pl.Callback):
     ) -> None:
         refuse(wrong_kinds(KDScheduleCallback.__init__, locals(), "--kd."))
         self.schedule = KDSchedule(weight, steps, anneal_steps, shape)
+        if not math.isfinite(stop_margin or 0.0):
+            raise ConfigError(f"--kd.stop_margin {stop_margin} must be a finite number, or null")
         if stop_margin is None and min_steps:
             raise ConfigError(f"--kd.min_steps {min_steps} needs --kd.stop_margin")
         if min_steps < 0 or (steps is not None and min_steps >= steps > 0):

@@ -26,7 +26,8 @@ from salt_lightning.batches.mixture import Mixture, Shares, make_order
 from salt_lightning.batches.order import Order, scatter
 from salt_lightning.batches.row_set import RowSet
 from salt_lightning.errors import ConfigError, refuse, wrong_kinds
-from salt_lightning.teacher.scores import NO_LABEL, RANK_CAP, Scores, write_table
+from salt_lightning.teacher.scores import NO_LABEL as NO_LABEL
+from salt_lightning.teacher.scores import RANK_CAP, Scores, write_table
 from salt_lightning.text.processes import num_cores
 
 Masked = Literal["zero", "drop"]

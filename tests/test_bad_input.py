@@ -442,6 +442,23 @@ ERRORS = {
         {"ckpt_path": "gone.ckpt"},
         r"--ckpt_path gone.ckpt does not exist; give one of RUN/checkpoints/step-\*.ckpt, or last, which finds",
     ),
+    "a file for a group": (
+        {"model.teacher": "{bad}/latin.txt"},
+        r"--model.teacher \S+/latin.txt must be a mapping of its settings \(see "
+        r"--help\); for a checkpoint, a folder or a hub name, use --model.teacher.path$",
+    ),
+    "a folder for a group": (
+        {"model.student": "{bad}/folder"},
+        r"--model.student \S+/folder must be .*, use --model.student.path$",
+    ),
+    "a class for a group": (
+        {"model": "mine.Mine"},
+        r"--model mine.Mine must be .*; classes of your own are used in Py",
+    ),
+    "a file for another group": (
+        {"data.keep": "{bad}/latin.txt"},
+        r"keep \S+/latin.txt must be a mapping of .*; leave",
+    ),
     "a checkpoint without a name": ({"ckpt_path": ""}, r"^error: --ckpt_path '' is empty; give a .ckpt file, or last"),
     "no message": ({"data.examples.messages": []}, r"--data.examples.messages \[\] has no message; give messages"),
     "a missing text, tokenizer, selection and thirds": (
@@ -464,6 +481,12 @@ ERRORS = {
         r"--trainer.min_epochs 2: a run is counted in steps; use --",
     ),
     "limited batches": ({"trainer.limit_train_batches": 5}, r"limit_train_batches 5, .*; use --trainer.max_steps"),
+    "part of the validation": (
+        {"trainer.limit_val_batches": 2},
+        "--trainer.limit_val_batches 2 counts micro-batches, so the text that is "
+        "measured would change with --data.micro_batch_size and the number of devices; use --data.val_rows",
+    ),
+    "a share of the test": ({"trainer.limit_test_batches": 0.5}, "--trainer.limit_test_batches 0.5 counts micro-batch"),
     "rows left unscored": ({"trainer.limit_predict_batches": 0.5}, "limit_predict_batches would leave rows without"),
     "heads that do not divide": (
         {"model.student.config": {"hidden_size": 33, "num_attention_heads": 2}},

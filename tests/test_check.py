@@ -554,6 +554,15 @@ def shuffle_ids(name, tensor):
 
 
 @pytest.mark.usefixtures("no_memory")
+def test_few_rows_at_once_are_judged_as_by_fit(checked, teacher, tmp_path, fit_with, caplog):
+    own = {"model.teacher.path": teacher, "data.micro_batch_size": 2, "kd.steps": 6}
+    level, said = of(checked(**own)[1], "teacher CE")
+    assert level == "warning"
+    assert fit_with(tmp_path / "fit", **own, **{"kd.weight": 0.5}) == 0
+    assert f"warning: teacher CE: {said.partition(';')[0]}" in caplog.text
+
+
+@pytest.mark.usefixtures("no_memory")
 @pytest.mark.parametrize("change", [zero_head, randomize, shuffle_ids])
 def test_a_teacher_that_knows_nothing(checked, teacher, tmp_path, fit_with, capsys, change):
     path = damaged(teacher, tmp_path / "bad.ckpt", change)

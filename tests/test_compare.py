@@ -2080,6 +2080,9 @@ def test_a_loss_before_the_validation_changed_is_not_where_the_reference_was_rea
     assert "run was validated with more or less context from step 201 on: its losses before that are" in str(
         found.notes
     )
+    plain = write_run(tmp_path / "plain", BASELINE)
+    (plain / "config.yaml").unlink()  # of Python
+    assert "with --data" not in str(evaluate(load([baseline, plain])).notes)
     late = write_run(tmp_path / "late", {100: 4.5, 200: 3.5, 300: 3.75}, **{key: 1})
     earlier(late, 200, **{key: 2})
     assert math.isnan(evaluate(load([baseline, late])).rows[1].reached_step), "perhaps long before"

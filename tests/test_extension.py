@@ -27,7 +27,7 @@ from lightning.pytorch.callbacks import BackboneFinetuning, BatchSizeFinder, EMA
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import AsyncCheckpointIO
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, AutoModelForCausalLM, BatchEncoding, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BatchEncoding, LlamaConfig, LlamaForCausalLM
 
 import salt_lightning
 from salt_lightning import (
@@ -1203,6 +1203,22 @@ def test_a_start_in_the_folder_of_a_run_is_refused_in_python_too(data, tmp_path)
     assert sorted((tmp_path / "checkpoints").iterdir()) == there
 
 
+def test_a_home_is_one_in_python(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "step-00000006.ckpt").touch()
+    assert newest("~", look=lambda path: None) == tmp_path / "step-00000006.ckpt"
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_an_export_at_the_end_has_the_tokenizer_in_python_too(data, settings, trains, tmp_path):
+    """The command keeps it in the run's folder; here there is none."""
+    own = {key[5:]: value for key, value in settings.items() if key.startswith("data.")}
+    text = SALTDataModule(**own) if trains else data
+    save = RunCheckpoint(every_n_steps=None, export=str(tmp_path / "out"))
+    trainer(tmp_path, save, enable_checkpointing=True).fit(SALTModule(ModelSpec(config=SIZES)), text)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == text.tokenizer.get_vocab()
+
+
 # ---- numbers and kinds of values that Python gives ----------------------------------------------
 
 
@@ -1216,6 +1232,30 @@ def test_numbers_of_numpy_leave_checkpoints_that_can_be_read(teacher, data, tmp_
     assert path.name == "step-00000006.ckpt"
     assert read_checkpoint(str(path), "")["hyper_parameters"]["optim"]["lr"] == 1e-3
     assert "parameters in float32" in export(str(path), str(tmp_path / "out"), tokenizer=data.tokenizer_name)
+
+
+def test_numbers_of_numpy_are_those_of_python_in_the_data_too(settings, tmp_path):
+    """With one of numpy, Lightning would take the interval of validations for a share, and never validate."""
+
+    class Seen(pl.Callback):
+        def __init__(self):
+            self.ce = []
+
+        def on_validation_end(self, trainer, *_):
+            self.ce.append((trainer.global_step, float(trainer.callback_metrics["val/ce"])))
+
+    def fit(kind, share, every=3):
+        own = {key[5:]: kind(value) if type(value) is int else value for key, value in settings.items()
+               if key.startswith("data.")}  # fmt: skip
+        own |= {"val_fraction": share(0.25), "val_rows": kind(20), "seed": kind(5)}
+        spec = ModelSpec(config={name: kind(size) for name, size in SIZES.items()})
+        run = trainer(tmp_path, seen := Seen(), max_steps=kind(6), val_check_interval=kind(every))
+        run.fit(SALTModule(spec, seed=kind(1)), SALTDataModule(**own))
+        return seen.ce
+
+    assert fit(np.int64, np.float32) == fit(int, float)
+    assert [step for step, _ in fit(np.int32, np.float64)] == [3, 6]
+    assert [step for step, _ in fit(np.int64, np.float64, every=9)] == [6]
 
 
 class Counts(pl.Callback):
@@ -1247,6 +1287,15 @@ def test_a_checkpoint_that_is_written_later_is_no_error(data, tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (
+            lambda: SALTModule(ModelSpec(), seed=-1),
+            r"--model.seed -1 must be a whole number from 0 to 9223372036854775807",
+        ),
+        (
+            lambda: SALTModule(ModelSpec(), seed=np.uint64(1 << 63)),
+            r"--model.seed 9223372036854775808 must be a whole n",
+        ),
+        (lambda: KDScheduleCallback(steps=9, stop_margin=math.nan), "--kd.stop_margin nan must be a finite number, or"),
         (lambda: ModelSpec(SIZES), r"ModelSpec.path {.*} must be a string or None"),
         (lambda: ModelSpec(dtype=torch.float16), "ModelSpec.dtype 'float16' must be float32 or bfloat16 or None"),
         (lambda: SALTDataModule("x", keep={}), "--data.keep {} must be of class KeepRule"),

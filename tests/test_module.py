@@ -803,7 +803,7 @@ def test_the_time_of_a_run_leaves_validation_out_and_goes_on_after_a_resume(fit_
         def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx):
             time.sleep(2)
 
-    short = {"trainer.limit_val_batches": 1, "trainer.val_check_interval": 2}
+    short = {"data.val_rows": 1, "trainer.val_check_interval": 2}
     assert fit_with(tmp_path / "run", Slow(), **short, **{"trainer.max_steps": 4}) == 0
     assert fit_with(tmp_path / "run", **short, **{"trainer.max_steps": 6, "ckpt_path": "last"}) == 0
     time_s = [seconds for _, seconds in sorted(scalars(tmp_path / "run")["train/time_s"].items())]

@@ -15,6 +15,7 @@ from lightning.pytorch.accelerators import AcceleratorRegistry
 
 from salt_lightning.batches.mixture import weight_problems
 from salt_lightning.errors import ConfigError, not_a_name, one_line
+from salt_lightning.storage.kinds import plain
 
 _GROUPS = (
     *("model", "model.student", "model.student.config", "model.teacher", "model.teacher.config", "model.optim"),
@@ -68,10 +69,10 @@ def local_paths(config: Namespace) -> list[str]:
     return [f"--{name} {paths[name]} {said}" for name, said in wrong.items()]
 
 
-def wrong_seed(config: Namespace) -> list[str]:
+def wrong_seed(config: Mapping[str, Any] | Namespace) -> list[str]:
     """Seeds that torch or numpy would not take."""
     bits, wrong = {"seed_everything": 32, "model.seed": 63}, []
-    for name, seed in ((name, config.get(name)) for name in bits):
+    for name, seed in ((name, plain(config.get(name))) for name in bits if name in config):
         fits = type(seed) is int and 0 <= seed < 1 << bits[name]  # True is an int, too
         if not fits and not (name == "model.seed" and seed is None):
             wrong.append(f"--{name} {as_yaml(seed)} must be a whole number from 0 to {(1 << bits[name]) - 1}")
@@ -160,6 +161,12 @@ def wrong_counts(trainer: Mapping[str, Any] | Namespace) -> list[str]:
             f"--trainer.limit_train_batches {limit:g}, which overfit_batches and fast_dev_run also set, counts "
             "micro-batches; use --trainer.max_steps"
         )
+    wrong += [
+        f"--trainer.{name} {count:g} counts micro-batches, so the text that is measured would change with "
+        "--data.micro_batch_size and the number of devices; use --data.val_rows, or 0 for none"
+        for name in ("limit_val_batches", "limit_test_batches")
+        if (count := trainer.get(name)) is not None and count != 0 and (count != 1.0 or isinstance(count, int))
+    ]
     if epochs not in (None, 1):
         wrong.append(
             f"--trainer.check_val_every_n_epoch {epochs}: a run is one Lightning epoch; use "

@@ -196,12 +196,19 @@ def _other_text(runs: list[Run], reference: Run) -> list[str]:
                 f"{run.name} was validated {what} than {reference.name} "
                 f"({tokens:,.0f} tokens, there {there:,.0f}): {so}"
             )
-        elif unlike := [k for k in _CONTEXT if "val/ce" in run.curves and run.config.get(k) != reference.config.get(k)]:
+        elif unlike := _other_context(run, reference):
             said = ", ".join(f"--{k} {run.config.get(k)} (there {reference.config.get(k)})" for k in unlike)
             notes.append(
                 f"{run.name} was validated with {said}: the same model has another loss with less or more context"
             )
     return notes
+
+
+def _other_context(run: Run, reference: Run) -> list[str]:
+    """The settings by which two runs' last losses had more or less context; none if one has no config.yaml."""
+    if "val/ce" not in run.curves or not run.config or not reference.config:
+        return []
+    return [name for name in _CONTEXT if run.config.get(name) != reference.config.get(name)]
 
 
 def _words(run: Run) -> list[Any]:

@@ -46,7 +46,8 @@ def set_cadence(trainer: Trainer, accumulation: int) -> None:
     trainer.fit_loop.min_epochs = 0  # else min_steps means one epoch, the whole run: nothing could end it early
     trainer.accumulate_grad_batches = accumulation
     if interval is not None:
-        trainer.val_check_interval = min(interval_steps(interval, trainer.max_steps), trainer.max_steps) * accumulation
+        steps = min(interval_steps(interval, trainer.max_steps), trainer.max_steps)
+        trainer.val_check_interval = int(steps) * accumulation  # int: Lightning takes a number of numpy for a share
 
 
 _REFUSED: dict[type[Callback], str] = {

@@ -22,6 +22,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from salt_lightning.errors import ConfigError, is_out_of_memory, one_line, refuse, wrong_kinds
 from salt_lightning.hugging_face import folders
+from salt_lightning.storage.kinds import plain
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -55,7 +56,7 @@ class ModelSpec:
         if isinstance(self.dtype, torch.dtype):
             object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
         refuse(wrong_kinds(ModelSpec, vars(self), "ModelSpec."))
-        object.__setattr__(self, "config", deepcopy(self.config))  # the caller may go on to change it
+        object.__setattr__(self, "config", plain(deepcopy(self.config)))  # the caller may go on to change it
         if self.path is not None:  # in Python it may be a Path, or have a ~ that no shell has expanded
             object.__setattr__(self, "path", os.path.expanduser(self.path))
 
