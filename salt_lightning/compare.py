@@ -3,6 +3,8 @@
 import math
 import os
 import re
+import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -321,7 +323,7 @@ def _path(typed: str) -> Path:
 
 def main(argv: list[str]) -> int:
     """`compare RUN RUN ... [--out DIR] [--baseline RUN]`: prints the table, writes the files."""
-    parser = VerbParser(prog="cli.py compare", description="Table and figure of several runs, finished or running.")
+    parser = VerbParser("compare", description="Table and figure of several runs, finished or running.")
     parser.add_argument("runs", metavar="RUN", nargs="+", type=_path, help="a run's folder, e.g. runs/salt")
     parser.add_argument(
         "--out",
@@ -338,6 +340,8 @@ def main(argv: list[str]) -> int:
     common = os.path.commonpath([path.absolute().parent for path in args.runs])
     out = args.out if args.out is not None else Path(os.path.relpath(common))
     comparison = compare(args.runs, out, args.baseline)
-    print(printable_lines(report.markdown(comparison)))
+    text = report.markdown(comparison)
+    shown = report.narrowed(text, shutil.get_terminal_size().columns) if sys.stdout.isatty() else text
+    print(printable_lines(shown))
     print(printable(f"written: {out / 'compare.md'}, {out / 'compare.json'}, {out / 'compare.png'}"))
     return 0

@@ -194,8 +194,17 @@ def not_a_name() -> str:
     return f"cannot be used while Python takes names for {encoding}; set PYTHONUTF8=1"
 
 
+def program() -> str:
+    """The command as it was installed or started, for messages that name another one to run."""
+    names = {"salt-lightning": "salt-lightning", "__main__.py": "python -m salt_lightning"}
+    return names.get(os.path.basename(sys.argv[0]), "cli.py")
+
+
 class VerbParser(argparse.ArgumentParser):
     """Argument parser of a verb that needs no trainer: an error is one line, without the usage text."""
+
+    def __init__(self, verb: str, description: str) -> None:
+        super().__init__(prog=f"{program()} {verb}", description=description)
 
     def parse_args(self, args: Sequence[str], namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
         if odd := [word for word in args if re.search("[\ud800-\udfff]", word)]:  # bytes that are no text

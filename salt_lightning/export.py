@@ -298,7 +298,7 @@ def verify(folder: Path) -> None:
 
 def main(argv: list[str]) -> int:
     """`export CKPT DIR [--dtype D] [--tokenizer T]`: writes the folder, and prints what it contains."""
-    parser = VerbParser(prog="cli.py export", description="Write a checkpoint's student as a Hugging Face folder.")
+    parser = VerbParser("export", description="Write a checkpoint's student as a Hugging Face folder.")
     parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="runs/NAME/checkpoints/step-XXXXXXXX.ckpt")
     parser.add_argument("target", metavar="DIR", type=Path, help="folder to write; it must not exist")
     parser.add_argument("--dtype", choices=list(DTYPES), help="dtype of the weights (default: as trained)")

@@ -216,8 +216,8 @@ def _check_options(accuracy: str, temperature: float, budget_gib: float, chunk_t
         raise ConfigError(f"teacher_temperature={temperature} must be above 0, and finite")
     if not 0 < budget_gib < math.inf:
         raise ConfigError(f"logits_budget_gib={budget_gib} must be above 0, and finite")
-    if chunk_tokens is not None and chunk_tokens < 1:
-        raise ConfigError(f"chunk_tokens={chunk_tokens} must be at least 1, or None for the budget")
+    if chunk_tokens is not None and not (isinstance(chunk_tokens, int) and chunk_tokens >= 1):
+        raise ConfigError(f"chunk_tokens={chunk_tokens} must be a whole number of at least 1, or None for the budget")
 
 
 def _check_side(name: str, hidden_ND: Tensor, head_VD: Tensor, bias_V: Tensor | None) -> None:

@@ -25,7 +25,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from salt_lightning.batches.mixture import Mixture, Shares, make_order
 from salt_lightning.batches.order import Order, scatter
 from salt_lightning.batches.row_set import RowSet
-from salt_lightning.errors import ConfigError, refuse, wrong_kinds
+from salt_lightning.errors import ConfigError, program, refuse, wrong_kinds
 from salt_lightning.teacher.scores import NO_LABEL as NO_LABEL
 from salt_lightning.teacher.scores import RANK_CAP, Scores, write_table
 from salt_lightning.text.processes import num_cores
@@ -240,7 +240,7 @@ def scores_of(selection: str | None, rule: KeepRule) -> Scores | None:
         return Scores(Path(selection), "--data.selection")
     usual = vars(KeepRule())
     given = [f"--data.keep.{name} {value}" for name, value in vars(rule).items() if usual.get(name, rule) != value]
-    refuse(f"{setting} needs --data.selection, the folder of a run of `cli.py predict`" for setting in given)
+    refuse(f"{setting} needs --data.selection, the folder of a run of `{program()} predict`" for setting in given)
     return None
 
 
@@ -283,7 +283,7 @@ def _of_shards(scores: Scores, score: Callable[[np.ndarray, np.ndarray], np.ndar
     if missing := scores.missing():
         raise ConfigError(
             f"{scores.setting}: {scores.run} lacks {len(missing)} of {scores.scored.num_shards} shards of scores; run "
-            "the same `cli.py predict` again, it continues where it stopped"
+            f"the same `{program()} predict` again, it continues where it stopped"
         )
     with ThreadPoolExecutor(min(8, num_cores())) as pool:
         return np.concatenate(list(pool.map(of_shard, range(scores.scored.num_shards))))

@@ -472,6 +472,7 @@ ERRORS = {
         r"^error: --trainer.accelerator tpu: torch \S+ finds no such device here; use auto, [^;]*; "
         r"--data.block_size: 1 must be 2 or more, and below 2\*\*31$",
     ),
+    "a column without a name": ({"data.text_column": ""}, r"--data.text_column: '' names no column$"),
     "no column of text": ({"data.text_column": []}, r"--data.text_column: \[\] names no column$"),
     "an abbreviation": ({"trainer.max_step": 3}, r"max_step"),
     "validation interval of zero": ({"trainer.val_check_interval": 0}, r"--trainer.val_check_interval 0 must be"),

@@ -99,6 +99,7 @@ def test_help_says_what_this_project_does(capsys):
         assert re.search(rf"--trainer.{name} \S+ Cannot be set in this project: ", text), name
     assert "--ckpt_path CKPT_PATH A checkpoint (.ckpt), or last: the newest undamaged checkpoint in the run's" in text
     assert not re.search("Default: ``|known subclasses", text)  # Lightning's: other than those here
+    assert not re.findall(r"--(?:run|model|data|kd|checkpoint|answers)[\w.]* [A-Z_]\S* \(", text)  # with no word on it
     assert text.index("The model to train") < text.index("--kd.weight") < text.index("--trainer.strategy")
     assert re.match(r"usage: \S+ fit \[--config FILE\]... \[--SETTING VALUE\]... Trains a student", text)
     assert len(wrong_trainer_settings(Namespace(**REFUSED))) == len(REFUSED)
@@ -611,9 +612,13 @@ def test_a_plugin_of_the_user_is_used(tmp_path, form):
     build(f"--run={tmp_path}", f"--trainer.plugins={plugin}")
 
 
-def test_a_pattern_without_quotes_is_explained(capsys):
+def test_a_pattern_without_quotes_is_explained(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "b.jsonl").touch()
     assert run(["fit", "--data.source", "a.jsonl", "b.jsonl"]) == 2
     assert "unrecognized arguments: b.jsonl; put a glob in quotes, 'my_text/*.jsonl'" in one_line(capsys)
+    assert run(["fit", "-V"]) == 2
+    assert one_line(capsys).endswith("unrecognized arguments: -V")
 
 
 def test_a_command_in_python_leaves_the_warnings_as_they_were(capsys):

@@ -1288,6 +1288,21 @@ def test_a_run_without_config_is_of_unknown_method(three):
     assert all(group.changed == {} for group in evaluate(load(three), baseline="salt").groups)
 
 
+def test_on_a_narrow_terminal_a_wide_table_has_a_column_per_run(three):
+    text = report.markdown(evaluate(load(three)))
+    wide = max(map(len, text.splitlines()))
+    table = text.partition("\n\n")[2].partition("\n\n")[2].partition("\n\n")[0]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    shown = report.narrowed(text, 80)
+    turned = [[cell.strip() for cell in line.split("|")[1:-1]] for line in shown.splitlines() if line[:1] == "|"]
+    assert turned[0] == [cells[0][0], *(row[0] for row in cells[2:])]
+    assert [*map(list, zip(cells[0], *cells[2:], strict=True))] == [turned[0], *turned[2 : len(cells[0]) + 1]]
+    assert max(len(line) for line in shown.splitlines() if line[:1] == "|") <= 80
+    assert report.narrowed(text, wide) == text
+    odd = "| a | b |\n|--|--|\n| x|y | 1 |\n"
+    assert report.narrowed(odd, 5) == odd
+
+
 def test_main_prints_the_table_and_writes_three_files(three, tmp_path, capsys):
     assert main([*map(str, three), "--baseline", "salt"]) == 0
     printed = capsys.readouterr().out

@@ -1296,6 +1296,10 @@ def test_a_checkpoint_that_is_written_later_is_no_error(data, tmp_path):
             r"--model.seed 9223372036854775808 must be a whole n",
         ),
         (lambda: KDScheduleCallback(steps=9, stop_margin=math.nan), "--kd.stop_margin nan must be a finite number, or"),
+        (
+            lambda: SALTModule({"configs": SIZES}),
+            "a ModelSpec has no 'configs'; it has path, revision, family, config, ",
+        ),
         (lambda: ModelSpec(SIZES), r"ModelSpec.path {.*} must be a string or None"),
         (lambda: ModelSpec(dtype=torch.float16), "ModelSpec.dtype 'float16' must be float32 or bfloat16 or None"),
         (lambda: SALTDataModule("x", keep={}), "--data.keep {} must be of class KeepRule"),

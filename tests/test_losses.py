@@ -611,6 +611,7 @@ def test_errors_say_what_does_not_fit():
         (wrong(case, num_tokens=-1), "num_tokens=-1 .* at least 0"),
         (wrong(case, num_tokens=math.nan), "num_tokens=nan"),
         (wrong(case, chunk_tokens=0), "chunk_tokens=0"),
+        (wrong(case, chunk_tokens=2.5), "chunk_tokens=2.5 must be a whole number"),
         (wrong(case, student_hidden_ND=torch.zeros(N, D).half()), "float16"),
     ]
     for arguments, message in bad:

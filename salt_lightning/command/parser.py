@@ -1,6 +1,7 @@
 """The command-line parser: an error is one line with the setting as typed, its value and what is allowed."""
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -260,7 +261,7 @@ def explain(message: str, known: list[str], given: Iterable[tuple[str, str]] = (
         if prefix := _prefix(other[1], given, line):
             return no_such(other[1], [name for name in known if name != "help"], prefix)
         return f"a class of --trainer.* has no argument {other[1]}"
-    if line.startswith("unrecognized arguments: "):
+    if line.startswith("unrecognized arguments: ") and any(map(os.path.exists, line.split()[2:])):
         line += "; put a glob in quotes, 'my_text/*.jsonl', or the shell expands it to several words"
     return line
 

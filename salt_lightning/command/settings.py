@@ -273,7 +273,7 @@ def wrong_data(data: Any) -> list[str]:
         ("block_size", data.block_size, 2 <= data.block_size < 2**31, "must be 2 or more, and below 2**31"),
         ("val_fraction", data.val_fraction, share_fits, "must be between 0 and 1, unless --data.val_source is given"),
         ("val_rows", data.val_rows, data.val_rows is None or data.val_rows >= 1, "must be 1 or more, or null"),
-        ("text_column", data.text_column, data.text_column != [], "names no column"),
+        ("text_column", data.text_column, bool(data.text_column), "names no column"),
         ("source_per_file", True, one_source, "and --data.source_column both define sources; give one of them"),
     ]  # fmt: skip
     at_least = {"global_batch_size": 1, "micro_batch_size": 1, "seed": 0, "prepare_workers": 0, "num_workers": 0}

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from itertools import cycle, product
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -20,12 +20,13 @@ from salt_lightning.run.curves import THIRDS
 from salt_lightning.run.runlog import Run
 
 UNITS = ((1e21, "ZFLOP"), (1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"))
-# Okabe and Ito's palette without black and yellow: distinguishable with any kind of color vision.
+# After Okabe and Ito: distinguishable with any kind of color vision. Orange and sky blue are darker, for white paper.
 REFERENCE_COLOUR = "#444444"
-COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-# used in turn when the colors run out
+COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#9A6A00", "#3A93C9")
 STYLES: tuple[Any, ...] = ("-", ":", "-.", (0, (1, 3)), (0, (5, 1, 1, 1, 1, 1)))
 LEAVES, DASHES = "a teacher leaves", (0, (4, 3))
+# in grey, the colors are hardly distinguishable: the style changes with each; 5 and 6 of them make 30 different looks
+LOOKS = [(STYLES[i % len(STYLES)], COLOURS[i % len(COLOURS)]) for i in range(len(STYLES) * len(COLOURS))]
 COUNTS = re.compile(r"\w+/(tokens|examples)")  # tags of validate and test, fully matched: a source may be called tokens
 MOST_PARTS = 12  # columns of a table that is still readable as text
 FIRST_SHOWN = 0.25  # the figure cuts off the fall in this first share of the steps, which would flatten the rest
@@ -55,6 +56,24 @@ def table(columns: dict[str, list[str]], text: tuple[str, ...] = ()) -> str:
 
     rule = (f"{'-' * (width + 1)}{'-' if name in text else ':'}" for width, name in zip(widths, columns, strict=True))
     return "\n".join([line(lines[0]), f"|{'|'.join(rule)}|", *map(line, lines[1:])])
+
+
+def narrowed(text: str, width: int) -> str:
+    """A Markdown text with the rows and columns of its tables exchanged where they are wider than `width` characters
+    and narrower that way."""
+
+    def narrow(found: re.Match[str]) -> str:
+        lines = found[0].splitlines()
+        names, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in (lines[0], *lines[2:])]
+        if len(lines[0]) <= width or any(len(row) != len(names) for row in rows):  # a name with a |
+            return found[0]
+        first, *others = zip(names, *rows, strict=True)
+        head = list(dict.fromkeys(first))
+        columns = {name: [other[i] for other in others] for i, name in enumerate(head)}
+        turned = table(columns, text=(head[0],)) + "\n"
+        return turned if len(head) == len(first) and turned.index("\n") < len(lines[0]) else found[0]
+
+    return re.sub(r"(?:^\|.*\|\n){3,}", narrow, text, flags=re.MULTILINE)
 
 
 def evaluation(metrics: Mapping[str, Any]) -> str:
@@ -330,10 +349,10 @@ def _panel(ax: Axes, comparison: Comparison, axis: str, divisor: float) -> None:
     rows = {row.run: row for row in comparison.rows}
     level = comparison.reference_val_ce
     ax.axhline(level, color=REFERENCE_COLOUR, lw=0.6, label="final CE of the reference")
-    looks, methods = list(product(STYLES, COLOURS)), {row.method for row in comparison.rows}
+    methods = {row.method for row in comparison.rows}
     # these look the same in every figure, whatever else is in it
-    known = {method: look for method, look in zip(("SALT step", "RKD"), looks[:2], strict=True) if method in methods}
-    others = cycle([look for look in looks if look not in known.values()])
+    known = {method: look for method, look in zip(("SALT step", "RKD"), LOOKS[:2], strict=True) if method in methods}
+    others = cycle([look for look in LOOKS if look not in known.values()])
     noted: list[tuple[float, str, str]] = []
     width = 1.0 if any(len(group.runs) > 1 for group in comparison.groups) else 2.0
     for group in comparison.groups:

@@ -75,7 +75,8 @@ def _how_to_load(name: str, tokenizer: str | None) -> str:
         rest = f', subfolder="{tokenizer}")  # transformers would misread it beside the model' if tokenizer else ")"
         classes += ", AutoTokenizer"
         lines.append(f'tokenizer = AutoTokenizer.from_pretrained("{name}"{rest}')
-    return "\n".join(["```python", f"from transformers import {classes}", "", *lines, "```"])
+    where = f"# {name}: this folder's path, or its name on the hub"
+    return "\n".join(["```python", f"from transformers import {classes}", "", where, *lines, "```"])
 
 
 def _as_trained(checkpoint: dict[str, Any], run: Run | None) -> Run:

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -68,6 +68,8 @@ class ModelSpec:
             ConfigError: it is something else, e.g. a model.
         """
         if isinstance(spec, dict):
+            names = [f.name for f in fields(cls)]
+            refuse(f"a ModelSpec has no {name!r}; it has {', '.join(names)}" for name in spec if name not in names)
             return cls(**folders.without_code(spec, "the checkpoint"))
         if isinstance(spec, str | os.PathLike):
             return cls(path=os.fspath(spec))

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from lightning.pytorch.utilities import rank_zero_info
 
-from salt_lightning.errors import ConfigError, first_line, writing
+from salt_lightning.errors import ConfigError, first_line, program, writing
 from salt_lightning.metrics import TokenMetrics
 from salt_lightning.run.curves import THIRDS
 from salt_lightning.teacher.scores import write_table
@@ -72,8 +72,8 @@ def find_files(place: Path, verb: str) -> list[Path]:
     files = [place] if place.is_file() else [file for v in (*verbs, "") if (file := place / v / _FILE).is_file()]
     if not files:
         raise ConfigError(
-            f"--data.difficulty {place}: no validate/{_FILE} in it; to write it, run `cli.py validate --run {place} "
-            "--ckpt_path last` with the teacher's config and the --data settings of this run"
+            f"--data.difficulty {place}: no validate/{_FILE} in it; to write it, run `{program()} validate "
+            f"--run {place} --ckpt_path last` with the teacher's config and the --data settings of this run"
         )
     return files
 
@@ -124,7 +124,7 @@ def _read(file: Path) -> tuple[pa.Table, str, dict[str, Any]]:
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
         reason = first_line(error)
     raise ConfigError(
-        f"--data.difficulty {file} is damaged or was not written by `cli.py validate` ({reason}); run that again"
+        f"--data.difficulty {file} is damaged or was not written by `{program()} validate` ({reason}); run that again"
     )
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from salt_lightning.errors import ConfigError, first_line, writing
+from salt_lightning.errors import ConfigError, first_line, program, writing
 from salt_lightning.text.journal import whole, write_json
 
 NO_LABEL = 65535
@@ -75,7 +75,7 @@ class Scores:
         path = self.run / "scores.json"
         if not path.is_file():
             raise ConfigError(
-                f"{setting}: {path} does not exist; give the folder of a run of `cli.py predict`, e.g. runs/score"
+                f"{setting}: {path} does not exist; give the folder of a run of `{program()} predict`, e.g. runs/score"
             )
         try:
             self.manifest: dict[str, Any] = json.loads(path.read_text())
@@ -135,7 +135,7 @@ class Scores:
         if other:
             raise ConfigError(
                 f"{self.setting} {self.run} holds scores that do not fit {' and '.join(other)}; "
-                + ("choose another --run" if self.setting == "--run" else "score this data with `cli.py predict` first")
+                + ("choose another --run" if self.setting == "--run" else f"`{program()} predict` this data first")
             )
 
     def path(self, shard: int) -> Path:
