@@ -60,6 +60,7 @@ class SALTModule(extension.Guarded):
         ConfigError: for a setting out of range, a teacher that does not fit, a checkpoint of another student.
     """
 
+    student: CausalLM
     teacher: CausalLM | None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -165,7 +166,7 @@ class SALTModule(extension.Guarded):
         self._ndim = {f"student.{name}": p.ndim for name, p in lm.named_parameters()}
         if self.hparams["activation_checkpointing"]:
             parallel.recompute_activations(lm)
-        self.student = parallel.distribute(lm, strategy, self.hparams["compile"])
+        self.student = parallel.distribute(lm, strategy, self.hparams["compile"])  # type: ignore[assignment]
 
     def extend_student(self, lm: CausalLM) -> None:
         """For a subclass: adds its own parts (`lm.NAME = ...`) before the student is moved and sharded."""
@@ -424,7 +425,7 @@ class SALTModule(extension.Guarded):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self._trainer is not None:  # Lightning tells the path no earlier
-            extension.require_as_written(self.trainer.ckpt_path, "ckpt_path")
+            extension.require_loadable(self.trainer)
         require_same(checkpoint, type(self).__name__, self.hparams["student"], self._data, self.state_dict)
         self._loaded_step = checkpoint["global_step"]
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:

@@ -48,6 +48,7 @@ from salt_lightning.fit.extension import Unchecked, seed_random
 from salt_lightning.models import read_checkpoint
 from salt_lightning.selection import KeepRule
 from salt_lightning.teacher.scores import NO_LABEL, Scores
+from salt_lightning.teacher.scoring import ScoreWriter
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
 BLOCKS = re.findall(r"^## ([^\n]+)\n(?:(?!^##).)*?```python\n(.*?)```", PAGE, re.S | re.M)
@@ -1207,6 +1208,13 @@ def test_a_home_is_one_in_python(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "step-00000006.ckpt").touch()
     assert newest("~", look=lambda path: None) == tmp_path / "step-00000006.ckpt"
+
+
+def test_a_checkpoint_for_predict_in_python_is_refused_as_by_the_command(data, teacher, tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"^ckpt_path \S+: predict scores with the teacher; give SALTModule that one$"
+    ):
+        trainer(tmp_path, ScoreWriter()).predict(SALTModule(ModelSpec(config=SIZES), teacher), data, ckpt_path=teacher)
 
 
 @pytest.mark.parametrize("trains", [True, False])

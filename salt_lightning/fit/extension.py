@@ -18,6 +18,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
@@ -169,6 +170,13 @@ def require_callbacks(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
             "trained ones; resume with that callback (--trainer.callbacks EMAWeightAveraging), or start a new run from "
             "the averaged weights with --model.student.path"
         )
+
+
+def require_loadable(trainer: Trainer) -> None:
+    """Raises ConfigError for a checkpoint that is given to predict, which has no student, or that is damaged."""
+    if trainer.state.fn == TrainerFn.PREDICTING:  # the command says so before
+        raise ConfigError(f"ckpt_path {trainer.ckpt_path}: predict scores with the teacher; give SALTModule that one")
+    require_as_written(trainer.ckpt_path, "ckpt_path")
 
 
 def require_as_written(path: Any, setting: str) -> None:
