@@ -299,6 +299,9 @@ def _type_names(text: str) -> str:
 _ALONE = re.compile(rf"--(?!config\b|print_config|help|{CLASSES}\b)([\w.]+)")
 
 
+_STAND_INS = {"data.source": "."}  # for settings whose default is refused, too
+
+
 def to_defaults(said: str, settings: Namespace, parser: LightningArgumentParser) -> set[str]:
     """Resets each setting that begins a problem of `said` to its default; returns those that it changed.
 
@@ -306,8 +309,8 @@ def to_defaults(said: str, settings: Namespace, parser: LightningArgumentParser)
     """
     found = [re.sub(rf"^({CLASSES})\..*", r"\1", name) for name in _begun(said)]
     defaults = parser.get_defaults() if found else Namespace()
-    names = [name for name in found if name in settings and name in defaults]
-    changed = {name for name in names if settings[name] != defaults[name]}
+    good = {name: _STAND_INS.get(name, defaults[name]) for name in found if name in settings and name in defaults}
+    changed = {name for name, value in good.items() if settings[name] != value}
     for name in changed:
-        settings[name] = defaults[name]
+        settings[name] = good[name]
     return changed
