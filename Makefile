@@ -22,6 +22,8 @@ cache/demo/corpus.jsonl: configs/demo/corpus.py | .venv/installed
 	$(BIN)/python $< $@
 
 demo: .venv/installed cache/demo/corpus.jsonl
+	@$(BIN)/python -c 'import fcntl, glob; [fcntl.lockf(open(f, "a"), fcntl.LOCK_EX | fcntl.LOCK_NB) for f in glob.glob("$(DEMO)/*/.lock")]' 2>/dev/null \
+		|| { echo "error: $(DEMO) is in use by another make demo; wait until it ends, or set another SEED"; exit 1; }
 	rm -rf $(DEMO)
 	@for run in teacher baseline salt rkd; do \
 		echo "--- $$run"; \
