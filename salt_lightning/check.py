@@ -177,7 +177,7 @@ class Check:
         if not (trains and validates):
             return []
         self.findings += data.doubts()
-        return list(data.samples(min(8, data.micro_batch_size)))  # as fit, if they are few
+        return list(data.samples(min(8, data.micro_batch_size)))  # fit judges by its micro-batches
 
     # --------------------------------------------------------------- models
 

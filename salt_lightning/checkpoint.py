@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from salt_lightning import preflight
 from salt_lightning.errors import ConfigError, refuse, wrong_kinds
@@ -281,10 +283,18 @@ class RunCheckpoint(Checkpoint):
             rank_zero_info(f"--checkpoint.export {self.export} exists already, from an earlier start")
             return
         checkpoint = self._path(trainer) if self._trained else Path(str(trainer.ckpt_path))
-        run, data = Path(trainer.default_root_dir), getattr(trainer, "datamodule", None)
-        # the command line has put it into the run's folder; there it remains, whatever becomes of another place
-        words = None if (run / "tokenizer").is_dir() else getattr(data, "tokenizer", None)
-        written = export(checkpoint, Path(self.export), tokenizer=getattr(words, "name_or_path", None), run=run)
+        run, words = Path(trainer.default_root_dir), None
+        if not (run / "tokenizer").is_dir():  # where the command line has put it
+            with suppress(Exception):  # of the user's own data
+                words = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
+        with_words = partial(export, checkpoint, Path(self.export), run=run)
+        try:
+            written = with_words(tokenizer=words if isinstance(words, PreTrainedTokenizerBase) else None)
+        except ConfigError as error:
+            if words is None:
+                raise
+            rank_zero_warn(f"{error}; exported without a tokenizer")
+            written = with_words()
         rank_zero_info(f"exported to {written}")
 
     def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:

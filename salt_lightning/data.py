@@ -112,7 +112,7 @@ class SALTDataModule(LightningDataModule):
             global_batch_size: Rows per optimizer step, over all devices and accumulated micro-batches.
             micro_batch_size: Rows per micro-batch on each device.
             val_fraction: Share of documents kept for validation, chosen by a hash of their text.
-            val_rows: Validate on at most this many rows, evenly spaced.
+            val_rows: Validate, or test, on at most this many rows, evenly spaced.
             difficulty: Folder of a run (the teacher's) in which `validate` or `test` has measured the same held-out
                 text: its loss splits the documents into an easy, a medium and a hard third (val/ce/easy ...).
             seed: Seed for the order of the training rows. null: the one of seed_everything.
@@ -136,7 +136,7 @@ class SALTDataModule(LightningDataModule):
         self.text_column, self.source_column, self.source_per_file = text_column, source_column, source_per_file
         # plain: Lightning and JSON know no numbers of numpy
         self.tokenizer_name, self.trained_vocab_size = tokenizer, plain(vocab_size)
-        self.block_size, self.isolate_documents = plain(block_size), isolate_documents
+        self.block_size, self.isolate_documents = plain((block_size, isolate_documents))
         self.global_batch_size, self.micro_batch_size = plain((global_batch_size, micro_batch_size))
         self.val_fraction, self.val_rows, self.seed = plain((val_fraction, val_rows, seed_or_global(seed)))
         self._unset_seed = self.seed if seed is None else None

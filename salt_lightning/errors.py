@@ -196,8 +196,10 @@ def not_a_name() -> str:
 
 def program() -> str:
     """The command as it was installed or started, for messages that name another one to run."""
-    names = {"salt-lightning": "salt-lightning", "__main__.py": "python -m salt_lightning"}
-    return names.get(os.path.basename(sys.argv[0]), "cli.py")
+    started = next(iter(getattr(sys, "argv", ())), "")  # there may be none in an embedded Python
+    if started.endswith(os.path.join("salt_lightning", "__main__.py")):
+        return "python -m salt_lightning"
+    return "salt-lightning" if os.path.basename(started) == "salt-lightning" else "cli.py"
 
 
 class VerbParser(argparse.ArgumentParser):

@@ -12,6 +12,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -59,7 +60,7 @@ def export(
     checkpoint: Path,
     target: Path,
     dtype: torch.dtype | None = None,
-    tokenizer: str | None = None,
+    tokenizer: str | PreTrainedTokenizerBase | None = None,
     run: Path | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> str:
@@ -69,7 +70,7 @@ def export(
         checkpoint: of this project, a file or a folder.
         target: will be a complete export, or not exist.
         dtype: of the weights; None: as trained.
-        tokenizer: folder or hub name; None: the run's own.
+        tokenizer: folder or hub name, or the tokenizer itself; None: the run's own.
         run: the run's folder, for tokenizer and model card; None: the one that contains the checkpoint.
         max_file_bytes: size of a weight file. Takes up to three times that in memory, plus three times the largest
             tensor of a sharded checkpoint.
@@ -144,17 +145,20 @@ def _described(state: Any, dtype: torch.dtype | None) -> dict[str, Tensor]:
 
 
 def _tokenizer(
-    saved: dict[str, Any], model: PreTrainedModel, name: str | Path | None
+    saved: dict[str, Any], model: PreTrainedModel, given: str | Path | PreTrainedTokenizerBase | None
 ) -> PreTrainedTokenizerBase | None:
-    """The tokenizer `name`, which must be the one that the student was trained with."""
-    if name is None:
+    """The tokenizer, or that of a name, which must be the one that the student was trained with."""
+    if given is None:
         return None
-    tokenizer = load_tokenizer(str(name), "export: --tokenizer")
+    if isinstance(given, str | Path):
+        tokenizer, name = load_tokenizer(str(given), "export: --tokenizer"), f" {given}"
+    else:
+        tokenizer, name = deepcopy(given), ""  # its padding token may be set below
     trained_with = saved.get("tokenizer")
     if len(tokenizer) > model.config.vocab_size or trained_with not in (None, tokenizer_fingerprint(tokenizer)):
         raise ConfigError(
-            f"export: --tokenizer {name} is not the one that this student was trained with: its {len(tokenizer)} token "
-            "ids mean something else; use the run's own, RUN/tokenizer"
+            f"export: --tokenizer{name} is not the one that this student was trained with: its "
+            f"{len(tokenizer)} token ids mean something else; use the run's own, RUN/tokenizer"
         )
     return tokenizer
 

@@ -16,6 +16,7 @@ Shapes: N tokens, V vocabulary, D student width, E teacher width, C rows of a ch
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from numbers import Integral
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -216,7 +217,7 @@ def _check_options(accuracy: str, temperature: float, budget_gib: float, chunk_t
         raise ConfigError(f"teacher_temperature={temperature} must be above 0, and finite")
     if not 0 < budget_gib < math.inf:
         raise ConfigError(f"logits_budget_gib={budget_gib} must be above 0, and finite")
-    if chunk_tokens is not None and not (isinstance(chunk_tokens, int) and chunk_tokens >= 1):
+    if chunk_tokens is not None and not (isinstance(chunk_tokens, Integral) and chunk_tokens >= 1):
         raise ConfigError(f"chunk_tokens={chunk_tokens} must be a whole number of at least 1, or None for the budget")
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from salt_lightning import flops, models, parallel
 from salt_lightning.checkpoint import how_to_go_on
-from salt_lightning.command.settings import seed_or_global, wrong_seed
+from salt_lightning.command.settings import seed_or_global
 from salt_lightning.data import SALTDataModule
 from salt_lightning.errors import ConfigError, NonFiniteLossError, refuse, wrong_kinds
 from salt_lightning.fit import alike, cadence, extension
@@ -80,7 +80,7 @@ class SALTModule(extension.Guarded):
         seed: int | None = None,
     ) -> None:
         student, teacher, optim = ModelSpec.of(student), ModelSpec.of(teacher), OptimSpec.of(optim)
-        refuse(wrong_kinds(SALTModule.__init__, locals(), "--model.") or wrong_seed({"model.seed": seed}))
+        refuse(wrong_kinds(SALTModule.__init__, locals(), "--model."))
         super().__init__()
         self.student_spec, self.teacher_spec, self.optim_spec = student, teacher, optim
         self._unset_seed = seed_or_global(None) if seed is None else None

@@ -447,6 +447,10 @@ ERRORS = {
         r"--model.teacher \S+/latin.txt must be a mapping of its settings \(see "
         r"--help\); for a checkpoint, a folder or a hub name, use --model.teacher.path$",
     ),
+    "a file for a group in a file": (
+        {"config": "{model: {teacher: {bad}/latin.txt}}"},
+        r"^error: a file is named where a mapping of settings belongs",
+    ),
     "a folder for a group": (
         {"model.student": "{bad}/folder"},
         r"--model.student \S+/folder must be .*, use --model.student.path$",
@@ -472,6 +476,10 @@ ERRORS = {
         r"^error: --trainer.accelerator tpu: torch \S+ finds no such device here; use auto, [^;]*; "
         r"--data.block_size: 1 must be 2 or more, and below 2\*\*31$",
     ),
+    "a list with a column without a name": (
+        {"data.text_column": ["text", ""]},
+        r"text_column: \['text', ''\] names no co",
+    ),
     "a column without a name": ({"data.text_column": ""}, r"--data.text_column: '' names no column$"),
     "no column of text": ({"data.text_column": []}, r"--data.text_column: \[\] names no column$"),
     "an abbreviation": ({"trainer.max_step": 3}, r"max_step"),
@@ -484,8 +492,8 @@ ERRORS = {
     "limited batches": ({"trainer.limit_train_batches": 5}, r"limit_train_batches 5, .*; use --trainer.max_steps"),
     "part of the validation": (
         {"trainer.limit_val_batches": 2},
-        "--trainer.limit_val_batches 2 counts micro-batches, so the text that is "
-        "measured would change with --data.micro_batch_size and the number of devices; use --data.val_rows",
+        "--trainer.limit_val_batches 2 counts micro-batches, so what is measured "
+        "would depend on --data.micro_batch_size and the number of devices; use --data.val_rows",
     ),
     "a share of the test": ({"trainer.limit_test_batches": 0.5}, "--trainer.limit_test_batches 0.5 counts micro-batch"),
     "rows left unscored": ({"trainer.limit_predict_batches": 0.5}, "limit_predict_batches would leave rows without"),

@@ -332,7 +332,7 @@ def test_the_progress_bar_shows_loss_weight_and_speed(settings, teacher, tmp_pat
            "data.micro_batch_size": 2, "trainer.enable_progress_bar": True, "checkpoint.at_steps": [6]}  # fmt: skip
     assert cli.main(["fit", *arguments(settings, own)]) == 0
     out = capsys.readouterr().out
-    assert re.search(r"loss=\d\.\d{3}, val_ce=\d\.\d{3}, tok/s=[\d,]+, kd_weight=0\.5, ", out)
+    assert re.search(r"loss=\d\.\d{3}, val_ce=\d\.\d{3}, tok/s=[\d,]+, kd_weight=0\.5\] ", out)
     (tmp_path / "run/checkpoints/step-00000012.ckpt").unlink()
     assert cli.main(["fit", *arguments(settings, own, {"ckpt_path": "last"})]) == 0
     for shown, first in ((out, 0), (capsys.readouterr().out, 6)):  # optimizer steps, where a step has 4 micro-batches
@@ -619,6 +619,18 @@ def test_a_pattern_without_quotes_is_explained(tmp_path, monkeypatch, capsys):
     assert "unrecognized arguments: b.jsonl; put a glob in quotes, 'my_text/*.jsonl'" in one_line(capsys)
     assert run(["fit", "-V"]) == 2
     assert one_line(capsys).endswith("unrecognized arguments: -V")
+
+
+def test_the_command_goes_by_the_name_that_started_it(capsys, monkeypatch):
+    """Not so another program that calls it: `python -m pytest` has a __main__.py, too."""
+    ours = "python -m salt_lightning"
+    for argv, name in (
+        (["/usr/bin/salt-lightning", "fit"], "salt-lightning"), (["x/salt_lightning/__main__.py"], ours),
+        (["x/pytest/__main__.py"], "cli.py"), (["cli.py"], "cli.py"), ([], "cli.py"),
+    ):  # fmt: skip
+        monkeypatch.setattr(sys, "argv", argv)
+        assert run(["compare", "--help"]) == 0
+        assert capsys.readouterr().out.startswith(f"usage: {name} compare"), argv
 
 
 def test_a_command_in_python_leaves_the_warnings_as_they_were(capsys):

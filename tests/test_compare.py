@@ -1299,6 +1299,7 @@ def test_on_a_narrow_terminal_a_wide_table_has_a_column_per_run(three):
     assert [*map(list, zip(cells[0], *cells[2:], strict=True))] == [turned[0], *turned[2 : len(cells[0]) + 1]]
     assert max(len(line) for line in shown.splitlines() if line[:1] == "|") <= 80
     assert report.narrowed(text, wide) == text
+    assert report.narrowed("x\n\n" + table, 40).count("| run") == 1
     odd = "| a | b |\n|--|--|\n| x|y | 1 |\n"
     assert report.narrowed(odd, 5) == odd
 

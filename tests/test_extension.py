@@ -1211,10 +1211,67 @@ def test_a_home_is_one_in_python(tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_for_predict_in_python_is_refused_as_by_the_command(data, teacher, tmp_path):
-    with pytest.raises(
-        ConfigError, match=r"^ckpt_path \S+: predict scores with the teacher; give SALTModule that one$"
-    ):
+    with pytest.raises(ConfigError, match=r"^ckpt_path \S+: predict scores with the teacher; give it as SALTModule"):
         trainer(tmp_path, ScoreWriter()).predict(SALTModule(ModelSpec(config=SIZES), teacher), data, ckpt_path=teacher)
+
+
+def test_predict_of_ones_own_may_load_a_checkpoint(data, tmp_path):
+    class Hidden(SALTModule):
+        def predict_step(self, batch, batch_idx):
+            return self.student.model(batch["input_ids"]).logits.shape
+
+    run = trainer(tmp_path, SAVE)
+    run.fit(module := Hidden(ModelSpec(config=SIZES)), data)
+    data.setup("fit")
+    found = run.predict(module, data.val_dataloader(), ckpt_path=str(newest(tmp_path / "checkpoints")))
+    assert found[0][:2] == (4, 32)
+
+
+class Words(pl.LightningDataModule):
+    """Data of the user's own, with a tokenizer that was changed after it was read."""
+
+    def __init__(self, data: SALTDataModule, words):
+        super().__init__()
+        self.data, self._words = data, words
+
+    @property
+    def tokenizer(self):
+        if self._words is None:
+            raise RuntimeError("not yet")
+        return self._words
+
+    def train_dataloader(self):
+        return self.data.train_dataloader()
+
+
+@pytest.mark.parametrize(
+    ("kind", "vocab", "there"), [("more", 303, True), ("too many", 300, False), ("none", 300, False)]
+)
+def test_an_export_at_the_end_takes_what_tokenizer_it_can(data, kind, vocab, there, tmp_path, recwarn):
+    """No run fails at its end for a tokenizer; and it is the one in use, not the one of its folder."""
+    data.prepare_data()
+    data.setup("fit")
+    words = AutoTokenizer.from_pretrained(data.tokenizer_name)
+    words.add_tokens(["<x1>", "<x2>", "<x3>"])
+    save = RunCheckpoint(every_n_steps=None, export=str(tmp_path / "out"))
+    own = Words(data, None if kind == "none" else words)
+    spec = ModelSpec(config={**SIZES, "vocab_size": vocab})
+    run = trainer(
+        tmp_path,
+        save,
+        max_steps=2,
+        accumulate_grad_batches=2,
+        limit_val_batches=0,
+        val_check_interval=None,
+        enable_checkpointing=True,
+    )
+    run.fit(SALTModule(spec), own)
+    assert (tmp_path / "out/config.json").exists()
+    assert (tmp_path / "out/tokenizer.json").exists() == there
+    if there:
+        assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == 303
+    warned = [str(w.message) for w in recwarn if "exported without a tokenizer" in str(w.message)]
+    assert len(warned) == (kind == "too many")
 
 
 @pytest.mark.parametrize("trains", [True, False])
@@ -1264,6 +1321,12 @@ def test_numbers_of_numpy_are_those_of_python_in_the_data_too(settings, tmp_path
     assert fit(np.int64, np.float32) == fit(int, float)
     assert [step for step, _ in fit(np.int32, np.float64)] == [3, 6]
     assert [step for step, _ in fit(np.int64, np.float64, every=9)] == [6]
+    run = trainer(tmp_path, val_check_interval=np.float32(0.5))
+    run.fit(
+        SALTModule(ModelSpec(config=SIZES)),
+        SALTDataModule(**{k[5:]: v for k, v in settings.items() if k[:5] == "data."}),
+    )
+    assert run.val_check_interval == 3
 
 
 class Counts(pl.Callback):
@@ -1295,18 +1358,10 @@ def test_a_checkpoint_that_is_written_later_is_no_error(data, tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (
-            lambda: SALTModule(ModelSpec(), seed=-1),
-            r"--model.seed -1 must be a whole number from 0 to 9223372036854775807",
-        ),
-        (
-            lambda: SALTModule(ModelSpec(), seed=np.uint64(1 << 63)),
-            r"--model.seed 9223372036854775808 must be a whole n",
-        ),
         (lambda: KDScheduleCallback(steps=9, stop_margin=math.nan), "--kd.stop_margin nan must be a finite number, or"),
         (
             lambda: SALTModule({"configs": SIZES}),
-            "a ModelSpec has no 'configs'; it has path, revision, family, config, ",
+            "a model has no settings configs, only path, revision, family, config, ",
         ),
         (lambda: ModelSpec(SIZES), r"ModelSpec.path {.*} must be a string or None"),
         (lambda: ModelSpec(dtype=torch.float16), "ModelSpec.dtype 'float16' must be float32 or bfloat16 or None"),
@@ -1594,7 +1649,7 @@ def test_a_validation_step_that_keeps_its_losses_for_itself(data, teacher, tmp_p
     ("callback", "message"),
     [
         (lambda: ModelPruning("l1_unstructured"), "ModelPruning is not supported: it collects what to prune before"),
-        (BatchSizeFinder, "BatchSizeFinder is not supported: `cli.py check` reports"),
+        (BatchSizeFinder, "BatchSizeFinder is not supported: the verb check reports"),
         (BackboneFinetuning, "BackboneFinetuning is not supported: it thaws parts"),
     ],
 )

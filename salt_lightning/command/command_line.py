@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from codecs import getincrementaldecoder
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
@@ -66,11 +67,15 @@ def check_configs(args: list[str], known: list[str]) -> None:
 
 def _check_group(known: list[str], name: str, value: str) -> None:
     """For a group of settings, jsonargparse reads a file of that name, whatever it is."""
-    if any(setting.startswith(f"{name}.") for setting in known) and os.path.isfile(value):
-        try:
-            Path(value).read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ConfigError(no_mapping(f"--{name}", value)) from error
+    if not any(setting.startswith(f"{name}.") for setting in known) or not os.path.exists(value):
+        return
+    try:
+        if not os.path.isdir(value) and not os.path.isfile(value):  # a pipe: reading would wait
+            raise ConfigError(no_mapping(f"--{name}", value))
+        with suppress(OSError), open(value, "rb") as file:  # of a checkpoint, the beginning is enough
+            getincrementaldecoder("utf-8")().decode(file.read(1 << 16))
+    except UnicodeDecodeError as error:
+        raise ConfigError(no_mapping(f"--{name}", value)) from error
 
 
 def no_mapping(name: str, value: str) -> str:

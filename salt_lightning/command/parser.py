@@ -24,7 +24,7 @@ from salt_lightning.command.command_line import (
 )
 from salt_lightning.command.settings import as_yaml, wrong_precision
 from salt_lightning.command.wrong_names import no_such
-from salt_lightning.errors import ConfigError, problems_of, raised
+from salt_lightning.errors import ConfigError, problems_of, program, raised
 
 _TYPES = {
     "int": "a whole number",
@@ -61,7 +61,9 @@ class Parser(LightningArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # No abbreviations: --trainer.max_step would be taken for max_steps.
-        super().__init__(*args, **{"allow_abbrev": False, "formatter_class": HelpFormatter, **kwargs})
+        super().__init__(
+            *args, **{"allow_abbrev": False, "formatter_class": HelpFormatter, "prog": program(), **kwargs}
+        )
 
     given: ClassVar[list[tuple[str, str]]] = []  # (name, value) of each setting as typed
     _one_by_one = False
@@ -101,6 +103,11 @@ def readable() -> Iterator[None]:
         yield
     except Unreadable as error:
         raise ConfigError(str(error)) from None
+    except UnicodeDecodeError as error:  # jsonargparse has read the file that a value of a group names
+        raise ConfigError(
+            "a file is named where a mapping of settings belongs (model, model.teacher, data, kd ...), and it is not "
+            "text; for a checkpoint, use --model.teacher.path or --model.student.path"
+        ) from error
 
 
 def parse(parsers: Sequence[LightningArgumentParser], args: list[str]) -> tuple[Namespace, Namespace, list[str]]:
@@ -261,7 +268,7 @@ def explain(message: str, known: list[str], given: Iterable[tuple[str, str]] = (
         if prefix := _prefix(other[1], given, line):
             return no_such(other[1], [name for name in known if name != "help"], prefix)
         return f"a class of --trainer.* has no argument {other[1]}"
-    if line.startswith("unrecognized arguments: ") and any(map(os.path.exists, line.split()[2:])):
+    if line.startswith("unrecognized arguments: ") and any(map(os.path.isfile, line.split()[2:])):
         line += "; put a glob in quotes, 'my_text/*.jsonl', or the shell expands it to several words"
     return line
 

@@ -15,7 +15,6 @@ from lightning.pytorch.accelerators import AcceleratorRegistry
 
 from salt_lightning.batches.mixture import weight_problems
 from salt_lightning.errors import ConfigError, not_a_name, one_line
-from salt_lightning.storage.kinds import plain
 
 _GROUPS = (
     *("model", "model.student", "model.student.config", "model.teacher", "model.teacher.config", "model.optim"),
@@ -69,10 +68,10 @@ def local_paths(config: Namespace) -> list[str]:
     return [f"--{name} {paths[name]} {said}" for name, said in wrong.items()]
 
 
-def wrong_seed(config: Mapping[str, Any] | Namespace) -> list[str]:
+def wrong_seed(config: Namespace) -> list[str]:
     """Seeds that torch or numpy would not take."""
     bits, wrong = {"seed_everything": 32, "model.seed": 63}, []
-    for name, seed in ((name, plain(config.get(name))) for name in bits if name in config):
+    for name, seed in ((name, config.get(name)) for name in bits):
         fits = type(seed) is int and 0 <= seed < 1 << bits[name]  # True is an int, too
         if not fits and not (name == "model.seed" and seed is None):
             wrong.append(f"--{name} {as_yaml(seed)} must be a whole number from 0 to {(1 << bits[name]) - 1}")
@@ -162,8 +161,8 @@ def wrong_counts(trainer: Mapping[str, Any] | Namespace) -> list[str]:
             "micro-batches; use --trainer.max_steps"
         )
     wrong += [
-        f"--trainer.{name} {count:g} counts micro-batches, so the text that is measured would change with "
-        "--data.micro_batch_size and the number of devices; use --data.val_rows, or 0 for none"
+        f"--trainer.{name} {count:g} counts micro-batches, so what is measured would depend on --data.micro_batch_size "
+        "and the number of devices; use --data.val_rows, or 0 for none (null undoes it)"
         for name in ("limit_val_batches", "limit_test_batches")
         if (count := trainer.get(name)) is not None and count != 0 and (count != 1.0 or isinstance(count, int))
     ]
@@ -273,7 +272,7 @@ def wrong_data(data: Any) -> list[str]:
         ("block_size", data.block_size, 2 <= data.block_size < 2**31, "must be 2 or more, and below 2**31"),
         ("val_fraction", data.val_fraction, share_fits, "must be between 0 and 1, unless --data.val_source is given"),
         ("val_rows", data.val_rows, data.val_rows is None or data.val_rows >= 1, "must be 1 or more, or null"),
-        ("text_column", data.text_column, bool(data.text_column), "names no column"),
+        ("text_column", data.text_column, bool(data.text_column) and all(data.text_column), "names no column"),
         ("source_per_file", True, one_source, "and --data.source_column both define sources; give one of them"),
     ]  # fmt: skip
     at_least = {"global_batch_size": 1, "micro_batch_size": 1, "seed": 0, "prepare_workers": 0, "num_workers": 0}

@@ -25,7 +25,8 @@ REFERENCE_COLOUR = "#444444"
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#9A6A00", "#3A93C9")
 STYLES: tuple[Any, ...] = ("-", ":", "-.", (0, (1, 3)), (0, (5, 1, 1, 1, 1, 1)))
 LEAVES, DASHES = "a teacher leaves", (0, (4, 3))
-# in grey, the colors are hardly distinguishable: the style changes with each; 5 and 6 of them make 30 different looks
+# In grey, the colors are hardly distinguishable, so the style changes with each: up to five are told apart by it alone.
+# As 5 and 6 have no common divisor, there are 30 looks.
 LOOKS = [(STYLES[i % len(STYLES)], COLOURS[i % len(COLOURS)]) for i in range(len(STYLES) * len(COLOURS))]
 COUNTS = re.compile(r"\w+/(tokens|examples)")  # tags of validate and test, fully matched: a source may be called tokens
 MOST_PARTS = 12  # columns of a table that is still readable as text
@@ -70,10 +71,10 @@ def narrowed(text: str, width: int) -> str:
         first, *others = zip(names, *rows, strict=True)
         head = list(dict.fromkeys(first))
         columns = {name: [other[i] for other in others] for i, name in enumerate(head)}
-        turned = table(columns, text=(head[0],)) + "\n"
+        turned = table(columns, text=(head[0],))
         return turned if len(head) == len(first) and turned.index("\n") < len(lines[0]) else found[0]
 
-    return re.sub(r"(?:^\|.*\|\n){3,}", narrow, text, flags=re.MULTILINE)
+    return re.sub(r"^\|.*\|(?:\n\|.*\|){2,}$", narrow, text, flags=re.MULTILINE)
 
 
 def evaluation(metrics: Mapping[str, Any]) -> str:

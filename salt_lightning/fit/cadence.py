@@ -23,6 +23,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from salt_lightning.command.settings import wrong_clipping, wrong_counts
 from salt_lightning.errors import ConfigError, refuse, require_length
 from salt_lightning.schedule import interval_steps, kd_callbacks
+from salt_lightning.storage.kinds import plain
 
 # What the user gave the trainer, before `setup` overwrites it with micro-batches (setup may run twice).
 _CADENCE: "WeakKeyDictionary[Trainer, tuple[int, int | float | None]]" = WeakKeyDictionary()
@@ -37,7 +38,7 @@ def set_cadence(trainer: Trainer, accumulation: int) -> None:
         ConfigError: the trainer has its own accumulation or limit, or no run length.
     """
     accumulate, interval = _CADENCE.setdefault(
-        trainer, (trainer.accumulate_grad_batches, getattr(trainer, "val_check_interval", None))
+        trainer, plain((trainer.accumulate_grad_batches, getattr(trainer, "val_check_interval", None)))
     )
     limits = {name: getattr(trainer, name) for name in ("limit_train_batches", "check_val_every_n_epoch")}
     refuse(wrong_counts({"accumulate_grad_batches": accumulate, "val_check_interval": interval, **limits}))
@@ -59,7 +60,7 @@ _REFUSED: dict[type[Callback], str] = {
     BaseFinetuning: "it thaws parts at later epochs, and a run has only one; freeze what shall stay as it is with "
     "requires_grad_(False) in extend_student (docs/extending.md)",
     ModelPruning: "it collects what to prune before the student is built; prune an exported model",
-    BatchSizeFinder: "`cli.py check` reports which --data.micro_batch_size fits",
+    BatchSizeFinder: "the verb check reports which --data.micro_batch_size fits",
 }
 
 

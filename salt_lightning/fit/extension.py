@@ -173,9 +173,11 @@ def require_callbacks(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
 
 
 def require_loadable(trainer: Trainer) -> None:
-    """Raises ConfigError for a checkpoint that is given to predict, which has no student, or that is damaged."""
-    if trainer.state.fn == TrainerFn.PREDICTING:  # the command says so before
-        raise ConfigError(f"ckpt_path {trainer.ckpt_path}: predict scores with the teacher; give SALTModule that one")
+    """Raises ConfigError for a checkpoint that is damaged, or given to predict, which builds no student."""
+    if trainer.state.fn == TrainerFn.PREDICTING and not hasattr(trainer.lightning_module, "student"):
+        raise ConfigError(
+            f"ckpt_path {trainer.ckpt_path}: predict scores with the teacher; give it as SALTModule(..., teacher=...)"
+        )
     require_as_written(trainer.ckpt_path, "ckpt_path")
 
 

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from salt_lightning.errors import ConfigError, is_out_of_memory, one_line, refuse, wrong_kinds
+from salt_lightning.errors import ConfigError, few, is_out_of_memory, one_line, refuse, wrong_kinds
 from salt_lightning.hugging_face import folders
 from salt_lightning.storage.kinds import plain
 
@@ -56,7 +56,7 @@ class ModelSpec:
         if isinstance(self.dtype, torch.dtype):
             object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
         refuse(wrong_kinds(ModelSpec, vars(self), "ModelSpec."))
-        object.__setattr__(self, "config", plain(deepcopy(self.config)))  # the caller may go on to change it
+        object.__setattr__(self, "config", plain(deepcopy(dict(self.config))))  # the caller may go on to change it
         if self.path is not None:  # in Python it may be a Path, or have a ~ that no shell has expanded
             object.__setattr__(self, "path", os.path.expanduser(self.path))
 
@@ -68,8 +68,8 @@ class ModelSpec:
             ConfigError: it is something else, e.g. a model.
         """
         if isinstance(spec, dict):
-            names = [f.name for f in fields(cls)]
-            refuse(f"a ModelSpec has no {name!r}; it has {', '.join(names)}" for name in spec if name not in names)
+            if unknown := [name for name in spec if name not in (names := [f.name for f in fields(cls)])]:
+                raise ConfigError(f"a model has no settings {few(unknown)}, only {', '.join(names)}")
             return cls(**folders.without_code(spec, "the checkpoint"))
         if isinstance(spec, str | os.PathLike):
             return cls(path=os.fspath(spec))

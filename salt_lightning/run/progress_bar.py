@@ -48,10 +48,13 @@ class _Lines(Tqdm):
     """A bar in a log: each drawing is a line, as a collector of logs passes on whole lines only."""
 
     disable: bool
+    values: Callable[[], dict[str, Any]] = dict  # read when it is drawn, e.g. for a log message
     _shown: tuple[Any, ...] = (0, None)
 
     def display(self, *args: Any, **kwargs: Any) -> bool:
         """Writes a line if something has changed; also called where a bar is drawn again."""
+        if values := self.values():
+            self.set_postfix(values, refresh=False)
         if (self.n, self.postfix) != self._shown:
             self._shown = self.n, self.postfix
             self.fp.write(f"{self}\n")
@@ -77,7 +80,7 @@ class ProgressBar(TQDMProgressBar):
 
     TERMINAL_S, LOG_S = 0.1, 30.0  # seconds between two drawings
     # What matters comes first: a narrow terminal cuts off the end. A log has no room for art.
-    TRAIN_FORMAT = "{desc} {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}, {rate_noinv_fmt}] {percentage:3.0f}%"
+    TRAIN_FORMAT = "{desc} {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}] {percentage:3.0f}%"
     _drawn_s = -math.inf
 
     def _should_update(self, current: int, total: int) -> bool:
@@ -100,6 +103,8 @@ class ProgressBar(TQDMProgressBar):
         bar = self._bar(super().init_train_tqdm, self.train_description)
         bar.unit, bar.total = " steps", self.trainer.max_steps
         bar.bar_format = self.TRAIN_FORMAT + ("|{bar}|" if _is_in_place() else "")
+        if isinstance(bar, _Lines):
+            bar.values = partial(self.get_metrics, self.trainer, self.trainer.lightning_module)
         if _is_widget():  # a widget takes its length only from reset
             bar.reset(bar.total)
         bar.initial = bar.n = self.trainer.global_step
@@ -111,9 +116,8 @@ class ProgressBar(TQDMProgressBar):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         bar = self.train_progress_bar
         bar.n = trainer.global_step  # drawn or not: a log message draws it, too
-        bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=False)
         if self._should_update(bar.n, bar.total):
-            bar.refresh()
+            bar.set_postfix(self.get_metrics(trainer, pl_module))
 
     def init_validation_tqdm(self) -> Any:
         in_a_log = self.trainer.state.fn == TrainerFn.FITTING and not is_terminal(sys.stdout)  # each would leave a line
