@@ -340,8 +340,8 @@ def main(argv: list[str]) -> int:
     common = os.path.commonpath([path.absolute().parent for path in args.runs])
     out = args.out if args.out is not None else Path(os.path.relpath(common))
     comparison = compare(args.runs, out, args.baseline)
-    text = report.markdown(comparison)
-    shown = report.narrowed(text, shutil.get_terminal_size().columns) if sys.stdout.isatty() else text
+    text, on_terminal = report.markdown(comparison), getattr(sys.stdout, "isatty", bool)()  # a notebook's may have none
+    shown = report.narrowed(text, shutil.get_terminal_size().columns) if on_terminal else text
     print(printable_lines(shown))
     print(printable(f"written: {out / 'compare.md'}, {out / 'compare.json'}, {out / 'compare.png'}"))
     return 0
