@@ -94,7 +94,7 @@ def test_scores_of_something_else_are_refused(scores, change, named):
     if set(change) <= {"teacher", "precision"}:
         used.require(replace(SCORED, teacher="", precision=""))
     else:
-        with pytest.raises(ConfigError, match=f"--data.selection .*{named}.*`cli.py predict` this data first"):
+        with pytest.raises(ConfigError, match=f"--data.selection .*{named}.*score this data with `cli.py predict`"):
             used.require(replace(SCORED, teacher="", precision="", **change))
 
 

@@ -133,9 +133,10 @@ class Scores:
             keys = [key for key in keys if key != "teacher"]
         other = [_MEANING[key] for key in keys if key != "num_rows" or keys == ["num_rows"]]  # it follows from the rest
         if other:
+            score = f"score this data with `{program()} predict` first"
             raise ConfigError(
                 f"{self.setting} {self.run} holds scores that do not fit {' and '.join(other)}; "
-                + ("choose another --run" if self.setting == "--run" else f"`{program()} predict` this data first")
+                f"{'choose another --run' if self.setting == '--run' else score}"
             )
 
     def path(self, shard: int) -> Path:
