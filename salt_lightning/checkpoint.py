@@ -308,8 +308,7 @@ class RunCheckpoint(Checkpoint):
         launcher = trainer.strategy.launcher
         if isinstance(exception, KeyboardInterrupt) and isinstance(launcher, _MultiProcessingLauncher):
             peers.await_stop(launcher.procs)
-        for process in getattr(launcher, "procs", ()):
-            process.kill()
+        peers.end_started(launcher)
         peers.abandon(trainer)
 
     def _path(self, trainer: pl.Trainer) -> Path:

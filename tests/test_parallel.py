@@ -539,6 +539,7 @@ sys.path[:0] = [{tests!r}]
 import ranks
 from salt_lightning.run import peers
 peers._backend = lambda: "nccl"
+peers._destroy_dist_connection = distributed._destroy_dist_connection  # imported before
 atexit.register(distributed._destroy_dist_connection)
 
 class Fails(Callback):
@@ -653,11 +654,22 @@ def test_a_rank_that_nobody_joins_ends_at_the_time_out(settings, tmp_path):
     assert limit_s <= seen_s["error"] - seen_s["Initializing distributed"] < limit_s + peers._SLACK_S + 3
 
 
+_WATCHED = """
+import atexit, sys, time
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
+_ChildProcessObserver.__init__.__defaults__ = (0.01,)  # s between two looks, instead of 5
+atexit.register(time.sleep, 1)
+from salt_lightning.cli import main
+sys.exit(main())
+"""
+
+
 @pytest.mark.parametrize("strategy", [{}, {"trainer.strategy": "ddp_fork"}])
 def test_an_error_of_all_ranks_is_one_line(strategy, settings, tmp_path):
-    process = start(
-        settings, {"run": str(tmp_path / "run"), "data.block_size": 10**6, "data.micro_batch_size": 2, **strategy}
-    )
+    """Though the first kills the second, and Lightning then kills the first if it sees that before the end."""
+    (tmp_path / "cli.py").write_text(_WATCHED)
+    own = {"run": str(tmp_path / "run"), "data.block_size": 10**6, "data.micro_batch_size": 2, **strategy}
+    process = start(settings, own, tmp_path / "cli.py", PYTHONPATH=str(ROOT))
     code, output = end(process)
     assert code == 2
     assert output.count("error: ") == 1

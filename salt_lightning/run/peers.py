@@ -41,7 +41,7 @@ _STARTER = "SALT_LIGHTNING_STARTER"  # variable for the processes that Lightning
 _SEEN = "SALT_LIGHTNING_SEEN"  # environment variable: what that process has looked at and found right
 _MEETING = timedelta(minutes=5)  # longer than the first process may wait for an earlier start to end
 _LOOKING = timedelta(minutes=30)  # one may read from a slower disk; afterwards, connecting waits as long
-_GRACE_S = 30.0  # after success, the first process may end a little before the others
+_GRACE_S = 30.0  # after success, the first process may end a little before the others; after an error, in all
 
 
 def rank() -> int:
@@ -422,6 +422,22 @@ def await_stop(processes: Sequence[BaseProcess]) -> None:
             "newest checkpoint",
             file=sys.stderr,
         )
+
+
+def end_started(launcher: Any) -> None:
+    """Kills the processes that this one started, on an error that is still to be reported.
+
+    Lightning's observer, a thread that looks every 5 s, would find them dead and kill this process, too, perhaps before
+    the report. So it is left nobody to look at, and this process has longer to end by itself.
+    """
+    if isinstance(launcher, _SubprocessScriptLauncher) and launcher.procs:
+        watched, launcher.procs = launcher.procs, list(launcher.procs)
+        watched.clear()
+        timer = threading.Timer(_GRACE_S, os.kill, (os.getpid(), signal.SIGKILL))
+        timer.daemon = True
+        timer.start()
+    for process in getattr(launcher, "procs", ()):
+        process.kill()
 
 
 _ABANDONED = False  # this process has abandoned the others
