@@ -286,10 +286,11 @@ class RunCheckpoint(Checkpoint):
         run, words = Path(trainer.default_root_dir), None
         if not (run / "tokenizer").is_dir():  # where the command line has put it
             with suppress(Exception):  # of the user's own data
-                words = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
+                found = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
+                words = found if isinstance(found, PreTrainedTokenizerBase) else None
         with_words = partial(export, checkpoint, Path(self.export), run=run)
         try:
-            written = with_words(tokenizer=words if isinstance(words, PreTrainedTokenizerBase) else None)
+            written = with_words(tokenizer=words)
         except ConfigError as error:
             if words is None:
                 raise

@@ -145,6 +145,11 @@ _MOST_DEVICES = 1 << 20
 _PRECISIONS = ("32", "32-true", "bf16", "bf16-mixed", "bf16-true")
 
 
+def _is_part(limit: Any) -> bool:
+    """Whether a limit of batches leaves some out: 1 is one, 1.0 is all."""
+    return limit not in (None, 1.0) or isinstance(limit, int)
+
+
 def wrong_counts(trainer: Mapping[str, Any] | Namespace) -> list[str]:
     """Lightning's settings that count micro-batches, epochs or time, while a run counts optimizer steps."""
     accumulate, limit = trainer.get("accumulate_grad_batches"), trainer.get("limit_train_batches")
@@ -155,7 +160,7 @@ def wrong_counts(trainer: Mapping[str, Any] | Namespace) -> list[str]:
             f"--trainer.accumulate_grad_batches {accumulate} follows from --data.global_batch_size, "
             "--data.micro_batch_size and the number of ranks; leave it out"
         )
-    if limit not in (None, 1.0) or isinstance(limit, int):  # 1: one, 1.0: all
+    if _is_part(limit):
         wrong.append(
             f"--trainer.limit_train_batches {limit:g}, which overfit_batches and fast_dev_run also set, counts "
             "micro-batches; use --trainer.max_steps"
@@ -164,7 +169,7 @@ def wrong_counts(trainer: Mapping[str, Any] | Namespace) -> list[str]:
         f"--trainer.{name} {count:g} counts micro-batches, so what is measured would depend on --data.micro_batch_size "
         "and the number of devices; use --data.val_rows, or 0 for none (null undoes it)"
         for name in ("limit_val_batches", "limit_test_batches")
-        if (count := trainer.get(name)) is not None and count != 0 and (count != 1.0 or isinstance(count, int))
+        if _is_part(count := trainer.get(name)) and count != 0
     ]
     if epochs not in (None, 1):
         wrong.append(
@@ -236,7 +241,7 @@ def wrong_trainer_settings(trainer: Namespace) -> list[str]:
             f"--trainer.fast_dev_run {trainer.fast_dev_run} counts micro-batches and leaves no log or checkpoint; "
             "use the verb `check` with the same settings, or a small --trainer.max_steps in a separate --run"
         )
-    if (limit := trainer.get("limit_predict_batches")) not in (None, 1.0) or isinstance(limit, int):
+    if _is_part(trainer.get("limit_predict_batches")):
         wrong.append("--trainer.limit_predict_batches would leave rows without scores; use a small --data.source")
     if trainer.get("overfit_batches"):
         wrong.append(f"--trainer.overfit_batches {trainer.overfit_batches}: use a small --data.source instead")

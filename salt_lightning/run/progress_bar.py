@@ -102,9 +102,11 @@ class ProgressBar(TQDMProgressBar):
     def init_train_tqdm(self) -> Any:
         bar = self._bar(super().init_train_tqdm, self.train_description)
         bar.unit, bar.total = " steps", self.trainer.max_steps
-        bar.bar_format = self.TRAIN_FORMAT + ("|{bar}|" if _is_in_place() else "")
         if isinstance(bar, _Lines):
+            bar.bar_format = self.TRAIN_FORMAT
             bar.values = partial(self.get_metrics, self.trainer, self.trainer.lightning_module)
+        else:
+            bar.bar_format = self.TRAIN_FORMAT + "|{bar}|"
         if _is_widget():  # a widget takes its length only from reset
             bar.reset(bar.total)
         bar.initial = bar.n = self.trainer.global_step
