@@ -132,22 +132,35 @@ def test_mfu_is_that_of_the_stretch_and_the_totals_are_of_the_run(clock):
     assert values["mfu"] == pytest.approx((2 * 100 * 6.0 + 1 * 100 * 1.0) / 10 / 200)
 
 
-def test_what_the_leaving_brought_is_said_once_of_a_stretch_without_the_boundary(clock):
+def spent(meter, clock, step, seconds):
+    clock(seconds)
+    meter.read(step, wait_s=0.0, peak=None)
+    return meter.what_it_brought()
+
+
+@pytest.mark.parametrize("every", [1, 5, 50])
+def test_what_the_leaving_brought_is_said_once_over_many_steps_without_the_first_interval(every, clock):
     meter = new(1000)
     meter.start(0, wait_s=0.0)
-    clock(1.0)
-    meter.read(1, wait_s=0.0, peak=None)
-    assert meter.what_it_brought() is None
+    assert spent(meter, clock, 1, 8.0) is None  # a compile
+    assert spent(meter, clock, 2, 0.5) is None
+    assert spent(meter, clock, 4, 2.5) is None
     meter.teacher_left()
-    clock(8.0)  # the boundary's checkpoint, and a compile
-    meter.read(2, wait_s=0.0, peak=None)
-    assert meter.what_it_brought() is None
-    clock(0.5)
-    meter.read(3, wait_s=0.0, peak=None)
-    assert meter.what_it_brought() == "2,000 tokens/s without the teacher, 1,000 with it"
-    clock(0.5)
-    meter.read(4, wait_s=0.0, peak=None)
-    assert meter.what_it_brought() is None
+    assert spent(meter, clock, 5, 8.0) is None  # the boundary's checkpoint, and a compile
+    said = [spent(meter, clock, 5 + every * (i + 1), every * (0.4 + 0.2 * (i % 2))) for i in range(20)]
+    reads = max(2, 10 // every) if every < 50 else 1
+    speed = "2,500" if every == 50 else "2,000"
+    assert said[reads - 1] == f"{speed} tokens/s without the teacher, 1,000 with it"
+    assert [line for line in said if line] == [said[reads - 1]]
+
+
+def test_speeds_of_an_earlier_fit_are_not_compared(clock):
+    meter = new(1000)
+    for step in (1, 2):
+        assert spent(meter, clock, step, 1.0) is None
+    meter.teacher_left()
+    meter.follow(1000, taught)  # another fit of the same module
+    assert [spent(meter, clock, step, 1.0) for step in range(3, 30)] == [None] * 27
 
 
 @pytest.mark.parametrize(

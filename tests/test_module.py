@@ -761,7 +761,7 @@ def test_every_micro_batch_has_random_numbers_of_its_own(train):
 
 def test_the_log_says_that_the_teacher_left_and_what_it_brought_or_that_it_stays(fit_with, teacher, tmp_path, caplog):
     own = {"kd.weight": 0.5, "kd.steps": 6, "model.teacher.path": teacher}
-    assert fit_with(tmp_path / "run", **own) == 0
+    assert fit_with(tmp_path / "run", **own, **{"trainer.max_steps": 18}) == 0
     said = [record.getMessage() for record in caplog.records]
     assert len([line for line in said if line.startswith("step 6: the teacher was unloaded, ")]) == 1
     assert len([line for line in said if "tokens/s without the teacher" in line]) == 1

@@ -39,6 +39,9 @@ def _none(steps: int) -> int:
     return 0
 
 
+_SPEED_STEPS = 10  # that a speed without the teacher is measured over: single steps differ by tens of percent
+
+
 @dataclass(frozen=True)
 class Totals:
     """What the first `step` optimizer steps of a run have cost."""
@@ -65,8 +68,6 @@ class Meter:
         self.follow(0, None)
         self._paused_s: float | None  # when it was paused; None: it runs
         self.start(0, wait_s=0.0)
-        self._taught_tokens_per_s: float | None = None
-        self._untaught_reads = 0  # since the teacher left
 
     def forget(self) -> None:
         """Resets the totals for a new fit; a checkpoint may then load others."""
@@ -106,6 +107,8 @@ class Meter:
         `step_tokens`: over all ranks. `kd_steps`: n -> how many of the first n steps have a teacher; None: none.
         """
         self.step_tokens, self.kd_steps = step_tokens, kd_steps or _none
+        self._taught_tokens_per_s: float | None = None
+        self._begin_phase()
         if self.totals(self._counted.step) != self._counted:
             self.before = self._counted
 
@@ -151,6 +154,10 @@ class Meter:
         self.time_s += seconds
         self._settle()
         self.tokens_per_s = steps * self.step_tokens / seconds
+        if self._phase_reads:
+            self._phase_steps += steps
+            self._phase_s += seconds
+        self._phase_reads += 1
         values = {
             "time_s": self.time_s,
             "teacher_time_s": self.teacher_time_s,
@@ -164,17 +171,25 @@ class Meter:
         self.start(step, wait_s)
         return values if peak is None else values | {"mfu": spent / seconds / peak}
 
+    def _begin_phase(self) -> None:
+        self._phase_reads, self._phase_steps, self._phase_s = 0, 0, 0.0
+
+    @property
+    def _phase_tokens_per_s(self) -> float | None:
+        """Speed with or without the teacher, in this start. The first interval is left out.
+
+        It includes the boundary, with its checkpoint and, for compiled models, a compile.
+        """
+        return self._phase_steps * self.step_tokens / self._phase_s if self._phase_s else None
+
     def teacher_left(self) -> None:
         """Keeps the speed with the teacher, for `what_it_brought`."""
-        self._taught_tokens_per_s, self._untaught_reads = self.tokens_per_s, 0
+        self._taught_tokens_per_s = self._phase_tokens_per_s
+        self._begin_phase()
 
     def what_it_brought(self) -> str | None:
-        """The speeds with and without the teacher, once, at the second logged step without it.
-
-        The interval before the first includes the boundary, with its checkpoint and, for compiled models, a compile.
-        """
-        self._untaught_reads += 1
-        if not self._taught_tokens_per_s or self._untaught_reads < 2:
+        """The speeds with and without the teacher, once, when the latter has been measured over enough steps."""
+        if not self._taught_tokens_per_s or self._phase_steps < _SPEED_STEPS:
             return None
         before, self._taught_tokens_per_s = self._taught_tokens_per_s, None
-        return f"{self.tokens_per_s:,.0f} tokens/s without the teacher, {before:,.0f} with it"
+        return f"{self._phase_tokens_per_s:,.0f} tokens/s without the teacher, {before:,.0f} with it"
