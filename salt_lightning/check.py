@@ -255,11 +255,11 @@ class Check:
         matrices = [p for name, p in trained.items() if optim.decays(name, p.ndim)]
         frozen = _count(student) - sum(p.numel() for p in trained.values())
         active = flops.active_parameters(student.model)  # as such models are named: 30B with 3B active
-        met = f" ({active / 1e6:.1f}M for each token)" if active < _count(student) else ""
+        met = f" ({flops.millions(active)} for each token)" if active < _count(student) else ""
         said = (
-            f"{type(student.model).__name__}, all {f'but {frozen} of ' if frozen else ''}{_count(student) / 1e6:.1f}M "
-            f"parameters{met} train; {len(matrices)} matrices ({sum(p.numel() for p in matrices) / 1e6:.1f}M) decay by "
-            f"{self.module.optim_spec.weight_decay:g}, {len(trained) - len(matrices)} vectors do not; "
+            f"{type(student.model).__name__}, all {f'but {frozen} of ' if frozen else ''}"
+            f"{flops.millions(_count(student))} parameters{met} train; {len(matrices)} matrices "
+            f"({flops.millions(sum(p.numel() for p in matrices))}) decay by {self.module.optim_spec.weight_decay:g}, {len(trained) - len(matrices)} vectors do not; "
         )
         blocks = isinstance(self.trainer.strategy, parallel.SHARDS_MODELS)
         compiled = ("its blocks" if blocks else "its backbone, whole") if self.module.hparams["compile"] else "nothing"
@@ -289,7 +289,7 @@ class Check:
             if peak := flops.peak_of(device, self.module.compute_dtype, world):
                 said += f"; at most {peak * tokens / plain:,.0f} tokens/s without a teacher by the GPU's data sheet"
         if teacher is not None:
-            said += f"; teacher: {flops.num_parameters(teacher.model) / 1e6:.1f}M parameters, frozen"
+            said += f"; teacher: {flops.millions(flops.num_parameters(teacher.model))} parameters, frozen"
         self.add("ok" if known else "note", "compute", said)
 
     def _memory(self, student: CausalLM, teacher: CausalLM | None) -> None:

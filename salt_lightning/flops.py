@@ -68,6 +68,11 @@ def num_parameters(model: PreTrainedModel) -> int:
     return sum(p.numel() for p in unpacked(model).parameters())
 
 
+def millions(count: float) -> str:
+    """A number of parameters, to be read."""
+    return f"{count / 1e6:.1f}M" if count >= 1e5 else f"{count:,.0f}"
+
+
 def active_parameters(model: nn.Module) -> float:
     """Parameters that one token uses: of a layer's experts, those that it is sent to. NaN if that is not known."""
     pairs = [(module, p) for module in model.modules() for p in _of_experts(module) if p.ndim > 2]

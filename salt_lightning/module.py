@@ -192,7 +192,7 @@ class SALTModule(extension.Guarded):
         alike.require(self.trainer, self._teacher_weights)
         self.__dict__["teacher"] = parallel.distribute_teacher(lm, strategy, self.hparams["compile"])
         rank_zero_info(
-            f"teacher: {spec.path}, {size / 1e6:.1f}M parameters in {dtype}, "
+            f"teacher: {spec.path}, {flops.millions(size)} parameters in {dtype}, "
             f"{f'quantized ({method}), ' if method else ''}loaded in {time.perf_counter() - start_s:.1f} s"
         )
 

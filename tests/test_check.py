@@ -293,7 +293,7 @@ def test_flops_that_are_not_known_are_a_note(checked, monkeypatch):
     assert level == "note"
     assert (
         said
-        == "the FLOPs of some layers are unknown, so log and compare leave FLOPs out; teacher: 0.0M parameters, frozen"
+        == "the FLOPs of some layers are unknown, so log and compare leave FLOPs out; teacher: 13,392 parameters, frozen"
     )
 
 
