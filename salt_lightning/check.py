@@ -255,15 +255,15 @@ class Check:
         matrices = [p for name, p in trained.items() if optim.decays(name, p.ndim)]
         frozen = _count(student) - sum(p.numel() for p in trained.values())
         active = flops.active_parameters(student.model)  # as such models are named: 30B with 3B active
-        met = f" ({flops.millions(active)} for each token)" if active < _count(student) else ""
+        num, each, decay = map(flops.millions, (_count(student), active, sum(p.numel() for p in matrices)))
+        met = f" ({each} for each token)" if active < _count(student) else ""
         said = (
-            f"{type(student.model).__name__}, all {f'but {frozen} of ' if frozen else ''}"
-            f"{flops.millions(_count(student))} parameters{met} train; {len(matrices)} matrices "
-            f"({flops.millions(sum(p.numel() for p in matrices))}) decay by {self.module.optim_spec.weight_decay:g}, {len(trained) - len(matrices)} vectors do not; "
+            f"{type(student.model).__name__}, all {f'but {frozen} of ' if frozen else ''}{num} parameters{met} train; "
+            f"{len(matrices)} matrices ({decay}) decay by {self.module.optim_spec.weight_decay:g}, "
         )
         blocks = isinstance(self.trainer.strategy, parallel.SHARDS_MODELS)
         compiled = ("its blocks" if blocks else "its backbone, whole") if self.module.hparams["compile"] else "nothing"
-        self.add("ok", "student", f"{said}compiled: {compiled}")
+        self.add("ok", "student", f"{said}{len(trained) - len(matrices)} vectors do not; compiled: {compiled}")
         if rest := unnamed_sizes(self.module.student_spec, student.model.config):
             self.add("note", "student sizes", f"not given, so the family's defaults: {rest}")
         self.findings += extension.balance(student)
