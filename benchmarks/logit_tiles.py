@@ -1,6 +1,6 @@
-"""A candidate for the head loss: 16-bit logits with the gradient error of 32 bits, softmax sums made in the product.
+"""Candidates for the head: a loss over 16-bit logits with the gradient error of 32 bits, and scores without logits.
 
-    python benchmarks/logit_tiles.py             one GPU, under 3 minutes: errors, rate of the product, time of the loss
+    python benchmarks/logit_tiles.py             one GPU, under 4 minutes: errors, rate of the product, time of both
     python benchmarks/logit_tiles.py --tiny      any CPU: only errors, of the same code under Triton's interpreter
     python benchmarks/logit_tiles.py --errors    any CPU: errors of formats for logits, in plain PyTorch
 
@@ -10,7 +10,11 @@ without a sign: 5 bits of exponent, 11 of fraction. Where a probability is large
 The tile also stores the sum of its exponentials, so the row pass reads 2 x 2 bytes per token and entry once, and
 writes the gradient in their place: it moves 10 bytes instead of 26 with fp32 logits, or 14 with bf16.
 
-This is not part of the library: it is to be compared with `salt_loss` on a GPU, and replaces it if it is faster.
+For scoring no logit is stored: with the label's logit known beforehand, a tile leaves three numbers for each row, its
+largest logit, its sum of exponentials, and how many logits are above the label's.
+
+This is not part of the library: it is to be compared with `salt_loss` and `token_stats` on a GPU, and replaces what it
+beats.
 Shapes: C rows, V vocabulary, D width, S tiles of the vocabulary.
 """
 # ruff: noqa: ANN001, ANN202, PLR0913  (the launch gives a kernel's arguments their types)
@@ -37,13 +41,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 import head_loss
 
+from salt_lightning.losses import token_stats
+
 try:
     import triton
     import triton.language as tl
 except ImportError:
     triton = None
 
-IGNORE = -100
+IGNORE, IGNORED_RANK = -100, -1
 BLOCK, WARPS = 2048, 8  # row pass: 62 registers per thread on sm_90 (Triton 3.6), so four rows share a multiprocessor
 LOG2E = 1.4426950408889634
 DOWN, UP = 2.0**-112, 2.0**112  # 5 bits of exponent out of 8, and back
@@ -97,10 +103,12 @@ if triton is not None:
 
     @triton.jit
     def _product_kernel(
-        hidden, head, labels, code, maxima, sums, softs, label_logits,
+        hidden, head, labels, code, maxima, sums, softs, label_logits, above,
         num_rows, vocab, width, hidden_stride, head_stride, code_stride, tile_stride, soft,
-        SOFTENED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr,
+        RANK: tl.constexpr, SOFTENED: tl.constexpr,
+        ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr,
     ):  # fmt: skip
+        # RANK: reads label_logits and counts the logits above them, in place of code. Otherwise it writes both.
         # Neighboring programs share rows and columns, which then come from the L2 cache.
         program = tl.program_id(0)
         row_tiles, column_tiles = tl.cdiv(num_rows, ROWS), tl.cdiv(vocab, COLUMNS)
@@ -127,9 +135,10 @@ if triton is not None:
         known = at_column < vocab
         label = tl.load(labels + at_row, mask=inside, other=-1)
         found = at_column[None, :] == label[:, None]
-        label_logit = tl.sum(tl.where(found, logits, 0.0), 1)
-        here = (label >= column_tile * COLUMNS) & (label < (column_tile + 1) * COLUMNS) & (label < vocab)
-        tl.store(label_logits + at_row, label_logit, mask=inside & here)
+        if not RANK:
+            label_logit = tl.sum(tl.where(found, logits, 0.0), 1)
+            here = (label >= column_tile * COLUMNS) & (label < (column_tile + 1) * COLUMNS) & (label < vocab)
+            tl.store(label_logits + at_row, label_logit, mask=inside & here)
         logits = tl.where(known[None, :], logits, -1.0e30)
         largest = tl.max(logits, 1)
         distance = largest[:, None] - logits
@@ -138,8 +147,13 @@ if triton is not None:
         tl.store(sums + at_tile, tl.sum(tl.exp2(distance * -1.4426950408889634), 1), mask=inside)
         if SOFTENED:
             tl.store(softs + at_tile, tl.sum(tl.exp2(distance * -soft), 1), mask=inside)
-        target = code + at_row.to(tl.int64)[:, None] * code_stride + at_column[None, :]
-        tl.store(target, _encode(distance), mask=inside[:, None] & known[None, :])
+        if RANK:  # the label's own logit was summed in another order
+            label_logit = tl.load(label_logits + at_row, mask=inside, other=0.0)
+            higher = (logits > label_logit[:, None]) & (at_column[None, :] != label[:, None])
+            tl.store(above + at_tile, tl.sum(higher.to(tl.int32), 1), mask=inside)
+        else:
+            target = code + at_row.to(tl.int64)[:, None] * code_stride + at_column[None, :]
+            tl.store(target, _encode(distance), mask=inside[:, None] & known[None, :])
 
     @triton.jit
     def _row_kernel(
@@ -216,24 +230,44 @@ if triton is not None:
 
 def product(hidden_CD: Tensor, head_VD: Tensor, labels_C: Tensor, temperature: float, tiling: Tiling) -> Side:
     num_rows, vocab = hidden_CD.shape[0], head_VD.shape[0]
-    if hidden_CD.device.type == "cpu":  # the interpreter multiplies bf16 values as if they were integers
-        hidden_CD, head_VD = hidden_CD.float(), head_VD.float()
-    tiles = -(-vocab // tiling.columns)
     empty = {"device": hidden_CD.device, "dtype": torch.float32}
-    max_SC, sum_SC = (torch.empty(tiles, num_rows, **empty) for _ in range(2))
-    soft_SC = sum_SC if temperature == 1 else torch.empty(tiles, num_rows, **empty)
+    max_SC, sum_SC = (torch.empty(-(-vocab // tiling.columns), num_rows, **empty) for _ in range(2))
+    soft_SC = sum_SC if temperature == 1 else torch.empty_like(sum_SC)
     # bf16 products on CPUs with AMX read beyond the end of a row, where a NaN would spoil them.
     padded = vocab if hidden_CD.device.type == "cpu" else -(-vocab // 128) * 128
     code_CV = torch.empty(num_rows, padded, dtype=torch.uint16, device=hidden_CD.device)[:, :vocab]
     label_C = torch.empty(num_rows, **empty)
-    grid = (-(-num_rows // tiling.rows) * tiles,)
-    _product_kernel[grid](
-        hidden_CD, head_VD, labels_C, code_CV, max_SC, sum_SC, soft_SC, label_C,
-        num_rows, vocab, hidden_CD.shape[1], hidden_CD.stride(0), head_VD.stride(0), code_CV.stride(0), num_rows,
-        LOG2E / temperature, SOFTENED=temperature != 1, ROWS=tiling.rows, COLUMNS=tiling.columns, WIDTH=tiling.width,
-        GROUP=tiling.group, num_warps=tiling.warps, num_stages=tiling.stages,
-    )  # fmt: skip
+    _launch(hidden_CD, head_VD, labels_C, code_CV, (max_SC, sum_SC, soft_SC, label_C, None), temperature, tiling)
     return Side(code_CV, max_SC, sum_SC, soft_SC, label_C)
+
+
+def _launch(
+    hidden_CD: Tensor, head_VD: Tensor, labels_C: Tensor, code_CV: Tensor | None, tile_sums: tuple[Tensor | None, ...],
+    temperature: float, tiling: Tiling,
+) -> None:  # fmt: skip
+    (num_rows, width), vocab = hidden_CD.shape, head_VD.shape[0]
+    if hidden_CD.device.type == "cpu":  # the interpreter multiplies bf16 values as if they were integers
+        hidden_CD, head_VD = hidden_CD.float(), head_VD.float()
+    _product_kernel[(-(-num_rows // tiling.rows) * -(-vocab // tiling.columns),)](
+        hidden_CD, head_VD, labels_C, code_CV, *tile_sums,
+        num_rows, vocab, width, hidden_CD.stride(0), head_VD.stride(0), 0 if code_CV is None else code_CV.stride(0),
+        num_rows, LOG2E / temperature, RANK=code_CV is None, SOFTENED=temperature != 1, ROWS=tiling.rows,
+        COLUMNS=tiling.columns, WIDTH=tiling.width, GROUP=tiling.group, num_warps=tiling.warps,
+        num_stages=tiling.stages,
+    )  # fmt: skip
+
+
+def label_stats(hidden_CD: Tensor, head_VD: Tensor, labels_C: Tensor, tiling: Tiling) -> tuple[Tensor, Tensor]:
+    """What `token_stats` returns, negative log-likelihood and rank of every label, without storing a logit."""
+    known_C = labels_C != IGNORE
+    label_C = (hidden_CD.float() * head_VD[labels_C.where(known_C, 0)].float()).sum(1)
+    empty = {"device": hidden_CD.device, "dtype": torch.float32}
+    max_SC, sum_SC = (torch.empty(-(-len(head_VD) // tiling.columns), len(label_C), **empty) for _ in range(2))
+    above_SC = torch.empty_like(sum_SC, dtype=torch.int32)
+    _launch(hidden_CD, head_VD, labels_C, None, (max_SC, sum_SC, sum_SC, label_C, above_SC), 1.0, tiling)
+    max_C = max_SC.amax(0)
+    nll_C = max_C + (sum_SC * (max_SC - max_C).exp()).sum(0).log() - label_C
+    return nll_C.where(known_C, 0.0), above_SC.sum(0).where(known_C, IGNORED_RANK)
 
 
 def row_pass(
@@ -401,6 +435,19 @@ def reference(case: head_loss.Case, temperature: float, dtype: torch.dtype) -> l
     return [out.loss.detach(), hidden_ND.grad, head_VD.grad, torch.stack(out[1:8])]
 
 
+def check_stats(device: str, num_rows: int, sizes: tuple[int, int, int], tiling: Tiling) -> Iterator[str]:
+    """A row of errors of loss and rank relative to `token_stats` in float64 on the same values."""
+    case = head_loss.Case.make(num_rows, sizes, device, torch.bfloat16).masked()
+    hidden_ND, head_VD, labels_N = case.hidden_ND.detach(), case.head_VD.detach(), case.labels_N
+    labels_N[1::3] = (hidden_ND.double() @ head_VD.double().T).argmax(1)[1::3]  # as after training
+    nll_N, rank_N = label_stats(hidden_ND, head_VD, labels_N, tiling)
+    exact_N, exact_rank_N = token_stats(hidden_ND.double(), head_VD.double(), labels_N)
+    error, wrong = (nll_N - exact_N).abs().max().item(), (rank_N != exact_rank_N).double().mean().item()
+    yield f"\nScores: largest error of a loss {error:.1e} nats; {wrong:.2%} of the ranks differ"
+    assert error < 1e-4, (nll_N, exact_N)
+    assert wrong < 0.01, (rank_N, exact_rank_N)  # fp32 cannot tell apart about 0.2% at 8,000 entries
+
+
 def medians(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Median milliseconds of each call; the calls alternate."""
     times = [{name: head_loss.timed(call, True) for name, call in calls.items()} for _ in range(rounds)]
@@ -437,6 +484,24 @@ def speed(num_rows: int, sizes: tuple[int, int, int], rounds: int) -> Iterator[s
         yield f"| {name} | {ms:.2f} | {ms / times['floor']:.2f} | {peaks[name]:.2f} |"
 
 
+def stats_speed(num_rows: int, width: int, vocab: int, rounds: int) -> Iterator[str]:
+    """Time of scoring: the bf16 logits alone, which any forward pass makes, and what adds loss and rank to them."""
+    case = head_loss.Case.make(num_rows, (width, 8, vocab), "cuda", torch.bfloat16)
+    hidden_ND, head_VD, labels_N = case.hidden_ND.detach(), case.head_VD.detach(), case.labels_N
+    calls: dict[str, Callable[[], object]] = {
+        "bf16 logits": lambda: [part_CD @ head_VD.T for part_CD in hidden_ND.split(4096)],
+        "token_stats": lambda: token_stats(hidden_ND, head_VD, labels_N),
+    }
+    for tiling in TILINGS[:4]:
+        calls[str(tiling)] = lambda tiling=tiling: label_stats(hidden_ND, head_VD, labels_N, tiling)
+    yield f"\n| scoring {num_rows} rows, width {width}, {vocab} entries | ms | x logits | GiB |\n|---|---:|---:|---:|"
+    peaks: dict[str, float] = {}
+    yield from head_loss.first_calls(calls, peaks, True)
+    times = medians(calls, rounds)
+    for name, ms in times.items():
+        yield f"| {name} | {ms:.2f} | {ms / times['bf16 logits']:.2f} | {peaks[name]:.2f} |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="check errors under Triton's interpreter, on a CPU")
@@ -450,10 +515,13 @@ def main() -> None:
     print(f"{'CPU' if args.tiny else torch.cuda.get_device_name()}, {head_loss.versions()}\n")
     print("| teacher | loss | d hidden | d head | sums | larger gradient error / naive fp32 logits |")
     print("|---|---:|---:|---:|---:|---:|")
-    tables = [check("cpu", 40, (64, 48, 500), Tiling(16, 64, 32, 2, 4, 1))]
+    tiny = "cpu", 40, (64, 48, 500), Tiling(16, 64, 32, 2, 4, 1)
+    tables = [check(*tiny), check_stats(*tiny)]
     if not args.tiny:
-        tables = [check("cuda", 512, (256, 192, 8000), TILINGS[0])]
+        at = "cuda", 512, (256, 192, 8000), TILINGS[0]
+        tables = [check(*at), check_stats(*at)]
         tables += [speed(args.rows, sizes, args.rounds) for sizes in head_loss.SIZES]
+        tables += [stats_speed(*size, args.rounds) for size in ((32768, 512, 50304), (8192, 2048, 256000))]
     for table in tables:
         try:
             for line in table:

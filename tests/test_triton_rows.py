@@ -82,10 +82,19 @@ def test_candidate_compiles_for_a_gpu(flag, monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(BENCHMARKS)
     tiles = importlib.import_module("logit_tiles")
     integers = {"num_rows", "vocab", "width", *(f"{n}_stride" for n in ("hidden", "head", "code", "tile", "out"))}
-    types = {"hidden": "bf16", "head": "bf16", "labels": "i64", "code": "u16", "s_code": "u16", "t_code": "u16"}
+    types = {
+        "hidden": "bf16",
+        "head": "bf16",
+        "labels": "i64",
+        "code": "u16",
+        "s_code": "u16",
+        "t_code": "u16",
+        "above": "i32",
+    }
     tiling = tiles.TILINGS[0]
     cut = {"ROWS": tiling.rows, "COLUMNS": tiling.columns, "WIDTH": tiling.width, "GROUP": tiling.group}
-    assert_compiles(tiles._product_kernel, types, integers, cut | {"SOFTENED": flag}, tiling.warps)
+    for rank in (False, True):
+        assert_compiles(tiles._product_kernel, types, integers, {**cut, "RANK": rank, "SOFTENED": flag}, tiling.warps)
     whole_row = {"TEACHER": flag, "TILES": 256, "COLUMNS": tiling.columns, "BLOCK": tiles.BLOCK}
     assert_compiles(tiles._row_kernel, types, integers, whole_row, tiles.WARPS)
 
