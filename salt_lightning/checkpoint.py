@@ -29,7 +29,7 @@ from salt_lightning.errors import ConfigError, refuse, wrong_kinds
 from salt_lightning.export import check_target, export
 from salt_lightning.fit.cadence import require_time_left, timers
 from salt_lightning.preflight import Finding
-from salt_lightning.run import peers, slurm
+from salt_lightning.run import endings, run_lock, slurm
 from salt_lightning.run.run_folder import is_over, saved, step_named
 from salt_lightning.schedule import in_training, kd_callbacks
 from salt_lightning.storage import damage, shards
@@ -129,6 +129,8 @@ class RunCheckpoint(Checkpoint):
         if trainer.global_step > 0:  # another fit of the same trainer
             self._kept = kept
         self._dir = Path(self.folder or Path(trainer.default_root_dir) / "checkpoints")
+        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):  # this is one of its ranks
+            run_lock.share(Path(trainer.default_root_dir))
         # Outside training there is nothing to save. Lightning's own handler would broadcast between the ranks' other
         # messages, and would end a validation with exit code 0 and a first step with a traceback.
         trainer._signal_connector._sigterm_notifier_fn = _stop_at_once  # type: ignore
@@ -217,12 +219,14 @@ class RunCheckpoint(Checkpoint):
         if trainer.world_size > 1:
             if trainer.global_step % max(1, trainer.log_every_n_steps):  # type: ignore[attr-defined]
                 return False
-            number = torch.tensor(self.stopped_by or 0, device=trainer.strategy.root_device)
+            requeue = slurm.requeue_signal(trainer)  # SIGTERM on another rank is part of the same request
+            mine = 0 if self.stopped_by is None else signal.NSIG if self.stopped_by == requeue else self.stopped_by
+            number = torch.tensor(mine, device=trainer.strategy.root_device)
             highest = int(trainer.strategy.reduce(number, reduce_op="max"))
             # a signal that arrives now waits for the next agreement: no rank stops alone
             if not highest:
                 return False
-            self.stopped_by = signal.Signals(highest)
+            self.stopped_by = requeue if highest == signal.NSIG else signal.Signals(highest)
         return self.stopped_by is not None
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -308,9 +312,9 @@ class RunCheckpoint(Checkpoint):
         """Ends the processes that this one started: they would wait for it, some of them forever."""
         launcher = trainer.strategy.launcher
         if isinstance(exception, KeyboardInterrupt) and isinstance(launcher, _MultiProcessingLauncher):
-            peers.await_stop(launcher.procs)
-        peers.end_started(launcher)
-        peers.abandon(trainer)
+            endings.await_stop(launcher.procs)
+        endings.end_started(launcher)
+        endings.abandon(trainer)
 
     def _path(self, trainer: pl.Trainer) -> Path:
         return _at(self._dir, trainer.global_step)

@@ -5,7 +5,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from jsonargparse import Namespace
 from jsonargparse.typing import PositiveFloat
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch.multiprocessing import ProcessRaisedException
 
 from salt_lightning import check, compare, errors, export, parallel
 from salt_lightning.answers import AnswerTest
@@ -33,7 +32,7 @@ from salt_lightning.fit.restart import replace_lost_start
 from salt_lightning.hugging_face.attention import require_gpu
 from salt_lightning.models import check_path, read_checkpoint
 from salt_lightning.module import SALTModule
-from salt_lightning.run import peers, run_lock, slurm
+from salt_lightning.run import endings, peers, run_lock, slurm
 from salt_lightning.run.event_log import quiet_threads, trackers
 from salt_lightning.run.peers import rank, say_once
 from salt_lightning.run.progress_bar import ProgressBar, close_bars, keep_off_bars
@@ -349,9 +348,9 @@ def main(args: Sequence[object] | None = None) -> int:
         with nullcontext() if args is None else as_before():
             code = _main(list(map(str, sys.argv[1:] if args is None else args)), args is not None)
     except BaseException as error:
-        peers.end_abandoned(error)
+        endings.end_abandoned(error)
         raise
-    peers.end_abandoned(code)
+    endings.end_abandoned(code)
     return code
 
 
@@ -364,7 +363,7 @@ def _main(args: list[str], in_python: bool) -> int:
     try:
         if first and first[0] in VERBS:
             return VERBS[first[0]][0](args[1:])
-        with _HELD:
+        with _HELD, endings.raised_here(*first):
             cli = _start(SALTCLI, args)
     except Stopped as stopped:
         print(f"\n{stopped}")
@@ -374,14 +373,10 @@ def _main(args: list[str], in_python: bool) -> int:
     except (ConfigError, NonFiniteLossError, OSError, MisconfigurationException, ModuleNotFoundError) as error:
         close_bars()
         if rank():  # the first rank reports the same error, and its end ends this one too; else report it here
-            time.sleep(FIRST_RANK_S)
+            with suppress(KeyboardInterrupt):
+                time.sleep(FIRST_RANK_S)
         code = say(error)
         return 2 if isinstance(error, MisconfigurationException) else code
-    except ProcessRaisedException as error:  # ddp_notebook, ddp_fork and ddp_spawn pass the traceback as text
-        if (cause := errors.of_process(str(error))) is None:
-            raise
-        close_bars()
-        return say(cause)
     except (MemoryError, RuntimeError) as error:
         said = errors.of_machine(error, *first)
         if said is None and not peers.has_lost_others(error):
@@ -389,7 +384,7 @@ def _main(args: list[str], in_python: bool) -> int:
         close_bars()
         print(f"\nerror: {said}" if said else peers.loss_of_others(rank(), str(error), *first), file=sys.stderr)
         return 1
-    peers.leave_at_exit()
+    endings.leave_at_exit()
     trainer = cli.trainer
     if not trainer.is_global_zero:  # an exit code of other ranks would look like a crash
         return 0

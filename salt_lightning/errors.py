@@ -20,6 +20,8 @@ class ConfigError(ValueError):
     The message names the setting as typed, its value, what is allowed and what to do.
     """
 
+    exit_code = 2
+
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))
 
@@ -135,10 +137,11 @@ def of_machine(error: BaseException, verb: str | None = None) -> str | None:
     user can fix."""
     again, why = going_on(verb), one_line(error, 200)
     if is_out_of_memory(error):
+        why = f" ({why})" if why else ""  # Python's own error says nothing
         if verb in _APART:
-            return f"out of memory ({why}); free some memory and {again}"
+            return f"out of memory{why}; free some memory and {again}"
         more = "" if verb in _READING else ", or set --model.activation_checkpointing true,"
-        return f"out of memory ({why}); halve --data.micro_batch_size (the result stays the same){more} and {again}"
+        return f"out of memory{why}; halve --data.micro_batch_size (the result stays the same){more} and {again}"
     if "DataLoader worker (pid" in str(error):  # it was killed; an exception raised in a worker reads differently
         return (
             f"a data loading process was killed, usually for lack of memory ({why}); use fewer --data.num_workers, and "
@@ -174,16 +177,30 @@ def writing(path: os.PathLike[str], again: str = "try again") -> Iterator[None]:
         raise failed_write(path, error.strerror or first_line(error), error.errno, again) from error
 
 
+class MachineError(ConfigError):
+    """Not a wrong setting: the same command may succeed. The exit code is that of a failed run."""
+
+    exit_code = 1
+
+
 class NonFiniteLossError(RuntimeError):
     """The training loss became NaN or infinite; the last checkpoint is still good."""
 
 
 def of_process(traceback: str) -> Exception | None:
-    """Our own error that ended another process, or a full disk, made again from its traceback; None: another error."""
+    """An error with a remedy that ended another process, made again from its traceback; None: another error."""
     name, _, message = traceback.rstrip().rpartition("\n")[2].partition(": ")
     kinds: tuple[type[Exception], ...] = (ConfigError, *ConfigError.__subclasses__(), NonFiniteLossError)
     known = {f"{kind.__module__}.{kind.__name__}": kind for kind in kinds} | {"OSError": OSError}
-    return known[name](message) if name in known else None
+    if name in known:
+        return known[name](message)
+    found = {"MemoryError": MemoryError, "torch.OutOfMemoryError": RuntimeError}.get(name, RuntimeError)(message)
+    return found if of_machine(found) or is_loss_of_others(found) else None
+
+
+def is_loss_of_others(error: BaseException) -> bool:
+    """Whether another process ended, by gloo's message: it has no error class for that."""
+    return "gloo/transport" in str(error)
 
 
 def not_a_name() -> str:
@@ -223,7 +240,7 @@ def say(error: Exception) -> int:
     if isinstance(error, OSError) and error.filename is not None:
         message = f"{error.filename}: {error.strerror}"
     print(f"\nerror: {printable(message)}", file=sys.stderr)  # on a line of its own, after a progress bar
-    return 2 if isinstance(error, ConfigError) else 1
+    return error.exit_code if isinstance(error, ConfigError) else 1
 
 
 def exit_code(stop: BaseException, in_python: bool) -> int:

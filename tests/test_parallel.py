@@ -30,7 +30,7 @@ from salt_lightning.checkpoint import newest
 from salt_lightning.errors import ConfigError
 from salt_lightning.hugging_face.folders import sample_hash
 from salt_lightning.models import CausalLM, read_checkpoint
-from salt_lightning.run import peers
+from salt_lightning.run import peers, run_lock
 from salt_lightning.storage import damage, shards
 
 ROOT = Path(__file__).parents[1]
@@ -459,22 +459,91 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(settings, tmp_path):
     assert cli.main(["fit", *arguments(settings, {"kd.weight": 0.0}, more)]) == 0  # on one device
 
 
-def test_forked_processes_save_after_a_ctrl_c(settings, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "to_all"),
+    [(signal.SIGINT, True), (signal.SIGTERM, True), (signal.SIGHUP, True), (signal.SIGTERM, False)],
+)
+def test_forked_processes_save_after_a_signal_to_all_or_to_the_one_that_waits(settings, tmp_path, number, to_all):
     """As with ddp_notebook, which is the same strategy: a notebook's kernel and its processes are interrupted together,
     and the kernel, which waits for them, then ends them."""
     saves = {"checkpoint.every_n_steps": None, "checkpoint.at_steps": [1]}
     own = {**ENDLESS, **saves, "trainer.strategy": "ddp_fork", "run": str(tmp_path / "run")}
     process = start(settings, own)
     child = child_of(process, tmp_path / "run")
-    os.killpg(process.pid, signal.SIGINT)
-    code, output = end(process)
-    assert code == 128 + signal.SIGINT, output
+    (os.killpg if to_all else os.kill)(process.pid, number)
+    code = process.wait(60)
+    assert not alive(child)
+    output = end(process)[1]
+    assert code == 128 + number, output
     assert "saving after the next logged step" in output
     step = int(newest(tmp_path / "run/checkpoints").stem.removeprefix("step-"))
     assert step > 1, output
     assert step % 3 == 0  # where the ranks agree
     assert "Traceback" not in output
-    assert not alive(child)
+
+
+def ranks_of(process: subprocess.Popen) -> list[int]:
+    """The processes that `process` has forked, without multiprocessing's own."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(child) for child in children if b"resource_tracker" not in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+def test_forked_processes_save_when_the_one_that_waits_is_killed_and_hold_their_folder_until_then(settings, tmp_path):
+    saves = {"checkpoint.every_n_steps": None, "checkpoint.at_steps": [1]}
+    run = tmp_path / "run"
+    process = start(settings, {**ENDLESS, **saves, "trainer.strategy": "ddp_fork", "run": str(run)})
+    child_of(process, run)
+    ranks = ranks_of(process)
+    assert len(ranks) == 2
+    for rank in ranks:
+        os.kill(rank, signal.SIGSTOP)
+    process.kill()
+    process.wait()
+    with pytest.raises(ConfigError, match=f"process {process.pid} on .* is using it"), run_lock.held(run):
+        pass
+    for rank in ranks:
+        os.kill(rank, signal.SIGCONT)
+    output = end(process)[1]
+    assert re.search("SIG(INT|TERM): saving after the next logged step", output)
+    step = int(newest(run / "checkpoints").stem.removeprefix("step-"))
+    assert step > 1, output
+    assert step % 3 == 0
+    with run_lock.held(run):
+        pass
+
+
+_IN_THE_BACKGROUND = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a script's `command &` has it
+from salt_lightning.cli import main
+sys.exit(main())
+"""
+
+
+def test_forked_processes_end_if_the_one_that_waits_is_killed_before_they_train(settings, tmp_path):
+    (tmp_path / "cli.py").write_text(_IN_THE_BACKGROUND)
+    own = {**ENDLESS, "trainer.strategy": "ddp_fork", "run": str(tmp_path / "run")}
+    process = start(settings, own, tmp_path / "cli.py", PYTHONPATH=str(ROOT))
+    for line in process.stdout:
+        if line.startswith("Initializing distributed"):
+            break
+    process.kill()
+    end(process)  # within a minute, and of 100,000 steps
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_forked_process_that_is_killed_is_one_line(settings, tmp_path, victim):
+    process = start(settings, {**ENDLESS, "trainer.strategy": "ddp_fork", "run": str(tmp_path / "run")})
+    child_of(process, tmp_path / "run")
+    os.kill(ranks_of(process)[victim], signal.SIGKILL)
+    code, output = end(process)
+    assert code == 1
+    assert output.count("error: ") == 1
+    lost = (
+        rf"process {victim} was killed by SIGKILL, perhaps for lack of memory|process {1 - victim} has lost the others"
+    )
+    assert re.search(rf"error: ({lost}).*continue with --ckpt_path last", output)
+    assert "Traceback" not in output
 
 
 def test_forked_processes_that_fail_to_save_after_the_ctrl_c_of_the_one_that_waits_for_them(settings, tmp_path):
@@ -537,9 +606,9 @@ from lightning.pytorch.strategies import DDPStrategy
 distributed._destroy_dist_connection = DDPStrategy.teardown = lambda *_: time.sleep(600)
 sys.path[:0] = [{tests!r}]
 import ranks
-from salt_lightning.run import peers
-peers._backend = lambda: "nccl"
-peers._destroy_dist_connection = distributed._destroy_dist_connection  # imported before
+from salt_lightning.run import endings
+endings._backend = lambda: "nccl"
+endings._destroy_dist_connection = distributed._destroy_dist_connection  # imported before
 atexit.register(distributed._destroy_dist_connection)
 
 class Fails(Callback):
@@ -573,8 +642,8 @@ def test_many_fits_of_a_process_are_compiled(monkeypatch):
 
 STARTED = """
 import os, subprocess, sys, time
-from salt_lightning.run import peers
-peers._GRACE_S = 0.1
+from salt_lightning.run import endings, peers
+endings._GRACE_S = 0.1
 if peers._STARTER not in os.environ:
     env = {**os.environ, peers._STARTER: str(os.getpid())}
     print(subprocess.Popen([sys.executable, *sys.argv], env=env).pid, flush=True)
@@ -602,6 +671,33 @@ def test_processes_end_with_the_one_that_started_them_even_if_it_ended_before_th
     assert "run the same command again" in output  # a predict has no --ckpt_path last
 
 
+AGENT = """
+import os, signal, subprocess, sys, time
+if "TORCHELASTIC_RUN_ID" not in os.environ:
+    env = {**os.environ, "TORCHELASTIC_RUN_ID": "x"}
+    print(subprocess.Popen([sys.executable, *sys.argv], env=env).pid, flush=True)
+    time.sleep(600)
+from salt_lightning.run import peers
+signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to stop"))
+for _ in range(2):  # two commands of one process
+    peers.end_with_starter(None)
+import threading
+print("watched by", sum("_end_after" in thread.name for thread in threading.enumerate()), flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_rank_of_torchrun_is_told_to_stop_when_its_agent_is_gone(tmp_path):
+    (tmp_path / "agent.py").write_text(AGENT)
+    process = forked.Popen([sys.executable, str(tmp_path / "agent.py")], stdout=subprocess.PIPE, text=True,
+                           stderr=subprocess.STDOUT, start_new_session=True,
+                           env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+    said = [process.stdout.readline() for _ in range(2)]
+    assert "watched by 1\n" in said
+    process.kill()
+    assert "told to stop" in end(process)[1]
+
+
 def test_only_the_processes_that_lightning_starts_are_told_who_has_started_them(settings, tmp_path, monkeypatch):
     told = []
     monkeypatch.setattr(
@@ -624,15 +720,15 @@ def test_only_the_processes_that_lightning_starts_are_told_who_has_started_them(
 
 ENDS = """
 import os, sys
-from salt_lightning.run import peers
-peers.end_abandoned(7)  # nobody was abandoned
-peers._ABANDONED = True
+from salt_lightning.run import endings
+endings.end_abandoned(7)  # nobody was abandoned
+endings._ABANDONED = True
 for end in (3, SystemExit(4), SystemExit(), SystemExit("said so"), ValueError("as raised")):
     if not (child := os.fork()):
         print("written")
         if isinstance(end, ValueError):
             sys.stdout = None  # as where it was closed before
-        peers.end_abandoned(end)
+        endings.end_abandoned(end)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=sys.stderr, flush=True)
 """
 
@@ -642,6 +738,32 @@ def test_an_abandoning_process_ends_as_it_would_have():
     done = forked.run(command, env=env, timeout=60)
     assert done.stderr.splitlines() == ["3", "4", "0", "said so", "1", "ValueError: as raised", "1"]
     assert done.stdout.splitlines() == ["written"] * 4  # also what stood in a buffer
+
+
+DIES_CONNECTED = """
+import datetime, os, sys
+from salt_lightning import cli
+from salt_lightning.run import peers
+
+compare = peers.require_same_strategy
+def compare_or_die(strategy):
+    if os.environ.get("LOCAL_RANK") == "1":
+        os._exit(0)
+    peers._MEETING = datetime.timedelta(seconds=1)
+    compare(strategy)
+
+peers.require_same_strategy = compare_or_die
+sys.exit(cli.main())
+"""
+
+
+def test_a_rank_that_dies_once_connected_is_not_waited_for_until_the_timeout(settings, tmp_path):
+    """The store that they share does not see it."""
+    (tmp_path / "cli.py").write_text(DIES_CONNECTED)
+    own = {"run": str(tmp_path / "run"), "data.micro_batch_size": 4, **DDP}
+    code, output = end(start(settings, own, tmp_path / "cli.py", PYTHONPATH=str(ROOT)))
+    assert code == 1
+    assert "error: process 0 has lost the others (the others, once connected, did not say which strategy" in output
 
 
 def test_a_rank_that_nobody_joins_ends_at_the_time_out(settings, tmp_path):

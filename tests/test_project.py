@@ -33,6 +33,7 @@ LAYERS = [  # a file imports only from files of earlier layers
         "attention",
         "chunked_head",
         "curves",
+        "endings",
         "examples",
         "folders",
         "meter",

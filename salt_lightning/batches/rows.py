@@ -10,6 +10,7 @@ a resume do not change it.
 
 import atexit
 import signal
+import sys
 import threading
 import time
 from bisect import bisect_left
@@ -322,6 +323,8 @@ class Loader:
             batch_size=None,
             sampler=indices,
             num_workers=self.num_workers,
+            # Python 3.14's own choice would import everything anew in each, and run a user's script without a guard.
+            multiprocessing_context="fork" if sys.platform == "linux" else None,
             collate_fn=_as_is,
             worker_init_fn=_leave_signals_to_the_parent,
             generator=torch.Generator(),

@@ -54,8 +54,9 @@ def silence_libraries() -> None:
 @contextmanager
 def as_before() -> Iterator[None]:
     """Restores what a command changes, for a process that continues: what libraries say, threads, and the effect of
-    Ctrl-C. If other processes have trained, Lightning would ignore every Ctrl-C after the first."""
-    interrupt, hook = signal.getsignal(signal.SIGINT), threading.excepthook
+    Ctrl-C and other signals. If other processes have trained, Lightning would ignore every Ctrl-C after the first."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    hook = threading.excepthook
     threads, of_others = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
     named = map(logging.getLogger, (_HUB, _LOADING, *_LIGHTNING))
     loggers = [(logger, logger.level, logger.filters[:]) for logger in named]
@@ -73,8 +74,10 @@ def as_before() -> Iterator[None]:
         os.environ.pop("OMP_NUM_THREADS", None)
         if of_others is not None:
             os.environ["OMP_NUM_THREADS"] = of_others
-        if interrupt is not None and threading.current_thread() is threading.main_thread():  # others cannot set it
-            signal.signal(signal.SIGINT, interrupt)
+        if threading.current_thread() is threading.main_thread():  # others cannot set them
+            for number, handler in handlers.items():
+                if handler is not None:
+                    signal.signal(number, handler)
 
 
 def _forget_hub() -> None:

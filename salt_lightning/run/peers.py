@@ -1,19 +1,15 @@
 """The processes of a run: which one this is, how they connect, and what to report when one is lost."""
 
-import atexit
 import os
-import signal
 import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from functools import cache, partial
 from itertools import count
-from multiprocessing import connection
-from multiprocessing.process import BaseProcess
 from typing import Any
 
 import lightning.pytorch as pl
@@ -27,13 +23,12 @@ from lightning.fabric.plugins.environments import (
     SLURMEnvironment,
     TorchElasticEnvironment,
 )
-from lightning.fabric.utilities.distributed import _destroy_dist_connection
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_only
 
-from salt_lightning.errors import ConfigError, going_on, printable_lines
-from salt_lightning.run import slurm
+from salt_lightning.errors import ConfigError, going_on, is_loss_of_others, printable_lines
+from salt_lightning.run import endings, slurm
 from salt_lightning.text.processes import num_cores
 
 _SLACK_S = 2.0  # lets torch end the wait first, with a better message
@@ -41,7 +36,6 @@ _STARTER = "SALT_LIGHTNING_STARTER"  # variable for the processes that Lightning
 _SEEN = "SALT_LIGHTNING_SEEN"  # environment variable: what that process has looked at and found right
 _MEETING = timedelta(minutes=5)  # longer than the first process may wait for an earlier start to end
 _LOOKING = timedelta(minutes=30)  # one may read from a slower disk; afterwards, connecting waits as long
-_GRACE_S = 30.0  # after success, the first process may end a little before the others; after an error, in all
 
 
 def rank() -> int:
@@ -299,6 +293,8 @@ def expect_others(trainer: pl.Trainer, verb: str | None) -> None:
     if (limit := getattr(strategy, "_timeout", None)) is not None:
         strategy.setup_environment = partial(_connect, strategy, limit.total_seconds(), verb)
     end_with_starter(verb)
+    if isinstance(strategy.launcher, _MultiProcessingLauncher):
+        endings.stop_as_by_ctrl_c()
     if isinstance(strategy.launcher, _SubprocessScriptLauncher) and "LOCAL_RANK" not in os.environ:
         start = strategy.launcher._call_children_scripts
         strategy.launcher._call_children_scripts = partial(_start_others, start)  # type: ignore[method-assign]
@@ -315,6 +311,8 @@ def _start_others(start: Callable[[], None]) -> None:
 
 def _connect(strategy: Any, limit_s: float, verb: str | None) -> None:
     """Ends the process if connecting takes longer than the strategy's timeout: torch would try again after it."""
+    if isinstance(strategy.launcher, _MultiProcessingLauncher):
+        endings.follow_launcher()
 
     def give_up() -> None:  # the main thread is inside torch, where no exception reaches it
         why = f"no connection within the strategy's timeout of {limit_s:g} s"
@@ -357,119 +355,25 @@ def require_same_strategy(strategy: Any) -> None:
             f"{prefix}/other", f"process {place} differs from process 0: --trainer.strategy {mine} (process 0: {first})"
         )
     store.add(f"{prefix}/seen", 1)
-    end_s = time.monotonic() + strategy._timeout.total_seconds()
+    end_s = time.monotonic() + min(strategy._timeout, _MEETING).total_seconds()  # the store outlives those that die now
     while store.add(f"{prefix}/seen", 0) < world:
         if time.monotonic() > end_s:
-            raise dist.DistError("the others did not say which strategy they have within its timeout")
+            raise dist.DistError("the others, once connected, did not say which strategy they have")
         time.sleep(0.01)
     if store.check([f"{prefix}/other"]):
         raise ConfigError(f"{store.get(f'{prefix}/other').decode()}; start all with the same command and version")
 
 
 def has_lost_others(error: BaseException) -> bool:
-    """Whether the error means that another process ended or no longer answers. gloo has no error class for that."""
-    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
-
-
-def leave_at_exit() -> None:
-    """Destroys gloo's process group at exit after success: its threads would sometimes abort the process."""
-    atexit.register(_leave)  # Lightning does it for NCCL
-
-
-def _leave() -> None:
-    if _backend() == "gloo":
-        dist.destroy_process_group()
-
-
-def _backend() -> str | None:
-    return dist.get_backend() if dist.is_available() and dist.is_initialized() else None
+    """Whether the error means that another process ended or no longer answers."""
+    return isinstance(error, dist.DistError) or is_loss_of_others(error)
 
 
 def end_with_starter(verb: str | None) -> None:
-    """Ends a process that Lightning started when its starter ends: over NCCL nothing else reports that, and the others
-    would hold their GPUs until the timeout."""
+    """Ends a process with the one that started it: over NCCL nothing else reports that end, and the others would hold
+    their GPUs until the timeout. A rank of torchrun saves first, and so it can: all are still there."""
     if starter := os.environ.pop(_STARTER, None):  # not for commands that this process may start
-        threading.Thread(target=_end_after, args=(starter, verb), daemon=True).start()
-
-
-def _end_after(starter: str, verb: str | None) -> None:
-    while str(os.getppid()) == starter:
-        time.sleep(1.0)
-    time.sleep(_GRACE_S)
-    why = "the process that started this one is gone"
-    print(loss_of_others(rank(), why, verb), file=sys.stderr, flush=True)
-    os._exit(1)
-
-
-def await_stop(processes: Sequence[BaseProcess]) -> None:
-    """After Ctrl-C, lets the processes that this one started, and that train instead of it, save and end.
-
-    They may have received it too, as all processes of a terminal or a notebook's kernel do: another SIGTERM does no
-    harm. While they are being started none are known; those end with this process.
-    """
-    if not processes:  # waiting for an empty list would never end
-        return
-    for process in processes:
-        process.terminate()
-    connection.wait([process.sentinel for process in processes])
-    for process in processes:  # if only some end, the others wait for them
-        process.join(_GRACE_S)
-    # a process that ends before it resets its handlers dies of the SIGTERM, after its save
-    failed = [str(i) for i, each in enumerate(processes) if each.exitcode not in (0, -signal.SIGTERM)]
-    if failed:  # Lightning, which would pass on their errors, no longer listens
-        print(
-            f"\nerror: process {' and '.join(failed)} failed while it stopped; the last step may not be saved: see the "
-            "newest checkpoint",
-            file=sys.stderr,
-        )
-
-
-def end_started(launcher: Any) -> None:
-    """Kills the processes that this one started, on an error that is still to be reported.
-
-    Lightning's observer, a thread that looks every 5 s, would find them dead and kill this process, too, perhaps before
-    the report. So it is left nobody to look at, and this process has longer to end by itself.
-    """
-    if isinstance(launcher, _SubprocessScriptLauncher) and launcher.procs:
-        watched, launcher.procs = launcher.procs, list(launcher.procs)
-        watched.clear()
-        timer = threading.Timer(_GRACE_S, os.kill, (os.getpid(), signal.SIGKILL))
-        timer.daemon = True
-        timer.start()
-    for process in getattr(launcher, "procs", ()):
-        process.kill()
-
-
-_ABANDONED = False  # this process has abandoned the others
-
-
-def abandon(trainer: pl.Trainer) -> None:
-    """Lets a process that ends with an error, perhaps alone, end without waiting for the others, over NCCL.
-
-    They wait for it in a collective that it never joins, and Lightning's teardown would wait for them in turn: moving
-    tensors or emptying the allocator waits for the device, and destroying a process group needs all its ranks. No
-    launcher would see the end before the timeout.
-    """
-    global _ABANDONED
-    if trainer.world_size > 1 and _backend() == "nccl":
-        _ABANDONED = True
-        trainer._teardown = lambda: None  # type: ignore[method-assign]
-
-
-def end_abandoned(end: int | BaseException) -> None:
-    """If `abandon` was called, ends the process, with an exit code or as the raised exception would."""
-    if not _ABANDONED:
-        return
-    code = end.code if isinstance(end, SystemExit) else end
-    number = (code or 0) if isinstance(code, int | None) else 1
-    try:
-        if isinstance(code, BaseException):
-            sys.excepthook(type(code), code, code.__traceback__)
-        elif not isinstance(code, int | None):  # a message, which Python prints at exit
-            print(code, file=sys.stderr)
-        atexit.unregister(_destroy_dist_connection)
-        atexit._run_exitfuncs()
-        for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it was closed before
-            stream.flush()
-    finally:  # also if a stream is full or broken
-        os._exit(number)  # an ordinary exit would let torch abort the process group, which may wait too
+        why = "the process that started this one is gone"
+        endings.end_with(int(starter), partial(endings.give_up, lambda: loss_of_others(rank(), why, verb)))
+    elif TorchElasticEnvironment.detect():
+        endings.end_with(os.getppid(), endings.stop)

@@ -47,6 +47,18 @@ def held(run: Path) -> Iterator[None]:
             _remove_empty(made)
 
 
+_SHARED: list[IO[str]] = []
+
+
+def share(run: Path) -> None:
+    """Keeps the folder locked until this process, too, is gone: a rank that was forked by the one that holds the lock
+    outlives it for a moment. The first byte of the file is the holder's, the second the ranks'."""
+    with suppress(OSError):  # nothing is locked, or cannot be
+        file = open(run / _NAME)  # noqa: SIM115 (for as long as the process lives)
+        fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB, 1, 1)
+        _SHARED.append(file)
+
+
 def _say_unlocked(run: Path, error: OSError) -> None:
     """Reports that the folder cannot be locked; silent if it cannot be written at all, which others report."""
     if error.errno in NO_LOCKS:
@@ -89,7 +101,9 @@ def _lock(run: Path) -> IO[str]:
                 raise
             continue
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 1)  # no rank is left
+            fcntl.lockf(file, fcntl.LOCK_UN, 1, 1)
         except OSError as error:
             file.seek(0)
             boot, _, owner = (printable(line) for line in file.read().rpartition("\n"))

@@ -24,7 +24,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from salt_lightning.errors import ConfigError, few, raised, refuse
+from salt_lightning.errors import ConfigError, MachineError, few, raised, refuse
 from salt_lightning.preflight import size_said
 from salt_lightning.text import token_files
 from salt_lightning.text.documents import MAX_SOURCES, Corpus, Raw, first_lines, look_into, read_raw
@@ -237,7 +237,7 @@ def _accidents(cache_dir: Path, kept: str) -> Iterator[None]:
     try:
         yield
     except BrokenProcessPool as error:
-        raise ConfigError(
+        raise MachineError(
             "--data.prepare_workers: a tokenizing process was killed, usually for lack of memory; use fewer (1 "
             f"starts none) and start again{kept}"
         ) from error

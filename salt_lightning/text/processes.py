@@ -18,7 +18,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Protocol, TypeVar
 
-from salt_lightning.errors import ConfigError
+from salt_lightning.errors import ConfigError, MachineError
 
 _FORK = get_context("fork")  # spawned workers would run the user's script again
 
@@ -154,7 +154,7 @@ def in_child(function: Callable[..., None], *args: Any) -> None:
         try:
             _answer(connection, None)
         except BrokenProcessPool as killed:
-            raise ConfigError(
+            raise MachineError(
                 "--data.tokenizer: the process that trained it was killed, perhaps for lack of memory; use "
                 "--data.prepare_workers 1, which starts none"
             ) from killed

@@ -1,0 +1,186 @@
+"""How the processes of a run end: with the one that started them, after a signal to one of them, after an error."""
+
+import atexit
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache
+from multiprocessing import connection, parent_process
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import lightning.pytorch as pl
+import torch.distributed as dist
+from lightning.fabric.utilities.distributed import _destroy_dist_connection
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.utilities import rank_zero_info
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+
+from salt_lightning import errors
+
+_GRACE_S = 30.0  # after success, the first process may end a little before the others; after an error, in all
+
+
+@cache
+def end_with(starter: int, end: Callable[[], object]) -> None:
+    """Calls `end`, in a thread, when the process that started this one is gone. Another such call does nothing."""
+    threading.Thread(target=_end_after, args=(starter, end), daemon=True).start()
+
+
+def _end_after(starter: int, end: Callable[[], object]) -> None:
+    while os.getppid() == starter:
+        time.sleep(1.0)
+    end()
+
+
+def give_up(message: Callable[[], str]) -> None:
+    time.sleep(_GRACE_S)
+    print(message(), file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def stop() -> None:
+    """Stops this process as a SIGTERM from outside does: fit saves after the next logged step."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    with suppress(OSError):  # whoever read it may be gone, too
+        rank_zero_info("the process that started this one is gone")
+
+
+def follow_launcher() -> None:
+    """Lets a rank that Lightning forked or spawned stop when the process that waits for it is gone: torch's own tie is
+    a SIGINT, which jobs in the background ignore."""
+    launcher = parent_process()
+    assert launcher is not None
+    assert launcher.pid is not None
+    end_with(launcher.pid, stop)
+
+
+def stop_as_by_ctrl_c() -> None:
+    """Makes SIGTERM and SIGHUP in a process that waits for its ranks do what Ctrl-C does: they save first."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    own, asked_s = os.getpid(), []
+
+    def interrupt(number: int, frame: Any) -> None:
+        if os.getpid() != own:  # a forked rank, before it has handlers of its own
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        asked_s.append(time.monotonic())
+        if len(asked_s) == 1 or asked_s[-1] > asked_s[0] + 10.0:  # one request may come as several signals
+            raise KeyboardInterrupt(number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # by nohup
+            signal.signal(number, interrupt)
+
+
+@contextmanager
+def raised_here(verb: str | None = None) -> Iterator[None]:
+    """Raises an error of a rank that Lightning forked or spawned, which comes as a traceback's text, as if it had been
+    raised by the block. Others than those with a remedy stay as they are. `verb` None is fit."""
+    try:
+        yield
+        return
+    except ProcessExitedException as error:
+        if not error.signal_name:
+            raise
+        why = f"process {error.error_index} was killed by {error.signal_name}, perhaps for lack of memory"
+        cause: Exception = OSError(f"{why}; {errors.going_on(verb)}")
+    except ProcessRaisedException as error:
+        if not (found := errors.of_process(str(error))):
+            raise
+        cause = found
+    raise cause  # outside: the traceback would become its context
+
+
+def leave_at_exit() -> None:
+    """Destroys gloo's process group at exit after success: its threads would sometimes abort the process."""
+    atexit.register(_leave)  # Lightning does it for NCCL
+
+
+def _leave() -> None:
+    if _backend() == "gloo":
+        dist.destroy_process_group()
+
+
+def _backend() -> str | None:
+    return dist.get_backend() if dist.is_available() and dist.is_initialized() else None
+
+
+def await_stop(processes: Sequence[BaseProcess]) -> None:
+    """After Ctrl-C, lets the processes that this one started, and that train instead of it, save and end.
+
+    They may have received it too, as all processes of a terminal or a notebook's kernel do: another SIGTERM does no
+    harm. While they are being started none are known; those end with this process.
+    """
+    if not processes:  # waiting for an empty list would never end
+        return
+    for process in processes:
+        process.terminate()
+    connection.wait([process.sentinel for process in processes])
+    for process in processes:  # if only some end, the others wait for them
+        process.join(_GRACE_S)
+    # a process that ends before it resets its handlers dies of the SIGTERM, after its save
+    failed = [str(i) for i, each in enumerate(processes) if each.exitcode not in (0, -signal.SIGTERM)]
+    if failed:  # Lightning, which would pass on their errors, no longer listens
+        print(
+            f"\nerror: process {' and '.join(failed)} failed while it stopped; the last step may not be saved: see the "
+            "newest checkpoint",
+            file=sys.stderr,
+        )
+
+
+def end_started(launcher: Any) -> None:
+    """Kills the processes that this one started, on an error that is still to be reported.
+
+    Lightning's observer, a thread that looks every 5 s, would find them dead and kill this process, too, perhaps before
+    the report. So it is left nobody to look at, and this process has longer to end by itself.
+    """
+    if isinstance(launcher, _SubprocessScriptLauncher) and launcher.procs:
+        watched, launcher.procs = launcher.procs, list(launcher.procs)
+        watched.clear()
+        timer = threading.Timer(_GRACE_S, os.kill, (os.getpid(), signal.SIGKILL))
+        timer.daemon = True
+        timer.start()
+    for process in getattr(launcher, "procs", ()):
+        process.kill()
+
+
+_ABANDONED = False  # this process has abandoned the others
+
+
+def abandon(trainer: pl.Trainer) -> None:
+    """Lets a process that ends with an error, perhaps alone, end without waiting for the others, over NCCL.
+
+    They wait for it in a collective that it never joins, and Lightning's teardown would wait for them in turn: moving
+    tensors or emptying the allocator waits for the device, and destroying a process group needs all its ranks. No
+    launcher would see the end before the timeout.
+    """
+    global _ABANDONED
+    if trainer.world_size > 1 and _backend() == "nccl":
+        _ABANDONED = True
+        trainer._teardown = lambda: None  # type: ignore[method-assign]
+
+
+def end_abandoned(end: int | BaseException) -> None:
+    """If `abandon` was called, ends the process, with an exit code or as the raised exception would."""
+    if not _ABANDONED:
+        return
+    code = end.code if isinstance(end, SystemExit) else end
+    number = (code or 0) if isinstance(code, int | None) else 1
+    try:
+        if isinstance(code, BaseException):
+            sys.excepthook(type(code), code, code.__traceback__)
+        elif not isinstance(code, int | None):  # a message, which Python prints at exit
+            print(code, file=sys.stderr)
+        atexit.unregister(_destroy_dist_connection)
+        atexit._run_exitfuncs()
+        for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it was closed before
+            stream.flush()
+    finally:  # also if a stream is full or broken
+        os._exit(number)  # an ordinary exit would let torch abort the process group, which may wait too
