@@ -33,6 +33,7 @@ from salt_lightning.batches.rows import (
     counts_nll,
     require_text,
     spread,
+    text_ids,
 )
 from salt_lightning.batches.stretches import Stretches, go_on, one_stretch, rows_before, where, with_past
 from salt_lightning.command.settings import seed_or_global, wrong_data
@@ -352,7 +353,7 @@ class SALTDataModule(LightningDataModule):
     def decode_row(self, row: int) -> str:
         """The text of a training row."""
         assert self._train is not None, "call setup first"
-        return str(self.tokenizer.decode(self._train.build(np.array([row]))["input_ids"][0].tolist()))
+        return str(self.tokenizer.decode(text_ids(self._train, row)))
 
     def describe_batches(self, first: int, count: int) -> str:
         """Number, source and first words of the rows that micro-batches `first` to `first + count - 1` read.
@@ -363,8 +364,7 @@ class SALTDataModule(LightningDataModule):
         files, size = self._train.files, self.micro_batch_size
         step, part = divmod(first, self.global_batch_size // size)
         rows = self._order(rows_before(self.stretches, step) + part * size + np.arange(count * size))
-        documents = self._train.first_documents(rows[:4])
-        sources = [files.manifest["sources"][source] for source in files.doc_sources[documents]]
+        sources = [files.manifest["sources"][s] for s in files.doc_sources[self._train.first_documents(rows[:4])]]
         shown = [f"{row} ({s}: {self.decode_row(row)[:40]!r})" for row, s in zip(rows[:4], sources, strict=True)]
         return ", ".join(shown + [str(row) for row in rows[4:64]]) + (" ..." if len(rows) > 64 else "")
 

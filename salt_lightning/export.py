@@ -250,11 +250,11 @@ def _write_file(model: PreTrainedModel, weights: dict[str, Tensor], path: Path) 
 
 
 def _write_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
-    """Writes config.json, and generation_config.json with the tokenizer's special tokens.
+    """Writes config.json and generation_config.json with the tokenizer's special tokens, the padding token only into
+    the latter: transformers does not train its embedding.
 
     Sets the padding token and the maximum length of a tokenizer that was made for no particular model.
     """
-    model.config.save_pretrained(folder)
     special = {name: getattr(model.config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if tokenizer is not None:
         named = {name: token for name in special if (token := getattr(tokenizer, name)) is not None}
@@ -267,6 +267,10 @@ def _write_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase |
         if tokenizer.model_max_length >= LARGE_INTEGER and length:
             tokenizer.model_max_length = length
     GenerationConfig(**special).save_pretrained(folder)
+    config = deepcopy(model.config)
+    for name in ("bos_token_id", "eos_token_id"):  # fresh models have EOS for both
+        setattr(config, name, special[name])
+    config.save_pretrained(folder)
     for path in folder.glob("*.safetensors"):  # safetensors writes them for their owner only
         with suppress(PermissionError):  # of a file system that has one mode for all
             path.chmod((folder / "config.json").stat().st_mode)

@@ -69,6 +69,8 @@ class CausalLM(nn.Module):
                 "has no separate backbone; use a family that has both, e.g. llama"
             )
         follow_autocast(model)
+        # No row is padded, and as a token of the text (EOS, in fresh models) it has to learn like any other.
+        model.get_input_embeddings().padding_idx = None
         self._scale = logit_scale(model.config, name)
         self.attention = model.config._attn_implementation
         self.apart: Apart = "positions"

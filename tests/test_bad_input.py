@@ -329,7 +329,8 @@ ERRORS = {
     ),
     "the same size and other ids": (
         {"kd.steps": 6, "model.teacher.path": "{bad}/other_ids", "data.tokenizer": "{bad}/tokenizer"},
-        r"name \d+ token ids differently: id \d+ is '.+' here and '.+' there, id \d+ is",
+        r"name \d+ token ids differently: id \d+ is '.+' here and '.+' there, id \d+ is.*; use the tokenizer that this "
+        r"teacher was trained with, --data.tokenizer .*/other_ids",
     ),
     "a teacher's damaged checkpoint": (
         {"kd.steps": 6, "model.teacher.path": "{bad}/flipped.ckpt"},

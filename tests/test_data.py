@@ -29,6 +29,7 @@ from salt_lightning.batches.rows import (
     PackedRows,
     ShardBatches,
     TrainBatches,
+    text_ids,
 )
 from salt_lightning.data import SALTDataModule
 from salt_lightning.errors import ConfigError
@@ -117,6 +118,7 @@ def test_packing_by_hand(tmp_path):
     assert batch["input_ids"].tolist() == [[15, EOS, 16, EOS, EOS], [EOS] * 5]
     assert batch["labels"].tolist() == [[EOS, IGNORE, EOS, IGNORE, IGNORE], [IGNORE] * 5]
     assert batch["positions"].tolist() == [[0, 1, 2, 3, 4]] * 2
+    assert [text_ids(packed, 1), text_ids(wide, 1)] == [[14, 15, EOS, 16], [15, EOS, 16]]  # without what fills it up
 
 
 @settings(max_examples=80)

@@ -197,6 +197,21 @@ def test_a_chats_marks_go_on_to_end_a_generation(salt, tmp_path):
     assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == [0, 7]
 
 
+def test_config_json_has_the_tokenizer_s_tokens(salt, tmp_path):
+    """Some loaders read no generation_config.json. A fresh model has EOS for all; EOS goes on to be its padding."""
+    tokenizer = AutoTokenizer.from_pretrained(salt / "tokenizer")
+    tokenizer.bos_token, tokenizer.pad_token = tokenizer.convert_ids_to_tokens([7, 8])
+    tokenizer.save_pretrained(tmp_path / "marked")
+    export(checkpoints(salt)[-1], tmp_path / "out", tokenizer=str(tmp_path / "marked"))
+    config, generation = (
+        AutoConfig.from_pretrained(tmp_path / "out"),
+        GenerationConfig.from_pretrained(tmp_path / "out"),
+    )
+    end = tokenizer.eos_token_id
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (7, end, end)
+    assert (generation.bos_token_id, generation.eos_token_id, generation.pad_token_id) == (7, end, 8)
+
+
 def test_the_verb_exports_any_checkpoint(salt, tmp_path, capsys):
     middle = checkpoints(salt)[1]
     assert middle.name == "step-00000006.ckpt"

@@ -92,6 +92,20 @@ def test_packed_documents_do_not_see_each_other(family, attention):
     assert not torch.allclose(before[0, 9], lm(changed, POSITIONS)[0].view(2, 10, -1)[0, 9])
 
 
+def test_the_token_that_a_model_pads_with_learns_as_any_other():
+    """Fresh models have EOS for it, which is read between the turns of a chat. torch gives such a row no gradient."""
+    ids_BT, pad = torch.tensor([[5, 3, 7, 8]]), 3
+    lm = tiny("llama", pad_token_id=pad, tie_word_embeddings=False)
+    embedding = lm.model.get_input_embeddings().weight
+    lm(ids_BT, torch.arange(4)[None])[0].square().sum().backward()
+    rows_BTD = embedding.detach()[ids_BT].requires_grad_()
+    lm.model.base_model(inputs_embeds=rows_BTD).last_hidden_state.square().sum().backward()
+    assert rows_BTD.grad[0, 1].abs().max() > 0
+    assert torch.allclose(
+        embedding.grad[ids_BT], rows_BTD.grad, rtol=1e-5, atol=1e-6 * rows_BTD.grad.abs().max().item()
+    )
+
+
 @families
 def test_a_kd_step_has_the_gradient_of_the_full_logits(family):
     student, teacher = (

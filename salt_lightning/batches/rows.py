@@ -48,6 +48,12 @@ class Rows(Protocol):
     def origins(self, batch: Batch) -> Batch: ...
 
 
+def text_ids(rows: Rows, row: int) -> list[int]:
+    """The row's tokens without the EOS that fill it up or end it."""
+    ids_T = rows.build(np.array([row]))["input_ids"][0]
+    return ids_T[: len(np.trim_zeros(ids_T - rows.files.eos_id, "b"))].tolist()
+
+
 def with_sources(files: TokenFiles, labels_BT: np.ndarray, bytes_BT: np.ndarray, documents_BT: np.ndarray) -> Batch:
     """Clear bytes and document of ignored labels, and add the source of each document."""
     ignored_BT = labels_BT == IGNORE

@@ -393,7 +393,7 @@ def check_positions(config: PreTrainedConfig, setting: str, data: Any) -> None:
             if short < data.block_size:
                 rank_zero_warn(
                     f"{setting} {positions}: longrope uses other frequencies for a whole micro-batch as soon as one of "
-                    f"its documents is longer than {short} tokens, so results depend slightly on how rows are grouped; "
+                    f"its documents is longer than {short} tokens, so results depend on how rows are grouped; "
                     f"set --data.block_size {short} to avoid that"
                 )
 

@@ -39,8 +39,8 @@ def check_fit(spec: ModelSpec, name: str, data: Any, config: PreTrainedConfig | 
     if config.vocab_size < data.vocab_size:
         raise ConfigError(
             f"--model.{name}.path {spec.path} has a vocabulary of {config.vocab_size}, --data.tokenizer "
-            f"{data.vocab_size}: use the tokenizer that this {name} was trained with; if tokens were added to it, "
-            "first add rows to the model (resize_token_embeddings in transformers) and save it"
+            f"{data.vocab_size}: use the tokenizer that this {name} was trained with; only if it is that one with "
+            "tokens added, first add rows to the model (resize_token_embeddings in transformers) and save it"
         )
     size = f"{data.vocab_size} tokens, {config.vocab_size} rows in the head"
     own = _own_tokenizer(spec, name)
@@ -65,6 +65,7 @@ def check_fit(spec: ModelSpec, name: str, data: Any, config: PreTrainedConfig | 
     if not spec.is_checkpoint:
         raise ConfigError(
             f"--model.{name}.path {spec.path} and --data.tokenizer name {len(differing)} token ids differently: {shown}"
+            f"; use the tokenizer that this {name} was trained with, --data.tokenizer {spec.path}"
         )
     known = f" ({len(differing)} of them: {shown})" if vocabulary else ""
     raise ConfigError(
