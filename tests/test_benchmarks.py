@@ -72,6 +72,11 @@ def test_head_loss():
     assert all(float(ratio) <= 1.2 for _, ratio in errors)
 
 
+def test_families():
+    rows = re.findall(r"^\| (\S+) \| (\w[\w ]*) \|", run("families.py", "llama", "gpt2:cohere", "gemma2", "fuyu"), re.M)
+    assert rows == [("llama", "exact"), ("gpt2:cohere", "exact"), ("gemma2", "refused"), ("fuyu", "not tried")]
+
+
 def test_step(tmp_path, run_apart, monkeypatch):
     (tmp_path / "liger_kernel").mkdir()
     (tmp_path / "liger_kernel" / "chunked_loss.py").write_text(LIGER)
