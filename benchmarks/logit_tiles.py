@@ -11,7 +11,8 @@ The tile also stores the sum of its exponentials, so the row pass reads 2 x 2 by
 writes the gradient in their place: it moves 10 bytes instead of 26 with fp32 logits, or 14 with bf16.
 
 For scoring no logit is stored: with the label's logit known beforehand, a tile leaves three numbers for each row, its
-largest logit, its sum of exponentials, and how many logits are above the label's.
+largest logit, its sum of exponentials, and how many logits are above the label's (among equal rows of the head, as in
+padding, rounding decides which are).
 
 This is not part of the library: it is to be compared with `salt_loss` and `token_stats` on a GPU, and replaces what it
 beats.

@@ -29,7 +29,7 @@ from salt_lightning.errors import ConfigError, refuse, wrong_kinds
 from salt_lightning.export import check_target, export
 from salt_lightning.fit.cadence import require_time_left, timers
 from salt_lightning.preflight import Finding
-from salt_lightning.run import endings, run_lock, slurm
+from salt_lightning.run import endings, slurm
 from salt_lightning.run.run_folder import is_over, saved, step_named
 from salt_lightning.schedule import in_training, kd_callbacks
 from salt_lightning.storage import damage, shards
@@ -129,8 +129,6 @@ class RunCheckpoint(Checkpoint):
         if trainer.global_step > 0:  # another fit of the same trainer
             self._kept = kept
         self._dir = Path(self.folder or Path(trainer.default_root_dir) / "checkpoints")
-        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):  # this is one of its ranks
-            run_lock.share(Path(trainer.default_root_dir))
         # Outside training there is nothing to save. Lightning's own handler would broadcast between the ranks' other
         # messages, and would end a validation with exit code 0 and a first step with a traceback.
         trainer._signal_connector._sigterm_notifier_fn = _stop_at_once  # type: ignore

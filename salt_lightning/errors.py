@@ -189,13 +189,19 @@ class NonFiniteLossError(RuntimeError):
 
 def of_process(traceback: str) -> Exception | None:
     """An error with a remedy that ended another process, made again from its traceback; None: another error."""
-    name, _, message = traceback.rstrip().rpartition("\n")[2].partition(": ")
     kinds: tuple[type[Exception], ...] = (ConfigError, *ConfigError.__subclasses__(), NonFiniteLossError)
     known = {f"{kind.__module__}.{kind.__name__}": kind for kind in kinds} | {"OSError": OSError}
-    if name in known:
-        return known[name](message)
-    found = {"MemoryError": MemoryError, "torch.OutOfMemoryError": RuntimeError}.get(name, RuntimeError)(message)
-    return found if of_machine(found) or is_loss_of_others(found) else None
+    names = r"MemoryError|RuntimeError|torch\.OutOfMemoryError|torch\.AcceleratorError|torch\.distributed\.Dist\w*Error"
+    begins = [*re.finditer(rf"(?m)^({'|'.join(map(re.escape, known))}|{names})(?:: |$)", traceback)]
+    if not begins or re.search(r"(?m)^\w[\w.]*(Error|Exception|Interrupt)(: |$)", traceback[begins[-1].end() :]):
+        return None
+    name, message = begins[-1][1], traceback[begins[-1].end() :].strip()
+    if name.startswith("torch.distributed."):
+        from torch.distributed import DistError  # compare imports no torch
+
+        return DistError(message)
+    found = known.get(name, MemoryError if name == "MemoryError" else RuntimeError)(message)
+    return found if name in known or of_machine(found) or is_loss_of_others(found) else None
 
 
 def is_loss_of_others(error: BaseException) -> bool:

@@ -251,7 +251,7 @@ def _write_file(model: PreTrainedModel, weights: dict[str, Tensor], path: Path) 
 
 def _write_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
     """Writes config.json and generation_config.json with the tokenizer's special tokens, the padding token only into
-    the latter: transformers does not train its embedding.
+    the latter: some families compute more with it than padding.
 
     Sets the padding token and the maximum length of a tokenizer that was made for no particular model.
     """
@@ -268,8 +268,10 @@ def _write_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase |
             tokenizer.model_max_length = length
     GenerationConfig(**special).save_pretrained(folder)
     config = deepcopy(model.config)
-    for name in ("bos_token_id", "eos_token_id"):  # fresh models have EOS for both
-        setattr(config, name, special[name])
+    for part in (config, config.get_text_config()):
+        for name in ("bos_token_id", "eos_token_id"):  # fresh models have EOS for both
+            if not isinstance(getattr(part, name, None), list):
+                setattr(part, name, special[name])
     config.save_pretrained(folder)
     for path in folder.glob("*.safetensors"):  # safetensors writes them for their owner only
         with suppress(PermissionError):  # of a file system that has one mode for all

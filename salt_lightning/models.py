@@ -61,8 +61,7 @@ class CausalLM(nn.Module):
 
     def __init__(self, model: PreTrainedModel, name: str) -> None:
         super().__init__()
-        self.model = model
-        self.name = name  # "student" or "teacher", for messages
+        self.model, self.name = model, name  # "student" or "teacher", for messages
         if model.base_model is model or "position_ids" not in inspect.signature(model.base_model.forward).parameters:
             raise ConfigError(
                 f"--model.{name}: {type(model).__name__} takes no position_ids, which keep packed documents apart, or "
@@ -70,7 +69,8 @@ class CausalLM(nn.Module):
             )
         follow_autocast(model)
         # No row is padded, and as a token of the text (EOS, in fresh models) it has to learn like any other.
-        model.get_input_embeddings().padding_idx = None
+        for embedding in (module for module in model.modules() if isinstance(module, nn.Embedding)):
+            embedding.padding_idx = None
         self._scale = logit_scale(model.config, name)
         self.attention = model.config._attn_implementation
         self.apart: Apart = "positions"

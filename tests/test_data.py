@@ -7,6 +7,7 @@ import json
 import logging
 import mmap
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from salt_lightning.batches.rows import (
     PackedRows,
     ShardBatches,
     TrainBatches,
+    _start_method,
     text_ids,
 )
 from salt_lightning.data import SALTDataModule
@@ -444,6 +446,23 @@ def test_workers_change_neither_batches_nor_the_random_state(make):
     for one, other in zip(here, there, strict=True):
         assert all(torch.equal(one[name], other[name]) for name in one)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="others have their own default")
+@pytest.mark.parametrize(
+    ("default", "chosen", "used"),
+    [
+        ("fork", None, "fork"),
+        ("forkserver", None, "fork"),
+        ("forkserver", "forkserver", "fork"),
+        ("fork", "spawn", None),
+    ],
+)
+def test_workers_are_forked_unless_the_user_has_set_another_way(default, chosen, used, monkeypatch):
+    """Python 3.14's default is forkserver; asking for it may set it, so it is not taken for the user's."""
+    monkeypatch.setattr("multiprocessing.get_all_start_methods", lambda: [default, "spawn"])
+    monkeypatch.setattr("multiprocessing.get_start_method", lambda allow_none: chosen)
+    assert _start_method() == used
 
 
 def test_workers_that_cannot_be_started_are_one_line(make, monkeypatch):

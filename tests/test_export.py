@@ -188,13 +188,15 @@ def test_a_checkpoint_in_the_working_directory_has_its_run_s_tokenizer(salt, tmp
     assert (tmp_path / "out/tokenizer.json").exists()
 
 
-def test_a_chats_marks_go_on_to_end_a_generation(salt, tmp_path):
-    """The config keeps several end ids, including the tokenizer's EOS."""
+@pytest.mark.parametrize(("stops", "generation"), [([0, 7], [0, 7]), ([7, 9], 0)])
+def test_a_chats_marks_go_on_to_end_a_generation(salt, tmp_path, stops, generation):
+    """The config keeps several end ids; a generation those that include the tokenizer's EOS."""
     checkpoint = torch.load(checkpoints(salt)[-1], weights_only=True)
-    checkpoint["hyper_parameters"]["student"]["config"] |= {"eos_token_id": [0, 7]}
+    checkpoint["hyper_parameters"]["student"]["config"] |= {"eos_token_id": stops}
     torch.save(checkpoint, tmp_path / "x.ckpt")
     export(tmp_path / "x.ckpt", tmp_path / "out", tokenizer=str(salt / "tokenizer"))
-    assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == [0, 7]
+    assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == generation
+    assert AutoConfig.from_pretrained(tmp_path / "out").eos_token_id == stops
 
 
 def test_config_json_has_the_tokenizer_s_tokens(salt, tmp_path):

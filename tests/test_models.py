@@ -96,6 +96,7 @@ def test_the_token_that_a_model_pads_with_learns_as_any_other():
     """Fresh models have EOS for it, which is read between the turns of a chat. torch gives such a row no gradient."""
     ids_BT, pad = torch.tensor([[5, 3, 7, 8]]), 3
     lm = tiny("llama", pad_token_id=pad, tie_word_embeddings=False)
+    assert all(m.padding_idx is None for m in lm.modules() if isinstance(m, torch.nn.Embedding))
     embedding = lm.model.get_input_embeddings().weight
     lm(ids_BT, torch.arange(4)[None])[0].square().sum().backward()
     rows_BTD = embedding.detach()[ids_BT].requires_grad_()

@@ -513,22 +513,60 @@ def test_forked_processes_save_when_the_one_that_waits_is_killed_and_hold_their_
 
 
 _IN_THE_BACKGROUND = """
-import signal, sys
+import signal, sys, time
 signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a script's `command &` has it
+from lightning.pytorch.strategies import DDPStrategy
+connect = DDPStrategy.setup_environment
+DDPStrategy.setup_environment = lambda strategy: (time.sleep(LATE_S * strategy.local_rank), connect(strategy))
 from salt_lightning.cli import main
 sys.exit(main())
 """
 
 
-def test_forked_processes_end_if_the_one_that_waits_is_killed_before_they_train(settings, tmp_path):
-    (tmp_path / "cli.py").write_text(_IN_THE_BACKGROUND)
+@pytest.mark.parametrize("late_s", [0, 600])
+def test_forked_processes_end_if_the_one_that_waits_is_killed_before_they_train(settings, tmp_path, late_s):
+    """Also the first, which connects to one that does not come, and holds the folder meanwhile."""
+    (tmp_path / "cli.py").write_text(_IN_THE_BACKGROUND.replace("LATE_S", str(late_s)))
     own = {**ENDLESS, "trainer.strategy": "ddp_fork", "run": str(tmp_path / "run")}
     process = start(settings, own, tmp_path / "cli.py", PYTHONPATH=str(ROOT))
     for line in process.stdout:
         if line.startswith("Initializing distributed"):
             break
+    ranks = ranks_of(process)
+    for rank in ranks:
+        os.kill(rank, signal.SIGSTOP)
     process.kill()
+    process.wait()
+    with pytest.raises(ConfigError, match=f"process {process.pid} on .* is using it"), run_lock.held(tmp_path / "run"):
+        pass
+    for rank in ranks:
+        os.kill(rank, signal.SIGCONT)
     end(process)  # within a minute, and of 100,000 steps
+
+
+def test_ranks_of_a_server_train_on(settings, tmp_path):
+    """The process that waits for them is not their parent."""
+    strategy = {"class_path": "DDPStrategy", "init_args": {"start_method": "forkserver"}}
+    own = {"trainer.strategy": strategy, "trainer.devices": 2, "data.micro_batch_size": 4, "kd.weight": 0.0}
+    steps = {"trainer.max_steps": 300, "trainer.val_check_interval": 300}  # longer than a look at who is there
+    code, output = end(start(settings, {**own, **steps, "run": str(tmp_path / "run")}))
+    assert code == 0, output
+    assert "done: step 300" in output
+
+
+def test_a_sigterm_after_ctrl_c_is_the_same_request(settings, tmp_path):
+    own = {**ENDLESS, "trainer.log_every_n_steps": 400, "trainer.strategy": "ddp_fork", "run": str(tmp_path / "run")}
+    process = start(settings, own)
+    child = child_of(process, tmp_path / "run")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(process.pid, number)
+        time.sleep(0.3)
+    code = process.wait(60)
+    assert not alive(child)
+    output = end(process)[1]
+    assert code == 128 + signal.SIGINT, output
+    step = int(newest(tmp_path / "run/checkpoints").stem.removeprefix("step-"))
+    assert step % 400 == 0, output
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -540,7 +578,7 @@ def test_a_forked_process_that_is_killed_is_one_line(settings, tmp_path, victim)
     assert code == 1
     assert output.count("error: ") == 1
     lost = (
-        rf"process {victim} was killed by SIGKILL, perhaps for lack of memory|process {1 - victim} has lost the others"
+        rf"process {victim} was ended by SIGKILL, perhaps for lack of memory|process {1 - victim} has lost the others"
     )
     assert re.search(rf"error: ({lost}).*continue with --ckpt_path last", output)
     assert "Traceback" not in output
@@ -682,7 +720,7 @@ signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to stop"))
 for _ in range(2):  # two commands of one process
     peers.end_with_starter(None)
 import threading
-print("watched by", sum("_end_after" in thread.name for thread in threading.enumerate()), flush=True)
+print("watched by", sum("starter" in thread.name for thread in threading.enumerate()), flush=True)
 time.sleep(600)
 """
 

@@ -485,6 +485,9 @@ def test_what_to_do_without_memory_depends_on_the_command(verb, said):
         ("MemoryError: all wrong", MemoryError),
         ("ValueError: all wrong", type(None)),
         ("RuntimeError: all wrong", type(None)),
+        ("AssertionError: no kernel image", type(None)),  # not the machine's
+        ("RuntimeError: gloo/transport\nValueError: all wrong", type(None)),
+        ("torch.distributed.DistError: all wrong", torch.distributed.DistError),
     ],
 )
 def test_an_error_of_a_process_that_lightning_started(line, kind):
@@ -499,6 +502,8 @@ def test_an_error_of_a_process_that_lightning_started(line, kind):
         "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB",
         "RuntimeError: DataLoader worker (pid 7) is killed by signal: Killed. ",
         "RuntimeError: [/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1",
+        "torch.AcceleratorError: CUDA error: out of memory\nCUDA kernel errors might be reported later.",
+        "MemoryError",
     ],
 )
 def test_an_error_of_the_machine_in_another_process(line):

@@ -9,6 +9,7 @@ a resume do not change it.
 """
 
 import atexit
+import multiprocessing
 import signal
 import sys
 import threading
@@ -329,8 +330,7 @@ class Loader:
             batch_size=None,
             sampler=indices,
             num_workers=self.num_workers,
-            # Python 3.14's own choice would import everything anew in each, and run a user's script without a guard.
-            multiprocessing_context="fork" if sys.platform == "linux" else None,
+            multiprocessing_context=_start_method(),
             collate_fn=_as_is,
             worker_init_fn=_leave_signals_to_the_parent,
             generator=torch.Generator(),
@@ -346,6 +346,14 @@ class Loader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing to restore."""
+
+
+def _start_method() -> str | None:
+    """On Linux "fork", in place of Python's own default: 3.14's imports everything anew in each worker, and runs a
+    user's script that has no guard. None: what the user has set."""
+    own = multiprocessing.get_all_start_methods()[0]
+    chosen = multiprocessing.get_start_method(allow_none=True) or own
+    return "fork" if sys.platform == "linux" and chosen == own else None
 
 
 _WORKERS: WeakSet = WeakSet()

@@ -188,7 +188,10 @@ class Meter:
         self._begin_phase()
 
     def what_it_brought(self) -> str | None:
-        """The speeds with and without the teacher, once, when the latter has been measured over enough steps."""
+        """The speeds with and without the teacher, once, when the latter has been measured over enough steps.
+
+        None if the teacher left within the first interval: that began with a warm-up, and often a compile.
+        """
         if not self._taught_tokens_per_s or self._phase_steps < _SPEED_STEPS:
             return None
         before, self._taught_tokens_per_s = self._taught_tokens_per_s, None

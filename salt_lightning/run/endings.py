@@ -25,58 +25,71 @@ from salt_lightning import errors
 _GRACE_S = 30.0  # after success, the first process may end a little before the others; after an error, in all
 
 
-@cache
-def end_with(starter: int, end: Callable[[], object]) -> None:
-    """Calls `end`, in a thread, when the process that started this one is gone. Another such call does nothing."""
-    threading.Thread(target=_end_after, args=(starter, end), daemon=True).start()
+def end_with_starter(starter: int, message: Callable[[], str]) -> None:
+    """Ends this process some time after the one that started it, with a message."""
+
+    def give_up() -> None:
+        time.sleep(_GRACE_S)
+        print(message(), file=sys.stderr, flush=True)
+        os._exit(1)
+
+    _after(lambda: os.getppid() == starter, give_up)
 
 
-def _end_after(starter: int, end: Callable[[], object]) -> None:
-    while os.getppid() == starter:
-        time.sleep(1.0)
-    end()
+@cache  # for all commands of this process
+def stop_with_agent() -> None:
+    """Stops this process when torchrun's agent is gone, as a SIGTERM does: fit saves after the next logged step."""
+    agent = os.getppid()
+    _after(lambda: os.getppid() == agent, _stop)
 
 
-def give_up(message: Callable[[], str]) -> None:
-    time.sleep(_GRACE_S)
-    print(message(), file=sys.stderr, flush=True)
-    os._exit(1)
+def stop_with_launcher() -> None:
+    """Stops this rank, which Lightning forked or spawned, when the process that waits for it is gone: torch's own tie
+    is a SIGINT, which jobs in the background ignore."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+            signal.signal(number, signal.SIG_DFL)  # a handler in Python could not run while torch connects
+    launcher, parent = parent_process(), os.getppid()
+    assert launcher is not None
+    # If it was forked, later ranks hold the other end of what is_alive looks at. Otherwise the parent may be a server.
+    _after(lambda: os.getppid() == parent and launcher.is_alive(), _stop)
 
 
-def stop() -> None:
-    """Stops this process as a SIGTERM from outside does: fit saves after the next logged step."""
+def _after(is_there: Callable[[], bool], end: Callable[[], object]) -> None:
+    def watch() -> None:
+        while is_there():
+            time.sleep(1.0)
+        end()
+
+    threading.Thread(target=watch, name="starter", daemon=True).start()
+
+
+def _stop() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
     with suppress(OSError):  # whoever read it may be gone, too
         rank_zero_info("the process that started this one is gone")
 
 
-def follow_launcher() -> None:
-    """Lets a rank that Lightning forked or spawned stop when the process that waits for it is gone: torch's own tie is
-    a SIGINT, which jobs in the background ignore."""
-    launcher = parent_process()
-    assert launcher is not None
-    assert launcher.pid is not None
-    end_with(launcher.pid, stop)
+_ASKED_S: list[float] = []  # when this process, which waits for its ranks, was asked to stop
 
 
 def stop_as_by_ctrl_c() -> None:
     """Makes SIGTERM and SIGHUP in a process that waits for its ranks do what Ctrl-C does: they save first."""
-    if threading.current_thread() is not threading.main_thread():
-        return
-    own, asked_s = os.getpid(), []
+    own = os.getpid()
+    _ASKED_S.clear()
 
     def interrupt(number: int, frame: Any) -> None:
-        if os.getpid() != own:  # a forked rank, before it has handlers of its own
+        if os.getpid() != own:  # a rank that was just forked
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
-        asked_s.append(time.monotonic())
-        if len(asked_s) == 1 or asked_s[-1] > asked_s[0] + 10.0:  # one request may come as several signals
+        _ASKED_S.append(time.monotonic())
+        if len(_ASKED_S) == 1 or _ASKED_S[-1] > _ASKED_S[0] + 10.0:  # one request may come as several signals
             raise KeyboardInterrupt(number)
 
     for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # by nohup
-            signal.signal(number, interrupt)
+        if signal.getsignal(number) != signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+            signal.signal(number, interrupt)  # nohup ignores the latter
 
 
 @contextmanager
@@ -87,10 +100,9 @@ def raised_here(verb: str | None = None) -> Iterator[None]:
         yield
         return
     except ProcessExitedException as error:
-        if not error.signal_name:
-            raise
-        why = f"process {error.error_index} was killed by {error.signal_name}, perhaps for lack of memory"
-        cause: Exception = OSError(f"{why}; {errors.going_on(verb)}")
+        why = "perhaps for lack of memory" if error.signal_name == "SIGKILL" else "its output may say why"
+        how = f"was ended by {error.signal_name}" if error.signal_name else f"ended with exit code {error.exit_code}"
+        cause: Exception = OSError(f"process {error.error_index} {how}, {why}; {errors.going_on(verb)}")
     except ProcessRaisedException as error:
         if not (found := errors.of_process(str(error))):
             raise
@@ -120,6 +132,7 @@ def await_stop(processes: Sequence[BaseProcess]) -> None:
     """
     if not processes:  # waiting for an empty list would never end
         return
+    _ASKED_S.append(time.monotonic())  # by Ctrl-C, which its handler does not know
     for process in processes:
         process.terminate()
     connection.wait([process.sentinel for process in processes])

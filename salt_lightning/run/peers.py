@@ -10,6 +10,7 @@ from contextlib import suppress
 from datetime import timedelta
 from functools import cache, partial
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -28,7 +29,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _Su
 from lightning.pytorch.utilities import rank_zero_only
 
 from salt_lightning.errors import ConfigError, going_on, is_loss_of_others, printable_lines
-from salt_lightning.run import endings, slurm
+from salt_lightning.run import endings, run_lock, slurm
 from salt_lightning.text.processes import num_cores
 
 _SLACK_S = 2.0  # lets torch end the wait first, with a better message
@@ -291,7 +292,8 @@ def expect_others(trainer: pl.Trainer, verb: str | None) -> None:
     if strategy.launcher is not None:  # it starts them
         limit_threads(trainer.num_devices)
     if (limit := getattr(strategy, "_timeout", None)) is not None:
-        strategy.setup_environment = partial(_connect, strategy, limit.total_seconds(), verb)
+        run = Path(trainer.default_root_dir)
+        strategy.setup_environment = partial(_connect, strategy, limit.total_seconds(), verb, run)
     end_with_starter(verb)
     if isinstance(strategy.launcher, _MultiProcessingLauncher):
         endings.stop_as_by_ctrl_c()
@@ -309,10 +311,12 @@ def _start_others(start: Callable[[], None]) -> None:
         del os.environ[_STARTER]
 
 
-def _connect(strategy: Any, limit_s: float, verb: str | None) -> None:
+def _connect(strategy: Any, limit_s: float, verb: str | None, run: Path) -> None:
     """Ends the process if connecting takes longer than the strategy's timeout: torch would try again after it."""
-    if isinstance(strategy.launcher, _MultiProcessingLauncher):
-        endings.follow_launcher()
+    if isinstance(strategy.launcher, _MultiProcessingLauncher):  # this is one of its ranks
+        endings.stop_with_launcher()
+        if verb in ("fit", "predict"):
+            run_lock.share(run)
 
     def give_up() -> None:  # the main thread is inside torch, where no exception reaches it
         why = f"no connection within the strategy's timeout of {limit_s:g} s"
@@ -339,7 +343,7 @@ def require_same_strategy(strategy: Any) -> None:
 
     Raises:
         ConfigError: on all processes; names one that differs.
-        torch.distributed.DistError: the others do not answer within the strategy's timeout.
+        torch.distributed.DistError: the others do not answer within the strategy's timeout, or 5 minutes.
     """
     if not dist.is_initialized() or getattr(strategy, "is_compared", False):
         return
@@ -374,6 +378,6 @@ def end_with_starter(verb: str | None) -> None:
     their GPUs until the timeout. A rank of torchrun saves first, and so it can: all are still there."""
     if starter := os.environ.pop(_STARTER, None):  # not for commands that this process may start
         why = "the process that started this one is gone"
-        endings.end_with(int(starter), partial(endings.give_up, lambda: loss_of_others(rank(), why, verb)))
+        endings.end_with_starter(int(starter), lambda: loss_of_others(rank(), why, verb))
     elif TorchElasticEnvironment.detect():
-        endings.end_with(os.getppid(), endings.stop)
+        endings.stop_with_agent()

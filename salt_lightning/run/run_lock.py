@@ -25,7 +25,8 @@ _OTHER_MACHINE_S = 120.0
 def held(run: Path) -> Iterator[None]:
     """Locks the folder; creates it if missing, and removes it again if the block leaves it empty.
 
-    The system frees the lock when the process dies, whatever its workers do: such locks are not inherited.
+    The system frees the lock when the process dies, whatever its workers do: such locks are not inherited. Ranks that
+    it forks or spawns `share` it.
 
     Raises:
         ConfigError: another process holds the lock; waits first if that is on another machine.
@@ -42,6 +43,7 @@ def held(run: Path) -> Iterator[None]:
     finally:
         if file is not None:
             with suppress(OSError):  # it may be another user's, in a folder that only lets owners remove
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 1)  # not while a rank still lives
                 (run / _NAME).unlink()
             file.close()
             _remove_empty(made)
