@@ -192,10 +192,10 @@ def of_process(traceback: str) -> Exception | None:
     kinds: tuple[type[Exception], ...] = (ConfigError, *ConfigError.__subclasses__(), NonFiniteLossError)
     known = {f"{kind.__module__}.{kind.__name__}": kind for kind in kinds} | {"OSError": OSError}
     names = r"MemoryError|RuntimeError|torch\.OutOfMemoryError|torch\.AcceleratorError|torch\.distributed\.Dist\w*Error"
-    begins = [*re.finditer(rf"(?m)^({'|'.join(map(re.escape, known))}|{names})(?:: |$)", traceback)]
-    if not begins or re.search(r"(?m)^\w[\w.]*(Error|Exception|Interrupt)(: |$)", traceback[begins[-1].end() :]):
+    last = traceback.rpartition("Traceback (most recent call last):")[2]  # the ones before led to it
+    if not (begin := re.search(rf"(?m)^({'|'.join(map(re.escape, known))}|{names})(?:: |$)", last)):
         return None
-    name, message = begins[-1][1], traceback[begins[-1].end() :].strip()
+    name, message = begin[1], last[begin.end() :].strip()
     if name.startswith("torch.distributed."):
         from torch.distributed import DistError  # compare imports no torch
 

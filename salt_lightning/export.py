@@ -255,7 +255,12 @@ def _write_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase |
 
     Sets the padding token and the maximum length of a tokenizer that was made for no particular model.
     """
-    special = {name: getattr(model.config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = deepcopy(model.config)
+    text = config.get_text_config()  # of a composite model, another
+    special = {
+        name: next((token for part in (config, text) if (token := getattr(part, name, None)) is not None), None)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+    }
     if tokenizer is not None:
         named = {name: token for name in special if (token := getattr(tokenizer, name)) is not None}
         if isinstance(stops := special["eos_token_id"], list) and named.get("eos_token_id") in stops:
@@ -267,10 +272,9 @@ def _write_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase |
         if tokenizer.model_max_length >= LARGE_INTEGER and length:
             tokenizer.model_max_length = length
     GenerationConfig(**special).save_pretrained(folder)
-    config = deepcopy(model.config)
-    for part in (config, config.get_text_config()):
+    for part in (config, text):
         for name in ("bos_token_id", "eos_token_id"):  # fresh models have EOS for both
-            if not isinstance(getattr(part, name, None), list):
+            if special[name] is not None and not isinstance(getattr(part, name, None), list):
                 setattr(part, name, special[name])
     config.save_pretrained(folder)
     for path in folder.glob("*.safetensors"):  # safetensors writes them for their owner only

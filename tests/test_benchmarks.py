@@ -72,6 +72,22 @@ def test_head_loss():
     assert all(float(ratio) <= 1.2 for _, ratio in errors)
 
 
+@pytest.mark.filterwarnings("ignore")  # as the script does
+def test_a_family_whose_gradients_are_no_numbers_is_not_exact(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    families = importlib.import_module("families")
+    families.write_text(tmp_path / "text.jsonl")
+    plain = families.plain
+
+    def spoiled(*args):
+        loss, gradients = plain(*args)
+        return loss, gradients | {list(gradients)[3]: torch.tensor(math.nan)}
+
+    monkeypatch.setattr(families, "plain", spoiled)
+    kind, said = families.verdict("llama", "llama", tmp_path)
+    assert kind == "DIFFERS", said
+
+
 def test_families():
     rows = re.findall(r"^\| (\S+) \| (\w[\w ]*) \|", run("families.py", "llama", "gpt2:cohere", "gemma2", "fuyu"), re.M)
     assert rows == [("llama", "exact"), ("gpt2:cohere", "exact"), ("gemma2", "refused"), ("fuyu", "not tried")]

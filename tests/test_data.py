@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import mmap
+import multiprocessing
 import os
 import sys
 import time
@@ -463,6 +464,13 @@ def test_workers_are_forked_unless_the_user_has_set_another_way(default, chosen,
     monkeypatch.setattr("multiprocessing.get_all_start_methods", lambda: [default, "spawn"])
     monkeypatch.setattr("multiprocessing.get_start_method", lambda allow_none: chosen)
     assert _start_method() == used
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="others have their own default")
+def test_a_spawned_rank_forks_its_workers():
+    """Its own way is not one that the user has set."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(_start_method) == "fork"
 
 
 def test_workers_that_cannot_be_started_are_one_line(make, monkeypatch):

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from salt_lightning import cli
 from salt_lightning.comparison import lineage
-from salt_lightning.export import export
+from salt_lightning.export import _write_settings, export
 from salt_lightning.hugging_face.card import model_card
 from salt_lightning.hugging_face.spec import ModelSpec, resolved
 from salt_lightning.models import load_pretrained
@@ -212,6 +212,19 @@ def test_config_json_has_the_tokenizer_s_tokens(salt, tmp_path):
     end = tokenizer.eos_token_id
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (7, end, end)
     assert (generation.bos_token_id, generation.eos_token_id, generation.pad_token_id) == (7, end, 8)
+
+
+def test_a_composite_config_keeps_the_ids_of_its_text(tmp_path):
+    """The part for text has them, and the whole does not."""
+    config = AutoConfig.for_model("gemma3")
+    config.eos_token_id = config.bos_token_id = None
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    ids = model.config.text_config.bos_token_id, model.config.text_config.eos_token_id
+    _write_settings(model, None, tmp_path)
+    written, generation = AutoConfig.from_pretrained(tmp_path), GenerationConfig.from_pretrained(tmp_path)
+    assert (written.text_config.bos_token_id, written.text_config.eos_token_id) == ids != (None, None)
+    assert (generation.bos_token_id, generation.eos_token_id) == ids
 
 
 def test_the_verb_exports_any_checkpoint(salt, tmp_path, capsys):

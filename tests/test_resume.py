@@ -486,7 +486,7 @@ def test_what_to_do_without_memory_depends_on_the_command(verb, said):
         ("ValueError: all wrong", type(None)),
         ("RuntimeError: all wrong", type(None)),
         ("AssertionError: no kernel image", type(None)),  # not the machine's
-        ("RuntimeError: gloo/transport\nValueError: all wrong", type(None)),
+        ("OSError: told\nDuring handling:\nTraceback (most recent call last):\na.Timeout: all wrong", type(None)),
         ("torch.distributed.DistError: all wrong", torch.distributed.DistError),
     ],
 )

@@ -74,22 +74,23 @@ _ASKED_S: list[float] = []  # when this process, which waits for its ranks, was 
 
 
 def stop_as_by_ctrl_c() -> None:
-    """Makes SIGTERM and SIGHUP in a process that waits for its ranks do what Ctrl-C does: they save first."""
+    """Makes SIGTERM and SIGHUP in a process that waits for its ranks do what Ctrl-C does: they save first. Those that
+    follow within 10 s are part of the same request, also while the callbacks' on_exception runs."""
     own = os.getpid()
     _ASKED_S.clear()
 
     def interrupt(number: int, frame: Any) -> None:
         if os.getpid() != own:  # a rank that was just forked
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
         _ASKED_S.append(time.monotonic())
-        if len(_ASKED_S) == 1 or _ASKED_S[-1] > _ASKED_S[0] + 10.0:  # one request may come as several signals
+        if len(_ASKED_S) == 1 or _ASKED_S[-1] > _ASKED_S[0] + 10.0:
             raise KeyboardInterrupt(number)
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN and threading.current_thread() is threading.main_thread():
-            signal.signal(number, interrupt)  # nohup ignores the latter
+            signal.signal(number, interrupt)  # nohup ignores the last one, a job in the background the first
 
 
 @contextmanager
@@ -132,7 +133,6 @@ def await_stop(processes: Sequence[BaseProcess]) -> None:
     """
     if not processes:  # waiting for an empty list would never end
         return
-    _ASKED_S.append(time.monotonic())  # by Ctrl-C, which its handler does not know
     for process in processes:
         process.terminate()
     connection.wait([process.sentinel for process in processes])

@@ -102,9 +102,11 @@ def _lock(run: Path) -> IO[str]:
             if path.is_symlink():  # to nothing
                 raise
             continue
+        holder_is_gone = False
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1)
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 1)  # no rank is left
+            holder_is_gone = True
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 1)  # its ranks, too
             fcntl.lockf(file, fcntl.LOCK_UN, 1, 1)
         except OSError as error:
             file.seek(0)
@@ -115,6 +117,7 @@ def _lock(run: Path) -> IO[str]:
             # another machine or container may have this name, e.g. a pod, which keeps its name when it is restarted
             here = owner.endswith(f" on {socket.gethostname()}") and boot == _machine()
             owner = owner or "another process"
+            owner = f"a rank of {owner}, which is gone," if holder_is_gone else owner
             if here or time.monotonic() > end_s:
                 raise ConfigError(
                     f"--run {run}: {owner} is using it; wait until it ends, or choose another folder"
