@@ -63,6 +63,16 @@ ERRORS = {
     ),
     "unknown key in a spec": ({"model.student.famly": "llama"}, r"famly"),
     "unknown size": ({"model.student.config": {"hiden_size": 32}}, r"config.hiden_size: llama has no such setting"),
+    "of a class in a list, and everything else at once": (
+        {
+            "trainer.callbacks": [{"class_path": EARLY, "init_args": {"patience": "x"}}, {"class_path": "Timer"}],
+            "data.block_sizes": 32,
+            "model.optim.lr": -1,
+            "data.source": "nowhere.txt",
+        },
+        r"^error: --trainer.callbacks.init_args.patience x must be .*; --data.block_sizes: there is no such setting; "
+        r"did you mean --data.block_size\?; --model.optim.lr -1.0 must be above 0.*; --data.source: 'nowhere.txt'",
+    ),
     "of Lightning, of a class, of the model and of the text at once": (
         {
             "trainer.limit_train_batches": 5,

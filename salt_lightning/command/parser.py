@@ -123,17 +123,16 @@ def parse(parsers: Sequence[LightningArgumentParser], args: list[str]) -> tuple[
     Parser.remember(args)
     parser, problems = parsers[0], list[str]()
     with readable():
-        try:
-            config = parser.parse_args(args)
-        except Unreadable as error:
-            problems = problems_of(str(error))
-            args = _without(args, _begun(str(error)))
+        while True:  # leaving out some may show others
             try:
-                config = parser.parse_args(args)
-            except Unreadable:
-                raise error from None
-        given = parser.parse_args(args, defaults=False)
-    return config, given, problems + comments(args, given)
+                config, given = parser.parse_args(args), parser.parse_args(args, defaults=False)
+                return config, given, problems + comments(args, given)
+            except Unreadable as error:
+                problems += problems_of(str(error))
+                left = _without(args, _begun(str(error)))
+                if left == args:
+                    raise Unreadable("; ".join(dict.fromkeys(problems))) from None
+                args = left
 
 
 def named(problems: Iterable[str]) -> set[str]:
@@ -149,7 +148,9 @@ def _begun(said: str) -> list[str]:
 
 
 def _without(args: list[str], wrong: list[str]) -> list[str]:
-    """A command line without these settings and those below them, typed or in its files."""
+    """A command line without these settings and those below them, typed or in its files; without all of a list of
+    classes, if it is the setting of one."""
+    wrong = [re.sub(r"^(trainer\.(?:callbacks|logger|plugins))\..*", r"\1", name) for name in wrong]
     kept, drops = [], False
     for word in args:
         name, _, value = word.partition("=")
@@ -171,7 +172,7 @@ def _kept(value: Any, prefix: str, wrong: list[str]) -> Any:
 
 
 def _is_below(name: str, others: list[str]) -> bool:
-    return any(f"{name}.".startswith(f"{other}.") for other in others)
+    return any(f"{name.replace('+', '')}.".startswith(f"{other}.") for other in others)
 
 
 _VERBS = {

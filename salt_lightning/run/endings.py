@@ -46,9 +46,7 @@ def stop_with_agent() -> None:
 def stop_with_launcher() -> None:
     """Stops this rank, which Lightning forked or spawned, when the process that waits for it is gone: torch's own tie
     is a SIGINT, which jobs in the background ignore."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN and threading.current_thread() is threading.main_thread():
-            signal.signal(number, signal.SIG_DFL)  # a handler in Python could not run while torch connects
+    _handle(signal.SIG_DFL, signal.SIGTERM, signal.SIGHUP)  # a handler in Python could not run while torch connects
     launcher, parent = parent_process(), os.getppid()
     assert launcher is not None
     # If it was forked, later ranks hold the other end of what is_alive looks at. Otherwise the parent may be a server.
@@ -88,9 +86,14 @@ def stop_as_by_ctrl_c() -> None:
         if len(_ASKED_S) == 1 or _ASKED_S[-1] > _ASKED_S[0] + 10.0:
             raise KeyboardInterrupt(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN and threading.current_thread() is threading.main_thread():
-            signal.signal(number, interrupt)  # nohup ignores the last one, a job in the background the first
+    _handle(interrupt, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def _handle(handler: Any, *numbers: int) -> None:
+    """Sets the handler of each signal that is not ignored: nohup ignores SIGHUP, a job in the background SIGINT."""
+    for number in numbers if threading.current_thread() is threading.main_thread() else ():
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 @contextmanager
