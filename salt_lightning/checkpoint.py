@@ -29,7 +29,7 @@ from salt_lightning.errors import ConfigError, refuse, wrong_kinds
 from salt_lightning.export import check_target, export
 from salt_lightning.fit.cadence import require_time_left, timers
 from salt_lightning.preflight import Finding
-from salt_lightning.run import endings, slurm
+from salt_lightning.run import endings, peers, slurm
 from salt_lightning.run.run_folder import is_over, saved, step_named
 from salt_lightning.schedule import in_training, kd_callbacks
 from salt_lightning.storage import damage, shards
@@ -138,6 +138,18 @@ class RunCheckpoint(Checkpoint):
             rank_zero_info(f"--checkpoint.at_steps {late} are after --trainer.max_steps {trainer.max_steps}: not saved")
         if self.export and stage == "fit" and not is_over(trainer.ckpt_path, trainer.max_steps):
             check_target(Path(self.export), "--checkpoint.export")
+        if stage == "fit":
+            self._require_shared(trainer)
+
+    def _require_shared(self, trainer: pl.Trainer) -> None:
+        """Each process writes its part of a sharded checkpoint; without the others, the first one's are lost."""
+        if (wrong := peers.not_shared(trainer, self._dir)) is None:
+            return
+        setting = f"--checkpoint.folder {self._dir}" if self.folder else f"--run {self._dir.parent}"
+        said = f"{setting}: {wrong}; give a folder that all nodes share"
+        if getattr(trainer.strategy, "_save_distributed_checkpoint", False):
+            raise ConfigError(f"{said}, since each process writes a part of every checkpoint")
+        rank_zero_warn(f"{said}, or copy a checkpoint to all of them before you resume from it")
 
     def _for_good(self, trainer: pl.Trainer) -> set[int]:
         """Steps at which this start saves, to keep that always; a validation may have set the boundary."""

@@ -10,8 +10,10 @@ import socket
 import subprocess
 import sys
 import weakref
+from contextlib import chdir, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import forked
 import torch
@@ -21,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import parsers
 
 from salt_lightning import cli
+from salt_lightning.run import peers
 
 
 class Spy(Callback):
@@ -145,6 +148,7 @@ def launch(jobs: list[dict[str, Any]], folder: Path, world: int = 2, timeout_s: 
 
 if __name__ == "__main__":
     gc.freeze()  # as the command does
+    peers.UNSEEN_S = 1.0
     parsers.keep()
     is_forced = False  # only once a job needs it
     for job in json.loads(Path(sys.argv[1]).read_text()):
@@ -152,7 +156,11 @@ if __name__ == "__main__":
             is_forced = True
             force_fsdp1()
         callbacks = [Spy(Path(job["spy"]))] if "spy" in job else [Spoil(*job["spoil"])] if "spoil" in job else []
-        code = run(job["args"] + job.get(f"args of {os.environ['LOCAL_RANK']}", []), *callbacks)
+        own = chdir(f"{job['disks']}/{os.environ['LOCAL_RANK']}") if "disks" in job else nullcontext()
+        # as if a node lost its mount of the folder after the start
+        look = mock.patch.object(peers, "not_shared", return_value=None) if job.get("blind") else nullcontext()
+        with own, look:
+            code = run(job["args"] + job.get(f"args of {os.environ['LOCAL_RANK']}", []), *callbacks)
         expected = job.get("code", 0)
         if code != expected and not (code == 0 and int(os.environ["LOCAL_RANK"])):
             sys.exit(f"exit code {code} instead of {expected}: {job['args']}")

@@ -58,6 +58,12 @@ VARIANTS = {  # name -> its settings; names with "untied" are compared with the 
         "model.activation_checkpointing": True,
     },
 }
+PLAIN = {"kd.weight": 0.0, "trainer.max_steps": 4, "data.micro_batch_size": 4}
+DISKS = {  # name -> settings and what else a job has, of two processes whose runs are on disks of their own
+    "apart": (FSDP2, {"code": 2}),
+    "mount": (FSDP2, {"code": 1, "blind": True}),
+    "copy": (DDP, {}),
+}
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +74,12 @@ def judge(settings, teacher, tmp_path_factory) -> Path:
     return run
 
 
+def of_data(settings, own: dict[str, object]) -> list[str]:
+    return arguments({k: v for k, v in settings.items() if k.startswith(("data.", "trainer."))}, own)
+
+
 def looked_at(settings, run, checkpoint, **own) -> list[str]:
-    shared = {k: v for k, v in settings.items() if k.startswith(("data.", "trainer."))}
-    return arguments(shared, own, {"run": str(run), "ckpt_path": str(checkpoint)})
+    return of_data(settings, {**own, "run": str(run), "ckpt_path": str(checkpoint)})
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +114,8 @@ def runs(salt, settings, teacher, tmp_path_factory) -> Path:
         "fsdp1": FSDP1,
         "fsdp1 from one": {**FSDP1, "ckpt_path": str(folder / "one" / SAVED_NAME)},
     }
+    for rank in "01":
+        (folder / "disk" / rank).mkdir(parents=True)
     ranks.launch(
         [
             {"args": ["fit", *arguments(salt, own, {"run": str(folder / name)})]}
@@ -138,6 +149,21 @@ def runs(salt, settings, teacher, tmp_path_factory) -> Path:
                 "args of 1": arguments({"data.source": str(folder / "not listed by each rank/*.jsonl")}),
             }
         ]
+        + [
+            {
+                "args": ["fit", *arguments(settings, PLAIN, own, {"run": name})],
+                "disks": str(folder / "disk"),
+                **more,
+            }
+            for name, (own, more) in DISKS.items()
+        ]
+        + [
+            {
+                "args": ["predict", *of_data(settings, {**DDP, "run": "scores", "model.teacher.path": teacher})],
+                "disks": str(folder / "disk"),
+                "code": 2,
+            }
+        ]
         + [{"args": ["fit", *arguments(salt, DDP, {"run": str(folder / "bad")})], "spoil": [1, 5], "code": 1}],
         folder,
     )
@@ -165,6 +191,27 @@ def one_of(name: str) -> str:
 
 # A loss of about 5.7 has an ulp of 4.8e-7; sums of 256 tokens over two ranks differ only in their order.
 SAME_LOSS = 4 * 4.8e-7
+
+
+def test_a_folder_that_not_all_processes_see_is_refused_before_the_first_step_or_at_a_save(runs):
+    """Sharded checkpoints lacked a part, and the run ended as if nothing was wrong."""
+    lines, disk = (runs / "out.0").read_text().splitlines(), runs / "disk/0"
+    wrong = "--run {}: process 1 does not see what process 0 writes there; give a folder that all nodes share"
+    assert f"error: {wrong.format('apart')}, since each process writes a part of every checkpoint" in lines
+    assert os.listdir(disk / "apart/checkpoints") == []
+    lost = re.compile(
+        r"error: mount/checkpoints/step-00000004.ckpt cannot be written \(\[Errno 2\] not there, though a process has "
+        r"written it; do all nodes see the same folder\?: '__1_\w+\.distcp'\); was its folder removed\? Otherwise "
+        "choose another folder"
+    )
+    assert len(list(filter(lost.fullmatch, lines))) == 1
+    assert os.listdir(disk / "mount/checkpoints") == [".step-00000004.ckpt.tmp"]
+    said = f"{wrong.format('copy')}, or copy a checkpoint to all of them before you resume from it"
+    assert len([line for line in lines if line.endswith(said)]) == 1
+    assert (disk / "copy/checkpoints/step-00000004.ckpt").is_file()
+    assert not (runs / "disk/1/copy/checkpoints").exists()
+    assert f"error: {wrong.format('scores')}, since each writes shards of scores" in lines
+    assert not (disk / "scores/scores.json").exists()
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -823,12 +870,26 @@ def test_a_rank_that_dies_once_connected_is_not_waited_for_until_the_timeout(set
 
 def test_a_rank_that_nobody_joins_ends_at_the_time_out(settings, tmp_path):
     """torch alone pauses after it and tries a second time."""
-    limit_s, nobody = 6.0, {"LOCAL_RANK": "1", "NODE_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    limit_s, nobody = 6.0, {"LOCAL_RANK": "0", "NODE_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     own = {"run": str(tmp_path / "run"), "trainer.strategy.timeout_minutes": limit_s / 60, "data.micro_batch_size": 4}
+    own |= {"trainer.devices": 1, "trainer.num_nodes": 2}
     process = start(settings, own, **nobody, MASTER_PORT="9")  # of the discard service: nobody listens
-    seen_s = {line.split(":")[0].strip(): time.monotonic() for line in process.stdout}
+    seen_s, lines = {}, []
+    for line in process.stdout:
+        seen_s[line.split(":")[0].strip()] = time.monotonic()
+        lines.append(line)
     assert end(process)[0] == 1
     assert limit_s <= seen_s["error"] - seen_s["Initializing distributed"] < limit_s + peers._SLACK_S + 3
+    place, why = lines[-1].split(" (", 1)
+    assert place == (
+        "error: process 1 has not reached all others at MASTER_ADDR 127.0.0.1, MASTER_PORT 9, which is on each node "
+        "the node itself"
+    )
+    assert "time" in why  # torch's words, or ours
+    assert why.endswith(
+        "); their output says why they ended, unless they were started with other values of these or of "
+        "--trainer.num_nodes, or the same NODE_RANK; continue with --ckpt_path last\n"
+    )
 
 
 _WATCHED = """
@@ -1009,6 +1070,13 @@ def test_slurm_without_srun_is_refused_where_it_would_wait(settings, tmp_path, c
 def test_what_a_rank_without_the_others_says(why, verb, said, monkeypatch):
     monkeypatch.setenv("MASTER_PORT", "29")
     assert said in peers.loss_of_others(1, why, verb)
+    monkeypatch.setattr(peers, "_nodes", 2)  # as while it connects
+    monkeypatch.setenv("MASTER_ADDR", "nowhere.invalid")
+    not_met = peers.loss_of_others(1, why, verb)
+    assert said.split("; ")[-1] in not_met
+    assert "at MASTER_ADDR nowhere.invalid, MASTER_PORT 29, a name that this host does not know (" in not_met or (
+        "is taken" in said
+    )
 
 
 @pytest.mark.parametrize("own", [{**DDP, "trainer.devices": 4}, {"trainer.devices": 1}], ids=["four", "one"])

@@ -6,6 +6,7 @@ import socket
 import time
 from datetime import timedelta
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from jsonargparse import Namespace
 
 from salt_lightning.command import resume
+from salt_lightning.errors import ConfigError
 from salt_lightning.run import peers
 from salt_lightning.storage import damage
 
@@ -317,3 +319,27 @@ def test_a_process_relies_on_the_one_that_has_started_it(monkeypatch):
     process.join(60)
     assert process.exitcode == 0
     assert receiver.recv() == [(0, 1)]  # only b, in which its starter has found damage
+
+
+def test_processes_that_see_different_newest_checkpoints_do_not_look_into_them(apart, tmp_path, monkeypatch):
+    """Those that see one would wait five minutes for the others to take their part. The first may see it later."""
+    monkeypatch.setattr(resume, "UNSEEN_S", 3)
+    file = "step-00000008.ckpt"
+    for rank in "01":
+        (tmp_path / rank).mkdir()
+    (tmp_path / "1" / file).touch()
+
+    def work(rank: int):
+        own = tmp_path / str(rank)
+        with mock.patch.object(resume.time, "sleep", side_effect=lambda _: (own / file).touch()):
+            late = resume._seen_by_all(own)
+        if rank == 0:
+            (own / file).unlink()
+        config = Namespace(run=str(tmp_path), checkpoint=Namespace(folder=str(own)))
+        with mock.patch.object(resume.time, "sleep"), pytest.raises(ConfigError) as error:
+            resume.resolve("last", config, "fit")
+        return [step for step, _ in late], str(error.value)
+
+    said = f"the processes see different newest checkpoints in {tmp_path}/{{}}: none, {file}; give a folder that all "
+    said = f"--ckpt_path last: {said}nodes share, or copy the newest checkpoint to all of them"
+    assert apart(work, 2) == [([8], said.format(rank)) for rank in (0, 1)]

@@ -1,6 +1,7 @@
 """Finds the checkpoint that --ckpt_path means, and which of its settings apply."""
 
 import os
+import time
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from salt_lightning.command import settings
 from salt_lightning.errors import ConfigError
 from salt_lightning.hugging_face.spec import settings_without_code
 from salt_lightning.models import read_checkpoint
-from salt_lightning.run.peers import divide, gather, say_once
+from salt_lightning.run.peers import UNSEEN_S, divide, gather, say_once
 from salt_lightning.run.run_config import readable
 from salt_lightning.run.run_folder import earlier_configs, flat, same_setting, saved
 from salt_lightning.storage import damage, shards
@@ -37,7 +38,7 @@ def resolve(path: str, config: Namespace, subcommand: str) -> Path | None:
             say_once(f"--ckpt_path {path}: resuming from there, not from a checkpoint of --run {config.run}")
         return Path(path)
     gather()  # the first process may have waited for another start's last save
-    there = saved(folder)
+    there = _seen_by_all(folder)
     found = newest(folder, _damage)
     if found is None and there != saved(folder):
         raise ConfigError(
@@ -58,6 +59,21 @@ def resolve(path: str, config: Namespace, subcommand: str) -> Path | None:
         )
     say_once(f"--ckpt_path last: {found or f'no checkpoint in {config.run}, starting at step 0'}")
     return found
+
+
+def _seen_by_all(folder: Path) -> list[tuple[int, Path]]:
+    """The checkpoints of a run. Raises ConfigError if its processes go on to see different newest ones: those that have
+    one would wait long for the others to look into it."""
+    for _ in range(int(UNSEEN_S)):
+        there = saved(folder)
+        newest_of = gather(there[-1][1].name if there else "none")
+        if len(set(newest_of)) < 2:
+            return there
+        time.sleep(1.0)
+    raise ConfigError(
+        f"--ckpt_path last: the processes see different newest checkpoints in {folder}: {', '.join(newest_of)}; give a "
+        "folder that all nodes share, or copy the newest checkpoint to all of them"
+    )
 
 
 def _moved(config: Namespace) -> Path | None:

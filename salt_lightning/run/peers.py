@@ -1,6 +1,7 @@
 """The processes of a run: which one this is, how they connect, and what to report when one is lost."""
 
 import os
+import socket
 import sys
 import threading
 import time
@@ -12,6 +13,7 @@ from functools import cache, partial
 from itertools import count
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import lightning.pytorch as pl
 import torch
@@ -28,7 +30,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_only
 
-from salt_lightning.errors import ConfigError, going_on, is_loss_of_others, printable_lines
+from salt_lightning.errors import ConfigError, few, going_on, is_loss_of_others, printable_lines
 from salt_lightning.run import endings, run_lock, slurm
 from salt_lightning.text.processes import num_cores
 
@@ -37,6 +39,7 @@ _STARTER = "SALT_LIGHTNING_STARTER"  # variable for the processes that Lightning
 _SEEN = "SALT_LIGHTNING_SEEN"  # environment variable: what that process has looked at and found right
 _MEETING = timedelta(minutes=5)  # longer than the first process may wait for an earlier start to end
 _LOOKING = timedelta(minutes=30)  # one may read from a slower disk; afterwards, connecting waits as long
+UNSEEN_S = 90.0  # a client of NFS may believe for a minute that what another has written is not there
 
 
 def rank() -> int:
@@ -148,11 +151,11 @@ def _met(told: tuple[str, str] | None) -> _Others | None:
     return None
 
 
-def gather() -> None:
-    """Waits until all that were started together have called this, if they can be reached: processes of torchrun and
-    srun, pods, or the first processes of nodes."""
-    if others := _others():
-        others.exchange("", _MEETING)
+def gather(text: str = "") -> list[str]:
+    """The text of each process, once all that were started together have called this, if they can be reached: processes
+    of torchrun and srun, pods, or the first processes of nodes; else empty."""
+    others = _others()
+    return others.exchange(text, _MEETING) if others else []
 
 
 def divide(what: str, look: Callable[[int, int], str | None]) -> str | None:
@@ -272,16 +275,35 @@ def loss_of_others(rank: int, why: str, verb: str | None = None) -> str:
     """The message of a process that lost the others, because they ended or no longer answer; `verb` None is fit."""
     if "EADDRINUSE" in why:
         return f"\nerror: MASTER_PORT {os.environ.get('MASTER_PORT')} is taken by another process; choose another one"
-    remedy = going_on(verb)
+    remedy, first = going_on(verb), why.splitlines()[0][:200]
     if "connectFullMesh" in why and "remote=[127." in why:  # gloo tells the others the address of this host's name
         remedy += (
             "; if they are on several hosts, whose names may resolve to 127.*, which others cannot reach, set "
             "GLOO_SOCKET_IFNAME to the network interface, such as eth0"
         )
-    return (
-        f"\nerror: process {rank} has lost the others ({why.splitlines()[0][:200]}); their output says why they ended; "
-        f"{remedy}"
-    )
+    has, unless = "lost the others", ""
+    if _nodes is not None:
+        has = f"not reached all others at {_meeting_place(_nodes)}"
+    if (_nodes or 1) > 1:
+        unless = (
+            ", unless they were started with other values of these or of --trainer.num_nodes, or the same NODE_RANK"
+        )
+    return f"\nerror: process {rank} has {has} ({first}); their output says why they ended{unless}; {remedy}"
+
+
+_nodes: int | None = None  # of the run, while this process connects to the others
+
+
+def _meeting_place(nodes: int) -> str:
+    address = os.environ.get("MASTER_ADDR", "")
+    said = f"MASTER_ADDR {address}, MASTER_PORT {os.environ.get('MASTER_PORT')}"
+    if nodes > 1 and address.startswith("127."):
+        return f"{said}, which is on each node the node itself"
+    try:
+        socket.getaddrinfo(address, None)
+    except OSError:
+        return f"{said}, a name that this host does not know"
+    return said
 
 
 def expect_others(trainer: pl.Trainer, verb: str | None) -> None:
@@ -292,8 +314,7 @@ def expect_others(trainer: pl.Trainer, verb: str | None) -> None:
     if strategy.launcher is not None:  # it starts them
         limit_threads(trainer.num_devices)
     if (limit := getattr(strategy, "_timeout", None)) is not None:
-        run = Path(trainer.default_root_dir)
-        strategy.setup_environment = partial(_connect, strategy, limit.total_seconds(), verb, run)
+        strategy.setup_environment = partial(_connect, trainer, limit.total_seconds(), verb)
     end_with_starter(verb)
     if isinstance(strategy.launcher, _MultiProcessingLauncher):
         endings.stop_as_by_ctrl_c()
@@ -311,12 +332,15 @@ def _start_others(start: Callable[[], None]) -> None:
         del os.environ[_STARTER]
 
 
-def _connect(strategy: Any, limit_s: float, verb: str | None, run: Path) -> None:
+def _connect(trainer: pl.Trainer, limit_s: float, verb: str | None) -> None:
     """Ends the process if connecting takes longer than the strategy's timeout: torch would try again after it."""
+    global _nodes
+    strategy: Any = trainer.strategy
+    _nodes = trainer.num_nodes
     if isinstance(strategy.launcher, _MultiProcessingLauncher):  # this is one of its ranks
         endings.stop_with_launcher()
         if verb in ("fit", "predict"):
-            run_lock.share(run)
+            run_lock.share(Path(trainer.default_root_dir))
 
     def give_up() -> None:  # the main thread is inside torch, where no exception reaches it
         why = f"no connection within the strategy's timeout of {limit_s:g} s"
@@ -328,6 +352,7 @@ def _connect(strategy: Any, limit_s: float, verb: str | None, run: Path) -> None
     timer.start()
     try:
         type(strategy).setup_environment(strategy)
+        _nodes = None
         require_same_strategy(strategy)
     finally:
         timer.cancel()
@@ -366,6 +391,31 @@ def require_same_strategy(strategy: Any) -> None:
         time.sleep(0.01)
     if store.check([f"{prefix}/other"]):
         raise ConfigError(f"{store.get(f'{prefix}/other').decode()}; start all with the same command and version")
+
+
+def not_shared(trainer: pl.Trainer, folder: Path) -> str | None:
+    """Which processes do not see what the first one writes in a folder; None if all do. Collective.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    if trainer.world_size == 1:
+        return None
+    mark = folder / f".seen-{uuid4().hex}"
+    if trainer.is_global_zero:
+        folder.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    mark = folder / trainer.strategy.broadcast(mark.name)
+    end_s = time.monotonic() + UNSEEN_S
+    while not (sees := os.path.exists(mark)) and time.monotonic() < end_s:
+        time.sleep(0.1)
+    all_see: list[bool] = [False] * trainer.world_size
+    dist.all_gather_object(all_see, sees)
+    if trainer.is_global_zero:
+        mark.unlink(missing_ok=True)
+    if blind := [str(process) for process, sees in enumerate(all_see) if not sees]:
+        return f"process {few(blind)} does not see what process 0 writes there"
+    return None
 
 
 def has_lost_others(error: BaseException) -> bool:

@@ -273,6 +273,13 @@ class _Writer(dcp.FileSystemWriter):
         prefixes = (replace(plan.storage_data, prefix=f"{plan.storage_data.prefix}{save}_") for plan in named)
         return [replace(plan, storage_data=prefix) for plan, prefix in zip(named, prefixes, strict=True)]
 
+    def finish(self, metadata: Any, results: list[list[Any]]) -> None:  # on the first rank, once all have written
+        for name in sorted({written.storage_data.relative_path for of_rank in results for written in of_rank}):
+            if not os.path.exists(self.path / name):
+                why = "not there, though a process has written it; do all nodes see the same folder?"
+                raise FileNotFoundError(errno.ENOENT, why, name)
+        super().finish(metadata, results)
+
 
 def write(checkpoint: dict[str, Any], path: Path) -> None:
     """Writes Lightning's checkpoint, whose tensors may be sharded, with one optimizer's state by names; all ranks call

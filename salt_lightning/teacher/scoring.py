@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from salt_lightning.errors import ConfigError, Stopped
 from salt_lightning.fit import alike
 from salt_lightning.hugging_face.quantized import stored
+from salt_lightning.run import peers
 from salt_lightning.selection import row_scores
 from salt_lightning.teacher import score_report
 from salt_lightning.teacher.scores import Scores
@@ -73,6 +74,10 @@ class ScoreWriter(pl.Callback):
             teacher=weights_fingerprint(teacher), precision=f"{teacher.head.weight.dtype}, {trainer.precision}"
         )
         alike.require(trainer, {**asdict(scored), "--data.micro_batch_size": data.micro_batch_size})
+        if wrong := peers.not_shared(trainer, run):
+            raise ConfigError(
+                f"--run {run}: {wrong}; give a folder that all nodes share, since each writes shards of scores"
+            )
         Scores.require_begun(run, scored)  # on every rank, so that all stop
         if trainer.is_global_zero:
             spec, per_token = pl_module.teacher_spec, pl_module.meter.forward_flops["teacher"]
