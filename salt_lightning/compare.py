@@ -17,6 +17,7 @@ from salt_lightning.comparison.remarks import other_text, remarks
 from salt_lightning.comparison.results import Comparison, Group, Row
 from salt_lightning.errors import ConfigError, VerbParser, printable, printable_lines, writing
 from salt_lightning.run.runlog import AXES, ROUNDING, Run, read_run
+from salt_lightning.text.journal import whole
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,12 @@ def compare(runs: Sequence[str | Path], out: str | Path, baseline: str | None = 
     text, data, figure = report.markdown(comparison), report.json_text(comparison), report.figure(comparison)
     with writing(out / "compare.*"):
         out.mkdir(parents=True, exist_ok=True)
-        (out / "compare.md").write_text(text + link, encoding="utf-8")
-        (out / "compare.json").write_text(data, encoding="utf-8")
-        figure.savefig(out / "compare.png", dpi=160)
+        # replaced, not written through: by default the folder is that of the runs, perhaps somebody else's
+        for name, content in (("compare.md", text + link), ("compare.json", data)):
+            with whole(out / name) as file:
+                file.write(content.encode())
+        with whole(out / "compare.png") as file:
+            figure.savefig(file, format="png", dpi=160)
     return comparison
 
 

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from copy import deepcopy
+from itertools import product
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -210,7 +211,7 @@ def _delete_leftovers(target: Path) -> None:
 
 def _hold(folder: Path, wait: bool = False) -> int | None:
     """Locks a folder until the returned descriptor is closed or the process dies. None: it is locked, or cannot be."""
-    held = os.open(folder, os.O_RDONLY)
+    held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         fcntl.flock(held, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError:
@@ -249,6 +250,9 @@ def _write_file(model: PreTrainedModel, weights: dict[str, Tensor], path: Path) 
     return list(parts)
 
 
+_OF_CODE = ("auto_map", "custom_pipelines", "quantization_config")
+
+
 def _write_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
     """Writes config.json and generation_config.json with the tokenizer's special tokens, the padding token only into
     the latter: some families compute more with it than padding.
@@ -257,6 +261,9 @@ def _write_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase |
     """
     config = deepcopy(model.config)
     text = config.get_text_config()  # of a composite model, another
+    if type(model).__module__.startswith("transformers.models."):  # whoever loads it needs nobody's code
+        for part, name in product((config, text), _OF_CODE):
+            part.__dict__.pop(name, None)
     special = {
         name: next((token for part in (config, text) if (token := getattr(part, name, None)) is not None), None)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -285,6 +292,7 @@ def _write_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase |
 def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> str:
     """Writes it beside the model, or into a subfolder if transformers would ignore its files there; returns which."""
     apart = folder / SUBFOLDER
+    tokenizer.init_kwargs.pop("auto_map", None)  # code that was not run here
     tokenizer.save_pretrained(apart)
     tokenizer.save_pretrained(folder)
     with suppress(Exception):  # the family's own tokenizer may lack files here

@@ -253,11 +253,11 @@ def row_scores(scores: Scores, k: int, masked: Masked) -> np.ndarray:
     path = scores.run / "scores" / f"S-k{k}-{masked}.parquet"
     try:
         table = pq.read_table(path, page_checksum_verification=True)
-        found, about = table["S"].to_numpy(), table.schema.metadata or {}
+        found, about = _checked(table["S"], scores.scored.num_rows, path.name), table.schema.metadata or {}
         # new shards leave an old file behind; parquet's own checksums do not cover the number of rows
         if (about.get(b"scored"), about.get(b"digest")) == (scores.identity, _digest(found)):
             return found
-    except (OSError, pa.ArrowException, KeyError):
+    except (OSError, pa.ArrowException, KeyError, ValueError):
         pass  # not there, or damaged
     found = _of_shards(scores, partial(score_rows, k=k, masked=masked), "score_rows")
     with suppress(OSError):  # a read-only folder: computed again next time

@@ -6,6 +6,7 @@ import logging
 import re
 import shutil
 import subprocess
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -724,6 +725,28 @@ def test_a_template_that_asks_for_an_answer_in_another_way_than_it_writes_one_is
 
     with pytest.raises(ConfigError, match=r"begins an answer differently from its generation prompt \('u<think>'\)"):
         segments(Conversation([turn("user", "u"), turn("assistant", "one")]), thinking)
+
+
+LLAMA = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+MISTRAL = (
+    "{% for m in messages %}{{ '[Q]' * (m.role == 'user') + m.content + '[/Q]' * (m.role == 'user') }}{% endfor %}"
+)
+ASKS = "<|assistant|>"
+
+
+@pytest.mark.parametrize(
+    ("template", "is_right"),
+    [(LLAMA + ASKS, False), (LLAMA + f"{{% if add_generation_prompt %}}{ASKS}{{% endif %}}", True), (MISTRAL, True)],
+    ids=["always", "if asked", "never"],
+)
+def test_a_template_that_always_asks_for_an_answer_is_refused(template, is_right, tmp_path):
+    """As the first of Llama 3 does, also after an answer: a student would learn to write that."""
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = template
+    says = [turn("user", "a"), turn("assistant", "b"), turn("user", "c"), turn("assistant", "d")]
+    refused = pytest.raises(ConfigError, match="writes the beginning of an answer even where none is asked for")
+    with nullcontext() if is_right else refused:
+        prepared(tmp_path, [{"messages": [turn("user", str(i)), *says[1:]]} for i in range(4)], CHAT, tokenizer)
 
 
 # --- rows ---

@@ -7,12 +7,15 @@ import io
 import json
 import os
 import pickle
+import random
 import re
 import shutil
+import struct
 import sys
 import tracemalloc
 import zipfile
 from contextlib import suppress
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path, PosixPath
 from threading import Thread
@@ -21,23 +24,28 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from conftest import ALWAYS, arguments, write_corpus
 from test_prepare import byte_tokenizer, corpus_of, prepare_many, stored
 from test_sources import PACK
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
     _MEM_FORMAT_ENCODING,
     BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
+    MetadataIndex,
     StorageMeta,
 )
 
-from salt_lightning import ModelSpec, SALTDataModule, SALTModule, cli, preflight
+from salt_lightning import ModelSpec, SALTDataModule, SALTModule, cli, export, preflight
 from salt_lightning.errors import ConfigError
 from salt_lightning.hugging_face.token_ids import check_fit
 from salt_lightning.models import build, load_pretrained, read_checkpoint
+from salt_lightning.run import run_lock
+from salt_lightning.run.run_folder import read_config, step_named
 from salt_lightning.storage import damage, shards
-from salt_lightning.text import documents
+from salt_lightning.text import documents, journal
 from salt_lightning.text.documents import read_raw
 from salt_lightning.text.prepare import prepare_tokens
 from salt_lightning.text.sources import Hub, resolve
@@ -293,6 +301,88 @@ def test_a_compressed_part_is_not_unpacked_before_it_is_refused(tmp_path, monkey
     assert unpacked == []
 
 
+@NO_RANKS
+def test_a_table_that_is_swapped_after_its_check_runs_no_code(ran, tmp_path):
+    """Between the look into a folder and the load of its tensors its owner makes one of them any object."""
+    folder = sharded(tmp_path / "x.ckpt")
+    read_checkpoint(str(folder), "CKPT")
+    torch.save(Touch(ran), folder / "evil.distcp")
+    table = shards.table_of(folder)
+    (place,) = table.storage_data.values()
+    name = "state_dict.a"
+    table.storage_data = {
+        MetadataIndex(name): replace(
+            place, relative_path="evil.distcp", offset=0, length=(folder / "evil.distcp").stat().st_size
+        )
+    }
+    table.state_dict_metadata[name] = BytesStorageMetadata()
+    (folder / ".metadata").write_bytes(pickle.dumps(table))
+    with pytest.raises(CheckpointException, match="an entry that is no tensor"):
+        shards.load_into({"state_dict": {"a": torch.zeros(200)}}, folder)
+
+
+def two_in_one(good: bytes, evil: bytes) -> bytes:
+    """An archive that zipfile takes for `good` and torch for `evil`: torch starts at the place that the end states, and
+    zipfile right before the end."""
+
+    def parts(archive: bytes) -> tuple[bytes, bytes]:
+        size, start = struct.unpack("<2L", archive[-10:-2])
+        return archive[:start], archive[start : start + size]
+
+    (good_body, good_list), (evil_body, evil_list) = parts(good), parts(evil)
+    entry, shift = 0, len(evil_body) - len(good_body)
+    while entry < len(good_list):  # zipfile adds how far the end is from where it states that the list is
+        name, extra, comment = struct.unpack("<3H", good_list[entry + 28 : entry + 34])
+        (at,) = struct.unpack("<L", good_list[entry + 42 : entry + 46])
+        good_list = good_list[: entry + 42] + struct.pack("<L", at + shift) + good_list[entry + 46 :]
+        entry += 46 + name + extra + comment
+    end = good[-22:-10] + struct.pack("<2L", len(evil_list), len(evil_body)) + b"\0\0"
+    return evil_body + evil_list + good_body + good_list + end
+
+
+def test_an_archive_with_two_lists_of_entries_is_refused(tmp_path):
+    """What was looked at would not be what torch reads."""
+    archives = []
+    for kind, text in ((zipfile.ZIP_STORED, b"good"), (zipfile.ZIP_DEFLATED, random.Random(0).randbytes(1000))):
+        with zipfile.ZipFile(file := io.BytesIO(), "w", kind) as archive:
+            archive.writestr("x/data.pkl", text)
+        archives.append(file.getvalue())
+    both = two_in_one(*archives)
+    with zipfile.ZipFile(io.BytesIO(both)) as archive:
+        assert archive.read("x/data.pkl") == b"good"
+    with pytest.raises(zipfile.BadZipFile, match="another list of entries"):
+        shards.require_stored(io.BytesIO(both))
+    shards.require_stored(io.BytesIO(archives[0]))
+
+
+@pytest.mark.parametrize("name", ["checkpoints/step-00000009.ckpt", ".out.0123456789abcdef0123456789abcdef.tmp"])
+def test_a_pipe_is_not_waited_for(name, teacher, tmp_path, capsys):
+    """In place of a checkpoint, or of what a killed export left."""
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    os.mkfifo(tmp_path / name)
+    source = teacher if name.startswith(".") else str(tmp_path / name)
+    code = run("export", source, str(tmp_path / "out"))
+    assert (code, "is not a whole checkpoint" in capsys.readouterr().err) == (
+        (0, False) if source == teacher else (2, True)
+    )
+
+
+def test_links_that_somebody_left_are_not_written_through(teacher, tmp_path):
+    """By default compare writes beside the runs, perhaps somebody else's; a lock is emptied and written."""
+    victim = tmp_path / "bashrc"
+    victim.write_text("mine")
+    for name in ("compare.md", "compare.json", "compare.png", ".lock", ".data.lock"):
+        (tmp_path / name).symlink_to(victim)
+    shutil.copytree(Path(teacher).parents[1], tmp_path / "run")
+    assert run("compare", str(tmp_path / "run")) == 0
+    assert (tmp_path / "compare.md").read_text().startswith("# Comparison")
+    with pytest.raises(OSError, match="cannot be written"), run_lock.held(tmp_path):
+        pass
+    with pytest.raises(OSError, match="symbolic links"), journal.making(tmp_path / "data"):
+        pass
+    assert victim.read_text() == "mine"
+
+
 def with_size(table: Metadata, size: list[int]) -> None:
     for tensor in table.state_dict_metadata.values():
         tensor.size = torch.Size(size)
@@ -392,6 +482,7 @@ def test_a_student_whose_settings_name_code(family, teacher, ran, tmp_path, monk
     code = run("export", str(tmp_path / "evil.ckpt"), str(tmp_path / "out"))
     assert code == (0 if family == "llama" else 2)
     assert "Traceback" not in capsys.readouterr().err
+    assert code == 2 or "auto_map" not in (tmp_path / "out/config.json").read_text()  # nor names it to others
 
 
 KERNELS = [
@@ -555,6 +646,8 @@ def test_a_known_model_whose_folder_has_code_too(model_folder, ran, tmp_path, mo
     spec = ModelSpec(path=str(model_folder))
     build(spec, "teacher", data, torch.float32, CPU)
     assert check_fit(spec, "teacher", data)[0]
+    export._write_tokenizer(load_tokenizer(str(model_folder)), tmp_path / "out")
+    assert "auto_map" not in (tmp_path / "out/tokenizer_config.json").read_text()
     (model_folder / "tokenizer_config.json").write_text(json.dumps(evil))
     with pytest.raises(ConfigError, match=r"--model.teacher.path .*: its tokenizer cannot be loaded"):
         check_fit(spec, "teacher", data)
@@ -606,7 +699,7 @@ def test_a_tokenizer_that_pads_and_cuts_by_itself(model_folder):
 
 
 def test_what_a_checkpoint_says_stays_text_in_the_model_card(teacher, tmp_path):
-    evil = "x\n\n# Run this\n<script>alert(1)</script> ![](http://evil/x.png) `y`"
+    evil = "x\n\n# Run this\n\\<script>alert(1)</script> ![](http://evil/x.png) `y`"
     saved = torch.load(teacher, weights_only=True)
     saved["hyper_parameters"]["teacher"]["path"] = evil
     saved["totals"]["taught_steps"] = 1
@@ -614,7 +707,7 @@ def test_what_a_checkpoint_says_stays_text_in_the_model_card(teacher, tmp_path):
     torch.save(saved, tmp_path / "evil.ckpt")
     assert run("export", str(tmp_path / "evil.ckpt"), str(tmp_path / "out")) == 0
     card = (tmp_path / "out" / "README.md").read_text()
-    told = r"x\n\n# Run this\n\<script>alert(1)\</script> !\[](http://evil/x.png) \`y\`"
+    told = r"x\n\n# Run this\n\\\<script>alert(1)\</script> !\[](http://evil/x.png) \`y\`"
     assert [line for line in card.splitlines() if "script" in line] == [
         f"- teacher: {told}",
         f"- training text: {told}",
@@ -641,6 +734,42 @@ def test_a_run_whose_config_is_hostile(text, teacher, ran, tmp_path, capsys):
     (bad / "config.yaml").write_bytes(text.format(ran=ran).encode("latin-1"))
     assert "is not YAML" in refused(capsys, "compare", str(bad), f"--out={tmp_path}")
     refused(capsys, "export", str(bad / "checkpoints/step-00000020.ckpt"), str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        *("seed_everything: {}", "trainer: {val_check_interval: .nan}"),
+        *("trainer: {val_check_interval: .inf}", "kd: {steps: 18446744073709551615}", 'run: "\\ud800"'),
+    ],
+)
+def test_a_run_whose_settings_no_run_has(odd, tmp_path):
+    (tmp_path / "config.yaml").write_text(odd)
+    with pytest.raises(ConfigError, match="no run writes such values for"):
+        read_config(tmp_path / "config.yaml")
+
+
+def test_a_step_that_no_checkpoint_has():
+    assert step_named(f"step-{'9' * 5000}.ckpt") is None  # more digits than int() takes
+
+
+def test_what_a_run_says_forges_no_line_of_a_comparison(teacher, tmp_path):
+    odd = {
+        "a": {"student": {"path": "x\ntouch ran; return\n\x1b]0;y\x07"}},
+        "b": {"teacher": {"path": "t"}, "kd": {"weight": 0.5, "shape": "z | <script>\n| a | $\\frac{$"}},
+    }
+    for name, settings in odd.items():
+        bad = Path(shutil.copytree(Path(teacher).parents[1], tmp_path / name))
+        config = yaml.safe_load((bad / "config.yaml").read_text())
+        for group in (config, config["model"]):
+            for key in group.keys() & settings.keys():
+                group[key] |= settings[key]
+        (bad / "config.yaml").write_text(json.dumps(config))
+    assert run("compare", str(tmp_path / "a"), str(tmp_path / "b")) == 0
+    text = (tmp_path / "compare.md").read_text()
+    assert not re.search(r"^(touch|\| a \|)|\x1b|[^\\]<script>", text, re.MULTILINE)
+    assert r"x\ntouch ran; return\n\x1b]0;y\x07" in text
+    assert r"z \| \<script>\n\| a \| $\\frac{$" in text
 
 
 def test_a_config_may_name_classes_and_is_trusted(settings, tmp_path, capsys, monkeypatch):

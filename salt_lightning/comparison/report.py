@@ -43,9 +43,14 @@ def number(value: float | None, form: str) -> str:
     return "-" if value is None or math.isnan(value) else format(value, form)
 
 
+def cell(text: str) -> str:
+    """Text from files and settings as one cell of a table: without line breaks, columns or HTML."""
+    return printable(re.sub(r"[\\|<]", r"\\\g<0>", text))
+
+
 def table(columns: dict[str, list[str]], text: tuple[str, ...] = ()) -> str:
     """A Markdown table, padded to be readable as text; columns named in `text` are aligned left, numbers right."""
-    lines = [list(columns), *map(list, zip(*columns.values(), strict=True))]
+    lines = [[cell(text) for text in line] for line in (columns, *zip(*columns.values(), strict=True))]
     widths = [max(len(cells[i]) for cells in lines) for i in range(len(columns))]
 
     def line(cells: list[str]) -> str:
@@ -84,7 +89,7 @@ def evaluation(metrics: Mapping[str, Any]) -> str:
     # the five metrics of all text before those of its parts
     names = sorted(values, key=lambda name: (name.count("/") > 1, "ce" not in name.split("/"), name))
     shown = [format(values[name], ",.0f" if COUNTS.fullmatch(name) else ".4f") for name in names]
-    return table({"metric": [*map(printable, names)], step: shown}, text=("metric",))
+    return table({"metric": names, step: shown}, text=("metric",))
 
 
 @np.errstate(invalid="ignore")  # inf - inf, in runs that diverged
@@ -97,7 +102,7 @@ def markdown(comparison: Comparison) -> str:
     reference = f"Reference: {whose}, {'final' if is_over else 'not finished, latest'} validation CE {final}."
     parts = [
         "# Comparison",
-        "\n".join([reference, *(f"Note: {note}." for note in comparison.notes)]),
+        "\n".join([reference, *(f"Note: {printable(note)}." for note in comparison.notes)]),
         _runs_table(comparison),
         _parts_table(comparison.rows),
         _answers_table(comparison.rows),
@@ -283,7 +288,7 @@ def _changes(groups: list[Group]) -> str:
     for group in groups:
         told = [f"`{key}` {text(before)} -> {text(now)}" for key, (before, now) in group.changed.items()]
         if told:
-            lines.append(f"- {group.label}: {', '.join(told)}")
+            lines.append(f"- {cell(group.label)}: " + printable(", ".join(told)).replace("<", r"\<"))
     return "\n".join(["## Settings that differ from the reference", "", *lines]) if lines else ""
 
 
@@ -366,7 +371,8 @@ def _panel(ax: Axes, comparison: Comparison, axis: str, divisor: float) -> None:
             style, colour = "-", REFERENCE_COLOUR
         else:
             style, colour = known.pop(method) if method in known else next(others)
-        label = f"{group.label}  {number(group.mean, '.3f')}" + (f"  (n = {group.n})" if group.n > 1 else "")
+        named = printable(group.label).replace("$", r"\$")  # else it would be a formula
+        label = f"{named}  {number(group.mean, '.3f')}" + (f"  (n = {group.n})" if group.n > 1 else "")
         for run in shown:
             point = "." if len(run.val_ce.steps) == 1 else ""  # a line would not be visible
             xs, ys = x_of(run, run.val_ce.steps), run.val_ce.values

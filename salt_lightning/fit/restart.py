@@ -130,7 +130,7 @@ def go_on_from(
             "under others may come again before them"
         )
     for said in filter(None, (alike.other_steps(checkpoint, trainer, hparams), optim.jump(checkpoint, max_steps))):
-        rank_zero_info(said)
+        rank_zero_info(printable(said))  # with values from the checkpoint
 
 
 def say_other_share(checkpoint: dict[str, Any], data: Any) -> None:

@@ -263,8 +263,8 @@ def _figures(of: str, prefix: str, step: int, run: Run) -> str:
 
 def _list(rows: dict[str, str]) -> str:
     """A list in which text from files and settings stays plain text: one line each, without HTML or links."""
-    lines = (printable(f"{name}: {value}") for name, value in rows.items() if value)
-    return "\n".join("- " + re.sub(r"[<\[`]", r"\\\g<0>", line) for line in lines)
+    lines = (f"{name}: {value}" for name, value in rows.items() if value)
+    return "\n".join("- " + printable(re.sub(r"[\\<\[`]", r"\\\g<0>", line)) for line in lines)
 
 
 def _hub_name(path: str | None) -> str | None:

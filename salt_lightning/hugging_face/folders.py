@@ -241,8 +241,13 @@ def _named(index: Path, setting: str, name: str | Path) -> list[str]:
     raise ConfigError(f"{setting} {name}: {INDEX} names no weight files; download it again")
 
 
+_MOST_JSON_BYTES = 1 << 28
+
+
 def _read(path: Path, setting: str) -> dict[str, Any]:
     try:
+        if path.stat().st_size > _MOST_JSON_BYTES:
+            raise ValueError(f"larger than {_MOST_JSON_BYTES >> 20} MiB")
         content = json.loads(path.read_bytes())
     except (ValueError, OSError, RecursionError) as error:
         raise ConfigError(f"{setting} {path} is not valid JSON ({error}); download it again") from error

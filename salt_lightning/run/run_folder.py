@@ -1,5 +1,6 @@
 """The contents of a run's folder: its checkpoints by step, its settings, and how two settings differ."""
 
+import math
 import os
 import re
 from pathlib import Path
@@ -12,7 +13,7 @@ from salt_lightning.errors import ConfigError, few, one_line
 
 def step_named(path: str) -> int | None:
     """The optimizer step in a checkpoint's file name; None: not the name of a run's checkpoint."""
-    found = re.fullmatch(r"step-(\d+)\.ckpt", Path(path).name)
+    found = re.fullmatch(r"step-(\d{1,18})\.ckpt", Path(path).name)
     return int(found[1]) if found else None
 
 
@@ -82,6 +83,7 @@ def read_config(file: Path) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:  # YAML raises many kinds
         raise ConfigError(f"{file} is not YAML: {one_line(error)}") from error  # e.g. for `!!int x`
     odd = [key for key in _NUMBERS if not isinstance(settings.get(key), (int, float, type(None)))]
+    odd += [key for key in _SCALARS if not _is_scalar(settings.get(key))]
     odd += [key for key, value in settings.items() if _is_odd(value)]
     if odd:
         raise ConfigError(f"{file}: no run writes such values for {few(odd)}; restore the run's own file")
@@ -89,10 +91,17 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 _NUMBERS = ("kd.steps", "kd.weight", "kd.anneal_steps", "kd.stop_margin")
+_SCALARS = ("trainer.val_check_interval", "seed_everything", "model.seed", "data.seed")
+
+
+def _is_scalar(value: Any) -> bool:
+    return math.isfinite(value) if isinstance(value, float) else isinstance(value, (int, str, type(None)))
 
 
 def _is_odd(value: Any) -> bool:
-    return (isinstance(value, str) and "\0" in value) or (isinstance(value, int) and value.bit_length() > 64)
+    if isinstance(value, str):
+        return "\0" in value or value.encode(errors="replace").decode() != value
+    return isinstance(value, int) and value.bit_length() > 63
 
 
 def flat(tree: dict[str, Any] | list[Any], prefix: str = "") -> dict[str, Any]:

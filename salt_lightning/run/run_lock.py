@@ -14,7 +14,7 @@ from typing import IO
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from salt_lightning.errors import ConfigError, failed_write, printable
-from salt_lightning.text.journal import NO_LOCKS
+from salt_lightning.text.journal import NO_LOCKS, no_link
 
 _NAME = ".lock"
 # A network file system may take this long to notice that a machine with locks has died (NFSv4: 90 s).
@@ -97,7 +97,7 @@ def _lock(run: Path) -> IO[str]:
                     raise
             continue
         try:
-            file = open(path, "a+")  # noqa: SIM115 (the caller closes it)
+            file = open(path, "a+", opener=no_link)  # noqa: SIM115 (the caller closes it)
         except FileNotFoundError:  # the last owner has just removed the folder
             if path.is_symlink():  # to nothing
                 raise

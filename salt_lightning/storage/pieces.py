@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import filesystem
+from torch.distributed.checkpoint import DefaultLoadPlanner, filesystem
 from torch.distributed.checkpoint import metadata as tables
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
@@ -33,6 +33,13 @@ _KNOWN = {
 
 class UnknownNameError(pickle.UnpicklingError):
     """A name of torch or Python's own that other versions may use in a table."""
+
+
+class OnlyTensors(DefaultLoadPlanner):
+    """Loads nothing else: torch's would unpickle any class, and the table may have changed since it was checked."""
+
+    def load_bytes(self, *_: Any) -> None:
+        raise pickle.UnpicklingError("an entry that is no tensor")
 
 
 class _Call:

@@ -201,6 +201,8 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def _read_file(path: Path) -> dict[str, Any]:
+    if path.exists() and not path.is_file():
+        raise DamageError("not a file")  # opening a pipe would wait
     require_stored(path)
     checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     for name, tensor in checkpoint["state_dict"].items():
@@ -222,6 +224,10 @@ def require_stored(archive: Any) -> None:
 
 
 def require_stored_entries(files: zipfile.ZipFile) -> None:
+    assert files.fp is not None
+    stated = zipfile._EndRecData(files.fp)[zipfile._ECD_OFFSET]  # type: ignore[attr-defined]
+    if files.start_dir != stated:
+        raise zipfile.BadZipFile("torch would read another list of entries in it")
     for info in files.infolist():
         if info.compress_type != zipfile.ZIP_STORED:
             raise DamageError(f"{info.filename} in it is compressed")
@@ -464,4 +470,4 @@ def load_into(checkpoint: dict[str, Any], folder: Path) -> None:
     Each rank reads only what its shards need.
     """
     tensors, _ = _split(checkpoint)
-    dcp.load(tensors, storage_reader=_Reader(folder))
+    dcp.load(tensors, storage_reader=_Reader(folder), planner=pieces.OnlyTensors())

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from lightning.pytorch.utilities import rank_zero_info
 
-from salt_lightning.errors import ConfigError, first_line, program, writing
+from salt_lightning.errors import ConfigError, first_line, printable, program, writing
 from salt_lightning.metrics import TokenMetrics
 from salt_lightning.run.curves import THIRDS
 from salt_lightning.teacher.scores import write_table
@@ -110,7 +110,7 @@ def read_thirds(place: Path, held_out: HeldOut, verb: str) -> np.ndarray:
             f"{name} {inside_D.sum()} documents"
             + (f" with {tokens} tokens, CE {nll_D[inside_D].sum() / tokens:.4f}" if tokens else "")
         )
-    rank_zero_info(f"difficulty by {origin}: {'; '.join(parts)}")
+    rank_zero_info(f"difficulty by {printable(origin)}: {'; '.join(parts)}")
     return third_D
 
 

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import lru_cache, partial
 from string import Formatter
 from typing import Any, NamedTuple
 
@@ -177,12 +177,18 @@ def segments(conversation: Conversation, render: Callable[..., Any] | None) -> l
             the turn.
 
     Raises:
-        ConfigError: the chat template refuses the conversation, does not write all of it, or begins an answer
-            differently from its generation prompt.
+        ConfigError: the chat template refuses the conversation, does not write all of it, begins an answer
+            differently from its generation prompt, or writes that where no answer is asked for.
     """
     messages, tools = conversation
     if render is None:
         return [[(message["content"], message["role"] == "assistant") for message in messages]]
+    if _always_asks(render):
+        raise ConfigError(
+            "--data.examples.messages: the tokenizer's chat template writes the beginning of an answer even where "
+            "none is asked for, so the student would learn to write it after its answers; put that part of the "
+            "template into {% if add_generation_prompt %} ... {% endif %}"
+        )
     write = partial(render, tools=tools) if tools else render
     messages = _readable(messages, write)
     text, asked, heard, found = "", 0, set[_Heard](), list[list[Segment]]()
@@ -247,6 +253,22 @@ def _parsed(part: Any, texts: list[str]) -> Any:
                 found["arguments"] = value
                 texts.append(text)
     return found
+
+
+@lru_cache(8)  # once for each template
+def _always_asks(render: Callable[..., str]) -> bool:
+    """Whether the chat template ignores add_generation_prompt and always writes the prompt (the first of Llama 3's).
+
+    Others ignore it as well, but write nothing more where an answer is to follow (Mistral's).
+    """
+    question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}
+    try:
+        asked, not_asked = (render([question], add_generation_prompt=value) for value in (True, False))
+        once = render([question, answer], add_generation_prompt=False)
+        twice = render([question, answer, question], add_generation_prompt=False)
+    except Exception:  # of a template that refuses such a conversation
+        return False
+    return asked == not_asked and not twice.startswith(once.rstrip())
 
 
 def _begins(render: Callable[..., str]) -> bool:

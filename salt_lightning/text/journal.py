@@ -39,6 +39,11 @@ def whole(path: Path) -> Iterator[IO[bytes]]:
         temporary.unlink(missing_ok=True)
 
 
+def no_link(path: str, flags: int) -> int:
+    """Opens a lock for `open`: it is emptied and written, so it must not be a link to somebody's file."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
 def write_json(path: Path, data: Any) -> None:
     with whole(path) as file:
         file.write(json.dumps(data, indent=1).encode())
@@ -122,7 +127,7 @@ def _locked(unfinished: Unfinished) -> Iterator[None]:
 
 def _lock(path: Path) -> IO[str]:
     while True:
-        file = open(path, "a")  # noqa: SIM115 (the caller closes it)
+        file = open(path, "a", opener=no_link)  # noqa: SIM115 (the caller closes it)
         try:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
