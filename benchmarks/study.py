@@ -129,6 +129,11 @@ SIZES["cpu-long"] = replace(
     SIZES["cpu"], steps=1600, val_every=200, rates=(1e-3, 2e-3, 4e-3), large_rates=(5e-4, 1e-3, 2e-3),
     fixed=SIZES["cpu"].fixed | {"checkpoint.every_n_steps": 400},
 )  # fmt: skip
+# 5.8M parameters, teacher 2.6M: does the gain last when the student grows?
+SIZES["cpu-wide"] = replace(
+    SIZES["cpu-long"], student=(256, 6), teacher=(192, 4), weak=(96, 4), large=(320, 8), large_teacher=(256, 4),
+    tokens_per_s=(1.5e3, 0.8e3),
+)  # fmt: skip
 # 9.0 tokens per parameter, each read at most once: does the gain of the short runs last?
 SIZES["cpu-epoch"] = replace(
     SIZES["cpu-long"], steps=6400, val_every=400, val_rows=512, keep_one_in=8, rates=(2e-3, 4e-3, 8e-3),

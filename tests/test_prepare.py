@@ -1087,7 +1087,7 @@ def test_second_process_waits_for_the_first_or_takes_over(first_dies, tmp_path, 
         else:
             go.set()
 
-    monkeypatch.setattr("salt_lightning.text.journal.rank_zero_info", proceed)
+    monkeypatch.setattr("lightning.pytorch.utilities.rank_zero.rank_zero_info", proceed)
     with caplog.at_level(logging.INFO):
         folder = prepare_many(path, cache)
     child.join(timeout=30)

@@ -740,7 +740,7 @@ def test_a_file_system_without_locks_is_said(tmp_path, number, monkeypatch, capl
 def test_a_lock_of_another_user_is_no_missing_lock(tmp_path, number, monkeypatch, caplog):
     (tmp_path / ".lock").write_text("process 7 on here")
 
-    def deny(path, *args):
+    def deny(path, *args, **how):
         raise OSError(number, os.strerror(number), str(path))
 
     monkeypatch.setattr(run_lock, "open", deny, raising=False)

@@ -394,12 +394,13 @@ def require_same_strategy(strategy: Any) -> None:
 
 
 def not_shared(trainer: pl.Trainer, folder: Path) -> str | None:
-    """Which processes do not see what the first one writes in a folder; None if all do. Collective.
+    """Which processes do not see what the first one writes in a folder; None if all do. Collective, unless the trainer
+    is only looked at, as by `check`.
 
     Raises:
         OSError: the folder cannot be written.
     """
-    if trainer.world_size == 1:
+    if trainer.world_size == 1 or not dist.is_initialized():
         return None
     mark = folder / f".seen-{uuid4().hex}"
     if trainer.is_global_zero:

@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import IO, Any
 from uuid import uuid4
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
-
 NO_LOCKS = (ENOLCK, EOPNOTSUPP, ENOSYS)  # the file system has no locks
 _JOURNAL = "journal.json"
 
@@ -132,6 +130,8 @@ def _lock(path: Path) -> IO[str]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
+                from lightning.pytorch.utilities.rank_zero import rank_zero_info  # here: compare imports no lightning
+
                 rank_zero_info(f"waiting for {_who(path)}, which is preparing the same data in {path.parent}")
                 fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
