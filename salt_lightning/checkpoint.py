@@ -143,7 +143,7 @@ class RunCheckpoint(Checkpoint):
 
     def _require_shared(self, trainer: pl.Trainer) -> None:
         """Each process writes its part of a sharded checkpoint; without the others, the first one's are lost."""
-        if (wrong := peers.not_shared(trainer, self._dir)) is None:
+        if (wrong := peers.not_shared(trainer, self._dir if self.folder else self._dir.parent)) is None:
             return
         setting = f"--checkpoint.folder {self._dir}" if self.folder else f"--run {self._dir.parent}"
         said = f"{setting}: {wrong}; give a folder that all nodes share"

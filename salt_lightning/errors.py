@@ -161,6 +161,8 @@ def failed_write(path: os.PathLike[str], reason: str, number: int | None, again:
     remedy = f"fix that and {again}"
     if number == errno.ENOENT:
         remedy = "was its folder removed? Otherwise choose another folder"
+    elif number == errno.ELOOP:
+        remedy = "a link is not followed there; remove it"
     elif number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR):
         remedy = "choose another folder"
     elif number in (None, errno.ENOSPC, errno.EDQUOT):

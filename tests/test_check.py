@@ -397,6 +397,22 @@ def test_the_parser_tells_all_of_a_file_and_a_command_line(settings, tmp_path, c
     assert "--data.source: 'a' matches no file" in err  # what cannot work, besides what cannot be read
 
 
+def test_a_wrong_setting_takes_no_further_word_with_it(settings, capsys):
+    assert cli.main(["fit", *arguments(settings), "--trainer.max_steps=x", "stray"]) == 2
+    err = capsys.readouterr().err
+    assert "--trainer.max_steps x must be a whole number" in err
+    assert "unrecognized arguments: stray" in err
+
+
+def test_a_file_of_settings_that_a_file_names_is_no_second_problem(settings, tmp_path, capsys):
+    (tmp_path / "optim.yaml").write_text("lr: 0.001\n")
+    (tmp_path / "over.yaml").write_text("model: {optim: optim.yaml}\ntrainer: {max_steps: x}\n")
+    assert cli.main(["fit", *arguments(settings), f"--config={tmp_path / 'over.yaml'}"]) == 2
+    err = capsys.readouterr().err
+    assert "--trainer.max_steps x must be a whole number" in err
+    assert "optim.yaml must be a mapping" not in err
+
+
 def test_a_setting_without_its_value_is_not_given_the_next_one(capsys):
     assert cli.main(["fit", "--data.vocab_size", "--data.block_size", "q", "--trainer.max_steps"]) == 2
     err = capsys.readouterr().err

@@ -732,12 +732,19 @@ MISTRAL = (
     "{% for m in messages %}{{ '[Q]' * (m.role == 'user') + m.content + '[/Q]' * (m.role == 'user') }}{% endfor %}"
 )
 ASKS = "<|assistant|>"
+ASKED = "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %}"
+LAST = ASKED + " {{ m.content }}{% if loop.last %}</s>{% endif %}{% endif %}{% endfor %}"
+THINKS = ASKED + "{% if loop.last %}<t></t>{% endif %}{{ m.content }}</s>{% endif %}{% endfor %}"
 
 
 @pytest.mark.parametrize(
     ("template", "is_right"),
-    [(LLAMA + ASKS, False), (LLAMA + f"{{% if add_generation_prompt %}}{ASKS}{{% endif %}}", True), (MISTRAL, True)],
-    ids=["always", "if asked", "never"],
+    [
+        (LLAMA + ASKS, False),
+        (LLAMA + f"{{% if add_generation_prompt %}}{ASKS}{{% endif %}}", True),
+        *((MISTRAL, True), (LAST, True), (THINKS, True)),
+    ],
+    ids=["always", "if asked", "never", "turns written differently later", "thinking dropped later"],
 )
 def test_a_template_that_always_asks_for_an_answer_is_refused(template, is_right, tmp_path):
     """As the first of Llama 3 does, also after an answer: a student would learn to write that."""

@@ -755,7 +755,7 @@ def test_a_step_that_no_checkpoint_has():
 
 def test_what_a_run_says_forges_no_line_of_a_comparison(teacher, tmp_path):
     odd = {
-        "a": {"student": {"path": "x\ntouch ran; return\n\x1b]0;y\x07"}},
+        "a": {"student": {"path": "x\ntouch ran; return\n\x1b]0;y\x07<img src=x>![](y)"}},
         "b": {"teacher": {"path": "t"}, "kd": {"weight": 0.5, "shape": "z | <script>\n| a | $\\frac{$"}},
     }
     for name, settings in odd.items():
@@ -767,9 +767,9 @@ def test_what_a_run_says_forges_no_line_of_a_comparison(teacher, tmp_path):
         (bad / "config.yaml").write_text(json.dumps(config))
     assert run("compare", str(tmp_path / "a"), str(tmp_path / "b")) == 0
     text = (tmp_path / "compare.md").read_text()
-    assert not re.search(r"^(touch|\| a \|)|\x1b|[^\\]<script>", text, re.MULTILINE)
-    assert r"x\ntouch ran; return\n\x1b]0;y\x07" in text
-    assert r"z \| \<script>\n\| a \| $\\frac{$" in text
+    assert not re.search(r"^(touch|\| a \|)|\x1b|<(script|img)|!\[\]", text, re.MULTILINE)
+    assert r"the weights of x\ntouch ran; return\n\x1b]0;y\x07&lt;img src=x>!\[](y):" in text
+    assert r"z \| &lt;script>\n\| a \| $\frac{$" in text
 
 
 def test_a_config_may_name_classes_and_is_trusted(settings, tmp_path, capsys, monkeypatch):

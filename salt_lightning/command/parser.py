@@ -128,6 +128,8 @@ def parse(parsers: Sequence[LightningArgumentParser], args: list[str]) -> tuple[
                 config, given = parser.parse_args(args), parser.parse_args(args, defaults=False)
                 return config, given, problems + comments(args, given)
             except Unreadable as error:
+                if problems and _NO_MAPPING in str(error):  # of a file named in a file: no longer beside it
+                    raise Unreadable("; ".join(problems)) from None
                 problems += problems_of(str(error))
                 left = _without(args, _begun(str(error)))
                 if left == args:
@@ -147,13 +149,16 @@ def _begun(said: str) -> list[str]:
     return re.findall(r"(?:^|; )--([\w.]+)", said)
 
 
+_NO_MAPPING = " must be a mapping of its settings"
+
+
 def _without(args: list[str], wrong: list[str]) -> list[str]:
     """A command line without these settings and those below them, typed or in its files; without all of a list of
     classes, if it is the setting of one."""
     wrong = [re.sub(r"^(trainer\.(?:callbacks|logger|plugins))\..*", r"\1", name) for name in wrong]
     kept, drops = [], False
     for word in args:
-        name, _, value = word.partition("=")
+        name, joined, value = word.partition("=")
         if name.startswith("--"):
             drops = _is_below(name.removeprefix("--"), wrong)
         if word.startswith("--config="):
@@ -161,6 +166,7 @@ def _without(args: list[str], wrong: list[str]) -> list[str]:
             word = f"--config={yaml.safe_dump(left, default_flow_style=True, width=sys.maxsize)}"
         if not drops:
             kept.append(word)
+        drops = drops and not (joined and name.startswith("--"))  # the next word is no part of it
     return kept
 
 

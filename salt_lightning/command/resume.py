@@ -11,7 +11,7 @@ from jsonargparse import Namespace
 
 from salt_lightning.checkpoint import newest
 from salt_lightning.command import settings
-from salt_lightning.errors import ConfigError
+from salt_lightning.errors import ConfigError, few
 from salt_lightning.hugging_face.spec import settings_without_code
 from salt_lightning.models import read_checkpoint
 from salt_lightning.run.peers import UNSEEN_S, divide, gather, say_once
@@ -70,9 +70,10 @@ def _seen_by_all(folder: Path) -> list[tuple[int, Path]]:
         if len(set(newest_of)) < 2:
             return there
         time.sleep(1.0)
+    named = few(sorted(set(newest_of)))
     raise ConfigError(
-        f"--ckpt_path last: the processes see different newest checkpoints in {folder}: {', '.join(newest_of)}; give a "
-        "folder that all nodes share, or copy the newest checkpoint to all of them"
+        f"--ckpt_path last: the processes see different newest checkpoints in {folder}: {named}; give a folder that "
+        "all nodes share, or copy the newest checkpoint to all of them"
     )
 
 

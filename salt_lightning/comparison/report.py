@@ -43,9 +43,13 @@ def number(value: float | None, form: str) -> str:
     return "-" if value is None or math.isnan(value) else format(value, form)
 
 
+def plain(text: str) -> str:
+    """Text from files and settings on one line of Markdown, without HTML or images."""
+    return printable(text).replace("<", "&lt;").replace("![", r"!\[")
+
+
 def cell(text: str) -> str:
-    """Text from files and settings as one cell of a table: without line breaks, columns or HTML."""
-    return printable(re.sub(r"[\\|<]", r"\\\g<0>", text))
+    return plain(text).replace("|", r"\|")
 
 
 def table(columns: dict[str, list[str]], text: tuple[str, ...] = ()) -> str:
@@ -102,7 +106,7 @@ def markdown(comparison: Comparison) -> str:
     reference = f"Reference: {whose}, {'final' if is_over else 'not finished, latest'} validation CE {final}."
     parts = [
         "# Comparison",
-        "\n".join([reference, *(f"Note: {printable(note)}." for note in comparison.notes)]),
+        "\n".join([plain(reference), *(f"Note: {plain(note)}." for note in comparison.notes)]),
         _runs_table(comparison),
         _parts_table(comparison.rows),
         _answers_table(comparison.rows),
@@ -163,7 +167,7 @@ def _apart(row: Row, scale: float, unit: str) -> str:
     }
     at = " and ".join(f"{share:.1%} of its {name}" for name, share in shares.items() if not math.isnan(share))
     reached = f"; with that, it reaches the reference's loss at {at}" if at else ""
-    return f"- {row.run}: not included above: {' and '.join(known)}{reached}."
+    return f"- {plain(row.run)}: not included above: {' and '.join(known)}{reached}."
 
 
 def _seeds_table(groups: list[Group]) -> str:
@@ -171,7 +175,7 @@ def _seeds_table(groups: list[Group]) -> str:
         under_way = [group.label for group in groups if not group.n]
         if len(under_way) == len(groups):
             return "No run has reached its last step (n = 0), so there is no mean over seeds and no spread."
-        but = f", and no finished run of {', '.join(under_way)} (n = 0)" if under_way else ""
+        but = f", and no finished run of {plain(', '.join(under_way))} (n = 0)" if under_way else ""
         return f"One seed per experiment (n = 1){but}: the spread between seeds is unknown."
 
     def each(form: str, values: Callable[[Group], Iterable[float]]) -> list[str]:
@@ -288,7 +292,7 @@ def _changes(groups: list[Group]) -> str:
     for group in groups:
         told = [f"`{key}` {text(before)} -> {text(now)}" for key, (before, now) in group.changed.items()]
         if told:
-            lines.append(f"- {cell(group.label)}: " + printable(", ".join(told)).replace("<", r"\<"))
+            lines.append(plain(f"- {group.label}: {', '.join(told)}"))
     return "\n".join(["## Settings that differ from the reference", "", *lines]) if lines else ""
 
 

@@ -30,7 +30,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_only
 
-from salt_lightning.errors import ConfigError, few, going_on, is_loss_of_others, printable_lines
+from salt_lightning.errors import ConfigError, few, going_on, is_loss_of_others, printable_lines, writing
 from salt_lightning.run import endings, run_lock, slurm
 from salt_lightning.text.processes import num_cores
 
@@ -343,6 +343,7 @@ def _connect(trainer: pl.Trainer, limit_s: float, verb: str | None) -> None:
             run_lock.share(Path(trainer.default_root_dir))
 
     def give_up() -> None:  # the main thread is inside torch, where no exception reaches it
+        threading.Timer(5.0, os._exit, (1,)).start()  # looking up a name may take long
         why = f"no connection within the strategy's timeout of {limit_s:g} s"
         print(loss_of_others(strategy.global_rank, why, verb), file=sys.stderr, flush=True)
         os._exit(1)
@@ -404,16 +405,20 @@ def not_shared(trainer: pl.Trainer, folder: Path) -> str | None:
         return None
     mark = folder / f".seen-{uuid4().hex}"
     if trainer.is_global_zero:
-        folder.mkdir(parents=True, exist_ok=True)
-        mark.touch()
-    mark = folder / trainer.strategy.broadcast(mark.name)
-    end_s = time.monotonic() + UNSEEN_S
-    while not (sees := os.path.exists(mark)) and time.monotonic() < end_s:
-        time.sleep(0.1)
-    all_see: list[bool] = [False] * trainer.world_size
-    dist.all_gather_object(all_see, sees)
-    if trainer.is_global_zero:
-        mark.unlink(missing_ok=True)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            for left in folder.glob(".seen-*"):  # by a start that was killed
+                left.unlink()
+            mark.touch()
+    try:
+        seen = folder / trainer.strategy.broadcast(mark.name)
+        end_s = time.monotonic() + UNSEEN_S
+        while not (sees := os.path.exists(seen)) and time.monotonic() < end_s:
+            time.sleep(0.1)
+        all_see: list[bool] = [False] * trainer.world_size
+        dist.all_gather_object(all_see, sees)
+    finally:
+        mark.unlink(missing_ok=True)  # of other ranks, there is none
     if blind := [str(process) for process, sees in enumerate(all_see) if not sees]:
         return f"process {few(blind)} does not see what process 0 writes there"
     return None

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
+from itertools import takewhile
 from string import Formatter
 from typing import Any, NamedTuple
 
@@ -268,7 +269,11 @@ def _always_asks(render: Callable[..., str]) -> bool:
         twice = render([question, answer, question], add_generation_prompt=False)
     except Exception:  # of a template that refuses such a conversation
         return False
-    return asked == not_asked and not twice.startswith(once.rstrip())
+    if asked != not_asked or not once.startswith(asked) or twice.startswith(once.rstrip()):
+        return False
+    shared = takewhile(lambda ends: ends[0] == ends[1], zip(reversed(asked), reversed(once), strict=False))
+    length = sum(1 for _ in shared)  # of the mark that ends a turn, and the prompt
+    return length > 0 and twice.startswith(once[:-length])  # else it writes turns differently later
 
 
 def _begins(render: Callable[..., str]) -> bool:
