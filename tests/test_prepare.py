@@ -660,6 +660,12 @@ def test_tokenizer_without_end_token_is_refused(tmp_path):
         load_tokenizer(str(tmp_path / "bare"))
 
 
+def test_a_tokenizer_that_is_no_json_is_converted_first(tmp_path):
+    (tmp_path / "tokenizer.model").write_text("not read without its package")
+    with pytest.raises(ConfigError, match=r"; give what AutoTokenizer's save_pretrained makes of it with the packages"):
+        load_tokenizer(str(tmp_path))
+
+
 def test_missing_tokenizer_is_one_line():
     with pytest.raises(ConfigError, match=r"^--data.tokenizer: cannot load 'nobody/nowhere'") as caught:
         load_tokenizer("nobody/nowhere")
