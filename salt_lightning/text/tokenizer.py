@@ -57,9 +57,7 @@ def load_tokenizer(name: str, setting: str = "--data.tokenizer") -> PreTrainedTo
     except Exception as error:
         files = os.listdir(folder) if os.path.isdir(folder) else []
         if "tokenizer.json" not in files and {"tokenizer.model", "tekken.json"}.intersection(files):
-            allowed = (
-                "what AutoTokenizer's save_pretrained makes of it with the packages that it needs (sentencepiece ...)"
-            )
+            allowed = "what AutoTokenizer's save_pretrained makes of it with the packages that it needs"
         raise ConfigError(f"{setting}: cannot load {name!r} ({first_line(error)}); give {allowed}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError(f"{setting}: {name!r} has no tokenizer.json; save it as a fast tokenizer first")
