@@ -84,20 +84,24 @@ def test_one_long_document_may_leave_a_third_empty(tmp_path, caplog):
     assert "; hard 2 documents with 2 tokens, CE 2.5000" in caplog.text
 
 
-@pytest.mark.parametrize("about", [None, b"[]", b"{}", b"no JSON", "other columns", "another byte"])
+@pytest.mark.parametrize(
+    "about", [None, b"[]", b"{}", b"no JSON", b'{"model": "", "held_out": 3}', "columns", "types", "nulls", "byte"]
+)
 def test_a_table_that_validate_has_not_written_is_refused(tmp_path, about):
     write_losses(tmp_path / "validate", [1, 2, 3], [1, 1, 1])
     file = tmp_path / "validate/documents.parquet"
     table = pq.read_table(file)
-    if about == "another byte":
+    if about == "byte":
         pq.write_table(table, file, compression="none", use_dictionary=False, write_page_checksum=True)
         content = bytearray(file.read_bytes())
         content[content.index(np.array([1.0, 2.0, 3.0]).tobytes())] ^= 1
         file.write_bytes(content)
     else:
-        columns = table.append_column("rank", table["nll"]) if about == "other columns" else table
-        kept = table.schema.metadata if about == "other columns" else about and {"documents": about}
-        write_table(file, columns.replace_schema_metadata(kept))
+        kept = about and {"documents": about}
+        if isinstance(about, str):
+            odd = {"columns": table["nll"], "types": table["nll"].cast("string"), "nulls": [1.0, None, 3.0]}[about]
+            table, kept = table.set_column(1, "rank" if about == "columns" else "nll", [odd]), table.schema.metadata
+        write_table(file, table.replace_schema_metadata(kept))
     with pytest.raises(ConfigError, match=rf"{file} is damaged or was not written by `cli.py validate` \(."):
         read_thirds(file, HELD_OUT, "fit")
 

@@ -1,5 +1,6 @@
 """Scores on disk: whole shards or none, and never those that belong to something else."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -102,9 +103,14 @@ def test_the_folder_or_its_manifest_may_be_given(scores, tmp_path):
     assert Scores(scores.run / "scores.json", "--data.selection").scored == SCORED
     with pytest.raises(ConfigError, match=r"--data.selection: .*scores.json does not exist; give the folder of a run"):
         Scores(tmp_path / "nothing", "--data.selection")
-    (scores.run / "scores.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"is not a manifest of scores .*; delete it and run the same predict again"):
-        Scores(scores.run, "--data.selection")
+    there = json.loads((scores.run / "scores.json").read_text())
+    for odd in ({}, {"num_rows": "12"}, {"block_size": True}, {"num_rows": 0}, {"teacher": None}, {"block_size": 4.0}):
+        (scores.run / "scores.json").write_text(json.dumps(there | {"scored": there["scored"] | odd} if odd else {}))
+        named = next((f" odd values for {name}" for name in odd if odd != {"num_rows": 0}), "")
+        with pytest.raises(
+            ConfigError, match=rf"is not a manifest of scores \(.*{named}.*\); delete it and run the same predict again"
+        ):
+            Scores(scores.run, "--data.selection")
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty", "text", "swapped", "foreign"])

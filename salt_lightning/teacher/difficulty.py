@@ -27,6 +27,7 @@ from salt_lightning.teacher.scores import write_table
 
 _FILE = "documents.parquet"
 _VERBS = ("validate", "test")
+_SCHEMA = pa.schema({"document": pa.int64(), "nll": pa.float64(), "tokens": pa.int64()})
 
 
 @dataclass(frozen=True)
@@ -118,8 +119,8 @@ def _read(file: Path) -> tuple[pa.Table, str, dict[str, Any]]:
     try:
         table = pq.read_table(file, page_checksum_verification=True)
         about = json.loads((table.schema.metadata or {})[b"documents"])
-        if table.column_names == ["document", "nll", "tokens"]:
-            return table, about["model"], about["held_out"]
+        if table.schema.remove_metadata() == _SCHEMA and not any(column.null_count for column in table.columns):
+            return table, str(about["model"]), dict(about["held_out"])
         reason = "unexpected columns"
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
         reason = first_line(error)

@@ -14,13 +14,13 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from salt_lightning.errors import ConfigError, first_line, program, writing
+from salt_lightning.errors import ConfigError, few, first_line, program, writing
 from salt_lightning.text.journal import whole, write_json
 
 NO_LABEL = 65535
@@ -80,6 +80,11 @@ class Scores:
         try:
             self.manifest: dict[str, Any] = json.loads(path.read_text())
             self.scored = Scored(**self.manifest["scored"])
+            kinds = get_type_hints(Scored)
+            if odd := [name for name, value in asdict(self.scored).items() if type(value) is not kinds[name]]:
+                raise TypeError(f"it has odd values for {few(odd)}")
+            if min(self.scored.num_rows, self.scored.block_size) < 1:
+                raise ValueError("it has no rows")
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"{setting}: {path} is not a manifest of scores ({error}); delete it and run the same predict again"
