@@ -17,7 +17,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -138,6 +138,14 @@ class RunCheckpoint(Checkpoint):
             rank_zero_info(f"--checkpoint.at_steps {late} are after --trainer.max_steps {trainer.max_steps}: not saved")
         if self.export and stage == "fit" and not is_over(trainer.ckpt_path, trainer.max_steps):
             check_target(Path(self.export), "--checkpoint.export")
+        if len(savers(trainer)) > 1:
+            raise ConfigError(
+                f"the Trainer has {len(savers(trainer))} RunCheckpoints, but only one can be used; use --checkpoint.*"
+            )
+        # After a ModelCheckpoint's hooks: the score of a validation belongs into the checkpoint of its step. In a new
+        # list: Lightning is walking through the old one.
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        trainer.callbacks = sorted(callbacks, key=lambda each: each is self)  # type: ignore[attr-defined]
         if stage == "fit":
             self._require_shared(trainer)
 
@@ -175,7 +183,8 @@ class RunCheckpoint(Checkpoint):
             regular = trainer.max_steps // every - sum(step % every == 0 for step in for_good)
         kept = regular if self.keep is None else min(regular, self.keep)
         weight_bytes = sum(weight.numel() * weight.element_size() for weight in weights)
-        return preflight.disk(self._dir, weight_bytes, kept + len(for_good))
+        averages = sum(isinstance(each, WeightAveraging) for each in trainer.callbacks)  # type: ignore[attr-defined]
+        return preflight.disk(self._dir, (3 + averages) * weight_bytes, kept + len(for_good))  # AdamW has two states
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._trained = True

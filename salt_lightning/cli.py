@@ -135,7 +135,9 @@ class SALTCLI(LightningCLI):
         if groups := settings.wrong_groups(config):
             refuse(self.wrong + groups)
         absent = settings.wrong_accelerator(config.trainer)
-        wrong = absent + settings.wrong_trainer_settings(config.trainer)  # reported with what the classes refuse
+        wrong = absent + settings.wrong_trainer_settings(
+            config.trainer, self.subcommand or "fit"
+        )  # reported with what the classes refuse
         wrong += settings.wrong_folders(config, self.subcommand or "fit") + settings.wrong_teacher(config)
         if self.subcommand == "fit" and not config.get("ckpt_path"):
             wrong += taken(Path(config.run), settings.checkpoints(config), flat(config.as_dict()))
@@ -259,7 +261,7 @@ class SALTCLI(LightningCLI):
             return trainer
         except ConfigError:
             raise
-        except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
+        except (MisconfigurationException, ValueError, TypeError, ImportError, RuntimeError) as error:
             raise ConfigError(settings.of_lightning(error, given, self.wrong)) from error
 
     def _instances(self, name: str) -> list[Any]:

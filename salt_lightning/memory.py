@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -113,6 +114,9 @@ class Fit:
         self.precision, strategy = str(self.trainer.precision), self.trainer.strategy
         self.sharded = isinstance(strategy, parallel.SHARDS_MODELS)
         self.shards = self.trainer.world_size // getattr(strategy, "replicas", 1) if self.sharded else 1
+        self.copies = 1  # of the weights on this device
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            self.copies += isinstance(callback, WeightAveraging) and callback._device is None
         self._found: dict[tuple[int, bool], list[Peak]] = {}
 
     def peaks(self, rows: int, compiled: bool | None = None) -> list[Peak]:
@@ -191,7 +195,7 @@ def _peaks(fit: Fit, rows: int, compiled: bool) -> list[Peak]:
         if fit.teacher is not None and quantized.method(fit.teacher.model):
             # `sim` has them in full precision
             taught = quantized.num_bytes([*fit.teacher.parameters(), *fit.teacher.buffers()])
-        ledger.hold(_bytes(student) + 3 * trained)  # gradients, and AdamW's two states
+        ledger.hold(fit.copies * _bytes(student) + 3 * trained)  # gradients, and AdamW's two states
         ledger.count(batch)
         while True:
             ledger.hold(taught)
@@ -205,7 +209,7 @@ def _peaks(fit: Fit, rows: int, compiled: bool) -> list[Peak]:
                 _backward(sim, accumulates, loss)
             if not accumulates:
                 ledger.hold(trained)
-            found.append(Peak(ledger.peak, _bytes(student), 2 * trained, taught))
+            found.append(Peak(ledger.peak, fit.copies * _bytes(student), 2 * trained, taught))
             if sim.teacher is None:
                 return found
             ledger.hold(-taught)

@@ -52,6 +52,11 @@ class TokenMetrics(Metric):
         self.add_state("tokens_S", zeros_S.clone(), dist_reduce_fx="sum")
         self.add_state("bytes_S", zeros_S.clone(), dist_reduce_fx="sum")
 
+    @property
+    def parts(self) -> list[str]:
+        """The sources, if there are several, and thirds that have a loss of their own."""
+        return [*(self.sources if len(self.sources) > 1 else ()), *(THIRDS if self.thirds else ())]
+
     def update(
         self,
         nll_N: Tensor,
@@ -95,9 +100,9 @@ class TokenMetrics(Metric):
             metrics["tokens"] = tokens
         if num_bytes > 0:
             metrics["bits_per_byte"] = nll_sum / (math.log(2) * num_bytes)
-        names = [*(self.sources if len(self.sources) > 1 else [None]), *(THIRDS if self.thirds else [])]
-        for name, nll, count in zip(names, self.nll_sum_S, self.tokens_S, strict=True):
-            if name is not None and count > 0:
+        first = 0 if len(self.sources) > 1 else 1
+        for name, nll, count in zip(self.parts, self.nll_sum_S[first:], self.tokens_S[first:], strict=True):
+            if count > 0:
                 metrics[f"ce/{name}"] = nll / count
         return metrics
 

@@ -121,6 +121,8 @@ class SALTModule(extension.Guarded):
         return self.teacher_spec.path is not None
 
     def setup(self, stage: str) -> None:
+        sources = getattr(self._data, "source_names", None) or ("all",)
+        self.eval_metrics = TokenMetrics(sources, thirds=bool(getattr(self._data, "difficulty", None)))
         if stage == "fit":
             self.hparams["seed"] = seed_or_global(self.hparams["seed"], self._unset_seed)
             self._settings = alike.of_fit(self, self._data)
@@ -130,14 +132,12 @@ class SALTModule(extension.Guarded):
             attention.require_gpu(self.student_spec.attention, self.trainer.strategy.root_device.type)
             extension.require_schedule(self)
             parallel.check(self.trainer)
-            cadence.check_trainer(self.trainer)
+            cadence.check_trainer(self.trainer, self._data is not None, self.eval_metrics.parts)
             models.check_path(self.student_spec, "student")
             cadence.plan_validation(self.trainer)
             self.meter.forget()
             extension.count_again(self)
         self.unchecked = extension.Unchecked(ours=self._data is not None)
-        sources = getattr(self._data, "source_names", None) or ("all",)
-        self.eval_metrics = TokenMetrics(sources, thirds=bool(getattr(self._data, "difficulty", None)))
 
     def check_token_ids(self) -> None:
         """Refuses pretrained models that do not fit the tokenizer; the data calls this as soon as it has one."""
@@ -227,8 +227,7 @@ class SALTModule(extension.Guarded):
         extension.check_weights(self, self._loaded_step)
         log_settings(self.trainer.loggers, alike.told(self._settings, data))
         self.meter.start(self.global_step, self._wait_s)
-        for optimizer in self.trainer.optimizers:  # for callbacks that look before the first step
-            extension.write_rates(self, optimizer, compare=False)
+        extension.write_rates(self, self.global_step)  # for callbacks that look before the first step
 
     def on_fit_end(self) -> None:
         self._give_back_random()
@@ -296,7 +295,8 @@ class SALTModule(extension.Guarded):
         return self.optim_spec.build(named, self._ndim)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        extension.write_rates(self, optimizer)
+        extension.warn_of_other_rates(self)
+        extension.write_rates(self, self.global_step)
 
     def configure_gradient_clipping(
         self,
@@ -309,11 +309,12 @@ class SALTModule(extension.Guarded):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
-        self._rates = extension.rates(self.trainer.optimizers[0])
         # Not in on_train_batch_end: callbacks run before that, and a step must be logged before it is saved.
         step, every = self.global_step + 1, self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if step == 1 or (every and step % every == 0) or step == self.trainer.max_steps:
             self._log_step(step)
+        # when a scheduler would: callbacks may look before the next step
+        extension.write_rates(self, min(step, self.trainer.max_steps - 1))
 
     # --------------------------------------------------------------- logging
 

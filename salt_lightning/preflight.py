@@ -221,14 +221,13 @@ def teacher(loss: TeacherLoss, path: str, allowed: bool) -> Finding:
     return Finding("ok", "teacher CE", said)
 
 
-def disk(folder: Path, weight_bytes: int, most: int) -> Finding:
-    """Checks that checkpoints (weights and AdamW's two states) fit into the free space of their folder, which need not
-    exist yet. `most`: the largest number of them at once."""
+def disk(folder: Path, size: int, most: int) -> Finding:
+    """Checks that checkpoints of `size` bytes fit into the free space of their folder, which need not exist yet.
+    `most`: the largest number of them at once."""
     parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     # existing files are replaced, except those set aside from another branch
     there = (file for file in folder.glob("**/*") if file.is_file() and ".aside" not in str(file.relative_to(folder)))
     free = shutil.disk_usage(parent).free + sum(file.stat().st_size for file in there)
-    size = 3 * weight_bytes
     fitting = free // size - 1  # a new one is complete before an old one is removed
     said = f"{size_said(size)} each, {most} at once, {size_said(free)} free in {folder}"
     if most <= fitting:

@@ -353,7 +353,9 @@ class KDScheduleCallback(pl.Callback):
         if not values:
             return
         step = trainer.global_step
-        if self.stop_margin is not None and self.stop_step is None:
+        # before an early stop (max_time, a callback) Lightning adds a validation that is not due
+        due = not trainer.should_stop or step in validation_steps(trainer)
+        if self.stop_margin is not None and self.stop_step is None and due:
             close = values["probe/gap"] <= self.stop_margin and step >= self.min_steps
             found = self.planned.stop_at(step) if trainer.strategy.broadcast(close) else self.planned
             if found != self.planned:

@@ -30,6 +30,7 @@ from salt_lightning.command.parser import explain
 from salt_lightning.errors import ConfigError
 from salt_lightning.run import run_lock
 
+ON_LOSS = {"class_path": "EarlyStopping", "init_args": {"monitor": "val/ce"}}
 SWA, CRASH = "StochasticWeightAveraging", "OnExceptionCheckpoint"
 FSDP2 = {"trainer.strategy": {"class_path": "salt_lightning.parallel.FSDP2"}, "trainer.devices": 2}
 EARLY = "lightning.pytorch.callbacks.EarlyStopping"
@@ -439,6 +440,55 @@ ERRORS = {
     "a callback that counts epochs": (
         {"trainer.callbacks": [{"class_path": f"lightning.pytorch.callbacks.{SWA}", "init_args": {"swa_lrs": 0.01}}]},
         rf"--trainer.callbacks {SWA} is not supported: it counts epochs, and a run has only one, so",
+    ),
+    "a callback of which Lightning cannot load the state": (
+        {"trainer.callbacks": [{"class_path": "SpikeDetection"}]},
+        r"--trainer.callbacks SpikeDetection is not supported: Lightning cannot load its state, so no checkpoint",
+    ),
+    **{
+        f"a {kind} that acts at epochs": (
+            {"trainer.callbacks": [{"class_path": kind, "init_args": own}]},
+            rf"--trainer.callbacks {kind} is not supported: it acts at the ends of epochs, and a run has only one",
+        )
+        for kind, own in {
+            "Timer": {"duration": "00:00:10:00", "interval": "epoch"},
+            "ModelCheckpoint": {"every_n_epochs": 2},
+            "EarlyStopping": {"monitor": "val/ce", "check_on_train_epoch_end": True},
+        }.items()
+    },
+    "several callbacks at once": (
+        {
+            "trainer.callbacks": [
+                {"class_path": "SpikeDetection"},
+                {"class_path": EARLY, "init_args": {"monitor": "x"}},
+            ],
+            "trainer.max_time": "00:00:00:00",
+        },
+        r"--trainer.max_time 0 leaves no time to train; give more, or leave it out; --trainer.callbacks SpikeDet.*; "
+        r"--trainer.callbacks EarlyStopping: monitor x is never logged",
+    ),
+    "a callback twice": (
+        {"trainer.callbacks": [ON_LOSS, ON_LOSS]},
+        r"error: --trainer.callbacks .*: Found more than one stateful callback of type `EarlyStopping`",
+    ),
+    "a second callback for checkpoints": (
+        {"trainer.callbacks": [{"class_path": "salt_lightning.checkpoint.RunCheckpoint"}]},
+        r"the Trainer has 2 RunCheckpoints, but only one can be used; use --checkpoint",
+    ),
+    "a callback for a validation that there is not": (
+        {
+            "trainer.callbacks": [ON_LOSS],
+            "trainer.limit_val_batches": 0,
+        },
+        r"--trainer.callbacks EarlyStopping acts at validations, but --trainer.limit_val_batches 0 turns them off",
+    ),
+    "a callback that monitors the step, which only ModelCheckpoint can": (
+        {"trainer.callbacks": [{"class_path": EARLY, "init_args": {"monitor": "step"}}]},
+        r"--trainer.callbacks EarlyStopping: monitor step is never logged; use val/ce or one of val/ce/SOURCE",
+    ),
+    "a callback that monitors a source that there is not": (
+        {"trainer.callbacks": [{"class_path": EARLY, "init_args": {"monitor": "val/ce/nosuch"}}]},
+        r"--trainer.callbacks EarlyStopping: monitor val/ce/nosuch is never logged; use val/ce or one of val/p",
     ),
     "a callback that monitors what nobody logs": (
         {"trainer.callbacks": [{"class_path": EARLY, "init_args": {"monitor": "val_loss"}}]},

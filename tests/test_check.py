@@ -262,6 +262,21 @@ def test_a_good_run(checked, tmp_path, settings):
     assert not (tmp_path / "run").exists()  # nothing was written there
 
 
+def test_averaged_weights_take_memory_and_disk(checked):
+    """A copy more, beside weights and AdamW's two states."""
+
+    def sizes(**own):
+        _, found = checked(**own)
+        file = re.match(r"(\S+) MiB each", of(found, "checkpoints")[1])
+        return float(file[1]), float(re.search(r": weights (\S+) MiB", of(found, "memory, phase 2")[1])[1])
+
+    file, weights = sizes()
+    averages = {"class_path": "EMAWeightAveraging"}
+    assert sizes(**{"trainer.callbacks": [averages]}) == pytest.approx((file * 4 / 3, weights * 2), rel=0.01)
+    elsewhere = averages | {"init_args": {"device": "meta"}}
+    assert sizes(**{"trainer.callbacks": [elsewhere]}) == pytest.approx((file * 4 / 3, weights), rel=0.01)
+
+
 def test_the_parameters_and_flops_of_the_student(checked, settings):
     _, found = checked()
     # embedding 320 x 32, two blocks of 4 x 32 x 32 + 3 x 32 x 64 and two norms, one norm at the end
@@ -906,7 +921,7 @@ def test_gradients_stay_until_the_last_micro_batch(settings):
 def test_replicas_are_not_shards(settings):
     fit, student = simulated(settings)
     trainer = SimpleNamespace(
-        world_size=8, strategy=parallel.FSDP2(replicas=2), datamodule=fit.data, precision="32-true"
+        world_size=8, strategy=parallel.FSDP2(replicas=2), datamodule=fit.data, precision="32-true", callbacks=[]
     )
     fit.module.trainer = trainer
     assert memory.Fit(fit.module, student, None, "cpu").shards == 4

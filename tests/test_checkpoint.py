@@ -24,7 +24,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 import salt_lightning
-from salt_lightning import SALTModule, cli
+from salt_lightning import ModelSpec, SALTDataModule, SALTModule, cli
 from salt_lightning.checkpoint import AtomicCheckpointIO, RunCheckpoint, newest
 from salt_lightning.errors import ConfigError
 from salt_lightning.run.run_folder import is_over, saved
@@ -211,6 +211,22 @@ def test_a_fit_goes_on_from_a_whole_checkpoint_alone(settings, tmp_path, capsys)
     assert "this checkpoint contains only weights, as with ModelCheckpoint's save_weights_only; use" in one_line(capsys)
     looked_at = {key: value for key, value in settings.items() if key.startswith(("data.", "trainer."))}
     assert cli.main(["validate", *arguments(looked_at, again)]) == 0
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_checkpoint_has_the_score_of_its_own_validation(settings, tmp_path, turned):
+    own = {key.removeprefix("data."): value for key, value in settings.items() if key.startswith("data.")}
+    best = ModelCheckpoint(tmp_path / "best", monitor="val/ce", mode="max")  # the first is the worst, and so the best
+    callbacks = [best, RunCheckpoint(every_n_steps=2, keep=None)]
+    trainer = Trainer(
+        max_steps=4, val_check_interval=2, callbacks=callbacks[::-1] if turned else callbacks,
+        default_root_dir=tmp_path, accelerator="cpu", logger=False, enable_progress_bar=False,
+    )  # fmt: skip
+    student = ModelSpec(config=settings["model.student.config"])
+    trainer.fit(SALTModule(student), SALTDataModule(**own))
+    held = torch.load(tmp_path / "checkpoints/step-00000002.ckpt", weights_only=True)
+    (state,) = (state for name, state in held["callbacks"].items() if name.startswith("ModelCheckpoint"))
+    assert list(state["best_k_models"]) == [best.best_model_path]
 
 
 def test_a_fit_goes_on_from_what_a_newer_version_records(settings, teacher, tmp_path):

@@ -18,6 +18,7 @@ import warnings
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import forked
 import lightning.pytorch as pl
@@ -284,12 +285,26 @@ def test_garbage_is_collected_after_the_imports_but_not_among_them():
     assert gc.get_freeze_count() > 100_000
 
 
+CPU = torch.device("cpu")
+
+
+class Odd(pl.Callback):
+    def __init__(self, device: Any = CPU) -> None:
+        pass
+
+
 def test_an_argument_that_is_no_text_is_named(settings, tmp_path, capsys):
     own = {"run": str(tmp_path / "run"), "kd.weight": 0.0}
+    assert cli.main(["fit", *arguments(settings, own), f"--trainer.callbacks+={__name__}.Odd"]) == 2
+    assert "--trainer.*: an argument of a class cannot be written into config.yaml, perhaps a def" in one_line(capsys)
+
+
+def test_an_enumeration_is_written_as_its_value(settings, tmp_path, capsys):
+    own = {"run": str(tmp_path / "run"), "kd.weight": 0.0}
     timer = ["--trainer.callbacks+=Timer", "--trainer.callbacks.duration=00:01:00:00"]
-    assert cli.main(["fit", *arguments(settings, own), *timer]) == 2
-    assert "an argument is <Interval.step: 'step'>; give it as text (Timer interval: step)" in one_line(capsys)
-    assert cli.main(["fit", *arguments(settings, own), *timer, "--trainer.callbacks.interval=step"]) == 0
+    assert cli.main(["fit", *arguments(settings, own), *timer]) == 0, capsys.readouterr().err
+    written = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    assert written["trainer"]["callbacks"][0]["init_args"]["interval"] == "step"
 
 
 def test_ctrl_c_while_it_loads_leaves_no_traceback(tmp_path):
@@ -463,6 +478,10 @@ def test_validate_needs_a_checkpoint_and_takes_its_sizes(settings, teacher, tmp_
     own = {"run": str(tmp_path / "run")}
     assert cli.main(["validate", *arguments(fewer, own)]) == 2
     assert "validate needs --ckpt_path" in one_line(capsys)
+    for verb, limit in (("validate", "limit_val_batches"), ("test", "limit_test_batches")):
+        none = {f"trainer.{limit}": 0}
+        assert cli.main([verb, *arguments(fewer, own, {"ckpt_path": teacher}, none)]) == 2
+        assert f"--trainer.{limit} 0: {verb} would measure nothing; leave it out, or set it to null" in one_line(capsys)
     assert cli.main(["validate", *arguments(fewer, own, {"ckpt_path": teacher})]) == 0  # half as wide as `settings`
     assert "val/ce" in capsys.readouterr().out
 

@@ -608,6 +608,44 @@ def test_an_optimizer_may_be_exchanged_in_the_run(data, tmp_path, what):
     assert run.optimizers[0].param_groups[0]["lr"] == OptimSpec().lr_at(5, 6)
 
 
+class ReadsRates(pl.Callback):
+    def __init__(self) -> None:
+        self.read = {}
+
+    def _read(self, run, *_):
+        self.read.setdefault(run.global_step, set()).add(run.optimizers[0].param_groups[0]["lr"])
+
+    on_train_batch_start = on_before_optimizer_step = _read  # LearningRateMonitor reads in the first
+
+
+@pytest.mark.filterwarnings("error:lr or weight_decay in the optimizer were changed")
+def test_before_each_step_the_optimizer_has_its_rate(data, tmp_path):
+    reads = ReadsRates()
+    run = trainer(tmp_path, reads)
+    run.fit(SALTModule(ModelSpec(config=SIZES)), data)
+    assert run.accumulate_grad_batches == 2
+    assert reads.read == {step: {OptimSpec().lr_at(step, 6)} for step in range(6)}
+
+
+class Stops(pl.Callback):
+    """Ends a run early, as Timer does."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, run, *_):
+        run.should_stop = run.should_stop or run.global_step == self.step
+
+
+@pytest.mark.parametrize(("step", "found"), [(3, None), (4, 4)])
+def test_a_validation_that_an_early_stop_adds_does_not_end_kd(data, teacher, tmp_path, step, found):
+    """At step 2 --kd.min_steps is not reached, so the planned validation at 4 is the first that may end KD."""
+    kd = KDScheduleCallback(0.5, 6, stop_margin=100.0, min_steps=3)
+    run = trainer(tmp_path, kd, Stops(step), max_steps=10, val_check_interval=2)
+    run.fit(SALTModule(ModelSpec(config=SIZES), teacher=teacher), data)
+    assert (run.global_step, kd.stop_step) == (step, found)
+
+
 class Wrapper:
     """What Lightning asks of an optimizer, and no more."""
 
@@ -1501,6 +1539,14 @@ def test_a_second_fit_of_one_module_is_told(data, tmp_path):
     trainer(tmp_path).fit(module, data)
     with pytest.warns(UserWarning, match="this student was already trained for 6 steps: this fit starts from its weig"):
         trainer(tmp_path).fit(module, data)
+
+
+def test_a_second_fit_of_one_trainer_is_told(data, tmp_path):
+    module, run = SALTModule(ModelSpec(config=SIZES)), trainer(tmp_path, Stops(3))
+    run.fit(module, data)
+    run.should_stop = False
+    with pytest.warns(UserWarning, match="trained for 3 steps: .* counts steps from 3, and has a new optimizer"):
+        run.fit(module, data)
 
 
 def test_a_second_fit_counts_the_flops_and_time_of_its_own_rows(data, settings, tmp_path):

@@ -508,9 +508,12 @@ def test_the_optimizer_steps_at_the_scheduled_rate(train):
     rates = []
 
     class Rates(Callback):
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            rates.append([group["lr"] for group in trainer.optimizers[0].param_groups])
-            assert {group["weight_decay"] for group in trainer.optimizers[0].param_groups} == {0.1, 0.0}
+        def on_train_start(self, trainer, pl_module):
+            trainer.optimizers[0].register_step_pre_hook(self.before_step)
+
+        def before_step(self, optimizer, *_):
+            rates.append([group["lr"] for group in optimizer.param_groups])
+            assert {group["weight_decay"] for group in optimizer.param_groups} == {0.1, 0.0}
 
     train(spy=Rates())  # lr 1e-2, no warm-up: a cosine from its top over 4 steps to a tenth
     expected = [1e-2 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / 4))) for step in range(4)]

@@ -217,12 +217,17 @@ def wrong_clipping(limit: float | None) -> list[str]:
     return [] if good else [f"--trainer.gradient_clip_val {limit} must be 0 or more (0 or null: off)"]
 
 
-def wrong_trainer_settings(trainer: Namespace) -> list[str]:
+_LIMITS = {"validate": "limit_val_batches", "test": "limit_test_batches"}
+
+
+def wrong_trainer_settings(trainer: Namespace, verb: str = "fit") -> list[str]:
     """Lightning's settings that would break a run late, or change what a step is."""
     every = trainer.get("log_every_n_steps")
     wrong = wrong_counts(trainer) + wrong_precision(trainer.get("precision"))
     if every is not None and every < 1:
         wrong.append(f"--trainer.log_every_n_steps {every} must be at least 1")
+    if trainer.get(limit := _LIMITS.get(verb, "")) == 0:
+        wrong.append(f"--trainer.{limit} 0: {verb} would measure nothing; leave it out, or set it to null")
     if trainer.get("max_epochs") not in (None, -1):
         wrong.append(f"--trainer.max_epochs {trainer.max_epochs}: a run is counted in steps; use --trainer.max_steps")
     if trainer.get("min_epochs") not in (None, 0):  # in a fit it is always 0, see set_cadence
@@ -260,7 +265,7 @@ def of_lightning(error: Exception, trainer: Namespace, wrong: Iterable[str]) -> 
     given = {key: value for key, value in vars(trainer).items() if value is not None}
     text = str(error).replace("Timer(duration=", "Timer(max_time=")
     named = sorted((at.start(), key) for key in given if (at := re.search(rf"\b{key}\b", text)))
-    setting = f"--trainer.{named[0][1]} {given[named[0][1]]}" if named else "--trainer"
+    setting = f"--trainer.{named[0][1]} {as_yaml(given[named[0][1]])}" if named else "--trainer"
     ours = (said for said in wrong if said.startswith((f"{setting} ", f"{setting}:")))
     return next(ours, f"{setting}: {one_line(error)}")
 

@@ -1,6 +1,7 @@
 """Converts optimizer steps for Lightning, which counts micro-batches: accumulation, validation, phase 1, time."""
 
 import math
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -9,10 +10,13 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import (
     BaseFinetuning,
     BatchSizeFinder,
+    EarlyStopping,
     GradientAccumulationScheduler,
     LearningRateFinder,
+    ModelCheckpoint,
     ModelPruning,
     OnExceptionCheckpoint,
+    SpikeDetection,
     StochasticWeightAveraging,
     Timer,
 )
@@ -21,7 +25,7 @@ from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from salt_lightning.command.settings import wrong_clipping, wrong_counts
-from salt_lightning.errors import ConfigError, refuse, require_length
+from salt_lightning.errors import ConfigError, few, refuse, require_length
 from salt_lightning.schedule import interval_steps, kd_callbacks
 from salt_lightning.storage.kinds import plain
 
@@ -60,34 +64,69 @@ _REFUSED: dict[type[Callback], str] = {
     BaseFinetuning: "it thaws parts at later epochs, and a run has only one; freeze what shall stay as it is with "
     "requires_grad_(False) in extend_student (docs/extending.md)",
     ModelPruning: "it collects what to prune before the student is built; prune an exported model",
+    SpikeDetection: "Lightning cannot load its state, so no checkpoint of the run could be resumed; a loss that is not "
+    "finite ends a run anyway",
     BatchSizeFinder: "the verb check reports which --data.micro_batch_size fits",
 }
 
 
-def check_trainer(trainer: Trainer) -> None:
-    """Raises ConfigError for features of Lightning that would do nothing here, or something else than they say."""
+def check_trainer(trainer: Trainer, one_epoch: bool = True, parts: Sequence[str] | None = None) -> None:
+    """Raises ConfigError for features of Lightning that would do nothing here, or something else than they say.
+
+    `one_epoch`: the run is one epoch for Lightning, as with a SALTDataModule. `parts`: the sources and thirds with a
+    validation loss of their own, once they are known.
+    """
+    wrong = wrong_clipping(trainer.gradient_clip_val)
     if getattr(trainer, "_val_check_time_interval", None) is not None:
-        raise ConfigError("--trainer.val_check_interval: a time is not supported; give optimizer steps")
+        wrong.append("--trainer.val_check_interval: a time is not supported; give optimizer steps")
     if (algorithm := trainer.gradient_clip_algorithm) == GradClipAlgorithmType.VALUE:
-        raise ConfigError(f"--trainer.gradient_clip_algorithm {algorithm.value} is not supported; use norm")
-    refuse(wrong_clipping(trainer.gradient_clip_val))
+        wrong.append(f"--trainer.gradient_clip_algorithm {algorithm.value} is not supported; use norm")
+    if any(timer._duration is not None and timer._duration <= 0 for timer in timers(trainer)):
+        wrong.append("--trainer.max_time 0 leaves no time to train; give more, or leave it out")
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        for kind, why in _REFUSED.items():
-            if isinstance(callback, kind):
-                raise ConfigError(f"--trainer.callbacks {type(callback).__name__} is not supported: {why}")
-    # a subclass, or a user's own callback, may log other names
-    ours = [type(known).__module__.startswith(_KNOWN) for known in (*trainer.callbacks, trainer.lightning_module)]  # type: ignore[attr-defined]
-    for callback in trainer.callbacks if all(ours) else ():  # type: ignore[attr-defined]
-        name = getattr(callback, "monitor", None)
-        if name is not None and name not in _MONITORED and not name.startswith("val/ce/"):
-            raise ConfigError(
-                f"--trainer.callbacks {type(callback).__name__}: monitor {name} is never logged; use val/ce, "
-                f"val/ce/SOURCE or one of {', '.join(_MONITORED[1:])}"
+        why = [why for kind, why in _REFUSED.items() if isinstance(callback, kind)]
+        if one_epoch and _counts_epochs(callback):
+            why.append("it acts at the ends of epochs, and a run has only one; give it an interval in steps")
+        wrong += [f"--trainer.callbacks {type(callback).__name__} is not supported: {each}" for each in why]
+    losses = "val/ce/SOURCE" if parts is None else few([f"val/ce/{part}" for part in parts])
+    for callback, name in _monitors(trainer):
+        kind = type(callback).__name__
+        others = [*([losses] if losses else ()), *_MONITORED[1:]]
+        if isinstance(callback, ModelCheckpoint):
+            others += _OF_CHECKPOINTS
+        of_part = name.startswith("val/ce/") and (parts is None or name.removeprefix("val/ce/") in parts)
+        if name not in ("val/ce", *others) and not of_part:
+            wrong.append(
+                f"--trainer.callbacks {kind}: monitor {name} is never logged; use val/ce or one of {', '.join(others)}"
             )
+        elif trainer.limit_val_batches == 0 and name not in _OF_CHECKPOINTS:
+            turned_off = "but --trainer.limit_val_batches 0 turns them off; leave one of them out"
+            wrong.append(f"--trainer.callbacks {kind} acts at validations, {turned_off}")
+    refuse(wrong)
+
+
+def _counts_epochs(callback: Callback) -> bool:
+    """Whether a callback acts only at ends of epochs, or between epochs."""
+    if isinstance(callback, Timer):
+        return callback._interval == "epoch"
+    if isinstance(callback, EarlyStopping):
+        return bool(callback._check_on_train_epoch_end)
+    return isinstance(callback, ModelCheckpoint) and callback._every_n_epochs > 1
+
+
+def _monitors(trainer: Trainer) -> list[tuple[Callback, str]]:
+    """The callbacks that monitor a metric, and its name. None if a subclass or a user's own callback may log others."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    module = trainer.lightning_module or trainer  # None before a fit of the command, which has no subclass
+    if not all(type(each).__module__.startswith(_KNOWN) for each in (*callbacks, module)):
+        return []
+    found = ((callback, getattr(callback, "monitor", None)) for callback in callbacks)
+    return [(callback, name) for callback, name in found if name is not None]
 
 
 _KNOWN = ("lightning.", "salt_lightning.")
-_MONITORED = ("val/ce", "val/perplexity", "val/accuracy", "val/tokens", "val/bits_per_byte", "step", "epoch")
+_MONITORED = ("val/ce", "val/perplexity", "val/accuracy", "val/tokens", "val/bits_per_byte", "val/step")
+_OF_CHECKPOINTS = ("step", "epoch")  # which ModelCheckpoint adds itself
 
 
 def plan_validation(trainer: Trainer) -> None:

@@ -122,17 +122,21 @@ def check_subclass(trainer: Trainer) -> None:
         )
 
 
-def write_rates(module: Any, optimizer: Any, compare: bool = True) -> None:
-    """Writes the OptimSpec's values of the running step. `compare`: warns if something else than the last step and a
-    subclass's own hooks, such as a callback, has changed a rate or decay, which is lost."""
-    if compare and rates(optimizer) != module._rates:
+def write_rates(module: Any, step: int) -> None:
+    """Writes the OptimSpec's values for `step` into the optimizer."""
+    (optimizer,) = module.trainer.optimizers
+    module.optim_spec.write(optimizer, step, module.trainer.max_steps)
+    module._rates = rates(optimizer)
+
+
+def warn_of_other_rates(module: Any) -> None:
+    """Warns if something else than `write_rates`, such as a callback, has changed a rate or decay, which is lost."""
+    if rates(module.trainer.optimizers[0]) != module._rates:
         rank_zero_warn(
             "lr or weight_decay in the optimizer were changed since the last step, perhaps by a callback: this has no "
             "effect, because SALTModule writes both before each step; change them with --model.optim.*, or in a "
             "subclass of OptimSpec (lr_at, write)"
         )
-    module.optim_spec.write(optimizer, module.global_step, module.trainer.max_steps)
-    module._rates = rates(optimizer)
 
 
 def rates(optimizer: Any) -> list[float]:
@@ -289,10 +293,11 @@ def check_weights(module: Any, trained_steps: int) -> None:
             "perhaps after an earlier fit; make a new SALTModule, or resume from a checkpoint "
             "(trainer.fit(ckpt_path=...))"
         )
-    if module.global_step == 0 and trained_steps:
+    if trained_steps and not module.trainer.ckpt_path:
         rank_zero_warn(
-            f"this student was already trained for {trained_steps} steps: this fit starts from its weights, but counts "
-            "steps from 0; for a new run make a new SALTModule, or use ckpt_path to resume, with the optimizer's state"
+            f"this student was already trained for {trained_steps} steps: this fit starts from its weights, counts "
+            f"steps from {module.global_step}, and has a new optimizer; for a new run make a new SALTModule, or use "
+            "ckpt_path to resume, with the optimizer's state"
         )
 
 

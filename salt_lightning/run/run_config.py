@@ -6,13 +6,14 @@ config.until-00000040.yaml    settings up to step 40, where the run was resumed 
 
 import filecmp
 import os
-import re
 import shutil
+from enum import Enum
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning.pytorch as pl
+from jsonargparse import Namespace
 from lightning.pytorch.cli import SaveConfigCallback
 
 from salt_lightning.command.settings import IDENTITY
@@ -42,16 +43,28 @@ class SaveRunConfig(SaveConfigCallback):
         with TemporaryDirectory(prefix=".config.", dir=run) as made:
             new = Path(made, "config.yaml")
             try:
-                self.parser.save(self.config, new, skip_none=False, overwrite=True, multifile=False)
+                self.parser.save(_as_text(self.config), new, skip_none=False, overwrite=True, multifile=False)
             except (TypeError, ValueError) as error:  # a callback has an argument that YAML cannot express
-                odd = re.search(r"cannot represent an object', (<.*?>)\)", str(error))
-                said = f"an argument is {odd[1]}; give it as text (Timer interval: step)" if odd else one_line(error)
-                raise ConfigError(f"--trainer.*: {said} (it cannot be written into config.yaml)") from error
+                raise ConfigError(
+                    "--trainer.*: an argument of a class cannot be written into config.yaml, perhaps a default that is "
+                    f"an object; give it as text or a number ({one_line(error)})"
+                ) from error
             # first what may fail: in another user's run, its settings must stay as they are
             _keep_tokenizer(trainer.datamodule.tokenizer, Path(made, "tokenizer"), run)  # type: ignore[attr-defined]
             set_aside(run, trainer.global_step, read_config(new))
             void_tests(run / "test", trainer.global_step)
             os.replace(new, run / "config.yaml")
+
+
+def _as_text(value: Any) -> Any:
+    """Settings with plain text for each member of an enumeration of text: YAML has none. Timer's interval is one."""
+    if isinstance(value, Namespace):
+        return Namespace(**_as_text(vars(value)))
+    if isinstance(value, dict):
+        return {key: _as_text(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_as_text(each) for each in value]
+    return value.value if isinstance(value, Enum) and isinstance(value, str) else value
 
 
 def _keep_tokenizer(tokenizer: Any, made: Path, run: Path) -> None:
