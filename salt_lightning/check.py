@@ -123,7 +123,7 @@ class Check:
             self.add("ok", "learning rate", said)
         self.resumes(partial(self._kd.on_load_checkpoint, self.trainer, self.module))
         self.works("trainer", cadence.check_trainer, self.trainer)
-        self.works("attention", attention.require_gpu, self.module.student_spec.attention, self._device())
+        self.works("device", preflight.require_device, self.module, self._device())
         for callback in savers(self.trainer):
             self.works("export", callback.setup, self.trainer, self.module, "fit")
 

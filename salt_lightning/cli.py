@@ -17,7 +17,7 @@ from jsonargparse.typing import PositiveFloat
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from salt_lightning import check, compare, errors, export, parallel
+from salt_lightning import check, compare, errors, export, parallel, preflight
 from salt_lightning.answers import AnswerTest
 from salt_lightning.checkpoint import FIRST_RANK_S, AtomicCheckpointIO, RunCheckpoint, done, savers
 from salt_lightning.command import settings
@@ -29,7 +29,6 @@ from salt_lightning.comparison.report import evaluation
 from salt_lightning.data import SALTDataModule
 from salt_lightning.errors import ConfigError, NonFiniteLossError, Stopped, one_line, printable, raised, refuse, say
 from salt_lightning.fit.restart import replace_lost_start
-from salt_lightning.hugging_face.attention import require_gpu
 from salt_lightning.models import check_path, read_checkpoint
 from salt_lightning.module import SALTModule
 from salt_lightning.run import endings, peers, run_lock, slurm
@@ -176,7 +175,7 @@ class SALTCLI(LightningCLI):
             say_once(f"--model.student.config is not used: the sizes come from --model.student.path {student.path}")
         target = None if is_over(config.ckpt_path, self.trainer.max_steps) else config.checkpoint.export
         looks = check.without_text(self.model, self.datamodule, self.trainer, target, self._teaches())
-        looks.append(partial(require_gpu, student.attention, self.trainer.strategy.root_device.type))
+        looks.append(partial(preflight.require_device, self.model, self.trainer.strategy.root_device.type))
         if wrong := raised(looks):
             refuse([*wrong, *raised([self.datamodule.require_files])])  # finding files takes seconds
 
@@ -388,12 +387,14 @@ def _main(args: list[str], in_python: bool) -> int:
         return 1
     endings.leave_at_exit()
     trainer = cli.trainer
-    if not trainer.is_global_zero:  # an exit code of other ranks would look like a crash
-        return 0
-    if cli.subcommand == "fit" and (line := done(trainer, settings.checkpoints(cli._settings(cli.config)))):
+    line, code = None, 0
+    if cli.subcommand == "fit":
+        line = done(trainer, settings.checkpoints(cli._settings(cli.config)))
+    if not line and (sent := next((saver.stopped_by for saver in savers(trainer) if saver.stopped_by), None)):
+        line = f"stopped by {sent.name} at step {trainer.global_step}, saved; continue with --ckpt_path last"
+        code = 128 + sent
+    if line and trainer.is_global_zero:
         print(printable(line))
-        return 0
-    if not (sent := next((saver.stopped_by for saver in savers(trainer) if saver.stopped_by), None)):
-        return 0
-    print(f"stopped by {sent.name} at step {trainer.global_step}, saved; continue with --ckpt_path last")
-    return 128 + sent
+    # Another pod or node has a code of its own. Of ranks that a launcher or srun watches, it would look like a crash.
+    alone = trainer.local_rank == 0 and not slurm.has_started(trainer)
+    return code if alone or trainer.is_global_zero else 0

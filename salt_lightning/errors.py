@@ -147,6 +147,13 @@ def of_machine(error: BaseException, verb: str | None = None) -> str | None:
             f"a data loading process was killed, usually for lack of memory ({why}); use fewer --data.num_workers, and "
             f"{again}"
         )
+    if "unable to allocate shared memory" in str(error):
+        return f"/dev/shm is too small ({why}); make it larger, or use ddp in place of ddp_spawn, and {again}"
+    if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")) and "No space left" in str(error):
+        return (
+            "torch.compile has no room for the code that it writes; make room in the temporary folder (TMPDIR, or set "
+            f"TORCHINDUCTOR_CACHE_DIR to another), and {again}"
+        )
     if "no kernel image" in str(error):
         return f"this torch build does not support this GPU ({why}); install one that does"
     return None

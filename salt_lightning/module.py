@@ -16,7 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from salt_lightning import flops, models, parallel
+from salt_lightning import flops, models, parallel, preflight
 from salt_lightning.checkpoint import how_to_go_on
 from salt_lightning.command.settings import seed_or_global
 from salt_lightning.data import SALTDataModule
@@ -129,7 +129,7 @@ class SALTModule(extension.Guarded):
             alike.require(self.trainer, self._settings)
             self.__dict__["teacher"] = None  # left by an earlier fit that was stopped, or by RKD
             self.optim_spec.check(self.trainer.max_steps)
-            attention.require_gpu(self.student_spec.attention, self.trainer.strategy.root_device.type)
+            preflight.require_device(self, self.trainer.strategy.root_device.type)
             extension.require_schedule(self)
             parallel.check(self.trainer)
             cadence.check_trainer(self.trainer, self._data is not None, self.eval_metrics.parts)

@@ -3,7 +3,9 @@
 Functions of numbers, and of free space in `disk`; module, data and checkpoints refuse a run if one gives an error.
 """
 
+import os
 import shutil
+import sys
 import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,7 +16,8 @@ from typing import Any, Literal
 import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from salt_lightning.errors import ConfigError, few, printable
+from salt_lightning.errors import ConfigError, few, printable, raised, refuse
+from salt_lightning.hugging_face.attention import require_gpu
 
 Level = Literal["ok", "note", "warning", "error"]
 ENOUGH_LABELS = 512  # to judge a model by: the standard error of a trained one's CE is about 0.1 nats
@@ -240,6 +243,25 @@ def disk(folder: Path, size: int, most: int) -> Finding:
         "checkpoints that earlier starts have kept), set --checkpoint.folder to a larger disk, or use a smaller "
         "--checkpoint.keep and fewer --checkpoint.at_steps",
     )
+
+
+def require_device(module: Any, device: str) -> None:
+    """Raises ConfigError for what a SALTModule's settings need and this type of device (cpu, cuda) or machine lacks."""
+    looks = [partial(require_gpu, module.student_spec.attention, device)]
+    refuse(raised([*looks, *([partial(_require_compiler, device)] if module.hparams["compile"] else ())]))
+
+
+def _require_compiler(device: str) -> None:
+    """Images of containers often lack a compiler, which torch.compile needs for the code that it writes on a CPU, and
+    Triton to start a kernel on a GPU."""
+    of_cpu = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    of_cuda = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
+    names = {"cpu": [of_cpu], "cuda": of_cuda}.get(device, [])
+    if names and not any(map(shutil.which, names)):
+        raise ConfigError(
+            f"--model.compile true needs a compiler, {' or '.join(names)}, and finds none; install it (in a container "
+            "e.g. apt-get install g++), or set --model.compile false"
+        )
 
 
 def size_said(size: float) -> str:

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import forked
@@ -22,9 +22,10 @@ import torch
 from conftest import arguments, one_line, run
 from families import tiny
 from safetensors.torch import load_file, save_file
+from torch._inductor.exc import CppCompileError
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
-from salt_lightning import SALTModule, cli
+from salt_lightning import ModelSpec, SALTModule, cli, preflight
 from salt_lightning.__main__ import main as start
 from salt_lightning.command.parser import explain
 from salt_lightning.errors import ConfigError
@@ -818,6 +819,66 @@ def test_a_card_that_this_torch_has_no_code_for(settings, tmp_path, capsys, monk
     assert "error: this torch build does not support this GPU (CUDA error: no kernel image is available" in one_line(
         capsys
     )
+
+
+@pytest.mark.parametrize(
+    ("kind", "message", "said"),
+    [
+        (
+            RuntimeError,
+            "unable to allocate shared memory(shm) for file </torch_1_2_3>: No space",
+            "/dev/shm is too small (",
+        ),
+        (
+            CppCompileError,
+            "cannot write PCH file: No space left on device",
+            "torch.compile has no room for the code that",
+        ),
+    ],
+)
+def test_what_fills_up_outside_the_run_is_named(settings, tmp_path, capsys, monkeypatch, kind, message, said):
+    def fill(*args):
+        raise kind(["g++"], message) if kind is CppCompileError else kind(message)
+
+    monkeypatch.setattr(SALTModule, "training_step", fill)
+    assert run(["fit", *arguments(settings, {"run": str(tmp_path / "run"), "kd.weight": 0.0})]) == 1
+    line = one_line(capsys)
+    assert said in line
+    assert "--ckpt_path last" in line
+
+
+@pytest.mark.parametrize("verb", ["fit", "check"])
+def test_compiling_without_a_compiler_is_refused(settings, tmp_path, capsys, monkeypatch, verb):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, "model.compile": True}
+    assert run([verb, *arguments(settings, own)]) == (2 if verb == "fit" else 1)
+    seen = capsys.readouterr()
+    assert "--model.compile true needs a compiler, g++, and finds none; install it" in " ".join(
+        (seen.out + seen.err).split()
+    )
+
+
+@pytest.mark.parametrize(
+    ("device", "there", "variables", "refused"),
+    [
+        ("cpu", "g++", {}, None),
+        ("cpu", "clang++", {"CXX": "clang++"}, None),
+        ("cpu", "g++", {"CXX": "icpx"}, "icpx"),
+        ("cuda", "clang", {}, None),
+        ("cuda", "g++", {}, "gcc or clang"),
+        ("cuda", "gcc", {"CC": "icx"}, "icx"),
+        ("mps", "", {}, None),
+    ],
+)
+def test_each_device_needs_its_own_compiler(tmp_path, monkeypatch, device, there, variables, refused):
+    (tmp_path / (there or "nothing")).touch(0o755)
+    for name, value in {"PATH": str(tmp_path), "CC": "", "CXX": "", **variables}.items():
+        monkeypatch.setenv(name, value)
+    expected = pytest.raises(ConfigError, match=f"needs a compiler, {refused}, and") if refused else nullcontext()
+    with expected:
+        preflight.require_device(SALTModule(ModelSpec(), compile=True), device)
+    preflight.require_device(SALTModule(ModelSpec(), compile=False), device)
 
 
 CONFIGS = {

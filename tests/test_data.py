@@ -3,6 +3,7 @@
 import ast
 import ctypes
 import errno
+import gc
 import json
 import logging
 import mmap
@@ -483,6 +484,22 @@ def test_workers_that_cannot_be_started_are_one_line(make, monkeypatch):
         ConfigError, match=r"^--data.num_workers: cannot start a process \(Resource .*\); use 0, which starts none$"
     ):
         next(iter(loader))
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_without_dev_shm_nothing_is_left_half_built(make, monkeypatch):
+    """torch's iterator would print a traceback when it is deleted."""
+
+    def read_only(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    loader = ready(make(num_workers=1)).train_dataloader()
+    monkeypatch.setattr("multiprocessing.synchronize._multiprocessing.SemLock", read_only)
+    with pytest.raises(
+        ConfigError, match=r"^--data.num_workers: cannot start a process \(Read-only file system\); use 0"
+    ):
+        next(iter(loader))
+    gc.collect()
 
 
 def test_wait_counts_the_loading_and_not_the_training():

@@ -7,6 +7,7 @@ import pickle
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -646,6 +647,23 @@ def test_a_forked_process_that_is_killed_is_one_line(settings, tmp_path, victim)
     )
     assert re.search(rf"error: ({lost}).*continue with --ckpt_path last", output)
     assert "Traceback" not in output
+
+
+def test_each_node_of_a_stopped_run_says_so_by_its_exit_code(settings, tmp_path):
+    """With 0, Kubernetes takes a pod's work for done, and does not start it again beside the first one."""
+    own = {**ENDLESS, **DDP, "run": str(tmp_path / "run"), "trainer.devices": 1, "trainer.num_nodes": 2}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    nodes = [start(settings, own, **place, NODE_RANK=str(rank), LOCAL_RANK="0") for rank in range(2)]
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "run").glob("checkpoints/step-*.ckpt")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    nodes[1].send_signal(signal.SIGTERM)
+    (code, first), (other, second) = map(end, nodes)
+    assert (code, other) == (143, 143), first + second
+    assert "stopped by SIGTERM at step" in first
+    assert "stopped by" not in second
 
 
 def test_forked_processes_that_fail_to_save_after_the_ctrl_c_of_the_one_that_waits_for_them(settings, tmp_path):

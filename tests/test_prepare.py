@@ -1115,6 +1115,21 @@ CGROUPS = {  # files under /sys/fs/cgroup, /proc/self/cgroup -> of 8 CPUs
     "version 2, of another": ({"c/cpu.max": "300000 100000"}, "0::/a/b\n", 8),
     "version 1": ({"cpu/cpu.cfs_quota_us": "400000\n", "cpu/cpu.cfs_period_us": "100000\n"}, "3:cpu:/k\n0::/\n", 4),
     "version 1, no limit": ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, "1:cpu:/\n", 8),
+    "version 1, of a level above": (
+        {"cpu/a/cpu.cfs_quota_us": "200000\n", "cpu/a/cpu.cfs_period_us": "100000\n"},
+        "3:cpuacct,cpu:/a/b\n",
+        2,
+    ),
+    "version 1, of another": (
+        {"cpu/c/cpu.cfs_quota_us": "200000\n", "cpu/c/cpu.cfs_period_us": "100000\n"},
+        "3:cpu,cpuacct:/a/b\n",
+        8,
+    ),
+    "both": (
+        {"cpu/a/cpu.cfs_quota_us": "20", "cpu/a/cpu.cfs_period_us": "10", "cpu.max": "3 1"},
+        "1:cpu:/a\n0::/\n",
+        2,
+    ),
     "more than there are": ({"cpu.max": "9900000 100000"}, "0::/\n", 8),
     "none": ({}, None, 8),
 }
@@ -1144,6 +1159,8 @@ def limit(tmp_path, monkeypatch, files: dict[str, str], own: str | None) -> None
         ({"memory.max": f"{64 << 20}\n"}, "0::/\n", 64),
         ({"a/memory.max": f"{48 << 20}\n", "a/b/memory.max": "max\n"}, "0::/a/b\n", 48),
         ({"memory/memory.limit_in_bytes": f"{32 << 20}\n"}, "4:memory:/k\n0::/\n", 32),
+        ({"memory/a/memory.limit_in_bytes": f"{32 << 20}\n"}, "4:memory:/a/b\n0::/\n", 32),
+        ({"memory/c/memory.limit_in_bytes": f"{32 << 20}\n"}, "4:memory:/a/b\n0::/\n", None),
         ({"memory/memory.limit_in_bytes": "9223372036854771712\n", "memory.max": "max\n"}, "0::/\n", None),
         ({}, None, None),
     ],

@@ -336,6 +336,8 @@ class Loader:
             generator=torch.Generator(),
         )
         with starting("--data.num_workers", none=0):
+            # without /dev/shm this fails, and the loader would leave a half-built iterator, which prints a traceback
+            multiprocessing.get_context(_start_method()).Queue().close()
             iterator: Any = iter(loader)
         _WORKERS.update(iterator._workers)
         return iterator

@@ -1,5 +1,6 @@
 """The processes of a run: which one this is, how they connect, and what to report when one is lost."""
 
+import multiprocessing
 import os
 import socket
 import sys
@@ -317,10 +318,21 @@ def expect_others(trainer: pl.Trainer, verb: str | None) -> None:
         strategy.setup_environment = partial(_connect, trainer, limit.total_seconds(), verb)
     end_with_starter(verb)
     if isinstance(strategy.launcher, _MultiProcessingLauncher):
+        _require_shared_memory(strategy.launcher._start_method)
         endings.stop_as_by_ctrl_c()
     if isinstance(strategy.launcher, _SubprocessScriptLauncher) and "LOCAL_RANK" not in os.environ:
         start = strategy.launcher._call_children_scripts
         strategy.launcher._call_children_scripts = partial(_start_others, start)  # type: ignore[method-assign]
+
+
+def _require_shared_memory(start_method: str) -> None:
+    try:
+        multiprocessing.get_context(start_method).SimpleQueue()
+    except OSError as error:
+        raise ConfigError(
+            f"--trainer.strategy ddp_{start_method} cannot share memory with its processes ({error.strerror}): is "
+            "/dev/shm missing, full or read-only? Use ddp, which needs none"
+        ) from error
 
 
 def _start_others(start: Callable[[], None]) -> None:

@@ -63,10 +63,13 @@ def require_processes(environment: Any, num_devices: int, num_nodes: int, connec
 
 def requeue_signal(trainer: pl.Trainer) -> signal.Signals | None:
     """SIGUSR1, or the signal in `SLURMEnvironment(requeue_signal=...)`; None: not under SLURM, or disabled."""
-    environment = trainer._accelerator_connector.cluster_environment
-    if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
-        return environment.requeue_signal
-    return None
+    environment: Any = trainer._accelerator_connector.cluster_environment
+    return environment.requeue_signal if has_started(trainer) and environment.auto_requeue else None
+
+
+def has_started(trainer: pl.Trainer) -> bool:
+    """Whether srun has started the processes."""
+    return isinstance(trainer._accelerator_connector.cluster_environment, SLURMEnvironment)
 
 
 def requeue() -> None:

@@ -1,5 +1,6 @@
 """Worker processes that end silently with their parent; the cores and the memory that they may use."""
 
+import itertools
 import math
 import os
 import signal
@@ -169,32 +170,35 @@ def num_cores() -> int:
 def memory_bytes() -> int:
     """Memory that this process may use: a container sees all of the machine's, but may have a part of it."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    mounted, *levels = _cgroups()
-    for file in (mounted / "memory/memory.limit_in_bytes", *(folder / "memory.max" for folder in levels)):
+    for folder, name in itertools.product(_cgroups("memory"), ("memory.limit_in_bytes", "memory.max")):
         with suppress(OSError, ValueError):  # "max": no limit
-            limits.append(int(file.read_text()))
+            limits.append(int((folder / name).read_text()))
     return min(limits)
 
 
 def _quotas() -> Iterator[float]:
     """CPU limits of Linux cgroups."""
-    mounted, *levels = _cgroups()
-    with suppress(OSError, ValueError):
-        quota_us, period_us = (float((mounted / f"cpu/cpu.cfs_{n}_us").read_text()) for n in ("quota", "period"))
-        if quota_us > 0:  # -1: no limit
-            yield quota_us / period_us
-    for folder in levels:
+    for folder in _cgroups("cpu"):
+        with suppress(OSError, ValueError):
+            quota_us, period_us = (float((folder / f"cpu.cfs_{n}_us").read_text()) for n in ("quota", "period"))
+            if quota_us > 0:  # -1: no limit
+                yield quota_us / period_us
         with suppress(OSError, ValueError):  # "max": no limit
             quota_us, period_us = map(float, (folder / "cpu.max").read_text().split())
             yield quota_us / period_us
 
 
-def _cgroups(mounted: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[Path]:
-    """Folders with limits of Linux cgroups: of version 1 where a container mounts its own; then each level of 2."""
-    level = Path()
-    with suppress(OSError):
-        level = Path(own.read_text().rpartition("0::/")[2].strip())
-    return [mounted, *(mounted / folder for folder in (level, *level.parents))]
+def _cgroups(
+    controller: str, mounted: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+) -> list[Path]:
+    """Folders with limits of a controller of Linux cgroups, versions 1 and 2: this process's and those above it."""
+    levels = {controller: Path(), "": Path()}  # "": version 2, which has one folder for all controllers
+    with suppress(OSError, ValueError):
+        for line in own.read_text().splitlines():
+            _, names, path = line.split(":", 2)
+            levels |= {name: Path(path.strip("/")) for name in names.split(",") if name in levels}
+    # a container may mount its own at the top, and read the path from outside
+    return [mounted / name / folder for name, level in levels.items() for folder in (level, *level.parents)]
 
 
 @contextmanager
