@@ -22,7 +22,7 @@ from salt_lightning.answers import AnswerTest
 from salt_lightning.checkpoint import FIRST_RANK_S, AtomicCheckpointIO, RunCheckpoint, done, savers
 from salt_lightning.command import settings
 from salt_lightning.command.parser import Parser, named, parse, readable, reword, to_defaults
-from salt_lightning.command.quiet import as_before, silence_libraries
+from salt_lightning.command.quiet import as_before, one_at_a_time, silence_libraries
 from salt_lightning.command.resume import resolve, settings_held
 from salt_lightning.command.streams import steady_streams
 from salt_lightning.comparison.report import evaluation
@@ -338,6 +338,7 @@ VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {
 }
 
 
+@one_at_a_time
 @steady_streams()
 def main(args: Sequence[object] | None = None) -> int:
     """Runs one command line; returns its exit code: 0, 1 for a failed run, 2 for wrong settings, 128 + signal.

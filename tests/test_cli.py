@@ -23,6 +23,7 @@ from typing import Any
 import forked
 import lightning.pytorch as pl
 import pytest
+import ranks
 import torch
 import yaml
 from conftest import arguments, built, one_line, run, scalars, write_corpus
@@ -305,6 +306,28 @@ def test_an_enumeration_is_written_as_its_value(settings, tmp_path, capsys):
     assert cli.main(["fit", *arguments(settings, own), *timer]) == 0, capsys.readouterr().err
     written = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
     assert written["trainer"]["callbacks"][0]["init_args"]["interval"] == "step"
+
+
+class StartsOthers(pl.Callback):
+    def __init__(self, words: list[str]) -> None:
+        self.words, self.codes = words, []
+
+    def on_train_start(self, *_):
+        thread = threading.Thread(target=lambda: self.codes.append(cli.main(self.words)))
+        thread.start()
+        thread.join()
+        self.codes.append(cli.main(self.words))
+
+
+def test_a_command_in_a_second_thread_is_refused(settings, teacher, tmp_path, capsys):
+    """Its seeds would be those of the first: no run would be what it is alone. Within a run, a callback may export."""
+    others = StartsOthers(["export", teacher, str(tmp_path / "hf")])
+    assert ranks.run(["fit", *arguments(settings, {"run": str(tmp_path / "run"), "kd.weight": 0.0})], others) == 0
+    assert others.codes == [2, 0]
+    assert "error: another thread of this process is in main([...]), and two runs in one" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "hf")
+    others.on_train_start()
+    assert others.codes == [2, 0, 0, 2]  # the second finds the folder of the first
 
 
 def test_ctrl_c_while_it_loads_leaves_no_traceback(tmp_path):

@@ -6,14 +6,16 @@ import re
 import signal
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
+from typing import ParamSpec
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 from transformers.utils.logging import disable_progress_bar
 
-from salt_lightning.errors import printable_lines
+from salt_lightning.errors import ConfigError, printable_lines, say
 from salt_lightning.hugging_face import folders
 from salt_lightning.text import documents, sources
 
@@ -49,6 +51,31 @@ def silence_libraries() -> None:
         disable_progress_bar()
     for name in _LIGHTNING:
         logging.getLogger(name).addFilter(_escape_and_select)
+
+
+_ONE = threading.RLock()
+P = ParamSpec("P")
+
+
+def one_at_a_time(command: Callable[P, int]) -> Callable[P, int]:
+    """Refuses a command while another thread of the process runs one: streams, signals, and the random numbers that
+    make weights and dropout belong to the whole process, so two runs would mix theirs without a word."""
+
+    @wraps(command)
+    def alone(*args: P.args, **kwargs: P.kwargs) -> int:
+        if not _ONE.acquire(blocking=False):
+            return say(
+                ConfigError(
+                    "another thread of this process is in main([...]), and two runs in one process would share random "
+                    "numbers, streams and signals; start each in a process of its own"
+                )
+            )
+        try:
+            return command(*args, **kwargs)
+        finally:
+            _ONE.release()
+
+    return alone
 
 
 @contextmanager
