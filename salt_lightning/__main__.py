@@ -98,4 +98,4 @@ def _compare(args: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

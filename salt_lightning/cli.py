@@ -344,11 +344,11 @@ def main(args: Sequence[object] | None = None) -> int:
     """Runs one command line; returns its exit code: 0, 1 for a failed run, 2 for wrong settings, 128 + signal.
 
     Args:
-        args: the words of the command line: strings, paths and numbers. None: those of this process.
+        args: the words of the command line: strings, paths, numbers, None (null). None: those of this process.
     """
     try:
         with nullcontext() if args is None else as_before():
-            code = _main(list(map(str, sys.argv[1:] if args is None else args)), args is not None)
+            code = _main(sys.argv[1:] if args is None else list(map(settings.typed, args)), args is not None)
     except BaseException as error:
         endings.end_abandoned(error)
         raise

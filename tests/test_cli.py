@@ -91,6 +91,9 @@ def test_from_python_paths_and_numbers_may_be_given_and_no_error_of_settings_is_
     assert cli.main(["export", newest(run / "checkpoints"), tmp_path / "exported"]) == 0
     capsys.readouterr()
     assert cli.main(["fit", "--trainer.max_stepz", 3]) == 2
+    folder, none = tmp_path / "none", ["--checkpoint.export", None, "--data.isolate_documents", True]
+    assert cli.main(["fit", *arguments(settings, {"kd.weight": 0.0}), "--run", folder, *none]) == 0
+    assert yaml.safe_load((folder / "config.yaml").read_text())["checkpoint"]["export"] is None
     assert "did you mean --trainer.max_steps?" in one_line(capsys)
 
 

@@ -38,6 +38,11 @@ def as_yaml(value: object) -> str:
     return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
 
 
+def typed(value: object) -> str:
+    """A word of a command line, given in Python."""
+    return value if isinstance(value, str) else as_yaml(value)
+
+
 def refuse_loops(name: str, value: str) -> None:
     """Raises ConfigError if the value of a setting, as typed, is a YAML list or mapping that contains itself."""
     if not re.search(r"[&\[{]", value):
