@@ -5,4 +5,4 @@ import sys
 from salt_lightning.__main__ import main
 
 if __name__ == "__main__":
-    sys.exit(main())  # which trackers replace, to learn whether the run failed; raise SystemExit would pass them by
+    sys.exit(main())

@@ -206,6 +206,8 @@ class RunCheckpoint(Checkpoint):
                 asked.add(signal.SIGHUP)
             for number in asked:
                 signal.signal(number, partial(self._stop_after_step, trainer))
+        else:
+            rank_zero_info("not in the main thread: a signal (Ctrl-C, SIGTERM) will end this run without a save")
         # Lightning's own SIGTERM broadcast makes the host wait for the device at every micro-batch.
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _no_broadcast  # type: ignore[method-assign]
 

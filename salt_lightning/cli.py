@@ -32,7 +32,7 @@ from salt_lightning.fit.restart import replace_lost_start
 from salt_lightning.models import check_path, read_checkpoint
 from salt_lightning.module import SALTModule
 from salt_lightning.run import endings, peers, run_lock, slurm
-from salt_lightning.run.event_log import quiet_threads, trackers
+from salt_lightning.run.event_log import ending_wandb, quiet_threads, trackers
 from salt_lightning.run.peers import rank, say_once
 from salt_lightning.run.progress_bar import ProgressBar, close_bars, keep_off_bars
 from salt_lightning.run.run_config import SaveRunConfig, taken
@@ -338,17 +338,18 @@ VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {
 }
 
 
-@one_at_a_time
 @steady_streams()
 def main(args: Sequence[object] | None = None) -> int:
     """Runs one command line; returns its exit code: 0, 1 for a failed run, 2 for wrong settings, 128 + signal.
 
     Args:
-        args: the words of the command line: strings, paths, numbers, None (null). None: those of this process.
+        args: the words of the command line: strings, paths, numbers, lists, mappings, None (null). None: those of this
+            process.
     """
     try:
-        with nullcontext() if args is None else as_before():
+        with nullcontext() if args is None else as_before(), ending_wandb() as codes:
             code = _main(sys.argv[1:] if args is None else list(map(settings.typed, args)), args is not None)
+            codes.append(code)
     except BaseException as error:
         endings.end_abandoned(error)
         raise
@@ -365,7 +366,7 @@ def _main(args: list[str], in_python: bool) -> int:
     try:
         if first and first[0] in VERBS:
             return VERBS[first[0]][0](args[1:])
-        with _HELD, endings.raised_here(*first):
+        with one_at_a_time(), _HELD, endings.raised_here(*first):
             cli = _start(SALTCLI, args)
     except Stopped as stopped:
         print(f"\n{stopped}")

@@ -154,6 +154,8 @@ def of_machine(error: BaseException, verb: str | None = None) -> str | None:
             "torch.compile has no room for the code that it writes; make room in the temporary folder (TMPDIR, or set "
             f"TORCHINDUCTOR_CACHE_DIR to another), and {again}"
         )
+    if "Early stopping conditioned on metric" in str(error):  # of a source that has no held-out text
+        return f"--trainer.callbacks EarlyStopping: {why}; monitor val/ce"
     if "no kernel image" in str(error):
         return f"this torch build does not support this GPU ({why}); install one that does"
     return None
@@ -259,7 +261,8 @@ def say(error: Exception) -> int:
 
 
 def exit_code(stop: BaseException, in_python: bool) -> int:
-    """The exit code after a Ctrl-C, or in Python after a SystemExit with a number; raises any other `stop` again."""
+    """The exit code after a Ctrl-C, or in Python after the parser's SystemExit; raises any other `stop` again, such as
+    that of a cluster tool's own signal handler."""
     # Lightning turns a Ctrl-C in validate and test, and a second one in fit, into an exit with code 1
     cause = stop.__context__ if isinstance(stop, SystemExit) else stop
     if isinstance(cause, KeyboardInterrupt):
@@ -267,7 +270,7 @@ def exit_code(stop: BaseException, in_python: bool) -> int:
         print(f"\nstopped by {number.name}", file=sys.stderr)
         return 128 + number
     code = getattr(stop, "code", None) or 0
-    if in_python and isinstance(code, int):  # the parser has printed its error; the caller continues
+    if in_python and code in (0, 2):  # the parser has printed its help or error; the caller continues
         return code
     raise stop
 

@@ -116,7 +116,8 @@ class Fit:
         self.shards = self.trainer.world_size // getattr(strategy, "replicas", 1) if self.sharded else 1
         self.copies = 1  # of the weights on this device
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            self.copies += isinstance(callback, WeightAveraging) and callback._device is None
+            if isinstance(callback, WeightAveraging):
+                self.copies += torch.device(callback._device or device).type == device
         self._found: dict[tuple[int, bool], list[Peak]] = {}
 
     def peaks(self, rows: int, compiled: bool | None = None) -> list[Peak]:

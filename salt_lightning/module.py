@@ -129,8 +129,8 @@ class SALTModule(extension.Guarded):
             alike.require(self.trainer, self._settings)
             self.__dict__["teacher"] = None  # left by an earlier fit that was stopped, or by RKD
             self.optim_spec.check(self.trainer.max_steps)
-            preflight.require_device(self, self.trainer.strategy.root_device.type)
             extension.require_schedule(self)
+            preflight.require_device(self, self.trainer.strategy.root_device.type)
             parallel.check(self.trainer)
             cadence.check_trainer(self.trainer, self._data is not None, self.eval_metrics.parts)
             models.check_path(self.student_spec, "student")

@@ -42,6 +42,7 @@ from salt_lightning.command.settings import wrong_precision
 from salt_lightning.errors import ConfigError, refuse
 from salt_lightning.hugging_face import quantized
 from salt_lightning.models import CausalLM, read_checkpoint
+from salt_lightning.preflight import require_compiler
 from salt_lightning.run import peers
 from salt_lightning.storage import shards
 
@@ -246,7 +247,7 @@ def build_device(strategy: Strategy | None, whole: torch.device) -> torch.device
 def distribute(lm: CausalLM, strategy: Strategy | None, compile: bool) -> nn.Module:
     """The student as the strategy needs it: sharded or unchanged. Collective."""
     if compile:
-        _compile(lm, in_blocks=isinstance(strategy, SHARDS_MODELS))
+        _compile(lm, strategy, in_blocks=isinstance(strategy, SHARDS_MODELS))
     if isinstance(strategy, FSDP2):
         strategy.shard(lm, POLICIES[strategy.precision_plugin.precision])
     elif isinstance(strategy, FSDPStrategy):
@@ -270,7 +271,7 @@ def distribute_teacher(lm: CausalLM, strategy: Strategy, compile: bool) -> Causa
     packed = quantized.method(lm.model) is not None
     in_shards = isinstance(strategy, FSDP2) and strategy.shard_teacher and not packed
     if compile:
-        _compile(lm, in_blocks=in_shards)
+        _compile(lm, strategy, in_blocks=in_shards)
     if isinstance(strategy, FSDP2):
         if in_shards:
             strategy.shard(lm, MixedPrecisionPolicy())
@@ -306,8 +307,10 @@ def recompute_activations(lm: CausalLM) -> None:
         block.forward = partial(recompute, block.forward, use_reentrant=False)
 
 
-def _compile(lm: CausalLM, in_blocks: bool) -> None:
+def _compile(lm: CausalLM, strategy: Strategy | None, in_blocks: bool) -> None:
     """torch.compile without new names in the state dict; block by block if shards are gathered between blocks."""
+    if strategy is not None:
+        require_compiler(strategy.root_device.type)
     # All fits of a process compile the same function of transformers; after 8 graphs of it, later fits would not be.
     torch._dynamo.config.recompile_limit = max(_GRAPHS, torch._dynamo.config.recompile_limit)
     if in_blocks:

@@ -5,7 +5,6 @@ Functions of numbers, and of free space in `disk`; module, data and checkpoints 
 
 import os
 import shutil
-import sys
 import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from salt_lightning.errors import ConfigError, few, printable, raised, refuse
@@ -248,15 +248,22 @@ def disk(folder: Path, size: int, most: int) -> Finding:
 def require_device(module: Any, device: str) -> None:
     """Raises ConfigError for what a SALTModule's settings need and this type of device (cpu, cuda) or machine lacks."""
     looks = [partial(require_gpu, module.student_spec.attention, device)]
-    refuse(raised([*looks, *([partial(_require_compiler, device)] if module.hparams["compile"] else ())]))
+    refuse(raised([*looks, *([partial(require_compiler, device)] if module.hparams["compile"] else ())]))
 
 
-def _require_compiler(device: str) -> None:
-    """Images of containers often lack a compiler, which torch.compile needs for the code that it writes on a CPU, and
-    Triton to start a kernel on a GPU."""
-    of_cpu = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
-    of_cuda = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
-    names = {"cpu": [of_cpu], "cuda": of_cuda}.get(device, [])
+def require_compiler(device: str) -> None:
+    """Raises ConfigError if torch.compile would find no compiler.
+
+    Images of containers often lack a compiler, which torch.compile needs for the code that it writes on a CPU, and
+    Triton to start a kernel on a GPU.
+    """
+    names: list[str] = []
+    if device == "cpu" and not os.environ.get("TORCH_INDUCTOR_INSTALL_GXX"):  # torch would install one
+        from torch._inductor import config  # slow to import
+
+        names = [name for name in np.atleast_1d(config.cpp.cxx).tolist() if name]
+    elif device == "cuda" and torch.cuda.is_available():  # if not, `check` estimates for another machine
+        names = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
     if names and not any(map(shutil.which, names)):
         raise ConfigError(
             f"--model.compile true needs a compiler, {' or '.join(names)}, and finds none; install it (in a container "

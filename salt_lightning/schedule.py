@@ -353,8 +353,9 @@ class KDScheduleCallback(pl.Callback):
         if not values:
             return
         step = trainer.global_step
-        # before an early stop (max_time, a callback) Lightning adds a validation that is not due
-        due = not trainer.should_stop or step in validation_steps(trainer)
+        # before an early stop (max_time, a callback) Lightning adds a validation that may not be due
+        added = trainer.should_stop and trainer.fit_loop._can_stop_early
+        due = not added or step == next((planned for planned in validation_steps(trainer) if planned >= step), 0)
         if self.stop_margin is not None and self.stop_step is None and due:
             close = values["probe/gap"] <= self.stop_margin and step >= self.min_steps
             found = self.planned.stop_at(step) if trainer.strategy.broadcast(close) else self.planned

@@ -22,6 +22,7 @@ import torch
 from conftest import arguments, one_line, run
 from families import tiny
 from safetensors.torch import load_file, save_file
+from torch._inductor import config as inductor
 from torch._inductor.exc import CppCompileError
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
@@ -458,8 +459,13 @@ ERRORS = {
             "Timer": {"duration": "00:00:10:00", "interval": "epoch"},
             "ModelCheckpoint": {"every_n_epochs": 2},
             "EarlyStopping": {"monitor": "val/ce", "check_on_train_epoch_end": True},
+            "EMAWeightAveraging": {"update_starting_at_epoch": 1},
         }.items()
     },
+    "an average that begins after the end": (
+        {"trainer.callbacks": [{"class_path": "EMAWeightAveraging", "init_args": {"update_starting_at_step": 12}}]},
+        r"EMAWeightAveraging is not supported: update_starting_at_step is not before --trainer.max_steps, so the",
+    ),
     "several callbacks at once": (
         {
             "trainer.callbacks": [
@@ -850,12 +856,16 @@ def test_what_fills_up_outside_the_run_is_named(settings, tmp_path, capsys, monk
     assert "--ckpt_path last" in line
 
 
-@pytest.mark.parametrize("verb", ["fit", "check"])
-def test_compiling_without_a_compiler_is_refused(settings, tmp_path, capsys, monkeypatch, verb):
+@pytest.mark.parametrize("verb", ["fit", "check", "validate", "predict"])
+def test_compiling_without_a_compiler_is_refused(settings, teacher, tmp_path, capsys, monkeypatch, verb):
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CXX", raising=False)
-    own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, "model.compile": True}
-    assert run([verb, *arguments(settings, own)]) == (2 if verb == "fit" else 1)
+    own = {"run": str(tmp_path / "run"), "model.compile": True}
+    if verb in ("fit", "check"):
+        own |= settings | {"kd.weight": 0.0}
+    else:
+        own |= {key: value for key, value in settings.items() if key.startswith(("data.", "trainer."))}
+        own |= {"model.teacher.path" if verb == "predict" else "ckpt_path": teacher}
+    assert run([verb, *arguments(own)]) == (1 if verb == "check" else 2)
     seen = capsys.readouterr()
     assert "--model.compile true needs a compiler, g++, and finds none; install it" in " ".join(
         (seen.out + seen.err).split()
@@ -866,20 +876,25 @@ def test_compiling_without_a_compiler_is_refused(settings, tmp_path, capsys, mon
     ("device", "there", "variables", "refused"),
     [
         ("cpu", "g++", {}, None),
-        ("cpu", "clang++", {"CXX": "clang++"}, None),
-        ("cpu", "g++", {"CXX": "icpx"}, "icpx"),
+        ("cpu", "clang++", {"cxx": (None, "clang++")}, None),
+        ("cpu", "g++", {"cxx": "icpx"}, "icpx"),
+        ("cpu", "", {"TORCH_INDUCTOR_INSTALL_GXX": "1"}, None),  # torch installs one
         ("cuda", "clang", {}, None),
         ("cuda", "g++", {}, "gcc or clang"),
         ("cuda", "gcc", {"CC": "icx"}, "icx"),
+        ("cuda", "nothing", {}, None),  # another machine's
         ("mps", "", {}, None),
     ],
 )
 def test_each_device_needs_its_own_compiler(tmp_path, monkeypatch, device, there, variables, refused):
     (tmp_path / (there or "nothing")).touch(0o755)
-    for name, value in {"PATH": str(tmp_path), "CC": "", "CXX": "", **variables}.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there != "nothing")
+    for name, value in {"PATH": str(tmp_path), "CC": "", **variables}.items():
+        if name != "cxx":
+            monkeypatch.setenv(name, value)
     expected = pytest.raises(ConfigError, match=f"needs a compiler, {refused}, and") if refused else nullcontext()
-    with expected:
+    cxx = variables.get("cxx", (None, "g++"))  # which torch takes from CXX when it is imported
+    with expected, inductor.patch({"cpp.cxx": cxx}):
         preflight.require_device(SALTModule(ModelSpec(), compile=True), device)
     preflight.require_device(SALTModule(ModelSpec(), compile=False), device)
 

@@ -273,7 +273,8 @@ def test_averaged_weights_take_memory_and_disk(checked):
     file, weights = sizes()
     averages = {"class_path": "EMAWeightAveraging"}
     assert sizes(**{"trainer.callbacks": [averages]}) == pytest.approx((file * 4 / 3, weights * 2), rel=0.01)
-    elsewhere = averages | {"init_args": {"device": "meta"}}
+    named, elsewhere = (averages | {"init_args": {"device": name}} for name in ("cpu", "meta"))
+    assert sizes(**{"trainer.callbacks": [named]}) == sizes(**{"trainer.callbacks": [averages]})
     assert sizes(**{"trainer.callbacks": [elsewhere]}) == pytest.approx((file * 4 / 3, weights), rel=0.01)
 
 

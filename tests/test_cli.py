@@ -15,9 +15,11 @@ import termios
 import threading
 import time
 import warnings
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import forked
@@ -91,9 +93,11 @@ def test_from_python_paths_and_numbers_may_be_given_and_no_error_of_settings_is_
     assert cli.main(["export", newest(run / "checkpoints"), tmp_path / "exported"]) == 0
     capsys.readouterr()
     assert cli.main(["fit", "--trainer.max_stepz", 3]) == 2
-    folder, none = tmp_path / "none", ["--checkpoint.export", None, "--data.isolate_documents", True]
-    assert cli.main(["fit", *arguments(settings, {"kd.weight": 0.0}), "--run", folder, *none]) == 0
-    assert yaml.safe_load((folder / "config.yaml").read_text())["checkpoint"]["export"] is None
+    sizes = settings["model.student.config"] | {"head_dim": None}
+    none = ["--checkpoint.export", None, "--data.isolate_documents", True, "--model.student.config", sizes]
+    assert cli.main(["fit", *arguments(settings, {"kd.weight": 0.0}), "--run", tmp_path / "none", *none]) == 0
+    written = yaml.safe_load((tmp_path / "none/config.yaml").read_text())
+    assert written["checkpoint"]["export"] is written["model"]["student"]["config"]["head_dim"] is None
     assert "did you mean --trainer.max_steps?" in one_line(capsys)
 
 
@@ -303,15 +307,30 @@ def test_an_argument_that_is_no_text_is_named(settings, tmp_path, capsys):
     assert "--trainer.*: an argument of a class cannot be written into config.yaml, perhaps a def" in one_line(capsys)
 
 
-def test_an_enumeration_is_written_as_its_value(settings, tmp_path, capsys):
+class Mode(StrEnum):
+    CAREFUL = "slowly"
+
+
+class Chosen(pl.Callback):
+    def __init__(self, mode: Mode = Mode.CAREFUL) -> None:
+        self.mode = mode
+
+
+def test_an_enumeration_is_written_as_it_is_read(settings, tmp_path, capsys):
+    """Lightning gives a Timer's interval, which has the type str, a member as its default."""
     own = {"run": str(tmp_path / "run"), "kd.weight": 0.0}
     timer = ["--trainer.callbacks+=Timer", "--trainer.callbacks.duration=00:01:00:00"]
-    assert cli.main(["fit", *arguments(settings, own), *timer]) == 0, capsys.readouterr().err
-    written = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
-    assert written["trainer"]["callbacks"][0]["init_args"]["interval"] == "step"
+    chosen = [f"--trainer.callbacks+={__name__}.Chosen"]
+    assert cli.main(["fit", *arguments(settings, own), *timer, *chosen]) == 0, capsys.readouterr().err
+    file = tmp_path / "run/config.yaml"
+    first, second = yaml.safe_load(file.read_text())["trainer"]["callbacks"][:2]
+    assert (first["init_args"]["interval"], second["init_args"]["mode"]) == ("step", "CAREFUL")
+    assert cli.main(["fit", "--config", file, "--run", tmp_path / "again"]) == 0
 
 
 class StartsOthers(pl.Callback):
+    """Starts a command in another thread, then in this one."""
+
     def __init__(self, words: list[str]) -> None:
         self.words, self.codes = words, []
 
@@ -322,15 +341,74 @@ class StartsOthers(pl.Callback):
         self.codes.append(cli.main(self.words))
 
 
-def test_a_command_in_a_second_thread_is_refused(settings, teacher, tmp_path, capsys):
-    """Its seeds would be those of the first: no run would be what it is alone. Within a run, a callback may export."""
-    others = StartsOthers(["export", teacher, str(tmp_path / "hf")])
-    assert ranks.run(["fit", *arguments(settings, {"run": str(tmp_path / "run"), "kd.weight": 0.0})], others) == 0
+def test_a_run_in_a_second_thread_is_refused(settings, teacher, tmp_path, capsys):
+    """Its seeds would be those of the first: no run would be what it is alone. One within the other may be."""
+    looked_at = {key: value for key, value in settings.items() if key.startswith(("data.", "trainer."))}
+    others = StartsOthers(["validate", *arguments(looked_at, {"run": str(tmp_path / "other"), "ckpt_path": teacher})])
+    fit = ["fit", *arguments(settings, {"run": str(tmp_path / "run"), "kd.weight": 0.0})]
+    assert ranks.run(fit, others) == 0
     assert others.codes == [2, 0]
     assert "error: another thread of this process is in main([...]), and two runs in one" in capsys.readouterr().err
-    shutil.rmtree(tmp_path / "hf")
     others.on_train_start()
-    assert others.codes == [2, 0, 0, 2]  # the second finds the folder of the first
+    assert others.codes == [2, 0, 0, 0]
+
+
+def test_a_run_outside_the_main_thread_says_that_no_signal_saves_it(settings, tmp_path, caplog):
+    codes = []
+    fit = ["fit", *arguments(settings, {"run": str(tmp_path / "run"), "kd.weight": 0.0})]
+    thread = threading.Thread(target=lambda: codes.append(cli.main(fit)))
+    thread.start()
+    thread.join()
+    assert codes == [0]
+    assert "not in the main thread: a signal (Ctrl-C, SIGTERM) will end this run without a save" in caplog.text
+
+
+def test_an_exit_that_a_cluster_tool_asks_for_is_not_swallowed(settings, tmp_path):
+    """submitit's handler queues the job again, then exits; with a plain return, the job would count as done."""
+
+    def leave(*_):
+        sys.exit(144)
+
+    leaves = pl.callbacks.LambdaCallback(on_train_batch_end=leave)
+    with pytest.raises(SystemExit, match="144"):
+        ranks.run(["fit", *arguments(settings, {"run": str(tmp_path / "run"), "kd.weight": 0.0})], leaves)
+
+
+def test_early_stopping_acts_at_validations_after_every_micro_batch(settings, tmp_path, capsys):
+    """Lightning takes an interval of one micro-batch for one epoch, whose end is the run's."""
+    own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, "trainer.val_check_interval": 1}
+    stops = {"class_path": "EarlyStopping", "init_args": {"monitor": "val/ce", "mode": "max", "patience": 1}}
+    assert cli.main(["fit", *arguments(settings, own, {"trainer.callbacks": [stops]})]) == 0, capsys.readouterr().err
+    assert sorted(scalars(tmp_path / "run")["val/ce"]) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("fails", "begun", "ends"), [(None, False, [0]), ("nan", False, [1]), ("own", False, [1]), (None, True, [])]
+)
+def test_a_wandb_run_ends_with_its_command(settings, tmp_path, monkeypatch, fails, begun, ends):
+    """A stand-in for the package, which the tests do not need: its current run, and the codes with which runs ended."""
+    ended = []
+    wandb = SimpleNamespace(run="the host's" if begun else None)
+    wandb.finish = lambda exit_code: (ended.append(exit_code), setattr(wandb, "run", None))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+
+    def begin(*_):
+        wandb.run = wandb.run or "ours"
+        if fails == "own":
+            raise LookupError
+
+    own = {"run": str(tmp_path / "run"), "kd.weight": 0.0} | ({"model.optim.lr": 1e30} if fails == "nan" else {})
+    begins = pl.callbacks.LambdaCallback(on_train_start=begin)
+    with pytest.raises(LookupError) if fails == "own" else nullcontext():
+        assert ranks.run(["fit", *arguments(settings, own)], begins) == (1 if fails else 0)
+    assert ended == ends
+
+
+def test_a_second_thread_may_compare_and_export(settings, teacher, tmp_path):
+    others = StartsOthers(["export", teacher, str(tmp_path / "hf")])
+    fit = ["fit", *arguments(settings, {"run": str(tmp_path / "run"), "kd.weight": 0.0})]
+    assert ranks.run(fit, others) == 0
+    assert others.codes == [0, 2]  # the second finds the folder of the first
 
 
 def test_ctrl_c_while_it_loads_leaves_no_traceback(tmp_path):
@@ -460,13 +538,15 @@ def test_torch_starts_no_more_threads_than_a_container_may_run(tmp_path, capsys,
     before = torch.get_num_threads()
     try:
         start = cli._start
-        monkeypatch.setattr(cli, "_start", lambda *_: sys.exit(torch.get_num_threads()))
+        seen: list[int] = []
+        monkeypatch.setattr(cli, "_start", lambda *_: sys.exit(seen.append(torch.get_num_threads())))
         for given, threads, expected in (("32", 3, 3), (None, 3, 2), (None, 1, 1)):
             monkeypatch.setenv("OMP_NUM_THREADS", given or "")
             if not given:
                 monkeypatch.delenv("OMP_NUM_THREADS")
             torch.set_num_threads(threads)
-            assert cli.main([]) == expected
+            assert cli.main([]) == 0
+            assert seen.pop() == expected
             assert torch.get_num_threads() == threads  # for a process that continues
         monkeypatch.setattr(cli, "_start", start)
         (tmp_path / "cpu.max").write_text("400000 100000")

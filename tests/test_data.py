@@ -474,14 +474,18 @@ def test_a_spawned_rank_forks_its_workers():
         assert pool.apply(_start_method) == "fork"
 
 
-def test_workers_that_cannot_be_started_are_one_line(make, monkeypatch):
+@pytest.mark.parametrize("why", ["Resource temporarily unavailable", "daemonic processes are not allowed to have ch"])
+def test_workers_that_cannot_be_started_are_one_line(make, monkeypatch, why):
     def no_more():
-        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+        raise OSError(errno.EAGAIN, why)
 
     loader = ready(make(num_workers=1)).train_dataloader()
-    monkeypatch.setattr("os.fork", no_more)
+    if why.startswith("Resource"):
+        monkeypatch.setattr("os.fork", no_more)
+    else:
+        monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)  # as in a Pool
     with pytest.raises(
-        ConfigError, match=r"^--data.num_workers: cannot start a process \(Resource .*\); use 0, which starts none$"
+        ConfigError, match=rf"^--data.num_workers: cannot start a process \({why}.*\); use 0, which starts none$"
     ):
         next(iter(loader))
 

@@ -2,8 +2,10 @@
 
 import copy
 import csv
+import itertools
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import re
@@ -23,10 +25,16 @@ import pytest
 import torch
 import yaml
 from conftest import arguments, one_line
-from lightning.pytorch.callbacks import BackboneFinetuning, BatchSizeFinder, EMAWeightAveraging, ModelPruning
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    BatchSizeFinder,
+    EarlyStopping,
+    EMAWeightAveraging,
+    ModelPruning,
+)
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import AsyncCheckpointIO
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BatchEncoding, LlamaConfig, LlamaForCausalLM
 
 import salt_lightning
@@ -637,13 +645,13 @@ class Stops(pl.Callback):
         run.should_stop = run.should_stop or run.global_step == self.step
 
 
-@pytest.mark.parametrize(("step", "found"), [(3, None), (4, 4)])
-def test_a_validation_that_an_early_stop_adds_does_not_end_kd(data, teacher, tmp_path, step, found):
+@pytest.mark.parametrize(("step", "min_steps", "found"), [(3, None, None), (4, None, 4), (3, 5, 4)])
+def test_a_validation_that_an_early_stop_adds_does_not_end_kd(data, teacher, tmp_path, step, min_steps, found):
     """At step 2 --kd.min_steps is not reached, so the planned validation at 4 is the first that may end KD."""
     kd = KDScheduleCallback(0.5, 6, stop_margin=100.0, min_steps=3)
-    run = trainer(tmp_path, kd, Stops(step), max_steps=10, val_check_interval=2)
+    run = trainer(tmp_path, kd, Stops(step), max_steps=10, val_check_interval=2, min_steps=min_steps)
     run.fit(SALTModule(ModelSpec(config=SIZES), teacher=teacher), data)
-    assert (run.global_step, kd.stop_step) == (step, found)
+    assert (run.global_step, kd.stop_step) == (min_steps or step, found)
 
 
 class Wrapper:
@@ -1092,6 +1100,36 @@ def test_a_boundary_found_at_validations_needs_some(small, tmp_path):
     assert between.stop_step == 7
 
 
+class Unknown(IterableDataset):
+    """So many equal micro-batches, in a loader without a length."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __iter__(self):
+        return itertools.repeat(BATCH, self.count)
+
+
+@pytest.mark.parametrize("interval", [None, 7])
+def test_kd_ends_at_a_validation_of_a_loader_without_a_length(small, tmp_path, interval):
+    """Told to stop at step 1, but not before step 5. Lightning then adds a validation; one was due as the data ended at
+    step 3, where the run could not end yet."""
+    kd = KDScheduleCallback(0.5, 8, stop_margin=100.0, min_steps=2)
+    run = trainer(tmp_path, kd, Stops(1), max_steps=10, min_steps=5, min_epochs=0, val_check_interval=interval or 1.0)
+    loaders = DataLoader(Unknown(9 if interval else 3), batch_size=None), DataLoader([BATCH], batch_size=None)
+    run.fit(SALTModule(ModelSpec(config=SMALL), small), *loaders)
+    assert run.global_step == 5
+    assert kd.stop_step == (None if interval else 3)
+
+
+def test_with_loaders_of_several_epochs_callbacks_may_act_between_them(tmp_path):
+    loader = DataLoader([BATCH] * 4, batch_size=None)
+    stops = EarlyStopping("val/ce", mode="max", patience=1, check_on_train_epoch_end=True)
+    run = trainer(tmp_path, stops, max_steps=20, max_epochs=5, val_check_interval=4)
+    run.fit(SALTModule(ModelSpec(config=SMALL)), loader, loader)
+    assert run.global_step == 8
+
+
 @pytest.mark.parametrize("epochs", [1, None])
 def test_a_run_that_ends_before_the_teacher_leaves_says_so(epochs, small, tmp_path):
     loader = DataLoader([BATCH] * 4, batch_size=None)
@@ -1532,6 +1570,18 @@ def test_without_a_seed_that_of_seed_everything_counts(data, tmp_path, monkeypat
     data.seed = 5  # by hand
     data.setup("fit")
     assert data.seed == 5
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_workers_end_with_a_fit_however_it_ends(data, settings, tmp_path, fails):
+    """As with Optuna's TrialPruned: they were left for ever, and a later trial waited for each."""
+    own = {key[5:]: value for key, value in settings.items() if key.startswith("data.")}
+    loads = SALTDataModule(**{**own, "tokenizer": data.tokenizer_name, "num_workers": 2})
+    before = set(multiprocessing.active_children())
+    callbacks = [Boom("on_train_batch_end")] if fails else []
+    with pytest.raises(RuntimeError, match="boom") if fails else nullcontext():
+        trainer(tmp_path, *callbacks).fit(SALTModule(ModelSpec(config=SIZES)), loads)
+    assert set(multiprocessing.active_children()) == before
 
 
 def test_a_second_fit_of_one_module_is_told(data, tmp_path):

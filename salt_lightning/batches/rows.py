@@ -307,13 +307,17 @@ class Loader:
         self.batches, self.length, self.start, self.pin_memory = batches, length, start, pin_memory
         self.num_workers = 0
         self.wait_s = 0.0
+        # Of this name, so that Lightning ends its workers, also after an error. The garbage collector would close their
+        # queues first, so that they would hear of no end, wait 5 s for each, and leave it.
+        self._iterator: Any = None
 
     def __len__(self) -> int:
         return self.length
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         began = time.perf_counter()
-        for arrays in self._arrays(range(self.start(), self.length)):
+        self._iterator = self._arrays(range(self.start(), self.length))
+        for arrays in self._iterator:
             batch = as_tensors(arrays)
             if self.pin_memory:
                 batch = {name: tensor.pin_memory() for name, tensor in batch.items()}

@@ -6,16 +6,15 @@ import re
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import wraps
-from typing import ParamSpec
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 from transformers.utils.logging import disable_progress_bar
 
-from salt_lightning.errors import ConfigError, printable_lines, say
+from salt_lightning.errors import ConfigError, printable_lines
 from salt_lightning.hugging_face import folders
 from salt_lightning.text import documents, sources
 
@@ -31,7 +30,10 @@ _CHATTER = (
 
 
 _HUB, _LOADING = "huggingface_hub", "transformers.modeling_utils"
-_LIGHTNING = ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed")
+_LIGHTNING = (
+    *("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"),
+    "pytorch_lightning.utilities.rank_zero",  # if a host has imported it, messages come from there
+)
 
 
 def silence_libraries() -> None:
@@ -53,29 +55,27 @@ def silence_libraries() -> None:
         logging.getLogger(name).addFilter(_escape_and_select)
 
 
-_ONE = threading.RLock()
-P = ParamSpec("P")
+_ONE: dict[int, Any] = {}  # a lock of each process: a fork takes its parent's along
 
 
-def one_at_a_time(command: Callable[P, int]) -> Callable[P, int]:
-    """Refuses a command while another thread of the process runs one: streams, signals, and the random numbers that
-    make weights and dropout belong to the whole process, so two runs would mix theirs without a word."""
-
-    @wraps(command)
-    def alone(*args: P.args, **kwargs: P.kwargs) -> int:
-        if not _ONE.acquire(blocking=False):
-            return say(
-                ConfigError(
-                    "another thread of this process is in main([...]), and two runs in one process would share random "
-                    "numbers, streams and signals; start each in a process of its own"
-                )
-            )
-        try:
-            return command(*args, **kwargs)
-        finally:
-            _ONE.release()
-
-    return alone
+@contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Refuses a run while another thread of the process has one: random numbers, which make weights and dropout, belong
+    to the whole process, as do signals, so two runs would mix theirs without a word."""
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        raise ConfigError(
+            "main([...]) is called inside torch.autocast, which would keep casts of old weights; call it outside"
+        )
+    lock = _ONE.setdefault(os.getpid(), threading.RLock())
+    if not lock.acquire(blocking=False):
+        raise ConfigError(
+            "another thread of this process is in main([...]), and two runs in one process would share random numbers "
+            "and signals; start each in a process of its own"
+        )
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

@@ -40,6 +40,8 @@ def as_yaml(value: object) -> str:
 
 def typed(value: object) -> str:
     """A word of a command line, given in Python."""
+    if isinstance(value, dict | list | tuple):
+        return json.dumps(value, default=str)
     return value if isinstance(value, str) else as_yaml(value)
 
 

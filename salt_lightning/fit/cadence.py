@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import (
     BaseFinetuning,
     BatchSizeFinder,
     EarlyStopping,
+    EMAWeightAveraging,
     GradientAccumulationScheduler,
     LearningRateFinder,
     ModelCheckpoint,
@@ -48,6 +49,9 @@ def set_cadence(trainer: Trainer, accumulation: int) -> None:
     refuse(wrong_counts({"accumulate_grad_batches": accumulate, "val_check_interval": interval, **limits}))
     require_length(trainer.max_steps)
     check_trainer(trainer)  # before the callbacks' own setup, which some need what a SALTModule lacks
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, EarlyStopping):  # Lightning would take an interval of one micro-batch for one epoch
+            callback._check_on_train_epoch_end = False
     trainer.fit_loop.min_epochs = 0  # else min_steps means one epoch, the whole run: nothing could end it early
     trainer.accumulate_grad_batches = accumulation
     if interval is not None:
@@ -64,8 +68,6 @@ _REFUSED: dict[type[Callback], str] = {
     BaseFinetuning: "it thaws parts at later epochs, and a run has only one; freeze what shall stay as it is with "
     "requires_grad_(False) in extend_student (docs/extending.md)",
     ModelPruning: "it collects what to prune before the student is built; prune an exported model",
-    SpikeDetection: "Lightning cannot load its state, so no checkpoint of the run could be resumed; a loss that is not "
-    "finite ends a run anyway",
     BatchSizeFinder: "the verb check reports which --data.micro_batch_size fits",
 }
 
@@ -85,8 +87,20 @@ def check_trainer(trainer: Trainer, one_epoch: bool = True, parts: Sequence[str]
         wrong.append("--trainer.max_time 0 leaves no time to train; give more, or leave it out")
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         why = [why for kind, why in _REFUSED.items() if isinstance(callback, kind)]
+        if type(callback) is SpikeDetection:  # a subclass may have mended it
+            why.append(
+                "Lightning cannot load its state, so no checkpoint of the run could be resumed; a loss that is not "
+                "finite ends a run anyway"
+            )
         if one_epoch and _counts_epochs(callback):
             why.append("it acts at the ends of epochs, and a run has only one; give it an interval in steps")
+        if (
+            isinstance(callback, EMAWeightAveraging)
+            and (callback.update_starting_at_step or 0) >= trainer.max_steps > 0
+        ):
+            why.append(
+                "update_starting_at_step is not before --trainer.max_steps, so the result would be the first weights"
+            )
         wrong += [f"--trainer.callbacks {type(callback).__name__} is not supported: {each}" for each in why]
     losses = "val/ce/SOURCE" if parts is None else few([f"val/ce/{part}" for part in parts])
     for callback, name in _monitors(trainer):
@@ -111,6 +125,8 @@ def _counts_epochs(callback: Callback) -> bool:
         return callback._interval == "epoch"
     if isinstance(callback, EarlyStopping):
         return bool(callback._check_on_train_epoch_end)
+    if isinstance(callback, EMAWeightAveraging):
+        return callback.update_starting_at_epoch is not None
     return isinstance(callback, ModelCheckpoint) and callback._every_n_epochs > 1
 
 

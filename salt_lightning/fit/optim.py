@@ -155,7 +155,10 @@ class OptimSpec:
         return optimizer
 
     def write(self, optimizer: torch.optim.Optimizer, step: int, max_steps: int) -> None:
-        """Writes this spec's values for `step` into the optimizer, replacing those that a checkpoint restored."""
+        """Writes this spec's values for `step` into the optimizer, replacing those that a checkpoint restored.
+
+        Called several times with the same step, after the one before and right before its own: depend on `step` alone.
+        """
         for group in optimizer.param_groups:
             group["lr"] = self.lr_at(step, max_steps)
             if isinstance(group.get("eps"), float):  # another optimizer's may be something else

@@ -1,8 +1,10 @@
 """A run's loggers: its own TensorBoard files, whose write errors are one line, and other trackers."""
 
 import os
+import sys
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from numbers import Real
 from pathlib import Path
@@ -19,6 +21,19 @@ from torch.utils.tensorboard.summary import hparams
 from salt_lightning.errors import one_line
 from salt_lightning.run.curves import start_number
 from salt_lightning.storage.shards import writing
+
+
+@contextmanager
+def ending_wandb() -> Iterator[list[int]]:
+    """Ends the wandb run that a command has begun, with the exit code in the list: its next run, or that of the next
+    command in this process, would go on in it, and wandb learns of no failure otherwise."""
+    before, codes = getattr(sys.modules.get("wandb"), "run", None), list[int]()
+    try:
+        yield codes
+    finally:
+        wandb: Any = sys.modules.get("wandb")
+        if wandb is not None and wandb.run is not None and wandb.run is not before:
+            wandb.finish(exit_code=codes[0] if codes else 1)
 
 
 class _Writer(SummaryWriter):

@@ -7,7 +7,6 @@ config.until-00000040.yaml    settings up to step 40, where the run was resumed 
 import filecmp
 import os
 import shutil
-from enum import Enum
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import lightning.pytorch as pl
 from jsonargparse import Namespace
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning_utilities.core.enums import StrEnum
 
 from salt_lightning.command.settings import IDENTITY
 from salt_lightning.errors import ConfigError, one_line
@@ -57,14 +57,15 @@ class SaveRunConfig(SaveConfigCallback):
 
 
 def _as_text(value: Any) -> Any:
-    """Settings with plain text for each member of an enumeration of text: YAML has none. Timer's interval is one."""
+    """Settings with plain text for Lightning's enumerations, such as the default of a Timer's interval, which has the
+    type str; jsonargparse itself writes the name of a member where a type says so."""
     if isinstance(value, Namespace):
         return Namespace(**_as_text(vars(value)))
     if isinstance(value, dict):
         return {key: _as_text(each) for key, each in value.items()}
     if isinstance(value, list):
         return [_as_text(each) for each in value]
-    return value.value if isinstance(value, Enum) and isinstance(value, str) else value
+    return value.value if isinstance(value, StrEnum) else value
 
 
 def _keep_tokenizer(tokenizer: Any, made: Path, run: Path) -> None:

@@ -214,7 +214,7 @@ def starting(setting: str = "--data.prepare_workers", none: int = 1) -> Iterator
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
             yield
-    except OSError as error:  # no more processes are allowed, or no semaphores: /dev/shm is missing or read-only
-        raise ConfigError(
-            f"{setting}: cannot start a process ({error.strerror or error}); use {none}, which starts none"
-        ) from error
+    # no more processes are allowed; no semaphores (/dev/shm is missing or read-only); or this is a daemon of a pool
+    except (OSError, AssertionError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{setting}: cannot start a process ({why}); use {none}, which starts none") from error
