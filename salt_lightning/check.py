@@ -22,7 +22,7 @@ from salt_lightning.checkpoint import savers
 from salt_lightning.data import SALTDataModule
 from salt_lightning.errors import ConfigError, of_others, one_line, problems_of, raised
 from salt_lightning.export import check_target
-from salt_lightning.fit import cadence, extension, optim
+from salt_lightning.fit import cadence, device, extension, optim
 from salt_lightning.fit.restart import go_on_from, require_same
 from salt_lightning.hugging_face import attention
 from salt_lightning.hugging_face.spec import ModelSpec, family_config, resolved, shallow, unnamed_sizes
@@ -123,7 +123,7 @@ class Check:
             self.add("ok", "learning rate", said)
         self.resumes(partial(self._kd.on_load_checkpoint, self.trainer, self.module))
         self.works("trainer", cadence.check_trainer, self.trainer)
-        self.works("device", preflight.require_device, self.module, self._device())
+        self.works("device", device.require, self.module, self._device())
         for callback in savers(self.trainer):
             self.works("export", callback.setup, self.trainer, self.module, "fit")
 

@@ -144,8 +144,12 @@ class RunCheckpoint(Checkpoint):
             )
         # After a ModelCheckpoint's hooks: the score of a validation belongs into the checkpoint of its step. In a new
         # list: Lightning is walking through the old one.
-        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        trainer.callbacks = sorted(callbacks, key=lambda each: each is self)  # type: ignore[attr-defined]
+        callbacks: list[pl.Callback] = list(trainer.callbacks)  # type: ignore[attr-defined]
+        places = [i for i, each in enumerate(callbacks) if isinstance(each, Checkpoint)]
+        ordered = sorted((callbacks[i] for i in places), key=lambda each: each is self)
+        for i, each in zip(places, ordered, strict=True):
+            callbacks[i] = each
+        trainer.callbacks = callbacks  # type: ignore[attr-defined]
         if stage == "fit":
             self._require_shared(trainer)
 

@@ -17,7 +17,7 @@ from jsonargparse.typing import PositiveFloat
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from salt_lightning import check, compare, errors, export, parallel, preflight
+from salt_lightning import check, compare, errors, export, parallel
 from salt_lightning.answers import AnswerTest
 from salt_lightning.checkpoint import FIRST_RANK_S, AtomicCheckpointIO, RunCheckpoint, done, savers
 from salt_lightning.command import settings
@@ -28,6 +28,7 @@ from salt_lightning.command.streams import steady_streams
 from salt_lightning.comparison.report import evaluation
 from salt_lightning.data import SALTDataModule
 from salt_lightning.errors import ConfigError, NonFiniteLossError, Stopped, one_line, printable, raised, refuse, say
+from salt_lightning.fit import device
 from salt_lightning.fit.restart import replace_lost_start
 from salt_lightning.models import check_path, read_checkpoint
 from salt_lightning.module import SALTModule
@@ -133,11 +134,9 @@ class SALTCLI(LightningCLI):
         config = self._settings(self.config)
         if groups := settings.wrong_groups(config):
             refuse(self.wrong + groups)
-        absent = settings.wrong_accelerator(config.trainer)
-        wrong = absent + settings.wrong_trainer_settings(
-            config.trainer, self.subcommand or "fit"
-        )  # reported with what the classes refuse
-        wrong += settings.wrong_folders(config, self.subcommand or "fit") + settings.wrong_teacher(config)
+        absent, verb = settings.wrong_accelerator(config.trainer), self.subcommand or "fit"
+        wrong = absent + settings.wrong_trainer_settings(config.trainer, verb)  # reported with what the classes refuse
+        wrong += settings.wrong_folders(config, verb) + settings.wrong_teacher(config)
         if self.subcommand == "fit" and not config.get("ckpt_path"):
             wrong += taken(Path(config.run), settings.checkpoints(config), flat(config.as_dict()))
         if self.subcommand in ("validate", "test") and not config.get("ckpt_path") and not config.model.student.path:
@@ -175,7 +174,7 @@ class SALTCLI(LightningCLI):
             say_once(f"--model.student.config is not used: the sizes come from --model.student.path {student.path}")
         target = None if is_over(config.ckpt_path, self.trainer.max_steps) else config.checkpoint.export
         looks = check.without_text(self.model, self.datamodule, self.trainer, target, self._teaches())
-        looks.append(partial(preflight.require_device, self.model, self.trainer.strategy.root_device.type))
+        looks.append(partial(device.require, self.model, self.trainer.strategy.root_device.type))
         if wrong := raised(looks):
             refuse([*wrong, *raised([self.datamodule.require_files])])  # finding files takes seconds
 

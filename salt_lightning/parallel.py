@@ -40,9 +40,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from salt_lightning.command.settings import wrong_precision
 from salt_lightning.errors import ConfigError, refuse
+from salt_lightning.fit.device import require_compiler
 from salt_lightning.hugging_face import quantized
 from salt_lightning.models import CausalLM, read_checkpoint
-from salt_lightning.preflight import require_compiler
 from salt_lightning.run import peers
 from salt_lightning.storage import shards
 

@@ -3,7 +3,6 @@
 Functions of numbers, and of free space in `disk`; module, data and checkpoints refuse a run if one gives an error.
 """
 
-import os
 import shutil
 import textwrap
 from collections.abc import Iterable
@@ -13,11 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from salt_lightning.errors import ConfigError, few, printable, raised, refuse
-from salt_lightning.hugging_face.attention import require_gpu
+from salt_lightning.errors import ConfigError, few, printable
 
 Level = Literal["ok", "note", "warning", "error"]
 ENOUGH_LABELS = 512  # to judge a model by: the standard error of a trained one's CE is about 0.1 nats
@@ -243,32 +240,6 @@ def disk(folder: Path, size: int, most: int) -> Finding:
         "checkpoints that earlier starts have kept), set --checkpoint.folder to a larger disk, or use a smaller "
         "--checkpoint.keep and fewer --checkpoint.at_steps",
     )
-
-
-def require_device(module: Any, device: str) -> None:
-    """Raises ConfigError for what a SALTModule's settings need and this type of device (cpu, cuda) or machine lacks."""
-    looks = [partial(require_gpu, module.student_spec.attention, device)]
-    refuse(raised([*looks, *([partial(require_compiler, device)] if module.hparams["compile"] else ())]))
-
-
-def require_compiler(device: str) -> None:
-    """Raises ConfigError if torch.compile would find no compiler.
-
-    Images of containers often lack a compiler, which torch.compile needs for the code that it writes on a CPU, and
-    Triton to start a kernel on a GPU.
-    """
-    names: list[str] = []
-    if device == "cpu" and not os.environ.get("TORCH_INDUCTOR_INSTALL_GXX"):  # torch would install one
-        from torch._inductor import config  # slow to import
-
-        names = [name for name in np.atleast_1d(config.cpp.cxx).tolist() if name]
-    elif device == "cuda" and torch.cuda.is_available():  # if not, `check` estimates for another machine
-        names = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
-    if names and not any(map(shutil.which, names)):
-        raise ConfigError(
-            f"--model.compile true needs a compiler, {' or '.join(names)}, and finds none; install it (in a container "
-            "e.g. apt-get install g++), or set --model.compile false"
-        )
 
 
 def size_said(size: float) -> str:

@@ -26,10 +26,11 @@ from torch._inductor import config as inductor
 from torch._inductor.exc import CppCompileError
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
-from salt_lightning import ModelSpec, SALTModule, cli, preflight
+from salt_lightning import ModelSpec, SALTModule, cli
 from salt_lightning.__main__ import main as start
 from salt_lightning.command.parser import explain
 from salt_lightning.errors import ConfigError
+from salt_lightning.fit.device import require
 from salt_lightning.run import run_lock
 
 ON_LOSS = {"class_path": "EarlyStopping", "init_args": {"monitor": "val/ce"}}
@@ -895,8 +896,8 @@ def test_each_device_needs_its_own_compiler(tmp_path, monkeypatch, device, there
     expected = pytest.raises(ConfigError, match=f"needs a compiler, {refused}, and") if refused else nullcontext()
     cxx = variables.get("cxx", (None, "g++"))  # which torch takes from CXX when it is imported
     with expected, inductor.patch({"cpp.cxx": cxx}):
-        preflight.require_device(SALTModule(ModelSpec(), compile=True), device)
-    preflight.require_device(SALTModule(ModelSpec(), compile=False), device)
+        require(SALTModule(ModelSpec(), compile=True), device)
+    require(SALTModule(ModelSpec(), compile=False), device)
 
 
 CONFIGS = {

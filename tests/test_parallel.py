@@ -756,7 +756,7 @@ def test_many_fits_of_a_process_are_compiled(monkeypatch):
     monkeypatch.setattr(lm.backbone, "compile", lambda **_: None)
     for limit, kept in ((8, 64), (100, 100)):
         with torch._dynamo.config.patch(recompile_limit=limit):
-            parallel._compile(lm, in_blocks=False)
+            parallel._compile(lm, None, in_blocks=False)
             assert torch._dynamo.config.recompile_limit == kept
 
 

@@ -1,0 +1,38 @@
+"""What a run's settings need of the device and the machine that it runs on."""
+
+import os
+import shutil
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from salt_lightning.errors import ConfigError, raised, refuse
+from salt_lightning.hugging_face.attention import require_gpu
+
+
+def require(module: Any, kind: str) -> None:
+    """Raises ConfigError for what a SALTModule needs and a device of this kind (cpu, cuda), or its machine, lacks."""
+    looks = [partial(require_gpu, module.student_spec.attention, kind)]
+    refuse(raised([*looks, *([partial(require_compiler, kind)] if module.hparams["compile"] else ())]))
+
+
+def require_compiler(kind: str) -> None:
+    """Raises ConfigError if torch.compile would find no compiler.
+
+    Images of containers often lack a compiler, which torch.compile needs for the code that it writes on a CPU, and
+    Triton to start a kernel on a GPU.
+    """
+    names: list[str] = []
+    if kind == "cpu" and not os.environ.get("TORCH_INDUCTOR_INSTALL_GXX"):  # torch would install one
+        from torch._inductor import config  # slow to import
+
+        names = [name for name in np.atleast_1d(config.cpp.cxx).tolist() if name]
+    elif kind == "cuda" and torch.cuda.is_available():  # if not, `check` estimates for another machine
+        names = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
+    if names and not any(map(shutil.which, names)):
+        raise ConfigError(
+            f"--model.compile true needs a compiler, {' or '.join(names)}, and finds none; install it (in a container "
+            "e.g. apt-get install g++), or set --model.compile false"
+        )
