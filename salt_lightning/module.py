@@ -21,7 +21,7 @@ from salt_lightning.checkpoint import how_to_go_on
 from salt_lightning.command.settings import seed_or_global
 from salt_lightning.data import SALTDataModule
 from salt_lightning.errors import ConfigError, NonFiniteLossError, refuse, wrong_kinds
-from salt_lightning.fit import alike, cadence, device, extension
+from salt_lightning.fit import alike, cadence, extension
 from salt_lightning.fit.meter import SUMS, Meter, loss_values, peak_memory
 from salt_lightning.fit.optim import OptimSpec, by_name
 from salt_lightning.fit.restart import go_on_from, require_same, say_other_share
@@ -130,7 +130,7 @@ class SALTModule(extension.Guarded):
             self.__dict__["teacher"] = None  # left by an earlier fit that was stopped, or by RKD
             self.optim_spec.check(self.trainer.max_steps)
             extension.require_schedule(self)
-            device.require(self, self.trainer.strategy.root_device.type)
+            attention.require_gpu(self.student_spec.attention, self.trainer.strategy.root_device.type)
             parallel.check(self.trainer)
             cadence.check_trainer(self.trainer, self._data is not None, self.eval_metrics.parts)
             models.check_path(self.student_spec, "student")

@@ -86,21 +86,7 @@ def check_trainer(trainer: Trainer, one_epoch: bool = True, parts: Sequence[str]
     if any(timer._duration is not None and timer._duration <= 0 for timer in timers(trainer)):
         wrong.append("--trainer.max_time 0 leaves no time to train; give more, or leave it out")
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        why = [why for kind, why in _REFUSED.items() if isinstance(callback, kind)]
-        if type(callback) is SpikeDetection:  # a subclass may have mended it
-            why.append(
-                "Lightning cannot load its state, so no checkpoint of the run could be resumed; a loss that is not "
-                "finite ends a run anyway"
-            )
-        if one_epoch and _counts_epochs(callback):
-            why.append("it acts at the ends of epochs, and a run has only one; give it an interval in steps")
-        if (
-            isinstance(callback, EMAWeightAveraging)
-            and (callback.update_starting_at_step or 0) >= trainer.max_steps > 0
-        ):
-            why.append(
-                "update_starting_at_step is not before --trainer.max_steps, so the result would be the first weights"
-            )
+        why = _why_refused(callback, trainer.max_steps, one_epoch)
         wrong += [f"--trainer.callbacks {type(callback).__name__} is not supported: {each}" for each in why]
     losses = "val/ce/SOURCE" if parts is None else few([f"val/ce/{part}" for part in parts])
     for callback, name in _monitors(trainer):
@@ -117,6 +103,22 @@ def check_trainer(trainer: Trainer, one_epoch: bool = True, parts: Sequence[str]
             turned_off = "but --trainer.limit_val_batches 0 turns them off; leave one of them out"
             wrong.append(f"--trainer.callbacks {kind} acts at validations, {turned_off}")
     refuse(wrong)
+
+
+def _why_refused(callback: Callback, max_steps: int, one_epoch: bool) -> list[str]:
+    why = [why for kind, why in _REFUSED.items() if isinstance(callback, kind)]
+    if type(callback) is SpikeDetection:  # a subclass may have mended it
+        why.append(
+            "Lightning cannot load its state, so no checkpoint of the run could be resumed; a loss that is not finite "
+            "ends a run anyway"
+        )
+    if one_epoch and _counts_epochs(callback):
+        why.append("it acts at the ends of epochs, and a run has only one; give it an interval in steps")
+    if isinstance(callback, EMAWeightAveraging) and (callback.update_starting_at_step or 0) >= max_steps > 0:
+        why.append(
+            "update_starting_at_step is not before --trainer.max_steps, so the result would be the first weights"
+        )
+    return why
 
 
 def _counts_epochs(callback: Callback) -> bool:
