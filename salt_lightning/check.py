@@ -27,6 +27,7 @@ from salt_lightning.fit.restart import go_on_from, require_same
 from salt_lightning.hugging_face import attention
 from salt_lightning.hugging_face.spec import ModelSpec, family_config, resolved, shallow, unnamed_sizes
 from salt_lightning.hugging_face.token_ids import check_fit
+from salt_lightning.metrics import TokenMetrics
 from salt_lightning.models import CausalLM
 from salt_lightning.module import SALTModule
 from salt_lightning.preflight import Finding, listed, once_each, size_said
@@ -36,7 +37,6 @@ from salt_lightning.selection import KeepRule
 from salt_lightning.teacher import probe
 from salt_lightning.teacher.difficulty import find_files
 from salt_lightning.teacher.scores import Scores
-from salt_lightning.text.processes import memory_bytes
 
 _WHOLE_PARAMETERS = 5e8  # a larger fresh student is tested with two of its layers
 _OUTSIDE_BYTES = 3 << 28  # what is not tensors: Python or CUDA's context, and libraries; 0.75 GiB
@@ -80,6 +80,9 @@ class Check:
         self._batch()  # first: the next ones count validations in micro-batches
         self._plan()
         batches = self._text()
+        thirds, sources = bool(self.data.difficulty), self.data.source_names
+        metrics = self.probe("thirds", TokenMetrics, sources, thirds) if sources else None
+        self.works("trainer", cadence.check_trainer, self.trainer, True, metrics and metrics.parts)
         student = self._student(batches)
         teacher = self._teacher(batches)
         if student is not None:
@@ -122,7 +125,6 @@ class Check:
             said = f"{optim.lr:g} after {optim.warmup_steps} warm-up steps, then {optim.schedule}"
             self.add("ok", "learning rate", said)
         self.resumes(partial(self._kd.on_load_checkpoint, self.trainer, self.module))
-        self.works("trainer", cadence.check_trainer, self.trainer)
         self.works("device", device.require, self.module, self._device())
         for callback in savers(self.trainer):
             self.works("export", callback.setup, self.trainer, self.module, "fit")
@@ -193,8 +195,7 @@ class Check:
         self.resumes(require_same, "SALTModule", asdict(resolved(spec, lm.model.config)), self.data, dict)
         small = spec
         if not spec.path and _count(lm) > _WHOLE_PARAMETERS:
-            layers = lm.model.config.num_hidden_layers
-            small = shallow(spec, layers)
+            small = shallow(spec, layers := lm.model.config.num_hidden_layers)
             self.add("note", "student", f"tested with only 2 of its {layers} layers, to save time")
         if spec.path:
             real = lm
@@ -285,18 +286,18 @@ class Check:
                 said += f", {plain + extra:.3g} with the teacher (+{extra / plain:.0%})"
             whole = plain * (steps - first) + extra * max(0, taught - first)
             said += f"; the {'rest of the ' if first else ''}run {whole:.3g}"
-            device, world = self.trainer.strategy.root_device, self.trainer.world_size
-            if peak := flops.peak_of(device, self.module.compute_dtype, world):
+            strategy = self.trainer.strategy
+            if peak := flops.peak_of(strategy.root_device, self.module.compute_dtype, self.trainer.world_size):
                 said += f"; at most {peak * tokens / plain:,.0f} tokens/s without a teacher by the GPU's data sheet"
         if teacher is not None:
             said += f"; teacher: {flops.millions(flops.num_parameters(teacher.model))} parameters, frozen"
         self.add("ok" if known else "note", "compute", said)
 
     def _memory(self, student: CausalLM, teacher: CausalLM | None) -> None:
-        data, device = self.data, self._device()
+        data, kind = self.data, self._device()
         for lm in filter(None, (student, teacher)):
             lm.apart = self._apart.get(lm.name, lm.apart)
-        fit = memory.Fit(self.module, student, teacher, device)
+        fit = memory.Fit(self.module, student, teacher, kind)
         found = fit.peaks(data.micro_batch_size)
         if teacher is not None and self._kd.schedule.kd_steps(self.trainer.max_steps) == self.trainer.max_steps:
             found = found[:1]  # it never leaves
@@ -305,7 +306,8 @@ class Check:
             self.add("note", "memory", "not counting the missing teacher, which needs memory too:")
         for name, peak in zip(names, found, strict=True):
             self.add("ok", name, peak.described(data.micro_batch_size))
-        if (limit := self._limit(device)) is None:
+        given = None if self.memory_gib is None else int(self.memory_gib * 2**30)
+        if (limit := given or device.memory_bytes(kind, self.trainer.num_devices)) is None:
             largest = (fit.largest(_usable(gib << 30), prove=False) for gib in _CARDS_GIB)
             most = ", ".join(f"{rows or 'none'} on {gib} GiB" for gib, rows in zip(_CARDS_GIB, largest, strict=True))
             said = f"no GPU here; the largest that fits, in rows: {most}"
@@ -328,14 +330,6 @@ class Check:
         """The device to estimate for: the CPU only if the user named it."""
         on_cpu = self.accelerator == "cpu" or self.trainer.strategy.root_device.type == "mps"  # shares the CPU's memory
         return "cpu" if on_cpu and self.memory_gib is None else "cuda"
-
-    def _limit(self, device: str) -> int | None:
-        """Memory of the device in bytes; None: not known."""
-        if self.memory_gib is not None:
-            return int(self.memory_gib * 2**30)
-        if device == "cpu":
-            return memory_bytes() // max(1, self.trainer.num_devices)  # its processes share it
-        return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 
 # ---------------------------------------------------------------------- functions

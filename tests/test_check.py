@@ -318,6 +318,15 @@ def test_each_problem_is_a_finding_of_its_own(checked):
     assert [text.split(": ")[0] for text in texts] == ["--data.val_source", "--data.tokenizer"]
 
 
+def test_a_monitor_of_a_source_that_the_text_does_not_have(checked, tmp_path):
+    early = {"class_path": "EarlyStopping", "init_args": {"monitor": "val/ce/nosuch"}}
+    sources = [str(write_corpus(tmp_path / f"{name}.jsonl", 40, seed)) for seed, name in enumerate("xy")]
+    for own, use in (({}, "val/perplexity"), ({"data.source": sources}, "val/ce/x, val/ce/y, val/per")):
+        _, found = checked(**own, **{"trainer.callbacks": [early], "model.teacher.path": None, "kd.weight": 0.0})
+        said = f"--trainer.callbacks EarlyStopping: monitor val/ce/nosuch is never logged; use val/ce or one of {use}"
+        assert [f[:2] for f in found if f[2].startswith(said)] == [["error", "trainer"]]
+
+
 def test_all_findings_at_once(checked, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     code, found = checked(**{

@@ -1,6 +1,7 @@
 """Thirds of the held-out text: by definition, through the real command, and what is refused."""
 
 import json
+import re
 import shutil
 from dataclasses import asdict, replace
 
@@ -215,6 +216,9 @@ def test_a_source_with_the_name_of_a_third(settings, teacher, looked_at, fit_wit
     assert cli.main(["validate", *arguments(fewer, own, {"run": run, "ckpt_path": last(tmp_path / "fit")})]) == 0
     assert fit_with(tmp_path / "run", **own, **{"data.difficulty": run}) == 2
     assert "--data.difficulty: a source has the name of a third, 'easy'" in capsys.readouterr().err
+    checked = {"model.teacher.path": last(tmp_path / "fit"), "run": str(tmp_path / "new"), "data.difficulty": run}
+    assert cli.main(["check", *arguments(settings, own, checked)]) == 1
+    assert re.search("ERROR +thirds +--data.difficulty: a source has the name of a third", capsys.readouterr().out)
 
 
 def test_too_few_documents(settings, fit_with, tmp_path, capsys):

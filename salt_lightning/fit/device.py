@@ -10,12 +10,20 @@ import torch
 
 from salt_lightning.errors import ConfigError, raised, refuse
 from salt_lightning.hugging_face.attention import require_gpu
+from salt_lightning.text import processes
 
 
 def require(module: Any, kind: str) -> None:
     """Raises ConfigError for what a SALTModule needs and a device of this kind (cpu, cuda), or its machine, lacks."""
     looks = [partial(require_gpu, module.student_spec.attention, kind)]
     refuse(raised([*looks, *([partial(require_compiler, kind)] if module.hparams["compile"] else ())]))
+
+
+def memory_bytes(kind: str, num_devices: int) -> int | None:
+    """Memory that each device of this kind (cpu, cuda) can use; None: there is no such device here."""
+    if kind == "cpu":
+        return processes.memory_bytes() // max(1, num_devices)  # which share it
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 
 def require_compiler(kind: str) -> None:
