@@ -12,7 +12,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
-from itertools import groupby, takewhile
+from itertools import combinations, groupby, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,8 @@ from salt_lightning.batches.rows import IGNORE
 from salt_lightning.errors import ConfigError, refuse, writing, wrong_kinds
 from salt_lightning.losses import token_stats
 from salt_lightning.text.documents import Corpus
-from salt_lightning.text.prepare import make_encoder
-from salt_lightning.text.tokenizer import ExampleEncoder, special_ids
+from salt_lightning.text.encoder import ExampleEncoder, make_encoder
+from salt_lightning.text.tokenizer import unknown_ids
 
 Pair = tuple[list[int], list[int]]  # token ids of a prompt and of its response, EOS included
 
@@ -90,6 +90,12 @@ class AnswerTest(pl.Callback):
         encoder = make_encoder(Corpus("", (), examples=data.examples), data.tokenizer, 0.0)
         assert isinstance(encoder, ExampleEncoder)
         self._choice_ids = [encoder.response(choice) for choice in self.choices]
+        for a, b in combinations(range(len(self.choices)), 2):
+            if self._choice_ids[a] == self._choice_ids[b]:
+                raise ConfigError(
+                    f"--answers.choices {self.choices}: {self.choices[a]!r} and {self.choices[b]!r} are the same "
+                    "tokens; give choices, or a --data.tokenizer, that differ in them"
+                )
         room = max(map(len, self._choice_ids), default=1)
         pairs = {i: rows.prompt_and_response(i) for i in rows.examples.tolist()}
         fitting = [i for i, (prompt, _) in pairs.items() if len(prompt) + room <= data.block_size]
@@ -99,9 +105,16 @@ class AnswerTest(pl.Callback):
                     f"--answers.choices {self.choices}: none of them is the response of test example {i}, "
                     f"{data.tokenizer.decode(pairs[i][1][:-1])!r}"
                 )
-        marks = set(special_ids(data.tokenizer)) if data.examples.messages else set()
-        responses = (response for _, response in pairs.values())
+        # a special token that no template writes is a part of the answer, e.g. the name of a class
+        marks = encoder.template_marks()
+        responses = [response for _, response in pairs.values()]
         self._stops = [rows.files.eos_id, *sorted(turn_ends(responses, marks, data.tokenizer.decode))]
+        self._unknown = {*unknown_ids(data.tokenizer)} - {*self._stops}
+        if lost := sum(not self._unknown.isdisjoint(response) for response in responses):
+            rank_zero_info(
+                f"warning: --data.tokenizer has no token for a part of {lost} of {len(responses)} responses; no answer "
+                "to these counts as exact"
+            )
         count = min(self.max_examples or len(fitting), len(fitting))
         chosen = [fitting[i * len(fitting) // count] for i in range(count)]
         # Ranks take turns; a rank that runs out repeats another's example, so that all have equally many batches.
@@ -113,10 +126,10 @@ class AnswerTest(pl.Callback):
         if not self._pairs:
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
-        whole = partial(data.tokenizer.decode, clean_up_tokenization_spaces=False)  # with chat markers
-        decode = partial(whole, skip_special_tokens=True)
+        decode = partial(data.tokenizer.decode, clean_up_tokenization_spaces=False)  # with chat markers
         records = {
-            i: {"prompt": whole(prompt), "response": decode(response)} for i, (prompt, response) in self._pairs.items()
+            i: {"prompt": decode(prompt), "response": decode(_until(self._stops, response))}
+            for i, (prompt, response) in self._pairs.items()
         }
         # Shapes differ from batch to batch: each would be compiled anew.
         with torch.no_grad(), torch.compiler.set_stance("force_eager"), trainer.precision_plugin.forward_context():
@@ -181,11 +194,16 @@ class AnswerTest(pl.Callback):
                 record["answer"], record["expected"] = (
                     normalized(extracted(record[name], self.extract)) for name in ("generated", "response")
                 )
-                record["exact"] = record["answer"] == record["expected"]
+                known = self._unknown.isdisjoint(self._pairs[i][1])
+                record["exact"] = known and record["answer"] == record["expected"]
 
 
 def _cut(items: list[Any], size: int) -> list[list[Any]]:
     return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def _until(stops: list[int], ids: list[int]) -> list[int]:
+    return list(takewhile(lambda i: i not in stops, ids))
 
 
 def _shown(batches: list[Any], what: str, pl_module: Any) -> Iterable[Any]:
@@ -238,8 +256,7 @@ def generate(
         )
     finally:
         model.generation_config = own
-    answers = out_BT[:, width:].tolist()
-    return [list(takewhile(lambda i: i not in stops, answer)) for answer in answers]
+    return [_until(stops, answer) for answer in out_BT[:, width:].tolist()]
 
 
 # --- text and numbers ---
@@ -274,6 +291,9 @@ _BETWEEN = "[,\uff0c\u066c\xa0\u202f\u2009]"  # separators of digit groups
 _GROUPED = re.compile(rf"(?<=\d){_BETWEEN}(?=(?:\d{{2,3}}{_BETWEEN})*\d{{3}}(?!\d))")
 _POWER = re.compile("[\u2070\xb9\xb2\xb3\u2074-\u207b]+")  # superscript digits and signs
 
+_FRACTION = re.compile("(?<=\\d)(?=[\xbc-\xbe\u2150-\u215e\u2189])")  # 1\xbd is 1 1/2, not 11/2
+_TAGS = "\U000e0020"  # they tell the flags of England and Scotland apart
+
 
 def normalized(text: str) -> str:
     """Normalizes an answer for comparison: NFKC (5² as 5^2), case folded, single spaces, digits of any script as 0-9.
@@ -281,12 +301,13 @@ def normalized(text: str) -> str:
     Removes separators of digit groups (1,000, 1,00,000, and no-break spaces), a final full stop in several scripts,
     and invisible marks of direction and joining.
     """
-    text = "".join(c for c in text if unicodedata.category(c) != "Cf")
+    text = "".join(c for c in text if unicodedata.category(c) != "Cf" or c >= _TAGS)
     text = _POWER.sub(lambda power: "^" + power[0], _GROUPED.sub("", text))
-    text = unicodedata.normalize("NFKC", text).casefold().replace("\u2212", "-")
+    text = unicodedata.normalize("NFKC", _FRACTION.sub(" ", text)).casefold()
+    text = text.replace("\u2212", "-").replace("\u2044", "/")
     text = "".join(str(unicodedata.decimal(c)) if unicodedata.category(c) == "Nd" else c for c in text)
     text = " ".join(text.split())
-    return text[:-1].rstrip() if text.endswith(_FULL_STOPS) else text
+    return (text[:-1].rstrip() if text.endswith(_FULL_STOPS) else "") or text
 
 
 def wilson(successes: int, trials: int) -> tuple[float, float]:

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -68,7 +69,8 @@ def compare(runs: Sequence[str | Path], out: str | Path, baseline: str | None = 
         for name, content in (("compare.md", text + link), ("compare.json", data)):
             with whole(out / name) as file:
                 file.write(content.encode())
-        with whole(out / "compare.png") as file:
+        with whole(out / "compare.png") as file, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph")  # a warning for each letter that the font lacks
             figure.savefig(file, format="png", dpi=160)
     return comparison
 

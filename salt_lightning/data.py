@@ -220,6 +220,7 @@ class SALTDataModule(LightningDataModule):
             if self.source and self.held_out_by != "source" and getattr(self.trainer, "is_global_zero", True):
                 part = files.part_in(TokenFiles(self._folder("source"), "train"))
         found = [*preflight.of_training(self._train), preflight.seen_in_training(trained, *part, self.examples.given)]
+        found.append(preflight.marks_as_text(self.examples.literals(), words))
         found.append(preflight.unread_text(kept_text(words, files)) or preflight.changed_text(changed_words(words)))
         if self._train is not None and self._eval is not None and self.held_out_by == "source":
             longest = int(np.diff(files.doc_ends, prepend=0).max(initial=0))
@@ -294,9 +295,8 @@ class SALTDataModule(LightningDataModule):
             text = {"source": self.source, "weights": self.source_weights, "hub": hub, "cuts": cuts}
             self.text = text | {"documents": self._train.files.num_documents, "examples": self.examples.inputs()}
         if stage in (None, "fit", "validate", "test"):
-            test_apart = stage == "test" and self.test_source
-            held_out = "test_source" if test_apart else "val_source" if self.val_source else "source"
-            self._eval, self.held_out_by = self._open(held_out, "val"), held_out
+            apart = "test_source" if stage == "test" and self.test_source else "val_source" if self.val_source else ""
+            self._eval, self.held_out_by = self._open(apart or "source", "val"), apart or "source"
             self.source_names = self._eval.files.manifest["sources"]
             if (read := len(self._eval_rows())) < (there := self._eval.num_rows) and stage in ("validate", "test"):
                 rank_zero_info(f"data: reads {read} of {there} rows; for all of them, set --data.val_rows null")

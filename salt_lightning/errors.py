@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -114,6 +115,18 @@ def printable(text: str) -> str:
 def printable_lines(text: str) -> str:
     """Like `printable`, but keeps line breaks, for text whose lines are our own."""
     return "\n".join(map(printable, text.split("\n")))
+
+
+def width_of(text: str) -> int:
+    """Columns of a terminal: two for a wide character (CJK), none for a mark on another one."""
+    marks = sum(unicodedata.category(c) in ("Mn", "Me", "Cf") for c in text)
+    return len(text) - marks + sum(unicodedata.east_asian_width(c) in "WF" for c in text)
+
+
+def padded(text: str, width: int, left: bool) -> str:
+    """The text with spaces up to this width, behind it (`left`) or before it."""
+    fill = " " * (width - width_of(text))
+    return text + fill if left else fill + text
 
 
 def is_out_of_memory(error: BaseException) -> bool:

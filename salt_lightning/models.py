@@ -350,9 +350,9 @@ def load_pretrained(spec: ModelSpec, name: str, dtype: torch.dtype, empty: bool 
                     f"--model.{name}.path {spec.path} has weights for more layers than its config.json says: "
                     f"{few(layers)}; do they belong together?"
                 )
-            said = f"{len(unused)} weights that its config.json does not use: {few(unused)}"
-            rank_zero_info(f"{name}: {spec.path} has {said}")
+            rank_zero_info(f"{name}: {spec.path} has {len(unused)} weights that its config.json ignores: {few(unused)}")
         quantized.freeze_as_made(model)
+        folders.keep_stops(model)
         return model
 
 

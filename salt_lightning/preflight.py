@@ -139,6 +139,18 @@ def of_training(rows: Any) -> list[Finding]:
     return found
 
 
+def marks_as_text(literals: Iterable[tuple[str, str]], tokenizer: Any) -> Finding | None:
+    """Warns of special tokens that plain templates spell out. `literals`: pairs of a setting and what it writes."""
+    marks = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    long = [mark for mark in marks if len(mark) > 2]  # a line break may be one
+    found = {mark: setting for setting, text in literals for mark in long if mark in text}
+    if not found:
+        return None
+    said = ", ".join(f"--data.{setting} writes {mark!r}" for mark, setting in found.items())
+    remedy = "leave out EOS, which ends each example; for other marks use --data.examples.messages and a chat template"
+    return Finding("warning", "special tokens", f"{said}: characters here, not a special token", remedy)
+
+
 def large_share(held_out: int, longest: int, training: int, fraction: float) -> Finding | None:
     """Warns if validation took a far larger share than `fraction`. Tokens: drawn for validation, in its longest
     document, left for training. None: about `fraction`."""
@@ -270,7 +282,7 @@ def listed(findings: list[Finding], width: int) -> str:
             lines += wrap("-> " + finding.remedy, initial_indent=indent, subsequent_indent=indent + "   ")
     errors, warnings = (sum(f.level == level for f in findings) for level in ("error", "warning"))
     end = "fit would stop or fail" if errors else "fit can start"
-    return "\n".join([*lines, "", f"{_plural(errors, 'error')}, {_plural(warnings, 'warning')}: {end}"])
+    return "\n".join([*map(printable, lines), "", f"{_plural(errors, 'error')}, {_plural(warnings, 'warning')}: {end}"])
 
 
 def _plural(count: int, noun: str) -> str:

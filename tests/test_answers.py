@@ -12,9 +12,11 @@ from conftest import arguments, weights
 from families import tiny
 from ranks import launch
 from test_cli import one_line
-from test_examples import chat_tokenizer, turn
+from test_examples import TEMPLATE, chat_tokenizer, turn
 from test_parallel import DDP, FSDP2
 from test_prepare import byte_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from salt_lightning import cli
 from salt_lightning.answers import (
@@ -169,6 +171,11 @@ def test_the_part_of_an_asdiv_answer_that_counts(text, part):
         ("10⁻⁵", "10^-5", True),
         ("Acme™", "acmetm", True),
         ("...", "", False),
+        (".", "", False),
+        ("\xbd", "1/2", True),
+        ("1\xbd", "1 1/2", True),
+        ("1\xbd", "11/2", False),
+        ("\U0001f3f4\U000e0065\U000e007f", "\U0001f3f4\U000e0073\U000e007f", False),  # flags of two countries
         ("\uff11\uff0c\uff10\uff10\uff10", "1000", True),
         ("\uff11\uff12 ﬁsh", "12 fish", True),
         ("東京。", "東京", True),
@@ -367,6 +374,61 @@ def test_the_same_answers_of_two_ranks(learned, tmp_path):
             likelihood = other.pop("log_likelihood")
             assert one["log_likelihood"] == pytest.approx(likelihood, abs=1e-4)
             assert other.items() <= one.items()
+
+
+LABELS = {"France": "<|yes|>", "Italy": "<|no|>", "Spain": "<|yes|>", "Norway": "<|no|>"}
+
+
+def test_answers_that_are_special_tokens_are_compared(settings, tmp_path, caplog, capsys):
+    """Names of classes in a chat whose turns end with EOS: none is an end, and none is no text."""
+    tokenizer = chat_tokenizer("<|end|>")
+    tokenizer.add_tokens(["<|yes|>", "<|no|>"], special_tokens=True)
+    tokenizer.save_pretrained(tmp_path / "chat")
+    rows = [{"q": country, "a": label} for country, label in LABELS.items()] * 3
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = {
+        "data.source": str(tmp_path / "rows.jsonl"), "data.val_source": str(tmp_path / "rows.jsonl"), "kd.weight": 0.0,
+        "data.tokenizer": str(tmp_path / "chat"), "run": str(tmp_path / "run"), "data.block_size": 48,
+        "data.examples.messages": [turn("user", "{q}"), turn("assistant", "{a}")], "answers.max_new_tokens": 3,
+        "answers.choices": ["<|yes|>", "<|no|>"], "trainer.max_steps": 3, "trainer.val_check_interval": 3,
+        "model.optim.warmup_steps": 1, "model.optim.lr": 1e-6,
+    }  # fmt: skip
+    assert cli.main(["fit", *arguments(settings, own)]) == 0
+    kept = ("data.", "run", "answers.", "trainer.accelerator", "trainer.enable")
+    merged = {key: value for key, value in {**settings, **own}.items() if key.startswith(kept)}
+    assert cli.main(["test", *arguments(merged, {"ckpt_path": "last"})]) == 0
+    assert {record["expected"] for record in answers(tmp_path / "run")} == {"<|yes|>", "<|no|>"}
+    assert not any(record["exact"] for record in answers(tmp_path / "run"))
+    assert "always the most frequent answer: 50.0%, chance 50.0%); exact match 0.0%" in caplog.text
+    capsys.readouterr()
+    same = {"ckpt_path": "last", "answers.choices": ["<|yes|>", "<|yes|> "]}
+    tokenizer.chat_template = TEMPLATE.replace("m.content", "m.content | trim")
+    tokenizer.save_pretrained(tmp_path / "chat")
+    assert cli.main(["test", *arguments(merged, same)]) == 2
+    assert "'<|yes|>' and '<|yes|> ' are the same tokens" in one_line(capsys)
+
+
+def test_an_answer_that_the_tokenizer_does_not_know_is_never_exact(settings, tmp_path, caplog):
+    words = {word: i for i, word in enumerate(["<unk>", "</s>", "France", "Italy", ":", "Rome"])}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>").save_pretrained(
+        tmp_path / "words"
+    )
+    rows = [{"q": "France", "a": "\u5df4\u9ece"}, {"q": "Italy", "a": "Rome"}] * 6
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = {
+        "data.source": str(tmp_path / "rows.jsonl"), "data.val_source": str(tmp_path / "rows.jsonl"), "kd.weight": 0.0,
+        "data.tokenizer": str(tmp_path / "words"), "run": str(tmp_path / "run"), "data.block_size": 48,
+        "data.examples.prompt": "{q} :", "data.examples.response": " {a}", "answers.max_new_tokens": 3,
+        "trainer.max_steps": 40, "trainer.val_check_interval": 40, "model.optim.lr": 1e-2,
+    }  # fmt: skip
+    assert cli.main(["fit", *arguments(settings, own)]) == 0
+    kept = ("data.", "run", "answers.", "trainer.accelerator", "trainer.enable")
+    merged = {key: value for key, value in {**settings, **own}.items() if key.startswith(kept)}
+    assert cli.main(["test", *arguments(merged, {"ckpt_path": "last"})]) == 0
+    assert "--data.tokenizer has no token for a part of 6 of 12 responses" in caplog.text
+    assert [record["exact"] for record in answers(tmp_path / "run")] == [False, True] * 6
 
 
 def test_an_answer_of_a_chat_ends_with_its_turn(learned, settings, tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ from salt_lightning.export import export
 from salt_lightning.hugging_face.spec import ModelSpec
 from salt_lightning.hugging_face.token_ids import emitted_ids
 from salt_lightning.models import build_fresh
-from salt_lightning.preflight import Finding, TeacherLoss, size_said
+from salt_lightning.preflight import Finding, TeacherLoss, listed, size_said
 from salt_lightning.teacher import probe
 from salt_lightning.text import processes
 from salt_lightning.text.sources import Hub, resolve
@@ -316,6 +316,12 @@ def test_each_problem_is_a_finding_of_its_own(checked):
     texts = [text for level, about, text in found if (level, about) == ("error", "text")]
     assert code == 1
     assert [text.split(": ")[0] for text in texts] == ["--data.val_source", "--data.tokenizer"]
+
+
+def test_no_name_reaches_the_terminal_as_it_is():
+    shown = listed([Finding("note", "text", "of \x1b[31mred", "rename \x07")], 80)
+    assert "of \\x1b[31mred\n" in shown
+    assert "-> rename \\x07\n" in shown
 
 
 def test_a_monitor_of_a_source_that_the_text_does_not_have(checked, tmp_path):
@@ -747,12 +753,32 @@ def test_a_teacher_with_too_few_positions_is_a_finding(checked, tmp_path):
 
 
 @pytest.mark.usefixtures("no_memory")
-def test_other_rules_with_the_same_map_are_a_warning(checked, teacher, tmp_path):
+@pytest.mark.parametrize("differs", ["words", "beginning", "added token"])
+def test_other_rules_with_the_same_map_are_a_warning(checked, teacher, tmp_path, differs):
     """The ids mean the same, and the text is cut into others."""
     folder = tmp_path / "other"
     shutil.copytree(Path(teacher).parents[1] / "tokenizer", folder)
     rules = json.loads((folder / "tokenizer.json").read_text())
-    rules["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    if differs == "words":
+        how = {"add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+        rules["pre_tokenizer"] = {"type": "ByteLevel", **how}
+    elif differs == "beginning":
+        eos = rules["added_tokens"][0]
+        pieces = [{"SpecialToken": {"id": eos["content"], "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+        known = {eos["content"]: {"id": eos["content"], "ids": [eos["id"]], "tokens": [eos["content"]]}}
+        pair = [*pieces, {"Sequence": {"id": "B", "type_id": 1}}]
+        rules["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": pieces,
+            "pair": pair,
+            "special_tokens": known,
+        }
+    else:
+        token, i = next((token, i) for token, i in rules["model"]["vocab"].items() if len(token) == 1)
+        rules["added_tokens"].append(
+            {**rules["added_tokens"][0], "id": i, "content": token, "special": False, "lstrip": True}
+        )
+        rules["added_tokens"].sort(key=lambda token: token["id"])
     (folder / "tokenizer.json").write_text(json.dumps(rules))
     code, found = checked(**{"data.tokenizer": str(folder)})
     level, said = of(found, "teacher tokens")

@@ -10,6 +10,7 @@ import statistics
 import struct
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from datetime import date
 from itertools import combinations
@@ -1302,6 +1303,23 @@ def test_on_a_narrow_terminal_a_wide_table_has_a_column_per_run(three):
     assert report.narrowed("x\n\n" + table, 40).count("| run") == 1
     odd = "| a | b |\n|--|--|\n| x|y | 1 |\n"
     assert report.narrowed(odd, 5) == odd
+
+
+def test_wide_letters_and_marks_do_not_move_a_column():
+    """As a terminal shows them: a CJK character takes two columns, a vowel sign of Hindi none."""
+    lines = report.table(
+        {"run": ["\u4e2d\u6587", "\u0915\u0941", "abcd"], "n": ["1", "22", "3"]}, text=("run",)
+    ).splitlines()
+    assert lines[2:] == ["| \u4e2d\u6587 |  1 |", "| \u0915\u0941    | 22 |", "| abcd |  3 |"]
+    assert report.narrowed("\n".join(lines), 13) == "\n".join(lines)
+
+
+def test_names_that_the_font_of_the_figure_lacks_are_no_warning(tmp_path):
+    paths = [write_run(tmp_path / name, {100: 4.0}) for name in ("\u4e2d", "\u6587")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compare(paths, out=tmp_path)
+    assert "\u4e2d" in (tmp_path / "compare.md").read_text()
 
 
 def test_main_prints_the_table_and_writes_three_files(three, tmp_path, capsys):

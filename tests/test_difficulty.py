@@ -1,6 +1,7 @@
 """Thirds of the held-out text: by definition, through the real command, and what is refused."""
 
 import json
+import os
 import re
 import shutil
 from dataclasses import asdict, replace
@@ -235,6 +236,22 @@ def test_too_few_documents(settings, fit_with, tmp_path, capsys):
 
 def last(run):
     return str(run / "checkpoints/step-00000012.ckpt")
+
+
+def test_files_whose_names_are_not_utf8_stay_apart(tmp_path, fit_with, capsys, settings):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number, name in enumerate((b"\xd0\xc2.jsonl", b"\xd6\xd0.jsonl")):
+        write_corpus(folder / os.fsdecode(name), 60, seed=number)
+    own = {"data.source": str(folder), "data.source_per_file": True, "data.val_fraction": 0.2}
+    assert fit_with(tmp_path / "run", **own) == 0
+    parts = {tag for tag in scalars(tmp_path / "run") if "ce/" in tag}
+    assert parts == {r"val/ce/\udcd0\udcc2.jsonl", r"val/ce/\udcd6\udcd0.jsonl"}
+    assert fit_with(tmp_path / "two", **{"data.source": str(folder / os.fsdecode(b"\xd0\xc2.jsonl"))}) == 2
+    assert r"\udcd0\udcc2.jsonl is not UTF-8; rename it, or give its folder or a glob" in capsys.readouterr().err
+    hidden = {"data.source": str(folder), "data.val_source": str(folder)}
+    capsys.readouterr()
+    assert cli.main(["check", *arguments(settings, own, hidden, {"run": str(tmp_path / "c"), "kd.weight": 0.0})]) == 0
 
 
 def test_each_file_is_a_source_by_the_end_of_its_path(tmp_path, fit_with, capsys):

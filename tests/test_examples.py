@@ -22,7 +22,7 @@ from lightning.pytorch.callbacks import Callback
 from ranks import Spy, run
 from test_cli import one_line
 from test_prepare import byte_tokenizer, contents, small_steps, stop_after
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -30,7 +30,7 @@ from salt_lightning import cli
 from salt_lightning.batches.example_rows import ExampleRows, open_examples, pack
 from salt_lightning.batches.rows import IGNORE, NO_ROW
 from salt_lightning.errors import ConfigError
-from salt_lightning.preflight import seen_in_training
+from salt_lightning.preflight import marks_as_text, seen_in_training
 from salt_lightning.text.documents import Corpus
 from salt_lightning.text.examples import Conversation, Examples, segments
 from salt_lightning.text.prepare import prepare_tokens
@@ -93,19 +93,35 @@ def test_a_plain_example_by_hand(tmp_path):
     assert files.tokens[-1] == tokenizer.eos_token_id
 
 
+@pytest.mark.parametrize(
+    "column",
+    ["two words", "a-b", "\u0633\u0648\u0627\u0644\u200c\u0647\u0627", "\u092a\u094d\u0930\u0936\u094d\u0928", "q-1"],
+)
+def test_a_column_has_any_name_of_words(tmp_path, column):
+    plain = Examples(prompt=f"{{{column}}}:", response=" {answer}")
+    files, tokenizer = prepared(tmp_path, [{column: "why", "answer": "so"}], plain)
+    assert tokenizer.decode(files.tokens.tolist()) == "why: so<|endoftext|>"
+
+
 def character_tokenizer(rule: str) -> PreTrainedTokenizerFast:
     """One token per character, so that parts stay parts; `rule` says how a space is put before a text."""
     chars = sorted(set("▁Q: wa?\nA7é"))
     backend = Tokenizer(models.BPE({char: i for i, char in enumerate(["<s>", "</s>", *chars])}, []))
     if rule == "prepend":
         backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    elif rule == "no line breaks":  # XLM-R and T5: white space becomes one space, and none is left at the ends
+        words = [(char, -1.0) for char in ["<s>", "</s>", *chars]]
+        backend = Tokenizer(models.Unigram(words, unk_id=0))
+        strips = [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+        backend.normalizer = normalizers.Sequence(strips)
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
     elif rule == "metaspace":
         backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
 
 
 @pytest.mark.parametrize("bos", [False, True])
-@pytest.mark.parametrize("rule", ["prepend", "metaspace", "none"])
+@pytest.mark.parametrize("rule", ["prepend", "metaspace", "no line breaks", "none"])
 def test_parts_are_what_they_are_in_the_whole_text(tmp_path, bos, rule):
     """As the tokenizer itself encodes a text: with BOS if it has one, and at most one added space at the start."""
     tokenizer = character_tokenizer(rule)
@@ -116,6 +132,9 @@ def test_parts_are_what_they_are_in_the_whole_text(tmp_path, bos, rule):
     assert files.tokens.tolist() == [*tokenizer("Q: wé?\nA: 7").input_ids, 1]
     assert files.learned.tolist() == [0] * (len(files.tokens) - 3) + [1, 1, 1]
     assert files.token_bytes.sum() == len("Q: wé?\nA: 7".encode())
+    joined = Examples(prompt="{question}", response="{answer}")  # as in Chinese
+    files, _ = prepared(tmp_path, [], joined, tokenizer=tokenizer)
+    assert files.tokens.tolist() == [*tokenizer("wé?7").input_ids, 1]
 
 
 CALLS = TEMPLATE.replace(
@@ -285,6 +304,40 @@ def test_a_table_may_hold_tools(tmp_path):
     corpus = Corpus("--data.source", groups, examples=Examples(messages="messages", tools="tools"))
     files = TokenFiles(prepare_tokens(corpus, tokenizer, 1.0, tmp_path / "cache", 1), "val")
     assert tokenizer.decode(files.tokens.tolist()).startswith("<tool>weather</tool><|user|>rain?")
+
+
+def test_the_date_of_a_chat_template_is_the_same_every_day(tmp_path, caplog):
+    """As Llama 3.2's and gpt-oss's write today's: other days would give other ids under the same settings."""
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + TEMPLATE
+    files, _ = prepared(tmp_path, [{"messages": [turn("user", "a"), turn("assistant", "b")]}], CHAT, tokenizer)
+    assert tokenizer.decode(files.tokens.tolist()).startswith("26 Jul 2024<|user|>a")
+    assert "--data.source: the chat template writes a date; it is 26 July 2024 in all conversations" in caplog.text
+
+
+@pytest.mark.parametrize(("key", "value"), [("weight", "0"), ("weight", 0.5), ("train", "false")])
+def test_a_weight_that_is_neither_0_nor_1_is_refused(tmp_path, key, value):
+    messages = [turn("user", "a"), {**turn("assistant", "b"), key: value}]
+    with pytest.raises(ConfigError, match=f"{key} {value!r} of a message must be 0 or 1; leave it out"):
+        prepared(tmp_path, [{"messages": messages}], CHAT, chat_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("examples", "writes"),
+    [
+        (Examples(prompt="<|user|>{q}<|assistant|>", response="{a}"), "--data.examples.prompt writes '<|user|>', --d"),
+        (Examples(prompt="{q}", response="{a:1=yes|0=<|end|>}"), "--data.examples.response writes '<|end|>'"),
+        (Examples(prompt="{q}<|x|>", response="{a}"), ""),
+        (Examples(messages=[turn("user", "{q}<|end|>"), turn("assistant", "{a}")]), ""),
+    ],
+)
+def test_special_tokens_that_a_plain_template_spells_out_are_told(examples, writes):
+    found = marks_as_text(examples.literals(), chat_tokenizer())
+    assert bool(found) == bool(writes)
+    if found:
+        assert found.level == "warning"
+        assert found.said.startswith(writes)
+        assert found.said.endswith(": characters here, not a special token")
 
 
 def test_nulls_of_a_table_are_none_and_those_of_a_line_are_said(tmp_path):

@@ -188,6 +188,20 @@ def test_a_checkpoint_in_the_working_directory_has_its_run_s_tokenizer(salt, tmp
     assert (tmp_path / "out/tokenizer.json").exists()
 
 
+def test_marks_that_only_a_generation_config_names_go_on_to_end_a_generation(salt, settings, tmp_path):
+    """As in Phi-3 and gpt-oss: the config has one of them."""
+    start, out = tmp_path / "start", tmp_path / "out"
+    shutil.copytree(salt / "out", start)
+    found = json.loads((start / "generation_config.json").read_text())
+    stops = [found["eos_token_id"], 7]
+    (start / "generation_config.json").write_text(json.dumps({**found, "eos_token_id": stops}))
+    own = {"run": str(tmp_path / "run"), "model.student.path": str(start), "data.tokenizer": str(start),
+           "kd.weight": 0.0, "trainer.max_steps": 2, "checkpoint.export": str(out)}  # fmt: skip
+    plain = {key: value for key, value in settings.items() if not key.startswith(("model.student", "data.vocab_size"))}
+    assert cli.main(["fit", *arguments(plain, own)]) == 0
+    assert GenerationConfig.from_pretrained(out).eos_token_id == stops
+
+
 @pytest.mark.parametrize(("stops", "generation"), [([0, 7], [0, 7]), ([7, 9], 0)])
 def test_a_chats_marks_go_on_to_end_a_generation(salt, tmp_path, stops, generation):
     """The config keeps several end ids; a generation those that include the tokenizer's EOS."""

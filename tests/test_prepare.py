@@ -38,6 +38,7 @@ from salt_lightning.hugging_face.token_ids import emitted_ids
 from salt_lightning.text import documents, journal, parse, prepare, processes, progress
 from salt_lightning.text import tokenizer as tokenizer_module
 from salt_lightning.text.documents import Corpus, read_raw, utf8
+from salt_lightning.text.encoder import token_bytes
 from salt_lightning.text.examples import Examples
 from salt_lightning.text.journal import making
 from salt_lightning.text.parse import lots
@@ -45,7 +46,14 @@ from salt_lightning.text.prepare import prepare_tokenizer, prepare_tokens, token
 from salt_lightning.text.progress import Done, progress_line, summary_line
 from salt_lightning.text.sources import Group, Hub, resolve
 from salt_lightning.text.token_files import Block, SplitWriter, TokenFiles, no_counts, sealed, verify
-from salt_lightning.text.tokenizer import load_tokenizer, pieces, rules_fingerprint, token_bytes, tokenizer_fingerprint
+from salt_lightning.text.tokenizer import (
+    beginning,
+    changed_words,
+    load_tokenizer,
+    pieces,
+    rules_fingerprint,
+    tokenizer_fingerprint,
+)
 
 TEXTS = [
     "The first document.\nIt has two lines.",
@@ -263,6 +271,46 @@ def test_documents_begin_as_the_tokenizer_begins_a_text(tmp_path, marks):
     assert files.token_bytes[files.tokens == bos].tolist() == [0, 0, 0]
     assert emitted_ids(tokenizer)[bos] == "<s>"
     assert bos not in emitted_ids(byte_tokenizer())
+
+
+def letters_only(kind: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of four letters, that puts <s> before every text; its model has <s> and </s> among its words."""
+    words = {"<s>": 0, "</s>": 1, "[?]": 2, **{letter: 3 + i for i, letter in enumerate("ACGT")}}
+    model = {
+        "word level": lambda: models.WordLevel(words, unk_token="[?]"),
+        "word piece": lambda: models.WordPiece(words, unk_token="[?]"),
+        "no unknown": lambda: models.WordLevel(words),
+        "whole words": lambda: models.BPE(words, [], ignore_merges=True),
+    }[kind]()
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    unknown = {} if kind == "no unknown" else {"unk_token": "[?]"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", **unknown)
+
+
+@pytest.mark.parametrize(
+    ("kind", "ids"),
+    [("word level", [0, 3, 2, 5, 1]), ("word piece", [0, 3, 2, 5, 1]), ("whole words", [0, 3, 5, 1])],
+)
+def test_a_special_token_that_is_spelled_out_is_text_to_every_model(tmp_path, kind, ids):
+    write_jsonl(tmp_path / "x.jsonl", [{"text": "A </s> G"}])
+    tokenizer = letters_only(kind)
+    assert tokenizer("A </s> G").input_ids == [0, 3, 1, 5]  # premise
+    files = TokenFiles(prepare_tokens(corpus_of(tmp_path / "x.jsonl"), tokenizer, 1.0, tmp_path / "cache", 1), "val")
+    assert files.tokens.tolist() == ids
+
+
+def test_a_tokenizer_that_knows_no_word_of_english(tmp_path):
+    """What it puts before a text is found without one, and no word that it drops is told as changed."""
+    write_jsonl(tmp_path / "x.jsonl", [{"text": "A G"}])
+    tokenizer = letters_only("no unknown")
+    files = TokenFiles(prepare_tokens(corpus_of(tmp_path / "x.jsonl"), tokenizer, 1.0, tmp_path / "cache", 1), "val")
+    assert files.tokens.tolist() == [0, 3, 5, 1]
+    whole = letters_only("whole words")
+    whole.backend_tokenizer.decoder = decoders.Fuse()
+    assert changed_words(whole) == []
+    assert beginning(whole) == [0]
 
 
 @pytest.mark.parametrize(

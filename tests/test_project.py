@@ -51,7 +51,7 @@ LAYERS = [  # a file imports only from files of earlier layers
     {"command_line", "damage", "difficulty", "documents", "event_log", "losses", "peers", "report", "rows", "spec"},
     {"lineage", "parse", "parser", "quiet", "run_config"},
     {"remarks", "tokenizer"},
-    {"compare", "example_rows", "models", "probe", "selection"},
+    {"compare", "encoder", "example_rows", "models", "probe", "selection"},
     {"schedule"},
     {"alike", "cadence", "card", "parallel", "score_report", "token_ids"},
     {"export", "extension", "prepare", "restart", "scoring"},

@@ -22,6 +22,7 @@ from salt_lightning.flops import forward_flops_per_token
 from salt_lightning.hugging_face.spec import ModelSpec
 from salt_lightning.models import CausalLM, load_pretrained
 from salt_lightning.selection import KeepRule, kept_rows, row_scores
+from salt_lightning.teacher import score_report
 from salt_lightning.teacher.scores import NO_LABEL, Scores
 from salt_lightning.teacher.scoring import weights_fingerprint
 from salt_lightning.text.token_files import TokenFiles
@@ -159,6 +160,14 @@ def test_the_report(scored):
     assert f"Row {best}: S {score_R[best]:.4f}" in text
     assert " teacher" in text.split("### Highest scores")[1]  # words of the corpus: decoded text
     assert (scored / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_control_character_of_a_text_is_in_the_report(scored, tmp_path):
+    shutil.copytree(scored, tmp_path / "run")
+    text, _ = score_report.write(
+        Scores(tmp_path / "run", "--run"), KeepRule(rows=2), lambda row: "a\x1b[31mb \x07\u202ec\u200d"
+    )
+    assert "    a\\x1b[31mb \\x07\\u202ec\u200d\n" in text.read_text()
 
 
 # --- interrupted, resumed, with other sizes ---

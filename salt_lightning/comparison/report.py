@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from salt_lightning.comparison.results import Comparison, Group, Row
-from salt_lightning.errors import printable
+from salt_lightning.errors import padded, printable, width_of
 from salt_lightning.run.curves import THIRDS
 from salt_lightning.run.runlog import Run
 
@@ -55,33 +55,31 @@ def cell(text: str) -> str:
 def table(columns: dict[str, list[str]], text: tuple[str, ...] = ()) -> str:
     """A Markdown table, padded to be readable as text; columns named in `text` are aligned left, numbers right."""
     lines = [[cell(text) for text in line] for line in (columns, *zip(*columns.values(), strict=True))]
-    widths = [max(len(cells[i]) for cells in lines) for i in range(len(columns))]
+    widths = [max(width_of(cells[i]) for cells in lines) for i in range(len(columns))]
 
     def line(cells: list[str]) -> str:
-        padded = (
-            cell.ljust(width) if name in text else cell.rjust(width)
-            for cell, width, name in zip(cells, widths, columns, strict=True)
-        )
-        return f"| {' | '.join(padded)} |"
+        return f"| {' | '.join(map(padded, cells, widths, (name in text for name in columns)))} |"
 
     rule = (f"{'-' * (width + 1)}{'-' if name in text else ':'}" for width, name in zip(widths, columns, strict=True))
     return "\n".join([line(lines[0]), f"|{'|'.join(rule)}|", *map(line, lines[1:])])
 
 
 def narrowed(text: str, width: int) -> str:
-    """A Markdown text with the rows and columns of its tables exchanged where they are wider than `width` characters
+    """A Markdown text with the rows and columns of its tables exchanged where they are wider than `width` columns
     and narrower that way."""
 
     def narrow(found: re.Match[str]) -> str:
         lines = found[0].splitlines()
         names, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in (lines[0], *lines[2:])]
-        if len(lines[0]) <= width or any(len(row) != len(names) for row in rows):  # a name with a |
+        if width_of(lines[0]) <= width or any(len(row) != len(names) for row in rows):  # a name with a |
             return found[0]
         first, *others = zip(names, *rows, strict=True)
         head = list(dict.fromkeys(first))
         columns = {name: [other[i] for other in others] for i, name in enumerate(head)}
         turned = table(columns, text=(head[0],))
-        return turned if len(head) == len(first) and turned.index("\n") < len(lines[0]) else found[0]
+        return (
+            turned if len(head) == len(first) and width_of(turned.partition("\n")[0]) < width_of(lines[0]) else found[0]
+        )
 
     return re.sub(r"^\|.*\|(?:\n\|.*\|){2,}$", narrow, text, flags=re.MULTILINE)
 

@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download, list_repo_files
 from lightning.pytorch.utilities import rank_zero_info
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME as INDEX
@@ -185,6 +185,14 @@ def _check_config(file: Path, setting: str, name: str | Path, trust_remote_code:
             f"{setting} {name} contains a {bidirectional[0]}, whose tokens see later ones; use a causal language "
             "model, e.g. a llama, gpt2 or qwen3"
         )
+
+
+def keep_stops(model: PreTrainedModel) -> None:
+    """Puts all tokens that end a text by generation_config.json into the config, which checkpoints and exports keep."""
+    config = model.config.get_text_config()
+    stops, own = (getattr(of, "eos_token_id", None) for of in (model.generation_config, config))
+    if isinstance(stops, list) and (own is None or own in stops):
+        config.eos_token_id = stops
 
 
 def refuse_requests(settings: dict[str, Any], where: str) -> None:

@@ -105,7 +105,7 @@ def check_models(trainer: Any, student: ModelSpec, teacher: ModelSpec) -> None:
 
 def emitted_ids(tokenizer: Any, chats: bool = False) -> dict[int, str]:
     """The ids, in order, that a tokenized text (or chat) can contain, with their tokens."""
-    written = {tokenizer.eos_token, *tokenizer.convert_ids_to_tokens(beginning(tokenizer.backend_tokenizer))}
+    written = {tokenizer.eos_token, *tokenizer.convert_ids_to_tokens(beginning(tokenizer))}
     special = set(tokenizer.convert_ids_to_tokens(special_ids(tokenizer))) - written
     if chats:
         special -= {token for token in special if token in str(tokenizer.chat_template)}
@@ -113,12 +113,14 @@ def emitted_ids(tokenizer: Any, chats: bool = False) -> dict[int, str]:
 
 
 def _rules(tokenizer: Any) -> list[Any]:
-    """The rules that split text into tokens, without special tokens, which may have other names in other models."""
+    """The rules that split text into tokens, without special tokens, which may have other names in other models, but
+    with those before each text."""
     rules, special = json.loads(tokenizer.backend_tokenizer.to_str()), set(special_ids(tokenizer))
     vocab = rules["model"]["vocab"]
     words = vocab.items() if isinstance(vocab, dict) else ((tuple(word), i) for i, word in enumerate(vocab))
     rules["model"]["vocab"] = {word: i for word, i in words if i not in special}
-    return [rules[part] for part in ("normalizer", "pre_tokenizer", "model")]
+    added = [token for token in rules["added_tokens"] if token["id"] not in special]
+    return [added, beginning(tokenizer), *(rules[part] for part in ("normalizer", "pre_tokenizer", "model"))]
 
 
 def _own_tokenizer(spec: ModelSpec, name: str) -> Any:

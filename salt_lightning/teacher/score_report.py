@@ -1,5 +1,6 @@
 """The report of scores: histogram, share of zeros, examples of rows, how much k matters. Text and a figure."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,12 +10,13 @@ from matplotlib.figure import Figure
 
 from salt_lightning.batches.order import scatter
 from salt_lightning.comparison.report import COLOURS, REFERENCE_COLOUR, table
-from salt_lightning.errors import writing
+from salt_lightning.errors import printable, writing
 from salt_lightning.selection import LESS_CHANCE, MUCH_CHANCE, KeepRule, chance, kept_mask, kept_rows, row_scores
 from salt_lightning.teacher.scores import NO_LABEL, Scores
 
 KS = (5, 10, 20, 50)
 EXAMPLES = 3
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")  # also of a text's direction
 _CHARS = 400
 
 
@@ -99,6 +101,7 @@ def _examples(scores: Scores, score_R: np.ndarray, rule: KeepRule, decode: Calla
             top = float(np.mean(rank_RT[within][labelled_T] < rule.k)) if labelled_T.any() else 0.0
             ce = float(nll_RT[within][labelled_T].mean()) if labelled_T.any() else 0.0
             text = " ".join(decode(int(row)).split())[:_CHARS].replace("`", "'")
+            text = _CONTROLS.sub(lambda found: printable(found[0]), text)
             lines.append(
                 f"Row {row}: S {score_R[row]:.4f}, mean loss {ce:.4f}, {top:.0%} within the top {rule.k}\n\n    {text}"
             )

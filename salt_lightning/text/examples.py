@@ -7,6 +7,7 @@ A plain example is also a conversation: its prompt is the user's message, its re
 """
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -123,6 +124,13 @@ class Examples:
         read = {_column(field): setting for setting, template in self._templates() for field, _ in _fields(template)}
         return {**read, **tools}
 
+    def literals(self) -> list[tuple[str, str]]:
+        """(setting, what it writes itself) of templates that no chat template reads."""
+        if self.messages:
+            return []
+        parts = ((setting, Formatter().parse(template)) for setting, template in self._templates())
+        return [(setting, f"{text}{words or ''}") for setting, parsed in parts for text, _, words, _ in parsed]
+
     def conversation(self, fields: dict[str, Any], of_table: bool = False) -> Conversation | None:
         """A row's example, up to its last response; None if a value is null or nothing is learned.
 
@@ -158,10 +166,13 @@ class Examples:
         return [("examples.prompt", self.prompt), ("examples.response", self.response)]
 
 
+_WEIGHTS = ("weight", "train")
+
+
 def _is_learned(message: Message) -> bool:
     """Whether the assistant says something, and neither OpenAI's weight 0 nor axolotl's train: false excludes it."""
     says = message["role"] == "assistant" and (message["content"].strip() or message.get("tool_calls"))
-    return bool(says) and 0 not in (message.get("weight"), message.get("train"))  # False is 0
+    return bool(says) and 0 not in map(message.get, _WEIGHTS)  # False is 0
 
 
 def segments(conversation: Conversation, render: Callable[..., Any] | None) -> list[list[Segment]]:
@@ -350,11 +361,17 @@ def _problems(setting: str, template: str) -> list[str]:
         return [f"{where} is not a template ({error}); write {{column}} for a column, {{{{ and }}}} for braces"]
     if not template.strip():
         return [f"{where} is empty; give a template with at least one {{column}}"]
-    wrong = [f for f, words in fields if not _column(f).isidentifier() or "." in f or not _is_map(words)]
+    wrong = [f for f, words in fields if not _is_name(_column(f)) or "." in f or not _is_map(words)]
     if wrong or (not fields and setting != "examples.messages"):
         found = f"{{{wrong[0]}}} is not a column" if wrong else "it names no column"
         return [f"{where}: {found}; write {{column}}, {{column[key][0]}} or {{column:value=word|value=word}}"]
     return []
+
+
+def _is_name(column: str) -> bool:
+    """Whether it can be the name of a column: a word, or words with a space, a hyphen or a joiner between them."""
+    words = re.split("[ \u200c\u200d-]", column)
+    return words[0].isidentifier() and all(word and f"_{word}".isidentifier() for word in words)
 
 
 def _is_map(words: str) -> bool:
@@ -400,6 +417,11 @@ def _messages(value: Any, of_table: bool) -> list[Message]:
             said["content"] = ""
         if not all(isinstance(said.get(key), str) for key in ("role", "content")):
             raise _no_conversation(value)
+        for key in _WEIGHTS:
+            if said.get(key) not in (None, 0, 1):
+                raise ConfigError(
+                    f"--data.examples.messages: {key} {said[key]!r} of a message must be 0 or 1; leave it out"
+                )
         messages.append(said)
     return messages
 

@@ -21,34 +21,37 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from salt_lightning.errors import ConfigError, MachineError, few, raised, refuse
 from salt_lightning.preflight import size_said
 from salt_lightning.text import token_files
 from salt_lightning.text.documents import MAX_SOURCES, Corpus, Raw, first_lines, look_into, read_raw
+from salt_lightning.text.encoder import Encoder, day_written, make_encoder
 from salt_lightning.text.journal import Unfinished, making, write_json
 from salt_lightning.text.parse import Skipped, documents, empty_error
 from salt_lightning.text.processes import in_child, num_cores, ordered_map
 from salt_lightning.text.progress import Done, Progress, summary_line
-from salt_lightning.text.token_files import FORMAT, SPLITS, SplitWriter, TokenFiles, digest, no_counts, sealed, sizes
+from salt_lightning.text.token_files import (
+    FORMAT,
+    SPLITS,
+    Block,
+    SplitWriter,
+    TokenFiles,
+    digest,
+    no_counts,
+    sealed,
+    sizes,
+)
 from salt_lightning.text.tokenizer import (
     WORDS,
-    Block,
-    Encoder,
-    ExampleEncoder,
     beginning,
-    num_ids,
-    of_text,
     rules_fingerprint,
-    special_ids,
+    spelled_ids,
     tokenizer_fingerprint,
     train_tokenizer,
-    unknown_ids,
 )
 
-_GPT2_EOS = "<|endoftext|>"  # it separates documents in many files of text
 _TRAINED = 4  # version of what a tokenizer is trained on
 _JOURNAL_S = 10.0  # the work that a kill may lose
 _KEPT = f"; the same --data.cache_dir keeps all but about the last {_JOURNAL_S:g} s of work"
@@ -124,9 +127,13 @@ _CUT = 3  # version of how conversations are cut into parts that are learned or 
 def token_folder(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, val_fraction: float, cache_dir: Path) -> Path:
     """The cache folder of a corpus's tokens, named by a fingerprint of everything that determines them."""
     # a template may write any of the named tokens
-    chat = [_CUT, tokenizer.chat_template, tokenizer.special_tokens_map] if corpus.examples.messages else None
-    rules, begins = rules_fingerprint(tokenizer), beginning(tokenizer.backend_tokenizer)
-    return cache_dir / digest([FORMAT, corpus.inputs(), rules, val_fraction, chat, begins])
+    chat: list[Any] | None = None
+    if corpus.examples.messages:
+        chat = [_CUT, tokenizer.chat_template, tokenizer.special_tokens_map, *day_written(tokenizer)]
+    rules, begins, hidden = rules_fingerprint(tokenizer), beginning(tokenizer), spelled_ids(tokenizer)
+    if type(tokenizer.backend_tokenizer.model).__name__ == "Unigram":  # earlier versions hid those, too
+        hidden = []
+    return cache_dir / digest([FORMAT, corpus.inputs(), rules, val_fraction, chat, begins, *hidden])
 
 
 def prepare_tokens(
@@ -159,6 +166,8 @@ def prepare_tokens(
     if left_out := manifest.get("left_out"):
         what = "no response to learn, or a null" if corpus.examples.given else "no text"
         rank_zero_info(f"{corpus.setting}: {left_out} rows left out ({what})")
+    if corpus.examples.messages and (day := day_written(tokenizer)):
+        rank_zero_info(f"{corpus.setting}: the chat template writes a date; it is {day[0]} in all conversations")
     if column and not manifest.get("num_tools", 1):  # one JSON line may lack the column, but all?
         rank_zero_warn(f"--data.examples.tools: no row of {corpus.setting} has tools in a column {column!r}")
     return folder
@@ -193,34 +202,6 @@ def _prepare(
                     unfinished.forget()
                 raise
             write_json(unfinished.path / "manifest.json", sealed({**origin, **contents}))
-
-
-def make_encoder(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, val_fraction: float) -> Encoder:
-    """The encoder that turns the rows of a corpus into tokens."""
-    chats = bool(corpus.examples.messages)
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()) if chats else of_text(tokenizer)
-    backend.no_truncation()
-    backend.no_padding()
-    dtype = "uint16" if num_ids(tokenizer) <= 1 << 16 else "uint32"
-    eos_id = int(tokenizer.eos_token_id)
-    if not corpus.examples.given:
-        ends = tuple(dict.fromkeys([str(tokenizer.eos_token), _GPT2_EOS]))
-        return Encoder(backend, eos_id, dtype, corpus, val_fraction, ends)
-    plain = [file for group in corpus.groups if group.kind == "text" for file in group.files]
-    if plain:
-        raise ConfigError(
-            f"{corpus.setting}: {plain[0]} is plain text, but --data.examples reads columns; give jsonl, parquet or a "
-            "hub data set"
-        )
-    chat = tokenizer if chats else None
-    if chat is not None and not tokenizer.chat_template:
-        raise ConfigError(
-            "--data.examples.messages: the tokenizer of --data.tokenizer has no chat template; use "
-            "--data.examples.prompt and --data.examples.response, or a tokenizer that has one"
-        )
-    unknown = set(unknown_ids(tokenizer)) - {eos_id}  # unknown tokens stand for text
-    marks = sorted(set(special_ids(tokenizer)) - unknown)
-    return ExampleEncoder(backend, eos_id, dtype, corpus, val_fraction, (), chat, marks)
 
 
 def _check_unchanged(corpus: Corpus, stamps: dict[str, Any]) -> None:

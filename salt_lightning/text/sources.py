@@ -85,7 +85,9 @@ def resolve(setting: str, entries: list[str], hub: Hub) -> tuple[Group, ...]:
     Raises:
         ConfigError: an entry is neither file, folder, glob with a match, nor a possible hub name; a file is an archive.
     """
-    names = [_source_name(entry) for entry in entries]
+    if foreign := [entry for entry in entries if _unicode(entry) != entry]:
+        raise ConfigError(f"{setting}: {foreign[0]} is not UTF-8; rename it, or give its folder or a glob")
+    names = [_unicode(_source_name(entry)) for entry in entries]
     groups: list[Group] = []
     for entry, name in zip(entries, names, strict=True):
         groups += _resolve_one(setting, entry, name if names.count(name) == 1 else entry, hub)
@@ -119,7 +121,7 @@ def each_file(groups: tuple[Group, ...]) -> tuple[Group, ...]:
     depth = next(d for d in range(1, 999) if len({parts[-d:] for parts in paths}) == len(paths))
     split: list[Group] = []
     for group in groups:
-        names = (("/".join(Path(file).parts[-depth:]), file) for file in group.files)
+        names = ((_unicode("/".join(Path(file).parts[-depth:])), file) for file in group.files)
         split += [Group(name, group.kind, (file,)) for name, file in names] or [group]
     return tuple(split)
 
@@ -405,6 +407,11 @@ def _suffix(file: str) -> str:
     """The suffix, without that of a compression."""
     path = Path(file)
     return (Path(path.stem).suffix if path.suffix.lower() in SUFFIXES else path.suffix).lower()
+
+
+def _unicode(name: str) -> str:
+    """A file's name with bytes that are no UTF-8 written out: names of sources must differ in any encoding."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def _source_name(entry: str) -> str:

@@ -1,13 +1,11 @@
-"""Tokenizers: loaded or trained here; text -> ids, and the bytes of text that each id stands for."""
+"""Tokenizers: loaded or trained here, and what their tokens are."""
 
 import json
 import os
 import re
 import time
 import unicodedata
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterator
 from itertools import chain, takewhile
 from typing import Any
 
@@ -16,12 +14,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from salt_lightning.errors import ConfigError, first_line, one_line
-from salt_lightning.text.documents import Corpus, Raw, read_raw, utf8
-from salt_lightning.text.examples import Conversation, Message, Segment, segments
+from salt_lightning.errors import ConfigError, first_line
+from salt_lightning.text.documents import Corpus, read_raw, utf8
 from salt_lightning.text.parse import Skipped, documents, empty_error, lots
 from salt_lightning.text.progress import Done, Progress
-from salt_lightning.text.token_files import Block, TokenFiles, digest
+from salt_lightning.text.token_files import TokenFiles, digest
 
 EOS = "<|endoftext|>"
 # GPT-2's, except that vowel signs and other marks belong to their word: GPT-2's cuts words of Hindi or Thai at each.
@@ -130,8 +127,8 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     return str(backend.decode(ids))
 
 
-# A capital letter, accents, vowel signs of Devanagari, Thai and Arabic, a wide character.
-_WORDS = ("Paris", "été", "में", "ที่", "عربيّ", "東京")
+# A capital letter, accents, vowel signs of Devanagari, Thai and Arabic, a wide character, a line break and a tab.
+_WORDS = ("Paris", "été", "में", "ที่", "عربيّ", "東京", "a\n\tb")
 
 
 def changed_words(tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
@@ -139,8 +136,8 @@ def changed_words(tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
     changed, foreign = [], {*special_ids(tokenizer), *unknown_ids(tokenizer)}
     for word in _WORDS if tokenizer.backend_tokenizer.decoder is not None else ():  # else it has no text to compare
         ids = tokenizer.backend_tokenizer.encode(word, add_special_tokens=False).ids
-        back = unicodedata.normalize("NFC", "".join(decode(tokenizer, ids).split()))
-        if not set(ids) & foreign and back != unicodedata.normalize("NFC", word):
+        back = unicodedata.normalize("NFC", decode(tokenizer, ids).replace(" ", ""))
+        if ids and not set(ids) & foreign and back != unicodedata.normalize("NFC", word):
             changed.append((word, back))
     return changed
 
@@ -153,24 +150,37 @@ def rules_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def of_text(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     """A tokenizer for plain text: with `encode_special_tokens` set, a spelled-out special token is text."""
-    told = tokenizer.backend_tokenizer.to_str()
-    if type(tokenizer.backend_tokenizer.model).__name__ != "Unigram":  # which has them in its vocabulary
-        return Tokenizer.from_str(told)
-    rules, special = json.loads(told), set(special_ids(tokenizer))
-    words = enumerate(rules["model"]["vocab"])
-    rules["model"]["vocab"] = [[_NO_TEXT.format(i) if i in special else word, p] for i, (word, p) in words]
+    rules, hidden = json.loads(tokenizer.backend_tokenizer.to_str()), set(spelled_ids(tokenizer))
+    model, names = rules["model"], {i: _NO_TEXT.format(i) for i in hidden}
+    if model["type"] == "Unigram":
+        model["vocab"] = [[names.get(i, word), p] for i, (word, p) in enumerate(model["vocab"])]
+    else:
+        model["vocab"] = {names.get(i, word): i for word, i in model["vocab"].items()}
     for token in rules["added_tokens"]:  # keep all tokens, so that no id changes
-        if token["id"] in special:
-            token["content"] = _NO_TEXT.format(token["id"])
+        token["content"] = names.get(token["id"], token["content"])
     return Tokenizer.from_str(json.dumps(rules))
+
+
+def spelled_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens that a text which spells them would get, since the model has them among its words."""
+    model, special = json.loads(tokenizer.backend_tokenizer.to_str())["model"], set(special_ids(tokenizer))
+    if model["type"] == "Unigram":
+        return sorted(special.intersection(range(len(model["vocab"]))))
+    if model["type"] == "BPE" and not model.get("ignore_merges"):
+        return []  # only merges make words
+    named = special.intersection(model["vocab"].values()) - set(unknown_ids(tokenizer))
+    merges = model.get("merges", ()) if named else ()
+    merged = {part for merge in merges for part in (*merge, "".join(merge))}
+    return sorted(i for word, i in model["vocab"].items() if i in named and word not in merged)
 
 
 _NO_TEXT = "\ufffe{}\uffff"  # Unicode noncharacters, which texts do not contain
 
 
-def beginning(tokenizer: Tokenizer) -> list[int]:
+def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids that a tokenizer puts before every text: BOS, or none."""
-    encoding = tokenizer.encode("a", add_special_tokens=True)
+    text = tokenizer.eos_token or "a"  # not all know a letter
+    encoding = tokenizer.backend_tokenizer.encode(text, add_special_tokens=True)
     found = zip(encoding.ids, encoding.special_tokens_mask, encoding.attention_mask, strict=True)
     special = [(i, is_special) for i, is_special, is_no_padding in found if is_no_padding]
     return [i for i, _ in takewhile(lambda pair: pair[1], special)]
@@ -239,164 +249,7 @@ def _training_texts(corpus: Corpus, val_fraction: float) -> Iterator[str]:
     rank_zero_info(f"tokenizer: read {num_documents} documents; training on {chars / 1e6:.1f} M characters")
 
 
-@dataclass
-class Encoder:
-    """Turns raw rows into their hash and blocks of ids by split; sent to the worker processes."""
-
-    tokenizer: Tokenizer
-    eos_id: int
-    dtype: str
-    corpus: Corpus
-    val_fraction: float
-    ends: tuple[str, ...]  # texts that may have been meant as the end of a document
-
-    def __call__(self, raw: Raw) -> tuple[bytes, dict[str, Block], Skipped]:
-        splits: dict[str, list[tuple[Any, float, str]]] = {"train": [], "val": []}
-        found, skipped = documents(raw, self.corpus, self._take)
-        for (item, drawn_by), source in found:
-            lot = lots(drawn_by)[0]
-            splits["val" if lot < self.val_fraction else "train"].append((item, lot, source))
-        blocks = {split: self._block(items, split == "val") for split, items in splits.items() if items}
-        return raw.digest(), blocks, skipped
-
-    @cached_property
-    def _beginning(self) -> list[int]:
-        return beginning(self.tokenizer)
-
-    def _take(self, content: Any) -> tuple[Any, bytes] | None:
-        """What `_block` needs of a document, and the bytes that draw its split; None: it is left out."""
-        data = utf8(content)
-        return data, data
-
-    def _block(self, docs: list[tuple[Any, float, str]], with_bytes: bool) -> Block:
-        # Pickling loses this flag. A special token spelled out in a text is still text.
-        self.tokenizer.encode_special_tokens = True
-        ids, counts, lengths = [np.zeros(0, self.dtype)], [np.zeros(0, np.int32)], np.zeros(len(docs), np.int64)
-        by_bytes = isinstance(self.tokenizer.decoder, decoders.ByteLevel)
-        # Offsets cost time: only where bytes per token are needed.
-        encode = self.tokenizer.encode_batch if with_bytes else self.tokenizer.encode_batch_fast
-        for batch in _batches(docs):
-            batch_ids: list[int] = []
-            try:
-                encodings = encode([part for _, part in batch], add_special_tokens=False)
-            except Exception as error:  # a word that is not in a model without an unknown token
-                raise ConfigError(
-                    f"--data.tokenizer: cannot encode the text of {self.corpus.setting} ({one_line(error)}); give "
-                    "it an unknown token, or use a byte-level tokenizer"
-                ) from error
-            for (number, part), encoding in zip(batch, encodings, strict=True):
-                lengths[number] += len(encoding)
-                batch_ids += encoding.ids
-                if with_bytes and len(encoding):
-                    counts.append(token_bytes(part, encoding.offsets, encoding.tokens if by_bytes else []))
-            ids.append(np.array(batch_ids, self.dtype))
-        kept = lengths > 0  # a normalizer may drop all text
-        marks = [*self._beginning, self.eos_id]
-        ends = np.cumsum(lengths[kept])
-        starts = ends - lengths[kept]
-        places = np.stack([*(starts for _ in self._beginning), ends], 1).ravel()
-        return Block(
-            np.insert(np.concatenate(ids), places, np.tile(marks, len(ends))),
-            lengths[kept] + len(marks),
-            [source for (_, _, source), is_kept in zip(docs, kept, strict=True) if is_kept],
-            np.array([lot for _, lot, _ in docs])[kept],
-            np.insert(np.concatenate(counts), places, 0) if with_bytes else None,
-            sum(len(data) for (data, _, _), is_kept in zip(docs, kept, strict=True) if is_kept),
-            spelled={end: sum(data.count(utf8(end)) for data, _, _ in docs) for end in self.ends},
-        )
-
-
-_ANCHOR = "\n"
-_Example = tuple[np.ndarray, np.ndarray, np.ndarray]  # ids up to EOS, whether each is learned, its bytes of text
-
-
-@dataclass
-class ExampleEncoder(Encoder):
-    """The encoder for rows of fine-tuning examples.
-
-    Each segment is tokenized on its own, so that the ids of a prompt do not depend on the answer: training and
-    generation see the same prompt. A conversation, with all its examples, goes to a split by the hash of what comes
-    before its first answer.
-    """
-
-    chat: PreTrainedTokenizerBase | None  # applies its chat template; None: plain text
-    marks: list[int]  # of a chat template, and EOS: not text, so no bytes
-
-    def _plain(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        encoding = self.tokenizer.encode(text, add_special_tokens=False)
-        return encoding.ids, encoding.offsets
-
-    def _continued(self, text: str, before: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
-        """The same for text after the ids `before`: tokenized behind a similar anchor, whose ids are cut off again."""
-        if self._begins_with_a_space:
-            is_mark = self.chat is not None and before[-1] in self.marks
-            anchor = str(self.tokenizer.id_to_token(before[-1])) if is_mark else _ANCHOR
-            cut, (ids, offsets) = self._plain(anchor)[0], self._plain(anchor + text)
-            if ids[: len(cut)] == cut:
-                return ids[len(cut) :], [(a - len(anchor), b - len(anchor)) for a, b in offsets[len(cut) :]]
-        return self._plain(text)
-
-    @cached_property
-    def _begins_with_a_space(self) -> bool:
-        """Whether the tokenizer puts a space before each text it encodes (SentencePiece)."""
-        return self._plain(_ANCHOR + "a")[0] != self._plain(_ANCHOR)[0] + self._plain("a")[0]
-
-    def _take(self, content: Conversation) -> tuple[tuple[list[_Example], bool], bytes] | None:
-        examples = self._encode(content)
-        if not examples or examples[0][1][0]:  # after an empty prompt, nothing predicts the response
-            return None
-        return (examples, content.tools is not None), utf8(content.asked())
-
-    def response(self, text: str) -> list[int]:
-        """The ids of a response, with its EOS."""
-        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": text}]
-        ((ids, learned, _),) = self._encode(Conversation(messages))
-        return ids[learned].tolist()
-
-    def _block(self, docs: list[tuple[tuple[list[_Example], bool], float, str]], with_bytes: bool) -> Block:
-        examples = [example for (of_row, _), _, _ in docs for example in of_row]
-        ids, learned, counts = (np.concatenate(column) for column in zip(*examples, strict=True))
-        return Block(
-            ids.astype(self.dtype),
-            np.array([len(ids) for ids, _, _ in examples], np.int64),
-            [source for (of_row, _), _, source in docs for _ in of_row],
-            np.array([lot for (of_row, _), lot, _ in docs for _ in of_row]),
-            counts.astype(np.int32) if with_bytes else None,
-            int(counts.sum()),
-            learned.astype(np.uint8),
-            sum(len(of_row) > 1 for (of_row, _), _, _ in docs),
-            len(examples) - len(docs),
-            sum(has_tools for (_, has_tools), _, _ in docs),
-        )
-
-    def _encode(self, conversation: Conversation) -> list[_Example]:
-        # A template's marks are special tokens. Elsewhere, one spelled out in a text is still text.
-        self.tokenizer.encode_special_tokens = self.chat is None
-        render = self._written if self.chat is not None else None
-        return [self._tokenized(example) for example in segments(conversation, render)]
-
-    def _written(self, messages: list[Message], **how: Any) -> str:
-        assert self.chat is not None
-        return str(self.chat.apply_chat_template([messages], tokenize=False, **how)[0])  # in a list: it may be empty
-
-    def _tokenized(self, example: list[Segment]) -> _Example:
-        ids = [] if self.chat is not None else list(self._beginning)  # a template writes its own
-        learned, counts = [False] * len(ids), [0] * len(ids)
-        start = len(ids)
-        for text, is_learned in example:
-            text = utf8(text).decode()
-            new, offsets = self._continued(text, ids) if len(ids) > start else self._plain(text)
-            if new:
-                ids += new
-                learned += [is_learned] * len(new)
-                counts += token_bytes(text, offsets).tolist()
-        if ids[-1:] != [self.eos_id]:  # the mark at the end of a turn may be EOS already
-            ids, learned, counts = [*ids, self.eos_id], [*learned, True], [*counts, 0]
-        found = np.array(ids)
-        return found, np.array(learned), np.where(np.isin(found, self.marks), 0, counts)
-
-
-def _batches(docs: list[tuple[bytes, float, str]]) -> Iterator[list[tuple[int, str]]]:
+def in_pieces(docs: list[tuple[bytes, float, str]]) -> Iterator[list[tuple[int, str]]]:
     """(document's number, text) pairs, in batches small enough to encode in memory."""
     batch, chars = [], 0
     for number, (data, _, _) in enumerate(docs):
@@ -413,7 +266,8 @@ def pieces(text: str) -> Iterator[str]:
     """The text itself, or the parts of a huge one, so that memory holds one part's encoding at a time.
 
     Cut before a space that follows a non-space and precedes a letter: the usual tokenizers begin a word there, so the
-    ids are those of the whole text. Without such a place, it is cut anyway.
+    ids are those of the whole text, except for the space that SentencePiece puts before each part. Without such a
+    place, it is cut anyway.
     """
     start = 0
     while len(text) - start > _PIECE_CHARS:
@@ -423,33 +277,3 @@ def pieces(text: str) -> Iterator[str]:
         yield text[start:end]
         start = end
     yield text[start:]
-
-
-def token_bytes(text: str, offsets: list[tuple[int, int]], letters: Sequence[str] = ()) -> np.ndarray:
-    """UTF-8 bytes of `text` that each token accounts for (int32); their sum is always the text's size.
-
-    A token gets the bytes from the furthest end of earlier tokens to its own end; the last one gets the rest. The bytes
-    of a character that several tokens share are divided among them: a document's first token has no label, and would
-    otherwise take the bytes of others that have one.
-
-    Args:
-        text: as it was encoded.
-        offsets: (start, end) in characters.
-        letters: of each token of a byte-level tokenizer: one for each byte, unless a normalizer has changed the text.
-    """
-    sizes = np.array([len(each) for each in letters], np.int32)
-    if letters and sizes.sum() == len(text.encode()):
-        return sizes
-    code_points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-    widths = 1 + (code_points >= 0x80) + (code_points >= 0x800) + (code_points >= 0x10000)
-    bytes_before = np.concatenate([[0], np.cumsum(widths)])
-    start, end = np.array(offsets).T
-    furthest = np.maximum.accumulate(end)
-    ends = bytes_before[furthest]
-    if not np.diff(furthest).all():
-        last = np.diff(bytes_before, prepend=0)[furthest]  # bytes of the last character so far
-        sharing = np.concatenate([[0], np.cumsum((end == furthest) & (start < end))])
-        before, after = (sharing[np.searchsorted(furthest, furthest, side)] for side in ("left", "right"))
-        ends -= last - last * (sharing[1:] - before) // np.maximum(after - before, 1)
-    ends[-1] = bytes_before[-1]
-    return np.diff(ends, prepend=0).astype(np.int32)
