@@ -19,7 +19,8 @@ def main() -> int:
     if os.getpid() == 1:  # in a container: the kernel ignores signals that process 1 does not handle
         signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
     if sys.argv[1:] == ["--version"]:
-        print(f"salt_lightning {__version__}")
+        with steady_streams():
+            print(f"salt_lightning {__version__}")
         return 0
     if wrong := _wrong_start():
         return _refuse(wrong)

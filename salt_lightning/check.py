@@ -79,8 +79,9 @@ class Check:
         attach(self.module, self.data, self.trainer)
         self._batch()  # first: the next ones count validations in micro-batches
         self._plan()
+        thirds = bool(self.data.difficulty)
         batches = self._text()
-        thirds, sources = bool(self.data.difficulty), self.data.source_names
+        sources = self.data.source_names
         metrics = self.probe("thirds", TokenMetrics, sources, thirds) if sources else None
         self.works("trainer", cadence.check_trainer, self.trainer, True, metrics and metrics.parts)
         student = self._student(batches)

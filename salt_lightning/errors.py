@@ -169,6 +169,11 @@ def of_machine(error: BaseException, verb: str | None = None) -> str | None:
             "torch.compile has no room for the code that it writes; make room in the temporary folder (TMPDIR, or set "
             f"TORCHINDUCTOR_CACHE_DIR to another), and {again}"
         )
+    if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")) and "failed to map" in str(error):
+        return (
+            "torch.compile cannot load the code that it writes, because its folder is mounted noexec; set "
+            f"TORCHINDUCTOR_CACHE_DIR (or TMPDIR) to another folder, and {again}"
+        )
     if "Early stopping conditioned on metric" in str(error):  # of a source that has no held-out text
         return f"--trainer.callbacks EarlyStopping: {why}; monitor val/ce"
     if "no kernel image" in str(error):

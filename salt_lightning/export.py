@@ -115,12 +115,17 @@ def export(
     )
 
 
+_MOST_NAME_BYTES = 210  # while it is written, its name is 38 bytes longer; file systems take 255
+
+
 def check_target(target: Path, setting: str) -> None:
     """Raises ConfigError if `target` exists, as nothing is ever overwritten, or if it cannot be a folder's name."""
     if wrong := wrong_path(target):
         raise ConfigError(f"{setting} {target} {wrong}")
     if target.exists() or target.is_symlink():
         raise ConfigError(f"{setting} {target} exists already; choose another name or remove it")
+    if len(os.fsencode(target.name)) > _MOST_NAME_BYTES:
+        raise ConfigError(f"{setting} {target}: its name is longer than {_MOST_NAME_BYTES} bytes; choose a shorter one")
 
 
 # --- what is in a checkpoint ---

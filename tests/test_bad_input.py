@@ -15,6 +15,7 @@ import sys
 import time
 from contextlib import nullcontext, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import forked
 import pytest
@@ -845,6 +846,7 @@ def test_a_card_that_this_torch_has_no_code_for(settings, tmp_path, capsys, monk
             "cannot write PCH file: No space left on device",
             "torch.compile has no room for the code that",
         ),
+        (CppCompileError, "x.so: failed to map segment from shared object", "its folder is mounted noexec; set TORCHI"),
     ],
 )
 def test_what_fills_up_outside_the_run_is_named(settings, tmp_path, capsys, monkeypatch, kind, message, said):
@@ -856,6 +858,20 @@ def test_what_fills_up_outside_the_run_is_named(settings, tmp_path, capsys, monk
     line = one_line(capsys)
     assert said in line
     assert "--ckpt_path last" in line
+
+
+def test_compiling_into_a_folder_whose_code_cannot_run_is_refused(settings, tmp_path, capsys, monkeypatch):
+    """As Docker mounts a tmpfs. The folder itself need not be there yet."""
+    (tmp_path / "mounted").mkdir()
+    real = os.statvfs
+    noexec = SimpleNamespace(f_flag=os.ST_NOEXEC)
+    monkeypatch.setattr(os, "statvfs", lambda path: noexec if path == tmp_path / "mounted" else real(path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "mounted/new"))
+    own = {"run": str(tmp_path / "run"), "model.compile": True, "kd.weight": 0.0}
+    assert run(["fit", *arguments(settings, own)]) == 2
+    said = f"--model.compile true writes code into {tmp_path}/mounted/new, which is mounted noexec; set TORCHINDUCTOR_C"
+    assert said in one_line(capsys)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("verb", ["fit", "check", "validate", "predict"])

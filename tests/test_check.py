@@ -333,6 +333,12 @@ def test_a_monitor_of_a_source_that_the_text_does_not_have(checked, tmp_path):
         assert [f[:2] for f in found if f[2].startswith(said)] == [["error", "trainer"]]
 
 
+def test_a_monitor_of_a_third_whose_losses_are_refused_is_no_second_error(checked, tmp_path):
+    early = {"class_path": "EarlyStopping", "init_args": {"monitor": "val/ce/easy"}}
+    _, found = checked(**{"trainer.callbacks": [early], "data.difficulty": str(tmp_path)})
+    assert [about for level, about, _ in found if level == "error"] == ["thirds"]
+
+
 def test_all_findings_at_once(checked, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     code, found = checked(**{

@@ -3,6 +3,7 @@
 import itertools
 import json
 import logging
+import math
 import re
 import shutil
 import subprocess
@@ -132,9 +133,10 @@ def test_parts_are_what_they_are_in_the_whole_text(tmp_path, bos, rule):
     assert files.tokens.tolist() == [*tokenizer("Q: wé?\nA: 7").input_ids, 1]
     assert files.learned.tolist() == [0] * (len(files.tokens) - 3) + [1, 1, 1]
     assert files.token_bytes.sum() == len("Q: wé?\nA: 7".encode())
-    joined = Examples(prompt="{question}", response="{answer}")  # as in Chinese
-    files, _ = prepared(tmp_path, [], joined, tokenizer=tokenizer)
-    assert files.tokens.tolist() == [*tokenizer("wé?7").input_ids, 1]
+    for between in ("", " ", "\n", ":\n"):  # joined, as in Chinese, and apart
+        examples = Examples(prompt=f"{{question}}{between}", response="{answer}")
+        files, _ = prepared(tmp_path, [], examples, tokenizer=tokenizer)
+        assert files.tokens.tolist() == [*tokenizer(f"wé?{between}7").input_ids, 1]
 
 
 CALLS = TEMPLATE.replace(
@@ -306,19 +308,30 @@ def test_a_table_may_hold_tools(tmp_path):
     assert tokenizer.decode(files.tokens.tolist()).startswith("<tool>weather</tool><|user|>rain?")
 
 
-def test_the_date_of_a_chat_template_is_the_same_every_day(tmp_path, caplog):
+@pytest.mark.parametrize(
+    ("date", "written"),
+    [
+        ("{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %}", "26 Jul 2024"),
+        ("\n{% set now, form = strftime_now, '%A, %-d.' ~ '%m' %}{{ now(format=form) }}", "\nFriday, 26.07"),
+    ],
+)
+def test_the_date_of_a_chat_template_is_the_same_every_day(tmp_path, caplog, date, written):
     """As Llama 3.2's and gpt-oss's write today's: other days would give other ids under the same settings."""
     tokenizer = chat_tokenizer()
-    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + TEMPLATE
+    tokenizer.chat_template = date + TEMPLATE
     files, _ = prepared(tmp_path, [{"messages": [turn("user", "a"), turn("assistant", "b")]}], CHAT, tokenizer)
-    assert tokenizer.decode(files.tokens.tolist()).startswith("26 Jul 2024<|user|>a")
+    assert tokenizer.decode(files.tokens.tolist()).startswith(f"{written}<|user|>a")
     assert "--data.source: the chat template writes a date; it is 26 July 2024 in all conversations" in caplog.text
 
 
 @pytest.mark.parametrize(("key", "value"), [("weight", "0"), ("weight", 0.5), ("train", "false")])
 def test_a_weight_that_is_neither_0_nor_1_is_refused(tmp_path, key, value):
-    messages = [turn("user", "a"), {**turn("assistant", "b"), key: value}]
-    with pytest.raises(ConfigError, match=f"{key} {value!r} of a message must be 0 or 1; leave it out"):
+    messages = [{**turn("user", "a"), key: value}, {**turn("assistant", "b"), key: math.nan}]  # of pandas: a null
+    files, _ = prepared(tmp_path, [{"messages": messages}], CHAT, chat_tokenizer())
+    assert files.learned.any()
+    (tmp_path / "rows.jsonl").unlink()
+    messages[1][key] = value
+    with pytest.raises(ConfigError, match=f"{key} {value!r} of an answer must be 0 or 1; leave it out"):
         prepared(tmp_path, [{"messages": messages}], CHAT, chat_tokenizer())
 
 

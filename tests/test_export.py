@@ -20,7 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from salt_lightning import cli
 from salt_lightning.comparison import lineage
-from salt_lightning.export import _write_settings, export
+from salt_lightning.errors import ConfigError
+from salt_lightning.export import _write_settings, check_target, export
 from salt_lightning.hugging_face.card import model_card
 from salt_lightning.hugging_face.spec import ModelSpec, resolved
 from salt_lightning.models import load_pretrained
@@ -200,6 +201,8 @@ def test_marks_that_only_a_generation_config_names_go_on_to_end_a_generation(sal
     plain = {key: value for key, value in settings.items() if not key.startswith(("model.student", "data.vocab_size"))}
     assert cli.main(["fit", *arguments(plain, own)]) == 0
     assert GenerationConfig.from_pretrained(out).eos_token_id == stops
+    with pytest.raises(ConfigError, match=r"--to .*: its name is longer than 210 bytes; choose a shorter one"):
+        check_target(tmp_path / ("\u00e9" * 106), "--to")
 
 
 @pytest.mark.parametrize(("stops", "generation"), [([0, 7], [0, 7]), ([7, 9], 0)])

@@ -52,6 +52,7 @@ from salt_lightning.text.tokenizer import (
     load_tokenizer,
     pieces,
     rules_fingerprint,
+    spelled_ids,
     tokenizer_fingerprint,
 )
 
@@ -299,6 +300,18 @@ def test_a_special_token_that_is_spelled_out_is_text_to_every_model(tmp_path, ki
     assert tokenizer("A </s> G").input_ids == [0, 3, 1, 5]  # premise
     files = TokenFiles(prepare_tokens(corpus_of(tmp_path / "x.jsonl"), tokenizer, 1.0, tmp_path / "cache", 1), "val")
     assert files.tokens.tolist() == ids
+
+
+def test_a_special_token_that_is_also_a_letter_stays_what_it_was(tmp_path):
+    """Hidden, it would vanish from the text, or end the command where nothing is left for unknown words."""
+    tokenizer = letters_only("whole words")
+    tokenizer.add_special_tokens({"pad_token": "T"})
+    assert spelled_ids(tokenizer) == [0, 1]
+    assert spelled_ids(letters_only("no unknown")) == []
+    assert spelled_ids(letters_only("word piece")) == [0, 1]
+    write_jsonl(tmp_path / "x.jsonl", [{"text": "A T"}])
+    files = TokenFiles(prepare_tokens(corpus_of(tmp_path / "x.jsonl"), tokenizer, 1.0, tmp_path / "cache", 1), "val")
+    assert files.tokens.tolist() == [0, 3, 6, 1]
 
 
 def test_a_tokenizer_that_knows_no_word_of_english(tmp_path):

@@ -2,7 +2,9 @@
 
 import os
 import shutil
+import tempfile
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +29,7 @@ def memory_bytes(kind: str, num_devices: int) -> int | None:
 
 
 def require_compiler(kind: str) -> None:
-    """Raises ConfigError if torch.compile would find no compiler.
+    """Raises ConfigError if torch.compile would find no compiler, or a folder for code from which none can be loaded.
 
     Images of containers often lack a compiler, which torch.compile needs for the code that it writes on a CPU, and
     Triton to start a kernel on a GPU.
@@ -43,4 +45,11 @@ def require_compiler(kind: str) -> None:
         raise ConfigError(
             f"--model.compile true needs a compiler, {' or '.join(names)}, and finds none; install it (in a container "
             "e.g. apt-get install g++), or set --model.compile false"
+        )
+    folder = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or tempfile.gettempdir()).absolute()
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if os.statvfs(there).f_flag & getattr(os, "ST_NOEXEC", 0):  # as Docker mounts a tmpfs
+        raise ConfigError(
+            f"--model.compile true writes code into {folder}, which is mounted noexec; set TORCHINDUCTOR_CACHE_DIR to "
+            "another folder, or set --model.compile false"
         )

@@ -192,7 +192,8 @@ def keep_stops(model: PreTrainedModel) -> None:
     config = model.config.get_text_config()
     stops, own = (getattr(of, "eos_token_id", None) for of in (model.generation_config, config))
     if isinstance(stops, list) and (own is None or own in stops):
-        config.eos_token_id = stops
+        with suppress(Exception):  # some families' configs take only one
+            config.eos_token_id = stops
 
 
 def refuse_requests(settings: dict[str, Any], where: str) -> None:

@@ -1,8 +1,10 @@
 """A run's loggers: its own TensorBoard files, whose write errors are one line, and other trackers."""
 
 import os
+import re
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -65,7 +67,14 @@ class EventLog(TensorBoardLogger):
     @rank_zero_experiment
     def experiment(self) -> SummaryWriter:
         if self._experiment is None:
-            number = 1 + max(map(start_number, Path(self.log_dir).glob("*tfevents*")), default=0)
+            files = list(Path(self.log_dir).glob("*tfevents*"))
+            number = 1 + max(map(start_number, files), default=0)
+            stamps = (re.match(r"events\.out\.tfevents\.(\d+)\.", file.name) for file in files)
+            if any(stamp and int(stamp[1]) > time.time() for stamp in stamps):  # TensorBoard orders files by name
+                rank_zero_warn(
+                    "this machine's clock is behind that of an earlier start of this run, so TensorBoard's page will "
+                    "leave out what this start logs (compare shows it); set the clock"
+                )
             self._experiment = _Writer(self.log_dir, **{"filename_suffix": f".start-{number}", **self._kwargs})
         return self._experiment
 

@@ -1,8 +1,6 @@
 """Encoders: documents and examples -> token ids, and the bytes of text that each id stands for."""
 
-import re
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -17,11 +15,23 @@ from salt_lightning.text.documents import Corpus, Raw, utf8
 from salt_lightning.text.examples import Conversation, Message, Segment, segments
 from salt_lightning.text.parse import Skipped, documents, lots
 from salt_lightning.text.token_files import Block
-from salt_lightning.text.tokenizer import beginning, in_pieces, num_ids, of_text, special_ids, unknown_ids
+from salt_lightning.text.tokenizer import (
+    beginning,
+    in_pieces,
+    keeps,
+    num_ids,
+    of_text,
+    special_ids,
+    spelled_ids,
+    unknown_ids,
+)
 
 _GPT2_EOS = "<|endoftext|>"  # it separates documents in many files of text
 # Templates that write a date write this one (Llama 3's without a clock), so that ids do not depend on the day.
-_DAY, _ASKS_DAY = datetime(2024, 7, 26), re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
+_DAY = datetime(2024, 7, 26)
+_CODES = [f"%{code}" for code in (*"aAbBcdDefFGHIjklmMnpRSTuUVwWxXyY", "-d", "-m", "-H", "-I", "-M", "-S", "-y", "%")]
+_WRITES_DAY = "".join(f".replace('{code}', '{_DAY.strftime(code)}')" for code in _CODES)
+_MACRO = f"{{% macro strftime_now(format) %}}{{{{ format{_WRITES_DAY} }}}}{{% endmacro %}}{{{{ '' }}}}"
 
 
 @dataclass
@@ -108,11 +118,12 @@ class ExampleEncoder(Encoder):
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
-    def _continued(self, text: str, before: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
+    def _continued(self, text: str, before: list[int], ends_in_space: bool) -> tuple[list[int], list[tuple[int, int]]]:
         """The same for text after the ids `before`: tokenized behind a similar anchor, whose ids are cut off again."""
         if self._begins_with_a_space:
             is_mark = self.chat is not None and before[-1] in self.marks
             anchor = str(self.tokenizer.id_to_token(before[-1])) if is_mark else self._anchor
+            anchor += " " if anchor == _ANCHORS[1] and ends_in_space else ""
             cut, (ids, offsets) = self._plain(anchor)[0], self._plain(anchor + text)
             if ids[: len(cut)] == cut:
                 return ids[len(cut) :], [(a - len(anchor), b - len(anchor)) for a, b in offsets[len(cut) :]]
@@ -125,7 +136,7 @@ class ExampleEncoder(Encoder):
 
     @cached_property
     def _anchor(self) -> str:
-        return next((text for text in _ANCHORS if self._plain(text)[0]), "")
+        return next((text for text in _ANCHORS if keeps(self.tokenizer, text)), "")
 
     def _take(self, content: Conversation) -> tuple[tuple[list[_Example], bool], bytes] | None:
         examples = self._encode(content)
@@ -145,9 +156,10 @@ class ExampleEncoder(Encoder):
             return set()
         source, name = str(self.chat.chat_template), self.chat.convert_ids_to_tokens
         written = {i for i in self.marks if str(name(i)) in source}
-        with suppress(ConfigError):  # of a template that does not accept this conversation
-            written.update(self.response("!"))
-        return written & {*self.marks}
+        try:
+            return (written | {*self.response("!")}) & {*self.marks}
+        except ConfigError:  # of a template that does not accept this conversation
+            return {*self.marks}
 
     def _block(self, docs: list[tuple[tuple[list[_Example], bool], float, str]], with_bytes: bool) -> Block:
         examples = [example for (of_row, _), _, _ in docs for example in of_row]
@@ -173,17 +185,19 @@ class ExampleEncoder(Encoder):
 
     def _written(self, messages: list[Message], **how: Any) -> str:
         assert self.chat is not None
-        asks = self.chat.get_chat_template(tools=how.get("tools"))
-        how["chat_template"] = _ASKS_DAY.sub(lambda call: repr(_DAY.strftime(call[2])), asks)
+        template = self.chat.get_chat_template(tools=how.get("tools"))
+        if "strftime_now" in template:
+            how["chat_template"] = _MACRO + template
         return str(self.chat.apply_chat_template([messages], tokenize=False, **how)[0])  # in a list: it may be empty
 
     def _tokenized(self, example: list[Segment]) -> _Example:
         ids = [] if self.chat is not None else list(self.begins)  # a template writes its own
         learned, counts = [False] * len(ids), [0] * len(ids)
-        start = len(ids)
+        start, ends_in_space = len(ids), False
         for text, is_learned in example:
             text = utf8(text).decode()
-            new, offsets = self._continued(text, ids) if len(ids) > start else self._plain(text)
+            new, offsets = self._continued(text, ids, ends_in_space) if len(ids) > start else self._plain(text)
+            ends_in_space = text[-1:].isspace()
             if new:
                 ids += new
                 learned += [is_learned] * len(new)
@@ -222,11 +236,19 @@ def make_encoder(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, val_fractio
     return ExampleEncoder(backend, eos_id, dtype, corpus, val_fraction, begins, (), chat, marks)
 
 
+def unlike_earlier(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+    """Where earlier versions made other ids, what is made now: the cache has those of before under other names."""
+    backend = tokenizer.backend_tokenizer
+    hidden = [] if type(backend.model).__name__ == "Unigram" else spelled_ids(tokenizer)
+    joined = corpus.examples.given and keeps(backend, _ANCHORS) and not keeps(backend, _ANCHORS[0])
+    return [*hidden, *(["joined"] if joined else [])]
+
+
 def day_written(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The date that the chat template writes, if it asks for one."""
     named = tokenizer.chat_template
     templates = named.values() if isinstance(named, dict) else [named or ""]
-    return [f"{_DAY:%d %B %Y}"] if any(map(_ASKS_DAY.search, templates)) else []
+    return [f"{_DAY:%d %B %Y}"] if any("strftime_now" in template for template in templates) else []
 
 
 def token_bytes(text: str, offsets: list[tuple[int, int]], letters: Sequence[str] = ()) -> np.ndarray:

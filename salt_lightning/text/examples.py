@@ -417,11 +417,10 @@ def _messages(value: Any, of_table: bool) -> list[Message]:
             said["content"] = ""
         if not all(isinstance(said.get(key), str) for key in ("role", "content")):
             raise _no_conversation(value)
-        for key in _WEIGHTS:
-            if said.get(key) not in (None, 0, 1):
-                raise ConfigError(
-                    f"--data.examples.messages: {key} {said[key]!r} of a message must be 0 or 1; leave it out"
-                )
+        for key in _WEIGHTS if said["role"] == "assistant" else ():
+            if said.get(key) not in (None, 0, 1) and said[key] == said[key]:  # NaN: a null of pandas
+                wrong = f"{key} {said[key]!r} of an answer must be 0 or 1; leave it out"
+                raise ConfigError(f"--data.examples.messages: {wrong}")
         messages.append(said)
     return messages
 

@@ -27,7 +27,7 @@ from salt_lightning.errors import ConfigError, MachineError, few, raised, refuse
 from salt_lightning.preflight import size_said
 from salt_lightning.text import token_files
 from salt_lightning.text.documents import MAX_SOURCES, Corpus, Raw, first_lines, look_into, read_raw
-from salt_lightning.text.encoder import Encoder, day_written, make_encoder
+from salt_lightning.text.encoder import Encoder, day_written, make_encoder, unlike_earlier
 from salt_lightning.text.journal import Unfinished, making, write_json
 from salt_lightning.text.parse import Skipped, documents, empty_error
 from salt_lightning.text.processes import in_child, num_cores, ordered_map
@@ -47,7 +47,6 @@ from salt_lightning.text.tokenizer import (
     WORDS,
     beginning,
     rules_fingerprint,
-    spelled_ids,
     tokenizer_fingerprint,
     train_tokenizer,
 )
@@ -130,10 +129,8 @@ def token_folder(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, val_fractio
     chat: list[Any] | None = None
     if corpus.examples.messages:
         chat = [_CUT, tokenizer.chat_template, tokenizer.special_tokens_map, *day_written(tokenizer)]
-    rules, begins, hidden = rules_fingerprint(tokenizer), beginning(tokenizer), spelled_ids(tokenizer)
-    if type(tokenizer.backend_tokenizer.model).__name__ == "Unigram":  # earlier versions hid those, too
-        hidden = []
-    return cache_dir / digest([FORMAT, corpus.inputs(), rules, val_fraction, chat, begins, *hidden])
+    told = [FORMAT, corpus.inputs(), rules_fingerprint(tokenizer), val_fraction, chat, beginning(tokenizer)]
+    return cache_dir / digest([*told, *unlike_earlier(corpus, tokenizer)])
 
 
 def prepare_tokens(

@@ -6,6 +6,7 @@ import re
 import time
 import unicodedata
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import chain, takewhile
 from typing import Any
 
@@ -134,11 +135,13 @@ _WORDS = ("Paris", "été", "में", "ที่", "عربيّ", "東京", "a
 def changed_words(tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
     """(word, what its tokens decode to) where a tokenizer knows a word but changes it, beyond its Unicode form."""
     changed, foreign = [], {*special_ids(tokenizer), *unknown_ids(tokenizer)}
-    for word in _WORDS if tokenizer.backend_tokenizer.decoder is not None else ():  # else it has no text to compare
-        ids = tokenizer.backend_tokenizer.encode(word, add_special_tokens=False).ids
-        back = unicodedata.normalize("NFC", decode(tokenizer, ids).replace(" ", ""))
-        if ids and not set(ids) & foreign and back != unicodedata.normalize("NFC", word):
-            changed.append((word, back))
+    backend = tokenizer.backend_tokenizer
+    known = [word for word in _WORDS if keeps(backend, word)] if backend.decoder is not None else []
+    for word in known:  # without a decoder, it has no text to compare
+        ids = backend.encode(word, add_special_tokens=False).ids
+        back = unicodedata.normalize("NFC", decode(tokenizer, ids))
+        if not set(ids) & foreign and back.replace(" ", "") != unicodedata.normalize("NFC", word):
+            changed.append((word, back.strip()))
     return changed
 
 
@@ -150,28 +153,38 @@ def rules_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def of_text(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     """A tokenizer for plain text: with `encode_special_tokens` set, a spelled-out special token is text."""
-    rules, hidden = json.loads(tokenizer.backend_tokenizer.to_str()), set(spelled_ids(tokenizer))
-    model, names = rules["model"], {i: _NO_TEXT.format(i) for i in hidden}
-    if model["type"] == "Unigram":
-        model["vocab"] = [[names.get(i, word), p] for i, (word, p) in enumerate(model["vocab"])]
+    told, names = tokenizer.backend_tokenizer.to_str(), {i: _NO_TEXT.format(i) for i in spelled_ids(tokenizer)}
+    if not names:
+        return Tokenizer.from_str(told)
+    rules = json.loads(told)
+    if rules["model"]["type"] == "Unigram":
+        rules["model"]["vocab"] = [[names.get(i, word), p] for i, (word, p) in enumerate(rules["model"]["vocab"])]
     else:
-        model["vocab"] = {names.get(i, word): i for word, i in model["vocab"].items()}
+        rules["model"]["vocab"] = {names.get(i, word): i for word, i in rules["model"]["vocab"].items()}
     for token in rules["added_tokens"]:  # keep all tokens, so that no id changes
         token["content"] = names.get(token["id"], token["content"])
     return Tokenizer.from_str(json.dumps(rules))
 
 
 def spelled_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The special tokens that a text which spells them would get, since the model has them among its words."""
-    model, special = json.loads(tokenizer.backend_tokenizer.to_str())["model"], set(special_ids(tokenizer))
-    if model["type"] == "Unigram":
-        return sorted(special.intersection(range(len(model["vocab"]))))
-    if model["type"] == "BPE" and not model.get("ignore_merges"):
+    """The special tokens that a text which spells them would get, since the model has them among its words.
+
+    Not those of one or two characters, which may be ordinary text as well, and none that the model cannot write
+    otherwise.
+    """
+    model: Any = tokenizer.backend_tokenizer.model
+    kind, special = type(model).__name__, special_ids(tokenizer)
+    if kind == "Unigram":
+        return special
+    if kind == "BPE" and not model.ignore_merges:
         return []  # only merges make words
-    named = special.intersection(model["vocab"].values()) - set(unknown_ids(tokenizer))
-    merges = model.get("merges", ()) if named else ()
+    names = {i: str(tokenizer.convert_ids_to_tokens(i)) for i in special}
+    named = {i: name for i, name in names.items() if len(name) > 2 and model.token_to_id(name) == i}
+    if not named or (kind != "BPE" and model.token_to_id(str(model.unk_token)) is None):
+        return []
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"].get("merges", ())
     merged = {part for merge in merges for part in (*merge, "".join(merge))}
-    return sorted(i for word, i in model["vocab"].items() if i in named and word not in merged)
+    return sorted({i for i, name in named.items() if name not in merged} - {*unknown_ids(tokenizer)})
 
 
 _NO_TEXT = "\ufffe{}\uffff"  # Unicode noncharacters, which texts do not contain
@@ -179,11 +192,19 @@ _NO_TEXT = "\ufffe{}\uffff"  # Unicode noncharacters, which texts do not contain
 
 def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids that a tokenizer puts before every text: BOS, or none."""
-    text = tokenizer.eos_token or "a"  # not all know a letter
-    encoding = tokenizer.backend_tokenizer.encode(text, add_special_tokens=True)
+    backend = tokenizer.backend_tokenizer
+    text = "a" if keeps(backend, "a") else tokenizer.eos_token or "a"  # not all know a letter
+    encoding = backend.encode(text, add_special_tokens=True)
     found = zip(encoding.ids, encoding.special_tokens_mask, encoding.attention_mask, strict=True)
     special = [(i, is_special) for i, is_special, is_no_padding in found if is_no_padding]
     return [i for i, _ in takewhile(lambda pair: pair[1], special)]
+
+
+def keeps(tokenizer: Tokenizer, text: str) -> bool:
+    """Whether the tokenizer has tokens for any of a text."""
+    with suppress(Exception):  # of a model without an unknown token
+        return bool(tokenizer.encode(text, add_special_tokens=False).ids)
+    return False
 
 
 _RUN = re.compile(r"\S{1000}|\s{1000}")
