@@ -109,11 +109,12 @@ class AnswerTest(pl.Callback):
         marks = encoder.template_marks()
         responses = [response for _, response in pairs.values()]
         self._stops = [rows.files.eos_id, *sorted(turn_ends(responses, marks, data.tokenizer.decode))]
-        self._unknown = {*unknown_ids(data.tokenizer)} - {*self._stops}
-        if lost := sum(not self._unknown.isdisjoint(response) for response in responses):
+        unknown = {*unknown_ids(data.tokenizer)} - {*self._stops}
+        self._unknown = [text for i in unknown if (text := data.tokenizer.decode([i]).strip())]
+        if lost := sum(not unknown.isdisjoint(response) for response in responses):
             rank_zero_info(
                 f"warning: --data.tokenizer has no token for a part of {lost} of {len(responses)} responses; no answer "
-                "to these counts as exact"
+                "counts as exact if it is to be equal to such a part"
             )
         count = min(self.max_examples or len(fitting), len(fitting))
         chosen = [fitting[i * len(fitting) // count] for i in range(count)]
@@ -194,7 +195,8 @@ class AnswerTest(pl.Callback):
                 record["answer"], record["expected"] = (
                     normalized(extracted(record[name], self.extract)) for name in ("generated", "response")
                 )
-                known = self._unknown.isdisjoint(self._pairs[i][1])
+                compared = extracted(record["response"], self.extract)
+                known = not any(text in compared for text in self._unknown)
                 record["exact"] = known and record["answer"] == record["expected"]
 
 

@@ -429,6 +429,9 @@ def test_an_answer_that_the_tokenizer_does_not_know_is_never_exact(settings, tmp
     assert cli.main(["test", *arguments(merged, {"ckpt_path": "last"})]) == 0
     assert "--data.tokenizer has no token for a part of 6 of 12 responses" in caplog.text
     assert [record["exact"] for record in answers(tmp_path / "run")] == [False, True] * 6
+    part = {"ckpt_path": "last", "answers.extract": "^ ?[A-Z<]"}  # of "<unk>" the first character, which is no answer
+    assert cli.main(["test", *arguments(merged, part)]) == 0
+    assert all(record["exact"] for record in answers(tmp_path / "run"))
 
 
 def test_an_answer_of_a_chat_ends_with_its_turn(learned, settings, tmp_path, monkeypatch):
