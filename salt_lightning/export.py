@@ -286,8 +286,9 @@ def _write_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase |
     GenerationConfig(**special).save_pretrained(folder)
     for part in (config, text):
         for name in ("bos_token_id", "eos_token_id"):  # fresh models have EOS for both
-            if special[name] is not None and not isinstance(getattr(part, name, None), list):
-                setattr(part, name, special[name])
+            own, token = getattr(part, name, None), special[name]
+            if token is not None and not (isinstance(own, list) and (tokenizer is None or token in (own, *own))):
+                setattr(part, name, token)
     config.save_pretrained(folder)
     for path in folder.glob("*.safetensors"):  # safetensors writes them for their owner only
         with suppress(PermissionError):  # of a file system that has one mode for all

@@ -383,6 +383,7 @@ def test_answers_that_are_special_tokens_are_compared(settings, tmp_path, caplog
     """Names of classes in a chat whose turns end with EOS: none is an end, and none is no text."""
     tokenizer = chat_tokenizer("<|end|>")
     tokenizer.add_tokens(["<|yes|>", "<|no|>"], special_tokens=True)
+    tokenizer.unk_token = tokenizer.eos_token  # as GPT-2's
     tokenizer.save_pretrained(tmp_path / "chat")
     rows = [{"q": country, "a": label} for country, label in LABELS.items()] * 3
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -400,6 +401,7 @@ def test_answers_that_are_special_tokens_are_compared(settings, tmp_path, caplog
     assert {record["expected"] for record in answers(tmp_path / "run")} == {"<|yes|>", "<|no|>"}
     assert not any(record["exact"] for record in answers(tmp_path / "run"))
     assert "always the most frequent answer: 50.0%, chance 50.0%); exact match 0.0%" in caplog.text
+    assert "has no token for" not in caplog.text
     capsys.readouterr()
     same = {"ckpt_path": "last", "answers.choices": ["<|yes|>", "<|yes|> "]}
     tokenizer.chat_template = TEMPLATE.replace("m.content", "m.content | trim")

@@ -32,9 +32,11 @@ from salt_lightning.batches.example_rows import ExampleRows, open_examples, pack
 from salt_lightning.batches.rows import IGNORE, NO_ROW
 from salt_lightning.errors import ConfigError
 from salt_lightning.preflight import marks_as_text, seen_in_training
+from salt_lightning.text import prepare
 from salt_lightning.text.documents import Corpus
+from salt_lightning.text.encoder import make_encoder
 from salt_lightning.text.examples import Conversation, Examples, segments
-from salt_lightning.text.prepare import prepare_tokens
+from salt_lightning.text.prepare import prepare_tokens, token_folder
 from salt_lightning.text.sources import Hub, resolve
 from salt_lightning.text.token_files import TokenFiles
 from salt_lightning.text.tokenizer import _cut, kept_text, load_tokenizer, train_tokenizer
@@ -324,6 +326,46 @@ def test_the_date_of_a_chat_template_is_the_same_every_day(tmp_path, caplog, dat
     assert "--data.source: the chat template writes a date; it is 26 July 2024 in all conversations" in caplog.text
 
 
+CALL = "{% for m in messages %}{{ 'called<|user|>' if m.tool_calls }}{% endfor %}"
+BUILT = TEMPLATE.replace("<|end|>", "{{ '<|' ~ 'end|>' }}")
+PICKY = "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}" + BUILT
+
+
+@pytest.mark.parametrize(
+    ("template", "marks"),
+    [
+        (TEMPLATE, {"<|end|>", "<|assistant|>"}),
+        (
+            CALL + BUILT,
+            {"<|end|>", "<|assistant|>", "<|user|>"},
+        ),  # built by the template; written in other answers only
+        (PICKY, {"<|end|>", "<|assistant|>", "<|user|>", "<|system|>", "<|endoftext|>"}),  # no way to tell
+    ],
+)
+def test_the_marks_that_a_template_writes(template, marks):
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = template
+    encoder = make_encoder(Corpus("", (), examples=CHAT), tokenizer, 0.0)
+    assert marks <= {tokenizer.convert_ids_to_tokens(i) for i in encoder.template_marks()}
+    tokenizer.add_tokens("<|label|>", special_tokens=True)
+    encoder = make_encoder(Corpus("", (), examples=CHAT), tokenizer, 0.0)
+    assert (tokenizer.convert_tokens_to_ids("<|label|>") in encoder.template_marks()) == (template == PICKY)
+
+
+def test_what_is_made_unlike_before_has_another_place_in_the_cache(tmp_path, monkeypatch):
+    """Ids that an earlier version made lie there under the old name."""
+    dated = chat_tokenizer()
+    dated.chat_template = TEMPLATE + "{{ strftime_now('%Y') }}"
+    xlmr, plain = character_tokenizer("no line breaks"), character_tokenizer("prepend")
+    cases = [(dated, CHAT, True), (chat_tokenizer(), CHAT, False), (xlmr, PLAIN, True), (plain, PLAIN, False)]
+    corpora = [Corpus("", (), examples=examples) for _, examples, _ in cases]
+    now = [token_folder(corpus, case[0], 0.0, tmp_path) for corpus, case in zip(corpora, cases, strict=True)]
+    monkeypatch.setattr(prepare, "unlike_earlier", lambda *_: [])
+    monkeypatch.setattr(prepare, "day_written", lambda *_: [])
+    before = [token_folder(corpus, case[0], 0.0, tmp_path) for corpus, case in zip(corpora, cases, strict=True)]
+    assert [a != b for a, b in zip(now, before, strict=True)] == [differs for _, _, differs in cases]
+
+
 @pytest.mark.parametrize(("key", "value"), [("weight", "0"), ("weight", 0.5), ("train", "false")])
 def test_a_weight_that_is_neither_0_nor_1_is_refused(tmp_path, key, value):
     messages = [{**turn("user", "a"), key: value}, {**turn("assistant", "b"), key: math.nan}]  # of pandas: a null
@@ -339,8 +381,8 @@ def test_a_weight_that_is_neither_0_nor_1_is_refused(tmp_path, key, value):
     ("examples", "writes"),
     [
         (Examples(prompt="<|user|>{q}<|assistant|>", response="{a}"), "--data.examples.prompt writes '<|user|>', --d"),
-        (Examples(prompt="{q}", response="{a:1=yes|0=<|end|>}"), "--data.examples.response writes '<|end|>'"),
-        (Examples(prompt="{q}<|x|>", response="{a}"), ""),
+        (Examples(prompt="{q}", response="{a}<|end|>"), "--data.examples.response writes '<|end|>'"),
+        (Examples(prompt="{q}<|x|>", response="{a:<s>=yes}"), ""),
         (Examples(messages=[turn("user", "{q}<|end|>"), turn("assistant", "{a}")]), ""),
     ],
 )

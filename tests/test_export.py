@@ -207,13 +207,13 @@ def test_marks_that_only_a_generation_config_names_go_on_to_end_a_generation(sal
 
 @pytest.mark.parametrize(("stops", "generation"), [([0, 7], [0, 7]), ([7, 9], 0)])
 def test_a_chats_marks_go_on_to_end_a_generation(salt, tmp_path, stops, generation):
-    """The config keeps several end ids; a generation those that include the tokenizer's EOS."""
+    """Several end ids that include the tokenizer's EOS; without it they are those of another tokenizer."""
     checkpoint = torch.load(checkpoints(salt)[-1], weights_only=True)
     checkpoint["hyper_parameters"]["student"]["config"] |= {"eos_token_id": stops}
     torch.save(checkpoint, tmp_path / "x.ckpt")
     export(tmp_path / "x.ckpt", tmp_path / "out", tokenizer=str(salt / "tokenizer"))
     assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == generation
-    assert AutoConfig.from_pretrained(tmp_path / "out").eos_token_id == stops
+    assert AutoConfig.from_pretrained(tmp_path / "out").eos_token_id == generation
 
 
 def test_config_json_has_the_tokenizer_s_tokens(salt, tmp_path):

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -309,6 +310,15 @@ def test_a_special_token_that_is_also_a_letter_stays_what_it_was(tmp_path):
     assert spelled_ids(tokenizer) == [0, 1]
     assert spelled_ids(letters_only("no unknown")) == []
     assert spelled_ids(letters_only("word piece")) == [0, 1]
+    merging = models.BPE({"<": 0, "e": 1, "<e": 2, "<eos>": 3, "o": 4}, [("<", "e")], ignore_merges=True)
+    assert spelled_ids(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(merging), eos_token="<eos>")) == [3]
+    words = {"<": 0, "eos": 1, "<eos": 2, "<eosx": 3, "x": 4}
+    part = models.BPE(words, [("<", "eos"), ("<eos", "x")], ignore_merges=True)
+    assert spelled_ids(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(part), eos_token="<eos")) == []
+    corpus = corpus_of(write_jsonl(tmp_path / "y.jsonl", [{"text": "A"}]))
+    with mock.patch.object(prepare, "unlike_earlier", return_value=[]):
+        before = token_folder(corpus, tokenizer, 0.0, tmp_path)
+    assert token_folder(corpus, tokenizer, 0.0, tmp_path) != before
     write_jsonl(tmp_path / "x.jsonl", [{"text": "A T"}])
     files = TokenFiles(prepare_tokens(corpus_of(tmp_path / "x.jsonl"), tokenizer, 1.0, tmp_path / "cache", 1), "val")
     assert files.tokens.tolist() == [0, 3, 6, 1]

@@ -129,7 +129,8 @@ class Examples:
         if self.messages:
             return []
         parts = ((setting, Formatter().parse(template)) for setting, template in self._templates())
-        return [(setting, f"{text}{words or ''}") for setting, parsed in parts for text, _, words, _ in parsed]
+        written = ((setting, text, words or "") for setting, parsed in parts for text, _, words, _ in parsed)
+        return [(setting, text + " ".join(re.findall(r"=([^|]*)", words))) for setting, text, words in written]
 
     def conversation(self, fields: dict[str, Any], of_table: bool = False) -> Conversation | None:
         """A row's example, up to its last response; None if a value is null or nothing is learned.
