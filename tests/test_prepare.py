@@ -310,6 +310,9 @@ def test_a_special_token_that_is_also_a_letter_stays_what_it_was(tmp_path):
     assert spelled_ids(tokenizer) == [0, 1]
     assert spelled_ids(letters_only("no unknown")) == []
     assert spelled_ids(letters_only("word piece")) == [0, 1]
+    bert = letters_only("word piece")
+    bert.backend_tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # which cuts at each < and >
+    assert spelled_ids(bert) == []
     merging = models.BPE({"<": 0, "e": 1, "<e": 2, "<eos>": 3, "o": 4}, [("<", "e")], ignore_merges=True)
     assert spelled_ids(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(merging), eos_token="<eos>")) == [3]
     words = {"<": 0, "eos": 1, "<eos": 2, "<eosx": 3, "x": 4}

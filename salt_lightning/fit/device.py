@@ -47,7 +47,7 @@ def require_compiler(kind: str) -> None:
             "e.g. apt-get install g++), or set --model.compile false"
         )
     folder = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or tempfile.gettempdir()).absolute()
-    there = next(place for place in (folder, *folder.parents) if place.exists())
+    there = next(place for place in (folder, *folder.parents) if os.path.exists(place))
     if os.statvfs(there).f_flag & getattr(os, "ST_NOEXEC", 0):  # as Docker mounts a tmpfs
         raise ConfigError(
             f"--model.compile true writes code into {folder}, which is mounted noexec; set TORCHINDUCTOR_CACHE_DIR to "

@@ -239,7 +239,8 @@ def make_encoder(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, val_fractio
 def unlike_earlier(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
     """Where earlier versions made other ids, what is made now: the cache has those of before under other names."""
     backend = tokenizer.backend_tokenizer
-    hidden = [] if type(backend.model).__name__ == "Unigram" else spelled_ids(tokenizer)
+    as_before = corpus.examples.messages or type(backend.model).__name__ == "Unigram"
+    hidden = [] if as_before else spelled_ids(tokenizer)
     joined = corpus.examples.given and keeps(backend, _ANCHORS) and not keeps(backend, _ANCHORS[0])
     return [*hidden, *(["joined"] if joined else [])]
 

@@ -180,11 +180,18 @@ def spelled_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
         return []  # only merges make words
     names = {i: str(tokenizer.convert_ids_to_tokens(i)) for i in special}
     named = {i: name for i, name in names.items() if len(name) > 2 and model.token_to_id(name) == i}
+    named = {i: name for i, name in named.items() if _is_a_word(tokenizer.backend_tokenizer, name)}
     if not named or (kind != "BPE" and model.token_to_id(str(model.unk_token)) is None):
         return []
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"].get("merges", ())
     merged = {part for merge in merges for part in (*merge, "".join(merge))}
     return sorted({i for i, name in named.items() if name not in merged} - {*unknown_ids(tokenizer)})
+
+
+def _is_a_word(tokenizer: Tokenizer, name: str) -> bool:
+    """Whether it reaches the model in one part: BERT's own rules split [SEP]."""
+    text = name if tokenizer.normalizer is None else tokenizer.normalizer.normalize_str(name)
+    return tokenizer.pre_tokenizer is None or len(tokenizer.pre_tokenizer.pre_tokenize_str(text)) == 1
 
 
 _NO_TEXT = "\ufffe{}\uffff"  # Unicode noncharacters, which texts do not contain
