@@ -1,4 +1,4 @@
-"""The verb `compare`: reads several runs' logs and writes a table, a JSON file and a figure (comparison/report.py)."""
+"""The verb `compare`: reads several runs' logs and writes a table, a JSON file and a figure (comparison/)."""
 
 import math
 import os
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from salt_lightning.comparison import lineage, report
+from salt_lightning.comparison import figure, lineage, report
 from salt_lightning.comparison.remarks import other_text, remarks
 from salt_lightning.comparison.results import Comparison, Group, Row
 from salt_lightning.errors import ConfigError, VerbParser, printable, printable_lines, writing
@@ -62,7 +62,7 @@ def compare(runs: Sequence[str | Path], out: str | Path, baseline: str | None = 
     named = [read_run(path, name) for path, name in zip(folders, _names(folders), strict=True)]
     comparison, out = evaluate([lineage.whole(run, named) for run in named], baseline), Path(out)
     link = "\n![Validation CE over steps and over FLOPs](compare.png)\n"
-    text, data, figure = report.markdown(comparison), report.json_text(comparison), report.figure(comparison)
+    text, data, drawing = report.markdown(comparison), report.json_text(comparison), figure.draw(comparison)
     with writing(out / "compare.*"):
         out.mkdir(parents=True, exist_ok=True)
         # replaced, not written through: by default the folder is that of the runs, perhaps somebody else's
@@ -71,7 +71,7 @@ def compare(runs: Sequence[str | Path], out: str | Path, baseline: str | None = 
                 file.write(content.encode())
         with whole(out / "compare.png") as file, warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph")  # a warning for each letter that the font lacks
-            figure.savefig(file, format="png", dpi=160)
+            drawing.savefig(file, format="png", dpi=160)
     return comparison
 
 
@@ -122,6 +122,7 @@ def evaluate(runs: list[Run], baseline: str | None = None) -> Comparison:
             "TEACHER" if run.name in teachers else run.method,
             teachers_of[run.name],
             replace(goal, ce=math.nan) if run.name in apart else goal,
+            over=any(run.finished for run in alike),
         )
         for run in runs
     ]
@@ -136,7 +137,7 @@ def evaluate(runs: list[Run], baseline: str | None = None) -> Comparison:
     firsts = {run.name: run.val_ce.steps[0] for run in others}
     if at_once := [row.run for row in rows if row.reached_step == firsts.get(row.run, math.nan)]:
         notes.append(f"the reference's loss was reached by the first validation, or earlier: {', '.join(at_once)}")
-    equal, between = _equal_points([run for run in students if run.name not in apart])
+    equal, between = _equal_points([run for run in students if run.name not in apart], reference.name)
     groups = _groups(experiments, {row.run: row for row in rows}, reference, seeds, apart)
     for group in groups:
         done = [run.name for run in students if run.name in group.runs and run.finished]
@@ -203,7 +204,8 @@ def _repeated(students: list[Run], named: Run | None) -> dict[str, str]:
     return repeated
 
 
-def _row(run: Run, method: str, teachers: dict[str, Run | None], goal: Goal) -> Row:
+def _row(run: Run, method: str, teachers: dict[str, Run | None], goal: Goal, over: bool) -> Row:
+    """`over`: whether the reference has been to its end; a final loss is no match for the loss of an earlier step."""
     ce, done = run.val_ce, run.steps_done
     reached = first_reach(ce.steps, ce.values, goal.ce)
     if (run.began > 0 or run.measured_since) and len(ce.steps) and reached == ce.steps[0]:
@@ -223,7 +225,7 @@ def _row(run: Run, method: str, teachers: dict[str, Run | None], goal: Goal) -> 
         max_steps=run.max_steps,
         val_step=float(ce.steps[-1]) if len(ce.steps) else math.nan,
         val_ce=run.last("val/ce"),
-        difference=math.nan if run.running else run.last("val/ce") - goal.ce,
+        difference=run.last("val/ce") - goal.ce if over and not run.running else math.nan,
         accuracy=run.last("val/accuracy"),
         bits_per_byte=run.last("val/bits_per_byte"),
         reached_step=reached,
@@ -304,18 +306,22 @@ def _changed(reference: Run, run: Run) -> dict[str, tuple[Any, Any]]:
     return {key: (before, now) for key, (before, now) in pairs.items() if before != now or key in there.keys() & here}
 
 
-def _equal_points(students: list[Run]) -> tuple[dict[str, tuple[float, dict[str, float]]], dict[str, list[str]]]:
-    """Validation CE of each run at the furthest point that all finished runs have reached, along each of AXES.
+def _equal_points(
+    students: list[Run], reference: str
+) -> tuple[dict[str, tuple[float, dict[str, float]]], dict[str, list[str]]]:
+    """Validation CE of each run at the furthest point that all finished runs, and the reference, have reached, along
+    each of AXES.
 
     Also says which values are interpolated linearly between two validations. NaN where a run has not come so far.
     """
     equal, between = {}, {}
     finished = {run.name for run in students if run.finished}
+    compared = finished | {reference} if finished else set()
     for axis in AXES:
         lines = {run.name: (run.axis(axis, run.val_ce.steps), run.val_ce.values) for run in students}
         lines = {name: line for name, line in lines.items() if len(line[0]) and np.isfinite(line[0]).all()}
         if lines:
-            end = float(min(lines[name][0][-1] for name in finished & lines.keys() or lines))
+            end = float(min(lines[name][0][-1] for name in compared & lines.keys() or lines))
             ce = {n: float(np.interp(end, x, y, left=math.nan, right=math.nan)) for n, (x, y) in lines.items()}
             equal[axis] = (end, ce)
             there = {name: bool(np.isclose(x, end, rtol=_ROUNDING, atol=0).any()) for name, (x, _) in lines.items()}

@@ -28,7 +28,7 @@ from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 from torch.utils.tensorboard import SummaryWriter
 
 from salt_lightning.compare import compare, evaluate, first_reach, main
-from salt_lightning.comparison import lineage, report
+from salt_lightning.comparison import figure, lineage, report
 from salt_lightning.errors import ConfigError
 from salt_lightning.run.curves import Curve
 from salt_lightning.run.event_log import EventLog
@@ -979,7 +979,7 @@ def test_a_run_with_one_validation_is_a_point_in_the_figure(tmp_path):
         write_run(tmp_path / "baseline", BASELINE),
         write_run(tmp_path / "salt", {300: 5.0}, **{"model.optim.lr": 1}),
     ]
-    lines = {line.get_label(): line for line in report.figure(evaluate(load(runs))).axes[0].lines}
+    lines = {line.get_label(): line for line in figure.draw(evaluate(load(runs))).axes[0].lines}
     assert [
         lines[f"BASELINE ({name})  {ce}"].get_marker() for name, ce in (("baseline", "4.000"), ("salt", "5.000"))
     ] == [
@@ -1329,12 +1329,12 @@ def test_names_that_the_font_of_the_figure_lacks_are_no_warning(tmp_path):
 def test_main_prints_the_table_and_writes_three_files(three, tmp_path, capsys):
     assert main([*map(str, three), "--baseline", "salt"]) == 0
     printed = capsys.readouterr().out
-    saved_table, figure = (tmp_path / "compare.md").read_text().rsplit("\n\n", 1)  # where the runs lie
+    saved_table, link = (tmp_path / "compare.md").read_text().rsplit("\n\n", 1)  # where the runs lie
     assert saved_table in printed
     assert "\n\n\n" not in saved_table
     files = [str(Path(os.path.relpath(tmp_path)) / f"compare.{end}") for end in ("md", "json", "png")]
     assert printed.endswith(f"\nwritten: {', '.join(files)}\n")
-    assert figure == "![Validation CE over steps and over FLOPs](compare.png)\n"
+    assert link == "![Validation CE over steps and over FLOPs](compare.png)\n"
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
     saved = json.loads((tmp_path / "compare.json").read_text())
     assert saved["reference"] == "salt"
@@ -1404,8 +1404,8 @@ def test_a_test_result_gets_a_column(three):
 
 
 def test_the_figure_shows_curves_boundary_and_the_point_of_reach(three):
-    figure = report.figure(evaluate(load(three)))
-    by_steps, by_flops = figure.axes
+    drawn = figure.draw(evaluate(load(three)))
+    by_steps, by_flops = drawn.axes
     curves = {line.get_label(): line.get_xydata() for line in by_steps.lines}
     assert curves["SALT step  3.750"].tolist() == [[s, ce] for s, ce in SALT.items()]
     points = {line.get_label(): line.get_xydata() for line in by_flops.lines}
@@ -1417,7 +1417,7 @@ def test_the_figure_shows_curves_boundary_and_the_point_of_reach(three):
     assert [text.get_text() for text in by_steps.texts] == ["83%"]
     assert [text.get_text() for text in by_flops.texts] == ["93%"]
     for runs, number in ((three, 1), (three[:1], 0)):
-        entries = report.figure(evaluate(load(runs))).legends[0].get_texts()
+        entries = figure.draw(evaluate(load(runs))).legends[0].get_texts()
         assert [text.get_text() for text in entries].count("a teacher leaves") == number
 
 
@@ -1432,21 +1432,21 @@ def test_the_figure_is_scaled_to_what_it_shows(tmp_path):
     ]
     for run, tokens, ce in ((runs[1], 900, 4.0), (runs[3], 800, 0.5)):
         count(run, "val", tokens, 3000, [300], ce)
-    by_steps, by_flops = report.figure(evaluate(load(runs))).axes
+    by_steps, by_flops = figure.draw(evaluate(load(runs))).axes
     bottom, top = by_steps.get_ylim()
     assert top == 6.0
     assert 3.0 < bottom < SALT[300]
     assert by_flops.get_xlabel() == "GFLOP of student and teacher"
     lines = {line.get_label(): line for line in by_flops.lines}
     assert lines["BASELINE (baseline)  4.000"].get_xdata().tolist() == pytest.approx([0.25, 0.75, 1, 2, 3])
-    assert lines["BASELINE (baseline)  4.000"].get_color() == report.REFERENCE_COLOUR
+    assert lines["BASELINE (baseline)  4.000"].get_color() == figure.REFERENCE_COLOUR
 
 
 def test_a_method_has_its_colour_whichever_runs_are_beside_it(three):
     baseline, salt, rkd = three
 
     def colours(runs):
-        lines = report.figure(evaluate(load(runs))).axes[0].lines
+        lines = figure.draw(evaluate(load(runs))).axes[0].lines
         return {line.get_label().split("  ")[0]: line.get_color() for line in lines if "  " in line.get_label()}
 
     all_of_them = colours([baseline, salt, rkd])
@@ -1457,21 +1457,83 @@ def test_a_method_has_its_colour_whichever_runs_are_beside_it(three):
 
 def test_two_experiments_of_one_method_look_different(three, tmp_path):
     write_run(tmp_path / "more", SALT, teacher="elsewhere/teacher", weight=0.9, kd_steps=60)
-    lines = report.figure(evaluate(load([*three, tmp_path / "more"]))).axes[0].lines
+    lines = figure.draw(evaluate(load([*three, tmp_path / "more"]))).axes[0].lines
     looks = {line.get_label(): (line.get_color(), line.get_linestyle()) for line in lines if "  " in line.get_label()}
     assert len(set(looks.values())) == len(looks) == 4
 
 
 def test_shares_that_are_reached_close_together_cover_none_of_another(three, tmp_path):
     kd = {"teacher": "elsewhere/teacher", "weight": 0.5, "kd_steps": 60}
-    for name, ce in (("ramp", 4.2), ("weak", 4.1), ("late", 4.0)):  # reached at 244, 228 and 200
+    runs = [*three, *(tmp_path / name for name in ("ramp", "weak", "late", "near", "same", "more"))]
+    # reached at 244, 228, 200, ...
+    for name, ce in zip((run.name for run in runs[3:]), (4.2, 4.1, 4.0, 4.05, 4.06, 4.07), strict=True):
         write_run(tmp_path / name, {100: 4.75, 200: ce, 300: 3.75}, **kd, **{"kd.shape": name})
-    figure = report.figure(evaluate(load([*three, *(tmp_path / name for name in ("ramp", "weak", "late"))])))
-    FigureCanvasAgg(figure).draw()
-    for ax in figure.axes:
+    drawn = figure.draw(evaluate(load(runs)))
+    FigureCanvasAgg(drawn).draw()
+    for ax in drawn.axes:
         boxes = [text.get_window_extent() for text in ax.texts]
-        assert len(boxes) == 4
+        assert len(boxes) == 7
         assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
+        assert min(box.y0 for box in boxes) > ax.bbox.y0  # they covered the axis and its title
+
+
+def test_a_run_that_diverged_early_flattens_no_other(three, tmp_path):
+    diverged = write_run(tmp_path / "diverged", {25: 6.0, 50: 1e4, 300: 1e4}, **{"model.optim.lr": 1})
+    alone, together = (figure.draw(evaluate(load(runs))).axes[0].get_ylim() for runs in (three, [*three, diverged]))
+    assert together[0] <= alone[0]
+    assert alone[1] < together[1] < 2 * alone[1]
+
+
+@pytest.mark.parametrize("finals", [[4.0], [4.0, 4.1]])
+def test_points_alone_are_inside_the_figure(finals, tmp_path):
+    runs = [write_run(tmp_path / f"{ce}", {300: ce}, **{"model.optim.lr": ce}) for ce in finals]
+    ax = figure.draw(evaluate(load(runs))).axes[0]
+    bottom, top = ax.get_ylim()
+    assert bottom + 0.002 < min(finals) <= max(finals) < top - 0.002
+    assert top - bottom < 0.2
+    assert not ax.yaxis.get_major_formatter().get_useOffset()  # "+4" above an axis from 0.00 to 0.05
+
+
+def test_long_names_leave_room_for_the_curves(tmp_path):
+    names = [f"sweep-{'of-many-settings-' * 8}{n}" for n in range(3)]
+    runs = [write_run(tmp_path / name, BASELINE, **{"model.optim": {"lr": n, "b": n, "c": n}}) for n, name in
+            enumerate(names)]  # fmt: skip
+    drawn = figure.draw(evaluate(load(runs)))
+    FigureCanvasAgg(drawn).draw()
+    shown = [text.get_text() for text in drawn.legends[0].get_texts() if "BASELINE" in text.get_text()]
+    assert [re.sub(r"^BASELINE \(sweep-\S+…\S+-(\d)\)  4.000$", r"\1", text) for text in shown] == ["0", "1", "2"]
+    assert drawn.axes[1].bbox.x1 > 0.5 * drawn.bbox.x1
+
+
+@pytest.mark.parametrize("last", [math.nan, math.inf])
+def test_a_run_that_diverged_is_told(three, last, tmp_path):
+    diverged = write_run(tmp_path / "wild", {100: 5.0, 300: last}, **{"model.optim.lr": 1})
+    found = evaluate(load([*three, diverged]))
+    assert f"the last validation CE of wild is {last}: it diverged" in found.notes
+    assert sum("diverged" in note for note in found.notes) == 1
+    drawn = figure.draw(evaluate(load([diverged, three[1]]), baseline="wild"))
+    assert "CE of the reference" not in str([line.get_label() for line in drawn.axes[0].lines])
+
+
+def test_a_final_loss_is_not_compared_with_that_of_an_earlier_step(three, tmp_path):
+    """The reference is under way: all are compared where it is."""
+    running = write_run(tmp_path / "running", {100: 5.0, 200: 4.5}, steps=200)
+    found = evaluate(load([running, *three[1:]]))
+    assert (found.reference, found.reference_val_ce) == ("running", 4.5)
+    assert all(math.isnan(each.difference) for each in (*found.rows, *found.groups))
+    assert found.equal["steps"] == (200, {"running": 4.5, "salt": SALT[200], "rkd": RKD[200]})
+    text = report.markdown(found)
+    assert "## Validation CE at the last point that all finished runs and the reference have reached" in text
+    labels = [line.get_label() for line in figure.draw(found).axes[0].lines]
+    assert "latest CE of the reference" in labels
+
+
+def test_steps_of_a_short_run_have_a_decimal(tmp_path):
+    runs = [
+        write_run(tmp_path / "a", {10: 5.0, 12: 4.0}, 12, 2, **{"trainer.max_steps": 12}),
+        write_run(tmp_path / "b", {10: 5.0, 12: 3.0}, 12, 2, **{"trainer.max_steps": 12, "model.optim.lr": 1}),
+    ]
+    assert " 11.0 (91.7%) |" in report.markdown(evaluate(load(runs)))
 
 
 @pytest.mark.parametrize(
@@ -1787,7 +1849,7 @@ def test_a_reference_validated_before_its_first_step_alone_has_no_cost(tmp_path)
     assert row.reached_step == 0
     shares = (row.reached_steps_share, row.reached_flops_share, row.reached_seconds_share)
     assert all(map(math.isnan, shares))
-    assert [[text.get_text() for text in ax.texts] for ax in report.figure(found).axes] == [["-"], ["-"]]
+    assert [[text.get_text() for text in ax.texts] for ax in figure.draw(found).axes] == [["-"], ["-"]]
 
 
 def test_a_checkpoint_brings_sizes_that_nobody_had_given(tmp_path):
@@ -1832,7 +1894,7 @@ def test_losses_of_other_text_are_no_comparison(tmp_path):
     assert list(found.equal["steps"][1]) == ["first", "same", "moved"]
     assert [(group.n, group.mean) for group in found.groups] == [(1, 4.0)] * 6  # each has a loss of its own
     assert [group.runs[0] for group in found.groups if group.paired_differences] == ["same", "moved"]
-    shown = [line.get_label() for line in report.figure(found).axes[0].lines]
+    shown = [line.get_label() for line in figure.draw(found).axes[0].lines]
     assert sum(name in " ".join(shown) for name in names) == 3
     assert found.notes == [
         "more was validated on other text than first (901 tokens, there 900): their losses cannot be compared",
@@ -1920,13 +1982,13 @@ def test_answers_have_a_table_of_their_own(three):
 
 def test_many_experiments_are_told_apart_in_the_figure(tmp_path):
     runs = [write_run(tmp_path / f"r{i}", BASELINE, **{"model.optim.lr": i + 1.0}) for i in range(31)]
-    figure = report.figure(evaluate(load(runs)))
-    figure.canvas.draw()
-    curves = [line for line in figure.axes[0].lines if len(line.get_xdata()) == 3]
+    drawn = figure.draw(evaluate(load(runs)))
+    drawn.canvas.draw()
+    curves = [line for line in drawn.axes[0].lines if len(line.get_xdata()) == 3]
     assert len({(line.get_color(), str(line._unscaled_dash_pattern)) for line in curves[1:]}) == 30
-    box = figure.legends[0].get_window_extent()
+    box = drawn.legends[0].get_window_extent()
     assert box.y0 >= 0
-    assert box.y1 <= figure.bbox.y1
+    assert box.y1 <= drawn.bbox.y1
 
 
 def test_a_test_of_another_step_or_text_is_told(three):

@@ -49,7 +49,7 @@ LAYERS = [  # a file imports only from files of earlier layers
     {"results", "stretches"},
     {"metrics", "settings", "shards", "slurm", "sources", "token_files", "triton_rows"},
     {"command_line", "damage", "difficulty", "documents", "event_log", "losses", "peers", "report", "rows", "spec"},
-    {"lineage", "parse", "parser", "quiet", "run_config"},
+    {"figure", "lineage", "parse", "parser", "quiet", "run_config"},
     {"remarks", "tokenizer"},
     {"compare", "encoder", "example_rows", "models", "probe", "selection"},
     {"schedule"},

@@ -36,6 +36,11 @@ def remarks(
         if not run.running and len(run.val_ce.steps) and run.val_ce.steps[-1] < run.steps_done
     ]
     notes += [f"{run.name} has no validation yet" for run in runs if not len(run.val_ce.steps)]
+    notes += [
+        f"the last validation CE of {run.name} is {run.val_ce.values[-1]}: it diverged"
+        for run in runs
+        if not np.isfinite(run.val_ce.values[-1:]).all()
+    ]
     by_name = {run.name: run for run in runs}
     notes += [
         f"{run.name} repeats {repeated[run.name]} (same seeds, and no setting differs that affects results), "

@@ -1,36 +1,22 @@
-"""Renders comparisons and evaluations as Markdown that is readable as text, JSON and a figure; computes no results."""
+"""Renders comparisons and evaluations as JSON and as Markdown that is readable as text; computes no results."""
 
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
-from itertools import cycle
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from salt_lightning.comparison.results import Comparison, Group, Row
 from salt_lightning.errors import padded, printable, width_of
 from salt_lightning.run.curves import THIRDS
-from salt_lightning.run.runlog import Run
 
 UNITS = ((1e21, "ZFLOP"), (1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"))
-# After Okabe and Ito: distinguishable with any kind of color vision. Orange and sky blue are darker, for white paper.
-REFERENCE_COLOUR = "#444444"
-COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#9A6A00", "#3A93C9")
-STYLES: tuple[Any, ...] = ("-", ":", "-.", (0, (1, 3)), (0, (5, 1, 1, 1, 1, 1)))
-LEAVES, DASHES = "a teacher leaves", (0, (4, 3))
-# In grey, the colors are hardly distinguishable, so the style changes with each: up to five are told apart by it alone.
-# As 5 and 6 have no common divisor, there are 30 looks.
-LOOKS = [(STYLES[i % len(STYLES)], COLOURS[i % len(COLOURS)]) for i in range(len(STYLES) * len(COLOURS))]
 COUNTS = re.compile(r"\w+/(tokens|examples)")  # tags of validate and test, fully matched: a source may be called tokens
 MOST_PARTS = 12  # columns of a table that is still readable as text
-FIRST_SHOWN = 0.25  # the figure cuts off the fall in this first share of the steps, which would flatten the rest
 
 
 def flop_unit(flops: float) -> tuple[float, str]:
@@ -123,7 +109,8 @@ def _runs_table(comparison: Comparison) -> str:
     def cells(form: str, value: Callable[[Row], float]) -> list[str]:
         return [number(value(row), form) for row in rows]
 
-    reached = zip(cells(".0f", lambda r: r.reached_step), cells(".1%", lambda r: r.reached_steps_share), strict=True)
+    form = ".1f" if max(row.steps for row in rows) < 100 else ".0f"  # else two shares would be of one step
+    reached = zip(cells(form, lambda r: r.reached_step), cells(".1%", lambda r: r.reached_steps_share), strict=True)
     columns = {
         "run": [row.run for row in rows],
         "method": [row.method for row in rows],
@@ -280,8 +267,10 @@ def _equal_table(comparison: Comparison) -> str:
             f"~{cell}" if is_line and cell != "-" else cell for cell, is_line in cells
         ]
     line = "\n\n~: linear interpolation between two validations." if any(comparison.between.values()) else ""
-    is_running = {row.running for row in comparison.rows if row.run in names}
-    who = "all finished runs" if len(is_running) > 1 else "all"
+    running = {row.run: row.running for row in comparison.rows if row.run in names}
+    who = "all finished runs" if len(set(running.values())) > 1 else "all"
+    if who != "all" and running.get(comparison.reference):
+        who += " and the reference"
     return f"## Validation CE at the last point that {who} have reached\n\n" + table(columns, text=("run",)) + line
 
 
@@ -311,101 +300,3 @@ def _null_for_nan(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_null_for_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def figure(comparison: Comparison) -> Figure:
-    """Validation CE over steps and over FLOPs of student and teacher, one color per experiment.
-
-    A dashed line in that color marks where a teacher leaves; a dot marks where a run reaches the reference's loss,
-    with the share of the reference's steps or FLOPs.
-    """
-    fig = Figure(figsize=(12, max(4.2, 1.0 + 0.22 * len(comparison.groups))), layout="constrained")
-    axes = fig.subplots(1, 2, sharey=True)
-    of_groups = {name for group in comparison.groups for name in group.runs} - set(comparison.other_text)
-    runs = [run for run in comparison.runs if run.name in of_groups]
-    validated = [run for run in runs if len(run.val_ce.steps)]
-    most = max((run.flops(run.val_ce.steps[-1]) for run in validated), default=0.0)
-    scale, unit = flop_unit(most)
-    for ax, axis, divisor, label in (
-        (axes[0], "steps", 1.0, "optimizer steps"),
-        (axes[1], "FLOPs", scale, f"{unit} of student and teacher"),
-    ):
-        _panel(ax, comparison, axis, divisor)
-        ax.set_xlabel(label)
-    axes[0].set_ylabel("validation CE (nats per token)")
-    if validated:
-        axes[0].set_ylim(*_shown_range(validated))
-        legend = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
-        if legend.pop(LEAVES, None):  # one entry for the lines of all colors
-            legend[LEAVES] = Line2D([], [], color=REFERENCE_COLOUR, lw=0.8, ls=DASHES)
-        fig.legend(
-            list(legend.values()),
-            list(legend),
-            loc="outside right upper",  # covers no curve
-            title="final validation CE",
-            alignment="left",
-            frameon=False,
-        )
-    return fig
-
-
-def _panel(ax: Axes, comparison: Comparison, axis: str, divisor: float) -> None:
-    def x_of(run: Run, steps: Sequence[float] | np.ndarray) -> np.ndarray:
-        return run.axis(axis, np.asarray(steps)) / divisor
-
-    runs = {run.name: run for run in comparison.runs}
-    rows = {row.run: row for row in comparison.rows}
-    level = comparison.reference_val_ce
-    ax.axhline(level, color=REFERENCE_COLOUR, lw=0.6, label="final CE of the reference")
-    methods = {row.method for row in comparison.rows}
-    # these look the same in every figure, whatever else is in it
-    known = {method: look for method, look in zip(("SALT step", "RKD"), LOOKS[:2], strict=True) if method in methods}
-    others = cycle([look for look in LOOKS if look not in known.values()])
-    noted: list[tuple[float, str, str]] = []
-    width = 1.0 if any(len(group.runs) > 1 for group in comparison.groups) else 2.0
-    for group in comparison.groups:
-        shown = [runs[name] for name in group.runs if name not in comparison.other_text]
-        if not shown:
-            continue
-        is_reference = comparison.reference in group.runs
-        method = rows[shown[0].name].method
-        if is_reference:
-            style, colour = "-", REFERENCE_COLOUR
-        else:
-            style, colour = known.pop(method) if method in known else next(others)
-        named = printable(group.label).replace("$", r"\$")  # else it would be a formula
-        label = f"{named}  {number(group.mean, '.3f')}" + (f"  (n = {group.n})" if group.n > 1 else "")
-        for run in shown:
-            point = "." if len(run.val_ce.steps) == 1 else ""  # a line would not be visible
-            xs, ys = x_of(run, run.val_ce.steps), run.val_ce.values
-            ax.plot(xs, ys, marker=point, color=colour, ls=style, lw=width, label=label)
-            label = "_"  # one legend entry for all seeds
-            row = rows[run.name]
-            if not is_reference and not math.isnan(row.reached_step):
-                (x,) = x_of(run, [row.reached_step])
-                share = row.reached_steps_share if axis == "steps" else row.reached_flops_share
-                ax.plot(x, level, "o", color=colour, ms=5)
-                if len(group.runs) == 1:
-                    noted.append((x, number(share, ".0%"), colour))
-        first = shown[0]
-        if 0 < first.kd_steps < (first.max_steps or math.inf):
-            (x,) = x_of(first, [first.kd_steps])
-            ax.axvline(x, color=colour, lw=0.8, ls=DASHES, label=LEAVES)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.set_xlim(left=0)
-    lines, right = 0, math.inf
-    for x, text, colour in sorted(noted, reverse=True):  # from the right: of two close ones, the left goes lower
-        lines = lines + 1 if right - x < 0.08 * ax.get_xlim()[1] else 0
-        right, off = x, (-4, -4 - 11 * lines)
-        ax.annotate(text, (x, level), off, textcoords="offset points", ha="right", va="top", color=colour, fontsize=9)
-
-
-def _shown_range(runs: list[Run]) -> tuple[float, float]:
-    known = [(run.val_ce, np.isfinite(run.val_ce.values)) for run in runs]  # a diverged run has none
-    curves = [(ce.steps[is_known], ce.values[is_known]) for ce, is_known in known if is_known.any()]
-    if not curves:
-        return 0.0, 1.0
-    cut = FIRST_SHOWN * max(steps[-1] for steps, _ in curves)
-    top = max(float(np.interp(cut, steps, values)) for steps, values in curves)
-    bottom = min(float(values.min()) for _, values in curves)
-    return bottom - 0.05 * (top - bottom), max(top, bottom + 1e-3)

@@ -9,7 +9,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from salt_lightning.batches.order import scatter
-from salt_lightning.comparison.report import COLOURS, REFERENCE_COLOUR, table
+from salt_lightning.comparison.figure import COLOURS, REFERENCE_COLOUR
+from salt_lightning.comparison.report import table
 from salt_lightning.errors import printable, writing
 from salt_lightning.selection import LESS_CHANCE, MUCH_CHANCE, KeepRule, chance, kept_mask, kept_rows, row_scores
 from salt_lightning.teacher.scores import NO_LABEL, Scores

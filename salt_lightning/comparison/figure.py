@@ -1,0 +1,151 @@
+"""Draws a comparison: validation CE of each run over steps and over FLOPs; computes no results."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from itertools import cycle
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from salt_lightning.comparison.report import flop_unit, number
+from salt_lightning.comparison.results import Comparison
+from salt_lightning.errors import printable
+from salt_lightning.run.runlog import Run
+
+# After Okabe and Ito: distinguishable with any kind of color vision. Orange and sky blue are darker, for white paper.
+REFERENCE_COLOUR = "#444444"
+COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#9A6A00", "#3A93C9")
+STYLES: tuple[Any, ...] = ("-", ":", "-.", (0, (1, 3)), (0, (5, 1, 1, 1, 1, 1)))
+LEAVES, DASHES = "a teacher leaves", (0, (4, 3))
+# In grey, the colors are hardly distinguishable, so the style changes with each: up to five are told apart by it alone.
+# As 5 and 6 have no common divisor, there are 30 looks.
+LOOKS = [(STYLES[i % len(STYLES)], COLOURS[i % len(COLOURS)]) for i in range(len(STYLES) * len(COLOURS))]
+FIRST_SHOWN = 0.25  # the figure cuts off the fall in this first share of the steps, which would flatten the rest
+MOST_TALLER = 5.0  # and what is above this many times the range of a typical run: one that diverged
+LEAST_SHOWN = 0.05  # nats per token
+LONGEST_NAME = 60  # letters: the legend takes its place from the panels
+FIRST_LINE, LINE = 4, 11  # points below the reference's loss: where runs reach it, one line for each of close ones
+
+
+def draw(comparison: Comparison) -> Figure:
+    """Validation CE over steps and over FLOPs of student and teacher, one color per experiment.
+
+    A dashed line in that color marks where a teacher leaves; a dot marks where a run reaches the reference's loss,
+    with the share of the reference's steps or FLOPs.
+    """
+    height = max(4.2, 1.0 + 0.22 * len(comparison.groups))  # inches
+    fig = Figure(figsize=(12, height), layout="constrained")
+    axes = fig.subplots(1, 2, sharey=True)
+    of_groups = {name for group in comparison.groups for name in group.runs} - set(comparison.other_text)
+    runs = [run for run in comparison.runs if run.name in of_groups]
+    validated = [run for run in runs if len(run.val_ce.steps)]
+    most = max((run.flops(run.val_ce.steps[-1]) for run in validated), default=0.0)
+    scale, unit = flop_unit(most)
+    num_lines = 0
+    for ax, axis, divisor, label in (
+        (axes[0], "steps", 1.0, "optimizer steps"),
+        (axes[1], "FLOPs", scale, f"{unit} of student and teacher"),
+    ):
+        num_lines = max(num_lines, _panel(ax, comparison, axis, divisor))
+        ax.set_xlabel(label)
+    axes[0].set_ylabel("validation CE (nats per token)")
+    if validated:
+        bottom, top = _shown_range(validated)
+        if num_lines:  # so that they are above the axis
+            share = min(0.5, (FIRST_LINE + LINE * num_lines) / (72 * (height - 0.8)))  # of the panel's height
+            bottom = min(bottom, (comparison.reference_val_ce - share * top) / (1 - share))
+        axes[0].set_ylim(bottom, top)
+        axes[0].ticklabel_format(axis="y", useOffset=False)
+        legend = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
+        if legend.pop(LEAVES, None):  # one entry for the lines of all colors
+            legend[LEAVES] = Line2D([], [], color=REFERENCE_COLOUR, lw=0.8, ls=DASHES)
+        fig.legend(
+            list(legend.values()),
+            list(legend),
+            loc="outside right upper",  # covers no curve
+            title="final validation CE",
+            alignment="left",
+            frameon=False,
+        )
+    return fig
+
+
+def _panel(ax: Axes, comparison: Comparison, axis: str, divisor: float) -> int:
+    """Draws one of the two; returns the lines of notes below the reference's loss."""
+
+    def x_of(run: Run, steps: Sequence[float] | np.ndarray) -> np.ndarray:
+        return run.axis(axis, np.asarray(steps)) / divisor
+
+    runs = {run.name: run for run in comparison.runs}
+    rows = {row.run: row for row in comparison.rows}
+    level = comparison.reference_val_ce
+    if math.isfinite(level):
+        which = "latest" if rows[comparison.reference].running else "final"
+        ax.axhline(level, color=REFERENCE_COLOUR, lw=0.6, label=f"{which} CE of the reference")
+    methods = {row.method for row in comparison.rows}
+    # these look the same in every figure, whatever else is in it
+    known = {method: look for method, look in zip(("SALT step", "RKD"), LOOKS[:2], strict=True) if method in methods}
+    others = cycle([look for look in LOOKS if look not in known.values()])
+    noted: list[tuple[float, str, str]] = []
+    width = 1.0 if any(len(group.runs) > 1 for group in comparison.groups) else 2.0
+    for group in comparison.groups:
+        shown = [runs[name] for name in group.runs if name not in comparison.other_text]
+        if not shown:
+            continue
+        is_reference = comparison.reference in group.runs
+        method = rows[shown[0].name].method
+        if is_reference:
+            style, colour = "-", REFERENCE_COLOUR
+        else:
+            style, colour = known.pop(method) if method in known else next(others)
+        named = _shortened(printable(group.label)).replace("$", r"\$")  # else it would be a formula
+        label = f"{named}  {number(group.mean, '.3f')}" + (f"  (n = {group.n})" if group.n > 1 else "")
+        for run in shown:
+            point = "." if len(run.val_ce.steps) == 1 else ""  # a line would not be visible
+            xs, ys = x_of(run, run.val_ce.steps), run.val_ce.values
+            ax.plot(xs, ys, marker=point, color=colour, ls=style, lw=width, label=label)
+            label = "_"  # one legend entry for all seeds
+            row = rows[run.name]
+            if not is_reference and not math.isnan(row.reached_step):
+                (x,) = x_of(run, [row.reached_step])
+                share = row.reached_steps_share if axis == "steps" else row.reached_flops_share
+                ax.plot(x, level, "o", color=colour, ms=5)
+                if len(group.runs) == 1:
+                    noted.append((x, number(share, ".0%"), colour))
+        first = shown[0]
+        if 0 < first.kd_steps < (first.max_steps or math.inf):
+            (x,) = x_of(first, [first.kd_steps])
+            ax.axvline(x, color=colour, lw=0.8, ls=DASHES, label=LEAVES)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.set_xlim(left=0)
+    lines, most, right = 0, 0, math.inf
+    for x, text, colour in sorted(noted, reverse=True):  # from the right: of two close ones, the left goes lower
+        lines = lines + 1 if right - x < 0.08 * ax.get_xlim()[1] else 0
+        most, right, off = max(most, lines + 1), x, (-4, -FIRST_LINE - LINE * lines)
+        ax.annotate(text, (x, level), off, textcoords="offset points", ha="right", va="top", color=colour, fontsize=9)
+    return most
+
+
+def _shortened(name: str) -> str:
+    """The middle is left out: names of one sweep differ at their ends."""
+    half = LONGEST_NAME // 2
+    return name if len(name) <= LONGEST_NAME else f"{name[: half - 1]}…{name[-half:]}"
+
+
+def _shown_range(runs: list[Run]) -> tuple[float, float]:
+    known = [(run.val_ce, np.isfinite(run.val_ce.values)) for run in runs]  # a diverged run has none
+    curves = [(ce.steps[is_known], ce.values[is_known]) for ce, is_known in known if is_known.any()]
+    if not curves:
+        return 0.0, 1.0
+    cut = FIRST_SHOWN * max(steps[-1] for steps, _ in curves)
+    tops = [float(np.interp(cut, steps, values)) for steps, values in curves]
+    bottom = min(float(values.min()) for _, values in curves)
+    typical = max(statistics.median_low(tops) - bottom, LEAST_SHOWN)
+    shown = min(max(max(tops) - bottom, LEAST_SHOWN), MOST_TALLER * typical)
+    highest = curves[tops.index(max(tops))][0]
+    above = 0.05 if highest[0] >= cut else 0.0  # a point, which is not to be cut off
+    return bottom - 0.05 * shown, bottom + (1 + above) * shown
