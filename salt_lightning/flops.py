@@ -15,6 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from salt_lightning.hugging_face.quantized import unpacked
 
+# Stacks that run several times, heads that attend twice, a window in the config that the layers do not use.
+_OTHERWISE = ("hrm_text", "diffllama", "moshi")
 TRAIN_OVER_FORWARD = 3  # forward, gradient of the inputs, gradient of the weights
 
 
@@ -37,10 +39,12 @@ def forward_flops_per_token(model: PreTrainedModel, block_size: int, num_ids: in
     one document: what document isolation saves is not subtracted.
 
     `model`: not yet sharded; it may be on the meta device, or quantized. `num_ids`: rows of the head that are used, as
-    in CausalLM; None: all. NaN for a model with weights or layers of other kinds (state spaces), instead of a number
-    that is too small.
+    in CausalLM; None: all. NaN for a model with weights or layers of other kinds (state spaces), or that uses them in
+    other ways (_OTHERWISE), instead of a number that is too small.
     """
     model = unpacked(model)
+    if model.config.get_text_config().model_type in _OTHERWISE:
+        return math.nan
     counted: set[int] = set()
     weights = 0.0
     for module in model.modules():
@@ -98,9 +102,11 @@ def _active(module: nn.Module, config: object, parameter: nn.Parameter) -> float
 def _attention_flops_per_token(config: object, block_size: int) -> float:
     text = config.get_text_config()  # type: ignore[attr-defined]  # of the language model, if there are several
     each = list(getattr(text, "per_layer_config", ())) or [text] * text.num_hidden_layers  # gemma 4: two widths
-    window = getattr(text, "sliding_window", None)
-    spans = {"full_attention": attention_span(block_size), "sliding_attention": attention_span(block_size, window)}
-    layers = getattr(text, "layer_types", None) or ["sliding_attention"] * len(each)  # all keys if there is no window
+    window = getattr(text, "sliding_window", None) or getattr(text, "window_size", None)  # gpt_neo's name
+    full, sliding = attention_span(block_size), attention_span(block_size, window)
+    spans = {"full_attention": full, "sliding_attention": sliding, "global": full, "local": sliding}
+    layers = getattr(text, "layer_types", None) or getattr(text, "attention_layers", None)
+    layers = layers or ["sliding_attention"] * len(each)  # all keys if there is no window
     return 4.0 * sum(_width(own) * spans.get(layer, math.nan) for own, layer in zip(each, layers, strict=False))
 
 

@@ -18,6 +18,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from salt_lightning import cli
 from salt_lightning.batches.rows import document_borders
+from salt_lightning.errors import ConfigError
 from salt_lightning.hugging_face import attention
 from salt_lightning.models import CausalLM, from_config
 
@@ -369,6 +370,18 @@ def test_one_graph_for_any_number_of_documents(family, sizes):
         positions_BT = torch.arange(10).remainder(length).repeat(2, 1)
         lm(IDS, positions_BT)[0].sum().backward()
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "named"), [("gpt_oss", {}, "s_aux"), ("gemma2", {"attn_logit_softcapping": 30.0}, "softcap")]
+)
+def test_no_model_runs_without_what_it_asks_of_its_attention(family, sizes, named):
+    """A typed "packed" was replaced by sdpa, which left the sinks out: the loss was another, and nothing said so."""
+    model = tiny(family, **sizes).model
+    model.set_attn_implementation("packed")
+    said = f"--model.student.attention packed: ValueError: packed attention does not support {named}"
+    with pytest.raises(ConfigError, match=said):
+        CausalLM(model, "student").check()
 
 
 def test_dropout_of_the_attention_has_no_kernel(caplog):

@@ -150,6 +150,28 @@ def test_what_cannot_be_counted_is_nan():
     assert math.isnan(forward_flops_per_token(own, BLOCK))
 
 
+@pytest.mark.parametrize("family", ["hrm_text", "diffllama"])
+def test_weights_and_heads_that_work_several_times_are_nan(family):
+    """By the same formula they were 0.26 and 0.5 of what torch counts."""
+    if family not in transformers.CONFIG_MAPPING:
+        pytest.skip("this version of transformers does not have it")
+    sizes = {**SIZES, **MLP, "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 2}
+    assert math.isnan(forward_flops_per_token(build(transformers.AutoConfig.for_model(family, **sizes)), BLOCK))
+
+
+def test_local_layers_of_gpt_neo_count_their_window():
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "intermediate_size": 48}
+    full, half = (
+        build(transformers.GPTNeoConfig(**sizes, attention_types=[[kinds, 1]], window_size=6), "cpu")
+        for kinds in (["global", "global"], ["global", "local"])
+    )
+    saved = forward_flops_per_token(full, BLOCK) - forward_flops_per_token(half, BLOCK)
+    assert saved == pytest.approx(4 * 32 * (12 - 5.25))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        full(input_ids=torch.zeros(1, BLOCK, dtype=torch.long), use_cache=False)
+    assert forward_flops_per_token(full, BLOCK) == counter.get_total_flops() / BLOCK - 2 * 4 * 32 * BLOCK / 2
+
+
 def test_an_unknown_kind_of_layer_is_nan():
     config = transformers.LlamaConfig(**SIZES, **MLP)
     model = build(config)

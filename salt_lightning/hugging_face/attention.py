@@ -55,11 +55,11 @@ def packed_attention(  # noqa: PLR0913 - transformers' signature
     Raises:
         ValueError: the model asks for something that is not supported here.
     """
-    if cu_seq_lens_q is None:  # generation, with a cache
+    _refuse_unknown(kwargs)  # sdpa would leave it out without a word
+    if cu_seq_lens_q is None:  # generation, with a cache, or documents kept apart by a mask
         return sdpa_attention_forward(
             module, query_BHTE, key_BKTE, value_BKTE, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    _refuse_unknown(kwargs)
     if query_BHTE.shape[-1] != value_BKTE.shape[-1]:
         raise ValueError("values and queries differ in width")
     kind = query_BHTE.device.type
