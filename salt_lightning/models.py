@@ -166,14 +166,16 @@ class CausalLM(nn.Module):
         Raises:
             ConfigError: the family does something that is not supported here; the message says what.
         """
-        wrong = [name for name, p in self.model.named_parameters() if not all(map(_is_finite, quantized.stored(p)))]
+        wrong = [name for name, p in self.model.named_parameters() if not quantized.is_finite(p)]
         if wrong:
             raise ConfigError(
                 f"--model.{self.name}.path: its weights are not finite ({few(wrong)}): they are damaged, "
                 f"or too large for --model.{self.name}.dtype {str(self.head.weight.dtype).removeprefix('torch.')}"
             )
         and_packed = f" and --model.{self.name}.attention packed" if self.attention == PACKED else ""
-        said = f"{type(self.model).__name__} cannot be run with its settings{and_packed}{uneven_heads(self.model.config)}"
+        said = (
+            f"{type(self.model).__name__} cannot be run with its settings{and_packed}{uneven_heads(self.model.config)}"
+        )
         with testable(self), as_config_error(f"--model.{self.name}: {said}"):
             return self._check()
 
@@ -236,13 +238,6 @@ class CausalLM(nn.Module):
         ids_BT = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8], [2, 3, 4, 5, 6, 7, 8, 9]], device=device)
         ids_BT[:, changed or []] = 0
         return self(ids_BT, positions_BT)[0]
-
-
-def _is_finite(weight: Tensor) -> bool:
-    if not weight.is_floating_point() or weight.element_size() < 2 or not weight.numel():
-        return True  # torch cannot tell for the small types of quantized models
-    low, high = weight.aminmax()  # takes no memory, and is NaN if a value is
-    return bool(low.isfinite() & high.isfinite())
 
 
 def logit_scale(config: PreTrainedConfig, name: str) -> float:

@@ -30,6 +30,13 @@ def stored(tensor: Tensor) -> Iterator[Tensor]:
         yield tensor
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all numbers in it are, as far as torch can tell: it cannot for the small types of quantized models."""
+    parts = (part for part in stored(tensor) if part.is_floating_point() and part.element_size() > 1 and part.numel())
+    ends = (part.aminmax() for part in parts)  # takes no memory, and is NaN if a value is
+    return all(bool(low.isfinite() & high.isfinite()) for low, high in ends)
+
+
 def num_bytes(tensors: Iterable[Tensor]) -> int:
     """What the tensors take in this process."""
     return sum(part.nbytes for tensor in tensors for part in stored(tensor))
