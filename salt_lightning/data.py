@@ -293,7 +293,7 @@ class SALTDataModule(LightningDataModule):
             hub = [group.hub_name for group in self._corpus("source").groups if group.hub_name]
             cuts = shares.cuts if stage != "predict" and (shares := self._shares()) else {}
             text = {"source": self.source, "weights": self.source_weights, "hub": hub, "cuts": cuts}
-            self.text = text | {"documents": self._train.files.num_documents, "examples": self.examples.inputs()}
+            self.text = text | self._train.size | {"examples": self.examples.inputs()}
         if stage in (None, "fit", "validate", "test"):
             apart = "test_source" if stage == "test" and self.test_source else "val_source" if self.val_source else ""
             self._eval, self.held_out_by = self._open(apart or "source", "val"), apart or "source"
@@ -452,11 +452,10 @@ class SALTDataModule(LightningDataModule):
             set_cadence(self.trainer, self.accumulate)
 
     def _log(self) -> None:
-        assert self._train is not None
-        files, held_out = self._train.files, len(self._eval_rows())
         rank_zero_info(
-            f"data: {self.num_train_rows} rows of {self.block_size} tokens, from {files.num_tokens} tokens in "
-            f"{files.num_documents} documents; {held_out} validation rows; vocabulary size {self.vocab_size}"
+            f"data: {self.num_train_rows} rows of {self.block_size} tokens, from {self.text['tokens']} tokens in "
+            f"{self.text['documents']} documents; {len(self._eval_rows())} validation rows; vocabulary size "
+            f"{self.vocab_size}"
         )
 
     def _say_plan(self, order: Order | Mixture, steps: int) -> None:
@@ -476,9 +475,11 @@ class SALTDataModule(LightningDataModule):
         return preflight.shares(shares.names, shares.reads(rows), shares.rows_S, (max_steps, rows))
 
     def samples(self, rows: int) -> Iterator[dict[str, torch.Tensor]]:
-        """Batches of `rows` validation rows from all over, with enough labels to judge a model by."""
-        assert self._eval is not None, "call setup first"
-        return map(as_tensors, spread(self._eval, rows, preflight.ENOUGH_LABELS))
+        """Batches of `rows` validation rows, in predict training rows, from all over, with enough labels to judge a
+        model by."""
+        read = self._eval or self._train
+        assert read is not None, "call setup first"
+        return map(as_tensors, spread(read, rows, preflight.ENOUGH_LABELS))
 
     def counts_nll(self, labels_N: torch.Tensor) -> float:
         """Mean -log p of labels in nats, where p is the frequency of a token in the training text."""

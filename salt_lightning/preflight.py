@@ -215,7 +215,7 @@ def teacher(loss: TeacherLoss, path: str, allowed: bool) -> Finding:
     """
     nothing = loss.uniform if loss.untrained is None else min(loss.uniform, loss.untrained)
     least = nothing - (nothing - loss.counts) / 10
-    said = f"{loss.teacher:.2f} nats on {loss.tokens} tokens of validation text; ln(V) {loss.uniform:.2f}"
+    said = f"{loss.teacher:.2f} nats on {loss.tokens} tokens of this text; ln(V) {loss.uniform:.2f}"
     if loss.untrained is not None:
         said += f", untrained student {loss.untrained:.2f}"
     said += f", token counts alone {loss.counts:.2f}"

@@ -899,6 +899,7 @@ def test_rows_by_hand(tmp_path, caplog):
     a, b, c, d, colon = (tokenizer.encode(letter)[0] for letter in "abcd:")
     eos = tokenizer.eos_token_id
     assert (packed.num_rows, packed.num_left_out, packed.fill) == (1, 1, 0.8)
+    assert packed.size == {"documents": 2, "tokens": 8}  # what a run can read of it
     batch = packed.build(np.array([0, NO_ROW]))
     _ = IGNORE
     assert batch["input_ids"].tolist() == [[a, colon, b, eos, colon, c, d, eos, eos, eos], [eos] * 10]
@@ -1104,6 +1105,22 @@ def test_stopped_and_resumed_equals_never_stopped(sft, tmp_path, caplog):
     assert cli.main(["fit", *arguments(sft, own, more, {"data.examples.prompt": "So {question}:"})]) == 0
     said = "continuing with other data than the checkpoint's: other --data.examples.prompt, "
     assert said in caplog.text
+
+
+def test_the_size_of_the_text_is_that_of_the_examples_in_the_rows(sft, tmp_path, caplog):
+    own = {"run": str(tmp_path / "run"), "data.block_size": 24, "data.micro_batch_size": 4}
+    assert cli.main(["fit", *arguments(sft, own)]) == 0
+    taken, rows, left = re.search(
+        r"\(training\): (\d+) examples in (\d+) rows, .*; (\d+) are longer", caplog.text
+    ).groups()
+    read, of_rows, tokens, documents = re.search(
+        r"data: (\d+) rows of (\d+) tokens, from (\d+) tokens in (\d+) documents", caplog.text
+    ).groups()
+    assert int(left) > 10
+    assert (documents, read, of_rows) == (taken, rows, "24")
+    assert int(rows) * 12 < int(tokens) <= int(rows) * 24
+    assert cli.main(["export", f"{own['run']}/checkpoints/step-00000012.ckpt", str(tmp_path / "out")]) == 0
+    assert f"- text size: {documents} documents, {int(tokens):,} tokens" in (tmp_path / "out/README.md").read_text()
 
 
 def test_starting_from_a_pretrained_student_lowers_the_loss_of_responses_alone(sft, tmp_path):

@@ -337,6 +337,22 @@ def test_another_teacher_is_refused(scored, of_data, teacher, fit_with, tmp_path
     assert "do not fit --model.teacher.path (other weights); choose another --run" in capsys.readouterr().err
 
 
+def test_a_teacher_that_knows_nothing_of_the_text_scores_nothing(of_data, teacher, tmp_path, capsys, caplog):
+    """As in a fit. A selection by it was random, and neither predict, fit nor check said so."""
+    checkpoint = torch.load(teacher, weights_only=True)
+    for tensor in checkpoint["state_dict"].values():
+        tensor.normal_(std=0.02)
+    path, run = str(tmp_path / "random.ckpt"), tmp_path / "run"
+    torch.save(checkpoint, path)
+    layers = of_data, {"run": str(run), "model.teacher.path": path}
+    assert cli.main(["predict", *arguments(*layers)]) == 2
+    assert f"--model.teacher.path {path} knows nothing about this text: " in capsys.readouterr().err
+    assert not (run / "scores.json").exists()  # the right teacher can score into this folder
+    assert cli.main(["predict", *arguments(*layers, {"kd.allow_untrained": True})]) == 0
+    assert f"note: teacher CE: --model.teacher.path {path} knows nothing" in caplog.text
+    assert (run / "report.md").exists()
+
+
 def test_a_teacher_that_is_not_finite_is_named(of_data, teacher, tmp_path, capsys):
     checkpoint = torch.load(teacher, weights_only=True)
     norm = next(name for name in checkpoint["state_dict"] if name.endswith("model.norm.weight"))

@@ -53,7 +53,8 @@ class ExampleRows:
         self._packed, self._row_starts = pack(lengths, block_size)
         self.num_rows = len(self._row_starts) - 1
         self.num_left_out = files.num_documents - len(self._packed)
-        self.fill = float(lengths[self._packed].sum() / max(1, self.num_rows * block_size))
+        self.size = {"documents": len(self._packed), "tokens": int(lengths[self._packed].sum())}  # in the rows
+        self.fill = self.size["tokens"] / max(1, self.num_rows * block_size)
         # An example begins with BOS or its prompt, so every learned token has one before it that predicts it.
         learned = np.add.reduceat(files.learned, self._starts, dtype=np.int64)
         counts = np.concatenate([[0], np.cumsum(learned[self._packed])])

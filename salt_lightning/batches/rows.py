@@ -85,6 +85,7 @@ class PackedRows:
 
     def __init__(self, files: TokenFiles, block_size: int, isolate_documents: bool) -> None:
         self.files, self.block_size, self.isolate_documents = files, block_size, isolate_documents
+        self.size = {"documents": files.num_documents, "tokens": files.num_tokens}
         # The stream's last token is an EOS, which predicts nothing, so it needs no row of its own.
         self.num_rows = -(-(files.num_tokens - 1) // block_size)
 

@@ -111,7 +111,8 @@ def _training(checkpoint: dict[str, Any], run: Run) -> dict[str, str]:
     settings, spec, text = run.config, checkpoint["hyper_parameters"], checkpoint["text"]
     taught = _is_taught(checkpoint, run)
     by = own_class(checkpoint)
-    counts = [(text.get("documents"), "documents"), (_data(checkpoint, "num_train_tokens"), "tokens")]
+    num_tokens = text.get("tokens") or _data(checkpoint, "num_train_tokens")  # the latter: of earlier versions
+    counts = [(text.get("documents"), "documents"), (num_tokens, "tokens")]
     return {
         "resumed": "; ".join(changes_said(run)),
         "trained by": f"the class {by}; what it does otherwise than SALTModule is not known" if by else "",

@@ -22,12 +22,14 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from salt_lightning import preflight
 from salt_lightning.errors import ConfigError, Stopped
 from salt_lightning.fit import alike
 from salt_lightning.hugging_face.quantized import stored
 from salt_lightning.run import peers
 from salt_lightning.selection import row_scores
 from salt_lightning.teacher import score_report
+from salt_lightning.teacher.probe import look
 from salt_lightning.teacher.scores import Scores
 
 
@@ -48,7 +50,8 @@ class ScoreWriter(pl.Callback):
     over all starts, each up to its last finished shard.
 
     Raises:
-        ConfigError: the folder holds scores of other rows or of another teacher.
+        ConfigError: the folder holds scores of other rows or of another teacher, or the teacher knows nothing of this
+            text (accepted with KDScheduleCallback(allow_untrained=True)).
     """
 
     def __init__(self) -> None:
@@ -79,6 +82,7 @@ class ScoreWriter(pl.Callback):
                 f"--run {run}: {wrong}; give a folder that all nodes share, since each writes shards of scores"
             )
         Scores.require_begun(run, scored)  # on every rank, so that all stop
+        _check_teacher(trainer, teacher, str(pl_module.teacher_spec.path))
         if trainer.is_global_zero:
             spec, per_token = pl_module.teacher_spec, pl_module.meter.forward_flops["teacher"]
             origin = {
@@ -192,6 +196,16 @@ class ScoreWriter(pl.Callback):
             took = f"{found.get('scoring_flops', math.nan):.3g} FLOPs, {found.get('scoring_s', math.nan):.1f} s"
             said = f"{zeros:.1%} of the rows score 0; report: {', '.join(map(str, files))}"
             rank_zero_info(f"all rows: {took}; {said}")
+
+
+def _check_teacher(trainer: pl.Trainer, teacher: Any, path: str) -> None:
+    """As in a fit; some runs use a teacher for its scores alone."""
+    data, device = trainer.datamodule, teacher.head.weight.device  # type: ignore[attr-defined]
+    batches = ({k: v.to(device) for k, v in each.items()} for each in data.samples(data.micro_batch_size))
+    with trainer.precision_plugin.predict_step_context():
+        loss = look(teacher, batches, data)
+    allowed = any(getattr(callback, "allow_untrained", False) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    preflight.teacher(loss, path, allowed).require()
 
 
 def weights_fingerprint(module: nn.Module) -> str:
