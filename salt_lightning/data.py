@@ -37,7 +37,7 @@ from salt_lightning.batches.rows import (
 )
 from salt_lightning.batches.stretches import Stretches, go_on, one_stretch, rows_before, where, with_past
 from salt_lightning.command.settings import seed_or_global, wrong_data
-from salt_lightning.errors import ConfigError, raised, refuse, wrong_kinds
+from salt_lightning.errors import ConfigError, counted, raised, refuse, wrong_kinds
 from salt_lightning.fit.cadence import accumulation, phase1_steps, place, set_cadence
 from salt_lightning.selection import KeepRule, Plan, check_repeats, plan, scores_of
 from salt_lightning.storage.kinds import plain
@@ -454,8 +454,8 @@ class SALTDataModule(LightningDataModule):
     def _log(self) -> None:
         rank_zero_info(
             f"data: {self.num_train_rows} rows of {self.block_size} tokens, from {self.text['tokens']} tokens in "
-            f"{self.text['documents']} documents; {len(self._eval_rows())} validation rows; vocabulary size "
-            f"{self.vocab_size}"
+            f"{counted(self.text['documents'], 'document')}; {counted(len(self._eval_rows()), 'validation row')}; "
+            f"vocabulary size {self.vocab_size}"
         )
 
     def _say_plan(self, order: Order | Mixture, steps: int) -> None:

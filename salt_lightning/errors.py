@@ -321,6 +321,10 @@ def one_line(error: BaseException | str, limit: int = 400) -> str:
     return " ".join(str(error).split())[:limit]
 
 
+def counted(count: int, noun: str) -> str:
+    return f"{count or 'no'} {noun}{'' if count == 1 else 's'}"
+
+
 def few(names: Iterable[object]) -> str:
     """The first three of the names, which may be many, on one line."""
     shown = list(map(str, names))

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from salt_lightning.errors import ConfigError, few, printable
+from salt_lightning.errors import ConfigError, counted, few, printable
 
 Level = Literal["ok", "note", "warning", "error"]
 ENOUGH_LABELS = 512  # to judge a model by: the standard error of a trained one's CE is about 0.1 nats
@@ -42,7 +42,7 @@ class Finding:
 def phases(taught: int, max_steps: int, anneal_steps: int, path: str | None) -> Finding:
     """Tells how many steps have a teacher. `anneal_steps`: of them, the ramp; `path`: the teacher's, None without."""
     if not taught:
-        unused = f": --model.teacher.path {path} is not used with --kd.weight 0" if path else ""
+        unused = f": --model.teacher.path {path} is not used with --kd.weight 0 or --kd.steps 0" if path else ""
         return Finding("ok", "phases", f"no teacher{unused}")
     said = f"teacher in {taught} of {max_steps} steps ({taught / max_steps:.0%})"
     if anneal_steps:
@@ -124,7 +124,7 @@ def of_training(rows: Any) -> list[Finding]:
     found = [
         Finding(
             "warning" if times > 0.001 * rows.files.num_documents else "note", "end of text",
-            f"{end!r} is spelled out {times} times in {_plural(rows.files.num_documents, 'training document')}: read "
+            f"{end!r} is spelled out {times} times in {counted(rows.files.num_documents, 'training document')}: read "
             "as plain text, not as an end, so what it separates counts as one document",
             "split the text there, and remove it at the end of documents (docs/own-data.md)",
         )
@@ -282,8 +282,4 @@ def listed(findings: list[Finding], width: int) -> str:
             lines += wrap("-> " + finding.remedy, initial_indent=indent, subsequent_indent=indent + "   ")
     errors, warnings = (sum(f.level == level for f in findings) for level in ("error", "warning"))
     end = "fit would stop or fail" if errors else "fit can start"
-    return "\n".join([*map(printable, lines), "", f"{_plural(errors, 'error')}, {_plural(warnings, 'warning')}: {end}"])
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count or 'no'} {noun}{'' if count == 1 else 's'}"
+    return "\n".join([*map(printable, lines), "", f"{counted(errors, 'error')}, {counted(warnings, 'warning')}: {end}"])

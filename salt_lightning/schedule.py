@@ -292,7 +292,9 @@ class KDScheduleCallback(pl.Callback):
                     "teacher leaves; set --trainer.val_check_interval to fewer steps"
                 )
         elif pl_module.has_teacher and not self.schedule.kd_steps(1):
-            rank_zero_info(f"--model.teacher.path {pl_module.teacher_spec.path} is not used with --kd.weight 0")
+            rank_zero_info(
+                f"--model.teacher.path {pl_module.teacher_spec.path} is not used with --kd.weight 0 or --kd.steps 0"
+            )
 
     def _check_loaders(self, trainer: pl.Trainer, last: int) -> None:
         """Refuses what `check` could not know: no validation loader, or none in time with a user's own loaders."""

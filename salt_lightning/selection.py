@@ -41,7 +41,7 @@ class KeepRule:
     Args:
         fraction: Share of the rows to keep, above 0 and at most 1.
         rows: Number of rows to keep, instead of a share.
-        order: highest (SALT_DS), or a control: lowest, middle, random.
+        order: highest (SALT_DS), or a control: lowest, middle, random (other rows for another seed).
         k: A token is in the teacher's top k if fewer than k tokens are more likely.
         masked: Tokens outside the top k: zero counts their loss as 0, drop leaves them out.
         drop_top: Share of the rows, those with the highest scores, that is never kept: mostly noise.
@@ -138,13 +138,14 @@ def chance(score_R: np.ndarray, kept_R: np.ndarray) -> float:
     return float(np.isin(inside, shared).mean())
 
 
-def kept_rows(scores_R: np.ndarray, rule: KeepRule) -> np.ndarray:
+def kept_rows(scores_R: np.ndarray, rule: KeepRule, seed: int = 0) -> np.ndarray:
     """Sorted numbers of the rows that a rule keeps, 8 bytes each; see `kept_mask`."""
-    return np.flatnonzero(kept_mask(scores_R, rule))
+    return np.flatnonzero(kept_mask(scores_R, rule, seed))
 
 
-def kept_mask(scores_R: np.ndarray, rule: KeepRule) -> np.ndarray:
-    """Which rows a rule keeps. Rows of equal score are taken in a fixed random order.
+def kept_mask(scores_R: np.ndarray, rule: KeepRule, seed: int = 0) -> np.ndarray:
+    """Which rows a rule keeps. Rows of equal score are taken in a fixed random order; those of the order random are
+    drawn by the seed, apart from that, so that seeds of this control differ in their rows, too.
 
     Raises:
         ConfigError: the rule asks for more rows than there are.
@@ -157,7 +158,7 @@ def kept_mask(scores_R: np.ndarray, rule: KeepRule) -> np.ndarray:
         tail = f" minus the {dropped} of --data.keep.drop_top {rule.drop_top}" if dropped else ""
         raise ConfigError(f"--data.keep.{setting} asks for {wanted} rows, but there are {num_rows}{tail}; keep fewer")
     if rule.order == "random":
-        return _of_lowest_lots(~_first(scores_R, dropped), wanted)
+        return _of_lowest_lots(~_first(scores_R, dropped), wanted, int(scatter(np.array([seed + 1]))[0]))
     # From the highest score down, rows [begin, begin + wanted) are kept.
     begin = {"highest": dropped, "middle": dropped + (num_rows - dropped - wanted) // 2, "lowest": num_rows - wanted}
     start = begin[rule.order]
@@ -173,9 +174,9 @@ def _first(scores_R: np.ndarray, count: int) -> np.ndarray:
     return mask_R | _of_lowest_lots(scores_R == level, count - int(mask_R.sum()))
 
 
-def _of_lowest_lots(mask_R: np.ndarray, count: int) -> np.ndarray:
-    """Mask of the `count` > 0 rows of a mask that have the lowest lots."""
-    lots = scatter(np.flatnonzero(mask_R))
+def _of_lowest_lots(mask_R: np.ndarray, count: int, draw: int = 0) -> np.ndarray:
+    """Mask of the `count` > 0 rows of a mask that have the lowest lots, in one of 2^64 draws."""
+    lots = scatter(np.flatnonzero(mask_R).astype(np.uint64) + np.uint64(draw))
     taken_R = np.zeros(len(mask_R), bool)
     taken_R[mask_R] = lots <= np.partition(lots, count - 1)[count - 1]  # no two lots are equal
     return taken_R
@@ -188,7 +189,7 @@ def plan(scores: Scores, rule: KeepRule, seed: int, phase1_rows: int, shares: Sh
         ConfigError: scores are incomplete or damaged, or there are too few rows.
     """
     score_R = _checked(rule.score_all(scores), scores.scored.num_rows, type(rule).__name__)
-    kept_R = kept_mask(score_R, rule)
+    kept_R = kept_mask(score_R, rule, seed)
     kept, inside = RowSet(kept_R), score_R[kept_R]
     drawn = 0.0 if rule.order == "random" else chance(score_R, kept_R)
     tie = f"; {drawn:.1%} of them have the same score as rows left out: chance decides" if drawn else ""

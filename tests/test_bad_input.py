@@ -610,6 +610,13 @@ ERRORS = {
         {"model.student.config": {**NARROW, "hidden_act": "sily"}},
         r"error: --model.student.config.hidden_act sily is not known; use e.g. silu$",
     ),
+    "a short position table by its own name": (
+        {
+            "model.student.family": "gpt2",
+            "model.student.config": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 8},
+        },
+        r"--model.student.config.n_positions 8 is smaller than --data.block_size 32",
+    ),
     "a short position table": (SHORT, r"max_position_embeddings 8 is smaller than --data.block_size 32"),
     "a small vocabulary": (SMALL, r"vocab_size 99 is smaller than the tokenizer's 300"),
 }

@@ -661,7 +661,15 @@ def test_an_exported_seed_is_a_seed_like_the_others(tmp_path):
 )
 def test_a_folder_named_after_a_setting_does_not_hide_it(names, key, values, tmp_path):
     runs = [
-        write_run(tmp_path / name, SALT, weight=0.5, kd_steps=60, seed_everything=seed, **{key: value})
+        write_run(
+            tmp_path / name,
+            SALT,
+            teacher="t",
+            weight=0.5,
+            kd_steps=60,
+            seed_everything=seed,
+            **{"data.selection": "scores", key: value},
+        )
         if key != "model.teacher.path"
         else write_run(tmp_path / name, SALT, teacher=value, weight=0.5, kd_steps=60, seed_everything=seed)
         for seed, (name, value) in enumerate(zip(names, values, strict=True))
@@ -758,6 +766,43 @@ def test_what_changes_no_result_makes_no_experiment(tmp_path, key):
     assert [group.n for group in evaluate(load(runs)).groups] == [3]
     runs.append(write_run(tmp_path / "block", BASELINE, **{"data.block_size": 7}))
     assert len(evaluate(load(runs)).groups) == 2
+
+
+@pytest.mark.parametrize(
+    ("shared", "idle"),
+    [
+        ({}, {"kd_steps": 60, "kd.shape": "cosine", "model.teacher_temperature": 2.0}),
+        ({}, {"teacher": "t", "kd.anneal_steps": 3}),
+        ({"weight": 0.5}, {"kd_steps": 60}),  # without a teacher
+        ({}, {"data.keep.fraction": 0.1, "data.keep.order": "lowest"}),
+        ({"data.selection": "s", "kd_steps": 60}, {"kd.shape": "cosine", "teacher": "t"}),
+        ({"data.selection": "s", "data.keep.order": "random"}, {"data.keep.k": 20, "data.keep.masked": "drop"}),
+    ],
+)
+def test_a_setting_without_effect_makes_no_experiment(shared, idle, tmp_path):
+    """`salt.yaml --kd.weight 0` beside `baseline.yaml`: the mean of the reference left that seed out."""
+    runs = [write_run(tmp_path / f"s{seed}", BASELINE, seed_everything=seed, **shared) for seed in range(2)]
+    runs.append(write_run(tmp_path / "s2", BASELINE, seed_everything=2, **{**shared, **idle}))
+    assert [group.n for group in evaluate(load(runs)).groups] == [3]
+
+
+@pytest.mark.parametrize(
+    ("shared", "active"),
+    [
+        ({"teacher": "t", "weight": 0.5, "kd_steps": 60}, {"kd.shape": "cosine"}),
+        ({"teacher": "t", "weight": 0.5, "kd_steps": 60}, {"model.teacher_temperature": 2.0}),
+        ({"data.selection": "s"}, {"kd_steps": 60}),  # what phase 1 reads
+        ({"data.selection": "s"}, {"data.keep.k": 20}),
+        ({"data.selection": "s", "data.keep.order": "random", "data.keep.drop_top": 0.1}, {"data.keep.k": 20}),
+        ({"data.selection": "s", "data.keep.order": "random"}, {"data.keep.fraction": 0.1}),
+    ],
+)
+def test_a_setting_with_effect_makes_an_experiment(shared, active, tmp_path):
+    runs = [
+        write_run(tmp_path / f"s{seed}", SALT, seed_everything=seed, **{**shared, **own})
+        for seed, own in enumerate(({}, active))
+    ]
+    assert [group.n for group in evaluate(load(runs)).groups] == [1, 1]
 
 
 def test_a_setting_that_an_older_version_had_not_is_null(tmp_path):
@@ -1515,6 +1560,19 @@ def test_a_run_that_diverged_is_told(three, last, tmp_path):
     assert "CE of the reference" not in str([line.get_label() for line in drawn.axes[0].lines])
 
 
+@pytest.mark.parametrize("names", [("unknown", "salt"), ("salt", "unknown")])
+def test_a_run_of_unknown_flops_leaves_the_figure_its_unit(names, tmp_path):
+    """Whichever comes first; no share of unknown FLOPs is noted beside its point."""
+    runs = [
+        write_run(tmp_path / name, SALT, student=math.nan if name == "unknown" else 10**7, **{"model.optim.lr": name})
+        for name in names
+    ]
+    runs.insert(1, write_run(tmp_path / "baseline", BASELINE, student=10**7))
+    by_steps, by_flops = figure.draw(evaluate(load(runs), baseline="baseline")).axes
+    assert by_flops.get_xlabel() == "GFLOP of student and teacher"
+    assert (len(by_steps.texts), len(by_flops.texts)) == (2, 1)
+
+
 def test_a_final_loss_is_not_compared_with_that_of_an_earlier_step(three, tmp_path):
     """The reference is under way: all are compared where it is."""
     running = write_run(tmp_path / "running", {100: 5.0, 200: 4.5}, steps=200)
@@ -1849,7 +1907,7 @@ def test_a_reference_validated_before_its_first_step_alone_has_no_cost(tmp_path)
     assert row.reached_step == 0
     shares = (row.reached_steps_share, row.reached_flops_share, row.reached_seconds_share)
     assert all(map(math.isnan, shares))
-    assert [[text.get_text() for text in ax.texts] for ax in figure.draw(found).axes] == [["-"], ["-"]]
+    assert [[text.get_text() for text in ax.texts] for ax in figure.draw(found).axes] == [[], []]
 
 
 def test_a_checkpoint_brings_sizes_that_nobody_had_given(tmp_path):

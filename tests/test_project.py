@@ -20,7 +20,6 @@ LAYERS = [  # a file imports only from files of earlier layers
         "journal",
         "packed",
         "pieces",
-        "progress",
         "quantized",
         "row_pass",
         "row_set",
@@ -28,7 +27,7 @@ LAYERS = [  # a file imports only from files of earlier layers
         "watch",
         "wrong_names",
     },
-    {"flops", "order", "progress_bar"},
+    {"flops", "order", "progress", "progress_bar"},
     {
         "attention",
         "chunked_head",

@@ -3,6 +3,7 @@
 import pickle
 import statistics
 import tracemalloc
+from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -148,6 +149,18 @@ def test_random_rows_do_not_follow_the_scores():
     assert abs(scores[kept].mean() - 5000) < 4 * 10_000 / np.sqrt(12 * 5000)
     tail = kept_rows(scores, KeepRule(rows=9000, order="random", drop_top=0.1))
     assert tail.tolist() == list(range(9000))
+
+
+def test_each_seed_draws_its_random_rows_apart_from_those_of_equal_score(scores):
+    """It was one half for all seeds, and nearly that of a rule whose scores are mostly equal: a control of itself."""
+    zeros, random = np.zeros(10_000), KeepRule(rows=5000, order="random")
+    draws = [kept_rows(zeros, random, seed) for seed in (0, 1, 2**32 - 1)]
+    draws.append(kept_rows(zeros, KeepRule(rows=5000), seed=1))
+    assert np.array_equal(draws[-1], kept_rows(zeros, KeepRule(rows=5000)))  # as in runs of earlier versions
+    for one, other in combinations(draws, 2):  # hypergeometric: mean 2500, standard deviation 25
+        assert abs(len(np.intersect1d(one, other)) - 2500) < 5 * 25
+    orders = [plan(scores, KeepRule(rows=5, order="random"), seed, 6).order for seed in (0, 1)]
+    assert not np.array_equal(*(order.kept.mask_R for order in orders))
 
 
 @pytest.mark.parametrize(

@@ -146,8 +146,9 @@ def shares_of(names: list[str], weights: list[float], tokens: list[int], block_s
 class Mixture:
     """An order that draws from several sources in fixed shares, each source in an order of its own.
 
-    In any run of consecutive rows, each source is less than two rows off its share. A selection applies to each source
-    separately, so it does not change the shares. `whole`: the order of all rows if there were no shares.
+    In any run of consecutive rows, each source is less than two rows off its share. A selection chooses by one score
+    from all rows; each source reads those of its own, so it does not change the shares. `whole`: the order of all rows
+    if there were no shares.
     """
 
     def __init__(self, shares: Shares, whole: Order) -> None:

@@ -43,8 +43,8 @@ def draw(comparison: Comparison) -> Figure:
     of_groups = {name for group in comparison.groups for name in group.runs} - set(comparison.other_text)
     runs = [run for run in comparison.runs if run.name in of_groups]
     validated = [run for run in runs if len(run.val_ce.steps)]
-    most = max((run.flops(run.val_ce.steps[-1]) for run in validated), default=0.0)
-    scale, unit = flop_unit(most)
+    costs = [run.flops(run.val_ce.steps[-1]) for run in validated]
+    scale, unit = flop_unit(max((cost for cost in costs if not math.isnan(cost)), default=0.0))
     num_lines = 0
     for ax, axis, divisor, label in (
         (axes[0], "steps", 1.0, "optimizer steps"),
@@ -114,7 +114,7 @@ def _panel(ax: Axes, comparison: Comparison, axis: str, divisor: float) -> int:
                 (x,) = x_of(run, [row.reached_step])
                 share = row.reached_steps_share if axis == "steps" else row.reached_flops_share
                 ax.plot(x, level, "o", color=colour, ms=5)
-                if len(group.runs) == 1:
+                if len(group.runs) == 1 and not math.isnan(share):
                     noted.append((x, number(share, ".0%"), colour))
         first = shown[0]
         if 0 < first.kd_steps < (first.max_steps or math.inf):

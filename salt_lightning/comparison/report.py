@@ -235,7 +235,7 @@ def _reach_table(groups: list[Group]) -> str:
     shares: dict[str, Callable[[Group], list[float]]] = {
         "of its steps": lambda g: g.reached_steps_share,
         "of its FLOPs": lambda g: g.reached_flops_share,
-        "with the teacher's training": lambda g: g.reached_flops_share_with_teacher_training,
+        "with teacher training and scoring": lambda g: g.reached_flops_share_with_teacher_training,
         "of its seconds": lambda g: g.reached_seconds_share,
     }
     columns = {"experiment": [group.label for group in groups]}

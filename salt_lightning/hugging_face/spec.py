@@ -290,7 +290,8 @@ def fresh_config(spec: ModelSpec, data: Any) -> PreTrainedConfig:
                 f"--model.student.config.vocab_size {config.vocab_size} is smaller than the tokenizer's "
                 f"{data.vocab_size}; set at least that, or leave it out"
             )
-        check_positions(config, "--model.student.config.max_position_embeddings", data)
+        own = config.attribute_map.get(_POSITIONS)  # gpt2's n_positions
+        check_positions(config, f"--model.student.config.{own if own in spec.config else _POSITIONS}", data)
     return config
 
 
@@ -348,6 +349,7 @@ def _refuse_flat_rope(known: PreTrainedConfig, ropes: dict[str, Any]) -> None:
 
 
 _SHARE = "partial_rotary_factor"
+_POSITIONS = "max_position_embeddings"
 
 
 def _refuse_idle_share(config: PreTrainedConfig) -> None:

@@ -294,11 +294,20 @@ class Run:
         may_end = given.get("kd.stop_margin") is not None or any(k.startswith("trainer.callbacks.") for k in given)
         if self._validated_at_end and not may_end:  # a validation may end KD, or the run
             own.add("trainer.val_check_interval")
-        trained = {k: v for k, v in given.items() if k not in own and not _AROUND.match(k)}
+        trained = {k: v for k, v in given.items() if k not in own and not _AROUND.match(k) and not self._is_idle(k)}
         before = {f"until step {n}: {k}": was for n, found in self.changes.items() for k, (was, _) in found.items()}
         before |= {"ckpt_path": self.lost} if self.lost else {}
         # null equals a missing setting: an older version did not have it
         return {key: value for key, value in (trained | before).items() if value is not None}
+
+    def _is_idle(self, key: str) -> bool:
+        """Whether a setting has no effect beside the others: of a teacher that never teaches, of no selection."""
+        if key.startswith(("kd.", "model.teacher")):
+            return not self.taught and not (self.selected and key == "kd.steps")
+        if not self.selected:
+            return key.startswith("data.keep.")
+        by_lot = self.selecting.get("data.keep.order") == "random" and not self.selecting.get("data.keep.drop_top")
+        return by_lot and key in ("data.keep.k", "data.keep.masked")
 
     @cached_property
     def variant(self) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from salt_lightning import preflight
-from salt_lightning.errors import ConfigError, Stopped
+from salt_lightning.errors import ConfigError, Stopped, counted
 from salt_lightning.fit import alike
 from salt_lightning.hugging_face.quantized import stored
 from salt_lightning.run import peers
@@ -102,7 +102,7 @@ class ScoreWriter(pl.Callback):
         done = scored.num_shards - len(missing)
         self._spent_s = self.scores.manifest.get("scoring_s", 0.0)  # by earlier starts
         rank_zero_info(
-            f"scoring {scored.num_rows} rows of {scored.block_size} tokens in {scored.num_shards} shards, {done} done"
+            f"scoring {scored.num_rows} rows of {scored.block_size} tokens in {counted(scored.num_shards, 'shard')}, {done} done"
         )
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: Any) -> None:

@@ -8,6 +8,8 @@ from typing import TextIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from tqdm import tqdm
 
+from salt_lightning.errors import counted
+
 _TERMINAL_S, _LOG_S = 0.5, 30.0
 
 
@@ -40,9 +42,10 @@ def summary_line(start: Done, now: Done) -> str:
     """What was done, and the rate since `start`."""
     seconds = max(now.time_s - start.time_s, 1e-9)
     text_rate = (now.text_bytes - start.text_bytes) / seconds
-    resumed = f", resumed after {start.documents} documents of a stopped preparation" if start.documents else ""
+    before = counted(start.documents, "document")
+    resumed = f", resumed after {before} of a stopped preparation" if start.documents else ""
     return (
-        f"tokenized {now.documents} documents, {now.tokens} tokens, {now.text_bytes / 1e6:.1f} MB of text "
+        f"tokenized {counted(now.documents, 'document')}, {now.tokens} tokens, {now.text_bytes / 1e6:.1f} MB of text "
         f"in {seconds:.1f} s ({text_rate / 1e6:.1f} MB/s){resumed}"
     )
 

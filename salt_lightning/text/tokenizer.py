@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from salt_lightning.errors import ConfigError, first_line
+from salt_lightning.errors import ConfigError, counted, first_line
 from salt_lightning.text.documents import Corpus, read_raw, utf8
 from salt_lightning.text.parse import Skipped, documents, empty_error, lots
 from salt_lightning.text.progress import Done, Progress
@@ -274,7 +274,7 @@ def _training_texts(corpus: Corpus, val_fraction: float) -> Iterator[str]:
             f"{'lower it, ' * (num_documents > 1)}split the text into more documents (a text file is one, as is each "
             "line of a .jsonl), or give --data.val_source"
         )
-    rank_zero_info(f"tokenizer: read {num_documents} documents; training on {chars / 1e6:.1f} M characters")
+    rank_zero_info(f"tokenizer: read {counted(num_documents, 'document')}; training on {chars / 1e6:.1f} M characters")
 
 
 def in_pieces(docs: list[tuple[bytes, float, str]]) -> Iterator[list[tuple[int, str]]]:
