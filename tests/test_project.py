@@ -27,7 +27,7 @@ LAYERS = [  # a file imports only from files of earlier layers
         "watch",
         "wrong_names",
     },
-    {"flops", "order", "progress", "progress_bar"},
+    {"flops", "order", "progress"},
     {
         "attention",
         "chunked_head",
@@ -40,6 +40,7 @@ LAYERS = [  # a file imports only from files of earlier layers
         "optim",
         "preflight",
         "processes",
+        "progress_bar",
         "run_folder",
         "run_lock",
         "scores",

@@ -102,7 +102,8 @@ class ScoreWriter(pl.Callback):
         done = scored.num_shards - len(missing)
         self._spent_s = self.scores.manifest.get("scoring_s", 0.0)  # by earlier starts
         rank_zero_info(
-            f"scoring {scored.num_rows} rows of {scored.block_size} tokens in {counted(scored.num_shards, 'shard')}, {done} done"
+            f"scoring {scored.num_rows} rows of {scored.block_size} tokens in {counted(scored.num_shards, 'shard')}, "
+            f"{done} done"
         )
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
