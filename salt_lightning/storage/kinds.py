@@ -31,7 +31,8 @@ _CHECKPOINT: dict[Any, Any] = {
     "callbacks": dict,
     "loops": {"fit_loop": {"epoch_loop.batch_progress": dict, "epoch_loop.state_dict": dict}},
     "text": {
-        **{"source": [str], "weights": ([_NUMBER], type(None)), "hub": [str], "documents": int | None},
+        **{"source": [str], "weights": ([_NUMBER], type(None)), "hub": [str]},
+        **dict.fromkeys(("documents", "tokens"), int | None),
         "cuts": {...: [int]},
     },
     "data": dict.fromkeys(("--data.global_batch_size", "--data.block_size", "--data.num_train_tokens"), int),
