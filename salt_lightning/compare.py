@@ -115,14 +115,16 @@ def evaluate(runs: list[Run], baseline: str | None = None) -> Comparison:
     steps = steps or math.nan  # validated before its first step alone: no cost to take a share of
     took_flops = float(np.mean([run.flops(steps) for run in seeds]))
     took_s = float(np.mean([run.total("train/time_s", steps) for run in seeds]))
-    goal = Goal(float(np.mean([run.last("val/ce") for run in seeds])), steps, took_flops, took_s)
+    ce = float(np.mean([run.last("val/ce") for run in seeds]))
+    goal = Goal(ce if math.isfinite(ce) else math.nan, steps, took_flops, took_s)  # no loss is compared with infinity
+    over = any(run.finished for run in seeds)
     rows = [
         _row(
             run,
             "TEACHER" if run.name in teachers else run.method,
             teachers_of[run.name],
             replace(goal, ce=math.nan) if run.name in apart else goal,
-            over=any(run.finished for run in alike),
+            over,
         )
         for run in runs
     ]
@@ -137,12 +139,12 @@ def evaluate(runs: list[Run], baseline: str | None = None) -> Comparison:
     firsts = {run.name: run.val_ce.steps[0] for run in others}
     if at_once := [row.run for row in rows if row.reached_step == firsts.get(row.run, math.nan)]:
         notes.append(f"the reference's loss was reached by the first validation, or earlier: {', '.join(at_once)}")
-    equal, between = _equal_points([run for run in students if run.name not in apart], reference.name)
+    equal, between = _equal_points([run for run in students if run.name not in apart], None if over else reference)
     groups = _groups(experiments, {row.run: row for row in rows}, reference, seeds, apart)
     for group in groups:
         done = [run.name for run in students if run.name in group.runs and run.finished]
         group.equal = {axis: [ce[name] for name in done if name in ce] for axis, (_, ce) in equal.items()}
-    return Comparison(reference.name, goal.ce, rows, groups, equal, between, notes, apart, runs)
+    return Comparison(reference.name, goal.ce, over, rows, groups, equal, between, notes, apart, runs)
 
 
 def _also_baselines(runs: list[Run], teachers_of: dict[str, dict[str, Run | None]], teachers: set[str]) -> set[str]:
@@ -307,16 +309,16 @@ def _changed(reference: Run, run: Run) -> dict[str, tuple[Any, Any]]:
 
 
 def _equal_points(
-    students: list[Run], reference: str
+    students: list[Run], begun: Run | None
 ) -> tuple[dict[str, tuple[float, dict[str, float]]], dict[str, list[str]]]:
-    """Validation CE of each run at the furthest point that all finished runs, and the reference, have reached, along
-    each of AXES.
+    """Validation CE of each run at the furthest point that all finished runs have reached, along each of AXES; and a
+    reference that has only `begun`.
 
     Also says which values are interpolated linearly between two validations. NaN where a run has not come so far.
     """
     equal, between = {}, {}
     finished = {run.name for run in students if run.finished}
-    compared = finished | {reference} if finished else set()
+    compared = finished | {begun.name} if finished and begun is not None else finished
     for axis in AXES:
         lines = {run.name: (run.axis(axis, run.val_ce.steps), run.val_ce.values) for run in students}
         lines = {name: line for name, line in lines.items() if len(line[0]) and np.isfinite(line[0]).all()}

@@ -805,6 +805,14 @@ def test_a_setting_with_effect_makes_an_experiment(shared, active, tmp_path):
     assert [group.n for group in evaluate(load(runs)).groups] == [1, 1]
 
 
+def test_a_setting_that_had_an_effect_in_an_earlier_start_makes_an_experiment(tmp_path):
+    now = {"data.selection": "s", "data.keep.order": "random"}
+    runs = [write_run(tmp_path / f"k{k}", BASELINE, **now, **{"data.keep.k": k}) for k in (10, 20)]
+    for run, k in zip(runs, (10, 20), strict=True):
+        earlier(run, 100, **{"data.selection": "s", "data.keep.order": "highest", "data.keep.k": k})
+    assert [group.n for group in evaluate(load(runs)).groups] == [1, 1]
+
+
 def test_a_setting_that_an_older_version_had_not_is_null(tmp_path):
     runs = [
         write_run(tmp_path / "old", BASELINE),
@@ -1525,8 +1533,16 @@ def test_shares_that_are_reached_close_together_cover_none_of_another(three, tmp
 def test_a_run_that_diverged_early_flattens_no_other(three, tmp_path):
     diverged = write_run(tmp_path / "diverged", {25: 6.0, 50: 1e4, 300: 1e4}, **{"model.optim.lr": 1})
     alone, together = (figure.draw(evaluate(load(runs))).axes[0].get_ylim() for runs in (three, [*three, diverged]))
-    assert together[0] <= alone[0]
-    assert alone[1] < together[1] < 2 * alone[1]
+    assert together == alone
+
+
+def test_a_run_that_ends_far_above_another_is_shown(tmp_path):
+    continued = write_run(tmp_path / "continued", {100: 2.1, 200: 2.05, 300: 2.0}, **{"model.optim.lr": 1})
+    worse = write_run(tmp_path / "worse", {100: 5.0, 200: 5.2, 300: 5.3}, **{"model.optim.lr": 2})  # overfits
+    for runs in ([write_run(tmp_path / "b", BASELINE)], [worse]):
+        bottom, top = figure.draw(evaluate(load([*runs, continued]))).axes[0].get_ylim()
+        assert bottom < 2.0
+        assert top >= 5.0
 
 
 @pytest.mark.parametrize("finals", [[4.0], [4.0, 4.1]])
@@ -1556,8 +1572,10 @@ def test_a_run_that_diverged_is_told(three, last, tmp_path):
     found = evaluate(load([*three, diverged]))
     assert f"the last validation CE of wild is {last}: it diverged" in found.notes
     assert sum("diverged" in note for note in found.notes) == 1
-    drawn = figure.draw(evaluate(load([diverged, three[1]]), baseline="wild"))
-    assert "CE of the reference" not in str([line.get_label() for line in drawn.axes[0].lines])
+    named = evaluate(load([diverged, three[1]]), baseline="wild")
+    assert all(math.isnan(row.reached_step) for row in named.rows)
+    assert math.isnan(named.rows[1].difference)
+    assert "CE of the reference" not in str([line.get_label() for line in figure.draw(named).axes[0].lines])
 
 
 @pytest.mark.parametrize("names", [("unknown", "salt"), ("salt", "unknown")])
@@ -1584,6 +1602,24 @@ def test_a_final_loss_is_not_compared_with_that_of_an_earlier_step(three, tmp_pa
     assert "## Validation CE at the last point that all finished runs and the reference have reached" in text
     labels = [line.get_label() for line in figure.draw(found).axes[0].lines]
     assert "latest CE of the reference" in labels
+
+
+def test_a_reference_with_a_finished_seed_is_over(three, tmp_path):
+    running = write_run(tmp_path / "running", {100: 5.0, 200: 4.5}, steps=200, seed_everything=1)
+    found = evaluate(load([*three, running]), baseline="running")
+    assert (found.reference, found.reference_val_ce) == ("running", 4.0)
+    assert [row.difference for row in found.rows] == pytest.approx([0.0, -0.25, 0.25, math.nan], nan_ok=True)
+    assert "Reference: running, final validation CE 4.0000." in report.markdown(found)
+    assert "final CE of the reference" in [line.get_label() for line in figure.draw(found).axes[0].lines]
+    assert found.equal["steps"][0] == 300
+
+
+def test_a_teacher_may_be_the_reference(three, tmp_path):
+    teacher = write_run(tmp_path / "teacher", {100: 5.0, 300: 4.5}, **{"model.student.config": {"hidden_size": 8}})
+    path = str(teacher / "checkpoints/step-00000300.ckpt")
+    salt = write_run(tmp_path / "taught", SALT, teacher=path, weight=0.5, kd_steps=60)
+    found = evaluate(load([teacher, three[0], salt]), baseline="teacher")
+    assert {row.run: row.difference for row in found.rows} == {"teacher": 0.0, "baseline": -0.5, "taught": -0.75}
 
 
 def test_steps_of_a_short_run_have_a_decimal(tmp_path):

@@ -1,7 +1,6 @@
 """Draws a comparison: validation CE of each run over steps and over FLOPs; computes no results."""
 
 import math
-import statistics
 from collections.abc import Sequence
 from itertools import cycle
 from typing import Any
@@ -25,7 +24,7 @@ LEAVES, DASHES = "a teacher leaves", (0, (4, 3))
 # As 5 and 6 have no common divisor, there are 30 looks.
 LOOKS = [(STYLES[i % len(STYLES)], COLOURS[i % len(COLOURS)]) for i in range(len(STYLES) * len(COLOURS))]
 FIRST_SHOWN = 0.25  # the figure cuts off the fall in this first share of the steps, which would flatten the rest
-MOST_TALLER = 5.0  # and what is above this many times the range of a typical run: one that diverged
+DIVERGED = 2.0  # and a run that is then, or ends, above this many times its first loss
 LEAST_SHOWN = 0.05  # nats per token
 LONGEST_NAME = 60  # letters: the legend takes its place from the panels
 FIRST_LINE, LINE = 4, 11  # points below the reference's loss: where runs reach it, one line for each of close ones
@@ -84,7 +83,7 @@ def _panel(ax: Axes, comparison: Comparison, axis: str, divisor: float) -> int:
     rows = {row.run: row for row in comparison.rows}
     level = comparison.reference_val_ce
     if math.isfinite(level):
-        which = "latest" if rows[comparison.reference].running else "final"
+        which = "final" if comparison.reference_is_over else "latest"
         ax.axhline(level, color=REFERENCE_COLOUR, lw=0.6, label=f"{which} CE of the reference")
     methods = {row.method for row in comparison.rows}
     # these look the same in every figure, whatever else is in it
@@ -142,10 +141,10 @@ def _shown_range(runs: list[Run]) -> tuple[float, float]:
     if not curves:
         return 0.0, 1.0
     cut = FIRST_SHOWN * max(steps[-1] for steps, _ in curves)
-    tops = [float(np.interp(cut, steps, values)) for steps, values in curves]
     bottom = min(float(values.min()) for _, values in curves)
-    typical = max(statistics.median_low(tops) - bottom, LEAST_SHOWN)
-    shown = min(max(max(tops) - bottom, LEAST_SHOWN), MOST_TALLER * typical)
-    highest = curves[tops.index(max(tops))][0]
-    above = 0.05 if highest[0] >= cut else 0.0  # a point, which is not to be cut off
+    tops = [(float(np.interp(cut, steps, values)), steps[0]) for steps, values in curves]
+    usual = [each for each, (_, v) in zip(tops, curves, strict=True) if max(each[0], v[-1]) <= DIVERGED * v[0]]
+    top, begins = max(usual or tops)
+    shown = max(top - bottom, LEAST_SHOWN)
+    above = 0.05 if begins >= cut else 0.0  # the highest is a point, which is not to be cut off
     return bottom - 0.05 * shown, bottom + (1 + above) * shown

@@ -86,8 +86,8 @@ def markdown(comparison: Comparison) -> str:
     final = number(comparison.reference_val_ce, ".4f")
     seeds = next((g.n for g in comparison.groups if comparison.reference in g.runs), 1)
     whose = f"mean of the {seeds} seeds of {comparison.reference}" if seeds > 1 else comparison.reference
-    is_over = not any(row.running for row in comparison.rows if row.run == comparison.reference)
-    reference = f"Reference: {whose}, {'final' if is_over else 'not finished, latest'} validation CE {final}."
+    which = "final" if comparison.reference_is_over else "not finished, latest"
+    reference = f"Reference: {whose}, {which} validation CE {final}."
     parts = [
         "# Comparison",
         "\n".join([plain(reference), *(f"Note: {plain(note)}." for note in comparison.notes)]),
@@ -267,9 +267,9 @@ def _equal_table(comparison: Comparison) -> str:
             f"~{cell}" if is_line and cell != "-" else cell for cell, is_line in cells
         ]
     line = "\n\n~: linear interpolation between two validations." if any(comparison.between.values()) else ""
-    running = {row.run: row.running for row in comparison.rows if row.run in names}
-    who = "all finished runs" if len(set(running.values())) > 1 else "all"
-    if who != "all" and running.get(comparison.reference):
+    running = {row.running for row in comparison.rows if row.run in names}
+    who = "all finished runs" if len(running) > 1 else "all"
+    if who != "all" and comparison.reference in names and not comparison.reference_is_over:
         who += " and the reference"
     return f"## Validation CE at the last point that {who} have reached\n\n" + table(columns, text=("run",)) + line
 

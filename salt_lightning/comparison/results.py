@@ -70,6 +70,7 @@ class Comparison:
 
     reference: str
     reference_val_ce: float
+    reference_is_over: bool  # whether that is a final loss, or that of a reference under way
     rows: list[Row]
     groups: list[Group]
     equal: dict[str, tuple[float, dict[str, float]]]  # axis -> (where, run -> validation CE there)

@@ -306,8 +306,7 @@ class Run:
             return not self.taught and not (self.selected and key == "kd.steps")
         if not self.selected:
             return key.startswith("data.keep.")
-        by_lot = self.selecting.get("data.keep.order") == "random" and not self.selecting.get("data.keep.drop_top")
-        return by_lot and key in ("data.keep.k", "data.keep.masked")
+        return not self.scores and key in ("data.keep.k", "data.keep.masked")
 
     @cached_property
     def variant(self) -> dict[str, Any]:
