@@ -318,12 +318,15 @@ def _equal_points(
     """
     equal, between = {}, {}
     finished = {run.name for run in students if run.finished}
-    compared = finished | {begun.name} if finished and begun is not None else finished
     for axis in AXES:
         lines = {run.name: (run.axis(axis, run.val_ce.steps), run.val_ce.values) for run in students}
         lines = {name: line for name, line in lines.items() if len(line[0]) and np.isfinite(line[0]).all()}
         if lines:
-            end = float(min(lines[name][0][-1] for name in compared & lines.keys() or lines))
+            ends = [lines[name][0][-1] for name in finished & lines.keys() or lines]
+            if begun is not None and begun.name in lines:
+                so_far = lines[begun.name][0][-1]  # unless that is before another run's first validation
+                ends += [so_far] if so_far >= max(x[0] for x, _ in lines.values()) else []
+            end = float(min(ends))
             ce = {n: float(np.interp(end, x, y, left=math.nan, right=math.nan)) for n, (x, y) in lines.items()}
             equal[axis] = (end, ce)
             there = {name: bool(np.isclose(x, end, rtol=_ROUNDING, atol=0).any()) for name, (x, _) in lines.items()}

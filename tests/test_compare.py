@@ -1604,6 +1604,15 @@ def test_a_final_loss_is_not_compared_with_that_of_an_earlier_step(three, tmp_pa
     assert "latest CE of the reference" in labels
 
 
+def test_a_reference_that_has_only_begun_leaves_the_others_comparable(three, tmp_path):
+    begun = write_run(tmp_path / "begun", {50: 6.0}, steps=50)
+    found = evaluate(load([begun, *three[1:]]))
+    assert found.reference == "begun"
+    assert found.equal["steps"][0] == 300
+    assert found.equal["steps"][1]["salt"] == SALT[300]
+    assert "## Validation CE at the last point that all finished runs have reached" in report.markdown(found)
+
+
 def test_a_reference_with_a_finished_seed_is_over(three, tmp_path):
     running = write_run(tmp_path / "running", {100: 5.0, 200: 4.5}, steps=200, seed_everything=1)
     found = evaluate(load([*three, running]), baseline="running")

@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import StopAt, arguments, scalars, weights
 
-from salt_lightning import cli
+from salt_lightning import cli, preflight
 from salt_lightning.flops import forward_flops_per_token
 from salt_lightning.hugging_face.spec import ModelSpec
 from salt_lightning.models import CausalLM, load_pretrained
@@ -351,6 +351,16 @@ def test_a_teacher_that_knows_nothing_of_the_text_scores_nothing(of_data, teache
     assert cli.main(["predict", *arguments(*layers, {"kd.allow_untrained": True})]) == 0
     assert f"note: teacher CE: --model.teacher.path {path} knows nothing" in caplog.text
     assert (run / "report.md").exists()
+
+
+def test_an_early_teacher_may_score(of_data, teacher, tmp_path, monkeypatch, caplog):
+    """docs/salt-ds.md recommends one; a fit with it warns that it holds the student back."""
+    weak = preflight.TeacherLoss(teacher=5.3, uniform=5.7, counts=5.2, tokens=1000)
+    assert preflight.teacher(weak, "t", False).level == "warning"
+    monkeypatch.setattr("salt_lightning.teacher.scoring.look", lambda *_: weak)
+    layers = of_data, {"run": str(tmp_path / "run"), "model.teacher.path": teacher}
+    assert cli.main(["predict", *arguments(*layers)]) == 0
+    assert "teacher CE" not in caplog.text
 
 
 def test_a_teacher_that_is_not_finite_is_named(of_data, teacher, tmp_path, capsys):

@@ -269,7 +269,8 @@ def _equal_table(comparison: Comparison) -> str:
     line = "\n\n~: linear interpolation between two validations." if any(comparison.between.values()) else ""
     running = {row.running for row in comparison.rows if row.run in names}
     who = "all finished runs" if len(running) > 1 else "all"
-    if who != "all" and comparison.reference in names and not comparison.reference_is_over:
+    reference = comparison.equal["steps"][1].get(comparison.reference, math.nan)
+    if who != "all" and not comparison.reference_is_over and not math.isnan(reference):
         who += " and the reference"
     return f"## Validation CE at the last point that {who} have reached\n\n" + table(columns, text=("run",)) + line
 

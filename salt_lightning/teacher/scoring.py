@@ -82,7 +82,9 @@ class ScoreWriter(pl.Callback):
                 f"--run {run}: {wrong}; give a folder that all nodes share, since each writes shards of scores"
             )
         Scores.require_begun(run, scored)  # on every rank, so that all stop
+        began_s = time.perf_counter()
         _check_teacher(trainer, teacher, str(pl_module.teacher_spec.path))
+        checked_s = time.perf_counter() - began_s  # with what is compiled for it
         if trainer.is_global_zero:
             spec, per_token = pl_module.teacher_spec, pl_module.meter.forward_flops["teacher"]
             origin = {
@@ -100,7 +102,7 @@ class ScoreWriter(pl.Callback):
         data.score_only([*self._shards], bool(missing))
         self._num_tokens = sum(len(self.scores.rows(shard)) for shard in missing) * scored.block_size  # on all ranks
         done = scored.num_shards - len(missing)
-        self._spent_s = self.scores.manifest.get("scoring_s", 0.0)  # by earlier starts
+        self._spent_s = self.scores.manifest.get("scoring_s", 0.0) + checked_s  # the former: by earlier starts
         rank_zero_info(
             f"scoring {scored.num_rows} rows of {scored.block_size} tokens in {counted(scored.num_shards, 'shard')}, "
             f"{done} done"
@@ -200,13 +202,14 @@ class ScoreWriter(pl.Callback):
 
 
 def _check_teacher(trainer: pl.Trainer, teacher: Any, path: str) -> None:
-    """As in a fit; some runs use a teacher for its scores alone."""
+    """As in a fit; some runs use a teacher for its scores alone. An early one may be as weak as it is early."""
     data, device = trainer.datamodule, teacher.head.weight.device  # type: ignore[attr-defined]
     batches = ({k: v.to(device) for k, v in each.items()} for each in data.samples(data.micro_batch_size))
-    with trainer.precision_plugin.predict_step_context():
-        loss = look(teacher, batches, data)
+    with torch.inference_mode(trainer.predict_loop.inference_mode), trainer.precision_plugin.predict_step_context():
+        loss = look(teacher, batches, data)  # as in prediction, so that it is compiled once
     allowed = any(getattr(callback, "allow_untrained", False) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-    preflight.teacher(loss, path, allowed).require()
+    if (found := preflight.teacher(loss, path, allowed)).level != "warning":
+        found.require()
 
 
 def weights_fingerprint(module: nn.Module) -> str:
