@@ -20,7 +20,7 @@ from torch import Tensor
 from salt_lightning import flops, memory, models, parallel, preflight
 from salt_lightning.checkpoint import savers
 from salt_lightning.data import SALTDataModule
-from salt_lightning.errors import ConfigError, of_others, one_line, problems_of, raised
+from salt_lightning.errors import ConfigError, counted, of_others, one_line, problems_of, raised
 from salt_lightning.export import check_target
 from salt_lightning.fit import cadence, device, extension, optim
 from salt_lightning.fit.restart import go_on_from, require_same
@@ -167,7 +167,8 @@ class Check:
         validates = self.works("validation text", data.setup, "validate")
         if trains:
             files = data._train.files  # type: ignore[union-attr]
-            said = f"{files.num_tokens} tokens of {files.num_documents} documents, vocabulary of {data.vocab_size}"
+            read = counted(data.text["documents"], "document")
+            said = f"{data.text['tokens']} tokens of {read}, vocabulary of {data.vocab_size}"
             size = sum(file.stat().st_size for file in files.folder.parent.glob("*/*"))
             free = size_said(shutil.disk_usage(data.cache_dir).free)
             self.add("ok", "text", f"{said}; {size_said(size)} in {data.cache_dir}, {free} free")

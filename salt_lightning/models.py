@@ -172,10 +172,7 @@ class CausalLM(nn.Module):
                 f"--model.{self.name}.path: its weights are not finite ({few(wrong)}): they are damaged, "
                 f"or too large for --model.{self.name}.dtype {str(self.head.weight.dtype).removeprefix('torch.')}"
             )
-        and_packed = f" and --model.{self.name}.attention packed" if self.attention == PACKED else ""
-        said = (
-            f"{type(self.model).__name__} cannot be run with its settings{and_packed}{uneven_heads(self.model.config)}"
-        )
+        said = f"{type(self.model).__name__} cannot be run with its settings{uneven_heads(self.model.config)}"
         with testable(self), as_config_error(f"--model.{self.name}: {said}"):
             return self._check()
 

@@ -148,8 +148,10 @@ def test_examples_that_fit_no_row(checked, teacher, tmp_path):
         "kd.steps": None, "data.examples.prompt": "{q}", "data.examples.response": "{a}",
         "data.tokenizer": str(Path(teacher).parents[1] / "tokenizer"),
     }  # fmt: skip
-    level, said = of(checked(**own, **{"data.block_size": 64})[1], "examples")
+    findings = checked(**own, **{"data.block_size": 64})[1]
+    level, said = of(findings, "examples")
     assert level == "warning"
+    assert " tokens of 20 documents, " in of(findings, "text")[1]  # without those that no row holds
     found = re.match(
         r"3 of 23 training examples are longer than --data.block_size 64 tokens.* of (\d+) holds 95%", said
     )

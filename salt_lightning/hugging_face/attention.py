@@ -55,11 +55,12 @@ def packed_attention(  # noqa: PLR0913 - transformers' signature
     Raises:
         ValueError: the model asks for something that is not supported here.
     """
-    _refuse_unknown(kwargs)  # sdpa would leave it out without a word
     if cu_seq_lens_q is None:  # generation, with a cache, or documents kept apart by a mask
+        _refuse_unknown(kwargs, "; leave --model.student.attention and --model.teacher.attention out")
         return sdpa_attention_forward(
             module, query_BHTE, key_BKTE, value_BKTE, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    _refuse_unknown(kwargs)
     if query_BHTE.shape[-1] != value_BKTE.shape[-1]:
         raise ValueError("values and queries differ in width")
     kind = query_BHTE.device.type
@@ -70,9 +71,10 @@ def packed_attention(  # noqa: PLR0913 - transformers' signature
     return sdpa_attention_forward(module, query_BHTE, key_BKTE, value_BKTE, mask_B1TT, dropout=dropout, scaling=scaling)
 
 
-def _refuse_unknown(kwargs: dict[str, Any]) -> None:
+def _refuse_unknown(kwargs: dict[str, Any], remedy: str = "") -> None:
+    """Raises ValueError for what sdpa, too, would leave out without a word."""
     if wanted := [name for name in _NOT_COMPUTED if kwargs.get(name) is not None]:
-        raise ValueError(f"packed attention does not support {', '.join(wanted)}")
+        raise ValueError(f"packed attention does not support {', '.join(wanted)}{remedy}")
 
 
 _NOT_COMPUTED = ("softcap", "s_aux", "position_bias", "head_mask")
