@@ -12,7 +12,6 @@ from matplotlib.lines import Line2D
 
 from salt_lightning.comparison.report import flop_unit, number
 from salt_lightning.comparison.results import Comparison
-from salt_lightning.errors import printable
 from salt_lightning.run.runlog import Run
 
 # After Okabe and Ito: distinguishable with any kind of color vision. Orange and sky blue are darker, for white paper.
@@ -26,7 +25,7 @@ LOOKS = [(STYLES[i % len(STYLES)], COLOURS[i % len(COLOURS)]) for i in range(len
 FIRST_SHOWN = 0.25  # the figure cuts off the fall in this first share of the steps, which would flatten the rest
 DIVERGED = 2.0  # and a run that is then, or ends, above this many times its first loss
 LEAST_SHOWN = 0.05  # nats per token
-LONGEST_NAME = 60  # letters: the legend takes its place from the panels
+LONGEST_NAME, HEAD = 60, 20  # letters: the legend takes its place from the panels
 FIRST_LINE, LINE = 4, 11  # points below the reference's loss: where runs reach it, one line for each of close ones
 
 
@@ -89,6 +88,7 @@ def _panel(ax: Axes, comparison: Comparison, axis: str, divisor: float) -> int:
     # these look the same in every figure, whatever else is in it
     known = {method: look for method, look in zip(("SALT step", "RKD"), LOOKS[:2], strict=True) if method in methods}
     others = cycle([look for look in LOOKS if look not in known.values()])
+    names = _shortened([group.label for group in comparison.groups])
     noted: list[tuple[float, str, str]] = []
     width = 1.0 if any(len(group.runs) > 1 for group in comparison.groups) else 2.0
     for group in comparison.groups:
@@ -101,7 +101,7 @@ def _panel(ax: Axes, comparison: Comparison, axis: str, divisor: float) -> int:
             style, colour = "-", REFERENCE_COLOUR
         else:
             style, colour = known.pop(method) if method in known else next(others)
-        named = _shortened(printable(group.label)).replace("$", r"\$")  # else it would be a formula
+        named = names[group.label].replace("$", r"\$")  # else it would be a formula
         label = f"{named}  {number(group.mean, '.3f')}" + (f"  (n = {group.n})" if group.n > 1 else "")
         for run in shown:
             point = "." if len(run.val_ce.steps) == 1 else ""  # a line would not be visible
@@ -129,10 +129,25 @@ def _panel(ax: Axes, comparison: Comparison, axis: str, divisor: float) -> int:
     return most
 
 
-def _shortened(name: str) -> str:
-    """The middle is left out: names of one sweep differ at their ends."""
-    half = LONGEST_NAME // 2
-    return name if len(name) <= LONGEST_NAME else f"{name[: half - 1]}…{name[-half:]}"
+def _shortened(names: list[str]) -> dict[str, str]:
+    """Long names without most of what they begin and end with in common; of one alone, the middle is left out."""
+    long = [name for name in names if len(name) > LONGEST_NAME]
+    start, end = map(_common, (long, [name[::-1] for name in long]))
+    if len(long) == 1:
+        start, end = len(long[0]) - HEAD, 0
+
+    def shorter(name: str) -> str:
+        head = name[: min(start, HEAD)] + "…" * (start > HEAD)
+        tail = name[start:]
+        return head + (tail if len(tail) <= LONGEST_NAME - HEAD else tail[: len(tail) - end] + "…")
+
+    return {name: shorter(name) if name in long else name for name in names}
+
+
+def _common(names: list[str]) -> int:
+    """How many letters all begin with."""
+    differ = (at for at, letters in enumerate(zip(*names, strict=False)) if len(set(letters)) > 1)
+    return next(differ, min(map(len, names), default=0))
 
 
 def _shown_range(runs: list[Run]) -> tuple[float, float]:
