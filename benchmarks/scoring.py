@@ -132,7 +132,7 @@ def predict_rate(size: Size, folder: Path) -> float:
         "data.source": text, "data.cache_dir": folder / "cache", "data.vocab_size": min(8192, size.vocab),
         "data.block_size": size.block, "data.micro_batch_size": size.rows, "model.compile": json.dumps(on_gpu),
         "trainer.precision": "bf16-mixed" if on_gpu else "32-true", "trainer.enable_progress_bar": "false",
-        "trainer.accelerator": "gpu" if on_gpu else "cpu", "run": folder / "score",
+        "trainer.accelerator": "gpu" if on_gpu else "cpu", "run": folder / "score", "kd.allow_untrained": "true",
         "model.teacher.path": folder / "teacher",
     }  # fmt: skip
     save_model(size.model, size.vocab, size.block, folder / "teacher")
