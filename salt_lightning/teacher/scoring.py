@@ -84,7 +84,7 @@ class ScoreWriter(pl.Callback):
         Scores.require_begun(run, scored)  # on every rank, so that all stop
         began_s = time.perf_counter()
         _check_teacher(trainer, teacher, str(pl_module.teacher_spec.path))
-        checked_s = time.perf_counter() - began_s  # with what is compiled for it
+        self._checked_s = time.perf_counter() - began_s  # with what is compiled for it
         if trainer.is_global_zero:
             spec, per_token = pl_module.teacher_spec, pl_module.meter.forward_flops["teacher"]
             origin = {
@@ -102,7 +102,7 @@ class ScoreWriter(pl.Callback):
         data.score_only([*self._shards], bool(missing))
         self._num_tokens = sum(len(self.scores.rows(shard)) for shard in missing) * scored.block_size  # on all ranks
         done = scored.num_shards - len(missing)
-        self._spent_s = self.scores.manifest.get("scoring_s", 0.0) + checked_s  # the former: by earlier starts
+        self._spent_s = self.scores.manifest.get("scoring_s", 0.0)  # by earlier starts
         rank_zero_info(
             f"scoring {scored.num_rows} rows of {scored.block_size} tokens in {counted(scored.num_shards, 'shard')}, "
             f"{done} done"
@@ -110,7 +110,7 @@ class ScoreWriter(pl.Callback):
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._pool = ThreadPoolExecutor(1)
-        self._began_s = time.perf_counter()
+        self._began_s = time.perf_counter() - self._checked_s
         shape = (self.scores.scored.shard_rows, self.scores.scored.block_size)
         self._nll_RT = torch.empty(shape, device=trainer.strategy.root_device)
         self._rank_RT = torch.empty(shape, dtype=torch.int32, device=trainer.strategy.root_device)
