@@ -357,10 +357,17 @@ def test_an_early_teacher_may_score(of_data, teacher, tmp_path, monkeypatch, cap
     """docs/salt-ds.md recommends one; a fit with it warns that it holds the student back."""
     weak = preflight.TeacherLoss(teacher=5.3, uniform=5.7, counts=5.2, tokens=1000)
     assert preflight.teacher(weak, "t", False).level == "warning"
-    monkeypatch.setattr("salt_lightning.teacher.scoring.look", lambda *_: weak)
-    layers = of_data, {"run": str(tmp_path / "run"), "model.teacher.path": teacher}
-    assert cli.main(["predict", *arguments(*layers)]) == 0
+    seen = []
+
+    def look(*_):
+        seen.append((torch.is_autocast_enabled("cpu"), torch.is_inference_mode_enabled()))
+        return weak
+
+    monkeypatch.setattr("salt_lightning.teacher.scoring.look", look)
+    own = {"run": str(tmp_path / "run"), "model.teacher.path": teacher, "trainer.precision": "bf16-mixed"}
+    assert cli.main(["predict", *arguments(of_data, own)]) == 0
     assert "teacher CE" not in caplog.text
+    assert seen == [(True, True)]  # as in prediction
 
 
 def test_a_teacher_that_is_not_finite_is_named(of_data, teacher, tmp_path, capsys):
