@@ -25,6 +25,7 @@ from salt_lightning.text.journal import whole
 class Goal:
     """The reference's final validation CE, and the steps, FLOPs (student and teacher) and seconds to get there."""
 
+    over: bool  # whether it is final, not that of a reference under way
     ce: float
     steps: float
     flops: float
@@ -116,15 +117,15 @@ def evaluate(runs: list[Run], baseline: str | None = None) -> Comparison:
     took_flops = float(np.mean([run.flops(steps) for run in seeds]))
     took_s = float(np.mean([run.total("train/time_s", steps) for run in seeds]))
     ce = float(np.mean([run.last("val/ce") for run in seeds]))
-    goal = Goal(ce if math.isfinite(ce) else math.nan, steps, took_flops, took_s)  # no loss is compared with infinity
     over = any(run.finished for run in seeds)
+    ce = ce if math.isfinite(ce) else math.nan  # no loss is compared with infinity
+    goal = Goal(over, ce, steps, took_flops, took_s)
     rows = [
         _row(
             run,
             "TEACHER" if run.name in teachers else run.method,
             teachers_of[run.name],
             replace(goal, ce=math.nan) if run.name in apart else goal,
-            over,
         )
         for run in runs
     ]
@@ -206,8 +207,7 @@ def _repeated(students: list[Run], named: Run | None) -> dict[str, str]:
     return repeated
 
 
-def _row(run: Run, method: str, teachers: dict[str, Run | None], goal: Goal, over: bool) -> Row:
-    """`over`: whether the reference has been to its end; a final loss is no match for the loss of an earlier step."""
+def _row(run: Run, method: str, teachers: dict[str, Run | None], goal: Goal) -> Row:
     ce, done = run.val_ce, run.steps_done
     reached = first_reach(ce.steps, ce.values, goal.ce)
     if (run.began > 0 or run.measured_since) and len(ce.steps) and reached == ce.steps[0]:
@@ -227,7 +227,8 @@ def _row(run: Run, method: str, teachers: dict[str, Run | None], goal: Goal, ove
         max_steps=run.max_steps,
         val_step=float(ce.steps[-1]) if len(ce.steps) else math.nan,
         val_ce=run.last("val/ce"),
-        difference=run.last("val/ce") - goal.ce if over and not run.running else math.nan,
+        # a final loss is no match for the loss of an earlier step
+        difference=run.last("val/ce") - goal.ce if goal.over and not run.running else math.nan,
         accuracy=run.last("val/accuracy"),
         bits_per_byte=run.last("val/bits_per_byte"),
         reached_step=reached,

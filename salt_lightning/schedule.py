@@ -15,11 +15,10 @@ from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from salt_lightning import preflight
 from salt_lightning.errors import ConfigError, refuse, wrong_kinds
 from salt_lightning.preflight import size_said
 from salt_lightning.run.run_folder import interval_steps
-from salt_lightning.teacher.probe import Probe, look
+from salt_lightning.teacher.probe import Probe, judged
 
 Shape = Literal["step", "linear", "linear_ratio", "cosine"]
 
@@ -306,14 +305,11 @@ class KDScheduleCallback(pl.Callback):
         self._require_validation(first, last)
 
     def _check_teacher(self, trainer: pl.Trainer, module: Any) -> None:
-        """Refuses a teacher that knows nothing of this text, after a few forwards of a micro-batch. Collective."""
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        if not hasattr(data, "counts_nll"):  # the user's own loader
+        """Refuses a teacher that knows nothing of this text. Collective."""
+        if not hasattr(trainer.datamodule, "counts_nll"):  # type: ignore[attr-defined]  # the user's own loader
             return
-        batches = data.samples(data.micro_batch_size)
         with trainer.precision_plugin.train_step_context():
-            loss = look(module.teacher, ({k: v.to(module.device) for k, v in each.items()} for each in batches), data)
-        preflight.teacher(loss, str(module.teacher_spec.path), self.allow_untrained).require()
+            judged(module.teacher, trainer, str(module.teacher_spec.path), self.allow_untrained).require()
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         schedule, step = self.schedule, trainer.global_step

@@ -363,7 +363,7 @@ def test_an_early_teacher_may_score(of_data, teacher, tmp_path, monkeypatch, cap
         seen.append((torch.is_autocast_enabled("cpu"), torch.is_inference_mode_enabled()))
         return weak
 
-    monkeypatch.setattr("salt_lightning.teacher.scoring.look", look)
+    monkeypatch.setattr("salt_lightning.teacher.probe.look", look)
     own = {"run": str(tmp_path / "run"), "model.teacher.path": teacher, "trainer.precision": "bf16-mixed"}
     assert cli.main(["predict", *arguments(of_data, own)]) == 0
     assert "teacher CE" not in caplog.text

@@ -22,11 +22,11 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from salt_lightning import preflight
 from salt_lightning.errors import ConfigError
 from salt_lightning.hugging_face.attention import testable
 from salt_lightning.losses import token_stats
 from salt_lightning.metrics import sum_dtype
-from salt_lightning.preflight import TeacherLoss
 
 Gradients = list[Tensor | None]
 _LOOK_FLOPS = 1.5e11  # for one look at a model: some seconds on a CPU
@@ -134,8 +134,15 @@ def cut(batches: list[dict[str, Tensor]], parameters: int) -> Iterator[dict[str,
             return
 
 
+def judged(lm: Any, trainer: Any, path: str, allowed: bool) -> preflight.Finding:
+    """What preflight says of a teacher's loss on samples of the run's text, after a few forwards of a micro-batch."""
+    data, device = trainer.datamodule, trainer.strategy.root_device
+    batches = ({key: tensor.to(device) for key, tensor in each.items()} for each in data.samples(data.micro_batch_size))
+    return preflight.teacher(look(lm, batches, data), path, allowed)
+
+
 @torch.no_grad()
-def look(lm: Any, batches: Iterable[dict[str, Tensor]], data: Any) -> TeacherLoss:
+def look(lm: Any, batches: Iterable[dict[str, Tensor]], data: Any) -> preflight.TeacherLoss:
     """The CE of a models.CausalLM on batches of a SALTDataModule, next to losses that need no model."""
     labels: list[Tensor] = []
     nll: list[Tensor] = []
@@ -149,4 +156,6 @@ def look(lm: Any, batches: Iterable[dict[str, Tensor]], data: Any) -> TeacherLos
     valid_N = torch.cat(labels) >= 0
     nll_N, labels_N = torch.cat(nll)[valid_N].double(), torch.cat(labels)[valid_N]
     error = float(nll_N.std() / len(nll_N) ** 0.5) if len(nll_N) > 1 else math.inf
-    return TeacherLoss(float(nll_N.mean()), math.log(len(head_VD)), data.counts_nll(labels_N), len(nll_N), error=error)
+    return preflight.TeacherLoss(
+        float(nll_N.mean()), math.log(len(head_VD)), data.counts_nll(labels_N), len(nll_N), error=error
+    )

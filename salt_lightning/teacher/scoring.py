@@ -22,14 +22,13 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from salt_lightning import preflight
 from salt_lightning.errors import ConfigError, Stopped, counted
 from salt_lightning.fit import alike
 from salt_lightning.hugging_face.quantized import stored
 from salt_lightning.run import peers
 from salt_lightning.selection import row_scores
 from salt_lightning.teacher import score_report
-from salt_lightning.teacher.probe import look
+from salt_lightning.teacher.probe import judged
 from salt_lightning.teacher.scores import Scores
 
 
@@ -203,12 +202,11 @@ class ScoreWriter(pl.Callback):
 
 def _check_teacher(trainer: pl.Trainer, teacher: Any, path: str) -> None:
     """As in a fit; some runs use a teacher for its scores alone. An early one may be as weak as it is early."""
-    data, device = trainer.datamodule, teacher.head.weight.device  # type: ignore[attr-defined]
-    batches = ({k: v.to(device) for k, v in each.items()} for each in data.samples(data.micro_batch_size))
-    with torch.inference_mode(trainer.predict_loop.inference_mode), trainer.precision_plugin.predict_step_context():
-        loss = look(teacher, batches, data)  # as in prediction, so that it is compiled once
     allowed = any(getattr(callback, "allow_untrained", False) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-    if (found := preflight.teacher(loss, path, allowed)).level != "warning":
+    # as in prediction, so that it is compiled once
+    with torch.inference_mode(trainer.predict_loop.inference_mode), trainer.precision_plugin.predict_step_context():
+        found = judged(teacher, trainer, path, allowed)
+    if found.level != "warning":
         found.require()
 
 
