@@ -14,11 +14,13 @@ import torch
 from conftest import ALWAYS
 from families import FAMILIES
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 
 from salt_lightning.hugging_face.spec import ModelSpec, resolved
 from salt_lightning.models import CausalLM, build_fresh
+from salt_lightning.storage import pieces
 
 # Sizes that two ranks cannot divide evenly.
 SIZES = {**FAMILIES["llama"], "vocab_size": 65, "intermediate_size": 45, "num_key_value_heads": 1, "head_dim": 2}
@@ -58,6 +60,9 @@ if __name__ == "__main__":
     module = Student()
     trainer.fit(module)
     trainer.save_checkpoint(out / "step-00000001.ckpt")
+    if trainer.is_global_zero:  # as FSDP2 of this project does
+        table = FileSystemReader(out / "step-00000001.ckpt").read_metadata()
+        (out / "step-00000001.ckpt" / pieces.FILE).write_bytes(pieces.dump(table))
     whole = get_model_state_dict(module.student.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if trainer.is_global_zero:
         torch.save(whole, out / "whole.pt")

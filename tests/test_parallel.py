@@ -365,10 +365,10 @@ def folder(runs, tmp_path) -> Path:
 
 DAMAGES = {
     "meta.pt is missing": lambda newest: (newest / "meta.pt").unlink(),
-    ".metadata is missing": lambda newest: (newest / ".metadata").unlink(),
+    "pieces.json is missing": lambda newest: (newest / "pieces.json").unlink(),
     "__1_* is missing": lambda newest: next(newest.glob("__1_*")).unlink(),
     "__0_* is cut off": lambda newest: os.truncate(next(newest.glob("__0_*")), 1000),
-    ".metadata cannot be read": lambda newest: os.truncate(newest / ".metadata", 100),
+    "pieces.json cannot be read": lambda newest: os.truncate(newest / "pieces.json", 100),
 }
 
 
@@ -381,7 +381,7 @@ def test_files_of_two_saves_are_not_taken_for_one(folder):
     after = read_checkpoint(str(new), "CKPT")["state_dict"]
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    for name in ("meta.pt", ".metadata"):
+    for name in ("meta.pt", "pieces.json"):
         shutil.copy(new / name, old)
     assert re.fullmatch(r"__0_\w{8}_0.distcp is missing", str(damage.of(old)))
 
@@ -412,7 +412,7 @@ def test_a_folder_cannot_run_code(folder, tmp_path):
         def __reduce__(self):
             return (Path.touch, (tmp_path / "ran",))
 
-    for name in ("meta.pt", ".metadata"):
+    for name in ("meta.pt", "pieces.json"):
         copy = tmp_path / f"copy{name}"
         shutil.copytree(folder / "step-00000005.ckpt", copy)
         (copy / name).write_bytes(pickle.dumps(Evil(), protocol=2))

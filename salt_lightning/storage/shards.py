@@ -2,14 +2,15 @@
 
     step-00000100.ckpt/
         meta.pt            all that is not a tensor: settings, counters, names; loads with weights_only
-        .metadata          which piece of which tensor is where (torch.distributed.checkpoint)
+        pieces.json        which piece of which tensor is where
         __R_ID_0.distcp    the pieces of rank R; ID is that of the save: files of two saves are never taken for one
+        .metadata          the same table as torch.distributed.checkpoint writes it, a pickle: for other tools
     state_dict.NAME        a weight
     optimizer.NAME.KEY     the optimizer's KEY (exp_avg, ...) of that weight
 
 It is written under a temporary name and renamed at the end, so under its final name it is complete. Each piece has a
-checksum in its own archive; that of `.metadata` is in meta.pt.
-torch stores `.metadata` as a pickle, which pieces.py reads; nothing in a folder can run code.
+checksum in its own archive; that of `pieces.json` is in meta.pt. `.metadata` is never opened here: nothing in a folder
+can run code.
 """
 
 import errno
@@ -44,8 +45,8 @@ from salt_lightning.storage import pieces
 from salt_lightning.storage.kinds import TO_GO_ON, VERSION, is_bounded, is_checkpoint
 from salt_lightning.text.journal import whole
 
-META, METADATA = "meta.pt", pieces.FILE
-_DIGEST = "metadata_digest"  # key of meta.pt
+META, TABLE = "meta.pt", pieces.FILE
+_DIGEST = "pieces_digest"  # key of meta.pt
 _WEIGHTS, _OPTIMIZER = "state_dict.", "optimizer."
 
 
@@ -60,30 +61,22 @@ class _Reader(dcp.FileSystemReader):
 
 
 def table_of(folder: Path) -> Metadata:
-    """The contents of `.metadata`, cached: with many ranks, reading takes seconds, and a start needs it repeatedly."""
-    file = (folder / METADATA).stat()
-    return _read_metadata(folder, file.st_mtime_ns, file.st_size)
+    """The table of pieces, cached: with many ranks, reading takes seconds, and a start needs it repeatedly."""
+    file = (folder / TABLE).stat()
+    return _read_table(folder, file.st_mtime_ns, file.st_size)
 
 
 @lru_cache(maxsize=1)
-def _read_metadata(folder: Path, *_: int) -> Metadata:
-    data, meta = (folder / METADATA).read_bytes(), _meta(folder)
-    if meta.get(_DIGEST) not in (None, _digest(data)):  # a changed byte could cost any amount of memory below
-        raise pickle.UnpicklingError("it has changed since it was written")
-    try:
-        return pieces.parse(data)
-    except (pieces.UnknownNameError, TypeError, ValueError, AttributeError, ImportError) as error:
-        if _DIGEST not in meta:
-            raise
-        raise ForeignError(
-            f"{folder}: {METADATA} cannot be read: {error}; it is as it was written, so another torch or Python wrote "
-            f"it than this torch {torch.__version__}; use those; nothing was changed"
-        ) from error
+def _read_table(folder: Path, *_: int) -> Metadata:
+    data = (folder / TABLE).read_bytes()
+    if _meta(folder).get(_DIGEST) not in (None, _digest(data)):  # a changed byte could cost any amount of memory below
+        raise ValueError("it has changed since it was written")
+    return pieces.parse(data)
 
 
 def forget() -> None:
-    """Clears the cached `.metadata`, which takes a few kB per rank and tensor."""
-    _read_metadata.cache_clear()
+    """Clears the cached table, which takes a few kB per rank and tensor."""
+    _read_table.cache_clear()
 
 
 def _digest(data: bytes) -> str:
@@ -102,7 +95,7 @@ def _meta(folder: Path) -> dict[str, Any]:
 
 def missing(folder: Path) -> str | None:
     """What a folder lacks to be a whole checkpoint, in a few words; None if it is one. Reads no tensor."""
-    for name in (META, METADATA):
+    for name in (META, TABLE):
         if not _is_file(folder / name):
             return f"{name} is missing"
     sizes: dict[str, int] = {}
@@ -110,11 +103,9 @@ def missing(folder: Path) -> str | None:
         metadata = table_of(folder)
         for place in metadata.storage_data.values():
             sizes[place.relative_path] = max(sizes.get(place.relative_path, 0), place.offset + place.length)
-    except ForeignError:
-        raise
-    except Exception as error:  # a damaged pickle raises errors of any kind
+    except Exception as error:  # a damaged table raises errors of any kind
         require_answer(folder, error)
-        return f"{METADATA} cannot be read: {str(error) or type(error).__name__}"
+        return f"{TABLE} cannot be read: {str(error) or type(error).__name__}"
     for name, size in sorted(sizes.items()):
         if not _is_file(folder / name):
             return f"{name} is missing"
@@ -122,8 +113,8 @@ def missing(folder: Path) -> str | None:
             return f"{name} is cut off"
     total, tensors = sum(sizes.values()), dict[str, Any](metadata.state_dict_metadata)
     for key, info in tensors.items():
-        if hasattr(info, "size") and math.prod(info.size) * info.properties.dtype.itemsize > total:
-            return f"{METADATA} gives {key} more elements than its files contain"
+        if math.prod(info.size) * info.properties.dtype.itemsize > total:
+            return f"{TABLE} gives {key} more elements than its files contain"
     return None
 
 
@@ -137,10 +128,6 @@ def _is_file(path: Path) -> bool:
 
 class UnansweredError(OSError):
     """The file system failed to read something; another try may succeed."""
-
-
-class ForeignError(UnansweredError):
-    """A checkpoint is as it was written, but by a torch or Python whose tables this one cannot read."""
 
 
 def require_answer(path: Path, error: BaseException) -> None:
@@ -280,11 +267,14 @@ class _Writer(dcp.FileSystemWriter):
         return [replace(plan, storage_data=prefix) for plan, prefix in zip(named, prefixes, strict=True)]
 
     def finish(self, metadata: Any, results: list[list[Any]]) -> None:  # on the first rank, once all have written
-        for name in sorted({written.storage_data.relative_path for of_rank in results for written in of_rank}):
+        places = {written.index: written.storage_data for of_rank in results for written in of_rank}
+        for name in sorted({place.relative_path for place in places.values()}):
             if not os.path.exists(self.path / name):
                 why = "not there, though a process has written it; do all nodes see the same folder?"
                 raise FileNotFoundError(errno.ENOENT, why, name)
         super().finish(metadata, results)
+        with whole(Path(self.path) / TABLE) as file:
+            file.write(pieces.dump(replace(metadata, storage_data=places)))
 
 
 def write(checkpoint: dict[str, Any], path: Path) -> None:
@@ -303,7 +293,7 @@ def write(checkpoint: dict[str, Any], path: Path) -> None:
         dcp.save(tensors, storage_writer=_Writer(temporary))
         if first:
             with whole(temporary / META) as file:
-                torch.save({**meta, _DIGEST: _digest((temporary / METADATA).read_bytes())}, file)
+                torch.save({**meta, _DIGEST: _digest((temporary / TABLE).read_bytes())}, file)
             sync_folder(temporary)
             before = _retire(path) if path.exists() else None
             os.replace(temporary, path)
@@ -379,8 +369,7 @@ class Tensors(Mapping[str, Tensor]):
     def __init__(self, folder: Path, metadata: Metadata, prefix: str) -> None:
         self._folder, self._where, self._prefix = folder, metadata, prefix
         tensors: dict[str, Any] = metadata.state_dict_metadata
-        of_tensors = {k.removeprefix(prefix): info for k, info in tensors.items() if k.startswith(prefix)}
-        self.shapes = {name: info.size for name, info in of_tensors.items() if hasattr(info, "size")}
+        self.shapes = {k.removeprefix(prefix): info.size for k, info in tensors.items() if k.startswith(prefix)}
 
     def on_meta(self, name: str) -> Tensor:
         """An empty tensor with shape and dtype; reads nothing."""
@@ -470,4 +459,4 @@ def load_into(checkpoint: dict[str, Any], folder: Path) -> None:
     Each rank reads only what its shards need.
     """
     tensors, _ = _split(checkpoint)
-    dcp.load(tensors, storage_reader=_Reader(folder), planner=pieces.OnlyTensors())
+    dcp.load(tensors, storage_reader=_Reader(folder))
