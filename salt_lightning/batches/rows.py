@@ -16,7 +16,8 @@ import threading
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from itertools import pairwise
+from typing import Any
 from weakref import WeakSet
 
 import numpy as np
@@ -37,30 +38,83 @@ _COUNTED_TOKENS = 1 << 24
 # --- rows ---
 
 
-class Rows(Protocol):
-    """Rows of one split, as batches need them."""
+Part = tuple[int, int, int, int]  # of a row: place in it, document, and start and stop in the files
 
-    files: TokenFiles
+
+class Rows:
+    """Rows of one split: documents, or parts of them, filled up with EOS without labels."""
+
     num_rows: int
+    size: dict[str, int]  # documents and tokens in the rows
 
-    def label_counts(self, rows: np.ndarray) -> np.ndarray: ...
-    def expect(self, rows: np.ndarray) -> None: ...
-    def build(self, rows: np.ndarray) -> Batch: ...
-    def origins(self, batch: Batch) -> Batch: ...
+    def __init__(self, files: TokenFiles, block_size: int, isolate_documents: bool) -> None:
+        self.files, self.block_size, self.isolate_documents = files, block_size, isolate_documents
+
+    def label_counts(self, rows: np.ndarray) -> np.ndarray:
+        """Labels of each row, without building it."""
+        raise NotImplementedError
+
+    def expect(self, rows: np.ndarray) -> None:
+        """Has the system read these rows in the background, where that helps."""
+
+    def build(self, rows: np.ndarray) -> Batch:
+        """Inputs, labels and positions of these rows, B x T; a NO_ROW is all EOS, without labels."""
+        width = self.block_size
+        ids_BT = np.full((len(rows), width), self.files.eos_id, np.int64)
+        labels_BT = np.full((len(rows), width), IGNORE, np.int64)
+        positions_BT = np.tile(np.arange(width), (len(rows), 1))
+        for b, parts in enumerate(self._parts(rows)):
+            end = 0
+            for place, document, start, stop in parts:
+                end = place + stop - start
+                ids_BT[b, place:end] = self.files.tokens[start:stop]
+                labels = self._labels(*self._labelled(document, start, stop))
+                labels_BT[b, place : place + len(labels)] = labels
+                if self.isolate_documents:
+                    positions_BT[b, place:end] = np.arange(end - place)
+            if self.isolate_documents:
+                positions_BT[b, end:] = np.arange(width - end)
+        return {"input_ids": ids_BT, "labels": labels_BT, "positions": positions_BT, "rows": rows}
+
+    def origins(self, batch: Batch) -> Batch:
+        """UTF-8 bytes of each label token (0 if ignored), its document and that one's source (-1 if ignored)."""
+        labels_BT = batch["labels"]
+        bytes_BT, documents_BT = np.zeros_like(labels_BT), np.full_like(labels_BT, -1)
+        for b, parts in enumerate(self._parts(batch["rows"])):
+            for place, document, start, stop in parts:
+                counts = self.files.token_bytes[slice(*self._labelled(document, start, stop))]
+                bytes_BT[b, place : place + len(counts)] = counts
+                documents_BT[b, place : place + len(counts)] = document
+        ignored_BT = labels_BT == IGNORE
+        bytes_BT[ignored_BT], documents_BT[ignored_BT] = 0, -1
+        sources_BT = np.where(documents_BT < 0, -1, self.files.doc_sources[documents_BT])
+        return {"bytes": bytes_BT, "documents": documents_BT, "sources": sources_BT.astype(np.int64)}
+
+    def documents(self, rows: np.ndarray) -> np.ndarray:
+        """The documents with a token in these rows, row after row."""
+        return np.array([document for parts in self._parts(rows) for _, document, *_ in parts], np.int64)
+
+    def first_documents(self, rows: np.ndarray) -> np.ndarray:
+        """The document at the start of each row."""
+        return np.array([parts[0][1] for parts in self._parts(rows)])
+
+    def _parts(self, rows: np.ndarray) -> Iterator[list[Part]]:
+        """The parts of each row; none of a NO_ROW."""
+        raise NotImplementedError
+
+    def _labelled(self, document: int, start: int, stop: int) -> tuple[int, int]:
+        """Start and stop in the files of a part's labels, the one place where they are shifted: the next token of each,
+        but nothing after a document's EOS, where another document comes."""
+        return start + 1, min(stop + 1, int(self.files.doc_ends[document]))
+
+    def _labels(self, start: int, stop: int) -> np.ndarray:
+        return self.files.tokens[start:stop]
 
 
 def text_ids(rows: Rows, row: int) -> list[int]:
     """The row's tokens without the EOS that fill it up or end it."""
     ids_T = rows.build(np.array([row]))["input_ids"][0]
     return ids_T[: len(np.trim_zeros(ids_T - rows.files.eos_id, "b"))].tolist()
-
-
-def with_sources(files: TokenFiles, labels_BT: np.ndarray, bytes_BT: np.ndarray, documents_BT: np.ndarray) -> Batch:
-    """Clear bytes and document of ignored labels, and add the source of each document."""
-    ignored_BT = labels_BT == IGNORE
-    bytes_BT[ignored_BT], documents_BT[ignored_BT] = 0, -1
-    sources_BT = np.where(documents_BT < 0, -1, files.doc_sources[documents_BT])
-    return {"bytes": bytes_BT, "documents": documents_BT, "sources": sources_BT.astype(np.int64)}
 
 
 def require_text(files: TokenFiles, split: str, block_size: int | None, val_fraction: float) -> None:
@@ -80,11 +134,11 @@ def require_text(files: TokenFiles, split: str, block_size: int | None, val_frac
         )
 
 
-class PackedRows:
+class PackedRows(Rows):
     """Rows of `block_size` tokens cut from the stream of one split."""
 
     def __init__(self, files: TokenFiles, block_size: int, isolate_documents: bool) -> None:
-        self.files, self.block_size, self.isolate_documents = files, block_size, isolate_documents
+        super().__init__(files, block_size, isolate_documents)
         self.size = {"documents": files.num_documents, "tokens": files.num_tokens}
         # The stream's last token is an EOS, which predicts nothing, so it needs no row of its own.
         self.num_rows = -(-(files.num_tokens - 1) // block_size)
@@ -98,50 +152,13 @@ class PackedRows:
         """Has the system read these rows in the background."""
         self.files.expect(rows * self.block_size, self.block_size + 1)
 
-    def build(self, rows: np.ndarray) -> Batch:
-        """Inputs, labels and positions of these rows, B x T; a NO_ROW is all EOS, without labels."""
-        width = self.block_size
-        stream_BT1 = np.full((len(rows), width + 1), self.files.eos_id, np.int64)
-        labels_BT = np.full((len(rows), width), IGNORE, np.int64)
-        positions_BT = np.tile(np.arange(width), (len(rows), 1))
-        for b, (row, start, low, high) in enumerate(zip(rows, *self._ends(rows), strict=True)):
-            if row == NO_ROW:
-                continue
-            piece = self.files.tokens[start : start + width + 1]
-            stream_BT1[b, : len(piece)] = piece
-            labels_BT[b, : len(piece) - 1] = piece[1:]  # the one place where labels are shifted
-            ends = self.files.doc_ends[low:high] - start
-            labels_BT[b, ends - 1] = IGNORE  # after a document's EOS comes another document
-            if self.isolate_documents:
-                for end in ends[ends < width]:
-                    positions_BT[b, end:] = np.arange(width - end)
-        return {"input_ids": stream_BT1[:, :-1].copy(), "labels": labels_BT, "positions": positions_BT, "rows": rows}
-
-    def origins(self, batch: Batch) -> Batch:
-        """UTF-8 bytes of each label token (0 if ignored), its document and that one's source (-1 if ignored)."""
-        labels_BT = batch["labels"]
-        bytes_BT, documents_BT = np.zeros_like(labels_BT), np.full_like(labels_BT, -1)
-        for b, row in enumerate(batch["rows"]):
-            if row == NO_ROW:
-                continue
-            start = row * self.block_size
-            piece = self.files.token_bytes[start + 1 : start + self.block_size + 1]
-            bytes_BT[b, : len(piece)] = piece
-            positions = np.arange(start, start + len(piece))
-            documents_BT[b, : len(piece)] = np.searchsorted(self.files.doc_ends, positions, side="right")
-        return with_sources(self.files, labels_BT, bytes_BT, documents_BT)
-
-    def first_documents(self, rows: np.ndarray) -> np.ndarray:
-        """The document at the start of each row."""
-        return np.searchsorted(self.files.doc_ends, rows * self.block_size, side="right")
-
-    def documents(self, rows: np.ndarray) -> np.ndarray:
-        """The documents with a token in these rows."""
-        starts = rows * self.block_size
-        stops = np.minimum(starts + self.block_size, self.files.num_tokens)
-        first, last = (np.searchsorted(self.files.doc_ends, at, side="right") for at in (starts, stops - 1))
-        ranges = (np.arange(a, b + 1) for a, b in zip(first, last, strict=True))
-        return np.unique(np.concatenate([np.zeros(0, np.int64), *ranges]))
+    def _parts(self, rows: np.ndarray) -> Iterator[list[Part]]:
+        for row, start, low, high in zip(*(n.tolist() for n in (rows, *self._ends(rows))), strict=True):
+            stop = min(start + self.block_size, self.files.num_tokens)
+            cuts = [start, *self.files.doc_ends[low:high].tolist()]
+            cuts += [stop] if cuts[-1] < stop else []  # within a document
+            parts = [(a - start, low + i, a, b) for i, (a, b) in enumerate(pairwise(cuts))]
+            yield [] if row == NO_ROW else parts
 
     def source_tokens(self, names: list[str]) -> list[int]:
         """Where each source begins in the stream, if they lie one after the other, then the end of the stream."""
