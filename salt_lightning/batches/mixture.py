@@ -50,8 +50,7 @@ class Shares:
     starts: tuple[int, ...]  # the first row of each source, then the number of rows; each source has at least one row
     skipped: tuple[int, ...] = ()  # tokens of each source before its first row: part of a row of the source before it
     begin: int = 0  # the position from which these shares apply
-    earlier: "Shares | None" = None  # before that
-    end: int | None = None  # the position at which they end, if that is before the `begin` of the later shares
+    past: tuple[tuple[int, int, dict[str, int]], ...] = ()  # others before: first position, end, turns of each source
 
     @property
     def rows_S(self) -> np.ndarray:
@@ -86,17 +85,14 @@ class Shares:
 
     def reads(self, count: int) -> np.ndarray:
         """Rows of each source among the first `count`; counts only positions with shares."""
-        by_name = self._reads(count)
+        by_name = dict.fromkeys(self.names, 0)
+        now = dict(zip(self.names, self.turns_S.tolist(), strict=True))
+        for begin, end, turns in (*self.past, (self.begin, count, now)):
+            cycles, rest = divmod(max(0, min(end, count) - begin), CYCLE)
+            sources = _cycle(tuple(turns.values()))[0][:rest]
+            rows_S = cycles * np.array([*turns.values()]) + np.bincount(sources, minlength=len(turns))
+            by_name |= {name: by_name.get(name, 0) + rows for name, rows in zip(turns, rows_S.tolist(), strict=True)}
         return np.array([by_name[name] for name in self.names])
-
-    def _reads(self, count: int) -> dict[str, int]:
-        """The same by name, including sources that only earlier shares had."""
-        before = {} if self.earlier is None else self.earlier._reads(min(count, self.begin))
-        until = count if self.end is None else min(count, self.end)
-        cycles, turns = divmod(max(0, until - self.begin), CYCLE)
-        now_S = cycles * self.turns_S + np.bincount(self.cycle[0][:turns], minlength=len(self.turns_S))
-        now = dict(zip(self.names, now_S.tolist(), strict=True))
-        return before | {name: before.get(name, 0) + rows for name, rows in now.items()}
 
 
 @cache  # tens of milliseconds, and a start asks several times

@@ -99,11 +99,11 @@ def where(stretches: Stretches, checkpoint: Mapping[str, Any], cuts: Mapping[str
 
 def with_past(shares: Shares, stretches: Stretches) -> Shares:
     """The shares of the last stretch, together with the earlier ones."""
-    past, begin = None, 0
+    past, begin = list[tuple[int, int, dict[str, int]]](), 0
     for before, after in pairwise(stretches):
         if before.turns != after.turns:
             end = rows_before(stretches, after.step)
             if before.turns is not None:
-                past = Shares(tuple(before.turns), tuple(before.turns.values()), (), (), begin, past, end)
+                past.append((begin, end, before.turns))
             begin = end
-    return replace(shares, begin=begin, earlier=past)
+    return replace(shares, begin=begin, past=tuple(past))
