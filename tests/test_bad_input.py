@@ -569,7 +569,10 @@ ERRORS = {
         "would depend on --data.micro_batch_size and the number of devices; use --data.val_rows",
     ),
     "a share of the test": ({"trainer.limit_test_batches": 0.5}, "--trainer.limit_test_batches 0.5 counts micro-batch"),
-    "rows left unscored": ({"trainer.limit_predict_batches": 0.5}, "limit_predict_batches would leave rows without"),
+    "rows left unscored": (
+        {"trainer.limit_predict_batches": 0.5},
+        "limit_predict_batches 0.5 would leave rows without",
+    ),
     "heads that do not divide": (
         {"model.student.config": {"hidden_size": 33, "num_attention_heads": 2}},
         r"--model.student.config: ValueError: The hidden size \(33\) is not a multiple of",

@@ -22,7 +22,7 @@ from salt_lightning.command.command_line import (
     no_mapping,
     text_of,
 )
-from salt_lightning.command.settings import as_yaml, wrong_precision
+from salt_lightning.command.settings import REFUSED, as_yaml, wrong_precision
 from salt_lightning.command.wrong_names import no_such
 from salt_lightning.errors import ConfigError, problems_of, program, raised
 
@@ -190,9 +190,17 @@ _VERBS = {
 # Beginnings of Lightning's descriptions of its trainer's methods, which jsonargparse cuts in the middle.
 _OF_TRAINER = ("Perform one evaluation", "Runs the full", "Run inference")
 _TRAINER = "Customize every aspect of training via flags"  # Lightning's title of its trainer's settings
-_REFUSED = "Cannot be set in this project"
+
+
+def _brief(why: str) -> str:
+    """What to do instead of a refused setting, or why it is refused if it only is to be left out."""
+    parts = why.lstrip(" :").split("; ")
+    return parts[0] if parts[-1] == "leave it out" else parts[-1]
+
+
 # Help texts where Lightning's own are not true here.
 _WORDS = {
+    **{f"trainer.{name}": f"Cannot be set in this project: {_brief(why)}." for name, (_, why) in REFUSED.items()},
     "config": "YAML file of settings. Later files win over earlier ones, and command-line options win over all files.",
     "seed_everything": "Seed of initial weights, dropout and data order, unless --model.seed or --data.seed is given.",
     "ckpt_path": "A checkpoint (.ckpt), or last: the newest undamaged checkpoint in the run's folder.",
@@ -206,19 +214,8 @@ _WORDS = {
     "trainer.val_check_interval": "Optimizer steps between validations (a whole number), or a share of the run (0..1).",
     "trainer.log_every_n_steps": "Log every so many optimizer steps.",
     "weights_only": "Not used: a checkpoint is never unpickled.",
-    "trainer.accumulate_grad_batches": f"{_REFUSED}: it follows from --data.global_batch_size.",
-    "trainer.barebones": f"{_REFUSED}: it would leave no log and no checkpoint.",
-    "trainer.check_val_every_n_epoch": f"{_REFUSED}: use --trainer.val_check_interval.",
-    "trainer.default_root_dir": f"{_REFUSED}: use --run.",
-    "trainer.enable_checkpointing": f"{_REFUSED}: use --checkpoint.*.",
-    "trainer.fast_dev_run": f"{_REFUSED}: use the verb check, or few --trainer.max_steps.",
-    "trainer.limit_predict_batches": f"{_REFUSED}: use a small --data.source.",
     "trainer.limit_test_batches": "0: no test. Other limits: use --data.val_rows.",
-    "trainer.limit_train_batches": f"{_REFUSED}: use --trainer.max_steps.",
     "trainer.limit_val_batches": "0: no validation. Other limits: use --data.val_rows.",
-    "trainer.max_epochs": f"{_REFUSED}: use --trainer.max_steps.",
-    "trainer.min_epochs": f"{_REFUSED}: use --trainer.min_steps.",
-    "trainer.overfit_batches": f"{_REFUSED}: use a small --data.source.",
 }
 
 

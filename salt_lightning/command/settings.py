@@ -157,32 +157,50 @@ def _is_part(limit: Any) -> bool:
     return limit not in (None, 1.0) or isinstance(limit, int)
 
 
+# Lightning's settings that cannot be set -> the values that do nothing (limits: see _is_part); why not; what instead
+REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "accumulate_grad_batches": (
+        (None, 1),
+        " follows from --data.global_batch_size, --data.micro_batch_size and the number of ranks; leave it out",
+    ),
+    "barebones": ((None, False), ": a run without log and checkpoint leaves nothing; leave it out"),
+    "check_val_every_n_epoch": (
+        (None, 1),
+        ": a run is one Lightning epoch; use --trainer.val_check_interval (optimizer steps)",
+    ),
+    "default_root_dir": ((None, ""), ": use --run"),
+    "enable_checkpointing": ((None, True), ": use --checkpoint.every_n_steps null to save only at the end"),
+    "fast_dev_run": (
+        (None, False),
+        " counts micro-batches and leaves no log or checkpoint; use the verb `check` with the same settings, or a "
+        "small --trainer.max_steps in a separate --run",
+    ),
+    "limit_predict_batches": ((), " would leave rows without scores; use a small --data.source"),
+    "limit_train_batches": (
+        (),
+        ", which overfit_batches and fast_dev_run also set, counts micro-batches; use --trainer.max_steps",
+    ),
+    "max_epochs": ((None, -1), ": a run is counted in steps; use --trainer.max_steps"),
+    "min_epochs": ((None, 0), ": a run is counted in steps; use --trainer.min_steps"),  # in a fit 0, see set_cadence
+    "overfit_batches": ((None, 0), ": use a small --data.source instead"),
+}
+
+
 def wrong_counts(trainer: Mapping[str, Any] | Namespace) -> list[str]:
-    """Lightning's settings that count micro-batches, epochs or time, while a run counts optimizer steps."""
-    accumulate, limit = trainer.get("accumulate_grad_batches"), trainer.get("limit_train_batches")
-    epochs, interval = trainer.get("check_val_every_n_epoch"), trainer.get("val_check_interval")
-    wrong = []
-    if accumulate not in (None, 1):
-        wrong.append(
-            f"--trainer.accumulate_grad_batches {accumulate} follows from --data.global_batch_size, "
-            "--data.micro_batch_size and the number of ranks; leave it out"
-        )
-    if _is_part(limit):
-        wrong.append(
-            f"--trainer.limit_train_batches {limit:g}, which overfit_batches and fast_dev_run also set, counts "
-            "micro-batches; use --trainer.max_steps"
-        )
+    """Lightning's settings that cannot be set, or that count micro-batches, while a run counts optimizer steps."""
+    given = [(name, trainer.get(name), *told) for name, told in REFUSED.items()]
+    wrong = [
+        f"--trainer.{name} {as_yaml(value)}{why}"
+        for name, value, idle, why in given
+        if (_is_part(value) if name.startswith("limit_") else value not in idle)
+    ]
     wrong += [
         f"--trainer.{name} {count:g} counts micro-batches, so what is measured would depend on --data.micro_batch_size "
         "and the number of devices; use --data.val_rows, or 0 for none (null undoes it)"
         for name in ("limit_val_batches", "limit_test_batches")
         if _is_part(count := trainer.get(name)) and count != 0
     ]
-    if epochs not in (None, 1):
-        wrong.append(
-            f"--trainer.check_val_every_n_epoch {epochs}: a run is one Lightning epoch; use "
-            "--trainer.val_check_interval (optimizer steps)"
-        )
+    interval = trainer.get("val_check_interval")
     steps, share = isinstance(interval, int) and interval >= 1, isinstance(interval, float) and 0 < interval <= 1
     if interval is not None and not steps and not share:
         wrong.append(
@@ -235,28 +253,7 @@ def wrong_trainer_settings(trainer: Namespace, verb: str = "fit") -> list[str]:
         wrong.append(f"--trainer.log_every_n_steps {every} must be at least 1")
     if trainer.get(limit := _LIMITS.get(verb, "")) == 0:
         wrong.append(f"--trainer.{limit} 0: {verb} would measure nothing; leave it out, or set it to null")
-    if trainer.get("max_epochs") not in (None, -1):
-        wrong.append(f"--trainer.max_epochs {trainer.max_epochs}: a run is counted in steps; use --trainer.max_steps")
-    if trainer.get("min_epochs") not in (None, 0):  # in a fit it is always 0, see set_cadence
-        wrong.append(f"--trainer.min_epochs {trainer.min_epochs}: a run is counted in steps; use --trainer.min_steps")
     wrong += wrong_clipping(trainer.get("gradient_clip_val"))
-    if trainer.get("enable_checkpointing") is False:
-        wrong.append(
-            "--trainer.enable_checkpointing false: use --checkpoint.every_n_steps null to save only at the end"
-        )
-    if trainer.get("default_root_dir"):
-        wrong.append(f"--trainer.default_root_dir {trainer.default_root_dir}: use --run")
-    if trainer.get("barebones"):
-        wrong.append("--trainer.barebones true: a run without log and checkpoint leaves nothing; leave it out")
-    if trainer.get("fast_dev_run"):
-        wrong.append(
-            f"--trainer.fast_dev_run {trainer.fast_dev_run} counts micro-batches and leaves no log or checkpoint; "
-            "use the verb `check` with the same settings, or a small --trainer.max_steps in a separate --run"
-        )
-    if _is_part(trainer.get("limit_predict_batches")):
-        wrong.append("--trainer.limit_predict_batches would leave rows without scores; use a small --data.source")
-    if trainer.get("overfit_batches"):
-        wrong.append(f"--trainer.overfit_batches {trainer.overfit_batches}: use a small --data.source instead")
     return wrong
 
 
