@@ -32,11 +32,10 @@ from salt_lightning.batches.example_rows import ExampleRows, open_examples, pack
 from salt_lightning.batches.rows import IGNORE, NO_ROW
 from salt_lightning.errors import ConfigError
 from salt_lightning.preflight import marks_as_text, seen_in_training
-from salt_lightning.text import prepare
 from salt_lightning.text.documents import Corpus
 from salt_lightning.text.encoder import make_encoder
 from salt_lightning.text.examples import Conversation, Examples, segments
-from salt_lightning.text.prepare import prepare_tokens, token_folder
+from salt_lightning.text.prepare import prepare_tokens
 from salt_lightning.text.sources import Hub, resolve
 from salt_lightning.text.token_files import TokenFiles
 from salt_lightning.text.tokenizer import _cut, kept_text, load_tokenizer, train_tokenizer
@@ -254,7 +253,6 @@ def test_tools_draw_the_split_and_are_in_the_cache(tmp_path):
     assert 10 < files.num_documents < 30
     unread, _ = prepared(tmp_path, rows, Examples(messages="messages", tools=""), tokenizer, val_fraction=0.5)
     assert unread.folder != files.folder
-    assert Examples(prompt="{q}").inputs() == {"prompt": "{q}", "response": "", "messages": ""}  # as before tools
 
 
 @pytest.mark.parametrize(
@@ -350,20 +348,6 @@ def test_the_marks_that_a_template_writes(template, marks):
     tokenizer.add_tokens("<|label|>", special_tokens=True)
     encoder = make_encoder(Corpus("", (), examples=CHAT), tokenizer, 0.0)
     assert (tokenizer.convert_tokens_to_ids("<|label|>") in encoder.template_marks()) == (template == PICKY)
-
-
-def test_what_is_made_unlike_before_has_another_place_in_the_cache(tmp_path, monkeypatch):
-    """Ids that an earlier version made lie there under the old name."""
-    dated = chat_tokenizer()
-    dated.chat_template = TEMPLATE + "{{ strftime_now('%Y') }}"
-    xlmr, plain = character_tokenizer("no line breaks"), character_tokenizer("prepend")
-    cases = [(dated, CHAT, True), (chat_tokenizer(), CHAT, False), (xlmr, PLAIN, True), (plain, PLAIN, False)]
-    corpora = [Corpus("", (), examples=examples) for _, examples, _ in cases]
-    now = [token_folder(corpus, case[0], 0.0, tmp_path) for corpus, case in zip(corpora, cases, strict=True)]
-    monkeypatch.setattr(prepare, "unlike_earlier", lambda *_: [])
-    monkeypatch.setattr(prepare, "day_written", lambda *_: [])
-    before = [token_folder(corpus, case[0], 0.0, tmp_path) for corpus, case in zip(corpora, cases, strict=True)]
-    assert [a != b for a, b in zip(now, before, strict=True)] == [differs for _, _, differs in cases]
 
 
 @pytest.mark.parametrize(("key", "value"), [("weight", "0"), ("weight", 0.5), ("train", "false")])

@@ -241,7 +241,6 @@ def test_a_source_that_comes_later_begins_at_its_first_row_and_one_that_left_is_
         ({"cuts": {"a": [0, 9]}}, "row 71 of the order"),  # b is new
         ({"cuts": {"a": [0, 9], "b": [4, 9]}}, "; b: in other rows than before, .* so text may be read again"),
         ({"cuts": {"a": [0, 9], "x/b": [3, 9]}}, "; b: new or renamed, so it begins with its first row"),
-        ({}, "; an older version read sources with weights in another order, so text may be read again"),
     ],
 )
 def test_a_resume_says_which_sources_are_not_as_before(before, said):
@@ -290,12 +289,6 @@ def test_stretches_that_no_run_has(stretches):
         match=r"^the checkpoint's record of the rows read is impossible: it is damaged, or of a newer",
     ):
         go_on({"global_step": 9, "stretches": stretches}, begun)
-
-
-def test_stretches_of_an_older_checkpoint_have_its_row_length():
-    older = {name: value for name, value in GOOD.items() if name != "block_size"}
-    checkpoint = {"global_step": 9, "stretches": [older], "data": {"--data.block_size": 32}}
-    assert go_on(checkpoint, one_stretch(8, 64, None)) == (Stretch(**GOOD), Stretch(9, 8, 64, None))
 
 
 def test_a_checkpoint_of_a_user_s_own_loader_is_of_one_stretch():

@@ -21,7 +21,6 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -318,10 +317,6 @@ def test_a_special_token_that_is_also_a_letter_stays_what_it_was(tmp_path):
     words = {"<": 0, "eos": 1, "<eos": 2, "<eosx": 3, "x": 4}
     part = models.BPE(words, [("<", "eos"), ("<eos", "x")], ignore_merges=True)
     assert spelled_ids(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(part), eos_token="<eos")) == []
-    corpus = corpus_of(write_jsonl(tmp_path / "y.jsonl", [{"text": "A"}]))
-    with mock.patch.object(prepare, "unlike_earlier", return_value=[]):
-        before = token_folder(corpus, tokenizer, 0.0, tmp_path)
-    assert token_folder(corpus, tokenizer, 0.0, tmp_path) != before
     write_jsonl(tmp_path / "x.jsonl", [{"text": "A T"}])
     files = TokenFiles(prepare_tokens(corpus_of(tmp_path / "x.jsonl"), tokenizer, 1.0, tmp_path / "cache", 1), "val")
     assert files.tokens.tolist() == [0, 3, 6, 1]

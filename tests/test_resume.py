@@ -1157,7 +1157,7 @@ def test_sources_with_weights_resume_to_the_bit_and_other_weights_are_said(fit, 
     assert_same(tmp_path / "whole", tmp_path / "run")
     assert fit(tmp_path / "other", stop_at=5, **own) == 128 + signal.SIGTERM
     assert fit(tmp_path / "other", ckpt_path="last", **{**own, "data.source_weights": [2, 2]}) == 0
-    said = "other rows of phase 1, or shares (--data.selection, keep, source_weights, --kd.steps; an earlier"
+    said = "other rows of phase 1, or shares (--data.selection, keep, source_weights, --kd.steps)"
     assert f"continuing with other data than the checkpoint's: {said}" in caplog.text
 
 

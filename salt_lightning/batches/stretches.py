@@ -58,8 +58,7 @@ def _of_checkpoint(checkpoint: Mapping[str, Any], now: Stretch) -> Stretches:
     if not checkpoint["stretches"]:  # of the user's own loader: as if these settings had applied from the start
         return (now,)
     try:
-        width = checkpoint.get("data", {}).get("--data.block_size")  # older checkpoints record only the last one
-        found = tuple(Stretch(**{"block_size": width, **each}) for each in checkpoint["stretches"])
+        found = tuple(Stretch(**each) for each in checkpoint["stretches"])
         steps = [stretch.step for stretch in found]
         turns = [[*stretch.turns.values()] for stretch in found if stretch.turns is not None]
         good = steps[0] == 0 and steps == sorted(set(steps)) and steps[-1] <= checkpoint["global_step"]
@@ -78,21 +77,19 @@ def _of_checkpoint(checkpoint: Mapping[str, Any], now: Stretch) -> Stretches:
 
 def where(stretches: Stretches, checkpoint: Mapping[str, Any], cuts: Mapping[str, list[int]]) -> str:
     """Message: the row with which a run continues; what may come again, also as sources have other `cuts` now."""
-    step, before = checkpoint["global_step"], checkpoint["text"].get("cuts")
+    step, before = checkpoint["global_step"], checkpoint["text"].get("cuts", {})
     said = f"step {step + 1} continues with row {rows_before(stretches, step) + 1} of the order"
     if len({stretch.turns is None for stretch in stretches}) > 1:
         said += "; with and without --data.source_weights the orders differ, so rows may be read again"
     if len({stretch.block_size for stretch in stretches}) > 1:
         said += "; rows of another --data.block_size are in another order, so text may be read again"
-    elif cuts and before is None:
-        said += "; an older version read sources with weights in another order, so text may be read again"
-    elif other := [name for name, cut in cuts.items() if list((before or {}).get(name, cut)) != cut]:
+    elif other := [name for name, cut in cuts.items() if list(before.get(name, cut)) != cut]:
         said += (
             f"; {few(other)}: in other rows than before, since its text or that of a source beside it has changed, so "
             "text may be read again"
         )
-    new = cuts.keys() - (before or cuts).keys()
-    if new and (before or {}).keys() - cuts.keys():
+    new = cuts.keys() - before.keys()
+    if new and before.keys() - cuts.keys():
         said += f"; {few(sorted(new))}: new or renamed, so it begins with its first row"
     return said
 

@@ -146,8 +146,7 @@ def say_other_share(checkpoint: dict[str, Any], data: Any) -> None:
 _SAID_BY = {
     "--data.num_train_tokens": "tokens of --data.source",
     "--data.train_fingerprint": "training text (--data.source)",
-    "--data.selection_fingerprint": "rows of phase 1, or shares (--data.selection, keep, source_weights, --kd.steps; "
-    "an earlier version drew the same random rows for all seeds)",
+    "--data.selection_fingerprint": "rows of phase 1, or shares (--data.selection, keep, source_weights, --kd.steps)",
     "--data.difficulty_fingerprint": "thirds (--data.difficulty)",
     "--data.held_out": "held-out text or rows",
 }

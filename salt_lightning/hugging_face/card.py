@@ -111,8 +111,7 @@ def _training(checkpoint: dict[str, Any], run: Run) -> dict[str, str]:
     settings, spec, text = run.config, checkpoint["hyper_parameters"], checkpoint["text"]
     taught = _is_taught(checkpoint, run)
     by = own_class(checkpoint)
-    num_tokens = text.get("tokens") or _data(checkpoint, "num_train_tokens")  # the latter: of earlier versions
-    counts = [(text.get("documents"), "documents"), (num_tokens, "tokens")]
+    counts = [(text.get(unit), unit) for unit in ("documents", "tokens")]
     return {
         "resumed": "; ".join(changes_said(run)),
         "trained by": f"the class {by}; what it does otherwise than SALTModule is not known" if by else "",

@@ -22,7 +22,6 @@ from salt_lightning.text.tokenizer import (
     num_ids,
     of_text,
     special_ids,
-    spelled_ids,
     unknown_ids,
 )
 
@@ -234,15 +233,6 @@ def make_encoder(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, val_fractio
     unknown = set(unknown_ids(tokenizer)) - {eos_id}  # unknown tokens stand for text
     marks = sorted(set(special_ids(tokenizer)) - unknown)
     return ExampleEncoder(backend, eos_id, dtype, corpus, val_fraction, begins, (), chat, marks)
-
-
-def unlike_earlier(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
-    """Where earlier versions made other ids, what is made now: the cache has those of before under other names."""
-    backend = tokenizer.backend_tokenizer
-    as_before = corpus.examples.messages or type(backend.model).__name__ == "Unigram"
-    hidden = [] if as_before else spelled_ids(tokenizer)
-    joined = corpus.examples.given and keeps(backend, _ANCHORS) and not keeps(backend, _ANCHORS[0])
-    return [*hidden, *(["joined"] if joined else [])]
 
 
 def day_written(tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -74,11 +74,8 @@ class Examples:
         return self.messages if isinstance(self.messages, str) else ""
 
     def inputs(self) -> dict[str, Any]:
-        """Everything that determines what is learned from a row, as plain data.
-
-        Unset tools are left out, so that text tokenized before there was that setting is still found in the cache.
-        """
-        return {name: value for name, value in asdict(self).items() if value or name != "tools"}
+        """Everything that determines what is learned from a row, as plain data."""
+        return asdict(self)
 
     def problems(self, tokenizer: str) -> list[str]:
         """All that is wrong with the settings, together with --data.tokenizer."""

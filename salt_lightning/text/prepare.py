@@ -27,7 +27,7 @@ from salt_lightning.errors import ConfigError, MachineError, few, raised, refuse
 from salt_lightning.preflight import size_said
 from salt_lightning.text import token_files
 from salt_lightning.text.documents import MAX_SOURCES, Corpus, Raw, first_lines, look_into, read_raw
-from salt_lightning.text.encoder import Encoder, day_written, make_encoder, unlike_earlier
+from salt_lightning.text.encoder import Encoder, day_written, make_encoder
 from salt_lightning.text.journal import Unfinished, making, write_json
 from salt_lightning.text.parse import Skipped, documents, empty_error
 from salt_lightning.text.processes import in_child, num_cores, ordered_map
@@ -47,6 +47,7 @@ from salt_lightning.text.tokenizer import (
     WORDS,
     beginning,
     rules_fingerprint,
+    spelled_ids,
     tokenizer_fingerprint,
     train_tokenizer,
 )
@@ -125,12 +126,12 @@ _CUT = 3  # version of how conversations are cut into parts that are learned or 
 
 def token_folder(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, val_fraction: float, cache_dir: Path) -> Path:
     """The cache folder of a corpus's tokens, named by a fingerprint of everything that determines them."""
-    # a template may write any of the named tokens
-    chat: list[Any] | None = None
+    # a template may write any of the named tokens; elsewhere, those that a text spells out are hidden
+    named: list[Any] = spelled_ids(tokenizer)
     if corpus.examples.messages:
-        chat = [_CUT, tokenizer.chat_template, tokenizer.special_tokens_map, *day_written(tokenizer)]
-    told = [FORMAT, corpus.inputs(), rules_fingerprint(tokenizer), val_fraction, chat, beginning(tokenizer)]
-    return cache_dir / digest([*told, *unlike_earlier(corpus, tokenizer)])
+        named = [_CUT, tokenizer.chat_template, tokenizer.special_tokens_map, *day_written(tokenizer)]
+    told = [FORMAT, corpus.inputs(), rules_fingerprint(tokenizer), val_fraction, named, beginning(tokenizer)]
+    return cache_dir / digest(told)
 
 
 def prepare_tokens(

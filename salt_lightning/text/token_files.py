@@ -31,7 +31,7 @@ import numpy as np
 
 from salt_lightning.errors import ConfigError
 
-FORMAT = 5
+FORMAT = 6
 SPLITS = ("train", "val")
 _PAGE_BYTES, _NUM_PAGES = 1 << 16, 16
 
