@@ -17,6 +17,7 @@ import torch
 from huggingface_hub import constants
 from hypothesis import settings as hypothesis_settings
 from lightning.pytorch.callbacks import Callback
+from torch.distributed.checkpoint import FileSystemReader
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test, nor a process that it starts, uses the network
@@ -78,6 +79,13 @@ ALWAYS = {
     **{name: {} for name in ("text", "data", "forward_flops", "totals", "totals_before")},
     **dict.fromkeys(("time_s", "teacher_time_s"), 0.0),
 }
+
+
+def add_table(folder: Path) -> None:
+    """Gives a sharded checkpoint of Lightning or torch the table that this project's own have."""
+    from salt_lightning.storage import pieces
+
+    (folder / pieces.FILE).write_bytes(pieces.dump(FileSystemReader(folder).read_metadata()))
 
 
 def write_corpus(path: Path, num_documents: int = 120, seed: int = 0) -> Path:

@@ -11,16 +11,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import lightning.pytorch as pl
 import torch
-from conftest import ALWAYS
+from conftest import ALWAYS, add_table
 from families import FAMILIES
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 
 from salt_lightning.hugging_face.spec import ModelSpec, resolved
 from salt_lightning.models import CausalLM, build_fresh
-from salt_lightning.storage import pieces
 
 # Sizes that two ranks cannot divide evenly.
 SIZES = {**FAMILIES["llama"], "vocab_size": 65, "intermediate_size": 45, "num_key_value_heads": 1, "head_dim": 2}
@@ -61,8 +59,7 @@ if __name__ == "__main__":
     trainer.fit(module)
     trainer.save_checkpoint(out / "step-00000001.ckpt")
     if trainer.is_global_zero:  # as FSDP2 of this project does
-        table = FileSystemReader(out / "step-00000001.ckpt").read_metadata()
-        (out / "step-00000001.ckpt" / pieces.FILE).write_bytes(pieces.dump(table))
+        add_table(out / "step-00000001.ckpt")
     whole = get_model_state_dict(module.student.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if trainer.is_global_zero:
         torch.save(whole, out / "whole.pt")

@@ -12,7 +12,7 @@ import forked
 import pytest
 import torch
 import yaml
-from conftest import ALWAYS, StopAt, arguments, scalars
+from conftest import ALWAYS, StopAt, add_table, arguments, scalars
 from families import FAMILIES, tiny
 from lightning.pytorch.callbacks import Callback
 from safetensors import safe_open
@@ -539,7 +539,7 @@ for name, dtype in (("one.ckpt", None), ("one.ckpt", torch.bfloat16), ("sharded.
         while not done.is_set():
             peak[1] = max(peak[1], resident_mb())
             time.sleep(0.0005)
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     export(folder / name, folder / f"{name}.{dtype}", dtype, max_file_bytes=20 << 20)
     done.set()
@@ -561,6 +561,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     assert (tmp_path / "one.ckpt").stat().st_size > 150e6
     whole = torch.load(tmp_path / "one.ckpt", weights_only=True, mmap=True)
     dcp.save({"state_dict": whole.pop("state_dict")}, checkpoint_id=tmp_path / "sharded.ckpt", no_dist=True)
+    add_table(tmp_path / "sharded.ckpt")
     torch.save(whole, tmp_path / "sharded.ckpt" / "meta.pt")
     save(tiny("llama").model, tmp_path / "tiny.ckpt")
     done = forked.run([sys.executable, "-c", MEMORY, tmp_path])

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from conftest import ALWAYS, arguments, write_corpus
+from conftest import ALWAYS, add_table, arguments, write_corpus
 from test_prepare import byte_tokenizer, corpus_of, prepare_many, stored
 from test_sources import PACK
 from torch.distributed.checkpoint.metadata import (
@@ -146,7 +146,7 @@ def sharded(folder: Path, file: str = "") -> Path:
 
     folder.mkdir(parents=True)
     dcp.save({"state_dict.a": torch.ones(200)}, storage_writer=dcp.FileSystemWriter(folder), no_dist=True)
-    (folder / pieces.FILE).write_bytes(pieces.dump(dcp.FileSystemReader(folder).read_metadata()))
+    add_table(folder)
     torch.save({**ALWAYS, "hyper_parameters": {"student": {"config": {"hidden_size": 8}}}}, folder / "meta.pt")
     if file:
         table = shards.table_of(folder)
