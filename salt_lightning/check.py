@@ -269,7 +269,7 @@ class Check:
         self.add("ok", "student", f"{said}{len(trained) - len(matrices)} vectors do not; compiled: {compiled}")
         if rest := unnamed_sizes(self.module.student_spec, student.model.config):
             self.add("note", "student sizes", f"not given, so the family's defaults: {rest}")
-        self.findings += extension.balance(student)
+        self.findings += extension.doubts(student, self.trainer.precision)
         self.findings += [saver.space(self.trainer, student.parameters()) for saver in savers(self.trainer)]
 
     def _compute(self, student: CausalLM, teacher: CausalLM | None) -> None:

@@ -229,6 +229,8 @@ def check_repeats(order: Order | Mixture, rule: KeepRule) -> None:
 def _told(name: str, part: Order) -> str:
     assert part.kept is not None
     kept = f"{name}: {len(part.kept)} of {part.num_rows} rows, " if name else ""
+    if name and not part.phase1:
+        return f"{kept}phase 1 reads none of them by this weight"
     then = "reads all rows, those read before too (--data.keep.unread_first false)"
     if part.unread_first:
         then = f"begins with the {part.num_unread} unread rows"

@@ -883,6 +883,22 @@ def test_devices_that_surprise(kind, precision, native, said, monkeypatch):
     assert remark is None if said is None else re.match(said, "; ".join(remark))
 
 
+@pytest.mark.parametrize(
+    ("own", "remedy"),
+    [
+        ({"trainer.precision": "bf16-mixed"}, None),
+        ({"trainer.precision": "bf16-true"}, "--trainer.precision bf16-mixed"),
+        ({"model.student.dtype": "bfloat16"}, "--model.student.dtype float32"),
+        ({"trainer.precision": "bf16-true", "model.student.dtype": "float32"}, "--trainer.precision bf16-mixed"),
+    ],
+)
+def test_a_student_in_16_bits(own, remedy, checked):
+    code, found = checked(**own)
+    told = [text for level, about, text in found if (level, about) == ("warning", "precision")]
+    assert (code, len(told)) == (0, int(remedy is not None))
+    assert all(text.endswith(f"{remedy} keeps them in fp32") for text in told)
+
+
 def test_an_error_is_raised_and_nothing_else():
     for level in LEVELS[:3]:
         Finding(level, "a", "b").require()

@@ -1251,7 +1251,7 @@ def test_runs_without_a_validation_show_a_dash(three, tmp_path):
     assert [cell.strip() for cell in row.split("|")[4:10]] == ["-"] * 6
     assert json.loads((tmp_path / "out" / "compare.json").read_text())["rows"][3]["val_ce"] is None
     unseen = write_run(tmp_path / "unseen", {}, seed_everything=2)  # to its end
-    assert evaluate(load([*three, unseen])).notes == ["unseen has no validation yet"]
+    assert evaluate(load([*three, unseen])).notes == ["unseen has no validation"]
     alone = compare([silent], tmp_path / "alone")  # nothing to compare, but not a failure
     assert math.isnan(alone.reference_val_ce)
 

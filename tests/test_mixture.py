@@ -20,6 +20,7 @@ from salt_lightning.data import SALTDataModule
 from salt_lightning.errors import ConfigError
 from salt_lightning.models import read_checkpoint
 from salt_lightning.module import SALTModule
+from salt_lightning.selection import _told
 
 SIZES = (13, 500, 70)
 WEIGHTS = (0.5, 0.2, 0.3)
@@ -440,6 +441,12 @@ def test_a_run_says_how_often_it_reads_each_source(weighted, capsys, caplog, tmp
     source = [weighted["data.source"][0], str(tmp_path / "word.txt")]
     assert run(["check", *arguments(weighted, {"data.source": source, "run": str(tmp_path / "other")})]) == 1
     assert "--data.source_weights: 'word' has 5 training tokens" in " ".join(capsys.readouterr().out.split())
+
+
+def test_weights_that_begin_after_phase_1_say_that_they_bring_no_row_into_it():
+    kept = RowSet(np.arange(9) < 4)
+    assert _told("web", Order(0, 9, kept, 0)) == "web: 4 of 9 rows, phase 1 reads none of them by this weight"
+    assert _told("", Order(0, 9, kept, 8)).startswith("phase 1 reads 8, each kept row 2.00 times")
 
 
 def test_a_selection_keeps_the_shares(weighted, teacher, tmp_path, caplog):

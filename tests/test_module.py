@@ -138,7 +138,7 @@ def test_the_student_is_drawn_on_the_cpu_wherever_it_trains():
     assert all(torch.equal(a, b) for a, b in zip(*(student.values() for student in students), strict=True))
 
 
-def test_in_bf16_the_tokens_of_a_step_are_counted_exactly(fit_with, tmp_path):
+def test_in_bf16_the_tokens_of_a_step_are_counted_exactly(fit_with, tmp_path, caplog):
     """Lightning makes bf16 the default dtype there: dividing two integers would give 8 bits of precision."""
 
     class Look(Callback):
@@ -155,6 +155,8 @@ def test_in_bf16_the_tokens_of_a_step_are_counted_exactly(fit_with, tmp_path):
     own = {"trainer.precision": "bf16-true", "trainer.max_steps": 2, "trainer.val_check_interval": 2,
            "data.block_size": 35}  # fmt: skip
     assert fit_with(tmp_path / "run", Look(), **own) == 0
+    said = "the student's weights are kept in bf16, which rounds away updates below about 1/256 of a weight"
+    assert f"warning: precision: {said}; --trainer.precision bf16-mixed keeps them in fp32" in caplog.text
     assert all(divided == tokens for divided, tokens in counts)
     assert any(tokens != float(torch.tensor(tokens, dtype=torch.bfloat16)) for _, tokens in counts)  # the premise
 

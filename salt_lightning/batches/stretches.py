@@ -96,11 +96,13 @@ def where(stretches: Stretches, checkpoint: Mapping[str, Any], cuts: Mapping[str
 
 def with_past(shares: Shares, stretches: Stretches) -> Shares:
     """The shares of the last stretch, together with the earlier ones."""
-    past, begin = list[tuple[int, int, dict[str, int]]](), 0
+    past, begin, alike = list[tuple[int, int, dict[str, int]]](), 0, 0
     for before, after in pairwise(stretches):
         if before.turns != after.turns:
             end = rows_before(stretches, after.step)
-            if before.turns is not None:
+            if before.turns is None:
+                alike += end - begin
+            else:
                 past.append((begin, end, before.turns))
             begin = end
-    return replace(shares, begin=begin, past=tuple(past))
+    return replace(shares, begin=begin, past=tuple(past), alike=alike)

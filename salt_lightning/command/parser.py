@@ -210,7 +210,7 @@ _WORDS = {
     "trainer.gradient_clip_val": "Largest gradient norm of an optimizer step; null: no clipping.",
     "trainer.num_sanity_val_steps": "Validation batches before the first step.",
     "trainer.max_steps": "Optimizer steps of the run.",
-    "trainer.precision": "32-true, bf16-mixed or bf16-true.",
+    "trainer.precision": "32-true or bf16-mixed. bf16-true also keeps the weights in bf16, which trains worse.",
     "trainer.val_check_interval": "Optimizer steps between validations (a whole number), or a share of the run (0..1).",
     "trainer.log_every_n_steps": "Log every so many optimizer steps.",
     "weights_only": "Not used: a checkpoint is never unpickled.",

@@ -40,7 +40,7 @@ _CALLED: dict[str, tuple[str, ...]] = {
     _PACKED: ("packing", "sample_packing", "packed", "padding", "padding_side", "packing_strategy"),
     _EPOCHS: ("num_train_epochs", "num_epochs", "epochs", "max_epochs", "max_tokens", "train_tokens", "total_tokens"),
     "--trainer.max_steps": ("max_iters", "total_steps", "train_steps", "num_steps", "max_train_steps"),
-    "--trainer.precision bf16-mixed, or bf16-true": (
+    "--trainer.precision bf16-mixed": (
         "bf16", "fp16", "mixed_precision", "torch_dtype", "dtype", "precision", "bf16_full_eval",
     ),
     "--run": ("output_dir", "out_dir", "save_dir", "default_root_dir", "run_name", "logging_dir", "log_dir"),

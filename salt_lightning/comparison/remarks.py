@@ -35,7 +35,9 @@ def remarks(
         for run in runs
         if not run.running and len(run.val_ce.steps) and run.val_ce.steps[-1] < run.steps_done
     ]
-    notes += [f"{run.name} has no validation yet" for run in runs if not len(run.val_ce.steps)]
+    notes += [
+        f"{run.name} has no validation{' yet' if run.running else ''}" for run in runs if not len(run.val_ce.steps)
+    ]
     notes += [
         f"the last validation CE of {run.name} is {run.val_ce.values[-1]}: it diverged"
         for run in runs

@@ -103,7 +103,7 @@ def check_subclass(trainer: Trainer) -> None:
             "add them to the student in extend_student"
         )
     if type(module).step_loss.__module__ == "salt_lightning.module":  # a subclass's own may balance
-        for finding in balance(module.student):
+        for finding in doubts(module.student, trainer.precision):
             finding.require()
     sharded = isinstance(trainer.strategy, SHARDS_MODELS)
     if sharded and not module._ndim:
@@ -145,16 +145,21 @@ def rates(optimizer: Any) -> list[float]:
     return [value for value in values if isinstance(value, float | int)]
 
 
-def balance(student: torch.nn.Module) -> list[Finding]:
-    """A note on a student with experts, to report before training."""
-    if not (count := count_layers(student)):
-        return []
-    said = (
-        f"{count} layers of experts, but nothing balances the load of the experts: output_router_logits and "
-        "router_aux_loss_coef add no loss here, and the routers' correction biases are not updated"
-    )
-    remedy = "a few experts may end up doing all the work; see docs/extending.md, Balancing experts"
-    return [Finding("note", "balance", said, remedy)]
+def doubts(student: torch.nn.Module, precision: str | None) -> list[Finding]:
+    """What may spoil the training of a student: weights in 16 bits (`precision` is the trainer's), idle experts."""
+    found, in_16_bits = [], precision == "bf16-true"
+    if in_16_bits or any(p.requires_grad and p.dtype == torch.bfloat16 for p in student.parameters()):
+        said = "the student's weights are kept in bf16, which rounds away updates below about 1/256 of a weight"
+        setting = "--trainer.precision bf16-mixed" if in_16_bits else "--model.student.dtype float32"
+        found.append(Finding("warning", "precision", said, f"{setting} keeps them in fp32"))
+    if count := count_layers(student):
+        said = (
+            f"{count} layers of experts, but nothing balances the load of the experts: output_router_logits and "
+            "router_aux_loss_coef add no loss here, and the routers' correction biases are not updated"
+        )
+        remedy = "a few experts may end up doing all the work; see docs/extending.md, Balancing experts"
+        found.append(Finding("note", "balance", said, remedy))
+    return found
 
 
 def require_callbacks(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
