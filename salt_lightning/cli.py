@@ -157,7 +157,10 @@ class SALTCLI(LightningCLI):
         """Reports the device where it may be a surprise."""
         asked = self._settings(self.config).trainer.accelerator
         if self.trainer.strategy.root_device.type == "cpu" and asked == "auto":
-            say_once(f"device: the CPU, since torch {torch.__version__} finds no GPU (--trainer.accelerator auto)")
+            say_once(
+                f"device: the CPU, since torch {torch.__version__} finds no GPU (--trainer.accelerator auto); for "
+                "sizes that fit a CPU, add --config configs/cpu.yaml"
+            )
         if remark := parallel.device_remark(self.trainer):
             say_once(f"device: {'; '.join(remark)}")
 

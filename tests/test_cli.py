@@ -246,7 +246,7 @@ def test_a_run_on_the_cpu_that_was_not_asked_for_is_said(settings, tmp_path, cap
     own = {"trainer.accelerator": accelerator, "trainer.devices": 1, "trainer.max_steps": 4, "kd.weight": 0.0}
     own |= {"run": str(tmp_path / "run"), "model.optim.warmup_steps": 2}
     run(["fit", *arguments(settings, own)])
-    said = f"device: the CPU, since torch {torch.__version__} finds no GPU (--trainer.accelerator auto)\n"
+    said = f"device: the CPU, since torch {torch.__version__} finds no GPU (--trainer.accelerator auto); "
     assert (said in capsys.readouterr().err) == (accelerator == "auto")
 
 
