@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -231,6 +232,20 @@ def test_the_last_shard_alone_takes_its_own_rows_and_adds_its_own_seconds(
     assert int(found[1].replace(",", "")) == rows * 32
     assert float(found[2]) == pytest.approx(seconds, abs=0.06)
     assert f"all rows: {after['scoring_flops']:.3g} FLOPs, {after['scoring_s']:.1f} s; " in caplog.text
+
+
+def test_unknown_flops_of_a_teacher_are_null_in_the_manifest(of_data, teacher, tmp_path, caplog, monkeypatch):
+    """Some families have layers whose FLOPs are unknown; a NaN would not be JSON."""
+    monkeypatch.setattr("salt_lightning.flops.forward_flops_per_token", lambda *_: math.nan)
+    run = tmp_path / "run"
+    assert cli.main(["predict", *arguments(of_data, {"run": str(run), "model.teacher.path": teacher})]) == 0
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    assert json.loads((run / "scores.json").read_text(), parse_constant=refuse)["scoring_flops"] is None
+    assert "all rows: unknown FLOPs, " in caplog.text
+    assert "; unknown FLOPs)." in (run / "report.md").read_text()
 
 
 class StopScoring(StopAt):

@@ -56,7 +56,7 @@ def _summary(scores: Scores, score_R: np.ndarray, kept: np.ndarray, rule: KeepRu
     return "\n".join(
         [
             f"- {len(score_R)} rows of {scores.scored.block_size} tokens, scored by {name} "
-            f"({scores.scored.precision}; {scores.manifest.get('scoring_flops', float('nan')):.3g} FLOPs).",
+            f"({scores.scored.precision}; {scores.flops_said}).",
             f"- S(x), k {rule.k}, tokens outside the top k: {rule.masked}. Share of rows that score 0: "
             f"{zeros:.1%}. Mean {score_R.mean():.4f}; 10%, 50%, 90% quantiles: {low:.4f}, {middle:.4f}, "
             f"{high:.4f}; highest {score_R.max():.4f}.",

@@ -115,6 +115,12 @@ class Scores:
         there.require(scored)
         return there
 
+    @property
+    def flops_said(self) -> str:
+        """What scoring all rows takes, in words."""
+        flops = self.manifest.get("scoring_flops")
+        return f"{flops:.3g} FLOPs" if flops else "unknown FLOPs"
+
     def note(self, **more: Any) -> None:
         """Adds to the manifest, for people and `compare` to read."""
         self.manifest |= more

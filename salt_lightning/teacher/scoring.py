@@ -86,9 +86,10 @@ class ScoreWriter(pl.Callback):
         self._checked_s = time.perf_counter() - began_s  # with what is compiled for it
         if trainer.is_global_zero:
             spec, per_token = pl_module.teacher_spec, pl_module.meter.forward_flops["teacher"]
+            flops = per_token * (scored.num_rows * scored.block_size)
             origin = {
                 "teacher": {"path": spec.path, "revision": spec.revision},
-                "scoring_flops": per_token * (scored.num_rows * scored.block_size),
+                "scoring_flops": None if math.isnan(flops) else flops,
                 "scoring_s": 0.0,
                 "versions": {name: version(name) for name in ("torch", "transformers", "lightning", "pyarrow")},
             }
@@ -194,8 +195,7 @@ class ScoreWriter(pl.Callback):
             data = trainer.datamodule  # type: ignore[attr-defined]
             files = score_report.write(self.scores, data.keep, data.decode_row)
             zeros = np.mean(row_scores(self.scores, data.keep.k, data.keep.masked) == 0)
-            found = self.scores.manifest
-            took = f"{found.get('scoring_flops', math.nan):.3g} FLOPs, {found.get('scoring_s', math.nan):.1f} s"
+            took = f"{self.scores.flops_said}, {self.scores.manifest.get('scoring_s', math.nan):.1f} s"
             said = f"{zeros:.1%} of the rows score 0; report: {', '.join(map(str, files))}"
             rank_zero_info(f"all rows: {took}; {said}")
 
