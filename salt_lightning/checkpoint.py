@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from salt_lightning import preflight
-from salt_lightning.errors import ConfigError, refuse, wrong_kinds
+from salt_lightning.errors import ConfigError, printable, refuse, wrong_kinds
 from salt_lightning.export import check_target, export
 from salt_lightning.fit.cadence import require_time_left, timers
 from salt_lightning.preflight import Finding
@@ -72,7 +72,7 @@ def newest(folder: str | Path, look: Callable[[Path], str | None] = damage.of) -
         reason = look(path)
         if reason is None:
             return path
-        rank_zero_info(f"{path} is skipped: {reason}")
+        rank_zero_info(f"{path} is skipped: {printable(reason)}")
     return None
 
 

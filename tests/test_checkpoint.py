@@ -68,6 +68,12 @@ def test_a_damaged_file_is_passed_over_by_name(tmp_path, how, caplog):
     assert f"{files[1]} is skipped: " in caplog.text
 
 
+def test_a_name_in_a_checkpoint_forges_no_line_of_the_log(tmp_path, caplog):
+    save(file := tmp_path / "step-00000001.ckpt")
+    assert newest(tmp_path, lambda path: "a\nerror: b\x1b[31m is missing") is None
+    assert f"{file} is skipped: a\\nerror: b\\x1b[31m is missing" in caplog.text
+
+
 def fails(number: int):
     def fail(*args, **kwargs):
         raise OSError(number, os.strerror(number))

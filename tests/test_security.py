@@ -27,9 +27,8 @@ import yaml
 from conftest import ALWAYS, add_table, arguments, write_corpus
 from test_prepare import byte_tokenizer, corpus_of, prepare_many, stored
 from test_sources import PACK
-from torch.distributed.checkpoint.metadata import (
-    Metadata,
-)
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
 
 from salt_lightning import ModelSpec, SALTDataModule, SALTModule, cli, export, preflight
 from salt_lightning.errors import ConfigError
@@ -337,9 +336,11 @@ def test_links_that_somebody_left_are_not_written_through(teacher, tmp_path):
     assert victim.read_text() == "mine"
 
 
-def with_size(table: Metadata, size: list[int]) -> None:
+def with_size(table: Metadata, size: list[int], in_pieces: bool = False) -> None:
     for tensor in table.state_dict_metadata.values():
         tensor.size = torch.Size(size)
+        for piece in tensor.chunks if in_pieces else ():
+            piece.sizes = tensor.size
 
 
 def with_place(table: Metadata, **where: object) -> None:
@@ -347,15 +348,25 @@ def with_place(table: Metadata, **where: object) -> None:
         vars(place).update(where)
 
 
+def with_chunks(table: Metadata, times: int) -> None:
+    for tensor in table.state_dict_metadata.values():
+        tensor.chunks *= times
+
+
 TABLES = {
     "a size below 0": (lambda table: with_size(table, [-1]), "outside of its tensor"),
+    "more than its pieces": (lambda table: with_size(table, [300]), "do not fill"),
     "a piece beyond the tensor": (lambda table: with_size(table, [7]), "outside of its tensor"),
-    "an endless size": (lambda table: with_size(table, [1 << 62]), "more elements than its files contain"),
-    "more than there is": (lambda table: with_size(table, [1 << 36]), "more elements than its files contain"),
+    "an endless size": (lambda table: with_size(table, [1 << 62], True), "more elements than its files contain"),
+    "more than there is": (lambda table: with_size(table, [1 << 36], True), "more elements than its files contain"),
     "a place before the file": (lambda table: with_place(table, offset=-5), "without a valid place"),
     "a length below 0": (lambda table: with_place(table, length=-5), "without a valid place"),
     "text for a place": (lambda table: with_place(table, offset="5"), "without a valid place"),
     "a number for a name": (lambda table: with_place(table, relative_path=5), "without a valid place"),
+    "a line break in a name": (lambda table: with_place(table, relative_path="a\nerror: forged"), "impossible name"),
+    "a name that no file has": (lambda table: with_place(table, relative_path="a" * 5000), "impossible name"),
+    "a tensor without pieces": (lambda table: with_chunks(table, 0), "do not fill"),
+    "a piece twice": (lambda table: with_chunks(table, 2), "do not fill"),
 }
 
 
@@ -368,6 +379,20 @@ def test_a_table_of_a_sharded_checkpoint_with_impossible_numbers(what, tmp_path)
     (folder / pieces.FILE).write_bytes(pieces.dump(table))
     with pytest.raises(ConfigError, match=rf"is not a whole checkpoint .*{said}"):
         dict(read_checkpoint(str(folder), "CKPT")["state_dict"])
+
+
+@NO_RANKS
+def test_a_program_that_comes_after_the_look_does_not_run(ran, tmp_path):
+    """Between the look into a folder and the load of its tensors, its owner swaps a piece and the table."""
+    folder, piece = sharded(tmp_path / "x.ckpt"), io.BytesIO()
+    read_checkpoint(str(folder), "CKPT")
+    torch.save(Touch(ran), piece)
+    (folder / "__0_0.distcp").write_bytes(piece.getvalue())
+    table = shards.table_of(folder)
+    with_place(table, offset=0, length=len(piece.getvalue()))
+    (folder / pieces.FILE).write_bytes(pieces.dump(table))
+    with pytest.raises(CheckpointException, match="Weights only load failed"):
+        shards.load_into({"state_dict": {"a": torch.zeros(200)}}, folder)
 
 
 @NO_RANKS

@@ -7,6 +7,7 @@ torch writes the same into a pickle, `.metadata`, for its own tools; nothing her
 
 import gc
 import json
+import math
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -52,11 +53,15 @@ def parse(data: bytes) -> Metadata:
             spans = (span for offsets, sizes, *_ in pieces for span in zip(offsets, sizes, size, strict=True))
             if min(size, default=0) < 0 or any(min(o, n) < 0 or o + n > end for o, n, end in spans):
                 raise ValueError("a piece that lies outside of its tensor")
+            if sum(math.prod(sizes) for _, sizes, *_ in pieces) != math.prod(size):
+                raise ValueError("pieces that do not fill their tensor")
             for offsets, sizes, file, start, length in pieces:
                 if {type(start), type(length)} != {int} or min(start, length) < 0 or type(file) is not str:
                     raise ValueError("a piece without a valid place in a file")
                 if "/" in file or file in ("", ".", ".."):
                     raise ValueError(f"{file!r} lies outside of the folder")
+                if not file.isprintable() or len(file) > 200:
+                    raise ValueError("a piece in a file with an impossible name")
                 chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
                 places[MetadataIndex(name, offsets)] = _StorageInfo(file, start, length)
             tensors[name] = TensorStorageMetadata(TensorProperties(dtype=kind), torch.Size(size), chunks)

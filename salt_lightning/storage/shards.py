@@ -97,7 +97,8 @@ def missing(folder: Path) -> str | None:
     """What a folder lacks to be a whole checkpoint, in a few words; None if it is one. Reads no tensor."""
     for name in (META, TABLE):
         if not _is_file(folder / name):
-            return f"{name} is missing"
+            old = name == TABLE and _is_file(folder / ".metadata")
+            return f"{name} is missing" + "; if an earlier commit wrote it, export it with that" * old
     sizes: dict[str, int] = {}
     try:
         metadata = table_of(folder)
@@ -359,6 +360,11 @@ def _split(checkpoint: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any
     for optimizer in checkpoint.get("optimizer_states", []):  # exactly one
         meta["param_groups"] = optimizer["param_groups"]
         for name, state in optimizer["state"].items():
+            if numbers := [key for key, value in state.items() if not isinstance(value, Tensor)]:
+                raise ConfigError(
+                    f"the optimizer keeps {few(numbers)} of {name} as a number, which a sharded checkpoint cannot "
+                    "hold; keep it as a tensor, or save one file (--trainer.strategy.save_distributed_checkpoint false)"
+                )
             tensors |= {f"{_OPTIMIZER}{name}.{key}": tensor for key, tensor in state.items()}
     return tensors, meta
 
@@ -379,16 +385,12 @@ class Tensors(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         key = self._prefix + name
         info: Any = self._where.state_dict_metadata[key]
-        whole = torch.empty(info.size, dtype=info.properties.dtype)
-        filled = 0
+        whole = torch.zeros(info.size, dtype=info.properties.dtype)  # pieces of a forged table may overlap
         for chunk in info.chunks:
             piece = self._piece(key, chunk.offsets)
             if piece.shape != chunk.sizes or piece.dtype != whole.dtype:
                 raise self._damaged(key, f"{tuple(piece.shape)} {piece.dtype} instead of {tuple(chunk.sizes)}")
             whole[tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))] = piece
-            filled += piece.numel()
-        if filled != whole.numel():  # the rest would be uninitialized memory
-            raise self._damaged(key, f"{filled} of {whole.numel()} elements")
         return whole
 
     def _piece(self, key: str, offsets: torch.Size) -> Tensor:
