@@ -472,7 +472,7 @@ class SALTDataModule(LightningDataModule):
         rows, shares = rows_before(self.stretches, max_steps), self._shares()
         if shares is None:
             return preflight.rows(self.num_train_rows, rows, max_steps, len(self.stretches) == 1)
-        return preflight.shares(shares.names, shares.all_reads(rows), shares.rows_S, (max_steps, rows))
+        return preflight.shares(shares.names, shares.reads(rows), shares.rows_S, (max_steps, rows, shares.alike))
 
     def samples(self, rows: int) -> Iterator[dict[str, torch.Tensor]]:
         """Batches of `rows` validation rows, in predict training rows, from all over, with enough labels to judge a

@@ -69,15 +69,21 @@ def rows(available: int, needed: int, max_steps: int, alike: bool = True) -> Fin
     )
 
 
-def shares(names: Iterable[str], read_S: np.ndarray, rows_S: np.ndarray, all_of: tuple[int, int]) -> Finding:
+def shares(names: Iterable[str], read_S: np.ndarray, rows_S: np.ndarray, all_of: tuple[int, int, int]) -> Finding:
     """Checks how often each source with a weight is read: its name, the rows that the run reads, the rows it has.
 
-    `all_of`: the steps of the run, and the rows that it reads, also before there were weights.
+    `all_of`: the steps of the run, the rows that it reads, and how many of these while sources had no weights.
     """
-    max_steps, total = all_of
+    max_steps, total, before = all_of
     sources = list(zip(map(printable, names), read_S.tolist(), rows_S.tolist(), strict=True))
-    told = (f"{name} {read / total:.1%} ({read / rows:.2f} epochs of {rows} rows)" for name, read, rows in sources)
-    said = f"{max_steps} steps read {total} rows: {', '.join(told)}"
+    told = (
+        f"{name} {read / max(1, total - before):.1%} ({read / rows:.2f} epochs of {rows} rows)"
+        for name, read, rows in sources
+    )
+    past = f", {before} of them while sources had no weights; of the others" if before else ":"
+    said = f"{max_steps} steps read {total} rows{past} {', '.join(told)}"
+    if total > GOOD_EPOCHS * rows_S.sum():
+        return Finding("warning", "rows", said, f"beyond {GOOD_EPOCHS:g} epochs text teaches less and less: add text")
     if not (worn := [name for name, read, rows in sources if read > GOOD_EPOCHS * rows]):
         return Finding("ok", "rows", said)
     remedy = f"beyond {GOOD_EPOCHS:g} epochs text teaches less and less: add to {few(worn)}, or lower its weight"

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 from contextlib import nullcontext
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ from salt_lightning.preflight import marks_as_text, seen_in_training
 from salt_lightning.text.documents import Corpus
 from salt_lightning.text.encoder import make_encoder
 from salt_lightning.text.examples import Conversation, Examples, segments
-from salt_lightning.text.prepare import prepare_tokens
+from salt_lightning.text.prepare import prepare_tokens, token_folder
 from salt_lightning.text.sources import Hub, resolve
 from salt_lightning.text.token_files import TokenFiles
 from salt_lightning.text.tokenizer import _cut, kept_text, load_tokenizer, train_tokenizer
@@ -348,6 +349,15 @@ def test_the_marks_that_a_template_writes(template, marks):
     tokenizer.add_tokens("<|label|>", special_tokens=True)
     encoder = make_encoder(Corpus("", (), examples=CHAT), tokenizer, 0.0)
     assert (tokenizer.convert_tokens_to_ids("<|label|>") in encoder.template_marks()) == (template == PICKY)
+
+
+@pytest.mark.parametrize("dated", [True, False])
+def test_chats_of_another_date_have_another_place_in_the_cache(dated, tmp_path, monkeypatch):
+    tokenizer, corpus = chat_tokenizer(), Corpus("", (), examples=CHAT)
+    tokenizer.chat_template = TEMPLATE + "{{ strftime_now('%Y') }}" * dated
+    before = token_folder(corpus, tokenizer, 0.0, tmp_path)
+    monkeypatch.setattr("salt_lightning.text.encoder._DAY", datetime(2025, 1, 1))
+    assert (token_folder(corpus, tokenizer, 0.0, tmp_path) != before) == dated
 
 
 @pytest.mark.parametrize(("key", "value"), [("weight", "0"), ("weight", 0.5), ("train", "false")])

@@ -52,8 +52,8 @@ from salt_lightning import (
 from salt_lightning.checkpoint import AtomicCheckpointIO, RunCheckpoint, newest
 from salt_lightning.errors import ConfigError
 from salt_lightning.export import export
-from salt_lightning.fit.extension import Unchecked, seed_random
-from salt_lightning.models import read_checkpoint
+from salt_lightning.fit.extension import Unchecked, doubts, seed_random
+from salt_lightning.models import build_fresh, read_checkpoint
 from salt_lightning.selection import KeepRule
 from salt_lightning.teacher.scores import NO_LABEL, Scores
 from salt_lightning.teacher.scoring import ScoreWriter
@@ -423,6 +423,13 @@ def test_the_balance_of_the_page_is_a_loss_that_a_plain_student_lacks(data, teac
     assert logged(run, "train/balance")[6] == pytest.approx(share[names["Balanced"]], rel=0.1)
     assert "note: balance: 1 layers of experts, but nothing balances the load" in said[SALTModule]
     assert "note: balance" not in said[names["Balanced"]]
+
+
+def test_a_loss_of_ones_own_may_balance_experts_but_keeps_no_weights_in_fp32():
+    experts = block("Balancing experts", sizes=SIZES, teacher=None)["student"]
+    student = build_fresh(replace(experts, config={**experts.config, "vocab_size": 64}), None, 0)
+    for may_balance, told in ((True, ["precision"]), (False, ["precision", "balance"])):
+        assert [found.about for found in doubts(student, "bf16-true", may_balance)] == told
 
 
 def test_first_values_of_a_part_follow_from_the_seed_of_the_module_alone():

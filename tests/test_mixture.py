@@ -20,6 +20,7 @@ from salt_lightning.data import SALTDataModule
 from salt_lightning.errors import ConfigError
 from salt_lightning.models import read_checkpoint
 from salt_lightning.module import SALTModule
+from salt_lightning.preflight import shares
 from salt_lightning.selection import _told
 
 SIZES = (13, 500, 70)
@@ -223,6 +224,7 @@ def test_a_source_that_comes_later_begins_at_its_first_row_and_one_that_left_is_
     assert with_past(ab, parts).reads(50).tolist() == [10, 10]
     assert with_past(ab, parts).reads(80).tolist() == [10, 10]
     assert with_past(ab, parts).reads(100).tolist() == [20, 20]
+    assert with_past(ab, parts).alike == 60
     larger, longer = (Stretch(3, 20, 32, turns), Stretch(3, 10, 64, turns))
     for stretches, told in (
         (parts, "with and without --data.source_weights"),
@@ -287,7 +289,7 @@ def test_stretches_that_no_run_has(stretches):
         )
     with pytest.raises(
         ConfigError,
-        match=r"^the checkpoint's record of the rows read is impossible: it is damaged, or of a newer",
+        match=r"^the checkpoint's record of the rows read is impossible: it is damaged, or of another",
     ):
         go_on({"global_step": 9, "stretches": stretches}, begun)
 
@@ -418,6 +420,16 @@ def test_entries_that_end_up_with_one_name_are_refused():
         ConfigError, match=r"entries of --data.source share a name \(distinct ones: web\); rename a folder"
     ):
         shares_of(["web"], [1.0, 1.0], [0, 64], 32)
+
+
+def test_rows_read_without_weights_count_as_epochs_of_the_whole_text():
+    read_S, rows_S = np.array([1, 1]), np.array([10, 10])
+    assert shares(["a", "b"], read_S, rows_S, (5, 80, 78)).level == "ok"
+    found = shares(["a", "b"], read_S, rows_S, (5, 81, 79))
+    assert (found.level, found.remedy) == ("warning", "beyond 4 epochs text teaches less and less: add text")
+    assert shares(["a", "b"], 0 * read_S, rows_S, (5, 40, 40)).said.endswith(
+        "a 0.0% (0.00 epochs of 10 rows), b 0.0% (0.00 epochs of 10 rows)"
+    )
 
 
 # --- through the command line ---

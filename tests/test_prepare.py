@@ -322,6 +322,22 @@ def test_a_special_token_that_is_also_a_letter_stays_what_it_was(tmp_path):
     assert files.tokens.tolist() == [0, 3, 6, 1]
 
 
+def test_text_with_other_special_tokens_has_another_place_in_the_cache(tmp_path):
+    """Though tokenizer.json is the same: the token for unknown text may be named beside it, and is not hidden then."""
+    corpus, backend = (
+        corpus_of(write_jsonl(tmp_path / "x.jsonl", [{"text": "A"}])),
+        letters_only("whole words")._tokenizer,
+    )
+    backend.add_special_tokens(["[?]"])
+    plain, named = (
+        PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", **unknown)
+        for unknown in ({}, {"unk_token": "[?]"})
+    )
+    assert named.backend_tokenizer.to_str() == plain.backend_tokenizer.to_str()
+    assert (spelled_ids(plain), spelled_ids(named)) == ([0, 1, 2], [0, 1])  # premise
+    assert token_folder(corpus, named, 0.0, tmp_path) != token_folder(corpus, plain, 0.0, tmp_path)
+
+
 def test_a_tokenizer_that_knows_no_word_of_english(tmp_path):
     """What it puts before a text is found without one, and no word that it drops is told as changed."""
     write_jsonl(tmp_path / "x.jsonl", [{"text": "A G"}])

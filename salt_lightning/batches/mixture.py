@@ -51,7 +51,7 @@ class Shares:
     skipped: tuple[int, ...] = ()  # tokens of each source before its first row: part of a row of the source before it
     begin: int = 0  # the position from which these shares apply
     past: tuple[tuple[int, int, dict[str, int]], ...] = ()  # others before: first position, end, turns of each source
-    alike: int = 0  # rows before without shares, when all were read equally often
+    alike: int = 0  # rows read while there were no shares
 
     @property
     def rows_S(self) -> np.ndarray:
@@ -94,10 +94,6 @@ class Shares:
             rows_S = cycles * np.array([*turns.values()]) + np.bincount(sources, minlength=len(turns))
             by_name |= {name: by_name.get(name, 0) + rows for name, rows in zip(turns, rows_S.tolist(), strict=True)}
         return np.array([by_name[name] for name in self.names])
-
-    def all_reads(self, count: int) -> np.ndarray:
-        """The same, with what was read without shares."""
-        return self.reads(count) + self.alike * self.rows_S // self.starts[-1]
 
 
 @cache  # tens of milliseconds, and a start asks several times

@@ -69,7 +69,7 @@ def _of_checkpoint(checkpoint: Mapping[str, Any], now: Stretch) -> Stretches:
         good = False
     if not good:
         raise ConfigError(
-            "the checkpoint's record of the rows read is impossible: it is damaged, or of a newer version of this "
+            "the checkpoint's record of the rows read is impossible: it is damaged, or of another version of this "
             "project; use another one, or that version"
         )
     return found

@@ -194,7 +194,7 @@ _TRAINER = "Customize every aspect of training via flags"  # Lightning's title o
 
 def _brief(why: str) -> str:
     """What to do instead of a refused setting, or why it is refused if it only is to be left out."""
-    parts = why.lstrip(" :").split("; ")
+    parts = (f"it{why}" if why.startswith(" ") else why.lstrip(": ")).split("; ")
     return parts[0] if parts[-1] == "leave it out" else parts[-1]
 
 

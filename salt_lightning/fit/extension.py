@@ -102,9 +102,9 @@ def check_subclass(trainer: Trainer) -> None:
             f"{few(others)}: parameters outside the student would be trained, but neither clipped nor checked for NaN; "
             "add them to the student in extend_student"
         )
-    if type(module).step_loss.__module__ == "salt_lightning.module":  # a subclass's own may balance
-        for finding in doubts(module.student, trainer.precision):
-            finding.require()
+    may_balance = type(module).step_loss.__module__ != "salt_lightning.module"  # of a subclass
+    for finding in doubts(module.student, trainer.precision, may_balance):
+        finding.require()
     sharded = isinstance(trainer.strategy, SHARDS_MODELS)
     if sharded and not module._ndim:
         raise ConfigError("a student made in configure_model is not sharded; train it on one device, or with ddp")
@@ -145,14 +145,15 @@ def rates(optimizer: Any) -> list[float]:
     return [value for value in values if isinstance(value, float | int)]
 
 
-def doubts(student: torch.nn.Module, precision: str | None) -> list[Finding]:
-    """What may spoil the training of a student: weights in 16 bits (`precision` is the trainer's), idle experts."""
+def doubts(student: torch.nn.Module, precision: str | None, may_balance: bool = False) -> list[Finding]:
+    """What may spoil the training of a student: weights in 16 bits (`precision` is the trainer's), idle experts, unless
+    a loss of the user's own `may_balance` them."""
     found, in_16_bits = [], precision == "bf16-true"
     if in_16_bits or any(p.requires_grad and p.dtype == torch.bfloat16 for p in student.parameters()):
         said = "the student's weights are kept in bf16, which rounds away updates below about 1/256 of a weight"
         setting = "--trainer.precision bf16-mixed" if in_16_bits else "--model.student.dtype float32"
         found.append(Finding("warning", "precision", said, f"{setting} keeps them in fp32"))
-    if count := count_layers(student):
+    if (count := count_layers(student)) and not may_balance:
         said = (
             f"{count} layers of experts, but nothing balances the load of the experts: output_router_logits and "
             "router_aux_loss_coef add no loss here, and the routers' correction biases are not updated"

@@ -117,19 +117,18 @@ def go_on_from(
     ours, theirs = examples if all(examples) else ({}, {})  # older checkpoints do not record them
     other = [f"other --data.examples.{name}" for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
     weights, old_weights = (text.get("weights") for text in (getattr(data, "text", {}), checkpoint["text"]))
-    if weights != old_weights:
+    if weights != old_weights and now.get(key) != checkpoint["data"].get(key):
         other.append(f"--data.source_weights {weights} (checkpoint: {old_weights})")
         if not getattr(data, "selection", None):  # nothing else is in the hash
             now.pop(key, None)
     other += [_other(key, now[key], was) for key, was in checkpoint["data"].items() if now.get(key, was) != was]
     if other:
         rank_zero_info(f"continuing with other data than the checkpoint's: {', '.join(other)}")
-    seed = checkpoint["data"].get("--data.seed")
-    if step > 0 and now.get("--data.seed", seed) != seed:
-        rank_zero_info("data: with another --data.seed the rows are in another order, so they may be read again")
     before = checkpoint["data"].get("--data.train_fingerprint")  # 0: of a loader of the user's own, as `data` None is
     if step > 0 and before and data is not None and not data.source_weights and before != data.train_fingerprint:
         rank_zero_info("data: without --data.source_weights, other text is in another order, so rows may be read again")
+    if step > 0 and before and data is not None and checkpoint["data"].get("--data.seed", data.seed) != data.seed:
+        rank_zero_info("data: with another --data.seed the rows are in another order, so they may be read again")
     was = checkpoint["data"].get(key)
     other_rows = step > 0 and was is not None and now.get(key, was) != was
     if other_rows and getattr(data, "selection", None) and data.keep.unread_first:
