@@ -39,7 +39,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from salt_lightning.command.settings import wrong_precision
-from salt_lightning.errors import ConfigError, refuse
+from salt_lightning.errors import ConfigError, few, refuse
 from salt_lightning.fit.device import require_compiler
 from salt_lightning.hugging_face import quantized
 from salt_lightning.models import CausalLM, read_checkpoint
@@ -135,6 +135,12 @@ class FSDP2(ModelParallelStrategy):
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The optimizer's state_dict, gathered if a checkpoint is one file."""
         state = optimizer.state_dict()
+        others = {key for each in state["state"].values() for key, value in each.items() if not torch.is_tensor(value)}
+        if others:
+            raise ConfigError(
+                f"{type(optimizer).__name__} keeps {few(sorted(others))} as numbers; under FSDP2, whose checkpoints "
+                "hold tensors, it must keep tensors"
+            )
         return {**state, "state": {number: self._for_saving(tensors) for number, tensors in state["state"].items()}}
 
     def _for_saving(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -372,6 +372,15 @@ DAMAGES = {
 }
 
 
+@pytest.mark.parametrize("as_folder", [True, False])
+def test_an_optimizer_that_keeps_numbers_is_refused_under_fsdp2(as_folder):
+    """They would be lost in a checkpoint of tensors."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))])
+    optimizer.state[optimizer.param_groups[0]["params"][0]] |= {"momentum": torch.zeros(2), "step": 3}
+    with pytest.raises(ConfigError, match="^SGD keeps step as numbers; under FSDP2, whose checkpoints hold tensors, "):
+        parallel.FSDP2(save_distributed_checkpoint=as_folder).optimizer_state(optimizer)
+
+
 def test_files_of_two_saves_are_not_taken_for_one(folder):
     """As an interrupted copy leaves them, over a checkpoint of the same model: each file alone is as it was written."""
     old, new = folder / "step-00000005.ckpt", folder / "step-00000012.ckpt"

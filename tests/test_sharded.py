@@ -217,21 +217,13 @@ def test_a_table_that_leaves_elements_out_is_refused(copy):
         read_checkpoint(str(copy), "CKPT")
 
 
-def write(path: Path, **more: object) -> None:
+def write(path: Path) -> None:
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         settings = {"student": {"config": {"hidden_size": 8}}}
-        shards.write({**ALWAYS, "state_dict": {"a": torch.arange(100)}, "hyper_parameters": settings, **more}, path)
+        shards.write({**ALWAYS, "state_dict": {"a": torch.arange(100)}, "hyper_parameters": settings}, path)
     finally:
         torch.distributed.destroy_process_group()
-
-
-def test_an_optimizer_that_keeps_numbers_is_refused(tmp_path):
-    """They would be lost: a folder holds tensors."""
-    state = {"a": {"momentum": torch.zeros(100), "step": 3}}
-    said = "the optimizer keeps step of a as a number, which a sharded checkpoint cannot hold"
-    with pytest.raises(ConfigError, match=said):
-        write(tmp_path / "x.ckpt", optimizer_states=[{"state": state, "param_groups": []}])
 
 
 def test_a_checkpoint_without_our_table_is_told_from_a_damaged_one(tmp_path):

@@ -360,11 +360,6 @@ def _split(checkpoint: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any
     for optimizer in checkpoint.get("optimizer_states", []):  # exactly one
         meta["param_groups"] = optimizer["param_groups"]
         for name, state in optimizer["state"].items():
-            if numbers := [key for key, value in state.items() if not isinstance(value, Tensor)]:
-                raise ConfigError(
-                    f"the optimizer keeps {few(numbers)} of {name} as a number, which a sharded checkpoint cannot "
-                    "hold; keep it as a tensor, or save one file (--trainer.strategy.save_distributed_checkpoint false)"
-                )
             tensors |= {f"{_OPTIMIZER}{name}.{key}": tensor for key, tensor in state.items()}
     return tensors, meta
 
