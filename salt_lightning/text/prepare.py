@@ -126,10 +126,11 @@ _CUT = 3  # version of how conversations are cut into parts that are learned or 
 
 def token_folder(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, val_fraction: float, cache_dir: Path) -> Path:
     """The cache folder of a corpus's tokens, named by a fingerprint of everything that determines them."""
-    # a template may write any of the named tokens; elsewhere, those that a text spells out are hidden
-    named: list[Any] = spelled_ids(tokenizer)
-    if corpus.examples.messages:
+    named: list[Any]
+    if corpus.examples.messages:  # a template may write any of the named tokens
         named = [_CUT, tokenizer.chat_template, tokenizer.special_tokens_map, *day_written(tokenizer)]
+    else:  # those that a text spells out are hidden
+        named = spelled_ids(tokenizer)
     told = [FORMAT, corpus.inputs(), rules_fingerprint(tokenizer), val_fraction, named, beginning(tokenizer)]
     return cache_dir / digest(told)
 
