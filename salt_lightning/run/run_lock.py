@@ -86,47 +86,28 @@ def _remove_empty(folders: list[Path]) -> None:
 
 
 def _lock(run: Path) -> IO[str]:
+    """The locked file; waits for a holder on another machine, which may have died unnoticed."""
     path, end_s = run / _NAME, time.monotonic() + _OTHER_MACHINE_S
     said = False
     while True:
-        try:
-            run.mkdir(parents=True, exist_ok=True)
-        except FileExistsError as error:
-            with suppress(FileNotFoundError):  # a folder that its last owner was just removing
-                if not S_ISDIR(os.lstat(error.filename).st_mode):
-                    raise
+        if (file := _open(path)) is None:
             continue
         try:
-            file = open(path, "a+", opener=no_link)  # noqa: SIM115 (the caller closes it)
-        except FileNotFoundError:  # the last owner has just removed the folder
-            if path.is_symlink():  # to nothing
-                raise
-            continue
-        holder_is_gone = False
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1)
-            holder_is_gone = True
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 1)  # its ranks, too
-            fcntl.lockf(file, fcntl.LOCK_UN, 1, 1)
-        except OSError as error:
-            file.seek(0)
-            boot, _, owner = (printable(line) for line in file.read().rpartition("\n"))
+            _take(file)
+        except _Held as held:
             file.close()
-            if error.errno not in (EACCES, EAGAIN):
-                raise
-            # another machine or container may have this name, e.g. a pod, which keeps its name when it is restarted
-            here = owner.endswith(f" on {socket.gethostname()}") and boot == _machine()
-            owner = owner or "another process"
-            owner = f"a rank of {owner}, which is gone," if holder_is_gone else owner
-            if here or time.monotonic() > end_s:
+            if held.here or time.monotonic() > end_s:
                 raise ConfigError(
-                    f"--run {run}: {owner} is using it; wait until it ends, or choose another folder"
-                ) from error
+                    f"--run {run}: {held} is using it; wait until it ends, or choose another folder"
+                ) from held
             if not said:
-                rank_zero_info(f"--run {run}: waiting for {owner}, at most {_OTHER_MACHINE_S:g} s")
+                rank_zero_info(f"--run {run}: waiting for {held}, at most {_OTHER_MACHINE_S:g} s")
             said = True
             time.sleep(1.0)
             continue
+        except OSError:
+            file.close()
+            raise
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 file.truncate(0)
@@ -134,6 +115,52 @@ def _lock(run: Path) -> IO[str]:
                 file.flush()
                 return file
         file.close()  # the last owner has removed it: others may have locked a new file with this name
+
+
+def _open(path: Path) -> IO[str] | None:
+    """The file, created with its folder if missing; None if the folder's last owner was just removing either."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        with suppress(FileNotFoundError):
+            if not S_ISDIR(os.lstat(error.filename).st_mode):
+                raise
+        return None
+    try:
+        return open(path, "a+", opener=no_link)
+    except FileNotFoundError:
+        if path.is_symlink():  # to nothing
+            raise
+        return None
+
+
+class _Held(Exception):
+    """Somebody else has the lock; the text says who, `here` whether certainly on this machine."""
+
+    def __init__(self, file: IO[str], its_holder_is_gone: bool) -> None:
+        file.seek(0)
+        boot, _, owner = (printable(line) for line in file.read().rpartition("\n"))
+        # another machine or container may have this name, e.g. a pod, which keeps its name when it is restarted
+        self.here = owner.endswith(f" on {socket.gethostname()}") and boot == _machine()
+        owner = owner or "another process"
+        super().__init__(f"a rank of {owner}, which is gone," if its_holder_is_gone else owner)
+
+
+def _take(file: IO[str]) -> None:
+    """Locks the file's first byte, while no rank holds the second.
+
+    Raises:
+        _Held: another process has one of them.
+        OSError: the file system has no locks.
+    """
+    for byte in (0, 1):
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
+        except OSError as error:
+            if error.errno not in (EACCES, EAGAIN):
+                raise
+            raise _Held(file, its_holder_is_gone=byte == 1) from error
+    fcntl.lockf(file, fcntl.LOCK_UN, 1, 1)
 
 
 def _machine() -> str:
