@@ -32,7 +32,7 @@ from salt_lightning.fit import device
 from salt_lightning.fit.restart import replace_lost_start
 from salt_lightning.models import check_path, read_checkpoint
 from salt_lightning.module import SALTModule
-from salt_lightning.run import endings, peers, run_lock, slurm
+from salt_lightning.run import endings, meeting, peers, run_lock, slurm
 from salt_lightning.run.event_log import ending_wandb, quiet_threads, trackers
 from salt_lightning.run.peers import rank, say_once
 from salt_lightning.run.progress_bar import ProgressBar, close_bars, keep_off_bars
@@ -124,7 +124,7 @@ class SALTCLI(LightningCLI):
         self.config = merged
 
     def hold(self) -> None:
-        peers.tell(self._settings(self.config).get("trainer"))
+        meeting.tell(self._settings(self.config).get("trainer"))
         run = self._settings(self.config).run if self.config.get("subcommand") in ("fit", "predict") else None
         if run and not self.wrong and not self.holds and peers.seems_first():
             _HELD.enter_context(run_lock.held(Path(run)))

@@ -878,7 +878,7 @@ compare = peers.require_same_strategy
 def compare_or_die(strategy):
     if os.environ.get("LOCAL_RANK") == "1":
         os._exit(0)
-    peers._MEETING = datetime.timedelta(seconds=1)
+    peers._COMPARING = datetime.timedelta(seconds=1)
     compare(strategy)
 
 peers.require_same_strategy = compare_or_die

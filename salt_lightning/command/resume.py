@@ -14,7 +14,8 @@ from salt_lightning.command import settings
 from salt_lightning.errors import ConfigError, few
 from salt_lightning.hugging_face.spec import settings_without_code
 from salt_lightning.models import read_checkpoint
-from salt_lightning.run.peers import UNSEEN_S, divide, gather, say_once
+from salt_lightning.run.meeting import divide, gather
+from salt_lightning.run.peers import UNSEEN_S, say_once
 from salt_lightning.run.run_config import readable
 from salt_lightning.run.run_folder import earlier_configs, flat, same_setting, saved
 from salt_lightning.storage import damage, shards

@@ -15,7 +15,7 @@ from jsonargparse import Namespace
 
 from salt_lightning.command import resume
 from salt_lightning.errors import ConfigError
-from salt_lightning.run import peers
+from salt_lightning.run import meeting
 from salt_lightning.storage import damage
 
 
@@ -23,7 +23,7 @@ from salt_lightning.storage import damage
 def apart(monkeypatch):
     """apart(work, world) runs work(rank) in forked processes that torchrun, srun, an operator of pods or, on each of
     several nodes, a user seems to have started."""
-    peers._met.cache_clear()
+    meeting._met.cache_clear()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
@@ -48,7 +48,7 @@ def apart(monkeypatch):
         def begin(rank: int, answer) -> None:
             os.environ.update(place(launcher, rank, world))
             plugins = [Namespace(class_path="lightning.fabric.plugins.environments.KubeflowEnvironment")]
-            peers.tell(Namespace(num_nodes=world, plugins=plugins if launcher == "pods" else None))
+            meeting.tell(Namespace(num_nodes=world, plugins=plugins if launcher == "pods" else None))
             answer.send(work(rank))
             may_end.wait(60)  # a run's first process, where the store is, would go on, too
 
@@ -85,8 +85,8 @@ def test_each_looks_at_a_part_and_all_know_what_one_has_found(launcher, apart):
 
     def work(rank: int):
         looks: list = []
-        good = peers.divide("whole", whats(looks))
-        bad = peers.divide("damaged", whats(looks, "cut off", at=2))
+        good = meeting.divide("whole", whats(looks))
+        bad = meeting.divide("damaged", whats(looks, "cut off", at=2))
         dist.init_process_group("gloo", rank=rank, world_size=3, timeout=timedelta(seconds=30))
         dist.all_reduce(total := torch.tensor(rank))
         dist.destroy_process_group()
@@ -99,7 +99,7 @@ def test_copies_on_disks_of_their_own_are_looked_at_by_those_who_have_them(apart
     def work(rank: int):
         looks: list = []
         mine = "node 0" if rank < 2 else "node 1"
-        return looks, peers.divide(mine, whats(looks, "cut off" if mine == "node 1" else None))
+        return looks, meeting.divide(mine, whats(looks, "cut off" if mine == "node 1" else None))
 
     assert apart(work, 3) == [([part], "cut off") for part in [(0, 2), (1, 2), (0, 1)]]
 
@@ -128,11 +128,11 @@ def test_all_see_what_the_first_process_has_waited_for(launcher, apart, tmp_path
         if rank == 0:
             time.sleep(0.5)
             (tmp_path / "saved").touch()
-        peers.gather()
+        meeting.gather()
         seen = os.listdir(tmp_path)
         if launcher != "torchrun":
-            peers.tell(Namespace(num_nodes=1))  # a further command in this process, of this node alone
-            assert peers._others() is None
+            meeting.tell(Namespace(num_nodes=1))  # a further command in this process, of this node alone
+            assert meeting._others() is None
         return seen
 
     assert apart(work, 2, launcher) == [["saved"]] * 2
@@ -153,9 +153,9 @@ def test_who_is_alone_waits_for_nobody(own, nodes, others, apart, monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     for name, value in own.items():
         monkeypatch.setenv(name, value)
-    peers.tell(Namespace(num_nodes=nodes, **{"strategy": "ddp", "plugins": None} | others))
-    assert peers._others() is None
-    peers.tell(Namespace(num_nodes=1))
+    meeting.tell(Namespace(num_nodes=nodes, **{"strategy": "ddp", "plugins": None} | others))
+    assert meeting._others() is None
+    meeting.tell(Namespace(num_nodes=1))
 
 
 def test_what_processes_said_before_a_restart_does_not_count(apart, monkeypatch, request):
@@ -178,31 +178,31 @@ def test_what_processes_said_before_a_restart_does_not_count(apart, monkeypatch,
     def work(start: int, rank: int):
         time.sleep(0.3 * (rank == start % 2))  # each finds what the other left
         looks: list = []
-        found = [peers.divide("checkpoint", whats(looks, f"damaged {start}", start % 2)) for _ in range(2)]
+        found = [meeting.divide("checkpoint", whats(looks, f"damaged {start}", start % 2)) for _ in range(2)]
         return looks, found
 
     for start in range(3):
         assert apart(partial(work, start), 2) == [([(rank, 2)] * 2, [f"damaged {start}"] * 2) for rank in range(2)]
-    monkeypatch.setattr(peers, "_MEETING", timedelta(seconds=1))
+    monkeypatch.setattr(meeting, "_MEETING", timedelta(seconds=1))
     assert apart(partial(work, 3), 2, there=(1,)) == [([(0, 1)] * 2, [None] * 2)]  # the first process did not come
 
 
 @pytest.mark.parametrize("there", [(0,), (0, 1), (1, 2)])
 def test_without_one_of_them_each_looks_at_everything(there, apart, monkeypatch):
     """Connecting will say that it is not there."""
-    monkeypatch.setattr(peers, "_MEETING", timedelta(seconds=1))
+    monkeypatch.setattr(meeting, "_MEETING", timedelta(seconds=1))
 
     def work(rank: int):
         looks: list = []
-        peers.gather()
-        return looks, peers.divide("same", whats(looks, "cut off"))
+        meeting.gather()
+        return looks, meeting.divide("same", whats(looks, "cut off"))
 
     assert apart(work, 3, there=there) == [([(0, 1)], "cut off")] * len(there)
 
 
 def test_what_one_that_does_not_come_back_has_looked_at_is_looked_at_again(apart, monkeypatch):
     """It has found damage, but hangs or dies before it could say so."""
-    monkeypatch.setattr(peers, "_LOOKING", timedelta(seconds=1))
+    monkeypatch.setattr(meeting, "_LOOKING", timedelta(seconds=1))
     again = multiprocessing.get_context("fork").Event()
 
     def work(rank: int):
@@ -216,7 +216,7 @@ def test_what_one_that_does_not_come_back_has_looked_at_is_looked_at_again(apart
                 again.wait(30)
             return "cut off" if part == parts - 1 else None
 
-        return peers.divide("same", look), looks
+        return meeting.divide("same", look), looks
 
     assert apart(work, 2)[0] == ("cut off", [(0, 2), (0, 1)])
 
@@ -224,14 +224,14 @@ def test_what_one_that_does_not_come_back_has_looked_at_is_looked_at_again(apart
 @pytest.mark.parametrize("late", [0, 2])
 def test_one_that_comes_too_late_to_share_can_still_connect(late, apart, monkeypatch):
     """The others connect by the first process's store, also where they did not meet."""
-    monkeypatch.setattr(peers, "_MEETING", timedelta(seconds=1))
+    monkeypatch.setattr(meeting, "_MEETING", timedelta(seconds=1))
     alone = multiprocessing.get_context("fork").Semaphore(0)
 
     def work(rank: int):
         looks: list = []
         for _ in range(2 * (rank == late)):  # until the two others have given it up
             assert alone.acquire(timeout=30)
-        peers.divide("same", whats(looks))
+        meeting.divide("same", whats(looks))
         alone.release()
         dist.init_process_group("gloo", rank=rank, world_size=3, timeout=timedelta(seconds=30))
         dist.all_reduce(total := torch.tensor(rank))
@@ -249,9 +249,9 @@ def test_who_has_a_fast_disk_waits_for_the_others(apart, monkeypatch):
             looks.append((part, parts))
             time.sleep(2.0 * part)
 
-        peers.gather()
-        monkeypatch.setattr(peers, "_MEETING", timedelta(seconds=1))
-        peers.divide("same", look)
+        meeting.gather()
+        monkeypatch.setattr(meeting, "_MEETING", timedelta(seconds=1))
+        meeting.divide("same", look)
         return looks
 
     assert apart(work, 2) == [[(0, 2)], [(1, 2)]]
@@ -259,7 +259,7 @@ def test_who_has_a_fast_disk_waits_for_the_others(apart, monkeypatch):
 
 def test_after_one_did_not_come_nobody_takes_what_it_says_for_an_answer(apart, monkeypatch):
     """Here it comes late to the first look, when the other is at the second."""
-    monkeypatch.setattr(peers, "_LOOKING", timedelta(seconds=1))
+    monkeypatch.setattr(meeting, "_LOOKING", timedelta(seconds=1))
     alone = multiprocessing.get_context("fork").Event()
 
     def work(rank: int):
@@ -270,11 +270,11 @@ def test_after_one_did_not_come_nobody_takes_what_it_says_for_an_answer(apart, m
             alone.set()
             return None if rank else "cut off"
 
-        peers.gather()
-        monkeypatch.setattr(peers, "_MEETING", timedelta(seconds=1))
+        meeting.gather()
+        monkeypatch.setattr(meeting, "_MEETING", timedelta(seconds=1))
         if rank == 1:
             assert alone.wait(30)
-        return [peers.divide(what, look) for what in ("newest", "older")]
+        return [meeting.divide(what, look) for what in ("newest", "older")]
 
     assert apart(work, 2) == [["cut off"] * 2, [None] * 2]
 
@@ -282,27 +282,28 @@ def test_after_one_did_not_come_nobody_takes_what_it_says_for_an_answer(apart, m
 def test_what_they_say_may_contain_any_characters(apart):
     """Names of files, and of tensors in a hostile table."""
     assert (
-        apart(lambda rank: peers.divide("\udcff", whats([], "\ud800 \\u00e9 \n", at=1)), 2) == ["\ud800 \\u00e9 \n"] * 2
+        apart(lambda rank: meeting.divide("\udcff", whats([], "\ud800 \\u00e9 \n", at=1)), 2)
+        == ["\ud800 \\u00e9 \n"] * 2
     )
 
 
 def test_a_start_that_lightning_refuses_is_left_to_it(monkeypatch):
     """srun without --ntasks-per-node: a line says so later."""
-    peers._met.cache_clear()
+    meeting._met.cache_clear()
     for name, value in {"JOB_NAME": "train", "STEP_NUM_TASKS": "2", "NTASKS": "2", "PROCID": "0"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     monkeypatch.delenv("SLURM_NTASKS_PER_NODE", raising=False)
-    peers.gather()
-    assert peers._others() is None
+    meeting.gather()
+    assert meeting._others() is None
 
 
 def test_a_process_relies_on_the_one_that_has_started_it(monkeypatch):
     """With Lightning's launcher, which sets LOCAL_RANK for those that it starts."""
     looks: list = []
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    monkeypatch.setenv(peers._SEEN, "")
-    assert peers.divide("a", whats(looks)) is None
-    assert peers.divide("b", whats(looks, "cut off")) == "cut off"
+    monkeypatch.setenv(meeting._SEEN, "")
+    assert meeting.divide("a", whats(looks)) is None
+    assert meeting.divide("b", whats(looks, "cut off")) == "cut off"
     assert looks == [(0, 1)] * 2
 
     fork = multiprocessing.get_context("fork")
@@ -311,7 +312,7 @@ def test_a_process_relies_on_the_one_that_has_started_it(monkeypatch):
     def begin() -> None:
         os.environ["LOCAL_RANK"] = "1"
         for what in ("a", "b"):
-            peers.divide(what, whats(looks))
+            meeting.divide(what, whats(looks))
         sender.send(looks[2:])
 
     process = fork.Process(target=begin)
