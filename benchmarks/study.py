@@ -55,7 +55,6 @@ Settings = dict[str, Any]
 # ------------------------------------------------------------ what is studied
 
 SEEDS = (0, 1, 2)  # named before the first run; none is dropped
-TEACHER_SEED = 17
 OOD_SOURCE, OOD_SHARE = "speeches", 8
 OMEGA, KD_SHARE = 0.667, 0.2
 EARLY = 0.125  # share of the teacher's steps: the checkpoint that scores rows for SALT_DS
@@ -95,6 +94,7 @@ class Size:
     val_rows: int | None = None
     keep_one_in: int = 1  # keep one in this many documents of the corpus
     seeds: tuple[int, ...] = SEEDS
+    teacher_seed: int = 17  # of all teachers
     shares: tuple[float, ...] = (0.7, 0.8, 0.9)  # f
     long_teacher: int = 0  # another teacher, trained for this many times the steps; 0: the text is too short for it
     fixed: Settings = field(default_factory=dict)
@@ -360,14 +360,14 @@ class Study:
         if times < 1:
             more |= {"model.optim.warmup_steps": 0, "trainer.val_check_interval": steps}
         early = {"checkpoint.at_steps": [self._at(EARLY)]} if row == "teacher" else {}
-        return Cell(row, TEACHER_SEED, "teacher", self._base(more | early), needs)
+        return Cell(row, self.size.teacher_seed, "teacher", self._base(more | early), needs)
 
     def _score(self, needs: tuple[str, ...]) -> Cell:
         base = self._base({})
         names = ("data.", "trainer.accelerator", "trainer.precision", "trainer.enable", "model.compile")
         settings = {key: value for key, value in base.items() if key.startswith(names)}
         settings |= {"model.teacher.path": self._path("teachers/early"), "data.micro_batch_size": self.size.rows}
-        return Cell("score", TEACHER_SEED, "score", settings, needs)
+        return Cell("score", self.size.teacher_seed, "score", settings, needs)
 
     def _tuning(self, task: str, student: str) -> Settings:
         size, path = self.size, self._path(f"students/{student}")
@@ -382,7 +382,7 @@ class Study:
         }  # fmt: skip
 
     def _name(self, row: str) -> str:
-        return f"{row}-s{TEACHER_SEED}"
+        return f"{row}-s{self.size.teacher_seed}"
 
     def _at(self, share: float) -> int:
         return max(1, round(share * self.size.steps))
@@ -675,6 +675,7 @@ def main() -> int:
     )
     parser.add_argument("--only", default="", help="run: only cells whose name matches this regular expression")
     parser.add_argument("--seeds", type=int, help="seeds 0 to SEEDS - 1 instead of 0 to 2; with --only for some rows")
+    parser.add_argument("--teacher-seed", type=int, help="of another teacher, in a STATE of its own, instead of 17")
     parser.add_argument("--more", nargs="+", default=(), metavar="CELL", help=f"additional cells: {MORE}")
     parser.add_argument("--state", type=Path, help="folder kept between starts (runs/study-SIZE)")
     parser.add_argument("--work", type=Path, help="folder that may be lost between starts (cache/study-SIZE)")
@@ -683,6 +684,8 @@ def main() -> int:
     study = Study(args.size, state, work, args.more)
     if args.seeds:  # to repeat a row that looks certain on seeds not seen before
         study.size = replace(study.size, seeds=tuple(range(args.seeds)))
+    if args.teacher_seed is not None:
+        study.size = replace(study.size, teacher_seed=args.teacher_seed)
     if args.verb == "run":
         return 1 if study.run(args.minutes, args.only) else 0
     print({"plan": plan, "report": report}[args.verb](study))
