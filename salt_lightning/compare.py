@@ -94,13 +94,7 @@ def evaluate(runs: list[Run], baseline: str | None = None) -> Comparison:
     silent = [run for run in runs if not run.curves]
     runs = [run for run in runs if run.curves]
     if not runs:
-        paths = ", ".join(str(run.path) for run in silent)
-        inside = sorted({str(p.parent) for run in silent for each in _OF_RUNS for p in run.path.glob(each)})
-        example = f": {' '.join(inside[:6])}" if inside else ", e.g. runs/salt"
-        why = "".join(f" ({what})" for run in silent for what in run.damaged)
-        raise ConfigError(
-            f"compare: RUN {paths}: no TensorBoard event file with a value in it{why}; give a run's own folder{example}"
-        )
+        raise _nothing_logged(silent)
     teachers_of = {run.name: lineage.teacher_runs(run, runs) for run in runs}
     teachers = {teacher.name for found in teachers_of.values() for teacher in found.values() if teacher is not None}
     named = None if baseline is None else _named(runs, baseline)
@@ -112,40 +106,65 @@ def evaluate(runs: list[Run], baseline: str | None = None) -> Comparison:
     apart = [run.name for run in runs if other_text(run, reference, "val")]  # not compared with the rest
     alike = [run for run in students if run.variant == reference.variant and run.name not in apart]
     seeds = [run for run in alike if run.finished] or [reference]
-    steps = float(np.mean([run.val_ce.steps[-1] if len(run.val_ce.steps) else math.nan for run in seeds]))
-    steps = steps or math.nan  # validated before its first step alone: no cost to take a share of
-    took_flops = float(np.mean([run.flops(steps) for run in seeds]))
-    took_s = float(np.mean([run.total("train/time_s", steps) for run in seeds]))
-    ce = float(np.mean([run.last("val/ce") for run in seeds]))
-    over = any(run.finished for run in seeds)
-    ce = ce if math.isfinite(ce) else math.nan  # no loss is compared with infinity
-    goal = Goal(over, ce, steps, took_flops, took_s)
+    goal = _goal(seeds)
+    unknown = replace(goal, ce=math.nan)
     rows = [
         _row(
             run,
             "TEACHER" if run.name in teachers else run.method,
             teachers_of[run.name],
-            replace(goal, ce=math.nan) if run.name in apart else goal,
+            unknown if run.name in apart else goal,
         )
         for run in runs
     ]
+    experiments = _experiments(students)
+    notes += remarks(silent, runs, experiments, repeated, reference)
+    others = [run for run in runs if run not in seeds and run.name not in repeated and len(run.val_ce.steps)]
+    firsts = {run.name: run.val_ce.steps[0] for run in others}
+    if at_once := [row.run for row in rows if row.reached_step == firsts.get(row.run, math.nan)]:
+        notes.append(f"the reference's loss was reached by the first validation, or earlier: {', '.join(at_once)}")
+    equal, between = _equal_points([run for run in students if run.name not in apart], None if goal.over else reference)
+    groups = _groups(experiments, {row.run: row for row in rows}, reference, seeds, apart)
+    for group in groups:
+        done = [run.name for run in students if run.name in group.runs and run.finished]
+        group.equal = {axis: [ce[name] for name in done if name in ce] for axis, (_, ce) in equal.items()}
+    return Comparison(reference.name, goal.ce, goal.over, rows, groups, equal, between, notes, apart, runs)
+
+
+def _nothing_logged(runs: list[Run]) -> ConfigError:
+    """The error for folders without a value; names the runs that are below them."""
+    paths = ", ".join(str(run.path) for run in runs)
+    inside = sorted({str(p.parent) for run in runs for each in _OF_RUNS for p in run.path.glob(each)})
+    example = f": {' '.join(inside[:6])}" if inside else ", e.g. runs/salt"
+    why = "".join(f" ({what})" for run in runs for what in run.damaged)
+    return ConfigError(
+        f"compare: RUN {paths}: no TensorBoard event file with a value in it{why}; give a run's own folder{example}"
+    )
+
+
+def _goal(seeds: list[Run]) -> Goal:
+    """The means over the reference's seeds."""
+    steps = float(np.mean([run.val_ce.steps[-1] if len(run.val_ce.steps) else math.nan for run in seeds]))
+    steps = steps or math.nan  # validated before its first step alone: no cost to take a share of
+    ce = float(np.mean([run.last("val/ce") for run in seeds]))
+    return Goal(
+        over=any(run.finished for run in seeds),
+        ce=ce if math.isfinite(ce) else math.nan,  # no loss is compared with infinity
+        steps=steps,
+        flops=float(np.mean([run.flops(steps) for run in seeds])),
+        seconds=float(np.mean([run.total("train/time_s", steps) for run in seeds])),
+    )
+
+
+def _experiments(students: list[Run]) -> list[list[Run]]:
+    """Runs that differ in the seed alone, in the order of their first ones."""
     experiments: list[list[Run]] = []
     for run in students:
         same: list[Run] = next((group for group in experiments if group[0].variant == run.variant), [])
         if not same:
             experiments.append(same)
         same.append(run)
-    notes += remarks(silent, runs, experiments, repeated, reference)
-    others = [run for run in runs if run not in seeds and run.name not in repeated and len(run.val_ce.steps)]
-    firsts = {run.name: run.val_ce.steps[0] for run in others}
-    if at_once := [row.run for row in rows if row.reached_step == firsts.get(row.run, math.nan)]:
-        notes.append(f"the reference's loss was reached by the first validation, or earlier: {', '.join(at_once)}")
-    equal, between = _equal_points([run for run in students if run.name not in apart], None if over else reference)
-    groups = _groups(experiments, {row.run: row for row in rows}, reference, seeds, apart)
-    for group in groups:
-        done = [run.name for run in students if run.name in group.runs and run.finished]
-        group.equal = {axis: [ce[name] for name in done if name in ce] for axis, (_, ce) in equal.items()}
-    return Comparison(reference.name, goal.ce, over, rows, groups, equal, between, notes, apart, runs)
+    return experiments
 
 
 def _also_baselines(runs: list[Run], teachers_of: dict[str, dict[str, Run | None]], teachers: set[str]) -> set[str]:
