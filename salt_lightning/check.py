@@ -120,8 +120,8 @@ class Check:
         max_steps, schedule, optim = self.trainer.max_steps, self._kd.schedule, self.module.optim_spec
         if self.works("phases", self._kd.setup, self.trainer, self.module, "fit"):
             taught = schedule.kd_steps(max_steps)
-            path = self.module.teacher_spec.path
-            self.findings.append(preflight.phases(taught, max_steps, schedule.anneal_steps, path))
+            unused = self._kd.unused(self.module.teacher_spec.path)
+            self.findings.append(preflight.phases(taught, max_steps, schedule.anneal_steps, unused))
         if self.works("learning rate", optim.check, max_steps):
             said = f"{optim.lr:g} after {optim.warmup_steps} warm-up steps, then {optim.schedule}"
             self.add("ok", "learning rate", said)

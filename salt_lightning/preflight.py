@@ -39,11 +39,10 @@ class Finding:
             rank_zero_info(f"{self.level}: {self.about}: {told}")
 
 
-def phases(taught: int, max_steps: int, anneal_steps: int, path: str | None) -> Finding:
-    """Tells how many steps have a teacher. `anneal_steps`: of them, the ramp; `path`: the teacher's, None without."""
+def phases(taught: int, max_steps: int, anneal_steps: int, unused: str) -> Finding:
+    """Tells how many steps have a teacher. `anneal_steps`: of them, the ramp; `unused`: settings without effect."""
     if not taught:
-        unused = f": --model.teacher.path {path} is not used with --kd.weight 0 or --kd.steps 0" if path else ""
-        return Finding("ok", "phases", f"no teacher{unused}")
+        return Finding("ok", "phases", f"no teacher{unused and f': {unused}'}")
     said = f"teacher in {taught} of {max_steps} steps ({taught / max_steps:.0%})"
     if anneal_steps:
         said += f", its weight falls in the last {anneal_steps} of them"

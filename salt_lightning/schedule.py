@@ -231,6 +231,12 @@ class KDScheduleCallback(pl.Callback):
                 + (f" --kd.anneal_steps {short // 2}" if self.schedule.anneal_steps else "")
                 + "; for a teacher that stays (RKD), set --kd.steps null"
             )
+        if steps == 0 and getattr(data, "selection", None):
+            raise ConfigError(
+                f"--kd.steps 0 leaves no phase 1, whose rows --data.selection {data.selection} chooses; to read them "
+                "without a teacher, use --kd.weight 0 with the --kd.steps of the run to compare with; otherwise use "
+                "--data.selection null"
+            )
         if self.schedule.kd_steps(1) and not has_teacher:
             raise ConfigError(
                 f"--kd.weight {self.schedule.weight} needs a teacher: set --model.teacher.path to a checkpoint, a "
@@ -290,10 +296,20 @@ class KDScheduleCallback(pl.Callback):
                     f"--kd.probe_gradients true logs nothing: there is no validation before step {last}, where the "
                     "teacher leaves; set --trainer.val_check_interval to fewer steps"
                 )
-        elif pl_module.has_teacher and not self.schedule.kd_steps(1):
-            rank_zero_info(
-                f"--model.teacher.path {pl_module.teacher_spec.path} is not used with --kd.weight 0 or --kd.steps 0"
-            )
+        elif unused := self.unused(pl_module.teacher_spec.path if pl_module.has_teacher else None):
+            rank_zero_info(unused)
+
+    def unused(self, teacher_path: str | None) -> str:
+        """A message that names the settings without effect if no step has a teacher; empty if there are none."""
+        given = {
+            "--model.teacher.path": teacher_path,
+            "--kd.stop_margin": self.stop_margin,
+            "--kd.probe_gradients": "true" if self.probe_gradients else None,
+        }
+        named = [f"{name} {value}" for name, value in given.items() if value is not None]
+        if not named or self.schedule.kd_steps(1):
+            return ""
+        return f"{' and '.join(named)} {'is' if len(named) == 1 else 'are'} not used with --kd.weight 0 or --kd.steps 0"
 
     def _check_loaders(self, trainer: pl.Trainer, last: int) -> None:
         """Refuses what `check` could not know: no validation loader, or none in time with a user's own loaders."""

@@ -530,6 +530,7 @@ def test_a_run_folder_that_is_taken(checked, tmp_path):
         ),
         ({"kd.weight": 0, "model.teacher.path": None, "kd.steps": None}, "phases", "ok", "no teacher"),
         ({"kd.weight": 0}, "phases", "ok", "is not used with --kd.weight 0"),
+        ({"kd.weight": 0, "kd.stop_margin": 0.1}, "phases", "ok", "and --kd.stop_margin 0.1 are not used with"),
     ],
 )  # fmt: skip
 def test_one_finding(checked, overrides, about, level, says, request):

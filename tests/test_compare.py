@@ -1217,6 +1217,7 @@ def test_a_teacher_that_is_better_from_its_first_validation_on_is_mentioned(tmp_
         ({"teacher": "t", "weight": 0.5, "data.selection": "scores"}, "RKD on selection"),
         ({"data.selection": "scores"}, "selection without KD"),
         ({"data.selection": None, "data.keep.order": "random"}, "BASELINE"),
+        ({"data.selection": "scores", "kd_steps": 0}, "BASELINE"),  # it has no phase 1
         ({"data.selection": "scores", "data.keep.order": "random"}, "selection without KD, random rows"),
         (
             {"teacher": "t", "weight": 0.5, "kd_steps": 60, "data.selection": "scores", "data.keep.order": "lowest"},
@@ -2393,6 +2394,18 @@ def test_each_selection_that_was_read_has_its_cost_and_random_rows_have_none(tmp
     top = write_run(tmp_path / "top", SALT, **kd, **{"data.selection": "two", "data.keep.order": "random",
                                                      "data.keep.drop_top": 0.1})  # fmt: skip
     assert evaluate(load([top])).rows[0].scoring_flops == 40
+
+
+@pytest.mark.parametrize("step", [59, 60])
+def test_a_selection_given_after_the_boundary_was_not_read(tmp_path, step):
+    (tmp_path / "scores").mkdir()
+    (tmp_path / "scores" / "scores.json").write_text(json.dumps({"scoring_flops": 400, "scoring_s": 40}))
+    kd = {"teacher": "teacher", "weight": 0.5, "kd_steps": 60}
+    run = write_run(tmp_path / "run", SALT, **kd, **{"data.selection": "scores"})
+    earlier(run, step, **kd)
+    [row] = evaluate(load([run])).rows
+    read = step < 60
+    assert (row.method, math.isnan(row.scoring_flops)) == ("SALT_DS step" if read else "SALT step", not read)
 
 
 def test_a_predict_run_counts_once_wherever_it_is_named(tmp_path):

@@ -361,6 +361,15 @@ def test_the_card_says_where_it_went_on_under_other_settings(salt):
     assert "- tokens: 3,072" in lines  # on unknown text
 
 
+@pytest.mark.parametrize("step", [3, 4])
+def test_the_card_names_a_selection_only_if_its_rows_were_read(salt, step):
+    run, model = read_run(salt, "salt"), AutoModelForCausalLM.from_pretrained(salt / "out")
+    selecting = run.config | {"data.selection": "scores"}  # of phase 1, which has 4 steps
+    went_on = replace(run, config=selecting, earlier=((step, run.config),))
+    card = model_card("x", torch.load(checkpoints(salt)[-1], weights_only=True), model, went_on, None)
+    assert ("- selected by: scores" in card) == (step < 4)
+
+
 def test_the_card_of_a_run_that_went_on_without_its_teacher(salt):
     lines = card_lines(salt, {}, kd_schedule={"weight": 0.0, "steps": None, "anneal_steps": 0, "shape": "step"},
                        totals={"step": 12, "taught_steps": 3, "teacher_flops": 5e6})  # fmt: skip

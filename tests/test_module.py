@@ -776,6 +776,9 @@ def test_the_log_says_that_the_teacher_left_and_what_it_brought_or_that_it_stays
     assert "is not used" not in caplog.text
     assert fit_with(tmp_path / "baseline", **{**own, "kd.weight": 0.0}) == 0
     assert caplog.text.count(f"--model.teacher.path {teacher} is not used with --kd.weight 0") == 1
+    more = {"kd.weight": 0.0, "kd.stop_margin": 0.5, "kd.probe_gradients": True, "model.teacher.path": None}
+    assert fit_with(tmp_path / "margin", **own | more) == 0
+    assert caplog.text.count("--kd.stop_margin 0.5 and --kd.probe_gradients true are not used with --kd.weight 0") == 1
 
 
 @pytest.mark.parametrize("every", [5, 6, 12])

@@ -225,3 +225,6 @@ def test_a_selection_needs_a_boundary_that_is_known(settings, teacher, tmp_path,
     own = {**KD, "model.teacher.path": teacher, "run": str(tmp_path / "run"), "data.selection": str(run)}
     assert cli.main(["fit", *arguments(settings, own, {"kd.stop_margin": 0.1})]) == 2
     assert "--kd.stop_margin 0.1 does not work with --data.selection" in capsys.readouterr().err
+    for weight in (0.0, 0.5):
+        assert cli.main(["fit", *arguments(settings, own, {"kd.steps": 0, "kd.weight": weight})]) == 2
+        assert f"--kd.steps 0 leaves no phase 1, whose rows --data.selection {run} chooses" in capsys.readouterr().err

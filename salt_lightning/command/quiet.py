@@ -48,7 +48,7 @@ def silence_libraries() -> None:
     warnings.filterwarnings("ignore", "this module has no student")  # after ddp_spawn; the last line names its file
     logging.getLogger(_HUB).setLevel(logging.ERROR)  # a line for each retry without a network
     # a table of all weights that a model folder lacks or has too many: models.py says it in a line
-    logging.getLogger(_LOADING).addFilter(_is_no_report)
+    logging.getLogger(_LOADING).addFilter(_is_about_this)
     if getattr(rank_zero_only, "rank", 0):  # each rank reads the same weights
         disable_progress_bar()
     for name in _LIGHTNING:
@@ -114,8 +114,10 @@ def _forget_hub() -> None:
         looked.cache_clear()
 
 
-def _is_no_report(record: logging.LogRecord) -> bool:
-    return " LOAD REPORT" not in record.getMessage()
+def _is_about_this(record: logging.LogRecord) -> bool:
+    message = record.getMessage()
+    # advises a mask for padding, of which rows have none, where a text begins or ends with a special token
+    return " LOAD REPORT" not in message and "passing in an `attention_mask`" not in message
 
 
 def _escape_and_select(record: logging.LogRecord) -> bool:

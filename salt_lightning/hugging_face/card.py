@@ -123,7 +123,7 @@ def _training(checkpoint: dict[str, Any], run: Run) -> dict[str, str]:
         "training text": _sources(text),
         "prompt and response": _examples(settings),
         "text size": ", ".join(f"{count:,} {unit}" for count, unit in counts if count),
-        "selected by": _selection(settings),
+        "selected by": _selection(run.selecting),
         "rows": f"{_data(checkpoint, 'global_batch_size')} of {_data(checkpoint, 'block_size')} tokens per step",
         _optimizer(checkpoint): ", ".join(
             f"{key} {v}" for key, v in (spec.get("optim") or {}).items() if v is not None

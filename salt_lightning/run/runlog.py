@@ -67,9 +67,20 @@ class Run:
         return [*(config for _, config in self.earlier), self.config]
 
     @property
+    def _selections(self) -> list[dict[str, Any]]:
+        """The settings of each start that read rows of a selection, before the end of its phase 1, in order."""
+        starts = [0, *(step for step, _ in self.earlier)]
+        ends = [config.get("kd.steps") for config in self._configs]
+        return [
+            config
+            for start, end, config in zip(starts, ends, self._configs, strict=True)
+            if config.get("data.selection") and (end is None or start < end)
+        ]
+
+    @property
     def selecting(self) -> dict[str, Any]:
         """The settings of the newest start that read selected rows; empty without one."""
-        return next((config for config in reversed(self._configs) if config.get("data.selection")), {})
+        return next(reversed(self._selections), {})
 
     @property
     def selected(self) -> bool:
@@ -78,8 +89,8 @@ class Run:
     @property
     def scores(self) -> list[str]:
         """The selections that it read rows of, in order, without random rows of all, which need no scores."""
-        by_score = (c for c in self._configs if c.get("data.keep.order") != "random" or c.get("data.keep.drop_top"))
-        return list(dict.fromkeys(str(c["data.selection"]) for c in by_score if c.get("data.selection")))
+        by_score = (c for c in self._selections if c.get("data.keep.order") != "random" or c.get("data.keep.drop_top"))
+        return list(dict.fromkeys(str(config["data.selection"]) for config in by_score))
 
     @property
     def taught(self) -> list[tuple[float, dict[str, Any]]]:
