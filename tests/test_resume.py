@@ -808,7 +808,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path, settings, capsys)
     assert not (tmp_path / "ran").exists()
 
 
-def test_another_tokenizer_is_refused_on_resume(fit, settings, tmp_path, capsys):
+def test_another_tokenizer_is_refused_on_resume(fit, settings, tmp_path, capsys, caplog):
     """The text changed, so the tokenizer that is trained on it changed: same size, other ids."""
     text = tmp_path / "text.jsonl"
     shutil.copy(settings["data.source"], text)
@@ -816,8 +816,15 @@ def test_another_tokenizer_is_refused_on_resume(fit, settings, tmp_path, capsys)
     assert fit(tmp_path / "run", stop_at=3, **baseline, **{"data.source": str(text)}) == 128 + signal.SIGTERM
     with open(text, "a") as out:
         out.write('{"text": "' + "zebra quagga " * 400 + '"}\n')
+    capsys.readouterr()
+    caplog.clear()
     assert fit(tmp_path / "run", ckpt_path="last", **baseline, **{"data.source": str(text)}) == 2
     assert "trained with another tokenizer than --data.tokenizer gives" in capsys.readouterr().err
+    evaluate = {k: v for k, v in settings.items() if not k.startswith(("checkpoint", "kd", "model"))}
+    other = {"run": str(tmp_path / "run"), "ckpt_path": "last", "data.source": str(text)}
+    assert cli.main(["validate", *arguments(evaluate, other)]) == 2
+    assert "trained with another tokenizer than --data.tokenizer gives" in capsys.readouterr().err
+    assert "tokenized" not in caplog.text  # which may take hours
     # what the message says helps: the run's own tokenizer; that the text is another is said
     own = {"data.source": str(text), "data.tokenizer": str(tmp_path / "run/tokenizer"), "ckpt_path": "last"}
     assert fit(tmp_path / "run", **baseline, **own) == 0

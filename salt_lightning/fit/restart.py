@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from salt_lightning.errors import ConfigError, few, printable
 from salt_lightning.fit import alike
 from salt_lightning.fit.optim import OptimSpec
+from salt_lightning.hugging_face import token_ids
 from salt_lightning.hugging_face.spec import ModelSpec, setting_of, shape_settings
 from salt_lightning.models import check_path, own_parts
 from salt_lightning.preflight import Finding
@@ -41,13 +42,7 @@ def require_same(
             raise ConfigError(f"{of_class}, and its student has other weights ({few(lost)}); use that class, in Python")
         missing = "the loss of its own, or what it changes in the student, is not here"
         rank_zero_info(of_class if trained_by == "SALTModule" else f"{of_class}: {missing}, if it has any")
-    tokenizer = getattr(data, "tokenizer_fingerprint", None)
-    if tokenizer is not None and checkpoint["tokenizer"] not in (None, tokenizer):
-        raise ConfigError(
-            "the checkpoint was trained with another tokenizer than --data.tokenizer gives: its token ids mean "
-            "something else (a tokenizer trained on the text changes with it); set --data.tokenizer to the run's own, "
-            "RUN/tokenizer"
-        )
+    token_ids.require_same_tokenizer(checkpoint, data)
     saved, now = (shape_settings(spec) for spec in (checkpoint["hyper_parameters"]["student"], student))
     rows = None if (width := getattr(data, "block_size", 0)) == checkpoint["data"].get("--data.block_size") else width
     names = {key: setting_of(key, now.get(key), rows) for key in saved if saved[key] != now.get(key)}

@@ -1,6 +1,7 @@
 """Checks that a pretrained model and the data agree on the meaning of every token id."""
 
 import json
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -74,6 +75,17 @@ def check_fit(spec: ModelSpec, name: str, data: Any, config: PreTrainedConfig | 
     )
 
 
+def require_same_tokenizer(checkpoint: dict[str, Any], data: Any) -> None:
+    """Raises ConfigError if a run's checkpoint was trained with another tokenizer than that of `data`, if known."""
+    tokenizer = getattr(data, "tokenizer_fingerprint", None)
+    if tokenizer is not None and checkpoint.get("tokenizer") not in (None, tokenizer):
+        raise ConfigError(
+            "the checkpoint was trained with another tokenizer than --data.tokenizer gives: its token ids mean "
+            "something else (a tokenizer trained on the text changes with it); set --data.tokenizer to the run's own, "
+            "RUN/tokenizer"
+        )
+
+
 def tell_fit(spec: ModelSpec, name: str, data: Any) -> None:
     """`check_fit` if there is something to compare; logs what cannot be checked."""
     if spec.path is not None and data is not None:
@@ -83,14 +95,21 @@ def tell_fit(spec: ModelSpec, name: str, data: Any) -> None:
 
 
 def check_models(trainer: Any, student: ModelSpec, teacher: ModelSpec) -> None:
-    """`check_fit` of all models that this run will load, and the download of those on the hub, before hours of work.
+    """`check_fit` of all models that this run will load, and the download of those on the hub, before hours of work;
+    likewise `require_same_tokenizer` of the checkpoint.
 
     `trainer.ckpt_path` is known by now if the command line set it.
     """
     fits, predicts = (trainer.state.fn == fn for fn in (TrainerFn.FITTING, TrainerFn.PREDICTING))
     starts = not trainer.ckpt_path  # a run resumed in phase 2 needs no teacher, which may be gone
     taught = predicts or (fits and starts and any(kd.schedule.weight > 0 for kd in kd_callbacks(trainer)))
-    looks, there = [], []
+    looks: list[Callable[[], object]] = []
+    there = []
+    if trainer.ckpt_path:
+        with suppress(ConfigError):
+            looks.append(
+                partial(require_same_tokenizer, read_checkpoint(trainer.ckpt_path, "--ckpt_path"), trainer.datamodule)
+            )
     for spec, name, loaded in ((student, "student", fits or (starts and not predicts)), (teacher, "teacher", taught)):
         if loaded and spec.path is not None:
             with suppress(ConfigError):
