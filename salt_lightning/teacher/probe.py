@@ -5,6 +5,9 @@
     probe/grad_cosine     cosine between the gradients of CE and KD over the student's weights (optional), on the first
                           held-out rows, as many as an optimizer step takes
 
+A fresh student's CE includes the padding ids of its head, which the teacher's leaves out: at first the gap is ln(rows /
+tokens) larger, 0.11 nats for 400 tokens in 448 rows. This fades as it trains.
+
 The teacher is frozen, so it reads the held-out rows once and its nll is kept: 4 bytes per token. Nothing here changes a
 weight, an accumulated gradient or the random state. `cut` and `look` are for the check before the first step. Shapes: N
 token positions of a batch.
