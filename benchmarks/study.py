@@ -413,7 +413,8 @@ class Study:
         deadline = time.monotonic() + 60 * minutes
         failed: set[str] = set()
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-        self.state.mkdir(parents=True, exist_ok=True)
+        for folder in (self.state, self.work):
+            self._require_own(folder)
         while (cell := self._next(deadline, only, failed)) is not None:
             print(f"{time.strftime('%H:%M:%S')} {cell.name}: {self.minutes(cell):.1f} minutes expected", flush=True)
             record = self._in_child(cell, deadline)
@@ -432,6 +433,15 @@ class Study:
         left = [cell for cell in self.cells() if cell.name not in self.done]
         print(f"{len(left)} cells left, {sum(map(self.minutes, left)):.0f} minutes; failed: {sorted(failed) or 'none'}")
         return len(failed)
+
+    def _require_own(self, folder: Path) -> None:
+        """Ends the program if another teacher's results or runs are in the folder; creates it if missing."""
+        seed, file = str(self.size.teacher_seed), folder / "teacher-seed"
+        there = file.read_text() if file.exists() else "17" if folder.is_dir() and any(folder.iterdir()) else seed
+        if there != seed:
+            raise SystemExit(f"{folder} has cells with the teacher of seed {there}; give other --state and --work")
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(seed)
 
     def _next(self, deadline: float, only: str, failed: set[str]) -> Cell | None:
         left_s = deadline - time.monotonic()
@@ -675,7 +685,7 @@ def main() -> int:
     )
     parser.add_argument("--only", default="", help="run: only cells whose name matches this regular expression")
     parser.add_argument("--seeds", type=int, help="seeds 0 to SEEDS - 1 instead of 0 to 2; with --only for some rows")
-    parser.add_argument("--teacher-seed", type=int, help="of another teacher, in a STATE of its own, instead of 17")
+    parser.add_argument("--teacher-seed", type=int, help="of another teacher than 17, with a STATE and WORK of its own")
     parser.add_argument("--more", nargs="+", default=(), metavar="CELL", help=f"additional cells: {MORE}")
     parser.add_argument("--state", type=Path, help="folder kept between starts (runs/study-SIZE)")
     parser.add_argument("--work", type=Path, help="folder that may be lost between starts (cache/study-SIZE)")

@@ -255,7 +255,8 @@ class SALTCLI(LightningCLI):
         kwargs["callbacks"] = [*others, *own]
         try:
             trainer = super().instantiate_trainer(**kwargs)
-            trainer._checkpoint_connector._ckpt_path = config.get("ckpt_path")  # else only after prepare_data
+            # Lightning's own is known only after prepare_data
+            trainer._checkpoint_connector._ckpt_path = trainer.command_ckpt_path = config.get("ckpt_path")  # type: ignore[attr-defined]
             parallel.check(trainer, config.get("ckpt_path"))
             peers.expect_others(trainer, self.subcommand)
             self.hold()  # if it was not clear before that this process is the first

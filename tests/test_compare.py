@@ -1217,7 +1217,7 @@ def test_a_teacher_that_is_better_from_its_first_validation_on_is_mentioned(tmp_
         ({"teacher": "t", "weight": 0.5, "data.selection": "scores"}, "RKD on selection"),
         ({"data.selection": "scores"}, "selection without KD"),
         ({"data.selection": None, "data.keep.order": "random"}, "BASELINE"),
-        ({"data.selection": "scores", "kd_steps": 0}, "BASELINE"),  # it has no phase 1
+        ({"data.selection": "scores", "kd_steps": 0, "data.keep.unread_first": True}, "BASELINE"),  # without phase 1
         ({"data.selection": "scores", "data.keep.order": "random"}, "selection without KD, random rows"),
         (
             {"teacher": "t", "weight": 0.5, "kd_steps": 60, "data.selection": "scores", "data.keep.order": "lowest"},
@@ -2396,15 +2396,15 @@ def test_each_selection_that_was_read_has_its_cost_and_random_rows_have_none(tmp
     assert evaluate(load([top])).rows[0].scoring_flops == 40
 
 
-@pytest.mark.parametrize("step", [59, 60])
-def test_a_selection_given_after_the_boundary_was_not_read(tmp_path, step):
+@pytest.mark.parametrize(("step", "unread_first", "read"), [(59, False, True), (60, False, False), (60, True, True)])
+def test_a_selection_given_after_the_boundary_chooses_only_what_is_read_first(tmp_path, step, unread_first, read):
     (tmp_path / "scores").mkdir()
     (tmp_path / "scores" / "scores.json").write_text(json.dumps({"scoring_flops": 400, "scoring_s": 40}))
     kd = {"teacher": "teacher", "weight": 0.5, "kd_steps": 60}
-    run = write_run(tmp_path / "run", SALT, **kd, **{"data.selection": "scores"})
+    own = {"data.selection": "scores", "data.keep.unread_first": unread_first}
+    run = write_run(tmp_path / "run", SALT, **kd, **own)
     earlier(run, step, **kd)
     [row] = evaluate(load([run])).rows
-    read = step < 60
     assert (row.method, math.isnan(row.scoring_flops)) == ("SALT_DS step" if read else "SALT step", not read)
 
 

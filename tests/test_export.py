@@ -364,7 +364,8 @@ def test_the_card_says_where_it_went_on_under_other_settings(salt):
 @pytest.mark.parametrize("step", [3, 4])
 def test_the_card_names_a_selection_only_if_its_rows_were_read(salt, step):
     run, model = read_run(salt, "salt"), AutoModelForCausalLM.from_pretrained(salt / "out")
-    selecting = run.config | {"data.selection": "scores"}  # of phase 1, which has 4 steps
+    # of phase 1, which has 4 steps
+    selecting = run.config | {"data.selection": "scores", "data.keep.unread_first": False}
     went_on = replace(run, config=selecting, earlier=((step, run.config),))
     card = model_card("x", torch.load(checkpoints(salt)[-1], weights_only=True), model, went_on, None)
     assert ("- selected by: scores" in card) == (step < 4)

@@ -32,7 +32,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from salt_lightning import KDScheduleCallback, OptimSpec, SALTModule, cli
+from salt_lightning import KDScheduleCallback, OptimSpec, SALTDataModule, SALTModule, cli
 from salt_lightning.comparison import lineage
 from salt_lightning.errors import ConfigError, of_machine, of_process
 from salt_lightning.fit import alike
@@ -828,6 +828,14 @@ def test_another_tokenizer_is_refused_on_resume(fit, settings, tmp_path, capsys,
     # what the message says helps: the run's own tokenizer; that the text is another is said
     own = {"data.source": str(text), "data.tokenizer": str(tmp_path / "run/tokenizer"), "ckpt_path": "last"}
     assert fit(tmp_path / "run", **baseline, **own) == 0
+    # one Trainer may evaluate both: while it prepares the text, it still names the checkpoint of the call before
+    assert fit(tmp_path / "other", **baseline, **{"data.source": str(text)}) == 0
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    for run in (tmp_path / "run", tmp_path / "other"):
+        last = sorted((run / "checkpoints").glob("*.ckpt"))[-1]
+        own = {"tokenizer": str(run / "tokenizer"), "cache_dir": str(run / "cache")}
+        data = SALTDataModule(str(text), block_size=settings["data.block_size"], val_fraction=0.1, **own)
+        trainer.validate(SALTModule.load_from_checkpoint(last), datamodule=data, ckpt_path=last, verbose=False)
 
 
 def test_a_refused_resume_leaves_the_run_as_it_is(fit, tmp_path):

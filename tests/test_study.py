@@ -6,6 +6,7 @@ import os
 import random
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import forked
@@ -16,6 +17,23 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import study_report  # noqa: E402
 from conftest import WORDS  # noqa: E402
 from study import SEEDS, SIZES, Study, model  # noqa: E402
+
+
+def test_results_with_another_teacher_stay_apart(tmp_path):
+    def of_seed(seed: int, state: str, work: str) -> Study:
+        study = Study("tiny", tmp_path / state, tmp_path / work)
+        study.size = replace(study.size, teacher_seed=seed)
+        return study
+
+    assert of_seed(17, "state", "work").run(0, "none") == 0
+    assert of_seed(23, "state-23", "work-23").run(0, "none") == 0
+    assert "teacher-s23" in {cell.name for cell in of_seed(23, "state-23", "work-23").cells()}
+    (tmp_path / "earlier").mkdir()
+    (tmp_path / "earlier/results.jsonl").touch()  # of a version without this option
+    for seed, state, work in ((23, "state", "work-23"), (23, "state-23", "work"), (17, "state-23", "work"),
+                              (23, "earlier", "work-23")):  # fmt: skip
+        with pytest.raises(SystemExit, match=f"has cells with the teacher of seed {40 - seed}; give other --state"):
+            of_seed(seed, state, work).run(0, "none")
 
 
 def queue(tmp_path, **losses: float) -> Study:

@@ -105,11 +105,9 @@ def check_models(trainer: Any, student: ModelSpec, teacher: ModelSpec) -> None:
     taught = predicts or (fits and starts and any(kd.schedule.weight > 0 for kd in kd_callbacks(trainer)))
     looks: list[Callable[[], object]] = []
     there = []
-    if trainer.ckpt_path:
+    if path := getattr(trainer, "command_ckpt_path", None):  # trainer's own may be that of an earlier call
         with suppress(ConfigError):
-            looks.append(
-                partial(require_same_tokenizer, read_checkpoint(trainer.ckpt_path, "--ckpt_path"), trainer.datamodule)
-            )
+            looks.append(partial(require_same_tokenizer, read_checkpoint(path, "--ckpt_path"), trainer.datamodule))
     for spec, name, loaded in ((student, "student", fits or (starts and not predicts)), (teacher, "teacher", taught)):
         if loaded and spec.path is not None:
             with suppress(ConfigError):

@@ -68,13 +68,15 @@ class Run:
 
     @property
     def _selections(self) -> list[dict[str, Any]]:
-        """The settings of each start that read rows of a selection, before the end of its phase 1, in order."""
+        """The settings of each start whose rows a selection chose, in order: those of phase 1, or, after it, which are
+        left for phase 2."""
         starts = [0, *(step for step, _ in self.earlier)]
         ends = [config.get("kd.steps") for config in self._configs]
         return [
             config
             for start, end, config in zip(starts, ends, self._configs, strict=True)
-            if config.get("data.selection") and (end is None or start < end)
+            if config.get("data.selection")
+            and (end is None or start < end or (end > 0 and config.get("data.keep.unread_first", True)))
         ]
 
     @property
@@ -312,11 +314,12 @@ class Run:
         return {key: value for key, value in (trained | before).items() if value is not None}
 
     def _is_idle(self, key: str) -> bool:
-        """Whether a setting has no effect beside the others: of a teacher that never teaches, of no selection."""
+        """Whether a setting has no effect beside the others: of a teacher that never teaches, of no selection or of one
+        that chose nothing."""
         if key.startswith(("kd.", "model.teacher")):
             return not self.taught and not (self.selected and key == "kd.steps")
         if not self.selected:
-            return key.startswith("data.keep.")
+            return key.startswith(("data.keep.", "data.selection"))
         return not self.scores and key in ("data.keep.k", "data.keep.masked")
 
     @cached_property
