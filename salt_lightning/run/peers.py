@@ -269,9 +269,8 @@ def require_same_strategy(strategy: Any) -> None:
             f"{prefix}/other", f"process {place} differs from process 0: --trainer.strategy {mine} (process 0: {first})"
         )
     store.add(f"{prefix}/seen", 1)
-    end_s = (
-        time.monotonic() + min(strategy._timeout, _COMPARING).total_seconds()
-    )  # the store outlives those that die now
+    # the store outlives those that die now
+    end_s = time.monotonic() + min(strategy._timeout, _COMPARING).total_seconds()
     while store.add(f"{prefix}/seen", 0) < world:
         if time.monotonic() > end_s:
             raise dist.DistError("the others, once connected, did not say which strategy they have")

@@ -94,14 +94,14 @@ def _lock(run: Path) -> IO[str]:
             continue
         try:
             _take(file)
-        except _Held as held:
+        except _Held as other:
             file.close()
-            if held.here or time.monotonic() > end_s:
+            if other.here or time.monotonic() > end_s:
                 raise ConfigError(
-                    f"--run {run}: {held} is using it; wait until it ends, or choose another folder"
-                ) from held
+                    f"--run {run}: {other} is using it; wait until it ends, or choose another folder"
+                ) from other
             if not said:
-                rank_zero_info(f"--run {run}: waiting for {held}, at most {_OTHER_MACHINE_S:g} s")
+                rank_zero_info(f"--run {run}: waiting for {other}, at most {_OTHER_MACHINE_S:g} s")
             said = True
             time.sleep(1.0)
             continue
