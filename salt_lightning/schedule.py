@@ -296,7 +296,7 @@ class KDScheduleCallback(pl.Callback):
                     f"--kd.probe_gradients true logs nothing: there is no validation before step {last}, where the "
                     "teacher leaves; set --trainer.val_check_interval to fewer steps"
                 )
-        elif unused := self.unused(pl_module.teacher_spec.path if pl_module.has_teacher else None):
+        elif unused := self.unused(pl_module.teacher_spec.path):
             rank_zero_info(unused)
 
     def unused(self, teacher_path: str | None) -> str:

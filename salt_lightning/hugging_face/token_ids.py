@@ -98,14 +98,15 @@ def check_models(trainer: Any, student: ModelSpec, teacher: ModelSpec) -> None:
     """`check_fit` of all models that this run will load, and the download of those on the hub, before hours of work;
     likewise `require_same_tokenizer` of the checkpoint.
 
-    `trainer.ckpt_path` is known by now if the command line set it.
+    The checkpoint is known by now if the command line was given it; `trainer.ckpt_path` may be that of an earlier call.
     """
+    path = getattr(trainer, "command_ckpt_path", None)
     fits, predicts = (trainer.state.fn == fn for fn in (TrainerFn.FITTING, TrainerFn.PREDICTING))
-    starts = not trainer.ckpt_path  # a run resumed in phase 2 needs no teacher, which may be gone
+    starts = not path  # a run resumed in phase 2 needs no teacher, which may be gone
     taught = predicts or (fits and starts and any(kd.schedule.weight > 0 for kd in kd_callbacks(trainer)))
     looks: list[Callable[[], object]] = []
     there = []
-    if path := getattr(trainer, "command_ckpt_path", None):  # trainer's own may be that of an earlier call
+    if path:
         with suppress(ConfigError):
             looks.append(partial(require_same_tokenizer, read_checkpoint(path, "--ckpt_path"), trainer.datamodule))
     for spec, name, loaded in ((student, "student", fits or (starts and not predicts)), (teacher, "teacher", taught)):

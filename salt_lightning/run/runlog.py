@@ -67,14 +67,18 @@ class Run:
         return [*(config for _, config in self.earlier), self.config]
 
     @property
+    def _starts(self) -> list[int]:
+        """The step at which each of `_configs` began to apply, in order."""
+        return [0, *(step for step, _ in self.earlier)]
+
+    @property
     def _selections(self) -> list[dict[str, Any]]:
         """The settings of each start whose rows a selection chose, in order: those of phase 1, or, after it, which are
         left for phase 2."""
-        starts = [0, *(step for step, _ in self.earlier)]
         ends = [config.get("kd.steps") for config in self._configs]
         return [
             config
-            for start, end, config in zip(starts, ends, self._configs, strict=True)
+            for start, end, config in zip(self._starts, ends, self._configs, strict=True)
             if config.get("data.selection")
             and (end is None or start < end or (end > 0 and config.get("data.keep.unread_first", True)))
         ]
@@ -97,7 +101,7 @@ class Run:
     @property
     def taught(self) -> list[tuple[float, dict[str, Any]]]:
         """(end of the steps with a teacher, settings) for each start that had such steps."""
-        starts, found, stop = [0, *(step for step, _ in self.earlier)], [], None
+        starts, found, stop = self._starts, [], None
         for start, end, config in zip(starts, [*starts[1:], math.inf], self._configs, strict=True):
             if any(key.startswith("kd.") for key in self.changed_at.get(start, ())):
                 stop = None  # a margin's boundary holds until KD's settings change
@@ -278,7 +282,7 @@ class Run:
         sizes = np.array([[n if isinstance(n, int | float) else 1.0 for n in both] for both in known]).prod(1)
         if len(set(sizes)) == 1:
             return steps
-        starts = np.array([0, *(step for step, _ in self.earlier)])
+        starts = np.array(self._starts)
         of_each = np.clip(steps[:, None] - starts, 0, [*np.diff(starts), math.inf])
         return of_each @ sizes
 
