@@ -229,11 +229,7 @@ class SALTModule(extension.Guarded):
         self.meter.start(self.global_step, self._wait_s)
         extension.write_rates(self, self.global_step)  # for callbacks that look before the first step
 
-    def on_fit_end(self) -> None:
-        self._give_back_random()
-
     def on_train_end(self) -> None:
-        self.give_back_constants()
         self._loaded_step = self.global_step  # for a later validate of this module
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:

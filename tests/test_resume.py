@@ -608,12 +608,11 @@ def test_constants_are_not_averaged(fit_with, tmp_path, val_batches):
             self.first = {name: held.clone() for name, held in self.now(pl_module).items()}
             self.seen = 0
 
-        def on_validation_batch_end(self, trainer, pl_module, *args):
-            assert all(torch.equal(held, self.first[name]) for name, held in self.now(pl_module).items())
-            self.seen += 1
+            self.module = pl_module
 
-        def on_fit_end(self, trainer, pl_module):
-            self.on_validation_batch_end(trainer, pl_module)
+        def on_validation_batch_end(self, *args):
+            assert all(torch.equal(held, self.first[name]) for name, held in self.now(self.module).items())
+            self.seen += 1
 
         @staticmethod
         def now(module):
@@ -623,6 +622,7 @@ def test_constants_are_not_averaged(fit_with, tmp_path, val_batches):
     see, averages = See(), {"class_path": "EMAWeightAveraging", "init_args": {"decay": 0.9}}
     changes = {"trainer.callbacks": [averages], "trainer.limit_val_batches": val_batches}
     assert fit_with(tmp_path / "run", see, **changes) == 0
+    see.on_validation_batch_end()
     assert see.first
     assert see.seen > val_batches
 

@@ -41,7 +41,8 @@ _SHAPED = ("input_ids", "labels", "positions")
 
 def require_super(cls: type, base: type) -> None:
     """Raises ConfigError if a subclass overrides a hook in which `base` does its work, without calling it."""
-    hooks = [name for name in vars(base) if name[0] != "_" and hasattr(LightningModule, name) and name not in _FREE]
+    names = sorted({*vars(base), *vars(Guarded)} - _FREE)
+    hooks = [name for name in names if name[0] != "_" and hasattr(LightningModule, name)]
     above = cls.__mro__[: cls.__mro__.index(base)]
     own = [(name, inspect.unwrap(vars(c)[name])) for c in above for name in hooks if name in vars(c)]
     lost = [name for name, hook in own if hook not in vars(base).values() and not _calls(hook, name, base.__name__)]
@@ -209,6 +210,7 @@ class Guarded(LightningModule):
 
     _modes: Sequence[tuple[torch.nn.Module, bool]] = ()
     _constants: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()  # buffers, and what they held
+    _give_back_random: Callable[[], None]
     _rates: Sequence[float] = ()
     _terms: Mapping[str, torch.Tensor] = {}  # of the running step; replaced, never changed
 
@@ -261,6 +263,10 @@ class Guarded(LightningModule):
 
     def on_train_epoch_end(self) -> None:
         self.keep_constants()
+
+    def on_fit_end(self) -> None:
+        self.give_back_constants()
+        self._give_back_random()
 
     def keep_constants(self) -> None:
         """Keeps the buffers that no checkpoint holds, such as rotary frequencies, until `give_back_constants`: between
