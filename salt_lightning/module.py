@@ -21,7 +21,7 @@ from salt_lightning.checkpoint import how_to_go_on
 from salt_lightning.command.settings import seed_or_global
 from salt_lightning.data import SALTDataModule
 from salt_lightning.errors import ConfigError, NonFiniteLossError, refuse, wrong_kinds
-from salt_lightning.fit import alike, cadence, extension
+from salt_lightning.fit import alike, averaging, cadence, extension
 from salt_lightning.fit.meter import SUMS, Meter, loss_values, peak_memory
 from salt_lightning.fit.optim import OptimSpec, by_name
 from salt_lightning.fit.restart import go_on_from, require_same, say_other_share
@@ -137,6 +137,7 @@ class SALTModule(extension.Guarded):
             cadence.plan_validation(self.trainer)
             self.meter.forget()
             extension.count_again(self)
+        averaging.begin(self.trainer, stage == "fit")
         self.unchecked = extension.Unchecked(ours=self._data is not None)
 
     def check_token_ids(self) -> None:
@@ -412,6 +413,7 @@ class SALTModule(extension.Guarded):
     _loaded_step = 0  # optimizer steps that trained the weights which validate and test evaluate
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        averaging.put_into(checkpoint, self)
         if states := checkpoint.get("optimizer_states"):
             checkpoint["optimizer_states"] = [by_name(state) if state else state for state in states]
         checkpoint |= alike.about(self._data, self.trainer, self.optim_spec) | self.meter.state(self.global_step)

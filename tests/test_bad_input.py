@@ -466,7 +466,7 @@ ERRORS = {
     },
     "an average that begins after the end": (
         {"trainer.callbacks": [{"class_path": "EMAWeightAveraging", "init_args": {"update_starting_at_step": 12}}]},
-        r"EMAWeightAveraging is not supported: update_starting_at_step is not before --trainer.max_steps, so the",
+        r"EMAWeightAveraging is not supported: update_starting_at_step is not before --trainer.max_steps, so nothing",
     ),
     "several callbacks at once": (
         {

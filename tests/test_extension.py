@@ -228,7 +228,7 @@ def test_a_weight_without_its_teacher_is_refused(data, teacher, tmp_path):
 
 HOOKS = ["on_before_optimizer_step", "on_train_batch_start", "configure_gradient_clipping", "on_train_start", "setup",
          "training_step", "on_save_checkpoint", "on_load_checkpoint", "optimizer_step", "on_fit_start",
-         "on_validation_epoch_end", "on_validation_epoch_start", "on_fit_end"]  # fmt: skip
+         "on_validation_epoch_end", "on_train_epoch_end", "on_fit_end"]  # fmt: skip
 
 
 @pytest.mark.parametrize("hook", HOOKS)

@@ -598,35 +598,6 @@ def test_an_early_end_saves_what_was_trained_and_no_average(fit_with, tmp_path):
     assert not all(torch.equal(saved["state_dict"][name], end.trained[name]) for name in end.trained)
 
 
-@pytest.mark.filterwarnings("ignore:You.re using the WeightAveraging callback")
-@pytest.mark.parametrize("val_batches", [1.0, 0])
-def test_constants_are_not_averaged(fit_with, tmp_path, val_batches):
-    """0.9 a + 0.1 a is not always a: averaged rotary frequencies would move, unlike those of a resume or an export."""
-
-    class See(Callback):
-        def on_fit_start(self, trainer, pl_module):
-            self.first = {name: held.clone() for name, held in self.now(pl_module).items()}
-            self.seen = 0
-
-            self.module = pl_module
-
-        def on_validation_batch_end(self, *args):
-            assert all(torch.equal(held, self.first[name]) for name, held in self.now(self.module).items())
-            self.seen += 1
-
-        @staticmethod
-        def now(module):
-            saved = module.state_dict()
-            return {name: buffer for name, buffer in module.named_buffers() if name not in saved}
-
-    see, averages = See(), {"class_path": "EMAWeightAveraging", "init_args": {"decay": 0.9}}
-    changes = {"trainer.callbacks": [averages], "trainer.limit_val_batches": val_batches}
-    assert fit_with(tmp_path / "run", see, **changes) == 0
-    see.on_validation_batch_end()
-    assert see.first
-    assert see.seen > val_batches
-
-
 def test_another_student_is_refused_by_its_settings(fit, settings, tmp_path, capsys):
     assert fit(tmp_path / "run", stop_at=3) == 128 + signal.SIGTERM
     wider = {**settings["model.student.config"], "intermediate_size": 128}

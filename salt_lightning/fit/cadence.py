@@ -115,9 +115,7 @@ def _why_refused(callback: Callback, max_steps: int, one_epoch: bool) -> list[st
     if one_epoch and _counts_epochs(callback):
         why.append("it acts at the ends of epochs, and a run has only one; give it an interval in steps")
     if isinstance(callback, EMAWeightAveraging) and (callback.update_starting_at_step or 0) >= max_steps > 0:
-        why.append(
-            "update_starting_at_step is not before --trainer.max_steps, so the result would be the first weights"
-        )
+        why.append("update_starting_at_step is not before --trainer.max_steps, so nothing would be averaged")
     return why
 
 

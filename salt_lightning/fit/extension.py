@@ -25,6 +25,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import PreTrainedConfig
 
 from salt_lightning.errors import ConfigError, few, refuse
+from salt_lightning.fit import averaging
 from salt_lightning.hugging_face.experts import count_layers
 from salt_lightning.models import CausalLM
 from salt_lightning.parallel import SHARDS_MODELS, has_finite_weights, plain_name
@@ -204,12 +205,11 @@ def require_as_written(path: Any, setting: str) -> None:
 
 
 class Guarded(LightningModule):
-    """Logs a subclass's own terms; loads only whole checkpoints; remembers whether each part is in train or eval mode
-    while an evaluation sets all to eval: Lightning loses this if an error ends the evaluation; here the next start
-    restores it; and keeps WeightAveraging from averaging constants."""
+    """Logs a subclass's own terms; loads only whole checkpoints; and remembers whether each part is in train or eval
+    mode while an evaluation sets all to eval: Lightning loses this if an error ends the evaluation; here the next start
+    restores it."""
 
     _modes: Sequence[tuple[torch.nn.Module, bool]] = ()
-    _constants: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()  # buffers, and what they held
     _give_back_random: Callable[[], None]
     _rates: Sequence[float] = ()
     _terms: Mapping[str, torch.Tensor] = {}  # of the running step; replaced, never changed
@@ -250,7 +250,7 @@ class Guarded(LightningModule):
     def on_validation_model_eval(self) -> None:
         self.give_back_modes()
         self._modes = [(part, part.training) for part in self.modules()]
-        self.keep_constants()
+        averaging.complete(self)
         super().on_validation_model_eval()
 
     def on_validation_model_train(self) -> None:
@@ -258,28 +258,12 @@ class Guarded(LightningModule):
 
     on_test_model_eval, on_test_model_train = on_validation_model_eval, on_validation_model_train
 
-    def on_validation_epoch_start(self) -> None:
-        self.give_back_constants()
-
     def on_train_epoch_end(self) -> None:
-        self.keep_constants()
+        averaging.complete(self)
 
     def on_fit_end(self) -> None:
-        self.give_back_constants()
+        averaging.finish(self)
         self._give_back_random()
-
-    def keep_constants(self) -> None:
-        """Keeps the buffers that no checkpoint holds, such as rotary frequencies, until `give_back_constants`: between
-        the two, WeightAveraging puts averages in their place. Those of a constant differ from it by accumulated
-        rounding: with a decay of 0.9999, rotary angles are 0.5 rad off at position 8,192 after 20,000 steps."""
-        of_parts = ((part._buffers, name) for part in self.modules() for name in part._non_persistent_buffers_set)
-        held = [buffer for buffers, name in of_parts if (buffer := buffers[name]) is not None]
-        self._constants = [(buffer, buffer.clone()) for buffer in held]
-
-    def give_back_constants(self) -> None:
-        for buffer, held in self._constants:
-            buffer.copy_(held)
-        self._constants = ()
 
     def give_back_modes(self) -> None:
         for part, training in self._modes:

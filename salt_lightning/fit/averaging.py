@@ -1,0 +1,59 @@
+"""Averaged weights: what Lightning's WeightAveraging leaves out.
+
+With this, all that a run measures, saves or leaves in memory is the average that its checkpoints hold.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import WeightAveraging
+
+
+def begin(trainer: Trainer, fits: bool) -> None:
+    """Forgets what an earlier use left in the callbacks: which steps they have averaged, and, unless this start `fits`,
+    the average, which they would put into any module."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, WeightAveraging):
+            callback._latest_update_step, callback._latest_update_epoch = 0, -1
+            callback._average_model = callback._average_model if fits else None
+
+
+@torch.no_grad()
+def complete(module: Any) -> None:
+    """Copies what is constant from the student into its averages, before these are used.
+
+    These are frozen parameters, and buffers that no checkpoint holds, such as rotary frequencies. Averaged, they move
+    by accumulated rounding: with a decay of 0.9999, angles at position 8,192 by 0.5 rad in 20,000 steps. Before the
+    first average everything is copied, or the first weights would be measured and saved.
+    """
+    for callback in _averaging(module):
+        average = callback._average_model
+        started = bool(average.n_averaged)
+        for part, of_average in zip(module.student.modules(), average.module.student.modules(), strict=True):
+            for name, parameter in part._parameters.items():
+                if parameter is not None and not (started and parameter.requires_grad):
+                    of_average._parameters[name].copy_(parameter)
+            for name, buffer in part._buffers.items():
+                if buffer is not None and (not started or name in part._non_persistent_buffers_set):
+                    of_average._buffers[name].copy_(buffer)
+
+
+def put_into(checkpoint: dict[str, Any], module: Any) -> None:
+    """For `on_save_checkpoint`: puts the average into one of weights only, too, which callbacks are not shown."""
+    complete(module)
+    for callback in _averaging(module):
+        if "current_model_state" not in checkpoint:
+            checkpoint["state_dict"] = callback._average_model.module.state_dict()
+
+
+def finish(module: Any) -> None:
+    """For `on_fit_end`: leaves the average in a module that had no step to train, as Lightning does in others."""
+    for callback in _averaging(module):
+        callback._copy_average_to_current(module)
+
+
+def _averaging(module: Any) -> Iterator[Any]:
+    callbacks = module.trainer.callbacks
+    return (each for each in callbacks if isinstance(each, WeightAveraging) and each._average_model is not None)

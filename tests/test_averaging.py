@@ -1,0 +1,124 @@
+"""Averaged weights: a fit, its checkpoints and every later evaluation have the same ones."""
+
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from conftest import weights
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
+
+from salt_lightning import ModelSpec, OptimSpec, SALTDataModule, SALTModule
+from salt_lightning.checkpoint import RunCheckpoint
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:You.re using the WeightAveraging callback"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
+]
+
+
+@pytest.fixture
+def data(settings):
+    return SALTDataModule(**{key[5:]: value for key, value in settings.items() if key.startswith("data.")})
+
+
+def trainer(folder: Path, *callbacks: Callback, **changes) -> pl.Trainer:
+    given = {"max_steps": 8, "accelerator": "cpu", "logger": False, "enable_progress_bar": False, "devices": 1,
+             "enable_model_summary": False, "num_sanity_val_steps": 0, "val_check_interval": 4}  # fmt: skip
+    saves = RunCheckpoint(at_steps=[4], keep=None)
+    return pl.Trainer(**{**given, **changes}, default_root_dir=folder, callbacks=[*callbacks, saves])
+
+
+def student() -> SALTModule:
+    return SALTModule(ModelSpec(config=SIZES), optim=OptimSpec(lr=1e-2, warmup_steps=2), seed=0)
+
+
+def loss(run: pl.Trainer, module: SALTModule, data: SALTDataModule, **how) -> float:
+    return run.validate(module, data, verbose=False, **how)[0]["val/ce"]
+
+
+def saved(folder: Path, step: int) -> str:
+    return str(folder / f"checkpoints/step-{step:08d}.ckpt")
+
+
+def test_a_trainer_that_has_fitted_evaluates_what_it_is_given(data, tmp_path):
+    run, module = trainer(tmp_path, EMAWeightAveraging(decay=0.9)), student()
+    run.fit(module, data)
+    fitted = run.callback_metrics["val/ce"].item()
+    early, last = saved(tmp_path, 4), saved(tmp_path, 8)
+    assert loss(run, module, data) == fitted
+    assert loss(run, module, data, ckpt_path=last) == fitted
+    assert run.test(module, data, ckpt_path=last, verbose=False)[0]["test/ce"] == pytest.approx(fitted, rel=1e-6)
+    assert loss(run, module, data) == fitted  # what the checkpoint's loading left
+    other = loss(trainer(tmp_path), student(), data, ckpt_path=early)
+    assert other != fitted
+    assert loss(run, SALTModule.load_from_checkpoint(early), data) == other
+
+
+def test_a_callback_that_has_averaged_one_run_averages_the_next(data, tmp_path):
+    averages = EMAWeightAveraging(decay=0.9)
+    for run in ("first", "second"):
+        trainer(tmp_path / run, averages).fit(student(), data)
+    first, second = (weights(Path(saved(tmp_path / run, 8))) for run in ("first", "second"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_resume_that_has_nothing_to_do_leaves_the_average(data, tmp_path):
+    trainer(tmp_path, EMAWeightAveraging(decay=0.9)).fit(student(), data)
+    module, last = student(), saved(tmp_path, 8)
+    trainer(tmp_path, EMAWeightAveraging(decay=0.9)).fit(module, data, ckpt_path=last)
+    average = weights(Path(last))
+    assert all(torch.equal(held, average[name]) for name, held in module.state_dict().items())
+
+
+def test_a_file_of_weights_alone_holds_the_average(data, tmp_path):
+    best = ModelCheckpoint(tmp_path, "best", monitor="val/ce", save_weights_only=True)
+    run = trainer(tmp_path, EMAWeightAveraging(decay=0.9), best)
+    run.fit(student(), data)
+    assert best.best_model_score == run.callback_metrics["val/ce"]
+    average, alone = weights(Path(saved(tmp_path, 8))), weights(tmp_path / "best.ckpt")
+    assert all(torch.equal(held, average[name]) for name, held in alone.items())
+
+
+def test_before_the_first_average_the_weights_are_those_of_training(data, tmp_path):
+    plain, late = student(), student()
+    seen = trainer(tmp_path / "plain", max_steps=8)
+    seen.fit(plain, data)
+    trainer(tmp_path / "late", EMAWeightAveraging(decay=0.9, update_starting_at_step=6)).fit(late, data)
+    early, same = (weights(Path(saved(tmp_path / run, 4))) for run in ("plain", "late"))
+    assert all(torch.equal(held, same[name]) for name, held in early.items())
+    assert loss(trainer(tmp_path), student(), data, ckpt_path=saved(tmp_path / "late", 8)) != loss(seen, plain, data)
+
+
+@pytest.mark.parametrize("val_batches", [1.0, 0])
+def test_constants_are_not_averaged(data, tmp_path, val_batches):
+    """0.9 a + 0.1 a is not always a: averaged rotary frequencies would move, unlike those of a resume or an export."""
+
+    class Frozen(SALTModule):
+        def extend_student(self, lm):
+            lm.model.get_input_embeddings().requires_grad_(False)
+
+    class See(Callback):
+        seen = 0
+
+        def on_fit_start(self, trainer, pl_module):
+            self.module, self.first = pl_module, {name: held.clone() for name, held in constants(pl_module).items()}
+
+        def on_validation_batch_end(self, *args):
+            self.seen += 1
+            assert all(torch.equal(held, self.first[name]) for name, held in constants(self.module).items())
+
+    def constants(module: SALTModule) -> dict[str, torch.Tensor]:
+        there = module.state_dict()
+        frozen = {name: held for name, held in module.named_parameters() if not held.requires_grad}
+        return frozen | {name: held for name, held in module.named_buffers() if name not in there}
+
+    see = See()
+    run = trainer(tmp_path, EMAWeightAveraging(decay=0.9), see, limit_val_batches=val_batches)
+    run.fit(Frozen(ModelSpec(config=SIZES | {"tie_word_embeddings": False}), optim=OptimSpec(lr=1e-2)), data)
+    assert see.seen > val_batches or val_batches == 0
+    see.on_validation_batch_end()
+    average = weights(Path(saved(tmp_path, 8)))
+    assert sorted(map(str, {held.dim() for held in see.first.values()})) == ["1", "2"]
+    assert all(torch.equal(held, average[name]) for name, held in see.first.items() if name in average)
