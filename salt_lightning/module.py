@@ -135,7 +135,7 @@ class SALTModule(extension.Guarded):
             cadence.check_trainer(self.trainer, self._data is not None, self.eval_metrics.parts)
             models.check_path(self.student_spec, "student")
             cadence.plan_validation(self.trainer)
-            self.meter.forget()
+            self.meter.forget(self.global_step)
             extension.count_again(self)
         averaging.begin(self.trainer, stage == "fit")
         self.unchecked = extension.Unchecked(ours=self._data is not None)

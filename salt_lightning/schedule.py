@@ -211,7 +211,8 @@ class KDScheduleCallback(pl.Callback):
                 f"KDScheduleCallback needs a SALTModule, not a {type(pl_module).__name__}; train a SALTModule, or a "
                 "subclass of it"
             )
-        self.stop_step = None
+        if trainer.global_step == 0:  # else it goes on from an earlier fit
+            self.stop_step = None
         self._probe.forget()  # values from an earlier fit
         self.check(trainer, pl_module.has_teacher, trainer.datamodule)  # type: ignore[attr-defined]
 
@@ -250,7 +251,7 @@ class KDScheduleCallback(pl.Callback):
             raise ConfigError(
                 "--kd.probe_gradients true: not supported with FSDP1; use --config configs/fsdp.yaml, or ddp"
             )
-        if self.stop_margin is None:
+        if not self.looks_for_boundary:
             return
         name, last = f"--kd.stop_margin {self.stop_margin}", self.schedule.steps or trainer.max_steps
         if getattr(data, "selection", None):
@@ -401,8 +402,8 @@ class KDScheduleCallback(pl.Callback):
             for key in now | saved
             if now.get(key) != saved.get(key)
         )
+        self.stop_step = None if changed else checkpoint.get("kd_stop_step")
         if not changed:
-            self.stop_step = checkpoint.get("kd_stop_step")
             return
         if not self.allow_change:
             raise ConfigError(

@@ -1606,6 +1606,25 @@ def test_a_second_fit_of_one_trainer_is_told(data, tmp_path):
         run.fit(module, data)
 
 
+@pytest.mark.filterwarnings("ignore:this student was already trained")
+def test_a_second_fit_of_one_trainer_goes_on_with_its_totals_and_boundary(data, teacher, tmp_path):
+    """KD ends at the first validation here. The teacher, which then left, does not come back, and is charged once."""
+    kd = KDScheduleCallback(0.5, None, stop_margin=50.0, allow_untrained=True)
+    module, weights = SALTModule(ModelSpec(config=SIZES), teacher), Weights()
+    run = trainer(tmp_path, kd, weights, val_check_interval=2)
+    run.fit(module, data)
+    first, taken_s = module.meter.totals(6), module.meter.time_s
+    assert kd.stop_step == 2
+    run.fit_loop.epoch_loop.max_steps = 9
+    run.fit(module, data)
+    assert weights.seen[2 * 2 :: 2] == [(0.0, False)] * 7
+    last = module.meter.totals(9)
+    assert last.taught_steps == first.taught_steps == 2
+    assert last.teacher_flops == first.teacher_flops
+    assert last.tokens == 1.5 * first.tokens
+    assert module.meter.time_s > taken_s
+
+
 def test_a_second_fit_counts_the_flops_and_time_of_its_own_rows(data, settings, tmp_path):
     own = {key[5:]: value for key, value in settings.items() if key.startswith("data.")}
     longer = SALTDataModule(**{**own, "tokenizer": data.tokenizer_name, "block_size": 64})

@@ -69,8 +69,11 @@ class Meter:
         self._paused_s: float | None  # when it was paused; None: it runs
         self.start(0, wait_s=0.0)
 
-    def forget(self) -> None:
-        """Resets the totals for a new fit; a checkpoint may then load others."""
+    def forget(self, step: int = 0) -> None:
+        """Resets the totals for a new fit, or keeps those at `step` if its Trainer goes on.."""
+        if step > 0 and self.step_tokens:
+            self.before = self._counted = self.totals(step)
+            return
         self.time_s = 0.0  # of training, over all starts of this run
         self.teacher_time_s = 0.0  # of it, the teacher's forward, without its head, which is part of the loss
         self.before = Totals()  # counted under settings that have changed since
