@@ -18,7 +18,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
-from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -335,10 +334,7 @@ class RunCheckpoint(Checkpoint):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
         """Ends the processes that this one started: they would wait for it, some of them forever."""
-        launcher = trainer.strategy.launcher
-        if isinstance(exception, KeyboardInterrupt) and isinstance(launcher, _MultiProcessingLauncher):
-            endings.await_stop(launcher.procs)
-        endings.end_started(launcher)
+        endings.end_started(trainer.strategy.launcher)
         endings.abandon(trainer)
 
     def _path(self, trainer: pl.Trainer) -> Path:
@@ -410,8 +406,6 @@ def savers(trainer: pl.Trainer) -> list[RunCheckpoint]:
 def done(trainer: pl.Trainer, folder: Path) -> str | None:
     """The last line of a finished run with checkpoints in `folder`; None: it has not finished."""
     step = trainer.global_step
-    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):  # others have trained; here it is still 0
-        step = max((step for step, _ in saved(folder)), default=0)
     if step < trainer.max_steps:
         return None
     loss, at = (trainer.callback_metrics.get(f"val/{name}") for name in ("ce", "step"))

@@ -369,7 +369,7 @@ def _main(args: list[str], in_python: bool) -> int:
     try:
         if first and first[0] in VERBS:
             return VERBS[first[0]][0](args[1:])
-        with one_at_a_time(), _HELD, endings.raised_here(*first):
+        with one_at_a_time(), _HELD:
             cli = _start(SALTCLI, args)
     except Stopped as stopped:
         print(f"\n{stopped}")

@@ -162,8 +162,6 @@ def of_machine(error: BaseException, verb: str | None = None) -> str | None:
         )
     if "can't start new thread" in str(error):
         return f"the limit of threads is reached (ulimit -u, or the pids limit of a container); raise it and {again}"
-    if "unable to allocate shared memory" in str(error):
-        return f"/dev/shm is too small ({why}); make it larger, or use ddp in place of ddp_spawn, and {again}"
     if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")) and "No space left" in str(error):
         return (
             "torch.compile has no room for the code that it writes; make room in the temporary folder (TMPDIR, or set "
@@ -216,23 +214,6 @@ class MachineError(ConfigError):
 
 class NonFiniteLossError(RuntimeError):
     """The training loss became NaN or infinite; the last checkpoint is still good."""
-
-
-def of_process(traceback: str) -> Exception | None:
-    """An error with a remedy that ended another process, made again from its traceback; None: another error."""
-    kinds: tuple[type[Exception], ...] = (ConfigError, *ConfigError.__subclasses__(), NonFiniteLossError)
-    known = {f"{kind.__module__}.{kind.__name__}": kind for kind in kinds} | {"OSError": OSError}
-    names = r"MemoryError|RuntimeError|torch\.OutOfMemoryError|torch\.AcceleratorError|torch\.distributed\.Dist\w*Error"
-    last = traceback.rpartition("Traceback (most recent call last):")[2]  # the ones before led to it
-    if not (begin := re.search(rf"(?m)^({'|'.join(map(re.escape, known))}|{names})(?:: |$)", last)):
-        return None
-    name, message = begin[1], last[begin.end() :].strip()
-    if name.startswith("torch.distributed."):
-        from torch.distributed import DistError  # compare imports no torch
-
-        return DistError(message)
-    found = known.get(name, MemoryError if name == "MemoryError" else RuntimeError)(message)
-    return found if name in known or of_machine(found) or is_loss_of_others(found) else None
 
 
 def is_loss_of_others(error: BaseException) -> bool:

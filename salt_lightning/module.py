@@ -419,10 +419,6 @@ class SALTModule(extension.Guarded):
         checkpoint |= alike.about(self._data, self.trainer, self.optim_spec) | self.meter.state(self.global_step)
         checkpoint |= plain(checkpoint)
 
-    def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
-        extension.say_lost(self, state_dict)
-        return super().load_state_dict(state_dict, *args, **kwargs)
-
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self._trainer is not None:  # Lightning tells the path no earlier
             extension.require_loadable(self.trainer)

@@ -359,10 +359,7 @@ def plain_name(name: str) -> str:
 
 # ---------------------------------------------------------------------- checks
 
-_USE = (
-    "is not supported; use auto, ddp (also ddp_spawn, ddp_fork), fsdp2, fsdp (FSDP1), or the class path of a subclass "
-    "of these"
-)
+_USE = "is not supported; use auto, ddp, fsdp2, fsdp (FSDP1), or the class path of a subclass of these"
 
 
 def _is_supported(kind: type) -> bool:

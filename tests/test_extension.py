@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import pickle
 import re
+import socket
 import statistics
 import sys
 from contextlib import nullcontext
@@ -16,7 +17,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Generic, TypeVar
-from unittest.mock import patch
 
 import forked
 import lightning.pytorch as pl
@@ -306,19 +306,37 @@ def logged(run: pl.Trainer, name: str) -> dict[int, float]:
 FORKED = "ignore:.*multi-threaded, use of fork.*:DeprecationWarning"
 
 
+def in_two_ranks(work) -> None:
+    """Calls `work` in two processes, as if a launcher had started them."""
+    fork = multiprocessing.get_context("fork")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+
+    def begin(rank: int) -> None:
+        os.environ.update(place, LOCAL_RANK=str(rank))
+        work()
+
+    ranks = [fork.Process(target=begin, args=(rank,)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(120)
+    assert [rank.exitcode for rank in ranks] == [0, 0]
+
+
 @pytest.mark.filterwarnings(FORKED)
 def test_a_term_is_logged_whole_however_its_step_is_cut(data, teacher, tmp_path):
     """By accumulation or, in a mean, by processes."""
     own, found = block("Another loss beside it", sizes=SIZES)["HiddenStates"], []
-    for rows, more in ((8, {}), (2, {}), (2, {"strategy": "ddp_fork_find_unused_parameters_true", "devices": 2})):
+    for rows, more in ((8, {}), (2, {}), (2, {"strategy": "ddp_find_unused_parameters_true", "devices": 2})):
         data.micro_batch_size = rows
         module = own(ModelSpec(config=SIZES), teacher, optim=OptimSpec(lr=1e-2), seed=0)
         folder, kd = tmp_path / f"{rows}{len(more)}", KDScheduleCallback(0.5, 4, allow_untrained=True)
-        other = pytest.warns(UserWarning, match="this module has no student") if more else nullcontext()
-        with patch.dict(os.environ), other:
-            run = trainer(folder, kd, logger=CSVLogger(folder), log_every_n_steps=1, **more)
-            run.fit(module, data)
-        found.append((logged(run, "train/hidden"), logged(run, "train/loss")))
+        made = partial(trainer, folder, kd, logger=CSVLogger(folder), log_every_n_steps=1, **more)
+        fit = partial(lambda made, module: made().fit(module, data), made, module)
+        in_two_ranks(fit) if more else fit()
+        found.append((logged(made(), "train/hidden"), logged(made(), "train/loss")))
     (whole, loss), *cut = found
     assert list(whole) == [1, 2, 3, 4]  # only while there is a teacher
     for hidden, other_loss in cut:
@@ -348,9 +366,9 @@ class Uneven(SALTModule):
 
 @pytest.mark.filterwarnings(FORKED)
 def test_ranks_may_log_other_terms_in_another_order(data, tmp_path):
-    run = trainer(tmp_path, logger=CSVLogger(tmp_path), log_every_n_steps=1, strategy="ddp_fork", devices=2)
-    with patch.dict(os.environ), pytest.warns(UserWarning, match="this module has no student"):
-        run.fit(Uneven(ModelSpec(config=SIZES)), data)
+    log = {"logger": CSVLogger(tmp_path), "log_every_n_steps": 1}
+    in_two_ranks(lambda: trainer(tmp_path, strategy="ddp", devices=2, **log).fit(Uneven(ModelSpec(config=SIZES)), data))
+    run = trainer(tmp_path, **log)
     means = {"one": 1.0, "hundred": 100.0, "rare": 4.0}  # of the ranks
     for name, mean in means.items():
         assert logged(run, f"train/{name}") == dict.fromkeys(range(1, 7), mean)
@@ -1698,15 +1716,9 @@ def test_ruined_weights_are_refused_before_the_first_step(data, tmp_path):
         trainer(tmp_path).fit(module, data)
 
 
-def test_weights_that_come_to_a_module_without_a_student_are_told():
-    module = SALTModule(ModelSpec(config=SIZES))
-    with pytest.warns(UserWarning, match="this module has no student, so it cannot take weights"):
-        module.load_state_dict({"student.x": torch.zeros(1)}, strict=False)
-
-
 @pytest.mark.parametrize("verb", ["fit", "validate"])
 def test_data_that_was_used_can_be_pickled(settings, tmp_path, verb):
-    """ddp_spawn does."""
+    """Loading workers that are spawned need that."""
     own = {key[5:]: value for key, value in settings.items() if key.startswith("data.")}
     module, used = SALTModule(ModelSpec(config=SIZES)), SALTDataModule(**own)
     getattr(trainer(tmp_path, SAVE), verb)(module, used)

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import ranks
 import torch
-from conftest import alive, arguments, built, scalars
+from conftest import arguments, built, scalars
 from lightning.fabric.plugins.environments import KubeflowEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
@@ -31,7 +31,7 @@ from salt_lightning.checkpoint import newest
 from salt_lightning.errors import ConfigError
 from salt_lightning.hugging_face.folders import sample_hash
 from salt_lightning.models import CausalLM, read_checkpoint
-from salt_lightning.run import peers, run_lock
+from salt_lightning.run import peers
 from salt_lightning.storage import damage, shards
 
 ROOT = Path(__file__).parents[1]
@@ -516,148 +516,6 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(settings, tmp_path):
     assert cli.main(["fit", *arguments(settings, {"kd.weight": 0.0}, more)]) == 0  # on one device
 
 
-@pytest.mark.parametrize(
-    ("number", "to_all"),
-    [(signal.SIGINT, True), (signal.SIGTERM, True), (signal.SIGHUP, True), (signal.SIGTERM, False)],
-)
-def test_forked_processes_save_after_a_signal_to_all_or_to_the_one_that_waits(settings, tmp_path, number, to_all):
-    """As with ddp_notebook, which is the same strategy: a notebook's kernel and its processes are interrupted together,
-    and the kernel, which waits for them, then ends them."""
-    saves = {"checkpoint.every_n_steps": None, "checkpoint.at_steps": [1]}
-    own = {**ENDLESS, **saves, "trainer.strategy": "ddp_fork", "run": str(tmp_path / "run")}
-    process = start(settings, own)
-    child = child_of(process, tmp_path / "run")
-    (os.killpg if to_all else os.kill)(process.pid, number)
-    code = process.wait(60)
-    assert not alive(child)
-    output = end(process)[1]
-    assert code == 128 + number, output
-    assert "saving after the next logged step" in output
-    step = int(newest(tmp_path / "run/checkpoints").stem.removeprefix("step-"))
-    assert step > 1, output
-    assert step % 3 == 0  # where the ranks agree
-    assert "Traceback" not in output
-
-
-def ranks_of(process: subprocess.Popen) -> list[int]:
-    """The processes that `process` has forked, without multiprocessing's own."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return [int(child) for child in children if b"resource_tracker" not in Path(f"/proc/{child}/cmdline").read_bytes()]
-
-
-def test_forked_processes_save_when_the_one_that_waits_is_killed_and_hold_their_folder_until_then(settings, tmp_path):
-    saves = {"checkpoint.every_n_steps": None, "checkpoint.at_steps": [1]}
-    run = tmp_path / "run"
-    process = start(settings, {**ENDLESS, **saves, "trainer.strategy": "ddp_fork", "run": str(run)})
-    child_of(process, run)
-    ranks = ranks_of(process)
-    assert len(ranks) == 2
-    for rank in ranks:
-        os.kill(rank, signal.SIGSTOP)
-    process.kill()
-    process.wait()
-    said = f": a rank of process {process.pid} on .*, which is gone, is using it"
-    with pytest.raises(ConfigError, match=said), run_lock.held(run):
-        pass
-    for rank in ranks:
-        os.kill(rank, signal.SIGCONT)
-    output = end(process)[1]
-    assert re.search("SIG(INT|TERM): saving after the next logged step", output)
-    step = int(newest(run / "checkpoints").stem.removeprefix("step-"))
-    assert step > 1, output
-    assert step % 3 == 0
-    with run_lock.held(run):
-        pass
-
-
-_IN_THE_BACKGROUND = """
-import signal, sys, time
-signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a script's `command &` has it
-from lightning.pytorch.strategies import DDPStrategy
-connect = DDPStrategy.setup_environment
-DDPStrategy.setup_environment = lambda strategy: (time.sleep(LATE_S * strategy.local_rank), connect(strategy))
-from salt_lightning.cli import main
-sys.exit(main())
-"""
-
-
-@pytest.mark.parametrize("late_s", [0, 600])
-def test_forked_processes_end_if_the_one_that_waits_is_killed_before_they_train(settings, tmp_path, late_s):
-    """Also the first, which connects to one that does not come, and holds the folder meanwhile."""
-    (tmp_path / "cli.py").write_text(_IN_THE_BACKGROUND.replace("LATE_S", str(late_s)))
-    own = {**ENDLESS, "trainer.strategy": "ddp_fork", "run": str(tmp_path / "run")}
-    process = start(settings, own, tmp_path / "cli.py", PYTHONPATH=str(ROOT))
-    for line in process.stdout:
-        if line.startswith("Initializing distributed"):
-            break
-    ranks = ranks_of(process)
-    for rank in ranks:
-        os.kill(rank, signal.SIGSTOP)
-    process.kill()
-    process.wait()
-    with pytest.raises(ConfigError, match=f"a rank of process {process.pid} "), run_lock.held(tmp_path / "run"):
-        pass
-    for rank in ranks:
-        os.kill(rank, signal.SIGCONT)
-    end(process)  # within a minute, and of 100,000 steps
-
-
-def test_ranks_of_a_server_train_on(settings, tmp_path):
-    """The process that waits for them is not their parent."""
-    strategy = {"class_path": "DDPStrategy", "init_args": {"start_method": "forkserver"}}
-    own = {"trainer.strategy": strategy, "trainer.devices": 2, "data.micro_batch_size": 4, "kd.weight": 0.0}
-    steps = {"trainer.max_steps": 300, "trainer.val_check_interval": 300}  # longer than a look at who is there
-    code, output = end(start(settings, {**own, **steps, "run": str(tmp_path / "run")}), 200)  # they import all anew
-    assert code == 0, output
-    assert "done: step 300" in output
-
-
-SLOW_EXCEPTION = """
-import sys, time
-from lightning.pytorch.callbacks import Callback
-
-class Slow(Callback):
-    def on_exception(self, *_):
-        time.sleep(SLOW_S)
-
-from salt_lightning.cli import main
-sys.exit(main())
-"""
-
-
-@pytest.mark.parametrize("slow_s", [0, 1])
-def test_a_sigterm_after_ctrl_c_is_the_same_request(settings, tmp_path, slow_s):
-    (tmp_path / "cli.py").write_text(SLOW_EXCEPTION.replace("SLOW_S", str(slow_s)))
-    own = {**ENDLESS, "trainer.log_every_n_steps": 100, "trainer.strategy": "ddp_fork", "run": str(tmp_path / "run"),
-           "trainer.callbacks": [{"class_path": "__main__.Slow"}]}  # fmt: skip
-    process = start(settings, own, tmp_path / "cli.py", PYTHONPATH=str(ROOT))
-    child = child_of(process, tmp_path / "run")
-    for number in (signal.SIGINT, signal.SIGTERM):
-        os.kill(process.pid, number)
-        time.sleep(0.3)
-    code = process.wait(100)
-    assert not alive(child)
-    output = end(process)[1]
-    assert code == 128 + signal.SIGINT, output
-    step = int(newest(tmp_path / "run/checkpoints").stem.removeprefix("step-"))
-    assert step % 100 == 0, output
-
-
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_forked_process_that_is_killed_is_one_line(settings, tmp_path, victim):
-    process = start(settings, {**ENDLESS, "trainer.strategy": "ddp_fork", "run": str(tmp_path / "run")})
-    child_of(process, tmp_path / "run")
-    os.kill(ranks_of(process)[victim], signal.SIGKILL)
-    code, output = end(process)
-    assert code == 1
-    assert output.count("error: ") == 1
-    lost = (
-        rf"process {victim} was ended by SIGKILL, perhaps for lack of memory|process {1 - victim} has lost the others"
-    )
-    assert re.search(rf"error: ({lost}).*continue with --ckpt_path last", output)
-    assert "Traceback" not in output
-
-
 def test_each_node_of_a_stopped_run_says_so_by_its_exit_code(settings, tmp_path):
     """With 0, Kubernetes takes a pod's work for done, and does not start it again beside the first one."""
     own = {**ENDLESS, **DDP, "run": str(tmp_path / "run"), "trainer.devices": 1, "trainer.num_nodes": 2}
@@ -673,49 +531,6 @@ def test_each_node_of_a_stopped_run_says_so_by_its_exit_code(settings, tmp_path)
     assert (code, other) == (143, 143), first + second
     assert "stopped by SIGTERM at step" in first
     assert "stopped by" not in second
-
-
-def test_forked_processes_that_fail_to_save_after_the_ctrl_c_of_the_one_that_waits_for_them(settings, tmp_path):
-    own = {**ENDLESS, "checkpoint.every_n_steps": None, "checkpoint.at_steps": [1], "trainer.strategy": "ddp_fork"}
-    process = start(settings, {**own, "run": str(tmp_path / "run")})
-    child_of(process, tmp_path / "run")
-    (tmp_path / "run/checkpoints").rename(tmp_path / "elsewhere")
-    (tmp_path / "run/checkpoints").write_text("no folder")
-    os.kill(process.pid, signal.SIGINT)
-    code, output = end(process)
-    assert code == 128 + signal.SIGINT, output
-    assert "SIGTERM: saving after the next logged step" in output
-    assert re.search(r"error: process (0|1|0 and 1) failed while it stopped; the last step may not be saved", output)
-
-
-def test_processes_that_the_command_forks_end_with_the_usual_line(settings, tmp_path):
-    own = {"trainer.strategy": "ddp_fork", "trainer.devices": 2, "data.micro_batch_size": 4, "kd.weight": 0.0}
-    code, output = end(start(settings, {**own, "run": str(tmp_path / "run")}))
-    assert code == 0, output
-    steps = settings["trainer.max_steps"]
-    last = tmp_path / f"run/checkpoints/step-{steps:08d}.ckpt"
-    assert last.exists()
-    assert re.fullmatch(rf"done: step {steps}, val/ce \d\.\d{{4}}, {last}", output.splitlines()[-1])
-    assert "this module has no student" not in output
-
-
-def test_a_ctrl_c_while_processes_are_being_started_ends_at_once(settings, tmp_path):
-    """Of those that were started none is known yet. Afterwards Ctrl-C does what it did before."""
-    own = {"trainer.strategy": "ddp_fork", "trainer.devices": 2, "data.micro_batch_size": 4, "kd.weight": 0.0}
-    program = f"""if True:
-        import signal, torch
-        def interrupted(*args, **kwargs):
-            raise KeyboardInterrupt
-        torch.multiprocessing.start_processes = interrupted
-        from salt_lightning.cli import main
-        before = signal.getsignal(signal.SIGINT)
-        code = main({["fit", *arguments(settings, own, {"run": str(tmp_path / "run")})]!r})
-        assert signal.getsignal(signal.SIGINT) is before, signal.getsignal(signal.SIGINT)
-        raise SystemExit(code)
-    """
-    done = forked.run([sys.executable, "-c", program], timeout=60)
-    assert done.returncode == 128 + signal.SIGINT, done.stderr
-    assert "stopped by SIGINT" in done.stderr
 
 
 def test_a_dead_rank_ends_the_others(settings, tmp_path):
@@ -929,11 +744,10 @@ sys.exit(main())
 """
 
 
-@pytest.mark.parametrize("strategy", [{}, {"trainer.strategy": "ddp_fork"}])
-def test_an_error_of_all_ranks_is_one_line(strategy, settings, tmp_path):
+def test_an_error_of_all_ranks_is_one_line(settings, tmp_path):
     """Though the first kills the second, and Lightning then kills the first if it sees that before the end."""
     (tmp_path / "cli.py").write_text(_WATCHED)
-    own = {"run": str(tmp_path / "run"), "data.block_size": 10**6, "data.micro_batch_size": 2, **strategy}
+    own = {"run": str(tmp_path / "run"), "data.block_size": 10**6, "data.micro_batch_size": 2}
     process = start(settings, own, tmp_path / "cli.py", PYTHONPATH=str(ROOT))
     code, output = end(process)
     assert code == 2
@@ -946,6 +760,16 @@ def test_an_error_of_all_ranks_is_one_line(strategy, settings, tmp_path):
 
 PRECISIONS = "--trainer.precision {} must be 32 or 32-true or bf16 or bf16-mixed or bf16-true"
 REFUSED = {
+    "ranks that are forked": (
+        {"trainer.strategy": "ddp_notebook"},
+        "--trainer.strategy DDPStrategy that starts ranks by fork is not supported; use ddp, in a notebook with "
+        "!python cli.py fit",
+    ),
+    "ranks that are spawned": (
+        {"trainer.strategy": {"class_path": "DDPStrategy", "init_args": {"start_method": "spawn"}}},
+        "--trainer.strategy DDPStrategy that starts ranks by spawn is not supported; use ddp, in a notebook with "
+        "!python cli.py fit",
+    ),
     "fsdp on a cpu": (
         {"trainer.strategy": "fsdp"},
         "--trainer.strategy fsdp (FSDP1) needs GPUs; use --config configs/fsdp.yaml (FSDP2), which also runs on CPUs",
@@ -1174,7 +998,6 @@ def test_a_local_rank_left_over_in_the_environment_is_refused(monkeypatch):
         parallel.check(Trainer(devices=1, strategy="ddp", **told))
     with pytest.raises(ConfigError, match=r"^LOCAL_RANK 1 is set, so .* MASTER_PORT, which is not set; unset LOCAL_R"):
         parallel.check(Trainer(devices=2, strategy="ddp", **told))
-    parallel.check(Trainer(devices=2, strategy="ddp_spawn", **told))  # starts all, whatever is set
     parallel.check(Trainer(devices=1, **told))
     monkeypatch.setenv("LOCAL_RANK", "0")
     parallel.check(Trainer(devices=1, strategy="ddp", **told))  # a group of one waits for nobody
@@ -1193,7 +1016,7 @@ def test_other_strategies_are_refused_by_name(monkeypatch):
     class OnCPU(FSDPStrategy):
         """Lightning refuses its own on a CPU."""
 
-    with pytest.raises(ConfigError, match="ModelParallelStrategy is not supported; use auto, ddp "):
+    with pytest.raises(ConfigError, match="ModelParallelStrategy is not supported; use auto, ddp, "):
         parallel.check(pl.Trainer(strategy=ModelParallelStrategy(), accelerator="cpu", devices=2, logger=False))
     trainer = pl.Trainer(strategy=OnCPU(state_dict_type="sharded"), accelerator="cpu", devices=2, logger=False)
     averaging = [pl.callbacks.EMAWeightAveraging()]

@@ -34,7 +34,7 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 
 from salt_lightning import KDScheduleCallback, OptimSpec, SALTDataModule, SALTModule, cli
 from salt_lightning.comparison import lineage
-from salt_lightning.errors import ConfigError, of_machine, of_process
+from salt_lightning.errors import ConfigError, of_machine
 from salt_lightning.fit import alike
 from salt_lightning.hugging_face.folders import sample_hash
 from salt_lightning.models import read_checkpoint
@@ -474,40 +474,6 @@ def test_what_a_loader_worker_raises_is_shown_and_ends_the_process(tmp_path):
 def test_what_to_do_without_memory_depends_on_the_command(verb, said):
     assert re.search(said, of_machine(MemoryError("no memory"), verb))
     assert of_machine(MemoryError(), verb).startswith(("out of memory; halve", "out of memory; free"))
-
-
-@pytest.mark.parametrize(
-    ("line", "kind"),
-    [
-        ("salt_lightning.errors.ConfigError: all wrong", ConfigError),
-        ("salt_lightning.text.parse.BadLine: all wrong", ConfigError),
-        ("OSError: all wrong", OSError),
-        ("MemoryError: all wrong", MemoryError),
-        ("ValueError: all wrong", type(None)),
-        ("RuntimeError: all wrong", type(None)),
-        ("AssertionError: no kernel image", type(None)),  # not the machine's
-        ("OSError: told\nDuring handling:\nTraceback (most recent call last):\na.Timeout: all wrong", type(None)),
-        ("torch.distributed.DistError: all wrong", torch.distributed.DistError),
-    ],
-)
-def test_an_error_of_a_process_that_lightning_started(line, kind):
-    found = of_process(f"-- Process 0 terminated with the following error:\nTraceback:\n  file\n{line}\n")
-    assert isinstance(found, kind)
-    assert found is None or str(found) == "all wrong"
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB",
-        "RuntimeError: DataLoader worker (pid 7) is killed by signal: Killed. ",
-        "RuntimeError: [/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1",
-        "torch.AcceleratorError: CUDA error: out of memory\nCUDA kernel errors might be reported later.",
-        "MemoryError",
-    ],
-)
-def test_an_error_of_the_machine_in_another_process(line):
-    assert str(of_process(f"Traceback:\n  file\n{line}\n")) == line.rstrip().partition(": ")[2]
 
 
 class KillWorker(Callback):

@@ -45,7 +45,6 @@ def silence_libraries() -> None:
     warnings.filterwarnings("ignore", ".*is smaller than the logging interval.*")
     # max_time's; it is a limit of one start
     warnings.filterwarnings("ignore", r".*Please add the following callbacks: \['Timer'\]")
-    warnings.filterwarnings("ignore", "this module has no student")  # after ddp_spawn; the last line names its file
     logging.getLogger(_HUB).setLevel(logging.ERROR)  # a line for each retry without a network
     # a table of all weights that a model folder lacks or has too many: models.py says it in a line
     logging.getLogger(_LOADING).addFilter(_is_about_this)

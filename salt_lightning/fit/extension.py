@@ -318,15 +318,6 @@ def check_weights(module: Any, trained_steps: int) -> None:
         )
 
 
-def say_lost(module: LightningModule, weights: Mapping[str, Any]) -> None:
-    """Warns if weights come to a module without a student: ddp_notebook and ddp_spawn train in other processes."""
-    if not hasattr(module, "student") and any(name.startswith("student.") for name in weights):
-        rank_zero_warn(
-            "this module has no student, so it cannot take weights: what other processes trained is in the run's "
-            "checkpoints; load it with SALTModule.load_from_checkpoint(PATH)"
-        )
-
-
 def require_schedule(module: Any) -> None:
     """Raises ConfigError if there is a teacher but no callback to set the KD weight."""
     if module.has_teacher and not kd_callbacks(module.trainer):

@@ -70,7 +70,7 @@ class Meter:
         self.start(0, wait_s=0.0)
 
     def forget(self, step: int = 0) -> None:
-        """Resets the totals for a new fit, or keeps those at `step` if its Trainer goes on.."""
+        """Resets the totals for a new fit, or keeps those at `step` if its Trainer goes on."""
         if step > 0 and self.step_tokens:
             self.before = self._counted = self.totals(step)
             return

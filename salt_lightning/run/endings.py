@@ -6,11 +6,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
-from multiprocessing import connection, parent_process
-from multiprocessing.process import BaseProcess
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,9 +16,6 @@ import torch.distributed as dist
 from lightning.fabric.utilities.distributed import _destroy_dist_connection
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_info
-from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
-
-from salt_lightning import errors
 
 _GRACE_S = 30.0  # after success, the first process may end a little before the others; after an error, in all
 
@@ -43,16 +38,6 @@ def stop_with_agent() -> None:
     _after(lambda: os.getppid() == agent, _stop)
 
 
-def stop_with_launcher() -> None:
-    """Stops this rank, which Lightning forked or spawned, when the process that waits for it is gone: torch's own tie
-    is a SIGINT, which jobs in the background ignore."""
-    _handle(signal.SIG_DFL, signal.SIGTERM, signal.SIGHUP)  # a handler in Python could not run while torch connects
-    launcher, parent = parent_process(), os.getppid()
-    assert launcher is not None
-    # If it was forked, later ranks hold the other end of what is_alive looks at. Otherwise the parent may be a server.
-    _after(lambda: os.getppid() == parent and launcher.is_alive(), _stop)
-
-
 def _after(is_there: Callable[[], bool], end: Callable[[], object]) -> None:
     def watch() -> None:
         while is_there():
@@ -68,52 +53,6 @@ def _stop() -> None:
         rank_zero_info("the process that started this one is gone")
 
 
-_ASKED_S: list[float] = []  # when this process, which waits for its ranks, was asked to stop
-
-
-def stop_as_by_ctrl_c() -> None:
-    """Makes SIGTERM and SIGHUP in a process that waits for its ranks do what Ctrl-C does: they save first. Those that
-    follow within 10 s are part of the same request, also while the callbacks' on_exception runs."""
-    own = os.getpid()
-    _ASKED_S.clear()
-
-    def interrupt(number: int, frame: Any) -> None:
-        if os.getpid() != own:  # a rank that was just forked
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-            return
-        _ASKED_S.append(time.monotonic())
-        if len(_ASKED_S) == 1 or _ASKED_S[-1] > _ASKED_S[0] + 10.0:
-            raise KeyboardInterrupt(number)
-
-    _handle(interrupt, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-def _handle(handler: Any, *numbers: int) -> None:
-    """Sets the handler of each signal that is not ignored: nohup ignores SIGHUP, a job in the background SIGINT."""
-    for number in numbers if threading.current_thread() is threading.main_thread() else ():
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, handler)
-
-
-@contextmanager
-def raised_here(verb: str | None = None) -> Iterator[None]:
-    """Raises an error of a rank that Lightning forked or spawned, which comes as a traceback's text, as if it had been
-    raised by the block. Others than those with a remedy stay as they are. `verb` None is fit."""
-    try:
-        yield
-        return
-    except ProcessExitedException as error:
-        why = "perhaps for lack of memory" if error.signal_name == "SIGKILL" else "its output may say why"
-        how = f"was ended by {error.signal_name}" if error.signal_name else f"ended with exit code {error.exit_code}"
-        cause: Exception = OSError(f"process {error.error_index} {how}, {why}; {errors.going_on(verb)}")
-    except ProcessRaisedException as error:
-        if not (found := errors.of_process(str(error))):
-            raise
-        cause = found
-    raise cause  # outside: the traceback would become its context
-
-
 def leave_at_exit() -> None:
     """Destroys gloo's process group at exit after success: its threads would sometimes abort the process."""
     atexit.register(_leave)  # Lightning does it for NCCL
@@ -126,29 +65,6 @@ def _leave() -> None:
 
 def _backend() -> str | None:
     return dist.get_backend() if dist.is_available() and dist.is_initialized() else None
-
-
-def await_stop(processes: Sequence[BaseProcess]) -> None:
-    """After Ctrl-C, lets the processes that this one started, and that train instead of it, save and end.
-
-    They may have received it too, as all processes of a terminal or a notebook's kernel do: another SIGTERM does no
-    harm. While they are being started none are known; those end with this process.
-    """
-    if not processes:  # waiting for an empty list would never end
-        return
-    for process in processes:
-        process.terminate()
-    connection.wait([process.sentinel for process in processes])
-    for process in processes:  # if only some end, the others wait for them
-        process.join(_GRACE_S)
-    # a process that ends before it resets its handlers dies of the SIGTERM, after its save
-    failed = [str(i) for i, each in enumerate(processes) if each.exitcode not in (0, -signal.SIGTERM)]
-    if failed:  # Lightning, which would pass on their errors, no longer listens
-        print(
-            f"\nerror: process {' and '.join(failed)} failed while it stopped; the last step may not be saved: see the "
-            "newest checkpoint",
-            file=sys.stderr,
-        )
 
 
 def end_started(launcher: Any) -> None:

@@ -33,9 +33,8 @@ def tell(trainer: Any) -> None:
     named = [
         str(plugin.get("class_path")) for plugin in (plugins if isinstance(plugins, list) else [plugins]) if plugin
     ]
-    spawned = "spawn" in str(trainer.get("strategy"))  # then another process listens at the port
     launched = "LOCAL_RANK" in os.environ or slurm.tasks() > 1
-    if spawned or launched or not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+    if launched or not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         return
     if any(name.endswith("KubeflowEnvironment") for name in named):
         _TOLD = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")

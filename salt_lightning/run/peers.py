@@ -1,6 +1,5 @@
 """The processes of a run: which one this is, how they connect, and what to report when one is lost."""
 
-import multiprocessing
 import os
 import socket
 import sys
@@ -19,11 +18,11 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments import KubeflowEnvironment, LightningEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_only
 
 from salt_lightning.errors import ConfigError, few, going_on, is_loss_of_others, printable_lines, writing
-from salt_lightning.run import endings, run_lock, slurm
+from salt_lightning.run import endings, slurm
 from salt_lightning.text.processes import num_cores
 
 _SLACK_S = 2.0  # lets torch end the wait first, with a better message
@@ -62,7 +61,13 @@ def limit_threads(started: int = 1) -> None:
 
 
 def require_place(trainer: pl.Trainer) -> None:
-    """Raises ConfigError if the launcher and the trainer disagree about the processes."""
+    """Raises ConfigError if the launcher and the trainer disagree about the processes, or Lightning would fork or spawn
+    them: those end, log and hold their run in other ways. In a notebook, auto forks on several GPUs."""
+    if (how := getattr(trainer.strategy, "_start_method", "popen")) != "popen":
+        raise ConfigError(
+            f"--trainer.strategy {type(trainer.strategy).__name__} that starts ranks by {how} is not supported; use "
+            "ddp, in a notebook with !python cli.py fit"
+        )
     # With one device, Lightning does not notice that torchrun started several processes: each would train alone.
     started = TorchElasticEnvironment().world_size() if TorchElasticEnvironment.detect() else None
     if started is None:
@@ -100,8 +105,7 @@ def _require_local_rank(trainer: pl.Trainer, environment: Any) -> None:
         raise ConfigError(
             f"LOCAL_RANK {local_rank} is set, but must be 0 or more and below --trainer.devices {devices}; {remedy}"
         )
-    waits = trainer.world_size > 1 and getattr(trainer.strategy, "_start_method", "popen") == "popen"
-    if waits and "MASTER_PORT" not in os.environ:
+    if trainer.world_size > 1 and "MASTER_PORT" not in os.environ:
         raise ConfigError(
             f"LOCAL_RANK {local_rank} is set, so the other processes are to be started by somebody else, but they meet "
             f"at MASTER_PORT, which is not set; {remedy}"
@@ -185,22 +189,9 @@ def expect_others(trainer: pl.Trainer, verb: str | None) -> None:
     if (limit := getattr(strategy, "_timeout", None)) is not None:
         strategy.setup_environment = partial(_connect, trainer, limit.total_seconds(), verb)
     end_with_starter(verb)
-    if isinstance(strategy.launcher, _MultiProcessingLauncher):
-        _require_shared_memory(strategy.launcher._start_method)
-        endings.stop_as_by_ctrl_c()
     if isinstance(strategy.launcher, _SubprocessScriptLauncher) and "LOCAL_RANK" not in os.environ:
         start = strategy.launcher._call_children_scripts
         strategy.launcher._call_children_scripts = partial(_start_others, start)  # type: ignore[method-assign]
-
-
-def _require_shared_memory(start_method: str) -> None:
-    try:
-        multiprocessing.get_context(start_method).SimpleQueue()
-    except OSError as error:
-        raise ConfigError(
-            f"--trainer.strategy ddp_{start_method} cannot share memory with its processes ({error.strerror}): is "
-            "/dev/shm missing, full or read-only? Use ddp, which needs none"
-        ) from error
 
 
 def _start_others(start: Callable[[], None]) -> None:
@@ -217,10 +208,6 @@ def _connect(trainer: pl.Trainer, limit_s: float, verb: str | None) -> None:
     global _nodes
     strategy: Any = trainer.strategy
     _nodes = trainer.num_nodes
-    if isinstance(strategy.launcher, _MultiProcessingLauncher):  # this is one of its ranks
-        endings.stop_with_launcher()
-        if verb in ("fit", "predict"):
-            run_lock.share(Path(trainer.default_root_dir))
 
     def give_up() -> None:  # the main thread is inside torch, where no exception reaches it
         threading.Timer(5.0, os._exit, (1,)).start()  # looking up a name may take long

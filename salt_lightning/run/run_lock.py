@@ -25,8 +25,7 @@ _OTHER_MACHINE_S = 120.0
 def held(run: Path) -> Iterator[None]:
     """Locks the folder; creates it if missing, and removes it again if the block leaves it empty.
 
-    The system frees the lock when the process dies, whatever its workers do: such locks are not inherited. Ranks that
-    it forks or spawns `share` it.
+    The system frees the lock when the process dies, whatever its workers do: such locks are not inherited.
 
     Raises:
         ConfigError: another process holds the lock; waits first if that is on another machine.
@@ -43,22 +42,9 @@ def held(run: Path) -> Iterator[None]:
     finally:
         if file is not None:
             with suppress(OSError):  # it may be another user's, in a folder that only lets owners remove
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 1)  # not while a rank still lives
                 (run / _NAME).unlink()
             file.close()
             _remove_empty(made)
-
-
-_SHARED: list[IO[str]] = []
-
-
-def share(run: Path) -> None:
-    """Keeps the folder locked until this process, too, is gone: a rank that was forked by the one that holds the lock
-    outlives it for a moment. The first byte of the file is the holder's, the second the ranks'."""
-    with suppress(OSError):  # nothing is locked, or cannot be
-        file = open(run / _NAME)  # noqa: SIM115 (for as long as the process lives)
-        fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB, 1, 1)
-        _SHARED.append(file)
 
 
 def _say_unlocked(run: Path, error: OSError) -> None:
@@ -137,30 +123,27 @@ def _open(path: Path) -> IO[str] | None:
 class _Held(Exception):
     """Somebody else has the lock; the text says who, `here` whether certainly on this machine."""
 
-    def __init__(self, file: IO[str], its_holder_is_gone: bool) -> None:
+    def __init__(self, file: IO[str]) -> None:
         file.seek(0)
         boot, _, owner = (printable(line) for line in file.read().rpartition("\n"))
         # another machine or container may have this name, e.g. a pod, which keeps its name when it is restarted
         self.here = owner.endswith(f" on {socket.gethostname()}") and boot == _machine()
-        owner = owner or "another process"
-        super().__init__(f"a rank of {owner}, which is gone," if its_holder_is_gone else owner)
+        super().__init__(owner or "another process")
 
 
 def _take(file: IO[str]) -> None:
-    """Locks the file's first byte, while no rank holds the second.
+    """Locks the file.
 
     Raises:
-        _Held: another process has one of them.
+        _Held: another process has it.
         OSError: the file system has no locks.
     """
-    for byte in (0, 1):
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
-        except OSError as error:
-            if error.errno not in (EACCES, EAGAIN):
-                raise
-            raise _Held(file, its_holder_is_gone=byte == 1) from error
-    fcntl.lockf(file, fcntl.LOCK_UN, 1, 1)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (EACCES, EAGAIN):
+            raise
+        raise _Held(file) from error
 
 
 def _machine() -> str:
