@@ -24,7 +24,7 @@ from salt_lightning.errors import ConfigError, NonFiniteLossError, refuse, wrong
 from salt_lightning.fit import alike, averaging, cadence, extension
 from salt_lightning.fit.meter import SUMS, Meter, loss_values, peak_memory
 from salt_lightning.fit.optim import OptimSpec, by_name
-from salt_lightning.fit.restart import go_on_from, require_same, say_other_share
+from salt_lightning.fit.restart import go_on_from, require_fitting, require_same
 from salt_lightning.fit.watch import Watch, problem
 from salt_lightning.hugging_face import attention, quantized, token_ids
 from salt_lightning.hugging_face.spec import ModelLike, ModelSpec, resolved
@@ -214,6 +214,7 @@ class SALTModule(extension.Guarded):
     # -------------------------------------------------------------- training
 
     def on_fit_start(self) -> None:
+        require_fitting(self)
         extension.check_subclass(self.trainer)
         self.give_back_modes()
         self._give_back_random = extension.keep_random(self.device)  # every micro-batch sets a seed
@@ -229,9 +230,6 @@ class SALTModule(extension.Guarded):
         log_settings(self.trainer.loggers, alike.told(self._settings, data))
         self.meter.start(self.global_step, self._wait_s)
         extension.write_rates(self, self.global_step)  # for callbacks that look before the first step
-
-    def on_train_end(self) -> None:
-        self._loaded_step = self.global_step  # for a later validate of this module
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # Lightning does not restore RNG state. With this, dropout after a resume equals that of an uninterrupted run.
@@ -388,7 +386,12 @@ class SALTModule(extension.Guarded):
         return {"nll": nll_N.view_as(labels_BT), "rank": rank_N.view_as(labels_BT)}
 
     def on_validation_start(self) -> None:
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            require_fitting(self)
         self.meter.pause()
+
+    def on_test_start(self) -> None:
+        require_fitting(self)
 
     def on_validation_end(self) -> None:
         self.meter.go_on()
@@ -410,8 +413,6 @@ class SALTModule(extension.Guarded):
 
     # ----------------------------------------------------------- checkpoints
 
-    _loaded_step = 0  # optimizer steps that trained the weights which validate and test evaluate
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         averaging.put_into(checkpoint, self)
         if states := checkpoint.get("optimizer_states"):
@@ -424,12 +425,11 @@ class SALTModule(extension.Guarded):
             extension.require_loadable(self.trainer)
         require_same(checkpoint, type(self).__name__, self.hparams["student"], self._data, self.state_dict)
         self._loaded_step = checkpoint["global_step"]
+        self._trained_on = {name: checkpoint.get(name) for name in ("tokenizer", "data", "text")}
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             extension.require_callbacks(self.trainer, checkpoint)
             go_on_from(checkpoint, self.trainer, self._data, self.optim_spec, self.hparams)
             self.meter.load(checkpoint)
-        elif self._data is not None:
-            say_other_share(checkpoint, self._data)
 
     # ------------------------------------------------------------------ data
 

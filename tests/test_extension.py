@@ -1609,6 +1609,52 @@ def test_workers_end_with_a_fit_however_it_ends(data, settings, tmp_path, fails)
     assert set(multiprocessing.active_children()) == before
 
 
+@pytest.fixture
+def trained(data, tmp_path):
+    """Students of one run that a later start finds in memory, or builds from its checkpoint."""
+    module = SALTModule(ModelSpec(config=SIZES))
+    trainer(tmp_path, SAVE).fit(module, data)
+    saved = str(newest(tmp_path / "checkpoints"))
+    loaded, started = SALTModule.load_from_checkpoint(saved), SALTModule(ModelSpec(path=saved))
+    return {"after its fit": module, "load_from_checkpoint": loaded, "path": started}
+
+
+OF_RUN = ["after its fit", "load_from_checkpoint", "path"]
+
+
+def changed(settings: dict, data: SALTDataModule, **other) -> SALTDataModule:
+    own = {key[5:]: value for key, value in settings.items() if key.startswith("data.")}
+    return SALTDataModule(**{**own, "tokenizer": data.tokenizer_name, **other})
+
+
+@pytest.mark.parametrize("how", OF_RUN)
+@pytest.mark.parametrize("verb", ["validate", "fit"])
+def test_a_trained_student_reads_no_other_ids_and_no_longer_rows(trained, data, settings, tmp_path, how, verb):
+    other = changed(settings, data, tokenizer="train", vocab_size=290)
+    with pytest.raises(ConfigError, match="was trained with another tokenizer than --data.tokenizer"):
+        getattr(trainer(tmp_path / "a"), verb)(trained[how], other)
+    with pytest.raises(ConfigError, match="max_position_embeddings 32 is smaller than --data.block_size 64"):
+        getattr(trainer(tmp_path / "b"), verb)(trained[how], changed(settings, data, block_size=64))
+
+
+@pytest.mark.parametrize("how", OF_RUN)
+def test_an_evaluation_of_text_that_the_run_has_trained_on_is_told(trained, data, settings, tmp_path, how, caplog):
+    told = "this share of --data.source is not the one that the run held out, so the run has trained on it"
+    trainer(tmp_path).validate(trained[how], changed(settings, data), verbose=False)
+    assert told not in caplog.text
+    for evaluate in (trainer(tmp_path).validate, trainer(tmp_path).test):
+        evaluate(trained[how], changed(settings, data, val_fraction=0.4), verbose=False)
+    assert caplog.text.count(told) == 2
+
+
+def test_another_checkpoint_replaces_what_is_in_memory(trained, data, settings, tmp_path):
+    other, fresh = changed(settings, data, tokenizer="train", vocab_size=290), SALTModule(ModelSpec(config=SIZES))
+    trainer(tmp_path / "other", SAVE).fit(fresh, other)
+    last = str(newest(tmp_path / "other/checkpoints"))
+    trainer(tmp_path).validate(SALTModule(ModelSpec(config=SIZES)), other, ckpt_path=last, verbose=False)
+    trainer(tmp_path).validate(fresh, data, ckpt_path=str(newest(tmp_path / "checkpoints")), verbose=False)
+
+
 def test_a_second_fit_of_one_module_is_told(data, tmp_path):
     module = SALTModule(ModelSpec(config=SIZES))
     trainer(tmp_path).fit(module, data)

@@ -25,7 +25,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import PreTrainedConfig
 
 from salt_lightning.errors import ConfigError, few, refuse
-from salt_lightning.fit import averaging
+from salt_lightning.fit import alike, averaging
 from salt_lightning.hugging_face.experts import count_layers
 from salt_lightning.models import CausalLM
 from salt_lightning.parallel import SHARDS_MODELS, has_finite_weights, plain_name
@@ -211,6 +211,8 @@ class Guarded(LightningModule):
 
     _modes: Sequence[tuple[torch.nn.Module, bool]] = ()
     _give_back_random: Callable[[], None]
+    _loaded_step = 0  # optimizer steps that trained the weights which validate and test evaluate
+    _trained_on: Mapping[str, Any] | None = None  # what their checkpoint records
     _rates: Sequence[float] = ()
     _terms: Mapping[str, torch.Tensor] = {}  # of the running step; replaced, never changed
 
@@ -260,6 +262,10 @@ class Guarded(LightningModule):
 
     def on_train_epoch_end(self) -> None:
         averaging.complete(self)
+
+    def on_train_end(self) -> None:  # for a later start of this module
+        self._loaded_step = self.global_step
+        self._trained_on = alike.about(self._data, self.trainer, self.optim_spec) if self._data is not None else None
 
     def on_fit_end(self) -> None:
         averaging.finish(self)

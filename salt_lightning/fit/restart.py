@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from salt_lightning.errors import ConfigError, few, printable
 from salt_lightning.fit import alike
 from salt_lightning.fit.optim import OptimSpec
 from salt_lightning.hugging_face import token_ids
-from salt_lightning.hugging_face.spec import ModelSpec, setting_of, shape_settings
-from salt_lightning.models import check_path, own_parts
+from salt_lightning.hugging_face.spec import ModelSpec, check_positions, setting_of, shape_settings
+from salt_lightning.models import CausalLM, check_path, own_parts, read_checkpoint
 from salt_lightning.preflight import Finding
 from salt_lightning.storage import shards
 
@@ -135,7 +136,27 @@ def go_on_from(
         rank_zero_info(printable(said))  # with values from the checkpoint
 
 
-def say_other_share(checkpoint: dict[str, Any], data: Any) -> None:
+def require_fitting(module: Any) -> None:
+    """Compares a trained student with the data of this start, once all that is loaded is loaded: it may have been in
+    memory, from `load_from_checkpoint` or an earlier fit.
+
+    Raises:
+        ConfigError: it was trained with another tokenizer, or has too few positions.
+    """
+    data, spec, there = module._data, module.student_spec, module._trained_on
+    if data is None:
+        return
+    if there:
+        if isinstance(module.student, CausalLM):
+            check_positions(module.student.model.config, "the student's max_position_embeddings", data)
+        token_ids.require_same_tokenizer(there, data, "student")
+    elif spec.is_checkpoint:  # when it was built, these were compared
+        there = read_checkpoint(str(spec.path), "--model.student.path")
+    if there and module.trainer.state.fn != TrainerFn.FITTING:
+        _say_other_share(there, data)
+
+
+def _say_other_share(checkpoint: Mapping[str, Any], data: Any) -> None:
     """Warns if an evaluation reads documents of the training text that the run did not hold out."""
     same_text = data.held_out_by == "source" and checkpoint["text"].get("source") == data.source
     if same_text and data.held_out.tokens not in checkpoint["data"]["--data.held_out"]:

@@ -75,12 +75,12 @@ def check_fit(spec: ModelSpec, name: str, data: Any, config: PreTrainedConfig | 
     )
 
 
-def require_same_tokenizer(checkpoint: dict[str, Any], data: Any) -> None:
+def require_same_tokenizer(checkpoint: dict[str, Any], data: Any, what: str = "checkpoint") -> None:
     """Raises ConfigError if a run's checkpoint was trained with another tokenizer than that of `data`, if known."""
     tokenizer = getattr(data, "tokenizer_fingerprint", None)
     if tokenizer is not None and checkpoint.get("tokenizer") not in (None, tokenizer):
         raise ConfigError(
-            "the checkpoint was trained with another tokenizer than --data.tokenizer gives: its token ids mean "
+            f"the {what} was trained with another tokenizer than --data.tokenizer gives: its token ids mean "
             "something else (a tokenizer trained on the text changes with it); set --data.tokenizer to the run's own, "
             "RUN/tokenizer"
         )
