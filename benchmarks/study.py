@@ -139,8 +139,9 @@ SIZES["cpu-epoch"] = replace(
     SIZES["cpu-long"], steps=6400, val_every=400, val_rows=512, keep_one_in=8, rates=(2e-3, 4e-3, 8e-3),
     fixed=SIZES["cpu"].fixed | {"checkpoint.every_n_steps": 800},
 )  # fmt: skip
-# Both: does --kd.stop_margin 0 still end below BASELINE after 70% of the steps, in the mean of seeds 0 and 1, at the
-# rate (2e-3, a warm-up of 20%) that was the best of the size at 1,600 steps? Written down before any of these runs.
+# 5.8M parameters at 6,400 steps: does --kd.stop_margin 0 still end below BASELINE after 70% of the steps, in the mean
+# of seeds 0 and 1, at the rate (2e-3, a warm-up of 20%) that was the best of the size at 1,600 steps? Written down
+# before any of these runs.
 SIZES["cpu-wide-epoch"] = replace(
     SIZES["cpu-epoch"], tokens_per_s=SIZES["cpu-wide"].tokens_per_s, rates=(1e-3, 2e-3, 4e-3),
     **{name: getattr(SIZES["cpu-wide"], name) for name in ("student", "teacher", "weak", "large", "large_teacher")},

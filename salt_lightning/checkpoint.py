@@ -234,7 +234,7 @@ class RunCheckpoint(Checkpoint):
             after = f"this validation and {step}" if trainer.validating else step
             rank_zero_info(f"{self.stopped_by.name}: saving after {after}; press Ctrl-C again to stop at once")
         # One request may come as several signals: SLURM at a job's time limit, and torchrun, send SIGTERM twice; SLURM
-        # sends it after the signal to requeue, and a process that waits for its children after their Ctrl-C.
+        # sends it after the signal to requeue.
         elif again and (number == signal.SIGINT or time.monotonic() > first_s + 10.0):
             _stop_at_once(number, frame)
 

@@ -160,6 +160,8 @@ def of_machine(error: BaseException, verb: str | None = None) -> str | None:
             f"a data loading process was killed, usually for lack of memory ({why}); use fewer --data.num_workers, and "
             f"{again}"
         )
+    if "unable to allocate shared memory" in str(error):
+        return f"/dev/shm is too small ({why}); make it larger, or set --data.num_workers 0, and {again}"
     if "can't start new thread" in str(error):
         return f"the limit of threads is reached (ulimit -u, or the pids limit of a container); raise it and {again}"
     if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")) and "No space left" in str(error):

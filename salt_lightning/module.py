@@ -24,7 +24,7 @@ from salt_lightning.errors import ConfigError, NonFiniteLossError, refuse, wrong
 from salt_lightning.fit import alike, averaging, cadence, extension
 from salt_lightning.fit.meter import SUMS, Meter, loss_values, peak_memory
 from salt_lightning.fit.optim import OptimSpec, by_name
-from salt_lightning.fit.restart import go_on_from, require_fitting, require_same
+from salt_lightning.fit.restart import about_start, about_training, go_on_from, require_fitting, require_same
 from salt_lightning.fit.watch import Watch, problem
 from salt_lightning.hugging_face import attention, quantized, token_ids
 from salt_lightning.hugging_face.spec import ModelLike, ModelSpec, resolved
@@ -137,6 +137,7 @@ class SALTModule(extension.Guarded):
             cadence.plan_validation(self.trainer)
             self.meter.forget(self.global_step)
             extension.count_again(self)
+        parallel.peers.refuse_forks(self.trainer)
         averaging.begin(self.trainer, stage == "fit")
         self.unchecked = extension.Unchecked(ours=self._data is not None)
 
@@ -159,6 +160,7 @@ class SALTModule(extension.Guarded):
         token_ids.tell_fit(spec, "student", self._data)
         dtype, device = spec.dtype_or(torch.float32), parallel.build_device(strategy, torch.device("cpu"))
         lm = models.build(spec, "student", self._data, dtype, device, self.hparams["seed"])
+        self._trained_on = about_start(spec)
         self.meter.forward_flops["student"], self._num_ids = self._count_flops(lm), len(lm.head.weight)
         extension.extend(self, lm.train())  # frozen parts stay so: some families freeze router biases
         # So that a checkpoint can be loaded on its own: no path, all sizes.
@@ -227,6 +229,7 @@ class SALTModule(extension.Guarded):
         step_tokens = data.global_batch_size * data.block_size if data is not None else 0
         self.meter.follow(step_tokens, kd[0].kd_steps if kd else None)
         extension.check_weights(self, self._loaded_step)
+        self._trained_on = about_training(alike.about(data, self.trainer, self.optim_spec))
         log_settings(self.trainer.loggers, alike.told(self._settings, data))
         self.meter.start(self.global_step, self._wait_s)
         extension.write_rates(self, self.global_step)  # for callbacks that look before the first step
@@ -424,12 +427,11 @@ class SALTModule(extension.Guarded):
         if self._trainer is not None:  # Lightning tells the path no earlier
             extension.require_loadable(self.trainer)
         require_same(checkpoint, type(self).__name__, self.hparams["student"], self._data, self.state_dict)
-        self._loaded_step = checkpoint["global_step"]
-        self._trained_on = {name: checkpoint.get(name) for name in ("tokenizer", "data", "text")}
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             extension.require_callbacks(self.trainer, checkpoint)
             go_on_from(checkpoint, self.trainer, self._data, self.optim_spec, self.hparams)
             self.meter.load(checkpoint)
+        self._loaded_step, self._trained_on = checkpoint["global_step"], about_training(checkpoint)
 
     # ------------------------------------------------------------------ data
 

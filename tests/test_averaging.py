@@ -91,6 +91,47 @@ def test_before_the_first_average_the_weights_are_those_of_training(data, tmp_pa
     assert loss(trainer(tmp_path), student(), data, ckpt_path=saved(tmp_path / "late", 8)) != loss(seen, plain, data)
 
 
+def test_after_a_fit_the_weights_in_memory_are_the_users(data, tmp_path):
+    class Zero(Callback):
+        def on_fit_end(self, trainer, pl_module):
+            for parameter in pl_module.parameters():
+                torch.nn.init.zeros_(parameter)
+
+    module, run = student(), trainer(tmp_path, EMAWeightAveraging(decay=0.9), Zero())
+    run.fit(module, data)
+    run.save_checkpoint(tmp_path / "zero.ckpt", weights_only=True)
+    for name, held in weights(tmp_path / "zero.ckpt").items():
+        assert not held.any(), name
+        assert not module.state_dict()[name].any()
+
+
+def test_buffers_of_a_part_are_averaged_only_if_they_can_be(data, tmp_path):
+    """Filled or registered in the first forward, as caches are; integers, whose averages would be cut off."""
+
+    class Part(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("table", torch.arange(8))
+            self.register_buffer("filled", None, persistent=False)
+
+        def forward(self, module, args):
+            if self.filled is None:
+                self.filled = torch.ones(3)
+                self.register_buffer("late", torch.full((2,), 0.1), persistent=False)
+
+    class Mine(SALTModule):
+        def extend_student(self, lm):
+            lm.part = Part()
+            lm.model.get_input_embeddings().register_forward_pre_hook(lm.part.forward)
+
+    module = Mine(ModelSpec(config=SIZES), optim=OptimSpec(lr=1e-2))
+    trainer(tmp_path, EMAWeightAveraging(decay=0.9)).fit(module, data)
+    part, saved_table = module.student.part, weights(Path(saved(tmp_path, 8)))["student.part.table"]
+    assert saved_table.tolist() == part.table.tolist() == list(range(8))
+    assert part.filled.tolist() == [1, 1, 1]
+    assert torch.equal(part.late, torch.full((2,), 0.1))
+
+
 @pytest.mark.parametrize("val_batches", [1.0, 0])
 def test_constants_are_not_averaged(data, tmp_path, val_batches):
     """0.9 a + 0.1 a is not always a: averaged rotary frequencies would move, unlike those of a resume or an export."""

@@ -842,6 +842,11 @@ def test_a_card_that_this_torch_has_no_code_for(settings, tmp_path, capsys, monk
 @pytest.mark.parametrize(
     ("kind", "message", "said"),
     [
+        (
+            RuntimeError,
+            "unable to allocate shared memory(shm) for file </torch_1_2_3>: No space",
+            "/dev/shm is too small (",
+        ),
         (RuntimeError, "can't start new thread", "the limit of threads is reached (ulimit -u, or the pids limit of a"),
         (
             CppCompileError,

@@ -557,6 +557,13 @@ def test_tokenizer_from_a_folder(make):
     assert data.tokenizer_fingerprint == ready(make()).tokenizer_fingerprint
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="others have their own default")
+def test_a_spawned_process_forks_its_workers():
+    """Its own way is not one that the user has set."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(_start_method) == "fork"
+
+
 def test_data_imports_no_training_code():
     package = Path(__file__).parents[1] / "salt_lightning"
     of_data = {*(package / "text").glob("*.py"), *(package / "batches").glob("*.py")}

@@ -307,8 +307,8 @@ def test_a_run_whose_folder_is_removed_ends_with_one_line_also_with_workers(sett
      ([2, 15, 15], 11, False), ([15, 2], 0, False), ([2, 2], 0, False)],
 )  # fmt: skip
 def test_several_signals_may_be_one_request(settings, tmp_path, monkeypatch, capsys, sent, apart_s, saved):
-    """SLURM at a job's limit, and torchrun to its workers, send SIGTERM twice. SLURM sends one after SIGUSR1, and so
-    does a process that waits for others after Ctrl-C. The same one later, and Ctrl-C, is impatience."""
+    """SLURM at a job's limit, and torchrun to its workers, send SIGTERM twice. SLURM sends one after SIGUSR1, a
+    service manager after Ctrl-C. The same one later, and Ctrl-C, is impatience."""
 
     class Told(Callback):
         def on_before_backward(self, trainer, pl_module, loss):

@@ -374,10 +374,10 @@ class Loader:
 
 def _start_method() -> str | None:
     """On Linux "fork", in place of Python's own default: 3.14's imports everything anew in each worker, and runs a
-    user's script that has no guard. None: what the user has set."""
-    own = multiprocessing.get_all_start_methods()[0]
+    user's script that has no guard. None: what the user has set. A spawned process has "spawn" set for it."""
+    own, spawned = multiprocessing.get_all_start_methods()[0], multiprocessing.parent_process() is not None
     chosen = multiprocessing.get_start_method(allow_none=True) or own
-    return "fork" if sys.platform == "linux" and chosen == own else None
+    return "fork" if sys.platform == "linux" and (spawned or chosen == own) else None
 
 
 _WORKERS: WeakSet = WeakSet()

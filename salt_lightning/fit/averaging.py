@@ -24,9 +24,9 @@ def begin(trainer: Trainer, fits: bool) -> None:
 def complete(module: Any) -> None:
     """Copies what is constant from the student into its averages, before these are used.
 
-    These are frozen parameters, and buffers that no checkpoint holds, such as rotary frequencies. Averaged, they move
-    by accumulated rounding: with a decay of 0.9999, angles at position 8,192 by 0.5 rad in 20,000 steps. Before the
-    first average everything is copied, or the first weights would be measured and saved.
+    These are frozen parameters, and buffers that no checkpoint holds, such as rotary frequencies, or of integers.
+    Averaged, they move by rounding, which accumulates: with a decay of 0.9999, angles at position 8,192 by 0.5 rad in
+    20,000 steps. Before the first average everything is copied, or the first weights would be measured and saved.
     """
     for callback in _averaging(module):
         average = callback._average_model
@@ -35,13 +35,27 @@ def complete(module: Any) -> None:
             for name, parameter in part._parameters.items():
                 if parameter is not None and not (started and parameter.requires_grad):
                     of_average._parameters[name].copy_(parameter)
+            unsaved = part._non_persistent_buffers_set
+            of_average._non_persistent_buffers_set |= unsaved
             for name, buffer in part._buffers.items():
-                if buffer is not None and (not started or name in part._non_persistent_buffers_set):
-                    of_average._buffers[name].copy_(buffer)
+                if buffer is not None and not (started and buffer.is_floating_point() and name not in unsaved):
+                    _copy_buffer(of_average, name, buffer)
+
+
+def _copy_buffer(of_average: Any, name: str, buffer: torch.Tensor) -> None:
+    """Also one that was filled, registered or resized since the average was made, as caches are in a first forward."""
+    held = of_average._buffers.get(name)
+    if held is not None and held.shape == buffer.shape:
+        held.copy_(buffer)
+    else:
+        of_average._buffers[name] = buffer.detach().clone()
 
 
 def put_into(checkpoint: dict[str, Any], module: Any) -> None:
-    """For `on_save_checkpoint`: puts the average into one of weights only, too, which callbacks are not shown."""
+    """For `on_save_checkpoint` in a fit: puts the average into one of weights only, too, which callbacks are not shown.
+    After a fit the module has the average, or whatever else its user has put there."""
+    if module.trainer.state.finished:
+        return
     complete(module)
     for callback in _averaging(module):
         if "current_model_state" not in checkpoint:

@@ -25,7 +25,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import PreTrainedConfig
 
 from salt_lightning.errors import ConfigError, few, refuse
-from salt_lightning.fit import alike, averaging
+from salt_lightning.fit import averaging
 from salt_lightning.hugging_face.experts import count_layers
 from salt_lightning.models import CausalLM
 from salt_lightning.parallel import SHARDS_MODELS, has_finite_weights, plain_name
@@ -35,7 +35,7 @@ from salt_lightning.storage import damage
 
 _BATCH = "docs/own-data.md describes a batch"
 _FREE = {  # hooks that may be replaced entirely
-    "configure_model", "configure_optimizers", "validation_step", "test_step", "predict_step"
+    "configure_model", "configure_optimizers", "validation_step", "test_step", "predict_step", "load_from_checkpoint"
 }  # fmt: skip
 _SHAPED = ("input_ids", "labels", "positions")
 
@@ -46,9 +46,10 @@ def require_super(cls: type, base: type) -> None:
     hooks = [name for name in names if name[0] != "_" and hasattr(LightningModule, name)]
     above = cls.__mro__[: cls.__mro__.index(base)]
     own = [(name, inspect.unwrap(vars(c)[name])) for c in above for name in hooks if name in vars(c)]
-    lost = [name for name, hook in own if hook not in vars(base).values() and not _calls(hook, name, base.__name__)]
+    ours = [*vars(base).values(), *vars(Guarded).values()]
+    lost = [name for name, hook in own if hook not in ours and not _calls(hook, name, base.__name__)]
     refuse(
-        f"{cls.__name__}.{name} must call super().{name}(...): {base.__name__} does part of each step there"
+        f"{cls.__name__}.{name} must call super().{name}(...): {base.__name__} does part of its work there"
         for name in lost
     )
 
@@ -213,6 +214,7 @@ class Guarded(LightningModule):
     _give_back_random: Callable[[], None]
     _loaded_step = 0  # optimizer steps that trained the weights which validate and test evaluate
     _trained_on: Mapping[str, Any] | None = None  # what their checkpoint records
+    _ended = False  # this fit has had Lightning's on_train_end
     _rates: Sequence[float] = ()
     _terms: Mapping[str, torch.Tensor] = {}  # of the running step; replaced, never changed
 
@@ -263,12 +265,13 @@ class Guarded(LightningModule):
     def on_train_epoch_end(self) -> None:
         averaging.complete(self)
 
-    def on_train_end(self) -> None:  # for a later start of this module
-        self._loaded_step = self.global_step
-        self._trained_on = alike.about(self._data, self.trainer, self.optim_spec) if self._data is not None else None
+    def on_train_end(self) -> None:
+        self._loaded_step, self._ended = self.global_step, True  # the former for a later start of this module
 
     def on_fit_end(self) -> None:
-        averaging.finish(self)
+        if not self._ended:
+            averaging.finish(self)
+        self._ended = False
         self._give_back_random()
 
     def give_back_modes(self) -> None:

@@ -60,6 +60,8 @@ class Meter:
     teacher), the checkpoint's totals are kept, and the function counts from there.
     """
 
+    time_s = 0.0  # of training, over all starts of this run
+
     def __init__(self) -> None:
         self._watched: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self.tokens_per_s = 0.0  # between the last two logged steps
@@ -71,10 +73,10 @@ class Meter:
 
     def forget(self, step: int = 0) -> None:
         """Resets the totals for a new fit, or keeps those at `step` if its Trainer goes on."""
-        if step > 0 and self.step_tokens:
+        if step > 0 and self.time_s > 0:
             self.before = self._counted = self.totals(step)
             return
-        self.time_s = 0.0  # of training, over all starts of this run
+        self.time_s = 0.0
         self.teacher_time_s = 0.0  # of it, the teacher's forward, without its head, which is part of the loss
         self.before = Totals()  # counted under settings that have changed since
         self._counted = Totals()  # by the checkpoint that the run resumed from

@@ -143,17 +143,26 @@ def require_fitting(module: Any) -> None:
     Raises:
         ConfigError: it was trained with another tokenizer, or has too few positions.
     """
-    data, spec, there = module._data, module.student_spec, module._trained_on
-    if data is None:
+    data, trained_on = module._data, module._trained_on
+    if data is None or not trained_on:
         return
-    if there:
-        if isinstance(module.student, CausalLM):
-            check_positions(module.student.model.config, "the student's max_position_embeddings", data)
-        token_ids.require_same_tokenizer(there, data, "student")
-    elif spec.is_checkpoint:  # when it was built, these were compared
-        there = read_checkpoint(str(spec.path), "--model.student.path")
-    if there and module.trainer.state.fn != TrainerFn.FITTING:
-        _say_other_share(there, data)
+    if isinstance(module.student, CausalLM):
+        check_positions(module.student.model.config, "the student's max_position_embeddings", data)
+    token_ids.require_same_tokenizer(trained_on, data, "student")
+    if module.trainer.state.fn != TrainerFn.FITTING:
+        _say_other_share(trained_on, data)
+
+
+def about_training(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """What `require_fitting` compares."""
+    return {name: checkpoint.get(name) for name in ("tokenizer", "data", "text")}
+
+
+def about_start(spec: ModelSpec) -> dict[str, Any] | None:
+    """The same for a student that starts from a run's checkpoint; the ids of its tokenizer are compared to build it."""
+    if not spec.is_checkpoint:
+        return None
+    return about_training(read_checkpoint(str(spec.path), "--model.student.path")) | {"tokenizer": None}
 
 
 def _say_other_share(checkpoint: Mapping[str, Any], data: Any) -> None:

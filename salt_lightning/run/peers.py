@@ -61,13 +61,8 @@ def limit_threads(started: int = 1) -> None:
 
 
 def require_place(trainer: pl.Trainer) -> None:
-    """Raises ConfigError if the launcher and the trainer disagree about the processes, or Lightning would fork or spawn
-    them: those end, log and hold their run in other ways. In a notebook, auto forks on several GPUs."""
-    if (how := getattr(trainer.strategy, "_start_method", "popen")) != "popen":
-        raise ConfigError(
-            f"--trainer.strategy {type(trainer.strategy).__name__} that starts ranks by {how} is not supported; use "
-            "ddp, in a notebook with !python cli.py fit"
-        )
+    """Raises ConfigError if the launcher and the trainer disagree about the processes."""
+    refuse_forks(trainer)
     # With one device, Lightning does not notice that torchrun started several processes: each would train alone.
     started = TorchElasticEnvironment().world_size() if TorchElasticEnvironment.detect() else None
     if started is None:
@@ -91,6 +86,16 @@ def _require_port() -> None:
         raise ConfigError(
             f"MASTER_PORT {port} is not a port number: Kubernetes sets it so for a Service named master; set it to a "
             "free port, or unset it"
+        )
+
+
+def refuse_forks(trainer: pl.Trainer) -> None:
+    """Raises ConfigError if Lightning forks or spawns ranks, as auto does on several GPUs in a notebook: they end, log
+    and hold their run in other ways. In Python it comes as the traceback of a rank: nothing runs before they do."""
+    if (how := getattr(trainer.strategy, "_start_method", "popen")) != "popen":
+        raise ConfigError(
+            f"--trainer.strategy {type(trainer.strategy).__name__} that starts ranks by {how} is not supported; use "
+            "ddp, in a notebook with !python cli.py fit"
         )
 
 
