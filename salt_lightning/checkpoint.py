@@ -17,7 +17,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from salt_lightning import preflight
 from salt_lightning.errors import ConfigError, printable, refuse, wrong_kinds
 from salt_lightning.export import check_target, export
+from salt_lightning.fit.averaging import averages
 from salt_lightning.fit.cadence import require_time_left, timers
 from salt_lightning.preflight import Finding
 from salt_lightning.run import endings, peers, slurm
@@ -186,8 +187,8 @@ class RunCheckpoint(Checkpoint):
             regular = trainer.max_steps // every - sum(step % every == 0 for step in for_good)
         kept = regular if self.keep is None else min(regular, self.keep)
         weight_bytes = sum(weight.numel() * weight.element_size() for weight in weights)
-        averages = sum(isinstance(each, WeightAveraging) for each in trainer.callbacks)  # type: ignore[attr-defined]
-        return preflight.disk(self._dir, (3 + averages) * weight_bytes, kept + len(for_good))  # AdamW has two states
+        copies = 3 + len(averages(trainer))  # AdamW has two states
+        return preflight.disk(self._dir, copies * weight_bytes, kept + len(for_good))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._trained = True

@@ -17,7 +17,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -27,6 +26,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AutoModelForCausalLM
 
 from salt_lightning import parallel
+from salt_lightning.fit.averaging import averages
 from salt_lightning.fit.cadence import divisors
 from salt_lightning.fit.meter import SUMS
 from salt_lightning.head.chunked_head import CPU_BLOCK_ELEMENTS, GradBuffers, Plan, Side, padded_width, rows_and_dtypes
@@ -115,9 +115,8 @@ class Fit:
         self.sharded = isinstance(strategy, parallel.SHARDS_MODELS)
         self.shards = self.trainer.world_size // getattr(strategy, "replicas", 1) if self.sharded else 1
         self.copies = 1  # of the weights on this device
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, WeightAveraging):
-                self.copies += torch.device(callback._device or device).type == device
+        for callback in averages(self.trainer):
+            self.copies += torch.device(callback._device or device).type == device
         self._found: dict[tuple[int, bool], list[Peak]] = {}
 
     def peaks(self, rows: int, compiled: bool | None = None) -> list[Peak]:

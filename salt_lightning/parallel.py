@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 from jsonargparse import Namespace
 from lightning.pytorch import strategies
-from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -40,6 +39,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from salt_lightning.command.settings import wrong_precision
 from salt_lightning.errors import ConfigError, few, refuse
+from salt_lightning.fit.averaging import averages
 from salt_lightning.fit.device import require_compiler
 from salt_lightning.hugging_face import quantized
 from salt_lightning.models import CausalLM, read_checkpoint
@@ -418,10 +418,9 @@ def check(trainer: pl.Trainer, ckpt_path: str | None = None) -> None:
             f"--trainer.strategy.replicas {strategy.replicas} does not fit {world} devices (--trainer.devices times "
             f"--trainer.num_nodes); use one of {fitting}"
         )
-    averages = [c for c in trainer.callbacks if isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
-    if isinstance(strategy, SHARDS_MODELS) and averages:
+    if isinstance(strategy, SHARDS_MODELS) and (found := averages(trainer)):
         raise ConfigError(
-            f"--trainer.callbacks {type(averages[0]).__name__} copies whole models, but {name} shards them; use ddp"
+            f"--trainer.callbacks {type(found[0]).__name__} copies whole models, but {name} shards them; use ddp"
         )
     if isinstance(strategy, SHARDS_MODELS):
         refuse(wrong_precision(trainer.precision))

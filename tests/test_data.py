@@ -467,6 +467,13 @@ def test_workers_are_forked_unless_the_user_has_set_another_way(default, chosen,
     assert _start_method() == used
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="others have their own default")
+def test_a_spawned_process_forks_its_workers():
+    """Its own way is not one that the user has set."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(_start_method) == "fork"
+
+
 @pytest.mark.parametrize("why", ["Resource temporarily unavailable", "daemonic processes are not allowed to have ch"])
 def test_workers_that_cannot_be_started_are_one_line(make, monkeypatch, why):
     def no_more():
@@ -555,13 +562,6 @@ def test_tokenizer_from_a_folder(make):
     folder = make_tokenizer(make)
     data = ready(make(tokenizer=str(folder)))
     assert data.tokenizer_fingerprint == ready(make()).tokenizer_fingerprint
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="others have their own default")
-def test_a_spawned_process_forks_its_workers():
-    """Its own way is not one that the user has set."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        assert pool.apply(_start_method) == "fork"
 
 
 def test_data_imports_no_training_code():

@@ -1600,8 +1600,7 @@ def test_without_a_seed_that_of_seed_everything_counts(data, tmp_path, monkeypat
 @pytest.mark.parametrize("fails", [True, False])
 def test_workers_end_with_a_fit_however_it_ends(data, settings, tmp_path, fails):
     """As with Optuna's TrialPruned: they were left for ever, and a later trial waited for each."""
-    own = {key[5:]: value for key, value in settings.items() if key.startswith("data.")}
-    loads = SALTDataModule(**{**own, "tokenizer": data.tokenizer_name, "num_workers": 2})
+    loads = changed(settings, data, num_workers=2)
     before = set(multiprocessing.active_children())
     callbacks = [Boom("on_train_batch_end")] if fails else []
     with pytest.raises(RuntimeError, match="boom") if fails else nullcontext():
@@ -1690,8 +1689,7 @@ def test_a_second_fit_of_one_trainer_goes_on_with_its_totals_and_boundary(data, 
 
 
 def test_a_second_fit_counts_the_flops_and_time_of_its_own_rows(data, settings, tmp_path):
-    own = {key[5:]: value for key, value in settings.items() if key.startswith("data.")}
-    longer = SALTDataModule(**{**own, "tokenizer": data.tokenizer_name, "block_size": 64})
+    longer = changed(settings, data, block_size=64)
     module, fresh = (SALTModule(ModelSpec(config={**SIZES, "max_position_embeddings": 64}), seed=1) for _ in range(2))
     trainer(tmp_path / "a").fit(module, data)
     short = module.meter.forward_flops["student"]

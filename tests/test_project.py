@@ -15,6 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 NAMES = [path.relative_to(PACKAGE).as_posix() for path in FILES]
 LAYERS = [  # a file imports only from files of earlier layers
     {
+        "averaging",
         "errors",
         "experts",
         "journal",
@@ -65,7 +66,7 @@ LAYERS = [  # a file imports only from files of earlier layers
     {"remarks", "tokenizer"},
     {"compare", "encoder", "example_rows", "models", "probe", "selection"},
     {"schedule"},
-    {"alike", "averaging", "cadence", "card", "parallel", "score_report", "token_ids"},
+    {"alike", "cadence", "card", "parallel", "score_report", "token_ids"},
     {"export", "extension", "prepare", "restart", "scoring"},
     {"answers", "checkpoint", "data"},
     {"module"},

@@ -8,16 +8,21 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import Callback, WeightAveraging
+
+
+def averages(trainer: Trainer) -> list[WeightAveraging]:
+    """The trainer's callbacks that average weights."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, WeightAveraging)]
 
 
 def begin(trainer: Trainer, fits: bool) -> None:
     """Forgets what an earlier use left in the callbacks: which steps they have averaged, and, unless this start `fits`,
     the average, which they would put into any module."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, WeightAveraging):
-            callback._latest_update_step, callback._latest_update_epoch = 0, -1
-            callback._average_model = callback._average_model if fits else None
+    for callback in averages(trainer):
+        callback._latest_update_step, callback._latest_update_epoch = 0, -1
+        callback._average_model = callback._average_model if fits else None
 
 
 @torch.no_grad()
@@ -69,5 +74,4 @@ def finish(module: Any) -> None:
 
 
 def _averaging(module: Any) -> Iterator[Any]:
-    callbacks = module.trainer.callbacks
-    return (each for each in callbacks if isinstance(each, WeightAveraging) and each._average_model is not None)
+    return (each for each in averages(module.trainer) if each._average_model is not None)

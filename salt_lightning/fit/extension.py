@@ -16,7 +16,6 @@ from typing import Any, Self
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
@@ -176,8 +175,7 @@ def require_callbacks(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
             "Trainer has no KDScheduleCallback; add it, and give SALTModule the teacher; or use "
             "KDScheduleCallback(weight=0.0, allow_change=True) to continue without"
         )
-    averages = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-    if "current_model_state" in checkpoint and not averages:
+    if "current_model_state" in checkpoint and not averaging.averages(trainer):
         raise ConfigError(
             "--ckpt_path: this checkpoint holds weights averaged by a WeightAveraging callback, and separately the "
             "trained ones; resume with that callback (--trainer.callbacks EMAWeightAveraging), or start a new run from "
