@@ -70,7 +70,7 @@ def read_curves(folder: Path, apart: bool = False) -> tuple[dict[str, Curve], tu
     files = (file for file in folder.glob("*tfevents*") if file.is_file() and not _PART.search(file.name))
     for file in _in_order(files):
         size, read, step = file.stat().st_size, 0, 0  # size before reading: a running run may append
-        own: dict[str, dict[int, float]] = {} if apart else points
+        own: dict[str, dict[int, float]] = {}
         # TensorBoard's raw loader silently ends at a record that is cut off or fails its checksum; its EventAccumulator
         # would keep only a sample of the points.
         with suppress(DecodeError, OverflowError, MemoryError, PermissionError):  # a forged length or content
@@ -78,14 +78,14 @@ def read_curves(folder: Path, apart: bool = False) -> tuple[dict[str, Curve], tu
                 event = Event.FromString(record)
                 if event.session_log.status == SessionLog.START:
                     damaged = [(last, said) for last, said in damaged if last <= event.step - 1]
-                    _void([*own.values(), *(points.values() if apart else ())], event.step)
+                    _void([*points.values(), *own.values()], event.step)
                 _follow(own, event)
                 read, step = read + len(record) + _FRAME_BYTES, max(step, event.step)
         if apart:
             again = {step for curve in own.values() for step in curve}
             points = {tag: {s: v for s, v in curve.items() if s not in again} for tag, curve in points.items()}
-            for tag, curve in own.items():
-                points.setdefault(tag, {}).update(curve)
+        for tag, curve in own.items():
+            points.setdefault(tag, {}).update(curve)
         if read < size:
             closed = not os.access(file, os.R_OK)
             rest = "this user may not read it" if closed else "the rest is damaged or still being written"
