@@ -77,15 +77,17 @@ class Order:
     unread_first: bool = True
 
     def __call__(self, position: np.ndarray) -> np.ndarray:
-        rows = np.empty_like(position)
-        selected = position < self.phase1 if self.kept is not None else np.zeros(position.shape, bool)
-        if self.kept is not None and selected.any():
+        if self.kept is None:
+            return row_at(position, self.seed, self.num_rows)
+        rows, selected = np.empty_like(position), position < self.phase1
+        if selected.any():
             rows[selected] = self.kept.nth(row_at(position[selected], self.seed, len(self.kept)))
         rows[~selected] = self._of_all(position[~selected])
         return rows
 
     def _of_all(self, position: np.ndarray) -> np.ndarray:
-        if self.kept is None or not self.unread_first:
+        """The rows of phase 2."""
+        if not self.unread_first:
             return row_at(position, self.seed, self.num_rows)
         position, num_unread = position - self.phase1, self.num_unread
         rows, unread = np.empty_like(position), position < num_unread
