@@ -118,7 +118,7 @@ def evaluate(runs: list[Run], baseline: str | None = None) -> Comparison:
         for run in runs
     ]
     experiments = _experiments(students)
-    notes += remarks(silent, runs, experiments, repeated, reference)
+    notes += remarks(silent, runs, experiments, repeated, reference, teachers_of)
     others = [run for run in runs if run not in seeds and run.name not in repeated and len(run.val_ce.steps)]
     firsts = {run.name: run.val_ce.steps[0] for run in others}
     if at_once := [row.run for row in rows if row.reached_step == firsts.get(row.run, math.nan)]:

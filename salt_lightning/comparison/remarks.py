@@ -18,11 +18,13 @@ def remarks(
     experiments: list[list[Run]],
     repeated: dict[str, str],
     reference: Run,
+    teachers_of: dict[str, dict[str, Run | None]],
 ) -> list[str]:
     """All notes on a comparison.
 
     `silent`: runs without a value in their logs; `runs`: the others. `experiments`: the compared runs, the seeds of an
     experiment together, without teachers and repetitions. `repeated`: name of a repetition -> name of the first.
+    `teachers_of`: name of a run -> its `lineage.teacher_runs`.
     """
     notes = [what for run in (*silent, *runs) for what in run.damaged]
     notes += [
@@ -53,7 +55,8 @@ def remarks(
     notes += [note for run in runs for note in _beginning(run)]
     notes += [f"{run.name} has no config.yaml: its method is not known" for run in runs if not run.config]
     notes += _better([[run for run in group if run.finished] for group in experiments], reference)
-    notes += _lost_teachers(runs, reference) + _taught_teachers(runs)
+    taught = [(run, *of) for run in runs if run.kd_steps > 0 or run.scores for of in teachers_of[run.name].items()]
+    notes += _lost_teachers(taught, runs, reference) + _taught_teachers(taught)
     notes += [
         f"the scores that {run.name} selected rows by, {path}, are gone: the cost of scoring is unknown"
         for run in runs
@@ -118,15 +121,17 @@ def _could_be(run: Run, reference: Run) -> bool:
     return same and math.isclose(*read, rel_tol=0.01) and run.is_plain and run.began == 0 and not run.changes
 
 
-def _lost_teachers(runs: list[Run], reference: Run) -> list[str]:
+_Taught = list[tuple[Run, str, Run | None]]  # a run, the path of a teacher of it, and the run that holds that
+
+
+def _lost_teachers(taught: _Taught, runs: list[Run], reference: Run) -> list[str]:
     """Teachers whose run is not among these, so the cost of training them is not counted."""
-    taught: dict[str, list[str]] = {}
-    for run in runs:
-        for path, teacher in lineage.teacher_runs(run, runs).items():
-            if (run.kd_steps > 0 or run.scores) and path.endswith(".ckpt") and teacher is None:
-                taught.setdefault(path, []).append(run.name)
+    students: dict[str, list[str]] = {}
+    for run, path, teacher in taught:
+        if path.endswith(".ckpt") and teacher is None:
+            students.setdefault(path, []).append(run.name)
     notes = []
-    for path, names in taught.items():
+    for path, names in students.items():
         others = [o.name for o in runs if o.kd_steps == 0 and o is not reference and _may_be(o, names, runs)]
         who, which = f"the teacher of {few(names)}, {path},", " or ".join(others)
         folder = Path(path).parent.parent
@@ -142,13 +147,12 @@ def _lost_teachers(runs: list[Run], reference: Run) -> list[str]:
     return notes
 
 
-def _taught_teachers(runs: list[Run]) -> list[str]:
+def _taught_teachers(taught: _Taught) -> list[str]:
     """Teachers that had a teacher themselves, whose training is in no figure of their students."""
     students: dict[Run, dict[str, None]] = {}
-    for run in runs:
-        for teacher in lineage.teacher_runs(run, runs).values():
-            if (run.kd_steps > 0 or run.scores) and teacher is not None and (teacher.kd_steps > 0 or teacher.scores):
-                students.setdefault(teacher, {})[run.name] = None
+    for run, _, teacher in taught:
+        if teacher is not None and (teacher.kd_steps > 0 or teacher.scores):
+            students.setdefault(teacher, {})[run.name] = None
     return [
         f"{teacher.name}, the teacher of {few(names)}, had a teacher too: the cost of training that one is not counted"
         for teacher, names in students.items()
