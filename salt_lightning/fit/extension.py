@@ -83,17 +83,15 @@ def check_subclass(trainer: Trainer) -> None:
         raise ConfigError("automatic_optimization False: SALTModule needs Lightning to do the steps; leave it True")
     if trainer.lr_scheduler_configs:
         raise ConfigError("a learning-rate scheduler of your own would be overwritten; set OptimSpec(...), model.optim")
-    needed = {"decays", "param_names"}
-    if any(not needed <= group.keys() for optimizer in trainer.optimizers for group in optimizer.param_groups):
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    if any(not {"decays", "param_names"} <= group.keys() for group in groups):
         raise ConfigError(
             "an optimizer of your own (configure_optimizers) does not work with SALTModule, which sets the learning "
             "rate and weight decay of its AdamW at every step; set OptimSpec(...), model.optim, or a subclass of it "
             "that builds your optimizer from groups of named parameters, as OptimSpec.build makes them"
         )
     trained = [name for name, p in module.named_parameters() if p.requires_grad]
-    kept = {
-        name for optimizer in trainer.optimizers for group in optimizer.param_groups for name in group["param_names"]
-    }
+    kept = {name for group in groups for name in group["param_names"]}
     if forgotten := [name for name in map(plain_name, trained) if name.startswith("student.") and name not in kept]:
         raise ConfigError(
             f"{few(forgotten)}: in no group of the optimizer, so they would never be trained; build it from all that "
@@ -107,17 +105,18 @@ def check_subclass(trainer: Trainer) -> None:
     may_balance = type(module).step_loss.__module__ != "salt_lightning.module"  # of a subclass
     for finding in doubts(module.student, trainer.precision, may_balance):
         finding.require()
-    sharded = isinstance(trainer.strategy, SHARDS_MODELS)
-    if sharded and not module._ndim:
+    if not isinstance(trainer.strategy, SHARDS_MODELS):
+        return
+    if not module._ndim:
         raise ConfigError("a student made in configure_model is not sharded; train it on one device, or with ddp")
     wrapped = FullyShardedDataParallel if isinstance(trainer.strategy, FSDPStrategy) else FSDPModule
-    if sharded and not isinstance(module.student, wrapped):
+    if not isinstance(module.student, wrapped):
         raise ConfigError(
             "the student was made before this fit (load_from_checkpoint, validate or a fit on one device) and is not "
             "sharded, so each rank would train its own copy; make a new SALTModule, and load the weights with "
             "trainer.fit(ckpt_path=...) or ModelSpec(path=...)"
         )
-    if sharded and (late := [name for name in map(plain_name, trained) if name not in module._ndim]):
+    if late := [name for name in map(plain_name, trained) if name not in module._ndim]:
         raise ConfigError(
             f"{few(late)}: added after the student was sharded, so each rank would train its own copy; add it in "
             "extend_student, or use ddp"
