@@ -41,25 +41,28 @@ def resolve(path: str, config: Namespace, subcommand: str) -> Path | None:
     gather()  # the first process may have waited for another start's last save
     there = _seen_by_all(folder)
     found = newest(folder, _damage)
-    if found is None and there != saved(folder):
+    if found is not None:
+        say_once(f"--ckpt_path last: {found}")
+        return found
+    if there != saved(folder):
         raise ConfigError(
             f"--ckpt_path last: the run that trains in {folder} has replaced its checkpoints while they were read; try "
             "again, or name one that it keeps (--checkpoint.at_steps)"
         )
-    if found is None and there:
+    if there:
         raise ConfigError(
             f"--ckpt_path last: every checkpoint in {folder} is damaged (see above); start anew in another --run, or "
             "restore a copy"
         )
-    if found is None and subcommand != "fit":
+    if subcommand != "fit":
         raise ConfigError(f"--ckpt_path last: no checkpoint in {folder}; check --run {config.run}")
-    if found is None and (moved := _moved(config)):
+    if moved := _moved(config):
         raise ConfigError(
             f"--ckpt_path last: no checkpoint in {folder}, where {moved} says that the run is, but there are some "
             f"beside that file, so the run was moved; give --run {moved.parent}, or leave out --ckpt_path to start anew"
         )
-    say_once(f"--ckpt_path last: {found or f'no checkpoint in {config.run}, starting at step 0'}")
-    return found
+    say_once(f"--ckpt_path last: no checkpoint in {config.run}, starting at step 0")
+    return None
 
 
 def _seen_by_all(folder: Path) -> list[tuple[int, Path]]:
