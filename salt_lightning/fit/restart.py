@@ -106,13 +106,13 @@ def go_on_from(
         loop["epoch_loop.batch_progress"] |= {"total": dict(counts), "current": dict(counts), "is_last_batch": False}
         loop["epoch_loop.state_dict"]["_batches_that_stepped"] = max(step - 1, 0)
         data.go_on_from(checkpoint)
-    now, key = alike.identity(data), "--data.selection_fingerprint"
+    now, key, texts = alike.identity(data), _SELECTION, (getattr(data, "text", {}), checkpoint["text"])
     if getattr(data, "_order", True) is None:  # check plans none
         now.pop(key)
-    examples = [text.get("examples", {}) for text in (getattr(data, "text", {}), checkpoint["text"])]
+    examples = [text.get("examples", {}) for text in texts]
     ours, theirs = examples if all(examples) else ({}, {})  # older checkpoints do not record them
     other = [f"other --data.examples.{name}" for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
-    weights, old_weights = (text.get("weights") for text in (getattr(data, "text", {}), checkpoint["text"]))
+    weights, old_weights = (text.get("weights") for text in texts)
     if weights != old_weights and now.get(key) != checkpoint["data"].get(key):
         other.append(f"--data.source_weights {weights} (checkpoint: {old_weights})")
         if not getattr(data, "selection", None):  # nothing else is in the hash
@@ -120,20 +120,25 @@ def go_on_from(
     other += [_other(key, now[key], was) for key, was in checkpoint["data"].items() if now.get(key, was) != was]
     if other:
         rank_zero_info(f"continuing with other data than the checkpoint's: {', '.join(other)}")
-    before = checkpoint["data"].get("--data.train_fingerprint")  # 0: of a loader of the user's own, as `data` None is
-    if step > 0 and before and data is not None and not data.source_weights and before != data.train_fingerprint:
+    if step > 0 and data is not None:
+        _say_what_may_come_again(checkpoint["data"], now, data)
+    for said in filter(None, (alike.other_steps(checkpoint, trainer, hparams), optim.jump(checkpoint, max_steps))):
+        rank_zero_info(printable(said))  # with values from the checkpoint
+
+
+def _say_what_may_come_again(saved: Mapping[str, Any], now: Mapping[str, Any], data: Any) -> None:
+    """Reports rows that the run may read again. `saved`, `now`: `alike.identity` in the checkpoint and of `data`."""
+    before = saved.get("--data.train_fingerprint")  # 0: of a loader of the user's own
+    if before and not data.source_weights and before != data.train_fingerprint:
         rank_zero_info("data: without --data.source_weights, other text is in another order, so rows may be read again")
-    if step > 0 and before and data is not None and checkpoint["data"].get("--data.seed", data.seed) != data.seed:
+    if before and saved.get("--data.seed", data.seed) != data.seed:
         rank_zero_info("data: with another --data.seed the rows are in another order, so they may be read again")
-    was = checkpoint["data"].get(key)
-    other_rows = step > 0 and was is not None and now.get(key, was) != was
-    if other_rows and getattr(data, "selection", None) and data.keep.unread_first:
+    was = saved.get(_SELECTION)
+    if was is not None and now.get(_SELECTION, was) != was and data.selection and data.keep.unread_first:
         rank_zero_info(
             "selection: unread are the rows that phase 1 would not read under these settings; those that it has read "
             "under others may come again before them"
         )
-    for said in filter(None, (alike.other_steps(checkpoint, trainer, hparams), optim.jump(checkpoint, max_steps))):
-        rank_zero_info(printable(said))  # with values from the checkpoint
 
 
 def require_fitting(module: Any) -> None:
@@ -174,11 +179,12 @@ def _say_other_share(checkpoint: Mapping[str, Any], data: Any) -> None:
         Finding("warning", "held-out text", said, remedy).require()
 
 
+_SELECTION = "--data.selection_fingerprint"
 # entries that are not settings, and the settings that determine them
 _SAID_BY = {
     "--data.num_train_tokens": "tokens of --data.source",
     "--data.train_fingerprint": "training text (--data.source)",
-    "--data.selection_fingerprint": "rows of phase 1, or shares (--data.selection, keep, source_weights, --kd.steps)",
+    _SELECTION: "rows of phase 1, or shares (--data.selection, keep, source_weights, --kd.steps)",
     "--data.difficulty_fingerprint": "thirds (--data.difficulty)",
     "--data.held_out": "held-out text or rows",
 }
