@@ -177,25 +177,20 @@ def family_config(spec: ModelSpec) -> PreTrainedConfig:
     Raises:
         ConfigError: no such family, or settings that it does not have or that are out of range (all at once).
     """
-    try:
-        with as_config_error(f"--model.student.family {spec.family}"):
+    setting = f"--model.student.family {spec.family}"
+    with as_config_error(setting):
+        try:
             known = AutoConfig.for_model(spec.family)
-    except ConfigError as error:
-        if not isinstance(error.__cause__, ValueError):
-            raise
-        raise ConfigError(
-            f"--model.student.family {spec.family}: transformers has no such model type; use e.g. llama, gpt2 or qwen3"
-        ) from None
+        except ValueError:
+            raise ConfigError(
+                f"{setting}: transformers has no such model type; use e.g. llama, gpt2 or qwen3"
+            ) from None
     if (text := known.get_text_config()) is not known:
         raise ConfigError(
-            f"--model.student.family {spec.family} is not a text-only model; use --model.student.family "
-            f"{text.model_type}, its text part"
+            f"{setting} is not a text-only model; use --model.student.family {text.model_type}, its text part"
         )
     if not folders.is_causal(spec.family):
-        raise ConfigError(
-            f"--model.student.family {spec.family} is not a causal language model of transformers; use e.g. llama, "
-            "gpt2 or qwen3"
-        )
+        raise ConfigError(f"{setting} is not a causal language model of transformers; use e.g. llama, gpt2 or qwen3")
     names = set(known.to_dict()) | set(known.attribute_map) | set(_SPECIAL_TOKENS)
     elsewhere = [key for key in _SAID_BY if key in spec.config]
     wrong = [
