@@ -140,17 +140,16 @@ def _resolve_one(setting: str, entry: str, name: str, hub: Hub) -> list[Group]:
         return [Group(name, kind, tuple(found)) for kind, found in of_kind.items() if found]
     there = glob.glob(path)  # an empty folder, or a pipe
     named = Path(entry).suffix not in {".txt", ".md", ".py", *_KINDS, *SUFFIXES} and _HUB.fullmatch(entry)
-    if named and not there:
+    if named and not there and not os.path.exists(named[1]):  # which `datasets` would read instead
         hub_name, revision, subset, split = named.groups()
-        if not os.path.exists(hub_name):  # which `datasets` would read instead
-            part = Hub(split or hub.split, subset or hub.subset, revision or hub.revision)
-            _, first, end = part.rows()
-            if "[" in part.split and (not _SLICE.fullmatch(part.split) or (end is not None and end <= first)):
-                raise ConfigError(
-                    f"{setting}: {part.split!r} is no slice that can be read; a slice counts rows of one split, "
-                    "e.g. train[:5000000] or train[10000:]"
-                )
-            return [Group(name, "hub", hub_name=hub_name, hub=part)]
+        part = Hub(split or hub.split, subset or hub.subset, revision or hub.revision)
+        _, first, end = part.rows()
+        if "[" in part.split and (not _SLICE.fullmatch(part.split) or (end is not None and end <= first)):
+            raise ConfigError(
+                f"{setting}: {part.split!r} is no slice that can be read; a slice counts rows of one split, "
+                "e.g. train[:5000000] or train[10000:]"
+            )
+        return [Group(name, "hub", hub_name=hub_name, hub=part)]
     special = "matches only folders, no file" if all(map(os.path.isdir, there)) else "is not a regular file"
     what = special if there else "matches no file"
     raise ConfigError(
@@ -271,11 +270,11 @@ def _folder_files(setting: str, folder: str, hub: Hub, split_setting: str = "--d
             f"{setting}: the README.md of {folder!r} names {strangers[0]!r}, which is outside that folder; if "
             "you trust it, name it in the setting"
         )
-    kinds = [sorted({Path(file).suffix for file in files if _kind(file) != "text"}) for files in (found, read)]
-    if kinds[0] and not kinds[1]:  # as on the hub: the more common kind
+    if all(_kind(file) == "text" for file in read):  # as on the hub: the more common kind
+        others = sorted({Path(file).suffix for file in found if _kind(file) != "text"})
         raise ConfigError(
-            f"{setting}: {folder} holds {' and '.join(kinds[0])} files but more plain text files; choose with a glob, "
-            f"e.g. {pattern}/*{kinds[0][0]}, or give both"
+            f"{setting}: {folder} holds {' and '.join(others)} files but more plain text files; choose with a glob, "
+            f"e.g. {pattern}/*{others[0]}, or give both"
         )
     are_read = set(map(_identity, read))
     if left := sorted(file for file in found if _identity(file) not in are_read):
