@@ -127,13 +127,12 @@ def divide(what: str, look: Callable[[int, int], str | None]) -> str | None:
     """
     if "LOCAL_RANK" in os.environ and os.environ.get(_SEEN) == f"{os.getppid()} {what}":
         return None
+    found: list[str] = []
     if (others := _others()) and (named := others.exchange(what, _MEETING)):
         same = [rank for rank, other in enumerate(named) if other == what]
         own = look(same.index(others.rank), len(same))
-        found = others.exchange(own or "", _LOOKING) or [look(0, 1) or ""]
-    else:
-        found = [look(0, 1) or ""]
-    if wrong := next(filter(None, found), None):
+        found = others.exchange(own or "", _LOOKING)
+    if wrong := next(filter(None, found or [look(0, 1) or ""]), None):
         return wrong
     os.environ[_SEEN] = f"{os.getpid()} {what}"
     return None
