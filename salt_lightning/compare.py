@@ -85,6 +85,7 @@ def _names(folders: list[Path]) -> list[str]:
 
 _WRITTEN = ("compare.md", "compare.json", "compare.png")
 _ROUNDING = 1e-6  # TensorBoard keeps seven digits
+_Equal = dict[str, tuple[float, dict[str, float]]]  # as in Comparison
 _OF_RUNS = ("*/config.yaml", "**/*tfevents*")  # signs of a run somewhere below a named folder
 
 
@@ -124,10 +125,7 @@ def evaluate(runs: list[Run], baseline: str | None = None) -> Comparison:
     if at_once := [row.run for row in rows if row.reached_step == firsts.get(row.run, math.nan)]:
         notes.append(f"the reference's loss was reached by the first validation, or earlier: {', '.join(at_once)}")
     equal, between = _equal_points([run for run in students if run.name not in apart], None if goal.over else reference)
-    groups = _groups(experiments, {row.run: row for row in rows}, reference, seeds, apart)
-    for group in groups:
-        done = [run.name for run in students if run.name in group.runs and run.finished]
-        group.equal = {axis: [ce[name] for name in done if name in ce] for axis, (_, ce) in equal.items()}
+    groups = _groups(experiments, {row.run: row for row in rows}, reference, seeds, apart, equal)
     return Comparison(reference.name, goal.ce, goal.over, rows, groups, equal, between, notes, apart, runs)
 
 
@@ -269,7 +267,12 @@ def _row(run: Run, method: str, teachers: dict[str, Run | None], goal: Goal) -> 
 
 
 def _groups(
-    experiments: list[list[Run]], rows: dict[str, Row], reference: Run, seeds: list[Run], apart: list[str]
+    experiments: list[list[Run]],
+    rows: dict[str, Row],
+    reference: Run,
+    seeds: list[Run],
+    apart: list[str],
+    equal: _Equal,
 ) -> list[Group]:
     labels = _labels([members[0] for members in experiments])
     by_seed = {run.sample: run.last("val/ce") for run in seeds if run.seeds}
@@ -296,7 +299,7 @@ def _groups(
                     rows[run.name].reached_flops_share_with_teacher_training for run in done
                 ],
                 reached_seconds_share=[rows[run.name].reached_seconds_share for run in done],
-                equal={},
+                equal={axis: [ce[run.name] for run in finished if run.name in ce] for axis, (_, ce) in equal.items()},
                 changed=_changed(reference, members[0]),
             )
         )
@@ -328,9 +331,7 @@ def _changed(reference: Run, run: Run) -> dict[str, tuple[Any, Any]]:
     return {key: (before, now) for key, (before, now) in pairs.items() if before != now or key in there.keys() & here}
 
 
-def _equal_points(
-    students: list[Run], begun: Run | None
-) -> tuple[dict[str, tuple[float, dict[str, float]]], dict[str, list[str]]]:
+def _equal_points(students: list[Run], begun: Run | None) -> tuple[_Equal, dict[str, list[str]]]:
     """Validation CE of each run at the furthest point that all finished runs have reached, along each of AXES; and a
     reference that has only `begun`.
 
