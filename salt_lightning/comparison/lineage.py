@@ -146,17 +146,17 @@ def training(run: Run, teachers: dict[str, Run | None]) -> tuple[float, float]:
     for path, teacher in teachers.items():
         if teacher is None:
             flops, seconds = flops + _card_flops(run, path), math.nan
-        else:
-            step = step_named(path)
-            step = _card_step(run, path) if step is None else step
-            done = teacher.steps_done if step is None else min(step, teacher.steps_done)
-            scored |= _scores(teacher)
-            start = 0
-            for until, folder in (*teacher.trunk, (done, teacher.path.resolve())):
-                start, end = max(start, of_run.get(folder, 0)), min(until, done)
-                if end > furthest.get(folder, (0, start))[1]:
-                    furthest[folder] = start, end, teacher
-                start = end
+            continue
+        step = step_named(path)
+        step = _card_step(run, path) if step is None else step
+        done = teacher.steps_done if step is None else min(step, teacher.steps_done)
+        scored |= _scores(teacher)
+        start = 0
+        for until, folder in (*teacher.trunk, (done, teacher.path.resolve())):
+            start, end = max(start, of_run.get(folder, 0)), min(until, done)
+            if end > furthest.get(folder, (0, start))[1]:
+                furthest[folder] = start, end, teacher
+            start = end
     for start, end, teacher in furthest.values():
         flops += teacher.flops(end) - (teacher.flops(start) if start else 0)
         seconds += teacher.total("train/time_s", end) - (teacher.total("train/time_s", start) if start else 0)
