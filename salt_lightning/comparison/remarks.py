@@ -9,7 +9,7 @@ import numpy as np
 
 from salt_lightning.comparison import lineage
 from salt_lightning.errors import few
-from salt_lightning.run.runlog import ROUNDING, Run, changes_said, differ
+from salt_lightning.run.runlog import CONTEXT, ROUNDING, Run, changes_said, differ
 
 
 def remarks(
@@ -169,7 +169,6 @@ def _may_be(run: Run, taught: list[str], runs: list[Run]) -> bool:
 
 
 _FIRST_TOKENS = 0.02  # the first token of a document, which differs between tokenizers, is not counted
-_CONTEXT = ("data.block_size", "data.isolate_documents")
 
 
 def _text(run: Run, kind: str) -> tuple[float, float]:
@@ -219,7 +218,7 @@ def _other_context(run: Run, reference: Run) -> list[str]:
     """The settings by which two runs' last losses had more or less context; none if one has no config.yaml."""
     if "val/ce" not in run.curves or not run.config or not reference.config:
         return []
-    return [name for name in _CONTEXT if run.config.get(name) != reference.config.get(name)]
+    return [name for name in CONTEXT if run.config.get(name) != reference.config.get(name)]
 
 
 def _words(run: Run) -> list[Any]:

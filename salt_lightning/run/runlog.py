@@ -226,7 +226,7 @@ class Run:
         """The first validation on the same text as the last one, in rows as long, if not all of them are; else 0."""
         if "val/ce" not in self.curves:
             return 0
-        at = [step + 1 for step, found in self.changes.items() if any(map(_CONTEXT.match, found))]
+        at = [step + 1 for step, found in self.changes.items() if not found.keys().isdisjoint(CONTEXT)]
         return max((step for step in (*at, self.text_since) if step <= self.curves["val/ce"].steps[-1]), default=0)
 
     @cached_property
@@ -381,7 +381,7 @@ def read_run(path: str | Path, name: str) -> Run:
 
 
 ROUNDING = 1e-5  # of a loss in nats, and of the bytes of a text: TensorBoard keeps seven digits
-_CONTEXT = re.compile(r"data\.(block_size|isolate_documents)$")  # these change a loss on the same text
+CONTEXT = ("data.block_size", "data.isolate_documents")  # these change a loss on the same text
 # Settings that change no result. With half the micro-batch, e.g. after running out of memory, it is the same run.
 _AROUND = re.compile(
     r"data\.(\w+_workers|cache_dir|micro_batch_size)$|checkpoint\.|kd\.(allow_|probe_)|answers\."
