@@ -218,11 +218,6 @@ class NonFiniteLossError(RuntimeError):
     """The training loss became NaN or infinite; the last checkpoint is still good."""
 
 
-def is_loss_of_others(error: BaseException) -> bool:
-    """Whether another process ended, by gloo's message: it has no error class for that."""
-    return "gloo/transport" in str(error)
-
-
 def not_a_name() -> str:
     """Why a name with bytes that are no text cannot be used."""
     encoding = sys.getfilesystemencoding()
