@@ -164,12 +164,13 @@ def of_machine(error: BaseException, verb: str | None = None) -> str | None:
         return f"/dev/shm is too small ({why}); make it larger, or set --data.num_workers 0, and {again}"
     if "can't start new thread" in str(error):
         return f"the limit of threads is reached (ulimit -u, or the pids limit of a container); raise it and {again}"
-    if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")) and "No space left" in str(error):
+    of_compiler = type(error).__module__.startswith(("torch._inductor", "torch._dynamo"))
+    if of_compiler and "No space left" in str(error):
         return (
             "torch.compile has no room for the code that it writes; make room in the temporary folder (TMPDIR, or set "
             f"TORCHINDUCTOR_CACHE_DIR to another), and {again}"
         )
-    if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")) and "failed to map" in str(error):
+    if of_compiler and "failed to map" in str(error):
         return (
             "torch.compile cannot load the code that it writes, because its folder is mounted noexec; set "
             f"TORCHINDUCTOR_CACHE_DIR (or TMPDIR) to another folder, and {again}"
