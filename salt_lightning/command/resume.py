@@ -123,7 +123,7 @@ def settings_held(path: Path, subcommand: str, given: Namespace, seed: int, prov
     if not proved and (reason := _damage(path)):
         raise ConfigError(f"--ckpt_path {path} is damaged ({reason}); use an older one, or last, which finds one")
     before = flat(held)
-    for key, now in sorted(vars(given.as_flat()).items() if given else []):
+    for key, now in sorted(vars(given.as_flat()).items()):
         if subcommand != "fit" and key not in _EVALUATED:
             continue
         if key == "seed" and now is None:
