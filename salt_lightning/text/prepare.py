@@ -159,15 +159,15 @@ def prepare_tokens(
         first()
         _prepare(folder, corpus, tokenizer, val_fraction, workers)
     manifest = TokenFiles(folder, "train").manifest
-    skipped, column = Skipped(**manifest.get("skipped", {})), corpus.examples.tools
+    skipped, column = Skipped(**manifest["skipped"]), corpus.examples.tools
     if skipped.lines:
         rank_zero_info(f"{corpus.setting}: {skipped}")
-    if left_out := manifest.get("left_out"):
+    if left_out := manifest["left_out"]:
         what = "no response to learn, or a null" if corpus.examples.given else "no text"
         rank_zero_info(f"{corpus.setting}: {left_out} rows left out ({what})")
     if corpus.examples.messages and (day := day_written(tokenizer)):
         rank_zero_info(f"{corpus.setting}: the chat template writes a date; it is {day[0]} in all conversations")
-    if column and not manifest.get("num_tools", 1):  # one JSON line may lack the column, but all?
+    if column and not manifest["num_tools"]:  # one JSON line may lack the column, but all?
         rank_zero_warn(f"--data.examples.tools: no row of {corpus.setting} has tools in a column {column!r}")
     return folder
 
