@@ -121,6 +121,11 @@ def _panel(ax: Axes, comparison: Comparison, axis: str, divisor: float) -> int:
             ax.axvline(x, color=colour, lw=0.8, ls=DASHES, label=LEAVES)
     ax.spines[["top", "right"]].set_visible(False)
     ax.set_xlim(left=0)
+    return _note(ax, level, noted)
+
+
+def _note(ax: Axes, level: float, noted: list[tuple[float, str, str]]) -> int:
+    """Writes notes (x, text, color) below the reference's loss; returns their lines."""
     lines, most, right = 0, 0, math.inf
     for x, text, colour in sorted(noted, reverse=True):  # from the right: of two close ones, the left goes lower
         lines = lines + 1 if right - x < 0.08 * ax.get_xlim()[1] else 0
