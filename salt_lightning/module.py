@@ -293,10 +293,6 @@ class SALTModule(extension.Guarded):
         named = ((parallel.plain_name(name), p) for name, p in self.named_parameters())
         return self.optim_spec.build(named, self._ndim)
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        extension.warn_of_other_rates(self)
-        extension.write_rates(self, self.global_step)
-
     def configure_gradient_clipping(
         self,
         optimizer: torch.optim.Optimizer,

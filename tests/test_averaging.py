@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheck
 
 from salt_lightning import ModelSpec, OptimSpec, SALTDataModule, SALTModule
 from salt_lightning.checkpoint import RunCheckpoint
+from salt_lightning.fit.averaging import begin
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 pytestmark = [
@@ -57,19 +58,26 @@ def test_a_trainer_that_has_fitted_evaluates_what_it_is_given(data, tmp_path):
 
 
 def test_a_callback_that_has_averaged_one_run_averages_the_next(data, tmp_path):
-    averages = EMAWeightAveraging(decay=0.9)
+    averages, fresh = EMAWeightAveraging(decay=0.9), EMAWeightAveraging()
     for run in ("first", "second"):
         trainer(tmp_path / run, averages).fit(student(), data)
+    begin(trainer(tmp_path, averages), fits=False)  # with another epoch, a run of several would skip its first average
+    assert (averages._latest_update_step, averages._latest_update_epoch) == (
+        fresh._latest_update_step,
+        fresh._latest_update_epoch,
+    )
     first, second = (weights(Path(saved(tmp_path / run, 8))) for run in ("first", "second"))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_a_resume_that_has_nothing_to_do_leaves_the_average(data, tmp_path):
-    trainer(tmp_path, EMAWeightAveraging(decay=0.9)).fit(student(), data)
-    module, last = student(), saved(tmp_path, 8)
-    trainer(tmp_path, EMAWeightAveraging(decay=0.9)).fit(module, data, ckpt_path=last)
+    used = student()
+    trainer(tmp_path, EMAWeightAveraging(decay=0.9)).fit(used, data)
+    last = saved(tmp_path, 8)
     average = weights(Path(last))
-    assert all(torch.equal(held, average[name]) for name, held in module.state_dict().items())
+    for module in (student(), used):
+        trainer(tmp_path, EMAWeightAveraging(decay=0.9)).fit(module, data, ckpt_path=last)
+        assert all(torch.equal(held, average[name]) for name, held in module.state_dict().items())
 
 
 def test_a_file_of_weights_alone_holds_the_average(data, tmp_path):
@@ -106,18 +114,22 @@ def test_after_a_fit_the_weights_in_memory_are_the_users(data, tmp_path):
 
 
 def test_buffers_of_a_part_are_averaged_only_if_they_can_be(data, tmp_path):
-    """Filled or registered in the first forward, as caches are; integers, whose averages would be cut off."""
+    """Filled, registered or resized in training, as caches are; integers, whose averages would be cut off."""
 
     class Part(torch.nn.Module):
         def __init__(self):
             super().__init__()
             self.register_buffer("table", torch.arange(8))
             self.register_buffer("filled", None, persistent=False)
+            self.register_buffer("grown", torch.ones(2), persistent=False)
+            self.register_buffer("scale", torch.full((3,), 5.0))
 
         def forward(self, module, args):
             if self.filled is None:
                 self.filled = torch.ones(3)
                 self.register_buffer("late", torch.full((2,), 0.1), persistent=False)
+            if self.training:
+                self.grown = torch.ones(len(self.grown) + 1)
 
     class Mine(SALTModule):
         def extend_student(self, lm):
@@ -126,8 +138,10 @@ def test_buffers_of_a_part_are_averaged_only_if_they_can_be(data, tmp_path):
 
     module = Mine(ModelSpec(config=SIZES), optim=OptimSpec(lr=1e-2))
     trainer(tmp_path, EMAWeightAveraging(decay=0.9)).fit(module, data)
-    part, saved_table = module.student.part, weights(Path(saved(tmp_path, 8)))["student.part.table"]
-    assert saved_table.tolist() == part.table.tolist() == list(range(8))
+    part, held = module.student.part, weights(Path(saved(tmp_path, 8)))
+    assert held["student.part.table"].tolist() == part.table.tolist() == list(range(8))
+    assert held.keys() == module.state_dict().keys()  # or no start could load it
+    assert held["student.part.scale"].tolist() == part.scale.tolist() == pytest.approx([5, 5, 5])
     assert part.filled.tolist() == [1, 1, 1]
     assert torch.equal(part.late, torch.full((2,), 0.1))
 

@@ -25,6 +25,26 @@ def begin(trainer: Trainer, fits: bool) -> None:
         callback._average_model = callback._average_model if fits else None
 
 
+def pair(module: Any) -> None:
+    """Gives the averages the student's buffers, in its order, before these are averaged.
+
+    torch pairs both by position, and a forward in training may fill, register or resize buffers, as caches do.
+    """
+    for callback in _averaging(module):
+        average = callback._average_model.module.student
+        for part, of_average in zip(module.student.modules(), average.modules(), strict=True):
+            of_average._non_persistent_buffers_set |= part._non_persistent_buffers_set
+            of_average._buffers = {
+                name: _like(of_average._buffers.get(name), buffer) for name, buffer in part._buffers.items()
+            }
+
+
+def _like(held: torch.Tensor | None, buffer: torch.Tensor | None) -> torch.Tensor | None:
+    if buffer is None or held is None or held.shape != buffer.shape:
+        return None if buffer is None else buffer.detach().clone()
+    return held
+
+
 @torch.no_grad()
 def complete(module: Any) -> None:
     """Copies what is constant from the student into its averages, before these are used.
@@ -33,6 +53,7 @@ def complete(module: Any) -> None:
     Averaged, they move by rounding, which accumulates: with a decay of 0.9999, angles at position 8,192 by 0.5 rad in
     20,000 steps. Before the first average everything is copied, or the first weights would be measured and saved.
     """
+    pair(module)
     for callback in _averaging(module):
         average = callback._average_model
         started = bool(average.n_averaged)
@@ -41,19 +62,9 @@ def complete(module: Any) -> None:
                 if parameter is not None and not (started and parameter.requires_grad):
                     of_average._parameters[name].copy_(parameter)
             unsaved = part._non_persistent_buffers_set
-            of_average._non_persistent_buffers_set |= unsaved
             for name, buffer in part._buffers.items():
                 if buffer is not None and not (started and buffer.is_floating_point() and name not in unsaved):
-                    _copy_buffer(of_average, name, buffer)
-
-
-def _copy_buffer(of_average: Any, name: str, buffer: torch.Tensor) -> None:
-    """Also one that was filled, registered or resized since the average was made, as caches are in a first forward."""
-    held = of_average._buffers.get(name)
-    if held is not None and held.shape == buffer.shape:
-        held.copy_(buffer)
-    else:
-        of_average._buffers[name] = buffer.detach().clone()
+                    of_average._buffers[name].copy_(buffer)
 
 
 def put_into(checkpoint: dict[str, Any], module: Any) -> None:
@@ -63,8 +74,7 @@ def put_into(checkpoint: dict[str, Any], module: Any) -> None:
         return
     complete(module)
     for callback in _averaging(module):
-        if "current_model_state" not in checkpoint:
-            checkpoint["state_dict"] = callback._average_model.module.state_dict()
+        checkpoint["state_dict"] = callback._average_model.module.state_dict()
 
 
 def finish(module: Any) -> None:

@@ -259,6 +259,11 @@ class Guarded(LightningModule):
 
     on_test_model_eval, on_test_model_train = on_validation_model_eval, on_validation_model_train
 
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        averaging.pair(self)
+        warn_of_other_rates(self)
+        write_rates(self, self.global_step)
+
     def on_train_epoch_end(self) -> None:
         averaging.complete(self)
 
