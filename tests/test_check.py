@@ -837,10 +837,12 @@ def test_fit_refuses_a_full_disk(fit_with, tmp_path, capsys, monkeypatch):
     assert re.search("checkpoints do not fit.*there is room for 0 and the one being written", capsys.readouterr().err)
 
 
-def test_disk_counts_what_lies_there_at_once(tmp_path, monkeypatch):
+def test_disk_counts_what_lies_there_at_once(tmp_path, monkeypatch, caplog):
     trainer = pl.Trainer(max_steps=100, accelerator="cpu", logger=False, default_root_dir=tmp_path)
-    saver = RunCheckpoint(every_n_steps=10, keep=2, at_steps=[5, 200])
-    saver.setup(trainer, None, "fit")
+    saver = RunCheckpoint(every_n_steps=10, keep=2, at_steps=[5, 100, 200])
+    with caplog.at_level("INFO"):
+        saver.setup(trainer, None, "fit")
+    assert "--checkpoint.at_steps [200] are after --trainer.max_steps 100: not saved" in caplog.text
     size = 3 * 2**20
     asked, free = [], [5 * size, 5 * size - 1, 4 * size, 4 * size - 1]  # 2 regular, step 5, the end; one being written
     monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(path) or SimpleNamespace(free=free.pop(0)))

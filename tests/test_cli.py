@@ -46,6 +46,7 @@ from salt_lightning.command.parser import _WORDS
 from salt_lightning.command.quiet import silence_libraries
 from salt_lightning.command.settings import wrong_trainer_settings
 from salt_lightning.run import progress_bar
+from salt_lightning.run.peers import limit_threads
 from salt_lightning.text import processes
 
 ROOT = Path(__file__).parents[1]
@@ -112,6 +113,7 @@ def test_help_says_what_this_project_does(capsys):
     assert text.index("The model to train") < text.index("--kd.weight") < text.index("--trainer.strategy")
     assert re.match(r"usage: \S+ fit \[--config FILE\]... \[--SETTING VALUE\]... Trains a student", text)
     assert len(wrong_trainer_settings(Namespace(**REFUSED))) == len(REFUSED)
+    assert len(wrong_trainer_settings(Namespace(val_check_interval=0.0))) == 1
     parser = LightningArgumentParser()
     parser.add_lightning_class_args(pl.Trainer, "trainer")
     assert {name for name in _WORDS if "." in name} <= {action.dest for action in parser._actions}  # no other names
@@ -560,6 +562,9 @@ def test_torch_starts_no_more_threads_than_a_container_may_run(tmp_path, capsys,
         build(f"--run={tmp_path}", "--trainer.strategy=ddp", "--trainer.devices=2")
         _set_num_threads_if_needed(2)  # in each process that Lightning starts
         assert torch.get_num_threads() == 2
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        limit_threads(9)  # more processes than CPUs
+        assert (torch.get_num_threads(), os.environ["OMP_NUM_THREADS"]) == (1, "1")
     finally:
         torch.set_num_threads(before)
 

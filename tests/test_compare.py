@@ -1754,10 +1754,14 @@ def test_the_trunk_of_a_branch_may_keep_its_checkpoints_apart(branch, tmp_path):
     assert "twig has no log before step 200" in str(compare([branch], tmp_path / "out").notes)
 
 
-@pytest.mark.parametrize(("checkpoint", "step"), [("a/checkpoints/step-00000100.ckpt", 100), ("last", 109)])
+@pytest.mark.parametrize(
+    ("checkpoint", "step"),
+    [("a/checkpoints/step-00000100.ckpt", 100), ("apart/step-00000100.ckpt", 100), ("last", 109)],
+)
 def test_a_run_that_has_lost_a_log_of_its_own_is_known_by_its_settings(tmp_path, checkpoint, step):
+    apart = {"checkpoint.folder": "apart", "ckpt_path": checkpoint}
     runs = [
-        write_run(tmp_path / "a", {200: 4.5, 300: 4.0}, after=100, ckpt_path=checkpoint),
+        write_run(tmp_path / "a", {200: 4.5, 300: 4.0}, after=100, **apart),
         write_run(tmp_path / "b", BASELINE, seed_everything=1),
     ]
     found = compare(runs, tmp_path / "out")

@@ -735,6 +735,8 @@ def test_sizes_that_do_not_divide_name_the_nearest():
     )
     with pytest.raises(ConfigError, match=r"2 rows .* on 3 devices; use 3$"):
         accumulation(2, 1, 3)
+    with pytest.raises(ConfigError, match=r"10 rows .* on 4 devices; use 8 or 12$"):  # no micro-batch divides
+        accumulation(10, 1, 4)
 
 
 def test_the_log_says_how_often_the_text_is_read(make, tmp_path, caplog):

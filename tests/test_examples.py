@@ -757,8 +757,11 @@ def test_what_a_tokenizer_does_not_know_of_a_response_is_text(tmp_path):
 
 def test_a_mark_that_is_eos_already_ends_the_example_once(tmp_path):
     messages = [turn("user", "u"), turn("assistant", "one")]
-    files, tokenizer = prepared(tmp_path, [{"messages": messages}], CHAT, chat_tokenizer("<|end|>"))
+    named = chat_tokenizer("<|end|>")
+    named.unk_token = "<|end|>"  # one token for both, as in GPT-2
+    files, tokenizer = prepared(tmp_path, [{"messages": messages}], CHAT, named)
     assert tokenizer.decode(files.tokens[files.learned == 1].tolist()) == "one<|end|>"
+    assert files.token_bytes[files.learned == 1].sum() == len("one")
 
 
 def test_messages_of_templates(tmp_path):

@@ -448,6 +448,8 @@ def test_a_loss_of_ones_own_may_balance_experts_but_keeps_no_weights_in_fp32():
     student = build_fresh(replace(experts, config={**experts.config, "vocab_size": 64}), None, 0)
     for may_balance, told in ((True, ["precision"]), (False, ["precision", "balance"])):
         assert [found.about for found in doubts(student, "bf16-true", may_balance)] == told
+    frozen = student.to(torch.bfloat16).requires_grad_(False)  # which no update would change
+    assert doubts(frozen, "bf16-mixed", may_balance=True) == []
 
 
 def test_first_values_of_a_part_follow_from_the_seed_of_the_module_alone():
@@ -990,7 +992,7 @@ BATCH = {"input_ids": IDS, "labels": IDS + 1, "positions": torch.arange(16).repe
         ({**BATCH, "labels": torch.where(IDS % 3 > 0, IDS, -100)}, "labels equal its input_ids"),
         ({**BATCH, "labels": torch.where(IDS == 9, 10, IDS)}, "labels equal its input_ids"),
         ({**BATCH, "labels": torch.where(IDS % 16 < 14, IDS + 2, -100)}, "the next of its input_ids in only 0% of the"),
-        ({**BATCH, "input_ids": IDS + 40, "labels": IDS + 41}, "has the id 72, but the student has only 64 ids; docs"),
+        ({**BATCH, "input_ids": IDS + 32, "labels": IDS + 33}, "has the id 64, but the student has only 64 ids; docs"),
         ({**BATCH, "step_tokens": torch.tensor([32, 32])}, r"step_tokens must be one number, not \[2\]"),
         (
             {**BATCH, "step_tokens": torch.tensor(1)},
@@ -1018,6 +1020,7 @@ ANSWERS = PLACE + torch.arange(16)[:, None]
         BatchEncoding(BATCH),
         {**BATCH, "step_tokens": torch.tensor([32])},
         {**BATCH, "labels": ONE_LABEL, "step_tokens": torch.tensor(1)},
+        {**BATCH, "labels": torch.full_like(IDS, 40), "positions": torch.zeros_like(IDS)},  # documents of one token
         # an answer of one token in each row, then padding
         {
             "input_ids": torch.where(PLACE < 8, ANSWERS, 0),
@@ -1040,6 +1043,9 @@ def test_sums_of_fp32_may_round():
     unchecked().look_at_step(1, 33_550_336.0, 33_548_324.0, False)  # 6e-5, as 4,096 micro-batches of 8,191 labels sum
     with pytest.raises(ConfigError, match="step_tokens of the batches is 64, but optimizer step 1 had 32"):
         unchecked().look_at_step(1, 64.0, 32.0, False)
+    with pytest.raises(ConfigError, match="step_tokens of the batches is 33, but optimizer step 1 had 32"):
+        unchecked().look_at_step(1, 33.0, 32.0, True)  # a run of one step
+    unchecked().look_at_step(2, 64.0, 32.0, True)  # the loader has ended too early
 
 
 @pytest.mark.parametrize(
@@ -1113,10 +1119,11 @@ def test_a_boundary_found_at_validations_needs_some(small, tmp_path):
         run = pl.Trainer(max_steps=12, callbacks=[kd], logger=False, accelerator="cpu", enable_checkpointing=False)
         run.fit(SALTModule(ModelSpec(config=SMALL), small), *data)
         assert kd.stop_step == 4
-    late = KDScheduleCallback(0.5, 4, stop_margin=100.0)
-    run = pl.Trainer(max_steps=12, callbacks=[late], logger=False, accelerator="cpu", enable_checkpointing=False)
-    with pytest.raises(ConfigError, match="--kd.stop_margin 100.0: there is no validation before step 4, where the"):
-        run.fit(SALTModule(ModelSpec(config=SMALL), small), loader, loader)
+    for last, least, said in ((4, 0, "4, where the"), (7, 5, "7 from --kd.min_steps 5 on, where the")):
+        late = KDScheduleCallback(0.5, last, stop_margin=100.0, min_steps=least)
+        run = pl.Trainer(max_steps=12, callbacks=[late], logger=False, accelerator="cpu", enable_checkpointing=False)
+        with pytest.raises(ConfigError, match=f"--kd.stop_margin 100.0: there is no validation before step {said}"):
+            run.fit(SALTModule(ModelSpec(config=SMALL), small), loader, loader)
     # an interval that does not divide an epoch of 4 steps: validations at steps 3, 7, 11
     between = KDScheduleCallback(0.5, 8, stop_margin=100.0, min_steps=7)
     trainer(tmp_path, between, max_steps=12, val_check_interval=3).fit(
@@ -1518,6 +1525,7 @@ def test_a_teacher_that_a_broken_fit_left_is_not_met_by_the_next(data, teacher, 
         trainer(tmp_path, KDScheduleCallback(), Boom("on_train_batch_end")).fit(module, data)
     assert module.teacher is not None
     kd = KDScheduleCallback(steps=6, stop_margin=10.0)
+    kd._probe._sums = torch.tensor(math.nan)  # of a validation that an error has ended
     pl.Trainer(accelerator="cpu", callbacks=[kd], logger=False, enable_progress_bar=False).validate(module, data)
     assert kd.stop_step is None
     met = []
@@ -1686,6 +1694,8 @@ def test_a_second_fit_of_one_trainer_goes_on_with_its_totals_and_boundary(data, 
     assert last.teacher_flops == first.teacher_flops
     assert last.tokens == 1.5 * first.tokens
     assert module.meter.time_s > taken_s
+    kd.setup(trainer(tmp_path, kd), module, "fit")  # of another trainer: the boundary is yet to be found
+    assert kd.stop_step is None
 
 
 def test_a_second_fit_counts_the_flops_and_time_of_its_own_rows(data, settings, tmp_path):

@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import (
     GradientAccumulationScheduler,
     LearningRateFinder,
     ModelCheckpoint,
+    SpikeDetection,
 )
 from lightning.pytorch.tuner import Tuner
 from reference import salt_reference
@@ -175,6 +176,9 @@ def test_a_stop_is_of_one_fit_alone(settings, tmp_path):
     trainer.should_stop = False  # Lightning's flag, not ours
     trainer.fit(module, SALTDataModule(**own), ckpt_path=str(tmp_path / "step-00000002.ckpt"))
     assert (saver.stopped_by, trainer.global_step, "val/ce" in trainer.callback_metrics) == (None, 6, True)
+    saver._kept.add(2)  # as where an earlier start keeps it for good
+    saver.setup(trainer, module, "fit")  # a third fit, which goes on
+    assert saver._kept == {2}
     assert [path.name for path in tmp_path.glob(".*")] == []
 
 
@@ -867,10 +871,20 @@ def test_what_a_validation_logs_may_be_monitored(monitor):
 
 
 def test_monitors_of_checkpoints_and_names_that_another_may_log():
-    module = SALTModule(ModelSpec(config=CONFIG))
-    for callbacks in ([ModelCheckpoint(monitor="step")], [EarlyStopping("mine"), Spy()]):
-        trainer = pl.Trainer(callbacks=callbacks, accelerator="cpu", logger=False)
-        trainer.strategy._lightning_module = module
+    class Mine(SALTModule):
+        """May log others."""
+
+    class Mended(SpikeDetection):
+        """May have a state that can be loaded."""
+
+    for kind, callbacks in (
+        (SALTModule, [ModelCheckpoint(monitor="step")]),
+        (SALTModule, [Mended()]),
+        (SALTModule, [EarlyStopping("mine"), Spy()]),
+        (Mine, [EarlyStopping("mine")]),
+    ):
+        trainer = pl.Trainer(callbacks=callbacks, accelerator="cpu", logger=False, limit_val_batches=0)
+        trainer.strategy._lightning_module = kind(ModelSpec(config=CONFIG))
         check_trainer(trainer)
 
 

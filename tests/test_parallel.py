@@ -928,6 +928,27 @@ def test_what_a_rank_without_the_others_says(why, verb, said, monkeypatch):
     assert "at MASTER_ADDR nowhere.invalid, MASTER_PORT 29, a name that this host does not know (" in not_met or (
         "is taken" in said
     )
+    monkeypatch.setattr(peers, "_nodes", 1)  # on one host its own address is no mistake
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    told = peers.loss_of_others(1, why.replace("127.0.1.1", "10.0.0.2"), verb)
+    assert "the node itself" not in told
+    assert "GLOO_SOCKET_IFNAME" not in told
+
+
+@pytest.mark.parametrize(
+    ("variables", "elsewhere"),
+    [
+        ({"TORCHELASTIC_RUN_ID": "x", "RANK": "0"}, False),
+        ({"TORCHELASTIC_RUN_ID": "x", "RANK": "1"}, True),
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"}, False),
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}, True),
+        ({"RANK": "1", "SLURM_PROCID": "1"}, False),  # left by another job
+    ],
+)
+def test_one_process_of_a_launcher_checks_and_exports(variables, elsewhere, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert peers.writes_elsewhere() == elsewhere
 
 
 @pytest.mark.parametrize("own", [{**DDP, "trainer.devices": 4}, {"trainer.devices": 1}], ids=["four", "one"])
@@ -956,6 +977,7 @@ PLACES = {  # an operator's variables, the Trainer's settings, and the place tha
     "with the rank, several a node": ({**FIRST, "NODE_RANK": "0"}, {**MANY, "devices": 2}, None),
     "Kubeflow's": (SECOND, {**MANY, "plugins": KubeflowEnvironment()}, None),
     "one process": (ALONE, {}, None),
+    "no number of processes": ({"WORLD_SIZE": "0", "RANK": "0"}, {}, None),
     "a child of Lightning's": ({**FIRST, "LOCAL_RANK": "1", "NODE_RANK": "0"}, {"strategy": "ddp", "devices": 2}, None),
 }
 

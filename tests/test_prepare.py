@@ -48,7 +48,9 @@ from salt_lightning.text.sources import Group, Hub, resolve
 from salt_lightning.text.token_files import Block, SplitWriter, TokenFiles, no_counts, sealed, verify
 from salt_lightning.text.tokenizer import (
     beginning,
+    beginnings,
     changed_words,
+    in_pieces,
     load_tokenizer,
     pieces,
     rules_fingerprint,
@@ -668,6 +670,8 @@ def test_bytes_where_a_tokenizer_drops_text():
     # tokens "b" and "d" of "aäb cd€": what lies before a token's end counts for it, the rest for the last
     assert token_bytes("aäb cd€", [(2, 3), (5, 6)]).tolist() == [1 + 2 + 1, 1 + 1 + 1 + 3]
     assert token_bytes("xyz", [(0, 2), (0, 1), (2, 3)]).tolist() == [2, 0, 1]  # ends that decrease
+    edges = "\x7f\x80\u07ff\u0800\uffff\U00010000"  # where UTF-8 needs a byte more
+    assert token_bytes(edges, [(i, i + 1) for i in range(6)]).tolist() == [1, 2, 2, 3, 3, 4]
 
 
 def test_bytes_of_a_split_are_the_bytes_of_its_texts(tmp_path):
@@ -738,6 +742,35 @@ def test_tokenizer_does_not_read_validation_documents(tmp_path):
         assert any("zq" in token for token in tokenizer.get_vocab()) == seen
 
 
+def test_a_tokenizer_is_trained_on_a_sample_of_all_of_a_large_text(tmp_path, monkeypatch):
+    files = [write_jsonl(tmp_path / f"{n}.jsonl", [{"text": f"{n}{i} " * 5} for i in range(400)]) for n in "ab"]
+    corpus = corpus_of(*files)
+    monkeypatch.setattr(tokenizer_module, "_TRAINING_BYTES", corpus.num_bytes() // 4)
+    texts = list(tokenizer_module._training_texts(corpus, 0.0))
+    for name in "ab":  # a quarter of each, and five standard deviations
+        assert abs(sum(text.startswith(name) for text in texts) - 100) < 5 * 9
+
+
+def test_samples_of_held_out_text_are_from_all_over_it():
+    """Of two sources by turns, in documents of 100 tokens."""
+    files = SimpleNamespace(
+        doc_ends=100 * np.arange(1, 101), doc_sources=np.arange(100) % 2, manifest={"sources": ["a", "b"]}
+    )
+    for source, (_, at) in enumerate(beginnings(files)):
+        docs, counts = np.unique(at // 100, return_counts=True)
+        assert (docs % 2 == source).all()
+        assert (docs.min(), docs.max() > 90, set(counts.tolist())) == (source, True, {100})
+
+
+def test_a_document_that_leaves_no_token_leaves_nothing(tmp_path):
+    tokenizer = letters_only("word level")
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("T", "")
+    write_jsonl(tmp_path / "x.jsonl", [{"text": text} for text in "TAG"])
+    files = TokenFiles(prepare_tokens(corpus_of(tmp_path / "x.jsonl"), tokenizer, 1.0, tmp_path / "cache", 1), "val")
+    assert files.doc_lots.tolist() == [lots(letter)[0] for letter in (b"A", b"G")]
+    assert files.manifest["splits"]["val"]["text_bytes"] == 2
+
+
 def test_tokenizer_without_end_token_is_refused(tmp_path):
     tokenizer = byte_tokenizer()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer).save_pretrained(tmp_path / "bare")
@@ -767,6 +800,12 @@ def test_parts_of_an_enormous_document_are_the_document(text):
         parts = list(pieces(text))
     assert "".join(parts) == text
     assert all(0 < len(part) <= 40 for part in parts) or parts == [""]
+
+
+def test_documents_are_encoded_in_batches_of_one_size(monkeypatch):
+    monkeypatch.setattr(tokenizer_module, "_PIECE_CHARS", 40)
+    docs = [(b"ten bytes.", 0.0, "x")] * 11
+    assert [len(batch) for batch in in_pieces(docs)] == [4, 4, 3]
 
 
 CL100K = (  # GPT-4, Llama 3 and Qwen: punctuation includes the line breaks after it

@@ -5,13 +5,15 @@ import itertools
 import math
 import signal
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from conftest import StopAt, arguments, scalars, weights
 from lightning.pytorch.callbacks import Callback
 from reference import log_softmax
 
-from salt_lightning import SALTDataModule, cli
+from salt_lightning import KDScheduleCallback, SALTDataModule, cli
+from salt_lightning.errors import ConfigError
 from salt_lightning.hugging_face.spec import ModelSpec
 from salt_lightning.models import CausalLM, load_pretrained, read_checkpoint
 from salt_lightning.schedule import KDSchedule, trained_schedule
@@ -215,6 +217,13 @@ def test_a_ramp_cut_short_by_the_maximum_is_the_ramp_of_the_maximum():
 def test_what_cannot_be_is_refused_by_name(fit_with, teacher, tmp_path, capsys, own, message):
     assert fit_with(tmp_path / "run", **{**KD, "model.teacher.path": teacher, **own}) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_boundary_that_cannot_come_in_time_is_refused_before_text_is_read():
+    kd = KDScheduleCallback(0.5, 10, stop_margin=0.1, min_steps=6)
+    trainer = pl.Trainer(max_steps=20, val_check_interval=5, callbacks=[kd], accelerator="cpu", logger=False)
+    with pytest.raises(ConfigError, match="there is no validation before step 10 from --kd.min_steps 6 on"):
+        kd.check(trainer, True, SALTDataModule("x"))
 
 
 def test_a_selection_needs_a_boundary_that_is_known(settings, teacher, tmp_path, capsys):

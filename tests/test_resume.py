@@ -14,6 +14,7 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -32,10 +33,11 @@ from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from salt_lightning import KDScheduleCallback, OptimSpec, SALTDataModule, SALTModule, cli
+from salt_lightning import KDScheduleCallback, ModelSpec, OptimSpec, SALTDataModule, SALTModule, cli
 from salt_lightning.comparison import lineage
 from salt_lightning.errors import ConfigError, of_machine
 from salt_lightning.fit import alike
+from salt_lightning.fit.restart import replace_lost_start
 from salt_lightning.hugging_face.folders import sample_hash
 from salt_lightning.models import read_checkpoint
 from salt_lightning.run import run_lock
@@ -191,6 +193,13 @@ def test_a_run_goes_on_without_the_weights_that_it_started_from(
     assert f"path: {start}" in (tmp_path / "broken/config.yaml").read_text()
     assert cli.main(["fit", *arguments(settings, own, {"run": str(tmp_path / "new")})]) == 2
     assert f"--model.student.path {start} {'cannot be loaded' if relative else 'does not exist'}" in one_line(capsys)
+
+
+def test_a_start_that_is_gone_from_the_hub_takes_its_revision_with_it():
+    """A path with a revision would be refused."""
+    module = SimpleNamespace(student_spec=ModelSpec(path="nobody/nowhere", revision="v1"))
+    replace_lost_start(module, "runs/x/checkpoints/step-00000001.ckpt")
+    assert module.student_spec == ModelSpec(path="runs/x/checkpoints/step-00000001.ckpt")
 
 
 def test_kill_9_then_last(settings, teacher, tmp_path):

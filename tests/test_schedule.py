@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import asdict
 
 import lightning.pytorch as pl
 import numpy as np
@@ -13,7 +14,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from torch.utils.data import DataLoader
 
 from salt_lightning.errors import ConfigError
-from salt_lightning.schedule import KDSchedule, interval_steps, validation_steps
+from salt_lightning.schedule import KDSchedule, interval_steps, trained_schedule, validation_steps
 
 RAMP = {"weight": 0.8, "steps": 10, "anneal_steps": 4}  # constant up to step 6, ramp 6..10
 
@@ -118,6 +119,16 @@ def test_wrong_settings_are_named(settings, message):
 def test_all_problems_at_once():
     with pytest.raises(ConfigError, match=r"kd.weight 2.*kd.steps -3.*kd.anneal_steps -1"):
         KDSchedule(2, -3, -1)
+
+
+@pytest.mark.parametrize("shape", ["linear", "Mine"])
+def test_a_checkpoint_tells_where_its_schedule_ended(shape):
+    """A subclass is known by its name alone; what it did with its ramp, nobody knows."""
+    saved = {"kd_schedule": {**asdict(KDSchedule(0.5, 9, 4, "linear")), "shape": shape}}
+    ramp = (4, "linear") if shape == "linear" else (0, "step")
+    assert trained_schedule({}) is None
+    assert trained_schedule(saved) == KDSchedule(0.5, 9, *ramp)
+    assert trained_schedule({**saved, "kd_stop_step": 6}) == KDSchedule(0.5, 6, *ramp)
 
 
 @pytest.mark.parametrize(

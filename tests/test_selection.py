@@ -21,6 +21,7 @@ from salt_lightning.errors import ConfigError
 from salt_lightning.fit import alike
 from salt_lightning.selection import (
     KeepRule,
+    _digest,
     chance,
     check_repeats,
     kept_rows,
@@ -323,7 +324,8 @@ def test_row_scores_of_all_shards_are_kept_beside_them(scores):
     path = scores.run / "scores" / "S-k10-zero.parquet"
     about = pq.read_schema(path).metadata
     # of earlier shards; cut off by a damaged footer; without a word on what it is
-    for values, said in ((found + 1, {**about, b"scored": b"x"}), (found[:-1], about), (found + 1, None)):
+    other = {b"scored": b"x", b"digest": _digest(found + 1)}
+    for values, said in ((found + 1, other), (found + 1, about), (found[:-1], about), (found + 1, None)):
         write_table(path, pa.table({"S": values}).replace_schema_metadata(said))
         assert row_scores(scores, 10, "zero").tolist() == found.tolist()
     scores.path(1).unlink()
