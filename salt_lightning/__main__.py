@@ -2,6 +2,7 @@
 
 import atexit
 import gc
+import locale
 import logging
 import os
 import signal
@@ -54,6 +55,9 @@ def _wrong_start() -> str:
         return "Windows is not supported; use WSL 2, or Linux"
     if sys.flags.optimize > 1:
         return "-OO (PYTHONOPTIMIZE=2) removes docstrings, which transformers' models need"
+    if (encoding := locale.getpreferredencoding(False)).lower() not in ("utf-8", "utf8"):
+        # libraries would read settings in it, and write them, so that a prompt would be trained as other letters
+        return f"Python takes files and names for {encoding} here, but settings and texts are UTF-8; set PYTHONUTF8=1"
     try:
         os.getcwd()
     except FileNotFoundError:

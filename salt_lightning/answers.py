@@ -294,6 +294,7 @@ _GROUPED = re.compile(rf"(?<=\d){_BETWEEN}(?=(?:\d{{2,3}}{_BETWEEN})*\d{{3}}(?!\
 _POWER = re.compile("[\u2070\xb9\xb2\xb3\u2074-\u207b]+")  # superscript digits and signs
 
 _FRACTION = re.compile("(?<=\\d)(?=[\xbc-\xbe\u2150-\u215e\u2189])")  # 1\xbd is 1 1/2, not 11/2
+_VARIANTS = re.compile("[\ufe00-\ufe0f\U000e0100-\U000e01ef]")  # of one character: red or black hearts, forms of names
 _TAGS = "\U000e0020"  # they tell the flags of England and Scotland apart
 
 
@@ -301,9 +302,9 @@ def normalized(text: str) -> str:
     """Normalizes an answer for comparison: NFKC (5² as 5^2), case folded, single spaces, digits of any script as 0-9.
 
     Removes separators of digit groups (1,000, 1,00,000, and no-break spaces), a final full stop in several scripts,
-    and invisible marks of direction and joining.
+    and invisible marks of direction, joining and variants.
     """
-    text = "".join(c for c in text if unicodedata.category(c) != "Cf" or c >= _TAGS)
+    text = "".join(c for c in _VARIANTS.sub("", text) if unicodedata.category(c) != "Cf" or c >= _TAGS)
     text = _POWER.sub(lambda power: "^" + power[0], _GROUPED.sub("", text))
     text = unicodedata.normalize("NFKC", _FRACTION.sub(" ", text)).casefold()
     text = text.replace("\u2212", "-").replace("\u2044", "/")

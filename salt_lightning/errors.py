@@ -109,7 +109,10 @@ def raised(looks: Iterable[Callable[[], object]]) -> list[str]:
 
 def printable(text: str) -> str:
     """The text on one line, with control characters escaped: file names and data may contain any of them."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(c if c.isprintable() or c in _SPELLING else c.encode("unicode_escape").decode() for c in text)
+
+
+_SPELLING = "\u200c\u200d\u3000"  # joiners, as in Persian and Hindi words and in emoji, and the space of Japanese
 
 
 def printable_lines(text: str) -> str:
@@ -118,9 +121,10 @@ def printable_lines(text: str) -> str:
 
 
 def width_of(text: str) -> int:
-    """Columns of a terminal: two for a wide character (CJK), none for a mark on another one."""
-    marks = sum(unicodedata.category(c) in ("Mn", "Me", "Cf") for c in text)
-    return len(text) - marks + sum(unicodedata.east_asian_width(c) in "WF" for c in text)
+    """Columns of a terminal: two for a wide character (CJK), none for a mark on another one or what follows the first
+    part of a Korean syllable."""
+    shown = [c for c in text if unicodedata.category(c) not in ("Mn", "Me", "Cf") and not "\u1160" <= c <= "\u11ff"]
+    return len(shown) + sum(unicodedata.east_asian_width(c) in "WF" for c in shown)
 
 
 def padded(text: str, width: int, left: bool) -> str:
@@ -219,12 +223,7 @@ class NonFiniteLossError(RuntimeError):
     """The training loss became NaN or infinite; the last checkpoint is still good."""
 
 
-def not_a_name() -> str:
-    """Why a name with bytes that are no text cannot be used."""
-    encoding = sys.getfilesystemencoding()
-    if encoding == "utf-8":
-        return "is not valid UTF-8; give another name"
-    return f"cannot be used while Python takes names for {encoding}; set PYTHONUTF8=1"
+NOT_A_NAME = "is not valid UTF-8; give another name"
 
 
 def program() -> str:
@@ -243,7 +242,7 @@ class VerbParser(argparse.ArgumentParser):
 
     def parse_args(self, args: Sequence[str], namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
         if odd := [word for word in args if re.search("[\ud800-\udfff]", word)]:  # bytes that are no text
-            self.error(f"{odd[0]} {not_a_name()}")
+            self.error(f"{odd[0]} {NOT_A_NAME}")
         return super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:

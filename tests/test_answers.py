@@ -184,6 +184,8 @@ def test_the_part_of_an_asdiv_answer_that_counts(text, part):
         ("٤٢", "42", True),
         ("४२", "42", True),
         ("\u200f42\u200f", "42\u200b", True),
+        ("\u845b\U000e0100", "\u845b", True),  # as Japanese input methods write a name
+        ("\u2764\ufe0f", "\u2764", True),
         ("1,00,000", "100000", True),
         ("1٬000", "1000", True),
         ("1\xa0000", "1000", True),

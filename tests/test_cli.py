@@ -234,12 +234,14 @@ def test_compare_starts_without_the_libraries_of_training(tmp_path):
     assert {line.split()[-1].partition(".")[0] for line in loaded} & {"torch", "lightning", "transformers"} == set()
 
 
-def test_a_python_that_takes_names_for_ascii_says_so():
+def test_a_python_that_takes_text_for_ascii_says_so():
     ascii_only = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     command = [sys.executable, str(ROOT / "cli.py"), "compare", "l\u00e4ufe"]
     done = subprocess.run(command, capture_output=True, text=True, env=ascii_only)
     assert done.returncode == 2
-    assert done.stderr.rstrip().endswith(" cannot be used while Python takes names for ascii; set PYTHONUTF8=1")
+    assert re.fullmatch("error: Python takes files and names for .*; set PYTHONUTF8=1\n", done.stderr)
+    done = subprocess.run(command, capture_output=True, text=True, env=ascii_only | {"PYTHONUTF8": "1"})
+    assert "l\u00e4ufe is not a folder" in done.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="that is the GPU")

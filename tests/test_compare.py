@@ -692,16 +692,21 @@ def test_two_texts_are_two_experiments_whatever_their_names(tmp_path, source, ke
 
 def test_a_setting_that_differs_is_shown_as_it_was_set(tmp_path):
     plain = write_run(tmp_path / "s0", BASELINE, noted=True)
-    own = {"noted": date(2026, 1, 2)}
+    own = {"noted": date(2026, 1, 2), "data.text_column": "\u8cea\u554f"}
     salt = write_run(tmp_path / "s1", SALT, seed_everything=1, **own, **{"data.tokenizer": "runs/s1/tokenizer"})
     again = write_run(tmp_path / "s2", SALT, seed_everything=2, **own, **{"data.tokenizer": "runs/s2/tokenizer"})
     found = evaluate(load([plain, salt, again]))
     first, second = found.groups
-    changes = {"data.tokenizer": (None, "runs/s1/tokenizer"), "noted": (True, date(2026, 1, 2))}
+    changes = {
+        "data.text_column": (None, "\u8cea\u554f"),
+        "data.tokenizer": (None, "runs/s1/tokenizer"),
+        "noted": (True, date(2026, 1, 2)),
+    }
     assert (first.n, second.n, second.changed) == (1, 2, changes)
     assert report.markdown(found).endswith(
         "## Settings that differ from the reference\n\n"
-        '- BASELINE (s1): `data.tokenizer` null -> "runs/s1/tokenizer", `noted` true -> "2026-01-02"\n'
+        '- BASELINE (s1): `data.text_column` null -> "\u8cea\u554f", '
+        '`data.tokenizer` null -> "runs/s1/tokenizer", `noted` true -> "2026-01-02"\n'
     )
     assert "Settings that differ" not in report.markdown(evaluate(load([plain])))
 
@@ -1364,11 +1369,11 @@ def test_on_a_narrow_terminal_a_wide_table_has_a_column_per_run(three):
 
 
 def test_wide_letters_and_marks_do_not_move_a_column():
-    """As a terminal shows them: a CJK character takes two columns, a vowel sign of Hindi none."""
-    lines = report.table(
-        {"run": ["\u4e2d\u6587", "\u0915\u0941", "abcd"], "n": ["1", "22", "3"]}, text=("run",)
-    ).splitlines()
-    assert lines[2:] == ["| \u4e2d\u6587 |  1 |", "| \u0915\u0941    | 22 |", "| abcd |  3 |"]
+    """As a terminal shows them: a CJK character takes two columns, a vowel sign of Hindi none, nor what macOS writes
+    behind the first part of a Japanese or Korean letter."""
+    names = {"\u4e2d\u6587": "", "\u0915\u0941": "   ", "abcd": "", "\u30ab\u3099": "  ", "\u1112\u1161\u11ab": "  "}
+    lines = report.table({"run": list(names), "n": ["1"] * 5}, text=("run",)).splitlines()
+    assert lines[2:] == [f"| {name}{fill} | 1 |" for name, fill in names.items()]
     assert report.narrowed("\n".join(lines), 13) == "\n".join(lines)
 
 

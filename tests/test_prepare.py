@@ -1728,5 +1728,5 @@ def test_learning_a_tokenizer_says_how_far_it_is(tmp_path, caplog, monkeypatch):
     with caplog.at_level("INFO"):
         data.prepare_data()
     assert re.search(r"reading for the tokenizer: 100%, 30 documents \(\d[^t]*MB/s, 00:00 left", caplog.text)
-    assert re.search(r"tokenizer: read 30 documents; training on 0\.0 M characters", caplog.text)
+    assert re.search(r"tokenizer: read 30 documents; training on 0\.0 MB", caplog.text)
     assert re.search(r"tokenizer: trained a BPE of 280 in \d+\.\d s", caplog.text)

@@ -166,9 +166,9 @@ def test_the_report(scored):
 def test_no_control_character_of_a_text_is_in_the_report(scored, tmp_path):
     shutil.copytree(scored, tmp_path / "run")
     text, _ = score_report.write(
-        Scores(tmp_path / "run", "--run"), KeepRule(rows=2), lambda row: "a\x1b[31mb \x07\u202ec\u200d"
+        Scores(tmp_path / "run", "--run"), KeepRule(rows=2), lambda row: "a\x1b[31mb \x07\u202e\u061cc\u200d"
     )
-    assert "    a\\x1b[31mb \\x07\\u202ec\u200d\n" in text.read_text()
+    assert "    a\\x1b[31mb \\x07\\u202e\\u061cc\u200d\n" in text.read_text()
 
 
 # --- interrupted, resumed, with other sizes ---

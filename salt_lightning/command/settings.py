@@ -14,7 +14,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.accelerators import AcceleratorRegistry
 
 from salt_lightning.batches.mixture import weight_problems
-from salt_lightning.errors import ConfigError, not_a_name, one_line
+from salt_lightning.errors import NOT_A_NAME, ConfigError, one_line
 
 _GROUPS = (
     *("model", "model.student", "model.student.config", "model.teacher", "model.teacher.config", "model.optim"),
@@ -96,7 +96,7 @@ def wrong_path(path: str | Path) -> str:
     if os.path.expanduser(path).startswith("~"):
         return "begins with ~, but there is no such user; give the folder itself"
     if str(path).encode(errors="replace").decode() != str(path):
-        return not_a_name()
+        return NOT_A_NAME
     return ""
 
 

@@ -276,7 +276,7 @@ def _equal_table(comparison: Comparison) -> str:
 
 
 def _changes(groups: list[Group]) -> str:
-    lines, text = [], partial(json.dumps, default=str)  # writes dates as text
+    lines, text = [], partial(json.dumps, default=str, ensure_ascii=False)  # writes dates as text
     for group in groups:
         told = [f"`{key}` {text(before)} -> {text(now)}" for key, (before, now) in group.changed.items()]
         if told:

@@ -17,7 +17,7 @@ from salt_lightning.teacher.scores import NO_LABEL, Scores
 
 KS = (5, 10, 20, 50)
 EXAMPLES = 3
-_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")  # also of a text's direction
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")  # also of a text's direction
 _CHARS = 400
 
 

@@ -251,30 +251,31 @@ def train_tokenizer(corpus: Corpus, vocab_size: int, val_fraction: float, folder
 def _training_texts(corpus: Corpus, val_fraction: float) -> Iterator[str]:
     total_bytes = corpus.num_bytes()
     share = min(1.0, _TRAINING_BYTES / max(1, total_bytes))
-    chars, num_documents, skipped = 0, 0, Skipped()
+    text_bytes, num_documents, skipped = 0, 0, Skipped()
     progress = Progress(total_bytes, Done(time.monotonic(), 0, None, 0, 0), "reading for the tokenizer")
     for raw in read_raw(corpus):
         found, bad = documents(raw, corpus)
         num_documents += len(found)
         skipped.add(bad)
         for text, _ in found:
-            split, sample = lots(utf8(text))
+            data = utf8(text)
+            split, sample = lots(data)
             if split >= val_fraction and sample < share:
-                chars += len(text)
-                yield from pieces(utf8(text).decode())
-        progress.update(Done(time.monotonic(), num_documents, None, chars, raw.read_bytes))
-        if chars > 4 * _TRAINING_BYTES:  # hub sizes are unknown, and files may be compressed
+                text_bytes += len(data)
+                yield from pieces(data.decode())
+        progress.update(Done(time.monotonic(), num_documents, None, text_bytes, raw.read_bytes))
+        if text_bytes > 4 * _TRAINING_BYTES:  # hub sizes are unknown, and files may be compressed
             break
     progress.close()
     if not num_documents:
         raise empty_error(corpus, skipped)
-    if not chars:
+    if not text_bytes:
         raise ConfigError(
             f"--data.val_fraction: {val_fraction} left none of {num_documents} documents for training; "
             f"{'lower it, ' * (num_documents > 1)}split the text into more documents (a text file is one, as is each "
             "line of a .jsonl), or give --data.val_source"
         )
-    rank_zero_info(f"tokenizer: read {counted(num_documents, 'document')}; training on {chars / 1e6:.1f} M characters")
+    rank_zero_info(f"tokenizer: read {counted(num_documents, 'document')}; training on {text_bytes / 1e6:.1f} MB")
 
 
 def in_pieces(docs: list[tuple[bytes, float, str]]) -> Iterator[list[tuple[int, str]]]:
