@@ -58,6 +58,8 @@ def _wrong_start() -> str:
     if (encoding := locale.getpreferredencoding(False)).lower() not in ("utf-8", "utf8"):
         # libraries would read settings in it, and write them, so that a prompt would be trained as other letters
         return f"Python takes files and names for {encoding} here, but settings and texts are UTF-8; set PYTHONUTF8=1"
+    if sys.flags.utf8_mode:
+        os.environ["PYTHONUTF8"] = "1"  # -X utf8, too, for the processes that Lightning starts
     try:
         os.getcwd()
     except FileNotFoundError:

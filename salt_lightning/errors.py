@@ -223,7 +223,7 @@ class NonFiniteLossError(RuntimeError):
     """The training loss became NaN or infinite; the last checkpoint is still good."""
 
 
-NOT_A_NAME = "is not valid UTF-8; give another name"
+NOT_A_NAME = f"is not valid {sys.getfilesystemencoding().upper()}; give another name"
 
 
 def program() -> str:
@@ -296,7 +296,7 @@ def first_line(error: BaseException) -> str:
 
 def one_line(error: BaseException | str, limit: int = 400) -> str:
     """The whole message on one line, cut to `limit` characters."""
-    return " ".join(str(error).split())[:limit]
+    return re.sub(r"[^\S\u3000]+", " ", str(error)).strip()[:limit]  # the space of Japanese may be in a name
 
 
 def counted(count: int, noun: str) -> str:

@@ -89,6 +89,15 @@ def test_a_file_of_weights_alone_holds_the_average(data, tmp_path):
     assert all(torch.equal(held, average[name]) for name, held in alone.items())
 
 
+def test_what_a_callback_makes_of_the_saved_weights_stays(data, tmp_path):
+    class Half(Callback):
+        def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+            checkpoint["state_dict"] = {name: held.half() for name, held in checkpoint["state_dict"].items()}
+
+    trainer(tmp_path, EMAWeightAveraging(decay=0.9), Half()).fit(student(), data)
+    assert {held.dtype for held in weights(Path(saved(tmp_path, 8))).values()} == {torch.float16}
+
+
 def test_before_the_first_average_the_weights_are_those_of_training(data, tmp_path):
     plain, late = student(), student()
     seen = trainer(tmp_path / "plain", max_steps=8)
@@ -121,15 +130,21 @@ def test_buffers_of_a_part_are_averaged_only_if_they_can_be(data, tmp_path):
             super().__init__()
             self.register_buffer("table", torch.arange(8))
             self.register_buffer("filled", None, persistent=False)
-            self.register_buffer("grown", torch.ones(2), persistent=False)
-            self.register_buffer("scale", torch.full((3,), 5.0))
+            self.register_buffer("kind", torch.zeros(3, dtype=torch.long), persistent=False)
+            self.shared = torch.nn.Module()
+            self.shared.register_buffer("grown", torch.ones(2), persistent=False)
+            self.register_buffer("grown", self.shared.grown, persistent=False)
+            self.register_buffer("once", torch.ones(3), persistent=False)
+            self.shared.register_buffer("once", self.once, persistent=False)
+            self.shared.register_buffer("scale", torch.full((3,), 5.0))
 
         def forward(self, module, args):
             if self.filled is None:
-                self.filled = torch.ones(3)
+                self.filled, self.kind = torch.ones(3), torch.full((3,), 0.5)
+                self.shared.once = self.once.clone()
                 self.register_buffer("late", torch.full((2,), 0.1), persistent=False)
             if self.training:
-                self.grown = torch.ones(len(self.grown) + 1)
+                self.grown = self.shared.grown = torch.ones(len(self.grown) + 1)
 
     class Mine(SALTModule):
         def extend_student(self, lm):
@@ -141,8 +156,9 @@ def test_buffers_of_a_part_are_averaged_only_if_they_can_be(data, tmp_path):
     part, held = module.student.part, weights(Path(saved(tmp_path, 8)))
     assert held["student.part.table"].tolist() == part.table.tolist() == list(range(8))
     assert held.keys() == module.state_dict().keys()  # or no start could load it
-    assert held["student.part.scale"].tolist() == part.scale.tolist() == pytest.approx([5, 5, 5])
-    assert part.filled.tolist() == [1, 1, 1]
+    scale = part.shared.scale  # after those that two modules have or had in common
+    assert held["student.part.shared.scale"].tolist() == scale.tolist() == pytest.approx([5, 5, 5])
+    assert (part.filled.tolist(), part.kind.tolist()) == ([1, 1, 1], [0.5, 0.5, 0.5])
     assert torch.equal(part.late, torch.full((2,), 0.1))
 
 

@@ -946,6 +946,8 @@ def test_what_a_rank_without_the_others_says(why, verb, said, monkeypatch):
     ],
 )
 def test_one_process_of_a_launcher_checks_and_exports(variables, elsewhere, monkeypatch):
+    for name in ("TORCHELASTIC_RUN_ID", "RANK", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert peers.writes_elsewhere() == elsewhere

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
 from salt_lightning import ModelSpec, SALTDataModule, SALTModule, cli, export, preflight
-from salt_lightning.errors import ConfigError, printable
+from salt_lightning.errors import ConfigError, one_line, printable
 from salt_lightning.hugging_face.token_ids import check_fit
 from salt_lightning.models import build, load_pretrained, read_checkpoint
 from salt_lightning.run import run_lock
@@ -855,7 +855,7 @@ def test_a_name_forges_no_line_of_a_finding(finding):
 def test_letters_that_a_language_needs_can_be_copied_from_a_message():
     """Of Persian and Japanese, and an emoji."""
     name = "\u0645\u06cc\u200c\u0631\u0648\u0645 \u65b0\u3000\u898f \U0001f468\u200d\U0001f469"
-    assert printable(name) == name
+    assert printable(name) == one_line(f" {name}\n") == name
     assert printable("\u202e\u200f\ufeff\u200b\n") == "\\u202e\\u200f\\ufeff\\u200b\\n"
 
 

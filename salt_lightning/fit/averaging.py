@@ -32,17 +32,24 @@ def pair(module: Any) -> None:
     """
     for callback in _averaging(module):
         average = callback._average_model.module.student
+        paired: dict[int, torch.Tensor] = {}
         for part, of_average in zip(module.student.modules(), average.modules(), strict=True):
             of_average._non_persistent_buffers_set |= part._non_persistent_buffers_set
             of_average._buffers = {
-                name: _like(of_average._buffers.get(name), buffer) for name, buffer in part._buffers.items()
+                name: _like(of_average._buffers.get(name), buffer, paired) for name, buffer in part._buffers.items()
             }
 
 
-def _like(held: torch.Tensor | None, buffer: torch.Tensor | None) -> torch.Tensor | None:
-    if buffer is None or held is None or held.shape != buffer.shape:
-        return None if buffer is None else buffer.detach().clone()
-    return held
+def _like(
+    held: torch.Tensor | None, buffer: torch.Tensor | None, paired: dict[int, torch.Tensor]
+) -> torch.Tensor | None:
+    """What the average holds for a buffer: `held`, if that is alike. `paired`: id of each one so far -> the average's;
+    parts may share a buffer, which torch then lists once."""
+    if buffer is not None and id(buffer) not in paired:
+        alike = held is not None and (held.shape, held.dtype) == (buffer.shape, buffer.dtype)
+        free = all(held is not other for other in paired.values())
+        paired[id(buffer)] = held if alike and free else buffer.detach().clone()  # type: ignore[assignment]
+    return paired.get(id(buffer))
 
 
 @torch.no_grad()
@@ -74,7 +81,8 @@ def put_into(checkpoint: dict[str, Any], module: Any) -> None:
         return
     complete(module)
     for callback in _averaging(module):
-        checkpoint["state_dict"] = callback._average_model.module.state_dict()
+        if "current_model_state" not in checkpoint:
+            checkpoint["state_dict"] = callback._average_model.module.state_dict()
 
 
 def finish(module: Any) -> None:
