@@ -25,6 +25,8 @@ def main() -> int:
         return 0
     if wrong := _wrong_start():
         return _refuse(wrong)
+    if sys.flags.utf8_mode:
+        os.environ["PYTHONUTF8"] = "1"  # -X utf8, too, for the processes that Lightning starts
     try:
         if sys.argv[1:2] == ["compare"]:
             return _compare(sys.argv[2:])
@@ -58,8 +60,6 @@ def _wrong_start() -> str:
     if (encoding := locale.getpreferredencoding(False)).lower() not in ("utf-8", "utf8"):
         # libraries would read settings in it, and write them, so that a prompt would be trained as other letters
         return f"Python takes files and names for {encoding} here, but settings and texts are UTF-8; set PYTHONUTF8=1"
-    if sys.flags.utf8_mode:
-        os.environ["PYTHONUTF8"] = "1"  # -X utf8, too, for the processes that Lightning starts
     try:
         os.getcwd()
     except FileNotFoundError:

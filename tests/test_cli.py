@@ -242,8 +242,9 @@ def test_a_python_that_takes_text_for_ascii_says_so():
     assert re.fullmatch("error: Python takes files and names for .*; set PYTHONUTF8=1\n", done.stderr)
     done = subprocess.run(command, capture_output=True, text=True, env=ascii_only | {"PYTHONUTF8": "1"})
     assert "l\u00e4ufe is not a folder" in done.stderr
-    asked = "import os; from salt_lightning import __main__ as m; print(m._wrong_start() or os.environ['PYTHONUTF8'])"
-    done = subprocess.run([sys.executable, "-X", "utf8", "-c", asked], capture_output=True, text=True, env=ascii_only)
+    asked = "import os; from salt_lightning.__main__ import main; main(); print(os.environ['PYTHONUTF8'])"
+    command = [sys.executable, "-X", "utf8", "-c", asked, "compare", "none"]
+    done = subprocess.run(command, capture_output=True, text=True, env=ascii_only)
     assert done.stdout == "1\n"  # so that ranks, which Lightning starts without the option, are not refused
 
 
