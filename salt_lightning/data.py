@@ -22,14 +22,12 @@ from salt_lightning.batches.example_rows import ExampleRows, open_examples
 from salt_lightning.batches.mixture import Mixture, Shares, make_order, shares_of
 from salt_lightning.batches.order import Order
 from salt_lightning.batches.rows import (
-    IGNORE,
     Batches,
     EvalBatches,
     Loader,
     PackedRows,
     ShardBatches,
     TrainBatches,
-    as_tensors,
     counts_nll,
     require_text,
     spread,
@@ -222,13 +220,8 @@ class SALTDataModule(LightningDataModule):
         found = [*preflight.of_training(self._train), preflight.seen_in_training(trained, *part, self.examples.given)]
         found.append(preflight.marks_as_text(self.examples.literals(), words))
         found.append(preflight.unread_text(kept_text(words, files)) or preflight.changed_text(changed_words(words)))
-        if self._train is not None and self._eval is not None and self.held_out_by == "source":
-            longest = int(np.diff(files.doc_ends, prepend=0).max(initial=0))
-            found.append(preflight.large_share(files.num_tokens, longest, self.num_train_tokens, self.val_fraction))
-            names, trained_on = files.manifest["sources"], self._train.files.doc_sources
-            if len(trained_on) < 1 << 24:  # more would take too long
-                read = self._eval.documents(self._eval_rows())
-                found.append(preflight.unwatched([names[i] for i in np.setdiff1d(trained_on, files.doc_sources[read])]))
+        if self._train is not None and self.held_out_by == "source":
+            found += preflight.of_split(self._train, self._eval, self._eval_rows(), self.val_fraction)
         return [finding for finding in found if finding]
 
     @property
@@ -268,6 +261,24 @@ class SALTDataModule(LightningDataModule):
             return open_examples(setting, files, self.block_size, self.isolate_documents)
         return PackedRows(files, self.block_size, self.isolate_documents)
 
+    def _open_training(self, fits: bool) -> None:
+        train = self._train = self._open("source", "train")
+        self.num_train_rows, self.num_train_tokens = train.num_rows, train.files.num_tokens
+        hub = [group.hub_name for group in self._corpus("source").groups if group.hub_name]
+        cuts = shares.cuts if fits and (shares := self._shares()) else {}
+        text = {"source": self.source, "weights": self.source_weights, "hub": hub, "cuts": cuts}
+        self.text = text | train.size | {"examples": self.examples.inputs()}
+
+    def _open_held_out(self, stage: str | None) -> None:
+        tested = "test_source" if stage == "test" and self.test_source else ""
+        self.held_out_by = tested or ("val_source" if self.val_source else "source")
+        self._eval = self._open(self.held_out_by, "val")
+        self.source_names = self._eval.files.manifest["sources"]
+        if (read := len(self._eval_rows())) < (there := self._eval.num_rows) and stage in ("validate", "test"):
+            rank_zero_info(f"data: reads {read} of {there} rows; for all of them, set --data.val_rows null")
+        if self.difficulty:
+            self._thirds_D = read_thirds(Path(self.difficulty), self.held_out, stage or "fit")
+
     @property
     def test_examples(self) -> ExampleRows:
         """The examples that the test verb uses."""
@@ -285,24 +296,14 @@ class SALTDataModule(LightningDataModule):
         self.seed = seed_or_global(self.seed, self._unset_seed)
         if self.trainer is not None:  # prepare_data has found the files in one process per node: share them
             self._groups = (self._groups, self.trainer.strategy.broadcast(self._groups))[self.trainer.local_rank > 0]
-        if stage in (None, "fit"):
+        fits = stage in (None, "fit")
+        if fits:
             self.set_trainer()
-        if stage in (None, "fit", "predict"):
-            self._train = self._open("source", "train")
-            self.num_train_rows, self.num_train_tokens = self._train.num_rows, self._train.files.num_tokens
-            hub = [group.hub_name for group in self._corpus("source").groups if group.hub_name]
-            cuts = shares.cuts if stage != "predict" and (shares := self._shares()) else {}
-            text = {"source": self.source, "weights": self.source_weights, "hub": hub, "cuts": cuts}
-            self.text = text | self._train.size | {"examples": self.examples.inputs()}
-        if stage in (None, "fit", "validate", "test"):
-            apart = "test_source" if stage == "test" and self.test_source else "val_source" if self.val_source else ""
-            self._eval, self.held_out_by = self._open(apart or "source", "val"), apart or "source"
-            self.source_names = self._eval.files.manifest["sources"]
-            if (read := len(self._eval_rows())) < (there := self._eval.num_rows) and stage in ("validate", "test"):
-                rank_zero_info(f"data: reads {read} of {there} rows; for all of them, set --data.val_rows null")
-            if self.difficulty:
-                self._thirds_D = read_thirds(Path(self.difficulty), self.held_out, stage or "fit")
-        if stage in (None, "fit"):
+        if fits or stage == "predict":
+            self._open_training(fits)
+        if stage != "predict":
+            self._open_held_out(stage)
+        if fits:
             self.stretches = one_stretch(self.global_batch_size, self.block_size, self._shares())
             self._order, self._train_loader = self._plan_order(), None
         if stage == "fit":
@@ -479,9 +480,9 @@ class SALTDataModule(LightningDataModule):
         model by."""
         read = self._eval or self._train
         assert read is not None, "call setup first"
-        return map(as_tensors, spread(read, rows, preflight.ENOUGH_LABELS))
+        return spread(read, rows, preflight.ENOUGH_LABELS)
 
     def counts_nll(self, labels_N: torch.Tensor) -> float:
         """Mean -log p of labels in nats, where p is the frequency of a token in the training text."""
         assert self._train is not None, "call setup first"
-        return counts_nll(self._train.files.tokens, labels_N[labels_N != IGNORE].numpy())
+        return counts_nll(self._train.files.tokens, labels_N.numpy())

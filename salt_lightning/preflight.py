@@ -156,6 +156,20 @@ def marks_as_text(literals: Iterable[tuple[str, str]], tokenizer: Any) -> Findin
     return Finding("warning", "special tokens", f"{said}: characters here, not a special token", remedy)
 
 
+def of_split(train: Any, held_out: Any, read_V: np.ndarray, fraction: float) -> list[Finding | None]:
+    """Warns if validation took far more than `fraction` of the text, and notes sources that it reads nothing of.
+
+    `train`, `held_out`: rows (batches/) of the same text; `read_V`: the held-out rows that are read.
+    """
+    files, trained_on = held_out.files, train.files.doc_sources
+    longest = int(np.diff(files.doc_ends, prepend=0).max(initial=0))
+    found = [large_share(files.num_tokens, longest, train.files.num_tokens, fraction)]
+    if len(trained_on) < 1 << 24:  # more would take too long
+        read = files.doc_sources[held_out.documents(read_V)]
+        found.append(unwatched([files.manifest["sources"][source] for source in np.setdiff1d(trained_on, read)]))
+    return found
+
+
 def large_share(held_out: int, longest: int, training: int, fraction: float) -> Finding | None:
     """Warns if validation took a far larger share than `fraction`. Tokens: drawn for validation, in its longest
     document, left for training. None: about `fraction`."""

@@ -176,19 +176,21 @@ class PackedRows(Rows):
 _MOST_SAMPLES = 64
 
 
-def spread(packed: Rows, size: int, labels: int) -> Iterator[Batch]:
+def spread(packed: Rows, size: int, labels: int) -> Iterator[dict[str, torch.Tensor]]:
     """Batches of `size` rows from all over, until they have so many labels, or all rows were in one; rows repeat if
     there are fewer. Packed examples may have a few labels a row."""
     found, count = 0, -(-packed.num_rows // size)
     for first in np.random.default_rng(0).permutation(count)[:_MOST_SAMPLES]:
-        yield (batch := packed.build((first + np.arange(size) * count) % packed.num_rows))
+        batch = packed.build((first + np.arange(size) * count) % packed.num_rows)
+        yield as_tensors(batch)
         found += int((batch["labels"] != IGNORE).sum())
         if found >= labels:
             return
 
 
-def counts_nll(tokens: np.ndarray, labels: np.ndarray) -> float:
-    """Mean -log p of labels in nats, where p is the frequency of a token in a stream."""
+def counts_nll(tokens: np.ndarray, labels_N: np.ndarray) -> float:
+    """Mean -log p of labels in nats, where p is the frequency of a token in a stream; ignored labels do not count."""
+    labels = labels_N[labels_N != IGNORE]
     counts_V = np.bincount(tokens[:_COUNTED_TOKENS], minlength=int(labels.max()) + 1)
     counts_V += 1  # a token that has not occurred yet may still do so
     return float(-np.log(counts_V[labels] / counts_V.sum()).mean())
