@@ -1,7 +1,6 @@
 """Draws a comparison: validation CE of each run over steps and over FLOPs; computes no results."""
 
 import math
-from collections.abc import Sequence
 from itertools import cycle
 from typing import Any
 
@@ -11,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from salt_lightning.comparison.report import flop_unit, number
-from salt_lightning.comparison.results import Comparison
+from salt_lightning.comparison.results import Comparison, Group
 from salt_lightning.run.runlog import Run
 
 # After Okabe and Ito: distinguishable with any kind of color vision. Orange and sky blue are darker, for white paper.
@@ -38,9 +37,7 @@ def draw(comparison: Comparison) -> Figure:
     height = max(4.2, 1.0 + 0.22 * len(comparison.groups))  # inches
     fig = Figure(figsize=(12, height), layout="constrained")
     axes = fig.subplots(1, 2, sharey=True)
-    of_groups = {name for group in comparison.groups for name in group.runs} - set(comparison.other_text)
-    runs = [run for run in comparison.runs if run.name in of_groups]
-    validated = [run for run in runs if len(run.val_ce.steps)]
+    validated = [run for _, runs in _shown(comparison) for run in runs if len(run.val_ce.steps)]
     costs = [run.flops(run.val_ce.steps[-1]) for run in validated]
     scale, unit = flop_unit(max((cost for cost in costs if not math.isnan(cost)), default=0.0))
     num_lines = 0
@@ -75,53 +72,60 @@ def draw(comparison: Comparison) -> Figure:
 def _panel(ax: Axes, comparison: Comparison, axis: str, divisor: float) -> int:
     """Draws one of the two; returns the lines of notes below the reference's loss."""
 
-    def x_of(run: Run, steps: Sequence[float] | np.ndarray) -> np.ndarray:
-        return run.axis(axis, np.asarray(steps)) / divisor
+    def x_of(run: Run, step: float) -> float:
+        return float(run.axis(axis, np.array([step]))[0]) / divisor
 
-    runs = {run.name: run for run in comparison.runs}
-    rows = {row.run: row for row in comparison.rows}
     level = comparison.reference_val_ce
     if math.isfinite(level):
         which = "final" if comparison.reference_is_over else "latest"
         ax.axhline(level, color=REFERENCE_COLOUR, lw=0.6, label=f"{which} CE of the reference")
-    methods = {row.method for row in comparison.rows}
-    # these look the same in every figure, whatever else is in it
-    known = {method: look for method, look in zip(("SALT step", "RKD"), LOOKS[:2], strict=True) if method in methods}
-    others = cycle([look for look in LOOKS if look not in known.values()])
+    rows = {row.run: row for row in comparison.rows}
     names = _shortened([group.label for group in comparison.groups])
-    noted: list[tuple[float, str, str]] = []
     width = 1.0 if any(len(group.runs) > 1 for group in comparison.groups) else 2.0
-    for group in comparison.groups:
-        shown = [runs[name] for name in group.runs if name not in comparison.other_text]
-        if not shown:
-            continue
-        is_reference = comparison.reference in group.runs
-        method = rows[shown[0].name].method
-        if is_reference:
-            style, colour = "-", REFERENCE_COLOUR
-        else:
-            style, colour = known.pop(method) if method in known else next(others)
+    noted: list[tuple[float, str, str]] = []
+    for (group, runs), (style, colour) in zip(_shown(comparison), _looks(comparison), strict=True):
         named = names[group.label].replace("$", r"\$")  # else it would be a formula
         label = f"{named}  {number(group.mean, '.3f')}" + (f"  (n = {group.n})" if group.n > 1 else "")
-        for run in shown:
+        for run in runs:
             point = "." if len(run.val_ce.steps) == 1 else ""  # a line would not be visible
-            xs, ys = x_of(run, run.val_ce.steps), run.val_ce.values
+            xs, ys = run.axis(axis, run.val_ce.steps) / divisor, run.val_ce.values
             ax.plot(xs, ys, marker=point, color=colour, ls=style, lw=width, label=label)
             label = "_"  # one legend entry for all seeds
             row = rows[run.name]
-            if not is_reference and not math.isnan(row.reached_step):
-                (x,) = x_of(run, [row.reached_step])
+            if comparison.reference not in group.runs and not math.isnan(row.reached_step):
+                x = x_of(run, row.reached_step)
                 share = row.reached_steps_share if axis == "steps" else row.reached_flops_share
                 ax.plot(x, level, "o", color=colour, ms=5)
                 if len(group.runs) == 1 and not math.isnan(share):
                     noted.append((x, number(share, ".0%"), colour))
-        first = shown[0]
+        first = runs[0]
         if 0 < first.kd_steps < (first.max_steps or math.inf):
-            (x,) = x_of(first, [first.kd_steps])
-            ax.axvline(x, color=colour, lw=0.8, ls=DASHES, label=LEAVES)
+            ax.axvline(x_of(first, first.kd_steps), color=colour, lw=0.8, ls=DASHES, label=LEAVES)
     ax.spines[["top", "right"]].set_visible(False)
     ax.set_xlim(left=0)
     return _note(ax, level, noted)
+
+
+def _shown(comparison: Comparison) -> list[tuple[Group, list[Run]]]:
+    """The experiments with runs that validated on the reference's text, and these runs."""
+    runs = {run.name: run for run in comparison.runs if run.name not in comparison.other_text}
+    of_groups = [(group, [runs[name] for name in group.runs if name in runs]) for group in comparison.groups]
+    return [(group, shown) for group, shown in of_groups if shown]
+
+
+def _looks(comparison: Comparison) -> list[tuple[Any, str]]:
+    """Line style and color of each experiment; the first of SALT and of RKD look the same in every figure."""
+    methods = {row.run: row.method for row in comparison.rows}
+    own = zip(("SALT step", "RKD"), LOOKS[:2], strict=True)
+    known = {method: look for method, look in own if method in methods.values()}
+    others, looks = cycle([look for look in LOOKS if look not in known.values()]), []
+    for group, (first, *_) in _shown(comparison):
+        if comparison.reference in group.runs:
+            looks.append(("-", REFERENCE_COLOUR))
+        else:
+            method = methods[first.name]
+            looks.append(known.pop(method) if method in known else next(others))
+    return looks
 
 
 def _note(ax: Axes, level: float, noted: list[tuple[float, str, str]]) -> int:
