@@ -39,6 +39,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from salt_lightning.command.settings import wrong_path
 from salt_lightning.comparison import lineage
 from salt_lightning.errors import ConfigError, VerbParser, failed_write, few, first_line, printable
+from salt_lightning.hugging_face import old_names
 from salt_lightning.hugging_face.card import model_card, own_class
 from salt_lightning.hugging_face.spec import DTYPES, as_config_error, of_checkpoint
 from salt_lightning.models import from_config, own_parts, read_checkpoint, require_undamaged
@@ -290,6 +291,7 @@ def _write_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase |
             if token is not None and not (isinstance(own, list) and (tokenizer is None or token in (own, *own))):
                 setattr(part, name, token)
     config.save_pretrained(folder)
+    _rewrite(folder / "config.json", lambda settings: settings | old_names.rope_names(config))
     for path in folder.glob("*.safetensors"):  # safetensors writes them for their owner only
         with suppress(PermissionError):  # of a file system that has one mode for all
             path.chmod((folder / "config.json").stat().st_mode)
@@ -299,8 +301,9 @@ def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> str:
     """Writes it beside the model, or into a subfolder if transformers would ignore its files there; returns which."""
     apart = folder / SUBFOLDER
     tokenizer.init_kwargs.pop("auto_map", None)  # code that was not run here
-    tokenizer.save_pretrained(apart)
-    tokenizer.save_pretrained(folder)
+    for place in (apart, folder):
+        tokenizer.save_pretrained(place)
+        _rewrite(place / "tokenizer_config.json", old_names.tokenizer_settings)
     with suppress(Exception):  # the family's own tokenizer may lack files here
         if rules_fingerprint(AutoTokenizer.from_pretrained(folder)) == rules_fingerprint(tokenizer):
             shutil.rmtree(apart)
@@ -308,6 +311,11 @@ def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> str:
     for path in apart.iterdir():
         (folder / path.name).unlink()
     return SUBFOLDER
+
+
+def _rewrite(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    settings = change(json.loads(path.read_text(encoding="utf-8")))
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def verify(folder: Path) -> None:

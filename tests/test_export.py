@@ -68,7 +68,36 @@ def test_the_logits_are_the_students_bit_for_bit(family, tied, tmp_path):
     assert len(ours) == len(own.state_dict()) - tied or "num_experts" in FAMILIES[family]  # stored one by one
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     config, other = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("out", "theirs"))
-    assert config == other
+    assert other.items() <= config.items()
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
+FAR, NEAR = {"rope_type": "default", "rope_theta": 3.7e5}, {"rope_type": "default", "rope_theta": 37.0}
+
+
+@pytest.mark.parametrize(("family", "ropes", "old"), [
+    ("llama", FAR, {"rope_theta": 3.7e5}),
+    ("mistral", {**YARN, "rope_theta": 3.7e5}, {"rope_theta": 3.7e5, "rope_scaling": YARN}),
+    ("phi", {**YARN, "rope_theta": 37.0, "partial_rotary_factor": 0.5},
+     {"rope_theta": 37.0, "partial_rotary_factor": 0.5, "rope_scaling": YARN}),
+    ("gpt_neox", {**NEAR, "partial_rotary_factor": 0.5}, {"rotary_emb_base": 37.0, "rotary_pct": 0.5}),
+    ("gemma3_text", {"full_attention": FAR, "sliding_attention": NEAR},
+     {"rope_theta": 3.7e5, "rope_local_base_freq": 37.0}),
+    ("olmo3", {"full_attention": FAR, "sliding_attention": NEAR}, {}),
+])  # fmt: skip
+def test_the_rope_is_said_in_the_names_of_transformers_4_too(family, ropes, old, tmp_path):
+    """Version 4 takes the family's own rope, without a word, if it does not find these (tried with 4.57.6)."""
+    own = tiny(family, max_position_embeddings=32, rope_parameters=ropes).model.eval()
+    export(save(own, tmp_path / "x.ckpt"), tmp_path / "out")
+    own.save_pretrained(tmp_path / "theirs")
+    config, other = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("out", "theirs"))
+    added = {name: value for name, value in config.items() if name not in other or name in old}
+    assert added == old  # transformers 5.17 writes phi's share itself
+    assert torch.equal(load(tmp_path / "out")(IDS).logits, own(IDS).logits)
+    if old:  # this version reads them too, where there is nothing else
+        del config["rope_parameters"]
+        (tmp_path / "out/config.json").write_text(json.dumps(config))
+        assert torch.equal(load(tmp_path / "out")(IDS).logits, own(IDS).logits)
 
 
 def test_experts_are_stored_one_by_one_as_the_hub_has_them(tmp_path):
@@ -181,6 +210,19 @@ def test_a_tokenizer_keeps_its_own_length(salt, tmp_path):
     tokenizer.save_pretrained(tmp_path / "short")
     export(checkpoints(salt)[-1], tmp_path / "out", tokenizer=str(tmp_path / "short"))
     assert AutoTokenizer.from_pretrained(tmp_path / "out").model_max_length == 7
+
+
+def test_a_tokenizer_is_said_in_the_names_of_transformers_4(salt, tmp_path):
+    """Which knows no TokenizersBackend, and takes extra_special_tokens for a mapping."""
+    tokenizer = AutoTokenizer.from_pretrained(salt / "tokenizer")
+    marks = tokenizer.convert_ids_to_tokens([7, 8])
+    tokenizer.add_special_tokens({"extra_special_tokens": marks})
+    tokenizer.save_pretrained(tmp_path / "marked")
+    export(checkpoints(salt)[-1], tmp_path / "out", tokenizer=str(tmp_path / "marked"))
+    said = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+    assert said["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert (said["additional_special_tokens"], "extra_special_tokens" in said) == (marks, False)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").all_special_tokens == tokenizer.all_special_tokens
 
 
 def test_a_checkpoint_in_the_working_directory_has_its_run_s_tokenizer(salt, tmp_path, monkeypatch):

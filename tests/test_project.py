@@ -18,6 +18,7 @@ LAYERS = [  # a file imports only from files of earlier layers
         "averaging",
         "errors",
         "experts",
+        "old_names",
         "journal",
         "packed",
         "pieces",
