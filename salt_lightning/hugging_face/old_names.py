@@ -39,8 +39,8 @@ def rope_names(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def tokenizer_settings(new: dict[str, Any]) -> dict[str, Any]:
-    """A tokenizer_config.json that both versions read alike."""
-    old = dict(new)
+    """A tokenizer_config.json that both versions read alike, without what only says where it was loaded from."""
+    old = {name: value for name, value in new.items() if name not in ("is_local", "local_files_only")}
     if new.get("tokenizer_class") == "TokenizersBackend":
         old["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(new.get("extra_special_tokens"), list):
