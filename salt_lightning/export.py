@@ -291,7 +291,7 @@ def _write_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase |
             if token is not None and not (isinstance(own, list) and (tokenizer is None or token in (own, *own))):
                 setattr(part, name, token)
     config.save_pretrained(folder)
-    _rewrite(folder / "config.json", lambda settings: settings | old_names.rope_names(config))
+    _rewrite(folder / "config.json", lambda settings: settings | old_names.config_names(config))
     for path in folder.glob("*.safetensors"):  # safetensors writes them for their owner only
         with suppress(PermissionError):  # of a file system that has one mode for all
             path.chmod((folder / "config.json").stat().st_mode)

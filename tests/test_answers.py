@@ -193,6 +193,9 @@ def test_the_part_of_an_asdiv_answer_that_counts(text, part):
         ("1\u2009000", "1000", True),
         ("1 000", "1000", False),
         ("12,34", "1234", False),
+        ("42 .", "42", True),
+        ("3,1415", "31415", False),
+        ("Straße", "STRASSE", True),
         ("7.5", "75", False),
         ("no", "yes", False),
     ],
@@ -207,6 +210,7 @@ def test_wilson_by_hand():
         for p in wilson(hits, trials):
             assert (p - hits / trials) ** 2 == pytest.approx(1.959964**2 * p * (1 - p) / trials, abs=1e-12)
     assert wilson(50, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)  # the usual table
+    assert (wilson(0, 3)[0], wilson(20, 20)[1]) == (0, 1)  # not -0.0% or above 1 by rounding
 
 
 def test_figures_by_hand():

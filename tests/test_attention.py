@@ -438,3 +438,9 @@ def test_settings_of_a_text_part_are_found():
     attention.pack(lm, "packed", None)
     assert lm.apart == "packed"
     assert torch.allclose(lm(IDS, POSITIONS)[0], masked, rtol=0, atol=64 * 2**-23 * masked.abs().max().item())
+
+
+def test_flex_attention_is_trained_on_a_gpu():
+    attention.require_gpu("flex_attention", "cuda")
+    with pytest.raises(ConfigError, match="flex_attention cannot be trained on a CPU; use sdpa, or a GPU"):
+        attention.require_gpu("flex_attention", "cpu")

@@ -108,6 +108,8 @@ def test_experts_are_stored_one_by_one_as_the_hub_has_them(tmp_path):
     assert files(tmp_path / "out").keys() == files(tmp_path / "theirs").keys()
     assert len(files(tmp_path / "out")) > len(own.state_dict())
     assert torch.equal(load(tmp_path / "out")(IDS).logits, own(IDS).logits)
+    said = json.loads((tmp_path / "out/config.json").read_text())
+    assert said["num_experts"] == 4  # the name of transformers 4, and of the hub's qwen3_moe
 
 
 @pytest.mark.parametrize(("family", "name"), [("qwen3_moe", "num_experts"), ("deepseek_v3", "n_routed_experts"),
@@ -210,6 +212,10 @@ def test_a_tokenizer_keeps_its_own_length(salt, tmp_path):
     tokenizer.save_pretrained(tmp_path / "short")
     export(checkpoints(salt)[-1], tmp_path / "out", tokenizer=str(tmp_path / "short"))
     assert AutoTokenizer.from_pretrained(tmp_path / "out").model_max_length == 7
+    own = AutoTokenizer.from_pretrained(salt / "tokenizer")
+    before = own.model_max_length
+    export(checkpoints(salt)[-1], tmp_path / "from Python", tokenizer=own)
+    assert own.model_max_length == before > AutoTokenizer.from_pretrained(tmp_path / "from Python").model_max_length
 
 
 def test_a_tokenizer_is_said_in_the_names_of_transformers_4(salt, tmp_path):
@@ -446,6 +452,10 @@ def test_only_names_of_the_hub_are_given_to_the_hub(salt, tmp_path, monkeypatch)
         front = yaml.safe_load("\n".join(lines).split("---")[1])
         assert front.get("base_model") == found
         assert front["datasets"] == ["owner/texts"]
+    monkeypatch.chdir(tmp_path)
+    Path("owner/small").mkdir(parents=True)
+    Path("owner/small/config.json").write_text("{}")  # a folder of the same name
+    assert not any("base_model" in line for line in card_lines(salt, {"model.student.path": "owner/small"}))
 
 
 @pytest.mark.parametrize(
@@ -744,12 +754,13 @@ def test_two_exports_at_once_leave_each_others_files_alone(salt, tmp_path, monke
 
 
 def test_what_a_killed_export_left_is_deleted_by_the_next(salt, tmp_path, caplog):
-    left, others = tmp_path / f".out.{'3f' * 16}.tmp", tmp_path / f".others.{'3f' * 16}.tmp"
-    for folder in (left, others):  # nobody holds them
+    left, others = (tmp_path / f".{name}.{'3f' * 16}.tmp" for name in ("out", "others"))
+    notes = tmp_path / ".out.notes.tmp"  # of no export
+    for folder in (left, others, notes):  # nobody holds them
         folder.mkdir()
         (folder / "model.safetensors").write_bytes(bytes(9))
     assert cli.main(["export", str(checkpoints(salt)[-1]), str(tmp_path / "out")]) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == [others.name, "out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [others.name, notes.name, "out"]
     assert f"export: deleted {left}, which an export that was killed had left" in caplog.text
 
 

@@ -10,7 +10,7 @@ from reference import salt_reference, stats_reference
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from salt_lightning.errors import ConfigError
-from salt_lightning.head.chunked_head import Plan, chunk_and_strip_rows, rows_and_dtypes
+from salt_lightning.head.chunked_head import CPU_BLOCK_ELEMENTS, Plan, chunk_and_strip_rows, rows_and_dtypes
 from salt_lightning.head.row_pass import Mix, row_pass
 from salt_lightning.losses import SaltLoss, salt_loss, token_stats
 
@@ -567,6 +567,13 @@ def test_token_stats_are_the_formula(device, dtype, chunk_tokens, with_bias):
     assert torch.equal(rank_N.cpu(), true_rank_N)
 
 
+def test_a_vocabulary_larger_than_a_block_of_rows():
+    case = make_case(num_tokens=3, vocab=CPU_BLOCK_ELEMENTS + 1, widths=(2, 2))
+    assert_matches_reference(case, EXACT, kd_weight=0.4)
+    _, rank_N = token_stats(*(case[name].detach() for name in ("student_hidden_ND", "student_head_VD", "labels_N")))
+    assert rank_N[0] == -1 < rank_N[1:].min()
+
+
 def test_rank_counts_strictly_larger_logits():
     hidden_NE, head_VE = torch.ones(3, 1), torch.tensor([[1.0], [2.0], [2.0], [0.0]])
     _, rank_N = token_stats(hidden_NE, head_VE, torch.tensor([0, 1, 2]))
@@ -582,8 +589,10 @@ def wrong(case, **changes):
 
 def test_errors_say_what_does_not_fit():
     case = make_case(torch.float32)
-    plain = without_teacher(case)
+    plain, shard = without_teacher(case), torch.zeros(V, D)
+    shard.full_tensor = None  # as a DTensor has
     bad = [
+        (wrong(case, student_head_VD=shard), "^student_head is a sharded DTensor; call the loss inside the forward"),
         (
             wrong(case, teacher_head_VE=torch.zeros(V + 1, E), teacher_bias_V=None),
             rf"\({V + 1}, {E}\) has more rows than student head \({V}, {D}\)",
@@ -596,6 +605,7 @@ def test_errors_say_what_does_not_fit():
         (wrong(case, teacher_head_VE=torch.zeros(V, E + 1)), rf"^teacher_hidden \({N}, {E}\).*\({V}, {E + 1}\)"),
         (wrong(case, teacher_bias_V=torch.zeros(V + 1)), rf"^teacher_bias \({V + 1},\).*\({V}, {E}\)"),
         (wrong(case, student_bias_V=torch.zeros(V + 1)), rf"\({V + 1},\).*\({V}, {D}\)"),
+        (wrong(case, student_bias_V=torch.zeros(1)), rf"\(1,\).*\({V}, {D}\)"),  # it would be added to every logit
         (wrong(case, labels_N=case["labels_N"].int()), "int32.*int64"),
         (wrong(case, labels_N=case["labels_N"][1:]), rf"\({N - 1},\).*\({N}, {D}\)"),
         (wrong(case, labels_N=torch.full((N,), V)), f"labels range.*{V} rows"),
@@ -626,6 +636,8 @@ def test_errors_say_what_does_not_fit():
     ]:
         with pytest.raises(ConfigError, match=message):
             token_stats(*arguments, **options)
+    with torch.autocast("cpu", torch.float16), pytest.raises(ConfigError, match="not torch.float16"):
+        salt_loss(**case)
 
 
 def test_the_compiled_row_pass_equals_the_plain_one():

@@ -109,6 +109,7 @@ def test_sources_appear_only_where_there_are_several_and_have_tokens():
     metric = TokenMetrics(("full", "empty"))
     update(metric, [(1.0, 0, 0, 1), (9.0, -1, 1, 1)])
     assert set(values(metric)) == {"ce", "perplexity", "accuracy", "tokens", "bits_per_byte", "ce/full"}
+    assert TokenMetrics(["easy", "wiki"]).parts == ["easy", "wiki"]  # without thirds, any names
 
 
 def test_an_ignored_position_needs_no_valid_source():

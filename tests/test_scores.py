@@ -54,6 +54,7 @@ def test_missing_shards_are_known_and_the_rest_of_a_kill_is_swept(scores):
     scores.path(1).unlink()
     left = scores.run / "scores" / ".00000001.parquet.99.tmp"
     left.write_bytes(b"half")
+    (scores.run / "scores" / "all.parquet").touch()  # somebody's own
     again = Scores.create(scores.run, SCORED, {})
     assert again.missing() == [1]
     assert not left.exists()
@@ -104,9 +105,10 @@ def test_the_folder_or_its_manifest_may_be_given(scores, tmp_path):
     with pytest.raises(ConfigError, match=r"--data.selection: .*scores.json does not exist; give the folder of a run"):
         Scores(tmp_path / "nothing", "--data.selection")
     there = json.loads((scores.run / "scores.json").read_text())
-    for odd in ({}, {"num_rows": "12"}, {"block_size": True}, {"num_rows": 0}, {"teacher": None}, {"block_size": 4.0}):
+    none = [{"num_rows": 0}, {"block_size": 0}]
+    for odd in ({}, {"num_rows": "12"}, {"block_size": True}, *none, {"teacher": None}, {"block_size": 4.0}):
         (scores.run / "scores.json").write_text(json.dumps(there | {"scored": there["scored"] | odd} if odd else {}))
-        named = next((f" odd values for {name}" for name in odd if odd != {"num_rows": 0}), "")
+        named = next((f" odd values for {name}" for name in odd if odd not in none), "")
         with pytest.raises(
             ConfigError, match=rf"is not a manifest of scores \(.*{named}.*\); delete it and run the same predict again"
         ):

@@ -24,7 +24,7 @@ from salt_lightning.hugging_face.spec import ModelSpec
 from salt_lightning.models import CausalLM, load_pretrained
 from salt_lightning.selection import KeepRule, kept_rows, row_scores
 from salt_lightning.teacher import score_report
-from salt_lightning.teacher.scores import NO_LABEL, Scores
+from salt_lightning.teacher.scores import NO_LABEL, Scored, Scores
 from salt_lightning.teacher.scoring import weights_fingerprint
 from salt_lightning.text.token_files import TokenFiles
 
@@ -147,6 +147,9 @@ def test_the_fingerprint_follows_any_bit_of_the_weights(teacher):
     weight[-1, -1] = torch.nextafter(weight[-1, -1], torch.tensor(9.0))
     assert weights_fingerprint(first) != weights_fingerprint(other)
     assert weights_fingerprint(first) != weights_fingerprint(first.bfloat16())
+    kinds = ((2, 3), torch.bfloat16), ((3, 2), torch.bfloat16), ((2, 3), torch.float16)  # of the same bits
+    zeros = [torch.nn.ParameterDict({"w": torch.zeros(size, dtype=dtype)}) for size, dtype in kinds]
+    assert len({*map(weights_fingerprint, zeros)}) == 3
 
 
 def test_the_report(scored):
@@ -161,6 +164,14 @@ def test_the_report(scored):
     assert f"Row {best}: S {score_R[best]:.4f}" in text
     assert " teacher" in text.split("### Highest scores")[1]  # words of the corpus: decoded text
     assert (scored / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_report_by_hand(tmp_path):
+    scores = Scores.create(tmp_path, Scored("rows", "map", num_rows=2, block_size=4, isolate_documents=True), {})
+    scores.write(0, np.array([[1, 2, 3, 0], [4, 5, 6, 7]]), np.array([[0, 10, 11, -1], [0, 1, 2, 3]]))
+    text, _ = score_report.write(scores, KeepRule(rows=1, k=10), str)
+    assert "Row 0: S 0.0000, mean loss 2.0000, 33% within the top 10\n" in text.read_text()
+    assert "same score as rows left out" not in text.read_text().split("## Other values")[0]
 
 
 def test_no_control_character_of_a_text_is_in_the_report(scored, tmp_path):

@@ -37,6 +37,7 @@ from salt_lightning.models import build, load_pretrained, read_checkpoint
 from salt_lightning.run import run_lock
 from salt_lightning.run.run_folder import read_config, step_named
 from salt_lightning.storage import damage, pieces, shards
+from salt_lightning.storage.kinds import plain
 from salt_lightning.text import documents, journal
 from salt_lightning.text.documents import read_raw
 from salt_lightning.text.prepare import prepare_tokens
@@ -229,6 +230,12 @@ def test_what_python_callers_write_is_no_nonsense(teacher, tmp_path):
     saved["hyper_parameters"]["of a subclass"] = {"x": [torch.ones(2).to_sparse()]}
     torch.save(saved, tmp_path / "mine.ckpt")
     assert read_checkpoint(str(tmp_path / "mine.ckpt"), "CKPT")["kd_schedule"]["slope"] == [1]
+
+
+def test_a_list_that_contains_itself_stops_no_save():
+    state: list = []
+    state.append(state)
+    assert plain({"callbacks": state})["callbacks"]
 
 
 def compressed(path: Path) -> Path:

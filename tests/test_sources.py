@@ -91,6 +91,14 @@ def test_zeros_may_pad_a_packed_file(kind, tmp_path):
     assert read(tmp_path / f"x.jsonl.{kind}") == texts(lines(1, 2))
 
 
+@pytest.mark.parametrize("kind", ["gz", "bz2", "xz", "zst"])
+def test_zeros_alone_are_no_packed_file(kind, tmp_path):
+    """A download may allocate its file first."""
+    (tmp_path / f"x.jsonl.{kind}").write_bytes(bytes(5000))
+    with pytest.raises(ConfigError, match=rf"^--data.source: .*x.jsonl.{kind}: cannot be read \("):
+        read(tmp_path / f"x.jsonl.{kind}")
+
+
 @given(st.lists(st.integers(0, 3000), max_size=4), st.sampled_from(["bz2", "xz"]))
 def test_streams_of_any_length(tmp_path_factory, sizes, kind):
     path, parts = tmp_path_factory.mktemp("packed") / f"x.txt.{kind}", [os.urandom(size).hex() for size in sizes]

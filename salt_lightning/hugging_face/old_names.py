@@ -12,11 +12,14 @@ from transformers import PreTrainedConfig
 _THETA, _SHARE = "rope_theta", "partial_rotary_factor"
 
 
-def rope_names(config: PreTrainedConfig) -> dict[str, Any]:
-    """The keys that say in an old config.json what rope_parameters says.
+def config_names(config: PreTrainedConfig) -> dict[str, Any]:
+    """The old keys of a config.json, and their values."""
+    experts = "num_experts"  # of qwen3_moe
+    return _rope_names(config) | ({experts: getattr(config, experts)} if experts in config.attribute_map else {})
 
-    Empty if there is no rope, or if this version would not read the same rope from any old names.
-    """
+
+def _rope_names(config: PreTrainedConfig) -> dict[str, Any]:
+    """Empty if there is no rope, or if this version would not read the same rope from any old names."""
     ropes = getattr(config, "rope_parameters", None) or {}
     rope, local = ropes.get("full_attention", ropes), ropes.get("sliding_attention", {})
     theta, share = rope.get(_THETA), rope.get(_SHARE)

@@ -6,6 +6,7 @@ import io
 import lzma
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from importlib import import_module
 from typing import IO, Any
 
@@ -24,7 +25,8 @@ def unpacked(disk: IO[bytes], suffix: str) -> IO[bytes]:
         return gzip.GzipFile(fileobj=disk, mode="rb")  # type: ignore[return-value]
     if suffix.startswith(".zst"):
         return _zstd().open(disk, "rb")
-    begin: dict[str, Callable[[], Any]] = {".bz2": bz2.BZ2Decompressor, ".xz": lzma.LZMADecompressor}
+    of_xz = partial(lzma.LZMADecompressor, lzma.FORMAT_XZ)  # in the older .lzma format, zeros are an empty file
+    begin: dict[str, Callable[[], Any]] = {".bz2": bz2.BZ2Decompressor, ".xz": of_xz}
     return io.BufferedReader(_Streams(disk, begin[suffix]), _READ) if suffix in begin else disk
 
 
