@@ -271,8 +271,8 @@ class SALTDataModule(LightningDataModule):
 
     def _open_held_out(self, stage: str | None) -> None:
         tested = "test_source" if stage == "test" and self.test_source else ""
-        self.held_out_by = tested or ("val_source" if self.val_source else "source")
-        self._eval = self._open(self.held_out_by, "val")
+        setting = tested or ("val_source" if self.val_source else "source")
+        self._eval, self.held_out_by = self._open(setting, "val"), setting
         self.source_names = self._eval.files.manifest["sources"]
         if (read := len(self._eval_rows())) < (there := self._eval.num_rows) and stage in ("validate", "test"):
             rank_zero_info(f"data: reads {read} of {there} rows; for all of them, set --data.val_rows null")

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-_THETA, _SHARE = "rope_theta", "partial_rotary_factor"
+_THETA, _SHARE, _LENGTH = "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"
 
 
 def config_names(config: PreTrainedConfig) -> dict[str, Any]:
@@ -21,22 +21,31 @@ def config_names(config: PreTrainedConfig) -> dict[str, Any]:
 def _rope_names(config: PreTrainedConfig) -> dict[str, Any]:
     """Empty if there is no rope, or if this version would not read the same rope from any old names."""
     ropes = getattr(config, "rope_parameters", None) or {}
-    rope, local = ropes.get("full_attention", ropes), ropes.get("sliding_attention", {})
+    rope, local = ropes.get("full_attention", ropes) or {}, ropes.get("sliding_attention") or {}
     theta, share = rope.get(_THETA), rope.get(_SHARE)
     scaling = {name: value for name, value in rope.items() if name not in (_THETA, _SHARE)}
     whole = config.to_dict()
     rest = {name: value for name, value in whole.items() if name != "rope_parameters"}
+    if config.model_type == "olmo3":  # version 4 has one theta for all layers; this one reads it for some of them
+        if local != {"rope_type": "default", _THETA: theta}:
+            return {}
+        rest = whole
     for said in (
         {_THETA: theta, _SHARE: share},
         {_THETA: theta, "rope_local_base_freq": local.get(_THETA)},  # gemma3_text
         {"rotary_emb_base": theta, "rotary_pct": share},  # gpt_neox
+        {_THETA: theta, _SHARE: share, "rope_scaling": {"rope_type": "default"}},  # gpt_oss, apertus: else scaled
     ):
         names = {name: value for name, value in said.items() if value is not None}
         if scaling.get("rope_type", "default") != "default":
             names["rope_scaling"] = scaling
+        if scaling.get("rope_type") == "longrope":
+            names[_LENGTH] = scaling.get(_LENGTH)
         with suppress(Exception):  # of many kinds: the family does not know these names
-            read = (type(config).from_dict(deepcopy(known | names)) for known in (rest, whole))  # changes its input
-            if ropes and all(each.to_dict() == whole for each in read):
+            # what to_dict says may change when it is read
+            read = [type(config).from_dict(deepcopy(known)).to_dict() for known in (whole, rest | names, whole | names)]
+            new, *others = ({name: value for name, value in each.items() if name not in names} for each in read)
+            if ropes and all(new == each for each in others):
                 return names
     return {}
 
