@@ -33,7 +33,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.tokenization_utils_base import LARGE_INTEGER
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from salt_lightning.command.settings import wrong_path
@@ -263,7 +262,7 @@ def _write_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase |
     """Writes config.json and generation_config.json with the tokenizer's special tokens, the padding token only into
     the latter: some families compute more with it than padding.
 
-    Sets the padding token and the maximum length of a tokenizer that was made for no particular model.
+    Sets the padding token of a tokenizer that has none, and a maximum length that is not above the model's.
     """
     config = deepcopy(model.config)
     text = config.get_text_config()  # of a composite model, another
@@ -282,7 +281,7 @@ def _write_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase |
         pad_id, length = special["pad_token_id"], getattr(model.config, "max_position_embeddings", None)
         if tokenizer.pad_token_id is None and pad_id in special_ids(tokenizer):  # an ordinary token also occurs in text
             tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
-        if tokenizer.model_max_length >= LARGE_INTEGER and length:
+        if length and tokenizer.model_max_length > length:
             tokenizer.model_max_length = length
     GenerationConfig(**special).save_pretrained(folder)
     for part in (config, text):
@@ -291,7 +290,7 @@ def _write_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase |
             if token is not None and not (isinstance(own, list) and (tokenizer is None or token in (own, *own))):
                 setattr(part, name, token)
     config.save_pretrained(folder)
-    _rewrite(folder / "config.json", lambda settings: settings | old_names.config_names(config))
+    old_names.rewrite(folder / "config.json", lambda settings: settings | old_names.config_names(config))
     for path in folder.glob("*.safetensors"):  # safetensors writes them for their owner only
         with suppress(PermissionError):  # of a file system that has one mode for all
             path.chmod((folder / "config.json").stat().st_mode)
@@ -302,8 +301,7 @@ def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> str:
     apart = folder / SUBFOLDER
     tokenizer.init_kwargs.pop("auto_map", None)  # code that was not run here
     for place in (apart, folder):
-        tokenizer.save_pretrained(place)
-        _rewrite(place / "tokenizer_config.json", old_names.tokenizer_settings)
+        old_names.save_tokenizer(tokenizer, place)
     with suppress(Exception):  # the family's own tokenizer may lack files here
         if rules_fingerprint(AutoTokenizer.from_pretrained(folder)) == rules_fingerprint(tokenizer):
             shutil.rmtree(apart)
@@ -311,11 +309,6 @@ def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> str:
     for path in apart.iterdir():
         (folder / path.name).unlink()
     return SUBFOLDER
-
-
-def _rewrite(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    settings = change(json.loads(path.read_text(encoding="utf-8")))
-    path.write_text(json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def verify(folder: Path) -> None:

@@ -16,16 +16,17 @@ from conftest import ALWAYS, StopAt, add_table, arguments, scalars
 from families import FAMILIES, tiny
 from lightning.pytorch.callbacks import Callback
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaTokenizer
 
 from salt_lightning import cli
 from salt_lightning.comparison import lineage
 from salt_lightning.errors import ConfigError
-from salt_lightning.export import _write_settings, check_target, export
+from salt_lightning.export import _write_settings, _write_tokenizer, check_target, export
 from salt_lightning.hugging_face import old_names
 from salt_lightning.hugging_face.card import model_card
 from salt_lightning.hugging_face.spec import ModelSpec, resolved
 from salt_lightning.models import load_pretrained
+from salt_lightning.run.run_config import _keep_tokenizer
 from salt_lightning.run.runlog import Run, read_run
 
 ROOT = Path(__file__).parents[1]
@@ -221,11 +222,15 @@ def test_generation_ends_where_the_tokenizer_says(salt, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "with").pad_token is None  # 9 also occurs in text
 
 
-def test_a_tokenizer_keeps_its_own_length(salt, tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(salt / "tokenizer", model_max_length=7)
-    tokenizer.save_pretrained(tmp_path / "short")
-    export(checkpoints(salt)[-1], tmp_path / "out", tokenizer=str(tmp_path / "short"))
-    assert AutoTokenizer.from_pretrained(tmp_path / "out").model_max_length == 7
+@pytest.mark.parametrize(("own", "exported"), [(7, 7), (4096, 32)])
+def test_a_tokenizer_keeps_its_own_length_up_to_the_models(salt, tmp_path, own, exported):
+    tokenizer = AutoTokenizer.from_pretrained(salt / "tokenizer", model_max_length=own)
+    tokenizer.save_pretrained(tmp_path / "its own")
+    export(checkpoints(salt)[-1], tmp_path / "out", tokenizer=str(tmp_path / "its own"))
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").model_max_length == exported
+
+
+def test_an_export_leaves_the_callers_tokenizer_alone(salt, tmp_path):
     own = AutoTokenizer.from_pretrained(salt / "tokenizer")
     before = own.model_max_length
     export(checkpoints(salt)[-1], tmp_path / "from Python", tokenizer=own)
@@ -241,9 +246,23 @@ def test_a_tokenizer_is_said_in_the_names_of_transformers_4(salt, tmp_path):
     export(checkpoints(salt)[-1], tmp_path / "out", tokenizer=str(tmp_path / "marked"))
     said = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
     assert said["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert said["model_input_names"] == ["input_ids", "attention_mask"]  # a gpt2 takes token_type_ids for tokens
     assert said["additional_special_tokens"] == marks
     assert not {"extra_special_tokens", "is_local", "local_files_only"} & set(said)
     assert AutoTokenizer.from_pretrained(tmp_path / "out").all_special_tokens == tokenizer.all_special_tokens
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_llama_2_s_tokenizer_stays_the_same(legacy, tmp_path):
+    """Version 5 does not save `legacy`, which decides about the word after a special token."""
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2, "\u2581": 3, "a": 4, "\u2581a": 5}
+    own = LlamaTokenizer(vocab=words, merges=[("\u2581", "a")], legacy=legacy)
+    expected = own("<s>a")["input_ids"]
+    assert expected == ([1, 5] if legacy else [1, 4])
+    _keep_tokenizer(own, tmp_path / "made", tmp_path / "run")
+    _write_tokenizer(own, tmp_path / "out")
+    for folder in (tmp_path / "run/tokenizer", tmp_path / "out"):
+        assert AutoTokenizer.from_pretrained(folder)("<s>a")["input_ids"] == expected
 
 
 def test_a_checkpoint_in_the_working_directory_has_its_run_s_tokenizer(salt, tmp_path, monkeypatch):

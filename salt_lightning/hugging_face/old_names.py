@@ -3,11 +3,14 @@
 Version 4, and tools that read its names, would take a family's own rope for that of the model, and say nothing.
 """
 
+import json
+from collections.abc import Callable
 from contextlib import suppress
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 _THETA, _SHARE, _LENGTH = "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"
 
@@ -50,11 +53,29 @@ def _rope_names(config: PreTrainedConfig) -> dict[str, Any]:
     return {}
 
 
-def tokenizer_settings(new: dict[str, Any]) -> dict[str, Any]:
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes its files so that this version and the old one read the same tokenizer from them."""
+    tokenizer.save_pretrained(folder)
+    rewrite(folder / "tokenizer_config.json", lambda settings: _tokenizer_settings(settings) | _forgotten(tokenizer))
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Changes the settings in a JSON file, in the layout of transformers."""
+    settings = change(json.loads(path.read_text(encoding="utf-8")))
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _forgotten(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What save_pretrained leaves out: without it, Llama 2's reads the word after a special token as another id."""
+    return {} if (legacy := getattr(tokenizer, "legacy", None)) is None else {"legacy": legacy}
+
+
+def _tokenizer_settings(new: dict[str, Any]) -> dict[str, Any]:
     """A tokenizer_config.json that both versions read alike, without what only says where it was loaded from."""
     old = {name: value for name, value in new.items() if name not in ("is_local", "local_files_only")}
     if new.get("tokenizer_class") == "TokenizersBackend":
         old["tokenizer_class"] = "PreTrainedTokenizerFast"
+        old.setdefault("model_input_names", ["input_ids", "attention_mask"])  # version 4's has token_type_ids, too
     if isinstance(new.get("extra_special_tokens"), list):
         old["additional_special_tokens"] = old.pop("extra_special_tokens")
     return old

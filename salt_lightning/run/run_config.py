@@ -18,6 +18,7 @@ from lightning_utilities.core.enums import StrEnum
 
 from salt_lightning.command.settings import IDENTITY
 from salt_lightning.errors import ConfigError, one_line
+from salt_lightning.hugging_face.old_names import save_tokenizer
 from salt_lightning.run.event_log import void_tests
 from salt_lightning.run.run_folder import changed, earlier_configs, read_config, same_setting, saved, step_named
 from salt_lightning.storage import shards
@@ -70,7 +71,7 @@ def _as_text(value: Any) -> Any:
 
 def _keep_tokenizer(tokenizer: Any, made: Path, run: Path) -> None:
     """Writes the tokenizer's files, except those that are there already: others may be reading them, or own them."""
-    tokenizer.save_pretrained(made)
+    save_tokenizer(tokenizer, made)
     for file in (path for path in made.rglob("*") if path.is_file()):
         kept = run / "tokenizer" / file.relative_to(made)
         kept.parent.mkdir(parents=True, exist_ok=True)
