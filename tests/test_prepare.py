@@ -1662,7 +1662,8 @@ def test_truncated_or_foreign_file_is_refused_by_name(name, tmp_path):
     size = file.stat().st_size
     for other in (size + 1, size - 1):
         os.truncate(file, other)
-        with pytest.raises(ConfigError, match=f"/val/{name} has {other} bytes instead of {size}; delete"):
+        said = f"/val/{name} has {other} bytes instead of {size}; delete"
+        with pytest.raises(ConfigError, match=f"^--data.cache_dir: .*{said}"):
             TokenFiles(folder, "val")
     file.unlink()
     with pytest.raises(ConfigError, match=rf"/val/{name} is missing; delete"):

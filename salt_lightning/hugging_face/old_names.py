@@ -1,4 +1,4 @@
-"""What transformers renamed in its version 5, said in an exported folder under the old names as well.
+"""Saved settings as version 4 of transformers, too, reads them, with what the saving of version 5 forgets.
 
 Version 4, and tools that read its names, would take a family's own rope for that of the model, and say nothing.
 """
@@ -17,22 +17,20 @@ _THETA, _SHARE, _LENGTH = "rope_theta", "partial_rotary_factor", "original_max_p
 
 def config_names(config: PreTrainedConfig) -> dict[str, Any]:
     """The old keys of a config.json, and their values."""
-    experts = "num_experts"  # of qwen3_moe
-    return _rope_names(config) | ({experts: getattr(config, experts)} if experts in config.attribute_map else {})
+    experts = {"num_experts": config.num_experts} if "num_experts" in config.attribute_map else {}  # of qwen3_moe
+    return _rope_names(config) | experts
 
 
 def _rope_names(config: PreTrainedConfig) -> dict[str, Any]:
     """Empty if there is no rope, or if this version would not read the same rope from any old names."""
-    ropes = getattr(config, "rope_parameters", None) or {}
+    ropes = getattr(config, "rope_parameters", None)
+    if not ropes:
+        return {}
     rope, local = ropes.get("full_attention", ropes) or {}, ropes.get("sliding_attention") or {}
     theta, share = rope.get(_THETA), rope.get(_SHARE)
+    if config.model_type == "olmo3" and local != {"rope_type": "default", _THETA: theta}:
+        return {}  # version 4 has one theta, and scales layers without a window only
     scaling = {name: value for name, value in rope.items() if name not in (_THETA, _SHARE)}
-    whole = config.to_dict()
-    rest = {name: value for name, value in whole.items() if name != "rope_parameters"}
-    if config.model_type == "olmo3":  # version 4 has one theta for all layers; this one reads it for some of them
-        if local != {"rope_type": "default", _THETA: theta}:
-            return {}
-        rest = whole
     for said in (
         {_THETA: theta, _SHARE: share},
         {_THETA: theta, "rope_local_base_freq": local.get(_THETA)},  # gemma3_text
@@ -44,13 +42,23 @@ def _rope_names(config: PreTrainedConfig) -> dict[str, Any]:
             names["rope_scaling"] = scaling
         if scaling.get("rope_type") == "longrope":
             names[_LENGTH] = scaling.get(_LENGTH)
-        with suppress(Exception):  # of many kinds: the family does not know these names
-            # what to_dict says may change when it is read
-            read = [type(config).from_dict(deepcopy(known)).to_dict() for known in (whole, rest | names, whole | names)]
-            new, *others = ({name: value for name, value in each.items() if name not in names} for each in read)
-            if ropes and all(new == each for each in others):
-                return names
+        if _are_read(names, config):
+            return names
     return {}
+
+
+def _are_read(names: dict[str, Any], config: PreTrainedConfig) -> bool:
+    """Whether this version reads the same settings with `names`, both beside rope_parameters and in place of it."""
+    whole = config.to_dict()
+    rest = {name: value for name, value in whole.items() if name != "rope_parameters"}
+    if config.model_type == "olmo3":  # for which this version takes an old theta for some layers only
+        rest = whole
+    with suppress(Exception):  # of many kinds: the family does not know these names
+        # what to_dict says may change when it is read
+        read = [type(config).from_dict(deepcopy(known)).to_dict() for known in (whole, rest | names, whole | names)]
+        new, *others = ({name: value for name, value in each.items() if name not in names} for each in read)
+        return all(new == each for each in others)
+    return False
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
