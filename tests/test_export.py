@@ -265,6 +265,19 @@ def test_llama_2_s_tokenizer_stays_the_same(legacy, tmp_path):
         assert AutoTokenizer.from_pretrained(folder)("<s>a")["input_ids"] == expected
 
 
+@pytest.mark.parametrize(("bos", "eos"), [(True, False), (False, False), (False, True), (True, True)])
+def test_whether_texts_begin_and_end_with_marks_is_said_where_version_4_would_not_know(bos, eos, tmp_path):
+    """Its Llama and Gemma tokenizers begin with a BOS unless these settings say otherwise."""
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2, "\u2581": 3, "a": 4, "\u2581a": 5}
+    own = LlamaTokenizer(vocab=words, merges=[("\u2581", "a")], add_bos_token=bos, add_eos_token=eos)
+    expected = [1] * bos + [5] + [2] * eos
+    assert own("a")["input_ids"] == expected
+    _write_tokenizer(own, tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path)("a")["input_ids"] == expected
+    said = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert (said.get("add_bos_token", True), said.get("add_eos_token", False)) == (bos, eos)
+
+
 def test_a_checkpoint_in_the_working_directory_has_its_run_s_tokenizer(salt, tmp_path, monkeypatch):
     monkeypatch.chdir(checkpoints(salt)[-1].parent)
     assert cli.main(["export", checkpoints(salt)[-1].name, str(tmp_path / "out")]) == 0

@@ -73,9 +73,18 @@ def rewrite(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> N
     path.write_text(json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+# Whatever tokenizer.json says, version 4 begins each text with a BOS, and ends none with an EOS.
+_BEGIN_WITH_BOS = ("LlamaTokenizer", "CodeLlamaTokenizer", "CohereTokenizer", "GemmaTokenizer")
+
+
 def _forgotten(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """What save_pretrained leaves out: without it, Llama 2's reads the word after a special token as another id."""
-    return {} if (legacy := getattr(tokenizer, "legacy", None)) is None else {"legacy": legacy}
+    kept = {} if (legacy := getattr(tokenizer, "legacy", None)) is None else {"legacy": legacy}
+    begins = type(tokenizer).__name__ in _BEGIN_WITH_BOS
+    if begins and (ends := tokenizer("")["input_ids"]) != [tokenizer.bos_token_id]:
+        kept["add_bos_token"] = ends[:1] == [tokenizer.bos_token_id]
+        kept["add_eos_token"] = ends[-1:] == [tokenizer.eos_token_id]
+    return kept
 
 
 def _tokenizer_settings(new: dict[str, Any]) -> dict[str, Any]:
