@@ -190,7 +190,8 @@ def wrong_counts(trainer: Mapping[str, Any] | Namespace) -> list[str]:
     """Lightning's settings that cannot be set, or that count micro-batches, while a run counts optimizer steps."""
     given = [(name, trainer.get(name), *told) for name, told in REFUSED.items()]
     wrong = [
-        f"--trainer.{name} {as_yaml(value)}{why}"
+        # Which of int and float a number becomes depends on what else was imported (typing caches unions).
+        f"--trainer.{name} {f'{value:g}' if isinstance(value, float) else as_yaml(value)}{why}"
         for name, value, idle, why in given
         if (_is_part(value) if name.startswith("limit_") else value not in idle)
     ]
