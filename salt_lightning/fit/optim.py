@@ -28,7 +28,7 @@ class OptimSpec:
         eps: Added to the square root of the second moment.
         schedule: How the learning rate decays: cosine, or wsd (stable, then linear). So wsd is linear decay where
             decay_steps are all steps after the warm-up, and a constant rate where they are 0.
-        warmup_steps: Optimizer steps of linear warm-up.
+        warmup_steps: Optimizer steps of linear warm-up; the first has lr / warmup_steps, the last lr.
         decay_steps: Number of final steps over which the learning rate decays; the first of them still has all of lr.
             null: for cosine all steps after the warm-up, for wsd a fifth of the run.
         min_lr_ratio: Learning rate that the decay would reach one step after the run, as a share of lr.

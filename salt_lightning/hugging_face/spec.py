@@ -36,8 +36,9 @@ class ModelSpec:
             student, or no teacher.
         revision: Branch, tag or commit of a hub name.
         family: transformers' model type of a fresh model: llama, gpt2, gpt_neox, qwen3, gemma3_text, phi, opt ...
-        config: Settings of that family's transformers config, e.g. hidden_size. If not given, vocab_size and
-            max_position_embeddings follow from the tokenizer and the block size.
+        config: Settings of that family's transformers config, e.g. hidden_size. If not given, vocab_size is the
+            tokenizer's number of ids, rounded up to a multiple of 64, and max_position_embeddings the block size; all
+            else, dropout too, is the family's default.
         dtype: Dtype of the parameters. null: float32 for the student, the student's compute dtype for the teacher.
         attention: transformers' attention implementation (sdpa, eager, flex_attention ...), or packed: torch's
             variable-length kernel, without a mask. null: packed on a GPU in 16 bits, otherwise transformers' choice.
