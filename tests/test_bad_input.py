@@ -30,6 +30,7 @@ from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 from salt_lightning import ModelSpec, SALTModule, cli
 from salt_lightning.__main__ import main as start
 from salt_lightning.command.parser import explain
+from salt_lightning.command.settings import wrong_counts
 from salt_lightning.errors import ConfigError
 from salt_lightning.fit.device import require
 from salt_lightning.run import run_lock
@@ -1154,6 +1155,13 @@ def test_a_rate_far_too_large_is_one_line_and_no_bad_state_is_kept(settings, tmp
     )
     assert not list(tmp_path.glob("run/checkpoints/*"))
     assert run(["fit", *arguments(settings, own, {"model.optim.lr": 1e-3})]) == 0  # in the same folder
+
+
+@pytest.mark.parametrize("count", [1234567, 1234567.0])  # typing caches unions: what was imported decides
+def test_a_count_is_named_as_typed(count):
+    for name in ("limit_train_batches", "limit_val_batches"):
+        (wrong,) = wrong_counts({name: count})
+        assert re.match(f"--trainer.{name} 1234567,? ", wrong)
 
 
 def test_a_folder_of_another_run_is_not_taken(settings, tmp_path, capsys):

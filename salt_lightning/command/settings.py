@@ -186,18 +186,22 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
+def _typed(value: Any) -> str:
+    """A setting as it was typed: typing caches unions, so what else was imported decides between 5 and 5.0."""
+    return as_yaml(int(value) if isinstance(value, float) and value.is_integer() else value)
+
+
 def wrong_counts(trainer: Mapping[str, Any] | Namespace) -> list[str]:
     """Lightning's settings that cannot be set, or that count micro-batches, while a run counts optimizer steps."""
     given = [(name, trainer.get(name), *told) for name, told in REFUSED.items()]
     wrong = [
-        # Which of int and float a number becomes depends on what else was imported (typing caches unions).
-        f"--trainer.{name} {f'{value:g}' if isinstance(value, float) else as_yaml(value)}{why}"
+        f"--trainer.{name} {_typed(value)}{why}"
         for name, value, idle, why in given
         if (_is_part(value) if name.startswith("limit_") else value not in idle)
     ]
     wrong += [
-        f"--trainer.{name} {count:g} counts micro-batches, so what is measured would depend on --data.micro_batch_size "
-        "and the number of devices; use --data.val_rows, or 0 for none (null undoes it)"
+        f"--trainer.{name} {_typed(count)} counts micro-batches, so what is measured would depend on "
+        "--data.micro_batch_size and the number of devices; use --data.val_rows, or 0 for none (null undoes it)"
         for name in ("limit_val_batches", "limit_test_batches")
         if _is_part(count := trainer.get(name)) and count != 0
     ]
