@@ -197,9 +197,9 @@ def _reference(students: list[Run]) -> tuple[Run, list[str]]:
     taught = [run for run in students if run.kd_steps > 0]
 
     def doubts(run: Run) -> tuple[bool, bool, bool]:
-        """Not finished or without a final loss; perhaps an unrecognized teacher; settings that changed on the way."""
+        """Not finished or diverged; perhaps an unrecognized teacher; settings that changed on the way."""
         unlike = not any(lineage.same_model(run, other) for other in taught)
-        return not run.finished or math.isnan(run.last("val/ce")), unlike, bool(run.changes)
+        return not run.finished or not math.isfinite(run.last("val/ce")), unlike, bool(run.changes)
 
     if plain:
         return min(plain, key=doubts), []
@@ -282,7 +282,11 @@ def _groups(
         done = [run for run in finished if run.name not in apart] or finished
         ce = [run.last("val/ce") for run in done]
         known = [run for run in done if not math.isnan(rows[run.name].difference)]  # the others: on other text
-        paired = [run for run in known if run.sample in by_seed and run not in seeds]
+        pairs = {
+            run.sample: run.last("val/ce") - by_seed.get(run.sample, math.nan) if run in known else math.nan
+            for run in done
+            if run not in seeds
+        }
         groups.append(
             Group(
                 label=labels[members[0].name],
@@ -292,14 +296,14 @@ def _groups(
                 mean=float(np.mean(ce)) if ce else math.nan,
                 std=float(np.std(ce, ddof=1)) if len(ce) > 1 else math.nan,
                 difference=float(np.mean([rows[run.name].difference for run in done])) if ce else math.nan,
-                paired_differences={run.sample: run.last("val/ce") - by_seed[run.sample] for run in paired},
+                paired_differences={} if all(map(math.isnan, pairs.values())) else pairs,
                 reached_steps_share=[rows[run.name].reached_steps_share for run in done],
                 reached_flops_share=[rows[run.name].reached_flops_share for run in done],
                 reached_flops_share_with_teacher_training=[
                     rows[run.name].reached_flops_share_with_teacher_training for run in done
                 ],
                 reached_seconds_share=[rows[run.name].reached_seconds_share for run in done],
-                equal={axis: [ce[run.name] for run in finished if run.name in ce] for axis, (_, ce) in equal.items()},
+                equal={axis: [ce.get(run.name, math.nan) for run in done] for axis, (_, ce) in equal.items()},
                 changed=_changed(reference, members[0]),
             )
         )

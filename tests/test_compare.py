@@ -2491,3 +2491,94 @@ def test_a_damaged_end_is_told_unless_a_later_start_has_logged_it_again(resumed,
         writer.add_scalar("val/ce", 4.0, 300)
     rest = "the rest is damaged or still being written"
     assert read_run(run, "salt").damaged == ((f"{file} could be read up to step 140: {rest}",) if told else ())
+
+
+def test_a_run_whose_last_validation_is_missing_is_not_finished(tmp_path):
+    """It was killed in it, or it is under way: its loss is of an earlier step, and no sample beside final ones."""
+    every, kd = {"trainer.val_check_interval": 100}, {"teacher": "t", "weight": 0.5, "kd_steps": 60}
+    before = {step: ce for step, ce in SALT.items() if step < STEPS}
+    runs = [write_run(tmp_path / f"b{seed}", BASELINE, seed_everything=seed, **every) for seed in range(2)]
+    runs += [write_run(tmp_path / "s0", SALT, **kd, **every)]
+    runs += [write_run(tmp_path / "s1", before, seed_everything=1, **kd, **every)]
+    found = evaluate(load(runs))
+    assert [(group.n, group.mean) for group in found.groups] == [(2, 4.0), (1, 3.75)]
+    assert math.isnan(found.rows[3].difference)
+    assert found.equal["steps"] == (300, {"b0": 4.0, "b1": 4.0, "s0": 3.75, "s1": pytest.approx(math.nan, nan_ok=True)})
+    assert found.notes[0] == "s1 is at step 300 of 300, without its last validation"
+    assert "that all finished runs have reached" in report.markdown(found)
+    lost = write_run(tmp_path / "b2", {100: 5.0, 200: 4.5}, seed_everything=2, **every)
+    assert evaluate(load([*runs, lost])).reference_val_ce == 4.0
+    odd = write_run(tmp_path / "odd", {200: 4.5}, seed_everything=2, **{"trainer.val_check_interval": 200})
+    assert evaluate(load([odd])).rows[0].difference == 0.0  # never validated at its end, by its settings
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_seed_that_diverged_leaves_no_range_and_no_spread(tmp_path, order, value):
+    kd = {"teacher": "t", "weight": 0.5, "kd_steps": 60}
+    finals = (4.0, value)[::order]
+    runs = [write_run(tmp_path / f"s{n}", SALT | {300: ce}, seed_everything=n, **kd) for n, ce in enumerate(finals)]
+    text = report.markdown(evaluate(load([write_run(tmp_path / "b", BASELINE), *runs])))
+    (_, row) = rows_of(text.partition("## Seeds")[2])
+    assert row["min to max"] == ("-" if math.isnan(value) else "4.0000 to inf")
+    assert row["mean CE"] == ("-" if math.isnan(value) else "inf")
+    assert not re.search(r"\bnan\b", text.partition("## Seeds")[2])
+
+
+def test_a_seed_of_unknown_cost_leaves_no_mean_of_the_others(tmp_path):
+    kd = {"teacher": "t", "weight": 0.5, "kd_steps": 60}
+    runs = [write_run(tmp_path / "b", BASELINE), write_run(tmp_path / "s0", SALT, **kd)]
+    runs.append(write_run(tmp_path / "s1", SALT, student=math.nan, seed_everything=1, **kd))
+    rows = rows_of(report.markdown(evaluate(load(runs))).partition("have reached")[2])
+    (mean,) = (row for row in rows if row["run"].endswith(", n = 2: mean (std)"))
+    assert [cell for name, cell in mean.items() if "FLOP" in name] == ["-"]
+    assert mean["at 300 steps"] == "3.7500 (0.0000)"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_baseline_that_diverged_is_no_reference_beside_another(tmp_path, value):
+    wild = write_run(tmp_path / "wild", BASELINE | {300: value}, **{"model.optim.lr": 1})
+    found = evaluate(load([wild, write_run(tmp_path / "b", BASELINE)]))
+    assert (found.reference, found.reference_val_ce) == ("b", 4.0)
+
+
+def test_a_seed_without_a_partner_keeps_its_place(tmp_path):
+    kd = {"teacher": "t", "weight": 0.5, "kd_steps": 60}
+    runs = [write_run(tmp_path / f"b{seed}", BASELINE, seed_everything=seed) for seed in (1, 2)]
+    for seed, final in enumerate((3.75, 3.5, math.nan)):
+        runs.append(write_run(tmp_path / f"s{seed}", SALT | {300: final}, seed_everything=seed, **kd))
+    found = evaluate(load(runs))
+    (_, row) = rows_of(report.markdown(found).partition("## Seeds")[2])
+    assert row["CE of each"] == "3.7500, 3.5000, -"
+    assert row["to ref. of its seed"] == "-, -0.5000, -"
+    assert json.loads(report.json_text(found))["groups"][1]["paired_differences"] == {"0": None, "1": -0.5, "2": None}
+
+
+def test_a_branch_of_a_branch_without_a_validation_has_the_losses_of_their_trunk(tmp_path):
+    write_run(tmp_path / "a", {50: 6.0, 100: 4.25}, 100)
+    write_run(tmp_path / "b", {}, 120, after=100, ckpt_path=str(tmp_path / "a/checkpoints/step-00000100.ckpt"))
+    of_b = str(tmp_path / "b/checkpoints/step-00000120.ckpt")
+    write_run(tmp_path / "c", {200: 4.0, 300: 3.5}, after=120, ckpt_path=of_b)
+    runs = load([write_run(tmp_path / "baseline", {100: 5.0, 300: 4.25}, seed_everything=1), tmp_path / "c"])
+    found = evaluate([lineage.whole(run) for run in runs], "baseline")
+    assert found.runs[1].val_ce.steps.tolist() == [50, 100, 200, 300]
+    (b,) = load([tmp_path / "b"])
+    assert "val/ce" not in lineage.whole(b).curves  # it has no loss of its own
+
+
+def test_a_loss_on_other_text_makes_no_baseline_better(tmp_path):
+    runs = [write_run(tmp_path / f"b{seed}", {300: 4.0}, seed_everything=seed) for seed in range(2)]
+    runs += [
+        write_run(tmp_path / f"l{seed}", {300: 4.5}, seed_everything=seed, **{"model.optim.lr": 1}) for seed in range(2)
+    ]
+    for run, tokens in zip(runs, (100, 90, 100, 90), strict=True):
+        count(
+            run,
+            "val",
+            tokens,
+            400,
+            [300],
+            ce=4.0 if run.name == "b0" else 4.5 if run.name == "l0" else 8.0 if run.name == "b1" else 1.0,
+        )
+    for order in (runs, [*runs[:2], *runs[:1:-1]]):
+        assert not [note for note in evaluate(load(order), "b0").notes if "compare with the better one" in note]

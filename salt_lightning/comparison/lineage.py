@@ -37,12 +37,18 @@ def _places(run: Run, path: str) -> list[Path]:
     return [first] if home and is_there else [first, *others]
 
 
-def whole(run: Run, named: Sequence[Run] = (), generations: int = 9) -> Run:
-    """A run with the log of the run that it resumed from put before its own; `lost` is set if that is not found.
+def whole(run: Run, named: Sequence[Run] = ()) -> Run:
+    """A run with the log of the runs that it resumed from put before its own; `lost` is set if one is not found.
 
-    `named`: where to look for the other one, too, as its checkpoints may be in a separate folder. `generations`: how
-    many such runs to follow back.
+    `named`: where to look for the others, too, as their checkpoints may be in a separate folder.
     """
+    joined = _joined(run, named)
+    of_lineage = {*CUMULATIVE, "probe/stop_step"}  # these stay valid, logged again or not
+    return replace(joined, curves={tag: c for tag, c in joined.curves.items() if tag in run.curves.keys() | of_lineage})
+
+
+def _joined(run: Run, named: Sequence[Run], generations: int = 9) -> Run:
+    """The same with all that the others have logged. `generations`: how many runs to follow back."""
     if run.began == 0 or run.origin == "last":
         return run
     parent = _parent(run, named) if generations else None
@@ -50,7 +56,7 @@ def whole(run: Run, named: Sequence[Run] = (), generations: int = 9) -> Run:
         own = {(run.path / "checkpoints").resolve(), *_named(run, "checkpoint.folder")}
         is_own = any(place.parent.resolve() in own for place in _places(run, run.origin))
         return run if is_own else replace(run, lost=run.origin)
-    return _behind(whole(parent, named, generations - 1), run)
+    return _behind(_joined(parent, named, generations - 1), run)
 
 
 def _parent(run: Run, named: Sequence[Run]) -> Run | None:
@@ -76,8 +82,7 @@ def _behind(parent: Run, run: Run) -> Run:
     curves = dict(run.curves)
     for tag, there in parent.curves.items():
         until = there.steps <= run.began  # the parent may have continued after that
-        of_lineage = tag in CUMULATIVE or tag == "probe/stop_step"  # these stay valid, logged again or not
-        if until.any() and (tag in run.curves or of_lineage):
+        if until.any():
             steps, values = there.steps[until], there.values[until]
             if tag in run.curves:
                 steps = np.concatenate([steps, run.curves[tag].steps])

@@ -31,7 +31,12 @@ def remarks(
         f"{run.name} is left out: no values in its own TensorBoard event files, the only ones that compare reads"
         for run in silent
     ]
-    notes += [f"{run.name} is at step {run.steps_done} of {run.max_steps}" for run in runs if run.running]
+    notes += [
+        f"{run.name} is at step {run.steps_done} of {run.max_steps}"
+        + (", without its last validation" if run.unvalidated else "")
+        for run in runs
+        if run.running
+    ]
     notes += [
         f"{run.name} was last validated at step {run.val_ce.steps[-1]} of {run.steps_done}: val CE is from that step"
         for run in runs
@@ -54,7 +59,8 @@ def remarks(
     ]
     notes += [note for run in runs for note in _beginning(run)]
     notes += [f"{run.name} has no config.yaml: its method is not known" for run in runs if not run.config]
-    notes += _better([[run for run in group if run.finished] for group in experiments], reference)
+    known = [run for run in runs if run.finished and not other_text(run, reference, "val")]
+    notes += _better([[run for run in group if run in known] for group in experiments], reference)
     taught = [(run, *of) for run in runs if run.kd_steps > 0 or run.scores for of in teachers_of[run.name].items()]
     notes += _lost_teachers(taught, runs, reference) + _taught_teachers(taught)
     notes += [

@@ -171,7 +171,7 @@ def _seeds_table(groups: list[Group]) -> str:
         "n": [f"{g.n} (no spread)" if g.n == 1 else f"{g.n}" for g in groups],
         "mean CE": [number(g.mean, ".4f") for g in groups],
         "std": [number(g.std, ".4f") for g in groups],
-        "min to max": [f"{min(g.val_ce):.4f} to {max(g.val_ce):.4f}" if g.n > 1 else "-" for g in groups],
+        "min to max": [_range(g.val_ce) for g in groups],
         "to ref.": [number(g.difference, "+z.4f") for g in groups],
         "CE of each": each(".4f", lambda g: g.val_ce),
         "to ref. of its seed": each("+z.4f", lambda g: g.paired_differences.values()),
@@ -220,11 +220,17 @@ def _third_first(tag: str) -> tuple[int, str]:
     return (THIRDS.index(name) if name in THIRDS else len(THIRDS)), tag
 
 
+def _range(values: list[float]) -> str:
+    """From the least to the greatest; '-' of one alone, or if any is unknown, as for the mean."""
+    known = len(values) > 1 and not any(map(math.isnan, values))
+    return f"{min(values):.4f} to {max(values):.4f}" if known else "-"
+
+
 def _mean_std(values: list[float], form: str) -> str:
     """Mean (std), or '-' if any value is unknown: a mean of the others would mislead."""
     if not values or any(math.isnan(value) for value in values):
         return "-"
-    spread = f" ({np.std(values, ddof=1):{form}})" if len(values) > 1 else ""
+    spread = f" ({number(float(np.std(values, ddof=1)), form)})" if len(values) > 1 else ""
     return f"{np.mean(values):{form}}{spread}"
 
 

@@ -55,12 +55,12 @@ class Group:
     mean: float
     std: float
     difference: float
-    paired_differences: dict[str, float]  # seed -> difference to the reference's run of that seed
+    paired_differences: dict[str, float]  # seed -> difference to the reference's run of that seed; NaN without one
     reached_steps_share: list[float]
     reached_flops_share: list[float]
     reached_flops_share_with_teacher_training: list[float]
     reached_seconds_share: list[float]
-    equal: dict[str, list[float]]  # axis -> validation CE at the point that all finished runs have reached
+    equal: dict[str, list[float]]  # axis -> CE of each at the point that all finished runs have reached
     changed: dict[str, tuple[Any, Any]]  # setting -> (the reference's, this one's)
 
 

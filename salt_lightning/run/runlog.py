@@ -202,7 +202,17 @@ class Run:
 
     @property
     def running(self) -> bool:
-        return self.max_steps is not None and 0 < self.steps_done < self.max_steps
+        """Whether steps are left, or the validation that its settings have after the last one."""
+        if self.max_steps is None or self.steps_done == 0:
+            return False
+        return self.steps_done < self.max_steps or self.unvalidated
+
+    @property
+    def unvalidated(self) -> bool:
+        """Whether the validation after its last step, which its settings ask for, is not in the log (yet)."""
+        due = "trainer.val_check_interval" in self.config and self._validated_at_end
+        ce = self.curves.get("val/ce")
+        return due and ce is not None and bool(ce.steps[-1] < self.steps_done == self.max_steps)
 
     @property
     def finished(self) -> bool:
