@@ -591,6 +591,16 @@ def test_a_conversation_with_a_null_is_left_out_and_counted(tmp_path, caplog):
     assert "2 rows left out (no response to learn, or a null)" in caplog.text
 
 
+def test_all_before_the_first_answer_to_a_question_draws_the_split():
+    system, question, greeting = (
+        {"role": role, "content": text} for role, text in (("system", "s"), ("user", "u"), ("assistant", "hi"))
+    )
+    assert Conversation([system, question, greeting, question, greeting]).asked() == "s\0u"
+    assert Conversation([greeting, question, greeting]).asked() == "hi\0u"
+    shown = {**greeting, "train": False}
+    assert Conversation([question, shown, question, greeting]).asked() == "u\0hi\0u"
+
+
 def test_a_prompt_is_never_in_both_splits(tmp_path):
     rows = [{"question": f"q{i % 40}", "answer": i} for i in range(400)]
     files, tokenizer = prepared(tmp_path, rows, val_fraction=0.5)

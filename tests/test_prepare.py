@@ -2,6 +2,7 @@
 
 import errno
 import gzip
+import io
 import json
 import logging
 import lzma
@@ -43,7 +44,7 @@ from salt_lightning.text.examples import Examples
 from salt_lightning.text.journal import making
 from salt_lightning.text.parse import lots
 from salt_lightning.text.prepare import prepare_tokenizer, prepare_tokens, token_folder, tokenizer_folder
-from salt_lightning.text.progress import Done, progress_line, summary_line
+from salt_lightning.text.progress import Done, Progress, progress_line, summary_line
 from salt_lightning.text.sources import Group, Hub, resolve
 from salt_lightning.text.token_files import Block, SplitWriter, TokenFiles, no_counts, sealed, verify
 from salt_lightning.text.tokenizer import (
@@ -863,9 +864,9 @@ def test_many_tiny_documents_and_blank_lines_make_no_larger_tasks(tmp_path):
 
 
 def test_line_of_progress_by_hand():
-    start = Done(100.0, documents=10, tokens=1000, text_bytes=4_000_000, read_bytes=1_000)
+    start = Done(100.0, documents=10, tokens=501_000, text_bytes=4_000_000, read_bytes=1_000)
     now = Done(110.0, documents=1_510, tokens=2_501_000, text_bytes=24_000_000, read_bytes=3_000)
-    line = "tokenizing: 30%, 1.51k documents (150/s), 2.50M tokens (250k/s), 2.0 MB/s, 00:35 left"
+    line = "tokenizing: 30%, 1.51k documents (150/s), 2.50M tokens (200k/s), 2.0 MB/s, 00:35 left"
     assert progress_line(start, now, 10_000) == line  # 2000 of 9000 bytes in 10 s
     assert progress_line(start, now, 0) == line.replace(" 30%,", "").replace(", 00:35 left", "")  # a hub tells no size
     read = Done(start.time_s, start.documents, None, start.text_bytes, start.read_bytes)
@@ -876,6 +877,23 @@ def test_line_of_progress_by_hand():
         "tokenized 1510 documents, 2501000 tokens, 24.0 MB of text in 10.0 s (2.0 MB/s), "
         "resumed after 10 documents of a stopped preparation"
     )
+
+
+def test_a_terminal_shows_one_line_that_is_gone_in_the_end(monkeypatch):
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    start, soon, later = (Done(100.0 + s, int(10 * s), int(100 * s), int(1e6 * s), int(1e3 * s)) for s in (0, 0.4, 0.6))
+    progress = Progress(1000, start)
+    before = screen.getvalue()
+    progress.update(soon)
+    assert screen.getvalue() == before  # twice a second
+    progress.update(later)
+    line = progress_line(start, later, 1000)
+    assert screen.getvalue().endswith(f"\r{line}")
+    progress.close()
+    assert screen.getvalue().rpartition(line)[2] == f"\r{' ' * len(line)}\r"
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "jsonl.xz", "parquet", "txt"])
@@ -1386,6 +1404,13 @@ def test_a_lock_that_does_not_reach_another_machine_is_noticed(tmp_path):
     with pytest.raises(OSError, match=expected):
         list(generator)  # nor does the folder get its name
     assert {file.name for file in tmp_path.iterdir()} == {".x.lock", ".x.partial"}  # the other's, left alone
+
+
+def test_a_lock_that_another_machine_removed_is_noticed(tmp_path):
+    expected = "no file locks between machines, and another process also writes there"
+    with pytest.raises(OSError, match=expected), making(tmp_path / "x") as unfinished:
+        unfinished.lock.unlink()
+    assert {file.name for file in tmp_path.iterdir()} == {".x.partial"}
 
 
 @pytest.mark.parametrize("train", [True, False])

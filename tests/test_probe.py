@@ -82,6 +82,7 @@ def test_the_look_before_the_first_step_leaves_ignored_labels_out(settings, teac
     data.setup("fit")
     batch = next(data.samples(4))
     batch["labels"][:, :20] = -100
+    batch["labels"][:, 20] = 0  # an id like others
     lm = CausalLM(load_pretrained(ModelSpec(path=teacher), "teacher", torch.float32), "teacher")
     found = probe.look(lm.eval(), [batch], data)
     labels_N = batch["labels"].flatten()
@@ -90,6 +91,25 @@ def test_the_look_before_the_first_step_leaves_ignored_labels_out(settings, teac
     assert found.tokens == valid_N.sum() == 4 * 12
     assert found.teacher == pytest.approx(nll.item(), abs=1e-5)
     assert (found.uniform, found.counts) == (math.log(320), data.counts_nll(labels_N))
+
+
+def test_the_look_is_at_as_many_tokens_as_take_seconds_but_goes_past_a_prompt():
+    def sizes(parameters, rows, width, prompt=0):
+        labels = torch.zeros(rows, width, dtype=torch.long)
+        labels[:, :prompt] = -100
+        batches = 3 * [{"labels": labels, "positions": labels, "cu_seqlens": torch.arange(rows + 1)}]
+        found = list(probe.cut(batches, parameters))
+        assert all(
+            batch.keys() == {"labels", "positions"} for batch in found
+        )  # the borders of whole rows are wrong now
+        assert all(batch["labels"].shape == batch["positions"].shape for batch in found)
+        return [tuple(batch["labels"].shape) for batch in found]
+
+    assert sizes(10**7, 4, 100) == 3 * [(4, 100)]  # 7,500 tokens of 10M parameters
+    assert sizes(10**9, 4, 100) == [(2, 100), (1, 64)]  # 256 at least: 200, and 56 of a row or 64
+    assert sizes(75 * 10**6, 4, 250) == [(4, 250)]  # 1,000: just these
+    assert sizes(10**9, 4, 400, prompt=300) == [(1, 364)]
+    assert sizes(10**9, 4, 320, prompt=300) == [(1, 320)]
 
 
 class NoGradients(Callback):
