@@ -2571,14 +2571,7 @@ def test_a_loss_on_other_text_makes_no_baseline_better(tmp_path):
     runs += [
         write_run(tmp_path / f"l{seed}", {300: 4.5}, seed_everything=seed, **{"model.optim.lr": 1}) for seed in range(2)
     ]
-    for run, tokens in zip(runs, (100, 90, 100, 90), strict=True):
-        count(
-            run,
-            "val",
-            tokens,
-            400,
-            [300],
-            ce=4.0 if run.name == "b0" else 4.5 if run.name == "l0" else 8.0 if run.name == "b1" else 1.0,
-        )
+    for run, tokens, ce in zip(runs, (100, 90, 100, 90), (4.0, 8.0, 4.5, 1.0), strict=True):
+        count(run, "val", tokens, 400, [300], ce=ce)
     for order in (runs, [*runs[:2], *runs[:1:-1]]):
         assert not [note for note in evaluate(load(order), "b0").notes if "compare with the better one" in note]

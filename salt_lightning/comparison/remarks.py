@@ -59,8 +59,10 @@ def remarks(
     ]
     notes += [note for run in runs for note in _beginning(run)]
     notes += [f"{run.name} has no config.yaml: its method is not known" for run in runs if not run.config]
-    known = [run for run in runs if run.finished and not other_text(run, reference, "val")]
-    notes += _better([[run for run in group if run in known] for group in experiments], reference)
+    comparable = [
+        [run for run in group if run.finished and not other_text(run, reference, "val")] for group in experiments
+    ]
+    notes += _better(comparable, reference)
     taught = [(run, *of) for run in runs if run.kd_steps > 0 or run.scores for of in teachers_of[run.name].items()]
     notes += _lost_teachers(taught, runs, reference) + _taught_teachers(taught)
     notes += [

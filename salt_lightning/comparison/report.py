@@ -171,7 +171,9 @@ def _seeds_table(groups: list[Group]) -> str:
         "n": [f"{g.n} (no spread)" if g.n == 1 else f"{g.n}" for g in groups],
         "mean CE": [number(g.mean, ".4f") for g in groups],
         "std": [number(g.std, ".4f") for g in groups],
-        "min to max": [_range(g.val_ce) for g in groups],
+        "min to max": [
+            f"{min(g.val_ce):.4f} to {max(g.val_ce):.4f}" if g.n > 1 and not math.isnan(g.mean) else "-" for g in groups
+        ],
         "to ref.": [number(g.difference, "+z.4f") for g in groups],
         "CE of each": each(".4f", lambda g: g.val_ce),
         "to ref. of its seed": each("+z.4f", lambda g: g.paired_differences.values()),
@@ -218,12 +220,6 @@ def _answers_table(rows: list[Row]) -> str:
 def _third_first(tag: str) -> tuple[int, str]:
     name = tag.rpartition("/")[2]
     return (THIRDS.index(name) if name in THIRDS else len(THIRDS)), tag
-
-
-def _range(values: list[float]) -> str:
-    """From the least to the greatest; '-' of one alone, or if any is unknown, as for the mean."""
-    known = len(values) > 1 and not any(map(math.isnan, values))
-    return f"{min(values):.4f} to {max(values):.4f}" if known else "-"
 
 
 def _mean_std(values: list[float], form: str) -> str:
