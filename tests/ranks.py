@@ -119,7 +119,7 @@ def force_fsdp1() -> None:
     parallel.require_supported = lambda asked: None
 
 
-def launch(jobs: list[dict[str, Any]], folder: Path, world: int = 2, timeout_s: float = 240.0) -> None:
+def launch(jobs: list[dict[str, Any]], folder: Path, world: int = 2) -> None:
     """Runs the jobs one after the other in `world` processes; raises with the output of the first that failed.
 
     The first process is forked, which saves its imports. The others are new: their sets have other orders.
@@ -139,7 +139,7 @@ def launch(jobs: list[dict[str, Any]], folder: Path, world: int = 2, timeout_s: 
             start = subprocess.Popen if rank else forked.Popen
             processes.append(start(command, env=own, stdout=out, stderr=out))
     try:
-        codes = [process.wait(timeout_s) for process in processes]
+        codes = [process.wait(600) for process in processes]
     finally:
         for process in processes:
             process.kill()

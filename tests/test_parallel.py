@@ -194,6 +194,7 @@ def one_of(name: str) -> str:
 SAME_LOSS = 4 * 4.8e-7
 
 
+@pytest.mark.timeout(900)  # this one waits for `runs`: a minute, but more than the usual 300 s on a busy machine
 def test_a_folder_that_not_all_processes_see_is_refused_before_the_first_step_or_at_a_save(runs):
     """Sharded checkpoints lacked a part, and the run ended as if nothing was wrong."""
     lines, disk = (runs / "out.0").read_text().splitlines(), runs / "disk/0"
