@@ -402,7 +402,7 @@ ERRORS = {
     ),
     "a name of no class": (
         {"trainer.callbacks": "NoSuch"},
-        r"NoSuch must be Callback or null; no such class is installed; give its full name, package.module.Class$",
+        r"NoSuch must be Callback or null; no class NoSuch is installed; give its full name, package.module.Class$",
     ),
     "a class without what it needs": (
         {"trainer.logger": "CSVLogger"},
@@ -726,13 +726,16 @@ def test_of_two_classes_with_the_same_setting_the_one_with_the_value_is_named():
             assert explain(said, ["verbose"], order) == "--trainer.callbacks.verbose maybe must be true or false"
 
 
-@pytest.mark.parametrize("bad", ["{a: [", "2020-99-99", "{2020-01-01: [{2020-01-02: 1}]}"])
-def test_a_class_setting_that_yaml_cannot_read_hides_no_other_error(settings, tmp_path, capsys, bad):
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [("{a: [", " {a: ["), ("2020-99-99", " 2"), ("{2020-01-01: [{2020-01-02: 1}]}", ".2020-01-01: give a")],
+)
+def test_a_class_setting_that_yaml_cannot_read_hides_no_other_error(settings, tmp_path, capsys, bad, said):
     own = [f"--run={tmp_path}/run", f"--trainer.logger={bad}", "--kd.weight=x", "--data.block_size=y"]
     assert cli.main(["fit", *arguments(settings), *own]) == 2
     line = one_line(capsys)
-    for said in ("--trainer.logger {", "--kd.weight x must", "--data.block_size y must"):
-        assert said.replace("{", bad[0]) in line
+    for each in (f"--trainer.logger{said}", "--kd.weight x must", "--data.block_size y must"):
+        assert each in line
 
 
 def test_a_refused_start_leaves_no_folders(settings, tmp_path):
@@ -925,6 +928,7 @@ def test_each_device_needs_its_own_compiler(tmp_path, monkeypatch, device, there
     require(SALTModule(ModelSpec(), compile=False), device)
 
 
+CLASS = "give a class as class_path: NAME, with its settings below init_args"
 CONFIGS = {
     "missing": (None, r"--config .*c.yaml does not exist; give a YAML file"),
     "no UTF-8": (b"\xff\xfe\x00", r"--config .*c.yaml is not UTF-8 text"),
@@ -979,6 +983,33 @@ CONFIGS = {
         r"did you mean --model.optim\?; --trainer.lgoger: there is no such setting; did you mean --trainer.logger\?$",
     ),
     "a misspelt group alone": (b"modle:\n", r"--modle: there is no such setting; did you mean --model\?"),
+    "settings beside the name of their class": (
+        b"trainer: {callbacks: [DeviceStatsMonitor, {class_path: EarlyStopping, monitor: x, init_args: {}, mode: y}],\n"
+        b"logger: {class_path: CSVLogger, save_dir: x}, plugins: {class_path: SLURMEnvironment, init_args: {}}}\n",
+        rf"error: --trainer.callbacks.monitor, --trainer.callbacks.mode: {CLASS}; --trainer.logger.save_dir: {CLASS}; "
+        "--(?!trainer)",
+    ),
+    "settings without a class": (
+        b"trainer: {callbacks: {EarlyStopping: {monitor: x}}, strategy: {init_args: {replicas: 2}}, plugins: {x: 1}}\n",
+        rf"error: --trainer.callbacks.EarlyStopping: {CLASS}; --trainer.plugins.x: {CLASS}; --trainer.strategy: "
+        rf"{CLASS}; --(?!trainer)",
+    ),
+    "settings of a class that are no mapping": (
+        b"trainer: {callbacks: [{class_path: EarlyStopping, init_args: [monitor]}],\n"
+        b"strategy: {class_path: DDPStrategy, init_args: }}\n",
+        r"error: --trainer.callbacks.init_args \['monitor'\] must be a mapping of the settings of EarlyStopping; "
+        r"--trainer.strategy.init_args null must be a mapping of the settings of DDPStrategy; --(?!trainer)",
+    ),
+    "a class inside another without its name": (
+        b"trainer: {strategy: {class_path: DDPStrategy, init_args: {precision_plugin: {device: 1}}}}\n",
+        rf"error: --trainer.strategy.init_args.precision_plugin: {CLASS}",
+    ),
+    "misspelt classes": (
+        b"trainer: {callbacks: [{class_path: EarlyStoping}], logger: {class_path: no.such.Logger}}\n",
+        r"error: --trainer.callbacks \[{'class_path': 'EarlyStoping'}\] must be Callback or null; no class "
+        r"EarlyStoping is installed; give its full name, package.module.Class; --trainer.logger {'class_path': "
+        r"'no.such.Logger'} must be Logger or true or false or null: No module named 'no'; --(?!trainer)",
+    ),
     "several problems": (
         b"data:\nmodle:\nrun: x\nrun: y\n",
         r"error: --config c.yaml, line 1: data is empty; .*; --config c.yaml, line 4: run is set twice; remove one; "

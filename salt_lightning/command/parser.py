@@ -1,6 +1,7 @@
 """The command-line parser: an error is one line with the setting as typed, its value and what is allowed."""
 
 import argparse
+import ast
 import os
 import re
 import sys
@@ -135,6 +136,7 @@ def parse(parsers: Sequence[LightningArgumentParser], args: list[str]) -> tuple[
                 if left == args:
                     raise Unreadable("; ".join(dict.fromkeys(problems))) from None
                 args = left
+                Parser.remember(args)
 
 
 def named(problems: Iterable[str]) -> set[str]:
@@ -174,7 +176,10 @@ def _kept(value: Any, prefix: str, wrong: list[str]) -> Any:
     if not isinstance(value, dict):
         return value
     below = {key: f"{prefix}{key}" for key in value}
-    return {key: _kept(value[key], f"{name}.", wrong) for key, name in below.items() if not _is_below(name, wrong)}
+    kept = {key: _kept(value[key], f"{name}.", wrong) for key, name in below.items() if not _is_below(name, wrong)}
+    return {
+        key: each for key, each in kept.items() if each != {} or value[key] == {}
+    }  # an empty class is another error
 
 
 def _is_below(name: str, others: list[str]) -> bool:
@@ -255,7 +260,9 @@ def explain(message: str, known: list[str], given: Iterable[tuple[str, str]] = (
         if (asked := re.search(r"Given value: ?(\S*)$", rest)) and name == "--trainer.precision":
             return wrong_precision(asked[1])[0]  # Lightning's list has values that no run supports
         if union := re.search(r"Subtypes: [\[(](.*?)[\])] Errors:.*Given value: (.*)$", rest):
-            return f"{name} {union[2]} must be {_type_names(union[1])}{_why_no_class(name, union[2], rest)}"
+            if misplaced := _misplaced(name, union[2]):
+                return misplaced
+            return f"{name} {union[2]} must be {_type_names(union[1])}{_why_no_class(name, rest)}"
         if union := re.search(r" Given value: (.*)$", rest):
             return f"{name} {union[1]} is not one of the allowed values (see --help)"
         if single := re.match(r"Expected an? (.*?)\. Got value: (.*)$", rest):
@@ -270,7 +277,12 @@ def explain(message: str, known: list[str], given: Iterable[tuple[str, str]] = (
         return f"a class of --trainer.* requires {lacking[1]}{lacking[2]}; give it as .init_args.{lacking[1]}"
     if other := re.match(r"Option '([^']+)' is not accepted", line):
         if prefix := _prefix(other[1], given, line):
-            return no_such(other[1], [name for name in known if name != "help"], prefix)
+            own = [name for name in known if name.rpartition(".")[2] != "help"]
+            if (
+                not own
+            ):  # those of the type itself: the mapping has more than class_path and init_args, or no class_path
+                return _below_init_args(*_holder(other[1], given) or (prefix.rstrip("."), ()))
+            return no_such(other[1], own, prefix)
         return f"a class of --trainer.* has no argument {other[1]}"
     if line.startswith("unrecognized arguments: ") and any(map(os.path.isfile, line.split()[2:])):
         line += "; put a glob in quotes, 'my_text/*.jsonl', or the shell expands it to several words"
@@ -286,12 +298,54 @@ def _prefix(last: str, given: Iterable[tuple[str, str]], line: str) -> str:
     return max(found, key=lambda each: line.endswith(f" value: {each[1]}"))[0].removesuffix(last) if found else ""
 
 
-def _why_no_class(name: str, value: str, rest: str) -> str:
-    """What is wrong with a value that names a class, if the setting takes a class; else an empty string."""
-    if not re.match(r"--trainer\.(logger|callbacks|plugins)\b", name) or not re.fullmatch(r"[A-Za-z_][\w.]*", value):
+def _misplaced(name: str, value: str) -> str:
+    """What is wrong with the form of a class, or of one in a list; empty if that is right, or no class is meant.
+
+    `value`: as Python writes it.
+    """
+    if not re.fullmatch(f"--{CLASSES}", name):
         return ""
-    problem = re.search(r"Problem with given class_path '[^']+': (.*?) - ", rest)
-    return f": {problem[1]}" if problem else "; no such class is installed; give its full name, package.module.Class"
+    with suppress(ValueError, SyntaxError):
+        whole = ast.parse(value, mode="eval").body
+        parts = whole.elts if isinstance(whole, ast.List) else [whole]
+        for given in (ast.literal_eval(part) for part in parts if isinstance(part, ast.Dict)):  # others were read
+            if given.keys() - _OF_A_CLASS or "class_path" not in given:
+                return _below_init_args(name, given)
+            if not isinstance(own := given.get("init_args", {}), dict):
+                return f"{name}.init_args {as_yaml(own)} must be a mapping of the settings of {given['class_path']}"
+    return ""
+
+
+_OF_A_CLASS = {"class_path", "init_args", "dict_kwargs"}
+
+
+def _holder(last: str, given: Iterable[tuple[str, str]]) -> tuple[str, dict[str, None]] | None:
+    """The first setting with misplaced keys among those that take a class and were given with the part `last`; all its
+    keys."""
+    found: dict[str, dict[str, None]] = {}
+    for name, _ in given:
+        if below := re.match(rf"({CLASSES})\.([^.]+)", name):
+            found.setdefault(below[1], {})[below[2]] = None
+    typed = {name for name, _ in given}
+    return next(((n, keys) for n, keys in found.items() if f"{n}.{last}" in typed and keys.keys() - _OF_A_CLASS), None)
+
+
+def _below_init_args(name: str, keys: Iterable[str]) -> str:
+    """Tells how a class is given. `keys`: all that the mapping of the setting `name` has, in their order."""
+    name = f"--{name.removeprefix('--')}"
+    wrong = [f"{name}.{key}" for key in keys if key not in _OF_A_CLASS]
+    return f"{', '.join(wrong) or name}: give a class as class_path: NAME, with its settings below init_args"
+
+
+def _why_no_class(name: str, rest: str) -> str:
+    """Why a name is not one of a class, if the setting takes a class and the error (`rest`) has it; else empty."""
+    if not re.fullmatch(f"--{CLASSES}", name):
+        return ""
+    if problem := re.search(r"Problem with given class_path '[^']+': (.*?) (?:- |Given value)", rest):
+        return f": {problem[1]}"
+    if absent := re.search(r"Expected a dot import path string: ([A-Za-z_][\w.]*) ", rest):
+        return f"; no class {absent[1]} is installed; give its full name, package.module.Class"
+    return ""
 
 
 def _type_names(text: str) -> str:
