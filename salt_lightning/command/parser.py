@@ -177,9 +177,8 @@ def _kept(value: Any, prefix: str, wrong: list[str]) -> Any:
         return value
     below = {key: f"{prefix}{key}" for key in value}
     kept = {key: _kept(value[key], f"{name}.", wrong) for key, name in below.items() if not _is_below(name, wrong)}
-    return {
-        key: each for key, each in kept.items() if each != {} or value[key] == {}
-    }  # an empty class is another error
+    # what is emptied here would be another error
+    return {key: each for key, each in kept.items() if each != {} or value[key] == {}}
 
 
 def _is_below(name: str, others: list[str]) -> bool:
@@ -278,9 +277,7 @@ def explain(message: str, known: list[str], given: Iterable[tuple[str, str]] = (
     if other := re.match(r"Option '([^']+)' is not accepted", line):
         if prefix := _prefix(other[1], given, line):
             own = [name for name in known if name.rpartition(".")[2] != "help"]
-            if (
-                not own
-            ):  # those of the type itself: the mapping has more than class_path and init_args, or no class_path
+            if not own:  # none belong to the type itself, for which a mapping without the right keys is taken
                 return _below_init_args(*_holder(other[1], given) or (prefix.rstrip("."), ()))
             return no_such(other[1], own, prefix)
         return f"a class of --trainer.* has no argument {other[1]}"
@@ -305,7 +302,7 @@ def _misplaced(name: str, value: str) -> str:
     """
     if not re.fullmatch(f"--{CLASSES}", name):
         return ""
-    with suppress(ValueError, SyntaxError):
+    with suppress(ValueError, SyntaxError, RecursionError, MemoryError):  # the last two: nested very deeply
         whole = ast.parse(value, mode="eval").body
         parts = whole.elts if isinstance(whole, ast.List) else [whole]
         for given in (ast.literal_eval(part) for part in parts if isinstance(part, ast.Dict)):  # others were read
