@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheck
 
 from salt_lightning import ModelSpec, OptimSpec, SALTDataModule, SALTModule
 from salt_lightning.checkpoint import RunCheckpoint
+from salt_lightning.export import export
 from salt_lightning.fit.averaging import begin
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
@@ -55,6 +56,12 @@ def test_a_trainer_that_has_fitted_evaluates_what_it_is_given(data, tmp_path):
     other = loss(trainer(tmp_path), student(), data, ckpt_path=early)
     assert other != fitted
     assert loss(run, SALTModule.load_from_checkpoint(early), data) == other
+
+
+def test_the_card_tells_what_averaged(data, tmp_path):
+    trainer(tmp_path, EMAWeightAveraging(decay=0.9)).fit(student(), data)
+    export(Path(saved(tmp_path, 8)), tmp_path / "hf")
+    assert "- weights averaged by: EMAWeightAveraging" in (tmp_path / "hf" / "README.md").read_text()
 
 
 def test_a_callback_that_has_averaged_one_run_averages_the_next(data, tmp_path):

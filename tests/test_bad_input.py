@@ -271,6 +271,10 @@ ERRORS = {
         {"data.tokenizer": "{bad}/broken_tokenizer"},
         r"--data.tokenizer: cannot load '.*_tokenizer'",
     ),
+    "a tokenizer without offsets": (
+        {"data.tokenizer": "{bad}/slow_tokenizer"},
+        r"--data.tokenizer: '.*slow_tokenizer' has no tokenizer.json; save it as a fast tokenizer first$",
+    ),
     "a tokenizer without EOS": ({"data.tokenizer": "{bad}/no_eos"}, r"--data.tokenizer: '.*no_eos' has no eos_token"),
     "fewer tokens than bytes": ({"data.vocab_size": 256}, r"--data.vocab_size: 256 must be 257 or more"),
     # --- teachers
@@ -326,6 +330,23 @@ ERRORS = {
     "a teacher of a broken config": (
         {"kd.steps": 6, "model.teacher.path": "{bad}/json"},
         r"json/config.json is not valid JSON",
+    ),
+    "a teacher whose config is a list": (
+        {"kd.steps": 6, "model.teacher.path": "{bad}/list"},
+        r"list/config.json contains '\[\]' instead of settings; download it again$",
+    ),
+    "an index that names no weights": (
+        {"kd.steps": 6, "model.teacher.path": "{bad}/nameless"},
+        r"nameless: model.safetensors.index.json names no weight files; download it again$",
+    ),
+    "an index too large to be one": (
+        {"kd.steps": 6, "model.teacher.path": "{bad}/huge"},
+        r"huge/model.safetensors.index.json is not valid JSON \(larger than 256 MiB\); download it again$",
+    ),
+    "a teacher whose logits overflow": (
+        {"kd.steps": 6, "model.teacher.path": "{bad}/loud"},
+        r"--model.teacher.path: the teacher's logits are not finite: its weights are damaged, or too large for --model."
+        r"teacher.dtype float32$",
     ),
     "a revision of nothing": (
         {"model.student.revision": "v1"},
@@ -636,7 +657,10 @@ def bad(tmp_path_factory, teacher, settings) -> Path:
     (folder / "folder").mkdir()
     model = tiny("llama", vocab_size=320, max_position_embeddings=64).model
     model.save_pretrained(folder / "good")
-    for name in ("noweights", "cut", "lacks", "sizes", "shallow", "layerless", "json", "code", "other_ids", "compiled"):
+    for name in (
+        "noweights", "cut", "lacks", "sizes", "shallow", "layerless", "json", "list", "loud", "nameless", "huge",
+        "code", "other_ids", "compiled",
+    ):  # fmt: skip
         shutil.copytree(folder / "good", folder / name)
     model.save_pretrained(folder / "half", max_shard_size="20KB")
     (folder / "half" / sorted(path.name for path in (folder / "half").glob("*.safetensors"))[1]).unlink()
@@ -652,6 +676,16 @@ def bad(tmp_path_factory, teacher, settings) -> Path:
     (folder / "shallow" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
     (folder / "layerless" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": -1}))
     (folder / "json" / "config.json").write_text("{")
+    (folder / "list" / "config.json").write_text("[]")
+    louder = {name: weights[name] * 1e20 for name in ("model.norm.weight", "lm_head.weight")}
+    save_file({**weights, **louder}, folder / "loud" / "model.safetensors")
+    for name, size in ("nameless", 2), ("huge", 2**28 + 1):
+        (folder / name / "model.safetensors").unlink()
+        with (folder / name / "model.safetensors.index.json").open("wb") as file:
+            file.write(b"{}")
+            file.truncate(size)  # takes no space on the disk
+    (folder / "slow_tokenizer").mkdir()
+    (folder / "slow_tokenizer" / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer"}')
     auto = {"model_type": "mine", "auto_map": {"AutoModelForCausalLM": "mine.M"}}
     (folder / "code" / "config.json").write_text(json.dumps({**config, **auto}))
     (folder / "t5").mkdir()
@@ -1034,6 +1068,8 @@ def test_a_config_file_that_can_be_read_only_once_is_one_line(tmp_path, capsys):
     os.mkfifo(tmp_path / "typed")
     assert run(["fit", "--config", str(tmp_path / "typed")]) == 2
     assert re.search(r"--config .*typed is a pipe or a device, which cannot be read again; give a", one_line(capsys))
+    assert run(["fit", "--model.teacher", str(tmp_path / "typed")]) == 2
+    assert re.search(r"--model.teacher .*typed must be a mapping of its settings", one_line(capsys))
 
 
 VERBS = {

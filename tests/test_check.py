@@ -710,6 +710,15 @@ def test_knowing_nothing_is_the_smaller_of_the_two(untrained, least):
         assert preflight.teacher(TeacherLoss(ce, 8.0, 4.0, 1000, untrained), "t", False).level == level
 
 
+def test_how_long_there_is_a_teacher():
+    assert preflight.phases(0, 10, 0, "") == Finding("ok", "phases", "no teacher")
+    ramp = "teacher in 5 of 10 steps (50%), its weight falls in the last 2 of them"
+    assert preflight.phases(5, 10, 2, "") == Finding("ok", "phases", ramp)
+    long, always = preflight.phases(6, 10, 0, ""), preflight.phases(10, 10, 0, "")
+    assert (long.level, long.said[-39:]) == ("note", "a teacher that stays too long does harm")
+    assert (always.level, always.remedy) == ("note", "for SALT, --kd.steps 2 or so")
+
+
 def test_four_epochs_and_no_more():
     assert preflight.rows(103, 410, 41) == Finding("ok", "rows", "41 steps read 410 rows of 103: 3.98 epochs")
     assert preflight.rows(10, 6400, 100).remedy.endswith("add text")  # no number of steps is enough

@@ -163,6 +163,12 @@ def test_a_folder_of_checkpoints_that_cannot_be_listed_is_not_an_empty_one(
     assert listed(tmp_path / "run") == ["checkpoints"]
 
 
+def test_a_folder_that_the_storage_does_not_list_is_no_empty_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "listdir", fails(errno.EIO))
+    with pytest.raises(OSError, match=r"cannot be listed \(Input/output error\); nothing was changed, try again"):
+        saved(tmp_path)
+
+
 def test_no_flipped_bit_goes_unnoticed_and_changes_something(tmp_path):
     """Anywhere in the file: in tensors, the pickle, the zip's headers or its directory at the end."""
     path, rng = tmp_path / "step-00000001.ckpt", random.Random(0)

@@ -361,6 +361,13 @@ def test_a_run_in_a_second_thread_is_refused(settings, teacher, tmp_path, capsys
     assert others.codes == [2, 0, 0, 0]
 
 
+def test_a_run_inside_autocast_is_refused(tmp_path, capsys):
+    with torch.autocast("cpu", torch.bfloat16):
+        assert cli.main(["fit", "--run", str(tmp_path / "run")]) == 2
+    said = "error: main([...]) is called inside torch.autocast, which would keep casts of old weights; call it outside"
+    assert one_line(capsys) == said
+
+
 def test_a_run_outside_the_main_thread_says_that_no_signal_saves_it(settings, tmp_path, caplog):
     codes = []
     fit = ["fit", *arguments(settings, {"run": str(tmp_path / "run"), "kd.weight": 0.0})]

@@ -778,10 +778,26 @@ fit(folder / "p", make(), True)
 fit(folder / "q", make(), True, str(folder / "p" / "checkpoints" / "step-00000003.ckpt"), precision="bf16-true")
 made = SALTModule(ModelSpec(config={{**SIZES, "vocab_size": 300}}), seed=1)
 made.configure_model()
-try:
-    fit(Path({folder!r}) / "made", made, True)
-except ConfigError as error:
-    print(error)
+
+
+class Late(SALTModule):
+    def setup(self, stage):
+        super().setup(stage)
+        if hasattr(self, "student"):
+            self.student.extra = torch.nn.Linear(32, 4, bias=False)
+
+    def configure_optimizers(self):
+        self.student.extra = torch.nn.Linear(32, 4, bias=False)
+        return super().configure_optimizers()
+
+
+late = Late(ModelSpec(config=SIZES), seed=1)
+own = block("A model of your own", teacher=None)["Own"](ModelSpec())
+for name, module in {{"made": made, "own": own, "late": late}}.items():
+    try:
+        fit(Path({folder!r}) / name, module, True)
+    except ConfigError as error:
+        print(error)
 """
 
 
@@ -797,6 +813,8 @@ def test_in_shards_any_optimizer_goes_on_and_a_student_that_is_none_is_refused(d
     done = forked.run([sys.executable, "-c", script], env=env)
     assert done.returncode == 0, done.stderr
     assert "the student was made before this fit" in done.stdout
+    assert "a student made in configure_model is not sharded; train it on one device, or with ddp" in done.stdout
+    assert "student.extra.weight: added after the student was sharded, so each rank would train" in done.stdout
 
 
 def test_what_is_frozen_in_extend_student_stays_as_it_is(data, tmp_path):
@@ -1321,6 +1339,11 @@ def test_a_home_is_one_in_python(tmp_path, monkeypatch):
 def test_a_checkpoint_for_predict_in_python_is_refused_as_by_the_command(data, teacher, tmp_path):
     with pytest.raises(ConfigError, match=r"^ckpt_path \S+: predict scores with the teacher; give it as SALTModule"):
         trainer(tmp_path, ScoreWriter()).predict(SALTModule(ModelSpec(config=SIZES), teacher), data, ckpt_path=teacher)
+
+
+def test_predict_without_a_teacher_asks_for_what_scores(data, tmp_path):
+    with pytest.raises(ConfigError, match=r"^predict needs a teacher; add the callback salt_lightning.teacher.scoring"):
+        trainer(tmp_path).predict(SALTModule(ModelSpec(config=SIZES)), data)
 
 
 def test_predict_of_ones_own_may_load_a_checkpoint(data, tmp_path):

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from families import FAMILIES, LLAMA_LIKE, SIZES, SPECIAL, tiny
+from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy, log_softmax, softmax
 from transformers import AutoModelForCausalLM
 
@@ -240,7 +241,8 @@ def test_fresh_weights_depend_on_the_seed_alone():
     assert not torch.equal(weights[0]["model.lm_head.weight"], other["model.lm_head.weight"])
 
 
-def test_a_hugging_face_folder_loads_from_safetensors_alone(tmp_path):
+def test_a_hugging_face_folder_loads_from_safetensors_alone(tmp_path, caplog):
+    caplog.set_level("INFO")
     lm = tiny("llama").eval()
     lm.model.save_pretrained(tmp_path / "hf")
     spec = ModelSpec(path=str(tmp_path / "hf"))
@@ -248,8 +250,11 @@ def test_a_hugging_face_folder_loads_from_safetensors_alone(tmp_path):
     assert torch.equal(loaded(IDS, POSITIONS)[0], lm(IDS, POSITIONS)[0])
     half = load_pretrained(spec, "teacher", torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
-    # weights that only a pickle holds are not read
     weights = lm.model.state_dict()
+    save_file({**weights, "visual.proj": torch.ones(2)}, tmp_path / "hf" / "model.safetensors")
+    load_pretrained(spec, "teacher", torch.float32)
+    assert "hf has 1 weights that its config.json ignores: visual.proj" in caplog.text
+    # weights that only a pickle holds are not read
     (tmp_path / "hf" / "model.safetensors").unlink()
     torch.save(weights, tmp_path / "hf" / "pytorch_model.bin")
     with pytest.raises(ConfigError, match=r"--model.teacher.path .* has no weights: .*, only pytorch_model.bin; "):

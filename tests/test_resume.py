@@ -40,7 +40,7 @@ from salt_lightning.fit import alike
 from salt_lightning.fit.restart import replace_lost_start
 from salt_lightning.hugging_face.folders import sample_hash
 from salt_lightning.models import read_checkpoint
-from salt_lightning.run import run_lock
+from salt_lightning.run import event_log, run_lock
 from salt_lightning.run.event_log import log_settings
 from salt_lightning.run.run_folder import earlier_configs
 from salt_lightning.run.runlog import read_run
@@ -926,6 +926,23 @@ def test_a_board_of_one_s_own_takes_the_place_of_the_run_s(fit, settings, tmp_pa
     assert cli.main(["validate", *arguments(plain, looked_at)]) == 0
     page = EventAccumulator(str(tmp_path / "board")).Reload()
     assert [event.step for event in page.Scalars("train/ce")] == [*range(1, 13)]  # an evaluation removes nothing
+
+
+def test_a_resume_voids_the_tests_after_its_step(fit, settings, tmp_path):
+    """They measured other weights than the run then has at that step."""
+    run = tmp_path / "run"
+    plain = {key: value for key, value in settings.items() if key.startswith(("data.", "trainer."))}
+    assert fit(run, **{"checkpoint.at_steps": [6]}) == 0
+    for step in (6, 12):
+        own = {"run": str(run), "ckpt_path": str(run / f"checkpoints/step-{step:08d}.ckpt")}
+        assert cli.main(["test", *arguments(plain, own)]) == 0
+    tested = EventAccumulator(str(run / "test"))
+    assert [event.step for event in tested.Reload().Scalars("test/ce")] == [6, 12]
+    assert fit(run, ckpt_path=str(run / "checkpoints/step-00000006.ckpt")) == 0
+    assert [event.step for event in tested.Reload().Scalars("test/ce")] == [6]
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with patch.object(event_log, "SummaryWriter", side_effect=full), pytest.warns(UserWarning, match="5 are void"):
+        event_log.void_tests(run / "test", 5)
 
 
 def test_a_tracker_that_refuses_the_settings_ends_no_run():

@@ -217,6 +217,22 @@ def test_a_table_that_leaves_elements_out_is_refused(copy):
         read_checkpoint(str(copy), "CKPT")
 
 
+@pytest.mark.parametrize(
+    ("dtype", "said"),
+    [
+        ("torch.float64", r"norm.weight cannot be read \(\(16,\) torch.float32 instead of \(16,\) torch.float64\)"),
+        ("torch.Tensor", r"\(pieces.json cannot be read: a tensor without dtype\)"),
+    ],
+)
+def test_a_table_of_another_type_is_refused(copy, dtype, said):
+    table = shards.table_of(copy)
+    name = "student.model.model.norm.weight"
+    table.state_dict_metadata[f"state_dict.{name}"].properties.dtype = dtype
+    write_table(copy, table)
+    with pytest.raises(ConfigError, match=said):
+        read_checkpoint(str(copy), "CKPT")["state_dict"][name]
+
+
 def write(path: Path) -> None:
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:

@@ -384,7 +384,9 @@ class Tensors(Mapping[str, Tensor]):
         for chunk in info.chunks:
             piece = self._piece(key, chunk.offsets)
             if piece.shape != chunk.sizes or piece.dtype != whole.dtype:
-                raise self._damaged(key, f"{tuple(piece.shape)} {piece.dtype} instead of {tuple(chunk.sizes)}")
+                raise self._damaged(
+                    key, f"{tuple(piece.shape)} {piece.dtype} instead of {tuple(chunk.sizes)} {whole.dtype}"
+                )
             whole[tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))] = piece
         return whole
 
