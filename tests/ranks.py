@@ -148,7 +148,7 @@ def launch(jobs: list[dict[str, Any]], folder: Path, world: int = 2) -> None:
 
 if __name__ == "__main__":
     gc.freeze()  # as the command does
-    peers.UNSEEN_S = 1.0
+    peers.UNSEEN_S = cli.FIRST_RANK_S = 1.0  # here no process's end ends the others
     parsers.keep()
     is_forced = False  # only once a job needs it
     for job in json.loads(Path(sys.argv[1]).read_text()):

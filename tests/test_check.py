@@ -120,6 +120,7 @@ def test_held_out_text_that_is_trained_on(checked, corpus, tmp_path, fit_with, c
     assert "held-out text: 1 of the held-out files are also training text" in caplog.text
 
 
+@pytest.mark.usefixtures("no_memory")
 def test_ends_of_documents_that_the_text_spells_out(checked, fit_with, tmp_path, caplog):
     own = {"kd.weight": 0.0, "model.teacher.path": None, "kd.steps": None}
     files = {split: tmp_path / f"{split}.jsonl" for split in ("source", "val_source")}
@@ -140,6 +141,7 @@ def test_ends_of_documents_that_the_text_spells_out(checked, fit_with, tmp_path,
     assert [finding.level for finding in preflight.of_training(SimpleNamespace(files=files))] == ["note"]
 
 
+@pytest.mark.usefixtures("no_memory")
 def test_examples_that_fit_no_row(checked, teacher, tmp_path):
     source, lengths = tmp_path / "x.jsonl", [*range(5, 25), 40, 45, 200]
     source.write_text("".join(json.dumps({"q": "the a " * n, "a": "so"}) + "\n" for n in lengths))
@@ -280,6 +282,7 @@ def test_averaged_weights_take_memory_and_disk(checked):
     assert sizes(**{"trainer.callbacks": [elsewhere]}) == pytest.approx((file * 4 / 3, weights), rel=0.01)
 
 
+@pytest.mark.usefixtures("no_memory")
 def test_the_parameters_and_flops_of_the_student(checked, settings):
     _, found = checked()
     # embedding 320 x 32, two blocks of 4 x 32 x 32 + 3 x 32 x 64 and two norms, one norm at the end
@@ -326,6 +329,7 @@ def test_no_name_reaches_the_terminal_as_it_is():
     assert "-> rename \\x07\n" in shown
 
 
+@pytest.mark.usefixtures("no_memory")
 def test_a_monitor_of_a_source_that_the_text_does_not_have(checked, tmp_path):
     early = {"class_path": "EarlyStopping", "init_args": {"monitor": "val/ce/nosuch"}}
     sources = [str(write_corpus(tmp_path / f"{name}.jsonl", 40, seed)) for seed, name in enumerate("xy")]
@@ -335,6 +339,7 @@ def test_a_monitor_of_a_source_that_the_text_does_not_have(checked, tmp_path):
         assert [f[:2] for f in found if f[2].startswith(said)] == [["error", "trainer"]]
 
 
+@pytest.mark.usefixtures("no_memory")
 def test_a_monitor_of_a_third_whose_losses_are_refused_is_no_second_error(checked, tmp_path):
     early = {"class_path": "EarlyStopping", "init_args": {"monitor": "val/ce/easy"}}
     _, found = checked(**{"trainer.callbacks": [early], "data.difficulty": str(tmp_path)})
@@ -358,6 +363,7 @@ def test_all_findings_at_once(checked, tmp_path, monkeypatch):
     assert of(found, "text")[0] == of(found, "student head")[0] == "ok"
 
 
+@pytest.mark.usefixtures("no_memory")
 def test_no_text_hides_nothing_else(checked):
     code, found = checked(**{"data.source": "no/*.txt", "kd.steps": 99})
     assert code == 1
@@ -468,6 +474,7 @@ def test_memory_that_no_gpu_has(gib, settings, capsys):
     assert re.match(said, capsys.readouterr().out)
 
 
+@pytest.mark.usefixtures("no_memory")
 def test_a_problem_is_listed_once(checked):
     """Several settings are refused as they are typed, and by what uses them."""
     own = {
@@ -555,6 +562,7 @@ GPT2 = {"model.student.family": "gpt2", "model.student.config": {"n_embd": 32, "
 ON_A_GPU = {"check.memory_gib": 80, "trainer.precision": "bf16-mixed"}
 
 
+@pytest.mark.usefixtures("no_memory")
 def test_the_attention_that_a_gpu_will_have(checked):
     _, found = checked(**ON_A_GPU, **GPT2)
     assert of(found, "student attention")[1] == (
@@ -563,6 +571,7 @@ def test_the_attention_that_a_gpu_will_have(checked):
     assert of(found, "teacher attention")[1] == "on a GPU within each document, without a mask"
 
 
+@pytest.mark.usefixtures("no_memory")
 @pytest.mark.parametrize("own", [{}, {"layer_types": ["sliding_attention"] * 3 + ["full_attention"]}])
 def test_a_large_student_is_looked_at_by_two_of_its_layers(checked, settings, monkeypatch, own):
     """Including the last layer, with the config's values for each layer."""
@@ -575,6 +584,7 @@ def test_a_large_student_is_looked_at_by_two_of_its_layers(checked, settings, mo
     assert of(found, "student attention")[1] == "on a GPU within each document, without a mask"
 
 
+@pytest.mark.usefixtures("no_memory")
 @pytest.mark.parametrize("but", [{"model.teacher.attention": "eager"}, {"trainer.precision": "32-true"}])
 def test_attention_is_foreseen_where_there_is_a_choice(checked, but):
     _, found = checked(**ON_A_GPU | but)
@@ -895,6 +905,7 @@ def test_devices_that_surprise(kind, precision, native, said, monkeypatch):
     assert remark is None if said is None else re.match(said, "; ".join(remark))
 
 
+@pytest.mark.usefixtures("no_memory")
 @pytest.mark.parametrize(
     ("own", "remedy"),
     [
