@@ -1005,6 +1005,16 @@ CONFIGS = {
         b"model: {student: {config: }}\n",
         r"--model.student.config null must be a mapping of its settings; leave it out for the defaults",
     ),
+    "null where a value must be": (
+        b"run:\ntrainer: {max_steps: , devices: , callbacks: }\nmodel: {student: {family: }}\nkd: {steps: }\n",
+        r"error: --trainer.devices null must be text or a [^;]*; --trainer.max_steps null must be a whole number; "
+        r"--model.student.family null must be text; --run null must be text; --data.source",
+    ),
+    "several groups of others left empty": (
+        b"model: {teacher: , optim: }\ndata: {keep: }\n",
+        r"error: --model.teacher null must be a mapping [^;]*; [^;]*; --model.optim null must be a mapping [^;]*; "
+        r"[^;]*; --data.keep null must be a mapping [^;]*; leave it out for the defaults$",
+    ),
     "a list for a group": (b"data: [1]\n", r"--data .*must be a mapping of its settings"),
     "a misspelt key": (
         b"modle: {compile: true}\n",

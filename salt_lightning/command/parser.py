@@ -23,7 +23,7 @@ from salt_lightning.command.command_line import (
     no_mapping,
     text_of,
 )
-from salt_lightning.command.settings import REFUSED, as_yaml, wrong_precision
+from salt_lightning.command.settings import GROUPS, REFUSED, as_yaml, wrong_precision
 from salt_lightning.command.wrong_names import no_such
 from salt_lightning.errors import ConfigError, problems_of, program, raised
 
@@ -353,6 +353,19 @@ def _type_names(text: str) -> str:
     names = [name for name in literals if name not in classes] + [_TYPES.get(name, name) for name in classes]
     names += [f"a list of {_TYPES.get(name, name).removeprefix('a ')}s" for name in lists]
     return " or ".join(dict.fromkeys(names)) or text
+
+
+def nulls(config: Namespace, parser: LightningArgumentParser) -> list[str]:
+    """Problems with settings that are null in a file: there, jsonargparse takes null for any of them."""
+    wrong = []
+    for action in parser._actions:
+        name = action.dest
+        if name not in GROUPS and name in config and config[name] is None and action.default is not None:
+            try:
+                parser._check_value_key(action, None, name, None)
+            except TypeError as error:
+                wrong.append(explain(str(error), []))
+    return wrong
 
 
 # --- all problems at once ---

@@ -16,7 +16,7 @@ from lightning.pytorch.accelerators import AcceleratorRegistry
 from salt_lightning.batches.mixture import weight_problems
 from salt_lightning.errors import NOT_A_NAME, ConfigError, one_line
 
-_GROUPS = (
+GROUPS = (
     *("model", "model.student", "model.student.config", "model.teacher", "model.teacher.config", "model.optim"),
     *("data", "data.keep", "data.examples", "kd", "checkpoint", "answers", "trainer"),
 )
@@ -102,11 +102,9 @@ def wrong_path(path: str | Path) -> str:
 
 def wrong_groups(config: Namespace) -> list[str]:
     """Groups of settings that are not mappings, e.g. an empty `model:` in a file."""
-    for name in _GROUPS:
-        if name in config and not isinstance(config[name], Namespace | dict):
-            value = "null" if config[name] is None else config[name]
-            return [f"--{name} {value} must be a mapping of its settings; leave it out for the defaults"]
-    return []
+    wrong = {name: as_yaml(config[name]) for name in GROUPS if not isinstance(config.get(name, {}), Namespace | dict)}
+    remedy = "must be a mapping of its settings; leave it out for the defaults"
+    return [f"--{name} {value} {remedy}" for name, value in wrong.items()]
 
 
 def wrong_teacher(config: Namespace) -> list[str]:
