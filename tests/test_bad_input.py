@@ -1074,6 +1074,22 @@ def test_a_bad_config_file_is_one_line_that_names_it(case, tmp_path, monkeypatch
     assert not Path("ran").exists()
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("{run: x", r"--config {run: x, line 1, column 8: not valid YAML \(expected ',' or '}'"),
+        ("{run: x, run: y}", r"--config {run: x, run: y}, line 1: run is set twice; remove one$"),
+        ("{kd: }", r"--config {kd: }, line 1: kd is empty; indent"),
+        ("~/c.yaml", r"--config .*c.yaml, line 1: kd is empty; indent"),
+    ],
+)
+def test_settings_in_braces_and_files_at_home_are_read_as_others(given, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c.yaml").write_text("kd:\n")
+    assert run(["fit", f"--config={given}"]) == 2
+    assert re.search(said, line := one_line(capsys)), line
+
+
 def test_a_config_file_that_can_be_read_only_once_is_one_line(tmp_path, capsys):
     os.mkfifo(tmp_path / "typed")
     assert run(["fit", "--config", str(tmp_path / "typed")]) == 2

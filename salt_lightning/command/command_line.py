@@ -57,8 +57,7 @@ def check_configs(args: list[str], known: list[str]) -> None:
             YAML would silently take the last; it has an unknown empty group, which jsonargparse ignores; or a value of
             the command line contains itself.
     """
-    files = [value for value in files_in(args) if not value.lstrip().startswith("{")]  # others contain settings
-    looks = [partial(_check_config, file, known) for file in dict.fromkeys(files)]
+    looks = [partial(_check_config, file, known) for file in dict.fromkeys(files_in(args))]
     looks += [
         partial(look, *typed) for typed in typed_in(args) for look in (refuse_loops, partial(_check_group, known))
     ]
@@ -111,7 +110,7 @@ def configs_first(args: list[str]) -> list[str]:
         if value is None:
             rest.append(word)
         else:
-            files.append(f"--config={value}")
+            files.append(f"--config={os.path.expanduser(value)}")  # a shell expands ~ only at the start of a word
     verb = 1 if rest and not rest[0].startswith("-") else 0
     return [*rest[:verb], *files, *rest[verb:]]
 
@@ -122,17 +121,22 @@ def files_in(args: list[str]) -> list[str]:
 
 
 def text_of(file: str) -> str:
-    return file if file.lstrip().startswith("{") else Path(file).read_text(encoding="utf-8")
+    return file if _is_inline(file) else Path(file).read_text(encoding="utf-8")
+
+
+def _is_inline(file: str) -> bool:
+    """Whether it is not the name of a file, but settings in braces."""
+    return file.lstrip().startswith("{")
 
 
 def _check_config(path: str, known: list[str]) -> None:
     setting = f"--config {path}"
-    if not os.path.isfile(path):
+    if not _is_inline(path) and not os.path.isfile(path):
         kind = "a folder" if os.path.isdir(path) else "a pipe or a device, which cannot be read again"
         what = f"is {kind}" if os.path.exists(path) else "does not exist"
         raise ConfigError(f"{setting} {what}; give a YAML file (those in configs/ come with the repository)")
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = text_of(path)
         node = yaml.compose(text, yaml.SafeLoader)
         zeros = [token for token in yaml.scan(text) if "\0" in getattr(token, "value", "")]
         yaml.safe_load(text)  # for tags and values that do not suit theirs
