@@ -992,6 +992,11 @@ CONFIGS = {
         r"--config .*c.yaml, line 2: model.student.config.hidden_size is given in addition to the mapping "
         r"model.student; move it",
     ),
+    "sizes in dots": (
+        b"model.student.config.hidden_size: 8\nkd.weight: x\n",
+        r"error: --kd.weight x must be a finite number; --model.student.config.hidden_size: in a file, indent "
+        "hidden_size below config:, instead of joining them by a dot; --data.source: ",
+    ),
     "a key beside two merges": (  # the later one wins
         b"trainer:\n  <<: {max_steps: 3}\n  <<: {max_steps: 4}\n  max_stps: 1\n",
         r"trainer.max_stps: there is no such setting",

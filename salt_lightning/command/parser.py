@@ -264,6 +264,9 @@ def explain(message: str, known: list[str], given: Iterable[tuple[str, str]] = (
             return f"{name} {union[2]} must be {_type_names(union[1])}{_why_no_class(name, rest)}"
         if union := re.search(r" Given value: (.*)$", rest):
             return f"{name} {union[1]} is not one of the allowed values (see --help)"
+        if dotted := re.search(r"Got value: Namespace\((\w+)=", rest):  # on the command line, this works
+            last = name.rpartition(".")[2]
+            return f"{name}.{dotted[1]}: in a file, indent {dotted[1]} below {last}:, instead of joining them by a dot"
         if single := re.match(r"Expected an? (.*?)\. Got value: (.*)$", rest):
             return f"{name} {single[2]} must be {_type_names(single[1])}"
         if group := re.match(r"Unable to load config ['\"](.*?)['\"] - ", rest):
