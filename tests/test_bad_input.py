@@ -1038,6 +1038,14 @@ CONFIGS = {
         rf"error: --trainer.callbacks.monitor, --trainer.callbacks.mode: {CLASS}; --trainer.logger.save_dir: {CLASS}; "
         "--(?!trainer)",
     ),
+    "settings beside the name of a class that is appended": (
+        b"trainer: {callbacks+: [{class_path: EarlyStopping, monitor: x}], logger+: {class_path: CSVLogger, dir: x}}\n",
+        rf"error: --trainer.callbacks.monitor: {CLASS}; --trainer.logger.dir: {CLASS}; --(?!trainer)",
+    ),
+    "a list set and appended to": (
+        b"trainer:\n  callbacks: [EarlyStopping]\n  callbacks+: [Timer]\n",
+        r"error: --config c.yaml, line 3: trainer.callbacks and trainer.callbacks\+ are both set; put all into one of",
+    ),
     "settings without a class": (
         b"trainer: {callbacks: {EarlyStopping: {monitor: x}}, strategy: {init_args: {replicas: 2}}, plugins: {x: 1}}\n",
         rf"error: --trainer.callbacks.EarlyStopping: {CLASS}; --trainer.plugins.x: {CLASS}; --trainer.strategy: "

@@ -27,7 +27,7 @@ def given_in(args: list[str]) -> Iterator[tuple[str, str]]:
         yield from _leaves(yaml.safe_load(text_of(file)), "")
     for name, value in typed_in(args):
         leaves = [(name, value)]
-        if re.fullmatch(CLASSES, name):
+        if re.fullmatch(rf"{CLASSES}\+?", name):
             with suppress(yaml.YAMLError, ValueError):  # the parser will refuse it
                 leaves = _leaves(yaml.safe_load(value), name)
         yield from leaves
@@ -42,6 +42,7 @@ def typed_in(args: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def _leaves(value: Any, name: str) -> list[tuple[str, str]]:
+    name = re.sub(rf"^({CLASSES})\+$", r"\1", name)  # errors do not tell what is appended from what is set
     if isinstance(value, dict) and value:
         return [leaf for key, inner in value.items() for leaf in _leaves(inner, f"{name}.{key}" if name else str(key))]
     if isinstance(value, list) and re.fullmatch(CLASSES, name):
@@ -183,12 +184,16 @@ def _empty(node: Any, prefix: str) -> list[str]:
 
 
 def _twice(keys: list[tuple[str, str, int]]) -> Iterator[tuple[int, str]]:
-    """(line, problem) of each key that occurs twice, or both dotted and within its group; one would be lost."""
+    """(line, problem) of each key that occurs twice, with and without a +, or both dotted and within its group; one
+    would be lost."""
     names = {name for name, *_ in keys}
-    seen = set()
+    seen: set[str] = set()
     for name, own, line in keys:
+        plain = name.removesuffix("+")
         if name in seen and own != "<<":
             yield line, f"{name} is set twice; remove one"
+        elif {plain, f"{plain}+"} & seen and own != "<<":
+            yield line, f"{plain} and {plain}+ are both set; put all into one of them"
         seen.add(name)
         groups = [name[: len(name) - len(own) + i] for i, letter in enumerate(own) if letter == "."]
         if group := next((group for group in groups if group in names), None):
