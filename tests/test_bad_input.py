@@ -115,6 +115,19 @@ ERRORS = {
         r"error: --kd.anneal_steps -2 must not be negative; --model.optim.warmup_steps 99 [^;]*; for a shorter [^;]*$",
     ),
     "steps below zero": ({"kd.steps": -1}, r"error: --kd.steps -1 must not be negative \(null = the whole run\); --kd"),
+    "Python's word for null": (
+        {"kd.steps": "None", "kd.weight": "None", "trainer.logger": "None"},
+        r"^error: --kd.weight null must be a [^;]*; --kd.steps None must be a whole number or null; --trainer.logger N",
+    ),
+    "empty, as of a variable that is not set": (
+        {"kd.steps": "", "data.block_size": "", "kd.shape": "", "trainer.callbacks": ""},
+        r"^error: --data.block_size '' must be a whole number; --kd.steps '' must be a whole number or null; "
+        r"--kd.shape '' must be step or [^;]*; --trainer.callbacks '' must be Callback or null; --kd.weight 0.5 needs",
+    ),
+    "a setting below one that is no group": (
+        {"kd.steps.x": 3, "data.source.train": "x"},
+        r"error: --kd.steps.x: there is no such setting, as --kd.steps is no group of them; --data.source.train: there",
+    ),
     "wrong type": ({"kd.steps": "many"}, r"--kd.steps many must be a whole number or null"),
     "wrong type, model": ({"model.compile": 1}, r"--model.compile 1 must be true or false"),
     "wrong type, data": ({"data.block_size": [1]}, r"--data.block_size \[1\] must be a whole number"),

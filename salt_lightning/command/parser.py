@@ -249,10 +249,17 @@ def explain(message: str, known: list[str], given: Iterable[tuple[str, str]] = (
 
     `given`: for an error in the settings of a class, (name, value) of what was typed; its parser knows only last parts.
     """
-    line = re.sub(r" value: (None|True|False)$", lambda m: f" value: {as_yaml(m[1])}", " ".join(message.split()))
+    line = " ".join(message.split())
+    if line.endswith(" value:"):
+        line += " ''"
+    if not line.endswith(" <class 'str'> Given value: None"):  # else, None was typed, which YAML reads as text
+        line = re.sub(r" value: (None|True|False)$", lambda m: f" value: {as_yaml(m[1])}", line)
     if found := re.match(r"Parser key \"([^\"]+)\"(\S*): (.*)", line):
         name, rest = f"--{_prefix(found[1], given, line)}{found[1]}{found[2]}", found[3]
-        if part := re.search(r"NestedArg\(key='([^']+)', val='?(.*?)'?\)", rest):
+        part = re.search(r"NestedArg\(key='([^']+)', val='?(.*?)'?\)", rest)
+        if part and not re.fullmatch(f"--{CLASSES}", name):
+            return f"{name}.{part[1]}: there is no such setting, as {name} is no group of them"
+        if part:
             said = f"{name}.{part[1]} {part[2]} is a setting of a class, but {name} names no class"
             example = ", e.g. FSDP2 for fsdp2, DDPStrategy for ddp" if name == "--trainer.strategy" else ""
             return f"{said}; give the class name{example}"
