@@ -1144,6 +1144,9 @@ VERBS = {
         r"export: \\udce9 is not valid UTF-8; give another name$",
     ),
     "no verb": (["fti"], r"invalid choice: 'fti'"),
+    "nothing": ([], r"error: a verb comes first, one of fit, validate, test, predict, compare, export, check; then it"),
+    "settings without a verb": (["--kd.weight=0"], r"error: a verb comes first, one of fit, [^;]*; then its settings$"),
+    "settings before the verb": (["--kd.weight", "0", "fit"], r"error: a verb comes first, one of fit, "),
 }
 
 

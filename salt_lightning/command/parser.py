@@ -117,9 +117,11 @@ def parse(parsers: Sequence[LightningArgumentParser], args: list[str]) -> tuple[
     The first of the parsers parses; the others are those of its verbs.
 
     Raises:
-        ConfigError: lists the problems, if the rest cannot be read either.
+        ConfigError: lists the problems, if the rest cannot be read either; or there is no verb.
     """
     args = configs_first(args)
+    if (verbs := parsers[0]._subcommands_action) and (not args or args[0].startswith("-")) and args[:1] not in _HELP:
+        raise ConfigError(f"a verb comes first, one of {', '.join(verbs.choices)}; then its settings")
     check_configs(args, [action.dest for parser in parsers for action in parser._actions])
     Parser.remember(args)
     parser, problems = parsers[0], list[str]()
@@ -137,6 +139,9 @@ def parse(parsers: Sequence[LightningArgumentParser], args: list[str]) -> tuple[
                     raise Unreadable("; ".join(dict.fromkeys(problems))) from None
                 args = left
                 Parser.remember(args)
+
+
+_HELP = (["-h"], ["--help"])
 
 
 def named(problems: Iterable[str]) -> set[str]:
