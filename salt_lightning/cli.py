@@ -90,9 +90,9 @@ class SALTCLI(LightningCLI):
         parser = self._parser(self.config.get("subcommand"))
         self.wrong += wrong + settings.wrong_seed(config)
         self.wrong += errors.of_others(nulls(config, parser), ["seed_everything"])
-        if config.get("ckpt_path"):
-            refuse(self.wrong)
         self.instead = named(self.wrong)
+        if config.get("ckpt_path") or "config" in self.instead:  # --cofnig FILE: all of the file is missing
+            refuse(self.wrong)
         to_defaults("; ".join(self.wrong), config, parser)
 
     def _settings(self, config: Namespace) -> Namespace:

@@ -1042,7 +1042,7 @@ CONFIGS = {
         b"modle: {}\nmodel:\n  student: {config: {rope_parameters: {}}}\n  otpim: {}\n"
         b"trainer:\n  logger: {}\n  lgoger:\n",
         r"error: --modle: there is no such setting; did you mean --model\?; --model.otpim: there is no such setting; "
-        r"did you mean --model.optim\?; --trainer.lgoger: there is no such setting; did you mean --trainer.logger\?$",
+        r"did you mean --model.optim\?; --trainer.lgoger: there is no such setting; did you mean --trainer.logger\?; ",
     ),
     "a misspelt group alone": (b"modle:\n", r"--modle: there is no such setting; did you mean --model\?"),
     "settings beside the name of their class": (
@@ -1080,10 +1080,14 @@ CONFIGS = {
         r"EarlyStoping is installed; give its full name, package.module.Class; --trainer.logger {'class_path': "
         r"'no.such.Logger'} must be Logger or true or false or null: No module named 'no'; --(?!trainer)",
     ),
+    "names of another tool, one of them empty": (
+        b"wandb_project:\nlearning_rate: 1\nkd: {weight: x}\n",
+        r"error: --wandb_project: there is [^;]*; use [^;]*; --kd.weight x must [^;]*; --learning_rate: there is no",
+    ),
     "several problems": (
         b"data:\nmodle:\nrun: x\nrun: y\n",
         r"error: --config c.yaml, line 1: data is empty; .*; --config c.yaml, line 4: run is set twice; remove one; "
-        r"--modle: there is no such setting; did you mean --model\?; --config other.yaml does not exist; give .*$",
+        r"--config other.yaml does not exist; give [^;]*; --modle: there is no such setting; did you mean --model\?$",
     ),
 }
 
@@ -1144,6 +1148,7 @@ VERBS = {
         r"export: \\udce9 is not valid UTF-8; give another name$",
     ),
     "no verb": (["fti"], r"invalid choice: 'fti'"),
+    "a misspelt --config": (["fit", "--cofnig=c.yaml"], r"--cofnig: there is [^;]*; did you mean --config\?$"),
     "nothing": ([], r"error: a verb comes first, one of fit, validate, test, predict, compare, export, check; then it"),
     "settings without a verb": (["--kd.weight=0"], r"error: a verb comes first, one of fit, [^;]*; then its settings$"),
     "settings before the verb": (["--kd.weight", "0", "fit"], r"error: a verb comes first, one of fit, "),

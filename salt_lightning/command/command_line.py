@@ -50,19 +50,22 @@ def _leaves(value: Any, name: str) -> list[tuple[str, str]]:
     return [(name, value if isinstance(value, str) else json.dumps(value, default=str, skipkeys=True))]
 
 
-def check_configs(args: list[str], known: list[str]) -> None:
-    """Reads every `--config FILE` of a command line, whose settings are `known`.
+def check_configs(args: list[str], known: list[str]) -> list[str]:
+    """Reads every `--config FILE` of a command line, whose settings are `known`. Returns problems with unknown empty
+    groups, which jsonargparse ignores.
 
     Raises:
         ConfigError: a file is missing, a folder, or not a YAML mapping in UTF-8; it has a setting twice, of which
-            YAML would silently take the last; it has an unknown empty group, which jsonargparse ignores; or a value of
-            the command line contains itself.
+            YAML would silently take the last; or a value of the command line contains itself.
     """
-    looks = [partial(_check_config, file, known) for file in dict.fromkeys(files_in(args))]
+    ignored: list[str] = []
+    looks = [partial(_check_config, file, known, ignored) for file in dict.fromkeys(files_in(args))]
     looks += [
         partial(look, *typed) for typed in typed_in(args) for look in (refuse_loops, partial(_check_group, known))
     ]
-    refuse(raised(looks))
+    if wrong := raised(looks):
+        refuse([*wrong, *ignored])
+    return ignored
 
 
 def _check_group(known: list[str], name: str, value: str) -> None:
@@ -130,7 +133,7 @@ def _is_inline(file: str) -> bool:
     return file.lstrip().startswith("{")
 
 
-def _check_config(path: str, known: list[str]) -> None:
+def _check_config(path: str, known: list[str], ignored: list[str]) -> None:
     setting = f"--config {path}"
     if not _is_inline(path) and not os.path.isfile(path):
         kind = "a folder" if os.path.isdir(path) else "a pipe or a device, which cannot be read again"
@@ -162,8 +165,8 @@ def _check_config(path: str, known: list[str]) -> None:
         for key, value in node.value
         if value.tag.endswith(":null") and any(name.startswith(f"{key.value}.") for name in known)
     ]
-    unknown = [no_such(name, known) for name in _empty(node, "") if not _means(name, known)]
-    refuse([*(f"{setting}, line {line}: {problem}" for line, problem in sorted([*empty, *_twice(keys)])), *unknown])
+    ignored += [no_such(name, known) for name in _empty(node, "") if not _means(name, known)]
+    refuse(f"{setting}, line {line}: {problem}" for line, problem in sorted([*empty, *_twice(keys)]))
 
 
 def _means(name: str, known: list[str]) -> bool:

@@ -122,21 +122,21 @@ def parse(parsers: Sequence[LightningArgumentParser], args: list[str]) -> tuple[
     args = configs_first(args)
     if (verbs := parsers[0]._subcommands_action) and (not args or args[0].startswith("-")) and args[:1] not in _HELP:
         raise ConfigError(f"a verb comes first, one of {', '.join(verbs.choices)}; then its settings")
-    check_configs(args, [action.dest for parser in parsers for action in parser._actions])
+    ignored = check_configs(args, [action.dest for parser in parsers for action in parser._actions])
     Parser.remember(args)
     parser, problems = parsers[0], list[str]()
     with readable():
         while True:  # leaving out some may show others
             try:
                 config, given = parser.parse_args(args), parser.parse_args(args, defaults=False)
-                return config, given, problems + comments(args, given)
+                return config, given, ignored + problems + comments(args, given)
             except Unreadable as error:
                 if problems and _NO_MAPPING in str(error):  # of a file named in a file: no longer beside it
-                    raise Unreadable("; ".join(problems)) from None
+                    raise Unreadable("; ".join(ignored + problems)) from None
                 problems += problems_of(str(error))
                 left = _without(args, _begun(str(error)))
                 if left == args:
-                    raise Unreadable("; ".join(dict.fromkeys(problems))) from None
+                    raise Unreadable("; ".join(dict.fromkeys(ignored + problems))) from None
                 args = left
                 Parser.remember(args)
 
