@@ -1104,6 +1104,14 @@ def test_a_bad_config_file_is_one_line_that_names_it(case, tmp_path, monkeypatch
     assert not Path("ran").exists()
 
 
+def test_a_negative_number_with_an_exponent_is_a_value(capsys):
+    assert run(["fit", "--kd.weight", "-1e-3", "--kd.stop_margin", "-1.5E-3", "--model.optim.lr", "-.5"]) == 2
+    line = one_line(capsys)
+    assert "--kd.weight -0.001 must" in line
+    assert "--model.optim.lr -0.5 must" in line
+    assert "stop_margin" not in line
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [

@@ -65,6 +65,8 @@ class Parser(LightningArgumentParser):
         super().__init__(
             *args, **{"allow_abbrev": False, "formatter_class": HelpFormatter, "prog": program(), **kwargs}
         )
+        # argparse would take -1e-3 for an option
+        self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
 
     given: ClassVar[list[tuple[str, str]]] = []  # (name, value) of each setting as typed
     _one_by_one = False
