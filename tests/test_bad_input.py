@@ -981,6 +981,21 @@ CONFIGS = {
     "no UTF-8": (b"\xff\xfe\x00", r"--config .*c.yaml is not UTF-8 text"),
     "a checkpoint": (b"PK\x03\x04\x00", r"--config .*c.yaml: not valid YAML"),
     "a tab": (b"model:\n\tcompile: true\n", r"--config .*c.yaml, line 2, column 1: not valid YAML \(found character"),
+    "a glob without quotes": (
+        b"data: {source: [a.txt, *.jsonl]}\n",
+        r"--config .*c.yaml, line 1, column 25: not valid YAML \([^;]*\); put a value that begins with \* in quotes$",
+    ),
+    "no space after a colon": (b"kd:\n  weight:0.5\n", r"--kd weight:0.5 must be [^;]*; put a space after each colon;"),
+    "text for groups": (
+        b"model: gpt2\ndata: my.jsonl\n",
+        r"error: --model gpt2 must be [^;]*; for a checkpoint, a folder or a hub name, use --model.student.path; [^;]*"
+        r"; --data my.jsonl must be [^;]*; for files, a folder or a hub data set, use --data.source; classes of ",
+    ),
+    "text that YAML takes for numbers and false": (
+        b"run: 001\nmodel: {teacher: {revision: 0123456}}\ndata: {subset: no}\n",
+        r"error: --run 1 must be text; in a file, put it in quotes; --data.subset false must be text or null; in a "
+        r"file, put it in quotes; --model.teacher.revision 42798 must be text or null; in a file, put it in quotes; ",
+    ),
     "an open bracket": (b"model: [1, 2\n", r"--config .*c.yaml, line 2, column 1: not valid YAML"),
     "a list": (b"- 1\n", r"--config .*c.yaml is not a mapping of settings"),
     "nothing": (b"# run: x\n", r"--config .*c.yaml is not a mapping of settings; write lines such as"),
@@ -1102,6 +1117,18 @@ def test_a_bad_config_file_is_one_line_that_names_it(case, tmp_path, monkeypatch
     line = one_line(capsys)
     assert re.search(message.replace(".*c.yaml", "c.yaml"), line), line
     assert not Path("ran").exists()
+
+
+def test_of_several_files_each_needs_its_option(tmp_path, capsys):
+    (tmp_path / "a.yaml").touch()
+    assert run(["fit", "--kd.weight", "0", str(tmp_path / "a.yaml")]) == 2
+    assert one_line(capsys).endswith("/a.yaml; give each file as --config FILE")
+
+
+def test_a_mapping_of_a_command_line_needs_quotes_and_spaces(capsys):
+    for value in ("{hidden_size:8}", "{hidden_size:"):
+        assert run(["fit", "--model.student.config", value]) == 2
+        assert f"{value} must be a mapping, '{{NAME: VALUE, ...}}', in quotes and with" in one_line(capsys)
 
 
 def test_a_negative_number_with_an_exponent_is_a_value(capsys):

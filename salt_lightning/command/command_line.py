@@ -83,10 +83,15 @@ def _check_group(known: list[str], name: str, value: str) -> None:
 
 def no_mapping(name: str, value: str) -> str:
     remedy = "leave it out for the defaults"
-    if name in ("--model.student", "--model.teacher"):
-        remedy = f"for a checkpoint, a folder or a hub name, use {name}.path"
-    elif name in ("--model", "--data"):
-        remedy = "classes of your own are used in Python (docs/extending.md)"
+    if re.match(r"\w+:[^\s/\\]", value):
+        remedy = "put a space after each colon"
+    elif name in ("--model", "--model.student", "--model.teacher"):
+        path = f"{'--model.student' if name == '--model' else name}.path"
+        remedy = f"for a checkpoint, a folder or a hub name, use {path}"
+    elif name == "--data":
+        remedy = "for files, a folder or a hub data set, use --data.source"
+    if name in ("--model", "--data"):
+        remedy += "; classes of your own are used in Python (docs/extending.md)"
     return f"{name} {value} must be a mapping of its settings (see --help); {remedy}"
 
 
@@ -148,14 +153,16 @@ def _check_config(path: str, known: list[str], ignored: list[str]) -> None:
     except RecursionError as error:
         raise ConfigError(f"{setting}: settings contain themselves, or are nested too deeply") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{setting} is not UTF-8 text; give a YAML file, e.g. configs/salt.yaml") from error
+        raise ConfigError(f"{setting} is not UTF-8 text; give a YAML file in UTF-8, e.g. configs/salt.yaml") from error
     except (yaml.YAMLError, ValueError) as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         if tag := re.search(r"constructor for the tag '(.*)'", str(problem)):
             typed = tag[1].replace("tag:yaml.org,2002:", "!!")
             raise ConfigError(f"{setting}{where}: tags such as {typed} are not supported; remove them") from error
-        raise ConfigError(f"{setting}{where}: not valid YAML ({one_line(problem)})") from error
+        begins = re.search(r"[*&@%`]", text[max(mark.index - 1, 0) : mark.index + 1]) if mark else None
+        remedy = f"; put a value that begins with {begins[0]} in quotes" if begins else ""
+        raise ConfigError(f"{setting}{where}: not valid YAML ({one_line(problem)}){remedy}") from error
     if zeros:  # jsonargparse would take it for a file name
         raise ConfigError(f"{setting}, line {zeros[0].start_mark.line + 1}: a value contains a zero byte; remove it")
     if not isinstance(node, yaml.MappingNode):

@@ -275,14 +275,14 @@ def explain(message: str, known: list[str], given: Iterable[tuple[str, str]] = (
         if union := re.search(r"Subtypes: [\[(](.*?)[\])] Errors:.*Given value: (.*)$", rest):
             if misplaced := _misplaced(name, union[2]):
                 return misplaced
-            return f"{name} {union[2]} must be {_type_names(union[1])}{_why_no_class(name, rest)}"
+            return f"{_must_be(name, union[2], _type_names(union[1]))}{_why_no_class(name, rest)}"
         if union := re.search(r" Given value: (.*)$", rest):
             return f"{name} {union[1]} is not one of the allowed values (see --help)"
         if dotted := re.search(r"Got value: Namespace\((\w+)=", rest):  # on the command line, this works
             last = name.rpartition(".")[2]
             return f"{name}.{dotted[1]}: in a file, indent {dotted[1]} below {last}:, instead of joining them by a dot"
         if single := re.match(r"Expected an? (.*?)\. Got value: (.*)$", rest):
-            return f"{name} {single[2]} must be {_type_names(single[1])}"
+            return _must_be(name, single[2], _type_names(single[1]))
         if group := re.match(r"Unable to load config ['\"](.*?)['\"] - ", rest):
             return no_mapping(name, group[1])
         return f"{name}: {rest}"
@@ -298,8 +298,10 @@ def explain(message: str, known: list[str], given: Iterable[tuple[str, str]] = (
                 return _below_init_args(*_holder(other[1], given) or (prefix.rstrip("."), ()))
             return no_such(other[1], own, prefix)
         return f"a class of --trainer.* has no argument {other[1]}"
-    if line.startswith("unrecognized arguments: ") and any(map(os.path.isfile, line.split()[2:])):
-        line += "; put a glob in quotes, 'my_text/*.jsonl', or the shell expands it to several words"
+    if line.startswith("unrecognized arguments: ") and any(map(os.path.isfile, words := line.split()[2:])):
+        configs = all(word.endswith((".yaml", ".yml")) for word in words)
+        glob = "put a glob in quotes, 'my_text/*.jsonl', or the shell expands it to several words"
+        line += f"; {'give each file as --config FILE' if configs else glob}"
     return line
 
 
@@ -360,6 +362,15 @@ def _why_no_class(name: str, rest: str) -> str:
     if absent := re.search(r"Expected a dot import path string: ([A-Za-z_][\w.]*) ", rest):
         return f"; no class {absent[1]} is installed; give its full name, package.module.Class"
     return ""
+
+
+def _must_be(name: str, value: str, types: str) -> str:
+    remedy = ""
+    if "text" in types and "number" not in types and re.fullmatch(r"true|false|inf|nan|[-+\d.e]+", value):
+        remedy = "; in a file, put it in quotes"
+    elif types.endswith("mapping") and value.startswith("{"):
+        remedy = ", '{NAME: VALUE, ...}', in quotes and with a space after each colon"
+    return f"{name} {value} must be {types}{remedy}"
 
 
 def _type_names(text: str) -> str:
