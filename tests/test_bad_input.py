@@ -1119,6 +1119,17 @@ def test_a_bad_config_file_is_one_line_that_names_it(case, tmp_path, monkeypatch
     assert not Path("ran").exists()
 
 
+def test_an_address_for_a_group_or_a_class_is_not_fetched(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("fsspec.open", None)
+    (tmp_path / "c.yaml").write_text("kd: https://127.0.0.1/kd.yaml\n")
+    own = ["--model.teacher=s3://b/x.ckpt", "--trainer.logger=s3://b/x", "--trainer.strategy=gs://b"]
+    assert run(["fit", f"--config={tmp_path}/c.yaml", *own]) == 2
+    line = one_line(capsys)
+    assert "use --model.teacher.path; " in line
+    for said in ("--kd https://127.0.0.1/kd.yaml must", "logger s3://b/x must be", "strategy gs://b is not"):
+        assert said in line
+
+
 def test_of_several_files_each_needs_its_option(tmp_path, capsys):
     (tmp_path / "a.yaml").touch()
     assert run(["fit", "--kd.weight", "0", str(tmp_path / "a.yaml")]) == 2

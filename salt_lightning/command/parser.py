@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import yaml
-from jsonargparse import DefaultHelpFormatter, Namespace, get_loader, set_loader
+from jsonargparse import DefaultHelpFormatter, Namespace, get_loader, set_loader, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser
 
 from salt_lightning.command.command_line import (
@@ -55,6 +55,8 @@ def _load(text: str) -> Any:
 
 
 set_loader("yaml", _load, (yaml.YAMLError,))
+# Lightning lets jsonargparse fetch an address that is given for a group of settings or for a class.
+set_parsing_settings(config_read_mode_fsspec_enabled=False)
 
 
 class Parser(LightningArgumentParser):
