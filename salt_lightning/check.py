@@ -381,7 +381,7 @@ def besides(
     looks = without_text(module, data, trainer, None, teaches)
     if "trainer.accelerator" in instead or "trainer.devices" in instead:  # the number of devices is not known
         looks = [look for look in looks if getattr(look, "func", None) is not cadence.accumulation]
-    return of_others(raised([*looks, data.require_files]), instead)
+    return of_others(raised([*looks, partial(data.require_files, instead)]), instead)
 
 
 def report(check: Check, wrong: Iterable[str], refused: bool, teaches: bool) -> int:

@@ -4,7 +4,7 @@ text/ turns text into token files, once; batches/ cuts these into rows and deter
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -176,13 +176,15 @@ class SALTDataModule(LightningDataModule):
         if self._fits and not self.keep.is_own and (scores := scores_of(self.selection, self.keep)):
             self.keep.score_all(scores)
 
-    def require_files(self) -> dict[str, Corpus]:
-        """Find what every setting names, without reading the text; return the documents of each source setting.
+    def require_files(self, but: Iterable[str] = ()) -> dict[str, Corpus]:
+        """Find what every setting names, without reading the text; return the documents of each source setting, `but`
+        of those (data.source ...) that are not the user's.
 
         Raises:
             ConfigError: something is missing or damaged; lists all of it.
         """
         given = [setting for setting in ("source", "val_source", "test_source") if getattr(self, setting)]
+        given = [setting for setting in given if f"data.{setting}" not in but]
         looks: list[Callable[[], object]] = [partial(self._corpus, setting) for setting in given]
         looks += [lambda: self.tokenizer] if self.tokenizer_name != "train" else []
         looks += [partial(find_files, Path(self.difficulty), "fit")] if self.difficulty else []

@@ -1130,6 +1130,16 @@ def test_an_address_for_a_group_or_a_class_is_not_fetched(tmp_path, monkeypatch,
         assert said in line
 
 
+def test_without_a_source_no_folder_is_searched_for_one(monkeypatch, capsys):
+    corpus, sought = cli.SALTDataModule._corpus, []
+    monkeypatch.setattr(cli.SALTDataModule, "_corpus", lambda data, name: sought.append(name) or corpus(data, name))
+    assert run(["fit", "--kd.wieght=0", "--data.val_source=none.txt"]) == 2
+    line = one_line(capsys)
+    assert "--data.source: [] names no text" in line
+    assert "'none.txt' matches no file" in line
+    assert sought == ["val_source"]
+
+
 def test_of_several_files_each_needs_its_option(tmp_path, capsys):
     (tmp_path / "a.yaml").touch()
     assert run(["fit", "--kd.weight", "0", str(tmp_path / "a.yaml")]) == 2
