@@ -56,6 +56,15 @@ ERRORS = {
         r"^error: --model.teacher.path s3://b/c.ckpt is an .*; --data.difficulty file:///d is .*; "
         r"--data.cache_dir hdfs://c is an address",
     ),
+    "variables that no shell has replaced": (
+        {"run": "runs/$SLURM_JOB_ID", "data.cache_dir": "${oc.env:HOME}/c", "checkpoint.folder": "a$b"},
+        r"^error: --run runs/\$SLURM_JOB_ID has \$SLURM_JOB_ID, which only a shell [^;]*; give the folder itself; "
+        r"--data.cache_dir \${oc.env:HOME}/c has \${oc.env:HOME}, which only a shell [^;]*; give the folder itself$",
+    ),
+    "a name near one that cannot be set": (
+        {"trainer.epochs": 3},
+        r"--trainer.epochs: there is no such setting; use --trainer.max_steps: tokens / ",
+    ),
     "the home of nobody": (
         {"run": "~nobody-here/run", "data.cache_dir": "~nobody-here/cache", "ckpt_path": "last"},
         r"^error: --run ~nobody-here/run begins with ~, but there is no such user; give the folder itself; .*--data.ca",

@@ -88,11 +88,13 @@ def wrong_seed(config: Namespace) -> list[str]:
 def wrong_path(path: str | Path) -> str:
     """What is wrong with the name of a local file or folder; empty if nothing is.
 
-    An address such as s3://bucket would become a local folder named s3:. Libraries cannot write to a name that is not
-    UTF-8.
+    An address such as s3://bucket would become a local folder named s3:, and a variable that no shell expands one named
+    $HOME. Libraries cannot write to a name that is not UTF-8.
     """
     if re.match(r"[a-zA-Z][\w+.-]+:/", str(path)):  # as a Path, it is s3:/bucket; a single letter is a drive
         return "is an address; give a local folder, e.g. one where that storage is mounted"
+    if variable := re.search(r"\$\{[^}]*\}?|\$[A-Z_]{2,}", str(path)):
+        return f"has {variable[0]}, which only a shell replaces, not in a file or single quotes; give the folder itself"
     if os.path.expanduser(path).startswith("~"):
         return "begins with ~, but there is no such user; give the folder itself"
     if str(path).encode(errors="replace").decode() != str(path):

@@ -3,6 +3,8 @@ by its last part, or a misspelt one."""
 
 import difflib
 
+from salt_lightning.command.settings import REFUSED
+
 _EPOCHS = (
     "--trainer.max_steps: tokens / (--data.block_size x --data.global_batch_size); check counts the tokens of the text"
 )
@@ -105,7 +107,8 @@ def no_such(name: str, known: list[str], prefix: str = "") -> str:
     others = [each for each in known if not name.startswith(f"{each}.")]
     near = difflib.get_close_matches(name, others, 3)
     misspelt = _resembling(name, near, 0.85, 0.8)
-    if instead := None if prefix or misspelt else _instead(name):
+    settable = [each for each in misspelt if each.removeprefix("trainer.") not in REFUSED]
+    if instead := None if prefix or settable else _instead(name):
         return f"{said}; {instead}"
     ends = (f".{name}", f".{name.rpartition('.')[2]}")  # its group is left out, or another
     leaves = [each for each in others if not any(other.startswith(f"{each}.") for other in others)]
