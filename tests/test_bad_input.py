@@ -1096,7 +1096,17 @@ CONFIGS = {
     ),
     "a class inside another without its name": (
         b"trainer: {strategy: {class_path: DDPStrategy, init_args: {precision_plugin: {device: 1}}}}\n",
-        rf"error: --trainer.strategy.init_args.precision_plugin: {CLASS}",
+        rf"error: --trainer.strategy.init_args.precision_plugin.device: {CLASS}",
+    ),
+    "settings beside the name of a class inside another": (
+        b"trainer:\n  strategy: {class_path: DDPStrategy, init_args: {\n"
+        b"    precision_plugin: {class_path: Precision, x: 1}}}\n",
+        rf"error: --trainer.strategy.init_args.precision_plugin.x: {CLASS}",
+    ),
+    "a misspelt class inside another": (
+        b"trainer: {strategy: {class_path: DDPStrategy, init_args: {precision_plugin: {class_path: Precisoin}}}}\n",
+        r"error: --trainer.strategy.init_args.precision_plugin {'class_path': 'Precisoin'} must be Precision or null; "
+        r"no class Precisoin is installed",
     ),
     "misspelt classes": (
         b"trainer: {callbacks: [{class_path: EarlyStoping}], logger: {class_path: no.such.Logger}}\n",

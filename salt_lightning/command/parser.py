@@ -312,8 +312,9 @@ def _prefix(last: str, given: Iterable[tuple[str, str]], line: str) -> str:
 
     If several classes have such a setting, the one whose value the error (`line`) gives.
     """
-    found = [(name, value) for name, value in given if re.match(rf"{CLASSES}\.", name) and name.endswith(f".{last}")]
-    return max(found, key=lambda each: line.endswith(f" value: {each[1]}"))[0].removesuffix(last) if found else ""
+    part = re.compile(rf"({CLASSES}\.(?:.*\.)?){re.escape(last)}(?:\.|$)")
+    found = [(at[1], value) for name, value in given if (at := part.match(name))]
+    return max(found, key=lambda each: line.endswith(f" value: {each[1]}"))[0] if found else ""
 
 
 def _misplaced(name: str, value: str) -> str:
@@ -338,14 +339,15 @@ _OF_A_CLASS = {"class_path", "init_args", "dict_kwargs"}
 
 
 def _holder(last: str, given: Iterable[tuple[str, str]]) -> tuple[str, dict[str, None]] | None:
-    """The first setting with misplaced keys among those that take a class and were given with the part `last`; all its
-    keys."""
+    """The first setting with misplaced keys among those that take a class, perhaps inside another, and were given with
+    the part `last`; all its keys."""
     found: dict[str, dict[str, None]] = {}
-    for name, _ in given:
-        if below := re.match(rf"({CLASSES})\.([^.]+)", name):
-            found.setdefault(below[1], {})[below[2]] = None
-    typed = {name for name, _ in given}
-    return next(((n, keys) for n, keys in found.items() if f"{n}.{last}" in typed and keys.keys() - _OF_A_CLASS), None)
+    typed = {name for name, _ in given if re.match(CLASSES, name)}
+    for parts in (name.split(".") for name, _ in given if name in typed):
+        for i in range(2, len(parts)):
+            found.setdefault(".".join(parts[:i]), {})[parts[i]] = None
+    holders = ((name, keys) for name, keys in found.items() if f"{name}.{last}" in typed and keys.keys() - _OF_A_CLASS)
+    return next((each for each in holders if each[0].rpartition(".")[2] not in _OF_A_CLASS), None)
 
 
 def _below_init_args(name: str, keys: Iterable[str]) -> str:
@@ -357,7 +359,7 @@ def _below_init_args(name: str, keys: Iterable[str]) -> str:
 
 def _why_no_class(name: str, rest: str) -> str:
     """Why a name is not one of a class, if the setting takes a class and the error (`rest`) has it; else empty."""
-    if not re.fullmatch(f"--{CLASSES}", name):
+    if not re.match(f"--{CLASSES}", name):
         return ""
     if problem := re.search(r"Problem with given class_path '[^']+': (.*?) (?:- |Given value)", rest):
         return f": {problem[1]}"
