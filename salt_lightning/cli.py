@@ -21,7 +21,7 @@ from salt_lightning import check, compare, errors, export, parallel
 from salt_lightning.answers import AnswerTest
 from salt_lightning.checkpoint import FIRST_RANK_S, AtomicCheckpointIO, RunCheckpoint, done, savers
 from salt_lightning.command import settings
-from salt_lightning.command.parser import Parser, named, nulls, parse, readable, reword, to_defaults
+from salt_lightning.command.parser import Parser, named, parse, readable, reword, to_defaults
 from salt_lightning.command.quiet import as_before, one_at_a_time, silence_libraries
 from salt_lightning.command.resume import resolve, settings_held
 from salt_lightning.command.streams import steady_streams
@@ -87,13 +87,11 @@ class SALTCLI(LightningCLI):
         for config in map(self._settings, (self._explicit, self.config)):
             wrong = settings.local_paths(config)
             parallel.name_class(config)
-        parser = self._parser(self.config.get("subcommand"))
         self.wrong += wrong + settings.wrong_seed(config)
-        self.wrong += errors.of_others(nulls(config, parser), ["seed_everything"])
         self.instead = named(self.wrong)
         if config.get("ckpt_path") or "config" in self.instead:  # --cofnig FILE: all of the file is missing
             refuse(self.wrong)
-        to_defaults("; ".join(self.wrong), config, parser)
+        to_defaults("; ".join(self.wrong), config, self._parser(self.config.get("subcommand")))
 
     def _settings(self, config: Namespace) -> Namespace:
         subcommand = config.get("subcommand")

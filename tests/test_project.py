@@ -27,7 +27,6 @@ LAYERS = [  # a file imports only from files of earlier layers
         "row_set",
         "streams",
         "watch",
-        "wrong_names",
     },
     {"flops", "order", "progress"},
     {
@@ -50,6 +49,7 @@ LAYERS = [  # a file imports only from files of earlier layers
     {"device", "kinds", "runlog"},
     {"results", "stretches"},
     {"metrics", "settings", "shards", "slurm", "sources", "token_files", "triton_rows"},
+    {"wrong_names"},
     {
         "command_line",
         "damage",

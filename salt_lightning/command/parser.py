@@ -133,7 +133,7 @@ def parse(parsers: Sequence[LightningArgumentParser], args: list[str]) -> tuple[
         while True:  # leaving out some may show others
             try:
                 config, given = parser.parse_args(args), parser.parse_args(args, defaults=False)
-                return config, given, ignored + problems + comments(args, given)
+                return config, given, ignored + problems + comments(args, given) + _nulls(config, parser)
             except Unreadable as error:
                 if problems and _NO_MAPPING in str(error):  # of a file named in a file: no longer beside it
                     raise Unreadable("; ".join(ignored + problems)) from None
@@ -387,12 +387,15 @@ def _type_names(text: str) -> str:
     return " or ".join(dict.fromkeys(names)) or text
 
 
-def nulls(config: Namespace, parser: LightningArgumentParser) -> list[str]:
-    """Problems with settings that are null in a file: there, jsonargparse takes null for any of them."""
-    wrong = []
+def _nulls(config: Namespace, parser: LightningArgumentParser) -> list[str]:
+    """Problems with settings that are null in a file: there, jsonargparse takes null for any of them. Groups and seeds
+    are looked at elsewhere."""
+    wrong, apart = [], {*GROUPS, "seed_everything"}
+    if verb := config.get("subcommand"):
+        config, parser = config[verb], parser._subcommands_action._name_parser_map[verb]  # type: ignore[union-attr]
     for action in parser._actions:
         name = action.dest
-        if name not in GROUPS and name in config and config[name] is None and action.default is not None:
+        if name not in apart and name in config and config[name] is None and action.default is not None:
             try:
                 parser._check_value_key(action, None, name, None)
             except TypeError as error:
