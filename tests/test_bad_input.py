@@ -1139,7 +1139,8 @@ def test_a_bad_config_file_is_one_line_that_names_it(case, tmp_path, monkeypatch
 
 
 def test_an_address_for_a_group_or_a_class_is_not_fetched(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("fsspec.open", None)
+    opened = []
+    monkeypatch.setattr("fsspec.open", lambda *args, **_: opened.append(args) or nullcontext())
     (tmp_path / "c.yaml").write_text("kd: https://127.0.0.1/kd.yaml\n")
     own = ["--model.teacher=s3://b/x.ckpt", "--trainer.logger=s3://b/x", "--trainer.strategy=gs://b"]
     assert run(["fit", f"--config={tmp_path}/c.yaml", *own]) == 2
@@ -1147,6 +1148,12 @@ def test_an_address_for_a_group_or_a_class_is_not_fetched(tmp_path, monkeypatch,
     assert "use --model.teacher.path; " in line
     for said in ("--kd https://127.0.0.1/kd.yaml must", "logger s3://b/x must be", "strategy gs://b is not"):
         assert said in line
+    assert opened == []
+
+
+def test_settings_beside_a_class_that_a_command_line_appends(capsys):
+    assert run(["fit", '--trainer.callbacks+={"class_path": "EarlyStopping", "monitor": "x"}']) == 2
+    assert f"error: --trainer.callbacks.monitor: {CLASS}" in one_line(capsys)
 
 
 def test_without_a_source_no_folder_is_searched_for_one(monkeypatch, capsys):
