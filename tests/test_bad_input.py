@@ -143,6 +143,11 @@ ERRORS = {
     "wrong type, checkpoint": ({"checkpoint.at_steps": 5}, r"--checkpoint.at_steps 5 must be "),
     "wrong type, trainer": ({"trainer.max_steps": 2.5}, r"--trainer.max_steps 2.5 must be a whole number"),
     "a choice that is none": ({"kd.shape": "foo"}, r"--kd.shape foo must be step or linear or linear_ratio or cosine"),
+    "a number that YAML takes for another": (
+        {"kd.steps": "1:30", "data.block_size": "0_32", "kd.weight": "000.5", "trainer.max_steps": "010"},
+        r"^error: --data.block_size 0_32 reads as 26 in YAML; write a number without colons or zeros before it, and "
+        r"text in quotes; --kd.steps 1:30 reads as 90 [^;]*; [^;]*; --kd.weight 0.5 needs a teacher: [^;]*$",
+    ),
     "no number": ({"model.optim.lr": "nan"}, r"--model.optim.lr nan must be a finite number"),
     "out of range, model": ({"model.logits_budget_gib": 0}, r"--model.logits_budget_gib 0.0 must be above 0"),
     "out of range, student": (
@@ -1001,9 +1006,16 @@ CONFIGS = {
         r"; --data my.jsonl must be [^;]*; for files, a folder or a hub data set, use --data.source; classes of ",
     ),
     "text that YAML takes for numbers and false": (
-        b"run: 001\nmodel: {teacher: {revision: 0123456}}\ndata: {subset: no}\n",
+        b"run: 001\nmodel: {teacher: {revision: 123456}}\ndata: {subset: no}\n",
         r"error: --run 1 must be text; in a file, put it in quotes; --data.subset false must be text or null; in a "
-        r"file, put it in quotes; --model.teacher.revision 42798 must be text or null; in a file, put it in quotes; ",
+        r"file, put it in quotes; --model.teacher.revision 123456 must be text or null; in a file, put it in quotes; ",
+    ),
+    "numbers that YAML takes for others": (
+        b"trainer: {max_steps: 010, max_time: 1:12:00:00, min_steps: 0x10}\nmodel: {teacher: {revision: '0123456'}}\n"
+        b"checkpoint: {at_steps: [1, 007, 0_12]}\nrun: 12:34\ndata: {subset: 00:12:00:00}\n",
+        "error: --config c.yaml, line 1: 010 reads as 8 in YAML; write a number without colons or zeros before it, and "
+        r"text in quotes; --config c.yaml, line 1: 1:12:00:00 reads as 259200 [^;]*; [^;]*; --config c.yaml, line 3: "
+        r"0_12 reads as 10 [^;]*; [^;]*; --config c.yaml, line 4: 12:34 reads as 754 in YAML; [^;]* quotes$",
     ),
     "an open bracket": (b"model: [1, 2\n", r"--config .*c.yaml, line 2, column 1: not valid YAML"),
     "a list": (b"- 1\n", r"--config .*c.yaml is not a mapping of settings"),

@@ -95,14 +95,27 @@ def no_mapping(name: str, value: str) -> str:
     return f"{name} {value} must be a mapping of its settings (see --help); {remedy}"
 
 
-def comments(args: list[str], given: Namespace) -> list[str]:
-    """Problems with typed values that YAML has read as comments, and so as null."""
+def misread(args: list[str], given: Namespace) -> list[str]:
+    """Problems with typed values that YAML has read as comments, and so as null, or as other numbers."""
     found = given[given.subcommand] if given.get("subcommand") else given
-    return [
-        f"--{name} {value!r} is a comment in YAML, so it reads as null; give null, or a value"
-        for name, value in typed_in(args)
-        if value.lstrip().startswith("#") and name in found and found[name] is None
+    typed = [(f"--{name}", value, found[name]) for name, value in typed_in(args) if name in found]
+    comments = [
+        f"{name} {value!r} is a comment in YAML, so it reads as null; give null, or a value"
+        for name, value, read in typed
+        if value.lstrip().startswith("#") and read is None
     ]
+    numbers = [each for each in typed if _OTHER.fullmatch(each[1])]
+    return comments + [f"{name} {said}" for name, *of_one in numbers if (said := _another_number(*of_one))]
+
+
+_OTHER = re.compile(r"[-+]?(0[0-7_]+|[\d_]+(:[0-5]?\d)+(\.[\d_]*)?)")  # numbers in base 8 and parts of 60, in YAML
+
+
+def _another_number(value: str, read: Any) -> str:
+    """What is wrong with a value that is read as another number than it seems to be."""
+    if not isinstance(read, int | float) or (":" not in value and int(value.replace("_", "")) == read):
+        return ""
+    return f"{value} reads as {read} in YAML; write a number without colons or zeros before it, and text in quotes"
 
 
 def configs_first(args: list[str]) -> list[str]:
@@ -147,7 +160,7 @@ def _check_config(path: str, known: list[str], ignored: list[str]) -> None:
     try:
         text = text_of(path)
         node = yaml.compose(text, yaml.SafeLoader)
-        zeros = [token for token in yaml.scan(text) if "\0" in getattr(token, "value", "")]
+        scalars = [token for token in yaml.scan(text) if isinstance(token, yaml.ScalarToken)]
         yaml.safe_load(text)  # for tags and values that do not suit theirs
         keys = list(_keys(node, ""))
     except RecursionError as error:
@@ -163,7 +176,7 @@ def _check_config(path: str, known: list[str], ignored: list[str]) -> None:
         begins = re.search(r"[*&@%`]", text[max(mark.index - 1, 0) : mark.index + 1]) if mark else None
         remedy = f"; put a value that begins with {begins[0]} in quotes" if begins else ""
         raise ConfigError(f"{setting}{where}: not valid YAML ({one_line(problem)}){remedy}") from error
-    if zeros:  # jsonargparse would take it for a file name
+    if zeros := [token for token in scalars if "\0" in token.value]:  # jsonargparse would take it for a file name
         raise ConfigError(f"{setting}, line {zeros[0].start_mark.line + 1}: a value contains a zero byte; remove it")
     if not isinstance(node, yaml.MappingNode):
         raise ConfigError(f"{setting} is not a mapping of settings; write lines such as 'run: runs/mine'")
@@ -172,8 +185,14 @@ def _check_config(path: str, known: list[str], ignored: list[str]) -> None:
         for key, value in node.value
         if value.tag.endswith(":null") and any(name.startswith(f"{key.value}.") for name in known)
     ]
+    numbers = [
+        (token.start_mark.line + 1, said)
+        for token in scalars
+        if token.plain and _OTHER.fullmatch(token.value)
+        if (said := _another_number(token.value, yaml.safe_load(token.value)))
+    ]
     ignored += [no_such(name, known) for name in _empty(node, "") if not _means(name, known)]
-    refuse(f"{setting}, line {line}: {problem}" for line, problem in sorted([*empty, *_twice(keys)]))
+    refuse(f"{setting}, line {line}: {problem}" for line, problem in sorted([*empty, *_twice(keys), *numbers]))
 
 
 def _means(name: str, known: list[str]) -> bool:

@@ -17,9 +17,9 @@ from lightning.pytorch.cli import LightningArgumentParser
 from salt_lightning.command.command_line import (
     CLASSES,
     check_configs,
-    comments,
     configs_first,
     given_in,
+    misread,
     no_mapping,
     text_of,
 )
@@ -133,7 +133,7 @@ def parse(parsers: Sequence[LightningArgumentParser], args: list[str]) -> tuple[
         while True:  # leaving out some may show others
             try:
                 config, given = parser.parse_args(args), parser.parse_args(args, defaults=False)
-                return config, given, ignored + problems + comments(args, given) + _nulls(config, parser)
+                return config, given, ignored + problems + misread(args, given) + _nulls(config, parser)
             except Unreadable as error:
                 if problems and _NO_MAPPING in str(error):  # of a file named in a file: no longer beside it
                     raise Unreadable("; ".join(ignored + problems)) from None
