@@ -138,6 +138,11 @@ ERRORS = {
         r"error: --kd.steps.x: there is no such setting, as --kd.steps is no group of them; --data.source.train: there",
     ),
     "wrong type": ({"kd.steps": "many"}, r"--kd.steps many must be a whole number or null"),
+    "wrong type, seed": ({"seed_everything": 1.0}, r"^error: --seed_everything 1.0 must be a whole number$"),
+    "a class in a list with one that is none": (
+        {"trainer.callbacks": ["LearningRateMonitor", ON_LOSS, "Foo"]},
+        r"--trainer.callbacks \['\S+LearningRateMonitor', '\S+EarlyStopping', 'Foo'\] must be .*; no class Foo is inst",
+    ),
     "wrong type, model": ({"model.compile": 1}, r"--model.compile 1 must be true or false"),
     "wrong type, data": ({"data.block_size": [1]}, r"--data.block_size \[1\] must be a whole number"),
     "wrong type, checkpoint": ({"checkpoint.at_steps": 5}, r"--checkpoint.at_steps 5 must be "),

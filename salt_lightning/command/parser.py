@@ -370,6 +370,9 @@ def _why_no_class(name: str, rest: str) -> str:
 
 def _must_be(name: str, value: str, types: str) -> str:
     remedy = ""
+    value = re.sub(r"Namespace\(class_path='([^']*)'(?:, init_args=Namespace\([^()]*\))?\)", r"'\1'", value)  # was read
+    if name == "--seed_everything":
+        types = "a whole number"  # its type has true and false, too, which are refused
     if "text" in types and "number" not in types and re.fullmatch(r"true|false|inf|nan|[-+\d.e]+", value):
         remedy = "; in a file, put it in quotes"
     elif types.endswith("mapping") and value.startswith("{"):
