@@ -654,8 +654,8 @@ def test_a_variable_left_by_another_job_makes_no_other_rank(
 
 
 def test_a_variable_in_the_name_of_a_run_stays_in_it(fit_with, tmp_path, monkeypatch):
-    monkeypatch.setenv("HERE", "there")
-    run = tmp_path / "a$HERE~"
+    monkeypatch.setenv("here", "there")
+    run = tmp_path / "a$here~"
     assert fit_with(run, **{"trainer.max_steps": 2, "trainer.val_check_interval": 2}) == 0
     assert scalars(run)["train/loss"].keys() == {1, 2}
     assert not (tmp_path / "athere~").exists()
