@@ -1017,7 +1017,7 @@ CONFIGS = {
     ),
     "numbers that YAML takes for others": (
         b"trainer: {max_steps: 010, max_time: 1:12:00:00, min_steps: 0x10}\nmodel: {teacher: {revision: '0123456'}}\n"
-        b"checkpoint: {at_steps: [1, 007, 0_12]}\nrun: 12:34\ndata: {subset: 00:12:00:00}\n",
+        b"checkpoint: {at_steps: [1, 007, 0_12]}\nrun: 12:34\ndata: {subset: 00:12:00:00, split: !!str 010}\n",
         "error: --config c.yaml, line 1: 010 reads as 8 in YAML; write a number without colons or zeros before it, and "
         r"text in quotes; --config c.yaml, line 1: 1:12:00:00 reads as 259200 [^;]*; [^;]*; --config c.yaml, line 3: "
         r"0_12 reads as 10 [^;]*; [^;]*; --config c.yaml, line 4: 12:34 reads as 754 in YAML; [^;]* quotes$",

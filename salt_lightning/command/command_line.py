@@ -160,7 +160,7 @@ def _check_config(path: str, known: list[str], ignored: list[str]) -> None:
     try:
         text = text_of(path)
         node = yaml.compose(text, yaml.SafeLoader)
-        scalars = [token for token in yaml.scan(text) if isinstance(token, yaml.ScalarToken)]
+        scalars: list[Any] = [event for event in yaml.parse(text) if isinstance(event, yaml.ScalarEvent)]
         yaml.safe_load(text)  # for tags and values that do not suit theirs
         keys = list(_keys(node, ""))
     except RecursionError as error:
@@ -173,7 +173,8 @@ def _check_config(path: str, known: list[str], ignored: list[str]) -> None:
         if tag := re.search(r"constructor for the tag '(.*)'", str(problem)):
             typed = tag[1].replace("tag:yaml.org,2002:", "!!")
             raise ConfigError(f"{setting}{where}: tags such as {typed} are not supported; remove them") from error
-        begins = re.search(r"[*&@%`]", text[max(mark.index - 1, 0) : mark.index + 1]) if mark else None
+        starts = re.match("expected alphabetic|found (character|undefined alias)", str(problem))
+        begins = re.search(r"[*&@%`]", text[max(mark.index - 1, 0) : mark.index + 1]) if mark and starts else None
         remedy = f"; put a value that begins with {begins[0]} in quotes" if begins else ""
         raise ConfigError(f"{setting}{where}: not valid YAML ({one_line(problem)}){remedy}") from error
     if zeros := [token for token in scalars if "\0" in token.value]:  # jsonargparse would take it for a file name
@@ -188,7 +189,7 @@ def _check_config(path: str, known: list[str], ignored: list[str]) -> None:
     numbers = [
         (token.start_mark.line + 1, said)
         for token in scalars
-        if token.plain and _OTHER.fullmatch(token.value)
+        if token.implicit[0] and _OTHER.fullmatch(token.value)
         if (said := _another_number(token.value, yaml.safe_load(token.value)))
     ]
     ignored += [no_such(name, known) for name in _empty(node, "") if not _means(name, known)]
@@ -206,7 +207,8 @@ def _empty(node: Any, prefix: str) -> list[str]:
     """Dotted names of the keys that hold an empty mapping."""
     found = []
     for key, value in node.value if isinstance(node, yaml.MappingNode) else []:
-        name = f"{prefix}{getattr(key, 'value', '')}"
+        own = getattr(key, "value", "")
+        name = prefix.removesuffix(".") if own == "<<" else f"{prefix}{own}"
         empty = value.tag.endswith(":null") or (isinstance(value, yaml.MappingNode) and not value.value)
         found += [name] if empty else _empty(value, f"{name}.")
     return found

@@ -93,7 +93,7 @@ def wrong_path(path: str | Path) -> str:
     """
     if re.match(r"[a-zA-Z][\w+.-]+:/", str(path)):  # as a Path, it is s3:/bucket; a single letter is a drive
         return "is an address; give a local folder, e.g. one where that storage is mounted"
-    if variable := re.search(r"\$\{[^}]*\}?|\$[A-Z_]{2,}", str(path)):
+    if (variable := re.search(r"\$\{[^}]*\}?|\$[A-Z_]{2,}", str(path))) and not os.path.exists(path):
         return f"has {variable[0]}, which only a shell replaces, not in a file or single quotes; give the folder itself"
     if os.path.expanduser(path).startswith("~"):
         return "begins with ~, but there is no such user; give the folder itself"
