@@ -928,23 +928,6 @@ def test_a_board_of_one_s_own_takes_the_place_of_the_run_s(fit, settings, tmp_pa
     assert [event.step for event in page.Scalars("train/ce")] == [*range(1, 13)]  # an evaluation removes nothing
 
 
-def test_a_resume_voids_the_tests_after_its_step(fit, settings, tmp_path):
-    """They measured other weights than the run then has at that step."""
-    run = tmp_path / "run"
-    plain = {key: value for key, value in settings.items() if key.startswith(("data.", "trainer."))}
-    assert fit(run, **{"checkpoint.at_steps": [6]}) == 0
-    for step in (6, 12):
-        own = {"run": str(run), "ckpt_path": str(run / f"checkpoints/step-{step:08d}.ckpt")}
-        assert cli.main(["test", *arguments(plain, own)]) == 0
-    tested = EventAccumulator(str(run / "test"))
-    assert [event.step for event in tested.Reload().Scalars("test/ce")] == [6, 12]
-    assert fit(run, ckpt_path=str(run / "checkpoints/step-00000006.ckpt")) == 0
-    assert [event.step for event in tested.Reload().Scalars("test/ce")] == [6]
-    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    with patch.object(event_log, "SummaryWriter", side_effect=full), pytest.warns(UserWarning, match="5 are void"):
-        event_log.void_tests(run / "test", 5)
-
-
 def test_a_tracker_that_refuses_the_settings_ends_no_run():
     class Refusing(CSVLogger):
         def log_hyperparams(self, params):
@@ -1314,6 +1297,9 @@ def test_a_test_of_weights_that_a_later_start_has_replaced_is_void(fit, fit_with
     assert sorted({event.step for event in page.Scalars("test/ce")}) == [6, 9]
     assert fit_with(run, verb="test", ckpt_path="last", **{"data.tokenizer": str(run / "tokenizer")}) == 0
     assert list(read_run(run, "run").curves["test/ce"].steps) == [6, 9, 12]
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with patch.object(event_log, "SummaryWriter", side_effect=full), pytest.warns(UserWarning, match="5 are void"):
+        event_log.void_tests(run / "test", 5)
 
 
 def test_a_run_is_not_continued_from_another_runs_checkpoint(fit, tmp_path, capsys):

@@ -177,7 +177,7 @@ def _check_config(path: str, known: list[str], ignored: list[str]) -> None:
         begins = re.search(r"[*&@%`]", text[max(mark.index - 1, 0) : mark.index + 1]) if mark and starts else None
         remedy = f"; put a value that begins with {begins[0]} in quotes" if begins else ""
         raise ConfigError(f"{setting}{where}: not valid YAML ({one_line(problem)}){remedy}") from error
-    if zeros := [token for token in scalars if "\0" in token.value]:  # jsonargparse would take it for a file name
+    if zeros := [scalar for scalar in scalars if "\0" in scalar.value]:  # jsonargparse would take it for a file name
         raise ConfigError(f"{setting}, line {zeros[0].start_mark.line + 1}: a value contains a zero byte; remove it")
     if not isinstance(node, yaml.MappingNode):
         raise ConfigError(f"{setting} is not a mapping of settings; write lines such as 'run: runs/mine'")
@@ -187,10 +187,10 @@ def _check_config(path: str, known: list[str], ignored: list[str]) -> None:
         if value.tag.endswith(":null") and any(name.startswith(f"{key.value}.") for name in known)
     ]
     numbers = [
-        (token.start_mark.line + 1, said)
-        for token in scalars
-        if token.implicit[0] and _OTHER.fullmatch(token.value)
-        if (said := _another_number(token.value, yaml.safe_load(token.value)))
+        (scalar.start_mark.line + 1, said)
+        for scalar in scalars
+        if scalar.implicit[0] and _OTHER.fullmatch(scalar.value)
+        if (said := _another_number(scalar.value, yaml.safe_load(scalar.value)))
     ]
     ignored += [no_such(name, known) for name in _empty(node, "") if not _means(name, known)]
     refuse(f"{setting}, line {line}: {problem}" for line, problem in sorted([*empty, *_twice(keys), *numbers]))
