@@ -1,4 +1,4 @@
-"""Errors meant for the user: one line, no traceback (cli.main catches them)."""
+"""Errors meant for the user: a line for each problem, no traceback (cli.main catches them)."""
 
 import argparse
 import errno
@@ -250,11 +250,15 @@ class VerbParser(argparse.ArgumentParser):
 
 
 def say(error: Exception) -> int:
-    """Prints the error as one line; returns the exit code of the process: 2 for wrong settings, 1 for other errors."""
+    """Prints the error, each of its problems on a line; returns the exit code of the process: 2 for wrong settings, 1
+    for other errors."""
     message = str(error) if isinstance(error, ConfigError | NonFiniteLossError) else one_line(error)
     if isinstance(error, OSError) and error.filename is not None:
         message = f"{error.filename}: {error.strerror}"
-    print(f"\nerror: {printable(message)}", file=sys.stderr)  # on a line of its own, after a progress bar
+    lines = problems_of(message) if isinstance(error, ConfigError) else [message]
+    print(file=sys.stderr)  # ends the line of a progress bar
+    for line in lines:
+        print(f"error: {printable(line)}", file=sys.stderr)
     return error.exit_code if isinstance(error, ConfigError) else 1
 
 

@@ -5,6 +5,7 @@ import gc
 import json
 import os
 import random
+import re
 import signal
 from pathlib import Path
 
@@ -109,13 +110,14 @@ def alive(pid: int | str) -> bool:
         return False
 
 
-def one_line(capsys) -> str:
+def error_of(capsys) -> str:
+    """The only error of a command; its problems, which are a line each, joined as in the exception."""
     err = capsys.readouterr().err
-    lines = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, err
+    blocks = re.findall(r"(?:^error: .*\n)+", err, re.MULTILINE)
+    assert len(blocks) == 1, err
     assert "Traceback" not in err
     assert "usage:" not in err
-    return lines[0]
+    return blocks[0].rstrip("\n").replace("\nerror: ", "; ")
 
 
 def run(args: list[str]) -> int:

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import forked
 import pytest
 import torch
-from conftest import arguments, one_line, run
+from conftest import arguments, error_of, run
 from families import tiny
 from safetensors.torch import load_file, save_file
 from torch._inductor import config as inductor
@@ -744,7 +744,7 @@ def bad(tmp_path_factory, teacher, settings) -> Path:
 
 
 @pytest.mark.parametrize("case", ERRORS)
-def test_bad_input_is_one_line_that_names_the_setting(case, settings, teacher, bad, tmp_path, monkeypatch, capsys):
+def test_bad_input_is_an_error_that_names_the_setting(case, settings, teacher, bad, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     overrides, message = ERRORS[case]
 
@@ -756,7 +756,7 @@ def test_bad_input_is_one_line_that_names_the_setting(case, settings, teacher, b
     if "kd.steps" in overrides or "kd.anneal_steps" in overrides:
         base["kd.weight"] = 0.5
     assert run(["fit", *arguments(settings, base, overrides)]) == 2
-    line = one_line(capsys)
+    line = error_of(capsys)
     assert re.search(message, line), line
     assert not (tmp_path / "run").exists()  # the next start there is a first one
 
@@ -778,7 +778,7 @@ def test_what_cannot_be_read_in_a_file_hides_nothing_else_in_it(settings, tmp_pa
     words = arguments(settings, {"kd.weight": 0.0, "run": str(tmp_path / "run")}, {})
     words = [word for word in words if not word.startswith(("--data.block_size", "--model.optim.lr"))]
     assert run(["fit", f"--config={tmp_path}/x.yaml", *words]) == 2
-    line = one_line(capsys)
+    line = error_of(capsys)
     said = ("--data.block_size x", "--model.studnt", "--data.val_rows: 0", "--model.optim.lr -1.0")
     assert all(each in line for each in said), line
     assert line.count("; --") == len(said) - 1, line
@@ -799,7 +799,7 @@ def test_of_two_classes_with_the_same_setting_the_one_with_the_value_is_named():
 def test_a_class_setting_that_yaml_cannot_read_hides_no_other_error(settings, tmp_path, capsys, bad, said):
     own = [f"--run={tmp_path}/run", f"--trainer.logger={bad}", "--kd.weight=x", "--data.block_size=y"]
     assert cli.main(["fit", *arguments(settings), *own]) == 2
-    line = one_line(capsys)
+    line = error_of(capsys)
     for each in (f"--trainer.logger{said}", "--kd.weight x must", "--data.block_size y must"):
         assert each in line
 
@@ -877,7 +877,7 @@ def test_one_fit_at_a_time_where_folders_come_and_go(tmp_path, name):
 def test_what_is_not_there_is_told_before_text_is_prepared(own, says, settings, tmp_path, capsys):
     own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, "data.cache_dir": str(tmp_path / "cache"), **own}
     assert run(["fit", *arguments(settings, own)]) == 2
-    assert re.search(says, one_line(capsys))
+    assert re.search(says, error_of(capsys))
     assert not list(tmp_path.glob("cache/*"))
 
 
@@ -888,14 +888,14 @@ def test_a_folder_of_both_kinds_says_which(settings, tmp_path, capsys):
     assert run(["fit", *arguments(settings, own)]) == 2
     assert (
         f"{tmp_path} holds .jsonl files but more plain text files; choose with a glob, e.g. {tmp_path}/*.jsonl"
-        in one_line(capsys)
+        in error_of(capsys)
     )
 
 
 def test_a_model_larger_than_the_memory_is_out_of_memory(settings, tmp_path, capsys):
     huge = {"model.student.config": {**NARROW, "intermediate_size": 10**13}}  # beyond any address space
     assert run(["fit", *arguments(settings, {"run": str(tmp_path / "run"), "kd.weight": 0.0}, huge)]) == 1
-    assert "error: out of memory (" in one_line(capsys)
+    assert "error: out of memory (" in error_of(capsys)
 
 
 def test_a_card_that_this_torch_has_no_code_for(settings, tmp_path, capsys, monkeypatch):
@@ -904,7 +904,7 @@ def test_a_card_that_this_torch_has_no_code_for(settings, tmp_path, capsys, monk
 
     monkeypatch.setattr(SALTModule, "training_step", launch)
     assert run(["fit", *arguments(settings, {"run": str(tmp_path / "run"), "kd.weight": 0.0})]) == 1
-    assert "error: this torch build does not support this GPU (CUDA error: no kernel image is available" in one_line(
+    assert "error: this torch build does not support this GPU (CUDA error: no kernel image is available" in error_of(
         capsys
     )
 
@@ -932,7 +932,7 @@ def test_what_fills_up_outside_the_run_is_named(settings, tmp_path, capsys, monk
 
     monkeypatch.setattr(SALTModule, "training_step", fill)
     assert run(["fit", *arguments(settings, {"run": str(tmp_path / "run"), "kd.weight": 0.0})]) == 1
-    line = one_line(capsys)
+    line = error_of(capsys)
     assert said in line
     assert "--ckpt_path last" in line
 
@@ -947,7 +947,7 @@ def test_compiling_into_a_folder_whose_code_cannot_run_is_refused(settings, tmp_
     own = {"run": str(tmp_path / "run"), "model.compile": True, "kd.weight": 0.0}
     assert run(["fit", *arguments(settings, own)]) == 2
     said = f"--model.compile true writes code into {tmp_path}/mounted/new, which is mounted noexec; set TORCHINDUCTOR_C"
-    assert said in one_line(capsys)
+    assert said in error_of(capsys)
     assert not (tmp_path / "run").exists()
 
 
@@ -1144,13 +1144,13 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("case", CONFIGS)
-def test_a_bad_config_file_is_one_line_that_names_it(case, tmp_path, monkeypatch, capsys):
+def test_a_bad_config_file_is_an_error_that_names_it(case, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     content, message = CONFIGS[case]
     if content is not None:
         Path("c.yaml").write_bytes(content)
     assert run(["fit", "--config", "c.yaml", *(["--config", "other.yaml"] if case == "several problems" else [])]) == 2
-    line = one_line(capsys)
+    line = error_of(capsys)
     assert re.search(message.replace(".*c.yaml", "c.yaml"), line), line
     assert not Path("ran").exists()
 
@@ -1161,7 +1161,7 @@ def test_an_address_for_a_group_or_a_class_is_not_fetched(tmp_path, monkeypatch,
     (tmp_path / "c.yaml").write_text("kd: https://127.0.0.1/kd.yaml\n")
     own = ["--model.teacher=s3://b/x.ckpt", "--trainer.logger=s3://b/x", "--trainer.strategy=gs://b"]
     assert run(["fit", f"--config={tmp_path}/c.yaml", *own]) == 2
-    line = one_line(capsys)
+    line = error_of(capsys)
     assert "use --model.teacher.path; " in line
     for said in ("--kd https://127.0.0.1/kd.yaml must", "logger s3://b/x must be", "strategy gs://b is not"):
         assert said in line
@@ -1170,14 +1170,14 @@ def test_an_address_for_a_group_or_a_class_is_not_fetched(tmp_path, monkeypatch,
 
 def test_settings_beside_a_class_that_a_command_line_appends(capsys):
     assert run(["fit", '--trainer.callbacks+={"class_path": "EarlyStopping", "monitor": "x"}']) == 2
-    assert f"error: --trainer.callbacks.monitor: {CLASS}" in one_line(capsys)
+    assert f"error: --trainer.callbacks.monitor: {CLASS}" in error_of(capsys)
 
 
 def test_without_a_source_no_folder_is_searched_for_one(monkeypatch, capsys):
     corpus, sought = cli.SALTDataModule._corpus, []
     monkeypatch.setattr(cli.SALTDataModule, "_corpus", lambda data, name: sought.append(name) or corpus(data, name))
     assert run(["fit", "--kd.wieght=0", "--data.val_source=none.txt"]) == 2
-    line = one_line(capsys)
+    line = error_of(capsys)
     assert "--data.source: [] names no text" in line
     assert "'none.txt' matches no file" in line
     assert sought == ["val_source"]
@@ -1186,18 +1186,18 @@ def test_without_a_source_no_folder_is_searched_for_one(monkeypatch, capsys):
 def test_of_several_files_each_needs_its_option(tmp_path, capsys):
     (tmp_path / "a.yaml").touch()
     assert run(["fit", "--kd.weight", "0", str(tmp_path / "a.yaml")]) == 2
-    assert one_line(capsys).endswith("/a.yaml; give each file as --config FILE")
+    assert error_of(capsys).endswith("/a.yaml; give each file as --config FILE")
 
 
 def test_a_mapping_of_a_command_line_needs_quotes_and_spaces(capsys):
     for value in ("{hidden_size:8}", "{hidden_size:"):
         assert run(["fit", "--model.student.config", value]) == 2
-        assert f"{value} must be a mapping, '{{NAME: VALUE, ...}}', in quotes and with" in one_line(capsys)
+        assert f"{value} must be a mapping, '{{NAME: VALUE, ...}}', in quotes and with" in error_of(capsys)
 
 
 def test_a_negative_number_with_an_exponent_is_a_value(capsys):
     assert run(["fit", "--kd.weight", "-1e-3", "--kd.stop_margin", "-1.5E-3", "--model.optim.lr", "-.5"]) == 2
-    line = one_line(capsys)
+    line = error_of(capsys)
     assert "--kd.weight -0.001 must" in line
     assert "--model.optim.lr -0.5 must" in line
     assert "stop_margin" not in line
@@ -1216,15 +1216,15 @@ def test_settings_in_braces_and_files_at_home_are_read_as_others(given, said, tm
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "c.yaml").write_text("kd:\n")
     assert run(["fit", f"--config={given}"]) == 2
-    assert re.search(said, line := one_line(capsys)), line
+    assert re.search(said, line := error_of(capsys)), line
 
 
 def test_a_config_file_that_can_be_read_only_once_is_one_line(tmp_path, capsys):
     os.mkfifo(tmp_path / "typed")
     assert run(["fit", "--config", str(tmp_path / "typed")]) == 2
-    assert re.search(r"--config .*typed is a pipe or a device, which cannot be read again; give a", one_line(capsys))
+    assert re.search(r"--config .*typed is a pipe or a device, which cannot be read again; give a", error_of(capsys))
     assert run(["fit", "--model.teacher", str(tmp_path / "typed")]) == 2
-    assert re.search(r"--model.teacher .*typed must be a mapping of its settings", one_line(capsys))
+    assert re.search(r"--model.teacher .*typed must be a mapping of its settings", error_of(capsys))
 
 
 VERBS = {
@@ -1259,7 +1259,7 @@ def test_bad_arguments_of_other_verbs_are_one_line(case, bad, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     args, message = VERBS[case]
     assert run([arg.replace("{bad}", str(bad)) for arg in args]) == 2
-    line = one_line(capsys)
+    line = error_of(capsys)
     assert re.search(message, line), line
     assert not Path("out").exists()
 
@@ -1272,7 +1272,7 @@ def test_a_rank_that_is_no_number_is_one_line_before_the_imports(rank, monkeypat
     monkeypatch.setenv("LOCAL_RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", "")  # nobody reads it
     assert start() == 2
-    assert one_line(capsys).startswith(f"error: LOCAL_RANK '{rank}' in the environment is no rank (0, 1, ...)")
+    assert error_of(capsys).startswith(f"error: LOCAL_RANK '{rank}' in the environment is no rank (0, 1, ...)")
 
 
 @pytest.mark.parametrize("which", ["for temporary files", "of torch's compiler"])
@@ -1375,7 +1375,7 @@ def test_a_rate_far_too_large_is_one_line_and_no_bad_state_is_kept(settings, tmp
     own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, "model.optim.lr": lr, "checkpoint.every_n_steps": 1,
            "model.optim.warmup_steps": 0, "trainer.log_every_n_steps": 7}  # fmt: skip
     assert run(["fit", *arguments(settings, own)]) == 1
-    line = one_line(capsys)
+    line = error_of(capsys)
     assert re.search(
         r"(weights after|not finite at) step \d.*There is no checkpoint: start again, with a lower --model", line
     )
@@ -1394,11 +1394,11 @@ def test_a_folder_of_another_run_is_not_taken(settings, tmp_path, capsys):
     own = {"run": str(tmp_path / "run"), "kd.weight": 0.0}
     assert run(["fit", *arguments(settings, own)]) == 0
     assert run(["fit", *arguments(settings, own)]) == 2
-    assert "already contains a run; continue it with --ckpt_path last, or choose another folder" in one_line(capsys)
+    assert "already contains a run; continue it with --ckpt_path last, or choose another folder" in error_of(capsys)
     shutil.rmtree(tmp_path / "run/checkpoints")
     assert run(["fit", *arguments(settings, own, {"data.block_size": 16})]) == 2
     assert re.search(
-        r"--run .*/run has the logs of another run, .*--data.block_size 32 \(here 16\); cho", one_line(capsys)
+        r"--run .*/run has the logs of another run, .*--data.block_size 32 \(here 16\); cho", error_of(capsys)
     )
     assert run(["fit", *arguments(settings, own, {"model.optim.lr": 1e-3})]) == 0  # the same run, begun again
 
@@ -1408,7 +1408,7 @@ def test_a_used_folder_hides_no_other_problem(settings, tmp_path, capsys):
     assert run(["fit", *arguments(settings, own)]) == 0
     wrong = {"trainer.precision": "16-true", "data.source": str(tmp_path / "none.jsonl"), "kd.weight": 0.5}
     assert run(["fit", *arguments(settings, own, wrong)]) == 2
-    line = one_line(capsys)
+    line = error_of(capsys)
     assert [re.search(rf"{problem}[^;]*(;|$)", line) is not None for problem in (
         "--trainer.precision 16-true must be", "already contains a run", "--kd.weight 0.5 needs a teacher",
         "none.jsonl' matches no file",
@@ -1419,6 +1419,6 @@ def test_last_looks_where_the_checkpoints_are(settings, tmp_path, capsys):
     own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, "checkpoint.folder": str(tmp_path / "elsewhere")}
     assert run(["fit", *arguments(settings, own)]) == 0
     assert run(["fit", *arguments(settings, own)]) == 2
-    assert "already contains a run" in one_line(capsys)
+    assert "already contains a run" in error_of(capsys)
     assert run(["fit", *arguments(settings, own, {"ckpt_path": "last"})]) == 0
     assert f"--ckpt_path last: {tmp_path / 'elsewhere' / 'step-00000012.ckpt'}" in capsys.readouterr().err

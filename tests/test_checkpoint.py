@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import pytest
 import ranks
 import torch
-from conftest import ALWAYS, StopAt, arguments, built, one_line
+from conftest import ALWAYS, StopAt, arguments, built, error_of
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins.environments import SLURMEnvironment
@@ -159,7 +159,7 @@ def test_a_folder_of_checkpoints_that_cannot_be_listed_is_not_an_empty_one(
     assert cli.main(["fit", *arguments(settings, {"run": str(tmp_path / "run"), "kd.weight": 0.0}), *options]) == 2
     folder.chmod(0o700)
     said = f"error: {folder} cannot be listed (Permission denied); choose a folder that you may read"
-    assert one_line(capsys) == said
+    assert error_of(capsys) == said
     assert listed(tmp_path / "run") == ["checkpoints"]
 
 
@@ -220,7 +220,7 @@ def test_a_fit_goes_on_from_a_whole_checkpoint_alone(settings, tmp_path, capsys)
     assert ranks.run(["fit", *arguments(settings, {"kd.weight": 0.0, "run": str(tmp_path / "run")})], weights) == 0
     again = {"ckpt_path": str(tmp_path / "own" / "weights.ckpt"), "run": str(tmp_path / "again")}
     assert cli.main(["fit", *arguments(settings, {"kd.weight": 0.0}, again)]) == 2
-    assert "this checkpoint contains only weights, as with ModelCheckpoint's save_weights_only; use" in one_line(capsys)
+    assert "this checkpoint contains only weights, as with ModelCheckpoint's save_weights_only; use" in error_of(capsys)
     looked_at = {key: value for key, value in settings.items() if key.startswith(("data.", "trainer."))}
     assert cli.main(["validate", *arguments(looked_at, again)]) == 0
 

@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import arguments, one_line
+from conftest import arguments, error_of
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     BatchSizeFinder,
@@ -916,7 +916,7 @@ def test_the_model_of_the_page_learns_and_resumes(data, teacher, tmp_path, capsy
     assert newest(tmp_path / "checkpoints") == tmp_path / "checkpoints/step-00000006.ckpt"
     assert cli.main(["export", middle, str(tmp_path / "hf")]) == 2
     said = f"{middle} holds a student made in configure_model; only its own class can build it, in Python"
-    assert said in one_line(capsys)
+    assert said in error_of(capsys)
     with pytest.raises(ConfigError, match="teacher.path .* holds a student made in configure_model; only its own"):
         trainer(tmp_path / "b", KDScheduleCallback(0.5, 4)).fit(SALTModule(ModelSpec(config=SIZES), middle), data)
     with pytest.raises(ConfigError, match=r"by the class Own, not SALTModule, and its student has other weights \(stu"):

@@ -6,7 +6,7 @@ import four_bits
 import pytest
 import ranks
 import torch
-from conftest import CLOCK, arguments, one_line, run, scalars
+from conftest import CLOCK, arguments, error_of, run, scalars
 from families import tiny
 from safetensors.torch import load_file
 from torch import nn
@@ -98,7 +98,7 @@ def test_check_counts_its_memory_and_parameters(folders, settings, tmp_path, cap
 def test_a_student_cannot_be_quantized(folders, settings, tmp_path, capsys):
     own = {"model.student.path": str(folders / "packed"), "model.student.config": {}, "kd.weight": 0.0}
     assert run(["fit", *arguments(settings, own, {"run": str(tmp_path / "run")})]) == 2
-    assert "its weights are quantized (four_bits) and cannot be trained; give the model in full" in one_line(capsys)
+    assert "its weights are quantized (four_bits) and cannot be trained; give the model in full" in error_of(capsys)
 
 
 def test_a_tensor_of_several_counts_as_all_of_them():

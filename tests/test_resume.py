@@ -25,7 +25,7 @@ import ranks
 import torch
 import torch.distributed as dist
 import yaml
-from conftest import CLOCK, StopAt, alive, arguments, one_line, scalars, weights, write_corpus
+from conftest import CLOCK, StopAt, alive, arguments, error_of, scalars, weights, write_corpus
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
@@ -192,7 +192,7 @@ def test_a_run_goes_on_without_the_weights_that_it_started_from(
     )
     assert f"path: {start}" in (tmp_path / "broken/config.yaml").read_text()
     assert cli.main(["fit", *arguments(settings, own, {"run": str(tmp_path / "new")})]) == 2
-    assert f"--model.student.path {start} {'cannot be loaded' if relative else 'does not exist'}" in one_line(capsys)
+    assert f"--model.student.path {start} {'cannot be loaded' if relative else 'does not exist'}" in error_of(capsys)
 
 
 def test_a_start_that_is_gone_from_the_hub_takes_its_revision_with_it():
@@ -236,7 +236,7 @@ def test_a_moved_runs_own_config_does_not_start_anew_in_the_old_place(settings, 
     said = (
         "no checkpoint in runs/a/checkpoints, where b/config.yaml says that the run is, but there are some beside that"
     )
-    assert f"{said} file, so the run was moved; give --run b" in one_line(capsys)
+    assert f"{said} file, so the run was moved; give --run b" in error_of(capsys)
     assert cli.main([*again, "--run=b"]) == 0
     assert Path("b/checkpoints/step-00000004.ckpt").exists()
     assert cli.main([*again, "--run=new"]) == 0  # another run with the settings of this one
@@ -550,7 +550,7 @@ def test_averaged_weights_go_on_with_what_averages_them_alone(fit, tmp_path, cap
     ema = {"trainer.callbacks": [{"class_path": "EMAWeightAveraging", "init_args": {"decay": 0.9}}]}
     assert fit(tmp_path / "run", stop_at=6, **ema) == 128 + signal.SIGTERM
     assert fit(tmp_path / "run", ckpt_path="last") == 2
-    assert "resume with that callback (--trainer.callbacks EMAWeightAveraging)" in one_line(capsys)
+    assert "resume with that callback (--trainer.callbacks EMAWeightAveraging)" in error_of(capsys)
     assert fit(tmp_path / "run", ckpt_path="last", **ema) == 0
     assert fit(tmp_path / "whole", **ema) == 0
     assert_same(tmp_path / "run", tmp_path / "whole")

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from conftest import ALWAYS, add_table, arguments, write_corpus
+from conftest import ALWAYS, add_table, arguments, error_of, write_corpus
 from test_prepare import byte_tokenizer, corpus_of, prepare_many, stored
 from test_sources import PACK
 from torch.distributed.checkpoint.api import CheckpointException
@@ -70,13 +70,9 @@ def run(verb: str, *args: str) -> int:
 
 
 def refused(capsys, *args: str) -> str:
-    """The one line by which a command ends."""
+    """The error by which a command ends."""
     assert run(*args) == 2
-    err = capsys.readouterr().err
-    assert "Traceback" not in err
-    lines = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, err
-    return lines[0]
+    return error_of(capsys)
 
 
 # --- checkpoints ---

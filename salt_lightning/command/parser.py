@@ -1,4 +1,4 @@
-"""The command-line parser: an error is one line with the setting as typed, its value and what is allowed."""
+"""The command-line parser: a problem is one line with the setting as typed, its value and what is allowed."""
 
 import argparse
 import ast
@@ -60,7 +60,7 @@ set_parsing_settings(config_read_mode_fsspec_enabled=False)
 
 
 class Parser(LightningArgumentParser):
-    """Reports errors on one line, without the usage text of some 70 lines."""
+    """Reports errors on a line each, without the usage text of some 70 lines."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # No abbreviations: --trainer.max_step would be taken for max_steps.
