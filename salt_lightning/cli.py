@@ -231,7 +231,7 @@ class SALTCLI(LightningCLI):
         except (ValueError, ImportError) as error:  # from a class that the user named
             ours = re.findall(r"(?m)^\s*- (--.+)$", str(error))  # ConfigErrors that jsonargparse caught
             causes = re.findall(r"Problem with given class_path '(\S+)':\s+(.+)", str(error))
-            said = re.sub(r"(?s)^Does not validate against any of the Union.*?Errors:\s+- ", "", str(error))
+            said = re.sub(r"(?s)^Does not validate .*?Errors:\s+- |\s+- Expected a <class .*", "", str(error))
             raise ConfigError("; ".join(ours or map(": ".join, causes)) or one_line(said)) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:

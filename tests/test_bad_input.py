@@ -149,9 +149,18 @@ ERRORS = {
     "wrong type, trainer": ({"trainer.max_steps": 2.5}, r"--trainer.max_steps 2.5 must be a whole number"),
     "a choice that is none": ({"kd.shape": "foo"}, r"--kd.shape foo must be step or linear or linear_ratio or cosine"),
     "a number that YAML takes for another": (
-        {"kd.steps": "1:30", "data.block_size": "0_32", "kd.weight": "000.5", "trainer.max_steps": "010"},
-        r"^error: --data.block_size 0_32 reads as 26 in YAML; write a number without colons or zeros before it, and "
-        r"text in quotes; --kd.steps 1:30 reads as 90 [^;]*; [^;]*; --kd.weight 0.5 needs a teacher: [^;]*$",
+        {
+            "kd.steps": "1:30",
+            "data.block_size": "0_32",
+            "kd.weight": "000.5",
+            "trainer.max_steps": "007",
+            "checkpoint.at_steps": "[1, 010]",
+            "data.text_column": "010",
+            "trainer.callbacks+": "{class_path: Timer, init_args: {duration: {minutes: 1:30}}}",
+        },
+        r"^error: --data.block_size: 0_32 reads as 26 in YAML; write a number without colons or zeros before it, and "
+        r"text in quotes; --kd.steps: 1:30 reads as 90 [^;]*; [^;]*; --checkpoint.at_steps: 010 reads as 8 [^;]*; "
+        r"[^;]*; --trainer.callbacks\+: 1:30 reads as 90 [^;]*; [^;]*; --kd.weight 0.5 needs a teacher: [^;]*$",
     ),
     "no number": ({"model.optim.lr": "nan"}, r"--model.optim.lr nan must be a finite number"),
     "out of range, model": ({"model.logits_budget_gib": 0}, r"--model.logits_budget_gib 0.0 must be above 0"),
@@ -1005,6 +1014,27 @@ CONFIGS = {
         r"--config .*c.yaml, line 1, column 25: not valid YAML \([^;]*\); put a value that begins with \* in quotes$",
     ),
     "no space after a colon": (b"kd:\n  weight:0.5\n", r"--kd weight:0.5 must be [^;]*; put a space after each colon;"),
+    "nothing, said as no, and true where only text or null may be": (
+        b"ckpt_path: no\ncheckpoint: {export: true}\n",
+        r"error: --ckpt_path false must be text or Path or null; for none, give null; --checkpoint.export true must be "
+        r"text or null; --data",
+    ),
+    "classes as in Python and as in other tools": (
+        b"trainer: {callbacks: [LearningRateMonitor(), EarlyStopping], logger: wandb}\n",
+        r"--trainer.callbacks \['LearningRateMonitor\(\)', 'EarlyStopping'\] must be Callback or null; give a class as "
+        r"class_path: LearningRateMonitor, with its settings below init_args; --trainer.logger wandb must be Logger or "
+        r"true or false or null; no class wandb is installed; give one such as WandbLogger, or its full name, package",
+    ),
+    "a keyword that a class does not take": (
+        b"trainer: {logger: {class_path: CSVLogger, init_args: {save_dir: x}, dict_kwargs: {a: 1}}}\n",
+        r"error: CSVLogger.__init__\(\) got an unexpected keyword argument 'a'$",
+    ),
+    "text with colons for groups": (
+        b"data: a:b:c\nmodel: {teacher: org:x}\nkd: '{weight:1}'\n",
+        r"error: --data a:b:c must be [^;]*; for files, a folder or a hub data set, use --data.source; [^;]*; "
+        r"--model.teacher org:x must be [^;]*; for a checkpoint, a folder or a hub name, use --model.teacher.path; "
+        r"--kd {weight:1} must be [^;]*; put a space after each colon; --trainer",
+    ),
     "text for groups": (
         b"model: gpt2\ndata: my.jsonl\n",
         r"error: --model gpt2 must be [^;]*; for a checkpoint, a folder or a hub name, use --model.student.path; [^;]*"
@@ -1012,8 +1042,8 @@ CONFIGS = {
     ),
     "text that YAML takes for numbers and false": (
         b"run: 001\nmodel: {teacher: {revision: 123456}}\ndata: {subset: no}\n",
-        r"error: --run 1 must be text; in a file, put it in quotes; --data.subset false must be text or null; in a "
-        r"file, put it in quotes; --model.teacher.revision 123456 must be text or null; in a file, put it in quotes; ",
+        r"error: --run 1 must be text; in a file, put it in quotes; --data.subset false must be text or null; for "
+        r"none, give null; --model.teacher.revision 123456 must be text or null; in a file, put it in quotes; ",
     ),
     "numbers that YAML takes for others": (
         b"trainer: {max_steps: 010, max_time: 1:12:00:00, min_steps: 0x10}\nmodel: {teacher: {revision: '0123456'}}\n"

@@ -4,7 +4,7 @@ import json
 import os
 import re
 from codecs import getincrementaldecoder
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 from itertools import pairwise
@@ -74,16 +74,17 @@ def _check_group(known: list[str], name: str, value: str) -> None:
         return
     try:
         if not os.path.isdir(value) and not os.path.isfile(value):  # a pipe: reading would wait
-            raise ConfigError(no_mapping(f"--{name}", value))
+            raise ConfigError(no_mapping(f"--{name}", value, known))
         with suppress(OSError), open(value, "rb") as file:  # of a checkpoint, the beginning is enough
             getincrementaldecoder("utf-8")().decode(file.read(1 << 16))
     except UnicodeDecodeError as error:
-        raise ConfigError(no_mapping(f"--{name}", value)) from error
+        raise ConfigError(no_mapping(f"--{name}", value, known)) from error
 
 
-def no_mapping(name: str, value: str) -> str:
+def no_mapping(name: str, value: str, known: Iterable[str]) -> str:
+    """The error about a value of a group, which has the `known` settings among others."""
     remedy = "leave it out for the defaults"
-    if re.match(r"\w+:[^\s/\\]", value):
+    if (first := re.match(r"{?\s*(\w+):\S", value)) and f"{name.removeprefix('--')}.{first[1]}" in known:
         remedy = "put a space after each colon"
     elif name in ("--model", "--model.student", "--model.teacher"):
         path = f"{'--model.student' if name == '--model' else name}.path"
@@ -96,7 +97,7 @@ def no_mapping(name: str, value: str) -> str:
 
 
 def misread(args: list[str], given: Namespace) -> list[str]:
-    """Problems with typed values that YAML has read as comments, and so as null, or as other numbers."""
+    """Problems with typed values that YAML has read as comments, and so as null, or as other numbers, also within."""
     found = given[given.subcommand] if given.get("subcommand") else given
     typed = [(f"--{name}", value, found[name]) for name, value in typed_in(args) if name in found]
     comments = [
@@ -104,18 +105,27 @@ def misread(args: list[str], given: Namespace) -> list[str]:
         for name, value, read in typed
         if value.lstrip().startswith("#") and read is None
     ]
-    numbers = [each for each in typed if _OTHER.fullmatch(each[1])]
-    return comments + [f"{name} {said}" for name, *of_one in numbers if (said := _another_number(*of_one))]
+    return comments + [
+        f"--{name}: {said}"
+        for name, value in typed_in(args)
+        if (name in found or value.startswith(("[", "{"))) and not isinstance(found.get(name), str)
+        for _, said in _other_numbers(value)
+    ]
 
 
 _OTHER = re.compile(r"[-+]?(0[0-7_]+|[\d_]+(:[0-5]?\d)+(\.[\d_]*)?)")  # numbers in base 8 and parts of 60, in YAML
 
 
-def _another_number(value: str, read: Any) -> str:
-    """What is wrong with a value that is read as another number than it seems to be."""
-    if not isinstance(read, int | float) or (":" not in value and int(value.replace("_", "")) == read):
-        return ""
-    return f"{value} reads as {read} in YAML; write a number without colons or zeros before it, and text in quotes"
+def _other_numbers(text: str) -> Iterator[tuple[int, str]]:
+    """(line, problem) of each number that YAML reads as another one than it seems to be."""
+    with suppress(yaml.YAMLError):
+        for event in yaml.parse(text):
+            if not isinstance(event, yaml.ScalarEvent) or not event.implicit[0] or not _OTHER.fullmatch(event.value):
+                continue
+            value, read, at = event.value, yaml.safe_load(event.value), event.start_mark
+            if isinstance(read, int | float) and (":" in value or int(value.replace("_", "")) != read):
+                remedy = "write a number without colons or zeros before it, and text in quotes"
+                yield at.line + 1 if at else 1, f"{value} reads as {read} in YAML; {remedy}"
 
 
 def configs_first(args: list[str]) -> list[str]:
@@ -186,14 +196,10 @@ def _check_config(path: str, known: list[str], ignored: list[str]) -> None:
         for key, value in node.value
         if value.tag.endswith(":null") and any(name.startswith(f"{key.value}.") for name in known)
     ]
-    numbers = [
-        (scalar.start_mark.line + 1, said)
-        for scalar in scalars
-        if scalar.implicit[0] and _OTHER.fullmatch(scalar.value)
-        if (said := _another_number(scalar.value, yaml.safe_load(scalar.value)))
-    ]
     ignored += [no_such(name, known) for name in _empty(node, "") if not _means(name, known)]
-    refuse(f"{setting}, line {line}: {problem}" for line, problem in sorted([*empty, *_twice(keys), *numbers]))
+    refuse(
+        f"{setting}, line {line}: {problem}" for line, problem in sorted([*empty, *_twice(keys), *_other_numbers(text)])
+    )
 
 
 def _means(name: str, known: list[str]) -> bool:

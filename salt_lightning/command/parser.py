@@ -23,7 +23,7 @@ from salt_lightning.command.command_line import (
     no_mapping,
     text_of,
 )
-from salt_lightning.command.settings import GROUPS, REFUSED, as_yaml, wrong_precision
+from salt_lightning.command.settings import GROUPS, REFUSED, as_yaml, in_brief, wrong_precision
 from salt_lightning.command.wrong_names import no_such
 from salt_lightning.errors import ConfigError, problems_of, program, raised
 
@@ -205,15 +205,9 @@ _OF_TRAINER = ("Perform one evaluation", "Runs the full", "Run inference")
 _TRAINER = "Customize every aspect of training via flags"  # Lightning's title of its trainer's settings
 
 
-def _brief(why: str) -> str:
-    """What to do instead of a refused setting, or why it is refused if it only is to be left out."""
-    parts = (f"it{why}" if why.startswith(" ") else why.lstrip(": ")).split("; ")
-    return parts[0] if parts[-1] == "leave it out" else parts[-1]
-
-
 # Help texts where Lightning's own are not true here.
 _WORDS = {
-    **{f"trainer.{name}": f"Cannot be set in this project: {_brief(why)}." for name, (_, why) in REFUSED.items()},
+    **{f"trainer.{name}": f"Cannot be set in this project: {in_brief(name)}." for name in REFUSED},
     "config": "YAML file of settings. Later files win over earlier ones, and command-line options win over all files.",
     "seed_everything": "Seed of initial weights, dropout and data order, unless --model.seed or --data.seed is given.",
     "ckpt_path": "A checkpoint (.ckpt), or last: the newest undamaged checkpoint in the run's folder.",
@@ -286,7 +280,7 @@ def explain(message: str, known: list[str], given: Iterable[tuple[str, str]] = (
         if single := re.match(r"Expected an? (.*?)\. Got value: (.*)$", rest):
             return _must_be(name, single[2], _type_names(single[1]))
         if group := re.match(r"Unable to load config ['\"](.*?)['\"] - ", rest):
-            return no_mapping(name, group[1])
+            return no_mapping(name, group[1], known)
         return f"{name}: {rest}"
     wrong = re.search(r"does not accept option '([^']+)'|unrecognized arguments: --([^\s=]+)", line)
     if wrong:
@@ -363,8 +357,11 @@ def _why_no_class(name: str, rest: str) -> str:
         return ""
     if problem := re.search(r"Problem with given class_path '[^']+': (.*?) (?:- |Given value)", rest):
         return f": {problem[1]}"
-    if absent := re.search(r"Expected a dot import path string: ([A-Za-z_][\w.]*) ", rest):
-        return f"; no class {absent[1]} is installed; give its full name, package.module.Class"
+    if absent := re.search(r"Expected a dot import path string: ([A-Za-z_][\w.]*)([ (])", rest):
+        if absent[2] == "(":  # as in Python
+            return f"; give a class as class_path: {absent[1]}, with its settings below init_args"
+        one = "one such as WandbLogger, or " if name == "--trainer.logger" else ""
+        return f"; no class {absent[1]} is installed; give {one}its full name, package.module.Class"
     return ""
 
 
@@ -373,7 +370,9 @@ def _must_be(name: str, value: str, types: str) -> str:
     value = re.sub(r"Namespace\(class_path='([^']*)'(?:, init_args=Namespace\([^()]*\))?\)", r"'\1'", value)  # was read
     if name == "--seed_everything":
         types = "a whole number"  # its type has true and false, too, which are refused
-    if "text" in types and "number" not in types and re.fullmatch(r"true|false|inf|nan|[-+\d.e]+", value):
+    if value in ("true", "false") and types.endswith("null"):
+        remedy = "; for none, give null" if value == "false" else ""
+    elif "text" in types and "number" not in types and re.fullmatch(r"true|false|inf|nan|[-+\d.e]+", value):
         remedy = "; in a file, put it in quotes"
     elif types.endswith("mapping") and value.startswith("{"):
         remedy = ", '{NAME: VALUE, ...}', in quotes and with a space after each colon"

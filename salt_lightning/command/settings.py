@@ -186,6 +186,13 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
+def in_brief(refused: str) -> str:
+    """What to do instead of a refused setting, or why it is refused if it only is to be left out."""
+    why = REFUSED[refused][1]
+    parts = (f"it{why}" if why.startswith(" ") else why.lstrip(": ")).split("; ")
+    return parts[0] if parts[-1] == "leave it out" else parts[-1]
+
+
 def _typed(value: Any) -> str:
     """A setting as it was typed: typing caches unions, so what else was imported decides between 5 and 5.0."""
     return as_yaml(int(value) if isinstance(value, float) and value.is_integer() else value)

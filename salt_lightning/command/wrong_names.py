@@ -3,7 +3,7 @@ by its last part, or a misspelt one."""
 
 import difflib
 
-from salt_lightning.command.settings import REFUSED
+from salt_lightning.command.settings import REFUSED, in_brief
 
 _EPOCHS = (
     "--trainer.max_steps: tokens / (--data.block_size x --data.global_batch_size); check counts the tokens of the text"
@@ -97,6 +97,10 @@ _OF_A_MODEL = {
     "attention": ("attn_implementation", "use_flash_attention", "flash_attention", "flash_attn"),
     "trust_remote_code": ("trust_remote_code",),
 }
+_SIZES = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("n_layer", "n_head", "n_embd", "d_model"),
+)
 _PART = {name: ours for ours, names in _OF_A_MODEL.items() for name in names}
 _OF_BOTH = {"trust_remote_code", "model_revision", *_OF_A_MODEL["attention"]}
 
@@ -107,9 +111,11 @@ def no_such(name: str, known: list[str], prefix: str = "") -> str:
     others = [each for each in known if not name.startswith(f"{each}.")]
     near = difflib.get_close_matches(name, others, 3)
     misspelt = _resembling(name, near, 0.85, 0.8)
-    settable = [each for each in misspelt if each.removeprefix("trainer.") not in REFUSED]
-    if instead := None if prefix or settable else _instead(name):
+    refused = next((last for each in misspelt if (last := each.removeprefix("trainer.")) in REFUSED), "")
+    if instead := None if prefix or (misspelt and not refused) else _instead(name):
         return f"{said}; {instead}"
+    if refused:
+        return f"{said}, and --trainer.{refused} cannot be set here: {in_brief(refused)}"
     ends = (f".{name}", f".{name.rpartition('.')[2]}")  # its group is left out, or another
     leaves = [each for each in others if not any(other.startswith(f"{each}.") for other in others)]
     same = next((found for end in ends if (found := [each for each in leaves if f".{each}".endswith(end)])), [])
@@ -134,4 +140,6 @@ def _instead(name: str) -> str | None:
     models = [model for model in ("student", "teacher") if difflib.get_close_matches(model, group.split("."), 1, 0.8)]
     if last in _PART and (models or last in _OF_BOTH):
         return f"use {' or '.join(f'--model.{model}.{_PART[last]}' for model in models or ('student', 'teacher'))}"
+    if last in _SIZES and models != ["teacher"]:  # its sizes come with it
+        return f"use --model.student.config.{last}"
     return None if models or group.startswith("eval") else _INSTEAD.get(last)
