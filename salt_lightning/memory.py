@@ -254,17 +254,11 @@ def _simulated(fit: Fit, compiled: bool, ledger: Ledger) -> SALTModule:
 def _build(like: CausalLM, dtype: torch.dtype) -> CausalLM:
     config = like.model.config
     implementation = PACKED if like.apart == "packed" else config._attn_implementation
-    known = ("eager", "sdpa", PACKED)
-    lm = CausalLM(
-        AutoModelForCausalLM.from_config(
-            config,
-            dtype=dtype,
-            attn_implementation=implementation if implementation in known else "sdpa",
-        ),
-        like.name,
-    )
+    known = implementation in ("eager", "sdpa", PACKED)
+    how = {"dtype": dtype, "attn_implementation": implementation if known else "sdpa"}
+    lm = CausalLM(AutoModelForCausalLM.from_config(config, **how), like.name)
     lm.apart = like.apart
-    if implementation not in known:  # kernels that a CPU lacks keep what sdpa keeps, without a T x T mask
+    if not known:  # kernels that a CPU lacks keep what sdpa keeps, without a T x T mask
         lm.apart, lm.__dict__["_mask"] = "mask", lambda _: torch.ones((1, 1, 1, 1), dtype=torch.bool)
     return lm
 
