@@ -112,6 +112,8 @@ class RunCheckpoint(Checkpoint):
         refuse(wrong)
         self.every_n_steps, self.keep, self.at_steps = every_n_steps, keep, tuple(at_steps or ())
         self.folder, self.export = folder and os.path.expanduser(folder), export and os.path.expanduser(export)
+        # Steps whose checkpoints an earlier start keeps for good, and all of a start with `keep` None
+        self._kept: set[int] = set()
         self._begin()
 
     def _begin(self) -> None:
@@ -120,14 +122,11 @@ class RunCheckpoint(Checkpoint):
         self._trained = False  # whether training has started
         self._due = False  # whether a save waits for the validation of its step
         self._until_end: list[tuple[Any, str, Any]] = []  # attributes that a stop has changed: owner, name, old value
-        # Steps whose checkpoints an earlier start keeps for good, and all of a start with `keep` None
-        self._kept: set[int] = set()
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
-        kept = self._kept
         self._begin()
-        if trainer.global_step > 0:  # another fit of the same trainer
-            self._kept = kept
+        if trainer.global_step == 0:  # else another fit of the same trainer
+            self._kept = set()
         self._dir = Path(self.folder or Path(trainer.default_root_dir) / "checkpoints")
         # Outside training there is nothing to save. Lightning's own handler would broadcast between the ranks' other
         # messages, and would end a validation with exit code 0 and a first step with a traceback.
