@@ -257,17 +257,13 @@ def padded_vocab(num_ids: int) -> int:
 def fresh_config(spec: ModelSpec, data: Any) -> PreTrainedConfig:
     """The transformers config of a fresh model; sizes that are not given follow from the data."""
     known = family_config(spec)
+    positions = known.attribute_map.get(_POSITIONS, _POSITIONS)  # gpt2's n_positions
     defaults: dict[str, Any] = {}
     if data is not None:
-        end = data.tokenizer.eos_token_id
-        positions = known.attribute_map.get("max_position_embeddings", "max_position_embeddings")
-        defaults = {
-            "vocab_size": padded_vocab(data.vocab_size),
-            positions: data.block_size,
-            **dict.fromkeys(_SPECIAL_TOKENS, end),
-        }
-        if "max_position_embeddings" in spec.config:
-            del defaults[positions]
+        defaults = dict.fromkeys(_SPECIAL_TOKENS, data.tokenizer.eos_token_id)
+        defaults["vocab_size"] = padded_vocab(data.vocab_size)
+        if _POSITIONS not in spec.config:
+            defaults[positions] = data.block_size
     ropes = None if _is_whole(spec.config) else spec.config.get("rope_parameters")
     if isinstance(ropes, dict):
         _refuse_flat_rope(known, ropes)
@@ -286,8 +282,8 @@ def fresh_config(spec: ModelSpec, data: Any) -> PreTrainedConfig:
                 f"--model.student.config.vocab_size {config.vocab_size} is smaller than the tokenizer's "
                 f"{data.vocab_size}; set at least that, or leave it out"
             )
-        own = config.attribute_map.get(_POSITIONS)  # gpt2's n_positions
-        check_positions(config, f"--model.student.config.{own if own in spec.config else _POSITIONS}", data)
+        named = positions if positions in spec.config else _POSITIONS
+        check_positions(config, f"--model.student.config.{named}", data)
     return config
 
 
