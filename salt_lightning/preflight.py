@@ -19,6 +19,7 @@ from salt_lightning.errors import ConfigError, counted, few, printable
 Level = Literal["ok", "note", "warning", "error"]
 ENOUGH_LABELS = 512  # to judge a model by: the standard error of a trained one's CE is about 0.1 nats
 GOOD_EPOCHS = 4.0  # repeated text is worth nearly as much as new text up to here (arXiv 2305.16264)
+_WORN_OUT = f"beyond {GOOD_EPOCHS:g} epochs text teaches less and less: add"
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,7 @@ def rows(available: int, needed: int, max_steps: int, alike: bool = True) -> Fin
         return Finding("ok", "rows", said)
     enough = int(GOOD_EPOCHS * available * max_steps / needed)
     fewer = f", or --trainer.max_steps {enough}" if enough and alike else ""
-    return Finding(
-        "warning", "rows", said, f"beyond {GOOD_EPOCHS:g} epochs text teaches less and less: add text{fewer}"
-    )
+    return Finding("warning", "rows", said, f"{_WORN_OUT} text{fewer}")
 
 
 def shares(names: Iterable[str], read_S: np.ndarray, rows_S: np.ndarray, all_of: tuple[int, int, int]) -> Finding:
@@ -82,11 +81,10 @@ def shares(names: Iterable[str], read_S: np.ndarray, rows_S: np.ndarray, all_of:
     past = f", {before} of them while sources had no weights; of the others" if before else ":"
     said = f"{max_steps} steps read {total} rows{past} {', '.join(told)}"
     if total > GOOD_EPOCHS * rows_S.sum():
-        return Finding("warning", "rows", said, f"beyond {GOOD_EPOCHS:g} epochs text teaches less and less: add text")
+        return Finding("warning", "rows", said, f"{_WORN_OUT} text")
     if not (worn := [name for name, read, rows in sources if read > GOOD_EPOCHS * rows]):
         return Finding("ok", "rows", said)
-    remedy = f"beyond {GOOD_EPOCHS:g} epochs text teaches less and less: add to {few(worn)}, or lower its weight"
-    return Finding("warning", "rows", said, remedy)
+    return Finding("warning", "rows", said, f"{_WORN_OUT} to {few(worn)}, or lower its weight")
 
 
 def unread_text(sources: list[tuple[str, float, float]]) -> Finding | None:
