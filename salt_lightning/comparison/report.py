@@ -63,9 +63,8 @@ def narrowed(text: str, width: int) -> str:
         head = list(dict.fromkeys(first))
         columns = {name: [other[i] for other in others] for i, name in enumerate(head)}
         turned = table(columns, text=(head[0],))
-        return (
-            turned if len(head) == len(first) and width_of(turned.partition("\n")[0]) < width_of(lines[0]) else found[0]
-        )
+        is_narrower = len(head) == len(first) and width_of(turned.partition("\n")[0]) < width_of(lines[0])
+        return turned if is_narrower else found[0]
 
     return re.sub(r"^\|.*\|(?:\n\|.*\|){2,}$", narrow, text, flags=re.MULTILINE)
 

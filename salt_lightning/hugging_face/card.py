@@ -173,11 +173,8 @@ def _examples(settings: dict[str, Any]) -> str:
     prompt, response = (settings.get(f"data.examples.{name}") for name in ("prompt", "response"))
     if prompt:
         return f"{prompt!r}, {response!r}"
-    return (
-        "by the tokenizer's chat template"
-        if any(key.startswith("data.examples.messages") and v for key, v in settings.items())
-        else ""
-    )
+    chats = any(key.startswith("data.examples.messages") and v for key, v in settings.items())
+    return "by the tokenizer's chat template" if chats else ""
 
 
 def _schedule(checkpoint: dict[str, Any], run: Run) -> str:

@@ -91,9 +91,8 @@ def read_curves(folder: Path, apart: bool = False) -> tuple[dict[str, Curve], tu
             rest = "this user may not read it" if closed else "the rest is damaged or still being written"
             damaged.append((step, f"{printable(str(file))} could be read up to step {step}: {rest}"))
     ordered = {tag: sorted(curve.items()) for tag, curve in points.items() if curve}
-    return {tag: Curve(*map(np.array, zip(*curve, strict=True))) for tag, curve in ordered.items()}, tuple(
-        said for _, said in damaged
-    )
+    curves = {tag: Curve(*map(np.array, zip(*curve, strict=True))) for tag, curve in ordered.items()}
+    return curves, tuple(said for _, said in damaged)
 
 
 def _void(curves: Iterable[dict[int, float]], since: int) -> None:

@@ -79,9 +79,8 @@ def _by_k(of_k: dict[int, np.ndarray], rule: KeepRule) -> str:
 
 def _overlap(kept: dict[int, np.ndarray], of_k: dict[int, np.ndarray], rule: KeepRule) -> str:
     columns = {"kept by both": [f"k = {k}" for k in kept]}
-    drawn = {
-        k for k in kept if chance(of_k[k], kept[k]) > MUCH_CHANCE
-    }  # the same lots for every k: equal, but not by score
+    # the same lots for every k: equal, but not by score
+    drawn = {k for k in kept if chance(of_k[k], kept[k]) > MUCH_CHANCE}
     for k in kept:
         columns[f"k = {k}"] = [
             "-" if {k, other} & drawn else f"{kept[k][mask_R].mean():.1%}" for other, mask_R in kept.items()
