@@ -157,7 +157,7 @@ class Check:
         """Checks the text and its rows; returns some validation rows to test models with, if there are any."""
         module, data, trainer = self.module, self.data, self.trainer
         # if what these settings name is missing, the text is checked without it
-        if data.selection and not self.works("selection", Scores, Path(data.selection), "--data.selection"):
+        if data.selection and not self.works("selection", Scores, data.selection, "--data.selection"):
             data.selection, data.keep = None, KeepRule()
         if data.difficulty and not self.works("thirds", find_files, Path(data.difficulty), "fit"):
             data.difficulty = None

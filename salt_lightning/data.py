@@ -436,7 +436,7 @@ class SALTDataModule(LightningDataModule):
         Raises:
             ConfigError: scores are incomplete or damaged, rows are too few, or a kept row would be read too often.
         """
-        scores = Scores(Path(str(self.selection)), "--data.selection")
+        scores = Scores(str(self.selection), "--data.selection")
         scores.require(self.scored())
         steps = phase1_steps(self.trainer) if self.trainer else 0
         found = plan(scores, self.keep, self.seed, rows_before(self.stretches, steps), self._shares())

@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -240,7 +239,7 @@ def _told(name: str, part: Order) -> str:
 def scores_of(selection: str | None, rule: KeepRule) -> Scores | None:
     """The scores in the folder `selection`; None without one. Raises ConfigError: they are missing, but rule is set."""
     if selection:
-        return Scores(Path(selection), "--data.selection")
+        return Scores(selection, "--data.selection")
     usual = vars(KeepRule())
     given = [f"--data.keep.{name} {value}" for name, value in vars(rule).items() if usual.get(name, rule) != value]
     refuse(f"{setting} needs --data.selection, the folder of a run of `{program()} predict`" for setting in given)
