@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, WeightAveraging
+from lightning.pytorch.callbacks import WeightAveraging
 
 
 def averages(trainer: Trainer) -> list[WeightAveraging]:
     """The trainer's callbacks that average weights."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return [callback for callback in callbacks if isinstance(callback, WeightAveraging)]
+    return [c for c in trainer.callbacks if isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
 
 
 def begin(trainer: Trainer, fits: bool) -> None:
