@@ -66,7 +66,6 @@ class ExampleRows(Rows):
         return int(np.quantile(self.files.doc_ends - self._starts, share, method="higher"))
 
     def label_counts(self, rows: np.ndarray) -> np.ndarray:
-        """Labels of each row."""
         return self._label_counts[rows]
 
     @property

@@ -149,7 +149,6 @@ class PackedRows(Rows):
         return np.minimum(self.block_size, self.files.num_tokens - starts) - (high - low)
 
     def expect(self, rows: np.ndarray) -> None:
-        """Has the system read these rows in the background."""
         self.files.expect(rows * self.block_size, self.block_size + 1)
 
     def _parts(self, rows: np.ndarray) -> Iterator[list[Part]]:
