@@ -310,9 +310,8 @@ class Check:
             self.add("ok", name, peak.described(data.micro_batch_size))
         given = None if self.memory_gib is None else int(self.memory_gib * 2**30)
         if (limit := given or device.memory_bytes(kind, self.trainer.num_devices)) is None:
-            largest = (fit.largest(_usable(gib << 30), prove=False) for gib in _CARDS_GIB)
-            most = ", ".join(f"{rows or 'none'} on {gib} GiB" for gib, rows in zip(_CARDS_GIB, largest, strict=True))
-            said = f"no GPU here; the largest that fits, in rows: {most}"
+            most = (f"{fit.largest(_usable(gib << 30), prove=False) or 'none'} on {gib} GiB" for gib in _CARDS_GIB)
+            said = f"no GPU here; the largest that fits, in rows: {', '.join(most)}"
             self.add("note", "micro-batch", said, "give your GPU's memory, e.g. --check.memory_gib 24")
             return
         fitting = fit.largest(_usable(limit))

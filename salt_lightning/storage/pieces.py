@@ -27,11 +27,10 @@ def dump(metadata: Metadata) -> bytes:
     table = {}
     for name, info in metadata.state_dict_metadata.items():
         if isinstance(info, TensorStorageMetadata):
-            places = (metadata.storage_data[MetadataIndex(name, chunk.offsets)] for chunk in info.chunks)
-            pieces = [
-                [chunk.offsets, chunk.sizes, place.relative_path, place.offset, place.length]
-                for chunk, place in zip(info.chunks, places, strict=True)
-            ]
+            pieces = []
+            for chunk in info.chunks:
+                place = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
+                pieces.append([chunk.offsets, chunk.sizes, place.relative_path, place.offset, place.length])
             table[name] = [str(info.properties.dtype).removeprefix("torch."), info.size, pieces]
     return json.dumps(table).encode()
 
