@@ -108,16 +108,8 @@ def evaluate(runs: list[Run], baseline: str | None = None) -> Comparison:
     alike = [run for run in students if run.variant == reference.variant and run.name not in apart]
     seeds = [run for run in alike if run.finished] or [reference]
     goal = _goal(seeds)
-    unknown = replace(goal, ce=math.nan)
-    rows = [
-        _row(
-            run,
-            "TEACHER" if run.name in teachers else run.method,
-            teachers_of[run.name],
-            unknown if run.name in apart else goal,
-        )
-        for run in runs
-    ]
+    goals = {run.name: replace(goal, ce=math.nan) if run.name in apart else goal for run in runs}
+    rows = [_row(run, run.name in teachers, teachers_of[run.name], goals[run.name]) for run in runs]
     experiments = _experiments(students)
     notes += remarks(silent, runs, experiments, repeated, reference, teachers_of)
     others = [run for run in runs if run not in seeds and run.name not in repeated and len(run.val_ce.steps)]
@@ -224,7 +216,7 @@ def _repeated(students: list[Run], named: Run | None) -> dict[str, str]:
     return repeated
 
 
-def _row(run: Run, method: str, teachers: dict[str, Run | None], goal: Goal) -> Row:
+def _row(run: Run, is_teacher: bool, teachers: dict[str, Run | None], goal: Goal) -> Row:
     ce, done = run.val_ce, run.steps_done
     reached = first_reach(ce.steps, ce.values, goal.ce)
     if (run.began > 0 or run.measured_since) and len(ce.steps) and reached == ce.steps[0]:
@@ -237,7 +229,7 @@ def _row(run: Run, method: str, teachers: dict[str, Run | None], goal: Goal) -> 
     flops_besides, s_besides = map(sum, zip(*besides, strict=True)) if besides else (math.nan, math.nan)
     return Row(
         run=run.name,
-        method=method,
+        method="TEACHER" if is_teacher else run.method,
         seed=run.seed,
         running=run.running,
         steps=done,
