@@ -40,13 +40,9 @@ def draw(comparison: Comparison) -> Figure:
     validated = [run for _, runs in _shown(comparison) for run in runs if len(run.val_ce.steps)]
     costs = [run.flops(run.val_ce.steps[-1]) for run in validated]
     scale, unit = flop_unit(max((cost for cost in costs if not math.isnan(cost)), default=0.0))
-    num_lines = 0
-    for ax, axis, divisor, label in (
-        (axes[0], "steps", 1.0, "optimizer steps"),
-        (axes[1], "FLOPs", scale, f"{unit} of student and teacher"),
-    ):
-        num_lines = max(num_lines, _panel(ax, comparison, axis, divisor))
-        ax.set_xlabel(label)
+    num_lines = max(_panel(axes[0], comparison, "steps", 1.0), _panel(axes[1], comparison, "FLOPs", scale))
+    axes[0].set_xlabel("optimizer steps")
+    axes[1].set_xlabel(f"{unit} of student and teacher")
     axes[0].set_ylabel("validation CE (nats per token)")
     if validated:
         bottom, top = _shown_range(validated)
