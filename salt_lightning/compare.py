@@ -205,9 +205,8 @@ def _repeated(students: list[Run], named: Run | None) -> dict[str, str]:
     """
     repeated: dict[str, str] = {}
     firsts: list[Run] = []
-    for run in sorted(
-        (run for run in students if run.seeds), key=lambda run: (run is not named, not run.finished, run.began)
-    ):
+    known = [run for run in students if run.seeds]
+    for run in sorted(known, key=lambda run: (run is not named, not run.finished, run.began)):
         first = next((other for other in firsts if (other.seeds, other.variant) == (run.seeds, run.variant)), None)
         if first is None:
             firsts.append(run)

@@ -110,9 +110,8 @@ def _weights_on_hub(name: str, setting: str, commit: str) -> list[str]:
     try:
         there = set(list_repo_files(name, revision=commit))
     except Exception:  # of many kinds
-        if is_offline_mode() and not any(
-            cached_file(name, file, revision=commit, **MAY_LACK) for file in (SINGLE, INDEX)
-        ):
+        cached = (cached_file(name, file, revision=commit, **MAY_LACK) for file in (SINGLE, INDEX))
+        if is_offline_mode() and not any(cached):
             raise ConfigError(
                 f"{setting} {name}: the hub is offline, and its cache here has no weights of commit {commit}; download "
                 "them first"
