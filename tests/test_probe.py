@@ -109,6 +109,7 @@ def test_the_look_is_at_as_many_tokens_as_take_seconds_but_goes_past_a_prompt():
     assert sizes(75 * 10**6, 4, 250) == [(4, 250)]  # 1,000: just these
     assert sizes(10**9, 4, 400, prompt=300) == [(1, 364)]
     assert sizes(10**9, 4, 320, prompt=300) == [(1, 320)]
+    assert sizes(10**6, 1, 100_000) == 3 * [(1, 4096)]  # not 75,000: their attention would take tens of GB
 
 
 class NoGradients(Callback):

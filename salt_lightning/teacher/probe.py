@@ -33,6 +33,7 @@ from salt_lightning.metrics import sum_dtype
 
 Gradients = list[Tensor | None]
 _LOOK_FLOPS = 1.5e11  # for one look at a model: some seconds on a CPU
+_LOOK_WIDTH = 4096  # tokens of a row: attention's share grows with their square, and so may its memory
 
 
 class Probe:
@@ -129,7 +130,7 @@ def cut(batches: list[dict[str, Tensor]], parameters: int) -> Iterator[dict[str,
     for batch in batches:
         rows, width = batch["labels"].shape
         prompt = int((batch["labels"][0] >= 0).int().argmax())
-        width = min(width, max(left, prompt + 64))
+        width = min(width, max(min(left, _LOOK_WIDTH), prompt + 64))
         rows = max(1, min(rows, left // width))
         yield {name: t[:rows, :width] for name, t in batch.items() if t.ndim == 2}
         left -= rows * width
