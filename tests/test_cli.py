@@ -290,6 +290,26 @@ def test_what_lightning_refuses_is_one_line(settings, tmp_path, capsys, setting,
 
 
 @pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("--model.optim.lr=1,5", "--model.optim.lr 1,5 must be a finite number"),
+        ("--trainer.max_steps=x", "--trainer.max_steps x must be a whole number"),
+        ("--model.optim.lrr=1", "--model.optim.lrr"),
+        ("--config={run: 010}", "010 reads as 8 in YAML"),
+    ],
+)
+def test_a_config_is_printed_only_if_all_that_was_given_can_be_read(typed, said, capsys):
+    assert run(["fit", "--kd.weight", "0", "--print_config", typed]) == 2
+    out, err = capsys.readouterr()
+    assert not out
+    assert "Traceback" not in err
+    assert said in err
+    for asks in ("--print_config", "--print_config=skip_default"):
+        assert run(["fit", "--kd.weight", "0.25", asks]) == 0
+        assert "weight: 0.25" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
     ("options", "asked", "code", "said"),
     [
         ([], "--version", 0, f"salt_lightning {salt_lightning.__version__}\n"),

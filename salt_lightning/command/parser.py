@@ -25,7 +25,7 @@ from salt_lightning.command.command_line import (
 )
 from salt_lightning.command.settings import GROUPS, REFUSED, as_yaml, in_brief, wrong_precision
 from salt_lightning.command.wrong_names import no_such
-from salt_lightning.errors import ConfigError, problems_of, program, raised
+from salt_lightning.errors import ConfigError, problems_of, program, raised, refuse
 
 _TYPES = {
     "int": "a whole number",
@@ -123,6 +123,8 @@ def parse(parsers: Sequence[LightningArgumentParser], args: list[str]) -> tuple[
     Raises:
         ConfigError: lists the problems, if the rest cannot be read either; or there is no verb.
     """
+    if (rest := [word for word in args if not _PRINTS.fullmatch(word)]) != args:  # would exit before others are read
+        refuse(parse(parsers, rest)[2])
     args = configs_first(args)
     if (verbs := parsers[0]._subcommands_action) and (not args or args[0].startswith("-")) and args[:1] not in _HELP:
         raise ConfigError(f"a verb comes first, one of {', '.join(verbs.choices)}; then its settings")
@@ -146,6 +148,7 @@ def parse(parsers: Sequence[LightningArgumentParser], args: list[str]) -> tuple[
 
 
 _HELP = (["-h"], ["--help"])
+_PRINTS = re.compile(r"--print_config(=.*)?", re.DOTALL)
 
 
 def named(problems: Iterable[str]) -> set[str]:
