@@ -1045,6 +1045,10 @@ CONFIGS = {
         r"error: --run 1 must be text; in a file, put it in quotes; --data.subset false must be text or null; for "
         r"none, give null; --model.teacher.revision 123456 must be text or null; in a file, put it in quotes; ",
     ),
+    "a duration that is a number": (
+        b"trainer: {max_time: 90}\n",
+        r"error: --trainer.max_time 90 must be DD:HH:MM:SS in quotes, a mapping such as \{hours: 12\}, or null",
+    ),
     "numbers that YAML takes for others": (
         b"trainer: {max_steps: 010, max_time: 1:12:00:00, min_steps: 0x10}\nmodel: {teacher: {revision: '0123456'}}\n"
         b"checkpoint: {at_steps: [1, 007, 0_12]}\nrun: 12:34\ndata: {subset: 00:12:00:00, split: !!str 010}\n",

@@ -373,6 +373,8 @@ def _must_be(name: str, value: str, types: str) -> str:
     value = re.sub(r"Namespace\(class_path='([^']*)'(?:, init_args=Namespace\([^()]*\))?\)", r"'\1'", value)  # was read
     if name == "--seed_everything":
         types = "a whole number"  # its type has true and false, too, which are refused
+    if name == "--trainer.max_time":  # text of another form is refused later
+        types = "DD:HH:MM:SS in quotes, a mapping such as {hours: 12}, or null"
     if value in ("true", "false") and types.endswith("null"):
         remedy = "; for none, give null" if value == "false" else ""
     elif "text" in types and "number" not in types and re.fullmatch(r"true|false|inf|nan|[-+\d.e]+", value):
