@@ -359,7 +359,7 @@ def without_text(
         partial(cadence.accumulation, data.global_batch_size, data.micro_batch_size, cadence.place(trainer)[1]),
         *(partial(kd.check, trainer, module.has_teacher, data) for kd in kd_callbacks(trainer)[:1]),
         *([partial(check_target, Path(export_to), "--checkpoint.export")] if export_to else ()),
-        partial(models.check_path, student, "student"),
+        partial(models.check_path, student, "student", trains=True),
         *([] if student.path else [partial(family_config, student)]),
     ]
     if teaches:

@@ -367,9 +367,12 @@ def read_config(spec: ModelSpec, name: str) -> PreTrainedConfig:
         return config
 
 
-def check_path(spec: ModelSpec, name: str) -> None:
-    """Raises ConfigError unless `spec.path` is a checkpoint, or a folder or hub name of a causal language model."""
-    setting = f"--model.{name}.path"
+def check_path(spec: ModelSpec, name: str, trains: bool = False) -> None:
+    """Raises ConfigError unless `spec.path` is a checkpoint, or a folder or hub name of a causal language model.
+
+    `trains`: its checkpoints must do without code of its own.
+    """
+    setting, trusted = f"--model.{name}.path", spec.trust_remote_code and not trains
     if spec.revision and (spec.path is None or Path(spec.path).exists()):
         other = f"leave it out for the local {setting} {spec.path}" if spec.path else f"give one as {setting}"
         raise ConfigError(f"--model.{name}.revision {spec.revision} is for hub names; {other}")
@@ -388,10 +391,10 @@ def check_path(spec: ModelSpec, name: str) -> None:
                 "name such as owner/name"
             )
     elif path.is_dir():
-        folders.check(path, setting, spec.trust_remote_code)
+        folders.check(path, setting, trusted)
     else:
         with loading(spec, name):
-            folders.check_hub(spec.path, setting, spec.revision or "main", spec.trust_remote_code)
+            folders.check_hub(spec.path, setting, spec.revision or "main", trusted)
 
 
 def read_checkpoint(path: str, setting: str) -> dict[str, Any]:

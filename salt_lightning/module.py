@@ -133,7 +133,7 @@ class SALTModule(extension.Guarded):
             attention.require_gpu(self.student_spec.attention, self.trainer.strategy.root_device.type)
             parallel.check(self.trainer)
             cadence.check_trainer(self.trainer, self._data is not None, self.eval_metrics.parts)
-            models.check_path(self.student_spec, "student")
+            models.check_path(self.student_spec, "student", trains=True)
             cadence.plan_validation(self.trainer)
             self.meter.forget(self.global_step)
             extension.count_again(self)

@@ -368,6 +368,10 @@ ERRORS = {
         {"kd.steps": 6, "model.teacher.path": "{bad}/code"},
         r"code needs model code that comes with it .* --model.teacher.trust_remote_code true",
     ),
+    "a student with code": (
+        {"kd.weight": 0.0, "model.student.path": "{bad}/code", "model.student.trust_remote_code": True},
+        r"code needs model code that comes with it .*; to train it, use a model type of transformers: checkpoints hold",
+    ),
     "a teacher of a broken config": (
         {"kd.steps": 6, "model.teacher.path": "{bad}/json"},
         r"json/config.json is not valid JSON",

@@ -261,18 +261,32 @@ def test_a_hugging_face_folder_loads_from_safetensors_alone(tmp_path, caplog):
         load_pretrained(spec, "teacher", torch.float32)
 
 
-def test_remote_code_is_not_run_unless_asked_for(tmp_path):
+def test_remote_code_is_not_run_unless_asked_for(tmp_path, monkeypatch):
     folder = tmp_path / "hf"
     tiny("llama").model.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"}}
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    (folder / "mine.py").write_text(
+        f"from transformers import LlamaConfig, LlamaForCausalLM\nopen({str(tmp_path / 'ran')!r}, 'w').close()\n"
+        "class C(LlamaConfig):\n    model_type = 'mine'\n"
+        "class M(LlamaForCausalLM):\n    config_class = C\n"
+    )
     with pytest.raises(
         ConfigError, match=r"needs model code that comes with it .* --model.teacher.trust_remote_code tr"
     ):
         load_pretrained(ModelSpec(path=str(folder)), "teacher", torch.float32)
+    asks = ModelSpec(path=str(folder), trust_remote_code=True)
+    with pytest.raises(
+        ConfigError, match=r"--model.student.path .* comes with it \('mine' .*: checkpoints hold no code;"
+    ):
+        check_path(asks, "student", trains=True)
     assert not (tmp_path / "ran").exists()
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    check_path(asks, "teacher")
+    check_path(asks, "student")  # of a validation
+    assert type(load_pretrained(asks, "teacher", torch.float32)).__name__ == "M"
+    assert (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(

@@ -171,10 +171,13 @@ def _check_config(file: Path, setting: str, name: str | Path, trust_remote_code:
     refuse_requests(config, f"{setting} {name}")
     if not is_causal(kind) and not trust_remote_code:
         if config.get("auto_map"):
-            raise ConfigError(
-                f"{setting} {name} needs model code that comes with it ({kind!r} is not in this transformers); read "
-                f"that code, and if you trust it set {setting.removesuffix('path')}trust_remote_code true"
-            )
+            own = f"{setting} {name} needs model code that comes with it ({kind!r} is not in this transformers)"
+            remedy = f"read that code, and if you trust it set {setting.removesuffix('path')}trust_remote_code true"
+            if setting == "--model.student.path":
+                remedy = (
+                    f"to train it, use a model type of transformers: checkpoints hold no code; to measure it, {remedy}"
+                )
+            raise ConfigError(f"{own}; {remedy}")
         raise ConfigError(
             f"{setting} {name} is not a causal language model that this transformers knows (model_type {kind!r} in "
             "config.json); use one, e.g. a llama, gpt2 or qwen3"

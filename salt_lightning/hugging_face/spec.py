@@ -42,7 +42,8 @@ class ModelSpec:
         dtype: Dtype of the parameters. null: float32 for the student, the student's compute dtype for the teacher.
         attention: transformers' attention implementation (sdpa, eager, flex_attention ...), or packed: torch's
             variable-length kernel, without a mask. null: packed on a GPU in 16 bits, otherwise transformers' choice.
-        trust_remote_code: Run model code that comes with `path`. Set it only if you have read that code.
+        trust_remote_code: Run model code that comes with `path`. Set it only if you have read that code. For a
+            teacher, or a student that is measured: one that is trained has none, since checkpoints hold no code.
     """
 
     path: str | None = None
