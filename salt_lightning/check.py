@@ -66,7 +66,8 @@ class Check:
         try:
             return function(*args)
         except (ConfigError, OSError) as error:
-            self.findings += [Finding("error", about, problem) for problem in problems_of(str(error))]
+            problems = error.problems if isinstance(error, ConfigError) else [str(error)]
+            self.findings += [Finding("error", about, problem) for problem in problems]
             return None
 
     def works(self, about: str, function: Callable[..., Any], *args: Any) -> bool:

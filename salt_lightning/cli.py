@@ -208,7 +208,7 @@ class SALTCLI(LightningCLI):
                 self._instantiate()
                 break
             except ConfigError as error:
-                self.wrong += errors.of_others([str(error)], self.instead)
+                self.wrong += errors.of_others(error.problems, self.instead)
                 settled = to_defaults(str(error), self._settings(self.config), self._parser(self.subcommand))
                 if not settled:
                     refuse(errors.once(self.wrong))
@@ -232,7 +232,7 @@ class SALTCLI(LightningCLI):
             ours = re.findall(r"(?m)^\s*- (--.+)$", str(error))  # ConfigErrors that jsonargparse caught
             causes = re.findall(r"Problem with given class_path '(\S+)':\s+(.+)", str(error))
             said = re.sub(r"(?s)^Does not validate .*?Errors:\s+- |\s+- Expected a <class .*", "", str(error))
-            raise ConfigError("; ".join(ours or map(": ".join, causes)) or one_line(said)) from error
+            raise ConfigError(*(ours or [": ".join(cause) for cause in causes] or [one_line(said)])) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         config = self._settings(self.config)

@@ -23,14 +23,15 @@ class ConfigError(ValueError):
 
     exit_code = 2
 
-    def __init__(self, message: str) -> None:
-        super().__init__(printable(message))
+    def __init__(self, *messages: str) -> None:
+        self.problems = [printable(problem) for message in messages for problem in problems_of(message)]
+        super().__init__("; ".join(self.problems))
 
 
 def refuse(wrong: Iterable[str]) -> None:
     """Raises one ConfigError that lists all problems; does nothing if there are none."""
-    if said := "; ".join(wrong):
-        raise ConfigError(said)
+    if problems := list(wrong):
+        raise ConfigError(*problems)
 
 
 def wrong_kinds(takes: Callable[..., Any], given: Mapping[str, Any], prefix: str) -> list[str]:
@@ -85,7 +86,7 @@ def once(messages: Iterable[str]) -> list[str]:
 
 
 def problems_of(message: str) -> list[str]:
-    """The problems that `refuse` has put into one message."""
+    """The problems of a message in which several were joined: each but the first names its setting at once."""
     return re.split(r"; (?=--)", message)
 
 
@@ -97,13 +98,13 @@ def of_others(messages: Iterable[str], settled: Iterable[str]) -> list[str]:
 
 
 def raised(looks: Iterable[Callable[[], object]]) -> list[str]:
-    """The messages of the ConfigErrors that the calls raise."""
-    said = []
+    """The problems of the ConfigErrors that the calls raise."""
+    said: list[str] = []
     for look in looks:
         try:
             look()
         except ConfigError as error:
-            said.append(str(error))
+            said += error.problems
     return said
 
 
@@ -255,7 +256,7 @@ def say(error: Exception) -> int:
     message = str(error) if isinstance(error, ConfigError | NonFiniteLossError) else one_line(error)
     if isinstance(error, OSError) and error.filename is not None:
         message = f"{error.filename}: {error.strerror}"
-    lines = problems_of(message) if isinstance(error, ConfigError) else [message]
+    lines = error.problems if isinstance(error, ConfigError) else [message]
     print(file=sys.stderr)  # ends the line of a progress bar
     for line in lines:
         print(f"error: {printable(line)}", file=sys.stderr)

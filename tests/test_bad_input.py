@@ -797,6 +797,26 @@ def test_what_cannot_be_read_in_a_file_hides_nothing_else_in_it(settings, tmp_pa
     assert line.count("; --") == len(said) - 1, line
 
 
+def test_a_problem_that_does_not_begin_with_its_setting_has_a_line_of_its_own_too(
+    settings, tmp_path, monkeypatch, capsys
+):
+    own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, "data.blok_size": 8}
+    assert run(["validate", *arguments(settings, own)]) == 2
+    first, second = capsys.readouterr().err.strip().splitlines()
+    assert first == "error: --data.blok_size: there is no such setting; did you mean --data.block_size?"
+    assert second.startswith("error: validate needs --ckpt_path")
+
+    monkeypatch.setenv("RANK", "0")  # as an operator of Kubernetes does
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run(["fit", *arguments(settings, {**own, "data.val_rows": 0})]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert [line.split()[:2] for line in lines] == [
+        ["error:", "--data.blok_size:"],
+        ["error:", "--data.val_rows:"],
+        ["error:", "RANK"],
+    ], lines
+
+
 def test_of_two_classes_with_the_same_setting_the_one_with_the_value_is_named():
     said = "Parser key \"verbose\": Expected a <class 'bool'>. Got value: maybe"
     for other in ("true", "may", "be"):  # parts of the value, too
