@@ -307,7 +307,14 @@ ERRORS = {
         r"do not fill one row of --data.block_size 1000000; add",
     ),
     # --- tokenizers
-    "no tokenizer there": ({"data.tokenizer": "{bad}/folder"}, r"--data.tokenizer: cannot load '.*/folder'"),
+    "no tokenizer there": (
+        {"data.tokenizer": "{bad}/folder"},
+        r"--data.tokenizer: cannot load '.*/folder' \([^:]*\); give a folder, hub name or train$",
+    ),
+    "the folder of a run, for its tokenizer": (
+        {"data.tokenizer": "{bad}/of_a_run"},
+        r"--data.tokenizer: cannot load '(.*/of_a_run)' \([^:]*\); give \1/tokenizer$",
+    ),
     "a broken tokenizer": (
         {"data.tokenizer": "{bad}/broken_tokenizer"},
         r"--data.tokenizer: cannot load '.*_tokenizer'",
@@ -700,6 +707,7 @@ def bad(tmp_path_factory, teacher, settings) -> Path:
     for name, content in texts.items():
         (folder / name).write_bytes(content)
     (folder / "folder").mkdir()
+    (folder / "of_a_run" / "tokenizer").mkdir(parents=True)
     model = tiny("llama", vocab_size=320, max_position_embeddings=64).model
     model.save_pretrained(folder / "good")
     for name in (

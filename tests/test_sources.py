@@ -547,7 +547,7 @@ def test_a_folder_of_several_subsets_asks_for_one(tmp_path):
     assert names == [f"{tmp_path.name}:zh:train", f"{tmp_path.name}:th:train"]
     with pytest.raises(ConfigError, match="no split 'dev' in .*; there are: train"):
         read(f"{tmp_path}:zh:dev")
-    for part in ("[:2]", "[1:2]", "[10:]"):
+    for part in ("[:2]", "[1:2]", "[10:]", "[:10%]", "[-2:-1]"):
         with pytest.raises(ConfigError, match="has a slice, which only hub data sets can have; name the split alone"):
             read(f"{tmp_path}:train{part}")
 

@@ -56,7 +56,10 @@ def load_tokenizer(name: str, setting: str = "--data.tokenizer") -> PreTrainedTo
         files = os.listdir(folder) if os.path.isdir(folder) else []
         if "tokenizer.json" not in files and {"tokenizer.model", "tekken.json"}.intersection(files):
             allowed = "what AutoTokenizer's save_pretrained makes of it with the packages that it needs"
-        raise ConfigError(f"{setting}: cannot load {name!r} ({first_line(error)}); give {allowed}") from error
+        if os.path.isdir(os.path.join(folder, "tokenizer")):  # the folder of a run
+            allowed = os.path.join(name, "tokenizer")
+        why = first_line(error).partition(" from one of:")[0]  # a list that is not about this folder follows
+        raise ConfigError(f"{setting}: cannot load {name!r} ({why}); give {allowed}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError(f"{setting}: {name!r} has no tokenizer.json; save it as a fast tokenizer first")
     if tokenizer.eos_token_id is None:
