@@ -111,9 +111,10 @@ def no_such(name: str, known: list[str], prefix: str = "") -> str:
     others = [each for each in known if not name.startswith(f"{each}.")]
     near = difflib.get_close_matches(name, others, 3)
     misspelt = _resembling(name, near, 0.85, 0.8)
-    if instead := None if prefix or misspelt else _instead(name):
+    refused = next((last for each in misspelt if (last := each.removeprefix("trainer.")) in REFUSED), "")
+    if instead := None if prefix or (misspelt and not refused) else _instead(name):
         return f"{said}; {instead}"
-    if refused := next((last for each in misspelt if (last := each.removeprefix("trainer.")) in REFUSED), ""):
+    if refused:
         return f"{said}, and --trainer.{refused} cannot be set here: {in_brief(refused)}"
     ends = (f".{name}", f".{name.rpartition('.')[2]}")  # its group is left out, or another
     leaves = [each for each in others if not any(other.startswith(f"{each}.") for other in others)]
