@@ -25,7 +25,7 @@ from salt_lightning.export import check_target
 from salt_lightning.fit import cadence, device, extension, optim
 from salt_lightning.fit.restart import go_on_from, require_same
 from salt_lightning.hugging_face import attention
-from salt_lightning.hugging_face.spec import ModelSpec, family_config, resolved, shallow, unnamed_sizes
+from salt_lightning.hugging_face.spec import ModelSpec, fresh_config, resolved, shallow, unnamed_sizes
 from salt_lightning.hugging_face.token_ids import check_fit
 from salt_lightning.metrics import TokenMetrics
 from salt_lightning.models import CausalLM
@@ -361,7 +361,7 @@ def without_text(
         *(partial(kd.check, trainer, module.has_teacher, data) for kd in kd_callbacks(trainer)[:1]),
         *([partial(check_target, Path(export_to), "--checkpoint.export")] if export_to else ()),
         partial(models.check_path, student, "student", trains=True),
-        *([] if student.path else [partial(family_config, student)]),
+        *([] if student.path else [partial(fresh_config, student, data, before_text=True)]),
     ]
     if teaches:
         looks.append(partial(models.check_path, teacher, "teacher"))

@@ -255,14 +255,18 @@ def padded_vocab(num_ids: int) -> int:
     return -(-num_ids // 64) * 64
 
 
-def fresh_config(spec: ModelSpec, data: Any) -> PreTrainedConfig:
-    """The transformers config of a fresh model; sizes that are not given follow from the data."""
+def fresh_config(spec: ModelSpec, data: Any, before_text: bool = False) -> PreTrainedConfig:
+    """The transformers config of a fresh model; sizes that are not given follow from the data.
+
+    `before_text`: only to check the sizes, with stand-ins for what a tokenizer determines, before there is one.
+    """
     known = family_config(spec)
     positions = known.attribute_map.get(_POSITIONS, _POSITIONS)  # gpt2's n_positions
     defaults: dict[str, Any] = {}
     if data is not None:
-        defaults = dict.fromkeys(_SPECIAL_TOKENS, data.tokenizer.eos_token_id)
-        defaults["vocab_size"] = padded_vocab(data.vocab_size)
+        eos, num_ids = (0, 0) if before_text else (data.tokenizer.eos_token_id, data.vocab_size)
+        defaults = dict.fromkeys(_SPECIAL_TOKENS, eos)
+        defaults["vocab_size"] = padded_vocab(num_ids) or known.vocab_size
         if _POSITIONS not in spec.config:
             defaults[positions] = data.block_size
     ropes = None if _is_whole(spec.config) else spec.config.get("rope_parameters")
@@ -278,10 +282,10 @@ def fresh_config(spec: ModelSpec, data: Any) -> PreTrainedConfig:
             f"and {spec.family} would use {config.vocab_size}; set it"
         )
     if data is not None:
-        if config.vocab_size < data.vocab_size:
+        if config.vocab_size < num_ids:
             raise ConfigError(
                 f"--model.student.config.vocab_size {config.vocab_size} is smaller than the tokenizer's "
-                f"{data.vocab_size}; set at least that, or leave it out"
+                f"{num_ids}; set at least that, or leave it out"
             )
         named = positions if positions in spec.config else _POSITIONS
         check_positions(config, f"--model.student.config.{named}", data)
