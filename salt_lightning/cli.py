@@ -1,7 +1,6 @@
 """The command line: LightningCLI with fit, validate, test and predict, and the verbs that need no trainer."""
 
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +26,7 @@ from salt_lightning.command.resume import resolve, settings_held
 from salt_lightning.command.streams import steady_streams
 from salt_lightning.comparison.report import evaluation
 from salt_lightning.data import SALTDataModule
-from salt_lightning.errors import ConfigError, NonFiniteLossError, Stopped, one_line, printable, raised, refuse, say
+from salt_lightning.errors import ConfigError, NonFiniteLossError, Stopped, printable, raised, refuse, say
 from salt_lightning.fit import device
 from salt_lightning.fit.restart import replace_lost_start
 from salt_lightning.models import check_path, read_checkpoint
@@ -228,11 +227,8 @@ class SALTCLI(LightningCLI):
                 super().instantiate_classes()
         except ConfigError:
             raise
-        except (ValueError, ImportError) as error:  # from a class that the user named
-            ours = re.findall(r"(?m)^\s*- (--.+)$", str(error))  # ConfigErrors that jsonargparse caught
-            causes = re.findall(r"Problem with given class_path '(\S+)':\s+(.+)", str(error))
-            said = re.sub(r"(?s)^Does not validate .*?Errors:\s+- |\s+- Expected a <class .*", "", str(error))
-            raise ConfigError(*(ours or [": ".join(cause) for cause in causes] or [one_line(said)])) from error
+        except (ValueError, ImportError) as error:
+            raise ConfigError(*settings.of_classes(error)) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         config = self._settings(self.config)

@@ -825,6 +825,33 @@ def test_a_problem_that_does_not_begin_with_its_setting_has_a_line_of_its_own_to
     ], lines
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"hidden_size": 33}, "not a multiple of the number of attention heads"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, r"Missing required keys in .*'factor'"),
+        ({"max_position_embeddings": 8}, "max_position_embeddings 8 is smaller than --data.block_size"),
+    ],
+)
+def test_sizes_that_need_no_tokenizer_are_refused_before_the_text_is_prepared(wrong, said, settings, tmp_path, capsys):
+    own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, "model.student.config": {**NARROW, **wrong}}
+    own |= {"data.cache_dir": str(tmp_path / "cache"), "data.tokenizer": "train", "model.optim.warmup_steps": 999}
+    assert run(["fit", *arguments(settings, own)]) == 2
+    assert re.search(rf"^error: --model.optim.warmup_steps 999 .*; --model.student.config.*{said}", error_of(capsys))
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("callbacks", [0, [0], ["LearningRateMonitor", 0]], ids=str)
+def test_what_a_class_refuses_is_told_with_its_setting_and_all_else(callbacks, settings, tmp_path, capsys):
+    early = {"class_path": "EarlyStopping", "init_args": {"monitor": "val/ce", "mode": "foo"}}
+    given = early if callbacks == 0 else [each or early for each in callbacks]
+    own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, "trainer.callbacks": given, "data.block_size": 1}
+    assert run(["fit", *arguments(settings, own)]) == 2
+    assert error_of(capsys).startswith(
+        "error: --trainer.callbacks EarlyStopping: `mode` can be min, max, got foo; --data.block_size: 1 must be"
+    )
+
+
 def test_of_two_classes_with_the_same_setting_the_one_with_the_value_is_named():
     said = "Parser key \"verbose\": Expected a <class 'bool'>. Got value: maybe"
     for other in ("true", "may", "be"):  # parts of the value, too
@@ -1059,7 +1086,7 @@ CONFIGS = {
     ),
     "a keyword that a class does not take": (
         b"trainer: {logger: {class_path: CSVLogger, init_args: {save_dir: x}, dict_kwargs: {a: 1}}}\n",
-        r"error: CSVLogger.__init__\(\) got an unexpected keyword argument 'a'$",
+        r"error: --trainer.logger CSVLogger: CSVLogger.__init__\(\) got an unexpected keyword argument 'a'; --data",
     ),
     "text with colons for groups": (
         b"data: a:b:c\nmodel: {teacher: org:x}\nkd: '{weight:1}'\n",

@@ -286,6 +286,27 @@ def of_lightning(error: Exception, trainer: Namespace, wrong: Iterable[str]) -> 
     return next(ours, f"{setting}: {one_line(error)}")
 
 
+# Lightning's package of classes -> the setting of its trainer that takes one or some of them
+_TAKES = {
+    "callbacks": "callbacks", "loggers": "logger", "plugins": "plugins", "profilers": "profiler",
+    "strategies": "strategy",
+}  # fmt: skip
+
+
+def of_classes(error: Exception) -> list[str]:
+    """The problems in an error of jsonargparse about classes that the user named and that cannot be made."""
+    text = str(error)
+    if ours := re.findall(r"(?m)^\s*- (--.+)$", text):  # ConfigErrors that it caught
+        return ours
+    package = re.search(r"Subtypes: .*?\blightning\.pytorch\.(\w+)\.", text)
+    asked = re.search(r"Namespace\(class_path='(?:\w+\.)*(\w+)'", text)  # what was made before is no Namespace any more
+    if not package or package[1] not in _TAKES or not asked:
+        return [one_line(text)]
+    tried = re.findall(r"(?m)^  - (?:Problem with given class_path '\S+':\n\s+)?(.+)$", text)
+    causes = [cause for cause in tried if not cause.startswith(("Expected a <class ", "Not a valid subclass "))]
+    return [f"--trainer.{_TAKES[package[1]]} {asked[1]}: {cause}" for cause in causes] or [one_line(text)]
+
+
 def wrong_data(data: Any) -> list[str]:
     """Every setting of a SALTDataModule that is out of range."""
     vocab_fits = data.tokenizer_name != "train" or 257 <= data.trained_vocab_size < 2**31
