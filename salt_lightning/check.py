@@ -323,6 +323,8 @@ class Check:
             self.add("ok", "micro-batch", said)
             return
         remedy = f"--data.micro_batch_size {fitting}" if fitting else "more devices, with --config configs/fsdp.yaml"
+        if not fitting and fit.peaks(2)[0].total - fit.peaks(1)[0].total > _usable(limit):
+            remedy = "a smaller --data.block_size"  # sharding does not divide the activations of a row
         if not self.module.hparams["activation_checkpointing"]:
             remedy += ", or --model.activation_checkpointing true"
         said = f"--data.micro_batch_size {data.micro_batch_size} does not fit: {said}"

@@ -550,6 +550,24 @@ def test_one_finding(checked, overrides, about, level, says, request):
     assert code == (level == "error")
 
 
+WIDE = {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+
+
+@pytest.mark.parametrize(
+    ("own", "remedy"),
+    [
+        ({"data.block_size": 1024}, "a smaller --data.block_size"),  # the activations of a row alone are too large
+        ({"data.block_size": 8, "model.student.config": WIDE}, "more devices, with --config configs/fsdp.yaml"),
+    ],
+    ids=str,
+)
+def test_what_helps_where_not_one_row_fits(checked, own, remedy):
+    code, found = checked(**own, **{"check.memory_gib": 0.7505})  # of which 0.75 GiB are for libraries
+    level, said = of(found, "micro-batch")
+    assert (code, level) == (1, "error")
+    assert re.search(rf"largest that fits: none.* {remedy}, or --model.activation_checkpointing true", said), said
+
+
 def test_on_a_cpu_the_memory_is_what_a_container_is_granted(checked, tmp_path, monkeypatch):
     (tmp_path / "memory.max").write_text(f"{770 << 20}\n")  # of which 0.75 GiB are for libraries
     monkeypatch.setattr(processes._cgroups, "__defaults__", (tmp_path, tmp_path / "none"))
