@@ -20,7 +20,7 @@ from torch import Tensor
 from salt_lightning import flops, memory, models, parallel, preflight
 from salt_lightning.checkpoint import savers
 from salt_lightning.data import SALTDataModule
-from salt_lightning.errors import ConfigError, counted, of_others, one_line, problems_of, raised
+from salt_lightning.errors import ConfigError, counted, of_others, one_line, raised
 from salt_lightning.export import check_target
 from salt_lightning.fit import cadence, device, extension, optim
 from salt_lightning.fit.restart import go_on_from, require_same
@@ -394,7 +394,7 @@ def report(check: Check, wrong: Iterable[str], refused: bool, teaches: bool) -> 
     """
     if not refused and check.trainer.max_steps < 1:  # it has no phases, and reads no rows
         wrong, refused = [*wrong, *besides((), check.module, check.data, check.trainer, teaches)], True
-    check.findings += [Finding("error", "settings", said) for message in wrong for said in problems_of(message)]
+    check.findings += [Finding("error", "settings", said) for said in wrong]
     rest = Finding("note", "the rest", "text, models, memory and disk: checked once this is fixed")
     check.findings = [*check.findings, rest] if refused else once_each(check.run())
     if not writes_elsewhere():

@@ -23,8 +23,8 @@ class ConfigError(ValueError):
 
     exit_code = 2
 
-    def __init__(self, *messages: str) -> None:
-        self.problems = [printable(problem) for message in messages for problem in problems_of(message)]
+    def __init__(self, *problems: str) -> None:
+        self.problems = list(map(printable, problems))
         super().__init__("; ".join(self.problems))
 
 
@@ -85,16 +85,10 @@ def once(messages: Iterable[str]) -> list[str]:
     return kept
 
 
-def problems_of(message: str) -> list[str]:
-    """The problems of a message in which several were joined: each but the first names its setting at once."""
-    return re.split(r"; (?=--)", message)
-
-
 def of_others(messages: Iterable[str], settled: Iterable[str]) -> list[str]:
     """Drops problems that name a setting of `settled`: it was reset to its default, which the user did not give."""
     named = re.compile("|".join(rf"--{re.escape(name)}(?!\w)" for name in settled) or r"(?!)")
-    kept = ("; ".join(part for part in problems_of(each) if not named.search(part)) for each in messages)
-    return [said for said in kept if said]
+    return [each for each in messages if not named.search(each)]
 
 
 def raised(looks: Iterable[Callable[[], object]]) -> list[str]:

@@ -395,6 +395,11 @@ def check_path(spec: ModelSpec, name: str, trains: bool = False) -> None:
     else:
         with loading(spec, name):
             folders.check_hub(spec.path, setting, spec.revision or "main", trusted)
+    if trains and spec.trust_remote_code:  # its own code would train, and that of transformers would load what it wrote
+        raise ConfigError(
+            "--model.student.trust_remote_code true: checkpoints hold no code, and transformers has its own for this "
+            "model; leave it out"
+        )
 
 
 def read_checkpoint(path: str, setting: str) -> dict[str, Any]:

@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import arguments, weights
+from conftest import arguments, error_of, weights
 from families import tiny
 from ranks import launch
-from test_cli import one_line
 from test_examples import TEMPLATE, chat_tokenizer, turn
 from test_parallel import DDP, FSDP2
 from test_prepare import byte_tokenizer
@@ -333,7 +332,7 @@ def test_it_is_told_how_often_the_part_to_compare_is_found(learned, caplog):
 )
 def test_what_cannot_be_tested_is_refused(own, message, learned, capsys):
     assert cli.main(["test", *arguments(learned, own)]) == 2
-    assert re.search(message, one_line(capsys))
+    assert re.search(message, error_of(capsys))
 
 
 def test_a_prompt_near_the_end_of_a_row_gets_what_is_left(learned, monkeypatch):
@@ -413,7 +412,7 @@ def test_answers_that_are_special_tokens_are_compared(settings, tmp_path, caplog
     tokenizer.chat_template = TEMPLATE.replace("m.content", "m.content | trim")
     tokenizer.save_pretrained(tmp_path / "chat")
     assert cli.main(["test", *arguments(merged, same)]) == 2
-    assert "'<|yes|>' and '<|yes|> ' are the same tokens" in one_line(capsys)
+    assert "'<|yes|>' and '<|yes|> ' are the same tokens" in error_of(capsys)
 
 
 def test_an_answer_that_the_tokenizer_does_not_know_is_never_exact(settings, tmp_path, caplog):

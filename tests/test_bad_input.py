@@ -379,6 +379,10 @@ ERRORS = {
         {"kd.weight": 0.0, "model.student.path": "{bad}/code", "model.student.trust_remote_code": True},
         r"code needs model code that comes with it .*; to train it, use a model type of transformers: checkpoints hold",
     ),
+    "a student whose code could be trusted, but is not in its checkpoints": (
+        {"kd.weight": 0.0, "model.student.path": "{bad}/good", "model.student.trust_remote_code": True},
+        r"^error: --model.student.trust_remote_code true: checkpoints hold no code, [^;]*; leave it out$",
+    ),
     "a teacher of a broken config": (
         {"kd.steps": 6, "model.teacher.path": "{bad}/json"},
         r"json/config.json is not valid JSON",
@@ -852,6 +856,12 @@ def test_what_a_class_refuses_is_told_with_its_setting_and_all_else(callbacks, s
     )
 
 
+def test_a_value_may_look_like_the_beginning_of_another_problem(settings, tmp_path, capsys):
+    own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, "data.source": "none; --data.seed"}
+    assert run(["fit", *arguments(settings, own)]) == 2
+    assert capsys.readouterr().err.count("error: ") == 1
+
+
 def test_of_two_classes_with_the_same_setting_the_one_with_the_value_is_named():
     said = "Parser key \"verbose\": Expected a <class 'bool'>. Got value: maybe"
     for other in ("true", "may", "be"):  # parts of the value, too
@@ -1073,11 +1083,6 @@ CONFIGS = {
         r"--config .*c.yaml, line 1, column 25: not valid YAML \([^;]*\); put a value that begins with \* in quotes$",
     ),
     "no space after a colon": (b"kd:\n  weight:0.5\n", r"--kd weight:0.5 must be [^;]*; put a space after each colon;"),
-    "nothing, said as no, and true where only text or null may be": (
-        b"ckpt_path: no\ncheckpoint: {export: true}\n",
-        r"error: --ckpt_path false must be text or Path or null; for none, give null; --checkpoint.export true must be "
-        r"text or null; --data",
-    ),
     "classes as in Python and as in other tools": (
         b"trainer: {callbacks: [LearningRateMonitor(), EarlyStopping], logger: wandb}\n",
         r"--trainer.callbacks \['LearningRateMonitor\(\)', 'EarlyStopping'\] must be Callback or null; give a class as "
@@ -1101,8 +1106,9 @@ CONFIGS = {
     ),
     "text that YAML takes for numbers and false": (
         b"run: 001\nmodel: {teacher: {revision: 123456}}\ndata: {subset: no}\n",
-        r"error: --run 1 must be text; in a file, put it in quotes; --data.subset false must be text or null; for "
-        r"none, give null; --model.teacher.revision 123456 must be text or null; in a file, put it in quotes; ",
+        r"error: --run 1 must be text; in a file, put it in quotes; --data.subset false must be text or null; in a "
+        r"file, put it in quotes, or give null for none; "
+        r"--model.teacher.revision 123456 must be text or null; in a file, put it in quotes; ",
     ),
     "a duration that is a number": (
         b"trainer: {max_time: 90}\n",

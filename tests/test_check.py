@@ -443,11 +443,12 @@ def test_the_parser_tells_all_of_a_file_and_a_command_line(settings, tmp_path, c
     assert "--data.source: 'a' matches no file" in err  # what cannot work, besides what cannot be read
 
 
-def test_a_wrong_setting_takes_no_further_word_with_it(settings, capsys):
-    assert cli.main(["fit", *arguments(settings), "--trainer.max_steps=x", "stray"]) == 2
+@pytest.mark.parametrize("typed", [["--trainer.max_steps=x"], ["--trainer.max_steps", "x"]], ids=str)
+def test_a_wrong_setting_takes_no_further_word_with_it(typed, settings, capsys):
+    assert cli.main(["fit", *arguments(settings), *typed, "stray"]) == 2
     err = capsys.readouterr().err
     assert "--trainer.max_steps x must be a whole number" in err
-    assert "unrecognized arguments: stray" in err
+    assert "\nerror: unrecognized arguments: stray\n" in err
 
 
 def test_a_file_of_settings_that_a_file_names_is_no_second_problem(settings, tmp_path, capsys):

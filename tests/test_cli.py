@@ -157,7 +157,7 @@ def test_names_of_other_tools_are_answered_with_settings_that_exist(capsys):
         ),
         ("trainer.min_epoch", ", and --trainer.min_epochs cannot be set here: use --trainer.min_steps"),
         ("model.hidden_size", "use --model.student.config.hidden_size"),
-        ("model.student.n_embd", "use --model.student.config.n_embd"),
+        ("model.student.n_embd", "use --model.student.config.hidden_size"),
         ("model.teacher.hidden_size", "(see --help)"),
         ("eval.max_iters", "(see --help)"),
         ("kd.los", "(see --help)"),

@@ -40,6 +40,7 @@ from salt_lightning.errors import ConfigError
 from salt_lightning.fit.cadence import accumulation
 from salt_lightning.selection import KeepRule
 from salt_lightning.text.token_files import Block, SplitWriter, TokenFiles, no_counts, sealed
+from salt_lightning.text.tokenizer import num_ids, tokenizer_fingerprint
 
 EOS = 0
 
@@ -308,6 +309,19 @@ def ready(data: SALTDataModule, stage: str = "fit") -> SALTDataModule:
     data.prepare_data()
     data.setup(stage)
     return data
+
+
+def test_a_vocabulary_is_read_once_until_it_grows(make, monkeypatch):
+    """Every save stores its fingerprint."""
+    tokenizer, asked = ready(make()).tokenizer, []
+    of_vocabulary = type(tokenizer).get_vocab
+    monkeypatch.setattr(type(tokenizer), "get_vocab", lambda self: asked.append(self) or of_vocabulary(self))
+    before = [(tokenizer_fingerprint(tokenizer), num_ids(tokenizer)) for _ in range(3)]
+    assert len(set(before)) == 1
+    assert len(asked) <= 1
+    tokenizer.add_tokens(["a word that it does not have"])
+    assert num_ids(tokenizer) == before[0][1] + 1
+    assert tokenizer_fingerprint(tokenizer) != before[0][0]
 
 
 def test_all_wrong_settings_are_named_at_once():

@@ -16,13 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import StopAt, arguments, scalars, weights
+from conftest import StopAt, arguments, error_of, scalars, weights
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import Callback
 from ranks import Spy, run
-from test_cli import one_line
 from test_prepare import byte_tokenizer, contents, small_steps, stop_after
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch.nn import functional as F
@@ -989,7 +988,7 @@ def test_errors_are_one_line_and_name_setting_and_column(case, settings, tokeniz
         base["data.tokenizer"] = str(tmp_path / "chat")
         chat_tokenizer().save_pretrained(tmp_path / "chat")
     assert cli.main(["fit", *arguments(settings, base, own)]) == 2
-    line = one_line(capsys)
+    line = error_of(capsys)
     assert re.search(message, line), line
 
 
@@ -1031,7 +1030,7 @@ def test_what_does_not_fit_examples_is_refused(own, message, sft, tmp_path, caps
         (tmp_path / name).write_text(content)
     own = {key: str(tmp_path / value) if value in files else value for key, value in own.items()}
     assert cli.main(["fit", *arguments(sft, {"run": str(tmp_path / "run")}, own)]) == 2
-    assert re.search(message, one_line(capsys))
+    assert re.search(message, error_of(capsys))
 
 
 # --- training on them ---

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import ranks
 import torch
-from conftest import arguments, built, scalars
+from conftest import arguments, built, error_of, scalars
 from lightning.fabric.plugins.environments import KubeflowEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
@@ -809,12 +809,11 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_does_not_fit_is_refused_in_one_line(case, settings, tmp_path, capsys):
+def test_what_does_not_fit_is_refused(case, settings, tmp_path, capsys):
     own, message = REFUSED[case]
     fits = {"kd.weight": 0.0, "run": str(tmp_path / "run"), "data.micro_batch_size": 2}
     assert cli.main(["fit", *arguments(settings, fits, own)]) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error == f"error: {message}"
+    assert error_of(capsys) == f"error: {message}"
     assert not (tmp_path / "run").exists()
 
 
@@ -872,7 +871,7 @@ def test_a_name_alone_that_cannot_be_built_is_refused_beside_what_else_is_wrong(
     assert cli.main(["fit", *arguments(settings, own)]) == 2
     shown = re.escape(name.rpartition(".")[2])
     said = rf"^error: --trainer.strategy \S*{shown} is not supported; use .*; --data.block_size: 0 must be"
-    assert re.search(said, capsys.readouterr().err, re.MULTILINE)
+    assert re.search(said, error_of(capsys))
 
 
 def test_processes_of_srun_that_would_each_train_alone_are_refused(settings, tmp_path, capsys, monkeypatch):

@@ -25,7 +25,7 @@ from salt_lightning.command.command_line import (
 )
 from salt_lightning.command.settings import GROUPS, REFUSED, as_yaml, in_brief, wrong_precision
 from salt_lightning.command.wrong_names import no_such
-from salt_lightning.errors import ConfigError, problems_of, program, raised, refuse
+from salt_lightning.errors import ConfigError, program, raised, refuse
 
 _TYPES = {
     "int": "a whole number",
@@ -94,11 +94,15 @@ class Parser(LightningArgumentParser):
             others = raised(partial(asked.parse_args, [word], defaults=False) for word in alone)
         finally:
             asked._one_by_one = False
-        raise Unreadable("; ".join(dict.fromkeys([said, *others])))
+        raise Unreadable(*dict.fromkeys([said, *others]))
 
 
 class Unreadable(SystemExit):
     """Settings that cannot be read. Not an Exception: jsonargparse would take one for a wrong class, and say less."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = problems
 
 
 @contextmanager
@@ -107,7 +111,7 @@ def readable() -> Iterator[None]:
     try:
         yield
     except Unreadable as error:
-        raise ConfigError(str(error)) from None
+        raise ConfigError(*error.problems) from None
     except UnicodeDecodeError as error:  # jsonargparse has read the file that a value of a group names
         raise ConfigError(
             "a file is named where a mapping of settings belongs (model, model.teacher, data, kd ...), and it is not "
@@ -138,11 +142,11 @@ def parse(parsers: Sequence[LightningArgumentParser], args: list[str]) -> tuple[
                 return config, given, ignored + problems + misread(args, given) + _nulls(config, parser)
             except Unreadable as error:
                 if problems and _NO_MAPPING in str(error):  # of a file named in a file: no longer beside it
-                    raise Unreadable("; ".join(ignored + problems)) from None
-                problems += problems_of(str(error))
+                    raise Unreadable(*ignored, *problems) from None
+                problems += error.problems
                 left = _without(args, _begun(str(error)))
                 if left == args:
-                    raise Unreadable("; ".join(dict.fromkeys(ignored + problems))) from None
+                    raise Unreadable(*dict.fromkeys(ignored + problems)) from None
                 args = left
                 Parser.remember(args)
 
@@ -180,7 +184,7 @@ def _without(args: list[str], wrong: list[str]) -> list[str]:
             word = f"--config={yaml.safe_dump(left, default_flow_style=True, width=sys.maxsize)}"
         if not drops:
             kept.append(word)
-        drops = drops and not (joined and name.startswith("--"))  # the next word is no part of it
+        drops = drops and name.startswith("--") and not joined  # the next word is its value
     return kept
 
 
@@ -375,10 +379,9 @@ def _must_be(name: str, value: str, types: str) -> str:
         types = "a whole number"  # its type has true and false, too, which are refused
     if name == "--trainer.max_time":  # text of another form is refused later
         types = "DD:HH:MM:SS in quotes, a mapping such as {hours: 12}, or null"
-    if value in ("true", "false") and types.endswith("null"):
-        remedy = "; for none, give null" if value == "false" else ""
-    elif "text" in types and "number" not in types and re.fullmatch(r"true|false|inf|nan|[-+\d.e]+", value):
-        remedy = "; in a file, put it in quotes"
+    if "text" in types and "number" not in types and re.fullmatch(r"true|false|inf|nan|[-+\d.e]+", value):
+        or_null = value == "false" and types.endswith("null")  # a language, no, or nothing
+        remedy = f"; in a file, put it in quotes{', or give null for none' if or_null else ''}"
     elif types.endswith("mapping") and value.startswith("{"):
         remedy = ", '{NAME: VALUE, ...}', in quotes and with a space after each colon"
     return f"{name} {value} must be {types}{remedy}"

@@ -297,7 +297,7 @@ def of_classes(error: Exception) -> list[str]:
     """The problems in an error of jsonargparse about classes that the user named and that cannot be made."""
     text = str(error)
     if ours := re.findall(r"(?m)^\s*- (--.+)$", text):  # ConfigErrors that it caught
-        return ours
+        return [problem for joined in ours for problem in re.split(r"; (?=--)", joined)]
     package = re.search(r"Subtypes: .*?\blightning\.pytorch\.(\w+)\.", text)
     asked = re.search(r"Namespace\(class_path='(?:\w+\.)*(\w+)'", text)  # what was made before is no Namespace any more
     if not package or package[1] not in _TAKES or not asked:

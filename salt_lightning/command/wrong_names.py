@@ -97,10 +97,13 @@ _OF_A_MODEL = {
     "attention": ("attn_implementation", "use_flash_attention", "flash_attention", "flash_attn"),
     "trust_remote_code": ("trust_remote_code",),
 }
-_SIZES = (
-    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
-    *("n_layer", "n_head", "n_embd", "d_model"),
-)
+# Sizes of a model, by the names that the configs of all families take.
+_SIZES = {
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model"), "hidden_size"),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers"), "num_hidden_layers"),
+    **dict.fromkeys(("num_attention_heads", "n_head", "num_heads"), "num_attention_heads"),
+    **{name: name for name in ("intermediate_size", "num_key_value_heads")},
+}
 _PART = {name: ours for ours, names in _OF_A_MODEL.items() for name in names}
 _OF_BOTH = {"trust_remote_code", "model_revision", *_OF_A_MODEL["attention"]}
 
@@ -141,5 +144,5 @@ def _instead(name: str) -> str | None:
     if last in _PART and (models or last in _OF_BOTH):
         return f"use {' or '.join(f'--model.{model}.{_PART[last]}' for model in models or ('student', 'teacher'))}"
     if last in _SIZES and models != ["teacher"]:  # its sizes come with it
-        return f"use --model.student.config.{last}"
+        return f"use --model.student.config.{_SIZES[last]}"
     return None if models or group.startswith("eval") else _INSTEAD.get(last)

@@ -187,7 +187,8 @@ def family_config(spec: ModelSpec) -> PreTrainedConfig:
             raise ConfigError(
                 f"{setting}: transformers has no such model type; use e.g. llama, gpt2 or qwen3"
             ) from None
-    if (text := known.get_text_config()) is not known:
+        text = known.get_text_config()  # refused where there are several
+    if text is not known:
         raise ConfigError(
             f"{setting} is not a text-only model; use --model.student.family {text.model_type}, its text part"
         )

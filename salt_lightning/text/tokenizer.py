@@ -7,6 +7,7 @@ import time
 import unicodedata
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import lru_cache
 from itertools import chain, takewhile
 from typing import Any
 
@@ -71,12 +72,18 @@ def load_tokenizer(name: str, setting: str = "--data.tokenizer") -> PreTrainedTo
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of the token -> id map: models whose tokenizers share it understand each other's ids."""
-    return digest(sorted(tokenizer.get_vocab().items()))
+    return _vocabulary(tokenizer, len(tokenizer))[0]
 
 
 def num_ids(tokenizer: PreTrainedTokenizerBase) -> int:
     """All ids are below this number. It may exceed the number of tokens: some vocabularies have gaps."""
-    return max(len(tokenizer), *(i + 1 for i in tokenizer.get_vocab().values()))
+    return _vocabulary(tokenizer, len(tokenizer))[1]
+
+
+@lru_cache(maxsize=2)  # every save asks, and 256,000 tokens take most of a second
+def _vocabulary(tokenizer: PreTrainedTokenizerBase, num_tokens: int) -> tuple[str, int]:
+    vocabulary = tokenizer.get_vocab()
+    return digest(sorted(vocabulary.items())), max(num_tokens, *(i + 1 for i in vocabulary.values()))
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
