@@ -455,6 +455,11 @@ ERRORS = {
         {"kd.steps": 6, "model.teacher.path": MISSING},
         rf"--model.teacher.path {MISSING} does not exist",
     ),
+    "text at an address": (
+        {"data.source": "s3://bucket/text.jsonl", "data.val_source": "hf://datasets/owner/name"},
+        r"--data.source: 's3://bucket/text.jsonl' is an address, which is not read; download it, [^;]*; "
+        "--data.val_source: 'hf://datasets/owner/name' is an address",
+    ),
     "a source that matches nothing": ({"data.source": "no/*.jsonl"}, r"--data.source.*no/\*.jsonl.* matches no file"),
     "an empty corpus": (
         {"data.source": "{bad}/empty.jsonl"},

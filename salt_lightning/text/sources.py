@@ -152,6 +152,11 @@ def _resolve_one(setting: str, entry: str, name: str, hub: Hub) -> list[Group]:
         return [Group(name, "hub", hub_name=hub_name, hub=part)]
     special = "matches only folders, no file" if all(map(os.path.isdir, there)) else "is not a regular file"
     what = special if there else "matches no file"
+    if not there and "://" in entry:
+        raise ConfigError(
+            f"{setting}: {entry!r} is an address, which is not read; download it, or give a folder where that storage "
+            "is mounted, or a hub data set as owner/name"
+        )
     raise ConfigError(
         f"{setting}: {entry!r} {what}; give a file, a folder, a glob such as 'books/**/*.txt', "
         "or a hub data set 'owner/name', 'owner/name:split', 'owner/name:subset:split' or 'owner/name@revision' (for "
