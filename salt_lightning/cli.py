@@ -90,7 +90,7 @@ class SALTCLI(LightningCLI):
         self.instead = named(self.wrong)
         if config.get("ckpt_path") or "config" in self.instead:  # --cofnig FILE: all of the file is missing
             refuse(self.wrong)
-        to_defaults("; ".join(self.wrong), config, self._parser(self.config.get("subcommand")))
+        to_defaults(self.wrong, config, self._parser(self.config.get("subcommand")))
 
     def _settings(self, config: Namespace) -> Namespace:
         subcommand = config.get("subcommand")
@@ -145,7 +145,7 @@ class SALTCLI(LightningCLI):
         reset = [*absent, "--trainer.devices", "--trainer.strategy"] if absent else []
         if config.trainer.fast_dev_run:  # it would set max_steps, for which other settings are then too long
             reset.append("--trainer.fast_dev_run")
-        self.instead |= to_defaults("; ".join(reset), config, self._parser(self.subcommand))
+        self.instead |= to_defaults(reset, config, self._parser(self.subcommand))
 
     def refuse(self) -> None:
         if self.wrong and not self.instead and self.subcommand == "fit":
@@ -208,7 +208,7 @@ class SALTCLI(LightningCLI):
                 break
             except ConfigError as error:
                 self.wrong += errors.of_others(error.problems, self.instead)
-                settled = to_defaults(str(error), self._settings(self.config), self._parser(self.subcommand))
+                settled = to_defaults(error.problems, self._settings(self.config), self._parser(self.subcommand))
                 if not settled:
                     refuse(errors.once(self.wrong))
                 self.instead |= settled

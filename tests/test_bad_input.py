@@ -455,6 +455,10 @@ ERRORS = {
         {"kd.steps": 6, "model.teacher.path": MISSING},
         rf"--model.teacher.path {MISSING} does not exist",
     ),
+    "text of a class that begins like a mapping, and is none": (
+        {"trainer.logger": "CSVLogger", "trainer.logger.save_dir": "x", "trainer.logger.prefix": "{", "kd.weight": 2},
+        r"^error: --kd.weight 2.0 must be [^;]*$",
+    ),
     "text at an address": (
         {"data.source": "s3://bucket/text.jsonl", "data.val_source": "hf://datasets/owner/name"},
         r"--data.source: 's3://bucket/text.jsonl' is an address, which is not read; download it, [^;]*; "

@@ -99,33 +99,38 @@ def no_mapping(name: str, value: str, known: Iterable[str]) -> str:
 def misread(args: list[str], given: Namespace) -> list[str]:
     """Problems with typed values that YAML has read as comments, and so as null, or as other numbers, also within."""
     found = given[given.subcommand] if given.get("subcommand") else given
-    typed = [(f"--{name}", value, found[name]) for name, value in typed_in(args) if name in found]
     comments = [
-        f"{name} {value!r} is a comment in YAML, so it reads as null; give null, or a value"
-        for name, value, read in typed
-        if value.lstrip().startswith("#") and read is None
+        f"--{name} {value!r} is a comment in YAML, so it reads as null; give null, or a value"
+        for name, value in typed_in(args)
+        if value.lstrip().startswith("#") and name in found and found[name] is None
     ]
     return comments + [
         f"--{name}: {said}"
         for name, value in typed_in(args)
         if (name in found or value.startswith(("[", "{"))) and not isinstance(found.get(name), str)
-        for _, said in _other_numbers(value)
+        for _, said in _other_numbers(_scalars(value))
     ]
 
 
 _OTHER = re.compile(r"[-+]?(0[0-7_]+|[\d_]+(:[0-5]?\d)+(\.[\d_]*)?)")  # numbers in base 8 and parts of 60, in YAML
 
 
-def _other_numbers(text: str) -> Iterator[tuple[int, str]]:
-    """(line, problem) of each number that YAML reads as another one than it seems to be."""
+def _scalars(text: str) -> list[Any]:
+    """YAML's events of single values and keys; none of text that is no YAML."""
     with suppress(yaml.YAMLError):
-        for event in yaml.parse(text):
-            if not isinstance(event, yaml.ScalarEvent) or not event.implicit[0] or not _OTHER.fullmatch(event.value):
-                continue
-            value, read, at = event.value, yaml.safe_load(event.value), event.start_mark
-            if isinstance(read, int | float) and (":" in value or int(value.replace("_", "")) != read):
-                remedy = "write a number without colons or zeros before it, and text in quotes"
-                yield at.line + 1 if at else 1, f"{value} reads as {read} in YAML; {remedy}"
+        return [event for event in yaml.parse(text) if isinstance(event, yaml.ScalarEvent)]
+    return []
+
+
+def _other_numbers(scalars: Iterable[Any]) -> Iterator[tuple[int, str]]:
+    """(line, problem) of each number that YAML reads as another one than it seems to be."""
+    for scalar in scalars:
+        if not scalar.implicit[0] or not _OTHER.fullmatch(value := scalar.value):
+            continue
+        read = yaml.safe_load(value)
+        if isinstance(read, int | float) and (":" in value or int(value.replace("_", "")) != read):
+            remedy = "write a number without colons or zeros before it, and text in quotes"
+            yield scalar.start_mark.line + 1, f"{value} reads as {read} in YAML; {remedy}"
 
 
 def configs_first(args: list[str]) -> list[str]:
@@ -170,7 +175,7 @@ def _check_config(path: str, known: list[str], ignored: list[str]) -> None:
     try:
         text = text_of(path)
         node = yaml.compose(text, yaml.SafeLoader)
-        scalars: list[Any] = [event for event in yaml.parse(text) if isinstance(event, yaml.ScalarEvent)]
+        scalars = _scalars(text)
         yaml.safe_load(text)  # for tags and values that do not suit theirs
         keys = list(_keys(node, ""))
     except RecursionError as error:
@@ -197,9 +202,8 @@ def _check_config(path: str, known: list[str], ignored: list[str]) -> None:
         if value.tag.endswith(":null") and any(name.startswith(f"{key.value}.") for name in known)
     ]
     ignored += [no_such(name, known) for name in _empty(node, "") if not _means(name, known)]
-    refuse(
-        f"{setting}, line {line}: {problem}" for line, problem in sorted([*empty, *_twice(keys), *_other_numbers(text)])
-    )
+    found = sorted([*empty, *_twice(keys), *_other_numbers(scalars)])
+    refuse(f"{setting}, line {line}: {problem}" for line, problem in found)
 
 
 def _means(name: str, known: list[str]) -> bool:

@@ -144,7 +144,7 @@ def parse(parsers: Sequence[LightningArgumentParser], args: list[str]) -> tuple[
                 if problems and _NO_MAPPING in str(error):  # of a file named in a file: no longer beside it
                     raise Unreadable(*ignored, *problems) from None
                 problems += error.problems
-                left = _without(args, _begun(str(error)))
+                left = _without(args, _begun(error.problems))
                 if left == args:
                     raise Unreadable(*dict.fromkeys(ignored + problems)) from None
                 args = left
@@ -162,9 +162,9 @@ def named(problems: Iterable[str]) -> set[str]:
     }
 
 
-def _begun(said: str) -> list[str]:
-    """The settings that the problems of a message begin with."""
-    return re.findall(r"(?:^|; )--([\w.]+)", said)
+def _begun(problems: Iterable[str]) -> list[str]:
+    """The settings that the problems begin with."""
+    return [setting[1] for each in problems if (setting := re.match(r"--([\w.]+)", each))]
 
 
 _NO_MAPPING = " must be a mapping of its settings"
@@ -422,12 +422,12 @@ _ALONE = re.compile(rf"--(?!config\b|print_config|help|{CLASSES}\b)([\w.]+)")
 _STAND_INS = {"data.source": "."}  # for settings whose default is refused, too
 
 
-def to_defaults(said: str, settings: Namespace, parser: LightningArgumentParser) -> set[str]:
-    """Resets each setting that begins a problem of `said` to its default; returns those that it changed.
+def to_defaults(problems: Iterable[str], settings: Namespace, parser: LightningArgumentParser) -> set[str]:
+    """Resets each setting that begins a problem to its default; returns those that it changed.
 
     For a setting of a class, resets the one that names the class.
     """
-    found = [re.sub(rf"^({CLASSES})\..*", r"\1", name) for name in _begun(said)]
+    found = [re.sub(rf"^({CLASSES})\..*", r"\1", name) for name in _begun(problems)]
     defaults = parser.get_defaults() if found else Namespace()
     good = {name: _STAND_INS.get(name, defaults[name]) for name in found if name in settings and name in defaults}
     changed = {name for name, value in good.items() if settings[name] != value}
