@@ -3,6 +3,7 @@
 LOCAL_RANK=... WORLD_SIZE=... python tests/ranks.py JOBS.json
 """
 
+import faulthandler
 import gc
 import json
 import os
@@ -143,11 +144,12 @@ def launch(jobs: list[dict[str, Any]], folder: Path, world: int = 2) -> None:
     finally:
         for process in processes:
             process.kill()
-    assert codes == [0] * world, "\n".join(output.read_text()[-4000:] for output in outputs)
+    assert codes == [0] * world, f"exit codes {codes}\n" + "\n".join(output.read_text()[-4000:] for output in outputs)
 
 
 if __name__ == "__main__":
-    gc.freeze()  # as the command does
+    faulthandler.enable()  # as the command does, and
+    gc.freeze()
     peers.UNSEEN_S = cli.FIRST_RANK_S = 1.0  # here no process's end ends the others
     parsers.keep()
     is_forced = False  # only once a job needs it

@@ -1,12 +1,14 @@
 """What surrounds a command: streams that are closed, full or ASCII, folders that are gone or of another user."""
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import forked
 import pytest
 from conftest import arguments
 
@@ -49,6 +51,15 @@ def test_a_full_disk_behind_stdout_does_not_end_a_comparison(run, tmp_path):
 def test_no_folder_for_a_list_of_fonts_is_no_message(run, tmp_path):
     done = command("compare", run, "--out", tmp_path, env={"MPLCONFIGDIR": "/proc/nowhere"})
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_a_crash_in_a_library_tells_where_it_was(tmp_path):
+    crash = "cli.main = lambda: os.kill(os.getpid(), signal.SIGSEGV)"
+    code = f"import os, signal\nfrom salt_lightning import __main__, cli\n{crash}\n__main__.main()"
+    done = forked.run([sys.executable, "-c", code], cwd=tmp_path)
+    assert done.returncode == -signal.SIGSEGV
+    assert "Fatal Python error: Segmentation fault" in done.stderr
+    assert "in main" in done.stderr
 
 
 @pytest.mark.parametrize("verb", ["fit", "compare"])
