@@ -17,7 +17,7 @@ from salt_lightning.command.streams import open_streams, steady_streams
 def main() -> int:
     """Runs the command line of this process; returns the exit code of cli.main."""
     open_streams()
-    faulthandler.enable()  # else a process that crashes in a library's code ends without a word
+    faulthandler.enable(2)  # else a process that crashes in a library's code ends without a word
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # where it keeps a list of fonts, at each import
     if os.getpid() == 1:  # in a container: the kernel ignores signals that process 1 does not handle
         signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))

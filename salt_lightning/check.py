@@ -77,13 +77,12 @@ class Check:
         return len(self.findings) == before
 
     def run(self) -> list[Finding]:
-        attach(self.module, self.data, self.trainer)
+        attach(self.module, data := self.data, self.trainer)
         self._batch()  # first: the next ones count validations in micro-batches
         self._plan()
-        thirds = bool(self.data.difficulty)
+        thirds = bool(data.difficulty)
         batches = self._text()
-        sources = self.data.source_names
-        metrics = self.probe("thirds", TokenMetrics, sources, thirds) if sources else None
+        metrics = self.probe("thirds", TokenMetrics, data.source_names, thirds) if data.source_names else None
         self.works("trainer", cadence.check_trainer, self.trainer, True, metrics and metrics.parts)
         student = self._student(batches)
         teacher = self._teacher(batches)
@@ -383,7 +382,8 @@ def besides(
     looks = without_text(module, data, trainer, None, teaches)
     if "trainer.accelerator" in instead or "trainer.devices" in instead:  # the number of devices is not known
         looks = [look for look in looks if getattr(look, "func", None) is not cadence.accumulation]
-    return of_others(raised([*looks, partial(data.require_files, instead)]), instead)
+    sizes = ["model.student.config"] if "model.student.family" in instead else []  # of another family
+    return of_others(raised([*looks, partial(data.require_files, instead)]), [*instead, *sizes])
 
 
 def report(check: Check, wrong: Iterable[str], refused: bool, teaches: bool) -> int:

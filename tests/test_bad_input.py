@@ -106,6 +106,10 @@ ERRORS = {
         r"^error: --kd.step: there is no such setting; did you mean --kd.steps\?; --model.optim.ir: [^;]*; did you "
         r"mean --model.optim.lr\?; --model.teacher.pth: [^;]*; did you mean --model.teacher.path\?$",
     ),
+    "a name of no setting, without what the sizes of another family would lack": (
+        {"model.student.famly": "gpt2", "model.student.config": {"n_embd": 32}},
+        r"^error: --model.student.famly: there is no such setting; did you mean --model.student.family\?$",
+    ),
     "a comment, a seed and an address": (
         {"data.val_rows": "#9", "seed_everything": -1, "checkpoint.folder": "s3://x", "model.optim.lr": -1},
         r"^error: --data.val_rows '#9' is a comment [^;]*; give null, or a value; --checkpoint.folder s3://x is an "
@@ -464,6 +468,10 @@ ERRORS = {
         r"--data.source: 's3://bucket/text.jsonl' is an address, which is not read; download it, [^;]*; "
         "--data.val_source: 'hf://datasets/owner/name' is an address",
     ),
+    "sources that match nothing": (
+        {"data.source": ["no/*.txt", "s3://bucket/x"]},
+        r"^error: --data.source: 'no/\*.txt' matches no file; [^;]*; --data.source: 's3://bucket/x' is an address, ",
+    ),
     "a source that matches nothing": ({"data.source": "no/*.jsonl"}, r"--data.source.*no/\*.jsonl.* matches no file"),
     "an empty corpus": (
         {"data.source": "{bad}/empty.jsonl"},
@@ -492,11 +500,20 @@ ERRORS = {
     ),
     "a class without what it needs": (
         {"trainer.logger": "CSVLogger"},
-        r"a class of --trainer.\* requires save_dir; give it as .init_args.save_dir$",
+        r"^error: --trainer.logger CSVLogger requires save_dir; give it as --trainer.logger.init_args.save_dir$",
+    ),
+    "a class in a list without what it needs, and everything else at once": (
+        {
+            "trainer.callbacks": [{"class_path": "LearningRateMonitor"}, {"class_path": "EarlyStopping"}],
+            "data.block_size": 1,
+            "kd.weight": 1.5,
+        },
+        r"error: --trainer.callbacks EarlyStopping requires monitor; give it as --trainer.callbacks.init_args.monitor; "
+        r"--data.block_size: 1 must [^;]*; --kd.weight 1.5 must [^;]*$",
     ),
     "a class that lacks two settings": (
         {"trainer.plugins": "MixedPrecision"},
-        r"a class of --trainer.\* requires precision, device; give it as .init_args.precision$",
+        r"MixedPrecision requires precision, device; give it as --trainer.plugins.init_args.precision$",
     ),
     "another way to write checkpoints": (
         {"trainer.plugins": ["AsyncCheckpointIO"]},

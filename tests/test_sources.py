@@ -531,6 +531,14 @@ def test_a_folder_is_read_without_a_home(tmp_path, monkeypatch):
     assert read(tmp_path) == texts(lines(1, 2))
 
 
+def test_of_many_entries_that_match_nothing_the_first_are_named():
+    with pytest.raises(ConfigError) as error:
+        resolve("--data.source", [f"none{n}.txt" for n in range(7)], Hub())
+    *named, last = error.value.problems
+    assert [said.split(";")[0] for said in named] == [f"--data.source: 'none{n}.txt' matches no file" for n in range(5)]
+    assert last == "--data.source: 2 more of its entries cannot be read"
+
+
 def test_a_folder_of_several_subsets_asks_for_one(tmp_path):
     """By the card of a hub data set."""
     for number, name in enumerate(("zh", "th")):

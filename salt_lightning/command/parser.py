@@ -72,6 +72,11 @@ class Parser(LightningArgumentParser):
 
     given: ClassVar[list[tuple[str, str]]] = []  # (name, value) of each setting as typed
     _one_by_one = False
+    _class_name = ""  # of the class whose settings this parses
+
+    def add_class_arguments(self, theclass: Any, *args: Any, **kwargs: Any) -> list[str]:
+        self._class_name = theclass.__name__
+        return super().add_class_arguments(theclass, *args, **kwargs)
 
     @classmethod
     def remember(cls, args: list[str]) -> None:
@@ -84,7 +89,7 @@ class Parser(LightningArgumentParser):
         asked = getattr(ex, "subcommand_parser", None) or self
         known, others = [action.dest for action in asked._actions], list[str]()
         if "run" not in known:  # this parses the settings of one class
-            raise Unreadable(explain(message, known, self.given))
+            raise Unreadable(explain(message, known, self.given, self._class_name))
         said = explain(message, known)
         if asked._one_by_one:
             raise ConfigError(said)
@@ -254,10 +259,11 @@ def reword(action: argparse.Action, parsers: dict[str, LightningArgumentParser])
         groups.sort(key=lambda group: group.title == _TRAINER)  # Lightning's own settings come last
 
 
-def explain(message: str, known: list[str], given: Iterable[tuple[str, str]] = ()) -> str:
+def explain(message: str, known: list[str], given: Iterable[tuple[str, str]] = (), class_name: str = "") -> str:
     """Rewrites an error of jsonargparse as one line in the user's terms, with the nearest of the known settings.
 
-    `given`: for an error in the settings of a class, (name, value) of what was typed; its parser knows only last parts.
+    `given`: for an error in the settings of the class `class_name`, (name, value) of what was typed; its parser knows
+    only last parts.
     """
     line = " ".join(message.split())
     if line.endswith(" value:"):
@@ -293,7 +299,9 @@ def explain(message: str, known: list[str], given: Iterable[tuple[str, str]] = (
     if wrong:
         return no_such(wrong[1] or wrong[2], known)
     if (lacking := re.match(r"the following arguments are required: (\w+)(.*)", line)) and lacking[1] != "subcommand":
-        return f"a class of --trainer.* requires {lacking[1]}{lacking[2]}; give it as .init_args.{lacking[1]}"
+        of_class = (name for name, value in given if value.rpartition(".")[2] == class_name)
+        name = next(of_class, "trainer.*").removesuffix(".class_path")
+        return f"--{name} {class_name} requires {lacking[1]}{lacking[2]}; give it as --{name}.init_args.{lacking[1]}"
     if other := re.match(r"Option '([^']+)' is not accepted", line):
         if prefix := _prefix(other[1], given, line):
             own = [name for name in known if name.rpartition(".")[2] != "help"]

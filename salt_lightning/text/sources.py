@@ -19,7 +19,7 @@ import yaml
 from huggingface_hub import metadata_load
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from salt_lightning.errors import ConfigError, few, one_line, printable
+from salt_lightning.errors import ConfigError, few, one_line, printable, refuse
 from salt_lightning.text.packed import SUFFIXES
 
 _KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".jsonlines": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
@@ -88,9 +88,15 @@ def resolve(setting: str, entries: list[str], hub: Hub) -> tuple[Group, ...]:
     if foreign := [entry for entry in entries if _unicode(entry) != entry]:
         raise ConfigError(f"{setting}: {foreign[0]} is not UTF-8; rename it, or give its folder or a glob")
     names = [_unicode(_source_name(entry)) for entry in entries]
-    groups: list[Group] = []
+    counts, groups, wrong = Counter(names), list[Group](), list[str]()
     for entry, name in zip(entries, names, strict=True):
-        groups += _resolve_one(setting, entry, name if names.count(name) == 1 else entry, hub)
+        try:
+            groups += _resolve_one(setting, entry, name if counts[name] == 1 else entry, hub)
+        except ConfigError as error:
+            wrong += error.problems
+    if len(wrong) > (most := 5):
+        wrong[most:] = [f"{setting}: {len(wrong) - most} more of its entries cannot be read"]
+    refuse(wrong)
     files = [file for group in groups for file in group.files]
     if archives := [file for file in files if _suffix(file) in _ARCHIVES]:
         raise ConfigError(
