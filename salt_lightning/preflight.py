@@ -185,7 +185,8 @@ def unwatched(sources: list[str]) -> Finding | None:
     """Notes `sources` that have training text but no validation document. None: there are none."""
     if not sources:
         return None
-    said = f"validation reads no document of {few(sources)}, so there is no val/ce for it"
+    them = "it" if len(sources) == 1 else "them"
+    said = f"validation reads no document of {few(sources)}, so there is no val/ce for {them}"
     return Finding("note", "sources", said, "raise --data.val_fraction or --data.val_rows, or give --data.val_source")
 
 

@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerFast
 
 from salt_lightning.data import SALTDataModule
 from salt_lightning.errors import ConfigError
-from salt_lightning.preflight import large_share
+from salt_lightning.preflight import large_share, unwatched
 from salt_lightning.text.documents import Corpus, read_raw
 from salt_lightning.text.examples import Examples
 from salt_lightning.text.parse import documents, lots
@@ -714,6 +714,7 @@ def test_a_source_that_no_validation_figure_watches_is_told(tmp_path):
     files = [write_texts(tmp_path / "much.jsonl", "the quick brown fox"), str(tmp_path / "rare.jsonl")]
     (found,) = ready(files, english(), tmp_path).doubts()
     assert (found.level, found.said) == ("note", "validation reads no document of rare, so there is no val/ce for it")
+    assert unwatched(["a", "b"]).said == "validation reads no document of a, b, so there is no val/ce for them"
 
 
 @pytest.mark.parametrize("own", [{}, {"examples": Examples(prompt="{text}", response="{text}")}])
