@@ -25,7 +25,8 @@ from salt_lightning.export import check_target
 from salt_lightning.fit import cadence, device, extension, optim
 from salt_lightning.fit.restart import go_on_from, require_same
 from salt_lightning.hugging_face import attention
-from salt_lightning.hugging_face.spec import ModelSpec, fresh_config, resolved, shallow, unnamed_sizes
+from salt_lightning.hugging_face.little import in_little
+from salt_lightning.hugging_face.spec import ModelSpec, fresh_config, resolved, unnamed_sizes
 from salt_lightning.hugging_face.token_ids import check_fit
 from salt_lightning.metrics import TokenMetrics
 from salt_lightning.models import CausalLM
@@ -38,7 +39,7 @@ from salt_lightning.teacher import probe
 from salt_lightning.teacher.difficulty import find_files
 from salt_lightning.teacher.scores import Scores
 
-_WHOLE_PARAMETERS = 5e8  # a larger fresh student is tested with two of its layers
+_WHOLE_PARAMETERS = 5e8  # a larger fresh student is tested with two narrow layers
 _OUTSIDE_BYTES = 3 << 28  # what is not tensors: Python or CUDA's context, and libraries; 0.75 GiB
 _GAPS = 0.04  # share of the memory lost between the allocator's blocks
 _CARDS_GIB = (16, 24, 40, 80)
@@ -195,19 +196,18 @@ class Check:
         if lm is None:
             return None
         self.resumes(require_same, "SALTModule", asdict(resolved(spec, lm.model.config)), self.data, dict)
-        small = spec
+        small: ModelSpec | None = spec
         if not spec.path and _count(lm) > _WHOLE_PARAMETERS:
-            small = shallow(spec, layers := lm.model.config.num_hidden_layers)
-            self.add("note", "student", f"tested with only 2 of its {layers} layers, to save time")
-        if spec.path:
-            real = lm
-        elif self.data._train is None:  # without a tokenizer
+            small = in_little(spec, lm.model.config)
+            said = "tested with two narrow layers" if small else f"not tested: no small {spec.family} has its settings"
+            self.add("note", "student", f"{said}, to save time and memory")
+        if small is None or (not spec.path and self.data._train is None):  # without a tokenizer
             return lm
-        else:
-            real = CausalLM(models.build_fresh(small, self.data, self.module.hparams["seed"]), "student")
+        sizes = self.data if small is spec else None  # the small one has its own
+        real = lm if spec.path else CausalLM(models.build_fresh(small, sizes, self.module.hparams["seed"]), "student")
         proved = self._proof(real)
         lm.apart = real.apart
-        if proved and batches and "student" not in self._unfit:
+        if proved and small is spec and batches and "student" not in self._unfit:
             loss = probe.look(real, probe.cut(batches, _count(real)), self.data)
             if spec.path:
                 self.add("ok", "student CE", f"{loss.teacher:.2f} nats before its first step; ln(V) {loss.uniform:.2f}")

@@ -170,7 +170,7 @@ _SAID_BY = {
     **dict.fromkeys(("dtype", "torch_dtype"), "dtype"),
     **dict.fromkeys(("attn_implementation", "_attn_implementation"), "attention"),
 }
-_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # every config takes them, but not all list them
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # every config takes them, but not all list them
 
 
 def family_config(spec: ModelSpec) -> PreTrainedConfig:
@@ -194,7 +194,7 @@ def family_config(spec: ModelSpec) -> PreTrainedConfig:
         )
     if not folders.is_causal(spec.family):
         raise ConfigError(f"{setting} is not a causal language model of transformers; use e.g. llama, gpt2 or qwen3")
-    names = set(known.to_dict()) | set(known.attribute_map) | set(_SPECIAL_TOKENS)
+    names = set(known.to_dict()) | set(known.attribute_map) | set(SPECIAL_TOKENS)
     elsewhere = [key for key in _SAID_BY if key in spec.config]
     wrong = [
         f"--model.student.config.{key}: leave it out; use --model.student.{_SAID_BY[key]} instead" for key in elsewhere
@@ -240,7 +240,7 @@ def _reads_head_dim(family: str) -> bool:
     own, numels = AutoConfig.for_model(family).attribute_map, set()
     for width in (8, 16):
         try:
-            config = AutoConfig.for_model(family, **{own.get(_LAYERS, _LAYERS): 1, "head_dim": width})
+            config = AutoConfig.for_model(family, **{own.get(LAYERS, LAYERS): 1, "head_dim": width})
             with torch.device("meta"):
                 numels.add(sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters()))
         except Exception:  # of many kinds: some families have no such model or sizes
@@ -248,7 +248,7 @@ def _reads_head_dim(family: str) -> bool:
     return len(numels) == 2
 
 
-_LAYERS = "num_hidden_layers"
+LAYERS = "num_hidden_layers"
 
 
 def padded_vocab(num_ids: int) -> int:
@@ -266,7 +266,7 @@ def fresh_config(spec: ModelSpec, data: Any, before_text: bool = False) -> PreTr
     defaults: dict[str, Any] = {}
     if data is not None:
         eos, num_ids = (0, 0) if before_text else (data.tokenizer.eos_token_id, data.vocab_size)
-        defaults = dict.fromkeys(_SPECIAL_TOKENS, eos)
+        defaults = dict.fromkeys(SPECIAL_TOKENS, eos)
         defaults["vocab_size"] = padded_vocab(num_ids) or known.vocab_size
         if _POSITIONS not in spec.config:
             defaults[positions] = data.block_size
@@ -402,13 +402,6 @@ def resolved(spec: ModelSpec, config: PreTrainedConfig) -> ModelSpec:
     """The spec of a fresh model of exactly these sizes, from which a checkpoint's model can be built again."""
     settings = {k: v for k, v in config.to_dict().items() if k not in _NOT_SETTINGS}
     return replace(spec, path=None, revision=None, family=config.model_type, config=settings)
-
-
-def shallow(spec: ModelSpec, layers: int) -> ModelSpec:
-    """The spec of a fresh model with only its first and last layer, and the settings of those two."""
-    each = {key: value for key, value in spec.config.items() if isinstance(value, list) and len(value) == layers}
-    ends = {key: [value[0], value[-1]] for key, value in each.items()}
-    return replace(spec, config={**spec.config, **ends, _LAYERS: 2})
 
 
 _NOT_SETTINGS = (

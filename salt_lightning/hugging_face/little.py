@@ -1,0 +1,28 @@
+"""A large fresh model in little: of its kind, but narrow, to look at its code without the memory of its weights."""
+
+from dataclasses import replace
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from salt_lightning.hugging_face.spec import LAYERS, SPECIAL_TOKENS, ModelSpec, fresh_config
+
+_WIDTHS = ("intermediate_size", "ffn_dim", "n_inner")  # ends of the names of an MLP's or an expert's width
+_NARROW = 64
+
+
+def in_little(spec: ModelSpec, full: PreTrainedConfig) -> ModelSpec | None:
+    """The spec of a fresh model with only the first and last layer of `full`, the config of `spec`, and the settings of
+    those two; its MLPs, experts and head are narrow, and attention is whole. None: the family takes no such sizes."""
+    layers, wide = getattr(full, LAYERS, 0), full.to_dict()
+    each = {key: value for key, value in spec.config.items() if isinstance(value, list) and len(value) == layers}
+    ends = {key: [value[0], value[-1]] for key, value in each.items()}
+    names = [key for key, width in wide.items() if key.endswith((*_WIDTHS, "vocab_size")) and isinstance(width, int)]
+    narrow = {key: min(wide[key], _NARROW) for key in names} | dict.fromkeys(SPECIAL_TOKENS, 0)
+    small = replace(spec, config={**spec.config, **ends, **narrow, LAYERS: 2})
+    try:
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(fresh_config(small, None))
+    except Exception:  # of many kinds, as families tie some of their sizes to others
+        return None
+    return small
