@@ -83,6 +83,26 @@ def hub(corpus, teacher, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def cached(hub, tmp_path_factory) -> tuple[Path, str]:
+    """A cache of the hub with models that are not whole, each of the same commit."""
+    root, sha = tmp_path_factory.mktemp("cached"), "c0ffee" + "0" * 34
+    for name in ("lost", "damaged", "only"):
+        (refs := root / f"models--acme--{name}/refs").mkdir(parents=True)
+        (refs / "v2").write_text(sha)
+        (refs / "main").write_text(sha)
+        there = shutil.copytree(hub / "models/acme/teacher/main", refs.parent / "snapshots" / sha)
+        if name == "lost":
+            (there / "model.safetensors").rename(there / "model-00001-of-00002.safetensors")
+            index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+            (there / "model.safetensors.index.json").write_text(json.dumps(index))
+        if name == "damaged":
+            (there / "model.safetensors").write_bytes((there / "model.safetensors").read_bytes()[:-1])
+        if name == "only":
+            (refs / "main").unlink()
+    return root, sha
+
+
+@pytest.fixture(scope="module")
 def tried(hub, settings, tmp_path_factory):
     """Runs commands that use the hub, in order; returns what each printed, which ends with its exit code."""
     folder = tmp_path_factory.mktemp("tried")
@@ -112,7 +132,7 @@ def tried(hub, settings, tmp_path_factory):
     return try_all
 
 
-def test_names_on_the_hub_are_tried_before_text_is_prepared(tried, hub):
+def test_names_on_the_hub_are_tried_before_text_is_prepared(tried, hub, cached):
     """Which may take hours. Then offline: what the cache has is enough to start, and to continue."""
     of_teacher = {
         "acme/nothing": r"cannot be loaded \(no such folder here, so it was looked for on the hub\): OSError: acme/n",
@@ -172,8 +192,22 @@ def test_names_on_the_hub_are_tried_before_text_is_prepared(tried, hub):
         },
         {"words": ["offline", "fit"], "run": "third", "model.teacher.path": "acme/pickled"},  # its config is here
     ]
+    root, sha = cached
+    of_cache = {
+        "acme/lost": "path acme/lost: the hub is offline, .* has no model-00002-of-00002.safetensors of commit c0ffee",
+        "acme/damaged": rf"path acme/damaged: model.safetensors in the hub's .* is cut off .*; delete \S+/{sha}/model",
+        "acme/only": r"revision main: the hub is offline .* has acme/only at v2; give one of these or the whole hash",
+        "acme/none": "path acme/none: no such folder here; the hub is offline .*home/hub, has no such model; for",
+    }
+    right.append({"words": ["copy", str(root), "home/hub"]})
+    no_text = {"words": ["offline", "fit"], "run": "fourth"}
+    right += [{**no_text, "model.teacher.path": name} for name in of_cache]
     shown = tried(*(settings for settings, _ in wrong), *right)
-    assert len(shown) == len(wrong) + len(right) - 1, shown[-1]
+    assert len(shown) == len(wrong) + len(right) - 2, shown[-1]
+    shown, of_cached = shown[: -len(of_cache)], shown[-len(of_cache) :]
+    for expected, text in zip(of_cache.values(), of_cached, strict=True):
+        assert re.search(rf"^error: --model.teacher.{expected}", text, re.MULTILINE), text
+        assert not re.search("^(tokenized|data:)", text, re.MULTILINE), text
     for (settings, expected), text in zip(wrong, shown, strict=False):
         assert re.search(rf"^error: {expected}", text, re.MULTILINE), (settings, text)
         assert text.endswith("exit 2\n")

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download, list_repo_files
+from huggingface_hub import constants, hf_hub_download, list_repo_files
 from lightning.pytorch.utilities import rank_zero_info
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -56,13 +56,15 @@ def check(folder: Path, setting: str, trust_remote_code: bool) -> None:
             )
         if not (folder / name).is_file():
             raise ConfigError(f"{setting} {folder} lacks {name}, which its {INDEX} names; download the rest")
-        try:
-            with safe_open(folder / name, "pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise ConfigError(
-                f"{setting} {folder}: {name} is cut off or damaged ({error}); download it again"
-            ) from error
+        _check_header(folder / name, f"{setting} {folder}: {name}", "download it again")
+
+
+def _check_header(file: Path, said: str, remedy: str) -> None:
+    try:
+        with safe_open(file, "pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{said} is cut off or damaged ({error}); {remedy}") from error
 
 
 def _where_the_model_is(folder: Path) -> str:
@@ -90,7 +92,9 @@ def check_hub(name: str, setting: str, revision: str, trust_remote_code: bool) -
         ConfigError: as `check`.
         OSError: from transformers, if there is no such repository or revision, or access is denied.
     """
-    found = cached_file(name, "config.json", revision=revision)
+    found = cached_file(name, "config.json", revision=revision, **(MAY_LACK if is_offline_mode() else {}))
+    if found is None and is_offline_mode():
+        raise ConfigError(_not_cached(name, setting, revision))
     if found is None:
         raise ConfigError(
             f"{setting} {name} has no config.json on the hub: it may be an adapter or a GGUF file; give the whole model"
@@ -110,12 +114,8 @@ def _weights_on_hub(name: str, setting: str, commit: str) -> list[str]:
     try:
         there = set(list_repo_files(name, revision=commit))
     except Exception:  # of many kinds
-        cached = (cached_file(name, file, revision=commit, **MAY_LACK) for file in (SINGLE, INDEX))
-        if is_offline_mode() and not any(cached):
-            raise ConfigError(
-                f"{setting} {name}: the hub is offline, and its cache here has no weights of commit {commit}; download "
-                "them first"
-            ) from None
+        if is_offline_mode():
+            _check_cached(name, setting, commit)
         return []
     if _ADAPTER in there:
         raise ConfigError(f"{setting} {name} {_MERGE}")
@@ -130,6 +130,45 @@ def _weights_on_hub(name: str, setting: str, commit: str) -> list[str]:
     if lost := [file for file in files if file not in there]:
         raise ConfigError(f"{setting} {name} lacks {few(lost)} on the hub, which its {INDEX} names; use another one")
     return files
+
+
+def _not_cached(name: str, setting: str, revision: str) -> str:
+    """That the hub is offline, and its cache has no config.json of this model, or none of this revision."""
+    cache = Path(constants.HF_HUB_CACHE) / constants.REPO_ID_SEPARATOR.join(["models", *name.split("/")])
+    refs, commits = cache / "refs", cache / "snapshots"
+    known = [str(file.relative_to(refs)) for file in sorted(refs.rglob("*")) if file.is_file()]
+    if revision in known:
+        return (
+            f"{setting} {name}: the hub is offline, and its cache here has no config.json of {revision}; download "
+            "it first (an adapter or a GGUF file has none: give the whole model)"
+        )
+    if known := known or [folder.name for folder in sorted(commits.glob("*"))]:
+        return (
+            f"{setting.removesuffix('path')}revision {revision}: the hub is offline (HF_HUB_OFFLINE), and its cache "
+            f"here has {name} at {few(known)}; give one of these or the whole hash of a commit, or download it first"
+        )
+    return (
+        f"{setting} {name}: no such folder here; the hub is offline (HF_HUB_OFFLINE), and its cache here, "
+        f"{constants.HF_HUB_CACHE}, has no such model; for a folder, give the path that ls shows; download a model of "
+        "the hub first"
+    )
+
+
+def _check_cached(name: str, setting: str, commit: str) -> None:
+    """Raises ConfigError unless the hub's cache here has all weights of a model, with whole headers."""
+    single, index = (cached_file(name, file, revision=commit, **MAY_LACK) for file in (SINGLE, INDEX))
+    named = _named(Path(index), setting, name) if index and not single else []
+    files = (
+        {SINGLE: single} if single else {each: cached_file(name, each, revision=commit, **MAY_LACK) for each in named}
+    )
+    if lost := [file for file, path in files.items() if not path] or ([] if files else ["weights"]):
+        raise ConfigError(
+            f"{setting} {name}: the hub is offline, and its cache here has no {few(lost)} of commit {commit}; download "
+            "them first"
+        )
+    for file, path in files.items():
+        real = Path(path).resolve()  # where only the link is removed, the hub's client makes it again
+        _check_header(real, f"{setting} {name}: {file} in the hub's cache", f"delete {real} and download it again")
 
 
 def fetch(name: str, setting: str, commit: str) -> None:
