@@ -166,7 +166,7 @@ class SALTDataModule(LightningDataModule):
         self._tokenizer = None
         fraction, workers = self._val_share, self.prepare_workers
         corpora = self.require_files()  # all of them first: tokenizing one may take hours
-        look_inside(corpora, self._folder, workers)
+        look_inside(corpora, self._folder, workers, fraction("source") if self._fits else 0.0)
         # called before hours of work
         check_models = getattr(getattr(self.trainer, "lightning_module", None), "check_token_ids", lambda: None)
         for setting, corpus in corpora.items():

@@ -552,6 +552,17 @@ def test_what_setup_refuses(changes, message, make):
         ready(make(**changes))
 
 
+@pytest.mark.parametrize("tokenizer", ["train", "ready"])
+def test_one_text_file_without_held_out_text_is_refused_before_work(make, tmp_path, tokenizer):
+    """It is one document, which no val_fraction can part; tokenizing it may take hours."""
+    (text := tmp_path / "book.txt").write_text("Once upon a time. " * 2000)
+    name = str(make_tokenizer(make)) if tokenizer == "ready" else tokenizer
+    data = make(source=str(text), tokenizer=name, val_fraction=0.05, cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(ConfigError, match=r"^--data.val_fraction: 0.05 left none of 1 documents .* --data.val_source$"):
+        data.prepare_data()
+    assert not list(tmp_path.glob("cache/*"))
+
+
 def test_setup_before_prepare_data_says_so(make, tmp_path):
     with pytest.raises(ConfigError, match=r"--data.cache_dir: .* holds no prepared text: prepare_data\(\) has not run"):
         make(cache_dir=str(tmp_path), tokenizer=str(make_tokenizer(make))).setup("fit")

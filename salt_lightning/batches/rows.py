@@ -29,7 +29,7 @@ from salt_lightning.batches.order import Order
 from salt_lightning.errors import ConfigError
 from salt_lightning.head.row_pass import IGNORE
 from salt_lightning.text.processes import end_with_parent, starting
-from salt_lightning.text.token_files import TokenFiles
+from salt_lightning.text.token_files import TokenFiles, nothing_held_out
 
 Batch = dict[str, np.ndarray]  # int64
 NO_ROW = -1  # fills up the last evaluation batch: a row without labels
@@ -127,11 +127,7 @@ def require_text(files: TokenFiles, split: str, block_size: int | None, val_frac
         )
     if split == "val" and tokens == 0:
         num_documents = files.manifest["splits"]["train"]["documents"]
-        raise ConfigError(
-            f"--data.val_fraction: {val_fraction} left none of {num_documents} documents for "
-            f"validation (equal ones stay together); {'raise it, ' * (num_documents > 1)}split the text into more "
-            "documents (a text file is one, as is each line of a .jsonl), or give --data.val_source"
-        )
+        raise nothing_held_out(val_fraction, num_documents)
 
 
 class PackedRows(Rows):

@@ -91,14 +91,21 @@ def prepare_tokenizer(corpus: Corpus, vocab_size: int, val_fraction: float, cach
     return folder
 
 
-def look_inside(corpora: dict[str, Corpus], folder: Callable[[str], Path], workers: int = 0) -> None:
+def look_inside(
+    corpora: dict[str, Corpus], folder: Callable[[str], Path], workers: int = 0, val_fraction: float = 0.0
+) -> None:
     """Look into the parquet files, first lines and hub data sets of all corpora without tokens: what is wrong with the
-    last one would be found after hours of work. `folder`: the token folder of a source setting.
+    last one would be found after hours of work. `folder`: the token folder of a source setting. `val_fraction`: the
+    share of the training text to hold out, which one document cannot give.
 
     Raises:
         ConfigError: a data set, split, subset, revision or column does not exist, a file is damaged or holds something
-            else, or the hub cannot be reached.
+            else, the hub cannot be reached, or the training text is one document.
     """
+    if 0 < val_fraction < 1 and "source" in corpora:
+        groups = corpora["source"].groups
+        if all(group.kind == "text" for group in groups) and sum(len(group.files) for group in groups) == 1:
+            raise token_files.nothing_held_out(val_fraction, 1)
     waiting = []
     for setting, corpus in corpora.items():
         try:

@@ -281,3 +281,11 @@ class TokenFiles:
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if not isinstance(value, np.ndarray | mmap.mmap)}
+
+
+def nothing_held_out(val_fraction: float, num_documents: int) -> ConfigError:
+    return ConfigError(
+        f"--data.val_fraction: {val_fraction} left none of {num_documents} documents for "
+        f"validation (equal ones stay together); {'raise it, ' * (num_documents > 1)}split the text into more "
+        "documents (a text file is one, as is each line of a .jsonl), or give --data.val_source"
+    )
