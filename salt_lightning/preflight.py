@@ -18,6 +18,7 @@ from salt_lightning.errors import ConfigError, counted, few, printable
 
 Level = Literal["ok", "note", "warning", "error"]
 ENOUGH_LABELS = 512  # to judge a model by: the standard error of a trained one's CE is about 0.1 nats
+_MOST_SOURCES = 20  # named with how often they are read
 GOOD_EPOCHS = 4.0  # repeated text is worth nearly as much as new text up to here (arXiv 2305.16264)
 _WORN_OUT = f"beyond {GOOD_EPOCHS:g} epochs text teaches less and less: add"
 
@@ -74,12 +75,17 @@ def shares(names: Iterable[str], read_S: np.ndarray, rows_S: np.ndarray, all_of:
     """
     max_steps, total, before = all_of
     sources = list(zip(map(printable, names), read_S.tolist(), rows_S.tolist(), strict=True))
+    shown, others = sources, ""
+    if len(sources) > _MOST_SOURCES:
+        by_epochs = sorted(sources, key=lambda source: -source[1] / source[2])
+        shown, (_, most, rows), (_, least, of) = by_epochs[:_MOST_SOURCES], by_epochs[_MOST_SOURCES], by_epochs[-1]
+        others = f", {len(sources) - len(shown)} others ({least / of:.2f} to {most / rows:.2f} epochs)"
     told = (
         f"{name} {read / max(1, total - before):.1%} ({read / rows:.2f} epochs of {rows} rows)"
-        for name, read, rows in sources
+        for name, read, rows in shown
     )
     past = f", {before} of them while sources had no weights; of the others" if before else ":"
-    said = f"{max_steps} steps read {total} rows{past} {', '.join(told)}"
+    said = f"{max_steps} steps read {total} rows{past} {', '.join(told)}{others}"
     if total > GOOD_EPOCHS * rows_S.sum():
         return Finding("warning", "rows", said, f"{_WORN_OUT} text")
     if not (worn := [name for name, read, rows in sources if read > GOOD_EPOCHS * rows]):

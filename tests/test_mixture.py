@@ -432,6 +432,15 @@ def test_rows_read_without_weights_count_as_epochs_of_the_whole_text():
     )
 
 
+def test_of_many_sources_the_most_repeated_are_named():
+    names, read_S = [f"s{number}" for number in range(1000)], np.arange(1000)
+    said = shares(names, read_S, np.full(1000, 500), (5, int(read_S.sum()), 0)).said
+    assert "rows: s999 0.2% (2.00 epochs of 500 rows), s998 " in said
+    assert said.endswith("s980 0.2% (1.96 epochs of 500 rows), 980 others (0.00 to 1.96 epochs)")
+    assert len(said) < 1000
+    assert "others" not in shares(names[:20], read_S[:20], np.full(20, 500), (5, 190, 0)).said
+
+
 # --- through the command line ---
 
 
