@@ -286,7 +286,10 @@ ERRORS = {
         {"data.source": "{bad}/array.jsonl"},
         r"array.jsonl: line 2 is not a JSON object but '\[1\]'; write one object per line \(jq",
     ),
-    "bytes that are no UTF-8": ({"data.source": "{bad}/latin.txt"}, r"latin.txt: line 1 is not UTF-8 text; convert"),
+    "bytes that are no UTF-8": (
+        {"data.source": "{bad}/latin.txt", "data.val_source": "{bad}/word.txt"},
+        r"latin.txt: line 1 is not UTF-8 text; convert",
+    ),
     "no text in its column": (
         {"data.source": "{bad}/number.jsonl"},
         r"'text' of .*number.jsonl: line 1 holds int, not te",
@@ -297,7 +300,10 @@ ERRORS = {
     ),
     "a choice of bad lines": ({"data.bad_lines": "drop"}, r"--data.bad_lines drop must be refuse or skip"),
     "validation text that is not there": ({"data.val_source": "no/*"}, r"--data.val_source: 'no/\*' matches no file"),
-    "too little text": ({"data.source": "{bad}/word.txt"}, r"--data.source: 2 training tokens do not fill one row of"),
+    "too little text": (
+        {"data.source": "{bad}/word.txt", "data.val_source": "{bad}/word.txt"},
+        r"--data.source: 2 training tokens do not fill one row of",
+    ),
     "all to validation": (
         {"data.val_fraction": 0.99999},
         r"--data.val_fraction: 0.99999 left none of 120 documents for tr",

@@ -102,10 +102,6 @@ def look_inside(
         ConfigError: a data set, split, subset, revision or column does not exist, a file is damaged or holds something
             else, the hub cannot be reached, or the training text is one document.
     """
-    if 0 < val_fraction < 1 and "source" in corpora:
-        groups = corpora["source"].groups
-        if all(group.kind == "text" for group in groups) and sum(len(group.files) for group in groups) == 1:
-            raise token_files.nothing_held_out(val_fraction, 1)
     waiting = []
     for setting, corpus in corpora.items():
         try:
@@ -117,6 +113,10 @@ def look_inside(
         in_child(_look_into_all, waiting)  # connections and threads are better not forked along
     else:
         _look_into_all(waiting)
+    if 0 < val_fraction < 1 and "source" in corpora and not (corpus := corpora["source"]).examples.given:
+        files = [file for group in corpus.groups for file in group.files]
+        if len(files) == 1 and all(group.kind == "text" for group in corpus.groups):
+            raise token_files.nothing_held_out(val_fraction, 1)
 
 
 def _look_into_all(waiting: list[Corpus]) -> None:
