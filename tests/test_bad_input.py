@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -517,6 +518,10 @@ ERRORS = {
         r"error: --trainer.callbacks EarlyStopping requires monitor; give it as --trainer.callbacks.init_args.monitor; "
         r"--data.block_size: 1 must [^;]*; --kd.weight 1.5 must [^;]*$",
     ),
+    "a class that lacks a setting, before another in a list": (
+        {"trainer.callbacks": ["EarlyStopping", "LearningRateMonitor"]},
+        r"^error: --trainer.callbacks EarlyStopping requires monitor; give it in the list, below init_args of EarlySt",
+    ),
     "a class that lacks two settings": (
         {"trainer.plugins": "MixedPrecision"},
         r"MixedPrecision requires precision, device; give it as --trainer.plugins.init_args.precision$",
@@ -886,6 +891,33 @@ def test_what_a_class_refuses_is_told_with_its_setting_and_all_else(callbacks, s
     assert error_of(capsys).startswith(
         "error: --trainer.callbacks EarlyStopping: `mode` can be min, max, got foo; --data.block_size: 1 must be"
     )
+
+
+LSF = {"class_path": "LSFEnvironment"}
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "said"),
+    [
+        ("logger", [{"class_path": "CSVLogger", "init_args": {"save_dir": "x"}}, "MLFlowLogger"], "MLFlowLogger: Req"),
+        ("plugins", LSF, "LSFEnvironment: Did not find"),
+        ("plugins", ["LightningEnvironment", LSF], "LSFEnvironment: Did not find"),
+        (
+            "strategy",
+            {"class_path": "DDPStrategy", "init_args": {"cluster_environment": LSF}},
+            "LSFEnvironment: Did no",
+        ),
+    ],
+    ids=["after another", "of several types", "of several types, after another", "within another"],
+)
+def test_the_class_that_cannot_be_made_is_named_with_the_cause_alone(name, given, said, settings, tmp_path, capsys):
+    if name == "logger" and find_spec("mlflow"):
+        pytest.skip("MLflow is installed")
+    own = {"run": str(tmp_path / "run"), "kd.weight": 0.0, f"trainer.{name}": given}
+    assert run(["fit", *arguments(settings, own)]) == 2
+    told = capsys.readouterr().err
+    assert told.count("error: ") == 1
+    assert f"error: --trainer.{name} {said}" in told
 
 
 def test_a_value_may_look_like_the_beginning_of_another_problem(settings, tmp_path, capsys):

@@ -301,7 +301,11 @@ def explain(message: str, known: list[str], given: Iterable[tuple[str, str]] = (
     if (lacking := re.match(r"the following arguments are required: (\w+)(.*)", line)) and lacking[1] != "subcommand":
         of_class = (name for name, value in given if value.rpartition(".")[2] == class_name)
         name = next(of_class, "trainer.*").removesuffix(".class_path")
-        return f"--{name} {class_name} requires {lacking[1]}{lacking[2]}; give it as --{name}.init_args.{lacking[1]}"
+        others = [value for each, value in given if each.removesuffix(".class_path") == name]
+        where = f"as --{name}.init_args.{lacking[1]}"
+        if others and others[-1].rpartition(".")[2] != class_name:  # in a list, that is a setting of the last class
+            where = f"in the list, below init_args of {class_name}"
+        return f"--{name} {class_name} requires {lacking[1]}{lacking[2]}; give it {where}"
     if other := re.match(r"Option '([^']+)' is not accepted", line):
         if prefix := _prefix(other[1], given, line):
             own = [name for name in known if name.rpartition(".")[2] != "help"]

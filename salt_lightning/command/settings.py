@@ -299,12 +299,20 @@ def of_classes(error: Exception) -> list[str]:
     if ours := re.findall(r"(?m)^\s*- (--.+)$", text):  # ConfigErrors that it caught
         return [problem for joined in ours for problem in re.split(r"; (?=--)", joined)]
     package = re.search(r"Subtypes: .*?\blightning\.pytorch\.(\w+)\.", text)
-    asked = re.search(r"Namespace\(class_path='(?:\w+\.)*(\w+)'", text)  # what was made before is no Namespace any more
+    # the first that is still a Namespace: those before it in a list were made
+    asked = re.search(r"Given value: .*?Namespace\(class_path='(?:\w+\.)*(\w+)'", text)
     if not package or package[1] not in _TAKES or not asked:
         return [one_line(text)]
-    tried = re.findall(r"(?m)^  - (?:Problem with given class_path '\S+':\n\s+)?(.+)$", text)
-    causes = [cause for cause in tried if not cause.startswith(("Expected a <class ", "Not a valid subclass "))]
+    tried = re.findall(r"(?m)^ +- (?:Problem with given class_path '\S+':\n\s+)?(.+)$", text)
+    causes = dict.fromkeys(cause for cause in tried if not _NO_CAUSE.match(cause))
     return [f"--trainer.{_TAKES[package[1]]} {asked[1]}: {cause}" for cause in causes] or [one_line(text)]
+
+
+# How jsonargparse says that one of the types of a setting was not meant, and what it lists below that
+_NO_CAUSE = re.compile(
+    r"Expected a <class |Not a valid subclass |Does not validate |a class path \(str\)$|a dict with(out class_path| "
+    r"class_path| parameters)|Import path \S+ does not correspond to a subclass "
+)
 
 
 def wrong_data(data: Any) -> list[str]:
