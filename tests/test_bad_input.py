@@ -287,10 +287,7 @@ ERRORS = {
         {"data.source": "{bad}/array.jsonl"},
         r"array.jsonl: line 2 is not a JSON object but '\[1\]'; write one object per line \(jq",
     ),
-    "bytes that are no UTF-8": (
-        {"data.source": "{bad}/latin.txt", "data.val_source": "{bad}/word.txt"},
-        r"latin.txt: line 1 is not UTF-8 text; convert",
-    ),
+    "bytes that are no UTF-8": ({"data.source": "{bad}/latin.txt"}, r"latin.txt: line 1 is not UTF-8 text; convert"),
     "no text in its column": (
         {"data.source": "{bad}/number.jsonl"},
         r"'text' of .*number.jsonl: line 1 holds int, not te",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants, hf_hub_download, list_repo_files
+from huggingface_hub.file_download import repo_folder_name
 from lightning.pytorch.utilities import rank_zero_info
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -134,7 +135,7 @@ def _weights_on_hub(name: str, setting: str, commit: str) -> list[str]:
 
 def _not_cached(name: str, setting: str, revision: str) -> str:
     """That the hub is offline, and its cache has no config.json of this model, or none of this revision."""
-    cache = Path(constants.HF_HUB_CACHE) / constants.REPO_ID_SEPARATOR.join(["models", *name.split("/")])
+    cache = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model")
     refs, commits = cache / "refs", cache / "snapshots"
     known = [str(file.relative_to(refs)) for file in sorted(refs.rglob("*")) if file.is_file()]
     if revision in known:

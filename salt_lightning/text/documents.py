@@ -262,13 +262,13 @@ def look_into(corpus: Corpus) -> None:
 
 
 def first_lines(corpus: Corpus) -> Iterator[Raw]:
-    """The first line of every jsonl file, unless it is long.
+    """The first line of every file of text or jsonl, unless it is long.
 
     Raises:
         ConfigError: a file cannot be read.
     """
     for group in corpus.groups:
-        for file in group.files if group.kind == "jsonl" else ():
+        for file in group.files if group.kind in ("text", "jsonl") else ():
             with _file_errors(file, corpus), _open(file) as (content, _):
                 line = content.readline(_FIRST_BYTES)
             if len(line) < _FIRST_BYTES:

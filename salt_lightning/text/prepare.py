@@ -113,7 +113,7 @@ def look_inside(
         in_child(_look_into_all, waiting)  # connections and threads are better not forked along
     else:
         _look_into_all(waiting)
-    if 0 < val_fraction < 1 and "source" in corpora and not (corpus := corpora["source"]).examples.given:
+    if val_fraction and "source" in corpora and not (corpus := corpora["source"]).examples.given:
         files = [file for group in corpus.groups for file in group.files]
         if len(files) == 1 and all(group.kind == "text" for group in corpus.groups):
             raise token_files.nothing_held_out(val_fraction, 1)
