@@ -195,7 +195,7 @@ def _reference(students: list[Run]) -> tuple[Run, list[str]]:
 
     if plain:
         return min(plain, key=doubts), []
-    return students[0], [f"no BASELINE among the runs: {students[0].name}, the first run, is the reference"]
+    return students[0], [f"no BASELINE among the runs: {students[0].name}, the first of the students, is the reference"]
 
 
 def _repeated(students: list[Run], named: Run | None) -> dict[str, str]:

@@ -105,7 +105,8 @@ class SALTDataModule(LightningDataModule):
                 each share is at least 1 in 10,000. Without it, all rows are read equally often.
             bad_lines: What to do with a line (of a .txt: a file) that is not UTF-8, not a JSON object, or lacks its
                 text: refuse stops and names file and line; skip leaves it out and counts it in log and manifest.
-            tokenizer: Folder or hub name of a tokenizer; "train" trains a byte-level BPE on the training text.
+            tokenizer: Folder or hub name (owner/name@revision) of a tokenizer; "train" trains a byte-level BPE on the
+                training text.
             vocab_size: Vocabulary size of a tokenizer to train.
             block_size: Tokens per row.
             global_batch_size: Rows per optimizer step, over all devices and accumulated micro-batches.

@@ -1237,7 +1237,7 @@ def test_the_method_follows_from_the_config(tmp_path, config, method):
 def test_without_a_baseline_the_first_run_is_the_reference(three):
     comparison = evaluate(load(three[1:]))
     assert comparison.reference == "salt"
-    assert comparison.notes == ["no BASELINE among the runs: salt, the first run, is the reference"]
+    assert comparison.notes == ["no BASELINE among the runs: salt, the first of the students, is the reference"]
     assert "Note: no BASELINE among the runs" in report.markdown(comparison)
 
 

@@ -54,6 +54,9 @@ def hub(corpus, teacher, tmp_path_factory) -> Path:
     }.items():
         file = models / name / "main/config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    vocabulary = (tokenizer := json.loads((models / "bert/main/tokenizer.json").read_text()))["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (models / "bert/main/tokenizer.json").write_text(json.dumps(tokenizer))
     (models / "pickled/main/model.safetensors").rename(models / "pickled/main/pytorch_model.bin")
     (models / "adapter/main/config.json").rename(models / "adapter/main/adapter_config.json")
     (models / "adapted/main/adapter_config.json").write_text("{}")
@@ -156,6 +159,12 @@ def test_names_on_the_hub_are_tried_before_text_is_prepared(tried, hub, cached):
     wrong = [
         *(({"model.teacher.path": name}, f"--model.teacher.path {name} {said}") for name, said in of_teacher.items()),
         ({"model.teacher.revision": "v9"}, "--model.teacher.path acme/teacher cannot be loaded .* v9 is not a valid"),
+        ({"data.tokenizer": "acme/teacher@v9"}, "--data.tokenizer: cannot load 'acme/teacher@v9' .*v9 is not a valid "),
+        ({"model.teacher.path": "a/b@v1"}, "--model.teacher.path a/b@v1: give a/b, and --model.teacher.revision v1"),
+        (
+            {"data.tokenizer": "acme/bert", "model.teacher.revision": "v1"},
+            "--model.teacher.path acme/teacher and --data.tokenizer name 2 token .* --data.tokenizer acme/teacher@v1",
+        ),
         ({"model.student.path": "acme/bert"}, "--model.student.path acme/bert contains a BertForMaskedLM"),
         ({"words": ["predict"], "model.teacher.path": "acme/bert"}, "--model.teacher.path acme/bert contains"),
         *(
@@ -167,7 +176,7 @@ def test_names_on_the_hub_are_tried_before_text_is_prepared(tried, hub, cached):
     version = commit(hub / "models/acme/teacher/v1")
     moving = [hub / "models/acme/moving/main", hub / "models/acme/moving/later"]
     commits = [commit(folder) for folder in moving]
-    tuning = {"run": "tuned", "model.student.revision": "v1", "kd.weight": 0.0}
+    tuning = {"run": "tuned", "model.student.revision": "v1", "kd.weight": 0.0, "data.tokenizer": "acme/teacher@v1"}
     right = [
         {"model.teacher.revision": "v1", "trainer.max_steps": 4, "trainer.val_check_interval": 2},
         {"words": ["offline", "fit", "--ckpt_path=last"], "model.teacher.revision": version},

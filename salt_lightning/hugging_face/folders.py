@@ -93,6 +93,9 @@ def check_hub(name: str, setting: str, revision: str, trust_remote_code: bool) -
         ConfigError: as `check`.
         OSError: from transformers, if there is no such repository or revision, or access is denied.
     """
+    if "@" in name:  # as in --data.source; the hub's own words do not tell
+        owner, _, own = name.partition("@")
+        raise ConfigError(f"{setting} {name}: give {owner}, and {setting.removesuffix('path')}revision {own}")
     found = cached_file(name, "config.json", revision=revision, **(MAY_LACK if is_offline_mode() else {}))
     if found is None and is_offline_mode():
         raise ConfigError(_not_cached(name, setting, revision))

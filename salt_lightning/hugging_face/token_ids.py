@@ -64,9 +64,10 @@ def check_fit(spec: ModelSpec, name: str, data: Any, config: PreTrainedConfig | 
     names = {i: token for token, i in vocabulary.items()}
     shown = ", ".join(f"id {i} is {token!r} here and {names.get(i)!r} there" for i, token in differing[:5])
     if not spec.is_checkpoint:
+        at = f"{spec.path}@{spec.revision}" if spec.revision else spec.path
         raise ConfigError(
             f"--model.{name}.path {spec.path} and --data.tokenizer name {len(differing)} token ids differently: {shown}"
-            f"; use the tokenizer that this {name} was trained with, --data.tokenizer {spec.path}"
+            f"; use the tokenizer that this {name} was trained with, --data.tokenizer {at}"
         )
     known = f" ({len(differing)} of them: {shown})" if vocabulary else ""
     raise ConfigError(

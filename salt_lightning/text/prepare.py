@@ -23,7 +23,7 @@ from typing import Any
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
-from salt_lightning.errors import ConfigError, MachineError, few, raised, refuse
+from salt_lightning.errors import ConfigError, MachineError, counted, few, raised, refuse
 from salt_lightning.preflight import size_said
 from salt_lightning.text import token_files
 from salt_lightning.text.documents import MAX_SOURCES, Corpus, Raw, first_lines, look_into, read_raw
@@ -171,7 +171,7 @@ def prepare_tokens(
         rank_zero_info(f"{corpus.setting}: {skipped}")
     if left_out := manifest["left_out"]:
         what = "no response to learn, or a null" if corpus.examples.given else "no text"
-        rank_zero_info(f"{corpus.setting}: {left_out} rows left out ({what})")
+        rank_zero_info(f"{corpus.setting}: {counted(left_out, 'row')} left out ({what})")
     if corpus.examples.messages and (day := day_written(tokenizer)):
         rank_zero_info(f"{corpus.setting}: the chat template writes a date; it is {day[0]} in all conversations")
     if column and not manifest["num_tools"]:  # one JSON line may lack the column, but all?

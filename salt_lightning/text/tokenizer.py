@@ -41,7 +41,7 @@ def open_tokenizer(name: str, **source: Any) -> PreTrainedTokenizerBase:
 
 
 def load_tokenizer(name: str, setting: str = "--data.tokenizer") -> PreTrainedTokenizerBase:
-    """Load a tokenizer from a folder or the hub; none of their code is run.
+    """Load a tokenizer from a folder or the hub (owner/name, owner/name@revision); none of their code is run.
 
     Raises:
         ConfigError: it is not found, or has no end-of-text token, or not the fast implementation that gives
@@ -51,8 +51,9 @@ def load_tokenizer(name: str, setting: str = "--data.tokenizer") -> PreTrainedTo
     allowed = "a folder, hub name or train" if setting == "--data.tokenizer" else "a folder or hub name"
     if not os.path.isdir(folder) and (folder.startswith((".", "/")) or folder.count("/") > 1):  # not a hub name
         raise ConfigError(f"{setting}: the folder {name!r} does not exist; give {allowed}")
+    where, _, revision = (folder, "", "") if os.path.isdir(folder) else folder.partition("@")
     try:
-        tokenizer = open_tokenizer(folder, trust_remote_code=False)
+        tokenizer = open_tokenizer(where, revision=revision or "main", trust_remote_code=False)
     except Exception as error:
         files = os.listdir(folder) if os.path.isdir(folder) else []
         if "tokenizer.json" not in files and {"tokenizer.model", "tekken.json"}.intersection(files):
