@@ -306,14 +306,14 @@ def load_pretrained(spec: ModelSpec, name: str, dtype: torch.dtype, empty: bool 
     if spec.is_checkpoint:
         return _load_checkpoint(spec, name, dtype, empty)
     config = read_config(spec, name)
-    kwargs = {"dtype": dtype, "attn_implementation": spec.attention}
+    kwargs: dict[str, Any] = {"dtype": dtype, "attn_implementation": spec.attention}
     with loading(spec, name):
         if empty and getattr(config, "quantization_config", None) is None:  # only its own loader makes packed weights
             with torch.device("meta"):
                 return AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code, **kwargs)
-        # safetensors: never unpickle a .bin
-        how = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True, **spec.source}
-        loaded: Any = AutoModelForCausalLM.from_pretrained(spec.path, **how, **kwargs)
+        # safetensors: never unpickle a .bin. Kernels are code from the hub, which transformers 5.25 fetches by default.
+        kwargs |= {"use_safetensors": True, "use_kernels": False, "ignore_mismatched_sizes": True}
+        loaded: Any = AutoModelForCausalLM.from_pretrained(spec.path, output_loading_info=True, **spec.source, **kwargs)
         model, found = loaded
         if name == "student" and (method := quantized.method(model)):
             raise ConfigError(

@@ -248,6 +248,7 @@ def test_a_hugging_face_folder_loads_from_safetensors_alone(tmp_path, caplog):
     spec = ModelSpec(path=str(tmp_path / "hf"))
     loaded = CausalLM(load_pretrained(spec, "teacher", torch.float32), "teacher").eval()
     assert torch.equal(loaded(IDS, POSITIONS)[0], lm(IDS, POSITIONS)[0])
+    assert not loaded.model.use_kernels  # transformers 5.25 fetches them from the hub, unless told not to
     half = load_pretrained(spec, "teacher", torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     weights = lm.model.state_dict()
