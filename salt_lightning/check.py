@@ -39,7 +39,7 @@ from salt_lightning.teacher import probe
 from salt_lightning.teacher.difficulty import find_files
 from salt_lightning.teacher.scores import Scores
 
-_WHOLE_PARAMETERS = 5e8  # a larger fresh student is tested with two narrow layers
+_WHOLE_PARAMETERS = 5e8  # a larger fresh student is tested with few and narrow layers
 _OUTSIDE_BYTES = 3 << 28  # what is not tensors: Python or CUDA's context, and libraries; 0.75 GiB
 _GAPS = 0.04  # share of the memory lost between the allocator's blocks
 _CARDS_GIB = (16, 24, 40, 80)
@@ -199,7 +199,7 @@ class Check:
         small: ModelSpec | None = spec
         if not spec.path and _count(lm) > _WHOLE_PARAMETERS:
             small = in_little(spec, lm.model.config)
-            said = "tested with two narrow layers" if small else f"not tested: no small {spec.family} has its settings"
+            said = "tested with few narrow layers" if small else f"not tested: no small {spec.family} has its settings"
             self.add("note", "student", f"{said}, to save time and memory")
         if small is None or (not spec.path and self.data._train is None):  # without a tokenizer
             return lm

@@ -212,6 +212,10 @@ ERRORS = {
         r"^error: --trainer.strategy.process_group_backend nccl is a setting of a class, but --trainer.strategy names "
         r"no class; give the class name, e.g. FSDP2 for fsdp2, DDPStrategy for ddp$",
     ),
+    "a time of a strategy": (
+        {"trainer.strategy": "DDPStrategy", "trainer.strategy.timeout": "soon"},
+        r"^error: --trainer.strategy.timeout soon must be a time as H:MM:SS or null$",
+    ),
     "NCCL on a CPU": (
         {
             "trainer.strategy": {"class_path": "DDPStrategy", "init_args": {"process_group_backend": "nccl"}},

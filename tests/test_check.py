@@ -601,7 +601,7 @@ def test_a_large_student_is_looked_at_by_two_of_its_layers(checked, settings, mo
     alone = {"kd.weight": 0, "model.teacher.path": None, "kd.steps": None}
     code, found = checked(**ON_A_GPU | alone, **{"model.student.family": "olmo3", "model.student.config": sizes})
     assert code == 0
-    assert of(found, "student") == ("note", "tested with two narrow layers, to save time and memory")
+    assert of(found, "student") == ("note", "tested with few narrow layers, to save time and memory")
     assert of(found, "student attention")[1] == "on a GPU within each document, without a mask"
 
 
@@ -614,6 +614,14 @@ def test_a_large_student_whose_settings_fix_its_layers_is_no_error(checked, monk
     assert code == 0
     said = "not tested: no small gpt_neo has its settings, to save time and memory"
     assert of(found, "student") == ("note", said)
+
+
+def test_a_look_in_little_has_each_kind_of_layer():
+    kinds = ["full_attention", "conv", "conv", "full_attention"]  # conv would be refused
+    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "layer_types": kinds}
+    spec = ModelSpec(family="lfm2", config={**sizes, "intermediate_size": 64, "vocab_size": 64})
+    small = in_little(spec, build_empty(spec, None).model.config)
+    assert small.config["layer_types"] == ["full_attention", "conv", "full_attention"]
 
 
 EXPERTS = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 1536}

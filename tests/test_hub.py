@@ -27,7 +27,7 @@ parsers.keep()
 from salt_lightning.cli import main
 for args in json.loads(sys.argv[1]):
     if args[0] == "copy":
-        shutil.copytree(*args[1:3], dirs_exist_ok=True)
+        shutil.copytree(*args[1:3], dirs_exist_ok=True, symlinks=True)
         continue
     constants.HF_HUB_OFFLINE = args[0] == "offline"
     print("\\nexit", main(args[constants.HF_HUB_OFFLINE:]), flush=True)
@@ -89,7 +89,7 @@ def hub(corpus, teacher, tmp_path_factory) -> Path:
 def cached(hub, tmp_path_factory) -> tuple[Path, str]:
     """A cache of the hub with models that are not whole, each of the same commit."""
     root, sha = tmp_path_factory.mktemp("cached"), "c0ffee" + "0" * 34
-    for name in ("lost", "damaged", "only"):
+    for name in ("lost", "damaged", "only", "cut", "adapted"):
         (refs := root / f"models--acme--{name}/refs").mkdir(parents=True)
         (refs / "v2").write_text(sha)
         (refs / "main").write_text(sha)
@@ -102,6 +102,13 @@ def cached(hub, tmp_path_factory) -> tuple[Path, str]:
             (there / "model.safetensors").write_bytes((there / "model.safetensors").read_bytes()[:-1])
         if name == "only":
             (refs / "main").unlink()
+        if name == "cut":
+            (blob := (there / "config.json").rename(root / "blob")).write_text("{")
+            (there / "config.json").symlink_to(blob)
+        if name == "adapted":
+            (there / "adapter_config.json").write_text("{}")
+    shutil.copytree(root / "models--acme--lost/snapshots" / sha, root / "models--acme--lost/snapshots" / sha[::-1])
+    (root / "models--acme--lost/snapshots" / sha[::-1] / "config.json").unlink()
     return root, sha
 
 
@@ -207,14 +214,19 @@ def test_names_on_the_hub_are_tried_before_text_is_prepared(tried, hub, cached):
         "acme/damaged": rf"path acme/damaged: model.safetensors in the hub's .* is cut off .*; delete \S+/{sha}/model",
         "acme/only": r"revision main: the hub is offline .* has acme/only at v2; give one of these or the whole hash",
         "acme/none": "path acme/none: no such folder here; the hub is offline .*home/hub, has no such model; for",
+        "acme/cut": r"path \S+/config.json is not valid JSON .*; delete \S+/cached\d+/blob and download it again",
+        "acme/adapted": r"path acme/adapted has an adapter \(adapter_config.json\), as LoRA makes, which is not read",
     }
+    hashed = ("acme/lost", sha[::-1], f"path acme/lost: .* has no config.json of {sha[::-1]}; download it first")
     right.append({"words": ["copy", str(root), "home/hub"]})
     no_text = {"words": ["offline", "fit"], "run": "fourth"}
     right += [{**no_text, "model.teacher.path": name} for name in of_cache]
+    right.append({**no_text, "model.teacher.path": hashed[0], "model.teacher.revision": hashed[1]})
     shown = tried(*(settings for settings, _ in wrong), *right)
     assert len(shown) == len(wrong) + len(right) - 2, shown[-1]
-    shown, of_cached = shown[: -len(of_cache)], shown[-len(of_cache) :]
-    for expected, text in zip(of_cache.values(), of_cached, strict=True):
+    expect = [*of_cache.values(), hashed[2]]
+    shown, of_cached = shown[: -len(expect)], shown[-len(expect) :]
+    for expected, text in zip(expect, of_cached, strict=True):
         assert re.search(rf"^error: --model.teacher.{expected}", text, re.MULTILINE), text
         assert not re.search("^(tokenized|data:)", text, re.MULTILINE), text
     for (settings, expected), text in zip(wrong, shown, strict=False):
@@ -241,4 +253,4 @@ def test_names_on_the_hub_are_tried_before_text_is_prepared(tried, hub, cached):
     assert said in moved[1], moved[1]
     assert "error: --data.source: cannot read acme/others: Couldn't reach 'acme/others'" in offline
     assert not any("tokenized" in text for text in (continued, again, offline))
-    assert "acme/pickled: the hub is offline, and its cache here has no weights of commit" in no_weights
+    assert "acme/pickled: the hub is offline, and its cache here has no weights in safetensors of commit" in no_weights

@@ -43,7 +43,7 @@ from salt_lightning.text.encoder import token_bytes
 from salt_lightning.text.examples import Examples
 from salt_lightning.text.journal import making
 from salt_lightning.text.parse import lots
-from salt_lightning.text.prepare import prepare_tokenizer, prepare_tokens, token_folder, tokenizer_folder
+from salt_lightning.text.prepare import look_inside, prepare_tokenizer, prepare_tokens, token_folder, tokenizer_folder
 from salt_lightning.text.progress import Done, Progress, progress_line, summary_line
 from salt_lightning.text.sources import Group, Hub, resolve
 from salt_lightning.text.token_files import Block, SplitWriter, TokenFiles, no_counts, sealed, verify
@@ -438,6 +438,21 @@ def test_a_text_with_few_nuls_is_text_and_one_with_many_can_be_left_out(tmp_path
         folder = prepare_tokens(corpus_of(tmp_path, skip_bad_lines=True), byte_tokenizer(), 0.0, tmp_path / "cache", 1)
     assert [text for text, _ in stored(folder, "train", byte_tokenizer())] == [texts["a"]]
     assert f"1 bad line left out (--data.bad_lines skip), first {tmp_path}/b.txt has a NUL in more than" in caplog.text
+
+
+CUT = "x\n" * 32767 + "x\u00e9\n"  # the last character lies on both sides of the 64 KiB that are looked at
+
+
+@pytest.mark.parametrize("text", [("\0" * 200 + "\n" + "x" * 3000), CUT, CUT.replace("\n", " ")])
+def test_a_text_whose_beginning_is_no_text_alone_is_not_refused_by_it(text, tmp_path):
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    look_inside({"source": corpus_of(tmp_path)}, lambda _: tmp_path / "none", 1)
+
+
+def test_bytes_that_are_no_text_are_found_beforehand_on_any_line_of_a_short_file(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"x\n" * 9 + b"\xff\n")
+    with pytest.raises(ConfigError, match=r"^--data.source: \S+/a.txt: line 10 is not UTF-8 text"):
+        look_inside({"source": corpus_of(tmp_path)}, lambda _: tmp_path / "none", 1)
 
 
 @pytest.mark.parametrize("suffix", ["txt", "jsonl"])

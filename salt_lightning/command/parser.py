@@ -35,6 +35,7 @@ _TYPES = {
     "str": "text",
     "dict": "a mapping",
     "NoneType": "null",
+    "timedelta": "a time as H:MM:SS",
 }
 
 

@@ -141,7 +141,7 @@ def _not_cached(name: str, setting: str, revision: str) -> str:
     cache = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model")
     refs, commits = cache / "refs", cache / "snapshots"
     known = [str(file.relative_to(refs)) for file in sorted(refs.rglob("*")) if file.is_file()]
-    if revision in known:
+    if revision in known or (commits / revision).is_dir():
         return (
             f"{setting} {name}: the hub is offline, and its cache here has no config.json of {revision}; download "
             "it first (an adapter or a GGUF file has none: give the whole model)"
@@ -160,12 +160,16 @@ def _not_cached(name: str, setting: str, revision: str) -> str:
 
 def _check_cached(name: str, setting: str, commit: str) -> None:
     """Raises ConfigError unless the hub's cache here has all weights of a model, with whole headers."""
-    single, index = (cached_file(name, file, revision=commit, **MAY_LACK) for file in (SINGLE, INDEX))
+    single, index, adapter = (
+        cached_file(name, file, revision=commit, **MAY_LACK) for file in (SINGLE, INDEX, _ADAPTER)
+    )
+    if adapter:
+        raise ConfigError(f"{setting} {name} {_MERGE}")
     named = _named(Path(index), setting, name) if index and not single else []
     files = (
         {SINGLE: single} if single else {each: cached_file(name, each, revision=commit, **MAY_LACK) for each in named}
     )
-    if lost := [file for file, path in files.items() if not path] or ([] if files else ["weights"]):
+    if lost := [file for file, path in files.items() if not path] or ([] if files else ["weights in safetensors"]):
         raise ConfigError(
             f"{setting} {name}: the hub is offline, and its cache here has no {few(lost)} of commit {commit}; download "
             "them first"
@@ -304,7 +308,8 @@ def _read(path: Path, setting: str) -> dict[str, Any]:
             raise ValueError(f"larger than {_MOST_JSON_BYTES >> 20} MiB")
         content = json.loads(path.read_bytes())
     except (ValueError, OSError, RecursionError) as error:
-        raise ConfigError(f"{setting} {path} is not valid JSON ({error}); download it again") from error
+        blob = f"delete {path.resolve()} and " if path.is_symlink() else ""  # in the hub's cache, which would keep it
+        raise ConfigError(f"{setting} {path} is not valid JSON ({error}); {blob}download it again") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{setting} {path} contains {str(content)[:40]!r} instead of settings; download it again")
     return content

@@ -12,14 +12,18 @@ _NARROW = 64
 
 
 def in_little(spec: ModelSpec, full: PreTrainedConfig) -> ModelSpec | None:
-    """The spec of a fresh model with only the first and last layer of `full`, the config of `spec`, and the settings of
-    those two; its MLPs, experts and head are narrow, and attention is whole. None: the family takes no such sizes."""
+    """The spec of a fresh model with only the first and last layer of `full`, the config of `spec`, the first of each
+    other kind, and their settings; MLPs, experts and head are narrow, attention is whole. None: the family takes no
+    such sizes."""
     layers, wide = getattr(full, LAYERS, 0), full.to_dict()
     each = {key: value for key, value in spec.config.items() if isinstance(value, list) and len(value) == layers}
-    ends = {key: [value[0], value[-1]] for key, value in each.items()}
+    # numbers may differ in all layers
+    kinds = [value.index(kind) for value in each.values() for kind in value if isinstance(kind, str)]
+    chosen = sorted({0, layers - 1, *kinds})
+    own = {key: [value[i] for i in chosen] for key, value in each.items()}
     names = [key for key, width in wide.items() if key.endswith((*_WIDTHS, "vocab_size")) and isinstance(width, int)]
     narrow = {key: min(wide[key], _NARROW) for key in names} | dict.fromkeys(SPECIAL_TOKENS, 0)
-    small = replace(spec, config={**spec.config, **ends, **narrow, LAYERS: 2})
+    small = replace(spec, config={**spec.config, **own, **narrow, LAYERS: len(chosen)})
     try:
         with torch.device("meta"):
             AutoModelForCausalLM.from_config(fresh_config(small, None))
