@@ -1122,8 +1122,8 @@ def test_other_settings_of_steps_than_the_checkpoints_are_said(fit, teacher, tmp
     own |= {"model.optim.beta2": 0.5, "model.teacher.path": str(tmp_path / "other/checkpoints" / Path(teacher).name)}
     own |= {"model.teacher_temperature": 2.0, "kd.steps": 10, "kd.allow_change": True}
     assert fit(tmp_path / "run", stop_at=9, ckpt_path="last", **own) == 128 + signal.SIGTERM
-    assert "continuing with --model.optim.beta2 0.5 (checkpoint: 0.95), --model.teacher.path " in caplog.text
-    assert "--model.teacher_temperature 2.0 (checkpoint: 1.0): the steps that follow are computed" in caplog.text
+    said = "--model.optim.beta2 0.5 (checkpoint: 0.95), --model.teacher_temperature 2.0 (checkpoint: 1.0): the steps"
+    assert f"continuing with {said} that follow are computed" in caplog.text  # a copy of the teacher changes no step
     caplog.clear()
     first, other = (tmp_path / f"{name}/checkpoints/{Path(teacher).name}" for name in ("other", "run"))
     shutil.copy(max(other.parent.glob("*.ckpt")), first)  # other weights in its place

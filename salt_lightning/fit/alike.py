@@ -92,6 +92,9 @@ def other_steps(checkpoint: Mapping[str, Any], trainer: pl.Trainer, hparams: Map
         with suppress(ConfigError):  # loading says what is wrong
             check_path(_teacher(trainer), "teacher")
         now |= teacher_weights(_teacher(trainer))
+        same = now.get(TEACHER_WEIGHTS, "") == before.get(TEACHER_WEIGHTS)
+        if same and _teacher(trainer).is_checkpoint:  # in another place; beside a folder's weights is more, e.g. code
+            now = {name: value for name, value in now.items() if not name.startswith("--model.teacher.")}
     other = [
         f"{name} {now[name]} (checkpoint: {before[name]})" for name in now if before.get(name, now[name]) != now[name]
     ]
