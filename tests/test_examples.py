@@ -532,6 +532,28 @@ def test_what_the_chat_template_refuses_is_named_by_its_line_or_left_out(tmp_pat
         prepare_tokens(corpus, tokenizer, 1.0, tmp_path / "cache", 1)
 
 
+@pytest.mark.parametrize("wrong", ["{% endfr %}", "{{ messages | nosuchfilter }}"])
+def test_a_chat_template_that_is_not_jinja_is_blamed_itself_not_the_first_row(wrong, tmp_path):
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = TEMPLATE + "\n" + wrong
+    row = {"messages": [turn("user", "a"), turn("assistant", "b")]}
+    line = tokenizer.chat_template.count("\n") + 1
+    for skips in (False, True):  # to skip lines helps nothing
+        with pytest.raises(ConfigError, match=rf"--data.tokenizer: its .* is not valid Jinja, line {line}: \S.*; corr"):
+            prepared(tmp_path, [row], CHAT, tokenizer, skip_bad_lines=skips)
+
+
+@pytest.mark.parametrize("calls", [json.dumps([{"function": {"name": "f"}}]), {"function": {"name": "f"}}, ["f"]])
+def test_tool_calls_in_another_form_are_named_where_the_chat_template_fails(calls, tmp_path):
+    tokenizer = chat_tokenizer()
+    written = "{% for call in messages[-1].tool_calls or [] %}{{ call.function.name }}{% endfor %}"
+    tokenizer.chat_template = TEMPLATE + written
+    row = {"messages": [turn("user", "a"), {**turn("assistant", "b"), "tool_calls": calls}]}
+    said = f"tool_calls should be a list of objects, not {str(calls)!r}; "
+    with pytest.raises(ConfigError, match=re.escape(said) + r"\S+rows.jsonl: line 1"):
+        prepared(tmp_path, [row], CHAT, tokenizer)
+
+
 def test_rows_without_an_example_say_what_one_needs(tmp_path):
     with pytest.raises(ConfigError, match="no document with text in rows; an example needs a response that is not"):
         prepared(tmp_path, [{"messages": [turn("human", "a"), turn("gpt", "b")]}], CHAT, chat_tokenizer())

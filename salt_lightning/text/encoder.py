@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateSyntaxError
 from tokenizers import Tokenizer, decoders
 from transformers import PreTrainedTokenizerBase
 
@@ -225,14 +226,29 @@ def make_encoder(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, val_fractio
             "hub data set"
         )
     chat = tokenizer if chats else None
-    if chat is not None and not tokenizer.chat_template:
+    if chat is not None:
+        _require_template(chat)
+    unknown = set(unknown_ids(tokenizer)) - {eos_id}  # unknown tokens stand for text
+    marks = sorted(set(special_ids(tokenizer)) - unknown)
+    return ExampleEncoder(backend, eos_id, dtype, corpus, val_fraction, begins, (), chat, marks)
+
+
+def _require_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ConfigError unless the tokenizer has a chat template that is Jinja: no row is to blame for that."""
+    if not tokenizer.chat_template:
         raise ConfigError(
             "--data.examples.messages: the tokenizer of --data.tokenizer has no chat template; use "
             "--data.examples.prompt and --data.examples.response, or a tokenizer that has one"
         )
-    unknown = set(unknown_ids(tokenizer)) - {eos_id}  # unknown tokens stand for text
-    marks = sorted(set(special_ids(tokenizer)) - unknown)
-    return ExampleEncoder(backend, eos_id, dtype, corpus, val_fraction, begins, (), chat, marks)
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
+    except TemplateSyntaxError as error:
+        raise ConfigError(
+            f"--data.tokenizer: its chat template is not valid Jinja, line {error.lineno}: {one_line(error)}; correct "
+            "it (chat_template.jinja, or chat_template in tokenizer_config.json), or take another tokenizer"
+        ) from error
+    except Exception:  # it may refuse this conversation, or have only other templates
+        return
 
 
 def day_written(tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -213,7 +213,9 @@ def segments(conversation: Conversation, render: Callable[..., Any] | None) -> l
         except Exception as error:
             if messages[0]["role"] == "assistant":  # no template promises to accept that
                 return []
-            raise ConfigError(f"--data.examples.messages: the chat template fails ({one_line(error)})") from error
+            raise ConfigError(
+                f"--data.examples.messages: the chat template fails ({one_line(error)}){_odd_calls(messages)}"
+            ) from error
         if dropped:
             raise ConfigError(
                 f"--data.examples.messages: the tokenizer's chat template does not write {dropped}; give the tokenizer "
@@ -248,6 +250,16 @@ def _readable(messages: list[Message], render: Callable[..., str]) -> list[Messa
         if not any(json.dumps(text, ensure_ascii=False) in written for text in texts):
             return messages
     return parsed
+
+
+def _odd_calls(messages: list[Message]) -> str:
+    """Names tool calls that are no list of objects, which nearly all chat templates expect; "" if there are none."""
+    odd = [calls for message in messages if (calls := message.get("tool_calls")) and not _are_objects(calls)]
+    return f"; tool_calls should be a list of objects, not {str(odd[0])[:60]!r}" if odd else ""
+
+
+def _are_objects(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(each, dict) for each in value)
 
 
 def _parsed(part: Any, texts: list[str]) -> Any:
@@ -436,7 +448,7 @@ def _tools(value: Any, of_table: bool) -> list[dict[str, Any]] | None:
         tools = json.loads(value) if isinstance(value, str) and value else value or None
     except (ValueError, RecursionError):
         tools = [value]
-    if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+    if tools and not _are_objects(tools):
         raise ConfigError(
             f"--data.examples.tools: the column must hold a list of tools or JSON of one, not {str(value)[:60]!r}"
         )
