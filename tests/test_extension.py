@@ -1793,6 +1793,19 @@ def test_ruined_weights_are_refused_before_the_first_step(data, tmp_path):
         trainer(tmp_path).fit(module, data)
 
 
+def pickles() -> bool:
+    """Whether transformers' own models can be pickled: with kernels, which 5.25 requires, they may not (0.17 tried)."""
+    try:
+        pickle.dumps(AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SMALL)))
+    except AttributeError:
+        return False
+    return True
+
+
+PICKLES = pytest.mark.skipif(not pickles(), reason="transformers' own models cannot be pickled with this kernels")
+
+
+@PICKLES
 @pytest.mark.parametrize("verb", ["fit", "validate"])
 def test_data_that_was_used_can_be_pickled(settings, tmp_path, verb):
     """Loading workers that are spawned need that."""
@@ -1804,6 +1817,7 @@ def test_data_that_was_used_can_be_pickled(settings, tmp_path, verb):
     assert verb == "validate" or len(again.train_dataloader()) == 6
 
 
+@PICKLES
 def test_a_module_that_was_trained_can_be_pickled(data, teacher, tmp_path):
     module = SALTModule(ModelSpec(config=SIZES), teacher)
     trainer(tmp_path, KDScheduleCallback(steps=3)).fit(module, data)
