@@ -318,8 +318,13 @@ class KDScheduleCallback(pl.Callback):
             raise ConfigError(
                 f"--kd.stop_margin {self.stop_margin} acts at validations, but there is no loader for them"
             )
-        first = next((step for step in validation_steps(trainer) if step >= self.min_steps), 0)
-        self._require_validation(first, last)
+        may_end = [step for step in validation_steps(trainer) if step >= self.min_steps]
+        self._require_validation(next(iter(may_end), 0), last)
+        if may_end and not any(trainer.global_step < step < last for step in may_end):
+            rank_zero_info(
+                f"--kd.stop_margin {self.stop_margin} has no effect any more: there is no validation left before step "
+                f"{last}, where the teacher leaves anyway"
+            )
 
     def _check_teacher(self, trainer: pl.Trainer, module: Any) -> None:
         """Refuses a teacher that knows nothing of this text. Collective."""

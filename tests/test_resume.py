@@ -1323,6 +1323,17 @@ def test_a_run_is_not_continued_from_another_runs_checkpoint(fit, tmp_path, caps
     assert capsys.readouterr().out.splitlines()[-1] == "done: step 12, no step left to train"
 
 
+@pytest.mark.parametrize(("step", "is_late"), [(5, False), (6, True)])
+def test_a_margin_that_comes_too_late_to_act_is_said(fit, tmp_path, caplog, step, is_late):
+    """After the validation of step 6, the next is that of step 12, where the run ends."""
+    own = {"kd.steps": 10, "kd.allow_change": True, "checkpoint.at_steps": [5, 6]}
+    assert fit(tmp_path / "run", stop_at=7, **own) == 128 + signal.SIGTERM
+    again = {**own, "ckpt_path": str(tmp_path / f"run/checkpoints/step-{step:08}.ckpt"), "kd.stop_margin": -99.0}
+    assert fit(tmp_path / "run", stop_at=8, **again) == 128 + signal.SIGTERM
+    said = "--kd.stop_margin -99.0 has no effect any more: there is no validation left before step 10, where the"
+    assert (said in caplog.text) == is_late
+
+
 def test_a_boundary_that_no_longer_holds_is_said(fit, tmp_path, caplog):
     own = {"kd.stop_margin": 99.0, "kd.steps": 10, "kd.anneal_steps": 2, "kd.shape": "linear",
            "trainer.val_check_interval": 3, "checkpoint.at_steps": [8]}  # fmt: skip
