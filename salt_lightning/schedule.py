@@ -318,9 +318,12 @@ class KDScheduleCallback(pl.Callback):
             raise ConfigError(
                 f"--kd.stop_margin {self.stop_margin} acts at validations, but there is no loader for them"
             )
-        may_end = [step for step in validation_steps(trainer) if step >= self.min_steps]
-        self._require_validation(next(iter(may_end), 0), last)
-        if may_end and not any(trainer.global_step < step < last for step in may_end):
+        first, left = (  # 0: none
+            next((step for step in validation_steps(trainer) if step >= self.min_steps and step > done), 0)
+            for done in (0, trainer.global_step)
+        )
+        self._require_validation(first, last)
+        if first and not 0 < left < last:
             rank_zero_info(
                 f"--kd.stop_margin {self.stop_margin} has no effect any more: there is no validation left before step "
                 f"{last}, where the teacher leaves anyway"
