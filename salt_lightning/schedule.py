@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from salt_lightning.command.settings import as_yaml
 from salt_lightning.errors import ConfigError, refuse, wrong_kinds
 from salt_lightning.preflight import size_said
 from salt_lightning.run.run_folder import interval_steps
@@ -406,7 +407,7 @@ class KDScheduleCallback(pl.Callback):
             return
         saved, now = checkpoint.get("kd_schedule") or {**self.settings, "weight": 0.0}, self.settings
         changed = ", ".join(
-            f"--kd.{key} {now.get(key)} (checkpoint: {saved.get(key)})"
+            f"--kd.{key} {as_yaml(now.get(key))} (checkpoint: {as_yaml(saved.get(key))})"
             for key in now | saved
             if now.get(key) != saved.get(key)
         )

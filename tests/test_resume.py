@@ -364,6 +364,8 @@ def test_another_schedule_is_refused_unless_allowed(fit, tmp_path, capsys):
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert message.startswith("error: the KD schedule differs from the checkpoint's: --kd.steps 10 (checkpoint: 8)")
     assert "--kd.allow_change true" in message
+    assert fit(tmp_path / "run", ckpt_path="last", **{"kd.steps": None, "kd.anneal_steps": 0, "kd.shape": "step"}) == 2
+    assert "--kd.steps null (checkpoint: 8)" in capsys.readouterr().err
     changed = {"kd.steps": 10, "kd.allow_change": True, "ckpt_path": "last"}
     assert fit(tmp_path / "run", **changed) == 0
     assert sorted(scalars(tmp_path / "run")["train/kd"])[-1] == 10

@@ -129,6 +129,7 @@ def settings_held(path: Path, subcommand: str, given: Namespace, seed: int, prov
         if key == "seed" and now is None:
             now = seed
         if now != before.get(key, now) and not isinstance(now, dict) and key != "student.path":
-            say_once(f"--model.{key} {now} (checkpoint: {before[key]}): the given value is used")
+            was = settings.as_yaml(before[key])
+            say_once(f"--model.{key} {settings.as_yaml(now)} (checkpoint: {was}): the given value is used")
     held.pop("seed", None)  # follows --seed_everything
     return held

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 import salt_lightning
+from salt_lightning.command.settings import as_yaml
 from salt_lightning.errors import ConfigError, few
 from salt_lightning.hugging_face.folders import sample_hash
 from salt_lightning.hugging_face.spec import ModelSpec
@@ -96,7 +97,9 @@ def other_steps(checkpoint: Mapping[str, Any], trainer: pl.Trainer, hparams: Map
         if same and _teacher(trainer).is_checkpoint:  # in another place; beside a folder's weights is more, e.g. code
             now = {name: value for name, value in now.items() if not name.startswith("--model.teacher.")}
     other = [
-        f"{name} {now[name]} (checkpoint: {before[name]})" for name in now if before.get(name, now[name]) != now[name]
+        f"{name} {as_yaml(now[name])} (checkpoint: {as_yaml(before[name])})"
+        for name in now
+        if before.get(name, now[name]) != now[name]
     ]
     return f"continuing with {', '.join(other)}: the steps that follow are computed differently" if other else None
 
