@@ -592,6 +592,16 @@ def test_parts_are_shown_thirds_first(tmp_path):
     assert f"val/ce/{report.MOST_PARTS}" in found.rows[1].last
 
 
+def test_a_source_may_be_called_run(tmp_path):
+    path = write_run(tmp_path / "one", BASELINE)
+    with SummaryWriter(str(path)) as writer:
+        for value, part in enumerate(("run", "web")):
+            writer.add_scalar(f"val/ce/{part}", value, 300)
+    shown = report.markdown(evaluate(load([path]))).partition("by part\n")[2]
+    first, *_ = rows_of(shown)
+    assert first == {"run": "one", "val/ce/run": "0.0000", "web": "1.0000"}
+
+
 def test_a_boundary_found_by_a_margin_is_where_the_teacher_left(tmp_path):
     own = {"teacher": "t", "weight": 0.5, "kd_steps": 200, "kd.stop_margin": 0.05}
     paths = [write_run(tmp_path / "baseline", BASELINE), write_run(tmp_path / "salt", SALT, log_every=70, **own)]

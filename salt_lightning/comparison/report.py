@@ -188,7 +188,8 @@ def _parts_table(rows: list[Row]) -> str:
         return ""
     columns = {"run": [row.run for row in rows]}
     for tag in parts:
-        columns[tag.removeprefix("val/ce/")] = [number(row.last.get(tag), ".4f") for row in rows]
+        name = tag.removeprefix("val/ce/")
+        columns[tag if name in columns else name] = [number(row.last.get(tag), ".4f") for row in rows]
     return "## Final validation CE by part\n\n" + table(columns, text=("run",))
 
 
