@@ -251,6 +251,19 @@ def test_a_resume_says_which_sources_are_not_as_before(before, said):
     assert re.fullmatch(f"step 8 continues with .*{said}", where(stretches, checkpoint, {"a": [0, 9], "b": [3, 9]}))
 
 
+def test_a_source_that_is_back_is_not_called_new():
+    """It is not read from its first row again: what it gave before is counted."""
+    turns = [dict.fromkeys(names, 5000) for names in ("ab", "ac", "ab", "db")]
+    first, second, third, other = (Stretch(10 * n, 10, 32, each) for n, each in enumerate(turns))
+    checkpoint = {"global_step": 20, "text": {"cuts": {"a": [0, 9], "c": [3, 9]}}}
+    said = where((first, second, third), checkpoint, {"a": [0, 9], "b": [3, 9]})
+    assert said.endswith("; b: back, so it continues after its rows that were read before; if it has changed since "
+                         "then, text may be read again")  # fmt: skip
+    assert "new or renamed" in where((first, second), checkpoint | {"global_step": 10}, {"a": [0, 9], "d": [3, 9]})
+    both = where((first, second, other), checkpoint, {"d": [0, 9], "b": [3, 9]})
+    assert re.search("; b: back, .*; d: new or renamed, so it begins with its first row$", both)
+
+
 def test_rows_of_another_length_count_by_their_tokens():
     stretches = (Stretch(0, 8, 128, None), Stretch(30, 8, 256, None), Stretch(35, 3, 96, None))
     assert [rows_before(stretches[:1], step) for step in (0, 30)] == [0, 240]

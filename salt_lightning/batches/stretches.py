@@ -89,6 +89,12 @@ def where(stretches: Stretches, checkpoint: Mapping[str, Any], cuts: Mapping[str
             "text may be read again"
         )
     new = cuts.keys() - before.keys()
+    if back := sorted(name for name in new if any(name in (stretch.turns or ()) for stretch in stretches[:-1])):
+        said += (
+            f"; {few(back)}: back, so it continues after its rows that were read before; if it has changed since then, "
+            "text may be read again"
+        )
+        new -= {*back}
     if new and before.keys() - cuts.keys():
         said += f"; {few(sorted(new))}: new or renamed, so it begins with its first row"
     return said
