@@ -324,7 +324,7 @@ class KDScheduleCallback(pl.Callback):
             for done in (0, trainer.global_step)
         )
         self._require_validation(first, last)
-        if first and not 0 < left < last:
+        if 0 < first < last and not 0 < left < last:
             rank_zero_info(
                 f"--kd.stop_margin {self.stop_margin} has no effect any more: there is no validation left before step "
                 f"{last}, where the teacher leaves anyway"
