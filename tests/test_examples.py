@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 from contextlib import nullcontext
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -541,6 +542,24 @@ def test_a_chat_template_that_is_not_jinja_is_blamed_itself_not_the_first_row(wr
     for skips in (False, True):  # to skip lines helps nothing
         with pytest.raises(ConfigError, match=rf"--data.tokenizer: its .* is not valid Jinja, line {line}: \S.*; corr"):
             prepared(tmp_path, [row], CHAT, tokenizer, skip_bad_lines=skips)
+
+
+def test_named_chat_templates_without_the_one_that_is_used_are_blamed_not_the_first_row(tmp_path):
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = {"tool_use": TEMPLATE, "rag": TEMPLATE}
+    row = {"messages": [turn("user", "a"), turn("assistant", "b")]}
+    said = (
+        r"^--data.tokenizer: none of its chat templates \(rag, tool_use\) is called default; .* as chat_template.jinja,"
+    )
+    for skips in (False, True):
+        with pytest.raises(ConfigError, match=said):
+            prepared(tmp_path, [row], CHAT, tokenizer, skip_bad_lines=skips)
+    tokenizer.save_pretrained(folder := tmp_path / "tokenizer")
+    shutil.copy(folder / "additional_chat_templates/tool_use.jinja", folder / "chat_template.jinja")
+    prepared(tmp_path, [row], CHAT, load_tokenizer(str(folder)))
+    tokenizer.chat_template = {"default": TEMPLATE, "tool_use": "{% endfr %}"}
+    with pytest.raises(ConfigError, match="^--data.tokenizer: its chat template is not valid Jinja, line 1"):
+        prepared(folder, [{**row, "tools": [{"name": "f"}]}], replace(CHAT, tools="tools"), tokenizer)
 
 
 @pytest.mark.parametrize("calls", [json.dumps([{"function": {"name": "f"}}]), {"function": {"name": "f"}}, ["f"]])

@@ -11,7 +11,7 @@ from jinja2 import TemplateSyntaxError
 from tokenizers import Tokenizer, decoders
 from transformers import PreTrainedTokenizerBase
 
-from salt_lightning.errors import ConfigError, one_line
+from salt_lightning.errors import ConfigError, few, one_line
 from salt_lightning.text.documents import Corpus, Raw, utf8
 from salt_lightning.text.examples import Conversation, Message, Segment, segments
 from salt_lightning.text.parse import Skipped, documents, lots
@@ -227,28 +227,36 @@ def make_encoder(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, val_fractio
         )
     chat = tokenizer if chats else None
     if chat is not None:
-        _require_template(chat)
+        _require_template(chat, bool(corpus.examples.tools))
     unknown = set(unknown_ids(tokenizer)) - {eos_id}  # unknown tokens stand for text
     marks = sorted(set(special_ids(tokenizer)) - unknown)
     return ExampleEncoder(backend, eos_id, dtype, corpus, val_fraction, begins, (), chat, marks)
 
 
-def _require_template(tokenizer: PreTrainedTokenizerBase) -> None:
+def _require_template(tokenizer: PreTrainedTokenizerBase, tools: bool) -> None:
     """Raises ConfigError unless the tokenizer has a chat template that is Jinja: no row is to blame for that."""
-    if not tokenizer.chat_template:
+    template = tokenizer.chat_template
+    if not template:
         raise ConfigError(
             "--data.examples.messages: the tokenizer of --data.tokenizer has no chat template; use "
             "--data.examples.prompt and --data.examples.response, or a tokenizer that has one"
         )
-    try:
-        tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
-    except TemplateSyntaxError as error:
+    if isinstance(template, dict) and "default" not in template and not (tools and "tool_use" in template):
         raise ConfigError(
-            f"--data.tokenizer: its chat template is not valid Jinja, line {error.lineno}: {one_line(error)}; correct "
-            "it (chat_template.jinja, or chat_template in tokenizer_config.json), or take another tokenizer"
-        ) from error
-    except Exception:  # it may refuse this conversation, or have only other templates
-        return
+            f"--data.tokenizer: none of its chat templates ({few(sorted(template))}) is called default; in its folder, "
+            "save one as chat_template.jinja, or take another tokenizer"
+        )
+    offers: list[Any] = [None, [{}]] if tools else [None]  # with tools, another of its templates may be used
+    for given in offers:
+        try:
+            tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tools=given, tokenize=False)
+        except TemplateSyntaxError as error:
+            raise ConfigError(
+                f"--data.tokenizer: its chat template is not valid Jinja, line {error.lineno}: {one_line(error)}; "
+                "correct it (chat_template.jinja, or chat_template in tokenizer_config.json), or take another tokenizer"
+            ) from error
+        except Exception:  # it may refuse this conversation
+            continue
 
 
 def day_written(tokenizer: PreTrainedTokenizerBase) -> list[str]:
