@@ -167,7 +167,11 @@ def test_names_on_the_hub_are_tried_before_text_is_prepared(tried, hub, cached):
         *(({"model.teacher.path": name}, f"--model.teacher.path {name} {said}") for name, said in of_teacher.items()),
         ({"model.teacher.revision": "v9"}, "--model.teacher.path acme/teacher cannot be loaded .* v9 is not a valid"),
         ({"data.tokenizer": "acme/teacher@v9"}, "--data.tokenizer: cannot load 'acme/teacher@v9' .*v9 is not a valid "),
-        ({"model.teacher.path": "a/b@v1"}, "--model.teacher.path a/b@v1: give a/b, and --model.teacher.revision v1"),
+        (
+            {"model.teacher.path": "a/b@v1"},
+            "--model.teacher.path a/b@v1: .*, give a/b, and --model.teacher.revision v1",
+        ),
+        ({"model.teacher.path": "a/b@"}, "--model.teacher.path a/b@: no such folder here; for .* hub, give a/b$"),
         (
             {"data.tokenizer": "acme/bert", "model.teacher.revision": "v1"},
             "--model.teacher.path acme/teacher and --data.tokenizer name 2 token .* --data.tokenizer acme/teacher@v1",
