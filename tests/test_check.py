@@ -622,6 +622,12 @@ def test_a_look_in_little_has_each_kind_of_layer():
     spec = ModelSpec(family="lfm2", config={**sizes, "intermediate_size": 64, "vocab_size": 64})
     small = in_little(spec, build_empty(spec, None).model.config)
     assert small.config["layer_types"] == ["full_attention", "conv", "full_attention"]
+    of_indices = {name: value for name, value in spec.config.items() if name != "layer_types"} | {
+        "full_attn_idxs": [0, 1]
+    }
+    spec = replace(spec, config=of_indices)
+    small = in_little(spec, build_empty(spec, None).model.config)
+    assert build_empty(small, None).model.config.layer_types == ["full_attention", "conv", "conv"]
 
 
 EXPERTS = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 1536}

@@ -15,6 +15,16 @@ def in_little(spec: ModelSpec, full: PreTrainedConfig) -> ModelSpec | None:
     """The spec of a fresh model with only the first and last layer of `full`, the config of `spec`, the first of each
     other kind, and their settings; MLPs, experts and head are narrow, attention is whole. None: the family takes no
     such sizes."""
+    derived = full.to_dict().get("layer_types") or []  # by an interval, or from indices that few layers lack
+    if "layer_types" not in spec.config and len(set(derived)) > 1:
+        named = replace(spec, config={**spec.config, "layer_types": list(derived)})
+        if small := _of_ends(named, full):
+            return small
+    return _of_ends(spec, full)
+
+
+def _of_ends(spec: ModelSpec, full: PreTrainedConfig) -> ModelSpec | None:
+    """The same, of the layers that the lists of `spec` tell apart."""
     layers, wide = getattr(full, LAYERS, 0), full.to_dict()
     each = {key: value for key, value in spec.config.items() if isinstance(value, list) and len(value) == layers}
     # numbers may differ in all layers
