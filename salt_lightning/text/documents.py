@@ -33,7 +33,7 @@ from salt_lightning.text.sources import Group, hub_error
 
 _RAW_CHARS = 1 << 19  # text per worker task: long enough to hide the pickling, short enough for even progress
 _MAX_BYTES = 1 << 30  # largest document in a file
-_FIRST_BYTES = 1 << 20  # a longer first line is not looked at beforehand
+_FIRST_BYTES = 1 << 20  # a longer line is not looked at beforehand
 _BEGINNING_BYTES = 1 << 16  # of a text file
 MAX_SOURCES = 1000  # each has its own losses
 _OF_TOKENS = {"input_ids", "attention_mask", "token_type_ids", "labels", "length", "tokens"}  # columns' names
@@ -271,11 +271,10 @@ def first_lines(corpus: Corpus) -> Iterator[Raw]:
     for group in corpus.groups:
         for file in group.files if group.kind in ("text", "jsonl") else ():
             with _file_errors(file, corpus), _open(file) as (content, _):
-                start = content.readline(_FIRST_BYTES) if group.kind == "jsonl" else content.read(_BEGINNING_BYTES)
-                if group.kind == "text" and content.read(1):  # a character may be cut in two
-                    start = start[: start.rfind(b"\n") + 1]
-            if len(start) < _FIRST_BYTES:
-                yield Raw(group.name, group.kind, [start], [], [(0, file, 1)])
+                start = content.read(_BEGINNING_BYTES) if group.kind == "text" else b""
+                line = content.readline(_FIRST_BYTES)  # to its end: a character may be cut in two
+            if len(line) < _FIRST_BYTES:
+                yield Raw(group.name, group.kind, [start + line], [], [(0, file, 1)])
 
 
 def open_hub(group: Group, corpus: Corpus) -> Any:
