@@ -816,17 +816,12 @@ def test_missing_tokenizer_is_one_line():
         (
             "acme/words@v9",
             "cannot load 'acme/words@v9' (no such folder here; the hub is offline (HF_HUB_OFFLINE), and "
-            "its cache here has acme/words at main, v1)",
+            "its cache here has no tokenizer of acme/words at v9)",
         ),
         ("acme/words", "its cache here has no tokenizer of acme/words at main)"),
-        ("acme/no@v1", "its cache here has no acme/no)"),
     ],
 )
-def test_a_tokenizer_that_the_hubs_cache_lacks_says_what_is_there(name, said, tmp_path, monkeypatch):
-    for revision in ("main", "v1"):
-        (tmp_path / f"models--acme--words/snapshots/{revision}").mkdir(parents=True)
-        (refs := tmp_path / "models--acme--words/refs").mkdir(exist_ok=True)
-        (refs / revision).write_text(revision[-1] * 40)
+def test_a_tokenizer_that_the_hubs_cache_lacks_is_named(name, said, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ConfigError, match=f"{re.escape(said)}.*; give a folder, hub name or train$"):
         load_tokenizer(name)

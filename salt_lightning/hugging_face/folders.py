@@ -137,23 +137,17 @@ def _weights_on_hub(name: str, setting: str, commit: str) -> list[str]:
     return files
 
 
-def cached_revisions(name: str) -> tuple[list[str], list[str]]:
-    """The branches and tags, and the commits, of a hub name of which the hub's cache here has files."""
-    cache = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model")
-    refs = cache / "refs"
-    known = [str(file.relative_to(refs)) for file in sorted(refs.rglob("*")) if file.is_file()]
-    return known, [folder.name for folder in sorted((cache / "snapshots").glob("*"))]
-
-
 def _not_cached(name: str, setting: str, revision: str) -> str:
     """That the hub is offline, and its cache has no config.json of this model, or none of this revision."""
-    known, commits = cached_revisions(name)
-    if revision in [*known, *commits]:
+    cache = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model")
+    refs, commits = cache / "refs", cache / "snapshots"
+    known = [str(file.relative_to(refs)) for file in sorted(refs.rglob("*")) if file.is_file()]
+    if revision in known or (commits / revision).is_dir():
         return (
             f"{setting} {name}: the hub is offline, and its cache here has no config.json of {revision}; download "
             "it first (an adapter or a GGUF file has none: give the whole model)"
         )
-    if known := known or commits:
+    if known := known or [folder.name for folder in sorted(commits.glob("*"))]:
         return (
             f"{setting.removesuffix('path')}revision {revision}: the hub is offline (HF_HUB_OFFLINE), and its cache "
             f"here has {name} at {few(known)}; give one of these or the whole hash of a commit, or download it first"

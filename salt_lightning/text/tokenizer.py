@@ -17,8 +17,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils.hub import is_offline_mode
 
-from salt_lightning.errors import ConfigError, counted, few, first_line
-from salt_lightning.hugging_face.folders import cached_revisions
+from salt_lightning.errors import ConfigError, counted, first_line
 from salt_lightning.text.documents import Corpus, read_raw, utf8
 from salt_lightning.text.parse import Skipped, documents, empty_error, lots
 from salt_lightning.text.progress import Done, Progress
@@ -66,7 +65,8 @@ def load_tokenizer(name: str, setting: str = "--data.tokenizer") -> PreTrainedTo
             allowed = os.path.join(name, "tokenizer")
         why = first_line(error).partition(" from one of:")[0]  # a list that is not about this folder follows
         if is_offline_mode() and "couldn't connect" in why:
-            why = _not_cached(where, revision or "main")
+            here = f"the hub is offline (HF_HUB_OFFLINE), and its cache here has no tokenizer of {where}"
+            why = f"no such folder here; {here} at {revision or 'main'}"
         raise ConfigError(f"{setting}: cannot load {name!r} ({why}); give {allowed}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError(f"{setting}: {name!r} has no tokenizer.json; save it as a fast tokenizer first")
@@ -75,15 +75,6 @@ def load_tokenizer(name: str, setting: str = "--data.tokenizer") -> PreTrainedTo
     tokenizer.backend_tokenizer.no_padding()  # a word could be padded to any length
     tokenizer.backend_tokenizer.no_truncation()
     return tokenizer
-
-
-def _not_cached(name: str, revision: str) -> str:
-    """That the hub is offline, and its cache has no tokenizer of this name, or none of this revision."""
-    known, commits = cached_revisions(name)
-    has = f"{name} at {few(known or commits)}" if commits else f"no {name}"
-    if revision in [*known, *commits]:
-        has = f"no tokenizer of {name} at {revision}"
-    return f"no such folder here; the hub is offline (HF_HUB_OFFLINE), and its cache here has {has}"
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
