@@ -531,6 +531,13 @@ ERRORS = {
         {"trainer.plugins": ["AsyncCheckpointIO"]},
         r"--trainer.plugins: another CheckpointIO is not supported: it would write without checksums; leave it out$",
     ),
+    "another CheckpointIO in the strategy": (
+        {
+            "trainer.strategy": "{class_path: DDPStrategy, init_args: "
+            "{checkpoint_io: lightning.pytorch.plugins.io.AsyncCheckpointIO}}"
+        },
+        r"^error: --trainer.strategy: another CheckpointIO is not supported: it would write without checksums; leave",
+    ),
     "an empty precision": ({"trainer.precision": ""}, r"^error: --trainer.precision '' must be 32 or 32-true or bf16"),
     "an argument that a class does not take": (
         {"trainer.callbacks": "EarlyStopping", "trainer.callbacks.monitr": "x"},
@@ -627,6 +634,16 @@ ERRORS = {
     "missing checkpoint": (
         {"ckpt_path": "gone.ckpt"},
         r"--ckpt_path gone.ckpt does not exist; give one of RUN/checkpoints/step-\*.ckpt, or last, which finds",
+    ),
+    "mappings for groups": (
+        {
+            "model": "{optim: {lr: a, beta1: 2.0}, teacher: {pth: x}}",
+            "checkpoint": "{at_steps: 3, keep: -1}",
+            "trainer.max_steps": "5x",
+        },
+        r"^error: --trainer.max_steps 5x must be a whole number; --model.optim.lr a must be a finite number; "
+        r"--checkpoint.at_steps 3 must be null or a list of whole numbers; --model.teacher.pth: there is no such "
+        r"setting; did you mean --model.teacher.path\?; --model.optim.beta1 2.0 must [^;]*; --checkpoint.keep -1 must ",
     ),
     "a file for a group": (
         {"model.teacher": "{bad}/latin.txt"},

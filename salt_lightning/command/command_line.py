@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import sys
 from codecs import getincrementaldecoder
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -248,3 +249,43 @@ def _keys(node: Any, prefix: str) -> Iterator[tuple[str, str, int]]:
         yield f"{prefix}{own}", own, key.start_mark.line + 1
         if own != "<<":  # merged keys may repeat others
             yield from _keys(value, f"{prefix}{own}.")
+
+
+def without(args: list[str], wrong: list[str]) -> list[str]:
+    """A command line without these settings and those below them, typed or in its files; without all of a list of
+    classes, if it is the setting of one."""
+    wrong = [re.sub(r"^(trainer\.(?:callbacks|logger|plugins))\..*", r"\1", name) for name in wrong]
+    kept, name, drops = [], "", False
+    for word in args:
+        typed, joined, value = word.partition("=")
+        if begins := word.startswith("--"):
+            name = typed.removeprefix("--")
+            drops = _is_below(name, wrong)
+        value = value if begins else word
+        if begins and name == "config":
+            word = f"--config={_left(text_of(value), '', wrong)}"
+        elif value.lstrip().startswith("{"):
+            with suppress(yaml.YAMLError):
+                word = f"{word.removesuffix(value)}{_left(value, f'{name}.', wrong)}"
+        if not drops:
+            kept.append(word)
+        drops = drops and begins and not joined  # the next word is its value
+    return kept
+
+
+def _left(mapping: str, prefix: str, wrong: list[str]) -> str:
+    left = _kept(yaml.safe_load(mapping), prefix, wrong)
+    return yaml.safe_dump(left, default_flow_style=True, width=sys.maxsize)
+
+
+def _kept(value: Any, prefix: str, wrong: list[str]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    below = {key: f"{prefix}{key}" for key in value}
+    kept = {key: _kept(value[key], f"{name}.", wrong) for key, name in below.items() if not _is_below(name, wrong)}
+    # what is emptied here would be another error
+    return {key: each for key, each in kept.items() if each != {} or value[key] == {}}
+
+
+def _is_below(name: str, others: list[str]) -> bool:
+    return any(f"{name.replace('+', '')}.".startswith(f"{other}.") for other in others)

@@ -4,7 +4,6 @@ import argparse
 import ast
 import os
 import re
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -21,7 +20,7 @@ from salt_lightning.command.command_line import (
     given_in,
     misread,
     no_mapping,
-    text_of,
+    without,
 )
 from salt_lightning.command.settings import GROUPS, REFUSED, as_yaml, in_brief, wrong_precision
 from salt_lightning.command.wrong_names import no_such
@@ -150,7 +149,7 @@ def parse(parsers: Sequence[LightningArgumentParser], args: list[str]) -> tuple[
                 if problems and _NO_MAPPING in str(error):  # of a file named in a file: no longer beside it
                     raise Unreadable(*ignored, *problems) from None
                 problems += error.problems
-                left = _without(args, _begun(error.problems))
+                left = without(args, _begun(error.problems))
                 if left == args:
                     raise Unreadable(*dict.fromkeys(ignored + problems)) from None
                 args = left
@@ -174,37 +173,6 @@ def _begun(problems: Iterable[str]) -> list[str]:
 
 
 _NO_MAPPING = " must be a mapping of its settings"
-
-
-def _without(args: list[str], wrong: list[str]) -> list[str]:
-    """A command line without these settings and those below them, typed or in its files; without all of a list of
-    classes, if it is the setting of one."""
-    wrong = [re.sub(r"^(trainer\.(?:callbacks|logger|plugins))\..*", r"\1", name) for name in wrong]
-    kept, drops = [], False
-    for word in args:
-        name, joined, value = word.partition("=")
-        if name.startswith("--"):
-            drops = _is_below(name.removeprefix("--"), wrong)
-        if word.startswith("--config="):
-            left = _kept(yaml.safe_load(text_of(value)), "", wrong)
-            word = f"--config={yaml.safe_dump(left, default_flow_style=True, width=sys.maxsize)}"
-        if not drops:
-            kept.append(word)
-        drops = drops and name.startswith("--") and not joined  # the next word is its value
-    return kept
-
-
-def _kept(value: Any, prefix: str, wrong: list[str]) -> Any:
-    if not isinstance(value, dict):
-        return value
-    below = {key: f"{prefix}{key}" for key in value}
-    kept = {key: _kept(value[key], f"{name}.", wrong) for key, name in below.items() if not _is_below(name, wrong)}
-    # what is emptied here would be another error
-    return {key: each for key, each in kept.items() if each != {} or value[key] == {}}
-
-
-def _is_below(name: str, others: list[str]) -> bool:
-    return any(f"{name.replace('+', '')}.".startswith(f"{other}.") for other in others)
 
 
 _VERBS = {
@@ -273,6 +241,11 @@ def explain(message: str, known: list[str], given: Iterable[tuple[str, str]] = (
         line = re.sub(r" value: (None|True|False)$", lambda m: f" value: {as_yaml(m[1])}", line)
     if found := re.match(r"Parser key \"([^\"]+)\"(\S*): (.*)", line):
         name, rest = f"--{_prefix(found[1], given, line)}{found[1]}{found[2]}", found[3]
+        below = re.escape(name.removeprefix("--"))
+        if inner := re.match(
+            rf"Unable to load config .*? - (Parser key \"{below}\..*)", rest
+        ):  # a mapping with an error
+            return explain(inner[1], known, given, class_name)
         part = re.search(r"NestedArg\(key='([^']+)', val='?(.*?)'?\)", rest)
         if part and not re.fullmatch(f"--{CLASSES}", name):
             return f"{name}.{part[1]}: there is no such setting, as {name} is no group of them"
@@ -296,9 +269,9 @@ def explain(message: str, known: list[str], given: Iterable[tuple[str, str]] = (
         if group := re.match(r"Unable to load config ['\"](.*?)['\"] - ", rest):
             return no_mapping(name, group[1], known)
         return f"{name}: {rest}"
-    wrong = re.search(r"does not accept option '([^']+)'|unrecognized arguments: --([^\s=]+)", line)
+    wrong = re.search(r"(?:^Group '(.+)' )?does not accept option '([^']+)'|unrecognized arguments: --([^\s=]+)", line)
     if wrong:
-        return no_such(wrong[1] or wrong[2], known)
+        return no_such(f"{wrong[1]}.{wrong[2]}" if wrong[1] else wrong[2] or wrong[3], known)
     if (lacking := re.match(r"the following arguments are required: (\w+)(.*)", line)) and lacking[1] != "subcommand":
         of_class = (name for name, value in given if value.rpartition(".")[2] == class_name)
         name = next(of_class, "trainer.*").removesuffix(".class_path")

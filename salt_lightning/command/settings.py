@@ -274,9 +274,10 @@ def of_lightning(error: Exception, trainer: Namespace, wrong: Iterable[str]) -> 
 
     If that setting is already in `wrong`, its message there: Lightning's may advise values that are refused here.
     """
-    if "values for CheckpointIO" in str(error):
+    if found := re.search(r"values for CheckpointIO|checkpoint_io (set through both)", str(error)):
         return (
-            "--trainer.plugins: another CheckpointIO is not supported: it would write without checksums; leave it out"
+            f"--trainer.{'strategy' if found[1] else 'plugins'}: another CheckpointIO is not supported: it would write "
+            "without checksums; leave it out"
         )
     given = {key: value for key, value in vars(trainer).items() if value is not None}
     text = str(error).replace("Timer(duration=", "Timer(max_time=")
