@@ -27,6 +27,7 @@ import math
 import os
 import statistics
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -509,7 +510,9 @@ def main() -> None:
     parser.add_argument("--errors", action="store_true", help="print only the errors of formats for logits")
     parser.add_argument("--rows", type=int, default=8192)
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--deadline", type=float, default=240, help="seconds after which no further table is started")
     args = parser.parse_args()
+    deadline_s = time.monotonic() + args.deadline
     if args.errors:
         print("\n".join(format_table()))
         return
@@ -524,6 +527,9 @@ def main() -> None:
         tables += [speed(args.rows, sizes, args.rounds) for sizes in head_loss.SIZES]
         tables += [stats_speed(*size, args.rounds) for size in ((32768, 512, 50304), (8192, 2048, 256000))]
     for table in tables:
+        if time.monotonic() > deadline_s:
+            print("\nskipped: the deadline has passed", flush=True)
+            continue
         try:
             for line in table:
                 print(line, flush=True)

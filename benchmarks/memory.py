@@ -144,7 +144,7 @@ def measure(row: dict[str, Any], folder: Path) -> dict[str, Any]:
     on_gpu = torch.cuda.is_available()
     text = folder / "text.jsonl"
     if not text.exists():
-        write_text(text, 6000 if on_gpu else 300)
+        write_text(text, 600 if on_gpu else 300)  # a fit reads at most 9 steps of 32,768 tokens
     accumulate, family, devices = row.get("accumulate", 1), row.get("family", "llama"), row.get("devices", 1)
     common = {
         "data.source": text, "data.cache_dir": folder / "cache", "data.vocab_size": min(row["vocab"], 8192),

@@ -2,6 +2,7 @@
 
     python benchmarks/step.py --sizes 124m 350m       one GPU; skips what is not done after 8 minutes (--deadline)
     python benchmarks/step.py --boundary --sizes 124m the plain phase after a boundary and BASELINE, alternately
+    python benchmarks/step.py --loops hand            only the loop that compiles nothing more: half the time of a size
     python benchmarks/step.py --tiny                  any CPU, seconds: shows that it runs
 
 Each size runs in its own process, whose output goes to stderr. Blocks of KD and plain steps alternate, and after each
@@ -28,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -59,6 +60,7 @@ from salt_lightning.text.journal import whole
 BLOCKS = 8  # KD and plain, alternating; after each plain block a turn of every hand-written loop
 LOOP_STEPS = 60  # of each hand-written loop, at most
 PLAIN_WAYS = ("hand", "full_logits", "transformers")
+LOOPS = (*PLAIN_WAYS, "kd_hand", "kd_full", "kd_chunks", "kd_liger")
 FITS = 4  # fits with a boundary, and the same number of BASELINE
 WEIGHT = 0.667
 T_975 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36)  # for 1, 2 ... degrees of freedom
@@ -106,8 +108,10 @@ class Alternate(pl.Callback):
     After each plain block the hand-written loops take a turn; then it calls `done` with itself and the module.
     """
 
-    def __init__(self, block: int, skip: int, done: Callable[[Alternate, Any], None]) -> None:
-        self.block, self.skip, self.done = block, skip, done
+    def __init__(
+        self, block: int, skip: int, done: Callable[[Alternate, Any], None], loops: Sequence[str] = LOOPS
+    ) -> None:
+        self.block, self.skip, self.done, self.wanted = block, skip, done, loops
         self.loops: Loops | None = None
         self.batches: deque[Any] = deque(maxlen=8)
         self.marks: list[Any] = []
@@ -146,11 +150,11 @@ class Alternate(pl.Callback):
 
     def _turn(self, trainer: pl.Trainer, module: Any) -> None:
         self.milliseconds = spans(self.marks)
-        if self.loops is None:  # they compile for minutes, in which the deadline may pass
-            self.done(self, module)
-            self.loops = Loops(module, trainer.optimizers[0], list(self.batches))
-        self.loops.take_turn(max(3, min(self.block, LOOP_STEPS) // (BLOCKS // 2)))
-        self.done(self, module)
+        done = partial(self.done, self, module)
+        if self.loops is None:
+            done()
+            self.loops = Loops(module, trainer.optimizers[0], list(self.batches), self.wanted)
+        self.loops.take_turn(max(3, min(self.block, LOOP_STEPS) // (BLOCKS // 2)), done)
 
     def _mark(self, trainer: pl.Trainer, module: Any) -> None:
         self.marks.append(mark(module.device))
@@ -293,7 +297,7 @@ def boundary(name: str, folder: Path, save: Callable[[dict[str, Any]], None]) ->
         })  # fmt: skip
 
 
-def measure(name: str, folder: Path, save: Callable[[dict[str, Any]], None]) -> None:
+def measure(name: str, folder: Path, loops: Sequence[str], save: Callable[[dict[str, Any]], None]) -> None:
     """Measures one size: a teacher, and the alternating run by command line; saves what is known after each round."""
     pair, settings = PAIRS[name], settings_of(name, folder)
     settings |= {"run": folder / name / "student", "trainer.max_steps": pair.steps * BLOCKS, "kd.steps": "null"}
@@ -301,7 +305,7 @@ def measure(name: str, folder: Path, save: Callable[[dict[str, Any]], None]) -> 
     def done(alternate: Alternate, module: Any) -> None:
         save(result_of(name, alternate, module))
 
-    run_fit(settings, [Alternate(pair.steps, min(10, pair.steps // 3), done)])
+    run_fit(settings, [Alternate(pair.steps, min(10, pair.steps // 3), done, loops)])
 
 
 def result_of(name: str, alternate: Alternate, module: Any) -> dict[str, Any]:
@@ -319,6 +323,8 @@ def result_of(name: str, alternate: Alternate, module: Any) -> dict[str, Any]:
         "kd_host_ms": alternate.host_ms("kd"), "plain_host_ms": alternate.host_ms("plain"),
     }  # fmt: skip
     for kind, turns in alternate.loops.milliseconds.items() if alternate.loops else ():
+        if not turns:  # it has not had its first turn
+            continue
         turns = turns[-len(plain) :]  # those after the counted plain blocks
         ratios = [a / b for a, b in zip(plain, turns, strict=True)]
         result |= {f"{kind}_ms": statistics.mean(turns), f"plain_to_{kind}": statistics.mean(ratios)}
@@ -429,7 +435,9 @@ class Loops:
     each turn. A loop that does not fit, fails, or computes another loss has NaN from then on.
     """
 
-    def __init__(self, module: Any, optimizer: torch.optim.Optimizer, batches: list[dict[str, Any]]) -> None:
+    def __init__(
+        self, module: Any, optimizer: torch.optim.Optimizer, batches: list[dict[str, Any]], wanted: Sequence[str]
+    ) -> None:
         self.module, self.optimizer, self.batches = module, optimizer, batches
         self.student, self.teacher, self.device = module.student, module.teacher, module.device
         self.low = torch.bfloat16 if self.device.type == "cuda" else torch.float32
@@ -441,25 +449,33 @@ class Loops:
         full_kd = naive
         if self.device.type == "cuda":
             full_plain, full_kd = torch.compile(full_plain), torch.compile(naive, dynamic=False)
-        self.ways: dict[str, Any] = {
-            "hand": None, "full_logits": full_plain, "transformers": None,  # see _check
-            "kd_hand": None, "kd_full": full_kd, "kd_chunks": chunks, "kd_liger": liger,
+        # None: our own loss, or see _check
+        losses: dict[str, Any] = {
+            "full_logits": full_plain, "kd_full": full_kd, "kd_chunks": chunks, "kd_liger": liger,
         }  # fmt: skip
+        self.ways: dict[str, Any] = {kind: losses.get(kind) for kind in LOOPS if kind in wanted}
         self.milliseconds: dict[str, list[float]] = {kind: [] for kind in self.ways}
+        self.turns = 0
         self.failed: set[str] = set()
 
-    def take_turn(self, steps: int) -> None:
-        """Each loop makes a few steps, every second time in the opposite order."""
-        turn = len(self.milliseconds["hand"])
+    def take_turn(self, steps: int, done: Callable[[], None]) -> None:
+        """Each loop makes a few steps, every second time in the opposite order; then calls `done`.
+
+        In the first turn each is checked and compiles, which together takes minutes, in which the deadline may pass. So
+        there it calls `done` after each.
+        """
         of_next_step = self.module.kd_weight.clone()
         self.module.kd_weight.fill_(WEIGHT)
         self.optimizer.zero_grad(set_to_none=True)  # the fit does so later, when it needs gradients
-        if turn == 0:  # before the loops change the weights
-            for kind in self.ways:
+        for kind in list(self.ways)[:: 1 if self.turns % 2 == 0 else -1]:
+            if self.turns == 0:
                 self._attempt(kind, self._check)
-        for kind in list(self.ways)[:: 1 if turn % 2 == 0 else -1]:
             self.milliseconds[kind].append(self._attempt(kind, partial(self._run, steps=steps)))
+            if self.turns == 0:
+                done()
+        self.turns += 1
         self.module.kd_weight.copy_(of_next_step)
+        done()
 
     def _attempt(self, kind: str, call: Callable[[str], float]) -> float:
         """Calls for a loop that has not failed; leaves no memory of it to the next one and to the fit."""
@@ -529,7 +545,7 @@ class Loops:
             return self.student(*inputs, then, batch["cu_seqlens"])
 
     def _head_loss(self, kind: str, labels_N: Any, teacher_out: Any, *own: Any) -> Any:
-        if self.ways[kind] is None:
+        if self.ways.get(kind) is None:
             return self.module.step_loss(labels_N, teacher_out, (labels_N >= 0).sum().float(), *own)
         torch.set_default_dtype(torch.float32)  # for a rival's sums, as above
         hidden_ND, head_VD = (t.to(self.low) for t in own[:2])
@@ -595,10 +611,11 @@ def boundary_line(r: dict[str, Any]) -> str:
     )
 
 
-def line_of(size: str, folder: Path, left_s: float, at_boundary: bool) -> str:
+def line_of(size: str, folder: Path, left_s: float, at_boundary: bool, loops: Sequence[str]) -> str:
     """Measures a size in a separate process, so that its memory is free for the next; returns the table's line."""
     target = folder / f"{size}.json"
     command = [sys.executable, __file__, "--sizes", size, "--json", str(target), *["--boundary"] * at_boundary]
+    command += ["--loops", *loops]
     try:
         subprocess.run(command, check=True, stdout=sys.stderr, timeout=left_s)
     except subprocess.TimeoutExpired:
@@ -617,6 +634,7 @@ def main() -> None:
     parser.add_argument(
         "--boundary", action="store_true", help="compare the plain phase after a boundary with BASELINE"
     )
+    parser.add_argument("--loops", nargs="*", choices=LOOPS, default=LOOPS, help="only these hand-written loops")
     parser.add_argument("--deadline", type=float, default=480, help="seconds after which the current run is stopped")
     parser.add_argument(
         "--json", type=Path, help="measure one size and write its result here, with its files beside it"
@@ -635,14 +653,14 @@ def main() -> None:
         if args.boundary:
             boundary(args.sizes[0], args.json.parent, save)
         else:
-            measure(args.sizes[0], args.json.parent, save)
+            measure(args.sizes[0], args.json.parent, args.loops, save)
         return
     print(f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}, torch {torch.__version__}\n")
     print(BOUNDARY_HEADING if args.boundary else heading(), flush=True)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         for size in ["tiny"] if args.tiny else args.sizes:
             left_s = args.deadline - (time.monotonic() - start)
-            print(line_of(size, Path(folder), left_s, args.boundary), flush=True)
+            print(line_of(size, Path(folder), left_s, args.boundary, args.loops), flush=True)
 
 
 if __name__ == "__main__":

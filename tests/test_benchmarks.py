@@ -1,12 +1,14 @@
 """The benchmarks run from end to end at tiny sizes; their figures mean nothing here."""
 
 import importlib.util
+import json
 import math
 import os
 import re
 import runpy
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -108,6 +110,41 @@ def test_step(tmp_path, run_apart, monkeypatch):
     plain = [cell.split(" ± ") for cell in cells[6:9]]  # hand-written loop, full logits, transformers
     assert all(float(ratio) > 0 and float(width) >= 0 for ratio, width in plain)  # NaN if one computes another loss
     assert all(float(rival) > 0 for rival in cells[9].split(", "))
+
+
+def test_a_loop_that_compiles_for_minutes_does_not_cost_those_before_it(monkeypatch):
+    """The deadline may stop the first turn, in which the loops compile: what is measured by then has been saved."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    step = importlib.import_module("step")
+    plugin = SimpleNamespace(train_step_context=nullcontext)
+    module = SimpleNamespace(
+        student=None, teacher=None, device=torch.device("cpu"), kd_weight=torch.zeros(()),
+        trainer=SimpleNamespace(precision_plugin=plugin),
+    )  # fmt: skip
+    monkeypatch.setattr(step.Loops, "_check", lambda self, kind: 0.0)
+    monkeypatch.setattr(step.Loops, "_run", lambda self, kind, steps: 1.0)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+    loops, saved = step.Loops(module, optimizer, [], ["transformers", "hand"]), []
+    for _ in range(2):
+        loops.take_turn(3, lambda: saved.append({kind: len(ms) for kind, ms in loops.milliseconds.items()}))
+    once, twice = ({"hand": n, "transformers": n} for n in (1, 2))
+    assert saved == [once | {"transformers": 0}, once, once, twice]
+
+
+def test_only_some_of_the_loops(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    step, commands = importlib.import_module("step"), []
+    monkeypatch.setattr(step.subprocess, "run", lambda command, **_: commands.append(command))
+    names = ["kd_ms", "plain_ms", "flop_ratio", "student_flops", "steady", "burst", "peak", "plain_to_hand"]
+    (tmp_path / "tiny.json").write_text(json.dumps({"size": "tiny", **dict.fromkeys(names, 2.0)}))
+    row = step.line_of("tiny", tmp_path, 9.0, False, ["hand"]).split(" | ")
+    assert commands[0][-2:] == ["--loops", "hand"]
+    assert [cell.split()[0] for cell in row[6:9]] == ["2.000", "nan", "nan"]
+
+
+@pytest.mark.filterwarnings("ignore")  # as the script does
+def test_logit_tiles_start_no_table_after_the_deadline():
+    assert run("logit_tiles.py", "--tiny", "--deadline", "0").count("skipped: the deadline has passed") == 2
 
 
 @pytest.mark.parametrize("name", ["124m", "350m", "1.3b", "2.8b", "paper"])
