@@ -124,8 +124,10 @@ def evaluate(runs: list[Run], baseline: str | None = None) -> Comparison:
 def _nothing_logged(runs: list[Run]) -> ConfigError:
     """The error for folders without a value; names the runs that are below them."""
     paths = ", ".join(str(run.path) for run in runs)
-    inside = sorted({str(p.parent) for run in runs for each in _OF_RUNS for p in run.path.glob(each)})
-    example = f": {' '.join(inside[:6])}" if inside else ", e.g. runs/salt"
+    below = {p.parent for run in runs for each in _OF_RUNS for p in run.path.glob(each)}
+    inside = sorted(str(folder) for folder in below if folder.name not in ("validate", "test"))  # a run's evaluations
+    more = f" and {len(inside) - 6} more" if len(inside) > 6 else ""
+    example = f": {' '.join(inside[:6])}{more}" if inside else ", e.g. runs/salt"
     why = "".join(f" ({what})" for run in runs for what in run.damaged)
     return ConfigError(
         f"compare: RUN {paths}: no TensorBoard event file with a value in it{why}; give a run's own folder{example}"

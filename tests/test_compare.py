@@ -1331,6 +1331,17 @@ def test_a_run_that_logged_nothing_is_left_out_by_name(three, tmp_path):
         compare([begun, *three], tmp_path, "begun")
 
 
+def test_evaluations_are_no_runs(tmp_path):
+    for i in range(7):
+        for verb in ("", "test", "validate"):
+            folder = tmp_path / f"run{i}" / verb
+            folder.mkdir()
+            SummaryWriter(str(folder)).close()
+    listed = " ".join(f"{tmp_path}/run{i}" for i in range(6))
+    with pytest.raises(ConfigError, match=f"give a run's own folder: {listed} and 1 more$"):
+        compare([tmp_path], tmp_path)
+
+
 def test_folders_that_are_no_runs(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="empty: no TensorBoard event file with a value in it; give a run's own fo"):
