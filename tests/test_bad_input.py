@@ -1192,6 +1192,10 @@ CONFIGS = {
         r"file, put it in quotes, or give null for none; "
         r"--model.teacher.revision 123456 must be text or null; in a file, put it in quotes; ",
     ),
+    "texts that YAML takes for true and false": (
+        b"answers: {choices: [yes, no]}\n",
+        r"error: --answers.choices \[True, False\] must be null or a list of texts; put each entry in quotes",
+    ),
     "a duration that is a number": (
         b"trainer: {max_time: 90}\n",
         r"error: --trainer.max_time 90 must be DD:HH:MM:SS in quotes, a mapping such as \{hours: 12\}, or null",

@@ -1003,7 +1003,7 @@ ERRORS = {
     "no column": ({"prompt": "Say:", "response": "{a}"}, r"--data.examples.prompt: 'Say:': it names no column; write"),
     "an attribute": ({"prompt": "{q.x}", "response": "{a}"}, r"prompt: '{q.x}': {q.x} is not a column"),
     "a conversion": ({"prompt": "{q!r}", "response": "{a}"}, r"prompt: '{q!r}': {q!r} is not a column"),
-    "a format": ({"prompt": "{q:>8}", "response": "{a}"}, r"prompt: '{q:>8}': {q} is not a column"),
+    "a format": ({"prompt": "{q:>8}", "response": "{a}"}, r"prompt: '{q:>8}': '>8' after the colon has no =; write"),
     "the last role": ({"messages": [turn("user", "{q}")]}, r"the last of the roles \['user'\] must be assistant"),
     "a column that is not there": (
         {"prompt": "{q}", "response": "{b}"},

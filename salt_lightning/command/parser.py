@@ -368,6 +368,8 @@ def _must_be(name: str, value: str, types: str) -> str:
     if "text" in types and "number" not in types and re.fullmatch(r"true|false|inf|nan|[-+\d.e]+", value):
         or_null = value == "false" and types.endswith("null")  # a language, no, or nothing
         remedy = f"; in a file, put it in quotes{', or give null for none' if or_null else ''}"
+    elif "list of texts" in types and value.startswith("["):
+        remedy = "; put each entry in quotes (in YAML, yes, no and 1 are no texts)"
     elif types.endswith("mapping") and value.startswith("{"):
         remedy = ", '{NAME: VALUE, ...}', in quotes and with a space after each colon"
     return f"{name} {value} must be {types}{remedy}"

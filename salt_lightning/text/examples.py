@@ -371,21 +371,18 @@ def _problems(setting: str, template: str) -> list[str]:
         return [f"{where} is not a template ({error}); write {{column}} for a column, {{{{ and }}}} for braces"]
     if not template.strip():
         return [f"{where} is empty; give a template with at least one {{column}}"]
-    wrong = [f for f, words in fields if not _is_name(_column(f)) or "." in f or not _is_map(words)]
+    wrong = [f for f, _ in fields if not _is_name(_column(f)) or "." in f]
     if wrong or (not fields and setting != "examples.messages"):
         found = f"{{{wrong[0]}}} is not a column" if wrong else "it names no column"
         return [f"{where}: {found}; write {{column}}, {{column[key][0]}} or {{column:value=word|value=word}}"]
-    return []
+    pairs = [pair for _, words in fields for pair in words.split("|") if words and "=" not in pair]
+    return [f"{where}: {pairs[0]!r} after the colon has no =; write {{column:value=word|value=word}}"] if pairs else []
 
 
 def _is_name(column: str) -> bool:
     """Whether it can be the name of a column: a word, or words with a space, a hyphen or a joiner between them."""
     words = re.split("[ \u200c\u200d-]", column)
     return words[0].isidentifier() and all(word and f"_{word}".isidentifier() for word in words)
-
-
-def _is_map(words: str) -> bool:
-    return not words or all("=" in pair for pair in words.split("|"))
 
 
 def _filled(setting: str, template: str, fields: dict[str, Any]) -> str | None:
