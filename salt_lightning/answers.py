@@ -74,10 +74,10 @@ class AnswerTest(pl.Callback):
         self.max_new_tokens, self.choices, self.max_examples = max_new_tokens, choices or [], max_examples
         self._pairs: dict[int, Pair] = {}  # by example number: this rank's examples
 
-    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
-        if stage != "test" or not (self.max_new_tokens or self.choices):
+    def check_start(self, trainer: pl.Trainer, data: Any) -> None:
+        """Raises ConfigError if a test cannot answer with this strategy or kind of data."""
+        if not (self.max_new_tokens or self.choices):
             return
-        data = trainer.datamodule  # type: ignore[attr-defined]
         if not getattr(getattr(data, "examples", None), "given", False):
             raise ConfigError("--answers needs examples; define them with --data.examples")
         if self.max_new_tokens and not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
@@ -86,6 +86,12 @@ class AnswerTest(pl.Callback):
                 "with a whole one; test on one device or with --trainer.strategy ddp, which read the same checkpoint, "
                 "or set --answers.max_new_tokens 0"
             )
+
+    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        if stage != "test" or not (self.max_new_tokens or self.choices):
+            return
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        self.check_start(trainer, data)
         rows = data.test_examples
         encoder = make_encoder(Corpus("", (), examples=data.examples), data.tokenizer, 0.0)
         assert isinstance(encoder, ExampleEncoder)
@@ -350,3 +356,10 @@ def summary(values: dict[str, float]) -> str:
                 f"{most:.1%}{chance})"
             )
     return f"test: {values['examples']:.0f} examples, " + "; ".join(parts)
+
+
+def check_start(trainer: pl.Trainer, data: Any) -> None:
+    """What a test's callbacks can refuse before the text is prepared, which takes minutes."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, AnswerTest):
+            callback.check_start(trainer, data)

@@ -16,7 +16,7 @@ from jsonargparse.typing import PositiveFloat
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from salt_lightning import check, compare, errors, export, parallel
+from salt_lightning import answers, check, compare, errors, export, parallel
 from salt_lightning.answers import AnswerTest
 from salt_lightning.checkpoint import FIRST_RANK_S, AtomicCheckpointIO, RunCheckpoint, done, savers
 from salt_lightning.command import settings
@@ -28,7 +28,7 @@ from salt_lightning.comparison.report import evaluation
 from salt_lightning.data import SALTDataModule
 from salt_lightning.errors import ConfigError, NonFiniteLossError, Stopped, printable, raised, refuse, say
 from salt_lightning.fit import device
-from salt_lightning.fit.restart import replace_lost_start
+from salt_lightning.fit.restart import check_evaluated, replace_lost_start
 from salt_lightning.models import check_path, read_checkpoint
 from salt_lightning.module import SALTModule
 from salt_lightning.run import endings, meeting, peers, run_lock, slurm
@@ -39,7 +39,7 @@ from salt_lightning.run.run_config import SaveRunConfig, taken
 from salt_lightning.run.run_folder import flat, is_over
 from salt_lightning.schedule import KDScheduleCallback
 from salt_lightning.teacher.difficulty import DocumentLossWriter
-from salt_lightning.teacher.scoring import ScoreWriter, check_strategy
+from salt_lightning.teacher.scoring import ScoreWriter, check_start
 
 # Lightning 2.6 uses names that jsonargparse has deprecated; our users cannot fix that.
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
@@ -182,7 +182,7 @@ class SALTCLI(LightningCLI):
 
     def before_predict(self) -> None:
         self.say_device()
-        check_strategy(self.trainer)
+        check_start(self.trainer, self.model)
         check_path(self.model.teacher_spec, "teacher")
 
     def predict(self, **kwargs: Any) -> None:
@@ -196,6 +196,10 @@ class SALTCLI(LightningCLI):
         self._evaluate(self.trainer.test, **kwargs)
 
     def _evaluate(self, verb: Callable[..., object], verbose: bool, **kwargs: Any) -> None:
+        looks = [partial(check_evaluated, self.model, self.datamodule, self._settings(self.config).get("ckpt_path"))]
+        if self.subcommand == "test":
+            looks.append(partial(answers.check_start, self.trainer, self.datamodule))
+        refuse(raised(looks))
         verb(**kwargs, verbose=False)  # Lightning's own table prints 17 digits
         if verbose and self.trainer.is_global_zero:
             print(evaluation(self.trainer.callback_metrics))

@@ -220,8 +220,8 @@ class SALTDataModule(LightningDataModule):
             trained = [name for corpus in held_out for name in self._corpus("source").shared_with(corpus)]
             if self.source and self.held_out_by != "source" and getattr(self.trainer, "is_global_zero", True):
                 part = files.part_in(TokenFiles(self._folder("source"), "train"))
-        found = [*preflight.of_training(self._train), preflight.seen_in_training(trained, *part, self.examples.given)]
-        found.append(preflight.marks_as_text(self.examples.literals(), words))
+        seen = preflight.seen_in_training(trained, *part, self.examples.given, is_over=not self._fits)
+        found = [*preflight.of_training(self._train), seen, preflight.marks_as_text(self.examples.literals(), words)]
         found.append(preflight.unread_text(kept_text(words, files)) or preflight.changed_text(changed_words(words)))
         if self._train is not None and self.held_out_by == "source":
             found += preflight.of_split(self._train, self._eval, self._eval_rows(), self.val_fraction)

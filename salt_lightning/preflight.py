@@ -196,11 +196,13 @@ def unwatched(sources: list[str]) -> Finding | None:
     return Finding("note", "sources", said, "raise --data.val_fraction or --data.val_rows, or give --data.val_source")
 
 
-def seen_in_training(names: list[str], documents: int, share: float, are_examples: bool = False) -> Finding | None:
+def seen_in_training(
+    names: list[str], documents: int, share: float, are_examples: bool = False, is_over: bool = False
+) -> Finding | None:
     """Tells what is both training and held-out text. None: nothing is.
 
     `names`: files or splits that are both. `documents`: number of held-out documents with an equal one in the training
-    text (of examples, an equal prompt); `share`: theirs of the held-out tokens.
+    text (of examples, an equal prompt); `share`: theirs of the held-out tokens; `is_over`: the training is.
     """
     if not (names or documents):
         return None
@@ -209,11 +211,14 @@ def seen_in_training(names: list[str], documents: int, share: float, are_example
     said = f"{documents} held-out {what[0]} ({share:.1%} of the tokens) {what[1]}"
     if names:
         said = f"{len(names)} of the held-out files are also training text ({few(names)})"
+    remedy = (
+        "remove them from --data.source, or hold out a share of it (--data.val_fraction), which never parts equal ones"
+    )
+    remedy = "give other held-out text, for what was learned stays learned" if is_over else remedy
+    grave = bool(names or share > 0.01)
     return Finding(
-        "warning" if names or share > 0.01 else "note", "held-out text", said,
-        "losses on them say little about new text; remove them from --data.source, or hold out a share of it "
-        "(--data.val_fraction), which never parts equal ones",
-    )  # fmt: skip
+        "warning" if grave else "note", "held-out text", said, f"losses on them say little about new text; {remedy}"
+    )
 
 
 @dataclass(frozen=True)

@@ -335,6 +335,23 @@ def test_what_cannot_be_tested_is_refused(own, message, learned, capsys):
     assert re.search(message, error_of(capsys))
 
 
+def test_what_needs_no_text_is_refused_before_it_is_prepared(learned, monkeypatch, capsys):
+    """It took minutes of tokenizing first."""
+    monkeypatch.setattr("salt_lightning.data.SALTDataModule.prepare_data", lambda _: pytest.fail("text is prepared"))
+    plain = {"data.examples.prompt": "", "data.examples.response": "", "data.text_column": "q"}
+    sharded = {"trainer.strategy": {"class_path": "salt_lightning.parallel.FSDP2"}}
+    lost = {"ckpt_path": "null", "model.student.path": "none/x.ckpt"}
+    for verb, own, message in (
+        ("test", plain, "--answers needs examples; define them with --data.examples"),
+        ("test", sharded, "shards the student, but each device generates"),
+        ("test", lost, "--model.student.path none/x.ckpt does not exist"),
+        ("validate", lost, "--model.student.path none/x.ckpt does not exist"),
+        ("validate", {"data.block_size": 4096}, "max_position_embeddings 48 is smaller than --data.block_size 4096"),
+    ):
+        assert cli.main([verb, *arguments(learned, own)]) == 2
+        assert message in error_of(capsys)
+
+
 def test_a_prompt_near_the_end_of_a_row_gets_what_is_left(learned, monkeypatch):
     """Only some examples are tested, evenly spaced ones."""
     asked = []

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -173,6 +174,7 @@ def test_an_evaluation_on_what_the_run_has_trained_on(corpus, settings, tmp_path
         ("validate", {"data.val_rows": 1}, False),
         ("validate", {"data.val_fraction": 0.5}, True),
         ("test", {"data.val_fraction": 0.5}, True),
+        ("test", {"data.val_fraction": 0.5, "data.source": os.path.relpath(corpus)}, True),
     ):
         caplog.clear()
         assert cli.main([verb, *arguments(fewer, again, others)]) == 0
@@ -180,11 +182,15 @@ def test_an_evaluation_on_what_the_run_has_trained_on(corpus, settings, tmp_path
     caplog.clear()
     assert cli.main(["validate", *arguments(fewer, again, {"data.val_source": str(corpus)})]) == 0
     assert f"1 of the held-out files are also training text ({corpus})" in caplog.text
-    assert said not in caplog.text
+    assert "give other held-out text, for what was learned stays learned" in caplog.text
+    assert "the run has trained on it" not in caplog.text
     caplog.clear()
     others = {"data.source": str(write_corpus(tmp_path / "other.jsonl", seed=1)), "data.val_fraction": 0.5}
     assert cli.main(["validate", *arguments(fewer, again, others)]) == 0
-    assert said not in caplog.text
+    assert "the run has trained on it" not in caplog.text
+    assert cli.main(["validate", *arguments(fewer, again, others, {"data.val_source": str(corpus)})]) == 0
+    told = f"--data.val_source names text of the run's own --data.source ({corpus}), so the run has trained on it"
+    assert told in caplog.text
 
 
 @pytest.mark.usefixtures("no_memory")

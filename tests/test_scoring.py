@@ -16,7 +16,7 @@ import forked
 import numpy as np
 import pytest
 import torch
-from conftest import StopAt, arguments, scalars, weights
+from conftest import StopAt, arguments, error_of, scalars, weights
 
 from salt_lightning import cli, preflight
 from salt_lightning.flops import forward_flops_per_token
@@ -353,6 +353,13 @@ def test_scores_of_something_else_are_refused(scored, of_data, teacher, capsys, 
     assert error.startswith("error: ")
     assert named in error
     assert (scored / "scores.json").read_bytes() == before
+
+
+def test_a_missing_teacher_is_refused_before_the_text_is_prepared(of_data, tmp_path, monkeypatch, capsys):
+    """It took minutes of tokenizing first."""
+    monkeypatch.setattr("salt_lightning.data.SALTDataModule.prepare_data", lambda _: pytest.fail("text is prepared"))
+    assert cli.main(["predict", *arguments(of_data, {"run": str(tmp_path), "model.teacher.path": None})]) == 2
+    assert "--model.teacher.path is null, but predict scores with the teacher" in error_of(capsys)
 
 
 def test_another_teacher_is_refused(scored, of_data, teacher, fit_with, tmp_path, capsys):

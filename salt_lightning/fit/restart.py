@@ -1,5 +1,6 @@
 """Resuming from a checkpoint: whether it fits this student and text, and what will differ from there on."""
 
+import os
 from collections.abc import Callable, Container, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from salt_lightning.errors import ConfigError, few, printable
 from salt_lightning.fit import alike
 from salt_lightning.fit.optim import OptimSpec
 from salt_lightning.hugging_face import token_ids
-from salt_lightning.hugging_face.spec import ModelSpec, check_positions, setting_of, shape_settings
+from salt_lightning.hugging_face.spec import ModelSpec, check_positions, fresh_config, setting_of, shape_settings
 from salt_lightning.models import CausalLM, check_path, own_parts, read_checkpoint
 from salt_lightning.preflight import Finding
 from salt_lightning.storage import shards
@@ -158,6 +159,18 @@ def require_fitting(module: Any) -> None:
         _say_other_share(trained_on, data)
 
 
+def check_evaluated(module: Any, data: Any, path: str | None) -> None:
+    """Raises ConfigError if the student of an evaluation is not there, or has too few positions for the data's rows.
+
+    Needs no text, whose preparation takes minutes. `path`: of the checkpoint that it is from, if it is from one.
+    """
+    spec = module.student_spec
+    if path is None:
+        check_path(spec, "student")
+    elif spec.config and spec.path is None:  # else not a model of transformers, or from weights elsewhere
+        fresh_config(spec, data, before_text=True)
+
+
 def about_training(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """What `require_fitting` compares."""
     return {name: checkpoint.get(name) for name in ("tokenizer", "data", "text")}
@@ -172,11 +185,24 @@ def about_start(spec: ModelSpec) -> dict[str, Any] | None:
 
 def _say_other_share(checkpoint: Mapping[str, Any], data: Any) -> None:
     """Warns if an evaluation reads documents of the training text that the run did not hold out."""
-    same_text = data.held_out_by == "source" and checkpoint["text"].get("source") == data.source
-    if same_text and data.held_out.tokens not in checkpoint["data"]["--data.held_out"]:
-        said = "this share of --data.source is not the one that the run held out, so the run has trained on it"
-        remedy = "use the run's own --data settings (its config.yaml), or other text with --data.val_source"
-        Finding("warning", "held-out text", said, remedy).require()
+    setting, said = data.held_out_by, ""
+    entries = getattr(data, setting)
+    trained_on, read, now = map(_places, (checkpoint["text"].get("source"), entries, data.source))
+    # what is in --data.source, too, is reported with that
+    seen = [entry for entry, place in zip(entries or (), read, strict=True) if place in {*trained_on} - {*now}]
+    if setting == "source" and trained_on == read and data.held_out.tokens not in checkpoint["data"]["--data.held_out"]:
+        said = "this share of --data.source is not the one that the run held out"
+    elif seen:
+        said = f"--data.{setting} names text of the run's own --data.source ({few(seen)})"
+    if said:
+        other = "test_source" if setting == "test_source" else "val_source"
+        remedy = f"use the run's own --data settings (its config.yaml), or other text with --data.{other}"
+        Finding("warning", "held-out text", f"{said}, so the run has trained on it", remedy).require()
+
+
+def _places(source: Any) -> list[str]:
+    """What a source setting names, however its paths are spelled."""
+    return [os.path.abspath(entry) for entry in source or ()]
 
 
 _SELECTION = "--data.selection_fingerprint"

@@ -41,6 +41,16 @@ def check_strategy(trainer: pl.Trainer) -> None:
         )
 
 
+def check_start(trainer: pl.Trainer, module: Any) -> None:
+    """Raises ConfigError if no teacher is named, or the strategy shards models. Needs no text."""
+    if not module.has_teacher:
+        raise ConfigError(
+            "--model.teacher.path is null, but predict scores with the teacher; give an early checkpoint of it, a "
+            "Hugging Face folder or a hub name"
+        )
+    check_strategy(trainer)
+
+
 class ScoreWriter(pl.Callback):
     """Writes the teacher's loss and rank of every label of the training rows, and a report.
 
@@ -63,12 +73,7 @@ class ScoreWriter(pl.Callback):
             return
         self._stopped_by: signal.Signals | None = None
         self._filled = 0  # rows done of the current shard
-        if not pl_module.has_teacher:
-            raise ConfigError(
-                "--model.teacher.path is null, but predict scores with the teacher; give an early checkpoint of it, a "
-                "Hugging Face folder or a hub name"
-            )
-        check_strategy(trainer)
+        check_start(trainer, pl_module)
         data = trainer.datamodule  # type: ignore[attr-defined]
         pl_module.load_teacher()
         teacher, run = pl_module.teacher, Path(trainer.default_root_dir)
