@@ -20,7 +20,7 @@ from transformers.initialization import no_init_weights
 
 from salt_lightning.batches.rows import document_borders
 from salt_lightning.errors import ConfigError, few
-from salt_lightning.hugging_face import folders, quantized
+from salt_lightning.hugging_face import folders, own_code, quantized
 from salt_lightning.hugging_face.attention import PACKED, Apart, document_mask, layer_kinds, limited_distance, testable
 from salt_lightning.hugging_face.experts import follow_autocast
 from salt_lightning.hugging_face.spec import (
@@ -309,8 +309,7 @@ def load_pretrained(spec: ModelSpec, name: str, dtype: torch.dtype, empty: bool 
     kwargs: dict[str, Any] = {"dtype": dtype, "attn_implementation": spec.attention}
     with loading(spec, name):
         if empty and getattr(config, "quantization_config", None) is None:  # only its own loader makes packed weights
-            with torch.device("meta"):
-                return AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code, **kwargs)
+            return own_code.without_weights(config, spec, **kwargs)
         # safetensors: never unpickle a .bin. Kernels are code from the hub, which transformers 5.25 fetches by default.
         kwargs |= {"use_safetensors": True, "use_kernels": False, "ignore_mismatched_sizes": True}
         loaded: Any = AutoModelForCausalLM.from_pretrained(spec.path, output_loading_info=True, **spec.source, **kwargs)
@@ -346,7 +345,7 @@ def load_pretrained(spec: ModelSpec, name: str, dtype: torch.dtype, empty: bool 
             rank_zero_info(f"{name}: {spec.path} has {len(unused)} weights that its config.json ignores: {few(unused)}")
         quantized.freeze_as_made(model)
         folders.keep_stops(model)
-        return model
+        return own_code.with_buffers(model)
 
 
 def loading(spec: ModelSpec, name: str) -> AbstractContextManager[None]:

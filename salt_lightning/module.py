@@ -191,7 +191,7 @@ class SALTModule(extension.Guarded):
         attention.pack(lm, spec.attention, strategy)
         self.meter.forward_flops["teacher"] = self._count_flops(lm)
         size, method = flops.num_parameters(lm.model), quantized.method(lm.model)
-        self._teacher_weights = alike.teacher_weights(spec)
+        self._teacher_weights = alike.of_teacher(spec)
         alike.require(self.trainer, self._teacher_weights)
         self.__dict__["teacher"] = parallel.distribute_teacher(lm, strategy, self.hparams["compile"])
         rank_zero_info(

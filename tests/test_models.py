@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from salt_lightning.data import SALTDataModule
 from salt_lightning.errors import ConfigError
 from salt_lightning.hugging_face.attention import document_mask
-from salt_lightning.hugging_face.folders import sample_hash
+from salt_lightning.hugging_face.folders import config_hash, sample_hash
 from salt_lightning.hugging_face.spec import ModelSpec, as_config_error, family_config, fresh_config, resolved
 from salt_lightning.losses import salt_loss
 from salt_lightning.models import CausalLM, build_fresh, check_path, load_pretrained
@@ -288,6 +288,69 @@ def test_remote_code_is_not_run_unless_asked_for(tmp_path, monkeypatch):
     check_path(asks, "student")  # of a validation
     assert type(load_pretrained(asks, "teacher", torch.float32)).__name__ == "M"
     assert (tmp_path / "ran").exists()
+
+
+def _own_code(folder, ran):
+    """A model whose code, as for transformers 4, has no generate(), and computes in `__init__` what no file holds."""
+    model = tiny("llama").model
+    model.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "mine.py").write_text(
+        "import torch\nfrom transformers import LlamaConfig, LlamaModel, PreTrainedModel\n"
+        "from transformers.modeling_outputs import CausalLMOutputWithPast\n"
+        f"with open({str(ran)!r}, 'a') as file: file.write({folder.name!r} + ' ')\n"
+        "class C(LlamaConfig):\n    model_type = 'mine'\n"
+        "class M(PreTrainedModel):\n    config_class, base_model_prefix = C, 'model'\n"
+        "    def __init__(self, config):\n        super().__init__(config)\n"
+        "        self.model = LlamaModel(config)\n"
+        "        self.lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)\n"
+        "        self.register_buffer('squares', torch.arange(1000.0) ** 2, persistent=False)\n"
+        "        self.register_buffer('halves', torch.full((8,), 3.0), persistent=False)\n"
+        "        self.post_init()\n"
+        "    def _init_weights(self, module):\n"  # as for transformers 5
+        "        super()._init_weights(module)\n"
+        "        if module is self: self.halves.copy_(torch.arange(8.0) / 2)\n"
+        "    def get_output_embeddings(self):\n        return self.lm_head\n"
+        "    def forward(self, input_ids=None, position_ids=None, **kwargs):\n"
+        "        hidden = self.model(input_ids, position_ids=position_ids, use_cache=False).last_hidden_state\n"
+        "        return CausalLMOutputWithPast(logits=self.lm_head(hidden))\n"
+    )
+    return model
+
+
+def test_a_model_with_its_own_code_has_all_that_this_code_computes(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    same = _own_code(tmp_path / "hf", tmp_path / "ran")
+    spec = ModelSpec(path=str(tmp_path / "hf"), trust_remote_code=True)
+    before = torch.get_rng_state()
+    loaded = load_pretrained(spec, "teacher", torch.float32)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(loaded.squares, torch.arange(1000.0) ** 2)
+    assert torch.equal(loaded.halves, torch.arange(8.0) / 2)
+    ids_BT = torch.arange(8)[None]
+    torch.testing.assert_close(loaded.eval()(ids_BT).logits, same.eval()(ids_BT).logits)  # the cache changes a rounding
+    CausalLM(loaded, "teacher").check()
+    before, code = config_hash(tmp_path / "hf"), tmp_path / "hf" / "mine.py"
+    code.write_text(f"{code.read_text()}# other\n")
+    assert config_hash(tmp_path / "hf") != before
+    assert config_hash(tmp_path) is None
+
+
+@pytest.mark.parametrize("empty", [False, True])  # empty: of FSDP2's other processes
+def test_only_the_code_of_the_revision_is_run(empty, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--owner--own"
+    (repository / "refs").mkdir(parents=True)
+    for ref, commit in {"main": "a" * 40, "v1": "b" * 40}.items():
+        _own_code(repository / "snapshots" / commit, tmp_path / "ran")
+        (repository / "refs" / ref).write_text(commit)
+    spec = ModelSpec(path="owner/own", revision="v1", trust_remote_code=True)
+    model = load_pretrained(spec, "teacher", torch.float32, empty=empty)
+    assert model.lm_head.weight.is_meta == empty
+    assert set((tmp_path / "ran").read_text().split()) == {"b" * 40}
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ LAYERS = [  # a file imports only from files of earlier layers
         "rows",
         "spec",
     },
-    {"figure", "lineage", "little", "parse", "parser", "quiet", "run_config"},
+    {"figure", "lineage", "little", "own_code", "parse", "parser", "quiet", "run_config"},
     {"remarks", "tokenizer"},
     {"compare", "encoder", "example_rows", "models", "probe", "selection"},
     {"schedule"},

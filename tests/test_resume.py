@@ -38,7 +38,7 @@ from salt_lightning.comparison import lineage
 from salt_lightning.errors import ConfigError, of_machine
 from salt_lightning.fit import alike
 from salt_lightning.fit.restart import replace_lost_start
-from salt_lightning.hugging_face.folders import sample_hash
+from salt_lightning.hugging_face.folders import config_hash, sample_hash
 from salt_lightning.models import read_checkpoint
 from salt_lightning.run import event_log, run_lock
 from salt_lightning.run.event_log import log_settings
@@ -1201,6 +1201,26 @@ def test_a_config_of_another_run_gives_its_settings_and_no_seed(fit, tmp_path, c
     assert cli.main([*copy, "--run", str(tmp_path / "s1"), "--ckpt_path", "null"]) == 0
     assert fit(tmp_path / "other", seed_everything=1) == 0
     assert_same(tmp_path / "s1", tmp_path / "other")
+
+
+def test_a_teacher_in_a_folder_that_computes_otherwise_is_said(fit, teacher, tmp_path, caplog, capsys):
+    """Its weights stay the same. Where the folder lies, and that its code is trusted again, changes nothing."""
+    folder, moved = tmp_path / "hf", tmp_path / "moved"
+    assert cli.main(["export", teacher, str(folder)]) == 0
+    own = {"model.teacher.path": str(folder), "model.teacher.trust_remote_code": True}
+    assert fit(tmp_path / "run", stop_at=2, **own) == 128 + signal.SIGTERM
+    folder.rename(moved)
+    own["model.teacher.path"] = str(moved)
+    assert fit(tmp_path / "run", stop_at=4, ckpt_path="last", **own) == 128 + signal.SIGTERM
+    assert "computed differently" not in caplog.text
+    assert "trust_remote_code" not in capsys.readouterr().err
+    config, before = json.loads((moved / "config.json").read_text()), config_hash(moved)
+    (moved / "config.json").write_text(json.dumps(config | {"transformers_version": "6", "use_cache": False}))
+    assert config_hash(moved) == before
+    (moved / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-4}))
+    assert fit(tmp_path / "run", stop_at=6, ckpt_path="last", **own) == 128 + signal.SIGTERM
+    changed = f"config.json or code of --model.teacher.path {config_hash(moved)} (checkpoint: {before}): the steps that"
+    assert f"continuing with {changed}" in caplog.text
 
 
 def test_other_training_text_of_as_many_tokens_is_said(fit, corpus, teacher, tmp_path, caplog):

@@ -367,7 +367,15 @@ def test_another_teacher_is_refused(scored, of_data, teacher, fit_with, tmp_path
                                            "trainer.val_check_interval": 1}) == 0  # fmt: skip
     path = str(tmp_path / "other" / "checkpoints" / "step-00000001.ckpt")
     assert cli.main(["predict", *arguments(of_data, {"run": str(scored), "model.teacher.path": path})]) == 2
-    assert "do not fit --model.teacher.path (other weights); choose another --run" in capsys.readouterr().err
+    said = "do not fit --model.teacher.path (other weights, config.json or code); choose another --run"
+    assert said in capsys.readouterr().err
+    folder = {"run": str(tmp_path / "run"), "model.teacher.path": str(tmp_path / "hf")}
+    assert cli.main(["export", teacher, str(tmp_path / "hf")]) == 0
+    assert cli.main(["predict", *arguments(of_data, folder)]) == 0
+    config = tmp_path / "hf" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"rms_norm_eps": 0.1}))
+    assert cli.main(["predict", *arguments(of_data, folder)]) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_a_teacher_that_knows_nothing_of_the_text_scores_nothing(of_data, teacher, tmp_path, capsys, caplog):

@@ -122,7 +122,7 @@ def settings_held(path: Path, subcommand: str, given: Namespace, seed: int, prov
     held = settings_without_code(checkpoint["hyper_parameters"], path)
     if not proved and (reason := _damage(path)):
         raise ConfigError(f"--ckpt_path {path} is damaged ({reason}); use an older one, or last, which finds one")
-    before = flat(held)
+    before = flat(checkpoint["hyper_parameters"])  # as saved: what would run code counts only if it is given again
     for key, now in sorted(vars(given.as_flat()).items()):
         if subcommand != "fit" and key not in _EVALUATED:
             continue

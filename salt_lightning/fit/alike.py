@@ -20,7 +20,7 @@ import torch.distributed as dist
 import salt_lightning
 from salt_lightning.command.settings import as_yaml
 from salt_lightning.errors import ConfigError, few
-from salt_lightning.hugging_face.folders import sample_hash
+from salt_lightning.hugging_face.folders import config_hash, sample_hash
 from salt_lightning.hugging_face.spec import ModelSpec
 from salt_lightning.models import check_path
 from salt_lightning.schedule import kd_callbacks
@@ -35,6 +35,7 @@ _STRATEGY = ("replicas", "shard_teacher", "_save_distributed_checkpoint")
 _KD = ("allow_change", "allow_untrained", "probe_gradients")
 _CHECKPOINT = ("every_n_steps", "at_steps", "keep")
 TEACHER_WEIGHTS = "--model.teacher.weights"
+TEACHER = TEACHER_WEIGHTS, "config.json or code of --model.teacher.path"
 _DATA = ("micro_batch_size", "val_rows", "tokenizer_fingerprint")
 
 
@@ -77,10 +78,12 @@ def _teacher(trainer: pl.Trainer) -> ModelSpec:
     return getattr(trainer.lightning_module, "teacher_spec", ModelSpec())
 
 
-def teacher_weights(teacher: ModelSpec) -> dict[str, str]:
-    """Which weights a teacher has that was checked, if it can be told: the commit of a hub name, or a hash."""
-    found = teacher.commit or sample_hash(Path(str(teacher.path)))
-    return {TEACHER_WEIGHTS: found} if found else {}
+def of_teacher(teacher: ModelSpec) -> dict[str, str]:
+    """Which weights, config and code a teacher has that was checked, as far as it can be told, by the names in TEACHER:
+    the commit of a hub name, or hashes."""
+    path = Path(str(teacher.path))
+    found = (teacher.commit,) if teacher.commit else (sample_hash(path), config_hash(path))
+    return {name: value for name, value in zip(TEACHER, found, strict=False) if value}
 
 
 def other_steps(checkpoint: Mapping[str, Any], trainer: pl.Trainer, hparams: Mapping[str, Any]) -> str | None:
@@ -92,9 +95,9 @@ def other_steps(checkpoint: Mapping[str, Any], trainer: pl.Trainer, hparams: Map
     if taught:
         with suppress(ConfigError):  # loading says what is wrong
             check_path(_teacher(trainer), "teacher")
-        now |= teacher_weights(_teacher(trainer))
-        same = now.get(TEACHER_WEIGHTS, "") == before.get(TEACHER_WEIGHTS)
-        if same and _teacher(trainer).is_checkpoint:  # in another place; beside a folder's weights is more, e.g. code
+        teacher = of_teacher(_teacher(trainer))
+        now |= teacher
+        if teacher and teacher == {name: before[name] for name in TEACHER if name in before}:  # in another place
             now = {name: value for name, value in now.items() if not name.startswith("--model.teacher.")}
     other = [
         f"{name} {as_yaml(now[name])} (checkpoint: {as_yaml(before[name])})"

@@ -96,7 +96,7 @@ def go_on_from(
     shards.require_whole(checkpoint)
     step, max_steps = checkpoint["global_step"], trainer.max_steps
     # for the record of a run that needs the teacher no more
-    of_teacher = {name: value for name, value in checkpoint["trainer"].items() if name == alike.TEACHER_WEIGHTS}
+    of_teacher = {name: value for name, value in checkpoint["trainer"].items() if name in alike.TEACHER}
     trainer.lightning_module._teacher_weights = of_teacher  # type: ignore[assignment]
     if step > max_steps:
         raise ConfigError(f"--trainer.max_steps {max_steps}: the checkpoint is already at step {step}")

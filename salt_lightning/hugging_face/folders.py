@@ -208,6 +208,22 @@ def sample_hash(path: Path) -> str | None:
     return None
 
 
+def config_hash(path: Path) -> str | None:
+    """A hash of what a Hugging Face folder holds besides its weights that decides what they compute: config.json, and
+    the model's own code, if it names some; None for what is no such folder."""
+    found = hashlib.blake2b(digest_size=8)
+    with suppress(OSError, ConfigError):
+        config = _read(path / "config.json", "")
+        found.update(json.dumps({k: v for k, v in config.items() if k not in _OF_NO_EFFECT}, sort_keys=True).encode())
+        for file in sorted(path.rglob("*.py")) if config.get("auto_map") else ():
+            found.update(file.read_bytes())
+        return found.hexdigest()
+    return None
+
+
+_OF_NO_EFFECT = ("_name_or_path", "transformers_version", "use_cache")
+
+
 def _check_config(file: Path, setting: str, name: str | Path, trust_remote_code: bool) -> None:
     """Raises ConfigError unless the config.json of the model `name` is that of a causal language model."""
     config = _read(file, setting)
@@ -240,7 +256,8 @@ def _check_config(file: Path, setting: str, name: str | Path, trust_remote_code:
 def keep_stops(model: PreTrainedModel) -> None:
     """Puts all tokens that end a text by generation_config.json into the config, which checkpoints and exports keep."""
     config = model.config.get_text_config()
-    stops, own = (getattr(of, "eos_token_id", None) for of in (model.generation_config, config))
+    generates = getattr(model, "generation_config", None)  # code of its own may leave out generate()
+    stops, own = (getattr(of, "eos_token_id", None) for of in (generates, config))
     if isinstance(stops, list) and (own is None or own in stops):
         with suppress(Exception):  # some families' configs take only one
             config.eos_token_id = stops

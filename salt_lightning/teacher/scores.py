@@ -38,7 +38,7 @@ class Scored:
     num_rows: int
     block_size: int
     isolate_documents: bool
-    teacher: str = ""  # hash of its weights
+    teacher: str = ""  # hash of its weights; of a folder, of its config.json and code, too
     precision: str = ""  # the teacher's dtype and the trainer's precision
 
     @property
@@ -57,7 +57,7 @@ _MEANING = {
     "num_rows": "--data.source (another number of rows)",
     "block_size": "--data.block_size",
     "isolate_documents": "--data.isolate_documents",
-    "teacher": "--model.teacher.path (other weights)",
+    "teacher": "--model.teacher.path (other weights, config.json or code)",
     "precision": "--model.teacher.dtype or --trainer.precision",
 }
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from salt_lightning.errors import ConfigError, Stopped, counted
 from salt_lightning.fit import alike
+from salt_lightning.hugging_face.folders import config_hash
 from salt_lightning.hugging_face.quantized import stored
 from salt_lightning.run import peers
 from salt_lightning.selection import row_scores
@@ -77,9 +78,9 @@ class ScoreWriter(pl.Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         pl_module.load_teacher()
         teacher, run = pl_module.teacher, Path(trainer.default_root_dir)
-        scored = data.scored(
-            teacher=weights_fingerprint(teacher), precision=f"{teacher.head.weight.dtype}, {trainer.precision}"
-        )
+        fingerprint = f"{weights_fingerprint(teacher)}{config_hash(Path(str(pl_module.teacher_spec.path))) or ''}"
+        precision = f"{teacher.head.weight.dtype}, {trainer.precision}"
+        scored = data.scored(teacher=fingerprint, precision=precision)
         alike.require(trainer, {**asdict(scored), "--data.micro_batch_size": data.micro_batch_size})
         if wrong := peers.not_shared(trainer, run):
             raise ConfigError(
