@@ -321,7 +321,7 @@ ERRORS = {
     # --- tokenizers
     "no tokenizer there": (
         {"data.tokenizer": "{bad}/folder"},
-        r"--data.tokenizer: cannot load '.*/folder' \([^:]*\); give a folder, hub name or train$",
+        r"--data.tokenizer: cannot load '.*/folder' \(it has no tokenizer.json\); give a folder, hub name or train$",
     ),
     "the folder of a run, for its tokenizer": (
         {"data.tokenizer": "{bad}/of_a_run"},

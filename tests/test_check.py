@@ -840,7 +840,7 @@ def test_a_teacher_with_too_few_positions_is_a_finding(checked, tmp_path):
     assert code == 1
     assert [said for level, _, said in found if level == "error"] == [
         f"--model.teacher.path {tmp_path / 'short'}: its max_position_embeddings 16 is smaller than --data.block_size "
-        "32; set that to at most 16"
+        "32; set --data.block_size to at most 16"
     ]
 
 

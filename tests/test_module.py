@@ -707,7 +707,8 @@ def test_a_pretrained_student_of_other_token_ids_is_refused(fit_with, settings, 
 
 def test_a_teacher_of_shorter_rows_is_refused(train, teacher):
     """Rotary positions can be given a longer reach; a table of learned ones ends (tests/test_check.py)."""
-    remedy = r"set that to at most 32, or raise it in the folder's config.json \(for a .ckpt, in that of its export"
+    remedy = r"set --data.block_size to at most 32"
+    remedy += r", or raise it in the folder's config.json \(for a .ckpt, in that of its export"
     with pytest.raises(ConfigError, match=f"max_position_embeddings 32 is smaller than --data.block_size 64; {remedy}"):
         train(teacher, KDScheduleCallback(steps=1), 2, data={"block_size": 64})
 

@@ -405,6 +405,11 @@ BAD_FILES = [
         r".*x.jsonl.gz: cannot be read \(.*\); get a whole copy of it, or leave it out of",
     ),
     (
+        "x.jsonl.gz",
+        b'{"text": "a"}',
+        r".*x.jsonl.gz: cannot be read .*; its first bytes are not those of a .gz file; ren",
+    ),
+    (
         "x.parquet",
         b"PAR1 no",
         r"--data.source: .*x.parquet: cannot be read \(.*\); get a whole copy of it, or leave it",

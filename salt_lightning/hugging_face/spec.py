@@ -381,7 +381,7 @@ def check_positions(config: PreTrainedConfig, setting: str, data: Any) -> None:
     positions = getattr(config, "max_position_embeddings", None)
     ropes = getattr(config, "rope_parameters", None) or {}
     if positions is not None and positions < data.block_size:
-        remedy = f"set that to at most {positions}"
+        remedy = f"set --data.block_size to at most {positions}"
         if ropes and ".path" in setting:
             remedy += (
                 ", or raise it in the folder's config.json (for a .ckpt, in that of its export; see docs/own-data.md)"

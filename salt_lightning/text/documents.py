@@ -28,7 +28,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from salt_lightning.errors import ConfigError, first_line
 from salt_lightning.text.examples import Examples
-from salt_lightning.text.packed import unpacked
+from salt_lightning.text.packed import misnamed, unpacked
 from salt_lightning.text.sources import Group, hub_error
 
 _RAW_CHARS = 1 << 19  # text per worker task: long enough to hide the pickling, short enough for even progress
@@ -179,6 +179,8 @@ def _file_errors(file: str, corpus: Corpus) -> Iterator[None]:
     except Exception as error:
         hint = "grant access" if isinstance(error, PermissionError) else "get a whole copy of it"
         hint = "pip install backports.zstd" if isinstance(error, ImportError) else hint
+        if suffix := misnamed(file):
+            hint = f"its first bytes are not those of a {suffix} file; rename it to what it is"
         raise ConfigError(
             f"{corpus.setting}: {file}: cannot be read ({first_line(error)}); {hint}, or leave it out of "
             f"{corpus.setting}"

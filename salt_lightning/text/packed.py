@@ -4,13 +4,26 @@ import bz2
 import gzip
 import io
 import lzma
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from importlib import import_module
 from typing import IO, Any
 
-SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".zstd")
+_ZST = b"\x28\xb5\x2f\xfd"
+_BEGIN = {".gz": b"\x1f\x8b", ".bz2": b"BZh", ".xz": b"\xfd7zXZ\0", ".zst": _ZST, ".zstd": _ZST}
+SUFFIXES = tuple(_BEGIN)
+
+
+def misnamed(file: str) -> str:
+    """The suffix of a compressed file whose first bytes say that it is none; empty if it is one, or cannot be read."""
+    suffix = os.path.splitext(file)[1].lower()
+    with suppress(OSError), open(file, "rb") as content:
+        return suffix if not content.read(6).startswith(_BEGIN.get(suffix, b"")) else ""
+    return ""
+
+
 _READ = 1 << 17  # bytes at once
 
 

@@ -64,6 +64,8 @@ def load_tokenizer(name: str, setting: str = "--data.tokenizer") -> PreTrainedTo
         if os.path.isdir(os.path.join(folder, "tokenizer")):  # the folder of a run
             allowed = os.path.join(name, "tokenizer")
         why = first_line(error).partition(" from one of:")[0]  # a list that is not about this folder follows
+        if why.startswith("Couldn't instantiate the backend tokenizer") and "tokenizer.json" not in files:
+            why = "it has no tokenizer.json"
         if is_offline_mode() and "couldn't connect" in why:
             here = f"the hub is offline (HF_HUB_OFFLINE), and its cache here has no tokenizer of {where}"
             why = f"no such folder here; {here} at {revision or 'main'}"
