@@ -175,6 +175,7 @@ def test_an_evaluation_on_what_the_run_has_trained_on(corpus, settings, tmp_path
         ("validate", {"data.val_fraction": 0.5}, True),
         ("test", {"data.val_fraction": 0.5}, True),
         ("test", {"data.val_fraction": 0.5, "data.source": os.path.relpath(corpus)}, True),
+        ("test", {"data.val_fraction": 0.5, "data.source": f"{corpus.parent}/*.jsonl"}, True),
     ):
         caplog.clear()
         assert cli.main([verb, *arguments(fewer, again, others)]) == 0
@@ -189,7 +190,7 @@ def test_an_evaluation_on_what_the_run_has_trained_on(corpus, settings, tmp_path
     assert cli.main(["validate", *arguments(fewer, again, others)]) == 0
     assert "the run has trained on it" not in caplog.text
     assert cli.main(["validate", *arguments(fewer, again, others, {"data.val_source": str(corpus)})]) == 0
-    told = f"--data.val_source names text of the run's own --data.source ({corpus}), so the run has trained on it"
+    told = f"--data.val_source has text of the run's own --data.source ({corpus}), so the run has trained on it"
     assert told in caplog.text
 
 

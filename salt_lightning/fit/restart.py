@@ -1,7 +1,7 @@
 """Resuming from a checkpoint: whether it fits this student and text, and what will differ from there on."""
 
-import os
 from collections.abc import Callable, Container, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from salt_lightning.hugging_face.spec import ModelSpec, check_positions, fresh_c
 from salt_lightning.models import CausalLM, check_path, own_parts, read_checkpoint
 from salt_lightning.preflight import Finding
 from salt_lightning.storage import shards
+from salt_lightning.text.sources import Group, resolve
 
 
 def require_same(
@@ -186,23 +187,26 @@ def about_start(spec: ModelSpec) -> dict[str, Any] | None:
 def _say_other_share(checkpoint: Mapping[str, Any], data: Any) -> None:
     """Warns if an evaluation reads documents of the training text that the run did not hold out."""
     setting, said = data.held_out_by, ""
-    entries = getattr(data, setting)
-    trained_on, read, now = map(_places, (checkpoint["text"].get("source"), entries, data.source))
-    # what is in --data.source, too, is reported with that
-    seen = [entry for entry, place in zip(entries or (), read, strict=True) if place in {*trained_on} - {*now}]
-    if setting == "source" and trained_on == read and data.held_out.tokens not in checkpoint["data"]["--data.held_out"]:
+    trained_on, read, now = (
+        _read_by(data, name) for name in (checkpoint["text"].get("source") or [], setting, "source")
+    )
+    same_text = setting == "source" and trained_on.keys() == read.keys()
+    if same_text and data.held_out.tokens not in checkpoint["data"]["--data.held_out"]:
         said = "this share of --data.source is not the one that the run held out"
-    elif seen:
-        said = f"--data.{setting} names text of the run's own --data.source ({few(seen)})"
+    elif seen := trained_on.keys() & read.keys() - now.keys():  # what is in --data.source, too, is reported with that
+        said = f"--data.{setting} has text of the run's own --data.source ({few(sorted(read[key] for key in seen))})"
     if said:
         other = "test_source" if setting == "test_source" else "val_source"
         remedy = f"use the run's own --data settings (its config.yaml), or other text with --data.{other}"
         Finding("warning", "held-out text", f"{said}, so the run has trained on it", remedy).require()
 
 
-def _places(source: Any) -> list[str]:
-    """What a source setting names, however its paths are spelled."""
-    return [os.path.abspath(entry) for entry in source or ()]
+def _read_by(data: Any, source: str | list[str]) -> dict[Any, str]:
+    """What a source setting of the data reads, or what entries of one do, if all are there; as `Group.read`."""
+    groups: tuple[Group, ...] = ()
+    with suppress(ConfigError):
+        groups = data._corpus(source).groups if isinstance(source, str) else resolve("", source, data.hub)
+    return {key: name for group in groups for key, name in group.read().items()}
 
 
 _SELECTION = "--data.selection_fingerprint"
