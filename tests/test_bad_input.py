@@ -298,7 +298,7 @@ ERRORS = {
     ),
     "all lines bad": (
         {"data.source": "{bad}/number.jsonl", "data.bad_lines": "skip"},
-        r"--data.source: no document with text in number: 1 bad line left out",
+        r"--data.source: no document with text in \S+number.jsonl: 1 bad line left out",
     ),
     "a choice of bad lines": ({"data.bad_lines": "drop"}, r"--data.bad_lines drop must be refuse or skip"),
     "validation text that is not there": ({"data.val_source": "no/*"}, r"--data.val_source: 'no/\*' matches no file"),

@@ -377,7 +377,7 @@ BAD_FILES = [
     (
         "x.jsonl",
         b'{"text": " "}\n{"text": null}\n\n',
-        r"--data.source: no document with text in x; .*text_column",
+        r"--data.source: no document with text in \S+x.jsonl; check the files and --data.text_column",
     ),
     (
         "x.jsonl",
@@ -397,6 +397,7 @@ BAD_FILES = [
         b'{"text": "a"}\n\n{"text": "b"\n',
         r"--data.source: .*x.jsonl: line 3 is not JSON \(Expecting ','",
     ),
+    ("x.txt", b" \n", r"--data.source: no document with text in \S+/x.txt; check the files$"),
     ("x.txt", LATIN_1, r"--data.source: .*x.txt: line 2 is not UTF-8 text"),
     ("x.txt", "a text".encode("utf-16-le"), r"--data.source: \S+/x.txt has a NUL in more than 1 of 10 bytes, .*; conv"),
     (
@@ -524,7 +525,7 @@ def test_bad_lines_are_left_out_and_counted(tmp_path, monkeypatch, caplog):
 def test_where_every_line_is_bad_the_first_is_named(tmp_path):
     path = write_jsonl(tmp_path / "x.jsonl", [{"body": "x"}] * 3)
     message = (
-        r"^--data.source: no document with text in x: 3 bad lines left out .*: no column 'text' in .*line 1; there"
+        r"^--data.source: no document with text in \S+: 3 bad lines left out .*: no column 'text' in .*line 1; there"
     )
     for prepare_it in (
         lambda corpus: prepare_tokens(corpus, byte_tokenizer(), 0.0, tmp_path / "cache", 1),

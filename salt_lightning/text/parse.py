@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from salt_lightning.errors import ConfigError, first_line, printable
+from salt_lightning.errors import ConfigError, few, first_line, printable
 from salt_lightning.text.documents import Corpus, Raw, check_columns, utf8
 
 _TOKEN_IDS = {".bin", ".idx", ".npy", ".npz"}  # of Megatron and nanoGPT
@@ -179,8 +179,9 @@ def lots(data: bytes) -> tuple[float, float]:
 
 def empty_error(corpus: Corpus, skipped: Skipped) -> ConfigError:
     """The error for a corpus without text."""
-    names = ", ".join(dict.fromkeys(group.name for group in corpus.groups))
-    why = f": {skipped}" if skipped.lines else "; check the files and --data.text_column"
+    names = few([name for group in corpus.groups for name in group.read().values()])
+    of_columns = " and --data.text_column" if any(group.kind != "text" for group in corpus.groups) else ""
+    why = f": {skipped}" if skipped.lines else f"; check the files{of_columns}"
     if corpus.examples.given and not skipped.lines:
         where = "(in a conversation: from the role assistant, after a question)"
         why = f"; an example needs a response that is not blank {where}"
