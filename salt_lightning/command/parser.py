@@ -241,10 +241,8 @@ def explain(message: str, known: list[str], given: Iterable[tuple[str, str]] = (
         line = re.sub(r" value: (None|True|False)$", lambda m: f" value: {as_yaml(m[1])}", line)
     if found := re.match(r"Parser key \"([^\"]+)\"(\S*): (.*)", line):
         name, rest = f"--{_prefix(found[1], given, line)}{found[1]}{found[2]}", found[3]
-        below = re.escape(name.removeprefix("--"))
-        if inner := re.match(
-            rf"Unable to load config .*? - (Parser key \"{below}\..*)", rest
-        ):  # a mapping with an error
+        below = re.escape(name.removeprefix("--"))  # the error is within a mapping
+        if inner := re.match(rf"Unable to load config .*? - (Parser key \"{below}\..*)", rest):
             return explain(inner[1], known, given, class_name)
         part = re.search(r"NestedArg\(key='([^']+)', val='?(.*?)'?\)", rest)
         if part and not re.fullmatch(f"--{CLASSES}", name):

@@ -187,9 +187,8 @@ def about_start(spec: ModelSpec) -> dict[str, Any] | None:
 def _say_other_share(checkpoint: Mapping[str, Any], data: Any) -> None:
     """Warns if an evaluation reads documents of the training text that the run did not hold out."""
     setting, said = data.held_out_by, ""
-    trained_on, read, now = (
-        _read_by(data, name) for name in (checkpoint["text"].get("source") or [], setting, "source")
-    )
+    sources = checkpoint["text"].get("source") or [], setting, "source"
+    trained_on, read, now = (_read_by(data, source) for source in sources)
     same_text = setting == "source" and trained_on.keys() == read.keys()
     if same_text and data.held_out.tokens not in checkpoint["data"]["--data.held_out"]:
         said = "this share of --data.source is not the one that the run held out"
@@ -205,7 +204,7 @@ def _read_by(data: Any, source: str | list[str]) -> dict[Any, str]:
     """What a source setting of the data reads, or what entries of one do, if all are there; as `Group.read`."""
     groups: tuple[Group, ...] = ()
     with suppress(ConfigError):
-        groups = data._corpus(source).groups if isinstance(source, str) else resolve("", source, data.hub)
+        groups = data._corpus(source).groups if isinstance(source, str) else resolve("--data.source", source, data.hub)
     return {key: name for group in groups for key, name in group.read().items()}
 
 
