@@ -334,7 +334,10 @@ def test_a_model_with_its_own_code_has_all_that_this_code_computes(tmp_path, mon
     CausalLM(loaded, "teacher").check()
     before, code = config_hash(tmp_path / "hf"), tmp_path / "hf" / "mine.py"
     code.write_text(f"{code.read_text()}# other\n")
-    assert config_hash(tmp_path / "hf") != before
+    changed = config_hash(tmp_path / "hf")
+    assert changed != before
+    os.mkfifo(tmp_path / "hf" / "pipe.py")  # is not waited for
+    assert config_hash(tmp_path / "hf") == changed
     assert config_hash(tmp_path) is None
 
 

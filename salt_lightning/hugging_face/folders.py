@@ -216,7 +216,7 @@ def config_hash(path: Path) -> str | None:
         config = _read(path / "config.json", "")
         found.update(json.dumps({k: v for k, v in config.items() if k not in _OF_NO_EFFECT}, sort_keys=True).encode())
         for file in sorted(path.rglob("*.py")) if config.get("auto_map") else ():
-            found.update(file.read_bytes())
+            found.update(file.read_bytes() if file.is_file() else b"")
         return found.hexdigest()
     return None
 
