@@ -1380,6 +1380,23 @@ def test_a_mapping_of_a_command_line_needs_quotes_and_spaces(capsys):
         assert f"{value} must be a mapping, '{{NAME: VALUE, ...}}', in quotes and with" in error_of(capsys)
 
 
+def test_a_value_in_braces_beside_a_wrong_setting_stays_as_typed(capsys):
+    templates = ["--data.examples.prompt", "{q}", "--data.examples.response", "{a}", "--data.tokenizer", "a/b"]
+    assert run(["fit", *templates, "--run", "x", "--data.source", "{gone}", "--trainer.max_steps", "x"]) == 2
+    line = error_of(capsys)
+    assert "--trainer.max_steps x must be a whole number" in line
+    assert "data.examples" not in line
+    assert "--data.source: '{gone}' matches no file" in line
+
+
+@pytest.mark.parametrize("name", ["kd", "model.student.config"])
+def test_a_date_that_does_not_exist_in_a_mapping_leaves_no_traceback(name, capsys):
+    assert run(["fit", f"--{name}", "{weight: 2020-13-45}", "--trainer.max_steps", "x"]) == 2
+    line = error_of(capsys)
+    assert "--trainer.max_steps x must be a whole number" in line
+    assert f"--{name}" in line
+
+
 def test_a_negative_number_with_an_exponent_is_a_value(capsys):
     assert run(["fit", "--kd.weight", "-1e-3", "--kd.stop_margin", "-1.5E-3", "--model.optim.lr", "-.5"]) == 2
     line = error_of(capsys)

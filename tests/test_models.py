@@ -308,6 +308,8 @@ def _own_code(folder, ran):
         "        self.lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)\n"
         "        self.register_buffer('squares', torch.arange(1000.0) ** 2, persistent=False)\n"
         "        self.register_buffer('halves', torch.full((8,), 3.0), persistent=False)\n"
+        "        cubes = torch.arange(8.0) ** 3\n"
+        "        for shares in (self.lm_head, self.model): shares.register_buffer('cubes', cubes, persistent=False)\n"
         "        self.post_init()\n"
         "    def _init_weights(self, module):\n"  # as for transformers 5
         "        super()._init_weights(module)\n"
@@ -329,6 +331,7 @@ def test_a_model_with_its_own_code_has_all_that_this_code_computes(tmp_path, mon
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(loaded.squares, torch.arange(1000.0) ** 2)
     assert torch.equal(loaded.halves, torch.arange(8.0) / 2)
+    assert all(torch.equal(each.cubes, torch.arange(8.0) ** 3) for each in (loaded.lm_head, loaded.model))
     ids_BT = torch.arange(8)[None]
     torch.testing.assert_close(loaded.eval()(ids_BT).logits, same.eval()(ids_BT).logits)  # the cache changes a rounding
     CausalLM(loaded, "teacher").check()

@@ -263,19 +263,20 @@ def without(args: list[str], wrong: list[str]) -> list[str]:
             drops = _is_below(name, wrong)
         value = value if begins else word
         if begins and name == "config":
-            word = f"--config={_left(text_of(value), '', wrong)}"
+            word = f"--config={_flow(_kept(yaml.safe_load(text_of(value)), '', wrong))}"
         elif value.lstrip().startswith("{"):
-            with suppress(yaml.YAMLError):
-                word = f"{word.removesuffix(value)}{_left(value, f'{name}.', wrong)}"
+            with suppress(yaml.YAMLError, ValueError):  # ValueError: of a date that does not exist
+                whole = yaml.safe_load(value)
+                if (left := _kept(whole, f"{name}.", wrong)) != whole:  # else as typed: {question} is a template
+                    word = f"{word.removesuffix(value)}{_flow(left)}"
         if not drops:
             kept.append(word)
         drops = drops and begins and not joined  # the next word is its value
     return kept
 
 
-def _left(mapping: str, prefix: str, wrong: list[str]) -> str:
-    left = _kept(yaml.safe_load(mapping), prefix, wrong)
-    return yaml.safe_dump(left, default_flow_style=True, width=sys.maxsize)
+def _flow(mapping: Any) -> str:
+    return yaml.safe_dump(mapping, default_flow_style=True, width=sys.maxsize)
 
 
 def _kept(value: Any, prefix: str, wrong: list[str]) -> Any:

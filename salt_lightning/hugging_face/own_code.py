@@ -34,7 +34,7 @@ def with_buffers(model: PreTrainedModel) -> PreTrainedModel:
     unless `_init_weights` sets them. That of its own families does; code for transformers 4 does it in `__init__`.
     Here, another such model is built, whose weights are never touched and so take no memory.
     """
-    names = [name for name, _ in model.named_non_persistent_buffers()]
+    names = [name for name, _ in model.named_non_persistent_buffers(remove_duplicate=False)]
     if not names or type(model).__module__.startswith("transformers."):
         return model
     with torch.random.fork_rng(devices=[]):
@@ -43,10 +43,10 @@ def with_buffers(model: PreTrainedModel) -> PreTrainedModel:
         for module in made.modules():
             if module._non_persistent_buffers_set:
                 made._init_weights(module)
-    computed = dict(made.named_buffers())
+    computed = dict(made.named_buffers(remove_duplicate=False))
     for name in names:
         parent, _, last = name.rpartition(".")
-        here = model.get_submodule(parent)._buffers
         if name in computed:  # else of a quantized layer, whose loader has made it
-            here[last] = computed[name].to(here[last].device)
+            # not its own device: transformers leaves one that several modules share on meta in all but the first
+            model.get_submodule(parent)._buffers[last] = computed[name].to(model.device)
     return model
