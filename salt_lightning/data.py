@@ -270,7 +270,7 @@ class SALTDataModule(LightningDataModule):
         hub = [group.hub_name for group in self._corpus("source").groups if group.hub_name]
         cuts = shares.cuts if fits and (shares := self._shares()) else {}
         text = {"source": self.source, "weights": self.source_weights, "hub": hub, "cuts": cuts}
-        self.text = text | train.size | {"examples": self.examples.inputs()}
+        self.text = text | train.size | {"part": vars(self.hub), "examples": self.examples.inputs()}
 
     def _open_held_out(self, stage: str | None) -> None:
         tested = "test_source" if stage == "test" and self.test_source else ""

@@ -194,6 +194,36 @@ def test_an_evaluation_on_what_the_run_has_trained_on(corpus, settings, tmp_path
     assert told in caplog.text
 
 
+def test_an_evaluation_on_what_the_run_held_out_in_another_order(corpus, settings, tmp_path, caplog):
+    own = {"kd.weight": 0.0, "run": str(tmp_path / "run"), "trainer.max_steps": 2, "trainer.val_check_interval": 2}
+    files = [str(corpus), str(write_corpus(tmp_path / "other.jsonl", seed=1))]
+    assert cli.main(["fit", *arguments(settings, own, {"data.source": files})]) == 0
+    fewer = {k: v for k, v in settings.items() if not k.startswith(("checkpoint.", "model."))}
+    fewer |= {"ckpt_path": "last", "run": str(tmp_path / "run"), "data.tokenizer": str(tmp_path / "run/tokenizer")}
+    fewer["data.source"] = files[::-1]
+    assert cli.main(["validate", *arguments(fewer)]) == 0
+    assert "the run has trained on it" not in caplog.text
+
+
+def test_an_evaluation_on_another_split_than_the_run_has_trained_on(corpus, settings, tmp_path, caplog):
+    for split in ("train", "validation"):
+        (tmp_path / "folder" / split).mkdir(parents=True)
+        write_corpus(tmp_path / "folder" / split / "x.jsonl", seed=len(split))
+    own = {"kd.weight": 0.0, "run": str(tmp_path / "run"), "trainer.max_steps": 2, "trainer.val_check_interval": 2}
+    own |= {"data.source": str(tmp_path / "folder"), "data.split": "train"}
+    assert cli.main(["fit", *arguments(settings, own)]) == 0
+    fewer = {k: v for k, v in settings.items() if not k.startswith(("checkpoint.", "model."))}
+    fewer |= {"ckpt_path": "last", "run": str(tmp_path / "run"), "data.tokenizer": str(tmp_path / "run/tokenizer")}
+    caplog.clear()
+    for others, warned in (
+        ({"data.source": own["data.source"], "data.split": "validation"}, False),
+        ({"data.source": str(corpus), "data.val_source": own["data.source"], "data.split": "validation"}, False),
+        ({"data.source": str(corpus), "data.val_source": own["data.source"]}, True),
+    ):
+        assert cli.main(["validate", *arguments(fewer, others)]) == 0
+        assert ("the run has trained on it" in caplog.text) == warned
+
+
 @pytest.mark.usefixtures("no_memory")
 def test_the_rows_that_a_run_has_read_count_as_it_read_them(checked, fit_with, tmp_path, caplog, capsys):
     own, run = {"kd.weight": 0.0, "trainer.max_steps": 12}, tmp_path / "run"

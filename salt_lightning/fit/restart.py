@@ -1,7 +1,6 @@
 """Resuming from a checkpoint: whether it fits this student and text, and what will differ from there on."""
 
 from collections.abc import Callable, Container, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ from salt_lightning.hugging_face.spec import ModelSpec, check_positions, fresh_c
 from salt_lightning.models import CausalLM, check_path, own_parts, read_checkpoint
 from salt_lightning.preflight import Finding
 from salt_lightning.storage import shards
-from salt_lightning.text.sources import Group, resolve
+from salt_lightning.text.documents import Corpus
+from salt_lightning.text.sources import Hub, resolve
 
 
 def require_same(
@@ -186,10 +186,15 @@ def about_start(spec: ModelSpec) -> dict[str, Any] | None:
 
 def _say_other_share(checkpoint: Mapping[str, Any], data: Any) -> None:
     """Warns if an evaluation reads documents of the training text that the run did not hold out."""
-    setting, said = data.held_out_by, ""
-    sources = checkpoint["text"].get("source") or [], setting, "source"
-    trained_on, read, now = (_read_by(data, source) for source in sources)
-    same_text = setting == "source" and trained_on.keys() == read.keys()
+    setting, text, said = data.held_out_by, checkpoint["text"], ""
+    part = Hub(**text["part"]) if "part" in text else data.hub  # older checkpoints do not record it
+    try:
+        groups = resolve("--data.source of the run", text.get("source") or [], part)
+    except ConfigError:  # some of it is no longer there
+        return
+    trained_on, read, now = (corpus.read() for corpus in (Corpus("", groups), *map(data._corpus, (setting, "source"))))
+    # in another order, another share need not be other documents
+    same_text = setting == "source" and [*trained_on] == [*read]
     if same_text and data.held_out.tokens not in checkpoint["data"]["--data.held_out"]:
         said = "this share of --data.source is not the one that the run held out"
     elif seen := trained_on.keys() & read.keys() - now.keys():  # what is in --data.source, too, is reported with that
@@ -198,14 +203,6 @@ def _say_other_share(checkpoint: Mapping[str, Any], data: Any) -> None:
         other = "test_source" if setting == "test_source" else "val_source"
         remedy = f"use the run's own --data settings (its config.yaml), or other text with --data.{other}"
         Finding("warning", "held-out text", f"{said}, so the run has trained on it", remedy).require()
-
-
-def _read_by(data: Any, source: str | list[str]) -> dict[Any, str]:
-    """What a source setting of the data reads, or what entries of one do, if all are there; as `Group.read`."""
-    groups: tuple[Group, ...] = ()
-    with suppress(ConfigError):
-        groups = data._corpus(source).groups if isinstance(source, str) else resolve("--data.source", source, data.hub)
-    return {key: name for group in groups for key, name in group.read().items()}
 
 
 _SELECTION = "--data.selection_fingerprint"

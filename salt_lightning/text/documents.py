@@ -70,9 +70,13 @@ class Corpus:
         groups = [group.inputs() for group in self.groups]
         return [self.text_column, self.source_column, groups, self.skip_bad_lines, self.examples.inputs()]
 
+    def read(self) -> dict[Any, str]:
+        """What it reads, as `Group.read`, in its order."""
+        return {key: name for group in self.groups for key, name in group.read().items()}
+
     def shared_with(self, other: "Corpus") -> list[str]:
         """Files and hub splits that both corpora read."""
-        here, there = ({k: v for group in corpus.groups for k, v in group.read().items()} for corpus in (self, other))
+        here, there = self.read(), other.read()
         return sorted(here[key] for key in here.keys() & there.keys())
 
     def num_bytes(self) -> int:

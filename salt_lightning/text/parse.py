@@ -179,7 +179,7 @@ def lots(data: bytes) -> tuple[float, float]:
 
 def empty_error(corpus: Corpus, skipped: Skipped) -> ConfigError:
     """The error for a corpus without text."""
-    names = few([name for group in corpus.groups for name in group.read().values()])
+    names = few([*corpus.read().values()])
     of_columns = " and --data.text_column" if any(group.kind != "text" for group in corpus.groups) else ""
     why = f": {skipped}" if skipped.lines else f"; check the files{of_columns}"
     if corpus.examples.given and not skipped.lines:
