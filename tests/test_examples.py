@@ -574,7 +574,9 @@ def test_tool_calls_in_another_form_are_named_where_the_chat_template_fails(call
 
 
 def test_rows_without_an_example_say_what_one_needs(tmp_path):
-    with pytest.raises(ConfigError, match="no document with text in .*; an example needs a response that is not"):
+    with pytest.raises(
+        ConfigError, match=r"no document with text in \S+rows.jsonl; an example needs a response that is not"
+    ):
         prepared(tmp_path, [{"messages": [turn("human", "a"), turn("gpt", "b")]}], CHAT, chat_tokenizer())
 
 
