@@ -142,9 +142,11 @@ def test_soft_caps_are_refused_by_name():
         tiny("gemma2", final_logit_softcapping=30.0)
 
 
-def test_logits_changed_behind_the_head_are_noticed():
-    lm = tiny("llama")
-    lm.model.lm_head.register_forward_hook(lambda module, args, out: out * 1.01)
+@pytest.mark.parametrize(("dtype", "factor"), [(torch.float32, 1.01), (torch.bfloat16, 1.05)])
+def test_logits_changed_behind_the_head_are_noticed(dtype, factor):
+    lm = tiny("llama").to(dtype)
+    lm.check()
+    lm.model.lm_head.register_forward_hook(lambda module, args, out: out * factor)
     with pytest.raises(ConfigError, match="differ from LlamaForCausalLM's own logits"):
         lm.check()
 
