@@ -268,9 +268,9 @@ class SALTDataModule(LightningDataModule):
         train = self._train = self._open("source", "train")
         self.num_train_rows, self.num_train_tokens = train.num_rows, train.files.num_tokens
         hub = [group.hub_name for group in self._corpus("source").groups if group.hub_name]
-        cuts = shares.cuts if fits and (shares := self._shares()) else {}
-        text = {"source": self.source, "weights": self.source_weights, "hub": hub, "cuts": cuts}
-        self.text = text | train.size | {"part": vars(self.hub), "examples": self.examples.inputs()}
+        text = {"source": self.source, "weights": self.source_weights, "val_share": self._val_share("source")}
+        how = {"part": vars(self.hub), "hub": hub, "cuts": shares.cuts if fits and (shares := self._shares()) else {}}
+        self.text = text | how | train.size | {"examples": self.examples.inputs()}
 
     def _open_held_out(self, stage: str | None) -> None:
         tested = "test_source" if stage == "test" and self.test_source else ""

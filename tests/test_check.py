@@ -172,6 +172,7 @@ def test_an_evaluation_on_what_the_run_has_trained_on(corpus, settings, tmp_path
     for verb, others, warned in (
         ("validate", {}, False),
         ("validate", {"data.val_rows": 1}, False),
+        ("validate", {"data.val_fraction": 0.05}, False),  # these were held out, too
         ("validate", {"data.val_fraction": 0.5}, True),
         ("test", {"data.val_fraction": 0.5}, True),
         ("test", {"data.val_fraction": 0.5, "data.source": os.path.relpath(corpus)}, True),
@@ -200,9 +201,11 @@ def test_an_evaluation_on_what_the_run_held_out_in_another_order(corpus, setting
     assert cli.main(["fit", *arguments(settings, own, {"data.source": files})]) == 0
     fewer = {k: v for k, v in settings.items() if not k.startswith(("checkpoint.", "model."))}
     fewer |= {"ckpt_path": "last", "run": str(tmp_path / "run"), "data.tokenizer": str(tmp_path / "run/tokenizer")}
-    fewer["data.source"] = files[::-1]
-    assert cli.main(["validate", *arguments(fewer)]) == 0
-    assert "the run has trained on it" not in caplog.text
+    for source, share, warned in ((files[::-1], 0.1, False), (files[:1], 0.1, False), (files[:1], 0.5, True)):
+        caplog.clear()
+        read = {"data.source": source, "data.val_fraction": share}
+        assert cli.main(["validate", *arguments(fewer, read)]) == 0
+        assert ("the run has trained on it" in caplog.text) == warned
 
 
 def test_an_evaluation_on_another_split_than_the_run_has_trained_on(corpus, settings, tmp_path, caplog):

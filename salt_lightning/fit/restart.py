@@ -193,11 +193,14 @@ def _say_other_share(checkpoint: Mapping[str, Any], data: Any) -> None:
     except ConfigError:  # some of it is no longer there
         return
     trained_on, read, now = (corpus.read() for corpus in (Corpus("", groups), *map(data._corpus, (setting, "source"))))
-    # in another order, another share need not be other documents
-    same_text = setting == "source" and [*trained_on] == [*read]
-    if same_text and data.held_out.tokens not in checkpoint["data"]["--data.held_out"]:
+    share, common = data._val_share(setting), trained_on.keys() & read.keys()
+    held_out = text.get("val_share", share)  # older checkpoints do not record it
+    # the tokens tell of other settings that decide what is held out; those of files in another order are others
+    same_text = share == held_out and [*trained_on] == [*read]
+    other_tokens = same_text and data.held_out.tokens not in checkpoint["data"]["--data.held_out"]
+    if setting == "source" and (other_tokens or (common and share > held_out)):  # a smaller share is a part of it
         said = "this share of --data.source is not the one that the run held out"
-    elif seen := trained_on.keys() & read.keys() - now.keys():  # what is in --data.source, too, is reported with that
+    elif seen := common - now.keys():  # what is in --data.source, too, is reported with that
         said = f"--data.{setting} has text of the run's own --data.source ({few(sorted(read[key] for key in seen))})"
     if said:
         other = "test_source" if setting == "test_source" else "val_source"

@@ -34,6 +34,7 @@ _CHECKPOINT: dict[Any, Any] = {
         **{"source": [str], "weights": ([_NUMBER], type(None)), "hub": [str]},
         **dict.fromkeys(("documents", "tokens"), int | None),
         "cuts": {...: [int]},
+        "val_share": _NUMBER,
     },
     "data": dict.fromkeys(("--data.global_batch_size", "--data.block_size", "--data.num_train_tokens"), int),
     "stretches": [{"step": int, "rows": int, "block_size": int, "turns": ({...: int}, type(None))}],
