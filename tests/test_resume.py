@@ -1102,6 +1102,21 @@ def test_a_validation_that_ends_the_run_or_kd_comes_before_the_save_of_a_stop(fi
     assert saved == [False]
 
 
+def test_a_dropout_given_for_the_first_time_is_said_and_recorded(fit, tmp_path, caplog):
+    """The config of a family need not name it, so that a start that gives it has a setting more than the one before."""
+    assert fit(tmp_path / "run", stop_at=3) == 128 + signal.SIGTERM
+    given = {"model.student.config.attention_dropout": 0.1}
+    assert fit(tmp_path / "run", stop_at=5, ckpt_path="last", **given) == 128 + signal.SIGTERM
+    said = "continuing with --model.student.config.attention_dropout 0.1 (checkpoint: 0.0): the steps that follow are"
+    assert said in caplog.text
+    (change,) = read_run(tmp_path / "run", "run").changes.items()
+    assert change == (3, {"model.student.config.attention_dropout": (0.0, 0.1)})
+    caplog.clear()
+    assert fit(tmp_path / "run", ckpt_path="last", **given) == 0
+    assert "computed differently" not in caplog.text
+    assert len(earlier_configs(tmp_path / "run")) == 1
+
+
 def test_other_data_than_the_checkpoints_is_said(fit, tmp_path, caplog):
     assert fit(tmp_path / "run", stop_at=3) == 128 + signal.SIGTERM
     assert fit(tmp_path / "run", stop_at=5, ckpt_path="last") == 128 + signal.SIGTERM

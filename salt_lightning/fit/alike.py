@@ -21,7 +21,7 @@ import salt_lightning
 from salt_lightning.command.settings import as_yaml
 from salt_lightning.errors import ConfigError, few
 from salt_lightning.hugging_face.folders import config_hash, sample_hash
-from salt_lightning.hugging_face.spec import ModelSpec
+from salt_lightning.hugging_face.spec import DROPOUT, ModelSpec
 from salt_lightning.models import check_path
 from salt_lightning.schedule import kd_callbacks
 from salt_lightning.storage.kinds import VERSION, plain
@@ -63,6 +63,8 @@ _OURS = {
 def _of_models(settings: Mapping[str, Any], taught: bool) -> dict[str, Any]:
     """The same of a module's hyperparameters, besides the rate, of which others tell."""
     found = {f"optim.{name}": settings["optim"].get(name) for name in ("weight_decay", "beta1", "beta2", "eps")}
+    of_student = (settings.get("student") or {}).get("config") or {}
+    found |= {f"student.config.{name}": of_student[name] for name in DROPOUT if name in of_student}
     if taught:
         teacher = settings.get("teacher") or {}
         path = teacher.get("path")

@@ -408,7 +408,8 @@ _NOT_SETTINGS = (
     *("model_type", "transformers_version", "architectures", "_name_or_path", "dtype", "torch_dtype"),
     "quantization_config",
 )
-_NOT_SHAPE = ("use_cache", "attention_dropout", "initializer_range", "eos_token_id")
+DROPOUT = ("attention_dropout",)  # a run may resume with another one
+_NOT_SHAPE = ("use_cache", *DROPOUT, "initializer_range", "eos_token_id")
 
 
 def shape_settings(spec: dict[str, Any]) -> dict[str, Any]:

@@ -145,6 +145,9 @@ _DECIDES = re.compile(
 )
 
 
+_UNSET = {"model.student.config.attention_dropout": 0.0}  # families' default; a config need not name it
+
+
 def changed(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """(before, now) of the settings that decide what is trained or measured, are in both, and differ."""
     was, is_now = _gathered(before), _gathered(now)
@@ -167,7 +170,8 @@ def _gathered(settings: dict[str, Any]) -> dict[str, Any]:
             lists.setdefault(re.sub(r"\.\d+$", "", key), []).append(value)
     if any(key.startswith("trainer.callbacks") for key in settings):
         lists["trainer.callbacks"] = _callbacks(settings) or [None]
-    return {key: values[0] if len(values) == 1 else values for key, values in lists.items()}
+    found = {key: values[0] if len(values) == 1 else values for key, values in lists.items()}
+    return {**_UNSET, **found} if found else {}
 
 
 def _callbacks(settings: dict[str, Any]) -> list[str]:
