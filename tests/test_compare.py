@@ -1802,6 +1802,18 @@ def earlier(run, step, **config):
     (run / f"config.until-{step:08d}.yaml").write_text(yaml.safe_dump(settings(run, **config)))
 
 
+def test_a_start_from_weights_that_was_resumed_is_a_seed_of_the_others(tmp_path):
+    """A resume writes down the sizes that the checkpoint holds; the first start has only the path of the weights."""
+    start = {"model.student.path": "models/salt", "model.student.config": {}}
+    sizes = {"model.student.config": {"hidden_size": 32, "attention_dropout": 0.1}}
+    first = write_run(tmp_path / "s0", BASELINE, **start)
+    resumed = write_run(tmp_path / "s1", BASELINE, seed_everything=1, **start | sizes)
+    earlier(resumed, 100, seed_everything=1, **start)
+    found = compare([first, resumed], tmp_path / "out")
+    assert [(group.n, group.changed) for group in found.groups] == [(2, {})]
+    assert not any("continued" in note for note in found.notes)
+
+
 def test_a_run_that_went_on_under_other_settings_is_an_experiment_of_its_own(tmp_path):
     longer = write_run(tmp_path / "longer", BASELINE)
     earlier(longer, 100, **{"trainer.max_steps": 100, "trainer.devices": 2})

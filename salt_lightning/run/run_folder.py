@@ -165,13 +165,14 @@ def same_setting(was: Any, now: Any) -> bool:
 def _gathered(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings with each list as one value; a list of one entry becomes that entry."""
     lists: dict[str, list[Any]] = {}
+    started = bool(settings.get("model.student.path"))  # from weights that bring their own config
     for key, value in settings.items():
-        if _DECIDES.match(key):
+        if _DECIDES.match(key) and not (started and key.startswith("model.student.config")):
             lists.setdefault(re.sub(r"\.\d+$", "", key), []).append(value)
     if any(key.startswith("trainer.callbacks") for key in settings):
         lists["trainer.callbacks"] = _callbacks(settings) or [None]
     found = {key: values[0] if len(values) == 1 else values for key, values in lists.items()}
-    return {**_UNSET, **found} if found else {}
+    return {**_UNSET, **found} if found and not started else found
 
 
 def _callbacks(settings: dict[str, Any]) -> list[str]:

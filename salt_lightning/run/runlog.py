@@ -329,7 +329,9 @@ class Run:
 
     def _is_idle(self, key: str) -> bool:
         """Whether a setting has no effect beside the others: of a teacher that never teaches, of no selection or of one
-        that chose nothing."""
+        that chose nothing, and the sizes of a student that started from weights, which a resume writes down."""
+        if key.startswith("model.student.config"):
+            return bool(self.config.get("model.student.path"))
         if key.startswith(("kd.", "model.teacher")):
             return not self.taught and not (self.selected and key == "kd.steps")
         if not self.selected:
