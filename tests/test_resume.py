@@ -742,6 +742,31 @@ def test_last_without_a_checkpoint_starts_and_says_so(fit, tmp_path, capsys):
     assert "starting at step 0" in capsys.readouterr().err
 
 
+def test_a_run_whose_checkpoints_are_in_another_folder_is_not_started_again(fit, tmp_path, capsys):
+    run, there = tmp_path / "run", tmp_path / "there"
+    folder = {"checkpoint.folder": str(there)}
+    assert fit(run, stop_at=3, **folder) == 128 + signal.SIGTERM
+    capsys.readouterr()
+    assert fit(run, ckpt_path="last") == 2
+    said = (
+        f"no checkpoint in {run}/checkpoints, but those of --run {run} are in {there}; set --checkpoint.folder {there}"
+    )
+    assert said in capsys.readouterr().err
+    assert fit(run) == 2
+    said = (
+        f"--run {run} already contains a run; continue it with --ckpt_path last --checkpoint.folder {there}, or choose"
+    )
+    assert said in capsys.readouterr().err
+    assert fit(run, stop_at=5, ckpt_path="last", **folder) == 128 + signal.SIGTERM  # as advised
+    shutil.move(there, run / "checkpoints")
+    capsys.readouterr()
+    assert fit(run, ckpt_path="last", **folder) == 2
+    assert f"but those of --run {run} are in {run}/checkpoints; set" in capsys.readouterr().err
+    own = str(run / "checkpoints/step-00000003.ckpt")
+    assert fit(run, ckpt_path=own, **folder) == 0
+    assert "resuming from there" not in capsys.readouterr().err  # it is one of its own
+
+
 def test_a_truncated_checkpoint_is_named(fit, tmp_path, capsys, caplog):
     assert fit(tmp_path / "run", stop_at=3) == 128 + signal.SIGTERM
     path = tmp_path / "run/checkpoints/step-00000003.ckpt"

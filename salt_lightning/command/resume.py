@@ -16,7 +16,7 @@ from salt_lightning.hugging_face.spec import settings_without_code
 from salt_lightning.models import read_checkpoint
 from salt_lightning.run.meeting import divide, gather
 from salt_lightning.run.peers import UNSEEN_S, say_once
-from salt_lightning.run.run_config import readable
+from salt_lightning.run.run_config import other_places, readable
 from salt_lightning.run.run_folder import earlier_configs, flat, same_setting, saved
 from salt_lightning.storage import damage, shards
 
@@ -29,7 +29,8 @@ def resolve(path: str, config: Namespace, subcommand: str) -> Path | None:
     if not path:
         raise ConfigError("--ckpt_path '' is empty; give a .ckpt file, or last, or leave it out")
     if path != "last":
-        elsewhere = os.path.realpath(Path(path).parent) != os.path.realpath(folder)
+        own = {os.path.realpath(place) for place in (folder, Path(config.run, "checkpoints"))}
+        elsewhere = os.path.realpath(Path(path).parent) not in own
         if subcommand == "fit" and elsewhere and saved(folder) and _is_of_another(Path(path), Path(config.run)):
             raise ConfigError(
                 f"--ckpt_path {path} is of another run than --run {config.run}, which contains one already; choose "
@@ -54,6 +55,12 @@ def resolve(path: str, config: Namespace, subcommand: str) -> Path | None:
             f"--ckpt_path last: every checkpoint in {folder} is damaged (see above); start anew in another --run, or "
             "restore a copy"
         )
+    if left := other_places(Path(config.run), folder):
+        anew = ", or choose another --run to start anew" if subcommand == "fit" else ""
+        raise ConfigError(
+            f"--ckpt_path last: no checkpoint in {folder}, but those of --run {config.run} are in {left}; set "
+            f"--checkpoint.folder {left}{anew}"
+        )
     if subcommand != "fit":
         raise ConfigError(f"--ckpt_path last: no checkpoint in {folder}; check --run {config.run}")
     if moved := _moved(config):
@@ -61,7 +68,7 @@ def resolve(path: str, config: Namespace, subcommand: str) -> Path | None:
             f"--ckpt_path last: no checkpoint in {folder}, where {moved} says that the run is, but there are some "
             f"beside that file, so the run was moved; give --run {moved.parent}, or leave out --ckpt_path to start anew"
         )
-    say_once(f"--ckpt_path last: no checkpoint in {config.run}, starting at step 0")
+    say_once(f"--ckpt_path last: no checkpoint in {folder}, starting at step 0")
     return None
 
 

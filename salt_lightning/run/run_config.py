@@ -107,10 +107,20 @@ def _begun_elsewhere(settings: dict[str, Any], run: Path) -> int:
     return 0 if own or moved else step_named(path.name) or 0
 
 
+def other_places(run: Path, checkpoints: Path) -> Path | None:
+    """Where a run has checkpoints, if not in `checkpoints`: another start had another --checkpoint.folder."""
+    named = readable(run / "config.yaml").get("checkpoint.folder")
+    there = [place for place in (named and Path(str(named)), run / "checkpoints") if place and saved(place)]
+    return next((place for place in there if os.path.realpath(place) != os.path.realpath(checkpoints)), None)
+
+
 def taken(run: Path, checkpoints: Path, now: dict[str, Any]) -> list[str]:
     """Problems with a new run with the settings `now` (flat) in a folder that contains another run."""
-    if saved(checkpoints):
-        return [f"--run {run} already contains a run; continue it with --ckpt_path last, or choose another folder"]
+    if saved(checkpoints) or (left := other_places(run, checkpoints)):
+        there = "" if saved(checkpoints) else f" --checkpoint.folder {left}"
+        return [
+            f"--run {run} already contains a run; continue it with --ckpt_path last{there}, or choose another folder"
+        ]
     before = readable(run / "config.yaml")
     kept = (key for key in before if key.startswith(IDENTITY) and key in now and now[key] != before[key])
     if not (others := [f"--{key} {before[key]} (here {now[key]})" for key in kept][:3]):
