@@ -2,6 +2,7 @@
 
 import math
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from salt_lightning.comparison import lineage
 from salt_lightning.errors import few
+from salt_lightning.run.run_folder import small_text
 from salt_lightning.run.runlog import CONTEXT, ROUNDING, Run, changes_said, differ
 
 
@@ -230,6 +232,9 @@ def _other_context(run: Run, reference: Run) -> list[str]:
 
 
 def _words(run: Run) -> list[Any]:
+    """What tells whether two runs have one tokenizer: its file in the run's folder, or else the settings."""
+    with suppress(OSError, ValueError):
+        return [small_text(run.path / "tokenizer/tokenizer.json")]
     return [run.config.get(f"data.{name}") for name in ("tokenizer", "vocab_size")]
 
 
