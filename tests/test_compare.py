@@ -255,6 +255,23 @@ def test_a_total_bends_where_a_start_or_the_teacher_ends_between_two_logged_step
         assert found.flops(step) == pytest.approx(tokens[step] + teacher[step])
 
 
+def test_a_teacher_that_comes_back_costs_nothing_in_between(tmp_path):
+    """It teaches steps 1 to 25 and, in a larger batch, 41 to 55; steps 1, 20, 40, 60 and 80 are logged."""
+    taught, sizes = {"teacher": "t", "weight": 0.5}, {"data.global_batch_size": 2}
+    run = write_run(tmp_path / "run", {}, steps=0, kd_steps=55, **taught, **sizes)
+    earlier(run, 40, kd_steps=25, **taught, **{"data.global_batch_size": 1})
+    rows = [1] * 40 + [2] * 40
+    teacher = [5 * sum(rows[n] for n in range(step) if n < 25 or 40 <= n < 55) for step in range(81)]
+    with SummaryWriter(str(run), filename_suffix=".start-1") as writer:
+        for step in (1, 20, 40, 60, 80):
+            writer.add_scalar("train/flops_student_total", 10 * sum(rows[:step]), step)
+            writer.add_scalar("train/flops_teacher_total", teacher[step], step)
+    found = read_run(run, "run")
+    for step in range(81):
+        assert found.total("train/flops_teacher_total", step) == pytest.approx(teacher[step])
+        assert found.flops(step) == pytest.approx(10 * sum(rows[:step]) + teacher[step])
+
+
 def test_the_teacher_stops_costing_between_two_logged_steps(tmp_path):
     run = read_run(write_run(tmp_path / "r", SALT, teacher="t", weight=0.5, kd_steps=65), "r")
     assert run.curves["train/flops_teacher_total"].steps[-1] == 60

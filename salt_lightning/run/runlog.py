@@ -101,6 +101,11 @@ class Run:
     @property
     def taught(self) -> list[tuple[float, dict[str, Any]]]:
         """(end of the steps with a teacher, settings) for each start that had such steps."""
+        return [(end, config) for _, end, config in self._taught_from]
+
+    @property
+    def _taught_from(self) -> list[tuple[int, float, dict[str, Any]]]:
+        """The same with the step from which on each had one; a teacher that has left may come back at a resume."""
         starts, found, stop = self._starts, [], None
         for start, end, config in zip(starts, [*starts[1:], math.inf], self._configs, strict=True):
             if any(key.startswith("kd.") for key in self.changed_at.get(start, ())):
@@ -112,7 +117,7 @@ class Run:
                 if config.get("kd.stop_margin") is not None and stop is not None:
                     steps = stop
                 if (steps := min(end, math.inf if steps is None else steps)) > start:
-                    found.append((steps, config))
+                    found.append((start, steps, config))
         return found
 
     @property
@@ -277,13 +282,15 @@ class Run:
             steps = np.where(steps < curve.steps[0], math.nan, steps)
         if tag.endswith("time_s"):
             return curve.totals_at(steps)
-        until = math.inf  # the others grow with the tokens read, those of the teacher until it leaves
+        spans = [(0.0, math.inf)]  # the others grow with the tokens read, those of the teacher while it is there
         if tag == "train/flops_teacher_total":
             student = self.curves.get("train/flops_student_total", curve).steps
             after = student[student > curve.steps[-1]]  # the teacher had left when these were logged
-            taught = self.kd_steps if self.kd_steps > 0 else curve.steps[-1]
-            until = min(taught, after[0] if len(after) else math.inf)
-        at = self._tokens(np.minimum(np.append(curve.steps, steps), until))
+            until = float(after[0]) if len(after) else math.inf
+            spans = [(start, max(start, min(end, until))) for start, end, _ in self._taught_from]
+            spans = spans or [(0.0, float(curve.steps[-1]))]
+        both = np.append(curve.steps, steps)
+        at = sum(self._tokens(both.clip(*span)) - self._tokens(np.array(span[:1])) for span in spans)
         return Curve(at[: len(curve.steps)], curve.values).totals_at(at[len(curve.steps) :])
 
     def _tokens(self, steps: np.ndarray) -> np.ndarray:
