@@ -157,6 +157,8 @@ class KDScheduleCallback(pl.Callback):
         allow_untrained: Accept a teacher that predicts the text no better than an untrained one, as a control.
     """
 
+    _fit: tuple[pl.Trainer, Any] | None = None  # while it trains
+
     def __init__(  # noqa: PLR0913 - the constructor is the command line
         self,
         weight: float = 0.667,
@@ -191,6 +193,8 @@ class KDScheduleCallback(pl.Callback):
     def schedule(self, planned: KDSchedule) -> None:
         if not isinstance(planned, KDSchedule):
             raise ConfigError(f"KDScheduleCallback.schedule must be a KDSchedule, not a {type(planned).__name__}")
+        if self._fit is not None:  # of its steps so far, as many had a teacher as the schedule until now says
+            self._fit[1].meter.keep(self._fit[0].global_step)
         self.planned = planned
         self.stop_step: int | None = None
 
@@ -284,6 +288,7 @@ class KDScheduleCallback(pl.Callback):
             )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._fit = trainer, pl_module
         # Not earlier: global_step is restored by now, so a resume in phase 2 never loads the teacher.
         last = self.schedule.steps or trainer.max_steps
         if self.schedule.is_taught(trainer.global_step):
@@ -347,12 +352,18 @@ class KDScheduleCallback(pl.Callback):
                 f"step {step}: the schedule ({name}) gives weight {weight} to a teacher that leaves at --kd.steps "
                 f"{schedule.steps}; the weight must be 0 from there on"
             )
+        if weight > 0 and pl_module.teacher is None:  # another schedule than at the start of this fit
+            raise ConfigError(
+                f"step {step}: the schedule ({name}) gives weight {weight} after the teacher was unloaded, or before "
+                "one was loaded; set it while the teacher is loaded, or resume with it (--kd.allow_change true)"
+            )
         pl_module.kd_weight.fill_(weight)  # in place: a new float would recompile
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._let_go(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._fit = None
         steps, step = self.schedule.steps, trainer.global_step
         if pl_module.teacher is not None and steps is not None and not trainer.should_stop and step < trainer.max_steps:
             rank_zero_warn(

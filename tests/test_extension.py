@@ -54,6 +54,7 @@ from salt_lightning.errors import ConfigError
 from salt_lightning.export import export
 from salt_lightning.fit.extension import Unchecked, doubts, seed_random
 from salt_lightning.models import build_fresh, read_checkpoint
+from salt_lightning.schedule import kd_callbacks
 from salt_lightning.selection import KeepRule
 from salt_lightning.teacher.scores import NO_LABEL, Scores
 from salt_lightning.teacher.scoring import ScoreWriter
@@ -222,6 +223,45 @@ def test_a_weight_without_its_teacher_is_refused(data, teacher, tmp_path):
         ConfigError, match=r"step 3: the schedule \(Late\) gives weight 0.5 to a teacher that leaves at"
     ):
         trainer(tmp_path, following(late(0.5, 3))).fit(SALTModule(ModelSpec(config=SIZES), teacher), data)
+
+
+class SetAt(pl.Callback):
+    """Replaces the schedule at the validation of a step, as docs/extending.md says."""
+
+    def __init__(self, step: int, schedule: KDSchedule) -> None:
+        self.step, self.new = step, schedule
+
+    def on_validation_end(self, trainer, pl_module):
+        if trainer.global_step == self.step:
+            kd_callbacks(trainer)[0].schedule = self.new
+
+
+@pytest.mark.parametrize(
+    ("new", "taught"),
+    [(KDSchedule(0.0), 3), (KDSchedule(0.5, 2), 3), (KDSchedule(0.5, 3), 3), (KDSchedule(0.25, 5), 5)],
+)
+def test_a_schedule_that_is_set_in_training_leaves_the_past_as_it_was(new, taught, data, teacher, tmp_path):
+    module, weights = SALTModule(ModelSpec(config=SIZES), teacher), Weights()
+    callbacks = KDScheduleCallback(0.5, 4, allow_untrained=True), SetAt(3, new), weights, SAVE
+    trainer(tmp_path, *callbacks, val_check_interval=3).fit(module, data)
+    assert [w for w, _ in weights.seen[::2]] == [0.5] * 3 + [new(step) for step in range(3, 6)]
+    assert [there for _, there in weights.seen[1::2]] == [step < taught or step == 3 for step in range(1, 7)]
+    for step in (3, 6):
+        totals = read_checkpoint(str(tmp_path / f"checkpoints/step-{step:08d}.ckpt"), "test")["totals"]
+        steps = min(step, taught)
+        assert (totals["taught_steps"], totals["step"]) == (steps, step)
+        assert totals["teacher_flops"] == steps * module.meter.forward_flops["teacher"] * module.meter.step_tokens > 0
+
+
+@pytest.mark.parametrize("before", [KDSchedule(0.5, 3), KDSchedule(0.0)])
+def test_a_schedule_that_goes_on_after_the_teacher_is_refused(before, data, teacher, tmp_path):
+    """It would train plain CE, and log the weight, a KD of 0 and the teacher's FLOPs."""
+    module = SALTModule(ModelSpec(config=SIZES), teacher)
+    run = trainer(tmp_path, following(before), SetAt(3, KDSchedule(0.5, 5)), val_check_interval=3)
+    with pytest.raises(
+        ConfigError, match=r"^step 3: the schedule \(KDSchedule\) gives weight 0.5 after the teacher was"
+    ):
+        run.fit(module, data)
 
 
 # --- subclasses ---

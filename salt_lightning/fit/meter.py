@@ -74,12 +74,16 @@ class Meter:
     def forget(self, step: int = 0) -> None:
         """Resets the totals for a new fit, or keeps those at `step` if its Trainer goes on."""
         if step > 0 and self.time_s > 0:
-            self.before = self._counted = self.totals(step)
+            self.keep(step)
             return
         self.time_s = 0.0
         self.teacher_time_s = 0.0  # of it, the teacher's forward, without its head, which is part of the loss
         self.before = Totals()  # counted under settings that have changed since
         self._counted = Totals()  # by the checkpoint that the run resumed from
+
+    def keep(self, step: int) -> None:
+        """Keeps the totals at `step`, the newest one: other settings apply from there on."""
+        self.before = self._counted = self.totals(step)
 
     def totals(self, step: int) -> Totals:
         before, per_token = self.before, self.forward_flops
