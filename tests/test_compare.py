@@ -1719,6 +1719,22 @@ def test_a_branch_in_a_folder_of_its_own_has_the_log_of_what_it_went_on_from(bra
     assert "no log before" not in str(found.notes)
 
 
+def test_a_branch_that_ended_before_a_logged_step_still_comes_from_its_trunk(tmp_path):
+    """It was validated at step 110, but would have logged at step 150. Its trunk had a teacher."""
+    write_run(tmp_path / "a", {50: 6.0, 100: 5.0}, 100, log_every=1, teacher="t", weight=0.5, kd_steps=60)
+    of_a = {"ckpt_path": str(tmp_path / "a/checkpoints/step-00000100.ckpt")}
+    b = write_run(tmp_path / "b", {110: 4.5}, 120, log_every=50, after=100, **of_a)
+    of_b = {"ckpt_path": str(tmp_path / "b/checkpoints/step-00000120.ckpt")}
+    c = lineage.whole(*load([write_run(tmp_path / "c", {200: 4.0, 300: 3.5}, after=120, **of_b)]))
+    assert (c.method, c.kd_steps, c.began, c.lost) == ("SALT step", 60, 0, "")
+    assert c.val_ce.steps.tolist() == [50, 100, 110, 200, 300]
+    assert [c.flops(step) for step in (30, 60, 110, 300)] == [30 * 15, 60 * 15, 60 * 15 + 50 * 10, 60 * 15 + 240 * 10]
+    assert lineage.whole(*load([b])).val_ce.steps.tolist() == [50, 100, 110]
+    (tmp_path / "a").rename(tmp_path / "moved")
+    gone = lineage.whole(*load([b]))
+    assert (gone.method, gone.began, gone.lost) == ("unknown", 100, of_a["ckpt_path"])
+
+
 def test_where_a_branch_reaches_a_loss_is_not_made_up(branch, tmp_path):
     """The run that it continued is gone: at its first validation it is below the level, perhaps for long already."""
     (tmp_path / "branch").rename(tmp_path / "moved")

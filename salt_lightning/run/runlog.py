@@ -168,11 +168,11 @@ class Run:
     @property
     def began(self) -> int:
         """The step that it resumed from, if the log of the steps before is not in this folder; else 0."""
-        path = self.origin
-        first = self.curves.get("train/tokens") if path else None
-        if first is None or first.steps[0] <= 1:  # the first step is always logged
+        step, first = step_named(self.origin), self.curves.get("train/tokens")
+        if first is None:  # it may have been stopped before a logged step, but after a validation
+            return step or 0
+        if not self.origin or first.steps[0] <= 1:  # the first step is always logged
             return 0
-        step = step_named(path)
         return int(min(curve.steps[0] for curve in self.curves.values())) - 1 if step is None else step
 
     def settings_until(self, step: int) -> tuple[dict[str, Any], tuple[tuple[int, dict[str, Any]], ...]]:
