@@ -290,17 +290,24 @@ def distribute_teacher(lm: CausalLM, strategy: Strategy, compile: bool) -> Causa
 
 @torch.no_grad()
 def _receive(group: nn.Module, strategy: FSDP2) -> None:
-    """Replaces every whole tensor of `group` by the first rank's, on this rank's device. Tied weights stay tied."""
-    whole = {id(t): t for t in (*group.parameters(), *group.buffers()) if not isinstance(t, DTensor)}
-    layout = strategy.broadcast([(t.shape, t.dtype) for t in whole.values()])
+    """Replaces every whole tensor of `group` by the first rank's, on this rank's device. Tied weights stay tied.
+
+    A buffer that only the first rank has, a cache that own code has made while it was checked, is added.
+    """
+    whole = {name: t for name, t in (*group.named_parameters(), *group.named_buffers()) if not isinstance(t, DTensor)}
     received: dict[int, Any] = {}
-    for (key, old), (shape, dtype) in zip(whole.items(), layout, strict=True):
+    for name, shape, dtype in strategy.broadcast([(name, t.shape, t.dtype) for name, t in whole.items()]):
+        old = whole.get(name)
         if strategy.is_global_zero:
-            new = old.detach().to(strategy.root_device).contiguous()
+            new = whole[name].detach().to(strategy.root_device).contiguous()
         else:
             new = torch.empty(shape, dtype=dtype, device=strategy.root_device)
         dist.broadcast(new, 0)
-        received[key] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+        if old is None:
+            parent, _, last = name.rpartition(".")
+            group.get_submodule(parent).register_buffer(last, new, persistent=False)
+        else:
+            received[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
     for module in group.modules():
         owned: list[dict[str, Any]] = [module._parameters, module._buffers]
         for tensors in owned:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import forked
@@ -24,6 +25,7 @@ from lightning.fabric.plugins.environments import KubeflowEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from salt_lightning import cli, parallel
@@ -239,6 +241,27 @@ def test_replicas_exchange_gradients_with_the_last_micro_batch_of_a_step(runs):
 
 def test_each_rank_and_step_has_random_numbers_of_its_own(runs):
     assert len({seed for rank in (0, 1) for seed in spied(runs, "ddp", rank)["seeds"]}) == 2 * STEPS
+
+
+def test_a_cache_that_the_first_rank_alone_has_made_reaches_the_others():
+    """Own code may make one in its first forward, that of the check, which the others leave out."""
+    sent, layouts = [], []
+
+    def of_rank(first: bool):
+        def broadcast(layout):
+            layouts.append(layout)
+            return layouts[0]
+
+        return SimpleNamespace(is_global_zero=first, root_device=torch.device("cpu"), broadcast=broadcast)
+
+    whole, empty = nn.Sequential(nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 2, device="meta"))
+    whole[0].register_buffer("cache", torch.arange(3.0), persistent=False)
+    with patch.object(parallel.dist, "broadcast", lambda tensor, _: sent.append(tensor)):
+        parallel._receive(whole, of_rank(True))
+    with patch.object(parallel.dist, "broadcast", lambda tensor, _: tensor.copy_(sent.pop(0))):
+        parallel._receive(empty, of_rank(False))
+    assert torch.equal(empty[0].cache, torch.arange(3.0))
+    assert all(torch.equal(whole.state_dict()[name], tensor) for name, tensor in empty.state_dict().items())
 
 
 @pytest.mark.parametrize("name", ["fsdp1", "fsdp1 from one", "one from fsdp1"])
