@@ -194,6 +194,7 @@ class CausalLM(nn.Module):
                     f"--model.{self.name}.attention {self.model.config._attn_implementation}; use sdpa or eager, or, "
                     "if it is one of these already (layers with a recurrent state), another family, e.g. llama"
                 )
+        own_code.require_positions(self)
         self.train(training)
         return off
 
@@ -267,7 +268,7 @@ def build(spec: ModelSpec, name: str, data: Any, dtype: torch.dtype, device: tor
     else:
         with device if empty else nullcontext():
             model = build_fresh(spec, data, seed)
-    lm = CausalLM(model, name)
+    lm = CausalLM(own_code.with_computed(model) if empty else model, name)
     if not empty:
         lm.to(device).check()
     return lm
@@ -330,7 +331,8 @@ def load_pretrained(spec: ModelSpec, name: str, dtype: torch.dtype, empty: bool 
         if sizes := wrong_sizes(model.config.to_dict(), model.config):
             said = ", ".join(f"{size} {value}" for size, value in sizes.items())
             raise ConfigError(f"--model.{name}.path {spec.path}: its config.json says {said}; it must be 1 or more")
-        if missing := sorted(found["missing_keys"]):  # transformers would leave them at their random initial values
+        # transformers would leave them at their random initial values
+        if missing := sorted({*found["missing_keys"], *own_code.unread(model)}):
             why = "is the download complete, and does config.json belong to it?"
             if wrapped := sorted(key for key in found["unexpected_keys"] if key.startswith(_WRAPPERS)):
                 why = f"it has {few(wrapped)}: save it again without what wraps it (torch.compile, DDP, FSDP, PEFT)"
@@ -347,7 +349,7 @@ def load_pretrained(spec: ModelSpec, name: str, dtype: torch.dtype, empty: bool 
             rank_zero_info(f"{name}: {spec.path} has {len(unused)} weights that its config.json ignores: {few(unused)}")
         quantized.freeze_as_made(model)
         folders.keep_stops(model)
-        return own_code.with_buffers(model)
+        return own_code.with_computed(model)
 
 
 def loading(spec: ModelSpec, name: str) -> AbstractContextManager[None]:

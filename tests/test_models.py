@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from families import FAMILIES, LLAMA_LIKE, SIZES, SPECIAL, tiny
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy, log_softmax, softmax
 from transformers import AutoModelForCausalLM
 
@@ -24,7 +24,7 @@ from salt_lightning.hugging_face.attention import document_mask
 from salt_lightning.hugging_face.folders import config_hash, sample_hash
 from salt_lightning.hugging_face.spec import ModelSpec, as_config_error, family_config, fresh_config, resolved
 from salt_lightning.losses import salt_loss
-from salt_lightning.models import CausalLM, build_fresh, check_path, load_pretrained
+from salt_lightning.models import CausalLM, build, build_fresh, check_path, load_pretrained
 
 IDS = torch.tensor([[5, 9, 3, 60, 7, 7, 22, 1, 30, 2], [4, 4, 8, 1, 9, 12, 33, 2, 0, 6]])
 POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 5, 6, 0, 1, 2]])
@@ -305,6 +305,7 @@ def _own_code(folder, ran):
         f"with open({str(ran)!r}, 'a') as file: file.write({folder.name!r} + ' ')\n"
         "class C(LlamaConfig):\n    model_type = 'mine'\n"
         "class M(PreTrainedModel):\n    config_class, base_model_prefix = C, 'model'\n"
+        "    _keys_to_ignore_on_load_missing = ['thirds', 'lm_head.weight']\n"
         "    def __init__(self, config):\n        super().__init__(config)\n"
         "        self.model = LlamaModel(config)\n"
         "        self.lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)\n"
@@ -312,6 +313,9 @@ def _own_code(folder, ran):
         "        self.register_buffer('halves', torch.full((8,), 3.0), persistent=False)\n"
         "        cubes = torch.arange(8.0) ** 3\n"
         "        for shares in (self.lm_head, self.model): shares.register_buffer('cubes', cubes, persistent=False)\n"
+        "        self.register_buffer('thirds', torch.arange(8.0) / 3)\n"  # not in the file, as from transformers 4
+        "        self.plain, self.lm_head.held = torch.arange(8.0) ** 4, {'a': [torch.arange(8.0) ** 5], 'b': 'c'}\n"
+        "        self.of_weights = [self.lm_head.weight[:2]]\n"
         "        self.post_init()\n"
         "    def _init_weights(self, module):\n"  # as for transformers 5
         "        super()._init_weights(module)\n"
@@ -334,6 +338,13 @@ def test_a_model_with_its_own_code_has_all_that_this_code_computes(tmp_path, mon
     assert torch.equal(loaded.squares, torch.arange(1000.0) ** 2)
     assert torch.equal(loaded.halves, torch.arange(8.0) / 2)
     assert all(torch.equal(each.cubes, torch.arange(8.0) ** 3) for each in (loaded.lm_head, loaded.model))
+    assert torch.equal(loaded.thirds, torch.arange(8.0) / 3)
+    assert loaded.of_weights[0].is_meta  # nobody knows how to make it
+    empty = build(spec, "teacher", None, torch.float32, torch.device("meta")).model  # of FSDP2's other processes
+    for each in (loaded, empty):
+        assert torch.equal(each.plain, torch.arange(8.0) ** 4)
+        assert torch.equal(each.lm_head.held["a"][0], torch.arange(8.0) ** 5)
+    assert empty.thirds.is_meta
     ids_BT = torch.arange(8)[None]
     torch.testing.assert_close(loaded.eval()(ids_BT).logits, same.eval()(ids_BT).logits)  # the cache changes a rounding
     CausalLM(loaded, "teacher").check()
@@ -344,6 +355,33 @@ def test_a_model_with_its_own_code_has_all_that_this_code_computes(tmp_path, mon
     os.mkfifo(tmp_path / "hf" / "pipe.py")  # is not waited for
     assert config_hash(tmp_path / "hf") == changed
     assert config_hash(tmp_path) is None
+
+
+def test_a_weight_that_own_code_lets_be_missing_is_not_left_random(tmp_path, monkeypatch):
+    """transformers 4 tied it; 5 does not, for the code does not say in its way to what."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    _own_code(tmp_path / "hf", tmp_path / "ran")
+    file = tmp_path / "hf" / "model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(file).items() if name != "lm_head.weight"}, file)
+    spec = ModelSpec(path=str(tmp_path / "hf"), trust_remote_code=True)
+    with pytest.raises(ConfigError, match=r"--model.teacher.path .* lacks 1 of its weights: lm_head.weight; is the "):
+        load_pretrained(spec, "teacher", torch.float32)
+
+
+def test_a_model_that_ignores_position_ids_is_refused(monkeypatch):
+    """With a mask alone, a packed document would have the learned positions of its place in the row."""
+    lm = tiny("gpt2")
+    lm.check()
+    forward = lm.backbone.forward
+
+    def ignoring(input_ids, position_ids, **kwargs):
+        return forward(input_ids=input_ids, position_ids=torch.arange(input_ids.shape[1])[None], **kwargs)
+
+    monkeypatch.setattr(lm.backbone, "forward", ignoring)
+    with pytest.raises(
+        ConfigError, match=r"GPT2LMHeadModel depend on where in its row a document begins: it ignores p"
+    ):
+        lm.check()
 
 
 @pytest.mark.parametrize("empty", [False, True])  # empty: of FSDP2's other processes
