@@ -80,8 +80,7 @@ class CausalLM(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CausalLM":
         """A cast keeps the dtype of rotary frequencies: in bf16 they would differ from those of the exported model."""
-        named = [(m, name, buffer) for m in self.modules() for name, buffer in m._buffers.items()]
-        buffers = [(m, name, buffer) for m, name, buffer in named if name.endswith("inv_freq")]
+        buffers = [(m, name, b) for m in self.modules() for name, b in m._buffers.items() if name.endswith("inv_freq")]
         super()._apply(fn, recurse)
         for module, name, before in buffers:
             after = module._buffers[name]

@@ -30,9 +30,16 @@ def without_weights(config: PreTrainedConfig, spec: ModelSpec, **kwargs: Any) ->
         return AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code, **kwargs)
 
 
+def _is_own(model: PreTrainedModel) -> bool:
+    """Whether its code is not that of transformers, whose families benchmarks/families.py tries."""
+    return not type(model).__module__.startswith("transformers.")
+
+
 def require_positions(lm: Any) -> None:
     """Raises ConfigError if documents that change places within their rows change their hidden states by more than
     roundings: a models.CausalLM whose code ignores position_ids."""
+    if not _is_own(lm.model):
+        return
     ids_BT = torch.arange(1, 9, device=lm.head.weight.device)[None]
     positions_BT = (ids_BT - 1) % 4
     before_2TD, after_2TD = (lm(ids, positions_BT)[0].unflatten(0, (2, 4)) for ids in (ids_BT, ids_BT.roll(4, 1)))
@@ -47,7 +54,7 @@ def require_positions(lm: Any) -> None:
 def unread(model: PreTrainedModel) -> list[str]:
     """Weights that loading has left at random values though own code lets them be missing, so that transformers does
     not report them: it does not tie them as transformers 4 did, or the file is not whole."""
-    if type(model).__module__.startswith("transformers.") or quantized.method(model):
+    if not _is_own(model) or quantized.method(model):
         return []
     return [name for name, p in model.named_parameters() if not _is_read(p)]
 
@@ -62,7 +69,7 @@ def with_computed(model: PreTrainedModel) -> PreTrainedModel:
     transformers 4 does it in `__init__`. Here, another such model is built, whose weights are never touched and so take
     no memory.
     """
-    if type(model).__module__.startswith("transformers."):
+    if not _is_own(model):
         return model
     buffers = [] if model.device.type == "meta" else _unread_buffers(model)
     plain = [(path, key) for path, module in model.named_modules() for key in _plain_tensors(module, on_meta=True)]
@@ -86,7 +93,7 @@ def with_computed(model: PreTrainedModel) -> PreTrainedModel:
         found = _plain_tensors(modules[path]).get(key) if path in modules else None
         if found is not None and weights.isdisjoint(
             map(_place, _tensors(found))
-        ):  # else made of weights, which it lacks
+        ):  # else it is made of weights, which `made` lacks
             vars(model.get_submodule(path))[key] = found
     return model
 
