@@ -297,9 +297,9 @@ def _receive(group: nn.Module, strategy: FSDP2) -> None:
     whole = {name: t for name, t in (*group.named_parameters(), *group.named_buffers()) if not isinstance(t, DTensor)}
     received: dict[int, Any] = {}
     for name, shape, dtype in strategy.broadcast([(name, t.shape, t.dtype) for name, t in whole.items()]):
-        old = whole.get(name)
-        if strategy.is_global_zero:
-            new = whole[name].detach().to(strategy.root_device).contiguous()
+        old = whole.pop(name, None)
+        if old is not None and strategy.is_global_zero:
+            new = old.detach().to(strategy.root_device).contiguous()
         else:
             new = torch.empty(shape, dtype=dtype, device=strategy.root_device)
         dist.broadcast(new, 0)
@@ -308,9 +308,9 @@ def _receive(group: nn.Module, strategy: FSDP2) -> None:
             group.get_submodule(parent).register_buffer(last, new, persistent=False)
         else:
             received[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+    assert not whole, f"the first rank has no {few(sorted(whole))}"
     for module in group.modules():
-        owned: list[dict[str, Any]] = [module._parameters, module._buffers]
-        for tensors in owned:
+        for tensors in (module._parameters, module._buffers):
             tensors.update({name: received[id(old)] for name, old in tensors.items() if id(old) in received})
 
 

@@ -91,9 +91,8 @@ def with_computed(model: PreTrainedModel) -> PreTrainedModel:
     modules = dict(made.named_modules())
     for path, key in plain:
         found = _plain_tensors(modules[path]).get(key) if path in modules else None
-        if found is not None and weights.isdisjoint(
-            map(_place, _tensors(found))
-        ):  # else it is made of weights, which `made` lacks
+        of_weights = not weights.isdisjoint(map(_place, _tensors(found)))  # which `made` lacks
+        if found is not None and not of_weights:
             vars(model.get_submodule(path))[key] = found
     return model
 
