@@ -137,6 +137,9 @@ class Alternate(pl.Callback):
             self._turn(trainer, pl_module)  # counts as part of the next step, which `skip` leaves out
         self.kinds.append("kd" if taught else "plain")
 
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        pl_module.__dict__["teacher"] = self._teacher  # KDScheduleCallback refuses to begin a step without it
+
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
         # Not after the step: a logged step resets the peak (SALTModule._log_step).
         if trainer.global_step % self.block >= self.skip and pl_module.device.type == "cuda":

@@ -363,7 +363,7 @@ class KDScheduleCallback(pl.Callback):
         self._let_go(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self._fit = None
+        vars(self).pop("_fit", None)
         steps, step = self.schedule.steps, trainer.global_step
         if pl_module.teacher is not None and steps is not None and not trainer.should_stop and step < trainer.max_steps:
             rank_zero_warn(
