@@ -560,6 +560,14 @@ ERRORS = {
         {"kd.steps": "#5"},
         r"--kd.steps '#5' is a comment in YAML, so it reads as null; give null, or a value",
     ),
+    "names two levels within a mapping, of which jsonargparse would keep one": (
+        {
+            "model.student.config": {"hidden_size": 32, "rope_parameters": {"rope_type": "yarn"}},
+            "model.student.config.rope_parameters.factor": 4,
+        },
+        r"^error: --model.student.config.rope_parameters.factor 4: only the first level of a mapping is set by a dotted"
+        r" name; give all of it, as --model.student.config.rope_parameters '\{factor: 4, \.\.\.\}'(;|$)",
+    ),
     "a callback that chooses the start": (
         {"trainer.callbacks": [{"class_path": f"lightning.pytorch.callbacks.{CRASH}", "init_args": {"dirpath": "x"}}]},
         rf"--trainer.callbacks {CRASH} is not supported: any later run would start from its file; use --checkpoint",

@@ -16,6 +16,7 @@ from hub import commit, served
 from safetensors.torch import load_file, save_file
 
 from salt_lightning.export import export
+from salt_lightning.hugging_face.folders import config_hash
 
 # One process, since its imports take longer than all of its commands.
 PROGRAM = """
@@ -253,6 +254,8 @@ def test_names_on_the_hub_are_tried_before_text_is_prepared(tried, hub, cached):
     [report] = tried.folder.glob("numbers/**/report.md")
     assert re.search("^tokenized 65 documents", numbers, re.MULTILINE), numbers
     assert {"007", "1.50", "NA"} <= set(re.findall(r"[\w.]+", report.read_text())), numbers
+    scored = json.loads((report.parent / "scores.json").read_text())["scored"]
+    assert scored["teacher"].endswith(str(config_hash(hub / "models/acme/teacher/main")))
     said = f"continuing with --model.teacher.weights {commits[1]} (checkpoint: {commits[0]}): the steps that follow"
     assert said in moved[1], moved[1]
     assert "error: --data.source: cannot read acme/others: Couldn't reach 'acme/others'" in offline

@@ -98,19 +98,38 @@ def no_mapping(name: str, value: str, known: Iterable[str]) -> str:
 
 
 def misread(args: list[str], given: Namespace) -> list[str]:
-    """Problems with typed values that YAML has read as comments, and so as null, or as other numbers, also within."""
+    """Problems with typed values that YAML has read as comments, and so as null, or as other numbers, also within; and
+    with names two levels within a mapping, where jsonargparse would drop what else the upper one holds."""
     found = given[given.subcommand] if given.get("subcommand") else given
     comments = [
         f"--{name} {value!r} is a comment in YAML, so it reads as null; give null, or a value"
         for name, value in typed_in(args)
         if value.lstrip().startswith("#") and name in found and found[name] is None
     ]
-    return comments + [
-        f"--{name}: {said}"
+    deep = [
+        f"--{name} {value}: only the first level of a mapping is set by a dotted name; give all of it, as "
+        f"--{top} '{{{rest}: {value}, ...}}'"
         for name, value in typed_in(args)
-        if (name in found or value.startswith(("[", "{"))) and not isinstance(found.get(name), str)
-        for _, said in _other_numbers(_scalars(value))
+        for top, rest in _deep(name)
+        if isinstance(found.get(top.rpartition(".")[0]), dict)
     ]
+    return (
+        comments
+        + deep
+        + [
+            f"--{name}: {said}"
+            for name, value in typed_in(args)
+            if (name in found or value.startswith(("[", "{"))) and not isinstance(found.get(name), str)
+            for _, said in _other_numbers(_scalars(value))
+        ]
+    )
+
+
+def _deep(name: str) -> Iterator[tuple[str, str]]:
+    """Each way to cut a dotted name in two."""
+    for i, letter in enumerate(name):
+        if letter == ".":
+            yield name[:i], name[i + 1 :]
 
 
 _OTHER = re.compile(r"[-+]?(0[0-7_]+|[\d_]+(:[0-5]?\d)+(\.[\d_]*)?)")  # numbers in base 8 and parts of 60, in YAML

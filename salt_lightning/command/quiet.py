@@ -108,7 +108,7 @@ def as_before() -> Iterator[None]:
 
 def _forget_hub() -> None:
     """Which commits were found: a branch must not move within a start, but may before the next."""
-    folders.COMMITS.clear()
+    folders.SNAPSHOTS.clear()
     for looked in (folders.check_hub, documents.commit, sources.say_once):
         looked.cache_clear()
 

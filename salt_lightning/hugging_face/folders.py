@@ -82,7 +82,8 @@ def _where_the_model_is(folder: Path) -> str:
     )
 
 
-COMMITS: dict[tuple[str, str], str] = {}  # (hub name, revision) -> commit: a branch must not move within a start
+# (hub name, revision) -> its folder in the hub's cache, named as the commit: a branch must not move within a start
+SNAPSHOTS: dict[tuple[str, str], Path] = {}
 
 
 @cache  # one start asks several times; an error is not kept
@@ -105,9 +106,9 @@ def check_hub(name: str, setting: str, revision: str, trust_remote_code: bool) -
             f"{setting} {name} has no config.json on the hub: it may be an adapter or a GGUF file; give the whole model"
         )
     _check_config(Path(found), setting, name, trust_remote_code)
-    COMMITS[name, revision] = commit = Path(found).parent.name
-    rank_zero_info(f"{setting} {name}: commit {commit}")
-    _weights_on_hub(name, setting, commit)
+    SNAPSHOTS[name, revision] = folder = Path(found).parent
+    rank_zero_info(f"{setting} {name}: commit {folder.name}")
+    _weights_on_hub(name, setting, folder.name)
 
 
 def _weights_on_hub(name: str, setting: str, commit: str) -> list[str]:

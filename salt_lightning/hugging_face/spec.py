@@ -100,7 +100,16 @@ class ModelSpec:
     @property
     def commit(self) -> str | None:
         """The commit of a hub name, once it was checked (`models.check_path`)."""
-        return folders.COMMITS.get((self.path or "", self.revision or "main"))
+        return None if self._snapshot is None else self._snapshot.name
+
+    @property
+    def folder(self) -> Path:
+        """Where the files are: the path, or for a hub name that was checked, its folder in the hub's cache."""
+        return self._snapshot or Path(self.path or "")
+
+    @property
+    def _snapshot(self) -> Path | None:
+        return folders.SNAPSHOTS.get((self.path or "", self.revision or "main"))
 
     def dtype_or(self, default: torch.dtype) -> torch.dtype:
         """Dtype of the parameters; `default` if it is null."""

@@ -78,7 +78,7 @@ class ScoreWriter(pl.Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         pl_module.load_teacher()
         teacher, run = pl_module.teacher, Path(trainer.default_root_dir)
-        fingerprint = f"{weights_fingerprint(teacher)}{config_hash(Path(str(pl_module.teacher_spec.path))) or ''}"
+        fingerprint = f"{weights_fingerprint(teacher)}{config_hash(pl_module.teacher_spec.folder) or ''}"
         precision = f"{teacher.head.weight.dtype}, {trainer.precision}"
         scored = data.scored(teacher=fingerprint, precision=precision)
         alike.require(trainer, {**asdict(scored), "--data.micro_batch_size": data.micro_batch_size})
