@@ -8,7 +8,7 @@ from codecs import getincrementaldecoder
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -106,30 +106,20 @@ def misread(args: list[str], given: Namespace) -> list[str]:
         for name, value in typed_in(args)
         if value.lstrip().startswith("#") and name in found and found[name] is None
     ]
-    deep = [
-        f"--{name} {value}: only the first level of a mapping is set by a dotted name; give all of it, as "
-        f"--{top} '{{{rest}: {value}, ...}}'"
+    within = [
+        f"--{name} {value}: a dotted name sets only the first level of a mapping; give the whole "
+        f"--{top} '{{NAME: VALUE, ...}}'"
         for name, value in typed_in(args)
-        for top, rest in _deep(name)
-        if isinstance(found.get(top.rpartition(".")[0]), dict)
+        for top in accumulate(name.split("."), "{}.{}".format)
+        if name != top and isinstance(found.get(top.rpartition(".")[0]), dict)
     ]
-    return (
-        comments
-        + deep
-        + [
-            f"--{name}: {said}"
-            for name, value in typed_in(args)
-            if (name in found or value.startswith(("[", "{"))) and not isinstance(found.get(name), str)
-            for _, said in _other_numbers(_scalars(value))
-        ]
-    )
-
-
-def _deep(name: str) -> Iterator[tuple[str, str]]:
-    """Each way to cut a dotted name in two."""
-    for i, letter in enumerate(name):
-        if letter == ".":
-            yield name[:i], name[i + 1 :]
+    numbers = [
+        f"--{name}: {said}"
+        for name, value in typed_in(args)
+        if (name in found or value.startswith(("[", "{"))) and not isinstance(found.get(name), str)
+        for _, said in _other_numbers(_scalars(value))
+    ]
+    return comments + within + numbers
 
 
 _OTHER = re.compile(r"[-+]?(0[0-7_]+|[\d_]+(:[0-5]?\d)+(\.[\d_]*)?)")  # numbers in base 8 and parts of 60, in YAML
