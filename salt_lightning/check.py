@@ -286,7 +286,7 @@ class Check:
             said = f"{plain:.3g} FLOPs per step"
             if extra:
                 said += f", {plain + extra:.3g} with the teacher (+{extra / plain:.0%})"
-            whole = plain * (steps - first) + extra * max(0, taught - first)
+            whole = plain * max(0, steps - first) + extra * max(0, taught - first)
             said += f"; the {'rest of the ' if first else ''}run {whole:.3g}"
             strategy = self.trainer.strategy
             if peak := flops.peak_of(strategy.root_device, self.module.compute_dtype, self.trainer.world_size):

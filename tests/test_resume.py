@@ -1224,7 +1224,7 @@ def test_other_held_out_text_than_the_checkpoints_is_said(fit, tmp_path, caplog)
 def test_documents_that_see_each_other_from_here_on_are_said(fit, tmp_path, caplog):
     assert fit(tmp_path / "run", stop_at=3) == 128 + signal.SIGTERM
     assert fit(tmp_path / "run", ckpt_path="last", **{"data.isolate_documents": False}) == 0
-    assert "--data.isolate_documents False (checkpoint: True)" in caplog.text
+    assert "--data.isolate_documents false (checkpoint: true)" in caplog.text
 
 
 def test_a_config_of_another_run_gives_its_settings_and_no_seed(fit, tmp_path, capsys):

@@ -491,6 +491,16 @@ def test_stopped_and_resumed_with_a_selection(fit_with, ds, tmp_path, stop, capl
     assert logged[0] == logged[1]
 
 
+def test_a_resume_without_the_selection_tells_that_rows_may_be_read_again(fit_with, ds, tmp_path, caplog):
+    reads = Reads()
+    assert fit_with(tmp_path / "run", StopAt(6), reads, **ds) == 128 + signal.SIGTERM
+    without = {name: value for name, value in ds.items() if name != "data.selection" and "data.keep." not in name}
+    assert fit_with(tmp_path / "run", reads, ckpt_path="last", **without) == 0
+    assert "without --data.selection the rows are in another order, so they may be read again" in caplog.text
+    before, after = ({row for step in steps for row in reads.rows[step]} for steps in (range(6), range(6, 12)))
+    assert before & after
+
+
 def test_rows_that_were_selected_otherwise_before_a_resume_are_said_to_come_again(fit_with, ds, tmp_path, caplog):
     reads = Reads()
     assert fit_with(tmp_path / "run", StopAt(6), reads, **ds) == 128 + signal.SIGTERM

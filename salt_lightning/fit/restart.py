@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
+from salt_lightning.command.settings import as_yaml
 from salt_lightning.errors import ConfigError, few, printable
 from salt_lightning.fit import alike
 from salt_lightning.fit.optim import OptimSpec
@@ -50,7 +51,7 @@ def require_same(
     rows = None if (width := getattr(data, "block_size", 0)) == checkpoint["data"].get("--data.block_size") else width
     names = {key: setting_of(key, now.get(key), rows) for key in saved if saved[key] != now.get(key)}
     if names:
-        changed = (f"{name} {now.get(key)} (checkpoint: {saved[key]})" for key, name in names.items())
+        changed = (f"{name} {as_yaml(now.get(key))} (checkpoint: {as_yaml(saved[key])})" for key, name in names.items())
         raise ConfigError(
             f"the checkpoint holds another student: {', '.join(list(changed)[:5])}; use the checkpoint's values, "
             "or start a new --run from its weights with --model.student.path CHECKPOINT"
@@ -116,7 +117,7 @@ def go_on_from(
     other = [f"other --data.examples.{name}" for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
     weights, old_weights = (text.get("weights") for text in texts)
     if weights != old_weights and now.get(key) != checkpoint["data"].get(key):
-        other.append(f"--data.source_weights {weights} (checkpoint: {old_weights})")
+        other.append(f"--data.source_weights {as_yaml(weights)} (checkpoint: {as_yaml(old_weights)})")
         if not getattr(data, "selection", None):  # nothing else is in the hash
             now.pop(key, None)
     other += [_other(key, now[key], was) for key, was in checkpoint["data"].items() if now.get(key, was) != was]
@@ -135,8 +136,11 @@ def _say_what_may_come_again(saved: Mapping[str, Any], now: Mapping[str, Any], d
         rank_zero_info("data: without --data.source_weights, other text is in another order, so rows may be read again")
     if before and saved.get("--data.seed", data.seed) != data.seed:
         rank_zero_info("data: with another --data.seed the rows are in another order, so they may be read again")
-    was = saved.get(_SELECTION)
-    if was is not None and now.get(_SELECTION, was) != was and data.selection and data.keep.unread_first:
+    if (was := saved.get(_SELECTION)) is None or now.get(_SELECTION, was) == was:
+        return
+    if now[_SELECTION] == "none":
+        rank_zero_info("data: without --data.selection the rows are in another order, so they may be read again")
+    elif data.selection and data.keep.unread_first:
         rank_zero_info(
             "selection: unread are the rows that phase 1 would not read under these settings; those that it has read "
             "under others may come again before them"
@@ -221,4 +225,4 @@ _SAID_BY = {
 
 def _other(key: str, now: Any, was: Any) -> str:
     name = _SAID_BY.get(key, key)
-    return f"{name} {now} (checkpoint: {was})" if isinstance(now, int) else f"other {name}"
+    return f"{name} {as_yaml(now)} (checkpoint: {as_yaml(was)})" if isinstance(now, int) else f"other {name}"
