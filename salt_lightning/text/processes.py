@@ -81,11 +81,13 @@ def _ask(idle: "SimpleQueue[Connection]", task: Any) -> Any:
 
 def _answer(connection: Connection, task: Any) -> Any:
     """What `_serve` returns at the other end; raises what it raises, or BrokenProcessPool if it has been killed."""
-    try:
+    answer = None
+    with suppress(EOFError, OSError):
         connection.send(task)
-        result, error = connection.recv()
-    except (EOFError, OSError) as lost:
-        raise BrokenProcessPool("a worker was killed") from lost
+        answer = connection.recv()
+    if answer is None:  # not raised from the error: its frames hold a buffer that Python 3.13 cannot collect in silence
+        raise BrokenProcessPool("a worker was killed")
+    result, error = answer
     if error is not None:
         raise error
     return result
