@@ -1127,6 +1127,22 @@ def test_a_validation_that_ends_the_run_or_kd_comes_before_the_save_of_a_stop(fi
     assert saved == [False]
 
 
+def test_last_is_not_an_older_checkpoint_than_that_of_another_folder(fit, tmp_path, capsys):
+    """The run went on in another folder, from one of its own checkpoints, which are still there."""
+    run, there = tmp_path / "run", tmp_path / "there"
+    assert fit(run, stop_at=3) == 128 + signal.SIGTERM
+    old, folder = str(run / "checkpoints/step-00000003.ckpt"), {"checkpoint.folder": str(there)}
+    assert fit(run, stop_at=5, ckpt_path=old, **folder) == 128 + signal.SIGTERM
+    capsys.readouterr()
+    assert fit(run) == 2
+    assert f"continue it with --ckpt_path last --checkpoint.folder {there}, or" in capsys.readouterr().err
+    assert fit(run, ckpt_path="last") == 2
+    said = f"last: {old} is not the newest of --run {run}, which are in {there}; set --checkpoint.folder {there}, or "
+    assert said in capsys.readouterr().err
+    assert fit(run, stop_at=4, ckpt_path=old) == 128 + signal.SIGTERM  # as advised: it goes on from there
+    assert fit(run, stop_at=6, ckpt_path="last") == 128 + signal.SIGTERM
+
+
 def test_a_dropout_given_for_the_first_time_is_said_and_recorded(fit, tmp_path, caplog):
     """The config of a family need not name it, so that a start that gives it has a setting more than the one before."""
     assert fit(tmp_path / "run", stop_at=3) == 128 + signal.SIGTERM

@@ -16,7 +16,7 @@ from salt_lightning.hugging_face.spec import settings_without_code
 from salt_lightning.models import read_checkpoint
 from salt_lightning.run.meeting import divide, gather
 from salt_lightning.run.peers import UNSEEN_S, say_once
-from salt_lightning.run.run_config import other_places, readable
+from salt_lightning.run.run_config import newer_place, other_places, readable
 from salt_lightning.run.run_folder import earlier_configs, flat, same_setting, saved
 from salt_lightning.storage import damage, shards
 
@@ -43,6 +43,11 @@ def resolve(path: str, config: Namespace, subcommand: str) -> Path | None:
     there = _seen_by_all(folder)
     found = newest(folder, _damage)
     if found is not None:
+        if newer := newer_place(Path(config.run), folder):
+            raise ConfigError(
+                f"--ckpt_path last: {found} is not the newest of --run {config.run}, which are in {newer}; set "
+                f"--checkpoint.folder {newer}, or give that file as --ckpt_path"
+            )
         say_once(f"--ckpt_path last: {found}")
         return found
     if there != saved(folder):

@@ -114,10 +114,17 @@ def other_places(run: Path, checkpoints: Path) -> Path | None:
     return next((place for place in there if os.path.realpath(place) != os.path.realpath(checkpoints)), None)
 
 
+def newer_place(run: Path, checkpoints: Path) -> Path | None:
+    """Where the newest start of a run has newer checkpoints than `checkpoints`, if it had another --checkpoint.folder."""
+    left, there = other_places(run, checkpoints), saved(checkpoints)
+    return left if left and (not there or saved(left)[-1][0] > there[-1][0]) else None
+
+
 def taken(run: Path, checkpoints: Path, now: dict[str, Any]) -> list[str]:
     """Problems with a new run with the settings `now` (flat) in a folder that contains another run."""
-    if saved(checkpoints) or (left := other_places(run, checkpoints)):
-        there = "" if saved(checkpoints) else f" --checkpoint.folder {left}"
+    left = newer_place(run, checkpoints)
+    if saved(checkpoints) or left:
+        there = f" --checkpoint.folder {left}" if left else ""
         return [
             f"--run {run} already contains a run; continue it with --ckpt_path last{there}, or choose another folder"
         ]
