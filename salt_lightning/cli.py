@@ -124,9 +124,9 @@ class SALTCLI(LightningCLI):
 
     def hold(self) -> None:
         meeting.tell(self._settings(self.config).get("trainer"))
-        run = self._settings(self.config).run if self.config.get("subcommand") in ("fit", "predict") else None
-        if run and not self.wrong and not self.holds and peers.seems_first():
-            _HELD.enter_context(run_lock.held(Path(run)))
+        if not self.wrong and not self.holds and peers.seems_first():
+            for setting, folder in settings.held(self._settings(self.config), self.config.get("subcommand")):
+                _HELD.enter_context(run_lock.held(folder, setting))
             self.holds = True
 
     def before_instantiate_classes(self) -> None:

@@ -697,6 +697,25 @@ def test_a_lock_of_a_machine_that_may_be_dead_is_waited_for(tmp_path, where, mon
     process.join()
 
 
+def test_a_checkpoint_folder_of_several_runs_is_used_by_one_at_a_time(fit, tmp_path, capsys):
+    """Each would replace and remove the checkpoints of the other, and both would end well."""
+    fork = multiprocessing.get_context("fork")
+    held, until = fork.Event(), fork.Event()
+    shared = {"checkpoint.folder": str(tmp_path / "shared")}
+    process = fork.Process(target=hold, args=(tmp_path / "shared", held, until))
+    process.start()
+    assert held.wait(30)
+    assert fit(tmp_path / "run", **shared) == 2
+    who = f"process {process.pid} on {socket.gethostname()}"
+    said = f"--checkpoint.folder {tmp_path}/shared: {who} is using it; wait until it ends, or choose another folder"
+    assert capsys.readouterr().err.strip().splitlines()[-1] == f"error: {said}"
+    assert [file.name for file in tmp_path.iterdir()] == ["shared"]
+    until.set()
+    process.join()
+    assert fit(tmp_path / "run", **shared, stop_at=3) == 128 + signal.SIGTERM
+    assert [file.name for file in (tmp_path / "shared").iterdir()] == ["step-00000003.ckpt"]
+
+
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EIO])
 def test_a_file_system_without_locks_is_said(tmp_path, number, monkeypatch, caplog):
     def lockf(*args):

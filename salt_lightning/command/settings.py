@@ -120,6 +120,16 @@ def checkpoints(config: Namespace) -> Path:
     return Path((config.get("checkpoint") or {}).get("folder") or Path(config.run) / "checkpoints")
 
 
+def held(config: Namespace, verb: str | None) -> list[tuple[str, Path]]:
+    """(setting, folder) of each folder that no other fit or predict may use while this verb does."""
+    if verb not in ("fit", "predict") or not config.run:
+        return []
+    run, place = Path(config.run), checkpoints(config)
+    known = {os.path.realpath(folder) for folder in (run, run / "checkpoints")}
+    own = verb == "predict" or os.path.realpath(place) in known
+    return [("--run", run)] + ([] if own else [("--checkpoint.folder", place)])  # a YAML may give it to several runs
+
+
 # verb -> folders in that of the run, which it writes into
 _WRITES = {"fit": ("", "checkpoints"), "predict": ("", "scores"), "validate": ("validate",), "test": ("test",)}
 

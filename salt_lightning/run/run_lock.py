@@ -1,4 +1,7 @@
-"""Lets one fit or predict at a time use a run's folder: two would mix logs and remove each other's checkpoints."""
+"""Lets one fit or predict at a time use a run's folder, and one fit a checkpoint folder.
+
+Two would mix logs, and replace and remove each other's checkpoints.
+"""
 
 import fcntl
 import os
@@ -22,8 +25,8 @@ _OTHER_MACHINE_S = 120.0
 
 
 @contextmanager
-def held(run: Path) -> Iterator[None]:
-    """Locks the folder; creates it if missing, and removes it again if the block leaves it empty.
+def held(run: Path, setting: str = "--run") -> Iterator[None]:
+    """Locks the folder that `setting` names; creates it if missing, and removes it again if the block leaves it empty.
 
     The system frees the lock when the process dies, whatever its workers do: such locks are not inherited.
 
@@ -33,9 +36,9 @@ def held(run: Path) -> Iterator[None]:
     made = [folder for folder in (run, *run.parents) if not os.path.exists(folder)]
     file = None
     try:
-        file = _lock(run)
+        file = _lock(run, f"{setting} {run}")
     except OSError as error:
-        _say_unlocked(run, error)
+        _say_unlocked(run, f"{setting} {run}", error)
         _remove_empty(made)
     try:  # not inside the except block, whose error would become the context of all that follow
         yield
@@ -47,18 +50,18 @@ def held(run: Path) -> Iterator[None]:
             _remove_empty(made)
 
 
-def _say_unlocked(run: Path, error: OSError) -> None:
+def _say_unlocked(run: Path, named: str, error: OSError) -> None:
     """Reports that the folder cannot be locked; silent if it cannot be written at all, which others report."""
     if error.errno in NO_LOCKS:
         with suppress(OSError):
             (run / _NAME).unlink()
         rank_zero_info(
-            f"--run {run}: its file system has no locks ({error.strerror}); do not start another fit or predict there "
+            f"{named}: its file system has no locks ({error.strerror}); do not start another fit or predict there "
             "before this one ends"
         )
     elif error.errno in (EACCES, EPERM) and os.path.exists(run / _NAME):
         raise ConfigError(
-            f"--run {run}: {_NAME} belongs to another user, whose fit or predict is running there or was killed; wait "
+            f"{named}: {_NAME} belongs to another user, whose fit or predict is running there or was killed; wait "
             "until it ends, remove that file if none is running, or choose another folder"
         ) from error
     elif error.errno not in (EROFS, EACCES, EPERM, EEXIST, ENOTDIR):
@@ -71,7 +74,7 @@ def _remove_empty(folders: list[Path]) -> None:
             folder.rmdir()
 
 
-def _lock(run: Path) -> IO[str]:
+def _lock(run: Path, named: str) -> IO[str]:
     """The locked file; waits for a holder on another machine, which may have died unnoticed."""
     path, end_s = run / _NAME, time.monotonic() + _OTHER_MACHINE_S
     said = False
@@ -84,10 +87,10 @@ def _lock(run: Path) -> IO[str]:
             file.close()
             if other.here or time.monotonic() > end_s:
                 raise ConfigError(
-                    f"--run {run}: {other} is using it; wait until it ends, or choose another folder"
+                    f"{named}: {other} is using it; wait until it ends, or choose another folder"
                 ) from other
             if not said:
-                rank_zero_info(f"--run {run}: waiting for {other}, at most {_OTHER_MACHINE_S:g} s")
+                rank_zero_info(f"{named}: waiting for {other}, at most {_OTHER_MACHINE_S:g} s")
             said = True
             time.sleep(1.0)
             continue
