@@ -714,6 +714,11 @@ def test_a_checkpoint_folder_of_several_runs_is_used_by_one_at_a_time(fit, tmp_p
     process.join()
     assert fit(tmp_path / "run", **shared, stop_at=3) == 128 + signal.SIGTERM
     assert [file.name for file in (tmp_path / "shared").iterdir()] == ["step-00000003.ckpt"]
+    begun = f"step-00000003.ckpt; it is another run's, since --run {tmp_path}/other has not begun yet"
+    assert fit(tmp_path / "other", ckpt_path="last", **shared, stop_at=4) == 128 + signal.SIGTERM
+    assert begun in capsys.readouterr().err
+    assert fit(tmp_path / "other", ckpt_path="last", **shared, stop_at=5) == 128 + signal.SIGTERM
+    assert "another run" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EIO])

@@ -48,7 +48,10 @@ def resolve(path: str, config: Namespace, subcommand: str) -> Path | None:
                 f"--ckpt_path last: {found} is not the newest of --run {config.run}, which are in {newer}; set "
                 f"--checkpoint.folder {newer}, or give that file as --ckpt_path"
             )
-        say_once(f"--ckpt_path last: {found}")
+        run = Path(config.run)
+        shared = subcommand == "fit" and folder != run / "checkpoints" and not (run / "config.yaml").exists()
+        of_another = f"; it is another run's, since --run {run} has not begun yet" if shared else ""
+        say_once(f"--ckpt_path last: {found}{of_another}")
         return found
     if there != saved(folder):
         raise ConfigError(

@@ -115,7 +115,7 @@ def other_places(run: Path, checkpoints: Path) -> Path | None:
 
 
 def newer_place(run: Path, checkpoints: Path) -> Path | None:
-    """Where the newest start of a run has newer checkpoints than `checkpoints`, if it had another --checkpoint.folder."""
+    """Where a run's newest start has newer checkpoints than `checkpoints`, if it had another --checkpoint.folder."""
     left, there = other_places(run, checkpoints), saved(checkpoints)
     return left if left and (not there or saved(left)[-1][0] > there[-1][0]) else None
 
