@@ -366,11 +366,21 @@ def test_a_weight_that_own_code_lets_be_missing_is_not_left_random(tmp_path, mon
     spec = ModelSpec(path=str(tmp_path / "hf"), trust_remote_code=True)
     with pytest.raises(ConfigError, match=r"--model.teacher.path .* lacks 1 of its weights: lm_head.weight; is the "):
         load_pretrained(spec, "teacher", torch.float32)
+    code = tmp_path / "hf" / "mine.py"
+    computed = "head = module.lm_head.weight; head.copy_(torch.arange(head.numel()).sin().view_as(head))"
+    code.write_text(code.read_text().replace("if module is self: ", f"if module is self: {computed}; "))
+    spec = ModelSpec(path=str(shutil.copytree(tmp_path / "hf", tmp_path / "sines")), trust_remote_code=True)
+    loaded = load_pretrained(spec, "teacher", torch.float32)
+    head = loaded.lm_head.weight.flatten()
+    assert torch.equal(head, torch.arange(len(head)).sin())
 
 
-def test_a_model_that_ignores_position_ids_is_refused(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_ignores_position_ids_is_refused(dtype, monkeypatch):
     """With a mask alone, a packed document would have the learned positions of its place in the row."""
-    lm = tiny("gpt2")
+    lm = tiny("gpt2").to(dtype)
+    with torch.no_grad():
+        lm.backbone.wpe.weight.mul_(0.2)  # so that it changes the hidden states by 11 to 17%
     monkeypatch.setattr(lm.model, "__class__", type("Own", (type(lm.model),), {"__module__": "mine"}))
     lm.check()
     forward = lm.backbone.forward
