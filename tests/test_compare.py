@@ -2282,6 +2282,33 @@ def test_the_card_of_an_exported_teacher_tells_its_cost(tmp_path, said, flops):
     assert math.isnan(row.teacher_training_flops)
 
 
+@pytest.mark.parametrize(
+    ("said", "notes"),
+    [
+        ("- teacher: owner/name\n", ["had a teacher too: the cost of training that one is not counted"]),
+        ("- scoring", ["had a teacher too: the cost of training that one is not counted"]),
+        (
+            "- started from: a\\[b]/c\n",
+            ["started from the weights of a[b]/c: the cost of training those is not counted"],
+        ),
+        ("- method: BASELINE\n", []),
+    ],
+)
+def test_what_the_cost_in_a_card_does_not_contain_is_mentioned(tmp_path, said, notes):
+    (tmp_path / "models/teacher").mkdir(parents=True)
+    said, scoring = ("", "4 GFLOP") if said == "- scoring" else (said, "0 FLOP")
+    costs = "- FLOPs of the student: 1.5 TFLOP\n- FLOPs of the teacher: 0 FLOP\n"
+    card = tmp_path / "models/teacher/README.md"
+    card.write_text(f"# x\n{said}{costs}- FLOPs of scoring: {scoring}\n")
+    names = ("salt", "again")
+    kd = {"teacher": "models/teacher", "weight": 0.5, "kd_steps": 60}
+    runs = load([write_run(tmp_path / name, SALT, seed=seed, **kd) for seed, name in enumerate(names)])
+    found = [note for note in evaluate(runs).notes if note.startswith("models/teacher")]
+    assert found == [f"models/teacher, the teacher of salt, again, {note}" for note in notes]
+    card.write_text(f"# x\n{said}- FLOPs of scoring: {scoring}\n")  # no cost, so nothing can be missing in it
+    assert not [note for note in evaluate(runs).notes if note.startswith("models/teacher")]
+
+
 def test_a_reference_of_several_seeds_is_said_to_be_a_mean(tmp_path):
     runs = [write_run(tmp_path / f"s{seed}", BASELINE, seed_everything=seed) for seed in (0, 1)]
     assert "Reference: mean of the 2 seeds of s0, final" in report.markdown(evaluate(load(runs)))

@@ -18,6 +18,8 @@ from salt_lightning.run.curves import CUMULATIVE, Curve
 from salt_lightning.run.run_folder import small_text, step_named
 from salt_lightning.run.runlog import Run, read_run
 
+TAUGHT = "had a teacher too: the cost of training that one is not counted"  # said after a teacher's name
+
 
 def _named(run: Run, setting: str) -> set[Path]:
     """Possible locations of the path in a run's setting, if set, with links resolved."""
@@ -178,6 +180,20 @@ def _card_flops(run: Run, path: str) -> float:
         if len(found) == 3 and all(unit in sizes for _, unit in found):
             return sum(float(value) * sizes[unit] for value, unit in found)
     return math.nan
+
+
+def left_out_by_card(run: Run, path: str) -> list[str]:
+    """What the cost of an exported teacher that its model card gives does not contain: to be said after its name."""
+    card = _card(run, path)
+    if math.isnan(_card_flops(run, path)):
+        return []
+    left_out = []
+    if re.search(r"^- teacher: |^- FLOPs of scoring: (?!0 FLOP)", card, re.M):
+        left_out.append(TAUGHT)
+    if start := re.search(r"^- started from: (.+)", card, re.M):
+        said = re.sub(r"\\([\\<\[`])", r"\1", start[1])  # as the card's list escapes it
+        left_out.append(f"started from the weights of {said}: the cost of training those is not counted")
+    return left_out
 
 
 def _card_step(run: Run, path: str) -> int | None:

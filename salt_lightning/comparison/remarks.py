@@ -158,15 +158,17 @@ def _lost_teachers(taught: _Taught, runs: list[Run], reference: Run) -> list[str
 
 
 def _taught_teachers(taught: _Taught) -> list[str]:
-    """Teachers that had a teacher themselves, whose training is in no figure of their students."""
-    students: dict[Run, dict[str, None]] = {}
-    for run, _, teacher in taught:
-        if teacher is not None and (teacher.kd_steps > 0 or teacher.scores):
-            students.setdefault(teacher, {})[run.name] = None
-    return [
-        f"{teacher.name}, the teacher of {few(names)}, had a teacher too: the cost of training that one is not counted"
-        for teacher, names in students.items()
-    ]
+    """Teachers that had a teacher themselves, whose training is in no figure of their students; of those that only a
+    model card describes, also the ones that began with other weights."""
+    students: dict[tuple[str, str], dict[str, None]] = {}  # (teacher, what is not counted) -> names
+    for run, path, teacher in taught:
+        if teacher is None:
+            left_out, name = lineage.left_out_by_card(run, path), path
+        else:
+            left_out, name = [lineage.TAUGHT] * bool(teacher.kd_steps > 0 or teacher.scores), teacher.name
+        for what in left_out:
+            students.setdefault((name, what), {})[run.name] = None
+    return [f"{name}, the teacher of {few(names)}, {what}" for (name, what), names in students.items()]
 
 
 def _may_be(run: Run, taught: list[str], runs: list[Run]) -> bool:
