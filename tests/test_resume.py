@@ -529,6 +529,20 @@ def test_explicit_values_win_over_the_checkpoint_and_say_so(fit, tmp_path, capsy
     assert max(v for step, v in scalars(tmp_path / "run")["train/lr"].items() if step > 3) <= 1e-4
 
 
+def test_a_family_beside_a_path_is_not_said_to_be_used(fit, tmp_path, teacher, capsys):
+    """A run's config.yaml has the default, llama, also for weights of another family."""
+    from families import tiny
+
+    start = tmp_path / "start"
+    tiny("qwen3", vocab_size=320, max_position_embeddings=32).model.save_pretrained(start)
+    shutil.copytree(Path(teacher).parents[1] / "tokenizer", start, dirs_exist_ok=True)
+    own = {"model.student.path": str(start), "model.student.config": {}, "model.student.family": "llama"}
+    assert fit(tmp_path / "run", stop_at=3, **own) == 128 + signal.SIGTERM
+    assert fit(tmp_path / "run", ckpt_path="last", **own, **{"model.optim.lr": 1e-4}) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "given value is used" in line]
+    assert said == ["--model.optim.lr 0.0001 (checkpoint: 0.003): the given value is used"]
+
+
 def test_only_what_validate_uses_is_said_to_be_used(fit, settings, tmp_path, capsys):
     assert fit(tmp_path / "run", stop_at=3) == 128 + signal.SIGTERM
     other = {"model.optim.lr": 1e-4, "model.student.attention": "eager", "model.logits_budget_gib": 1.0}

@@ -25,6 +25,11 @@ _EVALUATED = ("compile", "logits_budget_gib")  # the model settings that validat
 
 def resolve(path: str, config: Namespace, subcommand: str) -> Path | None:
     """The checkpoint's path; `last` is the newest one in the run's folder, or None if fit is to start at step 0."""
+    if subcommand == "predict":
+        raise ConfigError(
+            f"--ckpt_path {path}: predict scores with the teacher; give it as --model.teacher.path, and leave out "
+            "--ckpt_path (null, if a config.yaml sets it)"
+        )
     folder = settings.checkpoints(config)
     if not path:
         raise ConfigError("--ckpt_path '' is empty; give a .ckpt file, or last, or leave it out")
@@ -143,6 +148,8 @@ def settings_held(path: Path, subcommand: str, given: Namespace, seed: int, prov
             continue
         if key == "seed" and now is None:
             now = seed
+        if key == "student.family" and given.get("student.path"):
+            continue  # the family is that of the path
         if now != before.get(key, now) and not isinstance(now, dict) and key != "student.path":
             was = settings.as_yaml(before[key])
             say_once(f"--model.{key} {settings.as_yaml(now)} (checkpoint: {was}): the given value is used")
