@@ -106,8 +106,6 @@ class SALTCLI(LightningCLI):
         self.hold()  # before anything is read from it
         if path is None or subcommand is None:
             return
-        if subcommand == "predict":
-            raise ConfigError(f"--ckpt_path {path}: predict scores with the teacher; give it as --model.teacher.path")
         chosen, path = path, resolve(path, config, subcommand)
         config["ckpt_path"] = None if path is None else str(path)
         if path is None:

@@ -337,7 +337,8 @@ def test_a_complete_folder_is_left_as_it_is(scored, of_data, teacher, capsys):
         ),
         (
             {"ckpt_path": "some.ckpt"},
-            "--ckpt_path some.ckpt: predict scores with the teacher; give it as --model.teacher",
+            "--ckpt_path some.ckpt: predict scores with the teacher; give it as --model.teacher.path, and leave out "
+            "--ckpt_path (null, if a config.yaml sets it)",
         ),
         ({"model.teacher.path": None}, "--model.teacher.path is null, but predict scores with the teacher"),
         ({"model.teacher.path": "/no/such.ckpt"}, "--model.teacher.path /no/such.ckpt does not exist"),
