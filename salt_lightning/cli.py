@@ -169,9 +169,9 @@ class SALTCLI(LightningCLI):
     def before_fit(self) -> None:
         """Reports all problems that need no text at once, before the text is prepared, which takes minutes."""
         self.say_device()
-        config, student = self._settings(self.config), self.model.student_spec
-        if student.path and student.config and not config.get("ckpt_path"):
-            say_once(f"--model.student.config is not used: the sizes come from --model.student.path {student.path}")
+        config, given = self._settings(self.config), self._settings(self._explicit)  # not the checkpoint's
+        if (path := given.get("model.student.path")) and given.get("model.student.config"):
+            say_once(f"--model.student.config is not used: the sizes come from --model.student.path {path}")
         target = None if is_over(config.ckpt_path, self.trainer.max_steps) else config.checkpoint.export
         looks = check.without_text(self.model, self.datamodule, self.trainer, target, self._teaches())
         looks.append(partial(device.require, self.model, self.trainer.strategy.root_device.type))

@@ -972,6 +972,17 @@ def test_a_class_setting_that_yaml_cannot_read_hides_no_other_error(settings, tm
         assert each in line
 
 
+def test_a_size_that_a_mapping_after_it_would_replace_is_refused(settings, tmp_path, capsys):
+    """jsonargparse would drop it, so that the family's default counted. After the mapping, it is added."""
+    config = "--model.student.config"
+    sizes = [f"{config}.hidden_size=64", f"{config}={{num_hidden_layers: 1}}", f"{config}.vocab_size=9"]
+    assert cli.main(["fit", *arguments(settings, {"model.student.config": {}}), f"--run={tmp_path}/run", *sizes]) == 2
+    dropped = f"{config}.hidden_size 64: the mapping {config} that follows replaces it; put hidden_size: 64 into that"
+    said = error_of(capsys)
+    assert said.startswith(f"error: {dropped}; ")
+    assert "vocab_size" not in said
+
+
 def test_a_refused_start_leaves_no_folders(settings, tmp_path):
     own = {"run": str(tmp_path / "new/deep/er"), "kd.steps": -1}
     assert run(["fit", *arguments(settings, own)]) == 2

@@ -1181,6 +1181,22 @@ def test_last_is_not_an_older_checkpoint_than_that_of_another_folder(fit, tmp_pa
     assert fit(run, stop_at=6, ckpt_path="last") == 128 + signal.SIGTERM
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_config_beside_weights_is_said_not_to_be_used(fit, teacher, tmp_path, capsys, resumed):
+    """Also a dropout, at which training could go on."""
+    start = {"model.student.path": teacher, "model.student.config": {}}
+    unused, said = (
+        {"model.student.config": {"attention_dropout": 0.3}},
+        "--model.student.config is not used: the sizes ",
+    )
+    assert fit(tmp_path / "run", stop_at=3, **{**start, **({} if resumed else unused)}) == 128 + signal.SIGTERM
+    assert (said in capsys.readouterr().err) != resumed
+    assert fit(tmp_path / "run", stop_at=5, ckpt_path="last", **{**start, **unused}) == 128 + signal.SIGTERM
+    assert said in capsys.readouterr().err
+    assert fit(tmp_path / "run", stop_at=6, ckpt_path="last", **start) == 128 + signal.SIGTERM
+    assert said not in capsys.readouterr().err
+
+
 def test_a_dropout_given_for_the_first_time_is_said_and_recorded(fit, tmp_path, caplog):
     """The config of a family need not name it, so that a start that gives it has a setting more than the one before."""
     assert fit(tmp_path / "run", stop_at=3) == 128 + signal.SIGTERM

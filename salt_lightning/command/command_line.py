@@ -99,27 +99,34 @@ def no_mapping(name: str, value: str, known: Iterable[str]) -> str:
 
 def misread(args: list[str], given: Namespace) -> list[str]:
     """Problems with typed values that YAML has read as comments, and so as null, or as other numbers, also within; and
-    with names two levels within a mapping, where jsonargparse would drop what else the upper one holds."""
+    with names within a mapping that jsonargparse would drop, or with which it would drop what else that holds."""
     found = given[given.subcommand] if given.get("subcommand") else given
+    typed = [*typed_in(args)]
     comments = [
         f"--{name} {value!r} is a comment in YAML, so it reads as null; give null, or a value"
-        for name, value in typed_in(args)
+        for name, value in typed
         if value.lstrip().startswith("#") and name in found and found[name] is None
     ]
     within = [
         f"--{name} {value}: a dotted name sets only the first level of a mapping; give the whole "
         f"--{top} '{{NAME: VALUE, ...}}'"
-        for name, value in typed_in(args)
+        for name, value in typed
         for top in accumulate(name.split("."), "{}.{}".format)
         if name != top and isinstance(found.get(top.rpartition(".")[0]), dict)
     ]
+    replaced = [
+        f"--{name} {value}: the mapping --{top} that follows replaces it; put {last}: {value} into that"
+        for i, (name, value) in enumerate(typed)
+        for top, _, last in [name.rpartition(".")]
+        if isinstance(now := found.get(top), dict) and last not in now and top in dict(typed[i:])
+    ]
     numbers = [
         f"--{name}: {said}"
-        for name, value in typed_in(args)
+        for name, value in typed
         if (name in found or value.startswith(("[", "{"))) and not isinstance(found.get(name), str)
         for _, said in _other_numbers(_scalars(value))
     ]
-    return comments + within + numbers
+    return comments + within + replaced + numbers
 
 
 _OTHER = re.compile(r"[-+]?(0[0-7_]+|[\d_]+(:[0-5]?\d)+(\.[\d_]*)?)")  # numbers in base 8 and parts of 60, in YAML
