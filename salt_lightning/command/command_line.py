@@ -116,9 +116,9 @@ def misread(args: list[str], given: Namespace) -> list[str]:
     ]
     replaced = [
         f"--{name} {value}: the mapping --{top} that follows replaces it; put {last}: {value} into that"
-        for i, (name, value) in enumerate(typed)
+        for name, value in typed
         for top, _, last in [name.rpartition(".")]
-        if isinstance(now := found.get(top), dict) and last not in now and top in dict(typed[i:])
+        if isinstance(now := found.get(top), dict) and last not in now and top in dict(typed)
     ]
     numbers = [
         f"--{name}: {said}"
