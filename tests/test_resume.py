@@ -1179,6 +1179,11 @@ def test_last_is_not_an_older_checkpoint_than_that_of_another_folder(fit, tmp_pa
     assert said in capsys.readouterr().err
     assert fit(run, stop_at=4, ckpt_path=old) == 128 + signal.SIGTERM  # as advised: it goes on from there
     assert fit(run, stop_at=6, ckpt_path="last") == 128 + signal.SIGTERM
+    newest = {"ckpt_path": str(there / "step-00000005.ckpt"), "checkpoint.folder": str(tmp_path / "back")}
+    assert fit(run, stop_at=6, **newest) == 128 + signal.SIGTERM
+    shutil.move(tmp_path / "back/step-00000006.ckpt", run / "checkpoints/step-00000009.ckpt")  # of another branch
+    assert fit(run, stop_at=6, **newest) == 128 + signal.SIGTERM
+    assert fit(run, stop_at=7, **{**newest, "ckpt_path": "last"}) == 128 + signal.SIGTERM
 
 
 @pytest.mark.parametrize("resumed", [False, True])

@@ -112,7 +112,8 @@ def misread(args: list[str], given: Namespace) -> list[str]:
         f"--{top} '{{NAME: VALUE, ...}}'"
         for name, value in typed
         for top in accumulate(name.split("."), "{}.{}".format)
-        if name != top and isinstance(found.get(top.rpartition(".")[0]), dict)
+        for upper in [top.rpartition(".")[0]]
+        if top != name and isinstance(now := found.get(upper), dict) and name.removeprefix(f"{upper}.") not in now
     ]
     replaced = [
         f"--{name} {value}: the mapping --{top} that follows replaces it; put {last}: {value} into that"

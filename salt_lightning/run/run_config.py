@@ -115,15 +115,18 @@ def other_places(run: Path, checkpoints: Path) -> Path | None:
 
 
 def newer_place(run: Path, checkpoints: Path) -> Path | None:
-    """Where a run's newest start has newer checkpoints than `checkpoints`, if it had another --checkpoint.folder."""
-    left, there = other_places(run, checkpoints), saved(checkpoints)
-    return left if left and (not there or saved(left)[-1][0] > there[-1][0]) else None
+    """Where a run's newest start saved its checkpoints, if that is elsewhere, and some are newer than `checkpoints`."""
+    place = Path(str(readable(run / "config.yaml").get("checkpoint.folder") or run / "checkpoints"))
+    there, here = saved(place), saved(checkpoints)
+    elsewhere = os.path.realpath(place) != os.path.realpath(checkpoints)
+    return place if elsewhere and there and (not here or there[-1][0] > here[-1][0]) else None
 
 
 def taken(run: Path, checkpoints: Path, now: dict[str, Any]) -> list[str]:
     """Problems with a new run with the settings `now` (flat) in a folder that contains another run."""
-    left = newer_place(run, checkpoints)
-    if saved(checkpoints) or left:
+    here = saved(checkpoints)
+    left = newer_place(run, checkpoints) if here else other_places(run, checkpoints)
+    if here or left:
         there = f" --checkpoint.folder {left}" if left else ""
         return [
             f"--run {run} already contains a run; continue it with --ckpt_path last{there}, or choose another folder"
