@@ -29,7 +29,6 @@ from salt_lightning.hugging_face.spec import (
     fresh_config,
     of_checkpoint,
     padded_vocab,
-    uneven_heads,
     wrong_sizes,
 )
 from salt_lightning.storage import damage, shards
@@ -171,7 +170,7 @@ class CausalLM(nn.Module):
                 f"--model.{self.name}.path: its weights are not finite ({few(wrong)}): they are damaged, "
                 f"or too large for --model.{self.name}.dtype {str(self.head.weight.dtype).removeprefix('torch.')}"
             )
-        said = f"{type(self.model).__name__} cannot be run with its settings{uneven_heads(self.model.config)}"
+        said = f"{type(self.model).__name__} cannot be run with its settings{own_code.hint(self.model)}"
         with testable(self), as_config_error(f"--model.{self.name}: {said}"):
             return self._check()
 
@@ -353,7 +352,7 @@ def load_pretrained(spec: ModelSpec, name: str, dtype: torch.dtype, empty: bool 
 
 def loading(spec: ModelSpec, name: str) -> AbstractContextManager[None]:
     where = "" if Path(str(spec.path)).exists() else " (no such folder here, so it was looked for on the hub)"
-    return as_config_error(f"--model.{name}.path {spec.path} cannot be loaded{where}")
+    return as_config_error(f"--model.{name}.path {spec.path} cannot be loaded{where}{own_code.hint(spec)}")
 
 
 def read_config(spec: ModelSpec, name: str) -> PreTrainedConfig:

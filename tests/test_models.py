@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ import torch
 from families import FAMILIES, LLAMA_LIKE, SIZES, SPECIAL, tiny
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy, log_softmax, softmax
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, __version__
 
 from salt_lightning.data import SALTDataModule
 from salt_lightning.errors import ConfigError
@@ -357,6 +358,28 @@ def test_a_model_with_its_own_code_has_all_that_this_code_computes(tmp_path, mon
     assert config_hash(tmp_path) is None
 
 
+def test_an_error_of_own_code_says_that_it_may_be_for_another_transformers(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    spec, hint = (
+        ModelSpec(trust_remote_code=True),
+        rf"\(its own code may be for another transformers than {__version__}",
+    )
+    for name, (old, new), said in [
+        (
+            "tuple",
+            ("CausalLMOutputWithPast(logits=self.lm_head(hidden))", "(self.lm_head(hidden),)"),
+            "with its settings",
+        ),
+        ("list", ("def __init__", "_tied_weights_keys = ['lm_head.weight']\n    def __init__"), "be loaded"),
+    ]:
+        _own_code(tmp_path / name, tmp_path / "ran")
+        config, code = tmp_path / name / "config.json", tmp_path / name / "mine.py"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": name == "list"}))
+        code.write_text(code.read_text().replace(old, new))
+        with pytest.raises(ConfigError, match=rf"{said} {hint}\): AttributeError: "):
+            CausalLM(load_pretrained(replace(spec, path=str(tmp_path / name)), "teacher", torch.float32), "t").check()
+
+
 def test_a_weight_that_own_code_lets_be_missing_is_not_left_random(tmp_path, monkeypatch):
     """transformers 4 tied it; 5 does not, for the code does not say in its way to what."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
@@ -369,7 +392,7 @@ def test_a_weight_that_own_code_lets_be_missing_is_not_left_random(tmp_path, mon
     code = tmp_path / "hf" / "mine.py"
     computed = "head = module.lm_head.weight; head.copy_(torch.arange(head.numel()).sin().view_as(head))"
     code.write_text(code.read_text().replace("if module is self: ", f"if module is self: {computed}; "))
-    spec = ModelSpec(path=str(shutil.copytree(tmp_path / "hf", tmp_path / "sines")), trust_remote_code=True)
+    spec = replace(spec, path=str(shutil.copytree(tmp_path / "hf", tmp_path / "sines")))
     loaded = load_pretrained(spec, "teacher", torch.float32)
     head = loaded.lm_head.weight.flatten()
     assert torch.equal(head, torch.arange(len(head)).sin())

@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, __version__
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.initialization import no_init_weights
 
 from salt_lightning.errors import ConfigError
 from salt_lightning.hugging_face import quantized
-from salt_lightning.hugging_face.spec import ModelSpec
+from salt_lightning.hugging_face.spec import ModelSpec, uneven_heads
 
 
 def without_weights(config: PreTrainedConfig, spec: ModelSpec, **kwargs: Any) -> PreTrainedModel:
@@ -33,6 +33,14 @@ def without_weights(config: PreTrainedConfig, spec: ModelSpec, **kwargs: Any) ->
 def _is_own(model: PreTrainedModel) -> bool:
     """Whether its code is not that of transformers, whose families benchmarks/families.py tries."""
     return not type(model).__module__.startswith("transformers.")
+
+
+def hint(of: ModelSpec | PreTrainedModel) -> str:
+    """What may be wrong with a model that cannot be loaded, or cannot be run."""
+    if isinstance(of, PreTrainedModel) and (uneven := uneven_heads(of.config)):
+        return uneven
+    own = of.trust_remote_code if isinstance(of, ModelSpec) else _is_own(of)
+    return f" (its own code may be for another transformers than {__version__})" if own else ""
 
 
 def require_positions(lm: Any) -> None:
