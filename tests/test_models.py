@@ -358,26 +358,27 @@ def test_a_model_with_its_own_code_has_all_that_this_code_computes(tmp_path, mon
     assert config_hash(tmp_path) is None
 
 
-def test_an_error_of_own_code_says_that_it_may_be_for_another_transformers(tmp_path, monkeypatch):
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    spec, hint = (
-        ModelSpec(trust_remote_code=True),
-        rf"\(its own code may be for another transformers than {__version__}",
-    )
-    for name, (old, new), said in [
+@pytest.mark.parametrize(
+    ("tied", "new", "said"),
+    [
         (
-            "tuple",
+            False,
             ("CausalLMOutputWithPast(logits=self.lm_head(hidden))", "(self.lm_head(hidden),)"),
             "with its settings",
         ),
-        ("list", ("def __init__", "_tied_weights_keys = ['lm_head.weight']\n    def __init__"), "be loaded"),
-    ]:
-        _own_code(tmp_path / name, tmp_path / "ran")
-        config, code = tmp_path / name / "config.json", tmp_path / name / "mine.py"
-        config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": name == "list"}))
-        code.write_text(code.read_text().replace(old, new))
-        with pytest.raises(ConfigError, match=rf"{said} {hint}\): AttributeError: "):
-            CausalLM(load_pretrained(replace(spec, path=str(tmp_path / name)), "teacher", torch.float32), "t").check()
+        (True, ("def __init__", "_tied_weights_keys = ['lm_head.weight']\n    def __init__"), "cannot be loaded"),
+    ],
+)
+def test_an_error_of_own_code_says_that_it_may_be_for_another_transformers(tied, new, said, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    _own_code(tmp_path / "hf", tmp_path / "ran")
+    config, code = tmp_path / "hf/config.json", tmp_path / "hf/mine.py"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": tied}))
+    code.write_text(code.read_text().replace(*new))
+    spec = ModelSpec(path=str(tmp_path / "hf"), trust_remote_code=True)
+    hint = rf"{said} \(its own code may be for another transformers than {__version__}\): AttributeError: "
+    with pytest.raises(ConfigError, match=hint):
+        CausalLM(load_pretrained(spec, "teacher", torch.float32), "teacher").check()
 
 
 def test_a_weight_that_own_code_lets_be_missing_is_not_left_random(tmp_path, monkeypatch):
