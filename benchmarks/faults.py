@@ -114,6 +114,7 @@ def _fork(args: list[str], log: Path, rank: int, ranks: int, port: int, largest_
     code: Any = 70
     try:
         os.setsid()
+        torch.set_num_threads(torch.get_num_threads())  # else autograd's threads may make torch's pool anew at once
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(out, 1)
         os.dup2(out, 2)

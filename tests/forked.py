@@ -122,6 +122,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
     import numpy as np
     import parsers
+    import torch
 
     parsers.keep(["fit", "predict"], only_the_first=True)
 
@@ -129,6 +130,7 @@ if __name__ == "__main__":
     atexit.register(gc.unfreeze)
     if (request := _serve(socket.socket(fileno=int(sys.argv[1])))) is not None:
         np.random.seed()  # as in a new process; `random` does it by itself
+        torch.set_num_threads(torch.get_num_threads())  # else autograd's threads may make torch's pool anew at once
         if request["new_session"]:
             os.setsid()
         os.environ.clear()
