@@ -21,7 +21,7 @@ from salt_lightning.checkpoint import how_to_go_on
 from salt_lightning.command.settings import seed_or_global
 from salt_lightning.data import SALTDataModule
 from salt_lightning.errors import ConfigError, NonFiniteLossError, refuse, wrong_kinds
-from salt_lightning.fit import alike, averaging, cadence, extension
+from salt_lightning.fit import alike, averaging, buckets, cadence, extension
 from salt_lightning.fit.meter import SUMS, Meter, loss_values, peak_memory
 from salt_lightning.fit.optim import OptimSpec, by_name
 from salt_lightning.fit.restart import about_start, about_training, go_on_from, require_fitting, require_same
@@ -223,6 +223,7 @@ class SALTModule(extension.Guarded):
         self.kd_weight = self.kd_weight.to(self.device)
         self._watch = Watch(self.device)
         self._sums, self._step_tokens = torch.zeros(len(SUMS), device=self.device), torch.zeros((), device=self.device)
+        buckets.settle(self)
 
     def on_train_start(self) -> None:
         data, kd = self._data, kd_callbacks(self.trainer)

@@ -1,4 +1,4 @@
-"""Eight cases of the fault campaign (benchmarks/faults.py): real runs are killed or damaged, then continued."""
+"""Nine cases of the fault campaign (benchmarks/faults.py): real runs are killed or damaged, then continued."""
 
 import sys
 from pathlib import Path
@@ -12,6 +12,7 @@ CASES = {
     ("fit, one process", "one SIGKILL at any time"): SAME,
     ("fit, one process", "one SIGTERM at save"): SAME,
     ("fit, FSDP2, 2 ranks", "one SIGKILL at any time"): SAME,
+    ("fit, DDP, 3 ranks", "all SIGTERM at save"): SAME,
     ("preparation", "one SIGKILL at tokenizing"): SAME,
     ("scoring", "one SIGKILL at shard"): SAME,
     ("fit, one process", "byte of the newest checkpoint flipped"): SAME,

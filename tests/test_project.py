@@ -67,7 +67,7 @@ LAYERS = [  # a file imports only from files of earlier layers
     {"remarks", "tokenizer"},
     {"compare", "encoder", "example_rows", "models", "probe", "selection"},
     {"schedule"},
-    {"alike", "cadence", "card", "parallel", "score_report", "token_ids"},
+    {"alike", "buckets", "cadence", "card", "parallel", "score_report", "token_ids"},
     {"export", "extension", "prepare", "restart", "scoring"},
     {"answers", "checkpoint", "data"},
     {"module"},
