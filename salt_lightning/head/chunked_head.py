@@ -23,7 +23,7 @@ from salt_lightning.head.row_pass import NUM_SUMS, Mix, label_stats, math_dtype,
 MIN_ROWS = 2048
 MIN_CHUNK_ROWS = 4096
 MIN_STRIP_ROWS = 1024  # below this the products of the logits lose speed
-NO_LOGIT = -3e4  # logit of an id that a head lacks: probability 0, even at temperatures up to 3,000
+NO_LOGIT = -3e4  # logit of an id that a head lacks: probability 0 in fp32 up to a temperature of 280
 TILE_ROWS = 128  # a matrix unit's tile
 CPU_BLOCK_ELEMENTS = 2**18  # rows x vocabulary of one eager pass, so that its temporaries stay in cache
 GPU_BLOCK_ELEMENTS = 2**26

@@ -119,7 +119,7 @@ def newer_place(run: Path, checkpoints: Path) -> Path | None:
     place = Path(str(readable(run / "config.yaml").get("checkpoint.folder") or run / "checkpoints"))
     there, here = saved(place), saved(checkpoints)
     elsewhere = os.path.realpath(place) != os.path.realpath(checkpoints)
-    return place if elsewhere and there and (not here or there[-1][0] > here[-1][0]) else None
+    return place if elsewhere and there and there[-1][0] > here[-1][0] else None
 
 
 def taken(run: Path, checkpoints: Path, now: dict[str, Any]) -> list[str]:
