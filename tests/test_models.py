@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, __version__
 
 from salt_lightning.data import SALTDataModule
 from salt_lightning.errors import ConfigError
+from salt_lightning.hugging_face import own_code
 from salt_lightning.hugging_face.attention import document_mask
 from salt_lightning.hugging_face.folders import config_hash, sample_hash
 from salt_lightning.hugging_face.spec import ModelSpec, as_config_error, family_config, fresh_config, resolved
@@ -397,6 +398,20 @@ def test_a_weight_that_own_code_lets_be_missing_is_not_left_random(tmp_path, mon
     loaded = load_pretrained(spec, "teacher", torch.float32)
     head = loaded.lm_head.weight.flatten()
     assert torch.equal(head, torch.arange(len(head)).sin())
+    made_anew, text = own_code._made_anew, code.read_text().replace(computed, "pass")
+
+    def in_the_same_memory(model):  # it is 0 for both where the system has just given it
+        made = made_anew(model)
+        made.lm_head.weight.data.copy_(model.lm_head.weight)
+        return made
+
+    monkeypatch.setattr(own_code, "_made_anew", in_the_same_memory)
+    ties = "self.lm_head.weight = self.model.embed_tokens.weight; self.post_init()"
+    for name, new in {"unset": ("super()._init_weights(module)", "pass"), "tied": ("self.post_init()", ties)}.items():
+        code.write_text(text.replace(*new))
+        spec = replace(spec, path=str(shutil.copytree(tmp_path / "hf", tmp_path / name)))
+        with pytest.raises(ConfigError, match=r"--model.teacher.path .* lacks 1 of its weights: lm_head.weight; is "):
+            load_pretrained(spec, "teacher", torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
