@@ -735,6 +735,25 @@ def test_a_checkpoint_folder_of_several_runs_is_used_by_one_at_a_time(fit, tmp_p
     assert "another run" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("linked", [False, True])
+def test_the_checkpoints_of_a_run_are_not_used_by_another_fit(fit, tmp_path, capsys, linked):
+    """A YAML may give the folder within one run to another, or links of both lead to one."""
+    fork = multiprocessing.get_context("fork")
+    held, until = fork.Event(), fork.Event()
+    own = tmp_path / "run/checkpoints"
+    if linked:
+        own.parent.mkdir()
+        own.symlink_to(tmp_path / "scratch")
+    process = fork.Process(target=hold, args=(tmp_path / "scratch" if linked else own, held, until))
+    process.start()
+    assert held.wait(30)
+    assert fit(tmp_path / "run") == 2
+    said = f"error: --checkpoint.folder {own}: process {process.pid} on {socket.gethostname()} is using it; wait until"
+    assert said in capsys.readouterr().err
+    until.set()
+    process.join()
+
+
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EIO])
 def test_a_file_system_without_locks_is_said(tmp_path, number, monkeypatch, caplog):
     def lockf(*args):

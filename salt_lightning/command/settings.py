@@ -125,9 +125,9 @@ def held(config: Namespace, verb: str | None) -> list[tuple[str, Path]]:
     if verb not in ("fit", "predict") or not config.run:
         return []
     run, place = Path(config.run), checkpoints(config)
-    known = {os.path.realpath(folder) for folder in (run, run / "checkpoints")}
-    own = verb == "predict" or os.path.realpath(place) in known
-    return [("--run", run)] + ([] if own else [("--checkpoint.folder", place)])  # a YAML may give it to several runs
+    # also the folder within a run's own: another's YAML may name that, or links of both lead to one
+    apart = verb == "fit" and os.path.realpath(place) != os.path.realpath(run)
+    return [("--run", run)] + ([("--checkpoint.folder", place)] if apart else [])
 
 
 # verb -> folders in that of the run, which it writes into
